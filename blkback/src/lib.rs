@@ -1,0 +1,3 @@
+//! The pure engine of the vbd driver.
+#![no_std]
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! A malicious blkif frontend in user space.
+
+fn main() {}

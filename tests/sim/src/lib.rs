@@ -1,0 +1,1 @@
+//! Simulation of the data paths against fakes.

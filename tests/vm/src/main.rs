@@ -1,0 +1,3 @@
+//! End to end tests that run inside a Xen machine.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The XenBus state machine and xenstore keys.
