@@ -1,3 +1,12 @@
-//! The pure engine of the vbd driver.
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The pure engine of the vbd driver, as cargo sees it.
+//!
+//! Kbuild compiles the same tree below `blkback/src/engine` into the module; this crate exists so
+//! that the engine can be driven on the host against fakes (`tests/sim`).
+
 #![no_std]
 #![forbid(unsafe_code)]
+
+pub mod engine;
+pub use ::ring;

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The hinge of the design: what carries out the I/O of a disk.
+//!
+//! `phy` implements it with bios; a disk served by a process implements it with a character
+//! device. Everything in front of it (ring, validation, grants, responses, statistics) is common.
+
+use crate::engine::segments::{Segments, Slice};
+use crate::engine::slots::Tag;
+use crate::ring::response::Status;
+
+/// What to do with the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoKind {
+    /// Read into the pages.
+    Read,
+    /// Write from the pages.
+    Write,
+    /// Make every completed write durable, then write from the pages.
+    PreFlushWrite,
+    /// Make every completed write durable, then write from the pages and make that durable.
+    BarrierWrite,
+    /// Make every completed write durable; no data.
+    Flush,
+    /// Forget a range; no data.
+    Discard {
+        /// True if the old content must not be recoverable.
+        secure: bool,
+    },
+}
+
+/// One I/O of a batch.
+#[derive(Debug)]
+pub struct Io<'b> {
+    /// Names the I/O in its completion.
+    pub tag: Tag,
+    /// What to do.
+    pub kind: IoKind,
+    /// First 512-byte sector on the disk; meaningless for a flush.
+    pub sector: u64,
+    /// Number of 512-byte sectors.
+    pub sectors: u64,
+    pub(crate) segments: &'b Segments<'b>,
+    pub(crate) head: u16,
+    pub(crate) count: u16,
+}
+
+impl Io<'_> {
+    /// The pieces of pages that hold the data, in disk order; empty for flush and discard.
+    pub fn slices(&self) -> impl Iterator<Item = Slice> + '_ {
+        self.segments.slices(self.head, self.count)
+    }
+
+    /// Number of pieces.
+    pub fn count(&self) -> u16 {
+        self.count
+    }
+}
+
+/// What carries out the I/O of a disk.
+pub trait Backend {
+    /// Starts every I/O of the batch, in order. May sleep.
+    ///
+    /// Each one completes exactly once, possibly before this returns, and is then yielded by
+    /// [`reap`](Self::reap); an I/O that cannot be started completes with an error.
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>);
+
+    /// Yields the completions that came since the last call, in any order. Does not sleep.
+    fn reap(&mut self, done: impl FnMut(Tag, Status));
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The port to the grant table: copies, maps and unmaps in batches.
+//!
+//! An operation is queued and carried out by the next `run_*`, which is one hypercall for all of
+//! them. No operation may sleep on a lock that a guest holds; retries of `GNTST_eagain` (a page
+//! paged out by the hypervisor) may sleep and are bounded.
+
+use crate::engine::slots::Tag;
+use crate::ring::abi::RawSegment;
+
+/// Where the local side of a copy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buffer {
+    /// A data page: its index in the segment table.
+    Page(u16),
+    /// A descriptor buffer for indirect segments, below [`Grants::descriptor_buffers`].
+    Descriptor(u8),
+}
+
+/// Direction of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyDirection {
+    /// From the guest's page.
+    FromGuest,
+    /// Into the guest's page.
+    ToGuest,
+}
+
+/// One copy between a granted page and a local one; offsets are the same on both sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// The request for which it is.
+    pub tag: Tag,
+    /// The guest's page.
+    pub gref: u32,
+    /// The local side.
+    pub buffer: Buffer,
+    /// Byte offset in both pages.
+    pub offset: u16,
+    /// Bytes, at most `4096 - offset`.
+    pub len: u16,
+    /// Direction.
+    pub direction: CopyDirection,
+}
+
+/// Outcome of one map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapOutcome {
+    /// Mapped; the handle is needed to unmap it.
+    Mapped(u32),
+    /// The guest's grant cannot be mapped.
+    Refused,
+    /// This domain has no room for more mappings; the copy path still works.
+    NoSpace,
+}
+
+/// The port to the grant table of one guest.
+pub trait Grants {
+    /// Number of descriptor buffers, at least one.
+    fn descriptor_buffers(&self) -> u8;
+
+    /// The segments in a descriptor buffer: private memory, filled by the last copy into it.
+    fn descriptor(&self, buffer: u8) -> &[RawSegment];
+
+    /// Queues a copy. Returns `false` and does nothing if the batch is full.
+    fn queue_copy(&mut self, copy: &Copy) -> bool;
+
+    /// Carries out the queued copies and names the request of each one that failed.
+    fn run_copies(&mut self, failed: impl FnMut(Tag));
+
+    /// Queues a map of `gref` at data page `page`. Returns `false` if the batch is full.
+    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool;
+
+    /// Carries out the queued maps and tells the outcome of each (request, page, outcome).
+    fn run_maps(&mut self, outcome: impl FnMut(Tag, u16, MapOutcome));
+
+    /// Queues an unmap. Returns `false` if the batch is full.
+    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool;
+
+    /// Carries out the queued unmaps; afterwards no page of them is the guest's.
+    fn run_unmaps(&mut self);
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The data path of every disk, without the kernel: one pass over a ring.
+//!
+//! ```text
+//! take --> fetch descriptors --> bring in (copy, map) --> submit      Backend
+//!                                                             |          |
+//! publish <-- respond <-- bring out (copy, unmap) <--------- reap <------+
+//! ```
+//!
+//! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand
+//! under one plug, all responses are published with at most one event. The engine belongs to one
+//! thread and holds no lock; what it needs from its surroundings are three ports:
+//! [`SharedRing`](crate::ring::ports::SharedRing), [`Grants`](grants::Grants) and
+//! [`Backend`](backend::Backend).
+
+pub mod backend;
+pub mod grants;
+pub mod pass;
+pub mod segments;
+pub mod slots;
+pub mod stats;
+
+pub use backend::{Backend, Io, IoKind};
+pub use grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
+pub use pass::{Config, Engine, Pass};
+pub use segments::{SegmentEntry, Segments, Slice};
+pub use slots::{Slot, Tag};
+pub use stats::Stats;

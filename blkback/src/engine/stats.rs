@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Counters of one queue.
+//!
+//! The first seven have the names and the meaning of the C driver's sysfs files. All are
+//! monotonic for the life of the queue.
+
+/// Counters of one queue. Sectors are 512 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Times that a request had to wait for pages.
+    pub oo_req: u64,
+    /// Reads started.
+    pub rd_req: u64,
+    /// Writes started.
+    pub wr_req: u64,
+    /// Flushes and barriers started.
+    pub f_req: u64,
+    /// Discards started.
+    pub ds_req: u64,
+    /// Sectors read.
+    pub rd_sect: u64,
+    /// Sectors written.
+    pub wr_sect: u64,
+    /// Requests refused by validation.
+    pub refused: u64,
+    /// Requests answered with an error after they were accepted.
+    pub failed: u64,
+    /// Requests whose pages were mapped rather than copied.
+    pub mapped: u64,
+    /// Passes over the ring.
+    pub passes: u64,
+    /// Events sent to the frontend.
+    pub notified: u64,
+}
