@@ -1,3 +1,123 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! End to end tests that run inside a Xen machine.
+//!
+//! One static binary with three faces: `run` executes the cases in dom0, `agent` executes commands in
+//! the guests that the cases start, `demo` tells the whole story of one disk to a person.
 
-fn main() {}
+mod agent;
+mod backing;
+mod cases;
+mod console;
+mod guest;
+mod report;
+mod sh;
+mod splat;
+mod xs;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+use std::path::Path;
+use std::process::ExitCode;
+
+/// End to end tests of a Xen block backend.
+#[derive(Parser)]
+#[command(name = "vmtest", version)]
+struct Cli {
+    #[command(subcommand)]
+    face: Face,
+}
+
+#[derive(Subcommand)]
+enum Face {
+    /// Run the cases in dom0 and print KTAP to the file named by REPORT (default: standard output).
+    Run {
+        /// Run only the cases whose name matches this pattern (`*` matches anything).
+        #[arg(long, default_value = "*")]
+        only: String,
+        /// The driver that must serve the disks.
+        #[arg(long, value_enum, default_value = "rs")]
+        driver: Driver,
+        /// List the cases and stop.
+        #[arg(long)]
+        list: bool,
+    },
+    /// Execute commands from the console; this is what a guest runs as its first process.
+    Agent,
+}
+
+/// The backend driver under test.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Driver {
+    /// The driver of this project.
+    Rs,
+    /// The C driver of the Linux kernel, as a reference.
+    C,
+}
+
+impl Driver {
+    /// The name for modprobe.
+    pub(crate) fn module(self) -> &'static str {
+        match self {
+            Driver::Rs => "xen-blkback-rs",
+            Driver::C => "xen-blkback",
+        }
+    }
+
+    /// The directory below /sys/module.
+    pub(crate) fn sys_module(self) -> &'static str {
+        match self {
+            Driver::Rs => "xen_blkback_rs",
+            Driver::C => "xen_blkback",
+        }
+    }
+
+    /// The name on the xen-backend bus.
+    pub(crate) fn bus_name(self) -> &'static str {
+        match self {
+            Driver::Rs => "xen-blkback-rs",
+            Driver::C => "vbd",
+        }
+    }
+
+    /// The driver that must be out of the way.
+    pub(crate) fn other(self) -> Driver {
+        match self {
+            Driver::Rs => Driver::C,
+            Driver::C => Driver::Rs,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vmtest: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn start() -> Result<ExitCode> {
+    // The guest's init executes this file under the name of `agent`, without any argument.
+    let argv0 = std::env::args().next().unwrap_or_default();
+    if Path::new(&argv0)
+        .file_name()
+        .is_some_and(|name| name == "agent")
+    {
+        agent::main()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    match Cli::parse().face {
+        Face::Run { only, driver, list } => {
+            if list {
+                for case in cases::all() {
+                    println!("{:40} {}", case.name, case.about);
+                }
+                return Ok(ExitCode::SUCCESS);
+            }
+            cases::run(&only, driver)
+        }
+        Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
+    }
+}

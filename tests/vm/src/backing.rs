@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Block devices of dom0 for disks to stand on.
+
+use crate::sh;
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+const CONFIGFS: &str = "/sys/kernel/config";
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A null_blk device that keeps its data in memory.
+#[derive(Clone)]
+pub(crate) struct NullBlk {
+    dir: PathBuf,
+    name: String,
+}
+
+impl NullBlk {
+    /// Creates a device of so many MiB; `options` are more attributes of null_blk.
+    pub(crate) fn create(size_mib: u32, options: &[(&str, &str)]) -> Result<NullBlk> {
+        prepare()?;
+        let dir = Path::new(CONFIGFS)
+            .join("nullb")
+            .join(format!("vmtest{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        std::fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let size = size_mib.to_string();
+        let fixed = [("size", size.as_str()), ("memory_backed", "1")];
+        for (key, value) in fixed.iter().chain(options).chain(&[("power", "1")]) {
+            sh::put(dir.join(key), value)?;
+        }
+        // Since Linux 6.11 the disk bears the name of the directory, before that nullbN.
+        let given = dir
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let numbered = format!("nullb{}", sh::get(dir.join("index"))?);
+        let found = [given, numbered]
+            .into_iter()
+            .find(|name| Path::new("/sys/block").join(name).exists());
+        let device = NullBlk {
+            name: found.context("null_blk made no disk")?,
+            dir,
+        };
+        sh::wait_for(
+            "the device node of null_blk",
+            Duration::from_secs(20),
+            || Ok(Path::new(&device.path()).exists()),
+        )?;
+        Ok(device)
+    }
+
+    /// The device node.
+    pub(crate) fn path(&self) -> String {
+        format!("/dev/{}", self.name)
+    }
+
+    /// The kernel's name of the disk.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Sets an attribute of a running device, such as `badblocks`.
+    pub(crate) fn set(&self, key: &str, value: &str) -> Result<()> {
+        sh::put(self.dir.join(key), value)
+    }
+
+    /// Flushes that reached the device.
+    pub(crate) fn flushes(&self) -> Result<u64> {
+        let text = sh::get(format!("/sys/block/{}/stat", self.name))?;
+        let field = text
+            .split_whitespace()
+            .nth(15)
+            .context("the kernel counts no flushes")?;
+        field
+            .parse()
+            .context("the kernel's flush counter is no number")
+    }
+
+    /// Removes the device.
+    pub(crate) fn remove(&self) -> Result<()> {
+        sh::put(self.dir.join("power"), "0")?;
+        std::fs::remove_dir(&self.dir)
+            .with_context(|| format!("cannot remove {}", self.dir.display()))
+    }
+}
+
+fn prepare() -> Result<()> {
+    sh::modprobe("null_blk", &["nr_devices=0"])?;
+    if !Path::new(CONFIGFS).join("nullb").exists() {
+        sh::run(&["mount", "-t", "configfs", "none", CONFIGFS])?;
+    }
+    Ok(())
+}
+
+/// The sha256 of the first bytes of a device, read past dom0's page cache.
+pub(crate) fn sha256(device: &str, mib: u32) -> Result<String> {
+    let line = format!(
+        "set -o pipefail; dd if={device} bs=1M count={mib} iflag=direct status=none | sha256sum"
+    );
+    let text = sh::run_for(&["bash", "-c", &line], Duration::from_secs(120))?;
+    Ok(text
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned())
+}

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The cases and what runs them.
+
+mod basic;
+
+use crate::guest::{Config, Guest, Kind};
+use crate::report::{Report, Verdict};
+use crate::{sh, splat, xs, Driver};
+use anyhow::{bail, Context as _, Result};
+use std::fmt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// The shared guest that a case uses; it is started before the case and stays for the next one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Needs {
+    /// No shared guest.
+    Nothing,
+    /// The PV guest.
+    Pv,
+    /// The PVH guest.
+    Pvh,
+}
+
+/// One case.
+pub(crate) struct Case {
+    /// Its name, `group.what`.
+    pub(crate) name: &'static str,
+    /// What it shows, in one line.
+    pub(crate) about: &'static str,
+    /// The shared guest that it uses.
+    pub(crate) needs: Needs,
+    /// Why the C driver is known to fail it.
+    pub(crate) c_fails: Option<&'static str>,
+    /// The case itself.
+    pub(crate) run: fn(&mut Context) -> Result<()>,
+}
+
+impl Case {
+    const fn new(
+        name: &'static str,
+        about: &'static str,
+        needs: Needs,
+        run: fn(&mut Context) -> Result<()>,
+    ) -> Case {
+        Case {
+            name,
+            about,
+            needs,
+            c_fails: None,
+            run,
+        }
+    }
+}
+
+/// The reason why a case cannot run here. Returned as an error, it makes the verdict a skip.
+#[derive(Debug)]
+pub(crate) struct Skip(String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// Ends a case that cannot run here.
+pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
+    Err(Skip(reason.into()).into())
+}
+
+type Cleanup = (String, Box<dyn FnOnce() -> Result<()>>);
+
+/// What a case works with.
+pub(crate) struct Context {
+    /// The driver under test.
+    pub(crate) driver: Driver,
+    pv: Option<Guest>,
+    pvh: Option<Guest>,
+    cleanups: Vec<Cleanup>,
+    report: Report,
+}
+
+impl Context {
+    /// The shared PV guest.
+    pub(crate) fn pv(&self) -> Result<&Guest> {
+        self.pv
+            .as_ref()
+            .context("the case did not ask for the PV guest")
+    }
+
+    /// The shared PVH guest.
+    pub(crate) fn pvh(&self) -> Result<&Guest> {
+        self.pvh
+            .as_ref()
+            .context("the case did not ask for the PVH guest")
+    }
+
+    /// Says what is going on.
+    pub(crate) fn note(&mut self, text: &str) -> Result<()> {
+        self.report.note(text)
+    }
+
+    /// Something to undo after the case, whatever its verdict; the last one is undone first.
+    pub(crate) fn at_end(
+        &mut self,
+        what: impl Into<String>,
+        undo: impl FnOnce() -> Result<()> + 'static,
+    ) {
+        self.cleanups.push((what.into(), Box::new(undo)));
+    }
+
+    /// A null_blk device for the time of the case.
+    pub(crate) fn null_blk(
+        &mut self,
+        size_mib: u32,
+        options: &[(&str, &str)],
+    ) -> Result<crate::backing::NullBlk> {
+        let device = crate::backing::NullBlk::create(size_mib, options)?;
+        let theirs = device.clone();
+        self.at_end(format!("remove {}", device.path()), move || theirs.remove());
+        Ok(device)
+    }
+
+    /// Fails unless the driver under test serves the disk.
+    pub(crate) fn check_driver(&self, vbd: &crate::guest::Vbd) -> Result<()> {
+        let serving = vbd.driver()?;
+        if serving != self.driver.bus_name() {
+            bail!(
+                "the driver `{serving}` serves {}, not `{}`",
+                vbd.backend,
+                self.driver.bus_name()
+            );
+        }
+        Ok(())
+    }
+
+    fn start_shared(&mut self, needs: Needs) -> Result<()> {
+        let (slot, name, kind) = match needs {
+            Needs::Nothing => return Ok(()),
+            Needs::Pv => (&mut self.pv, "pv", Kind::Pv),
+            Needs::Pvh => (&mut self.pvh, "pvh", Kind::Pvh),
+        };
+        if slot.is_none() {
+            *slot = Some(Guest::create(Config::new(name, kind, 4))?);
+        }
+        Ok(())
+    }
+
+    /// Ends the shared guests, so that the next case starts with fresh ones.
+    fn end_shared(&mut self) -> Result<()> {
+        for guest in [self.pv.take(), self.pvh.take()].into_iter().flatten() {
+            guest.destroy()?;
+        }
+        Ok(())
+    }
+
+    fn undo(&mut self) -> Vec<String> {
+        let mut problems = Vec::new();
+        while let Some((what, undo)) = self.cleanups.pop() {
+            if let Err(error) = undo() {
+                problems.push(format!("cannot {what}: {error:#}"));
+            }
+        }
+        problems
+    }
+}
+
+/// Every case, in the order in which they run.
+pub(crate) fn all() -> Vec<Case> {
+    basic::cases()
+}
+
+/// Runs the cases whose name matches.
+pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
+    let cases: Vec<Case> = all()
+        .into_iter()
+        .filter(|case| matches(only, case.name))
+        .collect();
+    if cases.is_empty() {
+        bail!("no case matches `{only}`: see `vmtest run --list`");
+    }
+    let mut context = Context {
+        driver,
+        pv: None,
+        pvh: None,
+        cleanups: Vec::new(),
+        report: Report::open()?,
+    };
+    context.report.plan(cases.len())?;
+    load_driver(driver)?;
+    for case in &cases {
+        context
+            .report
+            .note(&format!("{}: {}", case.name, case.about))?;
+        let started = Instant::now();
+        let verdict = run_case(case, &mut context)?;
+        context
+            .report
+            .verdict(case.name, started.elapsed().as_secs_f64(), &verdict)?;
+    }
+    context.end_shared()?;
+    let passed = context.report.finish()?;
+    Ok(if passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Runs one case, looks at the logs, and leaves the machine ready for the next one.
+fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
+    let mut kmsg = splat::Kmsg::from_now()?;
+    splat::take_xen_log()?;
+    let result = context
+        .start_shared(case.needs)
+        .and_then(|()| (case.run)(context));
+    let mut problems = Vec::new();
+    match result {
+        Ok(()) => (),
+        Err(error) => match error.downcast::<Skip>() {
+            Ok(Skip(reason)) => {
+                let problems = context.undo();
+                return Ok(if problems.is_empty() {
+                    Verdict::Skip(reason)
+                } else {
+                    Verdict::Fail(problems.join("\n"))
+                });
+            }
+            Err(error) => problems.push(format!("{error:#}")),
+        },
+    }
+    problems.extend(guest_problems(context));
+    if !problems.is_empty() {
+        context
+            .end_shared()
+            .unwrap_or_else(|error| problems.push(format!("{error:#}")));
+        detach_own_disks().unwrap_or_else(|error| problems.push(format!("{error:#}")));
+    }
+    problems.extend(context.undo());
+    let messages = kmsg.take()?;
+    problems.extend(
+        splat::in_kernel(messages.iter().map(String::as_str))
+            .into_iter()
+            .map(|line| format!("dom0: {line}")),
+    );
+    let messages = splat::take_xen_log()?;
+    problems.extend(
+        splat::in_xen(messages.iter().map(String::as_str))
+            .into_iter()
+            .map(|line| format!("xen: {line}")),
+    );
+    if problems.is_empty() {
+        return Ok(Verdict::Pass);
+    }
+    let why = problems.join("\n");
+    Ok(match case.c_fails {
+        Some(known) if context.driver == Driver::C => Verdict::KnownFail(why, known),
+        _ => Verdict::Fail(why),
+    })
+}
+
+/// What is wrong with the shared guests after a case.
+fn guest_problems(context: &Context) -> Vec<String> {
+    let mut problems = Vec::new();
+    for guest in [&context.pv, &context.pvh].into_iter().flatten() {
+        let name = &guest.config.name;
+        let lines = guest.console.take_kernel_lines();
+        problems.extend(
+            splat::in_kernel(lines.iter().map(String::as_str))
+                .into_iter()
+                .map(|line| format!("guest {name}: {line}")),
+        );
+        match guest.run("dmesg -c") {
+            Ok(text) => problems.extend(
+                splat::in_kernel(text.lines())
+                    .into_iter()
+                    .map(|line| format!("guest {name}: {line}")),
+            ),
+            Err(error) => problems.push(format!("guest {name} does not answer: {error:#}")),
+        }
+        match guest.disks() {
+            Ok(0) => (),
+            Ok(left) => problems.push(format!("guest {name} still has {left} disks")),
+            Err(error) => problems.push(format!("{error:#}")),
+        }
+    }
+    problems
+}
+
+/// Detaches what a failed case may have left attached to dom0 itself.
+fn detach_own_disks() -> Result<()> {
+    for devid in xs::list("/local/domain/0/device/vbd")? {
+        sh::run(&["xl", "block-detach", "0", &devid, "--force"])?;
+    }
+    Ok(())
+}
+
+/// Loads the driver under test and puts the other one away.
+pub(crate) fn load_driver(driver: Driver) -> Result<()> {
+    let loaded = |other: Driver| Path::new("/sys/module").join(other.sys_module()).exists();
+    if loaded(driver.other()) {
+        sh::run(&["rmmod", driver.other().sys_module()])?;
+    }
+    if !loaded(driver) {
+        sh::modprobe(driver.module(), &[])?;
+    }
+    sh::wait_for(
+        "the registration of the driver",
+        Duration::from_secs(20),
+        || {
+            Ok(Path::new("/sys/bus/xen-backend/drivers")
+                .join(driver.bus_name())
+                .exists())
+        },
+    )
+}
+
+/// A pattern in which `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, rest)) => name.strip_prefix(head).is_some_and(|tail| {
+            (0..=tail.len())
+                .filter(|&at| tail.is_char_boundary(at))
+                .any(|at| matches(rest, &tail[at..]))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{all, matches};
+    use std::collections::HashSet;
+
+    #[test]
+    fn patterns() {
+        assert!(matches("*", "phy.pv.fio_verify"));
+        assert!(matches("phy.*.fio*", "phy.pv.fio_verify"));
+        assert!(!matches("phy.*.fio", "phy.pv.fio_verify"));
+        assert!(matches("a", "a"));
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut seen = HashSet::new();
+        assert!(all().iter().all(|case| seen.insert(case.name)));
+    }
+}

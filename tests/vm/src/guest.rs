@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The life cycle of a guest, through xl.
+
+use crate::console::{Console, Done, Job};
+use crate::{sh, xs};
+use anyhow::{bail, Context, Result};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where the payload of the tests lies in dom0.
+const PAYLOAD: &str = "/t/guest";
+/// Where configurations, logs and saved guests go.
+pub(crate) const RUN_DIR: &str = "/run/vmtest";
+/// A boot takes a few seconds; a loaded machine several times that.
+const BOOT: Duration = Duration::from_secs(120);
+/// The limit for a command of the guest of which nobody expects that it takes long.
+pub(crate) const COMMAND: Duration = Duration::from_secs(60);
+/// The limit for xl.
+const XL: Duration = Duration::from_secs(90);
+
+/// How the guest is virtualised.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Paravirtualised.
+    Pv,
+    /// Hardware virtualised, without an emulated machine.
+    Pvh,
+}
+
+/// What a guest is made of.
+#[derive(Clone)]
+pub(crate) struct Config {
+    /// Its name, unique in the machine.
+    pub(crate) name: String,
+    /// How it is virtualised.
+    pub(crate) kind: Kind,
+    /// Virtual CPUs; the frontend asks for at most one queue for each.
+    pub(crate) vcpus: u32,
+    /// More words for the kernel's command line, such as `xen_blkfront.max_queues=2`.
+    pub(crate) cmdline: String,
+    /// Disks in xl's syntax.
+    pub(crate) disks: Vec<String>,
+}
+
+impl Config {
+    /// A guest without disks.
+    pub(crate) fn new(name: &str, kind: Kind, vcpus: u32) -> Config {
+        Config {
+            name: name.to_owned(),
+            kind,
+            vcpus,
+            cmdline: String::new(),
+            disks: Vec::new(),
+        }
+    }
+
+    fn text(&self) -> String {
+        let kind = match self.kind {
+            Kind::Pv => "pv",
+            Kind::Pvh => "pvh",
+        };
+        let disks = self
+            .disks
+            .iter()
+            .map(|disk| format!("'{disk}'"))
+            .collect::<Vec<_>>()
+            .join(", ");
+        format!(
+            "name = '{}'\ntype = '{kind}'\nkernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\n\
+             memory = 256\nvcpus = {}\nextra = 'console=hvc0 loglevel=4 panic=1 oops=panic {}'\n\
+             on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\ndisk = [{disks}]\nvif = []\n\
+             tsc_mode = 'native'\n",
+            self.name, self.vcpus, self.cmdline
+        )
+    }
+}
+
+/// A running guest. Dropping it destroys the domain.
+pub(crate) struct Guest {
+    /// What it was made of.
+    pub(crate) config: Config,
+    /// Its domain number.
+    pub(crate) domid: u32,
+    /// Its console.
+    pub(crate) console: Console,
+    alive: bool,
+}
+
+impl Guest {
+    /// Creates the domain and waits for its agent.
+    pub(crate) fn create(config: Config) -> Result<Guest> {
+        std::fs::create_dir_all(RUN_DIR).context("cannot create the directory for guests")?;
+        for file in ["vmlinuz", "guest.cpio.gz"] {
+            if !Path::new(PAYLOAD).join(file).exists() {
+                bail!("{PAYLOAD}/{file} is missing: put it into the payload of the machine");
+            }
+        }
+        let path = format!("{RUN_DIR}/{}.cfg", config.name);
+        std::fs::write(&path, config.text()).with_context(|| format!("cannot write {path}"))?;
+        sh::run_for(&["xl", "create", &path], XL)?;
+        Guest::connect(config, 1)
+    }
+
+    /// Talks to a domain that was just created or restored.
+    fn connect(config: Config, first_job: u64) -> Result<Guest> {
+        let domid: u32 = sh::run(&["xl", "domid", &config.name])?
+            .trim()
+            .parse()
+            .context("`xl domid` printed no number")?;
+        let key = format!("/local/domain/{domid}/console/tty");
+        let mut tty = None;
+        sh::wait_for("the console of the guest", Duration::from_secs(20), || {
+            tty = xs::read(&key)?.filter(|path| !path.is_empty());
+            Ok(tty.is_some())
+        })?;
+        let log = log_path(&config.name);
+        let opened = Console::open(&tty.unwrap_or_default(), &log, first_job);
+        let console = match opened {
+            Ok(console) => console,
+            Err(error) => {
+                sh::run_for(&["xl", "destroy", &config.name], XL)
+                    .context("the guest has no console and cannot be destroyed")?;
+                return Err(error);
+            }
+        };
+        let guest = Guest {
+            config,
+            domid,
+            console,
+            alive: true,
+        };
+        guest.console.wait_agent(BOOT)?;
+        Ok(guest)
+    }
+
+    /// Runs a command that must succeed and returns its output.
+    pub(crate) fn run(&self, command: &str) -> Result<String> {
+        self.run_for(command, COMMAND)
+    }
+
+    /// The same with a time limit of the caller.
+    pub(crate) fn run_for(&self, command: &str, limit: Duration) -> Result<String> {
+        let done = self.status_for(command, limit)?;
+        if done.rc != 0 {
+            bail!(
+                "`{command}` in guest {} failed with status {}: {}",
+                self.config.name,
+                done.rc,
+                sh::tail(&done.text, 600)
+            );
+        }
+        Ok(done.text)
+    }
+
+    /// Runs a command, whatever its status.
+    pub(crate) fn status(&self, command: &str) -> Result<Done> {
+        self.status_for(command, COMMAND)
+    }
+
+    /// The same with a time limit of the caller.
+    pub(crate) fn status_for(&self, command: &str, limit: Duration) -> Result<Done> {
+        let job = self.console.start(command)?;
+        self.console.wait(job, limit)
+    }
+
+    /// Starts a command that runs beside others.
+    pub(crate) fn start(&self, command: &str) -> Result<Job> {
+        self.console.start(command)
+    }
+
+    /// Waits for a command that was started.
+    pub(crate) fn wait(&self, job: Job, limit: Duration) -> Result<Done> {
+        self.console.wait(job, limit)
+    }
+
+    /// Attaches a disk (`phy:/dev/nullb0,xvda,w`) and waits until the guest has it.
+    pub(crate) fn attach(&self, disk: &str) -> Result<Vbd> {
+        sh::run_for(&["xl", "block-attach", &self.domid.to_string(), disk], XL)?;
+        let vbd = Vbd::of(self.domid, disk)?;
+        self.run(&format!("n=0; while [ ! -b /dev/{0} ]; do n=$((n+1)); [ $n -le 300 ] || {{ echo /dev/{0} did not appear; exit 1; }}; usleep 50000; done", vbd.vdev))?;
+        Ok(vbd)
+    }
+
+    /// Detaches a disk in the orderly way and waits until nothing of it is left.
+    pub(crate) fn detach(&self, vbd: &Vbd) -> Result<()> {
+        sh::run_for(
+            &["xl", "block-detach", &self.domid.to_string(), &vbd.vdev],
+            XL,
+        )?;
+        vbd.wait_gone()
+    }
+
+    /// How many disks the domain has in xenstore.
+    pub(crate) fn disks(&self) -> Result<usize> {
+        Ok(xs::list(&format!("/local/domain/{}/device/vbd", self.domid))?.len())
+    }
+
+    /// Destroys the domain and waits until the hypervisor has let go of it.
+    pub(crate) fn destroy(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.alive) {
+            return Ok(());
+        }
+        let id = self.domid.to_string();
+        if sh::status(&["xl", "list", &id], XL)?.rc == 0 {
+            sh::run_for(&["xl", "destroy", &id], XL)?;
+        }
+        sh::wait_for(
+            &format!("the end of domain {id}"),
+            Duration::from_secs(60),
+            || Ok(sh::status(&["xl", "list", &id], XL)?.rc != 0),
+        )
+    }
+
+    /// Saves the guest to a file; the domain is gone afterwards.
+    pub(crate) fn save(mut self, path: &str) -> Result<Saved> {
+        sh::run_for(
+            &["xl", "save", &self.domid.to_string(), path],
+            Duration::from_secs(240),
+        )?;
+        self.alive = false;
+        Ok(Saved {
+            config: self.config.clone(),
+            path: path.to_owned(),
+            next_job: self.console.next_job(),
+        })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            eprintln!("vmtest: guest {}: {error:#}", self.config.name);
+        }
+    }
+}
+
+/// A guest in a file.
+pub(crate) struct Saved {
+    config: Config,
+    path: String,
+    next_job: u64,
+}
+
+impl Saved {
+    /// Brings the guest back; `jobs` are commands that were running when it was saved.
+    pub(crate) fn restore(self, jobs: &[Job]) -> Result<Guest> {
+        sh::run_for(&["xl", "restore", &self.path], Duration::from_secs(240))?;
+        let guest = Guest::connect(self.config, self.next_job)?;
+        jobs.iter().for_each(|&job| guest.console.adopt(job));
+        Ok(guest)
+    }
+}
+
+/// The file that keeps everything a guest of this name printed.
+pub(crate) fn log_path(name: &str) -> PathBuf {
+    Path::new(RUN_DIR).join(format!("{name}.log"))
+}
+
+/// One attached disk.
+pub(crate) struct Vbd {
+    /// The frontend's domain.
+    pub(crate) domid: u32,
+    /// The guest's name of the disk.
+    pub(crate) vdev: String,
+    /// The backend's directory in xenstore.
+    pub(crate) backend: String,
+    /// The frontend's directory in xenstore.
+    pub(crate) frontend: String,
+    devid: String,
+}
+
+impl Vbd {
+    /// Finds the disk that xl made from a specification.
+    pub(crate) fn of(domid: u32, disk: &str) -> Result<Vbd> {
+        let vdev = disk.split(',').find_map(|part| {
+            part.trim()
+                .strip_prefix("vdev=")
+                .or(part.trim().starts_with("xvd").then(|| part.trim()))
+        });
+        let vdev = vdev
+            .with_context(|| format!("`{disk}` names no xvd device"))?
+            .to_owned();
+        let base = format!("/local/domain/0/backend/vbd/{domid}");
+        for devid in xs::list(&base)? {
+            if xs::read(&format!("{base}/{devid}/dev"))?.as_deref() == Some(&vdev) {
+                let frontend = format!("/local/domain/{domid}/device/vbd/{devid}");
+                return Ok(Vbd {
+                    domid,
+                    vdev,
+                    backend: format!("{base}/{devid}"),
+                    frontend,
+                    devid,
+                });
+            }
+        }
+        bail!("xenstore has no disk {vdev} of domain {domid} below {base}")
+    }
+
+    /// The backend's device in sysfs.
+    pub(crate) fn sysfs(&self) -> PathBuf {
+        PathBuf::from(format!(
+            "/sys/bus/xen-backend/devices/vbd-{}-{}",
+            self.domid, self.devid
+        ))
+    }
+
+    /// The name of the driver that serves the disk.
+    pub(crate) fn driver(&self) -> Result<String> {
+        let link = self.sysfs().join("driver");
+        let target = std::fs::read_link(&link)
+            .with_context(|| format!("no driver serves {}", self.backend))?;
+        Ok(target
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned())
+    }
+
+    /// A number of the backend's statistics.
+    pub(crate) fn statistic(&self, name: &str) -> Result<u64> {
+        let text = sh::get(self.sysfs().join("statistics").join(name))?;
+        text.parse()
+            .with_context(|| format!("statistics/{name} is `{text}`, not a number"))
+    }
+
+    /// Waits until neither sysfs nor xenstore knows the disk.
+    pub(crate) fn wait_gone(&self) -> Result<()> {
+        sh::wait_for(
+            &format!("the removal of {}", self.backend),
+            Duration::from_secs(30),
+            || Ok(!self.sysfs().exists() && xs::read(&format!("{}/state", self.backend))?.is_none()),
+        )
+    }
+}

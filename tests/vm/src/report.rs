@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The verdicts, as KTAP, to the channel that the machine keeps free of console noise.
+
+use anyhow::{Context, Result};
+use std::fs::OpenOptions;
+use std::io::Write;
+
+/// What became of a case.
+pub(crate) enum Verdict {
+    /// It held.
+    Pass,
+    /// It did not hold; the text says why.
+    Fail(String),
+    /// It did not hold, and that is known of the driver under test.
+    KnownFail(String, &'static str),
+    /// It cannot run here; the text says why.
+    Skip(String),
+}
+
+/// The writer of the report.
+pub(crate) struct Report {
+    channel: Box<dyn Write>,
+    number: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+impl Report {
+    /// Opens the channel named by the environment variable REPORT, or standard output.
+    pub(crate) fn open() -> Result<Report> {
+        let channel: Box<dyn Write> =
+            match std::env::var_os("REPORT") {
+                Some(path) => {
+                    let file = OpenOptions::new().append(true).create(true).open(&path);
+                    Box::new(file.with_context(|| {
+                        format!("cannot open the report {path:?}: correct REPORT")
+                    })?)
+                }
+                None => Box::new(std::io::stdout()),
+            };
+        Ok(Report {
+            channel,
+            number: 0,
+            failed: 0,
+            skipped: 0,
+        })
+    }
+
+    /// Announces how many cases follow.
+    pub(crate) fn plan(&mut self, cases: usize) -> Result<()> {
+        self.line("TAP version 14")?;
+        self.line(&format!("1..{cases}"))
+    }
+
+    /// Says what is going on.
+    pub(crate) fn note(&mut self, text: &str) -> Result<()> {
+        self.line(&format!("# {text}"))
+    }
+
+    /// Records the verdict on a case.
+    pub(crate) fn verdict(&mut self, name: &str, seconds: f64, verdict: &Verdict) -> Result<()> {
+        self.number += 1;
+        let number = self.number;
+        match verdict {
+            Verdict::Pass => self.line(&format!("ok {number} - {name}"))?,
+            Verdict::Skip(reason) => {
+                self.skipped += 1;
+                return self.line(&format!("ok {number} - {name} # SKIP {}", one_line(reason)));
+            }
+            Verdict::Fail(_) => {
+                self.failed += 1;
+                self.line(&format!("not ok {number} - {name}"))?;
+            }
+            Verdict::KnownFail(_, known) => {
+                self.line(&format!("not ok {number} - {name} # TODO {known}"))?
+            }
+        }
+        self.line("  ---")?;
+        self.line(&format!("  seconds: {seconds:.1}"))?;
+        if let Verdict::Fail(why) | Verdict::KnownFail(why, _) = verdict {
+            self.line("  message: |")?;
+            for line in why.lines() {
+                self.line(&format!("    {line}"))?;
+            }
+        }
+        self.line("  ...")
+    }
+
+    /// The totals; true when nothing failed.
+    pub(crate) fn finish(&mut self) -> Result<bool> {
+        let (number, failed, skipped) = (self.number, self.failed, self.skipped);
+        self.line(&format!(
+            "# {} passed, {failed} failed, {skipped} skipped",
+            number - failed - skipped
+        ))?;
+        Ok(failed == 0)
+    }
+
+    fn line(&mut self, text: &str) -> Result<()> {
+        writeln!(self.channel, "{text}")
+            .and_then(|()| self.channel.flush())
+            .context("cannot write the report")
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.replace('\n', " ")
+}
