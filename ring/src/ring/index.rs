@@ -16,8 +16,9 @@ use crate::ring::response::Response;
 ///
 /// With `-` in wrapping arithmetic:
 /// - `size` is a power of two;
-/// - `req_cons - rsp_prod <= size`: never more than `size` requests are unanswered;
-/// - `rsp_prod - published <= size`.
+/// - `published`, `rsp_prod` and `req_cons` follow one another in this order;
+/// - `req_cons - published <= size`: never more than `size` requests are without an answer that
+///   the frontend can see.
 #[derive(Debug)]
 pub struct BackRing<R> {
     shared: R,
@@ -35,7 +36,7 @@ pub enum RingError {
     Overflow {
         /// The producer index as read.
         req_prod: u32,
-        /// The index of the first unanswered request.
+        /// The index of the first request without a published answer.
         rsp_prod: u32,
     },
     /// The size is not a power of two.
@@ -88,7 +89,10 @@ impl<R: SharedRing> BackRing<R> {
     /// impossible; a broken ring stays so.
     pub fn available(&mut self) -> Result<u32, RingError> {
         let req_prod = self.shared.load_req_prod();
-        let rsp_prod = self.rsp_prod;
+        // The frontend may reuse a slot once it can see the answer, not once that is written.
+        // Counted from `self.rsp_prod`, it could refill the ring without end between two
+        // publications.
+        let rsp_prod = self.published;
         if self.broken || req_prod.wrapping_sub(rsp_prod) > self.size {
             self.broken = true;
             return Err(RingError::Overflow { req_prod, rsp_prod });
@@ -102,14 +106,14 @@ impl<R: SharedRing> BackRing<R> {
     /// Copies the next request out of its slot and consumes it.
     ///
     /// The caller has asked [`available`](Self::available) and takes no more than it said.
-    /// Returns `false` and takes nothing when that would leave more than `size` requests
-    /// unanswered.
+    /// Returns `false` and takes nothing when that would leave more than `size` requests without
+    /// a published answer.
     pub fn take(&mut self, slot: &mut [u8; MAX_SLOT_SIZE]) -> bool {
-        if self.unanswered() >= self.size {
+        if self.req_cons.wrapping_sub(self.published) >= self.size {
             return false;
         }
         self.shared.copy_slot(self.req_cons, slot);
-        // INVARIANT: `req_cons - rsp_prod < size` before, so `<= size` after.
+        // INVARIANT: `req_cons - published < size` before, so `<= size` after.
         self.req_cons = self.req_cons.wrapping_add(1);
         true
     }
