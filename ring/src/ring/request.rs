@@ -104,7 +104,7 @@ pub struct Direct {
     pub direction: Direction,
     /// Ordering.
     pub ordering: Ordering,
-    /// First sector on the disk.
+    /// First sector on the disk; 0 for a barrier without data, whose sector means nothing.
     pub sector: u64,
     count: u8,
     segments: [RawSegment; MAX_DIRECT_SEGMENTS],
@@ -337,7 +337,7 @@ fn check_rw(operation: u8, rw: Rw, limits: &Limits) -> Result<Request, Reject> {
         operation,
         direction,
         ordering,
-        sector: rw.sector,
+        sector: if count == 0 { 0 } else { rw.sector },
         count: rw.nr_segments,
         segments: rw.seg,
     }))
