@@ -1,3 +1,102 @@
-//! The project's commands.
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The project's commands: `cargo xtask --help`.
 
-fn main() {}
+mod build;
+mod cache;
+mod gates;
+mod host;
+mod install;
+mod machine;
+mod payload;
+mod recipes;
+mod root;
+mod run;
+mod splat;
+mod vm;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Builds, tests and demonstrates xen-blkback-rs.
+///
+/// The first run makes a Debian build root and the test machines from packages (about 3 minutes);
+/// they are kept in $XEN_BLKBACK_RS_CACHE (default: ~/.cache/xen-blkback-rs) and used again.
+/// Nothing there is precious: remove the folder to start anew.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Build the kernel module and the programs; the last line is the path of the .ko.
+    ///
+    /// The module is compiled in the build root, against the stock Debian kernel's own Rust tree,
+    /// and its objects stay in the cache: the checkout stays clean. The programs are static, so
+    /// that they run in dom0 whatever the host is.
+    Build {
+        /// Also copy the module and the programs into this folder.
+        #[arg(long, value_name = "DIR")]
+        release_dir: Option<PathBuf>,
+        /// Build only the module, from the Kbuild in this folder instead of the checkout's.
+        #[arg(long, value_name = "DIR", conflicts_with = "release_dir")]
+        source: Option<PathBuf>,
+    },
+    /// Install what a package would: the module, the programs, the module loader's settings.
+    ///
+    /// With the settings the C driver xen-blkback stays away: whoever asks for it gets ours.
+    /// Run `depmod` afterwards where DIR is the root of the running system.
+    Install {
+        /// The folder that stands for `/`.
+        #[arg(long, value_name = "DIR")]
+        destdir: PathBuf,
+    },
+    /// Boot a dom0 with what a package would install, and get a shell in it or run one command.
+    ///
+    /// `cargo xtask vm -- 'xl info; lsmod'` prints what the command prints and leaves with its exit
+    /// code; the consoles are in target/vm/vm/console.log. Without CMD you get a shell; leave it
+    /// with `exit`, or at any time with Ctrl-A x. In dom0, /t holds the test programs and /t/guest a
+    /// kernel and an initramfs for guests. Nothing that you change in there is kept.
+    Vm(vm::Args),
+}
+
+fn run(task: Task) -> anyhow::Result<ExitCode> {
+    match task {
+        Task::Build {
+            source: Some(source),
+            ..
+        } => {
+            let module = build::module_of(&source.canonicalize()?, build::Flavour::Plain)?;
+            println!("{}", module.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Build { release_dir, .. } => {
+            let built = build::all()?;
+            if let Some(dir) = release_dir {
+                build::copy_to(&built, &dir)?;
+            }
+            println!("{}", built.module.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Install { destdir } => {
+            let built = build::all()?;
+            install::to(&built.module, Some(&built.programs), &destdir)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Vm(args) => vm::vm(&args),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let lacks = error.chain().any(|cause| cause.is::<host::HostLacks>());
+            ExitCode::from(if lacks { 3 } else { 1 })
+        }
+    }
+}

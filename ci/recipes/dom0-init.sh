@@ -1,0 +1,52 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-only OR MIT
+# The init of the test machine's dom0: what Xen's init scripts do, then /t/run, then power off.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
+for l in "fd fd" "stdin fd/0" "stdout fd/1" "stderr fd/2"; do
+	set -- $l
+	ln -sfn "/proc/self/$2" "/dev/$1"
+done
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mkdir -p /run/lock /run/xen
+mount -t xenfs xenfs /proc/xen
+mount -t debugfs debugfs /sys/kernel/debug
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /var/log
+mkdir -p /var/log/xen /var/lib/xen /var/lib/xenstored
+ip link set lo up
+
+# What a package would have installed is laid over the root before any driver is loaded.
+mkdir -p /t
+tar -xf /dev/vdb -C /t
+if [ -d /t/overlay ]; then
+	cp -a /t/overlay/. /
+fi
+
+/usr/lib/systemd/systemd-udevd --daemon
+modprobe virtio_console
+udevadm trigger --action=add --subsystem-match=virtio-ports --subsystem-match=block
+udevadm wait --timeout=60 /dev/virtio-ports/report || poweroff -f
+export REPORT=/dev/virtio-ports/report
+for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd; do
+	modprobe "$m" 2>/dev/null
+done
+grep -q noblkback /proc/cmdline || modprobe xen-blkback
+bin=$(echo /usr/lib/xen-4*/bin)
+"$bin/oxenstored" --pid-file=/run/xenstored.pid
+i=0
+while ! xenstore-ls / >/dev/null 2>&1 && [ $i -lt 600 ]; do
+	sleep 0.1
+	i=$((i + 1))
+done
+# It must be the first to write local/domain/0/domid.
+"$bin/xen-init-dom0" >/dev/null
+"$bin/xenconsoled" --pid-file=/run/xenconsoled.pid --log=all --log-dir=/var/log/xen
+echo "dom0 is up after $(cut -d' ' -f1 /proc/uptime) s"
+cd /root
+/t/run
+echo "dom0: /t/run ended with $?"
+sync
+exec busybox poweroff -f

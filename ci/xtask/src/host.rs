@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What the host must have: root, a few packages, and where it gets its packages from.
+
+use anyhow::{bail, Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The Debian release of the target.
+pub(crate) const SUITE: &str = "trixie";
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A program the host needs, and the package that has it.
+const NEEDS: &[(&str, &str)] = &[
+    ("mmdebstrap", "mmdebstrap"),
+    ("unshare", "util-linux"),
+    ("tar", "tar"),
+    ("dpkg-deb", "dpkg"),
+];
+
+/// The process must stop with exit code 3: the host lacks something that only its owner can give.
+#[derive(Debug)]
+pub(crate) struct HostLacks(pub(crate) String);
+
+impl std::fmt::Display for HostLacks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for HostLacks {}
+
+/// Installs what is missing when we are root, else says what to type.
+pub(crate) fn prepare() -> Result<()> {
+    let mut missing: Vec<&str> = NEEDS
+        .iter()
+        .filter(|(program, _)| find(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if !Path::new(KEYRING).exists() {
+        missing.push("debian-archive-keyring");
+    }
+    let root = nix::unistd::geteuid().is_root();
+    if missing.is_empty() {
+        return if root {
+            Ok(())
+        } else {
+            Err(HostLacks(need_root()).into())
+        };
+    }
+    let packages = missing.join(" ");
+    if !root {
+        bail!(HostLacks(format!(
+            "the host lacks {packages}; run: sudo apt-get install -y --no-install-recommends {packages}"
+        )));
+    }
+    eprintln!("installing {packages} on the host ...");
+    let script = format!(
+        "apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+         apt-get install -y -qq --no-install-recommends {packages} >/dev/null"
+    );
+    crate::run::shown(
+        Command::new("sh")
+            .args(["-c", &script])
+            .stdin(std::process::Stdio::null()),
+    )
+    .with_context(|| format!("the host lacks {packages} and apt-get did not install it"))
+}
+
+fn need_root() -> String {
+    "the build root is entered with chroot, which needs root; run: sudo -E env PATH=\"$PATH\" cargo xtask ..."
+        .into()
+}
+
+/// The full path of a program.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+/// The lines of a sources.list for the target suite, from the mirrors that this host uses.
+pub(crate) fn sources() -> Result<String> {
+    let mut text = String::new();
+    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
+    if let Ok(dir) = fs::read_dir("/etc/apt/sources.list.d") {
+        files.extend(dir.flatten().map(|entry| entry.path()));
+    }
+    files.sort();
+    for file in files {
+        let known = file
+            .extension()
+            .is_some_and(|e| e == "list" || e == "sources");
+        if known && file.exists() {
+            text.push_str(&fs::read_to_string(&file)?);
+            text.push_str("\n\n");
+        }
+    }
+    let (main, security) = mirrors(&text).context(
+        "no Debian mirror found in /etc/apt: give the host a Debian entry in /etc/apt/sources.list",
+    )?;
+    let line =
+        |mirror: &str, suite: String| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n");
+    let mut lines: String = ["", "-updates", "-backports"]
+        .iter()
+        .map(|suffix| line(&main, format!("{SUITE}{suffix}")))
+        .collect();
+    if let Some(security) = security {
+        lines.push_str(&line(&security, format!("{SUITE}-security")));
+    }
+    Ok(lines)
+}
+
+/// The mirror of Debian itself and that of its security updates, from the text of apt's sources in
+/// either format.
+fn mirrors(text: &str) -> Option<(String, Option<String>)> {
+    let mut main = None;
+    let mut security = None;
+    let mut note = |uri: &str, suite: &str| {
+        let suite = suite.trim_end_matches('/');
+        if suite.ends_with("-security") {
+            security.get_or_insert_with(|| uri.to_string());
+        } else if DEBIAN.contains(&suite) {
+            main.get_or_insert_with(|| uri.to_string());
+        }
+    };
+    for stanza in text.split("\n\n") {
+        let (mut uri, mut suites) = ("", "");
+        for line in stanza.lines().map(str::trim) {
+            if let Some(value) = line.strip_prefix("URIs:") {
+                uri = value.split_whitespace().next().unwrap_or("");
+            } else if let Some(value) = line.strip_prefix("Suites:") {
+                suites = value;
+            } else if let Some(rest) = line.strip_prefix("deb ") {
+                let rest = rest.trim();
+                let rest = if rest.starts_with('[') {
+                    rest.split_once(']').map_or("", |p| p.1)
+                } else {
+                    rest
+                };
+                let mut words = rest.split_whitespace();
+                if let (Some(uri), Some(suite)) = (words.next(), words.next()) {
+                    note(uri, suite);
+                }
+            }
+        }
+        if !uri.is_empty() {
+            suites.split_whitespace().for_each(|suite| note(uri, suite));
+        }
+    }
+    main.map(|main| (main, security))
+}
+
+const DEBIAN: &[&str] = &[
+    "bookworm",
+    "trixie",
+    "forky",
+    "sid",
+    "stable",
+    "testing",
+    "unstable",
+    "oldstable",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirrors_are_read_from_both_formats() {
+        let new = "Types: deb\nURIs: http://m/debian\nSuites: trixie trixie-updates\n\n\
+                   Types: deb\nURIs: http://m/sec\nSuites: trixie-security\n";
+        let old = "deb http://other/x stable-thing main\n# deb http://no/ trixie main\n\
+                   deb [arch=amd64] http://m/debian bookworm main\ndeb http://m/sec bookworm-security main\n";
+        let want = Some((
+            "http://m/debian".to_string(),
+            Some("http://m/sec".to_string()),
+        ));
+        assert_eq!(mirrors(new), want);
+        assert_eq!(mirrors(old), want);
+    }
+
+    #[test]
+    fn foreign_sources_are_no_debian_mirror() {
+        assert_eq!(mirrors("deb http://m/node nodistro main\n"), None);
+    }
+}

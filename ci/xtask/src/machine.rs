@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A test machine: Xen and dom0 in QEMU, without hardware help, from one command line.
+//!
+//! A payload folder reaches dom0 as /t, and dom0 runs /t/run and powers off. What /t/run writes to
+//! the device named by $REPORT comes out here line by line; the consoles go to a log of their own,
+//! and a trace of a sick kernel in there fails the run whatever was reported.
+
+use crate::recipes::Machines;
+use crate::root::Root;
+use crate::{build, cache, run, splat};
+use anyhow::{bail, ensure, Context, Result};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// Turns silent trouble in dom0's kernel into a crash. Not for measuring.
+const CHECKS: &str = "kfence.sample_interval=50 slab_debug=FZPU panic_on_warn=1 oops=panic hung_task_panic=1 panic=-1";
+
+/// dom0's share of the machine's memory; guests get the rest.
+const DOM0_MEMORY: &str = "1536M";
+const MEMORY: &str = "4096";
+
+/// What to boot, and how.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    /// Names the folder of the logs.
+    pub(crate) name: String,
+    /// Processors.
+    pub(crate) smp: u32,
+    /// Time is counted in instructions, so that figures repeat on any host.
+    pub(crate) icount: bool,
+    /// More words for Xen's command line.
+    pub(crate) xen_args: String,
+    /// More words for dom0's command line.
+    pub(crate) dom0_args: String,
+    /// With the kernel's run-time checks, see `CHECKS`.
+    pub(crate) checks: bool,
+    /// More disks (raw images); they are vdc, vdd, ...
+    pub(crate) disks: Vec<PathBuf>,
+    /// After this long the machine is killed, and the run fails.
+    pub(crate) timeout: Duration,
+}
+
+/// How a run went.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The console log.
+    pub(crate) console: PathBuf,
+    /// Lines of it that no healthy run has.
+    pub(crate) splats: Vec<String>,
+    /// dom0's /t/run ended and dom0 went down in order.
+    pub(crate) finished: bool,
+}
+
+impl Outcome {
+    /// An error that tells what went wrong outside of what was reported.
+    pub(crate) fn verdict(&self) -> Result<()> {
+        if let Some(first) = self.splats.first() {
+            bail!(
+                "a kernel or Xen complained ({} lines), first: {first}; the whole log is {}",
+                self.splats.len(),
+                self.console.display()
+            );
+        }
+        if !self.finished {
+            let log = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
+            bail!(
+                "dom0 went down before its work was done; the log is {}, its last lines are:\n{}",
+                self.console.display(),
+                run::tail(&log, 15)
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// A machine with the usual settings.
+    pub(crate) fn new(name: &str) -> Self {
+        Machine {
+            name: name.into(),
+            smp: 2,
+            icount: false,
+            xen_args: String::new(),
+            dom0_args: String::new(),
+            checks: true,
+            disks: Vec::new(),
+            timeout: Duration::from_secs(600),
+        }
+    }
+
+    /// Boots with `payload` at /t; each reported line goes to `on_line` as it comes.
+    pub(crate) fn run(
+        &self,
+        machines: &Machines,
+        payload: &Path,
+        mut on_line: impl FnMut(&str),
+    ) -> Result<Outcome> {
+        let dir = self.prepare(payload)?;
+        let _one_at_a_time = cache::lock(&cache::dir()?.join("machine.lock"))?;
+        let console = dir.join("console.log");
+        let mut qemu = self.qemu(machines, &dir);
+        qemu.args(["-monitor", "none", "-serial", "file:/mnt/b/console.log"]);
+        qemu.args(["-chardev", "stdio,id=report,signal=off"]);
+        // A closed standard input would look like an absent host to the port, so it stays open.
+        qemu.stdin(Stdio::piped()).stdout(Stdio::piped());
+        qemu.stderr(fs::File::create(dir.join("qemu.log"))?);
+        let mut child = run::start(&mut qemu)?;
+        let lines = reader(&mut child)?;
+        let start = Instant::now();
+        let timed_out = loop {
+            match lines.recv_timeout(self.timeout.saturating_sub(start.elapsed())) {
+                Ok(line) => on_line(&line),
+                Err(RecvTimeoutError::Disconnected) => break false,
+                Err(RecvTimeoutError::Timeout) => break true,
+            }
+        };
+        if timed_out {
+            child.kill()?;
+        }
+        let status = child.wait()?;
+        if timed_out {
+            bail!(
+                "the machine was not done after {} s and was killed; the console log is {}",
+                self.timeout.as_secs(),
+                console.display()
+            );
+        }
+        let complaint = fs::read_to_string(dir.join("qemu.log"))?;
+        ensure!(
+            status.success(),
+            "QEMU failed ({status}): {}",
+            complaint.trim()
+        );
+        let log = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+        Ok(Outcome {
+            splats: splat::splats(&log),
+            finished: log.contains("dom0: /t/run ended with"),
+            console,
+        })
+    }
+
+    /// Boots with dom0's console on the terminal.
+    pub(crate) fn run_on_terminal(&self, machines: &Machines, payload: &Path) -> Result<()> {
+        let dir = self.prepare(payload)?;
+        let _one_at_a_time = cache::lock(&cache::dir()?.join("machine.lock"))?;
+        let mut qemu = self.qemu(machines, &dir);
+        qemu.args([
+            "-serial",
+            "mon:stdio",
+            "-chardev",
+            "file,id=report,path=/mnt/b/report",
+        ]);
+        run::shown(&mut qemu)
+    }
+
+    /// Makes the folder of the run, with the payload as a disk.
+    fn prepare(&self, payload: &Path) -> Result<PathBuf> {
+        let dir = build::repository()?.join("target/vm").join(&self.name);
+        run::remove_tree(&dir)?;
+        fs::create_dir_all(&dir)?;
+        let tar = dir.join("payload.tar");
+        run::shown(
+            Command::new("tar")
+                .args(["--owner=0", "--group=0", "-cf"])
+                .arg(&tar)
+                .arg("-C")
+                .arg(payload)
+                .arg("."),
+        )?;
+        // A disk is made of whole sectors.
+        let size = fs::metadata(&tar)?.len().next_multiple_of(4096);
+        fs::File::options().write(true).open(&tar)?.set_len(size)?;
+        Ok(dir)
+    }
+
+    fn qemu(&self, machines: &Machines, dir: &Path) -> Command {
+        let mut root = Root::new(&machines.build_root)
+            .bind_read_only(&machines.dom0, "/mnt/a")
+            .bind(dir, "/mnt/b");
+        let mut disks = Vec::new();
+        for (disk, place) in self.disks.iter().zip(["/mnt/c", "/mnt/d"]) {
+            let folder = disk.parent().unwrap_or(Path::new("/"));
+            let name = disk
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            root = root.bind(folder, place);
+            disks.push(format!(
+                "file={place}/{name},if=virtio,format=raw,cache=unsafe"
+            ));
+        }
+        let mut qemu = root.command("qemu-system-x86_64");
+        qemu.args([
+            "-M",
+            "q35",
+            "-m",
+            MEMORY,
+            "-smp",
+            &self.smp.to_string(),
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        // rdrand: without it the hotplug scripts wait a minute for entropy.
+        qemu.args(["-cpu", "qemu64,+svm,+npt,+rdrand,+rdseed"]);
+        if self.icount {
+            qemu.args([
+                "-accel",
+                "tcg,thread=single,tb-size=512",
+                "-icount",
+                "shift=0,sleep=off",
+            ]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi,tb-size=512"]);
+        }
+        qemu.args(["-kernel", "/mnt/a/xen", "-append", &self.xen_command_line()]);
+        let dom0 = format!(
+            "/mnt/a/vmlinuz {},/mnt/a/dom0.cpio",
+            self.dom0_command_line()
+        );
+        qemu.args(["-initrd", &dom0]);
+        qemu.args([
+            "-drive",
+            "file=/mnt/a/dom0.img,if=virtio,format=raw,cache=unsafe,snapshot=on",
+        ]);
+        qemu.args([
+            "-drive",
+            "file=/mnt/b/payload.tar,if=virtio,format=raw,readonly=on",
+        ]);
+        for disk in &disks {
+            qemu.args(["-drive", disk]);
+        }
+        qemu.args([
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "virtserialport,chardev=report,name=report",
+        ]);
+        qemu
+    }
+
+    fn xen_command_line(&self) -> String {
+        let mut line =
+            format!("console=com1 com1=115200,8n1 dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY}");
+        if self.icount {
+            line.push_str(" bootscrub=off");
+        }
+        join(line, &self.xen_args)
+    }
+
+    fn dom0_command_line(&self) -> String {
+        let line = String::from("console=hvc0 root=/dev/vda");
+        let line = join(line, if self.checks { CHECKS } else { "panic=-1" });
+        join(line, &self.dom0_args)
+    }
+}
+
+fn join(line: String, more: &str) -> String {
+    if more.is_empty() {
+        line
+    } else {
+        format!("{line} {more}")
+    }
+}
+
+/// The lines of the child's standard output, as they come.
+fn reader(child: &mut Child) -> Result<Receiver<String>> {
+    let out = child
+        .stdout
+        .take()
+        .context("the machine has no report channel")?;
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(out).split(b'\n') {
+            // A read error and a receiver that went away both mean that the run is over; the exit
+            // status and the console tell why.
+            let Ok(line) = line else { return };
+            let text = String::from_utf8_lossy(&line)
+                .trim_end_matches('\r')
+                .to_string();
+            if sender.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checks_are_on_unless_told_otherwise() {
+        let mut machine = Machine::new("x");
+        assert!(machine.dom0_command_line().contains("panic_on_warn=1"));
+        machine.checks = false;
+        machine.dom0_args = "noblkback".into();
+        assert_eq!(
+            machine.dom0_command_line(),
+            "console=hvc0 root=/dev/vda panic=-1 noblkback"
+        );
+    }
+
+    #[test]
+    fn splat_or_early_death_fails_a_run() {
+        let console = std::env::temp_dir().join(format!("xtask-console-{}", std::process::id()));
+        fs::write(&console, "").unwrap();
+        let outcome = |splats: &[&str], finished| Outcome {
+            console: console.clone(),
+            splats: splats.iter().map(ToString::to_string).collect(),
+            finished,
+        };
+        assert!(outcome(&[], true).verdict().is_ok());
+        assert!(outcome(&["BUG: x"], true).verdict().is_err());
+        assert!(outcome(&[], false).verdict().is_err());
+        fs::remove_file(console).unwrap();
+    }
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The folder that a test machine finds at /t.
+
+use crate::recipes::Machines;
+use crate::root::Root;
+use crate::{build, install, run};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Makes the index of the modules as it is with the payload's modules added, so that dom0 does
+/// not have to: it takes long under emulation.
+const DEPMOD: &str = r#"
+release=$(cat /kernel-release)
+work=$(mktemp -d)
+mkdir -p "$work/usr/lib/modules" "$work/usr/lib/depmod.d"
+ln -s usr/lib "$work/lib"
+cp -as "/usr/lib/modules/$release" "$work/usr/lib/modules/"
+cp -a "/mnt/a/usr/lib/modules/$release/." "$work/usr/lib/modules/$release/"
+depmod -b "$work" "$release"
+find "$work/usr/lib/modules/$release" -maxdepth 1 -type f -name 'modules.*' \
+	-exec cp -t "/mnt/a/usr/lib/modules/$release/" {} +
+rm -r "$work"
+"#;
+
+/// A new payload named `name`, whose `/t/run` is the shell script `script`.
+pub(crate) fn new(name: &str, script: &str) -> Result<PathBuf> {
+    let dir = build::repository()?
+        .join("target/vm")
+        .join(format!("{name}.payload"));
+    run::remove_tree(&dir)?;
+    fs::create_dir_all(&dir)?;
+    let file = dir.join("run");
+    fs::write(&file, format!("#!/bin/bash\n{script}"))?;
+    run::shown(Command::new("chmod").arg("+x").arg(&file))?;
+    Ok(dir)
+}
+
+/// Adds what a package would install; dom0 lays it over its root before it loads a driver.
+pub(crate) fn add_installed(
+    payload: &Path,
+    machines: &Machines,
+    module: &Path,
+    with_programs: bool,
+) -> Result<()> {
+    let overlay = payload.join("overlay");
+    let programs = if with_programs {
+        Some(build::programs()?)
+    } else {
+        None
+    };
+    install::to(module, programs.as_deref(), &overlay)?;
+    let root = Root::new(&machines.build_root).bind(&overlay, "/mnt/a");
+    run::shown(&mut root.script(DEPMOD)).context("cannot index the modules of the payload")
+}
+
+/// Adds a program as /t/NAME.
+pub(crate) fn add_program(payload: &Path, program: &Path) -> Result<()> {
+    let name = program.file_name().context("a program has a name")?;
+    fs::copy(program, payload.join(name)).with_context(|| {
+        format!(
+            "cannot copy {}: does the workspace have it?",
+            program.display()
+        )
+    })?;
+    Ok(())
+}
+
+/// Adds a guest as /t/guest: its kernel, and its initramfs with `agent` as the first process.
+pub(crate) fn add_guest(payload: &Path, machines: &Machines, agent: &Path) -> Result<()> {
+    let guest = payload.join("guest");
+    fs::create_dir_all(&guest)?;
+    fs::copy(machines.dom0.join("vmlinuz"), guest.join("vmlinuz"))?;
+    let added = guest.join("added");
+    fs::create_dir_all(&added)?;
+    fs::copy(agent, added.join("agent"))?;
+    // The kernel unpacks one archive after the other.
+    let script = "cd /mnt/b/added && chmod +x agent && echo agent | cpio -o -H newc -R 0:0 --quiet >../agent.cpio
+        cat /mnt/a/guest.cpio ../agent.cpio | gzip -1 >../guest.cpio.gz
+        rm ../agent.cpio";
+    let root = Root::new(&machines.build_root)
+        .bind_read_only(&machines.guest, "/mnt/a")
+        .bind(&guest, "/mnt/b");
+    run::shown(&mut root.script(script)).context("cannot pack the guest's initramfs")?;
+    run::remove_tree(&added)
+}

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The artefacts: the build root, the kernel tree, and the disks and initramfs of the machines.
+
+use crate::cache::Artefact;
+use crate::root::Root;
+use crate::{gates, host, run};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const BUILD_PACKAGES: &str = include_str!("../../recipes/build-root.packages");
+const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
+const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
+const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
+const INITRAMFS: &str = include_str!("../../recipes/initramfs.sh");
+const DOM0_INIT: &str = include_str!("../../recipes/dom0-init.sh");
+const DOM0_INITRAMFS_INIT: &str = include_str!("../../recipes/dom0-initramfs-init.sh");
+const GUEST_INIT: &str = include_str!("../../recipes/guest-init.sh");
+
+/// The modules that dom0 needs to reach its root file system.
+const DOM0_MODULES: &str = "virtio_pci virtio_blk ext4";
+/// The modules of a guest: its disk, file systems to put on it, and the devices with which a
+/// program can play a frontend itself.
+const GUEST_MODULES: &str = "xen-blkfront ext4 xen-evtchn xen-gntdev xen-gntalloc xenfs";
+const GUEST_PROGRAMS: &str = "/usr/bin/fio /usr/sbin/mkfs.ext4 /usr/sbin/e2fsck";
+
+/// The size of dom0's root file system; it is sparse.
+const DOM0_SIZE: &str = "1600M";
+
+/// A Debian tree with the compilers, the kernel packages and QEMU.
+pub(crate) fn build_root() -> Result<PathBuf> {
+    host::prepare()?;
+    Artefact {
+        name: "build-root",
+        title: "the build root",
+        about: "1 min",
+        inputs: vec![host::SUITE, BUILD_PACKAGES, KERNEL_HOOK],
+    }
+    .get(|dir, log| debian(dir, log, BUILD_PACKAGES, Some(KERNEL_HOOK)))
+}
+
+/// The tree that a Rust module is compiled against: `source`, `build` and `kmake`.
+pub(crate) fn kernel_tree(build_root: &Path) -> Result<PathBuf> {
+    let id = folder_name(build_root)?;
+    Artefact {
+        name: "kernel-tree",
+        title: "the kernel's Rust tree",
+        about: "1.5 min",
+        inputs: vec![&id, KERNEL_TREE],
+    }
+    .get(|dir, log| {
+        let root = Root::new(build_root).bind(dir, "/mnt/a");
+        run::logged(&mut root.script(KERNEL_TREE), log)?;
+        gates::check(build_root, dir, &release(build_root)?)
+    })
+}
+
+/// A Debian tree with Xen's tools, without a kernel and without a module of ours.
+fn dom0_root() -> Result<PathBuf> {
+    host::prepare()?;
+    Artefact {
+        name: "dom0-root",
+        title: "dom0's root",
+        about: "1 min",
+        inputs: vec![host::SUITE, DOM0_PACKAGES],
+    }
+    .get(|dir, log| debian(dir, log, DOM0_PACKAGES, None))
+}
+
+/// All that is needed to boot machines.
+#[derive(Debug)]
+pub(crate) struct Machines {
+    /// QEMU and the tools are run in here.
+    pub(crate) build_root: PathBuf,
+    /// Holds `xen`, `vmlinuz`, `dom0.cpio`, `dom0.img`.
+    pub(crate) dom0: PathBuf,
+    /// Holds `guest.cpio`, the base of the guests' initramfs; their kernel is dom0's `vmlinuz`.
+    pub(crate) guest: PathBuf,
+}
+
+/// Builds what is missing of the machines; the two Debian trees at the same time.
+pub(crate) fn machines() -> Result<Machines> {
+    let (build_root, dom0_root) = std::thread::scope(|scope| {
+        let other = scope.spawn(dom0_root);
+        let build_root = build_root();
+        (build_root, other.join())
+    });
+    let build_root = build_root?;
+    let dom0_root = dom0_root.map_err(|_| anyhow::anyhow!("building dom0's root panicked"))??;
+    let ids = (folder_name(&build_root)?, folder_name(&dom0_root)?);
+    let dom0 = Artefact {
+        name: "dom0-image",
+        title: "dom0's disk",
+        about: "20 s",
+        inputs: vec![
+            &ids.0,
+            &ids.1,
+            DOM0_INIT,
+            DOM0_INITRAMFS_INIT,
+            INITRAMFS,
+            DOM0_MODULES,
+            DOM0_SIZE,
+        ],
+    }
+    .get(|dir, log| dom0_image(dir, log, &build_root, &dom0_root))?;
+    let guest = Artefact {
+        name: "guest-initramfs",
+        title: "the guests' initramfs",
+        about: "3 s",
+        inputs: vec![
+            &ids.0,
+            &ids.1,
+            GUEST_INIT,
+            INITRAMFS,
+            GUEST_MODULES,
+            GUEST_PROGRAMS,
+        ],
+    }
+    .get(|dir, log| {
+        let init = (GUEST_INIT, GUEST_MODULES, GUEST_PROGRAMS);
+        initramfs(dir, "guest.cpio", log, &build_root, &dom0_root, init)
+    })?;
+    Ok(Machines {
+        build_root,
+        dom0,
+        guest,
+    })
+}
+
+/// The release of the stock kernel in the build root.
+pub(crate) fn release(build_root: &Path) -> Result<String> {
+    Ok(fs::read_to_string(build_root.join("kernel-release"))?
+        .trim()
+        .to_string())
+}
+
+fn folder_name(path: &Path) -> Result<String> {
+    Ok(path
+        .file_name()
+        .context("an artefact has a name")?
+        .to_string_lossy()
+        .into_owned())
+}
+
+/// Makes a Debian tree of the target suite in `dir`.
+fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<&str>) -> Result<()> {
+    let sources = dir.with_extension("list");
+    fs::write(&sources, host::sources()?)?;
+    let packages: Vec<&str> = packages
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .flat_map(str::split_whitespace)
+        .collect();
+    let mut command = Command::new("mmdebstrap");
+    command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
+    command.arg(format!("--include={}", packages.join(",")));
+    if let Some(text) = hook {
+        let file = dir.with_extension("hook");
+        fs::write(&file, text)?;
+        command.arg(format!("--customize-hook=sh {} \"$1\"", file.display()));
+    }
+    command.arg(host::SUITE).arg(dir).arg(&sources);
+    run::logged(command.stdin(std::process::Stdio::null()), log)
+}
+
+fn dom0_image(dir: &Path, log: &Path, build_root: &Path, dom0_root: &Path) -> Result<()> {
+    let release = release(build_root)?;
+    let tree = dir.join("tree");
+    let modules = format!("usr/lib/modules/{release}");
+    run::logged(
+        Command::new("cp")
+            .args(["-a", "--reflink=auto"])
+            .arg(dom0_root)
+            .arg(&tree),
+        log,
+    )?;
+    fs::create_dir_all(tree.join("usr/lib/modules"))?;
+    let from = build_root.join(&modules);
+    run::logged(
+        Command::new("cp")
+            .arg("-a")
+            .arg(from)
+            .arg(tree.join("usr/lib/modules/")),
+        log,
+    )?;
+    fs::write(tree.join("etc/fstab"), "")?;
+    let init = tree.join("usr/sbin/init");
+    // A package's init is a link to a program elsewhere: replace the link, not the program.
+    if init.symlink_metadata().is_ok() {
+        fs::remove_file(&init)?;
+    }
+    fs::write(&init, DOM0_INIT)?;
+    run::shown(Command::new("chmod").arg("+x").arg(&init))?;
+
+    let root = Root::new(build_root).bind(dir, "/mnt/a");
+    let script = format!(
+        "gunzip -c /mnt/a/tree/boot/xen-4.20-amd64.gz >/mnt/a/xen
+         cp $(ls /boot/vmlinuz-{release} /usr/lib/modules/{release}/vmlinuz 2>/dev/null | head -n1) /mnt/a/vmlinuz
+         rm -f /mnt/a/tree/usr/lib/modules/{release}/vmlinuz
+         truncate -s {DOM0_SIZE} /mnt/a/dom0.img
+         mkfs.ext4 -q -E lazy_itable_init=0 -d /mnt/a/tree /mnt/a/dom0.img"
+    );
+    run::logged(&mut root.script(&script), log)?;
+    run::remove_tree(&tree)?;
+    let init = (DOM0_INITRAMFS_INIT, DOM0_MODULES, "");
+    initramfs(dir, "dom0.cpio", log, build_root, dom0_root, init)
+}
+
+/// Packs an initramfs named `out`, from (init script, modules, programs).
+fn initramfs(
+    dir: &Path,
+    out: &str,
+    log: &Path,
+    build_root: &Path,
+    dom0_root: &Path,
+    (init, modules, programs): (&str, &str, &str),
+) -> Result<()> {
+    fs::write(dir.join("init"), init)?;
+    let root = Root::new(build_root)
+        .bind(dir, "/mnt/a")
+        .bind(dom0_root, "/mnt/b");
+    let mut command = root.script(INITRAMFS);
+    command.args([
+        "initramfs",
+        "/mnt/b",
+        &format!("/mnt/a/{out}"),
+        "/mnt/a/init",
+        modules,
+        programs,
+    ]);
+    run::logged(&mut command, log)?;
+    Ok(fs::remove_file(dir.join("init"))?)
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! `cargo xtask vm`: a dom0 to work in, with what a package would install.
+
+use crate::machine::Machine;
+use crate::recipes::Machines;
+use crate::{build, payload, recipes};
+use anyhow::{Context, Result};
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Says how the command ended, in the last line of the report.
+const END: &str = "xtask: the command ended with ";
+
+/// What the user asked for.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Processors of the machine.
+    #[arg(long, default_value_t = 2)]
+    smp: u32,
+    /// More words for Xen's command line.
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "WORDS",
+        allow_hyphen_values = true
+    )]
+    xen_args: String,
+    /// More words for dom0's kernel command line, such as `noblkback` (load no disk backend).
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "WORDS",
+        allow_hyphen_values = true
+    )]
+    dom0_args: String,
+    /// Do not install our module and programs: the C driver serves the disks.
+    #[arg(long)]
+    stock: bool,
+    /// Leave out the programs and the guest; only the module is built.
+    #[arg(long)]
+    bare: bool,
+    /// Use this module in place of the one of the checkout.
+    #[arg(long, value_name = "KO", conflicts_with = "stock")]
+    module: Option<std::path::PathBuf>,
+    /// Kill the machine of a CMD after this many seconds.
+    #[arg(long, default_value_t = 300)]
+    timeout: u64,
+    /// Run this shell command in dom0, print its output, and leave with its exit code.
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+/// Boots the machine.
+pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
+    let script = if args.command.is_empty() {
+        interactive()
+    } else {
+        once(&args.command.join(" "))
+    };
+    let payload = payload::new("vm", &script)?;
+    let machines = recipes::machines()?;
+    fill(args, &payload, &machines)?;
+    let mut machine = Machine::new("vm");
+    machine.smp = args.smp;
+    machine.xen_args.clone_from(&args.xen_args);
+    machine.dom0_args.clone_from(&args.dom0_args);
+    machine.timeout = std::time::Duration::from_secs(args.timeout);
+    if args.command.is_empty() {
+        eprintln!("booting; leave with `exit`, or at any time with Ctrl-A x");
+        machine.run_on_terminal(&machines, &payload)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut code = None;
+    let outcome = machine.run(&machines, &payload, |line| match line.strip_prefix(END) {
+        Some(number) => code = number.parse::<u8>().ok(),
+        None => println!("{line}"),
+    })?;
+    outcome.verdict()?;
+    let code = code.with_context(|| {
+        format!(
+            "the command did not say how it ended; the console log is {}",
+            outcome.console.display()
+        )
+    })?;
+    Ok(ExitCode::from(code))
+}
+
+/// Puts the module, the programs and a guest into the payload, as far as wanted.
+fn fill(args: &Args, payload: &Path, machines: &Machines) -> Result<()> {
+    if !args.stock {
+        let module = match &args.module {
+            Some(module) => module.canonicalize()?,
+            None => build::module(build::Flavour::Plain)?,
+        };
+        payload::add_installed(payload, machines, &module, !args.bare)?;
+    }
+    if !args.bare {
+        let programs = build::programs()?;
+        for program in build::program_files(&programs)? {
+            payload::add_program(payload, &program)?;
+        }
+        payload::add_guest(payload, machines, &programs.join("vmtest"))?;
+    }
+    Ok(())
+}
+
+fn interactive() -> String {
+    "echo 'This is dom0. /t holds the programs and a guest. Leave with: exit'\n\
+     setsid -c bash -i </dev/hvc0 >/dev/hvc0 2>&1\n"
+        .into()
+}
+
+fn once(command: &str) -> String {
+    let quoted = command.replace('\'', r"'\''");
+    // One process at a time may open the port, so it is opened once.
+    format!("exec >\"$REPORT\" 2>&1\nbash -c '{quoted}'\necho \"{END}$?\"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::once;
+
+    #[test]
+    fn command_keeps_its_quotes() {
+        assert!(once("echo 'a b'").contains(r"bash -c 'echo '\''a b'\'''"));
+    }
+}
