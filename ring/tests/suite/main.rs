@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The tests of the crate `ring`: layouts, indices, requests, hostile frontends.
+//!
+//! The oracles and the fake shared page belong to the fuzz targets and are included from there.
+
+#![allow(
+    dead_code,
+    reason = "each test uses its part of the shared support code"
+)]
+
+#[path = "../../../tests/fuzz/src/encode.rs"]
+pub mod encode;
+#[path = "../../../tests/fuzz/src/fake.rs"]
+pub mod fake;
+#[path = "../../../tests/fuzz/src/oracle.rs"]
+pub mod oracle;
+#[path = "../../../tests/fuzz/src/request_case.rs"]
+pub mod request_case;
+#[path = "../../../tests/fuzz/src/ring_case.rs"]
+pub mod ring_case;
+
+mod honest;
+mod hostile;
+mod hostile_ring;
+mod index;
+mod layout;
+mod props;
+mod seeded;

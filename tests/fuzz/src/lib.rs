@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The bodies of the fuzz targets and what they share with the tests of the crate `ring`.
+//!
+//! The tests include the same files by path, so every target also runs with seeded random input
+//! in an ordinary `cargo test`.
+
+pub mod encode;
+pub mod fake;
+pub mod oracle;
+pub mod request_case;
+pub mod ring_case;
