@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The target of programs that run in dom0.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The checkout.
 pub(crate) fn repository() -> Result<PathBuf> {
@@ -31,57 +31,68 @@ pub(crate) struct Built {
 pub(crate) fn all() -> Result<Built> {
     Ok(Built {
         programs: programs()?,
-        module: module(Flavour::Plain)?,
+        module: module()?,
     })
 }
 
-/// How Kbuild is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Flavour {
-    /// The module as it is shipped.
-    Plain,
-    /// With clippy as the compiler. It changes the code that is made, so this is never loaded.
-    Clippy,
-}
-
 /// Builds the kernel module and returns the path of the .ko. The compiler's messages are shown.
-pub(crate) fn module(flavour: Flavour) -> Result<PathBuf> {
-    module_of(&repository()?, flavour)
+pub(crate) fn module() -> Result<PathBuf> {
+    module_of(&repository()?)
 }
 
 /// As [`module`], from the Kbuild in `source`.
-pub(crate) fn module_of(source: &Path, flavour: Flavour) -> Result<PathBuf> {
-    let build_root = recipes::build_root()?;
-    let tree = recipes::kernel_tree(&build_root)?;
-    let name = match flavour {
-        Flavour::Plain => "module",
-        Flavour::Clippy => "module-clippy",
-    };
-    // The objects depend on where the checkout is and on the tree they are built against.
-    let source_text = source.to_string_lossy();
-    let tree_text = tree.to_string_lossy();
-    let objects = cache::dir()?.join(format!(
-        "{name}-{}",
-        cache::key(&[&source_text, &tree_text])
-    ));
-    fs::create_dir_all(&objects)?;
-    let _lock = cache::lock(&objects.join(".lock"))?;
-    let root = Root::new(&build_root)
-        .bind_read_only(&tree, "/mnt/a")
-        .bind_read_only(source, "/mnt/b")
-        .bind(&objects, "/mnt/c");
-    let mut make = root.command("/mnt/a/kmake");
-    make.args(["-s", "M=/mnt/b", "MO=/mnt/c"]);
-    if flavour == Flavour::Clippy {
-        make.arg("CLIPPY=1");
-    }
-    run::shown(make.arg("modules"))?;
+pub(crate) fn module_of(source: &Path) -> Result<PathBuf> {
+    let objects = objects("module", source)?;
+    let _lock = cache::lock(&objects.with_extension("lock"))?;
+    run::shown(&mut make(source, &objects)?)?;
     let module = objects.join("xen-blkback-rs.ko");
     anyhow::ensure!(
         module.exists(),
         "Kbuild made no xen-blkback-rs.ko: the top-level Kbuild must say obj-m := xen-blkback-rs.o"
     );
     Ok(module)
+}
+
+/// All that clippy says of the module. It compiles with clippy, which changes the code that is
+/// made, so the result is never loaded.
+pub(crate) fn clippy_messages() -> Result<String> {
+    let source = repository()?;
+    let objects = objects("module-clippy", &source)?;
+    let _lock = cache::lock(&objects.with_extension("lock"))?;
+    // What is up to date would not be looked at, and its warnings would be lost.
+    run::remove_tree(&objects)?;
+    fs::create_dir_all(&objects)?;
+    let out = make(&source, &objects)?.arg("CLIPPY=1").output()?;
+    let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).replace("/mnt/b/", "");
+    anyhow::ensure!(
+        out.status.success(),
+        "the module does not build with clippy:\n{text}"
+    );
+    Ok(text)
+}
+
+/// The folder for the objects of a build: they depend on where the checkout is and on the tree
+/// they are built against.
+fn objects(name: &str, source: &Path) -> Result<PathBuf> {
+    let tree = recipes::kernel_tree(&recipes::build_root()?)?;
+    let key = cache::key(&[&source.to_string_lossy(), &tree.to_string_lossy()]);
+    let objects = cache::dir()?.join(format!("{name}-{key}"));
+    fs::create_dir_all(&objects)?;
+    Ok(objects)
+}
+
+/// The make that builds the module of `source` into `objects`.
+fn make(source: &Path, objects: &Path) -> Result<Command> {
+    let build_root = recipes::build_root()?;
+    let root = Root::new(&build_root)
+        .bind_read_only(&recipes::kernel_tree(&build_root)?, "/mnt/a")
+        .bind_read_only(source, "/mnt/b")
+        .bind(objects, "/mnt/c");
+    let mut make = root.command("/mnt/a/kmake");
+    make.args(["-s", "M=/mnt/b", "MO=/mnt/c"]);
+    // Type information for tracers needs the kernel's unstripped image, which nobody has.
+    make.args(["CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]);
+    Ok(make)
 }
 
 /// Builds the programs so that they run in dom0 whatever libc the host has: statically linked.

@@ -3,15 +3,20 @@
 
 mod build;
 mod cache;
+mod check;
+mod demo;
 mod gates;
 mod host;
 mod install;
+mod ktap;
+mod lanes;
 mod machine;
 mod payload;
 mod recipes;
 mod root;
 mod run;
 mod splat;
+mod tally;
 mod vm;
 
 use clap::{Parser, Subcommand};
@@ -32,6 +37,27 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Show the driver at work in a Xen machine.
+    ///
+    /// Boots Xen and a dom0 in QEMU, starts a guest, and tells what happens to one of its disks.
+    /// It needs nothing of the host but root, and takes a few minutes the first time.
+    Demo,
+    /// Run the tests; the last line has the sums.
+    ///
+    /// Without --lane: host, check, build and e2e. The logs of the machine are in target/vm/e2e.
+    Test {
+        /// Run only this lane; may be given more than once.
+        #[arg(long = "lane", value_name = "NAME")]
+        lanes: Vec<lanes::Lane>,
+        /// Of the lane e2e, run only the tests whose name fits this pattern.
+        #[arg(long, default_value = "*", value_name = "PATTERN")]
+        only: String,
+    },
+    /// Check the sources without running them.
+    ///
+    /// Formatting, lints of the workspace and of the module, licences, dependency direction, and
+    /// where unsafe code is. The same as `cargo xtask test --lane check`.
+    Check,
     /// Build the kernel module and the programs; the last line is the path of the .ko.
     ///
     /// The module is compiled in the build root, against the stock Debian kernel's own Rust tree,
@@ -65,11 +91,14 @@ enum Task {
 
 fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
+        Task::Demo => demo::run(),
+        Task::Test { lanes, only } => Ok(exit(lanes::run(&lanes, &only).finish())),
+        Task::Check => Ok(exit(lanes::run(&[lanes::Lane::Check], "").finish())),
         Task::Build {
             source: Some(source),
             ..
         } => {
-            let module = build::module_of(&source.canonicalize()?, build::Flavour::Plain)?;
+            let module = build::module_of(&source.canonicalize()?)?;
             println!("{}", module.display());
             Ok(ExitCode::SUCCESS)
         }
@@ -87,6 +116,14 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Task::Vm(args) => vm::vm(&args),
+    }
+}
+
+fn exit(good: bool) -> ExitCode {
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 

@@ -90,7 +90,7 @@ fn fill(args: &Args, payload: &Path, machines: &Machines) -> Result<()> {
     if !args.stock {
         let module = match &args.module {
             Some(module) => module.canonicalize()?,
-            None => build::module(build::Flavour::Plain)?,
+            None => build::module()?,
         };
         payload::add_installed(payload, machines, &module, !args.bare)?;
     }

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Dependencies point down only: over the manifests, `#[path]` lines and `crate::` paths.
+
+use super::source::{self, Source};
+use anyhow::Result;
+
+/// A part of the project: its name, where its files are, and what it may use beside itself.
+/// The first folder that fits decides.
+const AREAS: &[(&str, &str, &[&str])] = &[
+    ("ring", "ring/", &[]),
+    ("xenbus::proto", "xenbus/src/proto/", &["ring"]),
+    (
+        "xenbus::kernel",
+        "xenbus/src/kernel/",
+        &["ring", "xenbus::proto"],
+    ),
+    (
+        "xenbus",
+        "xenbus/",
+        &["ring", "xenbus::proto", "xenbus::kernel"],
+    ),
+    (
+        "blktap-kmod",
+        "blktap-kmod/",
+        &[
+            "ring",
+            "xenbus",
+            "xenbus::proto",
+            "xenbus::kernel",
+            "blkback",
+        ],
+    ),
+    (
+        "blkback",
+        "blkback/",
+        &["ring", "xenbus", "xenbus::proto", "xenbus::kernel"],
+    ),
+    ("tapdev", "userspace/tapdev/", &["ring"]),
+    ("userspace", "userspace/", &["ring", "tapdev"]),
+    ("xtask", "ci/", &[]),
+    (
+        "tests",
+        "tests/",
+        &[
+            "ring",
+            "xenbus",
+            "xenbus::proto",
+            "blkback",
+            "blktap-kmod",
+            "tapdev",
+            "userspace",
+        ],
+    ),
+];
+
+/// The file that puts the module together: it alone sees both data paths.
+const MODULE_ROOTS: &[&str] = &[
+    "blkback/xen_blkback_main.rs",
+    "blkback/blkback_main.rs",
+    "blkback/main.rs",
+];
+
+pub(super) fn check(sources: &[Source]) -> Result<()> {
+    super::none(complaints(sources))
+}
+
+fn complaints(sources: &[Source]) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for file in sources {
+        let Some((name, _, allowed)) = area_of(&file.path) else {
+            continue;
+        };
+        if MODULE_ROOTS.contains(&file.path.as_str()) {
+            continue;
+        }
+        for (number, used) in uses(file) {
+            if used != *name && !allowed.contains(&used) {
+                complaints.push(format!(
+                    "{}:{number}: {name} must not depend on {used}: dependencies point down only",
+                    file.path
+                ));
+            }
+        }
+    }
+    complaints
+}
+
+fn area_of(path: &str) -> Option<&'static (&'static str, &'static str, &'static [&'static str])> {
+    // The tests of a crate may use what all tests share.
+    let path = if path.contains("/tests/") {
+        "tests/"
+    } else {
+        path
+    };
+    AREAS.iter().find(|(_, folder, _)| path.starts_with(folder))
+}
+
+/// The areas that a file uses, each with the number of the line.
+fn uses(file: &Source) -> Vec<(usize, &'static str)> {
+    let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let in_manifest = file.path.ends_with("Cargo.toml");
+    if !in_manifest && !file.path.ends_with(".rs") {
+        return Vec::new();
+    }
+    let code = source::code(&file.text);
+    let mut uses = Vec::new();
+    for (number, (line, code)) in file.text.lines().zip(code.lines()).enumerate() {
+        let line = line.trim();
+        let target = if in_manifest {
+            quoted_after(line, "path = ").map(|path| format!("{path}/"))
+        } else if code.contains("#[path") {
+            quoted_after(line, "#[path = ").map(str::to_string)
+        } else {
+            None
+        };
+        if let Some(area) = target.and_then(|target| area_of(&resolve(folder, &target))) {
+            uses.push((number + 1, area.0));
+        }
+        if !in_manifest {
+            uses.extend(crate_paths(code).map(|area| (number + 1, area)));
+        }
+    }
+    uses
+}
+
+/// The areas that `crate::...` or `xenbus::...` paths of a line name.
+fn crate_paths(line: &str) -> impl Iterator<Item = &'static str> + '_ {
+    line.match_indices("crate::").filter_map(|(at, word)| {
+        let path = &line[at + word.len()..];
+        let part = |n: usize| {
+            path.split("::")
+                .nth(n)
+                .unwrap_or("")
+                .split(|c: char| !c.is_alphanumeric() && c != '_')
+                .next()
+        };
+        match (part(0)?, part(1)?) {
+            ("blktap" | "blktap_kmod" | "tap", _) => Some("blktap-kmod"),
+            ("blkback", _) => Some("blkback"),
+            ("xenbus", "kernel") => Some("xenbus::kernel"),
+            ("xenbus", "proto") => Some("xenbus::proto"),
+            _ => None,
+        }
+    })
+}
+
+fn quoted_after<'a>(line: &'a str, mark: &str) -> Option<&'a str> {
+    line.split_once(mark)?
+        .1
+        .strip_prefix('"')?
+        .split('"')
+        .next()
+}
+
+/// `folder/target` without `..`.
+fn resolve(folder: &str, target: &str) -> String {
+    let mut parts: Vec<&str> = folder.split('/').filter(|part| !part.is_empty()).collect();
+    for part in target.split('/') {
+        match part {
+            ".." => drop(parts.pop()),
+            "." => {}
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{complaints, Source};
+
+    fn found(path: &str, text: &str) -> usize {
+        complaints(&[Source {
+            path: path.into(),
+            text: text.into(),
+        }])
+        .len()
+    }
+
+    #[test]
+    fn upward_dependency_in_a_manifest_is_found() {
+        assert_eq!(
+            found(
+                "ring/Cargo.toml",
+                "[dependencies]\nxenbus = { path = \"../xenbus\" }\n"
+            ),
+            1
+        );
+        assert_eq!(
+            found("xenbus/Cargo.toml", "ring = { path = \"../ring\" }\n"),
+            0
+        );
+        assert_eq!(
+            found("ci/xtask/Cargo.toml", "ring = { path = \"../../ring\" }\n"),
+            1
+        );
+    }
+
+    #[test]
+    fn upward_path_attribute_is_found() {
+        assert_eq!(
+            found(
+                "xenbus/src/proto/mod.rs",
+                "#[path = \"../../../blkback/vbd.rs\"]\nmod vbd;\n"
+            ),
+            1
+        );
+        assert_eq!(
+            found(
+                "blkback/vbd.rs",
+                "#[path = \"../ring/src/ring/mod.rs\"]\nmod ring;\n"
+            ),
+            0
+        );
+    }
+
+    #[test]
+    fn tests_of_a_crate_may_use_what_tests_share() {
+        assert_eq!(
+            found(
+                "ring/tests/main.rs",
+                "#[path = \"../../tests/fuzz/a.rs\"]\nmod a;\n"
+            ),
+            0
+        );
+        assert_eq!(
+            found(
+                "ring/src/main.rs",
+                "#[path = \"../../tests/fuzz/a.rs\"]\nmod a;\n"
+            ),
+            1
+        );
+    }
+
+    #[test]
+    fn upward_crate_path_is_found() {
+        assert_eq!(found("blkback/vbd.rs", "use crate::blktap::Disk;\n"), 1);
+        assert_eq!(
+            found(
+                "xenbus/src/proto/keys.rs",
+                "use crate::xenbus::kernel::store;\n"
+            ),
+            1
+        );
+        assert_eq!(
+            found("blktap-kmod/disk.rs", "use crate::xenbus::kernel::store;\n"),
+            0
+        );
+    }
+}

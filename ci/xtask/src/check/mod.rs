@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! `cargo xtask check`: what can be said about the sources without running them.
+
+mod direction;
+mod format;
+mod licences;
+mod lints;
+pub(crate) mod panics;
+mod source;
+mod unsafe_code;
+
+use crate::tally::Tally;
+use anyhow::{bail, Result};
+
+/// Runs all checks.
+pub(crate) fn run(tally: &mut Tally) -> Result<()> {
+    let sources = source::all()?;
+    tally.check("check.format", format::check(&sources));
+    tally.check(
+        "check.licence-headers",
+        none(licences::without_header(&sources)),
+    );
+    tally.check("check.unsafe-code", unsafe_code::check(&sources));
+    tally.check("check.dependency-direction", direction::check(&sources));
+    tally.check("check.licences", licences::check());
+    lints::workspace(tally);
+    tally.check("check.clippy-module", lints::module());
+    Ok(())
+}
+
+/// An error that lists the complaints, if there are any.
+fn none(complaints: Vec<String>) -> Result<()> {
+    if complaints.is_empty() {
+        return Ok(());
+    }
+    bail!("{}", complaints.join("\n"))
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! `cargo xtask demo`: the driver at work, told by `vmtest demo` in a Xen machine.
+
+use crate::machine::Machine;
+use crate::{lanes, recipes};
+use anyhow::Result;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// The last line of the report when the story was told to its end.
+const TOLD: &str = "xtask: told";
+
+/// Boots the machine and prints what the story says, as it comes; the consoles go to a log.
+pub(crate) fn run() -> Result<ExitCode> {
+    let script = format!(
+        "/t/vmtest demo 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
+    );
+    let payload = lanes::e2e::with_everything("demo", &script)?;
+    let mut machine = Machine::new("demo");
+    machine.timeout = Duration::from_secs(600);
+    eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");
+    let mut told = false;
+    let outcome = machine.run(&recipes::machines()?, &payload, |line| {
+        if line == TOLD {
+            told = true;
+        } else {
+            println!("{line}");
+        }
+    })?;
+    outcome.verdict()?;
+    anyhow::ensure!(
+        told,
+        "the demonstration broke off; the console log is {}",
+        outcome.console.display()
+    );
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Unit and property tests: `cargo test` over the workspace.
+
+use crate::tally::Tally;
+use crate::{build, run};
+use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+pub(super) fn tests(tally: &mut Tally) -> Result<()> {
+    let mut cargo = build::cargo();
+    cargo.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
+    cargo
+        .current_dir(build::repository()?)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    let mut child = run::start(&mut cargo)?;
+    let out = child.stdout.take().context("cargo has no output")?;
+    let mut failed_before = false;
+    for line in BufReader::new(out).lines() {
+        let line = line?;
+        if let Some((passed, failed, skipped)) = result(&line) {
+            tally.add(passed, failed, skipped);
+            failed_before |= failed > 0;
+        }
+        // Thousands of `... ok` lines would hide the others.
+        if !line.ends_with(" ... ok") && !line.trim().is_empty() {
+            println!("{line}");
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() && !failed_before {
+        tally.fail(
+            "cargo test",
+            "it did not build or did not run; its messages are above",
+        );
+    }
+    Ok(())
+}
+
+/// The counts of a `test result:` line.
+fn result(line: &str) -> Option<(u64, u64, u64)> {
+    let rest = line.strip_prefix("test result: ")?;
+    let count = |what: &str| -> Option<u64> {
+        let before = rest.split(&format!(" {what}")).next()?;
+        before
+            .rsplit(|c: char| !c.is_ascii_digit())
+            .next()?
+            .parse()
+            .ok()
+    };
+    Some((count("passed")?, count("failed")?, count("ignored")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::result;
+
+    #[test]
+    fn counts_are_read() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 4 ignored; 0 measured; 0 filtered out; finished in 0.00s";
+        assert_eq!(result(line), Some((12, 3, 4)));
+        assert_eq!(result("test a ... ok"), None);
+    }
+}

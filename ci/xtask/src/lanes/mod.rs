@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The lanes of `cargo xtask test`.
+
+mod build;
+pub(crate) mod e2e;
+mod host;
+mod nightly;
+
+use crate::tally::Tally;
+use std::time::Instant;
+
+/// A group of tests that run together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Lane {
+    /// Unit and property tests, without a machine (cargo test).
+    Host,
+    /// Formatting, lints, licences, dependency direction, unsafe code.
+    Check,
+    /// The module and the programs build; the module cannot panic.
+    Build,
+    /// The tests that run in a Xen machine.
+    E2e,
+    /// What takes too long for each change: cargo-deny.
+    Nightly,
+}
+
+/// The lanes that run when none is named.
+const USUAL: &[Lane] = &[Lane::Host, Lane::Check, Lane::Build, Lane::E2e];
+
+/// Runs the lanes and returns their sums.
+pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
+    let mut tally = Tally::default();
+    for lane in if lanes.is_empty() { USUAL } else { lanes } {
+        let start = Instant::now();
+        println!("== {lane:?}");
+        let done = match lane {
+            Lane::Host => host::tests(&mut tally),
+            Lane::Check => crate::check::run(&mut tally),
+            Lane::Build => build::tests(&mut tally),
+            Lane::E2e => e2e::tests(&mut tally, only),
+            Lane::Nightly => nightly::tests(&mut tally),
+        };
+        if let Err(error) = done {
+            tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));
+        }
+        println!("== {lane:?} took {} s", start.elapsed().as_secs());
+    }
+    tally
+}
