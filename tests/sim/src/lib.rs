@@ -1,1 +1,22 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
 //! Simulation of the data paths against fakes.
+//!
+//! A [`world::World`] joins the real engine with a fake ring, grant table, disk and frontend, all
+//! of which live in one [`machine::Machine`] and follow one seeded schedule. Every fake checks the
+//! contract of its port as it is used; [`history`] checks what the guest sees. What is wrong is
+//! collected as sentences in [`machine::Machine::problems`], so that planted faults can be shown to
+//! be found.
+
+#![forbid(unsafe_code)]
+
+pub mod disk;
+pub mod frontend;
+pub mod grants;
+pub mod history;
+pub mod machine;
+pub mod ring;
+pub mod rng;
+pub mod schedule;
+pub mod wire;
+pub mod world;

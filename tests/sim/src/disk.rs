@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The disk: sectors in memory behind a volatile cache, served in any order.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use blkback::engine::{Backend, Io, IoKind, Slice, Tag};
+use ring::response::Status;
+
+use crate::frontend::Target;
+use crate::history::{decode, encode, SECTOR};
+use crate::machine::{Fault, Machine, Shared};
+
+type Bytes = [u8; SECTOR];
+
+#[derive(Debug)]
+struct Running {
+    tag: Tag,
+    kind: IoKind,
+    sector: u64,
+    sectors: u64,
+    slices: Vec<Slice>,
+    /// Sectors that a flush must make durable: those in the cache when it was submitted.
+    flushes: Vec<u64>,
+}
+
+/// The disk.
+#[derive(Debug, Default)]
+pub struct Disk {
+    /// What a read finds; absent sectors are zero.
+    content: BTreeMap<u64, Bytes>,
+    /// What a power cut leaves.
+    durable: BTreeMap<u64, Bytes>,
+    dirty: BTreeSet<u64>,
+    running: Vec<Running>,
+    done: Vec<(Tag, Status)>,
+    /// Pages of I/Os that the engine has not reaped.
+    pages: BTreeMap<Tag, Vec<u16>>,
+    again: Option<Tag>,
+    /// Completions came and the worker was woken.
+    pub wake: bool,
+    /// I/Os completed.
+    pub completed: u64,
+    /// Batches submitted.
+    pub batches: u64,
+    /// Flushes, barriers and discards executed.
+    pub special: u64,
+}
+
+impl Disk {
+    /// I/Os that are submitted and not completed.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// True if completions wait to be reaped.
+    pub fn has_completions(&self) -> bool {
+        !self.done.is_empty()
+    }
+
+    /// True if an I/O owns a data page.
+    pub fn uses_page(&self, page: u16) -> bool {
+        self.pages.values().flatten().any(|p| *p == page)
+    }
+
+    fn put(&mut self, sector: u64, bytes: Bytes, volatile: bool) {
+        self.content.insert(sector, bytes);
+        self.dirty.insert(sector);
+        if !volatile {
+            self.flush(&[sector]);
+        }
+    }
+
+    fn flush(&mut self, sectors: &[u64]) {
+        for sector in sectors {
+            if self.dirty.remove(sector) {
+                match self.content.get(sector) {
+                    Some(bytes) => self.durable.insert(*sector, *bytes),
+                    None => self.durable.remove(sector),
+                };
+            }
+        }
+    }
+
+    /// The sector as a read finds it.
+    pub fn sector(&self, sector: u64) -> Option<u64> {
+        self.content.get(&sector).map_or(Some(0), |b| decode(b))
+    }
+}
+
+impl Machine {
+    /// Puts a value that was there before the guest came.
+    pub fn install(&mut self, number: u32, start: u64, sectors: u64) {
+        for sector in start..start + sectors {
+            let mut bytes = [0; SECTOR];
+            encode(crate::history::value(number, sector), &mut bytes);
+            self.disk.put(sector, bytes, false);
+        }
+        self.history.write(number, 0, start, sectors, false);
+        self.history.answered(number, 1, true);
+    }
+
+    /// Executes one of the running I/Os and completes it.
+    pub fn disk_step(&mut self) {
+        if self.disk.running.is_empty() {
+            return;
+        }
+        let at = self.rng.index(self.disk.running.len());
+        let io = self.disk.running.swap_remove(at);
+        self.execute(io);
+        if !self.commit(Fault::SwallowWake) {
+            self.disk.wake = true;
+        }
+    }
+
+    fn execute(&mut self, io: Running) {
+        let bad = self.setup.bad_sectors.clone();
+        let end = io.sector.saturating_add(io.sectors);
+        let fails = io.sector.max(bad.start) < end.min(bad.end) && io.kind != IoKind::Flush;
+        self.disk.completed += 1;
+        let volatile = self.setup.limits.flush;
+        match io.kind {
+            IoKind::Read => self.read(&io, fails),
+            IoKind::Write => self.write(&io, fails, volatile),
+            IoKind::PreFlushWrite => {
+                self.disk.flush(&io.flushes);
+                self.write(&io, fails, volatile);
+            }
+            IoKind::BarrierWrite => {
+                self.disk.flush(&io.flushes);
+                self.write(&io, fails, false);
+            }
+            IoKind::Flush if self.commit(Fault::IgnoreFlush) => {}
+            IoKind::Flush => self.disk.flush(&io.flushes),
+            IoKind::Discard { .. } if fails => {}
+            IoKind::Discard { .. } => self.discard(&io, volatile),
+        }
+        if !matches!(io.kind, IoKind::Read | IoKind::Write) {
+            self.disk.special += 1;
+        }
+        let status = if fails { Status::Error } else { Status::Okay };
+        if self.commit(Fault::LoseCompletion) {
+            return;
+        }
+        if self.commit(Fault::DoubleCompletion) {
+            self.disk.again = Some(io.tag);
+        }
+        self.disk.done.push((io.tag, status));
+    }
+
+    /// The memory of a slice: ours, or the guest's page that is mapped there.
+    fn memory(&mut self, slice: &Slice, write: bool) -> Option<&mut [u8]> {
+        if slice.page < self.setup.copy_pages {
+            if slice.handle.is_some() {
+                self.problem(format!("a handle at a page with memory: {slice:?}"));
+            }
+            return self
+                .host
+                .pages
+                .get_mut(usize::from(slice.page))
+                .map(|p| &mut p[..]);
+        }
+        let mapping = self.host.mappings.get(&slice.page).copied();
+        let Some(mapping) = mapping.filter(|m| Some(m.handle) == slice.handle) else {
+            self.problem(format!("I/O to a page that is not mapped: {slice:?}"));
+            return None;
+        };
+        if mapping.gref != slice.gref || (write && mapping.read_only) {
+            self.problem(format!("I/O to the wrong mapping: {slice:?}, {mapping:?}"));
+            return None;
+        }
+        if let Target::Page(_) = mapping.target {
+            if self.front.lent(mapping.gref) == 0 {
+                self.problem(format!("I/O to a page that no request lends: {slice:?}"));
+            }
+        }
+        self.target(mapping.target)
+    }
+
+    fn read(&mut self, io: &Running, fails: bool) {
+        let mut sector = io.sector;
+        let mut tear = self.commit(Fault::TearRead);
+        for slice in &io.slices {
+            for at in 0..usize::from(slice.len) / SECTOR {
+                let bytes = self
+                    .disk
+                    .content
+                    .get(&sector)
+                    .copied()
+                    .unwrap_or([0; SECTOR]);
+                // An I/O that fails may have moved anything.
+                if fails && self.rng.percent(50) {
+                    return;
+                }
+                let start = usize::from(slice.offset) + at * SECTOR;
+                let len = if tear { SECTOR / 2 } else { SECTOR };
+                if let Some(memory) = self.memory(slice, true) {
+                    memory[start..start + len].copy_from_slice(&bytes[..len]);
+                    if tear {
+                        memory[start + len..start + SECTOR].fill(0x77);
+                    }
+                }
+                tear = false;
+                sector += 1;
+            }
+        }
+    }
+
+    fn write(&mut self, io: &Running, fails: bool, volatile: bool) {
+        let mut data: Vec<(u64, Bytes)> = Vec::new();
+        for slice in &io.slices {
+            for at in 0..usize::from(slice.len) / SECTOR {
+                let start = usize::from(slice.offset) + at * SECTOR;
+                if let Some(memory) = self.memory(slice, false) {
+                    let bytes = memory[start..start + SECTOR].try_into().expect("a sector");
+                    data.push((io.sector + data.len() as u64, bytes));
+                }
+            }
+        }
+        if fails {
+            let keep = self.rng.below(data.len() as u64 + 1) as usize;
+            data.truncate(keep);
+        }
+        if data.len() > 1 && self.commit(Fault::SwapSectors) {
+            let (first, last) = (data[0].1, data[data.len() - 1].1);
+            let end = data.len() - 1;
+            data[0].1 = last;
+            data[end].1 = first;
+        }
+        if self.commit(Fault::MisdirectWrite) {
+            data.iter_mut().for_each(|(sector, _)| *sector += 1);
+        }
+        if self.commit(Fault::DropWrite) {
+            return;
+        }
+        for (sector, bytes) in data {
+            self.disk.put(sector, bytes, volatile);
+        }
+    }
+
+    fn discard(&mut self, io: &Running, volatile: bool) {
+        let range = io.sector..io.sector + io.sectors;
+        let gone: Vec<u64> = self.disk.content.range(range).map(|(s, _)| *s).collect();
+        for sector in &gone {
+            self.disk.content.remove(sector);
+            self.disk.dirty.insert(*sector);
+        }
+        if !volatile {
+            self.disk.flush(&gone);
+        }
+    }
+
+    /// A power cut now must leave everything that was answered before `since`.
+    pub fn check_durable(&mut self, since: u64) {
+        let since = if self.setup.limits.flush {
+            since
+        } else {
+            self.clock
+        };
+        for sector in self.history.sectors() {
+            let found = self
+                .disk
+                .durable
+                .get(&sector)
+                .map_or(Some(0), |b| decode(b));
+            if let Err(why) = self.history.explain(sector, found, since, self.clock + 1) {
+                self.problem(format!("after a power cut: {why}"));
+            }
+        }
+    }
+
+    /// Checks an I/O as the engine hands it over.
+    fn check_io(&mut self, io: &Running, count: u16) {
+        let limits = self.setup.limits;
+        let bytes: u64 = io.slices.iter().map(|s| u64::from(s.len)).sum();
+        let data = !matches!(io.kind, IoKind::Flush | IoKind::Discard { .. });
+        let changes = !matches!(io.kind, IoKind::Read | IoKind::Flush);
+        let mut bad = Vec::new();
+        let mut rule = |holds: bool, what: &str| {
+            if !holds {
+                bad.push(format!("{what}: {io:?}"));
+            }
+        };
+        rule(usize::from(count) == io.slices.len(), "pieces are missing");
+        rule(
+            !data || bytes == io.sectors * 512,
+            "the pieces do not add up",
+        );
+        rule(data || io.slices.is_empty(), "data where there is none");
+        let end = io.sector.checked_add(io.sectors);
+        let inside = end.is_some_and(|end| end <= limits.sectors) || io.sectors == 0;
+        rule(io.kind == IoKind::Flush || inside, "beyond the disk");
+        rule(!changes || !limits.read_only, "the disk is read-only");
+        rule(io.kind != IoKind::Flush || limits.flush, "nothing to flush");
+        rule(
+            io.kind != IoKind::Discard { secure: true } || limits.secure_discard,
+            "secure discard is not offered",
+        );
+        rule(
+            io.sectors == 0 || io.sector % u64::from(limits.block_sectors) == 0,
+            "not at a block",
+        );
+        for slice in &io.slices {
+            let block = limits.block_sectors * 512;
+            rule(
+                u32::from(slice.len) % block == 0 && u32::from(slice.offset) % block == 0,
+                "not whole blocks",
+            );
+        }
+        let barrier = |kind: &IoKind| *kind == IoKind::BarrierWrite;
+        rule(
+            !barrier(&io.kind) || self.disk.pages.is_empty(),
+            "a barrier overtakes something",
+        );
+        rule(
+            !self.disk.running.iter().any(|r| barrier(&r.kind)),
+            "overtakes a barrier",
+        );
+        rule(!self.disk.pages.contains_key(&io.tag), "the tag is in use");
+        for slice in &io.slices {
+            rule(!self.disk.uses_page(slice.page), "a page is in use");
+        }
+        for what in bad {
+            self.problem(what);
+        }
+    }
+}
+
+/// The engine's port to the disk.
+#[derive(Debug)]
+pub struct FakeDisk {
+    machine: Shared,
+}
+
+impl FakeDisk {
+    /// A port to the machine's disk.
+    pub fn new(machine: Shared) -> Self {
+        Self { machine }
+    }
+}
+
+impl Backend for FakeDisk {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let mut m = self.machine.borrow_mut();
+        m.disk.batches += 1;
+        for io in batch {
+            let running = Running {
+                tag: io.tag,
+                kind: io.kind,
+                sector: io.sector,
+                sectors: io.sectors,
+                slices: io.slices().collect(),
+                flushes: m.disk.dirty.iter().copied().collect(),
+            };
+            m.check_io(&running, io.count());
+            let pages = running.slices.iter().map(|s| s.page).collect();
+            m.disk.pages.insert(io.tag, pages);
+            if m.disk.again == Some(io.tag) {
+                m.disk.again = None;
+                m.disk.done.push((io.tag, Status::Okay));
+                m.disk.wake = true;
+            }
+            let now = m.setup.synchronous;
+            if m.rng.percent(now) {
+                m.execute(running);
+                m.disk.wake = true;
+            } else {
+                m.disk.running.push(running);
+            }
+        }
+    }
+
+    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+        let mut m = self.machine.borrow_mut();
+        for (tag, status) in std::mem::take(&mut m.disk.done) {
+            m.disk.pages.remove(&tag);
+            done(tag, status);
+        }
+    }
+}

@@ -1,0 +1,655 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The guest: its memory, its grants and its half of the ring protocol.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use ring::abi::{
+    OP_DISCARD, OP_FLUSH_DISKCACHE, OP_INDIRECT, OP_READ, OP_WRITE_BARRIER, REQ_EVENT, REQ_PROD,
+    RSP_EVENT, RSP_PROD,
+};
+
+use crate::history::{decode, encode, value, SECTOR};
+use crate::machine::{page, Fault, Machine, Page};
+use crate::wire::{segment_bytes, Tail, Wire, WireSegment};
+
+/// Grant reference of the guest's first page.
+pub const FIRST_GREF: u32 = 1000;
+/// Grant reference of the first page of the ring itself.
+pub const RING_GREF: u32 = 8;
+/// A reference that was never granted.
+pub const BAD_GREF: u32 = 0x7fff_ffff;
+
+/// What a page holds when no request uses it.
+const FREE: u8 = 0x5a;
+/// What a page holds before a read fills it.
+const EMPTY: u8 = 0xa5;
+
+/// Which page a segment names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gref {
+    /// A page of its own.
+    Fresh,
+    /// A page of its own that the backend may only read.
+    ReadOnly,
+    /// The page of an earlier segment of this request.
+    Same(usize),
+    /// A page whose grant was ended.
+    Revoked,
+    /// Whatever this number means.
+    Raw(u32),
+    /// The page of the request's own descriptors.
+    Descriptor,
+}
+
+/// What answer a request must get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// `BLKIF_RSP_OKAY`.
+    Okay,
+    /// `BLKIF_RSP_ERROR`.
+    Error,
+    /// `BLKIF_RSP_EOPNOTSUPP`.
+    NotSupported,
+    /// Any of them.
+    Any,
+}
+
+/// A request to be made.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// Operation; of an indirect request the inner one.
+    pub operation: u8,
+    /// Segments are in a descriptor page.
+    pub indirect: bool,
+    /// First sector.
+    pub sector: u64,
+    /// Segments: page, first and last sector.
+    pub segments: Vec<(Gref, u8, u8)>,
+    /// Sectors of a discard.
+    pub discard: u64,
+    /// The flag byte of a discard.
+    pub flag: u8,
+    /// The answer it must get.
+    pub expect: Expect,
+    /// Its segments overlap: its data says nothing.
+    pub wild: bool,
+    /// The number of segments in the slot, if it is not the true one.
+    pub count: Option<u16>,
+    /// The identifier, if it matters.
+    pub id: Option<u64>,
+    /// The descriptor page's reference, if it is not an honest one.
+    pub descriptor: Option<u32>,
+    /// The handle field.
+    pub handle: u16,
+}
+
+impl Spec {
+    /// A request without segments.
+    pub fn new(operation: u8, sector: u64) -> Self {
+        Self {
+            operation,
+            indirect: false,
+            sector,
+            segments: Vec::new(),
+            discard: 0,
+            flag: 0,
+            expect: Expect::Okay,
+            wild: false,
+            count: None,
+            id: None,
+            descriptor: None,
+            handle: 0xca00,
+        }
+    }
+
+    /// A transfer of whole pages.
+    pub fn pages(operation: u8, sector: u64, pages: usize) -> Self {
+        Self {
+            segments: vec![(Gref::Fresh, 0, 7); pages],
+            ..Self::new(operation, sector)
+        }
+    }
+
+    /// The same with its segments in a descriptor page.
+    pub fn indirect(operation: u8, sector: u64, pages: usize) -> Self {
+        Self {
+            indirect: true,
+            ..Self::pages(operation, sector, pages)
+        }
+    }
+
+    /// The same with other segments.
+    pub fn with(self, segments: &[(Gref, u8, u8)]) -> Self {
+        Self {
+            segments: segments.to_vec(),
+            ..self
+        }
+    }
+
+    /// The same with another answer to expect.
+    pub fn expect(self, expect: Expect) -> Self {
+        Self { expect, ..self }
+    }
+
+    /// The same with an identifier.
+    pub fn id(self, id: u64) -> Self {
+        Self {
+            id: Some(id),
+            ..self
+        }
+    }
+
+    /// Sectors that the request covers.
+    pub fn sectors(&self) -> u64 {
+        self.segments
+            .iter()
+            .map(|(_, first, last)| (u64::from(*last) + 1).saturating_sub(u64::from(*first)))
+            .sum()
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Grant {
+    valid: bool,
+    read_only: bool,
+}
+
+/// A request that is not answered.
+#[derive(Clone, Debug)]
+struct Pending {
+    spec: Spec,
+    number: u32,
+    issued: u64,
+    /// Page (if it is ours), first and last sector.
+    segments: Vec<(Option<usize>, u8, u8)>,
+    /// Every page that it uses, once.
+    pages: Vec<usize>,
+    /// Content of the pages at the time of the request.
+    before: Vec<Page>,
+}
+
+/// An answer as the guest found it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Identifier.
+    pub id: u64,
+    /// Operation.
+    pub operation: u8,
+    /// Status.
+    pub status: i16,
+}
+
+/// What a grant reference names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A page of the guest.
+    Page(usize),
+    /// A page of the ring.
+    Ring(usize),
+}
+
+/// The guest.
+#[derive(Debug)]
+pub struct Frontend {
+    size: u32,
+    /// Requests made.
+    pub req_prod: u32,
+    /// Requests published.
+    pushed: u32,
+    rsp_cons: u32,
+    published: u32,
+    /// The backend sent an event.
+    pub interrupt: bool,
+    pages: Vec<Page>,
+    grants: Vec<Grant>,
+    free: Vec<usize>,
+    to_free: VecDeque<Vec<usize>>,
+    pending: HashMap<u64, VecDeque<Pending>>,
+    by_gref: HashMap<u32, u32>,
+    outstanding: u32,
+    next: u32,
+    /// Answers in the order in which they came.
+    pub answers: Vec<Answer>,
+}
+
+impl Frontend {
+    /// A guest with an empty ring.
+    pub fn new(size: u32) -> Self {
+        Self {
+            size,
+            req_prod: 0,
+            pushed: 0,
+            rsp_cons: 0,
+            published: 0,
+            interrupt: false,
+            pages: Vec::new(),
+            grants: Vec::new(),
+            free: Vec::new(),
+            to_free: VecDeque::new(),
+            pending: HashMap::new(),
+            by_gref: HashMap::new(),
+            outstanding: 0,
+            next: 1,
+            answers: Vec::new(),
+        }
+    }
+
+    /// Starts all indices at a value, as a ring that was in use has them.
+    pub fn start_at(&mut self, index: u32) {
+        self.req_prod = index;
+        self.pushed = index;
+        self.rsp_cons = index;
+        self.published = index;
+    }
+
+    /// Requests made and not answered.
+    pub fn outstanding(&self) -> u32 {
+        self.outstanding
+    }
+
+    /// True if a request with this identifier is not answered.
+    pub fn is_pending(&self, id: u64) -> bool {
+        self.pending.get(&id).is_some_and(|queue| !queue.is_empty())
+    }
+
+    /// Requests published.
+    pub fn pushed(&self) -> u32 {
+        self.pushed
+    }
+
+    /// True if another request fits into the ring.
+    pub fn has_room(&self) -> bool {
+        self.req_prod.wrapping_sub(self.rsp_cons) < self.size
+    }
+
+    /// Unanswered requests that use a grant.
+    pub fn lent(&self, gref: u32) -> u32 {
+        self.by_gref.get(&gref).copied().unwrap_or(0)
+    }
+
+    /// The page that a grant names, if it is granted.
+    pub fn resolve(&self, gref: u32, write: bool) -> Option<Target> {
+        if (RING_GREF..RING_GREF + 16).contains(&gref) {
+            return Some(Target::Ring((gref - RING_GREF) as usize));
+        }
+        let index = gref.checked_sub(FIRST_GREF)? as usize;
+        let grant = self.grants.get(index)?;
+        (grant.valid && !(write && grant.read_only)).then_some(Target::Page(index))
+    }
+
+    fn take_page(&mut self) -> usize {
+        let index = self.free.pop().unwrap_or(self.pages.len());
+        if index == self.pages.len() {
+            self.pages.push(page(FREE));
+            self.grants.push(Grant {
+                valid: false,
+                read_only: false,
+            });
+        }
+        self.grants[index] = Grant {
+            valid: true,
+            read_only: false,
+        };
+        index
+    }
+}
+
+fn gref_of(page: usize) -> u32 {
+    FIRST_GREF + page as u32
+}
+
+impl Machine {
+    /// The bytes behind a grant.
+    pub fn target(&mut self, target: Target) -> Option<&mut [u8]> {
+        match target {
+            Target::Page(index) => Some(&mut self.front.pages[index][..]),
+            Target::Ring(index) => {
+                self.hosed = true;
+                self.ring.bytes.chunks_mut(4096).nth(index)
+            }
+        }
+    }
+
+    /// Writes a request into the next slot; it is published by [`push`](Self::push).
+    ///
+    /// Returns its identifier.
+    pub fn post(&mut self, spec: &Spec) -> u64 {
+        let time = self.tick();
+        let number = self.front.next;
+        self.front.next += 1;
+        let id = spec
+            .id
+            .unwrap_or_else(|| u64::from(number).wrapping_mul(0x9e37_79b9_0000_0001));
+        let mut pending = Pending {
+            spec: spec.clone(),
+            number,
+            issued: time,
+            segments: Vec::new(),
+            pages: Vec::new(),
+            before: Vec::new(),
+        };
+        let descriptor = spec.indirect.then(|| self.page_for(&mut pending, FREE));
+        let wire_segments = self.lay_out(&mut pending, descriptor);
+        let tail = self.tail(spec, &wire_segments, descriptor);
+        self.note(&pending);
+        for index in &pending.pages {
+            pending.before.push(self.front.pages[*index].clone());
+        }
+        let count = spec.count.unwrap_or(wire_segments.len() as u16);
+        let [low, _] = count.to_le_bytes();
+        let wire = Wire {
+            operation: if spec.indirect {
+                OP_INDIRECT
+            } else {
+                spec.operation
+            },
+            second: match spec.operation {
+                _ if spec.indirect => spec.operation,
+                OP_DISCARD => spec.flag,
+                _ => low,
+            },
+            third: if spec.indirect { count } else { spec.handle },
+            id,
+            sector: spec.sector,
+            tail,
+        };
+        let bytes = wire.bytes(self.setup.protocol);
+        let index = self.front.req_prod;
+        self.ring.slot(index).copy_from_slice(&bytes);
+        self.front.req_prod = index.wrapping_add(1);
+        self.front.outstanding += 1;
+        self.front.pending.entry(id).or_default().push_back(pending);
+        id
+    }
+
+    fn page_for(&mut self, pending: &mut Pending, fill: u8) -> usize {
+        let index = self.front.take_page();
+        if self.front.pages[index].iter().any(|b| *b != FREE) {
+            self.problem(format!(
+                "guest page {index} was changed while nothing used it"
+            ));
+        }
+        self.front.pages[index].fill(fill);
+        *self.front.by_gref.entry(gref_of(index)).or_default() += 1;
+        pending.pages.push(index);
+        index
+    }
+
+    /// Gives each segment its page and fills those of writes.
+    fn lay_out(&mut self, pending: &mut Pending, descriptor: Option<usize>) -> Vec<WireSegment> {
+        let spec = pending.spec.clone();
+        let mut sector = spec.sector;
+        let mut wire = Vec::new();
+        for (gref, first, last) in &spec.segments {
+            let earlier = |i: usize, p: &Pending| p.segments.get(i).and_then(|s| s.0);
+            let index = match gref {
+                Gref::Fresh | Gref::ReadOnly | Gref::Revoked => Some(self.page_for(pending, EMPTY)),
+                Gref::Same(i) => earlier(*i, pending),
+                Gref::Descriptor => descriptor,
+                Gref::Raw(_) => None,
+            };
+            if let (Some(index), Gref::ReadOnly | Gref::Revoked) = (index, gref) {
+                self.front.grants[index].valid = *gref != Gref::Revoked;
+                self.front.grants[index].read_only = true;
+            }
+            for at in *first..=(*last).min(7) {
+                if let (true, Some(index)) = (spec.operation != OP_READ, index) {
+                    let start = usize::from(at) * SECTOR;
+                    let bytes = &mut self.front.pages[index][start..start + SECTOR];
+                    encode(value(pending.number, sector), bytes);
+                }
+                sector = sector.wrapping_add(1);
+            }
+            let raw = match gref {
+                Gref::Raw(raw) => *raw,
+                _ => index.map_or(BAD_GREF, gref_of),
+            };
+            pending.segments.push((index, *first, *last));
+            wire.push((raw, *first, *last));
+        }
+        wire
+    }
+
+    fn tail(&mut self, spec: &Spec, wire: &[WireSegment], descriptor: Option<usize>) -> Tail {
+        if let Some(index) = descriptor {
+            let room = self.front.pages[index].chunks_exact_mut(8);
+            for (segment, bytes) in wire.iter().zip(room) {
+                bytes.copy_from_slice(&segment_bytes(*segment));
+            }
+            // What lies beyond the needed references must not be looked at.
+            let mut grefs = [BAD_GREF; 8];
+            grefs[0] = spec.descriptor.unwrap_or(gref_of(index));
+            return Tail::Indirect(grefs);
+        }
+        if spec.operation == OP_DISCARD {
+            return Tail::Discard(spec.discard);
+        }
+        Tail::Segments(wire.to_vec())
+    }
+
+    /// Tells the history what the request may change.
+    fn note(&mut self, pending: &Pending) {
+        let spec = &pending.spec;
+        if matches!(spec.expect, Expect::Error | Expect::NotSupported) && !spec.wild {
+            // It must change nothing: what it wrote nevertheless is explained by no write.
+            return;
+        }
+        match spec.operation {
+            OP_READ => {}
+            OP_DISCARD => {
+                self.history
+                    .discard(pending.number, pending.issued, spec.sector, spec.discard);
+            }
+            _ => self.history.write(
+                pending.number,
+                pending.issued,
+                spec.sector,
+                spec.sectors(),
+                spec.wild,
+            ),
+        }
+    }
+
+    /// Publishes what was posted (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
+    pub fn push(&mut self) {
+        let (old, new) = (self.front.pushed, self.front.req_prod);
+        if old == new {
+            return;
+        }
+        self.ring.store(REQ_PROD, new);
+        self.front.pushed = new;
+        let event = self.ring.load(REQ_EVENT);
+        if new.wrapping_sub(event) < new.wrapping_sub(old) && !self.commit(Fault::LoseEvent) {
+            self.event = true;
+        }
+    }
+
+    /// Consumes all responses and arms the next event (`RING_FINAL_CHECK_FOR_RESPONSES`).
+    pub fn consume(&mut self) {
+        self.front.interrupt = false;
+        while self.front.rsp_cons != self.ring.load(RSP_PROD) {
+            if self.front.rsp_cons == self.front.published {
+                // Only a guest that overwrites its own ring finds more than was published.
+                return;
+            }
+            self.front.rsp_cons = self.front.rsp_cons.wrapping_add(1);
+            if let Some(pages) = self.front.to_free.pop_front() {
+                self.front.free.extend(pages);
+            }
+        }
+        // A lazy guest asks to be told only when several more are answered.
+        let waiting = self.front.pushed.wrapping_sub(self.front.rsp_cons);
+        let lazy = self.rng.below(u64::from(waiting.clamp(1, 4))) as u32;
+        let event = self.front.rsp_cons.wrapping_add(1 + lazy);
+        self.ring.store(RSP_EVENT, event);
+    }
+
+    /// True if there are responses that the guest does not know of and no event told it.
+    pub fn guest_overslept(&self) -> bool {
+        let waiting = self.front.published.wrapping_sub(self.front.rsp_cons);
+        let asked = self.ring.load(RSP_EVENT).wrapping_sub(self.front.rsp_cons);
+        waiting >= asked && waiting > 0 && asked > 0 && !self.front.interrupt
+    }
+
+    /// Looks at the responses up to `new` at the moment at which the guest can see them.
+    pub fn published(&mut self, new: u32) {
+        if new.wrapping_sub(self.front.published) > self.ring.size() {
+            self.problem(format!(
+                "rsp_prod went from {} to {new}",
+                self.front.published
+            ));
+            return;
+        }
+        while self.front.published != new {
+            let index = self.front.published;
+            self.front.published = index.wrapping_add(1);
+            let slot = self.ring.slot(index);
+            let answer = Answer {
+                id: u64::from_le_bytes(slot[..8].try_into().expect("8 bytes")),
+                operation: slot[8],
+                status: i16::from_le_bytes([slot[10], slot[11]]),
+            };
+            let padding = slot[9] != 0 || slot[12..16].iter().any(|b| *b != 0);
+            if padding {
+                self.problem(format!("padding of the response to {:#x}", answer.id));
+            }
+            self.answered(answer);
+        }
+    }
+
+    fn answered(&mut self, mut answer: Answer) {
+        if self.commit(Fault::WrongId) {
+            answer.id ^= 1;
+        }
+        self.front.answers.push(answer);
+        let queue = self.front.pending.get_mut(&answer.id);
+        let found = queue.and_then(|queue| {
+            // Of several with one identifier, any with this operation may be meant.
+            let at = queue
+                .iter()
+                .position(|p| p.spec.operation == answer.operation)?;
+            queue.remove(at)
+        });
+        let Some(pending) = found else {
+            if !self.hosed {
+                self.problem(format!(
+                    "answer to {:#x}, operation {}, that nobody waits for",
+                    answer.id, answer.operation
+                ));
+            }
+            return;
+        };
+        self.front.outstanding -= 1;
+        let time = self.tick();
+        self.check_status(&pending, answer.status);
+        let okay = answer.status == 0;
+        self.history.answered(pending.number, time, okay);
+        if !self.hosed {
+            self.check_pages(&pending, okay, time);
+        }
+        if okay && pending.spec.operation == OP_FLUSH_DISKCACHE
+            || pending.spec.operation == OP_WRITE_BARRIER && okay
+        {
+            self.check_durable(pending.issued);
+        }
+        self.give_back(&pending);
+    }
+
+    fn check_status(&mut self, pending: &Pending, status: i16) {
+        let spec = &pending.spec;
+        let bad = &self.setup.bad_sectors;
+        let end = spec.sector.saturating_add(spec.sectors().max(spec.discard));
+        let touches_bad = spec.sector.max(bad.start) < end.min(bad.end);
+        let allowed: &[i16] = match spec.expect {
+            Expect::Okay if touches_bad => &[-1],
+            Expect::Okay => &[0],
+            Expect::Error => &[-1],
+            Expect::NotSupported => &[-2],
+            Expect::Any => &[0, -1, -2],
+        };
+        if !allowed.contains(&status) {
+            let what = format!(
+                "request {} (operation {}, {} segments at {}) was answered {status}",
+                pending.number,
+                spec.operation,
+                spec.segments.len(),
+                spec.sector
+            );
+            self.problem(what);
+        }
+    }
+
+    /// Checks what the request did to the guest's pages, at the moment of its answer.
+    fn check_pages(&mut self, pending: &Pending, okay: bool, time: u64) {
+        let (spec, read) = (&pending.spec, pending.spec.operation == OP_READ);
+        let mut expected: BTreeMap<usize, Page> = BTreeMap::new();
+        for (index, before) in pending.pages.iter().zip(&pending.before) {
+            expected.insert(*index, before.clone());
+        }
+        let mut sector = spec.sector;
+        let mut wrong = Vec::new();
+        // A request that fails for a grant may have filled its other pages.
+        let granted = |(gref, _, _): &(Gref, u8, u8)| matches!(gref, Gref::Fresh | Gref::Same(_));
+        let invalid = matches!(spec.expect, Expect::Error | Expect::NotSupported)
+            && spec.segments.iter().all(granted);
+        for (index, first, last) in &pending.segments {
+            for at in *first..=(*last).min(7) {
+                let here = sector;
+                sector = sector.wrapping_add(1);
+                let Some(index) = index else { continue };
+                let range = usize::from(at) * SECTOR..(usize::from(at) + 1) * SECTOR;
+                let bytes = &self.front.pages[*index][range.clone()];
+                if !read || invalid {
+                    continue;
+                }
+                if okay && !spec.wild {
+                    let found = decode(bytes);
+                    let explained = self.history.read(here, found, pending.issued, time);
+                    wrong.extend(explained.err());
+                }
+                if let Some(page) = expected.get_mut(index) {
+                    page[range].copy_from_slice(bytes);
+                }
+            }
+        }
+        for (index, page) in &expected {
+            if self.front.pages[*index] != *page {
+                wrong.push(format!(
+                    "request {} changed page {index} outside of its segments: {spec:?}",
+                    pending.number
+                ));
+            }
+        }
+        for what in wrong {
+            self.problem(what);
+        }
+    }
+
+    /// The pages are the guest's own again.
+    fn give_back(&mut self, pending: &Pending) {
+        for index in &pending.pages {
+            let gref = gref_of(*index);
+            let left = self.front.lent(gref).saturating_sub(1);
+            self.front.by_gref.insert(gref, left);
+            if left == 0 && self.host.mapped(gref) > 0 {
+                self.problem(format!("grant {gref} is mapped although all is answered"));
+            }
+            self.front.pages[*index].fill(FREE);
+        }
+        self.front.to_free.push_back(pending.pages.clone());
+    }
+
+    /// What must hold when the engine has gone.
+    pub fn check_free_pages(&mut self) {
+        if self.hosed {
+            return;
+        }
+        for index in 0..self.front.pages.len() {
+            let free = self.front.lent(gref_of(index)) == 0;
+            if free && self.front.pages[index].iter().any(|b| *b != FREE) {
+                self.problem(format!("guest page {index} was changed after the answer"));
+            }
+        }
+    }
+}

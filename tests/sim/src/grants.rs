@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The grant table: copies, maps and unmaps, and the checks of their contract.
+
+use std::collections::BTreeMap;
+
+use blkback::engine::{Buffer, Copy, CopyDirection, Grants, MapOutcome, Tag};
+use ring::abi::{RawSegment, PAGE_SIZE};
+use zerocopy::FromBytes;
+
+use crate::frontend::Target;
+use crate::machine::{page, Fault, Machine, Page, Shared};
+
+/// A guest's page at one of ours.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapping {
+    /// Handle.
+    pub handle: u32,
+    /// Grant reference.
+    pub gref: u32,
+    /// What it names.
+    pub target: Target,
+    /// It may not be written.
+    pub read_only: bool,
+}
+
+/// The host's side of the grant table.
+#[derive(Debug)]
+pub struct Host {
+    /// Pages with memory.
+    pub pages: Vec<Page>,
+    /// Mappings by data page.
+    pub mappings: BTreeMap<u16, Mapping>,
+    next_handle: u32,
+    late: Option<(Target, usize)>,
+}
+
+impl Host {
+    /// A host with so many pages with memory.
+    pub fn new(copy_pages: u16) -> Self {
+        Self {
+            pages: (0..copy_pages).map(|_| page(0xbb)).collect(),
+            mappings: BTreeMap::new(),
+            next_handle: 7,
+            late: None,
+        }
+    }
+
+    /// Mappings of a grant.
+    pub fn mapped(&self, gref: u32) -> usize {
+        self.mappings.values().filter(|m| m.gref == gref).count()
+    }
+}
+
+/// The engine's port to the grant table.
+#[derive(Debug)]
+pub struct FakeGrants {
+    machine: Shared,
+    descriptors: Vec<Vec<RawSegment>>,
+    copies: Vec<Copy>,
+    maps: Vec<(Tag, u16, u32, bool)>,
+    unmaps: Vec<(u16, u32)>,
+    batch: usize,
+}
+
+impl FakeGrants {
+    /// A port to the machine's grant table.
+    pub fn new(machine: Shared) -> Self {
+        let (buffers, batch) = {
+            let setup = &machine.borrow().setup;
+            (setup.descriptor_buffers, setup.batch)
+        };
+        let blank = RawSegment::read_from_bytes(&[0xff; 8]).expect("8 bytes");
+        Self {
+            machine,
+            descriptors: vec![vec![blank; 512]; usize::from(buffers)],
+            copies: Vec::new(),
+            maps: Vec::new(),
+            unmaps: Vec::new(),
+            batch,
+        }
+    }
+
+    fn copy(&mut self, m: &mut Machine, copy: &Copy) -> bool {
+        let (offset, len) = (usize::from(copy.offset), usize::from(copy.len));
+        if len == 0 || offset + len > PAGE_SIZE {
+            m.problem(format!("copy out of bounds: {copy:?}"));
+            return false;
+        }
+        let write = copy.direction == CopyDirection::ToGuest;
+        let Some(target) = m.front.resolve(copy.gref, write) else {
+            return false;
+        };
+        if matches!(target, Target::Page(_)) && m.front.lent(copy.gref) == 0 {
+            m.problem(format!("copy of a page that no request lends: {copy:?}"));
+        }
+        match copy.buffer {
+            Buffer::Descriptor(buffer) => self.copy_descriptor(m, copy, buffer, target),
+            Buffer::Page(page) => copy_page(m, copy, page, target),
+        }
+    }
+
+    fn copy_descriptor(&mut self, m: &mut Machine, c: &Copy, buffer: u8, target: Target) -> bool {
+        let Some(to) = self.descriptors.get_mut(usize::from(buffer)) else {
+            m.problem(format!("there is no descriptor buffer: {c:?}"));
+            return false;
+        };
+        if c.direction == CopyDirection::ToGuest || c.offset != 0 || c.len % 8 != 0 {
+            m.problem(format!("not a copy of descriptors: {c:?}"));
+            return false;
+        }
+        let Some(from) = m.target(target) else {
+            return false;
+        };
+        let raw = from[..usize::from(c.len)].chunks_exact(8);
+        for (to, raw) in to.iter_mut().zip(raw) {
+            *to = RawSegment::read_from_bytes(raw).expect("8 bytes");
+        }
+        true
+    }
+}
+
+fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
+    let beyond = m.commit(Fault::CopyBeyond);
+    if m.commit(Fault::SkipCopy) {
+        return true;
+    }
+    let Some(mut local) = m.host.pages.get(usize::from(page)).cloned() else {
+        m.problem(format!("no memory behind the page: {c:?}"));
+        return false;
+    };
+    let mut range = usize::from(c.offset)..usize::from(c.offset) + usize::from(c.len);
+    if beyond {
+        range = range.start.saturating_sub(8)..(range.end + 8).min(PAGE_SIZE);
+    }
+    let late = c.direction == CopyDirection::ToGuest && m.commit(Fault::LateCopy);
+    let Some(guest) = m.target(target) else {
+        return false;
+    };
+    match c.direction {
+        CopyDirection::ToGuest => guest[range.clone()].copy_from_slice(&local[range.clone()]),
+        CopyDirection::FromGuest => {
+            local[range.clone()].copy_from_slice(&guest[range.clone()]);
+            m.host.pages[usize::from(page)] = local;
+        }
+    }
+    if late {
+        m.host.late = Some((target, range.start));
+    }
+    true
+}
+
+impl Machine {
+    /// What the grant table does behind everybody's back: nothing unless it is faulty.
+    pub fn late_copy(&mut self) {
+        if let Some((target, at)) = self.host.late.take() {
+            if let Some(bytes) = self.target(target) {
+                bytes[at] ^= 0xff;
+            }
+        }
+    }
+
+    fn map(&mut self, page: u16, gref: u32, read_only: bool) -> MapOutcome {
+        let usable = self.setup.copy_pages..self.setup.copy_pages + self.setup.map_pages;
+        if !usable.contains(&page) {
+            self.problem(format!("map at page {page}, which has memory of its own"));
+            return MapOutcome::Refused;
+        }
+        let Some(target) = self.front.resolve(gref, !read_only) else {
+            return MapOutcome::Refused;
+        };
+        if matches!(target, Target::Page(_)) && self.front.lent(gref) == 0 {
+            self.problem(format!("map of grant {gref}, which no request lends"));
+        }
+        let full = self.host.mappings.len() >= self.setup.maptrack;
+        if full || self.rng.percent(self.setup.no_space) {
+            return MapOutcome::NoSpace;
+        }
+        let handle = self.host.next_handle;
+        self.host.next_handle += 1;
+        let mapping = Mapping {
+            handle,
+            gref,
+            target,
+            read_only,
+        };
+        if let Some(old) = self.host.mappings.insert(page, mapping) {
+            self.problem(format!("page {page} was mapped over {old:?}"));
+        }
+        if self.commit(Fault::LeakMapping) {
+            return MapOutcome::Refused;
+        }
+        MapOutcome::Mapped(handle)
+    }
+
+    fn unmap(&mut self, page: u16, handle: u32) {
+        if self.disk.uses_page(page) {
+            self.problem(format!("page {page} was unmapped during its I/O"));
+        }
+        if self.commit(Fault::ForgetUnmap) {
+            return;
+        }
+        match self.host.mappings.remove(&page) {
+            Some(mapping) if mapping.handle == handle => {}
+            other => self.problem(format!("unmap of page {page}, handle {handle}: {other:?}")),
+        }
+    }
+}
+
+impl Grants for FakeGrants {
+    fn descriptor_buffers(&self) -> u8 {
+        self.descriptors.len() as u8
+    }
+
+    fn descriptor(&self, buffer: u8) -> &[RawSegment] {
+        self.descriptors
+            .get(usize::from(buffer))
+            .map_or(&[], |d| &d[..])
+    }
+
+    fn queue_copy(&mut self, copy: &Copy) -> bool {
+        let fits = self.copies.len() < self.batch;
+        if fits {
+            self.copies.push(*copy);
+        }
+        fits
+    }
+
+    fn run_copies(&mut self, mut failed: impl FnMut(Tag)) {
+        let shared = self.machine.clone();
+        let mut m = shared.borrow_mut();
+        for copy in std::mem::take(&mut self.copies) {
+            if !self.copy(&mut m, &copy) {
+                failed(copy.tag);
+            }
+        }
+    }
+
+    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool {
+        let fits = self.maps.len() < self.batch;
+        if fits {
+            self.maps.push((tag, page, gref, read_only));
+        }
+        fits
+    }
+
+    fn run_maps(&mut self, mut outcome: impl FnMut(Tag, u16, MapOutcome)) {
+        let mut m = self.machine.borrow_mut();
+        for (tag, page, gref, read_only) in std::mem::take(&mut self.maps) {
+            let result = m.map(page, gref, read_only);
+            outcome(tag, page, result);
+        }
+    }
+
+    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool {
+        let fits = self.unmaps.len() < self.batch;
+        if fits {
+            self.unmaps.push((page, handle));
+        }
+        fits
+    }
+
+    fn run_unmaps(&mut self) {
+        let mut m = self.machine.borrow_mut();
+        for (page, handle) in std::mem::take(&mut self.unmaps) {
+            m.unmap(page, handle);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The history checker: every sector is a register.
+//!
+//! Each sector that a guest writes carries a value that no other write gives to any sector. A read
+//! is explained if it returned the value of a write that could be the last one in some order of
+//! the requests which respects that an answered request comes before one issued later.
+
+use std::collections::HashMap;
+
+/// The value of a sector that was never written or was discarded.
+pub const ZERO: u64 = 0;
+
+/// Not answered.
+pub const NEVER: u64 = u64::MAX;
+
+/// Bytes of a sector.
+pub const SECTOR: usize = 512;
+
+/// The value that write `number` gives to `sector`.
+pub fn value(number: u32, sector: u64) -> u64 {
+    (u64::from(number) << 32) | (sector & 0xffff_ffff)
+}
+
+/// Fills a sector's bytes with a value.
+pub fn encode(value: u64, bytes: &mut [u8]) {
+    for (i, word) in (0u64..).zip(bytes.chunks_exact_mut(8)) {
+        word.copy_from_slice(&(value ^ i.wrapping_mul(0x0101_0101_0101_0101)).to_le_bytes());
+    }
+    if value == ZERO {
+        bytes.fill(0);
+    }
+}
+
+/// The value in a sector's bytes; `None` if they are not of one write.
+pub fn decode(bytes: &[u8]) -> Option<u64> {
+    if bytes.iter().all(|b| *b == 0) {
+        return Some(ZERO);
+    }
+    let mut words = bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")));
+    let value = words.next()?;
+    (1u64..)
+        .zip(words)
+        .all(|(i, word)| word == value ^ i.wrapping_mul(0x0101_0101_0101_0101))
+        .then_some(value)
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Write {
+    issued: u64,
+    answered: u64,
+    okay: bool,
+    /// Its bytes are not known: it explains any value.
+    wild: bool,
+    /// Sectors of a discard; a data write is listed under each of its sectors.
+    start: u64,
+    end: u64,
+    number: u32,
+}
+
+/// The history of one disk.
+#[derive(Debug, Default)]
+pub struct History {
+    writes: Vec<Write>,
+    /// Data writes by sector.
+    by_sector: HashMap<u64, Vec<usize>>,
+    discards: Vec<usize>,
+    by_number: HashMap<u32, usize>,
+    /// What answered reads saw: (time of the answer, time at which the write was issued).
+    seen: HashMap<u64, Vec<(u64, u64)>>,
+}
+
+impl History {
+    /// Notes that a data write was issued.
+    pub fn write(&mut self, number: u32, issued: u64, start: u64, sectors: u64, wild: bool) {
+        let index = self.note(number, issued, start, sectors, wild);
+        for sector in start..start + sectors {
+            self.by_sector.entry(sector).or_default().push(index);
+        }
+    }
+
+    /// Notes that a discard was issued.
+    pub fn discard(&mut self, number: u32, issued: u64, start: u64, sectors: u64) {
+        let index = self.note(number, issued, start, sectors, false);
+        self.discards.push(index);
+    }
+
+    fn note(&mut self, number: u32, issued: u64, start: u64, sectors: u64, wild: bool) -> usize {
+        let index = self.writes.len();
+        self.by_number.insert(number, index);
+        self.writes.push(Write {
+            issued,
+            answered: NEVER,
+            okay: false,
+            wild,
+            start,
+            end: start + sectors,
+            number,
+        });
+        index
+    }
+
+    /// Notes that a write or discard was answered.
+    pub fn answered(&mut self, number: u32, time: u64, okay: bool) {
+        if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
+            write.answered = time;
+            write.okay = okay;
+        }
+    }
+
+    fn covering(&self, sector: u64) -> impl Iterator<Item = (&Write, bool)> {
+        let data = self.by_sector.get(&sector).into_iter().flatten();
+        let data = data.map(|i| (&self.writes[*i], false));
+        let discards = self.discards.iter().map(|i| (&self.writes[*i], true));
+        data.chain(discards.filter(move |(w, _)| (w.start..w.end).contains(&sector)))
+    }
+
+    /// Explains what a read issued and answered at these times saw; the error says why not.
+    ///
+    /// `None` as value means bytes that no write of the history can have left.
+    pub fn read(
+        &mut self,
+        sector: u64,
+        found: Option<u64>,
+        issued: u64,
+        answered: u64,
+    ) -> Result<(), String> {
+        let saw = self.explain(sector, found, issued, answered)?;
+        self.seen.entry(sector).or_default().push((answered, saw));
+        Ok(())
+    }
+
+    /// The same without remembering the read; returns when the write it saw was issued.
+    pub fn explain(
+        &self,
+        sector: u64,
+        found: Option<u64>,
+        issued: u64,
+        answered: u64,
+    ) -> Result<u64, String> {
+        // Nothing that was over before this time can be seen any longer.
+        let overwritten = self
+            .covering(sector)
+            .filter(|(w, _)| w.okay && w.answered < issued)
+            .map(|(w, _)| w.issued);
+        let observed = self.seen.get(&sector).into_iter().flatten();
+        let observed = observed.filter(|(at, _)| *at < issued).map(|(_, saw)| *saw);
+        let floor = overwritten.chain(observed).max().unwrap_or(0);
+        let matches = |w: &Write, discard: bool| {
+            w.wild
+                || found
+                    == Some(if discard {
+                        ZERO
+                    } else {
+                        value(w.number, sector)
+                    })
+        };
+        let blank = (found == Some(ZERO) && floor == 0).then_some(0);
+        let best = self
+            .covering(sector)
+            .filter(|(w, discard)| {
+                matches(w, *discard) && w.issued < answered && w.answered >= floor
+            })
+            .map(|(w, _)| w.issued)
+            .chain(blank)
+            .min();
+        best.ok_or_else(|| {
+            format!("sector {sector} read as {found:x?}, which no order of the writes explains")
+        })
+    }
+
+    /// The sectors of which something is known.
+    pub fn sectors(&self) -> Vec<u64> {
+        self.by_sector.keys().copied().collect()
+    }
+}

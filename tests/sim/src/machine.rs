@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The machine around the engine: guest, ring, grant table and disk in one place.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use ring::abi::{Protocol, PAGE_SIZE};
+use ring::request::Limits;
+
+use crate::disk::Disk;
+use crate::frontend::Frontend;
+use crate::grants::Host;
+use crate::history::History;
+use crate::ring::{Accesses, RingMemory};
+use crate::rng::Rng;
+use crate::schedule;
+
+/// The machine as its parts share it.
+pub type Shared = Rc<RefCell<Machine>>;
+
+/// A page.
+pub type Page = Box<[u8; PAGE_SIZE]>;
+
+/// A page filled with one byte.
+pub fn page(byte: u8) -> Page {
+    Box::new([byte; PAGE_SIZE])
+}
+
+/// A fault planted into a fake, to show that the checker finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The disk forgets to complete an I/O.
+    LoseCompletion,
+    /// The disk completes an I/O again when its tag is next in use.
+    DoubleCompletion,
+    /// The disk writes two sectors in each other's place.
+    SwapSectors,
+    /// The disk writes one sector further than it was told.
+    MisdirectWrite,
+    /// The disk completes a write and forgets its data.
+    DropWrite,
+    /// The disk completes a flush without doing it.
+    IgnoreFlush,
+    /// The disk reads the first half of a sector only.
+    TearRead,
+    /// A copy goes beyond the segment.
+    CopyBeyond,
+    /// A copy is reported as done and was not.
+    SkipCopy,
+    /// A copy hits the guest's page again after the answer.
+    LateCopy,
+    /// An unmap is forgotten.
+    ForgetUnmap,
+    /// A mapping is made and its handle withheld.
+    LeakMapping,
+    /// An event of the frontend is lost.
+    LoseEvent,
+    /// An event to the frontend is lost.
+    LoseInterrupt,
+    /// A response is answered with another identifier.
+    WrongId,
+    /// A response never reaches the ring.
+    SwallowWake,
+}
+
+/// What is fixed for a case.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Layout of the slots.
+    pub protocol: Protocol,
+    /// The ring has 2^order pages.
+    pub order: u8,
+    /// Data pages with memory.
+    pub copy_pages: u16,
+    /// Data pages without memory.
+    pub map_pages: u16,
+    /// Largest number of segments that are copied.
+    pub copy_max_segments: u16,
+    /// What the disk allows.
+    pub limits: Limits,
+    /// Descriptor buffers of the grant port.
+    pub descriptor_buffers: u8,
+    /// Operations that a grant batch holds.
+    pub batch: usize,
+    /// Mappings for which the hypervisor has room.
+    pub maptrack: usize,
+    /// Maps refused for want of room, in a hundred.
+    pub no_space: u64,
+    /// I/Os that complete while they are submitted, in a hundred.
+    pub synchronous: u64,
+    /// Accesses to the ring during which the rest of the machine moves on, in a hundred.
+    pub race: u64,
+    /// Requests of a random frontend that are hostile, in a hundred.
+    pub hostile: u64,
+    /// Every slot changes right after it was copied.
+    pub scribble: bool,
+    /// Sectors at which the disk fails.
+    pub bad_sectors: std::ops::Range<u64>,
+    /// What the ring holds where nothing was written.
+    pub junk: u8,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            protocol: Protocol::Abi64,
+            order: 0,
+            copy_pages: 352,
+            map_pages: 512,
+            copy_max_segments: 11,
+            limits: Limits {
+                sectors: 4096,
+                block_sectors: 1,
+                read_only: false,
+                max_indirect_segments: 256,
+                flush: true,
+                barrier: true,
+                discard: true,
+                secure_discard: false,
+            },
+            descriptor_buffers: 4,
+            batch: 64,
+            maptrack: 4096,
+            no_space: 0,
+            synchronous: 0,
+            race: 0,
+            hostile: 0,
+            scribble: false,
+            bad_sectors: 0..0,
+            junk: 0,
+        }
+    }
+}
+
+/// Everything around the engine.
+#[derive(Debug)]
+pub struct Machine {
+    /// What is fixed.
+    pub setup: Setup,
+    /// The schedule.
+    pub rng: Rng,
+    /// Counts what happens.
+    pub clock: u64,
+    /// What went wrong.
+    pub problems: Vec<String>,
+    /// The shared ring.
+    pub ring: RingMemory,
+    /// What the engine did with it.
+    pub accesses: Accesses,
+    /// One beyond the last slot that the engine copied.
+    pub taken: u32,
+    /// `req_prod` becomes this right after the next read of it.
+    pub rewrite_req_prod: Option<u32>,
+    /// The guest.
+    pub front: Frontend,
+    /// The disk.
+    pub disk: Disk,
+    /// The host's pages and mappings.
+    pub host: Host,
+    /// What the guest saw.
+    pub history: History,
+    /// The guest destroyed its own ring: only leaks are checked from now on.
+    pub hosed: bool,
+    /// Requests that a random frontend has yet to make.
+    pub plan: u32,
+    /// An event came from the frontend.
+    pub event: bool,
+    /// The planted fault, and how many chances to commit it are let go.
+    pub fault: Option<(Fault, u32)>,
+    racing: bool,
+}
+
+impl Machine {
+    /// A machine at rest.
+    pub fn new(setup: Setup, seed: u64) -> Self {
+        let ring = RingMemory::new(setup.protocol, setup.order, setup.junk);
+        Self {
+            front: Frontend::new(ring.size()),
+            disk: Disk::default(),
+            host: Host::new(setup.copy_pages),
+            history: History::default(),
+            ring,
+            setup,
+            rng: Rng::new(seed),
+            clock: 1,
+            problems: Vec::new(),
+            accesses: Accesses::default(),
+            taken: 0,
+            rewrite_req_prod: None,
+            hosed: false,
+            plan: 0,
+            event: false,
+            fault: None,
+            racing: false,
+        }
+    }
+
+    /// The next point in time.
+    pub fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Notes that something is wrong.
+    pub fn problem(&mut self, what: String) {
+        if self.problems.len() < 20 {
+            self.problems.push(what);
+        }
+    }
+
+    /// True once, when the planted fault is due.
+    pub fn commit(&mut self, fault: Fault) -> bool {
+        match &mut self.fault {
+            Some((planted, left)) if *planted == fault => {
+                if *left == 0 {
+                    self.fault = None;
+                    return true;
+                }
+                *left -= 1;
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// The rest of the machine moves on while the engine is in the middle of something.
+    pub fn race(&mut self) {
+        if self.racing || self.setup.race == 0 || !self.rng.percent(self.setup.race) {
+            return;
+        }
+        self.racing = true;
+        match self.rng.below(4) {
+            0 => self.consume(),
+            1 => self.disk_step(),
+            _ => schedule::post_some(self),
+        }
+        self.racing = false;
+    }
+}

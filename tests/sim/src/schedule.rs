@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Random cases: setups, requests, and the order in which things happen.
+
+use ring::abi::{Protocol, OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_WRITE_BARRIER};
+use ring::request::Limits;
+
+use crate::frontend::{Expect, Gref, Spec, BAD_GREF};
+use crate::machine::{Fault, Machine, Setup};
+use crate::rng::Rng;
+use crate::world::{Storage, World};
+
+/// Sectors at the start of the disk that hold data before the guest comes.
+const INSTALLED: u64 = 256;
+
+/// A setup as chance will have it.
+pub fn random_setup(rng: &mut Rng) -> Setup {
+    let max_indirect = rng.pick(&[0u16, 1, 16, 32, 64, 256]);
+    let largest = max_indirect.max(11);
+    let roomy = largest * rng.range(1, 3) as u16;
+    let tight = largest + rng.below(12) as u16;
+    let (copy_pages, map_pages) = match rng.below(5) {
+        0 => (tight, 0),
+        1 => (0, tight),
+        2 => (11, tight),
+        3 => (tight, 11 + rng.below(8) as u16),
+        _ => (roomy, roomy),
+    };
+    let block_sectors = rng.pick(&[1u32, 1, 2, 8]);
+    let sectors = match rng.below(4) {
+        0 => 64,
+        1 => 4096,
+        // Large enough for discards that are done in pieces.
+        2 => 10 << 20,
+        _ => 512,
+    };
+    let bad = rng.below(sectors.min(400));
+    Setup {
+        protocol: rng.pick(&[Protocol::Abi64, Protocol::Abi32]),
+        order: rng.pick(&[0u8, 0, 0, 1, 2, 3, 4]),
+        copy_pages,
+        map_pages,
+        copy_max_segments: rng.pick(&[0u16, 11, 255, u16::MAX]),
+        limits: Limits {
+            sectors,
+            block_sectors,
+            read_only: rng.percent(10),
+            max_indirect_segments: max_indirect,
+            flush: rng.percent(60),
+            barrier: rng.percent(60),
+            discard: rng.percent(70),
+            secure_discard: rng.percent(30),
+        },
+        descriptor_buffers: rng.pick(&[1u8, 2, 16, 32]),
+        batch: rng.pick(&[1usize, 3, 16, 64, 1024]),
+        maptrack: rng.pick(&[5usize, 40, 4096, 4096]),
+        no_space: rng.pick(&[0u64, 0, 0, 2, 30, 100]),
+        synchronous: rng.pick(&[0u64, 0, 30, 100]),
+        race: rng.pick(&[0u64, 5, 30]),
+        hostile: rng.pick(&[0u64, 0, 20, 60]),
+        scribble: rng.percent(30),
+        bad_sectors: if rng.percent(25) { bad..bad + 4 } else { 0..0 },
+        junk: rng.pick(&[0u8, 0xa5, 0xff]),
+    }
+}
+
+/// The guest makes some of its requests and publishes them.
+pub fn post_some(m: &mut Machine) {
+    let most = m.rng.pick(&[1u64, 2, 8, 64, 600]);
+    let count = m.rng.range(1, most);
+    for _ in 0..count {
+        if m.plan == 0 || !m.front.has_room() {
+            break;
+        }
+        m.plan -= 1;
+        let hostile = m.rng.percent(m.setup.hostile);
+        let spec = if hostile {
+            hostile_spec(m)
+        } else {
+            honest_spec(m)
+        };
+        m.post(&spec);
+    }
+    m.push();
+}
+
+/// A place on the disk for so many sectors; most requests meet in the first few.
+fn place(m: &mut Machine, sectors: u64) -> u64 {
+    let block = u64::from(m.setup.limits.block_sectors);
+    let last = m.setup.limits.sectors.saturating_sub(sectors);
+    let sector = match m.rng.below(8) {
+        0 => last,
+        1 => m.rng.below(last + 1),
+        _ => m.rng.below(last.min(96) + 1),
+    };
+    sector / block * block
+}
+
+fn random_segments(m: &mut Machine, count: usize) -> Vec<(Gref, u8, u8)> {
+    let block = m.setup.limits.block_sectors as u8;
+    let blocks = 8 / block;
+    let mut left = m.setup.limits.sectors;
+    let mut segments: Vec<(Gref, u8, u8)> = Vec::new();
+    let whole = m.rng.percent(50);
+    for _ in 0..count {
+        let (mut first, mut last) = (0, blocks - 1);
+        if !whole {
+            first = m.rng.below(u64::from(blocks)) as u8;
+            last = m.rng.range(u64::from(first), u64::from(blocks) - 1) as u8;
+        }
+        let (first, last) = (first * block, last * block + block - 1);
+        let mut gref = Gref::Fresh;
+        if let Some((Gref::Fresh, earlier, _)) = segments.last() {
+            // The free front of the page before: one page, two segments.
+            if *earlier > last && m.rng.percent(50) {
+                gref = Gref::Same(segments.len() - 1);
+            }
+        }
+        let here = u64::from(last - first) + 1;
+        if here > left {
+            break;
+        }
+        left -= here;
+        segments.push((gref, first, last));
+    }
+    segments
+}
+
+fn transfer(m: &mut Machine, operation: u8) -> Spec {
+    let max_indirect = m.setup.limits.max_indirect_segments;
+    let indirect = operation <= OP_WRITE && max_indirect > 0 && m.rng.percent(40);
+    let most = if indirect {
+        u64::from(max_indirect)
+    } else {
+        11
+    };
+    let most = m.rng.pick(&[1, most, most.min(12)]);
+    let count = m.rng.range(1, most) as usize;
+    let mut spec = Spec::new(operation, 0);
+    spec.indirect = indirect;
+    spec.segments = random_segments(m, count);
+    spec.sector = place(m, spec.sectors());
+    if operation != OP_READ && m.rng.percent(30) {
+        // A page that the backend may only read is all that a write needs.
+        spec.segments.iter_mut().for_each(|(gref, _, _)| {
+            if *gref == Gref::Fresh {
+                *gref = Gref::ReadOnly;
+            }
+        });
+    }
+    let no_room = m.setup.no_space > 0 || m.setup.maptrack < 256;
+    if no_room && m.setup.copy_pages < spec.segments.len() as u16 {
+        spec.expect = Expect::Any;
+    }
+    spec
+}
+
+fn honest_spec(m: &mut Machine) -> Spec {
+    let limits = m.setup.limits;
+    let mut spec = match m.rng.below(20) {
+        0 => Spec::new(OP_FLUSH_DISKCACHE, m.rng.bits()),
+        1 => Spec {
+            operation: OP_FLUSH_DISKCACHE,
+            ..transfer(m, OP_FLUSH_DISKCACHE)
+        },
+        2 if m.rng.percent(30) => Spec::new(OP_WRITE_BARRIER, m.rng.bits()),
+        2 => transfer(m, OP_WRITE_BARRIER),
+        3 => discard(m),
+        n if n % 2 == 0 => transfer(m, OP_READ),
+        _ => transfer(m, OP_WRITE),
+    };
+    if spec.operation == OP_DISCARD && !limits.discard
+        || spec.operation == OP_WRITE_BARRIER && !limits.barrier
+    {
+        spec.expect = Expect::NotSupported;
+    } else if limits.read_only && changes(&spec) {
+        spec.expect = Expect::Error;
+    }
+    spec
+}
+
+fn changes(spec: &Spec) -> bool {
+    match spec.operation {
+        OP_READ => false,
+        OP_FLUSH_DISKCACHE => !spec.segments.is_empty(),
+        _ => true,
+    }
+}
+
+fn discard(m: &mut Machine) -> Spec {
+    let block = u64::from(m.setup.limits.block_sectors);
+    let sectors = match m.rng.below(6) {
+        0 => m.setup.limits.sectors,
+        1 => 0,
+        _ => m.rng.below(64),
+    };
+    let sectors = sectors.min(m.setup.limits.sectors) / block * block;
+    let sector = place(m, sectors);
+    Spec {
+        discard: sectors,
+        flag: m.rng.bits() as u8,
+        ..Spec::new(OP_DISCARD, sector)
+    }
+}
+
+/// A request of which no good can come; the answer is known nevertheless.
+fn hostile_spec(m: &mut Machine) -> Spec {
+    let limits = m.setup.limits;
+    let op = m.rng.pick(&[OP_READ, OP_WRITE]);
+    let at = place(m, 88);
+    let one = |gref| Spec::new(op, at).with(&[(Gref::Fresh, 0, 7), (gref, 0, 7)]);
+    let max = limits.max_indirect_segments;
+    let mut spec = match m.rng.below(14) {
+        0 => Spec::new(m.rng.pick(&[4u8, 7, 8, 77, 255]), at).expect(Expect::NotSupported),
+        1 => Spec {
+            count: Some(m.rng.pick(&[0u16, 12, 13, 255])),
+            ..Spec::pages(op, at, 2)
+        },
+        2 => Spec::pages(op, at, 1).with(&[(Gref::Fresh, 5, 4)]),
+        3 => {
+            let last = m.rng.range(8, 255) as u8;
+            Spec::pages(op, at, 1).with(&[(Gref::Fresh, 0, 7), (Gref::Fresh, 0, last)])
+        }
+        4 => Spec::pages(op, limits.sectors - 8 + 1, 1),
+        5 => Spec::pages(op, u64::MAX - m.rng.below(8), 1),
+        6 => one(Gref::Raw(BAD_GREF)),
+        7 => one(Gref::Revoked),
+        8 => Spec {
+            count: Some(
+                m.rng
+                    .pick(&[0u16, max.saturating_add(1).max(257), 513, 65535]),
+            ),
+            ..Spec::indirect(op, at, 2)
+        },
+        9 => Spec {
+            descriptor: Some(BAD_GREF),
+            ..Spec::indirect(op, at, 3)
+        },
+        10 => Spec {
+            operation: m.rng.range(2, 255) as u8,
+            ..Spec::indirect(op, at, 1)
+        },
+        11 => Spec::indirect(op, at, 2).with(&[(Gref::Fresh, 0, 7), (Gref::Fresh, 3, 2)]),
+        12 => Spec::pages(OP_READ, at, 1).with(&[(Gref::ReadOnly, 0, 7)]),
+        _ => return overlapping(m, op),
+    };
+    if spec.expect == Expect::Okay {
+        spec.expect = Expect::Error;
+    }
+    let id = m.rng.pick(&[0, u64::MAX]);
+    if m.rng.percent(10) && !m.front.is_pending(id) {
+        spec.id = Some(id);
+    }
+    spec
+}
+
+/// One page many times over: legal, and its data says nothing.
+fn overlapping(m: &mut Machine, operation: u8) -> Spec {
+    let count = m.rng.range(2, 11) as usize;
+    let mut segments = vec![(Gref::Same(0), 0, 7); count];
+    segments[0] = (Gref::Fresh, 0, 7);
+    let sectors = 8 * count as u64;
+    let fits = sectors <= m.setup.limits.sectors;
+    let mut spec = Spec::new(operation, place(m, sectors)).with(&segments);
+    spec.wild = true;
+    spec.expect = Expect::Any;
+    if !fits || operation != OP_READ && m.setup.limits.read_only {
+        spec.expect = Expect::Error;
+        spec.wild = false;
+    }
+    spec
+}
+
+/// What happened in a case.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// What is wrong.
+    pub problems: Vec<String>,
+    /// Requests answered.
+    pub answers: u64,
+    /// Of them without an error.
+    pub okay: u64,
+    /// Requests whose pages were mapped.
+    pub mapped: u64,
+    /// Requests that had to wait for room.
+    pub waited: u64,
+    /// Flushes, barriers and discards executed.
+    pub special: u64,
+}
+
+/// Runs the case of a seed, with a planted fault if there is one.
+pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
+    let mut rng = Rng::new(seed);
+    let setup = random_setup(&mut rng);
+    run_setup(setup, &mut rng, fault)
+}
+
+/// Runs a random load on a setup.
+pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
+    let mut storage = Storage::new(&setup);
+    // Half of the rings wrap during the case.
+    let start = if rng.percent(50) {
+        0u32.wrapping_sub(rng.below(64) as u32)
+    } else {
+        0
+    };
+    let mut world = World::attached_at(&mut storage, setup, rng.bits(), start);
+    {
+        let mut m = world.machine.borrow_mut();
+        let installed = INSTALLED.min(m.setup.limits.sectors);
+        m.install(0xffff_fff0, 0, installed);
+        m.plan = rng.pick(&[10u32, 60, 150, 300]);
+        m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
+    }
+    world.run();
+    if rng.percent(50) {
+        world.close();
+    }
+    let problems = world.verdict();
+    let stats = *world.engine.stats();
+    let m = world.machine.borrow();
+    Outcome {
+        problems,
+        answers: m.front.answers.len() as u64,
+        okay: m.front.answers.iter().filter(|a| a.status == 0).count() as u64,
+        mapped: stats.mapped,
+        waited: stats.oo_req,
+        special: m.disk.special,
+    }
+}

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The engine in its machine, driven as the worker thread drives it.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blkback::engine::{Config, Engine, Pass, SegmentEntry, Slot};
+use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
+use ring::index::BackRing;
+
+use crate::disk::FakeDisk;
+use crate::frontend::Spec;
+use crate::grants::FakeGrants;
+use crate::machine::{Fault, Machine, Setup, Shared};
+use crate::ring::FakeRing;
+use crate::schedule;
+
+/// The memory that a connection reserves.
+#[derive(Debug)]
+pub struct Storage {
+    slots: Vec<Slot>,
+    entries: Vec<SegmentEntry>,
+}
+
+impl Storage {
+    /// Memory for a setup.
+    pub fn new(setup: &Setup) -> Self {
+        let size = setup.protocol.ring_size(setup.order).expect("order");
+        let pages = usize::from(setup.copy_pages + setup.map_pages);
+        Self {
+            slots: vec![Slot::FREE; size as usize],
+            entries: vec![SegmentEntry::EMPTY; pages],
+        }
+    }
+}
+
+/// The engine in its machine.
+#[derive(Debug)]
+pub struct World<'a> {
+    /// Everything around the engine.
+    pub machine: Shared,
+    /// The engine.
+    pub engine: Engine<'a, FakeRing, FakeGrants, FakeDisk>,
+    /// What the last pass said.
+    pub last: Pass,
+    awake: bool,
+}
+
+impl<'a> World<'a> {
+    /// Connects an engine to a fresh machine.
+    pub fn new(storage: &'a mut Storage, setup: Setup, seed: u64) -> Self {
+        Self::attached_at(storage, setup, seed, 0)
+    }
+
+    /// The same on a ring whose indices are at `index`.
+    pub fn attached_at(storage: &'a mut Storage, setup: Setup, seed: u64, index: u32) -> Self {
+        let mut machine = Machine::new(setup.clone(), seed);
+        machine.front.start_at(index);
+        machine.taken = index;
+        machine.ring.store(REQ_PROD, index);
+        machine.ring.store(RSP_PROD, index);
+        machine.ring.store(RSP_EVENT, index.wrapping_add(1));
+        let size = machine.ring.size();
+        let machine = Rc::new(RefCell::new(machine));
+        let ring = BackRing::attach(FakeRing::new(machine.clone()), size)
+            .expect("indices are equal and the size is a power of two");
+        let engine = Engine::new(
+            ring,
+            FakeGrants::new(machine.clone()),
+            FakeDisk::new(machine.clone()),
+            &mut storage.slots,
+            &mut storage.entries,
+            setup.copy_pages,
+            Config {
+                protocol: setup.protocol,
+                copy_max_segments: setup.copy_max_segments,
+            },
+            setup.limits,
+        );
+        Self {
+            machine,
+            engine,
+            last: Pass::default(),
+            awake: true,
+        }
+    }
+
+    /// The guest makes requests and publishes them at once. Returns their identifiers.
+    pub fn send(&mut self, specs: &[Spec]) -> Vec<u64> {
+        let mut m = self.machine.borrow_mut();
+        let ids = specs.iter().map(|spec| m.post(spec)).collect();
+        m.push();
+        ids
+    }
+
+    /// One pass and what follows it, as the worker does it.
+    pub fn pass(&mut self) -> Pass {
+        let pass = self.engine.pass();
+        self.last = pass;
+        self.after(pass);
+        self.awake = pass.again || self.engine.must_stay_awake();
+        pass
+    }
+
+    fn after(&mut self, pass: Pass) {
+        let mut m = self.machine.borrow_mut();
+        if pass.notify && !m.commit(Fault::LoseInterrupt) {
+            m.front.interrupt = true;
+        }
+        m.late_copy();
+    }
+
+    /// Runs until nothing is left to do; problems are noted in the machine.
+    pub fn run(&mut self) {
+        let bound = 200_000;
+        for _ in 0..bound {
+            if self.awake {
+                let _pass = self.pass();
+                self.elsewhere();
+                continue;
+            }
+            let mut m = self.machine.borrow_mut();
+            if m.event || m.disk.wake {
+                m.event = false;
+                m.disk.wake = false;
+                self.awake = true;
+                continue;
+            }
+            asleep_is_right(&mut m, self.engine.in_flight(), self.last.broken);
+            if !step(&mut m) {
+                if m.guest_overslept() {
+                    m.problem("the guest was not told of responses".into());
+                }
+                m.consume();
+                let left = m.front.outstanding();
+                if left > 0 && !self.last.broken && !m.hosed {
+                    m.problem(format!("{left} requests were never answered"));
+                }
+                return;
+            }
+            if !m.problems.is_empty() {
+                return;
+            }
+        }
+        self.machine
+            .borrow_mut()
+            .problem(format!("no end after {bound} steps"));
+    }
+
+    /// Other CPUs go on while the worker is awake.
+    fn elsewhere(&mut self) {
+        let mut m = self.machine.borrow_mut();
+        if m.rng.percent(50) {
+            step(&mut m);
+        }
+    }
+
+    /// Tears down: takes nothing more and waits for what is running.
+    pub fn close(&mut self) {
+        for _ in 0..100_000 {
+            let pass = self.engine.drain_pass();
+            self.after(pass);
+            let mut m = self.machine.borrow_mut();
+            if self.engine.in_flight() == 0 {
+                return;
+            }
+            if !pass.again && m.disk.running() == 0 && !m.disk.has_completions() {
+                let left = self.engine.in_flight();
+                m.problem(format!("{left} requests keep the queue from closing"));
+                return;
+            }
+            m.disk_step();
+        }
+        self.machine
+            .borrow_mut()
+            .problem("closing has no end".into());
+    }
+
+    /// What must hold when the queue is idle; then all problems, which should be none.
+    pub fn verdict(&mut self) -> Vec<String> {
+        let free = self.engine.free_pages();
+        let in_flight = self.engine.in_flight();
+        let mut m = self.machine.borrow_mut();
+        let all = (m.setup.copy_pages, m.setup.map_pages);
+        if free != all {
+            m.problem(format!("{free:?} of {all:?} pages are free"));
+        }
+        if in_flight != 0 {
+            m.problem(format!("{in_flight} slots are in use"));
+        }
+        let mapped: Vec<_> = m.host.mappings.values().copied().collect();
+        if !mapped.is_empty() {
+            m.problem(format!("left mapped: {mapped:?}"));
+        }
+        m.check_free_pages();
+        if !m.setup.limits.flush {
+            let now = m.clock;
+            m.check_durable(now);
+        }
+        std::mem::take(&mut m.problems)
+    }
+
+    /// Runs, then fails the test if anything is wrong.
+    #[track_caller]
+    pub fn run_clean(&mut self) {
+        self.run();
+        let problems = self.verdict();
+        assert!(problems.is_empty(), "{problems:#?}");
+    }
+
+    /// Sends requests, runs, and fails the test if anything is wrong. Returns the answers.
+    #[track_caller]
+    pub fn serve(&mut self, specs: &[Spec]) -> Vec<crate::frontend::Answer> {
+        let before = self.machine.borrow().front.answers.len();
+        for chunk in specs.chunks(32) {
+            self.send(chunk);
+            self.run_clean();
+        }
+        self.machine.borrow().front.answers[before..].to_vec()
+    }
+
+    /// The guest's later, valid requests are served as if nothing had been.
+    #[track_caller]
+    pub fn still_works(&mut self) {
+        let read_only = self.machine.borrow().setup.limits.read_only;
+        let op = u8::from(!read_only);
+        self.serve(&[Spec::pages(op, 8, 3), Spec::indirect(op, 64, 16)]);
+        self.serve(&[Spec::pages(0, 8, 3), Spec::indirect(0, 64, 16)]);
+    }
+}
+
+/// Complains if the worker sleeps with work left and nothing on its way to wake it.
+fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
+    if m.disk.running() > 0 || broken || m.hosed {
+        return;
+    }
+    let waiting = m.front.pushed().wrapping_sub(m.taken);
+    if waiting > 0 || in_flight > 0 {
+        m.problem(format!(
+            "asleep with {waiting} requests in the ring and {in_flight} taken, nothing running"
+        ));
+    }
+}
+
+/// Something happens outside of the worker; false if there is nothing that can.
+fn step(m: &mut Machine) -> bool {
+    let mut choices = [0u8; 3];
+    let mut n = 0;
+    let mut choice = |possible: bool, what: u8| {
+        if possible {
+            choices[n] = what;
+            n += 1;
+        }
+    };
+    choice(m.disk.running() > 0, 0);
+    choice(m.front.interrupt, 1);
+    choice(m.plan > 0 && m.front.has_room(), 2);
+    if n == 0 {
+        return false;
+    }
+    match choices[m.rng.index(n)] {
+        0 => m.disk_step(),
+        1 => m.consume(),
+        _ => schedule::post_some(m),
+    }
+    true
+}
