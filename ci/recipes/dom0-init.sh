@@ -28,7 +28,7 @@ fi
 /usr/lib/systemd/systemd-udevd --daemon
 modprobe virtio_console
 udevadm trigger --action=add --subsystem-match=virtio-ports --subsystem-match=block
-udevadm wait --timeout=60 /dev/virtio-ports/report || poweroff -f
+udevadm wait --timeout=60 /dev/virtio-ports/report || busybox poweroff -f
 export REPORT=/dev/virtio-ports/report
 for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd; do
 	modprobe "$m" 2>/dev/null

@@ -14,7 +14,9 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const NEEDS: &[(&str, &str)] = &[
     ("mmdebstrap", "mmdebstrap"),
     ("unshare", "util-linux"),
+    ("setpriv", "util-linux"),
     ("tar", "tar"),
+    ("git", "git"),
     ("dpkg-deb", "dpkg"),
 ];
 
@@ -30,8 +32,25 @@ impl std::fmt::Display for HostLacks {
 
 impl std::error::Error for HostLacks {}
 
-/// Installs what is missing when we are root, else says what to type.
+/// Makes sure of what the artefacts need: installs what is missing when we are root, else says what
+/// to type.
 pub(crate) fn prepare() -> Result<()> {
+    packages()?;
+    // A container may keep even root from mounting.
+    let mut probe = Command::new("unshare");
+    let out = probe
+        .args(["-m", "mount", "--make-rprivate", "/"])
+        .output()?;
+    if out.status.success() {
+        return Ok(());
+    }
+    bail!(HostLacks(format!(
+        "no file system can be mounted here ({}); in a container, start it with --privileged",
+        String::from_utf8_lossy(&out.stderr).trim()
+    )))
+}
+
+fn packages() -> Result<()> {
     let mut missing: Vec<&str> = NEEDS
         .iter()
         .filter(|(program, _)| find(program).is_none())

@@ -79,11 +79,12 @@ pub(crate) struct Machines {
     pub(crate) guest: PathBuf,
 }
 
-/// Builds what is missing of the machines; the two Debian trees at the same time.
+/// Builds what is missing of the machines, and the kernel tree, for who boots also builds: dom0's
+/// tree is made while the compilers are busy with the kernel's.
 pub(crate) fn machines() -> Result<Machines> {
     let (build_root, dom0_root) = std::thread::scope(|scope| {
         let other = scope.spawn(dom0_root);
-        let build_root = build_root();
+        let build_root = build_root().and_then(|root| kernel_tree(&root).map(|_| root));
         (build_root, other.join())
     });
     let build_root = build_root?;

@@ -113,7 +113,7 @@ fn interactive() -> String {
 fn once(command: &str) -> String {
     let quoted = command.replace('\'', r"'\''");
     // One process at a time may open the port, so it is opened once.
-    format!("exec >\"$REPORT\" 2>&1\nbash -c '{quoted}'\necho \"{END}$?\"\n")
+    format!("exec >\"$REPORT\" 2>&1\nunset REPORT\nbash -c '{quoted}'\necho \"{END}$?\"\n")
 }
 
 #[cfg(test)]

@@ -5,21 +5,22 @@ use super::source::{self, Source};
 use crate::root::Root;
 use crate::{build, recipes};
 use anyhow::{bail, Context, Result};
+use std::process::Command;
 
 pub(super) fn check(sources: &[Source]) -> Result<()> {
     let files: Vec<String> = source::rust(sources)
         .map(|source| format!("/mnt/b/{}", source.path))
         .collect();
-    check_files(&build::repository()?, &files)
-}
-
-fn check_files(folder: &std::path::Path, files: &[String]) -> Result<()> {
-    let root = Root::new(&recipes::build_root()?).bind_read_only(folder, "/mnt/b");
+    let root = Root::new(&recipes::build_root()?).bind_read_only(&build::repository()?, "/mnt/b");
     let mut rustfmt = root.command("rustfmt");
     rustfmt.args(["--check", "--edition", "2021", "--color", "never"]);
     rustfmt.args(["--config-path", "/mnt/b"]);
+    judge(rustfmt.args(files))
+}
+
+/// What rustfmt says of the files, as an error.
+fn judge(rustfmt: &mut Command) -> Result<()> {
     let out = rustfmt
-        .args(files)
         .output()
         .context("cannot start rustfmt in the build root")?;
     if out.status.success() {
@@ -28,7 +29,7 @@ fn check_files(folder: &std::path::Path, files: &[String]) -> Result<()> {
     let text = String::from_utf8_lossy(&out.stdout).replace("/mnt/b/", "");
     let more = String::from_utf8_lossy(&out.stderr).replace("/mnt/b/", "");
     bail!(
-        "{}{}\nremedy: cargo fmt --all",
+        "{}{}remedy: cargo fmt --all",
         first_lines(&text),
         first_lines(&more)
     )
@@ -43,8 +44,19 @@ fn first_lines(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn difference_is_an_error_that_shows_it() {
+        let mut rustfmt = Command::new("sh");
+        rustfmt.args(["-c", "echo 'Diff in /mnt/b/a.rs:1:'; exit 1"]);
+        let error = judge(&mut rustfmt).unwrap_err().to_string();
+        assert!(error.starts_with("Diff in a.rs:1:"), "{error}");
+        assert!(judge(Command::new("sh").args(["-c", "exit 0"])).is_ok());
+    }
+
     #[test]
     fn only_the_beginning_of_a_long_complaint_is_shown() {
-        assert_eq!(super::first_lines(&"x\n".repeat(99)).lines().count(), 40);
+        assert_eq!(first_lines(&"x\n".repeat(99)).lines().count(), 40);
     }
 }

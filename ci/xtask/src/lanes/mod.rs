@@ -30,7 +30,14 @@ const USUAL: &[Lane] = &[Lane::Host, Lane::Check, Lane::Build, Lane::E2e];
 /// Runs the lanes and returns their sums.
 pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
     let mut tally = Tally::default();
-    for lane in if lanes.is_empty() { USUAL } else { lanes } {
+    let lanes = if lanes.is_empty() { USUAL } else { lanes };
+    if lanes.contains(&Lane::E2e) {
+        // All artefacts at once is quicker than each when it is first needed.
+        if let Err(error) = crate::recipes::machines() {
+            tally.fail("the test machines", &format!("{error:#}"));
+        }
+    }
+    for lane in lanes {
         let start = Instant::now();
         println!("== {lane:?}");
         let done = match lane {
