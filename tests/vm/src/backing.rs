@@ -107,3 +107,124 @@ pub(crate) fn sha256(device: &str, mib: u32) -> Result<String> {
         .unwrap_or_default()
         .to_owned())
 }
+
+/// A device mapper device.
+#[derive(Clone)]
+pub(crate) struct Dm {
+    name: String,
+}
+
+impl Dm {
+    /// Creates a device from a table (lines of `start length target arguments`).
+    pub(crate) fn create(name: &str, table: &str) -> Result<Dm> {
+        sh::run(&["dmsetup", "create", name, "--table", table])?;
+        let device = Dm {
+            name: name.to_owned(),
+        };
+        sh::wait_for(
+            "the device node of device mapper",
+            Duration::from_secs(20),
+            || Ok(Path::new(&device.path()).exists()),
+        )?;
+        Ok(device)
+    }
+
+    /// The device node.
+    pub(crate) fn path(&self) -> String {
+        format!("/dev/mapper/{}", self.name)
+    }
+
+    /// Stops the device: requests wait until it goes on. Nothing is flushed.
+    pub(crate) fn suspend(&self) -> Result<()> {
+        sh::run(&["dmsetup", "suspend", "--noflush", "--nolockfs", &self.name]).map(drop)
+    }
+
+    /// Lets the device go on.
+    pub(crate) fn resume(&self) -> Result<()> {
+        sh::run(&["dmsetup", "resume", &self.name]).map(drop)
+    }
+
+    /// Replaces the table of the running device.
+    pub(crate) fn replace(&self, table: &str) -> Result<()> {
+        self.suspend()?;
+        sh::run(&["dmsetup", "load", &self.name, "--table", table])?;
+        self.resume()
+    }
+
+    /// Removes the device.
+    pub(crate) fn remove(&self) -> Result<()> {
+        sh::run(&["dmsetup", "remove", "--retry", &self.name]).map(drop)
+    }
+}
+
+/// LVM knows neither null_blk nor, without a daemon, what udev has seen.
+const LVM: &str = "devices{types=[\"nullb\",16] filter=[\"a|/dev/vmtest.*|\",\"a|/dev/nullb.*|\",\"r|.*|\"] use_devicesfile=0}";
+
+/// A logical volume on a device, in a volume group of its own.
+#[derive(Clone)]
+pub(crate) struct Lvm {
+    group: String,
+    physical: String,
+}
+
+impl Lvm {
+    /// Makes the volume `lv` of so many MiB.
+    pub(crate) fn create(group: &str, physical: &str, mib: u32) -> Result<Lvm> {
+        lvm(&["pvcreate", physical])?;
+        lvm(&["vgcreate", group, physical])?;
+        lvm(&[
+            "lvcreate",
+            "-n",
+            "lv",
+            "-L",
+            &format!("{mib}M"),
+            "-y",
+            "-Wn",
+            "-Zn",
+            group,
+        ])?;
+        let volume = Lvm {
+            group: group.to_owned(),
+            physical: physical.to_owned(),
+        };
+        sh::wait_for(
+            "the device node of the volume",
+            Duration::from_secs(20),
+            || Ok(Path::new(&volume.path()).exists()),
+        )?;
+        Ok(volume)
+    }
+
+    /// The device node.
+    pub(crate) fn path(&self) -> String {
+        format!("/dev/{}/lv", self.group)
+    }
+
+    /// Grows the volume to so many MiB.
+    pub(crate) fn extend(&self, mib: u32) -> Result<()> {
+        lvm(&[
+            "lvextend",
+            "-L",
+            &format!("{mib}M"),
+            &format!("{}/lv", self.group),
+        ])
+    }
+
+    /// Removes the volume and its group.
+    pub(crate) fn remove(&self) -> Result<()> {
+        sh::wait_for(
+            "the end of every user of the volume",
+            Duration::from_secs(20),
+            || Ok(lvm(&["lvchange", "-an", &format!("{}/lv", self.group)]).is_ok()),
+        )?;
+        lvm(&["vgremove", "-f", &self.group])?;
+        lvm(&["pvremove", &self.physical])
+    }
+}
+
+fn lvm(argv: &[&str]) -> Result<()> {
+    let mut all = vec!["lvm"];
+    all.extend(argv);
+    all.extend(["--config", LVM]);
+    sh::run(&all).map(drop)
+}

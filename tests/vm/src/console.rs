@@ -154,25 +154,6 @@ impl Console {
         }
     }
 
-    /// Waits until a running command has printed the given text.
-    pub(crate) fn wait_text(&self, job: Job, wanted: &str, limit: Duration) -> Result<()> {
-        let seen = self.wait_until(Instant::now() + limit, |state| {
-            let progress = state.jobs.get(&job.0)?;
-            if progress.text.contains(wanted) {
-                return Some(true);
-            }
-            progress.rc.map(|_| false)
-        })?;
-        match seen {
-            Some(true) => Ok(()),
-            Some(false) => bail!("a command in the guest ended before it said `{wanted}`"),
-            None => bail!(
-                "a command in the guest did not say `{wanted}` within {} s",
-                limit.as_secs()
-            ),
-        }
-    }
-
     /// Kernel messages that the console showed since the last call.
     pub(crate) fn take_kernel_lines(&self) -> Vec<String> {
         std::mem::take(&mut self.shared.lock().kernel)

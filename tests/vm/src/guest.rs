@@ -67,7 +67,7 @@ impl Config {
             .join(", ");
         format!(
             "name = '{}'\ntype = '{kind}'\nkernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\n\
-             memory = 256\nvcpus = {}\nextra = 'console=hvc0 loglevel=4 panic=1 oops=panic {}'\n\
+             memory = 384\nvcpus = {}\nextra = 'console=hvc0 loglevel=4 panic=1 oops=panic {}'\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\ndisk = [{disks}]\nvif = []\n\
              tsc_mode = 'native'\n",
             self.name, self.vcpus, self.cmdline

@@ -8,7 +8,9 @@ mod agent;
 mod backing;
 mod cases;
 mod console;
+mod demo;
 mod guest;
+mod leaks;
 mod report;
 mod sh;
 mod splat;
@@ -40,6 +42,12 @@ enum Face {
         /// List the cases and stop.
         #[arg(long)]
         list: bool,
+    },
+    /// Tell the story of one disk, from its volume to a table of figures.
+    Demo {
+        /// The driver that must serve the disk.
+        #[arg(long, value_enum, default_value = "rs")]
+        driver: Driver,
     },
     /// Execute commands from the console; this is what a guest runs as its first process.
     Agent,
@@ -118,6 +126,7 @@ fn start() -> Result<ExitCode> {
             }
             cases::run(&only, driver)
         }
+        Face::Demo { driver } => demo::run(driver),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
     }
 }

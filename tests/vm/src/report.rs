@@ -57,6 +57,21 @@ impl Report {
         self.line(&format!("# {text}"))
     }
 
+    /// A line of free text, for the demonstration.
+    pub(crate) fn say(&mut self, text: &str) -> Result<()> {
+        self.line(text)
+    }
+
+    /// Counts something that went wrong outside of any case.
+    pub(crate) fn problem(&mut self) {
+        self.failed += 1;
+    }
+
+    /// How much went wrong so far.
+    pub(crate) fn problems(&self) -> usize {
+        self.failed
+    }
+
     /// Records the verdict on a case.
     pub(crate) fn verdict(&mut self, name: &str, seconds: f64, verdict: &Verdict) -> Result<()> {
         self.number += 1;
@@ -84,6 +99,11 @@ impl Report {
             }
         }
         self.line("  ...")
+    }
+
+    /// The run cannot go on.
+    pub(crate) fn bail_out(&mut self, why: &str) -> Result<()> {
+        self.line(&format!("Bail out! {}", one_line(why)))
     }
 
     /// The totals; true when nothing failed.

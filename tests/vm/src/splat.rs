@@ -42,22 +42,25 @@ const XEN: &[&str] = &[
     "Panic on",
 ];
 
-/// Lines of a kernel's log that mean trouble.
-pub(crate) fn in_kernel<'a>(lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    matching(KERNEL, lines)
+/// Lines of a kernel's log that mean trouble, each with the name of the machine before it.
+pub(crate) fn in_kernel<'a>(whose: &str, lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
+    matching(whose, KERNEL, lines)
 }
 
 /// Lines of the hypervisor's log that mean trouble.
 pub(crate) fn in_xen<'a>(lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    matching(XEN, lines)
+    matching("xen", XEN, lines)
 }
 
-fn matching<'a>(signs: &[&str], lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    lines
+fn matching<'a>(
+    whose: &str,
+    signs: &[&str],
+    lines: impl IntoIterator<Item = &'a str>,
+) -> Vec<String> {
+    let bad = lines
         .into_iter()
-        .filter(|line| signs.iter().any(|sign| line.contains(sign)))
-        .map(str::to_owned)
-        .collect()
+        .filter(|line| signs.iter().any(|sign| line.contains(sign)));
+    bad.map(|line| format!("{whose}: {line}")).collect()
 }
 
 /// A position in dom0's kernel log.
@@ -122,11 +125,11 @@ mod tests {
     #[test]
     fn trouble_is_seen_and_calm_is_not() {
         assert_eq!(
-            in_kernel(["all is well", "WARNING: CPU: 0 PID: 7 at x"]).len(),
+            in_kernel("dom0", ["all is well", "WARNING: CPU: 0 PID: 7 at x"]).len(),
             1
         );
         assert_eq!(
-            in_kernel(["xen-blkback: backend/vbd/1/51712: using 1 queues"]).len(),
+            in_kernel("dom0", ["xen-blkback: backend/vbd/1/51712: using 1 queues"]).len(),
             0
         );
         assert_eq!(

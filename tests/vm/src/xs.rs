@@ -71,10 +71,3 @@ pub(crate) fn wait_value(path: &str, value: &str, limit: Duration) -> Result<()>
     })
     .with_context(|| format!("its value is {last:?}"))
 }
-
-/// Waits until a key is gone.
-pub(crate) fn wait_gone(path: &str, limit: Duration) -> Result<()> {
-    sh::wait_for(&format!("the removal of {path}"), limit, || {
-        Ok(read(path)?.is_none())
-    })
-}

@@ -2,8 +2,15 @@
 //! The cases and what runs them.
 
 mod basic;
+mod faults;
+mod lifecycle;
+mod rings;
+mod xenstore;
 
 use crate::guest::{Config, Guest, Kind};
+pub(crate) use basic::{compare, verify_job};
+
+use crate::leaks::Leaks;
 use crate::report::{Report, Verdict};
 use crate::{sh, splat, xs, Driver};
 use anyhow::{bail, Context as _, Result};
@@ -26,30 +33,50 @@ pub(crate) enum Needs {
 /// One case.
 pub(crate) struct Case {
     /// Its name, `group.what`.
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     /// What it shows, in one line.
-    pub(crate) about: &'static str,
+    pub(crate) about: String,
     /// The shared guest that it uses.
     pub(crate) needs: Needs,
     /// Why the C driver is known to fail it.
     pub(crate) c_fails: Option<&'static str>,
+    /// Whether the counters of `leaks` must return to where they were.
+    pub(crate) leaks: bool,
     /// The case itself.
-    pub(crate) run: fn(&mut Context) -> Result<()>,
+    pub(crate) run: Box<dyn Fn(&mut Context) -> Result<()>>,
 }
 
 impl Case {
-    const fn new(
-        name: &'static str,
-        about: &'static str,
+    fn new(
+        name: &str,
+        about: &str,
         needs: Needs,
-        run: fn(&mut Context) -> Result<()>,
+        run: impl Fn(&mut Context) -> Result<()> + 'static,
     ) -> Case {
+        let (name, about) = (name.to_owned(), about.to_owned());
         Case {
             name,
             about,
             needs,
             c_fails: None,
-            run,
+            leaks: false,
+            run: Box::new(run),
+        }
+    }
+
+    /// The same case, with the leak counters compared.
+    fn no_leaks(self) -> Case {
+        Case {
+            leaks: true,
+            ..self
+        }
+    }
+
+    /// The same case, which the C driver is known to fail.
+    fn c_fails(self, why: &'static str) -> Case {
+        Case {
+            c_fails: Some(why),
+            ..self
         }
     }
 }
@@ -137,14 +164,27 @@ impl Context {
         Ok(())
     }
 
+    /// Takes the shared PV guest away, for a case that ends or saves it.
+    pub(crate) fn take_pv(&mut self) -> Result<Guest> {
+        self.pv
+            .take()
+            .context("the case did not ask for the PV guest")
+    }
+
+    /// Gives the shared PV guest back.
+    pub(crate) fn give_pv(&mut self, guest: Guest) {
+        self.pv = Some(guest);
+    }
+
     fn start_shared(&mut self, needs: Needs) -> Result<()> {
-        let (slot, name, kind) = match needs {
+        // Nested paging is slow in emulation: one CPU is enough for the PVH guest.
+        let (slot, name, kind, vcpus) = match needs {
             Needs::Nothing => return Ok(()),
-            Needs::Pv => (&mut self.pv, "pv", Kind::Pv),
-            Needs::Pvh => (&mut self.pvh, "pvh", Kind::Pvh),
+            Needs::Pv => (&mut self.pv, "pv", Kind::Pv, 4),
+            Needs::Pvh => (&mut self.pvh, "pvh", Kind::Pvh, 1),
         };
         if slot.is_none() {
-            *slot = Some(Guest::create(Config::new(name, kind, 4))?);
+            *slot = Some(Guest::create(Config::new(name, kind, vcpus))?);
         }
         Ok(())
     }
@@ -170,14 +210,21 @@ impl Context {
 
 /// Every case, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    basic::cases()
+    let groups = [
+        basic::cases(),
+        rings::cases(),
+        faults::cases(),
+        xenstore::cases(),
+        lifecycle::cases(),
+    ];
+    groups.into_iter().flatten().collect()
 }
 
 /// Runs the cases whose name matches.
 pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
     let cases: Vec<Case> = all()
         .into_iter()
-        .filter(|case| matches(only, case.name))
+        .filter(|case| matches(only, &case.name))
         .collect();
     if cases.is_empty() {
         bail!("no case matches `{only}`: see `vmtest run --list`");
@@ -190,16 +237,24 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
         report: Report::open()?,
     };
     context.report.plan(cases.len())?;
-    load_driver(driver)?;
-    for case in &cases {
+    let result = run_all(&cases, &mut context);
+    if let Err(error) = &result {
+        context.report.bail_out(&format!("{error:#}"))?;
+    }
+    result
+}
+
+fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
+    load_driver(context.driver)?;
+    for case in cases {
         context
             .report
             .note(&format!("{}: {}", case.name, case.about))?;
         let started = Instant::now();
-        let verdict = run_case(case, &mut context)?;
+        let verdict = run_case(case, context)?;
         context
             .report
-            .verdict(case.name, started.elapsed().as_secs_f64(), &verdict)?;
+            .verdict(&case.name, started.elapsed().as_secs_f64(), &verdict)?;
     }
     context.end_shared()?;
     let passed = context.report.finish()?;
@@ -214,23 +269,17 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
 fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     let mut kmsg = splat::Kmsg::from_now()?;
     splat::take_xen_log()?;
-    let result = context
-        .start_shared(case.needs)
-        .and_then(|()| (case.run)(context));
-    let mut problems = Vec::new();
-    match result {
-        Ok(()) => (),
-        Err(error) => match error.downcast::<Skip>() {
-            Ok(Skip(reason)) => {
-                let problems = context.undo();
-                return Ok(if problems.is_empty() {
-                    Verdict::Skip(reason)
-                } else {
-                    Verdict::Fail(problems.join("\n"))
-                });
-            }
+    let mut baseline = None;
+    let result = context.start_shared(case.needs).and_then(|()| {
+        baseline = case.leaks.then(|| Leaks::now(context.driver)).transpose()?;
+        (case.run)(context)
+    });
+    let (mut problems, mut skipped) = (Vec::new(), None);
+    if let Err(error) = result {
+        match error.downcast::<Skip>() {
+            Ok(Skip(reason)) => skipped = Some(reason),
             Err(error) => problems.push(format!("{error:#}")),
-        },
+        }
     }
     problems.extend(guest_problems(context));
     if !problems.is_empty() {
@@ -240,25 +289,23 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
         detach_own_disks().unwrap_or_else(|error| problems.push(format!("{error:#}")));
     }
     problems.extend(context.undo());
-    let messages = kmsg.take()?;
-    problems.extend(
-        splat::in_kernel(messages.iter().map(String::as_str))
-            .into_iter()
-            .map(|line| format!("dom0: {line}")),
-    );
-    let messages = splat::take_xen_log()?;
-    problems.extend(
-        splat::in_xen(messages.iter().map(String::as_str))
-            .into_iter()
-            .map(|line| format!("xen: {line}")),
-    );
-    if problems.is_empty() {
-        return Ok(Verdict::Pass);
+    if let (Some(baseline), true) = (baseline, problems.is_empty()) {
+        let same = baseline.wait_same(context.driver, Duration::from_secs(15));
+        same.unwrap_or_else(|error| problems.push(format!("{error:#}")));
     }
+    let messages = kmsg.take()?;
+    problems.extend(splat::in_kernel(
+        "dom0",
+        messages.iter().map(String::as_str),
+    ));
+    let messages = splat::take_xen_log()?;
+    problems.extend(splat::in_xen(messages.iter().map(String::as_str)));
     let why = problems.join("\n");
-    Ok(match case.c_fails {
-        Some(known) if context.driver == Driver::C => Verdict::KnownFail(why, known),
-        _ => Verdict::Fail(why),
+    Ok(match (problems.is_empty(), skipped, case.c_fails) {
+        (true, None, _) => Verdict::Pass,
+        (true, Some(reason), _) => Verdict::Skip(reason),
+        (false, _, Some(known)) if context.driver == Driver::C => Verdict::KnownFail(why, known),
+        (false, _, _) => Verdict::Fail(why),
     })
 }
 
@@ -266,24 +313,16 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
 fn guest_problems(context: &Context) -> Vec<String> {
     let mut problems = Vec::new();
     for guest in [&context.pv, &context.pvh].into_iter().flatten() {
-        let name = &guest.config.name;
+        let name = format!("guest {}", guest.config.name);
         let lines = guest.console.take_kernel_lines();
-        problems.extend(
-            splat::in_kernel(lines.iter().map(String::as_str))
-                .into_iter()
-                .map(|line| format!("guest {name}: {line}")),
-        );
+        problems.extend(splat::in_kernel(&name, lines.iter().map(String::as_str)));
         match guest.run("dmesg -c") {
-            Ok(text) => problems.extend(
-                splat::in_kernel(text.lines())
-                    .into_iter()
-                    .map(|line| format!("guest {name}: {line}")),
-            ),
-            Err(error) => problems.push(format!("guest {name} does not answer: {error:#}")),
+            Ok(text) => problems.extend(splat::in_kernel(&name, text.lines())),
+            Err(error) => problems.push(format!("{name} does not answer: {error:#}")),
         }
         match guest.disks() {
             Ok(0) => (),
-            Ok(left) => problems.push(format!("guest {name} still has {left} disks")),
+            Ok(left) => problems.push(format!("{name} still has {left} disks")),
             Err(error) => problems.push(format!("{error:#}")),
         }
     }
@@ -346,6 +385,6 @@ mod tests {
     #[test]
     fn names_are_unique() {
         let mut seen = HashSet::new();
-        assert!(all().iter().all(|case| seen.insert(case.name)));
+        assert!(all().iter().all(|case| seen.insert(case.name.clone())));
     }
 }

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Disks and guests come and go, in order and out of order.
+
+use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
+use super::faults::{endless_load, wait_load};
+use super::{load_driver, Case, Context, Needs};
+use crate::backing::Dm;
+use crate::guest::{Config, Guest, Kind, COMMAND, RUN_DIR};
+use crate::leaks::{memory, Leaks};
+use crate::sh;
+use anyhow::{ensure, Result};
+use std::time::Duration;
+
+const CYCLES: u32 = 50;
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    vec![
+        Case::new(
+            "lifecycle.detach_under_load",
+            "a disk is detached while a job works on it",
+            Pv,
+            detach_under_load,
+        )
+        .no_leaks(),
+        Case::new(
+            "lifecycle.save_restore",
+            "a guest is saved and restored while fio verifies",
+            Pv,
+            save_restore,
+        ),
+        Case::new(
+            "lifecycle.destroy_under_load",
+            "a guest is destroyed with a deep queue in flight",
+            Nothing,
+            destroy_under_load,
+        )
+        .no_leaks(),
+        Case::new(
+            "lifecycle.destroy_hung_device",
+            "a guest is destroyed while its device hangs",
+            Nothing,
+            destroy_hung,
+        )
+        .no_leaks(),
+        Case::new(
+            "lifecycle.cycles",
+            "50 times attach, write, detach",
+            Nothing,
+            cycles,
+        )
+        .no_leaks(),
+        Case::new(
+            "lifecycle.rmmod_in_use",
+            "the module cannot be removed below a disk",
+            Nothing,
+            rmmod_in_use,
+        )
+        .no_leaks(),
+        Case::new(
+            "lifecycle.reload",
+            "the module is removed and loaded again, and serves",
+            Nothing,
+            reload,
+        ),
+    ]
+}
+
+fn detach_under_load(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let load = guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    let id = guest.domid.to_string();
+    // The frontend may refuse an orderly detach of an open disk; force must work then.
+    let orderly = sh::status(
+        &["xl", "block-detach", &id, "xvda"],
+        Duration::from_secs(60),
+    )?;
+    if orderly.rc != 0 {
+        sh::run(&["xl", "block-detach", &id, "xvda", "--force"])?;
+    }
+    vbd.wait_gone()?;
+    let done = guest.wait(load, COMMAND)?;
+    ensure!(
+        done.rc != 0,
+        "the load did not notice that its disk was taken away"
+    );
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    guest.run_for(&verify_job("/dev/xvda", 2, 60, 512), FIO)?;
+    compare(guest, "xvda", &device.path(), 2)?;
+    guest.detach(&vbd)
+}
+
+fn save_restore(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let job = guest.start(&verify_job("/dev/xvda", 8, 1_000_000, 512))?;
+    wait_load(&vbd)?;
+    let file = format!("{RUN_DIR}/pv.save");
+    let theirs = file.clone();
+    context.at_end("remove the saved guest", move || {
+        Ok(std::fs::remove_file(theirs)?)
+    });
+    let saved = context.take_pv()?.save(&file)?;
+    vbd.wait_gone()?;
+    let guest = saved.restore(&[job])?;
+    let done = guest.wait(job, FIO);
+    let vbd = crate::guest::Vbd::of(guest.domid, "xvda")?;
+    context.give_pv(guest);
+    let done = done?;
+    ensure!(
+        done.rc == 0,
+        "fio failed across save and restore: {}",
+        sh::tail(&done.text, 400)
+    );
+    context.check_driver(&vbd)?;
+    let guest = context.pv()?;
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)
+}
+
+/// A guest of the case's own, with one disk.
+fn own_guest(device: &str) -> Result<Guest> {
+    let mut config = Config::new("victim", Kind::Pv, 2);
+    config.disks.push(format!("phy:{device},xvda,w"));
+    Guest::create(config)
+}
+
+fn destroy_under_load(context: &mut Context) -> Result<()> {
+    // Each request takes 50 ms, so that the queue is full at any moment.
+    let device = context.null_blk(
+        16,
+        &[
+            ("irqmode", "2"),
+            ("completion_nsec", "50000000"),
+            ("hw_queue_depth", "128"),
+        ],
+    )?;
+    let guest = own_guest(&device.path())?;
+    let vbd = crate::guest::Vbd::of(guest.domid, "xvda")?;
+    context.check_driver(&vbd)?;
+    guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    guest.destroy()?;
+    vbd.wait_gone()
+}
+
+fn destroy_hung(context: &mut Context) -> Result<()> {
+    let below = context.null_blk(16, &[])?;
+    let disk = Dm::create("vmtest-hung", &format!("0 32768 linear {} 0", below.path()))?;
+    let theirs = disk.clone();
+    context.at_end("remove the mapped device", move || theirs.remove());
+    let guest = own_guest(&disk.path())?;
+    let vbd = crate::guest::Vbd::of(guest.domid, "xvda")?;
+    guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    disk.suspend()?;
+    let (theirs, id) = (disk.clone(), guest.domid.to_string());
+    // The domain cannot vanish before its pages come back from the device, but xl must not hang.
+    let destroyed = sh::run_for(&["xl", "destroy", &id], Duration::from_secs(60));
+    theirs.resume()?;
+    destroyed?;
+    guest.destroy()?;
+    vbd.wait_gone()
+}
+
+fn cycles(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let path = device.path();
+    let mut cycle = || -> Result<()> {
+        let vbd = attach_own(context, &path, "xvdk")?;
+        sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
+        detach_own(&vbd)
+    };
+    // The first cycle may fill caches.
+    cycle()?;
+    let before = memory("MemAvailable:")?;
+    for _ in 1..CYCLES {
+        cycle()?;
+    }
+    let lost = before.saturating_sub(memory("MemAvailable:")?);
+    ensure!(
+        lost < 8 * 1024,
+        "{lost} KiB of memory were lost in {CYCLES} cycles"
+    );
+    Ok(())
+}
+
+fn rmmod_in_use(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    let refused = sh::status(
+        &["rmmod", context.driver.sys_module()],
+        Duration::from_secs(30),
+    )?;
+    ensure!(
+        refused.rc != 0,
+        "rmmod removed the module below a disk in use"
+    );
+    sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
+    detach_own(&vbd)
+}
+
+fn reload(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let driver = context.driver;
+    for _ in 0..3 {
+        sh::run(&["rmmod", driver.sys_module()])?;
+        load_driver(driver)?;
+    }
+    let before = Leaks::now(driver)?;
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
+    detach_own(&vbd)?;
+    before.wait_same(driver, Duration::from_secs(15))
+}

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Every shape of ring that a frontend can ask for.
+
+use super::basic::{compare, verify_job, FIO};
+use super::{skip, Case, Context, Needs};
+use crate::guest::{Guest, Vbd};
+use crate::{sh, xs};
+use anyhow::{ensure, Context as _, Result};
+use std::path::Path;
+
+/// What a frontend asks for.
+#[derive(Clone, Copy)]
+struct Shape {
+    queues: u64,
+    order: u64,
+    /// The most segments of an indirect request.
+    segments: u64,
+    persistent: bool,
+}
+
+/// Every order and every number of queues, and each pair of the other choices at least once.
+const SHAPES: &[Shape] = &[
+    Shape {
+        queues: 1,
+        order: 0,
+        segments: 32,
+        persistent: false,
+    },
+    Shape {
+        queues: 2,
+        order: 1,
+        segments: 0,
+        persistent: true,
+    },
+    Shape {
+        queues: 3,
+        order: 2,
+        segments: 256,
+        persistent: false,
+    },
+    Shape {
+        queues: 4,
+        order: 3,
+        segments: 32,
+        persistent: true,
+    },
+    Shape {
+        queues: 1,
+        order: 4,
+        segments: 256,
+        persistent: true,
+    },
+    Shape {
+        queues: 4,
+        order: 4,
+        segments: 0,
+        persistent: false,
+    },
+];
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let case = |shape: &Shape| {
+        let Shape {
+            queues,
+            order,
+            segments,
+            persistent,
+        } = *shape;
+        let grants = if persistent { "persistent" } else { "fresh" };
+        let name = format!("rings.q{queues}_o{order}_s{segments}_{grants}");
+        let about = format!(
+            "{queues} queues of {} pages, {segments} indirect segments, {grants} grants",
+            1 << order
+        );
+        let shape = *shape;
+        Case::new(&name, &about, Needs::Pv, move |context| one(context, shape))
+    };
+    let mut all: Vec<Case> = SHAPES.iter().map(case).collect();
+    all.push(Case::new(
+        "rings.defaults_back",
+        "the frontend's defaults after all that",
+        Needs::Pv,
+        defaults,
+    ));
+    all
+}
+
+fn one(context: &mut Context, shape: Shape) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let limit = Path::new("/sys/module")
+        .join(context.driver.sys_module())
+        .join("parameters/max_queues");
+    if limit.exists() {
+        sh::put(&limit, "4")?;
+    }
+    let guest = context.pv()?;
+    reload(
+        guest,
+        &format!(
+            "max_queues={} max_ring_page_order={} max_indirect_segments={} feature_persistent={}",
+            shape.queues,
+            shape.order,
+            shape.segments,
+            u8::from(shape.persistent)
+        ),
+    )?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    context.check_driver(&vbd)?;
+    let offered = [
+        ("multi-queue-max-queues", shape.queues),
+        ("max-ring-page-order", shape.order),
+    ];
+    for (key, wanted) in offered {
+        let most = xs::read(&format!("{}/{key}", vbd.backend))?
+            .map_or(Ok(0), |text| text.parse::<u64>())?;
+        if most < wanted {
+            guest.detach(&vbd)?;
+            reload(guest, "")?;
+            return skip(format!(
+                "the backend offers {key} = {most}, the case needs {wanted}"
+            ));
+        }
+    }
+    check_shape(guest, &vbd, shape)?;
+    guest.run_for(&verify_job("/dev/xvda", 5, 150, 512), FIO)?;
+    // One job for each CPU of the guest, so that every queue works.
+    guest.run_for(
+        "fio --name=all --filename=/dev/xvda --size=2m --offset_increment=2m --offset=8m --numjobs=4 --cpus_allowed=0-3 \
+         --cpus_allowed_policy=split --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=4k-128k --blockalign=4k \
+         --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse",
+        FIO,
+    )?;
+    compare(guest, "xvda", &device.path(), 16)?;
+    guest.detach(&vbd)
+}
+
+/// Loads the frontend again, with other parameters. The guest must have no disk.
+fn reload(guest: &Guest, parameters: &str) -> Result<()> {
+    guest
+        .run(&format!(
+            "rmmod xen_blkfront && insmod /mod/*xen-blkfront.ko {parameters}"
+        ))
+        .map(drop)
+}
+
+/// What was negotiated must be what was asked for.
+fn check_shape(guest: &Guest, vbd: &Vbd, shape: Shape) -> Result<()> {
+    let key = |name: &str| -> Result<Option<u64>> {
+        let text = xs::read(&format!("{}/{name}", vbd.frontend))?;
+        text.map(|text| text.parse().with_context(|| format!("{name} is `{text}`")))
+            .transpose()
+    };
+    ensure!(
+        key("ring-page-order")?.unwrap_or(0) == shape.order,
+        "the ring's order is {:?}, not {}",
+        key("ring-page-order")?,
+        shape.order
+    );
+    let queues = key("multi-queue-num-queues")?.unwrap_or(1);
+    ensure!(
+        queues == shape.queues,
+        "{queues} queues were negotiated, not {}",
+        shape.queues
+    );
+    let directory = if shape.queues > 1 {
+        format!("{}/queue-{}", vbd.frontend, shape.queues - 1)
+    } else {
+        vbd.frontend.clone()
+    };
+    let pages = xs::list(&directory)?
+        .iter()
+        .filter(|name| name.starts_with("ring-ref"))
+        .count();
+    ensure!(
+        pages == 1 << shape.order,
+        "{pages} ring pages are in {directory}, not {}",
+        1 << shape.order
+    );
+    let used = guest
+        .run("ls /sys/block/xvda/mq")?
+        .split_whitespace()
+        .count() as u64;
+    ensure!(
+        used == shape.queues,
+        "the guest's disk has {used} queues, not {}",
+        shape.queues
+    );
+    Ok(())
+}
+
+fn defaults(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let guest = context.pv()?;
+    reload(guest, "")?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    guest.run_for(&verify_job("/dev/xvda", 3, 90, 512), FIO)?;
+    guest.detach(&vbd)
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Hostile values in xenstore, from a frontend that exists only there.
+//!
+//! The frontend's directory lies where no kernel looks for one, so the case alone plays the guest. The
+//! backend must refuse this one device, say why under the name of the key, stay calm, and serve a proper
+//! frontend on the same device afterwards.
+
+use super::basic::{attach_own, detach_own};
+use super::{Case, Context, Needs};
+use crate::{sh, xs, Driver};
+use anyhow::{bail, ensure, Result};
+use std::path::Path;
+use std::time::Duration;
+
+const DEVID: &str = "51872";
+const FRONT: &str = "/local/domain/0/vmtest/51872";
+const BACK: &str = "/local/domain/0/backend/vbd/0/51872";
+const ERROR: &str = "/local/domain/0/error/backend/vbd/0/51872";
+
+/// A hostile frontend: its name, the key that the error must name, and what it writes.
+struct Attack {
+    name: &'static str,
+    key: &'static str,
+    values: &'static [(&'static str, &'static str)],
+}
+
+const PROPER: [(&str, &str); 3] = [
+    ("ring-ref", "8"),
+    ("event-channel", "9"),
+    ("protocol", "x86_64-abi"),
+];
+
+const ATTACKS: &[Attack] = &[
+    Attack {
+        name: "ring_order_huge",
+        key: "ring-page-order",
+        values: &[("ring-page-order", "9999")],
+    },
+    Attack {
+        name: "ring_order_junk",
+        key: "ring-page-order",
+        values: &[("ring-page-order", "-1"), ("ring-ref", "")],
+    },
+    Attack {
+        name: "ring_ref_never_granted",
+        key: "ring",
+        values: &[("ring-ref", "4294967295")],
+    },
+    Attack {
+        name: "event_channel_junk",
+        key: "event-channel",
+        values: &[("event-channel", "x")],
+    },
+    Attack {
+        name: "protocol_unknown",
+        key: "protocol",
+        values: &[("protocol", "z80-abi")],
+    },
+    Attack {
+        name: "queues_0",
+        key: "multi-queue-num-queues",
+        values: &[("multi-queue-num-queues", "0")],
+    },
+    Attack {
+        name: "queues_9999",
+        key: "multi-queue-num-queues",
+        values: &[("multi-queue-num-queues", "9999")],
+    },
+    Attack {
+        name: "queue_directory_missing",
+        key: "queue-0",
+        values: &[("multi-queue-num-queues", "2")],
+    },
+];
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let attack = |attack: &'static Attack| {
+        let about = format!("a frontend writes {:?}", attack.values);
+        Case::new(
+            &format!("xenstore.{}", attack.name),
+            &about,
+            Needs::Nothing,
+            move |context| refuse(context, attack),
+        )
+        .no_leaks()
+    };
+    let mut all: Vec<Case> = ATTACKS.iter().map(attack).collect();
+    all.push(
+        Case::new(
+            "xenstore.bad_physical_device",
+            "the hotplug script names a device that does not exist",
+            Needs::Nothing,
+            bad_device,
+        )
+        .no_leaks(),
+    );
+    all.push(
+        Case::new(
+            "xenstore.state_storm",
+            "a frontend jumps between states as fast as it can",
+            Needs::Nothing,
+            storm,
+        )
+        .no_leaks(),
+    );
+    all
+}
+
+/// Makes both directories as the toolstack does, and waits for the backend's answer.
+fn create(context: &mut Context, physical: &str) -> Result<()> {
+    context.at_end("remove the fake frontend", remove);
+    let front = |key: &str| format!("{FRONT}/{key}");
+    let back = |key: &str| format!("{BACK}/{key}");
+    let pairs = [
+        (front("backend"), BACK),
+        (front("backend-id"), "0"),
+        (front("virtual-device"), DEVID),
+        (front("device-type"), "disk"),
+        (front("state"), "1"),
+        (back("frontend"), FRONT),
+        (back("frontend-id"), "0"),
+        (back("online"), "1"),
+        (back("dev"), "xvdk"),
+        (back("type"), "phy"),
+        (back("mode"), "w"),
+        (back("params"), "vmtest"),
+        (back("state"), "1"),
+    ];
+    let pairs: Vec<(&str, &str)> = pairs
+        .iter()
+        .map(|(key, value)| (key.as_str(), *value))
+        .collect();
+    xs::write(&pairs)?;
+    xs::wait_value(&back("state"), "2", Duration::from_secs(15))?;
+    xs::write(&[(&back("physical-device"), physical)])
+}
+
+/// Takes both directories away, the frontend's first, as on the end of a domain.
+fn remove() -> Result<()> {
+    for path in ["/local/domain/0/vmtest", BACK, ERROR] {
+        if xs::read(path)?.is_some() {
+            xs::remove(path)?;
+            if path == "/local/domain/0/vmtest" {
+                let device = format!("/sys/bus/xen-backend/devices/vbd-0-{DEVID}");
+                sh::wait_for(
+                    "the end of a device without a frontend",
+                    Duration::from_secs(15),
+                    || Ok(!Path::new(&device).exists()),
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the error node; the device must not connect.
+fn wait_refusal() -> Result<String> {
+    let mut text = None;
+    let refused = sh::wait_for(
+        "an error node for the fake frontend",
+        Duration::from_secs(10),
+        || {
+            text = xs::read(&format!("{ERROR}/error"))?;
+            Ok(text.is_some())
+        },
+    );
+    let state = xs::must_read(&format!("{BACK}/state"))?;
+    ensure!(
+        state != "4",
+        "the backend connected to a frontend that it should have refused"
+    );
+    match (refused, text) {
+        (Ok(()), Some(text)) => Ok(text),
+        (Err(error), _) => Err(error.context(format!("the backend's state is {state}"))),
+        (Ok(()), None) => bail!("the error node came and went"),
+    }
+}
+
+/// The same device must work for a proper frontend.
+fn check_recovery(context: &mut Context, device: &str) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let vbd = attach_own(context, device, "xvdk")?;
+    sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
+    detach_own(&vbd)
+}
+
+/// MAJOR:MINOR in hexadecimal, as the hotplug script writes it.
+fn numbers(device: &str) -> Result<String> {
+    Ok(sh::run(&["stat", "-L", "-c", "%t:%T", device])?
+        .trim()
+        .to_owned())
+}
+
+fn refuse(context: &mut Context, attack: &Attack) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    create(context, &numbers(&device.path())?)?;
+    let mut values: Vec<(&str, &str)> = PROPER
+        .iter()
+        .filter(|(key, _)| !attack.values.iter().any(|(other, _)| other == key))
+        .copied()
+        .collect();
+    values.extend(attack.values);
+    values.push(("state", "3"));
+    let keys: Vec<(String, &str)> = values
+        .iter()
+        .map(|(key, value)| (format!("{FRONT}/{key}"), *value))
+        .collect();
+    xs::write(
+        &keys
+            .iter()
+            .map(|(key, value)| (key.as_str(), *value))
+            .collect::<Vec<_>>(),
+    )?;
+    let text = wait_refusal()?;
+    context.note(&format!("error node: {text}"))?;
+    // The C driver does not always name the key; that is no reason to call it broken.
+    ensure!(
+        context.driver == Driver::C || text.contains(attack.key),
+        "the error `{text}` does not name {}",
+        attack.key
+    );
+    remove()?;
+    check_recovery(context, &device.path())
+}
+
+fn bad_device(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    create(context, "fff:ffff")?;
+    let text = wait_refusal()?;
+    context.note(&format!("error node: {text}"))?;
+    remove()?;
+    check_recovery(context, &device.path())
+}
+
+fn storm(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    create(context, &numbers(&device.path())?)?;
+    let line = format!("for n in 1 2 3 4 5 6 7 8 9 10 11 12; do for s in 3 5 6 1 4 2 6 1 9 0 7 3 6 1; do xenstore-write {FRONT}/state $s; done; done");
+    sh::shell(&line)?;
+    remove()?;
+    check_recovery(context, &device.path())
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Counters that must return to where they were once a disk is gone.
+
+use crate::{sh, xs, Driver};
+use anyhow::{bail, Context, Result};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Memory may move by this much for reasons that are not ours.
+const MEMORY_SLACK_KIB: u64 = 24 * 1024;
+
+/// One reading of the counters.
+#[derive(Clone)]
+pub(crate) struct Leaks {
+    exact: BTreeMap<&'static str, u64>,
+    available_kib: u64,
+}
+
+impl Leaks {
+    /// Reads the counters.
+    pub(crate) fn now(driver: Driver) -> Result<Leaks> {
+        let mut exact = BTreeMap::new();
+        exact.insert("grants of guests mapped by dom0", mapped_grants()?);
+        let channels = sh::run(&["/usr/lib/xen-4.20/bin/lsevtchn", "0"])
+            .or_else(|_| sh::run(&["lsevtchn", "0"]))?;
+        exact.insert("event channels of dom0", lines(&channels));
+        exact.insert(
+            "lines of /proc/interrupts",
+            lines(&sh::get("/proc/interrupts")?),
+        );
+        exact.insert("kernel threads of the backend", backend_threads()?);
+        exact.insert(
+            "users of the module",
+            sh::get(format!("/sys/module/{}/refcnt", driver.sys_module()))?.parse()?,
+        );
+        exact.insert(
+            "backend keys in xenstore",
+            xs::count("/local/domain/0/backend/vbd")? as u64,
+        );
+        exact.insert(
+            "backend devices in sysfs",
+            entries("/sys/bus/xen-backend/devices", "vbd-")?,
+        );
+        exact.insert("loop devices in use", lines(&sh::run(&["losetup", "-a"])?));
+        exact.insert("device mapper devices", entries("/sys/block", "dm-")?);
+        Ok(Leaks {
+            exact,
+            available_kib: memory("MemAvailable:")?,
+        })
+    }
+
+    /// Waits until the counters read the same again.
+    pub(crate) fn wait_same(&self, driver: Driver, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let differences = self.differences(&Leaks::now(driver)?);
+            if differences.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                bail!("left behind after the case: {}", differences.join("; "));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn differences(&self, now: &Leaks) -> Vec<String> {
+        let mut found: Vec<String> = Vec::new();
+        for (what, before) in &self.exact {
+            let after = now.exact.get(what).copied().unwrap_or_default();
+            if after != *before {
+                found.push(format!("{what}: {before} before, {after} now"));
+            }
+        }
+        let lost = self.available_kib.saturating_sub(now.available_kib);
+        if lost > MEMORY_SLACK_KIB {
+            found.push(format!("{lost} KiB less memory available"));
+        }
+        found
+    }
+}
+
+/// Available memory of dom0 in KiB, for a trend over many cycles.
+pub(crate) fn memory(field: &str) -> Result<u64> {
+    let text = sh::get("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    let word = line.and_then(|rest| rest.split_whitespace().next());
+    word.with_context(|| format!("/proc/meminfo has no {field}"))?
+        .parse()
+        .context("/proc/meminfo holds no number")
+}
+
+/// Asks the hypervisor for every active grant and counts those that dom0 has mapped.
+fn mapped_grants() -> Result<u64> {
+    sh::run(&["xl", "debug-keys", "g"])?;
+    let text = sh::run(&["xl", "dmesg"])?;
+    let start = text
+        .rfind("gnttab_usage_print_all [ key")
+        .context("the hypervisor printed no grants for debug key g")?;
+    Ok(count_mapped(&text[start..]))
+}
+
+/// Rows look like `(XEN) [0x008]      0 0x07c39 0x00000002 ...`: reference, mapping domain, frame.
+fn count_mapped(text: &str) -> u64 {
+    let rows = text.lines().filter_map(|line| line.split_once("[0x"));
+    rows.filter(|(_, row)| row.split_whitespace().nth(1) == Some("0"))
+        .count() as u64
+}
+
+fn backend_threads() -> Result<u64> {
+    let names = sh::shell("cat /proc/[0-9]*/comm 2>/dev/null || true")?;
+    Ok(names
+        .lines()
+        .filter(|name| name.contains("blkback") || name.contains("xvd"))
+        .count() as u64)
+}
+
+fn entries(dir: &str, prefix: &str) -> Result<u64> {
+    let entries = std::fs::read_dir(dir).with_context(|| format!("cannot list {dir}"))?;
+    let names = entries.filter_map(|entry| entry.ok().map(|entry| entry.file_name()));
+    Ok(names
+        .filter(|name| name.to_string_lossy().starts_with(prefix))
+        .count() as u64)
+}
+
+fn lines(text: &str) -> u64 {
+    text.lines().filter(|line| !line.trim().is_empty()).count() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::count_mapped;
+
+    #[test]
+    fn grants_are_counted_by_mapping_domain() {
+        let text = "(XEN) gnttab_usage_print_all [ key 'g' pressed\n\
+            (XEN)       -------- active --------       -------- shared --------\n\
+            (XEN) [0x000]      0 0x03ffc1 0x00000002          0 0x03ffc1 0x19\n\
+            (XEN) [0x008]      1 0x07c39 0x00000001          1 0x00012 0x19\n";
+        assert_eq!(count_mapped(text), 1);
+    }
+}
