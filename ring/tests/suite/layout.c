@@ -12,6 +12,7 @@
 #pragma pack(push, 4)
 #endif
 #include <xen/io/blkif.h>
+#include <xen/event_channel.h>
 #ifdef PACK
 #pragma pack(pop)
 #endif
@@ -81,5 +82,13 @@ void layout(void)
 	SHOW("status.unsupported", BLKIF_RSP_EOPNOTSUPP);
 	SHOW("max.direct", BLKIF_MAX_SEGMENTS_PER_REQUEST);
 	SHOW("max.indirect", BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST);
+	/* Known to the crate xen-sys as well: shows that this file is read correctly. */
+	SHOW("xen.domid", sizeof(domid_t));
+	SHOW("xen.port", sizeof(evtchn_port_t));
+	SIZE("xen.bind", struct evtchn_bind_interdomain);
+	FIELD("xen.bind", struct evtchn_bind_interdomain, remote_dom);
+	FIELD("xen.bind", struct evtchn_bind_interdomain, remote_port);
+	FIELD("xen.bind", struct evtchn_bind_interdomain, local_port);
+
 	SHOW("segments.page", 4096 / sizeof(struct blkif_request_segment));
 }
