@@ -60,7 +60,13 @@ impl Disk {
 
     /// True if an I/O owns a data page.
     pub fn uses_page(&self, page: u16) -> bool {
+        let running = self.running.iter().flat_map(|io| &io.slices);
         self.pages.values().flatten().any(|p| *p == page)
+            || running.into_iter().any(|slice| slice.page == page)
+    }
+
+    fn uses_tag(&self, tag: Tag) -> bool {
+        self.pages.contains_key(&tag) || self.running.iter().any(|io| io.tag == tag)
     }
 
     fn put(&mut self, sector: u64, bytes: Bytes, volatile: bool) {
@@ -123,15 +129,14 @@ impl Machine {
             IoKind::Read => self.read(&io, fails),
             IoKind::Write => self.write(&io, fails, volatile),
             IoKind::PreFlushWrite => {
-                self.disk.flush(&io.flushes);
+                self.flush(&io);
                 self.write(&io, fails, volatile);
             }
             IoKind::BarrierWrite => {
-                self.disk.flush(&io.flushes);
+                self.flush(&io);
                 self.write(&io, fails, false);
             }
-            IoKind::Flush if self.commit(Fault::IgnoreFlush) => {}
-            IoKind::Flush => self.disk.flush(&io.flushes),
+            IoKind::Flush => self.flush(&io),
             IoKind::Discard { .. } if fails => {}
             IoKind::Discard { .. } => self.discard(&io, volatile),
         }
@@ -146,6 +151,12 @@ impl Machine {
             self.disk.again = Some(io.tag);
         }
         self.disk.done.push((io.tag, status));
+    }
+
+    fn flush(&mut self, io: &Running) {
+        if !self.commit(Fault::IgnoreFlush) {
+            self.disk.flush(&io.flushes);
+        }
     }
 
     /// The memory of a slice: ours, or the guest's page that is mapped there.
@@ -316,7 +327,7 @@ impl Machine {
             !self.disk.running.iter().any(|r| barrier(&r.kind)),
             "overtakes a barrier",
         );
-        rule(!self.disk.pages.contains_key(&io.tag), "the tag is in use");
+        rule(!self.disk.uses_tag(io.tag), "the tag is in use");
         for slice in &io.slices {
             rule(!self.disk.uses_page(slice.page), "a page is in use");
         }

@@ -548,9 +548,8 @@ impl Machine {
         if !self.hosed {
             self.check_pages(&pending, okay, time);
         }
-        if okay && pending.spec.operation == OP_FLUSH_DISKCACHE
-            || pending.spec.operation == OP_WRITE_BARRIER && okay
-        {
+        let flushed = [OP_FLUSH_DISKCACHE, OP_WRITE_BARRIER].contains(&pending.spec.operation);
+        if okay && flushed {
             self.check_durable(pending.issued);
         }
         self.give_back(&pending);

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Negative controls: a fault is planted into a fake, and the checker must find it.
+//!
+//! Each fault is tried on a number of seeds. A fault that has no chance in a case (no flush, no
+//! mapping) or that the schedule happens to hide is no miss; one that is found in few cases is.
+
+use ring::request::Limits;
+use sim::machine::{Fault, Setup};
+use sim::rng::Rng;
+use sim::schedule::run_setup;
+
+const CASES: u64 = 40;
+
+fn setup() -> Setup {
+    Setup {
+        limits: Limits {
+            sectors: 128,
+            ..Setup::default().limits
+        },
+        race: 5,
+        ..Setup::default()
+    }
+}
+
+/// Cases in which the planted fault was reported, and the first report.
+fn found(setup: &Setup, fault: Fault) -> (u64, Vec<String>) {
+    let mut found = 0;
+    let mut first = Vec::new();
+    for seed in 0..CASES {
+        let outcome = run_setup(setup.clone(), &mut Rng::new(seed), Some(fault));
+        if !outcome.problems.is_empty() {
+            found += 1;
+            first = outcome.problems;
+        }
+    }
+    (found, first)
+}
+
+#[track_caller]
+fn must_find(setup: &Setup, fault: Fault, least: u64, words: &[&str]) {
+    let (found, report) = found(setup, fault);
+    assert!(
+        found >= least,
+        "{fault:?} found in {found} of {CASES} cases"
+    );
+    let text = report.join("\n");
+    assert!(
+        words.iter().any(|word| text.contains(word)),
+        "{fault:?} was reported as {report:#?}"
+    );
+}
+
+#[test]
+fn without_a_fault_nothing_is_reported() {
+    for seed in 0..CASES {
+        let outcome = run_setup(setup(), &mut Rng::new(seed), None);
+        assert!(
+            outcome.problems.is_empty(),
+            "{seed}: {:#?}",
+            outcome.problems
+        );
+    }
+}
+
+#[test]
+fn a_lost_completion_is_found() {
+    must_find(
+        &setup(),
+        Fault::LoseCompletion,
+        CASES,
+        &["asleep", "never answered"],
+    );
+}
+
+#[test]
+fn a_doubled_completion_is_found() {
+    must_find(
+        &setup(),
+        Fault::DoubleCompletion,
+        CASES * 3 / 4,
+        &["explains", "page", "tag"],
+    );
+}
+
+#[test]
+fn swapped_sectors_are_found() {
+    must_find(&setup(), Fault::SwapSectors, CASES / 2, &["explains"]);
+}
+
+#[test]
+fn a_misdirected_write_is_found() {
+    must_find(&setup(), Fault::MisdirectWrite, CASES / 2, &["explains"]);
+}
+
+#[test]
+fn a_dropped_write_is_found() {
+    must_find(&setup(), Fault::DropWrite, CASES / 4, &["explains"]);
+}
+
+#[test]
+fn a_flush_that_does_nothing_is_found() {
+    must_find(&setup(), Fault::IgnoreFlush, CASES / 2, &["power cut"]);
+}
+
+#[test]
+fn a_torn_read_is_found() {
+    must_find(&setup(), Fault::TearRead, CASES * 3 / 4, &["explains"]);
+}
+
+#[test]
+fn a_copy_beyond_the_segment_is_found() {
+    must_find(&setup(), Fault::CopyBeyond, CASES / 4, &["outside"]);
+}
+
+#[test]
+fn a_copy_that_was_not_made_is_found() {
+    must_find(&setup(), Fault::SkipCopy, CASES / 2, &["explains"]);
+}
+
+#[test]
+fn a_copy_after_the_answer_is_found() {
+    must_find(&setup(), Fault::LateCopy, CASES * 3 / 4, &["changed"]);
+}
+
+#[test]
+fn a_forgotten_unmap_is_found() {
+    must_find(&setup(), Fault::ForgetUnmap, CASES * 3 / 4, &["mapped"]);
+}
+
+#[test]
+fn a_leaked_mapping_is_found() {
+    must_find(
+        &setup(),
+        Fault::LeakMapping,
+        CASES * 3 / 4,
+        &["mapped", "answered -1"],
+    );
+}
+
+#[test]
+fn a_lost_event_is_found() {
+    // A disk that is busy would wake the worker and hide it.
+    let setup = Setup {
+        synchronous: 100,
+        race: 0,
+        ..setup()
+    };
+    must_find(&setup, Fault::LoseEvent, CASES / 4, &["asleep"]);
+}
+
+#[test]
+fn a_lost_wake_up_is_found() {
+    must_find(&setup(), Fault::SwallowWake, CASES / 4, &["asleep"]);
+}
+
+#[test]
+fn an_untold_guest_is_found() {
+    must_find(
+        &setup(),
+        Fault::LoseInterrupt,
+        CASES / 4,
+        &["not told", "never"],
+    );
+}
+
+#[test]
+fn an_answer_to_another_request_is_found() {
+    must_find(&setup(), Fault::WrongId, CASES, &["nobody waits"]);
+}
