@@ -323,6 +323,10 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         let Some(tag) = self.enqueue_with_pages(slot) else {
             return false;
         };
+        if self.is_failed(tag) {
+            // It has no pages: there is nothing to fill.
+            return true;
+        }
         let mut at = self.slots.get(tag).map_or(u16::MAX, |slot| slot.head);
         let mut sectors: u64 = 0;
         for segment in direct.segments() {
