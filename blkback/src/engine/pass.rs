@@ -76,6 +76,8 @@ pub struct Engine<'a, R, G, B> {
     barrier: bool,
     /// Stalled requests may find copy pages in the next pass.
     retry: bool,
+    /// The queue is being torn down: a discard ends with the piece that is running.
+    closing: bool,
     stats: Stats,
 }
 
@@ -115,6 +117,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             fetching: 0,
             barrier: false,
             retry: false,
+            closing: false,
             stats: Stats::default(),
         }
     }
@@ -167,6 +170,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Answers what is complete and takes nothing: for teardown.
     pub fn drain_pass(&mut self) -> Pass {
+        self.closing = true;
         let reaped = self.reap();
         self.submit();
         self.publish(0, reaped)
@@ -707,7 +711,9 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             let piece = slot.piece();
             slot.sector = slot.sector.wrapping_add(piece);
             slot.sectors = slot.sectors.wrapping_sub(piece);
-            if slot.sectors > 0 {
+            if slot.sectors > 0 && self.closing {
+                slot.status = Status::Error;
+            } else if slot.sectors > 0 {
                 slot.state = State::New;
                 self.slots.push(&mut self.new, tag);
                 return;
