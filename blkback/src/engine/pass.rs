@@ -293,7 +293,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             });
             return true;
         }
-        self.enqueue(Slot {
+        let admitted = self.enqueue(Slot {
             id: discard.id,
             operation: crate::ring::abi::OP_DISCARD,
             kind: IoKind::Discard {
@@ -302,7 +302,11 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             sector: discard.sector,
             sectors: discard.sectors,
             ..Slot::FREE
-        })
+        });
+        if admitted {
+            self.stats.ds_req = self.stats.ds_req.wrapping_add(1);
+        }
+        admitted
     }
 
     fn admit_direct(&mut self, direct: &Direct) -> bool {
@@ -787,15 +791,14 @@ fn run_maps<G: Grants>(grants: &mut G, slots: &mut Slots<'_>, segments: &mut Seg
 
 fn count(stats: &mut Stats, slot: &Slot) {
     let (requests, sectors) = match slot.kind {
-        IoKind::Read => (&mut stats.rd_req, Some(&mut stats.rd_sect)),
-        IoKind::Write => (&mut stats.wr_req, Some(&mut stats.wr_sect)),
+        IoKind::Read => (&mut stats.rd_req, &mut stats.rd_sect),
+        IoKind::Write => (&mut stats.wr_req, &mut stats.wr_sect),
         IoKind::Flush | IoKind::PreFlushWrite | IoKind::BarrierWrite => {
-            (&mut stats.f_req, Some(&mut stats.wr_sect))
+            (&mut stats.f_req, &mut stats.wr_sect)
         }
-        IoKind::Discard { .. } => (&mut stats.ds_req, None),
+        // Counted when it was admitted: it is submitted in pieces.
+        IoKind::Discard { .. } => return,
     };
     *requests = requests.wrapping_add(1);
-    if let Some(total) = sectors {
-        *total = total.wrapping_add(slot.sectors);
-    }
+    *sectors = sectors.wrapping_add(slot.sectors);
 }
