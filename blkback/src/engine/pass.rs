@@ -215,7 +215,9 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     fn take(&mut self) -> u32 {
         self.retry_stalled();
         if let Some(request) = self.parked.take() {
-            self.admit(request);
+            if !self.try_admit(&request) {
+                self.parked = Some(request);
+            }
         }
         if !self.can_take() {
             return 0;
@@ -252,15 +254,18 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Gives a checked request a slot and pages, or parks it.
     fn admit(&mut self, request: Request) {
-        let admitted = match &request {
+        if !self.try_admit(&request) {
+            self.stats.oo_req = self.stats.oo_req.wrapping_add(1);
+            self.parked = Some(request);
+        }
+    }
+
+    fn try_admit(&mut self, request: &Request) -> bool {
+        match request {
             Request::Flush(id) => self.admit_flush(*id),
             Request::Discard(discard) => self.admit_discard(discard),
             Request::Direct(direct) => self.admit_direct(direct),
             Request::Indirect(indirect) => self.admit_indirect(indirect),
-        };
-        if !admitted {
-            self.stats.oo_req = self.stats.oo_req.wrapping_add(1);
-            self.parked = Some(request);
         }
     }
 
