@@ -51,8 +51,19 @@ pub(crate) struct Outcome {
     pub(crate) console: PathBuf,
     /// Lines of it that no healthy run has.
     pub(crate) splats: Vec<String>,
-    /// dom0's /t/run ended and dom0 went down in order.
-    pub(crate) finished: bool,
+    /// How the machine ended.
+    pub(crate) end: End,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// dom0's /t/run ended, and dom0 went down in order.
+    Orderly,
+    /// dom0 went down before that.
+    Early,
+    /// The machine was killed after this many seconds.
+    Killed(u64),
 }
 
 impl Outcome {
@@ -65,15 +76,19 @@ impl Outcome {
                 self.console.display()
             );
         }
-        if !self.finished {
-            let log = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
-            bail!(
-                "dom0 went down before its work was done; the log is {}, its last lines are:\n{}",
-                self.console.display(),
-                run::tail(&log, 15)
-            );
-        }
-        Ok(())
+        let what = match self.end {
+            End::Orderly => return Ok(()),
+            End::Early => "dom0 went down before its work was done".to_string(),
+            End::Killed(seconds) => {
+                format!("the machine was not done after {seconds} s and was killed")
+            }
+        };
+        let log = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
+        bail!(
+            "{what}; the log is {}, its last lines are:\n{}",
+            self.console.display(),
+            run::tail(&log, 15)
+        )
     }
 }
 
@@ -122,23 +137,23 @@ impl Machine {
             child.kill()?;
         }
         let status = child.wait()?;
-        if timed_out {
-            bail!(
-                "the machine was not done after {} s and was killed; the console log is {}",
-                self.timeout.as_secs(),
-                console.display()
-            );
-        }
         let complaint = fs::read_to_string(dir.join("qemu.log"))?;
         ensure!(
-            status.success(),
+            timed_out || status.success(),
             "QEMU failed ({status}): {}",
             complaint.trim()
         );
         let log = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+        let end = if timed_out {
+            End::Killed(self.timeout.as_secs())
+        } else if log.contains("dom0: /t/run ended with") {
+            End::Orderly
+        } else {
+            End::Early
+        };
         Ok(Outcome {
             splats: splat::splats(&log),
-            finished: log.contains("dom0: /t/run ended with"),
+            end,
             console,
         })
     }
@@ -159,6 +174,10 @@ impl Machine {
 
     /// Makes the folder of the run, with the payload as a disk.
     fn prepare(&self, payload: &Path) -> Result<PathBuf> {
+        ensure!(
+            self.disks.len() <= 2,
+            "a machine takes two more disks at most"
+        );
         let dir = build::repository()?.join("target/vm").join(&self.name);
         run::remove_tree(&dir)?;
         fs::create_dir_all(&dir)?;
@@ -181,6 +200,7 @@ impl Machine {
         let mut root = Root::new(&machines.build_root)
             .bind_read_only(&machines.dom0, "/mnt/a")
             .bind(dir, "/mnt/b");
+        // There are two places left in the build root for folders of disks.
         let mut disks = Vec::new();
         for (disk, place) in self.disks.iter().zip(["/mnt/c", "/mnt/d"]) {
             let folder = disk.parent().unwrap_or(Path::new("/"));
@@ -311,14 +331,15 @@ mod tests {
     fn splat_or_early_death_fails_a_run() {
         let console = std::env::temp_dir().join(format!("xtask-console-{}", std::process::id()));
         fs::write(&console, "").unwrap();
-        let outcome = |splats: &[&str], finished| Outcome {
+        let outcome = |splats: &[&str], end| Outcome {
             console: console.clone(),
             splats: splats.iter().map(ToString::to_string).collect(),
-            finished,
+            end,
         };
-        assert!(outcome(&[], true).verdict().is_ok());
-        assert!(outcome(&["BUG: x"], true).verdict().is_err());
-        assert!(outcome(&[], false).verdict().is_err());
+        assert!(outcome(&[], End::Orderly).verdict().is_ok());
+        assert!(outcome(&["BUG: x"], End::Orderly).verdict().is_err());
+        assert!(outcome(&[], End::Early).verdict().is_err());
+        assert!(outcome(&[], End::Killed(9)).verdict().is_err());
         fs::remove_file(console).unwrap();
     }
 }

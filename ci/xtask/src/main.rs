@@ -61,8 +61,8 @@ enum Task {
     /// Build the kernel module and the programs; the last line is the path of the .ko.
     ///
     /// The module is compiled in the build root, against the stock Debian kernel's own Rust tree,
-    /// and its objects stay in the cache: the checkout stays clean. The programs are static, so
-    /// that they run in dom0 whatever the host is.
+    /// and its objects stay in the cache: the checkout stays clean. A module that could panic is
+    /// refused. The programs are static, so that they run in dom0 whatever the host is.
     Build {
         /// Also copy the module and the programs into this folder.
         #[arg(long, value_name = "DIR")]
@@ -104,6 +104,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         }
         Task::Build { release_dir, .. } => {
             let built = build::all()?;
+            check::panics::check(&built.module)?;
             if let Some(dir) = release_dir {
                 build::copy_to(&built, &dir)?;
             }

@@ -24,6 +24,8 @@ const DOM0_MODULES: &str = "virtio_pci virtio_blk ext4";
 /// program can play a frontend itself.
 const GUEST_MODULES: &str = "xen-blkfront ext4 xen-evtchn xen-gntdev xen-gntalloc xenfs";
 const GUEST_PROGRAMS: &str = "/usr/bin/fio /usr/sbin/mkfs.ext4 /usr/sbin/e2fsck";
+/// Libraries of fio's that are replaced by empty shells, see the recipe.
+const GUEST_SHELLS: &str = "librbd.so.1 librados.so.2";
 
 /// The size of dom0's root file system; it is sparse.
 const DOM0_SIZE: &str = "1600M";
@@ -116,10 +118,16 @@ pub(crate) fn machines() -> Result<Machines> {
             INITRAMFS,
             GUEST_MODULES,
             GUEST_PROGRAMS,
+            GUEST_SHELLS,
         ],
     }
     .get(|dir, log| {
-        let init = (GUEST_INIT, GUEST_MODULES, GUEST_PROGRAMS);
+        let init = Initramfs {
+            init: GUEST_INIT,
+            modules: GUEST_MODULES,
+            programs: GUEST_PROGRAMS,
+            shells: GUEST_SHELLS,
+        };
         initramfs(dir, "guest.cpio", log, &build_root, &dom0_root, init)
     })?;
     Ok(Machines {
@@ -204,32 +212,44 @@ fn dom0_image(dir: &Path, log: &Path, build_root: &Path, dom0_root: &Path) -> Re
     );
     run::logged(&mut root.script(&script), log)?;
     run::remove_tree(&tree)?;
-    let init = (DOM0_INITRAMFS_INIT, DOM0_MODULES, "");
+    let init = Initramfs {
+        init: DOM0_INITRAMFS_INIT,
+        modules: DOM0_MODULES,
+        programs: "",
+        shells: "",
+    };
     initramfs(dir, "dom0.cpio", log, build_root, dom0_root, init)
 }
 
-/// Packs an initramfs named `out`, from (init script, modules, programs).
+/// What an initramfs holds beside busybox.
+struct Initramfs {
+    init: &'static str,
+    modules: &'static str,
+    programs: &'static str,
+    shells: &'static str,
+}
+
+/// Packs an initramfs named `out`.
 fn initramfs(
     dir: &Path,
     out: &str,
     log: &Path,
     build_root: &Path,
     dom0_root: &Path,
-    (init, modules, programs): (&str, &str, &str),
+    what: Initramfs,
 ) -> Result<()> {
-    fs::write(dir.join("init"), init)?;
+    fs::write(dir.join("init"), what.init)?;
     let root = Root::new(build_root)
         .bind(dir, "/mnt/a")
-        .bind(dom0_root, "/mnt/b");
+        .bind_read_only(dom0_root, "/mnt/b");
     let mut command = root.script(INITRAMFS);
     command.args([
         "initramfs",
         "/mnt/b",
         &format!("/mnt/a/{out}"),
         "/mnt/a/init",
-        modules,
-        programs,
     ]);
+    command.args([what.modules, what.programs, what.shells]);
     run::logged(&mut command, log)?;
     Ok(fs::remove_file(dir.join("init"))?)
 }
