@@ -22,8 +22,8 @@ pub mod slots;
 pub mod stats;
 
 pub use backend::{Backend, Io, IoKind};
-pub use grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
+pub use grants::Grants;
 pub use pass::{Config, Engine, Pass};
-pub use segments::{SegmentEntry, Segments, Slice};
+pub use segments::SegmentEntry;
 pub use slots::{Slot, Tag};
 pub use stats::Stats;

@@ -129,7 +129,9 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Requests taken and not answered.
     pub fn in_flight(&self) -> u16 {
-        self.slots.used()
+        self.slots
+            .used()
+            .saturating_add(u16::from(self.parked.is_some()))
     }
 
     /// The backend, for the owner's own bookkeeping.
@@ -157,23 +159,28 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Answers what is complete, takes what is new, starts it, and publishes.
     pub fn pass(&mut self) -> Pass {
+        self.one_pass(Self::take)
+    }
+
+    /// The same without taking anything new: for teardown.
+    pub fn drain_pass(&mut self) -> Pass {
+        self.closing = true;
+        self.one_pass(|engine| {
+            engine.take_waiting();
+            0
+        })
+    }
+
+    fn one_pass(&mut self, take: impl FnOnce(&mut Self) -> u32) -> Pass {
         self.stats.passes = self.stats.passes.wrapping_add(1);
         self.reap();
-        let taken = self.take();
+        let taken = take(self);
         self.fetch();
         self.bring_in();
         self.submit();
         // What completed at once is answered at once.
         let reaped = self.reap();
         self.publish(taken, reaped)
-    }
-
-    /// Answers what is complete and takes nothing: for teardown.
-    pub fn drain_pass(&mut self) -> Pass {
-        self.closing = true;
-        let reaped = self.reap();
-        self.submit();
-        self.publish(0, reaped)
     }
 
     /// Arms the frontend's event and says whether there is work after all; call before sleeping.
@@ -185,6 +192,17 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         }
         // A ring that breaks here is reported by one more pass.
         self.ring.final_check().unwrap_or(true)
+    }
+
+    /// Lets go of the guest's ring; what is in flight can only be waited for.
+    pub fn detach(self) -> Rest<'a, G, B> {
+        Rest {
+            grants: self.grants,
+            backend: self.backend,
+            slots: self.slots,
+            segments: self.segments,
+            lists: [self.new, self.stalled, self.done],
+        }
     }
 
     fn can_take(&self) -> bool {
@@ -213,13 +231,18 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     // Taking.
 
-    fn take(&mut self) -> u32 {
+    /// Gives requests that waited for pages another chance.
+    fn take_waiting(&mut self) {
         self.retry_stalled();
         if let Some(request) = self.parked.take() {
             if !self.try_admit(&request) {
                 self.parked = Some(request);
             }
         }
+    }
+
+    fn take(&mut self) -> u32 {
+        self.take_waiting();
         if !self.can_take() {
             return 0;
         }
@@ -572,7 +595,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         while let Some(tag) = at {
             at = self.slots.after(tag);
             if let Some(slot) = self.slots.get(tag).copied() {
-                self.queue_unmaps(&slot);
+                queue_unmaps(&mut self.grants, &mut self.segments, &slot);
             }
         }
         self.grants.run_unmaps();
@@ -680,7 +703,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             }
             if slot.pool == Pool::Map {
                 unmaps = true;
-                self.queue_unmaps(&slot);
+                queue_unmaps(&mut self.grants, &mut self.segments, &slot);
             } else if slot.copies_out() {
                 copies = true;
                 self.queue_copies(tag, &slot, CopyDirection::ToGuest);
@@ -692,23 +715,6 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         if unmaps {
             // Before the answer: afterwards the guest may use its pages for something else.
             self.grants.run_unmaps();
-        }
-    }
-
-    fn queue_unmaps(&mut self, slot: &Slot) {
-        let mut page = slot.head;
-        for _ in 0..slot.count {
-            let handle = self.segments.handle(page);
-            let next = self.segments.after(page);
-            if let Some(handle) = handle {
-                if !self.grants.queue_unmap(page, handle) {
-                    self.grants.run_unmaps();
-                    // The batch is empty now, so it takes the operation.
-                    let _queued = self.grants.queue_unmap(page, handle);
-                }
-                self.segments.set_handle(page, None);
-            }
-            page = next;
         }
     }
 
@@ -746,6 +752,47 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     }
 }
 
+/// What remains of an engine whose guest is gone: I/O in flight and its pages.
+#[derive(Debug)]
+pub struct Rest<'a, G, B> {
+    grants: G,
+    backend: B,
+    slots: Slots<'a>,
+    segments: Segments<'a>,
+    /// Requests that were never given to the backend, or whose answer was not written.
+    lists: [List; 3],
+}
+
+impl<G: Grants, B: Backend> Rest<'_, G, B> {
+    /// Unmaps and frees what has completed; returns how many are still in flight.
+    pub fn drain(&mut self) -> u16 {
+        let mut done = List::EMPTY;
+        for mut list in core::mem::replace(&mut self.lists, [List::EMPTY; 3]) {
+            while let Some(tag) = self.slots.pop(&mut list) {
+                self.slots.push(&mut done, tag);
+            }
+        }
+        let slots = &mut self.slots;
+        self.backend.reap(|tag, _status| {
+            if let Some(slot) = slots.get_mut(tag) {
+                if slot.state == State::Submitted {
+                    slot.state = State::Done;
+                    slots.push(&mut done, tag);
+                }
+            }
+        });
+        while let Some(tag) = self.slots.pop(&mut done) {
+            if let Some(slot) = self.slots.get(tag).copied() {
+                queue_unmaps(&mut self.grants, &mut self.segments, &slot);
+                self.segments.release(slot.pool, slot.head, slot.count);
+            }
+            self.slots.release(tag);
+        }
+        self.grants.run_unmaps();
+        self.slots.used()
+    }
+}
+
 impl Slot {
     /// Sectors that the backend gets at once.
     fn piece(&self) -> u64 {
@@ -773,6 +820,25 @@ fn queue_copy<G: Grants>(grants: &mut G, slots: &mut Slots<'_>, copy: &Copy) {
     run_copies(grants, slots);
     if !grants.queue_copy(copy) {
         fail(slots, copy.tag);
+    }
+}
+
+fn queue_unmaps<G: Grants>(grants: &mut G, segments: &mut Segments<'_>, slot: &Slot) {
+    if slot.pool != Pool::Map {
+        return;
+    }
+    let mut page = slot.head;
+    for _ in 0..slot.count {
+        let next = segments.after(page);
+        if let Some(handle) = segments.handle(page) {
+            if !grants.queue_unmap(page, handle) {
+                grants.run_unmaps();
+                // The batch is empty now, so it takes the operation.
+                let _queued = grants.queue_unmap(page, handle);
+            }
+            segments.set_handle(page, None);
+        }
+        page = next;
     }
 }
 

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `xen-blkback-rs`: the Xen block backend.
+//!
+//! This root only names the parts and registers the driver. Reading order along the data path:
+//! `vbd` (a device and its life), `connection` and `queue` (its rings and their threads),
+//! `engine` (what one pass over a ring does), `phy` (the block device behind it).
+
+// The trees below that are shared with host programs have more in them than the module uses.
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../ring/src/ring/mod.rs"]
+mod ring;
+
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../xenbus/src/proto/mod.rs"]
+mod proto;
+
+#[path = "../../xenbus/src/kernel/mod.rs"]
+mod xen;
+
+mod connection;
+#[allow(dead_code, unreachable_pub)]
+mod engine;
+mod offer;
+mod params;
+mod phy;
+mod queue;
+mod totals;
+mod vbd;
+
+use kernel::prelude::*;
+use xen::driver::Adapter;
+use xen::workqueue::WorkQueue;
+
+module! {
+    type: Blkback,
+    name: "xen_blkback_rs",
+    authors: ["The xen-blkback-rs founders"],
+    description: "Xen block backend",
+    license: "GPL",
+    alias: ["xen-backend:vbd"],
+    params: {
+        max_queues: u32 {
+            default: 0,
+            description: "Queues offered to each frontend, at most 64 (0: one per CPU)",
+        },
+        max_ring_page_order: u32 {
+            default: 4,
+            description: "Largest ring offered, as a power of two of pages, at most 4",
+        },
+        max_indirect_segments: u32 {
+            default: 256,
+            description: "Segments of an indirect request offered, at most 512 (0: none)",
+        },
+        copy_max_segments: u32 {
+            default: 16,
+            description: "Requests up to so many segments are copied, larger ones are mapped",
+        },
+        copy_pages: u32 {
+            default: 1024,
+            description: "Most data pages with memory of each queue",
+        },
+        map_pages: u32 {
+            default: 1024,
+            description: "Most pages of each queue at which guest pages are mapped",
+        },
+        native_protocol: u32 {
+            default: 0,
+            description: "Layout of frontends that name none: 0 is x86_32 as in the C driver, 1 is native",
+        },
+    },
+}
+
+/// The loaded module. The fields are dropped in this order: first no device is left, then no work.
+#[pin_data]
+struct Blkback {
+    #[pin]
+    driver: kernel::driver::Registration<Adapter<vbd::VbdDriver>>,
+    queue: WorkQueue,
+}
+
+impl kernel::InPlaceModule for Blkback {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            // Written first, because a device may be probed as soon as the driver is registered.
+            queue: WorkQueue::new(c"xen-blkback-rs")?,
+            driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),
+        })
+    }
+}

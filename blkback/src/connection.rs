@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A connection: all queues of a device, from connect to disconnect.
+
+use crate::offer;
+use crate::proto::frontend::{self, KeyError};
+use crate::queue::{Prepared, Queue, Setup};
+use crate::ring::request::Limits;
+use crate::vbd::Vbd;
+use crate::xen::bdev::BlockDevice;
+use crate::xen::device::Device;
+use crate::xen::pages::push;
+use crate::xen::store::{self, Frontend};
+use crate::xen::workqueue;
+use kernel::prelude::*;
+use kernel::str::CString;
+use kernel::sync::Arc;
+use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+
+/// Why a frontend could not be connected.
+pub(crate) enum ConnectError {
+    /// A key in its directory is no good.
+    Key(KeyError),
+    /// A step failed.
+    Step(&'static str, Error),
+}
+
+impl From<KeyError> for ConnectError {
+    fn from(error: KeyError) -> Self {
+        Self::Key(error)
+    }
+}
+
+impl ConnectError {
+    /// What to tell the administrator.
+    pub(crate) fn describe(&self) -> (Error, Result<CString>) {
+        match self {
+            Self::Key(error) => (
+                EINVAL,
+                CString::try_from_fmt(fmt!(
+                    "the frontend's key {} {}",
+                    error.key.as_str(),
+                    error.text()
+                ))
+                .map_err(Into::into),
+            ),
+            Self::Step(step, error) => (
+                *error,
+                CString::try_from_fmt(fmt!("{step}")).map_err(Into::into),
+            ),
+        }
+    }
+}
+
+/// All queues of a connected device.
+#[pin_data]
+pub(crate) struct Connection {
+    queues: KVec<Queue>,
+    #[pin]
+    work: Work<Connection>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Connection { self.work }
+}
+
+impl Connection {
+    /// Connects to the frontend as its directory says. All or nothing. May sleep.
+    pub(crate) fn new(
+        vbd: &Arc<Vbd>,
+        device: &Arc<Device>,
+        bdev: &Arc<BlockDevice>,
+        limits: &Limits,
+    ) -> Result<Arc<Self>, ConnectError> {
+        let dir = Frontend(device);
+        let request = frontend::Request::read(&dir, &offer::offer())?;
+        let mut limits = *limits;
+        // A barrier orders one queue only; frontends with several have no use for it.
+        limits.barrier &= request.queues == 1;
+        let setup = Setup {
+            device,
+            vbd,
+            request: &request,
+            bdev,
+            limits: &limits,
+        };
+        let no_memory = |_| ConnectError::Step("not enough memory for the queues", ENOMEM);
+        let mut prepared = KVec::with_capacity(request.queues as usize, GFP_KERNEL)
+            .map_err(|_| no_memory(ENOMEM))?;
+        for index in 0..request.queues {
+            let ring = request.ring(&dir, index)?;
+            let queue = Prepared::new(&setup, &ring).map_err(|error| {
+                ConnectError::Step(
+                    "the frontend's ring-ref or event-channel cannot be used",
+                    error,
+                )
+            })?;
+            push(&mut prepared, queue).map_err(no_memory)?;
+        }
+        Self::start(device, prepared)
+            .map_err(|error| ConnectError::Step("the queues' threads cannot be started", error))
+    }
+
+    /// Starts the threads; if one cannot be started, those that run are stopped again.
+    fn start(device: &Device, prepared: KVec<Prepared>) -> Result<Arc<Self>> {
+        let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
+        let name = thread_name(device);
+        for (index, queue) in prepared.into_iter().enumerate() {
+            let started = CString::try_from_fmt(fmt!("{}-{index}", name.as_str()))
+                .map_err(Error::from)
+                .and_then(|name| queue.start(&name))
+                .and_then(|queue| push(&mut queues, queue));
+            if let Err(error) = started {
+                queues.iter().for_each(Queue::abandon);
+                return Err(error);
+            }
+        }
+        Arc::pin_init(
+            pin_init!(Self {
+                queues,
+                work <- new_work!("Connection::work"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Answers what was taken, then lets go of the guest; does not wait.
+    pub(crate) fn drain(&self) {
+        self.queues.iter().for_each(Queue::drain);
+    }
+
+    /// Lets go of the guest at once, whatever is in flight; does not wait.
+    pub(crate) fn abandon(&self) {
+        self.queues.iter().for_each(Queue::abandon);
+    }
+
+    /// True once nothing of the guest is mapped or bound any more.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.queues.iter().all(Queue::is_detached)
+    }
+
+    /// Waits for that.
+    pub(crate) fn wait_detached(&self) {
+        self.queues.iter().for_each(Queue::wait_detached);
+    }
+
+    /// Memory reserved for the queues, in KiB.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        self.queues
+            .iter()
+            .fold(0, |sum, queue| queue.memory_kib().saturating_add(sum))
+    }
+
+    /// Lets the work queue wait for the threads, which may still have I/O in flight.
+    pub(crate) fn bury(self: Arc<Self>) {
+        // If it is queued already, that run does it.
+        let _queued = workqueue::enqueue(self);
+    }
+}
+
+impl WorkItem for Connection {
+    type Pointer = Arc<Connection>;
+
+    fn run(this: Arc<Connection>) {
+        // The last reference waits for the threads.
+        drop(this);
+    }
+}
+
+/// The C driver's thread name without the queue: domain and virtual device.
+fn thread_name(device: &Device) -> crate::proto::text::Name {
+    let mut dev = [0u8; 16];
+    let len = store::read(device.nodename(), c"dev", &mut dev).unwrap_or(0);
+    let dev = core::str::from_utf8(dev.get(..len).unwrap_or(&[])).unwrap_or("");
+    crate::proto::text::Name::new(format_args!("{}.{}", device.otherend_id(), dev))
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the backend publishes in its own directory.
+
+use crate::params;
+use crate::proto::frontend::Offer;
+use crate::ring::request::Limits;
+use crate::xen::bdev::{self, BlockDevice};
+use crate::xen::device::Device;
+use crate::xen::store;
+use kernel::prelude::*;
+
+/// `VDISK_CDROM`.
+const INFO_CDROM: u64 = 1;
+/// `VDISK_READONLY`.
+const INFO_READONLY: u64 = 4;
+
+/// What a frontend may ask for, as published at InitWait.
+pub(crate) fn offer() -> Offer {
+    Offer {
+        max_queues: params::max_queues(),
+        max_ring_order: params::max_ring_order(),
+        default_protocol: params::default_protocol(),
+    }
+}
+
+/// Publishes what a frontend may ask for. May sleep.
+pub(crate) fn publish_offer(device: &Device) -> Result {
+    let dir = device.nodename();
+    let offer = offer();
+    store::transaction(|t| {
+        let segments = params::max_indirect_segments();
+        if segments > 0 {
+            t.write_number(dir, c"feature-max-indirect-segments", segments.into())?;
+        }
+        t.write_number(dir, c"multi-queue-max-queues", offer.max_queues.into())?;
+        t.write_number(dir, c"max-ring-page-order", offer.max_ring_order.into())
+    })
+}
+
+/// A disk as one device offers it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Features {
+    device: bdev::Limits,
+    read_only: bool,
+    cdrom: bool,
+    discard: bool,
+}
+
+impl Features {
+    /// Reads what the toolstack says about the disk. May sleep.
+    pub(crate) fn read(device: &Device, bdev: &BlockDevice) -> Self {
+        let limits = bdev.limits();
+        let read_only = !bdev.is_writable() || limits.read_only;
+        // The toolstack's own copy: that of the frontend is the guest's to write.
+        let cdrom = value_is(device, c"device-type", b"cdrom");
+        let discard = !read_only
+            && limits.discard_granularity.is_some()
+            && !value_is(device, c"discard-enable", b"0");
+        Self {
+            device: limits,
+            read_only,
+            cdrom,
+            discard,
+        }
+    }
+
+    /// The same as limits for the engine.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            sectors: self.device.sectors,
+            block_sectors: (self.device.logical_block / 512).max(1),
+            read_only: self.read_only,
+            max_indirect_segments: params::max_indirect_segments(),
+            flush: self.device.write_cache && !self.read_only,
+            barrier: self.device.write_cache && !self.read_only,
+            discard: self.discard,
+            secure_discard: self.discard && self.device.secure_erase,
+        }
+    }
+
+    /// Publishes the disk in one transaction. May sleep.
+    pub(crate) fn publish(&self, device: &Device) -> Result {
+        let dir = device.nodename();
+        let limits = self.limits();
+        store::transaction(|t| {
+            let number = |key: &CStr, value: u64| t.write_number(dir, key, value);
+            number(c"feature-flush-cache", limits.flush.into())?;
+            if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
+                number(c"discard-granularity", granularity.into())?;
+                number(c"discard-alignment", self.device.discard_alignment.into())?;
+                number(c"discard-secure", limits.secure_discard.into())?;
+                number(c"feature-discard", 1)?;
+            }
+            number(c"feature-barrier", limits.barrier.into())?;
+            number(c"feature-persistent", 0)?;
+            number(c"sectors", self.device.sectors)?;
+            number(c"info", self.info())?;
+            number(c"sector-size", self.device.logical_block.into())?;
+            number(c"physical-sector-size", self.device.physical_block.into())
+        })
+    }
+
+    fn info(&self) -> u64 {
+        let cdrom = if self.cdrom { INFO_CDROM } else { 0 };
+        let read_only = if self.read_only { INFO_READONLY } else { 0 };
+        cdrom | read_only
+    }
+}
+
+/// Publishes a new size; writing the state again makes the frontend look. May sleep.
+pub(crate) fn publish_size(device: &Device, sectors: u64, state: u32) -> Result {
+    let dir = device.nodename();
+    store::transaction(|t| {
+        t.write_number(dir, c"sectors", sectors)?;
+        t.write_number(dir, c"state", state.into())
+    })
+}
+
+/// True if a key of the backend's directory has this value.
+fn value_is(device: &Device, key: &CStr, wanted: &[u8]) -> bool {
+    let mut value = [0; 16];
+    store::read(device.nodename(), key, &mut value)
+        .is_ok_and(|len| value.get(..len) == Some(wanted))
+}

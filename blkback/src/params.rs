@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Module parameters, clamped to what the protocol and the memory allow.
+
+use crate::module_parameters;
+use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
+
+/// Queues that a frontend may have at most, whatever the parameter says.
+const QUEUES: u32 = 64;
+/// Data pages of one queue at most, whatever the parameters say.
+const PAGES: u32 = 8192;
+
+/// Queues offered to a frontend.
+pub(crate) fn max_queues() -> u32 {
+    match *module_parameters::max_queues.value() {
+        0 => kernel::cpu::nr_cpu_ids().clamp(1, QUEUES),
+        n => n.min(QUEUES),
+    }
+}
+
+/// Ring order offered to a frontend.
+pub(crate) fn max_ring_order() -> u8 {
+    // CAST: at most `MAX_RING_ORDER`.
+    (*module_parameters::max_ring_page_order.value()).min(u32::from(MAX_RING_ORDER)) as u8
+}
+
+/// Segments of an indirect request offered to a frontend; 0 offers no indirect requests.
+pub(crate) fn max_indirect_segments() -> u16 {
+    let max = u32::from(SEGMENTS_PER_INDIRECT_PAGE);
+    // CAST: at most 512.
+    (*module_parameters::max_indirect_segments.value()).min(max) as u16
+}
+
+/// Segments up to which data is copied; larger requests are mapped.
+pub(crate) fn copy_max_segments() -> u16 {
+    // CAST: at most 65535.
+    (*module_parameters::copy_max_segments.value()).min(u32::from(u16::MAX)) as u16
+}
+
+/// The layout of a frontend that does not name its own.
+pub(crate) fn default_protocol() -> Protocol {
+    // The C driver takes 32 bits on x86, against the header; frontends rely on it.
+    if *module_parameters::native_protocol.value() == 0 && cfg!(target_arch = "x86_64") {
+        Protocol::Abi32
+    } else {
+        Protocol::Abi64
+    }
+}
+
+/// Data pages of one queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PoolSizes {
+    /// Pages with memory.
+    pub(crate) copy: u16,
+    /// Pages at which guest pages are mapped.
+    pub(crate) map: u16,
+}
+
+/// Data pages of a queue whose ring has so many slots.
+///
+/// Both pools hold the largest request; beyond that each slot gets a few pages, so that small
+/// requests can fill the ring.
+pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
+    let largest = u32::from(max_indirect_segments()).max(11);
+    let size = |per_slot: u32, most: u32| {
+        // CAST: at most `PAGES`.
+        slots
+            .saturating_mul(per_slot)
+            .min(most.min(PAGES))
+            .max(largest) as u16
+    };
+    PoolSizes {
+        copy: size(4, *module_parameters::copy_pages.value()),
+        map: size(16, *module_parameters::map_pages.value()),
+    }
+}

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! One queue of a disk: a ring, its event channel, and the thread that serves it.
+//!
+//! The thread owns everything that touches the guest. It ends in one of two ways: *drained*, when
+//! every request is answered before the ring is given back; or *abandoned*, when the guest is gone
+//! and the ring is given back at once, while I/O that is still in flight keeps its pages until the
+//! device lets go of them.
+
+use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
+use crate::params;
+use crate::phy::Phy;
+use crate::proto::frontend;
+use crate::ring::index::BackRing;
+use crate::ring::request::Limits;
+use crate::vbd::Vbd;
+use crate::xen::bdev::BlockDevice;
+use crate::xen::bio::Disk;
+use crate::xen::cond_resched;
+use crate::xen::device::Device;
+use crate::xen::evtchn::{Activity, EventChannel};
+use crate::xen::grant::GuestGrants;
+use crate::xen::kthread::{Runner, Thread};
+use crate::xen::pages::{filled, Pages};
+use crate::xen::parker::Parker;
+use crate::xen::ring_map::RingMap;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
+use kernel::sync::{Arc, Completion};
+
+/// What the thread is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Command {
+    /// Serve the ring.
+    Serve = 0,
+    /// Take nothing more, answer what was taken, and end.
+    Drain = 1,
+    /// Let go of the guest now.
+    Abandon = 2,
+}
+
+/// What the thread and its owner share.
+#[pin_data]
+struct Control {
+    parker: Arc<Parker>,
+    /// A [`Command`]; only ever raised.
+    command: Atomic<u32>,
+    /// Complete once nothing of the guest is mapped or bound any more.
+    #[pin]
+    detached: Completion,
+    is_detached: Atomic<u32>,
+}
+
+impl Control {
+    fn command(&self) -> Command {
+        match self.command.load(Acquire) {
+            0 => Command::Serve,
+            1 => Command::Drain,
+            _ => Command::Abandon,
+        }
+    }
+
+    fn detach(&self) {
+        self.is_detached.store(1, Release);
+        self.detached.complete_all();
+    }
+}
+
+/// A served queue. Dropping it waits for the end of its thread; tell it to end first.
+pub(crate) struct Queue {
+    control: Arc<Control>,
+    memory_kib: u64,
+    _thread: Thread,
+}
+
+/// What a queue is made of.
+pub(crate) struct Setup<'a> {
+    /// The device.
+    pub(crate) device: &'a Arc<Device>,
+    /// Who is told about a broken ring, a new size and the end.
+    pub(crate) vbd: &'a Arc<Vbd>,
+    /// What the frontend asked for.
+    pub(crate) request: &'a frontend::Request,
+    /// The disk.
+    pub(crate) bdev: &'a Arc<BlockDevice>,
+    /// What the disk allows.
+    pub(crate) limits: &'a Limits,
+}
+
+/// A queue with its memory reserved and its ring mapped, but without a thread.
+pub(crate) struct Prepared {
+    server: Server,
+    control: Arc<Control>,
+    memory_kib: u64,
+}
+
+impl Prepared {
+    /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
+    pub(crate) fn new(setup: &Setup<'_>, ring: &frontend::Ring) -> Result<Self> {
+        let request = setup.request;
+        let slots = request.slots();
+        let sizes = params::pool_sizes(slots);
+        let parker = Parker::new()?;
+        let pages = Arc::new(Pages::new(sizes.copy, sizes.map)?, GFP_KERNEL)?;
+        let tags = u16::try_from(slots).map_err(|_| EINVAL)?;
+        let disk = Disk::new(setup.bdev.clone(), pages.clone(), parker.clone(), tags)?;
+        let grants = GuestGrants::new(setup.device.otherend_id(), pages.clone())?;
+        let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)?;
+        let back = BackRing::attach(map, slots).map_err(|_| EIO)?;
+        let channel = EventChannel::bind(setup.device, ring.port, parker.clone())?;
+        let control = Arc::pin_init(
+            pin_init!(Control {
+                parker,
+                command: Atomic::new(Command::Serve as u32),
+                detached <- Completion::new(),
+                is_detached: Atomic::new(0),
+            }),
+            GFP_KERNEL,
+        )?;
+        let server = Server {
+            slots: filled(Slot::FREE, usize::from(tags))?,
+            entries: filled(SegmentEntry::EMPTY, pages.len())?,
+            copy_pages: sizes.copy,
+            config: Config {
+                protocol: request.protocol,
+                copy_max_segments: params::copy_max_segments(),
+            },
+            limits: *setup.limits,
+            ring: back,
+            channel,
+            grants,
+            phy: Phy::new(disk),
+            bdev: setup.bdev.clone(),
+            vbd: setup.vbd.clone(),
+            control: control.clone(),
+        };
+        Ok(Self {
+            server,
+            control,
+            memory_kib: pages.memory_kib(),
+        })
+    }
+
+    /// Starts the thread.
+    pub(crate) fn start(self, name: &CStr) -> Result<Queue> {
+        let server = KBox::new(self.server, GFP_KERNEL)?;
+        Ok(Queue {
+            control: self.control,
+            memory_kib: self.memory_kib,
+            _thread: Thread::spawn(name, server)?,
+        })
+    }
+}
+
+impl Queue {
+    fn tell(&self, command: Command) {
+        if self.control.command() < command {
+            self.control.command.store(command as u32, Release);
+            self.control.parker.wake();
+        }
+    }
+
+    /// Takes nothing more and ends when everything is answered; does not wait.
+    pub(crate) fn drain(&self) {
+        self.tell(Command::Drain);
+    }
+
+    /// Lets go of the guest at once; does not wait.
+    pub(crate) fn abandon(&self) {
+        self.tell(Command::Abandon);
+    }
+
+    /// Memory reserved for data pages, in KiB.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        self.memory_kib
+    }
+
+    /// True once nothing of the guest is mapped or bound any more.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.control.is_detached.load(Acquire) != 0
+    }
+
+    /// Waits until nothing of the guest's ring and event channel is used any more.
+    pub(crate) fn wait_detached(&self) {
+        self.control.detached.wait_for_completion();
+    }
+}
+
+/// What the thread owns.
+struct Server {
+    slots: KVec<Slot>,
+    entries: KVec<SegmentEntry>,
+    copy_pages: u16,
+    config: Config,
+    limits: Limits,
+    ring: BackRing<RingMap>,
+    channel: EventChannel,
+    grants: GuestGrants,
+    phy: Phy,
+    bdev: Arc<BlockDevice>,
+    vbd: Arc<Vbd>,
+    control: Arc<Control>,
+}
+
+impl Runner for Server {
+    fn run(mut self) {
+        let mut engine = Engine::new(
+            self.ring,
+            self.grants,
+            self.phy,
+            &mut self.slots,
+            &mut self.entries,
+            self.copy_pages,
+            self.config,
+            self.limits,
+        );
+        let server = Serving {
+            channel: &self.channel,
+            bdev: &self.bdev,
+            vbd: &self.vbd,
+            control: &self.control,
+        };
+        let command = server.serve(&mut engine);
+        // The order matters: no event may come for a ring that is unmapped, and the owner may
+        // publish state Closed only when both are gone.
+        drop(self.channel);
+        let mut rest = engine.detach();
+        if command == Command::Drain {
+            // Before `detach`: whoever waits for that may go on to unload the module.
+            self.vbd.kick();
+            self.control.detach();
+            return;
+        }
+        self.control.detach();
+        while rest.drain() > 0 {
+            self.control.parker.park();
+        }
+    }
+}
+
+/// The thread's view of its surroundings while the engine has the rest.
+struct Serving<'a> {
+    channel: &'a EventChannel,
+    bdev: &'a BlockDevice,
+    vbd: &'a Arc<Vbd>,
+    control: &'a Control,
+}
+
+impl Serving<'_> {
+    /// Serves the ring until told to end; returns how.
+    fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, RingMap, G, B>) -> Command {
+        let mut sectors = self.limits_changed(engine, 0);
+        let mut published = Stats::default();
+        let mut broken = false;
+        let mut active = false;
+        loop {
+            let command = self.control.command();
+            let pass = match command {
+                Command::Serve => engine.pass(),
+                Command::Drain => engine.drain_pass(),
+                Command::Abandon => return Command::Abandon,
+            };
+            if pass.notify {
+                self.channel.notify();
+            }
+            self.vbd.totals().add(&published, engine.stats());
+            published = *engine.stats();
+            sectors = self.limits_changed(engine, sectors);
+            active |= pass.taken > 0;
+            if pass.broken && !broken {
+                broken = true;
+                self.vbd.ring_broken();
+            }
+            if command == Command::Drain && engine.in_flight() == 0 {
+                return Command::Drain;
+            }
+            if self.must_go_on(command, &pass, engine) {
+                cond_resched();
+                continue;
+            }
+            self.end_event(broken, &mut active);
+            self.control.parker.park();
+        }
+    }
+
+    fn must_go_on<G: Grants, B: Backend>(
+        &self,
+        command: Command,
+        pass: &Pass,
+        engine: &mut Engine<'_, RingMap, G, B>,
+    ) -> bool {
+        pass.again
+            || self.control.command() != command
+            || (command == Command::Serve && engine.must_stay_awake())
+    }
+
+    /// Ends the event that woke us. That of a broken ring is never ended: its guest gets no
+    /// further attention.
+    fn end_event(&self, broken: bool, active: &mut bool) {
+        if broken {
+            return;
+        }
+        if let Some(pending) = self.channel.take_pending() {
+            pending.end(if *active {
+                Activity::Real
+            } else {
+                Activity::Spurious
+            });
+            *active = false;
+        }
+    }
+
+    /// Follows a change of the device's size.
+    fn limits_changed<G: Grants, B: Backend>(
+        &self,
+        engine: &mut Engine<'_, RingMap, G, B>,
+        known: u64,
+    ) -> u64 {
+        let sectors = self.bdev.sectors();
+        if sectors != known {
+            engine.set_sectors(sectors);
+            if known != 0 {
+                self.vbd.kick();
+            }
+        }
+        sectors
+    }
+}

@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A device and its life: from the toolstack's directory to a served disk and back.
+//!
+//! Watches only queue work. The work looks at the world, asks the pure state machine what to do,
+//! does it, and looks again. One mutex makes the life of a device a single thread of events; it
+//! is never held while I/O is waited for.
+
+use crate::connection::Connection;
+use crate::offer::{self, Features};
+use crate::proto::state::{step, Action, Rings, State, View};
+use crate::proto::text::{parse_device, parse_u32};
+use crate::totals::Totals;
+use crate::xen::bdev::BlockDevice;
+use crate::xen::device::Device;
+use crate::xen::driver::{self, Attribute};
+use crate::xen::store;
+use crate::xen::watch::{Watch, Watcher};
+use crate::xen::workqueue;
+use core::pin::Pin;
+use kernel::prelude::*;
+use kernel::str::CString;
+use kernel::sync::atomic::{
+    ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
+};
+use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+
+/// Steps that one run of the work takes at most before it queues itself again.
+const STEPS: u32 = 16;
+
+/// A device.
+#[pin_data]
+pub(crate) struct Vbd {
+    device: Arc<Device>,
+    totals: Totals,
+    /// The block device's number, for sysfs.
+    number: Atomic<u32>,
+    /// True if the disk may be written, for sysfs.
+    writable: AtomicFlag,
+    /// The frontend wrote its state since we last looked.
+    moved: AtomicFlag,
+    /// A ring's indices were impossible; not yet reported.
+    broken: AtomicFlag,
+    /// Everything is given back: the next watch callback takes the device off the bus.
+    gone: AtomicFlag,
+    /// The device is unbound: no work may be queued any more.
+    unbound: AtomicFlag,
+    #[pin]
+    life: Mutex<Life>,
+    #[pin]
+    work: Work<Vbd>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Vbd { self.work }
+}
+
+/// What changes in the life of a device.
+struct Life {
+    /// The device is unbound; nothing is left to do.
+    unbound: bool,
+    /// The device was given up; only its removal is left.
+    left: bool,
+    /// The state that was published last.
+    state: State,
+    disk: Option<Disk>,
+    /// A value of `physical-device` that could not be used, so that it is reported once.
+    bad_device: Option<(u32, u32)>,
+    connection: Option<Arc<Connection>>,
+    draining: bool,
+    /// The frontend's rings were refused, and it has not moved since.
+    refused: bool,
+}
+
+/// The open disk of a device.
+struct Disk {
+    bdev: Arc<BlockDevice>,
+    sectors: u64,
+}
+
+impl Vbd {
+    fn new(device: Arc<Device>) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                device,
+                totals: Totals::new(),
+                number: Atomic::new(0),
+                writable: AtomicFlag::new(false),
+                moved: AtomicFlag::new(false),
+                broken: AtomicFlag::new(false),
+                gone: AtomicFlag::new(false),
+                unbound: AtomicFlag::new(false),
+                life <- new_mutex!(Life {
+                    unbound: false,
+                    left: false,
+                    state: State::Initialising,
+                    disk: None,
+                    bad_device: None,
+                    connection: None,
+                    draining: false,
+                    refused: false,
+                }),
+                work <- new_work!("Vbd::work"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Has the work look at the device again; callable from any context.
+    pub(crate) fn kick(self: &Arc<Self>) {
+        if !self.unbound.load(Relaxed) {
+            // If it is queued already, that run looks.
+            let _queued = workqueue::enqueue(self.clone());
+        }
+    }
+
+    /// The statistics.
+    pub(crate) fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// A queue found impossible indices in its ring.
+    pub(crate) fn ring_broken(self: &Arc<Self>) {
+        self.broken.store(true, Relaxed);
+        self.kick();
+    }
+
+    /// Looks at the device and does what there is to do.
+    fn look_and_act(self: &Arc<Self>) {
+        let mut life = self.life.lock();
+        if self.broken.xchg(false, Full) {
+            self.device.report(
+                EIO,
+                c"the frontend's request producer index is impossible; the ring is not served any more",
+            );
+        }
+        if self.moved.xchg(false, Full) {
+            life.refused = false;
+        }
+        for _ in 0..STEPS {
+            if life.unbound || life.left {
+                return;
+            }
+            self.open_disk(&mut life);
+            self.end_draining(&mut life);
+            let action = step(&self.view(&life));
+            if action == Action::Wait {
+                self.follow_size(&mut life);
+                return;
+            }
+            self.act(&mut life, action);
+        }
+        drop(life);
+        self.kick();
+    }
+
+    fn view(&self, life: &Life) -> View {
+        View {
+            ours: life.state,
+            theirs: self.frontend_state(),
+            online: self.device.is_online(),
+            disk: life.disk.is_some(),
+            rings: match (&life.connection, life.draining) {
+                (None, _) => Rings::None,
+                (Some(_), false) => Rings::Served,
+                (Some(_), true) => Rings::Draining,
+            },
+            refused: life.refused,
+        }
+    }
+
+    fn frontend_state(&self) -> State {
+        let mut value = [0; 16];
+        store::read(self.device.otherend(), c"state", &mut value)
+            .ok()
+            .and_then(|len| parse_u32(value.get(..len)?))
+            .map_or(State::Unknown, State::from_number)
+    }
+
+    fn act(self: &Arc<Self>, life: &mut Life, action: Action) {
+        match action {
+            Action::Wait => {}
+            Action::Offer => {
+                if let Err(error) = offer::publish_offer(&self.device) {
+                    self.device
+                        .report(error, c"what the backend offers cannot be published");
+                }
+                self.publish(life, State::InitWait);
+            }
+            Action::Connect => self.connect(life),
+            Action::StartClosing => self.publish(life, State::Closing),
+            Action::Disconnect => {
+                if let Some(connection) = &life.connection {
+                    connection.drain();
+                    life.draining = true;
+                }
+            }
+            Action::Close => self.publish(life, State::Closed),
+            Action::Leave => self.leave(life),
+            Action::Refuse => {
+                self.device.report(
+                    EINVAL,
+                    c"the frontend's state is one that no frontend may have",
+                );
+                self.publish(life, State::Closing);
+            }
+        }
+    }
+
+    fn publish(&self, life: &mut Life, state: State) {
+        self.device.switch_state(state);
+        life.state = state;
+    }
+
+    fn end_draining(&self, life: &mut Life) {
+        if !life.draining {
+            return;
+        }
+        let Some(connection) = life.connection.take() else {
+            return;
+        };
+        if connection.is_detached() {
+            life.draining = false;
+            self.totals.set_memory(0);
+            connection.bury();
+        } else {
+            life.connection = Some(connection);
+        }
+    }
+
+    /// Opens the disk once the hotplug script has said which it is.
+    fn open_disk(&self, life: &mut Life) {
+        if life.disk.is_some() {
+            return;
+        }
+        let mut value = [0; 32];
+        let Ok(len) = store::read(self.device.nodename(), c"physical-device", &mut value) else {
+            return;
+        };
+        let number = value.get(..len).and_then(parse_device);
+        let Some((major, minor)) = number else {
+            self.bad_disk(
+                life,
+                (u32::MAX, u32::MAX),
+                EINVAL,
+                c"physical-device is not MAJOR:MINOR in hexadecimal",
+            );
+            return;
+        };
+        let mut mode = [0; 8];
+        let Ok(len) = store::read(self.device.nodename(), c"mode", &mut mode) else {
+            self.bad_disk(life, (major, minor), ENOENT, c"the key mode is missing");
+            return;
+        };
+        let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
+        match BlockDevice::open(major, minor, writable)
+            .and_then(|bdev| Arc::new(bdev, GFP_KERNEL).map_err(Into::into))
+        {
+            Ok(bdev) => {
+                self.number.store(bdev.number(), Relaxed);
+                self.writable.store(writable, Relaxed);
+                life.bad_device = None;
+                life.disk = Some(Disk {
+                    sectors: bdev.sectors(),
+                    bdev,
+                });
+            }
+            Err(error) => self.bad_disk(
+                life,
+                (major, minor),
+                error,
+                c"the device that physical-device names cannot be opened",
+            ),
+        }
+    }
+
+    fn bad_disk(&self, life: &mut Life, device: (u32, u32), error: Error, text: &CStr) {
+        if life.bad_device != Some(device) {
+            life.bad_device = Some(device);
+            self.device.report(error, text);
+            self.publish(life, State::Closing);
+        }
+    }
+
+    fn connect(self: &Arc<Self>, life: &mut Life) {
+        let Some(disk) = &mut life.disk else {
+            return;
+        };
+        let features = Features::read(&self.device, &disk.bdev);
+        let limits = features.limits();
+        disk.sectors = limits.sectors;
+        let result = Connection::new(self, &self.device, &disk.bdev, &limits);
+        let connection = match result {
+            Ok(connection) => connection,
+            Err(error) => {
+                let (code, text) = error.describe();
+                let fallback = c"the frontend cannot be connected";
+                self.device
+                    .report(code, text.as_deref().unwrap_or(fallback));
+                life.refused = true;
+                self.publish(life, State::Closing);
+                return;
+            }
+        };
+        self.totals.set_memory(connection.memory_kib());
+        // Before the guest can read: what this domain's page cache holds may be older.
+        if let Err(error) = disk.bdev.drop_cache() {
+            self.device
+                .report(error, c"the page cache of the disk cannot be written back");
+        }
+        if let Err(error) = features.publish(&self.device) {
+            self.device.report(error, c"the disk cannot be published");
+        }
+        life.connection = Some(connection);
+        self.device.clear_report();
+        self.publish(life, State::Connected);
+    }
+
+    /// Publishes a size that changed while connected.
+    fn follow_size(&self, life: &mut Life) {
+        if life.state != State::Connected {
+            return;
+        }
+        let Some(disk) = &mut life.disk else {
+            return;
+        };
+        let sectors = disk.bdev.sectors();
+        if sectors != disk.sectors {
+            disk.sectors = sectors;
+            if let Err(error) =
+                offer::publish_size(&self.device, sectors, State::Connected.number())
+            {
+                self.device
+                    .report(error, c"the new size cannot be published");
+            }
+        }
+    }
+
+    /// Gives the disk back, then lets the toolstack and the bus know.
+    fn leave(&self, life: &mut Life) {
+        life.disk = None;
+        life.left = true;
+        self.gone.store(true, Release);
+        self.publish(life, State::Closed);
+        if !self.device.is_vanished() {
+            // The state may have been Closed before: only a write makes the watch fire.
+            if let Err(error) = store::write(self.device.nodename(), c"state", c"6") {
+                self.device.report(error, c"state Closed cannot be written");
+            }
+        }
+    }
+
+    /// Gives everything back now; the bus is taking the device away.
+    fn unbind(&self) {
+        let mut life = self.life.lock();
+        life.unbound = true;
+        self.unbound.store(true, Release);
+        let Some(connection) = life.connection.take() else {
+            life.disk = None;
+            return;
+        };
+        // A frontend that is alive gets its answers before another driver takes over.
+        if self.device.is_vanished() || self.frontend_state() == State::Unknown {
+            connection.abandon();
+        } else {
+            connection.drain();
+        }
+        connection.wait_detached();
+        connection.bury();
+        life.disk = None;
+    }
+}
+
+impl WorkItem for Vbd {
+    type Pointer = Arc<Vbd>;
+
+    fn run(this: Arc<Vbd>) {
+        this.look_and_act();
+    }
+}
+
+/// The watched keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Key {
+    /// `physical-device` in our directory.
+    PhysicalDevice,
+    /// `state` in our directory.
+    State,
+}
+
+impl Watcher for Vbd {
+    type Which = Key;
+
+    fn changed(this: Arc<Self>, which: Key) {
+        if which == Key::State && this.gone.xchg(false, Full) {
+            this.device.unregister();
+        } else {
+            this.kick();
+        }
+    }
+}
+
+/// The driver.
+pub(crate) struct VbdDriver;
+
+/// What belongs to a bound device. The watches are dropped, and with them unregistered, after
+/// `unbind`.
+pub(crate) struct Bound {
+    vbd: Arc<Vbd>,
+    _watches: [Pin<KBox<Watch<Vbd>>>; 2],
+}
+
+impl driver::Driver for VbdDriver {
+    type Data = Bound;
+    const DEVICE_TYPE: [u8; 32] = *b"vbd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+    fn probe(device: Device) -> Result<Bound> {
+        let device = Arc::new(device, GFP_KERNEL)?;
+        let vbd = Vbd::new(device.clone())?;
+        let watch = |key: &CStr, which| {
+            let path = CString::try_from_fmt(fmt!("{}/{}", device.nodename(), key))?;
+            Watch::register(path, vbd.clone(), which)
+        };
+        Ok(Bound {
+            // The first event of each comes at once and starts the work.
+            _watches: [
+                watch(c"physical-device", Key::PhysicalDevice)?,
+                watch(c"state", Key::State)?,
+            ],
+            vbd: vbd.clone(),
+        })
+    }
+
+    fn otherend_changed(data: &Bound) {
+        data.vbd.moved.store(true, Relaxed);
+        data.vbd.kick();
+    }
+
+    fn unbind(data: &Bound) {
+        data.vbd.unbind();
+    }
+
+    fn attribute(data: &Bound, which: Attribute) -> u64 {
+        let vbd = &data.vbd;
+        match which {
+            Attribute::Statistic(index) => vbd.totals.value(index),
+            Attribute::Device => vbd.number.load(Relaxed).into(),
+            Attribute::Writable => vbd.writable.load(Relaxed).into(),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * One-call shims for what Rust cannot reach: static inlines, macros, and the fields of structures
+ * that the kernel's Rust bindings do not know. No policy and no logic: each function is one call
+ * or one access. The layouts that xenbus/src/kernel/sys.rs declares are asserted here.
+ */
+
+#include <linux/bio.h>
+#include <linux/blkdev.h>
+#include <linux/device.h>
+#include <linux/mm.h>
+#include <linux/pagemap.h>
+#include <linux/sched.h>
+#include <linux/sysfs.h>
+#include <xen/events.h>
+#include <xen/grant_table.h>
+#include <xen/page.h>
+#include <xen/xen.h>
+#include <xen/xenbus.h>
+
+#include "shim.h"
+
+/* Layouts declared in sys.rs. */
+static_assert(sizeof(struct xenbus_watch) == 48);
+static_assert(offsetof(struct xenbus_watch, node) == 16);
+static_assert(offsetof(struct xenbus_watch, will_handle) == 32);
+static_assert(offsetof(struct xenbus_watch, callback) == 40);
+static_assert(offsetof(struct xenbus_driver, probe) == 24);
+static_assert(offsetof(struct xenbus_driver, driver) == 72);
+static_assert(sizeof(struct xenbus_driver) == 72 + sizeof(struct device_driver) + 24);
+static_assert(sizeof(struct xenbus_device_id) == 32);
+static_assert(sizeof(struct xenbus_transaction) == 4);
+static_assert(sizeof(struct gnttab_copy) == 40);
+static_assert(offsetof(struct gnttab_copy, dest) == 16);
+static_assert(offsetof(struct gnttab_copy, len) == 32);
+static_assert(offsetof(struct gnttab_copy, status) == 36);
+static_assert(sizeof(struct gnttab_map_grant_ref) == 32);
+static_assert(offsetof(struct gnttab_map_grant_ref, status) == 18);
+static_assert(offsetof(struct gnttab_map_grant_ref, handle) == 20);
+static_assert(sizeof(struct gnttab_unmap_grant_ref) == 24);
+static_assert(offsetof(struct gnttab_unmap_grant_ref, handle) == 16);
+static_assert(GNTCOPY_source_gref == 1 && GNTCOPY_dest_gref == 2);
+static_assert(GNTMAP_host_map == 2 && GNTMAP_readonly == 4);
+static_assert(GNTST_okay == 0 && GNTST_no_device_space == -7);
+static_assert(DOMID_SELF == 0x7ff0);
+static_assert(XEN_EOI_FLAG_SPURIOUS == 1);
+static_assert(TASK_IDLE == 0x402);
+static_assert((__force unsigned int)BLK_OPEN_READ == 1);
+static_assert((__force unsigned int)BLK_OPEN_WRITE == 2);
+static_assert(XEN_PAGE_SIZE == PAGE_SIZE);
+
+int xbr_xen_domain(void)
+{
+	return xen_domain();
+}
+
+struct device *xbr_dev_device(struct xenbus_device *dev)
+{
+	return &dev->dev;
+}
+
+const char *xbr_dev_nodename(const struct xenbus_device *dev)
+{
+	return dev->nodename;
+}
+
+const char *xbr_dev_otherend(const struct xenbus_device *dev)
+{
+	return dev->otherend;
+}
+
+int xbr_dev_otherend_id(const struct xenbus_device *dev)
+{
+	return dev->otherend_id;
+}
+
+int xbr_dev_vanished(const struct xenbus_device *dev)
+{
+	return dev->vanished;
+}
+
+unsigned long xbr_page_gfn(struct page *page)
+{
+	return xen_page_to_gfn(page);
+}
+
+void xbr_set_map_op(struct gnttab_map_grant_ref *op, struct page *page,
+		    unsigned int flags, unsigned int gref, unsigned short domid)
+{
+	gnttab_set_map_op(op, (unsigned long)pfn_to_kaddr(page_to_pfn(page)),
+			  flags, gref, domid);
+}
+
+void xbr_set_unmap_op(struct gnttab_unmap_grant_ref *op, struct page *page,
+		      unsigned int handle)
+{
+	gnttab_set_unmap_op(op, (unsigned long)pfn_to_kaddr(page_to_pfn(page)),
+			    GNTMAP_host_map, handle);
+}
+
+int xbr_unmap_refs_sync(struct gnttab_unmap_grant_ref *ops, struct page **pages,
+			unsigned int count)
+{
+	struct gntab_unmap_queue_data data = {
+		.unmap_ops = ops,
+		.pages = pages,
+		.count = count,
+	};
+
+	return gnttab_unmap_refs_sync(&data);
+}
+
+struct bio *xbr_bio_alloc(struct block_device *bdev, unsigned short vecs,
+			  unsigned int opf, struct bio_set *set)
+{
+	return bio_alloc_bioset(bdev, vecs, (__force blk_opf_t)opf, GFP_NOIO, set);
+}
+
+unsigned long long xbr_bdev_nr_sectors(struct block_device *bdev)
+{
+	return bdev_nr_sectors(bdev);
+}
+
+void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits)
+{
+	*limits = (struct xbr_bdev_limits) {
+		.sectors = bdev_nr_sectors(bdev),
+		.logical_block = bdev_logical_block_size(bdev),
+		.physical_block = bdev_physical_block_size(bdev),
+		.discard_sectors = bdev_max_discard_sectors(bdev),
+		.discard_granularity = bdev_discard_granularity(bdev),
+		.discard_alignment = bdev_discard_alignment(bdev),
+		.secure_erase_sectors = bdev_max_secure_erase_sectors(bdev),
+		.write_cache = bdev_write_cache(bdev),
+		.read_only = bdev_read_only(bdev),
+	};
+}
+
+int xbr_bdev_invalidate(struct block_device *bdev)
+{
+	return invalidate_inode_pages2(bdev->bd_mapping);
+}
+
+void xbr_cond_resched(void)
+{
+	cond_resched();
+}
+
+void xbr_dev_err_ratelimited(struct device *dev, const char *text)
+{
+	dev_err_ratelimited(dev, "%s\n", text);
+}
+
+/* The sysfs attributes of a vbd, with the names of the C driver (xentop reads them). */
+
+static xbr_attr_fn *attr_fn;
+
+void xbr_set_attr_fn(xbr_attr_fn *fn)
+{
+	attr_fn = fn;
+}
+
+#define XBR_STAT(name, index)							\
+static ssize_t name##_show(struct device *dev, struct device_attribute *attr,	\
+			   char *buf)						\
+{										\
+	return sysfs_emit(buf, "%llu\n", attr_fn(dev, index));			\
+}										\
+static DEVICE_ATTR_RO(name)
+
+XBR_STAT(oo_req, 0);
+XBR_STAT(rd_req, 1);
+XBR_STAT(wr_req, 2);
+XBR_STAT(f_req, 3);
+XBR_STAT(ds_req, 4);
+XBR_STAT(rd_sect, 5);
+XBR_STAT(wr_sect, 6);
+XBR_STAT(refused, 7);
+XBR_STAT(failed, 8);
+XBR_STAT(mapped, 9);
+XBR_STAT(passes, 10);
+XBR_STAT(notified, 11);
+XBR_STAT(memory_kib, 12);
+
+static ssize_t physical_device_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	dev_t number = attr_fn(dev, XBR_ATTR_DEVICE);
+
+	return sysfs_emit(buf, "%x:%x\n", MAJOR(number), MINOR(number));
+}
+static DEVICE_ATTR_RO(physical_device);
+
+static ssize_t mode_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%s\n", attr_fn(dev, XBR_ATTR_MODE) ? "w" : "r");
+}
+static DEVICE_ATTR_RO(mode);
+
+static struct attribute *stat_attrs[] = {
+	&dev_attr_oo_req.attr,
+	&dev_attr_rd_req.attr,
+	&dev_attr_wr_req.attr,
+	&dev_attr_f_req.attr,
+	&dev_attr_ds_req.attr,
+	&dev_attr_rd_sect.attr,
+	&dev_attr_wr_sect.attr,
+	&dev_attr_refused.attr,
+	&dev_attr_failed.attr,
+	&dev_attr_mapped.attr,
+	&dev_attr_passes.attr,
+	&dev_attr_notified.attr,
+	&dev_attr_memory_kib.attr,
+	NULL
+};
+
+static const struct attribute_group stat_group = {
+	.name = "statistics",
+	.attrs = stat_attrs,
+};
+
+static struct attribute *dev_attrs[] = {
+	&dev_attr_physical_device.attr,
+	&dev_attr_mode.attr,
+	NULL
+};
+
+static const struct attribute_group dev_group = {
+	.attrs = dev_attrs,
+};
+
+static const struct attribute_group *attr_groups[] = {
+	&dev_group,
+	&stat_group,
+	NULL
+};
+
+const struct attribute_group **xbr_attr_groups(void)
+{
+	return attr_groups;
+}
+
+u32 xbr_mkdev(u32 major, u32 minor)
+{
+	return MKDEV(major, minor);
+}
+
+void *xbr_page_address(struct page *page)
+{
+	return page_address(page);
+}

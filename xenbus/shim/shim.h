@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Prototypes of the one-call shims; xenbus/src/kernel/sys.rs declares the same for Rust.
+ */
+#ifndef XBR_SHIM_H
+#define XBR_SHIM_H
+
+#include <linux/types.h>
+
+struct attribute_group;
+struct bio;
+struct bio_set;
+struct block_device;
+struct device;
+struct gnttab_map_grant_ref;
+struct gnttab_unmap_grant_ref;
+struct page;
+struct xenbus_device;
+
+/* What a block device allows; sizes in bytes, sectors of 512 bytes. */
+struct xbr_bdev_limits {
+	u64 sectors;
+	u32 logical_block;
+	u32 physical_block;
+	u32 discard_sectors;
+	u32 discard_granularity;
+	u32 discard_alignment;
+	u32 secure_erase_sectors;
+	u8 write_cache;
+	u8 read_only;
+	u8 pad[6];
+};
+static_assert(sizeof(struct xbr_bdev_limits) == 40);
+
+#define XBR_ATTR_DEVICE 100
+#define XBR_ATTR_MODE 101
+typedef u64 (xbr_attr_fn)(struct device *dev, unsigned int which);
+
+int xbr_xen_domain(void);
+struct device *xbr_dev_device(struct xenbus_device *dev);
+const char *xbr_dev_nodename(const struct xenbus_device *dev);
+const char *xbr_dev_otherend(const struct xenbus_device *dev);
+int xbr_dev_otherend_id(const struct xenbus_device *dev);
+int xbr_dev_vanished(const struct xenbus_device *dev);
+unsigned long xbr_page_gfn(struct page *page);
+void xbr_set_map_op(struct gnttab_map_grant_ref *op, struct page *page,
+		    unsigned int flags, unsigned int gref, unsigned short domid);
+void xbr_set_unmap_op(struct gnttab_unmap_grant_ref *op, struct page *page,
+		      unsigned int handle);
+int xbr_unmap_refs_sync(struct gnttab_unmap_grant_ref *ops, struct page **pages,
+			unsigned int count);
+struct bio *xbr_bio_alloc(struct block_device *bdev, unsigned short vecs,
+			  unsigned int opf, struct bio_set *set);
+unsigned long long xbr_bdev_nr_sectors(struct block_device *bdev);
+void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits);
+int xbr_bdev_invalidate(struct block_device *bdev);
+void xbr_cond_resched(void);
+void xbr_dev_err_ratelimited(struct device *dev, const char *text);
+void xbr_set_attr_fn(xbr_attr_fn *fn);
+const struct attribute_group **xbr_attr_groups(void);
+u32 xbr_mkdev(u32 major, u32 minor);
+void *xbr_page_address(struct page *page);
+
+#endif

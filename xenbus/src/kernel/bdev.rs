@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Block devices.
+
+use super::sys;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::error::{from_err_ptr, to_result};
+use kernel::prelude::*;
+
+/// What a block device allows. Sizes in bytes; sectors are 512 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Size in sectors.
+    pub(crate) sectors: u64,
+    /// Logical block size.
+    pub(crate) logical_block: u32,
+    /// Physical block size.
+    pub(crate) physical_block: u32,
+    /// Discard granularity; `None` if the device cannot discard.
+    pub(crate) discard_granularity: Option<u32>,
+    /// Offset of the first discardable unit.
+    pub(crate) discard_alignment: u32,
+    /// True if the device can erase securely.
+    pub(crate) secure_erase: bool,
+    /// True if the device has a volatile write cache.
+    pub(crate) write_cache: bool,
+    /// True if the device refuses writes.
+    pub(crate) read_only: bool,
+}
+
+/// An open block device; dropping it releases it before the drop returns.
+///
+/// # Invariants
+///
+/// `file` is an open block device file that we own, and `bdev` its device.
+pub(crate) struct BlockDevice {
+    file: NonNull<bindings::file>,
+    bdev: NonNull<bindings::block_device>,
+    number: u32,
+    writable: bool,
+}
+
+// SAFETY: A block device may be used from any thread.
+unsafe impl Send for BlockDevice {}
+// SAFETY: As above.
+unsafe impl Sync for BlockDevice {}
+
+impl BlockDevice {
+    /// Opens a device by its number. May sleep, and long if the storage is slow.
+    ///
+    /// There is no exclusive claim: several guests may share a disk if the administrator says so,
+    /// and the hotplug script is what checks that.
+    pub(crate) fn open(major: u32, minor: u32, writable: bool) -> Result<Self> {
+        // SAFETY: Plain arithmetic.
+        let number = unsafe { sys::xbr_mkdev(major, minor) };
+        let mode = if writable {
+            sys::BLK_OPEN_READ | sys::BLK_OPEN_WRITE
+        } else {
+            sys::BLK_OPEN_READ
+        };
+        // SAFETY: No holder and no holder operations are allowed.
+        let file = from_err_ptr(unsafe {
+            bindings::bdev_file_open_by_dev(number, mode, core::ptr::null_mut(), core::ptr::null())
+        })?;
+        // SAFETY: The file was just opened.
+        let bdev = unsafe { bindings::file_bdev(file) };
+        // INVARIANT: Just opened.
+        Ok(Self {
+            file: NonNull::new(file).ok_or(ENXIO)?,
+            bdev: NonNull::new(bdev).ok_or(ENXIO)?,
+            number,
+            writable,
+        })
+    }
+
+    pub(super) fn as_raw(&self) -> *mut bindings::block_device {
+        self.bdev.as_ptr()
+    }
+
+    /// The device's number as `dev_t`.
+    pub(crate) fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// True if it was opened for writing.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The size in sectors now.
+    pub(crate) fn sectors(&self) -> u64 {
+        // SAFETY: By the type invariant.
+        unsafe { sys::xbr_bdev_nr_sectors(self.as_raw()) }
+    }
+
+    /// What the device allows now.
+    pub(crate) fn limits(&self) -> Limits {
+        let mut raw = sys::BdevLimits::default();
+        // SAFETY: By the type invariant; `raw` is valid for writes.
+        unsafe { sys::xbr_bdev_limits(self.as_raw(), &mut raw) };
+        Limits {
+            sectors: raw.sectors,
+            logical_block: raw.logical_block,
+            physical_block: raw.physical_block,
+            discard_granularity: (raw.discard_sectors != 0).then_some(raw.discard_granularity),
+            discard_alignment: raw.discard_alignment,
+            secure_erase: raw.secure_erase_sectors != 0,
+            write_cache: raw.write_cache != 0,
+            read_only: raw.read_only != 0,
+        }
+    }
+
+    /// Writes back and drops what this domain's page cache holds of the device: a boot loader or
+    /// an emulator may have filled it, and the guest goes past it. May sleep.
+    pub(crate) fn drop_cache(&self) -> Result {
+        // SAFETY: By the type invariant.
+        to_result(unsafe { bindings::sync_blockdev(self.as_raw()) })?;
+        // SAFETY: By the type invariant.
+        to_result(unsafe { sys::xbr_bdev_invalidate(self.as_raw()) })
+    }
+}
+
+impl Drop for BlockDevice {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the file is ours. It is released here and now, not by a
+        // work item later: the toolstack removes the device as soon as it sees state Closed.
+        unsafe { bindings::__fput_sync(self.file.as_ptr()) };
+    }
+}

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Block I/O: bios, their completion in interrupt context, and plugging.
+
+use super::bdev::BlockDevice;
+use super::pages::{push, Pages};
+use super::parker::Parker;
+use super::{cond_resched, sys};
+use crate::engine::slots::Tag;
+use core::pin::Pin;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+
+/// Bios that can be allocated while there is no memory: enough for progress.
+const RESERVE: u32 = 16;
+/// Pages of one bio at most (`BIO_MAX_VECS`).
+const MAX_VECS: u16 = 256;
+
+/// What a bio does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Read.
+    Read,
+    /// Write; `preflush` makes completed writes durable before, `fua` this one after.
+    Write {
+        /// Flush before.
+        preflush: bool,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Make completed writes durable; no data.
+    Flush,
+    /// Forget a range; no data.
+    Discard,
+    /// Erase a range; no data.
+    SecureErase,
+}
+
+impl Operation {
+    fn flags(self) -> u32 {
+        const SYNC_IDLE: u32 =
+            1 << bindings::req_flag_bits___REQ_SYNC | 1 << bindings::req_flag_bits___REQ_IDLE;
+        const PREFLUSH: u32 = 1 << bindings::req_flag_bits___REQ_PREFLUSH;
+        const FUA: u32 = 1 << bindings::req_flag_bits___REQ_FUA;
+        match self {
+            Operation::Read => bindings::req_op_REQ_OP_READ,
+            Operation::Write { preflush, fua } => {
+                bindings::req_op_REQ_OP_WRITE
+                    | SYNC_IDLE
+                    | if preflush { PREFLUSH } else { 0 }
+                    | if fua { FUA } else { 0 }
+            }
+            Operation::Flush => bindings::req_op_REQ_OP_WRITE | SYNC_IDLE | PREFLUSH,
+            Operation::Discard => bindings::req_op_REQ_OP_DISCARD,
+            Operation::SecureErase => bindings::req_op_REQ_OP_SECURE_ERASE,
+        }
+    }
+}
+
+/// The part of an I/O that its bios share.
+struct Record {
+    /// Bios that have not completed, and one while the I/O is being built.
+    pending: Atomic<i32>,
+    /// The first error as `blk_status_t`, or 0.
+    status: Atomic<u32>,
+    tag: Tag,
+    owner: *const Disk,
+}
+
+/// A block device with everything that its I/O needs.
+///
+/// # Invariants
+///
+/// - `records[n].tag == n` and its owner is this object, which is pinned.
+/// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Disk {
+    bdev: Arc<BlockDevice>,
+    pages: Arc<Pages>,
+    parker: Arc<Parker>,
+    #[pin]
+    set: Opaque<bindings::bio_set>,
+    records: KVec<Record>,
+    /// One bit for each tag: complete and not reaped.
+    done: KVec<Atomic<u64>>,
+    busy: Atomic<i32>,
+}
+
+// SAFETY: Records are atomic, the bio set has its own locks, and the rest does not change.
+unsafe impl Send for Disk {}
+// SAFETY: As above.
+unsafe impl Sync for Disk {}
+
+impl Disk {
+    /// Reserves what `tags` concurrent I/Os need. Completions wake the parker. May sleep.
+    pub(crate) fn new(
+        bdev: Arc<BlockDevice>,
+        pages: Arc<Pages>,
+        parker: Arc<Parker>,
+        tags: u16,
+    ) -> Result<Pin<KBox<Self>>> {
+        let mut records = KVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
+        for tag in 0..tags {
+            let record = Record {
+                pending: Atomic::new(0),
+                status: Atomic::new(0),
+                tag,
+                owner: core::ptr::null(),
+            };
+            push(&mut records, record)?;
+        }
+        let words = usize::from(tags).div_ceil(64);
+        let mut done = KVec::with_capacity(words, GFP_KERNEL)?;
+        for _ in 0..words {
+            push(&mut done, Atomic::new(0))?;
+        }
+        KBox::try_pin_init(
+            try_pin_init!(&this in Self {
+                bdev,
+                pages,
+                parker,
+                set <- Opaque::try_ffi_init(|slot| {
+                    // SAFETY: `slot` is valid for writes and stays pinned.
+                    to_result(unsafe {
+                        bindings::bioset_init(slot, RESERVE, 0, bindings::BIOSET_NEED_BVECS as i32)
+                    })
+                }),
+                records: {
+                    for record in records.iter_mut() {
+                        // INVARIANT: The object stays where it is.
+                        record.owner = this.as_ptr();
+                    }
+                    records
+                },
+                done,
+                busy: Atomic::new(0),
+            }? Error),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Starts to build the I/O of a tag, which must not be in flight.
+    pub(crate) fn begin(&self, tag: Tag) -> Option<Inflight<'_>> {
+        let record = self.records.get(usize::from(tag))?;
+        record.status.store(0, Relaxed);
+        // INVARIANT: The record becomes busy here and stops to be so in `put`.
+        record.pending.store(1, Relaxed);
+        self.busy.fetch_add(1, Relaxed);
+        Some(Inflight { disk: self, record })
+    }
+
+    /// Yields every I/O that has completed, once.
+    pub(crate) fn reap(&self, mut done: impl FnMut(Tag, u32)) {
+        self.parker.rearm();
+        for (index, word) in self.done.iter().enumerate() {
+            if word.load(Relaxed) == 0 {
+                continue;
+            }
+            // Pairs with `fetch_add` in `put`: the status is visible with the bit.
+            let mut bits = word.xchg(0, Full);
+            while bits != 0 {
+                let bit = bits.trailing_zeros() as usize;
+                bits &= bits.wrapping_sub(1);
+                let tag = index.wrapping_mul(64).wrapping_add(bit);
+                if let Some(record) = self.records.get(tag) {
+                    done(record.tag, record.status.load(Relaxed));
+                }
+            }
+        }
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Disk {
+    fn drop(self: Pin<&mut Self>) {
+        // Whoever owns the object has reaped everything; what can remain is the last instructions
+        // of an interrupt handler on another CPU, for which this waits. If I/O were still in
+        // flight it would wait for that as well.
+        while self.busy.load(kernel::sync::atomic::ordering::Acquire) != 0 {
+            cond_resched();
+        }
+        // SAFETY: The set was initialised, and no bio of it is left.
+        unsafe { bindings::bioset_exit(self.set.get()) };
+    }
+}
+
+/// An I/O that is being built. Dropping it says that all its bios are submitted.
+pub(crate) struct Inflight<'a> {
+    disk: &'a Disk,
+    record: &'a Record,
+}
+
+impl Inflight<'_> {
+    /// Makes a bio of this I/O with room for `vecs` pages. Sleeps when there is no memory until a
+    /// bio of the reserve comes back.
+    pub(crate) fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
+        // SAFETY: The device and the set are valid. An allocation from a bio set that may sleep
+        // does not fail.
+        let raw = unsafe {
+            sys::xbr_bio_alloc(
+                self.disk.bdev.as_raw(),
+                vecs.min(MAX_VECS),
+                operation.flags(),
+                self.disk.set.get(),
+            )
+        };
+        if let Some(bio) = NonNull::new(raw) {
+            // SAFETY: The bio is ours until it is submitted.
+            unsafe {
+                (*bio.as_ptr()).bi_iter.bi_sector = sector;
+                (*bio.as_ptr()).bi_private = core::ptr::from_ref(self.record).cast_mut().cast();
+                (*bio.as_ptr()).bi_end_io = Some(end_io);
+            }
+        }
+        Bio {
+            raw: NonNull::new(raw),
+            inflight: self,
+        }
+    }
+
+    /// Makes the whole I/O fail, whatever its bios do.
+    pub(crate) fn fail(&self) {
+        self.record.status.store(IO_ERROR, Relaxed);
+    }
+}
+
+/// `BLK_STS_IOERR`.
+const IO_ERROR: u32 = 10;
+/// `BLK_STS_NOTSUPP`.
+pub(crate) const NOT_SUPPORTED: u32 = 1;
+
+impl Drop for Inflight<'_> {
+    fn drop(&mut self) {
+        put(self.record);
+    }
+}
+
+/// A bio that is being built.
+pub(crate) struct Bio<'a> {
+    raw: Option<NonNull<bindings::bio>>,
+    inflight: &'a Inflight<'a>,
+}
+
+impl Bio<'_> {
+    /// Adds a piece of a data page; `false` if the bio cannot take it.
+    pub(crate) fn add(&mut self, page: u16, offset: u16, len: u16) -> bool {
+        let (Some(raw), Some(page)) = (self.raw, self.inflight.disk.pages.page(page)) else {
+            return false;
+        };
+        // SAFETY: The bio is ours; the page lives as long as the disk, which waits for its bios.
+        let added =
+            unsafe { bindings::bio_add_page(raw.as_ptr(), page, len.into(), offset.into()) };
+        added == i32::from(len)
+    }
+
+    /// Sets the length of an operation without data, at most `u32::MAX / 512` sectors.
+    pub(crate) fn set_sectors(&mut self, sectors: u32) {
+        if let Some(raw) = self.raw {
+            // SAFETY: The bio is ours until it is submitted.
+            unsafe { (*raw.as_ptr()).bi_iter.bi_size = sectors.wrapping_mul(512) };
+        }
+    }
+
+    /// Starts it. May sleep.
+    pub(crate) fn submit(mut self) {
+        if let Some(raw) = self.raw.take() {
+            self.inflight.record.pending.fetch_add(1, Relaxed);
+            // SAFETY: The bio is complete, and from here on it belongs to the block layer.
+            unsafe { bindings::submit_bio(raw.as_ptr()) };
+        }
+    }
+}
+
+impl Drop for Bio<'_> {
+    fn drop(&mut self) {
+        if let Some(raw) = self.raw {
+            // SAFETY: The bio was never submitted.
+            unsafe { bindings::bio_put(raw.as_ptr()) };
+        }
+    }
+}
+
+/// Completion of a bio; runs in any context, interrupts included.
+unsafe extern "C" fn end_io(bio: *mut bindings::bio) {
+    // SAFETY: The block layer passes the bio that completed; its record is busy, so valid.
+    let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<Record>()) };
+    // SAFETY: The bio is complete, and nobody else uses it.
+    unsafe { bindings::bio_put(bio) };
+    if status != 0 {
+        record.status.store(u32::from(status), Relaxed);
+    }
+    put(record);
+}
+
+/// Gives back one share of a record; the last one reports the completion.
+fn put(record: &Record) {
+    if record.pending.fetch_sub(1, Full) != 1 {
+        return;
+    }
+    // SAFETY: The record is busy, so its owner waits in its drop at the latest.
+    let disk = unsafe { &*record.owner };
+    let (word, bit) = (usize::from(record.tag) / 64, record.tag % 64);
+    if let Some(word) = disk.done.get(word) {
+        // The bit is clear: the tag was in flight. So adding it is setting it.
+        word.fetch_add(1u64 << bit, Full);
+    }
+    disk.parker.wake();
+    // INVARIANT: Nothing of the disk is touched after this.
+    disk.busy
+        .fetch_sub(1, kernel::sync::atomic::ordering::Release);
+}
+
+/// Runs `body` with the block layer's queue plugged: what it submits goes down together.
+pub(crate) fn plugged<R>(body: impl FnOnce() -> R) -> R {
+    let mut plug = bindings::blk_plug::default();
+    // SAFETY: The plug stays on this stack frame, and is finished before it goes.
+    unsafe { bindings::blk_start_plug(&mut plug) };
+    let result = body();
+    // SAFETY: Started above, by the same thread.
+    unsafe { bindings::blk_finish_plug(&mut plug) };
+    result
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A device on the xen-backend bus.
+
+use super::store;
+use super::sys;
+use crate::proto::state::State;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::ffi::c_char;
+use kernel::prelude::*;
+use kernel::str::CString;
+
+/// A counted reference to a `struct xenbus_device`.
+///
+/// # Invariants
+///
+/// `raw` is valid, and we hold a reference to it.
+pub(crate) struct Device {
+    raw: NonNull<sys::XenbusDevice>,
+    nodename: CString,
+    otherend: CString,
+    otherend_id: u16,
+}
+
+// SAFETY: The device is reference counted and its fields that we use do not change.
+unsafe impl Send for Device {}
+// SAFETY: As above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Takes a reference.
+    ///
+    /// # Safety
+    ///
+    /// `raw` is a device that is being probed: it is valid, and its other end's details are read.
+    pub(super) unsafe fn from_probe(raw: *mut sys::XenbusDevice) -> Result<Self> {
+        // SAFETY: By the requirement of this function.
+        let otherend = unsafe { sys::xbr_dev_otherend(raw) };
+        if otherend.is_null() {
+            return Err(ENOENT);
+        }
+        // SAFETY: By the requirement of this function; the name lives as long as the device.
+        let nodename =
+            CString::try_from_fmt(fmt!("{}", Text(unsafe { sys::xbr_dev_nodename(raw) })))?;
+        // The string stays while the device is bound, which may be shorter than our reference.
+        let otherend = CString::try_from_fmt(fmt!("{}", Text(otherend)))?;
+        // SAFETY: By the requirement of this function.
+        let id = unsafe { sys::xbr_dev_otherend_id(raw) };
+        let otherend_id = u16::try_from(id).map_err(|_| EINVAL)?;
+        // SAFETY: By the requirement of this function.
+        unsafe { bindings::get_device(sys::xbr_dev_device(raw)) };
+        // INVARIANT: The reference was just taken.
+        Ok(Self {
+            raw: NonNull::new(raw).ok_or(EINVAL)?,
+            nodename,
+            otherend,
+            otherend_id,
+        })
+    }
+
+    pub(super) fn as_raw(&self) -> *mut sys::XenbusDevice {
+        self.raw.as_ptr()
+    }
+
+    fn device(&self) -> *mut bindings::device {
+        // SAFETY: By the type invariant.
+        unsafe { sys::xbr_dev_device(self.as_raw()) }
+    }
+
+    /// The backend's own directory in xenstore.
+    pub(crate) fn nodename(&self) -> &CStr {
+        &self.nodename
+    }
+
+    /// The frontend's directory in xenstore.
+    pub(crate) fn otherend(&self) -> &CStr {
+        &self.otherend
+    }
+
+    /// The frontend's domain.
+    pub(crate) fn otherend_id(&self) -> u16 {
+        self.otherend_id
+    }
+
+    /// True if the backend's directory was removed: nothing may be written there any more.
+    pub(crate) fn is_vanished(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { sys::xbr_dev_vanished(self.as_raw()) != 0 }
+    }
+
+    /// Publishes a state, if it is not the one that was published last. May sleep.
+    pub(crate) fn switch_state(&self, state: State) {
+        // SAFETY: By the type invariant. The call always returns 0 and reports errors itself.
+        unsafe { sys::xenbus_switch_state(self.as_raw(), state.number()) };
+    }
+
+    /// True if the toolstack wants the device to stay. May sleep.
+    pub(crate) fn is_online(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { sys::xenbus_dev_is_online(self.as_raw()) != 0 }
+    }
+
+    /// Tells the administrator what is wrong with this device: in xenstore's error directory,
+    /// where xl looks, and in the log, at a limited rate because guests can cause it. May sleep.
+    pub(crate) fn report(&self, error: Error, text: &CStr) {
+        // SAFETY: By the type invariant; the text is a C string.
+        unsafe { sys::xbr_dev_err_ratelimited(self.device(), text.as_char_ptr()) };
+        if self.is_vanished() {
+            return;
+        }
+        let wrote = CString::try_from_fmt(fmt!("error/{}", self.nodename()))
+            .and_then(|dir| {
+                let value = CString::try_from_fmt(fmt!("{} {}", error.to_errno(), text))?;
+                Ok((dir, value))
+            })
+            .map_err(|_| ENOMEM)
+            .and_then(|(dir, value)| store::write(&dir, c"error", &value));
+        if wrote.is_err() {
+            // SAFETY: As above.
+            unsafe {
+                sys::xbr_dev_err_ratelimited(
+                    self.device(),
+                    c"the error could not be written to xenstore".as_char_ptr(),
+                )
+            };
+        }
+    }
+
+    /// Removes an earlier report from xenstore. May sleep.
+    pub(crate) fn clear_report(&self) {
+        if let Ok(dir) = CString::try_from_fmt(fmt!("error/{}", self.nodename())) {
+            // That there is nothing to remove is the usual case.
+            let _absent = store::remove(&dir, c"error");
+        }
+    }
+
+    /// Takes the device off the bus, which unbinds it from its driver.
+    ///
+    /// Callable only from a watch callback: the xenwatch thread is the one that removes devices
+    /// whose directory is gone, so there the two cannot meet. The caller sees to it that it is
+    /// done once.
+    pub(crate) fn unregister(&self) {
+        // SAFETY: By the type invariant the device is valid, and it stays so because of our
+        // reference. The callers are serialised as said above.
+        unsafe { bindings::device_unregister(self.device()) };
+    }
+}
+
+/// A path of xenstore behind a C pointer, for formatting only.
+///
+/// # Invariants
+///
+/// The pointer is a C string. (`CStr::from_char_ptr` would do if its length arithmetic had no
+/// panicking form.)
+struct Text(*const c_char);
+
+/// The longest path that xenstore allows.
+const PATH_MAX: usize = 3072;
+
+impl kernel::fmt::Display for Text {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        for index in 0..PATH_MAX {
+            // SAFETY: By the type invariant; the loop ends at the NUL.
+            let byte = unsafe { self.0.add(index).read() };
+            if byte == 0 {
+                break;
+            }
+            core::fmt::Write::write_char(f, char::from(byte))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant we hold a reference.
+        unsafe { bindings::put_device(self.device()) };
+    }
+}

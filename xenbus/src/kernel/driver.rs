@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Drivers on the xen-backend bus, registered with the kernel's own `driver::Registration`.
+//!
+//! Facts that the safety comments rest on (drivers/xen/xenbus/xenbus_probe.c):
+//! - `probe` and `remove` run under the device lock; the watch on the other end is registered
+//!   after `probe` and freed before `remove`, so `otherend_changed` overlaps neither.
+//! - A bound device holds a reference to the module.
+//! - The driver core removes the attribute groups, and waits for their readers, before `remove`.
+
+use super::device::Device;
+use super::{is_xen_domain, sys};
+use core::marker::PhantomData;
+use kernel::bindings;
+use kernel::device;
+use kernel::driver::{DriverLayout, RegistrationOps};
+use kernel::error::{from_result, to_result};
+use kernel::ffi::{c_int, c_uint};
+use kernel::prelude::*;
+use kernel::types::Opaque;
+use kernel::ThisModule;
+
+/// A value that a reader of sysfs asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Attribute {
+    /// The counter of this index in the list of statistics.
+    Statistic(u32),
+    /// The block device's number as `dev_t`.
+    Device,
+    /// 1 if the disk is writable.
+    Writable,
+}
+
+/// A backend driver.
+pub(crate) trait Driver: 'static {
+    /// What belongs to one device.
+    type Data: Send + Sync + 'static;
+    /// The device type it drives, such as `vbd`, padded with zeroes.
+    const DEVICE_TYPE: [u8; 32];
+
+    /// A device was found. Runs under the device lock, often in the xenwatch thread: be quick.
+    fn probe(device: Device) -> Result<Self::Data>;
+
+    /// The other end's state was written. Runs in the xenwatch thread: queue work and return.
+    fn otherend_changed(data: &Self::Data);
+
+    /// The device goes. When this returns, nothing may use the other end's pages or event
+    /// channels any more.
+    fn unbind(data: &Self::Data);
+
+    /// A reader of sysfs wants a value.
+    fn attribute(data: &Self::Data, which: Attribute) -> u64;
+}
+
+/// Connects a [`Driver`] to the kernel's registration.
+pub(crate) struct Adapter<T: Driver>(PhantomData<T>);
+
+// SAFETY: `XenbusDriver` is `repr(C)` and has its `device_driver` at the offset given (asserted on
+// both sides); `T::Data` is what `probe` stores as driver data.
+unsafe impl<T: Driver> DriverLayout for Adapter<T> {
+    type DriverType = sys::XenbusDriver;
+    type DriverData<'bound> = T::Data;
+    const DEVICE_DRIVER_OFFSET: usize = core::mem::offset_of!(sys::XenbusDriver, driver);
+}
+
+// SAFETY: `unregister` may be called after a successful `register`.
+unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
+    unsafe fn register(
+        driver: &Opaque<sys::XenbusDriver>,
+        name: &'static CStr,
+        module: &'static ThisModule,
+    ) -> Result {
+        // Registration on a machine without Xen would succeed and never find a device.
+        if !is_xen_domain() {
+            return Err(ENODEV);
+        }
+        let raw = driver.get();
+        // SAFETY: The structure was initialised by the caller, and nobody else knows it yet.
+        unsafe {
+            (*raw).name = sys::Pointer(name.as_char_ptr());
+            (*raw).ids = sys::Pointer(core::ptr::from_ref(Self::IDS).cast());
+            // The device stays attached to its frontend while another driver takes over.
+            (*raw).allow_rebind = true;
+            (*raw).probe = Some(Self::probe);
+            (*raw).otherend_changed = Some(Self::otherend_changed);
+            (*raw).remove = Some(Self::remove);
+            (*raw).driver.dev_groups = sys::xbr_attr_groups();
+        }
+        // SAFETY: The callback stays valid as long as the module, and so do its callers.
+        unsafe { sys::xbr_set_attr_fn(Self::attribute) };
+        // SAFETY: The driver is initialised and stays pinned until `unregister`.
+        to_result(unsafe {
+            sys::__xenbus_register_backend(raw, module.as_ptr(), name.as_char_ptr())
+        })
+    }
+
+    unsafe fn unregister(driver: &Opaque<sys::XenbusDriver>) {
+        // SAFETY: By the requirement of this function it is registered.
+        unsafe { sys::xenbus_unregister_driver(driver.get()) }
+    }
+}
+
+impl<T: Driver> Adapter<T> {
+    const IDS: &'static [sys::XenbusDeviceId; 2] = &[
+        sys::XenbusDeviceId {
+            devicetype: T::DEVICE_TYPE,
+        },
+        sys::XenbusDeviceId {
+            devicetype: [0; 32],
+        },
+    ];
+
+    unsafe extern "C" fn probe(
+        raw: *mut sys::XenbusDevice,
+        _id: *const sys::XenbusDeviceId,
+    ) -> c_int {
+        from_result(|| {
+            // SAFETY: The bus calls this with a valid device whose other end is known.
+            let device = unsafe { Device::from_probe(raw) }?;
+            // SAFETY: The device is valid, and this is its driver's probe.
+            let core = unsafe {
+                device::Device::<device::CoreInternal<'_>>::from_raw(sys::xbr_dev_device(raw))
+            };
+            core.set_drvdata(T::probe(device))?;
+            Ok(0)
+        })
+    }
+
+    /// The driver data of a bound device.
+    ///
+    /// # Safety
+    ///
+    /// `raw` is bound to this driver for the lifetime `'a`.
+    unsafe fn data<'a>(raw: *mut bindings::device) -> &'a T::Data {
+        // SAFETY: By the requirement of this function `probe` has stored a `T::Data`.
+        unsafe {
+            device::Device::<device::CoreInternal<'_>>::from_raw(raw)
+                .drvdata_borrow::<T::Data>()
+                .get_ref()
+        }
+    }
+
+    unsafe extern "C" fn otherend_changed(raw: *mut sys::XenbusDevice, _state: c_uint) {
+        // SAFETY: The watch exists only while the device is bound.
+        T::otherend_changed(unsafe { Self::data(sys::xbr_dev_device(raw)) });
+    }
+
+    unsafe extern "C" fn remove(raw: *mut sys::XenbusDevice) {
+        // SAFETY: `remove` follows a successful `probe`; the data is dropped after it.
+        T::unbind(unsafe { Self::data(sys::xbr_dev_device(raw)) });
+    }
+
+    unsafe extern "C" fn attribute(raw: *mut bindings::device, which: c_uint) -> u64 {
+        // SAFETY: The attributes exist only while the device is bound.
+        let data = unsafe { Self::data(raw) };
+        let which = match which {
+            sys::ATTR_DEVICE => Attribute::Device,
+            sys::ATTR_MODE => Attribute::Writable,
+            index => Attribute::Statistic(index),
+        };
+        T::attribute(data, which)
+    }
+}

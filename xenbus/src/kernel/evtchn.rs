@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Event channels with a late end of interrupt.
+//!
+//! After an event the channel stays masked until the thread has looked at the ring, so a guest
+//! cannot raise interrupts faster than its requests are served (XSA-332).
+
+use super::device::Device;
+use super::parker::Parker;
+use super::sys;
+use kernel::error::to_result;
+use kernel::ffi::{c_int, c_uint, c_void};
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Full, Atomic};
+use kernel::sync::Arc;
+
+/// `IRQ_HANDLED`.
+const HANDLED: c_uint = 1;
+
+/// What the interrupt handler touches.
+struct Line {
+    /// An event came and was not ended. Set by the handler, taken by the thread.
+    pending: Atomic<u32>,
+    parker: Arc<Parker>,
+}
+
+/// A bound event channel; dropping it unbinds it and waits for a running handler.
+///
+/// # Invariants
+///
+/// `irq` is bound with `line` as its cookie.
+pub(crate) struct EventChannel {
+    irq: c_uint,
+    line: KBox<Line>,
+    // Binding counts events in the device.
+    _device: Arc<Device>,
+}
+
+/// What an event was good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activity {
+    /// There were requests.
+    Real,
+    /// There were none; many of these in a row delay the next event.
+    Spurious,
+}
+
+/// An event whose channel is still masked. End it when its work is done; a dropped one counts as
+/// spurious.
+#[must_use = "the guest's events stay masked until the event is ended"]
+pub(crate) struct Pending<'a> {
+    channel: &'a EventChannel,
+    activity: Activity,
+}
+
+impl EventChannel {
+    /// Binds to the frontend's port; events wake the parker. May sleep.
+    pub(crate) fn bind(device: &Arc<Device>, port: u32, parker: Arc<Parker>) -> Result<Self> {
+        let line = KBox::new(
+            Line {
+                pending: Atomic::new(0),
+                parker,
+            },
+            GFP_KERNEL,
+        )?;
+        let cookie = core::ptr::from_ref::<Line>(&line).cast_mut();
+        // SAFETY: The device is valid; the cookie stays valid until it is unbound in `drop`.
+        let irq = unsafe {
+            sys::bind_interdomain_evtchn_to_irqhandler_lateeoi(
+                device.as_raw(),
+                port,
+                handler,
+                0,
+                c"blkif-backend".as_char_ptr(),
+                cookie.cast(),
+            )
+        };
+        to_result(irq.min(0))?;
+        // INVARIANT: Just bound.
+        Ok(Self {
+            // CAST: not negative.
+            irq: irq as c_uint,
+            line,
+            _device: device.clone(),
+        })
+    }
+
+    /// Sends an event to the frontend. Callable from any context.
+    pub(crate) fn notify(&self) {
+        // SAFETY: By the type invariant the interrupt is bound.
+        unsafe { sys::notify_remote_via_irq(self.irq as c_int) }
+    }
+
+    /// Takes the event that came, if one did.
+    pub(crate) fn take_pending(&self) -> Option<Pending<'_>> {
+        (self.line.pending.xchg(0, Full) != 0).then_some(Pending {
+            channel: self,
+            activity: Activity::Spurious,
+        })
+    }
+}
+
+impl Pending<'_> {
+    /// Ends the event and lets the next one through.
+    pub(crate) fn end(mut self, activity: Activity) {
+        self.activity = activity;
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        let flags = match self.activity {
+            Activity::Real => 0,
+            Activity::Spurious => sys::EOI_SPURIOUS,
+        };
+        // SAFETY: The interrupt is bound, and this ends the one event that was taken.
+        unsafe { sys::xen_irq_lateeoi(self.channel.irq, flags) }
+    }
+}
+
+impl Drop for EventChannel {
+    fn drop(&mut self) {
+        let cookie = core::ptr::from_ref::<Line>(&self.line).cast_mut();
+        // SAFETY: By the type invariant; the call waits for a running handler.
+        unsafe { sys::unbind_from_irqhandler(self.irq, cookie.cast()) }
+    }
+}
+
+/// Runs with interrupts off.
+unsafe extern "C" fn handler(_irq: c_int, cookie: *mut c_void) -> c_uint {
+    // SAFETY: The cookie is the `Line` of a bound channel.
+    let line = unsafe { &*cookie.cast::<Line>() };
+    line.pending.xchg(1, Full);
+    line.parker.wake();
+    HANDLED
+}

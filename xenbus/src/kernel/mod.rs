@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Safe wrappers over the kernel's Xen and block interfaces.
+//!
+//! The only unsafe code of the module is here, in files named after what they wrap. Everything
+//! above this folder is safe Rust.
+
+pub(crate) mod bdev;
+pub(crate) mod bio;
+pub(crate) mod device;
+pub(crate) mod driver;
+pub(crate) mod evtchn;
+pub(crate) mod grant;
+pub(crate) mod kthread;
+pub(crate) mod pages;
+pub(crate) mod parker;
+pub(crate) mod ring_map;
+pub(crate) mod store;
+mod sys;
+pub(crate) mod watch;
+pub(crate) mod workqueue;
+
+/// Gives up the CPU if another task wants it. May sleep.
+pub(crate) fn cond_resched() {
+    // SAFETY: Callable from any context that may sleep; it has no other requirement.
+    unsafe { sys::xbr_cond_resched() }
+}
+
+/// True if this kernel runs as a Xen domain.
+pub(crate) fn is_xen_domain() -> bool {
+    // SAFETY: Reads a variable that is fixed since boot.
+    unsafe { sys::xbr_xen_domain() != 0 }
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The data pages of a queue.
+
+use super::sys;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::page::Page;
+use kernel::prelude::*;
+
+/// Pages with memory of our own, followed by pages without memory at which guest pages are mapped.
+///
+/// # Invariants
+///
+/// `all` holds the pages of `owned`, then `mappable` pages from `gnttab_alloc_pages`; `frames`
+/// holds the frame number of each owned page.
+pub(crate) struct Pages {
+    all: KVec<*mut bindings::page>,
+    frames: KVec<u64>,
+    owned: KVec<Page>,
+    mappable: usize,
+}
+
+// SAFETY: Pages may be used from any thread; who uses which is decided by the segment table.
+unsafe impl Send for Pages {}
+// SAFETY: As above.
+unsafe impl Sync for Pages {}
+
+/// Appends to a vector that was made large enough.
+///
+/// `KVec::push` would do, but the arithmetic with which it grows a vector can panic.
+pub(crate) fn push<T>(vec: &mut KVec<T>, value: T) -> Result {
+    vec.push_within_capacity(value).map_err(|_| ENOMEM)
+}
+
+/// A vector of `count` equal values. May sleep.
+pub(crate) fn filled<T: Copy>(value: T, count: usize) -> Result<KVec<T>> {
+    let mut vec = KVec::with_capacity(count, GFP_KERNEL)?;
+    for _ in 0..count {
+        push(&mut vec, value)?;
+    }
+    Ok(vec)
+}
+
+impl Pages {
+    /// Allocates `owned` zeroed pages and `mappable` pages without memory. May sleep.
+    pub(crate) fn new(owned: u16, mappable: u16) -> Result<Self> {
+        let total = usize::from(owned).saturating_add(usize::from(mappable));
+        let mut pages = Self {
+            all: KVec::with_capacity(total, GFP_KERNEL)?,
+            frames: KVec::with_capacity(usize::from(owned), GFP_KERNEL)?,
+            owned: KVec::with_capacity(usize::from(owned), GFP_KERNEL)?,
+            mappable: 0,
+        };
+        for _ in 0..owned {
+            let page = Page::alloc_page(GFP_KERNEL | __GFP_ZERO)?;
+            let raw = page.as_ptr();
+            // SAFETY: The page is valid.
+            let frame = unsafe { sys::xbr_page_gfn(raw) };
+            push(&mut pages.frames, frame as u64)?;
+            push(&mut pages.owned, page)?;
+            push(&mut pages.all, raw)?;
+        }
+        pages.add_mappable(usize::from(mappable))?;
+        Ok(pages)
+    }
+
+    fn add_mappable(&mut self, count: usize) -> Result {
+        if count == 0 {
+            return Ok(());
+        }
+        let mut raw = filled(core::ptr::null_mut(), count)?;
+        // SAFETY: `raw` has room for `count` pointers.
+        to_result(unsafe { sys::gnttab_alloc_pages(count as i32, raw.as_mut_ptr()) })?;
+        // INVARIANT: The pages follow the owned ones.
+        self.mappable = count;
+        for page in raw {
+            push(&mut self.all, page)?;
+        }
+        Ok(())
+    }
+
+    /// Memory of the pages that have some, in KiB.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        (self.owned.len() as u64).wrapping_mul(4)
+    }
+
+    /// Number of all pages.
+    pub(crate) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// The page of an index.
+    pub(super) fn page(&self, index: u16) -> Option<*mut bindings::page> {
+        self.all.get(usize::from(index)).copied()
+    }
+
+    /// The frame number of a page with memory.
+    pub(super) fn frame(&self, index: u16) -> Option<u64> {
+        self.frames.get(usize::from(index)).copied()
+    }
+
+    /// The first byte of a page with memory.
+    pub(super) fn bytes(&self, index: u16) -> Option<*const u8> {
+        let page = self.owned.get(usize::from(index))?;
+        // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
+        Some(unsafe { sys::xbr_page_address(page.as_ptr()) }.cast())
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        if self.mappable == 0 {
+            return;
+        }
+        if let Some(mappable) = self.all.get_mut(self.owned.len()..) {
+            // SAFETY: By the type invariant these came from `gnttab_alloc_pages`. Nothing is
+            // mapped there any more: whoever mapped has unmapped before it let go of the pages.
+            unsafe { sys::gnttab_free_pages(mappable.len() as i32, mappable.as_mut_ptr()) };
+        }
+    }
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A place where one thread sleeps until an interrupt handler or another thread wakes it.
+//!
+//! A wake-up that finds the thread awake costs one atomic exchange and no lock.
+
+use super::sys;
+use kernel::bindings;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Full, Atomic};
+use kernel::sync::{barrier, Arc};
+use kernel::types::Opaque;
+
+const RUNNING: u32 = 0;
+const NOTIFIED: u32 = 1;
+const SLEEPING: u32 = 2;
+
+/// A place where one thread sleeps.
+#[pin_data]
+pub(crate) struct Parker {
+    /// Written by the sleeper (any change) and by wakers (to NOTIFIED only).
+    state: Atomic<u32>,
+    #[pin]
+    done: Opaque<bindings::completion>,
+}
+
+// SAFETY: The state is atomic and a completion may be used from any context.
+unsafe impl Send for Parker {}
+// SAFETY: As above.
+unsafe impl Sync for Parker {}
+
+impl Parker {
+    /// Makes one. May sleep.
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                state: Atomic::new(RUNNING),
+                done <- Opaque::ffi_init(|slot| {
+                    // SAFETY: `slot` is valid for writes and stays pinned in the `Arc`.
+                    unsafe { bindings::init_completion(slot) }
+                }),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Makes the sleeper return from [`park`](Self::park), now or when it calls it next. Callable
+    /// from any context, interrupts included.
+    pub(crate) fn wake(&self) {
+        if self.state.xchg(NOTIFIED, Full) == SLEEPING {
+            // SAFETY: `done` was initialised by the constructor; `complete` is callable from any
+            // context.
+            unsafe { bindings::complete(self.done.get()) }
+        }
+    }
+
+    /// Forgets earlier wake-ups. The sleeper calls this before it looks for work, so that the
+    /// wake-up of work that it finds anyway does not cost another round.
+    ///
+    /// The full barrier pairs with the exchange in [`wake`](Self::wake): whoever set the state
+    /// before has made its work visible to what the sleeper reads from here on.
+    pub(crate) fn rearm(&self) {
+        self.state
+            .store(RUNNING, kernel::sync::atomic::ordering::Relaxed);
+        barrier::smp_mb();
+    }
+
+    /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
+    ///
+    /// Only one thread may park here. May sleep.
+    pub(crate) fn park(&self) {
+        if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
+            // SAFETY: `done` was initialised by the constructor. The waker that replaces SLEEPING
+            // completes exactly once, so no completion is left over.
+            unsafe { bindings::wait_for_completion_state(self.done.get(), sys::TASK_IDLE) };
+        }
+        self.rearm();
+    }
+}

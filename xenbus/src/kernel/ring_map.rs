@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The mapped pages of a ring.
+
+use super::device::Device;
+use super::sys;
+use crate::proto::frontend::MAX_RING_PAGES;
+use crate::ring::abi::{self, Protocol, MAX_SLOT_SIZE};
+use crate::ring::ports::SharedRing;
+use core::ptr::NonNull;
+use kernel::error::to_result;
+use kernel::prelude::*;
+use kernel::sync::{barrier, Arc};
+
+/// A frontend's ring, mapped; dropping it unmaps it.
+///
+/// # Invariants
+///
+/// `base` is the start of a mapping, page aligned, that holds the header and `mask + 1` slots of
+/// `stride` bytes; `mask + 1` is a power of two and `stride` a multiple of 4.
+pub(crate) struct RingMap {
+    base: NonNull<u8>,
+    mask: u32,
+    stride: usize,
+    device: Arc<Device>,
+}
+
+// SAFETY: The mapping may be used from any thread; all accesses are volatile.
+unsafe impl Send for RingMap {}
+
+impl RingMap {
+    /// Maps a ring. May sleep.
+    pub(crate) fn map(
+        device: &Arc<Device>,
+        refs: &[u32; MAX_RING_PAGES],
+        order: u8,
+        protocol: Protocol,
+    ) -> Result<Self> {
+        let slots = protocol.ring_size(order).ok_or(EINVAL)?;
+        let mut refs = *refs;
+        let mut base = core::ptr::null_mut();
+        // SAFETY: `refs` has room for the pages of the largest order, which `ring_size` checked.
+        to_result(unsafe {
+            sys::xenbus_map_ring_valloc(device.as_raw(), refs.as_mut_ptr(), 1 << order, &mut base)
+        })?;
+        // INVARIANT: The pages were mapped one behind the other, and `ring_size` says how many
+        // slots fit.
+        Ok(Self {
+            base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
+            mask: slots.wrapping_sub(1),
+            stride: protocol.slot_size(),
+            device: device.clone(),
+        })
+    }
+
+    fn load(&self, offset: usize) -> u32 {
+        // SAFETY: The offsets used are in the header, which is mapped and aligned. The peer may
+        // write at the same time; a volatile access of one aligned word is never torn.
+        unsafe { self.base.as_ptr().add(offset).cast::<u32>().read_volatile() }
+    }
+
+    fn store(&self, offset: usize, value: u32) {
+        // SAFETY: As for `load`.
+        unsafe {
+            self.base
+                .as_ptr()
+                .add(offset)
+                .cast::<u32>()
+                .write_volatile(value)
+        }
+    }
+
+    fn slot(&self, index: u32) -> *mut u8 {
+        let slot = (index & self.mask) as usize;
+        let offset = abi::RING_HEADER_SIZE.wrapping_add(slot.wrapping_mul(self.stride));
+        // SAFETY: By the type invariant the slot lies inside the mapping.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+}
+
+impl SharedRing for RingMap {
+    fn load_req_prod(&self) -> u32 {
+        let value = self.load(abi::REQ_PROD);
+        // Pairs with the frontend's write barrier between its slots and `req_prod`.
+        barrier::smp_rmb();
+        value
+    }
+
+    fn load_rsp_prod(&self) -> u32 {
+        self.load(abi::RSP_PROD)
+    }
+
+    fn load_rsp_event(&self) -> u32 {
+        self.load(abi::RSP_EVENT)
+    }
+
+    fn store_req_event(&self, value: u32) {
+        self.store(abi::REQ_EVENT, value);
+    }
+
+    fn store_rsp_prod(&self, value: u32) {
+        // Pairs with the frontend's read barrier after its load of `rsp_prod`.
+        barrier::smp_wmb();
+        self.store(abi::RSP_PROD, value);
+    }
+
+    fn full_barrier(&self) {
+        barrier::smp_mb();
+    }
+
+    fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {
+        let from = self.slot(index).cast::<u32>();
+        let words = self.stride / 4;
+        for (word, to) in slot.chunks_exact_mut(4).take(words).enumerate() {
+            // SAFETY: The word lies inside the slot, and slots are aligned to 4 bytes. Each word
+            // is read once; everything later uses the copy (XSA-155).
+            let value = unsafe { from.add(word).read_volatile() };
+            to.copy_from_slice(&value.to_ne_bytes());
+        }
+    }
+
+    fn write_response(&self, index: u32, words: [u32; 4]) {
+        let to = self.slot(index).cast::<u32>();
+        for (word, value) in words.into_iter().enumerate() {
+            // SAFETY: A response is smaller than a slot, and slots are aligned to 4 bytes.
+            unsafe { to.add(word).write_volatile(value) }
+        }
+    }
+}
+
+impl Drop for RingMap {
+    fn drop(&mut self) {
+        // SAFETY: The mapping was made for this device and is unmapped once. An error is reported
+        // by the call itself in the device's xenstore node; nothing is left to do about it here.
+        unsafe { sys::xenbus_unmap_ring_vfree(self.device.as_raw(), self.base.as_ptr().cast()) };
+    }
+}

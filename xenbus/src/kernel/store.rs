@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Xenstore: reading, writing, transactions. Everything here may sleep.
+
+use super::device::Device;
+use super::sys;
+use crate::proto::frontend::{Directory, VALUE_SIZE};
+use crate::proto::text::Name;
+use kernel::bindings;
+use kernel::error::{from_err_ptr, to_result};
+use kernel::ffi::c_uint;
+use kernel::prelude::*;
+use kernel::str::CString;
+
+const NONE: sys::XenbusTransaction = sys::XenbusTransaction { id: 0 };
+
+fn read_in(
+    transaction: sys::XenbusTransaction,
+    dir: &CStr,
+    key: &CStr,
+    value: &mut [u8],
+) -> Result<usize> {
+    let mut len: c_uint = 0;
+    // SAFETY: Both are C strings, and `len` is valid for the call.
+    let raw = from_err_ptr(unsafe {
+        sys::xenbus_read(transaction, dir.as_char_ptr(), key.as_char_ptr(), &mut len)
+    })?;
+    let len = len as usize;
+    let part = len.min(value.len());
+    // SAFETY: The call returned a buffer of `len` bytes that nobody else knows.
+    let bytes = unsafe { core::slice::from_raw_parts(raw.cast::<u8>(), part) };
+    for (to, from) in value.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    // SAFETY: The buffer is ours to free.
+    unsafe { bindings::kfree(raw) };
+    Ok(len)
+}
+
+/// Reads a key into `value` and returns its length, which may be more than fits.
+pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<usize> {
+    read_in(NONE, dir, key, value)
+}
+
+/// Writes a key.
+pub(crate) fn write(dir: &CStr, key: &CStr, value: &CStr) -> Result {
+    Transaction(NONE).write(dir, key, value)
+}
+
+/// Removes a key.
+pub(crate) fn remove(dir: &CStr, key: &CStr) -> Result {
+    // SAFETY: Both are C strings.
+    to_result(unsafe { sys::xenbus_rm(NONE, dir.as_char_ptr(), key.as_char_ptr()) })
+}
+
+/// An open transaction, or none.
+pub(crate) struct Transaction(sys::XenbusTransaction);
+
+impl Transaction {
+    /// Writes a key.
+    pub(crate) fn write(&self, dir: &CStr, key: &CStr, value: &CStr) -> Result {
+        // SAFETY: All three are C strings.
+        to_result(unsafe {
+            sys::xenbus_write(
+                self.0,
+                dir.as_char_ptr(),
+                key.as_char_ptr(),
+                value.as_char_ptr(),
+            )
+        })
+    }
+
+    /// Writes a number in decimal.
+    pub(crate) fn write_number(&self, dir: &CStr, key: &CStr, value: u64) -> Result {
+        let text = CString::try_from_fmt(fmt!("{value}"))?;
+        self.write(dir, key, &text)
+    }
+}
+
+/// Times that a transaction is tried again when another one was in its way.
+const ATTEMPTS: u32 = 100;
+
+/// Does all that `body` does, or nothing. `body` may be called several times.
+pub(crate) fn transaction(mut body: impl FnMut(&Transaction) -> Result) -> Result {
+    for _ in 0..ATTEMPTS {
+        let mut raw = NONE;
+        // SAFETY: `raw` is valid for the call.
+        to_result(unsafe { sys::xenbus_transaction_start(&mut raw) })?;
+        let result = body(&Transaction(raw));
+        // SAFETY: The transaction was started above and is ended once.
+        let ended = to_result(unsafe { sys::xenbus_transaction_end(raw, result.is_err()) });
+        result?;
+        match ended {
+            Err(error) if error == EAGAIN => continue,
+            other => return other,
+        }
+    }
+    Err(EAGAIN)
+}
+
+/// The frontend's directory of a device.
+pub(crate) struct Frontend<'a>(pub(crate) &'a Device);
+
+impl Directory for Frontend<'_> {
+    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize> {
+        let mut name = [0u8; Name::CAPACITY + 1];
+        for (to, from) in name.iter_mut().zip(key.as_bytes()) {
+            *to = *from;
+        }
+        let name = CStr::from_bytes_until_nul(&name).ok()?;
+        // A frontend can make a key unreadable for us; that is the same as not having it.
+        read(self.0.otherend(), name, value).ok()
+    }
+}

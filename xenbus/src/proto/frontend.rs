@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The checked reading of the frontend's directory.
+//!
+//! Every value there is the guest's. A key that is absent has a default or is an error; a key that
+//! is there and malformed is always an error that names it. Each key is read once.
+
+use crate::proto::text::{parse_u32, Name};
+use crate::ring::abi::{Protocol, MAX_RING_ORDER};
+
+/// Grant references of the largest ring.
+pub const MAX_RING_PAGES: usize = 1 << MAX_RING_ORDER;
+
+/// Bytes that are read of a value; every legal one is shorter.
+pub const VALUE_SIZE: usize = 64;
+
+/// The frontend's directory.
+pub trait Directory {
+    /// Reads a key into `value` and returns its length, which is more than `VALUE_SIZE` if the
+    /// value is longer than that; `None` if the key is absent or unreadable.
+    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize>;
+}
+
+/// What this backend allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Largest number of queues, as advertised.
+    pub max_queues: u32,
+    /// Largest ring order, as advertised.
+    pub max_ring_order: u8,
+    /// The layout of a frontend that does not say which it uses.
+    pub default_protocol: Protocol,
+}
+
+/// What the frontend asks for, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Layout of its slots.
+    pub protocol: Protocol,
+    /// Number of queues, 1 to the advertised maximum.
+    pub queues: u32,
+    /// Ring order, 0 to the advertised maximum.
+    pub order: u8,
+    /// True if the references are in `ring-refN`, as announced by `ring-page-order`.
+    numbered: bool,
+}
+
+/// The ring of one queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ring {
+    /// Grant references of its pages; the first [`Request::pages`] count.
+    pub refs: [u32; MAX_RING_PAGES],
+    /// The event channel's port in the frontend's domain.
+    pub port: u32,
+}
+
+/// What is wrong with a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It is not there.
+    Missing,
+    /// It is not what it should be.
+    Malformed,
+    /// It is larger than what was advertised, or zero where it may not be.
+    OutOfRange,
+}
+
+/// A key that keeps the frontend from being connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyError {
+    /// The key, below the frontend's directory.
+    pub key: Name,
+    /// What is wrong with it.
+    pub fault: Fault,
+}
+
+impl KeyError {
+    /// What to tell the administrator.
+    pub fn text(&self) -> &'static str {
+        match self.fault {
+            Fault::Missing => "is missing",
+            Fault::Malformed => "is not a number or name this backend knows",
+            Fault::OutOfRange => "is outside what this backend offers",
+        }
+    }
+}
+
+fn key(name: &str) -> Name {
+    Name::new(format_args!("{name}"))
+}
+
+fn read_u32(dir: &impl Directory, key: Name) -> Result<Option<u32>, KeyError> {
+    let mut value = [0; VALUE_SIZE];
+    let Some(len) = dir.read(&key, &mut value) else {
+        return Ok(None);
+    };
+    let malformed = KeyError {
+        key,
+        fault: Fault::Malformed,
+    };
+    let text = value.get(..len).ok_or(malformed)?;
+    parse_u32(text).ok_or(malformed).map(Some)
+}
+
+fn need_u32(dir: &impl Directory, key: Name) -> Result<u32, KeyError> {
+    let missing = KeyError {
+        key,
+        fault: Fault::Missing,
+    };
+    read_u32(dir, key)?.ok_or(missing)
+}
+
+fn protocol(dir: &impl Directory, offer: &Offer) -> Result<Protocol, KeyError> {
+    let key = key("protocol");
+    let mut value = [0; VALUE_SIZE];
+    let Some(len) = dir.read(&key, &mut value) else {
+        return Ok(offer.default_protocol);
+    };
+    match value.get(..len) {
+        Some(b"x86_64-abi") => Ok(Protocol::Abi64),
+        Some(b"x86_32-abi") => Ok(Protocol::Abi32),
+        Some(b"arm-abi") if cfg!(target_arch = "aarch64") => Ok(Protocol::Abi64),
+        _ => Err(KeyError {
+            key,
+            fault: Fault::Malformed,
+        }),
+    }
+}
+
+impl Request {
+    /// Reads and checks what the frontend asks for.
+    pub fn read(dir: &impl Directory, offer: &Offer) -> Result<Self, KeyError> {
+        let protocol = protocol(dir, offer)?;
+        let queues_key = key("multi-queue-num-queues");
+        let queues = read_u32(dir, queues_key)?.unwrap_or(1);
+        if queues == 0 || queues > offer.max_queues {
+            return Err(KeyError {
+                key: queues_key,
+                fault: Fault::OutOfRange,
+            });
+        }
+        let order_key = key("ring-page-order");
+        let order = read_u32(dir, order_key)?;
+        let max = offer.max_ring_order.min(MAX_RING_ORDER);
+        if order.is_some_and(|order| order > u32::from(max)) {
+            return Err(KeyError {
+                key: order_key,
+                fault: Fault::OutOfRange,
+            });
+        }
+        Ok(Self {
+            protocol,
+            queues,
+            // CAST: at most `MAX_RING_ORDER`.
+            order: order.unwrap_or(0) as u8,
+            numbered: order.is_some(),
+        })
+    }
+
+    /// Pages of each ring, 1 to 16.
+    pub fn pages(&self) -> usize {
+        1 << self.order.min(MAX_RING_ORDER)
+    }
+
+    /// Slots of each ring.
+    pub fn slots(&self) -> u32 {
+        self.protocol
+            .ring_size(self.order.min(MAX_RING_ORDER))
+            .unwrap_or(0)
+    }
+
+    /// Reads and checks the ring of queue `queue`.
+    ///
+    /// Whether `ring-ref` or `ring-refN` counts is decided by `ring-page-order` alone: an earlier
+    /// driver in the same domain may have left keys of the other kind. Order 0 with only
+    /// `ring-ref` is accepted, because some frontends write that.
+    pub fn ring(&self, dir: &impl Directory, queue: u32) -> Result<Ring, KeyError> {
+        let named = |name: keys::Key| {
+            if self.queues == 1 {
+                Name::new(format_args!("{name}"))
+            } else {
+                Name::new(format_args!("queue-{queue}/{name}"))
+            }
+        };
+        let mut refs = [0; MAX_RING_PAGES];
+        for (index, gref) in refs.iter_mut().enumerate().take(self.pages()) {
+            let single = named(keys::Key::RingRef);
+            *gref = if !self.numbered {
+                need_u32(dir, single)?
+            } else {
+                let numbered = named(keys::Key::RingRefN(index));
+                match read_u32(dir, numbered)? {
+                    Some(gref) => gref,
+                    None if self.order == 0 => need_u32(dir, single)?,
+                    None => need_u32(dir, numbered)?,
+                }
+            };
+        }
+        let port_key = named(keys::Key::EventChannel);
+        let port = need_u32(dir, port_key)?;
+        if port == 0 {
+            return Err(KeyError {
+                key: port_key,
+                fault: Fault::OutOfRange,
+            });
+        }
+        Ok(Ring { refs, port })
+    }
+}
+
+/// Names of the keys of one ring.
+mod keys {
+    use core::fmt;
+
+    /// A key of one ring.
+    #[derive(Clone, Copy)]
+    pub(super) enum Key {
+        RingRef,
+        RingRefN(usize),
+        EventChannel,
+    }
+
+    impl fmt::Display for Key {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            match self {
+                Key::RingRef => f.write_str("ring-ref"),
+                Key::RingRefN(index) => write!(f, "ring-ref{index}"),
+                Key::EventChannel => f.write_str("event-channel"),
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The XenBus states and what a backend does about them.
+//!
+//! The machine is level-triggered: it is told how the world looks now and says what to do next;
+//! the driver does it, looks again, and goes on until nothing is left. So a missed or a merged
+//! watch event costs nothing, and a frontend that toggles its state gains nothing.
+
+/// `XenbusState`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum State {
+    /// The node is missing or unreadable.
+    Unknown = 0,
+    /// The toolstack made the directory.
+    Initialising = 1,
+    /// The backend waits for the frontend's details and for the physical device.
+    InitWait = 2,
+    /// The frontend has published its details.
+    Initialised = 3,
+    /// Requests flow.
+    Connected = 4,
+    /// The end is closing.
+    Closing = 5,
+    /// The end has closed.
+    Closed = 6,
+    /// Not used by block devices.
+    Reconfiguring = 7,
+    /// Not used by block devices.
+    Reconfigured = 8,
+}
+
+impl State {
+    /// Every state, in order of its number.
+    pub const ALL: [State; 9] = [
+        State::Unknown,
+        State::Initialising,
+        State::InitWait,
+        State::Initialised,
+        State::Connected,
+        State::Closing,
+        State::Closed,
+        State::Reconfiguring,
+        State::Reconfigured,
+    ];
+
+    /// The state of a number; any number that is no state counts as [`State::Unknown`].
+    pub fn from_number(number: u32) -> Self {
+        usize::try_from(number)
+            .ok()
+            .and_then(|index| Self::ALL.get(index).copied())
+            .unwrap_or(State::Unknown)
+    }
+
+    /// The number on the wire.
+    pub fn number(self) -> u32 {
+        self as u32
+    }
+}
+
+/// The rings of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rings {
+    /// None is mapped.
+    None,
+    /// They are mapped and served.
+    Served,
+    /// What was taken from them is being finished; they are given back after that.
+    Draining,
+}
+
+/// How a device looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// The state that we published last.
+    pub ours: State,
+    /// The state that the frontend's directory holds now.
+    pub theirs: State,
+    /// The toolstack wants the device to stay (`online` is 1).
+    pub online: bool,
+    /// The block device is open.
+    pub disk: bool,
+    /// Its rings.
+    pub rings: Rings,
+    /// The rings in the frontend's directory were refused, and the frontend has done nothing
+    /// about it since.
+    pub refused: bool,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing; wait for a change.
+    Wait,
+    /// Publish what we offer and state InitWait.
+    Offer,
+    /// Map the frontend's rings, publish the disk and state Connected.
+    Connect,
+    /// Publish state Closing; the rings are still served.
+    StartClosing,
+    /// Take nothing more and give the rings back when everything is answered; the state stays.
+    Disconnect,
+    /// Publish state Closed; the device stays for a reconnect.
+    Close,
+    /// Release the block device, publish state Closed, and let the device go.
+    Leave,
+    /// The frontend shows a state that no frontend may have: report it and close.
+    Refuse,
+}
+
+/// What to do next about a device that looks like this.
+///
+/// Doing it and looking again always comes to [`Action::Wait`] or ends the device: the driver may
+/// loop. Rules (blkif.h and what frontends in use expect):
+/// - Initialised and Connected are the same request to connect; some frontends skip the first.
+/// - A frontend that closes sees Closing before Closed.
+/// - Rings are given back before Closed can be seen, the block device before it if the device
+///   goes for good.
+/// - After Closed with the device online a frontend may start again with Initialising.
+pub fn step(view: &View) -> Action {
+    if view.rings == Rings::Draining {
+        return Action::Wait;
+    }
+    let served = view.rings == Rings::Served;
+    match view.theirs {
+        State::Unknown if served => Action::Disconnect,
+        State::Unknown => Action::Leave,
+        State::Initialising => match view.ours {
+            State::Initialising | State::Unknown => Action::Offer,
+            State::Closed if served => Action::Disconnect,
+            State::Closed if view.online => Action::Offer,
+            _ => Action::Wait,
+        },
+        State::Initialised | State::Connected => match view.ours {
+            State::Connected => Action::Wait,
+            State::Initialising | State::Unknown => Action::Offer,
+            _ if view.refused || !view.disk => Action::Wait,
+            _ if served => Action::Disconnect,
+            _ => Action::Connect,
+        },
+        State::Closing => match view.ours {
+            State::Closing | State::Closed => Action::Wait,
+            _ => Action::StartClosing,
+        },
+        State::Closed if served => Action::Disconnect,
+        State::Closed if !view.online => Action::Leave,
+        State::Closed => match view.ours {
+            State::Closed => Action::Wait,
+            State::Closing => Action::Close,
+            // A frontend that closed before we ever connected, or that jumped from Connected to
+            // Closed, still sees Closing first.
+            _ => Action::StartClosing,
+        },
+        State::InitWait | State::Reconfiguring | State::Reconfigured => match view.ours {
+            State::Closing | State::Closed => Action::Wait,
+            _ => Action::Refuse,
+        },
+    }
+}
