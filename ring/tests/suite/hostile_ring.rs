@@ -35,8 +35,9 @@ fn h01_producer_index_far_ahead_breaks_the_ring_for_good() {
             fake.req_prod.set(start.wrapping_add(1));
             assert!(back.available().is_err() && back.final_check().is_err());
             assert!(back.is_broken(), "a broken ring came back");
-            let armed = matches!(fake.req_event.get().wrapping_sub(start), 1);
-            assert!(armed, "a broken ring asked for events");
+            let log = fake.take_log();
+            let armed = log.iter().any(|a| matches!(a, Access::StoreReqEvent(_)));
+            assert!(!armed, "a broken ring asked for events");
         }
     }
 }
@@ -82,9 +83,7 @@ fn h02_producer_index_may_wrap() {
 #[test]
 fn h03_producer_index_rewritten_during_a_pass_is_not_looked_at() {
     let fake = FakeRing::new(4, 0);
-    fake.req_prod.set(2);
-    fake.next_req_prod.set(Some(u32::MAX / 2));
-    let mut back = BackRing::attach(&fake, 4).expect("a legal ring");
+    let mut back = BackRing::attach(&fake, 4).expect("a fresh ring");
     fake.req_prod.set(2);
     fake.next_req_prod.set(Some(u32::MAX / 2));
     fake.take_log();

@@ -267,15 +267,11 @@ fn guest_or_backend(fake: &FakeRing, ring: &mut Checked<'_>, what: u8, value: u8
     match what % 16 {
         0..=3 => {
             // An honest frontend: fills no slot whose answer it has not seen.
-            let room = ring.size as u32
-                - fake
-                    .req_prod
-                    .get()
-                    .wrapping_sub(ring.index(ring.published))
-                    .min(ring.size as u32);
-            fake.put(fake.req_prod.get(), &[value; 8]);
+            let (size, old) = (ring.size as u32, fake.req_prod.get());
+            let open = old.wrapping_sub(ring.index(ring.published)).min(size);
+            fake.put(old, &[value; 8]);
             fake.req_prod
-                .set(fake.req_prod.get().wrapping_add(small % (room + 1)));
+                .set(old.wrapping_add(small % (size - open + 1)));
         }
         4 => fake
             .rsp_event
