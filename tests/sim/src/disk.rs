@@ -4,7 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use blkback::engine::{Backend, Io, IoKind, Slice, Tag};
+use blkback::engine::segments::Slice;
+use blkback::engine::{Backend, Io, IoKind, Tag};
 use ring::response::Status;
 
 use crate::frontend::Target;

@@ -4,7 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use blkback::engine::{Buffer, Copy, CopyDirection, Grants, MapOutcome, Tag};
+use blkback::engine::grants::{Buffer, Copy, CopyDirection, MapOutcome};
+use blkback::engine::{Grants, Tag};
 use ring::abi::{RawSegment, PAGE_SIZE};
 use zerocopy::FromBytes;
 
@@ -109,12 +110,17 @@ impl FakeGrants {
             m.problem(format!("not a copy of descriptors: {c:?}"));
             return false;
         }
+        let scribble = m.setup.scribble;
         let Some(from) = m.target(target) else {
             return false;
         };
-        let raw = from[..usize::from(c.len)].chunks_exact(8);
-        for (to, raw) in to.iter_mut().zip(raw) {
+        let from = &mut from[..usize::from(c.len)];
+        for (to, raw) in to.iter_mut().zip(from.chunks_exact(8)) {
             *to = RawSegment::read_from_bytes(raw).expect("8 bytes");
+        }
+        if scribble {
+            // Another CPU of the guest changes the descriptors right after the copy.
+            from.iter_mut().for_each(|b| *b = !*b);
         }
         true
     }

@@ -75,10 +75,11 @@ fn a_lost_completion_is_found() {
 
 #[test]
 fn a_doubled_completion_is_found() {
+    // It harms nobody until its tag is in use again, and then only what is still running.
     must_find(
         &setup(),
         Fault::DoubleCompletion,
-        CASES * 3 / 4,
+        CASES / 3,
         &["explains", "page", "tag"],
     );
 }

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Defects that were once found in the engine, each named after its cause.
+
+use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_PROD};
+use ring::request::Limits;
+use sim::frontend::{Expect, Spec};
+use sim::machine::Setup;
+use sim::world::{Storage, World};
+
+fn discard_all(sectors: u64) -> Spec {
+    Spec {
+        discard: sectors,
+        ..Spec::new(OP_DISCARD, 0)
+    }
+}
+
+fn large_disk() -> Setup {
+    Setup {
+        limits: Limits {
+            sectors: 10 << 20,
+            ..Setup::default().limits
+        },
+        ..Setup::default()
+    }
+}
+
+#[test]
+fn a_request_too_large_for_both_pools_does_not_fill_the_pages_of_another() {
+    let setup = Setup {
+        copy_pages: 4,
+        map_pages: 4,
+        ..Setup::default()
+    };
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.serve(&[
+        Spec::pages(OP_WRITE, 8, 1),
+        Spec::pages(OP_WRITE, 64, 11).expect(Expect::Error),
+        Spec::pages(OP_WRITE_BARRIER, 64, 11).expect(Expect::Error),
+    ]);
+    world.serve(&[Spec::pages(OP_READ, 8, 1), Spec::pages(OP_READ, 64, 4)]);
+}
+
+#[test]
+fn a_discard_of_the_whole_disk_does_not_delay_closing() {
+    let setup = large_disk();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[discard_all(10 << 20).expect(Expect::Error)]);
+    let _pass = world.pass();
+    world.close();
+    let problems = world.verdict();
+    assert!(problems.is_empty(), "{problems:#?}");
+    let m = world.machine.borrow();
+    assert_eq!(m.front.answers.len(), 1);
+    assert_eq!(m.disk.special, 1, "only the piece that was running");
+}
+
+#[test]
+fn a_discard_done_in_pieces_is_counted_once() {
+    let setup = large_disk();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.serve(&[discard_all(10 << 20)]);
+    assert_eq!(world.machine.borrow().disk.special, 5);
+    assert_eq!(world.engine.stats().ds_req, 1);
+}
+
+#[test]
+fn a_request_that_waits_for_long_is_counted_once() {
+    let setup = Setup {
+        copy_pages: 16,
+        map_pages: 0,
+        ..Setup::default()
+    };
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::indirect(OP_WRITE, 0, 16),
+        Spec::indirect(OP_WRITE, 128, 16),
+    ]);
+    for _ in 0..5 {
+        let _pass = world.pass();
+    }
+    assert_eq!(world.engine.stats().oo_req, 1);
+    world.run_clean();
+    assert_eq!(world.engine.stats().oo_req, 1);
+}
+
+#[test]
+fn an_impossible_index_found_on_the_way_to_sleep_is_reported() {
+    let setup = Setup::default();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    assert!(!world.engine.pass().broken);
+    world.machine.borrow_mut().ring.store(REQ_PROD, 33);
+    assert!(
+        world.engine.must_stay_awake(),
+        "nobody would learn that the ring is broken"
+    );
+    assert!(world.engine.pass().broken);
+    assert!(!world.engine.must_stay_awake());
+}

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Teardown of a queue: what was taken is answered, nothing more is taken, and it ends.
+
+use ring::abi::{OP_READ, OP_WRITE};
+use sim::frontend::Spec;
+use sim::machine::Setup;
+use sim::world::{Storage, World};
+
+#[test]
+fn requests_stalled_for_copy_pages_do_not_keep_the_queue_from_closing() {
+    let setup = Setup {
+        copy_pages: 16,
+        map_pages: 64,
+        copy_max_segments: 0,
+        no_space: 100,
+        ..Setup::default()
+    };
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::indirect(OP_WRITE, 0, 16),
+        Spec::indirect(OP_WRITE, 128, 16),
+        Spec::indirect(OP_WRITE, 256, 16),
+    ]);
+    while world.pass().again {}
+    assert_eq!(world.machine.borrow().disk.running(), 1);
+    world.close();
+    let problems = world.verdict();
+    assert!(problems.is_empty(), "{problems:#?}");
+    assert_eq!(world.machine.borrow().front.answers.len(), 3);
+}
+
+#[test]
+fn a_parked_request_is_answered_when_the_queue_closes() {
+    let setup = Setup {
+        copy_pages: 16,
+        map_pages: 0,
+        ..Setup::default()
+    };
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::indirect(OP_WRITE, 0, 16),
+        Spec::indirect(OP_WRITE, 128, 16),
+        Spec::indirect(OP_WRITE, 256, 16),
+    ]);
+    let _pass = world.pass();
+    assert_eq!(world.engine.in_flight(), 2, "one runs, one is parked");
+    world.close();
+    let problems = world.verdict();
+    assert!(problems.is_empty(), "{problems:#?}");
+    // The third was never taken.
+    assert_eq!(world.machine.borrow().front.answers.len(), 2);
+    assert_eq!(world.machine.borrow().taken, 2);
+}
+
+#[test]
+fn h47_requests_that_keep_arriving_do_not_keep_the_queue_from_closing() {
+    let setup = Setup::default();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&vec![Spec::pages(OP_READ, 0, 2); 12]);
+    let _pass = world.pass();
+    for _ in 0..12 {
+        world.send(&[Spec::pages(OP_READ, 0, 1)]);
+        let pass = world.engine.drain_pass();
+        assert_eq!(pass.taken, 0);
+        world.machine.borrow_mut().disk_step();
+    }
+    world.close();
+    let problems = world.verdict();
+    assert!(problems.is_empty(), "{problems:#?}");
+    let m = world.machine.borrow();
+    assert_eq!(m.front.answers.len(), 12, "those that were taken");
+    assert_eq!(m.accesses.slots, 12, "the others were not looked at");
+}
