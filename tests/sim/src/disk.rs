@@ -374,8 +374,8 @@ impl Backend for FakeDisk {
             }
             let now = m.setup.synchronous;
             if m.rng.percent(now) {
+                // No wake-up: the worker is awake and reaps before it sleeps.
                 m.execute(running);
-                m.disk.wake = true;
             } else {
                 m.disk.running.push(running);
             }

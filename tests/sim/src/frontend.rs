@@ -2,15 +2,13 @@
 
 //! The guest: its memory, its grants and its half of the ring protocol.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 
-use ring::abi::{
-    OP_DISCARD, OP_FLUSH_DISKCACHE, OP_INDIRECT, OP_READ, OP_WRITE_BARRIER, REQ_EVENT, REQ_PROD,
-    RSP_EVENT, RSP_PROD,
-};
+use ring::abi::{OP_DISCARD, OP_INDIRECT, OP_READ, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 
-use crate::history::{decode, encode, value, SECTOR};
+use crate::history::{encode, value, SECTOR};
 use crate::machine::{page, Fault, Machine, Page};
+use crate::spec::{Expect, Gref, Spec};
 use crate::wire::{segment_bytes, Tail, Wire, WireSegment};
 
 /// Grant reference of the guest's first page.
@@ -21,133 +19,9 @@ pub const RING_GREF: u32 = 8;
 pub const BAD_GREF: u32 = 0x7fff_ffff;
 
 /// What a page holds when no request uses it.
-const FREE: u8 = 0x5a;
+pub(crate) const FREE: u8 = 0x5a;
 /// What a page holds before a read fills it.
 const EMPTY: u8 = 0xa5;
-
-/// Which page a segment names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gref {
-    /// A page of its own.
-    Fresh,
-    /// A page of its own that the backend may only read.
-    ReadOnly,
-    /// The page of an earlier segment of this request.
-    Same(usize),
-    /// A page whose grant was ended.
-    Revoked,
-    /// Whatever this number means.
-    Raw(u32),
-    /// The page of the request's own descriptors.
-    Descriptor,
-}
-
-/// What answer a request must get.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expect {
-    /// `BLKIF_RSP_OKAY`.
-    Okay,
-    /// `BLKIF_RSP_ERROR`.
-    Error,
-    /// `BLKIF_RSP_EOPNOTSUPP`.
-    NotSupported,
-    /// Any of them.
-    Any,
-}
-
-/// A request to be made.
-#[derive(Clone, Debug)]
-pub struct Spec {
-    /// Operation; of an indirect request the inner one.
-    pub operation: u8,
-    /// Segments are in a descriptor page.
-    pub indirect: bool,
-    /// First sector.
-    pub sector: u64,
-    /// Segments: page, first and last sector.
-    pub segments: Vec<(Gref, u8, u8)>,
-    /// Sectors of a discard.
-    pub discard: u64,
-    /// The flag byte of a discard.
-    pub flag: u8,
-    /// The answer it must get.
-    pub expect: Expect,
-    /// Its segments overlap: its data says nothing.
-    pub wild: bool,
-    /// The number of segments in the slot, if it is not the true one.
-    pub count: Option<u16>,
-    /// The identifier, if it matters.
-    pub id: Option<u64>,
-    /// The descriptor page's reference, if it is not an honest one.
-    pub descriptor: Option<u32>,
-    /// The handle field.
-    pub handle: u16,
-}
-
-impl Spec {
-    /// A request without segments.
-    pub fn new(operation: u8, sector: u64) -> Self {
-        Self {
-            operation,
-            indirect: false,
-            sector,
-            segments: Vec::new(),
-            discard: 0,
-            flag: 0,
-            expect: Expect::Okay,
-            wild: false,
-            count: None,
-            id: None,
-            descriptor: None,
-            handle: 0xca00,
-        }
-    }
-
-    /// A transfer of whole pages.
-    pub fn pages(operation: u8, sector: u64, pages: usize) -> Self {
-        Self {
-            segments: vec![(Gref::Fresh, 0, 7); pages],
-            ..Self::new(operation, sector)
-        }
-    }
-
-    /// The same with its segments in a descriptor page.
-    pub fn indirect(operation: u8, sector: u64, pages: usize) -> Self {
-        Self {
-            indirect: true,
-            ..Self::pages(operation, sector, pages)
-        }
-    }
-
-    /// The same with other segments.
-    pub fn with(self, segments: &[(Gref, u8, u8)]) -> Self {
-        Self {
-            segments: segments.to_vec(),
-            ..self
-        }
-    }
-
-    /// The same with another answer to expect.
-    pub fn expect(self, expect: Expect) -> Self {
-        Self { expect, ..self }
-    }
-
-    /// The same with an identifier.
-    pub fn id(self, id: u64) -> Self {
-        Self {
-            id: Some(id),
-            ..self
-        }
-    }
-
-    /// Sectors that the request covers.
-    pub fn sectors(&self) -> u64 {
-        self.segments
-            .iter()
-            .map(|(_, first, last)| (u64::from(*last) + 1).saturating_sub(u64::from(*first)))
-            .sum()
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Grant {
@@ -157,16 +31,16 @@ struct Grant {
 
 /// A request that is not answered.
 #[derive(Clone, Debug)]
-struct Pending {
-    spec: Spec,
-    number: u32,
-    issued: u64,
+pub(crate) struct Pending {
+    pub(crate) spec: Spec,
+    pub(crate) number: u32,
+    pub(crate) issued: u64,
     /// Page (if it is ours), first and last sector.
-    segments: Vec<(Option<usize>, u8, u8)>,
+    pub(crate) segments: Vec<(Option<usize>, u8, u8)>,
     /// Every page that it uses, once.
-    pages: Vec<usize>,
+    pub(crate) pages: Vec<usize>,
     /// Content of the pages at the time of the request.
-    before: Vec<Page>,
+    pub(crate) before: Vec<Page>,
 }
 
 /// An answer as the guest found it.
@@ -198,16 +72,16 @@ pub struct Frontend {
     /// Requests published.
     pushed: u32,
     rsp_cons: u32,
-    published: u32,
+    pub(crate) published: u32,
     /// The backend sent an event.
     pub interrupt: bool,
-    pages: Vec<Page>,
+    pub(crate) pages: Vec<Page>,
     grants: Vec<Grant>,
     free: Vec<usize>,
-    to_free: VecDeque<Vec<usize>>,
-    pending: HashMap<u64, VecDeque<Pending>>,
-    by_gref: HashMap<u32, u32>,
-    outstanding: u32,
+    pub(crate) to_free: VecDeque<Vec<usize>>,
+    pub(crate) pending: HashMap<u64, VecDeque<Pending>>,
+    pub(crate) by_gref: HashMap<u32, u32>,
+    pub(crate) outstanding: u32,
     next: u32,
     /// Answers in the order in which they came.
     pub answers: Vec<Answer>,
@@ -302,7 +176,7 @@ impl Frontend {
     }
 }
 
-fn gref_of(page: usize) -> u32 {
+pub(crate) fn gref_of(page: usize) -> u32 {
     FIRST_GREF + page as u32
 }
 
@@ -497,170 +371,5 @@ impl Machine {
         let waiting = self.front.published.wrapping_sub(self.front.rsp_cons);
         let asked = self.ring.load(RSP_EVENT).wrapping_sub(self.front.rsp_cons);
         waiting >= asked && waiting > 0 && asked > 0 && !self.front.interrupt
-    }
-
-    /// Looks at the responses up to `new` at the moment at which the guest can see them.
-    pub fn published(&mut self, new: u32) {
-        if new.wrapping_sub(self.front.published) > self.ring.size() {
-            self.problem(format!(
-                "rsp_prod went from {} to {new}",
-                self.front.published
-            ));
-            return;
-        }
-        while self.front.published != new {
-            let index = self.front.published;
-            self.front.published = index.wrapping_add(1);
-            let slot = self.ring.slot(index);
-            let answer = Answer {
-                id: u64::from_le_bytes(slot[..8].try_into().expect("8 bytes")),
-                operation: slot[8],
-                status: i16::from_le_bytes([slot[10], slot[11]]),
-            };
-            let padding = slot[9] != 0 || slot[12..16].iter().any(|b| *b != 0);
-            if padding {
-                self.problem(format!("padding of the response to {:#x}", answer.id));
-            }
-            self.answered(answer);
-        }
-    }
-
-    fn answered(&mut self, mut answer: Answer) {
-        if self.commit(Fault::WrongId) {
-            answer.id ^= 1;
-        }
-        self.front.answers.push(answer);
-        let queue = self.front.pending.get_mut(&answer.id);
-        let found = queue.and_then(|queue| {
-            // Of several with one identifier, any with this operation may be meant.
-            let at = queue
-                .iter()
-                .position(|p| p.spec.operation == answer.operation)?;
-            queue.remove(at)
-        });
-        let Some(pending) = found else {
-            if !self.hosed {
-                self.problem(format!(
-                    "answer to {:#x}, operation {}, that nobody waits for",
-                    answer.id, answer.operation
-                ));
-            }
-            return;
-        };
-        self.front.outstanding -= 1;
-        let time = self.tick();
-        self.check_status(&pending, answer.status);
-        let okay = answer.status == 0;
-        self.history.answered(pending.number, time, okay);
-        if !self.hosed {
-            self.check_pages(&pending, okay, time);
-        }
-        let flushed = [OP_FLUSH_DISKCACHE, OP_WRITE_BARRIER].contains(&pending.spec.operation);
-        if okay && flushed {
-            self.check_durable(pending.issued);
-        }
-        self.give_back(&pending);
-    }
-
-    fn check_status(&mut self, pending: &Pending, status: i16) {
-        let spec = &pending.spec;
-        let bad = &self.setup.bad_sectors;
-        let end = spec.sector.saturating_add(spec.sectors().max(spec.discard));
-        let touches_bad = spec.sector.max(bad.start) < end.min(bad.end);
-        let allowed: &[i16] = match spec.expect {
-            Expect::Okay if touches_bad => &[-1],
-            Expect::Okay => &[0],
-            Expect::Error => &[-1],
-            Expect::NotSupported => &[-2],
-            Expect::Any => &[0, -1, -2],
-        };
-        if !allowed.contains(&status) {
-            let what = format!(
-                "request {} (operation {}, {} segments at {}) was answered {status}",
-                pending.number,
-                spec.operation,
-                spec.segments.len(),
-                spec.sector
-            );
-            self.problem(what);
-        }
-    }
-
-    /// Checks what the request did to the guest's pages, at the moment of its answer.
-    fn check_pages(&mut self, pending: &Pending, okay: bool, time: u64) {
-        let (spec, read) = (&pending.spec, pending.spec.operation == OP_READ);
-        let mut expected: BTreeMap<usize, Page> = BTreeMap::new();
-        for (index, before) in pending.pages.iter().zip(&pending.before) {
-            expected.insert(*index, before.clone());
-        }
-        let mut sector = spec.sector;
-        let mut wrong = Vec::new();
-        // A request that fails for a grant may have filled its other pages.
-        let granted = |(gref, _, _): &(Gref, u8, u8)| matches!(gref, Gref::Fresh | Gref::Same(_));
-        let invalid = matches!(spec.expect, Expect::Error | Expect::NotSupported)
-            && spec.segments.iter().all(granted);
-        for (index, first, last) in &pending.segments {
-            for at in *first..=(*last).min(7) {
-                let here = sector;
-                sector = sector.wrapping_add(1);
-                let Some(index) = index else { continue };
-                let range = usize::from(at) * SECTOR..(usize::from(at) + 1) * SECTOR;
-                let bytes = &self.front.pages[*index][range.clone()];
-                if !read || invalid {
-                    continue;
-                }
-                if okay && !spec.wild {
-                    let found = decode(bytes);
-                    let explained = self.history.read(here, found, pending.issued, time);
-                    wrong.extend(explained.err());
-                }
-                if let Some(page) = expected.get_mut(index) {
-                    page[range].copy_from_slice(bytes);
-                }
-            }
-        }
-        // Whose descriptors change under the backend has changed them itself.
-        let scribbled = spec.indirect && self.setup.scribble;
-        for (index, page) in &expected {
-            if scribbled && pending.pages.first() == Some(index) {
-                continue;
-            }
-            if self.front.pages[*index] != *page {
-                wrong.push(format!(
-                    "request {} changed page {index} outside of its segments: {spec:?}",
-                    pending.number
-                ));
-            }
-        }
-        for what in wrong {
-            self.problem(what);
-        }
-    }
-
-    /// The pages are the guest's own again.
-    fn give_back(&mut self, pending: &Pending) {
-        for index in &pending.pages {
-            let gref = gref_of(*index);
-            let left = self.front.lent(gref).saturating_sub(1);
-            self.front.by_gref.insert(gref, left);
-            if left == 0 && self.host.mapped(gref) > 0 {
-                self.problem(format!("grant {gref} is mapped although all is answered"));
-            }
-            self.front.pages[*index].fill(FREE);
-        }
-        self.front.to_free.push_back(pending.pages.clone());
-    }
-
-    /// What must hold when the engine has gone.
-    pub fn check_free_pages(&mut self) {
-        if self.hosed {
-            return;
-        }
-        for index in 0..self.front.pages.len() {
-            let free = self.front.lent(gref_of(index)) == 0;
-            if free && self.front.pages[index].iter().any(|b| *b != FREE) {
-                self.problem(format!("guest page {index} was changed after the answer"));
-            }
-        }
     }
 }

@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod answers;
 pub mod disk;
 pub mod frontend;
 pub mod grants;
@@ -18,5 +19,6 @@ pub mod machine;
 pub mod ring;
 pub mod rng;
 pub mod schedule;
+pub mod spec;
 pub mod wire;
 pub mod world;

@@ -5,9 +5,10 @@
 use ring::abi::{Protocol, OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 use ring::request::Limits;
 
-use crate::frontend::{Expect, Gref, Spec, BAD_GREF};
+use crate::frontend::BAD_GREF;
 use crate::machine::{Fault, Machine, Setup};
 use crate::rng::Rng;
+use crate::spec::{Expect, Gref, Spec};
 use crate::world::{Storage, World};
 
 /// Sectors at the start of the disk that hold data before the guest comes.

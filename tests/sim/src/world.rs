@@ -10,11 +10,11 @@ use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
 use crate::disk::FakeDisk;
-use crate::frontend::Spec;
 use crate::grants::FakeGrants;
 use crate::machine::{Fault, Machine, Setup, Shared};
 use crate::ring::FakeRing;
 use crate::schedule;
+use crate::spec::Spec;
 
 /// The memory that a connection reserves.
 #[derive(Debug)]

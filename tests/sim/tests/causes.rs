@@ -4,8 +4,8 @@
 
 use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_PROD};
 use ring::request::Limits;
-use sim::frontend::{Expect, Spec};
 use sim::machine::Setup;
+use sim::spec::{Expect, Spec};
 use sim::world::{Storage, World};
 
 fn discard_all(sectors: u64) -> Spec {

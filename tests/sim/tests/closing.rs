@@ -3,8 +3,8 @@
 //! Teardown of a queue: what was taken is answered, nothing more is taken, and it ends.
 
 use ring::abi::{OP_READ, OP_WRITE};
-use sim::frontend::Spec;
 use sim::machine::Setup;
+use sim::spec::Spec;
 use sim::world::{Storage, World};
 
 #[test]

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A hostile frontend, case by case; the numbers are those of the project's list of such cases.
+//!
+//! After each case a valid load on the same ring must be served as if nothing had been, and
+//! nothing may be left behind: pages, slots, mappings.
+
+mod data;
+mod requests;
+mod rings;
+
+use ring::abi::Protocol;
+use sim::machine::Setup;
+use sim::spec::Spec;
+use sim::world::{Storage, World};
+
+/// Runs a case on every layout and data path.
+fn each(change: impl Fn(&mut Setup), case: impl Fn(&mut World<'_>)) {
+    for protocol in [Protocol::Abi64, Protocol::Abi32] {
+        for copy_max_segments in [0, u16::MAX] {
+            let mut setup = Setup {
+                protocol,
+                copy_max_segments,
+                ..Setup::default()
+            };
+            change(&mut setup);
+            let mut storage = Storage::new(&setup);
+            let mut world = World::new(&mut storage, setup, 1);
+            case(&mut world);
+        }
+    }
+}
+
+/// Serves the requests of a case, each with the answer it expects, then a valid load.
+fn requests(change: impl Fn(&mut Setup), specs: &[Spec]) {
+    each(change, |world| {
+        let answers = world.serve(specs);
+        assert_eq!(answers.len(), specs.len(), "one answer to each");
+        world.still_works();
+    });
+}
+
+fn unchanged(_setup: &mut Setup) {}
+
+/// Lets the engine and the disk finish without the guest's doing anything.
+fn settle(world: &mut World<'_>) {
+    for _ in 0..10_000 {
+        let again = world.engine.pass().again || world.engine.must_stay_awake();
+        let mut m = world.machine.borrow_mut();
+        if m.disk.running() == 0 && !m.disk.has_completions() && !again {
+            return;
+        }
+        m.disk_step();
+    }
+    panic!("the engine does not come to rest");
+}
+
+#[track_caller]
+fn closes_cleanly(world: &mut World<'_>) {
+    world.close();
+    let problems = world.verdict();
+    assert!(problems.is_empty(), "{problems:#?}");
+}
