@@ -195,6 +195,28 @@ impl Guest {
         Ok(xs::list(&format!("/local/domain/{}/device/vbd", self.domid))?.len())
     }
 
+    /// Takes every disk away after a failed case; an error when the guest cannot be used any more.
+    pub(crate) fn clean(&self) -> Result<()> {
+        let text = self.run("killall fio >/dev/null 2>&1; umount /mnt >/dev/null 2>&1; cat /proc/sys/kernel/tainted")?;
+        let tainted: u64 = text
+            .trim()
+            .parse()
+            .context("the guest's taint is no number")?;
+        // Bit 7: the kernel died; bit 9: it warned.
+        if tainted & (1 << 7 | 1 << 9) != 0 {
+            bail!("guest {} has had a kernel problem", self.config.name);
+        }
+        let id = self.domid.to_string();
+        for devid in xs::list(&format!("/local/domain/{id}/device/vbd"))? {
+            sh::run_for(&["xl", "block-detach", &id, &devid, "--force"], XL)?;
+        }
+        sh::wait_for(
+            "the end of the guest's disks",
+            Duration::from_secs(20),
+            || Ok(self.disks()? == 0),
+        )
+    }
+
     /// Destroys the domain and waits until the hypervisor has let go of it.
     pub(crate) fn destroy(mut self) -> Result<()> {
         self.end()

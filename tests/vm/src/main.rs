@@ -33,7 +33,7 @@ struct Cli {
 enum Face {
     /// Run the cases in dom0 and print KTAP to the file named by REPORT (default: standard output).
     Run {
-        /// Run only the cases whose name matches this pattern (`*` matches anything).
+        /// Run only the cases whose name matches one of these patterns, separated by commas (`*` matches anything).
         #[arg(long, default_value = "*")]
         only: String,
         /// The driver that must serve the disks.

@@ -95,7 +95,7 @@ pub(crate) fn wait_for(
         if Instant::now() >= deadline {
             bail!("{what} did not happen within {} s", limit.as_secs());
         }
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

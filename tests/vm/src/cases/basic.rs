@@ -286,7 +286,9 @@ fn flush(context: &mut Context) -> Result<()> {
     );
     let (device_before, disk_before) = (device.flushes()?, vbd.statistic("f_req")?);
     guest.run(&format!(
-        "fio --name=f --filename=/dev/xvda --size=256k --bs=4k --direct=1 --rw=write --fsync=1 --number_ios={FLUSHES} --output-format=terse"
+        "fio --name=f --filename=/dev/xvda --size=256k --bs=4k --direct=1 --rw=write --fsync=1 --number_ios={} --output-format=terse",
+        // No flush follows the last write.
+        FLUSHES + 1
     ))?;
     let (reached, counted) = (
         device.flushes()? - device_before,
@@ -319,7 +321,7 @@ fn discard(context: &mut Context) -> Result<()> {
         xs::number(&format!("{}/feature-discard", vbd.backend))? == 1,
         "no discard is offered for a device that can"
     );
-    guest.run("tr '\\0' 'x' </dev/zero | dd of=/dev/xvda bs=1M count=4 oflag=direct iflag=fullblock 2>/dev/null")?;
+    guest.run("fio --name=x --filename=/dev/xvda --rw=write --bs=1m --size=4m --direct=1 --buffer_pattern=0x78 --output-format=terse")?;
     let before = vbd.statistic("ds_req")?;
     guest.run("blkdiscard -o 1048576 -l 2097152 /dev/xvda")?;
     ensure!(

@@ -7,7 +7,7 @@ use super::{load_driver, Case, Context, Needs};
 use crate::backing::Dm;
 use crate::guest::{Config, Guest, Kind, COMMAND, RUN_DIR};
 use crate::leaks::{memory, Leaks};
-use crate::sh;
+use crate::{sh, xs};
 use anyhow::{ensure, Result};
 use std::time::Duration;
 
@@ -29,6 +29,18 @@ pub(super) fn cases() -> Vec<Case> {
             "a guest is saved and restored while fio verifies",
             Pv,
             save_restore,
+        ),
+        Case::new(
+            "lifecycle.checkpoint",
+            "a guest goes on after a checkpoint, over the same rings",
+            Pv,
+            checkpoint,
+        ),
+        Case::new(
+            "lifecycle.rebind",
+            "the driver leaves a live disk and comes back",
+            Pv,
+            rebind,
         ),
         Case::new(
             "lifecycle.destroy_under_load",
@@ -120,6 +132,56 @@ fn save_restore(context: &mut Context) -> Result<()> {
     context.check_driver(&vbd)?;
     let guest = context.pv()?;
     compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)
+}
+
+fn checkpoint(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let job = guest.start(&verify_job("/dev/xvda", 4, 1_000_000, 512))?;
+    wait_load(&vbd)?;
+    let file = format!("{RUN_DIR}/pv.checkpoint");
+    let theirs = file.clone();
+    context.at_end("remove the checkpoint", move || {
+        Ok(std::fs::remove_file(theirs)?)
+    });
+    let guest = context.pv()?;
+    let id = guest.domid.to_string();
+    sh::run_for(&["xl", "save", "-c", &id, &file], Duration::from_secs(240))?;
+    let done = guest.wait(job, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed across a checkpoint: {}",
+        sh::tail(&done.text, 400)
+    );
+    compare(guest, "xvda", &device.path(), 4)?;
+    guest.detach(&vbd)
+}
+
+fn rebind(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
+    let directory = format!("/sys/bus/xen-backend/drivers/{}", context.driver.bus_name());
+    let name = vbd
+        .sysfs()
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    for _ in 0..3 {
+        sh::put(format!("{directory}/unbind"), &name)?;
+        sh::put(format!("{directory}/bind"), &name)?;
+        xs::wait_value(
+            &format!("{}/state", vbd.backend),
+            "4",
+            Duration::from_secs(30),
+        )?;
+        guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
+    }
+    compare(guest, "xvda", &device.path(), 4)?;
     guest.detach(&vbd)
 }
 

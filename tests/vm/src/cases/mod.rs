@@ -26,6 +26,8 @@ pub(crate) enum Needs {
     Nothing,
     /// The PV guest.
     Pv,
+    /// The PV guest with a CPU for each of four queues. More CPUs than the machine has make it slow.
+    PvWide,
     /// The PVH guest.
     Pvh,
 }
@@ -105,6 +107,7 @@ pub(crate) struct Context {
     /// The driver under test.
     pub(crate) driver: Driver,
     pv: Option<Guest>,
+    wide: Option<Guest>,
     pvh: Option<Guest>,
     cleanups: Vec<Cleanup>,
     report: Report,
@@ -116,6 +119,13 @@ impl Context {
         self.pv
             .as_ref()
             .context("the case did not ask for the PV guest")
+    }
+
+    /// The shared PV guest with four CPUs.
+    pub(crate) fn wide(&self) -> Result<&Guest> {
+        self.wide
+            .as_ref()
+            .context("the case did not ask for the wide PV guest")
     }
 
     /// The shared PVH guest.
@@ -180,7 +190,8 @@ impl Context {
         // Nested paging is slow in emulation: one CPU is enough for the PVH guest.
         let (slot, name, kind, vcpus) = match needs {
             Needs::Nothing => return Ok(()),
-            Needs::Pv => (&mut self.pv, "pv", Kind::Pv, 4),
+            Needs::Pv => (&mut self.pv, "pv", Kind::Pv, 2),
+            Needs::PvWide => (&mut self.wide, "wide", Kind::Pv, 4),
             Needs::Pvh => (&mut self.pvh, "pvh", Kind::Pvh, 1),
         };
         if slot.is_none() {
@@ -191,8 +202,28 @@ impl Context {
 
     /// Ends the shared guests, so that the next case starts with fresh ones.
     fn end_shared(&mut self) -> Result<()> {
-        for guest in [self.pv.take(), self.pvh.take()].into_iter().flatten() {
+        for guest in [self.pv.take(), self.wide.take(), self.pvh.take()]
+            .into_iter()
+            .flatten()
+        {
             guest.destroy()?;
+        }
+        Ok(())
+    }
+
+    /// Makes the shared guests fit for the next case, or ends those that are beyond that.
+    fn refresh_shared(&mut self) -> Result<()> {
+        for slot in [&mut self.pv, &mut self.wide, &mut self.pvh] {
+            if let Some(guest) = slot.take() {
+                match guest.clean() {
+                    Ok(()) => *slot = Some(guest),
+                    Err(error) => {
+                        self.report
+                            .note(&format!("the guest is given up: {error:#}"))?;
+                        guest.destroy()?;
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -224,7 +255,7 @@ pub(crate) fn all() -> Vec<Case> {
 pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
     let cases: Vec<Case> = all()
         .into_iter()
-        .filter(|case| matches(only, &case.name))
+        .filter(|case| only.split(',').any(|pattern| matches(pattern, &case.name)))
         .collect();
     if cases.is_empty() {
         bail!("no case matches `{only}`: see `vmtest run --list`");
@@ -232,6 +263,7 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
     let mut context = Context {
         driver,
         pv: None,
+        wide: None,
         pvh: None,
         cleanups: Vec::new(),
         report: Report::open()?,
@@ -284,7 +316,7 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     problems.extend(guest_problems(context));
     if !problems.is_empty() {
         context
-            .end_shared()
+            .refresh_shared()
             .unwrap_or_else(|error| problems.push(format!("{error:#}")));
         detach_own_disks().unwrap_or_else(|error| problems.push(format!("{error:#}")));
     }
@@ -312,7 +344,10 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
 /// What is wrong with the shared guests after a case.
 fn guest_problems(context: &Context) -> Vec<String> {
     let mut problems = Vec::new();
-    for guest in [&context.pv, &context.pvh].into_iter().flatten() {
+    for guest in [&context.pv, &context.wide, &context.pvh]
+        .into_iter()
+        .flatten()
+    {
         let name = format!("guest {}", guest.config.name);
         let lines = guest.console.take_kernel_lines();
         problems.extend(splat::in_kernel(&name, lines.iter().map(String::as_str)));

@@ -74,13 +74,15 @@ pub(super) fn cases() -> Vec<Case> {
             1 << order
         );
         let shape = *shape;
-        Case::new(&name, &about, Needs::Pv, move |context| one(context, shape))
+        Case::new(&name, &about, Needs::PvWide, move |context| {
+            one(context, shape)
+        })
     };
     let mut all: Vec<Case> = SHAPES.iter().map(case).collect();
     all.push(Case::new(
         "rings.defaults_back",
         "the frontend's defaults after all that",
-        Needs::Pv,
+        Needs::PvWide,
         defaults,
     ));
     all
@@ -94,7 +96,7 @@ fn one(context: &mut Context, shape: Shape) -> Result<()> {
     if limit.exists() {
         sh::put(&limit, "4")?;
     }
-    let guest = context.pv()?;
+    let guest = context.wide()?;
     reload(
         guest,
         &format!(
@@ -191,7 +193,7 @@ fn check_shape(guest: &Guest, vbd: &Vbd, shape: Shape) -> Result<()> {
 
 fn defaults(context: &mut Context) -> Result<()> {
     let device = context.null_blk(32, &[])?;
-    let guest = context.pv()?;
+    let guest = context.wide()?;
     reload(guest, "")?;
     let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
     guest.run_for(&verify_job("/dev/xvda", 3, 90, 512), FIO)?;
