@@ -166,6 +166,14 @@ impl Machine {
         }
     }
 
+    /// Nothing may be mapped when the queue is idle.
+    pub fn check_mappings(&mut self) {
+        let mapped: Vec<_> = self.host.mappings.values().copied().collect();
+        if !mapped.is_empty() {
+            self.problem(format!("left mapped: {mapped:?}"));
+        }
+    }
+
     fn map(&mut self, page: u16, gref: u32, read_only: bool) -> MapOutcome {
         let usable = self.setup.copy_pages..self.setup.copy_pages + self.setup.map_pages;
         if !usable.contains(&page) {

@@ -162,6 +162,8 @@ pub struct Machine {
     pub history: History,
     /// The guest destroyed its own ring: only leaks are checked from now on.
     pub hosed: bool,
+    /// The queue is being closed: a discard may end early.
+    pub closing: bool,
     /// Requests that a random frontend has yet to make.
     pub plan: u32,
     /// An event came from the frontend.
@@ -189,6 +191,7 @@ impl Machine {
             taken: 0,
             rewrite_req_prod: None,
             hosed: false,
+            closing: false,
             plan: 0,
             event: false,
             fault: None,

@@ -313,13 +313,32 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         m.plan = rng.pick(&[10u32, 60, 150, 300]);
         m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
     }
-    world.run();
-    if rng.percent(50) {
-        world.close();
-    }
-    let problems = world.verdict();
-    let stats = *world.engine.stats();
-    let m = world.machine.borrow();
+    let machine = world.machine.clone();
+    let stats;
+    // A planted fault gets its chance to do harm.
+    let end = if fault.is_some() { 2 } else { rng.below(4) };
+    let problems = match end {
+        0 => {
+            // In the middle of everything.
+            let _over = world.run_for(rng.below(80) as u32);
+            stats = *world.engine.stats();
+            world.abandon()
+        }
+        1 => {
+            if !world.run_for(rng.below(80) as u32) {
+                world.close();
+            }
+            stats = *world.engine.stats();
+            world.verdict()
+        }
+        _ => {
+            world.run();
+            world.close();
+            stats = *world.engine.stats();
+            world.verdict()
+        }
+    };
+    let m = machine.borrow();
     Outcome {
         problems,
         answers: m.front.answers.len() as u64,

@@ -114,7 +114,16 @@ impl<'a> World<'a> {
     /// Runs until nothing is left to do; problems are noted in the machine.
     pub fn run(&mut self) {
         let bound = 200_000;
-        for _ in 0..bound {
+        if !self.run_for(bound) {
+            self.machine
+                .borrow_mut()
+                .problem(format!("no end after {bound} steps"));
+        }
+    }
+
+    /// Runs for so many steps; true if nothing is left to do or something is wrong.
+    pub fn run_for(&mut self, steps: u32) -> bool {
+        for _ in 0..steps {
             if self.awake {
                 let _pass = self.pass();
                 self.elsewhere();
@@ -129,23 +138,14 @@ impl<'a> World<'a> {
             }
             asleep_is_right(&mut m, self.engine.in_flight(), self.last.broken);
             if !step(&mut m) {
-                if m.guest_overslept() {
-                    m.problem("the guest was not told of responses".into());
-                }
-                m.consume();
-                let left = m.front.outstanding();
-                if left > 0 && !self.last.broken && !m.hosed {
-                    m.problem(format!("{left} requests were never answered"));
-                }
-                return;
+                at_rest(&mut m, self.last.broken);
+                return true;
             }
             if !m.problems.is_empty() {
-                return;
+                return true;
             }
         }
-        self.machine
-            .borrow_mut()
-            .problem(format!("no end after {bound} steps"));
+        false
     }
 
     /// Other CPUs go on while the worker is awake.
@@ -156,17 +156,22 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Tears down: takes nothing more and waits for what is running.
+    /// Tears down: takes nothing more and waits for what was taken.
     pub fn close(&mut self) {
+        self.machine.borrow_mut().closing = true;
         for _ in 0..100_000 {
             let pass = self.engine.drain_pass();
             self.after(pass);
             let mut m = self.machine.borrow_mut();
-            if self.engine.in_flight() == 0 {
+            let left = self.engine.in_flight();
+            if left == 0 {
+                let (taken, answers) = (m.accesses.slots, m.front.answers.len());
+                if taken != answers as u64 {
+                    m.problem(format!("{taken} requests were taken, {answers} answered"));
+                }
                 return;
             }
             if !pass.again && m.disk.running() == 0 && !m.disk.has_completions() {
-                let left = self.engine.in_flight();
                 m.problem(format!("{left} requests keep the queue from closing"));
                 return;
             }
@@ -175,6 +180,28 @@ impl<'a> World<'a> {
         self.machine
             .borrow_mut()
             .problem("closing has no end".into());
+    }
+
+    /// Tears down while the guest is gone: nothing is answered. Returns all problems.
+    pub fn abandon(self) -> Vec<String> {
+        let machine = self.machine;
+        let before = machine.borrow().accesses;
+        let mut rest = self.engine.detach();
+        while rest.drain() > 0 {
+            let mut m = machine.borrow_mut();
+            if m.disk.running() == 0 && !m.disk.has_completions() {
+                m.problem("requests keep the queue from being abandoned".into());
+                break;
+            }
+            m.disk_step();
+        }
+        let mut m = machine.borrow_mut();
+        if m.accesses != before {
+            m.problem("the ring was used after it was let go".into());
+        }
+        m.check_mappings();
+        m.check_free_pages();
+        std::mem::take(&mut m.problems)
     }
 
     /// What must hold when the queue is idle; then all problems, which should be none.
@@ -189,10 +216,7 @@ impl<'a> World<'a> {
         if in_flight != 0 {
             m.problem(format!("{in_flight} slots are in use"));
         }
-        let mapped: Vec<_> = m.host.mappings.values().copied().collect();
-        if !mapped.is_empty() {
-            m.problem(format!("left mapped: {mapped:?}"));
-        }
+        m.check_mappings();
         m.check_free_pages();
         if !m.setup.limits.flush {
             let now = m.clock;
@@ -227,6 +251,18 @@ impl<'a> World<'a> {
         let op = u8::from(!read_only);
         self.serve(&[Spec::pages(op, 8, 3), Spec::indirect(op, 64, 16)]);
         self.serve(&[Spec::pages(0, 8, 3), Spec::indirect(0, 64, 16)]);
+    }
+}
+
+/// What must hold when neither side has anything to do.
+fn at_rest(m: &mut Machine, broken: bool) {
+    if m.guest_overslept() {
+        m.problem("the guest was not told of responses".into());
+    }
+    m.consume();
+    let left = m.front.outstanding();
+    if left > 0 && !broken && !m.hosed {
+        m.problem(format!("{left} requests were never answered"));
     }
 }
 

@@ -75,3 +75,31 @@ fn h47_requests_that_keep_arriving_do_not_keep_the_queue_from_closing() {
     assert_eq!(m.front.answers.len(), 12, "those that were taken");
     assert_eq!(m.accesses.slots, 12, "the others were not looked at");
 }
+
+#[test]
+fn h45_a_guest_that_is_gone_leaves_nothing_behind() {
+    for copy_max_segments in [0, 11, u16::MAX] {
+        for steps in 0..12 {
+            let setup = Setup {
+                copy_max_segments,
+                copy_pages: 64,
+                map_pages: 64,
+                no_space: if steps % 2 == 0 { 0 } else { 40 },
+                ..Setup::default()
+            };
+            let mut storage = Storage::new(&setup);
+            let mut world = World::new(&mut storage, setup, steps);
+            let mut specs = vec![Spec::indirect(OP_WRITE, 0, 40); 3];
+            specs.extend(vec![Spec::pages(OP_READ, 0, 7); 10]);
+            world.send(&specs);
+            for _ in 0..steps {
+                let _pass = world.pass();
+                if steps > 4 {
+                    world.machine.borrow_mut().disk_step();
+                }
+            }
+            let problems = world.abandon();
+            assert!(problems.is_empty(), "{problems:#?}");
+        }
+    }
+}
