@@ -124,7 +124,10 @@ impl Disk {
                 bdev,
                 pages,
                 parker,
-                set <- Opaque::try_ffi_init(|slot| {
+                set <- Opaque::try_ffi_init(|slot: *mut bindings::bio_set| {
+                    // SAFETY: `slot` is valid for writes. `bioset_init` relies on zeroes for the
+                    // fields that it does not need.
+                    unsafe { slot.write_bytes(0, 1) };
                     // SAFETY: `slot` is valid for writes and stays pinned.
                     to_result(unsafe {
                         bindings::bioset_init(slot, RESERVE, 0, bindings::BIOSET_NEED_BVECS as i32)
