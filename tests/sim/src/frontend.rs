@@ -152,6 +152,15 @@ impl Frontend {
         (grant.valid && !(write && grant.read_only)).then_some(Target::Page(index))
     }
 
+    /// Ends every grant of the pages of a request that is not answered.
+    pub fn revoke(&mut self, id: u64) {
+        for pending in self.pending.get(&id).into_iter().flatten() {
+            for index in &pending.pages {
+                self.grants[*index].valid = false;
+            }
+        }
+    }
+
     /// Grants a page for good, to be named by any number of requests. Returns its reference.
     pub fn hold_page(&mut self) -> u32 {
         let gref = gref_of(self.take_page());

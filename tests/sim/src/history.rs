@@ -176,3 +176,78 @@ impl History {
         self.by_sector.keys().copied().collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Write 1 over [1, 10], write 2 over [20, 30], both of sector 5 and answered without error.
+    fn two_writes() -> History {
+        let mut history = History::default();
+        history.write(1, 1, 5, 1, false);
+        history.answered(1, 10, true);
+        history.write(2, 20, 5, 1, false);
+        history.answered(2, 30, true);
+        history
+    }
+
+    #[test]
+    fn an_overwritten_value_is_not_explained() {
+        let mut history = two_writes();
+        assert!(history.read(5, Some(value(1, 5)), 31, 40).is_err());
+        assert!(history.read(5, Some(value(2, 5)), 31, 40).is_ok());
+    }
+
+    #[test]
+    fn during_a_write_both_values_are_explained() {
+        for number in [1, 2] {
+            let mut history = two_writes();
+            assert!(history.read(5, Some(value(number, 5)), 25, 40).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_value_does_not_come_back() {
+        let mut history = two_writes();
+        assert!(history.read(5, Some(value(2, 5)), 21, 22).is_ok());
+        assert!(history.read(5, Some(value(1, 5)), 23, 24).is_err());
+    }
+
+    #[test]
+    fn a_value_is_not_read_before_it_is_written() {
+        let mut history = two_writes();
+        assert!(history.read(5, Some(value(2, 5)), 11, 19).is_err());
+        assert!(history.read(5, Some(ZERO), 11, 19).is_err());
+    }
+
+    #[test]
+    fn a_failed_write_may_have_happened_or_not() {
+        let mut history = two_writes();
+        history.write(3, 41, 5, 1, false);
+        history.answered(3, 50, false);
+        assert!(history.explain(5, Some(value(2, 5)), 60, 70).is_ok());
+        assert!(history.explain(5, Some(value(3, 5)), 60, 70).is_ok());
+        assert!(history.explain(5, Some(value(1, 5)), 60, 70).is_err());
+    }
+
+    #[test]
+    fn values_belong_to_their_sector_and_come_whole() {
+        let mut history = two_writes();
+        assert!(history.read(5, Some(value(2, 6)), 31, 40).is_err());
+        let mut bytes = [0; SECTOR];
+        encode(value(2, 5), &mut bytes);
+        assert_eq!(decode(&bytes), Some(value(2, 5)));
+        bytes[511] ^= 1;
+        assert_eq!(decode(&bytes), None);
+        assert!(history.read(5, None, 31, 40).is_err());
+    }
+
+    #[test]
+    fn a_discard_is_a_write_of_zeros() {
+        let mut history = two_writes();
+        history.discard(3, 41, 0, 100);
+        assert!(history.explain(5, Some(ZERO), 42, 43).is_ok());
+        history.answered(3, 50, true);
+        assert!(history.explain(5, Some(value(2, 5)), 51, 60).is_err());
+    }
+}

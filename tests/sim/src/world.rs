@@ -45,6 +45,9 @@ pub struct World<'a> {
     /// What the last pass said.
     pub last: Pass,
     awake: bool,
+    /// What was done up to the last pass, and passes since then that did nothing.
+    progress: (u64, u64, usize),
+    idle_passes: u32,
 }
 
 impl<'a> World<'a> {
@@ -83,6 +86,8 @@ impl<'a> World<'a> {
             engine,
             last: Pass::default(),
             awake: true,
+            progress: (0, 0, 0),
+            idle_passes: 0,
         }
     }
 
@@ -100,7 +105,20 @@ impl<'a> World<'a> {
         self.last = pass;
         self.after(pass);
         self.awake = pass.again || self.engine.must_stay_awake();
+        self.must_not_spin();
         pass
+    }
+
+    /// A worker that stays awake has something to do.
+    fn must_not_spin(&mut self) {
+        let mut m = self.machine.borrow_mut();
+        let now = (m.accesses.slots, m.disk.batches, m.front.answers.len());
+        let idle = self.awake && now == self.progress;
+        self.progress = now;
+        self.idle_passes = if idle { self.idle_passes + 1 } else { 0 };
+        if self.idle_passes > 3 {
+            m.problem("the worker is kept awake by nothing".into());
+        }
     }
 
     fn after(&mut self, pass: Pass) {

@@ -53,6 +53,28 @@ fn h24_reads_into_read_only_pages_fail_without_retries() {
 }
 
 #[test]
+fn h25_a_grant_may_end_while_its_request_runs() {
+    // What is mapped stays so; what is yet to be copied fails. Either way it is answered.
+    each(unchanged, |world| {
+        let specs = [Spec::pages(OP_READ, 0, 5), Spec::pages(OP_WRITE, 64, 5)];
+        let specs = specs.map(|spec| spec.expect(Expect::Any));
+        let ids = world.send(&specs);
+        let _pass = world.pass();
+        for id in ids {
+            world.machine.borrow_mut().front.revoke(id);
+        }
+        world.run_clean();
+        let m = world.machine.borrow();
+        let read = m.front.answers.iter().find(|a| a.operation == OP_READ);
+        let mapped = m.setup.copy_max_segments == 0;
+        let status = if mapped { 0 } else { -1 };
+        assert_eq!(read.map(|a| a.status), Some(status));
+        drop(m);
+        world.still_works();
+    });
+}
+
+#[test]
 fn h26_one_grant_may_be_everywhere() {
     each(unchanged, |world| {
         let gref = Gref::Raw(world.machine.borrow_mut().front.hold_page());
@@ -68,6 +90,23 @@ fn h26_one_grant_may_be_everywhere() {
         }
         world.still_works();
     });
+}
+
+#[test]
+fn h29_without_room_for_mappings_everything_is_copied() {
+    for maptrack in [0, 1, 40, 300] {
+        let specs = vec![Spec::indirect(OP_WRITE, 0, 256); 6];
+        let mut reads = vec![Spec::indirect(OP_READ, 0, 256); 3];
+        reads.extend(vec![Spec::pages(OP_READ, 0, 11); 20]);
+        each(
+            |s| s.maptrack = maptrack,
+            |world| {
+                world.serve(&specs);
+                world.serve(&reads);
+                world.still_works();
+            },
+        );
+    }
 }
 
 #[test]
