@@ -53,27 +53,43 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ),
 ];
 
-/// The file that puts the module together: it alone sees both data paths.
-const MODULE_ROOTS: &[&str] = &[
-    "blkback/xen_blkback_main.rs",
-    "blkback/blkback_main.rs",
-    "blkback/main.rs",
+/// The file that puts the module together: it alone sees both data paths. It gives the trees the
+/// names under which `crate::` finds them in the module.
+const MODULE_ROOT: &str = "blkback/src/blkback_main.rs";
+
+/// The areas that the module compiles.
+const IN_MODULE: &[&str] = &[
+    "ring",
+    "xenbus::proto",
+    "xenbus::kernel",
+    "blkback",
+    "blktap-kmod",
 ];
+
+/// Names of the module's parts, as `crate::NAME`, and the areas they belong to.
+type Names<'a> = Vec<(&'a str, &'static str)>;
 
 pub(super) fn check(sources: &[Source]) -> Result<()> {
     super::none(complaints(sources))
 }
 
 fn complaints(sources: &[Source]) -> Vec<String> {
+    let root = sources.iter().find(|source| source.path == MODULE_ROOT);
+    let names = root.map(module_names).unwrap_or_default();
     let mut complaints = Vec::new();
     for file in sources {
         let Some((name, _, allowed)) = area_of(&file.path) else {
             continue;
         };
-        if MODULE_ROOTS.contains(&file.path.as_str()) {
+        if file.path == MODULE_ROOT {
             continue;
         }
-        for (number, used) in uses(file) {
+        let names = if IN_MODULE.contains(name) {
+            names.as_slice()
+        } else {
+            &[]
+        };
+        for (number, used) in uses(file, names) {
             if used != *name && !allowed.contains(&used) {
                 complaints.push(format!(
                     "{}:{number}: {name} must not depend on {used}: dependencies point down only",
@@ -95,8 +111,28 @@ fn area_of(path: &str) -> Option<&'static (&'static str, &'static str, &'static 
     AREAS.iter().find(|(_, folder, _)| path.starts_with(folder))
 }
 
+/// The modules that the root declares, with the areas of their files.
+fn module_names(root: &Source) -> Names<'_> {
+    let folder = root.path.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let mut path = None;
+    let mut names = Vec::new();
+    for line in root.text.lines() {
+        let words = line.strip_prefix("pub(crate) ").unwrap_or(line);
+        if let Some(target) = quoted_after(line, "#[path = ") {
+            path = Some(target);
+        } else if let Some(name) = words
+            .strip_prefix("mod ")
+            .and_then(|rest| rest.strip_suffix(';'))
+        {
+            let place = resolve(folder, path.take().unwrap_or("."));
+            names.extend(area_of(&format!("{place}/")).map(|area| (name, area.0)));
+        }
+    }
+    names
+}
+
 /// The areas that a file uses, each with the number of the line.
-fn uses(file: &Source) -> Vec<(usize, &'static str)> {
+fn uses(file: &Source, names: &[(&str, &'static str)]) -> Vec<(usize, &'static str)> {
     let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
     let in_manifest = file.path.ends_with("Cargo.toml");
     if !in_manifest && !file.path.ends_with(".rs") {
@@ -117,30 +153,26 @@ fn uses(file: &Source) -> Vec<(usize, &'static str)> {
             uses.push((number + 1, area.0));
         }
         if !in_manifest {
-            uses.extend(crate_paths(code).map(|area| (number + 1, area)));
+            uses.extend(crate_paths(code, names).map(|area| (number + 1, area)));
         }
     }
     uses
 }
 
-/// The areas that `crate::...` or `xenbus::...` paths of a line name.
-fn crate_paths(line: &str) -> impl Iterator<Item = &'static str> + '_ {
+/// The areas that the `crate::` paths of a line name.
+fn crate_paths<'a>(
+    line: &'a str,
+    names: &'a [(&str, &'static str)],
+) -> impl Iterator<Item = &'static str> + 'a {
     line.match_indices("crate::").filter_map(|(at, word)| {
         let path = &line[at + word.len()..];
-        let part = |n: usize| {
-            path.split("::")
-                .nth(n)
-                .unwrap_or("")
-                .split(|c: char| !c.is_alphanumeric() && c != '_')
-                .next()
-        };
-        match (part(0)?, part(1)?) {
-            ("blktap" | "blktap_kmod" | "tap", _) => Some("blktap-kmod"),
-            ("blkback", _) => Some("blkback"),
-            ("xenbus", "kernel") => Some("xenbus::kernel"),
-            ("xenbus", "proto") => Some("xenbus::proto"),
-            _ => None,
-        }
+        let first = path
+            .split(|c: char| !c.is_alphanumeric() && c != '_')
+            .next()?;
+        names
+            .iter()
+            .find(|(name, _)| *name == first)
+            .map(|(_, area)| *area)
     })
 }
 
@@ -234,17 +266,32 @@ mod tests {
 
     #[test]
     fn upward_crate_path_is_found() {
-        assert_eq!(found("blkback/vbd.rs", "use crate::blktap::Disk;\n"), 1);
+        let root = "#[path = \"../../xenbus/src/proto/mod.rs\"]\nmod proto;\n#[allow(dead_code)]\n\
+                    #[path = \"../../xenbus/src/kernel/mod.rs\"]\nmod xen;\nmod vbd;\n\
+                    #[path = \"../../blktap-kmod/src/mod.rs\"]\nmod tap;\n";
+        let found = |path: &str, text: &str| {
+            let source = |path: &str, text: &str| Source {
+                path: path.into(),
+                text: text.into(),
+            };
+            complaints(&[source(super::MODULE_ROOT, root), source(path, text)]).len()
+        };
+        assert_eq!(found("blkback/src/vbd.rs", "use crate::tap::Disk;\n"), 1);
         assert_eq!(
-            found(
-                "xenbus/src/proto/keys.rs",
-                "use crate::xenbus::kernel::store;\n"
-            ),
+            found("xenbus/src/proto/keys.rs", "use crate::xen::store;\n"),
             1
         );
         assert_eq!(
-            found("blktap-kmod/disk.rs", "use crate::xenbus::kernel::store;\n"),
+            found("xenbus/src/kernel/bio.rs", "crate::vbd::poke();\n"),
+            1
+        );
+        assert_eq!(
+            found(
+                "blkback/src/vbd.rs",
+                "use crate::xen::store; use crate::proto::key;\n"
+            ),
             0
         );
+        assert_eq!(found("tests/sim/src/a.rs", "use crate::xen::store;\n"), 0);
     }
 }
