@@ -154,11 +154,19 @@ impl Frontend {
 
     /// Ends every grant of the pages of a request that is not answered.
     pub fn revoke(&mut self, id: u64) {
-        for pending in self.pending.get(&id).into_iter().flatten() {
+        for pending in self.pending.get_mut(&id).into_iter().flatten() {
             for index in &pending.pages {
                 self.grants[*index].valid = false;
             }
+            if pending.spec.expect == Expect::Okay {
+                pending.spec.expect = Expect::Any;
+            }
         }
+    }
+
+    /// Responses that the guest has not consumed.
+    pub fn unseen(&self) -> u32 {
+        self.published.wrapping_sub(self.rsp_cons)
     }
 
     /// Grants a page for good, to be named by any number of requests. Returns its reference.
@@ -350,15 +358,63 @@ impl Machine {
         self.ring.store(REQ_PROD, new);
         self.front.pushed = new;
         let event = self.ring.load(REQ_EVENT);
-        if new.wrapping_sub(event) < new.wrapping_sub(old) && !self.commit(Fault::LoseEvent) {
+        let wanted = new.wrapping_sub(event) < new.wrapping_sub(old);
+        // Who overwrites `req_event` cannot know whether an event is wanted.
+        if (wanted || self.setup.lawless > 0) && !self.commit(Fault::LoseEvent) {
             self.event = true;
         }
+    }
+
+    /// True if `req_prod` is not what the guest will have it be in the end.
+    pub fn is_misleading(&self) -> bool {
+        self.ring.load(REQ_PROD) != self.front.pushed
+    }
+
+    /// Puts `req_prod` right again and tells the backend.
+    pub fn set_right(&mut self) {
+        self.ring.store(REQ_PROD, self.front.pushed);
+        self.event = true;
+    }
+
+    /// Does something to the ring that no frontend may do.
+    pub fn break_rules(&mut self) {
+        let junk = self.rng.bits() as u32;
+        let published = self.front.published;
+        let unanswered = self.taken.wrapping_sub(published);
+        match self.rng.below(32) {
+            0..=7 => self.ring.store(RSP_PROD, junk),
+            8..=15 => self.ring.store(REQ_EVENT, junk),
+            16..=23 => self.ring.store(RSP_EVENT, junk),
+            24..=27 if unanswered > 0 => {
+                let back = 1 + junk % unanswered;
+                self.ring.store(REQ_PROD, self.taken.wrapping_sub(back));
+            }
+            28 | 29 => {
+                // The smallest, so that the schedule does not depend on the order of a hash map.
+                let pending = self.front.pending.iter().filter(|(_, q)| !q.is_empty());
+                if let Some(id) = pending.map(|(id, _)| *id).min() {
+                    self.front.revoke(id);
+                }
+            }
+            30 if self.rng.percent(20) => {
+                let beyond = published.wrapping_add(self.ring.size() + 1);
+                self.ring.store(REQ_PROD, beyond.wrapping_add(junk >> 1));
+            }
+            _ => self.set_right(),
+        }
+    }
+
+    fn seen_rsp_prod(&self) -> u32 {
+        if self.setup.lawless > 0 {
+            return self.front.published;
+        }
+        self.ring.load(RSP_PROD)
     }
 
     /// Consumes all responses and arms the next event (`RING_FINAL_CHECK_FOR_RESPONSES`).
     pub fn consume(&mut self) {
         self.front.interrupt = false;
-        while self.front.rsp_cons != self.ring.load(RSP_PROD) {
+        while self.front.rsp_cons != self.seen_rsp_prod() {
             if self.front.rsp_cons == self.front.published {
                 // Only a guest that overwrites its own ring finds more than was published.
                 return;
@@ -379,6 +435,7 @@ impl Machine {
     pub fn guest_overslept(&self) -> bool {
         let waiting = self.front.published.wrapping_sub(self.front.rsp_cons);
         let asked = self.ring.load(RSP_EVENT).wrapping_sub(self.front.rsp_cons);
-        waiting >= asked && waiting > 0 && asked > 0 && !self.front.interrupt
+        let told = self.front.interrupt || self.setup.lawless > 0;
+        waiting >= asked && waiting > 0 && asked > 0 && !told
     }
 }

@@ -93,6 +93,8 @@ pub struct Setup {
     pub race: u64,
     /// Requests of a random frontend that are hostile, in a hundred.
     pub hostile: u64,
+    /// Ring accesses during which the guest breaks the rules of the ring, in a hundred.
+    pub lawless: u64,
     /// Every slot changes right after it was copied.
     pub scribble: bool,
     /// Sectors at which the disk fails.
@@ -126,6 +128,7 @@ impl Default for Setup {
             synchronous: 0,
             race: 0,
             hostile: 0,
+            lawless: 0,
             scribble: false,
             bad_sectors: 0..0,
             junk: 0,
@@ -231,6 +234,9 @@ impl Machine {
 
     /// The rest of the machine moves on while the engine is in the middle of something.
     pub fn race(&mut self) {
+        if self.rng.percent(self.setup.lawless) {
+            self.break_rules();
+        }
         if self.racing || self.setup.race == 0 || !self.rng.percent(self.setup.race) {
             return;
         }

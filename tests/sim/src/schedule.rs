@@ -59,6 +59,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         synchronous: rng.pick(&[0u64, 0, 30, 100]),
         race: rng.pick(&[0u64, 5, 30]),
         hostile: rng.pick(&[0u64, 0, 20, 60]),
+        lawless: rng.pick(&[0u64, 0, 0, 0, 1, 5]),
         scribble: rng.percent(30),
         bad_sectors: if rng.percent(25) { bad..bad + 4 } else { 0..0 },
         junk: rng.pick(&[0u8, 0xa5, 0xff]),
@@ -149,11 +150,16 @@ fn transfer(m: &mut Machine, operation: u8) -> Spec {
             }
         });
     }
+    may_lack_room(m, &mut spec);
+    spec
+}
+
+/// What cannot be mapped is copied, and fails if there are not enough pages for that.
+fn may_lack_room(m: &Machine, spec: &mut Spec) {
     let no_room = m.setup.no_space > 0 || m.setup.maptrack < 256;
     if no_room && m.setup.copy_pages < spec.segments.len() as u16 {
         spec.expect = Expect::Any;
     }
-    spec
 }
 
 fn honest_spec(m: &mut Machine) -> Spec {
@@ -211,7 +217,7 @@ fn hostile_spec(m: &mut Machine) -> Spec {
     let at = place(m, 88);
     let one = |gref| Spec::new(op, at).with(&[(Gref::Fresh, 0, 7), (gref, 0, 7)]);
     let max = limits.max_indirect_segments;
-    let mut spec = match m.rng.below(14) {
+    let mut spec = match m.rng.below(15) {
         0 => Spec::new(m.rng.pick(&[4u8, 7, 8, 77, 255]), at).expect(Expect::NotSupported),
         1 => Spec {
             count: Some(m.rng.pick(&[0u16, 12, 13, 255])),
@@ -243,6 +249,14 @@ fn hostile_spec(m: &mut Machine) -> Spec {
         },
         11 => Spec::indirect(op, at, 2).with(&[(Gref::Fresh, 0, 7), (Gref::Fresh, 3, 2)]),
         12 => Spec::pages(OP_READ, at, 1).with(&[(Gref::ReadOnly, 0, 7)]),
+        13 if max >= 2 => {
+            // The descriptors are overwritten by the data that they describe.
+            let descriptor = (Gref::Descriptor, 0, 7);
+            let mut spec = Spec::indirect(OP_READ, at, 2);
+            spec.segments[m.rng.index(2)] = descriptor;
+            may_lack_room(m, &mut spec);
+            return spec;
+        }
         _ => return overlapping(m, op),
     };
     if spec.expect == Expect::Okay {
@@ -287,6 +301,8 @@ pub struct Outcome {
     pub waited: u64,
     /// Flushes, barriers and discards executed.
     pub special: u64,
+    /// 1 if the guest broke its ring for good.
+    pub broken: u64,
 }
 
 /// Runs the case of a seed, with a planted fault if there is one.
@@ -314,27 +330,27 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
     }
     let machine = world.machine.clone();
-    let stats;
+    let (stats, broken);
     // A planted fault gets its chance to do harm.
     let end = if fault.is_some() { 2 } else { rng.below(4) };
     let problems = match end {
         0 => {
             // In the middle of everything.
             let _over = world.run_for(rng.below(80) as u32);
-            stats = *world.engine.stats();
+            (stats, broken) = (*world.engine.stats(), world.last.broken);
             world.abandon()
         }
         1 => {
             if !world.run_for(rng.below(80) as u32) {
                 world.close();
             }
-            stats = *world.engine.stats();
+            (stats, broken) = (*world.engine.stats(), world.last.broken);
             world.verdict()
         }
         _ => {
             world.run();
             world.close();
-            stats = *world.engine.stats();
+            (stats, broken) = (*world.engine.stats(), world.last.broken);
             world.verdict()
         }
     };
@@ -346,5 +362,6 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         mapped: stats.mapped,
         waited: stats.oo_req,
         special: m.disk.special,
+        broken: u64::from(broken),
     }
 }

@@ -286,7 +286,7 @@ fn at_rest(m: &mut Machine, broken: bool) {
 
 /// Complains if the worker sleeps with work left and nothing on its way to wake it.
 fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
-    if m.disk.running() > 0 || broken || m.hosed {
+    if m.disk.running() > 0 || broken || m.hosed || m.is_misleading() {
         return;
     }
     let waiting = m.front.pushed().wrapping_sub(m.taken);
@@ -299,7 +299,8 @@ fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
 
 /// Something happens outside of the worker; false if there is nothing that can.
 fn step(m: &mut Machine) -> bool {
-    let mut choices = [0u8; 3];
+    let lawless = m.setup.lawless > 0;
+    let mut choices = [0u8; 4];
     let mut n = 0;
     let mut choice = |possible: bool, what: u8| {
         if possible {
@@ -308,15 +309,17 @@ fn step(m: &mut Machine) -> bool {
         }
     };
     choice(m.disk.running() > 0, 0);
-    choice(m.front.interrupt, 1);
+    choice(m.front.interrupt || (lawless && m.front.unseen() > 0), 1);
     choice(m.plan > 0 && m.front.has_room(), 2);
+    choice(lawless && m.is_misleading(), 3);
     if n == 0 {
         return false;
     }
     match choices[m.rng.index(n)] {
         0 => m.disk_step(),
         1 => m.consume(),
-        _ => schedule::post_some(m),
+        2 => schedule::post_some(m),
+        _ => m.set_right(),
     }
     true
 }

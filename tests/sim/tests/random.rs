@@ -33,6 +33,7 @@ fn check(seed: u64, total: &mut Outcome) {
     total.mapped += outcome.mapped;
     total.waited += outcome.waited;
     total.special += outcome.special;
+    total.broken += outcome.broken;
 }
 
 #[test]
@@ -56,6 +57,7 @@ fn every_schedule_is_explained() {
     println!("{seed} cases: {total:?}");
     // A run that exercises nothing proves nothing.
     if seed >= LEAST_CASES {
+        assert!(total.broken > seed / 100, "{total:?}");
         assert!(total.okay > 20 * seed, "{total:?}");
         assert!(
             total.mapped > seed && total.waited > seed && total.special > seed,
