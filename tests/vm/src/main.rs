@@ -10,6 +10,7 @@ mod cases;
 mod console;
 mod demo;
 mod guest;
+mod hotplug;
 mod leaks;
 mod report;
 mod sh;
@@ -114,6 +115,14 @@ fn start() -> Result<ExitCode> {
         .is_some_and(|name| name == "agent")
     {
         agent::main()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    // xl executes it under this name.
+    if Path::new(&argv0)
+        .file_name()
+        .is_some_and(|name| name == hotplug::NAME)
+    {
+        hotplug::main()?;
         return Ok(ExitCode::SUCCESS);
     }
     match Cli::parse().face {

@@ -4,6 +4,7 @@
 use super::{skip, Case, Context, Needs};
 use crate::backing::{self, Lvm};
 use crate::guest::{Guest, Vbd};
+use crate::hotplug;
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use std::path::Path;
@@ -151,7 +152,7 @@ fn disks(context: &mut Context, count: u8) -> Result<()> {
         let vdev = format!("xvd{}", char::from(b'a' + index));
         let vbd = context
             .pv()?
-            .attach(&format!("phy:{},{vdev},w", device.path()))?;
+            .attach(&hotplug::disk(&device.path(), &vdev, "w")?)?;
         context.check_driver(&vbd)?;
         all.push((device, vbd));
     }
@@ -201,7 +202,7 @@ fn loopback(context: &mut Context) -> Result<()> {
 
 /// Attaches a disk to dom0 itself and waits for the disk.
 pub(super) fn attach_own(context: &mut Context, device: &str, vdev: &str) -> Result<Vbd> {
-    let disk = format!("phy:{device},{vdev},w");
+    let disk = hotplug::disk(device, vdev, "w")?;
     sh::run(&["xl", "block-attach", "0", &disk])?;
     let vbd = Vbd::of(0, &disk)?;
     let node = format!("/dev/{vdev}");
@@ -229,7 +230,7 @@ fn read_only(context: &mut Context) -> Result<()> {
     ))?;
     let before = backing::sha256(&device.path(), 4)?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,r", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "r")?)?;
     ensure!(
         xs::must_read(&format!("{}/mode", vbd.backend))? == "r",
         "the backend's mode is not `r`"
@@ -255,7 +256,7 @@ fn read_only(context: &mut Context) -> Result<()> {
 fn sector_4096(context: &mut Context) -> Result<()> {
     let device = context.null_blk(32, &[("blocksize", "4096")])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     ensure!(
         xs::number(&format!("{}/sector-size", vbd.backend))? == 4096,
         "`sector-size` is not 4096"
@@ -279,7 +280,7 @@ fn flush(context: &mut Context) -> Result<()> {
     const FLUSHES: u64 = 12;
     let device = context.null_blk(16, &[("cache_size", "4")])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     ensure!(
         xs::number(&format!("{}/feature-flush-cache", vbd.backend))? == 1,
         "no flush is offered for a device with a write cache"
@@ -316,7 +317,7 @@ fn discard(context: &mut Context) -> Result<()> {
         return skip("this kernel's null_blk has no discard");
     }
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     ensure!(
         xs::number(&format!("{}/feature-discard", vbd.backend))? == 1,
         "no discard is offered for a device that can"
@@ -389,7 +390,7 @@ fn file(context: &mut Context) -> Result<()> {
 fn statistics(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let numbers = sh::get(format!("/sys/block/{}/dev", device.name()))?;
     let hex = numbers
         .split(':')

@@ -6,6 +6,7 @@ use super::faults::{endless_load, wait_load};
 use super::{load_driver, Case, Context, Needs};
 use crate::backing::Dm;
 use crate::guest::{Config, Guest, Kind, COMMAND, RUN_DIR};
+use crate::hotplug;
 use crate::leaks::{memory, Leaks};
 use crate::{sh, xs};
 use anyhow::{ensure, Result};
@@ -82,7 +83,7 @@ pub(super) fn cases() -> Vec<Case> {
 fn detach_under_load(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let load = guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     let id = guest.domid.to_string();
@@ -100,7 +101,7 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
         done.rc != 0,
         "the load did not notice that its disk was taken away"
     );
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     guest.run_for(&verify_job("/dev/xvda", 2, 60, 512), FIO)?;
     compare(guest, "xvda", &device.path(), 2)?;
     guest.detach(&vbd)
@@ -109,7 +110,7 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
 fn save_restore(context: &mut Context) -> Result<()> {
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&verify_job("/dev/xvda", 8, 1_000_000, 512))?;
     wait_load(&vbd)?;
     let file = format!("{RUN_DIR}/pv.save");
@@ -138,7 +139,7 @@ fn save_restore(context: &mut Context) -> Result<()> {
 fn checkpoint(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&verify_job("/dev/xvda", 4, 1_000_000, 512))?;
     wait_load(&vbd)?;
     let file = format!("{RUN_DIR}/pv.checkpoint");
@@ -162,7 +163,7 @@ fn checkpoint(context: &mut Context) -> Result<()> {
 fn rebind(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
     let directory = format!("/sys/bus/xen-backend/drivers/{}", context.driver.bus_name());
     let name = vbd
@@ -188,7 +189,7 @@ fn rebind(context: &mut Context) -> Result<()> {
 /// A guest of the case's own, with one disk.
 fn own_guest(device: &str) -> Result<Guest> {
     let mut config = Config::new("victim", Kind::Pv, 2);
-    config.disks.push(format!("phy:{device},xvda,w"));
+    config.disks.push(hotplug::disk(device, "xvda", "w")?);
     Guest::create(config)
 }
 

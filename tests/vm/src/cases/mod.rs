@@ -32,6 +32,8 @@ pub(crate) enum Needs {
     Pvh,
 }
 
+type Body = Box<dyn Fn(&mut Context) -> Result<()>>;
+
 /// One case.
 pub(crate) struct Case {
     /// Its name, `group.what`.
@@ -45,7 +47,7 @@ pub(crate) struct Case {
     /// Whether the counters of `leaks` must return to where they were.
     pub(crate) leaks: bool,
     /// The case itself.
-    pub(crate) run: Box<dyn Fn(&mut Context) -> Result<()>>,
+    pub(crate) run: Body,
 }
 
 impl Case {
@@ -70,14 +72,6 @@ impl Case {
     fn no_leaks(self) -> Case {
         Case {
             leaks: true,
-            ..self
-        }
-    }
-
-    /// The same case, which the C driver is known to fail.
-    fn c_fails(self, why: &'static str) -> Case {
-        Case {
-            c_fails: Some(why),
             ..self
         }
     }
@@ -381,15 +375,20 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
     if !loaded(driver) {
         sh::modprobe(driver.module(), &[])?;
     }
+    let directory = Path::new("/sys/bus/xen-backend/drivers").join(driver.bus_name());
     sh::wait_for(
         "the registration of the driver",
         Duration::from_secs(20),
-        || {
-            Ok(Path::new("/sys/bus/xen-backend/drivers")
-                .join(driver.bus_name())
-                .exists())
-        },
-    )
+        || Ok(directory.exists()),
+    )?;
+    // The default is one queue for each CPU of dom0, which may be too few for the ring cases.
+    let queues = Path::new("/sys/module")
+        .join(driver.sys_module())
+        .join("parameters/max_queues");
+    if queues.exists() {
+        sh::put(queues, "4")?;
+    }
+    Ok(())
 }
 
 /// A pattern in which `*` stands for anything.

@@ -4,9 +4,9 @@
 use super::basic::{compare, verify_job, FIO};
 use super::{skip, Case, Context, Needs};
 use crate::guest::{Guest, Vbd};
-use crate::{sh, xs};
+use crate::hotplug;
+use crate::xs;
 use anyhow::{ensure, Context as _, Result};
-use std::path::Path;
 
 /// What a frontend asks for.
 #[derive(Clone, Copy)]
@@ -90,12 +90,6 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn one(context: &mut Context, shape: Shape) -> Result<()> {
     let device = context.null_blk(32, &[])?;
-    let limit = Path::new("/sys/module")
-        .join(context.driver.sys_module())
-        .join("parameters/max_queues");
-    if limit.exists() {
-        sh::put(&limit, "4")?;
-    }
     let guest = context.wide()?;
     reload(
         guest,
@@ -107,7 +101,7 @@ fn one(context: &mut Context, shape: Shape) -> Result<()> {
             u8::from(shape.persistent)
         ),
     )?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     context.check_driver(&vbd)?;
     let offered = [
         ("multi-queue-max-queues", shape.queues),
@@ -195,7 +189,7 @@ fn defaults(context: &mut Context) -> Result<()> {
     let device = context.null_blk(32, &[])?;
     let guest = context.wide()?;
     reload(guest, "")?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     guest.run_for(&verify_job("/dev/xvda", 3, 90, 512), FIO)?;
     guest.detach(&vbd)
 }
