@@ -30,6 +30,7 @@ mod vbd;
 
 use kernel::prelude::*;
 use xen::driver::Adapter;
+use xen::quota::Quotas;
 use xen::workqueue::WorkQueue;
 
 module! {
@@ -64,6 +65,10 @@ module! {
             default: 1024,
             description: "Most pages of each queue at which guest pages are mapped",
         },
+        domain_memory_mib: u32 {
+            default: 256,
+            description: "Memory in MiB that the queues of one guest may reserve in all",
+        },
         native_protocol: u32 {
             default: 0,
             description: "Layout of frontends that name none: 0 is x86_32 as in the C driver, 1 is native",
@@ -77,12 +82,14 @@ struct Blkback {
     #[pin]
     driver: kernel::driver::Registration<Adapter<vbd::VbdDriver>>,
     queue: WorkQueue,
+    quotas: Quotas,
 }
 
 impl kernel::InPlaceModule for Blkback {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             // Written first, because a device may be probed as soon as the driver is registered.
+            quotas: Quotas::new()?,
             queue: WorkQueue::new(c"xen-blkback-rs")?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),
         })

@@ -89,7 +89,7 @@ impl Connection {
             .map_err(|_| no_memory(ENOMEM))?;
         for index in 0..request.queues {
             let ring = request.ring(&dir, index)?;
-            let queue = Prepared::new(&setup, &ring).map_err(|error| {
+            let queue = Prepared::new(&setup, &ring, index).map_err(|error| {
                 ConnectError::Step(
                     "the frontend's ring-ref or event-channel cannot be used",
                     error,

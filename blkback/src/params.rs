@@ -33,6 +33,10 @@ pub(crate) fn max_indirect_segments() -> u16 {
 
 /// Segments up to which data is copied; larger requests are mapped.
 pub(crate) fn copy_max_segments() -> u16 {
+    if !crate::xen::is_pv_domain() {
+        // Each map and unmap would change the second stage tables on its own.
+        return u16::MAX;
+    }
     // CAST: at most 65535.
     (*module_parameters::copy_max_segments.value()).min(u32::from(u16::MAX)) as u16
 }
@@ -45,6 +49,11 @@ pub(crate) fn default_protocol() -> Protocol {
     } else {
         Protocol::Abi64
     }
+}
+
+/// Pages that all queues of one guest together may reserve.
+pub(crate) fn domain_pages() -> u32 {
+    (*module_parameters::domain_memory_mib.value()).saturating_mul(256)
 }
 
 /// Data pages of one queue.

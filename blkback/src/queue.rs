@@ -23,6 +23,7 @@ use crate::xen::grant::GuestGrants;
 use crate::xen::kthread::{Runner, Thread};
 use crate::xen::pages::{filled, Pages};
 use crate::xen::parker::Parker;
+use crate::xen::quota::Reservation;
 use crate::xen::ring_map::RingMap;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
@@ -96,10 +97,15 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
-    pub(crate) fn new(setup: &Setup<'_>, ring: &frontend::Ring) -> Result<Self> {
+    pub(crate) fn new(setup: &Setup<'_>, ring: &frontend::Ring, index: u32) -> Result<Self> {
         let request = setup.request;
         let slots = request.slots();
         let sizes = params::pool_sizes(slots);
+        let reservation = Reservation::new(
+            setup.device.otherend_id(),
+            u32::from(sizes.copy),
+            params::domain_pages(),
+        )?;
         let parker = Parker::new()?;
         let pages = Arc::new(Pages::new(sizes.copy, sizes.map)?, GFP_KERNEL)?;
         let tags = u16::try_from(slots).map_err(|_| EINVAL)?;
@@ -133,6 +139,8 @@ impl Prepared {
             bdev: setup.bdev.clone(),
             vbd: setup.vbd.clone(),
             control: control.clone(),
+            leads: index == 0,
+            _reservation: reservation,
         };
         Ok(Self {
             server,
@@ -200,6 +208,9 @@ struct Server {
     bdev: Arc<BlockDevice>,
     vbd: Arc<Vbd>,
     control: Arc<Control>,
+    /// True for the first queue of a device.
+    leads: bool,
+    _reservation: Reservation,
 }
 
 impl Runner for Server {
@@ -219,6 +230,8 @@ impl Runner for Server {
             bdev: &self.bdev,
             vbd: &self.vbd,
             control: &self.control,
+            known_sectors: self.limits.sectors,
+            leads: self.leads,
         };
         let command = server.serve(&mut engine);
         // The order matters: no event may come for a ring that is unmapped, and the owner may
@@ -244,12 +257,14 @@ struct Serving<'a> {
     bdev: &'a BlockDevice,
     vbd: &'a Arc<Vbd>,
     control: &'a Control,
+    known_sectors: u64,
+    leads: bool,
 }
 
 impl Serving<'_> {
     /// Serves the ring until told to end; returns how.
     fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, RingMap, G, B>) -> Command {
-        let mut sectors = self.limits_changed(engine, 0);
+        let mut sectors = self.known_sectors;
         let mut published = Stats::default();
         let mut broken = false;
         let mut active = false;
@@ -279,7 +294,12 @@ impl Serving<'_> {
                 continue;
             }
             self.end_event(broken, &mut active);
-            self.control.parker.park();
+            if self.leads {
+                // Nobody tells us that a device was resized, so one thread looks now and then.
+                self.control.parker.park_for_a_while();
+            } else {
+                self.control.parker.park();
+            }
         }
     }
 
@@ -319,9 +339,7 @@ impl Serving<'_> {
         let sectors = self.bdev.sectors();
         if sectors != known {
             engine.set_sectors(sectors);
-            if known != 0 {
-                self.vbd.kick();
-            }
+            self.vbd.kick();
         }
         sectors
     }

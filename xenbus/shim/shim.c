@@ -54,6 +54,11 @@ int xbr_xen_domain(void)
 	return xen_domain();
 }
 
+int xbr_xen_pv_domain(void)
+{
+	return xen_pv_domain();
+}
+
 struct device *xbr_dev_device(struct xenbus_device *dev)
 {
 	return &dev->dev;

@@ -37,6 +37,7 @@ static_assert(sizeof(struct xbr_bdev_limits) == 40);
 typedef u64 (xbr_attr_fn)(struct device *dev, unsigned int which);
 
 int xbr_xen_domain(void);
+int xbr_xen_pv_domain(void);
 struct device *xbr_dev_device(struct xenbus_device *dev);
 const char *xbr_dev_nodename(const struct xenbus_device *dev);
 const char *xbr_dev_otherend(const struct xenbus_device *dev);

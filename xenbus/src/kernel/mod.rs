@@ -14,6 +14,7 @@ pub(crate) mod grant;
 pub(crate) mod kthread;
 pub(crate) mod pages;
 pub(crate) mod parker;
+pub(crate) mod quota;
 pub(crate) mod ring_map;
 pub(crate) mod store;
 mod sys;
@@ -24,6 +25,13 @@ pub(crate) mod workqueue;
 pub(crate) fn cond_resched() {
     // SAFETY: Callable from any context that may sleep; it has no other requirement.
     unsafe { sys::xbr_cond_resched() }
+}
+
+/// True if this kernel runs as a PV domain: mapping a guest's page changes its own page tables.
+/// Otherwise every map and unmap changes the second stage tables, page by page.
+pub(crate) fn is_pv_domain() -> bool {
+    // SAFETY: Reads a variable that is fixed since boot.
+    unsafe { sys::xbr_xen_pv_domain() != 0 }
 }
 
 /// True if this kernel runs as a Xen domain.

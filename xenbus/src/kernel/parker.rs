@@ -11,6 +11,9 @@ use kernel::sync::atomic::{ordering::Full, Atomic};
 use kernel::sync::{barrier, Arc};
 use kernel::types::Opaque;
 
+/// Longest sleep of [`Parker::park_for_a_while`].
+const IDLE_SECONDS: u32 = 5;
+
 const RUNNING: u32 = 0;
 const NOTIFIED: u32 = 1;
 const SLEEPING: u32 = 2;
@@ -63,6 +66,27 @@ impl Parker {
         self.state
             .store(RUNNING, kernel::sync::atomic::ordering::Relaxed);
         barrier::smp_mb();
+    }
+
+    /// The same for a few seconds at most: see [`IDLE_SECONDS`].
+    pub(crate) fn park_for_a_while(&self) {
+        if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
+            // All sleepers of the host wake up in the same tick.
+            // SAFETY: Plain arithmetic on the current time.
+            let ticks = unsafe {
+                bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize)
+            };
+            // SAFETY: `done` was initialised by the constructor.
+            let left = unsafe {
+                bindings::wait_for_completion_interruptible_timeout(self.done.get(), ticks)
+            };
+            if left <= 0 && self.state.cmpxchg(SLEEPING, RUNNING, Full).is_err() {
+                // A waker took the state meanwhile, so it completes, or already has.
+                // SAFETY: As above.
+                unsafe { bindings::wait_for_completion_state(self.done.get(), sys::TASK_IDLE) };
+            }
+        }
+        self.rearm();
     }
 
     /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).

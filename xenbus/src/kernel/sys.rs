@@ -243,6 +243,7 @@ unsafe extern "C" {
     pub(super) fn gnttab_free_pages(count: c_int, pages: *mut *mut bindings::page);
 
     pub(super) fn xbr_xen_domain() -> c_int;
+    pub(super) fn xbr_xen_pv_domain() -> c_int;
     pub(super) fn xbr_dev_device(dev: *mut XenbusDevice) -> *mut bindings::device;
     pub(super) fn xbr_dev_nodename(dev: *const XenbusDevice) -> *const c_char;
     pub(super) fn xbr_dev_otherend(dev: *const XenbusDevice) -> *const c_char;
