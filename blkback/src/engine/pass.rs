@@ -612,7 +612,11 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
                     return;
                 }
                 self.slots.pop(&mut self.stalled);
-                fail(&mut self.slots, tag);
+                if let Some(entry) = self.slots.get_mut(tag) {
+                    // Or a later failure to map something else would stall it once more.
+                    entry.unmappable = false;
+                    entry.status = Status::Error;
+                }
                 self.slots.push(&mut self.new, tag);
                 continue;
             };

@@ -102,3 +102,25 @@ fn an_impossible_index_found_on_the_way_to_sleep_is_reported() {
     assert!(world.engine.pass().broken);
     assert!(!world.engine.must_stay_awake());
 }
+
+#[test]
+fn a_request_that_can_be_neither_mapped_nor_copied_does_not_wait_for_the_end_of_the_load() {
+    let setup = Setup {
+        copy_pages: 11,
+        map_pages: 200,
+        copy_max_segments: 0,
+        no_space: 100,
+        ..Setup::default()
+    };
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[Spec::indirect(OP_READ, 0, 40).expect(Expect::Error)]);
+    for _ in 0..5 {
+        world.send(&[Spec::pages(OP_READ, 512, 1)]);
+        let _pass = world.pass();
+        world.machine.borrow_mut().disk_step();
+    }
+    let refused = |m: &sim::machine::Machine| m.front.answers.iter().any(|a| a.status == -1);
+    assert!(refused(&world.machine.borrow()), "still waiting");
+    world.run_clean();
+}
