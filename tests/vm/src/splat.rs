@@ -3,6 +3,7 @@
 
 use crate::sh;
 use anyhow::{Context, Result};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
@@ -57,10 +58,17 @@ fn matching<'a>(
     signs: &[&str],
     lines: impl IntoIterator<Item = &'a str>,
 ) -> Vec<String> {
-    let bad = lines
-        .into_iter()
-        .filter(|line| signs.iter().any(|sign| line.contains(sign)));
-    bad.map(|line| format!("{whose}: {line}")).collect()
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in lines {
+        if signs.iter().any(|sign| line.contains(sign)) {
+            *counts.entry(line).or_default() += 1;
+        }
+    }
+    let text = |(line, count): (&str, usize)| match count {
+        1 => format!("{whose}: {line}"),
+        _ => format!("{whose}: {line} ({count} times)"),
+    };
+    counts.into_iter().map(text).collect()
 }
 
 /// A position in dom0's kernel log.
