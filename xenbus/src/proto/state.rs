@@ -113,47 +113,56 @@ pub enum Action {
 /// Doing it and looking again always comes to [`Action::Wait`] or ends the device: the driver may
 /// loop. Rules (blkif.h and what frontends in use expect):
 /// - Initialised and Connected are the same request to connect; some frontends skip the first.
-/// - A frontend that closes sees Closing before Closed.
+/// - Connected is visible only while rings are served: before they are given back, and before
+///   Closed, a frontend sees Closing.
 /// - Rings are given back before Closed can be seen, the block device before it if the device
 ///   goes for good.
-/// - After Closed with the device online a frontend may start again with Initialising.
+/// - A frontend in Initialising starts again, whatever it did before: it is closed first if it has
+///   not closed by itself, and it may have gone through Closed faster than we looked.
 pub fn step(view: &View) -> Action {
     if view.rings == Rings::Draining {
         return Action::Wait;
     }
     let served = view.rings == Rings::Served;
+    let closing = matches!(view.ours, State::Closing | State::Closed);
     match view.theirs {
+        State::Unknown if served && !closing => Action::StartClosing,
         State::Unknown if served => Action::Disconnect,
         State::Unknown => Action::Leave,
         State::Initialising => match view.ours {
             State::Initialising | State::Unknown => Action::Offer,
-            State::Closed if served => Action::Disconnect,
-            State::Closed if view.online => Action::Offer,
-            _ => Action::Wait,
+            State::InitWait if !served => Action::Wait,
+            _ => start_again(view),
         },
         State::Initialised | State::Connected => match view.ours {
-            State::Connected => Action::Wait,
+            State::Connected if served => Action::Wait,
             State::Initialising | State::Unknown => Action::Offer,
             _ if view.refused || !view.disk => Action::Wait,
             _ if served => Action::Disconnect,
             _ => Action::Connect,
         },
-        State::Closing => match view.ours {
-            State::Closing | State::Closed => Action::Wait,
-            _ => Action::StartClosing,
-        },
+        State::Closing if closing => Action::Wait,
+        State::Closing => Action::StartClosing,
+        State::Closed if !closing => Action::StartClosing,
         State::Closed if served => Action::Disconnect,
         State::Closed if !view.online => Action::Leave,
-        State::Closed => match view.ours {
-            State::Closed => Action::Wait,
-            State::Closing => Action::Close,
-            // A frontend that closed before we ever connected, or that jumped from Connected to
-            // Closed, still sees Closing first.
-            _ => Action::StartClosing,
-        },
-        State::InitWait | State::Reconfiguring | State::Reconfigured => match view.ours {
-            State::Closing | State::Closed => Action::Wait,
-            _ => Action::Refuse,
-        },
+        State::Closed if view.ours == State::Closing => Action::Close,
+        State::Closed => Action::Wait,
+        State::InitWait | State::Reconfiguring | State::Reconfigured if closing => Action::Wait,
+        State::InitWait | State::Reconfiguring | State::Reconfigured => Action::Refuse,
+    }
+}
+
+/// A frontend is in Initialising, and we are past InitWait: what it had before is closed.
+fn start_again(view: &View) -> Action {
+    match view.ours {
+        State::Closing | State::Closed if view.rings == Rings::Served => Action::Disconnect,
+        State::Closing | State::Closed if !view.online => Action::Leave,
+        // Closing may stand for a disk that cannot be opened. The toolstack is to see that until
+        // there is one; a frontend that writes its details is connected then all the same.
+        State::Closing if !view.disk => Action::Wait,
+        State::Closing => Action::Close,
+        State::Closed => Action::Offer,
+        _ => Action::StartClosing,
     }
 }
