@@ -192,7 +192,12 @@ impl Request {
                 match read_u32(dir, numbered)? {
                     Some(gref) => gref,
                     None if self.order == 0 => need_u32(dir, single)?,
-                    None => need_u32(dir, numbered)?,
+                    None => {
+                        return Err(KeyError {
+                            key: numbered,
+                            fault: Fault::Missing,
+                        })
+                    }
                 }
             };
         }
