@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A driver and its surroundings without Xen: it carries out what the state machine says, and
+//! checks at each step what a guest or a toolstack may see of it.
+
+use xenbus::proto::state::{step, Action, Rings, State, View};
+
+/// The steps that the driver's work takes before it queues itself again; coming to rest must never
+/// need as many.
+const STEPS: u32 = 16;
+
+/// A device, its frontend and its disk.
+#[derive(Clone, Debug)]
+pub(crate) struct World {
+    /// What the state machine sees.
+    pub(crate) view: View,
+    /// The frontend's keys can be used.
+    pub(crate) good_keys: bool,
+    /// The device was given up.
+    pub(crate) left: bool,
+    /// Every state that was published, in order.
+    pub(crate) published: Vec<State>,
+    /// Times that the frontend was reported for an impossible state.
+    pub(crate) reports: u32,
+    /// Times that the frontend's directory was read to connect.
+    pub(crate) attempts: u32,
+}
+
+impl World {
+    /// A device as the toolstack makes it.
+    pub(crate) fn new() -> Self {
+        Self::looking_like(View {
+            ours: State::Initialising,
+            theirs: State::Initialising,
+            online: true,
+            disk: false,
+            rings: Rings::None,
+            refused: false,
+        })
+    }
+
+    /// A device that looks like this.
+    pub(crate) fn looking_like(view: View) -> Self {
+        Self {
+            view,
+            good_keys: true,
+            left: false,
+            published: Vec::new(),
+            reports: 0,
+            attempts: 0,
+        }
+    }
+
+    // What happens to it.
+
+    /// The frontend writes its state.
+    pub(crate) fn write(&mut self, theirs: State) {
+        self.view.theirs = theirs;
+        self.view.refused = false;
+    }
+
+    /// The toolstack wants the device to stay, or not.
+    pub(crate) fn set_online(&mut self, online: bool) {
+        self.view.online = online;
+    }
+
+    /// The hotplug script names a disk that can be opened.
+    pub(crate) fn disk_comes(&mut self) {
+        if !self.left {
+            self.view.disk = true;
+        }
+    }
+
+    /// The hotplug script names something that cannot be opened.
+    pub(crate) fn disk_is_bad(&mut self) {
+        if !self.left && !self.view.disk {
+            self.publish(State::Closing);
+        }
+    }
+
+    /// Everything that was taken from the rings is answered, and they are given back.
+    pub(crate) fn drained(&mut self) {
+        if self.view.rings == Rings::Draining {
+            self.view.rings = Rings::None;
+        }
+    }
+
+    // What the driver does.
+
+    /// Does one step; `false` if there is none to do.
+    pub(crate) fn one_step(&mut self) -> bool {
+        if self.left {
+            return false;
+        }
+        match step(&self.view) {
+            Action::Wait => return false,
+            Action::Offer => self.publish(State::InitWait),
+            Action::Connect => self.connect(),
+            Action::StartClosing => self.publish(State::Closing),
+            Action::Disconnect => {
+                assert_eq!(self.view.rings, Rings::Served, "nothing to disconnect");
+                self.view.rings = Rings::Draining;
+            }
+            Action::Close => self.publish(State::Closed),
+            Action::Leave => {
+                assert_eq!(self.view.rings, Rings::None, "left with rings");
+                self.view.disk = false;
+                self.left = true;
+                self.publish(State::Closed);
+            }
+            Action::Refuse => {
+                self.reports += 1;
+                self.publish(State::Closing);
+            }
+        }
+        true
+    }
+
+    fn connect(&mut self) {
+        assert!(self.view.disk, "connected without a disk");
+        assert!(!self.view.refused, "tried again what was refused");
+        assert_eq!(self.view.rings, Rings::None, "mapped a second time");
+        self.attempts += 1;
+        if self.good_keys {
+            self.view.rings = Rings::Served;
+            self.publish(State::Connected);
+        } else {
+            self.view.refused = true;
+            self.publish(State::Closing);
+        }
+    }
+
+    fn publish(&mut self, state: State) {
+        if state == State::Closed {
+            assert_eq!(self.view.rings, Rings::None, "Closed while rings are held");
+            let seen = matches!(self.view.ours, State::Closing | State::Closed);
+            // Where the frontend's directory is gone there is nobody who could miss Closing.
+            assert!(
+                seen || self.view.theirs == State::Unknown,
+                "Closed without Closing, after {:?}",
+                self.published
+            );
+        }
+        self.view.ours = state;
+        self.published.push(state);
+    }
+
+    /// Looks and acts until there is nothing to do; returns the number of steps.
+    pub(crate) fn look(&mut self) -> u32 {
+        let mut steps = 0;
+        while self.one_step() {
+            self.check();
+            steps += 1;
+            assert!(steps < STEPS, "no rest: {:?}", self.published);
+        }
+        steps
+    }
+
+    /// The same, with everything in flight answered.
+    pub(crate) fn settle(&mut self) {
+        self.look();
+        self.drained();
+        self.look();
+        self.drained();
+        self.look();
+        assert_ne!(self.view.rings, Rings::Draining, "drains again and again");
+    }
+
+    /// What must hold at any moment.
+    pub(crate) fn check(&self) {
+        let View {
+            ours, rings, disk, ..
+        } = self.view;
+        if ours == State::Connected {
+            assert!(rings == Rings::Served && disk, "Connected, but {self:?}");
+        }
+        if ours == State::Closed {
+            assert_eq!(rings, Rings::None, "Closed, but {self:?}");
+        }
+        if rings != Rings::None {
+            assert!(disk, "rings without a disk: {self:?}");
+        }
+    }
+
+    /// What must hold when nothing moves any more: it follows from what the frontend and the
+    /// toolstack say now, whatever happened before.
+    pub(crate) fn check_rest(&self) {
+        let View {
+            ours,
+            theirs,
+            online,
+            disk,
+            rings,
+            refused,
+        } = self.view;
+        let closed_or_left = if online {
+            !self.left && ours == State::Closed && rings == Rings::None
+        } else {
+            self.left
+        };
+        let good = match theirs {
+            State::Unknown => self.left,
+            State::Closed => closed_or_left,
+            State::Initialising if disk && online => ours == State::InitWait,
+            // Closing stands for a disk that cannot be opened.
+            State::Initialising => {
+                self.left || matches!(ours, State::InitWait | State::Closing) && !disk || !online
+            }
+            State::Initialised | State::Connected if disk && !refused => ours == State::Connected,
+            State::Initialised | State::Connected => {
+                rings == Rings::None
+                    && matches!(ours, State::InitWait | State::Closing | State::Closed)
+            }
+            _ => matches!(ours, State::Closing | State::Closed),
+        };
+        assert!(good || self.left, "came to rest as {self:?}");
+    }
+}
