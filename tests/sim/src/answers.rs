@@ -63,6 +63,7 @@ impl Machine {
         self.front.outstanding -= 1;
         let time = self.tick();
         self.check_status(&pending, answer.status);
+        self.check_wait(&pending);
         let okay = answer.status == 0;
         self.history.answered(pending.number, time, okay);
         if !self.hosed {
@@ -73,6 +74,17 @@ impl Machine {
             self.check_durable(pending.issued);
         }
         self.give_back(&pending);
+    }
+
+    /// Before a disk that is fair nobody waits for ever. A discard goes in at most five pieces.
+    fn check_wait(&mut self, pending: &Pending) {
+        let others = self.front.answers.len() - pending.earlier;
+        if self.setup.fifo && others > 8 * self.ring.size() as usize {
+            self.problem(format!(
+                "request {} was overtaken by {others} others: {:?}",
+                pending.number, pending.spec
+            ));
+        }
     }
 
     fn check_status(&mut self, pending: &Pending, status: i16) {

@@ -112,8 +112,14 @@ impl Machine {
         if self.disk.running.is_empty() {
             return;
         }
-        let at = self.rng.index(self.disk.running.len());
-        let io = self.disk.running.swap_remove(at);
+        let others = self.disk.running.len() > 1;
+        let io = if self.setup.fifo {
+            let starve = others && self.commit(Fault::StarveFirst);
+            self.disk.running.remove(usize::from(starve))
+        } else {
+            let at = self.rng.index(self.disk.running.len());
+            self.disk.running.swap_remove(at)
+        };
         self.execute(io);
         if !self.commit(Fault::SwallowWake) {
             self.disk.wake = true;

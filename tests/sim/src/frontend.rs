@@ -35,6 +35,8 @@ pub(crate) struct Pending {
     pub(crate) spec: Spec,
     pub(crate) number: u32,
     pub(crate) issued: u64,
+    /// Answers that had come when it was made.
+    pub(crate) earlier: usize,
     /// Page (if it is ours), first and last sector.
     pub(crate) segments: Vec<(Option<usize>, u8, u8)>,
     /// Every page that it uses, once.
@@ -223,6 +225,7 @@ impl Machine {
             spec: spec.clone(),
             number,
             issued: time,
+            earlier: self.front.answers.len(),
             segments: Vec::new(),
             pages: Vec::new(),
             before: Vec::new(),

@@ -60,6 +60,8 @@ pub enum Fault {
     LoseInterrupt,
     /// A response carries another identifier.
     WrongId,
+    /// The disk lets one I/O wait as long as there are others.
+    StarveFirst,
     /// A completion does not wake the worker.
     SwallowWake,
 }
@@ -89,6 +91,8 @@ pub struct Setup {
     pub no_space: u64,
     /// I/Os that complete while they are submitted, in a hundred.
     pub synchronous: u64,
+    /// The disk serves the I/O that came first, so that nothing may be overtaken for ever.
+    pub fifo: bool,
     /// Accesses to the ring during which the rest of the machine moves on, in a hundred.
     pub race: u64,
     /// Requests of a random frontend that are hostile, in a hundred.
@@ -126,6 +130,7 @@ impl Default for Setup {
             maptrack: 4096,
             no_space: 0,
             synchronous: 0,
+            fifo: false,
             race: 0,
             hostile: 0,
             lawless: 0,
@@ -221,9 +226,9 @@ impl Machine {
             Some((planted, left)) if *planted == fault => {
                 let due = *left == 0;
                 *left = match fault {
-                    // Of flushes at the same time each does the work of the others.
                     _ if !due => *left - 1,
-                    Fault::IgnoreFlush => 0,
+                    // Of flushes at the same time each does the work of the others.
+                    Fault::IgnoreFlush | Fault::StarveFirst => 0,
                     _ => 2,
                 };
                 due

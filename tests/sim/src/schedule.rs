@@ -57,6 +57,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         maptrack: rng.pick(&[5usize, 40, 4096, 4096]),
         no_space: rng.pick(&[0u64, 0, 0, 2, 30, 100]),
         synchronous: rng.pick(&[0u64, 0, 30, 100]),
+        fifo: rng.percent(25),
         race: rng.pick(&[0u64, 5, 30]),
         hostile: rng.pick(&[0u64, 0, 20, 60]),
         lawless: rng.pick(&[0u64, 0, 0, 0, 1, 5]),
@@ -327,6 +328,10 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         let installed = INSTALLED.min(m.setup.limits.sectors);
         m.install(0xffff_fff0, 0, installed);
         m.plan = rng.pick(&[10u32, 60, 150, 300]);
+        if m.setup.fifo {
+            // Long enough for somebody to wait too long.
+            m.plan *= 3;
+        }
         m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
     }
     let machine = world.machine.clone();

@@ -5,10 +5,13 @@
 //! Each fault is tried on a number of seeds. A fault that has no chance in a case (no flush, no
 //! mapping) or that the schedule happens to hide is no miss; one that is found in few cases is.
 
+use ring::abi::OP_READ;
 use ring::request::Limits;
 use sim::machine::{Fault, Setup};
 use sim::rng::Rng;
 use sim::schedule::run_setup;
+use sim::spec::Spec;
+use sim::world::{Storage, World};
 
 const CASES: u64 = 40;
 
@@ -168,4 +171,33 @@ fn an_untold_guest_is_found() {
 #[test]
 fn an_answer_to_another_request_is_found() {
     must_find(&setup(), Fault::WrongId, CASES, &["nobody waits"]);
+}
+
+/// What is reported when the guest always has eight requests in the ring.
+fn steady_load(fault: Option<Fault>) -> Vec<String> {
+    let setup = Setup {
+        fifo: true,
+        race: 0,
+        ..setup()
+    };
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.machine.borrow_mut().fault = fault.map(|fault| (fault, 0));
+    world.send(&vec![Spec::pages(OP_READ, 0, 1); 8]);
+    for _ in 0..300 {
+        world.send(&[Spec::pages(OP_READ, 0, 1)]);
+        let _pass = world.pass();
+        let mut m = world.machine.borrow_mut();
+        m.disk_step();
+        m.consume();
+    }
+    world.run();
+    world.verdict()
+}
+
+#[test]
+fn a_request_that_is_overtaken_for_ever_is_found() {
+    assert_eq!(steady_load(None), Vec::<String>::new());
+    let problems = steady_load(Some(Fault::StarveFirst)).join("\n");
+    assert!(problems.contains("overtaken"), "{problems}");
 }
