@@ -102,7 +102,7 @@ fn with_volume(report: &mut Report, driver: Driver, volume: &str) -> Result<()> 
 /// Makes a file system, copies a tree, verifies a load; returns the sum of the tree.
 fn fill(report: &mut Report, guest: &Guest) -> Result<String> {
     guest.run_for(
-        "mkfs.ext4 -q /dev/xvda && mount -t ext4 /dev/xvda /mnt && cp -r /mod /lib64 /mnt/",
+        "mkfs.ext4 -q /dev/xvda && mount -t ext4 /dev/xvda /mnt && cp -a /mod /bin /mnt/",
         FIO,
     )?;
     let tree = guest
@@ -190,7 +190,7 @@ fn count_hypercalls(vbd: &Vbd) -> Result<Option<f64>> {
     })?;
     let before = vbd.statistic("rd_req")?;
     let traced = sh::status(
-        &["xentrace", "-D", "-e", "0x0020f000", "-T", "2", TRACE],
+        &["xentrace", "-D", "-e", "0x0022f000", "-T", "2", TRACE],
         Duration::from_secs(30),
     )?;
     let requests = vbd.statistic("rd_req")? - before;
