@@ -42,15 +42,10 @@ pub(crate) fn add_installed(
     payload: &Path,
     machines: &Machines,
     module: &Path,
-    with_programs: bool,
+    programs: Option<&Path>,
 ) -> Result<()> {
     let overlay = payload.join("overlay");
-    let programs = if with_programs {
-        Some(build::programs()?)
-    } else {
-        None
-    };
-    install::to(module, programs.as_deref(), &overlay)?;
+    install::to(module, programs, &overlay)?;
     let root = Root::new(&machines.build_root).bind(&overlay, "/mnt/a");
     run::shown(&mut root.script(DEPMOD)).context("cannot index the modules of the payload")
 }

@@ -87,15 +87,19 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
 
 /// Puts the module, the programs and a guest into the payload, as far as wanted.
 fn fill(args: &Args, payload: &Path, machines: &Machines) -> Result<()> {
+    let programs = if args.bare {
+        None
+    } else {
+        Some(build::programs()?)
+    };
     if !args.stock {
         let module = match &args.module {
             Some(module) => module.canonicalize()?,
             None => build::module()?,
         };
-        payload::add_installed(payload, machines, &module, !args.bare)?;
+        payload::add_installed(payload, machines, &module, programs.as_deref())?;
     }
-    if !args.bare {
-        let programs = build::programs()?;
+    if let Some(programs) = programs {
         for program in build::program_files(&programs)? {
             payload::add_program(payload, &program)?;
         }

@@ -32,8 +32,8 @@ pub(crate) fn with_everything(name: &str, script: &str) -> Result<std::path::Pat
     let payload = payload::new(name, script)?;
     let machines = recipes::machines()?;
     let module = build::module()?;
-    payload::add_installed(&payload, &machines, &module, true)?;
     let programs = build::programs()?;
+    payload::add_installed(&payload, &machines, &module, Some(&programs))?;
     for program in build::program_files(&programs)? {
         payload::add_program(&payload, &program)?;
     }
