@@ -158,6 +158,9 @@ impl Machine {
             self.disk.again = Some(io.tag);
         }
         self.disk.done.push((io.tag, status));
+        if self.commit(Fault::RepeatCompletion) {
+            self.disk.done.push((io.tag, status));
+        }
     }
 
     fn flush(&mut self, io: &Running) {

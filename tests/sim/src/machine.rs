@@ -34,6 +34,8 @@ pub enum Fault {
     LoseCompletion,
     /// The disk completes an I/O again when its tag is next in use.
     DoubleCompletion,
+    /// The disk tells of a completion twice in a row.
+    RepeatCompletion,
     /// The disk writes two sectors in each other's place.
     SwapSectors,
     /// The disk writes one sector further than it was told.

@@ -88,6 +88,12 @@ fn a_doubled_completion_is_found() {
 }
 
 #[test]
+fn a_completion_that_is_told_twice_in_a_row_does_no_harm() {
+    let (found, report) = found(&setup(), Fault::RepeatCompletion);
+    assert_eq!(found, 0, "{report:#?}");
+}
+
+#[test]
 fn swapped_sectors_are_found() {
     must_find(&setup(), Fault::SwapSectors, CASES / 2, &["explains"]);
 }
