@@ -371,6 +371,7 @@ fn cdrom(context: &mut Context) -> Result<()> {
 
 fn file(context: &mut Context) -> Result<()> {
     const IMAGE: &str = "/tmp/vmtest.img";
+    sh::modprobe("loop", &[])?;
     sh::run(&["truncate", "-s", "16M", IMAGE])?;
     context.at_end("remove the image", || Ok(std::fs::remove_file(IMAGE)?));
     let guest = context.pv()?;
@@ -412,6 +413,8 @@ fn statistics(context: &mut Context) -> Result<()> {
             .map(|name| vbd.statistic(name))
             .collect::<Result<Vec<u64>>>()
     };
+    // The first open waits for the end of the guest's search for partitions.
+    guest.run("dd if=/dev/xvda of=/dev/null bs=4k count=1 iflag=direct")?;
     let before = read()?;
     guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=8 oflag=direct && dd if=/dev/xvda of=/dev/null bs=8k count=16 iflag=direct")?;
     let after = read()?;
