@@ -14,12 +14,15 @@
 //! [`SharedRing`](crate::ring::ports::SharedRing), [`Grants`](grants::Grants) and
 //! [`Backend`](backend::Backend).
 
+mod admit;
 pub mod backend;
+mod finish;
 pub mod grants;
 pub mod pass;
 pub mod segments;
 pub mod slots;
 pub mod stats;
+mod transfer;
 
 pub use backend::{Backend, Io, IoKind};
 pub use grants::Grants;
