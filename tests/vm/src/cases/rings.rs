@@ -18,45 +18,26 @@ struct Shape {
     persistent: bool,
 }
 
-/// Every order and every number of queues, and each pair of the other choices at least once.
+/// Every order and every number of queues, and each pair of the other choices at least once. With
+/// persistent grants the frontend allocates a page for every segment of every slot of the ring at once, so
+/// a long ring and long requests together need more memory than a small guest has.
 const SHAPES: &[Shape] = &[
-    Shape {
-        queues: 1,
-        order: 0,
-        segments: 32,
-        persistent: false,
-    },
-    Shape {
-        queues: 2,
-        order: 1,
-        segments: 0,
-        persistent: true,
-    },
-    Shape {
-        queues: 3,
-        order: 2,
-        segments: 256,
-        persistent: false,
-    },
-    Shape {
-        queues: 4,
-        order: 3,
-        segments: 32,
-        persistent: true,
-    },
-    Shape {
-        queues: 1,
-        order: 4,
-        segments: 256,
-        persistent: true,
-    },
-    Shape {
-        queues: 4,
-        order: 4,
-        segments: 0,
-        persistent: false,
-    },
+    shape(1, 0, 32, false),
+    shape(2, 1, 256, true),
+    shape(3, 2, 256, false),
+    shape(4, 3, 0, true),
+    shape(1, 4, 32, true),
+    shape(4, 4, 256, false),
 ];
+
+const fn shape(queues: u64, order: u64, segments: u64, persistent: bool) -> Shape {
+    Shape {
+        queues,
+        order,
+        segments,
+        persistent,
+    }
+}
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
