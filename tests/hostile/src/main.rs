@@ -1,3 +1,88 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A malicious blkif frontend in user space.
+//!
+//! It runs in dom0, plays toolstack and frontend, and lets dom0's own backend serve its rings: the
+//! grants and the event channels lead back to the same domain. `run` executes numbered attacks,
+//! `fuzz` sends random requests that a seed repeats. After each the same oracle looks at dom0:
+//! good requests get right data, a neighbour's disk works, the kernel's log is short and calm,
+//! nothing is left behind.
 
-fn main() {}
+mod cases;
+mod disk;
+mod evtchn;
+mod fuzz;
+mod grants;
+mod kmsg;
+mod lab;
+mod leaks;
+mod queue;
+mod report;
+mod rng;
+mod session;
+mod store;
+mod vbd;
+mod wait;
+mod wire;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// A malicious frontend against the block backend of this dom0.
+#[derive(Parser)]
+#[command(name = "hostile", version)]
+struct Cli {
+    /// Attack this block device in place of a new null_blk device; its content is destroyed.
+    #[arg(long, global = true, value_name = "DEVICE")]
+    device: Option<PathBuf>,
+    #[command(subcommand)]
+    face: Face,
+}
+
+#[derive(Subcommand)]
+enum Face {
+    /// Execute the attacks and print KTAP to the file named by REPORT (default: standard output).
+    Run {
+        /// Only attacks whose name contains one of these words, separated by commas.
+        #[arg(long, default_value = "")]
+        only: String,
+        /// List the attacks and stop.
+        #[arg(long)]
+        list: bool,
+    },
+    /// Random requests, good and bad, on a live ring.
+    Fuzz {
+        /// The seed; the same one sends the same requests.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// How many batches of requests.
+        #[arg(long, default_value_t = 500)]
+        cases: u32,
+    },
+}
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("hostile: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn start() -> Result<bool> {
+    let cli = Cli::parse();
+    match cli.face {
+        Face::Run { list: true, .. } => {
+            for case in cases::all() {
+                println!("{:34} {}", case.name, case.about);
+            }
+            Ok(true)
+        }
+        Face::Run { only, .. } => cases::run(&only, cli.device.as_ref()),
+        Face::Fuzz { seed, cases } => fuzz::run(seed, cases, cli.device.as_ref()),
+    }
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Disks to offer: memory-backed null_blk devices made for this run, or a block device by path.
+
+use crate::wait;
+use anyhow::{bail, Context, Result};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const CONFIG: &str = "/sys/kernel/config/nullb";
+
+/// A block device.
+pub(crate) struct Disk {
+    device: PathBuf,
+    /// Its directory in configfs, if it was made by us.
+    made: Option<PathBuf>,
+    /// 512-byte sectors.
+    pub(crate) sectors: u64,
+}
+
+/// What a new disk is like.
+pub(crate) struct Shape {
+    /// Its name in configfs.
+    pub(crate) name: &'static str,
+    /// Bytes of a logical block.
+    pub(crate) block: u32,
+    /// Time that each I/O takes.
+    pub(crate) latency: Duration,
+}
+
+impl Disk {
+    /// Makes a disk of 64 MiB that supports discard and has a volatile cache.
+    pub(crate) fn make(shape: &Shape) -> Result<Disk> {
+        if !Path::new(CONFIG).exists() {
+            run(&["modprobe", "null_blk", "nr_devices=0"])?;
+        }
+        if !Path::new(CONFIG).exists() {
+            run(&["mount", "-t", "configfs", "configfs", "/sys/kernel/config"])?;
+        }
+        let dir = Path::new(CONFIG).join(shape.name);
+        fs::create_dir(&dir)
+            .with_context(|| format!("cannot make {}: rmdir what is left of it", dir.display()))?;
+        let made = Some(dir.clone());
+        let slow = !shape.latency.is_zero();
+        let attributes: [(&str, u128); 8] = [
+            ("size", 64),
+            ("memory_backed", 1),
+            ("discard", 1),
+            ("blocksize", shape.block.into()),
+            ("cache_size", 4),
+            ("irqmode", if slow { 2 } else { 0 }),
+            ("completion_nsec", shape.latency.as_nanos()),
+            ("power", 1),
+        ];
+        for (name, value) in attributes {
+            fs::write(dir.join(name), value.to_string())
+                .with_context(|| format!("null_blk refuses {name}={value}"))?;
+        }
+        // Newer kernels name the device after the directory, older ones after a number.
+        let index = fs::read_to_string(dir.join("index")).context("null_blk tells no index")?;
+        let names = [shape.name.to_owned(), format!("nullb{}", index.trim())];
+        let found = wait::until("the device of null_blk", Duration::from_secs(10), || {
+            let paths = names.iter().map(|name| Path::new("/dev").join(name));
+            Ok(paths.into_iter().find(|path| path.exists()))
+        })?;
+        Disk::of(&found, made)
+    }
+
+    /// A device that exists.
+    pub(crate) fn existing(device: &Path) -> Result<Disk> {
+        Disk::of(device, None)
+    }
+
+    fn of(device: &Path, made: Option<PathBuf>) -> Result<Disk> {
+        let name = device.file_name().context("a device has a name")?;
+        let size = Path::new("/sys/class/block").join(name).join("size");
+        let text = fs::read_to_string(&size)
+            .with_context(|| format!("{} is no block device", device.display()))?;
+        let sectors = text.trim().parse().context("a size is a number")?;
+        Ok(Disk {
+            device: device.to_owned(),
+            made,
+            sectors,
+        })
+    }
+
+    /// `MAJOR:MINOR` in hexadecimal.
+    pub(crate) fn number(&self) -> Result<String> {
+        let number = fs::metadata(&self.device)?.rdev();
+        let (major, minor) = (libc::major(number), libc::minor(number));
+        Ok(format!("{major:x}:{minor:x}"))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Some(dir) = &self.made {
+            if let Err(error) = fs::remove_dir(dir) {
+                eprintln!("hostile: cannot remove {}: {error}", dir.display());
+            }
+        }
+    }
+}
+
+fn run(command: &[&str]) -> Result<()> {
+    let status = Command::new(command[0]).args(&command[1..]).status();
+    let status = status.with_context(|| format!("cannot run {}", command[0]))?;
+    if !status.success() {
+        bail!("`{}` failed ({status})", command.join(" "));
+    }
+    Ok(())
+}

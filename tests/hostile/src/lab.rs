@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What every case works with, and the oracle that looks at dom0 after it.
+
+use crate::disk::{self, Disk};
+use crate::kmsg::{self, Kmsg};
+use crate::leaks::Leaks;
+use crate::session::{Session, Shape, PLAIN};
+use crate::vbd::{Mode, Vbd};
+use anyhow::{ensure, Context, Result};
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// The bystander's device number.
+const BYSTANDER: u32 = 1;
+
+/// Lines that one case may bring into dom0's log.
+const LOG_LINES: usize = 20;
+
+/// Time in which a bystander gets its data, whatever a neighbour does.
+const RESPONSIVE: Duration = Duration::from_secs(5);
+
+/// The disks of a run.
+pub(crate) struct Lab {
+    /// A disk with blocks of 512 bytes.
+    pub(crate) disk: Disk,
+    /// One with blocks of 4096 bytes.
+    pub(crate) coarse: Disk,
+    /// One on which each I/O takes a while.
+    pub(crate) slow: Disk,
+    bystander: Session,
+    _other: Disk,
+    kmsg: Kmsg,
+    baseline: Leaks,
+    next: Cell<u32>,
+    seed: Cell<u32>,
+}
+
+impl Lab {
+    /// Makes the disks and connects the bystander. `device` replaces the disk that is attacked.
+    pub(crate) fn new(device: Option<&PathBuf>) -> Result<Lab> {
+        let make = |name, block, latency| {
+            disk::Disk::make(&disk::Shape {
+                name,
+                block,
+                latency,
+            })
+        };
+        let disk = match device {
+            Some(path) => Disk::existing(path)?,
+            None => make("hostile-disk", 512, Duration::ZERO)?,
+        };
+        let coarse = make("hostile-coarse", 4096, Duration::ZERO)?;
+        let slow = make("hostile-slow", 512, Duration::from_millis(20))?;
+        let other = make("hostile-other", 512, Duration::ZERO)?;
+        let bystander = Session::start(BYSTANDER, &other, Mode::ReadWrite, PLAIN)
+            .context("an honest frontend cannot connect")?;
+        Ok(Lab {
+            disk,
+            coarse,
+            slow,
+            bystander,
+            _other: other,
+            kmsg: Kmsg::from_now()?,
+            baseline: Leaks::now()?,
+            next: Cell::new(BYSTANDER + 1),
+            seed: Cell::new(0x1234_5678),
+        })
+    }
+
+    /// A device number that was not used before.
+    pub(crate) fn devid(&self) -> u32 {
+        self.next.replace(self.next.get() + 1)
+    }
+
+    fn seed(&self) -> u32 {
+        let next = self.seed.get().wrapping_mul(1_664_525).wrapping_add(1);
+        self.seed.replace(next)
+    }
+
+    /// Attaches the disk without connecting.
+    pub(crate) fn attach(&self) -> Result<Vbd> {
+        Vbd::attach(self.devid(), &self.disk, Mode::ReadWrite)
+    }
+
+    /// Attaches a disk and connects.
+    pub(crate) fn session_on(&self, disk: &Disk, mode: Mode, shape: Shape) -> Result<Session> {
+        Session::start(self.devid(), disk, mode, shape)
+    }
+
+    /// Attaches the disk and connects with one queue of one page.
+    pub(crate) fn session(&self) -> Result<Session> {
+        self.session_on(&self.disk, Mode::ReadWrite, PLAIN)
+    }
+
+    /// The session still serves good requests; then it closes as it should.
+    pub(crate) fn finish_healthy(&self, mut session: Session) -> Result<()> {
+        session.exercise(64, self.seed()).context(
+            "after the attack the same connection does not serve good requests any more",
+        )?;
+        session.finish()
+    }
+
+    /// The neighbour's data comes, right and soon.
+    pub(crate) fn bystander(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let seed = self.seed();
+        self.bystander
+            .exercise(u64::from(seed % 1024), seed)
+            .context("another disk of the same dom0 suffers")?;
+        let took = start.elapsed();
+        ensure!(
+            took <= RESPONSIVE,
+            "another disk of the same dom0 took {took:?} for three requests"
+        );
+        Ok(())
+    }
+
+    /// Forgets what was logged before a case.
+    pub(crate) fn begin(&mut self) -> Result<()> {
+        self.kmsg.take().map(drop)
+    }
+
+    /// The oracle after each case: see the fields of this type and its constants.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        self.bystander()?;
+        let mut session = self
+            .session()
+            .context("after the attack nobody can connect to the disk")?;
+        session
+            .exercise(128, self.seed())
+            .context("after the attack a fresh connection gets no right data")?;
+        session.finish()?;
+        self.baseline.wait_same(Duration::from_secs(10))?;
+        let lines = self.kmsg.take()?;
+        let bad = kmsg::trouble(&lines);
+        ensure!(bad.is_empty(), "dom0's kernel is in trouble: {bad:#?}");
+        ensure!(
+            lines.len() <= LOG_LINES,
+            "the case made dom0 log {} lines, such as {:#?}",
+            lines.len(),
+            &lines[..lines.len().min(5)]
+        );
+        Ok(())
+    }
+
+    /// Ends the bystander.
+    pub(crate) fn finish(self) -> Result<()> {
+        self.bystander.finish()
+    }
+}

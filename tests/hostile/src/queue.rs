@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The frontend's side of one ring.
+
+use crate::evtchn::EventChannel;
+use crate::grants::{Access, GrantPages};
+use crate::wire::{Answer, Request};
+use anyhow::{bail, ensure, Context, Result};
+use ring::abi::{self, Protocol, MAX_SLOT_SIZE, RING_HEADER_SIZE};
+use std::sync::atomic::{fence, AtomicU32, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+/// An honest ring: the indices are kept privately and the shared ones are only written.
+pub(crate) struct Queue {
+    /// The ring's pages.
+    pub(crate) pages: GrantPages,
+    /// Its event channel.
+    pub(crate) channel: EventChannel,
+    protocol: Protocol,
+    size: u32,
+    prod: u32,
+    cons: u32,
+    /// Events that came.
+    pub(crate) events: u64,
+}
+
+impl Queue {
+    /// A fresh ring.
+    pub(crate) fn new(protocol: Protocol, order: u8) -> Result<Queue> {
+        let pages = GrantPages::new(1 << order, Access::ReadWrite)?;
+        let queue = Queue {
+            pages,
+            channel: EventChannel::new()?,
+            protocol,
+            size: protocol.ring_size(order).context("impossible ring order")?,
+            prod: 0,
+            cons: 0,
+            events: 0,
+        };
+        queue.word(abi::REQ_EVENT).store(1, Ordering::Relaxed);
+        queue.word(abi::RSP_EVENT).store(1, Ordering::Relaxed);
+        Ok(queue)
+    }
+
+    /// Begins at other indices; before the backend attaches.
+    pub(crate) fn start_at(&mut self, index: u32) {
+        for word in [abi::REQ_PROD, abi::RSP_PROD] {
+            self.word(word).store(index, Ordering::Relaxed);
+        }
+        for word in [abi::REQ_EVENT, abi::RSP_EVENT] {
+            self.word(word)
+                .store(index.wrapping_add(1), Ordering::Relaxed);
+        }
+        (self.prod, self.cons) = (index, index);
+    }
+
+    /// A word of the shared header.
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
+        &self.pages.words()[offset / 4]
+    }
+
+    /// Slots.
+    pub(crate) fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// The producer index.
+    pub(crate) fn prod(&self) -> u32 {
+        self.prod
+    }
+
+    /// Requests without an answer taken.
+    pub(crate) fn pending(&self) -> u32 {
+        self.prod.wrapping_sub(self.cons)
+    }
+
+    fn offset(&self, index: u32) -> usize {
+        RING_HEADER_SIZE + (index & (self.size - 1)) as usize * self.protocol.slot_size()
+    }
+
+    /// The bytes of the slot that an index stands for.
+    pub(crate) fn slot(&self, index: u32) -> &[AtomicU8] {
+        &self.pages.bytes()[self.offset(index)..][..self.protocol.slot_size()]
+    }
+
+    /// Writes a request into the next slot; the backend does not know yet.
+    pub(crate) fn push(&mut self, request: &Request) {
+        let bytes = request.encode(self.protocol);
+        self.pages
+            .write(self.offset(self.prod), &bytes[..self.protocol.slot_size()]);
+        self.prod = self.prod.wrapping_add(1);
+    }
+
+    /// Publishes what was written and sends an event.
+    pub(crate) fn publish(&self) -> Result<()> {
+        self.word(abi::REQ_PROD).store(self.prod, Ordering::Release);
+        fence(Ordering::SeqCst);
+        self.channel.notify()
+    }
+
+    /// Takes back what was pushed and not yet published.
+    pub(crate) fn unpush(&mut self, count: u32) {
+        self.prod = self.prod.wrapping_sub(count);
+    }
+
+    /// Forgets the answers that are still to come.
+    pub(crate) fn forget(&mut self) {
+        self.cons = self.prod;
+    }
+
+    /// The answers that are there.
+    pub(crate) fn take(&mut self) -> Result<Vec<Answer>> {
+        let produced = self.word(abi::RSP_PROD).load(Ordering::Acquire);
+        let ready = produced.wrapping_sub(self.cons);
+        ensure!(
+            ready <= self.pending(),
+            "the backend answered {ready} requests of {}",
+            self.pending()
+        );
+        let mut answers = Vec::new();
+        for _ in 0..ready {
+            let mut slot = [0u8; MAX_SLOT_SIZE];
+            self.pages.read(
+                self.offset(self.cons),
+                &mut slot[..self.protocol.slot_size()],
+            );
+            answers.push(Answer::decode(&slot, self.protocol));
+            self.cons = self.cons.wrapping_add(1);
+        }
+        Ok(answers)
+    }
+
+    /// Waits for so many answers, by events alone.
+    pub(crate) fn wait(&mut self, count: usize, limit: Duration) -> Result<Vec<Answer>> {
+        let deadline = Instant::now() + limit;
+        let mut answers = Vec::new();
+        loop {
+            answers.extend(self.take()?);
+            if answers.len() >= count {
+                return Ok(answers);
+            }
+            self.word(abi::RSP_EVENT)
+                .store(self.cons.wrapping_add(1), Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            let more = self.take()?;
+            if !more.is_empty() {
+                answers.extend(more);
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!(
+                    "{} of {count} answers came in {limit:?}; the last events: {}",
+                    answers.len(),
+                    self.events
+                );
+            }
+            if self.channel.wait(left)? {
+                self.events += 1;
+            }
+        }
+    }
+
+    /// Sends one request and waits for its answer.
+    pub(crate) fn call(&mut self, request: &Request) -> Result<Answer> {
+        ensure!(
+            self.pending() == 0,
+            "a single call on a ring with requests in flight"
+        );
+        self.push(request);
+        self.publish()?;
+        let answers = self.wait(1, ANSWER)?;
+        let answer = *answers.first().context("no answer")?;
+        ensure!(
+            answer.id == request.id() && answer.op == request.echo(),
+            "the answer {answer:?} does not belong to {request:?}"
+        );
+        Ok(answer)
+    }
+
+    /// Sends requests, as many at once as fit, and returns their answers by arrival.
+    pub(crate) fn batch(&mut self, requests: &[Request]) -> Result<Vec<Answer>> {
+        let mut answers = Vec::new();
+        for chunk in requests.chunks(self.size as usize) {
+            for request in chunk {
+                self.push(request);
+            }
+            self.publish()?;
+            answers.extend(self.wait(chunk.len(), ANSWER)?);
+        }
+        Ok(answers)
+    }
+}
+
+/// An answer comes within this time, however busy the machine is.
+pub(crate) const ANSWER: Duration = Duration::from_secs(20);

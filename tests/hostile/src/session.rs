@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A connected frontend: a virtual disk, its queues, and pages for data.
+
+use crate::disk::Disk;
+use crate::grants::{Access, GrantPages};
+use crate::queue::Queue;
+use crate::vbd::{state, Mode, Vbd};
+use crate::wire::{flush, rw, Request, Seg, OKAY};
+use anyhow::{ensure, Result};
+use ring::abi::{Protocol, OP_READ, OP_WRITE, PAGE_SIZE};
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Pages for data of a session.
+pub(crate) const DATA_PAGES: usize = 48;
+
+/// What a frontend asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Queues.
+    pub(crate) queues: usize,
+    /// Ring order.
+    pub(crate) order: u8,
+    /// Layout.
+    pub(crate) protocol: Protocol,
+}
+
+/// One queue of one page in the native layout.
+pub(crate) const PLAIN: Shape = Shape {
+    queues: 1,
+    order: 0,
+    protocol: Protocol::Abi64,
+};
+
+/// A connected frontend. The fields are dropped in this order: the backend lets go first.
+pub(crate) struct Session {
+    /// The virtual disk.
+    pub(crate) vbd: Vbd,
+    /// The queues.
+    pub(crate) queues: Vec<Queue>,
+    /// Pages for data that the backend may write.
+    pub(crate) data: GrantPages,
+    /// Sectors of the disk.
+    pub(crate) sectors: u64,
+}
+
+/// Makes the queues of a shape.
+pub(crate) fn queues(shape: Shape) -> Result<Vec<Queue>> {
+    (0..shape.queues)
+        .map(|_| Queue::new(shape.protocol, shape.order))
+        .collect()
+}
+
+/// The keys of an honest frontend for these queues.
+pub(crate) fn keys(shape: Shape, queues: &[Queue]) -> Vec<(String, String)> {
+    let protocol = match shape.protocol {
+        Protocol::Abi64 => "x86_64-abi",
+        Protocol::Abi32 => "x86_32-abi",
+    };
+    let mut keys = vec![("protocol".to_owned(), protocol.to_owned())];
+    if shape.order > 0 {
+        keys.push(("ring-page-order".into(), shape.order.to_string()));
+    }
+    if queues.len() > 1 {
+        keys.push(("multi-queue-num-queues".into(), queues.len().to_string()));
+    }
+    for (index, queue) in queues.iter().enumerate() {
+        let prefix = if queues.len() > 1 {
+            format!("queue-{index}/")
+        } else {
+            String::new()
+        };
+        for (page, gref) in queue.pages.grefs().iter().enumerate() {
+            let name = match shape.order {
+                0 => "ring-ref".to_owned(),
+                _ => format!("ring-ref{page}"),
+            };
+            keys.push((format!("{prefix}{name}"), gref.to_string()));
+        }
+        let port = queue.channel.port().to_string();
+        keys.push((format!("{prefix}event-channel"), port));
+    }
+    keys
+}
+
+impl Session {
+    /// Attaches a disk and connects to it.
+    pub(crate) fn start(devid: u32, disk: &Disk, mode: Mode, shape: Shape) -> Result<Session> {
+        let vbd = Vbd::attach(devid, disk, mode)?;
+        Session::connect(vbd, disk.sectors, shape, queues(shape)?)
+    }
+
+    /// Connects an attached disk with these queues.
+    pub(crate) fn connect(
+        vbd: Vbd,
+        sectors: u64,
+        shape: Shape,
+        queues: Vec<Queue>,
+    ) -> Result<Session> {
+        let session = Session {
+            vbd,
+            queues,
+            data: GrantPages::new(DATA_PAGES, Access::ReadWrite)?,
+            sectors,
+        };
+        session.publish_keys(shape)?;
+        Ok(session)
+    }
+
+    /// Writes the keys of the queues and waits for Connected.
+    pub(crate) fn publish_keys(&self, shape: Shape) -> Result<()> {
+        // What an earlier shape left must not count.
+        for key in ["multi-queue-num-queues", "ring-page-order"] {
+            self.vbd
+                .store
+                .remove(&format!("{}/{key}", self.vbd.front))?;
+        }
+        self.vbd
+            .store
+            .write_all(&self.vbd.front, &keys(shape, &self.queues))?;
+        self.vbd.set_state(state::INITIALISED)?;
+        let reached = self
+            .vbd
+            .wait_back("Connected", &[state::CONNECTED, state::CLOSING])?;
+        ensure!(
+            reached == state::CONNECTED,
+            "the backend refused an honest frontend: {:?}",
+            self.vbd.error()?
+        );
+        self.vbd.set_state(state::CONNECTED)
+    }
+
+    /// The first queue.
+    pub(crate) fn queue(&mut self) -> &mut Queue {
+        &mut self.queues[0]
+    }
+
+    /// A data page as a whole segment.
+    pub(crate) fn seg(&self, page: usize) -> Seg {
+        Seg::page(self.data.grefs()[page])
+    }
+
+    /// Closes the connection and begins anew with fresh queues.
+    pub(crate) fn reconnect(&mut self, shape: Shape) -> Result<()> {
+        self.vbd.close()?;
+        self.queues = queues(shape)?;
+        self.vbd.reopen()?;
+        self.publish_keys(shape)
+    }
+
+    /// Closes and detaches.
+    pub(crate) fn finish(self) -> Result<()> {
+        let Session { vbd, .. } = self;
+        vbd.detach()
+    }
+
+    /// Sends one request and expects a status.
+    pub(crate) fn expect(&mut self, request: &Request, status: i16) -> Result<()> {
+        let answer = self.queue().call(request)?;
+        ensure!(
+            answer.status == status,
+            "status {} instead of {status} for {request:?}",
+            answer.status
+        );
+        Ok(())
+    }
+
+    /// The oracle of health: write, flush and read on every queue give back the right data.
+    pub(crate) fn exercise(&mut self, sector: u64, seed: u32) -> Result<()> {
+        for queue in 0..self.queues.len() {
+            self.exercise_queue(queue, sector, seed.wrapping_add(queue as u32))?;
+        }
+        Ok(())
+    }
+
+    fn exercise_queue(&mut self, queue: usize, sector: u64, seed: u32) -> Result<()> {
+        const PAGES: usize = 3;
+        let words = PAGES * PAGE_SIZE / 4;
+        let pattern = |index: usize| (index as u32).wrapping_mul(0x9e37_79b9) ^ seed;
+        for (index, word) in self.data.words()[..words].iter().enumerate() {
+            word.store(pattern(index), Relaxed);
+        }
+        let segs: Vec<Seg> = (0..PAGES).map(|page| self.seg(page)).collect();
+        let id = u64::from(seed) << 32;
+        let steps = [
+            rw(OP_WRITE, id, sector, &segs),
+            flush(id | 1),
+            rw(OP_READ, id | 2, sector, &segs),
+        ];
+        for (step, request) in steps.iter().enumerate() {
+            if step == 2 {
+                self.data.fill(0x11);
+            }
+            let answer = self.queues[queue].call(request)?;
+            ensure!(
+                answer.status == OKAY,
+                "a good request failed with status {}: {request:?}",
+                answer.status
+            );
+        }
+        for (index, word) in self.data.words()[..words].iter().enumerate() {
+            let got = word.load(Relaxed);
+            ensure!(
+                got == pattern(index),
+                "sector {}: read {got:#x}, wrote {:#x}",
+                sector + (index / 128) as u64,
+                pattern(index)
+            );
+        }
+        Ok(())
+    }
+}

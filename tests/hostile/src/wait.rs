@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Waiting with a limit.
+
+use anyhow::{bail, Result};
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+/// Waits until a file can be read; says whether it can.
+pub(crate) fn readable(fd: RawFd, limit: Duration) -> Result<bool> {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let millis = i32::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+    // SAFETY: `poll` is one valid entry.
+    let count = unsafe { libc::poll(&mut poll, 1, millis) };
+    if count < 0 {
+        let error = std::io::Error::last_os_error();
+        if error.kind() == std::io::ErrorKind::Interrupted {
+            return Ok(false);
+        }
+        bail!("cannot wait for a file: {error}");
+    }
+    Ok(count > 0)
+}
+
+/// Looks until `found` gives something; for what nobody sends an event about.
+pub(crate) fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut found: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = found()? {
+            return Ok(value);
+        }
+        if Instant::now() >= deadline {
+            bail!("{what} did not come in {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
