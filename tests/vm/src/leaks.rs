@@ -80,7 +80,7 @@ impl Leaks {
     }
 }
 
-/// Available memory of dom0 in KiB, for a trend over many cycles.
+/// A field of /proc/meminfo in KiB.
 pub(crate) fn memory(field: &str) -> Result<u64> {
     let text = sh::get("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix(field));

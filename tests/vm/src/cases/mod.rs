@@ -373,7 +373,8 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
         sh::run(&["rmmod", driver.other().sys_module()])?;
     }
     if !loaded(driver) {
-        sh::modprobe(driver.module(), &[])?;
+        // The default is one queue for each CPU of dom0, which may be too few for the ring cases.
+        sh::modprobe(driver.module(), &["max_queues=4"])?;
     }
     let directory = Path::new("/sys/bus/xen-backend/drivers").join(driver.bus_name());
     sh::wait_for(
@@ -381,7 +382,7 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
         Duration::from_secs(20),
         || Ok(directory.exists()),
     )?;
-    // The default is one queue for each CPU of dom0, which may be too few for the ring cases.
+    // A module that was loaded before took its own default; not every driver lets it be changed.
     let queues = Path::new("/sys/module")
         .join(driver.sys_module())
         .join("parameters/max_queues");
