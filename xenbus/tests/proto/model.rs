@@ -76,6 +76,24 @@ fn every_view_comes_to_rest() {
 }
 
 #[test]
+fn a_frontend_that_wants_to_be_connected_is_served() {
+    for start in every_view() {
+        let wants = matches!(start.theirs, State::Initialised | State::Connected);
+        if wants && start.disk && !start.refused {
+            let mut view = start;
+            for _ in 0..8 {
+                obey(&mut view, true);
+                if view.rings == Rings::Draining {
+                    view.rings = Rings::None;
+                }
+            }
+            assert_eq!(view.ours, State::Connected, "{start:?}");
+            assert_eq!(view.rings, Rings::Served, "{start:?}");
+        }
+    }
+}
+
+#[test]
 fn nothing_is_done_while_rings_drain() {
     for view in every_view() {
         if view.rings == Rings::Draining {
