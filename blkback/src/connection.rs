@@ -41,13 +41,9 @@ impl ConnectError {
                     "the frontend's key {} {}",
                     error.key.as_str(),
                     error.text()
-                ))
-                .map_err(Into::into),
+                )),
             ),
-            Self::Step(step, error) => (
-                *error,
-                CString::try_from_fmt(fmt!("{step}")).map_err(Into::into),
-            ),
+            Self::Step(step, error) => (*error, CString::try_from_fmt(fmt!("{step}"))),
         }
     }
 }
@@ -107,7 +103,6 @@ impl Connection {
         let name = thread_name(device);
         for (index, queue) in prepared.into_iter().enumerate() {
             let started = CString::try_from_fmt(fmt!("{}-{index}", name.as_str()))
-                .map_err(Error::from)
                 .and_then(|name| queue.start(&name))
                 .and_then(|queue| push(&mut queues, queue));
             if let Err(error) = started {

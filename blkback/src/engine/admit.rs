@@ -3,12 +3,12 @@
 //! Taking requests from the ring: a slot and pages for each, and the segments of indirect ones.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::grants::{Buffer, Copy, CopyDirection, Grants};
 use crate::engine::pass::{Engine, Fetch, MAX_DESCRIPTORS};
 use crate::engine::segments::Pool;
 use crate::engine::slots::{Slot, State, Tag};
 use crate::engine::transfer::{queue_copy, run_copies};
 use crate::ring::abi::MAX_SLOT_SIZE;
+use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants};
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{
     Direct, Direction, Discard, Indirect, Ordering, RawRequest, Reason, Reject, Request,

@@ -3,12 +3,12 @@
 //! Giving requests to the backend, and answering those that are complete.
 
 use crate::engine::backend::{Backend, Io, IoKind};
-use crate::engine::grants::Grants;
 use crate::engine::pass::Engine;
 use crate::engine::segments::Segments;
 use crate::engine::slots::{List, Slot, Slots, State, Tag};
 use crate::engine::stats::Stats;
 use crate::engine::transfer::queue_unmaps;
+use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 use crate::ring::response::{Response, Status};
 

@@ -11,21 +11,20 @@
 //! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand
 //! under one plug, all responses are published with at most one event. The engine belongs to one
 //! thread and holds no lock; what it needs from its surroundings are three ports:
-//! [`SharedRing`](crate::ring::ports::SharedRing), [`Grants`](grants::Grants) and
+//! [`SharedRing`](crate::ring::ports::SharedRing), [`Grants`](crate::ring::grants::Grants) and
 //! [`Backend`](backend::Backend).
 
 mod admit;
 pub mod backend;
 mod finish;
-pub mod grants;
 pub mod pass;
 pub mod segments;
 pub mod slots;
 pub mod stats;
 mod transfer;
 
+pub use crate::ring::grants::Grants;
 pub use backend::{Backend, Io, IoKind};
-pub use grants::Grants;
 pub use pass::{Config, Engine, Pass};
 pub use segments::SegmentEntry;
 pub use slots::{Slot, Tag};

@@ -4,11 +4,11 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::finish::Rest;
-use crate::engine::grants::Grants;
 use crate::engine::segments::{Pool, SegmentEntry, Segments};
 use crate::engine::slots::{List, Slot, Slots, Tag};
 use crate::engine::stats::Stats;
 use crate::ring::abi::Protocol;
+use crate::ring::grants::Grants;
 use crate::ring::index::BackRing;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{Indirect, Limits, Request};

@@ -6,8 +6,7 @@ use crate::engine::backend::IoKind;
 use crate::engine::segments::Pool;
 use crate::ring::response::Status;
 
-/// Names a slot; below the ring's size.
-pub type Tag = u16;
+pub use crate::ring::grants::Tag;
 
 /// The end of a list.
 const END: Tag = Tag::MAX;

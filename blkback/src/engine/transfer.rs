@@ -3,10 +3,10 @@
 //! Moving data between the guest's pages and ours: copies and maps, in and out.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::engine::pass::Engine;
 use crate::engine::segments::{Pool, Segments};
 use crate::engine::slots::{List, Slot, Slots, Tag};
+use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::ring::ports::SharedRing;
 use crate::ring::response::Status;
 

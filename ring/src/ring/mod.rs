@@ -12,6 +12,7 @@
 //! All sectors are 512 bytes, whatever the disk's logical block size is.
 
 pub mod abi;
+pub mod grants;
 pub mod index;
 pub mod ports;
 pub mod request;

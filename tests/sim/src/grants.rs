@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use blkback::engine::grants::{Buffer, Copy, CopyDirection, MapOutcome};
 use blkback::engine::{Grants, Tag};
 use ring::abi::{RawSegment, PAGE_SIZE};
+use ring::grants::{Buffer, Copy, CopyDirection, MapOutcome};
 use zerocopy::FromBytes;
 
 use crate::frontend::Target;

@@ -6,7 +6,7 @@ use super::bdev::BlockDevice;
 use super::pages::{push, Pages};
 use super::parker::Parker;
 use super::{cond_resched, sys};
-use crate::engine::slots::Tag;
+use crate::ring::grants::Tag;
 use core::pin::Pin;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -289,7 +289,7 @@ impl Drop for Bio<'_> {
 }
 
 /// Completion of a bio; runs in any context, interrupts included.
-unsafe extern "C" fn end_io(bio: *mut bindings::bio) {
+extern "C" fn end_io(bio: *mut bindings::bio) {
     // SAFETY: The block layer passes the bio that completed; its record is busy, so valid.
     let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<Record>()) };
     // SAFETY: The bio is complete, and nobody else uses it.

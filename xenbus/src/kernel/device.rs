@@ -41,8 +41,8 @@ impl Device {
             return Err(ENOENT);
         }
         // SAFETY: By the requirement of this function; the name lives as long as the device.
-        let nodename =
-            CString::try_from_fmt(fmt!("{}", Text(unsafe { sys::xbr_dev_nodename(raw) })))?;
+        let nodename = unsafe { sys::xbr_dev_nodename(raw) };
+        let nodename = CString::try_from_fmt(fmt!("{}", Text(nodename)))?;
         // The string stays while the device is bound, which may be shorter than our reference.
         let otherend = CString::try_from_fmt(fmt!("{}", Text(otherend)))?;
         // SAFETY: By the requirement of this function.

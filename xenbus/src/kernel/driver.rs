@@ -110,10 +110,7 @@ impl<T: Driver> Adapter<T> {
         },
     ];
 
-    unsafe extern "C" fn probe(
-        raw: *mut sys::XenbusDevice,
-        _id: *const sys::XenbusDeviceId,
-    ) -> c_int {
+    extern "C" fn probe(raw: *mut sys::XenbusDevice, _id: *const sys::XenbusDeviceId) -> c_int {
         from_result(|| {
             // SAFETY: The bus calls this with a valid device whose other end is known.
             let device = unsafe { Device::from_probe(raw) }?;
@@ -140,17 +137,17 @@ impl<T: Driver> Adapter<T> {
         }
     }
 
-    unsafe extern "C" fn otherend_changed(raw: *mut sys::XenbusDevice, _state: c_uint) {
+    extern "C" fn otherend_changed(raw: *mut sys::XenbusDevice, _state: c_uint) {
         // SAFETY: The watch exists only while the device is bound.
         T::otherend_changed(unsafe { Self::data(sys::xbr_dev_device(raw)) });
     }
 
-    unsafe extern "C" fn remove(raw: *mut sys::XenbusDevice) {
+    extern "C" fn remove(raw: *mut sys::XenbusDevice) {
         // SAFETY: `remove` follows a successful `probe`; the data is dropped after it.
         T::unbind(unsafe { Self::data(sys::xbr_dev_device(raw)) });
     }
 
-    unsafe extern "C" fn attribute(raw: *mut bindings::device, which: c_uint) -> u64 {
+    extern "C" fn attribute(raw: *mut bindings::device, which: c_uint) -> u64 {
         // SAFETY: The attributes exist only while the device is bound.
         let data = unsafe { Self::data(raw) };
         let which = match which {

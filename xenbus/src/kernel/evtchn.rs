@@ -127,7 +127,7 @@ impl Drop for EventChannel {
 }
 
 /// Runs with interrupts off.
-unsafe extern "C" fn handler(_irq: c_int, cookie: *mut c_void) -> c_uint {
+extern "C" fn handler(_irq: c_int, cookie: *mut c_void) -> c_uint {
     // SAFETY: The cookie is the `Line` of a bound channel.
     let line = unsafe { &*cookie.cast::<Line>() };
     line.pending.xchg(1, Full);

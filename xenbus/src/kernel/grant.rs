@@ -4,9 +4,8 @@
 
 use super::pages::Pages;
 use super::sys;
-use crate::engine::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
-use crate::engine::slots::Tag;
 use crate::ring::abi::{RawSegment, PAGE_SIZE, SEGMENTS_PER_INDIRECT_PAGE};
+use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome, Tag};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 

@@ -83,7 +83,7 @@ impl Drop for Thread {
     }
 }
 
-unsafe extern "C" fn body<R: Runner>(data: *mut c_void) -> c_int {
+extern "C" fn body<R: Runner>(data: *mut c_void) -> c_int {
     // SAFETY: `data` comes from `KBox::into_raw` in `spawn` and is given to this call alone.
     let start = unsafe { KBox::<Start<R>>::from_raw(data.cast()) };
     let Start { runner, started } = KBox::into_inner(start);

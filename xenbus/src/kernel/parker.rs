@@ -73,9 +73,8 @@ impl Parker {
         if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
             // All sleepers of the host wake up in the same tick.
             // SAFETY: Plain arithmetic on the current time.
-            let ticks = unsafe {
-                bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize)
-            };
+            let ticks =
+                unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
             // SAFETY: `done` was initialised by the constructor.
             let left = unsafe {
                 bindings::wait_for_completion_interruptible_timeout(self.done.get(), ticks)

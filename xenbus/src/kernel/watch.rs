@@ -85,7 +85,7 @@ impl<T: Watcher> PinnedDrop for Watch<T> {
 
 /// One pending event is enough: the callback looks at the state of the world, not at the event.
 /// A guest that writes faster than we look cannot fill the queue (XSA-349).
-unsafe extern "C" fn will_handle(
+extern "C" fn will_handle(
     watch: *mut sys::XenbusWatch,
     _path: *const c_char,
     _token: *const c_char,
@@ -94,7 +94,7 @@ unsafe extern "C" fn will_handle(
     unsafe { (*watch).nr_pending == 0 }
 }
 
-unsafe extern "C" fn callback<T: Watcher>(
+extern "C" fn callback<T: Watcher>(
     watch: *mut sys::XenbusWatch,
     _path: *const c_char,
     _token: *const c_char,

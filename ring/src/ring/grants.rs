@@ -6,8 +6,10 @@
 //! them. No operation may sleep on a lock that a guest holds; retries of `GNTST_eagain` (a page
 //! paged out by the hypervisor) may sleep and are bounded.
 
-use crate::engine::slots::Tag;
 use crate::ring::abi::RawSegment;
+
+/// Names a request that is being worked on; below the number of slots of its ring.
+pub type Tag = u16;
 
 /// Where the local side of a copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
