@@ -58,13 +58,6 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .no_leaks(),
         Case::new(
-            "lifecycle.cycles",
-            "50 times attach, write, detach",
-            Nothing,
-            cycles,
-        )
-        .no_leaks(),
-        Case::new(
             "lifecycle.rmmod_in_use",
             "the module cannot be removed below a disk",
             Nothing,
@@ -77,6 +70,13 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             reload,
         ),
+        Case::new(
+            "lifecycle.cycles",
+            "50 times attach, write, detach",
+            Nothing,
+            cycles,
+        )
+        .no_leaks(),
     ]
 }
 
