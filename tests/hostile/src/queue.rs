@@ -7,14 +7,15 @@ use crate::wire::{Answer, Request};
 use anyhow::{bail, ensure, Context, Result};
 use ring::abi::{self, Protocol, MAX_SLOT_SIZE, RING_HEADER_SIZE};
 use std::sync::atomic::{fence, AtomicU32, AtomicU8, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// An honest ring: the indices are kept privately and the shared ones are only written.
 pub(crate) struct Queue {
     /// The ring's pages.
-    pub(crate) pages: GrantPages,
+    pub(crate) pages: Arc<GrantPages>,
     /// Its event channel.
-    pub(crate) channel: EventChannel,
+    pub(crate) channel: Arc<EventChannel>,
     protocol: Protocol,
     size: u32,
     prod: u32,
@@ -26,10 +27,10 @@ pub(crate) struct Queue {
 impl Queue {
     /// A fresh ring.
     pub(crate) fn new(protocol: Protocol, order: u8) -> Result<Queue> {
-        let pages = GrantPages::new(1 << order, Access::ReadWrite)?;
+        let pages = Arc::new(GrantPages::new(1 << order, Access::ReadWrite)?);
         let queue = Queue {
             pages,
-            channel: EventChannel::new()?,
+            channel: Arc::new(EventChannel::new()?),
             protocol,
             size: protocol.ring_size(order).context("impossible ring order")?,
             prod: 0,
@@ -95,11 +96,6 @@ impl Queue {
         self.word(abi::REQ_PROD).store(self.prod, Ordering::Release);
         fence(Ordering::SeqCst);
         self.channel.notify()
-    }
-
-    /// Takes back what was pushed and not yet published.
-    pub(crate) fn unpush(&mut self, count: u32) {
-        self.prod = self.prod.wrapping_sub(count);
     }
 
     /// Forgets the answers that are still to come.

@@ -35,11 +35,6 @@ impl Report {
         Ok(report)
     }
 
-    /// Says what is going on.
-    pub(crate) fn note(&mut self, text: &str) -> Result<()> {
-        self.line(&format!("# {text}"))
-    }
-
     /// Records a verdict.
     pub(crate) fn verdict(
         &mut self,

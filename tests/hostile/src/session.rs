@@ -9,9 +9,15 @@ use crate::wire::{flush, rw, Request, Seg, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{Protocol, OP_READ, OP_WRITE, PAGE_SIZE};
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::Arc;
 
 /// Pages for data of a session.
 pub(crate) const DATA_PAGES: usize = 48;
+
+/// The page of them that holds descriptors.
+pub(crate) const DESCRIPTOR_PAGE: usize = DATA_PAGES - 1;
+/// Segments of an indirect request that the backend maps; fewer than 17 it copies by default.
+pub(crate) const MAPPED: usize = 32;
 
 /// What a frontend asks for.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +44,7 @@ pub(crate) struct Session {
     /// The queues.
     pub(crate) queues: Vec<Queue>,
     /// Pages for data that the backend may write.
-    pub(crate) data: GrantPages,
+    pub(crate) data: Arc<GrantPages>,
     /// Sectors of the disk.
     pub(crate) sectors: u64,
 }
@@ -99,7 +105,7 @@ impl Session {
         let session = Session {
             vbd,
             queues,
-            data: GrantPages::new(DATA_PAGES, Access::ReadWrite)?,
+            data: Arc::new(GrantPages::new(DATA_PAGES, Access::ReadWrite)?),
             sectors,
         };
         session.publish_keys(shape)?;
@@ -151,6 +157,29 @@ impl Session {
     pub(crate) fn finish(self) -> Result<()> {
         let Session { vbd, .. } = self;
         vbd.detach()
+    }
+
+    /// Describes segments in the last data page, and makes an indirect request of them.
+    pub(crate) fn indirect(&self, op: u8, sector: u64, segs: &[Seg]) -> Request {
+        let page = self.data.page(DESCRIPTOR_PAGE);
+        for (index, seg) in segs.iter().enumerate() {
+            let bytes = zerocopy::transmute!(seg.raw());
+            let [low, high]: [u32; 2] = bytes;
+            page[index * 2].store(low, Relaxed);
+            page[index * 2 + 1].store(high, Relaxed);
+        }
+        Request::Indirect {
+            op,
+            count: segs.len() as u16,
+            id: sector ^ 0x7777_7777_0000,
+            sector,
+            grefs: [self.data.grefs()[DESCRIPTOR_PAGE]; 8],
+        }
+    }
+
+    /// The first data pages as whole segments.
+    pub(crate) fn segs(&self, count: usize) -> Vec<Seg> {
+        (0..count).map(|page| self.seg(page)).collect()
     }
 
     /// Sends one request and expects a status.

@@ -124,11 +124,15 @@ impl Vbd {
         self.devid
     }
 
-    /// What the backend reported about the frontend, if anything.
-    pub(crate) fn error(&self) -> Result<Option<String>> {
+    /// Where the backend reports what is wrong with the frontend.
+    pub(crate) fn error_node(&self) -> String {
         let node = self.back.trim_start_matches("/local/domain/0/");
-        self.store
-            .read(&format!("/local/domain/0/error/{node}/error"))
+        format!("/local/domain/0/error/{node}/error")
+    }
+
+    /// What the backend reported, if anything.
+    pub(crate) fn error(&self) -> Result<Option<String>> {
+        self.store.read(&self.error_node())
     }
 
     /// Closes as an honest frontend does, from any state, and stays attached.

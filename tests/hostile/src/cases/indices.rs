@@ -73,7 +73,7 @@ fn h01_req_prod_jumps(lab: &mut Lab) -> Result<()> {
         queue.channel.notify()?;
         // The backend reports it, so wait for that before anything else is said.
         let vbd = &session.vbd;
-        let path = format!("/local/domain/0/error/backend/vbd/0/{}/error", vbd.devid());
+        let path = vbd.error_node();
         vbd.store
             .wait(&path, "the report", ANSWER, |v| v.is_some())?;
         session.queue().push(&flush(2));

@@ -1,8 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The attacks and what runs them.
 
+mod closing;
+mod data;
+mod events;
 mod indices;
+mod keys;
+mod races;
+mod ranges;
 mod requests;
+mod states;
 
 use crate::lab::Lab;
 use crate::report::Report;
@@ -34,10 +41,18 @@ use case;
 
 /// All attacks, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    [indices::all(), requests::all()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let groups = [
+        indices::all(),
+        requests::all(),
+        data::all(),
+        races::all(),
+        ranges::all(),
+        keys::all(),
+        states::all(),
+        closing::all(),
+        events::all(),
+    ];
+    groups.into_iter().flatten().collect()
 }
 
 /// Runs the attacks that `only` selects; true when all were withstood.

@@ -189,20 +189,23 @@ fn h13_unaligned_to_the_block(lab: &mut Lab) -> Result<()> {
     session.finish()
 }
 
-fn indirect(session: &Session, op: u8, count: u16, sector: u64) -> Request {
-    let descriptors = session.data.page(47);
-    for index in 0..16 {
-        let raw = session.seg(index).raw();
-        descriptors[index * 2].store(raw.gref.get(), Relaxed);
-        let rest = u32::from(raw.first_sect) | u32::from(raw.last_sect) << 8;
-        descriptors[index * 2 + 1].store(rest, Relaxed);
-    }
-    Request::Indirect {
-        op,
-        count,
-        id: 0x77,
-        sector,
-        grefs: [session.data.grefs()[47]; 8],
+/// An indirect read or write of 16 pages that claims to have `count` segments.
+fn indirect(session: &Session, op: u8, claimed: u16, sector: u64) -> Request {
+    match session.indirect(op, sector, &session.segs(16)) {
+        Request::Indirect {
+            op,
+            id,
+            sector,
+            grefs,
+            ..
+        } => Request::Indirect {
+            op,
+            count: claimed,
+            id,
+            sector,
+            grefs,
+        },
+        other => other,
     }
 }
 

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Ends and new beginnings at bad times.
+
+use super::{case, closing, Case};
+use crate::lab::Lab;
+use crate::session::{Session, MAPPED, PLAIN};
+use crate::vbd::{Mode, SOON};
+use crate::wire::{flush, rw};
+use anyhow::{anyhow, ensure, Result};
+use ring::abi::{OP_READ, OP_WRITE, REQ_PROD};
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::Release};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            closing::h45_destroyed_in_flight,
+            "the guest is destroyed with a full ring on slow storage"
+        ),
+        case!(
+            closing::h46_close_and_reconnect,
+            "500 connections, or as many as a minute holds"
+        ),
+        case!(
+            closing::h47_closing_under_requests,
+            "requests keep arriving while the frontend closes"
+        ),
+        case!(
+            closing::h51_statistics_during_connects,
+            "sysfs is read while connections come and go"
+        ),
+    ]
+}
+
+/// Fills the ring with large and small requests that take their time.
+fn fill(session: &mut Session) -> Result<()> {
+    let segs = session.segs(MAPPED);
+    for id in 0..session.queue().size() {
+        let op = if id % 2 == 0 { OP_READ } else { OP_WRITE };
+        let request = match id % 4 {
+            0 | 1 => session.indirect(op, 1024, &segs),
+            2 => rw(op, u64::from(id), 2048, &segs[..3]),
+            _ => flush(u64::from(id)),
+        };
+        session.queue().push(&request);
+    }
+    session.queue().publish()
+}
+
+fn h45_destroyed_in_flight(lab: &mut Lab) -> Result<()> {
+    for round in 0..6 {
+        let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+        fill(&mut session)?;
+        let start = Instant::now();
+        if round % 2 == 0 {
+            session.vbd.destroy()?;
+        } else {
+            session.finish()?;
+        }
+        ensure!(start.elapsed() < SOON, "the end took {:?}", start.elapsed());
+    }
+    Ok(())
+}
+
+fn h46_close_and_reconnect(lab: &mut Lab) -> Result<()> {
+    const TIMES: u32 = 500;
+    const AT_LEAST: u32 = 20;
+    let start = Instant::now();
+    let mut session = lab.session()?;
+    let mut times = 0;
+    while times < TIMES && (times < AT_LEAST || start.elapsed() < Duration::from_secs(60)) {
+        if times % 3 == 0 {
+            fill(&mut session)?;
+        }
+        session.reconnect(PLAIN)?;
+        times += 1;
+    }
+    lab.finish_healthy(session)
+}
+
+fn h47_closing_under_requests(lab: &mut Lab) -> Result<()> {
+    let mut session = lab.session()?;
+    for _ in 0..8 {
+        let stop = AtomicBool::new(false);
+        for id in 0..session.queue().size() {
+            session.queue().push(&flush(u64::from(id)));
+        }
+        let (pages, channel) = (
+            session.queue().pages.clone(),
+            session.queue().channel.clone(),
+        );
+        thread::scope(|scope| -> Result<()> {
+            let stop = &stop;
+            let pusher = scope.spawn(move || {
+                let words = pages.words();
+                let mut prod = words[REQ_PROD / 4].load(Relaxed);
+                while !stop.load(Relaxed) {
+                    // Never more than fits: the ring must not break.
+                    let answered = words[ring::abi::RSP_PROD / 4].load(Relaxed);
+                    if prod.wrapping_sub(answered) < 16 {
+                        prod = prod.wrapping_add(1);
+                        words[REQ_PROD / 4].store(prod, Release);
+                    }
+                    // Nobody is bound once the backend let go: no error of ours.
+                    let _nobody = channel.notify();
+                }
+            });
+            let closed = session.vbd.close();
+            stop.store(true, Relaxed);
+            pusher.join().map_err(|_| anyhow!("the pusher died"))?;
+            closed
+        })?;
+        session.queues = crate::session::queues(PLAIN)?;
+        session.vbd.reopen()?;
+        session.publish_keys(PLAIN)?;
+    }
+    lab.finish_healthy(session)
+}
+
+fn h51_statistics_during_connects(lab: &mut Lab) -> Result<()> {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<()> {
+        let mut session = lab.session()?;
+        let sysfs = session.vbd.sysfs();
+        let stop = &stop;
+        let reader = scope.spawn(move || {
+            let mut reads = 0u64;
+            while !stop.load(Relaxed) {
+                reads += read_all(&sysfs);
+            }
+            reads
+        });
+        let mut outcome = Ok(());
+        for seed in 0..10 {
+            outcome = outcome
+                .and_then(|()| session.exercise(0, seed))
+                .and_then(|()| session.reconnect(PLAIN));
+        }
+        let outcome = outcome.and_then(|()| session.finish());
+        stop.store(true, Relaxed);
+        let reads = reader.join().map_err(|_| anyhow!("the reader died"))?;
+        outcome?;
+        ensure!(reads > 100, "only {reads} attributes could be read");
+        Ok(())
+    })
+}
+
+/// Reads every attribute of a device; it may be gone at any moment.
+fn read_all(sysfs: &std::path::Path) -> u64 {
+    let mut reads = 0;
+    for dir in [sysfs.to_owned(), sysfs.join("statistics")] {
+        let Ok(entries) = fs::read_dir(dir) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            reads += u64::from(entry.path().is_file() && fs::read(entry.path()).is_ok());
+        }
+    }
+    reads
+}

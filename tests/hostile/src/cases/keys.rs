@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Lies in the frontend's directory.
+
+use super::{case, keys, Case};
+use crate::evtchn::EventChannel;
+use crate::lab::Lab;
+use crate::queue::{Queue, ANSWER};
+use crate::session::{self, Session, Shape, PLAIN};
+use crate::vbd::{state, Mode, Vbd};
+use anyhow::{ensure, Context, Result};
+use std::sync::Arc;
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            keys::h39_bad_keys,
+            "each bad key is an error of this device only, until a proper retry"
+        ),
+        case!(
+            keys::h40_number_of_queues,
+            "impossible numbers of queues are refused"
+        ),
+        case!(
+            keys::h41_ring_order,
+            "impossible orders are refused, stale keys ignored"
+        ),
+        case!(
+            keys::h42_all_that_is_offered,
+            "many disks with all queues and pages that are offered"
+        ),
+        case!(
+            keys::h43_half_good_queues,
+            "a bad second queue leaves nothing of the first"
+        ),
+        case!(
+            keys::h50_bad_ports,
+            "ports that are used, closed, or somebody else's"
+        ),
+    ]
+}
+
+/// A device that is never connected but refused again and again.
+struct Refusing<'a> {
+    vbd: &'a Vbd,
+    shape: Shape,
+    queues: &'a [Queue],
+}
+
+impl Refusing<'_> {
+    /// Publishes good keys, then the bad ones, and expects an error. `None` removes a key.
+    fn refuse(&self, bad: &[(&str, Option<&[u8]>)]) -> Result<()> {
+        let Vbd { store, front, .. } = self.vbd;
+        let node = self.vbd.error_node();
+        store.remove(&node)?;
+        for key in ["multi-queue-num-queues", "ring-page-order"] {
+            store.remove(&format!("{front}/{key}"))?;
+        }
+        store.write_all(front, &session::keys(self.shape, self.queues))?;
+        for (key, value) in bad {
+            let path = format!("{front}/{key}");
+            match value {
+                Some(value) => store.write(&path, value)?,
+                None => store.remove(&path)?,
+            }
+        }
+        self.vbd.set_state(state::INITIALISED)?;
+        let shown: Vec<_> = bad
+            .iter()
+            .map(|(key, value)| {
+                (
+                    key,
+                    value.map(|v| String::from_utf8_lossy(&v[..v.len().min(40)])),
+                )
+            })
+            .collect();
+        store
+            .wait(&node, "an error", ANSWER, |value| value.is_some())
+            .with_context(|| format!("{shown:?} was not refused"))?;
+        let state = self.vbd.back_state()?;
+        ensure!(
+            state != Some(state::CONNECTED),
+            "connected in spite of {shown:?}"
+        );
+        // Back to the beginning, so that the next verdict is a new one.
+        self.vbd.close()?;
+        self.vbd.reopen()
+    }
+}
+
+/// The honest retry after refusals.
+fn retry(lab: &Lab, vbd: Vbd, shape: Shape, queues: Vec<Queue>) -> Result<()> {
+    let session = Session::connect(vbd, lab.disk.sectors, shape, queues)
+        .context("a proper retry after refusals failed")?;
+    lab.finish_healthy(session)
+}
+
+fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    let queues = session::queues(PLAIN)?;
+    let refusing = Refusing {
+        vbd: &vbd,
+        shape: PLAIN,
+        queues: &queues,
+    };
+    let long = vec![b'1'; 3900];
+    let junk: [Option<&[u8]>; 7] = [
+        None,
+        Some(b""),
+        Some(b"-1"),
+        Some(b"4294967296"),
+        Some(b"8x"),
+        Some(b"8\0\0junk"),
+        Some(&long),
+    ];
+    for value in junk {
+        refusing.refuse(&[("ring-ref", value)])?;
+    }
+    for value in junk {
+        refusing.refuse(&[("event-channel", value)])?;
+    }
+    for value in [&b""[..], b"sparc-abi", b"x86_64-abi ", &long] {
+        refusing.refuse(&[("protocol", Some(value))])?;
+    }
+    // A number, but no grant.
+    for value in [&b"0"[..], b"65535", b"4294967295"] {
+        refusing.refuse(&[("ring-ref", Some(value))])?;
+    }
+    retry(lab, vbd, PLAIN, queues)
+}
+
+fn h40_number_of_queues(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    let queues = session::queues(PLAIN)?;
+    let max = vbd.offered("multi-queue-max-queues")?.unwrap_or(1);
+    let refusing = Refusing {
+        vbd: &vbd,
+        shape: PLAIN,
+        queues: &queues,
+    };
+    let more = (max + 1).to_string();
+    for value in [
+        &b"0"[..],
+        more.as_bytes(),
+        b"4294967295",
+        b"4294967297",
+        b"-1",
+    ] {
+        refusing.refuse(&[("multi-queue-num-queues", Some(value))])?;
+    }
+    retry(lab, vbd, PLAIN, queues)
+}
+
+fn h41_ring_order(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    let queues = session::queues(PLAIN)?;
+    let max = vbd.offered("max-ring-page-order")?.unwrap_or(0);
+    let more = (max + 1).to_string();
+    {
+        let refusing = Refusing {
+            vbd: &vbd,
+            shape: PLAIN,
+            queues: &queues,
+        };
+        for value in [more.as_bytes(), b"31", b"32", b"2147483648", b"4294967295"] {
+            refusing.refuse(&[("ring-page-order", Some(value))])?;
+        }
+        // Two pages, but references that nobody granted.
+        refusing.refuse(&[
+            ("ring-page-order", Some(b"1")),
+            ("ring-ref0", Some(b"60000")),
+            ("ring-ref1", Some(b"60001")),
+        ])?;
+    }
+    // ring-ref0 is stale now, and without an order it does not count.
+    let mut session = Session::connect(vbd, lab.disk.sectors, PLAIN, queues)?;
+    session.exercise(0, 41)?;
+    // Order 0 with only ring-ref.
+    session.vbd.close()?;
+    session.vbd.reopen()?;
+    session.queues = session::queues(PLAIN)?;
+    let Vbd { store, front, .. } = &session.vbd;
+    store.remove(&format!("{front}/ring-ref0"))?;
+    let mut keys = session::keys(PLAIN, &session.queues);
+    keys.push(("ring-page-order".into(), "0".into()));
+    store.write_all(front, &keys)?;
+    session.vbd.set_state(state::INITIALISED)?;
+    session.vbd.wait_back("Connected", &[state::CONNECTED])?;
+    session.vbd.set_state(state::CONNECTED)?;
+    lab.finish_healthy(session)
+}
+
+fn h42_all_that_is_offered(lab: &mut Lab) -> Result<()> {
+    let mut sessions = Vec::new();
+    for _ in 0..5 {
+        let vbd = lab.attach()?;
+        let shape = Shape {
+            queues: vbd.offered("multi-queue-max-queues")?.unwrap_or(1) as usize,
+            order: vbd.offered("max-ring-page-order")?.unwrap_or(0) as u8,
+            ..PLAIN
+        };
+        let queues = session::queues(shape)?;
+        let mut session = Session::connect(vbd, lab.disk.sectors, shape, queues)?;
+        session.exercise(32, 42)?;
+        sessions.push(session);
+    }
+    lab.bystander()?;
+    sessions.into_iter().try_for_each(Session::finish)
+}
+
+fn h43_half_good_queues(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    if vbd.offered("multi-queue-max-queues")?.unwrap_or(1) < 2 {
+        return vbd.detach();
+    }
+    let shape = Shape { queues: 2, ..PLAIN };
+    let queues = session::queues(shape)?;
+    let refusing = Refusing {
+        vbd: &vbd,
+        shape,
+        queues: &queues,
+    };
+    for key in ["queue-1/ring-ref", "queue-1/event-channel"] {
+        for value in [None, Some(&b"junk"[..]), Some(b"60000")] {
+            refusing.refuse(&[(key, value)])?;
+        }
+    }
+    retry(lab, vbd, shape, queues)
+}
+
+fn h50_bad_ports(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    let shape = Shape { queues: 2, ..PLAIN };
+    let two = vbd.offered("multi-queue-max-queues")?.unwrap_or(1) >= 2;
+    let queues = session::queues(if two { shape } else { PLAIN })?;
+    let refusing = Refusing {
+        vbd: &vbd,
+        shape: if two { shape } else { PLAIN },
+        queues: &queues,
+    };
+    let closed = EventChannel::new()?;
+    closed.close()?;
+    let closed = closed.port().to_string();
+    let prefix = if two { "queue-0/" } else { "" };
+    let key = format!("{prefix}event-channel");
+    for value in ["0", "1", "131071", "4294967295", &closed] {
+        refusing.refuse(&[(&key, Some(value.as_bytes()))])?;
+    }
+    if two {
+        let same = queues[0].channel.port().to_string();
+        refusing.refuse(&[("queue-1/event-channel", Some(same.as_bytes()))])?;
+    }
+    let shape = refusing.shape;
+    retry(lab, vbd, shape, queues)?;
+    // The port goes away under a connected backend.
+    let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, PLAIN)?;
+    let channel = Arc::clone(&session.queue().channel);
+    channel.close()?;
+    session.reconnect(PLAIN)?;
+    lab.finish_healthy(session)
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! States in an order that no frontend has.
+
+use super::{case, states, Case};
+use crate::lab::Lab;
+use crate::rng::Rng;
+use crate::session::{self, Session, PLAIN};
+use crate::vbd::{state, Vbd, SOON};
+use anyhow::{Context, Result};
+use std::time::{Duration, Instant};
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            states::h37_states_at_full_speed,
+            "states toggled at full speed, then an honest start"
+        ),
+        case!(
+            states::h37_junk_states,
+            "junk for states ends the device and nothing else"
+        ),
+        case!(
+            states::h38_again_without_closing,
+            "Initialised again with new keys while connected"
+        ),
+        case!(
+            states::h44_frontend_removed,
+            "the frontend's directory goes away"
+        ),
+    ]
+}
+
+/// How long states are toggled.
+const TOGGLING: Duration = Duration::from_secs(5);
+
+/// Writes one of these states after the other as fast as xenstore takes them.
+fn toggle(vbd: &Vbd, values: &[&[u8]], seed: u64) -> Result<()> {
+    let mut rng = Rng::new(seed);
+    let start = Instant::now();
+    let path = format!("{}/state", vbd.front);
+    while start.elapsed() < TOGGLING {
+        for _ in 0..16 {
+            vbd.store.write(&path, rng.pick(values))?;
+        }
+    }
+    Ok(())
+}
+
+fn h37_states_at_full_speed(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    let queues = session::queues(PLAIN)?;
+    vbd.store
+        .write_all(&vbd.front, &session::keys(PLAIN, &queues))?;
+    toggle(&vbd, &[b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8"], 37)?;
+    vbd.close().context("after the toggling")?;
+    vbd.reopen().context("after the toggling")?;
+    drop(queues);
+    let queues = session::queues(PLAIN)?;
+    let session = Session::connect(vbd, lab.disk.sectors, PLAIN, queues)?;
+    lab.finish_healthy(session)
+}
+
+fn h37_junk_states(lab: &mut Lab) -> Result<()> {
+    let session = lab.session()?;
+    let junk: [&[u8]; 9] = [
+        b"3",
+        b"4",
+        b"0",
+        b"9",
+        b"-1",
+        b"",
+        b"junk",
+        b"4294967299",
+        b"\0\xff",
+    ];
+    toggle(&session.vbd, &junk, 38)?;
+    lab.bystander()?;
+    let Session { vbd, .. } = &session;
+    vbd.set_state(state::CLOSED)?;
+    session.vbd.destroy()
+}
+
+fn h38_again_without_closing(lab: &mut Lab) -> Result<()> {
+    let mut session = lab.session()?;
+    session.exercise(0, 38)?;
+    let others = session::queues(PLAIN)?;
+    session
+        .vbd
+        .store
+        .write_all(&session.vbd.front, &session::keys(PLAIN, &others))?;
+    for _ in 0..20 {
+        session.vbd.set_state(state::INITIALISED)?;
+        session.vbd.set_state(state::CONNECTED)?;
+    }
+    // The first keys still count.
+    session.exercise(0, 39)?;
+    session.reconnect(PLAIN)?;
+    lab.finish_healthy(session)
+}
+
+fn h44_frontend_removed(lab: &mut Lab) -> Result<()> {
+    for path in ["", "/state"] {
+        let mut session = lab.session()?;
+        session.exercise(0, 44)?;
+        let Vbd { store, front, .. } = &session.vbd;
+        store.remove(&format!("{front}{path}"))?;
+        let sysfs = session.vbd.sysfs();
+        crate::wait::until("the end of the device", SOON, || {
+            Ok((!sysfs.exists()).then_some(()))
+        })?;
+        session.vbd.destroy()?;
+    }
+    Ok(())
+}
