@@ -9,12 +9,17 @@ use crate::session::{self, Session, Shape, PLAIN};
 use crate::vbd::{state, Mode, Vbd};
 use anyhow::{ensure, Context, Result};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 pub(super) fn all() -> Vec<Case> {
     vec![
         case!(
             keys::h39_bad_keys,
             "each bad key is an error of this device only, until a proper retry"
+        ),
+        case!(
+            keys::h39_refusals_at_full_speed,
+            "a guest that is refused again and again does not fill the log"
         ),
         case!(
             keys::h40_number_of_queues,
@@ -125,6 +130,27 @@ fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
     for value in [&b"0"[..], b"65535", b"4294967295"] {
         refusing.refuse(&[("ring-ref", Some(value))])?;
     }
+    retry(lab, vbd, PLAIN, queues)
+}
+
+fn h39_refusals_at_full_speed(lab: &mut Lab) -> Result<()> {
+    let vbd = lab.attach()?;
+    let queues = session::queues(PLAIN)?;
+    let mut bad = session::keys(PLAIN, &queues);
+    for (key, value) in &mut bad {
+        if key == "ring-ref" {
+            *value = "65535".to_owned();
+        }
+    }
+    vbd.store.write_all(&vbd.front, &bad)?;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(8) {
+        for _ in 0..10 {
+            vbd.set_state(state::INITIALISED)?;
+        }
+    }
+    vbd.close()?;
+    vbd.reopen()?;
     retry(lab, vbd, PLAIN, queues)
 }
 
