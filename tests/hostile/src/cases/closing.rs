@@ -3,10 +3,11 @@
 
 use super::{case, closing, Case};
 use crate::lab::Lab;
+use crate::queue::ANSWER;
 use crate::session::{Session, MAPPED, PLAIN};
-use crate::vbd::{Mode, SOON};
-use crate::wire::{flush, rw};
-use anyhow::{anyhow, ensure, Result};
+use crate::vbd::{state, Mode, SOON};
+use crate::wire::{flush, rw, OKAY};
+use anyhow::{anyhow, ensure, Context, Result};
 use ring::abi::{OP_READ, OP_WRITE, REQ_PROD};
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::Release};
@@ -26,6 +27,10 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             closing::h47_closing_under_requests,
             "requests keep arriving while the frontend closes"
+        ),
+        case!(
+            closing::h52_driver_taken_away,
+            "the driver is unbound and bound again under requests; none is lost or served twice"
         ),
         case!(
             closing::h51_statistics_during_connects,
@@ -115,6 +120,47 @@ fn h47_closing_under_requests(lab: &mut Lab) -> Result<()> {
         session.queues = crate::session::queues(PLAIN)?;
         session.vbd.reopen()?;
         session.publish_keys(PLAIN)?;
+    }
+    lab.finish_healthy(session)
+}
+
+fn h52_driver_taken_away(lab: &mut Lab) -> Result<()> {
+    const DRIVER: &str = "/sys/bus/xen-backend/drivers/xen-blkback-rs";
+    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+    let sysfs = session.vbd.sysfs();
+    let name = sysfs.file_name().context("a device has a name")?;
+    let tell = |file: &str| {
+        let path = format!("{DRIVER}/{file}");
+        fs::write(&path, name.as_encoded_bytes()).with_context(|| format!("cannot write {path}"))
+    };
+    for round in 0..4u64 {
+        let seg = session.seg(0);
+        let first = round << 8;
+        let queue = session.queue();
+        for id in first..first + 8 {
+            queue.push(&rw(OP_READ, id, id, &[seg]));
+        }
+        queue.publish()?;
+        tell("unbind")?;
+        for id in first + 8..first + 12 {
+            queue.push(&rw(OP_READ, id, id, &[seg]));
+        }
+        queue.word(REQ_PROD).store(queue.prod(), Release);
+        tell("bind")?;
+        session
+            .vbd
+            .wait_back("Connected after the return", &[state::CONNECTED])?;
+        let mut answers = session.queue().wait(12, ANSWER)?;
+        answers.sort_unstable_by_key(|answer| answer.id);
+        let ids: Vec<u64> = answers.iter().map(|answer| answer.id).collect();
+        ensure!(
+            ids == (first..first + 12).collect::<Vec<_>>(),
+            "the answers are for {ids:?}"
+        );
+        ensure!(
+            answers.iter().all(|answer| answer.status == OKAY),
+            "good requests failed: {answers:?}"
+        );
     }
     lab.finish_healthy(session)
 }
