@@ -136,6 +136,9 @@ pub fn step(view: &View) -> Action {
         },
         State::Initialised | State::Connected => match view.ours {
             State::Connected if served => Action::Wait,
+            // The toolstack is taking the device away: the frontend must see us close.
+            _ if !view.online && closing => Action::Wait,
+            _ if !view.online => Action::StartClosing,
             State::Initialising | State::Unknown => Action::Offer,
             _ if view.refused || !view.disk => Action::Wait,
             _ if served => Action::Disconnect,

@@ -206,6 +206,11 @@ impl World {
             State::Initialising => {
                 self.left || matches!(ours, State::InitWait | State::Closing) && !disk || !online
             }
+            // A device that the toolstack is taking away is not connected any more; one that is
+            // connected waits for its frontend.
+            State::Initialised | State::Connected if !online => {
+                matches!(ours, State::Connected | State::Closing | State::Closed)
+            }
             State::Initialised | State::Connected if disk && !refused => ours == State::Connected,
             State::Initialised | State::Connected => {
                 rings == Rings::None

@@ -79,7 +79,7 @@ fn every_view_comes_to_rest() {
 fn a_frontend_that_wants_to_be_connected_is_served() {
     for start in every_view() {
         let wants = matches!(start.theirs, State::Initialised | State::Connected);
-        if wants && start.disk && !start.refused {
+        if wants && start.disk && !start.refused && start.online {
             let mut view = start;
             for _ in 0..8 {
                 obey(&mut view, true);
@@ -89,6 +89,24 @@ fn a_frontend_that_wants_to_be_connected_is_served() {
             }
             assert_eq!(view.ours, State::Connected, "{start:?}");
             assert_eq!(view.rings, Rings::Served, "{start:?}");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_taken_away_is_not_connected_but_closed() {
+    for start in every_view() {
+        let wants = matches!(start.theirs, State::Initialised | State::Connected);
+        if wants && !start.online && start.rings == Rings::None {
+            let mut view = start;
+            for _ in 0..8 {
+                assert_ne!(step(&view), Action::Connect, "{start:?}");
+                obey(&mut view, true);
+            }
+            assert!(
+                matches!(view.ours, State::Closing | State::Closed),
+                "{start:?} comes to {view:?}"
+            );
         }
     }
 }
