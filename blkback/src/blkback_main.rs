@@ -69,6 +69,10 @@ module! {
             default: 256,
             description: "Memory in MiB that the queues of one guest may reserve in all",
         },
+        domain_mappings: u32 {
+            default: 16384,
+            description: "Pages of one guest that its queues may map in all; beyond it they copy",
+        },
         native_protocol: u32 {
             default: 0,
             description: "Layout of frontends that name none: 0 is x86_32 as in the C driver, 1 is native",

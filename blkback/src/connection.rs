@@ -52,6 +52,7 @@ impl ConnectError {
 #[pin_data]
 pub(crate) struct Connection {
     queues: KVec<Queue>,
+    limits: Limits,
     #[pin]
     work: Work<Connection>,
 }
@@ -85,34 +86,28 @@ impl Connection {
             .map_err(|_| no_memory(ENOMEM))?;
         for index in 0..request.queues {
             let ring = request.ring(&dir, index)?;
-            let queue = Prepared::new(&setup, &ring, index).map_err(|error| {
-                ConnectError::Step(
-                    "the frontend's ring-ref or event-channel cannot be used",
-                    error,
-                )
-            })?;
+            let queue = Prepared::new(&setup, &ring, index)?;
             push(&mut prepared, queue).map_err(no_memory)?;
         }
-        Self::start(device, prepared)
+        Self::start(device, prepared, limits)
             .map_err(|error| ConnectError::Step("the queues' threads cannot be started", error))
     }
 
-    /// Starts the threads; if one cannot be started, those that run are stopped again.
-    fn start(device: &Device, prepared: KVec<Prepared>) -> Result<Arc<Self>> {
+    /// Starts the threads; all or none.
+    fn start(device: &Device, prepared: KVec<Prepared>, limits: Limits) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
         let name = thread_name(device);
         for (index, queue) in prepared.into_iter().enumerate() {
             let started = CString::try_from_fmt(fmt!("{}-{index}", name.as_str()))
                 .and_then(|name| queue.start(&name))
                 .and_then(|queue| push(&mut queues, queue));
-            if let Err(error) = started {
-                queues.iter().for_each(Queue::abandon);
-                return Err(error);
-            }
+            // Dropping the queues that run already stops them.
+            started?;
         }
         Arc::pin_init(
             pin_init!(Self {
                 queues,
+                limits,
                 work <- new_work!("Connection::work"),
             }),
             GFP_KERNEL,
@@ -137,6 +132,11 @@ impl Connection {
     /// Waits for that.
     pub(crate) fn wait_detached(&self) {
         self.queues.iter().for_each(Queue::wait_detached);
+    }
+
+    /// What the guest may do.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Memory reserved for the queues, in KiB.

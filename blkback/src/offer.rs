@@ -7,11 +7,13 @@ use crate::proto::frontend::Offer;
 use crate::ring::request::Limits;
 use crate::xen::bdev::{self, BlockDevice};
 use crate::xen::device::Device;
-use crate::xen::store;
+use crate::xen::store::{self, Transaction};
 use kernel::prelude::*;
 
 /// `VDISK_CDROM`.
 const INFO_CDROM: u64 = 1;
+/// `VDISK_REMOVABLE`.
+const INFO_REMOVABLE: u64 = 2;
 /// `VDISK_READONLY`.
 const INFO_READONLY: u64 = 4;
 
@@ -28,7 +30,7 @@ pub(crate) fn offer() -> Offer {
 pub(crate) fn publish_offer(device: &Device) -> Result {
     let dir = device.nodename();
     let offer = offer();
-    store::transaction(|t| {
+    while_there(device, |t| {
         let segments = params::max_indirect_segments();
         if segments > 0 {
             t.write_number(dir, c"feature-max-indirect-segments", segments.into())?;
@@ -80,18 +82,19 @@ impl Features {
     }
 
     /// Publishes the disk in one transaction. May sleep.
-    pub(crate) fn publish(&self, device: &Device) -> Result {
+    ///
+    /// `limits` are those of the connection, which may offer less than the disk could.
+    pub(crate) fn publish(&self, device: &Device, limits: &Limits) -> Result {
         let dir = device.nodename();
-        let limits = self.limits();
-        store::transaction(|t| {
+        while_there(device, |t| {
             let number = |key: &CStr, value: u64| t.write_number(dir, key, value);
             number(c"feature-flush-cache", limits.flush.into())?;
             if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
                 number(c"discard-granularity", granularity.into())?;
                 number(c"discard-alignment", self.device.discard_alignment.into())?;
                 number(c"discard-secure", limits.secure_discard.into())?;
-                number(c"feature-discard", 1)?;
             }
+            number(c"feature-discard", self.discard.into())?;
             number(c"feature-barrier", limits.barrier.into())?;
             number(c"feature-persistent", 0)?;
             number(c"sectors", self.device.sectors)?;
@@ -102,18 +105,51 @@ impl Features {
     }
 
     fn info(&self) -> u64 {
-        let cdrom = if self.cdrom { INFO_CDROM } else { 0 };
+        let cdrom = if self.cdrom || self.device.cdrom {
+            INFO_CDROM
+        } else {
+            0
+        };
+        let removable = if self.device.removable {
+            INFO_REMOVABLE
+        } else {
+            0
+        };
         let read_only = if self.read_only { INFO_READONLY } else { 0 };
-        cdrom | read_only
+        cdrom | removable | read_only
     }
 }
 
 /// Publishes a new size; writing the state again makes the frontend look. May sleep.
 pub(crate) fn publish_size(device: &Device, sectors: u64, state: u32) -> Result {
     let dir = device.nodename();
-    store::transaction(|t| {
+    while_there(device, |t| {
         t.write_number(dir, c"sectors", sectors)?;
         t.write_number(dir, c"state", state.into())
+    })
+}
+
+/// Writes the state Closed again so that the watch on it fires. A state that the toolstack has
+/// reset for a new device is left as it is, but written as well. May sleep.
+pub(crate) fn touch_state(device: &Device) -> Result {
+    let dir = device.nodename();
+    store::transaction(|t| {
+        let mut value = [0; 4];
+        match t.read(dir, c"state", &mut value) {
+            Err(error) if error == ENOENT => Ok(()),
+            Err(error) => Err(error),
+            Ok(1) if value.first() == Some(&b'1') => t.write(dir, c"state", c"1"),
+            Ok(_) => t.write(dir, c"state", c"6"),
+        }
+    })
+}
+
+/// A transaction in our directory, if that is still there: a write must not bring it back.
+fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) -> Result {
+    store::transaction(|t| {
+        let mut value = [0; 4];
+        t.read(device.nodename(), c"state", &mut value)?;
+        body(t)
     })
 }
 

@@ -56,6 +56,11 @@ pub(crate) fn domain_pages() -> u32 {
     (*module_parameters::domain_memory_mib.value()).saturating_mul(256)
 }
 
+/// Pages of one guest that all its queues together may map.
+pub(crate) fn domain_mappings() -> u32 {
+    *module_parameters::domain_mappings.value()
+}
+
 /// Data pages of one queue.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PoolSizes {
@@ -80,6 +85,10 @@ pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
     };
     PoolSizes {
         copy: size(4, *module_parameters::copy_pages.value()),
-        map: size(16, *module_parameters::map_pages.value()),
+        map: if crate::xen::is_pv_domain() {
+            size(16, *module_parameters::map_pages.value())
+        } else {
+            0
+        },
     }
 }

@@ -7,8 +7,9 @@
 //! and the ring is given back at once, while I/O that is still in flight keeps its pages until the
 //! device lets go of them.
 
+use crate::connection::ConnectError;
 use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
-use crate::params;
+use crate::params::{self, PoolSizes};
 use crate::phy::Phy;
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
@@ -23,8 +24,9 @@ use crate::xen::grant::GuestGrants;
 use crate::xen::kthread::{Runner, Thread};
 use crate::xen::pages::{filled, Pages};
 use crate::xen::parker::Parker;
-use crate::xen::quota::Reservation;
+use crate::xen::quota::{Kind, Reservation};
 use crate::xen::ring_map::RingMap;
+use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
 use kernel::sync::{Arc, Completion};
@@ -61,9 +63,8 @@ impl Control {
         }
     }
 
-    fn detach(&self) {
+    fn mark_detached(&self) {
         self.is_detached.store(1, Release);
-        self.detached.complete_all();
     }
 }
 
@@ -88,6 +89,39 @@ pub(crate) struct Setup<'a> {
     pub(crate) limits: &'a Limits,
 }
 
+const NO_MEMORY: &str = "there is not enough memory for the queues";
+
+fn step(what: &'static str, error: Error) -> ConnectError {
+    ConnectError::Step(what, error)
+}
+
+/// Reserves what a queue needs of its guest's quotas. Mappings are a matter of speed: without
+/// room for them everything is copied.
+fn reserve(
+    domain: u16,
+    slots: u32,
+) -> Result<(PoolSizes, (Reservation, Option<Reservation>)), ConnectError> {
+    let mut sizes = params::pool_sizes(slots);
+    let memory = Reservation::new(
+        Kind::Memory,
+        domain,
+        u32::from(sizes.copy),
+        params::domain_pages(),
+    )
+    .map_err(|error| step("the guest's quota (domain_memory_mib) is used up", error))?;
+    let maps = Reservation::new(
+        Kind::Mappings,
+        domain,
+        u32::from(sizes.map),
+        params::domain_mappings(),
+    )
+    .ok();
+    if maps.is_none() {
+        sizes.map = 0;
+    }
+    Ok((sizes, (memory, maps)))
+}
+
 /// A queue with its memory reserved and its ring mapped, but without a thread.
 pub(crate) struct Prepared {
     server: Server,
@@ -97,23 +131,25 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
-    pub(crate) fn new(setup: &Setup<'_>, ring: &frontend::Ring, index: u32) -> Result<Self> {
+    pub(crate) fn new(
+        setup: &Setup<'_>,
+        ring: &frontend::Ring,
+        index: u32,
+    ) -> Result<Self, ConnectError> {
         let request = setup.request;
         let slots = request.slots();
-        let sizes = params::pool_sizes(slots);
-        let reservation = Reservation::new(
-            setup.device.otherend_id(),
-            u32::from(sizes.copy),
-            params::domain_pages(),
-        )?;
-        let parker = Parker::new()?;
-        let pages = Arc::new(Pages::new(sizes.copy, sizes.map)?, GFP_KERNEL)?;
-        let tags = u16::try_from(slots).map_err(|_| EINVAL)?;
-        let disk = Disk::new(setup.bdev.clone(), pages.clone(), parker.clone(), tags)?;
-        let grants = GuestGrants::new(setup.device.otherend_id(), pages.clone())?;
-        let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)?;
-        let back = BackRing::attach(map, slots).map_err(|_| EIO)?;
-        let channel = EventChannel::bind(setup.device, ring.port, parker.clone())?;
+        let tags = u16::try_from(slots).map_err(|_| step("the ring is too large", EINVAL))?;
+        // First what the guest can get wrong: it costs no memory to refuse that.
+        let parker = Parker::new().map_err(|error| step(NO_MEMORY, error))?;
+        let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)
+            .map_err(|error| step("the frontend's ring-ref cannot be mapped", error))?;
+        let back = BackRing::attach(map, slots)
+            .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
+        let channel = EventChannel::bind(setup.device, ring.port, parker.clone())
+            .map_err(|error| step("the frontend's event-channel cannot be bound", error))?;
+        let (sizes, reservation) = reserve(setup.device.otherend_id(), slots)?;
+        let (disk, grants, pages) =
+            Self::memory(setup, sizes, &parker, tags).map_err(|error| step(NO_MEMORY, error))?;
         let control = Arc::pin_init(
             pin_init!(Control {
                 parker,
@@ -122,10 +158,11 @@ impl Prepared {
                 is_detached: Atomic::new(0),
             }),
             GFP_KERNEL,
-        )?;
+        )
+        .map_err(|error| step(NO_MEMORY, error))?;
         let server = Server {
-            slots: filled(Slot::FREE, usize::from(tags))?,
-            entries: filled(SegmentEntry::EMPTY, pages.len())?,
+            slots: filled(Slot::FREE, usize::from(tags)).map_err(|e| step(NO_MEMORY, e))?,
+            entries: filled(SegmentEntry::EMPTY, pages.len()).map_err(|e| step(NO_MEMORY, e))?,
             copy_pages: sizes.copy,
             config: Config {
                 protocol: request.protocol,
@@ -140,13 +177,25 @@ impl Prepared {
             vbd: setup.vbd.clone(),
             control: control.clone(),
             leads: index == 0,
-            _reservation: reservation,
+            reservation,
         };
         Ok(Self {
             server,
             control,
             memory_kib: pages.memory_kib(),
         })
+    }
+
+    fn memory(
+        setup: &Setup<'_>,
+        sizes: PoolSizes,
+        parker: &Arc<Parker>,
+        tags: u16,
+    ) -> Result<(Pin<KBox<Disk>>, GuestGrants, Arc<Pages>)> {
+        let pages = Arc::new(Pages::new(sizes.copy, sizes.map)?, GFP_KERNEL)?;
+        let disk = Disk::new(setup.bdev.clone(), pages.clone(), parker.clone(), tags)?;
+        let grants = GuestGrants::new(setup.device.otherend_id(), pages.clone())?;
+        Ok((disk, grants, pages))
     }
 
     /// Starts the thread.
@@ -157,6 +206,13 @@ impl Prepared {
             memory_kib: self.memory_kib,
             _thread: Thread::spawn(name, server)?,
         })
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // The fields follow, and with them the wait for the thread's end.
+        self.abandon();
     }
 }
 
@@ -210,7 +266,7 @@ struct Server {
     control: Arc<Control>,
     /// True for the first queue of a device.
     leads: bool,
-    _reservation: Reservation,
+    reservation: (Reservation, Option<Reservation>),
 }
 
 impl Runner for Server {
@@ -239,12 +295,20 @@ impl Runner for Server {
         drop(self.channel);
         let mut rest = engine.detach();
         if command == Command::Drain {
-            // Before `detach`: whoever waits for that may go on to unload the module.
+            // The disk, too, is given back before anybody can see that: the toolstack's script
+            // takes it apart as soon as the state is Closed.
+            drop(rest);
+            drop(self.bdev);
+            drop(self.reservation);
+            self.control.mark_detached();
+            // After the mark, which the kicked work looks at; before the completion, because who
+            // waits for that may go on to unload the module.
             self.vbd.kick();
-            self.control.detach();
+            self.control.detached.complete_all();
             return;
         }
-        self.control.detach();
+        self.control.mark_detached();
+        self.control.detached.complete_all();
         while rest.drain() > 0 {
             self.control.parker.park();
         }
@@ -270,6 +334,8 @@ impl Serving<'_> {
         let mut active = false;
         loop {
             let command = self.control.command();
+            // Before the pass: the guest may know of a new size already.
+            sectors = self.limits_changed(engine, sectors);
             let pass = match command {
                 Command::Serve => engine.pass(),
                 Command::Drain => engine.drain_pass(),
@@ -280,7 +346,6 @@ impl Serving<'_> {
             }
             self.vbd.totals().add(&published, engine.stats());
             published = *engine.stats();
-            sectors = self.limits_changed(engine, sectors);
             active |= pass.taken > 0;
             if pass.broken && !broken {
                 broken = true;

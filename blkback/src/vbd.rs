@@ -6,7 +6,7 @@
 //! does it, and looks again. One mutex makes the life of a device a single thread of events; it
 //! is never held while I/O is waited for.
 
-use crate::connection::Connection;
+use crate::connection::{ConnectError, Connection};
 use crate::offer::{self, Features};
 use crate::proto::state::{step, Action, Rings, State, View};
 use crate::proto::text::{parse_device, parse_u32};
@@ -21,9 +21,10 @@ use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::atomic::{
-    ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
+    ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
 };
 use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::time::{delay::fsleep, Delta};
 use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 /// Steps that one run of the work takes at most before it queues itself again.
@@ -40,6 +41,8 @@ pub(crate) struct Vbd {
     writable: AtomicFlag,
     /// The frontend wrote its state since we last looked.
     moved: AtomicFlag,
+    /// `physical-device` was written since we last looked.
+    disk_moved: AtomicFlag,
     /// A ring's indices were impossible; not yet reported.
     broken: AtomicFlag,
     /// Everything is given back: the next watch callback takes the device off the bus.
@@ -71,6 +74,16 @@ struct Life {
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
+    /// Connects that failed, less those that worked.
+    failures: u32,
+}
+
+impl Life {
+    /// How long a frontend waits whose connects keep failing: up to half a minute.
+    fn pause(&self) -> Delta {
+        let doubled = 1i64.checked_shl(self.failures.min(15)).unwrap_or(1);
+        Delta::from_millis(doubled.min(30_000))
+    }
 }
 
 /// The open disk of a device.
@@ -88,6 +101,7 @@ impl Vbd {
                 number: Atomic::new(0),
                 writable: AtomicFlag::new(false),
                 moved: AtomicFlag::new(false),
+                disk_moved: AtomicFlag::new(true),
                 broken: AtomicFlag::new(false),
                 gone: AtomicFlag::new(false),
                 unbound: AtomicFlag::new(false),
@@ -100,6 +114,7 @@ impl Vbd {
                     connection: None,
                     draining: false,
                     refused: false,
+                    failures: 0,
                 }),
                 work <- new_work!("Vbd::work"),
             }),
@@ -129,11 +144,22 @@ impl Vbd {
     /// Looks at the device and does what there is to do.
     fn look_and_act(self: &Arc<Self>) {
         let mut life = self.life.lock();
+        if self.unbound.load(Acquire) {
+            self.give_back(&mut life);
+            return;
+        }
         if self.broken.xchg(false, Full) {
             self.device.report(
                 EIO,
                 c"the frontend's request producer index is impossible; the ring is not served any more",
             );
+        }
+        if life.refused && self.moved.load(Acquire) {
+            // A frontend that tries again and again with bad keys costs a log line each time.
+            let pause = life.pause();
+            drop(life);
+            fsleep(pause);
+            life = self.life.lock();
         }
         if self.moved.xchg(false, Full) {
             life.refused = false;
@@ -144,7 +170,16 @@ impl Vbd {
             }
             self.open_disk(&mut life);
             self.end_draining(&mut life);
-            let action = step(&self.view(&life));
+            let action = match self.view(&life) {
+                Ok(view) => step(&view),
+                Err(error) => {
+                    // Xenstore does not answer (a shutdown, no memory): nothing is decided now,
+                    // and the next event looks again.
+                    self.device
+                        .report(error, c"the frontend's state cannot be read");
+                    return;
+                }
+            };
             if action == Action::Wait {
                 self.follow_size(&mut life);
                 return;
@@ -155,10 +190,10 @@ impl Vbd {
         self.kick();
     }
 
-    fn view(&self, life: &Life) -> View {
-        View {
+    fn view(&self, life: &Life) -> Result<View> {
+        Ok(View {
             ours: life.state,
-            theirs: self.frontend_state(),
+            theirs: self.frontend_state()?,
             online: self.device.is_online(),
             disk: life.disk.is_some(),
             rings: match (&life.connection, life.draining) {
@@ -167,15 +202,20 @@ impl Vbd {
                 (Some(_), true) => Rings::Draining,
             },
             refused: life.refused,
-        }
+        })
     }
 
-    fn frontend_state(&self) -> State {
+    /// The frontend's state; a node that is gone or hidden from us, or that holds no state, is
+    /// Unknown. Any other error says nothing about the frontend.
+    fn frontend_state(&self) -> Result<State> {
         let mut value = [0; 16];
-        store::read(self.device.otherend(), c"state", &mut value)
-            .ok()
-            .and_then(|len| parse_u32(value.get(..len)?))
-            .map_or(State::Unknown, State::from_number)
+        let len = match store::read(self.device.otherend(), c"state", &mut value) {
+            Ok(len) => len,
+            Err(error) if error == ENOENT || error == EACCES => return Ok(State::Unknown),
+            Err(error) => return Err(error),
+        };
+        let number = value.get(..len).and_then(parse_u32);
+        Ok(number.map_or(State::Unknown, State::from_number))
     }
 
     fn act(self: &Arc<Self>, life: &mut Life, action: Action) {
@@ -185,6 +225,8 @@ impl Vbd {
                 if let Err(error) = offer::publish_offer(&self.device) {
                     self.device
                         .report(error, c"what the backend offers cannot be published");
+                    self.publish(life, State::Closing);
+                    return;
                 }
                 self.publish(life, State::InitWait);
             }
@@ -231,7 +273,8 @@ impl Vbd {
 
     /// Opens the disk once the hotplug script has said which it is.
     fn open_disk(&self, life: &mut Life) {
-        if life.disk.is_some() {
+        // Only when the key was written: opening a device that is gone asks for its driver.
+        if life.disk.is_some() || !self.disk_moved.xchg(false, Full) {
             return;
         }
         let mut value = [0; 32];
@@ -284,37 +327,44 @@ impl Vbd {
     }
 
     fn connect(self: &Arc<Self>, life: &mut Life) {
-        let Some(disk) = &mut life.disk else {
-            return;
-        };
-        let features = Features::read(&self.device, &disk.bdev);
-        let limits = features.limits();
-        disk.sectors = limits.sectors;
-        let result = Connection::new(self, &self.device, &disk.bdev, &limits);
-        let connection = match result {
-            Ok(connection) => connection,
+        match self.try_connect(life) {
+            Ok(()) => {
+                life.failures = life.failures.saturating_sub(1);
+                self.device.clear_report();
+                self.publish(life, State::Connected);
+            }
             Err(error) => {
                 let (code, text) = error.describe();
                 let fallback = c"the frontend cannot be connected";
                 self.device
                     .report(code, text.as_deref().unwrap_or(fallback));
+                life.failures = life.failures.saturating_add(1);
                 life.refused = true;
                 self.publish(life, State::Closing);
-                return;
             }
-        };
-        self.totals.set_memory(connection.memory_kib());
-        // Before the guest can read: what this domain's page cache holds may be older.
-        if let Err(error) = disk.bdev.drop_cache() {
-            self.device
-                .report(error, c"the page cache of the disk cannot be written back");
         }
-        if let Err(error) = features.publish(&self.device) {
-            self.device.report(error, c"the disk cannot be published");
+    }
+
+    fn try_connect(self: &Arc<Self>, life: &mut Life) -> Result<(), ConnectError> {
+        let Some(disk) = &mut life.disk else {
+            return Err(ConnectError::Step("the disk is not open", ENODEV));
+        };
+        // Before the rings are looked at: what this domain's page cache holds may be older than
+        // what the guest writes.
+        disk.bdev.drop_cache().map_err(|error| {
+            ConnectError::Step("the page cache of the disk cannot be written back", error)
+        })?;
+        let features = Features::read(&self.device, &disk.bdev);
+        let connection = Connection::new(self, &self.device, &disk.bdev, &features.limits())?;
+        disk.sectors = features.limits().sectors;
+        self.totals.set_memory(connection.memory_kib());
+        let published = features.publish(&self.device, connection.limits());
+        if published.is_err() {
+            connection.drain();
+            life.draining = true;
         }
         life.connection = Some(connection);
-        self.device.clear_report();
-        self.publish(life, State::Connected);
+        published.map_err(|error| ConnectError::Step("the disk cannot be published", error))
     }
 
     /// Publishes a size that changed while connected.
@@ -343,31 +393,45 @@ impl Vbd {
         life.left = true;
         self.gone.store(true, Release);
         self.publish(life, State::Closed);
-        if !self.device.is_vanished() {
-            // The state may have been Closed before: only a write makes the watch fire.
-            if let Err(error) = store::write(self.device.nodename(), c"state", c"6") {
-                self.device.report(error, c"state Closed cannot be written");
-            }
+        // The state may have been Closed before: only a write makes the watch fire, in whose
+        // callback the device is taken off the bus.
+        if let Err(error) = offer::touch_state(&self.device) {
+            self.device.report(error, c"state Closed cannot be written");
         }
     }
 
-    /// Gives everything back now; the bus is taking the device away.
-    fn unbind(&self) {
-        let mut life = self.life.lock();
-        life.unbound = true;
-        self.unbound.store(true, Release);
-        let Some(connection) = life.connection.take() else {
-            life.disk = None;
+    /// The bus is taking the device away: gives everything back. May be called again.
+    ///
+    /// Where the toolstack has removed our directory this runs in the xenwatch thread, which serves
+    /// every backend of the host, so nothing is waited for: the work does it. What it still uses
+    /// of the device (ring mapping, event channel) holds a reference to it.
+    fn unbind(self: &Arc<Self>) {
+        if self.unbound.xchg(true, Full) {
             return;
-        };
-        // A frontend that is alive gets its answers before another driver takes over.
-        if self.device.is_vanished() || self.frontend_state() == State::Unknown {
-            connection.abandon();
-        } else {
-            connection.drain();
         }
-        connection.wait_detached();
-        connection.bury();
+        if self.device.is_vanished() {
+            // Whether it was queued already or not, it runs once more from here.
+            let _queued = workqueue::enqueue(self.clone());
+            return;
+        }
+        let mut life = self.life.lock();
+        // A frontend that is alive gets its answers before another driver takes over.
+        if !matches!(self.frontend_state(), Ok(State::Unknown)) {
+            if let Some(connection) = &life.connection {
+                connection.drain();
+                connection.wait_detached();
+            }
+        }
+        self.give_back(&mut life);
+    }
+
+    /// Lets go of everything, without waiting for I/O.
+    fn give_back(&self, life: &mut Life) {
+        life.unbound = true;
+        if let Some(connection) = life.connection.take() {
+            connection.abandon();
+            connection.bury();
+        }
         life.disk = None;
     }
 }
@@ -395,9 +459,12 @@ impl Watcher for Vbd {
     fn changed(this: Arc<Self>, which: Key) {
         if which == Key::State && this.gone.xchg(false, Full) {
             this.device.unregister();
-        } else {
-            this.kick();
+            return;
         }
+        if which == Key::PhysicalDevice {
+            this.disk_moved.store(true, Release);
+        }
+        this.kick();
     }
 }
 
@@ -405,10 +472,20 @@ impl Watcher for Vbd {
 pub(crate) struct VbdDriver;
 
 /// What belongs to a bound device. The watches are dropped, and with them unregistered, after
-/// `unbind`.
+/// everything is given back.
 pub(crate) struct Bound {
-    vbd: Arc<Vbd>,
+    vbd: Unbinder,
     _watches: [Pin<KBox<Watch<Vbd>>>; 2],
+}
+
+/// Gives everything of a device back when it is dropped, also if its probe fails half-way: the
+/// first watch starts the work before the probe is through.
+struct Unbinder(Arc<Vbd>);
+
+impl Drop for Unbinder {
+    fn drop(&mut self) {
+        self.0.unbind();
+    }
 }
 
 impl driver::Driver for VbdDriver {
@@ -417,10 +494,10 @@ impl driver::Driver for VbdDriver {
 
     fn probe(device: Device) -> Result<Bound> {
         let device = Arc::new(device, GFP_KERNEL)?;
-        let vbd = Vbd::new(device.clone())?;
+        let vbd = Unbinder(Vbd::new(device.clone())?);
         let watch = |key: &CStr, which| {
             let path = CString::try_from_fmt(fmt!("{}/{}", device.nodename(), key))?;
-            Watch::register(path, vbd.clone(), which)
+            Watch::register(path, vbd.0.clone(), which)
         };
         Ok(Bound {
             // The first event of each comes at once and starts the work.
@@ -428,21 +505,21 @@ impl driver::Driver for VbdDriver {
                 watch(c"physical-device", Key::PhysicalDevice)?,
                 watch(c"state", Key::State)?,
             ],
-            vbd: vbd.clone(),
+            vbd,
         })
     }
 
     fn otherend_changed(data: &Bound) {
-        data.vbd.moved.store(true, Relaxed);
-        data.vbd.kick();
+        data.vbd.0.moved.store(true, Relaxed);
+        data.vbd.0.kick();
     }
 
     fn unbind(data: &Bound) {
-        data.vbd.unbind();
+        data.vbd.0.unbind();
     }
 
     fn attribute(data: &Bound, which: Attribute) -> u64 {
-        let vbd = &data.vbd;
+        let vbd = &data.vbd.0;
         match which {
             Attribute::Statistic(index) => vbd.totals.value(index),
             Attribute::Device => vbd.number.load(Relaxed).into(),

@@ -28,7 +28,9 @@ struct xbr_bdev_limits {
 	u32 secure_erase_sectors;
 	u8 write_cache;
 	u8 read_only;
-	u8 pad[6];
+	u8 removable;
+	u8 cdrom;
+	u8 pad[4];
 };
 static_assert(sizeof(struct xbr_bdev_limits) == 40);
 

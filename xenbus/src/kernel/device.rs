@@ -111,7 +111,8 @@ impl Device {
         }
         let wrote = CString::try_from_fmt(fmt!("error/{}", self.nodename()))
             .and_then(|dir| {
-                let value = CString::try_from_fmt(fmt!("{} {}", error.to_errno(), text))?;
+                let value =
+                    CString::try_from_fmt(fmt!("{} {}", error.to_errno().wrapping_neg(), text))?;
                 Ok((dir, value))
             })
             .map_err(|_| ENOMEM)

@@ -6,9 +6,19 @@ use kernel::prelude::*;
 use kernel::rbtree::RBTree;
 use kernel::sync::atomic::{ordering::Full, AtomicFlag};
 
+/// What is limited for each guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    /// Pages of memory.
+    Memory,
+    /// Mappings of the guest's pages: they take room in the hypervisor's table of this domain,
+    /// which all its guests share.
+    Mappings,
+}
+
 kernel::sync::global_lock! {
     // SAFETY: `Quotas::new`, which the module calls before anything else, initialises it once.
-    unsafe(uninit) static RESERVED: Mutex<Option<RBTree<u16, u32>>> = None;
+    unsafe(uninit) static RESERVED: Mutex<Option<RBTree<(u16, Kind), u32>>> = None;
 }
 
 static INITIALISED: AtomicFlag = AtomicFlag::new(false);
@@ -39,9 +49,9 @@ impl Drop for Quotas {
 ///
 /// # Invariants
 ///
-/// The table's entry of `domain` includes `amount`.
+/// The table's entry of `key` includes `amount`.
 pub(crate) struct Reservation {
-    domain: u16,
+    key: (u16, Kind),
     amount: u32,
 }
 
@@ -51,24 +61,25 @@ impl Reservation {
     /// # Errors
     ///
     /// `EDQUOT` if that is more than its quota.
-    pub(crate) fn new(domain: u16, amount: u32, limit: u32) -> Result<Self> {
+    pub(crate) fn new(kind: Kind, domain: u16, amount: u32, limit: u32) -> Result<Self> {
+        let key = (domain, kind);
         let mut table = RESERVED.lock();
         let table = table.as_mut().ok_or(ENODEV)?;
         let total = table
-            .get(&domain)
+            .get(&key)
             .copied()
             .unwrap_or(0)
             .checked_add(amount)
             .filter(|total| *total <= limit)
             .ok_or(Error::from_errno(-(kernel::bindings::EDQUOT as i32)))?;
-        match table.get_mut(&domain) {
+        match table.get_mut(&key) {
             Some(entry) => *entry = total,
             None => {
-                table.try_create_and_insert(domain, total, GFP_KERNEL)?;
+                table.try_create_and_insert(key, total, GFP_KERNEL)?;
             }
         }
         // INVARIANT: Just added.
-        Ok(Self { domain, amount })
+        Ok(Self { key, amount })
     }
 }
 
@@ -78,7 +89,7 @@ impl Drop for Reservation {
         let Some(table) = table.as_mut() else {
             return;
         };
-        let left = match table.get_mut(&self.domain) {
+        let left = match table.get_mut(&self.key) {
             Some(entry) => {
                 *entry = entry.saturating_sub(self.amount);
                 *entry
@@ -86,7 +97,7 @@ impl Drop for Reservation {
             None => return,
         };
         if left == 0 {
-            table.remove(&self.domain);
+            table.remove(&self.key);
         }
     }
 }

@@ -57,6 +57,11 @@ pub(crate) fn remove(dir: &CStr, key: &CStr) -> Result {
 pub(crate) struct Transaction(sys::XenbusTransaction);
 
 impl Transaction {
+    /// Reads a key into `value` and returns its length, which may be more than fits.
+    pub(crate) fn read(&self, dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<usize> {
+        read_in(self.0, dir, key, value)
+    }
+
     /// Writes a key.
     pub(crate) fn write(&self, dir: &CStr, key: &CStr, value: &CStr) -> Result {
         // SAFETY: All three are C strings.

@@ -125,7 +125,9 @@ pub(super) struct BdevLimits {
     pub(super) secure_erase_sectors: u32,
     pub(super) write_cache: u8,
     pub(super) read_only: u8,
-    pub(super) pad: [u8; 6],
+    pub(super) removable: u8,
+    pub(super) cdrom: u8,
+    pub(super) pad: [u8; 4],
 }
 
 const _: () = {
