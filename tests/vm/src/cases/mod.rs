@@ -372,24 +372,18 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
     if loaded(driver.other()) {
         sh::run(&["rmmod", driver.other().sys_module()])?;
     }
-    if !loaded(driver) {
-        // The default is one queue for each CPU of dom0, which may be too few for the ring cases.
-        sh::modprobe(driver.module(), &["max_queues=4"])?;
+    if loaded(driver) {
+        // Loaded at boot, as an administrator does it, with its own defaults.
+        sh::run(&["rmmod", driver.sys_module()])?;
     }
+    // The default is one queue for each CPU of dom0, which may be too few for the ring cases.
+    sh::modprobe(driver.module(), &["max_queues=4"])?;
     let directory = Path::new("/sys/bus/xen-backend/drivers").join(driver.bus_name());
     sh::wait_for(
         "the registration of the driver",
         Duration::from_secs(20),
         || Ok(directory.exists()),
-    )?;
-    // A module that was loaded before took its own default; not every driver lets it be changed.
-    let queues = Path::new("/sys/module")
-        .join(driver.sys_module())
-        .join("parameters/max_queues");
-    if queues.exists() {
-        sh::put(queues, "4")?;
-    }
-    Ok(())
+    )
 }
 
 /// A pattern in which `*` stands for anything.

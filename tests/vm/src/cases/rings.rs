@@ -5,8 +5,13 @@ use super::basic::{compare, verify_job, FIO};
 use super::{skip, Case, Context, Needs};
 use crate::guest::{Guest, Vbd};
 use crate::hotplug;
+use crate::sh;
 use crate::xs;
 use anyhow::{ensure, Context as _, Result};
+use std::time::Duration;
+
+/// How long a guest may take a disk apart after the backend is through with it.
+const UNUSED: Duration = Duration::from_secs(30);
 
 /// What a frontend asks for.
 #[derive(Clone, Copy)]
@@ -114,6 +119,10 @@ fn one(context: &mut Context, shape: Shape) -> Result<()> {
 
 /// Loads the frontend again, with other parameters. The guest must have no disk.
 fn reload(guest: &Guest, parameters: &str) -> Result<()> {
+    // The backend is through before the guest has taken the last disk apart.
+    sh::wait_for("the guest's frontend driver to be unused", UNUSED, || {
+        Ok(guest.run("cat /sys/module/xen_blkfront/refcnt")?.trim() == "0")
+    })?;
     guest
         .run(&format!(
             "rmmod xen_blkfront && insmod /mod/*xen-blkfront.ko {parameters}"
