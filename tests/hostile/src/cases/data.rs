@@ -190,11 +190,24 @@ fn h26_one_grant_everywhere(lab: &mut Lab) -> Result<()> {
         let requests: Vec<Request> = (0..64).map(|id| rw(op, id, id * 88, &same)).collect();
         expect_all_okay(&mut session, &requests)?;
     }
-    let many = vec![session.seg(0); 256];
-    let request = session.indirect(OP_WRITE, 0, &many);
-    expect_all_okay(&mut session, &vec![request; 32])?;
-    let request = session.indirect(OP_READ, 0, &many);
-    expect_all_okay(&mut session, &vec![request; 32])?;
+    // Mapped, not copied. The hypervisor counts the mappings of a page in 8 bits, so a request
+    // may fail while others have the page, and one of 256 pages always does.
+    for (segments, together) in [(200, 1), (200, 32), (256, 32)] {
+        let many = vec![session.seg(0); segments];
+        for op in [OP_WRITE, OP_READ] {
+            let request = session.indirect(op, 0, &many);
+            let answers = session.queue().batch(&vec![request; together])?;
+            let fine = |status| status == OKAY || (status == ERROR && segments * together > 255);
+            ensure!(
+                answers.len() == together && answers.iter().all(|answer| fine(answer.status)),
+                "{together} requests with one page {segments} times got {answers:?}"
+            );
+        }
+    }
+    let segs = session.segs(MAPPED);
+    let request = session.indirect(OP_READ, 0, &segs);
+    expect_all_okay(&mut session, &vec![request; 32])
+        .context("pages of requests with one page many times are lost")?;
     lab.finish_healthy(session)
 }
 
