@@ -50,6 +50,26 @@ pub(crate) fn prepare() -> Result<()> {
     )))
 }
 
+/// What the tests on the host compare with: Xen's own headers, and a compiler to read them.
+const TEST_NEEDS: &[(&str, &str)] = &[
+    ("/usr/bin/cc", "gcc"),
+    ("/usr/include/xen/io/blkif.h", "libxen-dev"),
+];
+
+/// Installs what the tests on the host compare with, when we are root; otherwise those tests skip
+/// themselves and say why.
+pub(crate) fn for_tests() -> Result<()> {
+    let missing: Vec<&str> = TEST_NEEDS
+        .iter()
+        .filter(|(file, _)| !Path::new(file).exists())
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() || !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    install(&missing.join(" "))
+}
+
 fn packages() -> Result<()> {
     let mut missing: Vec<&str> = NEEDS
         .iter()
@@ -73,6 +93,10 @@ fn packages() -> Result<()> {
             "the host lacks {packages}; run: sudo apt-get install -y --no-install-recommends {packages}"
         )));
     }
+    install(&packages)
+}
+
+fn install(packages: &str) -> Result<()> {
     eprintln!("installing {packages} on the host ...");
     let script = format!(
         "apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
