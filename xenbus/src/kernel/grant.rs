@@ -152,6 +152,8 @@ impl Grants for GuestGrants {
         let mut op = sys::GnttabMap::default();
         // SAFETY: `op` is valid for writes and the page is one of ours.
         unsafe { sys::xbr_set_map_op(&mut op, raw, flags, gref, self.domain) };
+        // 0 would mean success: an operation that is not carried out must not look like that.
+        op.status = sys::GNTST_NO_DEVICE_SPACE;
         self.maps.push(op, (tag, page)) && self.map_pages.push_within_capacity(raw).is_ok()
     }
 
