@@ -100,13 +100,6 @@ fn retry(lab: &Lab, vbd: Vbd, shape: Shape, queues: Vec<Queue>) -> Result<()> {
 }
 
 fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
-    let vbd = lab.attach()?;
-    let queues = session::queues(PLAIN)?;
-    let refusing = Refusing {
-        vbd: &vbd,
-        shape: PLAIN,
-        queues: &queues,
-    };
     // About as long as xenstore allows.
     let long = vec![b'1'; 2000];
     let junk: [Option<&[u8]>; 7] = [
@@ -118,18 +111,27 @@ fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
         Some(b"8\0\0junk"),
         Some(&long),
     ];
-    for value in junk {
-        refusing.refuse(&[("ring-ref", value)])?;
-    }
-    for value in junk {
-        refusing.refuse(&[("event-channel", value)])?;
-    }
-    for value in [&b""[..], b"sparc-abi", b"x86_64-abi ", &long] {
-        refusing.refuse(&[("protocol", Some(value))])?;
-    }
+    refuse_all(lab, "ring-ref", &junk)?;
+    refuse_all(lab, "event-channel", &junk)?;
+    let protocols = [&b""[..], b"sparc-abi", b"x86_64-abi ", &long];
+    refuse_all(lab, "protocol", &protocols.map(Some))?;
     // A number, but no grant.
-    for value in [&b"0"[..], b"65535", b"4294967295"] {
-        refusing.refuse(&[("ring-ref", Some(value))])?;
+    let grefs = [&b"0"[..], b"65535", b"4294967295"];
+    refuse_all(lab, "ring-ref", &grefs.map(Some))
+}
+
+/// Tries these values of a key, and then a good one, on a device of its own: the backend makes a
+/// frontend wait the longer the more often it was refused.
+fn refuse_all(lab: &Lab, key: &str, values: &[Option<&[u8]>]) -> Result<()> {
+    let vbd = lab.attach()?;
+    let queues = session::queues(PLAIN)?;
+    let refusing = Refusing {
+        vbd: &vbd,
+        shape: PLAIN,
+        queues: &queues,
+    };
+    for value in values {
+        refusing.refuse(&[(key, *value)])?;
     }
     retry(lab, vbd, PLAIN, queues)
 }
