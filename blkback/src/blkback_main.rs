@@ -24,6 +24,7 @@ mod engine;
 mod offer;
 mod params;
 mod phy;
+mod poll;
 mod queue;
 mod totals;
 mod vbd;
@@ -72,6 +73,10 @@ module! {
         domain_mappings: u32 {
             default: 16384,
             description: "Pages of one guest that its queues may map in all; beyond it they copy",
+        },
+        poll_us: u32 {
+            default: 100,
+            description: "Microseconds that a queue may look for requests before it sleeps (0: none)",
         },
         native_protocol: u32 {
             default: 0,

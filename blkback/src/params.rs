@@ -51,6 +51,13 @@ pub(crate) fn default_protocol() -> Protocol {
     }
 }
 
+/// Longest time that a queue looks for requests before it sleeps, in nanoseconds.
+pub(crate) fn poll_nanoseconds() -> u64 {
+    /// More than that is no waiting for the next request any more.
+    const MOST: u32 = 1000;
+    u64::from((*module_parameters::poll_us.value()).min(MOST)).saturating_mul(1000)
+}
+
 /// Pages that all queues of one guest together may reserve.
 pub(crate) fn domain_pages() -> u32 {
     (*module_parameters::domain_memory_mib.value()).saturating_mul(256)

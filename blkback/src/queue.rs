@@ -11,13 +11,13 @@ use crate::connection::ConnectError;
 use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
 use crate::params::{self, PoolSizes};
 use crate::phy::Phy;
+use crate::poll::Poller;
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
 use crate::vbd::Vbd;
 use crate::xen::bdev::BlockDevice;
 use crate::xen::bio::Disk;
-use crate::xen::cond_resched;
 use crate::xen::device::Device;
 use crate::xen::evtchn::{Activity, EventChannel};
 use crate::xen::grant::GuestGrants;
@@ -26,6 +26,7 @@ use crate::xen::pages::{filled, Pages};
 use crate::xen::parker::Parker;
 use crate::xen::quota::{Kind, Reservation};
 use crate::xen::ring_map::RingMap;
+use crate::xen::{cond_resched, local_clock};
 use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
@@ -332,6 +333,7 @@ impl Serving<'_> {
         let mut published = Stats::default();
         let mut broken = false;
         let mut active = false;
+        let mut poller = Poller::new();
         loop {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
@@ -354,17 +356,19 @@ impl Serving<'_> {
             if command == Command::Drain && engine.in_flight() == 0 {
                 return Command::Drain;
             }
-            if self.must_go_on(command, &pass, engine) {
+            if self.must_go_on(command, &pass, engine, &mut poller) {
                 cond_resched();
                 continue;
             }
             self.end_event(broken, &mut active);
+            let start = local_clock();
             if self.leads {
                 // Nobody tells us that a device was resized, so one thread looks now and then.
                 self.control.parker.park_for_a_while();
             } else {
                 self.control.parker.park();
             }
+            poller.slept(start);
         }
     }
 
@@ -373,10 +377,21 @@ impl Serving<'_> {
         command: Command,
         pass: &Pass,
         engine: &mut Engine<'_, RingMap, G, B>,
+        poller: &mut Poller,
     ) -> bool {
-        pass.again
-            || self.control.command() != command
-            || (command == Command::Serve && engine.must_stay_awake())
+        if pass.again || self.control.command() != command {
+            return true;
+        }
+        if command != Command::Serve {
+            return false;
+        }
+        // While I/O is in flight the device will wake us: only the guest is worth looking for.
+        let parker = &self.control.parker;
+        if engine.in_flight() == 0 && poller.wait(|| parker.is_notified() || engine.has_requests())
+        {
+            return true;
+        }
+        engine.must_stay_awake()
     }
 
     /// Ends the event that woke us. That of a broken ring is never ended: its guest gets no

@@ -14,6 +14,7 @@ use crate::totals::Totals;
 use crate::xen::bdev::BlockDevice;
 use crate::xen::device::Device;
 use crate::xen::driver::{self, Attribute};
+use crate::xen::local_clock;
 use crate::xen::store;
 use crate::xen::watch::{Watch, Watcher};
 use crate::xen::workqueue;
@@ -29,6 +30,8 @@ use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 /// Steps that one run of the work takes at most before it queues itself again.
 const STEPS: u32 = 16;
+/// How long the work waits at once for the end of a pause.
+const PAUSE_STEP_MS: i64 = 50;
 
 /// A device.
 #[pin_data]
@@ -76,13 +79,24 @@ struct Life {
     refused: bool,
     /// Connects that failed, less those that worked.
     failures: u32,
+    /// When the last one failed, and how long the next attempt waits, in nanoseconds.
+    failed_at: u64,
+    pause: u64,
 }
 
 impl Life {
-    /// How long a frontend waits whose connects keep failing: up to half a minute.
-    fn pause(&self) -> Delta {
-        let doubled = 1i64.checked_shl(self.failures.min(15)).unwrap_or(1);
-        Delta::from_millis(doubled.min(30_000))
+    /// A connect failed: the next attempt waits, longer each time, up to half a minute. Each
+    /// attempt costs a line in the log, and a guest may try as often as it likes.
+    fn note_failure(&mut self) {
+        self.failures = self.failures.saturating_add(1);
+        let doubled = 1u64.checked_shl(self.failures.min(15)).unwrap_or(1);
+        self.pause = doubled.min(30_000).saturating_mul(1_000_000);
+        self.failed_at = local_clock();
+    }
+
+    /// True while the next attempt has to wait.
+    fn must_pause(&self) -> bool {
+        self.failures > 0 && local_clock().wrapping_sub(self.failed_at) < self.pause
     }
 }
 
@@ -115,6 +129,8 @@ impl Vbd {
                     draining: false,
                     refused: false,
                     failures: 0,
+                    failed_at: 0,
+                    pause: 0,
                 }),
                 work <- new_work!("Vbd::work"),
             }),
@@ -154,13 +170,6 @@ impl Vbd {
                 c"the frontend's request producer index is impossible; the ring is not served any more",
             );
         }
-        if life.refused && self.moved.load(Acquire) {
-            // A frontend that tries again and again with bad keys costs a log line each time.
-            let pause = life.pause();
-            drop(life);
-            fsleep(pause);
-            life = self.life.lock();
-        }
         if self.moved.xchg(false, Full) {
             life.refused = false;
         }
@@ -183,6 +192,13 @@ impl Vbd {
             if action == Action::Wait {
                 self.follow_size(&mut life);
                 return;
+            }
+            if action == Action::Connect && life.must_pause() {
+                // Look again soon: the frontend may close meanwhile, and is not kept waiting then.
+                drop(life);
+                fsleep(Delta::from_millis(PAUSE_STEP_MS));
+                life = self.life.lock();
+                continue;
             }
             self.act(&mut life, action);
         }
@@ -338,7 +354,7 @@ impl Vbd {
                 let fallback = c"the frontend cannot be connected";
                 self.device
                     .report(code, text.as_deref().unwrap_or(fallback));
-                life.failures = life.failures.saturating_add(1);
+                life.note_failure();
                 life.refused = true;
                 self.publish(life, State::Closing);
             }

@@ -148,6 +148,11 @@ int xbr_bdev_invalidate(struct block_device *bdev)
 	return invalidate_inode_pages2(bdev->bd_mapping);
 }
 
+int xbr_need_resched(void)
+{
+	return need_resched();
+}
+
 void xbr_cond_resched(void)
 {
 	cond_resched();

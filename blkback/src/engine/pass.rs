@@ -177,6 +177,11 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         self.publish(taken, reaped)
     }
 
+    /// True if there is something to take; asks for no event.
+    pub fn has_requests(&mut self) -> bool {
+        self.can_take() && self.ring.available().map_or(true, |new| new > 0)
+    }
+
     /// Arms the frontend's event and says whether there is work after all; call before sleeping.
     ///
     /// While nothing can be taken no event is asked for: a completion brings the next pass.

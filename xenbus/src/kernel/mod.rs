@@ -27,6 +27,18 @@ pub(crate) fn cond_resched() {
     unsafe { sys::xbr_cond_resched() }
 }
 
+/// Nanoseconds of this CPU's scheduler clock; only differences have a meaning.
+pub(crate) fn local_clock() -> u64 {
+    // SAFETY: Callable from any context.
+    unsafe { sys::local_clock() }
+}
+
+/// True if something else could run on this CPU.
+pub(crate) fn cpu_is_wanted() -> bool {
+    // SAFETY: Reads the state of the current task and of this CPU's run queue.
+    unsafe { sys::xbr_need_resched() != 0 || !sys::single_task_running() }
+}
+
 /// True if this kernel runs as a PV domain: mapping a guest's page changes its own page tables.
 /// Otherwise every map and unmap changes the second stage tables, page by page.
 pub(crate) fn is_pv_domain() -> bool {

@@ -88,6 +88,11 @@ impl Parker {
         self.rearm();
     }
 
+    /// True if a wake-up came since [`rearm`](Self::rearm).
+    pub(crate) fn is_notified(&self) -> bool {
+        self.state.load(kernel::sync::atomic::ordering::Relaxed) == NOTIFIED
+    }
+
     /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
     ///
     /// Only one thread may park here. May sleep.

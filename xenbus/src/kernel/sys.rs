@@ -274,6 +274,9 @@ unsafe extern "C" {
     pub(super) fn xbr_bdev_nr_sectors(bdev: *mut bindings::block_device) -> u64;
     pub(super) fn xbr_bdev_limits(bdev: *mut bindings::block_device, limits: *mut BdevLimits);
     pub(super) fn xbr_bdev_invalidate(bdev: *mut bindings::block_device) -> c_int;
+    pub(super) fn local_clock() -> u64;
+    pub(super) fn single_task_running() -> bool;
+    pub(super) fn xbr_need_resched() -> c_int;
     pub(super) fn xbr_cond_resched();
     pub(super) fn xbr_dev_err_ratelimited(dev: *mut bindings::device, text: *const c_char);
     pub(super) fn xbr_set_attr_fn(callback: AttrFn);
