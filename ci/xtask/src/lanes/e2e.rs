@@ -9,11 +9,33 @@ use crate::{payload, recipes};
 use anyhow::Result;
 use std::time::Duration;
 
+/// The tests of what honest guests and toolstacks do.
 pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
     let only = only.replace('\'', "");
-    let script = format!("exec /t/vmtest run --only '{only}'\n");
-    let payload = with_everything("e2e", &script)?;
-    let mut machine = Machine::new("e2e");
+    boot(
+        tally,
+        "e2e",
+        &format!("exec /t/vmtest run --only '{only}'\n"),
+    )
+}
+
+/// The tests of what a malicious frontend does.
+pub(super) fn hostile(tally: &mut Tally) -> Result<()> {
+    boot(tally, "hostile", "exec /t/hostile run\n")
+}
+
+/// Random requests of a malicious frontend; each run says its seed.
+pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
+    boot(
+        tally,
+        "fuzz",
+        "exec /t/hostile fuzz --seed $$ --cases 2000\n",
+    )
+}
+
+fn boot(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
+    let payload = with_everything(name, script)?;
+    let mut machine = Machine::new(name);
     machine.timeout = Duration::from_secs(45 * 60);
     let mut reader = ktap::Reader::default();
     let outcome = machine.run(&recipes::machines()?, &payload, |line| {
@@ -21,7 +43,7 @@ pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
     });
     reader.finish(tally);
     tally.check(
-        "e2e.consoles-are-clean",
+        &format!("{name}.consoles-are-clean"),
         outcome.and_then(|outcome| outcome.verdict()),
     );
     Ok(())

@@ -20,12 +20,20 @@ pub(crate) enum Lane {
     Build,
     /// The tests that run in a Xen machine.
     E2e,
-    /// What takes too long for each change: cargo-deny.
+    /// A malicious frontend against the driver, in a Xen machine.
+    Hostile,
+    /// What takes too long for each change: cargo-deny, random malicious requests.
     Nightly,
 }
 
 /// The lanes that run when none is named.
-const USUAL: &[Lane] = &[Lane::Host, Lane::Check, Lane::Build, Lane::E2e];
+const USUAL: &[Lane] = &[
+    Lane::Host,
+    Lane::Check,
+    Lane::Build,
+    Lane::E2e,
+    Lane::Hostile,
+];
 
 /// Runs the lanes and returns their sums.
 pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
@@ -45,6 +53,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
             Lane::Check => crate::check::run(&mut tally),
             Lane::Build => build::tests(&mut tally),
             Lane::E2e => e2e::tests(&mut tally, only),
+            Lane::Hostile => e2e::hostile(&mut tally),
             Lane::Nightly => nightly::tests(&mut tally),
         };
         if let Err(error) = done {

@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     tally.check("nightly.cargo-deny", deny());
-    Ok(())
+    super::e2e::fuzz(tally)
 }
 
 /// cargo-deny over the whole dependency graph. Its installation from source is what takes long.
