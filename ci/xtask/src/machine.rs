@@ -40,6 +40,8 @@ pub(crate) struct Machine {
     pub(crate) checks: bool,
     /// More disks (raw images); they are vdc, vdd, ...
     pub(crate) disks: Vec<PathBuf>,
+    /// A plugin for QEMU; what it writes is `plugin.out` beside the console log.
+    pub(crate) plugin: Option<PathBuf>,
     /// After this long the machine is killed, and the run fails.
     pub(crate) timeout: Duration,
 }
@@ -103,6 +105,7 @@ impl Machine {
             dom0_args: String::new(),
             checks: true,
             disks: Vec::new(),
+            plugin: None,
             timeout: Duration::from_secs(600),
         }
     }
@@ -193,6 +196,9 @@ impl Machine {
         // A disk is made of whole sectors.
         let size = fs::metadata(&tar)?.len().next_multiple_of(4096);
         fs::File::options().write(true).open(&tar)?.set_len(size)?;
+        if let Some(plugin) = &self.plugin {
+            fs::copy(plugin, dir.join("plugin.so")).context("cannot copy QEMU's plugin")?;
+        }
         Ok(dir)
     }
 
@@ -254,6 +260,9 @@ impl Machine {
         ]);
         for disk in &disks {
             qemu.args(["-drive", disk]);
+        }
+        if self.plugin.is_some() {
+            qemu.args(["-plugin", "/mnt/b/plugin.so,out=/mnt/b/plugin.out"]);
         }
         qemu.args([
             "-device",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The project's commands: `cargo xtask --help`.
 
+mod bench;
 mod build;
 mod cache;
 mod check;
@@ -87,6 +88,12 @@ enum Task {
     /// with `exit`, or at any time with Ctrl-A x. In dom0, /t holds the test programs and /t/guest a
     /// kernel and an initramfs for guests. Nothing that you change in there is kept.
     Vm(vm::Args),
+    /// Measure the driver against the C driver, qdisk and loop, in one boot.
+    ///
+    /// Time in the machine is counted in executed instructions, so the figures repeat on any host.
+    /// The results go to target/bench: results.json, chart.svg, table.txt. A run whose control (our
+    /// driver against itself) differs by more than 5 % fails.
+    Bench(bench::Args),
 }
 
 fn run(task: Task) -> anyhow::Result<ExitCode> {
@@ -117,6 +124,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Task::Vm(args) => vm::vm(&args),
+        Task::Bench(args) => Ok(exit(bench::run(&args)?)),
     }
 }
 

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The results as a picture: for each job the speed of each backend, and what an I/O costs where.
+
+use super::counts::PLACES;
+use super::result::{Results, Row, CONTROL, OURS};
+use std::fmt::Write;
+
+const WIDTH: u32 = 1180;
+const LABELS: u32 = 250;
+const BARS: u32 = 330;
+/// Where the second column of bars begins.
+const SECOND: u32 = 700;
+const LINE: u32 = 22;
+const HEAD: u32 = 34;
+const TOP: u32 = 96;
+/// One colour for each place.
+const COLOURS: [&str; 7] = [
+    "#4e5d78", "#2a9d8f", "#e76f51", "#f4a261", "#e9c46a", "#a8b5c8", "#d6dbe4",
+];
+const OURS_COLOUR: &str = "#d1495b";
+const OTHER_COLOUR: &str = "#8d99ae";
+
+/// The picture.
+pub(crate) fn chart(results: &Results) -> String {
+    let shown: Vec<_> = results
+        .backends
+        .iter()
+        .filter(|backend| backend.name != CONTROL)
+        .collect();
+    let lines = u32::try_from(shown.len()).unwrap_or(1);
+    let panel = HEAD + lines * LINE + 14;
+    let height = TOP + panel * u32::try_from(results.jobs.len()).unwrap_or(1) + 40;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
+    );
+    text(
+        &mut svg,
+        (24, 34),
+        "22",
+        "#222",
+        "Disks of a Xen guest, one boot, one null_blk in memory",
+    );
+    let note = "Time is counted in executed instructions: a second is a thousand million of them. Whiskers: lowest and highest round.";
+    text(&mut svg, (24, 56), "13", "#666", note);
+    legend(&mut svg);
+    for (index, job) in results.jobs.iter().enumerate() {
+        let y = TOP + panel * u32::try_from(index).unwrap_or(0);
+        text(&mut svg, (24, y + 20), "15", "#222", &job.title);
+        let rows: Vec<(&str, &Row)> = shown
+            .iter()
+            .filter_map(|b| Some((b.title.as_str(), results.row(&b.name, &job.name)?)))
+            .collect();
+        draw(&mut svg, &rows, y + HEAD, results);
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+fn legend(svg: &mut String) {
+    text(
+        svg,
+        (LABELS, 82),
+        "13",
+        "#222",
+        "I/Os per second (more is better)",
+    );
+    let mut x = SECOND;
+    text(svg, (x - 110, 82), "13", "#222", "instructions:");
+    for (place, colour) in PLACES.iter().zip(COLOURS) {
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{}\" y=\"73\" width=\"10\" height=\"10\" fill=\"{colour}\"/>",
+            x - 24
+        );
+        text(svg, (x - 10, 82), "11", "#444", place);
+        x += 26 + 6 * u32::try_from(place.len()).unwrap_or(0);
+    }
+}
+
+/// The bars of one job.
+fn draw(svg: &mut String, rows: &[(&str, &Row)], top: u32, results: &Results) {
+    // dom0's own speed has another scale than a guest's: its bar may be cut off.
+    let best = |of: fn(&Row) -> f64| {
+        let guests = rows.iter().filter(|(_, row)| row.backend != "native");
+        guests.map(|(_, row)| of(row)).fold(1.0, f64::max)
+    };
+    let fastest = best(|row| row.iops.high) * 1.05;
+    let dearest = best(total) * 1.05;
+    for (index, (title, row)) in rows.iter().enumerate() {
+        let y = top + LINE * u32::try_from(index).unwrap_or(0);
+        let colour = if row.backend.starts_with(OURS) {
+            OURS_COLOUR
+        } else {
+            OTHER_COLOUR
+        };
+        text(
+            svg,
+            (24, y + 13),
+            "13",
+            if row.backend == OURS {
+                OURS_COLOUR
+            } else {
+                "#333"
+            },
+            title,
+        );
+        let scale = |value: f64| (value / fastest).min(1.0) * f64::from(BARS);
+        let length = scale(row.iops.median);
+        let _ = writeln!(svg, "<rect x=\"{LABELS}\" y=\"{y}\" width=\"{length:.1}\" height=\"16\" rx=\"2\" fill=\"{colour}\"/>");
+        whisker(svg, y + 8, scale(row.iops.low), scale(row.iops.high));
+        let mut label = format!("{:.0}", row.iops.median);
+        if row.backend == "native" && row.iops.median > fastest {
+            label.push_str(" (cut off)");
+        } else if let Some(ratio) = results.ratio(&row.backend, OURS, &row.job) {
+            if row.backend != OURS {
+                label.push_str(&format!("  ({ratio:.2} x ours)"));
+            }
+        }
+        let after = f64::from(LABELS) + scale(row.iops.high).max(length) + 6.0;
+        let _ = writeln!(
+            svg,
+            "<text x=\"{after:.0}\" y=\"{}\" font-size=\"12\" fill=\"#333\">{label}</text>",
+            y + 13
+        );
+        stack(svg, row, y, dearest);
+    }
+}
+
+fn whisker(svg: &mut String, y: u32, low: f64, high: f64) {
+    if high - low < 1.0 {
+        return;
+    }
+    let (from, to) = (f64::from(LABELS) + low, f64::from(LABELS) + high);
+    let _ = writeln!(svg, "<path d=\"M{from:.1} {0} V{1} M{from:.1} {y} H{to:.1} M{to:.1} {0} V{1}\" stroke=\"#222\" fill=\"none\"/>", y - 4, y + 4);
+}
+
+/// What an I/O costs, place after place.
+fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
+    let mut x = f64::from(SECOND);
+    let end = f64::from(SECOND + BARS);
+    for (place, colour) in PLACES.iter().zip(COLOURS) {
+        let value = row
+            .instructions
+            .get(*place)
+            .map_or(0.0, |figure| figure.median.max(0.0));
+        let width = (value / dearest * f64::from(BARS)).min(end - x);
+        if width >= 0.3 {
+            let _ = writeln!(svg, "<rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"16\" fill=\"{colour}\"><title>{place}: {value:.0}</title></rect>");
+        }
+        x += width;
+    }
+    let _ = writeln!(
+        svg,
+        "<text x=\"{:.0}\" y=\"{}\" font-size=\"12\" fill=\"#333\">{:.1} k per I/O</text>",
+        x + 6.0,
+        y + 13,
+        total(row) / 1000.0
+    );
+}
+
+fn total(row: &Row) -> f64 {
+    row.instructions
+        .get("total")
+        .map_or(0.0, |figure| figure.median)
+}
+
+fn text(svg: &mut String, at: (u32, u32), size: &str, colour: &str, words: &str) {
+    let words = words.replace('&', "&amp;").replace('<', "&lt;");
+    let _ = writeln!(
+        svg,
+        "<text x=\"{}\" y=\"{}\" font-size=\"{size}\" fill=\"{colour}\">{words}</text>",
+        at.0, at.1
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::result::tests::results;
+
+    #[test]
+    fn picture_has_every_backend_and_no_bare_ampersand() {
+        let svg = super::chart(&results(&[("phy", 120.0), ("c", 100.0)]));
+        assert!(
+            svg.contains("the phy &amp; more") && svg.contains("the c &amp; more"),
+            "{svg}"
+        );
+        assert!(svg.contains("0.83 x ours"), "{svg}");
+        assert_eq!(svg.matches("<svg").count(), svg.matches("</svg>").count());
+    }
+}

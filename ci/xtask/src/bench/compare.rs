@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Two results: what changed beyond the noise.
+
+use super::result::{Figure, Results, Row, CONTROL, OURS};
+use std::fmt::Write;
+
+/// No change below this is believed, however close the rounds were: addresses and timers move.
+const FLOOR: f64 = 0.02;
+
+/// Says what changed from `old` to `new`.
+pub(crate) fn compare(old: &Results, new: &Results) -> String {
+    let mut text = String::from("\ncompared with the other results:\n");
+    let (mut compared, mut changed) = (0, 0);
+    for row in &new.rows {
+        let Some(before) = old.row(&row.backend, &row.job) else {
+            continue;
+        };
+        compared += 1;
+        let noise = noise(old, before).max(noise(new, row));
+        for change in changes(before, row, noise) {
+            changed += 1;
+            let _ = writeln!(text, "  {:12} {:10} {change}", row.job, row.backend);
+        }
+    }
+    let _ = writeln!(
+        text,
+        "  {compared} rows compared, {changed} figures changed beyond the noise"
+    );
+    text
+}
+
+/// The noise of a row: the spread of its rounds, or what the control of its job shows.
+fn noise(results: &Results, row: &Row) -> f64 {
+    let control = results
+        .ratio(CONTROL, OURS, &row.job)
+        .map_or(0.0, |ratio| (ratio - 1.0).abs());
+    row.iops.spread().max(control).max(FLOOR)
+}
+
+fn changes(old: &Row, new: &Row, noise: f64) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut look =
+        |what: &str, old: Option<&Figure>, new: Option<&Figure>, more_is_better: bool| {
+            let (Some(old), Some(new)) = (old, new) else {
+                return;
+            };
+            if old.median <= 0.0 {
+                return;
+            }
+            let change = new.median / old.median - 1.0;
+            if change.abs() > noise {
+                found.push(format!(
+                    "{what} {:.0} -> {:.0} ({:+.1} %, noise {:.1} %): {}",
+                    old.median,
+                    new.median,
+                    change * 100.0,
+                    noise * 100.0,
+                    if (change > 0.0) == more_is_better {
+                        "better"
+                    } else {
+                        "WORSE"
+                    }
+                ));
+            }
+        };
+    look("IOPS", Some(&old.iops), Some(&new.iops), true);
+    let total = |row: &'_ Row| row.instructions.get("total").copied();
+    look(
+        "instructions per I/O",
+        total(old).as_ref(),
+        total(new).as_ref(),
+        false,
+    );
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::result::tests::results;
+    use super::compare;
+
+    #[test]
+    fn changes_beyond_the_noise_are_told_with_their_sign() {
+        let old = results(&[("phy", 100.0), ("c", 100.0), ("gone", 1.0)]);
+        let new = results(&[("phy", 110.0), ("c", 101.0)]);
+        let text = compare(&old, &new);
+        assert!(
+            text.contains("IOPS 100 -> 110 (+10.0 %, noise 2.0 %): better"),
+            "{text}"
+        );
+        assert!(
+            text.contains("2 rows compared, 2 figures changed"),
+            "{text}"
+        );
+        assert!(compare(&new, &old).contains("WORSE"));
+    }
+
+    #[test]
+    fn what_the_control_shows_is_noise() {
+        let old = results(&[("phy", 100.0), ("phy-again", 88.0)]);
+        let new = results(&[("phy", 110.0), ("phy-again", 96.8)]);
+        assert!(compare(&old, &new).contains("0 figures changed"));
+    }
+}

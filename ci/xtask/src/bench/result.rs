@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The results: one schema for the file, the table, the chart and the comparison.
+
+use anyhow::{ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// The version of the schema.
+pub(crate) const VERSION: u32 = 1;
+/// Our driver, and our driver again.
+pub(crate) const OURS: &str = "phy";
+pub(crate) const CONTROL: &str = "phy-again";
+/// How far the two may be apart.
+pub(crate) const CONTROL_LIMIT: f64 = 0.05;
+
+/// A run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Results {
+    /// The version of the schema.
+    pub(crate) version: u32,
+    /// Made with --quick.
+    pub(crate) quick: bool,
+    /// How often each backend was measured.
+    pub(crate) rounds: u32,
+    /// The backends, in the order of the table.
+    pub(crate) backends: Vec<Named>,
+    /// The jobs, in the order of the table.
+    pub(crate) jobs: Vec<Named>,
+    /// One for each job and backend.
+    pub(crate) rows: Vec<Row>,
+}
+
+/// Something with a short name and a title.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Named {
+    /// The short name.
+    pub(crate) name: String,
+    /// The title.
+    pub(crate) title: String,
+}
+
+/// One job on one backend.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Row {
+    /// The backend's name.
+    pub(crate) backend: String,
+    /// The job's name.
+    pub(crate) job: String,
+    /// I/Os per second of the machine's time: a thousand million instructions of both processors.
+    pub(crate) iops: Figure,
+    /// The mean latency in microseconds of the same time.
+    pub(crate) latency_us: Figure,
+    /// Executed instructions per I/O, by place.
+    pub(crate) instructions: BTreeMap<String, Figure>,
+    /// Other counts per I/O.
+    pub(crate) per_io: BTreeMap<String, Figure>,
+}
+
+/// A figure of all rounds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Figure {
+    /// The median.
+    pub(crate) median: f64,
+    /// The lowest.
+    pub(crate) low: f64,
+    /// The highest.
+    pub(crate) high: f64,
+}
+
+impl Figure {
+    /// The figure of these values; none of no value.
+    pub(crate) fn of(values: &[f64]) -> Option<Figure> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (low, high) = (*sorted.first()?, *sorted.last()?);
+        let middle = sorted.len() / 2;
+        let median = if sorted.len() % 2 == 1 {
+            sorted[middle]
+        } else {
+            (sorted[middle - 1] + sorted[middle]) / 2.0
+        };
+        Some(Figure { median, low, high })
+    }
+
+    /// How far lowest and highest are apart, as a part of the median.
+    pub(crate) fn spread(&self) -> f64 {
+        if self.median == 0.0 {
+            return 0.0;
+        }
+        (self.high - self.low) / self.median
+    }
+}
+
+impl Results {
+    /// Reads a file.
+    pub(crate) fn read(path: &Path) -> Result<Results> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read the results in {}", path.display()))?;
+        let results: Results = serde_json::from_str(&text)
+            .with_context(|| format!("{} holds no results of `bench`", path.display()))?;
+        ensure!(
+            results.version == VERSION,
+            "{} has version {} of the schema, not {VERSION}: measure again",
+            path.display(),
+            results.version
+        );
+        Ok(results)
+    }
+
+    /// Writes a file.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        fs::write(path, text)
+            .with_context(|| format!("cannot write the results to {}", path.display()))
+    }
+
+    /// The row of a job on a backend.
+    pub(crate) fn row(&self, backend: &str, job: &str) -> Option<&Row> {
+        self.rows
+            .iter()
+            .find(|row| row.backend == backend && row.job == job)
+    }
+
+    /// IOPS of one backend in parts of another's.
+    pub(crate) fn ratio(&self, backend: &str, reference: &str, job: &str) -> Option<f64> {
+        let (one, other) = (self.row(backend, job)?, self.row(reference, job)?);
+        (other.iops.median > 0.0).then(|| one.iops.median / other.iops.median)
+    }
+
+    /// Our driver against the better of the C driver's columns.
+    pub(crate) fn ratio_to_best_c(&self, job: &str) -> Option<f64> {
+        ["c", "c-plain"]
+            .iter()
+            .filter_map(|reference| self.ratio(OURS, reference, job))
+            .min_by(f64::total_cmp)
+    }
+
+    /// Why the run cannot be trusted: each job whose control is off, in words.
+    pub(crate) fn void(&self) -> Vec<String> {
+        let mut complaints = Vec::new();
+        for job in &self.jobs {
+            let Some(ratio) = self.ratio(CONTROL, OURS, &job.name) else {
+                continue;
+            };
+            if (ratio - 1.0).abs() > CONTROL_LIMIT {
+                complaints.push(format!(
+                    "{}: our driver differs from itself by {:+.1} %, more than {:.0} %: measure again with more --rounds",
+                    job.name,
+                    (ratio - 1.0) * 100.0,
+                    CONTROL_LIMIT * 100.0
+                ));
+            }
+        }
+        complaints
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Results with one job and these medians.
+    pub(crate) fn results(rows: &[(&str, f64)]) -> Results {
+        let named = |name: &str| Named {
+            name: name.into(),
+            title: format!("the {name} & more"),
+        };
+        let figure = |median: f64| Figure {
+            median,
+            low: median,
+            high: median,
+        };
+        Results {
+            version: VERSION,
+            quick: false,
+            rounds: 1,
+            backends: rows.iter().map(|(name, _)| named(name)).collect(),
+            jobs: vec![named("j")],
+            rows: rows
+                .iter()
+                .map(|(name, iops)| Row {
+                    backend: (*name).into(),
+                    job: "j".into(),
+                    iops: figure(*iops),
+                    latency_us: figure(1.0),
+                    instructions: [("total".to_string(), figure(1e9 / iops))].into(),
+                    per_io: BTreeMap::new(),
+                })
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn median_and_spread() {
+        let figure = Figure::of(&[3.0, 1.0, 2.0]).unwrap();
+        assert_eq!((figure.median, figure.spread()), (2.0, 1.0));
+        assert_eq!(Figure::of(&[1.0, 2.0]).unwrap().median, 1.5);
+        assert!(Figure::of(&[]).is_none());
+    }
+
+    #[test]
+    fn control_that_is_off_voids_the_run() {
+        assert!(results(&[("phy", 100.0), ("phy-again", 104.0)])
+            .void()
+            .is_empty());
+        assert_eq!(
+            results(&[("phy", 100.0), ("phy-again", 106.0)])
+                .void()
+                .len(),
+            1
+        );
+        assert_eq!(
+            results(&[("phy", 100.0), ("phy-again", 94.0)]).void().len(),
+            1
+        );
+    }
+
+    #[test]
+    fn the_better_c_column_is_the_reference() {
+        let found = results(&[("phy", 120.0), ("c", 100.0), ("c-plain", 60.0)]);
+        assert_eq!(found.ratio_to_best_c("j"), Some(1.2));
+    }
+
+    #[test]
+    fn file_is_read_back_and_other_versions_are_refused() {
+        let path = std::env::temp_dir().join(format!("xtask-bench-{}.json", std::process::id()));
+        let mut written = results(&[("phy", 10.0)]);
+        written.write(&path).unwrap();
+        assert_eq!(Results::read(&path).unwrap().rows[0].iops.median, 10.0);
+        written.version += 1;
+        written.write(&path).unwrap();
+        assert!(Results::read(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("measure again"));
+        fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The results as text.
+
+use super::counts::PLACES;
+use super::result::{Results, Row, CONTROL, OURS};
+use std::fmt::Write;
+
+/// All tables: one for each job, then the sum of it.
+pub(crate) fn table(results: &Results) -> String {
+    let mut text = String::new();
+    for job in &results.jobs {
+        let _ = writeln!(text, "\n{} ({})", job.title, job.name);
+        let _ = writeln!(
+            text,
+            "  {:32} {:>8} {:>7} {:>8} | {}",
+            "backend",
+            "IOPS",
+            "spread",
+            "we are",
+            heading()
+        );
+        for backend in &results.backends {
+            if let Some(row) = results.row(&backend.name, &job.name) {
+                let ratio = results.ratio(OURS, &backend.name, &job.name);
+                line(&mut text, &backend.title, row, ratio);
+            }
+        }
+    }
+    summary(&mut text, results);
+    text
+}
+
+/// The columns of what an I/O costs.
+fn heading() -> String {
+    let mut text = String::from("instructions per I/O:");
+    for place in PLACES {
+        text.push_str(&format!(" {place},"));
+    }
+    text.push_str(" total | events to dom0, to the guest; switches of dom0, of the guest");
+    text
+}
+
+fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>) {
+    let ratio = ratio.map_or("-".into(), |ratio| format!("{ratio:.2} x"));
+    let _ = write!(
+        text,
+        "  {title:32} {:>8.0} {:>6.1}% {ratio:>8} |",
+        row.iops.median,
+        row.iops.spread() * 100.0
+    );
+    for place in PLACES.iter().chain(&["total"]) {
+        let figure = row.instructions.get(*place);
+        let _ = write!(text, " {:>8.0}", figure.map_or(0.0, |figure| figure.median));
+    }
+    text.push_str(" |");
+    for name in [
+        "events to dom0",
+        "events to the guest",
+        "context switches of dom0",
+        "context switches of the guest",
+    ] {
+        let _ = write!(
+            text,
+            " {:>5.2}",
+            row.per_io.get(name).map_or(0.0, |figure| figure.median)
+        );
+    }
+    text.push('\n');
+}
+
+/// Our driver against each other, in one line a job.
+fn summary(text: &mut String, results: &Results) {
+    let others: Vec<&str> = results
+        .backends
+        .iter()
+        .map(|backend| backend.name.as_str())
+        .filter(|name| *name != OURS && *name != CONTROL)
+        .collect();
+    let _ = write!(
+        text,
+        "\nthis driver's IOPS as a multiple of\n  {:14} {:>8}",
+        "job", "C's best"
+    );
+    for name in &others {
+        let _ = write!(text, " {name:>8}");
+    }
+    let _ = writeln!(text, " {:>8}", "control");
+    for job in &results.jobs {
+        let _ = write!(
+            text,
+            "  {:14} {:>8}",
+            job.name,
+            times(results.ratio_to_best_c(&job.name))
+        );
+        for name in others.iter().chain(&[CONTROL]) {
+            let _ = write!(text, " {:>8}", times(results.ratio(OURS, name, &job.name)));
+        }
+        text.push('\n');
+    }
+}
+
+fn times(ratio: Option<f64>) -> String {
+    ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::result::tests::results;
+
+    #[test]
+    fn a_row_that_loses_is_shown_as_it_is() {
+        let text = super::table(&results(&[("phy", 50.0), ("c", 100.0)]));
+        assert!(text.contains("0.50"), "{text}");
+        assert!(text.contains("the phy & more"), "{text}");
+    }
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Which address belongs to which counter.
+
+/// The bytes of the mark: `nop dword ptr [rax + rax + 0x6b72616d]`. No compiler makes it.
+pub(crate) const MARK: [u8; 8] = [0x0f, 0x1f, 0x84, 0x00, b'm', b'a', b'r', b'k'];
+
+/// Where the hypervisor's own memory begins, and what comes after it.
+const XEN: u64 = 0xffff_82d0_0000_0000;
+const AFTER_XEN: u64 = 0xffff_8300_0000_0000;
+/// Where a Linux kernel's text begins.
+const KERNEL: u64 = 0xffff_ffff_8000_0000;
+/// Where its modules begin.
+const MODULES: u64 = 0xffff_ffff_c000_0000;
+/// The end of user space.
+const USER_END: u64 = 0x8000_0000_0000;
+const PAGE: u64 = 4096;
+
+/// The counters that are not of a module.
+pub(crate) const NAMES: [&str; 4] = ["xen", "kernel", "user", "other"];
+/// How many pages of modules have a counter of their own; the last one counts all pages beyond.
+pub(crate) const PAGES: usize = 16384;
+/// How many counters there are.
+pub(crate) const COUNTERS: usize = NAMES.len() + PAGES;
+
+/// The counter of an address.
+pub(crate) fn counter(address: u64) -> usize {
+    match address {
+        XEN..AFTER_XEN => 0,
+        MODULES.. => {
+            let page = usize::try_from((address - MODULES) / PAGE).unwrap_or(PAGES);
+            NAMES.len() + page.min(PAGES - 1)
+        }
+        KERNEL.. => 1,
+        0..USER_END => 2,
+        _ => 3,
+    }
+}
+
+/// How a counter is called in the file: the name of a place, or the address of a page.
+pub(crate) fn name(counter: usize) -> String {
+    match counter.checked_sub(NAMES.len()) {
+        None => NAMES[counter].to_owned(),
+        Some(page) => format!("{:x}", MODULES + page as u64 * PAGE),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{counter, name, COUNTERS, MARK};
+
+    #[test]
+    fn mark_is_one_long_nop() {
+        assert_eq!(MARK[..3], [0x0f, 0x1f, 0x84]);
+        assert_eq!(&MARK[4..], b"mark");
+    }
+
+    #[test]
+    fn every_address_has_its_place() {
+        for (address, place) in [
+            (0, "user"),
+            (0x7fff_ffff_ffff, "user"),
+            (0x8000_0000_0000, "other"),
+            (0xffff_82d0_4020_0000, "xen"),
+            (0xffff_8300_0000_0000, "other"),
+            (0xffff_ffff_8100_0000, "kernel"),
+            (0xffff_ffff_c000_0fff, "ffffffffc0000000"),
+            (0xffff_ffff_c000_1000, "ffffffffc0001000"),
+            (u64::MAX, "ffffffffc3fff000"),
+        ] {
+            assert_eq!(name(counter(address)), place, "{address:x}");
+            assert!(counter(address) < COUNTERS);
+        }
+    }
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What is compared. A backend is one entry of [`ALL`].
+
+/// The driver that must be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Driver {
+    /// The module of this project.
+    Ours,
+    /// The C driver, with this parameter.
+    C(&'static str),
+    /// None: nobody in the kernel serves the disk.
+    None,
+}
+
+/// What the disk stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Store {
+    /// A block device in memory (null_blk).
+    Memory,
+    /// A loop device on a file in memory (tmpfs).
+    Loop,
+}
+
+/// How the jobs reach the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From the guest, over a disk of xl; `{}` stands for the store's device node.
+    Guest(&'static str),
+    /// From dom0, without a guest.
+    Native,
+}
+
+/// One thing to compare.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Backend {
+    /// Its short name.
+    pub(crate) name: &'static str,
+    /// What a reader calls it.
+    pub(crate) title: &'static str,
+    /// Who serves it.
+    pub(crate) driver: Driver,
+    /// What it stands on.
+    pub(crate) store: Store,
+    /// How it is used.
+    pub(crate) way: Way,
+    /// Part of a quick run.
+    pub(crate) quick: bool,
+}
+
+const PHY: &str = "phy:{},xvda,w";
+const QDISK: &str = "format=raw,backendtype=qdisk,vdev=xvda,access=rw,target={}";
+const PERSISTENT: Driver = Driver::C("feature_persistent=1");
+const PLAIN: Driver = Driver::C("feature_persistent=0");
+
+const fn entry(
+    name: &'static str,
+    title: &'static str,
+    driver: Driver,
+    store: Store,
+    way: Way,
+    quick: bool,
+) -> Backend {
+    Backend {
+        name,
+        title,
+        driver,
+        store,
+        way,
+        quick,
+    }
+}
+
+/// All backends. The second one is the first one again: what differs between the two is noise.
+#[rustfmt::skip]
+pub(crate) const ALL: &[Backend] = &[
+    entry("phy", "this driver", Driver::Ours, Store::Memory, Way::Guest(PHY), true),
+    entry("phy-again", "this driver again (control)", Driver::Ours, Store::Memory, Way::Guest(PHY), true),
+    entry("c", "C driver, persistent grants", PERSISTENT, Store::Memory, Way::Guest(PHY), true),
+    entry("c-plain", "C driver, no persistent grants", PLAIN, Store::Memory, Way::Guest(PHY), false),
+    entry("phy-loop", "this driver over loop", Driver::Ours, Store::Loop, Way::Guest(PHY), false),
+    entry("c-loop", "C driver over loop", PERSISTENT, Store::Loop, Way::Guest(PHY), false),
+    entry("qdisk", "qdisk (QEMU)", Driver::None, Store::Memory, Way::Guest(QDISK), true),
+    entry("native", "dom0 itself, no guest", Driver::None, Store::Memory, Way::Native, false),
+];

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The guest that loads the disks: xl, and commands over its console.
+//!
+//! The agent of the end to end tests answers there: `RUN id command` gives `OUT id text` and, at the
+//! end, `DONE id status`; `PING n` gives `PONG n`.
+
+use crate::sh;
+use anyhow::{bail, ensure, Context, Result};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+const DIR: &str = "/run/bench";
+const NAME: &str = "bench";
+/// A disk that nobody uses: xl starts the process that serves qdisk only with a guest that has one.
+const IDLE: &str = "/run/bench/idle.img";
+
+/// A running guest.
+pub(crate) struct Guest {
+    domid: String,
+    tty: File,
+    lines: Receiver<String>,
+    next: u64,
+}
+
+impl Guest {
+    /// Starts the guest, on the processor that dom0 does not use.
+    pub(crate) fn create(idle_qdisk: bool) -> Result<Guest> {
+        Guest::start(idle_qdisk).with_context(|| {
+            let logs = "tail -n 8 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
+                        /var/log/xen/xl-bench.log /tmp/bench.err 2>&1 || true";
+            let said = sh::shell(logs).unwrap_or_else(|error| format!("{error:#}"));
+            format!("the guest does not start; the logs say: {said}")
+        })
+    }
+
+    fn start(idle_qdisk: bool) -> Result<Guest> {
+        std::fs::create_dir_all(DIR)?;
+        File::create(IDLE)?.set_len(1 << 20)?;
+        let disk = if idle_qdisk {
+            format!("'format=raw,backendtype=qdisk,vdev=xvdz,access=rw,target={IDLE}'")
+        } else {
+            String::new()
+        };
+        let config = format!(
+            "name = '{NAME}'\ntype = 'pv'\nkernel = '/t/guest/vmlinuz'\nramdisk = '/t/guest/guest.cpio.gz'\n\
+             memory = 448\nvcpus = 1\ncpus = '1'\ntsc_mode = 'native'\nextra = 'console=hvc0 loglevel=4 panic=1'\n\
+             on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\nvif = []\ndisk = [{disk}]\n"
+        );
+        let path = format!("{DIR}/guest.cfg");
+        sh::put(&path, &config)?;
+        sh::run(&["xl", "create", &path])?;
+        let domid = sh::run(&["xl", "domid", NAME])?.trim().to_owned();
+        let key = format!("/local/domain/{domid}/console/tty");
+        let mut tty = String::new();
+        sh::wait_for("the console of the guest", || {
+            tty = sh::shell(&format!("xenstore-read {key} 2>/dev/null || true"))?
+                .trim()
+                .to_owned();
+            Ok(!tty.is_empty())
+        })?;
+        let tty = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&tty)
+            .with_context(|| format!("cannot open the guest's console {tty}"))?;
+        let lines = listen(tty.try_clone()?);
+        let mut guest = Guest {
+            domid,
+            tty,
+            lines,
+            next: 1,
+        };
+        guest.wait_agent()?;
+        Ok(guest)
+    }
+
+    fn wait_agent(&mut self) -> Result<()> {
+        let deadline = Instant::now() + sh::LIMIT;
+        while Instant::now() < deadline {
+            writeln!(self.tty, "PING 1")?;
+            let until = Instant::now() + Duration::from_secs(1);
+            while let Some(line) = self.line(until)? {
+                if line == "PONG 1" {
+                    return Ok(());
+                }
+            }
+        }
+        bail!("the guest's agent did not answer: was /t/guest packed with it?")
+    }
+
+    /// The next line of the console, or nothing at the deadline.
+    fn line(&self, deadline: Instant) -> Result<Option<String>> {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        match self.lines.recv_timeout(rest) {
+            Ok(line) => Ok(Some(line)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => bail!("the guest went away"),
+        }
+    }
+
+    /// Runs a command that must succeed and returns its output.
+    pub(crate) fn run(&mut self, command: &str) -> Result<String> {
+        let id = self.next;
+        self.next += 1;
+        writeln!(self.tty, "RUN {id} {command}").context("cannot write to the guest's console")?;
+        let (out, done) = (format!("OUT {id} "), format!("DONE {id} "));
+        let mut text = String::new();
+        let deadline = Instant::now() + sh::LIMIT;
+        loop {
+            let line = self.line(deadline)?.with_context(|| {
+                format!("`{command}` did not end in the guest; so far it said: {text}")
+            })?;
+            if let Some(status) = line.strip_prefix(&done) {
+                ensure!(
+                    status == "0",
+                    "`{command}` failed in the guest with status {status}: {text}"
+                );
+                return Ok(text);
+            }
+            if let Some(said) = line.strip_prefix(&out) {
+                text.push_str(said);
+                text.push('\n');
+            }
+        }
+    }
+
+    /// Attaches a disk as xvda and waits until the guest has it.
+    pub(crate) fn attach(&mut self, disk: &str) -> Result<()> {
+        sh::run(&["xl", "block-attach", &self.domid, disk])?;
+        self.run(
+            "n=0; while [ ! -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done",
+        )
+        .context("the disk did not appear in the guest")?;
+        sh::run(&["udevadm", "settle"]).map(drop)
+    }
+
+    /// Which driver serves xvda (51712 is its number).
+    pub(crate) fn server(&self) -> Option<String> {
+        let link = format!(
+            "/sys/bus/xen-backend/devices/vbd-{}-51712/driver",
+            self.domid
+        );
+        let target = std::fs::read_link(link).ok()?;
+        Some(target.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// Takes the disk away and waits until nothing of it is left.
+    pub(crate) fn detach(&mut self) -> Result<()> {
+        sh::run(&["xl", "block-detach", &self.domid, "xvda"])?;
+        let sysfs = format!("/sys/bus/xen-backend/devices/vbd-{}-51712", self.domid);
+        sh::wait_for("the removal of the disk", || {
+            Ok(!std::path::Path::new(&sysfs).exists())
+        })?;
+        self.run("n=0; while [ -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done")
+            .context("the disk did not go away in the guest")?;
+        sh::run(&["udevadm", "settle"]).map(drop)
+    }
+
+    /// Ends the guest.
+    pub(crate) fn destroy(self) -> Result<()> {
+        sh::run(&["xl", "destroy", &self.domid]).map(drop)
+    }
+}
+
+/// The lines of the console, as they come.
+fn listen(tty: File) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(tty).split(b'\n') {
+            // The console ends with the guest, and the receiver with the program.
+            let Ok(line) = line else { return };
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if sender.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Measures backends of disks inside a Xen machine: runs in dom0, drives one guest, and writes what it
+//! saw as lines of JSON to the file named by REPORT (default: standard output).
+//!
+//! It judges nothing: medians, ratios and charts are made outside, by `cargo xtask bench`.
+
+mod backends;
+mod disks;
+mod guest;
+mod jobs;
+mod mark;
+mod report;
+mod run;
+mod sample;
+mod sh;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// Measures backends of disks inside a Xen machine.
+#[derive(Debug, Parser)]
+#[command(name = "bench", version)]
+struct Cli {
+    /// Less of everything: for a look, not for a verdict.
+    #[arg(long)]
+    quick: bool,
+    /// Only these backends (names separated by commas).
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    backends: Vec<String>,
+    /// Only these jobs (names separated by commas).
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    jobs: Vec<String>,
+    /// How often each backend is measured.
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// The module of this project.
+    #[arg(long, default_value = "/t/xen-blkback-rs.ko", value_name = "KO")]
+    module: String,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let plan = run::Plan {
+        quick: cli.quick,
+        backends: cli.backends,
+        jobs: cli.jobs,
+        rounds: cli.rounds,
+        module: cli.module,
+    };
+    match run::run(&plan) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

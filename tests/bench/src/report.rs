@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Lines of JSON to whoever started the machine.
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use std::fs::File;
+use std::io::{stdout, Write};
+
+/// Where the lines go.
+pub(crate) struct Report(Box<dyn Write>);
+
+impl Report {
+    /// The file named by REPORT, or standard output.
+    pub(crate) fn open() -> Result<Report> {
+        let out: Box<dyn Write> = match std::env::var_os("REPORT") {
+            None => Box::new(stdout()),
+            Some(path) => Box::new(
+                File::options()
+                    .write(true)
+                    .open(&path)
+                    .context("cannot open the file named by REPORT")?,
+            ),
+        };
+        Ok(Report(out))
+    }
+
+    /// Writes one line.
+    pub(crate) fn line(&mut self, value: &Value) -> Result<()> {
+        writeln!(self.0, "{value}")
+            .and_then(|()| self.0.flush())
+            .context("cannot write the report")
+    }
+}
