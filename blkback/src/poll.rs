@@ -18,6 +18,32 @@ const START: u64 = 5_000;
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 8;
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    Ready,
+    TimedOut,
+    CpuWanted,
+}
+
+/// Looks until `ready` for at most so many nanoseconds.
+fn look(limit: u64, mut ready: impl FnMut() -> bool) -> Look {
+    let start = xen::local_clock();
+    loop {
+        for _ in 0..LOOKS {
+            if ready() {
+                return Look::Ready;
+            }
+            cpu_relax();
+        }
+        if xen::cpu_is_wanted() {
+            return Look::CpuWanted;
+        }
+        if since(start) > limit {
+            return Look::TimedOut;
+        }
+    }
+}
+
 /// Nanoseconds since then; a clock that differs between CPUs may make it a very long time.
 fn since(start: u64) -> u64 {
     xen::local_clock().wrapping_sub(start)
@@ -40,21 +66,12 @@ impl Poller {
     }
 
     /// Looks until `ready`; returns whether it came to be in the time that is allowed now.
-    pub(crate) fn wait(&mut self, mut ready: impl FnMut() -> bool) -> bool {
+    pub(crate) fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
         if self.now == 0 {
             return false;
         }
-        let start = xen::local_clock();
-        loop {
-            for _ in 0..LOOKS {
-                if ready() {
-                    return true;
-                }
-                cpu_relax();
-            }
-            if xen::cpu_is_wanted() || since(start) > self.now {
-                break;
-            }
+        if look(self.now, ready) == Look::Ready {
+            return true;
         }
         self.now = self
             .now
@@ -71,6 +88,87 @@ impl Poller {
                 .now
                 .saturating_mul(2)
                 .clamp(START.min(self.most), self.most);
+        }
+    }
+}
+
+/// How many answers are published at once.
+///
+/// Each publication interrupts the guest, in the middle of sending what the last one let it send.
+/// While a guest with a deep queue goes on sending, answers are held until there are as many as it
+/// has shown to be able to send without them. The number is found by trying: it doubles while the
+/// guest keeps up, falls back when it stops sending, and is tried again ever more rarely.
+#[derive(Debug)]
+pub(crate) struct Batcher {
+    target: u32,
+    most: u32,
+    /// Publications since the last trial, and how many must be between two.
+    streak: u32,
+    patience: u32,
+    /// When the first answer was held.
+    since: Option<u64>,
+    /// Longest time without a further request, and longest time in all, in nanoseconds.
+    gap: u64,
+    limit: u64,
+}
+
+impl Batcher {
+    /// For a ring of so many slots.
+    pub(crate) fn new(slots: u32) -> Self {
+        let poll = params::poll_nanoseconds();
+        Self {
+            target: 1,
+            most: if poll == 0 { 1 } else { slots / 2 },
+            streak: 0,
+            patience: Self::EAGER,
+            since: None,
+            gap: poll / 2,
+            limit: poll.saturating_mul(2),
+        }
+    }
+
+    /// Publications between two trials while trying pays.
+    const EAGER: u32 = 4;
+    /// The same while it does not.
+    const WEARY: u32 = 1024;
+
+    /// True if answers may be worth holding at all.
+    pub(crate) fn holds(&self) -> bool {
+        self.target > 1
+    }
+
+    /// Waits for more before `held` answers are published; true if something came.
+    pub(crate) fn wait(&mut self, held: u32, ready: impl FnMut() -> bool) -> bool {
+        if held == 0 || held >= self.target {
+            return false;
+        }
+        let start = *self.since.get_or_insert_with(xen::local_clock);
+        if since(start) > self.limit {
+            return false;
+        }
+        match look(self.gap, ready) {
+            Look::Ready => true,
+            Look::TimedOut => {
+                self.target = held;
+                self.streak = 0;
+                self.patience = self.patience.saturating_mul(2).min(Self::WEARY);
+                false
+            }
+            Look::CpuWanted => false,
+        }
+    }
+
+    /// Learns from a publication of so many answers.
+    pub(crate) fn published(&mut self, answers: u32) {
+        self.since = None;
+        if answers < self.target {
+            return;
+        }
+        self.streak = self.streak.saturating_add(1);
+        if self.streak >= self.patience {
+            self.streak = 0;
+            self.patience = (self.patience / 2).max(Self::EAGER);
+            self.target = self.target.saturating_mul(2).min(self.most);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::connection::ConnectError;
 use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
 use crate::params::{self, PoolSizes};
 use crate::phy::Phy;
-use crate::poll::Poller;
+use crate::poll::{Batcher, Poller};
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
@@ -272,6 +272,7 @@ struct Server {
 
 impl Runner for Server {
     fn run(mut self) {
+        let slots = self.ring.size();
         let mut engine = Engine::new(
             self.ring,
             self.grants,
@@ -288,6 +289,7 @@ impl Runner for Server {
             vbd: &self.vbd,
             control: &self.control,
             known_sectors: self.limits.sectors,
+            slots,
             leads: self.leads,
         };
         let command = server.serve(&mut engine);
@@ -323,6 +325,7 @@ struct Serving<'a> {
     vbd: &'a Arc<Vbd>,
     control: &'a Control,
     known_sectors: u64,
+    slots: u32,
     leads: bool,
 }
 
@@ -334,15 +337,19 @@ impl Serving<'_> {
         let mut broken = false;
         let mut active = false;
         let mut poller = Poller::new();
+        let mut batcher = Batcher::new(self.slots);
         loop {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
             sectors = self.limits_changed(engine, sectors);
             let pass = match command {
-                Command::Serve => engine.pass(),
+                Command::Serve => self.serving_pass(engine, &mut batcher),
                 Command::Drain => engine.drain_pass(),
                 Command::Abandon => return Command::Abandon,
             };
+            if pass.answered > 0 {
+                batcher.published(pass.answered);
+            }
             if pass.notify {
                 self.channel.notify();
             }
@@ -369,6 +376,32 @@ impl Serving<'_> {
                 self.control.parker.park();
             }
             poller.slept(start);
+        }
+    }
+
+    /// One pass, or several of which the last one answers all.
+    fn serving_pass<G: Grants, B: Backend>(
+        &self,
+        engine: &mut Engine<'_, RingMap, G, B>,
+        batcher: &mut Batcher,
+    ) -> Pass {
+        let parker = &self.control.parker;
+        let mut taken: u32 = 0;
+        while batcher.holds() && engine.may_hold() {
+            let pass = engine.holding_pass();
+            taken = taken.saturating_add(pass.taken);
+            let held = engine.held();
+            if self.control.command() != Command::Serve
+                || !engine.may_hold()
+                || !batcher.wait(held, || parker.is_notified() || engine.has_requests())
+            {
+                break;
+            }
+        }
+        let pass = engine.pass();
+        Pass {
+            taken: taken.saturating_add(pass.taken),
+            ..pass
         }
     }
 

@@ -30,6 +30,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             } else {
                 slot.state = State::Done;
                 self.slots.push(&mut self.done, tag);
+                self.held = self.held.wrapping_add(1);
             }
         }
         if ready.is_empty() {
@@ -50,9 +51,9 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }));
     }
 
-    /// Answers everything that is complete; says whether there was anything.
-    pub(super) fn reap(&mut self) -> bool {
-        let (slots, done) = (&mut self.slots, &mut self.done);
+    /// Notes what the backend has completed.
+    pub(super) fn collect(&mut self) {
+        let (slots, done, held) = (&mut self.slots, &mut self.done, &mut self.held);
         self.backend.reap(|tag, status| {
             if let Some(slot) = slots.get_mut(tag) {
                 // A completion for anything else is not ours to act on.
@@ -60,17 +61,22 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                     slot.state = State::Done;
                     slot.status = status;
                     slots.push(done, tag);
+                    *held = held.wrapping_add(1);
                 }
             }
         });
+    }
+
+    /// Answers everything that is complete; says how many requests that was.
+    pub(super) fn answer(&mut self) -> u32 {
         if self.done.is_empty() {
-            return false;
+            return 0;
         }
         self.bring_out();
         while let Some(tag) = self.slots.pop(&mut self.done) {
             self.finish(tag);
         }
-        true
+        core::mem::replace(&mut self.held, 0)
     }
 
     /// Answers one request, or continues a discard.

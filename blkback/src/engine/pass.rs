@@ -37,6 +37,8 @@ pub struct Pass {
     pub broken: bool,
     /// Requests taken in this pass.
     pub taken: u32,
+    /// Completed requests that this pass has answered.
+    pub answered: u32,
 }
 
 /// An indirect request whose segments are being fetched.
@@ -60,8 +62,9 @@ pub struct Engine<'a, R, G, B> {
     pub(super) new: List,
     /// Waiting for copy pages because nothing more can be mapped.
     pub(super) stalled: List,
-    /// Completed and not yet answered.
+    /// Completed and not yet answered, and how many these are.
     pub(super) done: List,
+    pub(super) held: u32,
     /// Checked, but there was no room for it.
     pub(super) parked: Option<Request>,
     pub(super) fetches: [Option<Fetch>; MAX_DESCRIPTORS],
@@ -106,6 +109,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             new: List::EMPTY,
             stalled: List::EMPTY,
             done: List::EMPTY,
+            held: 0,
             parked: None,
             fetches: [None; MAX_DESCRIPTORS],
             fetching: 0,
@@ -153,28 +157,58 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Answers what is complete, takes what is new, starts it, and publishes.
     pub fn pass(&mut self) -> Pass {
-        self.one_pass(Self::take)
+        self.one_pass(false, Self::take)
+    }
+
+    /// The same, but nothing is answered: the next [`pass`](Self::pass) answers all that is
+    /// complete by then, with one hypercall for the data and at most one event.
+    ///
+    /// Only while [`may_hold`](Self::may_hold) says so, and for a time that the caller bounds.
+    pub fn holding_pass(&mut self) -> Pass {
+        self.one_pass(true, Self::take)
+    }
+
+    /// Requests that are complete and not answered.
+    pub fn held(&self) -> u32 {
+        self.held
+    }
+
+    /// True while no request waits for what answers would free.
+    pub fn may_hold(&self) -> bool {
+        self.can_take()
     }
 
     /// The same without taking anything new: for teardown.
     pub fn drain_pass(&mut self) -> Pass {
         self.closing = true;
-        self.one_pass(|engine| {
+        self.one_pass(false, |engine| {
             engine.take_waiting();
             0
         })
     }
 
-    fn one_pass(&mut self, take: impl FnOnce(&mut Self) -> u32) -> Pass {
+    fn one_pass(&mut self, hold: bool, take: impl FnOnce(&mut Self) -> u32) -> Pass {
         self.stats.passes = self.stats.passes.wrapping_add(1);
-        self.reap();
+        self.collect();
+        let mut answered = if hold { 0 } else { self.answer() };
         let taken = take(self);
         self.fetch();
         self.bring_in();
         self.submit();
         // What completed at once is answered at once.
-        let reaped = self.reap();
-        self.publish(taken, reaped)
+        self.collect();
+        let now = if hold { 0 } else { self.answer() };
+        answered = answered.wrapping_add(now);
+        // A completion frees what a parked request waits for.
+        let waiting = self.parked.is_some() || !self.stalled.is_empty();
+        let retry = core::mem::replace(&mut self.retry, false);
+        Pass {
+            notify: !hold && self.publish(),
+            again: !self.new.is_empty() || (now > 0 && waiting) || retry,
+            broken: self.ring.is_broken(),
+            taken,
+            answered,
+        }
     }
 
     /// True if there is something to take; asks for no event.
@@ -186,6 +220,9 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     ///
     /// While nothing can be taken no event is asked for: a completion brings the next pass.
     pub fn must_stay_awake(&mut self) -> bool {
+        if self.held > 0 {
+            return true;
+        }
         if !self.can_take() {
             return false;
         }
@@ -212,19 +249,11 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             && self.ring.unanswered() < self.ring.size()
     }
 
-    fn publish(&mut self, taken: u32, reaped: bool) -> Pass {
+    fn publish(&mut self) -> bool {
         let notify = self.ring.publish();
         if notify {
             self.stats.notified = self.stats.notified.wrapping_add(1);
         }
-        // A completion frees what a parked request waits for.
-        let unblocked = reaped && (self.parked.is_some() || !self.stalled.is_empty());
-        let retry = core::mem::replace(&mut self.retry, false);
-        Pass {
-            notify,
-            again: !self.new.is_empty() || unblocked || retry,
-            broken: self.ring.is_broken(),
-            taken,
-        }
+        notify
     }
 }

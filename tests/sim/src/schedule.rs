@@ -332,6 +332,7 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
             // Long enough for somebody to wait too long.
             m.plan *= 3;
         }
+        m.hold_percent = rng.pick(&[0u64, 0, 30, 70]);
         m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
     }
     let machine = world.machine.clone();

@@ -101,12 +101,23 @@ impl<'a> World<'a> {
 
     /// One pass and what follows it, as the worker does it.
     pub fn pass(&mut self) -> Pass {
+        self.hold_for_a_while();
         let pass = self.engine.pass();
         self.last = pass;
         self.after(pass);
         self.awake = pass.again || self.engine.must_stay_awake();
         self.must_not_spin();
         pass
+    }
+
+    /// A worker that expects more answers the requests of several passes together.
+    fn hold_for_a_while(&mut self) {
+        while self.engine.may_hold() && self.machine.borrow_mut().holds() {
+            let pass = self.engine.holding_pass();
+            self.last = pass;
+            self.after(pass);
+            self.elsewhere();
+        }
     }
 
     /// A worker that stays awake has something to do.
