@@ -28,7 +28,7 @@ impl Guest {
     /// Starts the guest, on the processor that dom0 does not use.
     pub(crate) fn create(idle_qdisk: bool) -> Result<Guest> {
         Guest::start(idle_qdisk).with_context(|| {
-            let logs = "tail -n 8 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
+            let logs = "tail -n 12 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
                         /var/log/xen/xl-bench.log /tmp/bench.err 2>&1 || true";
             let said = sh::shell(logs).unwrap_or_else(|error| format!("{error:#}"));
             format!("the guest does not start; the logs say: {said}")
@@ -45,7 +45,7 @@ impl Guest {
         };
         let config = format!(
             "name = '{NAME}'\ntype = 'pv'\nkernel = '/t/guest/vmlinuz'\nramdisk = '/t/guest/guest.cpio.gz'\n\
-             memory = 448\nvcpus = 1\ncpus = '1'\ntsc_mode = 'native'\nextra = 'console=hvc0 loglevel=4 panic=1'\n\
+             memory = 448\nvcpus = 1\ncpus = '1'\ntsc_mode = 'native'\nextra = 'console=hvc0 earlyprintk=xen loglevel=4 panic=1'\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\nvif = []\ndisk = [{disk}]\n"
         );
         let path = format!("{DIR}/guest.cfg");

@@ -5,14 +5,14 @@ use super::counts::PLACES;
 use super::result::{Results, Row, CONTROL, OURS};
 use std::fmt::Write;
 
-const WIDTH: u32 = 1180;
+const WIDTH: u32 = 1240;
 const LABELS: u32 = 250;
 const BARS: u32 = 330;
 /// Where the second column of bars begins.
-const SECOND: u32 = 700;
+const SECOND: u32 = 770;
 const LINE: u32 = 22;
 const HEAD: u32 = 34;
-const TOP: u32 = 96;
+const TOP: u32 = 118;
 /// One colour for each place.
 const COLOURS: [&str; 7] = [
     "#4e5d78", "#2a9d8f", "#e76f51", "#f4a261", "#e9c46a", "#a8b5c8", "#d6dbe4",
@@ -59,24 +59,21 @@ pub(crate) fn chart(results: &Results) -> String {
 }
 
 fn legend(svg: &mut String) {
-    text(
-        svg,
-        (LABELS, 82),
-        "13",
-        "#222",
-        "I/Os per second (more is better)",
-    );
-    let mut x = SECOND;
-    text(svg, (x - 110, 82), "13", "#222", "instructions:");
+    let mut x = 24;
+    text(svg, (x, 82), "12", "#444", "Where instructions are spent:");
+    x += 190;
     for (place, colour) in PLACES.iter().zip(COLOURS) {
         let _ = writeln!(
             svg,
-            "<rect x=\"{}\" y=\"73\" width=\"10\" height=\"10\" fill=\"{colour}\"/>",
-            x - 24
+            "<rect x=\"{x}\" y=\"72\" width=\"11\" height=\"11\" fill=\"{colour}\"/>"
         );
-        text(svg, (x - 10, 82), "11", "#444", place);
-        x += 26 + 6 * u32::try_from(place.len()).unwrap_or(0);
+        text(svg, (x + 16, 82), "12", "#444", place);
+        x += 44 + 6 * u32::try_from(place.len()).unwrap_or(0);
     }
+    let speed = "I/Os per second (more is better)";
+    text(svg, (LABELS, 110), "13", "#222", speed);
+    let cost = "instructions per I/O (fewer is better)";
+    text(svg, (SECOND, 110), "13", "#222", cost);
 }
 
 /// The bars of one job.

@@ -63,7 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     print!("{text}");
     let folder = build::repository()?.join("target/bench");
     fs::create_dir_all(&folder)?;
-    results.write(&folder.join("results.json"))?;
+    if args.from.is_none() {
+        results.write(&folder.join("results.json"))?;
+    }
     fs::write(folder.join("table.txt"), &text)?;
     fs::write(folder.join("chart.svg"), chart::chart(&results))?;
     if let Some(file) = &args.json {
@@ -72,6 +74,12 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     println!("results: {}", folder.display());
     if let Some(old) = old {
         print!("{}", compare::compare(&old, &results));
+    }
+    if results
+        .row(result::CONTROL, &results.jobs[0].name)
+        .is_none()
+    {
+        println!("no control: without phy and phy-again nobody knows the noise of this run");
     }
     let void = results.void();
     for row in &void {

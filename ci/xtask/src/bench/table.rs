@@ -7,18 +7,10 @@ use std::fmt::Write;
 
 /// All tables: one for each job, then the sum of it.
 pub(crate) fn table(results: &Results) -> String {
-    let mut text = String::new();
+    let mut text = String::from(LEGEND);
     for job in &results.jobs {
         let _ = writeln!(text, "\n{} ({})", job.title, job.name);
-        let _ = writeln!(
-            text,
-            "  {:32} {:>8} {:>7} {:>8} | {}",
-            "backend",
-            "IOPS",
-            "spread",
-            "we are",
-            heading()
-        );
+        heading(&mut text);
         for backend in &results.backends {
             if let Some(row) = results.row(&backend.name, &job.name) {
                 let ratio = results.ratio(OURS, &backend.name, &job.name);
@@ -30,14 +22,38 @@ pub(crate) fn table(results: &Results) -> String {
     text
 }
 
-/// The columns of what an I/O costs.
-fn heading() -> String {
-    let mut text = String::from("instructions per I/O:");
-    for place in PLACES {
-        text.push_str(&format!(" {place},"));
+/// Heads of the columns of [`PLACES`] and their sum.
+const SHORT: [&str; 8] = [
+    "Xen", "dom0 k", "driver", "other m", "dom0 u", "guest k", "guest u", "total",
+];
+/// The other counts of an I/O, and heads for them.
+const OTHERS: [(&str, &str); 4] = [
+    ("events to dom0", "ev>d0"),
+    ("events to the guest", "ev>gu"),
+    ("context switches of dom0", "cs d0"),
+    ("context switches of the guest", "cs gu"),
+];
+/// What the heads mean.
+const LEGEND: &str = "\
+spread: lowest to highest round. we are: this driver's IOPS as a multiple of the row's.
+Per I/O: executed instructions in Xen, dom0's kernel, the driver, dom0's other modules, dom0's user
+space, the guest's kernel and user space; events (ev) to dom0 and to the guest; context switches (cs).
+";
+
+fn heading(text: &mut String) {
+    let _ = write!(
+        text,
+        "  {:32} {:>8} {:>7} {:>8} |",
+        "backend", "IOPS", "spread", "we are"
+    );
+    for head in SHORT {
+        let _ = write!(text, " {head:>8}");
     }
-    text.push_str(" total | events to dom0, to the guest; switches of dom0, of the guest");
-    text
+    text.push_str(" |");
+    for (_, head) in OTHERS {
+        let _ = write!(text, " {head:>6}");
+    }
+    text.push('\n');
 }
 
 fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>) {
@@ -53,17 +69,9 @@ fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>) {
         let _ = write!(text, " {:>8.0}", figure.map_or(0.0, |figure| figure.median));
     }
     text.push_str(" |");
-    for name in [
-        "events to dom0",
-        "events to the guest",
-        "context switches of dom0",
-        "context switches of the guest",
-    ] {
-        let _ = write!(
-            text,
-            " {:>5.2}",
-            row.per_io.get(name).map_or(0.0, |figure| figure.median)
-        );
+    for (name, _) in OTHERS {
+        let figure = row.per_io.get(name);
+        let _ = write!(text, " {:>6.2}", figure.map_or(0.0, |figure| figure.median));
     }
     text.push('\n');
 }

@@ -5,32 +5,22 @@ use crate::places::{self, COUNTERS, MARK};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A translation block: opaque.
 enum Block {}
 /// An instruction of a block: opaque.
 enum Instruction {}
-/// Memory with one element for each processor: opaque.
-enum Scoreboard {}
-
-/// One 64-bit number in each element.
-#[repr(C)]
-struct Entry {
-    board: *mut Scoreboard,
-    offset: usize,
-}
-
-const OP_ADD: c_int = 0;
 const NO_REGISTERS: c_int = 0;
 
 extern "C" {
     fn qemu_plugin_register_vcpu_tb_trans_cb(id: u64, translated: extern "C" fn(u64, *mut Block));
-    fn qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(
+    fn qemu_plugin_register_vcpu_tb_exec_cb(
         block: *mut Block,
-        op: c_int,
-        entry: Entry,
-        operand: u64,
+        executed: extern "C" fn(c_uint, *mut c_void),
+        flags: c_int,
+        data: *mut c_void,
     );
     fn qemu_plugin_register_vcpu_insn_exec_cb(
         instruction: *mut Instruction,
@@ -46,9 +36,6 @@ extern "C" {
         place: *mut c_void,
         length: usize,
     ) -> usize;
-    fn qemu_plugin_scoreboard_new(size: usize) -> *mut Scoreboard;
-    fn qemu_plugin_scoreboard_find(board: *mut Scoreboard, processor: c_uint) -> *mut c_void;
-    fn qemu_plugin_num_vcpus() -> c_int;
 }
 
 /// The interface that this plugin was written for.
@@ -57,18 +44,18 @@ extern "C" {
 #[allow(non_upper_case_globals)]
 pub static qemu_plugin_version: c_int = 4;
 
-struct State {
-    board: *mut Scoreboard,
-    /// The file, and how many marks it has.
-    out: Mutex<(BufWriter<File>, u64)>,
+/// The machine has at most so many processors.
+const PROCESSORS: usize = 4;
+
+/// The file, and how many marks it has.
+struct Out {
+    file: BufWriter<File>,
+    marks: u64,
 }
 
-// SAFETY: QEMU locks the board itself; the pointer is never used for anything but its functions.
-unsafe impl Send for State {}
-// SAFETY: as above.
-unsafe impl Sync for State {}
-
-static STATE: OnceLock<State> = OnceLock::new();
+static OUT: OnceLock<Mutex<Out>> = OnceLock::new();
+static COUNTS: [[AtomicU64; COUNTERS]; PROCESSORS] =
+    [const { [const { AtomicU64::new(0) }; COUNTERS] }; PROCESSORS];
 
 /// Called once by QEMU; `out=FILE` among the arguments names the file of the counters.
 ///
@@ -98,10 +85,8 @@ pub unsafe extern "C" fn qemu_plugin_install(
             return 1;
         }
     };
-    // SAFETY: plain call; the board lives as long as QEMU.
-    let board = unsafe { qemu_plugin_scoreboard_new(COUNTERS * size_of::<u64>()) };
-    let out = Mutex::new((BufWriter::new(file), 0));
-    if STATE.set(State { board, out }).is_err() {
+    let file = BufWriter::new(file);
+    if OUT.set(Mutex::new(Out { file, marks: 0 })).is_err() {
         eprintln!("bench-plugin: it can be loaded once only");
         return 1;
     }
@@ -112,18 +97,13 @@ pub unsafe extern "C" fn qemu_plugin_install(
 
 /// A block was translated: whenever it runs, its length is added to the counter of its place.
 extern "C" fn translated(_id: u64, block: *mut Block) {
-    let Some(state) = STATE.get() else { return };
     // SAFETY: QEMU passes a block that is valid during this call.
     let (address, count) = unsafe { (qemu_plugin_tb_vaddr(block), qemu_plugin_tb_n_insns(block)) };
     let counter = places::counter(address);
-    let entry = Entry {
-        board: state.board,
-        offset: counter * size_of::<u64>(),
-    };
-    // SAFETY: as above, and the offset is inside the board's element.
-    unsafe {
-        qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(block, OP_ADD, entry, count as u64);
-    }
+    // The number that the other function gets: a block has far less than 2^16 instructions.
+    let data = std::ptr::without_provenance_mut(counter << 16 | count);
+    // SAFETY: as above; `data` is a number, nobody follows it.
+    unsafe { qemu_plugin_register_vcpu_tb_exec_cb(block, executed, NO_REGISTERS, data) };
     if places::NAMES.get(counter) != Some(&"user") {
         return;
     }
@@ -145,31 +125,34 @@ fn mark_if_it_is(block: *mut Block, index: usize) {
     }
 }
 
+/// A block is about to run. The processors of a machine that counts instructions take turns, so no
+/// addition is lost without a locked one.
+extern "C" fn executed(processor: c_uint, data: *mut c_void) {
+    let data = data.addr();
+    let counts = &COUNTS[processor as usize % PROCESSORS];
+    if let Some(count) = counts.get(data >> 16) {
+        count.store(count.load(Relaxed) + (data & 0xffff) as u64, Relaxed);
+    }
+}
+
 /// The mark was executed.
 extern "C" fn marked(_processor: c_uint, _data: *mut c_void) {
-    let Some(state) = STATE.get() else { return };
-    if let Err(error) = dump(state) {
+    let Some(out) = OUT.get() else { return };
+    if let Err(error) = dump(&mut out.lock().unwrap_or_else(PoisonError::into_inner)) {
         eprintln!("bench-plugin: cannot write the counters: {error}");
     }
 }
 
-fn dump(state: &State) -> std::io::Result<()> {
-    let mut out = state.out.lock().unwrap_or_else(PoisonError::into_inner);
-    let (file, marks) = &mut *out;
-    writeln!(file, "mark {marks}")?;
-    *marks += 1;
-    // SAFETY: plain call.
-    let processors = unsafe { qemu_plugin_num_vcpus() };
-    for processor in 0..c_uint::try_from(processors).unwrap_or(0) {
-        // SAFETY: the element of each processor holds COUNTERS numbers. In a machine whose processors
-        // take turns, none runs during this call.
-        let counters = unsafe {
-            let element = qemu_plugin_scoreboard_find(state.board, processor);
-            std::slice::from_raw_parts(element.cast::<u64>(), COUNTERS)
-        };
-        for (counter, value) in counters.iter().enumerate().filter(|(_, value)| **value > 0) {
-            writeln!(file, "{processor} {} {value}", places::name(counter))?;
+fn dump(out: &mut Out) -> std::io::Result<()> {
+    writeln!(out.file, "mark {}", out.marks)?;
+    out.marks += 1;
+    for (processor, counts) in COUNTS.iter().enumerate() {
+        for (counter, count) in counts.iter().enumerate() {
+            let count = count.load(Relaxed);
+            if count > 0 {
+                writeln!(out.file, "{processor} {} {count}", places::name(counter))?;
+            }
         }
     }
-    file.flush()
+    out.file.flush()
 }
