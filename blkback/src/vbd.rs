@@ -64,8 +64,6 @@ impl_has_work! {
 
 /// What changes in the life of a device.
 struct Life {
-    /// The device is unbound; nothing is left to do.
-    unbound: bool,
     /// The device was given up; only its removal is left.
     left: bool,
     /// The state that was published last.
@@ -120,7 +118,6 @@ impl Vbd {
                 gone: AtomicFlag::new(false),
                 unbound: AtomicFlag::new(false),
                 life <- new_mutex!(Life {
-                    unbound: false,
                     left: false,
                     state: State::Initialising,
                     disk: None,
@@ -174,7 +171,8 @@ impl Vbd {
             life.refused = false;
         }
         for _ in 0..STEPS {
-            if life.unbound || life.left {
+            if life.left || self.unbound.load(Acquire) {
+                // Unbound while this was asleep: the run that unbinding queues gives back.
                 return;
             }
             self.open_disk(&mut life);
@@ -443,7 +441,6 @@ impl Vbd {
 
     /// Lets go of everything, without waiting for I/O.
     fn give_back(&self, life: &mut Life) {
-        life.unbound = true;
         if let Some(connection) = life.connection.take() {
             connection.abandon();
             connection.bury();
