@@ -145,11 +145,12 @@ impl Bench {
             self.check_server(backend.driver)?;
         }
         report.line(&json!({"modules": Drivers::places()?}))?;
+        let mut place = match backend.way {
+            Way::Guest(_) => Place::Guest(&mut self.guest),
+            Way::Native => Place::Dom0(&store),
+        };
         for job in jobs {
-            let mut place = match backend.way {
-                Way::Guest(_) => Place::Guest(&mut self.guest),
-                Way::Native => Place::Dom0(&store),
-            };
+            sample::warm_up(&mut place, job)?;
             let mut value = sample::take(&mut place, job, &mut self.marks)?;
             value["backend"] = json!(backend.name);
             value["job"] = json!(job.name);

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use serde_json::{json, Value};
 
 /// What is printed before and after each run, where the load is.
-const COUNTERS: &str = "grep -E 'blkif|blkback|evtchn:qemu' /proc/interrupts; grep ctxt /proc/stat";
+const COUNTERS: &str =
+    "grep -E 'blkif|blkback|evtchn:(xen-)?qemu' /proc/interrupts; grep ctxt /proc/stat";
 
 /// Interrupts of disks, and context switches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +93,11 @@ pub(crate) fn take(place: &mut Place<'_>, job: &Job, marks: &mut Marks) -> Resul
     let short = run(place, job, job.short(), marks)?;
     let long = run(place, job, job.count, marks)?;
     Ok(json!({"short": short, "long": long}))
+}
+
+/// A run that nobody looks at: who comes first must not pay for what is cold.
+pub(crate) fn warm_up(place: &mut Place<'_>, job: &Job) -> Result<()> {
+    place.run(job, job.short()).map(drop)
 }
 
 /// What comes before fio's line, the line, and what comes after.

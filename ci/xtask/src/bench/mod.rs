@@ -103,12 +103,16 @@ fn measure(args: &Args) -> Result<Results> {
     eprintln!("booting Xen and dom0 in QEMU, with time counted in instructions ...");
     let start = Instant::now();
     let mut collector = Collector::default();
+    let mut raw = String::new();
     let outcome = machine.run(&machines, &payload, |line| {
+        raw.push_str(line);
+        raw.push('\n');
         collector.line(line);
         if let Some(progress) = collector.progress() {
             eprintln!("{:5.0} s  {progress}", start.elapsed().as_secs_f64());
         }
     })?;
+    fs::write(outcome.console.with_file_name("report.jsonl"), raw)?;
     outcome.verdict()?;
     let counts = outcome.console.with_file_name("plugin.out");
     let text = fs::read_to_string(&counts)
