@@ -56,6 +56,11 @@ pub(crate) const ALL: &[Job] = &[
 ];
 
 impl Job {
+    /// Its hypercalls are counted too.
+    pub(crate) fn traced(&self) -> bool {
+        self.name.starts_with("rr4k")
+    }
+
     /// The I/Os of each process in the short run, which the long run's counters are compared with.
     pub(crate) fn short(&self) -> u32 {
         self.count / 5

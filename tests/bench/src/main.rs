@@ -13,6 +13,7 @@ mod report;
 mod run;
 mod sample;
 mod sh;
+mod trace;
 
 use clap::Parser;
 use std::process::ExitCode;

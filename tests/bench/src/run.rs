@@ -8,6 +8,7 @@ use crate::jobs::{self, Job};
 use crate::mark::Marks;
 use crate::report::Report;
 use crate::sample::{self, Place};
+use crate::{sh, trace};
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
 
@@ -144,6 +145,8 @@ impl Bench {
             self.guest.attach(&disk.replace("{}", &store))?;
             self.check_server(backend.driver)?;
         }
+        // What dom0 still has to write to its own disk would be counted.
+        sh::run(&["sync"])?;
         report.line(&json!({"modules": Drivers::places()?}))?;
         let mut place = match backend.way {
             Way::Guest(_) => Place::Guest(&mut self.guest),
@@ -155,6 +158,9 @@ impl Bench {
             value["backend"] = json!(backend.name);
             value["job"] = json!(job.name);
             value["round"] = json!(round);
+            if round == 0 && job.traced() {
+                value["hypercalls"] = trace::per_io(&mut place, job)?;
+            }
             report.line(&json!({ "sample": value }))?;
         }
         match backend.way {

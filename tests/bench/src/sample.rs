@@ -58,7 +58,8 @@ pub(crate) enum Place<'a> {
 }
 
 impl Place<'_> {
-    fn run(&mut self, job: &Job, count: u32) -> Result<String> {
+    /// Runs `count` I/Os a process and returns what was printed.
+    pub(crate) fn run(&mut self, job: &Job, count: u32) -> Result<String> {
         let (device, guest) = match self {
             Place::Guest(guest) => ("/dev/xvda", Some(guest)),
             Place::Dom0(device) => (*device, None),

@@ -42,6 +42,8 @@ struct Sample {
     job: String,
     short: Run,
     long: Run,
+    #[serde(default)]
+    hypercalls: BTreeMap<String, f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -166,6 +168,10 @@ fn row(
         latency_us: of_long(|run| run.latency_us)?,
         instructions: figures(instructions),
         per_io: figures(per_io),
+        hypercalls: samples
+            .iter()
+            .flat_map(|(sample, _)| sample.hypercalls.clone())
+            .collect(),
     })
 }
 

@@ -101,7 +101,8 @@ fn measure(args: &Args) -> Result<Results> {
     machine.plugin = Some(plugin(&machines)?);
     let payload = fill(args, &machines)?;
     eprintln!("booting Xen and dom0 in QEMU, with time counted in instructions ...");
-    let start = Instant::now();
+    // The machine may have to wait for another one before it starts.
+    let mut start = None;
     let mut collector = Collector::default();
     let mut raw = String::new();
     let outcome = machine.run(&machines, &payload, |line| {
@@ -109,7 +110,8 @@ fn measure(args: &Args) -> Result<Results> {
         raw.push('\n');
         collector.line(line);
         if let Some(progress) = collector.progress() {
-            eprintln!("{:5.0} s  {progress}", start.elapsed().as_secs_f64());
+            let start = start.get_or_insert_with(Instant::now);
+            eprintln!("{:5} s  {progress}", start.elapsed().as_secs());
         }
     })?;
     fs::write(outcome.console.with_file_name("report.jsonl"), raw)?;

@@ -56,6 +56,9 @@ pub(crate) struct Row {
     pub(crate) instructions: BTreeMap<String, Figure>,
     /// Other counts per I/O.
     pub(crate) per_io: BTreeMap<String, Figure>,
+    /// Hypercalls per I/O, by domain and kind, where they were counted (in the first round).
+    #[serde(default)]
+    pub(crate) hypercalls: BTreeMap<String, f64>,
 }
 
 /// A figure of all rounds.
@@ -187,6 +190,7 @@ pub(super) mod tests {
                     latency_us: figure(1.0),
                     instructions: [("total".to_string(), figure(1e9 / iops))].into(),
                     per_io: BTreeMap::new(),
+                    hypercalls: BTreeMap::new(),
                 })
                 .collect(),
         }

@@ -18,8 +18,32 @@ pub(crate) fn table(results: &Results) -> String {
             }
         }
     }
+    hypercalls(&mut text, results);
     summary(&mut text, results);
     text
+}
+
+/// Hypercalls of dom0 by kind, where they were counted.
+fn hypercalls(text: &mut String, results: &Results) {
+    let counted = results.rows.iter().filter(|row| !row.hypercalls.is_empty());
+    for (index, row) in counted.enumerate() {
+        if index == 0 {
+            text.push_str("\nhypercalls of dom0 per I/O\n");
+        }
+        let _ = write!(text, "  {:12} {:10}", row.job, row.backend);
+        let mut kinds: Vec<(&str, f64)> = row
+            .hypercalls
+            .iter()
+            .filter_map(|(name, count)| Some((name.strip_prefix("dom0 ")?, *count)))
+            .collect();
+        kinds.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let sum: f64 = kinds.iter().map(|kind| kind.1).sum();
+        let _ = write!(text, " {sum:5.2}:");
+        for (name, count) in kinds.iter().filter(|kind| kind.1 >= 0.01) {
+            let _ = write!(text, " {name} {count:.2},");
+        }
+        text.push('\n');
+    }
 }
 
 /// Heads of the columns of [`PLACES`] and their sum.
