@@ -9,8 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::{json, Value};
 
 /// What is printed before and after each run, where the load is.
-const COUNTERS: &str =
-    "grep -E 'blkif|blkback|evtchn:(xen-)?qemu' /proc/interrupts; grep ctxt /proc/stat";
+const COUNTERS: &str = "grep -E 'blkif|blkback|evtchn:' /proc/interrupts; grep ctxt /proc/stat";
 
 /// Interrupts of disks, and context switches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

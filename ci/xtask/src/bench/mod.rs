@@ -4,6 +4,7 @@
 //! The program `bench` (tests/bench) does the measuring inside and reports raw samples; a plugin of
 //! QEMU counts the instructions. Here they are put together, judged, and drawn.
 
+mod bounds;
 mod chart;
 mod collect;
 mod compare;
@@ -43,6 +44,10 @@ pub(crate) struct Args {
     /// Only these jobs, such as rr4k-qd32,rr4k-qd1,r1m-qd4.
     #[arg(long, value_name = "NAMES")]
     jobs: Option<String>,
+    /// Measure only our driver, and fail when an I/O costs over 5 % more instructions than
+    /// tests/bench/bounds.json allows.
+    #[arg(long, conflicts_with_all = ["from", "backends", "jobs"])]
+    bounds: bool,
     /// How often each backend is measured (default: 3; with --quick: 1).
     #[arg(long)]
     rounds: Option<u32>,
@@ -75,10 +80,15 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     if let Some(old) = old {
         print!("{}", compare::compare(&old, &results));
     }
-    if results
-        .row(result::CONTROL, &results.jobs[0].name)
-        .is_none()
-    {
+    if args.bounds {
+        let crossed = bounds::crossed(&results)?;
+        for line in &crossed {
+            println!("TOO DEAR: {line}");
+        }
+        return Ok(crossed.is_empty());
+    }
+    let controlled = |row: &result::Row| row.backend == result::CONTROL;
+    if !results.rows.iter().any(controlled) {
         println!("no control: without phy and phy-again nobody knows the noise of this run");
     }
     let void = results.void();
@@ -131,7 +141,7 @@ fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
         Some(module) => module.canonicalize()?,
         None => build::module()?,
     };
-    let dir = payload::new("bench", &script(args))?;
+    let dir = payload::new("bench", &script(args)?)?;
     fs::copy(&module, dir.join("xen-blkback-rs.ko"))
         .with_context(|| format!("cannot copy {}", module.display()))?;
     payload::add_program(&dir, &programs.join("bench"))?;
@@ -140,7 +150,13 @@ fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
 }
 
 /// What dom0 runs.
-fn script(args: &Args) -> String {
+fn script(args: &Args) -> Result<String> {
+    if args.bounds {
+        let (jobs, rounds) = (bounds::jobs()?, args.rounds.unwrap_or(1));
+        return Ok(format!(
+            "exec /t/bench --backends phy --jobs {jobs} --rounds {rounds}\n"
+        ));
+    }
     let mut line = "exec /t/bench".to_string();
     if args.quick {
         line.push_str(" --quick");
@@ -155,7 +171,7 @@ fn script(args: &Args) -> String {
         line.push_str(&format!(" --rounds {rounds}"));
     }
     line.push('\n');
-    line
+    Ok(line)
 }
 
 /// Compiles the plugin in the build root: it must fit the QEMU in there, and needs nothing else.
@@ -194,9 +210,10 @@ mod tests {
             jobs: None,
             rounds: Some(2),
             module: None,
+            bounds: false,
         };
         assert_eq!(
-            script(&args),
+            script(&args).unwrap(),
             "exec /t/bench --quick --backends 'phy,c' --rounds 2\n"
         );
     }
