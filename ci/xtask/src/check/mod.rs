@@ -22,7 +22,7 @@ pub(crate) fn run(tally: &mut Tally) -> Result<()> {
     );
     tally.check("check.unsafe-code", unsafe_code::check(&sources));
     tally.check("check.dependency-direction", direction::check(&sources));
-    tally.check("check.licences", licences::check());
+    tally.check("check.dependencies", licences::dependencies());
     lints::workspace(tally);
     tally.check("check.clippy-module", lints::module());
     Ok(())

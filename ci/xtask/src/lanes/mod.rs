@@ -22,7 +22,7 @@ pub(crate) enum Lane {
     E2e,
     /// A malicious frontend against the driver, in a Xen machine.
     Hostile,
-    /// What takes too long for each change: cargo-deny, random malicious requests.
+    /// What takes too long for each change: random malicious requests.
     Nightly,
 }
 
