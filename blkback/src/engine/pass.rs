@@ -132,16 +132,6 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             .saturating_add(u16::from(self.parked.is_some()))
     }
 
-    /// The backend, for the owner's own bookkeeping.
-    pub fn backend_mut(&mut self) -> &mut B {
-        &mut self.backend
-    }
-
-    /// The ports, for tests that look behind the scenes.
-    pub fn grants_mut(&mut self) -> &mut G {
-        &mut self.grants
-    }
-
     /// Changes the size of the disk; requests that are checked from now on must fit into it.
     pub fn set_sectors(&mut self, sectors: u64) {
         self.limits.sectors = sectors;
