@@ -18,3 +18,4 @@ pub mod ports;
 pub mod request;
 pub mod response;
 pub mod segment;
+pub mod tap;

@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The ABI between the kernel and the process that serves a disk, version 1.
+//!
+//! There is one control node, `/dev/xentap/control`, and one node for each disk,
+//! `/dev/xentap/MINOR`. All numbers are in the byte order of the host. Every structure that crosses
+//! the boundary has fields that are reserved and must be zero: what is not understood is refused
+//! with `EINVAL`, never ignored. Sectors are 512 bytes everywhere, whatever the block size is.
+//!
+//! A node can be open once at a time. Who opens it may ask ([`Info`]), describe the disk
+//! ([`ioctl::SET_PARAMS`]), and start it. From then on requests are *delivered*: the kernel writes
+//! a [`Desc`] and its [`Segment`]s at the request's tag into the descriptor area, which the process
+//! can only read, and hands out the tag. Data is in the arena. The process *commits* the request
+//! with a [`Completion`] that names the tag and the generation of its delivery.
+//!
+//! There are three ways to do that, which may be mixed: `poll` and `read` (which yields tags as
+//! `u16`, and sleeps unless the node is non-blocking) with [`ioctl::EXCHANGE`]; that ioctl alone;
+//! or the `uring_cmd` of the same number.
+
+use zerocopy_derive as zd;
+
+/// Version of this ABI; a process that needs another one is refused.
+pub const VERSION: u32 = 1;
+/// Tags of one disk at most.
+pub const MAX_TAGS: u32 = 4096;
+/// A tag that names no request.
+pub const NO_TAG: u16 = u16::MAX;
+/// Segments of one request at most.
+pub const MAX_SEGMENTS: u16 = 512;
+/// Offset at which the descriptor area is mapped (read only, shared).
+pub const MMAP_DESCRIPTORS: u64 = 0;
+/// Offset at which the arena is mapped (shared).
+pub const MMAP_ARENA: u64 = 1 << 32;
+
+/// Read into the arena.
+pub const OP_READ: u8 = 0;
+/// Write from the arena.
+pub const OP_WRITE: u8 = 1;
+/// Make every write that was committed before this request durable.
+pub const OP_FLUSH: u8 = 2;
+/// Forget the content of a range; it may read as anything afterwards.
+pub const OP_DISCARD: u8 = 3;
+/// Make a range read as zeroes.
+pub const OP_WRITE_ZEROES: u8 = 5;
+/// Make the content of a range unrecoverable.
+pub const OP_SECURE_DISCARD: u8 = 6;
+
+/// The write must be durable when it is committed.
+pub const DESC_FUA: u8 = 1;
+/// Every write committed before must be durable before this one is executed.
+pub const DESC_PREFLUSH: u8 = 2;
+/// An earlier process may have executed the request already, in whole or in part.
+pub const DESC_REPLAY: u8 = 4;
+
+/// A request as the process sees it, at `tag * 64` in the descriptor area.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Desc {
+    /// `OP_*`.
+    pub op: u8,
+    /// `DESC_*`.
+    pub flags: u8,
+    /// Entries of the request in the segment table; 0 without data.
+    pub segments: u16,
+    /// Changes with each delivery; the completion repeats it.
+    pub generation: u32,
+    /// First 512-byte sector; 0 for a flush.
+    pub sector: u64,
+    /// Number of 512-byte sectors; 0 for a flush.
+    pub sectors: u64,
+    /// Arrival order of the request on this disk, over all queues; the same when it is replayed.
+    pub sequence: u64,
+    /// When the request arrived: nanoseconds of `CLOCK_MONOTONIC`.
+    pub arrived_ns: u64,
+    /// The tag once more.
+    pub tag: u16,
+    /// The frontend's queue.
+    pub queue: u16,
+    /// Zero.
+    pub reserved: [u32; 5],
+}
+
+/// A piece of the arena that holds data of a request; pieces are in the order of the disk.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Segment {
+    /// Byte offset in the arena, a multiple of 512.
+    pub offset: u32,
+    /// Bytes, a multiple of 512 and not 0.
+    pub len: u32,
+}
+
+/// The request was not executed and is to be delivered again.
+pub const COMPLETION_RETURNED: u16 = 1;
+
+/// What the process says of a delivered request.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Completion {
+    /// The request's tag.
+    pub tag: u16,
+    /// `COMPLETION_*`.
+    pub flags: u16,
+    /// The generation in the descriptor that was delivered.
+    pub generation: u32,
+    /// 0, or a negative `errno`: `-EOPNOTSUPP` is told to the guest as such, any other as an error.
+    pub result: i32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// What a node is and where its areas are.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Info {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Number of the node.
+    pub minor: u32,
+    /// `FEATURE_*`.
+    pub features: u64,
+    /// How often the node was opened; a completion is taken from the newest opener only.
+    pub epoch: u64,
+    /// Tags are below this.
+    pub tags: u32,
+    /// Segments of a request at most: the stride of the segment table.
+    pub max_segments: u32,
+    /// Bytes of the descriptor area, whole pages.
+    pub descriptors_len: u64,
+    /// Byte offset of the segment table in the descriptor area; that of `tag` begins at
+    /// `segments_offset + tag * max_segments * 8`.
+    pub segments_offset: u64,
+    /// Bytes of the arena, whole pages.
+    pub arena_len: u64,
+    /// `STATE_*`.
+    pub state: u32,
+    /// Process that has the node open, as its opener sees it; 0 if none.
+    pub pid: u32,
+    /// Requests that wait to be delivered.
+    pub waiting: u32,
+    /// Requests that are delivered and not committed.
+    pub delivered: u32,
+    /// Requests committed since the disk was made.
+    pub committed: u64,
+    /// Requests delivered a second time, after a process died or returned them.
+    pub replayed: u64,
+    /// Completions that named no delivered request.
+    pub refused: u64,
+    /// Nanoseconds since the oldest delivered request was delivered; 0 if there is none.
+    pub oldest_ns: u64,
+    /// Domain of the frontend, or `u32::MAX`.
+    pub domain: u32,
+    /// Virtual device of the frontend, or `u32::MAX`.
+    pub device: u32,
+    /// Size that was described, in 512-byte sectors; 0 if none was.
+    pub sectors: u64,
+    /// Zero.
+    pub reserved: [u64; 4],
+}
+
+/// `uring_cmd` is understood.
+pub const FEATURE_URING_CMD: u64 = 1;
+
+/// No process has the node open, and none has to be waited for.
+pub const STATE_IDLE: u32 = 0;
+/// A process has it open and has not started it.
+pub const STATE_OPEN: u32 = 1;
+/// Requests are delivered.
+pub const STATE_LIVE: u32 = 2;
+/// The process is gone while it held requests; its I/O may still be running.
+pub const STATE_FENCING: u32 = 3;
+/// The process is gone and its I/O is over; requests wait for the next one.
+pub const STATE_RECOVERING: u32 = 4;
+
+/// Makes a disk.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Create {
+    /// [`VERSION`] as the caller knows it.
+    pub version: u32,
+    /// In: the number that is wanted, or `u32::MAX`. Out: the number of the node.
+    pub minor: u32,
+    /// Size of the arena in KiB; 0 for the default. Whole MiB, at most 64.
+    pub arena_kib: u32,
+    /// Seconds after which requests fail while no process serves them; 0 to hold them for ever.
+    pub fail_after_s: u32,
+    /// Zero.
+    pub reserved: [u64; 4],
+}
+
+/// Takes a disk away: `EBUSY` while its node is open or a frontend is connected.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Destroy {
+    /// The node.
+    pub minor: u32,
+    /// Zero.
+    pub flags: u32,
+}
+
+/// Points to an array in the caller's memory.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Buffer {
+    /// Address.
+    pub addr: u64,
+    /// Bytes ([`ioctl::SET_PARAMS`]) or entries.
+    pub len: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Commits, then fetches, in one call: the argument of [`ioctl::EXCHANGE`] and of the
+/// `uring_cmd` with the same number.
+///
+/// The ioctl returns the number of tags fetched at once, 0 if there is none. The `uring_cmd`
+/// commits when it is issued and completes when there is at least one tag (or at once if
+/// `tags.len` is 0); its result is the number of tags. A node has one such command waiting at
+/// most; a second one completes with `EBUSY`.
+///
+/// Completions that name no delivered request are counted ([`Info::refused`]) and otherwise
+/// ignored: the rest of the batch is taken.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Exchange {
+    /// Array of [`Completion`], at most [`MAX_TAGS`].
+    pub commits: Buffer,
+    /// Array of `u16` that takes the tags.
+    pub tags: Buffer,
+}
+
+/// Head of a record in the argument of [`ioctl::SET_PARAMS`]; `len` more bytes follow, a multiple of
+/// 8. An unknown kind or another length than the kind's is refused.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct ParamHead {
+    /// `PARAM_*`.
+    pub kind: u32,
+    /// Bytes that follow.
+    pub len: u32,
+}
+
+/// [`Geometry`] follows; required.
+pub const PARAM_GEOMETRY: u32 = 1;
+/// [`DiscardLimits`] follows.
+pub const PARAM_DISCARD: u32 = 2;
+
+/// Guests may only read.
+pub const GEOMETRY_READ_ONLY: u32 = 1;
+/// The disk has a volatile cache: flushes are delivered.
+pub const GEOMETRY_WRITE_CACHE: u32 = 2;
+
+/// The disk. Between two processes of a disk only the size may change.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Geometry {
+    /// Size in 512-byte sectors, a multiple of the logical block size, not 0.
+    pub sectors: u64,
+    /// Bytes of a logical block: a power of two from 512 to 4096.
+    pub logical_block: u32,
+    /// Bytes of a physical block: a power of two, not below the logical one.
+    pub physical_block: u32,
+    /// `GEOMETRY_*`.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// What can be discarded. Without this record nothing can.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct DiscardLimits {
+    /// Bytes, a multiple of the logical block size, not 0.
+    pub granularity: u32,
+    /// Bytes of the first aligned unit, below the granularity.
+    pub alignment: u32,
+    /// 1 if [`OP_SECURE_DISCARD`] is understood.
+    pub secure: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = {
+    assert!(size_of::<Desc>() == 64);
+    assert!(size_of::<Segment>() == 8);
+    assert!(size_of::<Completion>() == 16);
+    assert!(size_of::<Info>() == 152);
+    assert!(size_of::<Create>() == 48);
+    assert!(size_of::<Destroy>() == 8);
+    assert!(size_of::<Buffer>() == 16);
+    assert!(size_of::<Exchange>() == 32);
+    assert!(size_of::<ParamHead>() == 8);
+    assert!(size_of::<Geometry>() == 24);
+    assert!(size_of::<DiscardLimits>() == 16);
+};
+
+/// The numbers of the ioctls, in the encoding of `_IOC`.
+pub mod ioctl {
+    use super::*;
+
+    const NONE: u32 = 0;
+    const WRITE: u32 = 1;
+    const READ: u32 = 2;
+
+    const fn number<T>(direction: u32, nr: u32) -> u32 {
+        // CAST: the structures are small.
+        (direction << 30) | ((size_of::<T>() as u32) << 16) | ((b'x' as u32) << 8) | nr
+    }
+
+    /// Control node: [`Create`]. Needs `CAP_SYS_ADMIN`, as all ioctls of the control node but
+    /// [`QUERY`].
+    pub const CREATE: u32 = number::<Create>(READ | WRITE, 0x00);
+    /// Control node: [`Destroy`].
+    pub const DESTROY: u32 = number::<Destroy>(WRITE, 0x01);
+    /// Control node: fills an [`Info`] whose `minor` names the node; `ENOENT` if there is none.
+    /// The lowest node that is not below `minor` is described, so that all can be listed.
+    pub const QUERY: u32 = number::<Info>(READ | WRITE, 0x02);
+
+    /// Disk node: fills an [`Info`].
+    pub const INFO: u32 = number::<Info>(READ, 0x10);
+    /// Disk node: a [`Buffer`] of records, each a [`ParamHead`] and its content. Before the start
+    /// this describes the disk; afterwards only the size may change, which resizes it.
+    pub const SET_PARAMS: u32 = number::<Buffer>(WRITE, 0x11);
+    /// Disk node: from now on requests are delivered, first those of an earlier process.
+    pub const START: u32 = number::<()>(NONE, 0x12);
+    /// Disk node: [`Exchange`].
+    pub const EXCHANGE: u32 = number::<Exchange>(READ | WRITE, 0x13);
+}
