@@ -178,7 +178,8 @@ pub struct Info {
     pub arena_len: u64,
     /// `STATE_*`.
     pub state: u32,
-    /// Process that has the node open, as its opener sees it; 0 if none.
+    /// Process that opened the node, or that started it if another one did, as it calls itself; 0
+    /// if none.
     pub pid: u32,
     /// Requests that wait to be delivered.
     pub waiting: u32,
@@ -293,7 +294,11 @@ pub struct Buffer {
 /// The ioctl returns the number of tags fetched at once, 0 if there is none. The `uring_cmd`
 /// commits when it is issued and completes when there is at least one tag (or at once if
 /// `tags.len` is 0); its result is the number of tags. A node has one such command waiting at
-/// most; a second one completes with `EBUSY`.
+/// most; a second one completes with `EBUSY`, after its commits were taken.
+///
+/// The 16 bytes of command in the submission queue entry are a [`Buffer`] with the address of one
+/// `Exchange` (`len` is 1). It and its arrays must stay where they are until the command
+/// completes. Before the start both forms fail with `EINVAL`.
 ///
 /// Completions that name no delivered request are counted ([`Info::refused`]) and otherwise
 /// ignored: the rest of the batch is taken.
