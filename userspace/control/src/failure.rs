@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is answered when something could not be done.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::io;
+
+/// What kind of failure it is: a program decides by this, never by the sentence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Code {
+    /// The peer speaks another version of the protocol.
+    Version,
+    /// The message could not be understood, or misses something.
+    Invalid,
+    /// What was named is not there.
+    NotFound,
+    /// What was named is there already.
+    Exists,
+    /// Somebody else has it.
+    Busy,
+    /// It cannot be done in the state that the disk is in.
+    State,
+    /// The image is refused: its size, its blocks, or that it changed.
+    Image,
+    /// The asker may not.
+    Denied,
+    /// It is not implemented here.
+    Unsupported,
+    /// It took too long.
+    Timeout,
+    /// The connection or the process at its other end is gone.
+    Gone,
+    /// The system refused a call.
+    System,
+    /// A code of a newer peer.
+    #[serde(other)]
+    Other,
+}
+
+/// A failure: its kind and one sentence for a person.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The kind.
+    pub code: Code,
+    /// Names the thing and, where there is one, the remedy.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure of kind `code`.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+        }
+    }
+
+    /// A message that cannot be understood.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Code::Invalid, message)
+    }
+
+    /// Something that is not implemented.
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Self::new(Code::Unsupported, message)
+    }
+
+    /// A call that the system refused: `what` says what was tried, such as `cannot open /srv/a`.
+    /// The kind follows from the error.
+    pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
+        let code = match error.kind() {
+            io::ErrorKind::NotFound => Code::NotFound,
+            io::ErrorKind::AlreadyExists => Code::Exists,
+            io::ErrorKind::PermissionDenied => Code::Denied,
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Code::Timeout,
+            io::ErrorKind::ResourceBusy => Code::Busy,
+            io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::UnexpectedEof => Code::Gone,
+            _ => Code::System,
+        };
+        Self::new(code, format!("{what}: {error}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}

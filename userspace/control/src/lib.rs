@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The control protocol of disks that are served by a process.
+//!
+//! There are two conversations with the same framing ([`wire`]): tap-ctl asks blktapctrl
+//! ([`supervisor`]), and blktapctrl asks each tapdisk ([`tapdisk`]). A message is one line of JSON
+//! on a unix stream socket; the descriptors that belong to it travel with its first byte. Whoever
+//! connects asks, whoever listens answers each question once and in order. [`Channel`] is the
+//! blocking form of a connection; [`wire::Decoder`] and
+//! [`socket`] serve programs with an event loop of their own.
+//!
+//! ```
+//! use control::{tapdisk, Channel, Failure};
+//! use std::os::unix::net::UnixStream;
+//!
+//! let (a, b) = UnixStream::pair()?;
+//! let server = std::thread::spawn(move || -> Result<(), Failure> {
+//!     let mut server = Channel::new(b);
+//!     while let Some((question, _fds)) = server.receive::<tapdisk::Request>()? {
+//!         let answer = match question.body {
+//!             tapdisk::Request::Exit => Ok(tapdisk::Reply::Done),
+//!             _ => Err(Failure::unsupported("this example only knows exit")),
+//!         };
+//!         server.answer(question.id, answer)?;
+//!     }
+//!     Ok(())
+//! });
+//! let mut client = Channel::new(a);
+//! let reply: tapdisk::Reply = client.ask(tapdisk::Request::Exit, &[])?;
+//! assert_eq!(reply, tapdisk::Reply::Done);
+//! # drop(client);
+//! # server.join().unwrap()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![forbid(unsafe_code)]
+
+mod channel;
+mod failure;
+pub mod socket;
+pub mod stats;
+pub mod supervisor;
+pub mod tapdisk;
+mod target;
+pub mod wire;
+
+pub use channel::Channel;
+pub use failure::{Code, Failure};
+pub use target::{Driver, Target};
+
+/// Version of the protocol. A peer that speaks another one is refused with
+/// [`Code::Version`].
+pub const VERSION: u32 = 1;

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a tapdisk has counted since it was opened.
+
+use serde::{Deserialize, Serialize};
+
+/// Number of classes of a [`Histogram`].
+pub const CLASSES: usize = 32;
+
+/// How long requests took: class `n` counts those of at least `2^n` and less than `2^(n+1)`
+/// nanoseconds; the first class has also those of 0, the last one all that took longer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// Requests in each class.
+    pub counts: [u64; CLASSES],
+}
+
+impl Histogram {
+    /// Counts a request that took `ns` nanoseconds.
+    pub fn add(&mut self, ns: u64) {
+        let class = (ns.max(1).ilog2() as usize).min(CLASSES - 1);
+        self.counts[class] += 1;
+    }
+
+    /// Requests counted.
+    pub fn total(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// A bound in nanoseconds that `share` (0 to 1) of the requests stayed below; 0 without any.
+    pub fn below(&self, share: f64) -> u64 {
+        let total = self.total();
+        let mut seen = 0;
+        for (class, count) in self.counts.iter().enumerate() {
+            seen += count;
+            if *count > 0 && seen as f64 >= share * total as f64 {
+                return 2 << class;
+            }
+        }
+        0
+    }
+}
+
+/// Requests of one kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counter {
+    /// Requests that are done, with or without an error.
+    pub requests: u64,
+    /// Bytes of those without an error.
+    pub bytes: u64,
+    /// Requests that ended in an error.
+    pub errors: u64,
+    /// From the arrival of the request in the kernel to its answer.
+    pub latency: Histogram,
+}
+
+/// Everything a tapdisk counts. Unless said otherwise, since the process was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Stats {
+    /// Reads.
+    pub read: Counter,
+    /// Writes.
+    pub write: Counter,
+    /// Flushes; a write with a flush before or after it counts as a write only.
+    pub flush: Counter,
+    /// Discards.
+    pub discard: Counter,
+    /// Writes of zeroes without data.
+    pub zeroes: Counter,
+    /// Requests that an earlier process may have executed already.
+    pub replayed: u64,
+    /// Requests that are executed now.
+    pub in_flight: u64,
+    /// Turns of the loop that serves requests.
+    pub turns: u64,
+    /// Times the process slept because there was nothing to do.
+    pub sleeps: u64,
+    /// System calls that moved requests and data, as far as they are counted.
+    pub calls: u64,
+    /// Requests of NBD clients.
+    pub nbd: u64,
+    /// Facts that the driver adds, such as the number of its clusters: names and numbers.
+    pub driver: std::collections::BTreeMap<String, u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Histogram, CLASSES};
+
+    #[test]
+    fn classes_are_powers_of_two() {
+        let mut histogram = Histogram::default();
+        for ns in [0, 1, 2, 3, 4, 1 << 31, u64::MAX] {
+            histogram.add(ns);
+        }
+        assert_eq!(histogram.counts[..3], [2, 2, 1]);
+        assert_eq!(histogram.counts[CLASSES - 1], 2);
+        assert_eq!(histogram.total(), 7);
+    }
+
+    #[test]
+    fn bound_of_a_share() {
+        let mut histogram = Histogram::default();
+        assert_eq!(histogram.below(0.5), 0);
+        for ns in [1000, 1000, 1000, 1_000_000] {
+            histogram.add(ns);
+        }
+        assert_eq!(histogram.below(0.5), 1024);
+        assert_eq!(histogram.below(1.0), 1 << 20);
+    }
+}

@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What tap-ctl and the hotplug script ask of blktapctrl.
+//!
+//! Two sets of verbs: [`Request::Create`] and [`Request::Destroy`] do all that a disk needs; the
+//! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
+
+use crate::stats::Stats;
+use crate::tapdisk::{Disk, Open, State};
+use crate::Target;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// What happens when a process answers nothing for a while although it has requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hung {
+    /// An event tells about it.
+    #[default]
+    Report,
+    /// An event, and the process is killed and replaced.
+    Kill,
+}
+
+/// What a disk does when things go wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Policy {
+    /// Seconds without a process after which requests of the guest fail; 0 holds them for ever.
+    pub fail_after_s: u32,
+    /// Seconds without an answer after which a process counts as hung; 0 for never.
+    pub hung_after_s: u32,
+    /// What is done then.
+    pub hung: Hung,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            fail_after_s: 0,
+            hung_after_s: 30,
+            hung: Hung::Report,
+        }
+    }
+}
+
+/// Who may share an image, with the letters of Xen's disk configurations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// `r`: read-only, beside other readers.
+    #[serde(rename = "r")]
+    Read,
+    /// `r!`: read-only, whoever writes it.
+    #[serde(rename = "r!")]
+    ReadShared,
+    /// `w`: alone.
+    #[default]
+    #[serde(rename = "w")]
+    Write,
+    /// `w!`: whoever else has it.
+    #[serde(rename = "w!")]
+    WriteShared,
+}
+
+impl Mode {
+    /// Guests may not write.
+    pub fn is_read_only(self) -> bool {
+        matches!(self, Self::Read | Self::ReadShared)
+    }
+
+    /// Others may write the image as well.
+    pub fn is_shared(self) -> bool {
+        matches!(self, Self::ReadShared | Self::WriteShared)
+    }
+}
+
+/// A disk to make and to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Create {
+    /// Driver and image. [`Open::read_only`] and [`Open::shared`] follow from `mode`.
+    pub open: Open,
+    /// Who may share the image.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Number of the node that is wanted; the lowest free one if not said.
+    #[serde(default)]
+    pub minor: Option<u32>,
+    /// What to do when things go wrong.
+    #[serde(default)]
+    pub policy: Policy,
+    /// KiB of the arena; 0 for the default.
+    #[serde(default)]
+    pub arena_kib: u32,
+    /// The backend's directory in xenstore for which the disk is: it goes when that goes.
+    #[serde(default)]
+    pub vbd: Option<String>,
+    /// Serve NBD clients at `/run/xentap/nbd/MINOR.sock`.
+    #[serde(default)]
+    pub nbd: bool,
+}
+
+/// A question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// Who is there? Answered with [`Reply::Process`].
+    Ping,
+    /// All disks that fit: [`Reply::Disks`].
+    List(Filter),
+    /// Makes a node: [`Reply::Minor`].
+    Allocate(Allocate),
+    /// Takes a node away that nothing uses.
+    Free {
+        /// The node.
+        minor: u32,
+    },
+    /// Starts a tapdisk: [`Reply::Pid`].
+    Spawn,
+    /// Gives a node to a tapdisk.
+    Attach(Which),
+    /// Takes the node from a tapdisk that serves nothing; it then ends.
+    Detach(Which),
+    /// Opens an image on an attached tapdisk: [`Reply::Opened`].
+    Open {
+        /// The disk.
+        which: Which,
+        /// The image.
+        open: Open,
+        /// Who may share it.
+        mode: Mode,
+    },
+    /// Closes the image.
+    Close {
+        /// The disk.
+        which: Which,
+        /// Kill the process if it does not end its I/O in time.
+        force: bool,
+        /// Seconds to wait; 0 for the default.
+        timeout_s: u32,
+    },
+    /// Stops serving and closes the image; requests of the guest wait.
+    Pause {
+        /// The disk.
+        which: Which,
+        /// Seconds to wait; 0 for the default.
+        timeout_s: u32,
+    },
+    /// Serves again: [`Reply::Opened`].
+    Unpause {
+        /// The disk.
+        which: Which,
+        /// Another image, or the same one.
+        target: Option<Target>,
+    },
+    /// Looks at the image's size again: [`Reply::Opened`].
+    Resize(Which),
+    /// What was counted: [`Reply::Stats`].
+    Stats(Which),
+    /// Makes a disk and serves it: [`Reply::Created`].
+    Create(Box<Create>),
+    /// Ends a disk, whatever it is doing, and leaves nothing of it. Success if there is none.
+    Destroy {
+        /// The disk.
+        which: Which,
+    },
+    /// What all disks counted, for a display that refreshes: [`Reply::Top`].
+    Top,
+    /// Events from the one after `after` on (those that are kept, then those to come) follow the
+    /// answer on this connection, as messages with id 0 and an [`Event`].
+    Subscribe {
+        /// Number of the last event that is known; 0 for all that are kept.
+        after: u64,
+    },
+}
+
+/// Names a disk: at least one of the two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Which {
+    /// Number of its node.
+    pub minor: Option<u32>,
+    /// Its process.
+    pub pid: Option<u32>,
+}
+
+/// Which disks to list: those that fit everything that is said.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Filter {
+    /// Of this process.
+    pub pid: Option<u32>,
+    /// With this node.
+    pub minor: Option<u32>,
+    /// Of this driver.
+    pub driver: Option<crate::Driver>,
+    /// Of this image.
+    pub file: Option<PathBuf>,
+}
+
+/// A node to make.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Allocate {
+    /// The number that is wanted.
+    pub minor: Option<u32>,
+    /// KiB of the arena; 0 for the default.
+    pub arena_kib: u32,
+    /// What to do when things go wrong.
+    pub policy: Policy,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// Who is there.
+    Process(crate::tapdisk::Process),
+    /// A node.
+    Minor {
+        /// Its number.
+        minor: u32,
+    },
+    /// A process.
+    Pid {
+        /// Its number.
+        pid: u32,
+    },
+    /// An image that was opened.
+    Opened(Disk),
+    /// A disk that was made.
+    Created {
+        /// Its node.
+        minor: u32,
+        /// Its process.
+        pid: u32,
+        /// What it is.
+        disk: Disk,
+    },
+    /// Disks.
+    Disks {
+        /// One for each.
+        disks: Vec<Row>,
+    },
+    /// What one disk counted.
+    Stats(Box<Stats>),
+    /// What all disks counted.
+    Top {
+        /// One for each disk.
+        rows: Vec<TopRow>,
+    },
+}
+
+/// A disk in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Row {
+    /// Its node; a process that was only spawned has none.
+    pub minor: Option<u32>,
+    /// Its process, if there is one.
+    pub pid: Option<u32>,
+    /// What the process says; nothing if there is none.
+    pub state: Option<State>,
+    /// What the kernel says.
+    pub kernel: Option<Kernel>,
+    /// What is served.
+    pub target: Option<Target>,
+    /// Who may share it.
+    pub mode: Option<Mode>,
+    /// The backend's directory in xenstore.
+    pub vbd: Option<String>,
+    /// What it is.
+    pub disk: Option<Disk>,
+    /// How often its process was replaced.
+    pub restarts: u32,
+}
+
+/// What the kernel says of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kernel {
+    /// `idle`, `open`, `live`, `fencing` or `recovering`.
+    pub state: String,
+    /// Requests that wait to be delivered.
+    pub waiting: u32,
+    /// Requests that are delivered and not committed.
+    pub delivered: u32,
+    /// Requests committed since the disk was made.
+    pub committed: u64,
+    /// Requests delivered a second time.
+    pub replayed: u64,
+    /// Completions that were refused.
+    pub refused: u64,
+    /// Nanoseconds since the oldest delivered request was delivered; 0 if there is none.
+    pub oldest_ns: u64,
+}
+
+/// A disk in the display of all of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopRow {
+    /// The disk.
+    pub row: Row,
+    /// What it counted; nothing if its process did not say.
+    pub stats: Option<Box<Stats>>,
+    /// Bytes of its process that are in memory, without the arena.
+    pub resident: Option<u64>,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Numbers events without a gap, from 1.
+    pub number: u64,
+    /// Milliseconds since 1970.
+    pub at_ms: u64,
+    /// The disk.
+    pub minor: Option<u32>,
+    /// What.
+    pub what: What,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum What {
+    /// A disk was made.
+    Created {
+        /// What it serves.
+        target: Option<Target>,
+    },
+    /// A process serves.
+    Started {
+        /// The process.
+        pid: u32,
+    },
+    /// A process ended that should not have.
+    Died {
+        /// The process.
+        pid: u32,
+        /// How, in words.
+        how: String,
+    },
+    /// A process has had a request for too long.
+    Hung {
+        /// The process.
+        pid: u32,
+        /// Milliseconds since the oldest request was delivered.
+        for_ms: u64,
+        /// It was killed for it.
+        killed: bool,
+    },
+    /// A process could not be replaced; the next attempt follows.
+    Failed {
+        /// Why.
+        message: String,
+        /// Milliseconds until the next attempt.
+        retry_ms: u64,
+    },
+    /// A disk was paused.
+    Paused,
+    /// A disk goes on.
+    Unpaused,
+    /// The size changed.
+    Resized {
+        /// Bytes.
+        size: u64,
+    },
+    /// The disk is gone.
+    Destroyed,
+    /// Events were lost for a subscriber that was too slow.
+    Lost {
+        /// How many.
+        count: u64,
+    },
+    /// An event of a newer program.
+    #[serde(other)]
+    Other,
+}

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What blktapctrl asks of a tapdisk, which serves one disk.
+//!
+//! The order is: [`Request::Attach`], [`Request::Open`]; then, any number of times,
+//! [`Request::Pause`] and [`Request::Unpause`]; at the end [`Request::Close`] and
+//! [`Request::Exit`]. A tapdisk that dies is replaced by another one that is attached and opened in
+//! the same way.
+
+use crate::stats::Stats;
+use crate::Target;
+use serde::{Deserialize, Serialize};
+
+/// How I/O on an image is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// `io_uring`, and Linux AIO where that is not allowed.
+    #[default]
+    Auto,
+    /// `io_uring`; refused where that is not allowed.
+    Uring,
+    /// Linux AIO.
+    Aio,
+    /// One system call after the other.
+    Sync,
+}
+
+/// What to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Open {
+    /// Driver and image. The path is for messages: the image is the descriptor that comes along.
+    pub target: Target,
+    /// Guests may not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// How I/O is done.
+    #[serde(default)]
+    pub engine: Engine,
+    /// Guests may discard, which makes holes in the image.
+    #[serde(default = "yes")]
+    pub discard: bool,
+    /// Take no lock on the image: for a disk that several hosts write by agreement (mode `w!`).
+    #[serde(default)]
+    pub shared: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Open {
+    /// Serves `target` with everything else as it is by default.
+    pub fn new(target: Target) -> Self {
+        Self {
+            target,
+            read_only: false,
+            engine: Engine::Auto,
+            discard: true,
+            shared: false,
+        }
+    }
+}
+
+/// A question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// Who is there? Answered with [`Reply::Process`].
+    Ping,
+    /// Takes the disk's node. One descriptor: the node, opened for reading and writing, and closed
+    /// by the sender afterwards. Answered with [`Reply::Node`].
+    Attach,
+    /// Opens the image, describes the disk and starts to serve it; requests of an earlier process
+    /// come first. One descriptor if [`Driver::has_image`](crate::Driver::has_image): the image,
+    /// with `O_DIRECT` (but for the driver `sync`), and read-only if the disk is. Answered with
+    /// [`Reply::Disk`].
+    Open(Open),
+    /// Finishes and commits what has been fetched, fetches no more, and closes the image; requests
+    /// wait in the kernel. Answered with [`Reply::Done`] when the image is closed.
+    Pause,
+    /// Serves again, from the image that is given; the size may have changed, nothing else. The
+    /// descriptor is as for [`Request::Open`]. Answered with [`Reply::Disk`].
+    Unpause(Open),
+    /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
+    Resize,
+    /// As [`Request::Pause`], and gives the node back as well: another process may take it.
+    Close,
+    /// What is served? Answered with [`Reply::Status`].
+    Status,
+    /// Answered with [`Reply::Stats`].
+    Stats,
+    /// Serves NBD clients too. One descriptor: a listening unix socket. Answered with
+    /// [`Reply::Done`]. Once for each process.
+    Nbd {
+        /// Name of the export.
+        export: String,
+    },
+    /// As [`Request::Close`], and ends the process after the answer ([`Reply::Done`]).
+    Exit,
+}
+
+/// State of a tapdisk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It has no node.
+    Idle,
+    /// It has a node and serves nothing yet.
+    Attached,
+    /// It serves.
+    Running,
+    /// It has a node and an image that was closed; requests wait.
+    Paused,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// The process.
+    Process(Process),
+    /// The node.
+    Node(Node),
+    /// The disk.
+    Disk(Disk),
+    /// What is served.
+    Status(Status),
+    /// What was counted.
+    Stats(Box<Stats>),
+}
+
+/// A process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// Version of the program.
+    pub program: String,
+    /// Version of the kernel's interface that it was made for.
+    pub abi: u32,
+}
+
+/// A node, as the kernel describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Number of the node.
+    pub minor: u32,
+    /// Requests that it can hand out at once.
+    pub tags: u32,
+    /// Bytes of its arena.
+    pub arena: u64,
+    /// How often it was opened.
+    pub epoch: u64,
+}
+
+/// A disk that is open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes of a logical block.
+    pub logical_block: u32,
+    /// Bytes of a physical block.
+    pub physical_block: u32,
+    /// Guests may not write.
+    pub read_only: bool,
+    /// Guests may discard.
+    pub discard: bool,
+    /// How I/O is done; never [`Engine::Auto`].
+    pub engine: Engine,
+}
+
+/// What is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The state.
+    pub state: State,
+    /// The node, unless idle.
+    pub node: Option<Node>,
+    /// What is served, unless idle or attached.
+    pub open: Option<Open>,
+    /// The disk, if it runs.
+    pub disk: Option<Disk>,
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
+
+use crate::Failure;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// The drivers that tapdisk has. The format of an image is always said, never guessed from its
+/// content: the guest writes the content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Driver {
+    /// A raw file or block device, asynchronously and past the page cache.
+    Aio,
+    /// A raw file on a file system that can do neither: one call after the other.
+    Sync,
+    /// Memory; its content ends with the process.
+    Ram,
+    /// Reads as zeroes and forgets writes, for measurements.
+    Null,
+}
+
+impl Driver {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Aio, Self::Sync, Self::Ram, Self::Null];
+
+    /// The name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Aio => "aio",
+            Self::Sync => "sync",
+            Self::Ram => "ram",
+            Self::Null => "null",
+        }
+    }
+
+    /// True if the argument is the path of an image; otherwise it is a size.
+    pub fn has_image(self) -> bool {
+        matches!(self, Self::Aio | Self::Sync)
+    }
+}
+
+impl fmt::Display for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Driver {
+    type Err = Failure;
+
+    fn from_str(name: &str) -> Result<Self, Failure> {
+        // `file:` is what older configurations say of a raw file.
+        let name = if name == "file" { "aio" } else { name };
+        Self::ALL
+            .into_iter()
+            .find(|driver| driver.name() == name)
+            .ok_or_else(|| {
+                let known: Vec<&str> = Self::ALL.iter().map(|driver| driver.name()).collect();
+                Failure::invalid(format!(
+                    "there is no driver '{name}': use one of {}",
+                    known.join(", ")
+                ))
+            })
+    }
+}
+
+/// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes:
+/// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Target {
+    driver: Driver,
+    argument: Argument,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Argument {
+    Image(PathBuf),
+    Size(u64),
+}
+
+impl Target {
+    /// An image at an absolute path.
+    pub fn image(driver: Driver, path: impl Into<PathBuf>) -> Result<Self, Failure> {
+        let path = path.into();
+        let text = path.to_str().ok_or_else(|| {
+            Failure::invalid(format!(
+                "the image's path {} is not UTF-8: rename it",
+                path.display()
+            ))
+        })?;
+        parse(driver, text)
+    }
+
+    /// A disk of `bytes` without an image.
+    pub fn sized(driver: Driver, bytes: u64) -> Result<Self, Failure> {
+        parse(driver, &bytes.to_string())
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// The image's absolute path, if the driver has one.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.argument {
+            Argument::Image(path) => Some(path),
+            Argument::Size(_) => None,
+        }
+    }
+
+    /// The disk's size in bytes, if it is said here and not found in the image.
+    pub fn size(&self) -> Option<u64> {
+        match &self.argument {
+            Argument::Image(_) => None,
+            Argument::Size(bytes) => Some(*bytes),
+        }
+    }
+}
+
+fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
+    let argument = if driver.has_image() {
+        let path = PathBuf::from(argument);
+        if !path.is_absolute() || argument.contains('\0') {
+            return Err(Failure::invalid(format!(
+                "{driver}:{argument:?} names no image: its absolute path is needed, such as {driver}:/srv/a.img"
+            )));
+        }
+        Argument::Image(path)
+    } else {
+        Argument::Size(size(argument).ok_or_else(|| {
+            Failure::invalid(format!(
+                "{driver}:{argument:?} has no size: say how many bytes, a multiple of 512, such as {driver}:64M"
+            ))
+        })?)
+    };
+    Ok(Target { driver, argument })
+}
+
+/// A number of bytes with an optional K, M, G or T: whole sectors, more than none.
+fn size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.char_indices().next_back()? {
+        (at, 'K' | 'k') => (&text[..at], 10),
+        (at, 'M' | 'm') => (&text[..at], 20),
+        (at, 'G' | 'g') => (&text[..at], 30),
+        (at, 'T' | 't') => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let bytes = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    (bytes > 0 && bytes % 512 == 0 && i64::try_from(bytes).is_ok()).then_some(bytes)
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.argument {
+            Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
+            Argument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
+        }
+    }
+}
+
+impl FromStr for Target {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        let rest = text.strip_prefix("tap:").unwrap_or(text);
+        let (driver, argument) = rest.split_once(':').ok_or_else(|| {
+            Failure::invalid(format!(
+                "{text:?} does not say which driver serves it: write DRIVER:ARGUMENT, such as aio:/srv/a.img"
+            ))
+        })?;
+        parse(driver.parse()?, argument)
+    }
+}
+
+impl TryFrom<String> for Target {
+    type Error = Failure;
+
+    fn try_from(text: String) -> Result<Self, Failure> {
+        text.parse()
+    }
+}
+
+impl From<Target> for String {
+    fn from(target: Target) -> Self {
+        target.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Driver, Target};
+    use std::path::Path;
+
+    #[test]
+    fn the_ways_to_write_a_target() {
+        let image: Target = "tap:aio:/srv/a:b.img".parse().unwrap();
+        assert_eq!(image, "aio:/srv/a:b.img".parse().unwrap());
+        assert_eq!(image, "file:/srv/a:b.img".parse().unwrap());
+        assert_eq!(image.path(), Some(Path::new("/srv/a:b.img")));
+        assert_eq!(image.driver(), Driver::Aio);
+        assert_eq!(image.to_string(), "aio:/srv/a:b.img");
+        let memory: Target = "ram:64M".parse().unwrap();
+        assert_eq!(memory.size(), Some(64 << 20));
+        assert_eq!(memory.to_string(), "ram:67108864");
+    }
+
+    #[test]
+    fn what_is_no_target_is_refused() {
+        for text in [
+            "",
+            "aio",
+            "/srv/a.img",
+            "aio:",
+            "aio:a.img",
+            "aio:/a\0b",
+            "qcow3:/a",
+            "ram:",
+            "ram:M",
+            "ram:0",
+            "ram:513",
+            "ram:+512",
+            "ram:-1",
+            "ram:16777216T",
+            "tap:tap:aio:/a",
+            "ram:5\u{e9}",
+        ] {
+            assert!(text.parse::<Target>().is_err(), "{text:?}");
+        }
+    }
+}
