@@ -6,9 +6,11 @@
 
 use crate::stats::Stats;
 use crate::tapdisk::{Disk, Open, State};
-use crate::Target;
+use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// What happens when a process answers nothing for a while although it has requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +72,36 @@ impl Mode {
     /// Others may write the image as well.
     pub fn is_shared(self) -> bool {
         matches!(self, Self::ReadShared | Self::WriteShared)
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "r",
+            Self::ReadShared => "r!",
+            Self::Write => "w",
+            Self::WriteShared => "w!",
+        })
+    }
+}
+
+impl FromStr for Mode {
+    type Err = Failure;
+
+    /// Reads what a toolstack writes to the key `mode`; `ro` and `rw` are older forms.
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        Ok(match text {
+            "r" | "ro" => Self::Read,
+            "r!" | "ro!" => Self::ReadShared,
+            "w" | "rw" => Self::Write,
+            "w!" | "rw!" => Self::WriteShared,
+            _ => {
+                return Err(Failure::invalid(format!(
+                    "'{text}' is no mode: use r, w, r! or w!"
+                )))
+            }
+        })
     }
 }
 
@@ -172,14 +204,16 @@ pub enum Request {
     },
 }
 
-/// Names a disk: at least one of the two.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Names a disk: at least one of the three.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Which {
     /// Number of its node.
     pub minor: Option<u32>,
     /// Its process.
     pub pid: Option<u32>,
+    /// The backend's directory in xenstore for which it was made.
+    pub vbd: Option<String>,
 }
 
 /// Which disks to list: those that fit everything that is said.
@@ -373,4 +407,29 @@ pub enum What {
     /// An event of a newer program.
     #[serde(other)]
     Other,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Mode;
+
+    #[test]
+    fn modes_are_those_of_the_toolstack() {
+        for (text, mode, shown) in [
+            ("r", Mode::Read, "r"),
+            ("ro", Mode::Read, "r"),
+            ("w", Mode::Write, "w"),
+            ("rw", Mode::Write, "w"),
+            ("w!", Mode::WriteShared, "w!"),
+            ("rw!", Mode::WriteShared, "w!"),
+            ("r!", Mode::ReadShared, "r!"),
+        ] {
+            assert_eq!(text.parse::<Mode>().unwrap(), mode, "{text}");
+            assert_eq!(mode.to_string(), shown);
+        }
+        for text in ["", "!", "x", "w!!", "rwx", "W"] {
+            let error = text.parse::<Mode>().unwrap_err();
+            assert!(error.message.contains("use r, w, r! or w!"), "{error}");
+        }
+    }
 }

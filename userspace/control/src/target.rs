@@ -100,6 +100,19 @@ impl Target {
         parse(driver, &bytes.to_string())
     }
 
+    /// What a toolstack writes to the key `params` of a disk. Beside the usual form that is a path
+    /// alone, of which libxl has taken `file:` or `tap:aio:` away, and `aio:` in front of the usual
+    /// form, which libxl adds where a configuration says `backendtype=tap`.
+    pub fn from_params(text: &str) -> Result<Self, Failure> {
+        if text.starts_with('/') {
+            return parse(Driver::Aio, text);
+        }
+        match text.strip_prefix("aio:") {
+            Some(rest) if !rest.starts_with('/') => rest.parse(),
+            _ => text.parse(),
+        }
+    }
+
     /// The driver.
     pub fn driver(&self) -> Driver {
         self.driver
@@ -210,6 +223,24 @@ mod tests {
         let memory: Target = "ram:64M".parse().unwrap();
         assert_eq!(memory.size(), Some(64 << 20));
         assert_eq!(memory.to_string(), "ram:67108864");
+    }
+
+    #[test]
+    fn the_ways_in_which_a_toolstack_writes_it() {
+        for (params, target) in [
+            ("/srv/a.img", "aio:/srv/a.img"),
+            ("aio:/srv/a.img", "aio:/srv/a.img"),
+            ("tap:aio:/srv/a.img", "aio:/srv/a.img"),
+            ("aio:sync:/srv/a.img", "sync:/srv/a.img"),
+            ("aio:tap:ram:1M", "ram:1048576"),
+            ("ram:1M", "ram:1048576"),
+            ("/srv/a:b", "aio:/srv/a:b"),
+        ] {
+            assert_eq!(Target::from_params(params).unwrap().to_string(), target);
+        }
+        for params in ["", "a.img", "aio:", "aio:a.img", "vhd:/a", "aio:aio:a"] {
+            assert!(Target::from_params(params).is_err(), "{params:?}");
+        }
     }
 
     #[test]
