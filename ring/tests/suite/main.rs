@@ -27,3 +27,4 @@ mod index;
 mod layout;
 mod props;
 mod seeded;
+mod tap;

@@ -212,9 +212,9 @@ pub const STATE_IDLE: u32 = 0;
 pub const STATE_OPEN: u32 = 1;
 /// Requests are delivered.
 pub const STATE_LIVE: u32 = 2;
-/// The process is gone while it held requests; its I/O may still be running.
+/// The process is gone; its I/O may still be running.
 pub const STATE_FENCING: u32 = 3;
-/// The process is gone and its I/O is over; requests wait for the next one.
+/// The process is gone and its I/O is over; requests that it has left wait for the next one.
 pub const STATE_RECOVERING: u32 = 4;
 
 /// Makes a disk.

@@ -1,5 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The character device of a disk that a process serves.
+//! The character device of a disk that a process serves: its ABI, the checks of what the process
+//! says, and the shadow of the requests that it has not answered.
 
 pub mod abi;
+pub mod checked;
+mod overlap;
+pub mod params;
+pub mod shadow;
+pub mod table;

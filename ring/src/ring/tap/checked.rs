@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What the process and the supervisor hand over, checked: the arguments of the ioctls.
+//!
+//! Each argument is copied from user space once, checked here as a value, and only the checked
+//! type is used.
+
+use crate::ring::response::Status;
+use crate::ring::tap::abi;
+use crate::ring::tap::table::Tag;
+
+/// Largest negative `errno` that a completion may carry.
+const MAX_ERRNO: i32 = 4095;
+/// `EOPNOTSUPP`.
+const EOPNOTSUPP: i32 = 95;
+/// Arena of a disk unless its maker wants another one, in KiB.
+pub const DEFAULT_ARENA_KIB: u32 = 4 << 10;
+/// Largest arena, in KiB.
+pub const MAX_ARENA_KIB: u32 = 64 << 10;
+/// Nodes have numbers below this.
+pub const MAX_MINORS: u32 = 1 << 20;
+/// Bytes of all records of one `SET_PARAMS` at most.
+pub const MAX_PARAMS_LEN: u32 = 4096;
+
+/// What is wrong with an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Malformed {
+    /// The caller knows another version of the ABI.
+    Version,
+    /// A field that must be zero is not.
+    Reserved,
+    /// A flag is not known.
+    Flags,
+    /// A number is out of its range.
+    Range,
+    /// An array is too long, or wraps around the end of memory.
+    Buffer,
+}
+
+fn zero<const N: usize, T: Copy + Default + PartialEq>(fields: [T; N]) -> Result<(), Malformed> {
+    if fields.iter().all(|field| *field == T::default()) {
+        Ok(())
+    } else {
+        Err(Malformed::Reserved)
+    }
+}
+
+/// What became of a request, according to the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was executed, with this result for the guest.
+    Finished(Status),
+    /// It was not executed and is to be delivered again.
+    Returned,
+}
+
+/// A checked completion: well-formed, but it may name anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// The request.
+    pub tag: Tag,
+    /// Its delivery.
+    pub generation: u32,
+    /// The result.
+    pub outcome: Outcome,
+}
+
+impl abi::Completion {
+    /// Checks the completion.
+    pub fn check(&self) -> Result<Commit, Malformed> {
+        zero([self.reserved])?;
+        let outcome = match (self.flags, self.result) {
+            (0, 0) => Outcome::Finished(Status::Okay),
+            (0, result) => Outcome::Finished(failure(result)?),
+            (abi::COMPLETION_RETURNED, 0) => Outcome::Returned,
+            (abi::COMPLETION_RETURNED, _) => return Err(Malformed::Range),
+            _ => return Err(Malformed::Flags),
+        };
+        Ok(Commit {
+            tag: self.tag,
+            generation: self.generation,
+            outcome,
+        })
+    }
+}
+
+fn failure(result: i32) -> Result<Status, Malformed> {
+    match result.checked_neg() {
+        Some(EOPNOTSUPP) => Ok(Status::NotSupported),
+        Some(1..=MAX_ERRNO) => Ok(Status::Error),
+        _ => Err(Malformed::Range),
+    }
+}
+
+/// A disk to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewDisk {
+    /// The number that is wanted, if it matters.
+    pub minor: Option<u32>,
+    /// Size of the arena in KiB: whole MiB, not 0.
+    pub arena_kib: u32,
+    /// Seconds without a process after which requests fail, if ever.
+    pub fail_after_s: Option<u32>,
+}
+
+impl abi::Create {
+    /// Checks the request for a disk.
+    pub fn check(&self) -> Result<NewDisk, Malformed> {
+        if self.version != abi::VERSION {
+            return Err(Malformed::Version);
+        }
+        zero(self.reserved)?;
+        let minor = (self.minor != u32::MAX).then_some(self.minor);
+        let arena_kib = match self.arena_kib {
+            0 => DEFAULT_ARENA_KIB,
+            kib => kib,
+        };
+        let whole = arena_kib % 1024 == 0 && arena_kib <= MAX_ARENA_KIB;
+        if !whole || minor.is_some_and(|minor| minor >= MAX_MINORS) {
+            return Err(Malformed::Range);
+        }
+        Ok(NewDisk {
+            minor,
+            arena_kib,
+            fail_after_s: (self.fail_after_s != 0).then_some(self.fail_after_s),
+        })
+    }
+}
+
+impl abi::Destroy {
+    /// Checks the request and returns the node's number.
+    pub fn check(&self) -> Result<u32, Malformed> {
+        zero([self.flags])?;
+        Ok(self.minor)
+    }
+}
+
+/// An array in the caller's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserArray {
+    /// Address; means nothing if the array is empty. It may be anything: it is for functions
+    /// that copy from and to user space, which find out.
+    pub addr: u64,
+    /// Entries.
+    pub len: u32,
+}
+
+impl UserArray {
+    /// Bytes of the array, whose entries have `size` bytes.
+    pub fn bytes(&self, size: u32) -> u64 {
+        // Two numbers of 32 bits.
+        u64::from(self.len).wrapping_mul(u64::from(size))
+    }
+}
+
+impl abi::Buffer {
+    /// Checks an array of at most `max` entries of `size` bytes.
+    pub fn check(&self, max: u32, size: u32) -> Result<UserArray, Malformed> {
+        zero([self.reserved])?;
+        let array = UserArray {
+            addr: self.addr,
+            len: self.len,
+        };
+        let end = self.addr.checked_add(array.bytes(size));
+        if self.len > max || (self.len > 0 && end.is_none()) {
+            return Err(Malformed::Buffer);
+        }
+        Ok(array)
+    }
+
+    /// Checks the argument of `SET_PARAMS`: an array of bytes.
+    pub fn check_params(&self) -> Result<UserArray, Malformed> {
+        self.check(MAX_PARAMS_LEN, 1)
+    }
+}
+
+/// The two arrays of an exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrays {
+    /// Completions to take, 16 bytes each.
+    pub commits: UserArray,
+    /// Room for tags, 2 bytes each.
+    pub tags: UserArray,
+}
+
+impl abi::Exchange {
+    /// Checks the argument of an exchange.
+    pub fn check(&self) -> Result<Arrays, Malformed> {
+        // CAST: both sizes are small.
+        let commit = size_of::<abi::Completion>() as u32;
+        let tag = size_of::<Tag>() as u32;
+        Ok(Arrays {
+            commits: self.commits.check(abi::MAX_TAGS, commit)?,
+            tags: self.tags.check(abi::MAX_TAGS, tag)?,
+        })
+    }
+}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! An index over the ranges of requests without a result: what is in the way of a request?
+//!
+//! A range is hashed by its first and its last granule, whose size suits the range, so it is in
+//! one bucket or two. Ranges larger than any granule (discards) are in a list of their own. Buckets
+//! have the newest request in front, so the first hit in a bucket is the latest one. Reads and
+//! writes are kept apart, because a read looks for writes only.
+
+use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, Tag};
+
+/// Granules of both sizes, as powers of two of sectors: 32 KiB and 2 MiB.
+const LEVELS: [u32; 2] = [6, 12];
+
+/// The lists that an entry lends to the index: by kind of request, by level.
+pub(super) type Buckets = [[List; LEVELS.len()]; 2];
+
+/// The two kinds of ranges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+}
+
+impl Kind {
+    fn of(entry: &Entry) -> Self {
+        if writes(entry.op) {
+            Kind::Write
+        } else {
+            Kind::Read
+        }
+    }
+
+    /// The kinds that must not be overtaken by this one.
+    fn opposed(self) -> &'static [Kind] {
+        match self {
+            Kind::Read => &[Kind::Write],
+            Kind::Write => &[Kind::Write, Kind::Read],
+        }
+    }
+}
+
+/// True for an operation that changes the disk.
+pub(super) fn writes(op: u8) -> bool {
+    use crate::ring::tap::abi;
+    !matches!(op, abi::OP_READ | abi::OP_FLUSH)
+}
+
+/// True if one of the two must wait for the other.
+fn conflict(one: &Entry, other: &Entry) -> bool {
+    one.sector < other.end && other.sector < one.end && (writes(one.op) || writes(other.op))
+}
+
+/// Where a range is kept.
+enum Home {
+    Level(usize),
+    Wide,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct PerKind {
+    /// How many ranges each level holds.
+    held: [u16; LEVELS.len()],
+    wide: List,
+}
+
+/// The index.
+#[derive(Debug)]
+pub(super) struct Overlap {
+    /// Of a hash, these many low bits are dropped to get the number of a bucket.
+    shift: u32,
+    kinds: [PerKind; 2],
+}
+
+impl Overlap {
+    /// An index whose buckets are in `entries` entries.
+    pub(super) fn new(entries: usize) -> Self {
+        let bits = entries.checked_ilog2().unwrap_or(0);
+        Self {
+            shift: u64::BITS.wrapping_sub(bits),
+            kinds: [PerKind {
+                held: [0; LEVELS.len()],
+                wide: List::EMPTY,
+            }; 2],
+        }
+    }
+
+    /// The entry that has the bucket of a granule.
+    fn bucket(&self, granule: u64) -> usize {
+        let hash = granule.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // CAST: below the number of entries.
+        hash.checked_shr(self.shift).unwrap_or(0) as usize
+    }
+
+    fn home(entry: &Entry) -> Option<Home> {
+        let sectors = entry.end.checked_sub(entry.sector).filter(|n| *n > 0)?;
+        let fits = |bits: &u32| sectors <= 1u64.wrapping_shl(*bits);
+        Some(LEVELS.iter().position(fits).map_or(Home::Wide, Home::Level))
+    }
+
+    /// The buckets of the first and the last granule of a range.
+    fn ends(&self, entry: &Entry, level: usize) -> (usize, usize) {
+        let bits = LEVELS.get(level).copied().unwrap_or(0);
+        let granules = granules(entry, bits);
+        (self.bucket(*granules.start()), self.bucket(*granules.end()))
+    }
+
+    /// Adds the range of a request that is later than all others.
+    pub(super) fn insert(&mut self, entries: &mut [Entry], tag: Tag) {
+        self.change(entries, tag, |list, entries, node| {
+            list.push_front(entries, node);
+        });
+        self.count(entries, tag, 1);
+    }
+
+    /// Takes out the range of a request that was added.
+    pub(super) fn remove(&mut self, entries: &mut [Entry], tag: Tag) {
+        self.change(entries, tag, |list, entries, node| {
+            list.remove(entries, node);
+        });
+        self.count(entries, tag, u16::MAX);
+    }
+
+    fn count(&mut self, entries: &[Entry], tag: Tag, by: u16) {
+        let Some(entry) = entries.get(usize::from(tag)) else {
+            return;
+        };
+        if let Some(Home::Level(level)) = Self::home(entry) {
+            let held = self.kinds.get_mut(Kind::of(entry) as usize);
+            if let Some(held) = held.and_then(|kind| kind.held.get_mut(level)) {
+                *held = held.wrapping_add(by);
+            }
+        }
+    }
+
+    fn change(
+        &mut self,
+        entries: &mut [Entry],
+        tag: Tag,
+        apply: impl Fn(&mut List, &mut [Entry], Node),
+    ) {
+        let Some(entry) = entries.get(usize::from(tag)) else {
+            return;
+        };
+        let kind = Kind::of(entry) as usize;
+        match Self::home(entry) {
+            None => {}
+            Some(Home::Wide) => {
+                if let Some(kind) = self.kinds.get_mut(kind) {
+                    apply(&mut kind.wide, entries, Node::new(tag, Link::First));
+                }
+            }
+            Some(Home::Level(level)) => {
+                let (first, last) = self.ends(entry, level);
+                let mut at = |bucket: usize, link: Link| {
+                    let Some(mut list) = list_of(entries, bucket, kind, level) else {
+                        return;
+                    };
+                    apply(&mut list, entries, Node::new(tag, link));
+                    let home = entries
+                        .get_mut(bucket)
+                        .and_then(|e| e.buckets.get_mut(kind));
+                    if let Some(home) = home.and_then(|levels| levels.get_mut(level)) {
+                        *home = list;
+                    }
+                };
+                at(first, Link::First);
+                if last != first {
+                    at(last, Link::Last);
+                }
+            }
+        }
+    }
+
+    /// The latest request that is earlier than this one and in its way; `steps` is what is left
+    /// of the work that the caller allows, and may become 0 here, but the search is finished.
+    pub(super) fn blocker(&self, entries: &[Entry], tag: Tag, steps: &mut u32) -> Option<Tag> {
+        let entry = entries.get(usize::from(tag))?;
+        if let Home::Wide = Self::home(entry)? {
+            // It is in the way of most others, and there are few of its kind: look at all.
+            let order = |tag| Node::new(tag, Link::Order);
+            return walk(steps, prev(entries, order(tag)), |node| {
+                let hit = conflict(entry, entries.get(usize::from(node.tag()))?);
+                Some((hit, prev(entries, node)))
+            });
+        }
+        let mut found: Option<(u64, Tag)> = None;
+        let mut look = |list: List, steps: &mut u32| {
+            let hit = walk(steps, list.first(), |node| {
+                let other = entries.get(usize::from(node.tag()))?;
+                let hit = other.sequence < entry.sequence && conflict(entry, other);
+                Some((hit, next(entries, node)))
+            });
+            let sequence = |tag| entries.get(usize::from(tag)).map(|e: &Entry| e.sequence);
+            let hit = hit.and_then(|tag| Some((sequence(tag)?, tag)));
+            found = found.max(hit);
+        };
+        for kind in Kind::of(entry).opposed() {
+            let Some(lists) = self.kinds.get(*kind as usize) else {
+                continue;
+            };
+            look(lists.wide, steps);
+            for (level, (bits, held)) in (0..LEVELS.len()).zip(LEVELS.iter().zip(lists.held)) {
+                if held == 0 {
+                    continue;
+                }
+                for granule in granules(entry, *bits) {
+                    let bucket = self.bucket(granule);
+                    if let Some(list) = list_of(entries, bucket, *kind as usize, level) {
+                        look(list, steps);
+                    }
+                }
+            }
+        }
+        found.map(|(_, tag)| tag)
+    }
+}
+
+/// The granules that a range touches; it must not be empty.
+fn granules(entry: &Entry, bits: u32) -> core::ops::RangeInclusive<u64> {
+    let last = entry.end.wrapping_sub(1);
+    entry.sector.wrapping_shr(bits)..=last.wrapping_shr(bits)
+}
+
+fn list_of(entries: &[Entry], bucket: usize, kind: usize, level: usize) -> Option<List> {
+    let levels = entries.get(bucket)?.buckets.get(kind)?;
+    levels.get(level).copied()
+}
+
+/// Follows a list to the first hit; `look` says whether a node is one, and what comes next.
+fn walk(
+    steps: &mut u32,
+    from: Option<Node>,
+    look: impl Fn(Node) -> Option<(bool, Option<Node>)>,
+) -> Option<Tag> {
+    *steps = steps.saturating_sub(1);
+    let mut at = from;
+    while let Some(node) = at {
+        *steps = steps.saturating_sub(1);
+        let (hit, behind) = look(node)?;
+        if hit {
+            return Some(node.tag());
+        }
+        at = behind;
+    }
+    None
+}

@@ -1,0 +1,720 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The shadow of a disk: every request that the process has not answered, in arrival order.
+//!
+//! ```text
+//!            post          deliver            commit          reap
+//!   (free) -------> waiting -------> delivered -------> done -------> (free)
+//!                      ^                 |
+//!                      +-----------------+  the process died, or returned it
+//! ```
+//!
+//! Rules, all of which hold whatever the process does:
+//!
+//! - A request is delivered only when no earlier one without a result overlaps it, with a write or
+//!   discard on either side. So the order in which overlapping requests are executed is that of
+//!   their arrival, also when they are executed again.
+//! - While requests of a dead process are executed again, a flush (also one that is part of a
+//!   write) is delivered only when no earlier write is without a result.
+//! - A completion counts only if it comes from the process that has the disk open now and names
+//!   the latest delivery of its tag.
+//! - After a process is gone nothing is delivered until the caller says that it is fenced: that no
+//!   I/O which it started can touch the arena or the image any longer.
+//!
+//! Everything a request waits for is earlier than the request, so nothing waits in a circle.
+//!
+//! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
+//! calls. What a call does is bounded: [`Shadow::deliver`] and [`Shadow::has_deliverable`] stop
+//! after some [`STEPS`]; [`Shadow::fenced`], [`Shadow::orphan`] and [`Shadow::withdraw`], which
+//! are called once in the life of a process or a queue, look at every request once; all others
+//! take constant time for each request that they name or set free.
+
+use core::ops::DerefMut;
+
+use crate::ring::response::Status;
+use crate::ring::tap::abi;
+use crate::ring::tap::checked::{Commit, Outcome};
+use crate::ring::tap::overlap::{writes, Overlap};
+use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State};
+
+pub use crate::ring::tap::table::Tag;
+
+/// Queues of one disk at most.
+pub const MAX_QUEUES: usize = 64;
+
+/// Requests looked at in one call of [`Shadow::deliver`], beyond which it stops early. The search
+/// that is running is finished, so it can be more, by [`abi::MAX_TAGS`] at most.
+pub const STEPS: u32 = 2048;
+
+/// What a request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Reads into the arena.
+    Read,
+    /// Writes from the arena.
+    Write,
+    /// Makes durable what was answered.
+    Flush,
+    /// Forgets a range.
+    Discard,
+    /// Makes a range read as zeroes.
+    WriteZeroes,
+    /// Makes the content of a range unrecoverable.
+    SecureDiscard,
+}
+
+impl Op {
+    fn wire(self) -> u8 {
+        match self {
+            Op::Read => abi::OP_READ,
+            Op::Write => abi::OP_WRITE,
+            Op::Flush => abi::OP_FLUSH,
+            Op::Discard => abi::OP_DISCARD,
+            Op::WriteZeroes => abi::OP_WRITE_ZEROES,
+            Op::SecureDiscard => abi::OP_SECURE_DISCARD,
+        }
+    }
+}
+
+/// A request whose data and segments are in place: the segments at its tag in the descriptor
+/// area, and the bytes of a write in the arena. Neither changes any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What to do.
+    pub op: Op,
+    /// What was answered before must be durable before this is executed.
+    pub preflush: bool,
+    /// It must be durable when it is done.
+    pub fua: bool,
+    /// First sector of 512 bytes; means nothing without sectors.
+    pub sector: u64,
+    /// Number of sectors.
+    pub sectors: u64,
+    /// Entries in the segment table.
+    pub segments: u16,
+}
+
+/// Why a request was not taken: a mistake of the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PostError {
+    /// There is no such tag or queue.
+    OutOfRange,
+    /// The tag has a request already.
+    InUse,
+}
+
+/// Why a node cannot be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenError {
+    /// A process has it.
+    Open,
+    /// The I/O of a process that is gone is not known to be over.
+    Fencing,
+}
+
+/// What became of a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Committed {
+    /// The request has a result; this queue is to reap it.
+    Done(u16),
+    /// The request waits to be delivered again.
+    Returned,
+    /// The request's queue is gone: its tag and its part of the arena are free now.
+    Released,
+    /// No delivered request is meant.
+    Refused,
+}
+
+/// What a call of [`Shadow::deliver`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Delivered {
+    /// Requests handed out.
+    pub count: usize,
+    /// There may be more: call again before sleeping.
+    pub more: bool,
+}
+
+/// What a call of [`Shadow::fail_waiting`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Failed {
+    /// Requests failed.
+    pub count: usize,
+    /// One bit for each queue that has something to reap for that.
+    pub queues: u64,
+    /// There are more.
+    pub more: bool,
+}
+
+/// Who has the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nobody; requests that were delivered before are to be executed again.
+    Recovering,
+    /// Nobody.
+    Idle,
+    /// A process that has not started it.
+    Open,
+    /// A process that is served.
+    Live,
+    /// A process that is gone; its I/O may be running.
+    Fencing,
+}
+
+/// The shadow of one disk. `S` is the memory: one entry for each tag.
+#[derive(Debug)]
+pub struct Shadow<S> {
+    entries: S,
+    phase: Phase,
+    epoch: u64,
+    sequence: u64,
+    order: List,
+    pending: List,
+    /// In the order of delivery.
+    delivered: List,
+    /// By queue.
+    done: [List; MAX_QUEUES],
+    overlap: Overlap,
+    waiting: u32,
+    held: u32,
+    orphans: u32,
+    /// Requests without a result that an earlier process may have executed.
+    replaying: u32,
+    committed: u64,
+    replayed: u64,
+    refused: u64,
+}
+
+impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+    /// The shadow of a disk without requests, which nobody has opened. What `entries` held is
+    /// overwritten; entries beyond [`abi::MAX_TAGS`] are not used.
+    pub fn new(mut entries: S) -> Self {
+        entries.fill(Entry::FREE);
+        let overlap = Overlap::new(entries.len().min(abi::MAX_TAGS as usize));
+        Self {
+            entries,
+            phase: Phase::Idle,
+            epoch: 0,
+            sequence: 0,
+            order: List::EMPTY,
+            pending: List::EMPTY,
+            delivered: List::EMPTY,
+            done: [List::EMPTY; MAX_QUEUES],
+            overlap,
+            waiting: 0,
+            held: 0,
+            orphans: 0,
+            replaying: 0,
+            committed: 0,
+            replayed: 0,
+            refused: 0,
+        }
+    }
+
+    fn get(&self, tag: Tag) -> Option<&Entry> {
+        let entries = self.entries.get(..self.tags() as usize)?;
+        entries.get(usize::from(tag))
+    }
+
+    fn get_mut(&mut self, tag: Tag) -> Option<&mut Entry> {
+        let tags = self.tags() as usize;
+        self.entries.get_mut(..tags)?.get_mut(usize::from(tag))
+    }
+
+    /// Tags are below this.
+    pub fn tags(&self) -> u32 {
+        let len = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
+        len.min(abi::MAX_TAGS)
+    }
+
+    /// `STATE_*` of the ABI.
+    pub fn state(&self) -> u32 {
+        match self.phase {
+            Phase::Idle => abi::STATE_IDLE,
+            Phase::Open => abi::STATE_OPEN,
+            Phase::Live => abi::STATE_LIVE,
+            Phase::Fencing => abi::STATE_FENCING,
+            Phase::Recovering => abi::STATE_RECOVERING,
+        }
+    }
+
+    /// Number of the process that has the disk open, or had it last.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Requests that wait to be delivered.
+    pub fn waiting(&self) -> u32 {
+        self.waiting
+    }
+
+    /// Requests that a process has, or had when it died and that are not fenced.
+    pub fn delivered(&self) -> u32 {
+        self.held
+    }
+
+    /// Delivered requests whose queue is gone. While there are any, their tags and their parts of
+    /// the arena must not be used.
+    pub fn orphans(&self) -> u32 {
+        self.orphans
+    }
+
+    /// Fills what the shadow knows of an [`abi::Info`]; `now` is in nanoseconds.
+    pub fn describe(&self, info: &mut abi::Info, now: u64) {
+        let oldest = self.delivered.first().and_then(|node| self.get(node.tag()));
+        info.epoch = self.epoch;
+        info.tags = self.tags();
+        info.state = self.state();
+        info.waiting = self.waiting;
+        info.delivered = self.held;
+        info.committed = self.committed;
+        info.replayed = self.replayed;
+        info.refused = self.refused;
+        // What was delivered just now has waited for 1: 0 means that there is none.
+        info.oldest_ns = oldest.map_or(0, |e| now.saturating_sub(e.delivered_ns).max(1));
+    }
+}
+
+/// The process.
+impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+    /// A process opens the disk. Returns its epoch, which its calls carry.
+    pub fn opened(&mut self) -> Result<u64, OpenError> {
+        match self.phase {
+            Phase::Open | Phase::Live => return Err(OpenError::Open),
+            Phase::Fencing => return Err(OpenError::Fencing),
+            Phase::Idle | Phase::Recovering => {}
+        }
+        self.phase = Phase::Open;
+        self.epoch = self.epoch.wrapping_add(1);
+        Ok(self.epoch)
+    }
+
+    /// The process wants requests from now on; `false` unless it has opened the disk and not
+    /// started it yet.
+    #[must_use]
+    pub fn started(&mut self, epoch: u64) -> bool {
+        let may = self.phase == Phase::Open && epoch == self.epoch;
+        if may {
+            self.phase = Phase::Live;
+        }
+        may
+    }
+
+    /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
+    /// [`fenced`](Self::fenced) must follow, when its I/O is over.
+    pub fn closed(&mut self) {
+        if matches!(self.phase, Phase::Open | Phase::Live) {
+            self.phase = Phase::Fencing;
+        }
+    }
+
+    /// The I/O of the process that is gone is over. What it had been delivered waits for the next
+    /// one, in arrival order; requests without a queue are released.
+    pub fn fenced(&mut self) {
+        if self.phase != Phase::Fencing {
+            return;
+        }
+        self.pending = List::EMPTY;
+        self.delivered = List::EMPTY;
+        let mut at = self.order.first();
+        while let Some(node) = at {
+            let tag = node.tag();
+            at = next(&self.entries, node);
+            let Some(entry) = self.get_mut(tag) else {
+                break;
+            };
+            entry.waiters = List::EMPTY;
+            if entry.state != State::Delivered {
+                self.wait(tag, None);
+                continue;
+            }
+            let (orphan, fresh) = (entry.orphan, entry.flags & abi::DESC_REPLAY == 0);
+            entry.flags |= abi::DESC_REPLAY;
+            entry.again = true;
+            self.held = self.held.wrapping_sub(1);
+            self.replaying = self.replaying.wrapping_add(u32::from(fresh));
+            if orphan {
+                self.orphans = self.orphans.wrapping_sub(1);
+                self.forget(tag);
+                self.free(tag);
+            } else {
+                self.waiting = self.waiting.wrapping_add(1);
+                self.wait(tag, None);
+            }
+        }
+        self.phase = if self.order.is_empty() {
+            Phase::Idle
+        } else {
+            Phase::Recovering
+        };
+    }
+
+    /// Hands out at most `max` requests that may be executed now; `each` gets what the process is
+    /// to read at the tag. Nothing unless the process is served.
+    pub fn deliver(
+        &mut self,
+        epoch: u64,
+        max: usize,
+        now: u64,
+        mut each: impl FnMut(Tag, &abi::Desc),
+    ) -> Delivered {
+        let mut result = Delivered::default();
+        if self.phase != Phase::Live || epoch != self.epoch {
+            return result;
+        }
+        let mut steps = STEPS;
+        while result.count < max {
+            let Some(tag) = self.find(&mut steps) else {
+                break;
+            };
+            if let Some(desc) = self.hand_out(tag, now) {
+                each(tag, &desc);
+                result.count = result.count.wrapping_add(1);
+            }
+        }
+        result.more = !self.pending.is_empty();
+        result
+    }
+
+    /// True if a call of [`deliver`](Self::deliver) would hand out a request: wake the process,
+    /// or do not let it sleep. May be wrong if very many requests wait for others, and is right
+    /// after some more calls.
+    pub fn has_deliverable(&mut self) -> bool {
+        let mut steps = STEPS;
+        self.phase == Phase::Live && (self.find(&mut steps).is_some() || !self.pending.is_empty())
+    }
+
+    /// Takes what the process says of a delivered request.
+    pub fn commit(&mut self, epoch: u64, commit: &Commit) -> Committed {
+        let served = self.phase == Phase::Live && epoch == self.epoch;
+        let meant = self.get(commit.tag).filter(|entry| {
+            served && entry.state == State::Delivered && entry.generation == commit.generation
+        });
+        let Some(entry) = meant.copied() else {
+            self.refused = self.refused.wrapping_add(1);
+            return Committed::Refused;
+        };
+        self.delivered
+            .remove(&mut self.entries, Node::new(commit.tag, Link::State));
+        self.held = self.held.wrapping_sub(1);
+        if entry.orphan {
+            self.orphans = self.orphans.wrapping_sub(1);
+            self.forget(commit.tag);
+            self.free(commit.tag);
+            return Committed::Released;
+        }
+        match commit.outcome {
+            Outcome::Returned => {
+                if let Some(entry) = self.get_mut(commit.tag) {
+                    entry.again = true;
+                }
+                self.waiting = self.waiting.wrapping_add(1);
+                self.wait(commit.tag, None);
+                Committed::Returned
+            }
+            Outcome::Finished(status) => {
+                self.committed = self.committed.wrapping_add(1);
+                self.finish(commit.tag, status);
+                Committed::Done(entry.queue)
+            }
+        }
+    }
+}
+
+/// The queues.
+impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+    /// Takes a request; `now` is in nanoseconds. It is delivered when the process asks for it.
+    pub fn post(
+        &mut self,
+        tag: Tag,
+        queue: u16,
+        request: &Request,
+        now: u64,
+    ) -> Result<(), PostError> {
+        if usize::from(queue) >= MAX_QUEUES {
+            return Err(PostError::OutOfRange);
+        }
+        let sequence = self.sequence;
+        let entry = self.get_mut(tag).ok_or(PostError::OutOfRange)?;
+        if entry.state != State::Free {
+            return Err(PostError::InUse);
+        }
+        let flag = |on: bool, flag: u8| if on { flag } else { 0 };
+        let flush = request.op == Op::Flush;
+        let sectors = if flush { 0 } else { request.sectors };
+        entry.sequence = sequence;
+        entry.sector = if sectors == 0 { 0 } else { request.sector };
+        entry.end = entry.sector.saturating_add(sectors);
+        entry.arrived_ns = now;
+        entry.segments = request.segments;
+        entry.queue = queue;
+        entry.op = request.op.wire();
+        entry.flags = flag(request.fua, abi::DESC_FUA) | flag(request.preflush, abi::DESC_PREFLUSH);
+        entry.again = false;
+        entry.orphan = false;
+        entry.waiters = List::EMPTY;
+        self.sequence = sequence.wrapping_add(1);
+        self.order
+            .push_back(&mut self.entries, Node::new(tag, Link::Order));
+        self.overlap.insert(&mut self.entries, tag);
+        self.waiting = self.waiting.wrapping_add(1);
+        self.wait(tag, None);
+        Ok(())
+    }
+
+    /// Yields at most `max` results of a queue's requests, whose tags are free then. Returns how
+    /// many it yielded.
+    pub fn reap(&mut self, queue: u16, max: usize, mut each: impl FnMut(Tag, Status)) -> usize {
+        let mut count = 0usize;
+        while count < max {
+            let list = self.done.get(usize::from(queue));
+            let Some(tag) = list.and_then(List::first).map(Node::tag) else {
+                break;
+            };
+            let status = self.get(tag).map_or(Status::Error, |entry| entry.status);
+            self.unlist(tag);
+            self.free(tag);
+            each(tag, status);
+            count = count.wrapping_add(1);
+        }
+        count
+    }
+
+    /// True if a queue has results to reap.
+    pub fn has_results(&self, queue: u16) -> bool {
+        let list = self.done.get(usize::from(queue));
+        list.is_some_and(|list| !list.is_empty())
+    }
+
+    /// Gives an error to the requests of a queue that are not delivered, as its teardown begins;
+    /// the queue reaps them. Returns how many these were.
+    pub fn withdraw(&mut self, queue: u16) -> u32 {
+        let mut count = 0u32;
+        let mut at = self.order.first();
+        while let Some(node) = at {
+            at = next(&self.entries, node);
+            if self.is_waiting(node.tag(), |entry| entry.queue == queue) {
+                self.fail(node.tag());
+                count = count.wrapping_add(1);
+            }
+        }
+        count
+    }
+
+    /// A queue is gone: its requests are forgotten, but those that the process has become
+    /// orphans. Returns how many these are.
+    pub fn orphan(&mut self, queue: u16) -> u32 {
+        let mut count = 0u32;
+        self.withdraw(queue);
+        self.reap(queue, usize::MAX, |_, _| {});
+        let mut at = self.order.first();
+        while let Some(node) = at {
+            at = next(&self.entries, node);
+            let entry = self.get_mut(node.tag());
+            if let Some(entry) = entry.filter(|e| e.queue == queue && !e.orphan) {
+                entry.orphan = true;
+                count = count.wrapping_add(1);
+            }
+        }
+        self.orphans = self.orphans.wrapping_add(count);
+        count
+    }
+
+    /// Gives an error to at most `max` requests that wait, the oldest first. Nothing while a
+    /// process is served or has to be fenced.
+    pub fn fail_waiting(&mut self, max: usize) -> Failed {
+        let mut result = Failed::default();
+        if matches!(self.phase, Phase::Live | Phase::Fencing) {
+            return result;
+        }
+        // Without a process nothing is delivered: all that has no result waits.
+        while let Some(node) = self.order.first() {
+            if result.count >= max {
+                result.more = true;
+                break;
+            }
+            let queue = self.get(node.tag()).map_or(0, |entry| entry.queue);
+            result.queues |= 1u64.wrapping_shl(u32::from(queue));
+            self.fail(node.tag());
+            result.count = result.count.wrapping_add(1);
+        }
+        result
+    }
+}
+
+/// What the calls are made of.
+impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+    /// Puts a request that is in no list of a state among those that wait: for another one, or
+    /// to be looked at.
+    fn wait(&mut self, tag: Tag, blocker: Option<Tag>) {
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        let node = Node::new(tag, Link::State);
+        let Some(blocker) = blocker else {
+            entry.state = State::Pending;
+            return self.pending.push_back(&mut self.entries, node);
+        };
+        entry.state = State::Blocked;
+        entry.blocked_on = blocker;
+        if let Some(mut waiters) = self.get(blocker).map(|entry| entry.waiters) {
+            waiters.push_back(&mut self.entries, node);
+            if let Some(entry) = self.get_mut(blocker) {
+                entry.waiters = waiters;
+            }
+        }
+    }
+
+    /// Takes a request out of the list of its state.
+    fn unlist(&mut self, tag: Tag) {
+        let node = Node::new(tag, Link::State);
+        let Some(entry) = self.get(tag).copied() else {
+            return;
+        };
+        match entry.state {
+            State::Free => {}
+            State::Pending => self.pending.remove(&mut self.entries, node),
+            State::Delivered => self.delivered.remove(&mut self.entries, node),
+            State::Blocked => {
+                if let Some(mut waiters) = self.get(entry.blocked_on).map(|e| e.waiters) {
+                    waiters.remove(&mut self.entries, node);
+                    if let Some(blocker) = self.get_mut(entry.blocked_on) {
+                        blocker.waiters = waiters;
+                    }
+                }
+            }
+            State::Done => {
+                if let Some(list) = self.done.get_mut(usize::from(entry.queue)) {
+                    list.remove(&mut self.entries, node);
+                }
+            }
+        }
+    }
+
+    /// Sorts pending requests into blocked ones until one is found that may be delivered. It
+    /// stays pending, in front.
+    fn find(&mut self, steps: &mut u32) -> Option<Tag> {
+        while *steps > 0 {
+            let tag = self.pending.first()?.tag();
+            match self.blocker(tag, steps) {
+                None => return Some(tag),
+                Some(blocker) => {
+                    self.unlist(tag);
+                    self.wait(tag, Some(blocker));
+                }
+            }
+        }
+        None
+    }
+
+    /// The latest earlier request that must be done before this one.
+    fn blocker(&self, tag: Tag, steps: &mut u32) -> Option<Tag> {
+        let sequence = |tag: Tag| Some((self.get(tag)?.sequence, tag));
+        let overlap = self.overlap.blocker(&self.entries, tag, steps);
+        let flush = self.unflushed(tag, steps);
+        let latest = overlap.and_then(sequence).max(flush.and_then(sequence));
+        latest.map(|(_, tag)| tag)
+    }
+
+    /// The latest earlier write, if this is a flush during a replay.
+    fn unflushed(&self, tag: Tag, steps: &mut u32) -> Option<Tag> {
+        let entry = self.get(tag)?;
+        let flushes = entry.op == abi::OP_FLUSH || entry.flags & abi::DESC_PREFLUSH != 0;
+        if self.replaying == 0 || !flushes {
+            return None;
+        }
+        let mut node = Node::new(tag, Link::Order);
+        loop {
+            node = prev(&self.entries, node)?;
+            *steps = steps.saturating_sub(1);
+            if writes(self.get(node.tag())?.op) {
+                return Some(node.tag());
+            }
+        }
+    }
+
+    /// Turns a pending request into a delivered one.
+    fn hand_out(&mut self, tag: Tag, now: u64) -> Option<abi::Desc> {
+        self.unlist(tag);
+        let entry = self.get_mut(tag)?;
+        entry.state = State::Delivered;
+        entry.delivered_ns = now;
+        entry.generation = entry.generation.wrapping_add(1);
+        let again = entry.again;
+        let desc = abi::Desc {
+            op: entry.op,
+            flags: entry.flags,
+            segments: entry.segments,
+            generation: entry.generation,
+            sector: entry.sector,
+            sectors: entry.end.wrapping_sub(entry.sector),
+            sequence: entry.sequence,
+            arrived_ns: entry.arrived_ns,
+            tag,
+            queue: entry.queue,
+            reserved: [0; 5],
+        };
+        self.delivered
+            .push_back(&mut self.entries, Node::new(tag, Link::State));
+        self.waiting = self.waiting.wrapping_sub(1);
+        self.held = self.held.wrapping_add(1);
+        self.replayed = self.replayed.wrapping_add(u64::from(again));
+        Some(desc)
+    }
+
+    fn is_waiting(&self, tag: Tag, and: impl Fn(&Entry) -> bool) -> bool {
+        let waits = |e: &Entry| matches!(e.state, State::Pending | State::Blocked);
+        self.get(tag)
+            .is_some_and(|entry| waits(entry) && and(entry))
+    }
+
+    /// Gives an error to a request that waits.
+    fn fail(&mut self, tag: Tag) {
+        self.unlist(tag);
+        self.waiting = self.waiting.wrapping_sub(1);
+        self.finish(tag, Status::Error);
+    }
+
+    /// Gives a result to a request that is in no list of a state.
+    fn finish(&mut self, tag: Tag, status: Status) {
+        self.forget(tag);
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        entry.state = State::Done;
+        entry.status = status;
+        let queue = usize::from(entry.queue);
+        if let Some(list) = self.done.get_mut(queue) {
+            list.push_back(&mut self.entries, Node::new(tag, Link::State));
+        }
+    }
+
+    /// A request stands in nobody's way any longer.
+    fn forget(&mut self, tag: Tag) {
+        self.order
+            .remove(&mut self.entries, Node::new(tag, Link::Order));
+        self.overlap.remove(&mut self.entries, tag);
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        let waiters = core::mem::replace(&mut entry.waiters, List::EMPTY);
+        let replay = entry.flags & abi::DESC_REPLAY != 0;
+        self.replaying = self.replaying.wrapping_sub(u32::from(replay));
+        // They are older than most of what is pending: in front.
+        let mut at = waiters.first();
+        while let Some(node) = at {
+            at = next(&self.entries, node);
+            if let Some(waiter) = self.get_mut(node.tag()) {
+                waiter.state = State::Pending;
+            }
+        }
+        self.pending.prepend(&mut self.entries, waiters);
+    }
+
+    fn free(&mut self, tag: Tag) {
+        if let Some(entry) = self.get_mut(tag) {
+            entry.state = State::Free;
+        }
+    }
+}

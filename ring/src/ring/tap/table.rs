@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The memory of the shadow: one entry for each tag, and the lists that run through the entries.
+//!
+//! Lists are made of indices. A list never refers to an entry that does not exist, and an index
+//! that does is looked up: nothing here can go out of bounds or allocate.
+
+use crate::ring::response::Status;
+use crate::ring::tap::overlap::Buckets;
+
+/// Names a request of a disk, over all its queues.
+pub type Tag = u16;
+
+/// Where a request stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// No request: it was never posted, or it was reaped.
+    Free,
+    /// To be looked at: it may be delivered unless an earlier one is in its way.
+    Pending,
+    /// Waits for an earlier request.
+    Blocked,
+    /// The process has it.
+    Delivered,
+    /// It has a result that its queue has not reaped.
+    Done,
+}
+
+/// The lists in which an entry can be at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Link {
+    /// The list of its state.
+    State,
+    /// All requests without a result, in the order of their arrival.
+    Order,
+    /// The bucket of the first granule of its range.
+    First,
+    /// The bucket of the last granule, if that is another one.
+    Last,
+}
+
+const LINKS: u16 = 4;
+
+/// One link of one entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Node(u16);
+
+impl Node {
+    const NONE: Self = Self(u16::MAX);
+
+    pub(super) const fn new(tag: Tag, link: Link) -> Self {
+        // Tags are below `MAX_TAGS`, so the product does not wrap.
+        Self(tag.wrapping_mul(LINKS).wrapping_add(link as u16))
+    }
+
+    fn get(self) -> Option<Self> {
+        (self != Self::NONE).then_some(self)
+    }
+
+    pub(super) fn tag(self) -> Tag {
+        self.0 / LINKS
+    }
+
+    fn link(self) -> usize {
+        usize::from(self.0 % LINKS)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Neighbours {
+    prev: Node,
+    next: Node,
+}
+
+/// One tag.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    pub(super) sequence: u64,
+    /// First sector, and one beyond the last; equal if the request has no place on the disk.
+    pub(super) sector: u64,
+    pub(super) end: u64,
+    pub(super) arrived_ns: u64,
+    pub(super) delivered_ns: u64,
+    pub(super) generation: u32,
+    pub(super) segments: u16,
+    pub(super) queue: u16,
+    /// The request that a blocked one waits for.
+    pub(super) blocked_on: Tag,
+    pub(super) op: u8,
+    pub(super) flags: u8,
+    pub(super) state: State,
+    pub(super) status: Status,
+    /// It was delivered before.
+    pub(super) again: bool,
+    /// Its queue is gone: nobody will reap it.
+    pub(super) orphan: bool,
+    links: [Neighbours; LINKS as usize],
+    /// Requests that are blocked on this one.
+    pub(super) waiters: List,
+    /// Has nothing to do with the request: a part of the index over ranges.
+    pub(super) buckets: Buckets,
+}
+
+impl Entry {
+    /// An entry without a request.
+    pub const FREE: Self = Self {
+        sequence: 0,
+        sector: 0,
+        end: 0,
+        arrived_ns: 0,
+        delivered_ns: 0,
+        generation: 0,
+        segments: 0,
+        queue: 0,
+        blocked_on: Tag::MAX,
+        op: 0,
+        flags: 0,
+        state: State::Free,
+        status: Status::Error,
+        again: false,
+        orphan: false,
+        links: [Neighbours {
+            prev: Node::NONE,
+            next: Node::NONE,
+        }; LINKS as usize],
+        waiters: List::EMPTY,
+        buckets: [[List::EMPTY; 2]; 2],
+    };
+}
+
+fn neighbours(entries: &mut [Entry], node: Node) -> Option<&mut Neighbours> {
+    let entry = entries.get_mut(usize::from(node.get()?.tag()))?;
+    entry.links.get_mut(node.link())
+}
+
+fn peek(entries: &[Entry], node: Node) -> Option<&Neighbours> {
+    let entry = entries.get(usize::from(node.get()?.tag()))?;
+    entry.links.get(node.link())
+}
+
+/// The node behind this one.
+pub(super) fn next(entries: &[Entry], node: Node) -> Option<Node> {
+    peek(entries, node)?.next.get()
+}
+
+/// The node before this one.
+pub(super) fn prev(entries: &[Entry], node: Node) -> Option<Node> {
+    peek(entries, node)?.prev.get()
+}
+
+/// A doubly linked list.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct List {
+    head: Node,
+    tail: Node,
+}
+
+impl List {
+    pub(super) const EMPTY: Self = Self {
+        head: Node::NONE,
+        tail: Node::NONE,
+    };
+
+    pub(super) fn first(&self) -> Option<Node> {
+        self.head.get()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.first().is_none()
+    }
+
+    /// Appends a node that is in no list.
+    pub(super) fn push_back(&mut self, entries: &mut [Entry], node: Node) {
+        let before = self.tail;
+        if let Some(links) = neighbours(entries, node) {
+            *links = Neighbours {
+                prev: before,
+                next: Node::NONE,
+            };
+        }
+        match neighbours(entries, before) {
+            Some(links) => links.next = node,
+            None => self.head = node,
+        }
+        self.tail = node;
+    }
+
+    /// Puts a node that is in no list before all others.
+    pub(super) fn push_front(&mut self, entries: &mut [Entry], node: Node) {
+        let behind = self.head;
+        if let Some(links) = neighbours(entries, node) {
+            *links = Neighbours {
+                prev: Node::NONE,
+                next: behind,
+            };
+        }
+        match neighbours(entries, behind) {
+            Some(links) => links.prev = node,
+            None => self.tail = node,
+        }
+        self.head = node;
+    }
+
+    /// Takes a node out of this list, in which it must be.
+    pub(super) fn remove(&mut self, entries: &mut [Entry], node: Node) {
+        let Some(links) = neighbours(entries, node) else {
+            return;
+        };
+        let Neighbours { prev, next } = *links;
+        *links = Neighbours {
+            prev: Node::NONE,
+            next: Node::NONE,
+        };
+        match neighbours(entries, prev) {
+            Some(links) => links.next = next,
+            None => self.head = next,
+        }
+        match neighbours(entries, next) {
+            Some(links) => links.prev = prev,
+            None => self.tail = prev,
+        }
+    }
+
+    /// Puts all nodes of another list before those of this one.
+    pub(super) fn prepend(&mut self, entries: &mut [Entry], other: Self) {
+        if other.is_empty() {
+            return;
+        }
+        if let Some(links) = neighbours(entries, other.tail) {
+            links.next = self.head;
+        }
+        match neighbours(entries, self.head) {
+            Some(links) => links.prev = other.tail,
+            None => self.tail = other.tail,
+        }
+        self.head = other.head;
+    }
+}

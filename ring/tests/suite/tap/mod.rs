@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The device of a disk that a process serves: its shadow, its checks, its layout.
+
+mod shadow;

@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The shadow, one rule at a time.
+
+use ring::response::Status;
+use ring::tap::abi::{self, Completion, Desc, Info};
+use ring::tap::shadow::{Committed, Delivered, Op, OpenError, PostError, Request, Shadow, Tag};
+use ring::tap::table::Entry;
+
+const DIED: u8 = abi::DESC_REPLAY;
+const EIO: i32 = -5;
+
+pub(super) fn request(op: Op, sector: u64, sectors: u64) -> Request {
+    Request {
+        op,
+        preflush: false,
+        fua: false,
+        sector,
+        sectors,
+        segments: u16::from(matches!(op, Op::Read | Op::Write)),
+    }
+}
+
+/// A disk and the process that has it.
+struct Disk {
+    shadow: Shadow<Vec<Entry>>,
+    epoch: u64,
+    now: u64,
+}
+
+impl Disk {
+    fn new(tags: usize) -> Self {
+        Self {
+            shadow: Shadow::new(vec![Entry::FREE; tags]),
+            epoch: 0,
+            now: 100,
+        }
+    }
+
+    fn live(tags: usize) -> Self {
+        let mut disk = Self::new(tags);
+        disk.start();
+        disk
+    }
+
+    fn start(&mut self) {
+        self.epoch = self.shadow.opened().expect("nobody has it");
+        assert!(self.shadow.started(self.epoch));
+    }
+
+    fn die(&mut self) {
+        self.shadow.closed();
+        self.shadow.fenced();
+    }
+
+    #[track_caller]
+    fn post(&mut self, tag: Tag, op: Op, sector: u64, sectors: u64) {
+        self.post_as(tag, &request(op, sector, sectors));
+    }
+
+    #[track_caller]
+    fn post_as(&mut self, tag: Tag, request: &Request) {
+        self.now += 1;
+        // Two queues, by the tag.
+        let posted = self.shadow.post(tag, tag % 2, request, self.now);
+        assert_eq!(posted, Ok(()));
+    }
+
+    fn descs(&mut self, max: usize) -> Vec<Desc> {
+        self.now += 1;
+        let mut all = Vec::new();
+        let delivered = self.shadow.deliver(self.epoch, max, self.now, |tag, desc| {
+            assert_eq!(tag, desc.tag);
+            assert_eq!(desc.reserved, [0; 5]);
+            all.push(*desc);
+        });
+        assert_eq!(delivered.count, all.len());
+        all
+    }
+
+    fn tags(&mut self) -> Vec<Tag> {
+        self.descs(usize::MAX).iter().map(|desc| desc.tag).collect()
+    }
+
+    fn commit(&mut self, tag: Tag, generation: u32, flags: u16, result: i32) -> Committed {
+        let completion = Completion {
+            tag,
+            flags,
+            generation,
+            result,
+            reserved: 0,
+        };
+        let commit = completion.check().expect("well-formed");
+        self.shadow.commit(self.epoch, &commit)
+    }
+
+    /// The process finishes the first delivery of a tag.
+    fn done(&mut self, tag: Tag) -> Committed {
+        self.commit(tag, 1, 0, 0)
+    }
+
+    fn reap(&mut self, queue: u16) -> Vec<(Tag, Status)> {
+        let mut all = Vec::new();
+        self.shadow
+            .reap(queue, usize::MAX, |tag, status| all.push((tag, status)));
+        all
+    }
+
+    fn info(&self) -> Info {
+        let mut info = Info::default();
+        self.shadow.describe(&mut info, self.now);
+        info
+    }
+}
+
+#[test]
+fn a_request_goes_through_all_states() {
+    let mut disk = Disk::live(8);
+    disk.post_as(
+        3,
+        &Request {
+            preflush: true,
+            fua: true,
+            ..request(Op::Write, 100, 8)
+        },
+    );
+    assert_eq!(disk.info().waiting, 1);
+    let descs = disk.descs(10);
+    let expected = Desc {
+        op: abi::OP_WRITE,
+        flags: abi::DESC_FUA | abi::DESC_PREFLUSH,
+        segments: 1,
+        generation: 1,
+        sector: 100,
+        sectors: 8,
+        sequence: 0,
+        arrived_ns: 101,
+        tag: 3,
+        queue: 1,
+        reserved: [0; 5],
+    };
+    assert_eq!(descs, [expected]);
+    disk.now += 50;
+    let info = disk.info();
+    assert_eq!((info.waiting, info.delivered, info.oldest_ns), (0, 1, 50));
+    assert_eq!((info.tags, info.epoch, info.state), (8, 1, abi::STATE_LIVE));
+    assert_eq!(disk.done(3), Committed::Done(1));
+    assert!(disk.shadow.has_results(1) && !disk.shadow.has_results(0));
+    assert_eq!(disk.reap(0), []);
+    assert_eq!(disk.reap(1), [(3, Status::Okay)]);
+    let info = disk.info();
+    assert_eq!((info.delivered, info.committed, info.oldest_ns), (0, 1, 0));
+    // The tag is free again, and its next delivery has another generation.
+    disk.post(3, Op::Flush, 5, 5);
+    let desc = disk.descs(10)[0];
+    assert_eq!((desc.generation, desc.sequence), (2, 1));
+    assert_eq!((desc.op, desc.sector, desc.sectors), (abi::OP_FLUSH, 0, 0));
+}
+
+#[test]
+fn results_are_those_of_the_process() {
+    for (result, status) in [
+        (0, Status::Okay),
+        (EIO, Status::Error),
+        (-95, Status::NotSupported),
+        (-4095, Status::Error),
+    ] {
+        let mut disk = Disk::live(2);
+        disk.post(0, Op::Discard, 0, 8);
+        disk.tags();
+        assert_eq!(disk.commit(0, 1, 0, result), Committed::Done(0));
+        assert_eq!(disk.reap(0), [(0, status)]);
+    }
+}
+
+#[test]
+fn tags_and_queues_that_do_not_exist_are_refused() {
+    let mut disk = Disk::live(4);
+    let read = request(Op::Read, 0, 8);
+    let mut post = |tag, queue| disk.shadow.post(tag, queue, &read, 0);
+    assert_eq!(post(4, 0), Err(PostError::OutOfRange));
+    assert_eq!(post(0, 64), Err(PostError::OutOfRange));
+    assert_eq!(post(3, 63), Ok(()));
+    assert_eq!(post(3, 0), Err(PostError::InUse));
+    assert_eq!(disk.tags(), [3]);
+    assert_eq!(disk.done(3), Committed::Done(63));
+    assert_eq!(disk.shadow.post(3, 0, &read, 0), Err(PostError::InUse));
+}
+
+#[test]
+fn only_so_many_tags_are_used_as_the_abi_allows() {
+    let disk = Disk::new(5000);
+    assert_eq!(disk.shadow.tags(), abi::MAX_TAGS);
+    let mut disk = Disk::live(5000);
+    let read = request(Op::Read, 0, 8);
+    assert_eq!(disk.shadow.post(4095, 0, &read, 0), Ok(()));
+    let beyond = disk.shadow.post(4096, 0, &read, 0);
+    assert_eq!(beyond, Err(PostError::OutOfRange));
+}
+
+#[test]
+fn a_request_waits_for_earlier_ones_that_it_overlaps() {
+    let mut disk = Disk::live(8);
+    disk.post(0, Op::Write, 0, 8);
+    disk.post(1, Op::Read, 7, 2);
+    disk.post(2, Op::Read, 8, 8);
+    disk.post(3, Op::Write, 8, 1);
+    disk.post(4, Op::Discard, 0, 10_000);
+    disk.post(5, Op::Read, 9_999, 1);
+    assert_eq!(disk.tags(), [0, 2]);
+    assert!(!disk.shadow.has_deliverable());
+    assert_eq!(disk.done(2), Committed::Done(0));
+    assert_eq!(disk.tags(), [], "the read before it is not done");
+    assert_eq!(disk.done(0), Committed::Done(0));
+    assert!(disk.shadow.has_deliverable());
+    assert_eq!(disk.tags(), [1]);
+    assert_eq!(disk.done(1), Committed::Done(1));
+    assert_eq!(disk.tags(), [3]);
+    assert_eq!(disk.done(3), Committed::Done(1));
+    assert_eq!(disk.tags(), [4]);
+    assert_eq!(disk.done(4), Committed::Done(0));
+    assert_eq!(disk.tags(), [5]);
+}
+
+#[test]
+fn a_flush_waits_for_nobody_while_nothing_is_replayed() {
+    let mut disk = Disk::live(8);
+    disk.post(0, Op::Write, 0, 8);
+    disk.post(1, Op::Flush, 0, 0);
+    assert_eq!(disk.tags(), [0, 1]);
+}
+
+#[test]
+fn what_a_dead_process_had_is_delivered_again_in_arrival_order() {
+    let mut disk = Disk::live(8);
+    for tag in [5, 1, 3, 2] {
+        disk.post(tag, Op::Write, 8 * u64::from(tag), 8);
+    }
+    let before: Vec<u64> = disk.descs(3).iter().map(|d| d.sequence).collect();
+    assert_eq!(before, [0, 1, 2]);
+    assert_eq!(disk.done(1), Committed::Done(1));
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.state(), abi::STATE_FENCING);
+    assert_eq!(disk.shadow.opened(), Err(OpenError::Fencing));
+    assert_eq!(disk.tags(), []);
+    disk.shadow.fenced();
+    assert_eq!(disk.shadow.state(), abi::STATE_RECOVERING);
+    assert_eq!(disk.info().waiting, 3);
+    disk.start();
+    assert_eq!(disk.shadow.opened(), Err(OpenError::Open));
+    let descs = disk.descs(8);
+    let seen: Vec<_> = descs
+        .iter()
+        .map(|d| (d.tag, d.sequence, d.flags, d.generation))
+        .collect();
+    // The last was never delivered before.
+    assert_eq!(seen, [(5, 0, DIED, 2), (3, 2, DIED, 2), (2, 3, 0, 1)]);
+    assert_eq!(disk.info().replayed, 2);
+    assert_eq!(disk.reap(1), [(1, Status::Okay)], "its result outlives it");
+}
+
+#[test]
+fn a_flush_waits_for_earlier_writes_during_a_replay() {
+    let mut disk = Disk::live(8);
+    disk.post(0, Op::Read, 0, 8);
+    disk.post(1, Op::Write, 8, 8);
+    disk.post(2, Op::Flush, 0, 0);
+    disk.post_as(
+        3,
+        &Request {
+            preflush: true,
+            ..request(Op::Write, 100, 8)
+        },
+    );
+    assert_eq!(disk.tags(), [0, 1, 2, 3]);
+    disk.die();
+    disk.start();
+    disk.post(4, Op::Flush, 0, 0);
+    assert_eq!(disk.tags(), [0, 1]);
+    assert_eq!(disk.commit(1, 2, 0, 0), Committed::Done(1));
+    // The read is no reason to wait.
+    assert_eq!(disk.tags(), [2, 3]);
+    disk.post(5, Op::Write, 200, 8);
+    assert_eq!(disk.commit(3, 2, 0, 0), Committed::Done(1));
+    assert_eq!(disk.tags(), [4, 5]);
+    disk.post(6, Op::Flush, 0, 0);
+    assert_eq!(disk.tags(), [], "one that came later waits as well");
+    assert_eq!(disk.commit(0, 2, 0, 0), Committed::Done(0));
+    assert_eq!(disk.commit(2, 2, 0, 0), Committed::Done(0));
+    assert_eq!(disk.commit(5, 1, 0, 0), Committed::Done(1));
+    assert_eq!(disk.tags(), [6]);
+    disk.post(7, Op::Write, 300, 8);
+    disk.reap(0);
+    disk.post(0, Op::Flush, 0, 0);
+    assert_eq!(disk.tags(), [7, 0], "the replay is over");
+}
+
+#[test]
+fn completions_that_name_no_delivery_are_refused() {
+    let mut disk = Disk::live(4);
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.done(0), Committed::Refused, "not delivered");
+    disk.tags();
+    assert_eq!(disk.commit(0, 0, 0, 0), Committed::Refused, "generation");
+    assert_eq!(disk.commit(0, 2, 0, 0), Committed::Refused, "generation");
+    assert_eq!(disk.commit(1, 1, 0, 0), Committed::Refused, "free");
+    assert_eq!(disk.commit(4, 1, 0, 0), Committed::Refused, "no such tag");
+    assert_eq!(disk.commit(u16::MAX, 1, 0, 0), Committed::Refused);
+    disk.epoch = 0;
+    assert_eq!(disk.done(0), Committed::Refused, "epoch");
+    disk.epoch = 1;
+    assert_eq!(disk.done(0), Committed::Done(0));
+    assert_eq!(disk.done(0), Committed::Refused, "twice");
+    disk.reap(0);
+    assert_eq!(disk.done(0), Committed::Refused, "reaped");
+    assert_eq!(disk.info().refused, 9);
+    assert_eq!(disk.info().committed, 1);
+}
+
+#[test]
+fn a_dead_process_is_not_heard() {
+    let mut disk = Disk::live(4);
+    disk.post(0, Op::Write, 0, 8);
+    disk.tags();
+    disk.shadow.closed();
+    assert_eq!(disk.done(0), Committed::Refused);
+    disk.shadow.fenced();
+    assert_eq!(disk.done(0), Committed::Refused);
+    let old = disk.epoch;
+    disk.start();
+    assert_eq!(disk.descs(4)[0].generation, 2);
+    let new = std::mem::replace(&mut disk.epoch, old);
+    assert_eq!(disk.commit(0, 1, 0, 0), Committed::Refused);
+    assert_eq!(disk.commit(0, 2, 0, 0), Committed::Refused);
+    assert_eq!(disk.tags(), []);
+    disk.epoch = new;
+    assert_eq!(disk.commit(0, 1, 0, 0), Committed::Refused);
+    assert_eq!(disk.commit(0, 2, 0, 0), Committed::Done(0));
+}
+
+#[test]
+fn a_returned_request_keeps_its_place() {
+    let mut disk = Disk::live(4);
+    disk.post(0, Op::Write, 0, 8);
+    disk.post(1, Op::Write, 4, 8);
+    assert_eq!(disk.tags(), [0]);
+    let returned = disk.commit(0, 1, abi::COMPLETION_RETURNED, 0);
+    assert_eq!(returned, Committed::Returned);
+    assert!(!disk.shadow.has_results(0));
+    let desc = disk.descs(4)[0];
+    assert_eq!((desc.tag, desc.flags, desc.generation), (0, 0, 2));
+    assert_eq!(disk.info().replayed, 1);
+    assert_eq!(disk.done(0), Committed::Refused, "of the first delivery");
+    assert_eq!(disk.commit(0, 2, 0, 0), Committed::Done(0));
+    assert_eq!(disk.tags(), [1]);
+}
+
+#[test]
+fn a_process_has_to_open_and_start_in_this_order() {
+    let mut disk = Disk::new(4);
+    assert!(!disk.shadow.started(0));
+    disk.post(0, Op::Read, 0, 8);
+    assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
+    let epoch = disk.shadow.opened().expect("nobody has it");
+    disk.epoch = epoch;
+    assert_eq!(disk.shadow.state(), abi::STATE_OPEN);
+    let nothing = disk
+        .shadow
+        .deliver(epoch, 4, 0, |_, _| panic!("not started"));
+    assert_eq!(nothing, Delivered::default());
+    assert!(!disk.shadow.has_deliverable());
+    assert!(!disk.shadow.started(epoch + 1));
+    assert!(disk.shadow.started(epoch));
+    assert!(!disk.shadow.started(epoch), "twice");
+    assert_eq!(disk.tags(), [0]);
+}
+
+#[test]
+fn every_process_is_fenced_also_one_that_has_nothing() {
+    let mut disk = Disk::new(4);
+    let _epoch = disk.shadow.opened().expect("nobody has it");
+    disk.shadow.fenced();
+    assert_eq!(disk.shadow.state(), abi::STATE_OPEN, "it is alive");
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.opened(), Err(OpenError::Fencing));
+    disk.shadow.fenced();
+    assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
+    assert_eq!(disk.shadow.opened(), Ok(2));
+}
+
+#[test]
+fn a_queue_that_is_gone_leaves_only_what_the_process_has() {
+    let mut disk = Disk::live(8);
+    disk.post(1, Op::Write, 0, 8);
+    disk.post(3, Op::Write, 100, 8);
+    disk.post(5, Op::Write, 0, 4);
+    disk.post(0, Op::Write, 4, 8);
+    assert_eq!(disk.tags(), [1, 3]);
+    assert_eq!(disk.done(3), Committed::Done(1));
+    assert_eq!(disk.shadow.orphan(1), 1);
+    assert_eq!(disk.shadow.orphan(1), 0, "already told");
+    assert_eq!((disk.shadow.orphans(), disk.shadow.waiting()), (1, 1));
+    assert_eq!(disk.reap(1), []);
+    assert_eq!(disk.tags(), [], "an orphan is still in the way");
+    assert_eq!(disk.done(1), Committed::Released);
+    assert_eq!(disk.shadow.orphans(), 0);
+    assert_eq!(disk.tags(), [0]);
+    disk.post(1, Op::Read, 0, 8);
+    disk.post(5, Op::Read, 0, 8);
+}
+
+#[test]
+fn orphans_of_a_dead_process_are_released_by_the_fence() {
+    let mut disk = Disk::live(8);
+    disk.post(1, Op::Write, 0, 8);
+    disk.post(0, Op::Write, 4, 8);
+    disk.tags();
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.orphan(1), 1);
+    assert_eq!(disk.shadow.orphans(), 1, "its I/O may still be running");
+    disk.shadow.fenced();
+    assert_eq!((disk.shadow.orphans(), disk.shadow.delivered()), (0, 0));
+    disk.start();
+    assert_eq!(disk.tags(), [0]);
+}
+
+#[test]
+fn a_queue_that_closes_gets_back_what_is_not_delivered() {
+    let mut disk = Disk::live(8);
+    disk.post(1, Op::Write, 0, 8);
+    disk.post(3, Op::Write, 0, 8);
+    disk.post(0, Op::Write, 0, 8);
+    disk.tags();
+    assert_eq!(disk.shadow.withdraw(1), 1);
+    assert_eq!(disk.reap(1), [(3, Status::Error)]);
+    assert_eq!((disk.shadow.delivered(), disk.shadow.waiting()), (1, 1));
+    assert_eq!(disk.done(1), Committed::Done(1));
+    assert_eq!(disk.reap(1), [(1, Status::Okay)]);
+    assert_eq!(disk.tags(), [0]);
+}
+
+#[test]
+fn requests_fail_only_while_nobody_serves_them() {
+    let mut disk = Disk::live(8);
+    for tag in 0..4 {
+        disk.post(tag, Op::Write, 0, 8);
+    }
+    assert_eq!(disk.tags(), [0]);
+    assert_eq!(disk.shadow.fail_waiting(8).count, 0, "live");
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.fail_waiting(8).count, 0, "not fenced");
+    disk.shadow.fenced();
+    let failed = disk.shadow.fail_waiting(1);
+    assert_eq!((failed.count, failed.queues, failed.more), (1, 1, true));
+    let failed = disk.shadow.fail_waiting(8);
+    assert_eq!((failed.count, failed.queues, failed.more), (3, 3, false));
+    let error = |tag| (tag, Status::Error);
+    assert_eq!(disk.reap(0), [error(0), error(2)]);
+    assert_eq!(disk.reap(1), [error(1), error(3)]);
+    disk.start();
+    disk.post(0, Op::Flush, 0, 0);
+    disk.post(1, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0, 1], "the replay is over");
+}
+
+#[test]
+fn one_call_does_not_look_at_everything() {
+    let mut disk = Disk::live(4096);
+    // Each of these must be compared with all before it.
+    for tag in 0..4096 {
+        disk.post(tag, Op::Read, 0, 100_000);
+    }
+    let mut calls = 0;
+    let mut seen = 0;
+    while disk.shadow.has_deliverable() {
+        disk.now += 1;
+        let step = disk
+            .shadow
+            .deliver(disk.epoch, usize::MAX, disk.now, |_, _| {});
+        assert!(step.count < 4096);
+        seen += step.count;
+        calls += 1;
+        assert_eq!(step.more, seen < 4096);
+    }
+    assert_eq!(seen, 4096);
+    assert!(calls > 100, "{calls}");
+}
