@@ -7,17 +7,19 @@ use kernel::bindings;
 use kernel::error::to_result;
 use kernel::page::Page;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// Pages with memory of our own, followed by pages without memory at which guest pages are mapped.
 ///
 /// # Invariants
 ///
-/// `all` holds the pages of `owned`, then `mappable` pages from `gnttab_alloc_pages`; `frames`
-/// holds the frame number of each owned page.
+/// `all` holds the pages with memory, then `mappable` pages from `gnttab_alloc_pages`. Those with
+/// memory are those of `own`, or some of `_arena`; `frames` holds the frame number of each.
 pub(crate) struct Pages {
     all: KVec<*mut bindings::page>,
     frames: KVec<u64>,
-    owned: KVec<Page>,
+    own: KVec<Page>,
+    _arena: Option<Arc<Pages>>,
     mappable: usize,
 }
 
@@ -49,7 +51,8 @@ impl Pages {
         let mut pages = Self {
             all: KVec::with_capacity(total, GFP_KERNEL)?,
             frames: KVec::with_capacity(usize::from(owned), GFP_KERNEL)?,
-            owned: KVec::with_capacity(usize::from(owned), GFP_KERNEL)?,
+            own: KVec::with_capacity(usize::from(owned), GFP_KERNEL)?,
+            _arena: None,
             mappable: 0,
         };
         for _ in 0..owned {
@@ -58,10 +61,38 @@ impl Pages {
             // SAFETY: The page is valid.
             let frame = unsafe { sys::xbr_page_gfn(raw) };
             push(&mut pages.frames, frame as u64)?;
-            push(&mut pages.owned, page)?;
+            push(&mut pages.own, page)?;
             push(&mut pages.all, raw)?;
         }
         pages.add_mappable(usize::from(mappable))?;
+        Ok(pages)
+    }
+
+    /// `count` of the pages with memory of an arena, from `first` on, as the pages of a queue that
+    /// maps nothing. The arena lives as long as they do. Who else uses the same pages is the
+    /// caller's affair: an arena is shared by the queues of one disk, never by two disks. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the arena has no such pages.
+    #[allow(dead_code, reason = "for disks that a process serves")]
+    pub(crate) fn part_of(arena: &Arc<Self>, first: u16, count: u16) -> Result<Self> {
+        let (first, count) = (usize::from(first), usize::from(count));
+        let end = first.saturating_add(count);
+        let mut pages = Self {
+            all: KVec::with_capacity(count, GFP_KERNEL)?,
+            frames: KVec::with_capacity(count, GFP_KERNEL)?,
+            own: KVec::new(),
+            _arena: Some(arena.clone()),
+            mappable: 0,
+        };
+        for frame in arena.frames.get(first..end).ok_or(EINVAL)? {
+            push(&mut pages.frames, *frame)?;
+        }
+        // As many have memory as have a frame.
+        for page in arena.all.get(first..end).ok_or(EINVAL)? {
+            push(&mut pages.all, *page)?;
+        }
         Ok(pages)
     }
 
@@ -72,7 +103,7 @@ impl Pages {
         let mut raw = filled(core::ptr::null_mut(), count)?;
         // SAFETY: `raw` has room for `count` pointers.
         to_result(unsafe { sys::gnttab_alloc_pages(count as i32, raw.as_mut_ptr()) })?;
-        // INVARIANT: The pages follow the owned ones.
+        // INVARIANT: The pages follow those with memory.
         self.mappable = count;
         for page in raw {
             push(&mut self.all, page)?;
@@ -82,7 +113,13 @@ impl Pages {
 
     /// Memory of the pages that have some, in KiB.
     pub(crate) fn memory_kib(&self) -> u64 {
-        (self.owned.len() as u64).wrapping_mul(4)
+        (self.frames.len() as u64).wrapping_mul(4)
+    }
+
+    /// Number of pages with memory; they are the first ones.
+    pub(crate) fn with_memory(&self) -> u16 {
+        // CAST: the constructors take the number as one of 16 bits.
+        self.frames.len() as u16
     }
 
     /// Number of all pages.
@@ -102,9 +139,11 @@ impl Pages {
 
     /// The first byte of a page with memory.
     pub(super) fn bytes(&self, index: u16) -> Option<*const u8> {
-        let page = self.owned.get(usize::from(index))?;
-        // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
-        Some(unsafe { sys::xbr_page_address(page.as_ptr()) }.cast())
+        self.frames.get(usize::from(index))?;
+        let page = self.page(index)?;
+        // SAFETY: The page has memory, so by the type invariant it is valid, and on a 64-bit
+        // kernel it is always mapped.
+        Some(unsafe { sys::xbr_page_address(page) }.cast())
     }
 }
 
@@ -113,7 +152,7 @@ impl Drop for Pages {
         if self.mappable == 0 {
             return;
         }
-        if let Some(mappable) = self.all.get_mut(self.owned.len()..) {
+        if let Some(mappable) = self.all.get_mut(self.frames.len()..) {
             // SAFETY: By the type invariant these came from `gnttab_alloc_pages`. Nothing is
             // mapped there any more: whoever mapped has unmapped before it let go of the pages.
             unsafe { sys::gnttab_free_pages(mappable.len() as i32, mappable.as_mut_ptr()) };
