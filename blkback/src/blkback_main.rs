@@ -4,7 +4,8 @@
 //!
 //! This root only names the parts and registers the driver. Reading order along the data path:
 //! `vbd` (a device and its life), `connection` and `queue` (its rings and their threads),
-//! `engine` (what one pass over a ring does), `phy` (the block device behind it).
+//! `engine` (what one pass over a ring does), `medium` (what is needed of a disk), `phy` (the block
+//! device behind it).
 
 // The trees below that are shared with host programs have more in them than the module uses.
 #[allow(dead_code, unreachable_pub)]
@@ -21,6 +22,7 @@ mod xen;
 mod connection;
 #[allow(dead_code, unreachable_pub)]
 mod engine;
+mod medium;
 mod offer;
 mod params;
 mod phy;

@@ -2,12 +2,11 @@
 
 //! A connection: all queues of a device, from connect to disconnect.
 
+use crate::medium::{Peer, Queues};
 use crate::offer;
 use crate::proto::frontend::{self, KeyError};
 use crate::queue::{Prepared, Queue, Setup};
 use crate::ring::request::Limits;
-use crate::vbd::Vbd;
-use crate::xen::bdev::BlockDevice;
 use crate::xen::device::Device;
 use crate::xen::pages::push;
 use crate::xen::store::{self, Frontend};
@@ -63,22 +62,20 @@ impl_has_work! {
 
 impl Connection {
     /// Connects to the frontend as its directory says. All or nothing. May sleep.
-    pub(crate) fn new(
-        vbd: &Arc<Vbd>,
-        device: &Arc<Device>,
-        bdev: &Arc<BlockDevice>,
-        limits: &Limits,
+    pub(crate) fn new<M: Queues>(
+        medium: &Arc<M>,
+        peer: &Peer<'_>,
     ) -> Result<Arc<Self>, ConnectError> {
-        let dir = Frontend(device);
+        let dir = Frontend(peer.device);
         let request = frontend::Request::read(&dir, &offer::offer())?;
-        let mut limits = *limits;
+        let mut limits = *peer.limits;
         // A barrier orders one queue only; frontends with several have no use for it.
         limits.barrier &= request.queues == 1;
         let setup = Setup {
-            device,
-            vbd,
+            device: peer.device,
+            vbd: peer.vbd,
             request: &request,
-            bdev,
+            medium,
             limits: &limits,
         };
         let no_memory = |_| ConnectError::Step("not enough memory for the queues", ENOMEM);
@@ -89,12 +86,16 @@ impl Connection {
             let queue = Prepared::new(&setup, &ring, index)?;
             push(&mut prepared, queue).map_err(no_memory)?;
         }
-        Self::start(device, prepared, limits)
+        Self::start(peer.device, prepared, limits)
             .map_err(|error| ConnectError::Step("the queues' threads cannot be started", error))
     }
 
     /// Starts the threads; all or none.
-    fn start(device: &Device, prepared: KVec<Prepared>, limits: Limits) -> Result<Arc<Self>> {
+    fn start<M: Queues>(
+        device: &Device,
+        prepared: KVec<Prepared<M>>,
+        limits: Limits,
+    ) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
         let name = thread_name(device);
         for (index, queue) in prepared.into_iter().enumerate() {

@@ -2,10 +2,10 @@
 
 //! What the backend publishes in its own directory.
 
+use crate::medium::{self, Medium};
 use crate::params;
 use crate::proto::frontend::Offer;
 use crate::ring::request::Limits;
-use crate::xen::bdev::{self, BlockDevice};
 use crate::xen::device::Device;
 use crate::xen::store::{self, Transaction};
 use kernel::prelude::*;
@@ -43,7 +43,7 @@ pub(crate) fn publish_offer(device: &Device) -> Result {
 /// A disk as one device offers it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Features {
-    device: bdev::Limits,
+    device: medium::Limits,
     read_only: bool,
     cdrom: bool,
     discard: bool,
@@ -51,9 +51,9 @@ pub(crate) struct Features {
 
 impl Features {
     /// Reads what the toolstack says about the disk. May sleep.
-    pub(crate) fn read(device: &Device, bdev: &BlockDevice) -> Self {
-        let limits = bdev.limits();
-        let read_only = !bdev.is_writable() || limits.read_only;
+    pub(crate) fn read(device: &Device, medium: &dyn Medium) -> Self {
+        let limits = medium.limits();
+        let read_only = !medium.is_writable() || limits.read_only;
         // The toolstack's own copy: that of the frontend is the guest's to write.
         let cdrom = value_is(device, c"device-type", b"cdrom");
         let discard = !read_only

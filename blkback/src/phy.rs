@@ -1,23 +1,115 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! `phy:` disks: the engine's backend over bios.
+//! `phy:` disks: a block device as a medium, and the engine's backend over bios.
 
+use crate::connection::{ConnectError, Connection};
 use crate::engine::{Backend, Io, IoKind, Tag};
+use crate::medium::{Limits, Medium, Needs, Part, Peer, Queues};
+use crate::params::{self, PoolSizes};
 use crate::ring::response::Status;
+use crate::xen::bdev::BlockDevice;
 use crate::xen::bio::{self, Disk, Inflight, Operation};
+use crate::xen::pages::Pages;
+use crate::xen::quota::{Kind, Reservation};
 use core::pin::Pin;
 use kernel::prelude::*;
+use kernel::sync::Arc;
+
+impl Medium for BlockDevice {
+    fn limits(&self) -> Limits {
+        BlockDevice::limits(self)
+    }
+
+    fn sectors(&self) -> u64 {
+        BlockDevice::sectors(self)
+    }
+
+    fn is_writable(&self) -> bool {
+        BlockDevice::is_writable(self)
+    }
+
+    fn number(&self) -> u32 {
+        BlockDevice::number(self)
+    }
+
+    fn prepare(&self) -> Result<(), ConnectError> {
+        // What this domain's page cache holds may be older than what the guest writes.
+        self.drop_cache().map_err(|error| {
+            ConnectError::Step("the page cache of the disk cannot be written back", error)
+        })
+    }
+
+    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError> {
+        Connection::new(&self, peer)
+    }
+}
+
+impl Queues for BlockDevice {
+    type Backend = Phy;
+
+    fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
+        let (sizes, reservation) = reserve(needs.domain, needs.depth.into())?;
+        let no_memory =
+            |error| ConnectError::Step("there is not enough memory for the queues", error);
+        let pages = Pages::new(sizes.copy, sizes.map)
+            .and_then(|pages| Ok(Arc::new(pages, GFP_KERNEL)?))
+            .map_err(no_memory)?;
+        let disk = Disk::new(
+            self.clone(),
+            pages.clone(),
+            needs.parker.clone(),
+            needs.depth,
+        )
+        .map_err(no_memory)?;
+        Ok(Part {
+            backend: Phy {
+                disk,
+                _reservation: reservation,
+            },
+            pages,
+            depth: needs.depth,
+        })
+    }
+
+    fn patience(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// Memory of a queue, and its mappings if there is room for them.
+type Reserved = (Reservation, Option<Reservation>);
+
+/// Reserves what a queue needs of its guest's quotas. Mappings are a matter of speed: without
+/// room for them everything is copied.
+fn reserve(domain: u16, slots: u32) -> Result<(PoolSizes, Reserved), ConnectError> {
+    let mut sizes = params::pool_sizes(slots);
+    let memory = Reservation::new(
+        Kind::Memory,
+        domain,
+        u32::from(sizes.copy),
+        params::domain_pages(),
+    )
+    .map_err(|error| {
+        ConnectError::Step("the guest's quota (domain_memory_mib) is used up", error)
+    })?;
+    let maps = Reservation::new(
+        Kind::Mappings,
+        domain,
+        u32::from(sizes.map),
+        params::domain_mappings(),
+    )
+    .ok();
+    if maps.is_none() {
+        sizes.map = 0;
+    }
+    Ok((sizes, (memory, maps)))
+}
 
 /// A block device as the backend of one queue.
 pub(crate) struct Phy {
+    // The pages go before their share of the quota is given back.
     disk: Pin<KBox<Disk>>,
-}
-
-impl Phy {
-    /// Serves a queue from a block device.
-    pub(crate) fn new(disk: Pin<KBox<Disk>>) -> Self {
-        Self { disk }
-    }
+    _reservation: Reserved,
 }
 
 impl Backend for Phy {

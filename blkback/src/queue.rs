@@ -5,29 +5,25 @@
 //! The thread owns everything that touches the guest. It ends in one of two ways: *drained*, when
 //! every request is answered before the ring is given back; or *abandoned*, when the guest is gone
 //! and the ring is given back at once, while I/O that is still in flight keeps its pages until the
-//! device lets go of them.
+//! disk lets go of them.
 
 use crate::connection::ConnectError;
 use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
-use crate::params::{self, PoolSizes};
-use crate::phy::Phy;
+use crate::medium::{Needs, Part, Queues};
+use crate::params;
 use crate::poll::{Batcher, Poller};
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
 use crate::vbd::Vbd;
-use crate::xen::bdev::BlockDevice;
-use crate::xen::bio::Disk;
 use crate::xen::device::Device;
 use crate::xen::evtchn::{Activity, EventChannel};
 use crate::xen::grant::GuestGrants;
 use crate::xen::kthread::{Runner, Thread};
-use crate::xen::pages::{filled, Pages};
+use crate::xen::pages::filled;
 use crate::xen::parker::Parker;
-use crate::xen::quota::{Kind, Reservation};
 use crate::xen::ring_map::RingMap;
 use crate::xen::{cond_resched, local_clock};
-use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
 use kernel::sync::{Arc, Completion};
@@ -77,7 +73,7 @@ pub(crate) struct Queue {
 }
 
 /// What a queue is made of.
-pub(crate) struct Setup<'a> {
+pub(crate) struct Setup<'a, M> {
     /// The device.
     pub(crate) device: &'a Arc<Device>,
     /// Who is told about a broken ring, a new size and the end.
@@ -85,7 +81,7 @@ pub(crate) struct Setup<'a> {
     /// What the frontend asked for.
     pub(crate) request: &'a frontend::Request,
     /// The disk.
-    pub(crate) bdev: &'a Arc<BlockDevice>,
+    pub(crate) medium: &'a Arc<M>,
     /// What the disk allows.
     pub(crate) limits: &'a Limits,
 }
@@ -96,50 +92,23 @@ fn step(what: &'static str, error: Error) -> ConnectError {
     ConnectError::Step(what, error)
 }
 
-/// Reserves what a queue needs of its guest's quotas. Mappings are a matter of speed: without
-/// room for them everything is copied.
-fn reserve(
-    domain: u16,
-    slots: u32,
-) -> Result<(PoolSizes, (Reservation, Option<Reservation>)), ConnectError> {
-    let mut sizes = params::pool_sizes(slots);
-    let memory = Reservation::new(
-        Kind::Memory,
-        domain,
-        u32::from(sizes.copy),
-        params::domain_pages(),
-    )
-    .map_err(|error| step("the guest's quota (domain_memory_mib) is used up", error))?;
-    let maps = Reservation::new(
-        Kind::Mappings,
-        domain,
-        u32::from(sizes.map),
-        params::domain_mappings(),
-    )
-    .ok();
-    if maps.is_none() {
-        sizes.map = 0;
-    }
-    Ok((sizes, (memory, maps)))
-}
-
 /// A queue with its memory reserved and its ring mapped, but without a thread.
-pub(crate) struct Prepared {
-    server: Server,
+pub(crate) struct Prepared<M: Queues> {
+    server: Server<M>,
     control: Arc<Control>,
     memory_kib: u64,
 }
 
-impl Prepared {
+impl<M: Queues> Prepared<M> {
     /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
     pub(crate) fn new(
-        setup: &Setup<'_>,
+        setup: &Setup<'_, M>,
         ring: &frontend::Ring,
         index: u32,
     ) -> Result<Self, ConnectError> {
         let request = setup.request;
         let slots = request.slots();
-        let tags = u16::try_from(slots).map_err(|_| step("the ring is too large", EINVAL))?;
+        let depth = u16::try_from(slots).map_err(|_| step("the ring is too large", EINVAL))?;
         // First what the guest can get wrong: it costs no memory to refuse that.
         let parker = Parker::new().map_err(|error| step(NO_MEMORY, error))?;
         let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)
@@ -148,9 +117,19 @@ impl Prepared {
             .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
         let channel = EventChannel::bind(setup.device, ring.port, parker.clone())
             .map_err(|error| step("the frontend's event-channel cannot be bound", error))?;
-        let (sizes, reservation) = reserve(setup.device.otherend_id(), slots)?;
-        let (disk, grants, pages) =
-            Self::memory(setup, sizes, &parker, tags).map_err(|error| step(NO_MEMORY, error))?;
+        let Part {
+            backend,
+            pages,
+            depth,
+        } = setup.medium.queue(&Needs {
+            domain: setup.device.otherend_id(),
+            index,
+            queues: request.queues,
+            depth,
+            parker: &parker,
+        })?;
+        let grants = GuestGrants::new(setup.device.otherend_id(), pages.clone())
+            .map_err(|error| step(NO_MEMORY, error))?;
         let control = Arc::pin_init(
             pin_init!(Control {
                 parker,
@@ -162,9 +141,9 @@ impl Prepared {
         )
         .map_err(|error| step(NO_MEMORY, error))?;
         let server = Server {
-            slots: filled(Slot::FREE, usize::from(tags)).map_err(|e| step(NO_MEMORY, e))?,
+            slots: filled(Slot::FREE, usize::from(depth)).map_err(|e| step(NO_MEMORY, e))?,
             entries: filled(SegmentEntry::EMPTY, pages.len()).map_err(|e| step(NO_MEMORY, e))?,
-            copy_pages: sizes.copy,
+            copy_pages: pages.with_memory(),
             config: Config {
                 protocol: request.protocol,
                 copy_max_segments: params::copy_max_segments(),
@@ -173,30 +152,17 @@ impl Prepared {
             ring: back,
             channel,
             grants,
-            phy: Phy::new(disk),
-            bdev: setup.bdev.clone(),
+            backend,
+            medium: setup.medium.clone(),
             vbd: setup.vbd.clone(),
             control: control.clone(),
             leads: index == 0,
-            reservation,
         };
         Ok(Self {
             server,
             control,
             memory_kib: pages.memory_kib(),
         })
-    }
-
-    fn memory(
-        setup: &Setup<'_>,
-        sizes: PoolSizes,
-        parker: &Arc<Parker>,
-        tags: u16,
-    ) -> Result<(Pin<KBox<Disk>>, GuestGrants, Arc<Pages>)> {
-        let pages = Arc::new(Pages::new(sizes.copy, sizes.map)?, GFP_KERNEL)?;
-        let disk = Disk::new(setup.bdev.clone(), pages.clone(), parker.clone(), tags)?;
-        let grants = GuestGrants::new(setup.device.otherend_id(), pages.clone())?;
-        Ok((disk, grants, pages))
     }
 
     /// Starts the thread.
@@ -252,7 +218,7 @@ impl Queue {
 }
 
 /// What the thread owns.
-struct Server {
+struct Server<M: Queues> {
     slots: KVec<Slot>,
     entries: KVec<SegmentEntry>,
     copy_pages: u16,
@@ -261,22 +227,21 @@ struct Server {
     ring: BackRing<RingMap>,
     channel: EventChannel,
     grants: GuestGrants,
-    phy: Phy,
-    bdev: Arc<BlockDevice>,
+    backend: M::Backend,
+    medium: Arc<M>,
     vbd: Arc<Vbd>,
     control: Arc<Control>,
     /// True for the first queue of a device.
     leads: bool,
-    reservation: (Reservation, Option<Reservation>),
 }
 
-impl Runner for Server {
+impl<M: Queues> Runner for Server<M> {
     fn run(mut self) {
         let slots = self.ring.size();
         let mut engine = Engine::new(
             self.ring,
             self.grants,
-            self.phy,
+            self.backend,
             &mut self.slots,
             &mut self.entries,
             self.copy_pages,
@@ -285,7 +250,7 @@ impl Runner for Server {
         );
         let server = Serving {
             channel: &self.channel,
-            bdev: &self.bdev,
+            medium: &*self.medium,
             vbd: &self.vbd,
             control: &self.control,
             known_sectors: self.limits.sectors,
@@ -297,12 +262,11 @@ impl Runner for Server {
         // publish state Closed only when both are gone.
         drop(self.channel);
         let mut rest = engine.detach();
-        if command == Command::Drain {
+        if command == Command::Drain || self.medium.patience().is_some() {
             // The disk, too, is given back before anybody can see that: the toolstack's script
             // takes it apart as soon as the state is Closed.
             drop(rest);
-            drop(self.bdev);
-            drop(self.reservation);
+            drop(self.medium);
             self.control.mark_detached();
             // After the mark, which the kicked work looks at; before the completion, because who
             // waits for that may go on to unload the module.
@@ -319,9 +283,9 @@ impl Runner for Server {
 }
 
 /// The thread's view of its surroundings while the engine has the rest.
-struct Serving<'a> {
+struct Serving<'a, M> {
     channel: &'a EventChannel,
-    bdev: &'a BlockDevice,
+    medium: &'a M,
     vbd: &'a Arc<Vbd>,
     control: &'a Control,
     known_sectors: u64,
@@ -329,13 +293,14 @@ struct Serving<'a> {
     leads: bool,
 }
 
-impl Serving<'_> {
+impl<M: Queues> Serving<'_, M> {
     /// Serves the ring until told to end; returns how.
     fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, RingMap, G, B>) -> Command {
         let mut sectors = self.known_sectors;
         let mut published = Stats::default();
         let mut broken = false;
         let mut active = false;
+        let mut draining = None;
         let mut poller = Poller::new();
         let mut batcher = Batcher::new(self.slots);
         loop {
@@ -363,13 +328,19 @@ impl Serving<'_> {
             if command == Command::Drain && engine.in_flight() == 0 {
                 return Command::Drain;
             }
+            let patience = self.patience_left(command, &mut draining);
+            if patience == Some(0) {
+                return Command::Abandon;
+            }
             if self.must_go_on(command, &pass, engine, &mut poller) {
                 cond_resched();
                 continue;
             }
             self.end_event(broken, &mut active);
             let start = local_clock();
-            if self.leads {
+            if let Some(left) = patience {
+                self.control.parker.park_for(left);
+            } else if self.leads {
                 // Nobody tells us that a device was resized, so one thread looks now and then.
                 self.control.parker.park_for_a_while();
             } else {
@@ -403,6 +374,18 @@ impl Serving<'_> {
             taken: taken.saturating_add(pass.taken),
             ..pass
         }
+    }
+
+    /// Nanoseconds that a drain may go on waiting for I/O in flight; `None` if that has no end, or
+    /// while the ring is served. `since` is when it began.
+    fn patience_left(&self, command: Command, since: &mut Option<u64>) -> Option<u64> {
+        if command != Command::Drain {
+            return None;
+        }
+        let now = local_clock();
+        let waited = now.wrapping_sub(*since.get_or_insert(now));
+        let patience = self.medium.patience()?;
+        Some(patience.saturating_sub(waited))
     }
 
     fn must_go_on<G: Grants, B: Backend>(
@@ -443,13 +426,13 @@ impl Serving<'_> {
         }
     }
 
-    /// Follows a change of the device's size.
+    /// Follows a change of the disk's size.
     fn limits_changed<G: Grants, B: Backend>(
         &self,
         engine: &mut Engine<'_, RingMap, G, B>,
         known: u64,
     ) -> u64 {
-        let sectors = self.bdev.sectors();
+        let sectors = self.medium.sectors();
         if sectors != known {
             engine.set_sectors(sectors);
             self.vbd.kick();

@@ -7,6 +7,7 @@
 //! is never held while I/O is waited for.
 
 use crate::connection::{ConnectError, Connection};
+use crate::medium::{Medium, Peer};
 use crate::offer::{self, Features};
 use crate::proto::state::{step, Action, Rings, State, View};
 use crate::proto::text::{parse_device, parse_u32};
@@ -100,7 +101,7 @@ impl Life {
 
 /// The open disk of a device.
 struct Disk {
-    bdev: Arc<BlockDevice>,
+    medium: Arc<dyn Medium>,
     sectors: u64,
 }
 
@@ -315,12 +316,12 @@ impl Vbd {
             .and_then(|bdev| Arc::new(bdev, GFP_KERNEL).map_err(Into::into))
         {
             Ok(bdev) => {
-                self.number.store(bdev.number(), Relaxed);
+                self.number.store(Medium::number(&*bdev), Relaxed);
                 self.writable.store(writable, Relaxed);
                 life.bad_device = None;
                 life.disk = Some(Disk {
                     sectors: bdev.sectors(),
-                    bdev,
+                    medium: bdev,
                 });
             }
             Err(error) => self.bad_disk(
@@ -363,14 +364,15 @@ impl Vbd {
         let Some(disk) = &mut life.disk else {
             return Err(ConnectError::Step("the disk is not open", ENODEV));
         };
-        // Before the rings are looked at: what this domain's page cache holds may be older than
-        // what the guest writes.
-        disk.bdev.drop_cache().map_err(|error| {
-            ConnectError::Step("the page cache of the disk cannot be written back", error)
+        disk.medium.prepare()?;
+        let features = Features::read(&self.device, &*disk.medium);
+        let limits = features.limits();
+        let connection = disk.medium.clone().connect(&Peer {
+            vbd: self,
+            device: &self.device,
+            limits: &limits,
         })?;
-        let features = Features::read(&self.device, &disk.bdev);
-        let connection = Connection::new(self, &self.device, &disk.bdev, &features.limits())?;
-        disk.sectors = features.limits().sectors;
+        disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());
         let published = features.publish(&self.device, connection.limits());
         if published.is_err() {
@@ -389,7 +391,7 @@ impl Vbd {
         let Some(disk) = &mut life.disk else {
             return;
         };
-        let sectors = disk.bdev.sectors();
+        let sectors = disk.medium.sectors();
         if sectors != disk.sectors {
             disk.sectors = sectors;
             if let Err(error) =

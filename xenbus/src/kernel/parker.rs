@@ -70,11 +70,22 @@ impl Parker {
 
     /// The same for a few seconds at most: see [`IDLE_SECONDS`].
     pub(crate) fn park_for_a_while(&self) {
+        // All sleepers of the host wake up in the same tick.
+        // SAFETY: Plain arithmetic on the current time.
+        let ticks =
+            unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
+        self.park_ticks(ticks);
+    }
+
+    /// The same for so many nanoseconds at most, rounded up to whole ticks.
+    pub(crate) fn park_for(&self, nanoseconds: u64) {
+        // SAFETY: Plain arithmetic.
+        let ticks = unsafe { bindings::nsecs_to_jiffies(nanoseconds) };
+        self.park_ticks(ticks.saturating_add(1));
+    }
+
+    fn park_ticks(&self, ticks: usize) {
         if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
-            // All sleepers of the host wake up in the same tick.
-            // SAFETY: Plain arithmetic on the current time.
-            let ticks =
-                unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
             // SAFETY: `done` was initialised by the constructor.
             let left = unsafe {
                 bindings::wait_for_completion_interruptible_timeout(self.done.get(), ticks)

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the driver needs of a disk, whoever serves it.
+//!
+//! A device sees its disk as a [`Medium`]: one indirect call here and there, at connect and from
+//! the work. At connect the medium makes a connection of its own type, so that a queue's thread
+//! knows the backend of its disk statically: there is no indirect call in the I/O path.
+
+use crate::connection::{ConnectError, Connection};
+use crate::engine::Backend;
+use crate::ring::request;
+use crate::vbd::Vbd;
+use crate::xen::device::Device;
+use crate::xen::pages::Pages;
+use crate::xen::parker::Parker;
+use kernel::sync::Arc;
+
+pub(crate) use crate::xen::bdev::Limits;
+
+/// Who connects to a disk.
+pub(crate) struct Peer<'a> {
+    /// Its device.
+    pub(crate) vbd: &'a Arc<Vbd>,
+    /// The same on the bus.
+    pub(crate) device: &'a Arc<Device>,
+    /// What the guest may do.
+    pub(crate) limits: &'a request::Limits,
+}
+
+/// An open disk. Dropping the last reference gives it back.
+pub(crate) trait Medium: Send + Sync + 'static {
+    /// What the disk allows now.
+    fn limits(&self) -> Limits;
+
+    /// Its size in sectors of 512 bytes now. Called by each pass of each queue.
+    fn sectors(&self) -> u64;
+
+    /// True if it was opened for writing.
+    fn is_writable(&self) -> bool;
+
+    /// The number of its device node as `dev_t`, for sysfs.
+    fn number(&self) -> u32;
+
+    /// Called before each connect, before the rings are looked at. May sleep.
+    fn prepare(&self) -> Result<(), ConnectError>;
+
+    /// Connects: [`Connection::new`] with the type of this medium. May sleep.
+    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError>;
+}
+
+/// What a queue asks of the disk.
+pub(crate) struct Needs<'a> {
+    /// The guest's domain, whose quota may have to pay.
+    pub(crate) domain: u16,
+    /// Which queue it is.
+    #[allow(dead_code, reason = "for disks that a process serves")]
+    pub(crate) index: u32,
+    /// Of how many.
+    #[allow(dead_code, reason = "for disks that a process serves")]
+    pub(crate) queues: u32,
+    /// Slots of its ring: requests in flight at most.
+    pub(crate) depth: u16,
+    /// Where its thread sleeps; a completion wakes it.
+    pub(crate) parker: &'a Arc<Parker>,
+}
+
+/// A queue's part of the disk.
+pub(crate) struct Part<B> {
+    /// Carries out its I/O.
+    pub(crate) backend: B,
+    /// Where its data goes. Those with memory hold the largest request that the guest may send.
+    pub(crate) pages: Arc<Pages>,
+    /// Requests in flight at most, and so the number of tags: from 1 to what was asked for.
+    pub(crate) depth: u16,
+}
+
+/// A medium as the queues of a connection see it.
+pub(crate) trait Queues: Medium + Sized {
+    /// Carries out the I/O of one queue.
+    type Backend: Backend + Send + 'static;
+
+    /// Reserves a queue's part. May sleep.
+    fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Self::Backend>, ConnectError>;
+
+    /// Nanoseconds that a queue which is told to drain may wait, from then on, for the I/O that is
+    /// in flight; asked again after each wake-up.
+    ///
+    /// `None` if it must wait however long that takes, because the I/O uses the queue's pages.
+    /// Otherwise dropping the backend lets go of the I/O: its pages belong to the disk, and none
+    /// of them is a mapped page of the guest. Whether a medium is of the one or of the other kind
+    /// does not change.
+    fn patience(&self) -> Option<u64>;
+}
