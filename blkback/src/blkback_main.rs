@@ -20,6 +20,7 @@ mod proto;
 mod xen;
 
 mod connection;
+mod disk;
 #[allow(dead_code, unreachable_pub)]
 mod engine;
 mod medium;
@@ -32,6 +33,8 @@ mod totals;
 mod vbd;
 
 use kernel::prelude::*;
+use kernel::sync::Arc;
+use medium::{Holder, Medium, Unavailable};
 use xen::driver::Adapter;
 use xen::quota::Quotas;
 use xen::workqueue::WorkQueue;
@@ -42,7 +45,7 @@ module! {
     authors: ["The xen-blkback-rs founders"],
     description: "Xen block backend",
     license: "GPL",
-    alias: ["xen-backend:vbd"],
+    alias: ["xen-backend:vbd", "xen-backend:vbd3"],
     params: {
         max_queues: u32 {
             default: 0,
@@ -85,6 +88,11 @@ module! {
             description: "Layout of frontends that name none: 0 is x86_32 as in the C driver, 1 is native",
         },
     },
+}
+
+/// Binds a disk that a process serves to a device. May sleep.
+pub(crate) fn bind_tap(_minor: u32, _holder: Holder) -> Result<Arc<dyn Medium>, Unavailable> {
+    Err(Unavailable::Missing)
 }
 
 /// The loaded module. The fields are dropped in this order: first no device is left, then no work.

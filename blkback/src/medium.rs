@@ -13,9 +13,65 @@ use crate::vbd::Vbd;
 use crate::xen::device::Device;
 use crate::xen::pages::Pages;
 use crate::xen::parker::Parker;
+use kernel::prelude::*;
 use kernel::sync::Arc;
 
 pub(crate) use crate::xen::bdev::Limits;
+
+/// How a process serves a disk, as administrators see it in the key `tap-status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "for disks that a process serves")]
+pub(crate) enum Status {
+    /// A process serves it.
+    Live,
+    /// None does; requests wait for the next one.
+    Recovering,
+    /// The last one is gone, and its I/O may not be over.
+    Fencing,
+}
+
+impl Status {
+    /// The value of the key.
+    pub(crate) fn text(self) -> &'static CStr {
+        match self {
+            Self::Live => c"live",
+            Self::Recovering => c"recovering",
+            Self::Fencing => c"fencing",
+        }
+    }
+}
+
+/// Who binds a disk that a process serves. The disk is bound to one device at a time, until the
+/// last reference to its [`Medium`] is dropped.
+#[allow(dead_code, reason = "for disks that a process serves")]
+pub(crate) struct Holder {
+    /// The device. It is to be kicked ([`Vbd::kick`]) after [`Medium::is_ready`],
+    /// [`Medium::status`] or [`Medium::sectors`] have changed.
+    pub(crate) vbd: Arc<Vbd>,
+    /// The guest's domain.
+    pub(crate) domain: u16,
+    /// Number of the guest's virtual device.
+    pub(crate) device: u32,
+    /// True if the guest may write.
+    pub(crate) writable: bool,
+}
+
+/// Why a disk that a process serves cannot be bound.
+#[allow(dead_code, reason = "for disks that a process serves")]
+pub(crate) enum Unavailable {
+    /// There is none with this number.
+    Missing,
+    /// Another device has it. The one that was refused last is told by [`Vbd::disk_is_free`] when
+    /// it is free.
+    Bound {
+        /// The other guest's domain.
+        domain: u16,
+        /// Number of its virtual device.
+        device: u32,
+    },
+    /// Something else, such as a want of memory.
+    Failed(Error),
+}
 
 /// Who connects to a disk.
 pub(crate) struct Peer<'a> {
@@ -40,6 +96,17 @@ pub(crate) trait Medium: Send + Sync + 'static {
 
     /// The number of its device node as `dev_t`, for sysfs.
     fn number(&self) -> u32;
+
+    /// True if a frontend can be connected now: the disk is described, and nothing of an earlier
+    /// connection is left.
+    fn is_ready(&self) -> bool {
+        true
+    }
+
+    /// How it is served, if that can change.
+    fn status(&self) -> Option<Status> {
+        None
+    }
 
     /// Called before each connect, before the rings are looked at. May sleep.
     fn prepare(&self) -> Result<(), ConnectError>;

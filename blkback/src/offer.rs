@@ -129,6 +129,13 @@ pub(crate) fn publish_size(device: &Device, sectors: u64, state: u32) -> Result 
     })
 }
 
+/// Publishes how a disk is served. May sleep.
+pub(crate) fn publish_status(device: &Device, status: medium::Status) -> Result {
+    while_there(device, |t| {
+        t.write(device.nodename(), c"tap-status", status.text())
+    })
+}
+
 /// Writes the state Closed again so that the watch on it fires. A state that the toolstack has
 /// reset for a new device is left as it is, but written as well. May sleep.
 pub(crate) fn touch_state(device: &Device) -> Result {

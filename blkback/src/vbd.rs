@@ -7,12 +7,12 @@
 //! is never held while I/O is waited for.
 
 use crate::connection::{ConnectError, Connection};
-use crate::medium::{Medium, Peer};
+use crate::disk::{self, Disk};
+use crate::medium::Peer;
 use crate::offer::{self, Features};
 use crate::proto::state::{step, Action, Rings, State, View};
-use crate::proto::text::{parse_device, parse_u32};
+use crate::proto::text::parse_u32;
 use crate::totals::Totals;
-use crate::xen::bdev::BlockDevice;
 use crate::xen::device::Device;
 use crate::xen::driver::{self, Attribute};
 use crate::xen::local_clock;
@@ -39,13 +39,13 @@ const PAUSE_STEP_MS: i64 = 50;
 pub(crate) struct Vbd {
     device: Arc<Device>,
     totals: Totals,
-    /// The block device's number, for sysfs.
+    /// The number of the disk's device node, for sysfs.
     number: Atomic<u32>,
     /// True if the disk may be written, for sysfs.
     writable: AtomicFlag,
     /// The frontend wrote its state since we last looked.
     moved: AtomicFlag,
-    /// `physical-device` was written since we last looked.
+    /// A key that names the disk was written since we last looked.
     disk_moved: AtomicFlag,
     /// A ring's indices were impossible; not yet reported.
     broken: AtomicFlag,
@@ -70,8 +70,8 @@ struct Life {
     /// The state that was published last.
     state: State,
     disk: Option<Disk>,
-    /// A value of `physical-device` that could not be used, so that it is reported once.
-    bad_device: Option<(u32, u32)>,
+    /// A disk that could not be opened, so that it is reported once.
+    bad_disk: Option<disk::Name>,
     connection: Option<Arc<Connection>>,
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
@@ -99,12 +99,6 @@ impl Life {
     }
 }
 
-/// The open disk of a device.
-struct Disk {
-    medium: Arc<dyn Medium>,
-    sectors: u64,
-}
-
 impl Vbd {
     fn new(device: Arc<Device>) -> Result<Arc<Self>> {
         Arc::pin_init(
@@ -122,7 +116,7 @@ impl Vbd {
                     left: false,
                     state: State::Initialising,
                     disk: None,
-                    bad_device: None,
+                    bad_disk: None,
                     connection: None,
                     draining: false,
                     refused: false,
@@ -142,6 +136,13 @@ impl Vbd {
             // If it is queued already, that run looks.
             let _queued = workqueue::enqueue(self.clone());
         }
+    }
+
+    /// Has the work try again to open the disk; callable from any context.
+    #[allow(dead_code, reason = "for disks that a process serves")]
+    pub(crate) fn disk_is_free(self: &Arc<Self>) {
+        self.disk_moved.store(true, Release);
+        self.kick();
     }
 
     /// The statistics.
@@ -189,7 +190,7 @@ impl Vbd {
                 }
             };
             if action == Action::Wait {
-                self.follow_size(&mut life);
+                self.follow_disk(&mut life);
                 return;
             }
             if action == Action::Connect && life.must_pause() {
@@ -211,6 +212,10 @@ impl Vbd {
             theirs: self.frontend_state()?,
             online: self.device.is_online(),
             disk: life.disk.is_some(),
+            ready: life
+                .disk
+                .as_ref()
+                .is_some_and(|disk| disk.medium.is_ready()),
             rings: match (&life.connection, life.draining) {
                 (None, _) => Rings::None,
                 (Some(_), false) => Rings::Served,
@@ -287,57 +292,27 @@ impl Vbd {
     }
 
     /// Opens the disk once the hotplug script has said which it is.
-    fn open_disk(&self, life: &mut Life) {
+    fn open_disk(self: &Arc<Self>, life: &mut Life) {
         // Only when the key was written: opening a device that is gone asks for its driver.
         if life.disk.is_some() || !self.disk_moved.xchg(false, Full) {
             return;
         }
-        let mut value = [0; 32];
-        let Ok(len) = store::read(self.device.nodename(), c"physical-device", &mut value) else {
-            return;
-        };
-        let number = value.get(..len).and_then(parse_device);
-        let Some((major, minor)) = number else {
-            self.bad_disk(
-                life,
-                (u32::MAX, u32::MAX),
-                EINVAL,
-                c"physical-device is not MAJOR:MINOR in hexadecimal",
-            );
-            return;
-        };
-        let mut mode = [0; 8];
-        let Ok(len) = store::read(self.device.nodename(), c"mode", &mut mode) else {
-            self.bad_disk(life, (major, minor), ENOENT, c"the key mode is missing");
-            return;
-        };
-        let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
-        match BlockDevice::open(major, minor, writable)
-            .and_then(|bdev| Arc::new(bdev, GFP_KERNEL).map_err(Into::into))
-        {
-            Ok(bdev) => {
-                self.number.store(Medium::number(&*bdev), Relaxed);
-                self.writable.store(writable, Relaxed);
-                life.bad_device = None;
-                life.disk = Some(Disk {
-                    sectors: bdev.sectors(),
-                    medium: bdev,
-                });
+        match Disk::open(self, &self.device) {
+            Ok(None) => {}
+            Ok(Some(disk)) => {
+                self.number.store(disk.medium.number(), Relaxed);
+                self.writable.store(disk.medium.is_writable(), Relaxed);
+                life.bad_disk = None;
+                life.disk = Some(disk);
             }
-            Err(error) => self.bad_disk(
-                life,
-                (major, minor),
-                error,
-                c"the device that physical-device names cannot be opened",
-            ),
-        }
-    }
-
-    fn bad_disk(&self, life: &mut Life, device: (u32, u32), error: Error, text: &CStr) {
-        if life.bad_device != Some(device) {
-            life.bad_device = Some(device);
-            self.device.report(error, text);
-            self.publish(life, State::Closing);
+            Err(bad) if life.bad_disk != Some(bad.name) => {
+                life.bad_disk = Some(bad.name);
+                let fallback = c"the disk cannot be opened";
+                self.device
+                    .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
+                self.publish(life, State::Closing);
+            }
+            Err(_reported) => {}
         }
     }
 
@@ -383,14 +358,22 @@ impl Vbd {
         published.map_err(|error| ConnectError::Step("the disk cannot be published", error))
     }
 
-    /// Publishes a size that changed while connected.
-    fn follow_size(&self, life: &mut Life) {
-        if life.state != State::Connected {
-            return;
-        }
+    /// Publishes how the disk is served, and a size that changed while connected.
+    fn follow_disk(&self, life: &mut Life) {
         let Some(disk) = &mut life.disk else {
             return;
         };
+        let status = disk.medium.status();
+        if let (Some(now), true) = (status, status != disk.status) {
+            disk.status = status;
+            if let Err(error) = offer::publish_status(&self.device, now) {
+                self.device
+                    .report(error, c"the key tap-status cannot be written");
+            }
+        }
+        if life.state != State::Connected {
+            return;
+        }
         let sectors = disk.medium.sectors();
         if sectors != disk.sectors {
             disk.sectors = sectors;
@@ -462,8 +445,8 @@ impl WorkItem for Vbd {
 /// The watched keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Key {
-    /// `physical-device` in our directory.
-    PhysicalDevice,
+    /// `physical-device` or `tap-minor` in our directory.
+    Disk,
     /// `state` in our directory.
     State,
 }
@@ -476,7 +459,7 @@ impl Watcher for Vbd {
             this.device.unregister();
             return;
         }
-        if which == Key::PhysicalDevice {
+        if which == Key::Disk {
             this.disk_moved.store(true, Release);
         }
         this.kick();
@@ -490,7 +473,7 @@ pub(crate) struct VbdDriver;
 /// everything is given back.
 pub(crate) struct Bound {
     vbd: Unbinder,
-    _watches: [Pin<KBox<Watch<Vbd>>>; 2],
+    _watches: [Pin<KBox<Watch<Vbd>>>; 3],
 }
 
 /// Gives everything of a device back when it is dropped, also if its probe fails half-way: the
@@ -505,7 +488,8 @@ impl Drop for Unbinder {
 
 impl driver::Driver for VbdDriver {
     type Data = Bound;
-    const DEVICE_TYPE: [u8; 32] = *b"vbd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    // A toolstack says vbd3 where it expects a process to serve the disk.
+    const DEVICE_TYPES: [&'static [u8]; 2] = [b"vbd", b"vbd3"];
 
     fn probe(device: Device) -> Result<Bound> {
         let device = Arc::new(device, GFP_KERNEL)?;
@@ -517,7 +501,8 @@ impl driver::Driver for VbdDriver {
         Ok(Bound {
             // The first event of each comes at once and starts the work.
             _watches: [
-                watch(c"physical-device", Key::PhysicalDevice)?,
+                watch(disk::BLOCK_KEY, Key::Disk)?,
+                watch(disk::TAP_KEY, Key::Disk)?,
                 watch(c"state", Key::State)?,
             ],
             vbd,

@@ -5,6 +5,7 @@
 use super::store;
 use super::sys;
 use crate::proto::state::State;
+use crate::proto::text::parse_u32;
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::ffi::c_char;
@@ -76,6 +77,15 @@ impl Device {
     /// The frontend's directory in xenstore.
     pub(crate) fn otherend(&self) -> &CStr {
         &self.otherend
+    }
+
+    /// Number of the frontend's virtual device: the last part of our directory's name.
+    pub(crate) fn number(&self) -> u32 {
+        // With the NUL, because taking it off is arithmetic that can panic.
+        let name = self.nodename.to_bytes_with_nul();
+        let parts = name.split(|byte| matches!(byte, b'/' | 0));
+        let last = parts.filter(|part| !part.is_empty()).last();
+        last.and_then(parse_u32).unwrap_or(u32::MAX)
     }
 
     /// The frontend's domain.

@@ -35,8 +35,8 @@ pub(crate) enum Attribute {
 pub(crate) trait Driver: 'static {
     /// What belongs to one device.
     type Data: Send + Sync + 'static;
-    /// The device type it drives, such as `vbd`, padded with zeroes.
-    const DEVICE_TYPE: [u8; 32];
+    /// The device types that it drives, such as `vbd`, of at most 31 bytes.
+    const DEVICE_TYPES: [&'static [u8]; 2];
 
     /// A device was found. Runs under the device lock, often in the xenwatch thread: be quick.
     fn probe(device: Device) -> Result<Self::Data>;
@@ -101,14 +101,26 @@ unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
 }
 
 impl<T: Driver> Adapter<T> {
-    const IDS: &'static [sys::XenbusDeviceId; 2] = &[
-        sys::XenbusDeviceId {
-            devicetype: T::DEVICE_TYPE,
-        },
-        sys::XenbusDeviceId {
-            devicetype: [0; 32],
-        },
-    ];
+    /// The names, padded with zeroes; an empty one ends the list.
+    const IDS: &'static [sys::XenbusDeviceId; 3] = &{
+        let mut ids = [const {
+            sys::XenbusDeviceId {
+                devicetype: [0; 32],
+            }
+        }; 3];
+        let mut which = 0;
+        while which < T::DEVICE_TYPES.len() {
+            let name = T::DEVICE_TYPES[which];
+            assert!(name.len() < 32);
+            let mut at = 0;
+            while at < name.len() {
+                ids[which].devicetype[at] = name[at];
+                at += 1;
+            }
+            which += 1;
+        }
+        ids
+    };
 
     extern "C" fn probe(raw: *mut sys::XenbusDevice, _id: *const sys::XenbusDeviceId) -> c_int {
         from_result(|| {

@@ -78,8 +78,11 @@ pub struct View {
     pub theirs: State,
     /// The toolstack wants the device to stay (`online` is 1).
     pub online: bool,
-    /// The block device is open.
+    /// The disk is open.
     pub disk: bool,
+    /// It can be connected to: who serves it has described it, and nothing of an earlier
+    /// connection is left.
+    pub ready: bool,
     /// Its rings.
     pub rings: Rings,
     /// The rings in the frontend's directory were refused, and the frontend has done nothing
@@ -102,7 +105,7 @@ pub enum Action {
     Disconnect,
     /// Publish state Closed; the device stays for a reconnect.
     Close,
-    /// Release the block device, publish state Closed, and let the device go.
+    /// Release the disk, publish state Closed, and let the device go.
     Leave,
     /// The frontend shows a state that no frontend may have: report it and close.
     Refuse,
@@ -115,7 +118,7 @@ pub enum Action {
 /// - Initialised and Connected are the same request to connect; some frontends skip the first.
 /// - Connected is visible only while rings are served: before they are given back, and before
 ///   Closed, a frontend sees Closing.
-/// - Rings are given back before Closed can be seen, the block device before it if the device
+/// - Rings are given back before Closed can be seen, the disk before it if the device
 ///   goes for good.
 /// - A frontend in Initialising starts again, whatever it did before: it is closed first if it has
 ///   not closed by itself, and it may have gone through Closed faster than we looked.
@@ -142,6 +145,7 @@ pub fn step(view: &View) -> Action {
             State::Initialising | State::Unknown => Action::Offer,
             _ if view.refused || !view.disk => Action::Wait,
             _ if served => Action::Disconnect,
+            _ if !view.ready => Action::Wait,
             _ => Action::Connect,
         },
         State::Closing if closing => Action::Wait,

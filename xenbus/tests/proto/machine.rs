@@ -34,6 +34,7 @@ impl World {
             theirs: State::Initialising,
             online: true,
             disk: false,
+            ready: true,
             rings: Rings::None,
             refused: false,
         })
@@ -78,6 +79,11 @@ impl World {
         }
     }
 
+    /// The disk can be connected to, or not.
+    pub(crate) fn set_ready(&mut self, ready: bool) {
+        self.view.ready = ready;
+    }
+
     /// Everything that was taken from the rings is answered, and they are given back.
     pub(crate) fn drained(&mut self) {
         if self.view.rings == Rings::Draining {
@@ -118,6 +124,7 @@ impl World {
 
     fn connect(&mut self) {
         assert!(self.view.disk, "connected without a disk");
+        assert!(self.view.ready, "connected to a disk that is not ready");
         assert!(!self.view.refused, "tried again what was refused");
         assert_eq!(self.view.rings, Rings::None, "mapped a second time");
         self.attempts += 1;
@@ -190,6 +197,7 @@ impl World {
             theirs,
             online,
             disk,
+            ready,
             rings,
             refused,
         } = self.view;
@@ -211,7 +219,13 @@ impl World {
             State::Initialised | State::Connected if !online => {
                 matches!(ours, State::Connected | State::Closing | State::Closed)
             }
-            State::Initialised | State::Connected if disk && !refused => ours == State::Connected,
+            State::Initialised | State::Connected if disk && !refused && ready => {
+                ours == State::Connected
+            }
+            // The disk may stop being ready for another connection while there is one.
+            State::Initialised | State::Connected if ours == State::Connected => {
+                rings == Rings::Served
+            }
             State::Initialised | State::Connected => {
                 rings == Rings::None
                     && matches!(ours, State::InitWait | State::Closing | State::Closed)

@@ -14,12 +14,13 @@ fn every_view() -> Vec<View> {
     for ours in State::ALL {
         for theirs in State::ALL {
             for rings in RINGS {
-                for bits in 0..8 {
+                for bits in 0..16 {
                     views.push(View {
                         ours,
                         theirs,
                         online: bits & 1 != 0,
                         disk: bits & 2 != 0,
+                        ready: bits & 8 != 0,
                         rings,
                         refused: bits & 4 != 0,
                     });
@@ -79,7 +80,7 @@ fn every_view_comes_to_rest() {
 fn a_frontend_that_wants_to_be_connected_is_served() {
     for start in every_view() {
         let wants = matches!(start.theirs, State::Initialised | State::Connected);
-        if wants && start.disk && !start.refused && start.online {
+        if wants && start.disk && start.ready && !start.refused && start.online {
             let mut view = start;
             for _ in 0..8 {
                 obey(&mut view, true);
@@ -148,6 +149,7 @@ fn successors(world: &World) -> Vec<World> {
     }
     for on in BOTH {
         after(&|world| world.set_online(on));
+        after(&|world| world.set_ready(on));
         after(&|world| world.good_keys = on);
     }
     after(&World::disk_comes);
@@ -156,7 +158,7 @@ fn successors(world: &World) -> Vec<World> {
     next
 }
 
-fn key(world: &World) -> (u32, u32, [bool; 5], u8) {
+fn key(world: &World) -> (u32, u32, [bool; 6], u8) {
     let view = &world.view;
     let rings = match view.rings {
         Rings::None => 0,
@@ -166,6 +168,7 @@ fn key(world: &World) -> (u32, u32, [bool; 5], u8) {
     let flags = [
         view.online,
         view.disk,
+        view.ready,
         view.refused,
         world.good_keys,
         world.left,
