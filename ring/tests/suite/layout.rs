@@ -12,9 +12,10 @@ use ring::response::{Response, Status};
 
 type Layout = BTreeMap<String, i64>;
 
-/// Compiles `layout.c` with the given flags and reads the lines out of the assembler text.
-fn c_layout(flags: &[&str]) -> Result<Layout, String> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/layout.c");
+/// Compiles a file of the suite with the given flags and reads the lines out of the assembler text.
+fn c_layout(source: &str, flags: &[&str]) -> Result<Layout, String> {
+    let suite = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite");
+    let source = suite.join(source);
     let output = Command::new("cc")
         .args(["-std=gnu11", "-ffreestanding", "-S", "-o", "-"])
         .args(flags)
@@ -139,11 +140,20 @@ fn xen_layout(name: &str, flags: &[&str]) -> Option<Layout> {
         println!("SKIP {name}: no xen/io/blkif.h, install libxen-dev");
         return None;
     }
+    compiled_with(name, "layout.c", flags)
+}
+
+/// The layout that a C file prints, or `None` after saying that there is no compiler.
+pub(crate) fn compiled(name: &str, source: &str) -> Option<BTreeMap<String, i64>> {
+    compiled_with(name, source, &[])
+}
+
+fn compiled_with(name: &str, source: &str, flags: &[&str]) -> Option<Layout> {
     if Command::new("cc").arg("--version").output().is_err() {
         println!("SKIP {name}: no cc, install gcc");
         return None;
     }
-    Some(c_layout(flags).unwrap_or_else(|e| panic!("{name}: {e}")))
+    Some(c_layout(source, flags).unwrap_or_else(|e| panic!("{name}: {e}")))
 }
 
 /// Compares one layout, name by name in both directions.

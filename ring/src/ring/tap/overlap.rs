@@ -65,7 +65,7 @@ struct PerKind {
 }
 
 /// The index.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Overlap {
     /// Of a hash, these many low bits are dropped to get the number of a bucket.
     shift: u32,

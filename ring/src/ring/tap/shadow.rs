@@ -14,8 +14,9 @@
 //! - A request is delivered only when no earlier one without a result overlaps it, with a write or
 //!   discard on either side. So the order in which overlapping requests are executed is that of
 //!   their arrival, also when they are executed again.
-//! - While requests of a dead process are executed again, a flush (also one that is part of a
-//!   write) is delivered only when no earlier write is without a result.
+//! - A flush, also one that is part of a write, which was left by a dead process or arrives while
+//!   what that process left is executed again, is delivered only when no earlier write is without
+//!   a result. Other flushes wait for nobody: they cover what was answered before them.
 //! - A completion counts only if it comes from the process that has the disk open now and names
 //!   the latest delivery of its tag.
 //! - After a process is gone nothing is delivered until the caller says that it is fenced: that no
@@ -163,7 +164,7 @@ enum Phase {
 }
 
 /// The shadow of one disk. `S` is the memory: one entry for each tag.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Shadow<S> {
     entries: S,
     phase: Phase,
@@ -325,6 +326,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                 break;
             };
             entry.waiters = List::EMPTY;
+            entry.ordered = true;
             if entry.state != State::Delivered {
                 self.wait(tag, None);
                 continue;
@@ -435,7 +437,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         if usize::from(queue) >= MAX_QUEUES {
             return Err(PostError::OutOfRange);
         }
-        let sequence = self.sequence;
+        let (sequence, ordered) = (self.sequence, self.replaying > 0);
         let entry = self.get_mut(tag).ok_or(PostError::OutOfRange)?;
         if entry.state != State::Free {
             return Err(PostError::InUse);
@@ -452,6 +454,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         entry.op = request.op.wire();
         entry.flags = flag(request.fua, abi::DESC_FUA) | flag(request.preflush, abi::DESC_PREFLUSH);
         entry.again = false;
+        entry.ordered = ordered;
         entry.orphan = false;
         entry.waiters = List::EMPTY;
         self.sequence = sequence.wrapping_add(1);
@@ -617,11 +620,11 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         latest.map(|(_, tag)| tag)
     }
 
-    /// The latest earlier write, if this is a flush during a replay.
+    /// The latest earlier write, if this is a flush that waits for all of them.
     fn unflushed(&self, tag: Tag, steps: &mut u32) -> Option<Tag> {
         let entry = self.get(tag)?;
         let flushes = entry.op == abi::OP_FLUSH || entry.flags & abi::DESC_PREFLUSH != 0;
-        if self.replaying == 0 || !flushes {
+        if !entry.ordered || !flushes {
             return None;
         }
         let mut node = Node::new(tag, Link::Order);

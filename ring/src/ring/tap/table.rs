@@ -92,6 +92,8 @@ pub struct Entry {
     pub(super) status: Status,
     /// It was delivered before.
     pub(super) again: bool,
+    /// If it flushes, it waits for every earlier write.
+    pub(super) ordered: bool,
     /// Its queue is gone: nobody will reap it.
     pub(super) orphan: bool,
     links: [Neighbours; LINKS as usize],
@@ -118,6 +120,7 @@ impl Entry {
         state: State::Free,
         status: Status::Error,
         again: false,
+        ordered: false,
         orphan: false,
         links: [Neighbours {
             prev: Node::NONE,

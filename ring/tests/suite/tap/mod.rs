@@ -2,4 +2,7 @@
 
 //! The device of a disk that a process serves: its shadow, its checks, its layout.
 
+mod checked;
+mod layout;
+mod model;
 mod shadow;

@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * The ABI between the kernel and the process that serves a Xen disk, version 1, for C.
+ *
+ * What everything means is said in ring/src/ring/tap/abi.rs, of which this is the same in C; a
+ * test compares both.
+ */
+#ifndef XENTAP_H
+#define XENTAP_H
+
+#include <stdint.h>
+
+#define XENTAP_VERSION 1
+#define XENTAP_MAX_TAGS 4096
+#define XENTAP_NO_TAG 0xffff
+#define XENTAP_MAX_SEGMENTS 512
+#define XENTAP_MMAP_DESCRIPTORS 0x0ULL
+#define XENTAP_MMAP_ARENA 0x100000000ULL
+
+#define XENTAP_OP_READ 0
+#define XENTAP_OP_WRITE 1
+#define XENTAP_OP_FLUSH 2
+#define XENTAP_OP_DISCARD 3
+#define XENTAP_OP_WRITE_ZEROES 5
+#define XENTAP_OP_SECURE_DISCARD 6
+
+#define XENTAP_DESC_FUA 1
+#define XENTAP_DESC_PREFLUSH 2
+#define XENTAP_DESC_REPLAY 4
+
+struct xentap_desc {
+	uint8_t op;
+	uint8_t flags;
+	uint16_t segments;
+	uint32_t generation;
+	uint64_t sector;
+	uint64_t sectors;
+	uint64_t sequence;
+	uint64_t arrived_ns;
+	uint16_t tag;
+	uint16_t queue;
+	uint32_t reserved[5];
+};
+
+struct xentap_segment {
+	uint32_t offset;
+	uint32_t len;
+};
+
+#define XENTAP_COMPLETION_RETURNED 1
+
+struct xentap_completion {
+	uint16_t tag;
+	uint16_t flags;
+	uint32_t generation;
+	int32_t result;
+	uint32_t reserved;
+};
+
+#define XENTAP_FEATURE_URING_CMD 1
+
+#define XENTAP_STATE_IDLE 0
+#define XENTAP_STATE_OPEN 1
+#define XENTAP_STATE_LIVE 2
+#define XENTAP_STATE_FENCING 3
+#define XENTAP_STATE_RECOVERING 4
+
+struct xentap_info {
+	uint32_t version;
+	uint32_t minor;
+	uint64_t features;
+	uint64_t epoch;
+	uint32_t tags;
+	uint32_t max_segments;
+	uint64_t descriptors_len;
+	uint64_t segments_offset;
+	uint64_t arena_len;
+	uint32_t state;
+	uint32_t pid;
+	uint32_t waiting;
+	uint32_t delivered;
+	uint64_t committed;
+	uint64_t replayed;
+	uint64_t refused;
+	uint64_t oldest_ns;
+	uint32_t domain;
+	uint32_t device;
+	uint64_t sectors;
+	uint64_t reserved[4];
+};
+
+struct xentap_create {
+	uint32_t version;
+	uint32_t minor;
+	uint32_t arena_kib;
+	uint32_t fail_after_s;
+	uint64_t reserved[4];
+};
+
+struct xentap_destroy {
+	uint32_t minor;
+	uint32_t flags;
+};
+
+struct xentap_buffer {
+	uint64_t addr;
+	uint32_t len;
+	uint32_t reserved;
+};
+
+struct xentap_exchange {
+	struct xentap_buffer commits;
+	struct xentap_buffer tags;
+};
+
+struct xentap_param_head {
+	uint32_t kind;
+	uint32_t len;
+};
+
+#define XENTAP_PARAM_GEOMETRY 1
+#define XENTAP_PARAM_DISCARD 2
+
+#define XENTAP_GEOMETRY_READ_ONLY 1
+#define XENTAP_GEOMETRY_WRITE_CACHE 2
+
+struct xentap_geometry {
+	uint64_t sectors;
+	uint32_t logical_block;
+	uint32_t physical_block;
+	uint32_t flags;
+	uint32_t reserved;
+};
+
+struct xentap_discard_limits {
+	uint32_t granularity;
+	uint32_t alignment;
+	uint32_t secure;
+	uint32_t reserved;
+};
+
+/* These need <sys/ioctl.h> where they are used. */
+#define XENTAP_CREATE _IOWR('x', 0x00, struct xentap_create)
+#define XENTAP_DESTROY _IOW('x', 0x01, struct xentap_destroy)
+#define XENTAP_QUERY _IOWR('x', 0x02, struct xentap_info)
+#define XENTAP_INFO _IOR('x', 0x10, struct xentap_info)
+#define XENTAP_SET_PARAMS _IOW('x', 0x11, struct xentap_buffer)
+#define XENTAP_START _IO('x', 0x12)
+#define XENTAP_EXCHANGE _IOWR('x', 0x13, struct xentap_exchange)
+
+#endif

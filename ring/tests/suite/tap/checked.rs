@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What the process says: every field out of its range, one at a time.
+
+use ring::response::Status;
+use ring::tap::abi::{
+    self, Buffer, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, ParamHead,
+};
+use ring::tap::checked::{Malformed, NewDisk, Outcome, UserArray};
+use ring::tap::params::{Discard, ParamError, Params, MAX_SECTORS};
+use zerocopy::IntoBytes;
+
+#[test]
+fn completions() {
+    let check = |flags, result, reserved| {
+        let completion = Completion {
+            tag: 7,
+            flags,
+            generation: 9,
+            result,
+            reserved,
+        };
+        completion.check().map(|commit| {
+            assert_eq!((commit.tag, commit.generation), (7, 9));
+            commit.outcome
+        })
+    };
+    assert_eq!(check(0, 0, 0), Ok(Outcome::Finished(Status::Okay)));
+    assert_eq!(check(0, -5, 0), Ok(Outcome::Finished(Status::Error)));
+    assert_eq!(
+        check(0, -95, 0),
+        Ok(Outcome::Finished(Status::NotSupported))
+    );
+    assert_eq!(check(0, -4095, 0), Ok(Outcome::Finished(Status::Error)));
+    assert_eq!(check(1, 0, 0), Ok(Outcome::Returned));
+    for result in [1, 512, i32::MAX, -4096, i32::MIN] {
+        assert_eq!(check(0, result, 0), Err(Malformed::Range), "{result}");
+    }
+    assert_eq!(check(1, -5, 0), Err(Malformed::Range));
+    assert_eq!(check(0, 0, 1), Err(Malformed::Reserved));
+    for flags in [2, 3, 0x8000, u16::MAX] {
+        assert_eq!(check(flags, 0, 0), Err(Malformed::Flags), "{flags}");
+    }
+}
+
+const CREATE: Create = Create {
+    version: abi::VERSION,
+    minor: u32::MAX,
+    arena_kib: 0,
+    fail_after_s: 0,
+    reserved: [0; 4],
+};
+
+#[test]
+fn new_disks() {
+    let disk = NewDisk {
+        minor: None,
+        arena_kib: 4096,
+        fail_after_s: None,
+    };
+    assert_eq!(CREATE.check(), Ok(disk));
+    let all = Create {
+        minor: 7,
+        arena_kib: 65536,
+        fail_after_s: 30,
+        ..CREATE
+    };
+    let disk = NewDisk {
+        minor: Some(7),
+        arena_kib: 65536,
+        fail_after_s: Some(30),
+    };
+    assert_eq!(all.check(), Ok(disk));
+    for version in [0, abi::VERSION + 1] {
+        assert_eq!(
+            Create { version, ..CREATE }.check(),
+            Err(Malformed::Version)
+        );
+    }
+    for minor in [1 << 20, u32::MAX - 1] {
+        assert_eq!(Create { minor, ..CREATE }.check(), Err(Malformed::Range));
+    }
+    for arena_kib in [1, 1023, 1025, 66560, u32::MAX] {
+        let wrong = Create {
+            arena_kib,
+            ..CREATE
+        };
+        assert_eq!(wrong.check(), Err(Malformed::Range), "{arena_kib}");
+    }
+    for at in 0..4 {
+        let mut wrong = CREATE;
+        wrong.reserved[at] = 1;
+        assert_eq!(wrong.check(), Err(Malformed::Reserved));
+    }
+}
+
+#[test]
+fn disks_to_be_destroyed() {
+    assert_eq!(Destroy { minor: 3, flags: 0 }.check(), Ok(3));
+    let wrong = Destroy { minor: 3, flags: 1 };
+    assert_eq!(wrong.check(), Err(Malformed::Reserved));
+}
+
+#[test]
+fn arrays() {
+    let buffer = |addr, len, reserved| Buffer {
+        addr,
+        len,
+        reserved,
+    };
+    let check = |commits: Buffer, tags: Buffer| Exchange { commits, tags }.check();
+    let none = buffer(0, 0, 0);
+    let arrays = check(buffer(4096, 4096, 0), buffer(2, 4096, 0)).expect("both fit");
+    assert_eq!(
+        arrays.commits,
+        UserArray {
+            addr: 4096,
+            len: 4096
+        }
+    );
+    assert_eq!(arrays.commits.bytes(16), 65536);
+    assert_eq!((arrays.tags.addr, arrays.tags.len), (2, 4096));
+    // An empty array may be anywhere.
+    assert!(check(buffer(u64::MAX, 0, 0), none).is_ok());
+    for wrong in [
+        buffer(0, 4097, 0),
+        buffer(0, u32::MAX, 0),
+        buffer(u64::MAX - 14, 1, 0),
+    ] {
+        assert_eq!(check(wrong, none), Err(Malformed::Buffer), "{wrong:?}");
+    }
+    assert!(check(none, buffer(u64::MAX - 2, 1, 0)).is_ok());
+    assert_eq!(
+        check(none, buffer(u64::MAX - 1, 1, 0)),
+        Err(Malformed::Buffer)
+    );
+    assert_eq!(check(none, buffer(0, 0, 1)), Err(Malformed::Reserved));
+    assert_eq!(check(buffer(0, 0, 1), none), Err(Malformed::Reserved));
+    assert!(buffer(8, 4096, 0).check_params().is_ok());
+    assert_eq!(buffer(8, 4097, 0).check_params(), Err(Malformed::Buffer));
+}
+
+const GEOMETRY: Geometry = Geometry {
+    sectors: 4096,
+    logical_block: 4096,
+    physical_block: 4096,
+    flags: 0,
+    reserved: 0,
+};
+
+const LIMITS: DiscardLimits = DiscardLimits {
+    granularity: 65536,
+    alignment: 4096,
+    secure: 0,
+    reserved: 0,
+};
+
+fn record(kind: u32, body: &[u8]) -> Vec<u8> {
+    let head = ParamHead {
+        kind,
+        len: body.len() as u32,
+    };
+    [head.as_bytes(), body].concat()
+}
+
+fn described(geometry: &Geometry) -> Result<Params, ParamError> {
+    Params::parse(&record(abi::PARAM_GEOMETRY, geometry.as_bytes()))
+}
+
+#[test]
+fn a_disk_is_described_by_records_in_any_order() {
+    let geometry = Geometry {
+        logical_block: 512,
+        flags: abi::GEOMETRY_WRITE_CACHE,
+        ..GEOMETRY
+    };
+    let geometry = record(abi::PARAM_GEOMETRY, geometry.as_bytes());
+    let limits = DiscardLimits {
+        secure: 1,
+        ..LIMITS
+    };
+    let discard = record(abi::PARAM_DISCARD, limits.as_bytes());
+    let expected = Params {
+        sectors: 4096,
+        logical_block: 512,
+        physical_block: 4096,
+        read_only: false,
+        write_cache: true,
+        discard: Some(Discard {
+            granularity: 65536,
+            alignment: 4096,
+            secure: true,
+        }),
+    };
+    for bytes in [
+        [&geometry[..], &discard].concat(),
+        [&discard[..], &geometry].concat(),
+    ] {
+        assert_eq!(Params::parse(&bytes), Ok(expected));
+        // Where the bytes end makes a record whole or not.
+        for len in 0..bytes.len() {
+            let cut = Params::parse(&bytes[..len]);
+            let whole = len == geometry.len() && bytes[0] == 1;
+            assert_eq!(cut.is_ok(), whole, "{len}: {cut:?}");
+        }
+    }
+}
+
+#[test]
+fn records_that_are_not_understood_are_refused() {
+    let geometry = record(abi::PARAM_GEOMETRY, GEOMETRY.as_bytes());
+    let twice = [&geometry[..], &geometry].concat();
+    assert_eq!(Params::parse(&twice), Err(ParamError::Duplicate(1)));
+    let unknown = [&geometry[..], &record(3, &[0; 8])].concat();
+    assert_eq!(Params::parse(&unknown), Err(ParamError::UnknownKind(3)));
+    assert_eq!(Params::parse(&[]), Err(ParamError::NoGeometry));
+    let discard = record(abi::PARAM_DISCARD, LIMITS.as_bytes());
+    assert_eq!(Params::parse(&discard), Err(ParamError::NoGeometry));
+    for len in [0, 8, 16, 32] {
+        let other = record(abi::PARAM_GEOMETRY, &vec![0; len]);
+        assert_eq!(Params::parse(&other), Err(ParamError::Length(1)), "{len}");
+    }
+    let mut beyond = geometry;
+    beyond[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert_eq!(Params::parse(&beyond), Err(ParamError::Truncated));
+}
+
+#[test]
+fn geometries() {
+    for logical_block in [0, 1, 256, 513, 1000, 8192, 1 << 31, u32::MAX] {
+        let wrong = Geometry {
+            logical_block,
+            ..GEOMETRY
+        };
+        assert_eq!(described(&wrong), Err(ParamError::Block), "{logical_block}");
+    }
+    for physical_block in [0, 512, 2048, 4097, u32::MAX] {
+        let wrong = Geometry {
+            physical_block,
+            ..GEOMETRY
+        };
+        assert_eq!(
+            described(&wrong),
+            Err(ParamError::Block),
+            "{physical_block}"
+        );
+    }
+    for sectors in [0, 1, 7, 9, MAX_SECTORS + 1, u64::MAX, u64::MAX - 7] {
+        let wrong = Geometry {
+            sectors,
+            ..GEOMETRY
+        };
+        assert_eq!(described(&wrong), Err(ParamError::Size), "{sectors}");
+    }
+    let largest = Geometry {
+        sectors: MAX_SECTORS / 8 * 8,
+        ..GEOMETRY
+    };
+    assert!(described(&largest).is_ok());
+    for flags in [4, 8, 1 << 31] {
+        let wrong = Geometry { flags, ..GEOMETRY };
+        assert_eq!(described(&wrong), Err(ParamError::Reserved), "{flags}");
+    }
+    let wrong = Geometry {
+        reserved: 1,
+        ..GEOMETRY
+    };
+    assert_eq!(described(&wrong), Err(ParamError::Reserved));
+    let read_only = Geometry {
+        flags: abi::GEOMETRY_READ_ONLY,
+        ..GEOMETRY
+    };
+    assert!(described(&read_only).expect("it is right").read_only);
+}
+
+#[test]
+fn discard_limits() {
+    let check = |limits: DiscardLimits| {
+        let geometry = record(abi::PARAM_GEOMETRY, GEOMETRY.as_bytes());
+        let discard = record(abi::PARAM_DISCARD, limits.as_bytes());
+        Params::parse(&[geometry, discard].concat()).map(|_| ())
+    };
+    assert_eq!(check(LIMITS), Ok(()));
+    for granularity in [0, 512, 4097, 4096] {
+        // The last is the alignment.
+        let wrong = DiscardLimits {
+            granularity,
+            ..LIMITS
+        };
+        assert_eq!(check(wrong), Err(ParamError::Discard), "{granularity}");
+    }
+    for alignment in [1, 512, 65536, u32::MAX] {
+        let wrong = DiscardLimits {
+            alignment,
+            ..LIMITS
+        };
+        assert_eq!(check(wrong), Err(ParamError::Discard), "{alignment}");
+    }
+    let wrong = DiscardLimits {
+        secure: 2,
+        ..LIMITS
+    };
+    assert_eq!(check(wrong), Err(ParamError::Reserved));
+    let wrong = DiscardLimits {
+        reserved: 1,
+        ..LIMITS
+    };
+    assert_eq!(check(wrong), Err(ParamError::Reserved));
+}
+
+#[test]
+fn only_the_size_of_a_disk_may_change() {
+    let disk = described(&GEOMETRY).expect("it is right");
+    let larger = Params {
+        sectors: 8192,
+        ..disk
+    };
+    assert!(disk.may_become(&disk) && disk.may_become(&larger) && larger.may_become(&disk));
+    let discard = Some(Discard {
+        granularity: 4096,
+        alignment: 0,
+        secure: false,
+    });
+    for other in [
+        Params {
+            logical_block: 512,
+            ..disk
+        },
+        Params {
+            physical_block: 8192,
+            ..disk
+        },
+        Params {
+            read_only: true,
+            ..disk
+        },
+        Params {
+            write_cache: true,
+            ..disk
+        },
+        Params { discard, ..disk },
+    ] {
+        assert!(!disk.may_become(&other), "{other:?}");
+    }
+}

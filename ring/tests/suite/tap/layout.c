@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * Prints the layout of xentap.h as assembler text, one line `->name value` each, as layout.c of
+ * this suite does for the headers of Xen.
+ */
+#include <stddef.h>
+#include <sys/ioctl.h>
+#include "../../../include/xentap.h"
+
+#define SHOW(name, value) __asm__ volatile("\n->" name " %c0" : : "i"((long long)(value)))
+#define FIELD(type, field) \
+	SHOW(#type "." #field, offsetof(struct xentap_##type, field)); \
+	SHOW(#type "." #field ".size", sizeof(((struct xentap_##type *)0)->field))
+#define SIZE(type) SHOW(#type ".size", sizeof(struct xentap_##type))
+/* An operand has 32 bits. */
+#define NUMBER(name) \
+	SHOW(#name, XENTAP_##name & 0x7fffffff); \
+	SHOW(#name ".high", (uint64_t)XENTAP_##name >> 31)
+
+void layout(void);
+void layout(void)
+{
+	SIZE(desc);
+	FIELD(desc, op);
+	FIELD(desc, flags);
+	FIELD(desc, segments);
+	FIELD(desc, generation);
+	FIELD(desc, sector);
+	FIELD(desc, sectors);
+	FIELD(desc, sequence);
+	FIELD(desc, arrived_ns);
+	FIELD(desc, tag);
+	FIELD(desc, queue);
+	FIELD(desc, reserved);
+
+	SIZE(segment);
+	FIELD(segment, offset);
+	FIELD(segment, len);
+
+	SIZE(completion);
+	FIELD(completion, tag);
+	FIELD(completion, flags);
+	FIELD(completion, generation);
+	FIELD(completion, result);
+	FIELD(completion, reserved);
+
+	SIZE(info);
+	FIELD(info, version);
+	FIELD(info, minor);
+	FIELD(info, features);
+	FIELD(info, epoch);
+	FIELD(info, tags);
+	FIELD(info, max_segments);
+	FIELD(info, descriptors_len);
+	FIELD(info, segments_offset);
+	FIELD(info, arena_len);
+	FIELD(info, state);
+	FIELD(info, pid);
+	FIELD(info, waiting);
+	FIELD(info, delivered);
+	FIELD(info, committed);
+	FIELD(info, replayed);
+	FIELD(info, refused);
+	FIELD(info, oldest_ns);
+	FIELD(info, domain);
+	FIELD(info, device);
+	FIELD(info, sectors);
+	FIELD(info, reserved);
+
+	SIZE(create);
+	FIELD(create, version);
+	FIELD(create, minor);
+	FIELD(create, arena_kib);
+	FIELD(create, fail_after_s);
+	FIELD(create, reserved);
+
+	SIZE(destroy);
+	FIELD(destroy, minor);
+	FIELD(destroy, flags);
+
+	SIZE(buffer);
+	FIELD(buffer, addr);
+	FIELD(buffer, len);
+	FIELD(buffer, reserved);
+
+	SIZE(exchange);
+	FIELD(exchange, commits);
+	FIELD(exchange, tags);
+
+	SIZE(param_head);
+	FIELD(param_head, kind);
+	FIELD(param_head, len);
+
+	SIZE(geometry);
+	FIELD(geometry, sectors);
+	FIELD(geometry, logical_block);
+	FIELD(geometry, physical_block);
+	FIELD(geometry, flags);
+	FIELD(geometry, reserved);
+
+	SIZE(discard_limits);
+	FIELD(discard_limits, granularity);
+	FIELD(discard_limits, alignment);
+	FIELD(discard_limits, secure);
+	FIELD(discard_limits, reserved);
+
+	NUMBER(VERSION);
+	NUMBER(MAX_TAGS);
+	NUMBER(NO_TAG);
+	NUMBER(MAX_SEGMENTS);
+	NUMBER(MMAP_DESCRIPTORS);
+	NUMBER(MMAP_ARENA);
+	NUMBER(OP_READ);
+	NUMBER(OP_WRITE);
+	NUMBER(OP_FLUSH);
+	NUMBER(OP_DISCARD);
+	NUMBER(OP_WRITE_ZEROES);
+	NUMBER(OP_SECURE_DISCARD);
+	NUMBER(DESC_FUA);
+	NUMBER(DESC_PREFLUSH);
+	NUMBER(DESC_REPLAY);
+	NUMBER(COMPLETION_RETURNED);
+	NUMBER(FEATURE_URING_CMD);
+	NUMBER(STATE_IDLE);
+	NUMBER(STATE_OPEN);
+	NUMBER(STATE_LIVE);
+	NUMBER(STATE_FENCING);
+	NUMBER(STATE_RECOVERING);
+	NUMBER(PARAM_GEOMETRY);
+	NUMBER(PARAM_DISCARD);
+	NUMBER(GEOMETRY_READ_ONLY);
+	NUMBER(GEOMETRY_WRITE_CACHE);
+
+	NUMBER(CREATE);
+	NUMBER(DESTROY);
+	NUMBER(QUERY);
+	NUMBER(INFO);
+	NUMBER(SET_PARAMS);
+	NUMBER(START);
+	NUMBER(EXCHANGE);
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The ABI compared with its C header, name by name in both directions.
+
+use std::collections::BTreeMap;
+use std::mem::offset_of;
+
+use ring::tap::abi::{self, ioctl};
+
+/// Size of a field, from a function that returns it.
+fn field_size<S, F>(_: impl Fn(&S) -> &F) -> usize {
+    size_of::<F>()
+}
+
+macro_rules! structure {
+    ($all:ident, $c:ident, $ty:ident, $($field:ident),*) => {
+        $all.push((concat!(stringify!($c), ".size").to_string(), size_of::<abi::$ty>() as i64));
+        $({
+            let name = concat!(stringify!($c), ".", stringify!($field));
+            let size = field_size(|s: &abi::$ty| &s.$field);
+            $all.push((name.to_string(), offset_of!(abi::$ty, $field) as i64));
+            $all.push((format!("{name}.size"), size as i64));
+        })*
+    };
+}
+
+macro_rules! numbers {
+    ($all:ident, $module:ident, $($name:ident),*) => {
+        $({
+            let (name, value) = (stringify!($name), u64::from($module::$name));
+            $all.push((name.to_string(), (value & 0x7fff_ffff) as i64));
+            $all.push((format!("{name}.high"), (value >> 31) as i64));
+        })*
+    };
+}
+
+fn ours() -> BTreeMap<String, i64> {
+    let mut all = Vec::new();
+    structure!(
+        all, desc, Desc, op, flags, segments, generation, sector, sectors, sequence, arrived_ns,
+        tag, queue, reserved
+    );
+    structure!(all, segment, Segment, offset, len);
+    structure!(all, completion, Completion, tag, flags, generation, result, reserved);
+    structure!(
+        all,
+        info,
+        Info,
+        version,
+        minor,
+        features,
+        epoch,
+        tags,
+        max_segments,
+        descriptors_len,
+        segments_offset,
+        arena_len,
+        state,
+        pid,
+        waiting,
+        delivered,
+        committed,
+        replayed,
+        refused,
+        oldest_ns,
+        domain,
+        device,
+        sectors,
+        reserved
+    );
+    structure!(
+        all,
+        create,
+        Create,
+        version,
+        minor,
+        arena_kib,
+        fail_after_s,
+        reserved
+    );
+    structure!(all, destroy, Destroy, minor, flags);
+    structure!(all, buffer, Buffer, addr, len, reserved);
+    structure!(all, exchange, Exchange, commits, tags);
+    structure!(all, param_head, ParamHead, kind, len);
+    structure!(
+        all,
+        geometry,
+        Geometry,
+        sectors,
+        logical_block,
+        physical_block,
+        flags,
+        reserved
+    );
+    structure!(
+        all,
+        discard_limits,
+        DiscardLimits,
+        granularity,
+        alignment,
+        secure,
+        reserved
+    );
+    numbers!(
+        all,
+        abi,
+        VERSION,
+        MAX_TAGS,
+        NO_TAG,
+        MAX_SEGMENTS,
+        MMAP_DESCRIPTORS,
+        MMAP_ARENA,
+        OP_READ,
+        OP_WRITE,
+        OP_FLUSH,
+        OP_DISCARD,
+        OP_WRITE_ZEROES,
+        OP_SECURE_DISCARD,
+        DESC_FUA,
+        DESC_PREFLUSH,
+        DESC_REPLAY,
+        COMPLETION_RETURNED,
+        FEATURE_URING_CMD,
+        STATE_IDLE,
+        STATE_OPEN,
+        STATE_LIVE,
+        STATE_FENCING,
+        STATE_RECOVERING,
+        PARAM_GEOMETRY,
+        PARAM_DISCARD,
+        GEOMETRY_READ_ONLY,
+        GEOMETRY_WRITE_CACHE
+    );
+    numbers!(all, ioctl, CREATE, DESTROY, QUERY, INFO, SET_PARAMS, START, EXCHANGE);
+    all.into_iter().collect()
+}
+
+#[test]
+fn the_abi_is_that_of_its_c_header() {
+    let name = "the_abi_is_that_of_its_c_header";
+    let Some(theirs) = crate::layout::compiled(name, "tap/layout.c") else {
+        return;
+    };
+    assert_eq!(ours(), theirs);
+}
+
+/// Every public constant and structure of the ABI is compared.
+#[test]
+fn nothing_is_left_out_of_the_comparison() {
+    let text = include_str!("../../../src/ring/tap/abi.rs");
+    let ours = ours();
+    let mut count = 0;
+    for line in text.lines() {
+        let Some(name) = line.trim().strip_prefix("pub const ") else {
+            continue;
+        };
+        let name = name.split(':').next().expect("a name");
+        assert!(ours.contains_key(name), "{name} is not compared");
+        count += 1;
+    }
+    for name in text.lines().filter_map(|l| l.strip_prefix("pub struct ")) {
+        let c = name.trim_end_matches(" {");
+        let mut snake = String::new();
+        for letter in c.chars() {
+            if letter.is_uppercase() && !snake.is_empty() {
+                snake.push('_');
+            }
+            snake.extend(letter.to_lowercase());
+        }
+        assert!(ours.contains_key(&format!("{snake}.size")), "{name}");
+        count += 1;
+    }
+    assert!(count > 40, "{count}");
+}
