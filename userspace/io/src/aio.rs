@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Reads, writes and flushes by Linux AIO (`io_submit`); the rest as in [`sync`](crate::sync).
+//!
+//! What keeps the control blocks valid: they are read when they are submitted only. Their vectors
+//! and memory belong to the operation, which stays in the table until its event has been taken.
+
+use crate::sync;
+use crate::table::Table;
+use crate::Op;
+use rustix::event::{eventfd, EventfdFlags};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// Operations that are under way at once; more wait in the table.
+const DEPTH: usize = 256;
+
+/// `struct iocb` of the kernel, little endian.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Block {
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    fd: u32,
+    buffer: u64,
+    bytes: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    eventfd: u32,
+}
+
+/// `struct io_event` of the kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Event {
+    data: u64,
+    block: u64,
+    result: i64,
+    result2: i64,
+}
+
+const _: () = assert!(size_of::<Block>() == 64 && size_of::<Event>() == 32);
+
+const FDSYNC: u16 = 3;
+const PREADV: u16 = 7;
+const PWRITEV: u16 = 8;
+const FLAG_EVENTFD: u32 = 1;
+
+pub(crate) struct Aio {
+    context: libc::c_ulong,
+    /// Tells that events are there, beside other descriptors.
+    ready: OwnedFd,
+    blocks: Vec<Block>,
+    slots: Vec<usize>,
+    events: Vec<Event>,
+    under_way: usize,
+}
+
+impl std::fmt::Debug for Aio {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Aio")
+            .field("under_way", &self.under_way)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Aio {
+    pub(crate) fn new() -> io::Result<Self> {
+        let ready = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let mut context: libc::c_ulong = 0;
+        // SAFETY: the call writes one number to `context`, which is 0 as it asks for.
+        let result = unsafe { libc::syscall(libc::SYS_io_setup, DEPTH, &raw mut context) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            context,
+            ready,
+            blocks: Vec::with_capacity(DEPTH),
+            slots: Vec::with_capacity(DEPTH),
+            events: vec![Event::default(); DEPTH],
+            under_way: 0,
+        })
+    }
+
+    /// Returns the number of system calls.
+    pub(crate) fn enter(&mut self, table: &mut Table, wait: bool) -> io::Result<u64> {
+        sync::cancel(table);
+        let (mut calls, mut done) = self.gather(table);
+        if !self.blocks.is_empty() {
+            calls += 1;
+            done |= self.submit(table)?;
+        }
+        let ready = self.ready.as_fd();
+        let before = table.waiting().count();
+        if before > 0 || self.under_way > 0 {
+            calls += sync::look(table, (self.under_way > 0).then_some(ready), wait && !done)?;
+        }
+        if self.under_way > 0 {
+            calls += self.reap(table)?;
+        }
+        Ok(calls)
+    }
+
+    /// Makes blocks of what is queued, and executes what AIO cannot. Returns the number of system
+    /// calls, and whether something is done.
+    fn gather(&mut self, table: &mut Table) -> (u64, bool) {
+        let mut calls = 0;
+        self.blocks.clear();
+        self.slots.clear();
+        while self.under_way + self.blocks.len() < DEPTH {
+            let Some(index) = table.next_queued() else {
+                break;
+            };
+            let Some((op, vector)) = table.start(index) else {
+                continue;
+            };
+            let transfer = match op {
+                Op::Read { file, offset, .. } => Some((PREADV, file, *offset)),
+                Op::Write { file, offset, .. } => Some((PWRITEV, file, *offset)),
+                Op::Sync { file } => Some((FDSYNC, file, 0)),
+                _ => None,
+            };
+            if let Some((opcode, file, offset)) = transfer {
+                self.blocks.push(Block {
+                    data: index as u64,
+                    opcode,
+                    // CAST: an open descriptor is not negative.
+                    fd: file.as_raw_fd() as u32,
+                    buffer: vector.as_ptr() as u64,
+                    bytes: vector.len() as u64,
+                    // CAST: offsets of files are below 2^63.
+                    offset: offset as i64,
+                    flags: FLAG_EVENTFD,
+                    eventfd: self.ready.as_raw_fd() as u32,
+                    ..Block::default()
+                });
+                if opcode == FDSYNC {
+                    let last = self.blocks.len() - 1;
+                    self.blocks[last].buffer = 0;
+                }
+                self.slots.push(index);
+            } else if let Some(result) = sync::execute(op, vector) {
+                calls += 1;
+                table.finish(index, result);
+            }
+        }
+        (calls, calls > 0)
+    }
+
+    /// Submits the blocks; what the kernel has no room for stays queued. True if one failed.
+    fn submit(&mut self, table: &mut Table) -> io::Result<bool> {
+        let mut failed = false;
+        let mut from = 0;
+        while from < self.blocks.len() {
+            let pointers: Vec<*const Block> =
+                self.blocks[from..].iter().map(std::ptr::from_ref).collect();
+            // SAFETY: each pointer names a block that is filled in; its vector and memory belong to
+            // an operation that the table keeps until its event is taken.
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_io_submit,
+                    self.context,
+                    pointers.len(),
+                    pointers.as_ptr(),
+                )
+            };
+            if result > 0 {
+                // CAST: at most the number of blocks.
+                from += result as usize;
+                self.under_way += result as usize;
+                continue;
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EAGAIN) if self.under_way > 0 => {
+                    for index in self.slots[from..].iter().rev() {
+                        table.unqueue(*index);
+                    }
+                    break;
+                }
+                // It is the first one that is refused.
+                Some(code) => {
+                    table.finish(self.slots[from], -code);
+                    failed = true;
+                    from += 1;
+                }
+                None => return Err(error),
+            }
+        }
+        Ok(failed)
+    }
+
+    /// Takes the events that are there.
+    fn reap(&mut self, table: &mut Table) -> io::Result<u64> {
+        let mut counter = [0; 8];
+        match rustix::io::read(&self.ready, &mut counter) {
+            Ok(_) => {}
+            // Nothing has happened.
+            Err(rustix::io::Errno::AGAIN) => return Ok(1),
+            Err(error) => return Err(error.into()),
+        }
+        let none = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the kernel writes at most as many events as there is room for.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context,
+                0,
+                self.events.len(),
+                self.events.as_mut_ptr(),
+                &raw const none,
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // CAST: at most the number of events there is room for, which is all that are under way.
+        let count = result as usize;
+        self.under_way -= count.min(self.under_way);
+        for event in &self.events[..count] {
+            let result = i32::try_from(event.result).unwrap_or(-libc::EIO);
+            // CAST: it was made from an index.
+            table.finish(event.data as usize, result);
+        }
+        Ok(2)
+    }
+}
+
+impl Drop for Aio {
+    fn drop(&mut self) {
+        // SAFETY: the context is ours; the call waits for what is under way.
+        let result = unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
+        debug_assert!(result == 0);
+    }
+}

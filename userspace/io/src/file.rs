@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An image: transfers of any length at any offset, whatever the file asks for.
+
+use crate::{Data, Errno, Gate, Io, Op};
+use rustix::fs::{fcntl_getfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+
+/// Attempts at a transfer that the system asks to repeat.
+const ATTEMPTS: u32 = 1000;
+/// Bytes written at once where zeroes have to be.
+const ZEROES: usize = 1 << 20;
+
+/// What transfers have to be multiples of, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Align {
+    /// Addresses of memory.
+    pub memory: usize,
+    /// Offsets in the file, and lengths of pieces.
+    pub offset: usize,
+}
+
+/// What an image is locked against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// Others may read it, nobody may write it.
+    Read,
+    /// Nobody else may use it.
+    Write,
+}
+
+/// An open file or block device. All transfers are complete or fail: short ones are continued,
+/// interrupted ones repeated, and those that the file cannot do because of their alignment go
+/// through memory of our own. A write of a part of a block reads the block first; no other write
+/// happens meanwhile.
+#[derive(Clone, Debug)]
+pub struct File {
+    io: Io,
+    fd: Rc<OwnedFd>,
+    align: Align,
+    is_device: bool,
+    gate: Gate,
+}
+
+impl File {
+    /// Transfers on `fd` by `io`. Nothing is read.
+    pub fn new(io: &Io, fd: OwnedFd) -> io::Result<Self> {
+        let kind = FileType::from_raw_mode(fstat(&fd)?.st_mode);
+        let is_device = match kind {
+            FileType::RegularFile => false,
+            FileType::BlockDevice => true,
+            _ => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "it is neither a regular file nor a block device",
+                ))
+            }
+        };
+        let align = alignment(&fd, is_device)?;
+        Ok(Self {
+            io: io.clone(),
+            fd: Rc::new(fd),
+            align,
+            is_device,
+            gate: Gate::default(),
+        })
+    }
+
+    /// Pretends that the file asks for more than it does: for tests.
+    #[must_use]
+    pub fn with_align(mut self, align: Align) -> Self {
+        self.align = align;
+        self
+    }
+
+    /// What transfers have to be multiples of to be done without a copy.
+    pub fn align(&self) -> Align {
+        self.align
+    }
+
+    /// It is a block device.
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// Transfers go past the page cache.
+    pub fn is_direct(&self) -> io::Result<bool> {
+        Ok(fcntl_getfl(&self.fd)?.contains(OFlags::DIRECT))
+    }
+
+    /// It may be written.
+    pub fn is_writable(&self) -> io::Result<bool> {
+        Ok(fcntl_getfl(&self.fd)?.contains(OFlags::RDWR))
+    }
+
+    /// Bytes, now.
+    pub fn size(&self) -> io::Result<u64> {
+        if self.is_device {
+            return Ok(seek(&self.fd, SeekFrom::End(0))?);
+        }
+        // CAST: a size is not negative.
+        Ok(fstat(&self.fd)?.st_size as u64)
+    }
+
+    /// Bytes of a logical and of a physical block. Those of a file are what its file system uses
+    /// for direct I/O; any multiple of 512 can be transferred in any case.
+    pub fn blocks(&self) -> io::Result<(u32, u32)> {
+        if self.is_device {
+            let logical = ioctl_blksszget(&self.fd)?;
+            return Ok((logical, ioctl_blkpbszget(&self.fd)?.max(logical)));
+        }
+        let physical = u32::try_from(self.align.offset).unwrap_or(4096);
+        Ok((512, physical.clamp(512, 4096)))
+    }
+
+    /// Locks the whole image on this open file description: the lock is over when the last copy of
+    /// the descriptor is closed *and* its last I/O is over, in whatever process they are. That is
+    /// what proves that a process that died writes no more. `WouldBlock` if somebody has it.
+    pub fn lock(&self, kind: LockKind) -> io::Result<()> {
+        // SAFETY: zeroes are valid in all fields.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        // CAST: the constants are small.
+        lock.l_type = match kind {
+            LockKind::Read => libc::F_RDLCK,
+            LockKind::Write => libc::F_WRLCK,
+        } as libc::c_short;
+        lock.l_whence = libc::SEEK_SET as libc::c_short;
+        let place = &raw const lock;
+        // SAFETY: the call reads the structure.
+        let result = unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_OFD_SETLK, place) };
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Reads all of `data` from `offset` on. What ends before that is [`Errno::IO`].
+    pub async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let length = data.len();
+        if self.is_aligned(offset, &data) {
+            return exact(self.read_some(offset, data).await?, length);
+        }
+        let (from, bounce) = self.around(offset, length)?;
+        let lead = lead(offset, from);
+        let got = self.read_some(from, bounce.clone()).await?;
+        if got < lead + length {
+            return Err(Errno::IO);
+        }
+        bounce.part(lead, length).copy_to(&data, 0);
+        Ok(())
+    }
+
+    /// Writes all of `data` from `offset` on.
+    pub async fn write(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        if self.align.offset <= 512 && self.is_aligned(offset, &data) {
+            return self.write_all(offset, data).await;
+        }
+        let block = self.align.offset as u64;
+        if offset % block == 0 && data.len() as u64 % block == 0 {
+            let _pass = self.gate.shared().await;
+            let data = match self.is_aligned(offset, &data) {
+                true => data,
+                false => {
+                    let bounce = Data::zeroed(data.len())?;
+                    data.copy_to(&bounce, 0);
+                    bounce
+                }
+            };
+            return self.write_all(offset, data).await;
+        }
+        let _pass = self.gate.alone().await;
+        let (from, bounce) = self.around(offset, data.len())?;
+        // What is behind the end of the file stays zero.
+        self.read_some(from, bounce.clone()).await?;
+        data.copy_to(&bounce, lead(offset, from));
+        self.write_all(from, bounce).await
+    }
+
+    /// Makes durable what was written.
+    pub async fn flush(&self) -> Result<(), Errno> {
+        self.repeat(|| Op::Sync {
+            file: self.fd.clone(),
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Forgets a range: makes a hole, or tells the device. [`Errno::OPNOTSUPP`] if that is not
+    /// possible.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let file = || self.fd.clone();
+        let _pass = self.gate.shared().await;
+        self.repeat(|| match self.is_device {
+            true => Op::Discard {
+                file: file(),
+                offset,
+                len,
+            },
+            false => Op::Zero {
+                file: file(),
+                offset,
+                len,
+                hole: true,
+            },
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Makes a range read as zeroes, with as little writing as the file system allows.
+    pub async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let pass = self.gate.shared().await;
+        let quick = self.repeat(|| Op::Zero {
+            file: self.fd.clone(),
+            offset,
+            len,
+            hole: false,
+        });
+        match quick.await {
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {}
+            result => return result.map(drop),
+        }
+        drop(pass);
+        let zeroes = Data::zeroed(ZEROES)?;
+        let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
+        let mut at = offset;
+        while at < end {
+            // CAST: bounded by the size of the buffer.
+            let count = (end - at).min(ZEROES as u64) as usize;
+            self.write(at, zeroes.part(0, count)).await?;
+            at += count as u64;
+        }
+        Ok(())
+    }
+
+    fn is_aligned(&self, offset: u64, data: &Data) -> bool {
+        let block = self.align.offset;
+        offset % block as u64 == 0 && data.is_aligned(self.align.memory, block)
+    }
+
+    /// The blocks that hold a range: where they begin, and memory for them.
+    fn around(&self, offset: u64, len: usize) -> Result<(u64, Data), Errno> {
+        let block = self.align.offset as u64;
+        let from = offset - offset % block;
+        let end = offset.checked_add(len as u64).ok_or(Errno::INVAL)?;
+        let end = end.checked_next_multiple_of(block).ok_or(Errno::INVAL)?;
+        let length = usize::try_from(end - from).map_err(|_| Errno::INVAL)?;
+        Ok((from, Data::zeroed(length)?))
+    }
+
+    /// Reads until `data` is full or the file ends; returns the number of bytes.
+    async fn read_some(&self, offset: u64, data: Data) -> Result<usize, Errno> {
+        let mut done = 0;
+        while done < data.len() {
+            let count = self
+                .repeat(|| Op::Read {
+                    file: self.fd.clone(),
+                    offset: offset + done as u64,
+                    data: data.part(done, data.len() - done),
+                })
+                .await? as usize;
+            if count == 0 {
+                break;
+            }
+            done += count;
+            // The rest of a direct transfer that ends within a block would be refused.
+            if done % self.align.offset != 0 {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    async fn write_all(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < data.len() {
+            let count = self
+                .repeat(|| Op::Write {
+                    file: self.fd.clone(),
+                    offset: offset + done as u64,
+                    data: data.part(done, data.len() - done),
+                })
+                .await? as usize;
+            if count == 0 {
+                return Err(Errno::IO);
+            }
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// Executes an operation, again if the system asks for it.
+    async fn repeat(&self, op: impl Fn() -> Op) -> Result<u32, Errno> {
+        let mut attempts = 0;
+        loop {
+            match self.io.submit(op()).await {
+                Err(Errno::INTR | Errno::AGAIN) if attempts < ATTEMPTS => attempts += 1,
+                result => return result,
+            }
+        }
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn exact(got: usize, wanted: usize) -> Result<(), Errno> {
+    if got == wanted {
+        Ok(())
+    } else {
+        Err(Errno::IO)
+    }
+}
+
+/// Bytes of a block before the range.
+fn lead(offset: u64, from: u64) -> usize {
+    // CAST: less than a block.
+    (offset - from) as usize
+}
+
+/// What the file says of itself; where it says nothing, what works everywhere.
+fn alignment(fd: &OwnedFd, is_device: bool) -> io::Result<Align> {
+    if !fcntl_getfl(fd)?.contains(OFlags::DIRECT) {
+        return Ok(Align {
+            memory: 1,
+            offset: 1,
+        });
+    }
+    let stat = statx(
+        fd,
+        c"",
+        AtFlags::EMPTY_PATH,
+        StatxFlags::from_bits_retain(DIOALIGN),
+    );
+    if let Ok(stat) = stat {
+        let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+        let is_sane = |align: u32| align.is_power_of_two() && align <= 1 << 16;
+        if is_sane(memory) && is_sane(offset) {
+            return Ok(Align {
+                memory: memory as usize,
+                offset: offset as usize,
+            });
+        }
+    }
+    let block = match is_device {
+        true => ioctl_blksszget(fd)? as usize,
+        false => 4096,
+    };
+    Ok(Align {
+        memory: block,
+        offset: block,
+    })
+}
+
+/// `STATX_DIOALIGN`.
+const DIOALIGN: u32 = 0x2000;

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Asynchronous I/O on images.
+//!
+//! [`Runtime`] is what one thread needs: an [`Executor`] that polls futures, and an [`Io`] that
+//! carries out their operations by `io_uring`, Linux AIO or plain calls ([`Engine`]). All of a
+//! process' work is done by [`Runtime::turn`]: poll what is ready, hand the operations over in one
+//! system call, and wake who waits for those that are done.
+//!
+//! Memory is a [`Region`], and what an operation reads into or writes from is [`Data`]: pieces of a
+//! region. No reference to its bytes is ever given out, because the kernel, and perhaps another
+//! process, changes them. The memory of an operation stays until the operation is over, even if the
+//! future that waits for it is dropped.
+//!
+//! [`File`] is an image: it hides short transfers, interrupted calls and alignment.
+
+mod aio;
+mod data;
+mod exec;
+mod file;
+mod gate;
+mod op;
+mod region;
+mod signal;
+mod sync;
+mod table;
+mod uring;
+
+pub use data::Data;
+pub use exec::{Executor, Runtime};
+pub use file::{Align, File, LockKind};
+pub use gate::{Gate, Pass};
+pub use op::{Engine, Io, Op, Pending};
+pub use region::{Access, Region};
+pub use signal::signals;
+
+/// The number of an error, as the kernel says it.
+pub use rustix::io::Errno;

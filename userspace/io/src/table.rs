@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The operations that are not over yet, whichever engine carries them out.
+//!
+//! A slot belongs to its operation until the engine has said the result *and* nobody waits for it
+//! any more. So what an engine points to is never reused under it.
+
+use crate::Op;
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::task::Waker;
+
+#[derive(Debug)]
+enum State {
+    /// Not over; who waits for it, if somebody does.
+    Busy(Option<Waker>),
+    /// Not over, and nobody waits.
+    Detached,
+    /// Over, with this result.
+    Done(i32),
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: State,
+    op: Op,
+    /// Handed over to the engine.
+    started: bool,
+    cancel: bool,
+    /// For the kernel, which may look at it until the operation is over. Its content is on the
+    /// heap: the slot may move.
+    vector: Vec<libc::iovec>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+    /// To be handed over, in order.
+    queue: VecDeque<usize>,
+    /// To be cancelled at the engine.
+    cancels: Vec<usize>,
+    busy: usize,
+    transfers: usize,
+}
+
+fn is_transfer(op: &Op) -> bool {
+    !matches!(op, Op::Ready { .. } | Op::Command { .. })
+}
+
+impl Table {
+    pub(crate) fn insert(&mut self, op: Op) -> usize {
+        self.busy += 1;
+        self.transfers += usize::from(is_transfer(&op));
+        let slot = Slot {
+            state: State::Busy(None),
+            vector: vector(&op),
+            op,
+            started: false,
+            cancel: false,
+        };
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                self.slots.push(None);
+                self.slots.len() - 1
+            }
+        };
+        self.slots[index] = Some(slot);
+        self.queue.push_back(index);
+        index
+    }
+
+    /// The result, if it is there; the slot is free then.
+    pub(crate) fn poll(&mut self, index: usize, waker: &Waker) -> Option<i32> {
+        let slot = self.slots[index].as_mut()?;
+        match &mut slot.state {
+            State::Done(result) => {
+                let result = *result;
+                self.release(index);
+                Some(result)
+            }
+            State::Busy(waiter) => {
+                match waiter {
+                    Some(old) => old.clone_from(waker),
+                    None => *waiter = Some(waker.clone()),
+                }
+                None
+            }
+            State::Detached => unreachable!("who waits for a slot has not detached it"),
+        }
+    }
+
+    /// Nobody waits any more.
+    pub(crate) fn detach(&mut self, index: usize) {
+        let Some(slot) = self.slots[index].as_mut() else {
+            return;
+        };
+        match slot.state {
+            State::Done(_) => self.release(index),
+            _ => {
+                slot.state = State::Detached;
+                // Nothing is lost if it never happens, and its descriptor can be closed.
+                if matches!(slot.op, Op::Ready { .. }) {
+                    self.cancel(index);
+                }
+            }
+        }
+    }
+
+    /// Asks for an early end.
+    pub(crate) fn cancel(&mut self, index: usize) {
+        if let Some(slot) = self.slots[index].as_mut() {
+            if !slot.cancel && !matches!(slot.state, State::Done(_)) {
+                slot.cancel = true;
+                self.cancels.push(index);
+            }
+        }
+    }
+
+    /// The operations whose early end was asked for and that are not over. Those that the engine
+    /// has not seen end at once.
+    pub(crate) fn take_cancels(&mut self) -> Vec<usize> {
+        let mut started = Vec::new();
+        for index in std::mem::take(&mut self.cancels) {
+            let Some(slot) = self.slots[index].as_ref().filter(|slot| slot.cancel) else {
+                continue;
+            };
+            if slot.started {
+                started.push(index);
+            } else {
+                self.queue.retain(|queued| *queued != index);
+                self.finish(index, -libc::ECANCELED);
+            }
+        }
+        started
+    }
+
+    /// The engine says the result. Wakes who waits.
+    pub(crate) fn finish(&mut self, index: usize, result: i32) {
+        let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else {
+            return;
+        };
+        if matches!(slot.state, State::Done(_)) {
+            return;
+        }
+        self.busy -= 1;
+        self.transfers -= usize::from(is_transfer(&slot.op));
+        match std::mem::replace(&mut slot.state, State::Done(result)) {
+            State::Busy(Some(waker)) => waker.wake(),
+            State::Detached => self.release(index),
+            _ => {}
+        }
+    }
+
+    fn release(&mut self, index: usize) {
+        self.slots[index] = None;
+        self.free.push(index);
+    }
+
+    /// The next one to hand over.
+    pub(crate) fn next_queued(&mut self) -> Option<usize> {
+        self.queue.pop_front()
+    }
+
+    /// It could not be handed over now: it stays the next one.
+    pub(crate) fn unqueue(&mut self, index: usize) {
+        self.queue.push_front(index);
+        if let Some(slot) = self.slots[index].as_mut() {
+            slot.started = false;
+        }
+    }
+
+    /// The operation that is handed over now, with its vector.
+    pub(crate) fn start(&mut self, index: usize) -> Option<(&Op, &[libc::iovec])> {
+        let slot = self.slots[index].as_mut()?;
+        slot.started = true;
+        Some((&slot.op, &slot.vector))
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.busy == 0
+    }
+
+    pub(crate) fn has_queued(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    pub(crate) fn transfers(&self) -> usize {
+        self.transfers
+    }
+
+    /// Operations are under way that cannot be begun a second time.
+    pub(crate) fn has_transfers(&self) -> bool {
+        self.busy_slots()
+            .any(|(_, slot)| !matches!(slot.op, Op::Ready { .. }))
+    }
+
+    /// Everything that waits for a descriptor is to be handed over again, to another engine.
+    pub(crate) fn queue_all_ready(&mut self) {
+        self.queue = (0..self.slots.len())
+            .filter(|index| {
+                self.slots[*index]
+                    .as_ref()
+                    .is_some_and(|slot| !matches!(slot.state, State::Done(_)))
+            })
+            .collect();
+        for slot in self.slots.iter_mut().flatten() {
+            slot.started = false;
+        }
+    }
+
+    /// What waits for a descriptor: for engines that `poll`.
+    pub(crate) fn waiting(
+        &self,
+    ) -> impl Iterator<Item = (usize, std::os::fd::BorrowedFd<'_>, bool)> {
+        self.busy_slots()
+            .filter_map(|(index, slot)| match &slot.op {
+                Op::Ready { fd, write } => Some((index, fd.as_fd(), *write)),
+                _ => None,
+            })
+    }
+
+    fn busy_slots(&self) -> impl Iterator<Item = (usize, &Slot)> {
+        self.slots.iter().enumerate().filter_map(|(index, slot)| {
+            let slot = slot.as_ref()?;
+            (!matches!(slot.state, State::Done(_))).then_some((index, slot))
+        })
+    }
+}
+
+/// Where the data of an operation is.
+fn vector(op: &Op) -> Vec<libc::iovec> {
+    match op {
+        Op::Read { data, .. } | Op::Write { data, .. } => data
+            .pieces()
+            .iter()
+            .map(|piece| libc::iovec {
+                iov_base: data.region().place(piece.at, piece.len).cast(),
+                iov_len: piece.len,
+            })
+            .collect(),
+        _ => Vec::new(),
+    }
+}

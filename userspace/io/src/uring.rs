@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Operations by `io_uring`.
+//!
+//! What keeps the entries valid: an operation owns its descriptors and its memory, and stays in the
+//! table, at its slot, until its completion has been taken. The vectors of a slot are not changed
+//! meanwhile. The ring is dropped after everything was cancelled and waited for.
+
+use crate::data::Piece;
+use crate::table::Table;
+use crate::{Op, Region};
+use io_uring::register::Restriction;
+use io_uring::{cqueue, opcode, squeue, types, IoUring};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+
+/// Entries of the submission queue; more operations wait in the table.
+const ENTRIES: u32 = 256;
+/// Completions of cancellations carry this: they name no slot.
+const NOBODY: u64 = u64::MAX;
+/// `BLOCK_URING_CMD_DISCARD` of the kernel: `_IO(0x12, 0)`.
+const DISCARD: u32 = 0x1200;
+/// The largest piece that one fixed read or write may have.
+const MAX_LEN: usize = 1 << 30;
+
+/// What a ring accepts once it is enabled: nothing that opens, connects or executes, so that a ring
+/// in a sandbox is no way around it.
+const OPERATIONS: &[u8] = &[
+    opcode::Nop::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
+    opcode::UringCmd16::CODE,
+];
+/// `IORING_REGISTER_BUFFERS`, `IORING_UNREGISTER_BUFFERS`.
+const REGISTRATIONS: &[u8] = &[0, 1];
+
+pub(crate) struct Uring {
+    ring: IoUring,
+    registered: Option<Rc<Region>>,
+    /// Entries that the kernel has and whose completion was not taken.
+    entered: usize,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring")
+            .field("entered", &self.entered)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Uring {
+    pub(crate) fn new() -> io::Result<Self> {
+        // Completions are made when this thread asks for them, not in the middle of its work.
+        let deferred = IoUring::builder()
+            .dontfork()
+            .setup_r_disabled()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_cqsize(4 * ENTRIES)
+            .build(ENTRIES);
+        let ring = match deferred {
+            // Kernels before 6.1.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+                .dontfork()
+                .setup_r_disabled()
+                .setup_cqsize(4 * ENTRIES)
+                .build(ENTRIES)?,
+            other => other?,
+        };
+        let operations = OPERATIONS.iter().map(|code| Restriction::sqe_op(*code));
+        let registrations = REGISTRATIONS
+            .iter()
+            .map(|code| Restriction::register_op(*code));
+        let mut rules: Vec<Restriction> = operations.chain(registrations).collect();
+        ring.submitter().register_restrictions(&mut rules)?;
+        ring.submitter().register_enable_rings()?;
+        if !ring.params().is_feature_nodrop() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(Self {
+            ring,
+            registered: None,
+            entered: 0,
+        })
+    }
+
+    /// Pins the pages of a region, so that single reads and writes need not.
+    pub(crate) fn register(&mut self, region: Option<&Rc<Region>>) -> io::Result<bool> {
+        if self.registered.take().is_some() {
+            self.ring.submitter().unregister_buffers()?;
+        }
+        let Some(region) = region else {
+            return Ok(false);
+        };
+        let all = libc::iovec {
+            iov_base: region.place(0, region.len()).cast(),
+            iov_len: region.len(),
+        };
+        // SAFETY: the memory is a mapping that stays while it is registered: this object holds it
+        // in `registered`, and the kernel has pages of its own pinned in any case.
+        unsafe { self.ring.submitter().register_buffers(&[all]) }?;
+        self.registered = Some(region.clone());
+        Ok(true)
+    }
+
+    /// Returns the number of system calls.
+    pub(crate) fn enter(&mut self, table: &mut Table, wait: bool) -> io::Result<u64> {
+        self.cancel(table)?;
+        let mut calls = 0;
+        loop {
+            self.push(table)?;
+            let done = !self.ring.completion().is_empty();
+            let more = table.has_queued();
+            let want = usize::from(wait && !done && !more && !table.is_idle());
+            if want == 0 && !self.needs_call() {
+                self.reap(table);
+                return Ok(calls);
+            }
+            match self.ring.submitter().submit_and_wait(want) {
+                Ok(_) => {}
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Completions have to be taken first.
+                    Some(libc::EBUSY | libc::EAGAIN) if self.entered > 0 => {}
+                    _ => return Err(error),
+                },
+            }
+            calls += 1;
+            self.reap(table);
+            if !table.has_queued() {
+                return Ok(calls);
+            }
+        }
+    }
+
+    /// Ends everything that is under way: for a change of the engine.
+    pub(crate) fn cancel_all(&mut self, table: &mut Table) -> io::Result<()> {
+        let waiting: Vec<usize> = table.waiting().map(|(index, _, _)| index).collect();
+        self.reap(table);
+        // The completions are not told to the table: what waits is begun again elsewhere.
+        for index in waiting {
+            self.push_entry(cancellation(index))?;
+        }
+        while self.entered > 0 {
+            self.ring.submitter().submit_and_wait(1)?;
+            let count = self.ring.completion().count();
+            self.entered -= count.min(self.entered);
+        }
+        Ok(())
+    }
+
+    /// There is something that only the kernel can do.
+    fn needs_call(&mut self) -> bool {
+        let queue = self.ring.submission();
+        !queue.is_empty() || queue.taskrun() || queue.cq_overflow()
+    }
+
+    fn cancel(&mut self, table: &mut Table) -> io::Result<()> {
+        for index in table.take_cancels() {
+            self.push_entry(cancellation(index))?;
+        }
+        Ok(())
+    }
+
+    /// Puts entries into the queue while there is room.
+    fn push(&mut self, table: &mut Table) -> io::Result<()> {
+        while !self.ring.submission().is_full() {
+            let Some(index) = table.next_queued() else {
+                break;
+            };
+            if let Some((op, vector)) = table.start(index) {
+                let entry = entry(op, vector, self.registered.as_ref());
+                self.push_entry(entry.user_data(index as u64))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn push_entry(&mut self, entry: squeue::Entry) -> io::Result<()> {
+        if self.ring.submission().is_full() {
+            self.ring.submitter().submit()?;
+        }
+        // SAFETY: what the entry points to is owned by the operation, which the table keeps until
+        // the completion is taken.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.map_err(|_| io::Error::from(io::ErrorKind::ResourceBusy))?;
+        self.entered += 1;
+        Ok(())
+    }
+
+    fn reap(&mut self, table: &mut Table) {
+        let entered = &mut self.entered;
+        self.ring.completion().for_each(|entry: cqueue::Entry| {
+            *entered = entered.saturating_sub(1);
+            if entry.user_data() != NOBODY {
+                // CAST: it was made from an index.
+                table.finish(entry.user_data() as usize, entry.result());
+            }
+        });
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel cancels what is under way when the ring is closed, but only some time later;
+        // the memory of those operations goes when this returns.
+        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+        let mut left = self.entered;
+        if left == 0 || self.push_entry(cancel.user_data(NOBODY)).is_err() {
+            return;
+        }
+        left += 1;
+        while left > 0 && self.ring.submitter().submit_and_wait(1).is_ok() {
+            left = left.saturating_sub(self.ring.completion().count());
+        }
+    }
+}
+
+fn cancellation(index: usize) -> squeue::Entry {
+    opcode::AsyncCancel::new(index as u64)
+        .build()
+        .user_data(NOBODY)
+}
+
+fn entry(op: &Op, vector: &[libc::iovec], registered: Option<&Rc<Region>>) -> squeue::Entry {
+    match op {
+        Op::Read { file, offset, data } => {
+            let fd = types::Fd(file.as_raw_fd());
+            match (data.pieces(), registered) {
+                ([piece], Some(region)) if is_fixed(piece, data.region(), region) => {
+                    let place = data.region().place(piece.at, piece.len);
+                    // CAST: `is_fixed` bounds it.
+                    opcode::ReadFixed::new(fd, place, piece.len as u32, 0)
+                        .offset(*offset)
+                        .build()
+                }
+                _ => {
+                    // CAST: data has at most a few hundred pieces.
+                    opcode::Readv::new(fd, vector.as_ptr(), vector.len() as u32)
+                        .offset(*offset)
+                        .build()
+                }
+            }
+        }
+        Op::Write { file, offset, data } => {
+            let fd = types::Fd(file.as_raw_fd());
+            match (data.pieces(), registered) {
+                ([piece], Some(region)) if is_fixed(piece, data.region(), region) => {
+                    let place = data.region().place(piece.at, piece.len).cast_const();
+                    // CAST: `is_fixed` bounds it.
+                    opcode::WriteFixed::new(fd, place, piece.len as u32, 0)
+                        .offset(*offset)
+                        .build()
+                }
+                _ => {
+                    // CAST: data has at most a few hundred pieces.
+                    opcode::Writev::new(fd, vector.as_ptr(), vector.len() as u32)
+                        .offset(*offset)
+                        .build()
+                }
+            }
+        }
+        Op::Sync { file } => opcode::Fsync::new(types::Fd(file.as_raw_fd()))
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+        Op::Zero {
+            file,
+            offset,
+            len,
+            hole,
+        } => opcode::Fallocate::new(types::Fd(file.as_raw_fd()), *len)
+            .offset(*offset)
+            .mode(crate::sync::zero_mode(*hole))
+            .build(),
+        Op::Discard { file, offset, len } => {
+            let mut argument = [0; 16];
+            argument[..8].copy_from_slice(&len.to_ne_bytes());
+            opcode::UringCmd16::new(types::Fd(file.as_raw_fd()), DISCARD)
+                .addr(Some(*offset))
+                .cmd(argument)
+                .build()
+        }
+        Op::Ready { fd, write } => {
+            let events = if *write { libc::POLLOUT } else { libc::POLLIN };
+            // CAST: the constants are small.
+            opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events as u32).build()
+        }
+        Op::Command {
+            fd,
+            number,
+            argument,
+            ..
+        } => opcode::UringCmd16::new(types::Fd(fd.as_raw_fd()), *number)
+            .cmd(*argument)
+            .build(),
+    }
+}
+
+fn is_fixed(piece: &Piece, region: &Rc<Region>, registered: &Rc<Region>) -> bool {
+    Rc::ptr_eq(region, registered) && piece.len <= MAX_LEN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Uring;
+    use io_uring::{opcode, types};
+
+    /// A ring that a sandboxed process has may not be a way to open files.
+    #[test]
+    fn ring_refuses_to_open_a_file() {
+        let mut uring = Uring::new().unwrap();
+        let entry = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build();
+        uring.push_entry(entry).unwrap();
+        uring.ring.submitter().submit_and_wait(1).unwrap();
+        let result = uring.ring.completion().next().unwrap().result();
+        uring.entered -= 1;
+        assert_eq!(result, -libc::EACCES);
+    }
+}
