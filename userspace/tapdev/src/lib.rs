@@ -1,9 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The kernel's interface for disks that a process serves, as safe calls.
 //!
-//! [`control`] makes nodes and takes them away, for a supervisor.
+//! [`control`] makes nodes and takes them away, for a supervisor. [`Tap`] is the node of one disk as
+//! the process sees it that serves the disk: it takes requests, whose data is in memory that is
+//! shared with the kernel, and commits them. What the kernel says is checked all the same: a
+//! mistake there must not become one in an image.
 
+mod command;
 pub mod control;
+#[cfg(feature = "fake")]
+pub mod fake;
+mod node;
+mod params;
+mod request;
+mod tap;
+
+pub use command::Command;
+pub use node::{KernelNode, Node};
+pub use params::records;
+pub use request::{Kind, Malformed, Request};
+pub use ring::tap::params::{Discard, Params};
+pub use tap::Tap;
 
 pub use ring::tap::abi;
 

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk whose kernel side and guest are in the same process, over the kernel's own shadow.
+//!
+//! [`Fake`] is the kernel and the guest; [`Fake::open`] is what a process opens. The process
+//! "dies" when that is dropped.
+
+use crate::Node;
+use diskio::{Access, Region};
+use ring::response::Status;
+use ring::tap::abi::{self, Completion, Desc, Info, Segment};
+use ring::tap::params::Params;
+use ring::tap::shadow::{Op, Request, Shadow};
+use ring::tap::table::Entry;
+use rustix::event::{eventfd, EventfdFlags};
+use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+use rustix::io::{pread, pwrite, read, write};
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use zerocopy::IntoBytes;
+
+/// Bytes of a request at most.
+pub const SLOT: usize = 64 << 10;
+/// Segments of a request at most; its bytes are in so many pieces, which are not in order.
+const SEGMENTS: usize = 16;
+const PIECE: usize = SLOT / SEGMENTS;
+
+/// The kernel's side of a disk, and its guest. Copies are the same disk; they may be in any thread.
+#[derive(Clone, Debug)]
+pub struct Fake(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    state: Mutex<State>,
+    changed: Condvar,
+    descriptors: OwnedFd,
+    arena: OwnedFd,
+    /// Readable while something can be fetched.
+    ready: OwnedFd,
+}
+
+#[derive(Debug)]
+struct State {
+    shadow: Shadow<Vec<Entry>>,
+    params: Option<Params>,
+    free: Vec<u16>,
+    answers: HashMap<u16, Status>,
+    malformed: u64,
+    clock: u64,
+}
+
+impl Fake {
+    /// A disk with so many tags.
+    pub fn new(tags: u16) -> io::Result<Self> {
+        let memory = |name: &str, bytes: usize| -> io::Result<OwnedFd> {
+            let fd = memfd_create(name, MemfdFlags::CLOEXEC)?;
+            ftruncate(&fd, bytes as u64)?;
+            Ok(fd)
+        };
+        let count = usize::from(tags);
+        let state = State {
+            shadow: Shadow::new(vec![Entry::FREE; count]),
+            params: None,
+            free: (0..tags).rev().collect(),
+            answers: HashMap::new(),
+            malformed: 0,
+            clock: 1,
+        };
+        Ok(Self(Arc::new(Inner {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            descriptors: memory("descriptors", descriptors_len(tags))?,
+            arena: memory("arena", count * SLOT)?,
+            ready: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })))
+    }
+
+    /// A process opens the node.
+    pub fn open(&self) -> io::Result<FakeNode> {
+        let epoch = self
+            .lock()
+            .shadow
+            .opened()
+            .map_err(|_| io::ErrorKind::ResourceBusy)?;
+        Ok(FakeNode {
+            disk: self.clone(),
+            epoch,
+            ready: Rc::new(self.0.ready.try_clone()?),
+        })
+    }
+
+    /// The process that is gone has no I/O under way any more.
+    pub fn fence(&self) {
+        self.lock().shadow.fenced();
+        self.0.changed.notify_all();
+    }
+
+    /// The disk as the process described it, once it has.
+    pub fn wait_for_params(&self) -> Params {
+        let mut state = self.lock();
+        loop {
+            if let Some(params) = state.params {
+                return params;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    /// Waits until the kernel's side is as `until` says.
+    pub fn wait_for(&self, until: impl Fn(&Info) -> bool) -> Info {
+        let mut state = self.lock();
+        loop {
+            let info = self.describe(&state);
+            if until(&info) {
+                return info;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    /// The guest sends a request; waits for a free tag first. `bytes` is what a write writes, and
+    /// how much a read reads. Returns what to ask for the answer with.
+    ///
+    /// # Panics
+    ///
+    /// If the request is larger than [`SLOT`], or not whole sectors.
+    pub fn send(&self, op: Op, sector: u64, bytes: &[u8], fua: bool) -> io::Result<u16> {
+        self.post(
+            Request {
+                op,
+                preflush: false,
+                fua,
+                sector,
+                sectors: (bytes.len() / 512) as u64,
+                segments: 0,
+            },
+            bytes,
+        )
+    }
+
+    /// As [`send`](Self::send), for operations that have a range and no data.
+    pub fn send_range(&self, op: Op, sector: u64, sectors: u64) -> io::Result<u16> {
+        let request = Request {
+            op,
+            preflush: false,
+            fua: false,
+            sector,
+            sectors,
+            segments: 0,
+        };
+        self.post(request, &[])
+    }
+
+    fn post(&self, mut request: Request, bytes: &[u8]) -> io::Result<u16> {
+        assert!(bytes.len() <= SLOT && bytes.len() % 512 == 0);
+        let mut state = self.lock();
+        let tag = loop {
+            match state.free.pop() {
+                Some(tag) => break tag,
+                None => state = self.wait(state),
+            }
+        };
+        let pieces: Vec<Segment> = pieces(tag, bytes.len()).collect();
+        request.segments = pieces.len() as u16;
+        let mut rest = bytes;
+        for piece in &pieces {
+            let (head, tail) = rest.split_at(piece.len as usize);
+            pwrite(&self.0.arena, head, u64::from(piece.offset))?;
+            rest = tail;
+        }
+        let at = segments_offset_of(tag, self.tags());
+        pwrite(&self.0.descriptors, pieces.as_bytes(), at as u64)?;
+        state.clock += 1;
+        let now = state.clock;
+        state
+            .shadow
+            .post(tag, 0, &request, now)
+            .expect("a free tag takes a request");
+        self.signal(&mut state)?;
+        Ok(tag)
+    }
+
+    /// Waits for the answer of a request; the first `len` bytes of its data come along. The tag is
+    /// free then.
+    pub fn answer(&self, tag: u16, len: usize) -> io::Result<(Status, Vec<u8>)> {
+        let mut state = self.lock();
+        let status = loop {
+            if let Some(status) = state.answers.remove(&tag) {
+                break status;
+            }
+            state = self.wait(state);
+        };
+        let mut bytes = vec![0; len];
+        let mut rest = bytes.as_mut_slice();
+        for piece in pieces(tag, len) {
+            let (head, tail) = rest.split_at_mut(piece.len as usize);
+            pread(&self.0.arena, head, u64::from(piece.offset))?;
+            rest = tail;
+        }
+        state.free.push(tag);
+        self.0.changed.notify_all();
+        Ok((status, bytes))
+    }
+
+    /// Completions that were not well formed.
+    pub fn malformed(&self) -> u64 {
+        self.lock().malformed
+    }
+
+    /// What the kernel's side is now.
+    pub fn info(&self) -> Info {
+        self.describe(&self.lock())
+    }
+
+    fn tags(&self) -> u16 {
+        // CAST: it was made with a number of this type; the state is not locked for it.
+        (self.arena_len() / SLOT) as u16
+    }
+
+    fn arena_len(&self) -> usize {
+        rustix::fs::fstat(&self.0.arena).map_or(0, |stat| stat.st_size as usize)
+    }
+
+    fn describe(&self, state: &State) -> Info {
+        let mut info = Info {
+            version: abi::VERSION,
+            max_segments: SEGMENTS as u32,
+            descriptors_len: descriptors_len(self.tags()) as u64,
+            segments_offset: segments_offset(self.tags()) as u64,
+            arena_len: self.arena_len() as u64,
+            domain: u32::MAX,
+            device: u32::MAX,
+            sectors: state.params.map_or(0, |params| params.sectors),
+            ..Info::default()
+        };
+        state.shadow.describe(&mut info, state.clock);
+        info
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that panics is a process that dies: the state stays whole.
+        self.0
+            .state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn wait<'g>(&self, state: MutexGuard<'g, State>) -> MutexGuard<'g, State> {
+        let woken = self.0.changed.wait(state);
+        woken.unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Makes the descriptor say whether something can be fetched.
+    fn signal(&self, state: &mut State) -> io::Result<()> {
+        let mut counter = [0; 8];
+        if state.shadow.has_deliverable() {
+            write(&self.0.ready, &1_u64.to_ne_bytes())?;
+        } else if let Err(error) = read(&self.0.ready, &mut counter) {
+            if error != rustix::io::Errno::AGAIN {
+                return Err(error.into());
+            }
+        }
+        self.0.changed.notify_all();
+        Ok(())
+    }
+}
+
+/// The node as a process has it.
+#[derive(Debug)]
+pub struct FakeNode {
+    disk: Fake,
+    epoch: u64,
+    ready: Rc<OwnedFd>,
+}
+
+impl Node for FakeNode {
+    fn info(&self) -> io::Result<Info> {
+        Ok(self.disk.info())
+    }
+
+    fn map(&self, info: &Info) -> io::Result<(Region, Region)> {
+        let inner = &self.disk.0;
+        let map = |fd: &OwnedFd, len: u64, access| Region::map(fd.as_fd(), 0, len as usize, access);
+        Ok((
+            map(&inner.descriptors, info.descriptors_len, Access::Read)?,
+            map(&inner.arena, info.arena_len, Access::Write)?,
+        ))
+    }
+
+    fn set_params(&self, records: &[u8]) -> io::Result<()> {
+        let params = Params::parse(records).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut state = self.disk.lock();
+        if state.params.is_some_and(|old| !old.may_become(&params)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.params = Some(params);
+        self.disk.0.changed.notify_all();
+        Ok(())
+    }
+
+    fn start(&self) -> io::Result<()> {
+        let mut state = self.disk.lock();
+        if state.params.is_none() || !state.shadow.started(self.epoch) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.disk.signal(&mut state)
+    }
+
+    fn exchange(&self, commits: &[Completion], tags: &mut [u16]) -> io::Result<usize> {
+        let mut state = self.disk.lock();
+        for completion in commits {
+            match completion.check() {
+                Ok(commit) => drop(state.shadow.commit(self.epoch, &commit)),
+                Err(_) => state.malformed += 1,
+            }
+        }
+        let mut answers = Vec::new();
+        state
+            .shadow
+            .reap(0, usize::MAX, |tag, status| answers.push((tag, status)));
+        state.answers.extend(answers);
+        let now = state.clock;
+        let (mut count, mut failed) = (0, Ok(0));
+        let _ = state
+            .shadow
+            .deliver(self.epoch, tags.len(), now, |tag, desc| {
+                let at = usize::from(tag) * size_of::<Desc>();
+                let written = pwrite(&self.disk.0.descriptors, desc.as_bytes(), at as u64);
+                failed = failed.and(written);
+                tags[count] = tag;
+                count += 1;
+            });
+        failed?;
+        self.disk.signal(&mut state)?;
+        Ok(count)
+    }
+
+    fn fd(&self) -> &Rc<OwnedFd> {
+        &self.ready
+    }
+}
+
+impl Drop for FakeNode {
+    fn drop(&mut self) {
+        self.disk.lock().shadow.closed();
+        self.disk.0.changed.notify_all();
+    }
+}
+
+/// Where the first `len` bytes of a request are: the last piece of its slot comes first.
+fn pieces(tag: u16, len: usize) -> impl Iterator<Item = Segment> {
+    let slot = usize::from(tag) * SLOT;
+    (0..len.div_ceil(PIECE)).map(move |number| Segment {
+        // CAST: an arena is smaller than 4 GiB.
+        offset: (slot + (SEGMENTS - 1 - number) * PIECE) as u32,
+        len: (len - number * PIECE).min(PIECE) as u32,
+    })
+}
+
+fn segments_offset(tags: u16) -> usize {
+    usize::from(tags) * size_of::<Desc>()
+}
+
+fn segments_offset_of(tag: u16, tags: u16) -> usize {
+    segments_offset(tags) + usize::from(tag) * SEGMENTS * size_of::<Segment>()
+}
+
+fn descriptors_len(tags: u16) -> usize {
+    segments_offset_of(tags, tags).next_multiple_of(4096)
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A request of the guest, checked.
+
+use diskio::{Data, Errno};
+use ring::tap::abi::{self, Completion};
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Read into the data.
+    Read,
+    /// Write from the data.
+    Write,
+    /// Make durable what was answered.
+    Flush,
+    /// Forget a range.
+    Discard {
+        /// The content must not be recoverable.
+        secure: bool,
+    },
+    /// Make a range read as zeroes.
+    WriteZeroes,
+}
+
+/// A request. It must be committed once ([`done`](Self::done)), and its data not be used then.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What to do.
+    pub kind: Kind,
+    /// Where on the disk, in bytes.
+    pub offset: u64,
+    /// Bytes; 0 for a flush.
+    pub len: u64,
+    /// Where the bytes are, for reads and writes.
+    pub data: Option<Data>,
+    /// What was answered before must be durable first.
+    pub preflush: bool,
+    /// It must be durable when it is committed.
+    pub fua: bool,
+    /// An earlier process may have executed it already, in whole or in part.
+    pub replay: bool,
+    /// When it arrived in the kernel: nanoseconds of `CLOCK_MONOTONIC`.
+    pub arrived_ns: u64,
+    pub(crate) tag: u16,
+    pub(crate) generation: u32,
+}
+
+impl Request {
+    /// What to commit.
+    pub fn done(&self, result: Result<(), Errno>) -> Completion {
+        completion(self.tag, self.generation, result)
+    }
+
+    /// What to commit if it was not executed and is to be delivered again.
+    pub fn returned(&self) -> Completion {
+        Completion {
+            tag: self.tag,
+            flags: abi::COMPLETION_RETURNED,
+            generation: self.generation,
+            ..Completion::default()
+        }
+    }
+}
+
+/// A request that makes no sense, which can only be a mistake of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// What is wrong with it.
+    pub what: &'static str,
+    /// What to commit: an error.
+    pub completion: Completion,
+}
+
+fn completion(tag: u16, generation: u32, result: Result<(), Errno>) -> Completion {
+    Completion {
+        tag,
+        flags: 0,
+        generation,
+        result: result.map_or_else(|error| -error.raw_os_error(), |()| 0),
+        reserved: 0,
+    }
+}
+
+/// Checks what the kernel says of `tag`; `data` finds the pieces of a number of segments.
+pub(crate) fn check(
+    tag: u16,
+    desc: &abi::Desc,
+    data: impl FnOnce(u16) -> Option<Data>,
+) -> Result<Request, Malformed> {
+    let malformed = |what| Malformed {
+        what,
+        completion: completion(tag, desc.generation, Err(Errno::INVAL)),
+    };
+    let kind = match desc.op {
+        abi::OP_READ => Kind::Read,
+        abi::OP_WRITE => Kind::Write,
+        abi::OP_FLUSH => Kind::Flush,
+        abi::OP_DISCARD => Kind::Discard { secure: false },
+        abi::OP_SECURE_DISCARD => Kind::Discard { secure: true },
+        abi::OP_WRITE_ZEROES => Kind::WriteZeroes,
+        _ => return Err(malformed("it asks for something unknown")),
+    };
+    if desc.tag != tag {
+        return Err(malformed("its descriptor is that of another one"));
+    }
+    let end = desc.sector.checked_add(desc.sectors);
+    if end.is_none_or(|end| end > ring::tap::params::MAX_SECTORS) {
+        return Err(malformed("its range is not on any disk"));
+    }
+    let len = desc.sectors << 9;
+    let data = match kind {
+        Kind::Read | Kind::Write => {
+            let data =
+                data(desc.segments).ok_or_else(|| malformed("its data is not in the arena"))?;
+            if data.len() as u64 != len {
+                return Err(malformed("its data is not as long as its range"));
+            }
+            Some(data)
+        }
+        _ => None,
+    };
+    Ok(Request {
+        kind,
+        offset: desc.sector << 9,
+        len,
+        data,
+        preflush: desc.flags & abi::DESC_PREFLUSH != 0,
+        fua: desc.flags & abi::DESC_FUA != 0,
+        replay: desc.flags & abi::DESC_REPLAY != 0,
+        arrived_ns: desc.arrived_ns,
+        tag,
+        generation: desc.generation,
+    })
+}

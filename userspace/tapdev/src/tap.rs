@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A node with its areas.
+
+use crate::request::{self, Malformed, Request};
+use crate::{records, Node, Params};
+use diskio::{Data, Region};
+use ring::tap::abi::{self, Completion, Desc, Info, Segment};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use zerocopy::transmute;
+
+/// A node, open and mapped.
+#[derive(Debug)]
+pub struct Tap {
+    node: Box<dyn Node>,
+    info: Info,
+    descriptors: Region,
+    arena: Rc<Region>,
+}
+
+impl Tap {
+    /// Maps the areas of a node.
+    ///
+    /// # Errors
+    /// As the kernel says; [`io::ErrorKind::InvalidData`] if what it says makes no sense, or if it
+    /// speaks another version.
+    pub fn open(node: impl Node + 'static) -> io::Result<Self> {
+        let info = node.info()?;
+        check(&info).map_err(|what| io::Error::new(io::ErrorKind::InvalidData, what))?;
+        let (descriptors, arena) = node.map(&info)?;
+        Ok(Self {
+            node: Box::new(node),
+            info,
+            descriptors,
+            arena: Rc::new(arena),
+        })
+    }
+
+    /// What the node was when it was opened.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// What the node is now.
+    pub fn look(&self) -> io::Result<Info> {
+        self.node.info()
+    }
+
+    /// The memory that holds the data of requests.
+    pub fn arena(&self) -> &Rc<Region> {
+        &self.arena
+    }
+
+    /// Can be read while there is something to fetch; takes a [`Command`](crate::Command) if
+    /// [`has_commands`](Self::has_commands).
+    pub fn fd(&self) -> &Rc<OwnedFd> {
+        self.node.fd()
+    }
+
+    /// The node understands the exchange as a command of `io_uring`.
+    pub fn has_commands(&self) -> bool {
+        self.info.features & abi::FEATURE_URING_CMD != 0
+    }
+
+    /// Describes the disk; once it is started only the size may change.
+    pub fn describe(&self, params: &Params) -> io::Result<()> {
+        self.node.set_params(&records(params))
+    }
+
+    /// Asks for requests from now on.
+    pub fn start(&self) -> io::Result<()> {
+        self.node.start()
+    }
+
+    /// Commits, then fetches as many tags as there is room for, without waiting. Returns how many
+    /// it fetched.
+    pub fn exchange(&self, commits: &[Completion], tags: &mut [u16]) -> io::Result<usize> {
+        let room = tags.len();
+        Ok(self.node.exchange(commits, tags)?.min(room))
+    }
+
+    /// The request behind a tag that was fetched.
+    pub fn request(&self, tag: u16) -> Result<Request, Malformed> {
+        let mut bytes = [0; size_of::<Desc>()];
+        if u32::from(tag) < self.info.tags {
+            self.descriptors
+                .read(usize::from(tag) * size_of::<Desc>(), &mut bytes);
+        }
+        let desc: Desc = transmute!(bytes);
+        request::check(tag, &desc, |count| self.data(tag, count))
+    }
+
+    /// The pieces of the arena that the first `count` segments of a tag name.
+    fn data(&self, tag: u16, count: u16) -> Option<Data> {
+        let stride = self.info.max_segments as usize;
+        if u32::from(tag) >= self.info.tags || usize::from(count) > stride {
+            return None;
+        }
+        // `check` has found the whole table inside of the area.
+        let table =
+            self.info.segments_offset as usize + usize::from(tag) * stride * size_of::<Segment>();
+        let segments = (0..usize::from(count)).map(|number| {
+            let mut bytes = [0; size_of::<Segment>()];
+            self.descriptors
+                .read(table + number * size_of::<Segment>(), &mut bytes);
+            let segment: Segment = transmute!(bytes);
+            (segment.offset as usize, segment.len as usize)
+        });
+        Data::new(&self.arena, segments)
+    }
+}
+
+/// Everything that an index is computed from later is inside of the areas.
+fn check(info: &Info) -> Result<(), &'static str> {
+    if info.version != abi::VERSION {
+        return Err("the kernel module speaks another version of the interface: use a tapdisk of its release");
+    }
+    let table = u64::from(info.tags) * u64::from(info.max_segments) * size_of::<Segment>() as u64;
+    let end = info.segments_offset.checked_add(table);
+    let descs = u64::from(info.tags) * size_of::<Desc>() as u64;
+    let fits = (1..=abi::MAX_TAGS).contains(&info.tags)
+        && (1..=u32::from(abi::MAX_SEGMENTS)).contains(&info.max_segments)
+        && descs <= info.descriptors_len
+        && end.is_some_and(|end| end <= info.descriptors_len)
+        && (1..=u64::from(u32::MAX)).contains(&info.arena_len)
+        && info.descriptors_len <= u64::from(u32::MAX);
+    if fits {
+        Ok(())
+    } else {
+        Err("the kernel module describes a node whose areas do not hold what they should")
+    }
+}
