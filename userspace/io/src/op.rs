@@ -6,6 +6,10 @@ use crate::sync;
 use crate::table::Table;
 use crate::uring::Uring;
 use crate::{Data, Errno, Region};
+use rustix::time::{
+    timerfd_create, timerfd_settime, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags,
+    Timespec,
+};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
@@ -13,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 /// One operation. It keeps what it works on.
 #[derive(Clone, Debug)]
@@ -212,6 +217,22 @@ impl Io {
             write: true,
         };
         self.submit(op).await.map(drop)
+    }
+
+    /// Waits for some time.
+    pub async fn sleep(&self, time: Duration) -> Result<(), Errno> {
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
+        let none = Timespec::default();
+        // A time of zero would be no timer at all.
+        let time =
+            Timespec::try_from(time.max(Duration::from_nanos(1))).map_err(|_| Errno::INVAL)?;
+        let timer = Rc::new(timer);
+        let once = Itimerspec {
+            it_interval: none,
+            it_value: time,
+        };
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once)?;
+        self.readable(&timer).await
     }
 
     /// Hands over everything that was submitted and takes what is done; with `wait`, sleeps until

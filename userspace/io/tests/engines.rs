@@ -6,12 +6,13 @@ use diskio::{Align, Data, Engine, Errno, File, LockKind, Op, Region, Runtime};
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::fs;
-use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
 const O_DIRECT: i32 = libc::O_DIRECT;
@@ -407,6 +408,37 @@ fn command_to_what_knows_none_is_refused() {
             .unwrap();
         assert_eq!(result, Err(Errno::OPNOTSUPP), "{engine:?}");
     }
+}
+
+#[test]
+fn time_passes_while_others_work() {
+    for engine in ENGINES {
+        let runtime = runtime(engine);
+        let order = Rc::new(RefCell::new(Vec::new()));
+        for millis in [30, 10, 0] {
+            let (io, order) = (runtime.io.clone(), order.clone());
+            runtime.tasks.spawn(async move {
+                io.sleep(Duration::from_millis(millis)).await.unwrap();
+                order.borrow_mut().push(millis);
+            });
+        }
+        let start = Instant::now();
+        runtime.finish().unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(30));
+        assert_eq!(*order.borrow(), [0, 10, 30], "{engine:?}");
+    }
+}
+
+#[test]
+fn inherited_descriptor_is_copied() {
+    let (mut a, b) = UnixStream::pair().unwrap();
+    let copy = diskio::inherited(b.as_raw_fd()).unwrap();
+    drop(b);
+    a.write_all(b"x").unwrap();
+    let mut byte = [0];
+    UnixStream::from(copy).read_exact(&mut byte).unwrap();
+    assert!(diskio::inherited(-1).is_err());
+    assert!(diskio::inherited(1 << 30).is_err());
 }
 
 #[test]

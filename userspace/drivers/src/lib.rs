@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod disk;
+mod driver;
+mod null;
+mod open;
+mod ram;
+mod raw;
+
+pub use disk::Disk;
+pub use diskio::{Data, Errno, File, Io};
+pub use driver::{Driver, Extent, Shape};
+pub use null::Null;
+pub use open::open;
+pub use ram::Ram;
+pub use raw::Raw;

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `null`: nothing, to measure what everything else costs.
+
+use crate::{Driver, Shape};
+use control::Failure;
+use diskio::{Data, Errno};
+
+/// A disk that reads as zeroes and forgets what is written.
+#[derive(Debug)]
+pub struct Null {
+    size: u64,
+}
+
+impl Null {
+    /// A disk of `size` bytes.
+    pub fn new(size: u64) -> Self {
+        Self { size }
+    }
+}
+
+impl Driver for Null {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        Ok(Shape {
+            size: self.size,
+            logical_block: 512,
+            physical_block: 512,
+            discard: Some(512),
+            write_cache: false,
+        })
+    }
+
+    async fn read(&self, _offset: u64, data: Data) -> Result<(), Errno> {
+        data.fill(0, data.len(), 0);
+        Ok(())
+    }
+
+    async fn write(&self, _offset: u64, _data: Data) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    async fn discard(&self, _offset: u64, _len: u64) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    async fn write_zeroes(&self, _offset: u64, _len: u64) -> Result<(), Errno> {
+        Ok(())
+    }
+}

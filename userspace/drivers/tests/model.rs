@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Every driver does to its image what a vector of bytes in memory does to itself, also when
+//! requests run at the same time, and when each is executed twice.
+
+use control::tapdisk::Open;
+use control::{Code, Driver as Name};
+use diskio::{Data, Engine, Errno, Runtime};
+use drivers::{open, Disk, Extent, Shape};
+use proptest::prelude::*;
+use std::cell::RefCell;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+const SECTORS: u64 = 320;
+const SIZE: u64 = SECTORS * 512;
+
+/// A driver and the engine that its image is used with.
+const DISKS: [(Name, Engine); 4] = [
+    (Name::Aio, Engine::Uring),
+    (Name::Aio, Engine::Aio),
+    (Name::Sync, Engine::Sync),
+    (Name::Ram, Engine::Sync),
+];
+
+/// A folder on the file system of the build, which can do direct I/O.
+fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// A file that is `size` bytes long.
+fn image(name: Name, size: u64) -> tempfile::NamedTempFile {
+    let prefix = format!("{name}-");
+    let file = tempfile::Builder::new()
+        .prefix(&prefix)
+        .tempfile_in(folder())
+        .unwrap();
+    file.as_file().set_len(size).unwrap();
+    file
+}
+
+fn descriptor(name: Name, file: &tempfile::NamedTempFile) -> OwnedFd {
+    let flags = if name == Name::Aio { libc::O_DIRECT } else { 0 };
+    let mut options = fs::File::options();
+    options.read(true).write(true).custom_flags(flags);
+    let file = options.open(file.path());
+    file.expect("the file system of the build can do direct I/O")
+        .into()
+}
+
+fn request(name: Name, file: &tempfile::NamedTempFile) -> Open {
+    let target = match name.has_image() {
+        true => format!("{name}:{}", file.path().display()),
+        false => format!("{name}:{SIZE}"),
+    };
+    Open::new(target.parse().unwrap())
+}
+
+fn try_open(
+    runtime: &Runtime,
+    name: Name,
+    file: &tempfile::NamedTempFile,
+    what: Open,
+) -> Result<(Disk, Shape), control::Failure> {
+    let io = runtime.io.clone();
+    let image = name.has_image().then(|| descriptor(name, file));
+    runtime
+        .block_on(async move { open(&io, &what, image).await })
+        .unwrap()
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Read(u64, u64),
+    Write(u64, u64, u8),
+    Zeroes(u64, u64),
+    Discard(u64, u64),
+    Flush,
+}
+
+impl Step {
+    fn range(&self) -> Option<(u64, u64)> {
+        match *self {
+            Self::Read(at, n)
+            | Self::Write(at, n, _)
+            | Self::Zeroes(at, n)
+            | Self::Discard(at, n) => Some((at, n)),
+            Self::Flush => None,
+        }
+    }
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let range = || (0..SECTORS, 1..=160_u64).prop_map(|(at, n)| (at, n.min(SECTORS - at)));
+    prop_oneof![
+        4 => range().prop_map(|(at, n)| Step::Read(at, n)),
+        4 => (range(), 1_u8..).prop_map(|((at, n), byte)| Step::Write(at, n, byte)),
+        1 => range().prop_map(|(at, n)| Step::Zeroes(at, n)),
+        1 => range().prop_map(|(at, n)| Step::Discard(at, n)),
+        1 => Just(Step::Flush),
+    ]
+}
+
+fn bytes(sectors: u64, byte: u8) -> Vec<u8> {
+    (0..sectors * 512)
+        .map(|at| byte ^ (at / 512) as u8)
+        .collect()
+}
+
+/// What the steps do to a vector; `read` is called for those that read.
+fn apply(model: &mut [u8], step: &Step) {
+    let Some((at, n)) = step.range() else { return };
+    let range = &mut model[(at * 512) as usize..][..(n * 512) as usize];
+    match step {
+        Step::Write(_, n, byte) => range.copy_from_slice(&bytes(*n, *byte)),
+        Step::Zeroes(..) | Step::Discard(..) => range.fill(0),
+        _ => {}
+    }
+}
+
+async fn execute(disk: &Disk, step: &Step) -> Result<Option<Vec<u8>>, Errno> {
+    match *step {
+        Step::Read(at, n) => {
+            let data = Data::zeroed((n * 512) as usize)?;
+            disk.read(at * 512, data.clone()).await?;
+            return Ok(Some(data.to_vec()));
+        }
+        Step::Write(at, n, byte) => disk.write(at * 512, Data::copied(&bytes(n, byte))?).await?,
+        Step::Zeroes(at, n) => disk.write_zeroes(at * 512, n * 512).await?,
+        Step::Discard(at, n) => disk.discard(at * 512, n * 512).await?,
+        Step::Flush => disk.flush().await?,
+    }
+    Ok(None)
+}
+
+/// Groups of steps of which none overlaps another.
+fn groups(steps: Vec<Step>) -> Vec<Vec<Step>> {
+    let mut groups: Vec<Vec<Step>> = vec![Vec::new()];
+    for step in steps {
+        let last = groups.last().unwrap();
+        let meets = |other: &Step| match (step.range(), other.range()) {
+            (Some((a, n)), Some((b, m))) => a < b + m && b < a + n,
+            _ => false,
+        };
+        if last.iter().any(meets) {
+            groups.push(Vec::new());
+        }
+        groups.last_mut().unwrap().push(step);
+    }
+    groups
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn drivers_agree_with_memory(steps in prop::collection::vec(step(), 1..40), twice: bool) {
+        let groups = groups(steps);
+        for (name, engine) in DISKS {
+            let runtime = Runtime::new();
+            runtime.io.select(engine).unwrap();
+            let file = image(name, SIZE);
+            let (disk, shape) = try_open(&runtime, name, &file, request(name, &file)).unwrap();
+            prop_assert_eq!(shape.size, SIZE);
+            let mut model = vec![0; SIZE as usize];
+            for group in &groups {
+                for step in group {
+                    apply(&mut model, step);
+                }
+                let wrong = Rc::new(RefCell::new(None));
+                for step in group.clone() {
+                    let (disk, wrong) = (disk.clone(), wrong.clone());
+                    let expected = step.range().map(|(at, n)| model[(at * 512) as usize..][..(n * 512) as usize].to_vec());
+                    runtime.tasks.spawn(async move {
+                        for _ in 0..1 + u32::from(twice) {
+                            let got = execute(&disk, &step).await;
+                            if !matches!(&got, Ok(None)) && got != Ok(expected.clone()) {
+                                *wrong.borrow_mut() = Some(step.clone());
+                            }
+                        }
+                    });
+                }
+                runtime.finish().unwrap();
+                prop_assert!(wrong.borrow().is_none(), "{} with {:?}: {:?}", name, engine, wrong.borrow());
+            }
+            let all = Data::zeroed(SIZE as usize).unwrap();
+            let (reader, target) = (disk.clone(), all.clone());
+            runtime.block_on(async move { reader.read(0, target).await }).unwrap().unwrap();
+            prop_assert!(all.to_vec() == model, "{} with {:?}", name, engine);
+            if name.has_image() {
+                prop_assert!(fs::read(file.path()).unwrap() == model, "{} with {:?}", name, engine);
+            }
+        }
+    }
+}
+
+#[test]
+fn shape_of_a_raw_image() {
+    let runtime = Runtime::new();
+    let file = image(Name::Aio, 10 * 4096 + 512 + 100);
+    let (disk, shape) = try_open(&runtime, Name::Aio, &file, request(Name::Aio, &file)).unwrap();
+    assert_eq!(shape.size, 10 * 4096 + 512, "the end is not a whole sector");
+    assert_eq!(shape.logical_block, 512);
+    assert!(
+        shape.write_cache
+            && shape
+                .discard
+                .is_some_and(|unit| unit % shape.logical_block == 0)
+    );
+    let mapped = Extent::Image {
+        offset: 512,
+        len: 1024,
+    };
+    assert_eq!(disk.map(512, 1024), mapped);
+    file.as_file().set_len(1 << 20).unwrap();
+    let size = runtime
+        .block_on(async move { disk.resize().await })
+        .unwrap();
+    assert_eq!(size, Ok(1 << 20));
+}
+
+#[test]
+fn what_may_not_be_written_or_discarded() {
+    let runtime = Runtime::new();
+    let file = image(Name::Aio, 8192);
+    let what = Open {
+        discard: false,
+        ..request(Name::Aio, &file)
+    };
+    let (disk, shape) = try_open(&runtime, Name::Aio, &file, what).unwrap();
+    assert_eq!(shape.discard, None);
+    let result = runtime.block_on(async move { disk.discard(0, 4096).await });
+    assert_eq!(result.unwrap(), Err(Errno::OPNOTSUPP));
+}
+
+#[test]
+fn image_that_cannot_be_served_is_refused() {
+    let runtime = Runtime::new();
+    let empty = image(Name::Aio, 511);
+    let failure = try_open(&runtime, Name::Aio, &empty, request(Name::Aio, &empty)).unwrap_err();
+    assert_eq!(failure.code, Code::Image);
+    let io = runtime.io.clone();
+    let what = request(Name::Aio, &empty);
+    let failure = runtime
+        .block_on(async move { open(&io, &what, None).await })
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(failure.code, Code::Invalid);
+    let file = image(Name::Aio, 4096);
+    let read_only = fs::File::open(file.path()).unwrap().into();
+    let (io, what) = (runtime.io.clone(), request(Name::Aio, &file));
+    let failure = runtime
+        .block_on(async move { open(&io, &what, Some(read_only)).await })
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(failure.code, Code::Invalid);
+}
+
+#[test]
+fn image_has_one_writer_or_many_readers() {
+    let runtime = Runtime::new();
+    let file = image(Name::Aio, 4096);
+    let reading = Open {
+        read_only: true,
+        ..request(Name::Aio, &file)
+    };
+    let sharing = Open {
+        shared: true,
+        ..request(Name::Aio, &file)
+    };
+    let first = try_open(&runtime, Name::Aio, &file, reading.clone()).unwrap();
+    let second = try_open(&runtime, Name::Aio, &file, reading).unwrap();
+    let _ = try_open(&runtime, Name::Aio, &file, sharing).unwrap();
+    drop(first);
+    // The writer waits until the last reader is gone.
+    let readers = Rc::new(RefCell::new(Some(second)));
+    let (gone, io) = (readers.clone(), runtime.io.clone());
+    runtime.tasks.spawn(async move {
+        io.sleep(std::time::Duration::from_millis(20))
+            .await
+            .unwrap();
+        gone.borrow_mut().take();
+    });
+    try_open(&runtime, Name::Aio, &file, request(Name::Aio, &file)).unwrap();
+    assert!(readers.borrow().is_none());
+}
+
+#[test]
+fn memory_of_a_ram_disk_is_what_was_written() {
+    let runtime = Runtime::new();
+    let what = Open::new("ram:1T".parse().unwrap());
+    let io = runtime.io.clone();
+    let used = runtime
+        .block_on(async move {
+            let (disk, shape) = open(&io, &what, None).await.unwrap();
+            assert_eq!(shape.size, 1 << 40);
+            disk.write((1 << 40) - 512, Data::copied(&[1; 512]).unwrap())
+                .await
+                .unwrap();
+            let written = disk.stats()["memory_bytes"];
+            disk.discard(0, 1 << 20).await.unwrap();
+            disk.write_zeroes((1 << 40) - (64 << 10), 64 << 10)
+                .await
+                .unwrap();
+            (written, disk.stats()["memory_bytes"])
+        })
+        .unwrap();
+    assert_eq!(used, (64 << 10, 0));
+}
