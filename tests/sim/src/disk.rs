@@ -15,7 +15,7 @@ use crate::machine::{Fault, Machine, Shared};
 type Bytes = [u8; SECTOR];
 
 #[derive(Debug)]
-struct Running {
+pub(crate) struct Running {
     tag: Tag,
     kind: IoKind,
     sector: u64,
@@ -70,7 +70,7 @@ impl Disk {
         self.pages.contains_key(&tag) || self.running.iter().any(|io| io.tag == tag)
     }
 
-    fn put(&mut self, sector: u64, bytes: Bytes, volatile: bool) {
+    pub(crate) fn put(&mut self, sector: u64, bytes: Bytes, volatile: bool) {
         self.content.insert(sector, bytes);
         self.dirty.insert(sector);
         if !volatile {
@@ -78,7 +78,7 @@ impl Disk {
         }
     }
 
-    fn flush(&mut self, sectors: &[u64]) {
+    pub(crate) fn flush(&mut self, sectors: &[u64]) {
         for sector in sectors {
             if self.dirty.remove(sector) {
                 match self.content.get(sector) {
@@ -87,6 +87,36 @@ impl Disk {
                 };
             }
         }
+    }
+
+    /// Sectors that are in the cache only.
+    pub(crate) fn dirty(&self) -> Vec<u64> {
+        self.dirty.iter().copied().collect()
+    }
+
+    /// The bytes that a read finds; `None` if they are zero.
+    pub(crate) fn bytes(&self, sector: u64) -> Option<Bytes> {
+        self.content.get(&sector).copied()
+    }
+
+    /// Discards a sector.
+    pub(crate) fn forget(&mut self, sector: u64, volatile: bool) {
+        if self.content.remove(&sector).is_some() {
+            self.dirty.insert(sector);
+            if !volatile {
+                self.flush(&[sector]);
+            }
+        }
+    }
+
+    /// Sectors that are not zero.
+    pub(crate) fn sectors(&self) -> impl Iterator<Item = u64> + '_ {
+        self.content.keys().copied()
+    }
+
+    /// The engine has reaped an I/O.
+    pub(crate) fn release(&mut self, tag: Tag) {
+        self.pages.remove(&tag);
     }
 
     /// The sector as a read finds it.
@@ -102,6 +132,9 @@ impl Machine {
             let mut bytes = [0; SECTOR];
             encode(crate::history::value(number, sector), &mut bytes);
             self.disk.put(sector, bytes, false);
+            if let Some(image) = &mut self.tap.ordered {
+                image.insert(sector, bytes);
+            }
         }
         self.history.write(number, 0, start, sectors, false);
         self.history.answered(number, 1, true);
@@ -262,12 +295,8 @@ impl Machine {
     fn discard(&mut self, io: &Running, volatile: bool) {
         let range = io.sector..io.sector + io.sectors;
         let gone: Vec<u64> = self.disk.content.range(range).map(|(s, _)| *s).collect();
-        for sector in &gone {
-            self.disk.content.remove(sector);
-            self.disk.dirty.insert(*sector);
-        }
-        if !volatile {
-            self.disk.flush(&gone);
+        for sector in gone {
+            self.disk.forget(sector, volatile);
         }
     }
 
@@ -278,7 +307,12 @@ impl Machine {
         } else {
             self.clock
         };
-        for sector in self.history.sectors() {
+        self.check_durable_at(self.history.sectors(), since);
+    }
+
+    /// The same for some of the sectors.
+    pub(crate) fn check_durable_at(&mut self, sectors: Vec<u64>, since: u64) {
+        for sector in sectors {
             let found = self
                 .disk
                 .durable
@@ -288,6 +322,22 @@ impl Machine {
                 self.problem(format!("after a power cut: {why}"));
             }
         }
+    }
+
+    /// Takes over an I/O of the engine.
+    pub(crate) fn accept(&mut self, io: &Io<'_>) -> Running {
+        let running = Running {
+            tag: io.tag,
+            kind: io.kind,
+            sector: io.sector,
+            sectors: io.sectors,
+            slices: io.slices().collect(),
+            flushes: self.disk.dirty(),
+        };
+        self.check_io(&running, io.count());
+        let pages = running.slices.iter().map(|s| s.page).collect();
+        self.disk.pages.insert(io.tag, pages);
+        running
     }
 
     /// Checks an I/O as the engine hands it over.
@@ -365,17 +415,7 @@ impl Backend for FakeDisk {
         let mut m = self.machine.borrow_mut();
         m.disk.batches += 1;
         for io in batch {
-            let running = Running {
-                tag: io.tag,
-                kind: io.kind,
-                sector: io.sector,
-                sectors: io.sectors,
-                slices: io.slices().collect(),
-                flushes: m.disk.dirty.iter().copied().collect(),
-            };
-            m.check_io(&running, io.count());
-            let pages = running.slices.iter().map(|s| s.page).collect();
-            m.disk.pages.insert(io.tag, pages);
+            let running = m.accept(&io);
             if m.disk.again == Some(io.tag) {
                 m.disk.again = None;
                 m.disk.done.push((io.tag, Status::Okay));
@@ -394,7 +434,7 @@ impl Backend for FakeDisk {
     fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
         let mut m = self.machine.borrow_mut();
         for (tag, status) in std::mem::take(&mut m.disk.done) {
-            m.disk.pages.remove(&tag);
+            m.disk.release(tag);
             done(tag, status);
         }
     }

@@ -154,6 +154,21 @@ impl Frontend {
         (grant.valid && !(write && grant.read_only)).then_some(Target::Page(index))
     }
 
+    /// Inverts bytes of a page that a request lends, as another CPU of the guest may.
+    pub(crate) fn rewrite(&mut self, gref: u32, range: std::ops::Range<usize>) {
+        let Some(Target::Page(index)) = self.resolve(gref, false) else {
+            return;
+        };
+        let invert = |page: &mut Page| page[range.clone()].iter_mut().for_each(|b| *b = !*b);
+        invert(&mut self.pages[index]);
+        for pending in self.pending.values_mut().flatten() {
+            let pages = pending.pages.iter().zip(&mut pending.before);
+            pages
+                .filter(|(page, _)| **page == index)
+                .for_each(|(_, before)| invert(before));
+        }
+    }
+
     /// Ends every grant of the pages of a request that is not answered.
     pub fn revoke(&mut self, id: u64) {
         for pending in self.pending.get_mut(&id).into_iter().flatten() {

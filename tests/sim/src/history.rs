@@ -68,8 +68,45 @@ pub struct History {
     by_sector: HashMap<u64, Vec<usize>>,
     discards: Vec<usize>,
     by_number: HashMap<u32, usize>,
-    /// What answered reads saw: (time of the answer, time at which the write was issued).
-    seen: HashMap<u64, Vec<(u64, u64)>>,
+    /// What answered reads saw.
+    seen: HashMap<u64, Vec<Seen>>,
+}
+
+/// What an answered read saw.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    issued: u64,
+    answered: u64,
+    value: u64,
+    /// When the write was issued that it saw.
+    write: u64,
+}
+
+/// All accesses that have to do with one value of a sector: its write and the reads that saw it.
+///
+/// The value was there at some time between the first end and the last begin of an access, and
+/// all that time if that end comes before that begin.
+#[derive(Clone, Copy, Debug)]
+struct Cluster {
+    number: u32,
+    first_end: u64,
+    last_begin: u64,
+}
+
+impl Cluster {
+    /// The value was there from the first to the second of these times.
+    fn forward(&self) -> Option<(u64, u64)> {
+        (self.first_end < self.last_begin).then_some((self.first_end, self.last_begin))
+    }
+
+    /// True if both values must have been there at the same time.
+    fn clashes(&self, other: &Self) -> bool {
+        match (self.forward(), other.forward()) {
+            (Some((from, to)), Some((since, until))) => from < until && since < to,
+            (Some((from, to)), None) => from < other.last_begin && other.first_end < to,
+            _ => false,
+        }
+    }
 }
 
 impl History {
@@ -127,8 +164,14 @@ impl History {
         issued: u64,
         answered: u64,
     ) -> Result<(), String> {
-        let saw = self.explain(sector, found, issued, answered)?;
-        self.seen.entry(sector).or_default().push((answered, saw));
+        let write = self.explain(sector, found, issued, answered)?;
+        let seen = self.seen.entry(sector).or_default();
+        seen.push(Seen {
+            issued,
+            answered,
+            value: found.unwrap_or(ZERO),
+            write,
+        });
         Ok(())
     }
 
@@ -146,7 +189,7 @@ impl History {
             .filter(|(w, _)| w.okay && w.answered < issued)
             .map(|(w, _)| w.issued);
         let observed = self.seen.get(&sector).into_iter().flatten();
-        let observed = observed.filter(|(at, _)| *at < issued).map(|(_, saw)| *saw);
+        let observed = observed.filter(|s| s.answered < issued).map(|s| s.write);
         let floor = overwritten.chain(observed).max().unwrap_or(0);
         let matches = |w: &Write, discard: bool| {
             w.wild
@@ -169,6 +212,52 @@ impl History {
         best.ok_or_else(|| {
             format!("sector {sector} read as {found:x?}, which no order of the writes explains")
         })
+    }
+
+    /// Checks all reads of all sectors together: there is one order of all accesses to a sector,
+    /// in which what is over comes before what begins later, and every read sees the write before
+    /// it. Returns what is wrong.
+    ///
+    /// Each value is written once, so an order exists if and only if no two values must have been
+    /// there at the same time. Zeroes are left out: they are written by any discard.
+    pub fn judge(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut sectors = self.sectors();
+        sectors.sort_unstable();
+        for sector in sectors {
+            let clusters = self.clusters(sector);
+            let forward = clusters.iter().filter(|c| c.forward().is_some());
+            for one in forward {
+                let mut others = clusters.iter().filter(|c| c.number != one.number);
+                if let Some(other) = others.find(|other| one.clashes(other)) {
+                    wrong.push(format!(
+                        "sector {sector}: no order of all accesses explains that the writes {} \
+                         and {} were seen as they were",
+                        one.number, other.number
+                    ));
+                    break;
+                }
+            }
+        }
+        wrong
+    }
+
+    fn clusters(&self, sector: u64) -> Vec<Cluster> {
+        let writes = self.by_sector.get(&sector).into_iter().flatten();
+        let writes = writes.map(|i| &self.writes[*i]).filter(|w| !w.wild);
+        let seen = self.seen.get(&sector).map_or(&[][..], |s| &s[..]);
+        writes
+            .map(|write| {
+                let mine = |s: &&Seen| s.value == value(write.number, sector);
+                let end = if write.okay { write.answered } else { NEVER };
+                let reads = || seen.iter().filter(mine);
+                Cluster {
+                    number: write.number,
+                    first_end: reads().map(|s| s.answered).fold(end, u64::min),
+                    last_begin: reads().map(|s| s.issued).fold(write.issued, u64::max),
+                }
+            })
+            .collect()
     }
 
     /// The sectors of which something is known.
@@ -240,6 +329,28 @@ mod tests {
         bytes[511] ^= 1;
         assert_eq!(decode(&bytes), None);
         assert!(history.read(5, None, 31, 40).is_err());
+    }
+
+    #[test]
+    fn values_that_take_turns_are_not_explained_together() {
+        // Two writes at the same time, of which none is over: each read alone can be explained.
+        for (seen, wrong) in [
+            (&[1, 2, 1][..], true),
+            (&[1, 2, 2], false),
+            (&[1, 1, 2], false),
+            (&[2, 1, 1], false),
+            (&[2, 1, 2], true),
+        ] {
+            let mut history = History::default();
+            history.write(1, 1, 5, 1, false);
+            history.write(2, 2, 5, 1, false);
+            for (at, number) in (1u64..).zip(seen) {
+                let read = history.read(5, Some(value(*number, 5)), 10 * at, 10 * at + 1);
+                assert_eq!(read, Ok(()));
+            }
+            assert_eq!(!history.judge().is_empty(), wrong, "{seen:?}");
+        }
+        assert_eq!(two_writes().judge(), Vec::<String>::new());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::history::History;
 use crate::ring::{Accesses, RingMemory};
 use crate::rng::Rng;
 use crate::schedule;
+use crate::tap::Tap;
 
 /// The machine as its parts share it.
 pub type Shared = Rc<RefCell<Machine>>;
@@ -66,6 +67,22 @@ pub enum Fault {
     StarveFirst,
     /// A completion does not wake the worker.
     SwallowWake,
+    /// Requests of a dead process are delivered again while its I/O is running.
+    SkipFence,
+    /// A process writes the first sector of a write once more, later.
+    ExecuteTwice,
+    /// The shadow is told another place than that of the request.
+    HideRanges,
+    /// A process keeps what is written in its own memory.
+    PrivateCache,
+    /// A process takes it that its predecessor has executed a write.
+    SkipReplay,
+    /// The guest's pages are copied again before a request is delivered again.
+    RereadGuest,
+    /// An old completion is taken for a new one.
+    TrustStale,
+    /// A process that sleeps is not told of requests.
+    LeaveAsleep,
 }
 
 /// What is fixed for a case.
@@ -166,6 +183,8 @@ pub struct Machine {
     pub front: Frontend,
     /// The disk.
     pub disk: Disk,
+    /// The disk's process, if it is served by one.
+    pub tap: Tap,
     /// The host's pages and mappings.
     pub host: Host,
     /// What the guest saw.
@@ -192,6 +211,7 @@ impl Machine {
         Self {
             front: Frontend::new(ring.size()),
             disk: Disk::default(),
+            tap: Tap::default(),
             host: Host::new(setup.copy_pages),
             history: History::default(),
             ring,
@@ -238,7 +258,7 @@ impl Machine {
                 *left = match fault {
                     _ if !due => *left - 1,
                     // Of flushes at the same time each does the work of the others.
-                    Fault::IgnoreFlush | Fault::StarveFirst => 0,
+                    Fault::IgnoreFlush | Fault::StarveFirst | Fault::HideRanges => 0,
                     _ => 2,
                 };
                 due
@@ -258,7 +278,7 @@ impl Machine {
         self.racing = true;
         match self.rng.below(4) {
             0 => self.consume(),
-            1 => self.disk_step(),
+            1 => self.backend_step(),
             _ => schedule::post_some(self),
         }
         self.racing = false;

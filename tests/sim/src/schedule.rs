@@ -7,8 +7,10 @@ use ring::request::Limits;
 
 use crate::frontend::BAD_GREF;
 use crate::machine::{Fault, Machine, Setup};
+use crate::process::Plan;
 use crate::rng::Rng;
 use crate::spec::{Expect, Gref, Spec};
+use crate::tap::Counts;
 use crate::world::{Storage, World};
 
 /// Sectors at the start of the disk that hold data before the guest comes.
@@ -70,6 +72,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
 /// The guest makes some of its requests and publishes them.
 pub fn post_some(m: &mut Machine) {
     let most = m.rng.pick(&[1u64, 2, 8, 64, 600]);
+    let most = if m.tap.plan.patient { 2 } else { most };
     let count = m.rng.range(1, most);
     for _ in 0..count {
         if m.plan == 0 || !m.front.has_room() {
@@ -313,6 +316,99 @@ pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
     run_setup(setup, &mut rng, fault)
 }
 
+/// Data before the guest comes, what the guest will do, and the planted fault.
+fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
+    let installed = INSTALLED.min(m.setup.limits.sectors);
+    m.install(0xffff_fff0, 0, installed);
+    m.plan = rng.pick(&[10u32, 60, 150, 300]);
+    if m.setup.fifo {
+        // Long enough for somebody to wait too long.
+        m.plan *= 3;
+    }
+    m.hold_percent = rng.pick(&[0u64, 0, 30, 70]);
+    m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
+}
+
+/// A setup of a disk that a process serves: everything is copied, and requests meet often.
+fn served_setup(rng: &mut Rng) -> Setup {
+    let setup = random_setup(rng);
+    let indirect = setup.limits.max_indirect_segments.min(32);
+    let largest = indirect.max(11);
+    Setup {
+        order: rng.pick(&[0u8, 0, 0, 1]),
+        copy_pages: largest * rng.range(1, 4) as u16,
+        map_pages: 0,
+        copy_max_segments: u16::MAX,
+        limits: Limits {
+            sectors: rng.pick(&[64u64, 64, 128, 512, 4096]),
+            read_only: false,
+            max_indirect_segments: indirect,
+            ..setup.limits
+        },
+        fifo: false,
+        hostile: 0,
+        lawless: 0,
+        bad_sectors: 0..0,
+        ..setup
+    }
+}
+
+/// What happened at a disk that a process serves.
+#[derive(Clone, Debug, Default)]
+pub struct Served {
+    /// What is wrong.
+    pub problems: Vec<String>,
+    /// Requests answered.
+    pub answers: u64,
+    /// What the processes did.
+    pub counts: Counts,
+}
+
+/// Runs the case of a seed on a disk that processes serve, with a planted fault if there is one.
+pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
+    let mut rng = Rng::new(seed);
+    let mut setup = served_setup(&mut rng);
+    if plan.patient {
+        setup.race = 0;
+    }
+    if let Some(sectors) = plan.sectors {
+        setup.limits.sectors = sectors;
+    }
+    let mut storage = Storage::new(&setup);
+    let start = 0u32.wrapping_sub(rng.below(64) as u32);
+    let queue = rng.below(3) as u16;
+    let seed = rng.bits();
+    let plan = Plan {
+        enabled: true,
+        fetch: rng.pick(&[1usize, 4, 32]),
+        ..*plan
+    };
+    let mut world = World::served(&mut storage, setup, plan, queue, seed, start);
+    {
+        let mut m = world.machine.borrow_mut();
+        prepare(&mut m, &mut rng, fault);
+        m.plan = rng.pick(&[20u32, 60, 120]);
+    }
+    world.run();
+    world.close();
+    let mut problems = world.verdict();
+    let mut m = world.machine.borrow_mut();
+    let mut info = ring::tap::abi::Info::default();
+    m.tap.shadow.describe(&mut info, 0);
+    m.tap.counts.replayed = info.replayed;
+    if info.refused != m.tap.counts.refused {
+        problems.push(format!("{info:?} and {:?}", m.tap.counts));
+    }
+    if info.waiting + info.delivered > 0 {
+        problems.push(format!("all is answered, but {info:?}"));
+    }
+    Served {
+        problems,
+        answers: m.front.answers.len() as u64,
+        counts: m.tap.counts,
+    }
+}
+
 /// Runs a random load on a setup.
 pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
     let mut storage = Storage::new(&setup);
@@ -323,18 +419,7 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         0
     };
     let mut world = World::attached_at(&mut storage, setup, rng.bits(), start);
-    {
-        let mut m = world.machine.borrow_mut();
-        let installed = INSTALLED.min(m.setup.limits.sectors);
-        m.install(0xffff_fff0, 0, installed);
-        m.plan = rng.pick(&[10u32, 60, 150, 300]);
-        if m.setup.fifo {
-            // Long enough for somebody to wait too long.
-            m.plan *= 3;
-        }
-        m.hold_percent = rng.pick(&[0u64, 0, 30, 70]);
-        m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
-    }
+    prepare(&mut world.machine.borrow_mut(), rng, fault);
     let machine = world.machine.clone();
     let (stats, broken);
     // A planted fault gets its chance to do harm.

@@ -5,16 +5,18 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use blkback::engine::{Config, Engine, Pass, SegmentEntry, Slot};
+use blkback::engine::{Backend, Config, Engine, Pass, SegmentEntry, Slot};
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
 use crate::disk::FakeDisk;
 use crate::grants::FakeGrants;
 use crate::machine::{Fault, Machine, Setup, Shared};
+use crate::process::Plan;
 use crate::ring::FakeRing;
 use crate::schedule;
 use crate::spec::Spec;
+use crate::tap::{Tap, TapBackend};
 
 /// The memory that a connection reserves.
 #[derive(Debug)]
@@ -37,11 +39,11 @@ impl Storage {
 
 /// The engine in its machine.
 #[derive(Debug)]
-pub struct World<'a> {
+pub struct World<'a, B = FakeDisk> {
     /// Everything around the engine.
     pub machine: Shared,
     /// The engine.
-    pub engine: Engine<'a, FakeRing, FakeGrants, FakeDisk>,
+    pub engine: Engine<'a, FakeRing, FakeGrants, B>,
     /// What the last pass said.
     pub last: Pass,
     awake: bool,
@@ -58,6 +60,38 @@ impl<'a> World<'a> {
 
     /// The same on a ring whose indices are at `index`.
     pub fn attached_at(storage: &'a mut Storage, setup: Setup, seed: u64, index: u32) -> Self {
+        Self::with(storage, setup, seed, index, |machine| {
+            FakeDisk::new(machine.clone())
+        })
+    }
+}
+
+impl<'a> World<'a, TapBackend> {
+    /// The same with a disk that a process serves, for the frontend's queue number `queue`.
+    pub fn served(
+        storage: &'a mut Storage,
+        setup: Setup,
+        plan: Plan,
+        queue: u16,
+        seed: u64,
+        index: u32,
+    ) -> Self {
+        Self::with(storage, setup, seed, index, |machine| {
+            let mut m = machine.borrow_mut();
+            m.tap = Tap::new(m.ring.size(), queue, plan);
+            TapBackend::new(machine.clone())
+        })
+    }
+}
+
+impl<'a, B: Backend> World<'a, B> {
+    fn with(
+        storage: &'a mut Storage,
+        setup: Setup,
+        seed: u64,
+        index: u32,
+        backend: impl FnOnce(&Shared) -> B,
+    ) -> Self {
         let mut machine = Machine::new(setup.clone(), seed);
         machine.front.start_at(index);
         machine.taken = index;
@@ -71,7 +105,7 @@ impl<'a> World<'a> {
         let engine = Engine::new(
             ring,
             FakeGrants::new(machine.clone()),
-            FakeDisk::new(machine.clone()),
+            backend(&machine),
             &mut storage.slots,
             &mut storage.entries,
             setup.copy_pages,
@@ -200,11 +234,12 @@ impl<'a> World<'a> {
                 }
                 return;
             }
-            if !pass.again && m.disk.running() == 0 && !m.disk.has_completions() {
+            let results = m.disk.has_completions() || m.tap.has_results();
+            if !pass.again && !m.backend_busy() && !results {
                 m.problem(format!("{left} requests keep the queue from closing"));
                 return;
             }
-            m.disk_step();
+            m.backend_step();
         }
         self.machine
             .borrow_mut()
@@ -250,6 +285,11 @@ impl<'a> World<'a> {
         if !m.setup.limits.flush {
             let now = m.clock;
             m.check_durable(now);
+        }
+        m.check_content();
+        m.check_order();
+        for what in m.history.judge() {
+            m.problem(what);
         }
         std::mem::take(&mut m.problems)
     }
@@ -297,7 +337,7 @@ fn at_rest(m: &mut Machine, broken: bool) {
 
 /// Complains if the worker sleeps with work left and nothing on its way to wake it.
 fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
-    if m.disk.running() > 0 || broken || m.hosed || m.is_misleading() {
+    if m.backend_busy() || broken || m.hosed || m.is_misleading() {
         return;
     }
     let waiting = m.front.pushed().wrapping_sub(m.taken);
@@ -319,15 +359,15 @@ fn step(m: &mut Machine) -> bool {
             n += 1;
         }
     };
-    choice(m.disk.running() > 0, 0);
+    choice(m.backend_busy(), 0);
     choice(m.front.interrupt || (lawless && m.front.unseen() > 0), 1);
-    choice(m.plan > 0 && m.front.has_room(), 2);
+    choice(m.plan > 0 && m.front.has_room() && !m.waits(), 2);
     choice(lawless && m.is_misleading(), 3);
     if n == 0 {
         return false;
     }
     match choices[m.rng.index(n)] {
-        0 => m.disk_step(),
+        0 => m.backend_step(),
         1 => m.consume(),
         2 => schedule::post_some(m),
         _ => m.set_right(),

@@ -1,0 +1,671 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Processes that serve a disk: they execute in any order, die at any point and leave I/O behind,
+//! hang, and say what is not true.
+
+use std::collections::BTreeMap;
+
+use ring::tap::abi::{
+    Completion, Desc, Segment, COMPLETION_RETURNED, DESC_FUA, DESC_PREFLUSH, DESC_REPLAY, OP_FLUSH,
+    OP_READ, OP_WRITE, STATE_FENCING, STATE_IDLE, STATE_OPEN, STATE_RECOVERING,
+};
+use ring::tap::shadow::{Committed, Op};
+
+use crate::history::SECTOR;
+use crate::machine::{Fault, Machine};
+use crate::tap::Bytes;
+
+/// When a process dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// At any time.
+    Any,
+    /// With nothing to do.
+    Idle,
+    /// With requests of which none is started.
+    Unstarted,
+    /// With requests that are executed and not committed.
+    Executed,
+    /// With I/O that is running.
+    Running,
+    /// With two writes of the same sectors that are not committed, one of them delivered.
+    Overlapping,
+    /// With a flush.
+    Flush,
+    /// With a write that must be durable when it is done.
+    Fua,
+    /// With a discard.
+    Discard,
+    /// With a request that an earlier process had.
+    Replay,
+}
+
+/// What may happen; chances are in a hundred of the steps of the process.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// The disk is served by a process.
+    pub enabled: bool,
+    /// Processes that may die.
+    pub deaths: u32,
+    /// When.
+    pub moment: Moment,
+    /// Chance to die, at the right moment.
+    pub death: u64,
+    /// Chance to hang; who hangs is killed.
+    pub hang: u64,
+    /// Chance to say something that is not true.
+    pub lies: u64,
+    /// Chance to return a request.
+    pub returns: u64,
+    /// Chance that the guest rewrites the pages of a write that is in work.
+    pub rewrite: u64,
+    /// Chance that what waits fails while there is no process.
+    pub fail: u64,
+    /// Most requests that a process asks for at once.
+    pub fetch: usize,
+    /// The guest makes new requests only when all are answered.
+    pub patient: bool,
+    /// What overlaps may be executed in any order, as far as the guest cannot know.
+    pub any_order: bool,
+    /// Chance that a process keeps a write that is executed for a while before it says so.
+    pub hoard: u64,
+    /// Size of the disk, if it is not left to chance.
+    pub sectors: Option<u64>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            deaths: 0,
+            moment: Moment::Any,
+            death: 0,
+            hang: 0,
+            lies: 0,
+            returns: 0,
+            rewrite: 0,
+            fail: 0,
+            fetch: 8,
+            patient: false,
+            any_order: false,
+            hoard: 0,
+            sectors: None,
+        }
+    }
+}
+
+/// A request as a process has it.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    pub(crate) desc: Desc,
+    pub(crate) segments: Vec<Segment>,
+    /// Its I/O was given to the store.
+    started: bool,
+    /// Sectors that are transferred.
+    landed: u64,
+    done: bool,
+    /// What a flush makes durable: what was in the cache when it started.
+    flushes: Vec<u64>,
+}
+
+/// A process.
+#[derive(Debug)]
+pub(crate) struct Process {
+    epoch: u64,
+    jobs: Vec<Job>,
+    awake: bool,
+    hung: bool,
+    /// Writes that a faulty process keeps to itself.
+    cache: BTreeMap<u64, Bytes>,
+}
+
+/// Completions that were true once, and I/O that a faulty process does again.
+#[derive(Debug, Default)]
+pub(crate) struct Words {
+    old: Vec<(u64, Completion)>,
+    echoes: Vec<(u64, Bytes)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    Open,
+    Start,
+    Fetch,
+    Begin(usize),
+    Land(usize),
+    Commit(usize),
+    Return(usize),
+    Lie,
+    Die,
+    Hang,
+    Haunt(usize),
+    Exorcise(usize),
+    Fence,
+    Fail,
+    Echo,
+    Rewrite,
+}
+
+impl Act {
+    /// True for what nobody who is alive does.
+    fn is_late(self) -> bool {
+        matches!(self, Act::Haunt(_) | Act::Exorcise(_) | Act::Echo)
+    }
+}
+
+fn completion(desc: &Desc) -> Completion {
+    Completion {
+        tag: desc.tag,
+        generation: desc.generation,
+        ..Completion::default()
+    }
+}
+
+impl Machine {
+    /// True if something can happen at the side of the disk.
+    pub fn backend_busy(&self) -> bool {
+        if self.tap.plan.enabled {
+            !self.acts().is_empty()
+        } else {
+            self.disk.running() > 0
+        }
+    }
+
+    /// Something happens at the side of the disk.
+    pub fn backend_step(&mut self) {
+        if self.tap.plan.enabled {
+            let mut acts = self.acts();
+            // What is late is later than most.
+            let prompt = acts.iter().any(|act| !act.is_late());
+            if prompt && self.rng.percent(90) {
+                acts.retain(|act| !act.is_late());
+            }
+            if !acts.is_empty() {
+                let act = self.rng.pick(&acts);
+                self.act(act);
+            }
+        } else {
+            self.disk_step();
+        }
+    }
+
+    /// What a process does of its own will, and what happens to it.
+    fn acts(&self) -> Vec<Act> {
+        let (tap, mut acts) = (&self.tap, Vec::new());
+        for (at, _) in tap.ghosts.iter().enumerate() {
+            acts.extend([Act::Haunt(at), Act::Haunt(at), Act::Exorcise(at)]);
+        }
+        acts.extend(tap.words.echoes.iter().map(|_| Act::Echo));
+        let state = tap.shadow.state();
+        if state == STATE_FENCING {
+            let over = tap.ghosts.is_empty();
+            let planted = matches!(self.fault, Some((Fault::SkipFence, 0)));
+            acts.extend((over || planted).then_some(Act::Fence));
+        }
+        let waits = tap.shadow.waiting() > 0;
+        if [STATE_IDLE, STATE_RECOVERING].contains(&state) && waits {
+            acts.push(Act::Open);
+            acts.extend((tap.plan.fail > 0).then_some(Act::Fail));
+        }
+        let Some(process) = &tap.process else {
+            return acts;
+        };
+        if process.hung {
+            return vec![Act::Die];
+        }
+        if state == STATE_OPEN {
+            acts.push(Act::Start);
+            return acts;
+        }
+        acts.extend(process.awake.then_some(Act::Fetch));
+        for (at, job) in process.jobs.iter().enumerate() {
+            acts.push(match (job.started, job.done) {
+                (false, _) => Act::Begin(at),
+                (true, false) => Act::Land(at),
+                (true, true) => Act::Commit(at),
+            });
+        }
+        // Somebody who has nothing to do may still die while the guest has plans.
+        if acts.is_empty() && self.plan > 0 && self.may_die() {
+            acts.push(Act::Die);
+        }
+        acts
+    }
+
+    fn act(&mut self, act: Act) {
+        let act = self.instead(act);
+        match act {
+            Act::Open => self.open(),
+            Act::Start => self.start(),
+            Act::Fetch => self.fetch_some(),
+            Act::Begin(at) => self.begin(at),
+            Act::Land(at) => self.with_job(at, Self::land),
+            Act::Commit(at) => self.commit_job(at, 0),
+            Act::Return(at) => self.commit_job(at, COMPLETION_RETURNED),
+            Act::Lie => self.lie(),
+            Act::Die => self.die(),
+            Act::Hang => {
+                if let Some(process) = &mut self.tap.process {
+                    process.hung = true;
+                }
+            }
+            Act::Haunt(at) => self.haunt(at),
+            Act::Exorcise(at) => {
+                // It was cancelled before it did anything more.
+                self.tap.ghosts.swap_remove(at);
+            }
+            Act::Fence => {
+                let _planted = self.commit(Fault::SkipFence);
+                self.tap.shadow.fenced();
+            }
+            Act::Fail => self.fail(),
+            Act::Echo => {
+                let at = self.rng.index(self.tap.words.echoes.len());
+                let (sector, bytes) = self.tap.words.echoes.swap_remove(at);
+                self.disk.put(sector, bytes, true);
+            }
+            Act::Rewrite => self.rewrite(),
+        }
+    }
+
+    /// Now and then something else happens than what was meant.
+    fn instead(&mut self, act: Act) -> Act {
+        let plan = self.tap.plan;
+        let alive = self.tap.process.as_ref().is_some_and(|p| !p.hung);
+        if self.rng.percent(plan.rewrite) {
+            return Act::Rewrite;
+        }
+        if !alive || act.is_late() {
+            return act;
+        }
+        if self.may_die() && self.rng.percent(plan.death) {
+            return Act::Die;
+        }
+        if self.rng.percent(plan.lies) {
+            return Act::Lie;
+        }
+        if plan.hang > 0 && self.tap.plan.deaths > 0 && self.rng.percent(plan.hang) {
+            return Act::Hang;
+        }
+        match act {
+            Act::Begin(at) if self.rng.percent(plan.returns) => Act::Return(at),
+            Act::Commit(at) if self.is_write(at) && self.rng.percent(plan.hoard) => Act::Fetch,
+            act => act,
+        }
+    }
+
+    fn is_write(&self, at: usize) -> bool {
+        let job = self.tap.process.as_ref().and_then(|p| p.jobs.get(at));
+        job.is_some_and(|job| job.desc.op == OP_WRITE)
+    }
+
+    fn may_die(&self) -> bool {
+        let tap = &self.tap;
+        let Some(process) = tap.process.as_ref().filter(|_| tap.plan.deaths > 0) else {
+            return false;
+        };
+        let jobs = || process.jobs.iter();
+        let op = |op: u8| jobs().any(|job| job.desc.op == op);
+        match tap.plan.moment {
+            Moment::Any => true,
+            Moment::Idle => tap.shadow.delivered() == 0 && tap.shadow.waiting() == 0,
+            Moment::Unstarted => jobs().len() > 0 && jobs().all(|job| !job.started),
+            Moment::Executed => jobs().any(|job| job.done),
+            Moment::Running => jobs().any(|job| job.started && !job.done),
+            Moment::Overlapping => jobs().any(|job| job.desc.op == OP_WRITE && self.is_met(job)),
+            Moment::Flush => op(OP_FLUSH),
+            Moment::Fua => jobs().any(|job| job.desc.flags & DESC_FUA != 0),
+            Moment::Discard => jobs().any(|job| job.desc.op > OP_FLUSH),
+            // The first to die has nothing to replay.
+            Moment::Replay if tap.counts.deaths == 0 => jobs().len() > 0,
+            Moment::Replay => jobs().any(|job| job.desc.flags & DESC_REPLAY != 0),
+        }
+    }
+
+    /// True if another write of the same sectors waits.
+    fn is_met(&self, job: &Job) -> bool {
+        let end = job.desc.sector + job.desc.sectors;
+        self.tap.posted.iter().any(|(tag, posted)| {
+            let sectors = posted.slices.iter().map(|s| u64::from(s.len)).sum::<u64>() / 512;
+            let overlap = posted.sector < end && job.desc.sector < posted.sector + sectors;
+            *tag != job.desc.tag && posted.op == Op::Write && overlap
+        })
+    }
+
+    fn open(&mut self) {
+        match self.tap.shadow.opened() {
+            Ok(epoch) => {
+                self.tap.process = Some(Process {
+                    epoch,
+                    jobs: Vec::new(),
+                    awake: true,
+                    hung: false,
+                    cache: BTreeMap::new(),
+                });
+            }
+            Err(why) => self.problem(format!("nobody has the disk, but: {why:?}")),
+        }
+    }
+
+    fn start(&mut self) {
+        let epoch = self.tap.process.as_ref().map_or(0, |p| p.epoch);
+        if !self.tap.shadow.started(epoch) {
+            self.problem("a process that has opened the disk cannot start it".into());
+        }
+    }
+
+    /// Wakes a process that sleeps, if there is something for it.
+    pub(crate) fn wake_process(&mut self) {
+        let wake = self.tap.shadow.has_deliverable();
+        if wake && !self.commit(Fault::LeaveAsleep) {
+            if let Some(process) = &mut self.tap.process {
+                process.awake = true;
+            }
+        }
+    }
+
+    fn fetch_some(&mut self) {
+        let epoch = self.tap.process.as_ref().map_or(0, |p| p.epoch);
+        let max = self.rng.range(1, self.tap.plan.fetch as u64) as usize;
+        let descs = self.fetch(epoch, max);
+        if descs.is_empty() && !self.tap.shadow.has_deliverable() {
+            if let Some(process) = &mut self.tap.process {
+                process.awake = false;
+            }
+        }
+        for desc in descs {
+            self.fetched(desc);
+        }
+    }
+
+    fn fetched(&mut self, desc: Desc) {
+        let replay = desc.flags & DESC_REPLAY != 0;
+        let mut job = Job {
+            segments: self.tap.segments[usize::from(desc.tag)].clone(),
+            desc,
+            started: false,
+            landed: 0,
+            done: false,
+            flushes: Vec::new(),
+        };
+        if replay {
+            self.tap.counts.flushes += u64::from(desc.op == OP_FLUSH);
+            self.tap.counts.fua += u64::from(desc.flags & DESC_FUA != 0);
+            self.tap.counts.discards += u64::from(desc.op > OP_FLUSH);
+            let flushes = desc.op == OP_FLUSH || desc.flags & DESC_PREFLUSH != 0;
+            if flushes {
+                self.check_earlier_writes(&desc);
+            }
+            if desc.op == OP_WRITE && self.commit(Fault::RereadGuest) {
+                self.reread(desc.tag);
+            }
+            if desc.op == OP_WRITE && self.commit(Fault::SkipReplay) {
+                job.started = true;
+                job.done = true;
+            }
+        }
+        if let Some(process) = &mut self.tap.process {
+            process.jobs.push(job);
+        }
+    }
+
+    /// A flush that is executed again comes after every write that came before it.
+    fn check_earlier_writes(&mut self, flush: &Desc) {
+        let jobs = self.tap.process.iter().flat_map(|p| &p.jobs);
+        let early = jobs
+            .filter(|job| job.desc.op != OP_READ && job.desc.op != OP_FLUSH)
+            .find(|job| job.desc.sequence < flush.sequence);
+        if let Some(job) = early {
+            let what = format!("a flush passes {:?} in a replay", job.desc);
+            self.problem(what);
+        }
+    }
+
+    fn reread(&mut self, tag: u16) {
+        let slices = self.tap.posted.get(&tag).map(|p| p.slices.clone());
+        for slice in slices.into_iter().flatten() {
+            let range = usize::from(slice.offset)..usize::from(slice.offset + slice.len);
+            if let Some(target) = self.front.resolve(slice.gref, false) {
+                let bytes = self.target(target).map(|page| page[range.clone()].to_vec());
+                if let Some(bytes) = bytes {
+                    self.host.pages[usize::from(slice.page)][range].copy_from_slice(&bytes);
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, at: usize) {
+        let dirty = self.disk.dirty();
+        if let Some(job) = self.tap.process.as_mut().and_then(|p| p.jobs.get_mut(at)) {
+            job.started = true;
+            job.flushes = dirty;
+        }
+    }
+
+    fn with_job(&mut self, at: usize, go_on: fn(&mut Self, &mut Job)) {
+        let Some(mut process) = self.tap.process.take() else {
+            return;
+        };
+        let mut job = process.jobs.swap_remove(at);
+        self.tap.process = Some(process);
+        go_on(self, &mut job);
+        if let Some(process) = &mut self.tap.process {
+            process.jobs.push(job);
+        }
+    }
+
+    /// Some of the I/O happens.
+    fn land(&mut self, job: &mut Job) {
+        let desc = job.desc;
+        if job.landed == 0 && (desc.op == OP_FLUSH || desc.flags & DESC_PREFLUSH != 0) {
+            self.flush_store(&job.flushes);
+        }
+        let left = desc.sectors - job.landed;
+        let now = match self.rng.below(3) {
+            0 if left > 1 => self.rng.range(1, left),
+            _ => left,
+        };
+        for at in job.landed..job.landed + now {
+            self.land_sector(job, at);
+        }
+        job.landed += now;
+        if job.landed == desc.sectors {
+            let sectors: Vec<u64> = (desc.sector..desc.sector + desc.sectors).collect();
+            if desc.flags & DESC_FUA != 0 {
+                self.flush_store(&sectors);
+            }
+            job.done = true;
+        }
+    }
+
+    fn flush_store(&mut self, sectors: &[u64]) {
+        if self.commit(Fault::IgnoreFlush) {
+            return;
+        }
+        if let Some(process) = &mut self.tap.process {
+            for (sector, bytes) in std::mem::take(&mut process.cache) {
+                self.disk.put(sector, bytes, true);
+                self.disk.flush(&[sector]);
+            }
+        }
+        self.disk.flush(sectors);
+    }
+
+    fn land_sector(&mut self, job: &Job, at: u64) {
+        let sector = job.desc.sector + at;
+        let volatile = self.setup.limits.flush;
+        match job.desc.op {
+            OP_READ => {
+                let cached = self.tap.process.as_ref().and_then(|p| p.cache.get(&sector));
+                let bytes = cached.copied().or_else(|| self.disk.bytes(sector));
+                let bytes = bytes.unwrap_or([0; SECTOR]);
+                self.arena(&job.segments, at).copy_from_slice(&bytes);
+            }
+            OP_WRITE => {
+                let bytes: Bytes = (&*self.arena(&job.segments, at))
+                    .try_into()
+                    .expect("sector");
+                if at == 0 && self.commit(Fault::ExecuteTwice) {
+                    self.tap.words.echoes.push((sector, bytes));
+                }
+                if self.commit(Fault::PrivateCache) {
+                    if let Some(process) = &mut self.tap.process {
+                        process.cache.insert(sector, bytes);
+                        return;
+                    }
+                }
+                if let Some(process) = &mut self.tap.process {
+                    process.cache.remove(&sector);
+                }
+                self.disk.put(sector, bytes, volatile);
+            }
+            _ => {
+                if let Some(process) = &mut self.tap.process {
+                    process.cache.remove(&sector);
+                }
+                self.disk.forget(sector, volatile);
+            }
+        }
+    }
+
+    fn commit_job(&mut self, at: usize, flags: u16) {
+        let Some(process) = &mut self.tap.process else {
+            return;
+        };
+        let job = process.jobs.swap_remove(at);
+        let epoch = process.epoch;
+        let completion = Completion {
+            flags,
+            ..completion(&job.desc)
+        };
+        if self.commit(Fault::LoseCompletion) {
+            return;
+        }
+        let expected = if flags == 0 {
+            Committed::Done(job.desc.queue)
+        } else {
+            Committed::Returned
+        };
+        let committed = self.say(epoch, &completion);
+        if committed != Some(expected) {
+            self.problem(format!("a true completion of {job:?}: {committed:?}"));
+        }
+        self.tap.words.old.push((epoch, completion));
+        if flags == 0 {
+            self.disk.completed += 1;
+        }
+    }
+
+    /// The kernel hears a completion.
+    fn say(&mut self, epoch: u64, completion: &Completion) -> Option<Committed> {
+        let commit = completion.check().ok()?;
+        let committed = self.tap.shadow.commit(epoch, &commit);
+        if let Committed::Done(_) = committed {
+            if !self.commit(Fault::SwallowWake) {
+                self.disk.wake = true;
+            }
+        }
+        self.tap.counts.refused += u64::from(committed == Committed::Refused);
+        self.wake_process();
+        Some(committed)
+    }
+
+    /// A process, perhaps a dead one, says something that is not true.
+    fn lie(&mut self) {
+        let live = self.tap.shadow.epoch();
+        let (mut epoch, mut completion) = (live, Completion::default());
+        let old = self.tap.words.old.len();
+        if old > 0 && self.rng.percent(70) {
+            // Of this process a second time, or of one that is dead.
+            (epoch, completion) = self.tap.words.old[self.rng.index(old)];
+        } else {
+            let tags = self.tap.segments.len() as u64;
+            completion.tag = self.rng.below(tags + 2) as u16;
+            completion.generation = self.rng.below(3) as u32;
+            completion.result = self.rng.pick(&[0, -5, 1, i32::MIN]);
+            completion.flags = self.rng.pick(&[0, 1, 2]);
+            completion.reserved = self.rng.pick(&[0, 0, 7]);
+            if self.names_a_delivery(&completion) {
+                return;
+            }
+        }
+        if self.commit(Fault::TrustStale) {
+            epoch = live;
+            completion.generation = self.generation(completion.tag);
+        }
+        let believed = self
+            .say(epoch, &completion)
+            .is_some_and(|committed| committed != Committed::Refused);
+        if believed && self.fault.is_none() {
+            self.problem(format!("{completion:?} of epoch {epoch} was believed"));
+        }
+    }
+
+    fn generation(&self, tag: u16) -> u32 {
+        let jobs = self.tap.process.iter().flat_map(|p| &p.jobs);
+        let mut of_tag = jobs.filter(|job| job.desc.tag == tag);
+        of_tag.next().map_or(0, |job| job.desc.generation)
+    }
+
+    fn names_a_delivery(&self, completion: &Completion) -> bool {
+        let mut jobs = self.tap.process.iter().flat_map(|p| &p.jobs);
+        jobs.any(|job| {
+            job.desc.tag == completion.tag && job.desc.generation == completion.generation
+        })
+    }
+
+    fn die(&mut self) {
+        let Some(process) = self.tap.process.take() else {
+            return;
+        };
+        let counts = &mut self.tap.counts;
+        counts.deaths += 1;
+        counts.deaths_in_work += u64::from(!process.jobs.is_empty());
+        self.tap.plan.deaths = self.tap.plan.deaths.saturating_sub(1);
+        for job in process.jobs {
+            // It would have said so.
+            self.tap
+                .words
+                .old
+                .push((process.epoch, completion(&job.desc)));
+            if job.started && !job.done {
+                self.tap.ghosts.push(job);
+            }
+        }
+        self.tap.shadow.closed();
+    }
+
+    /// The I/O of a dead process goes on.
+    fn haunt(&mut self, at: usize) {
+        let mut job = self.tap.ghosts.swap_remove(at);
+        self.tap.counts.late += 1;
+        self.land(&mut job);
+        if !job.done {
+            self.tap.ghosts.push(job);
+        }
+    }
+
+    fn fail(&mut self) {
+        let plan = self.tap.plan;
+        if !self.rng.percent(plan.fail) {
+            return;
+        }
+        let max = self.rng.range(1, 8) as usize;
+        let failed = self.tap.shadow.fail_waiting(max);
+        self.tap.counts.failed += failed.count as u64;
+        self.disk.wake |= failed.count > 0;
+    }
+
+    /// The guest changes pages that it has handed over.
+    fn rewrite(&mut self) {
+        let writes = self.tap.posted.values().filter(|p| p.op == Op::Write);
+        let all: Vec<_> = writes.flat_map(|p| &p.slices).copied().collect();
+        if all.is_empty() {
+            return;
+        }
+        let slice = self.rng.pick(&all);
+        let range = usize::from(slice.offset)..usize::from(slice.offset + slice.len);
+        self.front.rewrite(slice.gref, range);
+        self.tap.counts.rewritten += 1;
+    }
+}

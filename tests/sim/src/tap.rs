@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The kernel's side of a disk that a process serves: the shadow, the descriptor area, the arena.
+//!
+//! The arena is the memory of the machine's data pages. The store is the machine's disk. What the
+//! processes do is in [`crate::process`].
+
+use std::collections::BTreeMap;
+
+use blkback::engine::segments::Slice;
+use blkback::engine::{Backend, Io, IoKind, Tag};
+use ring::abi::PAGE_SIZE;
+use ring::response::Status;
+use ring::tap::abi::{Desc, Segment};
+use ring::tap::shadow::{Op, Request, Shadow};
+use ring::tap::table::Entry;
+
+use crate::history::{decode, SECTOR};
+use crate::machine::{Fault, Machine, Shared};
+use crate::process::{Job, Plan, Process, Words};
+
+/// Bytes of a sector.
+pub(crate) type Bytes = [u8; SECTOR];
+
+/// Requests that are looked at in one hold of the lock.
+const BATCH: usize = 32;
+
+/// What a request that is posted must have done when it is reaped.
+#[derive(Debug)]
+pub(crate) struct Posted {
+    pub(crate) sector: u64,
+    pub(crate) op: Op,
+    pub(crate) slices: Vec<Slice>,
+    /// What a read finds if everything is executed in arrival order.
+    expected: Vec<Option<u64>>,
+}
+
+/// What happened, to show that something did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Processes that died.
+    pub deaths: u64,
+    /// Of them with requests.
+    pub deaths_in_work: u64,
+    /// Requests delivered again.
+    pub replayed: u64,
+    /// Completions refused.
+    pub refused: u64,
+    /// I/Os that landed after the death of their process.
+    pub late: u64,
+    /// Flushes that were delivered again.
+    pub flushes: u64,
+    /// Writes that are durable when they are done and were delivered again.
+    pub fua: u64,
+    /// Discards that were delivered again.
+    pub discards: u64,
+    /// Pages of requests in work that the guest rewrote.
+    pub rewritten: u64,
+    /// Requests that failed because no process came.
+    pub failed: u64,
+}
+
+impl Counts {
+    /// Adds what happened in another case.
+    pub fn add(&mut self, other: &Self) {
+        self.deaths += other.deaths;
+        self.deaths_in_work += other.deaths_in_work;
+        self.replayed += other.replayed;
+        self.refused += other.refused;
+        self.late += other.late;
+        self.flushes += other.flushes;
+        self.fua += other.fua;
+        self.discards += other.discards;
+        self.rewritten += other.rewritten;
+        self.failed += other.failed;
+    }
+}
+
+/// A disk that a process serves.
+#[derive(Debug)]
+pub struct Tap {
+    /// The shadow.
+    pub shadow: Shadow<Vec<Entry>>,
+    queue: u16,
+    base: Tag,
+    descs: Vec<Desc>,
+    pub(crate) segments: Vec<Vec<Segment>>,
+    pub(crate) posted: BTreeMap<Tag, Posted>,
+    /// The disk if everything is executed in arrival order; `None` once a request has failed.
+    pub(crate) ordered: Option<BTreeMap<u64, Bytes>>,
+    /// The process.
+    pub(crate) process: Option<Process>,
+    /// I/O of dead processes that is still running.
+    pub(crate) ghosts: Vec<Job>,
+    /// What processes may say that they should not.
+    pub(crate) words: Words,
+    /// What may happen.
+    pub plan: Plan,
+    /// What happened.
+    pub counts: Counts,
+}
+
+impl Default for Tap {
+    fn default() -> Self {
+        Self::new(0, 0, Plan::default())
+    }
+}
+
+impl Tap {
+    /// A disk of a ring of `size` slots, which is the frontend's queue number `queue`.
+    pub fn new(size: u32, queue: u16, plan: Plan) -> Self {
+        let base = queue * size as u16;
+        let tags = usize::from(base) + size as usize;
+        Self {
+            shadow: Shadow::new(vec![Entry::FREE; tags]),
+            queue,
+            base,
+            descs: vec![Desc::default(); tags],
+            segments: vec![Vec::new(); tags],
+            posted: BTreeMap::new(),
+            ordered: (!plan.any_order).then(BTreeMap::new),
+            process: None,
+            ghosts: Vec::new(),
+            words: Words::default(),
+            plan,
+            counts: Counts::default(),
+        }
+    }
+
+    /// True if there are results to reap.
+    pub fn has_results(&self) -> bool {
+        self.shadow.has_results(self.queue)
+    }
+
+    /// True if requests may have failed for want of a process.
+    pub fn may_fail(&self) -> bool {
+        self.plan.fail > 0
+    }
+}
+
+/// A place of one sector in the arena.
+pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)> {
+    for segment in segments {
+        let sectors = u64::from(segment.len) / SECTOR as u64;
+        if at < sectors {
+            let byte = segment.offset as usize + at as usize * SECTOR;
+            return Some((byte / PAGE_SIZE, byte % PAGE_SIZE));
+        }
+        at -= sectors;
+    }
+    None
+}
+
+impl Machine {
+    /// True if the guest waits for its answers before it goes on.
+    pub fn waits(&self) -> bool {
+        self.tap.plan.patient && self.front.outstanding() > 0
+    }
+
+    /// A sector of the arena, for whoever has it mapped.
+    pub(crate) fn arena(&mut self, segments: &[Segment], at: u64) -> &mut [u8] {
+        let (page, byte) = place(segments, at).expect("segments hold all sectors of the request");
+        &mut self.host.pages[page][byte..byte + SECTOR]
+    }
+
+    /// Takes one I/O of the engine.
+    fn post_io(&mut self, io: &Io<'_>) {
+        let request = request_of(io);
+        let tag = self.tap.base + io.tag;
+        let slices: Vec<Slice> = io.slices().collect();
+        let segments = slices.iter().map(|slice| Segment {
+            offset: u32::from(slice.page) * PAGE_SIZE as u32 + u32::from(slice.offset),
+            len: u32::from(slice.len),
+        });
+        self.tap.segments[usize::from(tag)] = segments.collect();
+        let expected = self.execute_in_order(tag, &request);
+        let posted = Posted {
+            sector: io.sector,
+            op: request.op,
+            slices,
+            expected,
+        };
+        let mut shown = request;
+        if request.sectors > 0 && self.commit(Fault::HideRanges) {
+            // The shadow is told of a place where nothing else is.
+            shown.sector = (1 << 40) + (u64::from(tag) << 22);
+        }
+        let now = self.tick();
+        let queue = self.tap.queue;
+        if let Err(why) = self.tap.shadow.post(tag, queue, &shown, now) {
+            self.problem(format!("tag {tag} cannot be posted: {why:?}"));
+        }
+        self.tap.posted.insert(tag, posted);
+    }
+
+    /// Does to the ordered image what the request does; returns what a read finds there.
+    fn execute_in_order(&mut self, tag: Tag, request: &Request) -> Vec<Option<u64>> {
+        let segments = self.tap.segments[usize::from(tag)].clone();
+        let sectors = request.sector..request.sector + request.sectors;
+        let mut image = self.tap.ordered.take();
+        let mut expected = Vec::new();
+        if let Some(image) = &mut image {
+            match request.op {
+                Op::Read => {
+                    expected = sectors
+                        .map(|s| image.get(&s).map_or(Some(0), |b| decode(b)))
+                        .collect();
+                }
+                Op::Write => {
+                    for (at, sector) in (0u64..).zip(sectors) {
+                        let bytes = (&*self.arena(&segments, at)).try_into().expect("a sector");
+                        image.insert(sector, bytes);
+                    }
+                }
+                Op::Flush => {}
+                _ => image.retain(|sector, _| !sectors.contains(sector)),
+            }
+        }
+        self.tap.ordered = image;
+        expected
+    }
+
+    /// Looks at a request whose result goes to the engine now.
+    fn reaped(&mut self, tag: Tag, status: Status) {
+        let Some(posted) = self.tap.posted.remove(&tag) else {
+            return self.problem(format!("tag {tag} has a result and no request"));
+        };
+        if status != Status::Okay || self.tap.ordered.is_none() {
+            self.tap.ordered = None;
+            return;
+        }
+        let segments = self.tap.segments[usize::from(tag)].clone();
+        for (at, expected) in (0u64..).zip(&posted.expected) {
+            let found = decode(self.arena(&segments, at));
+            if found != *expected {
+                let sector = posted.sector + at;
+                self.problem(format!(
+                    "sector {sector} read as {found:x?}, in arrival order it is {expected:x?}"
+                ));
+            }
+        }
+    }
+
+    /// When everything is answered, what the store holds is what a last read of it would find.
+    pub fn check_content(&mut self) {
+        if !self.tap.plan.enabled || self.front.outstanding() > 0 {
+            return;
+        }
+        let (from, to) = (self.tick(), self.tick());
+        let mut sectors = self.history.sectors();
+        sectors.sort_unstable();
+        for sector in sectors {
+            let found = self.disk.sector(sector);
+            if let Err(why) = self.history.read(sector, found, from, to) {
+                return self.problem(format!("in the end: {why}"));
+            }
+        }
+    }
+
+    /// When everything is answered, the store is what execution in arrival order makes it.
+    pub fn check_order(&mut self) {
+        let Some(image) = self.tap.ordered.take() else {
+            return;
+        };
+        if self.tap.plan.enabled && self.tap.posted.is_empty() {
+            let mut sectors: Vec<u64> = image.keys().copied().collect();
+            sectors.extend(self.disk.sectors());
+            for sector in sectors {
+                let found = self.disk.sector(sector);
+                let expected = image.get(&sector).map_or(Some(0), |b| decode(b));
+                if found != expected {
+                    self.problem(format!(
+                        "sector {sector} is {found:x?} in the end, in arrival order {expected:x?}"
+                    ));
+                    break;
+                }
+            }
+        }
+        self.tap.ordered = Some(image);
+    }
+
+    /// The process asks for requests: copies of what it finds in the descriptor area.
+    pub(crate) fn fetch(&mut self, epoch: u64, max: usize) -> Vec<Desc> {
+        let now = self.tick();
+        let (shadow, descs) = (&mut self.tap.shadow, &mut self.tap.descs);
+        let mut tags = Vec::new();
+        let delivered = shadow.deliver(epoch, max.min(BATCH), now, |tag, desc| {
+            descs[usize::from(tag)] = *desc;
+            tags.push(tag);
+        });
+        if delivered.count != tags.len() {
+            self.problem(format!("{delivered:?} for {tags:?}"));
+        }
+        let mut fetched = Vec::new();
+        for tag in tags {
+            let mut desc = self.tap.descs[usize::from(tag)];
+            if let Some(posted) = self.tap.posted.get(&tag) {
+                // The process sees the truth, whatever the shadow was told.
+                if posted.op != Op::Flush {
+                    desc.sector = posted.sector;
+                }
+            }
+            fetched.push(desc);
+        }
+        fetched
+    }
+}
+
+fn request_of(io: &Io<'_>) -> Request {
+    let op = match io.kind {
+        IoKind::Read => Op::Read,
+        IoKind::Discard { secure: false } => Op::Discard,
+        IoKind::Discard { secure: true } => Op::SecureDiscard,
+        IoKind::Flush => Op::Flush,
+        // A barrier without data.
+        _ if io.sectors == 0 => Op::Flush,
+        IoKind::Write | IoKind::PreFlushWrite | IoKind::BarrierWrite => Op::Write,
+    };
+    Request {
+        op,
+        preflush: matches!(io.kind, IoKind::PreFlushWrite | IoKind::BarrierWrite),
+        fua: io.kind == IoKind::BarrierWrite,
+        sector: io.sector,
+        sectors: io.sectors,
+        segments: io.count(),
+    }
+}
+
+/// The engine's port to a disk that a process serves.
+#[derive(Debug)]
+pub struct TapBackend {
+    machine: Shared,
+}
+
+impl TapBackend {
+    /// A port to the machine's process.
+    pub fn new(machine: Shared) -> Self {
+        Self { machine }
+    }
+}
+
+impl Backend for TapBackend {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let mut m = self.machine.borrow_mut();
+        m.disk.batches += 1;
+        for io in batch {
+            let _running = m.accept(&io);
+            m.post_io(&io);
+        }
+        m.wake_process();
+    }
+
+    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+        let mut m = self.machine.borrow_mut();
+        let (base, queue) = (m.tap.base, m.tap.queue);
+        loop {
+            let mut results = Vec::new();
+            let count = m.tap.shadow.reap(queue, BATCH, |tag, status| {
+                results.push((tag, status));
+            });
+            for (tag, status) in results {
+                m.reaped(tag, status);
+                m.disk.release(tag - base);
+                done(tag - base, status);
+            }
+            if count < BATCH {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A disk that processes serve, which die, hang and lie: the cases S1 to S12 and S18.
+//!
+//! Each case is a plan with its own random schedules: the first seeds, until the time for a default
+//! run is over. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that
+//! is run.
+
+use std::time::{Duration, Instant};
+
+use sim::process::{Moment, Plan};
+use sim::schedule::{run_served, Served};
+use sim::tap::Counts;
+
+const DEFAULT_TIME: Duration = Duration::from_secs(4);
+const LEAST_CASES: u64 = 400;
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+    )
+}
+
+fn check(seed: u64, plan: &Plan) -> Served {
+    let served = std::panic::catch_unwind(|| run_served(seed, plan, None));
+    let served = served.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
+    assert!(
+        served.problems.is_empty(),
+        "replay it with SIM_SEED={seed}: {:#?}",
+        served.problems
+    );
+    served
+}
+
+/// Runs the schedules of a plan; `enough` says of the sums whether they show anything.
+fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
+    if let Some(seed) = number("SIM_SEED") {
+        println!("{:?}", check(seed, plan));
+        return;
+    }
+    let wanted = number("SIM_CASES");
+    let begin = Instant::now();
+    let mut sum = Counts::default();
+    let mut answers = 0;
+    let mut cases = 0;
+    while match wanted {
+        Some(wanted) => cases < wanted,
+        None => cases < LEAST_CASES || begin.elapsed() < DEFAULT_TIME,
+    } {
+        let seed = cases;
+        cases += 1;
+        let served = check(seed, plan);
+        answers += served.answers;
+        sum.add(&served.counts);
+    }
+    println!("{cases} cases, {answers} answers: {sum:?}");
+    // A run that exercises nothing proves nothing.
+    assert!(answers > 20 * cases, "{answers} answers");
+    assert!(enough(&sum, cases), "{sum:?}");
+}
+
+fn deaths(moment: Moment) -> Plan {
+    Plan {
+        deaths: 4,
+        moment,
+        death: 30,
+        ..Plan::default()
+    }
+}
+
+#[test]
+fn s01_a_process_that_dies_idle_is_replaced() {
+    let plan = Plan {
+        death: 100,
+        patient: true,
+        ..deaths(Moment::Idle)
+    };
+    run(&plan, |sum, cases| {
+        sum.deaths > cases && sum.deaths_in_work == 0 && sum.replayed == 0
+    });
+}
+
+#[test]
+fn s02_what_was_delivered_and_not_executed_is_executed_once() {
+    run(&deaths(Moment::Unstarted), |sum, cases| {
+        sum.deaths_in_work > 2 * cases && sum.replayed > 2 * cases && sum.late == 0
+    });
+}
+
+#[test]
+fn s03_what_was_executed_and_not_committed_is_executed_again() {
+    run(&deaths(Moment::Executed), |sum, cases| {
+        sum.deaths_in_work > 2 * cases && sum.replayed > 2 * cases
+    });
+}
+
+#[test]
+fn s04_overlapping_writes_are_executed_again_in_arrival_order() {
+    run(&deaths(Moment::Overlapping), |sum, cases| {
+        sum.deaths_in_work > cases && sum.replayed > cases
+    });
+}
+
+#[test]
+fn s05_a_late_write_of_a_dead_process_does_no_harm() {
+    run(&deaths(Moment::Running), |sum, cases| {
+        sum.late > cases && sum.replayed > cases
+    });
+}
+
+#[test]
+fn s06_new_writes_wait_for_those_that_are_executed_again() {
+    // The guest goes on while there is no process and while requests are executed again.
+    let plan = Plan {
+        deaths: 8,
+        death: 10,
+        fetch: 1,
+        ..deaths(Moment::Overlapping)
+    };
+    run(&plan, |sum, cases| sum.replayed > cases);
+}
+
+#[test]
+fn s07_reads_do_not_go_backwards() {
+    // Reads are answered while the writes that they see are not.
+    let plan = Plan {
+        deaths: 20,
+        death: 20,
+        hoard: 90,
+        ..deaths(Moment::Executed)
+    };
+    run(&plan, |sum, cases| sum.replayed > 5 * cases);
+}
+
+#[test]
+fn s08_a_flush_comes_after_the_writes_before_it() {
+    run(&deaths(Moment::Flush), |sum, cases| sum.flushes > cases / 4);
+}
+
+#[test]
+fn s09_a_write_that_must_be_durable_is_durable_when_it_is_answered() {
+    run(&deaths(Moment::Fua), |sum, cases| sum.fua > cases / 4);
+}
+
+#[test]
+fn s10_discards_keep_their_place() {
+    run(&deaths(Moment::Discard), |sum, cases| {
+        sum.discards > cases / 2
+    });
+}
+
+#[test]
+fn s11_what_is_not_true_is_refused() {
+    let plan = Plan {
+        lies: 30,
+        returns: 10,
+        ..deaths(Moment::Any)
+    };
+    run(&plan, |sum, cases| sum.refused > 20 * cases);
+}
+
+#[test]
+fn s12_processes_die_all_the_time() {
+    let plan = Plan {
+        deaths: 100,
+        death: 25,
+        lies: 3,
+        returns: 3,
+        hang: 1,
+        rewrite: 1,
+        ..deaths(Moment::Any)
+    };
+    run(&plan, |sum, cases| {
+        sum.deaths > 20 * cases && sum.late > cases && sum.replayed > 10 * cases
+    });
+}
+
+#[test]
+fn s12_a_replay_is_cut_short_again_and_again() {
+    let plan = Plan {
+        deaths: 100,
+        death: 15,
+        ..deaths(Moment::Replay)
+    };
+    run(&plan, |sum, cases| sum.deaths > 2 * cases);
+}
+
+#[test]
+fn s13_a_process_that_hangs_and_is_killed_is_replaced() {
+    let plan = Plan {
+        deaths: 10,
+        death: 0,
+        hang: 10,
+        ..deaths(Moment::Any)
+    };
+    run(&plan, |sum, cases| sum.deaths > 5 * cases);
+}
+
+#[test]
+fn s18_a_guest_that_rewrites_its_pages_changes_nothing() {
+    let plan = Plan {
+        rewrite: 20,
+        ..deaths(Moment::Any)
+    };
+    run(&plan, |sum, cases| sum.rewritten > 10 * cases);
+}
+
+#[test]
+fn requests_may_fail_while_no_process_serves_them() {
+    let plan = Plan {
+        fail: 50,
+        ..deaths(Moment::Any)
+    };
+    run(&plan, |sum, cases| sum.failed > cases);
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Negative controls of a disk that processes serve: what a crash can do is planted into the
+//! surroundings of the shadow, and the checker must find it.
+//!
+//! H1 to H6, H9 and H11 are the hazards of executing requests again. Each fault is tried on a
+//! number of seeds; one that is found in few of them is a miss.
+
+use sim::machine::Fault;
+use sim::process::{Moment, Plan};
+use sim::schedule::run_served;
+
+const CASES: u64 = 60;
+
+fn plan() -> Plan {
+    Plan {
+        deaths: 30,
+        moment: Moment::Any,
+        death: 10,
+        // What the guest can know must do, but for the case that it cannot know of.
+        any_order: true,
+        ..Plan::default()
+    }
+}
+
+/// Cases in which something was reported, and all reports.
+fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
+    let mut found = 0;
+    let mut reports = Vec::new();
+    for seed in 0..CASES {
+        let served = run_served(seed, plan, fault);
+        found += u64::from(!served.problems.is_empty());
+        reports.extend(served.problems);
+    }
+    (found, reports)
+}
+
+#[track_caller]
+fn must_find(plan: &Plan, fault: Fault, least: u64, words: &[&str]) {
+    let (found, reports) = found(plan, Some(fault));
+    assert!(
+        found >= least,
+        "{fault:?} found in {found} of {CASES} cases"
+    );
+    println!("{fault:?} found in {found} of {CASES} cases");
+    for word in words {
+        let report = reports.iter().find(|report| report.contains(word));
+        let first: Vec<_> = reports.iter().take(5).collect();
+        println!(
+            "    {}",
+            report.unwrap_or_else(|| panic!("{word}: {first:#?}"))
+        );
+    }
+}
+
+#[test]
+fn without_a_fault_nothing_is_reported() {
+    let all = Plan {
+        lies: 10,
+        rewrite: 10,
+        any_order: false,
+        ..plan()
+    };
+    let tiny = Plan {
+        sectors: Some(8),
+        ..all
+    };
+    for plan in [plan(), all, tiny] {
+        let (found, reports) = found(&plan, None);
+        assert_eq!(found, 0, "{reports:#?}");
+    }
+}
+
+#[test]
+fn h1_a_late_write_is_found() {
+    let plan = Plan {
+        moment: Moment::Running,
+        ..plan()
+    };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::SkipFence, CASES / 4, &words);
+}
+
+#[test]
+fn h2_a_write_that_is_executed_twice_is_found() {
+    let plan = Plan {
+        patient: true,
+        sectors: Some(64),
+        ..plan()
+    };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::ExecuteTwice, CASES / 4, &words);
+}
+
+#[test]
+fn h3_requests_that_overtake_others_are_found() {
+    // As long as none of them is answered, a guest cannot know of it.
+    let plan = Plan {
+        any_order: false,
+        ..plan()
+    };
+    let words = ["in arrival order"];
+    must_find(&plan, Fault::HideRanges, CASES / 2, &words);
+}
+
+#[test]
+fn h4_reads_that_go_backwards_are_found() {
+    // What the guest alone can know: it saw two values in turn.
+    let plan = Plan {
+        deaths: 200,
+        moment: Moment::Executed,
+        hoard: 95,
+        sectors: Some(16),
+        ..plan()
+    };
+    let words = ["no order of all accesses explains"];
+    must_find(&plan, Fault::HideRanges, CASES / 10, &words);
+}
+
+#[test]
+fn h5_a_flush_that_is_lost_is_found() {
+    must_find(&plan(), Fault::IgnoreFlush, CASES / 4, &["power cut"]);
+}
+
+#[test]
+fn h5_writes_that_die_with_their_process_are_found() {
+    let words = ["which no order of the writes explains"];
+    must_find(&plan(), Fault::PrivateCache, CASES / 2, &words);
+}
+
+#[test]
+fn h6_a_write_that_stays_torn_is_found() {
+    let plan = Plan {
+        moment: Moment::Running,
+        death: 30,
+        ..plan()
+    };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::SkipReplay, CASES / 6, &words);
+}
+
+#[test]
+fn h9_data_that_is_taken_from_the_guest_again_is_found() {
+    let plan = Plan {
+        rewrite: 20,
+        ..plan()
+    };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::RereadGuest, CASES / 4, &words);
+}
+
+#[test]
+fn h11_an_old_completion_that_counts_is_found() {
+    let plan = Plan { lies: 20, ..plan() };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::TrustStale, CASES / 2, &words);
+}
+
+#[test]
+fn a_completion_that_is_lost_is_found() {
+    // A death would bring the request back.
+    let plan = Plan {
+        deaths: 0,
+        ..plan()
+    };
+    must_find(&plan, Fault::LoseCompletion, CASES / 2, &["asleep"]);
+}
+
+#[test]
+fn a_process_that_is_not_woken_is_found() {
+    let plan = Plan {
+        deaths: 0,
+        ..plan()
+    };
+    must_find(&plan, Fault::LeaveAsleep, CASES / 4, &["asleep"]);
+}
+
+#[test]
+fn a_worker_that_is_not_woken_is_found() {
+    let plan = Plan {
+        deaths: 0,
+        ..plan()
+    };
+    must_find(&plan, Fault::SwallowWake, CASES / 8, &["asleep"]);
+}
