@@ -71,6 +71,9 @@ impl Connection {
         let mut limits = *peer.limits;
         // A barrier orders one queue only; frontends with several have no use for it.
         limits.barrier &= request.queues == 1;
+        // Published again before the frontend sees Connected, which is when it looks.
+        let max_segments = medium.max_segments(request.queues);
+        limits.max_indirect_segments = limits.max_indirect_segments.min(max_segments);
         let setup = Setup {
             device: peer.device,
             vbd: peer.vbd,

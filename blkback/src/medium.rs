@@ -20,7 +20,6 @@ pub(crate) use crate::xen::bdev::Limits;
 
 /// How a process serves a disk, as administrators see it in the key `tap-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "for disks that a process serves")]
 pub(crate) enum Status {
     /// A process serves it.
     Live,
@@ -43,7 +42,6 @@ impl Status {
 
 /// Who binds a disk that a process serves. The disk is bound to one device at a time, until the
 /// last reference to its [`Medium`] is dropped.
-#[allow(dead_code, reason = "for disks that a process serves")]
 pub(crate) struct Holder {
     /// The device. It is to be kicked ([`Vbd::kick`]) after [`Medium::is_ready`],
     /// [`Medium::status`] or [`Medium::sectors`] have changed.
@@ -57,7 +55,6 @@ pub(crate) struct Holder {
 }
 
 /// Why a disk that a process serves cannot be bound.
-#[allow(dead_code, reason = "for disks that a process serves")]
 pub(crate) enum Unavailable {
     /// There is none with this number.
     Missing,
@@ -120,10 +117,8 @@ pub(crate) struct Needs<'a> {
     /// The guest's domain, whose quota may have to pay.
     pub(crate) domain: u16,
     /// Which queue it is.
-    #[allow(dead_code, reason = "for disks that a process serves")]
     pub(crate) index: u32,
     /// Of how many.
-    #[allow(dead_code, reason = "for disks that a process serves")]
     pub(crate) queues: u32,
     /// Slots of its ring: requests in flight at most.
     pub(crate) depth: u16,
@@ -145,6 +140,9 @@ pub(crate) struct Part<B> {
 pub(crate) trait Queues: Medium + Sized {
     /// Carries out the I/O of one queue.
     type Backend: Backend + Send + 'static;
+
+    /// Segments of the largest request that each of so many queues can hold.
+    fn max_segments(&self, queues: u32) -> u16;
 
     /// Reserves a queue's part. May sleep.
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Self::Backend>, ConnectError>;

@@ -17,6 +17,9 @@ const INFO_REMOVABLE: u64 = 2;
 /// `VDISK_READONLY`.
 const INFO_READONLY: u64 = 4;
 
+/// Segments of an indirect request.
+const SEGMENTS_KEY: &CStr = c"feature-max-indirect-segments";
+
 /// What a frontend may ask for, as published at InitWait.
 pub(crate) fn offer() -> Offer {
     Offer {
@@ -33,7 +36,7 @@ pub(crate) fn publish_offer(device: &Device) -> Result {
     while_there(device, |t| {
         let segments = params::max_indirect_segments();
         if segments > 0 {
-            t.write_number(dir, c"feature-max-indirect-segments", segments.into())?;
+            t.write_number(dir, SEGMENTS_KEY, segments.into())?;
         }
         t.write_number(dir, c"multi-queue-max-queues", offer.max_queues.into())?;
         t.write_number(dir, c"max-ring-page-order", offer.max_ring_order.into())
@@ -96,6 +99,9 @@ impl Features {
             }
             number(c"feature-discard", self.discard.into())?;
             number(c"feature-barrier", limits.barrier.into())?;
+            if limits.max_indirect_segments > 0 {
+                number(SEGMENTS_KEY, limits.max_indirect_segments.into())?;
+            }
             number(c"feature-persistent", 0)?;
             number(c"sectors", self.device.sectors)?;
             number(c"info", self.info())?;

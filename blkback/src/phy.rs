@@ -47,6 +47,11 @@ impl Medium for BlockDevice {
 impl Queues for BlockDevice {
     type Backend = Phy;
 
+    fn max_segments(&self, _queues: u32) -> u16 {
+        // A queue has pages of its own for the largest request.
+        u16::MAX
+    }
+
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
         let (sizes, reservation) = reserve(needs.domain, needs.depth.into())?;
         let no_memory =

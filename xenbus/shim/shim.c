@@ -8,8 +8,11 @@
 #include <linux/bio.h>
 #include <linux/blkdev.h>
 #include <linux/device.h>
+#include <linux/fs.h>
+#include <linux/io_uring/cmd.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
+#include <linux/pid.h>
 #include <linux/sched.h>
 #include <linux/sysfs.h>
 #include <xen/events.h>
@@ -48,6 +51,17 @@ static_assert(TASK_IDLE == 0x402);
 static_assert((__force unsigned int)BLK_OPEN_READ == 1);
 static_assert((__force unsigned int)BLK_OPEN_WRITE == 2);
 static_assert(XEN_PAGE_SIZE == PAGE_SIZE);
+static_assert(offsetof(struct io_uring_cmd, file) == 0);
+static_assert(offsetof(struct io_uring_cmd, sqe) == 8);
+static_assert(offsetof(struct io_uring_cmd, cmd_op) == 16);
+static_assert(offsetof(struct io_uring_cmd, pdu) == 24);
+static_assert(sizeof_field(struct io_uring_cmd, pdu) >= 16);
+static_assert(offsetof(struct io_uring_sqe, cmd) == 48);
+static_assert(offsetof(struct io_kiocb, cmd) == 0);
+static_assert(sizeof(struct io_tw_req) == sizeof(void *));
+static_assert(sizeof(struct io_tw_state) == 1);
+static_assert(IO_URING_F_COMPLETE_DEFER == 1);
+static_assert(IO_URING_F_CANCEL == 1 << 11);
 
 int xbr_xen_domain(void)
 {
@@ -259,4 +273,19 @@ u32 xbr_mkdev(u32 major, u32 minor)
 void *xbr_page_address(struct page *page)
 {
 	return page_address(page);
+}
+
+int xbr_page_count(const struct page *page)
+{
+	return page_count(page);
+}
+
+u32 xbr_iminor(const struct inode *inode)
+{
+	return iminor(inode);
+}
+
+u32 xbr_current_tgid(void)
+{
+	return task_tgid_vnr(current);
 }

@@ -14,6 +14,7 @@ struct block_device;
 struct device;
 struct gnttab_map_grant_ref;
 struct gnttab_unmap_grant_ref;
+struct inode;
 struct page;
 struct xenbus_device;
 
@@ -64,5 +65,8 @@ void xbr_set_attr_fn(xbr_attr_fn *fn);
 const struct attribute_group **xbr_attr_groups(void);
 u32 xbr_mkdev(u32 major, u32 minor);
 void *xbr_page_address(struct page *page);
+int xbr_page_count(const struct page *page);
+u32 xbr_iminor(const struct inode *inode);
+u32 xbr_current_tgid(void);
 
 #endif

@@ -5,8 +5,11 @@
 //! The only unsafe code of the module is here, in files named after what they wrap. Everything
 //! above this folder is safe Rust.
 
+use kernel::bindings;
+
 pub(crate) mod bdev;
 pub(crate) mod bio;
+pub(crate) mod chardev;
 pub(crate) mod device;
 pub(crate) mod driver;
 pub(crate) mod evtchn;
@@ -16,8 +19,10 @@ pub(crate) mod pages;
 pub(crate) mod parker;
 pub(crate) mod quota;
 pub(crate) mod ring_map;
+pub(crate) mod shared;
 pub(crate) mod store;
 mod sys;
+pub(crate) mod uring;
 pub(crate) mod watch;
 pub(crate) mod workqueue;
 
@@ -31,6 +36,14 @@ pub(crate) fn cond_resched() {
 pub(crate) fn local_clock() -> u64 {
     // SAFETY: Callable from any context.
     unsafe { sys::local_clock() }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+pub(crate) fn monotonic_ns() -> u64 {
+    // SAFETY: Callable from any context once time is kept.
+    let now = unsafe { bindings::ktime_get() };
+    // CAST: it counts up from 0 at boot.
+    now as u64
 }
 
 /// True if something else could run on this CPU.

@@ -75,7 +75,6 @@ impl Pages {
     /// # Errors
     ///
     /// `EINVAL` if the arena has no such pages.
-    #[allow(dead_code, reason = "for disks that a process serves")]
     pub(crate) fn part_of(arena: &Arc<Self>, first: u16, count: u16) -> Result<Self> {
         let (first, count) = (usize::from(first), usize::from(count));
         let end = first.saturating_add(count);
@@ -125,6 +124,11 @@ impl Pages {
     /// Number of all pages.
     pub(crate) fn len(&self) -> usize {
         self.all.len()
+    }
+
+    /// The pages with memory.
+    pub(super) fn raw_with_memory(&self) -> &[*mut bindings::page] {
+        self.all.get(..self.frames.len()).unwrap_or(&[])
     }
 
     /// The page of an index.

@@ -130,6 +130,27 @@ pub(super) struct BdevLimits {
     pub(super) pad: [u8; 4],
 }
 
+/// `struct io_uring_cmd`, without its end.
+#[repr(C)]
+pub(super) struct UringCmd {
+    pub(super) file: *mut bindings::file,
+    pub(super) sqe: *const c_void,
+    pub(super) cmd_op: u32,
+    pub(super) flags: u32,
+    pub(super) pdu: [u64; 2],
+}
+
+/// `struct io_tw_state`, passed by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct TaskWork {
+    pub(super) cancel: bool,
+}
+
+/// `io_req_tw_func_t`. Its first argument is a structure of one pointer, which is passed like the
+/// pointer; the request there begins with its `struct io_uring_cmd`.
+pub(super) type TaskWorkFn = unsafe extern "C" fn(*mut c_void, TaskWork);
+
 const _: () = {
     use core::mem::{offset_of, size_of};
     assert!(size_of::<XenbusWatch>() == 48);
@@ -151,6 +172,10 @@ const _: () = {
     assert!(size_of::<GnttabUnmap>() == 24);
     assert!(offset_of!(GnttabUnmap, handle) == 16);
     assert!(size_of::<BdevLimits>() == 40);
+    assert!(offset_of!(UringCmd, sqe) == 8);
+    assert!(offset_of!(UringCmd, cmd_op) == 16);
+    assert!(offset_of!(UringCmd, pdu) == 24);
+    assert!(size_of::<TaskWork>() == 1);
 };
 
 /// `GNTCOPY_source_gref`.
@@ -175,6 +200,12 @@ pub(super) const TASK_IDLE: c_uint = 0x402;
 pub(super) const BLK_OPEN_READ: c_uint = 1;
 /// `BLK_OPEN_WRITE`.
 pub(super) const BLK_OPEN_WRITE: c_uint = 2;
+/// `IO_URING_F_COMPLETE_DEFER`.
+pub(super) const IO_URING_F_COMPLETE_DEFER: c_uint = 1;
+/// `IO_URING_F_CANCEL`.
+pub(super) const IO_URING_F_CANCEL: c_uint = 1 << 11;
+/// Offset of `cmd` in `struct io_uring_sqe`.
+pub(super) const SQE_CMD: usize = 48;
 /// `XBR_ATTR_DEVICE`.
 pub(super) const ATTR_DEVICE: c_uint = 100;
 /// `XBR_ATTR_MODE`.
@@ -282,5 +313,21 @@ unsafe extern "C" {
     pub(super) fn xbr_set_attr_fn(callback: AttrFn);
     pub(super) fn xbr_attr_groups() -> *mut *const bindings::attribute_group;
     pub(super) fn xbr_mkdev(major: u32, minor: u32) -> u32;
+    pub(super) fn xbr_iminor(inode: *const bindings::inode) -> u32;
+    pub(super) fn xbr_current_tgid() -> u32;
+    pub(super) fn xbr_page_count(page: *const bindings::page) -> c_int;
+    pub(super) fn __io_uring_cmd_done(
+        cmd: *mut UringCmd,
+        ret: c_int,
+        res2: u64,
+        issue_flags: c_uint,
+        is_cqe32: bool,
+    );
+    pub(super) fn __io_uring_cmd_do_in_task(
+        cmd: *mut UringCmd,
+        callback: TaskWorkFn,
+        flags: c_uint,
+    );
+    pub(super) fn io_uring_cmd_mark_cancelable(cmd: *mut UringCmd, issue_flags: c_uint);
     pub(super) fn xbr_page_address(page: *mut bindings::page) -> *mut c_void;
 }

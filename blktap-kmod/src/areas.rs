@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The memory of a disk: the arena with the data, and the descriptor area.
+//!
+//! All of it is reserved when the disk is made, and belongs to this one disk for as long as that
+//! lives: what a process finds in the arena was always data of its own disk.
+
+use crate::ring::tap::abi::{Desc, Segment};
+use crate::ring::tap::shadow::Tag;
+use crate::xen::chardev::NewMapping;
+use crate::xen::pages::Pages;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+/// Segments of a request at most: the stride of the segment table.
+pub(crate) const MAX_SEGMENTS: u16 = 256;
+const PAGE: u32 = 4096;
+const DESC_SIZE: u32 = size_of::<Desc>() as u32;
+const SEGMENT_SIZE: u32 = size_of::<Segment>() as u32;
+
+/// The memory of a disk.
+pub(crate) struct Areas {
+    /// Data.
+    arena: Arc<Pages>,
+    /// Descriptors, then segments.
+    descriptors: Pages,
+    tags: u16,
+    segments_offset: u32,
+}
+
+impl Areas {
+    /// Reserves the memory for an arena of so many KiB. May sleep.
+    pub(crate) fn new(arena_kib: u32) -> Result<Self> {
+        let pages = u16::try_from(arena_kib / 4).map_err(|_| EINVAL)?;
+        // Most requests have more than one page; a queue that runs out of tags waits.
+        let tags = (pages / 2).clamp(1, crate::ring::tap::abi::MAX_TAGS as u16);
+        let whole = |bytes: u32| bytes.div_ceil(PAGE);
+        let heads = whole(u32::from(tags).wrapping_mul(DESC_SIZE));
+        let stride = u32::from(MAX_SEGMENTS).wrapping_mul(SEGMENT_SIZE);
+        let tables = whole(u32::from(tags).wrapping_mul(stride));
+        let total = u16::try_from(heads.wrapping_add(tables)).map_err(|_| EINVAL)?;
+        Ok(Self {
+            arena: super::shared(Pages::new(pages, 0)?)?,
+            descriptors: Pages::new(total, 0)?,
+            tags,
+            segments_offset: heads.wrapping_mul(PAGE),
+        })
+    }
+
+    /// Tags are below this.
+    pub(crate) fn tags(&self) -> u16 {
+        self.tags
+    }
+
+    /// The arena.
+    pub(crate) fn arena(&self) -> &Arc<Pages> {
+        &self.arena
+    }
+
+    /// Pages of the arena.
+    pub(crate) fn arena_pages(&self) -> u16 {
+        self.arena.with_memory()
+    }
+
+    /// Bytes of the arena.
+    pub(crate) fn arena_len(&self) -> u64 {
+        self.arena.bytes_of_memory() as u64
+    }
+
+    /// Bytes of the descriptor area.
+    pub(crate) fn descriptors_len(&self) -> u64 {
+        self.descriptors.bytes_of_memory() as u64
+    }
+
+    /// Where the segment table begins in the descriptor area.
+    pub(crate) fn segments_offset(&self) -> u64 {
+        self.segments_offset.into()
+    }
+
+    /// Maps the arena into a process. May sleep.
+    pub(crate) fn map_arena(&self, area: &NewMapping<'_>) -> Result {
+        self.arena.map(area, true)
+    }
+
+    /// Maps the descriptor area into a process, which can only read it. May sleep.
+    pub(crate) fn map_descriptors(&self, area: &NewMapping<'_>) -> Result {
+        self.descriptors.map(area, false)
+    }
+
+    /// Writes the descriptor of a request.
+    pub(crate) fn write_desc(&self, tag: Tag, desc: &Desc) {
+        let offset = u32::from(tag).wrapping_mul(DESC_SIZE);
+        // The shadow has no tag beyond the area.
+        let _written = self.descriptors.write(offset as usize, desc);
+    }
+
+    /// Writes the segments of a request, of which neighbours in the arena become one. Returns how
+    /// many there are then; `None` if that is too many.
+    pub(crate) fn write_segments(
+        &self,
+        tag: Tag,
+        pieces: impl Iterator<Item = Segment>,
+    ) -> Option<u16> {
+        let mut count: u16 = 0;
+        let mut last: Option<Segment> = None;
+        for piece in pieces {
+            last = Some(match last {
+                Some(before) if before.offset.wrapping_add(before.len) == piece.offset => Segment {
+                    offset: before.offset,
+                    len: before.len.wrapping_add(piece.len),
+                },
+                Some(before) => {
+                    self.write_segment(tag, count, &before)?;
+                    count = count.wrapping_add(1);
+                    piece
+                }
+                None => piece,
+            });
+        }
+        if let Some(last) = last {
+            self.write_segment(tag, count, &last)?;
+            count = count.wrapping_add(1);
+        }
+        Some(count)
+    }
+
+    fn write_segment(&self, tag: Tag, index: u16, segment: &Segment) -> Option<()> {
+        if index >= MAX_SEGMENTS {
+            return None;
+        }
+        let entry = u32::from(tag)
+            .wrapping_mul(MAX_SEGMENTS.into())
+            .wrapping_add(index.into());
+        let offset = entry
+            .wrapping_mul(SEGMENT_SIZE)
+            .wrapping_add(self.segments_offset);
+        self.descriptors
+            .write(offset as usize, segment)
+            .then_some(())
+    }
+}

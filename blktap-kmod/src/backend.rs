@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The engine's backend over the shadow of a disk.
+
+use super::disk::{Share, TapDisk, BATCH};
+use crate::engine::{Backend, Io, IoKind, Tag};
+use crate::ring::response::Status;
+use crate::ring::tap::abi::Segment;
+use crate::ring::tap::shadow::{Op, Request};
+use crate::xen::monotonic_ns;
+use crate::xen::pages::push;
+use crate::xen::parker::Parker;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Full, AtomicFlag};
+use kernel::sync::Arc;
+
+/// A queue's part of the disk.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Number of the queue.
+    pub(super) index: u16,
+    /// Its tags begin here.
+    pub(super) first_tag: u16,
+    /// Its pages of the arena begin here.
+    pub(super) first_page: u16,
+    /// Its tags.
+    pub(super) depth: u16,
+}
+
+/// The backend of one queue. Dropping it leaves what the process has to the disk, and forgets the
+/// rest.
+///
+/// # Invariants
+///
+/// The disk has `share` in the queue's place.
+pub(crate) struct TapQueue {
+    disk: Arc<TapDisk>,
+    share: Arc<Share>,
+    place: Place,
+    /// What could not be posted; has room for all tags.
+    rejected: KVec<Tag>,
+}
+
+impl TapQueue {
+    /// Takes a queue's place. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` while a queue or a request of an earlier connection is left.
+    pub(super) fn new(disk: Arc<TapDisk>, parker: Arc<Parker>, place: Place) -> Result<Self> {
+        let share = super::shared(Share {
+            parker,
+            done: AtomicFlag::new(false),
+        })?;
+        let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
+        let mut inner = disk.inner.lock();
+        if inner.shadow.orphans() > 0 {
+            return Err(EBUSY);
+        }
+        match inner.shares.get_mut(usize::from(place.index)) {
+            Some(free @ None) => *free = Some(share.clone()),
+            Some(Some(_)) | None => return Err(EBUSY),
+        }
+        drop(inner);
+        // INVARIANT: Just put there.
+        Ok(Self {
+            disk,
+            share,
+            place,
+            rejected,
+        })
+    }
+
+    /// Writes the segments of a request and says what to post.
+    fn prepare(&self, io: &Io<'_>) -> Option<Request> {
+        let (op, preflush, fua) = match io.kind {
+            IoKind::Read => (Op::Read, false, false),
+            IoKind::Write => (Op::Write, false, false),
+            IoKind::PreFlushWrite => (Op::Write, true, false),
+            IoKind::BarrierWrite if io.count() == 0 => (Op::Flush, false, false),
+            IoKind::BarrierWrite => (Op::Write, true, true),
+            IoKind::Flush => (Op::Flush, false, false),
+            IoKind::Discard { secure: false } => (Op::Discard, false, false),
+            IoKind::Discard { secure: true } => (Op::SecureDiscard, false, false),
+        };
+        let first = u32::from(self.place.first_page);
+        let pieces = io.slices().map(|slice| Segment {
+            offset: first
+                .wrapping_add(slice.page.into())
+                .wrapping_mul(4096)
+                .wrapping_add(slice.offset.into()),
+            len: slice.len.into(),
+        });
+        let segments = self
+            .disk
+            .areas
+            .write_segments(self.disk_tag(io.tag), pieces)?;
+        Some(Request {
+            op,
+            preflush,
+            fua,
+            sector: io.sector,
+            sectors: io.sectors,
+            segments,
+        })
+    }
+
+    fn disk_tag(&self, tag: Tag) -> u16 {
+        self.place.first_tag.wrapping_add(tag)
+    }
+
+    fn reject(&mut self, tag: Tag) {
+        // There is room for all tags, and each is there once: it is taken until it is reaped.
+        let _pushed = push(&mut self.rejected, tag);
+    }
+
+    /// Posts a batch, and wakes the process if it waits.
+    fn post(&mut self, batch: &[Option<(Tag, Request)>]) {
+        let now = monotonic_ns();
+        let mut failed = [None; BATCH];
+        let mut inner = self.disk.inner.lock();
+        for (entry, failed) in batch.iter().zip(failed.iter_mut()) {
+            let Some((tag, request)) = entry else {
+                continue;
+            };
+            let queue = self.place.index;
+            let posted = inner.shadow.post(self.disk_tag(*tag), queue, request, now);
+            if posted.is_err() {
+                *failed = Some(*tag);
+            }
+        }
+        self.disk.announce(&mut inner);
+        drop(inner);
+        failed
+            .into_iter()
+            .flatten()
+            .for_each(|tag| self.reject(tag));
+    }
+}
+
+impl Backend for TapQueue {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let mut ready = [None; BATCH];
+        let mut count = 0usize;
+        for io in batch {
+            let Some(request) = self.prepare(&io) else {
+                self.reject(io.tag);
+                continue;
+            };
+            if let Some(place) = ready.get_mut(count) {
+                *place = Some((io.tag, request));
+            }
+            count = count.wrapping_add(1);
+            if count == BATCH {
+                self.post(&ready);
+                ready = [None; BATCH];
+                count = 0;
+            }
+        }
+        if count > 0 {
+            self.post(&ready);
+        }
+    }
+
+    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+        while let Some(tag) = self.rejected.pop() {
+            done(tag, Status::Error);
+        }
+        self.disk.fail_overdue();
+        if !self
+            .share
+            .done
+            .load(kernel::sync::atomic::ordering::Relaxed)
+            || !self.share.done.xchg(false, Full)
+        {
+            return;
+        }
+        loop {
+            let mut results = [None; BATCH];
+            let mut places = results.iter_mut();
+            let queue = self.place.index;
+            let count = self
+                .disk
+                .inner
+                .lock()
+                .shadow
+                .reap(queue, BATCH, |tag, status| {
+                    if let Some(place) = places.next() {
+                        *place = Some((tag, status));
+                    }
+                });
+            for (tag, status) in results.into_iter().flatten() {
+                done(tag.wrapping_sub(self.place.first_tag), status);
+            }
+            if count < BATCH {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for TapQueue {
+    fn drop(&mut self) {
+        let share = {
+            let mut inner = self.disk.inner.lock();
+            // What is left are requests that the process has.
+            let _orphans = inner.shadow.orphan(self.place.index);
+            let place = inner.shares.get_mut(usize::from(self.place.index));
+            let share = place.and_then(Option::take);
+            inner.kick();
+            share
+        };
+        drop(share);
+    }
+}

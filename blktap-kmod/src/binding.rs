@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A disk as the device to which it is bound sees it.
+
+use super::areas::MAX_SEGMENTS;
+use super::backend::{Place, TapQueue};
+use super::disk::TapDisk;
+use super::registry;
+use crate::connection::{ConnectError, Connection};
+use crate::medium::{Holder, Limits, Medium, Needs, Part, Peer, Queues, Status, Unavailable};
+use crate::ring::tap::abi::{STATE_FENCING, STATE_LIVE};
+use crate::xen::pages::Pages;
+use kernel::prelude::*;
+use kernel::sync::{Arc, UniqueArc};
+
+/// How long a queue that is told to drain waits for a process that lives.
+const PATIENCE_NS: u64 = 5_000_000_000;
+/// Segments of the largest request that is not indirect.
+const MIN_SEGMENTS: u16 = 11;
+
+/// A disk bound to a device; dropping it sets the disk free.
+///
+/// # Invariants
+///
+/// If `bound`, the disk's holder is the device for which this was made.
+pub(crate) struct Binding {
+    disk: Arc<TapDisk>,
+    writable: bool,
+    bound: bool,
+}
+
+/// Binds a disk to a device. May sleep.
+pub(crate) fn bind(minor: u32, holder: Holder) -> Result<Arc<dyn Medium>, Unavailable> {
+    let disk = registry::find(minor).ok_or(Unavailable::Missing)?;
+    let binding = Binding {
+        disk: disk.clone(),
+        writable: holder.writable,
+        bound: false,
+    };
+    // Before the disk is bound, so that nothing has to be taken back.
+    let mut binding =
+        UniqueArc::new(binding, GFP_KERNEL).map_err(|error| Unavailable::Failed(error.into()))?;
+    let mut inner = disk.inner.lock();
+    if disk.is_destroyed() {
+        return Err(Unavailable::Missing);
+    }
+    if let Some(other) = &inner.holder {
+        let (domain, device) = (other.domain, other.device);
+        let before = inner.refused.replace(holder.vbd);
+        drop(inner);
+        // Not under the lock: it may be the last reference.
+        drop(before);
+        return Err(Unavailable::Bound { domain, device });
+    }
+    inner.holder = Some(holder);
+    drop(inner);
+    // INVARIANT: It just became that.
+    binding.bound = true;
+    let binding: Arc<Binding> = binding.into();
+    Ok(binding)
+}
+
+impl Drop for Binding {
+    fn drop(&mut self) {
+        if !self.bound {
+            return;
+        }
+        let (holder, refused) = {
+            let mut inner = self.disk.inner.lock();
+            (inner.holder.take(), inner.refused.take())
+        };
+        if let Some(vbd) = refused {
+            vbd.disk_is_free();
+        }
+        drop(holder);
+    }
+}
+
+impl Medium for Binding {
+    fn limits(&self) -> Limits {
+        let params = self.disk.inner.lock().params;
+        let discard = params.and_then(|params| params.discard);
+        Limits {
+            sectors: params.map_or(0, |params| params.sectors),
+            logical_block: params.map_or(512, |params| params.logical_block),
+            physical_block: params.map_or(512, |params| params.physical_block),
+            discard_granularity: discard.map(|discard| discard.granularity),
+            discard_alignment: discard.map_or(0, |discard| discard.alignment),
+            secure_erase: discard.is_some_and(|discard| discard.secure),
+            write_cache: params.is_some_and(|params| params.write_cache),
+            read_only: params.is_none_or(|params| params.read_only),
+            removable: false,
+            cdrom: false,
+        }
+    }
+
+    fn sectors(&self) -> u64 {
+        self.disk.sectors()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    fn number(&self) -> u32 {
+        self.disk.number
+    }
+
+    fn is_ready(&self) -> bool {
+        self.disk.inner.lock().is_ready()
+    }
+
+    fn status(&self) -> Option<Status> {
+        Some(match self.disk.inner.lock().shadow.state() {
+            STATE_LIVE => Status::Live,
+            STATE_FENCING => Status::Fencing,
+            _ => Status::Recovering,
+        })
+    }
+
+    fn prepare(&self) -> Result<(), ConnectError> {
+        // Nobody but the process sees the disk in this domain.
+        Ok(())
+    }
+
+    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError> {
+        Connection::new(&self, peer)
+    }
+}
+
+impl Queues for Binding {
+    type Backend = TapQueue;
+
+    fn max_segments(&self, queues: u32) -> u16 {
+        share(self.disk.areas.arena_pages(), queues).min(MAX_SEGMENTS)
+    }
+
+    fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<TapQueue>, ConnectError> {
+        let areas = &self.disk.areas;
+        let index = u16::try_from(needs.index).map_err(|_| too_small())?;
+        let pages = share(areas.arena_pages(), needs.queues);
+        let depth = share(areas.tags(), needs.queues).min(needs.depth);
+        if pages < MIN_SEGMENTS || depth == 0 {
+            return Err(too_small());
+        }
+        let no_memory = |error| ConnectError::Step(NO_MEMORY, error);
+        let first_page = index.wrapping_mul(pages);
+        let own = Pages::part_of(areas.arena(), first_page, pages).and_then(crate::tap::shared);
+        let place = Place {
+            index,
+            first_tag: index.wrapping_mul(share(areas.tags(), needs.queues)),
+            first_page,
+            depth,
+        };
+        let backend =
+            TapQueue::new(self.disk.clone(), needs.parker.clone(), place).map_err(|error| {
+                match error {
+                    error if error == EBUSY => ConnectError::Step(NOT_READY, error),
+                    error => no_memory(error),
+                }
+            })?;
+        Ok(Part {
+            backend,
+            pages: own.map_err(no_memory)?,
+            depth,
+        })
+    }
+
+    fn patience(&self) -> Option<u64> {
+        // Without a process there is nothing to wait for: the disk keeps what is delivered.
+        let live = self.disk.inner.lock().is_live();
+        Some(if live { PATIENCE_NS } else { 0 })
+    }
+}
+
+const NO_MEMORY: &str = "there is not enough memory for the queues";
+const NOT_READY: &str =
+    "the process that serves the disk still has requests of an earlier connection";
+
+fn too_small() -> ConnectError {
+    ConnectError::Step(
+        "the disk's arena is too small for so many queues: make the disk with a larger one, or set max_queues",
+        EINVAL,
+    )
+}
+
+/// What each of `queues` queues gets of `total`.
+fn share(total: u16, queues: u32) -> u16 {
+    // CAST: not more than `total`.
+    u32::from(total).checked_div(queues).unwrap_or(0) as u16
+}

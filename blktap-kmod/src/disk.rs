@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A disk that a process serves.
+
+use super::areas::Areas;
+use crate::medium::Holder;
+use crate::ring::tap::abi::{self, Info};
+use crate::ring::tap::params::Params;
+use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
+use crate::ring::tap::table::Entry;
+use crate::vbd::Vbd;
+use crate::xen::monotonic_ns;
+use crate::xen::parker::Parker;
+use crate::xen::uring::Parked;
+use kernel::new_poll_condvar;
+use kernel::prelude::*;
+use kernel::sync::atomic::{
+    ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
+};
+use kernel::sync::poll::PollCondVar;
+use kernel::sync::{new_spinlock, Arc, SpinLock};
+use kernel::workqueue::{new_work, Work};
+
+/// Requests that are handled at most while the lock of a disk is held.
+pub(crate) const BATCH: usize = 32;
+
+/// A disk.
+#[pin_data]
+pub(crate) struct TapDisk {
+    /// Number of the node.
+    pub(crate) minor: u32,
+    /// The same as `dev_t`.
+    pub(crate) number: u32,
+    pub(crate) areas: Areas,
+    /// How long requests wait for a process before they fail; 0 for ever.
+    fail_after_ns: u64,
+    /// When they do, in the time of [`monotonic_ns`]; 0 if a process serves the disk.
+    deadline_ns: Atomic<u64>,
+    /// The described size in sectors; 0 before that.
+    sectors: Atomic<u64>,
+    /// Nothing waits for the disk any more: it was destroyed.
+    pub(super) destroyed: AtomicFlag,
+    #[pin]
+    pub(super) inner: SpinLock<Inner>,
+    /// Notified when there is something to fetch, and when a node can be opened again.
+    #[pin]
+    pub(super) ready: PollCondVar,
+    #[pin]
+    pub(super) fence: Work<TapDisk>,
+}
+
+/// What the lock of a disk protects. It is a leaf: no other lock of ours is taken under it, and
+/// nothing under it sleeps.
+pub(crate) struct Inner {
+    pub(super) shadow: Shadow<KVVec<Entry>>,
+    pub(super) params: Option<Params>,
+    pub(super) pid: u32,
+    /// The device to which the disk is bound.
+    pub(super) holder: Option<Holder>,
+    /// The device that was refused last because of that.
+    pub(super) refused: Option<Arc<Vbd>>,
+    pub(super) command: Command,
+    /// The process has looked in vain: it may be sleeping, and is to be woken.
+    pub(super) wanted: bool,
+    /// The queues of the connection.
+    pub(super) shares: [Option<Arc<Share>>; MAX_QUEUES],
+}
+
+/// The `uring_cmd` of the process.
+pub(crate) enum Command {
+    /// There is none.
+    None,
+    /// It is on its way here or back.
+    Moving,
+    /// It waits for requests.
+    Waiting(Parked),
+}
+
+/// What a queue's thread and those who complete its requests share.
+pub(crate) struct Share {
+    pub(super) parker: Arc<Parker>,
+    /// The queue has something to reap.
+    pub(super) done: AtomicFlag,
+}
+
+impl Share {
+    /// Tells the queue that it has something to reap.
+    pub(super) fn tell(&self) {
+        self.done.store(true, Release);
+        self.parker.wake();
+    }
+}
+
+impl TapDisk {
+    /// Makes a disk. May sleep.
+    pub(crate) fn new(
+        minor: u32,
+        number: u32,
+        arena_kib: u32,
+        fail_after_s: Option<u32>,
+    ) -> Result<Arc<Self>> {
+        let areas = Areas::new(arena_kib)?;
+        let tags = usize::from(areas.tags());
+        let mut entries = KVVec::with_capacity(tags, GFP_KERNEL)?;
+        for _ in 0..tags {
+            entries
+                .push_within_capacity(Entry::FREE)
+                .map_err(|_| ENOMEM)?;
+        }
+        let fail_after_ns = u64::from(fail_after_s.unwrap_or(0)).wrapping_mul(1_000_000_000);
+        let disk = Arc::pin_init(
+            pin_init!(Self {
+                minor,
+                number,
+                areas,
+                fail_after_ns,
+                deadline_ns: Atomic::new(0),
+                sectors: Atomic::new(0),
+                destroyed: AtomicFlag::new(false),
+                inner <- new_spinlock!(
+                    Inner {
+                        shadow: Shadow::new(entries),
+                        params: None,
+                        pid: 0,
+                        holder: None,
+                        refused: None,
+                        command: Command::None,
+                        wanted: false,
+                        shares: [const { None }; MAX_QUEUES],
+                    },
+                    "TapDisk::inner"
+                ),
+                ready <- new_poll_condvar!("TapDisk::ready"),
+                fence <- new_work!("TapDisk::fence"),
+            }),
+            GFP_KERNEL,
+        )?;
+        disk.start_waiting();
+        Ok(disk)
+    }
+
+    /// The size in sectors that was described; 0 before that.
+    pub(crate) fn sectors(&self) -> u64 {
+        self.sectors.load(Relaxed)
+    }
+
+    /// No process serves the disk from now on.
+    pub(super) fn start_waiting(&self) {
+        if self.fail_after_ns == 0 || self.deadline_ns.load(Relaxed) != 0 {
+            return;
+        }
+        let deadline = monotonic_ns().saturating_add(self.fail_after_ns);
+        self.deadline_ns.store(deadline, Relaxed);
+    }
+
+    /// A process serves it again.
+    pub(super) fn stop_waiting(&self) {
+        self.deadline_ns.store(0, Relaxed);
+    }
+
+    /// True if requests have waited for a process as long as they may.
+    pub(super) fn is_overdue(&self) -> bool {
+        let deadline = self.deadline_ns.load(Relaxed);
+        deadline != 0 && monotonic_ns() >= deadline
+    }
+
+    /// Describes the disk, or changes its size.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if it was described before and anything but the size is different now.
+    pub(super) fn describe(&self, params: Params) -> Result {
+        let mut inner = self.inner.lock();
+        if inner
+            .params
+            .is_some_and(|before| !before.may_become(&params))
+        {
+            return Err(EINVAL);
+        }
+        inner.params = Some(params);
+        self.sectors.store(params.sectors, Relaxed);
+        // The queues look at the size before each pass.
+        inner
+            .shares
+            .iter()
+            .flatten()
+            .for_each(|share| share.parker.wake());
+        inner.kick();
+        Ok(())
+    }
+
+    /// Fails what waits if it has waited for too long; called by the threads of the queues.
+    pub(super) fn fail_overdue(&self) {
+        if !self.is_overdue() {
+            return;
+        }
+        let mut more = true;
+        while more {
+            let mut inner = self.inner.lock();
+            let failed = inner.shadow.fail_waiting(BATCH);
+            inner.tell(failed.queues);
+            more = failed.more;
+        }
+    }
+
+    /// True once the disk was destroyed.
+    pub(super) fn is_destroyed(&self) -> bool {
+        self.destroyed.load(Relaxed)
+    }
+
+    /// Marks the disk as destroyed; who waits to open it is refused.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` while it is open or bound.
+    pub(super) fn destroy(&self) -> Result {
+        let inner = self.inner.lock();
+        let open = matches!(inner.shadow.state(), abi::STATE_OPEN | abi::STATE_LIVE);
+        if open || inner.holder.is_some() {
+            return Err(EBUSY);
+        }
+        // Under the lock, under which it is opened and bound.
+        let _before = self.destroyed.xchg(true, Full);
+        drop(inner);
+        self.ready.notify_all();
+        Ok(())
+    }
+
+    /// What the node is and how it goes.
+    pub(crate) fn info(&self) -> Info {
+        let mut info = Info {
+            version: abi::VERSION,
+            minor: self.minor,
+            features: abi::FEATURE_URING_CMD,
+            max_segments: super::areas::MAX_SEGMENTS.into(),
+            descriptors_len: self.areas.descriptors_len(),
+            segments_offset: self.areas.segments_offset(),
+            arena_len: self.areas.arena_len(),
+            sectors: self.sectors(),
+            ..Info::default()
+        };
+        let now = monotonic_ns();
+        let inner = self.inner.lock();
+        inner.shadow.describe(&mut info, now);
+        info.pid = inner.pid;
+        let (domain, device) = inner
+            .holder
+            .as_ref()
+            .map_or((u32::MAX, u32::MAX), |holder| {
+                (holder.domain.into(), holder.device)
+            });
+        info.domain = domain;
+        info.device = device;
+        info
+    }
+
+    /// Wakes the process if it waits and there is something to fetch.
+    pub(super) fn announce(&self, inner: &mut Inner) {
+        let waits = inner.wanted || matches!(inner.command, Command::Waiting(_));
+        if !waits || !inner.shadow.has_deliverable() {
+            return;
+        }
+        if let Command::Waiting(_) = inner.command {
+            let command = core::mem::replace(&mut inner.command, Command::Moving);
+            if let Command::Waiting(command) = command {
+                command.wake();
+            }
+        }
+        if core::mem::replace(&mut inner.wanted, false) {
+            self.ready.notify_all();
+        }
+    }
+}
+
+impl Inner {
+    /// Has the device look at the disk again.
+    pub(super) fn kick(&self) {
+        if let Some(holder) = &self.holder {
+            holder.vbd.kick();
+        }
+    }
+
+    /// Tells queues, one for each bit, that they have something to reap.
+    pub(super) fn tell(&self, queues: u64) {
+        let mut left = queues;
+        while left != 0 {
+            // CAST: below 64.
+            let queue = left.trailing_zeros() as usize;
+            left &= left.wrapping_sub(1);
+            if let Some(Some(share)) = self.shares.get(queue) {
+                share.tell();
+            }
+        }
+    }
+
+    /// True if a frontend can be connected: the disk is described, and nothing of an earlier
+    /// connection is left.
+    pub(super) fn is_ready(&self) -> bool {
+        self.params.is_some()
+            && self.shadow.orphans() == 0
+            && self.shares.iter().all(Option::is_none)
+    }
+}

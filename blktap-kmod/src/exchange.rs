@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What goes back and forth between a disk and its process: tags out, completions in.
+//!
+//! User memory is copied outside the lock, in batches of [`BATCH`].
+
+use super::disk::{Inner, TapDisk, BATCH};
+use crate::ring::tap::abi::{Completion, COMPLETION_RETURNED};
+use crate::ring::tap::checked::UserArray;
+use crate::ring::tap::shadow::{Committed, Tag};
+use crate::xen::chardev::user_memory;
+use crate::xen::{cond_resched, monotonic_ns};
+use kernel::prelude::*;
+use kernel::uaccess::UserSliceWriter;
+use zerocopy::IntoBytes;
+
+/// Requests that were handed out and of which the process does not know yet.
+struct Handed {
+    tags: [Tag; BATCH],
+    generations: [u32; BATCH],
+    count: usize,
+}
+
+impl Handed {
+    const EMPTY: Self = Self {
+        tags: [0; BATCH],
+        generations: [0; BATCH],
+        count: 0,
+    };
+
+    fn push(&mut self, tag: Tag, generation: u32) {
+        let places = self.tags.get_mut(self.count);
+        if let (Some(place), Some(number)) = (places, self.generations.get_mut(self.count)) {
+            *place = tag;
+            *number = generation;
+            self.count = self.count.wrapping_add(1);
+        }
+    }
+
+    fn tags(&self) -> &[Tag] {
+        self.tags.get(..self.count).unwrap_or(&[])
+    }
+}
+
+impl TapDisk {
+    /// Takes completions, in order.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` or `EINVAL` at the first one that cannot be read or is malformed; those before it
+    /// are taken.
+    pub(super) fn commit(&self, epoch: u64, commits: UserArray) -> Result {
+        let size = size_of::<Completion>();
+        // CAST: at most `MAX_TAGS`.
+        let mut left = commits.len as usize;
+        let mut reader = user_memory(commits.addr, left.saturating_mul(size)).reader();
+        while left > 0 {
+            let mut batch = [Completion::default(); BATCH];
+            let here = batch.get_mut(..left.min(BATCH)).unwrap_or(&mut []);
+            reader.read_slice(here.as_mut_bytes())?;
+            self.commit_batch(epoch, here)?;
+            left = left.saturating_sub(BATCH);
+        }
+        Ok(())
+    }
+
+    fn commit_batch(&self, epoch: u64, batch: &[Completion]) -> Result {
+        let mut result = Ok(());
+        let mut queues: u64 = 0;
+        let mut released = false;
+        let mut inner = self.inner.lock();
+        for completion in batch {
+            let Ok(commit) = completion.check() else {
+                result = Err(EINVAL);
+                break;
+            };
+            match inner.shadow.commit(epoch, &commit) {
+                Committed::Done(queue) => queues |= 1u64.wrapping_shl(queue.into()),
+                Committed::Released => released = true,
+                Committed::Returned | Committed::Refused => {}
+            }
+        }
+        inner.tell(queues);
+        if released && inner.is_ready() {
+            inner.kick();
+        }
+        // What one request has waited for may be gone now.
+        self.announce(&mut inner);
+        result
+    }
+
+    /// Hands out requests for as many tags as `to` has room, and returns how many. If `waits`, the
+    /// process is woken when there is more after it got less than that.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` if the tags cannot be written; their requests are handed out again.
+    pub(super) fn fetch(&self, epoch: u64, to: &mut UserSliceWriter, waits: bool) -> Result<usize> {
+        let room = to.len() / size_of::<Tag>();
+        let mut fetched = 0usize;
+        while fetched < room {
+            let mut handed = Handed::EMPTY;
+            let more = {
+                let now = monotonic_ns();
+                let mut inner = self.inner.lock();
+                let max = room.wrapping_sub(fetched).min(BATCH);
+                let delivered = inner.shadow.deliver(epoch, max, now, |tag, desc| {
+                    self.areas.write_desc(tag, desc);
+                    handed.push(tag, desc.generation);
+                });
+                inner.wanted |= waits && !delivered.more && delivered.count < max;
+                delivered.more
+            };
+            if let Err(error) = to.write_slice(handed.tags().as_bytes()) {
+                self.take_back(epoch, &handed);
+                return if fetched > 0 { Ok(fetched) } else { Err(error) };
+            }
+            fetched = fetched.wrapping_add(handed.count);
+            if !more {
+                break;
+            }
+            cond_resched();
+        }
+        Ok(fetched)
+    }
+
+    fn take_back(&self, epoch: u64, handed: &Handed) {
+        let mut inner = self.inner.lock();
+        for (tag, generation) in handed.tags().iter().zip(handed.generations) {
+            let returned = Completion {
+                tag: *tag,
+                flags: COMPLETION_RETURNED,
+                generation,
+                ..Completion::default()
+            };
+            if let Ok(commit) = returned.check() {
+                // It was delivered a moment ago, and nobody else may commit it: this cannot fail
+                // but by a process that guesses.
+                let _returned = inner.shadow.commit(epoch, &commit);
+            }
+        }
+        self.announce(&mut inner);
+    }
+}
+
+impl Inner {
+    /// True once the process has started the disk.
+    pub(super) fn is_live(&self) -> bool {
+        self.shadow.state() == crate::ring::tap::abi::STATE_LIVE
+    }
+}

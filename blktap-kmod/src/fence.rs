@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The end of a process: nothing is delivered to the next one while I/O of this one may go on.
+//!
+//! What its I/O reads and writes is the arena. Direct I/O pins the pages it uses, so it is over
+//! when nobody but us refers to a page of the arena; mappings refer to them as well, and they are
+//! gone when the node is released. (I/O through buffers of its own is fenced by the lock that the
+//! process holds on the image.)
+
+use super::disk::TapDisk;
+use crate::xen::workqueue;
+use kernel::sync::Arc;
+use kernel::time::{delay::fsleep, Delta};
+use kernel::workqueue::{impl_has_work, WorkItem};
+
+/// Short pauses, then long ones.
+const SHORT_MS: i64 = 1;
+const LONG_MS: i64 = 20;
+const SHORT_PAUSES: u32 = 32;
+/// Pauses after which other work has a turn.
+const PAUSES: u32 = 96;
+
+impl_has_work! {
+    impl HasWork<Self> for TapDisk { self.fence }
+}
+
+impl TapDisk {
+    /// The process is gone.
+    pub(super) fn close(self: &Arc<Self>) {
+        {
+            let mut inner = self.inner.lock();
+            inner.shadow.closed();
+            inner.pid = 0;
+            inner.wanted = false;
+            self.start_waiting();
+            inner.kick();
+        }
+        if !self.try_fence() {
+            // If it is queued already, that run looks.
+            let _queued = workqueue::enqueue(self.clone());
+        }
+    }
+
+    /// Ends the fence if all I/O of the process is over.
+    fn try_fence(&self) -> bool {
+        if self.areas.arena().is_referenced() {
+            return false;
+        }
+        {
+            let mut inner = self.inner.lock();
+            inner.shadow.fenced();
+            inner.kick();
+        }
+        // Whoever waits to open the node.
+        self.ready.notify_all();
+        true
+    }
+}
+
+impl WorkItem for TapDisk {
+    type Pointer = Arc<TapDisk>;
+
+    fn run(this: Arc<TapDisk>) {
+        for pause in 0..PAUSES {
+            if this.is_destroyed() || this.try_fence() {
+                return;
+            }
+            fsleep(if pause < SHORT_PAUSES {
+                Delta::from_millis(SHORT_MS)
+            } else {
+                Delta::from_millis(LONG_MS)
+            });
+        }
+        let _queued = workqueue::enqueue(this);
+    }
+}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The node of a disk, as the process that has it open uses it.
+
+use super::disk::{Command, TapDisk};
+use super::registry;
+use crate::ring::tap::abi::{self, ioctl, Buffer, Exchange, Info};
+use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
+use crate::ring::tap::params::Params;
+use crate::ring::tap::shadow::OpenError;
+use crate::xen::chardev::{current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE};
+use crate::xen::uring::{Identity, Issued, Outcome, Parked, Woken};
+use kernel::ffi::c_int;
+use kernel::prelude::*;
+use kernel::sync::{Arc, UniqueArc};
+use kernel::uaccess::UserSliceWriter;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+/// Bytes of the records that describe a disk at most: each kind is there once.
+const MAX_PARAMS: usize = 256;
+
+/// An opener of a disk's node.
+pub(crate) struct Opener {
+    disk: Arc<TapDisk>,
+    epoch: u64,
+}
+
+/// Copies a structure from the process, once.
+pub(super) fn read_user<T: FromBytes + IntoBytes + FromZeros>(address: u64) -> Result<T> {
+    let mut value = T::new_zeroed();
+    user_memory(address, size_of::<T>())
+        .reader()
+        .read_slice(value.as_mut_bytes())?;
+    Ok(value)
+}
+
+/// Copies a structure to the process.
+pub(super) fn write_user<T: IntoBytes + Immutable>(address: u64, value: &T) -> Result {
+    user_memory(address, size_of::<T>())
+        .writer()
+        .write_slice(value.as_bytes())
+}
+
+/// What is not understood is refused.
+pub(super) fn invalid(_: Malformed) -> Error {
+    EINVAL
+}
+
+impl Opener {
+    fn info(&self, address: u64) -> Result<c_int> {
+        let info: Info = self.disk.info();
+        write_user(address, &info)?;
+        Ok(0)
+    }
+
+    fn set_params(&self, address: u64) -> Result<c_int> {
+        let array = read_user::<Buffer>(address)?
+            .check_params()
+            .map_err(invalid)?;
+        let mut bytes = [0; MAX_PARAMS];
+        // CAST: a 32-bit number.
+        let bytes = bytes.get_mut(..array.len as usize).ok_or(EINVAL)?;
+        user_memory(array.addr, bytes.len())
+            .reader()
+            .read_slice(bytes)?;
+        let params = Params::parse(bytes).map_err(|_| EINVAL)?;
+        self.disk.describe(params)?;
+        Ok(0)
+    }
+
+    fn start(&self) -> Result<c_int> {
+        let mut inner = self.disk.inner.lock();
+        if inner.params.is_none() || !inner.shadow.started(self.epoch) {
+            return Err(EINVAL);
+        }
+        inner.pid = current_process();
+        self.disk.stop_waiting();
+        inner.kick();
+        self.disk.announce(&mut inner);
+        Ok(0)
+    }
+
+    /// Reads the argument of an exchange.
+    fn arrays(&self, address: u64) -> Result<Arrays> {
+        if !self.disk.inner.lock().is_live() {
+            return Err(EINVAL);
+        }
+        read_user::<Exchange>(address)?.check().map_err(invalid)
+    }
+
+    fn exchange(&self, address: u64) -> Result<c_int> {
+        let arrays = self.arrays(address)?;
+        self.disk.commit(self.epoch, arrays.commits)?;
+        self.fetch(arrays.tags, true)
+    }
+
+    fn fetch(&self, tags: UserArray, waits: bool) -> Result<c_int> {
+        // CAST: a 32-bit number.
+        let len = (tags.len as usize).saturating_mul(size_of::<u16>());
+        let mut to = user_memory(tags.addr, len).writer();
+        let fetched = self.disk.fetch(self.epoch, &mut to, waits)?;
+        // CAST: at most `MAX_TAGS`.
+        Ok(fetched as c_int)
+    }
+
+    /// Sleeps until there is something to fetch.
+    fn wait(&self) -> Result {
+        let mut inner = self.disk.inner.lock();
+        while !inner.shadow.has_deliverable() {
+            inner.wanted = true;
+            if self.disk.ready.wait_interruptible(&mut inner) {
+                return Err(ERESTARTSYS);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what a new `uring_cmd` wants; `None` if it is to wait for tags.
+    fn issue(&self, payload: [u64; 2]) -> Result<(Option<c_int>, UserArray)> {
+        let buffer = Buffer::read_from_bytes(payload.as_bytes()).map_err(|_| EINVAL)?;
+        // CAST: a small structure.
+        let one = buffer
+            .check(1, size_of::<Exchange>() as u32)
+            .map_err(invalid)?;
+        if one.len != 1 {
+            return Err(EINVAL);
+        }
+        let arrays = self.arrays(one.addr)?;
+        self.disk.commit(self.epoch, arrays.commits)?;
+        if arrays.tags.len == 0 {
+            return Ok((Some(0), arrays.tags));
+        }
+        let fetched = self.fetch(arrays.tags, false)?;
+        Ok(((fetched > 0).then_some(fetched), arrays.tags))
+    }
+
+    /// Takes the place of the command that waits.
+    fn reserve(&self) -> Result {
+        let mut inner = self.disk.inner.lock();
+        match inner.command {
+            Command::None => {
+                inner.command = Command::Moving;
+                Ok(())
+            }
+            Command::Moving | Command::Waiting(_) => Err(EBUSY),
+        }
+    }
+
+    /// Lets a command for which there is a place wait.
+    fn leave_waiting(&self, command: Parked) {
+        let mut inner = self.disk.inner.lock();
+        inner.command = Command::Waiting(command);
+        // What came since the command looked in vain.
+        self.disk.announce(&mut inner);
+    }
+}
+
+impl CharDevice for Opener {
+    fn open(minor: u32, nonblocking: bool) -> Result<Arc<Self>> {
+        let disk = registry::find(minor).ok_or(ENXIO)?;
+        let mut opener = UniqueArc::new(Self { disk, epoch: 0 }, GFP_KERNEL)?;
+        let disk = opener.disk.clone();
+        let mut inner = disk.inner.lock();
+        loop {
+            if disk.is_destroyed() {
+                return Err(ENXIO);
+            }
+            match inner.shadow.opened() {
+                Ok(epoch) => {
+                    opener.epoch = epoch;
+                    break;
+                }
+                Err(OpenError::Fencing) if !nonblocking => {
+                    if disk.ready.wait_interruptible(&mut inner) {
+                        return Err(ERESTARTSYS);
+                    }
+                }
+                Err(OpenError::Open | OpenError::Fencing) => return Err(EBUSY),
+            }
+        }
+        inner.pid = current_process();
+        drop(inner);
+        Ok(opener.into())
+    }
+
+    fn release(&self) {
+        self.disk.close();
+    }
+
+    fn ioctl(&self, command: u32, argument: usize) -> Result<c_int> {
+        let address = argument as u64;
+        match command {
+            ioctl::INFO => self.info(address),
+            ioctl::SET_PARAMS => self.set_params(address),
+            ioctl::START => self.start(),
+            ioctl::EXCHANGE => self.exchange(address),
+            _ => Err(ENOTTY),
+        }
+    }
+
+    fn read(&self, nonblocking: bool, to: &mut UserSliceWriter) -> Result<usize> {
+        if to.len() < size_of::<u16>() || !self.disk.inner.lock().is_live() {
+            return Err(EINVAL);
+        }
+        loop {
+            let fetched = self.disk.fetch(self.epoch, to, true)?;
+            if fetched > 0 {
+                return Ok(fetched.wrapping_mul(size_of::<u16>()));
+            }
+            if nonblocking {
+                return Err(EAGAIN);
+            }
+            self.wait()?;
+        }
+    }
+
+    fn poll(&self, waiter: &Waiter<'_>) -> u32 {
+        waiter.register(&self.disk.ready);
+        let mut inner = self.disk.inner.lock();
+        if inner.shadow.has_deliverable() {
+            READABLE
+        } else {
+            inner.wanted = true;
+            0
+        }
+    }
+
+    fn mmap(&self, area: &NewMapping<'_>) -> Result {
+        match area.offset() {
+            abi::MMAP_DESCRIPTORS => self.disk.areas.map_descriptors(area),
+            abi::MMAP_ARENA => self.disk.areas.map_arena(area),
+            _ => Err(EINVAL),
+        }
+    }
+
+    fn uring_command(&self, command: Issued<'_, Self>) -> Outcome {
+        if command.number() != ioctl::EXCHANGE {
+            return Outcome::refused();
+        }
+        let tags = match self.issue(command.payload()) {
+            Ok((None, tags)) => tags,
+            Ok((Some(fetched), _)) => return command.complete(Ok(fetched)),
+            Err(error) => return command.complete(Err(error)),
+        };
+        if let Err(error) = self.reserve() {
+            return command.complete(Err(error));
+        }
+        let (parked, outcome) = command.park([tags.addr, tags.len.into()]);
+        self.leave_waiting(parked);
+        outcome
+    }
+
+    fn uring_woken(&self, command: Woken) {
+        let [addr, len] = command.note();
+        let tags = UserArray {
+            addr,
+            // CAST: it was one of 32 bits.
+            len: len as u32,
+        };
+        let result = if command.is_cancelled() {
+            None
+        } else {
+            match self.fetch(tags, false) {
+                Ok(0) => return self.leave_waiting(command.park()),
+                Ok(fetched) => Some(fetched),
+                Err(error) => Some(error.to_errno()),
+            }
+        };
+        self.disk.inner.lock().command = Command::None;
+        match result {
+            Some(result) => command.complete(result),
+            None => command.cancel(),
+        }
+    }
+
+    fn uring_cancel(&self, wanted: &Identity) -> Option<Parked> {
+        let mut inner = self.disk.inner.lock();
+        match core::mem::replace(&mut inner.command, Command::None) {
+            Command::Waiting(command) if command.is(wanted) => Some(command),
+            other => {
+                inner.command = other;
+                None
+            }
+        }
+    }
+}

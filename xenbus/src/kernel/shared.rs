@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Pages of ours that a process maps, and pins for its own I/O.
+//!
+//! Facts about the kernel: a mapping and a pin each hold references to the pages (mm/memory.c,
+//! mm/gup.c), so a page that is pinned when its owner lets go of it lives until the pin is gone.
+//! Pages that nobody maps cannot be pinned any more.
+
+use super::chardev::NewMapping;
+use super::pages::Pages;
+use super::sys;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use zerocopy::IntoBytes;
+
+impl Pages {
+    /// Bytes of the pages with memory.
+    pub(crate) fn bytes_of_memory(&self) -> usize {
+        self.raw_with_memory().len().wrapping_mul(PAGE_SIZE)
+    }
+
+    /// Maps all pages with memory into a process; the mapping must have their length. May sleep.
+    ///
+    /// They are ordinary memory to the process: it may use them for direct I/O. The mapping can
+    /// neither be grown nor executed, and is not passed on by `fork`.
+    pub(crate) fn map(&self, mapping: &NewMapping<'_>, writable: bool) -> Result {
+        if mapping.len() != self.bytes_of_memory() || !mapping.is_shared() {
+            return Err(EINVAL);
+        }
+        let area = mapping.area();
+        if !writable {
+            area.try_clear_maywrite().map_err(|_| EACCES)?;
+        }
+        area.try_clear_mayexec().map_err(|_| EACCES)?;
+        area.set_dontexpand();
+        area.set_dontcopy();
+        area.set_mixedmap();
+        let mut left = self.raw_with_memory().len();
+        // SAFETY: The area is being set up and spans exactly these pages, which are valid and
+        // not part of larger ones. The kernel takes a reference to each and only reads the array.
+        to_result(unsafe {
+            bindings::vm_insert_pages(
+                area.as_ptr(),
+                area.start(),
+                self.raw_with_memory().as_ptr().cast_mut(),
+                &mut left,
+            )
+        })
+    }
+
+    /// True if anybody but us refers to one of the pages with memory: a mapping, or I/O that is
+    /// under way.
+    pub(crate) fn is_referenced(&self) -> bool {
+        self.raw_with_memory().iter().any(|page| {
+            // SAFETY: The page is valid.
+            unsafe { sys::xbr_page_count(*page) != 1 }
+        })
+    }
+
+    /// Writes a value at a byte offset; `false` if it does not lie inside one page.
+    ///
+    /// The process may be reading: it sees a mixture of old and new until it is told.
+    pub(crate) fn write<T: IntoBytes + zerocopy::Immutable>(
+        &self,
+        offset: usize,
+        value: &T,
+    ) -> bool {
+        let bytes = value.as_bytes();
+        let within = offset & (PAGE_SIZE - 1);
+        let fits = within
+            .checked_add(bytes.len())
+            .is_some_and(|end| end <= PAGE_SIZE);
+        let Some(page) = self
+            .raw_with_memory()
+            .get(offset / PAGE_SIZE)
+            .filter(|_| fits)
+        else {
+            return false;
+        };
+        // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
+        let start = unsafe { sys::xbr_page_address(*page) }.cast::<u8>();
+        // SAFETY: `within` lies inside the page.
+        let target = unsafe { start.add(within) };
+        // SAFETY: The bytes fit into the page, as was checked, and no reference to them exists.
+        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+        true
+    }
+}

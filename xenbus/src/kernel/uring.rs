@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Commands that a process sends to a character device through io_uring.
+//!
+//! A command is a value that is passed on: [`Issued`] when the process has just sent it, [`Parked`]
+//! while it waits for something, [`Woken`] when that has come. Each of these ends in an answer or
+//! in the next one, so that no command is answered twice.
+//!
+//! Facts about the kernel (io_uring/uring_cmd.c, io_uring/tw.c):
+//! - A command is valid until it completes, and holds a reference to its file.
+//! - `io_uring_cmd_mark_cancelable` has the file called with `IO_URING_F_CANCEL` when the task or
+//!   the ring goes away, again and again until the command completes. Marked commands must end
+//!   with `__io_uring_cmd_done`, which takes the mark away.
+//! - `__io_uring_cmd_do_in_task` is callable from any task. It runs the callback once, with the
+//!   ring locked: in the task that issued the command, or elsewhere with `cancel` set if that task
+//!   is gone.
+
+use super::chardev::{woken, CharDevice};
+use super::sys;
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::ffi::{c_int, c_uint};
+use kernel::prelude::*;
+
+// CAST: both are small.
+const CANCELLED: c_int = -(bindings::ECANCELED as c_int);
+const NOT_SUPPORTED: c_int = -(bindings::EOPNOTSUPP as c_int);
+
+/// What a driver keeps in a command while it is parked.
+pub(crate) type Note = [u64; 2];
+
+/// A command that the process has just sent.
+pub(crate) struct Issued<'a, T> {
+    command: NonNull<sys::UringCmd>,
+    flags: c_uint,
+    _of: PhantomData<(&'a T, *mut ())>,
+}
+
+/// How the handling of an [`Issued`] command ended.
+#[must_use]
+pub(crate) struct Outcome(c_int);
+
+impl Outcome {
+    /// The command is not known.
+    pub(crate) fn refused() -> Self {
+        Self(NOT_SUPPORTED)
+    }
+}
+
+impl<T: CharDevice> Issued<'_, T> {
+    /// The number of the command.
+    pub(crate) fn number(&self) -> u32 {
+        // SAFETY: The command is valid, and this field does not change.
+        unsafe { (*self.command.as_ptr()).cmd_op }
+    }
+
+    /// The 16 bytes of the submission queue entry that are the driver's, read once: the process
+    /// may be writing there.
+    pub(crate) fn payload(&self) -> [u64; 2] {
+        // SAFETY: The command is valid and its entry readable until it has been handled.
+        let entry = unsafe { (*self.command.as_ptr()).sqe };
+        // SAFETY: The field has 16 bytes there, aligned to 8 (asserted in shim.c).
+        let words = unsafe { entry.byte_add(sys::SQE_CMD) }.cast::<u64>();
+        // SAFETY: As above.
+        let first = unsafe { words.read_volatile() };
+        // SAFETY: As above.
+        let second = unsafe { words.add(1).read_volatile() };
+        [first, second]
+    }
+
+    /// Answers the command.
+    pub(crate) fn complete(self, result: Result<c_int>) -> Outcome {
+        Outcome(match result {
+            // That would have it issued again, or leave it without an answer.
+            Err(error) if error == EAGAIN || error == EIOCBQUEUED => EINVAL.to_errno(),
+            Err(error) => error.to_errno(),
+            Ok(result) => result,
+        })
+    }
+
+    /// Makes the command one that can wait: hands it over together with its outcome.
+    ///
+    /// From here on it can be cancelled; a cancellation that does not find it parked is repeated.
+    pub(crate) fn park(self, note: Note) -> (Parked, Outcome) {
+        let command = self.command.as_ptr();
+        // SAFETY: The command is valid, and these bytes are the driver's.
+        unsafe { (*command).pdu = note };
+        // SAFETY: The command is valid and has not completed; the flags are those of this call.
+        unsafe { sys::io_uring_cmd_mark_cancelable(command, self.flags) };
+        let parked = Parked {
+            command: self.command,
+            wake: wake_up::<T>,
+        };
+        (parked, Outcome(EIOCBQUEUED.to_errno()))
+    }
+}
+
+fn wake_up<T: CharDevice>(command: NonNull<sys::UringCmd>) {
+    // SAFETY: A parked command has not completed, and `woken::<T>` suits its file: it was issued
+    // to a file of `T`.
+    unsafe { sys::__io_uring_cmd_do_in_task(command.as_ptr(), woken::<T>, 0) };
+}
+
+/// A command that waits. It must not be dropped: the process would wait for ever.
+///
+/// # Invariants
+///
+/// The command has not completed, and nobody else will complete it.
+#[must_use]
+pub(crate) struct Parked {
+    command: NonNull<sys::UringCmd>,
+    wake: fn(NonNull<sys::UringCmd>),
+}
+
+// SAFETY: A command may be woken and completed from any task.
+unsafe impl Send for Parked {}
+
+impl Parked {
+    /// Has the command handled in its task, as [`Woken`]. Callable under a spinlock.
+    pub(crate) fn wake(self) {
+        (self.wake)(self.command);
+    }
+
+    /// True if a cancellation means this command.
+    pub(crate) fn is(&self, wanted: &Identity) -> bool {
+        self.command == wanted.command
+    }
+}
+
+/// Which command is to be cancelled.
+pub(crate) struct Identity {
+    command: NonNull<sys::UringCmd>,
+}
+
+/// A command that was parked, in the task that sent it.
+///
+/// # Invariants
+///
+/// As for [`Parked`]; the ring is locked.
+#[must_use]
+pub(crate) struct Woken {
+    command: NonNull<sys::UringCmd>,
+    cancel: bool,
+    wake: fn(NonNull<sys::UringCmd>),
+}
+
+impl Woken {
+    /// # Safety
+    ///
+    /// `command` is parked and was woken, and this is called from its task work.
+    pub(super) unsafe fn new<T: CharDevice>(
+        command: *mut sys::UringCmd,
+        state: sys::TaskWork,
+    ) -> Self {
+        Self {
+            // SAFETY: A command is never at address 0.
+            command: unsafe { NonNull::new_unchecked(command) },
+            cancel: state.cancel,
+            wake: wake_up::<T>,
+        }
+    }
+
+    /// True if its task is going away: its memory cannot be reached any more.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancel
+    }
+
+    /// What was noted when it was parked.
+    pub(crate) fn note(&self) -> Note {
+        // SAFETY: The command is valid, and these bytes are the driver's.
+        unsafe { (*self.command.as_ptr()).pdu }
+    }
+
+    /// Answers the command.
+    pub(crate) fn complete(self, result: c_int) {
+        // SAFETY: By the invariant it has not completed. This is task work, in which the ring is
+        // locked and completions are flushed afterwards.
+        unsafe {
+            sys::__io_uring_cmd_done(
+                self.command.as_ptr(),
+                result,
+                0,
+                sys::IO_URING_F_COMPLETE_DEFER,
+                false,
+            )
+        };
+    }
+
+    /// Ends the command because its task is going away.
+    pub(crate) fn cancel(self) {
+        self.complete(CANCELLED);
+    }
+
+    /// Lets the command wait once more.
+    pub(crate) fn park(self) -> Parked {
+        // INVARIANT: Passed on; it is still marked as one that can be cancelled.
+        Parked {
+            command: self.command,
+            wake: self.wake,
+        }
+    }
+}
+
+/// Calls the driver for a new command, or for one that is to be cancelled.
+///
+/// # Safety
+///
+/// `command` is valid, was issued to the file of `data` and has not completed; `flags` are those
+/// that the kernel passed.
+pub(super) unsafe fn dispatch<T: CharDevice>(
+    data: &T,
+    command: *mut sys::UringCmd,
+    flags: c_uint,
+) -> c_int {
+    let Some(command) = NonNull::new(command) else {
+        return EINVAL.to_errno();
+    };
+    if flags & sys::IO_URING_F_CANCEL == 0 {
+        let issued = Issued {
+            command,
+            flags,
+            _of: PhantomData,
+        };
+        return data.uring_command(issued).0;
+    }
+    if let Some(parked) = data.uring_cancel(&Identity { command }) {
+        // SAFETY: By the invariant of `Parked` it has not completed; the flags are those of this
+        // call.
+        unsafe { sys::__io_uring_cmd_done(parked.command.as_ptr(), CANCELLED, 0, flags, false) };
+    }
+    0
+}
