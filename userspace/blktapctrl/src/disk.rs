@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One disk: its record, its image, its process.
+
+use crate::backoff::Backoff;
+use crate::image::Image;
+use crate::process::Process;
+use crate::record::{Record, Want};
+use crate::sharing::Identity;
+use control::supervisor::Row;
+use control::tapdisk::{self, Open, State};
+use control::{Code, Failure};
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::rc::Rc;
+use tokio::sync::{watch, Mutex, MutexGuard};
+
+/// How far the end of a disk has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fate {
+    /// It is to stay.
+    Stays,
+    /// It is being taken away: whoever works on it stops.
+    Doomed,
+    /// Nothing is left.
+    Gone,
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// The node.
+    pub minor: u32,
+    /// What is written down of it.
+    pub record: RefCell<Record>,
+    /// The image that it serves, if its driver has one.
+    pub image: RefCell<Option<Rc<Image>>>,
+    /// Its process.
+    pub process: RefCell<Option<Rc<Process>>>,
+    /// The process has the node.
+    pub attached: Cell<bool>,
+    /// What is served, while it is.
+    pub serves: RefCell<Option<tapdisk::Disk>>,
+    /// The deaths of its processes.
+    pub backoff: RefCell<Backoff>,
+    /// Someone is replacing its process.
+    pub reviving: Cell<bool>,
+    /// The request for which it was reported as hung is not answered yet.
+    pub hung: Cell<bool>,
+    turn: Mutex<()>,
+    fate: watch::Sender<Fate>,
+}
+
+impl Disk {
+    /// A disk with a record and nothing else.
+    #[must_use]
+    pub fn new(record: Record) -> Rc<Disk> {
+        Rc::new(Disk {
+            minor: record.minor,
+            record: RefCell::new(record),
+            image: RefCell::default(),
+            process: RefCell::default(),
+            attached: Cell::default(),
+            serves: RefCell::default(),
+            backoff: RefCell::default(),
+            reviving: Cell::default(),
+            hung: Cell::default(),
+            turn: Mutex::new(()),
+            fate: watch::Sender::new(Fate::Stays),
+        })
+    }
+
+    /// Waits for its turn to change the disk. One at a time may.
+    ///
+    /// # Errors
+    /// The disk is being taken away.
+    pub async fn turn(&self) -> Result<MutexGuard<'_, ()>, Failure> {
+        self.unless_doomed(async { Ok(self.turn.lock().await) })
+            .await
+    }
+
+    /// The last turn: waits until whoever works on the disk has stopped.
+    pub async fn last_turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Does some work, unless the disk is being taken away or comes to be meanwhile.
+    ///
+    /// # Errors
+    /// That, or what the work says.
+    pub async fn unless_doomed<T>(
+        &self,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let mut fate = self.fate.subscribe();
+        tokio::select! {
+            biased;
+            _ = fate.wait_for(|fate| *fate != Fate::Stays) => Err(self.doomed()),
+            result = work => result,
+        }
+    }
+
+    fn doomed(&self) -> Failure {
+        Failure::new(
+            Code::State,
+            format!("disk {} is being taken away", self.minor),
+        )
+    }
+
+    /// How far its end has come.
+    #[must_use]
+    pub fn fate(&self) -> Fate {
+        *self.fate.borrow()
+    }
+
+    /// Its end has come further. True if it had not been so far.
+    pub fn advance(&self, to: Fate) -> bool {
+        self.fate.send_if_modified(|fate| {
+            let further = *fate < to;
+            *fate = to.max(*fate);
+            further
+        })
+    }
+
+    /// Waits until nothing of it is left.
+    pub async fn gone(&self) {
+        // The sender is `self`, so this ends with the value only.
+        let _ = self
+            .fate
+            .subscribe()
+            .wait_for(|fate| *fate == Fate::Gone)
+            .await;
+    }
+
+    /// What its image is, whether it is served now or not.
+    #[must_use]
+    pub fn identity(&self) -> Option<Identity> {
+        self.record.borrow().identity
+    }
+
+    /// The process that serves, if there is one.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn serving(&self) -> Result<Rc<Process>, Failure> {
+        let process = self.process.borrow().clone();
+        process
+            .filter(|process| !process.has_ended())
+            .ok_or_else(|| {
+                Failure::new(
+                    Code::State,
+                    format!("disk {} has no process at the moment", self.minor),
+                )
+            })
+    }
+
+    /// What a tapdisk is told to open.
+    ///
+    /// # Errors
+    /// Nothing was said yet.
+    pub fn open(&self) -> Result<Open, Failure> {
+        self.record.borrow().open.clone().ok_or_else(|| {
+            Failure::new(
+                Code::State,
+                format!("disk {} has no image: open one", self.minor),
+            )
+        })
+    }
+
+    /// The process is no more.
+    pub fn forget_process(&self) -> Option<Rc<Process>> {
+        self.attached.set(false);
+        self.serves.replace(None);
+        self.record.borrow_mut().process = None;
+        self.process.take()
+    }
+
+    /// What is known of its state without asking anybody.
+    fn state(&self) -> Option<State> {
+        self.process.borrow().as_ref()?;
+        Some(match (self.attached.get(), self.record.borrow().want) {
+            (false, _) => State::Idle,
+            (true, Want::Paused) => State::Paused,
+            (true, _) if self.serves.borrow().is_some() => State::Running,
+            (true, _) => State::Attached,
+        })
+    }
+
+    /// What a list shows of it, beside what the kernel says.
+    #[must_use]
+    pub fn row(&self) -> Row {
+        let record = self.record.borrow();
+        Row {
+            minor: Some(self.minor),
+            pid: self.process.borrow().as_ref().map(|process| process.pid()),
+            state: self.state(),
+            kernel: None,
+            target: record.open.as_ref().map(|open| open.target.clone()),
+            mode: record.open.as_ref().map(|_| record.mode),
+            vbd: record.vbd.clone(),
+            disk: self.serves.borrow().clone(),
+            restarts: record.restarts,
+        }
+    }
+}

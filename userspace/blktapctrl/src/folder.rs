@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The folder of a running host, `/run/xentap`.
+
+use rustix::fs::{flock, FlockOperation};
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Where everything of the running host is. What is in there belongs to root.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    root: PathBuf,
+}
+
+impl Folder {
+    /// Makes what is missing of the folder.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn make(root: &Path) -> io::Result<Folder> {
+        let folder = Folder { root: root.into() };
+        // QEMU, which may not be root, goes through to the sockets of NBD.
+        for (name, mode) in [
+            ("", 0o711),
+            ("tapdisk", 0o700),
+            ("nbd", 0o711),
+            ("disks", 0o700),
+        ] {
+            let place = folder.root.join(name);
+            let made = DirBuilder::new().recursive(true).mode(mode).create(&place);
+            made.and_then(|()| fs::set_permissions(&place, Permissions::from_mode(mode)))?;
+        }
+        Ok(folder)
+    }
+
+    /// Claims the folder for this process; it ends with the file that is returned.
+    ///
+    /// # Errors
+    /// Another supervisor has it.
+    pub fn claim(&self) -> Result<File, String> {
+        let path = self.root.join("lock");
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|error| format!("cannot open {}: {error}", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(format!(
+                "another blktapctrl is running: it holds {}; stop it first",
+                path.display()
+            )),
+            Err(error) => Err(format!("cannot lock {}: {error}", path.display())),
+        }
+    }
+
+    /// The socket that tap-ctl connects to.
+    #[must_use]
+    pub fn control(&self) -> PathBuf {
+        self.root.join("control.sock")
+    }
+
+    /// The folder of the sockets on which tapdisks are asked.
+    #[must_use]
+    pub fn tapdisks(&self) -> PathBuf {
+        self.root.join("tapdisk")
+    }
+
+    /// The socket on which the tapdisk of a disk is asked.
+    #[must_use]
+    pub fn tapdisk(&self, minor: u32) -> PathBuf {
+        self.tapdisks().join(format!("{minor}.sock"))
+    }
+
+    /// The socket on which a disk speaks NBD.
+    #[must_use]
+    pub fn nbd(&self, minor: u32) -> PathBuf {
+        self.root.join(format!("nbd/{minor}.sock"))
+    }
+
+    /// The folder of the records.
+    #[must_use]
+    pub fn disks(&self) -> PathBuf {
+        self.root.join("disks")
+    }
+
+    /// The record of a disk.
+    #[must_use]
+    pub fn disk(&self, minor: u32) -> PathBuf {
+        self.disks().join(format!("{minor}.json"))
+    }
+}
+
+/// Removes a file that may be gone already.
+///
+/// # Errors
+/// The system refuses to.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}

@@ -1,0 +1,563 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The disks of this host, and what happens to each of them.
+
+use crate::disk::{Disk, Fate};
+use crate::events::Events;
+use crate::folder::{self, Folder};
+use crate::image::Image;
+use crate::kernel::Kernel;
+use crate::process::{self, Process, Program};
+use crate::record::Want;
+use crate::sharing::{self, Identity, User};
+use crate::store::{relative, Store};
+use crate::users;
+use control::supervisor::{Mode, What, Which};
+use control::tapdisk::{self, Open, Reply, Request};
+use control::{Code, Failure};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+
+/// How long a tapdisk may take to answer what needs no I/O.
+const SOON: Duration = Duration::from_secs(10);
+/// How long it may take to open an image: it may have to wait for the I/O of a dead one.
+const OPEN: Duration = Duration::from_secs(60);
+/// How long a process may go on finishing what it has when its disk is taken away.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long who asks for the end of a disk waits for it.
+const END: Duration = Duration::from_secs(20);
+
+/// Everything that is supervised.
+pub struct Host {
+    /// Where sockets and records are.
+    pub folder: Folder,
+    /// The nodes.
+    pub kernel: Box<dyn Kernel>,
+    /// How tapdisks are started.
+    pub program: Program,
+    /// What happened.
+    pub events: Events,
+    /// Xenstore, while there is a connection.
+    pub store: RefCell<Option<Rc<dyn Store>>>,
+    /// The disks.
+    pub disks: RefCell<BTreeMap<u32, Rc<Disk>>>,
+    /// Processes without a disk.
+    pub idle: RefCell<BTreeMap<u32, Rc<Process>>>,
+    /// Held from the check whether an image is free until it counts as taken.
+    admission: Mutex<()>,
+}
+
+impl Host {
+    /// A host without disks.
+    #[must_use]
+    pub fn new(folder: Folder, kernel: Box<dyn Kernel>, program: Program) -> Rc<Host> {
+        Rc::new(Host {
+            folder,
+            kernel,
+            program,
+            events: Events::default(),
+            store: RefCell::default(),
+            disks: RefCell::default(),
+            idle: RefCell::default(),
+            admission: Mutex::new(()),
+        })
+    }
+
+    /// Xenstore, if there is a connection.
+    pub fn store(&self) -> Option<Rc<dyn Store>> {
+        self.store.borrow().clone()
+    }
+
+    /// All disks.
+    pub fn all(&self) -> Vec<Rc<Disk>> {
+        self.disks.borrow().values().cloned().collect()
+    }
+
+    /// The disk that is named.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, which: &Which) -> Result<Rc<Disk>, Failure> {
+        let vbd = which.vbd.as_deref().map(relative);
+        let fits = |disk: &Rc<Disk>| {
+            let pid = disk.process.borrow().as_ref().map(|process| process.pid());
+            which.minor.is_none_or(|minor| minor == disk.minor)
+                && which.pid.is_none_or(|wanted| pid == Some(wanted))
+                && vbd.is_none_or(|vbd| disk.record.borrow().vbd.as_deref() == Some(vbd))
+        };
+        if which.minor.is_none() && which.pid.is_none() && vbd.is_none() {
+            return Err(Failure::invalid(
+                "no disk is named: say its minor number, its process or its backend directory",
+            ));
+        }
+        self.all().into_iter().find(fits).ok_or_else(|| {
+            let number =
+                |name: &str, value: Option<u32>| value.map(|value| format!("{name} {value}"));
+            let named = [
+                number("the minor number", which.minor),
+                number("the process", which.pid),
+                vbd.map(|vbd| format!("the directory {vbd}")),
+            ];
+            let named: Vec<String> = named.into_iter().flatten().collect();
+            Failure::new(
+                Code::NotFound,
+                format!(
+                    "there is no disk with {}: see tap-ctl list",
+                    named.join(" and ")
+                ),
+            )
+        })
+    }
+
+    /// Writes down what is known of a disk. That it cannot be is told in the log: the disk works,
+    /// but a supervisor that starts anew does not find it.
+    pub fn note(&self, disk: &Disk) {
+        if disk.fate() == Fate::Gone {
+            return;
+        }
+        let path = self.folder.disk(disk.minor);
+        if let Err(error) = disk.record.borrow().write(&path) {
+            tracing::error!("cannot write {}: {error}", path.display());
+        }
+    }
+
+    /// Does `work` for an image that nobody uses in a way that forbids it, and that counts as used
+    /// when the work is done. `except` is a disk that gives up what it used; without it the image is
+    /// for a new disk.
+    ///
+    /// # Errors
+    /// Says who uses it, or what the work says.
+    pub async fn admit<T>(
+        &self,
+        image: Option<&Image>,
+        mode: Mode,
+        vbd: Option<&str>,
+        except: Option<u32>,
+        work: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let _admission = self.admission.lock().await;
+        if except.is_none() {
+            self.check_single(vbd)?;
+        }
+        if let Some(image) = image {
+            self.check(image, mode, vbd, except).await?;
+        }
+        work()
+    }
+
+    /// A backend's directory has one disk.
+    fn check_single(&self, vbd: Option<&str>) -> Result<(), Failure> {
+        let has_it = |disk: &Rc<Disk>| vbd.is_some() && disk.record.borrow().vbd.as_deref() == vbd;
+        match self.all().iter().find(|disk| has_it(disk)) {
+            None => Ok(()),
+            Some(disk) => Err(Failure::new(
+                Code::Exists,
+                format!(
+                    "{} has the tap disk {} already",
+                    vbd.unwrap_or_default(),
+                    disk.minor
+                ),
+            )),
+        }
+    }
+
+    async fn check(
+        &self,
+        image: &Image,
+        mode: Mode,
+        vbd: Option<&str>,
+        except: Option<u32>,
+    ) -> Result<(), Failure> {
+        let unknown = |error| Failure::system("cannot see who uses the image", &error);
+        let mut others = Vec::new();
+        for disk in self.all() {
+            let Some(identity) = disk.identity().filter(|_| Some(disk.minor) != except) else {
+                continue;
+            };
+            let (mode, vbd) = {
+                let record = disk.record.borrow();
+                (record.mode, record.vbd.clone())
+            };
+            others.push(User {
+                name: match &vbd {
+                    Some(vbd) => format!("tap disk {} of {vbd}", disk.minor),
+                    None => format!("tap disk {}", disk.minor),
+                },
+                images: vec![identity],
+                mode,
+                machines: self.machines(vbd.as_deref()).await.map_err(unknown)?,
+            });
+        }
+        if let Some(store) = self.store() {
+            let ours: Vec<String> = self
+                .all()
+                .iter()
+                .filter_map(|disk| disk.record.borrow().vbd.clone())
+                .chain(vbd.map(str::to_owned))
+                .collect();
+            others.extend(users::backends(&*store, &ours).await.map_err(unknown)?);
+        }
+        let images = users::with_loops(image.identity());
+        let machines = self.machines(vbd).await.map_err(unknown)?;
+        let mounts = users::mounts().map_err(unknown)?;
+        sharing::check(&images, mode, &machines, &others, &mounts).map_err(|why| {
+            Failure::new(
+                Code::Busy,
+                format!("{} is not free: {why}", image.path().display()),
+            )
+        })
+    }
+
+    /// The virtual machines of the guest of a backend's directory.
+    async fn machines(&self, vbd: Option<&str>) -> io::Result<sharing::Machines> {
+        let domain = vbd.and_then(|vbd| vbd.split('/').nth(2));
+        match (self.store(), domain) {
+            (Some(store), Some(domain)) => users::machines(&*store, domain).await,
+            _ => Ok(sharing::Machines::new()),
+        }
+    }
+
+    /// Starts a process that has no disk yet, and watches it from now on.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub async fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
+        let socket = process::unnamed(&self.folder);
+        let process = Rc::new(Process::spawn(&self.program, &socket).await?);
+        self.idle
+            .borrow_mut()
+            .insert(process.pid(), process.clone());
+        self.watch(process.clone());
+        Ok(process)
+    }
+
+    /// Watches a process until it has ended.
+    pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
+        let host = self.clone();
+        tokio::task::spawn_local(async move {
+            let how = process.ended().await;
+            process.tidy();
+            let pid = process.pid();
+            if host.idle.borrow_mut().remove(&pid).is_some() {
+                if !process.is_dismissed() {
+                    host.events.add(None, What::Died { pid, how });
+                }
+                return;
+            }
+            let disk = host.all().into_iter().find(
+                |disk| matches!(&*disk.process.borrow(), Some(its) if Rc::ptr_eq(its, &process)),
+            );
+            if let Some(disk) = disk {
+                host.died(disk, &process, how).await;
+            }
+        });
+    }
+
+    /// The process of a disk has ended.
+    async fn died(self: &Rc<Self>, disk: Rc<Disk>, process: &Process, how: String) {
+        disk.forget_process();
+        self.note(&disk);
+        if process.is_dismissed() {
+            return;
+        }
+        let pid = process.pid();
+        self.events.add(Some(disk.minor), What::Died { pid, how });
+        let pause = disk.backoff.borrow_mut().died(process.age());
+        self.revive(&disk, pause).await;
+    }
+
+    /// Replaces the process of a disk after a pause, as often as it takes.
+    pub async fn revive(self: &Rc<Self>, disk: &Rc<Disk>, pause: Duration) {
+        if !disk.reviving.replace(true) {
+            self.try_to_revive(disk, pause).await;
+            disk.reviving.set(false);
+        }
+    }
+
+    async fn try_to_revive(self: &Rc<Self>, disk: &Rc<Disk>, mut pause: Duration) {
+        loop {
+            let waited = disk
+                .unless_doomed(async {
+                    tokio::time::sleep(pause).await;
+                    Ok(())
+                })
+                .await;
+            let Ok(_turn) = (match waited {
+                Ok(()) => disk.turn().await,
+                Err(doomed) => Err(doomed),
+            }) else {
+                return;
+            };
+            let wanted = disk.record.borrow().want == Want::Served;
+            if !wanted || disk.process.borrow().is_some() {
+                return;
+            }
+            let Err(failure) = disk.unless_doomed(self.serve(disk)).await else {
+                disk.record.borrow_mut().restarts += 1;
+                self.note(disk);
+                return;
+            };
+            self.give_up_process(disk).await;
+            if disk.fate() != Fate::Stays {
+                return;
+            }
+            pause = disk.backoff.borrow_mut().died(Duration::ZERO);
+            let retry_ms = pause.as_millis().try_into().unwrap_or(u64::MAX);
+            let what = What::Failed {
+                message: failure.message,
+                retry_ms,
+            };
+            self.events.add(Some(disk.minor), what);
+        }
+    }
+
+    /// Kills the process of a disk; who watches it does nothing about that.
+    pub async fn give_up_process(&self, disk: &Disk) {
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            if let Err(failure) = process.end(Duration::ZERO).await {
+                tracing::error!("{failure}");
+            }
+            disk.forget_process();
+            self.note(disk);
+        }
+    }
+
+    /// Gives a disk a process, unless it has one, and the process the node, unless it has it. The
+    /// caller has the turn.
+    ///
+    /// # Errors
+    /// It cannot be started, or the node stays taken.
+    pub async fn attach(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Rc<Process>, Failure> {
+        let there = disk.process.borrow().clone();
+        let process = match there {
+            Some(process) => process,
+            None => {
+                let process = self.spawn().await?;
+                self.assign(disk, &process)?;
+                process
+            }
+        };
+        if !disk.attached.get() {
+            let node = self.open_node(disk.minor).await?;
+            let reply = process.ask(&Request::Attach, &[node.as_fd()], SOON).await?;
+            match reply {
+                Reply::Node(node) if node.minor == disk.minor => disk.attached.set(true),
+                reply => return Err(unexpected(&reply)),
+            }
+        }
+        Ok(process)
+    }
+
+    /// Makes an idle process that of a disk.
+    ///
+    /// # Errors
+    /// Its socket cannot be renamed.
+    pub fn assign(&self, disk: &Disk, process: &Rc<Process>) -> Result<(), Failure> {
+        process.rename_socket(&self.folder.tapdisk(disk.minor))?;
+        self.idle.borrow_mut().remove(&process.pid());
+        disk.process.replace(Some(process.clone()));
+        disk.record.borrow_mut().process = Some(process.known());
+        self.note(disk);
+        Ok(())
+    }
+
+    /// Opens a node as soon as the I/O of an earlier process is over.
+    async fn open_node(&self, minor: u32) -> Result<OwnedFd, Failure> {
+        let mut pause = Duration::from_millis(1);
+        let attempts = async {
+            loop {
+                match self.kernel.open(minor) {
+                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                        // The kernel tells nobody when it is over.
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(Duration::from_millis(50));
+                    }
+                    result => return result,
+                }
+            }
+        };
+        match tokio::time::timeout(OPEN, attempts).await {
+            Ok(result) => result.map_err(|error| {
+                Failure::system(format!("cannot open the node of disk {minor}"), &error)
+            }),
+            Err(_) => Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "the node of disk {minor} stays taken: I/O of an earlier process is not over; see whether its storage answers"
+                ),
+            )),
+        }
+    }
+
+    /// Serves a disk: the caller has the turn, and its record says what.
+    ///
+    /// # Errors
+    /// It cannot be served. A process may be left, which the caller ends.
+    pub async fn serve(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<tapdisk::Disk, Failure> {
+        let open = disk.open()?;
+        let process = self.attach(disk).await?;
+        let reply = self.open_with(disk, &process, open, Request::Open).await?;
+        self.serve_nbd(disk, &process).await;
+        disk.hung.set(false);
+        let pid = process.pid();
+        self.events.add(Some(disk.minor), What::Started { pid });
+        Ok(reply)
+    }
+
+    /// Asks a process to open the image of its disk.
+    pub async fn open_with(
+        &self,
+        disk: &Disk,
+        process: &Process,
+        open: Open,
+        question: impl FnOnce(Open) -> Request,
+    ) -> Result<tapdisk::Disk, Failure> {
+        let image = disk.image.borrow().clone();
+        let opened = match &image {
+            Some(image) => {
+                let direct = open.target.driver() != control::Driver::Sync;
+                let opened = image.open(!open.read_only, direct)?;
+                if direct && !opened.direct {
+                    tracing::warn!(
+                        "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
+                        disk.minor,
+                        image.path().display()
+                    );
+                }
+                Some(opened)
+            }
+            None => None,
+        };
+        let fds: Vec<_> = opened.iter().map(|opened| opened.fd.as_fd()).collect();
+        match process.ask(&question(open), &fds, OPEN).await? {
+            Reply::Disk(what) => {
+                disk.serves.replace(Some(what.clone()));
+                Ok(what)
+            }
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Lets a process serve NBD clients, if that is wanted. That it cannot is no reason not to serve
+    /// a guest.
+    async fn serve_nbd(&self, disk: &Disk, process: &Process) {
+        if !disk.record.borrow().nbd {
+            return;
+        }
+        let path = self.folder.nbd(disk.minor);
+        let bound = folder::remove(&path).and_then(|()| UnixListener::bind(&path));
+        let result = match bound {
+            Ok(listener) => {
+                let export = String::new();
+                let question = Request::Nbd { export };
+                process.ask(&question, &[listener.as_fd()], SOON).await
+            }
+            Err(error) => Err(Failure::system(
+                format!("cannot listen at {}", path.display()),
+                &error,
+            )),
+        };
+        if let Err(failure) = result {
+            tracing::warn!("disk {} is not served by NBD: {failure}", disk.minor);
+            if let Err(error) = folder::remove(&path) {
+                tracing::warn!("cannot remove {}: {error}", path.display());
+            }
+        }
+    }
+
+    /// Takes a disk away, and waits for that for a while; it goes on if it takes longer.
+    ///
+    /// # Errors
+    /// It takes longer.
+    pub async fn destroy(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        if disk.advance(Fate::Doomed) {
+            let (host, disk) = (self.clone(), disk.clone());
+            tokio::task::spawn_local(async move { host.demolish(&disk).await });
+        }
+        tokio::time::timeout(END, disk.gone()).await.map_err(|_| {
+            Failure::new(
+                Code::Busy,
+                format!(
+                    "disk {} is not free yet: a guest is connected to it, or its storage does not answer; it goes as soon as it is",
+                    disk.minor
+                ),
+            )
+        })
+    }
+
+    async fn demolish(&self, disk: &Disk) {
+        let _turn = disk.last_turn().await;
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            if let Err(failure) = process.end(PATIENCE).await {
+                tracing::error!("disk {}: {failure}", disk.minor);
+                process.ended().await;
+            }
+            process.tidy();
+        }
+        disk.forget_process();
+        self.free_node(disk.minor).await;
+        for path in [self.folder.nbd(disk.minor), self.folder.disk(disk.minor)] {
+            if let Err(error) = folder::remove(&path) {
+                tracing::error!("cannot remove {}: {error}", path.display());
+            }
+        }
+        disk.advance(Fate::Gone);
+        self.disks.borrow_mut().remove(&disk.minor);
+        self.events.add(Some(disk.minor), What::Destroyed);
+    }
+
+    /// Takes a node away as soon as the kernel lets it go.
+    async fn free_node(&self, minor: u32) {
+        let mut pause = Duration::from_millis(2);
+        loop {
+            match self.kernel.destroy(minor) {
+                Ok(()) => return,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+                Err(error) => tracing::error!("cannot take the node {minor} away: {error}"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    /// Takes several disks away at once.
+    pub async fn destroy_all(self: &Rc<Self>, disks: Vec<Rc<Disk>>) {
+        let ends = disks.iter().map(|disk| async move {
+            if let Err(failure) = self.destroy(disk).await {
+                tracing::error!("{failure}");
+            }
+        });
+        futures::future::join_all(ends).await;
+    }
+}
+
+/// An answer that does not belong to the question.
+pub fn unexpected(reply: &Reply) -> Failure {
+    Failure::new(
+        Code::Invalid,
+        format!("tapdisk answered something else than was asked: {reply:?}"),
+    )
+}
+
+/// Finds the image of a target, if its driver has one.
+///
+/// # Errors
+/// There is none at the path.
+pub fn image_of(open: &Open) -> Result<Option<Rc<Image>>, Failure> {
+    let image = open.target.path().map(Image::find).transpose()?;
+    Ok(image.map(Rc::new))
+}
+
+/// What an image is, or nothing for none.
+#[must_use]
+pub fn identity_of(image: Option<&Rc<Image>>) -> Option<Identity> {
+    image.map(|image| image.identity())
+}

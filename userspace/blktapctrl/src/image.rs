@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The image of a disk: found once by its path, opened as often as processes need it.
+
+use crate::sharing::Identity;
+use control::{Code, Failure};
+use rustix::fs::{FileType, Mode, OFlags};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// An image that exists. It is held by a descriptor that allows no I/O and counts for no lock, so
+/// that the next process gets the same image, whatever its path leads to by then.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    held: OwnedFd,
+    identity: Identity,
+    /// The permission bits of the file.
+    permissions: u32,
+}
+
+/// An image that is open.
+#[derive(Debug)]
+pub struct Opened {
+    /// The descriptor, which is the only one of its open file description.
+    pub fd: OwnedFd,
+    /// I/O goes past the page cache.
+    pub direct: bool,
+}
+
+impl Image {
+    /// Finds the image at an absolute path.
+    ///
+    /// # Errors
+    /// There is none, or it is neither a regular file nor a block device.
+    pub fn find(path: &Path) -> Result<Image, Failure> {
+        let held = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| refused("cannot find the image", path, error))?;
+        let stat = rustix::fs::fstat(&held)
+            .map_err(|error| refused("cannot look at the image", path, error))?;
+        let identity = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Identity::File {
+                dev: stat.st_dev,
+                ino: stat.st_ino,
+            },
+            FileType::BlockDevice => Identity::Device { rdev: stat.st_rdev },
+            _ => {
+                return Err(Failure::new(
+                    Code::Image,
+                    format!(
+                        "{} is neither a regular file nor a block device",
+                        path.display()
+                    ),
+                ))
+            }
+        };
+        Ok(Image {
+            path: path.into(),
+            held,
+            identity,
+            permissions: stat.st_mode & 0o7777,
+        })
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Where it was found.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens it once more; without the page cache if `direct` and if its file system can.
+    ///
+    /// # Errors
+    /// The system refuses to, or the file is marked as one that is not to be written.
+    pub fn open(&self, write: bool, direct: bool) -> Result<Opened, Failure> {
+        // Root may write it all the same: whoever removed the permission did not want that.
+        if write && self.permissions & 0o222 == 0 {
+            return Err(Failure::new(
+                Code::Denied,
+                format!(
+                    "{} is read-only: allow writing with chmod u+w, or use the mode r",
+                    self.path.display()
+                ),
+            ));
+        }
+        let again = format!("/proc/self/fd/{}", self.held.as_raw_fd());
+        let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        let flags = access | OFlags::CLOEXEC;
+        let open = |flags| rustix::fs::open(&*again, flags, Mode::empty());
+        let (result, direct) = match open(flags | OFlags::DIRECT) {
+            // Such as tmpfs of old kernels, or some network file systems.
+            Err(rustix::io::Errno::INVAL) if direct => (open(flags), false),
+            _ if !direct => (open(flags), false),
+            result => (result, true),
+        };
+        let fd = result.map_err(|error| refused("cannot open the image", &self.path, error))?;
+        Ok(Opened { fd, direct })
+    }
+}
+
+fn refused(what: &str, path: &Path, error: rustix::io::Errno) -> Failure {
+    Failure::system(format!("{what} {}", path.display()), &error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Image;
+    use control::Code;
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::path::PathBuf;
+
+    fn folder(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("image-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a folder");
+        dir
+    }
+
+    #[test]
+    fn the_same_image_is_opened_though_another_one_took_its_place() {
+        let dir = folder("replaced");
+        let path = dir.join("a.img");
+        fs::write(&path, b"first").expect("write");
+        let image = Image::find(&path).expect("an image");
+        fs::rename(&path, dir.join("b.img")).expect("rename");
+        fs::write(&path, b"second").expect("write");
+        let fd = image.open(true, false).expect("open").fd;
+        let mut file = fs::File::from(fd);
+        file.write_all(b"FIRST").expect("write");
+        assert_eq!(fs::read(dir.join("b.img")).expect("read"), b"FIRST");
+        assert_eq!(fs::read(&path).expect("read"), b"second");
+        assert_ne!(
+            Image::find(&path).expect("an image").identity(),
+            image.identity()
+        );
+        fs::remove_dir_all(dir).expect("remove");
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused() {
+        let dir = folder("kinds");
+        assert_eq!(Image::find(&dir).expect_err("a folder").code, Code::Image);
+        let null = Image::find("/dev/null".as_ref()).expect_err("a character device");
+        assert_eq!(null.code, Code::Image);
+        let none = Image::find(&dir.join("none")).expect_err("nothing");
+        assert_eq!(none.code, Code::NotFound);
+        assert!(none.message.contains("none"), "{none}");
+        fs::remove_dir_all(dir).expect("remove");
+    }
+
+    #[test]
+    fn read_only_file_is_not_written_by_root_either() {
+        let dir = folder("read-only");
+        let path = dir.join("a.img");
+        fs::write(&path, b"x").expect("write");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).expect("chmod");
+        let image = Image::find(&path).expect("an image");
+        assert_eq!(
+            image.open(true, false).expect_err("refused").code,
+            Code::Denied
+        );
+        let file = fs::File::from(image.open(false, false).expect("open").fd);
+        assert_eq!(file.metadata().expect("stat").size(), 1);
+        fs::remove_dir_all(dir).expect("remove");
+    }
+}

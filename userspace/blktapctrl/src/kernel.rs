@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The nodes of the kernel, behind a trait so that a test needs none.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+/// What a node says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its number.
+    pub minor: u32,
+    /// What `tap-ctl list` shows.
+    pub status: control::supervisor::Kernel,
+    /// Domain and virtual device of the frontend that is bound, if one is.
+    pub bound: Option<(u32, u32)>,
+}
+
+/// A node to make.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Make {
+    /// The number that is wanted.
+    pub minor: Option<u32>,
+    /// KiB of the arena; 0 for the default.
+    pub arena_kib: u32,
+    /// Seconds without a process after which requests fail; 0 for never.
+    pub fail_after_s: u32,
+}
+
+/// What the supervisor asks of the kernel.
+pub trait Kernel {
+    /// Makes a node and returns its number.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    fn create(&self, make: Make) -> io::Result<u32>;
+
+    /// Takes a node away.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ResourceBusy`] while it is open or a frontend is connected.
+    fn destroy(&self, minor: u32) -> io::Result<()>;
+
+    /// The lowest node whose number is at least `from`.
+    ///
+    /// # Errors
+    /// As the kernel says; that there is none is no error.
+    fn query(&self, from: u32) -> io::Result<Option<Node>>;
+
+    /// Opens a node, without waiting.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ResourceBusy`] while it is open, or while the I/O of its last process is
+    /// not known to be over.
+    fn open(&self, minor: u32) -> io::Result<OwnedFd>;
+}
+
+/// One node.
+///
+/// # Errors
+/// As [`Kernel::query`].
+pub fn node(kernel: &dyn Kernel, minor: u32) -> io::Result<Option<Node>> {
+    Ok(kernel.query(minor)?.filter(|node| node.minor == minor))
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The conversation with a tapdisk.
+
+use control::socket;
+use control::tapdisk::{Reply, Request};
+use control::wire::{encode, Decoder, Envelope, Outcome};
+use control::{Code, Failure};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+/// A connection to a tapdisk.
+#[derive(Debug)]
+pub struct Link {
+    stream: UnixStream,
+    decoder: Decoder,
+    last: u64,
+    /// A question was sent in part: nothing more can be asked.
+    torn: bool,
+}
+
+impl Link {
+    /// Connects to the socket of a tapdisk.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub async fn connect(path: &Path) -> Result<Link, Failure> {
+        let stream = UnixStream::connect(path).await.map_err(|error| {
+            Failure::system(format!("cannot connect to {}", path.display()), &error)
+        })?;
+        Ok(Link {
+            stream,
+            decoder: Decoder::default(),
+            last: 0,
+            torn: false,
+        })
+    }
+
+    /// Asks, and waits for the answer for at most `limit`. The answer to an earlier question that
+    /// took too long is passed over.
+    ///
+    /// # Errors
+    /// What the tapdisk says, or [`Code::Timeout`], or [`Code::Gone`] if it has died.
+    pub async fn ask(
+        &mut self,
+        question: &Request,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Reply, Failure> {
+        if self.torn {
+            return Err(gone(io::ErrorKind::BrokenPipe.into()));
+        }
+        self.last = self.last.wrapping_add(1);
+        let line = encode(&Envelope::new(self.last, fds.len(), question))?;
+        let asked = async {
+            self.torn = true;
+            self.send(&line, fds).await.map_err(gone)?;
+            self.torn = false;
+            self.answer().await
+        };
+        match tokio::time::timeout(limit, asked).await {
+            Ok(result) => result,
+            Err(_) => Err(Failure::new(
+                Code::Timeout,
+                format!(
+                    "tapdisk did not answer within {} s: see whether its storage does, or kill it",
+                    limit.as_secs()
+                ),
+            )),
+        }
+    }
+
+    async fn send(&self, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let (mut rest, mut fds) = (line, fds);
+        while !rest.is_empty() {
+            let sent = self
+                .stream
+                .async_io(Interest::WRITABLE, || {
+                    socket::send_first(&self.stream, rest, fds)
+                })
+                .await?;
+            // The descriptors went with the first byte.
+            (rest, fds) = (rest.get(sent..).unwrap_or_default(), &[]);
+        }
+        Ok(())
+    }
+
+    async fn answer(&mut self) -> Result<Reply, Failure> {
+        loop {
+            match self.decoder.message::<Outcome<Reply>>() {
+                Ok(Some((answer, _))) if answer.id == self.last => return answer.body.into(),
+                Ok(Some(_)) => continue,
+                Ok(None) => {}
+                Err(refused) if refused.id.is_some_and(|id| id != self.last) => continue,
+                Err(refused) => return Err(refused.failure),
+            }
+            let (bytes, fds) = self
+                .stream
+                .async_io(Interest::READABLE, || socket::receive(&self.stream))
+                .await
+                .map_err(gone)?;
+            if bytes.is_empty() {
+                return Err(gone(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.decoder.push(&bytes, fds)?;
+        }
+    }
+}
+
+fn gone(error: io::Error) -> Failure {
+    Failure::new(
+        Code::Gone,
+        format!("tapdisk ended while it was asked: {error}"),
+    )
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Supervises the processes that serve tap disks.
+
+use anyhow::{bail, Context, Result};
+use blktapctrl::folder::Folder;
+use blktapctrl::host::Host;
+use blktapctrl::process::{user_in, Program};
+use blktapctrl::store::Xenstore;
+use blktapctrl::{adopt, folder, nodes, server, watch, watchdog};
+use clap::Parser;
+use rustix::process::{getuid, setrlimit, Resource, Rlimit};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{signal, SignalKind};
+
+/// Supervises the processes that serve Xen's tap disks.
+///
+/// It makes the disks that `tap-ctl` and the script `block-tap-rs` ask for, starts a `tapdisk` for
+/// each, replaces it at once if it dies, and takes the disk away when its guest lets go of it. The
+/// guests are served by the processes alone: they go on when this program is stopped, and are taken
+/// over when it is started again.
+#[derive(Parser)]
+#[command(name = "blktapctrl", version)]
+struct Cli {
+    /// Stay in the foreground. This is what happens in any case; the option says so.
+    #[arg(long)]
+    foreground: bool,
+    /// When told to stop (SIGTERM), take all disks away that no guest is connected to, and end
+    /// their processes.
+    #[arg(long)]
+    stop_all: bool,
+    /// The program that serves a disk.
+    #[arg(long, value_name = "PROGRAM", default_value = "/usr/bin/tapdisk")]
+    tapdisk: PathBuf,
+    /// The user that it runs as: a name in /etc/passwd.
+    #[arg(long, value_name = "NAME", default_value = "xentap")]
+    user: String,
+    /// Where sockets and records are.
+    #[arg(long, value_name = "DIR", default_value = "/run/xentap")]
+    folder: PathBuf,
+    /// Log more.
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log(cli.verbose);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let result = runtime
+        .context("cannot start")
+        .and_then(|runtime| tokio::task::LocalSet::new().block_on(&runtime, run(&cli)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log(verbose: bool) {
+    let level = if verbose {
+        tracing::Level::DEBUG
+    } else {
+        tracing::Level::INFO
+    };
+    // The journal knows the time itself.
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+async fn run(cli: &Cli) -> Result<()> {
+    let program = Program {
+        path: cli.tapdisk.clone(),
+        user: user(&cli.user)?,
+    };
+    lift_limits();
+    let place = cli.folder.display();
+    let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
+    let _claim = folder.claim().map_err(anyhow::Error::msg)?;
+    let host = Host::new(folder, Box::new(nodes::Driver), program);
+    // Without xenstore now it may come later; disks are taken over in any case.
+    let store = Xenstore::connect().await.ok();
+    adopt::disks(&host).await;
+    let path = host.folder.control();
+    folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    let listener = UnixListener::bind(&path)
+        .with_context(|| format!("cannot listen at {}", path.display()))?;
+    std::fs::set_permissions(&path, Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", path.display()))?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    tokio::task::spawn_local(watch::keep(host.clone(), store));
+    tokio::task::spawn_local(watchdog::watch(host.clone()));
+    tokio::task::spawn_local(server::serve(host.clone(), listener));
+    tell_systemd(sd_notify::NotifyState::Ready);
+    tracing::info!("ready: {} disks are supervised", host.all().len());
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tell_systemd(sd_notify::NotifyState::Stopping);
+    stop(cli, &host).await
+}
+
+async fn stop(cli: &Cli, host: &Rc<Host>) -> Result<()> {
+    if cli.stop_all {
+        host.destroy_all(host.all()).await;
+    }
+    let left = host.all().len();
+    if left > 0 {
+        tracing::info!("{left} disks go on without supervision");
+    }
+    let path = host.folder.control();
+    folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+/// The user of the processes; nothing if we are no root ourselves, as in a test.
+fn user(name: &str) -> Result<Option<(u32, u32)>> {
+    if !getuid().is_root() {
+        return Ok(None);
+    }
+    let passwd = std::fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
+    match user_in(&passwd, name) {
+        Some((0, _)) => bail!("{name} is root: the processes must be nobody who matters"),
+        Some(user) => Ok(Some(user)),
+        None => bail!("there is no user {name} in /etc/passwd: run systemd-sysusers, or useradd --system {name}"),
+    }
+}
+
+/// Processes lock what serves requests into memory, and this program holds a few descriptors for
+/// each disk.
+fn lift_limits() {
+    for resource in [Resource::Memlock, Resource::Nofile] {
+        let most = match resource {
+            Resource::Nofile => Some(1 << 20),
+            _ => None,
+        };
+        let limit = Rlimit {
+            current: most,
+            maximum: most,
+        };
+        if let Err(error) = setrlimit(resource, limit) {
+            tracing::debug!("cannot lift the limit {resource:?}: {error}");
+        }
+    }
+}
+
+fn tell_systemd(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!("cannot tell systemd: {error}");
+    }
+}

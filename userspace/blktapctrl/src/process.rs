@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A tapdisk: started by us, or by the supervisor before us.
+
+use crate::folder::{self, Folder};
+use crate::link::Link;
+use crate::record::Known;
+use control::tapdisk::{Reply, Request};
+use control::{Code, Failure};
+use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use std::cell::{Cell, RefCell};
+use std::fs;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tokio::net::unix::pipe;
+use tokio::sync::Mutex;
+
+/// How tapdisks are started.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The program.
+    pub path: PathBuf,
+    /// User and group that it runs as; ours if not said.
+    pub user: Option<(u32, u32)>,
+}
+
+/// A process.
+#[derive(Debug)]
+pub struct Process {
+    known: Known,
+    since: Instant,
+    /// Readable when the process has ended. It is no pipe; what is used of that type is that it
+    /// waits for a descriptor to be readable.
+    pidfd: pipe::Receiver,
+    /// Nothing if it is not our child.
+    child: RefCell<Option<Child>>,
+    socket: RefCell<PathBuf>,
+    link: Mutex<Link>,
+    /// Its end is our wish.
+    dismissed: Cell<bool>,
+}
+
+impl Process {
+    /// Starts one that listens at `socket`.
+    ///
+    /// # Errors
+    /// Says what is missing.
+    pub async fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
+        let listener = listen(socket)?;
+        let mut command = Command::new(&program.path);
+        command
+            .args(["--control-fd", "0"])
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .current_dir("/")
+            // What a terminal sends to us is not meant for who serves a guest.
+            .process_group(0);
+        if let Some((uid, gid)) = program.user {
+            command.uid(uid).gid(gid);
+        }
+        let result = command.spawn().map_err(|error| {
+            Failure::system(
+                format!(
+                    "cannot start {}: install it, or name it with --tapdisk",
+                    program.path.display()
+                ),
+                &error,
+            )
+        });
+        let mut child = match result {
+            Ok(child) => child,
+            Err(failure) => {
+                tidy(socket);
+                return Err(failure);
+            }
+        };
+        match Process::meet_child(child.id(), socket).await {
+            Ok(process) => {
+                process.child.replace(Some(child));
+                Ok(process)
+            }
+            Err(failure) => {
+                // It is our child and was not waited for, so the number is still its own.
+                if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
+                    tracing::warn!("cannot end tapdisk {}: {error}", child.id());
+                }
+                tidy(socket);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Finds the one that an earlier supervisor started. Nothing if it is gone.
+    ///
+    /// # Errors
+    /// It is there and does not listen.
+    pub async fn adopt(known: Known, socket: &Path) -> Result<Option<Process>, Failure> {
+        let gone = || Ok(None);
+        let Ok(pidfd) = open_pid(known.pid) else {
+            return gone();
+        };
+        // The number could be another process' by now. While the descriptor is held it cannot
+        // change hands again, and the time of its start tells.
+        if !started(known.pid).is_ok_and(|started| started == known.started) {
+            return gone();
+        }
+        Process::meet(known, pidfd, socket).await.map(Some)
+    }
+
+    async fn meet(known: Known, pidfd: OwnedFd, socket: &Path) -> Result<Process, Failure> {
+        let pidfd = pipe::Receiver::from_owned_fd_unchecked(pidfd)
+            .map_err(|error| unwatched(known.pid, &error))?;
+        Ok(Process {
+            known,
+            since: Instant::now(),
+            pidfd,
+            child: RefCell::new(None),
+            socket: RefCell::new(socket.into()),
+            link: Mutex::new(Link::connect(socket).await?),
+            dismissed: Cell::new(false),
+        })
+    }
+
+    /// A child of ours that was just started: its number cannot be another process'.
+    async fn meet_child(pid: u32, socket: &Path) -> Result<Process, Failure> {
+        let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
+        let started = started(pid).map_err(|error| unwatched(pid, &error))?;
+        Process::meet(Known { pid, started }, pidfd, socket).await
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.known.pid
+    }
+
+    /// How to recognise it.
+    #[must_use]
+    pub fn known(&self) -> Known {
+        self.known
+    }
+
+    /// Since we know it.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// From now on its end is no death.
+    pub fn dismiss(&self) {
+        self.dismissed.set(true);
+    }
+
+    /// Its end is our wish.
+    #[must_use]
+    pub fn is_dismissed(&self) -> bool {
+        self.dismissed.get()
+    }
+
+    /// Waits until it has ended, and says how in words that follow its name. May be waited for by
+    /// several at once.
+    pub async fn ended(&self) -> String {
+        if let Err(error) = self.pidfd.readable().await {
+            return format!("cannot be watched any more: {error}");
+        }
+        let status = match &mut *self.child.borrow_mut() {
+            // Waiting does not block any more, and gives the same answer each time.
+            Some(child) => child.wait(),
+            None => return "ended".into(),
+        };
+        status.map_or_else(|error| format!("ended in a way unknown: {error}"), how)
+    }
+
+    /// True if it has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        use rustix::event::{poll, PollFd, PollFlags, Timespec};
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Kills it. It has not ended when this returns.
+    pub fn kill(&self) {
+        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => tracing::error!("cannot kill tapdisk {}: {error}", self.pid()),
+        }
+    }
+
+    /// Asks it, one question at a time.
+    ///
+    /// # Errors
+    /// What it says, or that it does not say anything.
+    pub async fn ask(
+        &self,
+        question: &Request,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Reply, Failure> {
+        let late = || {
+            Failure::new(
+                Code::Timeout,
+                format!(
+                    "tapdisk {} has not answered an earlier question yet",
+                    self.pid()
+                ),
+            )
+        };
+        let mut link = tokio::time::timeout(limit, self.link.lock())
+            .await
+            .map_err(|_| late())?;
+        link.ask(question, fds, limit).await
+    }
+
+    /// Ends it: it may finish what it has, for at most `patience`; then it is killed. Returns when
+    /// it has ended, or with [`Code::Timeout`] if it does not end even then.
+    ///
+    /// # Errors
+    /// It cannot be killed because the kernel waits for its storage.
+    pub async fn end(&self, patience: Duration) -> Result<(), Failure> {
+        self.dismiss();
+        if !patience.is_zero() && !self.has_ended() {
+            // Whatever it says: what counts is that it ends.
+            if let Err(failure) = self.ask(&Request::Exit, &[], patience).await {
+                if failure.code != Code::Gone {
+                    tracing::warn!("tapdisk {} does not leave: {failure}", self.pid());
+                }
+            } else if tokio::time::timeout(patience, self.ended()).await.is_ok() {
+                return Ok(());
+            }
+        }
+        self.kill();
+        let limit = Duration::from_secs(5);
+        match tokio::time::timeout(limit, self.ended()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Failure::new(
+                Code::Timeout,
+                format!(
+                    "tapdisk {} was killed and does not end: its storage does not answer the kernel",
+                    self.pid()
+                ),
+            )),
+        }
+    }
+
+    /// Gives its socket another name.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn rename_socket(&self, to: &Path) -> Result<(), Failure> {
+        let mut socket = self.socket.borrow_mut();
+        if *socket != to {
+            fs::rename(&*socket, to).map_err(|error| {
+                Failure::system(format!("cannot make {}", to.display()), &error)
+            })?;
+            *socket = to.into();
+        }
+        Ok(())
+    }
+
+    /// Removes its socket.
+    pub fn tidy(&self) {
+        tidy(&self.socket.borrow());
+    }
+
+    /// Bytes in memory that are its own: without the arena and the text of the program.
+    #[must_use]
+    pub fn resident(&self) -> Option<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/statm", self.pid())).ok()?;
+        let mut pages = text.split_whitespace().skip(1).map(str::parse::<u64>);
+        let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+        let size = u64::try_from(rustix::param::page_size()).ok()?;
+        resident.saturating_sub(shared).checked_mul(size)
+    }
+}
+
+/// A name for the socket of a process that has no node yet.
+pub fn unnamed(folder: &Folder) -> PathBuf {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let number = LAST.fetch_add(1, Ordering::Relaxed);
+    folder
+        .tapdisks()
+        .join(format!("new-{}-{number}.sock", std::process::id()))
+}
+
+fn listen(socket: &Path) -> Result<UnixListener, Failure> {
+    let refused = |error| Failure::system(format!("cannot listen at {}", socket.display()), &error);
+    folder::remove(socket).map_err(refused)?;
+    UnixListener::bind(socket).map_err(refused)
+}
+
+fn tidy(socket: &Path) {
+    if let Err(error) = folder::remove(socket) {
+        tracing::warn!("cannot remove {}: {error}", socket.display());
+    }
+}
+
+fn unwatched(pid: u32, error: &io::Error) -> Failure {
+    Failure::system(format!("cannot watch tapdisk {pid}"), error)
+}
+
+fn open_pid(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+}
+
+/// When a process was started, in clock ticks since the host was.
+fn started(pid: u32) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_started(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The 22nd word; the second one is the name in parentheses, and may be anything.
+fn parse_started(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn how(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("ended with the exit code {code}"),
+        (None, Some(signal)) if status.core_dumped() => {
+            format!("was killed by signal {signal} and left a core")
+        }
+        (None, Some(signal)) => format!("was killed by signal {signal}"),
+        (None, None) => "ended".into(),
+    }
+}
+
+/// User and group of a name in the file of users. Read by hand: a program that is linked statically
+/// cannot ask the name service.
+#[must_use]
+pub fn user_in(passwd: &str, name: &str) -> Option<(u32, u32)> {
+    passwd.lines().find_map(|line| {
+        let mut words = line.split(':');
+        (words.next() == Some(name)).then_some(())?;
+        let uid = words.nth(1)?.parse().ok()?;
+        Some((uid, words.next()?.parse().ok()?))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{parse_started, started, user_in};
+
+    #[test]
+    fn start_of_a_process_with_an_odd_name() {
+        let stat = "12 (a) b (c) S 1 12 12 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 1 2";
+        assert_eq!(parse_started(stat), Some(98765));
+        assert_eq!(parse_started("12 (a) S 1"), None);
+        assert!(started(std::process::id()).expect("we run") > 0);
+    }
+
+    #[test]
+    fn user_is_found_by_the_whole_name() {
+        let passwd =
+            "root:x:0:0:root:/root:/bin/sh\nxentap2:x:7:8::/:\nxentap:x:990:991::/:\nbad:x\n";
+        assert_eq!(user_in(passwd, "xentap"), Some((990, 991)));
+        assert_eq!(user_in(passwd, "xent"), None);
+        assert_eq!(user_in(passwd, "bad"), None);
+    }
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Who may use an image beside whom: the rules of Xen's `block` script, for tap disks.
+//!
+//! | wanted | refused if the image is |
+//! |---|---|
+//! | `r` | mounted read-write in dom0, or written (`w`) by another virtual machine |
+//! | `w` | mounted in dom0, or used in any way by another virtual machine |
+//! | `r!`, `w!` | never: whoever says so coordinates the users himself |
+//!
+//! A virtual machine may use an image twice, because a guest and the stub domain that runs its
+//! devices both do. Not seen: a partition beside its whole disk, layers of device mapper, other
+//! hosts.
+
+use control::supervisor::Mode;
+use std::collections::BTreeSet;
+
+/// What an image is, whatever its name.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Identity {
+    /// A regular file.
+    File {
+        /// Device of its file system.
+        dev: u64,
+        /// Its number there.
+        ino: u64,
+    },
+    /// A block device.
+    Device {
+        /// Its number.
+        rdev: u64,
+    },
+}
+
+/// The virtual machines that a user of an image belongs to: its own and, of a stub domain, the one
+/// that it serves. Empty for dom0's own tools.
+pub type Machines = BTreeSet<String>;
+
+/// Someone who uses an image.
+#[derive(Clone, Debug)]
+pub struct User {
+    /// Who, for a message.
+    pub name: String,
+    /// What is used; a loop device counts as the file below it too.
+    pub images: Vec<Identity>,
+    /// How.
+    pub mode: Mode,
+    /// By whom.
+    pub machines: Machines,
+}
+
+/// A file system that is mounted from a block device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The block device's number.
+    pub rdev: u64,
+    /// Where.
+    pub place: String,
+    /// It may be written.
+    pub write: bool,
+}
+
+/// Decides whether an image may be used.
+///
+/// `images` are all things that the image is: itself, and loop devices over it.
+///
+/// # Errors
+/// Says who uses it already, and how to use it all the same.
+pub fn check(
+    images: &[Identity],
+    mode: Mode,
+    machines: &Machines,
+    others: &[User],
+    mounts: &[Mount],
+) -> Result<(), String> {
+    if mode.is_shared() {
+        return Ok(());
+    }
+    let writes = !mode.is_read_only();
+    let as_what = if writes { "written" } else { "read" };
+    let mounted = mounts
+        .iter()
+        .filter(|mount| writes || mount.write)
+        .find(|mount| images.contains(&Identity::Device { rdev: mount.rdev }));
+    if let Some(mount) = mounted {
+        return Err(format!(
+            "it is mounted at {} in dom0 and cannot be {as_what} by a guest: unmount it, or use the mode {mode}!",
+            mount.place
+        ));
+    }
+    let conflict = others
+        .iter()
+        .filter(|user| user.images.iter().any(|image| images.contains(image)))
+        // As in Xen's script: a reader stands who writes under his own responsibility.
+        .filter(|user| writes || user.mode == Mode::Write)
+        .find(|user| user.machines.is_disjoint(machines));
+    match conflict {
+        None => Ok(()),
+        Some(user) => Err(format!(
+            "it is in use by {} (mode {}) and cannot be {as_what} by another guest: detach it there, or use the mode {mode}! if both know of each other",
+            user.name, user.mode
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check, Identity, Machines, Mode, Mount, User};
+
+    const IMAGE: Identity = Identity::File { dev: 1, ino: 7 };
+    const DEVICE: Identity = Identity::Device { rdev: 0x0701 };
+
+    fn mode(text: &str) -> Mode {
+        text.parse().expect("a mode")
+    }
+
+    fn machines(names: &[&str]) -> Machines {
+        names.iter().map(|&name| name.to_owned()).collect()
+    }
+
+    fn user(text: &str, vm: &[&str]) -> User {
+        User {
+            name: "guest 3".into(),
+            images: vec![IMAGE],
+            mode: mode(text),
+            machines: machines(vm),
+        }
+    }
+
+    /// All pairs of a mode that is wanted and one that is there, between two machines.
+    #[test]
+    fn table_of_modes() {
+        // (wanted, there, allowed)
+        let table = [
+            ("r", "r", true),
+            ("r", "w", false),
+            ("r", "w!", true),
+            ("r", "r!", true),
+            ("w", "r", false),
+            ("w", "w", false),
+            ("w", "r!", false),
+            ("w", "w!", false),
+            ("r!", "w", true),
+            ("w!", "w", true),
+            ("w!", "r", true),
+            ("w!", "w!", true),
+        ];
+        for (wanted, there, allowed) in table {
+            let others = [user(there, &["/vm/b"])];
+            let result = check(&[IMAGE], mode(wanted), &machines(&["/vm/a"]), &others, &[]);
+            assert_eq!(
+                result.is_ok(),
+                allowed,
+                "{wanted} beside {there}: {result:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn another_image_is_no_conflict() {
+        let other = Identity::File { dev: 1, ino: 8 };
+        let others = [user("w", &["/vm/b"])];
+        assert!(check(&[other], mode("w"), &machines(&["/vm/a"]), &others, &[]).is_ok());
+    }
+
+    #[test]
+    fn a_machine_may_use_its_image_twice() {
+        let others = [user("w", &["/vm/stub", "/vm/a"])];
+        assert!(check(&[IMAGE], mode("w"), &machines(&["/vm/a"]), &others, &[]).is_ok());
+        // Nobody's machine is nobody else's either.
+        let others = [user("w", &[])];
+        assert!(check(&[IMAGE], mode("w"), &machines(&[]), &others, &[]).is_err());
+    }
+
+    #[test]
+    fn a_mount_is_a_user() {
+        let mount = |write| {
+            [Mount {
+                rdev: 0x0701,
+                place: "/mnt".into(),
+                write,
+            }]
+        };
+        let both = [IMAGE, DEVICE];
+        let none = machines(&[]);
+        assert!(check(&both, mode("w"), &none, &[], &mount(false)).is_err());
+        assert!(check(&both, mode("w"), &none, &[], &mount(true)).is_err());
+        assert!(check(&both, mode("r"), &none, &[], &mount(false)).is_ok());
+        assert!(check(&both, mode("r"), &none, &[], &mount(true)).is_err());
+        assert!(check(&both, mode("w!"), &none, &[], &mount(true)).is_ok());
+        assert!(check(&[IMAGE], mode("w"), &none, &[], &mount(true)).is_ok());
+    }
+
+    #[test]
+    fn message_names_the_user_and_the_remedy() {
+        let others = [user("w", &["/vm/b"])];
+        let error = check(&[IMAGE], mode("w"), &machines(&[]), &others, &[]).expect_err("conflict");
+        assert!(error.contains("guest 3") && error.contains("w!"), "{error}");
+    }
+}

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What happens to the backends' directories in xenstore.
+//!
+//! A disk goes when the directory for which it was made goes, whether or not a script says so. The
+//! kind `vbd3` (`backendtype=tap`) is also served where no script of ours runs: without any script
+//! the disk is made here; after Xen's `block-tap`, which makes it with tap-ctl, the driver is told
+//! its number.
+
+use crate::disk::Disk;
+use crate::host::Host;
+use crate::store::{self, Store, Xenstore};
+use control::supervisor::{Create, Policy, Reply, Request, Which};
+use control::tapdisk::Open;
+use control::{Code, Failure, Target};
+use futures::StreamExt;
+use std::collections::BTreeSet;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// The kind of backends that is ours even without a script.
+const TAP: &str = "backend/vbd3";
+/// Where the disks of a script are.
+const VBD: &str = "backend/vbd";
+
+/// Keeps a connection to xenstore, for ever, and looks at what changes there.
+pub async fn keep(host: Rc<Host>, first: Option<Xenstore>) {
+    let mut connection = first;
+    let mut told = false;
+    loop {
+        let result = match connection.take() {
+            Some(store) => follow(&host, Rc::new(store)).await,
+            None => match Xenstore::connect().await {
+                Ok(store) => follow(&host, Rc::new(store)).await,
+                Err(error) => Err(error),
+            },
+        };
+        host.store.replace(None);
+        match result {
+            Ok(()) => {
+                tracing::warn!("the connection to xenstore has ended: connecting again");
+                told = false;
+            }
+            Err(error) if !told => {
+                told = true;
+                tracing::warn!("cannot use xenstore: {error}: trying again");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// Looks at changes until the connection ends.
+///
+/// # Errors
+/// Xenstore refuses to be watched.
+pub async fn follow(host: &Rc<Host>, store: Rc<dyn Store>) -> io::Result<()> {
+    let vbd = store.watch(VBD).await?;
+    let tap = store.watch(TAP).await?;
+    host.store.replace(Some(store.clone()));
+    let mut changes = futures::stream::select(vbd, tap).ready_chunks(1024);
+    while let Some(paths) = changes.next().await {
+        let mut directories = BTreeSet::new();
+        for path in paths {
+            match store::directory(&path) {
+                Some(directory) => drop(directories.insert(directory.to_owned())),
+                // Something above: of a whole domain, or the first event of the watch.
+                None => directories.extend(all(host, &*store).await?),
+            }
+        }
+        for directory in directories {
+            look(host, &store, &directory).await?;
+        }
+    }
+    Ok(())
+}
+
+/// All directories that matter: those of our disks, and those that are to have one.
+async fn all(host: &Host, store: &dyn Store) -> io::Result<Vec<String>> {
+    let ours = host.all();
+    let mut all: Vec<String> = ours
+        .iter()
+        .filter_map(|disk| disk.record.borrow().vbd.clone())
+        .collect();
+    for domain in store.list(TAP).await? {
+        for device in store.list(&format!("{TAP}/{domain}")).await? {
+            all.push(format!("{TAP}/{domain}/{device}"));
+        }
+    }
+    Ok(all)
+}
+
+/// Looks at one directory.
+async fn look(host: &Rc<Host>, store: &Rc<dyn Store>, directory: &str) -> io::Result<()> {
+    let there = store.read(&format!("{directory}/frontend")).await?;
+    let disks: Vec<Rc<Disk>> = host
+        .all()
+        .into_iter()
+        .filter(|disk| disk.record.borrow().vbd.as_deref() == Some(directory))
+        .collect();
+    if there.is_none() {
+        for disk in disks {
+            let host = host.clone();
+            tokio::task::spawn_local(async move {
+                if let Err(failure) = host.destroy(&disk).await {
+                    tracing::warn!("{failure}");
+                }
+            });
+        }
+    } else if disks.is_empty() && directory.starts_with(TAP) {
+        // Opening an image takes long; others must not wait for it.
+        let (host, store, directory) = (host.clone(), store.clone(), directory.to_owned());
+        tokio::task::spawn_local(async move {
+            if let Err(error) = offer_or_tell(&host, &*store, &directory).await {
+                tracing::warn!("{directory}: xenstore does not answer: {error}");
+            }
+        });
+    }
+    Ok(())
+}
+
+async fn offer_or_tell(host: &Rc<Host>, store: &dyn Store, directory: &str) -> io::Result<()> {
+    match offer(host, store, directory).await? {
+        Ok(()) => Ok(()),
+        // Two events told about it, and the other one is being followed.
+        Err(failure) if failure.code == Code::Exists => Ok(()),
+        Err(failure) => {
+            let message = failure.message;
+            tracing::warn!("{directory}: {message}");
+            put(store, directory, "hotplug-error", &message).await?;
+            put(store, directory, "hotplug-status", "error").await
+        }
+    }
+}
+
+/// Gives a directory of the kind `vbd3` its disk, unless a script of ours does that.
+async fn offer(
+    host: &Rc<Host>,
+    store: &dyn Store,
+    directory: &str,
+) -> io::Result<Result<(), Failure>> {
+    let read = |name: &str| format!("{directory}/{name}");
+    if store.read(&read("tap-minor")).await?.is_some()
+        || store
+            .read(&read("hotplug-status"))
+            .await?
+            .is_some_and(|status| status != "connected")
+    {
+        return Ok(Ok(()));
+    }
+    let script = store.read(&read("script")).await?.unwrap_or_default();
+    let minor = match store.read(&read("minor")).await? {
+        Some(minor) => adopt(host, directory, &minor),
+        None if script.is_empty() => {
+            let params = store.read(&read("params")).await?;
+            let mode = store.read(&read("mode")).await?;
+            match (params, mode) {
+                (Some(params), Some(mode)) => create(host, directory, &params, &mode).await,
+                // More comes.
+                _ => return Ok(Ok(())),
+            }
+        }
+        None => return Ok(Ok(())),
+    };
+    let minor = match minor {
+        Ok(minor) => minor,
+        Err(failure) => return Ok(Err(failure)),
+    };
+    put(store, directory, "tap-minor", &minor.to_string()).await?;
+    put(store, directory, "hotplug-status", "connected").await?;
+    Ok(Ok(()))
+}
+
+/// A disk that Xen's script made with tap-ctl becomes that of its directory.
+fn adopt(host: &Host, directory: &str, minor: &str) -> Result<u32, Failure> {
+    let number = minor.parse().map_err(|_| {
+        Failure::invalid(format!("the key minor holds `{minor}`, which is no number"))
+    })?;
+    let disk = host.find(&Which {
+        minor: Some(number),
+        ..Which::default()
+    })?;
+    let mut record = disk.record.borrow_mut();
+    if let Some(other) = &record.vbd {
+        return Err(Failure::new(
+            Code::Busy,
+            format!("tap disk {number} belongs to {other} already"),
+        ));
+    }
+    record.vbd = Some(directory.into());
+    drop(record);
+    host.note(&disk);
+    Ok(number)
+}
+
+async fn create(
+    host: &Rc<Host>,
+    directory: &str,
+    params: &str,
+    mode: &str,
+) -> Result<u32, Failure> {
+    let create = Create {
+        open: Open::new(Target::from_params(params)?),
+        mode: mode.parse()?,
+        minor: None,
+        policy: Policy::default(),
+        arena_kib: 0,
+        vbd: Some(directory.into()),
+        nbd: true,
+    };
+    match host.answer(Request::Create(Box::new(create))).await? {
+        Reply::Created { minor, .. } => Ok(minor),
+        reply => Err(Failure::invalid(format!("creating a disk gave {reply:?}"))),
+    }
+}
+
+/// Writes a key into a directory that may be going: it must not come back by that.
+async fn put(store: &dyn Store, directory: &str, name: &str, value: &str) -> io::Result<()> {
+    store.write(&format!("{directory}/{name}"), value).await?;
+    if store
+        .read(&format!("{directory}/frontend"))
+        .await?
+        .is_none()
+    {
+        store.remove(directory).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Looks now and then whether processes answer.
+
+use crate::disk::Disk;
+use crate::host::Host;
+use crate::kernel;
+use control::supervisor::{Hung, What};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How often it looks.
+const PERIOD: Duration = Duration::from_secs(5);
+
+/// Looks for ever.
+pub async fn watch(host: Rc<Host>) {
+    let mut ticks = tokio::time::interval(PERIOD);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        for disk in host.all() {
+            look(&host, &disk);
+        }
+    }
+}
+
+/// Looks at one disk.
+pub fn look(host: &Host, disk: &Disk) {
+    let policy = disk.record.borrow().policy.clone();
+    let Ok(process) = disk.serving() else {
+        return;
+    };
+    let node = match kernel::node(&*host.kernel, disk.minor) {
+        Ok(Some(node)) if policy.hung_after_s > 0 => node,
+        Ok(_) => return,
+        Err(error) => {
+            tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
+            return;
+        }
+    };
+    let since = Duration::from_nanos(node.status.oldest_ns);
+    if since < Duration::from_secs(policy.hung_after_s.into()) {
+        disk.hung.set(false);
+    } else if !disk.hung.replace(true) {
+        let killed = policy.hung == Hung::Kill;
+        let what = What::Hung {
+            pid: process.pid(),
+            for_ms: since.as_millis().try_into().unwrap_or(u64::MAX),
+            killed,
+        };
+        host.events.add(Some(disk.minor), what);
+        if killed {
+            // Its end is noticed as any other, and it is replaced.
+            process.kill();
+        }
+    }
+}

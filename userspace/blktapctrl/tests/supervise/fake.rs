@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A kernel, a xenstore and a tapdisk that are none.
+
+use blktapctrl::kernel::{Kernel, Make, Node};
+use blktapctrl::store::{Changes, Later, Store};
+use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status};
+use control::{supervisor, Channel, Code, Failure};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use tokio::sync::mpsc;
+
+/// A node: it is open as long as somebody has the other end of its socket.
+#[derive(Default)]
+pub(crate) struct FakeNode {
+    ours: Option<UnixStream>,
+    pub(crate) opened: u32,
+    pub(crate) bound: Option<(u32, u32)>,
+    pub(crate) oldest_ns: u64,
+    pub(crate) make: Make,
+}
+
+impl FakeNode {
+    fn is_open(&self) -> bool {
+        let Some(mut ours) = self.ours.as_ref() else {
+            return false;
+        };
+        // The end of the other side, or nothing yet.
+        !matches!(ours.read(&mut [0]), Ok(0))
+    }
+}
+
+/// The nodes.
+#[derive(Clone, Default)]
+pub(crate) struct FakeKernel {
+    pub(crate) nodes: Rc<RefCell<BTreeMap<u32, FakeNode>>>,
+}
+
+impl Kernel for FakeKernel {
+    fn create(&self, make: Make) -> io::Result<u32> {
+        let mut nodes = self.nodes.borrow_mut();
+        let free = (0..).find(|minor| !nodes.contains_key(minor)).expect("one");
+        let minor = make.minor.unwrap_or(free);
+        if nodes.contains_key(&minor) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let node = FakeNode {
+            make,
+            ..FakeNode::default()
+        };
+        nodes.insert(minor, node);
+        Ok(minor)
+    }
+
+    fn destroy(&self, minor: u32) -> io::Result<()> {
+        let mut nodes = self.nodes.borrow_mut();
+        let node = nodes.get(&minor).ok_or(io::ErrorKind::NotFound)?;
+        if node.is_open() || node.bound.is_some() {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        nodes.remove(&minor);
+        Ok(())
+    }
+
+    fn query(&self, from: u32) -> io::Result<Option<Node>> {
+        let nodes = self.nodes.borrow();
+        Ok(nodes.range(from..).next().map(|(minor, node)| Node {
+            minor: *minor,
+            status: supervisor::Kernel {
+                state: if node.is_open() { "live" } else { "idle" }.into(),
+                waiting: 0,
+                delivered: 0,
+                committed: 0,
+                replayed: 0,
+                refused: 0,
+                oldest_ns: node.oldest_ns,
+            },
+            bound: node.bound,
+        }))
+    }
+
+    fn open(&self, minor: u32) -> io::Result<OwnedFd> {
+        let mut nodes = self.nodes.borrow_mut();
+        let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
+        if node.is_open() {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        // Tells the fake tapdisk which node this is.
+        io::Write::write_all(&mut &ours, &minor.to_ne_bytes())?;
+        node.ours = Some(ours);
+        node.opened += 1;
+        Ok(theirs.into())
+    }
+}
+
+/// Keys and watches.
+#[derive(Clone, Default)]
+pub(crate) struct FakeStore {
+    keys: Rc<RefCell<BTreeMap<String, String>>>,
+    watches: Rc<RefCell<Vec<(String, mpsc::UnboundedSender<String>)>>>,
+}
+
+impl FakeStore {
+    /// Writes keys below a directory.
+    pub(crate) fn put(&self, directory: &str, keys: &[(&str, &str)]) {
+        for (key, value) in keys {
+            let path = format!("{directory}/{key}");
+            self.keys.borrow_mut().insert(path.clone(), (*value).into());
+            self.tell(&path);
+        }
+    }
+
+    /// Removes a directory.
+    pub(crate) fn drop(&self, directory: &str) {
+        let below = format!("{directory}/");
+        self.keys
+            .borrow_mut()
+            .retain(|path, _| path != directory && !path.starts_with(&below));
+        self.tell(directory);
+    }
+
+    /// The value of a key.
+    pub(crate) fn get(&self, path: &str) -> Option<String> {
+        self.keys.borrow().get(path).cloned()
+    }
+
+    fn tell(&self, path: &str) {
+        self.watches.borrow_mut().retain(|(at, sender)| {
+            let below = path
+                .strip_prefix(at.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+            !below || sender.send(path.into()).is_ok()
+        });
+    }
+}
+
+impl Store for FakeStore {
+    fn read<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Option<String>>> {
+        Box::pin(async move { Ok(self.get(path)) })
+    }
+
+    fn list<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Vec<String>>> {
+        Box::pin(async move {
+            let below = format!("{path}/");
+            let keys = self.keys.borrow();
+            let names = keys.keys().filter_map(|key| key.strip_prefix(&below));
+            let mut names: Vec<String> = names
+                .filter_map(|rest| rest.split('/').next().map(str::to_owned))
+                .collect();
+            names.dedup();
+            Ok(names)
+        })
+    }
+
+    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> Later<'a, io::Result<()>> {
+        Box::pin(async move {
+            self.keys.borrow_mut().insert(path.into(), value.into());
+            self.tell(path);
+            Ok(())
+        })
+    }
+
+    fn remove<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<()>> {
+        Box::pin(async move {
+            self.drop(path);
+            Ok(())
+        })
+    }
+
+    fn watch<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Changes>> {
+        Box::pin(async move {
+            let (sender, mut receiver) = mpsc::unbounded_channel();
+            sender.send(path.to_owned()).expect("we have the other end");
+            self.watches.borrow_mut().push((path.into(), sender));
+            let stream = futures::stream::poll_fn(move |context| receiver.poll_recv(context));
+            Ok(Box::pin(stream) as Changes)
+        })
+    }
+}
+
+/// A program that behaves as the files beside it say: `refuse` (its text is the answer to opening),
+/// `die` (ends when it is to open), `hang` (never answers that), and writes what it is asked to `log`.
+pub(crate) fn program(dir: &Path) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let path = dir.join("fake-tapdisk");
+    let us = std::env::current_exe().expect("this program");
+    let text = format!(
+        "#!/bin/sh\nFAKE_TAPDISK={} exec {} --exact fake_tapdisk --ignored --nocapture --quiet >/dev/null 2>&1\n",
+        dir.display(),
+        us.display()
+    );
+    // Renamed into place: a program that is open for writing cannot be executed, and another test
+    // may be starting a process right now, which has our descriptors for a moment.
+    let status = std::process::Command::new("sh")
+        .args(["-c", "printf %s \"$1\" >\"$2\"", "sh", &text])
+        .arg(&path)
+        .status();
+    assert!(status.expect("sh").success());
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+    path
+}
+
+/// What runs as the fake tapdisk.
+pub(crate) fn run(dir: &Path) {
+    // A test that fails leaves nobody behind.
+    let signal = Some(rustix::process::Signal::KILL);
+    rustix::process::set_parent_process_death_signal(signal).expect("a wish");
+    let listener = io::stdin().as_fd().try_clone_to_owned().expect("stdin");
+    let listener = UnixListener::from(listener);
+    // Who supervises may change; what is served stays.
+    let mut served = Served::default();
+    loop {
+        let (stream, _) = listener.accept().expect("a supervisor");
+        let mut channel = Channel::new(stream);
+        while let Ok(Some((question, fds))) = channel.receive::<Request>() {
+            let exit = question.body == Request::Exit;
+            let answer = served.answer(dir, question.body, fds);
+            if channel.answer(question.id, answer).is_err() {
+                break;
+            }
+            if exit {
+                return;
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Served {
+    node: Option<(u32, OwnedFd)>,
+    open: Option<(Open, Option<OwnedFd>)>,
+    paused: bool,
+    nbd: Option<OwnedFd>,
+}
+
+fn note(dir: &Path, line: &str) {
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"));
+    let line = format!("{line}\n");
+    io::Write::write_all(&mut file.expect("a log"), line.as_bytes()).expect("a log");
+}
+
+impl Served {
+    fn answer(
+        &mut self,
+        dir: &Path,
+        question: Request,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<Reply, Failure> {
+        match question {
+            Request::Attach => {
+                let mut node = UnixStream::from(fds.remove(0));
+                let mut minor = [0; 4];
+                node.read_exact(&mut minor).expect("a node");
+                let minor = u32::from_ne_bytes(minor);
+                note(dir, &format!("attach {minor}"));
+                self.node = Some((minor, node.into()));
+                Ok(Reply::Node(control::tapdisk::Node {
+                    minor,
+                    tags: 32,
+                    arena: 1 << 20,
+                    epoch: 1,
+                }))
+            }
+            Request::Open(open) => self.open(dir, "open", open, fds),
+            Request::Unpause(open) => {
+                self.paused = false;
+                self.open(dir, "unpause", open, fds)
+            }
+            Request::Pause => {
+                note(dir, "pause");
+                (self.paused, self.open) = (true, None);
+                Ok(Reply::Done)
+            }
+            Request::Close => {
+                note(dir, "close");
+                (self.node, self.open) = (None, None);
+                Ok(Reply::Done)
+            }
+            Request::Exit => {
+                note(dir, "exit");
+                Ok(Reply::Done)
+            }
+            Request::Status => Ok(Reply::Status(Status {
+                state: match (&self.node, &self.open) {
+                    (None, _) => State::Idle,
+                    (Some(_), None) if self.paused => State::Paused,
+                    (Some(_), None) => State::Attached,
+                    (Some(_), Some(_)) => State::Running,
+                },
+                node: None,
+                open: self.open.as_ref().map(|(open, _)| open.clone()),
+                disk: self.open.as_ref().map(|(open, _)| disk(open)),
+            })),
+            Request::Resize => {
+                let (open, _) = self.open.as_ref().expect("open");
+                Ok(Reply::Disk(disk(open)))
+            }
+            Request::Stats => Ok(Reply::Stats(Box::default())),
+            Request::Nbd { .. } => {
+                self.nbd = fds.pop();
+                Ok(Reply::Done)
+            }
+            Request::Ping => Err(Failure::unsupported("not asked in a test")),
+        }
+    }
+
+    fn open(
+        &mut self,
+        dir: &Path,
+        word: &str,
+        open: Open,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<Reply, Failure> {
+        if let Ok(why) = std::fs::read_to_string(dir.join("refuse")) {
+            return Err(Failure::new(Code::Image, why));
+        }
+        if dir.join("die").exists() {
+            std::process::exit(3);
+        }
+        if dir.join("hang").exists() {
+            loop {
+                std::thread::park();
+            }
+        }
+        let content = fds.pop().map(|fd| {
+            let mut text = String::new();
+            let mut file = std::fs::File::from(fd);
+            file.read_to_string(&mut text).expect("an image");
+            (text, OwnedFd::from(file))
+        });
+        let text = content.as_ref().map_or("", |(text, _)| text);
+        let mode = if open.read_only { "r" } else { "w" };
+        note(dir, &format!("{word} {mode} {text}"));
+        let reply = Reply::Disk(disk(&open));
+        self.open = Some((open, content.map(|(_, fd)| fd)));
+        Ok(reply)
+    }
+}
+
+fn disk(open: &Open) -> Disk {
+    Disk {
+        size: 1 << 20,
+        logical_block: 512,
+        physical_block: 4096,
+        read_only: open.read_only,
+        discard: open.discard,
+        engine: Engine::Sync,
+    }
+}
