@@ -99,11 +99,14 @@ impl Kernel for FakeKernel {
     }
 }
 
+/// A path, and who is told about it.
+type Watch = (String, mpsc::UnboundedSender<String>);
+
 /// Keys and watches.
 #[derive(Clone, Default)]
 pub(crate) struct FakeStore {
     keys: Rc<RefCell<BTreeMap<String, String>>>,
-    watches: Rc<RefCell<Vec<(String, mpsc::UnboundedSender<String>)>>>,
+    watches: Rc<RefCell<Vec<Watch>>>,
 }
 
 impl FakeStore {
