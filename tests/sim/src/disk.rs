@@ -114,6 +114,11 @@ impl Disk {
         self.content.keys().copied()
     }
 
+    /// The engine is gone.
+    pub(crate) fn release_all(&mut self) {
+        self.pages.clear();
+    }
+
     /// The engine has reaped an I/O.
     pub(crate) fn release(&mut self, tag: Tag) {
         self.pages.remove(&tag);

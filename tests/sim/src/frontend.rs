@@ -111,6 +111,14 @@ impl Frontend {
         }
     }
 
+    /// A guest that comes after this one; the numbers of its requests go on.
+    pub(crate) fn next_guest(&self) -> Self {
+        Self {
+            next: self.next,
+            ..Self::new(self.size)
+        }
+    }
+
     /// Starts all indices at a value, as a ring that was in use has them.
     pub fn start_at(&mut self, index: u32) {
         self.req_prod = index;

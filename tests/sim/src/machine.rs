@@ -83,6 +83,8 @@ pub enum Fault {
     TrustStale,
     /// A process that sleeps is not told of requests.
     LeaveAsleep,
+    /// The next guest is served while the process has requests of the last one.
+    ForgetOrphans,
 }
 
 /// What is fixed for a case.
@@ -230,6 +232,15 @@ impl Machine {
             racing: false,
             hold_percent: 0,
         }
+    }
+
+    /// Another guest comes to the same disk.
+    pub fn reconnect(&mut self) {
+        self.ring = RingMemory::new(self.setup.protocol, self.setup.order, self.setup.junk);
+        self.front = self.front.next_guest();
+        self.accesses = Accesses::default();
+        self.event = false;
+        self.closing = false;
     }
 
     /// Whether the worker holds answers back once more.

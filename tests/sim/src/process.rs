@@ -112,7 +112,7 @@ pub(crate) struct Job {
 #[derive(Debug)]
 pub(crate) struct Process {
     epoch: u64,
-    jobs: Vec<Job>,
+    pub(crate) jobs: Vec<Job>,
     awake: bool,
     hung: bool,
     /// Writes that a faulty process keeps to itself.
@@ -275,14 +275,14 @@ impl Machine {
         if self.rng.percent(plan.rewrite) {
             return Act::Rewrite;
         }
+        if self.rng.percent(plan.lies) {
+            return Act::Lie;
+        }
         if !alive || act.is_late() {
             return act;
         }
         if self.may_die() && self.rng.percent(plan.death) {
             return Act::Die;
-        }
-        if self.rng.percent(plan.lies) {
-            return Act::Lie;
         }
         if plan.hang > 0 && self.tap.plan.deaths > 0 && self.rng.percent(plan.hang) {
             return Act::Hang;
@@ -541,10 +541,11 @@ impl Machine {
         if self.commit(Fault::LoseCompletion) {
             return;
         }
-        let expected = if flags == 0 {
-            Committed::Done(job.desc.queue)
-        } else {
-            Committed::Returned
+        let orphans = self.tap.shadow.orphans() > 0;
+        let expected = match flags {
+            _ if orphans => Committed::Released,
+            0 => Committed::Done(job.desc.queue),
+            _ => Committed::Returned,
         };
         let committed = self.say(epoch, &completion);
         if committed != Some(expected) {

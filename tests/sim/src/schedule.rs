@@ -409,6 +409,47 @@ pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     }
 }
 
+/// A guest goes away in the middle of everything, and another one comes.
+pub fn run_two_guests(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
+    let mut rng = Rng::new(seed);
+    let setup = served_setup(&mut rng);
+    let (mut storage, mut second) = (Storage::new(&setup), Storage::new(&setup));
+    let seed = rng.bits();
+    let plan = Plan {
+        enabled: true,
+        ..*plan
+    };
+    let mut world = World::served(&mut storage, setup, plan, 1, seed, 0);
+    prepare(&mut world.machine.borrow_mut(), &mut rng, None);
+    world.run_for(rng.range(1, 120) as u32);
+    let (machine, orphans) = world.let_go();
+    if fault != Some(Fault::ForgetOrphans) {
+        let mut m = machine.borrow_mut();
+        let mut steps = 0;
+        while m.tap.shadow.orphans() > 0 && m.backend_busy() && steps < 10_000 {
+            m.backend_step();
+            steps += 1;
+        }
+        if m.tap.shadow.orphans() > 0 {
+            let what = format!("orphans stay for ever: {:?}", m.tap.shadow);
+            m.problem(what);
+        }
+        m.check_arena_is_ours();
+    }
+    let mut world = World::again(&mut second, machine, rng.bits() as u32);
+    world.machine.borrow_mut().plan = 40;
+    world.run();
+    world.close();
+    let problems = world.verdict();
+    let mut m = world.machine.borrow_mut();
+    m.tap.counts.orphans = orphans.into();
+    Served {
+        problems,
+        answers: m.front.answers.len() as u64,
+        counts: m.tap.counts,
+    }
+}
+
 /// Runs a random load on a setup.
 pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
     let mut storage = Storage::new(&setup);

@@ -58,6 +58,8 @@ pub struct Counts {
     pub rewritten: u64,
     /// Requests that failed because no process came.
     pub failed: u64,
+    /// Requests that a process had when the guest went away.
+    pub orphans: u64,
 }
 
 impl Counts {
@@ -73,6 +75,7 @@ impl Counts {
         self.discards += other.discards;
         self.rewritten += other.rewritten;
         self.failed += other.failed;
+        self.orphans += other.orphans;
     }
 }
 
@@ -152,6 +155,31 @@ pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)>
 }
 
 impl Machine {
+    /// The queue is gone. Returns how many requests the process has.
+    pub(crate) fn orphan(&mut self) -> u32 {
+        let queue = self.tap.queue;
+        let orphans = self.tap.shadow.orphan(queue);
+        if orphans != self.tap.shadow.delivered() || self.tap.shadow.waiting() > 0 {
+            self.problem(format!("{orphans} orphans, but {:?}", self.tap.shadow));
+        }
+        // What was not answered may have been executed or not.
+        self.tap.ordered = None;
+        self.tap.posted.clear();
+        self.disk.release_all();
+        orphans
+    }
+
+    /// What must hold before the arena is used for another guest.
+    pub fn check_arena_is_ours(&mut self) {
+        let jobs = self.tap.process.iter().flat_map(|p| &p.jobs);
+        let running = jobs.chain(&self.tap.ghosts).count();
+        if running > 0 {
+            self.problem(format!(
+                "{running} I/Os use the arena, and no orphan is left"
+            ));
+        }
+    }
+
     /// True if the guest waits for its answers before it goes on.
     pub fn waits(&self) -> bool {
         self.tap.plan.patient && self.front.outstanding() > 0

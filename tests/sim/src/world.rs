@@ -60,9 +60,9 @@ impl<'a> World<'a> {
 
     /// The same on a ring whose indices are at `index`.
     pub fn attached_at(storage: &'a mut Storage, setup: Setup, seed: u64, index: u32) -> Self {
-        Self::with(storage, setup, seed, index, |machine| {
-            FakeDisk::new(machine.clone())
-        })
+        let machine = Rc::new(RefCell::new(Machine::new(setup, seed)));
+        let backend = FakeDisk::new(machine.clone());
+        Self::attach(storage, machine, index, backend)
     }
 }
 
@@ -76,36 +76,47 @@ impl<'a> World<'a, TapBackend> {
         seed: u64,
         index: u32,
     ) -> Self {
-        Self::with(storage, setup, seed, index, |machine| {
-            let mut m = machine.borrow_mut();
-            m.tap = Tap::new(m.ring.size(), queue, plan);
-            TapBackend::new(machine.clone())
-        })
+        let mut machine = Machine::new(setup, seed);
+        machine.tap = Tap::new(machine.ring.size(), queue, plan);
+        let machine = Rc::new(RefCell::new(machine));
+        let backend = TapBackend::new(machine.clone());
+        Self::attach(storage, machine, index, backend)
+    }
+
+    /// The guest is gone, and the backend waits for nobody. Returns the machine, for the next
+    /// guest, and how many requests the process has.
+    pub fn let_go(self) -> (Shared, u32) {
+        let machine = self.machine;
+        drop(self.engine.detach());
+        let orphans = machine.borrow_mut().orphan();
+        (machine, orphans)
+    }
+
+    /// Connects the next guest to the machine of one that is gone.
+    pub fn again(storage: &'a mut Storage, machine: Shared, index: u32) -> Self {
+        machine.borrow_mut().reconnect();
+        let backend = TapBackend::new(machine.clone());
+        Self::attach(storage, machine, index, backend)
     }
 }
 
 impl<'a, B: Backend> World<'a, B> {
-    fn with(
-        storage: &'a mut Storage,
-        setup: Setup,
-        seed: u64,
-        index: u32,
-        backend: impl FnOnce(&Shared) -> B,
-    ) -> Self {
-        let mut machine = Machine::new(setup.clone(), seed);
-        machine.front.start_at(index);
-        machine.taken = index;
-        machine.ring.store(REQ_PROD, index);
-        machine.ring.store(RSP_PROD, index);
-        machine.ring.store(RSP_EVENT, index.wrapping_add(1));
-        let size = machine.ring.size();
-        let machine = Rc::new(RefCell::new(machine));
+    fn attach(storage: &'a mut Storage, machine: Shared, index: u32, backend: B) -> Self {
+        let (setup, size) = {
+            let mut m = machine.borrow_mut();
+            m.front.start_at(index);
+            m.taken = index;
+            m.ring.store(REQ_PROD, index);
+            m.ring.store(RSP_PROD, index);
+            m.ring.store(RSP_EVENT, index.wrapping_add(1));
+            (m.setup.clone(), m.ring.size())
+        };
         let ring = BackRing::attach(FakeRing::new(machine.clone()), size)
             .expect("indices are equal and the size is a power of two");
         let engine = Engine::new(
             ring,
             FakeGrants::new(machine.clone()),
-            backend(&machine),
+            backend,
             &mut storage.slots,
             &mut storage.entries,
             setup.copy_pages,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A disk that processes serve, which die, hang and lie: the cases S1 to S12 and S18.
+//! A disk that processes serve, which die, hang and lie: the cases S1 to S13 and S16 to S18, as
+//! far as the engine and the shadow have to do with them.
 //!
 //! Each case is a plan with its own random schedules: the first seeds, until the time for a default
 //! run is over. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that
@@ -9,7 +10,7 @@
 use std::time::{Duration, Instant};
 
 use sim::process::{Moment, Plan};
-use sim::schedule::{run_served, Served};
+use sim::schedule::{run_served, run_two_guests, Served};
 use sim::tap::Counts;
 
 const DEFAULT_TIME: Duration = Duration::from_secs(4);
@@ -23,8 +24,10 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-fn check(seed: u64, plan: &Plan) -> Served {
-    let served = std::panic::catch_unwind(|| run_served(seed, plan, None));
+type Case = fn(u64, &Plan) -> Served;
+
+fn check(seed: u64, plan: &Plan, case: Case) -> Served {
+    let served = std::panic::catch_unwind(|| case(seed, plan));
     let served = served.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
     assert!(
         served.problems.is_empty(),
@@ -36,8 +39,12 @@ fn check(seed: u64, plan: &Plan) -> Served {
 
 /// Runs the schedules of a plan; `enough` says of the sums whether they show anything.
 fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
+    run_cases(plan, |seed, plan| run_served(seed, plan, None), enough);
+}
+
+fn run_cases(plan: &Plan, case: Case, enough: impl Fn(&Counts, u64) -> bool) {
     if let Some(seed) = number("SIM_SEED") {
-        println!("{:?}", check(seed, plan));
+        println!("{:?}", check(seed, plan, case));
         return;
     }
     let wanted = number("SIM_CASES");
@@ -51,7 +58,7 @@ fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
     } {
         let seed = cases;
         cases += 1;
-        let served = check(seed, plan);
+        let served = check(seed, plan, case);
         answers += served.answers;
         sum.add(&served.counts);
     }
@@ -196,6 +203,21 @@ fn s13_a_process_that_hangs_and_is_killed_is_replaced() {
         ..deaths(Moment::Any)
     };
     run(&plan, |sum, cases| sum.deaths > 5 * cases);
+}
+
+#[test]
+fn s16_s17_a_guest_that_goes_away_leaves_nothing_that_harms_the_next() {
+    let plan = Plan {
+        returns: 10,
+        lies: 5,
+        hang: 1,
+        ..deaths(Moment::Any)
+    };
+    run_cases(
+        &plan,
+        |seed, plan| run_two_guests(seed, plan, None),
+        |sum, cases| sum.orphans > cases && sum.deaths > cases,
+    );
 }
 
 #[test]

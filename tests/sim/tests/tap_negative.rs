@@ -8,7 +8,7 @@
 
 use sim::machine::Fault;
 use sim::process::{Moment, Plan};
-use sim::schedule::run_served;
+use sim::schedule::{run_served, run_two_guests};
 
 const CASES: u64 = 60;
 
@@ -78,7 +78,7 @@ fn h1_a_late_write_is_found() {
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::SkipFence, CASES / 4, &words);
+    must_find(&plan, Fault::SkipFence, CASES / 8, &words);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn h2_a_write_that_is_executed_twice_is_found() {
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::ExecuteTwice, CASES / 4, &words);
+    must_find(&plan, Fault::ExecuteTwice, CASES / 6, &words);
 }
 
 #[test]
@@ -114,18 +114,18 @@ fn h4_reads_that_go_backwards_are_found() {
         ..plan()
     };
     let words = ["no order of all accesses explains"];
-    must_find(&plan, Fault::HideRanges, CASES / 10, &words);
+    must_find(&plan, Fault::HideRanges, CASES / 12, &words);
 }
 
 #[test]
 fn h5_a_flush_that_is_lost_is_found() {
-    must_find(&plan(), Fault::IgnoreFlush, CASES / 4, &["power cut"]);
+    must_find(&plan(), Fault::IgnoreFlush, CASES / 6, &["power cut"]);
 }
 
 #[test]
 fn h5_writes_that_die_with_their_process_are_found() {
     let words = ["which no order of the writes explains"];
-    must_find(&plan(), Fault::PrivateCache, CASES / 2, &words);
+    must_find(&plan(), Fault::PrivateCache, CASES / 4, &words);
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn h6_a_write_that_stays_torn_is_found() {
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::SkipReplay, CASES / 6, &words);
+    must_find(&plan, Fault::SkipReplay, CASES / 8, &words);
 }
 
 #[test]
@@ -154,6 +154,17 @@ fn h11_an_old_completion_that_counts_is_found() {
     let plan = Plan { lies: 20, ..plan() };
     let words = ["which no order of the writes explains"];
     must_find(&plan, Fault::TrustStale, CASES / 2, &words);
+}
+
+#[test]
+fn a_guest_that_is_served_while_there_are_orphans_is_found() {
+    let mut found = 0;
+    for seed in 0..CASES {
+        let served = run_two_guests(seed, &plan(), Some(Fault::ForgetOrphans));
+        let reports = served.problems.join("\n");
+        found += u64::from(reports.contains("cannot be posted"));
+    }
+    assert!(found >= CASES / 4, "found in {found} of {CASES} cases");
 }
 
 #[test]
