@@ -6,6 +6,9 @@
 
 #![cfg(loom)]
 
+#[path = "loom/tap.rs"]
+mod tap;
+
 use loom::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 use loom::sync::{Arc, Notify};
 use loom::thread;
