@@ -163,6 +163,8 @@ impl Backend for TapQueue {
     }
 
     fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+        // Before anything is looked at: see `Parker::rearm`.
+        self.share.parker.rearm();
         while let Some(tag) = self.rejected.pop() {
             done(tag, Status::Error);
         }
@@ -207,6 +209,8 @@ impl Drop for TapQueue {
             let _orphans = inner.shadow.orphan(self.place.index);
             let place = inner.shares.get_mut(usize::from(self.place.index));
             let share = place.and_then(Option::take);
+            // A request of another queue may have waited for one that is forgotten.
+            self.disk.announce(&mut inner);
             inner.kick();
             share
         };
