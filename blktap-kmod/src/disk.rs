@@ -180,11 +180,7 @@ impl TapDisk {
         inner.params = Some(params);
         self.sectors.store(params.sectors, Relaxed);
         // The queues look at the size before each pass.
-        inner
-            .shares
-            .iter()
-            .flatten()
-            .for_each(|share| share.parker.wake());
+        inner.wake_queues();
         inner.kick();
         Ok(())
     }
@@ -278,6 +274,12 @@ impl Inner {
         if let Some(holder) = &self.holder {
             holder.vbd.kick();
         }
+    }
+
+    /// Has the threads of all queues look at the disk again.
+    pub(super) fn wake_queues(&self) {
+        let queues = self.shares.iter().flatten();
+        queues.for_each(|share| share.parker.wake());
     }
 
     /// Tells queues, one for each bit, that they have something to reap.

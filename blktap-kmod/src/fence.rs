@@ -13,12 +13,12 @@ use kernel::sync::Arc;
 use kernel::time::{delay::fsleep, Delta};
 use kernel::workqueue::{impl_has_work, WorkItem};
 
-/// Short pauses, then long ones.
-const SHORT_MS: i64 = 1;
-const LONG_MS: i64 = 20;
-const SHORT_PAUSES: u32 = 32;
-/// Pauses after which other work has a turn.
-const PAUSES: u32 = 96;
+/// The first pauses are short, because a process is to be replaced soon. One that has left pages
+/// where somebody holds on to them is not worth looking often.
+const SHORTEST_MS: i64 = 1;
+const LONGEST_MS: i64 = 1000;
+/// Pauses of one length.
+const REPEATED: u32 = 32;
 
 impl_has_work! {
     impl HasWork<Self> for TapDisk { self.fence }
@@ -33,6 +33,8 @@ impl TapDisk {
             inner.pid = 0;
             inner.wanted = false;
             self.start_waiting();
+            // A queue that drains does not wait for a process that is gone.
+            inner.wake_queues();
             inner.kick();
         }
         if !self.try_fence() {
@@ -61,16 +63,15 @@ impl WorkItem for TapDisk {
     type Pointer = Arc<TapDisk>;
 
     fn run(this: Arc<TapDisk>) {
-        for pause in 0..PAUSES {
-            if this.is_destroyed() || this.try_fence() {
-                return;
+        let mut pause = SHORTEST_MS;
+        loop {
+            for _ in 0..REPEATED {
+                if this.is_destroyed() || this.try_fence() {
+                    return;
+                }
+                fsleep(Delta::from_millis(pause));
             }
-            fsleep(if pause < SHORT_PAUSES {
-                Delta::from_millis(SHORT_MS)
-            } else {
-                Delta::from_millis(LONG_MS)
-            });
+            pause = pause.saturating_mul(4).min(LONGEST_MS);
         }
-        let _queued = workqueue::enqueue(this);
     }
 }
