@@ -119,7 +119,10 @@ impl Medium for Binding {
     }
 
     fn prepare(&self) -> Result<(), ConnectError> {
-        // Nobody but the process sees the disk in this domain.
+        // Nobody but the process sees the disk in this domain: there is no cache of it.
+        if self.writable && self.limits().read_only {
+            return Err(ConnectError::Step(READ_ONLY, EROFS));
+        }
         Ok(())
     }
 
@@ -173,6 +176,7 @@ impl Queues for Binding {
     }
 }
 
+const READ_ONLY: &str = "the disk is read-only: attach it with mode r";
 const NO_MEMORY: &str = "there is not enough memory for the queues";
 const NOT_READY: &str =
     "the process that serves the disk still has requests of an earlier connection";
