@@ -7,6 +7,7 @@ use crate::proto::text::{parse_device, parse_u32};
 use crate::vbd::Vbd;
 use crate::xen::bdev::BlockDevice;
 use crate::xen::device::Device;
+use crate::xen::local_clock;
 use crate::xen::store;
 use kernel::prelude::*;
 use kernel::str::CString;
@@ -34,7 +35,12 @@ pub(crate) struct Disk {
     /// Size in sectors of 512 bytes.
     pub(crate) sectors: u64,
     pub(crate) status: Option<Status>,
+    /// When something of it was published last.
+    published_at: Option<u64>,
 }
+
+/// Nanoseconds from one publication to the next.
+const PAUSE_NS: u64 = 100_000_000;
 
 /// Why a disk that is named cannot be opened.
 pub(crate) struct Bad {
@@ -84,7 +90,21 @@ impl Disk {
             sectors: medium.sectors(),
             medium,
             status: None,
+            published_at: None,
         }))
+    }
+
+    /// True if something may be published now, and counts that as done; `false` if it is too
+    /// early after the last time.
+    pub(crate) fn may_publish(&mut self) -> bool {
+        let now = local_clock();
+        let may = self
+            .published_at
+            .is_none_or(|before| now.wrapping_sub(before) >= PAUSE_NS);
+        if may {
+            self.published_at = Some(now);
+        }
+        may
     }
 }
 

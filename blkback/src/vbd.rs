@@ -189,11 +189,10 @@ impl Vbd {
                     return;
                 }
             };
-            if action == Action::Wait {
-                self.follow_disk(&mut life);
+            if action == Action::Wait && self.follow_disk(&mut life) {
                 return;
             }
-            if action == Action::Connect && life.must_pause() {
+            if action == Action::Wait || (action == Action::Connect && life.must_pause()) {
                 // Look again soon: the frontend may close meanwhile, and is not kept waiting then.
                 drop(life);
                 fsleep(Delta::from_millis(PAUSE_STEP_MS));
@@ -358,32 +357,42 @@ impl Vbd {
         published.map_err(|error| ConnectError::Step("the disk cannot be published", error))
     }
 
-    /// Publishes how the disk is served, and a size that changed while connected.
-    fn follow_disk(&self, life: &mut Life) {
+    /// Publishes how the disk is served, and a size that changed while connected; `false` if that
+    /// has to wait, because a process may change both as often as it likes.
+    fn follow_disk(&self, life: &mut Life) -> bool {
+        let connected = life.state == State::Connected;
         let Some(disk) = &mut life.disk else {
-            return;
+            return true;
         };
         let status = disk.medium.status();
-        if let (Some(now), true) = (status, status != disk.status) {
-            disk.status = status;
-            if let Err(error) = offer::publish_status(&self.device, now) {
-                self.device
-                    .report(error, c"the key tap-status cannot be written");
-            }
-        }
-        if life.state != State::Connected {
-            return;
-        }
         let sectors = disk.medium.sectors();
-        if sectors != disk.sectors {
-            disk.sectors = sectors;
-            if let Err(error) =
-                offer::publish_size(&self.device, sectors, State::Connected.number())
-            {
-                self.device
-                    .report(error, c"the new size cannot be published");
-            }
+        let new_status = status != disk.status;
+        let resized = connected && sectors != disk.sectors;
+        if !new_status && !resized {
+            return true;
         }
+        if !disk.may_publish() {
+            return false;
+        }
+        disk.status = status;
+        let mut published = match status {
+            Some(now) if new_status => offer::publish_status(&self.device, now),
+            _ => Ok(()),
+        };
+        if resized {
+            disk.sectors = sectors;
+            let state = State::Connected.number();
+            let size = offer::publish_size(&self.device, sectors, state);
+            published = published.and(size);
+        }
+        match published {
+            // The toolstack has removed our directory: nobody is left to tell.
+            Err(error) if error != ENOENT => self
+                .device
+                .report(error, c"what has become of the disk cannot be published"),
+            _ => {}
+        }
+        true
     }
 
     /// Gives the disk back, then lets the toolstack and the bus know.
