@@ -86,11 +86,11 @@ impl Disk {
         })
     }
 
-    /// `MAJOR:MINOR` in hexadecimal.
-    pub(crate) fn number(&self) -> Result<String> {
+    /// The key that names it to the backend: `MAJOR:MINOR` in hexadecimal.
+    pub(crate) fn key(&self) -> Result<(&'static str, String)> {
         let number = fs::metadata(&self.device)?.rdev();
         let (major, minor) = (libc::major(number), libc::minor(number));
-        Ok(format!("{major:x}:{minor:x}"))
+        Ok(("physical-device", format!("{major:x}:{minor:x}")))
     }
 }
 

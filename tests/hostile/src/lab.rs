@@ -5,6 +5,7 @@ use crate::disk::{self, Disk};
 use crate::kmsg::{self, Kmsg};
 use crate::leaks::Leaks;
 use crate::session::{Session, Shape, PLAIN};
+use crate::tap::{self, TapDisk};
 use crate::vbd::{Mode, Vbd};
 use anyhow::{ensure, Context, Result};
 use std::cell::Cell;
@@ -90,6 +91,12 @@ impl Lab {
     /// Attaches a disk and connects.
     pub(crate) fn session_on(&self, disk: &Disk, mode: Mode, shape: Shape) -> Result<Session> {
         Session::start(self.devid(), disk, mode, shape)
+    }
+
+    /// Attaches a tap disk and connects.
+    pub(crate) fn session_on_tap(&self, disk: &TapDisk, shape: Shape) -> Result<Session> {
+        let vbd = Vbd::attach_named(self.devid(), disk.key(), Mode::ReadWrite)?;
+        Session::connect(vbd, tap::SECTORS, shape, crate::session::queues(shape)?)
     }
 
     /// Attaches the disk and connects with one queue of one page.

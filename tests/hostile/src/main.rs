@@ -20,6 +20,7 @@ mod report;
 mod rng;
 mod session;
 mod store;
+mod tap;
 mod vbd;
 mod wait;
 mod wire;
@@ -51,6 +52,9 @@ enum Face {
         #[arg(long)]
         list: bool,
     },
+    /// Be the process of a tap disk; the attacks start it.
+    #[command(hide = true)]
+    TapServe(tap::server::Orders),
     /// Random requests, good and bad, on a live ring.
     Fuzz {
         /// The seed; the same one sends the same requests.
@@ -83,6 +87,7 @@ fn start() -> Result<bool> {
             Ok(true)
         }
         Face::Run { only, .. } => cases::run(&only, cli.device.as_ref()),
+        Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
         Face::Fuzz { seed, cases } => fuzz::run(seed, cases, cli.device.as_ref()),
     }
 }

@@ -56,6 +56,11 @@ pub(crate) struct Vbd {
 impl Vbd {
     /// Makes the directories and waits until the backend offers the disk.
     pub(crate) fn attach(devid: u32, disk: &Disk, mode: Mode) -> Result<Vbd> {
+        Vbd::attach_named(devid, disk.key()?, mode)
+    }
+
+    /// The same with any key that names a disk.
+    pub(crate) fn attach_named(devid: u32, disk: (&str, String), mode: Mode) -> Result<Vbd> {
         let vbd = Vbd {
             store: Store::open()?,
             front: format!("{FRONTENDS}/{devid}"),
@@ -79,10 +84,9 @@ impl Vbd {
         vbd.store.write_all(&vbd.back, &owned(&keys))?;
         vbd.wait_back("the backend's offer", &[state::INIT_WAIT])?;
         // The hotplug script's part.
-        vbd.store.write(
-            &format!("{}/physical-device", vbd.back),
-            disk.number()?.as_bytes(),
-        )?;
+        let (key, value) = disk;
+        vbd.store
+            .write(&format!("{}/{key}", vbd.back), value.as_bytes())?;
         Ok(vbd)
     }
 

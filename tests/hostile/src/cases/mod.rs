@@ -10,6 +10,9 @@ mod races;
 mod ranges;
 mod requests;
 mod states;
+mod tap_calls;
+mod tap_life;
+mod tap_uring;
 
 use crate::lab::Lab;
 use crate::report::Report;
@@ -51,6 +54,9 @@ pub(crate) fn all() -> Vec<Case> {
         states::all(),
         closing::all(),
         events::all(),
+        tap_calls::all(),
+        tap_life::all(),
+        tap_uring::all(),
     ];
     groups.into_iter().flatten().collect()
 }

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Commands of io_uring that wait, are wrong, or are given up.
+
+use super::{case, tap_uring, Case};
+use crate::lab::Lab;
+use crate::queue::ANSWER;
+use crate::session::{Session, PLAIN};
+use crate::tap::server::{answer, done, Manner, Pipe, Server, Store};
+use crate::tap::uring::{Memory, Ring};
+use crate::tap::{Node, Nowhere, TapDisk};
+use crate::wait;
+use crate::wire::{rw, OKAY};
+use anyhow::{bail, ensure, Context, Result};
+use ring::abi::OP_WRITE;
+use ring::tap::abi::{ioctl, Buffer, STATE_IDLE};
+use std::time::Duration;
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            tap_uring::tap_ring_serves,
+            "a process that only uses io_uring is killed again and again"
+        ),
+        case!(
+            tap_uring::tap_ring_commands,
+            "commands that wait, a second one, a wrong one, one that is given up"
+        ),
+        case!(
+            tap_uring::tap_ring_faults,
+            "a command that waits gets requests and has no place for them"
+        ),
+        case!(
+            tap_uring::tap_ring_thrown_away,
+            "rings go away with commands that wait, while requests come"
+        ),
+    ]
+}
+
+const NONE_YET: Duration = Duration::from_millis(50);
+
+struct Scene {
+    session: Session,
+    store: Store,
+    node: Node,
+    disk: TapDisk,
+}
+
+impl Scene {
+    fn new(lab: &Lab) -> Result<Scene> {
+        let disk = TapDisk::make()?;
+        let (node, store) = (disk.start()?, Store::new()?);
+        let session = lab.session_on_tap(&disk, PLAIN)?;
+        Ok(Scene {
+            session,
+            store,
+            node,
+            disk,
+        })
+    }
+
+    fn send(&mut self, count: u64) -> Result<()> {
+        let segs = self.session.segs(1);
+        for id in 0..count {
+            let request = rw(OP_WRITE, id, id * 8, &segs);
+            self.session.queue().push(&request);
+        }
+        self.session.queue().publish()
+    }
+
+    fn answered(&mut self, count: usize) -> Result<()> {
+        for answer in self.session.queue().wait(count, ANSWER)? {
+            ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
+        }
+        Ok(())
+    }
+
+    /// Fetches and answers what is there without io_uring.
+    fn serve(&self, count: usize) -> Result<()> {
+        let mut served = 0;
+        while served < count {
+            let tags = self.node.read()?;
+            answer(&self.node, &self.store, &tags)?;
+            served += tags.len();
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<()> {
+        let Scene {
+            session,
+            node,
+            disk,
+            ..
+        } = self;
+        drop(node);
+        session.finish()?;
+        disk.wait("the end of the fence", |info| info.state == STATE_IDLE)?;
+        disk.destroy()
+    }
+}
+
+fn result(ring: &mut Ring, id: u64) -> Result<i32> {
+    let (got, result) = ring.next(ANSWER)?.context("no completion")?;
+    ensure!(got == id, "command {got} completed, not {id}");
+    Ok(result)
+}
+
+fn tap_ring_serves(lab: &mut Lab) -> Result<()> {
+    let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
+    let server = Server::start(&disk, &store, &pipe, Manner::Ring)?;
+    let mut session = lab.session_on_tap(&disk, PLAIN)?;
+    session.exercise(0, 1)?;
+    let mut server = Some(server);
+    for round in 0..12u32 {
+        // Its command waits; or it is somewhere on its way.
+        if let Some(server) = server.take() {
+            server.kill()?;
+        }
+        let segs = session.segs(1);
+        for id in 0..16 {
+            let request = rw(OP_WRITE, id, id * 8, &segs);
+            session.queue().push(&request);
+        }
+        session.queue().publish()?;
+        if round % 2 == 0 {
+            drop(Server::start(&disk, &store, &pipe, Manner::Ring)?);
+        }
+        server = Some(Server::start(&disk, &store, &pipe, Manner::Ring)?);
+        let answers = session.queue().wait(16, ANSWER)?;
+        ensure!(answers.iter().all(|a| a.status == OKAY), "{answers:?}");
+        session.exercise(200, round)?;
+    }
+    session.finish()?;
+    drop(server);
+    disk.destroy()
+}
+
+fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
+    let mut scene = Scene::new(lab)?;
+    let mut ring = Ring::new()?;
+    let node = &scene.node;
+    let wrong = |ring: &mut Ring, what: &str, number, payload, wanted: &[i32]| -> Result<()> {
+        for elsewhere in [false, true] {
+            ring.command(node, number, payload, 1, elsewhere)?;
+            let got = result(ring, 1)?;
+            ensure!(wanted.contains(&got), "{what}: {got}, not {wanted:?}");
+        }
+        Ok(())
+    };
+    let good = Memory::new(&[]).payload();
+    let fault = [-libc::EFAULT, -libc::EINVAL];
+    wrong(
+        &mut ring,
+        "a number",
+        ioctl::INFO,
+        good,
+        &[-libc::EOPNOTSUPP, -libc::ENOTTY],
+    )?;
+    for len in [0, 2, u32::MAX] {
+        let junk = Buffer { len, ..good };
+        wrong(
+            &mut ring,
+            "a length",
+            ioctl::EXCHANGE,
+            junk,
+            &[-libc::EINVAL],
+        )?;
+    }
+    let junk = Buffer {
+        reserved: 1,
+        ..good
+    };
+    wrong(
+        &mut ring,
+        "a reserved field",
+        ioctl::EXCHANGE,
+        junk,
+        &[-libc::EINVAL],
+    )?;
+    for place in Nowhere::ALL {
+        let junk = Buffer {
+            addr: place.address(),
+            ..good
+        };
+        wrong(&mut ring, "an address", ioctl::EXCHANGE, junk, &fault)?;
+    }
+    // One waits, a second one is refused, the first one is given up.
+    let first = Memory::new(&[]);
+    ring.exchange(&scene.node, &first, 10)?;
+    ensure!(ring.next(NONE_YET)?.is_none(), "it did not wait");
+    ring.exchange(&scene.node, &Memory::new(&[]), 11)?;
+    ensure!(result(&mut ring, 11)? == -libc::EBUSY, "two commands wait");
+    let mut other = Ring::new()?;
+    other.exchange(&scene.node, &Memory::new(&[]), 12)?;
+    ensure!(result(&mut other, 12)? == -libc::EBUSY, "two rings wait");
+    // Only a ring that goes away gives a command up; asked, the kernel says that it cannot.
+    ring.cancel(10, 13)?;
+    ensure!(
+        result(&mut ring, 13)? != 0,
+        "a command that waits was cancelled"
+    );
+    scene.send(1)?;
+    let tags = first.tags(result(&mut ring, 10)?)?;
+    answer(&scene.node, &scene.store, &tags)?;
+    scene.answered(1)?;
+    // Another one in its place gets what comes, wherever it was issued; its commits are taken
+    // when it is issued.
+    let mut commits = Vec::new();
+    for (round, elsewhere) in [false, true, false, true].into_iter().enumerate() {
+        let memory = Memory::new(&commits);
+        let payload = memory.payload();
+        ring.command(&scene.node, ioctl::EXCHANGE, payload, 14, elsewhere)?;
+        if round > 0 {
+            scene.answered(1)?;
+        }
+        ensure!(ring.next(NONE_YET)?.is_none(), "it did not wait");
+        scene.send(1)?;
+        let tags = memory.tags(result(&mut ring, 14)?)?;
+        ensure!(tags.len() == 1, "{tags:?} for one request");
+        let desc = scene.node.desc(tags[0])?;
+        scene.store.execute(&scene.node, &desc)?;
+        commits = vec![done(&desc)];
+    }
+    scene.node.commit(&commits)?;
+    scene.answered(1)?;
+    scene.finish()
+}
+
+fn tap_ring_faults(lab: &mut Lab) -> Result<()> {
+    let mut scene = Scene::new(lab)?;
+    let mut ring = Ring::new()?;
+    for (id, place) in (20..).zip([Nowhere::Null, Nowhere::NonCanonical, Nowhere::Kernel]) {
+        ring.exchange(&scene.node, &Memory::with_tags_at(place.address()), id)?;
+        scene.send(4)?;
+        let got = result(&mut ring, id)?;
+        ensure!(
+            got == -libc::EFAULT || got == -libc::EINVAL,
+            "{place:?}: {got}"
+        );
+        // The requests are not lost.
+        scene.serve(4)?;
+        scene.answered(4)?;
+    }
+    scene.finish()
+}
+
+fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
+    let mut scene = Scene::new(lab)?;
+    for round in 0..40u64 {
+        let mut ring = Ring::new()?;
+        ring.exchange(&scene.node, &Memory::new(&[]), round)?;
+        if round % 2 == 0 {
+            drop(ring);
+            // The kernel takes the ring apart in its own time; then there is room for another.
+            ring = Ring::new()?;
+        } else {
+            scene.send(1)?;
+            result(&mut ring, round)?;
+            // The answer goes with a ring that is thrown away after it.
+            let desc = scene.node.desc(0)?;
+            scene.store.execute(&scene.node, &desc)?;
+            let memory = Memory::new(&[done(&desc)]);
+            ring.exchange(&scene.node, &memory, round)?;
+            scene.answered(1)?;
+            drop(ring);
+            ring = Ring::new()?;
+        }
+        let memory = wait::until("room for a command", ANSWER, || {
+            let memory = Memory::new(&[]);
+            ring.exchange(&scene.node, &memory, round)?;
+            match ring.next(NONE_YET)? {
+                None => Ok(Some(memory)),
+                Some((_, busy)) if busy == -libc::EBUSY => Ok(None),
+                Some(other) => bail!("a command without requests completed: {other:?}"),
+            }
+        })?;
+        scene.send(4)?;
+        let tags = memory.tags(result(&mut ring, round)?)?;
+        answer(&scene.node, &scene.store, &tags)?;
+        scene.serve(4 - tags.len())?;
+        scene.answered(4)?;
+    }
+    scene.finish()
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Making, looking at and taking away tap disks: what the supervisor does.
+
+use super::node::{call, Node};
+use crate::wait;
+use anyhow::{Context, Result};
+use ring::tap::abi::{self, ioctl, Create, Destroy, Info};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const CONTROL: &str = "/dev/xentap/control";
+
+/// Sectors of the disks of the attacks: 16 MiB.
+pub(crate) const SECTORS: u64 = 16 << 11;
+/// Size of their arenas.
+const ARENA_KIB: u32 = 2 << 10;
+
+/// A tap disk. Dropping it takes it away, if it is let go of in time.
+pub(crate) struct TapDisk {
+    pub(crate) minor: u32,
+    gone: bool,
+}
+
+/// Opens the control node.
+pub(crate) fn control() -> Result<File> {
+    let file = File::options().read(true).write(true).open(CONTROL);
+    file.with_context(|| format!("cannot open {CONTROL}: modprobe xen-blkback-rs"))
+}
+
+/// Asks the control node for the first disk from `minor` on.
+pub(crate) fn query(minor: u32) -> Result<io::Result<Info>> {
+    let mut info = Info {
+        minor,
+        ..Info::default()
+    };
+    let result = call(&control()?, ioctl::QUERY, &mut info);
+    Ok(result.map(|_| info))
+}
+
+impl TapDisk {
+    /// A disk that holds requests for ever while nobody serves it.
+    pub(crate) fn make() -> Result<TapDisk> {
+        TapDisk::make_as(0)
+    }
+
+    /// A disk that fails requests after so many seconds without a process.
+    pub(crate) fn make_as(fail_after_s: u32) -> Result<TapDisk> {
+        let mut create = Create {
+            version: abi::VERSION,
+            minor: u32::MAX,
+            arena_kib: ARENA_KIB,
+            fail_after_s,
+            ..Create::default()
+        };
+        call(&control()?, ioctl::CREATE, &mut create).context("a tap disk cannot be made")?;
+        let disk = TapDisk {
+            minor: create.minor,
+            gone: false,
+        };
+        let path = disk.path();
+        wait::until("the node of a tap disk", Duration::from_secs(10), || {
+            Ok(path.exists().then_some(()))
+        })?;
+        Ok(disk)
+    }
+
+    /// Its node.
+    pub(crate) fn path(&self) -> PathBuf {
+        Path::new("/dev/xentap").join(self.minor.to_string())
+    }
+
+    /// The key that names it to the backend.
+    pub(crate) fn key(&self) -> (&'static str, String) {
+        ("tap-minor", self.minor.to_string())
+    }
+
+    /// Opens its node.
+    pub(crate) fn open(&self) -> Result<Node> {
+        let node = Node::open(&self.path());
+        node.with_context(|| format!("{} cannot be opened", self.path().display()))
+    }
+
+    /// Opens, describes and starts it.
+    pub(crate) fn start(&self) -> Result<Node> {
+        let node = self.open()?;
+        node.describe(SECTORS, abi::GEOMETRY_WRITE_CACHE)
+            .context("an honest description is refused")?;
+        node.start().context("an honest start is refused")?;
+        Ok(node)
+    }
+
+    /// What it looks like now.
+    pub(crate) fn info(&self) -> Result<Info> {
+        let info = query(self.minor)?.context("a disk cannot be queried")?;
+        anyhow::ensure!(info.minor == self.minor, "the disk is gone");
+        Ok(info)
+    }
+
+    /// Waits until it looks as wanted.
+    pub(crate) fn wait(&self, what: &str, wanted: impl Fn(&Info) -> bool) -> Result<Info> {
+        let mut last = None;
+        let found = wait::until(what, Duration::from_secs(20), || {
+            last = Some(self.info()?);
+            Ok(last.filter(|info| wanted(info)))
+        });
+        found.with_context(|| format!("last it was {last:?}"))
+    }
+
+    /// Tries to take it away.
+    pub(crate) fn try_destroy(&self) -> Result<io::Result<i32>> {
+        let mut destroy = Destroy {
+            minor: self.minor,
+            flags: 0,
+        };
+        Ok(call(&control()?, ioctl::DESTROY, &mut destroy))
+    }
+
+    /// Takes it away.
+    pub(crate) fn destroy(mut self) -> Result<()> {
+        self.remove()
+    }
+
+    fn remove(&mut self) -> Result<()> {
+        self.gone = true;
+        wait::until("the end of a tap disk", Duration::from_secs(20), || {
+            Ok(self.try_destroy()?.ok())
+        })
+        .with_context(|| format!("tap disk {}", self.minor))
+        .map(drop)
+    }
+}
+
+impl Drop for TapDisk {
+    fn drop(&mut self) {
+        if !self.gone {
+            if let Err(error) = self.remove() {
+                eprintln!("hostile: cannot remove tap disk {}: {error:#}", self.minor);
+            }
+        }
+    }
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The other side of a tap disk: the process that serves it, honest or not.
+
+mod disk;
+mod map;
+mod node;
+pub(crate) mod server;
+pub(crate) mod uring;
+
+pub(crate) use disk::{query, TapDisk, SECTORS};
+pub(crate) use map::Map;
+pub(crate) use node::{Node, Nowhere};

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The node of a tap disk as its process sees it.
+
+use super::Map;
+use anyhow::{Context, Result};
+use ring::tap::abi::{
+    ioctl, Buffer, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead, Segment,
+    MMAP_ARENA, MMAP_DESCRIPTORS, PARAM_DISCARD, PARAM_GEOMETRY,
+};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Answers of one exchange that the helpers here take at most.
+const BATCH: usize = 64;
+
+/// Sends an ioctl whose argument is a structure of the size that its number says.
+pub(crate) fn call<T: FromBytes + IntoBytes>(
+    file: &File,
+    number: u32,
+    argument: &mut T,
+) -> io::Result<i32> {
+    assert_eq!((number >> 16) & 0x3fff, size_of::<T>() as u32);
+    // SAFETY: The kernel reads and writes as many bytes as the number says, and any are valid.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), number.into(), argument) };
+    checked(result)
+}
+
+fn checked(result: i32) -> io::Result<i32> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
+/// Addresses at which this process has no memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nowhere {
+    /// The first page is never mapped.
+    Null,
+    /// A part of the address space that belongs to no one.
+    NonCanonical,
+    /// The kernel's.
+    Kernel,
+    /// An array that begins here wraps around.
+    End,
+}
+
+impl Nowhere {
+    pub(crate) const ALL: [Nowhere; 4] = [
+        Nowhere::Null,
+        Nowhere::NonCanonical,
+        Nowhere::Kernel,
+        Nowhere::End,
+    ];
+
+    pub(crate) fn address(self) -> u64 {
+        match self {
+            Nowhere::Null => 0x10,
+            Nowhere::NonCanonical => 0x8000_0000_0000_0000,
+            Nowhere::Kernel => 0xffff_8880_0000_0000,
+            Nowhere::End => u64::MAX - 7,
+        }
+    }
+}
+
+/// An open node.
+pub(crate) struct Node {
+    pub(crate) file: File,
+    pub(crate) info: Info,
+    descriptors: Map,
+    arena: Map,
+}
+
+impl Node {
+    /// Opens a node and maps its areas.
+    pub(crate) fn open(path: &Path) -> Result<Node> {
+        let file = Node::file(path, 0)?;
+        let mut info = Info::default();
+        call(&file, ioctl::INFO, &mut info).context("a node says nothing of itself")?;
+        let (descriptors, arena) = (info.descriptors_len as usize, info.arena_len as usize);
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        let shared = libc::MAP_SHARED;
+        let map = |offset, len, protection| Map::new(&file, offset, len, protection, shared);
+        Ok(Node {
+            descriptors: map(MMAP_DESCRIPTORS, descriptors, libc::PROT_READ)
+                .context("the descriptors cannot be mapped")?,
+            arena: map(MMAP_ARENA, arena, both).context("the arena cannot be mapped")?,
+            info,
+            file,
+        })
+    }
+
+    /// Only opens it, with these `O_*` in addition.
+    pub(crate) fn file(path: &Path, flags: i32) -> io::Result<File> {
+        let mut options = File::options();
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(path)
+    }
+
+    /// Describes a disk of this size, with `GEOMETRY_*`.
+    pub(crate) fn describe(&self, sectors: u64, flags: u32) -> io::Result<()> {
+        let geometry = Geometry {
+            sectors,
+            logical_block: 512,
+            physical_block: 4096,
+            flags,
+            reserved: 0,
+        };
+        let discard = DiscardLimits {
+            granularity: 4096,
+            alignment: 0,
+            secure: 0,
+            reserved: 0,
+        };
+        let record = |kind, body: &[u8]| {
+            let head = ParamHead {
+                kind,
+                len: body.len() as u32,
+            };
+            [head.as_bytes(), body].concat()
+        };
+        let records = [
+            record(PARAM_GEOMETRY, geometry.as_bytes()),
+            record(PARAM_DISCARD, discard.as_bytes()),
+        ];
+        self.set_params(&records.concat())
+    }
+
+    /// Describes the disk with any bytes.
+    pub(crate) fn set_params(&self, records: &[u8]) -> io::Result<()> {
+        self.set_params_at(records.as_ptr() as u64, records.len() as u32)
+    }
+
+    /// The same with an argument that may point anywhere: the kernel only reads there.
+    pub(crate) fn set_params_at(&self, addr: u64, len: u32) -> io::Result<()> {
+        let mut buffer = Buffer {
+            addr,
+            len,
+            reserved: 0,
+        };
+        call(&self.file, ioctl::SET_PARAMS, &mut buffer).map(drop)
+    }
+
+    /// Sends an ioctl whose argument lies nowhere.
+    pub(crate) fn call_nowhere(&self, number: u32, place: Nowhere) -> io::Result<i32> {
+        // SAFETY: There is no memory of ours at these places.
+        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), number.into(), place.address()) })
+    }
+
+    /// Starts delivery.
+    pub(crate) fn start(&self) -> io::Result<()> {
+        self.call_nowhere(ioctl::START, Nowhere::Null).map(drop)
+    }
+
+    /// What it looks like now.
+    pub(crate) fn ask(&self) -> io::Result<Info> {
+        let mut info = Info::default();
+        call(&self.file, ioctl::INFO, &mut info)?;
+        Ok(info)
+    }
+
+    /// Commits, then fetches what there is.
+    pub(crate) fn exchange(&self, commits: &[Completion]) -> io::Result<Vec<u16>> {
+        let mut tags = [0u16; BATCH];
+        let mut exchange = Exchange {
+            commits: Buffer {
+                addr: commits.as_ptr() as u64,
+                len: commits.len() as u32,
+                reserved: 0,
+            },
+            tags: Buffer {
+                addr: tags.as_mut_ptr() as u64,
+                len: BATCH as u32,
+                reserved: 0,
+            },
+        };
+        let count = call(&self.file, ioctl::EXCHANGE, &mut exchange)?;
+        Ok(tags[..count as usize].to_vec())
+    }
+
+    /// Commits without fetching.
+    pub(crate) fn commit(&self, commits: &[Completion]) -> io::Result<()> {
+        let mut exchange = Exchange {
+            commits: Buffer {
+                addr: commits.as_ptr() as u64,
+                len: commits.len() as u32,
+                reserved: 0,
+            },
+            tags: Buffer::default(),
+        };
+        call(&self.file, ioctl::EXCHANGE, &mut exchange).map(drop)
+    }
+
+    /// An exchange with arrays that lie nowhere, or claim to be of any length there.
+    pub(crate) fn exchange_nowhere(
+        &self,
+        commits: (Nowhere, u32),
+        tags: (Nowhere, u32),
+    ) -> io::Result<i32> {
+        let buffer = |(place, len): (Nowhere, u32)| Buffer {
+            addr: place.address(),
+            len,
+            reserved: 0,
+        };
+        let mut exchange = Exchange {
+            commits: buffer(commits),
+            tags: buffer(tags),
+        };
+        call(&self.file, ioctl::EXCHANGE, &mut exchange)
+    }
+
+    /// Sleeps until there are tags, and reads them.
+    pub(crate) fn read(&self) -> io::Result<Vec<u16>> {
+        let mut bytes = [0u8; 2 * BATCH];
+        let count = (&self.file).read(&mut bytes)?;
+        let tags = bytes[..count].chunks_exact(2);
+        Ok(tags
+            .map(|tag| u16::from_ne_bytes([tag[0], tag[1]]))
+            .collect())
+    }
+
+    /// The descriptor of a tag.
+    pub(crate) fn desc(&self, tag: u16) -> Result<Desc> {
+        self.entry(usize::from(tag) * size_of::<Desc>())
+    }
+
+    /// The pieces of the arena of a request.
+    pub(crate) fn segments(&self, desc: &Desc) -> Result<Vec<Segment>> {
+        let stride = self.info.max_segments as usize * size_of::<Segment>();
+        let start = self.info.segments_offset as usize + usize::from(desc.tag) * stride;
+        let at = |index| start + usize::from(index) * size_of::<Segment>();
+        (0..desc.segments)
+            .map(|index| self.entry(at(index)))
+            .collect()
+    }
+
+    fn entry<T: FromBytes + IntoBytes + Immutable>(&self, offset: usize) -> Result<T> {
+        let mut value = T::new_zeroed();
+        self.descriptors.read(offset, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// The arena.
+    pub(crate) fn arena(&self) -> &Map {
+        &self.arena
+    }
+
+    /// The descriptor area.
+    pub(crate) fn descriptors(&self) -> &Map {
+        &self.descriptors
+    }
+}

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A process that serves a tap disk from a file in memory, and dies when it is told to.
+//!
+//! The file outlives it, as an image would.
+
+use super::uring::{Memory, Ring};
+use super::{Node, TapDisk, SECTORS};
+use anyhow::{bail, Context, Result};
+use ring::tap::abi::{self, Completion, Desc};
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+/// What the process does with requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Manner {
+    /// Executes and commits them.
+    Honest,
+    /// Takes them and does nothing.
+    Hold,
+    /// Executes them and says nothing of it.
+    Silent,
+    /// Executes and commits them, by io_uring alone.
+    Ring,
+    /// Puts pages of the arena into the pipe, then behaves like `Hold`.
+    Pin,
+}
+
+/// The arguments of a process.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Orders {
+    /// The node.
+    #[arg(long)]
+    node: PathBuf,
+    /// Descriptor of the file that holds the data.
+    #[arg(long)]
+    store: RawFd,
+    /// Descriptor of a pipe.
+    #[arg(long)]
+    pipe: RawFd,
+    /// What to do with requests.
+    #[arg(long, value_enum)]
+    manner: Manner,
+}
+
+/// Data of a disk, in memory.
+pub(crate) struct Store(File);
+
+fn owned(fd: RawFd) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error()).context("a descriptor cannot be made");
+    }
+    // SAFETY: The caller has just got it from the kernel, or was given it by its parent.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+impl Store {
+    /// Zeroes, of the size of the disks. Children inherit it.
+    pub(crate) fn new() -> Result<Store> {
+        // SAFETY: The name is a C string.
+        let file = File::from(owned(unsafe { libc::memfd_create(c"store".as_ptr(), 0) })?);
+        file.set_len(SECTORS * 512)?;
+        Ok(Store(file))
+    }
+
+    /// Executes a request.
+    pub(crate) fn execute(&self, node: &Node, desc: &Desc) -> Result<()> {
+        let mut at = desc.sector * 512;
+        for segment in node.segments(desc)? {
+            let mut bytes = vec![0u8; segment.len as usize];
+            match desc.op {
+                abi::OP_WRITE => {
+                    node.arena().read(segment.offset as usize, &mut bytes)?;
+                    self.0.write_all_at(&bytes, at)?;
+                }
+                abi::OP_READ => {
+                    self.0.read_exact_at(&mut bytes, at)?;
+                    node.arena().write(segment.offset as usize, &bytes)?;
+                }
+                op => bail!("operation {op} with data"),
+            }
+            at += u64::from(segment.len);
+        }
+        Ok(())
+    }
+}
+
+/// The completion of a request.
+pub(crate) fn done(desc: &Desc) -> Completion {
+    Completion {
+        tag: desc.tag,
+        generation: desc.generation,
+        ..Completion::default()
+    }
+}
+
+/// Executes and commits these requests.
+pub(crate) fn answer(node: &Node, store: &Store, tags: &[u16]) -> Result<()> {
+    let mut commits = Vec::new();
+    for tag in tags {
+        let desc = node.desc(*tag)?;
+        store.execute(node, &desc)?;
+        commits.push(done(&desc));
+    }
+    node.commit(&commits).context("a commit is refused")
+}
+
+/// The body of a process: serves until it is killed.
+pub(crate) fn run(orders: &Orders) -> Result<()> {
+    let node = Node::open(&orders.node)?;
+    let store = Store(File::from(owned(orders.store)?));
+    node.describe(SECTORS, abi::GEOMETRY_WRITE_CACHE)?;
+    if orders.manner == Manner::Pin {
+        let count = node.arena().pin_into(orders.pipe, 2 * 4096)?;
+        anyhow::ensure!(count == 2 * 4096, "only {count} bytes were pinned");
+    }
+    node.start()?;
+    if orders.manner == Manner::Ring {
+        return serve_by_ring(&node, &store);
+    }
+    loop {
+        let tags = node.read().context("a read of tags failed")?;
+        match orders.manner {
+            Manner::Honest => answer(&node, &store, &tags)?,
+            Manner::Hold | Manner::Pin | Manner::Ring => {}
+            Manner::Silent => {
+                for tag in tags {
+                    store.execute(&node, &node.desc(tag)?)?;
+                }
+            }
+        }
+    }
+}
+
+/// Serves with one command of io_uring after the other.
+fn serve_by_ring(node: &Node, store: &Store) -> Result<()> {
+    let mut ring = Ring::new()?;
+    let mut commits = Vec::new();
+    loop {
+        let memory = Memory::new(&commits);
+        ring.exchange(node, &memory, 0)?;
+        let result = loop {
+            if let Some((_, result)) = ring.next(Duration::from_secs(60))? {
+                break result;
+            }
+        };
+        commits.clear();
+        for tag in memory.tags(result)? {
+            let desc = node.desc(tag)?;
+            store.execute(node, &desc)?;
+            commits.push(done(&desc));
+        }
+    }
+}
+
+/// A pipe whose ends children inherit.
+pub(crate) struct Pipe {
+    pub(crate) read: File,
+    pub(crate) write: File,
+}
+
+impl Pipe {
+    pub(crate) fn new() -> Result<Pipe> {
+        let mut ends = [-1; 2];
+        // SAFETY: There is room for two descriptors.
+        if unsafe { libc::pipe(ends.as_mut_ptr()) } != 0 {
+            return Err(std::io::Error::last_os_error()).context("a pipe cannot be made");
+        }
+        Ok(Pipe {
+            read: File::from(owned(ends[0])?),
+            write: File::from(owned(ends[1])?),
+        })
+    }
+}
+
+/// A running process. Dropping it kills it.
+pub(crate) struct Server(Child);
+
+impl Server {
+    /// Starts one and waits until it is served.
+    pub(crate) fn start(
+        disk: &TapDisk,
+        store: &Store,
+        pipe: &Pipe,
+        manner: Manner,
+    ) -> Result<Server> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("tap-serve").arg("--node").arg(disk.path());
+        command.args(["--store", &store.0.as_raw_fd().to_string()]);
+        command.args(["--pipe", &pipe.write.as_raw_fd().to_string()]);
+        let manner = clap::ValueEnum::to_possible_value(&manner).context("no such manner")?;
+        command.args(["--manner", manner.get_name()]);
+        let server = Server(command.spawn().context("a process cannot be started")?);
+        let pid = server.0.id();
+        disk.wait("a process that serves", |info| {
+            info.state == abi::STATE_LIVE && info.pid == pid
+        })?;
+        Ok(server)
+    }
+
+    /// Kills it, and waits until it is gone.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait().map(drop).context("a killed process stays")
+    }
+
+    /// Stops it for a while, or lets it go on.
+    pub(crate) fn pause(&self, pause: bool) -> Result<()> {
+        let signal = if pause { libc::SIGSTOP } else { libc::SIGCONT };
+        // SAFETY: The process is our child and was not waited for.
+        if unsafe { libc::kill(self.0.id() as i32, signal) } != 0 {
+            return Err(std::io::Error::last_os_error()).context("a process cannot be stopped");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may be dead already: both are no error then.
+        let _dead = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}

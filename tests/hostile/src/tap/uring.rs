@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Commands of io_uring to a node, right and wrong ones.
+
+use super::Node;
+use anyhow::{Context, Result};
+use io_uring::{opcode, squeue, types, IoUring};
+use ring::tap::abi::{ioctl, Buffer, Completion, Exchange};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+use zerocopy::IntoBytes;
+
+/// Room for tags in a command.
+pub(crate) const ROOM: usize = 64;
+
+/// The memory of a command. It is never freed: the kernel may write there until the command has
+/// completed, which nobody waits for when a ring is thrown away.
+pub(crate) struct Memory {
+    exchange: &'static Exchange,
+    tags: *const [u16; ROOM],
+}
+
+impl Memory {
+    /// For a command that commits these and fetches.
+    pub(crate) fn new(commits: &[Completion]) -> Memory {
+        let commits: &'static [Completion] = Vec::leak(commits.to_vec());
+        let tags: *mut [u16; ROOM] = Box::into_raw(Box::new([0; ROOM]));
+        let buffer = |addr, len: usize| Buffer {
+            addr,
+            len: len as u32,
+            reserved: 0,
+        };
+        Memory {
+            exchange: Box::leak(Box::new(Exchange {
+                commits: buffer(commits.as_ptr() as u64, commits.len()),
+                tags: buffer(tags as u64, ROOM),
+            })),
+            tags,
+        }
+    }
+
+    /// For a command whose tags go to an address that is not ours.
+    pub(crate) fn with_tags_at(address: u64) -> Memory {
+        let mut memory = Memory::new(&[]);
+        memory.exchange = Box::leak(Box::new(Exchange {
+            tags: Buffer {
+                addr: address,
+                ..memory.exchange.tags
+            },
+            ..*memory.exchange
+        }));
+        memory
+    }
+
+    /// What the submission queue entry carries.
+    pub(crate) fn payload(&self) -> Buffer {
+        Buffer {
+            addr: std::ptr::from_ref(self.exchange) as u64,
+            len: 1,
+            reserved: 0,
+        }
+    }
+
+    /// The tags of a command that has completed with this result.
+    pub(crate) fn tags(&self, result: i32) -> Result<Vec<u16>> {
+        let count = usize::try_from(result).context("a command failed")?;
+        // SAFETY: It was allocated by `new` and is never freed; the command has completed, so
+        // that the kernel writes there no more.
+        let tags = unsafe { self.tags.read_volatile() };
+        Ok(tags[..count].to_vec())
+    }
+}
+
+/// A ring of this thread.
+pub(crate) struct Ring(IoUring);
+
+impl Ring {
+    pub(crate) fn new() -> Result<Ring> {
+        Ok(Ring(IoUring::new(8).context("no io_uring")?))
+    }
+
+    /// Sends an exchange.
+    pub(crate) fn exchange(&mut self, node: &Node, memory: &Memory, id: u64) -> Result<()> {
+        self.command(node, ioctl::EXCHANGE, memory.payload(), id, false)
+    }
+
+    /// Sends any command; `elsewhere` has it issued by a thread of the kernel.
+    pub(crate) fn command(
+        &mut self,
+        node: &Node,
+        number: u32,
+        payload: Buffer,
+        id: u64,
+        elsewhere: bool,
+    ) -> Result<()> {
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(payload.as_bytes());
+        let fd = types::Fd(node.file.as_raw_fd());
+        let entry = opcode::UringCmd16::new(fd, number).cmd(bytes).build();
+        let entry = entry.user_data(id);
+        self.push(if elsewhere {
+            entry.flags(squeue::Flags::ASYNC)
+        } else {
+            entry
+        })
+    }
+
+    /// Asks the kernel to give up a command.
+    pub(crate) fn cancel(&mut self, target: u64, id: u64) -> Result<()> {
+        self.push(opcode::AsyncCancel::new(target).build().user_data(id))
+    }
+
+    fn push(&mut self, entry: squeue::Entry) -> Result<()> {
+        // SAFETY: What the entry points to is leaked memory, or nowhere.
+        unsafe { self.0.submission().push(&entry) }.context("the ring is full")?;
+        self.0.submit().context("cannot submit")?;
+        Ok(())
+    }
+
+    /// The next completion within a time: what it belongs to, and its result.
+    pub(crate) fn next(&mut self, limit: Duration) -> Result<Option<(u64, i32)>> {
+        if let Some(entry) = self.0.completion().next() {
+            return Ok(Some((entry.user_data(), entry.result())));
+        }
+        let time = types::Timespec::from(limit);
+        let arguments = types::SubmitArgs::new().timespec(&time);
+        match self.0.submitter().submit_with_args(1, &arguments) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+            Err(error) => return Err(error).context("cannot wait for a completion"),
+        }
+        let entry = self.0.completion().next();
+        Ok(entry.map(|entry| (entry.user_data(), entry.result())))
+    }
+}
