@@ -107,68 +107,56 @@ impl Overlap {
 
     /// Adds the range of a request that is later than all others.
     pub(super) fn insert(&mut self, entries: &mut [Entry], tag: Tag) {
-        self.change(entries, tag, |list, entries, node| {
-            list.push_front(entries, node);
-        });
-        self.count(entries, tag, 1);
+        self.change(entries, tag, 1, List::push_front);
     }
 
     /// Takes out the range of a request that was added.
     pub(super) fn remove(&mut self, entries: &mut [Entry], tag: Tag) {
-        self.change(entries, tag, |list, entries, node| {
-            list.remove(entries, node);
-        });
-        self.count(entries, tag, u16::MAX);
+        self.change(entries, tag, u16::MAX, List::remove);
     }
 
-    fn count(&mut self, entries: &[Entry], tag: Tag, by: u16) {
-        let Some(entry) = entries.get(usize::from(tag)) else {
-            return;
-        };
-        if let Some(Home::Level(level)) = Self::home(entry) {
-            let held = self.kinds.get_mut(Kind::of(entry) as usize);
-            if let Some(held) = held.and_then(|kind| kind.held.get_mut(level)) {
-                *held = held.wrapping_add(by);
-            }
-        }
-    }
-
+    /// Applies something to the lists in which a range belongs, and adds to their number.
     fn change(
         &mut self,
         entries: &mut [Entry],
         tag: Tag,
+        by: u16,
         apply: impl Fn(&mut List, &mut [Entry], Node),
     ) {
         let Some(entry) = entries.get(usize::from(tag)) else {
             return;
         };
-        let kind = Kind::of(entry) as usize;
-        match Self::home(entry) {
-            None => {}
+        let (kind, home) = (Kind::of(entry) as usize, Self::home(entry));
+        let Some(lists) = self.kinds.get_mut(kind) else {
+            return;
+        };
+        let level = match home {
+            None => return,
             Some(Home::Wide) => {
-                if let Some(kind) = self.kinds.get_mut(kind) {
-                    apply(&mut kind.wide, entries, Node::new(tag, Link::First));
-                }
+                return apply(&mut lists.wide, entries, Node::new(tag, Link::First));
             }
-            Some(Home::Level(level)) => {
-                let (first, last) = self.ends(entry, level);
-                let mut at = |bucket: usize, link: Link| {
-                    let Some(mut list) = list_of(entries, bucket, kind, level) else {
-                        return;
-                    };
-                    apply(&mut list, entries, Node::new(tag, link));
-                    let home = entries
-                        .get_mut(bucket)
-                        .and_then(|e| e.buckets.get_mut(kind));
-                    if let Some(home) = home.and_then(|levels| levels.get_mut(level)) {
-                        *home = list;
-                    }
-                };
-                at(first, Link::First);
-                if last != first {
-                    at(last, Link::Last);
-                }
+            Some(Home::Level(level)) => level,
+        };
+        if let Some(held) = lists.held.get_mut(level) {
+            *held = held.wrapping_add(by);
+        }
+        let (first, last) = self.ends(entry, level);
+        let mut at = |bucket: usize, link: Link| {
+            let Some(mut list) = entries
+                .get_mut(bucket)
+                .and_then(|e| e.bucket(kind, level))
+                .copied()
+            else {
+                return;
+            };
+            apply(&mut list, entries, Node::new(tag, link));
+            if let Some(home) = entries.get_mut(bucket).and_then(|e| e.bucket(kind, level)) {
+                *home = list;
             }
+        };
+        at(first, Link::First);
+        if last != first {
+            at(last, Link::Last);
         }
     }
 
@@ -176,43 +164,82 @@ impl Overlap {
     /// of the work that the caller allows, and may become 0 here, but the search is finished.
     pub(super) fn blocker(&self, entries: &[Entry], tag: Tag, steps: &mut u32) -> Option<Tag> {
         let entry = entries.get(usize::from(tag))?;
+        let mut search = Search {
+            entries,
+            entry,
+            latest: None,
+            steps,
+        };
         if let Home::Wide = Self::home(entry)? {
             // It is in the way of most others, and there are few of its kind: look at all.
-            let order = |tag| Node::new(tag, Link::Order);
-            return walk(steps, prev(entries, order(tag)), |node| {
-                let hit = conflict(entry, entries.get(usize::from(node.tag()))?);
-                Some((hit, prev(entries, node)))
-            });
+            search.walk(prev(entries, Node::new(tag, Link::Order)), prev);
+            return search.latest.map(|(_, tag)| tag);
         }
-        let mut found: Option<(u64, Tag)> = None;
-        let mut look = |list: List, steps: &mut u32| {
-            let hit = walk(steps, list.first(), |node| {
-                let other = entries.get(usize::from(node.tag()))?;
-                let hit = other.sequence < entry.sequence && conflict(entry, other);
-                Some((hit, next(entries, node)))
-            });
-            let sequence = |tag| entries.get(usize::from(tag)).map(|e: &Entry| e.sequence);
-            let hit = hit.and_then(|tag| Some((sequence(tag)?, tag)));
-            found = found.max(hit);
-        };
-        for kind in Kind::of(entry).opposed() {
-            let Some(lists) = self.kinds.get(*kind as usize) else {
+        let opposed = Kind::of(entry).opposed();
+        for kind in opposed {
+            let wide = self.kinds.get(*kind as usize).map(|kind| kind.wide);
+            search.walk(wide.and_then(|list| list.first()), next);
+        }
+        for (level, bits) in (0..LEVELS.len()).zip(LEVELS) {
+            if opposed.iter().all(|kind| self.held(*kind, level) == 0) {
                 continue;
-            };
-            look(lists.wide, steps);
-            for (level, (bits, held)) in (0..LEVELS.len()).zip(LEVELS.iter().zip(lists.held)) {
-                if held == 0 {
+            }
+            for granule in granules(entry, bits) {
+                let Some(home) = entries.get(self.bucket(granule)) else {
                     continue;
-                }
-                for granule in granules(entry, *bits) {
-                    let bucket = self.bucket(granule);
-                    if let Some(list) = list_of(entries, bucket, *kind as usize, level) {
-                        look(list, steps);
-                    }
+                };
+                for kind in opposed {
+                    let levels = home.buckets.get(*kind as usize);
+                    let list = levels.and_then(|levels| levels.get(level));
+                    search.walk(list.and_then(List::first), next);
                 }
             }
         }
-        found.map(|(_, tag)| tag)
+        search.latest.map(|(_, tag)| tag)
+    }
+
+    fn held(&self, kind: Kind, level: usize) -> u16 {
+        let kind = self.kinds.get(kind as usize);
+        let held = kind.and_then(|kind| kind.held.get(level));
+        held.copied().unwrap_or(0)
+    }
+}
+
+/// A search for the latest of the requests in the way of one.
+struct Search<'a> {
+    entries: &'a [Entry],
+    entry: &'a Entry,
+    latest: Option<(u64, Tag)>,
+    steps: &'a mut u32,
+}
+
+impl Search<'_> {
+    /// Looks at a list in which later requests come first.
+    fn walk(&mut self, from: Option<Node>, onward: impl Fn(&[Entry], Node) -> Option<Node>) {
+        *self.steps = self.steps.saturating_sub(1);
+        let mut at = from;
+        while let Some(node) = at {
+            *self.steps = self.steps.saturating_sub(1);
+            let Some(other) = self.entries.get(usize::from(node.tag())) else {
+                return;
+            };
+            let earlier = other.sequence < self.entry.sequence;
+            if earlier && conflict(self.entry, other) {
+                let known = self.latest.map_or(0, |(sequence, _)| sequence);
+                if self.latest.is_none() || other.sequence > known {
+                    self.latest = Some((other.sequence, node.tag()));
+                }
+                return;
+            }
+            at = onward(self.entries, node);
+        }
+    }
+}
+
+impl Entry {
+    /// A bucket that this entry lends to the index.
+    fn bucket(&mut self, kind: usize, level: usize) -> Option<&mut List> {
+        self.buckets.get_mut(kind)?.get_mut(level)
     }
 }
 
@@ -220,28 +247,4 @@ impl Overlap {
 fn granules(entry: &Entry, bits: u32) -> core::ops::RangeInclusive<u64> {
     let last = entry.end.wrapping_sub(1);
     entry.sector.wrapping_shr(bits)..=last.wrapping_shr(bits)
-}
-
-fn list_of(entries: &[Entry], bucket: usize, kind: usize, level: usize) -> Option<List> {
-    let levels = entries.get(bucket)?.buckets.get(kind)?;
-    levels.get(level).copied()
-}
-
-/// Follows a list to the first hit; `look` says whether a node is one, and what comes next.
-fn walk(
-    steps: &mut u32,
-    from: Option<Node>,
-    look: impl Fn(Node) -> Option<(bool, Option<Node>)>,
-) -> Option<Tag> {
-    *steps = steps.saturating_sub(1);
-    let mut at = from;
-    while let Some(node) = at {
-        *steps = steps.saturating_sub(1);
-        let (hit, behind) = look(node)?;
-        if hit {
-            return Some(node.tag());
-        }
-        at = behind;
-    }
-    None
 }

@@ -213,14 +213,13 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         }
     }
 
+    // An entry beyond the tags is always free, because nothing is posted there.
     fn get(&self, tag: Tag) -> Option<&Entry> {
-        let entries = self.entries.get(..self.tags() as usize)?;
-        entries.get(usize::from(tag))
+        self.entries.get(usize::from(tag))
     }
 
     fn get_mut(&mut self, tag: Tag) -> Option<&mut Entry> {
-        let tags = self.tags() as usize;
-        self.entries.get_mut(..tags)?.get_mut(usize::from(tag))
+        self.entries.get_mut(usize::from(tag))
     }
 
     /// Tags are below this.
@@ -393,14 +392,14 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         let meant = self.get(commit.tag).filter(|entry| {
             served && entry.state == State::Delivered && entry.generation == commit.generation
         });
-        let Some(entry) = meant.copied() else {
+        let Some((orphan, queue)) = meant.map(|entry| (entry.orphan, entry.queue)) else {
             self.refused = self.refused.wrapping_add(1);
             return Committed::Refused;
         };
         self.delivered
             .remove(&mut self.entries, Node::new(commit.tag, Link::State));
         self.held = self.held.wrapping_sub(1);
-        if entry.orphan {
+        if orphan {
             self.orphans = self.orphans.wrapping_sub(1);
             self.forget(commit.tag);
             self.free(commit.tag);
@@ -418,7 +417,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             Outcome::Finished(status) => {
                 self.committed = self.committed.wrapping_add(1);
                 self.finish(commit.tag, status);
-                Committed::Done(entry.queue)
+                Committed::Done(queue)
             }
         }
     }
@@ -434,7 +433,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         request: &Request,
         now: u64,
     ) -> Result<(), PostError> {
-        if usize::from(queue) >= MAX_QUEUES {
+        if usize::from(queue) >= MAX_QUEUES || u32::from(tag) >= self.tags() {
             return Err(PostError::OutOfRange);
         }
         let (sequence, ordered) = (self.sequence, self.replaying > 0);
@@ -470,15 +469,20 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     /// many it yielded.
     pub fn reap(&mut self, queue: u16, max: usize, mut each: impl FnMut(Tag, Status)) -> usize {
         let mut count = 0usize;
+        let Some(list) = self.done.get_mut(usize::from(queue)) else {
+            return count;
+        };
         while count < max {
-            let list = self.done.get(usize::from(queue));
-            let Some(tag) = list.and_then(List::first).map(Node::tag) else {
+            let Some(node) = list.first() else {
                 break;
             };
-            let status = self.get(tag).map_or(Status::Error, |entry| entry.status);
-            self.unlist(tag);
-            self.free(tag);
-            each(tag, status);
+            list.remove(&mut self.entries, node);
+            let mut status = Status::Error;
+            if let Some(entry) = self.entries.get_mut(usize::from(node.tag())) {
+                entry.state = State::Free;
+                status = entry.status;
+            }
+            each(node.tag(), status);
             count = count.wrapping_add(1);
         }
         count
@@ -572,23 +576,24 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     /// Takes a request out of the list of its state.
     fn unlist(&mut self, tag: Tag) {
         let node = Node::new(tag, Link::State);
-        let Some(entry) = self.get(tag).copied() else {
+        let Some(entry) = self.get(tag) else {
             return;
         };
-        match entry.state {
+        let (state, queue, blocker) = (entry.state, entry.queue, entry.blocked_on);
+        match state {
             State::Free => {}
             State::Pending => self.pending.remove(&mut self.entries, node),
             State::Delivered => self.delivered.remove(&mut self.entries, node),
             State::Blocked => {
-                if let Some(mut waiters) = self.get(entry.blocked_on).map(|e| e.waiters) {
+                if let Some(mut waiters) = self.get(blocker).map(|e| e.waiters) {
                     waiters.remove(&mut self.entries, node);
-                    if let Some(blocker) = self.get_mut(entry.blocked_on) {
+                    if let Some(blocker) = self.get_mut(blocker) {
                         blocker.waiters = waiters;
                     }
                 }
             }
             State::Done => {
-                if let Some(list) = self.done.get_mut(usize::from(entry.queue)) {
+                if let Some(list) = self.done.get_mut(usize::from(queue)) {
                     list.remove(&mut self.entries, node);
                 }
             }
