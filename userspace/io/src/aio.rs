@@ -88,17 +88,16 @@ impl Aio {
 
     /// Returns the number of system calls.
     pub(crate) fn enter(&mut self, table: &mut Table, wait: bool) -> io::Result<u64> {
+        let before = table.finished();
         sync::cancel(table);
-        let (mut calls, mut done) = self.gather(table);
+        let mut calls = self.gather(table);
         if !self.blocks.is_empty() {
             calls += 1;
-            done |= self.submit(table)?;
+            self.submit(table)?;
         }
-        let ready = self.ready.as_fd();
-        let before = table.waiting().count();
-        if before > 0 || self.under_way > 0 {
-            calls += sync::look(table, (self.under_way > 0).then_some(ready), wait && !done)?;
-        }
+        let ready = (self.under_way > 0).then_some(self.ready.as_fd());
+        let wait = wait && table.finished() == before;
+        calls += sync::look(table, ready, wait)?;
         if self.under_way > 0 {
             calls += self.reap(table)?;
         }
@@ -106,8 +105,8 @@ impl Aio {
     }
 
     /// Makes blocks of what is queued, and executes what AIO cannot. Returns the number of system
-    /// calls, and whether something is done.
-    fn gather(&mut self, table: &mut Table) -> (u64, bool) {
+    /// calls.
+    fn gather(&mut self, table: &mut Table) -> u64 {
         let mut calls = 0;
         self.blocks.clear();
         self.slots.clear();
@@ -148,12 +147,11 @@ impl Aio {
                 table.finish(index, result);
             }
         }
-        (calls, calls > 0)
+        calls
     }
 
-    /// Submits the blocks; what the kernel has no room for stays queued. True if one failed.
-    fn submit(&mut self, table: &mut Table) -> io::Result<bool> {
-        let mut failed = false;
+    /// Submits the blocks; what the kernel has no room for stays queued.
+    fn submit(&mut self, table: &mut Table) -> io::Result<()> {
         let mut from = 0;
         while from < self.blocks.len() {
             let pointers: Vec<*const Block> =
@@ -186,13 +184,12 @@ impl Aio {
                 // It is the first one that is refused.
                 Some(code) => {
                     table.finish(self.slots[from], -code);
-                    failed = true;
                     from += 1;
                 }
                 None => return Err(error),
             }
         }
-        Ok(failed)
+        Ok(())
     }
 
     /// Takes the events that are there.

@@ -129,6 +129,28 @@ impl Executor {
         }
     }
 
+    /// Drops all tasks where they are. Those that hold this executor would otherwise keep it, and
+    /// themselves, for ever. The task that calls this stays.
+    pub fn clear(&self) {
+        loop {
+            let tasks: Vec<Task> = {
+                let mut places = self.0.places.borrow_mut();
+                let mut free = self.0.free.borrow_mut();
+                let seats = places.iter_mut().filter_map(|seat| {
+                    let task = seat.task.take()?;
+                    free.push(seat.place.number);
+                    Some(task)
+                });
+                seats.collect()
+            };
+            // What a task drops may spawn another one.
+            if tasks.is_empty() {
+                return;
+            }
+            self.0.tasks.set(self.0.tasks.get() - tasks.len());
+        }
+    }
+
     /// A task was woken and not polled yet.
     pub fn is_ready(&self) -> bool {
         !self.0.woken.list().is_empty()

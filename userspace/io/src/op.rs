@@ -82,6 +82,8 @@ pub enum Op {
         argument: [u8; 16],
         /// The memory that the argument points to.
         keep: Rc<Region>,
+        /// It is over as soon as it is handed over, and nobody sleeps just for that.
+        quick: bool,
     },
 }
 

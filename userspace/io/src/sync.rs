@@ -19,20 +19,20 @@ pub(crate) fn zero_mode(hole: bool) -> i32 {
 /// Executes what is queued and, with `wait`, waits for a descriptor if nothing was. Returns the
 /// number of system calls.
 pub(crate) fn enter(table: &mut Table, wait: bool) -> io::Result<u64> {
+    let before = table.finished();
     cancel(table);
     let mut calls = 0;
-    let mut done = false;
     while let Some(index) = table.next_queued() {
         let Some((op, vector)) = table.start(index) else {
             continue;
         };
         if let Some(result) = execute(op, vector) {
             calls += 1;
-            done = true;
             table.finish(index, result);
         }
     }
-    Ok(calls + look(table, None, wait && !done)?)
+    let wait = wait && table.finished() == before;
+    Ok(calls + look(table, None, wait)?)
 }
 
 /// What waits for a descriptor can end at once.

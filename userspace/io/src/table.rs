@@ -41,6 +41,7 @@ pub(crate) struct Table {
     cancels: Vec<usize>,
     busy: usize,
     transfers: usize,
+    finished: u64,
 }
 
 fn is_transfer(op: &Op) -> bool {
@@ -144,6 +145,7 @@ impl Table {
             return;
         }
         self.busy -= 1;
+        self.finished = self.finished.wrapping_add(1);
         self.transfers -= usize::from(is_transfer(&slot.op));
         match std::mem::replace(&mut slot.state, State::Done(result)) {
             State::Busy(Some(waker)) => waker.wake(),
@@ -175,6 +177,11 @@ impl Table {
         let slot = self.slots[index].as_mut()?;
         slot.started = true;
         Some((&slot.op, &slot.vector))
+    }
+
+    /// Changes whenever an operation ends: who is about to sleep looks whether it did since.
+    pub(crate) fn finished(&self) -> u64 {
+        self.finished
     }
 
     pub(crate) fn is_idle(&self) -> bool {

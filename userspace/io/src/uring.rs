@@ -113,13 +113,17 @@ impl Uring {
 
     /// Returns the number of system calls.
     pub(crate) fn enter(&mut self, table: &mut Table, wait: bool) -> io::Result<u64> {
+        let before = table.finished();
         self.cancel(table)?;
         let mut calls = 0;
         loop {
-            self.push(table)?;
-            let done = !self.ring.completion().is_empty();
+            let quick = self.push(table)?;
+            let done = table.finished() != before || !self.ring.completion().is_empty();
             let more = table.has_queued();
-            let want = usize::from(wait && !done && !more && !table.is_idle());
+            let want = match wait && !done && !more && !table.is_idle() {
+                true => (1 + quick).min(self.entered),
+                false => 0,
+            };
             if want == 0 && !self.needs_call() {
                 self.reap(table);
                 return Ok(calls);
@@ -170,18 +174,21 @@ impl Uring {
         Ok(())
     }
 
-    /// Puts entries into the queue while there is room.
-    fn push(&mut self, table: &mut Table) -> io::Result<()> {
+    /// Puts entries into the queue while there is room. Returns how many of them are over as soon
+    /// as they are handed over.
+    fn push(&mut self, table: &mut Table) -> io::Result<usize> {
+        let mut quick = 0;
         while !self.ring.submission().is_full() {
             let Some(index) = table.next_queued() else {
                 break;
             };
             if let Some((op, vector)) = table.start(index) {
+                quick += usize::from(matches!(op, Op::Command { quick: true, .. }));
                 let entry = entry(op, vector, self.registered.as_ref());
                 self.push_entry(entry.user_data(index as u64))?;
             }
         }
-        Ok(())
+        Ok(quick)
     }
 
     fn push_entry(&mut self, entry: squeue::Entry) -> io::Result<()> {

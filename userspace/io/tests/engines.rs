@@ -345,6 +345,8 @@ fn cancelled_and_dropped_operations_end() {
         let pending = Rc::new(wait(&b));
         runtime.turn(false).unwrap();
         pending.cancel();
+        // The end is news: nobody sleeps over it.
+        runtime.io.enter(true).unwrap();
         let pending = Rc::into_inner(pending).unwrap();
         let result = runtime.block_on(pending).unwrap();
         assert_eq!(result, Err(Errno::CANCELED), "{engine:?}");
@@ -401,6 +403,7 @@ fn command_to_what_knows_none_is_refused() {
             number: 1,
             argument: [0; 16],
             keep: Rc::new(Region::anonymous(1).unwrap()),
+            quick: true,
         };
         let io = runtime.io.clone();
         let result = runtime

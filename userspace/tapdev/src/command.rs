@@ -69,6 +69,7 @@ impl Command {
             number: EXCHANGE,
             argument: bytes,
             keep: self.memory.clone(),
+            quick: !fetch,
         }
     }
 

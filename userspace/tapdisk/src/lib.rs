@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The process that serves one disk.
+//!
+//! Everything happens in one thread. [`Session`] is the disk in all its states and answers the
+//! supervisor; while it serves, a [`Server`] turns requests of the kernel into calls of a driver,
+//! and a link exchanges requests and results with the kernel, in batches. [`sandbox`] takes away
+//! all that this does not need. [`listen`] takes connections of the supervisor.
+//!
+//! What the guest was answered is in the kernel or on the device: this process may be killed at any
+//! moment, and the next one goes on.
+#![forbid(unsafe_code)]
+
+mod link;
+pub mod listen;
+pub mod sandbox;
+mod server;
+mod session;
+
+pub use server::Server;
+pub use session::Session;

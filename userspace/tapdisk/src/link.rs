@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The exchange with the kernel: results go out, tags of requests come in.
+//!
+//! With commands of `io_uring`, one command waits for tags at the kernel, and results go along with
+//! the next one or in a command of their own; all of it shares the system call with the I/O of the
+//! disk. Without, there is an ioctl for each turn, and a watch on the node while nothing is there.
+
+use diskio::{Errno, Io, Op, Pending, Runtime};
+use std::cell::{Cell, RefCell};
+use std::future::{poll_fn, Future};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::Poll;
+use tapdev::abi::Completion;
+use tapdev::{Command, Tap};
+
+/// Tags fetched by one ioctl at most.
+const BATCH: usize = 256;
+
+#[derive(Debug)]
+pub(crate) struct Link {
+    runtime: Runtime,
+    tap: Rc<Tap>,
+    with_commands: bool,
+    /// Requests are wanted.
+    fetching: Cell<bool>,
+    /// Results to be committed.
+    done: RefCell<Vec<Completion>>,
+    /// Tags that came, and are not looked at yet.
+    fetched: RefCell<Vec<u16>>,
+    /// There may be something to fetch by ioctl.
+    ready: Cell<bool>,
+    /// The command or the watch that waits for requests.
+    waiting: RefCell<Option<Pending>>,
+    /// Commands that only commit and are not over.
+    commits: Cell<usize>,
+    spare: RefCell<Vec<Command>>,
+    error: RefCell<Option<io::Error>>,
+}
+
+impl Link {
+    pub(crate) fn new(runtime: &Runtime, tap: &Rc<Tap>) -> Rc<Self> {
+        let uring = runtime.io.engine() == diskio::Engine::Uring;
+        Rc::new(Self {
+            runtime: runtime.clone(),
+            tap: tap.clone(),
+            with_commands: uring && tap.has_commands(),
+            fetching: Cell::new(true),
+            done: RefCell::default(),
+            fetched: RefCell::default(),
+            ready: Cell::new(true),
+            waiting: RefCell::default(),
+            commits: Cell::new(0),
+            spare: RefCell::default(),
+            error: RefCell::default(),
+        })
+    }
+
+    /// A result, to be committed by the next [`pump`](Self::pump).
+    pub(crate) fn commit(&self, completion: Completion) {
+        self.done.borrow_mut().push(completion);
+    }
+
+    /// No more requests are wanted. Those that come all the same are to be served.
+    pub(crate) fn stop(&self) {
+        self.fetching.set(false);
+        if let Some(waiting) = self.waiting.borrow().as_ref() {
+            waiting.cancel();
+        }
+    }
+
+    /// Everything is committed, and nothing comes.
+    pub(crate) fn is_quiet(&self) -> bool {
+        !self.fetching.get()
+            && self.done.borrow().is_empty()
+            && self.fetched.borrow().is_empty()
+            && self.waiting.borrow().is_none()
+            && self.commits.get() == 0
+    }
+
+    /// Hands over results and appends the tags that came to `tags`.
+    pub(crate) fn pump(self: &Rc<Self>, tags: &mut Vec<u16>) -> io::Result<()> {
+        if let Some(error) = self.error.borrow_mut().take() {
+            return Err(error);
+        }
+        if self.with_commands {
+            self.pump_commands()?;
+        } else {
+            self.pump_calls(tags)?;
+        }
+        tags.append(&mut self.fetched.borrow_mut());
+        Ok(())
+    }
+
+    fn pump_calls(self: &Rc<Self>, tags: &mut Vec<u16>) -> io::Result<()> {
+        let mut done = self.done.take();
+        let fetching = self.fetching.get();
+        let mut fetched = [0; BATCH];
+        while !done.is_empty() || (fetching && self.ready.get()) {
+            let room = if fetching { BATCH } else { 0 };
+            let batch = done.len().min(tapdev::abi::MAX_TAGS as usize);
+            let count = self.tap.exchange(&done[..batch], &mut fetched[..room])?;
+            done.drain(..batch);
+            tags.extend_from_slice(&fetched[..count]);
+            self.ready.set(fetching && count == room);
+        }
+        if fetching && self.waiting.borrow().is_none() {
+            let watch = self.io().submit(Op::Ready {
+                fd: self.tap.fd().clone(),
+                write: false,
+            });
+            *self.waiting.borrow_mut() = Some(watch);
+            let link = self.clone();
+            self.runtime.tasks.spawn(async move {
+                match link.arrival().await {
+                    Ok(_) => link.ready.set(true),
+                    Err(error) => link.failed(error),
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn pump_commands(self: &Rc<Self>) -> io::Result<()> {
+        let mut done = self.done.take();
+        loop {
+            let fetch = self.fetching.get() && self.waiting.borrow().is_none();
+            if done.is_empty() && !fetch {
+                return Ok(());
+            }
+            let spare = self.spare.borrow_mut().pop();
+            let command = spare.map_or_else(Command::new, Ok)?;
+            let batch: Vec<Completion> = done.drain(..done.len().min(Command::COMMITS)).collect();
+            let op = command.prepare(self.tap.fd(), &batch, fetch);
+            let pending = self.io().submit(op);
+            let link = self.clone();
+            if fetch {
+                *self.waiting.borrow_mut() = Some(pending);
+                self.runtime.tasks.spawn(async move {
+                    match link.arrival().await {
+                        Ok(count) => link.fetched.borrow_mut().extend(command.tags(count)),
+                        Err(error) => link.failed(error),
+                    }
+                    link.spare.borrow_mut().push(command);
+                });
+            } else {
+                self.commits.set(self.commits.get() + 1);
+                self.runtime.tasks.spawn(async move {
+                    if let Err(error) = pending.await {
+                        link.failed(error);
+                    }
+                    link.commits.set(link.commits.get() - 1);
+                    link.spare.borrow_mut().push(command);
+                });
+            }
+        }
+    }
+
+    /// The result of what waits for requests.
+    async fn arrival(&self) -> Result<u32, Errno> {
+        let result = poll_fn(|cx| match self.waiting.borrow_mut().as_mut() {
+            Some(waiting) => Pin::new(waiting).poll(cx),
+            None => Poll::Ready(Err(Errno::CANCELED)),
+        })
+        .await;
+        *self.waiting.borrow_mut() = None;
+        result
+    }
+
+    fn failed(&self, error: Errno) {
+        // The other errors end the process: the kernel does not take what we say.
+        if !matches!(error, Errno::CANCELED | Errno::INTR | Errno::AGAIN) {
+            *self.error.borrow_mut() = Some(error.into());
+        }
+    }
+
+    fn io(&self) -> &Io {
+        &self.runtime.io
+    }
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! tapdisk: the command line.
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use control::tapdisk::{Engine, Open, Reply, Request};
+use control::{Driver, Target};
+use diskio::Runtime;
+use rustix::fs::OFlags;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+use tapdisk::sandbox::{self, User};
+use tapdisk::Session;
+
+/// Serve one disk of a Xen guest.
+///
+/// A tapdisk is usually started by blktapctrl, which hands it a socket (--control-fd) and tells it
+/// over that what to serve. With --node it serves without a supervisor: for tests, and for those
+/// who have a supervisor of their own.
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = HELP)]
+struct Args {
+    /// Listening unix socket, inherited, over which a supervisor says what to serve
+    #[arg(long, value_name = "N", required_unless_present_any = ["node", "node_fd"])]
+    control_fd: Option<i32>,
+
+    /// Node of the disk, such as /dev/xentap/3
+    #[arg(
+        long,
+        value_name = "PATH",
+        requires = "target",
+        conflicts_with = "node_fd"
+    )]
+    node: Option<PathBuf>,
+
+    /// The same, inherited
+    #[arg(long, value_name = "N", requires = "target")]
+    node_fd: Option<i32>,
+
+    /// What to serve: DRIVER:IMAGE or DRIVER:SIZE
+    target: Option<Target>,
+
+    /// Guests may not write
+    #[arg(short, long, requires = "target")]
+    read_only: bool,
+
+    /// Do not lock the image: others write it too, and know of each other
+    #[arg(long, requires = "target")]
+    shared: bool,
+
+    /// Guests may not discard
+    #[arg(long, requires = "target")]
+    no_discard: bool,
+
+    /// How I/O on the image is done
+    #[arg(long, value_enum, default_value_t)]
+    engine: EngineName,
+
+    /// Use the page cache, for file systems without direct I/O
+    #[arg(long, requires = "target")]
+    buffered: bool,
+
+    /// User to become: a name of /etc/passwd, or UID:GID
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+
+    /// Keep the right to open files, sockets and processes: for debugging only
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+/// The names of engines on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum EngineName {
+    /// io_uring, and Linux AIO where that is not allowed
+    #[default]
+    Auto,
+    /// io_uring
+    Uring,
+    /// Linux AIO
+    Aio,
+    /// One system call after the other
+    Sync,
+}
+
+const HELP: &str = "\
+Drivers:
+  aio:IMAGE    a raw file or block device, past the page cache
+  sync:IMAGE   the same, on file systems that cannot do that
+  ram:SIZE     memory; the content is lost with the process
+  null:SIZE    zeroes; writes are forgotten
+
+The format is what you say, never what the image looks like: a guest writes the image.
+
+Examples:
+  tapdisk --node /dev/xentap/3 aio:/srv/a.img
+  tapdisk --node /dev/xentap/3 --user xentap --engine aio aio:/dev/vg/lv
+  tapdisk --node /dev/xentap/3 ram:64M
+
+SIGTERM ends it in order: what it has is finished first, the rest waits in the kernel for the next
+tapdisk. If it is killed, nothing is lost either, unless the driver is ram.
+
+Exit status: 0 after SIGTERM or an exit that was asked for, 1 after an error, 2 for a wrong command
+line.";
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match serve(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tapdisk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &Args) -> Result<()> {
+    let runtime = Runtime::new();
+    let session = Session::new(&runtime);
+    // A ring cannot be made later, in the sandbox. Where it is not allowed at all, there is AIO.
+    if let Err(error) = runtime.io.prepare_uring() {
+        eprintln!("tapdisk: io_uring is not possible here: {error}");
+    }
+    end_by_signal(&session).context("cannot wait for signals")?;
+    if let Some(number) = args.control_fd {
+        let socket = diskio::inherited(number)
+            .with_context(|| format!("cannot use descriptor {number} as the control socket"))?;
+        tapdisk::listen::listen(&session, socket).context("cannot use the control socket")?;
+    }
+    let disk = args.target.as_ref().map(|target| disk(args, target));
+    let disk = disk.transpose()?;
+    let user = args.user.as_deref().map(User::find).transpose()?;
+    if !args.no_sandbox {
+        for note in sandbox::prepare().context("cannot prepare the sandbox")? {
+            eprintln!("tapdisk: {note}");
+        }
+        sandbox::confine(user).context("cannot enter the sandbox")?;
+    }
+    let failed = Rc::new(std::cell::RefCell::new(None));
+    if let Some((node, open, image)) = disk {
+        let (session, failed) = (session.clone(), failed.clone());
+        runtime.tasks.spawn(async move {
+            if let Err(failure) = start(&session, node, open, image).await {
+                *failed.borrow_mut() = Some(failure);
+                session.end();
+            }
+        });
+    }
+    session
+        .run()
+        .context("the disk cannot be served any longer")?;
+    let failed = failed.take();
+    failed.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// Serves a disk without a supervisor.
+async fn start(
+    session: &Rc<Session>,
+    node: OwnedFd,
+    open: Open,
+    image: Option<OwnedFd>,
+) -> Result<(), control::Failure> {
+    session.handle(Request::Attach, vec![node]).await?;
+    let target = open.target.clone();
+    let fds = image.into_iter().collect();
+    if let Reply::Disk(disk) = session.handle(Request::Open(open), fds).await? {
+        eprintln!(
+            "tapdisk: serving {target}: {} bytes, blocks of {}, engine {:?}",
+            disk.size, disk.logical_block, disk.engine
+        );
+    }
+    Ok(())
+}
+
+/// Opens what the command line names: the node, what to do with it, and the image.
+fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)> {
+    let node = match (&args.node, args.node_fd) {
+        (Some(path), _) => open(path, false, false)
+            .with_context(|| format!("cannot open the node {}", path.display()))?,
+        (None, Some(number)) => diskio::inherited(number)
+            .with_context(|| format!("cannot use descriptor {number} as the node"))?,
+        (None, None) => anyhow::bail!("{target} needs a node to be served at: name it with --node"),
+    };
+    let direct = target.driver() == Driver::Aio && !args.buffered;
+    let image = target.path().map(|path| {
+        open(path, direct, args.read_only).with_context(|| {
+            let remedy = if direct {
+                "; if its file system has no direct I/O, use --buffered"
+            } else {
+                ""
+            };
+            format!("cannot open the image {}{remedy}", path.display())
+        })
+    });
+    let request = Open {
+        read_only: args.read_only,
+        shared: args.shared,
+        discard: !args.no_discard,
+        engine: match args.engine {
+            EngineName::Auto => Engine::Auto,
+            EngineName::Uring => Engine::Uring,
+            EngineName::Aio => Engine::Aio,
+            EngineName::Sync => Engine::Sync,
+        },
+        ..Open::new(target.clone())
+    };
+    Ok((node, request, image.transpose()?))
+}
+
+fn open(path: &std::path::Path, direct: bool, read_only: bool) -> std::io::Result<OwnedFd> {
+    let flags = if direct {
+        OFlags::DIRECT
+    } else {
+        OFlags::empty()
+    };
+    let mut options = std::fs::File::options();
+    options.read(true).write(!read_only);
+    // CAST: the bits are those of the kernel.
+    options.custom_flags(flags.bits() as i32);
+    Ok(options.open(path)?.into())
+}
+
+/// Ends in order when a signal asks for it.
+fn end_by_signal(session: &Rc<Session>) -> std::io::Result<()> {
+    let signals = Rc::new(diskio::signals(&[libc::SIGTERM, libc::SIGINT])?);
+    let session = session.clone();
+    session.runtime().clone().tasks.spawn(async move {
+        if let Err(error) = session.runtime().io.readable(&signals).await {
+            eprintln!("tapdisk: cannot wait for signals: {error}");
+            return;
+        }
+        if let Err(failure) = session.leave().await {
+            eprintln!("tapdisk: {failure}");
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Requests of the kernel as calls of a driver.
+
+use crate::link::Link;
+use control::stats::{Counter, Stats};
+use diskio::{Errno, Runtime};
+use drivers::Disk;
+use rustix::time::{clock_gettime, ClockId};
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tapdev::{Kind, Request, Tap};
+
+/// A disk that is served. Each request is a task of its own.
+#[derive(Debug)]
+pub struct Server {
+    runtime: Runtime,
+    tap: Rc<Tap>,
+    link: Rc<Link>,
+    disk: Disk,
+    size: Cell<u64>,
+    read_only: bool,
+    stats: Rc<RefCell<Stats>>,
+    in_flight: Cell<u64>,
+    /// Tags that are being looked at; kept for its memory.
+    tags: RefCell<Vec<u16>>,
+    /// Who waits until everything is over.
+    quiet: RefCell<Vec<Waker>>,
+}
+
+impl Server {
+    /// Serves requests of `tap`, which is started, from `disk`, which is active and has `size`
+    /// bytes. [`turn`](Self::turn) is to be called again and again.
+    pub fn new(
+        runtime: &Runtime,
+        tap: &Rc<Tap>,
+        disk: Disk,
+        size: u64,
+        read_only: bool,
+        stats: &Rc<RefCell<Stats>>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            runtime: runtime.clone(),
+            tap: tap.clone(),
+            link: Link::new(runtime, tap),
+            disk,
+            size: Cell::new(size),
+            read_only,
+            stats: stats.clone(),
+            in_flight: Cell::new(0),
+            tags: RefCell::default(),
+            quiet: RefCell::default(),
+        })
+    }
+
+    /// What is served.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// The disk has another size now.
+    pub fn set_size(&self, size: u64) {
+        self.size.set(size);
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size.get()
+    }
+
+    /// Guests may not write.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Requests that are executed now.
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight.get()
+    }
+
+    /// Commits what is done and makes tasks of what came; true if something came. An error means
+    /// that the kernel does not talk to us: the process has to end.
+    pub fn turn(self: &Rc<Self>) -> io::Result<bool> {
+        let mut tags = self.tags.take();
+        self.link.pump(&mut tags)?;
+        let came = !tags.is_empty();
+        for tag in tags.drain(..) {
+            match self.tap.request(tag) {
+                Ok(request) => {
+                    self.in_flight.set(self.in_flight.get() + 1);
+                    let server = self.clone();
+                    self.runtime.tasks.spawn(async move {
+                        let result = server.execute(&request).await;
+                        server.count(&request, result);
+                        server.link.commit(request.done(result));
+                        server.in_flight.set(server.in_flight.get() - 1);
+                    });
+                }
+                Err(malformed) => self.link.commit(malformed.completion),
+            }
+        }
+        *self.tags.borrow_mut() = tags;
+        if self.is_quiet() {
+            for waker in self.quiet.take() {
+                waker.wake();
+            }
+        }
+        Ok(came)
+    }
+
+    /// Fetches no more, and waits until everything that was fetched is committed. The kernel keeps
+    /// what comes.
+    pub async fn quiesce(&self) {
+        self.link.stop();
+        poll_fn(|cx| match self.is_quiet() {
+            true => Poll::Ready(()),
+            false => {
+                self.quiet.borrow_mut().push(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.in_flight.get() == 0 && self.link.is_quiet()
+    }
+
+    async fn execute(&self, request: &Request) -> Result<(), Errno> {
+        let end = request.offset.checked_add(request.len);
+        if end.is_none_or(|end| end > self.size.get()) {
+            return Err(Errno::IO);
+        }
+        if self.read_only && !matches!(request.kind, Kind::Read | Kind::Flush) {
+            return Err(Errno::ROFS);
+        }
+        if request.preflush {
+            self.disk.flush().await?;
+        }
+        let data = || request.data.clone().ok_or(Errno::INVAL);
+        match request.kind {
+            Kind::Read => self.disk.read(request.offset, data()?).await?,
+            Kind::Write => self.disk.write(request.offset, data()?).await?,
+            Kind::Flush => self.flush().await?,
+            // To promise that nothing can be recovered takes more than a driver can say.
+            Kind::Discard { secure: true } => return Err(Errno::OPNOTSUPP),
+            Kind::Discard { secure: false } => {
+                self.disk.discard(request.offset, request.len).await?;
+            }
+            Kind::WriteZeroes => self.disk.write_zeroes(request.offset, request.len).await?,
+        }
+        if request.fua {
+            self.disk.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        match self.read_only {
+            true => Ok(()),
+            false => self.disk.flush().await,
+        }
+    }
+
+    fn count(&self, request: &Request, result: Result<(), Errno>) {
+        let mut stats = self.stats.borrow_mut();
+        stats.replayed += u64::from(request.replay);
+        let counter: &mut Counter = match request.kind {
+            Kind::Read => &mut stats.read,
+            Kind::Write => &mut stats.write,
+            Kind::Flush => &mut stats.flush,
+            Kind::Discard { .. } => &mut stats.discard,
+            Kind::WriteZeroes => &mut stats.zeroes,
+        };
+        counter.requests += 1;
+        match result {
+            Ok(()) => counter.bytes += request.len,
+            Err(_) => counter.errors += 1,
+        }
+        counter
+            .latency
+            .add(now_ns().saturating_sub(request.arrived_ns));
+    }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    // CAST: neither is negative.
+    (now.tv_sec as u64)
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(now.tv_nsec as u64)
+}

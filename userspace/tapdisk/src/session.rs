@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk in all its states, as the supervisor sees it.
+
+use crate::Server;
+use control::stats::Stats;
+use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
+use control::{Code, Driver, Failure};
+use diskio::{Gate, Runtime};
+use drivers::Shape;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use tapdev::{Discard, KernelNode, Params, Tap};
+
+/// Turns of the loop after which descriptors are looked at, although there is still work.
+const ROUNDS: u32 = 16;
+
+/// The disk of this process. Questions that change something are answered one after the other.
+#[derive(Debug)]
+pub struct Session {
+    runtime: Runtime,
+    /// Who changes something is alone.
+    gate: Gate,
+    state: RefCell<Inner>,
+    stats: Rc<RefCell<Stats>>,
+    turns: Cell<u64>,
+    ended: Cell<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    tap: Option<Rc<Tap>>,
+    /// What the kernel was told of the disk.
+    params: Option<Params>,
+    started: bool,
+    open: Option<Open>,
+    disk: Option<tapdisk::Disk>,
+    server: Option<Rc<Server>>,
+}
+
+impl Session {
+    /// Without a node.
+    pub fn new(runtime: &Runtime) -> Rc<Self> {
+        Rc::new(Self {
+            runtime: runtime.clone(),
+            gate: Gate::default(),
+            state: RefCell::default(),
+            stats: Rc::default(),
+            turns: Cell::new(0),
+            ended: Cell::new(false),
+        })
+    }
+
+    /// The runtime that everything is done by.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Serves until [`end`](Self::end).
+    pub fn run(&self) -> io::Result<()> {
+        while !self.ended.get() {
+            self.turn()?;
+        }
+        Ok(())
+    }
+
+    /// One turn: everything that is ready, then one wait.
+    fn turn(&self) -> io::Result<()> {
+        for _ in 0..ROUNDS {
+            self.turns.set(self.turns.get() + 1);
+            let ran = self.runtime.tasks.run();
+            let server = self.state.borrow().server.clone();
+            let came = server.as_ref().map_or(Ok(false), Server::turn)?;
+            if self.ended.get() || !(ran || came) {
+                break;
+            }
+        }
+        let wait = !self.ended.get() && !self.runtime.tasks.is_ready();
+        self.runtime.io.enter(wait)
+    }
+
+    /// [`run`](Self::run) returns.
+    pub fn end(&self) {
+        self.ended.set(true);
+    }
+
+    /// Answers the supervisor.
+    pub async fn handle(&self, question: Request, mut fds: Vec<OwnedFd>) -> Result<Reply, Failure> {
+        let fd = if fds.len() > 1 {
+            return Err(Failure::invalid(
+                "one descriptor at most belongs to a question",
+            ));
+        } else {
+            fds.pop()
+        };
+        match question {
+            Request::Ping => Ok(Reply::Process(process())),
+            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Stats => Ok(Reply::Stats(Box::new(self.stats()))),
+            Request::Attach => {
+                let fd = fd.ok_or_else(|| Failure::invalid("the node's descriptor is missing"))?;
+                let _alone = self.gate.alone().await;
+                self.attach(
+                    Tap::open(KernelNode::new(fd))
+                        .map_err(|error| Failure::system("cannot use the node", &error))?,
+                )
+            }
+            Request::Open(open) => {
+                let _alone = self.gate.alone().await;
+                match self.status().state {
+                    State::Attached => self.open(open, fd).await,
+                    State::Idle => Err(no_node()),
+                    _ => Err(Failure::new(
+                        Code::State,
+                        "an image is open: close it first",
+                    )),
+                }
+            }
+            Request::Unpause(open) => {
+                let _alone = self.gate.alone().await;
+                match self.status().state {
+                    State::Paused => self.open(open, fd).await,
+                    _ => Err(Failure::new(Code::State, "the disk is not paused")),
+                }
+            }
+            Request::Pause => {
+                let _alone = self.gate.alone().await;
+                self.pause().await
+            }
+            Request::Resize => {
+                let _alone = self.gate.alone().await;
+                self.resize().await
+            }
+            Request::Close => {
+                let _alone = self.gate.alone().await;
+                self.close().await
+            }
+            Request::Exit => {
+                let _alone = self.gate.alone().await;
+                self.close().await
+            }
+            Request::Nbd { .. } => Err(Failure::unsupported("this tapdisk has no NBD server")),
+        }
+    }
+
+    /// Takes a node.
+    pub fn attach(&self, tap: Tap) -> Result<Reply, Failure> {
+        let mut state = self.state.borrow_mut();
+        if state.tap.is_some() {
+            return Err(Failure::new(Code::State, "this tapdisk has a node already"));
+        }
+        let info = tap.info();
+        let node = node(info);
+        *state = Inner {
+            tap: Some(Rc::new(tap)),
+            ..Inner::default()
+        };
+        Ok(Reply::Node(node))
+    }
+
+    /// Opens an image and serves it.
+    async fn open(&self, open: Open, image: Option<OwnedFd>) -> Result<Reply, Failure> {
+        let tap = self.state.borrow().tap.clone().ok_or_else(no_node)?;
+        let engine = self.select(&open)?;
+        // Without, every transfer pins its pages itself.
+        let arena = tap.arena();
+        if let Err(error) = self.runtime.io.register(Some(arena)) {
+            self.note("the arena is not registered", &error);
+        }
+        let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
+        let params = params(&shape, open.read_only);
+        let (known, started) = {
+            let state = self.state.borrow();
+            (state.params, state.started)
+        };
+        if known.is_some_and(|known| !known.may_become(&params)) {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{} has other properties than the image that the guest knows: only the size may change",
+                    open.target
+                ),
+            ));
+        }
+        if known != Some(params) {
+            tap.describe(&params)
+                .map_err(|error| described(&open, &error))?;
+        }
+        if !started {
+            tap.start()
+                .map_err(|error| Failure::system("cannot start the node", &error))?;
+        }
+        let server = Server::new(
+            &self.runtime,
+            &tap,
+            disk,
+            shape.size,
+            open.read_only,
+            &self.stats,
+        );
+        let disk = describe(&shape, &open, engine);
+        let mut state = self.state.borrow_mut();
+        state.params = Some(params);
+        state.started = true;
+        state.open = Some(open);
+        state.disk = Some(disk.clone());
+        state.server = Some(server);
+        Ok(Reply::Disk(disk))
+    }
+
+    /// Makes the engine the one that is asked for.
+    fn select(&self, open: &Open) -> Result<Engine, Failure> {
+        let io = &self.runtime.io;
+        let wanted: &[diskio::Engine] = match (open.target.driver(), open.engine) {
+            (Driver::Sync, _) | (_, Engine::Sync) => &[diskio::Engine::Sync],
+            (_, Engine::Uring) => &[diskio::Engine::Uring],
+            (_, Engine::Aio) => &[diskio::Engine::Aio],
+            (_, Engine::Auto) => &[diskio::Engine::Uring, diskio::Engine::Aio],
+        };
+        let mut result = Ok(());
+        for engine in wanted {
+            result = io.select(*engine);
+            match &result {
+                Ok(()) => break,
+                Err(error) => self.note("an engine is not possible here", error),
+            }
+        }
+        result.map_err(|error| {
+            Failure::system(
+                "the engine is not possible here: use another one, or auto",
+                &error,
+            )
+        })?;
+        Ok(match io.engine() {
+            diskio::Engine::Uring => Engine::Uring,
+            diskio::Engine::Aio => Engine::Aio,
+            diskio::Engine::Sync => Engine::Sync,
+        })
+    }
+
+    /// Ends serving, and closes the image.
+    async fn pause(&self) -> Result<Reply, Failure> {
+        let Some(server) = self.state.borrow().server.clone() else {
+            return Err(Failure::new(Code::State, "the disk does not run"));
+        };
+        self.stop(server).await?;
+        Ok(Reply::Done)
+    }
+
+    async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
+        server.quiesce().await;
+        let closed = server.disk().close().await;
+        {
+            let mut state = self.state.borrow_mut();
+            state.server = None;
+            state.disk = None;
+        }
+        // Nothing of ours may hold pages of the arena.
+        self.runtime
+            .io
+            .register(None)
+            .map_err(|error| Failure::system("cannot release the arena", &error))?;
+        closed.map_err(|error| Failure::system("the image was not closed in order", &error.into()))
+    }
+
+    async fn resize(&self) -> Result<Reply, Failure> {
+        let (tap, server, params, disk) = {
+            let state = self.state.borrow();
+            let (Some(tap), Some(server)) = (&state.tap, &state.server) else {
+                return Err(Failure::new(Code::State, "the disk does not run"));
+            };
+            let (Some(params), Some(disk)) = (state.params, state.disk.clone()) else {
+                return Err(Failure::new(Code::State, "the disk does not run"));
+            };
+            (tap.clone(), server.clone(), params, disk)
+        };
+        let size = server.disk().resize().await?;
+        let params = Params {
+            sectors: size >> 9,
+            ..params
+        };
+        tap.describe(&params)
+            .map_err(|error| Failure::system("the kernel refuses the new size", &error))?;
+        server.set_size(size);
+        let disk = tapdisk::Disk { size, ..disk };
+        let mut state = self.state.borrow_mut();
+        state.params = Some(params);
+        state.disk = Some(disk.clone());
+        Ok(Reply::Disk(disk))
+    }
+
+    /// Ends serving and gives the node back, whatever the state.
+    async fn close(&self) -> Result<Reply, Failure> {
+        let server = self.state.borrow().server.clone();
+        let stopped = match server {
+            Some(server) => self.stop(server).await,
+            None => Ok(()),
+        };
+        *self.state.borrow_mut() = Inner::default();
+        stopped.map(|()| Reply::Done)
+    }
+
+    /// Finishes and commits what was fetched, gives everything back, and ends the process.
+    pub async fn leave(&self) -> Result<(), Failure> {
+        let _alone = self.gate.alone().await;
+        let closed = self.close().await;
+        self.end();
+        closed.map(drop)
+    }
+
+    fn status(&self) -> Status {
+        let state = self.state.borrow();
+        Status {
+            state: match (&state.tap, &state.server, state.started) {
+                (None, _, _) => State::Idle,
+                (_, Some(_), _) => State::Running,
+                (_, _, true) => State::Paused,
+                (_, _, false) => State::Attached,
+            },
+            node: state.tap.as_ref().map(|tap| node(tap.info())),
+            open: state.open.clone(),
+            disk: state.disk.clone(),
+        }
+    }
+
+    /// Everything that was counted.
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.stats.borrow().clone();
+        (stats.calls, stats.sleeps) = self.runtime.io.counts();
+        stats.turns = self.turns.get();
+        if let Some(server) = &self.state.borrow().server {
+            stats.in_flight = server.in_flight();
+            stats.driver = server.disk().stats();
+        }
+        stats
+    }
+
+    /// Something that an administrator may want to know, and that changes nothing.
+    fn note(&self, what: &str, error: &io::Error) {
+        eprintln!("tapdisk: {what}: {error}");
+    }
+}
+
+fn process() -> Process {
+    Process {
+        pid: std::process::id(),
+        program: env!("CARGO_PKG_VERSION").to_string(),
+        abi: tapdev::ABI_VERSION,
+    }
+}
+
+fn no_node() -> Failure {
+    Failure::new(Code::State, "this tapdisk has no node: attach one first")
+}
+
+fn described(open: &Open, error: &io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::InvalidInput => Failure::new(
+            Code::Image,
+            format!(
+                "the kernel refuses {}: its properties are not those that the guest knows, of which only the size may change",
+                open.target
+            ),
+        ),
+        _ => Failure::system(format!("the kernel refuses {}", open.target), error),
+    }
+}
+
+fn node(info: &tapdev::abi::Info) -> tapdisk::Node {
+    tapdisk::Node {
+        minor: info.minor,
+        tags: info.tags,
+        arena: info.arena_len,
+        epoch: info.epoch,
+    }
+}
+
+fn params(shape: &Shape, read_only: bool) -> Params {
+    Params {
+        sectors: shape.size >> 9,
+        logical_block: shape.logical_block,
+        physical_block: shape.physical_block,
+        read_only,
+        write_cache: shape.write_cache && !read_only,
+        discard: shape.discard.map(|granularity| Discard {
+            granularity,
+            alignment: 0,
+            secure: false,
+        }),
+    }
+}
+
+fn describe(shape: &Shape, open: &Open, engine: Engine) -> tapdisk::Disk {
+    tapdisk::Disk {
+        size: shape.size,
+        logical_block: shape.logical_block,
+        physical_block: shape.physical_block,
+        read_only: open.read_only,
+        discard: shape.discard.is_some(),
+        engine,
+    }
+}

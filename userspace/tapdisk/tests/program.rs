@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The program: its command line, its sandbox, and how it ends.
+
+use control::tapdisk::{Open, Reply, Request, State};
+use control::{Channel, Code};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::process::{Child, Command, Stdio};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_tapdisk");
+
+/// Starts the program with a control socket, which it inherits as its standard input.
+fn start(args: &[&str]) -> (Child, Channel) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let listener: OwnedFd = UnixListener::bind(&path).unwrap().into();
+    let child = Command::new(PROGRAM)
+        .args(["--control-fd", "0"])
+        .args(args)
+        .stdin(Stdio::from(listener))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    (child, Channel::connect(&path).unwrap())
+}
+
+fn status_of(child: &Child, key: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(key))
+        .unwrap();
+    line.trim().to_string()
+}
+
+#[test]
+fn supervised_process_is_confined_and_ends_when_asked() {
+    let (mut child, mut control) = start(&[]);
+    let reply: Reply = control.ask(Request::Ping, &[]).unwrap();
+    assert!(matches!(reply, Reply::Process(process) if process.pid == child.id()));
+    assert_eq!(status_of(&child, "NoNewPrivs:"), "1");
+    assert_eq!(status_of(&child, "Seccomp:"), "2");
+    assert_eq!(status_of(&child, "Threads:"), "1");
+    let resident: u64 = status_of(&child, "VmRSS:")
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    assert!(resident < 5 << 10, "{resident} KiB are resident");
+    let reply: Reply = control.ask(Request::Exit, &[]).unwrap();
+    assert_eq!(reply, Reply::Done);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn several_supervisors_may_be_connected() {
+    let (mut child, mut control) = start(&[]);
+    let Reply::Status(status) = control.ask(Request::Status, &[]).unwrap() else {
+        panic!("no status");
+    };
+    assert_eq!(status.state, State::Idle);
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let refused = control.ask::<_, Reply>(Request::Attach, &[null.as_fd()]);
+    assert_eq!(refused.unwrap_err().code, Code::System);
+    let refused = control.ask::<_, Reply>(Request::Attach, &[]);
+    assert_eq!(refused.unwrap_err().code, Code::Invalid);
+    let open = Open::new("ram:1M".parse().unwrap());
+    let refused = control.ask::<_, Reply>(Request::Open(open), &[]);
+    assert_eq!(refused.unwrap_err().code, Code::State);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn signal_ends_it_in_order() {
+    let (mut child, mut control) = start(&[]);
+    let _: Reply = control.ask(Request::Ping, &[]).unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn user_is_changed() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can become another user");
+        return;
+    }
+    let (mut child, mut control) = start(&["--user", "12345:23456"]);
+    let _: Reply = control.ask(Request::Ping, &[]).unwrap();
+    assert_eq!(status_of(&child, "Uid:"), "12345\t12345\t12345\t12345");
+    assert_eq!(status_of(&child, "Gid:"), "23456\t23456\t23456\t23456");
+    assert_eq!(status_of(&child, "Groups:"), "");
+    assert_eq!(status_of(&child, "CapEff:"), "0000000000000000");
+    let _: Reply = control.ask(Request::Exit, &[]).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn command_line_explains_itself() {
+    let run = |args: &[&str]| Command::new(PROGRAM).args(args).output().unwrap();
+    let help = run(&["--help"]);
+    assert!(help.status.success());
+    let text = String::from_utf8(help.stdout).unwrap();
+    for word in ["aio:IMAGE", "--control-fd", "Examples:", "SIGTERM"] {
+        assert!(text.contains(word), "{word}");
+    }
+    assert_eq!(run(&[]).status.code(), Some(2));
+    assert_eq!(run(&["--node", "/dev/null"]).status.code(), Some(2));
+    assert_eq!(
+        run(&["--control-fd", "0", "aio:relative"]).status.code(),
+        Some(2)
+    );
+    let failed = run(&["--node", "/nonexistent", "ram:1M"]);
+    assert_eq!(failed.status.code(), Some(1));
+    let text = String::from_utf8(failed.stderr).unwrap();
+    assert!(text.contains("cannot open the node /nonexistent"), "{text}");
+    let failed = run(&["--node", "/dev/null", "ram:1M"]);
+    assert_eq!(failed.status.code(), Some(1));
+    let text = String::from_utf8(failed.stderr).unwrap();
+    assert!(text.contains("cannot use the node"), "{text}");
+}

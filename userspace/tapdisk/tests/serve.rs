@@ -1,0 +1,434 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A tapdisk in a thread, with the kernel's own shadow and a guest in another one: what is written
+//! is read, whatever the engine, and whenever the process dies.
+
+use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status};
+use control::{Channel, Code, Failure};
+use diskio::Runtime;
+use proptest::prelude::*;
+use ring::response::Status as Answer;
+use ring::tap::abi::{STATE_IDLE, STATE_LIVE, STATE_OPEN};
+use ring::tap::shadow::Op;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::thread::{self, JoinHandle};
+use tapdev::fake::{Fake, SLOT};
+use tapdev::Tap;
+use tapdisk::Session;
+
+const SIZE: u64 = 1 << 20;
+const SECTORS: u64 = SIZE / 512;
+
+/// An image on the file system of the build, which can do direct I/O.
+struct Image(tempfile::NamedTempFile);
+
+impl Image {
+    fn new(size: u64) -> Self {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        let file = tempfile::NamedTempFile::new_in(folder).unwrap();
+        file.as_file().set_len(size).unwrap();
+        Self(file)
+    }
+
+    fn descriptor(&self) -> OwnedFd {
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(libc::O_DIRECT);
+        let file = options.open(self.0.path());
+        file.expect("the file system of the build can do direct I/O")
+            .into()
+    }
+
+    fn open(&self, engine: Engine) -> Open {
+        let target = format!("aio:{}", self.0.path().display());
+        Open {
+            engine,
+            ..Open::new(target.parse().unwrap())
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        std::fs::read(self.0.path()).unwrap()
+    }
+}
+
+/// A tapdisk in a thread.
+struct Process {
+    control: Channel,
+    kill: UnixStream,
+    thread: JoinHandle<()>,
+    fake: Fake,
+}
+
+impl Process {
+    /// A process that has the node.
+    fn start(fake: &Fake) -> Self {
+        let (kill, killed) = UnixStream::pair().unwrap();
+        let (ask, answer) = UnixStream::pair().unwrap();
+        answer.set_nonblocking(true).unwrap();
+        let node = fake.clone();
+        let thread = thread::spawn(move || {
+            let runtime = Runtime::new();
+            let session = Session::new(&runtime);
+            session
+                .attach(Tap::open(node.open().unwrap()).unwrap())
+                .unwrap();
+            tapdisk::listen::connected(&session, answer.into());
+            let (end, killed) = (session.clone(), Rc::new(OwnedFd::from(killed)));
+            runtime.tasks.spawn(async move {
+                end.runtime().io.readable(&killed).await.unwrap();
+                end.end();
+            });
+            session.run().unwrap();
+            // The death of a process takes everything along.
+            runtime.tasks.clear();
+        });
+        Self {
+            control: Channel::new(ask),
+            kill,
+            thread,
+            fake: fake.clone(),
+        }
+    }
+
+    fn ask(&mut self, question: Request, image: Option<&Image>) -> Result<Reply, Failure> {
+        let image = image.map(Image::descriptor);
+        let fds: Vec<_> = image.iter().map(AsFd::as_fd).collect();
+        self.control.ask(question, &fds)
+    }
+
+    /// Serves an image.
+    fn serving(fake: &Fake, image: &Image, engine: Engine) -> Self {
+        let mut process = Self::start(fake);
+        let reply = process.ask(Request::Open(image.open(engine)), Some(image));
+        assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+        process
+    }
+
+    fn status(&mut self) -> Status {
+        match self.ask(Request::Status, None) {
+            Ok(Reply::Status(status)) => status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Dies without a word: nothing is finished or committed. What its I/O does is over when this
+    /// returns, so it is fenced.
+    fn kill(self) {
+        drop(self.kill);
+        self.thread.join().unwrap();
+        self.fake.fence();
+    }
+
+    fn exit(mut self) {
+        assert_eq!(self.ask(Request::Exit, None), Ok(Reply::Done));
+        self.thread.join().unwrap();
+        self.fake.fence();
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Read(u64, usize),
+    Write(u64, usize, u8, bool),
+    Zeroes(u64, u64),
+    Discard(u64, u64),
+    Flush,
+    /// The process dies and is replaced.
+    Kill,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let slot = (SLOT / 512) as u64;
+    let range = move || {
+        (0..SECTORS, prop_oneof![1..=8_u64, 1..=slot]).prop_map(|(at, n)| (at, n.min(SECTORS - at)))
+    };
+    prop_oneof![
+        10 => range().prop_map(|(at, n)| Step::Read(at, n as usize * 512)),
+        10 => (range(), 1_u8.., any::<bool>())
+            .prop_map(|((at, n), byte, fua)| Step::Write(at, n as usize * 512, byte, fua)),
+        1 => range().prop_map(|(at, n)| Step::Zeroes(at, n)),
+        1 => range().prop_map(|(at, n)| Step::Discard(at, n)),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Kill),
+    ]
+}
+
+/// A guest that keeps up to `depth` requests under way, and knows what each must answer.
+struct Guest<'a> {
+    fake: &'a Fake,
+    model: Vec<u8>,
+    depth: usize,
+    /// Tag, and what a read must give.
+    sent: VecDeque<(u16, Option<Vec<u8>>)>,
+}
+
+impl Guest<'_> {
+    fn send(&mut self, step: &Step) {
+        if self.sent.len() >= self.depth {
+            self.take();
+        }
+        let bytes = |len: usize, byte: u8| -> Vec<u8> {
+            (0..len)
+                .map(|at| byte.wrapping_add((at / 512) as u8))
+                .collect()
+        };
+        let mut expected = None;
+        let tag = match *step {
+            Step::Read(at, len) => {
+                expected = Some(self.model[at as usize * 512..][..len].to_vec());
+                self.fake.send(Op::Read, at, &vec![0xee; len], false)
+            }
+            Step::Write(at, len, byte, fua) => {
+                let bytes = bytes(len, byte);
+                self.model[at as usize * 512..][..len].copy_from_slice(&bytes);
+                self.fake.send(Op::Write, at, &bytes, fua)
+            }
+            Step::Zeroes(at, n) | Step::Discard(at, n) => {
+                self.model[at as usize * 512..][..n as usize * 512].fill(0);
+                let op = match step {
+                    Step::Zeroes(..) => Op::WriteZeroes,
+                    _ => Op::Discard,
+                };
+                self.fake.send_range(op, at, n)
+            }
+            Step::Flush => self.fake.send(Op::Flush, 0, &[], false),
+            Step::Kill => return,
+        };
+        self.sent.push_back((tag.unwrap(), expected));
+    }
+
+    /// Waits for the oldest answer.
+    fn take(&mut self) {
+        if let Some((tag, expected)) = self.sent.pop_front() {
+            let len = expected.as_ref().map_or(0, Vec::len);
+            let (status, bytes) = self.fake.answer(tag, len).unwrap();
+            assert_eq!(status, Answer::Okay);
+            if let Some(expected) = expected {
+                assert!(bytes == expected, "a read gave something else");
+            }
+        }
+    }
+}
+
+fn run(engine: Engine, depth: usize, steps: &[Step]) {
+    let fake = Fake::new(16).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::serving(&fake, &image, engine);
+    let mut guest = Guest {
+        fake: &fake,
+        model: vec![0; SIZE as usize],
+        depth,
+        sent: VecDeque::new(),
+    };
+    for step in steps {
+        if matches!(step, Step::Kill) {
+            process.kill();
+            process = Process::serving(&fake, &image, engine);
+        }
+        guest.send(step);
+    }
+    while !guest.sent.is_empty() {
+        guest.take();
+    }
+    process.exit();
+    assert!(
+        image.bytes() == guest.model,
+        "the image is not what was written"
+    );
+    let info = fake.info();
+    assert_eq!((info.refused, fake.malformed(), info.delivered), (0, 0, 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn guest_reads_what_it_wrote_whenever_the_process_dies(
+        steps in prop::collection::vec(step(), 1..120),
+        depth in 1_usize..16,
+    ) {
+        for engine in [Engine::Uring, Engine::Aio, Engine::Sync] {
+            run(engine, depth, &steps);
+        }
+    }
+}
+
+#[test]
+fn requests_wait_while_the_disk_is_paused() {
+    let fake = Fake::new(4).unwrap();
+    let (first, second) = (Image::new(SIZE), Image::new(2 * SIZE));
+    let mut process = Process::serving(&fake, &first, Engine::Auto);
+    let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let waits = fake.send(Op::Write, 1, &[2; 512], false).unwrap();
+    assert_eq!(process.status().state, State::Paused);
+    assert_eq!(fake.info().waiting, 1);
+    // The image is closed and unlocked: somebody else may have it.
+    let other = Fake::new(1).unwrap();
+    Process::serving(&other, &first, Engine::Auto).exit();
+    // The content moves to a larger image, and the guest goes on there.
+    second.0.as_file().write_all_at(&first.bytes(), 0).unwrap();
+    let reply = process.ask(Request::Unpause(second.open(Engine::Aio)), Some(&second));
+    let Ok(Reply::Disk(Disk { size, engine, .. })) = reply else {
+        panic!("{reply:?}");
+    };
+    assert_eq!((size, engine), (2 * SIZE, Engine::Aio));
+    fake.answer(waits, 0).unwrap();
+    assert_eq!(fake.info().sectors, 2 * SECTORS);
+    assert_eq!(second.bytes()[..1024], [[1; 512], [2; 512]].concat());
+    assert_eq!(first.bytes()[512..1024], [0; 512]);
+    process.exit();
+}
+
+#[test]
+fn grown_image_makes_a_larger_disk() {
+    let fake = Fake::new(4).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    let beyond = fake.send(Op::Write, SECTORS, &[1; 512], false).unwrap();
+    assert_eq!(fake.answer(beyond, 0).unwrap().0, Answer::Error);
+    image.0.as_file().set_len(SIZE + 4096).unwrap();
+    let reply = process.ask(Request::Resize, None);
+    assert!(matches!(reply, Ok(Reply::Disk(Disk { size, .. })) if size == SIZE + 4096));
+    assert_eq!(fake.info().sectors, SECTORS + 8);
+    let beyond = fake.send(Op::Write, SECTORS, &[1; 512], false).unwrap();
+    assert_eq!(fake.answer(beyond, 0).unwrap().0, Answer::Okay);
+    process.exit();
+}
+
+#[test]
+fn read_only_disk_is_not_written() {
+    let fake = Fake::new(4).unwrap();
+    let image = Image::new(SIZE);
+    let open = Open {
+        read_only: true,
+        ..image.open(Engine::Auto)
+    };
+    let mut process = Process::start(&fake);
+    let reply = process.ask(Request::Open(open), Some(&image)).unwrap();
+    assert!(matches!(
+        reply,
+        Reply::Disk(Disk {
+            read_only: true,
+            discard: false,
+            ..
+        })
+    ));
+    for (op, expected) in [
+        (Op::Read, Answer::Okay),
+        (Op::Write, Answer::Error),
+        (Op::Flush, Answer::Okay),
+    ] {
+        let bytes: &[u8] = if op == Op::Flush { &[] } else { &[1; 512] };
+        let tag = fake.send(op, 0, bytes, false).unwrap();
+        assert_eq!(fake.answer(tag, 0).unwrap().0, expected, "{op:?}");
+    }
+    let tag = fake.send_range(Op::Discard, 0, 8).unwrap();
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Answer::Error);
+    assert_eq!(image.bytes(), [0; SIZE as usize]);
+    process.exit();
+}
+
+#[test]
+fn secure_discard_is_not_promised() {
+    let fake = Fake::new(4).unwrap();
+    let image = Image::new(SIZE);
+    let process = Process::serving(&fake, &image, Engine::Auto);
+    let tag = fake.send_range(Op::SecureDiscard, 0, 8).unwrap();
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Answer::NotSupported);
+    process.exit();
+}
+
+#[test]
+fn everything_is_counted() {
+    let fake = Fake::new(4).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    for (op, bytes) in [
+        (Op::Write, vec![1; 1024]),
+        (Op::Write, vec![1; 512]),
+        (Op::Read, vec![1; 512]),
+        (Op::Flush, vec![]),
+    ] {
+        let tag = fake.send(op, 0, &bytes, false).unwrap();
+        fake.answer(tag, 0).unwrap();
+    }
+    let tag = fake.send(Op::Read, SECTORS, &[1; 512], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    let Ok(Reply::Stats(stats)) = process.ask(Request::Stats, None) else {
+        panic!("no stats");
+    };
+    assert_eq!(
+        (stats.write.requests, stats.write.bytes, stats.write.errors),
+        (2, 1536, 0)
+    );
+    assert_eq!(
+        (stats.read.requests, stats.read.bytes, stats.read.errors),
+        (2, 512, 1)
+    );
+    assert_eq!((stats.flush.requests, stats.flush.latency.total()), (1, 1));
+    assert!(stats.calls > 0 && stats.turns > 0 && stats.sleeps > 0);
+    process.exit();
+}
+
+#[test]
+fn questions_in_the_wrong_state_are_refused() {
+    let fake = Fake::new(1).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::start(&fake);
+    let code = |reply: Result<Reply, Failure>| reply.unwrap_err().code;
+    assert_eq!(process.status().state, State::Attached);
+    assert_eq!(code(process.ask(Request::Pause, None)), Code::State);
+    assert_eq!(code(process.ask(Request::Resize, None)), Code::State);
+    let unpause = Request::Unpause(image.open(Engine::Auto));
+    assert_eq!(code(process.ask(unpause, Some(&image))), Code::State);
+    let open = Request::Open(image.open(Engine::Auto));
+    assert_eq!(code(process.ask(open.clone(), None)), Code::Invalid);
+    assert_eq!(fake.info().state, STATE_OPEN);
+    process.ask(open.clone(), Some(&image)).unwrap();
+    assert_eq!(code(process.ask(open.clone(), Some(&image))), Code::State);
+    assert_eq!(fake.info().state, STATE_LIVE);
+    assert_eq!(process.ask(Request::Close, None), Ok(Reply::Done));
+    assert_eq!(process.status().state, State::Idle);
+    assert_eq!(code(process.ask(open, Some(&image))), Code::State);
+    fake.fence();
+    assert_eq!(fake.info().state, STATE_IDLE);
+    process.exit();
+}
+
+#[test]
+fn image_with_other_properties_is_no_replacement() {
+    let fake = Fake::new(1).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    process.ask(Request::Pause, None).unwrap();
+    let other = Open {
+        read_only: true,
+        ..image.open(Engine::Auto)
+    };
+    let refused = process.ask(Request::Unpause(other), Some(&image));
+    assert_eq!(refused.unwrap_err().code, Code::Image);
+    let reply = process.ask(Request::Unpause(image.open(Engine::Auto)), Some(&image));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    process.exit();
+}
+
+#[test]
+fn image_in_use_is_refused() {
+    let (first, second) = (Fake::new(1).unwrap(), Fake::new(1).unwrap());
+    let image = Image::new(SIZE);
+    let process = Process::serving(&first, &image, Engine::Auto);
+    let mut other = Process::start(&second);
+    let refused = other.ask(Request::Open(image.open(Engine::Auto)), Some(&image));
+    assert_eq!(refused.unwrap_err().code, Code::Busy);
+    process.exit();
+    let reply = other.ask(Request::Open(image.open(Engine::Auto)), Some(&image));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    other.exit();
+}
