@@ -42,9 +42,20 @@ pub(crate) fn module() -> Result<PathBuf> {
 
 /// As [`module`], from the Kbuild in `source`.
 pub(crate) fn module_of(source: &Path) -> Result<PathBuf> {
-    let objects = objects("module", source)?;
+    compile("module", source, &[])
+}
+
+/// The build of the checkout that wastes what the driver saves; only the gate of the bench uses it.
+pub(crate) fn wasteful_module() -> Result<PathBuf> {
+    let flags = ["RUSTFLAGS_MODULE=--cfg=bench_wasteful"];
+    compile("module-wasteful", &repository()?, &flags)
+}
+
+/// Builds the module of `source` in the folder of objects `name`, with more words for make.
+fn compile(name: &str, source: &Path, flags: &[&str]) -> Result<PathBuf> {
+    let objects = objects(name, source)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
-    run::shown(&mut make(source, &objects)?)?;
+    run::shown(make(source, &objects)?.args(flags))?;
     let module = objects.join("xen-blkback-rs.ko");
     anyhow::ensure!(
         module.exists(),

@@ -45,7 +45,7 @@ enum Task {
     Demo,
     /// Run the tests; the last line has the sums.
     ///
-    /// Without --lane: host, check, build and e2e. The logs of the machine are in target/vm/e2e.
+    /// Without --lane: all but nightly. The logs of the machine are in target/vm/e2e.
     Test {
         /// Run only this lane; may be given more than once.
         #[arg(long = "lane", value_name = "NAME")]

@@ -8,6 +8,7 @@ use std::path::Path;
 
 const SIZE_MIB: u32 = 256;
 const NULL_BLK: &str = "/sys/kernel/config/nullb/bench";
+const WASTEFUL: &str = "/t/wasteful.ko";
 const FILE: &str = "/dev/shm/bench.img";
 /// The drivers must come and go when we say so, not when a disk appears.
 const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
@@ -111,14 +112,18 @@ impl Drivers {
             return Ok(());
         }
         match self.loaded {
-            Driver::Ours => sh::run(&["rmmod", "xen_blkback_rs"])?,
+            Driver::Ours | Driver::Wasteful => sh::run(&["rmmod", "xen_blkback_rs"])?,
             Driver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,
             Driver::None => String::new(),
         };
         self.loaded = Driver::None;
         let name = match wanted {
-            Driver::Ours => {
-                sh::run(&["insmod", &self.ours])?;
+            Driver::Ours | Driver::Wasteful => {
+                let file = match wanted {
+                    Driver::Wasteful => WASTEFUL,
+                    _ => &self.ours,
+                };
+                sh::run(&["insmod", file])?;
                 "xen-blkback-rs"
             }
             Driver::C(parameter) => {

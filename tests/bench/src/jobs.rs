@@ -2,6 +2,8 @@
 //! The load. A job is one entry of [`ALL`]; it is bounded by a number of I/Os, never by time, so that
 //! each backend does the same work.
 
+use crate::backends::Set;
+
 /// One job of fio.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job {
@@ -15,8 +17,8 @@ pub(crate) struct Job {
     pub(crate) processes: u32,
     /// I/Os of each process.
     pub(crate) count: u32,
-    /// Part of a quick run.
-    pub(crate) quick: bool,
+    /// When it is measured.
+    pub(crate) set: Set,
 }
 
 /// The sizes of a file server, as IOMeter has them.
@@ -29,7 +31,7 @@ const fn entry(
     words: &'static str,
     processes: u32,
     count: u32,
-    quick: bool,
+    set: Set,
 ) -> Job {
     Job {
         name,
@@ -37,22 +39,22 @@ const fn entry(
         words,
         processes,
         count,
-        quick,
+        set,
     }
 }
 
 /// All jobs.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Job] = &[
-    entry("rr4k-qd32", "4 KiB random read, depth 32", "--rw=randread --bs=4k --iodepth=32", 1, 5000, true),
-    entry("rw4k-qd32", "4 KiB random write, depth 32", "--rw=randwrite --bs=4k --iodepth=32", 1, 5000, false),
-    entry("rr4k-qd1", "4 KiB random read, depth 1", "--rw=randread --bs=4k --iodepth=1", 1, 2000, true),
-    entry("rw4k-qd1", "4 KiB random write, depth 1", "--rw=randwrite --bs=4k --iodepth=1", 1, 2000, false),
-    entry("r1m-qd4", "1 MiB sequential read, depth 4", "--rw=read --bs=1m --iodepth=4", 1, 180, true),
-    entry("w1m-qd4", "1 MiB sequential write, depth 4", "--rw=write --bs=1m --iodepth=4", 1, 180, true),
-    entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", "--rw=randwrite --bs=64k --iodepth=256", 4, 600, false),
-    entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", "--rwmixread=80", 2, 2000, false),
-    entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", "--rwmixread=20", 2, 2000, false),
+    entry("rr4k-qd32", "4 KiB random read, depth 32", "--rw=randread --bs=4k --iodepth=32", 1, 5000, Set::Quick),
+    entry("rw4k-qd32", "4 KiB random write, depth 32", "--rw=randwrite --bs=4k --iodepth=32", 1, 5000, Set::Full),
+    entry("rr4k-qd1", "4 KiB random read, depth 1", "--rw=randread --bs=4k --iodepth=1", 1, 2000, Set::Quick),
+    entry("rw4k-qd1", "4 KiB random write, depth 1", "--rw=randwrite --bs=4k --iodepth=1", 1, 2000, Set::Full),
+    entry("r1m-qd4", "1 MiB sequential read, depth 4", "--rw=read --bs=1m --iodepth=4", 1, 180, Set::Quick),
+    entry("w1m-qd4", "1 MiB sequential write, depth 4", "--rw=write --bs=1m --iodepth=4", 1, 180, Set::Quick),
+    entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", "--rw=randwrite --bs=64k --iodepth=256", 4, 600, Set::Full),
+    entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", "--rwmixread=80", 2, 2000, Set::Full),
+    entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", "--rwmixread=20", 2, 2000, Set::Full),
 ];
 
 impl Job {

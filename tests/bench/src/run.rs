@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The plan of a run: each backend in turn, forth and back, as many rounds as wanted.
 
-use crate::backends::{self, Backend, Driver, Store, Way};
+use crate::backends::{self, Backend, Driver, Set, Store, Way};
 use crate::disks::{Drivers, Stores};
 use crate::guest::Guest;
 use crate::jobs::{self, Job};
@@ -34,14 +34,14 @@ impl Plan {
     fn backends(&self) -> Result<Vec<Backend>> {
         let all = backends::ALL
             .iter()
-            .map(|entry| (entry.name, entry.quick, *entry));
+            .map(|entry| (entry.name, entry.set, *entry));
         select("backend", all.collect(), &self.backends, self.quick)
     }
 
     fn jobs(&self) -> Result<Vec<Job>> {
         let all = jobs::ALL
             .iter()
-            .map(|entry| (entry.name, entry.quick, *entry));
+            .map(|entry| (entry.name, entry.set, *entry));
         select("job", all.collect(), &self.jobs, self.quick)
     }
 
@@ -53,7 +53,7 @@ impl Plan {
 /// The entries named by `wanted`, in the order of the table; without names all, or all quick ones.
 fn select<T>(
     what: &str,
-    all: Vec<(&str, bool, T)>,
+    all: Vec<(&str, Set, T)>,
     wanted: &[String],
     quick: bool,
 ) -> Result<Vec<T>> {
@@ -65,8 +65,8 @@ fn select<T>(
             known.join(", ")
         );
     }
-    let chosen = |name: &str, in_quick: bool| match wanted {
-        [] => in_quick || !quick,
+    let chosen = |name: &str, set: Set| match wanted {
+        [] => set == Set::Quick || (set == Set::Full && !quick),
         names => names.iter().any(|wanted| wanted == name),
     };
     Ok(all
@@ -172,7 +172,7 @@ impl Bench {
     /// A figure of another driver than the one it is said to be of would be worse than none.
     fn check_server(&self, driver: Driver) -> Result<()> {
         let wanted = match driver {
-            Driver::Ours => Some("xen-blkback-rs"),
+            Driver::Ours | Driver::Wasteful => Some("xen-blkback-rs"),
             Driver::C(_) => Some("vbd"),
             Driver::None => None,
         };
@@ -187,15 +187,22 @@ impl Bench {
 
 #[cfg(test)]
 mod tests {
-    use super::select;
+    use super::{select, Set};
 
     #[test]
     fn names_choose_and_unknown_names_are_refused() {
-        let all = || vec![("a", true, 1), ("b", false, 2)];
+        let all = || {
+            vec![
+                ("a", Set::Quick, 1),
+                ("b", Set::Full, 2),
+                ("d", Set::Named, 3),
+            ]
+        };
         assert_eq!(select("x", all(), &[], false).unwrap(), [1, 2]);
         assert_eq!(select("x", all(), &[], true).unwrap(), [1]);
         assert_eq!(select("x", all(), &["b".into()], true).unwrap(), [2]);
+        assert_eq!(select("x", all(), &["d".into()], false).unwrap(), [3]);
         let error = select("x", all(), &["c".into()], true).unwrap_err();
-        assert!(error.to_string().contains("choose from a, b"));
+        assert!(error.to_string().contains("choose from a, b, d"));
     }
 }

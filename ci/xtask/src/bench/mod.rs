@@ -4,6 +4,7 @@
 //! The program `bench` (tests/bench) does the measuring inside and reports raw samples; a plugin of
 //! QEMU counts the instructions. Here they are put together, judged, and drawn.
 
+mod boot;
 mod bounds;
 mod chart;
 mod collect;
@@ -12,19 +13,15 @@ mod counts;
 mod result;
 mod table;
 
-use crate::machine::Machine;
-use crate::recipes::{self, Machines};
-use crate::root::Root;
-use crate::{build, payload, run as process};
-use anyhow::{ensure, Context, Result};
-use collect::Collector;
-use result::Results;
+use crate::build;
+use crate::tally::Tally;
+use anyhow::Result;
+use result::{Results, OURS, WASTEFUL};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 /// What the user asked for.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct Args {
     /// Fewer backends, jobs and rounds: under 3 minutes.
     #[arg(long)]
@@ -62,7 +59,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let old = args.against.as_deref().map(Results::read).transpose()?;
     let results = match &args.from {
         Some(file) => Results::read(file)?,
-        None => measure(args)?,
+        None if args.bounds => boot::measure(&bounded(OURS)?)?,
+        None => boot::measure(args)?,
     };
     let text = table::table(&results);
     print!("{text}");
@@ -81,9 +79,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         print!("{}", compare::compare(&old, &results));
     }
     if args.bounds {
-        let crossed = bounds::crossed(&results)?;
-        for line in &crossed {
-            println!("TOO DEAR: {line}");
+        println!("measured: {}", bounds::measured(&results, OURS)?);
+        let crossed = bounds::crossed(&results, OURS)?;
+        for (bound, why) in &crossed {
+            println!("TOO DEAR: {bound}: {why}");
         }
         return Ok(crossed.is_empty());
     }
@@ -98,123 +97,49 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(void.is_empty())
 }
 
-/// Boots the machine and collects.
-fn measure(args: &Args) -> Result<Results> {
-    let machines = recipes::machines()?;
-    let mut machine = Machine::new("bench");
-    machine.icount = true;
-    machine.checks = false;
-    // Each domain has a processor of its own, so that the counters tell them apart.
-    machine.xen_args = "dom0_max_vcpus=1 dom0_vcpus_pin".into();
-    machine.dom0_args = "noblkback".into();
-    machine.timeout = Duration::from_secs(if args.quick { 600 } else { 3600 });
-    machine.plugin = Some(plugin(&machines)?);
-    let payload = fill(args, &machines)?;
-    eprintln!("booting Xen and dom0 in QEMU, with time counted in instructions ...");
-    // The machine may have to wait for another one before it starts.
-    let mut start = None;
-    let mut collector = Collector::default();
-    let mut raw = String::new();
-    let outcome = machine.run(&machines, &payload, |line| {
-        raw.push_str(line);
-        raw.push('\n');
-        collector.line(line);
-        if let Some(progress) = collector.progress() {
-            let start = start.get_or_insert_with(Instant::now);
-            eprintln!("{:5} s  {progress}", start.elapsed().as_secs());
-        }
-    })?;
-    fs::write(outcome.console.with_file_name("report.jsonl"), raw)?;
-    outcome.verdict()?;
-    let counts = outcome.console.with_file_name("plugin.out");
-    let text = fs::read_to_string(&counts)
-        .with_context(|| format!("QEMU's plugin wrote no {}", counts.display()))?;
-    let mut results = collector.results(&counts::parse(&text)?)?;
-    results.quick = args.quick;
-    Ok(results)
+/// Measures these backends with the jobs that have bounds.
+fn bounded(backends: &str) -> Result<Args> {
+    Ok(Args {
+        backends: Some(backends.into()),
+        jobs: Some(bounds::jobs()?),
+        rounds: Some(1),
+        ..Args::default()
+    })
 }
 
-/// The payload: our module, the program that measures, and a guest.
-fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
-    let programs = build::programs()?;
-    let module = match &args.module {
-        Some(module) => module.canonicalize()?,
-        None => build::module()?,
-    };
-    let dir = payload::new("bench", &script(args)?)?;
-    fs::copy(&module, dir.join("xen-blkback-rs.ko"))
-        .with_context(|| format!("cannot copy {}", module.display()))?;
-    payload::add_program(&dir, &programs.join("bench"))?;
-    payload::add_guest(&dir, machines, &programs.join("vmtest"))?;
-    Ok(dir)
-}
-
-/// What dom0 runs.
-fn script(args: &Args) -> Result<String> {
-    if args.bounds {
-        let (jobs, rounds) = (bounds::jobs()?, args.rounds.unwrap_or(1));
-        return Ok(format!(
-            "exec /t/bench --backends phy --jobs {jobs} --rounds {rounds}\n"
-        ));
-    }
-    let mut line = "exec /t/bench".to_string();
-    if args.quick {
-        line.push_str(" --quick");
-    }
-    let quoted = |text: &str| text.replace('\'', "");
-    for (option, value) in [("--backends", &args.backends), ("--jobs", &args.jobs)] {
-        if let Some(names) = value {
-            line.push_str(&format!(" {option} '{}'", quoted(names)));
-        }
-    }
-    if let Some(rounds) = args.rounds {
-        line.push_str(&format!(" --rounds {rounds}"));
-    }
-    line.push('\n');
-    Ok(line)
-}
-
-/// Compiles the plugin in the build root: it must fit the QEMU in there, and needs nothing else.
-fn plugin(machines: &Machines) -> Result<PathBuf> {
-    let repository = build::repository()?;
-    let out = repository.join("target/bench");
-    fs::create_dir_all(&out)?;
-    let root = Root::new(&machines.build_root)
-        .bind_read_only(&repository.join("tests/bench/plugin/src"), "/mnt/a")
-        .bind(&out, "/mnt/b");
-    let script =
-        "rustc --edition 2021 -O -C linker=gcc-14 --crate-type cdylib --crate-name plugin \
-                  -o /mnt/b/plugin.so /mnt/a/lib.rs";
-    process::shown(&mut root.script(script)).context("cannot compile QEMU's plugin")?;
-    let file = out.join("plugin.so");
-    ensure!(
-        Path::new(&file).exists(),
-        "the compiler made no {}",
-        file.display()
+/// The lane of the gate: our driver keeps to its bounds, and a wasteful build of it does not.
+pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
+    let results = boot::measure(&bounded(&format!("{OURS},{WASTEFUL}"))?)?;
+    println!("measured: {}", bounds::measured(&results, OURS)?);
+    let (crossed, caught) = (
+        bounds::crossed(&results, OURS)?,
+        bounds::crossed(&results, WASTEFUL)?,
     );
-    Ok(file)
+    for bound in bounds::names()? {
+        match crossed.get(&bound) {
+            None => tally.pass(&format!("bench.{bound}")),
+            Some(why) => tally.fail(&format!("bench.{bound}"), why),
+        }
+    }
+    for job in bounds::jobs()?.split(',') {
+        let name = format!("bench.{job}.wasteful-build-is-caught");
+        if caught
+            .keys()
+            .any(|bound| bound.starts_with(&format!("{job}.")))
+        {
+            tally.pass(&name);
+        } else {
+            let why = "a module that sleeps and notifies for each request keeps to the bounds: they are too wide";
+            tally.fail(&name, why);
+        }
+    }
+    Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::{script, Args};
-
-    #[test]
-    fn wishes_reach_the_machine() {
-        let args = Args {
-            quick: true,
-            json: None,
-            against: None,
-            from: None,
-            backends: Some("phy,c".into()),
-            jobs: None,
-            rounds: Some(2),
-            module: None,
-            bounds: false,
-        };
-        assert_eq!(
-            script(&args).unwrap(),
-            "exec /t/bench --quick --backends 'phy,c' --rounds 2\n"
-        );
+impl Args {
+    /// This backend was asked for by its name.
+    fn wants(&self, backend: &str) -> bool {
+        let names = self.backends.as_deref().unwrap_or_default();
+        names.split(',').any(|name| name == backend)
     }
 }

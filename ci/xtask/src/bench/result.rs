@@ -12,6 +12,8 @@ pub(crate) const VERSION: u32 = 1;
 /// Our driver, and our driver again.
 pub(crate) const OURS: &str = "phy";
 pub(crate) const CONTROL: &str = "phy-again";
+/// The build of our driver that wastes what the driver saves.
+pub(crate) const WASTEFUL: &str = "phy-wasteful";
 /// How far the two may be apart.
 pub(crate) const CONTROL_LIMIT: f64 = 0.05;
 

@@ -22,6 +22,8 @@ pub(crate) enum Lane {
     E2e,
     /// A malicious frontend against the driver, in a Xen machine.
     Hostile,
+    /// Instructions per I/O against recorded bounds, in a Xen machine.
+    Bench,
     /// What takes too long for each change: random malicious requests.
     Nightly,
 }
@@ -33,6 +35,7 @@ const USUAL: &[Lane] = &[
     Lane::Build,
     Lane::E2e,
     Lane::Hostile,
+    Lane::Bench,
 ];
 
 /// Runs the lanes and returns their sums.
@@ -54,6 +57,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
             Lane::Build => build::tests(&mut tally),
             Lane::E2e => e2e::tests(&mut tally, only),
             Lane::Hostile => e2e::hostile(&mut tally),
+            Lane::Bench => crate::bench::gate(&mut tally),
             Lane::Nightly => nightly::tests(&mut tally),
         };
         if let Err(error) = done {

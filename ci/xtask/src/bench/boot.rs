@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! One boot of the machine that measures: what goes in, and what comes out of it.
+
+use super::collect::Collector;
+use super::result::{Results, WASTEFUL};
+use super::{counts, Args};
+use crate::machine::Machine;
+use crate::recipes::{self, Machines};
+use crate::root::Root;
+use crate::{build, payload, run as process};
+use anyhow::{ensure, Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Boots the machine and collects.
+pub(super) fn measure(args: &Args) -> Result<Results> {
+    let machines = recipes::machines()?;
+    let mut machine = Machine::new("bench");
+    machine.icount = true;
+    machine.checks = false;
+    // Each domain has a processor of its own, so that the counters tell them apart.
+    machine.xen_args = "dom0_max_vcpus=1 dom0_vcpus_pin".into();
+    machine.dom0_args = "noblkback".into();
+    machine.timeout = Duration::from_secs(if args.quick { 600 } else { 3600 });
+    machine.plugin = Some(plugin(&machines)?);
+    let payload = fill(args, &machines)?;
+    eprintln!("booting Xen and dom0 in QEMU, with time counted in instructions ...");
+    // The machine may have to wait for another one before it starts.
+    let mut start = None;
+    let mut collector = Collector::default();
+    let mut raw = String::new();
+    let outcome = machine.run(&machines, &payload, |line| {
+        raw.push_str(line);
+        raw.push('\n');
+        collector.line(line);
+        if let Some(progress) = collector.progress() {
+            let start = start.get_or_insert_with(Instant::now);
+            eprintln!("{:5} s  {progress}", start.elapsed().as_secs());
+        }
+    })?;
+    fs::write(outcome.console.with_file_name("report.jsonl"), raw)?;
+    outcome.verdict()?;
+    let counts = outcome.console.with_file_name("plugin.out");
+    let text = fs::read_to_string(&counts)
+        .with_context(|| format!("QEMU's plugin wrote no {}", counts.display()))?;
+    let mut results = collector.results(&counts::parse(&text)?)?;
+    results.quick = args.quick;
+    Ok(results)
+}
+
+/// The payload: our module, the program that measures, and a guest.
+fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
+    let programs = build::programs()?;
+    let module = match &args.module {
+        Some(module) => module.canonicalize()?,
+        None => build::module()?,
+    };
+    let dir = payload::new("bench", &script(args))?;
+    fs::copy(&module, dir.join("xen-blkback-rs.ko"))
+        .with_context(|| format!("cannot copy {}", module.display()))?;
+    if args.wants(WASTEFUL) {
+        fs::copy(build::wasteful_module()?, dir.join("wasteful.ko"))
+            .context("cannot copy the wasteful build of the module")?;
+    }
+    payload::add_program(&dir, &programs.join("bench"))?;
+    payload::add_guest(&dir, machines, &programs.join("vmtest"))?;
+    Ok(dir)
+}
+
+/// What dom0 runs.
+fn script(args: &Args) -> String {
+    let mut line = "exec /t/bench".to_string();
+    if args.quick {
+        line.push_str(" --quick");
+    }
+    let quoted = |text: &str| text.replace('\'', "");
+    for (option, value) in [("--backends", &args.backends), ("--jobs", &args.jobs)] {
+        if let Some(names) = value {
+            line.push_str(&format!(" {option} '{}'", quoted(names)));
+        }
+    }
+    if let Some(rounds) = args.rounds {
+        line.push_str(&format!(" --rounds {rounds}"));
+    }
+    line.push('\n');
+    line
+}
+
+/// Compiles the plugin in the build root: it must fit the QEMU in there, and needs nothing else.
+fn plugin(machines: &Machines) -> Result<PathBuf> {
+    let repository = build::repository()?;
+    let out = repository.join("target/bench");
+    fs::create_dir_all(&out)?;
+    let root = Root::new(&machines.build_root)
+        .bind_read_only(&repository.join("tests/bench/plugin/src"), "/mnt/a")
+        .bind(&out, "/mnt/b");
+    let script =
+        "rustc --edition 2021 -O -C linker=gcc-14 --crate-type cdylib --crate-name plugin \
+                  -o /mnt/b/plugin.so /mnt/a/lib.rs";
+    process::shown(&mut root.script(script)).context("cannot compile QEMU's plugin")?;
+    let file = out.join("plugin.so");
+    ensure!(
+        Path::new(&file).exists(),
+        "the compiler made no {}",
+        file.display()
+    );
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{script, Args};
+
+    #[test]
+    fn wishes_reach_the_machine() {
+        let args = Args {
+            quick: true,
+            backends: Some("phy,c".into()),
+            rounds: Some(2),
+            ..Args::default()
+        };
+        assert_eq!(
+            script(&args),
+            "exec /t/bench --quick --backends 'phy,c' --rounds 2\n"
+        );
+    }
+}
