@@ -18,7 +18,7 @@ pub(super) const MINORS: u32 = MAX_MINORS;
 /// A disk and its node.
 struct Place {
     disk: Arc<TapDisk>,
-    _node: Node,
+    node: Node,
 }
 
 /// The disks, and what is needed to make more. A node goes before the region of its number.
@@ -100,7 +100,7 @@ pub(super) fn create(new: &NewDisk) -> Result<u32> {
     let name = CString::try_from_fmt(fmt!("xentap!{minor}"))?;
     // Who opens it at once waits for the lock.
     let node = table.nodes.add_node(&table.class, minor, &name)?;
-    let place = Place { disk, _node: node };
+    let place = Place { disk, node };
     table
         .places
         .try_create_and_insert(minor, place, GFP_KERNEL)?;
@@ -125,9 +125,13 @@ fn lowest_free(places: &RBTree<u32, Place>) -> Option<u32> {
 /// `ENOENT` if there is none, `EBUSY` while it is open or bound.
 pub(super) fn destroy(minor: u32) -> Result {
     let mut table = TABLE.lock();
-    let table = table.as_mut().ok_or(ENODEV)?;
-    let place = table.places.get(&minor).ok_or(ENOENT)?;
-    place.disk.destroy()?;
-    table.places.remove(&minor);
+    let places = &mut table.as_mut().ok_or(ENODEV)?.places;
+    places.get(&minor).ok_or(ENOENT)?.disk.destroy()?;
+    let place = places.remove(&minor).ok_or(ENOENT)?;
+    // Under the lock: the next disk of this number makes the same node.
+    drop(place.node);
+    drop(table);
+    // Not under the lock: it may wait for readers of the wait queue.
+    drop(place.disk);
     Ok(())
 }

@@ -24,7 +24,8 @@ impl Pages {
     /// Maps all pages with memory into a process; the mapping must have their length. May sleep.
     ///
     /// They are ordinary memory to the process: it may use them for direct I/O. The mapping can
-    /// neither be grown nor executed, and is not passed on by `fork`.
+    /// neither be grown nor executed, is not passed on by `fork`, and is left out of a core dump: it
+    /// holds data of a guest.
     pub(crate) fn map(&self, mapping: &NewMapping<'_>, writable: bool) -> Result {
         if mapping.len() != self.bytes_of_memory() || !mapping.is_shared() {
             return Err(EINVAL);
@@ -36,6 +37,7 @@ impl Pages {
         area.try_clear_mayexec().map_err(|_| EACCES)?;
         area.set_dontexpand();
         area.set_dontcopy();
+        area.set_dontdump();
         area.set_mixedmap();
         let mut left = self.raw_with_memory().len();
         // SAFETY: The area is being set up and spans exactly these pages, which are valid and
