@@ -470,8 +470,8 @@ impl Machine {
         }
         job.landed += now;
         if job.landed == desc.sectors {
-            let sectors: Vec<u64> = (desc.sector..desc.sector + desc.sectors).collect();
             if desc.flags & DESC_FUA != 0 {
+                let sectors: Vec<u64> = (desc.sector..desc.sector + desc.sectors).collect();
                 self.flush_store(&sectors);
             }
             job.done = true;

@@ -13,8 +13,8 @@ use sim::process::{Moment, Plan};
 use sim::schedule::{run_served, run_two_guests, Served};
 use sim::tap::Counts;
 
-const DEFAULT_TIME: Duration = Duration::from_secs(4);
-const LEAST_CASES: u64 = 400;
+const DEFAULT_TIME: Duration = Duration::from_secs(3);
+const LEAST_CASES: u64 = 300;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
