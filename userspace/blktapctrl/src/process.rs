@@ -59,7 +59,8 @@ impl Process {
             // What a terminal sends to us is not meant for who serves a guest.
             .process_group(0);
         if let Some((uid, gid)) = program.user {
-            command.uid(uid).gid(gid);
+            // It becomes that user by itself, after it has locked its memory.
+            command.arg("--user").arg(format!("{uid}:{gid}"));
         }
         let result = command.spawn().map_err(|error| {
             Failure::system(

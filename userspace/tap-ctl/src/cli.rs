@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use control::supervisor::Mode;
+use control::tapdisk::Engine;
+use control::{Driver, Target};
+use std::path::PathBuf;
+
+/// Make, watch and take away disks that a process serves to Xen guests.
+///
+/// `create` and `destroy` do all that a disk needs; xl's script block-tap-rs uses them. The other
+/// verbs are the single steps, as tap-ctl has had them since blktap2.
+#[derive(Debug, Parser)]
+#[command(name = "tap-ctl", version, after_long_help = HELP, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Print JSON, for programs
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Socket of the supervisor blktapctrl
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        default_value = "/run/xentap/control.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+const HELP: &str = "\
+A target is DRIVER:IMAGE or DRIVER:SIZE:
+  aio:/srv/a.img   a raw file or block device, past the page cache
+  sync:/srv/a.img  the same, on file systems that cannot do that
+  ram:64M          memory; the content is lost with the process
+  null:64M         zeroes; writes are forgotten
+
+Examples:
+  tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor number
+  tap-ctl list                          # what there is
+  tap-ctl pause -m 0                    # the guest waits, the image is closed
+  tap-ctl unpause -m 0 -a aio:/srv/b.img
+  tap-ctl top                           # who is doing how much
+  tap-ctl events                        # what happens
+  tap-ctl destroy -m 0
+
+A guest's disk is made by xl, not by hand:
+  disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
+
+Exit status: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if somebody else uses the
+image or the disk, 4 if there is no such disk or image, 5 if blktapctrl does not answer.";
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// List disks, and processes without one
+    List(List),
+    /// Make a node, and print its minor number
+    Allocate(Allocate),
+    /// Take a node away that has no process
+    Free {
+        /// The node
+        #[arg(short, long)]
+        minor: u32,
+    },
+    /// Start a process without a disk, and print its number
+    Spawn,
+    /// Give a node to a process without one
+    Attach(Both),
+    /// Take the node from a process whose image is closed; the process ends
+    Detach(Which),
+    /// Open an image
+    Open(Open),
+    /// Close the image; requests of the guest wait
+    Close(Close),
+    /// Finish what is running, and close the image until unpause; requests of the guest wait
+    Pause(Pause),
+    /// Go on, perhaps with another image
+    Unpause(Unpause),
+    /// Look at the image's size again, and tell the guest
+    Resize(Which),
+    /// What a disk has counted since its process was started
+    Stats(Which),
+    /// Make a disk and serve it
+    Create(Create),
+    /// Take a disk away, with its process and its node
+    Destroy(Named),
+    /// Show what all disks are doing, again and again
+    Top(Top),
+    /// Print what happens, from now on
+    Events(Events),
+    /// Print a completion script or the manual page
+    #[command(hide = true)]
+    Generate {
+        /// What
+        what: Generated,
+    },
+}
+
+/// What can be made from this description.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Generated {
+    /// tap-ctl(8)
+    Man,
+    /// Completions for bash
+    Bash,
+    /// Completions for zsh
+    Zsh,
+    /// Completions for fish
+    Fish,
+}
+
+/// Which disks to list: those that fit all that is said.
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// Of this process
+    #[arg(short, long)]
+    pub(crate) pid: Option<u32>,
+    /// With this node
+    #[arg(short, long)]
+    pub(crate) minor: Option<u32>,
+    /// Of this driver
+    #[arg(short = 't', long = "type")]
+    pub(crate) driver: Option<Driver>,
+    /// Of this image
+    #[arg(short, long)]
+    pub(crate) file: Option<PathBuf>,
+}
+
+/// What happens when things go wrong.
+#[derive(Debug, Args)]
+pub(crate) struct Policy {
+    /// Fail requests after so many seconds without a process; 0 holds them for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) fail_after: u32,
+    /// Call a process hung that answers nothing for so many seconds; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) hung_after: u32,
+    /// Kill a process that is hung, so that it is replaced; else only an event tells
+    #[arg(long)]
+    pub(crate) kill_hung: bool,
+}
+
+/// A node.
+#[derive(Debug, Args)]
+pub(crate) struct Allocate {
+    /// The number that is wanted; the lowest free one if not said
+    #[arg(short, long)]
+    pub(crate) minor: Option<u32>,
+    /// MiB of memory shared with the process, at most 64; 0 for the default
+    #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=64))]
+    pub(crate) arena: u32,
+    #[command(flatten)]
+    pub(crate) policy: Policy,
+}
+
+/// A disk, by its node or its process.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Which {
+    /// Its process
+    #[arg(short, long)]
+    pub(crate) pid: Option<u32>,
+    /// Its node
+    #[arg(short, long)]
+    pub(crate) minor: Option<u32>,
+}
+
+/// A disk, also by what it was made for.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Named {
+    /// Its process
+    #[arg(short, long)]
+    pub(crate) pid: Option<u32>,
+    /// Its node
+    #[arg(short, long)]
+    pub(crate) minor: Option<u32>,
+    /// The backend's directory in xenstore for which it was made
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vbd: Option<String>,
+}
+
+/// A process and a node.
+#[derive(Debug, Args)]
+pub(crate) struct Both {
+    /// The process
+    #[arg(short, long)]
+    pub(crate) pid: u32,
+    /// The node
+    #[arg(short, long)]
+    pub(crate) minor: u32,
+}
+
+/// How an image is opened.
+#[derive(Debug, Args)]
+pub(crate) struct Image {
+    /// What to serve: DRIVER:IMAGE or DRIVER:SIZE
+    #[arg(short = 'a', long = "args", value_name = "TARGET")]
+    pub(crate) target: String,
+    /// Guests may not write
+    #[arg(short = 'R', long, conflicts_with = "mode")]
+    pub(crate) readonly: bool,
+    /// Who may share the image: r (beside readers), w (nobody), r! and w! (whoever else has it)
+    #[arg(long, value_name = "MODE")]
+    pub(crate) mode: Option<Mode>,
+    /// How I/O is done
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) engine: EngineName,
+    /// Guests may not discard, so that the image stays as large as it is
+    #[arg(long)]
+    pub(crate) no_discard: bool,
+}
+
+/// The names of engines.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum EngineName {
+    /// io_uring, and Linux AIO where that is not allowed
+    #[default]
+    Auto,
+    /// io_uring
+    Uring,
+    /// Linux AIO
+    Aio,
+    /// One system call after the other
+    Sync,
+}
+
+impl From<EngineName> for Engine {
+    fn from(name: EngineName) -> Engine {
+        match name {
+            EngineName::Auto => Engine::Auto,
+            EngineName::Uring => Engine::Uring,
+            EngineName::Aio => Engine::Aio,
+            EngineName::Sync => Engine::Sync,
+        }
+    }
+}
+
+/// An image for a disk that is there.
+#[derive(Debug, Args)]
+pub(crate) struct Open {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) image: Image,
+}
+
+/// A disk to close.
+#[derive(Debug, Args)]
+pub(crate) struct Close {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Kill the process if it does not finish in time
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Seconds to wait
+    #[arg(short, long, default_value_t = 120)]
+    pub(crate) timeout: u32,
+}
+
+/// A disk to pause.
+#[derive(Debug, Args)]
+pub(crate) struct Pause {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Seconds to wait
+    #[arg(short, long, default_value_t = 120)]
+    pub(crate) timeout: u32,
+}
+
+/// A disk that goes on.
+#[derive(Debug, Args)]
+pub(crate) struct Unpause {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Another image; only the size may differ
+    #[arg(short = 'a', long = "args", value_name = "TARGET")]
+    pub(crate) target: Option<Target>,
+}
+
+/// A disk to make.
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) node: Allocate,
+    /// The backend's directory in xenstore for which it is: the disk goes when that goes. The target
+    /// may then also be what libxl makes of one, such as a path alone
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vbd: Option<String>,
+    /// Serve NBD clients too, at /run/xentap/nbd/MINOR.sock
+    #[arg(long)]
+    pub(crate) nbd: bool,
+    /// Print the minor number and nothing else
+    #[arg(long)]
+    pub(crate) minor_only: bool,
+}
+
+/// A display.
+#[derive(Debug, Args)]
+pub(crate) struct Top {
+    /// Seconds between two pictures
+    #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) delay: u32,
+    /// Show so many pictures, then end
+    #[arg(short = 'n', long)]
+    pub(crate) iterations: Option<u32>,
+}
+
+/// Events.
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    /// Begin after the event with this number; 0 for all that are kept
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) after: Option<u64>,
+}

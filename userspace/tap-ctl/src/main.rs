@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! tap-ctl: the command line of tap disks.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod show;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Generated, Image, Verb};
+use control::supervisor::{
+    self, Allocate, Create, Event, Filter, Hung, Mode, Reply, Request, What, Which,
+};
+use control::tapdisk::Open;
+use control::{Channel, Code, Failure, Target};
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.verb {
+        Verb::Generate { what } => generate(*what),
+        Verb::Top(top) => watch(&cli, top),
+        Verb::Events(events) => follow(&cli, events),
+        verb => once(&cli, verb),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Such as `tap-ctl events | head`.
+        Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Error::Output(error)) => {
+            eprintln!("tap-ctl: cannot write: {error}");
+            ExitCode::FAILURE
+        }
+        Err(Error::Failed(failure)) => {
+            if cli.json {
+                println!("{}", serde_json::json!({ "error": failure }));
+            }
+            eprintln!("tap-ctl: {failure}");
+            ExitCode::from(status(failure.code))
+        }
+        Err(Error::Silent(failure)) => {
+            eprintln!("tap-ctl: {failure}: is blktapctrl running? systemctl start blktapctrl");
+            ExitCode::from(5)
+        }
+    }
+}
+
+/// Why it was not done.
+enum Error {
+    /// The answer cannot be printed.
+    Output(io::Error),
+    /// The supervisor says no.
+    Failed(Failure),
+    /// The supervisor says nothing.
+    Silent(Failure),
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Error {
+        Error::Output(error)
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Error {
+        match failure.code {
+            Code::Gone => Error::Silent(failure),
+            _ => Error::Failed(failure),
+        }
+    }
+}
+
+fn status(code: Code) -> u8 {
+    match code {
+        Code::Invalid => 2,
+        Code::Busy => 3,
+        Code::NotFound => 4,
+        _ => 1,
+    }
+}
+
+fn connect(cli: &Cli) -> Result<Channel, Error> {
+    Channel::connect(&cli.socket).map_err(|failure| match failure.code {
+        Code::Denied => Error::Failed(failure),
+        _ => Error::Silent(failure),
+    })
+}
+
+fn print(json: &impl serde::Serialize) -> Result<(), Error> {
+    let text = serde_json::to_string(json).map_err(io::Error::other)?;
+    Ok(writeln!(io::stdout(), "{text}")?)
+}
+
+fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
+    let request = request(verb)?;
+    let reply: Reply = connect(cli)?.ask(request, &[])?;
+    if cli.json {
+        return print(&reply);
+    }
+    let text = match (verb, &reply) {
+        (Verb::Create(create), Reply::Created { minor, .. }) if create.minor_only => {
+            format!("{minor}\n")
+        }
+        (_, reply) => show::reply(reply),
+    };
+    Ok(io::stdout().write_all(text.as_bytes())?)
+}
+
+fn request(verb: &Verb) -> Result<Request, Failure> {
+    Ok(match verb {
+        Verb::List(list) => Request::List(Filter {
+            pid: list.pid,
+            minor: list.minor,
+            driver: list.driver,
+            file: list.file.clone(),
+        }),
+        Verb::Allocate(node) => Request::Allocate(allocate(node)),
+        Verb::Free { minor } => Request::Free { minor: *minor },
+        Verb::Spawn => Request::Spawn,
+        Verb::Attach(both) => Request::Attach(Which {
+            minor: Some(both.minor),
+            pid: Some(both.pid),
+            vbd: None,
+        }),
+        Verb::Detach(which) => Request::Detach(named(which)),
+        Verb::Open(open) => Request::Open {
+            which: named(&open.which),
+            open: image(&open.image, open.image.target.parse()?),
+            mode: mode(&open.image),
+        },
+        Verb::Close(close) => Request::Close {
+            which: named(&close.which),
+            force: close.force,
+            timeout_s: close.timeout,
+        },
+        Verb::Pause(pause) => Request::Pause {
+            which: named(&pause.which),
+            timeout_s: pause.timeout,
+        },
+        Verb::Unpause(unpause) => Request::Unpause {
+            which: named(&unpause.which),
+            target: unpause.target.clone(),
+        },
+        Verb::Resize(which) => Request::Resize(named(which)),
+        Verb::Stats(which) => Request::Stats(named(which)),
+        Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
+        Verb::Destroy(which) => Request::Destroy {
+            which: Which {
+                minor: which.minor,
+                pid: which.pid,
+                vbd: which.vbd.clone(),
+            },
+        },
+        Verb::Top(_) | Verb::Events(_) | Verb::Generate { .. } => Request::Top,
+    })
+}
+
+fn named(which: &cli::Which) -> Which {
+    Which {
+        minor: which.minor,
+        pid: which.pid,
+        vbd: None,
+    }
+}
+
+fn mode(image: &Image) -> Mode {
+    let usual = if image.readonly {
+        Mode::Read
+    } else {
+        Mode::Write
+    };
+    image.mode.unwrap_or(usual)
+}
+
+fn image(image: &Image, target: Target) -> Open {
+    Open {
+        engine: image.engine.into(),
+        discard: !image.no_discard,
+        ..Open::new(target)
+    }
+}
+
+fn allocate(node: &cli::Allocate) -> Allocate {
+    Allocate {
+        minor: node.minor,
+        // At most 64 MiB, as the command line is checked.
+        arena_kib: node.arena << 10,
+        policy: supervisor::Policy {
+            fail_after_s: node.policy.fail_after,
+            hung_after_s: node.policy.hung_after,
+            hung: if node.policy.kill_hung {
+                Hung::Kill
+            } else {
+                Hung::Report
+            },
+        },
+    }
+}
+
+fn create(create: &cli::Create) -> Result<Create, Failure> {
+    let target = match create.vbd {
+        Some(_) => Target::from_params(&create.image.target)?,
+        None => create.image.target.parse()?,
+    };
+    let node = allocate(&create.node);
+    Ok(Create {
+        open: image(&create.image, target),
+        mode: mode(&create.image),
+        minor: node.minor,
+        policy: node.policy,
+        arena_kib: node.arena_kib,
+        vbd: create.vbd.clone(),
+        nbd: create.nbd,
+    })
+}
+
+fn watch(cli: &Cli, top: &cli::Top) -> Result<(), Error> {
+    let mut channel = connect(cli)?;
+    let mut before = None;
+    let mut left = top.iterations;
+    let period = Duration::from_secs(top.delay.into());
+    loop {
+        let now = Instant::now();
+        let reply: Reply = channel.ask(Request::Top, &[])?;
+        let Reply::Top { rows } = &reply else {
+            return Err(Failure::invalid("blktapctrl answered something else").into());
+        };
+        if cli.json {
+            print(&reply)?;
+        } else {
+            let text = show::top(rows, before.as_ref().map(|(at, rows)| (now - *at, rows)));
+            // Home, and clear what is below.
+            let clear = if io::stdout().is_terminal() {
+                "\x1b[H\x1b[J"
+            } else {
+                ""
+            };
+            write!(io::stdout(), "{clear}{text}")?;
+            io::stdout().flush()?;
+        }
+        before = Some((now, rows.clone()));
+        left = left.map(|left| left.saturating_sub(1));
+        if left == Some(0) {
+            return Ok(());
+        }
+        std::thread::sleep(period);
+    }
+}
+
+fn follow(cli: &Cli, events: &cli::Events) -> Result<(), Error> {
+    let mut channel = connect(cli)?;
+    // Without a number only what is to come is wanted: what is kept is passed over.
+    let since = match events.after {
+        Some(_) => 0,
+        None => std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| since.as_millis()),
+    };
+    let after = events.after.unwrap_or(0);
+    let _: Reply = channel.ask(Request::Subscribe { after }, &[])?;
+    while let Some((event, _)) = channel.receive::<Event>()? {
+        if u128::from(event.body.at_ms) < since {
+            continue;
+        }
+        if cli.json {
+            print(&event.body)?;
+        } else if event.body.what != What::Other {
+            writeln!(io::stdout(), "{}", show::event(&event.body))?;
+        }
+    }
+    Err(Failure::new(Code::Gone, "blktapctrl has ended").into())
+}
+
+fn generate(what: Generated) -> Result<(), Error> {
+    use clap_complete::{generate, Shell};
+    let mut command = Cli::command();
+    let mut out = io::stdout();
+    let shell = match what {
+        Generated::Bash => Shell::Bash,
+        Generated::Zsh => Shell::Zsh,
+        Generated::Fish => Shell::Fish,
+        Generated::Man => return Ok(out.write_all(&show::manual(command)?)?),
+    };
+    generate(shell, &mut command, "tap-ctl", &mut out);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{request, Cli};
+    use clap::{CommandFactory, Parser};
+    use control::supervisor::{Hung, Mode, Request};
+    use control::Code;
+
+    fn parse(line: &str) -> Result<Request, Code> {
+        let cli = Cli::try_parse_from(line.split(' ')).map_err(|_| Code::Other)?;
+        request(&cli.verb).map_err(|failure| failure.code)
+    }
+
+    #[test]
+    fn description_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn verbs_of_blktap2_mean_what_they_meant() {
+        for line in [
+            "tap-ctl list -p 3 -m 4 -t aio -f /srv/a.img",
+            "tap-ctl allocate",
+            "tap-ctl free -m 3",
+            "tap-ctl spawn",
+            "tap-ctl attach -p 3 -m 4",
+            "tap-ctl detach -p 3 -m 4",
+            "tap-ctl open -p 3 -m 4 -a aio:/srv/a.img -R",
+            "tap-ctl close -p 3 -m 4 -f -t 5",
+            "tap-ctl pause -p 3 -m 4 -t 5",
+            "tap-ctl unpause -p 3 -m 4 -a aio:/srv/a.img",
+            "tap-ctl stats -p 3 -m 4",
+            "tap-ctl create -a aio:/srv/a.img -R",
+            "tap-ctl destroy -p 3 -m 4",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+        for line in [
+            "tap-ctl attach -p 3",
+            "tap-ctl stats",
+            "tap-ctl create",
+            "tap-ctl create -a aio:/a -R --mode w",
+            "tap-ctl create -a aio:/a --arena 65",
+        ] {
+            assert_eq!(parse(line), Err(Code::Other), "{line}");
+        }
+        assert_eq!(parse("tap-ctl create -a vhd:/a"), Err(Code::Invalid));
+    }
+
+    #[test]
+    fn what_the_script_asks_for() {
+        let line = "tap-ctl create --vbd backend/vbd/3/51712 --mode w! --minor-only -a /srv/a.img";
+        let Ok(Request::Create(create)) = parse(line) else {
+            panic!("{line}");
+        };
+        assert_eq!(create.open.target.to_string(), "aio:/srv/a.img");
+        assert_eq!(create.mode, Mode::WriteShared);
+        assert_eq!(create.vbd.as_deref(), Some("backend/vbd/3/51712"));
+        // By hand a driver is named.
+        assert_eq!(parse("tap-ctl create -a /srv/a.img"), Err(Code::Invalid));
+    }
+
+    #[test]
+    fn policy_is_passed_on() {
+        let line = "tap-ctl create -a ram:1M --arena 8 --fail-after 7 --kill-hung --hung-after 9";
+        let Ok(Request::Create(create)) = parse(line) else {
+            panic!("{line}");
+        };
+        assert_eq!(create.arena_kib, 8192);
+        assert_eq!(create.policy.fail_after_s, 7);
+        assert_eq!(create.policy.hung_after_s, 9);
+        assert_eq!(create.policy.hung, Hung::Kill);
+    }
+}

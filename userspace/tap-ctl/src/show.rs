@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What people see.
+
+use clap::Command;
+use control::stats::{Counter, Stats};
+use control::supervisor::{Event, Reply, Row, TopRow, What};
+use control::tapdisk::Disk;
+use std::fmt::Write;
+use std::io;
+use std::time::Duration;
+
+/// An answer as text; empty where there is nothing to say.
+pub(crate) fn reply(reply: &Reply) -> String {
+    match reply {
+        Reply::Done => String::new(),
+        Reply::Process(process) => format!("{} pid={}\n", process.program, process.pid),
+        Reply::Minor { minor } => format!("{minor}\n"),
+        Reply::Pid { pid } => format!("{pid}\n"),
+        Reply::Opened(disk) => format!("{}\n", self::disk(disk)),
+        Reply::Created { minor, pid, disk } => {
+            format!("minor={minor} pid={pid} {}\n", self::disk(disk))
+        }
+        Reply::Disks { disks } => disks.iter().map(row).collect(),
+        Reply::Stats(stats) => self::stats(stats),
+        Reply::Top { rows } => top(rows, None),
+    }
+}
+
+fn disk(disk: &Disk) -> String {
+    format!(
+        "size={} block={} physical-block={} access={} discard={} engine={:?}",
+        disk.size,
+        disk.logical_block,
+        disk.physical_block,
+        if disk.read_only { "r" } else { "w" },
+        if disk.discard { "yes" } else { "no" },
+        disk.engine
+    )
+    .to_lowercase()
+}
+
+/// A line as tap-ctl has always printed it: words `name=value`.
+fn row(row: &Row) -> String {
+    let mut line = String::new();
+    let mut add = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            // Writing to a string cannot fail.
+            let _ = write!(
+                line,
+                "{}{name}={value}",
+                if line.is_empty() { "" } else { " " }
+            );
+        }
+    };
+    add("pid", row.pid.map(|pid| pid.to_string()));
+    add("minor", row.minor.map(|minor| minor.to_string()));
+    let state = row.state.map(|state| format!("{state:?}").to_lowercase());
+    add("state", state.or_else(|| Some("none".into())));
+    add("args", row.target.as_ref().map(ToString::to_string));
+    add("mode", row.mode.map(|mode| mode.to_string()));
+    if let Some(kernel) = &row.kernel {
+        add("kernel", Some(kernel.state.clone()));
+        add("waiting", Some(kernel.waiting.to_string()));
+        add("delivered", Some(kernel.delivered.to_string()));
+    }
+    add("restarts", Some(row.restarts.to_string()));
+    add("vbd", row.vbd.clone());
+    line + "\n"
+}
+
+fn stats(stats: &Stats) -> String {
+    let mut text = format!(
+        "{:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
+        "", "requests", "bytes", "errors", "half <us", "99 % <us", "all <us"
+    );
+    for (name, counter) in counters(stats) {
+        let below = |share| counter.latency.below(share) / 1000;
+        let _ = writeln!(
+            text,
+            "{name:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}",
+            counter.requests,
+            counter.bytes,
+            counter.errors,
+            below(0.5),
+            below(0.99),
+            below(1.0)
+        );
+    }
+    let _ = writeln!(
+        text,
+        "replayed={} in-flight={} turns={} sleeps={} calls={} nbd={}",
+        stats.replayed, stats.in_flight, stats.turns, stats.sleeps, stats.calls, stats.nbd
+    );
+    for (name, number) in &stats.driver {
+        let _ = writeln!(text, "{name}={number}");
+    }
+    text
+}
+
+fn counters(stats: &Stats) -> [(&'static str, &Counter); 5] {
+    [
+        ("read", &stats.read),
+        ("write", &stats.write),
+        ("flush", &stats.flush),
+        ("discard", &stats.discard),
+        ("zeroes", &stats.zeroes),
+    ]
+}
+
+/// All disks, with what they did since `before`.
+pub(crate) fn top(rows: &[TopRow], before: Option<(Duration, &Vec<TopRow>)>) -> String {
+    let mut text = format!(
+        "{:>5} {:>7} {:9} {:>8} {:>8} {:>8} {:>8} {:>5} {:>5} {:>8} {:>8} TARGET\n",
+        "MINOR",
+        "PID",
+        "STATE",
+        "READ/s",
+        "WRITE/s",
+        "rMiB/s",
+        "wMiB/s",
+        "WAIT",
+        "BUSY",
+        "99%us",
+        "MEM KiB"
+    );
+    for now in rows {
+        let row = &now.row;
+        let number = |value: Option<u32>| value.map_or("-".into(), |value| value.to_string());
+        // Of the same process, or there is no difference to show.
+        let old = before.and_then(|(elapsed, rows)| {
+            let old = rows
+                .iter()
+                .find(|old| old.row.minor == row.minor && old.row.pid == row.pid)?;
+            Some((elapsed.as_secs_f64(), old.stats.as_deref()?))
+        });
+        let rate = |counter: fn(&Stats) -> u64, unit: f64| match (old, now.stats.as_deref()) {
+            (Some((seconds, old)), Some(new)) if seconds > 0.0 => {
+                let done = counter(new).saturating_sub(counter(old));
+                format!("{:.1}", done as f64 / seconds / unit)
+            }
+            _ => "-".into(),
+        };
+        const MIB: f64 = 1048576.0;
+        let slow = now.stats.as_ref().map_or("-".into(), |stats| {
+            let worst = stats.read.latency.below(0.99);
+            (worst.max(stats.write.latency.below(0.99)) / 1000).to_string()
+        });
+        let state = match (&row.state, &row.kernel) {
+            (Some(state), _) => format!("{state:?}").to_lowercase(),
+            (None, Some(kernel)) => kernel.state.clone(),
+            (None, None) => "-".into(),
+        };
+        let _ = writeln!(
+            text,
+            "{:>5} {:>7} {state:9} {:>8} {:>8} {:>8} {:>8} {:>5} {:>5} {slow:>8} {:>8} {}",
+            number(row.minor),
+            number(row.pid),
+            rate(|stats| stats.read.requests, 1.0),
+            rate(|stats| stats.write.requests, 1.0),
+            rate(|stats| stats.read.bytes, MIB),
+            rate(|stats| stats.write.bytes, MIB),
+            number(row.kernel.as_ref().map(|kernel| kernel.waiting)),
+            number(row.kernel.as_ref().map(|kernel| kernel.delivered)),
+            now.resident
+                .map_or("-".into(), |bytes| (bytes >> 10).to_string()),
+            row.target.as_ref().map_or("-".into(), ToString::to_string),
+        );
+    }
+    text
+}
+
+/// An event in one line.
+pub(crate) fn event(event: &Event) -> String {
+    let disk = event
+        .minor
+        .map_or("-".to_owned(), |minor| format!("disk {minor}"));
+    let what = match &event.what {
+        What::Created {
+            target: Some(target),
+        } => format!("made for {target}"),
+        What::Created { target: None } => "made".into(),
+        What::Started { pid } => format!("served by tapdisk {pid}"),
+        What::Died { pid, how } => format!("tapdisk {pid} {how}"),
+        What::Hung {
+            pid,
+            for_ms,
+            killed,
+        } => {
+            let then = if *killed { "killed" } else { "left alone" };
+            format!("tapdisk {pid} has not answered for {for_ms} ms, {then}")
+        }
+        What::Failed { message, retry_ms } => {
+            format!("no process: {message}; next attempt in {retry_ms} ms")
+        }
+        What::Paused => "paused".into(),
+        What::Unpaused => "goes on".into(),
+        What::Resized { size } => format!("has {size} bytes now"),
+        What::Destroyed => "gone".into(),
+        What::Lost { count } => format!("{count} events were not kept"),
+        What::Other => "something that a newer tap-ctl knows".into(),
+    };
+    let (seconds, ms) = (event.at_ms / 1000, event.at_ms % 1000);
+    format!("{seconds}.{ms:03} {:>4} {disk}: {what}", event.number)
+}
+
+/// tap-ctl(8), with a section for each verb.
+pub(crate) fn manual(mut command: Command) -> io::Result<Vec<u8>> {
+    command.build();
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(command.clone()).section("8");
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        if verb.get_name() == "help" {
+            continue;
+        }
+        page.extend(format!(".SH \"{}\"\n", verb.get_name().to_uppercase()).bytes());
+        let verb = clap_mangen::Man::new(verb.clone());
+        let mut part = Vec::new();
+        verb.render_synopsis_section(&mut part)?;
+        verb.render_description_section(&mut part)?;
+        verb.render_options_section(&mut part)?;
+        let text = String::from_utf8_lossy(&part).replace(".SH ", ".SS ");
+        page.extend(text.bytes());
+    }
+    man.render_extra_section(&mut page)?;
+    page.extend(b".SH \"SEE ALSO\"\nblktapctrl(8), tapdisk(8), block\\-tap\\-rs(8)\n");
+    Ok(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{row, top};
+    use control::stats::Stats;
+    use control::supervisor::{Kernel, Mode, Row, TopRow};
+    use control::tapdisk::State;
+    use std::time::Duration;
+
+    fn sample() -> Row {
+        Row {
+            minor: Some(4),
+            pid: Some(312),
+            state: Some(State::Running),
+            kernel: Some(Kernel {
+                state: "live".into(),
+                waiting: 1,
+                delivered: 2,
+                committed: 3,
+                replayed: 0,
+                refused: 0,
+                oldest_ns: 0,
+            }),
+            target: "aio:/srv/a.img".parse().ok(),
+            mode: Some(Mode::Write),
+            vbd: None,
+            disk: None,
+            restarts: 0,
+        }
+    }
+
+    /// Xen's script block-tap cuts this at white space and looks for the words.
+    #[test]
+    fn a_line_of_the_list() {
+        assert_eq!(
+            row(&sample()),
+            "pid=312 minor=4 state=running args=aio:/srv/a.img mode=w kernel=live waiting=1 delivered=2 restarts=0\n"
+        );
+    }
+
+    #[test]
+    fn rates_are_differences_of_one_process() {
+        let with = |pid: u32, requests| {
+            let mut stats = Stats::default();
+            stats.read.requests = requests;
+            let row = Row {
+                pid: Some(pid),
+                ..sample()
+            };
+            vec![TopRow {
+                row,
+                stats: Some(Box::new(stats)),
+                resident: None,
+            }]
+        };
+        let second = Duration::from_secs(2);
+        let text = top(&with(312, 150), Some((second, &with(312, 50))));
+        assert!(text.contains(" 50.0 "), "{text}");
+        // Its successor counts from 0.
+        let text = top(&with(313, 20), Some((second, &with(312, 50))));
+        assert!(!text.contains("0.0"), "{text}");
+    }
+}
