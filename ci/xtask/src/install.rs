@@ -4,13 +4,70 @@
 use crate::{build, recipes, run};
 use anyhow::{Context, Result};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-
-const MODPROBE: &str = include_str!("../../packaging/xen-blkback-rs.conf");
 
 /// The programs of a dom0 that are installed; the others are tests.
 const PROGRAMS: &[&str] = &["tapdisk", "blktapctrl", "tap-ctl"];
+
+/// A file of ci/packaging.
+struct Packaged {
+    /// Where it goes.
+    place: &'static str,
+    text: &'static str,
+    executable: bool,
+}
+
+/// A file of ci/packaging: its place, its name there, and `x` if it is a program.
+macro_rules! packaged {
+    ($place:literal, $name:literal) => {
+        packaged!($place, $name, false)
+    };
+    ($place:literal, $name:literal, x) => {
+        packaged!($place, $name, true)
+    };
+    ($place:literal, $name:literal, $executable:literal) => {
+        Packaged {
+            place: $place,
+            text: include_str!(concat!("../../packaging/", $name)),
+            executable: $executable,
+        }
+    };
+}
+
+/// What goes with the module.
+const WITH_MODULE: &[Packaged] = &[
+    packaged!(
+        "usr/lib/modprobe.d/xen-blkback-rs.conf",
+        "xen-blkback-rs.conf"
+    ),
+    packaged!("usr/share/man/man7/xen-blkback-rs.7", "xen-blkback-rs.7"),
+];
+
+/// What goes with the programs.
+const WITH_PROGRAMS: &[Packaged] = &[
+    packaged!("etc/xen/scripts/block-tap-rs", "block-tap-rs", x),
+    packaged!("etc/xen/scripts/block-or-tap", "block-or-tap", x),
+    packaged!("usr/sbin/xentap-block", "xentap-block", x),
+    packaged!(
+        "usr/lib/systemd/system/blktapctrl.service",
+        "blktapctrl.service"
+    ),
+    packaged!("usr/lib/udev/rules.d/60-xentap.rules", "60-xentap.rules"),
+    packaged!("usr/lib/sysusers.d/xentap.conf", "xentap.sysusers"),
+    packaged!("usr/lib/tmpfiles.d/xentap.conf", "xentap.tmpfiles"),
+    packaged!("usr/share/man/man8/blktapctrl.8", "blktapctrl.8"),
+    packaged!("usr/share/man/man8/tapdisk.8", "tapdisk.8"),
+    packaged!("usr/share/man/man8/block-tap-rs.8", "block-tap-rs.8"),
+];
+
+/// What tap-ctl says of itself, and where it goes.
+const GENERATED: &[(&str, &str)] = &[
+    ("man", "usr/share/man/man8/tap-ctl.8"),
+    ("bash", "usr/share/bash-completion/completions/tap-ctl"),
+    ("zsh", "usr/share/zsh/vendor-completions/_tap-ctl"),
+    ("fish", "usr/share/fish/vendor_completions.d/tap-ctl.fish"),
+];
 
 /// Installs the module, and the programs of the folder `programs`, below `dir`, which stands for `/`.
 pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<()> {
@@ -21,24 +78,51 @@ pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<(
             "usr/lib/modules/{release}/updates/xen-blkback-rs.ko"
         )),
     )?;
-    for program in programs
-        .map(build::program_files)
-        .transpose()?
-        .unwrap_or_default()
-    {
-        if let Some(name) = PROGRAMS.iter().find(|name| program.ends_with(name)) {
-            put(&program, &dir.join("usr/bin").join(name))?;
-        }
+    write_all(WITH_MODULE, dir)?;
+    if let Some(programs) = programs {
+        add_programs(&build::program_files(programs)?, dir)?;
     }
-    let conf = dir.join("usr/lib/modprobe.d");
-    fs::create_dir_all(&conf)?;
-    fs::write(conf.join("xen-blkback-rs.conf"), MODPROBE)?;
-    // Only root writes to what the module loader reads, whatever our umask is.
+    // Only root writes to what root reads and runs, whatever our umask is.
+    let folders = ["usr", "etc"].map(|name| dir.join(name));
     run::shown(
         Command::new("chmod")
             .args(["-R", "u=rwX,go=rX"])
-            .arg(dir.join("usr")),
+            .args(folders.iter().filter(|folder| folder.exists())),
     )
+}
+
+fn add_programs(programs: &[PathBuf], dir: &Path) -> Result<()> {
+    for program in programs {
+        if let Some(name) = PROGRAMS.iter().find(|name| program.ends_with(name)) {
+            put(program, &dir.join("usr/bin").join(name))?;
+        }
+    }
+    write_all(WITH_PROGRAMS, dir)?;
+    let tap_ctl = dir.join("usr/bin/tap-ctl");
+    for (what, place) in GENERATED {
+        let text = run::output(Command::new(&tap_ctl).args(["generate", what]))
+            .with_context(|| format!("tap-ctl does not generate {what}"))?;
+        write(&dir.join(place), &text)?;
+    }
+    Ok(())
+}
+
+fn write_all(files: &[Packaged], dir: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    for file in files {
+        let place = dir.join(file.place);
+        write(&place, file.text)?;
+        if file.executable {
+            fs::set_permissions(&place, fs::Permissions::from_mode(0o755))?;
+        }
+    }
+    Ok(())
+}
+
+fn write(place: &Path, text: &str) -> Result<()> {
+    let folder = place.parent().context("a place is in a folder")?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::write(place, text).with_context(|| format!("cannot write {}", place.display()))
 }
 
 fn put(file: &Path, place: &Path) -> Result<()> {
@@ -50,15 +134,41 @@ fn put(file: &Path, place: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::MODPROBE;
+    use super::{Packaged, WITH_MODULE, WITH_PROGRAMS};
+
+    fn file(ending: &str) -> &'static Packaged {
+        let mut all = WITH_MODULE.iter().chain(WITH_PROGRAMS);
+        all.find(|file| file.place.ends_with(ending))
+            .expect("it is installed")
+    }
 
     #[test]
     fn c_driver_is_kept_away() {
-        let lines: Vec<&str> = MODPROBE.lines().collect();
+        let lines: Vec<&str> = file("xen-blkback-rs.conf").text.lines().collect();
         assert!(lines.contains(&"blacklist xen-blkback"));
         assert!(lines.contains(&"alias xen-backend:vbd xen-blkback-rs"));
+        assert!(lines.contains(&"alias xen-backend:vbd3 xen-blkback-rs"));
         assert!(lines
             .iter()
             .any(|l| l.starts_with("install xen-blkback /sbin/modprobe xen-blkback-rs")));
+    }
+
+    #[test]
+    fn scripts_can_be_run() {
+        for file in WITH_MODULE.iter().chain(WITH_PROGRAMS) {
+            assert_eq!(
+                file.executable,
+                file.text.starts_with("#!"),
+                "{}",
+                file.place
+            );
+        }
+    }
+
+    /// A stop of the supervisor must not take the disks of running guests away.
+    #[test]
+    fn disks_outlive_the_supervisor() {
+        let unit = file("blktapctrl.service").text;
+        assert!(unit.lines().any(|line| line == "KillMode=process"));
     }
 }
