@@ -48,6 +48,7 @@ const WITH_MODULE: &[Packaged] = &[
 const WITH_PROGRAMS: &[Packaged] = &[
     packaged!("etc/xen/scripts/block-tap-rs", "block-tap-rs", x),
     packaged!("etc/xen/scripts/block-or-tap", "block-or-tap", x),
+    packaged!("etc/default/xentap", "xentap.default"),
     packaged!("usr/sbin/xentap-block", "xentap-block", x),
     packaged!(
         "usr/lib/systemd/system/blktapctrl.service",
