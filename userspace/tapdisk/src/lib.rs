@@ -4,7 +4,8 @@
 //! Everything happens in one thread. [`Session`] is the disk in all its states and answers the
 //! supervisor; while it serves, a [`Server`] turns requests of the kernel into calls of a driver,
 //! and a link exchanges requests and results with the kernel, in batches. [`sandbox`] takes away
-//! all that this does not need. [`listen`] takes connections of the supervisor.
+//! all that this does not need. [`listen`] takes connections of the supervisor, [`nbd`] those of
+//! NBD clients.
 //!
 //! What the guest was answered is in the kernel or on the device: this process may be killed at any
 //! moment, and the next one goes on.
@@ -12,6 +13,7 @@
 
 mod link;
 pub mod listen;
+pub mod nbd;
 pub mod sandbox;
 mod server;
 mod session;

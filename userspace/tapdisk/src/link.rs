@@ -70,6 +70,10 @@ impl Link {
         }
     }
 
+    pub(crate) fn is_fetching(&self) -> bool {
+        self.fetching.get()
+    }
+
     /// Everything is committed, and nothing comes.
     pub(crate) fn is_quiet(&self) -> bool {
         !self.fetching.get()

@@ -17,6 +17,15 @@ use std::rc::Rc;
 /// # Errors
 /// If the socket cannot be used.
 pub fn listen(session: &Rc<Session>, listener: OwnedFd) -> io::Result<()> {
+    accept_all(session, listener, connected)
+}
+
+/// Calls `each` with every connection on a listening socket.
+pub(crate) fn accept_all(
+    session: &Rc<Session>,
+    listener: OwnedFd,
+    each: impl Fn(&Rc<Session>, OwnedFd) + 'static,
+) -> io::Result<()> {
     rustix::io::ioctl_fionbio(&listener, true)?;
     fcntl_setfd(&listener, FdFlags::CLOEXEC)?;
     let listener = Rc::new(listener);
@@ -24,7 +33,7 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd) -> io::Result<()> {
     session.runtime().clone().tasks.spawn(async move {
         loop {
             match accept(&session.runtime().io, &listener).await {
-                Ok(socket) => connected(&session, socket),
+                Ok(socket) => each(&session, socket),
                 Err(error) => {
                     // Without descriptors, for example: the next one may fare better.
                     eprintln!("tapdisk: cannot take a connection: {error}");
@@ -38,6 +47,7 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Time after which a connection is tried to be taken again.
 const PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
 async fn accept(io: &Io, listener: &Rc<OwnedFd>) -> Result<OwnedFd, Errno> {

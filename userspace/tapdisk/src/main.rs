@@ -10,6 +10,7 @@ use diskio::Runtime;
 use rustix::fs::OFlags;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -55,6 +56,10 @@ struct Args {
     /// Guests may not discard
     #[arg(long, requires = "target")]
     no_discard: bool,
+
+    /// Serve NBD clients too, at this socket, which is made
+    #[arg(long, value_name = "PATH", requires = "target")]
+    nbd: Option<PathBuf>,
 
     /// How I/O on the image is done
     #[arg(long, value_enum, default_value_t)]
@@ -133,12 +138,21 @@ fn serve(args: &Args) -> Result<()> {
     }
     let disk = args.target.as_ref().map(|target| disk(args, target));
     let disk = disk.transpose()?;
+    let nbd = args.nbd.as_ref().map(|path| {
+        let listener = UnixListener::bind(path);
+        listener.with_context(|| format!("cannot make the socket {}", path.display()))
+    });
+    let nbd = nbd.transpose()?;
     let user = args.user.as_deref().map(User::find).transpose()?;
     if !args.no_sandbox {
         for note in sandbox::prepare().context("cannot prepare the sandbox")? {
             eprintln!("tapdisk: {note}");
         }
         sandbox::confine(user).context("cannot enter the sandbox")?;
+    }
+    if let Some(listener) = nbd {
+        tapdisk::nbd::listen(&session, listener.into(), String::new())
+            .context("cannot listen for NBD clients")?;
     }
     let failed = Rc::new(std::cell::RefCell::new(None));
     if let Some((node, open, image)) = disk {

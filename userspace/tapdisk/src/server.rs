@@ -4,7 +4,7 @@
 use crate::link::Link;
 use control::stats::{Counter, Stats};
 use diskio::{Errno, Runtime};
-use drivers::Disk;
+use drivers::{Disk, Shape};
 use rustix::time::{clock_gettime, ClockId};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -21,6 +21,7 @@ pub struct Server {
     link: Rc<Link>,
     disk: Disk,
     size: Cell<u64>,
+    block: u32,
     read_only: bool,
     stats: Rc<RefCell<Stats>>,
     in_flight: Cell<u64>,
@@ -31,13 +32,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves requests of `tap`, which is started, from `disk`, which is active and has `size`
-    /// bytes. [`turn`](Self::turn) is to be called again and again.
+    /// Serves requests of `tap`, which is started, from `disk`, which is active and has this shape.
+    /// [`turn`](Self::turn) is to be called again and again.
     pub fn new(
         runtime: &Runtime,
         tap: &Rc<Tap>,
         disk: Disk,
-        size: u64,
+        shape: &Shape,
         read_only: bool,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
@@ -46,7 +47,8 @@ impl Server {
             tap: tap.clone(),
             link: Link::new(runtime, tap),
             disk,
-            size: Cell::new(size),
+            size: Cell::new(shape.size),
+            block: shape.logical_block,
             read_only,
             stats: stats.clone(),
             in_flight: Cell::new(0),
@@ -75,6 +77,17 @@ impl Server {
         self.read_only
     }
 
+    /// Bytes of a logical block.
+    pub fn block(&self) -> u32 {
+        self.block
+    }
+
+    /// Until this is dropped the disk is not closed, as if a request were executed.
+    pub(crate) fn hold(self: &Rc<Self>) -> Hold {
+        self.in_flight.set(self.in_flight.get() + 1);
+        Hold(self.clone())
+    }
+
     /// Requests that are executed now.
     pub fn in_flight(&self) -> u64 {
         self.in_flight.get()
@@ -89,13 +102,12 @@ impl Server {
         for tag in tags.drain(..) {
             match self.tap.request(tag) {
                 Ok(request) => {
-                    self.in_flight.set(self.in_flight.get() + 1);
-                    let server = self.clone();
+                    let hold = self.hold();
                     self.runtime.tasks.spawn(async move {
+                        let server = &hold.0;
                         let result = server.execute(&request).await;
                         server.count(&request, result);
                         server.link.commit(request.done(result));
-                        server.in_flight.set(server.in_flight.get() - 1);
                     });
                 }
                 Err(malformed) => self.link.commit(malformed.completion),
@@ -122,6 +134,11 @@ impl Server {
             }
         })
         .await;
+    }
+
+    /// Requests are wanted: the disk is not about to be closed.
+    pub(crate) fn is_fetching(&self) -> bool {
+        self.link.is_fetching()
     }
 
     fn is_quiet(&self) -> bool {
@@ -182,6 +199,16 @@ impl Server {
         counter
             .latency
             .add(now_ns().saturating_sub(request.arrived_ns));
+    }
+}
+
+/// A request that is executed.
+#[derive(Debug)]
+pub(crate) struct Hold(Rc<Server>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.in_flight.set(self.0.in_flight.get() - 1);
     }
 }
 

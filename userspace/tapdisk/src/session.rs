@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk in all its states, as the supervisor sees it.
 
-use crate::Server;
+use crate::{nbd, Server};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
 use diskio::{Gate, Runtime};
 use drivers::Shape;
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
 use tapdev::{Discard, KernelNode, Params, Tap};
 
 /// Turns of the loop after which descriptors are looked at, although there is still work.
@@ -25,6 +27,10 @@ pub struct Session {
     state: RefCell<Inner>,
     stats: Rc<RefCell<Stats>>,
     turns: Cell<u64>,
+    /// Who waits for the disk to run.
+    waiting: RefCell<Vec<Waker>>,
+    /// There is an NBD server.
+    has_nbd: Cell<bool>,
     ended: Cell<bool>,
 }
 
@@ -48,6 +54,8 @@ impl Session {
             state: RefCell::default(),
             stats: Rc::default(),
             turns: Cell::new(0),
+            waiting: RefCell::default(),
+            has_nbd: Cell::new(false),
             ended: Cell::new(false),
         })
     }
@@ -86,7 +94,11 @@ impl Session {
     }
 
     /// Answers the supervisor.
-    pub async fn handle(&self, question: Request, mut fds: Vec<OwnedFd>) -> Result<Reply, Failure> {
+    pub async fn handle(
+        self: &Rc<Self>,
+        question: Request,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<Reply, Failure> {
         let fd = if fds.len() > 1 {
             return Err(Failure::invalid(
                 "one descriptor at most belongs to a question",
@@ -140,8 +152,36 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.close().await
             }
-            Request::Nbd { .. } => Err(Failure::unsupported("this tapdisk has no NBD server")),
+            Request::Nbd { export } => {
+                let fd = fd.ok_or_else(|| Failure::invalid("the listening socket is missing"))?;
+                self.serve_nbd(fd, export)
+            }
         }
+    }
+
+    fn serve_nbd(self: &Rc<Self>, listener: OwnedFd, export: String) -> Result<Reply, Failure> {
+        if self.has_nbd.replace(true) {
+            return Err(Failure::new(Code::State, "NBD clients are served already"));
+        }
+        nbd::listen(self, listener, export)
+            .map_err(|error| Failure::system("cannot listen for NBD clients", &error))?;
+        Ok(Reply::Done)
+    }
+
+    /// The server, as soon as the disk runs.
+    pub(crate) async fn running(&self) -> Rc<Server> {
+        poll_fn(|cx| match &self.state.borrow().server {
+            Some(server) if server.is_fetching() => Poll::Ready(server.clone()),
+            _ => {
+                self.waiting.borrow_mut().push(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await
+    }
+
+    pub(crate) fn count_nbd(&self) {
+        self.stats.borrow_mut().nbd += 1;
     }
 
     /// Takes a node.
@@ -195,7 +235,7 @@ impl Session {
             &self.runtime,
             &tap,
             disk,
-            shape.size,
+            &shape,
             open.read_only,
             &self.stats,
         );
@@ -206,6 +246,9 @@ impl Session {
         state.open = Some(open);
         state.disk = Some(disk.clone());
         state.server = Some(server);
+        for waker in self.waiting.take() {
+            waker.wake();
+        }
         Ok(Reply::Disk(disk))
     }
 

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The disk over NBD, for programs of dom0: the emulator of an HVM guest before it has drivers of
+//! its own, boot loaders, backups.
+//!
+//! Each connection has one request at a time; a client that wants more opens more connections. While
+//! the disk is paused requests wait. Nothing orders them with those of the guest: as with two
+//! computers at one disk, it is for the users to agree.
+
+mod wire;
+
+use crate::{Server, Session};
+use diskio::{Data, Errno, Io};
+use rustix::net::{recv, send, RecvFlags, SendFlags};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use wire::{Choice, Command, Export, OptionReply, Request};
+
+/// Options of one client at most, before it is served.
+const MAX_OPTIONS: u32 = 64;
+
+/// Serves clients that connect to a listening socket as long as the process lives.
+///
+/// # Errors
+/// If the socket cannot be used.
+pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::Result<()> {
+    let export: Rc<str> = export.into();
+    crate::listen::accept_all(session, listener, move |session, socket| {
+        let client = Client {
+            session: session.clone(),
+            socket: Rc::new(socket),
+            export: export.clone(),
+        };
+        session.runtime().tasks.spawn(async move {
+            // A client that goes away, or makes no sense, harms nobody but itself.
+            let _ = client.serve().await;
+        });
+    })
+}
+
+/// A connection. An error ends it.
+struct Client {
+    session: Rc<Session>,
+    socket: Rc<OwnedFd>,
+    export: Rc<str>,
+}
+
+impl Client {
+    async fn serve(&self) -> Result<(), Errno> {
+        self.write(wire::GREETING).await?;
+        let no_zeroes = wire::client_flags(self.array().await?).ok_or(Errno::PROTO)?;
+        for _ in 0..MAX_OPTIONS {
+            let (choice, len) = wire::option(self.array().await?).ok_or(Errno::PROTO)?;
+            let mut data = vec![0; len];
+            self.read(&mut data).await?;
+            if self.choose(choice, &data, no_zeroes).await? {
+                while self.execute().await? {}
+                return Ok(());
+            }
+        }
+        Err(Errno::PROTO)
+    }
+
+    /// Answers an option; true if the client is served from now on.
+    async fn choose(&self, choice: Choice, data: &[u8], no_zeroes: bool) -> Result<bool, Errno> {
+        match choice {
+            Choice::ExportName => {
+                if !self.is_ours(data) {
+                    return Err(Errno::NOENT);
+                }
+                let mut bytes = self.look().await.brief();
+                bytes.resize(bytes.len() + if no_zeroes { 0 } else { 124 }, 0);
+                self.write(&bytes).await?;
+                Ok(true)
+            }
+            Choice::Abort => {
+                self.answer(choice, OptionReply::Ack, &[]).await?;
+                Err(Errno::SHUTDOWN)
+            }
+            Choice::List => {
+                // CAST: the name is short.
+                let mut name = (self.export.len() as u32).to_be_bytes().to_vec();
+                name.extend(self.export.as_bytes());
+                self.answer(choice, OptionReply::Server, &name).await?;
+                self.answer(choice, OptionReply::Ack, &[]).await
+            }
+            Choice::Info | Choice::Go => match wire::export_name(data) {
+                None => self.answer(choice, OptionReply::Invalid, &[]).await,
+                Some(name) if !self.is_ours(name) => {
+                    self.answer(choice, OptionReply::UnknownExport, &[]).await
+                }
+                Some(_) => {
+                    let export = self.look().await;
+                    self.answer(choice, OptionReply::Info, &export.info())
+                        .await?;
+                    self.answer(choice, OptionReply::Info, &export.blocks())
+                        .await?;
+                    self.answer(choice, OptionReply::Ack, &[]).await?;
+                    Ok(choice == Choice::Go)
+                }
+            },
+            Choice::Unknown(_) => self.answer(choice, OptionReply::Unsupported, &[]).await,
+        }
+    }
+
+    /// Without a name the only export is meant.
+    fn is_ours(&self, name: &[u8]) -> bool {
+        name.is_empty() || name == self.export.as_bytes()
+    }
+
+    async fn look(&self) -> Export {
+        let server = self.session.running().await;
+        Export {
+            size: server.size(),
+            block: server.block(),
+            read_only: server.is_read_only(),
+        }
+    }
+
+    async fn answer(&self, choice: Choice, reply: OptionReply, data: &[u8]) -> Result<bool, Errno> {
+        let bytes = wire::option_reply(choice, reply, data);
+        self.write(&bytes).await.map(|()| false)
+    }
+
+    /// Executes the next request; false if it was the last one.
+    async fn execute(&self) -> Result<bool, Errno> {
+        let request = wire::request(self.array().await?).ok_or(Errno::PROTO)?;
+        let mut data = Vec::new();
+        if request.command == Command::Write {
+            data.resize(request.len as usize, 0);
+            self.read(&mut data).await?;
+        }
+        if request.command == Command::Disconnect {
+            return Ok(false);
+        }
+        let server = self.session.running().await;
+        let _hold = server.hold();
+        let result = transfer(&server, &request, &mut data).await;
+        self.session.count_nbd();
+        let mut bytes = wire::reply(request.cookie, result);
+        if request.command == Command::Read && result.is_ok() {
+            bytes.append(&mut data);
+        }
+        self.write(&bytes).await?;
+        Ok(true)
+    }
+
+    async fn array<const N: usize>(&self) -> Result<[u8; N], Errno> {
+        let mut bytes = [0; N];
+        self.read(&mut bytes).await?;
+        Ok(bytes)
+    }
+
+    async fn read(&self, mut bytes: &mut [u8]) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            match recv(&self.socket, &mut *bytes, RecvFlags::empty()) {
+                Ok((_, 0)) => return Err(Errno::CONNRESET),
+                Ok((_, count)) => bytes = &mut bytes[count..],
+                Err(Errno::AGAIN) => self.io().readable(&self.socket).await?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, mut bytes: &[u8]) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(Errno::AGAIN) => self.io().writable(&self.socket).await?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn io(&self) -> &Io {
+        &self.session.runtime().io
+    }
+}
+
+/// Executes a request on the disk; `data` is what is written, or what was read.
+async fn transfer(server: &Server, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
+    let (offset, len) = (request.offset, u64::from(request.len));
+    let block = u64::from(server.block());
+    let disk = server.disk();
+    let changes = matches!(
+        request.command,
+        Command::Write | Command::Trim | Command::WriteZeroes
+    );
+    if changes && server.is_read_only() {
+        return Err(Errno::PERM);
+    }
+    if request.command != Command::Flush {
+        let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
+        if end > server.size() || offset % block != 0 || len % block != 0 || len == 0 {
+            return Err(Errno::INVAL);
+        }
+    }
+    match request.command {
+        Command::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
+        Command::Read => {
+            let buffer = Data::zeroed(request.len as usize)?;
+            disk.read(offset, buffer.clone()).await?;
+            *data = buffer.to_vec();
+        }
+        Command::Write => disk.write(offset, Data::copied(data)?).await?,
+        Command::Flush if server.is_read_only() => {}
+        Command::Flush => disk.flush().await?,
+        // A hint, which may be ignored.
+        Command::Trim => match disk.discard(offset, len).await {
+            Err(Errno::OPNOTSUPP) => {}
+            result => result?,
+        },
+        Command::WriteZeroes => disk.write_zeroes(offset, len).await?,
+        Command::Disconnect | Command::Unknown => return Err(Errno::INVAL),
+    }
+    if request.fua && changes {
+        disk.flush().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The bytes of the NBD protocol: what a client sends, checked, and what it is answered.
+//!
+//! The description is `doc/proto.md` of the nbd project; numbers are big endian.
+
+use diskio::Errno;
+
+/// The first bytes of a server that speaks the fixed newstyle, and its handshake flags:
+/// `FIXED_NEWSTYLE | NO_ZEROES`.
+pub(super) const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03";
+/// Bytes of the head of an option.
+pub(super) const OPTION_HEAD: usize = 16;
+/// Bytes of a request.
+pub(super) const REQUEST: usize = 28;
+/// Data of an option at most: a name of 4096 bytes and some more.
+const MAX_OPTION: u32 = 8192;
+/// Bytes that a request may read or write.
+pub(super) const MAX_DATA: u32 = 2 << 20;
+
+const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
+const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+const REQUEST_MAGIC: u32 = 0x2560_9513;
+const REPLY_MAGIC: u32 = 0x6744_6698;
+
+/// Flags of a client: `FIXED_NEWSTYLE` must be among them, `NO_ZEROES` may. Says whether the zeroes
+/// are left out.
+pub(super) fn client_flags(bytes: [u8; 4]) -> Option<bool> {
+    match u32::from_be_bytes(bytes) {
+        1 => Some(false),
+        3 => Some(true),
+        _ => None,
+    }
+}
+
+/// What a client asks for before it is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// Serve the export whose name is all of the data; there is no way to refuse.
+    ExportName,
+    /// The end.
+    Abort,
+    /// Which exports are there?
+    List,
+    /// What is the export like?
+    Info,
+    /// Serve the export.
+    Go,
+    /// Something else.
+    Unknown(u32),
+}
+
+impl Choice {
+    fn number(self) -> u32 {
+        match self {
+            Self::ExportName => 1,
+            Self::Abort => 2,
+            Self::List => 3,
+            Self::Info => 6,
+            Self::Go => 7,
+            Self::Unknown(number) => number,
+        }
+    }
+}
+
+/// An option and the length of its data; `None` if a client makes no sense.
+pub(super) fn option(head: [u8; OPTION_HEAD]) -> Option<(Choice, usize)> {
+    let number =
+        |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    let magic = u64::from(number(0)) << 32 | u64::from(number(4));
+    let len = number(12);
+    if magic != OPTION_MAGIC || len > MAX_OPTION {
+        return None;
+    }
+    let choice = match number(8) {
+        1 => Choice::ExportName,
+        2 => Choice::Abort,
+        3 => Choice::List,
+        6 => Choice::Info,
+        7 => Choice::Go,
+        number => Choice::Unknown(number),
+    };
+    // CAST: bounded above.
+    Some((choice, len as usize))
+}
+
+/// The name in the data of `Info` or `Go`, whose other content we need not know.
+pub(super) fn export_name(data: &[u8]) -> Option<&[u8]> {
+    let (len, rest) = data.split_first_chunk::<4>()?;
+    let (name, rest) = rest.split_at_checked(u32::from_be_bytes(*len) as usize)?;
+    let (count, wanted) = rest.split_first_chunk::<2>()?;
+    (wanted.len() == usize::from(u16::from_be_bytes(*count)) * 2).then_some(name)
+}
+
+/// Kinds of answers to an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OptionReply {
+    Ack,
+    Server,
+    Info,
+    Unsupported,
+    Invalid,
+    UnknownExport,
+}
+
+/// An answer to an option.
+pub(super) fn option_reply(choice: Choice, reply: OptionReply, data: &[u8]) -> Vec<u8> {
+    let kind: u32 = match reply {
+        OptionReply::Ack => 1,
+        OptionReply::Server => 2,
+        OptionReply::Info => 3,
+        OptionReply::Unsupported => 1 << 31 | 1,
+        OptionReply::Invalid => 1 << 31 | 3,
+        OptionReply::UnknownExport => 1 << 31 | 6,
+    };
+    let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(choice.number().to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    // CAST: what we send is short.
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+/// An export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Export {
+    pub(super) size: u64,
+    pub(super) block: u32,
+    pub(super) read_only: bool,
+}
+
+impl Export {
+    /// `HAS_FLAGS`, `READ_ONLY`, `SEND_FLUSH`, `SEND_FUA`, `SEND_TRIM`, `SEND_WRITE_ZEROES`,
+    /// `CAN_MULTI_CONN`.
+    fn flags(&self) -> u16 {
+        let writable = 1 << 3 | 1 << 5 | 1 << 6;
+        1 | 1 << 2 | 1 << 8 | if self.read_only { 1 << 1 } else { writable }
+    }
+
+    /// Size and flags, as the answer to `ExportName` begins and as `INFO_EXPORT` says.
+    pub(super) fn brief(&self) -> Vec<u8> {
+        let mut bytes = self.size.to_be_bytes().to_vec();
+        bytes.extend(self.flags().to_be_bytes());
+        bytes
+    }
+
+    /// `INFO_EXPORT`.
+    pub(super) fn info(&self) -> Vec<u8> {
+        [&[0, 0], self.brief().as_slice()].concat()
+    }
+
+    /// `INFO_BLOCK_SIZE`: smallest, best and largest transfer.
+    pub(super) fn blocks(&self) -> Vec<u8> {
+        let mut bytes = vec![0, 3];
+        for size in [self.block, self.block.max(4096), MAX_DATA] {
+            bytes.extend(size.to_be_bytes());
+        }
+        bytes
+    }
+}
+
+/// What a client wants done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    Read,
+    Write,
+    Disconnect,
+    Flush,
+    Trim,
+    WriteZeroes,
+    Unknown,
+}
+
+/// A request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) command: Command,
+    /// It must be durable when it is answered.
+    pub(super) fua: bool,
+    pub(super) cookie: [u8; 8],
+    pub(super) offset: u64,
+    pub(super) len: u32,
+}
+
+/// A request; `None` if a client makes no sense.
+pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
+    let (magic, rest) = bytes.split_first_chunk::<4>()?;
+    let (flags, rest) = rest.split_first_chunk::<2>()?;
+    let (kind, rest) = rest.split_first_chunk::<2>()?;
+    let (cookie, rest) = rest.split_first_chunk::<8>()?;
+    let (offset, rest) = rest.split_first_chunk::<8>()?;
+    let (len, _) = rest.split_first_chunk::<4>()?;
+    if u32::from_be_bytes(*magic) != REQUEST_MAGIC {
+        return None;
+    }
+    let command = match u16::from_be_bytes(*kind) {
+        0 => Command::Read,
+        1 => Command::Write,
+        2 => Command::Disconnect,
+        3 => Command::Flush,
+        4 => Command::Trim,
+        6 => Command::WriteZeroes,
+        _ => Command::Unknown,
+    };
+    let len = u32::from_be_bytes(*len);
+    if command == Command::Write && len > MAX_DATA {
+        return None;
+    }
+    Some(Request {
+        command,
+        fua: u16::from_be_bytes(*flags) & 1 != 0,
+        cookie: *cookie,
+        offset: u64::from_be_bytes(*offset),
+        len,
+    })
+}
+
+/// The head of an answer; data of a read follows it.
+pub(super) fn reply(cookie: [u8; 8], result: Result<(), Errno>) -> Vec<u8> {
+    let code: u32 = match result {
+        Ok(()) => 0,
+        Err(Errno::PERM | Errno::ROFS) => 1,
+        Err(Errno::NOMEM) => 12,
+        Err(Errno::INVAL) => 22,
+        Err(Errno::NOSPC) => 28,
+        Err(Errno::OPNOTSUPP) => 95,
+        Err(_) => 5,
+    };
+    let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(code.to_be_bytes());
+    bytes.extend(cookie);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn head_of_an_option() {
+        let mut head = *b"IHAVEOPT\0\0\0\x07\0\0\0\x10";
+        assert_eq!(option(head), Some((Choice::Go, 16)));
+        head[13] = 1;
+        assert_eq!(option(head), None, "64 KiB of data");
+        head = *b"IHAVEOPX\0\0\0\x07\0\0\0\x10";
+        assert_eq!(option(head), None);
+    }
+
+    #[test]
+    fn name_in_an_option() {
+        assert_eq!(export_name(b"\0\0\0\x02ab\0\x01\0\x03"), Some(&b"ab"[..]));
+        assert_eq!(export_name(b"\0\0\0\0\0\0"), Some(&b""[..]));
+        for wrong in [
+            &b""[..],
+            b"\0\0\0\x09ab\0\0",
+            b"\0\0\0\x02ab\0\x02\0\x03",
+            b"\xff\xff\xff\xff",
+        ] {
+            assert_eq!(export_name(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn write_that_is_too_long_is_refused() {
+        let mut bytes = [0; REQUEST];
+        bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        bytes[7] = 1;
+        bytes[24..].copy_from_slice(&MAX_DATA.to_be_bytes());
+        assert_eq!(
+            request(bytes).map(|request| request.command),
+            Some(Command::Write)
+        );
+        bytes[27] = 1;
+        assert_eq!(request(bytes), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(head: [u8; OPTION_HEAD], bytes: [u8; REQUEST], data in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = (option(head), request(bytes));
+            if let Some(name) = export_name(&data) {
+                prop_assert!(name.len() + 6 <= data.len());
+            }
+        }
+    }
+}

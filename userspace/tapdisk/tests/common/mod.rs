@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A tapdisk in a thread, and its image.
+
+// Not every test uses everything.
+#![allow(dead_code)]
+
+use control::tapdisk::{Engine, Open, Reply, Request, Status};
+use control::{Channel, Failure};
+use diskio::Runtime;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::thread::{self, JoinHandle};
+use tapdev::fake::Fake;
+use tapdev::Tap;
+use tapdisk::Session;
+
+/// Bytes of an image.
+pub(crate) const SIZE: u64 = 1 << 20;
+/// Sectors of an image.
+pub(crate) const SECTORS: u64 = SIZE / 512;
+
+/// An image on the file system of the build, which can do direct I/O.
+pub(crate) struct Image(pub(crate) tempfile::NamedTempFile);
+
+impl Image {
+    pub(crate) fn new(size: u64) -> Self {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        let file = tempfile::NamedTempFile::new_in(folder).unwrap();
+        file.as_file().set_len(size).unwrap();
+        Self(file)
+    }
+
+    pub(crate) fn descriptor(&self) -> OwnedFd {
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(libc::O_DIRECT);
+        let file = options.open(self.0.path());
+        file.expect("the file system of the build can do direct I/O")
+            .into()
+    }
+
+    pub(crate) fn open(&self, engine: Engine) -> Open {
+        let target = format!("aio:{}", self.0.path().display());
+        Open {
+            engine,
+            ..Open::new(target.parse().unwrap())
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        std::fs::read(self.0.path()).unwrap()
+    }
+}
+
+/// A tapdisk in a thread.
+pub(crate) struct Process {
+    control: Channel,
+    kill: UnixStream,
+    thread: JoinHandle<()>,
+    fake: Fake,
+}
+
+impl Process {
+    /// A process that has the node.
+    pub(crate) fn start(fake: &Fake) -> Self {
+        let (kill, killed) = UnixStream::pair().unwrap();
+        let (ask, answer) = UnixStream::pair().unwrap();
+        answer.set_nonblocking(true).unwrap();
+        let node = fake.clone();
+        let thread = thread::spawn(move || {
+            let runtime = Runtime::new();
+            let session = Session::new(&runtime);
+            session
+                .attach(Tap::open(node.open().unwrap()).unwrap())
+                .unwrap();
+            tapdisk::listen::connected(&session, answer.into());
+            let (end, killed) = (session.clone(), Rc::new(OwnedFd::from(killed)));
+            runtime.tasks.spawn(async move {
+                end.runtime().io.readable(&killed).await.unwrap();
+                end.end();
+            });
+            session.run().unwrap();
+            // The death of a process takes everything along.
+            runtime.tasks.clear();
+        });
+        Self {
+            control: Channel::new(ask),
+            kill,
+            thread,
+            fake: fake.clone(),
+        }
+    }
+
+    pub(crate) fn ask(
+        &mut self,
+        question: Request,
+        image: Option<&Image>,
+    ) -> Result<Reply, Failure> {
+        let image = image.map(Image::descriptor);
+        let fds: Vec<_> = image.iter().map(AsFd::as_fd).collect();
+        self.control.ask(question, &fds)
+    }
+
+    pub(crate) fn ask_with(
+        &mut self,
+        question: Request,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Reply, Failure> {
+        self.control.ask(question, &[fd])
+    }
+
+    /// Serves an image.
+    pub(crate) fn serving(fake: &Fake, image: &Image, engine: Engine) -> Self {
+        let mut process = Self::start(fake);
+        let reply = process.ask(Request::Open(image.open(engine)), Some(image));
+        assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+        process
+    }
+
+    pub(crate) fn status(&mut self) -> Status {
+        match self.ask(Request::Status, None) {
+            Ok(Reply::Status(status)) => status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Dies without a word: nothing is finished or committed. What its I/O does is over when this
+    /// returns, so it is fenced.
+    pub(crate) fn kill(self) {
+        drop(self.kill);
+        self.thread.join().unwrap();
+        self.fake.fence();
+    }
+
+    pub(crate) fn exit(mut self) {
+        assert_eq!(self.ask(Request::Exit, None), Ok(Reply::Done));
+        self.thread.join().unwrap();
+        self.fake.fence();
+    }
+}
