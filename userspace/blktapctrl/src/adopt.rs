@@ -4,7 +4,6 @@
 use crate::disk::Disk;
 use crate::folder;
 use crate::host::Host;
-use crate::image::Image;
 use crate::kernel;
 use crate::link::Link;
 use crate::process::Process;
@@ -22,13 +21,16 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// Takes over all disks that are written down, before anybody can ask for anything.
 pub async fn disks(host: &Rc<Host>) {
-    for path in files(&host.folder.disks(), "json") {
+    let one = |path: PathBuf| async move {
         match Record::read(&path) {
             Ok(record) => disk(host, record).await,
             // Not removed: somebody may want to see it.
             Err(error) => tracing::error!("cannot read {}: {error}", path.display()),
         }
-    }
+    };
+    // At once: some may not answer.
+    let files = files(&host.folder.disks(), "json").into_iter();
+    futures::future::join_all(files.map(one)).await;
     strays(host).await;
 }
 
@@ -51,7 +53,6 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
 async fn disk(host: &Rc<Host>, record: Record) {
     let minor = record.minor;
     let known = record.process;
-    let image = find_image(&record);
     let disk = Disk::new(record);
     host.disks.borrow_mut().insert(minor, disk.clone());
     let process = match known {
@@ -77,10 +78,9 @@ async fn disk(host: &Rc<Host>, record: Record) {
         });
         return;
     }
-    match image {
-        Ok(image) => drop(disk.image.replace(image.map(Rc::new))),
-        // The process goes on with what it has open.
-        Err(failure) => tracing::error!("disk {minor}: {failure}"),
+    // The process goes on with what it has open.
+    if let Err(failure) = host.image(&disk).await {
+        tracing::error!("disk {minor}: {failure}");
     }
     if let Err(failure) = recognise(&disk).await {
         tracing::error!("disk {minor}: {failure}");
@@ -96,25 +96,6 @@ async fn disk(host: &Rc<Host>, record: Record) {
         let host = host.clone();
         tokio::task::spawn_local(async move { host.revive(&disk, Duration::ZERO).await });
     }
-}
-
-/// The image that was served, which must still be the same one.
-fn find_image(record: &Record) -> Result<Option<Image>, Failure> {
-    let path = record.open.as_ref().and_then(|open| open.target.path());
-    let Some(path) = path else {
-        return Ok(None);
-    };
-    let image = Image::find(path)?;
-    if Some(image.identity()) != record.identity {
-        return Err(Failure::new(
-            Code::Image,
-            format!(
-                "{} is not the image any more that is served: put that back, or destroy the disk",
-                path.display()
-            ),
-        ));
-    }
-    Ok(Some(image))
 }
 
 /// Asks the process what it does.

@@ -12,6 +12,7 @@ use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
+use std::sync::Arc;
 use tokio::sync::{watch, Mutex, MutexGuard};
 
 /// How far the end of a disk has come.
@@ -33,7 +34,7 @@ pub struct Disk {
     /// What is written down of it.
     pub record: RefCell<Record>,
     /// The image that it serves, if its driver has one.
-    pub image: RefCell<Option<Rc<Image>>>,
+    pub image: RefCell<Option<Arc<Image>>>,
     /// Its process.
     pub process: RefCell<Option<Rc<Process>>>,
     /// The process has the node.

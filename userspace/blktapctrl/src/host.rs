@@ -4,13 +4,13 @@
 use crate::disk::{Disk, Fate};
 use crate::events::Events;
 use crate::folder::{self, Folder};
-use crate::image::Image;
+use crate::image::{apart, Image};
 use crate::kernel::Kernel;
 use crate::process::{self, Process, Program};
 use crate::record::Want;
 use crate::sharing::{self, Identity, User};
 use crate::store::{relative, Store};
-use crate::users;
+use crate::users::{self, Loops};
 use control::supervisor::{Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request};
 use control::{Code, Failure};
@@ -19,7 +19,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex;
 
@@ -193,6 +195,7 @@ impl Host {
                 machines: self.machines(vbd.as_deref()).await.map_err(unknown)?,
             });
         }
+        let loops = Loops::find().await?;
         if let Some(store) = self.store() {
             let ours: Vec<String> = self
                 .all()
@@ -200,9 +203,13 @@ impl Host {
                 .filter_map(|disk| disk.record.borrow().vbd.clone())
                 .chain(vbd.map(str::to_owned))
                 .collect();
-            others.extend(users::backends(&*store, &ours).await.map_err(unknown)?);
+            others.extend(
+                users::backends(&*store, &ours, &loops)
+                    .await
+                    .map_err(unknown)?,
+            );
         }
-        let images = users::with_loops(image.identity());
+        let images = loops.with(image.identity());
         let machines = self.machines(vbd).await.map_err(unknown)?;
         let mounts = users::mounts().map_err(unknown)?;
         sharing::check(&images, mode, &machines, &others, &mounts).map_err(|why| {
@@ -410,6 +417,36 @@ impl Host {
         Ok(reply)
     }
 
+    /// The image of a disk, if its driver has one. A supervisor that was started anew finds it by its
+    /// name, and it must be the same one.
+    ///
+    /// # Errors
+    /// It is not there any more.
+    pub async fn image(&self, disk: &Disk) -> Result<Option<Arc<Image>>, Failure> {
+        let known = disk.image.borrow().clone();
+        let Some(open) = disk.record.borrow().open.clone() else {
+            return Ok(None);
+        };
+        if known.is_some() {
+            return Ok(known);
+        }
+        let image = image_of(&open).await?;
+        if let Some(image) = image
+            .as_ref()
+            .filter(|image| Some(image.identity()) != disk.identity())
+        {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{} is not the image any more that is served: put that back, or destroy the disk",
+                    image.path().display()
+                ),
+            ));
+        }
+        disk.image.replace(image.clone());
+        Ok(image)
+    }
+
     /// Asks a process to open the image of its disk.
     pub async fn open_with(
         &self,
@@ -418,11 +455,12 @@ impl Host {
         open: Open,
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
-        let image = disk.image.borrow().clone();
+        let image = self.image(disk).await?;
         let opened = match &image {
             Some(image) => {
                 let direct = open.target.driver() != control::Driver::Sync;
-                let opened = image.open(!open.read_only, direct)?;
+                let (again, write) = (image.clone(), !open.read_only);
+                let opened = apart(image.path(), move || again.open(write, direct)).await?;
                 if direct && !opened.direct {
                     tracing::warn!(
                         "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
@@ -551,13 +589,16 @@ pub fn unexpected(reply: &Reply) -> Failure {
 ///
 /// # Errors
 /// There is none at the path.
-pub fn image_of(open: &Open) -> Result<Option<Rc<Image>>, Failure> {
-    let image = open.target.path().map(Image::find).transpose()?;
-    Ok(image.map(Rc::new))
+pub async fn image_of(open: &Open) -> Result<Option<Arc<Image>>, Failure> {
+    let Some(path) = open.target.path().map(Path::to_path_buf) else {
+        return Ok(None);
+    };
+    let image = apart(&path.clone(), move || Image::find(&path)).await?;
+    Ok(Some(Arc::new(image)))
 }
 
 /// What an image is, or nothing for none.
 #[must_use]
-pub fn identity_of(image: Option<&Rc<Image>>) -> Option<Identity> {
+pub fn identity_of(image: Option<&Arc<Image>>) -> Option<Identity> {
     image.map(|image| image.identity())
 }

@@ -6,6 +6,34 @@ use control::{Code, Failure};
 use rustix::fs::{FileType, Mode, OFlags};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a file system may take to say what a file is, or to open it.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Does something with a file on a thread of its own: a file system on a network may not answer, and
+/// nothing else must wait for that.
+///
+/// # Errors
+/// It does not answer, or what the work says.
+pub async fn apart<T: Send + 'static>(
+    path: &Path,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let late = || {
+        Failure::new(
+            Code::Timeout,
+            format!(
+                "the file system of {} does not answer: see to its storage",
+                path.display()
+            ),
+        )
+    };
+    match tokio::time::timeout(LIMIT, tokio::task::spawn_blocking(work)).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) | Err(_) => Err(late()),
+    }
+}
 
 /// An image that exists. It is held by a descriptor that allows no I/O and counts for no lock, so
 /// that the next process gets the same image, whatever its path leads to by then.

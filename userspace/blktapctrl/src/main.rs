@@ -53,9 +53,12 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
-    let result = runtime
-        .context("cannot start")
-        .and_then(|runtime| tokio::task::LocalSet::new().block_on(&runtime, run(&cli)));
+    let result = runtime.context("cannot start").and_then(|runtime| {
+        let result = tokio::task::LocalSet::new().block_on(&runtime, run(&cli));
+        // A thread may be stuck in a file system that does not answer.
+        runtime.shutdown_background();
+        result
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Who uses images on this host beside the supervisor: mounts, loop devices, other backends.
 
+use crate::image::apart;
 use crate::sharing::{Identity, Machines, Mount, User};
 use crate::store::Store;
 use control::supervisor::Mode;
+use control::Failure;
 use rustix::fs::{makedev, stat, FileType};
 use std::fs;
 use std::io;
@@ -25,14 +27,27 @@ fn identity(path: &Path) -> Option<Identity> {
     }
 }
 
-/// An image and the loop devices that stand on it.
-#[must_use]
-pub fn with_loops(image: Identity) -> Vec<Identity> {
-    let loops = loops(Path::new("/sys/block"));
-    let above = loops.into_iter().filter(|(_, file)| *file == image);
-    std::iter::once(image)
-        .chain(above.map(|(rdev, _)| Identity::Device { rdev }))
-        .collect()
+/// The loop devices of this host: number and file of each.
+#[derive(Clone, Debug, Default)]
+pub struct Loops(Vec<(u64, Identity)>);
+
+impl Loops {
+    /// Looks at all of them.
+    ///
+    /// # Errors
+    /// A file system does not answer.
+    pub async fn find() -> Result<Loops, Failure> {
+        let block = Path::new("/sys/block");
+        apart(block, move || Ok(Loops(loops(block)))).await
+    }
+
+    /// An image and the loop devices that stand on it.
+    #[must_use]
+    pub fn with(&self, image: Identity) -> Vec<Identity> {
+        let above = self.0.iter().filter(|(_, file)| *file == image);
+        let above = above.map(|(rdev, _)| Identity::Device { rdev: *rdev });
+        std::iter::once(image).chain(above).collect()
+    }
 }
 
 /// All loop devices in use: number and file.
@@ -95,7 +110,7 @@ pub async fn machines(store: &dyn Store, domain: &str) -> io::Result<Machines> {
 ///
 /// # Errors
 /// Xenstore does not answer.
-pub async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<Vec<User>> {
+pub async fn backends(store: &dyn Store, ours: &[String], loops: &Loops) -> io::Result<Vec<User>> {
     let mut users = Vec::new();
     for kind in KINDS {
         for domain in store.list(&format!("backend/{kind}")).await? {
@@ -104,7 +119,7 @@ pub async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<Vec<User
                 if ours.contains(&directory) {
                     continue;
                 }
-                users.extend(backend(store, &domain, &directory).await?);
+                users.extend(backend(store, &domain, &directory, loops).await?);
             }
         }
     }
@@ -112,14 +127,25 @@ pub async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<Vec<User
 }
 
 /// Who uses an image by the backend at `directory`, if it has one.
-async fn backend(store: &dyn Store, domain: &str, directory: &str) -> io::Result<Option<User>> {
+async fn backend(
+    store: &dyn Store,
+    domain: &str,
+    directory: &str,
+    loops: &Loops,
+) -> io::Result<Option<User>> {
     let key = |name: &str| format!("{directory}/{name}");
     let number = store.read(&key("physical-device")).await?;
     let params = store.read(&key("params")).await?;
     // Until its script has run, or where QEMU serves it, there is only the path.
     let image = match number.as_deref().and_then(device_number) {
         Some(rdev) => Some(Identity::Device { rdev }),
-        None => params.as_deref().and_then(path_of).and_then(identity),
+        None => match params.as_deref().and_then(path_of).map(Path::to_path_buf) {
+            // An image that does not answer is not one that does.
+            Some(path) => apart(&path.clone(), move || Ok(identity(&path)))
+                .await
+                .unwrap_or_default(),
+            None => None,
+        },
     };
     let Some(image) = image else {
         return Ok(None);
@@ -132,7 +158,7 @@ async fn backend(store: &dyn Store, domain: &str, directory: &str) -> io::Result
     }
     Ok(Some(User {
         name: format!("the disk {directory}"),
-        images: with_loops(image),
+        images: loops.with(image),
         // What is not understood is taken for a writer.
         mode: mode.parse().unwrap_or(Mode::Write),
         machines,

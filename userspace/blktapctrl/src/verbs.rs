@@ -253,7 +253,7 @@ impl Host {
 
     /// Makes an image that of a disk, if nobody else has it.
     async fn take_image(&self, disk: &Disk, open: Open, mode: Mode) -> Result<(), Failure> {
-        let image = image_of(&open)?;
+        let image = image_of(&open).await?;
         let vbd = disk.record.borrow().vbd.clone();
         let taken = image.clone();
         self.admit(
@@ -396,7 +396,7 @@ impl Host {
             self.check_directory(vbd).await?;
         }
         let open = with_mode(create.open, create.mode);
-        let image = image_of(&open)?;
+        let image = image_of(&open).await?;
         let mut record = Record::new(0, create.policy);
         record.identity = identity_of(image.as_ref());
         record.open = Some(open.clone());

@@ -444,7 +444,18 @@ fn the_next_supervisor_takes_over() {
         // The image of a disk that was taken over is still not free.
         let create = Request::Create(Box::new(bed.create("a.img")));
         assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
-        // Nor does its process end unseen.
+        // Nor does its process end unseen. Another image in the place of its own is not taken.
+        let path = bed.dir.join("b.img");
+        let dies = bed.row(1).await.pid.expect("a process");
+        fs::rename(&path, bed.dir.join("c.img")).expect("rename");
+        fs::write(&path, "X").expect("an image");
+        kill(dies);
+        until("its replacement", || async {
+            let row = bed.row(1).await;
+            (row.state == Some(State::Running) && row.pid != Some(dies)).then_some(())
+        })
+        .await;
+        assert_eq!(bed.log().last().map(String::as_str), Some("open w B"));
         kill(lives.expect("a process"));
         until("the other one is replaced", || async {
             let row = bed.row(0).await;
