@@ -145,7 +145,10 @@ fn uses(file: &Source, names: &[(&str, &'static str)]) -> Vec<(usize, &'static s
     for (number, (line, code)) in file.text.lines().zip(code.lines()).enumerate() {
         let line = line.trim();
         let target = if in_manifest {
-            quoted_after(line, "path = ").map(|path| format!("{path}/"))
+            // A path without `..` is in the crate itself: where a test or a program of it is.
+            quoted_after(line, "path = ")
+                .filter(|path| path.starts_with(".."))
+                .map(|path| format!("{path}/"))
         } else if code.contains("#[path") {
             quoted_after(line, "#[path = ").map(str::to_string)
         } else {
@@ -228,6 +231,14 @@ mod tests {
             found("ci/xtask/Cargo.toml", "ring = { path = \"../../ring\" }\n"),
             1
         );
+    }
+
+    #[test]
+    fn place_of_a_test_is_no_dependency() {
+        let manifest = "[[test]]\npath = \"tests/all/main.rs\"\n";
+        assert_eq!(found("userspace/a/Cargo.toml", manifest), 0);
+        let tests = "sim = { path = \"../../tests/sim\" }\n";
+        assert_eq!(found("userspace/a/Cargo.toml", tests), 1);
     }
 
     #[test]
