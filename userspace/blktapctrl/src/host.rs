@@ -88,9 +88,11 @@ impl Host {
         let vbd = which.vbd.as_deref().map(relative);
         let fits = |disk: &Rc<Disk>| {
             let pid = disk.process.borrow().as_ref().map(|process| process.pid());
-            which.minor.is_none_or(|minor| minor == disk.minor)
-                && which.pid.is_none_or(|wanted| pid == Some(wanted))
-                && vbd.is_none_or(|vbd| disk.record.borrow().vbd.as_deref() == Some(vbd))
+            // Who names both may name a process that was replaced since.
+            which.minor.map_or_else(
+                || which.pid.is_none_or(|wanted| pid == Some(wanted)),
+                |minor| minor == disk.minor,
+            ) && vbd.is_none_or(|vbd| disk.record.borrow().vbd.as_deref() == Some(vbd))
         };
         if which.minor.is_none() && which.pid.is_none() && vbd.is_none() {
             return Err(Failure::invalid(

@@ -210,7 +210,7 @@ pub enum Request {
 pub struct Which {
     /// Number of its node.
     pub minor: Option<u32>,
-    /// Its process.
+    /// Its process; does not count beside `minor`, because a process may have been replaced.
     pub pid: Option<u32>,
     /// The backend's directory in xenstore for which it was made.
     pub vbd: Option<String>,
