@@ -248,16 +248,18 @@ fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
     let mut scene = Scene::new(lab)?;
     for round in 0..40u64 {
         let mut ring = Ring::new()?;
-        ring.exchange(&scene.node, &Memory::new(&[]), round)?;
+        let waiting = Memory::new(&[]);
+        ring.exchange(&scene.node, &waiting, round)?;
         if round % 2 == 0 {
             drop(ring);
             // The kernel takes the ring apart in its own time; then there is room for another.
             ring = Ring::new()?;
         } else {
             scene.send(1)?;
-            result(&mut ring, round)?;
+            let tags = waiting.tags(result(&mut ring, round)?)?;
+            ensure!(tags.len() == 1, "{tags:?} for one request");
             // The answer goes with a ring that is thrown away after it.
-            let desc = scene.node.desc(0)?;
+            let desc = scene.node.desc(tags[0])?;
             scene.store.execute(&scene.node, &desc)?;
             let memory = Memory::new(&[done(&desc)]);
             ring.exchange(&scene.node, &memory, round)?;
