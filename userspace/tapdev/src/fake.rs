@@ -153,7 +153,8 @@ impl Fake {
         self.post(request, &[])
     }
 
-    fn post(&self, mut request: Request, bytes: &[u8]) -> io::Result<u16> {
+    /// As [`send`](Self::send), whatever the request says; its segments are filled in.
+    pub fn post(&self, mut request: Request, bytes: &[u8]) -> io::Result<u16> {
         assert!(bytes.len() <= SLOT && bytes.len() % 512 == 0);
         let mut state = self.lock();
         let tag = loop {

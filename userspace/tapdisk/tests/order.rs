@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a driver is called for, in which order, and when that is answered.
+
+use control::stats::Stats;
+use control::Failure;
+use diskio::{Data, Errno, Runtime};
+use drivers::{Disk, Driver, Shape};
+use ring::response::Status;
+use ring::tap::shadow::{Op, Request};
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tapdev::fake::Fake;
+use tapdev::{Params, Tap};
+use tapdisk::Server;
+
+const SHAPE: Shape = Shape {
+    size: 1 << 20,
+    logical_block: 512,
+    physical_block: 512,
+    discard: Some(512),
+    write_cache: true,
+};
+
+/// Writes down what it is called for. Nothing ends before a test lets it.
+#[derive(Clone, Default)]
+struct Slow(Rc<State>);
+
+#[derive(Default)]
+struct State {
+    calls: RefCell<Vec<&'static str>>,
+    /// Calls that may end.
+    allowed: Cell<usize>,
+    flush_fails: Cell<bool>,
+    waiting: RefCell<Vec<Waker>>,
+}
+
+impl Slow {
+    async fn call(&self, what: &'static str) -> Result<(), Errno> {
+        let number = {
+            let mut calls = self.0.calls.borrow_mut();
+            calls.push(what);
+            calls.len()
+        };
+        poll_fn(|cx| match self.0.allowed.get() >= number {
+            true => Poll::Ready(()),
+            false => {
+                self.0.waiting.borrow_mut().push(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await;
+        match what == "flush" && self.0.flush_fails.get() {
+            true => Err(Errno::IO),
+            false => Ok(()),
+        }
+    }
+
+    fn allow(&self, calls: usize) {
+        self.0.allowed.set(calls);
+        for waker in self.0.waiting.take() {
+            waker.wake();
+        }
+    }
+
+    fn calls(&self) -> Vec<&'static str> {
+        self.0.calls.borrow().clone()
+    }
+}
+
+impl Driver for Slow {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        Ok(SHAPE)
+    }
+    async fn read(&self, _: u64, _: Data) -> Result<(), Errno> {
+        self.call("read").await
+    }
+    async fn write(&self, _: u64, _: Data) -> Result<(), Errno> {
+        self.call("write").await
+    }
+    async fn flush(&self) -> Result<(), Errno> {
+        self.call("flush").await
+    }
+    async fn discard(&self, _: u64, _: u64) -> Result<(), Errno> {
+        self.call("discard").await
+    }
+}
+
+struct Lab {
+    runtime: Runtime,
+    fake: Fake,
+    server: Rc<Server>,
+    driver: Slow,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let runtime = Runtime::new();
+        let fake = Fake::new(8).unwrap();
+        let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
+        tap.describe(&Params {
+            sectors: SHAPE.size / 512,
+            logical_block: 512,
+            physical_block: 512,
+            read_only: false,
+            write_cache: true,
+            discard: None,
+        })
+        .unwrap();
+        tap.start().unwrap();
+        let driver = Slow::default();
+        let disk = Disk::new(driver.clone());
+        let stats: Rc<RefCell<Stats>> = Rc::default();
+        let server = Server::new(&runtime, &tap, disk, &SHAPE, false, &stats);
+        Self {
+            runtime,
+            fake,
+            server,
+            driver,
+        }
+    }
+
+    /// Everything that can happen without the driver's end happens.
+    fn settle(&self) {
+        while self.server.turn().unwrap() | self.runtime.tasks.run() {}
+        self.runtime.io.enter(false).unwrap();
+        while self.server.turn().unwrap() | self.runtime.tasks.run() {}
+    }
+
+    fn write(&self, preflush: bool, fua: bool) -> u16 {
+        let request = Request {
+            op: Op::Write,
+            preflush,
+            fua,
+            sector: 0,
+            sectors: 1,
+            segments: 0,
+        };
+        self.fake.post(request, &[1; 512]).unwrap()
+    }
+
+    /// Lets the driver's calls end one after the other; after each, the calls so far and what was
+    /// answered.
+    fn steps(&self, calls: usize) -> Vec<(Vec<&'static str>, u64)> {
+        let steps = (0..=calls).map(|allowed| {
+            self.driver.allow(allowed);
+            self.settle();
+            (self.driver.calls(), self.fake.info().committed)
+        });
+        steps.collect()
+    }
+}
+
+#[test]
+fn durable_write_is_flushed_before_its_answer() {
+    let lab = Lab::new();
+    let tag = lab.write(false, true);
+    assert_eq!(
+        lab.steps(2),
+        [
+            (vec!["write"], 0),
+            (vec!["write", "flush"], 0),
+            (vec!["write", "flush"], 1)
+        ]
+    );
+    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+}
+
+#[test]
+fn flush_before_a_write_comes_before_it() {
+    let lab = Lab::new();
+    lab.write(true, true);
+    assert_eq!(
+        lab.steps(3),
+        [
+            (vec!["flush"], 0),
+            (vec!["flush", "write"], 0),
+            (vec!["flush", "write", "flush"], 0),
+            (vec!["flush", "write", "flush"], 1)
+        ]
+    );
+}
+
+#[test]
+fn write_whose_flush_fails_is_an_error() {
+    for (preflush, fua, calls) in [(true, false, 1), (false, true, 2)] {
+        let lab = Lab::new();
+        lab.driver.0.flush_fails.set(true);
+        let tag = lab.write(preflush, fua);
+        lab.steps(3);
+        assert_eq!(
+            lab.driver.calls().len(),
+            calls,
+            "nothing comes after the error"
+        );
+        assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error);
+    }
+}
+
+#[test]
+fn request_is_answered_when_the_driver_is_done_and_others_go_on() {
+    let lab = Lab::new();
+    let slow = lab.fake.send(Op::Read, 0, &[0; 512], false).unwrap();
+    lab.settle();
+    lab.fake.send(Op::Flush, 0, &[], false).unwrap();
+    lab.fake.send(Op::Read, 8, &[0; 512], false).unwrap();
+    lab.settle();
+    assert_eq!(lab.driver.calls(), ["read", "flush", "read"]);
+    assert_eq!((lab.server.in_flight(), lab.fake.info().committed), (3, 0));
+    lab.driver.allow(3);
+    lab.settle();
+    assert_eq!((lab.server.in_flight(), lab.fake.info().committed), (0, 3));
+    assert_eq!(lab.fake.answer(slow, 0).unwrap().0, Status::Okay);
+}
+
+#[test]
+fn what_was_fetched_is_finished_before_the_end() {
+    let lab = Lab::new();
+    lab.write(false, false);
+    lab.settle();
+    let ended = Rc::new(Cell::new(false));
+    let (server, end) = (lab.server.clone(), ended.clone());
+    lab.runtime.tasks.spawn(async move {
+        server.quiesce().await;
+        end.set(true);
+    });
+    lab.settle();
+    let later = lab.fake.send(Op::Read, 100, &[0; 512], false).unwrap();
+    lab.settle();
+    assert!(!ended.get());
+    lab.driver.allow(1);
+    lab.settle();
+    assert!(ended.get());
+    assert_eq!((lab.fake.info().committed, lab.fake.info().waiting), (1, 1));
+    assert_eq!(lab.driver.calls(), ["write"]);
+    let _ = later;
+}
