@@ -179,6 +179,22 @@ impl Io {
         Ok(())
     }
 
+    /// Closes the `io_uring`, which is the only way to end an [`Op::Command`] that waits at a
+    /// device: the device is let go of. Fails if I/O is under way.
+    pub fn close_uring(&self) -> io::Result<()> {
+        let mut table = self.0.table.borrow_mut();
+        if table.transfers() > 0 {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        drop(self.0.uring.borrow_mut().take());
+        if self.engine() == Engine::Uring {
+            table.end_commands();
+            table.queue_all_ready();
+            self.0.engine.set(Engine::Sync);
+        }
+        Ok(())
+    }
+
     /// How operations are carried out now.
     pub fn engine(&self) -> Engine {
         self.0.engine.get()

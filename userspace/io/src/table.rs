@@ -216,6 +216,18 @@ impl Table {
         }
     }
 
+    /// Commands are over, because their ring is.
+    pub(crate) fn end_commands(&mut self) {
+        let commands: Vec<usize> = self
+            .busy_slots()
+            .filter(|(_, slot)| matches!(slot.op, Op::Command { .. }))
+            .map(|(index, _)| index)
+            .collect();
+        for index in commands {
+            self.finish(index, -libc::ECANCELED);
+        }
+    }
+
     /// What waits for a descriptor: for engines that `poll`.
     pub(crate) fn waiting(
         &self,

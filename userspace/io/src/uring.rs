@@ -45,6 +45,9 @@ pub(crate) struct Uring {
     registered: Option<Rc<Region>>,
     /// Entries that the kernel has and whose completion was not taken.
     entered: usize,
+    /// Memory of the commands among them, by slot. The kernel cannot be asked to end a command of a
+    /// device: only the end of the ring, or of the process, makes it.
+    commands: Vec<(usize, Rc<Region>)>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -89,6 +92,7 @@ impl Uring {
             ring,
             registered: None,
             entered: 0,
+            commands: Vec::new(),
         })
     }
 
@@ -145,7 +149,8 @@ impl Uring {
         }
     }
 
-    /// Ends everything that is under way: for a change of the engine.
+    /// Ends everything that is under way but commands, of which there are none: for a change of the
+    /// engine.
     pub(crate) fn cancel_all(&mut self, table: &mut Table) -> io::Result<()> {
         let waiting: Vec<usize> = table.waiting().map(|(index, _, _)| index).collect();
         self.reap(table);
@@ -183,7 +188,15 @@ impl Uring {
                 break;
             };
             if let Some((op, vector)) = table.start(index) {
-                quick += usize::from(matches!(op, Op::Command { quick: true, .. }));
+                if let Op::Command {
+                    quick: is_quick,
+                    keep,
+                    ..
+                } = op
+                {
+                    quick += usize::from(*is_quick);
+                    self.commands.push((index, keep.clone()));
+                }
                 let entry = entry(op, vector, self.registered.as_ref());
                 self.push_entry(entry.user_data(index as u64))?;
             }
@@ -204,12 +217,16 @@ impl Uring {
     }
 
     fn reap(&mut self, table: &mut Table) {
-        let entered = &mut self.entered;
+        let (entered, commands) = (&mut self.entered, &mut self.commands);
         self.ring.completion().for_each(|entry: cqueue::Entry| {
             *entered = entered.saturating_sub(1);
             if entry.user_data() != NOBODY {
                 // CAST: it was made from an index.
-                table.finish(entry.user_data() as usize, entry.result());
+                let index = entry.user_data() as usize;
+                if let Some(at) = commands.iter().position(|(slot, _)| *slot == index) {
+                    commands.swap_remove(at);
+                }
+                table.finish(index, entry.result());
             }
         });
     }
@@ -220,13 +237,16 @@ impl Drop for Uring {
         // The kernel cancels what is under way when the ring is closed, but only some time later;
         // the memory of those operations goes when this returns.
         let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
-        let mut left = self.entered;
-        if left == 0 || self.push_entry(cancel.user_data(NOBODY)).is_err() {
-            return;
+        if self.entered > self.commands.len() && self.push_entry(cancel.user_data(NOBODY)).is_ok() {
+            let mut left = self.entered;
+            while left > self.commands.len() && self.ring.submitter().submit_and_wait(1).is_ok() {
+                left = left.saturating_sub(self.ring.completion().count());
+            }
         }
-        left += 1;
-        while left > 0 && self.ring.submitter().submit_and_wait(1).is_ok() {
-            left = left.saturating_sub(self.ring.completion().count());
+        // Commands may write until the kernel has ended them, which is not told any more: their
+        // memory stays for ever.
+        for (_, memory) in self.commands.drain(..) {
+            std::mem::forget(memory);
         }
     }
 }

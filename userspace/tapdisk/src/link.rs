@@ -4,6 +4,9 @@
 //! With commands of `io_uring`, one command waits for tags at the kernel, and results go along with
 //! the next one or in a command of their own; all of it shares the system call with the I/O of the
 //! disk. Without, there is an ioctl for each turn, and a watch on the node while nothing is there.
+//!
+//! A command that waits cannot be taken back. So a link lives as long as the node is held, also while
+//! nothing is served: the tags that this one command may still bring are returned to the kernel.
 
 use diskio::{Errno, Io, Op, Pending, Runtime};
 use std::cell::{Cell, RefCell};
@@ -22,7 +25,8 @@ const BATCH: usize = 256;
 pub(crate) struct Link {
     runtime: Runtime,
     tap: Rc<Tap>,
-    with_commands: bool,
+    /// The exchange is by commands; decided when it starts.
+    with_commands: Cell<bool>,
     /// Requests are wanted.
     fetching: Cell<bool>,
     /// Results to be committed.
@@ -41,12 +45,11 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn new(runtime: &Runtime, tap: &Rc<Tap>) -> Rc<Self> {
-        let uring = runtime.io.engine() == diskio::Engine::Uring;
         Rc::new(Self {
             runtime: runtime.clone(),
             tap: tap.clone(),
-            with_commands: uring && tap.has_commands(),
-            fetching: Cell::new(true),
+            with_commands: Cell::new(false),
+            fetching: Cell::new(false),
             done: RefCell::default(),
             fetched: RefCell::default(),
             ready: Cell::new(true),
@@ -62,12 +65,30 @@ impl Link {
         self.done.borrow_mut().push(completion);
     }
 
-    /// No more requests are wanted. Those that come all the same are to be served.
+    /// Requests are wanted.
+    pub(crate) fn start(&self) {
+        let has_ring = self.io().engine() == diskio::Engine::Uring;
+        self.with_commands.set(has_ring && self.tap.has_commands());
+        self.fetching.set(true);
+        self.ready.set(true);
+    }
+
+    /// No more requests are wanted. Those that were fetched are to be served.
     pub(crate) fn stop(&self) {
         self.fetching.set(false);
-        if let Some(waiting) = self.waiting.borrow().as_ref() {
+        if let Some(waiting) = self
+            .waiting
+            .borrow()
+            .as_ref()
+            .filter(|_| !self.with_commands.get())
+        {
             waiting.cancel();
         }
+    }
+
+    /// A command waits at the kernel, which holds the node by that.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.with_commands.get() && self.waiting.borrow().is_some()
     }
 
     pub(crate) fn is_fetching(&self) -> bool {
@@ -79,7 +100,7 @@ impl Link {
         !self.fetching.get()
             && self.done.borrow().is_empty()
             && self.fetched.borrow().is_empty()
-            && self.waiting.borrow().is_none()
+            && (self.with_commands.get() || self.waiting.borrow().is_none())
             && self.commits.get() == 0
     }
 
@@ -88,7 +109,7 @@ impl Link {
         if let Some(error) = self.error.borrow_mut().take() {
             return Err(error);
         }
-        if self.with_commands {
+        if self.with_commands.get() {
             self.pump_commands()?;
         } else {
             self.pump_calls(tags)?;
@@ -143,7 +164,7 @@ impl Link {
                 *self.waiting.borrow_mut() = Some(pending);
                 self.runtime.tasks.spawn(async move {
                     match link.arrival().await {
-                        Ok(count) => link.fetched.borrow_mut().extend(command.tags(count)),
+                        Ok(count) => link.arrived(command.tags(count)),
                         Err(error) => link.failed(error),
                     }
                     link.spare.borrow_mut().push(command);
@@ -158,6 +179,19 @@ impl Link {
                     link.spare.borrow_mut().push(command);
                 });
             }
+        }
+    }
+
+    /// Tags that a command brought.
+    fn arrived(&self, tags: Vec<u16>) {
+        if self.fetching.get() {
+            return self.fetched.borrow_mut().extend(tags);
+        }
+        for tag in tags {
+            self.commit(match self.tap.request(tag) {
+                Ok(request) => request.returned(),
+                Err(malformed) => malformed.completion,
+            });
         }
     }
 

@@ -42,10 +42,25 @@ impl Server {
         read_only: bool,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
+        let link = Link::new(runtime, tap);
+        Self::on_link(runtime, tap, link, disk, shape, read_only, stats)
+    }
+
+    /// As [`new`](Self::new), with the link that the node has already.
+    pub(crate) fn on_link(
+        runtime: &Runtime,
+        tap: &Rc<Tap>,
+        link: Rc<Link>,
+        disk: Disk,
+        shape: &Shape,
+        read_only: bool,
+        stats: &Rc<RefCell<Stats>>,
+    ) -> Rc<Self> {
+        link.start();
         Rc::new(Self {
             runtime: runtime.clone(),
             tap: tap.clone(),
-            link: Link::new(runtime, tap),
+            link,
             disk,
             size: Cell::new(shape.size),
             block: shape.logical_block,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk in all its states, as the supervisor sees it.
 
+use crate::link::Link;
 use crate::{nbd, Server};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
@@ -43,6 +44,8 @@ struct Inner {
     open: Option<Open>,
     disk: Option<tapdisk::Disk>,
     server: Option<Rc<Server>>,
+    /// The exchange with the kernel, once there was one.
+    link: Option<Rc<Link>>,
 }
 
 impl Session {
@@ -78,14 +81,27 @@ impl Session {
         for _ in 0..ROUNDS {
             self.turns.set(self.turns.get() + 1);
             let ran = self.runtime.tasks.run();
-            let server = self.state.borrow().server.clone();
-            let came = server.as_ref().map_or(Ok(false), Server::turn)?;
+            let came = self.exchange()?;
             if self.ended.get() || !(ran || came) {
                 break;
             }
         }
         let wait = !self.ended.get() && !self.runtime.tasks.is_ready();
         self.runtime.io.enter(wait)
+    }
+
+    /// Exchanges requests and results with the kernel; true if requests came.
+    fn exchange(&self) -> io::Result<bool> {
+        let (server, link) = {
+            let state = self.state.borrow();
+            (state.server.clone(), state.link.clone())
+        };
+        match (server, link) {
+            (Some(server), _) => server.turn(),
+            // What came too late for the server goes back.
+            (None, Some(link)) => link.pump(&mut Vec::new()).map(|()| false),
+            (None, None) => Ok(false),
+        }
     }
 
     /// [`run`](Self::run) returns.
@@ -231,9 +247,17 @@ impl Session {
             tap.start()
                 .map_err(|error| Failure::system("cannot start the node", &error))?;
         }
-        let server = Server::new(
+        let link = {
+            let mut state = self.state.borrow_mut();
+            let link = state
+                .link
+                .get_or_insert_with(|| Link::new(&self.runtime, &tap));
+            link.clone()
+        };
+        let server = Server::on_link(
             &self.runtime,
             &tap,
+            link,
             disk,
             &shape,
             open.read_only,
@@ -255,9 +279,16 @@ impl Session {
     /// Makes the engine the one that is asked for.
     fn select(&self, open: &Open) -> Result<Engine, Failure> {
         let io = &self.runtime.io;
+        let is_parked = self
+            .state
+            .borrow()
+            .link
+            .as_ref()
+            .is_some_and(|link| link.is_parked());
         let wanted: &[diskio::Engine] = match (open.target.driver(), open.engine) {
             (Driver::Sync, _) | (_, Engine::Sync) => &[diskio::Engine::Sync],
             (_, Engine::Uring) => &[diskio::Engine::Uring],
+            (_, Engine::Auto) if is_parked => &[diskio::Engine::Uring],
             (_, Engine::Aio) => &[diskio::Engine::Aio],
             (_, Engine::Auto) => &[diskio::Engine::Uring, diskio::Engine::Aio],
         };
@@ -269,11 +300,15 @@ impl Session {
                 Err(error) => self.note("an engine is not possible here", error),
             }
         }
-        result.map_err(|error| {
-            Failure::system(
+        result.map_err(|error| match is_parked {
+            true => Failure::new(
+                Code::State,
+                "the engine cannot change while the node is held: close the disk and open it again",
+            ),
+            false => Failure::system(
                 "the engine is not possible here: use another one, or auto",
                 &error,
-            )
+            ),
         })?;
         Ok(match io.engine() {
             diskio::Engine::Uring => Engine::Uring,
@@ -340,6 +375,14 @@ impl Session {
             Some(server) => self.stop(server).await,
             None => Ok(()),
         };
+        let link = self.state.borrow().link.clone();
+        if link.is_some_and(|link| link.is_parked()) {
+            // The node is not given back as long as a command waits there.
+            self.runtime
+                .io
+                .close_uring()
+                .map_err(|error| Failure::system("cannot close the ring", &error))?;
+        }
         *self.state.borrow_mut() = Inner::default();
         stopped.map(|()| Reply::Done)
     }
