@@ -17,11 +17,15 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The process died after it had lived for `lived`: the pause before the next one. None at all
-    /// for the first death, because a guest waits.
-    pub fn died(&mut self, lived: Duration) -> Duration {
+    /// The process died after it had lived for `lived`, and had `answered` requests or not: the
+    /// pause before the next one. None at all for the first death, because a guest waits. As long
+    /// as each process gets something done the pauses stay short: the guest makes progress, but
+    /// must not make the host start processes without end.
+    pub fn died(&mut self, lived: Duration, answered: bool) -> Duration {
         if lived >= WELL {
             self.deaths = 0;
+        } else if answered {
+            self.deaths = self.deaths.min(1);
         }
         self.deaths = self.deaths.saturating_add(1);
         match self.deaths {
@@ -48,7 +52,7 @@ mod tests {
     fn first_death_costs_nothing_and_pauses_grow() {
         let mut backoff = Backoff::default();
         let pauses: Vec<u128> = (0..12)
-            .map(|_| backoff.died(Duration::from_millis(5)).as_millis())
+            .map(|_| backoff.died(Duration::from_millis(5), false).as_millis())
             .collect();
         assert_eq!(
             pauses,
@@ -60,10 +64,18 @@ mod tests {
     fn a_long_life_is_a_new_start() {
         let mut backoff = Backoff::default();
         for _ in 0..5 {
-            backoff.died(Duration::from_secs(1));
+            backoff.died(Duration::from_secs(1), false);
         }
-        assert_eq!(backoff.died(Duration::from_secs(60)), Duration::ZERO);
+        assert_eq!(backoff.died(Duration::from_secs(60), false), Duration::ZERO);
         assert_eq!(backoff.deaths(), 1);
+    }
+
+    #[test]
+    fn pauses_stay_short_while_requests_are_answered() {
+        let mut backoff = Backoff::default();
+        let mut died = |answered| backoff.died(Duration::from_secs(1), answered).as_millis();
+        assert_eq!([died(true), died(true), died(true)], [0, 100, 100]);
+        assert_eq!([died(false), died(false), died(true)], [200, 400, 100]);
     }
 
     #[test]
@@ -71,7 +83,7 @@ mod tests {
         let mut backoff = Backoff {
             deaths: u32::MAX - 1,
         };
-        assert_eq!(backoff.died(Duration::ZERO), Duration::from_secs(30));
-        assert_eq!(backoff.died(Duration::ZERO), Duration::from_secs(30));
+        assert_eq!(backoff.died(Duration::ZERO, false), Duration::from_secs(30));
+        assert_eq!(backoff.died(Duration::ZERO, false), Duration::from_secs(30));
     }
 }

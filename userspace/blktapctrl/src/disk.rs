@@ -13,6 +13,7 @@ use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::{watch, Mutex, MutexGuard};
 
 /// How far the end of a disk has come.
@@ -43,10 +44,14 @@ pub struct Disk {
     pub serves: RefCell<Option<tapdisk::Disk>>,
     /// The deaths of its processes.
     pub backoff: RefCell<Backoff>,
+    /// Requests that were answered when its process began to serve.
+    pub answered_before: Cell<u64>,
     /// Someone is replacing its process.
     pub reviving: Cell<bool>,
     /// The request for which it was reported as hung is not answered yet.
     pub hung: Cell<bool>,
+    /// Requests answered when the watchdog saw that number first, and when that was.
+    pub progress: Cell<(u64, Instant)>,
     turn: Mutex<()>,
     fate: watch::Sender<Fate>,
 }
@@ -63,8 +68,10 @@ impl Disk {
             attached: Cell::default(),
             serves: RefCell::default(),
             backoff: RefCell::default(),
+            answered_before: Cell::default(),
             reviving: Cell::default(),
             hung: Cell::default(),
+            progress: Cell::new((0, Instant::now())),
             turn: Mutex::new(()),
             fate: watch::Sender::new(Fate::Stays),
         })

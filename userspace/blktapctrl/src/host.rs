@@ -5,7 +5,7 @@ use crate::disk::{Disk, Fate};
 use crate::events::Events;
 use crate::folder::{self, Folder};
 use crate::image::{apart, Image};
-use crate::kernel::Kernel;
+use crate::kernel::{self, Kernel};
 use crate::process::{self, Process, Program};
 use crate::record::Want;
 use crate::sharing::{self, Identity, User};
@@ -22,7 +22,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 /// How long a tapdisk may take to answer what needs no I/O.
@@ -276,8 +276,15 @@ impl Host {
         }
         let pid = process.pid();
         self.events.add(Some(disk.minor), What::Died { pid, how });
-        let pause = disk.backoff.borrow_mut().died(process.age());
+        let answered = self.answered(&disk) > disk.answered_before.get();
+        let pause = disk.backoff.borrow_mut().died(process.age(), answered);
         self.revive(&disk, pause).await;
+    }
+
+    /// Requests of a disk that were ever answered; none if the kernel does not say.
+    fn answered(&self, disk: &Disk) -> u64 {
+        let node = kernel::node(&*self.kernel, disk.minor);
+        node.ok().flatten().map_or(0, |node| node.status.committed)
     }
 
     /// Replaces the process of a disk after a pause, as often as it takes.
@@ -315,7 +322,7 @@ impl Host {
             if disk.fate() != Fate::Stays {
                 return;
             }
-            pause = disk.backoff.borrow_mut().died(Duration::ZERO);
+            pause = disk.backoff.borrow_mut().died(Duration::ZERO, false);
             let retry_ms = pause.as_millis().try_into().unwrap_or(u64::MAX);
             let what = What::Failed {
                 message: failure.message,
@@ -410,10 +417,12 @@ impl Host {
     /// It cannot be served. A process may be left, which the caller ends.
     pub async fn serve(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<tapdisk::Disk, Failure> {
         let open = disk.open()?;
+        disk.answered_before.set(self.answered(disk));
         let process = self.attach(disk).await?;
         let reply = self.open_with(disk, &process, open, Request::Open).await?;
         self.serve_nbd(disk, &process).await;
         disk.hung.set(false);
+        disk.progress.set((0, Instant::now()));
         let pid = process.pid();
         self.events.add(Some(disk.minor), What::Started { pid });
         Ok(reply)

@@ -4,9 +4,10 @@
 use crate::disk::Disk;
 use crate::host::Host;
 use crate::kernel;
-use control::supervisor::{Hung, What};
+use crate::record::Want;
+use control::supervisor::{Hung, Kernel, What};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often it looks.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -23,6 +24,18 @@ pub async fn watch(host: Rc<Host>) {
     }
 }
 
+/// For how long requests have waited while none was answered: a process that is stopped does not even
+/// fetch them.
+fn idle_with_work(disk: &Disk, status: &Kernel) -> Duration {
+    let (answered, since) = disk.progress.get();
+    let works = disk.record.borrow().want == Want::Served && status.waiting > 0;
+    if works && answered == status.committed {
+        return since.elapsed();
+    }
+    disk.progress.set((status.committed, Instant::now()));
+    Duration::ZERO
+}
+
 /// Looks at one disk.
 pub fn look(host: &Host, disk: &Disk) {
     let policy = disk.record.borrow().policy.clone();
@@ -37,7 +50,7 @@ pub fn look(host: &Host, disk: &Disk) {
             return;
         }
     };
-    let since = Duration::from_nanos(node.status.oldest_ns);
+    let since = Duration::from_nanos(node.status.oldest_ns).max(idle_with_work(disk, &node.status));
     if since < Duration::from_secs(policy.hung_after_s.into()) {
         disk.hung.set(false);
     } else if !disk.hung.replace(true) {
