@@ -64,6 +64,8 @@ struct Inner {
     places: RefCell<Vec<Seat>>,
     free: RefCell<Vec<usize>>,
     tasks: Cell<usize>,
+    /// What `run` polls; kept for its memory.
+    polling: RefCell<Vec<usize>>,
 }
 
 impl std::fmt::Debug for Executor {
@@ -101,11 +103,14 @@ impl Executor {
 
     /// Polls every task that was woken, once. True if there were any.
     pub fn run(&self) -> bool {
-        let woken = std::mem::take(&mut *self.0.woken.list());
-        for number in &woken {
-            self.poll(*number);
+        let mut woken = self.0.polling.take();
+        std::mem::swap(&mut woken, &mut self.0.woken.list());
+        let ran = !woken.is_empty();
+        for number in woken.drain(..) {
+            self.poll(number);
         }
-        !woken.is_empty()
+        *self.0.polling.borrow_mut() = woken;
+        ran
     }
 
     fn poll(&self, number: usize) {

@@ -42,6 +42,8 @@ pub(crate) struct Table {
     busy: usize,
     transfers: usize,
     finished: u64,
+    /// Vectors that nobody uses, for their memory.
+    spare: Vec<Vec<libc::iovec>>,
 }
 
 fn is_transfer(op: &Op) -> bool {
@@ -52,9 +54,11 @@ impl Table {
     pub(crate) fn insert(&mut self, op: Op) -> usize {
         self.busy += 1;
         self.transfers += usize::from(is_transfer(&op));
+        let mut vector = self.spare.pop().unwrap_or_default();
+        fill(&mut vector, &op);
         let slot = Slot {
             state: State::Busy(None),
-            vector: vector(&op),
+            vector,
             op,
             started: false,
             cancel: false,
@@ -155,7 +159,10 @@ impl Table {
     }
 
     fn release(&mut self, index: usize) {
-        self.slots[index] = None;
+        if let Some(mut slot) = self.slots[index].take() {
+            slot.vector.clear();
+            self.spare.push(slot.vector);
+        }
         self.free.push(index);
     }
 
@@ -247,17 +254,12 @@ impl Table {
     }
 }
 
-/// Where the data of an operation is.
-fn vector(op: &Op) -> Vec<libc::iovec> {
-    match op {
-        Op::Read { data, .. } | Op::Write { data, .. } => data
-            .pieces()
-            .iter()
-            .map(|piece| libc::iovec {
-                iov_base: data.region().place(piece.at, piece.len).cast(),
-                iov_len: piece.len,
-            })
-            .collect(),
-        _ => Vec::new(),
+/// Says where the data of an operation is.
+fn fill(vector: &mut Vec<libc::iovec>, op: &Op) {
+    if let Op::Read { data, .. } | Op::Write { data, .. } = op {
+        vector.extend(data.pieces().iter().map(|piece| libc::iovec {
+            iov_base: data.region().place(piece.at, piece.len).cast(),
+            iov_len: piece.len,
+        }));
     }
 }
