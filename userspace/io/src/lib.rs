@@ -15,6 +15,7 @@
 
 mod aio;
 mod data;
+mod entry;
 mod exec;
 mod file;
 mod gate;

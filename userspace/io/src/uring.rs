@@ -5,23 +5,18 @@
 //! table, at its slot, until its completion has been taken. The vectors of a slot are not changed
 //! meanwhile. The ring is dropped after everything was cancelled and waited for.
 
-use crate::data::Piece;
+use crate::entry::Entries;
 use crate::table::Table;
 use crate::{Op, Region};
-use io_uring::register::Restriction;
+use io_uring::register::{Probe, Restriction};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::rc::Rc;
 
 /// Entries of the submission queue; more operations wait in the table.
 const ENTRIES: u32 = 256;
 /// Completions of cancellations carry this: they name no slot.
 const NOBODY: u64 = u64::MAX;
-/// `BLOCK_URING_CMD_DISCARD` of the kernel: `_IO(0x12, 0)`.
-const DISCARD: u32 = 0x1200;
-/// The largest piece that one fixed read or write may have.
-const MAX_LEN: usize = 1 << 30;
 
 /// What a ring accepts once it is enabled: nothing that opens, connects or executes, so that a ring
 /// in a sandbox is no way around it.
@@ -42,7 +37,7 @@ const REGISTRATIONS: &[u8] = &[0, 1];
 
 pub(crate) struct Uring {
     ring: IoUring,
-    registered: Option<Rc<Region>>,
+    entries: Entries,
     /// Entries that the kernel has and whose completion was not taken.
     entered: usize,
     /// Memory of the commands among them, by slot. The kernel cannot be asked to end a command of a
@@ -78,7 +73,19 @@ impl Uring {
                 .build(ENTRIES)?,
             other => other?,
         };
-        let operations = OPERATIONS.iter().map(|code| Restriction::sqe_op(*code));
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        // What the kernel does not know it does not allow either. Since 6.15.
+        let vectors = probe.is_supported(opcode::ReadvFixed::CODE)
+            && probe.is_supported(opcode::WritevFixed::CODE);
+        let more: &[u8] = match vectors {
+            true => &[opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE],
+            false => &[],
+        };
+        let operations = OPERATIONS
+            .iter()
+            .chain(more)
+            .map(|code| Restriction::sqe_op(*code));
         let registrations = REGISTRATIONS
             .iter()
             .map(|code| Restriction::register_op(*code));
@@ -90,7 +97,7 @@ impl Uring {
         }
         Ok(Self {
             ring,
-            registered: None,
+            entries: Entries::new(vectors),
             entered: 0,
             commands: Vec::new(),
         })
@@ -98,7 +105,7 @@ impl Uring {
 
     /// Pins the pages of a region, so that single reads and writes need not.
     pub(crate) fn register(&mut self, region: Option<&Rc<Region>>) -> io::Result<bool> {
-        if self.registered.take().is_some() {
+        if self.entries.registered.take().is_some() {
             self.ring.submitter().unregister_buffers()?;
         }
         let Some(region) = region else {
@@ -109,9 +116,9 @@ impl Uring {
             iov_len: region.len(),
         };
         // SAFETY: the memory is a mapping that stays while it is registered: this object holds it
-        // in `registered`, and the kernel has pages of its own pinned in any case.
+        // in `entries`, and the kernel has pages of its own pinned in any case.
         unsafe { self.ring.submitter().register_buffers(&[all]) }?;
-        self.registered = Some(region.clone());
+        self.entries.registered = Some(region.clone());
         Ok(true)
     }
 
@@ -197,7 +204,7 @@ impl Uring {
                     quick += usize::from(*is_quick);
                     self.commands.push((index, keep.clone()));
                 }
-                let entry = entry(op, vector, self.registered.as_ref());
+                let entry = self.entries.entry(op, vector);
                 self.push_entry(entry.user_data(index as u64))?;
             }
         }
@@ -255,84 +262,6 @@ fn cancellation(index: usize) -> squeue::Entry {
     opcode::AsyncCancel::new(index as u64)
         .build()
         .user_data(NOBODY)
-}
-
-fn entry(op: &Op, vector: &[libc::iovec], registered: Option<&Rc<Region>>) -> squeue::Entry {
-    match op {
-        Op::Read { file, offset, data } => {
-            let fd = types::Fd(file.as_raw_fd());
-            match (data.pieces(), registered) {
-                ([piece], Some(region)) if is_fixed(piece, data.region(), region) => {
-                    let place = data.region().place(piece.at, piece.len);
-                    // CAST: `is_fixed` bounds it.
-                    opcode::ReadFixed::new(fd, place, piece.len as u32, 0)
-                        .offset(*offset)
-                        .build()
-                }
-                _ => {
-                    // CAST: data has at most a few hundred pieces.
-                    opcode::Readv::new(fd, vector.as_ptr(), vector.len() as u32)
-                        .offset(*offset)
-                        .build()
-                }
-            }
-        }
-        Op::Write { file, offset, data } => {
-            let fd = types::Fd(file.as_raw_fd());
-            match (data.pieces(), registered) {
-                ([piece], Some(region)) if is_fixed(piece, data.region(), region) => {
-                    let place = data.region().place(piece.at, piece.len).cast_const();
-                    // CAST: `is_fixed` bounds it.
-                    opcode::WriteFixed::new(fd, place, piece.len as u32, 0)
-                        .offset(*offset)
-                        .build()
-                }
-                _ => {
-                    // CAST: data has at most a few hundred pieces.
-                    opcode::Writev::new(fd, vector.as_ptr(), vector.len() as u32)
-                        .offset(*offset)
-                        .build()
-                }
-            }
-        }
-        Op::Sync { file } => opcode::Fsync::new(types::Fd(file.as_raw_fd()))
-            .flags(types::FsyncFlags::DATASYNC)
-            .build(),
-        Op::Zero {
-            file,
-            offset,
-            len,
-            hole,
-        } => opcode::Fallocate::new(types::Fd(file.as_raw_fd()), *len)
-            .offset(*offset)
-            .mode(crate::sync::zero_mode(*hole))
-            .build(),
-        Op::Discard { file, offset, len } => {
-            let mut argument = [0; 16];
-            argument[..8].copy_from_slice(&len.to_ne_bytes());
-            opcode::UringCmd16::new(types::Fd(file.as_raw_fd()), DISCARD)
-                .addr(Some(*offset))
-                .cmd(argument)
-                .build()
-        }
-        Op::Ready { fd, write } => {
-            let events = if *write { libc::POLLOUT } else { libc::POLLIN };
-            // CAST: the constants are small.
-            opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events as u32).build()
-        }
-        Op::Command {
-            fd,
-            number,
-            argument,
-            ..
-        } => opcode::UringCmd16::new(types::Fd(fd.as_raw_fd()), *number)
-            .cmd(*argument)
-            .build(),
-    }
-}
-
-fn is_fixed(piece: &Piece, region: &Rc<Region>, registered: &Rc<Region>) -> bool {
-    Rc::ptr_eq(region, registered) && piece.len <= MAX_LEN
 }
 
 #[cfg(test)]
