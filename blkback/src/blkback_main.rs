@@ -64,7 +64,7 @@ module! {
             description: "Segments of an indirect request offered, at most 512 (0: none)",
         },
         copy_max_segments: u32 {
-            default: 16,
+            default: 512,
             description: "Requests up to so many segments are copied, larger ones are mapped",
         },
         copy_pages: u32 {

@@ -80,14 +80,16 @@ pub(crate) fn domain_mappings() -> u32 {
 pub(crate) struct PoolSizes {
     /// Pages with memory.
     pub(crate) copy: u16,
+    /// The same where memory is short: below that the queue is not served at all.
+    pub(crate) least: u16,
     /// Pages at which guest pages are mapped.
     pub(crate) map: u16,
 }
 
 /// Data pages of a queue whose ring has so many slots.
 ///
-/// Both pools hold the largest request; beyond that each slot gets a few pages, so that small
-/// requests can fill the ring.
+/// Each pool that is used holds the largest request; beyond that each slot gets as many pages as
+/// the requests have that Linux guests send by default: 32 segments at most.
 pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
     let largest = u32::from(max_indirect_segments()).max(11);
     let size = |per_slot: u32, most: u32| {
@@ -97,12 +99,15 @@ pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
             .min(most.min(PAGES))
             .max(largest) as u16
     };
+    let most = *module_parameters::copy_pages.value();
+    let copies_all = u32::from(copy_max_segments()) >= largest;
     PoolSizes {
-        copy: size(4, *module_parameters::copy_pages.value()),
-        map: if crate::xen::is_pv_domain() {
-            size(16, *module_parameters::map_pages.value())
-        } else {
+        copy: size(if copies_all { 32 } else { 4 }, most),
+        least: size(4, most),
+        map: if copies_all {
             0
+        } else {
+            size(16, *module_parameters::map_pages.value())
         },
     }
 }

@@ -84,26 +84,27 @@ impl Queues for BlockDevice {
 /// Memory of a queue, and its mappings if there is room for them.
 type Reserved = (Reservation, Option<Reservation>);
 
-/// Reserves what a queue needs of its guest's quotas. Mappings are a matter of speed: without
-/// room for them everything is copied.
+/// Reserves what a queue needs of its guest's quotas, or less if there is not enough: a queue
+/// with few pages has fewer large requests in flight. Mappings are a matter of speed: without room
+/// for them everything is copied.
 fn reserve(domain: u16, slots: u32) -> Result<(PoolSizes, Reserved), ConnectError> {
     let mut sizes = params::pool_sizes(slots);
-    let memory = Reservation::new(
-        Kind::Memory,
-        domain,
-        u32::from(sizes.copy),
-        params::domain_pages(),
-    )
-    .map_err(|error| {
-        ConnectError::Step("the guest's quota (domain_memory_mib) is used up", error)
-    })?;
-    let maps = Reservation::new(
-        Kind::Mappings,
-        domain,
-        u32::from(sizes.map),
-        params::domain_mappings(),
-    )
-    .ok();
+    let memory = loop {
+        let limit = params::domain_pages();
+        match Reservation::new(Kind::Memory, domain, sizes.copy.into(), limit) {
+            Ok(memory) => break memory,
+            Err(_) if sizes.copy > sizes.least => sizes.copy = (sizes.copy / 2).max(sizes.least),
+            Err(error) => {
+                let what = "the guest's quota (domain_memory_mib) is used up";
+                return Err(ConnectError::Step(what, error));
+            }
+        }
+    };
+    if sizes.map == 0 {
+        return Ok((sizes, (memory, None)));
+    }
+    let limit = params::domain_mappings();
+    let maps = Reservation::new(Kind::Mappings, domain, sizes.map.into(), limit).ok();
     if maps.is_none() {
         sizes.map = 0;
     }

@@ -16,7 +16,8 @@ pub(crate) const DATA_PAGES: usize = 48;
 
 /// The page of them that holds descriptors.
 pub(crate) const DESCRIPTOR_PAGE: usize = DATA_PAGES - 1;
-/// Segments of an indirect request that the backend maps; fewer than 17 it copies by default.
+/// Segments of an indirect request that the backend maps in this lane, where it copies fewer than
+/// 17 (`copy_max_segments`).
 pub(crate) const MAPPED: usize = 32;
 
 /// What a frontend asks for.

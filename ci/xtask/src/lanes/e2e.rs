@@ -6,8 +6,13 @@ use crate::ktap;
 use crate::machine::Machine;
 use crate::tally::Tally;
 use crate::{payload, recipes};
-use anyhow::Result;
+use anyhow::{Context, Result};
+use std::fs;
 use std::time::Duration;
+
+/// By default all requests are copied. With this the large ones are mapped, so that a malicious
+/// frontend meets both ways.
+const MAPPING: &str = "copy_max_segments=16";
 
 /// The tests of what honest guests and toolstacks do.
 pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
@@ -15,13 +20,14 @@ pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
     boot(
         tally,
         "e2e",
+        "",
         &format!("exec /t/vmtest run --only '{only}'\n"),
     )
 }
 
 /// The tests of what a malicious frontend does.
 pub(super) fn hostile(tally: &mut Tally) -> Result<()> {
-    boot(tally, "hostile", "exec /t/hostile run\n")
+    boot(tally, "hostile", MAPPING, "exec /t/hostile run\n")
 }
 
 /// Random requests of a malicious frontend; each run says its seed.
@@ -29,12 +35,17 @@ pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
     boot(
         tally,
         "fuzz",
+        MAPPING,
         "exec /t/hostile fuzz --seed $$ --cases 2000\n",
     )
 }
 
-fn boot(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
+/// `options` are those of the module.
+fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()> {
     let payload = with_everything(name, script)?;
+    let conf = payload.join("overlay/usr/lib/modprobe.d/test.conf");
+    fs::write(&conf, format!("options xen-blkback-rs {options}\n"))
+        .with_context(|| format!("cannot write {}", conf.display()))?;
     let mut machine = Machine::new(name);
     machine.timeout = Duration::from_secs(45 * 60);
     let mut reader = ktap::Reader::default();
