@@ -26,6 +26,6 @@ mod transfer;
 pub use crate::ring::grants::Grants;
 pub use backend::{Backend, Io, IoKind};
 pub use pass::{Config, Engine, Pass};
-pub use segments::SegmentEntry;
+pub use segments::{SegmentEntry, Slice};
 pub use slots::{Slot, Tag};
 pub use stats::Stats;

@@ -91,7 +91,10 @@ impl<'a> Segments<'a> {
         // Backwards, so that the first allocation gets the lowest pages: neighbours in memory.
         for index in (0..total).rev() {
             let pool = if index < copy { Pool::Copy } else { Pool::Map };
-            table.give(pool, index);
+            if let Some(entry) = table.entries.get_mut(usize::from(index)) {
+                *entry = SegmentEntry::EMPTY;
+            }
+            table.release(pool, index, 1);
             let free = table.pool_mut(pool);
             free.capacity = free.count;
         }
@@ -111,19 +114,6 @@ impl<'a> Segments<'a> {
         match pool {
             Pool::Copy => copy,
             Pool::Map => map,
-        }
-    }
-
-    fn give(&mut self, pool: Pool, index: u16) {
-        let head = self.pool(pool).head;
-        if let Some(entry) = self.entries.get_mut(usize::from(index)) {
-            *entry = SegmentEntry {
-                next: head,
-                ..SegmentEntry::EMPTY
-            };
-            let free = self.pool_mut(pool);
-            free.head = index;
-            free.count = free.count.wrapping_add(1);
         }
     }
 
@@ -158,17 +148,27 @@ impl<'a> Segments<'a> {
         Some(head)
     }
 
-    /// Gives a chain back to its pool.
+    /// Gives a chain back to its pool, in one piece: the request that gets it next finds pages in
+    /// the same order, and neighbours in memory stay neighbours.
     pub fn release(&mut self, pool: Pool, head: u16, count: u16) {
-        let mut index = head;
-        for _ in 0..count {
-            let Some(entry) = self.entries.get(usize::from(index)) else {
+        if count == 0 {
+            return;
+        }
+        let mut last = head;
+        for _ in 1..count {
+            let Some(entry) = self.entries.get(usize::from(last)) else {
                 return;
             };
-            let next = entry.next;
-            self.give(pool, index);
-            index = next;
+            last = entry.next;
         }
+        let free = self.pool(pool).head;
+        let Some(entry) = self.entries.get_mut(usize::from(last)) else {
+            return;
+        };
+        entry.next = free;
+        let free = self.pool_mut(pool);
+        free.head = head;
+        free.count = free.count.wrapping_add(count);
     }
 
     /// Puts a segment into entry `index` and returns the next entry of the chain.

@@ -7,6 +7,7 @@ use super::pages::{push, Pages};
 use super::parker::Parker;
 use super::{cond_resched, sys};
 use crate::ring::grants::Tag;
+use core::cell::Cell;
 use core::pin::Pin;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -16,9 +17,10 @@ use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-/// Bios that can be allocated while there is no memory: enough for progress.
+/// Bios beyond the first of an I/O that can be allocated while there is no memory: enough for
+/// progress.
 const RESERVE: u32 = 16;
-/// Pages of one bio at most (`BIO_MAX_VECS`).
+/// Pieces of memory of one bio at most (`BIO_MAX_VECS`).
 const MAX_VECS: u16 = 256;
 
 /// What a bio does.
@@ -62,7 +64,10 @@ impl Operation {
     }
 }
 
-/// The part of an I/O that its bios share.
+/// Pieces of memory of an I/O's first bio.
+const FIRST_VECS: u16 = 8;
+
+/// The part of an I/O that its bios share, and the first of them: most I/Os need no other.
 struct Record {
     /// Bios that have not completed, and one while the I/O is being built.
     pending: Atomic<i32>,
@@ -70,6 +75,9 @@ struct Record {
     status: Atomic<u32>,
     tag: Tag,
     owner: *const Disk,
+    /// Belongs to whoever builds the I/O, and from submission to completion to the block layer.
+    first: Opaque<bindings::bio>,
+    vecs: Opaque<[bindings::bio_vec; FIRST_VECS as usize]>,
 }
 
 /// A block device with everything that its I/O needs.
@@ -85,7 +93,7 @@ pub(crate) struct Disk {
     parker: Arc<Parker>,
     #[pin]
     set: Opaque<bindings::bio_set>,
-    records: KVec<Record>,
+    records: KVVec<Record>,
     /// One bit for each tag: complete and not reaped.
     done: KVec<Atomic<u64>>,
     busy: Atomic<i32>,
@@ -104,13 +112,15 @@ impl Disk {
         parker: Arc<Parker>,
         tags: u16,
     ) -> Result<Pin<KBox<Self>>> {
-        let mut records = KVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
+        let mut records = KVVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
         for tag in 0..tags {
             let record = Record {
                 pending: Atomic::new(0),
                 status: Atomic::new(0),
                 tag,
                 owner: core::ptr::null(),
+                first: Opaque::uninit(),
+                vecs: Opaque::uninit(),
             };
             push(&mut records, record)?;
         }
@@ -154,7 +164,11 @@ impl Disk {
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
         self.busy.fetch_add(1, Relaxed);
-        Some(Inflight { disk: self, record })
+        Some(Inflight {
+            disk: self,
+            record,
+            first_taken: Cell::new(false),
+        })
     }
 
     /// Yields every I/O that has completed, once.
@@ -196,21 +210,43 @@ impl PinnedDrop for Disk {
 pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
+    first_taken: Cell<bool>,
 }
 
 impl Inflight<'_> {
-    /// Makes a bio of this I/O with room for `vecs` pages. Sleeps when there is no memory until a
-    /// bio of the reserve comes back.
+    /// True if `next` lies directly behind `page` in memory.
+    pub(crate) fn adjoin(&self, page: u16, next: u16) -> bool {
+        self.disk.pages.adjoin(page, next)
+    }
+
+    /// Makes a bio of this I/O with room for `vecs` pieces of memory, or for a few. Sleeps when
+    /// there is no memory until a bio of the reserve comes back; the first one never does.
     pub(crate) fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
-        // SAFETY: The device and the set are valid. An allocation from a bio set that may sleep
-        // does not fail.
-        let raw = unsafe {
-            sys::xbr_bio_alloc(
-                self.disk.bdev.as_raw(),
-                vecs.min(MAX_VECS),
-                operation.flags(),
-                self.disk.set.get(),
-            )
+        let raw = if self.first_taken.replace(true) {
+            // SAFETY: The device and the set are valid. An allocation from a bio set that may
+            // sleep does not fail.
+            unsafe {
+                sys::xbr_bio_alloc(
+                    self.disk.bdev.as_raw(),
+                    vecs.min(MAX_VECS),
+                    operation.flags(),
+                    self.disk.set.get(),
+                )
+            }
+        } else {
+            let first = self.record.first.get();
+            // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which is for
+            // tags that are not in flight, until submission; the device is valid.
+            unsafe {
+                bindings::bio_init(
+                    first,
+                    self.disk.bdev.as_raw(),
+                    self.record.vecs.get().cast(),
+                    FIRST_VECS,
+                    operation.flags(),
+                )
+            };
+            first
         };
         if let Some(bio) = NonNull::new(raw) {
             // SAFETY: The bio is ours until it is submitted.
@@ -250,15 +286,17 @@ pub(crate) struct Bio<'a> {
 }
 
 impl Bio<'_> {
-    /// Adds a piece of a data page; `false` if the bio cannot take it.
-    pub(crate) fn add(&mut self, page: u16, offset: u16, len: u16) -> bool {
+    /// Adds `len` bytes from `offset` of a data page on; `false` if the bio cannot take them.
+    ///
+    /// They may go on in the pages behind it, as far as [`Inflight::adjoin`] says that these
+    /// follow one another.
+    pub(crate) fn add(&mut self, page: u16, offset: u16, len: u32) -> bool {
         let (Some(raw), Some(page)) = (self.raw, self.inflight.disk.pages.page(page)) else {
             return false;
         };
         // SAFETY: The bio is ours; the page lives as long as the disk, which waits for its bios.
-        let added =
-            unsafe { bindings::bio_add_page(raw.as_ptr(), page, len.into(), offset.into()) };
-        added == i32::from(len)
+        let added = unsafe { bindings::bio_add_page(raw.as_ptr(), page, len, offset.into()) };
+        u32::try_from(added) == Ok(len)
     }
 
     /// Sets the length of an operation without data, at most `u32::MAX / 512` sectors.
@@ -269,8 +307,8 @@ impl Bio<'_> {
         }
     }
 
-    /// Starts it. May sleep.
-    pub(crate) fn submit(mut self) {
+    /// Starts it, once. May sleep.
+    pub(crate) fn submit(&mut self) {
         if let Some(raw) = self.raw.take() {
             self.inflight.record.pending.fetch_add(1, Relaxed);
             // SAFETY: The bio is complete, and from here on it belongs to the block layer.
@@ -283,7 +321,7 @@ impl Drop for Bio<'_> {
     fn drop(&mut self) {
         if let Some(raw) = self.raw {
             // SAFETY: The bio was never submitted.
-            unsafe { bindings::bio_put(raw.as_ptr()) };
+            unsafe { free(raw.as_ptr(), self.inflight.record) };
         }
     }
 }
@@ -293,11 +331,26 @@ extern "C" fn end_io(bio: *mut bindings::bio) {
     // SAFETY: The block layer passes the bio that completed; its record is busy, so valid.
     let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<Record>()) };
     // SAFETY: The bio is complete, and nobody else uses it.
-    unsafe { bindings::bio_put(bio) };
+    unsafe { free(bio, record) };
     if status != 0 {
         record.status.store(u32::from(status), Relaxed);
     }
     put(record);
+}
+
+/// Lets go of a bio.
+///
+/// # Safety
+///
+/// It is one of this record, and nobody uses it any more.
+unsafe fn free(bio: *mut bindings::bio, record: &Record) {
+    if bio == record.first.get() {
+        // SAFETY: It was initialised, and nobody uses it.
+        unsafe { bindings::bio_uninit(bio) };
+    } else {
+        // SAFETY: It was allocated, and nobody uses it.
+        unsafe { bindings::bio_put(bio) };
+    }
 }
 
 /// Gives back one share of a record; the last one reports the completion.
