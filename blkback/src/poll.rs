@@ -15,8 +15,11 @@ use kernel::processor::cpu_relax;
 
 /// The first time that is tried.
 const START: u64 = 5_000;
-/// Looks between two looks at the clock.
-const LOOKS: u32 = 8;
+/// Looks between two looks at the clock: a few microseconds.
+const LOOKS: u32 = 16;
+/// Pauses between two looks. The guest writes to what is looked at, and each look takes that away
+/// from its processor.
+const PAUSES: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
@@ -33,7 +36,9 @@ fn look(limit: u64, mut ready: impl FnMut() -> bool) -> Look {
             if ready() {
                 return Look::Ready;
             }
-            cpu_relax();
+            for _ in 0..PAUSES {
+                cpu_relax();
+            }
         }
         if xen::cpu_is_wanted() {
             return Look::CpuWanted;
@@ -70,14 +75,18 @@ impl Poller {
         if self.now == 0 {
             return false;
         }
-        if look(self.now, ready) == Look::Ready {
-            return true;
+        match look(self.now, ready) {
+            Look::Ready => return true,
+            Look::TimedOut => {
+                self.now = self
+                    .now
+                    .checked_div(2)
+                    .filter(|now| *now >= START)
+                    .unwrap_or(0);
+            }
+            // That says nothing about the time that would have been enough.
+            Look::CpuWanted => {}
         }
-        self.now = self
-            .now
-            .checked_div(2)
-            .filter(|now| *now >= START)
-            .unwrap_or(0);
         false
     }
 

@@ -202,8 +202,8 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     }
 
     /// True if there is something to take; asks for no event.
-    pub fn has_requests(&mut self) -> bool {
-        self.can_take() && self.ring.available().map_or(true, |new| new > 0)
+    pub fn has_requests(&self) -> bool {
+        self.can_take() && self.ring.is_worth_a_look()
     }
 
     /// Arms the frontend's event and says whether there is work after all; call before sleeping.

@@ -175,10 +175,15 @@ pub(super) fn run_copies<G: Grants>(grants: &mut G, slots: &mut Slots<'_>) {
     grants.run_copies(|tag| fail(slots, tag));
 }
 
+#[inline]
 pub(super) fn queue_copy<G: Grants>(grants: &mut G, slots: &mut Slots<'_>, copy: &Copy) {
-    if grants.queue_copy(copy) {
-        return;
+    if !grants.queue_copy(copy) {
+        queue_copy_of_next_batch(grants, slots, copy);
     }
+}
+
+#[cold]
+fn queue_copy_of_next_batch<G: Grants>(grants: &mut G, slots: &mut Slots<'_>, copy: &Copy) {
     run_copies(grants, slots);
     if !grants.queue_copy(copy) {
         fail(slots, copy.tag);

@@ -103,6 +103,15 @@ impl<R: SharedRing> BackRing<R> {
         Ok(if new > self.size { 0 } else { new })
     }
 
+    /// True if [`available`](Self::available) would find requests, or an impossible index. Costs
+    /// no more than reading the producer index.
+    pub fn is_worth_a_look(&self) -> bool {
+        let req_prod = self.shared.peek_req_prod();
+        let new = req_prod.wrapping_sub(self.req_cons);
+        let impossible = req_prod.wrapping_sub(self.published) > self.size;
+        !self.broken && (impossible || (new > 0 && new <= self.size))
+    }
+
     /// Copies the next request out of its slot and consumes it.
     ///
     /// The caller has asked [`available`](Self::available) and takes no more than it said.

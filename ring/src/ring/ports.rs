@@ -18,6 +18,11 @@ pub trait SharedRing {
     /// (`RING_PUSH_REQUESTS`).
     fn load_req_prod(&self) -> u32;
 
+    /// Reads `req_prod` and orders nothing: for looking whether there is anything to take.
+    fn peek_req_prod(&self) -> u32 {
+        self.load_req_prod()
+    }
+
     /// Reads `rsp_prod` as found in the page; used at attach only.
     fn load_rsp_prod(&self) -> u32;
 

@@ -109,8 +109,18 @@ impl<'a> Checked<'a> {
     /// Asks for new requests.
     pub fn available(&mut self) -> u64 {
         let want = self.unconsumed();
+        // The look that costs less must not tell another story.
+        let settled = self.fake.next_req_prod.get().is_none();
+        let (broken, worth) = (
+            self.back.is_broken(),
+            settled && self.back.is_worth_a_look(),
+        );
         self.fake.take_log();
         let got = self.back.available().map(u64::from);
+        assert!(
+            !settled || worth == (!broken && got.map_or(true, |new| new > 0)),
+            "a look says {worth}, but it is {got:?}"
+        );
         assert_eq!(
             self.fake.take_log(),
             [Access::LoadReqProd],

@@ -29,6 +29,7 @@ impl<Op, For> Batch<Op, For> {
     }
 
     /// Adds an operation; `false` if the batch is full. Allocates nothing.
+    #[inline]
     fn push(&mut self, op: Op, what: For) -> bool {
         self.ops.len() < BATCH
             && self.ops.push_within_capacity(op).is_ok()
@@ -96,6 +97,7 @@ impl Grants for GuestGrants {
         }
     }
 
+    #[inline]
     fn queue_copy(&mut self, copy: &Copy) -> bool {
         let Some(frame) = self.frame(copy.buffer) else {
             return false;

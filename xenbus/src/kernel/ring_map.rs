@@ -86,6 +86,10 @@ impl SharedRing for RingMap {
         value
     }
 
+    fn peek_req_prod(&self) -> u32 {
+        self.load(abi::REQ_PROD)
+    }
+
     fn load_rsp_prod(&self) -> u32 {
         self.load(abi::RSP_PROD)
     }
@@ -109,13 +113,22 @@ impl SharedRing for RingMap {
     }
 
     fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {
-        let from = self.slot(index).cast::<u32>();
-        let words = self.stride / 4;
-        for (word, to) in slot.chunks_exact_mut(4).take(words).enumerate() {
-            // SAFETY: The word lies inside the slot, and slots are aligned to 4 bytes. Each word
-            // is read once; everything later uses the copy (XSA-155).
-            let value = unsafe { from.add(word).read_volatile() };
-            to.copy_from_slice(&value.to_ne_bytes());
+        let from = self.slot(index);
+        if self.stride % 8 == 0 {
+            for (word, to) in slot.chunks_exact_mut(8).take(self.stride / 8).enumerate() {
+                // SAFETY: The word lies inside the slot, and slots of this stride are aligned to
+                // 8 bytes, as the header's size is a multiple of 8. Each word is read once;
+                // everything later uses the copy (XSA-155).
+                let value = unsafe { from.cast::<u64>().add(word).read_volatile() };
+                to.copy_from_slice(&value.to_ne_bytes());
+            }
+        } else {
+            for (word, to) in slot.chunks_exact_mut(4).take(self.stride / 4).enumerate() {
+                // SAFETY: The word lies inside the slot, and slots are aligned to 4 bytes. Each
+                // word is read once, as above.
+                let value = unsafe { from.cast::<u32>().add(word).read_volatile() };
+                to.copy_from_slice(&value.to_ne_bytes());
+            }
         }
     }
 
