@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Waiting for the guest's next request without going to sleep.
+//! Waiting for the guest's next request, or for a fast disk, without going to sleep.
 //!
 //! Going to sleep and being woken costs the guest an event, Xen two scheduling decisions and dom0
 //! an interrupt and two task switches: more than serving a small request. A queue whose guest
@@ -97,6 +97,33 @@ impl Poller {
                 .now
                 .saturating_mul(2)
                 .clamp(START.min(self.most), self.most);
+        }
+    }
+}
+
+/// How long one queue looks: for the guest while the disk is idle, for either while I/O is in
+/// flight. How soon a guest comes back says nothing about how fast a disk is.
+#[derive(Debug)]
+pub(crate) struct Pollers {
+    idle: Poller,
+    busy: Poller,
+}
+
+impl Pollers {
+    /// For a queue that has not waited yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            idle: Poller::new(),
+            busy: Poller::new(),
+        }
+    }
+
+    /// The one for so many requests in flight.
+    pub(crate) fn of(&mut self, in_flight: u16) -> &mut Poller {
+        if in_flight == 0 {
+            &mut self.idle
+        } else {
+            &mut self.busy
         }
     }
 }

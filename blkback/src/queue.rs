@@ -11,7 +11,7 @@ use crate::connection::ConnectError;
 use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
 use crate::medium::{Needs, Part, Queues};
 use crate::params;
-use crate::poll::{Batcher, Poller};
+use crate::poll::{Batcher, Pollers};
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
@@ -301,7 +301,7 @@ impl<M: Queues> Serving<'_, M> {
         let mut broken = false;
         let mut active = false;
         let mut draining = None;
-        let mut poller = Poller::new();
+        let mut pollers = Pollers::new();
         let mut batcher = Batcher::new(self.slots);
         loop {
             let command = self.control.command();
@@ -335,7 +335,7 @@ impl<M: Queues> Serving<'_, M> {
             if patience == Some(0) {
                 return Command::Abandon;
             }
-            if self.must_go_on(command, &pass, engine, &mut poller) {
+            if self.must_go_on(command, &pass, engine, &mut pollers) {
                 cond_resched();
                 continue;
             }
@@ -349,7 +349,7 @@ impl<M: Queues> Serving<'_, M> {
             } else {
                 self.control.parker.park();
             }
-            poller.slept(start);
+            pollers.of(engine.in_flight()).slept(start);
         }
     }
 
@@ -396,7 +396,7 @@ impl<M: Queues> Serving<'_, M> {
         command: Command,
         pass: &Pass,
         engine: &mut Engine<'_, RingMap, G, B>,
-        poller: &mut Poller,
+        pollers: &mut Pollers,
     ) -> bool {
         if pass.again || self.control.command() != command {
             return true;
@@ -404,10 +404,8 @@ impl<M: Queues> Serving<'_, M> {
         if command != Command::Serve {
             return false;
         }
-        // While I/O is in flight the device will wake us: only the guest is worth looking for.
-        let parker = &self.control.parker;
-        if engine.in_flight() == 0 && poller.wait(|| parker.is_notified() || engine.has_requests())
-        {
+        let (parker, poller) = (&self.control.parker, pollers.of(engine.in_flight()));
+        if poller.wait(|| parker.is_notified() || engine.has_requests()) {
             return true;
         }
         engine.must_stay_awake()
