@@ -163,6 +163,20 @@ fn options_are_answered() {
 }
 
 #[test]
+fn number_of_clients_is_limited() {
+    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (process, folder) = serving(&fake, &image);
+    let mut clients: Vec<UnixStream> = (0..16).map(|_| served(&folder)).collect();
+    let mut refused = UnixStream::connect(folder.path().join("nbd")).unwrap();
+    assert_eq!(refused.read(&mut [0]).unwrap(), 0);
+    // The end of one makes room for another.
+    send(&mut clients[0], 2, 0, 0, &[]);
+    assert_eq!(clients[0].read(&mut [0]).unwrap(), 0);
+    served(&folder);
+    process.exit();
+}
+
+#[test]
 fn client_waits_while_the_disk_is_paused() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
     let (mut process, folder) = serving(&fake, &image);

@@ -18,6 +18,8 @@ use wire::{Choice, Command, Export, OptionReply, Request};
 
 /// Options of one client at most, before it is served.
 const MAX_OPTIONS: u32 = 64;
+/// Connections at most, each of which may need memory for one request.
+const MAX_CLIENTS: usize = 16;
 
 /// Serves clients that connect to a listening socket as long as the process lives.
 ///
@@ -25,7 +27,13 @@ const MAX_OPTIONS: u32 = 64;
 /// If the socket cannot be used.
 pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::Result<()> {
     let export: Rc<str> = export.into();
+    // A copy for each client, and this one.
+    let seats = Rc::new(());
     crate::listen::accept_all(session, listener, move |session, socket| {
+        if Rc::strong_count(&seats) > MAX_CLIENTS {
+            return;
+        }
+        let seat = seats.clone();
         let client = Client {
             session: session.clone(),
             socket: Rc::new(socket),
@@ -34,6 +42,7 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
         session.runtime().tasks.spawn(async move {
             // A client that goes away, or makes no sense, harms nobody but itself.
             let _ = client.serve().await;
+            drop(seat);
         });
     })
 }
