@@ -347,7 +347,9 @@ pub fn user_in(passwd: &str, name: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_started, started, user_in};
+    use super::{parse_started, started, user_in, Process};
+    use crate::record::Known;
+    use std::path::Path;
 
     #[test]
     fn start_of_a_process_with_an_odd_name() {
@@ -355,6 +357,24 @@ mod tests {
         assert_eq!(parse_started(stat), Some(98765));
         assert_eq!(parse_started("12 (a) S 1"), None);
         assert!(started(std::process::id()).expect("we run") > 0);
+    }
+
+    #[test]
+    fn another_process_with_the_same_number_is_not_taken_over() {
+        let pid = std::process::id();
+        let known = |started| Known { pid, started };
+        let adopt = |known| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            // Nobody listens there: who gets so far fails.
+            runtime
+                .expect("a runtime")
+                .block_on(Process::adopt(known, Path::new("/nonexistent/socket")))
+        };
+        let ours = started(pid).expect("we run");
+        assert!(adopt(known(ours - 1)).expect("no attempt").is_none());
+        assert!(adopt(known(ours)).is_err());
     }
 
     #[test]

@@ -93,12 +93,15 @@ async fn all(host: &Host, store: &dyn Store) -> io::Result<Vec<String>> {
 
 /// Looks at one directory.
 async fn look(host: &Rc<Host>, store: &Rc<dyn Store>, directory: &str) -> io::Result<()> {
-    let there = store.read(&format!("{directory}/frontend")).await?;
     let disks: Vec<Rc<Disk>> = host
         .all()
         .into_iter()
         .filter(|disk| disk.record.borrow().vbd.as_deref() == Some(directory))
         .collect();
+    if disks.is_empty() && !directory.starts_with(TAP) {
+        return Ok(());
+    }
+    let there = store.read(&format!("{directory}/frontend")).await?;
     if there.is_none() {
         for disk in disks {
             let host = host.clone();
@@ -108,7 +111,7 @@ async fn look(host: &Rc<Host>, store: &Rc<dyn Store>, directory: &str) -> io::Re
                 }
             });
         }
-    } else if disks.is_empty() && directory.starts_with(TAP) {
+    } else if disks.is_empty() {
         // Opening an image takes long; others must not wait for it.
         let (host, store, directory) = (host.clone(), store.clone(), directory.to_owned());
         tokio::task::spawn_local(async move {
