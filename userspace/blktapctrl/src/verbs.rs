@@ -13,6 +13,7 @@ use control::supervisor::{
 use control::tapdisk::{self, Open, State};
 use control::{Code, Failure, Target};
 use std::collections::BTreeMap;
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -137,12 +138,13 @@ impl Host {
             arena_kib,
             fail_after_s: record.policy.fail_after_s,
         };
-        record.minor = self.kernel.create(make).map_err(|error| {
-            let what = match minor {
-                Some(minor) => format!("cannot make the tap disk {minor}"),
-                None => "cannot make a tap disk: is the module xen-blkback-rs loaded?".into(),
-            };
-            Failure::system(what, &error)
+        record.minor = self.kernel.create(make).map_err(|error| match minor {
+            _ if error.kind() == io::ErrorKind::NotFound => Failure::new(
+                Code::System,
+                "the driver is not loaded, or is an old one: modprobe xen-blkback-rs",
+            ),
+            Some(minor) => Failure::system(format!("cannot make the tap disk {minor}"), &error),
+            None => Failure::system("cannot make a tap disk", &error),
         })?;
         let disk = Disk::new(record.clone());
         self.disks.borrow_mut().insert(disk.minor, disk.clone());
