@@ -12,7 +12,7 @@ use std::path::PathBuf;
 /// `create` and `destroy` do all that a disk needs; xl's script block-tap-rs uses them. The other
 /// verbs are the single steps, as tap-ctl has had them since blktap2.
 #[derive(Debug, Parser)]
-#[command(name = "tap-ctl", version, after_long_help = HELP, max_term_width = 100)]
+#[command(name = "tap-ctl", version, after_long_help = HELP)]
 pub(crate) struct Cli {
     /// Print JSON, for programs
     #[arg(long, global = true)]

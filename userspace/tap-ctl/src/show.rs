@@ -226,7 +226,12 @@ pub(crate) fn manual(mut command: Command) -> io::Result<Vec<u8>> {
         let text = String::from_utf8_lossy(&part).replace(".SH ", ".SS ");
         page.extend(text.bytes());
     }
-    man.render_extra_section(&mut page)?;
+    // Laid out by hand.
+    let mut notes = Vec::new();
+    man.render_extra_section(&mut notes)?;
+    let notes = String::from_utf8_lossy(&notes).replace(".SH EXTRA", ".SH NOTES\n.nf");
+    page.extend(notes.bytes());
+    page.extend(b".fi\n");
     page.extend(b".SH \"SEE ALSO\"\nblktapctrl(8), tapdisk(8), block\\-tap\\-rs(8)\n");
     Ok(page)
 }
@@ -268,6 +273,18 @@ mod tests {
             row(&sample()),
             "pid=312 minor=4 state=running args=aio:/srv/a.img mode=w kernel=live waiting=1 delivered=2 restarts=0\n"
         );
+    }
+
+    #[test]
+    fn manual_has_a_section_for_each_verb() {
+        use clap::CommandFactory;
+        let page = super::manual(crate::cli::Cli::command()).expect("a page");
+        let page = String::from_utf8(page).expect("text");
+        for verb in ["LIST", "CREATE", "DESTROY", "TOP", "EVENTS"] {
+            assert!(page.contains(&format!(".SH \"{verb}\"")), "{verb}");
+        }
+        assert!(page.contains(".SH NOTES\n.nf\nA target"), "{page}");
+        assert!(!page.contains("GENERATE"), "{page}");
     }
 
     #[test]
