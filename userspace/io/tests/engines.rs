@@ -329,6 +329,33 @@ fn engine_can_change_while_something_waits() {
     }
 }
 
+/// The ring goes, and what waits for a descriptor does not.
+#[test]
+fn ring_can_be_closed_while_something_waits() {
+    let runtime = runtime(Engine::Uring);
+    let (mut a, b) = UnixStream::pair().unwrap();
+    let b = Rc::new(OwnedFd::from(b));
+    let io = runtime.io.clone();
+    runtime
+        .tasks
+        .spawn(async move { io.readable(&b).await.unwrap() });
+    runtime.turn(false).unwrap();
+    let file = Rc::new(open(&[0; 4096], O_DIRECT));
+    let read = runtime.io.submit(Op::Read {
+        file,
+        offset: 0,
+        data: Data::zeroed(4096).unwrap(),
+    });
+    let busy = runtime.io.close_uring().unwrap_err();
+    assert_eq!(busy.kind(), std::io::ErrorKind::ResourceBusy);
+    assert_eq!(runtime.block_on(read).unwrap(), Ok(4096));
+    runtime.io.close_uring().unwrap();
+    assert_eq!(runtime.io.engine(), Engine::Sync);
+    assert_eq!(runtime.tasks.tasks(), 1);
+    a.write_all(b"x").unwrap();
+    runtime.finish().unwrap();
+}
+
 #[test]
 fn cancelled_and_dropped_operations_end() {
     for engine in ENGINES {
