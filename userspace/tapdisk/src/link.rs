@@ -217,3 +217,51 @@ impl Link {
         &self.runtime.io
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Link;
+    use diskio::Runtime;
+    use ring::tap::shadow::Op;
+    use std::rc::Rc;
+    use tapdev::fake::Fake;
+    use tapdev::{Params, Tap};
+
+    /// A command that nobody could take back brings a request although the disk is paused.
+    #[test]
+    fn request_that_comes_too_late_goes_back() {
+        let fake = Fake::new(2).unwrap();
+        let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
+        tap.describe(&Params {
+            sectors: 8,
+            logical_block: 512,
+            physical_block: 512,
+            read_only: false,
+            write_cache: false,
+            discard: None,
+        })
+        .unwrap();
+        tap.start().unwrap();
+        let tag = fake.send(Op::Read, 0, &[0; 512], false).unwrap();
+        let mut tags = [0];
+        assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
+
+        let runtime = Runtime::new();
+        let link = Link::new(&runtime, &tap);
+        link.arrived(tags.to_vec());
+        assert!(!link.is_quiet(), "the kernel does not know yet");
+        let mut none = Vec::new();
+        link.pump(&mut none).unwrap();
+        assert!(none.is_empty() && link.is_quiet());
+        let info = fake.info();
+        assert_eq!((info.waiting, info.delivered, info.refused), (1, 0, 0));
+
+        link.start();
+        let mut again = Vec::new();
+        link.pump(&mut again).unwrap();
+        assert_eq!(again, [tag]);
+        link.stop();
+        runtime.finish().unwrap();
+        assert!(link.is_quiet());
+    }
+}
