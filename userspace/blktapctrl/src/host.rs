@@ -132,7 +132,8 @@ impl Host {
 
     /// Does `work` for an image that nobody uses in a way that forbids it, and that counts as used
     /// when the work is done. `except` is a disk that gives up what it used; without it the image is
-    /// for a new disk.
+    /// for a new disk. The work is told whether another process of ours uses the image as well, so
+    /// that neither may lock it against the other.
     ///
     /// # Errors
     /// Says who uses it, or what the work says.
@@ -142,16 +143,17 @@ impl Host {
         mode: Mode,
         vbd: Option<&str>,
         except: Option<u32>,
-        work: impl FnOnce() -> Result<T, Failure>,
+        work: impl FnOnce(bool) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let _admission = self.admission.lock().await;
         if except.is_none() {
             self.check_single(vbd)?;
         }
-        if let Some(image) = image {
-            self.check(image, mode, vbd, except).await?;
-        }
-        work()
+        let beside = match image {
+            Some(image) => self.check(image, mode, vbd, except).await?,
+            None => false,
+        };
+        work(beside)
     }
 
     /// A backend's directory has one disk.
@@ -176,7 +178,7 @@ impl Host {
         mode: Mode,
         vbd: Option<&str>,
         except: Option<u32>,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let unknown = |error| Failure::system("cannot see who uses the image", &error);
         let mut others = Vec::new();
         for disk in self.all() {
@@ -198,6 +200,8 @@ impl Host {
             });
         }
         let loops = Loops::find().await?;
+        let images = loops.with(image.identity());
+        let beside = sharing::is_beside(&images, mode, &others);
         if let Some(store) = self.store() {
             let ours: Vec<String> = self
                 .all()
@@ -211,7 +215,6 @@ impl Host {
                     .map_err(unknown)?,
             );
         }
-        let images = loops.with(image.identity());
         let machines = self.machines(vbd).await.map_err(unknown)?;
         let mounts = users::mounts().map_err(unknown)?;
         sharing::check(&images, mode, &machines, &others, &mounts).map_err(|why| {
@@ -219,7 +222,8 @@ impl Host {
                 Code::Busy,
                 format!("{} is not free: {why}", image.path().display()),
             )
-        })
+        })?;
+        Ok(beside)
     }
 
     /// The virtual machines of the guest of a backend's directory.

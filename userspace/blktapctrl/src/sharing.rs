@@ -105,9 +105,19 @@ pub fn check(
     }
 }
 
+/// Some of `others`, who may use the image, write it or will see it written: a lock on the image that
+/// keeps everybody else out would keep one of the two out.
+#[must_use]
+pub fn is_beside(images: &[Identity], mode: Mode, others: &[User]) -> bool {
+    others
+        .iter()
+        .filter(|user| user.images.iter().any(|image| images.contains(image)))
+        .any(|user| !mode.is_read_only() || !user.mode.is_read_only())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{check, Identity, Machines, Mode, Mount, User};
+    use super::{check, is_beside, Identity, Machines, Mode, Mount, User};
 
     const IMAGE: Identity = Identity::File { dev: 1, ino: 7 };
     const DEVICE: Identity = Identity::Device { rdev: 0x0701 };
@@ -172,6 +182,20 @@ mod tests {
         // Nobody's machine is nobody else's either.
         let others = [user("w", &[])];
         assert!(check(&[IMAGE], mode("w"), &machines(&[]), &others, &[]).is_err());
+    }
+
+    #[test]
+    fn readers_lock_together_and_writers_do_not() {
+        for (wanted, there, beside) in [
+            ("r", "r", false),
+            ("r", "w", true),
+            ("w", "r", true),
+            ("w", "w", true),
+        ] {
+            let others = [user(there, &["/vm/a"])];
+            assert_eq!(is_beside(&[IMAGE], mode(wanted), &others), beside);
+            assert!(!is_beside(&[DEVICE], mode(wanted), &others));
+        }
     }
 
     #[test]

@@ -34,6 +34,12 @@ fn with_mode(mut open: Open, mode: Mode) -> Open {
     open
 }
 
+/// As a guest and its stub domain do.
+fn beside_others(mut open: Open, beside: bool) -> Open {
+    open.shared |= beside;
+    open
+}
+
 impl Host {
     /// Answers a question. [`Request::Subscribe`] is the connection's own affair.
     ///
@@ -263,10 +269,10 @@ impl Host {
             mode,
             vbd.as_deref(),
             Some(disk.minor),
-            || {
+            |beside| {
                 let mut record = disk.record.borrow_mut();
                 record.identity = identity_of(taken.as_ref());
-                record.open = Some(open);
+                record.open = Some(beside_others(open, beside));
                 record.mode = mode;
                 disk.image.replace(taken);
                 Ok(())
@@ -352,7 +358,8 @@ impl Host {
         if let Some(target) = target {
             open.target = target;
             let mode = disk.record.borrow().mode;
-            self.take_image(&disk, open.clone(), mode).await?;
+            self.take_image(&disk, with_mode(open, mode), mode).await?;
+            open = disk.open()?;
         }
         let attached = disk.attached.get().then(|| disk.serving().ok()).flatten();
         let served = disk
@@ -401,11 +408,13 @@ impl Host {
         let image = image_of(&open).await?;
         let mut record = Record::new(0, create.policy);
         record.identity = identity_of(image.as_ref());
-        record.open = Some(open.clone());
         record.mode = create.mode;
         record.vbd.clone_from(&vbd);
         record.nbd = create.nbd;
-        let work = || self.make_node(&mut record, create.minor, create.arena_kib);
+        let work = |beside| {
+            record.open = Some(beside_others(open.clone(), beside));
+            self.make_node(&mut record, create.minor, create.arena_kib)
+        };
         let disk = self
             .admit(image.as_deref(), create.mode, vbd.as_deref(), None, work)
             .await?;

@@ -342,7 +342,8 @@ impl Served {
         });
         let text = content.as_ref().map_or("", |(text, _)| text);
         let mode = if open.read_only { "r" } else { "w" };
-        note(dir, &format!("{word} {mode} {text}"));
+        let shared = if open.shared { "!" } else { "" };
+        note(dir, &format!("{word} {mode}{shared} {text}"));
         let reply = Reply::Disk(disk(&open));
         self.open = Some((open, content.map(|(_, fd)| fd)));
         Ok(reply)

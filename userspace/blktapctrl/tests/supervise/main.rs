@@ -301,7 +301,43 @@ fn an_image_has_one_writer() {
         bed.made(create).await;
         assert_eq!(
             bed.log()[3..],
-            ["attach 0", "open r A", "attach 1", "open r A", "attach 2", "open w A"]
+            [
+                "attach 0",
+                "open r A",
+                "attach 1",
+                "open r A",
+                "attach 2",
+                "open w! A"
+            ]
+        );
+    });
+}
+
+#[test]
+fn a_guest_and_its_stub_domain_use_one_image() {
+    test("stub", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.host.store.replace(Some(store));
+        bed.image("a.img", "A");
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        bed.store
+            .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
+        bed.store.put("/local/domain/5", &[("vm", "/vm/c")]);
+        let of = |domain: u32| {
+            let mut create = bed.create("a.img");
+            let directory = format!("backend/vbd/{domain}/51712");
+            bed.store.put(&directory, &[("frontend", "f")]);
+            create.vbd = Some(directory);
+            create
+        };
+        bed.made(of(4)).await;
+        // Without a lock: the other one has it.
+        bed.made(of(3)).await;
+        assert_eq!(bed.log(), ["attach 0", "open w A", "attach 1", "open w! A"]);
+        let stranger = Request::Create(Box::new(of(5)));
+        assert_eq!(
+            bed.ask(stranger).await.expect_err("in use").code,
+            Code::Busy
         );
     });
 }
