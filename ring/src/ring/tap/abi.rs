@@ -7,7 +7,12 @@
 //! the boundary has fields that are reserved and must be zero: what is not understood is refused
 //! with `EINVAL`, never ignored. Sectors are 512 bytes everywhere, whatever the block size is.
 //!
-//! A node can be open once at a time. Who opens it may ask ([`Info`]), describe the disk
+//! A node can be open once at a time: a second `open` fails with `EBUSY`. A process that was killed
+//! while a `uring_cmd` waited has it open for a moment longer than it lives, because io_uring lets go
+//! of its files by itself: who replaces it tries again. While the I/O of the last opener is not known
+//! to be over, `open` waits, or fails with `EBUSY` if it is non-blocking.
+//!
+//! Who opens it may ask ([`Info`]), describe the disk
 //! ([`ioctl::SET_PARAMS`]), and start it. From then on requests are *delivered*: the kernel writes
 //! a [`Desc`] and its [`Segment`]s at the request's tag into the descriptor area, which the process
 //! can only read, and hands out the tag. Data is in the arena. The process *commits* the request
