@@ -11,8 +11,19 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// The kinds of backends that are asked.
-const KINDS: &[&str] = &["vbd", "vbd3", "qdisk"];
+/// The kinds of backends that are asked, and the key that says what one uses. A disk of `vbd` is in
+/// use when its script has found a device for it, and not before: else two that begin at once would
+/// refuse each other. QEMU has no script. Tap disks, of `vbd3` as well, are known without asking.
+const KINDS: &[(&str, Key)] = &[("vbd", Key::PhysicalDevice), ("qdisk", Key::Params)];
+
+/// A key of a backend's directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Key {
+    /// `physical-device`, a number.
+    PhysicalDevice,
+    /// `params`, a path with formats in front.
+    Params,
+}
 
 /// What the file at a path is, if it is an image.
 fn identity(path: &Path) -> Option<Identity> {
@@ -112,14 +123,14 @@ pub async fn machines(store: &dyn Store, domain: &str) -> io::Result<Machines> {
 /// Xenstore does not answer.
 pub async fn backends(store: &dyn Store, ours: &[String], loops: &Loops) -> io::Result<Vec<User>> {
     let mut users = Vec::new();
-    for kind in KINDS {
+    for (kind, key) in KINDS {
         for domain in store.list(&format!("backend/{kind}")).await? {
             for device in store.list(&format!("backend/{kind}/{domain}")).await? {
                 let directory = format!("backend/{kind}/{domain}/{device}");
                 if ours.contains(&directory) {
                     continue;
                 }
-                users.extend(backend(store, &domain, &directory, loops).await?);
+                users.extend(backend(store, &domain, &directory, *key, loops).await?);
             }
         }
     }
@@ -131,26 +142,31 @@ async fn backend(
     store: &dyn Store,
     domain: &str,
     directory: &str,
+    key: Key,
     loops: &Loops,
 ) -> io::Result<Option<User>> {
-    let key = |name: &str| format!("{directory}/{name}");
-    let number = store.read(&key("physical-device")).await?;
-    let params = store.read(&key("params")).await?;
-    // Until its script has run, or where QEMU serves it, there is only the path.
-    let image = match number.as_deref().and_then(device_number) {
-        Some(rdev) => Some(Identity::Device { rdev }),
-        None => match params.as_deref().and_then(path_of).map(Path::to_path_buf) {
-            // An image that does not answer is not one that does.
-            Some(path) => apart(&path.clone(), move || Ok(identity(&path)))
-                .await
-                .unwrap_or_default(),
-            None => None,
-        },
+    let read = |name: &str| format!("{directory}/{name}");
+    let image = match key {
+        Key::PhysicalDevice => {
+            let number = store.read(&read("physical-device")).await?;
+            let rdev = number.as_deref().and_then(device_number);
+            rdev.map(|rdev| Identity::Device { rdev })
+        }
+        Key::Params => {
+            let params = store.read(&read("params")).await?;
+            match params.as_deref().and_then(path_of).map(Path::to_path_buf) {
+                // An image that does not answer is not one that does.
+                Some(path) => apart(&path.clone(), move || Ok(identity(&path)))
+                    .await
+                    .unwrap_or_default(),
+                None => None,
+            }
+        }
     };
     let Some(image) = image else {
         return Ok(None);
     };
-    let mode = store.read(&key("mode")).await?.unwrap_or_default();
+    let mode = store.read(&read("mode")).await?.unwrap_or_default();
     // A domain without a virtual machine is being removed: as in Xen's script it is nobody.
     let machines = machines(store, domain).await?;
     if machines.is_empty() && domain != "0" {

@@ -343,6 +343,32 @@ fn a_guest_and_its_stub_domain_use_one_image() {
 }
 
 #[test]
+fn other_backends_are_seen() {
+    test("others", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.host.store.replace(Some(store));
+        let image = bed.image("a.img", "A");
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        let params = format!("qcow2:{}", image.display());
+        bed.store
+            .put("backend/vbd/3/51712", &[("mode", "w"), ("params", &params)]);
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.destroy(minor).await;
+        bed.store.put(
+            "backend/qdisk/3/51712",
+            &[("mode", "w"), ("params", &params)],
+        );
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        let failure = bed.ask(create).await.expect_err("in use");
+        assert_eq!(failure.code, Code::Busy);
+        assert!(
+            failure.message.contains("backend/qdisk/3/51712"),
+            "{failure}"
+        );
+    });
+}
+
+#[test]
 fn two_at_once_do_not_both_get_the_image() {
     test("race", |bed| async move {
         bed.image("a.img", "A");
@@ -580,18 +606,20 @@ fn vbd3_is_served_without_a_script() {
             bed.store.get(&format!("{other}/hotplug-error"))
         })
         .await;
-        // After Xen's own script the driver is told the number.
-        bed.image("b.img", "B");
-        let minor = bed.made(bed.create("b.img")).await;
+        // After Xen's own script the driver is told the number. The script does not say for which
+        // directory the disk is, which names the image already.
+        let image = bed.image("b.img", "B");
         let third = "backend/vbd3/6/51712";
-        let frontend = "/local/domain/6/device/vbd/51712";
         bed.store.put(
             third,
             &[
-                ("frontend", frontend),
+                ("frontend", "/local/domain/6/device/vbd/51712"),
                 ("script", "/etc/xen/scripts/block-tap"),
+                ("mode", "w"),
+                ("params", &format!("aio:{}", image.display())),
             ],
         );
+        let minor = bed.made(bed.create("b.img")).await;
         bed.store.put(third, &[("minor", &minor.to_string())]);
         until("the number", || async {
             bed.store.get(&format!("{third}/tap-minor"))
