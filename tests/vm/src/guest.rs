@@ -11,10 +11,10 @@ use std::time::Duration;
 const PAYLOAD: &str = "/t/guest";
 /// Where configurations, logs and saved guests go.
 pub(crate) const RUN_DIR: &str = "/run/vmtest";
-/// A boot takes a few seconds; a loaded machine several times that.
-const BOOT: Duration = Duration::from_secs(120);
+/// A boot takes a few seconds; on a loaded host many times that.
+const BOOT: Duration = Duration::from_secs(300);
 /// The limit for a command of the guest of which nobody expects that it takes long.
-pub(crate) const COMMAND: Duration = Duration::from_secs(60);
+pub(crate) const COMMAND: Duration = Duration::from_secs(120);
 /// The limit for xl.
 const XL: Duration = Duration::from_secs(90);
 
@@ -282,17 +282,19 @@ pub(crate) fn log_path(name: &str) -> PathBuf {
     Path::new(RUN_DIR).join(format!("{name}.log"))
 }
 
+/// The backends in xenstore whose frontend is a disk: `vbd3` is that of `backendtype=tap`.
+pub(crate) const KINDS: [&str; 2] = ["vbd", "vbd3"];
+
 /// One attached disk.
 pub(crate) struct Vbd {
-    /// The frontend's domain.
-    pub(crate) domid: u32,
     /// The guest's name of the disk.
     pub(crate) vdev: String,
     /// The backend's directory in xenstore.
     pub(crate) backend: String,
     /// The frontend's directory in xenstore.
     pub(crate) frontend: String,
-    devid: String,
+    /// The backend's name on its bus.
+    name: String,
 }
 
 impl Vbd {
@@ -306,28 +308,26 @@ impl Vbd {
         let vdev = vdev
             .with_context(|| format!("`{disk}` names no xvd device"))?
             .to_owned();
-        let base = format!("/local/domain/0/backend/vbd/{domid}");
-        for devid in xs::list(&base)? {
-            if xs::read(&format!("{base}/{devid}/dev"))?.as_deref() == Some(&vdev) {
-                let frontend = format!("/local/domain/{domid}/device/vbd/{devid}");
-                return Ok(Vbd {
-                    domid,
-                    vdev,
-                    backend: format!("{base}/{devid}"),
-                    frontend,
-                    devid,
-                });
+        for kind in KINDS {
+            let base = format!("/local/domain/0/backend/{kind}/{domid}");
+            for devid in xs::list(&base)? {
+                if xs::read(&format!("{base}/{devid}/dev"))?.as_deref() == Some(&vdev) {
+                    let frontend = format!("/local/domain/{domid}/device/vbd/{devid}");
+                    return Ok(Vbd {
+                        vdev,
+                        backend: format!("{base}/{devid}"),
+                        frontend,
+                        name: format!("{kind}-{domid}-{devid}"),
+                    });
+                }
             }
         }
-        bail!("xenstore has no disk {vdev} of domain {domid} below {base}")
+        bail!("xenstore has no disk {vdev} of domain {domid} among the backends {KINDS:?}")
     }
 
     /// The backend's device in sysfs.
     pub(crate) fn sysfs(&self) -> PathBuf {
-        PathBuf::from(format!(
-            "/sys/bus/xen-backend/devices/vbd-{}-{}",
-            self.domid, self.devid
-        ))
+        Path::new("/sys/bus/xen-backend/devices").join(&self.name)
     }
 
     /// The name of the driver that serves the disk.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A hotplug script for xl that is this program: it does what Xen's own `block` script does for a block
 //! device, without the sharing checks, in one process instead of dozens. Cases that are not about the
-//! script itself use it, because processes are slow in emulation.
+//! script itself use it, because processes are slow in emulation. It also attaches tap disks that a case
+//! serves itself, of which no supervisor knows.
 
 use crate::guest::RUN_DIR;
 use crate::xs;
@@ -11,6 +12,9 @@ use std::path::Path;
 
 /// The name under which this program is the script.
 pub(crate) const NAME: &str = "block-vmtest";
+
+/// What a target begins with that is the number of a tap disk.
+const MINOR: &str = "minor:";
 
 /// Makes the script and returns its path.
 fn install() -> Result<String> {
@@ -32,6 +36,11 @@ pub(crate) fn disk(device: &str, vdev: &str, access: &str) -> Result<String> {
     ))
 }
 
+/// A tap disk of a case's own, in xl's syntax.
+pub(crate) fn played(minor: u32, vdev: &str) -> Result<String> {
+    disk(&format!("{MINOR}{minor}"), vdev, "w")
+}
+
 /// What xl calls: `add` or `remove`, with the backend's directory in the environment.
 pub(crate) fn main() -> Result<()> {
     let action = std::env::args().nth(1).unwrap_or_default();
@@ -41,6 +50,12 @@ pub(crate) fn main() -> Result<()> {
     let backend =
         std::env::var("XENBUS_PATH").context("XENBUS_PATH is not set: xl calls this script")?;
     let device = xs::must_read(&format!("{backend}/params"))?;
+    if let Some(minor) = device.strip_prefix(MINOR) {
+        return xs::write(&[
+            (&format!("{backend}/tap-minor"), minor),
+            (&format!("{backend}/hotplug-status"), "connected"),
+        ]);
+    }
     let data = std::fs::metadata(&device).with_context(|| format!("cannot find {device}"))?;
     if !data.file_type().is_block_device() {
         bail!("{device} is no block device");

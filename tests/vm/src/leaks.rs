@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Counters that must return to where they were once a disk is gone.
 
+use crate::guest::KINDS;
+use crate::node::Control;
 use crate::{sh, xs, Driver};
 use anyhow::{bail, Context, Result};
 use std::collections::BTreeMap;
@@ -36,8 +38,14 @@ impl Leaks {
         exact.insert("backend keys in xenstore", backend_keys()?);
         exact.insert(
             "backend devices in sysfs",
-            entries("/sys/bus/xen-backend/devices", "vbd-")?,
+            entries("/sys/bus/xen-backend/devices", "vbd")?,
         );
+        if driver == Driver::Rs {
+            let nodes = Control::open()?.all()?.len();
+            exact.insert("nodes of tap disks", nodes as u64);
+            exact.insert("files of tap disks", tap_files()?);
+            exact.insert("processes of tap disks", processes("tapdisk")?);
+        }
         exact.insert("loop devices in use", lines(&sh::run(&["losetup", "-a"])?));
         exact.insert("device mapper devices", entries("/sys/block", "dm-")?);
         Ok(Leaks {
@@ -106,8 +114,24 @@ fn count_mapped(text: &str) -> u64 {
 
 /// Keys of disks. The directory of a domain may stay behind empty, which is xl's affair.
 fn backend_keys() -> Result<u64> {
-    const BASE: &str = "/local/domain/0/backend/vbd";
-    Ok((xs::count(BASE)? - xs::list(BASE)?.len()) as u64)
+    let one = |kind: &str| {
+        let base = format!("/local/domain/0/backend/{kind}");
+        Ok((xs::count(&base)? - xs::list(&base)?.len()) as u64)
+    };
+    KINDS.into_iter().map(one).sum()
+}
+
+/// Everything of disks that is left below the run-time folder of the tap: sockets and records.
+fn tap_files() -> Result<u64> {
+    let mut count = 0;
+    for folder in ["tapdisk", "nbd", "disks"] {
+        match std::fs::read_dir(format!("/run/xentap/{folder}")) {
+            Ok(entries) => count += entries.count() as u64,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (),
+            Err(error) => return Err(error).context("cannot list /run/xentap"),
+        }
+    }
+    Ok(count)
 }
 
 /// Threads of a backend's own. A pooled worker bears the name of the work that it did last, which means nothing.
@@ -117,6 +141,12 @@ fn backend_threads() -> Result<u64> {
         !name.starts_with("kworker/") && (name.contains("blkback") || name.contains("xvd"))
     };
     Ok(names.lines().filter(own).count() as u64)
+}
+
+/// Programs of this name.
+pub(crate) fn processes(name: &str) -> Result<u64> {
+    let names = sh::shell("cat /proc/[0-9]*/comm 2>/dev/null || true")?;
+    Ok(names.lines().filter(|line| *line == name).count() as u64)
 }
 
 fn entries(dir: &str, prefix: &str) -> Result<u64> {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! End to end tests that run inside a Xen machine.
 //!
-//! One static binary with three faces: `run` executes the cases in dom0, `agent` executes commands in
-//! the guests that the cases start, `demo` tells the whole story of one disk to a person.
+//! One static binary with four faces: `run` executes the cases in dom0, `agent` executes commands in
+//! the guests that the cases start, `history` loads a disk there and judges what it reads, `demo` tells
+//! the whole story of one disk to a person.
 
 mod agent;
 mod backing;
@@ -10,11 +11,16 @@ mod cases;
 mod console;
 mod demo;
 mod guest;
+mod history;
 mod hotplug;
 mod leaks;
+mod node;
+mod process;
 mod report;
 mod sh;
 mod splat;
+mod sys;
+mod tap;
 mod xs;
 
 use anyhow::Result;
@@ -50,6 +56,8 @@ enum Face {
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
     },
+    /// In a guest: read and write a disk at random and judge what was read.
+    History(history::Args),
     /// Execute commands from the console; this is what a guest runs as its first process.
     Agent,
 }
@@ -110,10 +118,10 @@ fn main() -> ExitCode {
 fn start() -> Result<ExitCode> {
     // The guest's init executes this file under the name of `agent`, without any argument.
     let argv0 = std::env::args().next().unwrap_or_default();
-    if Path::new(&argv0)
+    let is_agent = Path::new(&argv0)
         .file_name()
-        .is_some_and(|name| name == "agent")
-    {
+        .is_some_and(|name| name == "agent");
+    if is_agent && std::env::args().len() == 1 {
         agent::main()?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -136,6 +144,7 @@ fn start() -> Result<ExitCode> {
             cases::run(&only, driver)
         }
         Face::Demo { driver } => demo::run(driver),
+        Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
     }
 }

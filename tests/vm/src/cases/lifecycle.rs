@@ -240,25 +240,33 @@ fn cycles(context: &mut Context) -> Result<()> {
         sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
         detach_own(&vbd)
     };
-    // The first cycles fill caches that stay.
-    for _ in 0..10 {
+    keeps_memory(10, CYCLES, &mut cycle)
+}
+
+/// Runs cycles, of which those after the first few, which fill caches that stay, must not cost memory.
+pub(super) fn keeps_memory(
+    warm: u32,
+    cycles: u32,
+    mut cycle: impl FnMut() -> Result<()>,
+) -> Result<()> {
+    for _ in 0..warm {
         cycle()?;
     }
     let before = kernel_memory()?;
-    for _ in 10..CYCLES {
+    for _ in warm..cycles {
         cycle()?;
     }
     // What is freed a little later comes back; what is lost does not.
-    let mut lost = 0;
+    let (mut lost, counted) = (0, cycles - warm);
     sh::wait_for(
-        "the return of the memory of the last 40 cycles",
+        &format!("the return of the memory of the last {counted} cycles"),
         Duration::from_secs(30),
         || {
             lost = kernel_memory()?.saturating_sub(before);
             Ok(lost < 8 * 1024)
         },
     )
-    .with_context(|| format!("{lost} KiB were lost in the last 40 of {CYCLES} cycles"))
+    .with_context(|| format!("{lost} KiB were lost in the last {counted} of {cycles} cycles"))
 }
 
 /// Memory in KiB that the kernel itself holds: not that of programs or files, such as xenstored's

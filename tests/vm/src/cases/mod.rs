@@ -2,9 +2,12 @@
 //! The cases and what runs them.
 
 mod basic;
+mod death;
 mod faults;
 mod lifecycle;
+mod replay;
 mod rings;
+mod tap;
 mod xenstore;
 
 use crate::guest::{Config, Guest, Kind};
@@ -12,6 +15,7 @@ pub(crate) use basic::{compare, verify_job};
 
 use crate::leaks::Leaks;
 use crate::report::{Report, Verdict};
+use crate::tap::Supervisor;
 use crate::{sh, splat, xs, Driver};
 use anyhow::{bail, Context as _, Result};
 use std::fmt;
@@ -46,6 +50,10 @@ pub(crate) struct Case {
     pub(crate) c_fails: Option<&'static str>,
     /// Whether the counters of `leaks` must return to where they were.
     pub(crate) leaks: bool,
+    /// Whether it is about tap disks, which the C driver does not have.
+    pub(crate) tap: bool,
+    /// Whether the supervisor of tap disks must run.
+    pub(crate) supervised: bool,
     /// The case itself.
     pub(crate) run: Body,
 }
@@ -64,7 +72,23 @@ impl Case {
             needs,
             c_fails: None,
             leaks: false,
+            tap: false,
+            supervised: false,
             run: Box::new(run),
+        }
+    }
+
+    /// The same case, which is about tap disks.
+    fn tap(self) -> Case {
+        Case { tap: true, ..self }
+    }
+
+    /// The same case, which needs the supervisor of tap disks.
+    fn supervised(self) -> Case {
+        Case {
+            tap: true,
+            supervised: true,
+            ..self
         }
     }
 
@@ -103,6 +127,7 @@ pub(crate) struct Context {
     pv: Option<Guest>,
     wide: Option<Guest>,
     pvh: Option<Guest>,
+    supervisor: Option<Supervisor>,
     cleanups: Vec<Cleanup>,
     report: Report,
 }
@@ -194,6 +219,27 @@ impl Context {
         Ok(())
     }
 
+    /// Takes the supervisor of tap disks away, for a case that ends it.
+    pub(crate) fn take_supervisor(&mut self) -> Result<Supervisor> {
+        self.supervisor
+            .take()
+            .context("the case did not ask for the supervisor")
+    }
+
+    /// Makes the supervisor run, or not: it keeps the module in use.
+    pub(crate) fn supervise(&mut self, wanted: bool) -> Result<()> {
+        let running = match &mut self.supervisor {
+            Some(supervisor) => supervisor.is_running()?,
+            None => false,
+        };
+        if wanted && !running {
+            self.supervisor = Some(Supervisor::start()?);
+        } else if !wanted && running {
+            self.take_supervisor()?.stop()?;
+        }
+        Ok(())
+    }
+
     /// Ends the shared guests, so that the next case starts with fresh ones.
     fn end_shared(&mut self) -> Result<()> {
         for guest in [self.pv.take(), self.wide.take(), self.pvh.take()]
@@ -241,6 +287,9 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         xenstore::cases(),
         lifecycle::cases(),
+        replay::cases(),
+        tap::cases(),
+        death::cases(),
     ];
     groups.into_iter().flatten().collect()
 }
@@ -259,6 +308,7 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
         pv: None,
         wide: None,
         pvh: None,
+        supervisor: None,
         cleanups: Vec::new(),
         report: Report::open()?,
     };
@@ -271,6 +321,9 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
 }
 
 fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
+    if context.driver == Driver::Rs {
+        crate::tap::end_supervisor()?;
+    }
     load_driver(context.driver)?;
     for case in cases {
         context
@@ -283,6 +336,7 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
             .verdict(&case.name, started.elapsed().as_secs_f64(), &verdict)?;
     }
     context.end_shared()?;
+    context.supervise(false)?;
     let passed = context.report.finish()?;
     Ok(if passed {
         ExitCode::SUCCESS
@@ -293,10 +347,16 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
 
 /// Runs one case, looks at the logs, and leaves the machine ready for the next one.
 fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
+    if case.tap && context.driver == Driver::C {
+        return Ok(Verdict::Skip("the C driver has no tap disks".into()));
+    }
     let mut kmsg = splat::Kmsg::from_now()?;
     splat::take_xen_log()?;
     let mut baseline = None;
-    let result = context.start_shared(case.needs).and_then(|()| {
+    let prepared = context
+        .start_shared(case.needs)
+        .and_then(|()| context.supervise(case.supervised));
+    let result = prepared.and_then(|()| {
         baseline = case.leaks.then(|| Leaks::now(context.driver)).transpose()?;
         (case.run)(context)
     });

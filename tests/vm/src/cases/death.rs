@@ -1,0 +1,474 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The process that serves a disk dies, hangs, or outlives its supervisor; the guest only waits.
+
+use super::basic::{verify_job, FIO};
+use super::tap::{end_load, image, same, start_load, wait_progress, DEVICE, VDEV};
+use super::{Case, Context, Needs};
+use crate::backing::Dm;
+use crate::guest::{Config, Guest, Kind, COMMAND};
+use crate::hotplug;
+use crate::node::{Control, Node};
+use crate::tap::{self, EventLog, Served, Supervisor};
+use crate::{sh, sys, xs};
+use anyhow::{bail, ensure, Context as _, Result};
+use ring::tap::abi::{STATE_FENCING, STATE_LIVE};
+use sim::rng::Rng;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Deaths under load in `tap.s12_kills`.
+const KILLS: u32 = 100;
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run).supervised().no_leaks()
+    };
+    vec![
+        case(
+            "tap.s01_idle",
+            "a process is killed while nothing is asked of it",
+            Pv,
+            s01_idle,
+        ),
+        Case::new(
+            "tap.s05_late_write",
+            "nothing is executed again while a write of the dead process is on its way",
+            Pv,
+            s05_late_write,
+        )
+        .tap()
+        .no_leaks(),
+        case(
+            "tap.s05_stuck_storage",
+            "a supervisor whose process cannot end waits for it and serves others",
+            Pv,
+            s05_stuck_storage,
+        ),
+        case(
+            "tap.s12_kills",
+            "killed a hundred times at random under loads that verify",
+            Pv,
+            s12_kills,
+        ),
+        case(
+            "tap.s13_hung",
+            "a process that hangs is reported, and killed only if the policy says so",
+            Pv,
+            s13_hung,
+        ),
+        case(
+            "tap.s16_closing",
+            "a frontend closes while nobody serves: Closed at once, and all grants are back",
+            Nothing,
+            s16_closing,
+        ),
+        case(
+            "tap.s17_destroyed",
+            "a guest is destroyed while its process hangs with requests",
+            Nothing,
+            s17_destroyed,
+        ),
+        case(
+            "tap.supervisor_dies",
+            "disks go on without their supervisor, and the next one takes them over",
+            Pv,
+            supervisor_dies,
+        ),
+    ]
+}
+
+fn s01_idle(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+    let took = disk.replace()?;
+    let status = format!("{}/tap-status", disk.vbd.backend);
+    xs::wait_value(&status, "live", Duration::from_secs(10))?;
+    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+    same(guest, &image, 4)?;
+    context.note(&format!(
+        "the next process served after {} ms",
+        took.as_millis()
+    ))?;
+    disk.detach(context.pv()?)
+}
+
+/// A tapdisk of the case's own, which no supervisor knows.
+struct Lone(Child);
+
+impl Lone {
+    fn start(minor: u32, device: &str) -> Result<Lone> {
+        let log = tap::log_of("lone-tapdisk")?;
+        let child = Command::new("tapdisk")
+            .args([
+                "--node",
+                &crate::node::path(minor),
+                &format!("aio:{device}"),
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn();
+        Ok(Lone(
+            child.context("cannot start tapdisk: is it installed?")?,
+        ))
+    }
+
+    /// Waits until it serves.
+    fn wait_live(&mut self, minor: u32) -> Result<()> {
+        let control = Control::open()?;
+        sh::wait_for("a process that serves", Duration::from_secs(30), || {
+            if let Some(status) = self.0.try_wait()? {
+                bail!(
+                    "tapdisk ended ({status}): {}",
+                    sh::tail(&sh::get(tap::path_of("lone-tapdisk"))?, 600)
+                );
+            }
+            let info = control.query(minor)?;
+            Ok(info.is_some_and(|info| info.state == STATE_LIVE))
+        })
+    }
+
+    fn end(mut self, signal: libc::c_int) -> Result<()> {
+        sys::kill(self.0.id(), signal).context("cannot end tapdisk")?;
+        self.0.wait().context("cannot wait for tapdisk")?;
+        Ok(())
+    }
+}
+
+/// One block of the guest's disk, in one letter.
+fn write(block: u32, letter: char) -> String {
+    format!("head -c 4096 /dev/zero | tr '\\000' {letter} | dd of={DEVICE} bs=4k count=1 seek={block} iflag=fullblock oflag=direct")
+}
+
+/// Two names of one device: the first one holds what is written through it, as slow storage does. The
+/// next process comes by the second one, so that only the fence is between it and the late write.
+fn s05_late_write(context: &mut Context) -> Result<()> {
+    let below = context.null_blk(16, &[])?;
+    let table = format!("0 32768 linear {} 0", below.path());
+    let mut ways = Vec::new();
+    for name in ["vmtest-old", "vmtest-new"] {
+        let way = Dm::create(name, &table)?;
+        let theirs = way.clone();
+        context.at_end(format!("remove {name}"), move || theirs.remove());
+        ways.push(way);
+    }
+    let (control, old, new) = (Control::open()?, &ways[0], &ways[1]);
+    let minor = control.create(0)?;
+    context.at_end("remove the tap disk", move || {
+        sh::wait_for("the end of the disk", Duration::from_secs(20), || {
+            Ok(control.destroy(minor).is_ok())
+        })
+    });
+    let mut first = Lone::start(minor, &old.path())?;
+    first.wait_live(minor)?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::played(minor, VDEV)?)?;
+    old.suspend()?;
+    let resumed = old.clone();
+    let result = late_write(guest, minor, first, new).and_then(|(second, job)| {
+        old.resume()?;
+        after_late_write(guest, minor, second, job)
+    });
+    // Whatever happened: a device that is suspended cannot be removed.
+    resumed.resume()?;
+    let second = result?;
+    let held = sh::shell(&format!(
+        "dd if={} bs=4k skip=7 count=1 iflag=direct status=none | fold -w 1 | sort -u",
+        below.path()
+    ))?;
+    ensure!(
+        held.trim() == "b",
+        "the device holds `{}`: a write of a dead process came after a newer one",
+        held.trim()
+    );
+    let guest = context.pv()?;
+    guest.detach(&vbd)?;
+    second.end(libc::SIGTERM)
+}
+
+/// Kills the process while a write of its is under way; returns the next one, which waits.
+fn late_write(
+    guest: &Guest,
+    minor: u32,
+    first: Lone,
+    new: &Dm,
+) -> Result<(Lone, crate::console::Job)> {
+    let control = Control::open()?;
+    let job = guest.start(&write(7, 'a'))?;
+    sh::wait_for("a write at the process", Duration::from_secs(20), || {
+        let info = control.query(minor)?;
+        Ok(info.is_some_and(|info| info.delivered == 1))
+    })?;
+    sys::kill(first.0.id(), libc::SIGKILL).context("cannot kill tapdisk")?;
+    let fenced = |limit| {
+        sh::wait_for("the fence", limit, || {
+            let info = control.query(minor)?;
+            Ok(info.is_some_and(|info| info.state == STATE_FENCING))
+        })
+    };
+    fenced(Duration::from_secs(20))?;
+    let second = Lone::start(minor, &new.path())?;
+    // It must stay so for as long as the write is under way: looked at for a while.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(2) {
+        let info = control.query(minor)?.context("the disk is gone")?;
+        ensure!(
+            info.state == STATE_FENCING,
+            "with a write of the dead process under way the disk is in state {}",
+            info.state
+        );
+        let open = Node::try_open(minor);
+        ensure!(
+            open.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)),
+            "the node can be opened although a write of the dead process is under way"
+        );
+    }
+    Ok((second, job))
+}
+
+fn after_late_write(
+    guest: &Guest,
+    minor: u32,
+    mut second: Lone,
+    job: crate::console::Job,
+) -> Result<Lone> {
+    second.wait_live(minor)?;
+    let done = guest.wait(job, COMMAND)?;
+    ensure!(
+        done.rc == 0,
+        "the write that waited failed: {}",
+        sh::tail(&done.text, 300)
+    );
+    guest.run(&write(7, 'b'))?;
+    Ok(second)
+}
+
+fn s05_stuck_storage(context: &mut Context) -> Result<()> {
+    let below = context.null_blk(16, &[])?;
+    let disk = Dm::create(
+        "vmtest-stuck",
+        &format!("0 32768 linear {} 0", below.path()),
+    )?;
+    let theirs = disk.clone();
+    context.at_end("remove the mapped device", move || theirs.remove());
+    let image = image(context, "b.img", 16)?;
+    let guest = context.pv()?;
+    let served = Served::attach(
+        guest,
+        &tap::disk(&format!("aio:{}", disk.path()), VDEV, "w"),
+    )?;
+    let other = Served::attach(guest, &tap::disk(&format!("aio:{image}"), "xvdc", "w"))?;
+    disk.suspend()?;
+    let resume = disk.clone();
+    let stuck = || -> Result<crate::console::Job> {
+        let job = guest.start(&write(7, 'a'))?;
+        sh::wait_for("a write at the process", Duration::from_secs(20), || {
+            Ok(served.info()?.delivered == 1)
+        })?;
+        let old = served.kill()?;
+        xs::wait_value(
+            &format!("{}/tap-status", served.vbd.backend),
+            "fencing",
+            Duration::from_secs(20),
+        )?;
+        // The other disk is served, and its process replaced, as if nothing was.
+        other.replace()?;
+        guest.run("dd if=/dev/zero of=/dev/xvdc bs=64k count=4 oflag=direct")?;
+        ensure!(
+            served.info()?.state == STATE_FENCING,
+            "the disk did not wait for the write of tapdisk {old}"
+        );
+        Ok(job)
+    };
+    let job = stuck();
+    resume.resume()?;
+    let done = guest.wait(job?, COMMAND)?;
+    ensure!(
+        done.rc == 0,
+        "the write that waited failed: {}",
+        sh::tail(&done.text, 300)
+    );
+    served.wait_replaced(0)?;
+    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+    other.detach(guest)?;
+    served.detach(guest)
+}
+
+fn s12_kills(context: &mut Context) -> Result<()> {
+    const SEED: u64 = 4711;
+    let image = image(context, "a.img", 16)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let load = start_load(guest)?;
+    wait_progress(&disk, 100)?;
+    let mut rng = Rng::new(SEED);
+    let mut waits = Vec::new();
+    for _ in 0..KILLS {
+        // Any moment: after a few requests, or in the middle of what is executed again.
+        let progress = rng.below(60).saturating_sub(15);
+        let before = disk.info()?.committed;
+        sh::wait_for(
+            "requests that are answered",
+            Duration::from_secs(60),
+            || Ok(disk.info()?.committed >= before + progress),
+        )?;
+        waits.push(disk.replace()?);
+    }
+    let told = end_load(guest, load)?;
+    same(guest, &image, 16)?;
+    let info = disk.info()?;
+    ensure!(
+        info.replayed > 0,
+        "in {KILLS} deaths no request was executed again"
+    );
+    waits.sort_unstable();
+    context.note(&format!(
+        "{KILLS} deaths (seed {SEED}), {} requests executed again, half of the pauses below {} ms, all below {} ms",
+        info.replayed,
+        waits[waits.len() / 2].as_millis(),
+        waits[waits.len() - 1].as_millis()
+    ))?;
+    context.note(&told)?;
+    disk.detach(context.pv()?)
+}
+
+fn s13_hung(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let log = EventLog::follow()?;
+    // Numbers that no other disk had, so that the events are told apart.
+    for (wanted, kill) in [("71", false), ("72", true)] {
+        let target = format!("aio:{image}");
+        let mut arguments = vec!["create", "--minor-only", "--minor", wanted];
+        arguments.extend(["--hung-after", "2", "-a", &target]);
+        if kill {
+            arguments.push("--kill-hung");
+        }
+        let minor: u32 = tap::ctl(&arguments)?.trim().parse()?;
+        let guest = context.pv()?;
+        let disk = Served::attach(guest, &hotplug::played(minor, VDEV)?)?;
+        let pid = disk.pid()?;
+        disk.signal(pid, libc::SIGSTOP)?;
+        let job = guest.start(&write(7, 'a'))?;
+        let told = log.wait_for("hung", minor, Duration::from_secs(40))?;
+        ensure!(
+            told["killed"].as_bool() == Some(kill),
+            "the event of a process that hangs is {told}"
+        );
+        if kill {
+            disk.wait_replaced(pid)?;
+        } else {
+            ensure!(
+                disk.pid()? == pid,
+                "a process that hangs was replaced although the policy does not say so"
+            );
+            disk.signal(pid, libc::SIGCONT)?;
+        }
+        let done = guest.wait(job, COMMAND)?;
+        ensure!(
+            done.rc == 0,
+            "the write that waited failed: {}",
+            sh::tail(&done.text, 300)
+        );
+        guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+        guest.detach(&disk.vbd)?;
+        tap::ctl(&["destroy", "-m", &minor.to_string()])?;
+        disk.wait_gone()?;
+    }
+    Ok(())
+}
+
+/// A guest of the case's own with a tap disk, and a process of it that has requests and answers none.
+fn hanging(context: &mut Context) -> Result<(Guest, Served, u32)> {
+    let image = image(context, "a.img", 16)?;
+    let guest = Guest::create(Config::new("victim", Kind::Pv, 1))?;
+    let disk = Served::attach(&guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    guest.run_for(&verify_job(DEVICE, 2, 20, 512), FIO)?;
+    let pid = disk.pid()?;
+    disk.signal(pid, libc::SIGSTOP)?;
+    guest.start("fio --name=l --filename=/dev/xvdb --size=4m --bs=16k --iodepth=32 --ioengine=libaio --direct=1 --rw=randrw --time_based --runtime=600")?;
+    sh::wait_for("requests of the guest", Duration::from_secs(30), || {
+        let info = disk.info()?;
+        Ok(info.waiting + info.delivered >= 16)
+    })?;
+    Ok((guest, disk, pid))
+}
+
+fn s16_closing(context: &mut Context) -> Result<()> {
+    let (guest, disk, pid) = hanging(context)?;
+    // Nobody replaces it.
+    context.supervise(false)?;
+    disk.signal(pid, libc::SIGKILL)?;
+    xs::wait_value(
+        &format!("{}/tap-status", disk.vbd.backend),
+        "recovering",
+        Duration::from_secs(20),
+    )?;
+    // A frontend that lets go with requests on the way, which a Linux guest would not do.
+    let begun = Instant::now();
+    xs::write(&[(&format!("{}/state", disk.vbd.frontend), "5")])?;
+    xs::wait_value(
+        &format!("{}/state", disk.vbd.backend),
+        "6",
+        Duration::from_secs(10),
+    )?;
+    let took = begun.elapsed();
+    guest.destroy()?;
+    disk.vbd.wait_gone()?;
+    context.supervise(true)?;
+    disk.wait_gone()?;
+    context.note(&format!("Closed after {} ms", took.as_millis()))
+}
+
+fn s17_destroyed(context: &mut Context) -> Result<()> {
+    let (guest, disk, pid) = hanging(context)?;
+    guest.destroy()?;
+    disk.vbd.wait_gone()?;
+    // Its supervisor ends a process that is no longer needed, also one that hangs.
+    disk.wait_gone()?;
+    ensure!(
+        !std::path::Path::new(&format!("/proc/{pid}")).exists(),
+        "tapdisk {pid} is still there after its disk is gone"
+    );
+    Ok(())
+}
+
+fn supervisor_dies(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let load = start_load(guest)?;
+    wait_progress(&disk, 50)?;
+    let pid = disk.pid()?;
+    for crash in [true, false] {
+        let supervisor: Supervisor = context.take_supervisor()?;
+        if crash {
+            supervisor.kill()?;
+        } else {
+            supervisor.stop()?;
+        }
+        wait_progress(&disk, 50)?;
+        context.supervise(true)?;
+        ensure!(
+            disk.pid()? == pid,
+            "the disk's process was replaced when its supervisor was"
+        );
+        wait_progress(&disk, 50)?;
+    }
+    // Taken over, not only left alone: it is replaced when it dies.
+    disk.replace()?;
+    wait_progress(&disk, 50)?;
+    // A process that dies without a supervisor is replaced by the next one.
+    context.take_supervisor()?.kill()?;
+    let old = disk.kill()?;
+    context.supervise(true)?;
+    disk.wait_replaced(old)?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &image, 16)?;
+    context.note(&told)?;
+    disk.detach(context.pv()?)
+}

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The nodes of tap disks, without any help: what a process says here can be as wrong as a case wants.
+
+use crate::sys::{ioctl, readable, Area};
+use anyhow::{ensure, Context, Result};
+use ring::tap::abi::{
+    ioctl as numbers, Buffer, Completion, Create, Desc, Destroy, Exchange, Info, Segment,
+};
+use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS, VERSION};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
+use zerocopy::IntoBytes;
+
+/// Any number that is free.
+const ANY: u32 = u32::MAX;
+
+/// The node that makes disks.
+pub(crate) struct Control(File);
+
+impl Control {
+    /// Opens it.
+    pub(crate) fn open() -> Result<Control> {
+        const PATH: &str = "/dev/xentap/control";
+        let file = File::options().read(true).write(true).open(PATH);
+        file.map(Control)
+            .with_context(|| format!("cannot open {PATH}: is the module loaded?"))
+    }
+
+    /// Makes a disk with the default arena; its requests fail after so many seconds without a process, or
+    /// never.
+    pub(crate) fn create(&self, fail_after_s: u32) -> Result<u32> {
+        let mut create = Create {
+            version: VERSION,
+            minor: ANY,
+            fail_after_s,
+            ..Create::default()
+        };
+        ioctl(&self.0, numbers::CREATE, &mut create).context("cannot make a tap disk")?;
+        Ok(create.minor)
+    }
+
+    /// Takes a disk away.
+    pub(crate) fn destroy(&self, minor: u32) -> io::Result<()> {
+        ioctl(&self.0, numbers::DESTROY, &mut Destroy { minor, flags: 0 }).map(drop)
+    }
+
+    /// What the kernel knows of a disk, if there is such a disk.
+    pub(crate) fn query(&self, minor: u32) -> Result<Option<Info>> {
+        Ok(self.next(minor)?.filter(|info| info.minor == minor))
+    }
+
+    /// The disk with the lowest number that is not below `minor`.
+    fn next(&self, minor: u32) -> Result<Option<Info>> {
+        let mut info = Info {
+            minor,
+            ..Info::default()
+        };
+        match ioctl(&self.0, numbers::QUERY, &mut info) {
+            Ok(_) => Ok(Some(info)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error).context("the control node does not answer"),
+        }
+    }
+
+    /// All disks.
+    pub(crate) fn all(&self) -> Result<Vec<Info>> {
+        let mut found: Vec<Info> = Vec::new();
+        while let Some(info) = self.next(found.last().map_or(0, |last| last.minor + 1))? {
+            found.push(info);
+        }
+        Ok(found)
+    }
+}
+
+/// The path of a disk's node.
+pub(crate) fn path(minor: u32) -> String {
+    format!("/dev/xentap/{minor}")
+}
+
+/// A disk's node and its areas. Dropping it is the death of the process, as far as the kernel can tell.
+pub(crate) struct Node {
+    /// The areas go before the node: they keep it open.
+    descriptors: Area,
+    arena: Area,
+    info: Info,
+    file: File,
+}
+
+impl Node {
+    /// Opens the node of a disk as soon as the I/O of the process before is over.
+    pub(crate) fn open(minor: u32) -> Result<Node> {
+        let file = options(0).open(path(minor));
+        Node::new(file.with_context(|| format!("cannot open {}", path(minor)))?)
+    }
+
+    /// Opens it at once or not at all.
+    pub(crate) fn try_open(minor: u32) -> io::Result<File> {
+        options(libc::O_NONBLOCK).open(path(minor))
+    }
+
+    fn new(file: File) -> Result<Node> {
+        let mut info = Info::default();
+        ioctl(&file, numbers::INFO, &mut info).context("the node does not describe itself")?;
+        ensure!(
+            info.version == VERSION,
+            "the module speaks version {} of the tap's protocol, this program {VERSION}",
+            info.version
+        );
+        let descriptors = Area::map(&file, MMAP_DESCRIPTORS, info.descriptors_len, false)?;
+        let arena = Area::map(&file, MMAP_ARENA, info.arena_len, true)?;
+        Ok(Node {
+            descriptors,
+            arena,
+            info,
+            file,
+        })
+    }
+
+    /// What the kernel says of the disk now.
+    pub(crate) fn info(&self) -> Result<Info> {
+        let mut info = Info::default();
+        ioctl(&self.file, numbers::INFO, &mut info).context("the node does not describe itself")?;
+        Ok(info)
+    }
+
+    /// Describes the disk with records as they are.
+    pub(crate) fn set_params(&self, records: &[u8]) -> io::Result<()> {
+        let mut buffer = Buffer {
+            addr: records.as_ptr() as u64,
+            // CAST: a few records.
+            len: records.len() as u32,
+            reserved: 0,
+        };
+        ioctl(&self.file, numbers::SET_PARAMS, &mut buffer).map(drop)
+    }
+
+    /// From now on requests are delivered.
+    pub(crate) fn start(&self) -> io::Result<()> {
+        ioctl(&self.file, numbers::START, &mut [0u8; 0]).map(drop)
+    }
+
+    /// Commits and fetches at most so many tags; does not wait.
+    pub(crate) fn exchange(&self, commits: &[Completion], room: usize) -> io::Result<Vec<u16>> {
+        let mut tags = vec![0u16; room];
+        // CAST: at most `MAX_TAGS` entries.
+        let buffer = |addr: u64, len: usize| Buffer {
+            addr,
+            len: len as u32,
+            reserved: 0,
+        };
+        let mut exchange = Exchange {
+            commits: buffer(commits.as_ptr() as u64, commits.len()),
+            tags: buffer(tags.as_mut_ptr() as u64, room),
+        };
+        let count = ioctl(&self.file, numbers::EXCHANGE, &mut exchange)?;
+        // CAST: not negative.
+        tags.truncate(count as usize);
+        Ok(tags)
+    }
+
+    /// Sleeps until there is something to fetch, for so long at most; says whether there is.
+    pub(crate) fn wait(&self, limit: Duration) -> Result<bool> {
+        readable(&self.file, limit).context("cannot poll the node")
+    }
+
+    /// The descriptor at a tag.
+    pub(crate) fn desc(&self, tag: u16) -> Result<Desc> {
+        self.descriptors
+            .get(u64::from(tag) * size_of::<Desc>() as u64)
+    }
+
+    /// The segments of a request.
+    pub(crate) fn segments(&self, tag: u16, count: u16) -> Result<Vec<Segment>> {
+        let size = size_of::<Segment>() as u64;
+        let stride = u64::from(self.info.max_segments) * size;
+        let first = self.info.segments_offset + u64::from(tag) * stride;
+        (0..u64::from(count))
+            .map(|index| self.descriptors.get(first + index * size))
+            .collect()
+    }
+
+    /// The bytes of a segment.
+    pub(crate) fn data(&self, segment: &Segment) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; segment.len as usize];
+        self.arena.read(segment.offset.into(), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills a segment.
+    pub(crate) fn fill(&self, segment: &Segment, bytes: &[u8]) -> Result<()> {
+        ensure!(
+            bytes.len() == segment.len as usize,
+            "a segment takes {} bytes, not {}",
+            segment.len,
+            bytes.len()
+        );
+        self.arena.write(segment.offset.into(), bytes)
+    }
+}
+
+fn options(flags: i32) -> OpenOptions {
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(flags);
+    options
+}
+
+/// The records that describe a disk.
+pub(crate) fn records(geometry: &ring::tap::abi::Geometry, discard: Option<u32>) -> Vec<u8> {
+    use ring::tap::abi::{DiscardLimits, ParamHead, PARAM_DISCARD, PARAM_GEOMETRY};
+    let head = |kind, len: usize| ParamHead {
+        kind,
+        // CAST: a small structure.
+        len: len as u32,
+    };
+    let mut bytes = head(PARAM_GEOMETRY, size_of_val(geometry))
+        .as_bytes()
+        .to_vec();
+    bytes.extend(geometry.as_bytes());
+    if let Some(granularity) = discard {
+        let limits = DiscardLimits {
+            granularity,
+            ..DiscardLimits::default()
+        };
+        bytes.extend(head(PARAM_DISCARD, size_of_val(&limits)).as_bytes());
+        bytes.extend(limits.as_bytes());
+    }
+    bytes
+}

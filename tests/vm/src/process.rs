@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A process that serves a tap disk, played by a case: it fetches what the case wants, executes it or
+//! not, answers it or not, and dies when it is dropped.
+
+use crate::node::{records, Control, Node};
+use crate::sh;
+use crate::sys::punch;
+use anyhow::{bail, ensure, Context, Result};
+use ring::tap::abi::{self, Completion, Desc, Geometry, Segment, DESC_REPLAY};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const SECTOR: u64 = 512;
+/// What is fetched in one call.
+const ROOM: usize = 64;
+/// A guest and its commands are slow in emulation.
+const ARRIVAL: Duration = Duration::from_secs(60);
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A tap disk without a process, and a file for its content.
+#[derive(Clone)]
+pub(crate) struct Played {
+    /// Number of the node.
+    pub(crate) minor: u32,
+    /// The image.
+    pub(crate) image: PathBuf,
+    sectors: u64,
+}
+
+impl Played {
+    /// Makes the disk.
+    pub(crate) fn create(mib: u32, fail_after_s: u32) -> Result<Played> {
+        let name = format!("/tmp/played{}.img", NEXT.fetch_add(1, Ordering::Relaxed));
+        let image = PathBuf::from(name);
+        let file = File::create(&image).context("cannot make an image")?;
+        file.set_len(u64::from(mib) << 20)
+            .context("cannot size an image")?;
+        Ok(Played {
+            minor: Control::open()?.create(fail_after_s)?,
+            image,
+            sectors: u64::from(mib) << 11,
+        })
+    }
+
+    /// The geometry of the disk.
+    pub(crate) fn geometry(&self) -> Geometry {
+        Geometry {
+            sectors: self.sectors,
+            logical_block: 512,
+            physical_block: 4096,
+            flags: abi::GEOMETRY_WRITE_CACHE,
+            reserved: 0,
+        }
+    }
+
+    /// Starts a process for it, as soon as the one before is gone.
+    pub(crate) fn process(&self) -> Result<Process> {
+        let node = Node::open(self.minor)?;
+        node.set_params(&records(&self.geometry(), Some(4096)))
+            .context("the kernel refuses the description of a disk")?;
+        node.start().context("the kernel does not start a disk")?;
+        let image = File::options().read(true).write(true).open(&self.image);
+        Ok(Process {
+            node,
+            image: image.context("cannot open an image")?,
+        })
+    }
+
+    /// What the kernel says of it.
+    pub(crate) fn info(&self) -> Result<abi::Info> {
+        let info = Control::open()?.query(self.minor)?;
+        info.with_context(|| format!("the kernel has no tap disk {}", self.minor))
+    }
+
+    /// Waits until so many requests wait to be delivered.
+    pub(crate) fn wait_waiting(&self, count: u32) -> Result<()> {
+        let mut seen = 0;
+        sh::wait_for("the arrival of requests", ARRIVAL, || {
+            seen = self.info()?.waiting;
+            Ok(seen >= count)
+        })?;
+        ensure!(
+            seen == count,
+            "{seen} requests wait to be delivered, not {count}"
+        );
+        Ok(())
+    }
+
+    /// A block of 4 KiB of the image.
+    pub(crate) fn block(&self, block: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; 4096];
+        File::open(&self.image)?.read_exact_at(&mut bytes, block * 4096)?;
+        Ok(bytes)
+    }
+
+    /// Takes the disk away.
+    pub(crate) fn remove(&self) -> Result<()> {
+        fs::remove_file(&self.image).context("cannot remove an image")?;
+        let (control, mut last) = (Control::open()?, None);
+        let gone = sh::wait_for("the end of a tap disk", Duration::from_secs(20), || {
+            match control.destroy(self.minor) {
+                Ok(()) => return Ok(true),
+                Err(error) => last = Some(error),
+            }
+            Ok(false)
+        });
+        gone.with_context(|| format!("the kernel says of disk {}: {last:?}", self.minor))
+    }
+}
+
+/// A request that was delivered.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    /// Its tag.
+    pub(crate) tag: u16,
+    /// What it is.
+    pub(crate) desc: Desc,
+    segments: Vec<Segment>,
+}
+
+impl Request {
+    /// The answer to it.
+    pub(crate) fn answer(&self, result: i32) -> Completion {
+        Completion {
+            tag: self.tag,
+            flags: 0,
+            generation: self.desc.generation,
+            result,
+            reserved: 0,
+        }
+    }
+
+    /// An earlier process may have executed it.
+    pub(crate) fn is_replay(&self) -> bool {
+        self.desc.flags & DESC_REPLAY != 0
+    }
+}
+
+/// How a process is wrong, for cases that show that it is noticed. Numbers count writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Every so many writes one is answered and never executed.
+    Lost(u32),
+    /// Every so many writes one is answered at once and executed after so many others.
+    Late(u32, u32),
+    /// Every so many writes one goes to the place of its neighbour.
+    Astray(u32),
+}
+
+/// The process.
+pub(crate) struct Process {
+    /// The node.
+    pub(crate) node: Node,
+    image: File,
+}
+
+impl Process {
+    /// Fetches so many requests, and fails if there are more or fewer of them.
+    pub(crate) fn fetch(&self, count: usize) -> Result<Vec<Request>> {
+        let deadline = Instant::now() + ARRIVAL;
+        let mut found = Vec::new();
+        loop {
+            found.extend(self.fetch_now()?);
+            if found.len() >= count {
+                break;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(
+                !left.is_zero(),
+                "{} requests were delivered in {} s, not {count}; the kernel says {:?}",
+                found.len(),
+                ARRIVAL.as_secs(),
+                self.node.info()?
+            );
+            self.node.wait(left)?;
+        }
+        found.extend(self.fetch_now()?);
+        ensure!(
+            found.len() == count,
+            "{} requests were delivered, not {count}: {found:?}",
+            found.len()
+        );
+        Ok(found)
+    }
+
+    /// Fetches what is there.
+    pub(crate) fn fetch_now(&self) -> Result<Vec<Request>> {
+        let tags = self
+            .node
+            .exchange(&[], ROOM)
+            .context("cannot fetch requests")?;
+        tags.into_iter().map(|tag| self.request(tag)).collect()
+    }
+
+    fn request(&self, tag: u16) -> Result<Request> {
+        let desc = self.node.desc(tag)?;
+        ensure!(
+            desc.tag == tag,
+            "the descriptor at tag {tag} names tag {}",
+            desc.tag
+        );
+        let segments = self.node.segments(tag, desc.segments)?;
+        let bytes: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
+        let has_data = matches!(desc.op, abi::OP_READ | abi::OP_WRITE);
+        ensure!(
+            bytes == if has_data { desc.sectors * SECTOR } else { 0 },
+            "{desc:?} has {bytes} bytes in the arena"
+        );
+        Ok(Request {
+            tag,
+            desc,
+            segments,
+        })
+    }
+
+    /// Does what a request wants.
+    pub(crate) fn execute(&self, request: &Request) -> Result<()> {
+        self.execute_at(request, request.desc.sector)
+    }
+
+    fn execute_at(&self, request: &Request, sector: u64) -> Result<()> {
+        let mut offset = sector * SECTOR;
+        match request.desc.op {
+            abi::OP_READ => {
+                for segment in &request.segments {
+                    let mut bytes = vec![0; segment.len as usize];
+                    self.image.read_exact_at(&mut bytes, offset)?;
+                    self.node.fill(segment, &bytes)?;
+                    offset += u64::from(segment.len);
+                }
+            }
+            abi::OP_WRITE => self.write(&self.data(request)?, offset)?,
+            abi::OP_FLUSH => self.image.sync_data()?,
+            abi::OP_DISCARD | abi::OP_WRITE_ZEROES => {
+                punch(&self.image, offset, request.desc.sectors * SECTOR)
+                    .context("cannot make a hole in an image")?;
+            }
+            op => bail!("the kernel delivered a request with the operation {op}"),
+        }
+        Ok(())
+    }
+
+    fn data(&self, request: &Request) -> Result<Vec<u8>> {
+        let pieces = request.segments.iter().map(|piece| self.node.data(piece));
+        Ok(pieces.collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.image
+            .write_all_at(bytes, offset)
+            .context("cannot write an image")
+    }
+
+    /// Answers requests without an error.
+    pub(crate) fn commit(&self, requests: &[Request]) -> Result<()> {
+        let answers: Vec<Completion> = requests.iter().map(|request| request.answer(0)).collect();
+        self.node
+            .exchange(&answers, 0)
+            .context("the kernel refuses answers")?;
+        Ok(())
+    }
+
+    /// Executes and answers.
+    pub(crate) fn serve(&self, requests: &[Request]) -> Result<()> {
+        requests
+            .iter()
+            .try_for_each(|request| self.execute(request))?;
+        self.commit(requests)
+    }
+
+    /// Serves everything, until the condition holds.
+    pub(crate) fn serve_until(&self, done: impl FnMut() -> Result<bool>) -> Result<()> {
+        self.serve_with(None, done)
+    }
+
+    /// Serves everything while something else is going on.
+    pub(crate) fn serve_while<T: Send>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(work);
+            let served = self.serve_until(|| Ok(worker.is_finished()));
+            let result = worker
+                .join()
+                .map_err(|_| anyhow::anyhow!("a thread of the case panicked"))?;
+            served.and(result)
+        })
+    }
+
+    /// The same, with a fault.
+    pub(crate) fn serve_with(
+        &self,
+        fault: Option<Fault>,
+        mut done: impl FnMut() -> Result<bool>,
+    ) -> Result<()> {
+        let (mut writes, mut late) = (0u32, Vec::<(u32, Vec<u8>, u64)>::new());
+        while !done()? {
+            self.node.wait(Duration::from_millis(20))?;
+            let requests = self.fetch_now()?;
+            for request in &requests {
+                let is_write = request.desc.op == abi::OP_WRITE;
+                writes += u32::from(is_write);
+                match fault {
+                    Some(Fault::Lost(every)) if is_write && writes % every == 0 => (),
+                    Some(Fault::Late(every, after)) if is_write && writes % every == 0 => late
+                        .push((
+                            writes + after,
+                            self.data(request)?,
+                            request.desc.sector * SECTOR,
+                        )),
+                    Some(Fault::Astray(every)) if is_write && writes % every == 0 => {
+                        self.execute_at(request, request.desc.sector ^ 8)?;
+                    }
+                    _ => self.execute(request)?,
+                }
+                while late.first().is_some_and(|(due, ..)| *due <= writes) {
+                    let (_, bytes, offset) = late.remove(0);
+                    self.write(&bytes, offset)?;
+                }
+            }
+            self.commit(&requests)?;
+        }
+        Ok(())
+    }
+}
