@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The story of one disk, told to a person: made, used, detached, attached again, compared and measured.
+//! The story of one disk, told to a person: made, used, detached, attached again, compared and measured;
+//! then that of a disk that a process serves, which is killed.
+
+mod tap;
 
 use crate::backing::{self, Lvm, NullBlk};
 use crate::cases::{self, load_driver};
@@ -39,7 +42,7 @@ pub(crate) fn run(driver: Driver) -> Result<ExitCode> {
     }
     let well = report.problems() == 0;
     report.say(if well {
-        "The disk did everything that was asked of it."
+        "The disks did everything that was asked of them."
     } else {
         "The demonstration failed."
     })?;
@@ -96,6 +99,7 @@ fn with_volume(report: &mut Report, driver: Driver, volume: &str) -> Result<()> 
     ))?;
     measure(report, &guest, &vbd)?;
     guest.detach(&vbd)?;
+    tap::tell(report, &guest)?;
     guest.destroy()
 }
 

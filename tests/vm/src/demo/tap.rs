@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The second part of the story: a process serves a disk, is killed, and the guest only waits.
+
+use super::FIO;
+use crate::cases;
+use crate::guest::Guest;
+use crate::report::Report;
+use crate::tap::{image, wait_supervisor, Served};
+use crate::{sh, sys};
+use anyhow::{ensure, Context, Result};
+use std::time::Duration;
+
+const IMAGE_MIB: u32 = 64;
+/// The part of the image that is written and compared.
+const USED_MIB: u32 = 16;
+const DEATHS: usize = 3;
+
+/// Tells it to the end, and leaves nothing of it behind.
+pub(super) fn tell(report: &mut Report, guest: &Guest) -> Result<()> {
+    report.say("now a disk that a process of dom0 serves, from a file")?;
+    let file = image("demo.img", IMAGE_MIB)?;
+    let result = with_file(report, guest, &file);
+    std::fs::remove_file(&file).context("cannot remove the image")?;
+    result
+}
+
+fn with_file(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
+    wait_supervisor()?;
+    // So that xl gives plain files to tapdisk, whatever their prefix.
+    sh::run(&["xentap-block", "enable"])?;
+    let result = with_supervisor(report, guest, file);
+    sh::run(&["xentap-block", "disable"])?;
+    result
+}
+
+fn with_supervisor(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
+    let specification = format!("tap:aio:{file},xvdb,w");
+    let disk = Served::attach(guest, &specification)?;
+    let user = sh::run(&["stat", "-c", "%U", &format!("/proc/{}", disk.pid()?)])?;
+    report.say(&format!(
+        "the guest gets {specification}; tapdisk {} serves it, as the user {}, without any privilege",
+        disk.pid()?,
+        user.trim()
+    ))?;
+    let longest = load(report, guest, &disk)?;
+    let kernel = disk.info()?;
+    report.say(&format!(
+        "fio wrote mixed sizes all along and verified their crc32c: no error; the longest that a request waited was {longest} ms"
+    ))?;
+    ensure!(
+        kernel.replayed > 0,
+        "no process was killed while it had requests: the load was too small"
+    );
+    report.say(&format!(
+        "{} requests that the dead had not answered were executed again, in their order",
+        kernel.replayed
+    ))?;
+    cases::compare(guest, "xvdb", file, USED_MIB)?;
+    disk.detach(guest)?;
+    report.say("guest and dom0 read the same from the file; it is detached, no process and no node is left")
+}
+
+/// Kills the process in the middle of verified writes, again and again; returns the milliseconds that
+/// the slowest request of the guest took.
+fn load(report: &mut Report, guest: &Guest, disk: &Served) -> Result<u64> {
+    let job = cases::verify_job("/dev/xvdb", USED_MIB, 1500, 512).replace("terse", "json");
+    let job = guest.start(&job)?;
+    for _ in 0..DEATHS {
+        let before = disk.info()?.committed;
+        let (mut pid, mut held) = (0, 0);
+        sh::wait_for("requests at the process", Duration::from_secs(60), || {
+            let info = disk.info()?;
+            (pid, held) = (info.pid, info.delivered);
+            Ok(info.committed > before + 100 && held > 0)
+        })?;
+        sys::kill(pid, libc::SIGKILL).context("cannot kill tapdisk")?;
+        let (next, took) = disk.wait_replaced(pid)?;
+        report.say(&format!(
+            "kill -9 {pid}, which had {held} requests of the guest: tapdisk {next} serves after {} ms",
+            took.as_millis()
+        ))?;
+    }
+    let done = guest.wait(job, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed in the guest: {}",
+        sh::tail(&done.text, 400)
+    );
+    longest(&done.text)
+}
+
+/// Milliseconds of the slowest request in fio's JSON.
+fn longest(text: &str) -> Result<u64> {
+    let json = text
+        .find('{')
+        .map(|at| &text[at..])
+        .context("fio printed no JSON")?;
+    let json: serde_json::Value = serde_json::from_str(json).context("fio printed broken JSON")?;
+    let slowest = ["read", "write"]
+        .into_iter()
+        .filter_map(|kind| json["jobs"][0][kind]["lat_ns"]["max"].as_u64())
+        .max();
+    Ok(slowest.context("fio printed no latency")? / 1_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::longest;
+
+    #[test]
+    fn slowest_request_of_either_kind() {
+        let text = "note\n{\"jobs\":[{\"read\":{\"lat_ns\":{\"max\":3000000}},\"write\":{\"lat_ns\":{\"max\":7900000}}}]}";
+        assert_eq!(longest(text).unwrap(), 7);
+        assert!(longest("fio failed").is_err());
+    }
+}
