@@ -23,6 +23,8 @@ const MAX_SECTORS: u64 = 192;
 const DISCARD: u64 = 8;
 /// Requests are aligned to this in memory.
 const ALIGN: usize = 4096;
+/// When a round's disk was written before it. Not 0, which is the time of a disk without any write.
+const BEFORE: u64 = 1;
 /// What is not explained is told so often.
 const TOLD: usize = 5;
 
@@ -109,7 +111,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         args,
         disk: open(&args.device, 0)?,
         durable: open(&args.device, libc::O_DSYNC)?,
-        clock: AtomicU64::new(2),
+        clock: AtomicU64::new(BEFORE + 2),
         numbers: AtomicU32::new(1),
         slowest_ns: AtomicU64::new(0),
     };
@@ -326,8 +328,8 @@ fn explain(
         if let Some(held) = held.filter(|held| *held != ZERO) {
             // CAST: the upper half.
             let number = (held >> 32) as u32;
-            history.write(number, 0, sector, 1, false);
-            history.answered(number, 1, true);
+            history.write(number, BEFORE, sector, 1, false);
+            history.answered(number, BEFORE + 1, true);
         }
     }
     for event in &events {
