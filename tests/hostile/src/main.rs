@@ -55,6 +55,9 @@ enum Face {
     /// Be the process of a tap disk; the attacks start it.
     #[command(hide = true)]
     TapServe(tap::server::Orders),
+    /// Make a tap disk, use it once, and leave it there; for a test of who takes it away.
+    #[command(hide = true)]
+    TapLeave,
     /// Random requests, good and bad, on a live ring.
     Fuzz {
         /// The seed; the same one sends the same requests.
@@ -88,6 +91,7 @@ fn start() -> Result<bool> {
         }
         Face::Run { only, .. } => cases::run(&only, cli.device.as_ref()),
         Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
+        Face::TapLeave => tap::leave().map(|()| true),
         Face::Fuzz { seed, cases } => fuzz::run(seed, cases, cli.device.as_ref()),
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 /// Where the frontends' directories are. Not below `device`: the kernel would make a device of
 /// each, and load its own frontend driver for it.
 const FRONTENDS: &str = "/local/domain/0/hostile";
-const BACKENDS: &str = "/local/domain/0/backend/vbd/0";
+const BACKENDS: &str = "/local/domain/0/backend";
 
 /// The backend's answer to a change of state comes within this time.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -49,6 +49,7 @@ pub(crate) struct Vbd {
     pub(crate) front: String,
     /// The backend's directory.
     pub(crate) back: String,
+    class: &'static str,
     devid: u32,
     gone: bool,
 }
@@ -61,10 +62,21 @@ impl Vbd {
 
     /// The same with any key that names a disk.
     pub(crate) fn attach_named(devid: u32, disk: (&str, String), mode: Mode) -> Result<Vbd> {
+        Vbd::attach_as("vbd", devid, disk, mode)
+    }
+
+    /// The same as a device of this type.
+    pub(crate) fn attach_as(
+        class: &'static str,
+        devid: u32,
+        disk: (&str, String),
+        mode: Mode,
+    ) -> Result<Vbd> {
         let vbd = Vbd {
             store: Store::open()?,
             front: format!("{FRONTENDS}/{devid}"),
-            back: format!("{BACKENDS}/{devid}"),
+            back: format!("{BACKENDS}/{class}/0/{devid}"),
+            class,
             devid,
             gone: false,
         };
@@ -156,7 +168,11 @@ impl Vbd {
 
     /// The device in sysfs.
     pub(crate) fn sysfs(&self) -> PathBuf {
-        format!("/sys/bus/xen-backend/devices/vbd-0-{}", self.devid).into()
+        format!(
+            "/sys/bus/xen-backend/devices/{}-0-{}",
+            self.class, self.devid
+        )
+        .into()
     }
 
     /// Closes, removes the directories, and waits until the device is gone.

@@ -12,6 +12,7 @@ mod requests;
 mod states;
 mod tap_calls;
 mod tap_life;
+mod tap_queues;
 mod tap_uring;
 
 use crate::lab::Lab;
@@ -56,6 +57,7 @@ pub(crate) fn all() -> Vec<Case> {
         events::all(),
         tap_calls::all(),
         tap_life::all(),
+        tap_queues::all(),
         tap_uring::all(),
     ];
     groups.into_iter().flatten().collect()

@@ -47,23 +47,29 @@ impl TapDisk {
 
     /// A disk that fails requests after so many seconds without a process.
     pub(crate) fn make_as(fail_after_s: u32) -> Result<TapDisk> {
-        let mut create = Create {
-            version: abi::VERSION,
-            minor: u32::MAX,
-            arena_kib: ARENA_KIB,
-            fail_after_s,
-            ..Create::default()
-        };
-        call(&control()?, ioctl::CREATE, &mut create).context("a tap disk cannot be made")?;
-        let disk = TapDisk {
-            minor: create.minor,
-            gone: false,
-        };
+        let disk =
+            TapDisk::try_make(u32::MAX, fail_after_s)?.context("a tap disk cannot be made")?;
         let path = disk.path();
         wait::until("the node of a tap disk", Duration::from_secs(10), || {
             Ok(path.exists().then_some(()))
         })?;
         Ok(disk)
+    }
+
+    /// Tries to make the disk of a number.
+    pub(crate) fn try_make(minor: u32, fail_after_s: u32) -> Result<io::Result<TapDisk>> {
+        let mut create = Create {
+            version: abi::VERSION,
+            minor,
+            arena_kib: ARENA_KIB,
+            fail_after_s,
+            ..Create::default()
+        };
+        let made = call(&control()?, ioctl::CREATE, &mut create);
+        Ok(made.map(|_| TapDisk {
+            minor: create.minor,
+            gone: false,
+        }))
     }
 
     /// Its node.
@@ -130,6 +136,14 @@ impl TapDisk {
         .with_context(|| format!("tap disk {}", self.minor))
         .map(drop)
     }
+}
+
+/// Makes a disk, starts it, and lets go of it without taking it away.
+pub(crate) fn leave() -> Result<()> {
+    let mut disk = TapDisk::make()?;
+    drop(disk.start()?);
+    disk.gone = true;
+    Ok(())
 }
 
 impl Drop for TapDisk {

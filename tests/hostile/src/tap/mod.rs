@@ -7,6 +7,6 @@ mod node;
 pub(crate) mod server;
 pub(crate) mod uring;
 
-pub(crate) use disk::{query, TapDisk, SECTORS};
+pub(crate) use disk::{leave, query, TapDisk, SECTORS};
 pub(crate) use map::Map;
 pub(crate) use node::{Node, Nowhere};

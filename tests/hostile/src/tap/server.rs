@@ -23,7 +23,7 @@ pub(crate) enum Manner {
     Hold,
     /// Executes them and says nothing of it.
     Silent,
-    /// Executes and commits them, by io_uring alone.
+    /// Executes and commits them, by io_uring alone, with the arena registered.
     Ring,
     /// Puts pages of the arena into the pipe, then behaves like `Hold`.
     Pin,
@@ -138,6 +138,7 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
 /// Serves with one command of io_uring after the other.
 fn serve_by_ring(node: &Node, store: &Store) -> Result<()> {
     let mut ring = Ring::new()?;
+    ring.register(node)?;
     let mut commits = Vec::new();
     loop {
         let memory = Memory::new(&commits);

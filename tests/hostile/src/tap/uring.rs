@@ -78,6 +78,19 @@ impl Ring {
         Ok(Ring(IoUring::new(8).context("no io_uring")?))
     }
 
+    /// Pins the whole arena for as long as the ring lives.
+    pub(crate) fn register(&mut self, node: &Node) -> Result<()> {
+        let bytes = node.arena().bytes();
+        let piece = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: The kernel holds the pages themselves, mapped here or not; nobody uses them by
+        // their index.
+        let registered = unsafe { self.0.submitter().register_buffers(&[piece]) };
+        registered.context("the arena cannot be registered")
+    }
+
     /// Sends an exchange.
     pub(crate) fn exchange(&mut self, node: &Node, memory: &Memory, id: u64) -> Result<()> {
         self.command(node, ioctl::EXCHANGE, memory.payload(), id, false)

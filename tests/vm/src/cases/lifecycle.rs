@@ -8,8 +8,9 @@ use crate::backing::Dm;
 use crate::guest::{Config, Guest, Kind, COMMAND, RUN_DIR};
 use crate::hotplug;
 use crate::leaks::{memory, Leaks};
-use crate::{sh, xs};
+use crate::{sh, xs, Driver};
 use anyhow::{ensure, Context as _, Result};
+use std::path::Path;
 use std::time::Duration;
 
 const CYCLES: u32 = 50;
@@ -302,7 +303,14 @@ fn reload(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let driver = context.driver;
     for _ in 0..3 {
+        if driver == Driver::Rs {
+            // Disks that a process has served and left: they go with the module.
+            sh::run(&["/t/hostile", "tap-leave"])?;
+            sh::run(&["/t/hostile", "tap-leave"])?;
+        }
         sh::run(&["rmmod", driver.sys_module()])?;
+        let left = Path::new("/dev/xentap").exists();
+        ensure!(!left, "the module has left its nodes behind");
         load_driver(driver)?;
     }
     let before = Leaks::now(driver)?;
