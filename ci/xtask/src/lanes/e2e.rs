@@ -30,6 +30,16 @@ pub(super) fn hostile(tally: &mut Tally) -> Result<()> {
     boot(tally, "hostile", MAPPING, "exec /t/hostile run\n")
 }
 
+/// A hundred deaths of the process that serves a disk, under load.
+pub(super) fn deaths(tally: &mut Tally) -> Result<()> {
+    boot(
+        tally,
+        "deaths",
+        "",
+        "exec /t/vmtest run --only tap.s12_hundred_kills\n",
+    )
+}
+
 /// Random requests of a malicious frontend; each run says its seed.
 pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
     boot(

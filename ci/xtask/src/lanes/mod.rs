@@ -24,7 +24,7 @@ pub(crate) enum Lane {
     Hostile,
     /// Instructions per I/O against recorded bounds, in a Xen machine.
     Bench,
-    /// What takes too long for each change: random malicious requests.
+    /// What takes too long for each change: random malicious requests, a hundred deaths of a process.
     Nightly,
 }
 

@@ -5,5 +5,6 @@ use crate::tally::Tally;
 use anyhow::Result;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
-    super::e2e::fuzz(tally)
+    super::e2e::fuzz(tally)?;
+    super::e2e::deaths(tally)
 }

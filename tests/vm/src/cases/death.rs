@@ -16,8 +16,9 @@ use sim::rng::Rng;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Deaths under load in `tap.s12_kills`.
-const KILLS: u32 = 100;
+/// Deaths under load: in each run, and at night.
+const KILLS: u32 = 30;
+const MANY_KILLS: u32 = 100;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
@@ -48,10 +49,17 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case(
             "tap.s12_kills",
-            "killed a hundred times at random under loads that verify",
+            "killed again and again at random under loads that verify",
             Pv,
-            s12_kills,
+            |context| s12_kills(context, KILLS),
         ),
+        case(
+            "tap.s12_hundred_kills",
+            "the same, a hundred times",
+            Pv,
+            |context| s12_kills(context, MANY_KILLS),
+        )
+        .nightly(),
         case(
             "tap.s13_hung",
             "a process that hangs is reported, and killed only if the policy says so",
@@ -298,7 +306,7 @@ fn s05_stuck_storage(context: &mut Context) -> Result<()> {
     served.detach(guest)
 }
 
-fn s12_kills(context: &mut Context) -> Result<()> {
+fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {
     const SEED: u64 = 4711;
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
@@ -307,7 +315,7 @@ fn s12_kills(context: &mut Context) -> Result<()> {
     wait_progress(&disk, 100)?;
     let mut rng = Rng::new(SEED);
     let mut waits = Vec::new();
-    for _ in 0..KILLS {
+    for _ in 0..kills {
         // Any moment: after a few requests, or in the middle of what is executed again.
         let progress = rng.below(60).saturating_sub(15);
         let before = disk.info()?.committed;
@@ -323,11 +331,11 @@ fn s12_kills(context: &mut Context) -> Result<()> {
     let info = disk.info()?;
     ensure!(
         info.replayed > 0,
-        "in {KILLS} deaths no request was executed again"
+        "in {kills} deaths no request was executed again"
     );
     waits.sort_unstable();
     context.note(&format!(
-        "{KILLS} deaths (seed {SEED}), {} requests executed again, half of the pauses below {} ms, all below {} ms",
+        "{kills} deaths (seed {SEED}), {} requests executed again, half of the pauses below {} ms, all below {} ms",
         info.replayed,
         waits[waits.len() / 2].as_millis(),
         waits[waits.len() - 1].as_millis()

@@ -52,6 +52,8 @@ pub(crate) struct Case {
     pub(crate) leaks: bool,
     /// Whether it is about tap disks, which the C driver does not have.
     pub(crate) tap: bool,
+    /// Whether it takes so long that it runs only if it is named in full.
+    pub(crate) nightly: bool,
     /// Whether the supervisor of tap disks must run.
     pub(crate) supervised: bool,
     /// The case itself.
@@ -73,6 +75,7 @@ impl Case {
             c_fails: None,
             leaks: false,
             tap: false,
+            nightly: false,
             supervised: false,
             run: Box::new(run),
         }
@@ -81,6 +84,14 @@ impl Case {
     /// The same case, which is about tap disks.
     fn tap(self) -> Case {
         Case { tap: true, ..self }
+    }
+
+    /// The same case, which takes too long for each change.
+    fn nightly(self) -> Case {
+        Case {
+            nightly: true,
+            ..self
+        }
     }
 
     /// The same case, which needs the supervisor of tap disks.
@@ -298,7 +309,7 @@ pub(crate) fn all() -> Vec<Case> {
 pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
     let cases: Vec<Case> = all()
         .into_iter()
-        .filter(|case| only.split(',').any(|pattern| matches(pattern, &case.name)))
+        .filter(|case| only.split(',').any(|pattern| is_meant(pattern, case)))
         .collect();
     if cases.is_empty() {
         bail!("no case matches `{only}`: see `vmtest run --list`");
@@ -444,6 +455,10 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
         Duration::from_secs(20),
         || Ok(directory.exists()),
     )
+}
+
+fn is_meant(pattern: &str, case: &Case) -> bool {
+    pattern == case.name || (!case.nightly && matches(pattern, &case.name))
 }
 
 /// A pattern in which `*` stands for anything.
