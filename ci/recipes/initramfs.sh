@@ -47,6 +47,7 @@ for program in $programs; do
 	# Proves that nothing is missing.
 	case $program in
 	*/fio) chroot "$tree" "$program" --version ;;
+	*/bonnie++) chroot "$tree" "$program" -h 2>&1 | grep '^Version' ;;
 	*) chroot "$tree" "$program" -V ;;
 	esac
 done

@@ -42,6 +42,8 @@ pub(crate) struct Machine {
     pub(crate) disks: Vec<PathBuf>,
     /// A plugin for QEMU; what it writes is `plugin.out` beside the console log.
     pub(crate) plugin: Option<PathBuf>,
+    /// More arguments for the plugin.
+    pub(crate) plugin_args: String,
     /// After this long the machine is killed, and the run fails.
     pub(crate) timeout: Duration,
 }
@@ -106,6 +108,7 @@ impl Machine {
             checks: true,
             disks: Vec::new(),
             plugin: None,
+            plugin_args: String::new(),
             timeout: Duration::from_secs(600),
         }
     }
@@ -262,7 +265,11 @@ impl Machine {
             qemu.args(["-drive", disk]);
         }
         if self.plugin.is_some() {
-            qemu.args(["-plugin", "/mnt/b/plugin.so,out=/mnt/b/plugin.out"]);
+            let mut plugin = String::from("/mnt/b/plugin.so,out=/mnt/b/plugin.out");
+            if !self.plugin_args.is_empty() {
+                plugin = format!("{plugin},{}", self.plugin_args);
+            }
+            qemu.args(["-plugin", &plugin]);
         }
         qemu.args([
             "-device",

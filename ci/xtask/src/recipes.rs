@@ -23,7 +23,7 @@ const DOM0_MODULES: &str = "virtio_pci virtio_blk ext4";
 /// The modules of a guest: its disk, file systems to put on it, and the devices with which a
 /// program can play a frontend itself.
 const GUEST_MODULES: &str = "xen-blkfront ext4 xen-evtchn xen-gntdev xen-gntalloc xenfs";
-const GUEST_PROGRAMS: &str = "/usr/bin/fio /usr/sbin/mkfs.ext4 /usr/sbin/e2fsck";
+const GUEST_PROGRAMS: &str = "/usr/bin/fio /usr/sbin/bonnie++ /usr/sbin/mkfs.ext4 /usr/sbin/e2fsck";
 /// Libraries of fio's that are replaced by empty shells, see the recipe.
 const GUEST_SHELLS: &str = "librbd.so.1 librados.so.2";
 

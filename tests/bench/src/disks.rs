@@ -6,10 +6,14 @@ use crate::sh;
 use anyhow::Result;
 use std::path::Path;
 
+/// Room for the file of bonnie++ and what a file system needs beside it.
 const SIZE_MIB: u32 = 256;
-const NULL_BLK: &str = "/sys/kernel/config/nullb/bench";
+const SMALL_MIB: u32 = 8;
+const NULL_BLK: &str = "/sys/kernel/config/nullb";
 const WASTEFUL: &str = "/t/wasteful.ko";
 const FILE: &str = "/dev/shm/bench.img";
+/// The drivers that are compared, as modules.
+const MODULES: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
 /// The drivers must come and go when we say so, not when a disk appears.
 const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
 
@@ -18,19 +22,35 @@ const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
 pub(crate) struct Stores {
     memory: String,
     of_loop: Option<String>,
+    small: Vec<String>,
 }
 
 impl Stores {
-    /// Makes what `wanted` asks for.
-    pub(crate) fn create(wanted: &[Store]) -> Result<Stores> {
-        let memory = null_blk()?;
-        fill(&memory)?;
+    /// Makes what `wanted` asks for, and `small` small disks, the first `used` of them to be read.
+    pub(crate) fn create(wanted: &[Store], small: u32, used: u32) -> Result<Stores> {
+        sh::run(&["modprobe", "null_blk", "nr_devices=0"])?;
+        if !Path::new(NULL_BLK).exists() {
+            sh::run(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
+        }
+        let memory = null_blk("bench", SIZE_MIB)?;
+        fill(&memory, SIZE_MIB)?;
         let of_loop = if wanted.contains(&Store::Loop) {
             Some(loop_device()?)
         } else {
             None
         };
-        Ok(Stores { memory, of_loop })
+        let small = (0..small).map(|index| {
+            let disk = null_blk(&format!("small{index}"), SMALL_MIB)?;
+            if index < used {
+                fill(&disk, SMALL_MIB)?;
+            }
+            Ok(disk)
+        });
+        Ok(Stores {
+            memory,
+            of_loop,
+            small: small.collect::<Result<_>>()?,
+        })
     }
 
     /// The device node of a store.
@@ -40,52 +60,44 @@ impl Stores {
             Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
         }
     }
+
+    /// The device nodes of the small disks.
+    pub(crate) fn small(&self) -> &[String] {
+        &self.small
+    }
 }
 
-fn null_blk() -> Result<String> {
-    sh::run(&["modprobe", "null_blk", "nr_devices=0"])?;
-    if !Path::new("/sys/kernel/config/nullb").exists() {
-        sh::run(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
-    }
-    let dir = Path::new(NULL_BLK);
-    std::fs::create_dir(dir)?;
-    sh::put(dir.join("size"), &SIZE_MIB.to_string())?;
+/// Makes a block device in memory. Since Linux 6.11 it bears the name of its directory.
+fn null_blk(name: &str, mib: u32) -> Result<String> {
+    let dir = Path::new(NULL_BLK).join(name);
+    std::fs::create_dir(&dir)?;
+    sh::put(dir.join("size"), &mib.to_string())?;
     sh::put(dir.join("memory_backed"), "1")?;
     sh::put(dir.join("power"), "1")?;
-    // Since Linux 6.11 the disk bears the name of the directory, before that it is numbered.
-    let names = ["/dev/bench", "/dev/nullb0"];
-    let there = || names.into_iter().find(|name| Path::new(name).exists());
-    sh::wait_for("the device node of null_blk", || Ok(there().is_some()))?;
-    Ok(there().unwrap_or(names[0]).to_owned())
+    let node = format!("/dev/{name}");
+    sh::wait_for("the device node of null_blk", || {
+        Ok(Path::new(&node).exists())
+    })?;
+    Ok(node)
 }
 
 fn loop_device() -> Result<String> {
     sh::run(&["modprobe", "loop"])?;
-    sh::run(&[
-        "dd",
-        "if=/dev/zero",
-        &format!("of={FILE}"),
-        "bs=1M",
-        &format!("count={SIZE_MIB}"),
-        "status=none",
-    ])?;
+    fill_with(FILE, SIZE_MIB, &[])?;
     Ok(sh::run(&["losetup", "--find", "--show", FILE])?
         .trim()
         .to_owned())
 }
 
-fn fill(device: &str) -> Result<()> {
-    let count = format!("count={SIZE_MIB}");
-    sh::run(&[
-        "dd",
-        "if=/dev/zero",
-        &format!("of={device}"),
-        "bs=1M",
-        &count,
-        "oflag=direct",
-        "status=none",
-    ])
-    .map(drop)
+fn fill(device: &str, mib: u32) -> Result<()> {
+    fill_with(device, mib, &["oflag=direct"])
+}
+
+fn fill_with(path: &str, mib: u32, more: &[&str]) -> Result<()> {
+    let (out, count) = (format!("of={path}"), format!("count={mib}"));
+    let mut words = vec!["dd", "if=/dev/zero", &out, "bs=1M", &count, "status=none"];
+    words.extend(more);
+    sh::run(&words).map(drop)
 }
 
 /// Which driver is loaded.
@@ -111,12 +123,7 @@ impl Drivers {
         if self.loaded == wanted {
             return Ok(());
         }
-        match self.loaded {
-            Driver::Ours | Driver::Wasteful => sh::run(&["rmmod", "xen_blkback_rs"])?,
-            Driver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,
-            Driver::None => String::new(),
-        };
-        self.loaded = Driver::None;
+        self.unload()?;
         let name = match wanted {
             Driver::Ours | Driver::Wasteful => {
                 let file = match wanted {
@@ -137,6 +144,22 @@ impl Drivers {
         sh::wait_for("the registration of the driver", || Ok(dir.exists()))
     }
 
+    /// Takes the driver away: the next one sees how many processors there are now.
+    pub(crate) fn unload(&mut self) -> Result<()> {
+        match std::mem::replace(&mut self.loaded, Driver::None) {
+            Driver::Ours | Driver::Wasteful => sh::run(&["rmmod", "xen_blkback_rs"])?,
+            Driver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,
+            Driver::None => String::new(),
+        };
+        Ok(())
+    }
+
+    /// The functions of the modules of [`MODULES`] and where they are.
+    pub(crate) fn functions() -> Result<Vec<(String, String)>> {
+        let text = sh::get("/proc/kallsyms")?;
+        Ok(text.lines().filter_map(function).collect())
+    }
+
     /// The modules of dom0 and where their text begins.
     pub(crate) fn places() -> Result<Vec<(String, String)>> {
         let text = sh::get("/proc/modules")?;
@@ -152,9 +175,31 @@ fn place(line: &str) -> Option<(String, String)> {
     Some((name, address))
 }
 
+/// `ADDRESS TYPE NAME\t[MODULE]`
+fn function(line: &str) -> Option<(String, String)> {
+    let (symbol, module) = line.split_once("\t[")?;
+    if !MODULES.contains(&module.trim_end_matches(']')) {
+        return None;
+    }
+    let mut words = symbol.split_whitespace();
+    let (address, kind, name) = (words.next()?, words.next()?, words.next()?);
+    kind.eq_ignore_ascii_case("t")
+        .then(|| (name.to_owned(), address.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::place;
+    use super::{function, place};
+
+    #[test]
+    fn function_of_a_driver() {
+        let line = "ffffffffc0a11010 t submit\t[xen_blkback_rs]";
+        let found = function(line).unwrap();
+        assert_eq!(found, ("submit".into(), "ffffffffc0a11010".into()));
+        assert_eq!(function("ffffffffc0a11010 t submit\t[null_blk]"), None);
+        assert_eq!(function("ffffffffc0a11010 d data\t[xen_blkback_rs]"), None);
+        assert_eq!(function("ffffffff81000000 T _text"), None);
+    }
 
     #[test]
     fn place_of_a_module() {

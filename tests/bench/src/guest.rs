@@ -25,9 +25,9 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Starts the guest, on the processor that dom0 does not use.
-    pub(crate) fn create(idle_qdisk: bool) -> Result<Guest> {
-        Guest::start(idle_qdisk).with_context(|| {
+    /// Starts the guest, on the processors from number `first` on.
+    pub(crate) fn create(idle_qdisk: bool, processors: u32, first: u32) -> Result<Guest> {
+        Guest::start(idle_qdisk, processors, first).with_context(|| {
             let logs = "tail -n 12 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
                         /var/log/xen/xl-bench.log /tmp/bench.err 2>&1 || true";
             let said = sh::shell(logs).unwrap_or_else(|error| format!("{error:#}"));
@@ -35,17 +35,20 @@ impl Guest {
         })
     }
 
-    fn start(idle_qdisk: bool) -> Result<Guest> {
+    fn start(idle_qdisk: bool, processors: u32, first: u32) -> Result<Guest> {
         std::fs::create_dir_all(DIR)?;
         File::create(IDLE)?.set_len(1 << 20)?;
         let disk = if idle_qdisk {
-            format!("'format=raw,backendtype=qdisk,vdev=xvdz,access=rw,target={IDLE}'")
+            format!("'format=raw,backendtype=qdisk,vdev=xvdzz,access=rw,target={IDLE}'")
         } else {
             String::new()
         };
+        let places: Vec<String> = (0..processors)
+            .map(|index| (first + index).to_string())
+            .collect();
         let config = format!(
             "name = '{NAME}'\ntype = 'pv'\nkernel = '/t/guest/vmlinuz'\nramdisk = '/t/guest/guest.cpio.gz'\n\
-             memory = 448\nvcpus = 1\ncpus = '1'\ntsc_mode = 'native'\nextra = 'console=hvc0 earlyprintk=xen loglevel=4 panic=1'\n\
+             memory = 448\nvcpus = {processors}\ncpus = {places:?}\ntsc_mode = 'native'\nextra = 'console=hvc0 earlyprintk=xen loglevel=4 panic=1'\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\nvif = []\ndisk = [{disk}]\n"
         );
         let path = format!("{DIR}/guest.cfg");
@@ -136,10 +139,15 @@ impl Guest {
         sh::run(&["udevadm", "settle"]).map(drop)
     }
 
-    /// Which driver serves xvda (51712 is its number).
-    pub(crate) fn server(&self) -> Option<String> {
+    /// Its number.
+    pub(crate) fn domid(&self) -> &str {
+        &self.domid
+    }
+
+    /// Which driver serves the disk of this number.
+    pub(crate) fn server(&self, number: u32) -> Option<String> {
         let link = format!(
-            "/sys/bus/xen-backend/devices/vbd-{}-51712/driver",
+            "/sys/bus/xen-backend/devices/vbd-{}-{number}/driver",
             self.domid
         );
         let target = std::fs::read_link(link).ok()?;
@@ -160,7 +168,8 @@ impl Guest {
 
     /// Ends the guest.
     pub(crate) fn destroy(self) -> Result<()> {
-        sh::run(&["xl", "destroy", &self.domid]).map(drop)
+        sh::run(&["xl", "destroy", &self.domid])?;
+        sh::run(&["udevadm", "settle"]).map(drop)
     }
 }
 

@@ -4,19 +4,63 @@
 
 use crate::backends::Set;
 
-/// One job of fio.
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// fio with these words, `count` I/Os in each of so many processes on each disk.
+    Fio(&'static str, u32),
+    /// bonnie++ on ext4, with a file of `count` MiB.
+    Bonnie,
+    /// All disks appear at once.
+    Attach,
+    /// All disks go at once.
+    Detach,
+    /// The disks are there and nobody uses them, for `count` seconds.
+    Idle,
+}
+
+/// The guest and the disks that a job needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Setting {
+    /// A guest with one processor and one disk of xl's.
+    Plain,
+    /// The same with two processors; dom0 has two as well, so there are two queues.
+    Queues,
+    /// A guest with one processor, and so many small disks that appear at once.
+    Disks(u32),
+}
+
+impl Setting {
+    /// Processors of the guest, and as many of dom0.
+    pub(crate) fn processors(self) -> u32 {
+        match self {
+            Setting::Queues => 2,
+            Setting::Plain | Setting::Disks(_) => 1,
+        }
+    }
+
+    /// How many disks the job uses.
+    pub(crate) fn disks(self) -> u32 {
+        match self {
+            Setting::Disks(disks) => disks,
+            Setting::Plain | Setting::Queues => 1,
+        }
+    }
+}
+
+/// One job.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job {
     /// Its short name.
     pub(crate) name: &'static str,
     /// What a reader calls it.
     pub(crate) title: &'static str,
-    /// The words for fio that make it what it is.
-    pub(crate) words: &'static str,
-    /// Processes of fio.
-    pub(crate) processes: u32,
-    /// I/Os of each process.
+    /// What it does.
+    pub(crate) work: Work,
+    /// How much of it.
     pub(crate) count: u32,
+    /// Where.
+    pub(crate) setting: Setting,
     /// When it is measured.
     pub(crate) set: Set,
 }
@@ -24,43 +68,74 @@ pub(crate) struct Job {
 /// The sizes of a file server, as IOMeter has them.
 const FILE_SERVER: &str =
     "--rw=randrw --bssplit=512/10:1k/5:2k/5:4k/60:8k/2:16k/4:32k/4:64k/10 --iodepth=256";
+const RR4K: &str = "--rw=randread --bs=4k --iodepth=32";
 
 const fn entry(
     name: &'static str,
     title: &'static str,
-    words: &'static str,
-    processes: u32,
+    work: Work,
     count: u32,
+    setting: Setting,
     set: Set,
 ) -> Job {
     Job {
         name,
         title,
-        words,
-        processes,
+        work,
         count,
+        setting,
         set,
     }
 }
 
+use Setting::{Disks, Plain, Queues};
+use Work::{Attach, Bonnie, Detach, Fio, Idle};
+
 /// All jobs.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Job] = &[
-    entry("rr4k-qd32", "4 KiB random read, depth 32", "--rw=randread --bs=4k --iodepth=32", 1, 5000, Set::Quick),
-    entry("rw4k-qd32", "4 KiB random write, depth 32", "--rw=randwrite --bs=4k --iodepth=32", 1, 5000, Set::Full),
-    entry("rr4k-qd1", "4 KiB random read, depth 1", "--rw=randread --bs=4k --iodepth=1", 1, 2000, Set::Quick),
-    entry("rw4k-qd1", "4 KiB random write, depth 1", "--rw=randwrite --bs=4k --iodepth=1", 1, 2000, Set::Full),
-    entry("r1m-qd4", "1 MiB sequential read, depth 4", "--rw=read --bs=1m --iodepth=4", 1, 180, Set::Quick),
-    entry("w1m-qd4", "1 MiB sequential write, depth 4", "--rw=write --bs=1m --iodepth=4", 1, 180, Set::Quick),
-    entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", "--rw=randwrite --bs=64k --iodepth=256", 4, 600, Set::Full),
-    entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", "--rwmixread=80", 2, 2000, Set::Full),
-    entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", "--rwmixread=20", 2, 2000, Set::Full),
+    entry("rr4k-qd32", "4 KiB random read, depth 32", Fio(RR4K, 1), 3000, Plain, Set::Quick),
+    entry("rw4k-qd32", "4 KiB random write, depth 32", Fio("--rw=randwrite --bs=4k --iodepth=32", 1), 3000, Plain, Set::Full),
+    entry("rr4k-qd1", "4 KiB random read, depth 1", Fio("--rw=randread --bs=4k --iodepth=1", 1), 1200, Plain, Set::Quick),
+    entry("rw4k-qd1", "4 KiB random write, depth 1", Fio("--rw=randwrite --bs=4k --iodepth=1", 1), 1200, Plain, Set::Full),
+    entry("r1m-qd4", "1 MiB sequential read, depth 4", Fio("--rw=read --bs=1m --iodepth=4", 1), 90, Plain, Set::Quick),
+    entry("w1m-qd4", "1 MiB sequential write, depth 4", Fio("--rw=write --bs=1m --iodepth=4", 1), 90, Plain, Set::Quick),
+    entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", Fio("--rw=randwrite --bs=64k --iodepth=256", 4), 250, Plain, Set::Full),
+    entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", Fio("--rwmixread=80", 2), 1000, Plain, Set::Full),
+    entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", Fio("--rwmixread=20", 2), 1000, Plain, Set::Full),
+    entry("rr4k-2cpu", "4 KiB random read, 2 jobs of depth 32, 2 processors and queues", Fio(RR4K, 2), 1500, Queues, Set::Named),
+    entry("fs80-2cpu", "file server, 80 % read, 2 jobs of depth 256, 2 processors and queues", Fio("--rwmixread=80", 2), 1000, Queues, Set::Named),
+    entry("rr4k-4disks", "4 KiB random read, depth 32 on each of 4 disks", Fio(RR4K, 1), 800, Disks(4), Set::Full),
+    entry("rr4k-16disks", "4 KiB random read, depth 32 on each of 16 disks", Fio(RR4K, 1), 250, Disks(16), Set::Full),
+    entry("bonnie", "bonnie++ on ext4, a file of 128 MiB and 48 MiB of memory", Bonnie, 128, Plain, Set::Full),
+    entry("attach1", "a disk appears", Attach, 1, Disks(1), Set::Full),
+    entry("attach16", "16 disks appear at once", Attach, 1, Disks(16), Set::Full),
+    entry("attach64", "64 disks appear at once", Attach, 1, Disks(64), Set::Full),
+    entry("detach1", "a disk goes", Detach, 1, Disks(1), Set::Full),
+    entry("detach16", "16 disks go at once", Detach, 1, Disks(16), Set::Full),
+    entry("detach64", "64 disks go at once", Detach, 1, Disks(64), Set::Full),
+    entry("idle16", "16 disks that nobody uses", Idle, 10, Disks(16), Set::Full),
 ];
 
 impl Job {
     /// Its hypercalls are counted too.
     pub(crate) fn traced(&self) -> bool {
-        self.name.starts_with("rr4k")
+        self.name == "rr4k-qd32" || self.name == "rr4k-qd1"
+    }
+
+    /// Measured in the first round only: the others are the ones whose noise must be known.
+    pub(crate) fn once(&self) -> bool {
+        self.work == Bonnie || self.setting != Plain
+    }
+
+    /// What its figures are for one of.
+    pub(crate) fn unit(&self) -> &'static str {
+        match self.work {
+            Fio(..) => "I/O",
+            Bonnie => "MiB of the file",
+            Attach | Detach => "disk",
+            Idle => "disk and second",
+        }
     }
 
     /// The I/Os of each process in the short run, which the long run's counters are compared with.
@@ -68,33 +143,44 @@ impl Job {
         self.count / 5
     }
 
-    /// All I/Os of a run with `count` for each process.
+    /// All units of a run with `count` for each process.
     pub(crate) fn total(&self, count: u32) -> u64 {
-        u64::from(self.processes) * u64::from(count)
+        let processes = match self.work {
+            Fio(_, processes) => processes,
+            _ => 1,
+        };
+        u64::from(processes) * u64::from(count) * u64::from(self.setting.disks())
     }
 
-    /// The command that does `count` I/Os a process on `device`.
-    pub(crate) fn command(&self, device: &str, count: u32) -> String {
-        let sizes = if self.words.contains("--rwmixread") {
+    /// The command that does `count` I/Os a process on each of `devices`.
+    pub(crate) fn fio(&self, devices: &[String], count: u32) -> String {
+        let Fio(words, processes) = self.work else {
+            return String::new();
+        };
+        let sizes = if words.contains("--rwmixread") {
             FILE_SERVER
         } else {
             ""
         };
-        format!(
-            "fio --name=bench --filename={device} --direct=1 --ioengine=libaio {sizes} {} --numjobs={} \
-             --number_ios={count} --group_reporting --output-format=terse --terse-version=3",
-            self.words, self.processes
-        )
+        let mut line = format!(
+            "fio --direct=1 --ioengine=libaio {sizes} {words} --numjobs={processes} --number_ios={count} \
+             --group_reporting --output-format=terse --terse-version=3"
+        );
+        // The words before the first job are for all of them.
+        for (index, device) in devices.iter().enumerate() {
+            line.push_str(&format!(" --name=disk{index} --filename={device}"));
+        }
+        line
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::ALL;
+    use super::{Work, ALL};
 
     #[test]
     fn a_short_run_is_shorter_and_not_empty() {
-        for job in ALL {
+        for job in ALL.iter().filter(|job| matches!(job.work, Work::Fio(..))) {
             assert!(job.short() > 0 && job.short() < job.count, "{}", job.name);
         }
     }
@@ -102,7 +188,15 @@ mod tests {
     #[test]
     fn file_server_jobs_mix_sizes() {
         let job = ALL.iter().find(|job| job.name == "fs80-2x256").unwrap();
-        let command = job.command("/dev/xvda", 10);
+        let command = job.fio(&["/dev/xvda".into()], 10);
         assert!(command.contains("bssplit=512/10") && command.contains("rwmixread=80"));
+    }
+
+    #[test]
+    fn each_disk_has_its_processes() {
+        let job = ALL.iter().find(|job| job.name == "rr4k-4disks").unwrap();
+        let command = job.fio(&["/dev/a".into(), "/dev/b".into()], 10);
+        assert!(command.ends_with(" --name=disk0 --filename=/dev/a --name=disk1 --filename=/dev/b"));
+        assert_eq!(job.total(10), 40);
     }
 }

@@ -5,10 +5,14 @@
 //! It judges nothing: medians, ratios and charts are made outside, by `cargo xtask bench`.
 
 mod backends;
+mod bonnie;
 mod disks;
 mod guest;
 mod jobs;
+mod many;
 mod mark;
+mod memory;
+mod plan;
 mod report;
 mod run;
 mod sample;
@@ -37,16 +41,20 @@ struct Cli {
     /// The module of this project.
     #[arg(long, default_value = "/t/xen-blkback-rs.ko", value_name = "KO")]
     module: String,
+    /// Also say where the functions of the drivers are.
+    #[arg(long)]
+    functions: bool,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let plan = run::Plan {
+    let plan = plan::Plan {
         quick: cli.quick,
         backends: cli.backends,
         jobs: cli.jobs,
         rounds: cli.rounds,
         module: cli.module,
+        functions: cli.functions,
     };
     match run::run(&plan) {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,82 +1,39 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The plan of a run: each backend in turn, forth and back, as many rounds as wanted.
+//! A run: in each part each backend in turn, forth and back, as many rounds as wanted.
 
-use crate::backends::{self, Backend, Driver, Set, Store, Way};
+use crate::backends::{Backend, Driver, Store, Way};
 use crate::disks::{Drivers, Stores};
 use crate::guest::Guest;
-use crate::jobs::{self, Job};
+use crate::jobs::{Job, Setting, Work};
+use crate::many::Disks;
 use crate::mark::Marks;
+use crate::memory::Memory;
+use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
-use crate::{sh, trace};
+use crate::{bonnie, sh, trace};
 use anyhow::{ensure, Context, Result};
-use serde_json::json;
+use serde_json::{json, Map, Value};
+use std::path::Path;
+use std::time::Duration;
 
-/// The first version of the lines that are reported.
-const FORMAT: u32 = 1;
+/// The version of the lines that are reported.
+const FORMAT: u32 = 2;
+/// The processor of dom0 that only some settings use; a machine for the others does not have it.
+const SECOND_PROCESSOR: &str = "/sys/devices/system/cpu/cpu1/online";
 
-/// What was asked for.
-#[derive(Debug)]
-pub(crate) struct Plan {
-    /// Less of everything.
-    pub(crate) quick: bool,
-    /// Names of backends; all when empty.
-    pub(crate) backends: Vec<String>,
-    /// Names of jobs; all when empty.
-    pub(crate) jobs: Vec<String>,
-    /// How often; a default when absent.
-    pub(crate) rounds: Option<u32>,
-    /// The module of this project.
-    pub(crate) module: String,
-}
-
-impl Plan {
-    fn backends(&self) -> Result<Vec<Backend>> {
-        let all = backends::ALL
-            .iter()
-            .map(|entry| (entry.name, entry.set, *entry));
-        select("backend", all.collect(), &self.backends, self.quick)
-    }
-
-    fn jobs(&self) -> Result<Vec<Job>> {
-        let all = jobs::ALL
-            .iter()
-            .map(|entry| (entry.name, entry.set, *entry));
-        select("job", all.collect(), &self.jobs, self.quick)
-    }
-
-    fn rounds(&self) -> u32 {
-        self.rounds.unwrap_or(if self.quick { 1 } else { 3 }).max(1)
+/// Processors that are dom0's; the guest has those behind them.
+fn dom0_processors() -> u32 {
+    if Path::new(SECOND_PROCESSOR).exists() {
+        2
+    } else {
+        1
     }
 }
+/// The number of xvda.
+const XVDA: u32 = 51712;
 
-/// The entries named by `wanted`, in the order of the table; without names all, or all quick ones.
-fn select<T>(
-    what: &str,
-    all: Vec<(&str, Set, T)>,
-    wanted: &[String],
-    quick: bool,
-) -> Result<Vec<T>> {
-    for name in wanted {
-        let known: Vec<&str> = all.iter().map(|entry| entry.0).collect();
-        ensure!(
-            known.contains(&name.as_str()),
-            "there is no {what} `{name}`: choose from {}",
-            known.join(", ")
-        );
-    }
-    let chosen = |name: &str, set: Set| match wanted {
-        [] => set == Set::Quick || (set == Set::Full && !quick),
-        names => names.iter().any(|wanted| wanted == name),
-    };
-    Ok(all
-        .into_iter()
-        .filter(|entry| chosen(entry.0, entry.1))
-        .map(|entry| entry.2)
-        .collect())
-}
-
-/// Measures, and reports each measurement as it comes.
+/// Measures and reports.
 pub(crate) fn run(plan: &Plan) -> Result<()> {
     let mut report = Report::open()?;
     let result = measure(plan, &mut report);
@@ -88,80 +45,170 @@ pub(crate) fn run(plan: &Plan) -> Result<()> {
 }
 
 fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
-    let (chosen, jobs) = (plan.backends()?, plan.jobs()?);
-    let name = |name: &str, title: &str| json!({"name": name, "title": title});
+    let (backends, jobs) = (plan.backends()?, plan.jobs()?);
+    let backend = |entry: &Backend| json!({"name": entry.name, "title": entry.title});
+    let job = |entry: &Job| json!({"name": entry.name, "title": entry.title, "unit": entry.unit()});
     report.line(&json!({
         "format": FORMAT,
         "rounds": plan.rounds(),
-        "backends": chosen.iter().map(|entry| name(entry.name, entry.title)).collect::<Vec<_>>(),
-        "jobs": jobs.iter().map(|entry| name(entry.name, entry.title)).collect::<Vec<_>>(),
+        "dom0_processors": dom0_processors(),
+        "backends": backends.iter().map(backend).collect::<Vec<_>>(),
+        "jobs": jobs.iter().map(job).collect::<Vec<_>>(),
     }))?;
-    let stores = Stores::create(
-        &chosen
-            .iter()
-            .map(|entry| entry.store)
-            .collect::<Vec<Store>>(),
-    )?;
-    let mut bench = Bench {
-        stores,
-        drivers: Drivers::new(&plan.module)?,
-        guest: Guest::create(chosen.iter().any(|entry| entry.name == "qdisk"))?,
-        marks: Marks::default(),
-    };
-    for round in 0..plan.rounds() {
-        let mut order = chosen.clone();
-        // What a backend leaves behind must not always meet the same other one.
-        if round % 2 == 1 {
-            order.reverse();
-        }
-        for backend in order {
-            bench
-                .one(&backend, &jobs, round, report)
-                .with_context(|| format!("cannot measure `{}`", backend.name))?;
+    let mut drivers = Drivers::new(&plan.module)?;
+    let stores = stores(&backends, &jobs)?;
+    let mut marks = Marks::new();
+    let mut failures = Vec::new();
+    for part in PARTS {
+        let jobs: Vec<Job> = jobs.iter().filter(|job| part(job)).copied().collect();
+        let Some(first) = jobs.first() else {
+            continue;
+        };
+        let mut run = || -> Result<()> {
+            let processors = first.setting.processors();
+            drivers.unload()?;
+            if dom0_processors() > 1 {
+                sh::put(SECOND_PROCESSOR, if processors > 1 { "1" } else { "0" })?;
+            }
+            let qdisk = backends.iter().any(|entry| entry.name == "qdisk");
+            let mut bench = Bench {
+                stores: &stores,
+                drivers: &mut drivers,
+                guest: Guest::create(qdisk, processors, dom0_processors())?,
+                marks: &mut marks,
+                report: &mut *report,
+                functions: plan.functions,
+            };
+            let done = bench.rounds(plan.rounds(), &backends, &jobs);
+            // Also after a failure: the next part needs the memory and the driver.
+            done.and(bench.guest.destroy())
+        };
+        // What comes after a part that failed may be worth having; the run has failed all the same.
+        if let Err(error) = run() {
+            eprintln!("bench: {error:#}");
+            failures.push(format!("{error:#}"));
         }
     }
-    bench.guest.destroy()
+    ensure!(failures.is_empty(), "{}", failures.join("; and "));
+    Ok(())
 }
 
-struct Bench {
-    stores: Stores,
-    drivers: Drivers,
+/// Jobs that are measured one after the other with a guest of their own, the most important first.
+const PARTS: [fn(&Job) -> bool; 4] = [
+    |job| job.setting == Setting::Plain && job.work != Work::Bonnie,
+    |job| matches!(job.setting, Setting::Disks(_)),
+    |job| job.setting == Setting::Queues,
+    |job| job.work == Work::Bonnie,
+];
+
+/// The stores that these backends and jobs need.
+fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
+    let wanted: Vec<Store> = backends.iter().map(|entry| entry.store).collect();
+    let most = |used: fn(&Job) -> bool| {
+        let small = jobs
+            .iter()
+            .filter(|job| used(job))
+            .map(|job| match job.setting {
+                Setting::Disks(disks) => disks,
+                _ => 0,
+            });
+        small.max().unwrap_or(0)
+    };
+    let used = most(|job| matches!(job.work, Work::Fio(..)));
+    Stores::create(&wanted, most(|_| true), used)
+}
+
+struct Bench<'a> {
+    stores: &'a Stores,
+    drivers: &'a mut Drivers,
     guest: Guest,
-    marks: Marks,
+    marks: &'a mut Marks,
+    report: &'a mut Report,
+    functions: bool,
 }
 
-impl Bench {
-    /// Measures all jobs on one backend.
-    fn one(
-        &mut self,
-        backend: &Backend,
-        jobs: &[Job],
-        round: u32,
-        report: &mut Report,
-    ) -> Result<()> {
-        self.drivers.switch(backend.driver)?;
-        let store = self.stores.path(backend.store).to_owned();
-        if let Way::Guest(disk) = backend.way {
-            self.guest.attach(&disk.replace("{}", &store))?;
-            self.check_server(backend.driver)?;
+impl Bench<'_> {
+    fn rounds(&mut self, rounds: u32, backends: &[Backend], jobs: &[Job]) -> Result<()> {
+        for round in 0..rounds {
+            let mut order = backends.to_vec();
+            // What a backend leaves behind must not always meet the same other one.
+            if round % 2 == 1 {
+                order.reverse();
+            }
+            let jobs: Vec<Job> = jobs
+                .iter()
+                .filter(|job| round == 0 || !job.once())
+                .copied()
+                .collect();
+            for backend in order {
+                self.one(&backend, &jobs, round)
+                    .with_context(|| format!("cannot measure `{}`", backend.name))?;
+            }
         }
+        Ok(())
+    }
+
+    /// Measures all jobs on one backend.
+    fn one(&mut self, backend: &Backend, jobs: &[Job], round: u32) -> Result<()> {
+        let jobs: Vec<Job> = jobs
+            .iter()
+            .filter(|job| fits(backend, job))
+            .copied()
+            .collect();
+        let mut settings: Vec<Setting> = jobs.iter().map(|job| job.setting).collect();
+        settings.sort();
+        settings.dedup();
+        if settings.is_empty() {
+            return Ok(());
+        }
+        self.drivers.switch(backend.driver)?;
         // What dom0 still has to write to its own disk would be counted.
         sh::run(&["sync"])?;
-        report.line(&json!({"modules": Drivers::places()?}))?;
-        let mut place = match backend.way {
-            Way::Guest(_) => Place::Guest(&mut self.guest),
-            Way::Native => Place::Dom0(&store),
+        self.report.line(&json!({"modules": Drivers::places()?}))?;
+        if self.functions {
+            self.report
+                .line(&json!({"functions": Drivers::functions()?}))?;
+        }
+        for setting in settings {
+            let jobs: Vec<Job> = jobs
+                .iter()
+                .filter(|job| job.setting == setting)
+                .copied()
+                .collect();
+            match setting {
+                Setting::Disks(count) => self.many(backend, &jobs, count)?,
+                Setting::Plain | Setting::Queues => self.plain(backend, &jobs, round)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Jobs on one disk that xl attaches, or on its store in dom0.
+    fn plain(&mut self, backend: &Backend, jobs: &[Job], round: u32) -> Result<()> {
+        let store = self.stores.path(backend.store).to_owned();
+        let device = match backend.way {
+            Way::Guest(disk) => {
+                self.guest.attach(&disk.replace("{}", &store))?;
+                self.check_server(backend.driver, XVDA)?;
+                "/dev/xvda".to_owned()
+            }
+            Way::Native => store,
         };
         for job in jobs {
-            sample::warm_up(&mut place, job)?;
-            let mut value = sample::take(&mut place, job, &mut self.marks)?;
-            value["backend"] = json!(backend.name);
-            value["job"] = json!(job.name);
-            value["round"] = json!(round);
+            let mut place = match backend.way {
+                Way::Guest(_) => Place::Guest(&mut self.guest),
+                Way::Native => Place::Dom0,
+            };
+            let devices = [device.clone()];
+            let mut sample = match job.work {
+                Work::Bonnie => bonnie::measure(&mut place, job, &device, self.marks)?,
+                _ => sample::fio(&mut place, job, &devices, self.marks)?,
+            };
             if round == 0 && job.traced() {
-                value["hypercalls"] = trace::per_io(&mut place, job)?;
+                let hypercalls = trace::per_io(&mut place, job, &devices)?;
+                sample.insert("hypercalls".into(), hypercalls);
             }
-            report.line(&json!({ "sample": value }))?;
+            self.say(backend, job, sample)?;
         }
         match backend.way {
             Way::Guest(_) => self.guest.detach(),
@@ -169,14 +216,80 @@ impl Bench {
         }
     }
 
+    /// Jobs on so many disks that appear at once, and what their coming and going costs.
+    fn many(&mut self, backend: &Backend, jobs: &[Job], count: u32) -> Result<()> {
+        let nodes: Vec<String> = self
+            .stores
+            .small()
+            .iter()
+            .take(count as usize)
+            .cloned()
+            .collect();
+        let of = |work: Work| jobs.iter().find(|job| job.work == work);
+        // Without any disk: what the same costs with disks is compared with it.
+        let idle = match of(Work::Idle) {
+            Some(job) => Some((job, Memory::now(&mut self.guest)?, self.idle(job.count)?)),
+            None => None,
+        };
+        let disks = Disks::prepare(&mut self.guest, &nodes, backend.driver)?;
+        let run = sample::around(&mut self.guest, self.marks, |guest| disks.appear(guest))?;
+        for number in disks.numbers() {
+            self.check_server(backend.driver, *number)?;
+        }
+        if let Some(job) = of(Work::Attach) {
+            self.say(backend, job, long(run.whole(u64::from(count))))?;
+        }
+        let idle = match idle {
+            Some((job, memory, without)) => {
+                let with = self.idle(job.count)?;
+                let mut sample = long(with.json(job.total(job.count), 0.0, 0.0));
+                sample.insert("short".into(), without.json(0, 0.0, 0.0));
+                let each = Memory::now(&mut self.guest)?.each("idle", &memory, count);
+                Some((job, memory, sample, each))
+            }
+            None => None,
+        };
+        for job in jobs.iter().filter(|job| matches!(job.work, Work::Fio(..))) {
+            let mut place = Place::Guest(&mut self.guest);
+            let sample = sample::fio(&mut place, job, &disks.in_guest(), self.marks)?;
+            self.say(backend, job, sample)?;
+        }
+        if let Some((job, memory, mut sample, mut each)) = idle {
+            each.extend(Memory::now(&mut self.guest)?.each("after load", &memory, count));
+            sample.insert("figures".into(), json!(each));
+            self.say(backend, job, sample)?;
+        }
+        let run = sample::around(&mut self.guest, self.marks, |guest| disks.go(guest))?;
+        disks.forget()?;
+        if let Some(job) = of(Work::Detach) {
+            self.say(backend, job, long(run.whole(u64::from(count))))?;
+        }
+        Ok(())
+    }
+
+    /// So many seconds in which nobody does anything.
+    fn idle(&mut self, seconds: u32) -> Result<sample::Run> {
+        let pause = Duration::from_secs(seconds.into());
+        sample::around(&mut self.guest, self.marks, |_| {
+            std::thread::sleep(pause);
+            Ok(())
+        })
+    }
+
+    fn say(&mut self, backend: &Backend, job: &Job, mut sample: Map<String, Value>) -> Result<()> {
+        sample.insert("backend".into(), json!(backend.name));
+        sample.insert("job".into(), json!(job.name));
+        self.report.line(&json!({ "sample": sample }))
+    }
+
     /// A figure of another driver than the one it is said to be of would be worse than none.
-    fn check_server(&self, driver: Driver) -> Result<()> {
+    fn check_server(&self, driver: Driver, number: u32) -> Result<()> {
         let wanted = match driver {
             Driver::Ours | Driver::Wasteful => Some("xen-blkback-rs"),
             Driver::C(_) => Some("vbd"),
             Driver::None => None,
         };
-        let server = self.guest.server();
+        let server = self.guest.server(number);
         ensure!(
             server.as_deref() == wanted,
             "{server:?} serves the disk, not {wanted:?}"
@@ -185,24 +298,18 @@ impl Bench {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::{select, Set};
-
-    #[test]
-    fn names_choose_and_unknown_names_are_refused() {
-        let all = || {
-            vec![
-                ("a", Set::Quick, 1),
-                ("b", Set::Full, 2),
-                ("d", Set::Named, 3),
-            ]
-        };
-        assert_eq!(select("x", all(), &[], false).unwrap(), [1, 2]);
-        assert_eq!(select("x", all(), &[], true).unwrap(), [1]);
-        assert_eq!(select("x", all(), &["b".into()], true).unwrap(), [2]);
-        assert_eq!(select("x", all(), &["d".into()], false).unwrap(), [3]);
-        let error = select("x", all(), &["c".into()], true).unwrap_err();
-        assert!(error.to_string().contains("choose from a, b, d"));
+/// What a store of another kind adds is shown by the jobs of fio on one disk.
+fn fits(backend: &Backend, job: &Job) -> bool {
+    let guest = matches!(backend.way, Way::Guest(_));
+    let memory = backend.store == Store::Memory;
+    match (job.setting, job.work) {
+        (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
+        (Setting::Plain, _) => true,
+        (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,
     }
+}
+
+/// A sample of one run.
+fn long(run: Value) -> Map<String, Value> {
+    [("long".to_owned(), run)].into_iter().collect()
 }

@@ -1,46 +1,67 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! One measurement: a job run short and long, with the counters of both.
+//! One measurement: what is done, with the counters of the time in which it is done.
+//!
+//! Where it can be done short and long, both are reported: the difference has no start and no end in it.
 
 use crate::guest::Guest;
 use crate::jobs::Job;
 use crate::mark::Marks;
 use crate::sh;
 use anyhow::{Context, Result};
-use serde_json::{json, Value};
+use serde_json::{json, Map, Value};
+use std::time::Instant;
 
-/// What is printed before and after each run, where the load is.
-const COUNTERS: &str = "grep -E 'blkif|blkback|evtchn:' /proc/interrupts; grep ctxt /proc/stat";
+/// What is printed before and after each run, where the load is. The lines of the scheduler are zero
+/// unless its statistics are on.
+const COUNTERS: &str =
+    "grep -E 'blkif|blkback|evtchn:' /proc/interrupts; grep ctxt /proc/stat; grep ^cpu /proc/schedstat";
 
-/// Interrupts of disks, and context switches.
+/// Interrupts of disks, context switches, and threads that were woken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counters {
+pub(crate) struct Counters {
     events: u64,
     switches: u64,
+    wakeups: u64,
 }
 
 impl Counters {
+    /// Those of dom0, now.
+    pub(crate) fn of_dom0() -> Result<Counters> {
+        Ok(Counters::parse(&sh::shell(COUNTERS)?))
+    }
+
+    /// Those of the guest, now.
+    pub(crate) fn of_guest(guest: &mut Guest) -> Result<Counters> {
+        Ok(Counters::parse(&guest.run(COUNTERS)?))
+    }
+
     fn parse(text: &str) -> Counters {
         let mut found = Counters::default();
         for line in text.lines() {
             let mut words = line.split_whitespace();
             let first = words.next().unwrap_or_default();
-            let numbers = words
-                .map_while(|word| word.parse::<u64>().ok())
-                .sum::<u64>();
-            if first == "ctxt" {
-                found.switches += numbers;
-            } else {
-                found.events += numbers;
+            let numbers: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
+            match first {
+                "ctxt" => found.switches += numbers.iter().sum::<u64>(),
+                // yield, 0, schedule, idle, woken, ...
+                cpu if cpu.starts_with("cpu") => found.wakeups += numbers.get(4).unwrap_or(&0),
+                _ => found.events += numbers.iter().sum::<u64>(),
             }
         }
         found
     }
 
-    fn since(self, before: Counters) -> Counters {
+    pub(crate) fn since(self, before: Counters) -> Counters {
         Counters {
             events: self.events.saturating_sub(before.events),
             switches: self.switches.saturating_sub(before.switches),
+            wakeups: self.wakeups.saturating_sub(before.wakeups),
         }
+    }
+
+    /// Threads that were woken.
+    pub(crate) fn wakeups(self) -> u64 {
+        self.wakeups
     }
 
     fn json(self) -> Value {
@@ -52,57 +73,131 @@ impl Counters {
 pub(crate) enum Place<'a> {
     /// In the guest.
     Guest(&'a mut Guest),
-    /// In dom0, on this device.
-    Dom0(&'a str),
+    /// In dom0.
+    Dom0,
 }
 
 impl Place<'_> {
-    /// Runs `count` I/Os a process and returns what was printed.
-    pub(crate) fn run(&mut self, job: &Job, count: u32) -> Result<String> {
-        let (device, guest) = match self {
-            Place::Guest(guest) => ("/dev/xvda", Some(guest)),
-            Place::Dom0(device) => (*device, None),
-        };
-        let command = format!("{COUNTERS}; {}; {COUNTERS}", job.command(device, count));
-        match guest {
-            Some(guest) => guest.run(&command),
-            None => sh::shell(&command),
+    /// Runs a command with the counters around it, and returns all that was printed.
+    pub(crate) fn run(&mut self, command: &str) -> Result<String> {
+        let command = format!("{COUNTERS}; {command}; {COUNTERS}");
+        match self {
+            Place::Guest(guest) => guest.run(&command),
+            Place::Dom0 => sh::shell(&command),
         }
     }
 }
 
-/// One run and its counters as JSON.
-fn run(place: &mut Place<'_>, job: &Job, count: u32, marks: &mut Marks) -> Result<Value> {
-    let before = Counters::parse(&sh::shell(COUNTERS)?);
-    let first = marks.set();
-    let text = place.run(job, count)?;
+/// What a run did in the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    /// The numbers of the marks before and after it.
+    pub(crate) marks: [u64; 2],
+    /// How long it took, in seconds.
+    pub(crate) seconds: f64,
+    /// Counters of dom0 and of the guest.
+    pub(crate) dom0: Counters,
+    pub(crate) guest: Counters,
+}
+
+impl Run {
+    /// As a line of the report has it.
+    pub(crate) fn json(&self, units: u64, per_second: f64, latency_us: f64) -> Value {
+        json!({
+            "ios": units, "marks": self.marks, "iops": per_second, "latency_us": latency_us,
+            "dom0": self.dom0.json(), "guest": self.guest.json(),
+        })
+    }
+
+    /// The same for a run of which only the whole time is known.
+    pub(crate) fn whole(&self, units: u64) -> Value {
+        let rate = if self.seconds > 0.0 {
+            units as f64 / self.seconds
+        } else {
+            0.0
+        };
+        let each = if units > 0 {
+            self.seconds * 1e6 / units as f64
+        } else {
+            0.0
+        };
+        self.json(units, rate, each)
+    }
+}
+
+/// Runs something that fio or a like program prints a line of; what comes before and after that line
+/// are the counters where it ran.
+pub(crate) fn printed(
+    place: &mut Place<'_>,
+    command: &str,
+    line_begins: &str,
+    marks: &mut Marks,
+) -> Result<(Run, String)> {
+    let before = Counters::of_dom0()?;
+    let (start, first) = (Instant::now(), marks.set());
+    let text = place.run(command)?;
     let last = marks.set();
-    let dom0 = Counters::parse(&sh::shell(COUNTERS)?).since(before);
-    let (early, line, late) =
-        split(&text).with_context(|| format!("fio printed no result for {}: {text}", job.name))?;
+    let seconds = start.elapsed().as_secs_f64();
+    let dom0 = Counters::of_dom0()?.since(before);
+    let (early, line, late) = split(&text, line_begins)
+        .with_context(|| format!("no result was printed by `{command}`: {text}"))?;
     let guest = Counters::parse(late).since(Counters::parse(early));
-    let result = Fio::parse(line).with_context(|| format!("fio printed a broken line: {line}"))?;
-    Ok(json!({
-        "ios": job.total(count), "marks": [first, last], "iops": result.iops, "latency_us": result.latency,
-        "dom0": dom0.json(), "guest": guest.json(),
-    }))
+    let run = Run {
+        marks: [first, last],
+        seconds,
+        dom0,
+        guest,
+    };
+    Ok((run, line.to_owned()))
 }
 
-/// The measurement: the short run, then the long one.
-pub(crate) fn take(place: &mut Place<'_>, job: &Job, marks: &mut Marks) -> Result<Value> {
-    let short = run(place, job, job.short(), marks)?;
-    let long = run(place, job, job.count, marks)?;
-    Ok(json!({"short": short, "long": long}))
+/// Counts during `what`, which the guest may take part in.
+pub(crate) fn around(
+    guest: &mut Guest,
+    marks: &mut Marks,
+    what: impl FnOnce(&mut Guest) -> Result<()>,
+) -> Result<Run> {
+    let before = (Counters::of_dom0()?, Counters::of_guest(guest)?);
+    let (start, first) = (Instant::now(), marks.set());
+    what(guest)?;
+    let last = marks.set();
+    let seconds = start.elapsed().as_secs_f64();
+    let guest = Counters::of_guest(guest)?.since(before.1);
+    let dom0 = Counters::of_dom0()?.since(before.0);
+    Ok(Run {
+        marks: [first, last],
+        seconds,
+        dom0,
+        guest,
+    })
 }
 
-/// A run that nobody looks at: who comes first must not pay for what is cold.
-pub(crate) fn warm_up(place: &mut Place<'_>, job: &Job) -> Result<()> {
-    place.run(job, job.short()).map(drop)
+/// A measurement with fio: the short run, then the long one. First comes a run that nobody looks at:
+/// who comes first must not pay for what is cold.
+pub(crate) fn fio(
+    place: &mut Place<'_>,
+    job: &Job,
+    devices: &[String],
+    marks: &mut Marks,
+) -> Result<Map<String, Value>> {
+    place.run(&job.fio(devices, job.short()))?;
+    let mut value = Map::new();
+    for (name, count) in [("short", job.short()), ("long", job.count)] {
+        let (run, line) = printed(place, &job.fio(devices, count), FIO, marks)?;
+        let result =
+            Fio::parse(&line).with_context(|| format!("fio printed a broken line: {line}"))?;
+        let run = run.json(job.total(count), result.iops, result.latency);
+        value.insert(name.to_owned(), run);
+    }
+    Ok(value)
 }
 
-/// What comes before fio's line, the line, and what comes after.
-fn split(text: &str) -> Option<(&str, &str, &str)> {
-    let start = text.find("3;fio-")?;
+/// How the line of fio begins.
+pub(crate) const FIO: &str = "3;fio-";
+
+/// What comes before the line that begins so, the line, and what comes after.
+fn split<'a>(text: &'a str, begins: &str) -> Option<(&'a str, &'a str, &'a str)> {
+    let start = text.find(begins)?;
     let end = text[start..].find('\n').map_or(text.len(), |at| start + at);
     Some((&text[..start], &text[start..end], &text[end..]))
 }
@@ -131,17 +226,18 @@ impl Fio {
 
 #[cfg(test)]
 mod tests {
-    use super::{split, Counters, Fio};
+    use super::{split, Counters, Fio, FIO};
 
     #[test]
     fn counters_are_summed() {
-        let text = " 70:  5  7 xen-dyn -event blkif-backend\n71: 1 1 xen-dyn blkif\nctxt 900\n";
+        let text = " 70:  5  7 xen-dyn -event blkif-backend\n71: 1 1 xen-dyn blkif\nctxt 900\ncpu0 1 0 2 3 40 5\ncpu1 0 0 0 0 2 0\n";
         let found = Counters::parse(text);
         assert_eq!(
             found,
             Counters {
                 events: 14,
-                switches: 900
+                switches: 900,
+                wakeups: 42
             }
         );
     }
@@ -153,7 +249,7 @@ mod tests {
         (fields[7], fields[48], fields[39], fields[80]) = ("300", "100", "10", "30");
         let line = fields.join(";");
         let text = format!("ctxt 1\n{line}\nctxt 2\n");
-        let (early, found, late) = split(&text).unwrap();
+        let (early, found, late) = split(&text, FIO).unwrap();
         assert_eq!((early, late.trim()), ("ctxt 1\n", "ctxt 2"));
         assert_eq!(
             Fio::parse(found).unwrap(),

@@ -55,13 +55,22 @@ pub(crate) fn get(path: impl AsRef<Path>) -> Result<String> {
 }
 
 /// Polls until the condition holds; an error names what did not come.
-pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+pub(crate) fn wait_for(what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    wait_every(Duration::from_millis(20), what, condition)
+}
+
+/// The same, looking again after each `pause`.
+pub(crate) fn wait_every(
+    pause: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Result<bool>,
+) -> Result<()> {
     let deadline = Instant::now() + SOON;
     while !condition()? {
         if Instant::now() >= deadline {
             bail!("{what} did not happen within {} s", SOON.as_secs());
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(pause);
     }
     Ok(())
 }

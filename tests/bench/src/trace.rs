@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Hypercalls by kind, from a trace of the hypervisor.
+//! Hypercalls by kind, from a trace of the hypervisor, and threads that are woken.
 
 use crate::jobs::Job;
-use crate::sample::Place;
+use crate::mark::Marks;
+use crate::sample::{self, Place};
 use crate::sh;
 use anyhow::{Context, Result};
 use serde_json::{json, Value};
@@ -16,12 +17,14 @@ const EVENTS: &str = "0x0022f000";
 /// Numbers by a domain and a kind.
 type Counts = BTreeMap<String, u64>;
 
-/// Hypercalls per I/O by domain and kind: a run less a shorter one, as with all other counts. Tracing
-/// costs, so nothing else is measured meanwhile.
-pub(crate) fn per_io(place: &mut Place<'_>, job: &Job) -> Result<Value> {
+/// Hypercalls per I/O by domain and kind, and threads that were woken: a run less a shorter one, as
+/// with all other counts. Tracing costs, so nothing else is measured meanwhile.
+pub(crate) fn per_io(place: &mut Place<'_>, job: &Job, devices: &[String]) -> Result<Value> {
     let (few, many) = (job.short(), job.short() * 3);
-    let short = traced(|| place.run(job, few))?;
-    let long = traced(|| place.run(job, many))?;
+    statistics(place, "1")?;
+    let short = traced(place, &job.fio(devices, few))?;
+    let long = traced(place, &job.fio(devices, many))?;
+    statistics(place, "0")?;
     let ios = job.total(many - few) as f64;
     let each: BTreeMap<&String, f64> = long
         .iter()
@@ -33,7 +36,14 @@ pub(crate) fn per_io(place: &mut Place<'_>, job: &Job) -> Result<Value> {
     Ok(json!(each))
 }
 
-fn traced(run: impl FnOnce() -> Result<String>) -> Result<Counts> {
+/// Switches the statistics of the schedulers: without them nobody counts who is woken.
+fn statistics(place: &mut Place<'_>, on: &str) -> Result<()> {
+    let line = format!("echo {on} >/proc/sys/kernel/sched_schedstats");
+    sh::shell(&line)?;
+    place.run(&line).map(drop)
+}
+
+fn traced(place: &mut Place<'_>, command: &str) -> Result<Counts> {
     std::fs::write(FILE, "")?;
     let mut tracer = Command::new("xentrace")
         .args(["-D", "-S", "256", "-e", EVENTS, FILE])
@@ -45,13 +55,17 @@ fn traced(run: impl FnOnce() -> Result<String>) -> Result<Counts> {
     let result = sh::wait_for("the first record of xentrace", || {
         Ok(std::fs::metadata(FILE)?.len() > 0)
     })
-    .and_then(|()| run());
+    .and_then(|()| sample::printed(place, command, sample::FIO, &mut Marks::ignored()));
     sh::shell(&format!("kill -INT {}", tracer.id()))?;
     tracer.wait()?;
-    result?;
+    let (run, _) = result?;
     let summary = sh::shell(&format!("xenalyze -s {FILE} 2>/dev/null"))?;
     std::fs::remove_file(FILE)?;
-    Ok(parse(&summary))
+    let mut counts = parse(&summary);
+    for (name, counters) in [("dom0 wakeups", run.dom0), ("guest wakeups", run.guest)] {
+        counts.insert(name.to_owned(), counters.wakeups());
+    }
+    Ok(counts)
 }
 
 /// The hypercalls of dom0 and of the guest in a summary of xenalyze.

@@ -19,11 +19,17 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
     let mut machine = Machine::new("bench");
     machine.icount = true;
     machine.checks = false;
-    // Each domain has a processor of its own, so that the counters tell them apart.
-    machine.xen_args = "dom0_max_vcpus=1 dom0_vcpus_pin".into();
+    // Each domain has processors of its own, so that the counters tell them apart.
+    // More processors than are needed would change how those that are take turns.
+    let each = if args.names("2cpu") { 2 } else { 1 };
+    machine.smp = 2 * each;
+    machine.xen_args = format!("dom0_max_vcpus={each} dom0_vcpus_pin");
     machine.dom0_args = "noblkback".into();
-    machine.timeout = Duration::from_secs(if args.quick { 600 } else { 3600 });
+    machine.timeout = Duration::from_secs(60 * args.minutes.unwrap_or(90));
     machine.plugin = Some(plugin(&machines)?);
+    if args.functions {
+        machine.plugin_args = "blocks=on".into();
+    }
     let payload = fill(args, &machines)?;
     eprintln!("booting Xen and dom0 in QEMU, with time counted in instructions ...");
     // The machine may have to wait for another one before it starts.
@@ -40,7 +46,9 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
         }
     })?;
     fs::write(outcome.console.with_file_name("report.jsonl"), raw)?;
-    outcome.verdict()?;
+    if let Err(reason) = outcome.verdict() {
+        collector.broke_off(&reason);
+    }
     let counts = outcome.console.with_file_name("plugin.out");
     let text = fs::read_to_string(&counts)
         .with_context(|| format!("QEMU's plugin wrote no {}", counts.display()))?;
@@ -79,6 +87,9 @@ fn script(args: &Args) -> String {
         if let Some(names) = value {
             line.push_str(&format!(" {option} '{}'", quoted(names)));
         }
+    }
+    if args.functions {
+        line.push_str(" --functions");
     }
     if let Some(rounds) = args.rounds {
         line.push_str(&format!(" --rounds {rounds}"));

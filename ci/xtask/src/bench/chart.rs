@@ -2,7 +2,7 @@
 //! The results as a picture: for each job the speed of each backend, and what an I/O costs where.
 
 use super::counts::PLACES;
-use super::result::{Results, Row, CONTROL, OURS};
+use super::result::{Named, Results, Row, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 const WIDTH: u32 = 1240;
@@ -17,7 +17,7 @@ const TOP: u32 = 118;
 const COLOURS: [&str; 7] = [
     "#4e5d78", "#2a9d8f", "#e76f51", "#f4a261", "#e9c46a", "#a8b5c8", "#d6dbe4",
 ];
-const OURS_COLOUR: &str = "#d1495b";
+pub(super) const OURS_COLOUR: &str = "#d1495b";
 const OTHER_COLOUR: &str = "#8d99ae";
 
 /// The picture.
@@ -27,9 +27,21 @@ pub(crate) fn chart(results: &Results) -> String {
         .iter()
         .filter(|backend| backend.name != CONTROL)
         .collect();
-    let lines = u32::try_from(shown.len()).unwrap_or(1);
-    let panel = HEAD + lines * LINE + 14;
-    let height = TOP + panel * u32::try_from(results.jobs.len()).unwrap_or(1) + 40;
+    // Not every job has a speed, or runs on every backend.
+    let jobs: Vec<(&Named, Vec<(&str, &Row)>)> = results
+        .jobs
+        .iter()
+        .map(|job| {
+            let rows = shown
+                .iter()
+                .filter_map(|b| Some((b.title.as_str(), results.row(&b.name, &job.name)?)))
+                .filter(|(_, row)| row.iops.median > 0.0);
+            (job, rows.collect::<Vec<_>>())
+        })
+        .filter(|(_, rows)| !rows.is_empty())
+        .collect();
+    let panel = |rows: usize| HEAD + u32::try_from(rows).unwrap_or(0) * LINE + 14;
+    let height = TOP + 40 + jobs.iter().map(|(_, rows)| panel(rows.len())).sum::<u32>();
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
          viewBox=\"0 0 {WIDTH} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\">\n\
@@ -45,14 +57,15 @@ pub(crate) fn chart(results: &Results) -> String {
     let note = "Time is counted in executed instructions: a second is a thousand million of them. Whiskers: lowest and highest round.";
     text(&mut svg, (24, 56), "13", "#666", note);
     legend(&mut svg);
-    for (index, job) in results.jobs.iter().enumerate() {
-        let y = TOP + panel * u32::try_from(index).unwrap_or(0);
-        text(&mut svg, (24, y + 20), "15", "#222", &job.title);
-        let rows: Vec<(&str, &Row)> = shown
-            .iter()
-            .filter_map(|b| Some((b.title.as_str(), results.row(&b.name, &job.name)?)))
-            .collect();
-        draw(&mut svg, &rows, y + HEAD, results);
+    let mut y = TOP;
+    for (job, rows) in &jobs {
+        let title = match job.unit.as_str() {
+            IO => job.title.clone(),
+            unit => format!("{} (per {unit})", job.title),
+        };
+        text(&mut svg, (24, y + 20), "15", "#222", &title);
+        draw(&mut svg, rows, y + HEAD, results);
+        y += panel(rows.len());
     }
     svg.push_str("</svg>\n");
     svg
@@ -70,9 +83,9 @@ fn legend(svg: &mut String) {
         text(svg, (x + 16, 82), "12", "#444", place);
         x += 44 + 6 * u32::try_from(place.len()).unwrap_or(0);
     }
-    let speed = "I/Os per second (more is better)";
+    let speed = "per second (more is better)";
     text(svg, (LABELS, 110), "13", "#222", speed);
-    let cost = "instructions per I/O (fewer is better)";
+    let cost = "instructions for each (fewer is better)";
     text(svg, (SECOND, 110), "13", "#222", cost);
 }
 
@@ -107,7 +120,10 @@ fn draw(svg: &mut String, rows: &[(&str, &Row)], top: u32, results: &Results) {
         let length = scale(row.iops.median);
         let _ = writeln!(svg, "<rect x=\"{LABELS}\" y=\"{y}\" width=\"{length:.1}\" height=\"16\" rx=\"2\" fill=\"{colour}\"/>");
         whisker(svg, y + 8, scale(row.iops.low), scale(row.iops.high));
-        let mut label = format!("{:.0}", row.iops.median);
+        let mut label = match row.iops.median {
+            few if few < 100.0 => format!("{few:.1}"),
+            many => format!("{many:.0}"),
+        };
         if row.backend == "native" && row.iops.median > fastest {
             label.push_str(" (cut off)");
         } else if let Some(ratio) = results.ratio(&row.backend, OURS, &row.job) {
@@ -150,7 +166,7 @@ fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
     }
     let _ = writeln!(
         svg,
-        "<text x=\"{:.0}\" y=\"{}\" font-size=\"12\" fill=\"#333\">{:.1} k per I/O</text>",
+        "<text x=\"{:.0}\" y=\"{}\" font-size=\"12\" fill=\"#333\">{:.1} k</text>",
         x + 6.0,
         y + 13,
         total(row) / 1000.0
@@ -163,7 +179,8 @@ fn total(row: &Row) -> f64 {
         .map_or(0.0, |figure| figure.median)
 }
 
-fn text(svg: &mut String, at: (u32, u32), size: &str, colour: &str, words: &str) {
+/// Writes words at a place.
+pub(super) fn text(svg: &mut String, at: (u32, u32), size: &str, colour: &str, words: &str) {
     let words = words.replace('&', "&amp;").replace('<', "&lt;");
     let _ = writeln!(
         svg,

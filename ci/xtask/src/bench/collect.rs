@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The lines that the measuring program reports, put together with the counters of the plugin.
 
-use super::counts::{self, Counters, Modules, Places};
+use super::counts::{self, Counters, Modules, Places, There};
 use super::result::{Figure, Named, Results, Row, VERSION};
 use anyhow::{bail, ensure, Context, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// The version of the lines that this file understands.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 #[derive(Debug, Deserialize)]
 struct Plan {
     format: u32,
     rounds: u32,
+    dom0_processors: u32,
     backends: Vec<Named>,
     jobs: Vec<Named>,
 }
 
 /// Interrupts of disks and context switches in one domain.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
 struct Domain {
     events: u64,
     switches: u64,
@@ -40,10 +42,13 @@ struct Run {
 struct Sample {
     backend: String,
     job: String,
-    short: Run,
+    /// What is taken off the other one: the same without most or all of its I/Os.
+    short: Option<Run>,
     long: Run,
     #[serde(default)]
     hypercalls: BTreeMap<String, f64>,
+    #[serde(default)]
+    figures: BTreeMap<String, f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -51,6 +56,7 @@ struct Sample {
 enum Line {
     Plan(Plan),
     Modules { modules: Vec<(String, String)> },
+    Functions { functions: Vec<(String, String)> },
     Sample { sample: Sample },
     Failed { failed: String },
     Done { done: bool },
@@ -60,8 +66,8 @@ enum Line {
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
     plan: Option<Plan>,
-    modules: Modules,
-    samples: Vec<(Sample, Modules)>,
+    there: Rc<There>,
+    samples: Vec<(Sample, Rc<There>)>,
     failed: Option<String>,
     done: bool,
     news: Option<String>,
@@ -72,13 +78,24 @@ impl Collector {
     pub(crate) fn line(&mut self, line: &str) {
         match serde_json::from_str(line) {
             Ok(Line::Plan(plan)) => self.plan = Some(plan),
-            Ok(Line::Modules { modules }) => self.modules = addresses(&modules),
+            Ok(Line::Modules { modules }) => {
+                self.there = Rc::new(There {
+                    dom0_processors: self.plan.as_ref().map_or(1, |plan| plan.dom0_processors),
+                    modules: addresses(&modules),
+                    functions: Modules::new(),
+                });
+            }
+            Ok(Line::Functions { functions }) => {
+                let there = (*self.there).clone();
+                let functions = addresses(&functions);
+                self.there = Rc::new(There { functions, ..there });
+            }
             Ok(Line::Sample { sample }) => {
                 self.news = Some(format!(
-                    "{:10} {:12} {:8.0} IOPS",
+                    "{:10} {:12} {:8.0} /s",
                     sample.backend, sample.job, sample.long.iops
                 ));
-                self.samples.push((sample, self.modules.clone()));
+                self.samples.push((sample, self.there.clone()));
             }
             Ok(Line::Failed { failed }) => self.failed = Some(failed),
             Ok(Line::Done { done }) => self.done = done,
@@ -86,15 +103,28 @@ impl Collector {
         }
     }
 
+    /// The machine did not end as it should have.
+    pub(crate) fn broke_off(&mut self, reason: &anyhow::Error) {
+        // What the measuring itself says is nearer to the cause.
+        let text = format!("{reason:#}");
+        // Where the log is says nothing to who reads the results elsewhere.
+        let short = text.split("; the").next().unwrap_or_default().to_string();
+        self.failed.get_or_insert(short);
+    }
+
     /// What the last line told, once.
     pub(crate) fn progress(&mut self) -> Option<String> {
         self.news.take()
     }
 
-    /// Puts it all together.
+    /// Puts it all together. A run that broke off has results, too, unless nothing was measured.
     pub(crate) fn results(self, marks: &[Counters]) -> Result<Results> {
-        if let Some(reason) = self.failed {
-            bail!("the measuring broke off: {reason}");
+        let mut failed = self.failed;
+        if failed.is_none() && !self.done {
+            failed = Some("the measuring ended before it was done".into());
+        }
+        if let (Some(reason), true) = (&failed, self.samples.is_empty()) {
+            bail!("nothing was measured: {reason}");
         }
         let plan = self.plan.context("the machine reported nothing")?;
         ensure!(
@@ -102,21 +132,24 @@ impl Collector {
             "the measuring program speaks format {}, not {FORMAT}: build both from one checkout",
             plan.format
         );
-        ensure!(self.done, "the measuring ended before it was done");
         let mut rows = Vec::new();
         for job in &plan.jobs {
             for backend in &plan.backends {
-                let samples: Vec<&(Sample, Modules)> = self
+                let samples: Vec<&(Sample, Rc<There>)> = self
                     .samples
                     .iter()
                     .filter(|(sample, _)| sample.job == job.name && sample.backend == backend.name)
                     .collect();
-                rows.push(row(backend, job, &samples, marks)?);
+                // Not every job can be done on every backend.
+                if !samples.is_empty() {
+                    rows.push(row(backend, job, &samples, marks)?);
+                }
             }
         }
         Ok(Results {
             version: VERSION,
             quick: false,
+            failed,
             rounds: plan.rounds,
             backends: plan.backends,
             jobs: plan.jobs,
@@ -135,14 +168,24 @@ fn addresses(modules: &[(String, String)]) -> Modules {
 fn row(
     backend: &Named,
     job: &Named,
-    samples: &[&(Sample, Modules)],
+    samples: &[&(Sample, Rc<There>)],
     marks: &[Counters],
 ) -> Result<Row> {
     let mut instructions: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let mut per_io: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for (sample, modules) in samples {
-        for (name, value) in instructions_per_io(sample, modules, marks)? {
+    let mut functions: BTreeMap<String, f64> = BTreeMap::new();
+    for (sample, there) in samples {
+        let between = |first: &Counters, last: &Counters| counts::between(first, last, there);
+        let mut places = each(sample, marks, between)?;
+        places.insert("total".into(), places.values().sum());
+        for (name, value) in places {
             instructions.entry(name).or_default().push(value);
+        }
+        let between =
+            |first: &Counters, last: &Counters| counts::functions_between(first, last, there);
+        for (name, value) in each(sample, marks, between)? {
+            let name = format!("{:#}", rustc_demangle::demangle(&name));
+            *functions.entry(name).or_default() += value / samples.len() as f64;
         }
         for (name, value) in others_per_io(sample) {
             per_io.entry(name.to_string()).or_default().push(value);
@@ -172,11 +215,20 @@ fn row(
             .iter()
             .flat_map(|(sample, _)| sample.hypercalls.clone())
             .collect(),
+        figures: samples
+            .iter()
+            .flat_map(|(sample, _)| sample.figures.clone())
+            .collect(),
+        functions,
     })
 }
 
 /// The long run less the short one: what starting and ending costs falls out.
-fn instructions_per_io(sample: &Sample, modules: &Modules, marks: &[Counters]) -> Result<Places> {
+fn each(
+    sample: &Sample,
+    marks: &[Counters],
+    between: impl Fn(&Counters, &Counters) -> Places,
+) -> Result<Places> {
     let of = |run: &Run| -> Result<Places> {
         let mark = |index: usize| {
             marks.get(index).with_context(|| {
@@ -186,25 +238,24 @@ fn instructions_per_io(sample: &Sample, modules: &Modules, marks: &[Counters]) -
                 )
             })
         };
-        Ok(counts::between(
-            mark(run.marks[0])?,
-            mark(run.marks[1])?,
-            modules,
-        ))
+        Ok(between(mark(run.marks[0])?, mark(run.marks[1])?))
     };
-    let (short, mut long) = (of(&sample.short)?, of(&sample.long)?);
+    let mut long = of(&sample.long)?;
     let ios = more_ios(sample);
+    let short = sample.short.as_ref().map(of).transpose()?;
+    let short = short.unwrap_or_default();
     for (name, value) in &mut long {
         *value = (*value - short.get(name).unwrap_or(&0.0)) / ios;
     }
-    let total = long.values().sum();
-    long.insert("total".into(), total);
     Ok(long)
 }
 
 fn others_per_io(sample: &Sample) -> [(&'static str, f64); 4] {
-    let (long, short, ios) = (&sample.long, &sample.short, more_ios(sample));
-    let each = |pick: fn(&Run) -> u64| (pick(long) as f64 - pick(short) as f64) / ios;
+    let ios = more_ios(sample);
+    let each = |pick: fn(&Run) -> u64| {
+        let short = sample.short.as_ref().map_or(0, pick);
+        (pick(&sample.long) as f64 - short as f64) / ios
+    };
     [
         ("events to dom0", each(|run| run.dom0.events)),
         ("events to the guest", each(|run| run.guest.events)),
@@ -217,14 +268,15 @@ fn others_per_io(sample: &Sample) -> [(&'static str, f64); 4] {
 }
 
 fn more_ios(sample: &Sample) -> f64 {
-    sample.long.ios.saturating_sub(sample.short.ios).max(1) as f64
+    let short = sample.short.as_ref().map_or(0, |run| run.ios);
+    sample.long.ios.saturating_sub(short).max(1) as f64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const PLAN: &str = r#"{"format":1,"rounds":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
+    const PLAN: &str = r#"{"format":2,"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
     const SAMPLE: &str = r#"{"sample":{"backend":"phy","job":"j","round":0,
         "short":{"ios":10,"marks":[0,1],"iops":1.0,"latency_us":2.0,"dom0":{"events":1,"switches":0},"guest":{"events":1,"switches":0}},
         "long":{"ios":30,"marks":[1,2],"iops":4.0,"latency_us":2.0,"dom0":{"events":11,"switches":0},"guest":{"events":1,"switches":0}}}}"#;
@@ -253,7 +305,28 @@ mod tests {
     }
 
     #[test]
-    fn run_that_broke_off_has_no_results() {
+    fn job_without_a_short_run_and_with_functions() {
+        let mut collector = Collector::default();
+        let mut sample: serde_json::Value = serde_json::from_str(SAMPLE).unwrap();
+        sample["sample"]["short"].take();
+        for line in [
+            PLAN,
+            r#"{"modules":[["xen_blkback_rs","ffffffffc0000000"]]}"#,
+            r#"{"functions":[["_RNvCs1_1a4take","ffffffffc0000000"]]}"#,
+            &sample.to_string(),
+            r#"{"done":true}"#,
+        ] {
+            collector.line(line);
+        }
+        let text = "mark 0\n0 xen 0\nmark 1\n0 xen 100\nmark 2\n0 xen 400\n0 ffffffffc0000010 60\n";
+        let results = collector.results(&counts::parse(text).unwrap()).unwrap();
+        let row = &results.rows[0];
+        assert_eq!(row.instructions["Xen"].median, 10.0);
+        assert_eq!(row.functions, [("a::take".to_string(), 2.0)].into());
+    }
+
+    #[test]
+    fn run_that_broke_off_says_so_and_keeps_what_it_has() {
         for end in [r#"{"failed":"no disk"}"#, "garbage", ""] {
             let mut collector = Collector::default();
             collector.line(PLAN);
@@ -261,8 +334,18 @@ mod tests {
             if !end.is_empty() {
                 collector.line(end);
             }
-            assert!(collector.results(&marks()).is_err());
+            let results = collector.results(&marks()).unwrap();
+            assert!(results.failed.is_some() && results.rows.len() == 1);
         }
+    }
+
+    #[test]
+    fn run_without_a_sample_is_an_error() {
+        let mut collector = Collector::default();
+        collector.line(PLAN);
+        collector.line(r#"{"failed":"no disk"}"#);
+        let error = collector.results(&marks()).unwrap_err();
+        assert!(error.to_string().contains("no disk"));
     }
 
     #[test]

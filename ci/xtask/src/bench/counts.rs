@@ -10,6 +10,17 @@ pub(crate) type Counters = BTreeMap<(u32, String), u64>;
 /// The modules of dom0 by the address where their text begins.
 pub(crate) type Modules = BTreeMap<u64, String>;
 
+/// What is where in the machine.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct There {
+    /// How many processors are dom0's; the guest has those behind them.
+    pub(crate) dom0_processors: u32,
+    /// The modules of dom0.
+    pub(crate) modules: Modules,
+    /// The functions of the drivers, in the same way.
+    pub(crate) functions: Modules,
+}
+
 /// Instructions by the name that a reader sees.
 pub(crate) type Places = BTreeMap<String, f64>;
 
@@ -49,30 +60,53 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Counters>> {
 }
 
 /// What was executed between two marks, by place.
-pub(crate) fn between(first: &Counters, last: &Counters, modules: &Modules) -> Places {
+pub(crate) fn between(first: &Counters, last: &Counters, there: &There) -> Places {
     let mut places: Places = PLACES.iter().map(|name| (name.to_string(), 0.0)).collect();
     for ((processor, raw), value) in last {
         let before = first.get(&(*processor, raw.clone())).unwrap_or(&0);
-        let name = place(*processor, raw, modules);
+        let name = place(*processor, raw, there);
         *places.entry(name.to_string()).or_default() += value.saturating_sub(*before) as f64;
     }
     places
 }
 
-/// dom0 has the first processor for itself, and the guest the second one. The hypervisor's text is
+/// The first processors are dom0's, and the guest has the others. The hypervisor's text is
 /// shared by both and counted as one.
-fn place(processor: u32, raw: &str, modules: &Modules) -> &'static str {
-    match (processor, raw) {
+fn place(processor: u32, raw: &str, there: &There) -> &'static str {
+    match (processor < there.dom0_processors, raw) {
         (_, "xen") => "Xen",
-        (0, "user") => "dom0 user",
-        (_, "user") => "guest user",
-        (0, "kernel" | "other") => "dom0 kernel",
-        (0, page) => match module_of(page, modules) {
+        (true, "user") => "dom0 user",
+        (false, "user") => "guest user",
+        (true, "kernel" | "other") => "dom0 kernel",
+        (true, page) => match module_of(page, &there.modules) {
             Some(name) if BACKENDS.contains(&name) => "backend module",
             _ => "other modules",
         },
-        _ => "guest kernel",
+        (false, _) => "guest kernel",
     }
+}
+
+/// What was executed between two marks in each function of the drivers, if blocks were counted.
+pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There) -> Places {
+    let mut found = Places::new();
+    for ((processor, raw), value) in last {
+        if place(*processor, raw, there) != "backend module" {
+            continue;
+        }
+        let Some(name) = function_of(raw, &there.functions) else {
+            continue;
+        };
+        let before = first.get(&(*processor, raw.clone())).unwrap_or(&0);
+        *found.entry(name.to_string()).or_default() += value.saturating_sub(*before) as f64;
+    }
+    found
+}
+
+/// A block belongs to the function that begins last before it.
+fn function_of<'a>(block: &str, functions: &'a Modules) -> Option<&'a str> {
+    let address = u64::from_str_radix(block, 16).ok()?;
+    let (_, name) = functions.range(..=address).next_back()?;
+    Some(name)
 }
 
 /// A page belongs to the module whose text begins last before its end.
@@ -88,19 +122,40 @@ mod tests {
 
     #[test]
     fn differences_by_place() {
-        let text = "mark 0\n0 xen 5\n1 kernel 1\nmark 1\n0 xen 15\n1 xen 2\n0 ffffffffc0002000 7\n1 kernel 4\n0 ffffffffc0009000 1\n";
+        let text = "mark 0\n0 xen 5\n2 kernel 1\nmark 1\n0 xen 15\n2 xen 2\n0 ffffffffc0002000 7\n2 kernel 4\n1 ffffffffc0009000 1\n";
         let marks = parse(text).unwrap();
-        let modules: Modules = [
-            (0xffff_ffff_c000_1000, "xen_blkback".to_string()),
-            (0xffff_ffff_c000_8000, "null_blk".to_string()),
-        ]
-        .into();
-        let places = between(&marks[0], &marks[1], &modules);
+        let there = There {
+            dom0_processors: 2,
+            modules: [
+                (0xffff_ffff_c000_1000, "xen_blkback".to_string()),
+                (0xffff_ffff_c000_8000, "null_blk".to_string()),
+            ]
+            .into(),
+            functions: Modules::new(),
+        };
+        let places = between(&marks[0], &marks[1], &there);
         assert_eq!(places["Xen"], 12.0);
         assert_eq!(places["backend module"], 7.0);
         assert_eq!(places["other modules"], 1.0);
         assert_eq!(places["guest kernel"], 3.0);
         assert_eq!(places["dom0 user"], 0.0);
+    }
+
+    #[test]
+    fn blocks_belong_to_functions() {
+        let text = "mark 0\n0 ffffffffc0001010 1\nmark 1\n0 ffffffffc0001010 4\n0 ffffffffc0001030 5\n0 xen 9\n";
+        let marks = parse(text).unwrap();
+        let there = There {
+            dom0_processors: 1,
+            modules: [(0xffff_ffff_c000_1000, "xen_blkback_rs".to_string())].into(),
+            functions: [
+                (0xffff_ffff_c000_1000, "take".to_string()),
+                (0xffff_ffff_c000_1030, "answer".to_string()),
+            ]
+            .into(),
+        };
+        let found = functions_between(&marks[0], &marks[1], &there);
+        assert_eq!((found["take"], found["answer"], found.len()), (3.0, 5.0, 2));
     }
 
     #[test]

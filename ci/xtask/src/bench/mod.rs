@@ -10,12 +10,14 @@ mod chart;
 mod collect;
 mod compare;
 mod counts;
+mod overview;
 mod result;
+mod summary;
 mod table;
 
 use crate::build;
 use crate::tally::Tally;
-use anyhow::Result;
+use anyhow::{bail, Result};
 use result::{Results, OURS, WASTEFUL};
 use std::fs;
 use std::path::PathBuf;
@@ -48,6 +50,12 @@ pub(crate) struct Args {
     /// How often each backend is measured (default: 3; with --quick: 1).
     #[arg(long)]
     rounds: Option<u32>,
+    /// Break off after so many minutes (default: 90); what was measured until then is kept.
+    #[arg(long)]
+    minutes: Option<u64>,
+    /// Also count for each function of the drivers.
+    #[arg(long)]
+    functions: bool,
     /// Use this module in place of the one of the checkout.
     #[arg(long, value_name = "KO")]
     module: Option<PathBuf>,
@@ -71,6 +79,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     fs::write(folder.join("table.txt"), &text)?;
     fs::write(folder.join("chart.svg"), chart::chart(&results))?;
+    fs::write(folder.join("summary.md"), summary::summary(&results))?;
+    fs::write(folder.join("overview.svg"), overview::overview(&results))?;
     if let Some(file) = &args.json {
         results.write(file)?;
     }
@@ -84,17 +94,20 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         for (bound, why) in &crossed {
             println!("TOO DEAR: {bound}: {why}");
         }
-        return Ok(crossed.is_empty());
+        return Ok(crossed.is_empty() && results.failed.is_none());
     }
     let controlled = |row: &result::Row| row.backend == result::CONTROL;
     if !results.rows.iter().any(controlled) {
         println!("no control: without phy and phy-again nobody knows the noise of this run");
     }
+    if let Some(reason) = &results.failed {
+        println!("BROKE OFF: {reason}");
+    }
     let void = results.void();
     for row in &void {
         println!("VOID: {row}");
     }
-    Ok(void.is_empty())
+    Ok(void.is_empty() && results.failed.is_none())
 }
 
 /// Measures these backends with the jobs that have bounds.
@@ -110,6 +123,9 @@ fn bounded(backends: &str) -> Result<Args> {
 /// The lane of the gate: our driver keeps to its bounds, and a wasteful build of it does not.
 pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
     let results = boot::measure(&bounded(&format!("{OURS},{WASTEFUL}"))?)?;
+    if let Some(reason) = &results.failed {
+        bail!("the measuring broke off: {reason}");
+    }
     println!("measured: {}", bounds::measured(&results, OURS)?);
     let (crossed, caught) = (
         bounds::crossed(&results, OURS)?,
@@ -137,6 +153,12 @@ pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
 }
 
 impl Args {
+    /// Jobs were asked for whose names end so.
+    fn names(&self, end: &str) -> bool {
+        let names = self.jobs.as_deref().unwrap_or_default();
+        names.split(',').any(|name| name.ends_with(end))
+    }
+
     /// This backend was asked for by its name.
     fn wants(&self, backend: &str) -> bool {
         let names = self.backends.as_deref().unwrap_or_default();

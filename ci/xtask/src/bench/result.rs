@@ -8,12 +8,14 @@ use std::fs;
 use std::path::Path;
 
 /// The version of the schema.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Our driver, and our driver again.
 pub(crate) const OURS: &str = "phy";
 pub(crate) const CONTROL: &str = "phy-again";
 /// The build of our driver that wastes what the driver saves.
 pub(crate) const WASTEFUL: &str = "phy-wasteful";
+/// The unit of most jobs.
+pub(crate) const IO: &str = "I/O";
 /// How far the two may be apart.
 pub(crate) const CONTROL_LIMIT: f64 = 0.05;
 
@@ -24,13 +26,16 @@ pub(crate) struct Results {
     pub(crate) version: u32,
     /// Made with --quick.
     pub(crate) quick: bool,
+    /// Why it broke off, if it did: then it is not complete.
+    #[serde(default)]
+    pub(crate) failed: Option<String>,
     /// How often each backend was measured.
     pub(crate) rounds: u32,
     /// The backends, in the order of the table.
     pub(crate) backends: Vec<Named>,
     /// The jobs, in the order of the table.
     pub(crate) jobs: Vec<Named>,
-    /// One for each job and backend.
+    /// One for each job and backend that were measured together.
     pub(crate) rows: Vec<Row>,
 }
 
@@ -41,6 +46,13 @@ pub(crate) struct Named {
     pub(crate) name: String,
     /// The title.
     pub(crate) title: String,
+    /// Of a job: what its figures are for one of.
+    #[serde(default = "io")]
+    pub(crate) unit: String,
+}
+
+fn io() -> String {
+    IO.to_string()
 }
 
 /// One job on one backend.
@@ -50,17 +62,25 @@ pub(crate) struct Row {
     pub(crate) backend: String,
     /// The job's name.
     pub(crate) job: String,
-    /// I/Os per second of the machine's time: a thousand million instructions of both processors.
+    /// I/Os (or what the job's unit is) per second of the machine's time: a thousand million
+    /// instructions of all processors. 0 where there is no speed.
     pub(crate) iops: Figure,
-    /// The mean latency in microseconds of the same time.
+    /// The mean time of one in microseconds of the same time.
     pub(crate) latency_us: Figure,
-    /// Executed instructions per I/O, by place.
+    /// Executed instructions per unit, by place.
     pub(crate) instructions: BTreeMap<String, Figure>,
-    /// Other counts per I/O.
+    /// Other counts per unit.
     pub(crate) per_io: BTreeMap<String, Figure>,
-    /// Hypercalls per I/O, by domain and kind, where they were counted (in the first round).
+    /// Hypercalls and woken threads per unit, by domain and kind, where they were counted (in the
+    /// first round).
     #[serde(default)]
     pub(crate) hypercalls: BTreeMap<String, f64>,
+    /// What only this job has, such as the columns of bonnie++.
+    #[serde(default)]
+    pub(crate) figures: BTreeMap<String, f64>,
+    /// Executed instructions per unit by function of the driver, where they were asked for.
+    #[serde(default)]
+    pub(crate) functions: BTreeMap<String, f64>,
 }
 
 /// A figure of all rounds.
@@ -171,6 +191,7 @@ pub(super) mod tests {
         let named = |name: &str| Named {
             name: name.into(),
             title: format!("the {name} & more"),
+            unit: io(),
         };
         let figure = |median: f64| Figure {
             median,
@@ -180,6 +201,7 @@ pub(super) mod tests {
         Results {
             version: VERSION,
             quick: false,
+            failed: None,
             rounds: 1,
             backends: rows.iter().map(|(name, _)| named(name)).collect(),
             jobs: vec![named("j")],
@@ -193,6 +215,8 @@ pub(super) mod tests {
                     instructions: [("total".to_string(), figure(1e9 / iops))].into(),
                     per_io: BTreeMap::new(),
                     hypercalls: BTreeMap::new(),
+                    figures: BTreeMap::new(),
+                    functions: BTreeMap::new(),
                 })
                 .collect(),
         }

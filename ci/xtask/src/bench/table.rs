@@ -2,15 +2,20 @@
 //! The results as text.
 
 use super::counts::PLACES;
-use super::result::{Results, Row, CONTROL, OURS};
+use super::result::{Results, Row, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 /// All tables: one for each job, then the sum of it.
 pub(crate) fn table(results: &Results) -> String {
     let mut text = String::from(LEGEND);
-    for job in &results.jobs {
+    if let Some(reason) = &results.failed {
+        let first = reason.lines().next().unwrap_or_default();
+        let _ = writeln!(text, "NOT COMPLETE: {first}");
+    }
+    let measured = |name: &str| results.rows.iter().any(|row| row.job == name);
+    for job in results.jobs.iter().filter(|job| measured(&job.name)) {
         let _ = writeln!(text, "\n{} ({})", job.title, job.name);
-        heading(&mut text);
+        heading(&mut text, &job.unit);
         for backend in &results.backends {
             if let Some(row) = results.row(&backend.name, &job.name) {
                 let ratio = results.ratio(OURS, &backend.name, &job.name);
@@ -19,6 +24,8 @@ pub(crate) fn table(results: &Results) -> String {
         }
     }
     hypercalls(&mut text, results);
+    figures(&mut text, results);
+    functions(&mut text, results);
     summary(&mut text, results);
     text
 }
@@ -28,13 +35,15 @@ fn hypercalls(text: &mut String, results: &Results) {
     let counted = results.rows.iter().filter(|row| !row.hypercalls.is_empty());
     for (index, row) in counted.enumerate() {
         if index == 0 {
-            text.push_str("\nhypercalls of dom0 per I/O\n");
+            text.push_str("\nhypercalls of dom0 per I/O, and what a trace shows beside them\n");
         }
         let _ = write!(text, "  {:12} {:10}", row.job, row.backend);
+        let woken = |domain: &str| row.hypercalls.get(&format!("{domain} wakeups")).copied();
         let mut kinds: Vec<(&str, f64)> = row
             .hypercalls
             .iter()
             .filter_map(|(name, count)| Some((name.strip_prefix("dom0 ")?, *count)))
+            .filter(|(name, _)| *name != "wakeups")
             .collect();
         kinds.sort_by(|a, b| b.1.total_cmp(&a.1));
         let sum: f64 = kinds.iter().map(|kind| kind.1).sum();
@@ -42,7 +51,72 @@ fn hypercalls(text: &mut String, results: &Results) {
         for (name, count) in kinds.iter().filter(|kind| kind.1 >= 0.01) {
             let _ = write!(text, " {name} {count:.2},");
         }
+        let sent = row.hypercalls.get("guest evtchn_op");
+        let _ = writeln!(
+            text,
+            " and events sent by the guest {:.2}, wakeups in dom0 {:.2}, in the guest {:.2}",
+            sent.copied().unwrap_or(0.0),
+            woken("dom0").unwrap_or(0.0),
+            woken("guest").unwrap_or(0.0)
+        );
+    }
+}
+
+/// What only some jobs have.
+fn figures(text: &mut String, results: &Results) {
+    for job in &results.jobs {
+        let rows: Vec<&Row> = results
+            .rows
+            .iter()
+            .filter(|row| row.job == job.name && !row.figures.is_empty())
+            .collect();
+        let mut names: Vec<&String> = rows.iter().flat_map(|row| row.figures.keys()).collect();
+        names.sort();
+        names.dedup();
+        if names.is_empty() {
+            continue;
+        }
+        let _ = write!(
+            text,
+            "\n{} ({}), further figures\n  {:10}",
+            job.title, job.name, ""
+        );
+        for name in &names {
+            let _ = write!(text, "  {name}");
+        }
         text.push('\n');
+        for row in rows {
+            let _ = write!(text, "  {:10}", row.backend);
+            for name in &names {
+                let value = row.figures.get(*name);
+                let value = value.map_or("-".to_string(), |value| format!("{value:.0}"));
+                let _ = write!(text, "  {value:>width$}", width = name.len());
+            }
+            text.push('\n');
+        }
+    }
+}
+
+/// How many functions are shown; what the others cost is in the results.
+const FUNCTIONS: usize = 30;
+
+/// What the functions of the drivers cost, where that was asked for.
+fn functions(text: &mut String, results: &Results) {
+    for row in results.rows.iter().filter(|row| !row.functions.is_empty()) {
+        let _ = writeln!(
+            text,
+            "\n{}, functions of the driver of {}",
+            row.job, row.backend
+        );
+        let mut all: Vec<(&String, &f64)> = row.functions.iter().collect();
+        all.sort_by(|a, b| b.1.total_cmp(a.1));
+        for (name, cost) in all
+            .into_iter()
+            .take(FUNCTIONS)
+            .filter(|(_, cost)| **cost >= 0.5)
+        {
+            let _ = writeln!(text, "  {cost:>8.0}  {name}");
+        }
     }
 }
 
@@ -59,16 +133,20 @@ const OTHERS: [(&str, &str); 4] = [
 ];
 /// What the heads mean.
 const LEGEND: &str = "\
-spread: lowest to highest round. we are: this driver's IOPS as a multiple of the row's.
-Per I/O: executed instructions in Xen, dom0's kernel, the driver, dom0's other modules, dom0's user
+spread: lowest to highest round. we are: this driver's speed as a multiple of the row's.
+Per I/O, disk or what the speed is of: executed instructions in Xen, dom0's kernel, the driver, dom0's other modules, dom0's user
 space, the guest's kernel and user space; events (ev) to dom0 and to the guest; context switches (cs).
 ";
 
-fn heading(text: &mut String) {
+fn heading(text: &mut String, unit: &str) {
+    let speed = match unit {
+        IO => "IOPS".to_string(),
+        unit => format!("{}/s", unit.split(' ').next().unwrap_or_default()),
+    };
     let _ = write!(
         text,
-        "  {:32} {:>8} {:>7} {:>8} |",
-        "backend", "IOPS", "spread", "we are"
+        "  {:32} {speed:>8} {:>7} {:>8} |",
+        "backend", "spread", "we are"
     );
     for head in SHORT {
         let _ = write!(text, " {head:>8}");
@@ -110,14 +188,15 @@ fn summary(text: &mut String, results: &Results) {
         .collect();
     let _ = write!(
         text,
-        "\nthis driver's IOPS as a multiple of\n  {:14} {:>8}",
+        "\nthis driver's speed as a multiple of\n  {:14} {:>8}",
         "job", "C's best"
     );
     for name in &others {
         let _ = write!(text, " {name:>8}");
     }
     let _ = writeln!(text, " {:>8}", "control");
-    for job in &results.jobs {
+    let ours = |name: &str| results.row(OURS, name).is_some();
+    for job in results.jobs.iter().filter(|job| ours(&job.name)) {
         let _ = write!(
             text,
             "  {:14} {:>8}",

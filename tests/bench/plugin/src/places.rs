@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Which address belongs to which counter.
 
+use std::collections::btree_map::{BTreeMap, Entry};
+
 /// The bytes of the mark: `nop dword ptr [rax + rax + 0x6b72616d]`. No compiler makes it.
 pub(crate) const MARK: [u8; 8] = [0x0f, 0x1f, 0x84, 0x00, b'm', b'a', b'r', b'k'];
 
@@ -19,8 +21,42 @@ const PAGE: u64 = 4096;
 pub(crate) const NAMES: [&str; 4] = ["xen", "kernel", "user", "other"];
 /// How many pages of modules have a counter of their own; the last one counts all pages beyond.
 pub(crate) const PAGES: usize = 16384;
+/// How many counters there are that each run has.
+pub(crate) const FIXED: usize = NAMES.len() + PAGES;
+/// How many blocks of modules can have a counter of their own, where that is asked for.
+pub(crate) const BLOCKS: usize = 32768;
 /// How many counters there are.
-pub(crate) const COUNTERS: usize = NAMES.len() + PAGES;
+pub(crate) const COUNTERS: usize = FIXED + BLOCKS;
+
+/// The blocks of modules that have a counter of their own, by the address where they begin.
+#[derive(Debug, Default)]
+pub(crate) struct Blocks {
+    counters: BTreeMap<u64, usize>,
+}
+
+impl Blocks {
+    /// The counter of a block; the one of its page when there are too many blocks.
+    pub(crate) fn counter(&mut self, address: u64) -> usize {
+        let known = self.counters.len();
+        match self.counters.entry(address) {
+            Entry::Occupied(entry) => *entry.get(),
+            Entry::Vacant(_) if known == BLOCKS => counter(address),
+            Entry::Vacant(entry) => *entry.insert(FIXED + known),
+        }
+    }
+
+    /// All blocks and their counters.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (u64, usize)> + '_ {
+        self.counters
+            .iter()
+            .map(|(address, counter)| (*address, *counter))
+    }
+}
+
+/// True for an address in a module.
+pub(crate) fn in_module(address: u64) -> bool {
+    address >= MODULES
+}
 
 /// The counter of an address.
 pub(crate) fn counter(address: u64) -> usize {
@@ -46,7 +82,7 @@ pub(crate) fn name(counter: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{counter, name, COUNTERS, MARK};
+    use super::{counter, in_module, name, Blocks, BLOCKS, COUNTERS, FIXED, MARK};
 
     #[test]
     fn mark_is_one_long_nop() {
@@ -55,7 +91,23 @@ mod tests {
     }
 
     #[test]
+    fn blocks_have_their_own_counters_until_there_are_too_many() {
+        let mut blocks = Blocks::default();
+        let first = 0xffff_ffff_c000_0010;
+        assert_eq!(blocks.counter(first), FIXED);
+        assert_eq!(blocks.counter(first + 1), FIXED + 1);
+        assert_eq!(blocks.counter(first), FIXED);
+        for address in 0..BLOCKS as u64 {
+            assert!(blocks.counter(first + address) < COUNTERS);
+        }
+        let beyond = first + BLOCKS as u64;
+        assert_eq!(blocks.counter(beyond), counter(beyond));
+        assert_eq!(blocks.all().count(), BLOCKS);
+    }
+
+    #[test]
     fn every_address_has_its_place() {
+        assert!(in_module(0xffff_ffff_c000_0000) && !in_module(0xffff_ffff_bfff_ffff));
         for (address, place) in [
             (0, "user"),
             (0x7fff_ffff_ffff, "user"),
@@ -68,7 +120,7 @@ mod tests {
             (u64::MAX, "ffffffffc3fff000"),
         ] {
             assert_eq!(name(counter(address)), place, "{address:x}");
-            assert!(counter(address) < COUNTERS);
+            assert!(counter(address) < FIXED);
         }
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The entry point, and the functions of QEMU's plugin interface (version 4) that are used.
 
-use crate::places::{self, COUNTERS, MARK};
+use crate::places::{self, Blocks, COUNTERS, FIXED, MARK};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -47,6 +47,9 @@ pub static qemu_plugin_version: c_int = 4;
 /// The machine has at most so many processors.
 const PROCESSORS: usize = 4;
 
+/// There when blocks of modules are to be told apart.
+static EACH_BLOCK: OnceLock<Mutex<Blocks>> = OnceLock::new();
+
 /// The file, and how many marks it has.
 struct Out {
     file: BufWriter<File>,
@@ -57,7 +60,8 @@ static OUT: OnceLock<Mutex<Out>> = OnceLock::new();
 static COUNTS: [[AtomicU64; COUNTERS]; PROCESSORS] =
     [const { [const { AtomicU64::new(0) }; COUNTERS] }; PROCESSORS];
 
-/// Called once by QEMU; `out=FILE` among the arguments names the file of the counters.
+/// Called once by QEMU; `out=FILE` among the arguments names the file of the counters, and `blocks=on`
+/// asks for a counter for each block of a module.
 ///
 /// # Safety
 /// `argv` holds `argc` strings, as QEMU promises.
@@ -69,16 +73,21 @@ pub unsafe extern "C" fn qemu_plugin_install(
     argc: c_int,
     argv: *const *const c_char,
 ) -> c_int {
-    let mut arguments = (0..usize::try_from(argc).unwrap_or(0)).map(|index| {
-        // SAFETY: QEMU passes that many strings.
-        let text = unsafe { CStr::from_ptr(*argv.add(index)) };
-        text.to_string_lossy().into_owned()
-    });
-    let Some(path) = arguments.find_map(|text| text.strip_prefix("out=").map(str::to_owned)) else {
+    let arguments: Vec<String> = (0..usize::try_from(argc).unwrap_or(0))
+        .map(|index| {
+            // SAFETY: QEMU passes that many strings.
+            let text = unsafe { CStr::from_ptr(*argv.add(index)) };
+            text.to_string_lossy().into_owned()
+        })
+        .collect();
+    if arguments.iter().any(|text| text == "blocks=on") {
+        EACH_BLOCK.get_or_init(|| Mutex::new(Blocks::default()));
+    }
+    let Some(path) = arguments.iter().find_map(|text| text.strip_prefix("out=")) else {
         eprintln!("bench-plugin: give it the argument out=FILE");
         return 1;
     };
-    let file = match File::create(&path) {
+    let file = match File::create(path) {
         Ok(file) => file,
         Err(error) => {
             eprintln!("bench-plugin: cannot write {path}: {error}");
@@ -99,7 +108,13 @@ pub unsafe extern "C" fn qemu_plugin_install(
 extern "C" fn translated(_id: u64, block: *mut Block) {
     // SAFETY: QEMU passes a block that is valid during this call.
     let (address, count) = unsafe { (qemu_plugin_tb_vaddr(block), qemu_plugin_tb_n_insns(block)) };
-    let counter = places::counter(address);
+    let counter = match EACH_BLOCK.get() {
+        Some(blocks) if places::in_module(address) => {
+            let mut blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            blocks.counter(address)
+        }
+        _ => places::counter(address),
+    };
     // The number that the other function gets: a block has far less than 2^16 instructions.
     let data = std::ptr::without_provenance_mut(counter << 16 | count);
     // SAFETY: as above; `data` is a number, nobody follows it.
@@ -147,12 +162,32 @@ fn dump(out: &mut Out) -> std::io::Result<()> {
     writeln!(out.file, "mark {}", out.marks)?;
     out.marks += 1;
     for (processor, counts) in COUNTS.iter().enumerate() {
-        for (counter, count) in counts.iter().enumerate() {
-            let count = count.load(Relaxed);
-            if count > 0 {
-                writeln!(out.file, "{processor} {} {count}", places::name(counter))?;
+        let (fixed, blocks) = counts.split_at(FIXED);
+        for (counter, count) in fixed.iter().enumerate() {
+            line(out, processor, count, || places::name(counter))?;
+        }
+        let Some(known) = EACH_BLOCK.get() else {
+            continue;
+        };
+        let known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        for (address, counter) in known.all() {
+            if let Some(count) = blocks.get(counter - FIXED) {
+                line(out, processor, count, || format!("{address:x}"))?;
             }
         }
     }
     out.file.flush()
+}
+
+/// Writes one counter, unless nothing was counted.
+fn line(
+    out: &mut Out,
+    processor: usize,
+    count: &AtomicU64,
+    name: impl FnOnce() -> String,
+) -> std::io::Result<()> {
+    match count.load(Relaxed) {
+        0 => Ok(()),
+        count => writeln!(out.file, "{processor} {} {count}", name()),
+    }
 }
