@@ -82,7 +82,8 @@ pub enum Op {
         argument: [u8; 16],
         /// The memory that the argument points to.
         keep: Rc<Region>,
-        /// It is over as soon as it is handed over, and nobody sleeps just for that.
+        /// It is over as soon as it is handed over, and nobody sleeps just for that, unless
+        /// [`Io::heed_quick`] says so.
         quick: bool,
     },
 }
@@ -114,6 +115,8 @@ struct Inner {
     calls: Cell<u64>,
     /// Times that the thread slept in one of them.
     sleeps: Cell<u64>,
+    /// The end of a quick command ends a sleep.
+    heeds_quick: Cell<bool>,
 }
 
 impl Default for Io {
@@ -132,6 +135,7 @@ impl Io {
             aio: RefCell::new(None),
             calls: Cell::new(0),
             sleeps: Cell::new(0),
+            heeds_quick: Cell::new(false),
         }))
     }
 
@@ -253,6 +257,11 @@ impl Io {
         self.readable(&timer).await
     }
 
+    /// Whether the end of a quick command is something to wake up for: somebody waits for it.
+    pub fn heed_quick(&self, heed: bool) {
+        self.0.heeds_quick.set(heed);
+    }
+
     /// Hands over everything that was submitted and takes what is done; with `wait`, sleeps until
     /// something is done. Sleeps for ever if nothing is under way, so that is an error.
     pub fn enter(&self, wait: bool) -> io::Result<()> {
@@ -268,7 +277,7 @@ impl Io {
         }
         let calls = match self.engine() {
             Engine::Uring => match self.0.uring.borrow_mut().as_mut() {
-                Some(uring) => uring.enter(&mut table, wait)?,
+                Some(uring) => uring.enter(&mut table, wait, self.0.heeds_quick.get())?,
                 None => return Err(io::ErrorKind::Unsupported.into()),
             },
             Engine::Aio => match self.0.aio.borrow_mut().as_mut() {

@@ -123,7 +123,12 @@ impl Uring {
     }
 
     /// Returns the number of system calls.
-    pub(crate) fn enter(&mut self, table: &mut Table, wait: bool) -> io::Result<u64> {
+    pub(crate) fn enter(
+        &mut self,
+        table: &mut Table,
+        wait: bool,
+        heeds_quick: bool,
+    ) -> io::Result<u64> {
         let before = table.finished();
         self.cancel(table)?;
         let mut calls = 0;
@@ -132,6 +137,7 @@ impl Uring {
             let done = table.finished() != before || !self.ring.completion().is_empty();
             let more = table.has_queued();
             let want = match wait && !done && !more && !table.is_idle() {
+                true if heeds_quick => 1,
                 true => (1 + quick).min(self.entered),
                 false => 0,
             };

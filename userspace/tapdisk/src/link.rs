@@ -71,11 +71,14 @@ impl Link {
         self.with_commands.set(has_ring && self.tap.has_commands());
         self.fetching.set(true);
         self.ready.set(true);
+        self.io().heed_quick(false);
     }
 
     /// No more requests are wanted. Those that were fetched are to be served.
     pub(crate) fn stop(&self) {
         self.fetching.set(false);
+        // Nothing else may happen any more than that the last results are taken.
+        self.io().heed_quick(true);
         if let Some(waiting) = self
             .waiting
             .borrow()

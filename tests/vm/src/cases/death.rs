@@ -177,8 +177,9 @@ fn s05_late_write(context: &mut Context) -> Result<()> {
     let vbd = guest.attach(&hotplug::played(minor, VDEV)?)?;
     old.suspend()?;
     let resumed = old.clone();
-    let result = late_write(guest, minor, first, new).and_then(|(second, job)| {
+    let result = late_write(guest, minor, &first, new).and_then(|(second, job)| {
         old.resume()?;
+        first.0.wait().context("cannot wait for tapdisk")?;
         after_late_write(guest, minor, second, job)
     });
     // Whatever happened: a device that is suspended cannot be removed.
@@ -202,7 +203,7 @@ fn s05_late_write(context: &mut Context) -> Result<()> {
 fn late_write(
     guest: &Guest,
     minor: u32,
-    first: Lone,
+    first: &Lone,
     new: &Dm,
 ) -> Result<(Lone, crate::console::Job)> {
     let control = Control::open()?;
