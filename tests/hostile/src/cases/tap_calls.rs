@@ -4,11 +4,11 @@
 use super::{case, tap_calls, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Session, PLAIN};
-use crate::tap::server::{answer, done, Store};
+use crate::tap::scene::{serve_until, while_served, Scene};
+use crate::tap::server::{answer, done};
 use crate::tap::{Map, Node, Nowhere, TapDisk, SECTORS};
 use crate::wire::{flush, rw, OKAY};
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{ensure, Result};
 use ring::abi::{OP_READ, OP_WRITE};
 use ring::tap::abi::{
     ioctl, Completion, COMPLETION_RETURNED, GEOMETRY_WRITE_CACHE, MMAP_ARENA, MMAP_DESCRIPTORS,
@@ -54,98 +54,6 @@ pub(super) fn all() -> Vec<Case> {
             "the process scribbles over the arena while the guest writes and reads"
         ),
     ]
-}
-
-/// Serves a node in this thread until `enough` says so.
-fn serve_until(node: &Node, store: &Store, mut enough: impl FnMut() -> bool) -> Result<()> {
-    while !enough() {
-        let tags = node.exchange(&[]).context("an honest fetch is refused")?;
-        if tags.is_empty() {
-            thread::yield_now();
-        }
-        answer(node, store, &tags)?;
-    }
-    Ok(())
-}
-
-/// Runs `frontend` while an honest process serves the disk.
-fn while_served<T: Send>(
-    node: &Node,
-    store: &Store,
-    frontend: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
-    thread::scope(|scope| {
-        let guest = scope.spawn(frontend);
-        serve_until(node, store, || guest.is_finished())?;
-        match guest.join() {
-            Ok(result) => result,
-            Err(_) => bail!("the frontend's thread died"),
-        }
-    })
-}
-
-/// A disk with its process in this program, and a frontend.
-struct Scene {
-    session: Session,
-    store: Store,
-    node: Node,
-    disk: TapDisk,
-}
-
-impl Scene {
-    fn new(lab: &Lab) -> Result<Scene> {
-        let disk = TapDisk::make()?;
-        let (node, store) = (disk.start()?, Store::new()?);
-        let session = lab.session_on_tap(&disk, PLAIN)?;
-        Ok(Scene {
-            session,
-            store,
-            node,
-            disk,
-        })
-    }
-
-    /// Sends requests of the frontend and waits until the process has them all.
-    fn take(&mut self, count: u64) -> Result<Vec<u16>> {
-        let segs = self.session.segs(1);
-        for id in 0..count {
-            let request = rw(OP_WRITE, id, id * 8, &segs);
-            self.session.queue().push(&request);
-        }
-        self.session.queue().publish()?;
-        let mut tags = Vec::new();
-        let start = Instant::now();
-        while tags.len() < count as usize {
-            tags.extend(self.node.exchange(&[])?);
-            ensure!(start.elapsed() < ANSWER, "{tags:?} of {count} requests");
-        }
-        Ok(tags)
-    }
-
-    /// Waits for the answers of the frontend's requests.
-    fn answered(&mut self, count: usize) -> Result<()> {
-        for answer in self.session.queue().wait(count, ANSWER)? {
-            ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
-        }
-        Ok(())
-    }
-
-    /// Right data, then everything is taken apart.
-    fn finish(self) -> Result<()> {
-        let Scene {
-            mut session,
-            store,
-            node,
-            disk,
-        } = self;
-        while_served(&node, &store, || {
-            session.exercise(72, 0x5eed)?;
-            session.finish()
-        })
-        .context("after the attack the disk does not serve good requests any more")?;
-        drop(node);
-        disk.destroy()
-    }
 }
 
 fn errno(result: io::Result<impl Sized>) -> i32 {

@@ -4,15 +4,16 @@
 use super::{case, tap_uring, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Session, PLAIN};
+use crate::session::PLAIN;
+use crate::tap::scene::Scene;
 use crate::tap::server::{answer, done, Manner, Pipe, Server, Store};
 use crate::tap::uring::{Memory, Ring};
-use crate::tap::{Node, Nowhere, TapDisk};
+use crate::tap::{Nowhere, TapDisk};
 use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{bail, ensure, Context, Result};
 use ring::abi::OP_WRITE;
-use ring::tap::abi::{ioctl, Buffer, STATE_IDLE};
+use ring::tap::abi::{ioctl, Buffer};
 use std::time::Duration;
 
 pub(super) fn all() -> Vec<Case> {
@@ -37,67 +38,6 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 const NONE_YET: Duration = Duration::from_millis(50);
-
-struct Scene {
-    session: Session,
-    store: Store,
-    node: Node,
-    disk: TapDisk,
-}
-
-impl Scene {
-    fn new(lab: &Lab) -> Result<Scene> {
-        let disk = TapDisk::make()?;
-        let (node, store) = (disk.start()?, Store::new()?);
-        let session = lab.session_on_tap(&disk, PLAIN)?;
-        Ok(Scene {
-            session,
-            store,
-            node,
-            disk,
-        })
-    }
-
-    fn send(&mut self, count: u64) -> Result<()> {
-        let segs = self.session.segs(1);
-        for id in 0..count {
-            let request = rw(OP_WRITE, id, id * 8, &segs);
-            self.session.queue().push(&request);
-        }
-        self.session.queue().publish()
-    }
-
-    fn answered(&mut self, count: usize) -> Result<()> {
-        for answer in self.session.queue().wait(count, ANSWER)? {
-            ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
-        }
-        Ok(())
-    }
-
-    /// Fetches and answers what is there without io_uring.
-    fn serve(&self, count: usize) -> Result<()> {
-        let mut served = 0;
-        while served < count {
-            let tags = self.node.read()?;
-            answer(&self.node, &self.store, &tags)?;
-            served += tags.len();
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<()> {
-        let Scene {
-            session,
-            node,
-            disk,
-            ..
-        } = self;
-        drop(node);
-        session.finish()?;
-        disk.wait("the end of the fence", |info| info.state == STATE_IDLE)?;
-        disk.destroy()
-    }
-}
 
 fn result(ring: &mut Ring, id: u64) -> Result<i32> {
     let (got, result) = ring.next(ANSWER)?.context("no completion")?;
@@ -223,7 +163,7 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
     }
     scene.node.commit(&commits)?;
     scene.answered(1)?;
-    scene.finish()
+    scene.finish_dead()
 }
 
 fn tap_ring_faults(lab: &mut Lab) -> Result<()> {
@@ -241,7 +181,7 @@ fn tap_ring_faults(lab: &mut Lab) -> Result<()> {
         scene.serve(4)?;
         scene.answered(4)?;
     }
-    scene.finish()
+    scene.finish_dead()
 }
 
 fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
@@ -282,5 +222,5 @@ fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
         scene.serve(4 - tags.len())?;
         scene.answered(4)?;
     }
-    scene.finish()
+    scene.finish_dead()
 }

@@ -4,6 +4,7 @@
 mod disk;
 mod map;
 mod node;
+pub(crate) mod scene;
 pub(crate) mod server;
 pub(crate) mod uring;
 

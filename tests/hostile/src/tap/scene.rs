@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A disk with its process in this program, and a frontend: where most attacks begin and end.
+
+use super::server::{answer, Store};
+use super::{Node, TapDisk};
+use crate::lab::Lab;
+use crate::queue::ANSWER;
+use crate::session::{Session, PLAIN};
+use crate::wire::{rw, OKAY};
+use anyhow::{bail, ensure, Context, Result};
+use ring::abi::OP_WRITE;
+use ring::tap::abi::STATE_IDLE;
+use std::thread;
+use std::time::Instant;
+
+/// The scene.
+pub(crate) struct Scene {
+    pub(crate) session: Session,
+    pub(crate) store: Store,
+    pub(crate) node: Node,
+    pub(crate) disk: TapDisk,
+}
+
+impl Scene {
+    /// Connects a frontend to a disk that this program serves.
+    pub(crate) fn new(lab: &Lab) -> Result<Scene> {
+        let disk = TapDisk::make()?;
+        let (node, store) = (disk.start()?, Store::new()?);
+        let session = lab.session_on_tap(&disk, PLAIN)?;
+        Ok(Scene {
+            session,
+            store,
+            node,
+            disk,
+        })
+    }
+
+    /// Sends writes of the frontend.
+    pub(crate) fn send(&mut self, count: u64) -> Result<()> {
+        let segs = self.session.segs(1);
+        for id in 0..count {
+            let request = rw(OP_WRITE, id, id * 8, &segs);
+            self.session.queue().push(&request);
+        }
+        self.session.queue().publish()
+    }
+
+    /// The same, and waits until the process has them all.
+    pub(crate) fn take(&mut self, count: u64) -> Result<Vec<u16>> {
+        self.send(count)?;
+        let mut tags = Vec::new();
+        let start = Instant::now();
+        while tags.len() < count as usize {
+            tags.extend(self.node.exchange(&[])?);
+            ensure!(start.elapsed() < ANSWER, "{tags:?} of {count} requests");
+        }
+        Ok(tags)
+    }
+
+    /// Waits for the answers of the frontend's requests.
+    pub(crate) fn answered(&mut self, count: usize) -> Result<()> {
+        for answer in self.session.queue().wait(count, ANSWER)? {
+            ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
+        }
+        Ok(())
+    }
+
+    /// Fetches and answers what is there without io_uring.
+    pub(crate) fn serve(&self, count: usize) -> Result<()> {
+        let mut served = 0;
+        while served < count {
+            let tags = self.node.read()?;
+            answer(&self.node, &self.store, &tags)?;
+            served += tags.len();
+        }
+        Ok(())
+    }
+
+    /// Right data, then everything is taken apart.
+    pub(crate) fn finish(self) -> Result<()> {
+        let Scene {
+            mut session,
+            store,
+            node,
+            disk,
+        } = self;
+        while_served(&node, &store, || {
+            session.exercise(72, 0x5eed)?;
+            session.finish()
+        })
+        .context("after the attack the disk does not serve good requests any more")?;
+        drop(node);
+        disk.destroy()
+    }
+
+    /// The process dies first, and nothing of it is left to wait for; then everything is taken apart.
+    pub(crate) fn finish_dead(self) -> Result<()> {
+        let Scene {
+            session,
+            node,
+            disk,
+            ..
+        } = self;
+        drop(node);
+        session.finish()?;
+        disk.wait("the end of the fence", |info| info.state == STATE_IDLE)?;
+        disk.destroy()
+    }
+}
+
+/// Serves a node in this thread until `enough` says so.
+pub(crate) fn serve_until(
+    node: &Node,
+    store: &Store,
+    mut enough: impl FnMut() -> bool,
+) -> Result<()> {
+    while !enough() {
+        let tags = node.exchange(&[]).context("an honest fetch is refused")?;
+        if tags.is_empty() {
+            thread::yield_now();
+        }
+        answer(node, store, &tags)?;
+    }
+    Ok(())
+}
+
+/// Runs `frontend` while an honest process serves the disk.
+pub(crate) fn while_served<T: Send>(
+    node: &Node,
+    store: &Store,
+    frontend: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    thread::scope(|scope| {
+        let guest = scope.spawn(frontend);
+        serve_until(node, store, || guest.is_finished())?;
+        match guest.join() {
+            Ok(result) => result,
+            Err(_) => bail!("the frontend's thread died"),
+        }
+    })
+}
