@@ -439,12 +439,24 @@ fn resize(context: &mut Context) -> Result<()> {
     let vbd = guest.attach(&format!("phy:{},xvda,w", volume.path()))?;
     guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")?;
     volume.extend(32)?;
+    check_grown(guest, "xvda", &volume)?;
+    guest.detach(&vbd)
+}
+
+/// Waits until the guest sees that `volume`, its disk `vdev`, has 32 MiB now, and writes the last
+/// sector.
+pub(super) fn check_grown(guest: &Guest, vdev: &str, volume: &Lvm) -> Result<()> {
     sh::wait_for(
         "the guest's notice of the new size",
         Duration::from_secs(20),
-        || Ok(guest.run("cat /sys/block/xvda/size")?.trim() == "65536"),
+        || {
+            let sectors = guest.run(&format!("cat /sys/block/{vdev}/size"))?;
+            Ok(sectors.trim() == "65536")
+        },
     )?;
-    guest.run("echo beyond | dd of=/dev/xvda bs=512 seek=65535 conv=sync oflag=direct")?;
+    guest.run(&format!(
+        "echo beyond | dd of=/dev/{vdev} bs=512 seek=65535 conv=sync oflag=direct"
+    ))?;
     let last = sh::shell(&format!(
         "dd if={} bs=512 skip=65535 count=1 iflag=direct status=none | head -c 6",
         volume.path()
@@ -453,5 +465,5 @@ fn resize(context: &mut Context) -> Result<()> {
         last == "beyond",
         "a write into the new part did not reach the volume"
     );
-    guest.detach(&vbd)
+    Ok(())
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Tap disks with what a package installs: hotplug scripts, supervisor, tapdisk, tap-ctl.
 
-use super::basic::{compare, detach_own, verify_job, FIO};
+use super::basic::{check_grown, compare, detach_own, verify_job, FIO};
 use super::replay::history;
 use super::{Case, Context, Needs};
 use crate::backing::{self, Lvm};
@@ -279,20 +279,7 @@ fn volume(context: &mut Context) -> Result<()> {
     same(guest, &volume.path(), 8)?;
     volume.extend(32)?;
     tap::ctl(&["resize", "-m", &disk.minor.to_string()])?;
-    sh::wait_for(
-        "the guest's notice of the new size",
-        Duration::from_secs(20),
-        || Ok(guest.run("cat /sys/block/xvdb/size")?.trim() == "65536"),
-    )?;
-    guest.run("echo beyond | dd of=/dev/xvdb bs=512 seek=65535 conv=sync oflag=direct")?;
-    let last = sh::shell(&format!(
-        "dd if={} bs=512 skip=65535 count=1 iflag=direct status=none | head -c 6",
-        volume.path()
-    ))?;
-    ensure!(
-        last == "beyond",
-        "a write into the new part did not reach the volume"
-    );
+    check_grown(guest, VDEV, &volume)?;
     // The next process finds the new size.
     disk.replace()?;
     guest.run("dd if=/dev/xvdb of=/dev/null bs=512 skip=65535 count=1 iflag=direct")?;
