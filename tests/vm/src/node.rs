@@ -1,49 +1,39 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The nodes of tap disks, without any help: what a process says here can be as wrong as a case wants.
+//! The nodes of tap disks. What a process says to the node of a disk gets no help: it can be as wrong
+//! as a case wants.
 
 use crate::sys::{ioctl, readable, Area};
 use anyhow::{ensure, Context, Result};
-use ring::tap::abi::{
-    ioctl as numbers, Buffer, Completion, Create, Desc, Destroy, Exchange, Info, Segment,
-};
+use ring::tap::abi::{ioctl as numbers, Buffer, Completion, Desc, Exchange, Info, Segment};
 use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS, VERSION};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
-use zerocopy::IntoBytes;
-
-/// Any number that is free.
-const ANY: u32 = u32::MAX;
+use tapdev::control::{self, FOLDER};
 
 /// The node that makes disks.
-pub(crate) struct Control(File);
+pub(crate) struct Control(control::Control);
 
 impl Control {
     /// Opens it.
     pub(crate) fn open() -> Result<Control> {
-        const PATH: &str = "/dev/xentap/control";
-        let file = File::options().read(true).write(true).open(PATH);
-        file.map(Control)
-            .with_context(|| format!("cannot open {PATH}: is the module loaded?"))
+        control::Control::open()
+            .map(Control)
+            .with_context(|| format!("cannot open {FOLDER}/control: is the module loaded?"))
     }
 
     /// Makes a disk with the default arena; its requests fail after so many seconds without a process, or
     /// never.
     pub(crate) fn create(&self, fail_after_s: u32) -> Result<u32> {
-        let mut create = Create {
-            version: VERSION,
-            minor: ANY,
-            fail_after_s,
-            ..Create::default()
-        };
-        ioctl(&self.0, numbers::CREATE, &mut create).context("cannot make a tap disk")?;
-        Ok(create.minor)
+        self.0
+            .create(None, 0, fail_after_s)
+            .context("cannot make a tap disk")
     }
 
     /// Takes a disk away.
     pub(crate) fn destroy(&self, minor: u32) -> io::Result<()> {
-        ioctl(&self.0, numbers::DESTROY, &mut Destroy { minor, flags: 0 }).map(drop)
+        self.0.destroy(minor)
     }
 
     /// What the kernel knows of a disk, if there is such a disk.
@@ -53,15 +43,9 @@ impl Control {
 
     /// The disk with the lowest number that is not below `minor`.
     fn next(&self, minor: u32) -> Result<Option<Info>> {
-        let mut info = Info {
-            minor,
-            ..Info::default()
-        };
-        match ioctl(&self.0, numbers::QUERY, &mut info) {
-            Ok(_) => Ok(Some(info)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(error).context("the control node does not answer"),
-        }
+        self.0
+            .query(minor)
+            .context("the control node does not answer")
     }
 
     /// All disks.
@@ -204,27 +188,4 @@ fn options(flags: i32) -> OpenOptions {
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags);
     options
-}
-
-/// The records that describe a disk.
-pub(crate) fn records(geometry: &ring::tap::abi::Geometry, discard: Option<u32>) -> Vec<u8> {
-    use ring::tap::abi::{DiscardLimits, ParamHead, PARAM_DISCARD, PARAM_GEOMETRY};
-    let head = |kind, len: usize| ParamHead {
-        kind,
-        // CAST: a small structure.
-        len: len as u32,
-    };
-    let mut bytes = head(PARAM_GEOMETRY, size_of_val(geometry))
-        .as_bytes()
-        .to_vec();
-    bytes.extend(geometry.as_bytes());
-    if let Some(granularity) = discard {
-        let limits = DiscardLimits {
-            granularity,
-            ..DiscardLimits::default()
-        };
-        bytes.extend(head(PARAM_DISCARD, size_of_val(&limits)).as_bytes());
-        bytes.extend(limits.as_bytes());
-    }
-    bytes
 }

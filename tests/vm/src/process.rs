@@ -2,16 +2,17 @@
 //! A process that serves a tap disk, played by a case: it fetches what the case wants, executes it or
 //! not, answers it or not, and dies when it is dropped.
 
-use crate::node::{records, Control, Node};
+use crate::node::{Control, Node};
 use crate::sh;
 use crate::sys::punch;
 use anyhow::{bail, ensure, Context, Result};
-use ring::tap::abi::{self, Completion, Desc, Geometry, Segment, DESC_REPLAY};
+use ring::tap::abi::{self, Completion, Desc, Segment, DESC_REPLAY};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use tapdev::{records, Discard, Params};
 
 const SECTOR: u64 = 512;
 /// What is fetched in one call.
@@ -46,21 +47,26 @@ impl Played {
         })
     }
 
-    /// The geometry of the disk.
-    pub(crate) fn geometry(&self) -> Geometry {
-        Geometry {
+    /// What the disk is.
+    pub(crate) fn params(&self) -> Params {
+        Params {
             sectors: self.sectors,
             logical_block: 512,
             physical_block: 4096,
-            flags: abi::GEOMETRY_WRITE_CACHE,
-            reserved: 0,
+            read_only: false,
+            write_cache: true,
+            discard: Some(Discard {
+                granularity: 4096,
+                alignment: 0,
+                secure: false,
+            }),
         }
     }
 
     /// Starts a process for it, as soon as the one before is gone.
     pub(crate) fn process(&self) -> Result<Process> {
         let node = Node::open(self.minor)?;
-        node.set_params(&records(&self.geometry(), Some(4096)))
+        node.set_params(&records(&self.params()))
             .context("the kernel refuses the description of a disk")?;
         node.start().context("the kernel does not start a disk")?;
         let image = File::options().read(true).write(true).open(&self.image);

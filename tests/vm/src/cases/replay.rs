@@ -6,7 +6,7 @@ use super::basic::FIO;
 use super::{Case, Context, Needs};
 use crate::guest::{Guest, Vbd, COMMAND};
 use crate::hotplug;
-use crate::node::{self, Control, Node};
+use crate::node::{Control, Node};
 use crate::process::{Fault, Played, Process, Request};
 use crate::{sh, xs};
 use anyhow::{bail, ensure, Result};
@@ -729,13 +729,11 @@ fn wrong_node(context: &mut Context) -> Result<()> {
         errno(second) == Some(libc::EBUSY),
         "a node can be open twice"
     );
-    let smaller = abi::Geometry {
+    let smaller = tapdev::Params {
         logical_block: 4096,
-        ..disk.geometry()
+        ..disk.params()
     };
-    let described = process
-        .node
-        .set_params(&node::records(&smaller, Some(4096)));
+    let described = process.node.set_params(&tapdev::records(&smaller));
     ensure!(
         errno(described) == Some(libc::EINVAL),
         "a disk in use changed its blocks"
