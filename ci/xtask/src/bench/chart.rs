@@ -20,6 +20,15 @@ const COLOURS: [&str; 7] = [
 pub(super) const OURS_COLOUR: &str = "#d1495b";
 const OTHER_COLOUR: &str = "#8d99ae";
 
+/// The head of a picture, with a white ground.
+pub(super) fn begin(width: u32, height: u32) -> String {
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+         viewBox=\"0 0 {width} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
+    )
+}
+
 /// The picture.
 pub(crate) fn chart(results: &Results) -> String {
     let shown: Vec<_> = results
@@ -42,11 +51,7 @@ pub(crate) fn chart(results: &Results) -> String {
         .collect();
     let panel = |rows: usize| HEAD + u32::try_from(rows).unwrap_or(0) * LINE + 14;
     let height = TOP + 40 + jobs.iter().map(|(_, rows)| panel(rows.len())).sum::<u32>();
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
-         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
-    );
+    let mut svg = begin(WIDTH, height);
     text(
         &mut svg,
         (24, 34),

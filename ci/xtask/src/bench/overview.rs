@@ -2,7 +2,7 @@
 //! The results in one small picture: a line for each job, and on it each backend's speed as a multiple
 //! of the C driver's.
 
-use super::chart::{text, OURS_COLOUR};
+use super::chart::{begin, text, OURS_COLOUR};
 use super::result::{Named, Results, OURS};
 use std::fmt::Write;
 
@@ -31,11 +31,7 @@ pub(crate) fn overview(results: &Results) -> String {
         .filter(|job| results.ratio(OURS, reference, &job.name).is_some())
         .collect();
     let height = TOP + LINE * u32::try_from(jobs.len()).unwrap_or(0) + 40;
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
-         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
-    );
+    let mut svg = begin(WIDTH, height);
     let title = "Speed as a multiple of the C driver's (persistent grants)";
     text(&mut svg, (24, 34), "20", "#222", title);
     let note = "Further right is better. One boot of an emulated machine; time is counted in executed instructions.";
