@@ -188,6 +188,8 @@ impl Server {
         pipe: &Pipe,
         manner: Manner,
     ) -> Result<Server> {
+        // The kernel closes the node of a process that used io_uring some time after its end.
+        disk.wait("the end of the process before", |info| info.pid == 0)?;
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("tap-serve").arg("--node").arg(disk.path());
         command.args(["--store", &store.0.as_raw_fd().to_string()]);
