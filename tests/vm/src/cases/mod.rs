@@ -5,9 +5,11 @@ mod basic;
 mod death;
 mod faults;
 mod lifecycle;
+mod permission;
 mod replay;
 mod rings;
 mod tap;
+mod tap_life;
 mod xenstore;
 
 use crate::guest::{Config, Guest, Kind};
@@ -301,6 +303,8 @@ pub(crate) fn all() -> Vec<Case> {
         replay::cases(),
         tap::cases(),
         death::cases(),
+        permission::cases(),
+        tap_life::cases(),
     ];
     groups.into_iter().flatten().collect()
 }

@@ -2,6 +2,7 @@
 //! Tap disks with what a package installs: hotplug scripts, supervisor, tapdisk, tap-ctl.
 
 use super::basic::{check_grown, compare, detach_own, verify_job, FIO};
+use super::permission::check_process;
 use super::replay::history;
 use super::{Case, Context, Needs};
 use crate::backing::{self, Lvm};
@@ -146,36 +147,6 @@ fn file(context: &mut Context) -> Result<()> {
         "tap-ctl list does not show {image}: {rows}"
     );
     disk.detach(guest)
-}
-
-/// The process is nobody: not root, without capabilities, with no way to get any.
-fn check_process(pid: u32) -> Result<()> {
-    let status = sh::get(format!("/proc/{pid}/status"))?;
-    let field = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name))
-            .map(str::trim)
-            .with_context(|| format!("/proc/{pid}/status has no {name}"))
-    };
-    ensure!(
-        !field("Uid:")?.split_whitespace().any(|id| id == "0")
-            && !field("Gid:")?.split_whitespace().any(|id| id == "0"),
-        "tapdisk {pid} runs as root"
-    );
-    for (name, wanted) in [
-        ("CapEff:", "0000000000000000"),
-        ("CapPrm:", "0000000000000000"),
-        ("NoNewPrivs:", "1"),
-        ("Seccomp:", "2"),
-    ] {
-        ensure!(
-            field(name)? == wanted,
-            "of tapdisk {pid} {name} is {}, not {wanted}",
-            field(name)?
-        );
-    }
-    Ok(())
 }
 
 /// xentop shows that the guest has read and written.

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Who may use the nodes and images of tap disks: the supervisor opens them, and hands each process its own.
+
+use super::tap::{image, VDEV};
+use super::{Case, Context, Needs};
+use crate::tap::{self, Served};
+use crate::{node, sh};
+use anyhow::{ensure, Context as _, Result};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Where the second disk appears.
+const OTHER: &str = "xvdc";
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    vec![Case::new(
+        "tap.permissions",
+        "nobody else opens a node or talks to the supervisor, and a process has its own disk alone",
+        Needs::Pv,
+        permissions,
+    )
+    .supervised()
+    .no_leaks()]
+}
+
+fn permissions(context: &mut Context) -> Result<()> {
+    let images = [image(context, "a.img", 4)?, image(context, "b.img", 4)?];
+    for image in &images {
+        fs::set_permissions(image, fs::Permissions::from_mode(0o600))?;
+    }
+    let guest = context.pv()?;
+    let mine = Served::attach(guest, &tap::disk(&format!("aio:{}", images[0]), VDEV, "w"))?;
+    let other = Served::attach(guest, &tap::disk(&format!("aio:{}", images[1]), OTHER, "w"))?;
+    let pids = [mine.pid()?, other.pid()?];
+    pids.iter().try_for_each(|pid| check_process(*pid))?;
+    let user = ids(pids[0])?;
+    let control = format!("{}/control", tapdev::control::FOLDER);
+    for node in [node::path(mine.minor), node::path(other.minor), control] {
+        let meta = fs::metadata(&node).with_context(|| format!("{node} is not there"))?;
+        ensure!(
+            meta.uid() == 0 && meta.mode() & 0o077 == 0,
+            "{node} belongs to {} and has the mode {:o}",
+            meta.uid(),
+            meta.mode() & 0o777
+        );
+        refused(user, &["dd", &format!("if={node}"), "count=0"])?;
+        refused((NOBODY, NOBODY), &["dd", &format!("if={node}"), "count=0"])?;
+    }
+    // The image of a disk is not even open to the user of the processes by its name.
+    refused(user, &["dd", &format!("if={}", images[1]), "count=1"])?;
+    for who in [user, (NOBODY, NOBODY)] {
+        refused(who, &["tap-ctl", "list"])?;
+    }
+    let mut theirs = Vec::new();
+    for (pid, (image, disk)) in pids.iter().zip(images.iter().zip([&mine, &other])) {
+        let open = files(*pid)?;
+        let (node, image) = (node::path(disk.minor), image.clone());
+        for wanted in [&node, &image] {
+            ensure!(
+                open.contains(wanted),
+                "tapdisk {pid} has {open:?} open, but not {wanted}"
+            );
+        }
+        theirs.push((open, [node, image]));
+    }
+    for (at, (open, _)) in theirs.iter().enumerate() {
+        let foreign = theirs[1 - at].1.iter().find(|file| open.contains(file));
+        ensure!(
+            foreign.is_none(),
+            "tapdisk {} has {foreign:?} of the other disk open",
+            pids[at]
+        );
+    }
+    let guest = context.pv()?;
+    other.detach(guest)?;
+    mine.detach(guest)
+}
+
+/// User and group of nobody.
+const NOBODY: u32 = 65534;
+
+/// User and group of a process.
+fn ids(pid: u32) -> Result<(u32, u32)> {
+    let status = sh::get(format!("/proc/{pid}/status"))?;
+    let id = |name: &str| -> Result<u32> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let first = line.and_then(|line| line.split_whitespace().next());
+        first
+            .and_then(|word| word.parse().ok())
+            .with_context(|| format!("/proc/{pid}/status has no {name}"))
+    };
+    Ok((id("Uid:")?, id("Gid:")?))
+}
+
+/// This command of this user fails because it is not allowed.
+fn refused((uid, gid): (u32, u32), argv: &[&str]) -> Result<()> {
+    let out = Command::new(argv[0])
+        .args(&argv[1..])
+        .env("LC_ALL", "C")
+        .uid(uid)
+        .gid(gid)
+        .output()
+        .with_context(|| format!("cannot start {}", argv[0]))?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    ensure!(
+        !out.status.success() && said.contains("ermission denied"),
+        "user {uid} may run `{}` ({}): {said}",
+        argv.join(" "),
+        out.status
+    );
+    Ok(())
+}
+
+/// The files that a process has open.
+fn files(pid: u32) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let target = fs::read_link(entry?.path())?;
+        found.push(target.to_string_lossy().into_owned());
+    }
+    Ok(found)
+}
+
+/// The process is nobody: not root, without capabilities, with no way to get any.
+pub(super) fn check_process(pid: u32) -> Result<()> {
+    let status = sh::get(format!("/proc/{pid}/status"))?;
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .map(str::trim)
+            .with_context(|| format!("/proc/{pid}/status has no {name}"))
+    };
+    ensure!(
+        !field("Uid:")?.split_whitespace().any(|id| id == "0")
+            && !field("Gid:")?.split_whitespace().any(|id| id == "0"),
+        "tapdisk {pid} runs as root"
+    );
+    for (name, wanted) in [
+        ("CapEff:", "0000000000000000"),
+        ("CapPrm:", "0000000000000000"),
+        ("NoNewPrivs:", "1"),
+        ("Seccomp:", "2"),
+    ] {
+        ensure!(
+            field(name)? == wanted,
+            "of tapdisk {pid} {name} is {}, not {wanted}",
+            field(name)?
+        );
+    }
+    Ok(())
+}

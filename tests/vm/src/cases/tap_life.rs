@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Guests with tap disks are saved, restored and destroyed, and disks go, while they are used.
+
+use super::basic::{verify_job, FIO};
+use super::faults::{endless_load, wait_load};
+use super::tap::{image, same, wait_progress, DEVICE, VDEV};
+use super::{compare, Case, Context, Needs};
+use crate::console::Job;
+use crate::guest::{Config, Guest, Kind, Vbd, COMMAND, RUN_DIR};
+use crate::hotplug;
+use crate::tap::{self, Served};
+use crate::{leaks, sh};
+use anyhow::{ensure, Result};
+use std::time::Duration;
+
+/// Disks of a guest that has many.
+const MANY: usize = 16;
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run).supervised()
+    };
+    vec![
+        case(
+            "tap.save_restore",
+            "one phy and two tap disks: saved and restored while all of them are verified",
+            Pv,
+            save_restore,
+        ),
+        case(
+            "tap.detach_under_load",
+            "a disk is detached while a job works on it",
+            Pv,
+            detach_under_load,
+        )
+        .no_leaks(),
+        case(
+            "tap.destroy_under_load",
+            "a guest is destroyed with a deep queue in flight",
+            Nothing,
+            destroy_under_load,
+        )
+        .no_leaks(),
+        case(
+            "tap.disks_16",
+            "a guest starts with sixteen tap disks at once, each with its own data",
+            Nothing,
+            many_disks,
+        )
+        .no_leaks(),
+        case(
+            "tap.rmmod_in_use",
+            "the module cannot be removed below a tap disk",
+            Pv,
+            rmmod_in_use,
+        )
+        .no_leaks(),
+    ]
+}
+
+/// Verifies again and again, until told to stop.
+fn endless_verify(guest: &Guest, device: &str) -> Result<Job> {
+    let job = verify_job(device, 4, 100, 512);
+    guest.start(&format!(
+        "while [ ! -e /tmp/stop ]; do {job} || exit 1; done"
+    ))
+}
+
+fn save_restore(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let images = [image(context, "a.img", 8)?, image(context, "b.img", 8)?];
+    let guest = context.pv()?;
+    guest.run("rm -f /tmp/stop")?;
+    guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let first = Served::attach(guest, &tap::disk(&format!("aio:{}", images[0]), VDEV, "w"))?;
+    let second = Served::attach(
+        guest,
+        &tap::disk(&format!("aio:{}", images[1]), "xvdc", "w"),
+    )?;
+    let devices = ["/dev/xvda", DEVICE, "/dev/xvdc"];
+    let jobs = devices.map(|device| endless_verify(guest, device));
+    let jobs = jobs.into_iter().collect::<Result<Vec<Job>>>()?;
+    for disk in [&first, &second] {
+        wait_progress(disk, 50)?;
+    }
+    let file = format!("{RUN_DIR}/tap.save");
+    let theirs = file.clone();
+    context.at_end("remove the saved guest", move || {
+        Ok(std::fs::remove_file(theirs)?)
+    });
+    let saved = context.take_pv()?.save(&file)?;
+    first.wait_gone()?;
+    second.wait_gone()?;
+    ensure!(
+        leaks::processes("tapdisk")? == 0,
+        "a process serves a guest that was saved"
+    );
+    let guest = saved.restore(&jobs)?;
+    let ended = after_restore(&guest, &jobs);
+    context.give_pv(guest);
+    ended?;
+    let guest = context.pv()?;
+    compare(guest, "xvda", &device.path(), 4)?;
+    for (vdev, image) in [VDEV, "xvdc"].into_iter().zip(&images) {
+        compare(guest, vdev, image, 4)?;
+        Served::of(Vbd::of(guest.domid, vdev)?)?.detach(guest)?;
+    }
+    guest.detach(&Vbd::of(guest.domid, "xvda")?)
+}
+
+/// The jobs go on after the guest is back, and end well.
+fn after_restore(guest: &Guest, jobs: &[Job]) -> Result<()> {
+    for vdev in [VDEV, "xvdc"] {
+        wait_progress(&Served::of(Vbd::of(guest.domid, vdev)?)?, 50)?;
+    }
+    guest.run("touch /tmp/stop")?;
+    for &job in jobs {
+        let done = guest.wait(job, FIO)?;
+        ensure!(
+            done.rc == 0,
+            "fio failed across save and restore: {}",
+            sh::tail(&done.text, 400)
+        );
+    }
+    Ok(())
+}
+
+fn detach_under_load(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let specification = tap::disk(&format!("aio:{image}"), VDEV, "w");
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &specification)?;
+    let load = guest.start(&endless_load(DEVICE))?;
+    wait_load(&disk.vbd)?;
+    let id = guest.domid.to_string();
+    // The frontend may refuse an orderly detach of an open disk; force must work then.
+    let limit = Duration::from_secs(60);
+    if sh::status(&["xl", "block-detach", &id, VDEV], limit)?.rc != 0 {
+        sh::run(&["xl", "block-detach", &id, VDEV, "--force"])?;
+    }
+    disk.vbd.wait_gone()?;
+    disk.wait_gone()?;
+    let done = guest.wait(load, COMMAND)?;
+    ensure!(
+        done.rc != 0,
+        "the load did not notice that its disk was taken away"
+    );
+    let disk = Served::attach(guest, &specification)?;
+    guest.run_for(&verify_job(DEVICE, 2, 60, 512), FIO)?;
+    same(guest, &image, 2)?;
+    disk.detach(guest)
+}
+
+/// A guest of the case's own.
+fn own_guest(disks: Vec<String>) -> Result<Guest> {
+    let mut config = Config::new("victim", Kind::Pv, 1);
+    config.disks = disks;
+    Guest::create(config)
+}
+
+fn destroy_under_load(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let guest = own_guest(vec![tap::disk(&format!("aio:{image}"), VDEV, "w")])?;
+    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    context.check_driver(&disk.vbd)?;
+    guest.start(&endless_load(DEVICE))?;
+    wait_load(&disk.vbd)?;
+    guest.destroy()?;
+    disk.vbd.wait_gone()?;
+    disk.wait_gone()
+}
+
+fn many_disks(context: &mut Context) -> Result<()> {
+    let names: Vec<String> = ('a'..).take(MANY).map(|c| format!("xvd{c}")).collect();
+    let mut images = Vec::new();
+    for name in &names {
+        images.push(image(context, &format!("{name}.img"), 4)?);
+    }
+    let disk = |(name, image): (&String, &String)| tap::disk(&format!("aio:{image}"), name, "w");
+    let guest = own_guest(names.iter().zip(&images).map(disk).collect())?;
+    let disks = names
+        .iter()
+        .map(|name| Served::of(Vbd::of(guest.domid, name)?));
+    let disks = disks.collect::<Result<Vec<Served>>>()?;
+    ensure!(
+        leaks::processes("tapdisk")? == MANY as u64,
+        "there is not one process for each disk"
+    );
+    for name in &names {
+        guest.run(&format!(
+            "yes {name} | dd of=/dev/{name} bs=64k count=8 iflag=fullblock oflag=direct 2>/dev/null"
+        ))?;
+    }
+    for (name, image) in names.iter().zip(&images) {
+        compare(&guest, name, image, 1)?;
+        let first = sh::run(&["head", "-c", "5", image])?;
+        ensure!(
+            first.trim() == name,
+            "the disk {name} has the data of {first}"
+        );
+    }
+    guest.destroy()?;
+    disks.iter().try_for_each(Served::wait_gone)
+}
+
+fn rmmod_in_use(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 8)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let module = context.driver.sys_module();
+    let refused = sh::status(&["rmmod", module], Duration::from_secs(30))?;
+    ensure!(
+        refused.rc != 0,
+        "rmmod removed the module below a tap disk in use"
+    );
+    let guest = context.pv()?;
+    guest.run_for(&verify_job(DEVICE, 2, 60, 512), FIO)?;
+    same(guest, &image, 2)?;
+    disk.detach(guest)
+}
