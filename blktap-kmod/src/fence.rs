@@ -20,6 +20,10 @@ const LONGEST_MS: i64 = 1000;
 /// Pauses of one length.
 const REPEATED: u32 = 32;
 
+/// False in a build that is never shipped: it delivers to the next process at once, and the test
+/// of late writes must find the damage.
+const FENCED: bool = !cfg!(fault_no_fence);
+
 impl_has_work! {
     impl HasWork<Self> for TapDisk { self.fence }
 }
@@ -45,7 +49,7 @@ impl TapDisk {
 
     /// Ends the fence if all I/O of the process is over.
     fn try_fence(&self) -> bool {
-        if self.areas.arena().is_referenced() {
+        if FENCED && self.areas.arena().is_referenced() {
             return false;
         }
         {

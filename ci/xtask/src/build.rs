@@ -51,6 +51,13 @@ pub(crate) fn wasteful_module() -> Result<PathBuf> {
     compile("module-wasteful", &repository()?, &flags)
 }
 
+/// The build of the checkout without the fence between a process that died and the next one; only the
+/// test of that fence uses it.
+pub(crate) fn fenceless_module() -> Result<PathBuf> {
+    let flags = ["RUSTFLAGS_MODULE=--cfg=fault_no_fence"];
+    compile("module-fenceless", &repository()?, &flags)
+}
+
 /// Builds the module of `source` in the folder of objects `name`, with more words for make.
 fn compile(name: &str, source: &Path, flags: &[&str]) -> Result<PathBuf> {
     let objects = objects(name, source)?;

@@ -2,7 +2,7 @@
 //! `cargo xtask demo`: the driver at work, told by `vmtest demo` in a Xen machine.
 
 use crate::machine::Machine;
-use crate::{lanes, recipes};
+use crate::{build, lanes, recipes};
 use anyhow::Result;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,7 +15,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let script = format!(
         "/t/vmtest demo 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
     );
-    let payload = lanes::e2e::with_everything("demo", &script)?;
+    let payload = lanes::e2e::with_everything("demo", &script, &build::module()?)?;
     let mut machine = Machine::new("demo");
     machine.timeout = Duration::from_secs(600);
     eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");

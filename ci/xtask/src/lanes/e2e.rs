@@ -8,6 +8,7 @@ use crate::tally::Tally;
 use crate::{payload, recipes};
 use anyhow::{Context, Result};
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// By default all requests are copied. With this the large ones are mapped, so that a malicious
@@ -40,6 +41,29 @@ pub(super) fn deaths(tally: &mut Tally) -> Result<()> {
     )
 }
 
+/// What the test of late writes says when a late write has done damage.
+const LATE_WRITE: &str = "a write of a dead process came after a newer one";
+
+/// Without the fence a late write does damage, and the test of late writes finds it.
+pub(super) fn fault(tally: &mut Tally) -> Result<()> {
+    let script = "exec /t/vmtest run --only tap.s05_late_write\n";
+    let payload = with_everything("fault", script, &build::fenceless_module()?)?;
+    let mut said = String::new();
+    let outcome = machine("fault").run(&recipes::machines()?, &payload, |line| {
+        said.push_str(line);
+        said.push('\n');
+    })?;
+    let caught = outcome.verdict().and_then(|()| {
+        anyhow::ensure!(
+            said.contains(LATE_WRITE),
+            "tap.s05_late_write did not find that the fence is missing:\n{said}"
+        );
+        Ok(())
+    });
+    tally.check("fault.missing-fence-is-caught", caught);
+    Ok(())
+}
+
 /// Random requests of a malicious frontend; each run says its seed.
 pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
     boot(
@@ -52,14 +76,12 @@ pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
 
 /// `options` are those of the module.
 fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()> {
-    let payload = with_everything(name, script)?;
+    let payload = with_everything(name, script, &build::module()?)?;
     let conf = payload.join("overlay/usr/lib/modprobe.d/test.conf");
     fs::write(&conf, format!("options xen-blkback-rs {options}\n"))
         .with_context(|| format!("cannot write {}", conf.display()))?;
-    let mut machine = Machine::new(name);
-    machine.timeout = Duration::from_secs(45 * 60);
     let mut reader = ktap::Reader::default();
-    let outcome = machine.run(&recipes::machines()?, &payload, |line| {
+    let outcome = machine(name).run(&recipes::machines()?, &payload, |line| {
         reader.line(line, tally)
     });
     reader.finish(tally);
@@ -70,13 +92,18 @@ fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()
     Ok(())
 }
 
-/// A payload with our module installed, the programs and a guest.
-pub(crate) fn with_everything(name: &str, script: &str) -> Result<std::path::PathBuf> {
+fn machine(name: &str) -> Machine {
+    let mut machine = Machine::new(name);
+    machine.timeout = Duration::from_secs(45 * 60);
+    machine
+}
+
+/// A payload with this module installed, the programs and a guest.
+pub(crate) fn with_everything(name: &str, script: &str, module: &Path) -> Result<PathBuf> {
     let payload = payload::new(name, script)?;
     let machines = recipes::machines()?;
-    let module = build::module()?;
     let programs = build::programs()?;
-    payload::add_installed(&payload, &machines, &module, Some(&programs))?;
+    payload::add_installed(&payload, &machines, module, Some(&programs))?;
     for program in build::program_files(&programs)? {
         payload::add_program(&payload, &program)?;
     }

@@ -6,5 +6,6 @@ use anyhow::Result;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     super::e2e::fuzz(tally)?;
-    super::e2e::deaths(tally)
+    super::e2e::deaths(tally)?;
+    super::e2e::fault(tally)
 }
