@@ -47,8 +47,8 @@ impl TapDisk {
     ///
     /// # Errors
     ///
-    /// `EFAULT` or `EINVAL` at the first one that cannot be read or is malformed; those before it
-    /// are taken.
+    /// `EINVAL` at the first one that is malformed; those before it are taken. `EFAULT` at the first
+    /// [`BATCH`] that cannot be read as a whole; those before these are taken.
     pub(super) fn commit(&self, epoch: u64, commits: UserArray) -> Result {
         let size = size_of::<Completion>();
         // CAST: at most `MAX_TAGS`.
@@ -81,9 +81,7 @@ impl TapDisk {
             }
         }
         inner.tell(queues);
-        if released && inner.is_ready() {
-            inner.kick();
-        }
+        inner.tell_released(released);
         // What one request has waited for may be gone now.
         self.announce(&mut inner);
         result
@@ -125,6 +123,7 @@ impl TapDisk {
     }
 
     fn take_back(&self, epoch: u64, handed: &Handed) {
+        let mut released = false;
         let mut inner = self.inner.lock();
         for (tag, generation) in handed.tags().iter().zip(handed.generations) {
             let returned = Completion {
@@ -136,9 +135,12 @@ impl TapDisk {
             if let Ok(commit) = returned.check() {
                 // It was delivered a moment ago, and nobody else may commit it: this cannot fail
                 // but by a process that guesses.
-                let _returned = inner.shadow.commit(epoch, &commit);
+                let committed = inner.shadow.commit(epoch, &commit);
+                // Its queue went while the tags were being written, which may take long.
+                released |= committed == Committed::Released;
             }
         }
+        inner.tell_released(released);
         self.announce(&mut inner);
     }
 }
@@ -147,5 +149,13 @@ impl Inner {
     /// True once the process has started the disk.
     pub(super) fn is_live(&self) -> bool {
         self.shadow.state() == crate::ring::tap::abi::STATE_LIVE
+    }
+
+    /// Tells the device that a frontend can be connected, if the last request without a queue was
+    /// among those that were `released`.
+    fn tell_released(&self, released: bool) {
+        if released && self.is_ready() {
+            self.kick();
+        }
     }
 }
