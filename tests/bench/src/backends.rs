@@ -28,6 +28,8 @@ pub(crate) enum Store {
 pub(crate) enum Way {
     /// From the guest, over a disk of xl; `{}` stands for the store's device node.
     Guest(&'static str),
+    /// From the guest, over a process of dom0 that serves this target with this engine.
+    Tap(&'static str, &'static str),
     /// From dom0, without a guest.
     Native,
 }
@@ -93,6 +95,9 @@ pub(crate) const ALL: &[Backend] = &[
     entry("phy-loop", "this driver over loop", Driver::Ours, Store::Loop, Way::Guest(PHY), Set::Full),
     entry("c-loop", "C driver over loop", PERSISTENT, Store::Loop, Way::Guest(PHY), Set::Full),
     entry("qdisk", "qdisk (QEMU)", Driver::None, Store::Memory, Way::Guest(QDISK), Set::Quick),
+    entry("tap-aio", "tap:aio, io_uring", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "uring"), Set::Full),
+    entry("tap-libaio", "tap:aio, Linux AIO", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "aio"), Set::Full),
+    entry("tap-null", "tap:null, no storage", Driver::Ours, Store::Memory, Way::Tap("null:256M", "uring"), Set::Named),
     entry("native", "dom0 itself, no guest", Driver::None, Store::Memory, Way::Native, Set::Full),
     entry("phy-wasteful", "this driver, built wasteful", Driver::Wasteful, Store::Memory, Way::Guest(PHY), Set::Named),
 ];

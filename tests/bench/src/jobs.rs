@@ -17,6 +17,8 @@ pub(crate) enum Work {
     Detach,
     /// The disks are there and nobody uses them, for `count` seconds.
     Idle,
+    /// The process that serves the disk is killed under load, `count` times.
+    Death,
 }
 
 /// The guest and the disks that a job needs.
@@ -89,20 +91,20 @@ const fn entry(
 }
 
 use Setting::{Disks, Plain, Queues};
-use Work::{Attach, Bonnie, Detach, Fio, Idle};
+use Work::{Attach, Bonnie, Death, Detach, Fio, Idle};
 
 /// All jobs.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Job] = &[
-    entry("rr4k-qd32", "4 KiB random read, depth 32", Fio(RR4K, 1), 3000, Plain, Set::Quick),
-    entry("rw4k-qd32", "4 KiB random write, depth 32", Fio("--rw=randwrite --bs=4k --iodepth=32", 1), 3000, Plain, Set::Full),
-    entry("rr4k-qd1", "4 KiB random read, depth 1", Fio("--rw=randread --bs=4k --iodepth=1", 1), 1200, Plain, Set::Quick),
-    entry("rw4k-qd1", "4 KiB random write, depth 1", Fio("--rw=randwrite --bs=4k --iodepth=1", 1), 1200, Plain, Set::Full),
-    entry("r1m-qd4", "1 MiB sequential read, depth 4", Fio("--rw=read --bs=1m --iodepth=4", 1), 90, Plain, Set::Quick),
-    entry("w1m-qd4", "1 MiB sequential write, depth 4", Fio("--rw=write --bs=1m --iodepth=4", 1), 90, Plain, Set::Quick),
-    entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", Fio("--rw=randwrite --bs=64k --iodepth=256", 4), 250, Plain, Set::Full),
-    entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", Fio("--rwmixread=80", 2), 1000, Plain, Set::Full),
-    entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", Fio("--rwmixread=20", 2), 1000, Plain, Set::Full),
+    entry("rr4k-qd32", "4 KiB random read, depth 32", Fio(RR4K, 1), 6000, Plain, Set::Quick),
+    entry("rw4k-qd32", "4 KiB random write, depth 32", Fio("--rw=randwrite --bs=4k --iodepth=32", 1), 6000, Plain, Set::Full),
+    entry("rr4k-qd1", "4 KiB random read, depth 1", Fio("--rw=randread --bs=4k --iodepth=1", 1), 3000, Plain, Set::Quick),
+    entry("rw4k-qd1", "4 KiB random write, depth 1", Fio("--rw=randwrite --bs=4k --iodepth=1", 1), 3000, Plain, Set::Full),
+    entry("r1m-qd4", "1 MiB sequential read, depth 4", Fio("--rw=read --bs=1m --iodepth=4", 1), 150, Plain, Set::Quick),
+    entry("w1m-qd4", "1 MiB sequential write, depth 4", Fio("--rw=write --bs=1m --iodepth=4", 1), 150, Plain, Set::Quick),
+    entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", Fio("--rw=randwrite --bs=64k --iodepth=256", 4), 500, Plain, Set::Full),
+    entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", Fio("--rwmixread=80", 2), 2000, Plain, Set::Full),
+    entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", Fio("--rwmixread=20", 2), 2000, Plain, Set::Full),
     entry("rr4k-2cpu", "4 KiB random read, 2 jobs of depth 32, 2 processors and queues", Fio(RR4K, 2), 1500, Queues, Set::Named),
     entry("fs80-2cpu", "file server, 80 % read, 2 jobs of depth 256, 2 processors and queues", Fio("--rwmixread=80", 2), 1000, Queues, Set::Named),
     entry("rr4k-4disks", "4 KiB random read, depth 32 on each of 4 disks", Fio(RR4K, 1), 800, Disks(4), Set::Full),
@@ -115,6 +117,7 @@ pub(crate) const ALL: &[Job] = &[
     entry("detach16", "16 disks go at once", Detach, 1, Disks(16), Set::Full),
     entry("detach64", "64 disks go at once", Detach, 1, Disks(64), Set::Full),
     entry("idle16", "16 disks that nobody uses", Idle, 10, Disks(16), Set::Full),
+    entry("death", "the process of the disk is killed, until the next one has answered", Death, 3, Plain, Set::Full),
 ];
 
 impl Job {
@@ -125,7 +128,7 @@ impl Job {
 
     /// Measured in the first round only: the others are the ones whose noise must be known.
     pub(crate) fn once(&self) -> bool {
-        self.work == Bonnie || self.setting != Plain
+        matches!(self.work, Bonnie | Death) || self.setting != Plain
     }
 
     /// What its figures are for one of.
@@ -135,6 +138,7 @@ impl Job {
             Bonnie => "MiB of the file",
             Attach | Detach => "disk",
             Idle => "disk and second",
+            Death => "death",
         }
     }
 

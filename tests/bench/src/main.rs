@@ -17,6 +17,7 @@ mod report;
 mod run;
 mod sample;
 mod sh;
+mod tap;
 mod trace;
 
 use clap::Parser;

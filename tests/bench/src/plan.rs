@@ -38,7 +38,7 @@ impl Plan {
     }
 
     pub(crate) fn rounds(&self) -> u32 {
-        self.rounds.unwrap_or(if self.quick { 1 } else { 3 }).max(1)
+        self.rounds.unwrap_or(if self.quick { 1 } else { 2 }).max(1)
     }
 }
 

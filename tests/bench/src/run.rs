@@ -11,6 +11,7 @@ use crate::memory::Memory;
 use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
+use crate::tap::{self, Supervisor};
 use crate::{bonnie, sh, trace};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
@@ -55,6 +56,7 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
         "backends": backends.iter().map(backend).collect::<Vec<_>>(),
         "jobs": jobs.iter().map(job).collect::<Vec<_>>(),
     }))?;
+    tap::end_supervisor()?;
     let mut drivers = Drivers::new(&plan.module)?;
     let stores = stores(&backends, &jobs)?;
     let mut marks = Marks::new();
@@ -94,10 +96,11 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
 }
 
 /// Jobs that are measured one after the other with a guest of their own, the most important first.
-const PARTS: [fn(&Job) -> bool; 4] = [
-    |job| job.setting == Setting::Plain && job.work != Work::Bonnie,
+const PARTS: [fn(&Job) -> bool; 5] = [
+    |job| job.setting == Setting::Plain && !matches!(job.work, Work::Bonnie | Work::Death),
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
+    |job| job.work == Work::Death,
     |job| job.work == Work::Bonnie,
 ];
 
@@ -186,22 +189,16 @@ impl Bench<'_> {
     /// Jobs on one disk that xl attaches, or on its store in dom0.
     fn plain(&mut self, backend: &Backend, jobs: &[Job], round: u32) -> Result<()> {
         let store = self.stores.path(backend.store).to_owned();
-        let device = match backend.way {
-            Way::Guest(disk) => {
-                self.guest.attach(&disk.replace("{}", &store))?;
-                self.check_server(backend.driver, XVDA)?;
-                "/dev/xvda".to_owned()
-            }
-            Way::Native => store,
-        };
+        let (device, supervisor) = self.attach(backend, &store)?;
         for job in jobs {
             let mut place = match backend.way {
-                Way::Guest(_) => Place::Guest(&mut self.guest),
+                Way::Guest(_) | Way::Tap(..) => Place::Guest(&mut self.guest),
                 Way::Native => Place::Dom0,
             };
             let devices = [device.clone()];
             let mut sample = match job.work {
                 Work::Bonnie => bonnie::measure(&mut place, job, &device, self.marks)?,
+                Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 _ => sample::fio(&mut place, job, &devices, self.marks)?,
             };
             if round == 0 && job.traced() {
@@ -210,10 +207,26 @@ impl Bench<'_> {
             }
             self.say(backend, job, sample)?;
         }
-        match backend.way {
-            Way::Guest(_) => self.guest.detach(),
-            Way::Native => Ok(()),
+        if backend.way != Way::Native {
+            self.guest.detach()?;
         }
+        supervisor.map_or(Ok(()), Supervisor::stop)
+    }
+
+    /// Gives the guest its disk; says where the jobs find it, and who supervises its process.
+    fn attach(&mut self, backend: &Backend, store: &str) -> Result<(String, Option<Supervisor>)> {
+        let mut supervisor = None;
+        let disk = match backend.way {
+            Way::Guest(disk) => disk.replace("{}", store),
+            Way::Tap(target, engine) => {
+                supervisor = Some(Supervisor::start(engine)?);
+                tap::disk(&target.replace("{}", store))
+            }
+            Way::Native => return Ok((store.to_owned(), None)),
+        };
+        self.guest.attach(&disk)?;
+        self.check_server(backend.driver, XVDA)?;
+        Ok(("/dev/xvda".to_owned(), supervisor))
     }
 
     /// Jobs on so many disks that appear at once, and what their coming and going costs.
@@ -303,6 +316,7 @@ fn fits(backend: &Backend, job: &Job) -> bool {
     let guest = matches!(backend.way, Way::Guest(_));
     let memory = backend.store == Store::Memory;
     match (job.setting, job.work) {
+        (_, Work::Death) => matches!(backend.way, Way::Tap("aio:{}", _)),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
         (Setting::Plain, _) => true,
         (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,

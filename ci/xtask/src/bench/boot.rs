@@ -7,7 +7,7 @@ use super::{counts, Args};
 use crate::machine::Machine;
 use crate::recipes::{self, Machines};
 use crate::root::Root;
-use crate::{build, payload, run as process};
+use crate::{build, install, payload, run as process};
 use anyhow::{ensure, Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -72,6 +72,10 @@ fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
             .context("cannot copy the wasteful build of the module")?;
     }
     payload::add_program(&dir, &programs.join("bench"))?;
+    let overlay = dir.join("overlay");
+    install::to(&module, Some(&programs), &overlay)?;
+    // Which driver is loaded is what is measured: no setting may choose one.
+    fs::remove_dir_all(overlay.join("usr/lib/modprobe.d"))?;
     payload::add_guest(&dir, machines, &programs.join("vmtest"))?;
     Ok(dir)
 }

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Disks that a process serves: the supervisor, and how soon it replaces a process that dies.
+
+use crate::guest::Guest;
+use crate::jobs::Job;
+use crate::mark::Marks;
+use crate::sample::{self, Place};
+use crate::sh;
+use anyhow::{bail, ensure, Context, Result};
+use ring::tap::abi::{Info, STATE_LIVE};
+use rustix::process::{kill_process, Pid, Signal};
+use serde_json::{json, Map, Value};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tapdev::control::Control;
+
+/// Options of each disk that the hotplug script makes.
+const SETTINGS: &str = "/etc/default/xentap";
+/// Where the supervisor listens.
+const SOCKET: &str = "/run/xentap/control.sock";
+/// How often is looked whether a request was answered.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// A disk as `xl` wants it.
+pub(crate) fn disk(target: &str) -> String {
+    format!("script=block-tap-rs,vdev=xvda,access=rw,target={target}")
+}
+
+/// The supervisor, while disks of processes are measured.
+#[derive(Debug)]
+pub(crate) struct Supervisor(Child);
+
+impl Supervisor {
+    /// Starts it; processes will use this engine.
+    pub(crate) fn start(engine: &str) -> Result<Supervisor> {
+        sh::put(SETTINGS, &format!("CREATE_OPTIONS='--engine {engine}'\n"))?;
+        let child = Command::new("blktapctrl")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("cannot start blktapctrl: is it installed?")?;
+        let mut supervisor = Supervisor(child);
+        sh::wait_for("an answer of blktapctrl", || {
+            let ended = supervisor.0.try_wait()?;
+            ensure!(ended.is_none(), "blktapctrl has ended: {ended:?}");
+            Ok(std::os::unix::net::UnixStream::connect(SOCKET).is_ok())
+        })?;
+        Ok(supervisor)
+    }
+
+    /// Ends it. Its disks must be gone.
+    pub(crate) fn stop(mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+}
+
+/// Ends the supervisor that the machine has started: it would be measured with every backend.
+pub(crate) fn end_supervisor() -> Result<()> {
+    sh::run(&["busybox", "killall", "-9", "blktapctrl"]).map(drop)
+}
+
+/// How long the guest waits for its disk when the process that serves it is killed. The speed is that
+/// of the first death: from the second one in a minute on the supervisor waits before it starts another
+/// process. The instructions and events of such a run are those of the load too.
+pub(crate) fn measure(
+    place: &mut Place<'_>,
+    number: u32,
+    job: &Job,
+    marks: &mut Marks,
+) -> Result<Map<String, Value>> {
+    let Place::Guest(guest) = place else {
+        bail!("only a guest waits for a process");
+    };
+    let mut seconds = Vec::new();
+    let run = sample::around(guest, marks, |guest| {
+        seconds = deaths(guest, number, job.count)?;
+        Ok(())
+    })?;
+    let (first, longest) = (seconds[0], seconds.iter().copied().fold(0.0, f64::max));
+    let mut value = Map::new();
+    let deaths = job.total(job.count);
+    value.insert("long".into(), run.json(deaths, 1.0 / first, first * 1e6));
+    let figures = json!({"ms, first death": first * 1e3, "ms, longest": longest * 1e3});
+    value.insert("figures".into(), figures);
+    Ok(value)
+}
+
+/// The one disk that a process serves.
+fn served() -> Result<Info> {
+    let info = Control::open()?.query(0)?;
+    info.context("the kernel has no tap disk")
+}
+
+/// Kills the process so many times while the guest reads, and waits each time until the next process
+/// has answered a request. Returns the seconds of each.
+fn deaths(guest: &mut Guest, number: u32, deaths: u32) -> Result<Vec<f64>> {
+    guest.run(
+        "fio --name=load --filename=/dev/xvda --direct=1 --rw=randread --bs=4k --ioengine=libaio \
+         --iodepth=1 --time_based --runtime=3600 >/tmp/load 2>&1 & echo $! >/tmp/load.pid",
+    )?;
+    let reads = format!(
+        "/sys/bus/xen-backend/devices/vbd-{}-{number}/statistics/rd_req",
+        guest.domid()
+    );
+    let mut seconds = Vec::new();
+    for _ in 0..deaths {
+        wait_reads(&reads, 100)?;
+        seconds.push(death(&reads)?);
+    }
+    // fio says how many errors it saw when it is ended.
+    guest
+        .run(
+            "kill -TERM $(cat /tmp/load.pid); until grep -q 'err=' /tmp/load; do usleep 10000; done; \
+             grep -q 'err= 0' /tmp/load || { cat /tmp/load; false; }",
+        )
+        .context("the guest saw the death of a process")?;
+    Ok(seconds)
+}
+
+/// One death: the seconds until the next process has answered.
+fn death(reads: &str) -> Result<f64> {
+    let old = served()?;
+    ensure!(
+        old.state == STATE_LIVE && old.pid != 0,
+        "no process serves the disk: {old:?}"
+    );
+    let pid = i32::try_from(old.pid).ok().and_then(Pid::from_raw);
+    let begun = std::time::Instant::now();
+    kill_process(pid.context("a process has a number")?, Signal::KILL)?;
+    sh::wait_every(LOOK, "the next process of the disk", || {
+        let info = served()?;
+        Ok(info.state == STATE_LIVE && info.pid != old.pid)
+    })?;
+    // What it answers first is what its predecessor left behind.
+    wait_reads(reads, 1)?;
+    Ok(begun.elapsed().as_secs_f64())
+}
+
+/// Waits until so many more reads were answered than now.
+fn wait_reads(file: impl AsRef<Path>, more: u64) -> Result<()> {
+    let now = || -> Result<u64> {
+        let text = sh::get(&file)?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("the driver counts `{text}` reads"))
+    };
+    let wanted = now()? + more;
+    sh::wait_every(LOOK, "answers to the guest", || Ok(now()? >= wanted))
+}
