@@ -21,13 +21,22 @@ impl Raw {
         Self { file, discard }
     }
 
-    /// Size of the disk: a block that is not whole at the end of a file is not a part of it.
+    /// Size of the disk. A file with a part of a block at its end is refused: it is either broken, or
+    /// no raw image, and what it has there would be out of reach.
     fn size(&self, block: u32) -> Result<u64, Failure> {
         let size = self
             .file
             .size()
             .map_err(|error| Failure::system("cannot see the image's size", &error))?;
-        let size = size - size % u64::from(block);
+        if size % u64::from(block) != 0 {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "the image has {size} bytes, which is not a multiple of its block of {block}: if \
+                     it is a raw image, make it larger with truncate --size=%{block}"
+                ),
+            ));
+        }
         if size == 0 {
             return Err(Failure::new(
                 Code::Image,

@@ -199,9 +199,9 @@ proptest! {
 #[test]
 fn shape_of_a_raw_image() {
     let runtime = Runtime::new();
-    let file = image(Name::Aio, 10 * 4096 + 512 + 100);
+    let file = image(Name::Aio, 10 * 4096 + 512);
     let (disk, shape) = try_open(&runtime, Name::Aio, &file, request(Name::Aio, &file)).unwrap();
-    assert_eq!(shape.size, 10 * 4096 + 512, "the end is not a whole sector");
+    assert_eq!(shape.size, 10 * 4096 + 512);
     assert_eq!(shape.logical_block, 512);
     assert!(
         shape.write_cache
@@ -222,6 +222,22 @@ fn shape_of_a_raw_image() {
 }
 
 #[test]
+fn part_of_a_sector_is_refused() {
+    let runtime = Runtime::new();
+    let file = image(Name::Aio, 4096 + 100);
+    let what = request(Name::Aio, &file);
+    let failure = try_open(&runtime, Name::Aio, &file, what.clone()).unwrap_err();
+    assert_eq!(failure.code, Code::Image);
+    assert!(failure.message.contains("4196") && failure.message.contains("truncate"));
+    // What is connected keeps its size.
+    file.as_file().set_len(8192).unwrap();
+    let (disk, _) = try_open(&runtime, Name::Aio, &file, what).unwrap();
+    file.as_file().set_len(10_000).unwrap();
+    let size = runtime.block_on(async move { disk.resize().await });
+    assert_eq!(size.unwrap().unwrap_err().code, Code::Image);
+}
+
+#[test]
 fn what_may_not_be_written_or_discarded() {
     let runtime = Runtime::new();
     let file = image(Name::Aio, 8192);
@@ -238,7 +254,7 @@ fn what_may_not_be_written_or_discarded() {
 #[test]
 fn image_that_cannot_be_served_is_refused() {
     let runtime = Runtime::new();
-    let empty = image(Name::Aio, 511);
+    let empty = image(Name::Aio, 0);
     let failure = try_open(&runtime, Name::Aio, &empty, request(Name::Aio, &empty)).unwrap_err();
     assert_eq!(failure.code, Code::Image);
     let io = runtime.io.clone();

@@ -4,6 +4,7 @@
 mod basic;
 mod death;
 mod faults;
+mod images;
 mod lifecycle;
 mod permission;
 mod replay;
@@ -303,6 +304,7 @@ pub(crate) fn all() -> Vec<Case> {
         replay::cases(),
         tap::cases(),
         death::cases(),
+        images::cases(),
         permission::cases(),
         tap_life::cases(),
     ];

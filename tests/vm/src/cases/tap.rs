@@ -69,12 +69,6 @@ pub(super) fn cases() -> Vec<Case> {
             pause,
         ),
         case(
-            "tap.missing",
-            "an image that is not there is refused quickly, and nothing is left",
-            Pv,
-            missing,
-        ),
-        case(
             "tap.nbd",
             "NBD clients read and write the same disk",
             Nothing,
@@ -320,7 +314,7 @@ fn sharing(context: &mut Context) -> Result<()> {
 }
 
 /// Removes what xl leaves in xenstore of a disk whose script failed, whichever script that is.
-fn forget_refused(domain: &str, vdev: &str) -> Result<()> {
+pub(super) fn forget_refused(domain: &str, vdev: &str) -> Result<()> {
     sh::run(&["xl", "block-detach", domain, vdev, "--force"]).map(drop)
 }
 
@@ -446,36 +440,6 @@ pub(super) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
         Duration::from_secs(60),
         || Ok(disk.info()?.committed >= before + count),
     )
-}
-
-fn missing(context: &mut Context) -> Result<()> {
-    let guest = context.pv()?;
-    let id = guest.domid.to_string();
-    for (target, words) in [
-        ("aio:/srv/vmtest/missing.img", "missing.img"),
-        ("qcow9:/srv/a", "qcow9"),
-        // xl takes the prefix away.
-        ("aio:a.img", "does not say which driver"),
-    ] {
-        let begun = std::time::Instant::now();
-        let refused = sh::status(
-            &["xl", "block-attach", &id, &tap::disk(target, VDEV, "w")],
-            Duration::from_secs(60),
-        )?;
-        ensure!(refused.rc != 0, "`xl block-attach` accepted {target}");
-        ensure!(
-            refused.text.contains(words),
-            "the refusal of {target} does not say {words}: {}",
-            sh::tail(&refused.text, 400)
-        );
-        ensure!(
-            begun.elapsed() < Duration::from_secs(25),
-            "xl took {} s to refuse {target}",
-            begun.elapsed().as_secs()
-        );
-        forget_refused(&id, VDEV)?;
-    }
-    Ok(())
 }
 
 fn nbd(context: &mut Context) -> Result<()> {
