@@ -2,7 +2,7 @@
 
 //! The tests of the crate `ring`: layouts, indices, requests, hostile frontends.
 //!
-//! The oracles and the fake shared page belong to the fuzz targets and are included from there.
+//! The oracles, the models and the fake shared page belong to the fuzz targets and are included from there.
 
 #![allow(
     dead_code,
@@ -19,6 +19,12 @@ pub mod oracle;
 pub mod request_case;
 #[path = "../../../tests/fuzz/src/ring_case.rs"]
 pub mod ring_case;
+#[path = "../../../tests/fuzz/src/tap_case.rs"]
+pub mod tap_case;
+#[path = "../../../tests/fuzz/src/tap_model.rs"]
+pub mod tap_model;
+#[path = "../../../tests/fuzz/src/tap_oracle.rs"]
+pub mod tap_oracle;
 
 mod honest;
 mod hostile;

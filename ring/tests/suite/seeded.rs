@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::oracle::Kind;
+use crate::tap_case::{self, Ran};
+use crate::tap_model::Seen;
 use crate::{request_case, ring_case};
 
 /// SplitMix64: enough randomness for inputs, in five lines.
@@ -97,5 +99,44 @@ fn random_ring_traffic_agrees_with_the_model() {
     assert!(
         taken > 50_000 && answered > 20_000 && events > 1_000,
         "runs are vacuous"
+    );
+}
+
+#[test]
+fn random_processes_of_a_tap_disk_agree_with_the_model() {
+    let mut random = Random(seed());
+    let mut all = Vec::new();
+    let mut arguments = [[0; 2]; tap_case::ARGUMENTS];
+    for _ in 0..30_000 {
+        let len = 80 + (random.next() % 600) as usize;
+        let input = random.bytes(len);
+        match tap_case::run(&input).expect("long enough") {
+            Ran::History(seen) => all.push(seen),
+            Ran::Argument(kind, accepted) => arguments[kind][usize::from(accepted)] += 1,
+        }
+    }
+    let sum = |what: fn(&Seen) -> u64| all.iter().map(what).sum::<u64>();
+    let often = [
+        ("posted", sum(|seen| seen.posted)),
+        ("delivered", sum(|seen| seen.delivered)),
+        ("committed", sum(|seen| seen.committed)),
+        ("refused", sum(|seen| seen.refused)),
+    ];
+    let at_times = [
+        ("replayed", sum(|seen| seen.replayed)),
+        ("blocked", sum(|seen| seen.blocked)),
+        ("returned", sum(|seen| seen.returned)),
+        ("released", sum(|seen| seen.released)),
+        ("malformed", sum(|seen| seen.malformed)),
+        ("deaths", sum(|seen| seen.deaths)),
+        ("failed", sum(|seen| seen.failed)),
+    ];
+    println!("{often:?}, {at_times:?}; refused and accepted: {arguments:?}");
+    let enough = |counts: &[(&str, u64)], least| counts.iter().all(|(_, count)| *count > least);
+    assert!(enough(&often, 20_000), "histories are vacuous");
+    assert!(enough(&at_times, 1_000), "something is rare");
+    assert!(
+        arguments.iter().flatten().all(|count| *count > 50),
+        "a check is one-sided"
     );
 }

@@ -10,3 +10,6 @@ pub mod fake;
 pub mod oracle;
 pub mod request_case;
 pub mod ring_case;
+pub mod tap_case;
+pub mod tap_model;
+pub mod tap_oracle;

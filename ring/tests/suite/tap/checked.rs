@@ -5,11 +5,13 @@
 use proptest::prelude::*;
 use ring::response::Status;
 use ring::tap::abi::{
-    self, Buffer, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, ParamHead,
+    self, Buffer, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry,
 };
 use ring::tap::checked::{Malformed, NewDisk, Outcome, UserArray};
 use ring::tap::params::{Discard, ParamError, Params, MAX_SECTORS};
 use zerocopy::IntoBytes;
+
+use crate::tap_oracle::{self, encode, record};
 
 #[test]
 fn completions() {
@@ -156,14 +158,6 @@ const LIMITS: DiscardLimits = DiscardLimits {
     reserved: 0,
 };
 
-fn record(kind: u32, body: &[u8]) -> Vec<u8> {
-    let head = ParamHead {
-        kind,
-        len: body.len() as u32,
-    };
-    [head.as_bytes(), body].concat()
-}
-
 fn described(geometry: &Geometry) -> Result<Params, ParamError> {
     Params::parse(&record(abi::PARAM_GEOMETRY, geometry.as_bytes()))
 }
@@ -309,34 +303,10 @@ fn discard_limits() {
     assert_eq!(check(wrong), Err(ParamError::Reserved));
 }
 
-/// A description in the bytes that a process would send.
-fn encode(params: &Params) -> Vec<u8> {
-    let flag = |on: bool, flag: u32| if on { flag } else { 0 };
-    let geometry = Geometry {
-        sectors: params.sectors,
-        logical_block: params.logical_block,
-        physical_block: params.physical_block,
-        flags: flag(params.read_only, abi::GEOMETRY_READ_ONLY)
-            | flag(params.write_cache, abi::GEOMETRY_WRITE_CACHE),
-        reserved: 0,
-    };
-    let mut bytes = record(abi::PARAM_GEOMETRY, geometry.as_bytes());
-    if let Some(discard) = params.discard {
-        let limits = DiscardLimits {
-            granularity: discard.granularity,
-            alignment: discard.alignment,
-            secure: discard.secure.into(),
-            reserved: 0,
-        };
-        bytes.extend(record(abi::PARAM_DISCARD, limits.as_bytes()));
-    }
-    bytes
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// What is accepted is in its range, and says the same when it is said again.
+    /// What is accepted is what the oracle reads there.
     #[test]
     fn descriptions_with_any_bytes_changed(
         sectors in prop_oneof![Just(8u64), Just(MAX_SECTORS / 8 * 8), any::<u64>()],
@@ -364,21 +334,7 @@ proptest! {
             }
         }
         bytes.truncate(cut);
-        let Ok(params) = Params::parse(&bytes) else {
-            return Ok(());
-        };
-        let block = u64::from(params.logical_block);
-        prop_assert!(params.logical_block.is_power_of_two() && (512..=4096).contains(&block));
-        prop_assert!(params.physical_block.is_power_of_two());
-        prop_assert!(params.physical_block >= params.logical_block);
-        prop_assert!((1..=MAX_SECTORS).contains(&params.sectors));
-        prop_assert_eq!(params.sectors * 512 % block, 0);
-        if let Some(discard) = params.discard {
-            prop_assert!(discard.alignment < discard.granularity);
-            prop_assert_eq!(u64::from(discard.granularity) % block, 0);
-            prop_assert_eq!(u64::from(discard.alignment) % block, 0);
-        }
-        prop_assert_eq!(Params::parse(&encode(&params)), Ok(params));
+        tap_oracle::params(&bytes);
     }
 }
 

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The body of the fuzz target `tap`: what a hostile process of a tap disk does and says.
+//!
+//! An input is a history of a disk, or the bytes of one argument. A history is done to the shadow
+//! and to its model; an argument is read by the crate and by the oracle.
+
+use ring::response::Status;
+use ring::tap::checked::Outcome;
+use ring::tap::params::{Discard, Params};
+use ring::tap::shadow::{Op, Request, Tag};
+
+use crate::tap_model::{Pair, Seen, Step, QUEUES};
+use crate::tap_oracle;
+
+/// What became of an input.
+#[derive(Clone, Copy, Debug)]
+pub enum Ran {
+    /// A history.
+    History(Seen),
+    /// One argument of this kind, below [`ARGUMENTS`], and whether it was accepted.
+    Argument(usize, bool),
+}
+
+/// Kinds of arguments.
+pub const ARGUMENTS: usize = 5;
+/// Bytes of the record that comes first in a description.
+const GEOMETRY_LEN: usize = 32;
+
+/// Bytes that are taken one after the other.
+struct Input<'a>(&'a [u8]);
+
+impl Input<'_> {
+    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (bytes, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*bytes)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.bytes().map(|[byte]| byte)
+    }
+}
+
+/// Runs one input. One that is too short to be anything is ignored.
+pub fn run(data: &[u8]) -> Option<Ran> {
+    let mut input = Input(data);
+    let kind = input.byte()?;
+    if kind < 128 {
+        return argument(usize::from(kind) % ARGUMENTS, &mut input);
+    }
+    history(&mut input).map(Ran::History)
+}
+
+/// Reads an argument; most of them are bent until only a few things are wrong.
+fn argument(kind: usize, input: &mut Input<'_>) -> Option<Ran> {
+    let bent = input.byte()? % 8 != 0;
+    let accepted = match kind {
+        0 => tap_oracle::completion(&completion(input, bent, None)?).is_some(),
+        1 => tap_oracle::create(&create(input, bent)?),
+        2 => {
+            let mut bytes: [u8; 8] = input.bytes()?;
+            if bent {
+                bytes[4..].fill(0);
+            }
+            tap_oracle::destroy(&bytes)
+        }
+        3 => tap_oracle::exchange(&exchange(input, bent)?),
+        _ if bent => tap_oracle::params(&description(input)?).is_some(),
+        _ => tap_oracle::params(input.0).is_some(),
+    };
+    Some(Ran::Argument(kind, accepted))
+}
+
+/// A completion; if `bent`, one that may name this delivery.
+fn completion(input: &mut Input<'_>, bent: bool, delivery: Option<(Tag, u32)>) -> Option<[u8; 16]> {
+    let (how, mut bytes): (u8, [u8; 16]) = (input.byte()?, input.bytes()?);
+    if !bent {
+        return Some(bytes);
+    }
+    if let Some((tag, generation)) = delivery {
+        let generation = generation.wrapping_sub(u32::from(how % 16 == 0));
+        bytes[..2].copy_from_slice(&tag.to_le_bytes());
+        bytes[4..8].copy_from_slice(&generation.to_le_bytes());
+    }
+    bytes[2] = [0, 0, 0, 0, 0, 1, 1, 2][usize::from(bytes[2]) % 8];
+    bytes[3] = 0;
+    // Around the ends of the range of a result, and what has a meaning of its own.
+    let result = match how / 16 {
+        0 => i32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]),
+        1 => -95,
+        2 => -4090 - i32::from(bytes[8] % 8),
+        3 => i32::from(bytes[8] % 3) - 1,
+        4 => -i32::from(bytes[8]),
+        _ => 0,
+    };
+    bytes[8..12].copy_from_slice(&result.to_le_bytes());
+    if how % 16 > 1 {
+        bytes[12..].fill(0);
+    }
+    Some(bytes)
+}
+
+fn create(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
+    let (how, mut bytes): (u8, [u8; 48]) = (input.byte()?, input.bytes()?);
+    if bent {
+        let version = 1 + u32::from(how % 32 == 0);
+        bytes[..4].copy_from_slice(&version.to_le_bytes());
+        match how / 64 {
+            0 => bytes[4..8].fill(0xff),
+            1 => {
+                // On both sides of the largest number.
+                let minor = (1 << 20) - 4 + u32::from(bytes[4] % 8);
+                bytes[4..8].copy_from_slice(&minor.to_le_bytes());
+            }
+            2 => bytes[6..8].fill(0),
+            _ => {}
+        }
+        let kib = u32::from(bytes[8] % 70) * 1024 + u32::from(bytes[9] / 250);
+        bytes[8..12].copy_from_slice(&kib.to_le_bytes());
+        let wrong = usize::from(how) % 32;
+        bytes[16..].iter_mut().enumerate().for_each(|(at, byte)| {
+            *byte *= u8::from(at == wrong && how & 32 != 0);
+        });
+    }
+    Some(bytes)
+}
+
+fn exchange(input: &mut Input<'_>, bent: bool) -> Option<[u8; 32]> {
+    let (how, mut bytes): (u8, [u8; 32]) = (input.byte()?, input.bytes()?);
+    if bent {
+        for (at, how) in [(0, how % 16), (16, how / 16)] {
+            // Lengths around the longest, and addresses so near the end that it matters.
+            bytes[at + 10..at + 12].fill(0);
+            bytes[at + 9] %= 17;
+            if how % 2 == 0 {
+                bytes[at + 2..at + 8].fill(0xff);
+            }
+            if how != 15 {
+                bytes[at + 12..at + 16].fill(0);
+            }
+        }
+    }
+    Some(bytes)
+}
+
+/// The records of a disk that is possible or nearly so, with some bytes changed.
+fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
+    let [size, blocks, flags, discards] = input.bytes()?;
+    let sectors = u64::from_le_bytes(input.bytes()?) >> (size % 64);
+    let whole = if size < 192 { !7 } else { !0 };
+    let units = |number: u8| u32::from(number) << (9 + blocks % 5);
+    let params = Params {
+        sectors: sectors & whole,
+        logical_block: 512 << (blocks % 5),
+        physical_block: 512 << (blocks / 16 % 8),
+        read_only: flags & 1 != 0,
+        write_cache: flags & 2 != 0,
+        discard: (flags & 4 != 0).then_some(Discard {
+            granularity: units(discards / 16),
+            alignment: units(discards % 4),
+            secure: flags & 8 != 0,
+        }),
+    };
+    let mut bytes = tap_oracle::encode(&params);
+    if flags & 16 != 0 && params.discard.is_some() {
+        // The other order.
+        bytes.rotate_left(GEOMETRY_LEN);
+    } else if blocks >= 240 {
+        bytes.extend_from_within(..GEOMETRY_LEN);
+    }
+    for _ in 0..flags / 64 {
+        let [at, value] = input.bytes()?;
+        let at = usize::from(at) % bytes.len();
+        bytes[at] = value;
+    }
+    if flags & 32 != 0 {
+        bytes.truncate(usize::from(input.byte()?));
+    }
+    Some(bytes)
+}
+
+fn history(input: &mut Input<'_>) -> Option<Seen> {
+    let tags = [1, 2, 3, 8, 24, 40][usize::from(input.byte()?) % 6];
+    let mut pair = Pair::with(tags, &[Step::Open, Step::Start(0)]);
+    while step(&mut pair, tags, input).is_some() {}
+    Some(pair.drain())
+}
+
+/// Does the next step, or several that belong together.
+fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
+    let [what, value] = input.bytes()?;
+    let queue = u16::from(value) % QUEUES;
+    // Mostly from the process that there is.
+    let ago = u64::from(value / 248);
+    let some = match value % 4 {
+        0 => usize::MAX,
+        few => usize::from(few),
+    };
+    match what % 64 {
+        0..=19 => post(pair, tags, value, input)?,
+        20..=28 => pair.apply(Step::Deliver(some, ago)),
+        29..=39 => {
+            let Some((tag, _)) = aim(pair, tags, value) else {
+                return Some(());
+            };
+            let how = input.byte()?;
+            let outcome = match how % 8 {
+                0 => Outcome::Returned,
+                1 => Outcome::Finished(Status::Error),
+                2 => Outcome::Finished(Status::NotSupported),
+                _ => Outcome::Finished(Status::Okay),
+            };
+            let beside = match how / 16 {
+                0 => 1,
+                1 => u32::MAX,
+                _ => 0,
+            };
+            let commit = Step::Commit(tag, outcome, beside, ago);
+            pair.apply(commit);
+            if how & 8 != 0 {
+                pair.apply(commit);
+            }
+        }
+        40..=44 => {
+            let delivery = aim(pair, tags, value);
+            let bytes = completion(input, value < 240, delivery)?;
+            pair.apply(Step::Say(bytes, ago));
+        }
+        45..=49 => pair.apply(Step::Reap(queue, some)),
+        50 => pair.apply(Step::Look),
+        51 => pair.apply(Step::Open),
+        52 => pair.apply(Step::Start(ago)),
+        53 => pair.apply(Step::Close),
+        54 => pair.apply(Step::Fence),
+        55 => pair.apply(Step::Withdraw(queue)),
+        56..=58 => pair.apply(Step::Orphan(queue)),
+        59 => pair.apply(Step::Fail(some)),
+        60 => {
+            // A death, after which nobody comes in time.
+            for step in [Step::Close, Step::Fence, Step::Fail(some)] {
+                pair.apply(step);
+            }
+        }
+        _ => {
+            for step in [Step::Close, Step::Fence, Step::Open, Step::Start(0)] {
+                pair.apply(step);
+            }
+        }
+    }
+    Some(())
+}
+
+/// A tag that the process has, or any, and its latest generation.
+fn aim(pair: &Pair, tags: u16, value: u8) -> Option<(Tag, u32)> {
+    let held = pair.held();
+    let tag = match value % 8 {
+        0 => u16::from(value / 8) % (tags + 1),
+        1 if value > 128 => Tag::MAX - u16::from(value),
+        _ => *held.get(usize::from(value / 8) % held.len().max(1))?,
+    };
+    Some((tag, pair.generation(tag)))
+}
+
+fn post(pair: &mut Pair, tags: u16, value: u8, input: &mut Input<'_>) -> Option<()> {
+    let [op, place, size, near] = input.bytes()?;
+    let tag = u16::from(value) % (tags + 1);
+    let queue = match op / 8 {
+        0 => 63,
+        1 => 64,
+        other => u16::from(other) % QUEUES,
+    };
+    let near = u64::from(near);
+    // Sizes around those of the granules of the index, at places where these meet.
+    let request = Request {
+        op: match op % 8 {
+            0..=2 => Op::Write,
+            3 | 4 => Op::Read,
+            5 => Op::Flush,
+            6 => Op::Discard,
+            _ if size & 64 == 0 => Op::WriteZeroes,
+            _ => Op::SecureDiscard,
+        },
+        preflush: size & 32 != 0 && op % 8 < 3,
+        fua: size & 16 != 0,
+        sector: match place % 8 {
+            0..=2 => u64::from(place / 8),
+            3 | 4 => 58 + near % 12,
+            5 => 4085 + near % 20,
+            6 => 8185 + near % 10,
+            // Where the largest disk ends.
+            _ => (1 << 54) - 128 + near % 128,
+        },
+        sectors: match size % 8 {
+            0..=3 => near % 16,
+            4 | 5 => 60 + near % 10,
+            6 => 4090 + near % 10,
+            _ => 1 << 21,
+        },
+        segments: u16::from(size),
+    };
+    pair.apply(Step::Post(tag, queue, request));
+    Some(())
+}

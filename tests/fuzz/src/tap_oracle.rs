@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A second, independent reading of what the process of a tap disk says: which arguments are right,
+//! and what they mean.
+//!
+//! Written from the field offsets in wide integers. The bytes are those of the host.
+
+use ring::response::Status;
+use ring::tap::abi::{
+    Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, ParamHead, GEOMETRY_READ_ONLY,
+    GEOMETRY_WRITE_CACHE, PARAM_DISCARD, PARAM_GEOMETRY,
+};
+use ring::tap::checked::{Commit, Malformed, NewDisk, Outcome, UserArray};
+use ring::tap::params::{Discard, Params};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Entries of an array of an exchange at most.
+const MAX_ENTRIES: i128 = 4096;
+
+fn number(bytes: &[u8], at: usize, len: usize) -> i128 {
+    let mut wide = [0; 8];
+    wide[..len].copy_from_slice(&bytes[at..at + len]);
+    u64::from_le_bytes(wide).into()
+}
+
+/// What speaks against an argument: a condition and the error that says so.
+type Defects<'a> = &'a [(bool, Malformed)];
+
+/// Compares a check with this reading: right arguments are taken, wrong ones refused for a reason
+/// that they have.
+fn judge<T>(
+    what: &impl std::fmt::Debug,
+    got: Result<T, Malformed>,
+    defects: Defects<'_>,
+) -> Option<T> {
+    let defects: Vec<Malformed> = defects.iter().filter(|d| d.0).map(|d| d.1).collect();
+    match got {
+        Ok(value) => {
+            assert_eq!(defects, [], "accepted {what:x?}");
+            Some(value)
+        }
+        Err(error) => {
+            assert!(
+                defects.contains(&error),
+                "{error:?} refuses {what:x?}: {defects:?}"
+            );
+            None
+        }
+    }
+}
+
+/// Checks a completion; what it means, if it is well-formed.
+pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
+    let [tag, flags] = [0, 2].map(|at| number(bytes, at, 2));
+    let [generation, reserved] = [4, 12].map(|at| number(bytes, at, 4));
+    let signed = number(bytes, 8, 4) - (number(bytes, 8, 4) >> 31 << 32);
+    let in_range = match flags {
+        1 => signed == 0,
+        _ => (-4095..=0).contains(&signed),
+    };
+    let defects = [
+        (reserved != 0, Malformed::Reserved),
+        (flags > 1, Malformed::Flags),
+        (!in_range, Malformed::Range),
+    ];
+    let read = Completion::read_from_bytes(bytes).expect("sixteen bytes");
+    assert_eq!(read.as_bytes(), bytes, "it says something else");
+    let commit = judge(&read, read.check(), &defects)?;
+    let meaning = match (flags, signed) {
+        (1, _) => Outcome::Returned,
+        (_, 0) => Outcome::Finished(Status::Okay),
+        (_, -95) => Outcome::Finished(Status::NotSupported),
+        _ => Outcome::Finished(Status::Error),
+    };
+    assert_eq!(commit.outcome, meaning, "{read:x?}");
+    assert_eq!(i128::from(commit.tag), tag, "{read:x?}");
+    assert_eq!(i128::from(commit.generation), generation, "{read:x?}");
+    Some(commit)
+}
+
+/// Checks a request for a disk; true if it is accepted.
+pub fn create(bytes: &[u8; 48]) -> bool {
+    let [version, minor, arena, seconds] = [0, 4, 8, 12].map(|at| number(bytes, at, 4));
+    let any = minor == (1 << 32) - 1;
+    let defects = [
+        (version != 1, Malformed::Version),
+        (
+            bytes[16..].iter().any(|byte| *byte != 0),
+            Malformed::Reserved,
+        ),
+        (arena % 1024 != 0 || arena > 64 * 1024, Malformed::Range),
+        (!any && minor >= 1 << 20, Malformed::Range),
+    ];
+    let read = Create::read_from_bytes(bytes).expect("48 bytes");
+    let Some(disk) = judge(&read, read.check(), &defects) else {
+        return false;
+    };
+    let small = |number: i128| u32::try_from(number).expect("32 bits");
+    let meaning = NewDisk {
+        minor: (!any).then_some(small(minor)),
+        arena_kib: if arena == 0 { 4096 } else { small(arena) },
+        fail_after_s: (seconds > 0).then_some(small(seconds)),
+    };
+    assert_eq!(disk, meaning, "{read:x?}");
+    true
+}
+
+/// Checks a request to take a disk away; true if it is accepted.
+pub fn destroy(bytes: &[u8; 8]) -> bool {
+    let read = Destroy::read_from_bytes(bytes).expect("8 bytes");
+    let defects = [(number(bytes, 4, 4) != 0, Malformed::Reserved)];
+    let minor = judge(&read, read.check(), &defects);
+    assert!(minor.is_none_or(|minor| i128::from(minor) == number(bytes, 0, 4)));
+    minor.is_some()
+}
+
+/// Checks the argument of an exchange; true if it is accepted.
+pub fn exchange(bytes: &[u8; 32]) -> bool {
+    let mut defects = Vec::new();
+    for (at, size) in [(0, 16), (16, 2)] {
+        let (addr, len) = (number(bytes, at, 8), number(bytes, at + 8, 4));
+        let wraps = len > 0 && addr + len * size >= 1 << 64;
+        defects.push((number(bytes, at + 12, 4) != 0, Malformed::Reserved));
+        defects.push((len > MAX_ENTRIES || wraps, Malformed::Buffer));
+    }
+    let read = Exchange::read_from_bytes(bytes).expect("32 bytes");
+    let Some(arrays) = judge(&read, read.check(), &defects) else {
+        return false;
+    };
+    let same = |array: UserArray, at, size: u32| {
+        assert_eq!(i128::from(array.addr), number(bytes, at, 8));
+        assert_eq!(i128::from(array.len), number(bytes, at + 8, 4));
+        // What the kernel may touch ends before the end of memory.
+        let end = i128::from(array.addr) + i128::from(array.bytes(size));
+        assert!(array.len == 0 || end < 1 << 64, "{array:x?}");
+    };
+    same(arrays.commits, 0, 16);
+    same(arrays.tags, 16, 2);
+    true
+}
+
+/// Checks the records of `SET_PARAMS`; the disk that they describe, if they are right.
+pub fn params(bytes: &[u8]) -> Option<Params> {
+    let (got, meaning) = (Params::parse(bytes), meaning_of(bytes));
+    assert_eq!(
+        got.as_ref().ok(),
+        meaning.as_ref(),
+        "{got:?} for {bytes:x?}"
+    );
+    let params = got.ok()?;
+    assert_eq!(Params::parse(&encode(&params)), Ok(params), "said again");
+    assert!(params.may_become(&params));
+    Some(params)
+}
+
+fn meaning_of(bytes: &[u8]) -> Option<Params> {
+    let mut bodies: [Option<&[u8]>; 2] = [None; 2];
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let (head, behind) = rest.split_at_checked(8)?;
+        let len = usize::try_from(number(head, 4, 4)).ok()?;
+        let (body, behind) = behind.split_at_checked(len)?;
+        rest = behind;
+        let (place, size) = match number(head, 0, 4) {
+            1 => (0, 24),
+            2 => (1, 16),
+            _ => return None,
+        };
+        if len != size || bodies[place].replace(body).is_some() {
+            return None;
+        }
+    }
+    let geometry = bodies[0]?;
+    let sectors = number(geometry, 0, 8);
+    let [logical, physical, flags, reserved] = [8, 12, 16, 20].map(|at| number(geometry, at, 4));
+    let powers: Vec<i128> = (9..32).map(|bits| 1 << bits).collect();
+    let right = powers[..4].contains(&logical)
+        && powers.contains(&physical)
+        && physical >= logical
+        && sectors > 0
+        // A file's size fits into 63 bits.
+        && sectors * 512 < 1 << 63
+        && sectors * 512 % logical == 0
+        && flags <= 3
+        && reserved == 0;
+    let discard = match bodies[1] {
+        None => None,
+        Some(limits) if right => Some(meaning_of_limits(limits, logical)?),
+        Some(_) => return None,
+    };
+    right.then_some(Params {
+        sectors: sectors.try_into().ok()?,
+        logical_block: logical.try_into().ok()?,
+        physical_block: physical.try_into().ok()?,
+        read_only: flags & 1 != 0,
+        write_cache: flags & 2 != 0,
+        discard,
+    })
+}
+
+fn meaning_of_limits(limits: &[u8], block: i128) -> Option<Discard> {
+    let [granularity, alignment, secure, reserved] = [0, 4, 8, 12].map(|at| number(limits, at, 4));
+    let right = granularity % block == 0
+        && alignment % block == 0
+        && alignment < granularity
+        && secure <= 1
+        && reserved == 0;
+    right.then_some(Discard {
+        granularity: granularity.try_into().ok()?,
+        alignment: alignment.try_into().ok()?,
+        secure: secure == 1,
+    })
+}
+
+/// One record of `SET_PARAMS`.
+pub fn record(kind: u32, body: &[u8]) -> Vec<u8> {
+    let head = ParamHead {
+        kind,
+        len: body.len() as u32,
+    };
+    [head.as_bytes(), body].concat()
+}
+
+/// A description in the bytes that a process would send.
+pub fn encode(params: &Params) -> Vec<u8> {
+    let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+    let geometry = Geometry {
+        sectors: params.sectors,
+        logical_block: params.logical_block,
+        physical_block: params.physical_block,
+        flags: flag(params.read_only, GEOMETRY_READ_ONLY)
+            | flag(params.write_cache, GEOMETRY_WRITE_CACHE),
+        reserved: 0,
+    };
+    let mut bytes = record(PARAM_GEOMETRY, geometry.as_bytes());
+    if let Some(discard) = params.discard {
+        let limits = DiscardLimits {
+            granularity: discard.granularity,
+            alignment: discard.alignment,
+            secure: discard.secure.into(),
+            reserved: 0,
+        };
+        bytes.extend(record(PARAM_DISCARD, limits.as_bytes()));
+    }
+    bytes
+}
