@@ -28,12 +28,27 @@ const CHECK_EVERY: u32 = 100;
 
 /// Runs so many batches; true when all went well.
 pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<bool> {
+    let name = format!("hostile.fuzz_seed_{seed}_cases_{cases}");
+    reported(&name, device, |lab| {
+        batches(lab, seed, cases)?;
+        Ok(None)
+    })
+}
+
+/// Runs something that is reported as one case, with a note; true when all went well.
+pub(crate) fn reported(
+    name: &str,
+    device: Option<&PathBuf>,
+    body: impl FnOnce(&mut Lab) -> Result<Option<String>>,
+) -> Result<bool> {
     let mut lab = Lab::new(device)?;
     let mut report = Report::open(1)?;
     let start = Instant::now();
-    let outcome = batches(&mut lab, seed, cases).map(|()| None);
-    let name = format!("hostile.fuzz_seed_{seed}_cases_{cases}");
-    report.verdict(&name, start.elapsed().as_secs_f64(), &outcome)?;
+    let outcome = body(&mut lab).and_then(|note| {
+        note.map(|note| report.note(&note)).transpose()?;
+        Ok(None)
+    });
+    report.verdict(name, start.elapsed().as_secs_f64(), &outcome)?;
     if outcome.is_ok() {
         lab.finish()?;
     }

@@ -3,7 +3,8 @@
 //!
 //! It runs in dom0, plays toolstack and frontend, and lets dom0's own backend serve its rings: the
 //! grants and the event channels lead back to the same domain. `run` executes numbered attacks,
-//! `fuzz` sends random requests that a seed repeats. After each the same oracle looks at dom0:
+//! `fuzz` sends random requests that a seed repeats, `fuzz-tap` makes random calls as the process of
+//! a tap disk. After each the same oracle looks at dom0:
 //! good requests get right data, a neighbour's disk works, the kernel's log is short and calm,
 //! nothing is left behind.
 
@@ -11,6 +12,7 @@ mod cases;
 mod disk;
 mod evtchn;
 mod fuzz;
+mod fuzz_tap;
 mod grants;
 mod kmsg;
 mod lab;
@@ -67,6 +69,15 @@ enum Face {
         #[arg(long, default_value_t = 500)]
         cases: u32,
     },
+    /// Random calls of the process of a tap disk, under requests that must not suffer.
+    FuzzTap {
+        /// The seed; the same one makes the same calls.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// How many batches of requests and calls.
+        #[arg(long, default_value_t = 500)]
+        cases: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -93,5 +104,6 @@ fn start() -> Result<bool> {
         Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
         Face::TapLeave => tap::leave().map(|()| true),
         Face::Fuzz { seed, cases } => fuzz::run(seed, cases, cli.device.as_ref()),
+        Face::FuzzTap { seed, cases } => fuzz_tap::run(seed, cases, cli.device.as_ref()),
     }
 }

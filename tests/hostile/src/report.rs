@@ -35,6 +35,11 @@ impl Report {
         Ok(report)
     }
 
+    /// Tells the reader something.
+    pub(crate) fn note(&mut self, text: &str) -> Result<()> {
+        self.line(&format!("# {text}"))
+    }
+
     /// Records a verdict.
     pub(crate) fn verdict(
         &mut self,

@@ -6,7 +6,7 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::tap::scene::{serve_until, while_served, Scene};
 use crate::tap::server::{answer, done};
-use crate::tap::{Map, Node, Nowhere, TapDisk, SECTORS};
+use crate::tap::{expect, Map, Node, Nowhere, TapDisk, SECTORS};
 use crate::wire::{flush, rw, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{OP_READ, OP_WRITE};
@@ -14,7 +14,6 @@ use ring::tap::abi::{
     ioctl, Completion, COMPLETION_RETURNED, GEOMETRY_WRITE_CACHE, MMAP_ARENA, MMAP_DESCRIPTORS,
     NO_TAG, STATE_LIVE,
 };
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -54,19 +53,6 @@ pub(super) fn all() -> Vec<Case> {
             "the process scribbles over the arena while the guest writes and reads"
         ),
     ]
-}
-
-fn errno(result: io::Result<impl Sized>) -> i32 {
-    result.err().and_then(|e| e.raw_os_error()).unwrap_or(0)
-}
-
-fn expect(what: &str, result: io::Result<impl Sized>, wanted: &[i32]) -> Result<()> {
-    let got = errno(result);
-    ensure!(
-        wanted.contains(&got),
-        "{what}: error {got} instead of {wanted:?}"
-    );
-    Ok(())
 }
 
 fn tap_serve(lab: &mut Lab) -> Result<()> {
@@ -155,9 +141,7 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
             )?;
         }
         for len in [1, 64, 4096, 4097, u32::MAX] {
-            let commits = scene
-                .node
-                .exchange_nowhere((place, len), (Nowhere::Null, 0));
+            let commits = scene.node.exchange_at((place, len), (Nowhere::Null, 0));
             expect("completions nowhere", commits, &fault)?;
             expect(
                 "records nowhere",
@@ -186,7 +170,7 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
         .disk
         .wait("requests that wait", |info| info.waiting == 8)?;
     for place in Nowhere::ALL {
-        let tags = scene.node.exchange_nowhere((Nowhere::Null, 0), (place, 8));
+        let tags = scene.node.exchange_at((Nowhere::Null, 0), (place, 8));
         expect("tags nowhere", tags, &fault)?;
     }
     for flags in [2, u16::MAX] {

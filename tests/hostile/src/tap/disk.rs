@@ -66,10 +66,12 @@ impl TapDisk {
             ..Create::default()
         };
         let made = call(&control()?, ioctl::CREATE, &mut create);
-        Ok(made.map(|_| TapDisk {
-            minor: create.minor,
-            gone: false,
-        }))
+        Ok(made.map(|_| TapDisk::adopt(create.minor)))
+    }
+
+    /// The disk that somebody made under this number.
+    pub(crate) fn adopt(minor: u32) -> TapDisk {
+        TapDisk { minor, gone: false }
     }
 
     /// Its node.

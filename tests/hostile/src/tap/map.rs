@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A piece of a node in our memory. The kernel writes there too, so it is seen as atomics only.
 
+use super::Address;
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::io;
@@ -12,7 +13,12 @@ use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 pub(crate) struct Map {
     base: NonNull<u8>,
     len: usize,
+    /// Bytes behind those that nobody can touch.
+    guard: usize,
 }
+
+/// Bytes of a page.
+const PAGE: usize = 4096;
 
 // SAFETY: The mapping belongs to the value, and all accesses to it are atomic.
 unsafe impl Send for Map {}
@@ -44,7 +50,42 @@ impl Map {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
-        Ok(Map { base, len })
+        let guard = 0;
+        Ok(Map { base, len, guard })
+    }
+
+    /// One page of memory of our own; there is none behind it.
+    pub(crate) fn edge() -> io::Result<Map> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: A new mapping; nothing refers to its place.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                2 * PAGE,
+                libc::PROT_NONE,
+                flags,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        let map = Map {
+            base,
+            len: PAGE,
+            guard: PAGE,
+        };
+        map.protect(libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(map)
+    }
+
+    /// The address of a byte of an [`edge`](Map::edge).
+    pub(crate) fn address(&self, offset: usize) -> Address<'_> {
+        // What the kernel writes beyond the end must not be somebody's memory.
+        assert!(self.guard > 0, "there is no guard");
+        Address::of(&self.bytes()[offset..])
     }
 
     /// The bytes.
@@ -109,6 +150,6 @@ impl Map {
 impl Drop for Map {
     fn drop(&mut self) {
         // SAFETY: The mapping was made by `new`, and nobody can refer to it any more.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len + self.guard) };
     }
 }

@@ -8,6 +8,6 @@ pub(crate) mod scene;
 pub(crate) mod server;
 pub(crate) mod uring;
 
-pub(crate) use disk::{leave, query, TapDisk, SECTORS};
+pub(crate) use disk::{control, leave, query, TapDisk, SECTORS};
 pub(crate) use map::Map;
-pub(crate) use node::{Node, Nowhere};
+pub(crate) use node::{call, call_nowhere, expect, records, Address, Node, Nowhere};

@@ -2,16 +2,18 @@
 //! The node of a tap disk as its process sees it.
 
 use super::Map;
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     ioctl, Buffer, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead, Segment,
     MMAP_ARENA, MMAP_DESCRIPTORS, PARAM_DISCARD, PARAM_GEOMETRY,
 };
 use std::fs::File;
 use std::io::{self, Read};
+use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::AtomicU8;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Answers of one exchange that the helpers here take at most.
@@ -34,6 +36,40 @@ fn checked(result: i32) -> io::Result<i32> {
         return Err(io::Error::last_os_error());
     }
     Ok(result)
+}
+
+/// Sends an ioctl whose argument lies nowhere.
+pub(crate) fn call_nowhere(file: &File, number: u32, place: Nowhere) -> io::Result<i32> {
+    // SAFETY: There is no memory of ours at these places.
+    checked(unsafe { libc::ioctl(file.as_raw_fd(), number.into(), place.address()) })
+}
+
+/// A call fails with one of these errors, or works if 0 is among them.
+pub(crate) fn expect(what: &str, result: io::Result<impl Sized>, wanted: &[i32]) -> Result<()> {
+    let got = result.err().and_then(|error| error.raw_os_error());
+    let got = got.unwrap_or(0);
+    ensure!(
+        wanted.contains(&got),
+        "{what}: error {got} instead of {wanted:?}"
+    );
+    Ok(())
+}
+
+/// An address at which the kernel may read and write whatever it likes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Address<'a>(u64, PhantomData<&'a AtomicU8>);
+
+impl<'a> Address<'a> {
+    /// Where these bytes begin. What the kernel writes behind them must be nobody's memory.
+    pub(super) fn of(bytes: &'a [AtomicU8]) -> Address<'a> {
+        Address(bytes.as_ptr() as u64, PhantomData)
+    }
+}
+
+impl From<Nowhere> for Address<'_> {
+    fn from(place: Nowhere) -> Self {
+        Address(place.address(), PhantomData)
+    }
 }
 
 /// Addresses at which this process has no memory.
@@ -67,6 +103,35 @@ impl Nowhere {
     }
 }
 
+/// The records that describe a disk of this size, with `GEOMETRY_*`.
+pub(crate) fn records(sectors: u64, flags: u32) -> Vec<u8> {
+    let geometry = Geometry {
+        sectors,
+        logical_block: 512,
+        physical_block: 4096,
+        flags,
+        reserved: 0,
+    };
+    let discard = DiscardLimits {
+        granularity: 4096,
+        alignment: 0,
+        secure: 0,
+        reserved: 0,
+    };
+    let record = |kind, body: &[u8]| {
+        let head = ParamHead {
+            kind,
+            len: body.len() as u32,
+        };
+        [head.as_bytes(), body].concat()
+    };
+    let records = [
+        record(PARAM_GEOMETRY, geometry.as_bytes()),
+        record(PARAM_DISCARD, discard.as_bytes()),
+    ];
+    records.concat()
+}
+
 /// An open node.
 pub(crate) struct Node {
     pub(crate) file: File,
@@ -78,7 +143,11 @@ pub(crate) struct Node {
 impl Node {
     /// Opens a node and maps its areas.
     pub(crate) fn open(path: &Path) -> Result<Node> {
-        let file = Node::file(path, 0)?;
+        Node::of(Node::file(path, 0)?)
+    }
+
+    /// Maps the areas of an open node.
+    pub(crate) fn of(file: File) -> Result<Node> {
         let mut info = Info::default();
         call(&file, ioctl::INFO, &mut info).context("a node says nothing of itself")?;
         let (descriptors, arena) = (info.descriptors_len as usize, info.arena_len as usize);
@@ -106,31 +175,7 @@ impl Node {
 
     /// Describes a disk of this size, with `GEOMETRY_*`.
     pub(crate) fn describe(&self, sectors: u64, flags: u32) -> io::Result<()> {
-        let geometry = Geometry {
-            sectors,
-            logical_block: 512,
-            physical_block: 4096,
-            flags,
-            reserved: 0,
-        };
-        let discard = DiscardLimits {
-            granularity: 4096,
-            alignment: 0,
-            secure: 0,
-            reserved: 0,
-        };
-        let record = |kind, body: &[u8]| {
-            let head = ParamHead {
-                kind,
-                len: body.len() as u32,
-            };
-            [head.as_bytes(), body].concat()
-        };
-        let records = [
-            record(PARAM_GEOMETRY, geometry.as_bytes()),
-            record(PARAM_DISCARD, discard.as_bytes()),
-        ];
-        self.set_params(&records.concat())
+        self.set_params(&records(sectors, flags))
     }
 
     /// Describes the disk with any bytes.
@@ -150,8 +195,7 @@ impl Node {
 
     /// Sends an ioctl whose argument lies nowhere.
     pub(crate) fn call_nowhere(&self, number: u32, place: Nowhere) -> io::Result<i32> {
-        // SAFETY: There is no memory of ours at these places.
-        checked(unsafe { libc::ioctl(self.file.as_raw_fd(), number.into(), place.address()) })
+        call_nowhere(&self.file, number, place)
     }
 
     /// Starts delivery.
@@ -198,28 +242,32 @@ impl Node {
         call(&self.file, ioctl::EXCHANGE, &mut exchange).map(drop)
     }
 
-    /// An exchange with arrays that lie nowhere, or claim to be of any length there.
-    pub(crate) fn exchange_nowhere(
+    /// An exchange with arrays that lie nowhere or at an edge, and claim to be of any length there.
+    pub(crate) fn exchange_at<'a>(
         &self,
-        commits: (Nowhere, u32),
-        tags: (Nowhere, u32),
+        commits: (impl Into<Address<'a>>, u32),
+        tags: (impl Into<Address<'a>>, u32),
     ) -> io::Result<i32> {
-        let buffer = |(place, len): (Nowhere, u32)| Buffer {
-            addr: place.address(),
+        let buffer = |address: Address<'_>, len| Buffer {
+            addr: address.0,
             len,
             reserved: 0,
         };
         let mut exchange = Exchange {
-            commits: buffer(commits),
-            tags: buffer(tags),
+            commits: buffer(commits.0.into(), commits.1),
+            tags: buffer(tags.0.into(), tags.1),
         };
         call(&self.file, ioctl::EXCHANGE, &mut exchange)
     }
 
     /// Sleeps until there are tags, and reads them.
     pub(crate) fn read(&self) -> io::Result<Vec<u16>> {
-        let mut bytes = [0u8; 2 * BATCH];
-        let count = (&self.file).read(&mut bytes)?;
+        self.read_into(&mut [0u8; 2 * BATCH])
+    }
+
+    /// The same with this memory for the tags.
+    pub(crate) fn read_into(&self, bytes: &mut [u8]) -> io::Result<Vec<u16>> {
+        let count = (&self.file).read(bytes)?;
         let tags = bytes[..count].chunks_exact(2);
         Ok(tags
             .map(|tag| u16::from_ne_bytes([tag[0], tag[1]]))

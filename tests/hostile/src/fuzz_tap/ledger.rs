@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The requests of a batch, what was said of them, and how they have to end.
+
+use crate::rng::Rng;
+use crate::session::Session;
+use crate::tap::Node;
+use crate::wire::{flush, rw, Answer, Request, Seg, ERROR, OKAY, UNSUPPORTED};
+use anyhow::{ensure, Context, Result};
+use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE};
+use ring::tap::abi::{self, Desc};
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Places on the disk; two requests at one place overlap.
+const PLACES: usize = 24;
+/// Pages of a place.
+const PAGES: usize = 4;
+/// Requests of a batch at most.
+const REQUESTS: u64 = 11;
+/// The data pages before this one belong to the honest test.
+const FIRST_PAGE: usize = 3;
+/// Sectors of a page.
+const SECTORS: u64 = 8;
+
+/// How a request has to end.
+#[derive(Clone, Debug)]
+enum Fate {
+    /// Executed; a read has these values, one for each page.
+    Right(Vec<u32>),
+    /// Failed by the process, with this status.
+    Failed(i16),
+    /// The process said that it was executed, and did nothing.
+    Lie,
+}
+
+#[derive(Clone, Debug)]
+struct Asked {
+    request: Request,
+    op: u8,
+    place: usize,
+    /// Its data pages.
+    pages: std::ops::Range<usize>,
+    /// What a write writes.
+    value: u32,
+    fate: Option<Fate>,
+    /// A process had it when it died.
+    replay: bool,
+}
+
+/// What a process says of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It has executed it.
+    Right,
+    /// It failed, with this errno.
+    Failed(i32),
+    /// It claims to have executed it.
+    Lie,
+}
+
+/// The requests of a batch, and what the disk holds.
+pub(super) struct Ledger {
+    asked: Vec<Asked>,
+    /// Number of the first of them in arrival order.
+    first: u64,
+    content: [[u32; PAGES]; PLACES],
+    /// A process died during the batch.
+    died: bool,
+}
+
+impl Ledger {
+    /// Of a disk that holds zeroes.
+    pub(super) fn new() -> Ledger {
+        Ledger {
+            asked: Vec::new(),
+            first: 0,
+            content: [[0; PAGES]; PLACES],
+            died: false,
+        }
+    }
+
+    /// Sends the requests of a batch. Returns how many.
+    pub(super) fn ask(&mut self, session: &mut Session, rng: &mut Rng) -> Result<usize> {
+        self.first += self.asked.len() as u64;
+        self.asked.clear();
+        self.died = false;
+        let count = 1 + rng.below(REQUESTS);
+        let mut page = FIRST_PAGE;
+        for id in 0..count {
+            let length = 1 + rng.below(PAGES as u64) as usize;
+            let (place, value) = (rng.below(PLACES as u64) as usize, rng.next() as u32);
+            let op = rng.pick(&[
+                abi::OP_READ,
+                abi::OP_READ,
+                abi::OP_WRITE,
+                abi::OP_WRITE,
+                abi::OP_WRITE,
+                abi::OP_FLUSH,
+            ]);
+            let length = if op == abi::OP_FLUSH { 0 } else { length };
+            let pages = page..page + length;
+            page = pages.end;
+            let segs: Vec<Seg> = pages.clone().map(|page| session.seg(page)).collect();
+            let request = match op {
+                abi::OP_FLUSH => flush(id),
+                abi::OP_READ => rw(OP_READ, id, sector(place), &segs),
+                _ => rw(OP_WRITE, id, sector(place), &segs),
+            };
+            for word in pages.clone().flat_map(|page| session.data.page(page)) {
+                // A read must not find its answer there already.
+                word.store(if op == abi::OP_READ { !value } else { value }, Relaxed);
+            }
+            session.queue().push(&request);
+            self.asked.push(Asked {
+                request,
+                op,
+                place,
+                pages,
+                value,
+                fate: None,
+                replay: false,
+            });
+        }
+        session.queue().publish()?;
+        Ok(self.asked.len())
+    }
+
+    /// So many requests came that are not of a batch.
+    pub(super) fn skip(&mut self, count: u64) {
+        self.first += count;
+    }
+
+    /// True when all requests of the batch have a result.
+    pub(super) fn is_over(&self) -> bool {
+        self.asked.iter().all(|asked| asked.fate.is_some())
+    }
+
+    /// Those that have none.
+    pub(super) fn open(&self) -> Vec<&Request> {
+        let open = self.asked.iter().filter(|asked| asked.fate.is_none());
+        open.map(|asked| &asked.request).collect()
+    }
+
+    /// Which one a descriptor means; `None` for one that is not of a batch.
+    fn index(&self, desc: &Desc) -> Option<usize> {
+        let index = usize::try_from(desc.sequence.checked_sub(self.first)?).ok()?;
+        (index < self.asked.len()).then_some(index)
+    }
+
+    /// Checks a delivery.
+    pub(super) fn delivered(&self, node: &Node, desc: &Desc) -> Result<()> {
+        let mut bytes = 0;
+        for segment in node.segments(desc)? {
+            let end = u64::from(segment.offset) + u64::from(segment.len);
+            ensure!(
+                end <= node.info.arena_len && segment.offset % 512 == 0,
+                "{segment:?} of {desc:?}"
+            );
+            bytes += u64::from(segment.len);
+        }
+        let data = matches!(desc.op, abi::OP_READ | abi::OP_WRITE);
+        ensure!(
+            bytes == if data { desc.sectors * 512 } else { 0 },
+            "{bytes} bytes for {desc:?}"
+        );
+        let Some(index) = self.index(desc) else {
+            return Ok(());
+        };
+        let asked = &self.asked[index];
+        let wanted = match asked.op {
+            abi::OP_FLUSH => (0, 0),
+            _ => (sector(asked.place), asked.pages.len() as u64 * SECTORS),
+        };
+        ensure!(
+            asked.op == desc.op && wanted == (desc.sector, desc.sectors),
+            "{desc:?} for {:?}",
+            asked.request
+        );
+        ensure!(
+            asked.fate.is_none(),
+            "{desc:?} has a result already: {:?}",
+            asked.fate
+        );
+        let replay = desc.flags & abi::DESC_REPLAY != 0;
+        ensure!(
+            (replay || !asked.replay) && (self.died || !replay),
+            "a wrong mark of a replay: {desc:?}"
+        );
+        // Overlapping requests are delivered one after the other.
+        let data = |asked: &Asked| asked.op != abi::OP_FLUSH;
+        for earlier in &self.asked[..index] {
+            let reads = earlier.op == abi::OP_READ && asked.op == abi::OP_READ;
+            let overlaps = data(asked) && data(earlier) && earlier.place == asked.place;
+            ensure!(
+                !overlaps || reads || earlier.fate.is_some(),
+                "{desc:?} overtakes {:?}",
+                earlier.request
+            );
+        }
+        Ok(())
+    }
+
+    /// A process dies that has this one.
+    pub(super) fn left(&mut self, desc: &Desc) {
+        if let Some(index) = self.index(desc) {
+            self.asked[index].replay = true;
+        }
+    }
+
+    /// A process dies.
+    pub(super) fn died(&mut self) {
+        self.died = true;
+    }
+
+    /// The process has said how a request ended.
+    pub(super) fn ended(&mut self, desc: &Desc, verdict: Verdict) {
+        let Some(index) = self.index(desc) else {
+            return;
+        };
+        let asked = &mut self.asked[index];
+        let content = &mut self.content[asked.place][..asked.pages.len()];
+        if verdict == Verdict::Right && asked.op == abi::OP_WRITE {
+            content.fill(asked.value);
+        }
+        asked.fate = Some(match verdict {
+            Verdict::Right => Fate::Right(content.to_vec()),
+            Verdict::Failed(libc::EOPNOTSUPP) => Fate::Failed(UNSUPPORTED),
+            Verdict::Failed(_) => Fate::Failed(ERROR),
+            Verdict::Lie => Fate::Lie,
+        });
+    }
+
+    /// Compares the answers of a batch with what was said.
+    pub(super) fn judge(&self, session: &Session, answers: &[Answer]) -> Result<()> {
+        ensure!(answers.len() == self.asked.len(), "answers: {answers:?}");
+        for asked in &self.asked {
+            let request = &asked.request;
+            let mut own = answers.iter().filter(|a| a.id == request.id());
+            let answer = own.next().context("a request without an answer")?;
+            ensure!(own.next().is_none(), "two answers to {request:?}");
+            let fate = asked.fate.as_ref().context("no fate")?;
+            let status = match fate {
+                Fate::Right(_) | Fate::Lie => OKAY,
+                Fate::Failed(status) => *status,
+            };
+            ensure!(
+                answer.status == status && answer.op == request.echo(),
+                "{answer:?} answers {request:?}, whose fate is {fate:?}"
+            );
+            if let (Fate::Right(values), abi::OP_READ) = (fate, asked.op) {
+                for (page, value) in asked.pages.clone().zip(values) {
+                    holds(session, page, *value).with_context(|| format!("{request:?}"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads all places.
+    pub(super) fn verify(&self, session: &mut Session) -> Result<()> {
+        let pages = FIRST_PAGE..FIRST_PAGE + PAGES;
+        for (place, values) in self.content.iter().enumerate() {
+            let segs: Vec<Seg> = pages.clone().map(|page| session.seg(page)).collect();
+            session.expect(&rw(OP_READ, 1, sector(place), &segs), OKAY)?;
+            for (page, value) in pages.clone().zip(values) {
+                holds(session, page, *value).with_context(|| format!("place {place}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn sector(place: usize) -> u64 {
+    (place * PAGES) as u64 * SECTORS
+}
+
+fn holds(session: &Session, page: usize, value: u32) -> Result<()> {
+    let words = session.data.page(page);
+    let wrong = words.iter().position(|word| word.load(Relaxed) != value);
+    ensure!(
+        wrong.is_none() && words.len() * 4 == PAGE_SIZE,
+        "data page {page} does not hold {value:#x} from word {wrong:?} on"
+    );
+    Ok(())
+}

@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The process: what it has, what it has said, and the counters that must agree with that.
+
+use super::ledger::{Ledger, Verdict};
+use crate::queue::ANSWER;
+use crate::rng::Rng;
+use crate::tap::server::{done, Store};
+use crate::tap::uring::{Memory, Ring};
+use crate::tap::{Map, Node, TapDisk, SECTORS};
+use crate::wait;
+use anyhow::{bail, ensure, Context, Result};
+use ring::tap::abi::{
+    ioctl, Buffer, Completion, Desc, Info, COMPLETION_RETURNED, DESC_REPLAY, GEOMETRY_WRITE_CACHE,
+};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Old completions that are kept to be said again.
+const MEMORY: usize = 64;
+/// Commands that may wait or be on their way.
+const COMMANDS: usize = 4;
+
+/// What happened: a run in which something never did shows nothing of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Seen {
+    /// Requests that were executed.
+    executed: u32,
+    /// Those that it failed.
+    failed: u32,
+    /// Those that it only claimed to have executed.
+    lies: u32,
+    /// Those that it returned.
+    returned: u32,
+    /// Completions that were refused.
+    refused: u32,
+    /// Completions that were malformed.
+    malformed: u32,
+    /// Requests delivered again after a death.
+    replays: u32,
+    /// Processes that died with requests.
+    deaths: u32,
+    /// Commands that got requests.
+    fetched: u32,
+    /// Commands that failed as they should.
+    wrong: u32,
+}
+
+impl Seen {
+    /// True if everything happened.
+    pub(super) fn is_whole(&self) -> bool {
+        let Seen {
+            executed,
+            failed,
+            lies,
+            returned,
+            refused,
+            malformed,
+            replays,
+            deaths,
+            fetched,
+            wrong,
+        } = *self;
+        let all = [executed, failed, lies, returned, refused, malformed];
+        let rest = [replays, deaths, fetched, wrong];
+        all.iter().chain(&rest).all(|count| *count > 0)
+    }
+}
+
+/// What a completion does when it is taken.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Effect {
+    /// It names no delivery.
+    Refused,
+    /// It ends its batch.
+    Malformed,
+    /// The request is delivered again.
+    Returned(Desc),
+    /// The request has a result.
+    Ended(Desc, Verdict),
+}
+
+/// A command of io_uring that has not completed.
+enum Sent {
+    /// An exchange, whose completions may be malformed.
+    Exchange {
+        memory: Memory,
+        malformed: bool,
+        elsewhere: bool,
+    },
+    /// Any that must have one of these results.
+    Wrong(&'static [i32]),
+}
+
+/// A process that has the node open.
+pub(super) struct Process {
+    pub(super) node: Node,
+    /// A page before an address that cannot be touched.
+    pub(super) edge: Map,
+    ring: Ring,
+    sent: BTreeMap<u64, Sent>,
+    next: u64,
+    /// What it was delivered and has not ended.
+    held: Vec<Desc>,
+    /// Completions that were right once.
+    old: Vec<Completion>,
+    /// The disk's counters as they were and as they should change.
+    before: Info,
+    refused: u64,
+    committed: u64,
+    /// Of this process and those before.
+    pub(super) seen: Seen,
+}
+
+impl Process {
+    /// Opens the disk; an earlier process may have it for a moment longer.
+    pub(super) fn open(disk: &TapDisk) -> Result<Process> {
+        let file = wait::until("a node that can be opened", ANSWER, || {
+            match Node::file(&disk.path(), libc::O_NONBLOCK) {
+                Ok(file) => Ok(Some(file)),
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+                Err(error) => Err(error).context("a node cannot be opened"),
+            }
+        })?;
+        let node = Node::of(file)?;
+        Ok(Process {
+            before: node.info,
+            node,
+            edge: Map::edge()?,
+            ring: Ring::new()?,
+            sent: BTreeMap::new(),
+            next: 1,
+            held: Vec::new(),
+            old: Vec::new(),
+            refused: 0,
+            committed: 0,
+            seen: Seen::default(),
+        })
+    }
+
+    /// Describes and starts the disk.
+    pub(super) fn start(&mut self) -> Result<()> {
+        self.node
+            .describe(SECTORS, GEOMETRY_WRITE_CACHE)
+            .context("an honest description is refused")?;
+        self.node.start().context("an honest start is refused")
+    }
+
+    /// The process dies with all that it has; returns the next one, which has not started.
+    pub(super) fn die(mut self, disk: &TapDisk, ledger: &mut Ledger) -> Result<Process> {
+        self.drain(ledger)?;
+        self.judge(ledger)?;
+        self.seen.deaths += u32::from(!self.held.is_empty());
+        for desc in &self.held {
+            ledger.left(desc);
+            self.old.push(done(desc));
+        }
+        ledger.died();
+        let Process {
+            node,
+            ring,
+            old,
+            seen,
+            ..
+        } = self;
+        drop(ring);
+        drop(node);
+        let mut next = Process::open(disk)?;
+        next.old = old;
+        next.seen = seen;
+        Ok(next)
+    }
+
+    /// The counters since the last look are those of what was said.
+    pub(super) fn judge(&mut self, ledger: &Ledger) -> Result<()> {
+        let now = self.node.ask()?;
+        ensure!(
+            now.refused - self.before.refused == self.refused
+                && now.committed - self.before.committed == self.committed,
+            "{} completions were refused and {} taken: {:?}, then {now:?}",
+            self.refused,
+            self.committed,
+            self.before
+        );
+        let left = now.waiting + now.delivered;
+        ensure!(
+            left as usize == ledger.open().len(),
+            "{left} requests are left, not {:?}",
+            ledger.open()
+        );
+        (self.before, self.refused, self.committed) = (now, 0, 0);
+        Ok(())
+    }
+
+    /// Takes note of tags that were handed out.
+    pub(super) fn got(&mut self, tags: &[u16], ledger: &Ledger) -> Result<()> {
+        for tag in tags {
+            let desc = self.node.desc(*tag)?;
+            ensure!(desc.tag == *tag, "tag {tag} has {desc:?}");
+            let twice = self.held.iter().any(|held| held.tag == *tag);
+            ensure!(!twice, "tag {tag} was handed out twice");
+            ledger.delivered(&self.node, &desc)?;
+            self.seen.replays += u32::from(desc.flags & DESC_REPLAY != 0);
+            self.held.push(desc);
+        }
+        Ok(())
+    }
+
+    /// Fetches what there is, and executes and commits all that it has.
+    pub(super) fn serve(&mut self, store: &Store, ledger: &mut Ledger) -> Result<()> {
+        let tags = self.node.exchange(&[]).context("an honest fetch fails")?;
+        self.got(&tags, ledger)?;
+        self.drain(ledger)?;
+        let mut commits = Vec::new();
+        for desc in self.held.clone() {
+            store.execute(&self.node, &desc)?;
+            commits.push((done(&desc), Effect::Ended(desc, Verdict::Right)));
+        }
+        if commits.is_empty() {
+            std::thread::yield_now();
+            return Ok(());
+        }
+        let completions: Vec<Completion> = commits.iter().map(|(said, _)| *said).collect();
+        self.node.commit(&completions).context("an honest commit")?;
+        self.said(&commits, ledger);
+        Ok(())
+    }
+
+    /// What was said has its effects, up to what is malformed. True if something is.
+    pub(super) fn said(&mut self, said: &[(Completion, Effect)], ledger: &mut Ledger) -> bool {
+        for (completion, effect) in said {
+            let desc = match effect {
+                Effect::Malformed => {
+                    self.seen.malformed += 1;
+                    return true;
+                }
+                Effect::Refused => {
+                    self.refused(1);
+                    continue;
+                }
+                Effect::Returned(desc) => {
+                    self.seen.returned += 1;
+                    desc
+                }
+                Effect::Ended(desc, verdict) => {
+                    self.committed += 1;
+                    ledger.ended(desc, *verdict);
+                    match verdict {
+                        Verdict::Right => self.seen.executed += 1,
+                        Verdict::Failed(_) => self.seen.failed += 1,
+                        Verdict::Lie => self.seen.lies += 1,
+                    }
+                    desc
+                }
+            };
+            self.held.retain(|held| held.tag != desc.tag);
+            self.old.push(*completion);
+        }
+        let surplus = self.old.len().saturating_sub(MEMORY);
+        self.old.drain(..surplus);
+        false
+    }
+
+    /// So many completions were refused.
+    pub(super) fn refused(&mut self, count: usize) {
+        self.refused += count as u64;
+        self.seen.refused += count as u32;
+    }
+
+    /// A well-formed completion that names no delivery.
+    pub(super) fn false_completion(&self, rng: &mut Rng) -> Result<Completion> {
+        let (flags, result) = rng.pick(&[
+            (0, 0),
+            (0, 0),
+            (0, -libc::EIO),
+            (0, -4095),
+            (COMPLETION_RETURNED, 0),
+        ]);
+        let tags = self.node.info.tags as u16;
+        let (tag, generation) = match rng.below(4) {
+            0 if !self.old.is_empty() => {
+                let old = &self.old[rng.below(self.old.len() as u64) as usize];
+                (old.tag, old.generation)
+            }
+            1 => {
+                let beyond = tags + rng.below(u64::from(u16::MAX - tags) + 1) as u16;
+                (beyond, rng.next() as u32)
+            }
+            _ => {
+                let tag = match rng.below(2) {
+                    0 if !self.held.is_empty() => {
+                        self.held[rng.below(self.held.len() as u64) as usize].tag
+                    }
+                    _ => rng.below(tags.into()) as u16,
+                };
+                // A command that waits may bring the next delivery at any time, not a thousand.
+                let latest = self.node.desc(tag)?.generation;
+                let other = 1 + rng.below(1000) as u32;
+                let generation = match rng.below(2) {
+                    0 => latest.wrapping_sub(other),
+                    _ => latest.wrapping_add(1000 + other),
+                };
+                (tag, generation)
+            }
+        };
+        Ok(Completion {
+            tag,
+            flags,
+            generation,
+            result,
+            reserved: 0,
+        })
+    }
+
+    /// A request that it has and that is not in `but`.
+    pub(super) fn any_held(&self, rng: &mut Rng, but: &[u16]) -> Option<Desc> {
+        let free: Vec<&Desc> = self
+            .held
+            .iter()
+            .filter(|desc| !but.contains(&desc.tag))
+            .collect();
+        match free.len() {
+            0 => None,
+            many => Some(*free[rng.below(many as u64) as usize]),
+        }
+    }
+
+    /// True if a command may wait or be on its way.
+    pub(super) fn has_commands(&self) -> bool {
+        !self.sent.is_empty()
+    }
+
+    /// True if there is room for one more command.
+    pub(super) fn may_send(&self) -> bool {
+        self.sent.len() < COMMANDS
+    }
+
+    /// Sends an exchange. Its commits are taken when this returns, unless it is issued elsewhere.
+    pub(super) fn send(
+        &mut self,
+        said: &[(Completion, Effect)],
+        elsewhere: bool,
+        ledger: &mut Ledger,
+    ) -> Result<()> {
+        ensure!(said.is_empty() || !elsewhere, "commits without a moment");
+        let completions: Vec<Completion> = said.iter().map(|(said, _)| *said).collect();
+        let memory = Memory::new(&completions);
+        let payload = memory.payload();
+        let id = self.id();
+        self.ring
+            .command(&self.node, ioctl::EXCHANGE, payload, id, elsewhere)?;
+        let malformed = self.said(said, ledger);
+        let sent = Sent::Exchange {
+            memory,
+            malformed,
+            elsewhere,
+        };
+        self.sent.insert(id, sent);
+        self.drain(ledger)
+    }
+
+    /// Sends a command that is wrong and may wait only if `waits`; its result is one of these.
+    pub(super) fn send_wrong(
+        &mut self,
+        (number, payload): (u32, Buffer),
+        wanted: &'static [i32],
+        elsewhere: bool,
+        waits: bool,
+        ledger: &Ledger,
+    ) -> Result<()> {
+        let id = self.id();
+        self.ring
+            .command(&self.node, number, payload, id, elsewhere)?;
+        self.sent.insert(id, Sent::Wrong(wanted));
+        let begun = Instant::now();
+        while !waits && self.sent.contains_key(&id) {
+            let completion = self.ring.next(ANSWER)?;
+            let (id, result) = completion.context("no completion of a wrong command")?;
+            self.completed(id, result, ledger)?;
+            ensure!(begun.elapsed() < ANSWER, "a wrong command waits");
+        }
+        self.drain(ledger)
+    }
+
+    /// Asks for the end of a command that waits, which the node does not give up.
+    pub(super) fn cancel(&mut self, ledger: &Ledger) -> Result<()> {
+        // The kernel itself gives up one that is still on its way to a thread.
+        let here = |sent: &Sent| {
+            !matches!(
+                sent,
+                Sent::Exchange {
+                    elsewhere: true,
+                    ..
+                }
+            )
+        };
+        let Some(target) = self.sent.iter().find(|(_, s)| here(s)).map(|(id, _)| *id) else {
+            return Ok(());
+        };
+        let id = self.id();
+        self.ring.cancel(target, id)?;
+        const NOT_GIVEN_UP: &[i32] = &[-libc::EALREADY, -libc::ENOENT];
+        self.sent.insert(id, Sent::Wrong(NOT_GIVEN_UP));
+        self.drain(ledger)
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Takes the completions of commands that are there.
+    pub(super) fn drain(&mut self, ledger: &Ledger) -> Result<()> {
+        while let Some((id, result)) = self.ring.next(Duration::ZERO)? {
+            self.completed(id, result, ledger)?;
+        }
+        Ok(())
+    }
+
+    fn completed(&mut self, id: u64, result: i32, ledger: &Ledger) -> Result<()> {
+        let sent = self.sent.remove(&id);
+        match sent.with_context(|| format!("command {id} completes twice"))? {
+            Sent::Wrong(wanted) => {
+                let right = wanted.contains(&result);
+                ensure!(right, "a wrong command: {result}, not {wanted:?}");
+                self.seen.wrong += 1;
+            }
+            Sent::Exchange {
+                malformed: true, ..
+            } => {
+                let right = result == -libc::EINVAL;
+                ensure!(right, "a malformed completion: {result}");
+            }
+            Sent::Exchange { .. } if result == -libc::EBUSY => {}
+            Sent::Exchange { memory, .. } if result > 0 => {
+                let tags = memory.tags(result)?;
+                self.seen.fetched += 1;
+                self.got(&tags, ledger)?;
+            }
+            Sent::Exchange { .. } => bail!("an exchange completes with {result}"),
+        }
+        Ok(())
+    }
+}
