@@ -15,10 +15,11 @@ const LINE: u32 = 25;
 const MOST: f64 = 2.0;
 
 /// The backends that are shown, with their colours. The first one is what 1 stands for.
-const SHOWN: [(&str, &str); 4] = [
+const SHOWN: [(&str, &str); 5] = [
     ("c", "#2b2d42"),
     ("c-plain", "#8d99ae"),
     ("qdisk", "#e9a23b"),
+    ("tap-aio", "#2a9d8f"),
     (OURS, OURS_COLOUR),
 ];
 

@@ -5,10 +5,11 @@ use super::result::{Results, Row, IO, OURS};
 use std::fmt::Write;
 
 /// The backends that have a column.
-const SHOWN: [(&str, &str); 4] = [
+const SHOWN: [(&str, &str); 5] = [
     (OURS, "this driver"),
     ("c", "C, persistent"),
     ("c-plain", "C, not persistent"),
+    ("tap-aio", "tap:aio"),
     ("qdisk", "qdisk"),
 ];
 /// What is not the guest's own work.
