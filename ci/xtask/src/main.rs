@@ -50,8 +50,9 @@ enum Task {
         /// Run only this lane; may be given more than once.
         #[arg(long = "lane", value_name = "NAME")]
         lanes: Vec<lanes::Lane>,
-        /// Of the lane e2e, run only the tests whose name fits this pattern.
-        #[arg(long, default_value = "*", value_name = "PATTERN")]
+        /// Of the lane e2e, run only the tests whose name fits this pattern; of nightly, only this
+        /// part: fuzz, fuzz-tap, deaths, fault.
+        #[arg(long, default_value = lanes::ALL, value_name = "PATTERN")]
         only: String,
     },
     /// Check the sources without running them.

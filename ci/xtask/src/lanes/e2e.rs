@@ -64,16 +64,18 @@ pub(super) fn fault(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// Random requests of a malicious frontend, and random calls of a malicious process; each run says
-/// its seed.
+/// Random requests of a malicious frontend; each run says its seed.
 pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
     boot(
         tally,
         "fuzz",
         MAPPING,
         "exec /t/hostile fuzz --seed $$ --cases 2000\n",
-    )?;
-    // A boot of its own: a report has one plan, and so one program.
+    )
+}
+
+/// Random calls of a malicious process.
+pub(super) fn fuzz_tap(tally: &mut Tally) -> Result<()> {
     boot(
         tally,
         "fuzz-tap",

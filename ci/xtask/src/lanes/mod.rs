@@ -29,6 +29,9 @@ pub(crate) enum Lane {
     Nightly,
 }
 
+/// The pattern that fits all tests.
+pub(crate) const ALL: &str = "*";
+
 /// The lanes that run when none is named.
 const USUAL: &[Lane] = &[
     Lane::Host,
@@ -59,7 +62,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
             Lane::E2e => e2e::tests(&mut tally, only),
             Lane::Hostile => e2e::hostile(&mut tally),
             Lane::Bench => crate::bench::gate(&mut tally),
-            Lane::Nightly => nightly::tests(&mut tally),
+            Lane::Nightly => nightly::tests(&mut tally, only),
         };
         if let Err(error) = done {
             tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));

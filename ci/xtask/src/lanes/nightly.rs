@@ -1,11 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! What takes too long for each change.
 
+use super::e2e;
 use crate::tally::Tally;
-use anyhow::Result;
+use anyhow::{ensure, Result};
 
-pub(super) fn tests(tally: &mut Tally) -> Result<()> {
-    super::e2e::fuzz(tally)?;
-    super::e2e::deaths(tally)?;
-    super::e2e::fault(tally)
+/// A part of the lane, each of which boots a machine of its own.
+type Part = (&'static str, fn(&mut Tally) -> Result<()>);
+
+const PARTS: [Part; 4] = [
+    ("fuzz", e2e::fuzz),
+    ("fuzz-tap", e2e::fuzz_tap),
+    ("deaths", e2e::deaths),
+    ("fault", e2e::fault),
+];
+
+/// Runs the part that `only` names, or all parts.
+pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
+    let names = PARTS.map(|(name, _)| name);
+    ensure!(
+        only == super::ALL || names.contains(&only),
+        "there is no part `{only}` of the lane nightly: choose from {}",
+        names.join(", ")
+    );
+    for (name, run) in PARTS {
+        if only == super::ALL || only == name {
+            run(tally)?;
+        }
+    }
+    Ok(())
 }
