@@ -5,7 +5,8 @@ use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::{load_driver, Case, Context, Needs};
 use crate::backing::Dm;
-use crate::guest::{Config, Guest, Kind, COMMAND, RUN_DIR};
+use crate::console::Job;
+use crate::guest::{Config, Guest, Kind, Saved, Vbd, COMMAND, RUN_DIR};
 use crate::hotplug;
 use crate::leaks::{memory, Leaks};
 use crate::{sh, xs, Driver};
@@ -87,14 +88,20 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let load = guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
+    detach_used(guest, &vbd, load)?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    guest.run_for(&verify_job("/dev/xvda", 2, 60, 512), FIO)?;
+    compare(guest, "xvda", &device.path(), 2)?;
+    guest.detach(&vbd)
+}
+
+/// Takes a disk away on which a job works, and waits for the end of both.
+pub(super) fn detach_used(guest: &Guest, vbd: &Vbd, load: Job) -> Result<()> {
     let id = guest.domid.to_string();
     // The frontend may refuse an orderly detach of an open disk; force must work then.
-    let orderly = sh::status(
-        &["xl", "block-detach", &id, "xvda"],
-        Duration::from_secs(60),
-    )?;
-    if orderly.rc != 0 {
-        sh::run(&["xl", "block-detach", &id, "xvda", "--force"])?;
+    let limit = Duration::from_secs(60);
+    if sh::status(&["xl", "block-detach", &id, &vbd.vdev], limit)?.rc != 0 {
+        sh::run(&["xl", "block-detach", &id, &vbd.vdev, "--force"])?;
     }
     vbd.wait_gone()?;
     let done = guest.wait(load, COMMAND)?;
@@ -102,10 +109,28 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
         done.rc != 0,
         "the load did not notice that its disk was taken away"
     );
-    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
-    guest.run_for(&verify_job("/dev/xvda", 2, 60, 512), FIO)?;
-    compare(guest, "xvda", &device.path(), 2)?;
-    guest.detach(&vbd)
+    Ok(())
+}
+
+/// Saves the shared PV guest to a file that goes with the case.
+pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
+    let file = format!("{RUN_DIR}/{name}.save");
+    let theirs = file.clone();
+    context.at_end("remove the saved guest", move || {
+        Ok(std::fs::remove_file(theirs)?)
+    });
+    context.take_pv()?.save(&file)
+}
+
+/// Waits for a job that was running when its guest was saved.
+pub(super) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
+    let done = guest.wait(job, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed across save and restore: {}",
+        sh::tail(&done.text, 400)
+    );
+    Ok(())
 }
 
 fn save_restore(context: &mut Context) -> Result<()> {
@@ -114,23 +139,13 @@ fn save_restore(context: &mut Context) -> Result<()> {
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&verify_job("/dev/xvda", 8, 1_000_000, 512))?;
     wait_load(&vbd)?;
-    let file = format!("{RUN_DIR}/pv.save");
-    let theirs = file.clone();
-    context.at_end("remove the saved guest", move || {
-        Ok(std::fs::remove_file(theirs)?)
-    });
-    let saved = context.take_pv()?.save(&file)?;
+    let saved = save(context, "pv")?;
     vbd.wait_gone()?;
     let guest = saved.restore(&[job])?;
-    let done = guest.wait(job, FIO);
-    let vbd = crate::guest::Vbd::of(guest.domid, "xvda")?;
+    let ended = wait_saved(&guest, job);
+    let vbd = Vbd::of(guest.domid, "xvda")?;
     context.give_pv(guest);
-    let done = done?;
-    ensure!(
-        done.rc == 0,
-        "fio failed across save and restore: {}",
-        sh::tail(&done.text, 400)
-    );
+    ended?;
     context.check_driver(&vbd)?;
     let guest = context.pv()?;
     compare(guest, "xvda", &device.path(), 8)?;
@@ -187,10 +202,10 @@ fn rebind(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-/// A guest of the case's own, with one disk.
-fn own_guest(device: &str) -> Result<Guest> {
-    let mut config = Config::new("victim", Kind::Pv, 2);
-    config.disks.push(hotplug::disk(device, "xvda", "w")?);
+/// A guest of the case's own, with these disks.
+pub(super) fn own_guest(vcpus: u32, disks: Vec<String>) -> Result<Guest> {
+    let mut config = Config::new("victim", Kind::Pv, vcpus);
+    config.disks = disks;
     Guest::create(config)
 }
 
@@ -204,8 +219,8 @@ fn destroy_under_load(context: &mut Context) -> Result<()> {
             ("hw_queue_depth", "128"),
         ],
     )?;
-    let guest = own_guest(&device.path())?;
-    let vbd = crate::guest::Vbd::of(guest.domid, "xvda")?;
+    let guest = own_guest(2, vec![hotplug::disk(&device.path(), "xvda", "w")?])?;
+    let vbd = Vbd::of(guest.domid, "xvda")?;
     context.check_driver(&vbd)?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
@@ -218,8 +233,8 @@ fn destroy_hung(context: &mut Context) -> Result<()> {
     let disk = Dm::create("vmtest-hung", &format!("0 32768 linear {} 0", below.path()))?;
     let theirs = disk.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
-    let guest = own_guest(&disk.path())?;
-    let vbd = crate::guest::Vbd::of(guest.domid, "xvda")?;
+    let guest = own_guest(2, vec![hotplug::disk(&disk.path(), "xvda", "w")?])?;
+    let vbd = Vbd::of(guest.domid, "xvda")?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     disk.suspend()?;
@@ -282,10 +297,8 @@ fn kernel_memory() -> Result<u64> {
     Ok(held)
 }
 
-fn rmmod_in_use(context: &mut Context) -> Result<()> {
-    sh::modprobe("xen-blkfront", &[])?;
-    let device = context.null_blk(16, &[])?;
-    let vbd = attach_own(context, &device.path(), "xvdk")?;
+/// The module cannot be removed while a disk is used.
+pub(super) fn refuses_to_go(context: &Context) -> Result<()> {
     let refused = sh::status(
         &["rmmod", context.driver.sys_module()],
         Duration::from_secs(30),
@@ -294,6 +307,14 @@ fn rmmod_in_use(context: &mut Context) -> Result<()> {
         refused.rc != 0,
         "rmmod removed the module below a disk in use"
     );
+    Ok(())
+}
+
+fn rmmod_in_use(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    refuses_to_go(context)?;
     sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
     detach_own(&vbd)
 }

@@ -3,15 +3,15 @@
 
 use super::basic::{verify_job, FIO};
 use super::faults::{endless_load, wait_load};
+use super::lifecycle::{detach_used, own_guest, refuses_to_go, save, wait_saved};
 use super::tap::{image, same, wait_progress, DEVICE, VDEV};
 use super::{compare, Case, Context, Needs};
 use crate::console::Job;
-use crate::guest::{Config, Guest, Kind, Vbd, COMMAND, RUN_DIR};
+use crate::guest::{Guest, Vbd};
 use crate::hotplug;
 use crate::tap::{self, Served};
 use crate::{leaks, sh};
 use anyhow::{ensure, Result};
-use std::time::Duration;
 
 /// Disks of a guest that has many.
 const MANY: usize = 16;
@@ -85,12 +85,7 @@ fn save_restore(context: &mut Context) -> Result<()> {
     for disk in [&first, &second] {
         wait_progress(disk, 50)?;
     }
-    let file = format!("{RUN_DIR}/tap.save");
-    let theirs = file.clone();
-    context.at_end("remove the saved guest", move || {
-        Ok(std::fs::remove_file(theirs)?)
-    });
-    let saved = context.take_pv()?.save(&file)?;
+    let saved = save(context, "tap")?;
     first.wait_gone()?;
     second.wait_gone()?;
     ensure!(
@@ -116,15 +111,7 @@ fn after_restore(guest: &Guest, jobs: &[Job]) -> Result<()> {
         wait_progress(&Served::of(Vbd::of(guest.domid, vdev)?)?, 50)?;
     }
     guest.run("touch /tmp/stop")?;
-    for &job in jobs {
-        let done = guest.wait(job, FIO)?;
-        ensure!(
-            done.rc == 0,
-            "fio failed across save and restore: {}",
-            sh::tail(&done.text, 400)
-        );
-    }
-    Ok(())
+    jobs.iter().try_for_each(|&job| wait_saved(guest, job))
 }
 
 fn detach_under_load(context: &mut Context) -> Result<()> {
@@ -134,35 +121,17 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
     let disk = Served::attach(guest, &specification)?;
     let load = guest.start(&endless_load(DEVICE))?;
     wait_load(&disk.vbd)?;
-    let id = guest.domid.to_string();
-    // The frontend may refuse an orderly detach of an open disk; force must work then.
-    let limit = Duration::from_secs(60);
-    if sh::status(&["xl", "block-detach", &id, VDEV], limit)?.rc != 0 {
-        sh::run(&["xl", "block-detach", &id, VDEV, "--force"])?;
-    }
-    disk.vbd.wait_gone()?;
+    detach_used(guest, &disk.vbd, load)?;
     disk.wait_gone()?;
-    let done = guest.wait(load, COMMAND)?;
-    ensure!(
-        done.rc != 0,
-        "the load did not notice that its disk was taken away"
-    );
     let disk = Served::attach(guest, &specification)?;
     guest.run_for(&verify_job(DEVICE, 2, 60, 512), FIO)?;
     same(guest, &image, 2)?;
     disk.detach(guest)
 }
 
-/// A guest of the case's own.
-fn own_guest(disks: Vec<String>) -> Result<Guest> {
-    let mut config = Config::new("victim", Kind::Pv, 1);
-    config.disks = disks;
-    Guest::create(config)
-}
-
 fn destroy_under_load(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
-    let guest = own_guest(vec![tap::disk(&format!("aio:{image}"), VDEV, "w")])?;
+    let guest = own_guest(1, vec![tap::disk(&format!("aio:{image}"), VDEV, "w")])?;
     let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
     context.check_driver(&disk.vbd)?;
     guest.start(&endless_load(DEVICE))?;
@@ -179,7 +148,7 @@ fn many_disks(context: &mut Context) -> Result<()> {
         images.push(image(context, &format!("{name}.img"), 4)?);
     }
     let disk = |(name, image): (&String, &String)| tap::disk(&format!("aio:{image}"), name, "w");
-    let guest = own_guest(names.iter().zip(&images).map(disk).collect())?;
+    let guest = own_guest(1, names.iter().zip(&images).map(disk).collect())?;
     let disks = names
         .iter()
         .map(|name| Served::of(Vbd::of(guest.domid, name)?));
@@ -209,12 +178,7 @@ fn rmmod_in_use(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 8)?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
-    let module = context.driver.sys_module();
-    let refused = sh::status(&["rmmod", module], Duration::from_secs(30))?;
-    ensure!(
-        refused.rc != 0,
-        "rmmod removed the module below a tap disk in use"
-    );
+    refuses_to_go(context)?;
     let guest = context.pv()?;
     guest.run_for(&verify_job(DEVICE, 2, 60, 512), FIO)?;
     same(guest, &image, 2)?;
