@@ -12,7 +12,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -55,9 +55,9 @@ impl Process {
         command
             .args(["--control-fd", "0"])
             .stdin(Stdio::from(OwnedFd::from(listener)))
-            .current_dir("/")
-            // What a terminal sends to us is not meant for who serves a guest.
-            .process_group(0);
+            // It has a session of its own as soon as it runs: no process group here, a leader of
+            // which cannot have one.
+            .current_dir("/");
         if let Some((uid, gid)) = program.user {
             // It becomes that user by itself, after it has locked its memory.
             command.arg("--user").arg(format!("{uid}:{gid}"));

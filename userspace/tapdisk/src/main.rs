@@ -132,6 +132,7 @@ fn serve(args: &Args) -> Result<()> {
     }
     end_by_signal(&session).context("cannot wait for signals")?;
     if let Some(number) = args.control_fd {
+        leave_session().context("cannot leave the session of the supervisor")?;
         let socket = diskio::inherited(number)
             .with_context(|| format!("cannot use descriptor {number} as the control socket"))?;
         tapdisk::listen::listen(&session, socket).context("cannot use the control socket")?;
@@ -169,6 +170,17 @@ fn serve(args: &Args) -> Result<()> {
         .context("the disk cannot be served any longer")?;
     let failed = failed.take();
     failed.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// What a terminal sends to the supervisor is not meant for who serves a guest. Nor is the hangup that
+/// the kernel sends to a group with a stopped process when the group's parent in the session ends: a
+/// tapdisk that is stopped stays until somebody decides.
+fn leave_session() -> std::io::Result<()> {
+    match rustix::process::setsid() {
+        // Who started it gave it a group of its own, and with that its place.
+        Ok(_) | Err(rustix::io::Errno::PERM) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Serves a disk without a supervisor.

@@ -38,6 +38,8 @@ fn supervised_process_is_confined_and_ends_when_asked() {
     let (mut child, mut control) = start(&[]);
     let reply: Reply = control.ask(Request::Ping, &[]).unwrap();
     assert!(matches!(reply, Reply::Process(process) if process.pid == child.id()));
+    // A hangup of the supervisor's session does not reach it.
+    assert_eq!(status_of(&child, "NSsid:"), child.id().to_string());
     assert_eq!(status_of(&child, "NoNewPrivs:"), "1");
     assert_eq!(status_of(&child, "Seccomp:"), "2");
     assert_eq!(status_of(&child, "Threads:"), "1");

@@ -422,8 +422,14 @@ fn hanging(context: &mut Context) -> Result<(Guest, Served, u32)> {
 
 fn s16_closing(context: &mut Context) -> Result<()> {
     let (guest, disk, pid) = hanging(context)?;
-    // Nobody replaces it.
+    // Nobody replaces it. It stays as it is: the end of who started it is not its own.
     context.supervise(false)?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let state = status.lines().find(|line| line.starts_with("State:"));
+    ensure!(
+        state.is_some_and(|state| state.contains("T (stopped)")),
+        "a stopped tapdisk did not stay so when its supervisor ended: {state:?}"
+    );
     disk.signal(pid, libc::SIGKILL)?;
     xs::wait_value(
         &format!("{}/tap-status", disk.vbd.backend),
