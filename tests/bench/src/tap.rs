@@ -10,7 +10,6 @@ use anyhow::{bail, ensure, Context, Result};
 use ring::tap::abi::{Info, STATE_LIVE};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Map, Value};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tapdev::control::Control;
@@ -89,8 +88,8 @@ pub(crate) fn measure(
 }
 
 /// The one disk that a process serves.
-fn served() -> Result<Info> {
-    let info = Control::open()?.query(0)?;
+fn served(control: &Control) -> Result<Info> {
+    let info = control.query(0)?;
     info.context("the kernel has no tap disk")
 }
 
@@ -105,10 +104,10 @@ fn deaths(guest: &mut Guest, number: u32, deaths: u32) -> Result<Vec<f64>> {
         "/sys/bus/xen-backend/devices/vbd-{}-{number}/statistics/rd_req",
         guest.domid()
     );
-    let mut seconds = Vec::new();
+    let (control, mut seconds) = (Control::open()?, Vec::new());
     for _ in 0..deaths {
         wait_reads(&reads, 100)?;
-        seconds.push(death(&reads)?);
+        seconds.push(death(&control, &reads)?);
     }
     // fio says how many errors it saw when it is ended.
     guest
@@ -121,8 +120,8 @@ fn deaths(guest: &mut Guest, number: u32, deaths: u32) -> Result<Vec<f64>> {
 }
 
 /// One death: the seconds until the next process has answered.
-fn death(reads: &str) -> Result<f64> {
-    let old = served()?;
+fn death(control: &Control, reads: &str) -> Result<f64> {
+    let old = served(control)?;
     ensure!(
         old.state == STATE_LIVE && old.pid != 0,
         "no process serves the disk: {old:?}"
@@ -131,7 +130,7 @@ fn death(reads: &str) -> Result<f64> {
     let begun = std::time::Instant::now();
     kill_process(pid.context("a process has a number")?, Signal::KILL)?;
     sh::wait_every(LOOK, "the next process of the disk", || {
-        let info = served()?;
+        let info = served(control)?;
         Ok(info.state == STATE_LIVE && info.pid != old.pid)
     })?;
     // What it answers first is what its predecessor left behind.
@@ -140,9 +139,9 @@ fn death(reads: &str) -> Result<f64> {
 }
 
 /// Waits until so many more reads were answered than now.
-fn wait_reads(file: impl AsRef<Path>, more: u64) -> Result<()> {
+fn wait_reads(file: &str, more: u64) -> Result<()> {
     let now = || -> Result<u64> {
-        let text = sh::get(&file)?;
+        let text = sh::get(file)?;
         text.trim()
             .parse()
             .with_context(|| format!("the driver counts `{text}` reads"))
