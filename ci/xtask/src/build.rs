@@ -47,15 +47,19 @@ pub(crate) fn module_of(source: &Path) -> Result<PathBuf> {
 
 /// The build of the checkout that wastes what the driver saves; only the gate of the bench uses it.
 pub(crate) fn wasteful_module() -> Result<PathBuf> {
-    let flags = ["RUSTFLAGS_MODULE=--cfg=bench_wasteful"];
-    compile("module-wasteful", &repository()?, &flags)
+    planted("module-wasteful", "bench_wasteful")
 }
 
 /// The build of the checkout without the fence between a process that died and the next one; only the
 /// test of that fence uses it.
 pub(crate) fn fenceless_module() -> Result<PathBuf> {
-    let flags = ["RUSTFLAGS_MODULE=--cfg=fault_no_fence"];
-    compile("module-fenceless", &repository()?, &flags)
+    planted("module-fenceless", "fault_no_fence")
+}
+
+/// A build of the checkout that is never shipped, with this cfg.
+fn planted(name: &str, cfg: &str) -> Result<PathBuf> {
+    let flag = format!("RUSTFLAGS_MODULE=--cfg={cfg}");
+    compile(name, &repository()?, &[&flag])
 }
 
 /// Builds the module of `source` in the folder of objects `name`, with more words for make.

@@ -17,16 +17,12 @@ const PARTS: [Part; 4] = [
 
 /// Runs the part that `only` names, or all parts.
 pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
-    let names = PARTS.map(|(name, _)| name);
+    let wanted = |name| only == super::ALL || only == name;
+    let parts: Vec<Part> = PARTS.into_iter().filter(|part| wanted(part.0)).collect();
     ensure!(
-        only == super::ALL || names.contains(&only),
+        !parts.is_empty(),
         "there is no part `{only}` of the lane nightly: choose from {}",
-        names.join(", ")
+        PARTS.map(|(name, _)| name).join(", ")
     );
-    for (name, run) in PARTS {
-        if only == super::ALL || only == name {
-            run(tally)?;
-        }
-    }
-    Ok(())
+    parts.into_iter().try_for_each(|(_, run)| run(tally))
 }
