@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The version of the lines that are reported.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// The processor of dom0 that only some settings use; a machine for the others does not have it.
 const SECOND_PROCESSOR: &str = "/sys/devices/system/cpu/cpu1/online";
 
@@ -80,6 +80,7 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
                 marks: &mut marks,
                 report: &mut *report,
                 functions: plan.functions,
+                quick: plan.quick,
             };
             let done = bench.rounds(plan.rounds(), &backends, &jobs);
             // Also after a failure: the next part needs the memory and the driver.
@@ -121,6 +122,20 @@ fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
     Stores::create(&wanted, most(|_| true), used)
 }
 
+/// When a backend is measured.
+#[derive(Clone, Copy, Debug)]
+struct Visit {
+    round: u32,
+    /// How often some of its jobs were measured in this round before.
+    time: u32,
+}
+
+impl Visit {
+    fn is_first(self) -> bool {
+        self.round == 0 && self.time == 0
+    }
+}
+
 struct Bench<'a> {
     stores: &'a Stores,
     drivers: &'a mut Drivers,
@@ -128,6 +143,7 @@ struct Bench<'a> {
     marks: &'a mut Marks,
     report: &'a mut Report,
     functions: bool,
+    quick: bool,
 }
 
 impl Bench<'_> {
@@ -138,13 +154,8 @@ impl Bench<'_> {
             if round % 2 == 1 {
                 order.reverse();
             }
-            let jobs: Vec<Job> = jobs
-                .iter()
-                .filter(|job| round == 0 || !job.once())
-                .copied()
-                .collect();
             for backend in order {
-                self.one(&backend, &jobs, round)
+                self.one(&backend, jobs, round)
                     .with_context(|| format!("cannot measure `{}`", backend.name))?;
             }
         }
@@ -173,21 +184,31 @@ impl Bench<'_> {
                 .line(&json!({"functions": Drivers::functions()?}))?;
         }
         for setting in settings {
-            let jobs: Vec<Job> = jobs
-                .iter()
-                .filter(|job| job.setting == setting)
-                .copied()
-                .collect();
-            match setting {
-                Setting::Disks(count) => self.many(backend, &jobs, count)?,
-                Setting::Plain | Setting::Queues => self.plain(backend, &jobs, round)?,
+            let here = jobs.iter().filter(|job| job.setting == setting);
+            let here: Vec<Job> = here.copied().collect();
+            for time in 0..here.iter().map(|job| self.times(job)).max().unwrap_or(0) {
+                let again = here.iter().filter(|job| time < self.times(job));
+                let again: Vec<Job> = again.copied().collect();
+                let visit = Visit { round, time };
+                match setting {
+                    Setting::Disks(count) => self.many(backend, &again, count, visit)?,
+                    Setting::Plain | Setting::Queues => self.plain(backend, &again, visit)?,
+                }
             }
         }
         Ok(())
     }
 
+    fn times(&self, job: &Job) -> u32 {
+        if self.quick {
+            1
+        } else {
+            job.times()
+        }
+    }
+
     /// Jobs on one disk that xl attaches, or on its store in dom0.
-    fn plain(&mut self, backend: &Backend, jobs: &[Job], round: u32) -> Result<()> {
+    fn plain(&mut self, backend: &Backend, jobs: &[Job], visit: Visit) -> Result<()> {
         let store = self.stores.path(backend.store).to_owned();
         let (device, supervisor) = self.attach(backend, &store)?;
         for job in jobs {
@@ -201,11 +222,11 @@ impl Bench<'_> {
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 _ => sample::fio(&mut place, job, &devices, self.marks)?,
             };
-            if round == 0 && job.traced() {
+            if visit.is_first() && job.traced() {
                 let hypercalls = trace::per_io(&mut place, job, &devices)?;
                 sample.insert("hypercalls".into(), hypercalls);
             }
-            self.say(backend, job, sample)?;
+            self.say(backend, job, visit, sample)?;
         }
         if backend.way != Way::Native {
             self.guest.detach()?;
@@ -230,7 +251,7 @@ impl Bench<'_> {
     }
 
     /// Jobs on so many disks that appear at once, and what their coming and going costs.
-    fn many(&mut self, backend: &Backend, jobs: &[Job], count: u32) -> Result<()> {
+    fn many(&mut self, backend: &Backend, jobs: &[Job], count: u32, visit: Visit) -> Result<()> {
         let nodes: Vec<String> = self
             .stores
             .small()
@@ -250,7 +271,7 @@ impl Bench<'_> {
             self.check_server(backend.driver, *number)?;
         }
         if let Some(job) = of(Work::Attach) {
-            self.say(backend, job, long(run.whole(u64::from(count))))?;
+            self.say(backend, job, visit, long(run.whole(u64::from(count))))?;
         }
         let idle = match idle {
             Some((job, memory, without)) => {
@@ -265,17 +286,17 @@ impl Bench<'_> {
         for job in jobs.iter().filter(|job| matches!(job.work, Work::Fio(..))) {
             let mut place = Place::Guest(&mut self.guest);
             let sample = sample::fio(&mut place, job, &disks.in_guest(), self.marks)?;
-            self.say(backend, job, sample)?;
+            self.say(backend, job, visit, sample)?;
         }
         if let Some((job, memory, mut sample, mut each)) = idle {
             each.extend(Memory::now(&mut self.guest)?.each("after load", &memory, count));
             sample.insert("figures".into(), json!(each));
-            self.say(backend, job, sample)?;
+            self.say(backend, job, visit, sample)?;
         }
         let run = sample::around(&mut self.guest, self.marks, |guest| disks.go(guest))?;
         disks.forget()?;
         if let Some(job) = of(Work::Detach) {
-            self.say(backend, job, long(run.whole(u64::from(count))))?;
+            self.say(backend, job, visit, long(run.whole(u64::from(count))))?;
         }
         Ok(())
     }
@@ -289,7 +310,14 @@ impl Bench<'_> {
         })
     }
 
-    fn say(&mut self, backend: &Backend, job: &Job, mut sample: Map<String, Value>) -> Result<()> {
+    fn say(
+        &mut self,
+        backend: &Backend,
+        job: &Job,
+        visit: Visit,
+        mut sample: Map<String, Value>,
+    ) -> Result<()> {
+        sample.insert("round".into(), json!(visit.round));
         sample.insert("backend".into(), json!(backend.name));
         sample.insert("job".into(), json!(job.name));
         self.report.line(&json!({ "sample": sample }))

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// The version of the lines that this file understands.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 #[derive(Debug, Deserialize)]
 struct Plan {
@@ -42,6 +42,7 @@ struct Run {
 struct Sample {
     backend: String,
     job: String,
+    round: u32,
     /// What is taken off the other one: the same without most or all of its I/Os.
     short: Option<Run>,
     long: Run,
@@ -165,21 +166,49 @@ fn addresses(modules: &[(String, String)]) -> Modules {
         .collect()
 }
 
+/// The values of one figure. A round may have several: their mean counts then.
+#[derive(Debug, Default)]
+struct Values(BTreeMap<u32, Vec<f64>>);
+
+impl Values {
+    fn figure(&self) -> Option<Figure> {
+        let mean = |values: &Vec<f64>| values.iter().sum::<f64>() / values.len() as f64;
+        Figure::of(&self.0.values().map(mean).collect::<Vec<f64>>())
+    }
+}
+
+/// Values by the name of their figure.
+#[derive(Debug, Default)]
+struct Columns(BTreeMap<String, Values>);
+
+impl Columns {
+    fn add(&mut self, name: &str, round: u32, value: f64) {
+        let values = self.0.entry(name.to_string()).or_default();
+        values.0.entry(round).or_default().push(value);
+    }
+
+    fn figures(&self) -> BTreeMap<String, Figure> {
+        let figure = |(name, values): (&String, &Values)| Some((name.clone(), values.figure()?));
+        self.0.iter().filter_map(figure).collect()
+    }
+}
+
 fn row(
     backend: &Named,
     job: &Named,
     samples: &[&(Sample, Rc<There>)],
     marks: &[Counters],
 ) -> Result<Row> {
-    let mut instructions: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    let mut per_io: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let (mut instructions, mut per_io) = (Columns::default(), Columns::default());
+    let (mut speeds, mut further) = (Columns::default(), Columns::default());
     let mut functions: BTreeMap<String, f64> = BTreeMap::new();
     for (sample, there) in samples {
+        let round = sample.round;
         let between = |first: &Counters, last: &Counters| counts::between(first, last, there);
         let mut places = each(sample, marks, between)?;
         places.insert("total".into(), places.values().sum());
         for (name, value) in places {
-            instructions.entry(name).or_default().push(value);
+            instructions.add(&name, round, value);
         }
         let between =
             |first: &Counters, last: &Counters| counts::functions_between(first, last, there);
@@ -188,37 +217,31 @@ fn row(
             *functions.entry(name).or_default() += value / samples.len() as f64;
         }
         for (name, value) in others_per_io(sample) {
-            per_io.entry(name.to_string()).or_default().push(value);
+            per_io.add(name, round, value);
         }
+        for (name, value) in &sample.figures {
+            further.add(name, round, *value);
+        }
+        speeds.add("iops", round, sample.long.iops);
+        speeds.add("latency", round, sample.long.latency_us);
     }
-    let of_long = |pick: fn(&Run) -> f64| {
-        let values: Vec<f64> = samples
-            .iter()
-            .map(|(sample, _)| pick(&sample.long))
-            .collect();
-        Figure::of(&values)
-            .with_context(|| format!("{} was never measured on {}", job.name, backend.name))
+    let speed = |name: &str| {
+        let figure = speeds.0.get(name).and_then(Values::figure);
+        figure.with_context(|| format!("{} was never measured on {}", job.name, backend.name))
     };
-    let figures = |map: BTreeMap<String, Vec<f64>>| {
-        map.into_iter()
-            .filter_map(|(name, values)| Some((name, Figure::of(&values)?)))
-            .collect()
-    };
+    let median = |(name, figure): (String, Figure)| (name, figure.median);
     Ok(Row {
         backend: backend.name.clone(),
         job: job.name.clone(),
-        iops: of_long(|run| run.iops)?,
-        latency_us: of_long(|run| run.latency_us)?,
-        instructions: figures(instructions),
-        per_io: figures(per_io),
+        iops: speed("iops")?,
+        latency_us: speed("latency")?,
+        instructions: instructions.figures(),
+        per_io: per_io.figures(),
         hypercalls: samples
             .iter()
             .flat_map(|(sample, _)| sample.hypercalls.clone())
             .collect(),
-        figures: samples
-            .iter()
-            .flat_map(|(sample, _)| sample.figures.clone())
-            .collect(),
+        figures: further.figures().into_iter().map(median).collect(),
         functions,
     })
 }
@@ -276,7 +299,7 @@ fn more_ios(sample: &Sample) -> f64 {
 mod tests {
     use super::*;
 
-    const PLAN: &str = r#"{"format":2,"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
+    const PLAN: &str = r#"{"format":3,"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
     const SAMPLE: &str = r#"{"sample":{"backend":"phy","job":"j","round":0,
         "short":{"ios":10,"marks":[0,1],"iops":1.0,"latency_us":2.0,"dom0":{"events":1,"switches":0},"guest":{"events":1,"switches":0}},
         "long":{"ios":30,"marks":[1,2],"iops":4.0,"latency_us":2.0,"dom0":{"events":11,"switches":0},"guest":{"events":1,"switches":0}}}}"#;
@@ -302,6 +325,21 @@ mod tests {
         assert_eq!(row.instructions["Xen"].median, 10.0);
         assert_eq!(row.instructions["total"].median, 10.0);
         assert_eq!(row.per_io["events to dom0"].median, 0.5);
+    }
+
+    #[test]
+    fn mean_of_a_round_and_median_of_rounds() {
+        let mut collector = Collector::default();
+        collector.line(PLAN);
+        for (round, speed) in [(0, 10.0), (0, 30.0), (1, 30.0), (1, 50.0), (2, 90.0)] {
+            let mut sample: serde_json::Value = serde_json::from_str(SAMPLE).unwrap();
+            sample["sample"]["round"] = round.into();
+            sample["sample"]["long"]["iops"] = speed.into();
+            collector.line(&sample.to_string());
+        }
+        collector.line(r#"{"done":true}"#);
+        let iops = collector.results(&marks()).unwrap().rows[0].iops;
+        assert_eq!((iops.low, iops.median, iops.high), (20.0, 40.0, 90.0));
     }
 
     #[test]

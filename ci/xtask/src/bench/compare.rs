@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Two results: what changed beyond the noise.
 
-use super::result::{Figure, Results, Row, CONTROL, OURS};
+use super::result::{Figure, Results, Row, CONTROL, CONTROL_LIMIT, OURS};
 use std::fmt::Write;
 
 /// No change below this is believed, however close the rounds were: addresses and timers move.
@@ -26,7 +26,33 @@ pub(crate) fn compare(old: &Results, new: &Results) -> String {
         text,
         "  {compared} rows compared, {changed} figures changed beyond the noise"
     );
+    text.push_str(&agreement(old, new));
     text
+}
+
+/// How far apart the speeds are: two runs of one build should agree in each row as well as a run with
+/// itself.
+fn agreement(old: &Results, new: &Results) -> String {
+    let (mut compared, mut apart) = (0, Vec::new());
+    for row in &new.rows {
+        let before = old.row(&row.backend, &row.job);
+        let Some(before) = before.filter(|before| before.iops.median > 0.0) else {
+            continue;
+        };
+        compared += 1;
+        let change = row.iops.median / before.iops.median - 1.0;
+        if change.abs() > CONTROL_LIMIT {
+            let percent = change * 100.0;
+            apart.push(format!("{} {} {percent:+.1} %", row.backend, row.job));
+        }
+    }
+    let limit = CONTROL_LIMIT * 100.0;
+    let within = compared - apart.len();
+    let mut text = format!("  {within} of {compared} speeds are within {limit:.0} %");
+    if !apart.is_empty() {
+        let _ = write!(text, "; not {}", apart.join(", "));
+    }
+    text + "\n"
 }
 
 /// The noise of a row: the spread of its rounds, or what the control of its job shows.
@@ -93,6 +119,16 @@ mod tests {
             "{text}"
         );
         assert!(compare(&new, &old).contains("WORSE"));
+    }
+
+    #[test]
+    fn speeds_that_do_not_agree_are_named() {
+        let old = results(&[("phy", 100.0), ("c", 100.0), ("idle", 0.0)]);
+        let new = results(&[("phy", 106.0), ("c", 95.5), ("idle", 0.0)]);
+        let text = compare(&old, &new);
+        let wanted = "1 of 2 speeds are within 5 %; not phy j +6.0 %\n";
+        assert!(text.ends_with(wanted), "{text}");
+        assert!(compare(&old, &old).ends_with("2 of 2 speeds are within 5 %\n"));
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub(crate) struct Args {
     /// tests/bench/bounds.json allows.
     #[arg(long, conflicts_with_all = ["from", "backends", "jobs"])]
     bounds: bool,
-    /// How often each backend is measured (default: 3; with --quick: 1).
+    /// How often each backend is measured (default: 2; with --quick: 1).
     #[arg(long)]
     rounds: Option<u32>,
     /// Break off after so many minutes (default: 90); what was measured until then is kept.
@@ -115,7 +115,7 @@ fn bounded(backends: &str) -> Result<Args> {
     Ok(Args {
         backends: Some(backends.into()),
         jobs: Some(bounds::jobs()?),
-        rounds: Some(1),
+        quick: true,
         ..Args::default()
     })
 }
