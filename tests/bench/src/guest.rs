@@ -16,6 +16,11 @@ const NAME: &str = "bench";
 /// A disk that nobody uses: xl starts the process that serves qdisk only with a guest that has one.
 const IDLE: &str = "/run/bench/idle.img";
 
+/// What tells who hangs when a command of the guest does not end.
+const STATE: &str = "xl vcpu-list; tail -n 5 /var/log/xen/guest-bench.log; \
+     grep -E 'blk|xencons|evtchn' /proc/interrupts; xenstore-ls /local/domain/0/backend/vbd | grep -E 'state|dev ='; \
+     head /sys/bus/xen-backend/devices/vbd-*/statistics/*_req";
+
 /// A running guest.
 pub(crate) struct Guest {
     domid: String,
@@ -112,9 +117,10 @@ impl Guest {
         let mut text = String::new();
         let deadline = Instant::now() + sh::LIMIT;
         loop {
-            let line = self.line(deadline)?.with_context(|| {
-                format!("`{command}` did not end in the guest; so far it said: {text}")
-            })?;
+            let Some(line) = self.line(deadline)? else {
+                let state = sh::shell(STATE).unwrap_or_else(|error| format!("{error:#}"));
+                bail!("`{command}` did not end in the guest; so far it said: {text}; dom0 sees: {state}");
+            };
             if let Some(status) = line.strip_prefix(&done) {
                 ensure!(
                     status == "0",
