@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Where the payload of the tests lies in dom0.
-const PAYLOAD: &str = "/t/guest";
+pub(crate) const PAYLOAD: &str = "/t/guest";
+/// The kernel's command line.
+pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=4 panic=1 oops=panic";
 /// Where configurations, logs and saved guests go.
 pub(crate) const RUN_DIR: &str = "/run/vmtest";
 /// A boot takes a few seconds; on a loaded host many times that.
@@ -25,6 +27,17 @@ pub(crate) enum Kind {
     Pv,
     /// Hardware virtualised, without an emulated machine.
     Pvh,
+    /// Hardware virtualised, with a machine that QEMU emulates and a BIOS in it.
+    Hvm,
+}
+
+/// Where the guest's kernel comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Boot {
+    /// xl reads it from the payload of the tests.
+    Payload,
+    /// Its first disk: pygrub reads it there in dom0, or the BIOS of an HVM guest does.
+    Disk,
 }
 
 /// What a guest is made of.
@@ -34,6 +47,8 @@ pub(crate) struct Config {
     pub(crate) name: String,
     /// How it is virtualised.
     pub(crate) kind: Kind,
+    /// Where its kernel comes from.
+    pub(crate) boot: Boot,
     /// Virtual CPUs; the frontend asks for at most one queue for each.
     pub(crate) vcpus: u32,
     /// More words for the kernel's command line, such as `xen_blkfront.max_queues=2`.
@@ -48,6 +63,7 @@ impl Config {
         Config {
             name: name.to_owned(),
             kind,
+            boot: Boot::Payload,
             vcpus,
             cmdline: String::new(),
             disks: Vec::new(),
@@ -58,6 +74,7 @@ impl Config {
         let kind = match self.kind {
             Kind::Pv => "pv",
             Kind::Pvh => "pvh",
+            Kind::Hvm => "hvm",
         };
         let disks = self
             .disks
@@ -66,12 +83,26 @@ impl Config {
             .collect::<Vec<_>>()
             .join(", ");
         format!(
-            "name = '{}'\ntype = '{kind}'\nkernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\n\
-             memory = 384\nvcpus = {}\nextra = 'console=hvc0 loglevel=4 panic=1 oops=panic {}'\n\
+            "name = '{}'\ntype = '{kind}'\n{}memory = 384\nvcpus = {}\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\ndisk = [{disks}]\nvif = []\n\
              tsc_mode = 'native'\n",
-            self.name, self.vcpus, self.cmdline
+            self.name, self.boot_text(), self.vcpus
         )
+    }
+
+    fn boot_text(&self) -> String {
+        match (self.boot, self.kind) {
+            (Boot::Payload, _) => format!(
+                "kernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\nextra = '{CMDLINE} {}'\n",
+                self.cmdline
+            ),
+            // The BIOS reads an IDE disk sector by sector: minutes in emulation, for a kernel.
+            (Boot::Disk, Kind::Hvm) => format!(
+                "hdtype = 'ahci'\nvga = 'none'\nserial = 'file:{}'\n",
+                serial_path(&self.name).display()
+            ),
+            (Boot::Disk, _) => "bootloader = 'pygrub'\n".to_owned(),
+        }
     }
 }
 
@@ -280,6 +311,11 @@ impl Saved {
 /// The file that keeps everything a guest of this name printed.
 pub(crate) fn log_path(name: &str) -> PathBuf {
     Path::new(RUN_DIR).join(format!("{name}.log"))
+}
+
+/// The file that keeps what an HVM guest of this name said before it had its console.
+pub(crate) fn serial_path(name: &str) -> PathBuf {
+    Path::new(RUN_DIR).join(format!("{name}.serial"))
 }
 
 /// The backends in xenstore whose frontend is a disk: `vbd3` is that of `backendtype=tap`.

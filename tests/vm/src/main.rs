@@ -7,6 +7,7 @@
 
 mod agent;
 mod backing;
+mod boot;
 mod cases;
 mod console;
 mod demo;

@@ -2,6 +2,7 @@
 //! The cases and what runs them.
 
 mod basic;
+mod boot;
 mod death;
 mod faults;
 mod images;
@@ -307,6 +308,7 @@ pub(crate) fn all() -> Vec<Case> {
         images::cases(),
         permission::cases(),
         tap_life::cases(),
+        boot::cases(),
     ];
     groups.into_iter().flatten().collect()
 }
