@@ -5,6 +5,7 @@ use anyhow::{bail, Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 /// The Debian release of the target.
 pub(crate) const SUITE: &str = "trixie";
@@ -70,7 +71,11 @@ pub(crate) fn for_tests() -> Result<()> {
     install(&missing.join(" "))
 }
 
+/// Two artefacts are built at once, and apt-get does not wait for itself.
+static INSTALLING: Mutex<()> = Mutex::new(());
+
 fn packages() -> Result<()> {
+    let _alone = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
     let mut missing: Vec<&str> = NEEDS
         .iter()
         .filter(|(program, _)| find(program).is_none())

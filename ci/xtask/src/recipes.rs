@@ -11,6 +11,7 @@ use std::process::Command;
 
 const BUILD_PACKAGES: &str = include_str!("../../recipes/build-root.packages");
 const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
+const KERNEL_PREFERENCES: &str = include_str!("../../recipes/kernel.preferences");
 const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
 const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
 const INITRAMFS: &str = include_str!("../../recipes/initramfs.sh");
@@ -37,9 +38,9 @@ pub(crate) fn build_root() -> Result<PathBuf> {
         name: "build-root",
         title: "the build root",
         about: "1 min",
-        inputs: vec![host::SUITE, BUILD_PACKAGES, KERNEL_HOOK],
+        inputs: vec![host::SUITE, BUILD_PACKAGES, KERNEL_PREFERENCES, KERNEL_HOOK],
     }
-    .get(|dir, log| debian(dir, log, BUILD_PACKAGES, Some(KERNEL_HOOK)))
+    .get(|dir, log| debian(dir, log, BUILD_PACKAGES, Some(KERNEL)))
 }
 
 /// The tree that a Rust module is compiled against: `source`, `build` and `kmake`.
@@ -152,8 +153,21 @@ fn folder_name(path: &Path) -> Result<String> {
         .into_owned())
 }
 
+/// What makes the stock kernel part of a tree.
+struct Kernel {
+    /// apt's preferences, which say which one it is.
+    preferences: &'static str,
+    /// A script to run when the packages are installed.
+    hook: &'static str,
+}
+
+const KERNEL: Kernel = Kernel {
+    preferences: KERNEL_PREFERENCES,
+    hook: KERNEL_HOOK,
+};
+
 /// Makes a Debian tree of the target suite in `dir`.
-fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<&str>) -> Result<()> {
+fn debian(dir: &Path, log: &Path, packages: &str, kernel: Option<Kernel>) -> Result<()> {
     let sources = dir.with_extension("list");
     fs::write(&sources, host::sources()?)?;
     let packages: Vec<&str> = packages
@@ -164,10 +178,15 @@ fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<&str>) -> Result<
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
     command.arg(format!("--include={}", packages.join(",")));
-    if let Some(text) = hook {
-        let file = dir.with_extension("hook");
-        fs::write(&file, text)?;
-        command.arg(format!("--customize-hook=sh {} \"$1\"", file.display()));
+    if let Some(kernel) = kernel {
+        let (preferences, hook) = (dir.with_extension("pref"), dir.with_extension("hook"));
+        fs::write(&preferences, kernel.preferences)?;
+        fs::write(&hook, kernel.hook)?;
+        command.arg(format!(
+            "--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\" && cp {} \"$1/etc/apt/preferences.d/kernel\"",
+            preferences.display()
+        ));
+        command.arg(format!("--customize-hook=sh {} \"$1\"", hook.display()));
     }
     command.arg(host::SUITE).arg(dir).arg(&sources);
     run::logged(command.stdin(std::process::Stdio::null()), log)
