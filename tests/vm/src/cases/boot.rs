@@ -3,7 +3,7 @@
 //! an HVM guest, whose QEMU reads it from the tapdisk's NBD socket until the guest has its own driver.
 
 use super::basic::{compare, verify_job, FIO};
-use super::tap::{image, wait_progress};
+use super::tap::{image, stand_in, wait_progress};
 use super::{Case, Context, Needs};
 use crate::boot::{self, DATA_MIB, MARK};
 use crate::guest::{serial_path, Boot, Config, Guest, Kind, Vbd};
@@ -149,19 +149,10 @@ fn pygrub(context: &mut Context) -> Result<()> {
     use_and_destroy(guest, &disk, &image)
 }
 
-/// Xen's script `block` is ours until the end of the case.
-fn drop_in(context: &mut Context) -> Result<()> {
-    sh::run(&["xentap-block", "enable"])?;
-    context.at_end("put Xen's script back", || {
-        sh::run(&["xentap-block", "disable"]).map(drop)
-    });
-    Ok(())
-}
-
 fn pygrub_drop_in(context: &mut Context) -> Result<()> {
     let image = bootable(context)?;
     sh::modprobe("xen-blkfront", &[])?;
-    drop_in(context)?;
+    stand_in(context)?;
     let specification = format!("tap:aio:{image},{VDEV},w");
     let (guest, disk) = booted(context, Kind::Pv, vec![specification], || Ok(()))?;
     use_and_destroy(guest, &disk, &image)
@@ -224,7 +215,7 @@ fn hvm(context: &mut Context) -> Result<()> {
 
 fn hvm_drop_in(context: &mut Context) -> Result<()> {
     let image = bootable(context)?;
-    drop_in(context)?;
+    stand_in(context)?;
     // libxl then gives QEMU the image itself; the tapdisk has it already, and keeps it for itself.
     let beside = format!("tap:aio:{image},{VDEV},w");
     ensure!(

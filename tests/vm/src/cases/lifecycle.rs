@@ -112,13 +112,19 @@ pub(super) fn detach_used(guest: &Guest, vbd: &Vbd, load: Job) -> Result<()> {
     Ok(())
 }
 
-/// Saves the shared PV guest to a file that goes with the case.
-pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
-    let file = format!("{RUN_DIR}/{name}.save");
+/// A file for a saved guest, which goes with the case.
+fn saved_file(context: &mut Context, name: &str) -> String {
+    let file = format!("{RUN_DIR}/{name}");
     let theirs = file.clone();
     context.at_end("remove the saved guest", move || {
         Ok(std::fs::remove_file(theirs)?)
     });
+    file
+}
+
+/// Saves the shared PV guest to a file that goes with the case.
+pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
+    let file = saved_file(context, &format!("{name}.save"));
     context.take_pv()?.save(&file)
 }
 
@@ -127,7 +133,7 @@ pub(super) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
     let done = guest.wait(job, FIO)?;
     ensure!(
         done.rc == 0,
-        "fio failed across save and restore: {}",
+        "fio failed across the save of its guest: {}",
         sh::tail(&done.text, 400)
     );
     Ok(())
@@ -158,20 +164,11 @@ fn checkpoint(context: &mut Context) -> Result<()> {
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&verify_job("/dev/xvda", 4, 1_000_000, 512))?;
     wait_load(&vbd)?;
-    let file = format!("{RUN_DIR}/pv.checkpoint");
-    let theirs = file.clone();
-    context.at_end("remove the checkpoint", move || {
-        Ok(std::fs::remove_file(theirs)?)
-    });
+    let file = saved_file(context, "pv.checkpoint");
     let guest = context.pv()?;
     let id = guest.domid.to_string();
     sh::run_for(&["xl", "save", "-c", &id, &file], Duration::from_secs(240))?;
-    let done = guest.wait(job, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed across a checkpoint: {}",
-        sh::tail(&done.text, 400)
-    );
+    wait_saved(guest, job)?;
     compare(guest, "xvda", &device.path(), 4)?;
     guest.detach(&vbd)
 }

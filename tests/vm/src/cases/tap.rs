@@ -183,13 +183,19 @@ fn pvh(context: &mut Context) -> Result<()> {
     disk.detach(guest)
 }
 
-fn drop_in(context: &mut Context) -> Result<()> {
-    let image = image(context, "a.img", 16)?;
-    let device = context.null_blk(16, &[])?;
+/// Xen's script `block` is ours until the end of the case.
+pub(super) fn stand_in(context: &mut Context) -> Result<()> {
     sh::run(&["xentap-block", "enable"])?;
     context.at_end("put Xen's script back", || {
         sh::run(&["xentap-block", "disable"]).map(drop)
     });
+    Ok(())
+}
+
+fn drop_in(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let device = context.null_blk(16, &[])?;
+    stand_in(context)?;
     let guest = context.pv()?;
     for specification in [
         format!("tap:aio:{image},{VDEV},w"),
