@@ -5,6 +5,8 @@
 use crate::medium::{self, Medium};
 use crate::params;
 use crate::proto::frontend::Offer;
+use crate::proto::state::State;
+use crate::proto::text::parse_u32;
 use crate::ring::request::Limits;
 use crate::xen::device::Device;
 use crate::xen::store::{self, Transaction};
@@ -29,11 +31,11 @@ pub(crate) fn offer() -> Offer {
     }
 }
 
-/// Publishes what a frontend may ask for. May sleep.
-pub(crate) fn publish_offer(device: &Device) -> Result {
+/// Publishes what a frontend may ask for, with the state InitWait after `before`. May sleep.
+pub(crate) fn publish_offer(device: &Device, before: State) -> Result {
     let dir = device.nodename();
     let offer = offer();
-    while_there(device, |t| {
+    publish_state(device, before, State::InitWait, |t| {
         let segments = params::max_indirect_segments();
         if segments > 0 {
             t.write_number(dir, SEGMENTS_KEY, segments.into())?;
@@ -84,12 +86,12 @@ impl Features {
         }
     }
 
-    /// Publishes the disk in one transaction. May sleep.
+    /// Publishes the disk, with the state Connected after `before`, in one transaction. May sleep.
     ///
     /// `limits` are those of the connection, which may offer less than the disk could.
-    pub(crate) fn publish(&self, device: &Device, limits: &Limits) -> Result {
+    pub(crate) fn publish(&self, device: &Device, limits: &Limits, before: State) -> Result {
         let dir = device.nodename();
-        while_there(device, |t| {
+        publish_state(device, before, State::Connected, |t| {
             let number = |key: &CStr, value: u64| t.write_number(dir, key, value);
             number(c"feature-flush-cache", limits.flush.into())?;
             if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
@@ -142,7 +144,7 @@ pub(crate) fn publish_status(device: &Device, status: medium::Status) -> Result 
     })
 }
 
-/// Writes the state Closed again so that the watch on it fires. A state that the toolstack has
+/// Writes the state Closed, also where it is that already, so that the watch on it fires. A state that the toolstack has
 /// reset for a new device is left as it is, but written as well. May sleep.
 pub(crate) fn touch_state(device: &Device) -> Result {
     let dir = device.nodename();
@@ -155,6 +157,33 @@ pub(crate) fn touch_state(device: &Device) -> Result {
             Ok(_) => t.write(dir, c"state", c"6"),
         }
     })
+}
+
+/// Publishes what `body` writes and the state `now` after `before`, or nothing of both. That is the
+/// bus's `xenbus_switch_state` in one transaction with what belongs to the state. ENOENT if our
+/// directory is gone, or is that of a new device already. May sleep.
+pub(crate) fn publish_state(
+    device: &Device,
+    before: State,
+    now: State,
+    mut body: impl FnMut(&Transaction) -> Result,
+) -> Result {
+    if device.is_vanished() {
+        return Err(ENOENT);
+    }
+    let dir = device.nodename();
+    store::transaction(|t| {
+        let mut value = [0; 16];
+        let len = t.read(dir, c"state", &mut value)?;
+        let found = value.get(..len).and_then(parse_u32).map(State::from_number);
+        if found == Some(State::Initialising) && before != State::Initialising {
+            return Err(ENOENT);
+        }
+        body(t)?;
+        t.write_number(dir, c"state", now.number().into())
+    })?;
+    device.note_state(now);
+    Ok(())
 }
 
 /// A transaction in our directory, if that is still there: a write must not bring it back.

@@ -10,7 +10,7 @@ use crate::connection::{ConnectError, Connection};
 use crate::disk::{self, Disk};
 use crate::medium::Peer;
 use crate::offer::{self, Features};
-use crate::proto::state::{step, Action, Rings, State, View};
+use crate::proto::state::{step_asking, Action, Rings, State, View};
 use crate::proto::text::parse_u32;
 use crate::totals::Totals;
 use crate::xen::device::Device;
@@ -31,6 +31,8 @@ use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 /// Steps that one run of the work takes at most before it queues itself again.
 const STEPS: u32 = 16;
+/// The bus has not told the frontend's state yet; no number of a state.
+const UNHEARD: u32 = u32::MAX;
 /// How long the work waits at once for the end of a pause.
 const PAUSE_STEP_MS: i64 = 50;
 
@@ -43,6 +45,8 @@ pub(crate) struct Vbd {
     number: Atomic<u32>,
     /// True if the disk may be written, for sysfs.
     writable: AtomicFlag,
+    /// The frontend's state as the bus last read it, or [`UNHEARD`].
+    theirs: Atomic<u32>,
     /// The frontend wrote its state since we last looked.
     moved: AtomicFlag,
     /// A key that names the disk was written since we last looked.
@@ -107,6 +111,7 @@ impl Vbd {
                 totals: Totals::new(),
                 number: Atomic::new(0),
                 writable: AtomicFlag::new(false),
+                theirs: Atomic::new(UNHEARD),
                 moved: AtomicFlag::new(false),
                 disk_moved: AtomicFlag::new(true),
                 broken: AtomicFlag::new(false),
@@ -179,8 +184,8 @@ impl Vbd {
             }
             self.open_disk(&mut life);
             self.end_draining(&mut life);
-            let action = match self.view(&life) {
-                Ok(view) => step(&view),
+            let action = match self.next_action(&life) {
+                Ok(action) => action,
                 Err(error) => {
                     // Xenstore does not answer (a shutdown, no memory): nothing is decided now,
                     // and the next event looks again.
@@ -199,17 +204,29 @@ impl Vbd {
                 life = self.life.lock();
                 continue;
             }
-            self.act(&mut life, action);
+            if self.act(&mut life, action).is_err() {
+                // Said already. Trying again at once would spin while xenstore goes on failing.
+                return;
+            }
         }
         drop(life);
         self.kick();
     }
 
-    fn view(&self, life: &Life) -> Result<View> {
-        Ok(View {
+    fn next_action(&self, life: &Life) -> Result<Action> {
+        let theirs = match self.theirs.load(Acquire) {
+            // The bus tells it in a moment.
+            UNHEARD => return Ok(Action::Wait),
+            number => State::from_number(number),
+        };
+        let view = View {
             ours: life.state,
-            theirs: self.frontend_state()?,
-            online: self.device.is_online(),
+            theirs: match theirs {
+                // The bus does not say why it could not be read.
+                State::Unknown => self.frontend_state()?,
+                known => known,
+            },
+            online: true,
             disk: life.disk.is_some(),
             ready: life
                 .disk
@@ -221,11 +238,12 @@ impl Vbd {
                 (Some(_), true) => Rings::Draining,
             },
             refused: life.refused,
-        })
+        };
+        Ok(step_asking(view, || self.device.is_online()))
     }
 
-    /// The frontend's state; a node that is gone or hidden from us, or that holds no state, is
-    /// Unknown. Any other error says nothing about the frontend.
+    /// The frontend's state, read anew; a node that is gone or hidden from us, or that holds no
+    /// state, is Unknown. Any other error says nothing about the frontend.
     fn frontend_state(&self) -> Result<State> {
         let mut value = [0; 16];
         let len = match store::read(self.device.otherend(), c"state", &mut value) {
@@ -237,17 +255,17 @@ impl Vbd {
         Ok(number.map_or(State::Unknown, State::from_number))
     }
 
-    fn act(self: &Arc<Self>, life: &mut Life, action: Action) {
+    /// Does one step; fails if the next look should wait for the next event.
+    fn act(self: &Arc<Self>, life: &mut Life, action: Action) -> Result {
         match action {
             Action::Wait => {}
             Action::Offer => {
-                if let Err(error) = offer::publish_offer(&self.device) {
-                    self.device
-                        .report(error, c"what the backend offers cannot be published");
+                let offered = offer::publish_offer(&self.device, life.state);
+                self.published(life, State::InitWait, offered);
+                if offered.is_err() {
                     self.publish(life, State::Closing);
-                    return;
+                    return offered;
                 }
-                self.publish(life, State::InitWait);
             }
             Action::Connect => self.connect(life),
             Action::StartClosing => self.publish(life, State::Closing),
@@ -267,11 +285,25 @@ impl Vbd {
                 self.publish(life, State::Closing);
             }
         }
+        Ok(())
     }
 
     fn publish(&self, life: &mut Life, state: State) {
-        self.device.switch_state(state);
+        if state != life.state {
+            let result = offer::publish_state(&self.device, life.state, state, |_| Ok(()));
+            self.published(life, state, result);
+        }
+    }
+
+    fn published(&self, life: &mut Life, state: State, result: Result) {
         life.state = state;
+        match result {
+            // The toolstack has removed our directory or made a new one: nobody is left to tell.
+            Err(error) if error != ENOENT => self
+                .device
+                .report(error, c"the backend's state cannot be published"),
+            _ => {}
+        }
     }
 
     fn end_draining(&self, life: &mut Life) {
@@ -316,11 +348,12 @@ impl Vbd {
     }
 
     fn connect(self: &Arc<Self>, life: &mut Life) {
+        // Who sees Connected must not find the report of an earlier attempt.
+        self.device.clear_report();
         match self.try_connect(life) {
             Ok(()) => {
                 life.failures = life.failures.saturating_sub(1);
-                self.device.clear_report();
-                self.publish(life, State::Connected);
+                life.state = State::Connected;
             }
             Err(error) => {
                 let (code, text) = error.describe();
@@ -348,7 +381,7 @@ impl Vbd {
         })?;
         disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());
-        let published = features.publish(&self.device, connection.limits());
+        let published = features.publish(&self.device, connection.limits(), life.state);
         if published.is_err() {
             connection.drain();
             life.draining = true;
@@ -399,13 +432,15 @@ impl Vbd {
     fn leave(&self, life: &mut Life) {
         life.disk = None;
         life.left = true;
+        life.state = State::Closed;
         self.gone.store(true, Release);
-        self.publish(life, State::Closed);
-        // The state may have been Closed before: only a write makes the watch fire, in whose
-        // callback the device is taken off the bus.
+        // Not by way of the bus, which writes nothing where it finds Closed or a state that the
+        // toolstack has reset: only a write makes the watch fire in whose callback the device is
+        // taken off the bus.
         if let Err(error) = offer::touch_state(&self.device) {
             self.device.report(error, c"state Closed cannot be written");
         }
+        self.device.note_state(State::Closed);
     }
 
     /// The bus is taking the device away: gives everything back. May be called again.
@@ -423,9 +458,9 @@ impl Vbd {
             return;
         }
         let mut life = self.life.lock();
-        // A frontend that is alive gets its answers before another driver takes over.
-        if !matches!(self.frontend_state(), Ok(State::Unknown)) {
-            if let Some(connection) = &life.connection {
+        if let Some(connection) = &life.connection {
+            // A frontend that is alive gets its answers before another driver takes over.
+            if !matches!(self.frontend_state(), Ok(State::Unknown)) {
                 connection.drain();
                 connection.wait_detached();
             }
@@ -518,9 +553,11 @@ impl driver::Driver for VbdDriver {
         })
     }
 
-    fn otherend_changed(data: &Bound) {
-        data.vbd.0.moved.store(true, Relaxed);
-        data.vbd.0.kick();
+    fn otherend_changed(data: &Bound, state: State) {
+        let vbd = &data.vbd.0;
+        vbd.theirs.store(state.number(), Release);
+        vbd.moved.store(true, Release);
+        vbd.kick();
     }
 
     fn unbind(data: &Bound) {

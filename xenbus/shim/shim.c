@@ -93,6 +93,11 @@ int xbr_dev_otherend_id(const struct xenbus_device *dev)
 	return dev->otherend_id;
 }
 
+void xbr_dev_set_state(struct xenbus_device *dev, unsigned int state)
+{
+	dev->state = state;
+}
+
 int xbr_dev_vanished(const struct xenbus_device *dev)
 {
 	return dev->vanished;

@@ -45,6 +45,7 @@ struct device *xbr_dev_device(struct xenbus_device *dev);
 const char *xbr_dev_nodename(const struct xenbus_device *dev);
 const char *xbr_dev_otherend(const struct xenbus_device *dev);
 int xbr_dev_otherend_id(const struct xenbus_device *dev);
+void xbr_dev_set_state(struct xenbus_device *dev, unsigned int state);
 int xbr_dev_vanished(const struct xenbus_device *dev);
 unsigned long xbr_page_gfn(struct page *page);
 void xbr_set_map_op(struct gnttab_map_grant_ref *op, struct page *page,

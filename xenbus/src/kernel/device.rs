@@ -99,10 +99,11 @@ impl Device {
         unsafe { sys::xbr_dev_vanished(self.as_raw()) != 0 }
     }
 
-    /// Publishes a state, if it is not the one that was published last. May sleep.
-    pub(crate) fn switch_state(&self, state: State) {
-        // SAFETY: By the type invariant. The call always returns 0 and reports errors itself.
-        unsafe { sys::xenbus_switch_state(self.as_raw(), state.number()) };
+    /// Tells the bus which state was published: sysfs shows it, and a driver that the device is
+    /// bound to later goes on from it. The caller is the only one to do so.
+    pub(crate) fn note_state(&self, state: State) {
+        // SAFETY: By the type invariant; readers of the field expect it to change at any time.
+        unsafe { sys::xbr_dev_set_state(self.as_raw(), state.number()) };
     }
 
     /// True if the toolstack wants the device to stay. May sleep.

@@ -10,6 +10,7 @@
 
 use super::device::Device;
 use super::{is_xen_domain, sys};
+use crate::proto::state::State;
 use core::marker::PhantomData;
 use kernel::bindings;
 use kernel::device;
@@ -41,8 +42,9 @@ pub(crate) trait Driver: 'static {
     /// A device was found. Runs under the device lock, often in the xenwatch thread: be quick.
     fn probe(device: Device) -> Result<Self::Data>;
 
-    /// The other end's state was written. Runs in the xenwatch thread: queue work and return.
-    fn otherend_changed(data: &Self::Data);
+    /// The other end's state was written, and is this now; `Unknown` if it could not be read. Comes
+    /// once after `probe` in any case. Runs in the xenwatch thread: queue work and return.
+    fn otherend_changed(data: &Self::Data, state: State);
 
     /// The device goes. When this returns, nothing may use the other end's pages or event
     /// channels any more.
@@ -149,9 +151,10 @@ impl<T: Driver> Adapter<T> {
         }
     }
 
-    extern "C" fn otherend_changed(raw: *mut sys::XenbusDevice, _state: c_uint) {
+    extern "C" fn otherend_changed(raw: *mut sys::XenbusDevice, state: c_uint) {
         // SAFETY: The watch exists only while the device is bound.
-        T::otherend_changed(unsafe { Self::data(sys::xbr_dev_device(raw)) });
+        let data = unsafe { Self::data(sys::xbr_dev_device(raw)) };
+        T::otherend_changed(data, State::from_number(state));
     }
 
     extern "C" fn remove(raw: *mut sys::XenbusDevice) {

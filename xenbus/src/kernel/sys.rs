@@ -224,7 +224,6 @@ unsafe extern "C" {
         mod_name: *const c_char,
     ) -> c_int;
     pub(super) fn xenbus_unregister_driver(driver: *mut XenbusDriver);
-    pub(super) fn xenbus_switch_state(dev: *mut XenbusDevice, state: c_uint) -> c_int;
     pub(super) fn xenbus_dev_is_online(dev: *mut XenbusDevice) -> c_int;
     pub(super) fn xenbus_read(
         transaction: XenbusTransaction,
@@ -281,6 +280,7 @@ unsafe extern "C" {
     pub(super) fn xbr_dev_nodename(dev: *const XenbusDevice) -> *const c_char;
     pub(super) fn xbr_dev_otherend(dev: *const XenbusDevice) -> *const c_char;
     pub(super) fn xbr_dev_otherend_id(dev: *const XenbusDevice) -> c_int;
+    pub(super) fn xbr_dev_set_state(dev: *mut XenbusDevice, state: c_uint);
     pub(super) fn xbr_dev_vanished(dev: *const XenbusDevice) -> c_int;
     pub(super) fn xbr_page_gfn(page: *mut bindings::page) -> c_ulong;
     pub(super) fn xbr_set_map_op(

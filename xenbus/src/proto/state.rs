@@ -160,6 +160,24 @@ pub fn step(view: &View) -> Action {
     }
 }
 
+/// What to do next about a device that looks like `view` but for [`View::online`], which is asked
+/// for only if it matters: reading it from xenstore costs more than all the rest.
+pub fn step_asking(view: View, online: impl FnOnce() -> bool) -> Action {
+    let stays = step(&View {
+        online: true,
+        ..view
+    });
+    let goes = step(&View {
+        online: false,
+        ..view
+    });
+    if stays == goes || online() {
+        stays
+    } else {
+        goes
+    }
+}
+
 /// A frontend is in Initialising, and we are past InitWait: what it had before is closed.
 fn start_again(view: &View) -> Action {
     match view.ours {

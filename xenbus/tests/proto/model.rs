@@ -4,7 +4,7 @@
 
 use crate::machine::World;
 use std::collections::HashSet;
-use xenbus::proto::state::{step, Action, Rings, State, View};
+use xenbus::proto::state::{step, step_asking, Action, Rings, State, View};
 
 const BOTH: [bool; 2] = [false, true];
 const RINGS: [Rings; 3] = [Rings::None, Rings::Served, Rings::Draining];
@@ -108,6 +108,28 @@ fn a_device_that_is_taken_away_is_not_connected_but_closed() {
                 matches!(view.ours, State::Closing | State::Closed),
                 "{start:?} comes to {view:?}"
             );
+        }
+    }
+}
+
+#[test]
+fn asking_for_online_only_where_it_matters_changes_nothing() {
+    let mut asked = 0;
+    for view in every_view() {
+        let answer = || {
+            asked += 1;
+            view.online
+        };
+        assert_eq!(step_asking(view, answer), step(&view), "{view:?}");
+    }
+    assert!(0 < asked && asked < every_view().len() / 4, "asked {asked}");
+}
+
+#[test]
+fn a_device_at_work_is_not_asked_about() {
+    for view in every_view() {
+        if view.ours == State::Connected && view.rings == Rings::Served {
+            step_asking(view, || panic!("asked, at {view:?}"));
         }
     }
 }
