@@ -130,9 +130,9 @@ impl Job {
     /// of one hangs on one moment of, or on how a disk was attached, needs more than one.
     pub(crate) fn times(&self) -> u32 {
         match self.work {
-            Attach | Detach if self.setting == Disks(1) => 4,
+            Attach | Detach if self.setting != Disks(64) => 4,
             Death => 3,
-            Fio(words, _) if words.ends_with("--iodepth=1") => 4,
+            Fio(words, _) if words.ends_with("--iodepth=1") => 5,
             _ => 1,
         }
     }
@@ -204,7 +204,7 @@ mod tests {
             .collect();
         assert_eq!(
             often,
-            ["rr4k-qd1", "rw4k-qd1", "attach1", "detach1", "death"]
+            ["rr4k-qd1", "rw4k-qd1", "attach1", "attach16", "detach1", "detach16", "death"]
         );
     }
 

@@ -25,7 +25,7 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
     machine.smp = 2 * each;
     machine.xen_args = format!("dom0_max_vcpus={each} dom0_vcpus_pin");
     machine.dom0_args = "noblkback".into();
-    machine.timeout = Duration::from_secs(60 * args.minutes.unwrap_or(90));
+    machine.timeout = Duration::from_secs(60 * args.minutes.unwrap_or(150));
     machine.plugin = Some(plugin(&machines)?);
     if args.functions {
         machine.plugin_args = "blocks=on".into();

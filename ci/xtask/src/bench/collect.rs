@@ -166,14 +166,27 @@ fn addresses(modules: &[(String, String)]) -> Modules {
         .collect()
 }
 
-/// The values of one figure. A round may have several: their mean counts then.
+/// The values of one figure. A round may have several: their mean counts then, from four on without
+/// the lowest and the highest, for one that met something else must not decide.
 #[derive(Debug, Default)]
 struct Values(BTreeMap<u32, Vec<f64>>);
 
 impl Values {
+    fn add(&mut self, round: u32, value: f64) {
+        self.0.entry(round).or_default().push(value);
+    }
+
     fn figure(&self) -> Option<Figure> {
-        let mean = |values: &Vec<f64>| values.iter().sum::<f64>() / values.len() as f64;
-        Figure::of(&self.0.values().map(mean).collect::<Vec<f64>>())
+        let of_rounds = self.0.values().map(|values| {
+            let mut sorted = values.clone();
+            sorted.sort_by(f64::total_cmp);
+            let inner = match sorted.as_slice() {
+                [_, inner @ .., _] if sorted.len() >= 4 => inner,
+                all => all,
+            };
+            inner.iter().sum::<f64>() / inner.len() as f64
+        });
+        Figure::of(&of_rounds.collect::<Vec<f64>>())
     }
 }
 
@@ -184,7 +197,7 @@ struct Columns(BTreeMap<String, Values>);
 impl Columns {
     fn add(&mut self, name: &str, round: u32, value: f64) {
         let values = self.0.entry(name.to_string()).or_default();
-        values.0.entry(round).or_default().push(value);
+        values.add(round, value);
     }
 
     fn figures(&self) -> BTreeMap<String, Figure> {
@@ -200,7 +213,8 @@ fn row(
     marks: &[Counters],
 ) -> Result<Row> {
     let (mut instructions, mut per_io) = (Columns::default(), Columns::default());
-    let (mut speeds, mut further) = (Columns::default(), Columns::default());
+    let (mut iops, mut latency) = (Values::default(), Values::default());
+    let mut further = Columns::default();
     let mut functions: BTreeMap<String, f64> = BTreeMap::new();
     for (sample, there) in samples {
         let round = sample.round;
@@ -222,19 +236,19 @@ fn row(
         for (name, value) in &sample.figures {
             further.add(name, round, *value);
         }
-        speeds.add("iops", round, sample.long.iops);
-        speeds.add("latency", round, sample.long.latency_us);
+        iops.add(round, sample.long.iops);
+        latency.add(round, sample.long.latency_us);
     }
-    let speed = |name: &str| {
-        let figure = speeds.0.get(name).and_then(Values::figure);
+    let speed = |values: Values| {
+        let figure = values.figure();
         figure.with_context(|| format!("{} was never measured on {}", job.name, backend.name))
     };
     let median = |(name, figure): (String, Figure)| (name, figure.median);
     Ok(Row {
         backend: backend.name.clone(),
         job: job.name.clone(),
-        iops: speed("iops")?,
-        latency_us: speed("latency")?,
+        iops: speed(iops)?,
+        latency_us: speed(latency)?,
         instructions: instructions.figures(),
         per_io: per_io.figures(),
         hypercalls: samples
@@ -331,7 +345,9 @@ mod tests {
     fn mean_of_a_round_and_median_of_rounds() {
         let mut collector = Collector::default();
         collector.line(PLAN);
-        for (round, speed) in [(0, 10.0), (0, 30.0), (1, 30.0), (1, 50.0), (2, 90.0)] {
+        let second = [0.0, 39.0, 41.0, 500.0].map(|speed| (1, speed));
+        let others = [(0, 10.0), (0, 30.0), (2, 90.0)];
+        for (round, speed) in others.into_iter().chain(second) {
             let mut sample: serde_json::Value = serde_json::from_str(SAMPLE).unwrap();
             sample["sample"]["round"] = round.into();
             sample["sample"]["long"]["iops"] = speed.into();

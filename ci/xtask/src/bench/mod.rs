@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// How often each backend is measured (default: 2; with --quick: 1).
     #[arg(long)]
     rounds: Option<u32>,
-    /// Break off after so many minutes (default: 90); what was measured until then is kept.
+    /// Break off after so many minutes (default: 150); what was measured until then is kept.
     #[arg(long)]
     minutes: Option<u64>,
     /// Also count for each function of the drivers.
