@@ -160,8 +160,22 @@ impl Guest {
             console,
             alive: true,
         };
-        guest.console.wait_agent(BOOT)?;
+        guest
+            .console
+            .wait_agent(BOOT)
+            .with_context(|| guest.processors())?;
         Ok(guest)
+    }
+
+    /// What the guest's processors do, twice: halted, or where.
+    fn processors(&self) -> String {
+        let look = format!(
+            "xl vcpu-list {0} | tail -n +2; /usr/lib/xen-*/bin/xenctx {0} | head -n 8",
+            self.domid
+        );
+        let text = sh::shell(&format!("{look}; {look}"))
+            .unwrap_or_else(|error| format!("they cannot be looked at: {error:#}"));
+        format!("the guest's processors: {}", sh::tail(&text, 2000))
     }
 
     /// Runs a command that must succeed and returns its output.
