@@ -60,7 +60,7 @@ pub(crate) struct Outcome {
 }
 
 /// How a machine ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum End {
     /// dom0's /t/run ended, and dom0 went down in order.
     Orderly,
@@ -68,6 +68,8 @@ pub(crate) enum End {
     Early,
     /// The machine was killed after this many seconds.
     Killed(u64),
+    /// QEMU itself failed, or somebody killed it; with what it said.
+    Failed(String),
 }
 
 impl Outcome {
@@ -80,12 +82,13 @@ impl Outcome {
                 self.console.display()
             );
         }
-        let what = match self.end {
+        let what = match &self.end {
             End::Orderly => return Ok(()),
             End::Early => "dom0 went down before its work was done".to_string(),
             End::Killed(seconds) => {
                 format!("the machine was not done after {seconds} s and was killed")
             }
+            End::Failed(how) => format!("QEMU failed ({how})"),
         };
         let log = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
         bail!(
@@ -132,9 +135,13 @@ impl Machine {
         let mut child = run::start(&mut qemu)?;
         let lines = reader(&mut child)?;
         let start = Instant::now();
+        let mut reported = false;
         let timed_out = loop {
             match lines.recv_timeout(self.timeout.saturating_sub(start.elapsed())) {
-                Ok(line) => on_line(&line),
+                Ok(line) => {
+                    reported = true;
+                    on_line(&line);
+                }
                 Err(RecvTimeoutError::Disconnected) => break false,
                 Err(RecvTimeoutError::Timeout) => break true,
             }
@@ -144,14 +151,17 @@ impl Machine {
         }
         let status = child.wait()?;
         let complaint = fs::read_to_string(dir.join("qemu.log"))?;
+        let failure = format!("{status}: {}", complaint.trim());
+        // What was reported until then may be worth keeping.
         ensure!(
-            timed_out || status.success(),
-            "QEMU failed ({status}): {}",
-            complaint.trim()
+            timed_out || reported || status.success(),
+            "QEMU failed ({failure})"
         );
         let log = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
         let end = if timed_out {
             End::Killed(self.timeout.as_secs())
+        } else if !status.success() {
+            End::Failed(failure)
         } else if log.contains("dom0: /t/run ended with") {
             End::Orderly
         } else {
@@ -356,6 +366,8 @@ mod tests {
         assert!(outcome(&["BUG: x"], End::Orderly).verdict().is_err());
         assert!(outcome(&[], End::Early).verdict().is_err());
         assert!(outcome(&[], End::Killed(9)).verdict().is_err());
+        let failed = outcome(&[], End::Failed("signal: 9".into())).verdict();
+        assert!(failed.unwrap_err().to_string().contains("signal: 9"));
         fs::remove_file(console).unwrap();
     }
 }
