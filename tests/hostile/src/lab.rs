@@ -2,12 +2,12 @@
 //! What every case works with, and the oracle that looks at dom0 after it.
 
 use crate::disk::{self, Disk};
-use crate::kmsg::{self, Kmsg};
 use crate::leaks::Leaks;
 use crate::session::{Session, Shape, PLAIN};
 use crate::tap::{self, TapDisk};
 use crate::vbd::{Mode, Vbd};
 use anyhow::{ensure, Context, Result};
+use dom0::kmsg::{is_trouble, Kmsg, LOST};
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -145,12 +145,12 @@ impl Lab {
         session.finish()?;
         self.baseline.wait_same(Duration::from_secs(10))?;
         let lines = self.kmsg.take()?;
-        let bad = kmsg::trouble(&lines);
+        let bad: Vec<&String> = lines.iter().filter(|line| is_trouble(line)).collect();
         ensure!(bad.is_empty(), "dom0's kernel is in trouble: {bad:#?}");
         let seconds = self.begun.elapsed().as_secs_f64();
         let allowed = LOG_LINES + (seconds * LOG_LINES_A_SECOND) as usize;
         ensure!(
-            lines.len() <= allowed,
+            lines.len() <= allowed && !lines.iter().any(|line| line == LOST),
             "the case made dom0 log {} lines, such as {:#?}",
             lines.len(),
             &lines[..lines.len().min(5)]

@@ -14,7 +14,6 @@ mod evtchn;
 mod fuzz;
 mod fuzz_tap;
 mod grants;
-mod kmsg;
 mod lab;
 mod leaks;
 mod queue;

@@ -24,7 +24,7 @@ const TREE_SUM: &str =
 pub(crate) fn run(driver: Driver) -> Result<ExitCode> {
     let mut report = Report::open()?;
     load_driver(driver)?;
-    let mut kmsg = splat::Kmsg::from_now()?;
+    let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
     let device = NullBlk::create(DEVICE_MIB, &[])?;
     let result = with_device(&mut report, driver, &device.path());
     let removed = device.remove();

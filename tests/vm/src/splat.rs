@@ -2,38 +2,14 @@
 //! Signs of trouble in the logs of dom0, of the hypervisor and of the guests.
 
 use crate::sh;
-use anyhow::{Context, Result};
+use anyhow::Result;
+use dom0::kmsg::is_trouble;
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
 
-/// Any of these in a kernel's log means that something broke.
-const KERNEL: &[&str] = &[
-    "BUG:",
-    "WARNING:",
-    "Oops",
-    "KFENCE",
-    "UBSAN",
-    "blocked for more than",
-    "rcu: INFO",
-    "soft lockup",
-    "Bad page",
-    "general protection",
-    "slab corruption",
-    "list_add corruption",
-    "list_del corruption",
-    "refcount_t:",
-    "kernel BUG at",
-    "panicked at",
-    "Unable to handle",
-    "Call Trace:",
-    "sysfs: cannot create duplicate",
-    "still allocated",
-    "deferring g.e.",
-];
+/// Beside the signs that any test knows: these are trouble where no frontend misbehaves.
+const KERNEL: &[&str] = &["still allocated", "deferring g.e."];
 
-/// The same for the hypervisor.
+/// Any of these in the hypervisor's log means that something broke.
 const XEN: &[&str] = &[
     "Xen BUG",
     "Xen WARN",
@@ -45,22 +21,24 @@ const XEN: &[&str] = &[
 
 /// Lines of a kernel's log that mean trouble, each with the name of the machine before it.
 pub(crate) fn in_kernel<'a>(whose: &str, lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    matching(whose, KERNEL, lines)
+    let here = |line: &str| KERNEL.iter().any(|sign| line.contains(sign));
+    matching(whose, |line| is_trouble(line) || here(line), lines)
 }
 
 /// Lines of the hypervisor's log that mean trouble.
 pub(crate) fn in_xen<'a>(lines: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    matching("xen", XEN, lines)
+    let sign = |line: &str| XEN.iter().any(|sign| line.contains(sign));
+    matching("xen", sign, lines)
 }
 
 fn matching<'a>(
     whose: &str,
-    signs: &[&str],
+    is_sign: impl Fn(&str) -> bool,
     lines: impl IntoIterator<Item = &'a str>,
 ) -> Vec<String> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for line in lines {
-        if signs.iter().any(|sign| line.contains(sign)) {
+        if is_sign(line) {
             *counts.entry(line).or_default() += 1;
         }
     }
@@ -69,53 +47,6 @@ fn matching<'a>(
         _ => format!("{whose}: {line} ({count} times)"),
     };
     counts.into_iter().map(text).collect()
-}
-
-/// A position in dom0's kernel log.
-pub(crate) struct Kmsg(File);
-
-impl Kmsg {
-    /// Starts behind the last message.
-    pub(crate) fn from_now() -> Result<Kmsg> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/kmsg");
-        let file = file
-            .as_mut()
-            .map_err(|error| anyhow::anyhow!("cannot open /dev/kmsg: {error}"))?;
-        file.seek(SeekFrom::End(0))
-            .context("cannot go to the end of /dev/kmsg")?;
-        Ok(Kmsg(
-            file.try_clone().context("cannot duplicate /dev/kmsg")?,
-        ))
-    }
-
-    /// The messages since the last call.
-    pub(crate) fn take(&mut self) -> Result<Vec<String>> {
-        let mut lines = Vec::new();
-        let mut record = [0u8; 8192];
-        loop {
-            match self.0.read(&mut record) {
-                Ok(0) => return Ok(lines),
-                Ok(count) => {
-                    let text = String::from_utf8_lossy(&record[..count]).into_owned();
-                    lines.push(
-                        text.split_once(';')
-                            .map_or(text.as_str(), |(_, message)| message)
-                            .trim_end()
-                            .to_owned(),
-                    );
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(lines),
-                // EPIPE: messages were overwritten before they were read; the next read goes on after them.
-                Err(error) if error.kind() == ErrorKind::BrokenPipe => {
-                    lines.push("(messages were lost)".to_owned())
-                }
-                Err(error) => return Err(error).context("cannot read /dev/kmsg"),
-            }
-        }
-    }
 }
 
 /// The hypervisor's messages since the last call.

@@ -369,7 +369,7 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     if case.tap && context.driver == Driver::C {
         return Ok(Verdict::Skip("the C driver has no tap disks".into()));
     }
-    let mut kmsg = splat::Kmsg::from_now()?;
+    let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
     splat::take_xen_log()?;
     let mut baseline = None;
     let prepared = context
