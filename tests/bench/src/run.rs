@@ -15,6 +15,7 @@ use crate::tap::{self, Supervisor};
 use crate::{bonnie, sh, trace};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -81,6 +82,7 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
                 report: &mut *report,
                 functions: plan.functions,
                 quick: plan.quick,
+                shorts: BTreeMap::new(),
             };
             let done = bench.rounds(plan.rounds(), &backends, &jobs);
             // Also after a failure: the next part needs the memory and the driver.
@@ -144,6 +146,8 @@ struct Bench<'a> {
     report: &'a mut Report,
     functions: bool,
     quick: bool,
+    /// The short runs of a visit, by job: those that follow on the same backend take them over.
+    shorts: BTreeMap<&'static str, Value>,
 }
 
 impl Bench<'_> {
@@ -186,9 +190,19 @@ impl Bench<'_> {
         for setting in settings {
             let here = jobs.iter().filter(|job| job.setting == setting);
             let here: Vec<Job> = here.copied().collect();
-            for time in 0..here.iter().map(|job| self.times(job)).max().unwrap_or(0) {
-                let again = here.iter().filter(|job| time < self.times(job));
-                let again: Vec<Job> = again.copied().collect();
+            let times = |job: &Job| {
+                if self.quick {
+                    1
+                } else {
+                    job.times(backend.driver)
+                }
+            };
+            let most = here.iter().map(times).max().unwrap_or(0);
+            let often: Vec<(u32, Job)> = here.iter().map(|job| (times(job), *job)).collect();
+            self.shorts.clear();
+            for time in 0..most {
+                let again = often.iter().filter(|(times, _)| time < *times);
+                let again: Vec<Job> = again.map(|(_, job)| *job).collect();
                 let visit = Visit { round, time };
                 match setting {
                     Setting::Disks(count) => self.many(backend, &again, count, visit)?,
@@ -197,14 +211,6 @@ impl Bench<'_> {
             }
         }
         Ok(())
-    }
-
-    fn times(&self, job: &Job) -> u32 {
-        if self.quick {
-            1
-        } else {
-            job.times()
-        }
     }
 
     /// Jobs on one disk that xl attaches, or on its store in dom0.
@@ -220,7 +226,12 @@ impl Bench<'_> {
             let mut sample = match job.work {
                 Work::Bonnie => bonnie::measure(&mut place, job, &device, self.marks)?,
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
-                _ => sample::fio(&mut place, job, &devices, self.marks)?,
+                _ => {
+                    let short = self.shorts.get(job.name).cloned();
+                    let sample = sample::fio(&mut place, job, &devices, self.marks, short)?;
+                    self.shorts.insert(job.name, sample["short"].clone());
+                    sample
+                }
             };
             if visit.is_first() && job.traced() {
                 let hypercalls = trace::per_io(&mut place, job, &devices)?;
@@ -285,7 +296,7 @@ impl Bench<'_> {
         };
         for job in jobs.iter().filter(|job| matches!(job.work, Work::Fio(..))) {
             let mut place = Place::Guest(&mut self.guest);
-            let sample = sample::fio(&mut place, job, &disks.in_guest(), self.marks)?;
+            let sample = sample::fio(&mut place, job, &disks.in_guest(), self.marks, None)?;
             self.say(backend, job, visit, sample)?;
         }
         if let Some((job, memory, mut sample, mut each)) = idle {

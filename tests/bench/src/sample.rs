@@ -172,24 +172,29 @@ pub(crate) fn around(
     })
 }
 
-/// A measurement with fio: the short run, then the long one. First comes a run that nobody looks at:
-/// who comes first must not pay for what is cold.
+/// A measurement with fio: the short run, unless there is one of the same job on the same backend, then
+/// the long one. First comes a run that nobody looks at: who comes first must not pay for what is cold.
 pub(crate) fn fio(
     place: &mut Place<'_>,
     job: &Job,
     devices: &[String],
     marks: &mut Marks,
+    short: Option<Value>,
 ) -> Result<Map<String, Value>> {
     place.run(&job.fio(devices, job.short()))?;
-    let mut value = Map::new();
-    for (name, count) in [("short", job.short()), ("long", job.count)] {
+    let mut measure = |count: u32| -> Result<Value> {
         let (run, line) = printed(place, &job.fio(devices, count), FIO, marks)?;
         let result =
             Fio::parse(&line).with_context(|| format!("fio printed a broken line: {line}"))?;
-        let run = run.json(job.total(count), result.iops, result.latency);
-        value.insert(name.to_owned(), run);
-    }
-    Ok(value)
+        Ok(run.json(job.total(count), result.iops, result.latency))
+    };
+    let short = match short {
+        Some(short) => short,
+        None => measure(job.short())?,
+    };
+    let long = measure(job.count)?;
+    let runs = [("short".to_owned(), short), ("long".to_owned(), long)];
+    Ok(runs.into_iter().collect())
 }
 
 /// How the line of fio begins.

@@ -166,7 +166,7 @@ fn addresses(modules: &[(String, String)]) -> Modules {
         .collect()
 }
 
-/// The values of one figure. A round may have several: their mean counts then, from four on without
+/// The values of one figure. A round may have several: their mean counts then, from three on without
 /// the lowest and the highest, for one that met something else must not decide.
 #[derive(Debug, Default)]
 struct Values(BTreeMap<u32, Vec<f64>>);
@@ -181,7 +181,7 @@ impl Values {
             let mut sorted = values.clone();
             sorted.sort_by(f64::total_cmp);
             let inner = match sorted.as_slice() {
-                [_, inner @ .., _] if sorted.len() >= 4 => inner,
+                [_, inner @ .., _] if sorted.len() >= 3 => inner,
                 all => all,
             };
             inner.iter().sum::<f64>() / inner.len() as f64
