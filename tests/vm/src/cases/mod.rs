@@ -255,13 +255,18 @@ impl Context {
         Ok(())
     }
 
-    /// Ends the shared guests, so that the next case starts with fresh ones.
-    fn end_shared(&mut self) -> Result<()> {
-        for guest in [self.pv.take(), self.wide.take(), self.pvh.take()]
-            .into_iter()
-            .flatten()
-        {
-            guest.destroy()?;
+    /// Ends the shared guests that no case from here on asks for: they would use memory, and QEMU's
+    /// nested paging now and then loses a guest that does nothing at all.
+    fn end_unneeded(&mut self, later: &[Case]) -> Result<()> {
+        let slots = [
+            (&mut self.pv, Needs::Pv),
+            (&mut self.wide, Needs::PvWide),
+            (&mut self.pvh, Needs::Pvh),
+        ];
+        for (slot, needs) in slots {
+            if !later.iter().any(|case| case.needs == needs) {
+                slot.take().map_or(Ok(()), Guest::destroy)?;
+            }
         }
         Ok(())
     }
@@ -344,7 +349,7 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
         crate::tap::end_supervisor()?;
     }
     load_driver(context.driver)?;
-    for case in cases {
+    for (index, case) in cases.iter().enumerate() {
         context
             .report
             .note(&format!("{}: {}", case.name, case.about))?;
@@ -353,8 +358,8 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
         context
             .report
             .verdict(&case.name, started.elapsed().as_secs_f64(), &verdict)?;
+        context.end_unneeded(cases.get(index + 1..).unwrap_or_default())?;
     }
-    context.end_shared()?;
     context.supervise(false)?;
     let passed = context.report.finish()?;
     Ok(if passed {
