@@ -151,7 +151,10 @@ impl Machine {
         }
         let status = child.wait()?;
         let complaint = fs::read_to_string(dir.join("qemu.log"))?;
-        let failure = format!("{status}: {}", complaint.trim());
+        let failure = match complaint.trim() {
+            "" => status.to_string(),
+            complaint => format!("{status}: {complaint}"),
+        };
         // What was reported until then may be worth keeping.
         ensure!(
             timed_out || reported || status.success(),
