@@ -194,7 +194,7 @@ impl Bench<'_> {
                 if self.quick {
                     1
                 } else {
-                    job.times(backend.driver)
+                    job.times(backend)
                 }
             };
             let most = here.iter().map(times).max().unwrap_or(0);
