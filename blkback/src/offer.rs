@@ -6,7 +6,6 @@ use crate::medium::{self, Medium};
 use crate::params;
 use crate::proto::frontend::Offer;
 use crate::proto::state::State;
-use crate::proto::text::parse_u32;
 use crate::ring::request::Limits;
 use crate::xen::device::Device;
 use crate::xen::store::{self, Transaction};
@@ -144,18 +143,15 @@ pub(crate) fn publish_status(device: &Device, status: medium::Status) -> Result 
     })
 }
 
-/// Writes the state Closed, also where it is that already, so that the watch on it fires. A state that the toolstack has
-/// reset for a new device is left as it is, but written as well. May sleep.
+/// Writes the state Closed, also where it is that already, so that the watch on it fires. A state
+/// that the toolstack has reset for a new device is left as it is, but written as well. May sleep.
 pub(crate) fn touch_state(device: &Device) -> Result {
     let dir = device.nodename();
-    store::transaction(|t| {
-        let mut value = [0; 4];
-        match t.read(dir, c"state", &mut value) {
-            Err(error) if error == ENOENT => Ok(()),
-            Err(error) => Err(error),
-            Ok(1) if value.first() == Some(&b'1') => t.write(dir, c"state", c"1"),
-            Ok(_) => t.write(dir, c"state", c"6"),
-        }
+    store::transaction(|t| match t.read_state(dir) {
+        Err(error) if error == ENOENT => Ok(()),
+        Err(error) => Err(error),
+        Ok(State::Initialising) => t.write(dir, c"state", c"1"),
+        Ok(_) => t.write(dir, c"state", c"6"),
     })
 }
 
@@ -173,10 +169,7 @@ pub(crate) fn publish_state(
     }
     let dir = device.nodename();
     store::transaction(|t| {
-        let mut value = [0; 16];
-        let len = t.read(dir, c"state", &mut value)?;
-        let found = value.get(..len).and_then(parse_u32).map(State::from_number);
-        if found == Some(State::Initialising) && before != State::Initialising {
+        if t.read_state(dir)? == State::Initialising && before != State::Initialising {
             return Err(ENOENT);
         }
         body(t)?;
@@ -189,8 +182,7 @@ pub(crate) fn publish_state(
 /// A transaction in our directory, if that is still there: a write must not bring it back.
 fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) -> Result {
     store::transaction(|t| {
-        let mut value = [0; 4];
-        t.read(device.nodename(), c"state", &mut value)?;
+        t.read_state(device.nodename())?;
         body(t)
     })
 }

@@ -11,7 +11,6 @@ use crate::disk::{self, Disk};
 use crate::medium::Peer;
 use crate::offer::{self, Features};
 use crate::proto::state::{step_asking, Action, Rings, State, View};
-use crate::proto::text::parse_u32;
 use crate::totals::Totals;
 use crate::xen::device::Device;
 use crate::xen::driver::{self, Attribute};
@@ -245,14 +244,10 @@ impl Vbd {
     /// The frontend's state, read anew; a node that is gone or hidden from us, or that holds no
     /// state, is Unknown. Any other error says nothing about the frontend.
     fn frontend_state(&self) -> Result<State> {
-        let mut value = [0; 16];
-        let len = match store::read(self.device.otherend(), c"state", &mut value) {
-            Ok(len) => len,
-            Err(error) if error == ENOENT || error == EACCES => return Ok(State::Unknown),
-            Err(error) => return Err(error),
-        };
-        let number = value.get(..len).and_then(parse_u32);
-        Ok(number.map_or(State::Unknown, State::from_number))
+        match store::read_state(self.device.otherend()) {
+            Err(error) if error == ENOENT || error == EACCES => Ok(State::Unknown),
+            other => other,
+        }
     }
 
     /// Does one step; fails if the next look should wait for the next event.

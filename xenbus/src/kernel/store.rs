@@ -5,7 +5,8 @@
 use super::device::Device;
 use super::sys;
 use crate::proto::frontend::{Directory, VALUE_SIZE};
-use crate::proto::text::Name;
+use crate::proto::state::State;
+use crate::proto::text::{parse_u32, Name};
 use kernel::bindings;
 use kernel::error::{from_err_ptr, to_result};
 use kernel::ffi::c_uint;
@@ -42,6 +43,18 @@ pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<usize> {
     read_in(NONE, dir, key, value)
 }
 
+fn read_state_in(transaction: sys::XenbusTransaction, dir: &CStr) -> Result<State> {
+    let mut value = [0; 16];
+    let len = read_in(transaction, dir, c"state", &mut value)?;
+    let number = value.get(..len).and_then(parse_u32);
+    Ok(number.map_or(State::Unknown, State::from_number))
+}
+
+/// Reads the state of a device's directory; a value that is no state is Unknown.
+pub(crate) fn read_state(dir: &CStr) -> Result<State> {
+    read_state_in(NONE, dir)
+}
+
 /// Writes a key.
 pub(crate) fn write(dir: &CStr, key: &CStr, value: &CStr) -> Result {
     Transaction(NONE).write(dir, key, value)
@@ -57,9 +70,9 @@ pub(crate) fn remove(dir: &CStr, key: &CStr) -> Result {
 pub(crate) struct Transaction(sys::XenbusTransaction);
 
 impl Transaction {
-    /// Reads a key into `value` and returns its length, which may be more than fits.
-    pub(crate) fn read(&self, dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<usize> {
-        read_in(self.0, dir, key, value)
+    /// Reads the state of a device's directory; a value that is no state is Unknown.
+    pub(crate) fn read_state(&self, dir: &CStr) -> Result<State> {
+        read_state_in(self.0, dir)
     }
 
     /// Writes a key.
