@@ -157,6 +157,54 @@ impl Dm {
     }
 }
 
+/// A device mapper device that holds every write, as slow storage does, until it is let go. Reads pass.
+///
+/// A device that is suspended holds them too, but nobody can see there that a write has come.
+#[derive(Clone)]
+pub(crate) struct Holding {
+    device: Dm,
+    /// The table without the delay.
+    passing: String,
+}
+
+impl Holding {
+    /// Creates the device over the first sectors (of 512 bytes) of `below`.
+    pub(crate) fn create(name: &str, below: &str, sectors: u64) -> Result<Holding> {
+        // Milliseconds; longer than any case.
+        const LONG: u32 = 3_600_000;
+        sh::modprobe("dm-delay", &[])?;
+        let table = format!("0 {sectors} delay {below} 0 0 {below} 0 {LONG}");
+        Ok(Holding {
+            device: Dm::create(name, &table)?,
+            passing: format!("0 {sectors} linear {below} 0"),
+        })
+    }
+
+    /// The device node.
+    pub(crate) fn path(&self) -> String {
+        self.device.path()
+    }
+
+    /// Waits until the device holds exactly one write.
+    pub(crate) fn wait_write(&self) -> Result<()> {
+        sh::wait_for("a write at the device", Duration::from_secs(30), || {
+            // "0 SECTORS delay READS WRITES FLUSHES", those that it holds.
+            let status = sh::run(&["dmsetup", "status", &self.device.name])?;
+            Ok(status.split_whitespace().nth(4) == Some("1"))
+        })
+    }
+
+    /// Passes on the writes it has and those that come.
+    pub(crate) fn let_go(&self) -> Result<()> {
+        self.device.replace(&self.passing)
+    }
+
+    /// Removes the device; the writes it has are passed on.
+    pub(crate) fn remove(&self) -> Result<()> {
+        self.device.remove()
+    }
+}
+
 /// LVM knows neither null_blk nor, without a daemon, what udev has seen.
 const LVM: &str = "devices{types=[\"nullb\",16] filter=[\"a|/dev/vmtest.*|\",\"a|/dev/nullb.*|\",\"r|.*|\"] use_devicesfile=0}";
 

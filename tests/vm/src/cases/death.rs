@@ -4,7 +4,7 @@
 use super::basic::{verify_job, FIO};
 use super::tap::{end_load, image, same, start_load, wait_progress, DEVICE, VDEV};
 use super::{Case, Context, Needs};
-use crate::backing::Dm;
+use crate::backing::{Dm, Holding};
 use crate::guest::{Config, Guest, Kind, COMMAND};
 use crate::hotplug;
 use crate::node::{Control, Node};
@@ -152,46 +152,45 @@ fn write(block: u32, letter: char) -> String {
     format!("head -c 4096 /dev/zero | tr '\\000' {letter} | dd of={DEVICE} bs=4k count=1 seek={block} iflag=fullblock oflag=direct")
 }
 
+/// The size of a null_blk device of the cases of slow storage, in MiB and in sectors.
+const SLOW_MIB: u32 = 16;
+const SLOW_SECTORS: u64 = 32768;
+
 /// Two names of one device: the first one holds what is written through it, as slow storage does. The
 /// next process comes by the second one, so that only the fence is between it and the late write.
 fn s05_late_write(context: &mut Context) -> Result<()> {
-    let below = context.null_blk(16, &[])?;
-    let table = format!("0 32768 linear {} 0", below.path());
-    let mut ways = Vec::new();
-    for name in ["vmtest-old", "vmtest-new"] {
-        let way = Dm::create(name, &table)?;
-        let theirs = way.clone();
-        context.at_end(format!("remove {name}"), move || theirs.remove());
-        ways.push(way);
-    }
-    let (control, old, new) = (Control::open()?, &ways[0], &ways[1]);
+    let below = context.null_blk(SLOW_MIB, &[])?;
+    let old = Holding::create("vmtest-old", &below.path(), SLOW_SECTORS)?;
+    let theirs = old.clone();
+    context.at_end("remove vmtest-old", move || theirs.remove());
+    let table = format!("0 {SLOW_SECTORS} linear {} 0", below.path());
+    let new = Dm::create("vmtest-new", &table)?;
+    let theirs = new.clone();
+    context.at_end("remove vmtest-new", move || theirs.remove());
+    let control = Control::open()?;
     let minor = control.create(0)?;
     context.at_end("remove the tap disk", move || {
         sh::wait_for("the end of the disk", Duration::from_secs(20), || {
             Ok(control.destroy(minor).is_ok())
         })
     });
+    // Whatever happens: a process with a write under way does not end.
+    let theirs = old.clone();
+    context.at_end("let the late write go", move || theirs.let_go());
     let mut first = Lone::start(minor, &old.path())?;
     first.wait_live(minor)?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::played(minor, VDEV)?)?;
-    old.suspend()?;
-    let resumed = old.clone();
-    let result = late_write(guest, minor, &first, new).and_then(|mut late| {
-        // A build without the fence serves too early: what comes of that is to be seen.
-        if !late.fenced {
-            newer_write(guest, minor, &mut late)?;
-        }
-        old.resume()?;
-        first.0.wait().context("cannot wait for tapdisk")?;
-        if late.fenced {
-            newer_write(guest, minor, &mut late)?;
-        }
-        Ok(late)
-    });
-    // Whatever happened: a device that is suspended cannot be removed.
-    resumed.resume()?;
-    let late = result?;
+    let mut late = late_write(guest, minor, &first, &old, &new)?;
+    // A build without the fence serves too early: what comes of that is to be seen.
+    if !late.fenced {
+        newer_write(guest, minor, &mut late)?;
+    }
+    old.let_go()?;
+    first.0.wait().context("cannot wait for tapdisk")?;
+    if late.fenced {
+        newer_write(guest, minor, &mut late)?;
+    }
     let held = sh::shell(&format!(
         "dd if={} bs=4k skip=7 count=1 iflag=direct status=none | fold -w 1 | sort -u",
         below.path()
@@ -205,7 +204,6 @@ fn s05_late_write(context: &mut Context) -> Result<()> {
         late.fenced,
         "the next process did not have to wait for a write of the dead one"
     );
-    let guest = context.pv()?;
     guest.detach(&vbd)?;
     late.second.end(libc::SIGTERM)
 }
@@ -221,13 +219,11 @@ struct Late {
 }
 
 /// Kills the process while a write of its is under way, and starts the next one.
-fn late_write(guest: &Guest, minor: u32, first: &Lone, new: &Dm) -> Result<Late> {
+fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) -> Result<Late> {
     let control = Control::open()?;
     let job = guest.start(&write(7, 'a'))?;
-    sh::wait_for("a write at the process", Duration::from_secs(20), || {
-        let info = control.query(minor)?;
-        Ok(info.is_some_and(|info| info.delivered == 1))
-    })?;
+    // Not only at the process: a process that dies before it has passed the write on leaves nothing.
+    old.wait_write()?;
     sys::kill(first.0.id(), libc::SIGKILL).context("cannot kill tapdisk")?;
     let state = || -> Result<u32> {
         let info = control.query(minor)?.context("the disk is gone")?;
@@ -256,7 +252,9 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, new: &Dm) -> Result<Late>
     })
 }
 
-/// The write is answered, and the guest writes something newer to the same block.
+/// The write is answered, and the guest writes something newer to the same block. Then something
+/// else elsewhere: the late write takes what its page holds when it happens, and the page may serve
+/// a third request by then.
 fn newer_write(guest: &Guest, minor: u32, late: &mut Late) -> Result<()> {
     late.second.wait_live(minor)?;
     if let Some(job) = late.job.take() {
@@ -267,15 +265,13 @@ fn newer_write(guest: &Guest, minor: u32, late: &mut Late) -> Result<()> {
             sh::tail(&done.text, 300)
         );
     }
-    guest.run(&write(7, 'b')).map(drop)
+    guest.run(&write(7, 'b'))?;
+    guest.run(&write(8, 'c')).map(drop)
 }
 
 fn s05_stuck_storage(context: &mut Context) -> Result<()> {
-    let below = context.null_blk(16, &[])?;
-    let disk = Dm::create(
-        "vmtest-stuck",
-        &format!("0 32768 linear {} 0", below.path()),
-    )?;
+    let below = context.null_blk(SLOW_MIB, &[])?;
+    let disk = Holding::create("vmtest-stuck", &below.path(), SLOW_SECTORS)?;
     let theirs = disk.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let image = image(context, "b.img", 16)?;
@@ -285,13 +281,9 @@ fn s05_stuck_storage(context: &mut Context) -> Result<()> {
         &tap::disk(&format!("aio:{}", disk.path()), VDEV, "w"),
     )?;
     let other = Served::attach(guest, &tap::disk(&format!("aio:{image}"), "xvdc", "w"))?;
-    disk.suspend()?;
-    let resume = disk.clone();
     let stuck = || -> Result<crate::console::Job> {
         let job = guest.start(&write(7, 'a'))?;
-        sh::wait_for("a write at the process", Duration::from_secs(20), || {
-            Ok(served.info()?.delivered == 1)
-        })?;
+        disk.wait_write()?;
         let old = served.kill()?;
         xs::wait_value(
             &format!("{}/tap-status", served.vbd.backend),
@@ -308,7 +300,7 @@ fn s05_stuck_storage(context: &mut Context) -> Result<()> {
         Ok(job)
     };
     let job = stuck();
-    resume.resume()?;
+    disk.let_go()?;
     let done = guest.wait(job?, COMMAND)?;
     ensure!(
         done.rc == 0,
