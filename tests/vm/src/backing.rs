@@ -108,6 +108,11 @@ pub(crate) fn sha256(device: &str, mib: u32) -> Result<String> {
         .to_owned())
 }
 
+/// The table of a device that is the first sectors (of 512 bytes) of `below`.
+pub(crate) fn linear(below: &str, sectors: u64) -> String {
+    format!("0 {sectors} linear {below} 0")
+}
+
 /// A device mapper device.
 #[derive(Clone)]
 pub(crate) struct Dm {
@@ -176,7 +181,7 @@ impl Holding {
         let table = format!("0 {sectors} delay {below} 0 0 {below} 0 {LONG}");
         Ok(Holding {
             device: Dm::create(name, &table)?,
-            passing: format!("0 {sectors} linear {below} 0"),
+            passing: linear(below, sectors),
         })
     }
 

@@ -4,7 +4,7 @@
 use super::basic::{verify_job, FIO};
 use super::tap::{end_load, image, same, start_load, wait_progress, DEVICE, VDEV};
 use super::{Case, Context, Needs};
-use crate::backing::{Dm, Holding};
+use crate::backing::{linear, Dm, Holding};
 use crate::guest::{Config, Guest, Kind, COMMAND};
 use crate::hotplug;
 use crate::node::{Control, Node};
@@ -163,8 +163,7 @@ fn s05_late_write(context: &mut Context) -> Result<()> {
     let old = Holding::create("vmtest-old", &below.path(), SLOW_SECTORS)?;
     let theirs = old.clone();
     context.at_end("remove vmtest-old", move || theirs.remove());
-    let table = format!("0 {SLOW_SECTORS} linear {} 0", below.path());
-    let new = Dm::create("vmtest-new", &table)?;
+    let new = Dm::create("vmtest-new", &linear(&below.path(), SLOW_SECTORS))?;
     let theirs = new.clone();
     context.at_end("remove vmtest-new", move || theirs.remove());
     let control = Control::open()?;

@@ -3,7 +3,7 @@
 
 use super::basic::{compare, verify_job, FIO};
 use super::{Case, Context, Needs};
-use crate::backing::Dm;
+use crate::backing::{linear, Dm};
 use crate::guest::{Guest, COMMAND};
 use crate::hotplug;
 use crate::{sh, xs};
@@ -115,7 +115,7 @@ fn bad_range(context: &mut Context) -> Result<()> {
 
 fn device_dies(context: &mut Context) -> Result<()> {
     let below = context.null_blk(16, &[])?;
-    let whole = format!("0 32768 linear {} 0", below.path());
+    let whole = linear(&below.path(), 32768);
     let disk = Dm::create("vmtest-dies", &whole)?;
     let theirs = disk.clone();
     context.at_end("remove the mapped device", move || theirs.remove());

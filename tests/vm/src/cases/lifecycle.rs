@@ -4,7 +4,7 @@
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::{load_driver, Case, Context, Needs};
-use crate::backing::Dm;
+use crate::backing::{linear, Dm};
 use crate::console::Job;
 use crate::guest::{Config, Guest, Kind, Saved, Vbd, COMMAND, RUN_DIR};
 use crate::hotplug;
@@ -239,7 +239,7 @@ fn destroy_under_load(context: &mut Context) -> Result<()> {
 
 fn destroy_hung(context: &mut Context) -> Result<()> {
     let below = context.null_blk(16, &[])?;
-    let disk = Dm::create("vmtest-hung", &format!("0 32768 linear {} 0", below.path()))?;
+    let disk = Dm::create("vmtest-hung", &linear(&below.path(), 32768))?;
     let theirs = disk.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let guest = own_guest(2, vec![hotplug::disk(&disk.path(), "xvda", "w")?])?;
