@@ -171,7 +171,7 @@ impl Bench<'_> {
         let jobs: Vec<Job> = jobs
             .iter()
             .filter(|job| fits(backend, job))
-            .copied()
+            .map(|job| job.on(backend))
             .collect();
         let mut settings: Vec<Setting> = jobs.iter().map(|job| job.setting).collect();
         settings.sort();
@@ -224,7 +224,9 @@ impl Bench<'_> {
             };
             let devices = [device.clone()];
             let mut sample = match job.work {
-                Work::Bonnie => bonnie::measure(&mut place, job, &device, self.marks)?,
+                Work::Bonnie => {
+                    bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
+                }
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 _ => {
                     let short = self.shorts.get(job.name).cloned();
