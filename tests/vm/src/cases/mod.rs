@@ -8,7 +8,7 @@ mod faults;
 mod images;
 mod lifecycle;
 mod permission;
-mod replay;
+mod played;
 mod rings;
 mod tap;
 mod tap_life;
@@ -307,7 +307,7 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         xenstore::cases(),
         lifecycle::cases(),
-        replay::cases(),
+        played::cases(),
         tap::cases(),
         death::cases(),
         images::cases(),
