@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A host for a test, and what tests do with it.
+
+use super::fake::{self, FakeKernel, FakeStore};
+use blktapctrl::folder::Folder;
+use blktapctrl::host::Host;
+use blktapctrl::process::Program;
+use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
+use control::tapdisk::Open;
+use control::Failure;
+use std::fs;
+use std::future::Future;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+pub(crate) struct Bed {
+    pub(crate) dir: PathBuf,
+    pub(crate) kernel: FakeKernel,
+    pub(crate) store: FakeStore,
+    pub(crate) host: Rc<Host>,
+}
+
+impl Bed {
+    pub(crate) fn host(dir: &std::path::Path, kernel: &FakeKernel) -> Rc<Host> {
+        let program = Program {
+            path: fake::program(dir),
+            user: None,
+        };
+        let folder = Folder::make(&dir.join("run")).expect("a folder");
+        Host::new(folder, Box::new(kernel.clone()), program)
+    }
+
+    pub(crate) fn image(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.dir.join(name);
+        fs::write(&path, content).expect("an image");
+        path
+    }
+
+    pub(crate) fn create(&self, name: &str) -> Create {
+        let target = format!("sync:{}", self.dir.join(name).display());
+        Create {
+            open: Open::new(target.parse().expect("a target")),
+            mode: Mode::Write,
+            minor: None,
+            policy: Policy::default(),
+            arena_kib: 0,
+            vbd: None,
+            nbd: false,
+        }
+    }
+
+    pub(crate) async fn made(&self, create: Create) -> u32 {
+        match self.ask(Request::Create(Box::new(create))).await {
+            Ok(Reply::Created { minor, .. }) => minor,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn ask(&self, request: Request) -> Result<Reply, Failure> {
+        self.host.answer(request).await
+    }
+
+    pub(crate) async fn destroy(&self, minor: u32) {
+        let which = which(minor);
+        let reply = self.ask(Request::Destroy { which }).await;
+        assert_eq!(reply, Ok(Reply::Done));
+    }
+
+    pub(crate) async fn rows(&self) -> Vec<Row> {
+        match self.ask(Request::List(Filter::default())).await {
+            Ok(Reply::Disks { disks }) => disks,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn row(&self, minor: u32) -> Row {
+        let rows = self.rows().await;
+        let row = rows.into_iter().find(|row| row.minor == Some(minor));
+        row.expect("the disk")
+    }
+
+    pub(crate) fn log(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    pub(crate) fn events(&self) -> Vec<What> {
+        let events = self.host.events.after(0);
+        events.into_iter().map(|event| event.what).collect()
+    }
+
+    /// The processes, sockets and records that there are.
+    pub(crate) async fn assert_nothing_left(&self) {
+        assert_eq!(self.rows().await, []);
+        for folder in ["disks", "tapdisk", "nbd"] {
+            let left: Vec<_> = fs::read_dir(self.dir.join("run").join(folder))
+                .expect("a folder")
+                .collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+pub(crate) fn which(minor: u32) -> Which {
+    Which {
+        minor: Some(minor),
+        ..Which::default()
+    }
+}
+
+pub(crate) fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().expect("a pid")).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+}
+
+/// Waits for a condition.
+pub(crate) async fn until<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut condition: impl FnMut() -> F,
+) -> T {
+    let limit = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(value) = condition().await {
+            return value;
+        }
+        assert!(Instant::now() < limit, "{what} did not happen");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    tokio::task::LocalSet::new().block_on(&runtime, work)
+}
+
+/// Runs a test on a new host; all its processes are dead afterwards.
+pub(crate) fn test<F: Future<Output = ()>>(name: &str, work: impl FnOnce(Rc<Bed>) -> F) {
+    let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
+    fs::create_dir_all(&dir).expect("a folder");
+    let kernel = FakeKernel::default();
+    block_on(async {
+        let bed = Rc::new(Bed {
+            host: Bed::host(&dir, &kernel),
+            store: FakeStore::default(),
+            dir: dir.clone(),
+            kernel,
+        });
+        work(bed.clone()).await;
+        bed.host.destroy_all(bed.host.all()).await;
+    });
+    fs::remove_dir_all(&dir).expect("remove");
+}

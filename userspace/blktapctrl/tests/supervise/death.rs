@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Processes that die or hang, and supervisors that do.
+
+use super::bed::{block_on, kill, test, until, which, Bed};
+use super::fake::{FakeKernel, FakeStore};
+use blktapctrl::{adopt, watchdog};
+use control::supervisor::{Hung, Reply, Request, What, Which};
+use control::tapdisk::State;
+use control::Code;
+use std::fs;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_dead_process_is_replaced_at_once() {
+    test("replace", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        let first = bed.row(minor).await.pid.expect("a process");
+        // The name leads to another image by now; the disk keeps its own.
+        fs::rename(bed.dir.join("a.img"), bed.dir.join("b.img")).expect("rename");
+        bed.image("a.img", "X");
+        let start = Instant::now();
+        kill(first);
+        let row = until("a new process", || async {
+            let row = bed.row(minor).await;
+            (row.pid != Some(first) && row.restarts == 1).then_some(row)
+        })
+        .await;
+        assert_eq!(row.state, Some(State::Running));
+        assert!(start.elapsed() < Duration::from_secs(5));
+        assert_eq!(bed.log(), ["attach 0", "open w A", "attach 0", "open w A"]);
+        let died = What::Died {
+            pid: first,
+            how: "was killed by signal 9".into(),
+        };
+        assert!(bed.events().contains(&died), "{:?}", bed.events());
+        // As Xen's script block-tap does, which remembers the first process.
+        let which = Which {
+            pid: Some(first),
+            ..which(minor)
+        };
+        let reply = bed.ask(Request::Destroy { which }).await;
+        assert_eq!(reply, Ok(Reply::Done));
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn pauses_grow_while_it_keeps_dying_and_then_it_serves() {
+    test("backoff", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        fs::write(bed.dir.join("die"), "").expect("write");
+        kill(bed.row(minor).await.pid.expect("a process"));
+        let pauses = |events: Vec<What>| -> Vec<u64> {
+            let pause = |what| match what {
+                What::Failed { retry_ms, .. } => Some(retry_ms),
+                _ => None,
+            };
+            events.into_iter().filter_map(pause).collect()
+        };
+        until("three attempts", || async {
+            (pauses(bed.events()).len() >= 3).then_some(())
+        })
+        .await;
+        assert_eq!(pauses(bed.events())[..3], [100, 200, 400]);
+        fs::remove_file(bed.dir.join("die")).expect("remove");
+        until("the disk is served", || async {
+            (bed.row(minor).await.state == Some(State::Running)).then_some(())
+        })
+        .await;
+    });
+}
+
+#[test]
+fn the_next_supervisor_takes_over() {
+    let dir = std::env::temp_dir().join(format!("supervise-{}-adopt", std::process::id()));
+    fs::create_dir_all(&dir).expect("a folder");
+    let kernel = FakeKernel::default();
+    let bed = |host| Bed {
+        dir: dir.clone(),
+        kernel: kernel.clone(),
+        store: FakeStore::default(),
+        host,
+    };
+    // The runtime ends with the first supervisor, as if it were killed.
+    let (lives, dies) = block_on(async {
+        let bed = bed(Bed::host(&dir, &kernel));
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        bed.made(bed.create("b.img")).await;
+        // One that has no disk yet is of no use to anybody.
+        assert!(matches!(
+            bed.ask(Request::Spawn).await,
+            Ok(Reply::Pid { .. })
+        ));
+        (bed.row(0).await.pid, bed.row(1).await.pid)
+    });
+    kill(dies.expect("a process"));
+    block_on(async {
+        let bed = bed(Bed::host(&dir, &kernel));
+        adopt::disks(&bed.host).await;
+        let row = bed.row(0).await;
+        assert_eq!((row.pid, row.state), (lives, Some(State::Running)));
+        until("the dead one is replaced", || async {
+            (bed.row(1).await.state == Some(State::Running)).then_some(())
+        })
+        .await;
+        assert!(bed.row(1).await.pid != dies);
+        // The image of a disk that was taken over is still not free.
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
+        // Nor does its process end unseen. Another image in the place of its own is not taken.
+        let path = bed.dir.join("b.img");
+        let dies = bed.row(1).await.pid.expect("a process");
+        fs::rename(&path, bed.dir.join("c.img")).expect("rename");
+        fs::write(&path, "X").expect("an image");
+        kill(dies);
+        until("its replacement", || async {
+            let row = bed.row(1).await;
+            (row.state == Some(State::Running) && row.pid != Some(dies)).then_some(())
+        })
+        .await;
+        assert_eq!(bed.log().last().map(String::as_str), Some("open w B"));
+        kill(lives.expect("a process"));
+        until("the other one is replaced", || async {
+            let row = bed.row(0).await;
+            (row.state == Some(State::Running) && row.pid != lives).then_some(())
+        })
+        .await;
+        bed.host.destroy_all(bed.host.all()).await;
+        bed.assert_nothing_left().await;
+    });
+    fs::remove_dir_all(&dir).expect("remove");
+}
+
+#[test]
+fn who_hangs_is_reported_or_killed() {
+    test("hung", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        let reported = bed.made(bed.create("a.img")).await;
+        let mut create = bed.create("b.img");
+        create.policy.hung = Hung::Kill;
+        let killed = bed.made(create).await;
+        let first = bed.row(killed).await.pid;
+        let look = || {
+            for disk in bed.host.all() {
+                watchdog::look(&bed.host, &disk);
+            }
+        };
+        look();
+        for node in bed.kernel.nodes.borrow_mut().values_mut() {
+            node.oldest_ns = 31_000_000_000;
+        }
+        look();
+        look();
+        let hung = |what: &What| matches!(what, What::Hung { .. });
+        assert_eq!(bed.events().iter().filter(|what| hung(what)).count(), 2);
+        until("the replacement", || async {
+            (bed.row(killed).await.restarts == 1).then_some(())
+        })
+        .await;
+        assert_ne!(bed.row(killed).await.pid, first);
+        assert_eq!(bed.row(reported).await.restarts, 0);
+    });
+}
+
+#[test]
+fn an_end_does_not_wait_for_who_hangs() {
+    test("end", |bed| async move {
+        bed.image("a.img", "A");
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let create = bed.ask(Request::Create(Box::new(bed.create("a.img"))));
+        let end = async {
+            until("the process", || async {
+                let rows = bed.rows().await;
+                rows.first().and_then(|row| row.pid)
+            })
+            .await;
+            bed.destroy(0).await;
+        };
+        let (created, ()) = futures::future::join(create, end).await;
+        assert_eq!(created.expect_err("taken away").code, Code::State);
+        bed.assert_nothing_left().await;
+    });
+}

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a disk is made of, and what is left of it.
+
+use super::bed::{kill, test, until, which};
+use blktapctrl::{server, watch};
+use control::supervisor::{Allocate, Mode, Reply, Request, What, Which};
+use control::tapdisk::State;
+use control::{Channel, Code, Failure};
+use std::fs;
+use std::rc::Rc;
+
+#[test]
+fn a_disk_is_served_and_leaves_nothing() {
+    test("serve", |bed| async move {
+        bed.image("a.img", "A");
+        let mut create = bed.create("a.img");
+        create.minor = Some(5);
+        create.policy.fail_after_s = 9;
+        create.nbd = true;
+        assert_eq!(bed.made(create).await, 5);
+        assert_eq!(bed.kernel.nodes.borrow()[&5].make.fail_after_s, 9);
+        assert_eq!(bed.log(), ["attach 5", "open w A"]);
+        let row = bed.row(5).await;
+        assert_eq!(row.state, Some(State::Running));
+        assert_eq!(row.disk.as_ref().map(|disk| disk.size), Some(1 << 20));
+        assert!(bed.dir.join("run/nbd/5.sock").exists());
+        assert!(bed.dir.join("run/disks/5.json").exists());
+        // Nobody but the process has the node: its death is the last close.
+        kill(row.pid.expect("a process"));
+        until("the last close", || async {
+            (bed.kernel.nodes.borrow()[&5].opened == 2).then_some(())
+        })
+        .await;
+        bed.destroy(5).await;
+        bed.assert_nothing_left().await;
+        assert_eq!(bed.events().last(), Some(&What::Destroyed));
+        // Again is no error.
+        bed.destroy(5).await;
+    });
+}
+
+#[test]
+fn what_cannot_be_opened_leaves_nothing() {
+    test("refuse", |bed| async move {
+        bed.image("a.img", "A");
+        fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        let failure = bed.ask(create).await.expect_err("refused");
+        assert_eq!(failure, Failure::new(Code::Image, "it is no image"));
+        bed.assert_nothing_left().await;
+        let create = Request::Create(Box::new(bed.create("none.img")));
+        let failure = bed.ask(create).await.expect_err("no image");
+        assert_eq!(failure.code, Code::NotFound);
+        assert!(failure.message.contains("none.img"), "{failure}");
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn pause_lets_the_image_be_exchanged() {
+    test("pause", |bed| async move {
+        bed.image("a.img", "A");
+        let next = bed.image("b.img", "B");
+        let minor = bed.made(bed.create("a.img")).await;
+        let which = || which(minor);
+        let pause = || Request::Pause {
+            which: which(),
+            timeout_s: 0,
+        };
+        assert_eq!(bed.ask(pause()).await, Ok(Reply::Done));
+        assert_eq!(bed.row(minor).await.state, Some(State::Paused));
+        let target = format!("sync:{}", next.display())
+            .parse()
+            .expect("a target");
+        let unpause = Request::Unpause {
+            which: which(),
+            target: Some(target),
+        };
+        assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.log()[1..], ["open w A", "pause", "unpause w B"]);
+        // The first image is free, the second one is not.
+        bed.made(bed.create("a.img")).await;
+        let create = Request::Create(Box::new(bed.create("b.img")));
+        assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
+        // Who dies while it is paused is replaced when it is to go on.
+        assert_eq!(bed.ask(pause()).await, Ok(Reply::Done));
+        kill(bed.row(minor).await.pid.expect("a process"));
+        until("its death", || async {
+            bed.row(minor).await.pid.is_none().then_some(())
+        })
+        .await;
+        let unpause = Request::Unpause {
+            which: which(),
+            target: None,
+        };
+        assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        assert_eq!(bed.log().last().map(String::as_str), Some("open w B"));
+    });
+}
+
+#[test]
+fn single_steps_do_what_they_always_did() {
+    test("steps", |bed| async move {
+        bed.image("a.img", "A");
+        let Ok(Reply::Minor { minor }) = bed.ask(Request::Allocate(Allocate::default())).await
+        else {
+            panic!("no node");
+        };
+        let Ok(Reply::Pid { pid }) = bed.ask(Request::Spawn).await else {
+            panic!("no process");
+        };
+        assert_eq!(bed.rows().await.len(), 2);
+        let both = Which {
+            pid: Some(pid),
+            ..which(minor)
+        };
+        assert_eq!(
+            bed.ask(Request::Attach(both.clone())).await,
+            Ok(Reply::Done)
+        );
+        assert_eq!(bed.row(minor).await.state, Some(State::Attached));
+        assert_eq!(bed.rows().await.len(), 1);
+        let create = bed.create("a.img");
+        let open = || Request::Open {
+            which: both.clone(),
+            open: create.open.clone(),
+            mode: Mode::Read,
+        };
+        assert!(matches!(bed.ask(open()).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.ask(open()).await.expect_err("open").code, Code::State);
+        let detach = || Request::Detach(both.clone());
+        assert_eq!(bed.ask(detach()).await.expect_err("open").code, Code::State);
+        let free = || Request::Free { minor };
+        assert_eq!(bed.ask(free()).await.expect_err("used").code, Code::Busy);
+        let close = || Request::Close {
+            which: both.clone(),
+            force: false,
+            timeout_s: 0,
+        };
+        assert_eq!(bed.ask(close()).await, Ok(Reply::Done));
+        assert!(matches!(bed.ask(open()).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.ask(close()).await, Ok(Reply::Done));
+        assert_eq!(bed.ask(detach()).await, Ok(Reply::Done));
+        assert_eq!(bed.ask(free()).await, Ok(Reply::Done));
+        let expected = [
+            "attach 0", "open r A", "close", "attach 0", "open r A", "close", "exit",
+        ];
+        assert_eq!(bed.log(), expected);
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn a_disk_goes_with_its_directory() {
+    test("directory", |bed| async move {
+        let host = bed.host.clone();
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        tokio::task::spawn_local(async move { watch::follow(&host, store).await });
+        until("a connection", || async { bed.host.store().map(drop) }).await;
+        bed.image("a.img", "A");
+        let directory = "backend/vbd/3/51712";
+        let mut create = bed.create("a.img");
+        create.vbd = Some(format!("/local/domain/0/{directory}"));
+        let early = Request::Create(Box::new(create.clone()));
+        let failure = bed.ask(early).await.expect_err("no directory");
+        assert_eq!(failure.code, Code::NotFound);
+        bed.store.put(
+            directory,
+            &[("frontend", "/local/domain/3/device/vbd/51712")],
+        );
+        let minor = bed.made(create.clone()).await;
+        let again = Request::Create(Box::new(create));
+        assert_eq!(
+            bed.ask(again).await.expect_err("a second").code,
+            Code::Exists
+        );
+        bed.store.put(directory, &[("state", "4")]);
+        assert_eq!(bed.row(minor).await.vbd.as_deref(), Some(directory));
+        bed.store.drop("backend/vbd/3");
+        until("the end of the disk", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn vbd3_is_served_without_a_script() {
+    test("vbd3", |bed| async move {
+        let host = bed.host.clone();
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        tokio::task::spawn_local(async move { watch::follow(&host, store).await });
+        let image = bed.image("a.img", "A");
+        let directory = "backend/vbd3/4/51712";
+        let params = format!("aio:sync:{}", image.display());
+        bed.store.put(
+            directory,
+            &[
+                ("frontend", "/local/domain/4/device/vbd/51712"),
+                ("mode", "r"),
+                ("params", &params),
+            ],
+        );
+        let key = |name: &str| bed.store.get(&format!("{directory}/{name}"));
+        until("it is connected", || async {
+            (key("hotplug-status")? == "connected").then_some(())
+        })
+        .await;
+        assert_eq!(key("tap-minor").as_deref(), Some("0"));
+        assert_eq!(bed.log(), ["attach 0", "open r A"]);
+        // What cannot be served is told.
+        let other = "backend/vbd3/5/51712";
+        let frontend = "/local/domain/5/device/vbd/51712";
+        bed.store.put(
+            other,
+            &[("frontend", frontend), ("mode", "w"), ("params", &params)],
+        );
+        until("the complaint", || async {
+            bed.store.get(&format!("{other}/hotplug-error"))
+        })
+        .await;
+        // After Xen's own script the driver is told the number. The script does not say for which
+        // directory the disk is, which names the image already.
+        let image = bed.image("b.img", "B");
+        let third = "backend/vbd3/6/51712";
+        bed.store.put(
+            third,
+            &[
+                ("frontend", "/local/domain/6/device/vbd/51712"),
+                ("script", "/etc/xen/scripts/block-tap"),
+                ("mode", "w"),
+                ("params", &format!("aio:{}", image.display())),
+            ],
+        );
+        let minor = bed.made(bed.create("b.img")).await;
+        bed.store.put(third, &[("minor", &minor.to_string())]);
+        until("the number", || async {
+            bed.store.get(&format!("{third}/tap-minor"))
+        })
+        .await;
+        bed.store.drop(directory);
+        bed.store.drop(third);
+        until("the end of the disks", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
+        assert_eq!(bed.store.get(&format!("{directory}/tap-minor")), None);
+    });
+}
+
+#[test]
+fn questions_over_the_socket() {
+    test("socket", |bed| async move {
+        let path = bed.host.folder.control();
+        let listener = tokio::net::UnixListener::bind(&path).expect("a socket");
+        tokio::task::spawn_local(server::serve(bed.host.clone(), listener));
+        bed.image("a.img", "A");
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        let client = tokio::task::spawn_blocking(move || {
+            let mut channel = Channel::connect(&path).expect("a connection");
+            let reply: Result<Reply, Failure> = channel.ask("nonsense", &[]);
+            assert_eq!(reply.expect_err("nonsense").code, Code::Invalid);
+            let reply: Reply = channel.ask(Request::Ping, &[]).expect("an answer");
+            assert!(matches!(reply, Reply::Process(_)), "{reply:?}");
+            let reply: Reply = channel.ask(create, &[]).expect("a disk");
+            assert!(
+                matches!(reply, Reply::Created { minor: 0, .. }),
+                "{reply:?}"
+            );
+            let subscribe = Request::Subscribe { after: 0 };
+            let reply: Reply = channel.ask(subscribe, &[]).expect("events");
+            assert_eq!(reply, Reply::Done);
+            let mut event = || {
+                let message = channel.receive::<control::supervisor::Event>();
+                message.expect("an event").expect("an event").0.body
+            };
+            assert!(matches!(event().what, What::Created { .. }));
+            assert!(matches!(event().what, What::Started { .. }));
+            let mut other = Channel::connect(&path).expect("a connection");
+            let destroy = Request::Destroy { which: which(0) };
+            let reply: Reply = other.ask(destroy, &[]).expect("an end");
+            assert_eq!(reply, Reply::Done);
+            let last = event();
+            assert_eq!((last.number, last.what), (3, What::Destroyed));
+        });
+        client.await.expect("no panic");
+    });
+}

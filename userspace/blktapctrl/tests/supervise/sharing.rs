@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Who else uses an image.
+
+use super::bed::{test, which};
+use control::supervisor::{Mode, Request};
+use control::tapdisk::State;
+use control::Code;
+use std::fs;
+use std::rc::Rc;
+
+#[test]
+fn an_image_has_one_writer() {
+    test("sharing", |bed| async move {
+        bed.image("a.img", "A");
+        fs::hard_link(bed.dir.join("a.img"), bed.dir.join("same.img")).expect("link");
+        let first = bed.made(bed.create("a.img")).await;
+        let create = Request::Create(Box::new(bed.create("same.img")));
+        let failure = bed.ask(create).await.expect_err("in use");
+        assert_eq!(failure.code, Code::Busy);
+        assert!(failure.message.contains("tap disk 0"), "{failure}");
+        bed.destroy(first).await;
+        for _ in 0..2 {
+            let mut create = bed.create("same.img");
+            create.mode = Mode::Read;
+            bed.made(create).await;
+        }
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        assert!(bed.ask(create).await.is_err());
+        let mut create = bed.create("a.img");
+        create.mode = Mode::WriteShared;
+        bed.made(create).await;
+        assert_eq!(
+            bed.log()[3..],
+            [
+                "attach 0",
+                "open r A",
+                "attach 1",
+                "open r A",
+                "attach 2",
+                "open w! A"
+            ]
+        );
+    });
+}
+
+#[test]
+fn a_guest_and_its_stub_domain_use_one_image() {
+    test("stub", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.host.store.replace(Some(store));
+        bed.image("a.img", "A");
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        bed.store
+            .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
+        bed.store.put("/local/domain/5", &[("vm", "/vm/c")]);
+        let of = |domain: u32| {
+            let mut create = bed.create("a.img");
+            let directory = format!("backend/vbd/{domain}/51712");
+            bed.store.put(&directory, &[("frontend", "f")]);
+            create.vbd = Some(directory);
+            create
+        };
+        bed.made(of(4)).await;
+        // Without a lock: the other one has it.
+        bed.made(of(3)).await;
+        assert_eq!(bed.log(), ["attach 0", "open w A", "attach 1", "open w! A"]);
+        let stranger = Request::Create(Box::new(of(5)));
+        assert_eq!(
+            bed.ask(stranger).await.expect_err("in use").code,
+            Code::Busy
+        );
+    });
+}
+
+#[test]
+fn other_backends_are_seen() {
+    test("others", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.host.store.replace(Some(store));
+        let image = bed.image("a.img", "A");
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        let params = format!("qcow2:{}", image.display());
+        bed.store
+            .put("backend/vbd/3/51712", &[("mode", "w"), ("params", &params)]);
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.destroy(minor).await;
+        bed.store.put(
+            "backend/qdisk/3/51712",
+            &[("mode", "w"), ("params", &params)],
+        );
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        let failure = bed.ask(create).await.expect_err("in use");
+        assert_eq!(failure.code, Code::Busy);
+        assert!(
+            failure.message.contains("backend/qdisk/3/51712"),
+            "{failure}"
+        );
+    });
+}
+
+#[test]
+fn two_at_once_do_not_both_get_the_image() {
+    test("race", |bed| async move {
+        bed.image("a.img", "A");
+        let one = || bed.ask(Request::Create(Box::new(bed.create("a.img"))));
+        let both = futures::future::join(one(), one()).await;
+        assert_ne!(both.0.is_ok(), both.1.is_ok(), "{both:?}");
+    });
+}
+
+#[test]
+fn a_person_does_not_take_a_disk_from_a_guest() {
+    test("bound", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        let bind = |to| {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&minor).expect("the node").bound = to;
+        };
+        bind(Some((3, 51712)));
+        let destroy = Request::Destroy {
+            which: which(minor),
+        };
+        let failure = bed.ask(destroy).await.expect_err("in use");
+        assert!(
+            failure.message.contains("xl block-detach 3 51712"),
+            "{failure}"
+        );
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        bind(None);
+    });
+}
