@@ -34,7 +34,7 @@ pub(crate) fn offer() -> Offer {
 pub(crate) fn publish_offer(device: &Device, before: State) -> Result {
     let dir = device.nodename();
     let offer = offer();
-    publish_state(device, before, State::InitWait, |t| {
+    publish_with_state(device, before, State::InitWait, |t| {
         let segments = params::max_indirect_segments();
         if segments > 0 {
             t.write_number(dir, SEGMENTS_KEY, segments.into())?;
@@ -90,7 +90,7 @@ impl Features {
     /// `limits` are those of the connection, which may offer less than the disk could.
     pub(crate) fn publish(&self, device: &Device, limits: &Limits, before: State) -> Result {
         let dir = device.nodename();
-        publish_state(device, before, State::Connected, |t| {
+        publish_with_state(device, before, State::Connected, |t| {
             let number = |key: &CStr, value: u64| t.write_number(dir, key, value);
             number(c"feature-flush-cache", limits.flush.into())?;
             if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
@@ -155,10 +155,20 @@ pub(crate) fn touch_state(device: &Device) -> Result {
     })
 }
 
+/// Publishes the state `now` after `before`, unless it is there: a toolstack that takes a device away
+/// writes Closing itself, and the frontend has heard of it. Fails like [`publish_with_state`]. May sleep.
+pub(crate) fn publish_state(device: &Device, before: State, now: State) -> Result {
+    if store::read_state(device.nodename()).is_ok_and(|there| there == now) {
+        device.note_state(now);
+        return Ok(());
+    }
+    publish_with_state(device, before, now, |_| Ok(()))
+}
+
 /// Publishes what `body` writes and the state `now` after `before`, or nothing of both. That is the
 /// bus's `xenbus_switch_state` in one transaction with what belongs to the state. ENOENT if our
 /// directory is gone, or is that of a new device already. May sleep.
-pub(crate) fn publish_state(
+fn publish_with_state(
     device: &Device,
     before: State,
     now: State,

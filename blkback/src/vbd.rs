@@ -285,7 +285,7 @@ impl Vbd {
 
     fn publish(&self, life: &mut Life, state: State) {
         if state != life.state {
-            let result = offer::publish_state(&self.device, life.state, state, |_| Ok(()));
+            let result = offer::publish_state(&self.device, life.state, state);
             self.published(life, state, result);
         }
     }
