@@ -4,6 +4,7 @@
 
 use crate::module_parameters;
 use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
+use crate::xen::versions::parameter;
 
 /// Queues that a frontend may have at most, whatever the parameter says.
 const QUEUES: u32 = 64;
@@ -12,7 +13,7 @@ const PAGES: u32 = 8192;
 
 /// Queues offered to a frontend.
 pub(crate) fn max_queues() -> u32 {
-    match *module_parameters::max_queues.value() {
+    match parameter(module_parameters::max_queues.value()) {
         0 => kernel::cpu::nr_cpu_ids().clamp(1, QUEUES),
         n => n.min(QUEUES),
     }
@@ -21,14 +22,14 @@ pub(crate) fn max_queues() -> u32 {
 /// Ring order offered to a frontend.
 pub(crate) fn max_ring_order() -> u8 {
     // CAST: at most `MAX_RING_ORDER`.
-    (*module_parameters::max_ring_page_order.value()).min(u32::from(MAX_RING_ORDER)) as u8
+    parameter(module_parameters::max_ring_page_order.value()).min(u32::from(MAX_RING_ORDER)) as u8
 }
 
 /// Segments of an indirect request offered to a frontend; 0 offers no indirect requests.
 pub(crate) fn max_indirect_segments() -> u16 {
     let max = u32::from(SEGMENTS_PER_INDIRECT_PAGE);
     // CAST: at most 512.
-    (*module_parameters::max_indirect_segments.value()).min(max) as u16
+    parameter(module_parameters::max_indirect_segments.value()).min(max) as u16
 }
 
 /// Segments up to which data is copied; larger requests are mapped.
@@ -38,13 +39,13 @@ pub(crate) fn copy_max_segments() -> u16 {
         return u16::MAX;
     }
     // CAST: at most 65535.
-    (*module_parameters::copy_max_segments.value()).min(u32::from(u16::MAX)) as u16
+    parameter(module_parameters::copy_max_segments.value()).min(u32::from(u16::MAX)) as u16
 }
 
 /// The layout of a frontend that does not name its own.
 pub(crate) fn default_protocol() -> Protocol {
     // The C driver takes 32 bits on x86, against the header; frontends rely on it.
-    if *module_parameters::native_protocol.value() == 0 && cfg!(target_arch = "x86_64") {
+    if parameter(module_parameters::native_protocol.value()) == 0 && cfg!(target_arch = "x86_64") {
         Protocol::Abi32
     } else {
         Protocol::Abi64
@@ -62,17 +63,17 @@ pub(crate) fn poll_nanoseconds() -> u64 {
     }
     /// More than that is no waiting for the next request any more.
     const MOST: u32 = 1000;
-    u64::from((*module_parameters::poll_us.value()).min(MOST)).saturating_mul(1000)
+    u64::from(parameter(module_parameters::poll_us.value()).min(MOST)).saturating_mul(1000)
 }
 
 /// Pages that all queues of one guest together may reserve.
 pub(crate) fn domain_pages() -> u32 {
-    (*module_parameters::domain_memory_mib.value()).saturating_mul(256)
+    parameter(module_parameters::domain_memory_mib.value()).saturating_mul(256)
 }
 
 /// Pages of one guest that all its queues together may map.
 pub(crate) fn domain_mappings() -> u32 {
-    *module_parameters::domain_mappings.value()
+    parameter(module_parameters::domain_mappings.value())
 }
 
 /// Data pages of one queue.
@@ -99,7 +100,7 @@ pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
             .min(most.min(PAGES))
             .max(largest) as u16
     };
-    let most = *module_parameters::copy_pages.value();
+    let most = parameter(module_parameters::copy_pages.value());
     let copies_all = u32::from(copy_max_segments()) >= largest;
     PoolSizes {
         copy: size(if copies_all { 32 } else { 4 }, most),
@@ -107,7 +108,7 @@ pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
         map: if copies_all {
             0
         } else {
-            size(16, *module_parameters::map_pages.value())
+            size(16, parameter(module_parameters::map_pages.value()))
         },
     }
 }

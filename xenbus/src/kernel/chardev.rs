@@ -13,6 +13,7 @@
 
 use super::sys;
 use super::uring;
+use super::versions::this_module;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -258,7 +259,7 @@ struct Operations<T>(PhantomData<T>);
 
 impl<T: CharDevice> Operations<T> {
     const TABLE: bindings::file_operations = bindings::file_operations {
-        owner: crate::THIS_MODULE.as_ptr(),
+        owner: this_module(),
         open: Some(Self::open),
         release: Some(Self::release),
         read: Some(Self::read),

@@ -23,6 +23,7 @@ pub(crate) mod shared;
 pub(crate) mod store;
 mod sys;
 pub(crate) mod uring;
+pub(crate) mod versions;
 pub(crate) mod watch;
 pub(crate) mod workqueue;
 

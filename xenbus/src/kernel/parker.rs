@@ -5,10 +5,11 @@
 //! A wake-up that finds the thread awake costs one atomic exchange and no lock.
 
 use super::sys;
+use super::versions;
 use kernel::bindings;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, Atomic};
-use kernel::sync::{barrier, Arc};
+use kernel::sync::Arc;
 use kernel::types::Opaque;
 
 /// Longest sleep of [`Parker::park_for_a_while`].
@@ -65,7 +66,7 @@ impl Parker {
     pub(crate) fn rearm(&self) {
         self.state
             .store(RUNNING, kernel::sync::atomic::ordering::Relaxed);
-        barrier::smp_mb();
+        versions::smp_mb();
     }
 
     /// The same for a few seconds at most: see [`IDLE_SECONDS`].

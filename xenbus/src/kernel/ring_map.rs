@@ -4,13 +4,14 @@
 
 use super::device::Device;
 use super::sys;
+use super::versions;
 use crate::proto::frontend::MAX_RING_PAGES;
 use crate::ring::abi::{self, Protocol, MAX_SLOT_SIZE};
 use crate::ring::ports::SharedRing;
 use core::ptr::NonNull;
 use kernel::error::to_result;
 use kernel::prelude::*;
-use kernel::sync::{barrier, Arc};
+use kernel::sync::Arc;
 
 /// A frontend's ring, mapped; dropping it unmaps it.
 ///
@@ -82,7 +83,7 @@ impl SharedRing for RingMap {
     fn load_req_prod(&self) -> u32 {
         let value = self.load(abi::REQ_PROD);
         // Pairs with the frontend's write barrier between its slots and `req_prod`.
-        barrier::smp_rmb();
+        versions::smp_rmb();
         value
     }
 
@@ -104,12 +105,12 @@ impl SharedRing for RingMap {
 
     fn store_rsp_prod(&self, value: u32) {
         // Pairs with the frontend's read barrier after its load of `rsp_prod`.
-        barrier::smp_wmb();
+        versions::smp_wmb();
         self.store(abi::RSP_PROD, value);
     }
 
     fn full_barrier(&self) {
-        barrier::smp_mb();
+        versions::smp_mb();
     }
 
     fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What differs between the kernels that the module is built for, 7.2 and 7.3, in a form that
+//! compiles for each of them.
+
+use core::borrow::Borrow;
+use kernel::bindings;
+
+/// The module itself, as an owner of what C code calls: 7.2 names it `crate::THIS_MODULE`, 7.3 a
+/// constant of `LocalModule`. Both are the address of what modpost makes.
+pub(super) const fn this_module() -> *mut bindings::module {
+    core::ptr::addr_of_mut!(bindings::__this_module)
+}
+
+/// The value of a module parameter: 7.2 gives a reference to it, 7.3 a copy.
+pub(crate) fn parameter(value: impl Borrow<u32>) -> u32 {
+    *value.borrow()
+}
+
+// 7.2 has a function for each barrier, 7.3 one function with the kind as its argument.
+
+/// Orders loads before it against loads after it, between processors.
+pub(super) fn smp_rmb() {
+    // SAFETY: A barrier has no requirement.
+    unsafe { bindings::smp_rmb() }
+}
+
+/// Orders stores before it against stores after it, between processors.
+pub(super) fn smp_wmb() {
+    // SAFETY: As above.
+    unsafe { bindings::smp_wmb() }
+}
+
+/// Orders all accesses before it against all accesses after it, between processors.
+pub(super) fn smp_mb() {
+    // SAFETY: As above.
+    unsafe { bindings::smp_mb() }
+}
