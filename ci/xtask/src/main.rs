@@ -9,6 +9,7 @@ mod demo;
 mod gates;
 mod host;
 mod install;
+mod kernel;
 mod ktap;
 mod lanes;
 mod machine;
@@ -32,6 +33,17 @@ use std::process::ExitCode;
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
+    /// Build for this stock kernel and test with it: 7.3, 7.2, or a version of one such as 7.3.4.
+    /// Without it the newest of the archive that the module is known to work with.
+    #[arg(
+        long,
+        global = true,
+        env = "XEN_BLKBACK_RS_KERNEL",
+        value_name = "VERSION",
+        default_value = "",
+        hide_default_value = true
+    )]
+    kernel: String,
     #[command(subcommand)]
     command: Task,
 }
@@ -138,7 +150,8 @@ fn exit(good: bool) -> ExitCode {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let cli = Cli::parse();
+    match kernel::request(&cli.kernel).and_then(|()| run(cli.command)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -3,7 +3,7 @@
 
 use crate::cache::Artefact;
 use crate::root::Root;
-use crate::{gates, host, run};
+use crate::{gates, host, kernel, run};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,6 @@ use std::process::Command;
 
 const BUILD_PACKAGES: &str = include_str!("../../recipes/build-root.packages");
 const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
-const KERNEL_PREFERENCES: &str = include_str!("../../recipes/kernel.preferences");
 const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
 const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
 const INITRAMFS: &str = include_str!("../../recipes/initramfs.sh");
@@ -34,13 +33,14 @@ const DOM0_SIZE: &str = "1600M";
 /// A Debian tree with the compilers, the kernel packages and QEMU.
 pub(crate) fn build_root() -> Result<PathBuf> {
     host::prepare()?;
+    let release = kernel::release()?;
     Artefact {
         name: "build-root",
         title: "the build root",
         about: "1 min",
-        inputs: vec![host::SUITE, BUILD_PACKAGES, KERNEL_PREFERENCES, KERNEL_HOOK],
+        inputs: vec![host::SUITE, BUILD_PACKAGES, KERNEL_HOOK, &release],
     }
-    .get(|dir, log| debian(dir, log, BUILD_PACKAGES, Some(KERNEL)))
+    .get(|dir, log| debian(dir, log, BUILD_PACKAGES, Some(&release)))
 }
 
 /// The tree that a Rust module is compiled against: `source`, `build` and `kmake`.
@@ -153,39 +153,24 @@ fn folder_name(path: &Path) -> Result<String> {
         .into_owned())
 }
 
-/// What makes the stock kernel part of a tree.
-struct Kernel {
-    /// apt's preferences, which say which one it is.
-    preferences: &'static str,
-    /// A script to run when the packages are installed.
-    hook: &'static str,
-}
-
-const KERNEL: Kernel = Kernel {
-    preferences: KERNEL_PREFERENCES,
-    hook: KERNEL_HOOK,
-};
-
-/// Makes a Debian tree of the target suite in `dir`.
-fn debian(dir: &Path, log: &Path, packages: &str, kernel: Option<Kernel>) -> Result<()> {
+/// Makes a Debian tree of the target suite in `dir`, with the stock kernel of this release if there
+/// is one.
+fn debian(dir: &Path, log: &Path, packages: &str, release: Option<&str>) -> Result<()> {
     let sources = dir.with_extension("list");
     fs::write(&sources, host::sources()?)?;
-    let packages: Vec<&str> = packages
+    let mut packages: Vec<String> = packages
         .lines()
         .filter(|line| !line.starts_with('#'))
         .flat_map(str::split_whitespace)
+        .map(str::to_string)
         .collect();
+    packages.extend(release.map(|release| format!("linux-headers-{release}")));
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
     command.arg(format!("--include={}", packages.join(",")));
-    if let Some(kernel) = kernel {
-        let (preferences, hook) = (dir.with_extension("pref"), dir.with_extension("hook"));
-        fs::write(&preferences, kernel.preferences)?;
-        fs::write(&hook, kernel.hook)?;
-        command.arg(format!(
-            "--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\" && cp {} \"$1/etc/apt/preferences.d/kernel\"",
-            preferences.display()
-        ));
+    if release.is_some() {
+        let hook = dir.with_extension("hook");
+        fs::write(&hook, KERNEL_HOOK)?;
         command.arg(format!("--customize-hook=sh {} \"$1\"", hook.display()));
     }
     command.arg(host::SUITE).arg(dir).arg(&sources);

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Which stock kernel everything is built for and tested with.
+//!
+//! The archive keeps several releases side by side for a while. One is chosen by its exact release,
+//! which then names every artefact that depends on it: nothing changes under a build because the
+//! archive has moved on.
+
+use crate::cache::Artefact;
+use crate::{host, run};
+use anyhow::{bail, Context, Result};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The kernel series that the module is known to work with, the preferred one first. What differs
+/// between them is in `xenbus/src/kernel/versions.rs`; the top-level Kbuild has the same list.
+pub(crate) const SERIES: &[&str] = &["7.3", "7.2"];
+
+/// What `--kernel` said; empty for the default.
+static REQUEST: OnceLock<String> = OnceLock::new();
+
+/// Takes the value of `--kernel`: a series such as `7.3`, or a version such as `7.3.4`.
+pub(crate) fn request(version: &str) -> Result<()> {
+    check(version)?;
+    // Set once, by main.
+    let _first = REQUEST.set(version.to_string());
+    Ok(())
+}
+
+fn check(version: &str) -> Result<()> {
+    let known = SERIES.iter().any(|series| is_of(version, series));
+    if version.is_empty() || known {
+        return Ok(());
+    }
+    bail!(
+        "Linux {version} is not a kernel that this module is known to work with: choose one of {}, \
+         or make it work (xenbus/src/kernel/versions.rs) and add it to ci/xtask/src/kernel.rs and Kbuild",
+        SERIES.join(", ")
+    )
+}
+
+/// True if `version` is `series` or one of its versions.
+fn is_of(version: &str, series: &str) -> bool {
+    version
+        .strip_prefix(series)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The release of the stock kernel, such as `7.3.4+deb13-amd64`. The first call asks the archive.
+pub(crate) fn release() -> Result<String> {
+    let request = REQUEST.get().map_or("", String::as_str);
+    let known = SERIES.join(" ");
+    let dir = Artefact {
+        name: "kernel-choice",
+        title: "the choice of the kernel",
+        about: "5 s",
+        inputs: vec![host::SUITE, &known, request],
+    }
+    .get(|dir, log| {
+        let names = archive(dir, log)?;
+        let release = choose(&names, request)?;
+        Ok(fs::write(dir.join("release"), release)?)
+    })?;
+    Ok(fs::read_to_string(dir.join("release"))?)
+}
+
+/// The names of the kernel packages in the archive, one a line.
+fn archive(dir: &Path, log: &Path) -> Result<String> {
+    host::prepare()?;
+    let sources = dir.join("sources.list");
+    fs::write(&sources, host::sources()?)?;
+    let lists = dir.join("lists");
+    fs::create_dir_all(lists.join("partial"))?;
+    // Of this host's apt only the program is used: neither its sources nor its lists.
+    let options = |command: &mut Command| {
+        for (key, value) in [
+            ("Dir::Etc::SourceList", sources.as_path()),
+            ("Dir::Etc::SourceParts", Path::new("/dev/null")),
+            ("Dir::State::Lists", &lists),
+            ("Dir::Cache", dir),
+        ] {
+            command.arg("-o").arg(format!("{key}={}", value.display()));
+        }
+    };
+    let mut update = Command::new("apt-get");
+    options(&mut update);
+    run::logged(update.args(["-q", "update"]), log)?;
+    let mut names = Command::new("apt-cache");
+    options(&mut names);
+    let out = names.args(["pkgnames", "linux-"]).output()?;
+    anyhow::ensure!(
+        out.status.success(),
+        "apt-cache cannot list the kernels of the archive: {}",
+        String::from_utf8_lossy(&out.stderr).trim()
+    );
+    for rest in ["lists", "pkgcache.bin", "srcpkgcache.bin"] {
+        let path = dir.join(rest);
+        if path.exists() {
+            run::remove_tree(&path)?;
+        }
+    }
+    Ok(String::from_utf8(out.stdout)?)
+}
+
+/// The newest release of what is asked for that has headers, an image and its source.
+fn choose(names: &str, request: &str) -> Result<String> {
+    let asked = [request];
+    let wanted: &[&str] = if request.is_empty() { SERIES } else { &asked };
+    let has = |name: String| names.lines().any(|line| line == name);
+    let releases = names
+        .lines()
+        .filter_map(|name| name.strip_prefix("linux-headers-"))
+        .filter(|release| release.ends_with("-amd64") && !flavoured(release));
+    let mut complete: Vec<(Vec<u32>, &str)> = releases
+        .filter(|release| has(format!("linux-binary-{release}")))
+        .filter_map(|release| Some((numbers(release)?, release)))
+        .filter(|(numbers, _)| {
+            let series = numbers.iter().take(2).map(u32::to_string);
+            has(format!(
+                "linux-source-{}",
+                series.collect::<Vec<_>>().join(".")
+            ))
+        })
+        .collect();
+    complete.sort();
+    wanted
+        .iter()
+        .find_map(|version| {
+            let version = numbers(version)?;
+            let fits = |(numbers, _): &&(Vec<u32>, &str)| numbers.starts_with(&version);
+            complete.iter().rev().find(fits)
+        })
+        .map(|(_, release)| (*release).to_string())
+        .with_context(|| {
+            let there: Vec<&str> = complete.iter().map(|(_, release)| *release).collect();
+            format!(
+                "the archive has no stock kernel {} for {}; it has {}",
+                wanted.join(" or "),
+                host::SUITE,
+                if there.is_empty() {
+                    "none".into()
+                } else {
+                    there.join(", ")
+                }
+            )
+        })
+}
+
+/// True for kernels of another kind, such as `7.3.4+deb13-cloud-amd64`.
+fn flavoured(release: &str) -> bool {
+    release.matches('-').count() > 1
+}
+
+/// The numbers of a version, such as 7, 3, 4 of `7.3.4+deb13-amd64`.
+fn numbers(version: &str) -> Option<Vec<u32>> {
+    let end = version.find(|c: char| !c.is_ascii_digit() && c != '.');
+    version[..end.unwrap_or(version.len())]
+        .split('.')
+        .map(|number| number.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ARCHIVE: &str = "linux-source-7.2\nlinux-source-7.3\nlinux-source-6.12
+linux-headers-7.2.9+deb13-amd64\nlinux-binary-7.2.9+deb13-amd64
+linux-headers-7.2.12+deb13-amd64\nlinux-binary-7.2.12+deb13-amd64
+linux-headers-7.2.13+deb13-cloud-amd64\nlinux-binary-7.2.13+deb13-cloud-amd64
+linux-headers-7.3.4+deb13-amd64\nlinux-binary-7.3.4+deb13-amd64
+linux-headers-7.3.5+deb13-amd64
+linux-headers-7.4.1+deb13-amd64\nlinux-binary-7.4.1+deb13-amd64\nlinux-headers-amd64";
+
+    #[test]
+    fn the_newest_complete_release_of_a_series_is_taken() {
+        assert_eq!(choose(ARCHIVE, "7.2").unwrap(), "7.2.12+deb13-amd64");
+        assert_eq!(choose(ARCHIVE, "7.2.9").unwrap(), "7.2.9+deb13-amd64");
+        // 7.3.5 has no image yet, and 7.4 is unknown.
+        assert_eq!(choose(ARCHIVE, "").unwrap(), "7.3.4+deb13-amd64");
+    }
+
+    #[test]
+    fn without_the_preferred_series_the_next_one_serves() {
+        let older = ARCHIVE.replace("linux-source-7.3\n", "");
+        assert_eq!(choose(&older, "").unwrap(), "7.2.12+deb13-amd64");
+        let error = choose(&older, "7.3").unwrap_err().to_string();
+        assert!(error.contains("no stock kernel 7.3"), "{error}");
+        assert!(error.contains("7.2.12+deb13-amd64"), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_kernel_is_one_clear_sentence() {
+        for good in ["", "7.2", "7.3", "7.3.4"] {
+            check(good).unwrap();
+        }
+        for bad in ["7.4", "7.31", "6.12", "x"] {
+            let error = check(bad).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("Linux {bad} is not")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_list_of_kernels_is_that_of_kbuild() {
+        let kbuild = include_str!("../../../Kbuild");
+        let list = kbuild
+            .lines()
+            .find_map(|line| line.strip_prefix("known-kernels := "))
+            .unwrap();
+        let mut known: Vec<&str> = list.split_whitespace().collect();
+        known.reverse();
+        assert_eq!(known, SERIES);
+    }
+}
