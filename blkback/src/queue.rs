@@ -8,7 +8,7 @@
 //! disk lets go of them.
 
 use crate::connection::ConnectError;
-use crate::engine::{Backend, Config, Engine, Grants, Pass, SegmentEntry, Slot, Stats};
+use crate::engine::{Backend, Config, Engine, Fetch, Grants, Pass, Rest, SegmentEntry, Slot, Stats};
 use crate::medium::{Needs, Part, Queues};
 use crate::params;
 use crate::poll::{Batcher, Pollers};
@@ -101,6 +101,7 @@ pub(crate) struct Prepared<M: Queues> {
 
 impl<M: Queues> Prepared<M> {
     /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
+    #[inline(never)]
     pub(crate) fn new(
         setup: &Setup<'_, M>,
         ring: &frontend::Ring,
@@ -117,19 +118,6 @@ impl<M: Queues> Prepared<M> {
             .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
         let channel = EventChannel::bind(setup.device, ring.port, parker.clone())
             .map_err(|error| step("the frontend's event-channel cannot be bound", error))?;
-        let Part {
-            backend,
-            pages,
-            depth,
-        } = setup.medium.queue(&Needs {
-            domain: setup.device.otherend_id(),
-            index,
-            queues: request.queues,
-            depth,
-            parker: &parker,
-        })?;
-        let grants = GuestGrants::new(setup.device.otherend_id(), pages.clone())
-            .map_err(|error| step(NO_MEMORY, error))?;
         let control = Arc::pin_init(
             pin_init!(Control {
                 parker,
@@ -140,28 +128,15 @@ impl<M: Queues> Prepared<M> {
             GFP_KERNEL,
         )
         .map_err(|error| step(NO_MEMORY, error))?;
-        let server = Server {
-            slots: filled(Slot::FREE, usize::from(depth)).map_err(|e| step(NO_MEMORY, e))?,
-            entries: filled(SegmentEntry::EMPTY, pages.len()).map_err(|e| step(NO_MEMORY, e))?,
-            copy_pages: pages.with_memory(),
-            config: Config {
-                protocol: request.protocol,
-                copy_max_segments: params::copy_max_segments(),
-            },
-            limits: *setup.limits,
-            ring: back,
-            channel,
-            grants,
-            backend,
-            medium: setup.medium.clone(),
-            vbd: setup.vbd.clone(),
-            control: control.clone(),
-            leads: index == 0,
-        };
+        let state = State::new(setup, index, depth, &control)?;
         Ok(Self {
-            server,
+            memory_kib: state.grants.memory_kib(),
+            server: Server {
+                ring: back,
+                channel,
+                state,
+            },
             control,
-            memory_kib: pages.memory_kib(),
         })
     }
 
@@ -219,14 +194,21 @@ impl Queue {
 
 /// What the thread owns.
 struct Server<M: Queues> {
+    ring: BackRing<RingMap>,
+    channel: EventChannel,
+    state: KBox<State<M>>,
+}
+
+/// The part of it that stays in its place, because it is too large for a stack on which a driver of
+/// the block layer has yet to run.
+struct State<M: Queues> {
     slots: KVec<Slot>,
     entries: KVec<SegmentEntry>,
+    fetches: KVec<Option<Fetch>>,
     copy_pages: u16,
     config: Config,
     limits: Limits,
-    ring: BackRing<RingMap>,
-    channel: EventChannel,
-    grants: GuestGrants,
+    grants: KBox<GuestGrants>,
     backend: M::Backend,
     medium: Arc<M>,
     vbd: Arc<Vbd>,
@@ -236,49 +218,117 @@ struct Server<M: Queues> {
 }
 
 impl<M: Queues> Runner for Server<M> {
-    fn run(mut self) {
-        let slots = self.ring.size();
-        let mut engine = Engine::new(
-            self.ring,
-            self.grants,
-            self.backend,
-            &mut self.slots,
-            &mut self.entries,
-            self.copy_pages,
-            self.config,
-            self.limits,
-        );
+    fn run(self) {
+        let Self {
+            ring,
+            channel,
+            mut state,
+        } = self;
+        let medium = state.medium.clone();
+        // These outlast it.
+        let (vbd, control) = (state.vbd.clone(), state.control.clone());
+        let (command, mut rest) = state.serve(ring, channel);
+        if command == Command::Drain || medium.patience().is_some() {
+            // The disk, too, is given back before anybody can see that: the toolstack's script
+            // takes it apart as soon as the state is Closed.
+            drop(state);
+            drop(medium);
+            control.mark_detached();
+            // After the mark, which the kicked work looks at; before the completion, because who
+            // waits for that may go on to unload the module.
+            vbd.kick();
+            control.detached.complete_all();
+            return;
+        }
+        control.mark_detached();
+        control.detached.complete_all();
+        while rest.drain() > 0 {
+            control.parker.park();
+        }
+    }
+}
+
+impl<M: Queues> State<M> {
+    /// Reserves all memory that a queue with a ring of `slots` slots will need.
+    // Not part of its caller, so that each of the two has a small frame.
+    #[inline(never)]
+    fn new(
+        setup: &Setup<'_, M>,
+        index: u32,
+        slots: u16,
+        control: &Arc<Control>,
+    ) -> Result<KBox<Self>, ConnectError> {
+        let no_memory = |error| step(NO_MEMORY, error);
+        let domain = setup.device.otherend_id();
+        let Part {
+            backend,
+            pages,
+            depth,
+        } = setup.medium.queue(&Needs {
+            domain,
+            index,
+            queues: setup.request.queues,
+            depth: slots,
+            parker: &control.parker,
+        })?;
+        let copy_pages = pages.with_memory();
+        let entries = filled(SegmentEntry::EMPTY, pages.len()).map_err(no_memory)?;
+        let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
+        let buffers = usize::from(grants.descriptor_buffers());
+        let state = Self {
+            slots: filled(Slot::FREE, usize::from(depth)).map_err(no_memory)?,
+            entries,
+            fetches: filled(None, buffers).map_err(no_memory)?,
+            copy_pages,
+            config: Config {
+                protocol: setup.request.protocol,
+                copy_max_segments: params::copy_max_segments(),
+            },
+            limits: *setup.limits,
+            grants,
+            backend,
+            medium: setup.medium.clone(),
+            vbd: setup.vbd.clone(),
+            control: control.clone(),
+            leads: index == 0,
+        };
+        KBox::new(state, GFP_KERNEL).map_err(|error| no_memory(error.into()))
+    }
+
+    /// Serves the ring until told to end, and gives it and the event channel back. Returns how it
+    /// was told, and what is left.
+    // Not part of its caller, so that its frame is gone when what is left is waited for.
+    #[inline(never)]
+    fn serve(
+        &mut self,
+        ring: BackRing<RingMap>,
+        channel: EventChannel,
+    ) -> (Command, Rest<'_, &mut GuestGrants, &mut M::Backend>) {
         let server = Serving {
-            channel: &self.channel,
+            channel: &channel,
             medium: &*self.medium,
             vbd: &self.vbd,
             control: &self.control,
             known_sectors: self.limits.sectors,
-            slots,
+            slots: ring.size(),
             leads: self.leads,
         };
+        let mut engine = Engine::new(
+            ring,
+            &mut *self.grants,
+            &mut self.backend,
+            &mut self.slots,
+            &mut self.entries,
+            &mut self.fetches,
+            self.copy_pages,
+            self.config,
+            self.limits,
+        );
         let command = server.serve(&mut engine);
         // The order matters: no event may come for a ring that is unmapped, and the owner may
         // publish state Closed only when both are gone.
-        drop(self.channel);
-        let mut rest = engine.detach();
-        if command == Command::Drain || self.medium.patience().is_some() {
-            // The disk, too, is given back before anybody can see that: the toolstack's script
-            // takes it apart as soon as the state is Closed.
-            drop(rest);
-            drop(self.medium);
-            self.control.mark_detached();
-            // After the mark, which the kicked work looks at; before the completion, because who
-            // waits for that may go on to unload the module.
-            self.vbd.kick();
-            self.control.detached.complete_all();
-            return;
-        }
-        self.control.mark_detached();
-        self.control.detached.complete_all();
-        while rest.drain() > 0 {
-            self.control.parker.park();
-        }
+        drop(channel);
+        (command, engine.detach())
     }
 }
 
@@ -295,6 +345,8 @@ struct Serving<'a, M> {
 
 impl<M: Queues> Serving<'_, M> {
     /// Serves the ring until told to end; returns how.
+    // Not part of its caller, so that each of the two has a small frame.
+    #[inline(never)]
     fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, RingMap, G, B>) -> Command {
         let mut sectors = self.known_sectors;
         let mut published = Stats::default();

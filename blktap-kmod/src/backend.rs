@@ -37,6 +37,8 @@ pub(crate) struct TapQueue {
     disk: Arc<TapDisk>,
     share: Arc<Share>,
     place: Place,
+    /// What is to be posted; has room for a batch.
+    ready: KVec<(Tag, Request)>,
     /// What could not be posted; has room for all tags.
     rejected: KVec<Tag>,
 }
@@ -52,6 +54,7 @@ impl TapQueue {
             parker,
             done: AtomicFlag::new(false),
         })?;
+        let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
         let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
         let mut inner = disk.inner.lock();
         if inner.shadow.orphans() > 0 {
@@ -67,6 +70,7 @@ impl TapQueue {
             disk,
             share,
             place,
+            ready,
             rejected,
         })
     }
@@ -109,56 +113,47 @@ impl TapQueue {
         self.place.first_tag.wrapping_add(tag)
     }
 
-    fn reject(&mut self, tag: Tag) {
-        // There is room for all tags, and each is there once: it is taken until it is reaped.
-        let _pushed = push(&mut self.rejected, tag);
-    }
-
-    /// Posts a batch, and wakes the process if it waits.
-    fn post(&mut self, batch: &[Option<(Tag, Request)>]) {
+    /// Posts what is ready, and wakes the process if it waits.
+    fn post(&mut self) {
         let now = monotonic_ns();
-        let mut failed = [None; BATCH];
+        let Place {
+            index, first_tag, ..
+        } = self.place;
         let mut inner = self.disk.inner.lock();
-        for (entry, failed) in batch.iter().zip(failed.iter_mut()) {
-            let Some((tag, request)) = entry else {
-                continue;
-            };
-            let queue = self.place.index;
-            let posted = inner.shadow.post(self.disk_tag(*tag), queue, request, now);
-            if posted.is_err() {
-                *failed = Some(*tag);
+        for (tag, request) in &self.ready {
+            let disk_tag = first_tag.wrapping_add(*tag);
+            if inner.shadow.post(disk_tag, index, request, now).is_err() {
+                reject(&mut self.rejected, *tag);
             }
         }
         self.disk.announce(&mut inner);
         drop(inner);
-        failed
-            .into_iter()
-            .flatten()
-            .for_each(|tag| self.reject(tag));
+        self.ready.clear();
     }
+}
+
+fn reject(rejected: &mut KVec<Tag>, tag: Tag) {
+    // There is room for all tags, and each is there once: it is taken until it is reaped.
+    let _pushed = push(rejected, tag);
 }
 
 impl Backend for TapQueue {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        let mut ready = [None; BATCH];
-        let mut count = 0usize;
         for io in batch {
             let Some(request) = self.prepare(&io) else {
-                self.reject(io.tag);
+                reject(&mut self.rejected, io.tag);
                 continue;
             };
-            if let Some(place) = ready.get_mut(count) {
-                *place = Some((io.tag, request));
+            if push(&mut self.ready, (io.tag, request)).is_err() {
+                // There is room for a batch, and less than one is there.
+                reject(&mut self.rejected, io.tag);
             }
-            count = count.wrapping_add(1);
-            if count == BATCH {
-                self.post(&ready);
-                ready = [None; BATCH];
-                count = 0;
+            if self.ready.len() >= BATCH {
+                self.post();
             }
         }
-        if count > 0 {
-            self.post(&ready);
+        if !self.ready.is_empty() {
+            self.post();
         }
     }
 

@@ -3,7 +3,7 @@
 //! Taking requests from the ring: a slot and pages for each, and the segments of indirect ones.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::pass::{Engine, Fetch, MAX_DESCRIPTORS};
+use crate::engine::pass::{Engine, Fetch};
 use crate::engine::segments::Pool;
 use crate::engine::slots::{Slot, State, Tag};
 use crate::engine::transfer::{queue_copy, run_copies};
@@ -163,7 +163,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     pub(super) fn admit_indirect(&mut self, indirect: &Indirect) -> bool {
-        let room = usize::from(self.grants.descriptor_buffers()).min(MAX_DESCRIPTORS);
+        let room = usize::from(self.grants.descriptor_buffers()).min(self.fetches.len());
         // One buffer holds one page of segments; more pages than that are never advertised.
         if indirect.pages() != 1 {
             self.refuse(&indirect.reject(Reason::SegmentCount));
@@ -189,7 +189,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         if self.is_failed(tag) {
             return true;
         }
-        // CAST: below `MAX_DESCRIPTORS`.
+        // CAST: below the number of descriptor buffers.
         let buffer = self.fetching as u8;
         for (gref, len) in indirect.descriptors() {
             let copy = Copy {
@@ -265,7 +265,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return;
         }
         run_copies(&mut self.grants, &mut self.slots);
-        for (buffer, fetch) in (0u8..).zip(self.fetches.iter_mut().take(self.fetching)) {
+        for (buffer, fetch) in (0..=u8::MAX).zip(self.fetches.iter_mut().take(self.fetching)) {
             let Some(Fetch { tag, request }) = fetch.take() else {
                 continue;
             };

@@ -68,3 +68,15 @@ pub trait Backend {
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(Tag, Status));
 }
+
+impl<B: Backend> Backend for &mut B {
+    #[inline]
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        (**self).submit(batch);
+    }
+
+    #[inline]
+    fn reap(&mut self, done: impl FnMut(Tag, Status)) {
+        (**self).reap(done);
+    }
+}

@@ -25,7 +25,8 @@ mod transfer;
 
 pub use crate::ring::grants::Grants;
 pub use backend::{Backend, Io, IoKind};
-pub use pass::{Config, Engine, Pass};
+pub use finish::Rest;
+pub use pass::{Config, Engine, Fetch, Pass};
 pub use segments::{SegmentEntry, Slice};
 pub use slots::{Slot, Tag};
 pub use stats::Stats;

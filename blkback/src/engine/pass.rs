@@ -13,9 +13,6 @@ use crate::ring::index::BackRing;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{Indirect, Limits, Request};
 
-/// Indirect requests whose descriptors are fetched by one hypercall.
-pub(super) const MAX_DESCRIPTORS: usize = 16;
-
 /// What is fixed for the life of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -43,7 +40,7 @@ pub struct Pass {
 
 /// An indirect request whose segments are being fetched.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Fetch {
+pub struct Fetch {
     pub(super) tag: Tag,
     pub(super) request: Indirect,
 }
@@ -67,7 +64,7 @@ pub struct Engine<'a, R, G, B> {
     pub(super) held: u32,
     /// Checked, but there was no room for it.
     pub(super) parked: Option<Request>,
-    pub(super) fetches: [Option<Fetch>; MAX_DESCRIPTORS],
+    pub(super) fetches: &'a mut [Option<Fetch>],
     pub(super) fetching: usize,
     /// A barrier is being executed: nothing may pass it.
     pub(super) barrier: bool,
@@ -82,7 +79,8 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     /// Makes the engine of an attached ring.
     ///
     /// `slots` has one entry for each slot of the ring. `entries` has one for each data page, the
-    /// first `copy_pages` of them with memory. The larger of both pools must hold the largest
+    /// first `copy_pages` of them with memory. `fetches` has one for each descriptor buffer that is
+    /// to be used, at least one. The larger of both pools must hold the largest
     /// request that `limits` allows; one that fits neither pool is answered with an error.
     #[allow(
         clippy::too_many_arguments,
@@ -94,6 +92,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         backend: B,
         slots: &'a mut [Slot],
         entries: &'a mut [SegmentEntry],
+        fetches: &'a mut [Option<Fetch>],
         copy_pages: u16,
         config: Config,
         limits: Limits,
@@ -111,7 +110,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             done: List::EMPTY,
             held: 0,
             parked: None,
-            fetches: [None; MAX_DESCRIPTORS],
+            fetches,
             fetching: 0,
             barrier: false,
             retry: false,

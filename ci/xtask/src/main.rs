@@ -125,6 +125,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Build { release_dir, .. } => {
             let built = build::all()?;
             check::panics::check(&built.module)?;
+            check::frames::check(&built.module)?;
             if let Some(dir) = release_dir {
                 build::copy_to(&built, &dir)?;
             }

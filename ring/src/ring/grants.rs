@@ -83,3 +83,45 @@ pub trait Grants {
     /// Carries out the queued unmaps; afterwards no page of them is the guest's.
     fn run_unmaps(&mut self);
 }
+
+impl<G: Grants> Grants for &mut G {
+    #[inline]
+    fn descriptor_buffers(&self) -> u8 {
+        (**self).descriptor_buffers()
+    }
+
+    #[inline]
+    fn descriptor(&self, buffer: u8) -> &[RawSegment] {
+        (**self).descriptor(buffer)
+    }
+
+    #[inline]
+    fn queue_copy(&mut self, copy: &Copy) -> bool {
+        (**self).queue_copy(copy)
+    }
+
+    #[inline]
+    fn run_copies(&mut self, failed: impl FnMut(Tag)) {
+        (**self).run_copies(failed);
+    }
+
+    #[inline]
+    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool {
+        (**self).queue_map(tag, page, gref, read_only)
+    }
+
+    #[inline]
+    fn run_maps(&mut self, outcome: impl FnMut(Tag, u16, MapOutcome)) {
+        (**self).run_maps(outcome);
+    }
+
+    #[inline]
+    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool {
+        (**self).queue_unmap(page, handle)
+    }
+
+    #[inline]
+    fn run_unmaps(&mut self) {
+        (**self).run_unmaps();
+    }
+}

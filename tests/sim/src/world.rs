@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use blkback::engine::{Backend, Config, Engine, Pass, SegmentEntry, Slot};
+use blkback::engine::{Backend, Config, Engine, Fetch, Pass, SegmentEntry, Slot};
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
@@ -23,6 +23,7 @@ use crate::tap::{Tap, TapBackend};
 pub struct Storage {
     slots: Vec<Slot>,
     entries: Vec<SegmentEntry>,
+    fetches: Vec<Option<Fetch>>,
 }
 
 impl Storage {
@@ -33,6 +34,7 @@ impl Storage {
         Self {
             slots: vec![Slot::FREE; size as usize],
             entries: vec![SegmentEntry::EMPTY; pages],
+            fetches: vec![None; usize::from(setup.descriptor_buffers)],
         }
     }
 }
@@ -119,6 +121,7 @@ impl<'a, B: Backend> World<'a, B> {
             backend,
             &mut storage.slots,
             &mut storage.entries,
+            &mut storage.fetches,
             setup.copy_pages,
             Config {
                 protocol: setup.protocol,

@@ -59,8 +59,8 @@ unsafe impl Send for GuestGrants {}
 
 impl GuestGrants {
     /// Reserves what the batches need. May sleep.
-    pub(crate) fn new(domain: u16, pages: Arc<Pages>) -> Result<Self> {
-        Ok(Self {
+    pub(crate) fn new(domain: u16, pages: Arc<Pages>) -> Result<KBox<Self>> {
+        let grants = Self {
             domain,
             pages,
             descriptors: Pages::new(u16::from(DESCRIPTORS), 0)?,
@@ -69,7 +69,13 @@ impl GuestGrants {
             map_pages: KVec::with_capacity(BATCH, GFP_KERNEL)?,
             unmaps: Batch::new()?,
             unmap_pages: KVec::with_capacity(BATCH, GFP_KERNEL)?,
-        })
+        };
+        Ok(KBox::new(grants, GFP_KERNEL)?)
+    }
+
+    /// Memory of the data pages, in KiB.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        self.pages.memory_kib()
     }
 
     fn frame(&self, buffer: Buffer) -> Option<u64> {

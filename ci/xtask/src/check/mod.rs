@@ -3,6 +3,7 @@
 
 mod direction;
 mod format;
+pub(crate) mod frames;
 mod licences;
 mod lints;
 pub(crate) mod panics;
