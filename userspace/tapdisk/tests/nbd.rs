@@ -198,7 +198,7 @@ fn client_waits_while_the_disk_is_paused() {
 fn tools_of_qemu_understand_it() {
     let known = Command::new("qemu-io").arg("--version").output();
     if known.is_err() {
-        eprintln!("skipped: there is no qemu-io on this host");
+        println!("SKIP tools_of_qemu_understand_it: there is no qemu-io, install qemu-utils");
         return;
     }
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));

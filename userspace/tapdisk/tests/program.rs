@@ -84,7 +84,7 @@ fn signal_ends_it_in_order() {
 #[test]
 fn user_is_changed() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: only root can become another user");
+        println!("SKIP user_is_changed: only root can become another user");
         return;
     }
     let (mut child, mut control) = start(&["--user", "12345:23456"]);
