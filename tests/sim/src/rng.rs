@@ -2,6 +2,13 @@
 
 //! The one source of chance of a case: the same seed gives the same case on every machine.
 
+/// A seed that no run had before; whoever uses it prints it.
+pub fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    // Short enough to be typed again.
+    RandomState::new().build_hasher().finish() >> 24
+}
+
 /// A splitmix64 generator.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);

@@ -2,11 +2,12 @@
 
 //! Random cases of the phy data path.
 //!
-//! `SIM_CASES=n` runs so many cases, `SIM_SEED=n` replays one. Without them the cases of the first
-//! seeds run until the time for a default run is over.
+//! The seeds of a run follow on a random one. `SIM_CASES=n` runs so many cases, `SIM_SEED=n` replays
+//! one. Without them cases run until the time for a default run is over.
 
 use std::time::{Duration, Instant};
 
+use sim::rng::fresh_seed;
 use sim::schedule::{run_case, Outcome};
 
 const DEFAULT_TIME: Duration = Duration::from_secs(20);
@@ -44,23 +45,23 @@ fn every_schedule_is_explained() {
         println!("{total:?}");
         return;
     }
-    let cases = number("SIM_CASES");
+    let wanted = number("SIM_CASES");
     let start = Instant::now();
-    let mut seed = 0;
-    while match cases {
-        Some(cases) => seed < cases,
-        None => seed < LEAST_CASES || start.elapsed() < DEFAULT_TIME,
+    let (first, mut cases) = (fresh_seed(), 0);
+    while match wanted {
+        Some(wanted) => cases < wanted,
+        None => cases < LEAST_CASES || start.elapsed() < DEFAULT_TIME,
     } {
-        check(seed, &mut total);
-        seed += 1;
+        check(first.wrapping_add(cases), &mut total);
+        cases += 1;
     }
-    println!("{seed} cases: {total:?}");
+    println!("{cases} cases from the seed {first} on: {total:?}");
     // A run that exercises nothing proves nothing.
-    if seed >= LEAST_CASES {
-        assert!(total.broken > seed / 100, "{total:?}");
-        assert!(total.okay > 20 * seed, "{total:?}");
+    if cases >= LEAST_CASES {
+        assert!(total.broken > cases / 100, "{total:?}");
+        assert!(total.okay > 20 * cases, "{total:?}");
         assert!(
-            total.mapped > seed && total.waited > seed && total.special > seed,
+            total.mapped > cases && total.waited > cases && total.special > cases,
             "{total:?}"
         );
     }

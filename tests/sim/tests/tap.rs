@@ -3,13 +3,14 @@
 //! A disk that processes serve, which die, hang and lie: the cases S1 to S13 and S16 to S18, as
 //! far as the engine and the shadow have to do with them.
 //!
-//! Each case is a plan with its own random schedules: the first seeds, until the time for a default
-//! run is over. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that
+//! Each case is a plan with its own random schedules: their seeds follow on a random one, until the
+//! time for a default run is over. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that
 //! is run.
 
 use std::time::{Duration, Instant};
 
 use sim::process::{Moment, Plan};
+use sim::rng::fresh_seed;
 use sim::schedule::{run_served, run_two_guests, Served};
 use sim::tap::Counts;
 
@@ -51,18 +52,18 @@ fn run_cases(plan: &Plan, case: Case, enough: impl Fn(&Counts, u64) -> bool) {
     let begin = Instant::now();
     let mut sum = Counts::default();
     let mut answers = 0;
-    let mut cases = 0;
+    let (first, mut cases) = (fresh_seed(), 0);
     while match wanted {
         Some(wanted) => cases < wanted,
         None => cases < LEAST_CASES || begin.elapsed() < DEFAULT_TIME,
     } {
-        let seed = cases;
+        let seed = first.wrapping_add(cases);
         cases += 1;
         let served = check(seed, plan, case);
         answers += served.answers;
         sum.add(&served.counts);
     }
-    println!("{cases} cases, {answers} answers: {sum:?}");
+    println!("{cases} cases from the seed {first} on, {answers} answers: {sum:?}");
     // A run that exercises nothing proves nothing.
     assert!(answers > 20 * cases, "{answers} answers");
     assert!(enough(&sum, cases), "{sum:?}");
