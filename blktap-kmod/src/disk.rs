@@ -5,10 +5,12 @@
 use super::areas::Areas;
 use crate::medium::Holder;
 use crate::ring::tap::abi::{self, Info};
-use crate::ring::tap::params::Params;
+use crate::ring::tap::checked::NewDisk;
+use crate::ring::tap::params::{Params, Unfit};
 use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
 use crate::ring::tap::table::Entry;
 use crate::vbd::Vbd;
+use crate::xen::module::ModuleReference;
 use crate::xen::monotonic_ns;
 use crate::xen::parker::Parker;
 use crate::xen::uring::Parked;
@@ -60,6 +62,8 @@ pub(crate) struct Inner {
     /// The device that was refused last because of that.
     pub(super) refused: Option<Arc<Vbd>>,
     pub(super) command: Command,
+    /// While the last process has to be fenced: its I/O is this module's affair.
+    pub(super) fencing: Option<ModuleReference>,
     /// The process has looked in vain: it may be sleeping, and is to be woken.
     pub(super) wanted: bool,
     /// The queues of the connection.
@@ -96,10 +100,9 @@ impl TapDisk {
     pub(crate) fn new(
         minor: u32,
         number: u32,
-        arena_kib: u32,
-        fail_after_s: Option<u32>,
+        new: &NewDisk,
     ) -> Result<Arc<Self>> {
-        let areas = Areas::new(arena_kib)?;
+        let areas = Areas::new(new.arena_kib)?;
         let tags = usize::from(areas.tags());
         let mut entries = KVVec::with_capacity(tags, GFP_KERNEL)?;
         for _ in 0..tags {
@@ -107,7 +110,9 @@ impl TapDisk {
                 .push_within_capacity(Entry::FREE)
                 .map_err(|_| ENOMEM)?;
         }
-        let fail_after_ns = u64::from(fail_after_s.unwrap_or(0)).wrapping_mul(1_000_000_000);
+        let mut shadow = Shadow::new(entries);
+        shadow.set_death_limit(new.max_deaths);
+        let fail_after_ns = u64::from(new.fail_after_s.unwrap_or(0)).wrapping_mul(1_000_000_000);
         let disk = Arc::pin_init(
             pin_init!(Self {
                 minor,
@@ -119,12 +124,13 @@ impl TapDisk {
                 destroyed: AtomicFlag::new(false),
                 inner <- new_spinlock!(
                     Inner {
-                        shadow: Shadow::new(entries),
+                        shadow,
                         params: None,
                         pid: 0,
                         holder: None,
                         refused: None,
                         command: Command::None,
+                        fencing: None,
                         wanted: false,
                         shares: [const { None }; MAX_QUEUES],
                     },
@@ -164,19 +170,21 @@ impl TapDisk {
         deadline != 0 && monotonic_ns() >= deadline
     }
 
-    /// Describes the disk, or changes its size.
+    /// Describes the disk, or changes its size. What guests were told stays.
     ///
     /// # Errors
     ///
-    /// `EINVAL` if it was described before and anything but the size is different now.
+    /// `EINVAL` if it was described before and cannot be used as guests were told, `ERANGE` if it is
+    /// smaller and nobody said that it may be.
     pub(super) fn describe(&self, params: Params) -> Result {
         let mut inner = self.inner.lock();
-        if inner
-            .params
-            .is_some_and(|before| !before.may_become(&params))
-        {
-            return Err(EINVAL);
-        }
+        let params = match inner.params {
+            None => params,
+            Some(before) => before.succeeded_by(&params).map_err(|why| match why {
+                Unfit::Shape => EINVAL,
+                Unfit::Smaller => ERANGE,
+            })?,
+        };
         inner.params = Some(params);
         self.sectors.store(params.sectors, Relaxed);
         // The queues look at the size before each pass.
@@ -185,7 +193,8 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Fails what waits if it has waited for too long; called by the threads of the queues.
+    /// Fails what waits if it has waited for too long; called by the threads of the queues. What a
+    /// dead process had counts when its I/O is over.
     pub(super) fn fail_overdue(&self) {
         if !self.is_overdue() {
             return;
@@ -208,11 +217,15 @@ impl TapDisk {
     ///
     /// # Errors
     ///
-    /// `EBUSY` while it is open or bound.
+    /// `EBUSY` while it is open or bound, and while I/O of its last process may be running: who is
+    /// told that the disk is gone gives its image to somebody else.
     pub(super) fn destroy(&self) -> Result {
         let inner = self.inner.lock();
-        let open = matches!(inner.shadow.state(), abi::STATE_OPEN | abi::STATE_LIVE);
-        if open || inner.holder.is_some() {
+        let used = !matches!(
+            inner.shadow.state(),
+            abi::STATE_IDLE | abi::STATE_RECOVERING
+        );
+        if used || inner.holder.is_some() {
             return Err(EBUSY);
         }
         // Under the lock, under which it is opened and bound.
@@ -220,6 +233,17 @@ impl TapDisk {
         drop(inner);
         self.ready.notify_all();
         Ok(())
+    }
+
+    /// Memory that the disk holds, in KiB: the areas and the shadow.
+    fn memory_kib(&self) -> u32 {
+        let shadow = u64::from(self.areas.tags()).wrapping_mul(size_of::<Entry>() as u64);
+        let areas = self
+            .areas
+            .arena_len()
+            .wrapping_add(self.areas.descriptors_len());
+        // CAST: an arena has 64 MiB at most.
+        areas.wrapping_add(shadow).div_ceil(1024) as u32
     }
 
     /// What the node is and how it goes.
@@ -233,6 +257,7 @@ impl TapDisk {
             segments_offset: self.areas.segments_offset(),
             arena_len: self.areas.arena_len(),
             sectors: self.sectors(),
+            memory_kib: self.memory_kib(),
             ..Info::default()
         };
         let now = monotonic_ns();

@@ -8,6 +8,7 @@
 //! process holds on the image.)
 
 use super::disk::TapDisk;
+use crate::xen::module::ModuleReference;
 use crate::xen::workqueue;
 use kernel::sync::Arc;
 use kernel::time::{delay::fsleep, Delta};
@@ -34,6 +35,8 @@ impl TapDisk {
         {
             let mut inner = self.inner.lock();
             inner.shadow.closed();
+            // Its file keeps the module until this returns. It is not going, so there is one.
+            inner.fencing = ModuleReference::get();
             inner.pid = 0;
             inner.wanted = false;
             self.start_waiting();
@@ -52,13 +55,15 @@ impl TapDisk {
         if FENCED && self.areas.arena().is_referenced() {
             return false;
         }
-        {
+        let kept = {
             let mut inner = self.inner.lock();
             inner.shadow.fenced();
             inner.kick();
-        }
+            inner.fencing.take()
+        };
         // Whoever waits to open the node.
         self.ready.notify_all();
+        drop(kept);
         true
     }
 }

@@ -70,14 +70,24 @@ impl Opener {
 
     fn start(&self) -> Result<c_int> {
         let mut inner = self.disk.inner.lock();
-        if inner.params.is_none() || !inner.shadow.started(self.epoch) {
+        if inner.params.is_none() {
             return Err(EINVAL);
         }
+        let failed = inner.shadow.started(self.epoch).ok_or(EINVAL)?;
+        inner.tell(failed.queues);
         inner.pid = current_process();
         self.disk.stop_waiting();
         inner.kick();
         self.disk.announce(&mut inner);
         Ok(0)
+    }
+
+    fn excuse(&self) -> Result<c_int> {
+        if self.disk.inner.lock().shadow.excuse(self.epoch) {
+            Ok(0)
+        } else {
+            Err(EINVAL)
+        }
     }
 
     /// Reads the argument of an exchange.
@@ -192,6 +202,7 @@ impl CharDevice for Opener {
         match command {
             ioctl::INFO => self.info(address),
             ioctl::SET_PARAMS => self.set_params(address),
+            ioctl::EXCUSE => self.excuse(),
             ioctl::START => self.start(),
             ioctl::EXCHANGE => self.exchange(address),
             _ => Err(ENOTTY),

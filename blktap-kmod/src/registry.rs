@@ -60,8 +60,8 @@ impl Drop for Registry {
         let table = TABLE.lock().take();
         if let Some(table) = &table {
             for place in table.places.values() {
-                // No node is open and no disk is bound. The work that waits for the end of I/O
-                // must not keep the module waiting.
+                // No node is open, no disk is bound, and no process has to be fenced: each of them
+                // keeps the module.
                 let _destroyed = place.disk.destroy();
             }
         }
@@ -96,7 +96,7 @@ pub(super) fn create(new: &NewDisk) -> Result<u32> {
         None => lowest_free(&table.places).ok_or(ENOSPC)?,
     };
     let number = table.nodes.number(minor);
-    let disk = TapDisk::new(minor, number, new.arena_kib, new.fail_after_s)?;
+    let disk = TapDisk::new(minor, number, new)?;
     let name = CString::try_from_fmt(fmt!("xentap!{minor}"))?;
     // Who opens it at once waits for the lock.
     let node = table.nodes.add_node(&table.class, minor, &name)?;
@@ -122,7 +122,7 @@ fn lowest_free(places: &RBTree<u32, Place>) -> Option<u32> {
 ///
 /// # Errors
 ///
-/// `ENOENT` if there is none, `EBUSY` while it is open or bound.
+/// `ENOENT` if there is none, `EBUSY` while it is open or bound, or its last process is not fenced.
 pub(super) fn destroy(minor: u32) -> Result {
     let mut table = TABLE.lock();
     let places = &mut table.as_mut().ok_or(ENODEV)?.places;

@@ -86,6 +86,12 @@ struct xentap_info {
 	uint32_t domain;
 	uint32_t device;
 	uint64_t sectors;
+	uint64_t poison_sector;
+	uint64_t poison_sectors;
+	uint32_t poison_op;
+	uint32_t poisoned;
+	uint32_t isolated;
+	uint32_t memory_kib;
 	uint64_t reserved[4];
 };
 
@@ -94,7 +100,9 @@ struct xentap_create {
 	uint32_t minor;
 	uint32_t arena_kib;
 	uint32_t fail_after_s;
-	uint64_t reserved[4];
+	uint32_t max_deaths;
+	uint32_t reserved0;
+	uint64_t reserved[3];
 };
 
 struct xentap_destroy {
@@ -123,6 +131,7 @@ struct xentap_param_head {
 
 #define XENTAP_GEOMETRY_READ_ONLY 1
 #define XENTAP_GEOMETRY_WRITE_CACHE 2
+#define XENTAP_GEOMETRY_MAY_SHRINK 4
 
 struct xentap_geometry {
 	uint64_t sectors;
@@ -146,6 +155,7 @@ struct xentap_discard_limits {
 #define XENTAP_INFO _IOR('x', 0x10, struct xentap_info)
 #define XENTAP_SET_PARAMS _IOW('x', 0x11, struct xentap_buffer)
 #define XENTAP_START _IO('x', 0x12)
+#define XENTAP_EXCUSE _IO('x', 0x14)
 #define XENTAP_EXCHANGE _IOWR('x', 0x13, struct xentap_exchange)
 
 #endif

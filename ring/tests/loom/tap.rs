@@ -39,7 +39,7 @@ impl Shared {
     fn new() -> Arc<Self> {
         let mut shadow = Shadow::new(vec![Entry::FREE; 2]);
         let epoch = shadow.opened().expect("nobody has it");
-        assert!(shadow.started(epoch));
+        assert!(shadow.started(epoch).is_some());
         Arc::new(Self {
             disk: Mutex::new(Disk {
                 shadow,
@@ -176,7 +176,7 @@ fn a_commit_that_meets_the_end_counts_once() {
         let epoch = {
             let mut disk = shared.disk.lock().unwrap();
             let epoch = disk.epoch;
-            assert!(disk.shadow.started(epoch));
+            assert!(disk.shadow.started(epoch).is_some());
             epoch
         };
         let again = shared.fetch(false);

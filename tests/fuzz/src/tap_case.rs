@@ -118,8 +118,11 @@ fn create(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
         }
         let kib = u32::from(bytes[8] % 70) * 1024 + u32::from(bytes[9] / 250);
         bytes[8..12].copy_from_slice(&kib.to_le_bytes());
+        // Deaths: around the most, and 0.
+        let deaths = [0, 3, 255, 256][usize::from(bytes[16]) % 4];
+        bytes[16..20].copy_from_slice(&u32::to_le_bytes(deaths));
         let wrong = usize::from(how) % 32;
-        bytes[16..].iter_mut().enumerate().for_each(|(at, byte)| {
+        bytes[20..].iter_mut().enumerate().for_each(|(at, byte)| {
             *byte *= u8::from(at == wrong && how & 32 != 0);
         });
     }
@@ -161,6 +164,7 @@ fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
             alignment: units(discards % 4),
             secure: flags & 8 != 0,
         }),
+        may_shrink: size & 1 != 0,
     };
     let mut bytes = tap_oracle::encode(&params);
     if flags & 16 != 0 && params.discard.is_some() {
@@ -182,7 +186,8 @@ fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
 
 fn history(input: &mut Input<'_>) -> Option<Seen> {
     let tags = [1, 2, 3, 8, 24, 40][usize::from(input.byte()?) % 6];
-    let mut pair = Pair::with(tags, &[Step::Open, Step::Start(0)]);
+    let limit = [0, 0, 1, 2, 3][usize::from(input.byte()?) % 5];
+    let mut pair = Pair::with(tags, &[Step::Limit(limit), Step::Open, Step::Start(0)]);
     while step(&mut pair, tags, input).is_some() {}
     Some(pair.drain())
 }
@@ -242,6 +247,7 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
                 pair.apply(step);
             }
         }
+        61 => pair.apply(Step::Excuse(ago)),
         _ => {
             for step in [Step::Close, Step::Fence, Step::Open, Step::Start(0)] {
                 pair.apply(step);

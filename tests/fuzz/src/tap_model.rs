@@ -39,6 +39,10 @@ pub enum Step {
     Reap(u16, usize),
     /// A process opens the disk.
     Open,
+    /// So many deaths at a request are enough.
+    Limit(u8),
+    /// It says that the last death was no fault of a request; and with its `ago`.
+    Excuse(u64),
     /// It starts it; and with its `ago`.
     Start(u64),
     /// It is gone.
@@ -78,6 +82,8 @@ pub struct Seen {
     pub deaths: u64,
     /// Requests that failed because nobody served them, or their queue closed.
     pub failed: u64,
+    /// Requests that failed because processes died of them.
+    pub poisoned: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +102,20 @@ struct Undone {
     again: bool,
     ordered: bool,
     orphan: bool,
+    deaths: u32,
+    in_last: bool,
+    proven: bool,
+}
+
+fn wire(op: Op) -> u8 {
+    match op {
+        Op::Read => 0,
+        Op::Write => 1,
+        Op::Flush => 2,
+        Op::Discard => 3,
+        Op::WriteZeroes => 5,
+        Op::SecureDiscard => 6,
+    }
 }
 
 impl Undone {
@@ -116,14 +136,7 @@ impl Undone {
         let range = self.range();
         let flag = |on: bool, flag: u8| if on { flag } else { 0 };
         abi::Desc {
-            op: match self.request.op {
-                Op::Read => 0,
-                Op::Write => 1,
-                Op::Flush => 2,
-                Op::Discard => 3,
-                Op::WriteZeroes => 5,
-                Op::SecureDiscard => 6,
-            },
+            op: wire(self.request.op),
             flags: flag(self.request.fua, 1)
                 | flag(self.request.preflush, 2)
                 | flag(self.replay, 4),
@@ -159,6 +172,14 @@ struct Model {
     committed: u64,
     replayed: u64,
     refused: u64,
+    limit: u32,
+    /// Requests of the last process that died with some, and whether it had answered others.
+    death: Option<(u32, bool)>,
+    answered: bool,
+    unproven: bool,
+    /// Requests that are isolated.
+    isolated: Vec<u64>,
+    poisoned: Vec<(Op, std::ops::Range<u64>)>,
 }
 
 impl Model {
@@ -180,8 +201,44 @@ impl Model {
         self.sequence_of(tag).is_none() && !self.done.iter().any(|d| d.1 == tag)
     }
 
+    /// While there is one of these, a process has one request at a time.
+    fn isolated_undone(&self) -> impl Iterator<Item = &u64> {
+        let undone = |sequence: &&u64| self.undone.contains_key(sequence);
+        self.isolated.iter().filter(undone)
+    }
+
+    fn isolates(&self) -> bool {
+        self.isolated_undone().next().is_some()
+    }
+
+    /// Counts the last death. Returns the request that is the reason for it, if that is sure.
+    fn judge(&mut self) -> Option<u64> {
+        let (held, answered) = self.death.take()?;
+        let limit = self.limit;
+        self.isolated.clear();
+        if limit == 0 {
+            return None;
+        }
+        let mut reason = None;
+        for (sequence, request) in &mut self.undone {
+            if std::mem::take(&mut request.in_last) {
+                request.deaths += 1;
+                request.proven |= answered;
+                let enough = request.deaths >= limit && request.proven && !self.unproven;
+                if held == 1 && enough {
+                    reason = Some(*sequence);
+                }
+            }
+            if request.deaths + 1 >= limit {
+                self.isolated.push(*sequence);
+            }
+        }
+        reason
+    }
+
     fn deliverable(&self) -> Vec<Tag> {
-        if self.state != abi::STATE_LIVE {
+        let busy = self.isolates() && self.count(Stage::Delivered) > 0;
+        if self.state != abi::STATE_LIVE || busy {
             return Vec::new();
         }
         let free = |(sequence, later): &(&u64, &Undone)| {
@@ -281,6 +338,11 @@ impl Pair {
             Step::Look => self.look(),
             Step::Reap(queue, max) => self.reap(queue, max),
             Step::Open => self.open(),
+            Step::Limit(limit) => {
+                self.shadow.set_death_limit(limit);
+                self.model.limit = if limit == 1 { 2 } else { limit.into() };
+            }
+            Step::Excuse(ago) => self.excuse(ago),
             Step::Start(ago) => self.start(ago),
             Step::Close => self.close(),
             Step::Fence => self.fence(),
@@ -312,6 +374,9 @@ impl Pair {
                     again: false,
                     ordered,
                     orphan: false,
+                    deaths: 0,
+                    in_last: false,
+                    proven: false,
                 },
             );
             self.model.sequence += 1;
@@ -331,6 +396,7 @@ impl Pair {
         // Each call that stops early has looked at a request for good.
         for _ in 0..=self.model.undone.len() {
             let (count, more) = self.deliver_once(left);
+            assert!(count < 2 || !self.model.isolates(), "{self:?}");
             left -= count;
             if left == 0 {
                 return;
@@ -394,6 +460,7 @@ impl Pair {
             Outcome::Finished(status) => {
                 self.model.finish(sequence, status);
                 self.model.committed += 1;
+                (self.model.answered, self.model.unproven) = (true, false);
                 self.seen.committed += 1;
                 Committed::Done(queue)
             }
@@ -428,16 +495,42 @@ impl Pair {
         if may {
             self.model.epoch += 1;
             self.model.state = abi::STATE_OPEN;
+            self.model.answered = false;
+        }
+    }
+
+    fn excuse(&mut self, ago: u64) {
+        let may = self.model.state == abi::STATE_OPEN && ago == 0;
+        let epoch = self.model.epoch.wrapping_sub(ago);
+        assert_eq!(self.shadow.excuse(epoch), may, "{self:?}");
+        if may {
+            self.model.death = None;
+            let undone = self.model.undone.values_mut();
+            undone.for_each(|request| request.in_last = false);
         }
     }
 
     fn start(&mut self, ago: u64) {
         let may = self.model.state == abi::STATE_OPEN && ago == 0;
         let epoch = self.model.epoch.wrapping_sub(ago);
-        assert_eq!(self.shadow.started(epoch), may, "{self:?}");
-        if may {
-            self.model.state = abi::STATE_LIVE;
-        }
+        let started = self.shadow.started(epoch);
+        assert_eq!(started.is_some(), may, "{self:?}");
+        let Some(failed) = started else {
+            return;
+        };
+        self.model.state = abi::STATE_LIVE;
+        let queues = self.model.judge().map(|sequence| {
+            let request = &self.model.undone[&sequence];
+            let (queue, what) = (request.queue, (request.request.op, request.range()));
+            self.model.poisoned.push(what);
+            self.model.unproven = true;
+            self.model.finish(sequence, Status::Error);
+            self.seen.poisoned += 1;
+            1 << queue
+        });
+        let expected = (usize::from(queues.is_some()), queues.unwrap_or(0), false);
+        let failed = (failed.count, failed.queues, failed.more);
+        assert_eq!(failed, expected, "{self:?}");
     }
 
     fn close(&mut self) {
@@ -453,6 +546,10 @@ impl Pair {
             return;
         }
         self.seen.deaths += 1;
+        let held = self.model.count(Stage::Delivered);
+        if held > 0 {
+            self.model.death = Some((held, self.model.answered));
+        }
         let undone = &mut self.model.undone;
         undone.retain(|_, r| !(r.orphan && r.stage == Stage::Delivered));
         for request in undone.values_mut() {
@@ -461,6 +558,7 @@ impl Pair {
                 request.stage = Stage::Waiting;
                 request.replay = true;
                 request.again = true;
+                request.in_last = true;
             }
         }
         self.model.state = match undone.is_empty() {
@@ -485,7 +583,7 @@ impl Pair {
 
     fn fail(&mut self, max: usize) {
         let failed = self.shadow.fail_waiting(max);
-        let may = ![abi::STATE_LIVE, abi::STATE_FENCING].contains(&self.model.state);
+        let may = self.model.state != abi::STATE_LIVE;
         let expected = if may {
             self.model.fail(max, |_| true)
         } else {
@@ -502,7 +600,7 @@ impl Pair {
         self.shadow.describe(&mut info, DESCRIBED);
         let model = &self.model;
         let delivered = model.count(Stage::Delivered);
-        let expected = abi::Info {
+        let mut expected = abi::Info {
             state: model.state,
             epoch: model.epoch,
             tags: u32::from(self.tags),
@@ -516,8 +614,16 @@ impl Pair {
             } else {
                 0
             },
+            isolated: model.isolated_undone().count() as u32,
+            poisoned: model.poisoned.len() as u32,
             ..Default::default()
         };
+        let last = model.poisoned.last().cloned();
+        if let Some((op, range)) = last {
+            expected.poison_op = wire(op).into();
+            expected.poison_sectors = range.end - range.start;
+            expected.poison_sector = if range.is_empty() { 0 } else { range.start };
+        }
         assert_eq!(info, expected, "{self:?}");
         let orphans = model.undone.values().filter(|r| r.orphan).count();
         assert_eq!(self.shadow.orphans() as usize, orphans, "{self:?}");

@@ -7,8 +7,8 @@
 
 use ring::response::Status;
 use ring::tap::abi::{
-    Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, ParamHead, GEOMETRY_READ_ONLY,
-    GEOMETRY_WRITE_CACHE, PARAM_DISCARD, PARAM_GEOMETRY,
+    Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, ParamHead, GEOMETRY_MAY_SHRINK,
+    GEOMETRY_READ_ONLY, GEOMETRY_WRITE_CACHE, PARAM_DISCARD, PARAM_GEOMETRY,
 };
 use ring::tap::checked::{Commit, Malformed, NewDisk, Outcome, UserArray};
 use ring::tap::params::{Discard, Params};
@@ -80,16 +80,17 @@ pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
 
 /// Checks a request for a disk; true if it is accepted.
 pub fn create(bytes: &[u8; 48]) -> bool {
-    let [version, minor, arena, seconds] = [0, 4, 8, 12].map(|at| number(bytes, at, 4));
+    let [version, minor, arena, seconds, deaths] = [0, 4, 8, 12, 16].map(|at| number(bytes, at, 4));
     let any = minor == (1 << 32) - 1;
     let defects = [
         (version != 1, Malformed::Version),
         (
-            bytes[16..].iter().any(|byte| *byte != 0),
+            bytes[20..].iter().any(|byte| *byte != 0),
             Malformed::Reserved,
         ),
         (arena % 1024 != 0 || arena > 64 * 1024, Malformed::Range),
         (!any && minor >= 1 << 20, Malformed::Range),
+        (deaths > 255, Malformed::Range),
     ];
     let read = Create::read_from_bytes(bytes).expect("48 bytes");
     let Some(disk) = judge(&read, read.check(), &defects) else {
@@ -100,6 +101,7 @@ pub fn create(bytes: &[u8; 48]) -> bool {
         minor: (!any).then_some(small(minor)),
         arena_kib: if arena == 0 { 4096 } else { small(arena) },
         fail_after_s: (seconds > 0).then_some(small(seconds)),
+        max_deaths: u8::try_from(deaths).expect("checked above"),
     };
     assert_eq!(disk, meaning, "{read:x?}");
     true
@@ -149,7 +151,7 @@ pub fn params(bytes: &[u8]) -> Option<Params> {
     );
     let params = got.ok()?;
     assert_eq!(Params::parse(&encode(&params)), Ok(params), "said again");
-    assert!(params.may_become(&params));
+    assert!(params.succeeded_by(&params).is_ok());
     Some(params)
 }
 
@@ -181,7 +183,7 @@ fn meaning_of(bytes: &[u8]) -> Option<Params> {
         // A file's size fits into 63 bits.
         && sectors * 512 < 1 << 63
         && sectors * 512 % logical == 0
-        && flags <= 3
+        && flags <= 7
         && reserved == 0;
     let discard = match bodies[1] {
         None => None,
@@ -195,6 +197,7 @@ fn meaning_of(bytes: &[u8]) -> Option<Params> {
         read_only: flags & 1 != 0,
         write_cache: flags & 2 != 0,
         discard,
+        may_shrink: flags & 4 != 0,
     })
 }
 
@@ -229,7 +232,8 @@ pub fn encode(params: &Params) -> Vec<u8> {
         logical_block: params.logical_block,
         physical_block: params.physical_block,
         flags: flag(params.read_only, GEOMETRY_READ_ONLY)
-            | flag(params.write_cache, GEOMETRY_WRITE_CACHE),
+            | flag(params.write_cache, GEOMETRY_WRITE_CACHE)
+            | flag(params.may_shrink, GEOMETRY_MAY_SHRINK),
         reserved: 0,
     };
     let mut bytes = record(PARAM_GEOMETRY, geometry.as_bytes());

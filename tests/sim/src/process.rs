@@ -349,8 +349,9 @@ impl Machine {
 
     fn start(&mut self) {
         let epoch = self.tap.process.as_ref().map_or(0, |p| p.epoch);
-        if !self.tap.shadow.started(epoch) {
-            self.problem("a process that has opened the disk cannot start it".into());
+        match self.tap.shadow.started(epoch) {
+            None => self.problem("a process that has opened the disk cannot start it".into()),
+            Some(failed) => self.disk.wake |= failed.count > 0,
         }
     }
 

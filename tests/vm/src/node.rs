@@ -4,7 +4,7 @@
 
 use crate::sys::{ioctl, readable, Area};
 use anyhow::{ensure, Context, Result};
-use ring::tap::abi::{ioctl as numbers, Buffer, Completion, Desc, Exchange, Info, Segment};
+use ring::tap::abi::{ioctl as numbers, Buffer, Completion, Create, Desc, Exchange, Info, Segment};
 use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS, VERSION};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -26,8 +26,16 @@ impl Control {
     /// Makes a disk with the default arena; its requests fail after so many seconds without a process, or
     /// never.
     pub(crate) fn create(&self, fail_after_s: u32) -> Result<u32> {
+        self.make(Create {
+            fail_after_s,
+            ..Create::default()
+        })
+    }
+
+    /// Makes a disk.
+    pub(crate) fn make(&self, create: Create) -> Result<u32> {
         self.0
-            .create(None, 0, fail_after_s)
+            .create(None, create)
             .context("cannot make a tap disk")
     }
 

@@ -35,13 +35,22 @@ pub(crate) struct Played {
 impl Played {
     /// Makes the disk.
     pub(crate) fn create(mib: u32, fail_after_s: u32) -> Result<Played> {
+        let create = abi::Create {
+            fail_after_s,
+            ..abi::Create::default()
+        };
+        Played::make(mib, create)
+    }
+
+    /// Makes the disk in the way that is said.
+    pub(crate) fn make(mib: u32, create: abi::Create) -> Result<Played> {
         let name = format!("/tmp/played{}.img", NEXT.fetch_add(1, Ordering::Relaxed));
         let image = PathBuf::from(name);
         let file = File::create(&image).context("cannot make an image")?;
         file.set_len(u64::from(mib) << 20)
             .context("cannot size an image")?;
         Ok(Played {
-            minor: Control::open()?.create(fail_after_s)?,
+            minor: Control::open()?.make(create)?,
             image,
             sectors: u64::from(mib) << 11,
         })
@@ -60,13 +69,19 @@ impl Played {
                 alignment: 0,
                 secure: false,
             }),
+            may_shrink: false,
         }
     }
 
     /// Starts a process for it, as soon as the one before is gone.
     pub(crate) fn process(&self) -> Result<Process> {
+        self.process_with(&self.params())
+    }
+
+    /// Starts a process that describes the disk in its own way.
+    pub(crate) fn process_with(&self, params: &Params) -> Result<Process> {
         let node = Node::open(self.minor)?;
-        node.set_params(&records(&self.params()))
+        node.set_params(&records(params))
             .context("the kernel refuses the description of a disk")?;
         node.start().context("the kernel does not start a disk")?;
         let image = File::options().read(true).write(true).open(&self.image);

@@ -46,6 +46,8 @@ pub struct Disk {
     pub backoff: RefCell<Backoff>,
     /// Requests that were answered when its process began to serve.
     pub answered_before: Cell<u64>,
+    /// Its last process died of something that it did itself, and the next one does not serve yet.
+    pub crashed: Cell<bool>,
     /// Someone is replacing its process.
     pub reviving: Cell<bool>,
     /// The request for which it was reported as hung is not answered yet.
@@ -69,6 +71,7 @@ impl Disk {
             serves: RefCell::default(),
             backoff: RefCell::default(),
             answered_before: Cell::default(),
+            crashed: Cell::default(),
             reviving: Cell::default(),
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),
@@ -172,6 +175,13 @@ impl Disk {
                 format!("disk {} has no image: open one", self.minor),
             )
         })
+    }
+
+    /// From now on a process may find an image that is smaller than what the guest knows, or not.
+    pub fn allow_shrinking(&self, may: bool) {
+        if let Some(open) = &mut self.record.borrow_mut().open {
+            open.may_shrink = may;
+        }
     }
 
     /// The process is no more.

@@ -92,6 +92,15 @@ fn log(minor: Option<u32>, what: &What) {
             let then = if *killed { "killed" } else { "left alone" };
             tracing::warn!("{disk}: tapdisk {pid} has not answered for {for_ms} ms: {then}");
         }
+        What::Poisoned { request, count } => {
+            let request = request
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            tracing::error!(
+                "{disk}: its processes die of a request ({request}): it failed, the guest was told; {count} so far"
+            );
+        }
         What::Created {
             target: Some(target),
         } => tracing::info!("{disk}: made for {target}"),

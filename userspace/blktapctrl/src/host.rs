@@ -275,6 +275,7 @@ impl Host {
     async fn died(self: &Rc<Self>, disk: Rc<Disk>, process: &Process, how: String) {
         disk.forget_process();
         self.note(&disk);
+        disk.crashed.set(process.has_crashed());
         if process.is_dismissed() {
             return;
         }
@@ -365,6 +366,12 @@ impl Host {
         };
         if !disk.attached.get() {
             let node = self.open_node(disk.minor).await?;
+            if !disk.crashed.get() {
+                // Who was killed, or ended before us, did not die of a request.
+                self.kernel.excuse(node.as_fd()).map_err(|error| {
+                    Failure::system(format!("cannot set up disk {}", disk.minor), &error)
+                })?;
+            }
             let reply = process.ask(&Request::Attach, &[node.as_fd()], SOON).await?;
             match reply {
                 Reply::Node(node) if node.minor == disk.minor => disk.attached.set(true),
@@ -424,12 +431,35 @@ impl Host {
         disk.answered_before.set(self.answered(disk));
         let process = self.attach(disk).await?;
         let reply = self.open_with(disk, &process, open, Request::Open).await?;
+        disk.crashed.set(false);
+        self.report_poison(disk);
         self.serve_nbd(disk, &process).await;
         disk.hung.set(false);
         disk.progress.set((0, Instant::now()));
         let pid = process.pid();
         self.events.add(Some(disk.minor), What::Started { pid });
         Ok(reply)
+    }
+
+    /// Tells of a request that failed when the process was started, because earlier ones died of it.
+    fn report_poison(&self, disk: &Disk) {
+        let status = match kernel::node(&*self.kernel, disk.minor) {
+            Ok(Some(node)) => node.status,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
+                return;
+            }
+        };
+        let told = std::mem::replace(&mut disk.record.borrow_mut().poisoned, status.poisoned);
+        if told != status.poisoned {
+            self.note(disk);
+            let what = What::Poisoned {
+                request: status.poison,
+                count: status.poisoned,
+            };
+            self.events.add(Some(disk.minor), what);
+        }
     }
 
     /// The image of a disk, if its driver has one. A supervisor that was started anew finds it by its
@@ -529,19 +559,74 @@ impl Host {
     /// # Errors
     /// It takes longer.
     pub async fn destroy(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        self.destroy_within(disk, END).await
+    }
+
+    /// Takes a disk away, and waits for that until the limit; it goes on if it takes longer.
+    ///
+    /// # Errors
+    /// It takes longer: says what it waits for.
+    pub async fn destroy_within(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        limit: Duration,
+    ) -> Result<(), Failure> {
         if disk.advance(Fate::Doomed) {
             let (host, disk) = (self.clone(), disk.clone());
             tokio::task::spawn_local(async move { host.demolish(&disk).await });
         }
-        tokio::time::timeout(END, disk.gone()).await.map_err(|_| {
+        tokio::time::timeout(limit, disk.gone()).await.map_err(|_| {
             Failure::new(
                 Code::Busy,
                 format!(
-                    "disk {} is not free yet: a guest is connected to it, or its storage does not answer; it goes as soon as it is",
-                    disk.minor
+                    "disk {} is not free yet, and goes as soon as it is: {}",
+                    disk.minor,
+                    self.holds(disk)
                 ),
             )
         })
+    }
+
+    /// What keeps a disk that is to go, in words.
+    fn holds(&self, disk: &Disk) -> String {
+        let image = match &disk.record.borrow().open {
+            Some(open) => open.target.to_string(),
+            None => "its image".into(),
+        };
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process.filter(|process| !process.has_ended()) {
+            return format!(
+                "tapdisk {} has not ended; see whether the storage of {image} answers",
+                process.pid()
+            );
+        }
+        match kernel::node(&*self.kernel, disk.minor) {
+            Ok(Some(node)) => busy(&node, &image),
+            Ok(None) => "it is being cleared away".into(),
+            Err(error) => format!("the kernel does not say why ({error})"),
+        }
+    }
+
+    /// Takes a node away that is not one of ours.
+    ///
+    /// # Errors
+    /// There is none, or it is used: says by whom.
+    pub fn free_unknown(&self, minor: u32) -> Result<(), Failure> {
+        let failed = |error| Failure::system(format!("cannot free the node {minor}"), &error);
+        let node = kernel::node(&*self.kernel, minor).map_err(failed)?;
+        let node =
+            node.ok_or_else(|| Failure::new(Code::NotFound, format!("there is no node {minor}")))?;
+        match self.kernel.destroy(minor) {
+            Ok(()) => {
+                self.events.add(Some(minor), What::Destroyed);
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(Failure::new(
+                Code::Busy,
+                format!("the node {minor} is in use: {}", busy(&node, "its image")),
+            )),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     async fn demolish(&self, disk: &Disk) {
@@ -589,6 +674,22 @@ impl Host {
             }
         });
         futures::future::join_all(ends).await;
+    }
+}
+
+/// Why the kernel does not let go of a node, in words.
+fn busy(node: &kernel::Node, image: &str) -> String {
+    if let Some((domain, device)) = node.bound {
+        return format!(
+            "the device {device} of domain {domain} uses it; detach it with xl block-detach {domain} {device}"
+        );
+    }
+    match node.status.state.as_str() {
+        "fencing" => format!(
+            "I/O of its last process may still reach {image}, so nobody else may have that yet; see whether its storage answers"
+        ),
+        "open" | "live" => "a process has it open".into(),
+        _ => "it is about to be free".into(),
     }
 }
 

@@ -2,7 +2,7 @@
 //! The nodes of the kernel, behind a trait so that a test needs none.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// What a node says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct Make {
     pub arena_kib: u32,
     /// Seconds without a process after which requests fail; 0 for never.
     pub fail_after_s: u32,
+    /// Deaths of processes at one request after which it fails; 0 for never.
+    pub max_deaths: u32,
 }
 
 /// What the supervisor asks of the kernel.
@@ -37,7 +39,8 @@ pub trait Kernel {
     /// Takes a node away.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`] while it is open or a frontend is connected.
+    /// [`io::ErrorKind::ResourceBusy`] while it is open, a frontend is connected, or I/O of its
+    /// last process may be running.
     fn destroy(&self, minor: u32) -> io::Result<()>;
 
     /// The lowest node whose number is at least `from`.
@@ -52,6 +55,13 @@ pub trait Kernel {
     /// [`io::ErrorKind::ResourceBusy`] while it is open, or while the I/O of its last process is
     /// not known to be over.
     fn open(&self, minor: u32) -> io::Result<OwnedFd>;
+
+    /// The end of the last process is no fault of the requests that it had, says who has opened the
+    /// node, before it is started.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    fn excuse(&self, node: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 /// One node.

@@ -2,11 +2,11 @@
 //! The nodes of the running kernel.
 
 use crate::kernel::{Kernel, Make, Node};
-use control::supervisor;
+use control::supervisor::{self, Poison};
 use std::io;
-use std::os::fd::OwnedFd;
-use tapdev::abi::{self, Info};
-use tapdev::control::{open_node, Control};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use tapdev::abi::{self, Create, Info};
+use tapdev::control::{excuse, open_node, Control};
 
 /// The driver of this host. The control node is opened for each question, so that the driver can be
 /// loaded and unloaded while the supervisor runs.
@@ -15,7 +15,13 @@ pub struct Driver;
 
 impl Kernel for Driver {
     fn create(&self, make: Make) -> io::Result<u32> {
-        Control::open()?.create(make.minor, make.arena_kib, make.fail_after_s)
+        let create = Create {
+            arena_kib: make.arena_kib,
+            fail_after_s: make.fail_after_s,
+            max_deaths: make.max_deaths,
+            ..Create::default()
+        };
+        Control::open()?.create(make.minor, create)
     }
 
     fn destroy(&self, minor: u32) -> io::Result<()> {
@@ -34,6 +40,27 @@ impl Kernel for Driver {
     fn open(&self, minor: u32) -> io::Result<OwnedFd> {
         open_node(minor)
     }
+
+    fn excuse(&self, node: BorrowedFd<'_>) -> io::Result<()> {
+        excuse(node)
+    }
+}
+
+/// The last request that failed because processes died of it.
+fn poison(info: &Info) -> Option<Poison> {
+    let operation = match u8::try_from(info.poison_op) {
+        Ok(abi::OP_READ) => "read",
+        Ok(abi::OP_WRITE) => "write",
+        Ok(abi::OP_FLUSH) => "flush",
+        Ok(abi::OP_DISCARD | abi::OP_SECURE_DISCARD) => "discard",
+        Ok(abi::OP_WRITE_ZEROES) => "write-zeroes",
+        _ => "unknown",
+    };
+    (info.poisoned > 0).then(|| Poison {
+        operation: operation.into(),
+        sector: info.poison_sector,
+        sectors: info.poison_sectors,
+    })
 }
 
 fn node(info: Info) -> Node {
@@ -55,6 +82,10 @@ fn node(info: Info) -> Node {
             replayed: info.replayed,
             refused: info.refused,
             oldest_ns: info.oldest_ns,
+            isolated: info.isolated,
+            poisoned: info.poisoned,
+            poison: poison(&info),
+            memory_kib: info.memory_kib,
         },
         bound: (info.domain != u32::MAX).then_some((info.domain, info.device)),
     }

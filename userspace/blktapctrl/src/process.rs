@@ -175,6 +175,17 @@ impl Process {
         status.map_or_else(|error| format!("ended in a way unknown: {error}"), how)
     }
 
+    /// True if it has ended by itself and in no orderly way, as far as is known: who is killed by
+    /// somebody, or by the system for want of memory, dies of nothing that it was asked to do.
+    #[must_use]
+    pub fn has_crashed(&self) -> bool {
+        let status = match &mut *self.child.borrow_mut() {
+            Some(child) => child.try_wait().ok().flatten(),
+            None => None,
+        };
+        !self.is_dismissed() && status.is_some_and(is_crash)
+    }
+
     /// True if it has ended.
     #[must_use]
     pub fn has_ended(&self) -> bool {
@@ -330,6 +341,14 @@ fn how(status: ExitStatus) -> String {
         }
         (None, Some(signal)) => format!("was killed by signal {signal}"),
         (None, None) => "ended".into(),
+    }
+}
+
+fn is_crash(status: ExitStatus) -> bool {
+    let wishes = [Signal::KILL, Signal::TERM, Signal::INT, Signal::HUP];
+    match status.signal() {
+        Some(signal) => wishes.iter().all(|wish| wish.as_raw() != signal),
+        None => !status.success(),
     }
 }
 

@@ -60,6 +60,9 @@ pub struct Record {
     pub process: Option<Known>,
     /// How often the process was replaced.
     pub restarts: u32,
+    /// Requests that failed because processes died of them, of which was told.
+    #[serde(default)]
+    pub poisoned: u32,
 }
 
 impl Record {
@@ -78,6 +81,7 @@ impl Record {
             want: Want::Idle,
             process: None,
             restarts: 0,
+            poisoned: 0,
         }
     }
 

@@ -68,11 +68,15 @@ impl Host {
                 timeout_s,
             } => self.close(&which, force, limit(timeout_s)).await,
             Request::Pause { which, timeout_s } => self.pause(&which, limit(timeout_s)).await,
-            Request::Unpause { which, target } => self.unpause(&which, target).await,
+            Request::Unpause {
+                which,
+                target,
+                may_shrink,
+            } => self.unpause(&which, target, may_shrink).await,
             Request::Resize(which) => self.resize(&which).await,
             Request::Stats(which) => self.stats(&which).await,
             Request::Create(create) => self.create(*create).await,
-            Request::Destroy { which } => self.end(&which).await,
+            Request::Destroy { which, timeout_s } => self.end(&which, timeout_s).await,
             Request::Top => self.top().await,
             Request::Subscribe { .. } => Err(Failure::invalid("subscribing is done once")),
         }
@@ -143,6 +147,7 @@ impl Host {
             minor,
             arena_kib,
             fail_after_s: record.policy.fail_after_s,
+            max_deaths: record.policy.max_deaths,
         };
         record.minor = self.kernel.create(make).map_err(|error| match minor {
             _ if error.kind() == io::ErrorKind::NotFound => Failure::new(
@@ -162,7 +167,12 @@ impl Host {
             minor: Some(minor),
             ..Which::default()
         };
-        let disk = self.find(&which)?;
+        let disk = match self.find(&which) {
+            Err(failure) if failure.code == Code::NotFound => {
+                return self.free_unknown(minor).map(|()| Reply::Done);
+            }
+            disk => disk?,
+        };
         if disk.process.borrow().is_some() {
             return Err(Failure::new(
                 Code::Busy,
@@ -345,6 +355,7 @@ impl Host {
         self: &Rc<Self>,
         which: &Which,
         target: Option<Target>,
+        may_shrink: bool,
     ) -> Result<Reply, Failure> {
         let disk = self.find(which)?;
         let _turn = disk.turn().await?;
@@ -361,6 +372,8 @@ impl Host {
             self.take_image(&disk, with_mode(open, mode), mode).await?;
             open = disk.open()?;
         }
+        open.may_shrink = may_shrink;
+        disk.allow_shrinking(may_shrink);
         let attached = disk.attached.get().then(|| disk.serving().ok()).flatten();
         let served = disk
             .unless_doomed(async {
@@ -373,6 +386,7 @@ impl Host {
                 }
             })
             .await?;
+        disk.allow_shrinking(false);
         disk.record.borrow_mut().want = Want::Served;
         self.note(&disk);
         self.events.add(Some(disk.minor), What::Unpaused);
@@ -474,7 +488,7 @@ impl Host {
         }
     }
 
-    async fn end(self: &Rc<Self>, which: &Which) -> Result<Reply, Failure> {
+    async fn end(self: &Rc<Self>, which: &Which, timeout_s: u32) -> Result<Reply, Failure> {
         let disk = match self.find(which) {
             Err(failure) if failure.code == Code::NotFound => return self.end_idle(which).await,
             disk => disk?,
@@ -493,7 +507,14 @@ impl Host {
                 ));
             }
         }
-        self.destroy(&disk).await.map(|()| Reply::Done)
+        let ended = match timeout_s {
+            0 => self.destroy(&disk).await,
+            seconds => {
+                let limit = Duration::from_secs(seconds.into());
+                self.destroy_within(&disk, limit).await
+            }
+        };
+        ended.map(|()| Reply::Done)
     }
 
     /// There is no such disk, which is what was wanted; perhaps there is such a process.

@@ -29,6 +29,8 @@ pub enum Hung {
 pub struct Policy {
     /// Seconds without a process after which requests of the guest fail; 0 holds them for ever.
     pub fail_after_s: u32,
+    /// Deaths of processes at one request after which it fails, without the others; 0 for never.
+    pub max_deaths: u32,
     /// Seconds without an answer after which a process counts as hung; 0 for never.
     pub hung_after_s: u32,
     /// What is done then.
@@ -39,6 +41,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             fail_after_s: 0,
+            max_deaths: 3,
             hung_after_s: 30,
             hung: Hung::Report,
         }
@@ -140,7 +143,7 @@ pub enum Request {
     List(Filter),
     /// Makes a node: [`Reply::Minor`].
     Allocate(Allocate),
-    /// Takes a node away that nothing uses.
+    /// Takes a node away that nothing uses, also one that was not made here.
     Free {
         /// The node.
         minor: u32,
@@ -182,6 +185,9 @@ pub enum Request {
         which: Which,
         /// Another image, or the same one.
         target: Option<Target>,
+        /// It may be smaller than the disk that the guest knows.
+        #[serde(default)]
+        may_shrink: bool,
     },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),
@@ -193,6 +199,9 @@ pub enum Request {
     Destroy {
         /// The disk.
         which: Which,
+        /// Seconds to wait; 0 for the default. It goes on afterwards.
+        #[serde(default)]
+        timeout_s: u32,
     },
     /// What all disks counted, for a display that refreshes: [`Reply::Top`].
     Top,
@@ -309,7 +318,8 @@ pub struct Row {
 }
 
 /// What the kernel says of a node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Kernel {
     /// `idle`, `open`, `live`, `fencing` or `recovering`.
     pub state: String,
@@ -325,6 +335,36 @@ pub struct Kernel {
     pub refused: u64,
     /// Nanoseconds since the oldest delivered request was delivered; 0 if there is none.
     pub oldest_ns: u64,
+    /// Requests that are delivered one at a time, because processes died with them.
+    pub isolated: u32,
+    /// Requests that failed because processes died of them.
+    pub poisoned: u32,
+    /// The last of them.
+    pub poison: Option<Poison>,
+    /// Memory of the kernel that the disk holds, in KiB.
+    pub memory_kib: u32,
+}
+
+/// A request that failed because processes died of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Poison {
+    /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
+    pub operation: String,
+    /// First sector of 512 bytes.
+    pub sector: u64,
+    /// Number of sectors.
+    pub sectors: u64,
+}
+
+impl fmt::Display for Poison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            operation,
+            sector,
+            sectors,
+        } = self;
+        write!(f, "{operation} of {sectors} sectors at sector {sector}")
+    }
 }
 
 /// A disk in the display of all of them.
@@ -380,6 +420,13 @@ pub enum What {
         for_ms: u64,
         /// It was killed for it.
         killed: bool,
+    },
+    /// Processes died of a request again and again: the guest got an error for it.
+    Poisoned {
+        /// The request; the last one, if there are several.
+        request: Option<Poison>,
+        /// How many requests of the disk failed so far for this reason.
+        count: u32,
     },
     /// A process could not be replaced; the next attempt follows.
     Failed {

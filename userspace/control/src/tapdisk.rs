@@ -42,6 +42,9 @@ pub struct Open {
     /// Take no lock on the image: for a disk that several hosts write by agreement (mode `w!`).
     #[serde(default)]
     pub shared: bool,
+    /// The image may be smaller than the disk that the guest knows.
+    #[serde(default)]
+    pub may_shrink: bool,
 }
 
 fn yes() -> bool {
@@ -57,6 +60,7 @@ impl Open {
             engine: Engine::Auto,
             discard: true,
             shared: false,
+            may_shrink: false,
         }
     }
 }
@@ -78,7 +82,7 @@ pub enum Request {
     /// Finishes and commits what has been fetched, fetches no more, and closes the image; requests
     /// wait in the kernel. Answered with [`Reply::Done`] when the image is closed.
     Pause,
-    /// Serves again, from the image that is given; the size may have changed, nothing else. The
+    /// Serves again, from the image that is given; the size may have changed, little else. The
     /// descriptor is as for [`Request::Open`]. Answered with [`Reply::Disk`].
     Unpause(Open),
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].

@@ -58,7 +58,7 @@ pub(crate) enum Verb {
     List(List),
     /// Make a node, and print its minor number
     Allocate(Allocate),
-    /// Take a node away that has no process
+    /// Take a node away that has no process, also one that blktapctrl does not know
     Free {
         /// The node
         #[arg(short, long)]
@@ -85,7 +85,7 @@ pub(crate) enum Verb {
     /// Make a disk and serve it
     Create(Create),
     /// Take a disk away, with its process and its node
-    Destroy(Named),
+    Destroy(Destroy),
     /// Show what all disks are doing, again and again
     Top(Top),
     /// Print what happens, from now on
@@ -134,6 +134,9 @@ pub(crate) struct Policy {
     /// Fail requests after so many seconds without a process; 0 holds them for ever
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) fail_after: u32,
+    /// Fail a request when so many processes have died of it, and nothing else; 0 tries it for ever
+    #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(..=255))]
+    pub(crate) max_deaths: u32,
     /// Call a process hung that answers nothing for so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) hung_after: u32,
@@ -275,9 +278,22 @@ pub(crate) struct Pause {
 pub(crate) struct Unpause {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// Another image; only the size may differ
+    /// Another image, which the guest can use as the first one
     #[arg(short = 'a', long = "args", value_name = "TARGET")]
     pub(crate) target: Option<Target>,
+    /// The image may be smaller than the disk that the guest knows, which loses what it has there
+    #[arg(long)]
+    pub(crate) shrink: bool,
+}
+
+/// A disk to take away.
+#[derive(Debug, Args)]
+pub(crate) struct Destroy {
+    #[command(flatten)]
+    pub(crate) which: Named,
+    /// Seconds to wait; the disk goes all the same when nothing holds it any more
+    #[arg(short, long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) timeout: u32,
 }
 
 /// A disk to make.

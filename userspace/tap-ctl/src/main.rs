@@ -141,16 +141,18 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Unpause(unpause) => Request::Unpause {
             which: named(&unpause.which),
             target: unpause.target.clone(),
+            may_shrink: unpause.shrink,
         },
         Verb::Resize(which) => Request::Resize(named(which)),
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
-        Verb::Destroy(which) => Request::Destroy {
+        Verb::Destroy(end) => Request::Destroy {
             which: Which {
-                minor: which.minor,
-                pid: which.pid,
-                vbd: which.vbd.clone(),
+                minor: end.which.minor,
+                pid: end.which.pid,
+                vbd: end.which.vbd.clone(),
             },
+            timeout_s: end.timeout,
         },
         Verb::Top(_) | Verb::Events(_) | Verb::Generate { .. } => Request::Top,
     })
@@ -188,6 +190,7 @@ fn allocate(node: &cli::Allocate) -> Allocate {
         arena_kib: node.arena << 10,
         policy: supervisor::Policy {
             fail_after_s: node.policy.fail_after,
+            max_deaths: node.policy.max_deaths,
             hung_after_s: node.policy.hung_after,
             hung: if node.policy.kill_hung {
                 Hung::Kill
@@ -349,7 +352,7 @@ mod tests {
 
     #[test]
     fn policy_is_passed_on() {
-        let line = "tap-ctl create -a ram:1M --arena 8 --fail-after 7 --kill-hung --hung-after 9";
+        let line = "tap-ctl create -a ram:1M --arena 8 --fail-after 7 --kill-hung --hung-after 9 --max-deaths 5";
         let Ok(Request::Create(create)) = parse(line) else {
             panic!("{line}");
         };
@@ -357,5 +360,6 @@ mod tests {
         assert_eq!(create.policy.fail_after_s, 7);
         assert_eq!(create.policy.hung_after_s, 9);
         assert_eq!(create.policy.hung, Hung::Kill);
+        assert_eq!(create.policy.max_deaths, 5);
     }
 }

@@ -62,6 +62,10 @@ fn row(row: &Row) -> String {
         add("kernel", Some(kernel.state.clone()));
         add("waiting", Some(kernel.waiting.to_string()));
         add("delivered", Some(kernel.delivered.to_string()));
+        let some = |number: u32| (number > 0).then(|| number.to_string());
+        add("isolated", some(kernel.isolated));
+        add("poisoned", some(kernel.poisoned));
+        add("memory_kib", some(kernel.memory_kib));
     }
     add("restarts", Some(row.restarts.to_string()));
     add("vbd", row.vbd.clone());
@@ -189,6 +193,13 @@ pub(crate) fn event(event: &Event) -> String {
             let then = if *killed { "killed" } else { "left alone" };
             format!("tapdisk {pid} has not answered for {for_ms} ms, {then}")
         }
+        What::Poisoned { request, count } => {
+            let request = request
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            format!("its processes die of a request, which failed: {request}; {count} so far")
+        }
         What::Failed { message, retry_ms } => {
             format!("no process: {message}; next attempt in {retry_ms} ms")
         }
@@ -254,9 +265,8 @@ mod tests {
                 waiting: 1,
                 delivered: 2,
                 committed: 3,
-                replayed: 0,
-                refused: 0,
-                oldest_ns: 0,
+                memory_kib: 2300,
+                ..Kernel::default()
             }),
             target: "aio:/srv/a.img".parse().ok(),
             mode: Some(Mode::Write),
@@ -271,7 +281,7 @@ mod tests {
     fn a_line_of_the_list() {
         assert_eq!(
             row(&sample()),
-            "pid=312 minor=4 state=running args=aio:/srv/a.img mode=w kernel=live waiting=1 delivered=2 restarts=0\n"
+            "pid=312 minor=4 state=running args=aio:/srv/a.img mode=w kernel=live waiting=1 delivered=2 memory_kib=2300 restarts=0\n"
         );
     }
 

@@ -3,9 +3,9 @@
 
 use ring::tap::abi::{ioctl as numbers, Create, Destroy, Info, VERSION};
 use rustix::fs::{Mode, OFlags};
-use rustix::ioctl::{ioctl, Setter, Updater};
+use rustix::ioctl::{ioctl, NoArg, Setter, Updater};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// The folder of the nodes.
@@ -31,19 +31,16 @@ impl Control {
         Ok(Control { fd })
     }
 
-    /// Makes a node. `minor` is the number that is wanted, `arena_kib` 0 the default size; requests
-    /// fail after `fail_after_s` seconds without a process, and never if that is 0. Returns the
-    /// node's number.
+    /// Makes a node. Of `create` the version and the number are filled in: that is `minor`, or the
+    /// lowest one that is free. Returns the node's number.
     ///
     /// # Errors
     /// As the kernel says.
-    pub fn create(&self, minor: Option<u32>, arena_kib: u32, fail_after_s: u32) -> io::Result<u32> {
+    pub fn create(&self, minor: Option<u32>, create: Create) -> io::Result<u32> {
         let mut create = Create {
             version: VERSION,
             minor: minor.unwrap_or(u32::MAX),
-            arena_kib,
-            fail_after_s,
-            ..Create::default()
+            ..create
         };
         // SAFETY: CREATE reads and writes a `Create`, as its number encodes, and nothing else.
         let argument = unsafe { Updater::<{ numbers::CREATE }, _>::new(&mut create) };
@@ -55,7 +52,8 @@ impl Control {
     /// Takes a node away.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`] while its node is open or a frontend is connected.
+    /// [`io::ErrorKind::ResourceBusy`] while its node is open, a frontend is connected, or I/O of
+    /// its last process may be running.
     pub fn destroy(&self, minor: u32) -> io::Result<()> {
         let destroy = Destroy { minor, flags: 0 };
         // SAFETY: DESTROY reads a `Destroy`, as its number encodes, and writes nothing.
@@ -83,6 +81,18 @@ impl Control {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Tells a node, which was opened and is not started yet, that the end of the last process is no
+/// fault of the requests that it had.
+///
+/// # Errors
+/// As the kernel says.
+pub fn excuse(node: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: EXCUSE has no argument.
+    let argument = unsafe { NoArg::<{ numbers::EXCUSE }>::new() };
+    // SAFETY: whatever file this is, there is no argument.
+    Ok(unsafe { ioctl(node, argument) }?)
 }
 
 /// Opens the node of a disk for the process that will serve it, without waiting. The descriptor

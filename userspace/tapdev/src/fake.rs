@@ -8,12 +8,12 @@ use crate::Node;
 use diskio::{Access, Region};
 use ring::response::Status;
 use ring::tap::abi::{self, Completion, Desc, Info, Segment};
-use ring::tap::params::Params;
+use ring::tap::params::{Params, Unfit};
 use ring::tap::shadow::{Op, Request, Shadow};
 use ring::tap::table::Entry;
 use rustix::event::{eventfd, EventfdFlags};
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
-use rustix::io::{pread, pwrite, read, write};
+use rustix::io::{pread, pwrite, read, write, Errno};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -293,9 +293,13 @@ impl Node for FakeNode {
     fn set_params(&self, records: &[u8]) -> io::Result<()> {
         let params = Params::parse(records).map_err(|_| io::ErrorKind::InvalidInput)?;
         let mut state = self.disk.lock();
-        if state.params.is_some_and(|old| !old.may_become(&params)) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
+        let params = match state.params {
+            None => params,
+            Some(old) => old.succeeded_by(&params).map_err(|why| match why {
+                Unfit::Shape => io::Error::from(Errno::INVAL),
+                Unfit::Smaller => io::Error::from(Errno::RANGE),
+            })?,
+        };
         state.params = Some(params);
         self.disk.0.changed.notify_all();
         Ok(())
@@ -303,7 +307,7 @@ impl Node for FakeNode {
 
     fn start(&self) -> io::Result<()> {
         let mut state = self.disk.lock();
-        if state.params.is_none() || !state.shadow.started(self.epoch) {
+        if state.params.is_none() || state.shadow.started(self.epoch).is_none() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         self.disk.signal(&mut state)

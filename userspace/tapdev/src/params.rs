@@ -14,7 +14,8 @@ pub fn records(params: &Params) -> Vec<u8> {
         logical_block: params.logical_block,
         physical_block: params.physical_block,
         flags: flag(params.read_only, abi::GEOMETRY_READ_ONLY)
-            | flag(params.write_cache, abi::GEOMETRY_WRITE_CACHE),
+            | flag(params.write_cache, abi::GEOMETRY_WRITE_CACHE)
+            | flag(params.may_shrink, abi::GEOMETRY_MAY_SHRINK),
         reserved: 0,
     };
     add(&mut bytes, abi::PARAM_GEOMETRY, &geometry);
@@ -54,10 +55,12 @@ mod tests {
             read_only: true,
             write_cache: false,
             discard: None,
+            may_shrink: false,
         };
         assert_eq!(Params::parse(&records(&params)), Ok(params));
         params.read_only = false;
         params.write_cache = true;
+        params.may_shrink = true;
         params.discard = Some(Discard {
             granularity: 65536,
             alignment: 4096,

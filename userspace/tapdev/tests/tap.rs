@@ -22,6 +22,7 @@ const PARAMS: Params = Params {
     read_only: false,
     write_cache: true,
     discard: None,
+    may_shrink: false,
 };
 
 fn started(fake: &Fake) -> Tap {
@@ -108,7 +109,7 @@ fn request_of_a_dead_process_comes_again() {
 }
 
 #[test]
-fn only_the_size_may_change() {
+fn size_may_change_and_what_guests_were_told_stays() {
     let fake = Fake::new(2).unwrap();
     let tap = started(&fake);
     let larger = Params {
@@ -116,11 +117,22 @@ fn only_the_size_may_change() {
         ..PARAMS
     };
     tap.describe(&larger).unwrap();
+    let error = |params: Params| tap.describe(&params).unwrap_err().raw_os_error();
     let other = Params {
         logical_block: 4096,
+        ..larger
+    };
+    assert_eq!(error(other), Some(22), "EINVAL");
+    assert_eq!(error(PARAMS), Some(34), "ERANGE: it is smaller");
+    let hints = Params {
+        physical_block: 8192,
+        may_shrink: true,
         ..PARAMS
     };
-    assert!(tap.describe(&other).is_err());
+    tap.describe(&hints).unwrap();
+    let told = fake.wait_for_params();
+    assert_eq!(told.sectors, PARAMS.sectors);
+    assert_eq!(told.physical_block, PARAMS.physical_block);
 }
 
 /// A kernel that says whatever a test wants.
@@ -204,6 +216,12 @@ const INFO: Info = Info {
     domain: 0,
     device: 0,
     sectors: 0,
+    poison_sector: 0,
+    poison_sectors: 0,
+    poison_op: 0,
+    poisoned: 0,
+    isolated: 0,
+    memory_kib: 0,
     reserved: [0; 4],
 };
 

@@ -242,6 +242,7 @@ mod tests {
             read_only: false,
             write_cache: false,
             discard: None,
+            may_shrink: false,
         })
         .unwrap();
         tap.start().unwrap();

@@ -225,16 +225,16 @@ impl Session {
             self.note("the arena is not registered", &error);
         }
         let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
-        let params = params(&shape, open.read_only);
+        let params = params(&shape, &open);
         let (known, started) = {
             let state = self.state.borrow();
             (state.params, state.started)
         };
-        if known.is_some_and(|known| !known.may_become(&params)) {
+        if known.is_some_and(|known| known.succeeded_by(&params).is_err()) {
             return Err(Failure::new(
                 Code::Image,
                 format!(
-                    "{} has other properties than the image that the guest knows: only the size may change",
+                    "{} cannot take the place of the image that the guest knows: {UNFIT}",
                     open.target
                 ),
             ));
@@ -358,8 +358,11 @@ impl Session {
             sectors: size >> 9,
             ..params
         };
-        tap.describe(&params)
-            .map_err(|error| Failure::system("the kernel refuses the new size", &error))?;
+        let open = self.state.borrow().open.clone();
+        tap.describe(&params).map_err(|error| match open {
+            Some(open) => described(&open, &error),
+            None => Failure::system("the kernel refuses the new size", &error),
+        })?;
         server.set_size(size);
         let disk = tapdisk::Disk { size, ..disk };
         let mut state = self.state.borrow_mut();
@@ -440,12 +443,20 @@ fn no_node() -> Failure {
     Failure::new(Code::State, "this tapdisk has no node: attach one first")
 }
 
+/// Why an image cannot be served in place of another one.
+const UNFIT: &str = "it has larger blocks or a smaller size, or is writable where that is not";
+
 fn described(open: &Open, error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::InvalidInput => Failure::new(
             Code::Image,
+            format!("the kernel refuses {}: {UNFIT}", open.target),
+        ),
+        // The kernel says ERANGE.
+        _ if error.raw_os_error() == Some(diskio::Errno::RANGE.raw_os_error()) => Failure::new(
+            Code::Image,
             format!(
-                "the kernel refuses {}: its properties are not those that the guest knows, of which only the size may change",
+                "{} is smaller than the disk that the guest knows: make it larger, or pause the disk and unpause it with --shrink",
                 open.target
             ),
         ),
@@ -462,18 +473,19 @@ fn node(info: &tapdev::abi::Info) -> tapdisk::Node {
     }
 }
 
-fn params(shape: &Shape, read_only: bool) -> Params {
+fn params(shape: &Shape, open: &Open) -> Params {
     Params {
         sectors: shape.size >> 9,
         logical_block: shape.logical_block,
         physical_block: shape.physical_block,
-        read_only,
-        write_cache: shape.write_cache && !read_only,
+        read_only: open.read_only,
+        write_cache: shape.write_cache && !open.read_only,
         discard: shape.discard.map(|granularity| Discard {
             granularity,
             alignment: 0,
             secure: false,
         }),
+        may_shrink: open.may_shrink,
     }
 }
 

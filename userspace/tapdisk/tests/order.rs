@@ -106,6 +106,7 @@ impl Lab {
             read_only: false,
             write_cache: true,
             discard: None,
+            may_shrink: false,
         })
         .unwrap();
         tap.start().unwrap();

@@ -15,6 +15,7 @@ pub(crate) mod driver;
 pub(crate) mod evtchn;
 pub(crate) mod grant;
 pub(crate) mod kthread;
+pub(crate) mod module;
 pub(crate) mod pages;
 pub(crate) mod parker;
 pub(crate) mod quota;

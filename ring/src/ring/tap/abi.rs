@@ -204,6 +204,18 @@ pub struct Info {
     pub device: u32,
     /// Size that was described, in 512-byte sectors; 0 if none was.
     pub sectors: u64,
+    /// First sector of the last request that failed because processes died of it.
+    pub poison_sector: u64,
+    /// Its sectors.
+    pub poison_sectors: u64,
+    /// Its `OP_*`.
+    pub poison_op: u32,
+    /// Requests that failed because processes died of them ([`Create::max_deaths`]).
+    pub poisoned: u32,
+    /// Requests that the process gets one at a time, because earlier ones died with them.
+    pub isolated: u32,
+    /// Memory of the kernel that the disk holds, in KiB.
+    pub memory_kib: u32,
     /// Zero.
     pub reserved: [u64; 4],
 }
@@ -245,11 +257,17 @@ pub struct Create {
     pub arena_kib: u32,
     /// Seconds after which requests fail while no process serves them; 0 to hold them for ever.
     pub fail_after_s: u32,
+    /// Deaths of processes at one request after which it fails, without the others; 0 to try it for
+    /// ever. At most 255; 1 counts as 2.
+    pub max_deaths: u32,
     /// Zero.
-    pub reserved: [u64; 4],
+    pub reserved0: u32,
+    /// Zero.
+    pub reserved: [u64; 3],
 }
 
-/// Takes a disk away: `EBUSY` while its node is open or a frontend is connected.
+/// Takes a disk away: `EBUSY` while its node is open, a frontend is connected, or I/O of its last
+/// process is not known to be over. So when it is gone nobody writes to its image any more.
 #[derive(
     Clone,
     Copy,
@@ -358,8 +376,16 @@ pub const PARAM_DISCARD: u32 = 2;
 pub const GEOMETRY_READ_ONLY: u32 = 1;
 /// The disk has a volatile cache: flushes are delivered.
 pub const GEOMETRY_WRITE_CACHE: u32 = 2;
+/// The disk may be smaller than it was, which is refused without this (`ERANGE`): what the guest has
+/// behind the new end is lost to it. Says nothing of the disk.
+pub const GEOMETRY_MAY_SHRINK: u32 = 4;
 
-/// The disk. Between two processes of a disk only the size may change.
+/// The disk.
+///
+/// What the first process says is what guests are told, for as long as the disk exists: a later
+/// description changes the size and nothing else. It is refused if the disk cannot be used as guests
+/// were told: with larger logical blocks or a size that is not whole ones, read-only or no longer,
+/// with a volatile cache where there was none. Other differences are accepted and have no effect.
 #[derive(
     Clone,
     Copy,
@@ -415,7 +441,7 @@ const _: () = {
     assert!(size_of::<Desc>() == 64);
     assert!(size_of::<Segment>() == 8);
     assert!(size_of::<Completion>() == 16);
-    assert!(size_of::<Info>() == 152);
+    assert!(size_of::<Info>() == 184);
     assert!(size_of::<Create>() == 48);
     assert!(size_of::<Destroy>() == 8);
     assert!(size_of::<Buffer>() == 16);
@@ -450,8 +476,11 @@ pub mod ioctl {
     /// Disk node: fills an [`Info`].
     pub const INFO: u32 = number::<Info>(READ, 0x10);
     /// Disk node: a [`Buffer`] of records, each a [`ParamHead`] and its content. Before the start
-    /// this describes the disk; afterwards only the size may change, which resizes it.
+    /// this describes the disk; afterwards it resizes it.
     pub const SET_PARAMS: u32 = number::<Buffer>(WRITE, 0x11);
+    /// Disk node: the end of the last process is no fault of the requests that it had, as when
+    /// somebody killed it ([`Create::max_deaths`]). Before the start.
+    pub const EXCUSE: u32 = number::<()>(NONE, 0x14);
     /// Disk node: from now on requests are delivered, first those of an earlier process.
     pub const START: u32 = number::<()>(NONE, 0x12);
     /// Disk node: [`Exchange`].

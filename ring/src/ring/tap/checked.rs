@@ -101,6 +101,8 @@ pub struct NewDisk {
     pub arena_kib: u32,
     /// Seconds without a process after which requests fail, if ever.
     pub fail_after_s: Option<u32>,
+    /// Deaths at one request after which it fails; 0 for never.
+    pub max_deaths: u8,
 }
 
 impl abi::Create {
@@ -110,6 +112,8 @@ impl abi::Create {
             return Err(Malformed::Version);
         }
         zero(self.reserved)?;
+        zero([self.reserved0])?;
+        let max_deaths = u8::try_from(self.max_deaths).map_err(|_| Malformed::Range)?;
         let minor = (self.minor != u32::MAX).then_some(self.minor);
         let arena_kib = match self.arena_kib {
             0 => DEFAULT_ARENA_KIB,
@@ -123,6 +127,7 @@ impl abi::Create {
             minor,
             arena_kib,
             fail_after_s: (self.fail_after_s != 0).then_some(self.fail_after_s),
+            max_deaths,
         })
     }
 }

@@ -38,6 +38,18 @@ pub struct Params {
     pub write_cache: bool,
     /// What can be discarded, if anything.
     pub discard: Option<Discard>,
+    /// It may be smaller than it was.
+    pub may_shrink: bool,
+}
+
+/// Why a disk cannot become what a description says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// Guests were told of a disk that this is not: its blocks are too large, or it cannot be
+    /// written any more, or loses what was said to be written.
+    Shape,
+    /// It is smaller than guests were told, and nobody said that it may be.
+    Smaller,
 }
 
 /// What is wrong with a description.
@@ -88,14 +100,24 @@ impl Params {
         Ok(params)
     }
 
-    /// True if the disk may become what `next` says, while guests use it or between two
-    /// processes: only the size may differ.
-    pub fn may_become(&self, next: &Self) -> bool {
-        *next
-            == Self {
-                sectors: next.sectors,
-                ..*self
-            }
+    /// What guests know of the disk after it became what `next` says, while they use it or between
+    /// two processes: what they were told, with the new size. Hints, such as the size of a physical
+    /// block, depend on where an image lies, so they may differ and are not believed any more.
+    pub fn succeeded_by(&self, next: &Self) -> Result<Self, Unfit> {
+        let fits = next.logical_block <= self.logical_block
+            && whole(next.sectors, self.logical_block / SECTOR)
+            && next.read_only == self.read_only
+            && (self.write_cache || !next.write_cache);
+        if !fits {
+            return Err(Unfit::Shape);
+        }
+        if next.sectors < self.sectors && !next.may_shrink {
+            return Err(Unfit::Smaller);
+        }
+        Ok(Self {
+            sectors: next.sectors,
+            ..*self
+        })
     }
 }
 
@@ -117,7 +139,7 @@ fn whole(value: u64, unit: u32) -> bool {
 }
 
 fn check_geometry(geometry: &abi::Geometry) -> Result<Params, ParamError> {
-    let known = abi::GEOMETRY_READ_ONLY | abi::GEOMETRY_WRITE_CACHE;
+    let known = abi::GEOMETRY_READ_ONLY | abi::GEOMETRY_WRITE_CACHE | abi::GEOMETRY_MAY_SHRINK;
     if geometry.reserved != 0 || geometry.flags & !known != 0 {
         return Err(ParamError::Reserved);
     }
@@ -137,6 +159,7 @@ fn check_geometry(geometry: &abi::Geometry) -> Result<Params, ParamError> {
         read_only: geometry.flags & abi::GEOMETRY_READ_ONLY != 0,
         write_cache: geometry.flags & abi::GEOMETRY_WRITE_CACHE != 0,
         discard: None,
+        may_shrink: geometry.flags & abi::GEOMETRY_MAY_SHRINK != 0,
     })
 }
 

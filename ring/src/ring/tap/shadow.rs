@@ -21,14 +21,19 @@
 //!   the latest delivery of its tag.
 //! - After a process is gone nothing is delivered until the caller says that it is fenced: that no
 //!   I/O which it started can touch the arena or the image any longer.
+//! - A request at which processes die again and again is delivered alone, and fails when that makes
+//!   sure that it is the reason (`isolation`).
 //!
 //! Everything a request waits for is earlier than the request, so nothing waits in a circle.
 //!
 //! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
 //! calls. What a call does is bounded: [`Shadow::deliver`] and [`Shadow::has_deliverable`] stop
-//! after some [`STEPS`]; [`Shadow::fenced`], [`Shadow::orphan`] and [`Shadow::withdraw`], which
-//! are called once in the life of a process or a queue, look at every request once; all others
-//! take constant time for each request that they name or set free.
+//! after some [`STEPS`]; [`Shadow::started`], [`Shadow::fenced`], [`Shadow::excuse`],
+//! [`Shadow::orphan`] and [`Shadow::withdraw`], which are called once in the life of a process or a
+//! queue, look at every request a few times; so does [`Shadow::fail_waiting`] while a process is
+//! fenced; all others take constant time for each request that they name or set free.
+
+mod isolation;
 
 use core::ops::DerefMut;
 
@@ -36,7 +41,8 @@ use crate::ring::response::Status;
 use crate::ring::tap::abi;
 use crate::ring::tap::checked::{Commit, Outcome};
 use crate::ring::tap::overlap::{writes, Overlap};
-use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State};
+use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
+use isolation::Isolation;
 
 pub use crate::ring::tap::table::Tag;
 
@@ -136,7 +142,7 @@ pub struct Delivered {
     pub more: bool,
 }
 
-/// What a call of [`Shadow::fail_waiting`] did.
+/// What a call failed: of [`Shadow::fail_waiting`], or of [`Shadow::started`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Failed {
@@ -185,6 +191,7 @@ pub struct Shadow<S> {
     committed: u64,
     replayed: u64,
     refused: u64,
+    isolation: Isolation,
 }
 
 impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
@@ -210,6 +217,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             committed: 0,
             replayed: 0,
             refused: 0,
+            isolation: Isolation::default(),
         }
     }
 
@@ -271,6 +279,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         info.committed = self.committed;
         info.replayed = self.replayed;
         info.refused = self.refused;
+        self.isolation.describe(info);
         // What was delivered just now has waited for 1: 0 means that there is none.
         info.oldest_ns = oldest.map_or(0, |e| now.saturating_sub(e.delivered_ns).max(1));
     }
@@ -287,18 +296,18 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         }
         self.phase = Phase::Open;
         self.epoch = self.epoch.wrapping_add(1);
+        self.isolation.answered = false;
         Ok(self.epoch)
     }
 
-    /// The process wants requests from now on; `false` unless it has opened the disk and not
-    /// started it yet.
-    #[must_use]
-    pub fn started(&mut self, epoch: u64) -> bool {
-        let may = self.phase == Phase::Open && epoch == self.epoch;
-        if may {
-            self.phase = Phase::Live;
+    /// The process wants requests from now on; `None` unless it has opened the disk and not
+    /// started it yet. A request of which earlier processes died may fail now.
+    pub fn started(&mut self, epoch: u64) -> Option<Failed> {
+        if self.phase != Phase::Open || epoch != self.epoch {
+            return None;
         }
-        may
+        self.phase = Phase::Live;
+        Some(self.judge())
     }
 
     /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
@@ -317,6 +326,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         }
         self.pending = List::EMPTY;
         self.delivered = List::EMPTY;
+        self.isolation.died(self.held);
         let mut at = self.order.first();
         while let Some(node) = at {
             let tag = node.tag();
@@ -333,6 +343,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             let (orphan, fresh) = (entry.orphan, entry.flags & abi::DESC_REPLAY == 0);
             entry.flags |= abi::DESC_REPLAY;
             entry.again = true;
+            entry.suspicion.in_last = true;
             self.held = self.held.wrapping_sub(1);
             self.replaying = self.replaying.wrapping_add(u32::from(fresh));
             if orphan {
@@ -365,7 +376,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             return result;
         }
         let mut steps = STEPS;
-        while result.count < max {
+        while result.count < max && self.may_deliver() {
             let Some(tag) = self.find(&mut steps) else {
                 break;
             };
@@ -374,7 +385,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                 result.count = result.count.wrapping_add(1);
             }
         }
-        result.more = !self.pending.is_empty();
+        result.more = self.may_deliver() && !self.pending.is_empty();
         result
     }
 
@@ -383,7 +394,9 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     /// after some more calls.
     pub fn has_deliverable(&mut self) -> bool {
         let mut steps = STEPS;
-        self.phase == Phase::Live && (self.find(&mut steps).is_some() || !self.pending.is_empty())
+        self.phase == Phase::Live
+            && self.may_deliver()
+            && (self.find(&mut steps).is_some() || !self.pending.is_empty())
     }
 
     /// Takes what the process says of a delivered request.
@@ -416,6 +429,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             }
             Outcome::Finished(status) => {
                 self.committed = self.committed.wrapping_add(1);
+                self.isolation.answered();
                 self.finish(commit.tag, status);
                 Committed::Done(queue)
             }
@@ -455,6 +469,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         entry.again = false;
         entry.ordered = ordered;
         entry.orphan = false;
+        entry.suspicion = Suspicion::NONE;
         entry.waiters = List::EMPTY;
         self.sequence = sequence.wrapping_add(1);
         self.order
@@ -529,22 +544,23 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Gives an error to at most `max` requests that wait, the oldest first. Nothing while a
-    /// process is served or has to be fenced.
+    /// process is served. While one has to be fenced, what it has does not wait: its I/O may be
+    /// running, with the arena and on the image.
     pub fn fail_waiting(&mut self, max: usize) -> Failed {
         let mut result = Failed::default();
-        if matches!(self.phase, Phase::Live | Phase::Fencing) {
+        if self.phase == Phase::Live {
             return result;
         }
-        // Without a process nothing is delivered: all that has no result waits.
-        while let Some(node) = self.order.first() {
+        let mut at = self.order.first();
+        while let Some(node) = at.filter(|_| self.waiting > 0) {
             if result.count >= max {
                 result.more = true;
                 break;
             }
-            let queue = self.get(node.tag()).map_or(0, |entry| entry.queue);
-            result.queues |= 1u64.wrapping_shl(u32::from(queue));
-            self.fail(node.tag());
-            result.count = result.count.wrapping_add(1);
+            at = next(&self.entries, node);
+            if self.is_waiting(node.tag(), |_| true) {
+                self.fail_for(node.tag(), &mut result);
+            }
         }
         result
     }
@@ -677,6 +693,14 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             .is_some_and(|entry| waits(entry) && and(entry))
     }
 
+    /// Gives an error to a request that waits, and counts it.
+    fn fail_for(&mut self, tag: Tag, failed: &mut Failed) {
+        let queue = self.get(tag).map_or(0, |entry| entry.queue);
+        failed.queues |= 1u64.wrapping_shl(u32::from(queue));
+        failed.count = failed.count.wrapping_add(1);
+        self.fail(tag);
+    }
+
     /// Gives an error to a request that waits.
     fn fail(&mut self, tag: Tag) {
         self.unlist(tag);
@@ -708,6 +732,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         };
         let waiters = core::mem::replace(&mut entry.waiters, List::EMPTY);
         let replay = entry.flags & abi::DESC_REPLAY != 0;
+        let isolated = core::mem::replace(&mut entry.suspicion.isolated, false);
+        self.isolation.forget(isolated);
         self.replaying = self.replaying.wrapping_sub(u32::from(replay));
         // They are older than most of what is pending: in front.
         let mut at = waiters.first();

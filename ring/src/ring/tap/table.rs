@@ -66,6 +66,28 @@ impl Node {
     }
 }
 
+/// What is known of the part that a request had in the deaths of processes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Suspicion {
+    /// Processes that died while they had it.
+    pub(super) deaths: u8,
+    /// The last process that died had it, which is not counted yet.
+    pub(super) in_last: bool,
+    /// One of them had answered other requests: it was able to serve.
+    pub(super) proven: bool,
+    /// It is delivered only while the process has nothing else.
+    pub(super) isolated: bool,
+}
+
+impl Suspicion {
+    pub(super) const NONE: Self = Self {
+        deaths: 0,
+        in_last: false,
+        proven: false,
+        isolated: false,
+    };
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Neighbours {
     prev: Node,
@@ -96,6 +118,8 @@ pub struct Entry {
     pub(super) ordered: bool,
     /// Its queue is gone: nobody will reap it.
     pub(super) orphan: bool,
+    /// What is known of its part in the deaths of processes.
+    pub(super) suspicion: Suspicion,
     links: [Neighbours; LINKS as usize],
     /// Requests that are blocked on this one.
     pub(super) waiters: List,
@@ -122,6 +146,7 @@ impl Entry {
         again: false,
         ordered: false,
         orphan: false,
+        suspicion: Suspicion::NONE,
         links: [Neighbours {
             prev: Node::NONE,
             next: Node::NONE,

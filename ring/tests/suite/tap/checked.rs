@@ -8,7 +8,7 @@ use ring::tap::abi::{
     self, Buffer, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry,
 };
 use ring::tap::checked::{Malformed, NewDisk, Outcome, UserArray};
-use ring::tap::params::{Discard, ParamError, Params, MAX_SECTORS};
+use ring::tap::params::{Discard, ParamError, Params, Unfit, MAX_SECTORS};
 use zerocopy::IntoBytes;
 
 use crate::tap_oracle::{self, encode, record};
@@ -51,7 +51,9 @@ const CREATE: Create = Create {
     minor: u32::MAX,
     arena_kib: 0,
     fail_after_s: 0,
-    reserved: [0; 4],
+    max_deaths: 0,
+    reserved0: 0,
+    reserved: [0; 3],
 };
 
 #[test]
@@ -60,18 +62,21 @@ fn new_disks() {
         minor: None,
         arena_kib: 4096,
         fail_after_s: None,
+        max_deaths: 0,
     };
     assert_eq!(CREATE.check(), Ok(disk));
     let all = Create {
         minor: 7,
         arena_kib: 65536,
         fail_after_s: 30,
+        max_deaths: 255,
         ..CREATE
     };
     let disk = NewDisk {
         minor: Some(7),
         arena_kib: 65536,
         fail_after_s: Some(30),
+        max_deaths: 255,
     };
     assert_eq!(all.check(), Ok(disk));
     for version in [0, abi::VERSION + 1] {
@@ -90,9 +95,18 @@ fn new_disks() {
         };
         assert_eq!(wrong.check(), Err(Malformed::Range), "{arena_kib}");
     }
+    let max_deaths = 256;
+    let wrong = Create {
+        max_deaths,
+        ..CREATE
+    };
+    assert_eq!(wrong.check(), Err(Malformed::Range));
     for at in 0..4 {
         let mut wrong = CREATE;
-        wrong.reserved[at] = 1;
+        match wrong.reserved.get_mut(at) {
+            Some(field) => *field = 1,
+            None => wrong.reserved0 = 1,
+        }
         assert_eq!(wrong.check(), Err(Malformed::Reserved));
     }
 }
@@ -186,6 +200,7 @@ fn a_disk_is_described_by_records_in_any_order() {
             alignment: 4096,
             secure: true,
         }),
+        may_shrink: false,
     };
     for bytes in [
         [&geometry[..], &discard].concat(),
@@ -252,7 +267,7 @@ fn geometries() {
         ..GEOMETRY
     };
     assert!(described(&largest).is_ok());
-    for flags in [4, 8, 1 << 31] {
+    for flags in [8, 16, 1 << 31] {
         let wrong = Geometry { flags, ..GEOMETRY };
         assert_eq!(described(&wrong), Err(ParamError::Reserved), "{flags}");
     }
@@ -326,6 +341,7 @@ proptest! {
                 alignment: 0,
                 secure: false,
             }),
+            may_shrink: false,
         };
         let mut bytes = encode(&params);
         for (at, value) in &changes {
@@ -339,13 +355,18 @@ proptest! {
 }
 
 #[test]
-fn only_the_size_of_a_disk_may_change() {
-    let disk = described(&GEOMETRY).expect("it is right");
+fn guests_are_told_once_what_a_disk_is() {
+    let disk = described(&Geometry {
+        flags: abi::GEOMETRY_WRITE_CACHE,
+        ..GEOMETRY
+    })
+    .expect("it is right");
     let larger = Params {
         sectors: 8192,
         ..disk
     };
-    assert!(disk.may_become(&disk) && disk.may_become(&larger) && larger.may_become(&disk));
+    assert_eq!(disk.succeeded_by(&larger), Ok(larger));
+    // What guests were told stays, wherever the image lies by now.
     let discard = Some(Discard {
         granularity: 4096,
         alignment: 0,
@@ -361,15 +382,49 @@ fn only_the_size_of_a_disk_may_change() {
             ..disk
         },
         Params {
-            read_only: true,
-            ..disk
-        },
-        Params {
-            write_cache: true,
+            write_cache: false,
             ..disk
         },
         Params { discard, ..disk },
     ] {
-        assert!(!disk.may_become(&other), "{other:?}");
+        assert_eq!(disk.succeeded_by(&other), Ok(disk), "{other:?}");
+        let told = other.succeeded_by(&disk);
+        let may = other.write_cache && other.logical_block == 4096;
+        assert_eq!(told, if may { Ok(other) } else { Err(Unfit::Shape) });
     }
+    for other in [
+        Params {
+            logical_block: 8192,
+            ..disk
+        },
+        Params {
+            read_only: true,
+            ..disk
+        },
+        // Not whole blocks of those that guests know.
+        Params {
+            logical_block: 512,
+            sectors: 8193,
+            ..disk
+        },
+    ] {
+        assert_eq!(disk.succeeded_by(&other), Err(Unfit::Shape), "{other:?}");
+    }
+}
+
+#[test]
+fn a_disk_shrinks_only_if_somebody_says_so() {
+    let disk = described(&GEOMETRY).expect("it is right");
+    let smaller = Params {
+        sectors: 2048,
+        ..disk
+    };
+    assert_eq!(disk.succeeded_by(&smaller), Err(Unfit::Smaller));
+    let forced = described(&Geometry {
+        sectors: 2048,
+        flags: abi::GEOMETRY_MAY_SHRINK,
+        ..GEOMETRY
+    })
+    .expect("it is right");
+    assert_eq!(disk.succeeded_by(&forced), Ok(smaller));
 }

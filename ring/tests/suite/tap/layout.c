@@ -65,6 +65,12 @@ void layout(void)
 	FIELD(info, domain);
 	FIELD(info, device);
 	FIELD(info, sectors);
+	FIELD(info, poison_sector);
+	FIELD(info, poison_sectors);
+	FIELD(info, poison_op);
+	FIELD(info, poisoned);
+	FIELD(info, isolated);
+	FIELD(info, memory_kib);
 	FIELD(info, reserved);
 
 	SIZE(create);
@@ -72,6 +78,8 @@ void layout(void)
 	FIELD(create, minor);
 	FIELD(create, arena_kib);
 	FIELD(create, fail_after_s);
+	FIELD(create, max_deaths);
+	FIELD(create, reserved0);
 	FIELD(create, reserved);
 
 	SIZE(destroy);
@@ -130,6 +138,7 @@ void layout(void)
 	NUMBER(PARAM_DISCARD);
 	NUMBER(GEOMETRY_READ_ONLY);
 	NUMBER(GEOMETRY_WRITE_CACHE);
+	NUMBER(GEOMETRY_MAY_SHRINK);
 
 	NUMBER(CREATE);
 	NUMBER(DESTROY);
@@ -137,5 +146,6 @@ void layout(void)
 	NUMBER(INFO);
 	NUMBER(SET_PARAMS);
 	NUMBER(START);
+	NUMBER(EXCUSE);
 	NUMBER(EXCHANGE);
 }

@@ -66,6 +66,12 @@ fn ours() -> BTreeMap<String, i64> {
         domain,
         device,
         sectors,
+        poison_sector,
+        poison_sectors,
+        poison_op,
+        poisoned,
+        isolated,
+        memory_kib,
         reserved
     );
     structure!(
@@ -76,6 +82,8 @@ fn ours() -> BTreeMap<String, i64> {
         minor,
         arena_kib,
         fail_after_s,
+        max_deaths,
+        reserved0,
         reserved
     );
     structure!(all, destroy, Destroy, minor, flags);
@@ -129,9 +137,10 @@ fn ours() -> BTreeMap<String, i64> {
         PARAM_GEOMETRY,
         PARAM_DISCARD,
         GEOMETRY_READ_ONLY,
-        GEOMETRY_WRITE_CACHE
+        GEOMETRY_WRITE_CACHE,
+        GEOMETRY_MAY_SHRINK
     );
-    numbers!(all, ioctl, CREATE, DESTROY, QUERY, INFO, SET_PARAMS, START, EXCHANGE);
+    numbers!(all, ioctl, CREATE, DESTROY, QUERY, INFO, SET_PARAMS, START, EXCUSE, EXCHANGE);
     all.into_iter().collect()
 }
 

@@ -3,6 +3,7 @@
 //! The device of a disk that a process serves: its shadow, its checks, its layout.
 
 mod checked;
+mod isolation;
 mod layout;
 mod model;
 mod shadow;

@@ -61,7 +61,17 @@ fn steps(tags: u16) -> impl Strategy<Value = Step> {
         1 => queue.clone().prop_map(Step::Withdraw),
         1 => queue.prop_map(Step::Orphan),
         1 => prop_oneof![Just(1usize), Just(usize::MAX)].prop_map(Step::Fail),
+        1 => Just(0u64).prop_map(Step::Excuse),
     ]
+}
+
+/// A death after which somebody comes, perhaps one who knows its reason.
+fn deaths() -> impl Strategy<Value = Vec<Step>> {
+    any::<bool>().prop_map(|excused| {
+        let excuse = excused.then_some(Step::Excuse(0));
+        let open = [Step::Close, Step::Fence, Step::Open].into_iter();
+        open.chain(excuse).chain([Step::Start(0)]).collect()
+    })
 }
 
 proptest! {
@@ -70,10 +80,14 @@ proptest! {
     #[test]
     fn the_shadow_does_what_the_model_does(
         tags in prop_oneof![Just(1u16), Just(2), Just(3), Just(16), Just(40)],
-        steps in prop::collection::vec(steps(41), 0..120),
+        limit in prop_oneof![2 => Just(0u8), 1 => 1..4u8],
+        steps in prop::collection::vec(
+            prop_oneof![12 => steps(41).prop_map(|step| vec![step]), 1 => deaths()],
+            0..120,
+        ),
     ) {
-        let mut pair = Pair::with(tags, &[Step::Open, Step::Start(0)]);
-        for step in steps {
+        let mut pair = Pair::with(tags, &[Step::Limit(limit), Step::Open, Step::Start(0)]);
+        for step in steps.into_iter().flatten() {
             pair.apply(fit(step, tags));
         }
         pair.drain();

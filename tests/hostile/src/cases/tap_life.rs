@@ -6,7 +6,7 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, PLAIN};
 use crate::tap::server::{answer, Manner, Pipe, Server, Store};
-use crate::tap::{query, Node, TapDisk};
+use crate::tap::{expect, query, Node, TapDisk};
 use crate::vbd::{state, Mode, Vbd};
 use crate::wait;
 use crate::wire::{flush, rw, ERROR, OKAY};
@@ -62,6 +62,10 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             tap_life::tap_fails_when_told_to,
             "requests fail after the time that the disk's policy says, not before"
+        ),
+        case!(
+            tap_life::tap_fails_while_fenced,
+            "the same while a dead process is fenced: only what it never had"
         ),
         case!(
             tap_life::tap_driver_taken_away,
@@ -305,8 +309,12 @@ fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
             disk,
             ..
         } = scene;
-        drop(pipe);
         session.finish()?;
+        if manner == Some(Manner::Pin) {
+            // Nobody has it, but I/O of its process would still find the image.
+            expect("an end while fenced", disk.try_destroy()?, &[libc::EBUSY])?;
+        }
+        drop(pipe);
         disk.wait("the end of the fence", |info| info.state == STATE_IDLE)?;
         disk.destroy()?;
     }
@@ -520,6 +528,46 @@ fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
     // New ones fail at once, until a process comes.
     let segs = scene.session.segs(1);
     scene.session.expect(&rw(OP_WRITE, 9, 0, &segs), ERROR)?;
+    scene.finish()
+}
+
+/// What the dead process had cannot fail while its I/O may be running; what it never had can.
+fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
+    const AFTER: u32 = 3;
+    let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, Store::new()?, Pipe::new()?);
+    let server = Server::start(&disk, &store, &pipe, Manner::Pin)?;
+    let session = lab.session_on_tap(&disk, PLAIN)?;
+    let mut scene = Scene {
+        session,
+        store,
+        pipe,
+        disk,
+    };
+    scene.send(4, 0x77)?;
+    scene.disk.wait("delivery", |info| info.delivered == 4)?;
+    server.kill()?;
+    scene.wait_status("fencing")?;
+    scene.session.queue().push(&flush(99));
+    scene.session.queue().publish()?;
+    let failed = scene.session.queue().wait(1, ANSWER)?;
+    ensure!(
+        failed
+            .iter()
+            .all(|answer| answer.id == 99 && answer.status == ERROR),
+        "{failed:?}"
+    );
+    let kept = scene.disk.info()?;
+    ensure!(
+        kept.state == STATE_FENCING && kept.delivered == 4,
+        "{kept:?}"
+    );
+    let mut pages = vec![0u8; 2 * PAGE_SIZE];
+    scene.pipe.read.read_exact(&mut pages)?;
+    let failed = scene.session.queue().wait(4, ANSWER)?;
+    ensure!(
+        failed.iter().all(|answer| answer.status == ERROR),
+        "{failed:?}"
+    );
     scene.finish()
 }
 

@@ -12,10 +12,10 @@ use crate::tap::{
 use crate::wait;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
-    ioctl, Buffer, Completion, Create, Destroy, COMPLETION_RETURNED, GEOMETRY_WRITE_CACHE,
-    MAX_TAGS, MMAP_ARENA, MMAP_DESCRIPTORS, STATE_LIVE,
+    ioctl, Buffer, Completion, Create, Destroy, COMPLETION_RETURNED, GEOMETRY_MAY_SHRINK,
+    GEOMETRY_WRITE_CACHE, MAX_TAGS, MMAP_ARENA, MMAP_DESCRIPTORS, STATE_LIVE,
 };
-use ring::tap::params::Params;
+use ring::tap::params::{Params, Unfit};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -454,15 +454,23 @@ fn describe(process: &mut Process, rng: &mut Rng) -> Result<()> {
     let described = Params::parse(&bytes)
         .ok()
         .filter(|_| bytes.len() <= RECORDS);
-    let right = described.filter(|params| ours.may_become(params));
+    let right = described.map(|params| ours.succeeded_by(&params));
     let result = process.node.set_params(&bytes);
-    let wanted = if right.is_some() { 0 } else { libc::EINVAL };
+    let wanted = match right {
+        Some(Ok(_)) => 0,
+        Some(Err(Unfit::Smaller)) => libc::ERANGE,
+        Some(Err(Unfit::Shape)) | None => libc::EINVAL,
+    };
     expect(&format!("a description {bytes:x?}"), result, &[wanted])?;
     let now = process.node.ask()?.sectors;
-    let size = right.map_or(SECTORS, |params| params.sectors);
+    let size = right
+        .and_then(Result::ok)
+        .map_or(SECTORS, |params| params.sectors);
     ensure!(now == size, "{now} sectors after {bytes:x?}");
     if size != SECTORS {
-        process.node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
+        process
+            .node
+            .describe(SECTORS, GEOMETRY_WRITE_CACHE | GEOMETRY_MAY_SHRINK)?;
     }
     Ok(())
 }

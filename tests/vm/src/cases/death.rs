@@ -48,6 +48,12 @@ pub(super) fn cases() -> Vec<Case> {
             s05_stuck_storage,
         ),
         case(
+            "tap.gone_means_fenced",
+            "a disk is not gone, and its image not free, while I/O of its last process may come",
+            Nothing,
+            gone_means_fenced,
+        ),
+        case(
             "tap.s12_kills",
             "killed again and again at random under loads that verify",
             Pv,
@@ -310,6 +316,73 @@ fn s05_stuck_storage(context: &mut Context) -> Result<()> {
     guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
     other.detach(guest)?;
     served.detach(guest)
+}
+
+/// The guest is destroyed while a write of its process, which was killed, hangs in the storage.
+fn gone_means_fenced(context: &mut Context) -> Result<()> {
+    let below = context.null_blk(SLOW_MIB, &[])?;
+    let stuck = Holding::create("vmtest-stuck", &below.path(), SLOW_SECTORS)?;
+    let theirs = stuck.clone();
+    context.at_end("remove the mapped device", move || theirs.remove());
+    let target = format!("aio:{}", stuck.path());
+    let guest = Guest::create(Config::new("victim", Kind::Pv, 1))?;
+    let served = Served::attach(&guest, &tap::disk(&target, VDEV, "w"))?;
+    guest.start(&write(7, 'a'))?;
+    stuck.wait_write()?;
+    served.kill()?;
+    xs::wait_value(
+        &format!("{}/tap-status", served.vbd.backend),
+        "fencing",
+        Duration::from_secs(20),
+    )?;
+    // Its end waits for the hotplug script, and that for the write.
+    std::thread::scope(|scope| {
+        let end = scope.spawn(|| guest.destroy());
+        let kept = image_is_kept(&served, &target);
+        let freed = stuck.let_go();
+        let ended = end
+            .join()
+            .map_err(|_| anyhow::anyhow!("a thread of the case panicked"))?;
+        kept.and(freed).and(ended)
+    })?;
+    served.wait_gone()?;
+    // Now it is free.
+    let again = tap::ctl(&["create", "--minor-only", "-a", &target])?;
+    tap::ctl(&["destroy", "-m", again.trim()]).map(drop)
+}
+
+/// Nobody gets the image of a disk that no guest has any more and that is not fenced.
+fn image_is_kept(served: &Served, target: &str) -> Result<()> {
+    let (control, minor) = (Control::open()?, served.minor);
+    sh::wait_for("the end of the device", Duration::from_secs(30), || {
+        let info = control.query(minor)?.context("the disk is gone")?;
+        Ok(info.domain == u32::MAX)
+    })?;
+    let errno = control.destroy(minor).err().and_then(|e| e.raw_os_error());
+    ensure!(
+        errno == Some(libc::EBUSY),
+        "the kernel let a disk go while I/O of its process may be running: {errno:?}"
+    );
+    let limit = Duration::from_secs(30);
+    let other = sh::status(&["tap-ctl", "create", "-a", target], limit)?;
+    ensure!(other.rc == 3, "another disk got the image: {}", other.text);
+    let minor = minor.to_string();
+    let waits = sh::status(
+        &["tap-ctl", "destroy", "-m", &minor, "--timeout", "1"],
+        limit,
+    )?;
+    ensure!(
+        waits.rc == 3 && waits.text.contains("I/O of its last process"),
+        "tap-ctl does not say what it waits for: {}: {}",
+        waits.rc,
+        waits.text
+    );
+    let listed = tap::ctl(&["list", "-m", &minor])?;
+    ensure!(
+        listed.contains("kernel=fencing"),
+        "the list does not show the disk that waits: {listed}"
+    );
+    Ok(())
 }
 
 fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {

@@ -63,7 +63,12 @@ impl Bed {
 
     pub(crate) async fn destroy(&self, minor: u32) {
         let which = which(minor);
-        let reply = self.ask(Request::Destroy { which }).await;
+        let reply = self
+            .ask(Request::Destroy {
+                which,
+                timeout_s: 0,
+            })
+            .await;
         assert_eq!(reply, Ok(Reply::Done));
     }
 
@@ -110,8 +115,12 @@ pub(crate) fn which(minor: u32) -> Which {
 }
 
 pub(crate) fn kill(pid: u32) {
+    end(pid, rustix::process::Signal::KILL);
+}
+
+pub(crate) fn end(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid.try_into().expect("a pid")).expect("a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    rustix::process::kill_process(pid, signal).expect("kill");
 }
 
 /// Waits for a condition.

@@ -39,7 +39,12 @@ fn a_dead_process_is_replaced_at_once() {
             pid: Some(first),
             ..which(minor)
         };
-        let reply = bed.ask(Request::Destroy { which }).await;
+        let reply = bed
+            .ask(Request::Destroy {
+                which,
+                timeout_s: 0,
+            })
+            .await;
         assert_eq!(reply, Ok(Reply::Done));
         bed.assert_nothing_left().await;
     });

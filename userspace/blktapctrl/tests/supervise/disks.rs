@@ -75,6 +75,7 @@ fn pause_lets_the_image_be_exchanged() {
         let unpause = Request::Unpause {
             which: which(),
             target: Some(target),
+            may_shrink: false,
         };
         assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.log()[1..], ["open w A", "pause", "unpause w B"]);
@@ -92,6 +93,7 @@ fn pause_lets_the_image_be_exchanged() {
         let unpause = Request::Unpause {
             which: which(),
             target: None,
+            may_shrink: false,
         };
         assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.row(minor).await.state, Some(State::Running));
@@ -279,7 +281,10 @@ fn questions_over_the_socket() {
             assert!(matches!(event().what, What::Created { .. }));
             assert!(matches!(event().what, What::Started { .. }));
             let mut other = Channel::connect(&path).expect("a connection");
-            let destroy = Request::Destroy { which: which(0) };
+            let destroy = Request::Destroy {
+                which: which(0),
+                timeout_s: 0,
+            };
             let reply: Reply = other.ask(destroy, &[]).expect("an end");
             assert_eq!(reply, Reply::Done);
             let last = event();

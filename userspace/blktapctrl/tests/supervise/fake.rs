@@ -5,10 +5,10 @@ use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::store::{Changes, Later, Store};
 use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status};
 use control::{supervisor, Channel, Code, Failure};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -21,6 +21,9 @@ pub(crate) struct FakeNode {
     pub(crate) opened: u32,
     pub(crate) bound: Option<(u32, u32)>,
     pub(crate) oldest_ns: u64,
+    /// I/O of its last process is running.
+    pub(crate) fencing: bool,
+    pub(crate) poisoned: u32,
     pub(crate) make: Make,
 }
 
@@ -38,6 +41,8 @@ impl FakeNode {
 #[derive(Clone, Default)]
 pub(crate) struct FakeKernel {
     pub(crate) nodes: Rc<RefCell<BTreeMap<u32, FakeNode>>>,
+    /// Deaths that were excused.
+    pub(crate) excused: Rc<Cell<u32>>,
 }
 
 impl Kernel for FakeKernel {
@@ -59,7 +64,7 @@ impl Kernel for FakeKernel {
     fn destroy(&self, minor: u32) -> io::Result<()> {
         let mut nodes = self.nodes.borrow_mut();
         let node = nodes.get(&minor).ok_or(io::ErrorKind::NotFound)?;
-        if node.is_open() || node.bound.is_some() {
+        if node.is_open() || node.bound.is_some() || node.fencing {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         nodes.remove(&minor);
@@ -71,13 +76,19 @@ impl Kernel for FakeKernel {
         Ok(nodes.range(from..).next().map(|(minor, node)| Node {
             minor: *minor,
             status: supervisor::Kernel {
-                state: if node.is_open() { "live" } else { "idle" }.into(),
-                waiting: 0,
-                delivered: 0,
-                committed: 0,
-                replayed: 0,
-                refused: 0,
+                state: match (node.is_open(), node.fencing) {
+                    (true, _) => "live".into(),
+                    (false, true) => "fencing".into(),
+                    (false, false) => "idle".into(),
+                },
                 oldest_ns: node.oldest_ns,
+                poisoned: node.poisoned,
+                poison: (node.poisoned > 0).then(|| supervisor::Poison {
+                    operation: "write".into(),
+                    sector: 4711,
+                    sectors: 8,
+                }),
+                ..supervisor::Kernel::default()
             },
             bound: node.bound,
         }))
@@ -86,7 +97,7 @@ impl Kernel for FakeKernel {
     fn open(&self, minor: u32) -> io::Result<OwnedFd> {
         let mut nodes = self.nodes.borrow_mut();
         let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
-        if node.is_open() {
+        if node.is_open() || node.fencing {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let (ours, theirs) = UnixStream::pair()?;
@@ -96,6 +107,11 @@ impl Kernel for FakeKernel {
         node.ours = Some(ours);
         node.opened += 1;
         Ok(theirs.into())
+    }
+
+    fn excuse(&self, _node: BorrowedFd<'_>) -> io::Result<()> {
+        self.excused.set(self.excused.get() + 1);
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@ mod bed;
 mod death;
 mod disks;
 mod fake;
+mod nodes;
 mod sharing;
 
 /// Not a test: what runs as a tapdisk.

@@ -120,6 +120,7 @@ fn a_person_does_not_take_a_disk_from_a_guest() {
         bind(Some((3, 51712)));
         let destroy = Request::Destroy {
             which: which(minor),
+            timeout_s: 0,
         };
         let failure = bed.ask(destroy).await.expect_err("in use");
         assert!(

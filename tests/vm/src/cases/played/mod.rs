@@ -2,6 +2,7 @@
 //! Cases whose process is played here, so that it dies or misbehaves at exactly the moment that a case
 //! is about; `tap` has those with a real one.
 
+mod poison;
 mod refused;
 mod replay;
 
@@ -21,7 +22,7 @@ const BLOCK: u64 = 8;
 
 /// The cases of this folder.
 pub(super) fn cases() -> Vec<Case> {
-    let groups = [replay::cases(), refused::cases()];
+    let groups = [replay::cases(), refused::cases(), poison::cases()];
     groups.into_iter().flatten().collect()
 }
 
