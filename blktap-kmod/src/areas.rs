@@ -5,7 +5,9 @@
 //! All of it is reserved when the disk is made, and belongs to this one disk for as long as that
 //! lives: what a process finds in the arena was always data of its own disk.
 
+use crate::params;
 use crate::ring::tap::abi::{Desc, Segment};
+use crate::ring::tap::checked::MAX_ARENA_KIB;
 use crate::ring::tap::shadow::Tag;
 use crate::xen::chardev::NewMapping;
 use crate::xen::pages::Pages;
@@ -18,6 +20,23 @@ const PAGE: u32 = 4096;
 const DESC_SIZE: u32 = size_of::<Desc>() as u32;
 const SEGMENT_SIZE: u32 = size_of::<Segment>() as u32;
 
+/// Segments of the largest request that is not indirect: what each queue must hold.
+pub(crate) const MIN_SEGMENTS: u16 = 11;
+/// An arena unless its maker wants another one, in KiB: 16 requests of 128 KiB, the largest that
+/// Linux sends by default, are enough for a device to be busy while others are prepared.
+const USUAL_ARENA_KIB: u32 = 2 << 10;
+
+/// KiB of an arena of which nothing is said: it has room for as many queues as a guest may have.
+fn usual_arena_kib() -> u32 {
+    let least = params::max_queues()
+        .saturating_mul(MIN_SEGMENTS.into())
+        .saturating_mul(PAGE / 1024);
+    least
+        .div_ceil(1024)
+        .saturating_mul(1024)
+        .clamp(USUAL_ARENA_KIB, MAX_ARENA_KIB)
+}
+
 /// The memory of a disk.
 pub(crate) struct Areas {
     /// Data.
@@ -29,8 +48,9 @@ pub(crate) struct Areas {
 }
 
 impl Areas {
-    /// Reserves the memory for an arena of so many KiB. May sleep.
-    pub(crate) fn new(arena_kib: u32) -> Result<Self> {
+    /// Reserves the memory for an arena of so many KiB, or of the usual size. May sleep.
+    pub(crate) fn new(arena_kib: Option<u32>) -> Result<Self> {
+        let arena_kib = arena_kib.unwrap_or_else(usual_arena_kib);
         let pages = u16::try_from(arena_kib / 4).map_err(|_| EINVAL)?;
         // Most requests have more than one page; a queue that runs out of tags waits.
         let tags = (pages / 2).clamp(1, crate::ring::tap::abi::MAX_TAGS as u16);

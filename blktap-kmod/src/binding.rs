@@ -2,7 +2,7 @@
 
 //! A disk as the device to which it is bound sees it.
 
-use super::areas::MAX_SEGMENTS;
+use super::areas::{MAX_SEGMENTS, MIN_SEGMENTS};
 use super::backend::{Place, TapQueue};
 use super::disk::TapDisk;
 use super::registry;
@@ -15,8 +15,6 @@ use kernel::sync::{Arc, UniqueArc};
 
 /// How long a queue that is told to drain waits for a process that lives.
 const PATIENCE_NS: u64 = 5_000_000_000;
-/// Segments of the largest request that is not indirect.
-const MIN_SEGMENTS: u16 = 11;
 
 /// A disk bound to a device; dropping it sets the disk free.
 ///

@@ -99,7 +99,7 @@ pub fn create(bytes: &[u8; 48]) -> bool {
     let small = |number: i128| u32::try_from(number).expect("32 bits");
     let meaning = NewDisk {
         minor: (!any).then_some(small(minor)),
-        arena_kib: if arena == 0 { 4096 } else { small(arena) },
+        arena_kib: (arena > 0).then_some(small(arena)),
         fail_after_s: (seconds > 0).then_some(small(seconds)),
         max_deaths: u8::try_from(deaths).expect("checked above"),
     };

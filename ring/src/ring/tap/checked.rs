@@ -13,8 +13,6 @@ use crate::ring::tap::table::Tag;
 const MAX_ERRNO: i32 = 4095;
 /// `EOPNOTSUPP`.
 const EOPNOTSUPP: i32 = 95;
-/// Arena of a disk unless its maker wants another one, in KiB.
-pub const DEFAULT_ARENA_KIB: u32 = 4 << 10;
 /// Largest arena, in KiB.
 pub const MAX_ARENA_KIB: u32 = 64 << 10;
 /// Nodes have numbers below this.
@@ -97,8 +95,8 @@ fn failure(result: i32) -> Result<Status, Malformed> {
 pub struct NewDisk {
     /// The number that is wanted, if it matters.
     pub minor: Option<u32>,
-    /// Size of the arena in KiB: whole MiB, not 0.
-    pub arena_kib: u32,
+    /// Size of the arena in KiB that is wanted: whole MiB, not 0.
+    pub arena_kib: Option<u32>,
     /// Seconds without a process after which requests fail, if ever.
     pub fail_after_s: Option<u32>,
     /// Deaths at one request after which it fails; 0 for never.
@@ -115,17 +113,13 @@ impl abi::Create {
         zero([self.reserved0])?;
         let max_deaths = u8::try_from(self.max_deaths).map_err(|_| Malformed::Range)?;
         let minor = (self.minor != u32::MAX).then_some(self.minor);
-        let arena_kib = match self.arena_kib {
-            0 => DEFAULT_ARENA_KIB,
-            kib => kib,
-        };
-        let whole = arena_kib % 1024 == 0 && arena_kib <= MAX_ARENA_KIB;
+        let whole = self.arena_kib % 1024 == 0 && self.arena_kib <= MAX_ARENA_KIB;
         if !whole || minor.is_some_and(|minor| minor >= MAX_MINORS) {
             return Err(Malformed::Range);
         }
         Ok(NewDisk {
             minor,
-            arena_kib,
+            arena_kib: (self.arena_kib != 0).then_some(self.arena_kib),
             fail_after_s: (self.fail_after_s != 0).then_some(self.fail_after_s),
             max_deaths,
         })

@@ -60,7 +60,7 @@ const CREATE: Create = Create {
 fn new_disks() {
     let disk = NewDisk {
         minor: None,
-        arena_kib: 4096,
+        arena_kib: None,
         fail_after_s: None,
         max_deaths: 0,
     };
@@ -74,7 +74,7 @@ fn new_disks() {
     };
     let disk = NewDisk {
         minor: Some(7),
-        arena_kib: 65536,
+        arena_kib: Some(65536),
         fail_after_s: Some(30),
         max_deaths: 255,
     };
