@@ -173,3 +173,41 @@ mod tests {
         assert!(unit.lines().any(|line| line == "KillMode=process"));
     }
 }
+
+#[cfg(test)]
+mod parameters {
+    //! The manual page tells the defaults that the module has.
+
+    use std::collections::BTreeMap;
+
+    const MODULE: &str = include_str!("../../../blkback/src/blkback_main.rs");
+    const PAGE: &str = include_str!("../../packaging/xen-blkback-rs.7");
+
+    /// Name and default of each parameter in `module!`.
+    fn of_module(source: &str) -> BTreeMap<&str, &str> {
+        let mut name = "";
+        let mut found = BTreeMap::new();
+        for line in source.lines().map(str::trim) {
+            if let Some((before, "u32 {")) = line.split_once(": ") {
+                name = before;
+            } else if let Some(default) = line.strip_prefix("default: ") {
+                found.insert(name, default.trim_end_matches(','));
+            }
+        }
+        found
+    }
+
+    /// The same in the manual page.
+    fn of_page(page: &str) -> BTreeMap<&str, &str> {
+        page.lines()
+            .filter_map(|line| line.strip_prefix(".It Cm ")?.split_once(" Pq default "))
+            .collect()
+    }
+
+    #[test]
+    fn the_manual_page_has_the_defaults_of_the_module() {
+        let module = of_module(MODULE);
+        assert!(module.len() > 5, "{module:?}");
+        assert_eq!(of_page(PAGE), module);
+    }
+}
