@@ -444,7 +444,7 @@ fn no_node() -> Failure {
 }
 
 /// Why an image cannot be served in place of another one.
-const UNFIT: &str = "it has larger blocks or a smaller size, or is writable where that is not";
+const UNFIT: &str = "its blocks are larger, it is smaller (`unpause --shrink` allows that), only one of the two is read-only, or only the new one has a volatile cache";
 
 fn described(open: &Open, error: &io::Error) -> Failure {
     match error.kind() {
