@@ -23,6 +23,7 @@ mod xen;
 #[path = "../../blktap-kmod/src/mod.rs"]
 mod tap;
 
+mod bus;
 mod connection;
 mod disk;
 #[allow(dead_code, unreachable_pub)]
@@ -33,15 +34,17 @@ mod params;
 mod phy;
 mod poll;
 mod queue;
+mod storage;
 mod totals;
 mod vbd;
 
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use medium::{Holder, Medium, Unavailable};
+use xen::claims::Claims;
 use xen::driver::Adapter;
 use xen::quota::Quotas;
-use xen::workqueue::WorkQueue;
+use xen::workqueue::WorkQueues;
 
 module! {
     type: Blkback,
@@ -104,9 +107,10 @@ pub(crate) fn bind_tap(minor: u32, holder: Holder) -> Result<Arc<dyn Medium>, Un
 #[pin_data]
 struct Blkback {
     #[pin]
-    driver: kernel::driver::Registration<Adapter<vbd::VbdDriver>>,
+    driver: kernel::driver::Registration<Adapter<bus::VbdDriver>>,
     tap: tap::Tap,
-    queue: WorkQueue,
+    queues: WorkQueues,
+    claims: Claims,
     quotas: Quotas,
 }
 
@@ -115,7 +119,8 @@ impl kernel::InPlaceModule for Blkback {
         try_pin_init!(Self {
             // Written first, because a device may be probed as soon as the driver is registered.
             quotas: Quotas::new()?,
-            queue: WorkQueue::new(c"xen-blkback-rs")?,
+            claims: Claims::new()?,
+            queues: WorkQueues::new()?,
             tap: tap::Tap::new()?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),
         })

@@ -8,12 +8,14 @@ use crate::proto::frontend::{self, KeyError};
 use crate::queue::{Prepared, Queue, Setup};
 use crate::ring::request::Limits;
 use crate::xen::device::Device;
+use crate::xen::module::ModuleReference;
 use crate::xen::pages::push;
 use crate::xen::store::{self, Frontend};
 use crate::xen::workqueue;
 use kernel::prelude::*;
 use kernel::str::CString;
-use kernel::sync::Arc;
+use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
+use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 /// Why a frontend could not be connected.
@@ -51,9 +53,51 @@ impl ConnectError {
 #[pin_data]
 pub(crate) struct Connection {
     queues: KVec<Queue>,
+    ending: Arc<Ending>,
     limits: Limits,
     #[pin]
     work: Work<Connection>,
+    // Last: the threads run the module's code.
+    _module: ModuleReference,
+}
+
+/// The end of a connection's threads, which nobody waits for: the last one to be through with its
+/// I/O has the work queue fetch them all.
+#[pin_data]
+pub(crate) struct Ending {
+    /// Threads that may still wait for I/O, and one until the connection is buried.
+    left: Atomic<u32>,
+    #[pin]
+    buried: Mutex<Option<Arc<Connection>>>,
+}
+
+impl Ending {
+    fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                left: Atomic::new(1),
+                buried <- new_mutex!(None, "Ending::buried"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Called before a thread is started.
+    pub(crate) fn add_thread(&self) {
+        self.left.fetch_add(1, Relaxed);
+    }
+
+    /// Called by a thread that does nothing more but return, and if one could not be started.
+    pub(crate) fn done(&self) {
+        if self.left.fetch_sub(1, Full) != 1 {
+            return;
+        }
+        let connection = self.buried.lock().take();
+        if let Some(connection) = connection {
+            // Nobody else queues it.
+            let _queued = workqueue::enqueue(connection);
+        }
+    }
 }
 
 impl_has_work! {
@@ -100,22 +144,29 @@ impl Connection {
         limits: Limits,
     ) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
+        let module = ModuleReference::get().ok_or(ENODEV)?;
+        let ending = Ending::new()?;
         let name = thread_name(device);
         for (index, queue) in prepared.into_iter().enumerate() {
             let started = CString::try_from_fmt(fmt!("{}-{index}", name.as_str()))
-                .and_then(|name| queue.start(&name))
+                .and_then(|name| queue.start(&name, &ending))
                 .and_then(|queue| push(&mut queues, queue));
-            // Dropping the queues that run already stops them.
+            // Dropping the queues that have a thread already ends these; none has served yet, so
+            // there is no I/O to wait for.
             started?;
         }
-        Arc::pin_init(
+        let connection = Arc::pin_init(
             pin_init!(Self {
                 queues,
+                ending,
                 limits,
                 work <- new_work!("Connection::work"),
+                _module: module,
             }),
             GFP_KERNEL,
-        )
+        )?;
+        connection.queues.iter().for_each(Queue::serve);
+        Ok(connection)
     }
 
     /// Answers what was taken, then lets go of the guest; does not wait.
@@ -133,11 +184,6 @@ impl Connection {
         self.queues.iter().all(Queue::is_detached)
     }
 
-    /// Waits for that.
-    pub(crate) fn wait_detached(&self) {
-        self.queues.iter().for_each(Queue::wait_detached);
-    }
-
     /// What the guest may do.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
@@ -150,10 +196,12 @@ impl Connection {
             .fold(0, |sum, queue| queue.memory_kib().saturating_add(sum))
     }
 
-    /// Lets the work queue wait for the threads, which may still have I/O in flight.
+    /// Lets go of the connection, whose threads were told to end: they are fetched when none of them
+    /// has I/O in flight any more. Does not wait.
     pub(crate) fn bury(self: Arc<Self>) {
-        // If it is queued already, that run does it.
-        let _queued = workqueue::enqueue(self);
+        let ending = self.ending.clone();
+        *ending.buried.lock() = Some(self);
+        ending.done();
     }
 }
 
@@ -161,7 +209,7 @@ impl WorkItem for Connection {
     type Pointer = Arc<Connection>;
 
     fn run(this: Arc<Connection>) {
-        // The last reference waits for the threads.
+        // The last reference: it waits for the threads, of which each is returning.
         drop(this);
     }
 }

@@ -60,18 +60,17 @@ impl Bad {
 }
 
 impl Disk {
-    /// Opens the disk that the script names, if it names one. May sleep.
-    pub(crate) fn open(vbd: &Arc<Vbd>, device: &Device) -> Result<Option<Self>, Bad> {
-        let Some(name) = named(device)? else {
-            return Ok(None);
-        };
+    /// Opens the disk of this name. May sleep for as long as its storage does not answer.
+    pub(crate) fn open(vbd: &Arc<Vbd>, device: &Device, name: Name) -> Result<Self, Bad> {
         let mut mode = [0; 8];
         let Ok(len) = store::read(device.nodename(), c"mode", &mut mode) else {
             return Err(Bad::new(name, ENOENT, fmt!("the key mode is missing")));
         };
         let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
         let medium = match name {
-            Name::Nonsense => return Ok(None),
+            Name::Nonsense => {
+                return Err(Bad::new(name, EINVAL, fmt!("no disk is named")));
+            }
             Name::Block(major, minor) => open_block(major, minor, writable).map_err(|error| {
                 let text = fmt!("the device that physical-device names cannot be opened");
                 Bad::new(name, error, text)
@@ -86,25 +85,26 @@ impl Disk {
                 crate::bind_tap(minor, holder).map_err(|why| unavailable(minor, &why))?
             }
         };
-        Ok(Some(Self {
+        Ok(Self {
             sectors: medium.sectors(),
             medium,
             status: None,
             published_at: None,
-        }))
+        })
     }
 
-    /// True if something may be published now, and counts that as done; `false` if it is too
-    /// early after the last time.
-    pub(crate) fn may_publish(&mut self) -> bool {
+    /// Milliseconds until something may be published again after the last time. If it is 0, this
+    /// counts as done.
+    pub(crate) fn must_pause(&mut self) -> u32 {
         let now = local_clock();
-        let may = self
+        let waited = self
             .published_at
-            .is_none_or(|before| now.wrapping_sub(before) >= PAUSE_NS);
-        if may {
+            .map_or(PAUSE_NS, |before| now.wrapping_sub(before));
+        let left = PAUSE_NS.saturating_sub(waited).div_ceil(1_000_000);
+        if left == 0 {
             self.published_at = Some(now);
         }
-        may
+        u32::try_from(left).unwrap_or(u32::MAX)
     }
 }
 
@@ -134,8 +134,8 @@ fn unavailable(minor: u32, why: &Unavailable) -> Bad {
     }
 }
 
-/// Which disk the script names.
-fn named(device: &Device) -> Result<Option<Name>, Bad> {
+/// Which disk the script names, if it names one. May sleep.
+pub(crate) fn named(device: &Device) -> Result<Option<Name>, Bad> {
     let dir = device.nodename();
     let mut value = [0; 32];
     if let Ok(len) = store::read(dir, TAP_KEY, &mut value) {

@@ -7,7 +7,7 @@
 //! and the ring is given back at once, while I/O that is still in flight keeps its pages until the
 //! disk lets go of them.
 
-use crate::connection::ConnectError;
+use crate::connection::{ConnectError, Ending};
 use crate::engine::{Backend, Config, Engine, Fetch, Grants, Pass, Rest, SegmentEntry, Slot, Stats};
 use crate::medium::{Needs, Part, Queues};
 use crate::params;
@@ -25,43 +25,43 @@ use crate::xen::parker::Parker;
 use crate::xen::ring_map::RingMap;
 use crate::xen::{cond_resched, local_clock};
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
-use kernel::sync::{Arc, Completion};
+use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic, AtomicFlag};
+use kernel::sync::Arc;
 
 /// What the thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Command {
+    /// Touch nothing yet.
+    Wait = 0,
     /// Serve the ring.
-    Serve = 0,
+    Serve = 1,
     /// Take nothing more, answer what was taken, and end.
-    Drain = 1,
+    Drain = 2,
     /// Let go of the guest now.
-    Abandon = 2,
+    Abandon = 3,
 }
 
 /// What the thread and its owner share.
-#[pin_data]
 struct Control {
     parker: Arc<Parker>,
     /// A [`Command`]; only ever raised.
     command: Atomic<u32>,
-    /// Complete once nothing of the guest is mapped or bound any more.
-    #[pin]
-    detached: Completion,
-    is_detached: Atomic<u32>,
+    /// Nothing of the guest is mapped or bound any more.
+    detached: AtomicFlag,
 }
 
 impl Control {
     fn command(&self) -> Command {
         match self.command.load(Acquire) {
-            0 => Command::Serve,
-            1 => Command::Drain,
+            0 => Command::Wait,
+            1 => Command::Serve,
+            2 => Command::Drain,
             _ => Command::Abandon,
         }
     }
 
     fn mark_detached(&self) {
-        self.is_detached.store(1, Release);
+        self.detached.store(true, Release);
     }
 }
 
@@ -118,16 +118,13 @@ impl<M: Queues> Prepared<M> {
             .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
         let channel = EventChannel::bind(setup.device, ring.port, parker.clone())
             .map_err(|error| step("the frontend's event-channel cannot be bound", error))?;
-        let control = Arc::pin_init(
-            pin_init!(Control {
-                parker,
-                command: Atomic::new(Command::Serve as u32),
-                detached <- Completion::new(),
-                is_detached: Atomic::new(0),
-            }),
-            GFP_KERNEL,
-        )
-        .map_err(|error| step(NO_MEMORY, error))?;
+        let control = Control {
+            parker,
+            command: Atomic::new(Command::Wait as u32),
+            detached: AtomicFlag::new(false),
+        };
+        let control =
+            Arc::new(control, GFP_KERNEL).map_err(|error| step(NO_MEMORY, error.into()))?;
         let state = State::new(setup, index, depth, &control)?;
         Ok(Self {
             memory_kib: state.grants.memory_kib(),
@@ -140,13 +137,19 @@ impl<M: Queues> Prepared<M> {
         })
     }
 
-    /// Starts the thread.
-    pub(crate) fn start(self, name: &CStr) -> Result<Queue> {
-        let server = KBox::new(self.server, GFP_KERNEL)?;
+    /// Starts the thread, which does nothing until it is told to serve or to end.
+    pub(crate) fn start(self, name: &CStr, ending: &Arc<Ending>) -> Result<Queue> {
+        let body = Body {
+            server: self.server,
+            ending: ending.clone(),
+        };
+        let body = KBox::new(body, GFP_KERNEL)?;
+        ending.add_thread();
+        let thread = Thread::spawn(name, body).inspect_err(|_| ending.done())?;
         Ok(Queue {
             control: self.control,
             memory_kib: self.memory_kib,
-            _thread: Thread::spawn(name, server)?,
+            _thread: thread,
         })
     }
 }
@@ -166,6 +169,11 @@ impl Queue {
         }
     }
 
+    /// Serves the ring from now on.
+    pub(crate) fn serve(&self) {
+        self.tell(Command::Serve);
+    }
+
     /// Takes nothing more and ends when everything is answered; does not wait.
     pub(crate) fn drain(&self) {
         self.tell(Command::Drain);
@@ -183,12 +191,21 @@ impl Queue {
 
     /// True once nothing of the guest is mapped or bound any more.
     pub(crate) fn is_detached(&self) -> bool {
-        self.control.is_detached.load(Acquire) != 0
+        self.control.detached.load(Acquire)
     }
+}
 
-    /// Waits until nothing of the guest's ring and event channel is used any more.
-    pub(crate) fn wait_detached(&self) {
-        self.control.detached.wait_for_completion();
+/// What the thread does.
+struct Body<M: Queues> {
+    server: Server<M>,
+    ending: Arc<Ending>,
+}
+
+impl<M: Queues> Runner for Body<M> {
+    fn run(self) {
+        // By then all that may wait for I/O is gone.
+        self.server.run();
+        self.ending.done();
     }
 }
 
@@ -217,7 +234,7 @@ struct State<M: Queues> {
     leads: bool,
 }
 
-impl<M: Queues> Runner for Server<M> {
+impl<M: Queues> Server<M> {
     fn run(self) {
         let Self {
             ring,
@@ -227,6 +244,9 @@ impl<M: Queues> Runner for Server<M> {
         let medium = state.medium.clone();
         // These outlast it.
         let (vbd, control) = (state.vbd.clone(), state.control.clone());
+        while control.command() == Command::Wait {
+            control.parker.park();
+        }
         let (command, mut rest) = state.serve(ring, channel);
         if command == Command::Drain || medium.patience().is_some() {
             // The disk, too, is given back before anybody can see that: the toolstack's script
@@ -234,14 +254,12 @@ impl<M: Queues> Runner for Server<M> {
             drop(state);
             drop(medium);
             control.mark_detached();
-            // After the mark, which the kicked work looks at; before the completion, because who
-            // waits for that may go on to unload the module.
+            // The work that this queues looks at the mark.
             vbd.kick();
-            control.detached.complete_all();
             return;
         }
         control.mark_detached();
-        control.detached.complete_all();
+        vbd.kick();
         while rest.drain() > 0 {
             control.parker.park();
         }
@@ -360,7 +378,7 @@ impl<M: Queues> Serving<'_, M> {
             // Before the pass: the guest may know of a new size already.
             sectors = self.limits_changed(engine, sectors);
             let pass = match command {
-                Command::Serve => self.serving_pass(engine, &mut batcher),
+                Command::Wait | Command::Serve => self.serving_pass(engine, &mut batcher),
                 Command::Drain => engine.drain_pass(),
                 Command::Abandon => return Command::Abandon,
             };

@@ -4,36 +4,50 @@
 //!
 //! Watches only queue work. The work looks at the world, asks the pure state machine what to do,
 //! does it, and looks again. One mutex makes the life of a device a single thread of events; it
-//! is never held while I/O is waited for.
+//! is never held while I/O is waited for: what may wait for storage is an errand of its own
+//! (`storage`), and queues that drain tell when they are through.
+//!
+//! A device outlives its binding: the bus takes it away under a lock that xenwatch may want, so that
+//! only leaves a note (`unbind`), and the work gives everything back (`part`).
 
 use crate::connection::{ConnectError, Connection};
 use crate::disk::{self, Disk};
 use crate::medium::Peer;
 use crate::offer::{self, Features};
 use crate::proto::state::{step_asking, Action, Rings, State, View};
+use crate::storage::{Errand, Job, Outcome};
 use crate::totals::Totals;
+use crate::xen::claims::{Claim, Waiter};
 use crate::xen::device::Device;
-use crate::xen::driver::{self, Attribute};
+use crate::xen::driver::Attribute;
 use crate::xen::local_clock;
+use crate::xen::module::ModuleReference;
+use crate::xen::pages::push;
 use crate::xen::store;
-use crate::xen::watch::{Watch, Watcher};
+use crate::xen::watch::Watch;
 use crate::xen::workqueue;
 use core::pin::Pin;
 use kernel::prelude::*;
-use kernel::str::CString;
 use kernel::sync::atomic::{
     ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
 };
+use kernel::sync::lock::mutex::MutexGuard;
 use kernel::sync::{new_mutex, Arc, Mutex};
-use kernel::time::{delay::fsleep, Delta};
-use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+use kernel::workqueue::{
+    impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
+};
 
 /// Steps that one run of the work takes at most before it queues itself again.
 const STEPS: u32 = 16;
 /// The bus has not told the frontend's state yet; no number of a state.
 const UNHEARD: u32 = u32::MAX;
-/// How long the work waits at once for the end of a pause.
-const PAUSE_STEP_MS: i64 = 50;
+/// Watches of a device.
+const WATCHES: usize = 3;
+
+// The work items of a device.
+const LOOK: u64 = 0;
+const LATER: u64 = 1;
+const ERRAND: u64 = 2;
 
 /// A device.
 #[pin_data]
@@ -54,27 +68,54 @@ pub(crate) struct Vbd {
     broken: AtomicFlag,
     /// Everything is given back: the next watch callback takes the device off the bus.
     gone: AtomicFlag,
-    /// The device is unbound: no work may be queued any more.
+    /// The bus has taken the device from us: the work gives everything back.
     unbound: AtomicFlag,
     #[pin]
     life: Mutex<Life>,
     #[pin]
-    work: Work<Vbd>,
+    hold: Mutex<Hold>,
+    #[pin]
+    look: Work<Vbd, LOOK>,
+    #[pin]
+    later: DelayedWork<Vbd, LATER>,
+    #[pin]
+    errand: Work<Vbd, ERRAND>,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Vbd { self.work }
+    impl HasWork<Self, LOOK> for Vbd { self.look }
+    impl HasWork<Self, ERRAND> for Vbd { self.errand }
+}
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self, LATER> for Vbd { self.later }
+}
+
+/// What the life needs to its end and no longer. Its lock is held for a moment only, by nobody who
+/// waits for anything.
+struct Hold {
+    watches: KVec<Pin<KBox<Watch<Vbd>>>>,
+    /// The bus has one while the device is bound; this is for what follows.
+    module: Option<ModuleReference>,
 }
 
 /// What changes in the life of a device.
 struct Life {
-    /// The device was given up; only its removal is left.
+    /// The device is being given up: only its disk is still closed.
+    leaving: bool,
+    /// It was given up; only its removal is left.
     left: bool,
+    /// It was unbound, and everything is given back.
+    over: bool,
     /// The state that was published last.
     state: State,
     disk: Option<Disk>,
     /// A disk that could not be opened, so that it is reported once.
     bad_disk: Option<disk::Name>,
+    errand: Errand,
+    /// The disk was got ready for the connect that is to follow.
+    prepared: bool,
+    /// The frontend's rings are ours alone.
+    claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
@@ -87,6 +128,24 @@ struct Life {
 }
 
 impl Life {
+    const NEW: Self = Self {
+        leaving: false,
+        left: false,
+        over: false,
+        state: State::Initialising,
+        disk: None,
+        bad_disk: None,
+        errand: Errand::None,
+        prepared: false,
+        claim: None,
+        connection: None,
+        draining: false,
+        refused: false,
+        failures: 0,
+        failed_at: 0,
+        pause: 0,
+    };
+
     /// A connect failed: the next attempt waits, longer each time, up to half a minute. Each
     /// attempt costs a line in the log, and a guest may try as often as it likes.
     fn note_failure(&mut self) {
@@ -96,14 +155,30 @@ impl Life {
         self.failed_at = local_clock();
     }
 
-    /// True while the next attempt has to wait.
-    fn must_pause(&self) -> bool {
-        self.failures > 0 && local_clock().wrapping_sub(self.failed_at) < self.pause
+    /// Milliseconds that the next attempt has to wait; 0 if it may be made now.
+    fn must_pause(&self) -> u32 {
+        if self.failures == 0 {
+            return 0;
+        }
+        let waited = local_clock().wrapping_sub(self.failed_at);
+        let left = self.pause.saturating_sub(waited).div_ceil(1_000_000);
+        u32::try_from(left).unwrap_or(u32::MAX)
     }
 }
 
+/// What follows a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Look again now.
+    Look,
+    /// The next event has us look.
+    Rest,
+}
+
 impl Vbd {
-    fn new(device: Arc<Device>) -> Result<Arc<Self>> {
+    /// A device that was just found.
+    pub(crate) fn new(device: Arc<Device>) -> Result<Arc<Self>> {
+        let watches = KVec::with_capacity(WATCHES, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 device,
@@ -116,42 +191,47 @@ impl Vbd {
                 broken: AtomicFlag::new(false),
                 gone: AtomicFlag::new(false),
                 unbound: AtomicFlag::new(false),
-                life <- new_mutex!(Life {
-                    left: false,
-                    state: State::Initialising,
-                    disk: None,
-                    bad_disk: None,
-                    connection: None,
-                    draining: false,
-                    refused: false,
-                    failures: 0,
-                    failed_at: 0,
-                    pause: 0,
-                }),
-                work <- new_work!("Vbd::work"),
+                life <- new_mutex!(Life::NEW, "Vbd::life"),
+                hold <- new_mutex!(Hold { watches, module: None }, "Vbd::hold"),
+                look <- new_work!("Vbd::look"),
+                later <- new_delayed_work!("Vbd::later"),
+                errand <- new_work!("Vbd::errand"),
             }),
             GFP_KERNEL,
         )
     }
 
-    /// Has the work look at the device again; callable from any context.
-    pub(crate) fn kick(self: &Arc<Self>) {
-        if !self.unbound.load(Relaxed) {
-            // If it is queued already, that run looks.
-            let _queued = workqueue::enqueue(self.clone());
-        }
-    }
-
-    /// Has the work try again to open the disk; callable from any context.
-    #[allow(dead_code, reason = "for disks that a process serves")]
-    pub(crate) fn disk_is_free(self: &Arc<Self>) {
-        self.disk_moved.store(true, Release);
-        self.kick();
+    /// The device on the bus.
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
     }
 
     /// The statistics.
     pub(crate) fn totals(&self) -> &Totals {
         &self.totals
+    }
+
+    /// Keeps a watch of this device until its life is over.
+    pub(crate) fn keep_watch(&self, watch: Pin<KBox<Watch<Self>>>) -> Result {
+        push(&mut self.hold.lock().watches, watch)
+    }
+
+    /// Has the work look at the device again; callable from any context.
+    pub(crate) fn kick(self: &Arc<Self>) {
+        // If it is queued already, that run looks.
+        let _queued = workqueue::enqueue::<_, LOOK>(self.clone());
+    }
+
+    /// Has the work look again in so many milliseconds, if nothing has it look before.
+    fn kick_after(self: &Arc<Self>, milliseconds: u32) {
+        // If it is queued already, that run comes earlier, and looks how long is left.
+        let _queued = workqueue::enqueue_after::<_, LATER>(self.clone(), milliseconds);
+    }
+
+    /// Has the work try again to open the disk; callable from any context.
+    pub(crate) fn disk_is_free(self: &Arc<Self>) {
+        self.disk_moved.store(true, Release);
+        self.kick();
     }
 
     /// A queue found impossible indices in its ring.
@@ -160,13 +240,67 @@ impl Vbd {
         self.kick();
     }
 
+    /// The bus has read the frontend's state.
+    pub(crate) fn frontend_moved(self: &Arc<Self>, state: State) {
+        self.theirs.store(state.number(), Release);
+        self.moved.store(true, Release);
+        self.kick();
+    }
+
+    /// Our own state was written, by us or by the toolstack. Only for xenwatch.
+    pub(crate) fn state_written(self: &Arc<Self>) {
+        // A device that was unbound is removed with its directory, by the bus: doing so twice is what
+        // must not be.
+        if !self.unbound.load(Acquire) && self.gone.xchg(false, Full) {
+            self.device.unregister();
+            return;
+        }
+        self.kick();
+    }
+
+    /// The bus takes the device away. Only leaves a note, because it may be the xenwatch thread that
+    /// does so, and holds a lock that this thread may want if it is somebody else. What is still used of
+    /// the device (ring mapping, event channel) holds a reference to it. May be called again.
+    pub(crate) fn unbind(self: &Arc<Self>) {
+        if self.unbound.load(Acquire) {
+            return;
+        }
+        // That of the bus goes when this returns, and the module must not go before what is left.
+        self.hold.lock().module = ModuleReference::get();
+        self.unbound.store(true, Release);
+        self.kick();
+    }
+
+    /// What a reader of sysfs sees.
+    pub(crate) fn attribute(&self, which: Attribute) -> u64 {
+        match which {
+            Attribute::Statistic(index) => self.totals.value(index),
+            Attribute::Device => self.number.load(Relaxed).into(),
+            Attribute::Writable => self.writable.load(Relaxed).into(),
+        }
+    }
+
     /// Looks at the device and does what there is to do.
     fn look_and_act(self: &Arc<Self>) {
         let mut life = self.life.lock();
-        if self.unbound.load(Acquire) {
-            self.give_back(&mut life);
-            return;
+        for _ in 0..STEPS {
+            if life.over {
+                return;
+            }
+            self.end_errand(&mut life);
+            if self.unbound.load(Acquire) {
+                self.part(life);
+                return;
+            }
+            if life.left || self.take_step(&mut life) == Next::Rest {
+                return;
+            }
         }
+        drop(life);
+        self.kick();
+    }
+
+    fn take_step(self: &Arc<Self>, life: &mut Life) -> Next {
         if self.broken.xchg(false, Full) {
             self.device.report(
                 EIO,
@@ -176,40 +310,29 @@ impl Vbd {
         if self.moved.xchg(false, Full) {
             life.refused = false;
         }
-        for _ in 0..STEPS {
-            if life.left || self.unbound.load(Acquire) {
-                // Unbound while this was asleep: the run that unbinding queues gives back.
-                return;
+        if life.leaving {
+            self.leave(life);
+            return Next::Rest;
+        }
+        self.open_disk(life);
+        self.end_draining(life);
+        let action = match self.next_action(life) {
+            Ok(action) => action,
+            Err(error) => {
+                // Xenstore does not answer (a shutdown, no memory): nothing is decided now,
+                // and the next event looks again.
+                self.device
+                    .report(error, c"the frontend's state cannot be read");
+                return Next::Rest;
             }
-            self.open_disk(&mut life);
-            self.end_draining(&mut life);
-            let action = match self.next_action(&life) {
-                Ok(action) => action,
-                Err(error) => {
-                    // Xenstore does not answer (a shutdown, no memory): nothing is decided now,
-                    // and the next event looks again.
-                    self.device
-                        .report(error, c"the frontend's state cannot be read");
-                    return;
-                }
-            };
-            if action == Action::Wait && self.follow_disk(&mut life) {
-                return;
-            }
-            if action == Action::Wait || (action == Action::Connect && life.must_pause()) {
-                // Look again soon: the frontend may close meanwhile, and is not kept waiting then.
-                drop(life);
-                fsleep(Delta::from_millis(PAUSE_STEP_MS));
-                life = self.life.lock();
-                continue;
-            }
-            if self.act(&mut life, action).is_err() {
-                // Said already. Trying again at once would spin while xenstore goes on failing.
-                return;
+        };
+        if action != Action::Connect {
+            life.prepared = false;
+            if life.connection.is_none() {
+                life.claim = None;
             }
         }
-        drop(life);
-        self.kick();
+        self.act(life, action)
     }
 
     fn next_action(&self, life: &Life) -> Result<Action> {
@@ -250,19 +373,25 @@ impl Vbd {
         }
     }
 
-    /// Does one step; fails if the next look should wait for the next event.
-    fn act(self: &Arc<Self>, life: &mut Life, action: Action) -> Result {
+    /// Does one step.
+    fn act(self: &Arc<Self>, life: &mut Life, action: Action) -> Next {
         match action {
-            Action::Wait => {}
+            Action::Wait => {
+                if let Some(pause) = self.follow_disk(life) {
+                    self.kick_after(pause);
+                }
+                return Next::Rest;
+            }
             Action::Offer => {
                 let offered = offer::publish_offer(&self.device, life.state);
                 self.published(life, State::InitWait, offered);
                 if offered.is_err() {
                     self.publish(life, State::Closing);
-                    return offered;
+                    // Said already. Trying again at once would spin while xenstore goes on failing.
+                    return Next::Rest;
                 }
             }
-            Action::Connect => self.connect(life),
+            Action::Connect => return self.connect(life),
             Action::StartClosing => self.publish(life, State::Closing),
             Action::Disconnect => {
                 if let Some(connection) = &life.connection {
@@ -271,7 +400,7 @@ impl Vbd {
                 }
             }
             Action::Close => self.publish(life, State::Closed),
-            Action::Leave => self.leave(life),
+            Action::Leave => life.leaving = true,
             Action::Refuse => {
                 self.device.report(
                     EINVAL,
@@ -280,7 +409,7 @@ impl Vbd {
                 self.publish(life, State::Closing);
             }
         }
-        Ok(())
+        Next::Look
     }
 
     fn publish(&self, life: &mut Life, state: State) {
@@ -302,47 +431,114 @@ impl Vbd {
     }
 
     fn end_draining(&self, life: &mut Life) {
-        if !life.draining {
-            return;
-        }
-        let Some(connection) = life.connection.take() else {
-            return;
-        };
-        if connection.is_detached() {
-            life.draining = false;
-            self.totals.set_memory(0);
-            connection.bury();
-        } else {
-            life.connection = Some(connection);
+        if life.draining {
+            self.end_connection(life);
         }
     }
 
-    /// Opens the disk once the hotplug script has said which it is.
-    fn open_disk(self: &Arc<Self>, life: &mut Life) {
-        // Only when the key was written: opening a device that is gone asks for its driver.
-        if life.disk.is_some() || !self.disk_moved.xchg(false, Full) {
-            return;
+    /// Lets go of a connection that has let go of the guest; `false` if there is one that has not.
+    fn end_connection(&self, life: &mut Life) -> bool {
+        let Some(connection) = life.connection.take() else {
+            return true;
+        };
+        if !connection.is_detached() {
+            life.connection = Some(connection);
+            return false;
         }
-        match Disk::open(self, &self.device) {
-            Ok(None) => {}
-            Ok(Some(disk)) => {
+        life.draining = false;
+        self.totals.set_memory(0);
+        connection.bury();
+        life.claim = None;
+        true
+    }
+
+    /// Gives a job that may wait for storage to the queue that is there for that.
+    fn send(self: &Arc<Self>, life: &mut Life, job: Job) {
+        life.errand = Errand::Given(job);
+        // There is one at a time, so it is not queued.
+        let _queued = workqueue::enqueue_storage::<_, ERRAND>(self.clone());
+    }
+
+    fn run_errand(self: &Arc<Self>) {
+        let job = self.life.lock().errand.take_job();
+        if let Some(job) = job {
+            let outcome = job.run(self);
+            self.life.lock().errand = Errand::Done(outcome);
+            self.kick();
+        }
+    }
+
+    /// Takes in what came of the last errand.
+    fn end_errand(&self, life: &mut Life) {
+        match life.errand.take_outcome() {
+            None | Some(Outcome::Closed) => {}
+            Some(Outcome::Prepared(Ok(()))) => life.prepared = true,
+            Some(Outcome::Prepared(Err(error))) => self.refuse(life, &error),
+            Some(Outcome::Opened(Ok(disk))) => {
                 self.number.store(disk.medium.number(), Relaxed);
                 self.writable.store(disk.medium.is_writable(), Relaxed);
                 life.bad_disk = None;
                 life.disk = Some(disk);
             }
-            Err(bad) if life.bad_disk != Some(bad.name) => {
-                life.bad_disk = Some(bad.name);
-                let fallback = c"the disk cannot be opened";
-                self.device
-                    .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
-                self.publish(life, State::Closing);
-            }
-            Err(_reported) => {}
+            Some(Outcome::Opened(Err(bad))) => self.disk_is_bad(life, &bad),
         }
     }
 
-    fn connect(self: &Arc<Self>, life: &mut Life) {
+    /// Has the disk opened once the hotplug script has said which it is.
+    fn open_disk(self: &Arc<Self>, life: &mut Life) {
+        // Only when the key was written: opening a device that is gone asks for its driver.
+        if life.disk.is_some() || life.errand.is_busy() || !self.disk_moved.xchg(false, Full) {
+            return;
+        }
+        match disk::named(&self.device) {
+            Ok(None) => {}
+            Ok(Some(name)) => self.send(life, Job::Open(name)),
+            Err(bad) => self.disk_is_bad(life, &bad),
+        }
+    }
+
+    fn disk_is_bad(&self, life: &mut Life, bad: &disk::Bad) {
+        if life.bad_disk == Some(bad.name) || life.leaving || self.unbound.load(Acquire) {
+            return;
+        }
+        life.bad_disk = Some(bad.name);
+        let fallback = c"the disk cannot be opened";
+        self.device
+            .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
+        self.publish(life, State::Closing);
+    }
+
+    /// Connects, or does what comes before: the pause after a failure, getting the rings for us alone
+    /// and the disk ready.
+    fn connect(self: &Arc<Self>, life: &mut Life) -> Next {
+        let pause = life.must_pause();
+        if pause > 0 {
+            self.kick_after(pause);
+            return Next::Rest;
+        }
+        if life.claim.is_none() {
+            let frontend = (self.device.otherend_id(), self.device.number());
+            match Claim::new(frontend, self.clone()) {
+                Ok(Some(claim)) => life.claim = Some(claim),
+                // The device was ours before, and its rings are still being finished with.
+                Ok(None) => return Next::Rest,
+                Err(error) => {
+                    let error = ConnectError::Step("the rings cannot be claimed", error);
+                    self.refuse(life, &error);
+                    return Next::Look;
+                }
+            }
+        }
+        if life.errand.is_busy() {
+            return Next::Rest;
+        }
+        if !core::mem::replace(&mut life.prepared, false) {
+            if let Some(disk) = &life.disk {
+                let job = Job::Prepare(disk.medium.clone());
+                self.send(life, job);
+            }
+            return Next::Rest;
+        }
         // Who sees Connected must not find the report of an earlier attempt.
         self.device.clear_report();
         match self.try_connect(life) {
@@ -350,23 +546,26 @@ impl Vbd {
                 life.failures = life.failures.saturating_sub(1);
                 life.state = State::Connected;
             }
-            Err(error) => {
-                let (code, text) = error.describe();
-                let fallback = c"the frontend cannot be connected";
-                self.device
-                    .report(code, text.as_deref().unwrap_or(fallback));
-                life.note_failure();
-                life.refused = true;
-                self.publish(life, State::Closing);
-            }
+            Err(error) => self.refuse(life, &error),
         }
+        Next::Look
+    }
+
+    /// Says why the frontend cannot be connected; it has to move before that is tried again.
+    fn refuse(&self, life: &mut Life, error: &ConnectError) {
+        let (code, text) = error.describe();
+        let fallback = c"the frontend cannot be connected";
+        self.device
+            .report(code, text.as_deref().unwrap_or(fallback));
+        life.note_failure();
+        life.refused = true;
+        self.publish(life, State::Closing);
     }
 
     fn try_connect(self: &Arc<Self>, life: &mut Life) -> Result<(), ConnectError> {
         let Some(disk) = &mut life.disk else {
             return Err(ConnectError::Step("the disk is not open", ENODEV));
         };
-        disk.medium.prepare()?;
         let features = Features::read(&self.device, &*disk.medium);
         let limits = features.limits();
         let connection = disk.medium.clone().connect(&Peer {
@@ -385,22 +584,23 @@ impl Vbd {
         published.map_err(|error| ConnectError::Step("the disk cannot be published", error))
     }
 
-    /// Publishes how the disk is served, and a size that changed while connected; `false` if that
-    /// has to wait, because a process may change both as often as it likes.
-    fn follow_disk(&self, life: &mut Life) -> bool {
+    /// Publishes how the disk is served, and a size that changed while connected. If that has to wait,
+    /// because a process may change both as often as it likes, says how many milliseconds.
+    fn follow_disk(&self, life: &mut Life) -> Option<u32> {
         let connected = life.state == State::Connected;
         let Some(disk) = &mut life.disk else {
-            return true;
+            return None;
         };
         let status = disk.medium.status();
         let sectors = disk.medium.sectors();
         let new_status = status != disk.status;
         let resized = connected && sectors != disk.sectors;
         if !new_status && !resized {
-            return true;
+            return None;
         }
-        if !disk.may_publish() {
-            return false;
+        let pause = disk.must_pause();
+        if pause > 0 {
+            return Some(pause);
         }
         disk.status = status;
         let mut published = match status {
@@ -420,12 +620,18 @@ impl Vbd {
                 .report(error, c"what has become of the disk cannot be published"),
             _ => {}
         }
-        true
+        None
     }
 
     /// Gives the disk back, then lets the toolstack and the bus know.
-    fn leave(&self, life: &mut Life) {
-        life.disk = None;
+    fn leave(self: &Arc<Self>, life: &mut Life) {
+        if life.errand.is_busy() {
+            return;
+        }
+        if let Some(disk) = life.disk.take() {
+            self.send(life, Job::Close(disk));
+            return;
+        }
         life.left = true;
         life.state = State::Closed;
         self.gone.store(true, Release);
@@ -438,42 +644,57 @@ impl Vbd {
         self.device.note_state(State::Closed);
     }
 
-    /// The bus is taking the device away: gives everything back. May be called again.
-    ///
-    /// Where the toolstack has removed our directory this runs in the xenwatch thread, which serves
-    /// every backend of the host, so nothing is waited for: the work does it. What it still uses
-    /// of the device (ring mapping, event channel) holds a reference to it.
-    fn unbind(self: &Arc<Self>) {
-        if self.unbound.xchg(true, Full) {
-            return;
-        }
-        if self.device.is_vanished() {
-            // Whether it was queued already or not, it runs once more from here.
-            let _queued = workqueue::enqueue(self.clone());
-            return;
-        }
-        let mut life = self.life.lock();
+    /// Gives back everything of a device that is not ours any more, step by step: each look goes on
+    /// where the last one had to wait. Our watches stay to the end, to tell us if the guest goes.
+    fn part(self: &Arc<Self>, mut life: MutexGuard<'_, Life>) {
         if let Some(connection) = &life.connection {
-            // A frontend that is alive gets its answers before another driver takes over.
-            if !matches!(self.frontend_state(), Ok(State::Unknown)) {
+            if self.frontend_waits() {
                 connection.drain();
-                connection.wait_detached();
+            } else {
+                connection.abandon();
             }
         }
-        self.give_back(&mut life);
+        if !self.end_connection(&mut life) {
+            return;
+        }
+        life.claim = None;
+        if life.errand.is_busy() {
+            return;
+        }
+        if let Some(disk) = life.disk.take() {
+            self.send(&mut life, Job::Close(disk));
+            return;
+        }
+        life.over = true;
+        drop(life);
+        let (watches, module) = {
+            let mut hold = self.hold.lock();
+            (core::mem::take(&mut hold.watches), hold.module.take())
+        };
+        // This waits for xenwatch, which waits for nothing of ours.
+        drop(watches);
+        workqueue::hasten::<_, LATER>(self.clone());
+        drop(module);
     }
 
-    /// Lets go of everything, without waiting for I/O.
-    fn give_back(&self, life: &mut Life) {
-        if let Some(connection) = life.connection.take() {
-            connection.abandon();
-            connection.bury();
+    /// True if the frontend of a device that was taken from us waits for answers. What cannot be
+    /// read says nothing about it.
+    fn frontend_waits(&self) -> bool {
+        let ours = store::read_state(self.device.nodename());
+        if self.device.is_vanished() || ours.is_err_and(|error| error == ENOENT) {
+            return false;
         }
-        life.disk = None;
+        match self.frontend_state() {
+            Ok(state) => matches!(
+                state,
+                State::Initialised | State::Connected | State::Closing
+            ),
+            Err(_) => true,
+        }
     }
 }
 
-impl WorkItem for Vbd {
+impl WorkItem<LOOK> for Vbd {
     type Pointer = Arc<Vbd>;
 
     fn run(this: Arc<Vbd>) {
@@ -481,90 +702,24 @@ impl WorkItem for Vbd {
     }
 }
 
-/// The watched keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Key {
-    /// `physical-device` or `tap-minor` in our directory.
-    Disk,
-    /// `state` in our directory.
-    State,
-}
+impl WorkItem<LATER> for Vbd {
+    type Pointer = Arc<Vbd>;
 
-impl Watcher for Vbd {
-    type Which = Key;
-
-    fn changed(this: Arc<Self>, which: Key) {
-        if which == Key::State && this.gone.xchg(false, Full) {
-            this.device.unregister();
-            return;
-        }
-        if which == Key::Disk {
-            this.disk_moved.store(true, Release);
-        }
+    fn run(this: Arc<Vbd>) {
         this.kick();
     }
 }
 
-/// The driver.
-pub(crate) struct VbdDriver;
+impl WorkItem<ERRAND> for Vbd {
+    type Pointer = Arc<Vbd>;
 
-/// What belongs to a bound device. The watches are dropped, and with them unregistered, after
-/// everything is given back.
-pub(crate) struct Bound {
-    vbd: Unbinder,
-    _watches: [Pin<KBox<Watch<Vbd>>>; 3],
-}
-
-/// Gives everything of a device back when it is dropped, also if its probe fails half-way: the
-/// first watch starts the work before the probe is through.
-struct Unbinder(Arc<Vbd>);
-
-impl Drop for Unbinder {
-    fn drop(&mut self) {
-        self.0.unbind();
+    fn run(this: Arc<Vbd>) {
+        this.run_errand();
     }
 }
 
-impl driver::Driver for VbdDriver {
-    type Data = Bound;
-    // A toolstack says vbd3 where it expects a process to serve the disk.
-    const DEVICE_TYPES: [&'static [u8]; 2] = [b"vbd", b"vbd3"];
-
-    fn probe(device: Device) -> Result<Bound> {
-        let device = Arc::new(device, GFP_KERNEL)?;
-        let vbd = Unbinder(Vbd::new(device.clone())?);
-        let watch = |key: &CStr, which| {
-            let path = CString::try_from_fmt(fmt!("{}/{}", device.nodename(), key))?;
-            Watch::register(path, vbd.0.clone(), which)
-        };
-        Ok(Bound {
-            // The first event of each comes at once and starts the work.
-            _watches: [
-                watch(disk::BLOCK_KEY, Key::Disk)?,
-                watch(disk::TAP_KEY, Key::Disk)?,
-                watch(c"state", Key::State)?,
-            ],
-            vbd,
-        })
-    }
-
-    fn otherend_changed(data: &Bound, state: State) {
-        let vbd = &data.vbd.0;
-        vbd.theirs.store(state.number(), Release);
-        vbd.moved.store(true, Release);
-        vbd.kick();
-    }
-
-    fn unbind(data: &Bound) {
-        data.vbd.0.unbind();
-    }
-
-    fn attribute(data: &Bound, which: Attribute) -> u64 {
-        let vbd = &data.vbd.0;
-        match which {
-            Attribute::Statistic(index) => vbd.totals.value(index),
-            Attribute::Device => vbd.number.load(Relaxed).into(),
-            Attribute::Writable => vbd.writable.load(Relaxed).into(),
-        }
+impl Waiter for Vbd {
+    fn rings_are_free(self: Arc<Self>) {
+        self.kick();
     }
 }

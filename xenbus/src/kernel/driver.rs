@@ -46,8 +46,10 @@ pub(crate) trait Driver: 'static {
     /// once after `probe` in any case. Runs in the xenwatch thread: queue work and return.
     fn otherend_changed(data: &Self::Data, state: State);
 
-    /// The device goes. When this returns, nothing may use the other end's pages or event
-    /// channels any more.
+    /// The device goes. Runs under the device lock, often in the xenwatch thread: note it, queue work
+    /// and return. Waiting here for I/O, for xenwatch, or for a lock under which somebody does, can
+    /// stop every backend of the host. What still uses the other end's pages or event channels
+    /// holds a reference to the device, and one to the module.
     fn unbind(data: &Self::Data);
 
     /// A reader of sysfs wants a value.

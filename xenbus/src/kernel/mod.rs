@@ -10,6 +10,7 @@ use kernel::bindings;
 pub(crate) mod bdev;
 pub(crate) mod bio;
 pub(crate) mod chardev;
+pub(crate) mod claims;
 pub(crate) mod device;
 pub(crate) mod driver;
 pub(crate) mod evtchn;

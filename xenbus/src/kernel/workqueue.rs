@@ -1,25 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The module's own work queue: unbound, and usable while memory is being reclaimed.
+//! The module's own work queues: unbound, and usable while memory is being reclaimed.
 //!
 //! All connecting and disconnecting happens there, so that the xenwatch thread, which serves every
-//! backend of the host, is never blocked by one disk.
+//! backend of the host, is never blocked by one disk. There are two, because a worker that waits
+//! is one less for the others: what may wait for storage runs on a queue of its own, and nothing on
+//! the other one waits for anything but xenstore and the hypervisor.
 
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
-use kernel::workqueue::{Queue, RawWorkItem};
+use kernel::workqueue::{Queue, RawDelayedWorkItem, RawWorkItem};
 
-/// The queue's address; 0 while there is none.
-static QUEUE: Atomic<usize> = Atomic::new(0);
+/// The addresses of both queues; 0 while there is none.
+static STEPS: Atomic<usize> = Atomic::new(0);
+static STORAGE: Atomic<usize> = Atomic::new(0);
 
-/// Owns the work queue; dropping it finishes all work.
+/// Owns a work queue; dropping it finishes all work.
 ///
 /// # Invariants
 ///
-/// The pointer is a live work queue, and `QUEUE` holds its address.
-pub(crate) struct WorkQueue(NonNull<bindings::workqueue_struct>);
+/// `raw` is a live work queue, and `place` holds its address.
+struct WorkQueue {
+    raw: NonNull<bindings::workqueue_struct>,
+    place: &'static Atomic<usize>,
+}
 
 // SAFETY: A work queue may be used and destroyed from any thread.
 unsafe impl Send for WorkQueue {}
@@ -27,41 +33,105 @@ unsafe impl Send for WorkQueue {}
 unsafe impl Sync for WorkQueue {}
 
 impl WorkQueue {
-    /// Makes the queue. Called once, at load. May sleep.
-    pub(crate) fn new(name: &'static CStr) -> Result<Self> {
+    fn new(name: &'static CStr, place: &'static Atomic<usize>) -> Result<Self> {
         let flags = bindings::wq_flags_WQ_UNBOUND | bindings::wq_flags_WQ_MEM_RECLAIM;
+        // As many workers as the kernel allows: those that wait for storage do it for long.
+        let most = bindings::wq_consts_WQ_MAX_ACTIVE as kernel::ffi::c_int;
         // SAFETY: The format takes one string, which is given.
         let raw = unsafe {
-            bindings::alloc_workqueue_noprof(c"%s".as_char_ptr(), flags, 0, name.as_char_ptr())
+            bindings::alloc_workqueue_noprof(c"%s".as_char_ptr(), flags, most, name.as_char_ptr())
         };
-        let queue = NonNull::new(raw).ok_or(ENOMEM)?;
-        QUEUE.store(raw as usize, Release);
+        let raw = NonNull::new(raw).ok_or(ENOMEM)?;
+        place.store(raw.as_ptr() as usize, Release);
         // INVARIANT: Just made and stored.
-        Ok(Self(queue))
+        Ok(Self { raw, place })
     }
 }
 
 impl Drop for WorkQueue {
     fn drop(&mut self) {
         // SAFETY: By the invariant the queue is live. Work that is still queued runs to its end
-        // here, and what it queues in turn as well, because `QUEUE` still points to the queue.
-        unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
-        QUEUE.store(0, Release);
+        // here, and what it queues in turn as well, because `place` still points to the queue.
+        unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };
+        self.place.store(0, Release);
     }
 }
 
-/// Queues work on the module's queue; callable from any context. Returns `false` if the work is
-/// queued already, or if there is no queue.
+/// Both queues; the module holds them while it is loaded. What may wait for storage holds a
+/// reference to the module (`ModuleReference`), so dropping them waits for nobody's storage.
+pub(crate) struct WorkQueues {
+    _storage: WorkQueue,
+    _steps: WorkQueue,
+}
+
+impl WorkQueues {
+    /// Makes the queues. Called once, at load. May sleep.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            _storage: WorkQueue::new(c"xen-blkback-rs-storage", &STORAGE)?,
+            _steps: WorkQueue::new(c"xen-blkback-rs", &STEPS)?,
+        })
+    }
+}
+
+fn with<R>(place: &Atomic<usize>, body: impl FnOnce(&Queue) -> R) -> Option<R> {
+    let raw = place.load(Acquire) as *const bindings::workqueue_struct;
+    if raw.is_null() {
+        return None;
+    }
+    // SAFETY: The queue lives until the module's last field is dropped, which is after the driver
+    // is unregistered and every thread has ended: nobody is left to call this.
+    Some(body(unsafe { Queue::from_raw(raw) }))
+}
+
+/// Queues work that waits for no storage; callable from any context. Returns `false` if the work
+/// is queued already, or if there is no queue.
 pub(crate) fn enqueue<W, const ID: u64>(work: W) -> bool
 where
     W: RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
 {
-    let raw = QUEUE.load(Acquire) as *const bindings::workqueue_struct;
+    with(&STEPS, |queue| queue.enqueue(work).is_ok()) == Some(true)
+}
+
+/// Queues work that may wait for storage, for ever if that hangs. Otherwise like [`enqueue`].
+pub(crate) fn enqueue_storage<W, const ID: u64>(work: W) -> bool
+where
+    W: RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
+    with(&STORAGE, |queue| queue.enqueue(work).is_ok()) == Some(true)
+}
+
+/// Queues work as [`enqueue`] does, so many milliseconds from now. Work that waits for an earlier
+/// time is left as it is.
+pub(crate) fn enqueue_after<W, const ID: u64>(work: W, milliseconds: u32) -> bool
+where
+    W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
+    // SAFETY: Plain arithmetic.
+    let delay = unsafe { bindings::__msecs_to_jiffies(milliseconds) };
+    with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
+}
+
+/// Has work of [`enqueue_after`] run now instead of later: afterwards no timer of it is left.
+pub(crate) fn hasten<W, const ID: u64>(work: W)
+where
+    W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
+    let raw = STEPS.load(Acquire) as *mut bindings::workqueue_struct;
     if raw.is_null() {
-        return false;
+        return;
     }
-    // SAFETY: The queue lives until the module's last field is dropped, which is after the driver
-    // is unregistered and every thread has ended: nobody is left to call this.
-    let queue = unsafe { Queue::from_raw(raw) };
-    queue.enqueue(work).is_ok()
+    // SAFETY: The queue is live, as for `with`. The closure says `false` only if the work was
+    // pending: then it stays with whoever queued it. By the requirement of `RawDelayedWorkItem` the
+    // work is that of a `delayed_work`.
+    let _pending = unsafe {
+        work.__enqueue(|work| {
+            !bindings::mod_delayed_work_on(
+                bindings::wq_misc_consts_WORK_CPU_UNBOUND as kernel::ffi::c_int,
+                raw,
+                kernel::container_of!(work, bindings::delayed_work, work),
+                0,
+            )
+        })
+    };
 }

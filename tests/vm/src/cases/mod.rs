@@ -5,6 +5,7 @@ mod basic;
 mod boot;
 mod death;
 mod faults;
+mod hung;
 mod images;
 mod lifecycle;
 mod permission;
@@ -307,6 +308,7 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         xenstore::cases(),
         lifecycle::cases(),
+        hung::cases(),
         played::cases(),
         tap::cases(),
         death::cases(),

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Storage that hangs, and comes back: it may stop its own disk and nothing else, whatever is done
+//! to that disk meanwhile.
+
+use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
+use super::faults::{endless_load, wait_load};
+use super::lifecycle::own_guest;
+use super::{Case, Context, Needs};
+use crate::backing::{linear, Dm};
+use crate::guest::Vbd;
+use crate::{hotplug, sh, xs};
+use anyhow::{bail, ensure, Context as _, Result};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    use Step::{Bind, Destroy, Return, Unbind};
+    let order = |name: &str, about: &str, steps: &'static [Step]| {
+        Case::new(name, about, Nothing, move |context| {
+            in_order(context, steps)
+        })
+        .no_leaks()
+    };
+    vec![
+        order(
+            "hung.destroy",
+            "the guest of a hung disk is destroyed, then the disk comes back",
+            &[Destroy, Return],
+        ),
+        order(
+            "hung.unbind_destroy",
+            "a hung disk is unbound, its guest destroyed, then the disk comes back",
+            &[Unbind, Destroy, Return],
+        ),
+        order(
+            "hung.unbind_bind_destroy",
+            "a hung disk is unbound and bound, its guest destroyed, then the disk comes back",
+            &[Unbind, Bind, Destroy, Return],
+        ),
+        order(
+            "hung.unbind_return_destroy",
+            "a hung disk is unbound and comes back, then its guest is destroyed",
+            &[Unbind, Return, Destroy],
+        ),
+        Case::new(
+            "hung.rebind_verified",
+            "a hung disk is unbound and bound, and comes back before or after that: nothing is lost or done twice",
+            Pv,
+            rebind_verified,
+        )
+        .no_leaks(),
+        Case::new(
+            "hung.write_back",
+            "a disk is attached whose dirty pages in dom0 cannot be written, and unbound before they can",
+            Nothing,
+            write_back,
+        )
+        .no_leaks(),
+    ]
+}
+
+/// What is done to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Unbind,
+    Bind,
+    Destroy,
+    Return,
+}
+
+/// How long what must not wait for storage may take in an emulated machine.
+const QUICK: Duration = Duration::from_secs(30);
+
+/// A device of device mapper over null_blk that can be hung.
+fn hangable(context: &mut Context) -> Result<Dm> {
+    let below = context.null_blk(16, &[])?;
+    let disk = Dm::create("vmtest-hung", &linear(&below.path(), 32768))?;
+    let theirs = disk.clone();
+    // Whatever a failed case left: a device that hangs cannot be removed.
+    context.at_end("remove the mapped device", move || {
+        theirs.resume()?;
+        theirs.remove()
+    });
+    Ok(disk)
+}
+
+/// Runs what must not wait, and does not wait for it either: it may hang for ever.
+fn quickly(what: &str, argv: &[&str]) -> Result<i32> {
+    let mut child = std::process::Command::new(argv[0])
+        .args(&argv[1..])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start `{}`", argv.join(" ")))?;
+    let mut code = None;
+    sh::wait_for(&format!("the end of `{what}`"), QUICK, || {
+        let status = child.try_wait().context("cannot ask for a process")?;
+        code = status.map(|status| status.code().unwrap_or(-1));
+        Ok(status.is_some())
+    })?;
+    Ok(code.unwrap_or(-1))
+}
+
+/// Has the driver take or leave a device.
+fn bus(context: &Context, vbd: &Vbd, file: &str) -> Result<()> {
+    let driver = context.driver.bus_name();
+    let name = vbd.sysfs();
+    let name = name.file_name().unwrap_or_default().to_string_lossy();
+    let line = format!("echo {name} > /sys/bus/xen-backend/drivers/{driver}/{file}");
+    let code = quickly(&line, &["sh", "-c", &line])?;
+    ensure!(code == 0, "`{line}` failed with status {code}");
+    Ok(())
+}
+
+/// The thread that serves every backend of the host works: a disk comes and goes. The module says that
+/// it is in use, and does not hang.
+fn host_is_well(context: &mut Context, after: &str) -> Result<()> {
+    others_are_served(context, after)?;
+    // 1 is rmmod's word for a refusal.
+    let refused = quickly("rmmod", &["rmmod", context.driver.sys_module()])?;
+    ensure!(
+        refused == 1,
+        "rmmod ended with status {refused} after {after}"
+    );
+    Ok(())
+}
+
+/// A disk comes and goes.
+fn others_are_served(context: &mut Context, after: &str) -> Result<()> {
+    let look = |context: &mut Context| -> Result<()> {
+        let other = context.null_blk(16, &[])?;
+        let started = Instant::now();
+        let vbd = attach_own(context, &other.path(), "xvdk")?;
+        sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
+        detach_own(&vbd)?;
+        let took = started.elapsed();
+        ensure!(
+            took < QUICK,
+            "another disk took {} s to come and go",
+            took.as_secs()
+        );
+        Ok(())
+    };
+    look(context).with_context(|| format!("after {after}"))
+}
+
+fn in_order(context: &mut Context, steps: &[Step]) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let disk = hangable(context)?;
+    let guest = own_guest(2, vec![hotplug::disk(&disk.path(), "xvda", "w")?])?;
+    let vbd = Vbd::of(guest.domid, "xvda")?;
+    guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    disk.suspend()?;
+    let mut guest = Some(guest);
+    for (at, step) in steps.iter().enumerate() {
+        match step {
+            Step::Unbind => bus(context, &vbd, "unbind")?,
+            Step::Bind => bus(context, &vbd, "bind")?,
+            // The domain vanishes, pages and all, although the device still has its I/O.
+            Step::Destroy => match guest.take() {
+                Some(guest) => guest.destroy()?,
+                None => bail!("the guest is destroyed twice"),
+            },
+            Step::Return => disk.resume()?,
+        }
+        let so_far = &steps[..=at];
+        let after = format!("{so_far:?}");
+        if at + 1 == steps.len() {
+            others_are_served(context, &after)?;
+        } else if so_far == [Step::Unbind, Step::Return] {
+            // It was bound to nobody, and is through with its I/O: the module may go.
+            others_are_served(context, &after)?;
+        } else {
+            host_is_well(context, &after)?;
+        }
+    }
+    vbd.wait_gone()
+}
+
+fn rebind_verified(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let disk = hangable(context)?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&disk.path(), "xvda", "w")?)?;
+    let state = format!("{}/state", vbd.backend);
+    for returns_first in [false, true] {
+        disk.suspend()?;
+        let before = vbd.statistic("wr_req")?;
+        let job = context.pv()?.start(&verify_job("/dev/xvda", 8, 100, 512))?;
+        sh::wait_for("writes that hang", QUICK, || {
+            Ok(vbd.statistic("wr_req")? > before)
+        })?;
+        bus(context, &vbd, "unbind")?;
+        host_is_well(context, "a hung disk was unbound")?;
+        if returns_first {
+            disk.resume()?;
+            bus(context, &vbd, "bind")?;
+        } else {
+            bus(context, &vbd, "bind")?;
+            // It offers itself, and must not serve rings from which others' requests are in flight.
+            xs::wait_value(&state, "2", QUICK)?;
+            host_is_well(context, "a hung disk was bound again")?;
+            ensure!(
+                xs::must_read(&state)? == "2",
+                "the disk was connected while requests of its life before were in flight"
+            );
+            disk.resume()?;
+        }
+        xs::wait_value(&state, "4", QUICK)?;
+        let guest = context.pv()?;
+        let done = guest.wait(job, FIO)?;
+        ensure!(
+            done.rc == 0,
+            "fio failed over a disk that was unbound and bound: {}",
+            sh::tail(&done.text, 400)
+        );
+        compare(guest, "xvda", &disk.path(), 8)?;
+    }
+    context.pv()?.detach(&vbd)
+}
+
+fn write_back(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let disk = hangable(context)?;
+    // Open, because closing writes it back.
+    let dirty = File::options().write(true).open(disk.path())?;
+    dirty.write_all_at(&[7; 4096], 0)?;
+    disk.suspend()?;
+    sh::run(&[
+        "xl",
+        "block-attach",
+        "0",
+        &hotplug::disk(&disk.path(), "xvdj", "w")?,
+    ])?;
+    let vbd = Vbd::of(0, "xvdj")?;
+    // The frontend waits for us, and we for the device.
+    xs::wait_value(&format!("{}/state", vbd.frontend), "3", QUICK)?;
+    host_is_well(context, "a disk that cannot be got ready")?;
+    ensure!(
+        xs::must_read(&format!("{}/state", vbd.backend))? == "2",
+        "a disk was connected before dom0's own writes to it were through"
+    );
+    bus(context, &vbd, "unbind")?;
+    host_is_well(context, "its being unbound")?;
+    disk.resume()?;
+    drop(dirty);
+    bus(context, &vbd, "bind")?;
+    xs::wait_value(&format!("{}/state", vbd.backend), "4", QUICK)?;
+    detach_own(&vbd)
+}

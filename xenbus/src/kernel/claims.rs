@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Which frontends' rings are in use.
+//!
+//! A device that was taken from its driver may still be finishing what it took from its frontend's
+//! rings. Who is bound to the device after that must not serve the same rings meanwhile: a request
+//! would be carried out twice.
+
+use kernel::prelude::*;
+use kernel::rbtree::RBTree;
+use kernel::sync::atomic::{ordering::Full, AtomicFlag};
+use kernel::sync::Arc;
+
+/// A frontend: its domain and the number of its virtual device.
+pub(crate) type Frontend = (u16, u32);
+
+/// Who waits for rings to be free.
+pub(crate) trait Waiter: Send + Sync + 'static {
+    /// They are; claim them again. Must not sleep.
+    fn rings_are_free(self: Arc<Self>);
+}
+
+type Table = RBTree<Frontend, Option<Arc<dyn Waiter>>>;
+
+kernel::sync::global_lock! {
+    // SAFETY: `Claims::new`, which the module calls before it registers its driver, initialises it
+    // once.
+    unsafe(uninit) static TABLE: Mutex<Option<Table>> = None;
+}
+
+static INITIALISED: AtomicFlag = AtomicFlag::new(false);
+
+/// The table of claims; the module holds it while it is loaded.
+pub(crate) struct Claims(());
+
+impl Claims {
+    /// Makes the table. Works once in the life of the module. May sleep.
+    pub(crate) fn new() -> Result<Self> {
+        if INITIALISED.xchg(true, Full) {
+            return Err(EBUSY);
+        }
+        // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        unsafe { TABLE.init() };
+        *TABLE.lock() = Some(RBTree::new());
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Claims {
+    fn drop(&mut self) {
+        *TABLE.lock() = None;
+    }
+}
+
+/// The right to serve the rings of a frontend. Dropping it tells who waits for it.
+///
+/// # Invariants
+///
+/// The table has an entry of `frontend`, which belongs to this claim.
+pub(crate) struct Claim {
+    frontend: Frontend,
+}
+
+impl Claim {
+    /// Claims the rings of a frontend; `None` if somebody else has them, in which case `waiter` is
+    /// told when they are free, in place of who waited before. May sleep.
+    pub(crate) fn new(frontend: Frontend, waiter: Arc<dyn Waiter>) -> Result<Option<Self>> {
+        let before;
+        {
+            let mut table = TABLE.lock();
+            let table = table.as_mut().ok_or(ENODEV)?;
+            match table.get_mut(&frontend) {
+                Some(waiting) => before = waiting.replace(waiter),
+                None => {
+                    table.try_create_and_insert(frontend, None, GFP_KERNEL)?;
+                    // INVARIANT: Just made.
+                    return Ok(Some(Self { frontend }));
+                }
+            }
+        }
+        // Not under the lock: it may be the last reference.
+        drop(before);
+        Ok(None)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let waiting = TABLE
+            .lock()
+            .as_mut()
+            .and_then(|table| table.remove(&self.frontend))
+            .flatten();
+        if let Some(waiter) = waiting {
+            waiter.rings_are_free();
+        }
+    }
+}
