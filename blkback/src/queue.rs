@@ -4,21 +4,26 @@
 //!
 //! The thread owns everything that touches the guest. It ends in one of two ways: *drained*, when
 //! every request is answered before the ring is given back; or *abandoned*, when the guest is gone
-//! and the ring is given back at once, while I/O that is still in flight keeps its pages until the
-//! disk lets go of them.
+//! and the ring is given back at once, also while the thread sleeps in the block layer. I/O that is
+//! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
+//! only where requests are mapped instead of copied.
 
 use crate::connection::{ConnectError, Ending};
-use crate::engine::{Backend, Config, Engine, Fetch, Grants, Pass, Rest, SegmentEntry, Slot, Stats};
+use crate::engine::{
+    Backend, Config, Engine, Fetch, Grants, Io, Pass, Rest, SegmentEntry, Slot, Stats, Tag,
+};
 use crate::medium::{Needs, Part, Queues};
 use crate::params;
 use crate::poll::{Batcher, Pollers};
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
+use crate::ring::response::Status;
 use crate::vbd::Vbd;
 use crate::xen::device::Device;
 use crate::xen::evtchn::{Activity, EventChannel};
 use crate::xen::grant::GuestGrants;
+use crate::xen::guest_side::{Held, Taker};
 use crate::xen::kthread::{Runner, Thread};
 use crate::xen::pages::filled;
 use crate::xen::parker::Parker;
@@ -46,7 +51,7 @@ struct Control {
     parker: Arc<Parker>,
     /// A [`Command`]; only ever raised.
     command: Atomic<u32>,
-    /// Nothing of the guest is mapped or bound any more.
+    /// Ring and event channel are given back; after a drain also the disk.
     detached: AtomicFlag,
 }
 
@@ -68,6 +73,7 @@ impl Control {
 /// A served queue. Dropping it waits for the end of its thread; tell it to end first.
 pub(crate) struct Queue {
     control: Arc<Control>,
+    guest: Taker,
     memory_kib: u64,
     _thread: Thread,
 }
@@ -96,6 +102,7 @@ fn step(what: &'static str, error: Error) -> ConnectError {
 pub(crate) struct Prepared<M: Queues> {
     server: Server<M>,
     control: Arc<Control>,
+    guest: Taker,
     memory_kib: u64,
 }
 
@@ -125,15 +132,14 @@ impl<M: Queues> Prepared<M> {
         };
         let control =
             Arc::new(control, GFP_KERNEL).map_err(|error| step(NO_MEMORY, error.into()))?;
+        let (ring, map) = back.replace(());
+        let (guest, taker) = Held::new(channel, map).map_err(|error| step(NO_MEMORY, error))?;
         let state = State::new(setup, index, depth, &control)?;
         Ok(Self {
             memory_kib: state.grants.memory_kib(),
-            server: Server {
-                ring: back,
-                channel,
-                state,
-            },
+            server: Server { ring, guest, state },
             control,
+            guest: taker,
         })
     }
 
@@ -148,6 +154,7 @@ impl<M: Queues> Prepared<M> {
         let thread = Thread::spawn(name, body).inspect_err(|_| ending.done())?;
         Ok(Queue {
             control: self.control,
+            guest: self.guest,
             memory_kib: self.memory_kib,
             _thread: thread,
         })
@@ -182,6 +189,9 @@ impl Queue {
     /// Lets go of the guest at once; does not wait.
     pub(crate) fn abandon(&self) {
         self.tell(Command::Abandon);
+        if self.guest.take() {
+            self.control.mark_detached();
+        }
     }
 
     /// Memory reserved for data pages, in KiB.
@@ -211,8 +221,8 @@ impl<M: Queues> Runner for Body<M> {
 
 /// What the thread owns.
 struct Server<M: Queues> {
-    ring: BackRing<RingMap>,
-    channel: EventChannel,
+    ring: BackRing<()>,
+    guest: Held,
     state: KBox<State<M>>,
 }
 
@@ -238,7 +248,7 @@ impl<M: Queues> Server<M> {
     fn run(self) {
         let Self {
             ring,
-            channel,
+            guest,
             mut state,
         } = self;
         let medium = state.medium.clone();
@@ -247,7 +257,7 @@ impl<M: Queues> Server<M> {
         while control.command() == Command::Wait {
             control.parker.park();
         }
-        let (command, mut rest) = state.serve(ring, channel);
+        let (command, mut rest) = state.serve(ring, &guest);
         if command == Command::Drain || medium.patience().is_some() {
             // The disk, too, is given back before anybody can see that: the toolstack's script
             // takes it apart as soon as the state is Closed.
@@ -317,13 +327,10 @@ impl<M: Queues> State<M> {
     /// was told, and what is left.
     // Not part of its caller, so that its frame is gone when what is left is waited for.
     #[inline(never)]
-    fn serve(
-        &mut self,
-        ring: BackRing<RingMap>,
-        channel: EventChannel,
-    ) -> (Command, Rest<'_, &mut GuestGrants, &mut M::Backend>) {
+    fn serve<'a>(&'a mut self, ring: BackRing<()>, guest: &'a Held) -> (Command, Left<'a, M>) {
+        let (ring, ()) = ring.replace(guest);
         let server = Serving {
-            channel: &channel,
+            guest,
             medium: &*self.medium,
             vbd: &self.vbd,
             control: &self.control,
@@ -334,7 +341,10 @@ impl<M: Queues> State<M> {
         let mut engine = Engine::new(
             ring,
             &mut *self.grants,
-            &mut self.backend,
+            Away {
+                backend: &mut self.backend,
+                guest,
+            },
             &mut self.slots,
             &mut self.entries,
             &mut self.fetches,
@@ -343,16 +353,36 @@ impl<M: Queues> State<M> {
             self.limits,
         );
         let command = server.serve(&mut engine);
-        // The order matters: no event may come for a ring that is unmapped, and the owner may
-        // publish state Closed only when both are gone.
-        drop(channel);
-        (command, engine.detach())
+        let left = engine.detach();
+        // The owner may publish state Closed only when ring and event channel are gone.
+        guest.let_go();
+        (command, left)
+    }
+}
+
+/// What is left of a queue that has let go of its guest.
+type Left<'a, M> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <M as Queues>::Backend>>;
+
+/// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
+/// can be given back without its thread.
+struct Away<'a, B> {
+    backend: B,
+    guest: &'a Held,
+}
+
+impl<B: Backend> Backend for Away<'_, B> {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        self.guest.away(|| self.backend.submit(batch));
+    }
+
+    fn reap(&mut self, done: impl FnMut(Tag, Status)) {
+        self.backend.reap(done);
     }
 }
 
 /// The thread's view of its surroundings while the engine has the rest.
 struct Serving<'a, M> {
-    channel: &'a EventChannel,
+    guest: &'a Held,
     medium: &'a M,
     vbd: &'a Arc<Vbd>,
     control: &'a Control,
@@ -365,7 +395,7 @@ impl<M: Queues> Serving<'_, M> {
     /// Serves the ring until told to end; returns how.
     // Not part of its caller, so that each of the two has a small frame.
     #[inline(never)]
-    fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, RingMap, G, B>) -> Command {
+    fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) -> Command {
         let mut sectors = self.known_sectors;
         let mut published = Stats::default();
         let mut broken = false;
@@ -386,10 +416,10 @@ impl<M: Queues> Serving<'_, M> {
                 batcher.published(pass.answered);
             }
             if pass.notify {
-                self.channel.notify();
+                self.guest.notify();
             }
             if params::WASTEFUL {
-                (1..pass.answered).for_each(|_| self.channel.notify());
+                (1..pass.answered).for_each(|_| self.guest.notify());
             }
             self.vbd.totals().add(&published, engine.stats());
             published = *engine.stats();
@@ -426,7 +456,7 @@ impl<M: Queues> Serving<'_, M> {
     /// One pass, or several of which the last one answers all.
     fn serving_pass<G: Grants, B: Backend>(
         &self,
-        engine: &mut Engine<'_, RingMap, G, B>,
+        engine: &mut Engine<'_, &Held, G, B>,
         batcher: &mut Batcher,
     ) -> Pass {
         let parker = &self.control.parker;
@@ -465,7 +495,7 @@ impl<M: Queues> Serving<'_, M> {
         &self,
         command: Command,
         pass: &Pass,
-        engine: &mut Engine<'_, RingMap, G, B>,
+        engine: &mut Engine<'_, &Held, G, B>,
         pollers: &mut Pollers,
     ) -> bool {
         if pass.again || self.control.command() != command {
@@ -487,12 +517,12 @@ impl<M: Queues> Serving<'_, M> {
         if broken {
             return;
         }
-        if let Some(pending) = self.channel.take_pending() {
-            pending.end(if *active {
-                Activity::Real
-            } else {
-                Activity::Spurious
-            });
+        let activity = if *active {
+            Activity::Real
+        } else {
+            Activity::Spurious
+        };
+        if self.guest.end_event(activity) {
             *active = false;
         }
     }
@@ -500,7 +530,7 @@ impl<M: Queues> Serving<'_, M> {
     /// Follows a change of the disk's size.
     fn limits_changed<G: Grants, B: Backend>(
         &self,
-        engine: &mut Engine<'_, RingMap, G, B>,
+        engine: &mut Engine<'_, &Held, G, B>,
         known: u64,
     ) -> u64 {
         let sectors = self.medium.sectors();

@@ -177,6 +177,9 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     }
 
     fn one_pass(&mut self, hold: bool, take: impl FnOnce(&mut Self) -> u32) -> Pass {
+        if self.ring.is_gone() {
+            return Pass::default();
+        }
         self.stats.passes = self.stats.passes.wrapping_add(1);
         self.collect();
         let mut answered = if hold { 0 } else { self.answer() };
@@ -184,6 +187,10 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         self.fetch();
         self.bring_in();
         self.submit();
+        if self.ring.is_gone() {
+            // While I/O was started: by now the guest may be another one of the same number.
+            return Pass::default();
+        }
         // What completed at once is answered at once.
         self.collect();
         let now = if hold { 0 } else { self.answer() };

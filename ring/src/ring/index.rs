@@ -43,6 +43,34 @@ pub enum RingError {
     BadSize,
 }
 
+impl<R> BackRing<R> {
+    /// The same ring, reached in another way, and the way in which it was reached before.
+    pub fn replace<S>(self, shared: S) -> (BackRing<S>, R) {
+        let Self {
+            shared: before,
+            size,
+            req_cons,
+            rsp_prod,
+            published,
+            broken,
+        } = self;
+        let ring = BackRing {
+            shared,
+            size,
+            req_cons,
+            rsp_prod,
+            published,
+            broken,
+        };
+        (ring, before)
+    }
+
+    /// Number of slots.
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+}
+
 impl<R: SharedRing> BackRing<R> {
     /// Attaches to a ring at the state in which the shared page is (`BACK_RING_ATTACH`).
     ///
@@ -68,9 +96,9 @@ impl<R: SharedRing> BackRing<R> {
         })
     }
 
-    /// Number of slots.
-    pub fn size(&self) -> u32 {
-        self.size
+    /// True once the ring was given back; nothing may be asked of it then.
+    pub fn is_gone(&self) -> bool {
+        self.shared.is_gone()
     }
 
     /// True once the frontend's index ran ahead of the ring; it is never served again.

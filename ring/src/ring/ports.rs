@@ -12,6 +12,12 @@ use crate::ring::abi::MAX_SLOT_SIZE;
 /// Every method is one access to shared memory. The peer may change any word at any time, so
 /// nothing read here is trusted and nothing is read twice.
 pub trait SharedRing {
+    /// True once the ring was given back: nothing more may be done with its guest. It can be while
+    /// the backend starts I/O, because that may sleep for as long as a device hangs.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
     /// Reads `req_prod` and orders all later reads after it (`virt_rmb` after the load).
     ///
     /// Pairs with the frontend's write barrier between its slots and `req_prod`

@@ -419,6 +419,7 @@ impl Backend for FakeDisk {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         let mut m = self.machine.borrow_mut();
         m.disk.batches += 1;
+        m.gone |= m.goes_in_submit;
         for io in batch {
             let running = m.accept(&io);
             if m.disk.again == Some(io.tag) {

@@ -243,6 +243,7 @@ impl Grants for FakeGrants {
     fn run_copies(&mut self, mut failed: impl FnMut(Tag)) {
         let shared = self.machine.clone();
         let mut m = shared.borrow_mut();
+        m.accesses.copies += 1;
         for copy in std::mem::take(&mut self.copies) {
             if !self.copy(&mut m, &copy) {
                 failed(copy.tag);

@@ -193,6 +193,10 @@ pub struct Machine {
     pub history: History,
     /// The guest destroyed its own ring: only leaks are checked from now on.
     pub hosed: bool,
+    /// The ring is given back while the next batch of I/O is started.
+    pub goes_in_submit: bool,
+    /// The ring was given back.
+    pub gone: bool,
     /// The queue is being closed: a discard may end early.
     pub closing: bool,
     /// Requests that a random frontend has yet to make.
@@ -225,6 +229,8 @@ impl Machine {
             taken: 0,
             rewrite_req_prod: None,
             hosed: false,
+            goes_in_submit: false,
+            gone: false,
             closing: false,
             plan: 0,
             event: false,

@@ -70,6 +70,8 @@ pub struct Accesses {
     pub slots: u64,
     /// Times responses were published.
     pub published: u64,
+    /// Batches of copies from and to the guest's pages.
+    pub copies: u64,
 }
 
 /// The engine's port to the ring.
@@ -90,6 +92,10 @@ impl FakeRing {
 }
 
 impl SharedRing for FakeRing {
+    fn is_gone(&self) -> bool {
+        self.machine.borrow().gone
+    }
+
     fn load_req_prod(&self) -> u32 {
         let mut m = self.machine.borrow_mut();
         m.race();

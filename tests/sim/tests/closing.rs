@@ -103,3 +103,33 @@ fn h45_a_guest_that_is_gone_leaves_nothing_behind() {
         }
     }
 }
+
+#[test]
+fn a_ring_that_goes_while_io_is_started_is_not_used_again() {
+    for copy_max_segments in [0, u16::MAX] {
+        let setup = Setup {
+            copy_max_segments,
+            map_pages: 64,
+            // Everything completes before the backend returns, and waits to be answered.
+            synchronous: 100,
+            ..Setup::default()
+        };
+        let mut storage = Storage::new(&setup);
+        let mut world = World::new(&mut storage, setup, 1);
+        world.send(&[Spec::pages(OP_READ, 0, 2), Spec::pages(OP_WRITE, 64, 2)]);
+        world.machine.borrow_mut().goes_in_submit = true;
+        let pass = world.pass();
+        assert!(!pass.notify && !pass.again, "{pass:?}");
+        let before = world.machine.borrow().accesses;
+        assert_eq!(before.published, 0, "answers in a ring that is gone");
+        // The data of the write, before it was started; none of the read.
+        assert_eq!(before.copies, u64::from(copy_max_segments > 0));
+        for _ in 0..3 {
+            let _pass = world.engine.pass();
+            let _pass = world.engine.drain_pass();
+        }
+        assert_eq!(world.machine.borrow().accesses, before);
+        let problems = world.abandon();
+        assert!(problems.is_empty(), "{problems:#?}");
+    }
+}

@@ -15,6 +15,7 @@ pub(crate) mod device;
 pub(crate) mod driver;
 pub(crate) mod evtchn;
 pub(crate) mod grant;
+pub(crate) mod guest_side;
 pub(crate) mod kthread;
 pub(crate) mod module;
 pub(crate) mod pages;

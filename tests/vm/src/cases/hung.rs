@@ -53,6 +53,13 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .no_leaks(),
         Case::new(
+            "hung.no_tags",
+            "a guest is destroyed while its queues sleep in the block layer for want of tags",
+            Nothing,
+            no_tags,
+        )
+        .no_leaks(),
+        Case::new(
             "hung.write_back",
             "a disk is attached whose dirty pages in dom0 cannot be written, and unbound before they can",
             Nothing,
@@ -220,6 +227,48 @@ fn rebind_verified(context: &mut Context) -> Result<()> {
         compare(guest, "xvda", &disk.path(), 8)?;
     }
     context.pv()?.detach(&vbd)
+}
+
+/// A loop device over `below`, with so few requests in flight that a queue soon waits for one of them.
+fn narrow_loop(context: &mut Context, below: &str) -> Result<String> {
+    sh::modprobe("loop", &[])?;
+    let loops = ["losetup", "--find", "--show", "--direct-io=on", below];
+    let path = sh::run(&loops)?.trim().to_owned();
+    let theirs = path.clone();
+    context.at_end(format!("remove {path}"), move || {
+        sh::run(&["losetup", "--detach", &theirs]).map(drop)
+    });
+    let name = path.trim_start_matches("/dev/");
+    sh::put(format!("/sys/block/{name}/queue/scheduler"), "none")?;
+    sh::put(format!("/sys/block/{name}/queue/nr_requests"), "4")?;
+    Ok(path)
+}
+
+/// Waits until a queue of a disk sleeps in the block layer because it gets no tag.
+fn wait_for_sleeper(vbd: &Vbd) -> Result<()> {
+    let domain = vbd.backend.split('/').nth_back(1).unwrap_or_default();
+    let thread = format!("{domain}.{}-", vbd.vdev);
+    let line = format!("for t in $(pgrep '^{thread}'); do cat /proc/$t/stack; done");
+    sh::wait_for("a queue without a tag", Duration::from_secs(60), || {
+        Ok(sh::shell(&line)?.contains("blk_mq_get_tag"))
+    })
+}
+
+fn no_tags(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let disk = hangable(context)?;
+    let path = narrow_loop(context, &disk.path())?;
+    let guest = own_guest(2, vec![hotplug::disk(&path, "xvda", "w")?])?;
+    let vbd = Vbd::of(guest.domid, "xvda")?;
+    guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    disk.suspend()?;
+    wait_for_sleeper(&vbd)?;
+    // Ends when the hypervisor has let go of the domain: not as long as anything of it is mapped.
+    guest.destroy()?;
+    host_is_well(context, "a guest was destroyed whose queue sleeps")?;
+    disk.resume()?;
+    vbd.wait_gone()
 }
 
 fn write_back(context: &mut Context) -> Result<()> {

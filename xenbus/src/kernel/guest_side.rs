@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What a queue holds of its guest: event channel and mapped ring, and how they are given back
+//! while the queue's thread is stuck in the block layer.
+//!
+//! The thread alone uses them, without a lock. While it is in the block layer, where it may sleep for
+//! as long as a device hangs, it does not use them: it puts them aside ([`Held::away`]), and whoever
+//! wants them given back may do that then ([`Taker::take`]). If the thread is not away, it does
+//! so itself before it goes away again, or as soon as it has seen its command.
+
+use super::evtchn::{Activity, EventChannel};
+use super::ring_map::RingMap;
+use crate::ring::abi::MAX_SLOT_SIZE;
+use crate::ring::ports::SharedRing;
+use core::cell::{Cell, UnsafeCell};
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
+use kernel::sync::Arc;
+
+/// The owner is away.
+const AWAY: u32 = 1;
+/// Somebody wants it given back.
+const WANTED: u32 = 2;
+
+struct GuestSide {
+    // The order matters: no event may come for a ring that is unmapped.
+    channel: EventChannel,
+    ring: RingMap,
+}
+
+/// # Invariants
+///
+/// `side` belongs to the owner, but for one case: to who sets `WANTED` while `AWAY` is set it belongs
+/// from then on. The owner alone changes `AWAY`, and only while `WANTED` is not set.
+struct Shared {
+    state: Atomic<u32>,
+    side: UnsafeCell<Option<GuestSide>>,
+}
+
+// SAFETY: By the type invariant `side` is used by one thread at a time, and both of its parts may be
+// used and dropped on any thread.
+unsafe impl Send for Shared {}
+// SAFETY: As above.
+unsafe impl Sync for Shared {}
+
+/// The owner's end: one thread has it. Dropping it gives everything back.
+pub(crate) struct Held {
+    shared: Arc<Shared>,
+    /// Nothing is ours any more. (A cell also keeps references to this on one thread.)
+    gone: Cell<bool>,
+    /// Further in on this thread's stack everything is put aside.
+    away: Cell<bool>,
+}
+
+/// The other end.
+pub(crate) struct Taker(Arc<Shared>);
+
+impl Held {
+    /// Both ends of a guest's side. May sleep.
+    pub(crate) fn new(channel: EventChannel, ring: RingMap) -> Result<(Self, Taker)> {
+        let shared = Arc::new(
+            Shared {
+                state: Atomic::new(0),
+                side: UnsafeCell::new(Some(GuestSide { channel, ring })),
+            },
+            GFP_KERNEL,
+        )?;
+        let taker = Taker(shared.clone());
+        let held = Self {
+            shared,
+            gone: Cell::new(false),
+            away: Cell::new(false),
+        };
+        Ok((held, taker))
+    }
+
+    /// Runs `body` with the guest's side; `body` is one of those below, which do nothing else.
+    #[inline]
+    fn with<R>(&self, body: impl FnOnce(&GuestSide) -> R) -> Option<R> {
+        if self.gone.get() || self.away.get() {
+            return None;
+        }
+        // SAFETY: The owner is not away, so by the type invariant the side is ours. All references
+        // to `self` are on one thread, and `body` does not go away.
+        unsafe { (*self.shared.side.get()).as_ref() }.map(body)
+    }
+
+    /// Runs `body`, which may sleep long and must not need the guest. Afterwards everything may be gone.
+    pub(crate) fn away<R>(&self, body: impl FnOnce() -> R) -> R {
+        if self.gone.get() || self.away.get() {
+            return body();
+        }
+        if self.shared.state.cmpxchg(0, AWAY, Full).is_err() {
+            // It is wanted, and nobody but us is left to give it back.
+            self.let_go();
+            return body();
+        }
+        self.away.set(true);
+        let result = body();
+        self.away.set(false);
+        if self.shared.state.cmpxchg(AWAY, 0, Full).is_err() {
+            // INVARIANT: Whoever set `WANTED` meanwhile has taken it.
+            self.gone.set(true);
+        }
+        result
+    }
+
+    /// Gives everything back, if that has not been done. Waits for a running interrupt handler.
+    pub(crate) fn let_go(&self) {
+        if self.away.get() || self.gone.replace(true) {
+            return;
+        }
+        // SAFETY: It was not gone and we are not away, so by the type invariant the side is ours, on
+        // this thread alone, and nothing borrows it now.
+        drop(unsafe { (*self.shared.side.get()).take() });
+    }
+
+    /// Sends an event to the frontend.
+    pub(crate) fn notify(&self) {
+        self.with(|side| side.channel.notify());
+    }
+
+    /// Ends the event that came, if one did; says whether.
+    pub(crate) fn end_event(&self, activity: Activity) -> bool {
+        let ended = self.with(|side| match side.channel.take_pending() {
+            Some(pending) => {
+                pending.end(activity);
+                true
+            }
+            None => false,
+        });
+        ended == Some(true)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
+impl Taker {
+    /// Gives everything back if the owner is away, which is when this returns `true`. Otherwise the
+    /// owner does that, at the latest before it goes away. To be called once the owner has been
+    /// told to let go. Waits for a running interrupt handler, and for nothing else.
+    pub(crate) fn take(&self) -> bool {
+        if !self.want() {
+            return false;
+        }
+        // SAFETY: We are the one who has set `WANTED` while the owner was away: by the type invariant
+        // the side belongs to us.
+        drop(unsafe { (*self.0.side.get()).take() });
+        true
+    }
+
+    /// Sets `WANTED`; true if we are the one to do so, and the owner is away.
+    fn want(&self) -> bool {
+        let mut now = self.0.state.load(Relaxed);
+        while now & WANTED == 0 {
+            // It fails only if the owner goes away or comes back just now.
+            match self.0.state.cmpxchg(now, now | WANTED, Full) {
+                Ok(before) => return before == AWAY,
+                Err(other) => now = other,
+            }
+        }
+        false
+    }
+}
+
+/// What is read of a ring that is gone is nothing; what is written goes nowhere.
+impl SharedRing for &Held {
+    fn is_gone(&self) -> bool {
+        self.gone.get()
+    }
+
+    fn load_req_prod(&self) -> u32 {
+        self.with(|side| side.ring.load_req_prod()).unwrap_or(0)
+    }
+
+    fn peek_req_prod(&self) -> u32 {
+        self.with(|side| side.ring.peek_req_prod()).unwrap_or(0)
+    }
+
+    fn load_rsp_prod(&self) -> u32 {
+        self.with(|side| side.ring.load_rsp_prod()).unwrap_or(0)
+    }
+
+    fn load_rsp_event(&self) -> u32 {
+        self.with(|side| side.ring.load_rsp_event()).unwrap_or(0)
+    }
+
+    fn store_req_event(&self, value: u32) {
+        self.with(|side| side.ring.store_req_event(value));
+    }
+
+    fn store_rsp_prod(&self, value: u32) {
+        self.with(|side| side.ring.store_rsp_prod(value));
+    }
+
+    fn full_barrier(&self) {
+        self.with(|side| side.ring.full_barrier());
+    }
+
+    fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {
+        self.with(|side| side.ring.copy_slot(index, slot));
+    }
+
+    fn write_response(&self, index: u32, words: [u32; 4]) {
+        self.with(|side| side.ring.write_response(index, words));
+    }
+}
