@@ -21,8 +21,21 @@ const STATE: &str = "xl vcpu-list; tail -n 5 /var/log/xen/guest-bench.log; \
      grep -E 'blk|xencons|evtchn' /proc/interrupts; xenstore-ls /local/domain/0/backend/vbd | grep -E 'state|dev ='; \
      head /sys/bus/xen-backend/devices/vbd-*/statistics/*_req";
 
+/// What a guest is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// With hardware help, not paravirtualised.
+    pub(crate) pvh: bool,
+    /// A disk of qdisk that nobody uses.
+    pub(crate) idle_qdisk: bool,
+    /// How many processors, and the number of the first one.
+    pub(crate) processors: u32,
+    pub(crate) first: u32,
+}
+
 /// A running guest.
 pub(crate) struct Guest {
+    shape: Shape,
     domid: String,
     tty: File,
     lines: Receiver<String>,
@@ -30,20 +43,18 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Starts the guest, on the processors from number `first` on.
-    pub(crate) fn create(idle_qdisk: bool, processors: u32, first: u32) -> Result<Guest> {
-        Guest::start(idle_qdisk, processors, first).with_context(|| {
-            let logs = "tail -n 12 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
-                        /var/log/xen/xl-bench.log /tmp/bench.err 2>&1 || true";
-            let said = sh::shell(logs).unwrap_or_else(|error| format!("{error:#}"));
-            format!("the guest does not start; the logs say: {said}")
-        })
+    /// Starts the guest.
+    pub(crate) fn create(shape: Shape) -> Result<Guest> {
+        Guest::start(shape)
+            .with_context(|| format!("the guest does not start; the logs say: {}", logs()))
     }
 
-    fn start(idle_qdisk: bool, processors: u32, first: u32) -> Result<Guest> {
+    fn start(shape: Shape) -> Result<Guest> {
+        let (processors, first) = (shape.processors, shape.first);
+        let kind = if shape.pvh { "pvh" } else { "pv" };
         std::fs::create_dir_all(DIR)?;
         File::create(IDLE)?.set_len(1 << 20)?;
-        let disk = if idle_qdisk {
+        let disk = if shape.idle_qdisk {
             format!("'format=raw,backendtype=qdisk,vdev=xvdzz,access=rw,target={IDLE}'")
         } else {
             String::new()
@@ -52,7 +63,7 @@ impl Guest {
             .map(|index| (first + index).to_string())
             .collect();
         let config = format!(
-            "name = '{NAME}'\ntype = 'pv'\nkernel = '/t/guest/vmlinuz'\nramdisk = '/t/guest/guest.cpio.gz'\n\
+            "name = '{NAME}'\ntype = '{kind}'\nkernel = '/t/guest/vmlinuz'\nramdisk = '/t/guest/guest.cpio.gz'\n\
              memory = 448\nvcpus = {processors}\ncpus = {places:?}\ntsc_mode = 'native'\nextra = 'console=hvc0 earlyprintk=xen loglevel=4 panic=1'\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\nvif = []\ndisk = [{disk}]\n"
         );
@@ -75,6 +86,7 @@ impl Guest {
             .with_context(|| format!("cannot open the guest's console {tty}"))?;
         let lines = listen(tty.try_clone()?);
         let mut guest = Guest {
+            shape,
             domid,
             tty,
             lines,
@@ -141,7 +153,9 @@ impl Guest {
         self.run(
             "n=0; while [ ! -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done",
         )
-        .context("the disk did not appear in the guest")?;
+        .with_context(|| {
+            format!("the disk did not appear in the guest; the logs say: {}", logs())
+        })?;
         sh::run(&["udevadm", "settle"]).map(drop)
     }
 
@@ -172,11 +186,23 @@ impl Guest {
         sh::run(&["udevadm", "settle"]).map(drop)
     }
 
+    /// What it is made of.
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
     /// Ends the guest.
-    pub(crate) fn destroy(self) -> Result<()> {
+    pub(crate) fn destroy(&self) -> Result<()> {
         sh::run(&["xl", "destroy", &self.domid])?;
         sh::run(&["udevadm", "settle"]).map(drop)
     }
+}
+
+/// The ends of what others have said about the guest.
+fn logs() -> String {
+    let line = "tail -n 12 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
+                /var/log/xen/xl-bench.log /tmp/bench.err 2>&1 || true";
+    sh::shell(line).unwrap_or_else(|error| format!("{error:#}"))
 }
 
 /// The lines of the console, as they come.

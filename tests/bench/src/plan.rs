@@ -12,7 +12,7 @@ pub(crate) struct Plan {
     pub(crate) quick: bool,
     /// Names of backends; all when empty.
     pub(crate) backends: Vec<String>,
-    /// Names of jobs; all when empty.
+    /// Names of jobs, `BACKEND:JOB` for one that is not for all; all when empty.
     pub(crate) jobs: Vec<String>,
     /// How often; a default when absent.
     pub(crate) rounds: Option<u32>,
@@ -34,11 +34,29 @@ impl Plan {
         let all = jobs::ALL
             .iter()
             .map(|entry| (entry.name, entry.set, *entry));
-        select("job", all.collect(), &self.jobs, self.quick)
+        let names = self.jobs.iter().map(|name| cell(name).1.to_owned());
+        select("job", all.collect(), &names.collect::<Vec<_>>(), self.quick)
+    }
+
+    /// The job is to be measured on this backend.
+    pub(crate) fn wants(&self, backend: &Backend, job: &Job) -> bool {
+        let here = |name: &String| {
+            let (only, name) = cell(name);
+            name == job.name && only.is_none_or(|only| only == backend.name)
+        };
+        self.jobs.is_empty() || self.jobs.iter().any(here)
     }
 
     pub(crate) fn rounds(&self) -> u32 {
         self.rounds.unwrap_or(if self.quick { 1 } else { 2 }).max(1)
+    }
+}
+
+/// What a name of a job says: the one backend that it is for, and the job.
+fn cell(name: &str) -> (Option<&str>, &str) {
+    match name.split_once(':') {
+        Some((backend, job)) => (Some(backend), job),
+        None => (None, name),
     }
 }
 
@@ -70,7 +88,28 @@ fn select<T>(
 
 #[cfg(test)]
 mod tests {
-    use super::{select, Set};
+    use super::{backends, jobs, select, Plan, Set};
+
+    #[test]
+    fn jobs_can_be_for_one_backend() {
+        let plan = Plan {
+            quick: true,
+            backends: Vec::new(),
+            jobs: vec!["c:rr4k-qd1".into(), "rr4k-qd32".into()],
+            rounds: None,
+            module: String::new(),
+            functions: false,
+        };
+        let wants = |backend: &str, job: &str| {
+            let backend = backends::ALL.iter().find(|entry| entry.name == backend);
+            let job = jobs::ALL.iter().find(|entry| entry.name == job);
+            plan.wants(backend.unwrap(), job.unwrap())
+        };
+        assert!(wants("c", "rr4k-qd1") && wants("c", "rr4k-qd32"));
+        assert!(wants("phy", "rr4k-qd32") && !wants("phy", "rr4k-qd1"));
+        assert!(!wants("c", "r1m-qd4"));
+        assert_eq!(plan.jobs().unwrap().len(), 2);
+    }
 
     #[test]
     fn names_choose_and_unknown_names_are_refused() {

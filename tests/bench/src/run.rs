@@ -3,7 +3,7 @@
 
 use crate::backends::{Backend, Driver, Store, Way};
 use crate::disks::{Drivers, Stores};
-use crate::guest::Guest;
+use crate::guest::{Guest, Shape};
 use crate::jobs::{Job, Setting, Work};
 use crate::many::Disks;
 use crate::mark::Marks;
@@ -20,7 +20,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The version of the lines that are reported.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// The processor of dom0 that only some settings use; a machine for the others does not have it.
 const SECOND_PROCESSOR: &str = "/sys/devices/system/cpu/cpu1/online";
 
@@ -48,10 +48,12 @@ pub(crate) fn run(plan: &Plan) -> Result<()> {
 
 fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
     let (backends, jobs) = (plan.backends()?, plan.jobs()?);
+    let versions = versions()?;
     let backend = |entry: &Backend| json!({"name": entry.name, "title": entry.title});
     let job = |entry: &Job| json!({"name": entry.name, "title": entry.title, "unit": entry.unit()});
     report.line(&json!({
         "format": FORMAT,
+        "versions": versions,
         "rounds": plan.rounds(),
         "dom0_processors": dom0_processors(),
         "backends": backends.iter().map(backend).collect::<Vec<_>>(),
@@ -73,15 +75,24 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
             if dom0_processors() > 1 {
                 sh::put(SECOND_PROCESSOR, if processors > 1 { "1" } else { "0" })?;
             }
-            let qdisk = backends.iter().any(|entry| entry.name == "qdisk");
+            let place = if first.setting == Setting::Shared {
+                0
+            } else {
+                dom0_processors()
+            };
+            let qdisk = backends.iter().any(|entry| entry.name.starts_with("qdisk"));
             let mut bench = Bench {
                 stores: &stores,
                 drivers: &mut drivers,
-                guest: Guest::create(qdisk, processors, dom0_processors())?,
+                guest: Guest::create(Shape {
+                    pvh: false,
+                    idle_qdisk: qdisk,
+                    processors,
+                    first: place,
+                })?,
                 marks: &mut marks,
                 report: &mut *report,
-                functions: plan.functions,
-                quick: plan.quick,
+                plan,
                 shorts: BTreeMap::new(),
             };
             let done = bench.rounds(plan.rounds(), &backends, &jobs);
@@ -98,9 +109,21 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// What is measured with what. QEMU's version and the driver's are known outside.
+fn versions() -> Result<BTreeMap<&'static str, String>> {
+    let asked = [
+        ("kernel of dom0 and guest", "uname -r -v"),
+        ("Xen", "xl info xen_version"),
+        ("fio", "fio --version"),
+    ];
+    let answer = |(what, line)| Ok((what, sh::shell(line)?.trim().to_owned()));
+    asked.into_iter().map(answer).collect()
+}
+
 /// Jobs that are measured one after the other with a guest of their own, the most important first.
-const PARTS: [fn(&Job) -> bool; 5] = [
+const PARTS: [fn(&Job) -> bool; 6] = [
     |job| job.setting == Setting::Plain && !matches!(job.work, Work::Bonnie | Work::Death),
+    |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
     |job| job.work == Work::Death,
@@ -144,14 +167,14 @@ struct Bench<'a> {
     guest: Guest,
     marks: &'a mut Marks,
     report: &'a mut Report,
-    functions: bool,
-    quick: bool,
+    plan: &'a Plan,
     /// The short runs of a visit, by job: those that follow on the same backend take them over.
     shorts: BTreeMap<&'static str, Value>,
 }
 
 impl Bench<'_> {
     fn rounds(&mut self, rounds: u32, backends: &[Backend], jobs: &[Job]) -> Result<()> {
+        let mut failures = Vec::new();
         for round in 0..rounds {
             let mut order = backends.to_vec();
             // What a backend leaves behind must not always meet the same other one.
@@ -159,10 +182,19 @@ impl Bench<'_> {
                 order.reverse();
             }
             for backend in order {
-                self.one(&backend, jobs, round)
-                    .with_context(|| format!("cannot measure `{}`", backend.name))?;
+                let measured = self.one(&backend, jobs, round);
+                let measured =
+                    measured.with_context(|| format!("cannot measure `{}`", backend.name));
+                if let Err(error) = measured {
+                    eprintln!("bench: {error:#}");
+                    failures.push(format!("{error:#}"));
+                    // Whatever is left of its disks goes with the guest.
+                    self.guest.destroy()?;
+                    self.guest = Guest::create(self.guest.shape())?;
+                }
             }
         }
+        ensure!(failures.is_empty(), "{}", failures.join("; and "));
         Ok(())
     }
 
@@ -170,7 +202,7 @@ impl Bench<'_> {
     fn one(&mut self, backend: &Backend, jobs: &[Job], round: u32) -> Result<()> {
         let jobs: Vec<Job> = jobs
             .iter()
-            .filter(|job| fits(backend, job))
+            .filter(|job| fits(backend, job) && self.plan.wants(backend, job))
             .map(|job| job.on(backend))
             .collect();
         let mut settings: Vec<Setting> = jobs.iter().map(|job| job.setting).collect();
@@ -180,10 +212,11 @@ impl Bench<'_> {
             return Ok(());
         }
         self.drivers.switch(backend.driver)?;
+        self.right_guest(backend)?;
         // What dom0 still has to write to its own disk would be counted.
         sh::run(&["sync"])?;
         self.report.line(&json!({"modules": Drivers::places()?}))?;
-        if self.functions {
+        if self.plan.functions {
             self.report
                 .line(&json!({"functions": Drivers::functions()?}))?;
         }
@@ -191,10 +224,10 @@ impl Bench<'_> {
             let here = jobs.iter().filter(|job| job.setting == setting);
             let here: Vec<Job> = here.copied().collect();
             let times = |job: &Job| {
-                if self.quick {
+                if self.plan.quick {
                     1
                 } else {
-                    job.times(backend)
+                    job.times()
                 }
             };
             let most = here.iter().map(times).max().unwrap_or(0);
@@ -206,9 +239,23 @@ impl Bench<'_> {
                 let visit = Visit { round, time };
                 match setting {
                     Setting::Disks(count) => self.many(backend, &again, count, visit)?,
-                    Setting::Plain | Setting::Queues => self.plain(backend, &again, visit)?,
+                    Setting::Plain | Setting::Queues | Setting::Shared => {
+                        self.plain(backend, &again, visit)?
+                    }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Puts a guest of the other kind in place of the one that runs, where the backend is measured with
+    /// such.
+    fn right_guest(&mut self, backend: &Backend) -> Result<()> {
+        let shape = self.guest.shape();
+        let pvh = matches!(backend.way, Way::Pvh(_));
+        if pvh != shape.pvh {
+            self.guest.destroy()?;
+            self.guest = Guest::create(Shape { pvh, ..shape })?;
         }
         Ok(())
     }
@@ -219,7 +266,7 @@ impl Bench<'_> {
         let (device, supervisor) = self.attach(backend, &store)?;
         for job in jobs {
             let mut place = match backend.way {
-                Way::Guest(_) | Way::Tap(..) => Place::Guest(&mut self.guest),
+                Way::Guest(_) | Way::Pvh(_) | Way::Tap(..) => Place::Guest(&mut self.guest),
                 Way::Native => Place::Dom0,
             };
             let devices = [device.clone()];
@@ -251,7 +298,7 @@ impl Bench<'_> {
     fn attach(&mut self, backend: &Backend, store: &str) -> Result<(String, Option<Supervisor>)> {
         let mut supervisor = None;
         let disk = match backend.way {
-            Way::Guest(disk) => disk.replace("{}", store),
+            Way::Guest(disk) | Way::Pvh(disk) => disk.replace("{}", store),
             Way::Tap(target, engine) => {
                 supervisor = Some(Supervisor::start(engine)?);
                 tap::disk(&target.replace("{}", store))
@@ -333,6 +380,7 @@ impl Bench<'_> {
         sample.insert("round".into(), json!(visit.round));
         sample.insert("backend".into(), json!(backend.name));
         sample.insert("job".into(), json!(job.name));
+        sample.insert("shared".into(), json!(job.setting == Setting::Shared));
         self.report.line(&json!({ "sample": sample }))
     }
 
@@ -359,6 +407,8 @@ fn fits(backend: &Backend, job: &Job) -> bool {
     match (job.setting, job.work) {
         (_, Work::Death) => matches!(backend.way, Way::Tap("aio:{}", _)),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
+        // What shares a processor there is dom0 with a guest.
+        (Setting::Shared, _) => memory && backend.way != Way::Native,
         (Setting::Plain, _) => true,
         (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,
     }

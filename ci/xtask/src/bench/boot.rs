@@ -11,6 +11,7 @@ use crate::{build, install, payload, run as process};
 use anyhow::{ensure, Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Boots the machine and collects.
@@ -54,7 +55,28 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
         .with_context(|| format!("QEMU's plugin wrote no {}", counts.display()))?;
     let mut results = collector.results(&counts::parse(&text)?)?;
     results.quick = args.quick;
+    results.versions.extend(versions(args, &machines)?);
     Ok(results)
+}
+
+/// The versions of what is not in the machine but around it, and of what goes in.
+fn versions(args: &Args, machines: &Machines) -> Result<[(String, String); 2]> {
+    let mut qemu = Root::new(&machines.build_root).command("qemu-system-x86_64");
+    let qemu = process::output(qemu.arg("--version"))?;
+    let first = qemu.lines().next().unwrap_or_default();
+    let driver = match &args.module {
+        Some(module) => module.display().to_string(),
+        None => {
+            let mut git = Command::new("git");
+            git.arg("-C").arg(build::repository()?);
+            let commit = git.args(["describe", "--always", "--dirty", "--abbrev=12"]);
+            process::output(commit)?.trim().to_string()
+        }
+    };
+    Ok([
+        ("QEMU".into(), first.into()),
+        ("this driver".into(), driver),
+    ])
 }
 
 /// The payload: our module, the program that measures, and a guest.

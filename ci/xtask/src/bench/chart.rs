@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as a picture: for each job the speed of each backend, and what an I/O costs where.
 
-use super::counts::PLACES;
+use super::counts::{Whose, PLACES, TOTAL};
 use super::result::{Named, Results, Row, CONTROL, IO, OURS};
 use std::fmt::Write;
 
@@ -13,10 +13,6 @@ const SECOND: u32 = 770;
 const LINE: u32 = 22;
 const HEAD: u32 = 34;
 const TOP: u32 = 118;
-/// One colour for each place.
-const COLOURS: [&str; 7] = [
-    "#4e5d78", "#2a9d8f", "#e76f51", "#f4a261", "#e9c46a", "#a8b5c8", "#d6dbe4",
-];
 pub(super) const OURS_COLOUR: &str = "#d1495b";
 const OTHER_COLOUR: &str = "#8d99ae";
 
@@ -80,13 +76,15 @@ fn legend(svg: &mut String) {
     let mut x = 24;
     text(svg, (x, 82), "12", "#444", "Where instructions are spent:");
     x += 190;
-    for (place, colour) in PLACES.iter().zip(COLOURS) {
+    for place in PLACES.iter().filter(|place| place.whose != Whose::Both) {
+        let words = place.head;
         let _ = writeln!(
             svg,
-            "<rect x=\"{x}\" y=\"72\" width=\"11\" height=\"11\" fill=\"{colour}\"/>"
+            "<rect x=\"{x}\" y=\"72\" width=\"11\" height=\"11\" fill=\"{}\"><title>{}</title></rect>",
+            place.colour, place.name
         );
-        text(svg, (x + 16, 82), "12", "#444", place);
-        x += 44 + 6 * u32::try_from(place.len()).unwrap_or(0);
+        text(svg, (x + 16, 82), "12", "#444", words);
+        x += 24 + 7 * u32::try_from(words.len()).unwrap_or(0);
     }
     let speed = "per second (more is better)";
     text(svg, (LABELS, 110), "13", "#222", speed);
@@ -158,14 +156,15 @@ fn whisker(svg: &mut String, y: u32, low: f64, high: f64) {
 fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
     let mut x = f64::from(SECOND);
     let end = f64::from(SECOND + BARS);
-    for (place, colour) in PLACES.iter().zip(COLOURS) {
+    for place in PLACES {
+        let (name, colour) = (place.name, place.colour);
         let value = row
             .instructions
-            .get(*place)
+            .get(name)
             .map_or(0.0, |figure| figure.median.max(0.0));
         let width = (value / dearest * f64::from(BARS)).min(end - x);
         if width >= 0.3 {
-            let _ = writeln!(svg, "<rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"16\" fill=\"{colour}\"><title>{place}: {value:.0}</title></rect>");
+            let _ = writeln!(svg, "<rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"16\" fill=\"{colour}\"><title>{name}: {value:.0}</title></rect>");
         }
         x += width;
     }
@@ -180,7 +179,7 @@ fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
 
 fn total(row: &Row) -> f64 {
     row.instructions
-        .get("total")
+        .get(TOTAL)
         .map_or(0.0, |figure| figure.median)
 }
 

@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// The version of the lines that this file understands.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 #[derive(Debug, Deserialize)]
 struct Plan {
     format: u32,
+    versions: BTreeMap<String, String>,
     rounds: u32,
     dom0_processors: u32,
     backends: Vec<Named>,
@@ -43,6 +44,8 @@ struct Sample {
     backend: String,
     job: String,
     round: u32,
+    /// dom0 and the guest had one processor.
+    shared: bool,
     /// What is taken off the other one: the same without most or all of its I/Os.
     short: Option<Run>,
     long: Run,
@@ -151,6 +154,7 @@ impl Collector {
             version: VERSION,
             quick: false,
             failed,
+            versions: plan.versions,
             rounds: plan.rounds,
             backends: plan.backends,
             jobs: plan.jobs,
@@ -218,10 +222,14 @@ fn row(
     let mut functions: BTreeMap<String, f64> = BTreeMap::new();
     for (sample, there) in samples {
         let round = sample.round;
-        let between = |first: &Counters, last: &Counters| counts::between(first, last, there);
-        let mut places = each(sample, marks, between)?;
-        places.insert("total".into(), places.values().sum());
-        for (name, value) in places {
+        let between =
+            |first: &Counters, last: &Counters| counts::between(first, last, there, sample.shared);
+        let places = each(sample, marks, between)?;
+        for (name, value) in counts::copied(&places) {
+            per_io.add(&name, round, value);
+        }
+        let sums = counts::sums(&places);
+        for (name, value) in places.into_iter().chain(sums) {
             instructions.add(&name, round, value);
         }
         let between =
@@ -313,8 +321,8 @@ fn more_ios(sample: &Sample) -> f64 {
 mod tests {
     use super::*;
 
-    const PLAN: &str = r#"{"format":3,"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
-    const SAMPLE: &str = r#"{"sample":{"backend":"phy","job":"j","round":0,
+    const PLAN: &str = r#"{"format":4,"versions":{"fio":"1"},"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
+    const SAMPLE: &str = r#"{"sample":{"backend":"phy","job":"j","round":0,"shared":false,
         "short":{"ios":10,"marks":[0,1],"iops":1.0,"latency_us":2.0,"dom0":{"events":1,"switches":0},"guest":{"events":1,"switches":0}},
         "long":{"ios":30,"marks":[1,2],"iops":4.0,"latency_us":2.0,"dom0":{"events":11,"switches":0},"guest":{"events":1,"switches":0}}}}"#;
 
@@ -336,7 +344,7 @@ mod tests {
         let results = collector.results(&marks()).unwrap();
         let row = &results.rows[0];
         assert_eq!(row.iops.median, 4.0);
-        assert_eq!(row.instructions["Xen"].median, 10.0);
+        assert_eq!(row.instructions["Xen, dom0's processor"].median, 10.0);
         assert_eq!(row.instructions["total"].median, 10.0);
         assert_eq!(row.per_io["events to dom0"].median, 0.5);
     }
@@ -375,7 +383,7 @@ mod tests {
         let text = "mark 0\n0 xen 0\nmark 1\n0 xen 100\nmark 2\n0 xen 400\n0 ffffffffc0000010 60\n";
         let results = collector.results(&counts::parse(text).unwrap()).unwrap();
         let row = &results.rows[0];
-        assert_eq!(row.instructions["Xen"].median, 10.0);
+        assert_eq!(row.instructions["Xen, dom0's processor"].median, 10.0);
         assert_eq!(row.functions, [("a::take".to_string(), 2.0)].into());
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Two results: what changed beyond the noise.
 
+use super::counts::{DOM0, TOTAL};
 use super::result::{Figure, Results, Row, CONTROL, CONTROL_LIMIT, OURS};
 use std::fmt::Write;
 
@@ -90,13 +91,10 @@ fn changes(old: &Row, new: &Row, noise: f64) -> Vec<String> {
             }
         };
     look("IOPS", Some(&old.iops), Some(&new.iops), true);
-    let total = |row: &'_ Row| row.instructions.get("total").copied();
-    look(
-        "instructions per I/O",
-        total(old).as_ref(),
-        total(new).as_ref(),
-        false,
-    );
+    for (what, sum) in [("cost", TOTAL), ("cost on dom0's processor", DOM0)] {
+        let (old, new) = (old.instructions.get(sum), new.instructions.get(sum));
+        look(what, old, new, false);
+    }
     found
 }
 

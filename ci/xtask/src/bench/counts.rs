@@ -24,16 +24,95 @@ pub(crate) struct There {
 /// Instructions by the name that a reader sees.
 pub(crate) type Places = BTreeMap<String, f64>;
 
-/// The names of the places, in the order in which they are shown. `total` is their sum.
-pub(crate) const PLACES: [&str; 7] = [
-    "Xen",
-    "dom0 kernel",
-    "backend module",
-    "other modules",
-    "dom0 user",
-    "guest kernel",
-    "guest user",
+/// On whose processor a place is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Whose {
+    Dom0,
+    Guest,
+    /// They share one.
+    Both,
+}
+
+/// Where instructions are executed.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) name: &'static str,
+    /// The head of its column.
+    pub(crate) head: &'static str,
+    pub(crate) whose: Whose,
+    /// In pictures.
+    pub(crate) colour: &'static str,
+}
+
+const fn place(
+    name: &'static str,
+    head: &'static str,
+    whose: Whose,
+    colour: &'static str,
+) -> Place {
+    Place {
+        name,
+        head,
+        whose,
+        colour,
+    }
+}
+
+use Whose::{Both, Dom0, Guest};
+
+/// The places, in the order in which they are shown. Looking for work is the time for which dom0's kernel
+/// and its modules occupy their processor with that.
+#[rustfmt::skip]
+pub(crate) const PLACES: [Place; 15] = [
+    place("Xen, dom0's processor", "d0: Xen", Dom0, "#4e5d78"),
+    place("dom0 kernel", "kernel", Dom0, "#2a9d8f"),
+    place("backend module", "driver", Dom0, "#e76f51"),
+    place("other modules", "other m", Dom0, "#f4a261"),
+    place("dom0 user", "user", Dom0, "#e9c46a"),
+    place("copying, dom0's processor", "copying", Dom0, "#8ab17d"),
+    place(LOOKING, "looking", Dom0, "#b56576"),
+    place("Xen, guest's processor", "gu: Xen", Guest, "#8d99ae"),
+    place("guest kernel", "kernel", Guest, "#a8b5c8"),
+    place("guest user", "user", Guest, "#d6dbe4"),
+    place("copying, guest's processor", "copying", Guest, "#c5d5bd"),
+    place("Xen", "Xen", Both, "#4e5d78"),
+    place("both domains", "domains", Both, "#a8b5c8"),
+    place("copying", "copying", Both, "#8ab17d"),
+    place("looking for work", "looking", Both, "#b56576"),
 ];
+/// A place of its own: no instructions of dom0, but time of its processor.
+pub(crate) const LOOKING: &str = "looking for work, dom0's processor";
+/// The sum of all places, and that of dom0's processor.
+pub(crate) const TOTAL: &str = "total";
+pub(crate) const DOM0: &str = "dom0's processor";
+pub(crate) const GUEST: &str = "guest's processor";
+/// Bytes that were copied, by whose processor.
+pub(crate) const COPIED: &str = "bytes copied";
+/// A copy costs one instruction for so many bytes, whoever makes it: a step of `rep movsq`.
+const WORD: f64 = 8.0;
+
+/// The sums of places that make heads of their own.
+pub(crate) fn sums(places: &Places) -> Places {
+    let of = |wanted: &dyn Fn(Whose) -> bool| -> f64 {
+        let there = PLACES.iter().filter(|place| wanted(place.whose));
+        there.filter_map(|place| places.get(place.name)).sum()
+    };
+    let mut sums = Places::from([(TOTAL.to_string(), of(&|_| true))]);
+    if !places.contains_key("both domains") {
+        sums.insert(DOM0.to_string(), of(&|whose| whose == Dom0));
+        sums.insert(GUEST.to_string(), of(&|whose| whose == Guest));
+    }
+    sums
+}
+
+/// The bytes that were copied, for what a copy costs.
+pub(crate) fn copied(places: &Places) -> Places {
+    let copies = places.iter().filter_map(|(name, value)| {
+        let whose = name.strip_prefix("copying")?;
+        Some((format!("{COPIED}{whose}"), value * WORD))
+    });
+    copies.collect()
+}
 
 /// The drivers that are compared, as modules.
 const BACKENDS: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
@@ -60,21 +139,41 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Counters>> {
 }
 
 /// What was executed between two marks, by place.
-pub(crate) fn between(first: &Counters, last: &Counters, there: &There) -> Places {
-    let mut places: Places = PLACES.iter().map(|name| (name.to_string(), 0.0)).collect();
+pub(crate) fn between(first: &Counters, last: &Counters, there: &There, shared: bool) -> Places {
+    let here = |place: &&Place| (place.whose == Both) == shared;
+    let mut places: Places = PLACES
+        .iter()
+        .filter(here)
+        .map(|place| (place.name.to_string(), 0.0))
+        .collect();
     for ((processor, raw), value) in last {
         let before = first.get(&(*processor, raw.clone())).unwrap_or(&0);
-        let name = place(*processor, raw, there);
-        *places.entry(name.to_string()).or_default() += value.saturating_sub(*before) as f64;
+        let more = value.saturating_sub(*before) as f64;
+        let of_dom0 = *processor < there.dom0_processors;
+        let (name, each) = match raw.as_str() {
+            // In bytes they are counted already.
+            "copying" => continue,
+            "copied" if shared => ("copying", WORD),
+            "copied" if of_dom0 => ("copying, dom0's processor", WORD),
+            "copied" => ("copying, guest's processor", WORD),
+            "polled" if shared => ("looking for work", 1.0),
+            "polled" if of_dom0 => (LOOKING, 1.0),
+            // The guest's kernel waits for a lock: that is nobody's work.
+            "polled" => continue,
+            "xen" if shared => ("Xen", 1.0),
+            _ if shared => ("both domains", 1.0),
+            _ => (of_place(of_dom0, raw, there), 1.0),
+        };
+        *places.entry(name.to_string()).or_default() += more / each;
     }
     places
 }
 
-/// The first processors are dom0's, and the guest has the others. The hypervisor's text is
-/// shared by both and counted as one.
-fn place(processor: u32, raw: &str, there: &There) -> &'static str {
-    match (processor < there.dom0_processors, raw) {
-        (_, "xen") => "Xen",
+/// Where an address is, or what has that name.
+fn of_place(of_dom0: bool, raw: &str, there: &There) -> &'static str {
+    match (of_dom0, raw) {
+        (true, "xen") => "Xen, dom0's processor",
+        (false, "xen") => "Xen, guest's processor",
         (true, "user") => "dom0 user",
         (false, "user") => "guest user",
         (true, "kernel" | "other") => "dom0 kernel",
@@ -90,7 +189,7 @@ fn place(processor: u32, raw: &str, there: &There) -> &'static str {
 pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There) -> Places {
     let mut found = Places::new();
     for ((processor, raw), value) in last {
-        if place(*processor, raw, there) != "backend module" {
+        if of_place(*processor < there.dom0_processors, raw, there) != "backend module" {
             continue;
         }
         let Some(name) = function_of(raw, &there.functions) else {
@@ -120,11 +219,12 @@ fn module_of<'a>(page: &str, modules: &'a Modules) -> Option<&'a str> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn differences_by_place() {
-        let text = "mark 0\n0 xen 5\n2 kernel 1\nmark 1\n0 xen 15\n2 xen 2\n0 ffffffffc0002000 7\n2 kernel 4\n1 ffffffffc0009000 1\n";
-        let marks = parse(text).unwrap();
-        let there = There {
+    const TEXT: &str = "mark 0\n0 xen 5\n2 kernel 1\n0 copied 8\nmark 1\n0 xen 15\n2 xen 2\n\
+        0 ffffffffc0002000 7\n2 kernel 4\n1 ffffffffc0009000 1\n0 copied 88\n0 copying 99\n2 copied 16\n\
+        0 polled 6\n2 polled 9\n";
+
+    fn there() -> There {
+        There {
             dom0_processors: 2,
             modules: [
                 (0xffff_ffff_c000_1000, "xen_blkback".to_string()),
@@ -132,13 +232,42 @@ mod tests {
             ]
             .into(),
             functions: Modules::new(),
-        };
-        let places = between(&marks[0], &marks[1], &there);
-        assert_eq!(places["Xen"], 12.0);
-        assert_eq!(places["backend module"], 7.0);
-        assert_eq!(places["other modules"], 1.0);
-        assert_eq!(places["guest kernel"], 3.0);
-        assert_eq!(places["dom0 user"], 0.0);
+        }
+    }
+
+    #[test]
+    fn differences_by_place() {
+        let marks = parse(TEXT).unwrap();
+        let places = between(&marks[0], &marks[1], &there(), false);
+        for (place, value) in [
+            ("Xen, dom0's processor", 10.0),
+            ("Xen, guest's processor", 2.0),
+            ("backend module", 7.0),
+            ("other modules", 1.0),
+            ("guest kernel", 3.0),
+            ("dom0 user", 0.0),
+            ("copying, dom0's processor", 10.0),
+            ("copying, guest's processor", 2.0),
+            ("looking for work, dom0's processor", 6.0),
+        ] {
+            assert_eq!(places[place], value, "{place}");
+        }
+        let sums = sums(&places);
+        assert_eq!((sums[DOM0], sums[GUEST], sums[TOTAL]), (34.0, 7.0, 41.0));
+        assert_eq!(copied(&places)["bytes copied, guest's processor"], 16.0);
+    }
+
+    #[test]
+    fn domains_on_one_processor_are_one_place() {
+        let marks = parse(TEXT).unwrap();
+        let places = between(&marks[0], &marks[1], &there(), true);
+        assert_eq!((places["Xen"], places["both domains"]), (12.0, 11.0));
+        assert_eq!(
+            (places["copying"], places["looking for work"]),
+            (12.0, 15.0)
+        );
+        let sums = sums(&places);
+        assert_eq!((sums[TOTAL], sums.get(DOM0)), (50.0, None));
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod table;
 use crate::build;
 use crate::tally::Tally;
 use anyhow::{bail, Result};
-use result::{Results, OURS, WASTEFUL};
+use result::{Results, WASTEFUL};
 use std::fs;
 use std::path::PathBuf;
 
@@ -40,11 +40,10 @@ pub(crate) struct Args {
     /// Only these backends, such as phy,phy-again,c,c-plain,phy-loop,c-loop,qdisk,native.
     #[arg(long, value_name = "NAMES")]
     backends: Option<String>,
-    /// Only these jobs, such as rr4k-qd32,rr4k-qd1,r1m-qd4.
+    /// Only these jobs, such as rr4k-qd32,rr4k-qd1,r1m-qd4. qdisk:rr4k-qd1 is one for this backend only.
     #[arg(long, value_name = "NAMES")]
     jobs: Option<String>,
-    /// Measure only our driver, and fail when an I/O costs over 5 % more instructions than
-    /// tests/bench/bounds.json allows.
+    /// Measure only what has a bound in tests/bench/bounds.json, and fail when an I/O costs over 5 % more.
     #[arg(long, conflicts_with_all = ["from", "backends", "jobs"])]
     bounds: bool,
     /// How often each backend is measured (default: 2; with --quick: 1).
@@ -67,7 +66,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let old = args.against.as_deref().map(Results::read).transpose()?;
     let results = match &args.from {
         Some(file) => Results::read(file)?,
-        None if args.bounds => boot::measure(&bounded(OURS)?)?,
+        None if args.bounds => boot::measure(&bounded()?)?,
         None => boot::measure(args)?,
     };
     let text = table::table(&results);
@@ -89,8 +88,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         print!("{}", compare::compare(&old, &results));
     }
     if args.bounds {
-        println!("measured: {}", bounds::measured(&results, OURS)?);
-        let crossed = bounds::crossed(&results, OURS)?;
+        println!("measured: {}", bounds::measured(&results)?);
+        let crossed = bounds::crossed(&results)?;
         for (bound, why) in &crossed {
             println!("TOO DEAR: {bound}: {why}");
         }
@@ -110,26 +109,41 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(void.is_empty() && results.failed.is_none())
 }
 
-/// Measures these backends with the jobs that have bounds.
-fn bounded(backends: &str) -> Result<Args> {
+/// Measures what has bounds.
+fn bounded() -> Result<Args> {
+    let (backends, jobs) = bounds::wanted()?;
     Ok(Args {
-        backends: Some(backends.into()),
-        jobs: Some(bounds::jobs()?),
+        backends: Some(backends),
+        jobs: Some(jobs),
         quick: true,
         ..Args::default()
     })
 }
 
-/// The lane of the gate: our driver keeps to its bounds, and a wasteful build of it does not.
+/// The same, and a wasteful build of our driver.
+fn bounded_and_wasteful() -> Result<Args> {
+    let (backends, mut jobs) = bounds::wanted()?;
+    for job in bounds::TELLING {
+        jobs.push_str(&format!(",{WASTEFUL}:{job}"));
+    }
+    Ok(Args {
+        backends: Some(format!("{backends},{WASTEFUL}")),
+        jobs: Some(jobs),
+        quick: true,
+        ..Args::default()
+    })
+}
+
+/// The lane of the gate: the bounds are kept, and not by a wasteful build of our driver.
 pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
-    let results = boot::measure(&bounded(&format!("{OURS},{WASTEFUL}"))?)?;
+    let results = boot::measure(&bounded_and_wasteful()?)?;
     if let Some(reason) = &results.failed {
         bail!("the measuring broke off: {reason}");
     }
-    println!("measured: {}", bounds::measured(&results, OURS)?);
+    println!("measured: {}", bounds::measured(&results)?);
     let (crossed, caught) = (
-        bounds::crossed(&results, OURS)?,
-        bounds::crossed(&results, WASTEFUL)?,
+        bounds::crossed(&results)?,
+        bounds::crossed_by_waste(&results)?,
     );
     for bound in bounds::names()? {
         match crossed.get(&bound) {
@@ -137,12 +151,10 @@ pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
             Some(why) => tally.fail(&format!("bench.{bound}"), why),
         }
     }
-    for job in bounds::jobs()?.split(',') {
+    for job in bounds::TELLING {
         let name = format!("bench.{job}.wasteful-build-is-caught");
-        if caught
-            .keys()
-            .any(|bound| bound.starts_with(&format!("{job}.")))
-        {
+        let of_job = format!("{WASTEFUL}.{job}.");
+        if caught.keys().any(|bound| bound.starts_with(&of_job)) {
             tally.pass(&name);
         } else {
             let why = "a module that sleeps and notifies for each request keeps to the bounds: they are too wide";

@@ -1,74 +1,88 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as a table of Markdown, for a README.
 
-use super::result::{Results, Row, IO, OURS};
+use super::counts::{DOM0, TOTAL};
+use super::result::{Named, Results, C, IO, OURS, QDISK};
 use std::fmt::Write;
 
-/// The backends that have a column.
-const SHOWN: [(&str, &str); 5] = [
-    (OURS, "this driver"),
-    ("c", "C, persistent"),
-    ("c-plain", "C, not persistent"),
-    ("tap-aio", "tap:aio"),
-    ("qdisk", "qdisk"),
+/// What has a column under each head. Of several backends it shows what the best of them needs.
+const SHOWN: [(&[&str], &str); 7] = [
+    (&[OURS], "this driver"),
+    (&C, "C, best"),
+    (&["tap-aio"], "tap:aio"),
+    (&[QDISK[0]], "qdisk"),
+    (&[QDISK[1]], "qdisk, direct-io-safe"),
+    (&["phy-pvh"], "PVH: this driver"),
+    (&["c-pvh", "c-plain-pvh"], "PVH: C, best"),
 ];
-/// What is not the guest's own work.
-const HOST: [&str; 5] = [
-    "Xen",
-    "dom0 kernel",
-    "backend module",
-    "other modules",
-    "dom0 user",
-];
+/// The two heads.
+const HEADS: [(&str, &str); 2] = [(TOTAL, "the sum"), (DOM0, "dom0's processor")];
+/// What a disk takes of dom0's memory while nobody uses it: a figure of this job.
+const MEMORY: (&str, &str) = ("idle16", "KiB of dom0, idle");
 
-/// The table: speeds, and what one costs outside of the guest.
+/// The table: what each job costs in sum, and on dom0's processor.
 pub(crate) fn summary(results: &Results) -> String {
-    let shown: Vec<(&str, &str)> = SHOWN
-        .into_iter()
-        .filter(|(name, _)| results.backends.iter().any(|backend| backend.name == *name))
-        .collect();
-    let mut text = String::from("| per second |");
-    for (_, title) in &shown {
-        let _ = write!(text, " {title} |");
-    }
-    text.push_str(
-        " ratio to C's best | Xen and dom0, k instructions: this driver | C, persistent |\n|---|",
-    );
-    text.push_str(&"---:|".repeat(shown.len() + 3));
-    text.push('\n');
-    let with_speed = results.jobs.iter().filter(|job| {
+    let measured = |names: &[&str]| {
         results
-            .row(OURS, &job.name)
-            .is_some_and(|row| row.iops.median > 0.0)
-    });
-    for job in with_speed {
-        let unit = match job.unit.as_str() {
-            IO => String::new(),
-            unit => format!(" ({unit})"),
-        };
-        let _ = write!(text, "| {}{unit} |", job.title);
-        for (name, _) in &shown {
-            let speed = results.row(name, &job.name).map(|row| row.iops.median);
-            let _ = write!(text, " {} |", number(speed));
+            .backends
+            .iter()
+            .any(|b| names.contains(&b.name.as_str()))
+    };
+    let shown: Vec<(&[&str], &str)> = SHOWN
+        .into_iter()
+        .filter(|(names, _)| measured(names))
+        .collect();
+    let mut text = String::from("| thousands of instructions for each |");
+    for (_, head) in HEADS {
+        for (_, title) in &shown {
+            let _ = write!(text, " {head}: {title} |");
         }
-        let ratio = results.ratio_to_best_c(&job.name);
-        let _ = write!(
-            text,
-            " {} |",
-            ratio.map_or("-".into(), |ratio| format!("**{ratio:.2}**"))
-        );
-        for name in [OURS, "c"] {
-            let cost = results.row(name, &job.name).map(|row| host(row) / 1000.0);
-            let _ = write!(text, " {} |", number(cost));
-        }
-        text.push('\n');
+        text.push_str(" of C's best |");
     }
+    text.push_str("\n|---|");
+    text.push_str(&"---:|".repeat(HEADS.len() * (shown.len() + 1)));
+    text.push('\n');
+    for job in &results.jobs {
+        if results.least(&[OURS], TOTAL, &job.name).is_some() {
+            line(&mut text, results, job, &shown);
+        }
+    }
+    memory(&mut text, results);
     text
 }
 
-fn host(row: &Row) -> f64 {
-    let of = |place: &&str| row.instructions.get(*place).map_or(0.0, |cost| cost.median);
-    HOST.iter().map(of).sum()
+fn line(text: &mut String, results: &Results, job: &Named, shown: &[(&[&str], &str)]) {
+    let unit = match job.unit.as_str() {
+        IO => String::new(),
+        unit => format!(" ({unit})"),
+    };
+    let _ = write!(text, "| {}{unit} |", job.title);
+    for (sum, _) in HEADS {
+        for (names, _) in shown {
+            let cost = results.least(names, sum, &job.name);
+            let _ = write!(text, " {} |", number(cost.map(|cost| cost / 1000.0)));
+        }
+        let ratio = results.cost(&C, sum, &job.name);
+        let ratio = ratio.map_or("-".into(), |ratio| format!("**{ratio:.2}**"));
+        let _ = write!(text, " {ratio} |");
+    }
+    text.push('\n');
+}
+
+/// A line of its own: what else it is about are kilobytes.
+fn memory(text: &mut String, results: &Results) {
+    let (job, name) = MEMORY;
+    let rows = results.rows.iter().filter(|row| row.job == job);
+    let taken: Vec<String> = rows
+        .filter_map(|row| Some(format!("{} {:.0}", row.backend, row.figures.get(name)?)))
+        .collect();
+    if !taken.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nMemory of an idle disk, in KiB of dom0: {}.",
+            taken.join(", ")
+        );
+    }
 }
 
 /// As many digits as are worth reading.
@@ -85,9 +99,25 @@ mod tests {
     use super::super::result::tests::results;
 
     #[test]
-    fn each_job_is_a_line() {
-        let text = super::summary(&results(&[("phy", 50.0), ("c", 100.0)]));
+    fn each_job_is_a_line_with_both_heads() {
+        let mut found = results(&[("phy", 50_000.0), ("c", 100_000.0), ("c-plain", 10_000.0)]);
+        found.jobs.push(found.jobs[0].clone());
+        found.jobs[1].name = "not measured".into();
+        let text = super::summary(&found);
         let line = text.lines().last().unwrap();
-        assert_eq!(line, "| the j & more | 50.0 | 100 | **0.50** | 0.0 | 0.0 |");
+        assert_eq!(
+            line,
+            "| the j & more | 20.0 | 10.0 | **2.00** | - | - | - |"
+        );
+    }
+
+    #[test]
+    fn memory_is_a_line_of_its_own() {
+        let mut found = results(&[("phy", 1.0), ("c", 1.0)]);
+        for row in &mut found.rows {
+            row.job = "idle16".into();
+            row.figures = [("KiB of dom0, idle".to_string(), 12.3)].into();
+        }
+        assert!(super::summary(&found).ends_with("in KiB of dom0: phy 12, c 12.\n"));
     }
 }

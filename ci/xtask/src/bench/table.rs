@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as text.
 
-use super::counts::PLACES;
-use super::result::{Results, Row, CONTROL, IO, OURS};
+use super::counts::{Place, Whose::Dom0, DOM0, PLACES, TOTAL};
+use super::result::{Named, Results, Row, C, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 /// All tables: one for each job, then the sum of it.
 pub(crate) fn table(results: &Results) -> String {
     let mut text = String::from(LEGEND);
+    for (what, version) in &results.versions {
+        let _ = writeln!(text, "{what}: {version}");
+    }
     if let Some(reason) = &results.failed {
         let first = reason.lines().next().unwrap_or_default();
         let _ = writeln!(text, "NOT COMPLETE: {first}");
@@ -15,11 +18,12 @@ pub(crate) fn table(results: &Results) -> String {
     let measured = |name: &str| results.rows.iter().any(|row| row.job == name);
     for job in results.jobs.iter().filter(|job| measured(&job.name)) {
         let _ = writeln!(text, "\n{} ({})", job.title, job.name);
-        heading(&mut text, &job.unit);
+        let places = places(results, job);
+        heading(&mut text, &job.unit, &places);
         for backend in &results.backends {
             if let Some(row) = results.row(&backend.name, &job.name) {
                 let ratio = results.ratio(OURS, &backend.name, &job.name);
-                line(&mut text, &backend.title, row, ratio);
+                line(&mut text, &backend.title, row, ratio, &places);
             }
         }
     }
@@ -120,10 +124,23 @@ fn functions(text: &mut String, results: &Results) {
     }
 }
 
-/// Heads of the columns of [`PLACES`] and their sum.
-const SHORT: [&str; 8] = [
-    "Xen", "dom0 k", "driver", "other m", "dom0 u", "guest k", "guest u", "total",
-];
+/// The columns of a job: its places, and behind those of dom0's processor and behind all their sum.
+fn places(results: &Results, job: &Named) -> Vec<(&'static str, &'static str)> {
+    let rows: Vec<&Row> = results
+        .rows
+        .iter()
+        .filter(|row| row.job == job.name)
+        .collect();
+    let is_there = |name: &str| rows.iter().any(|row| row.instructions.contains_key(name));
+    let of = |place: &Place| (place.name, place.head);
+    let mut columns: Vec<_> = PLACES.iter().map(of).collect();
+    let behind = PLACES.iter().rposition(|place| place.whose == Dom0);
+    columns.insert(behind.map_or(0, |last| last + 1), (DOM0, "DOM0"));
+    columns.push((TOTAL, "SUM"));
+    columns.retain(|(name, _)| is_there(name));
+    columns
+}
+
 /// The other counts of an I/O, and heads for them.
 const OTHERS: [(&str, &str); 4] = [
     ("events to dom0", "ev>d0"),
@@ -134,21 +151,23 @@ const OTHERS: [(&str, &str); 4] = [
 /// What the heads mean.
 const LEGEND: &str = "\
 spread: lowest to highest round. we are: this driver's speed as a multiple of the row's.
-Per I/O, disk or what the speed is of: executed instructions in Xen, dom0's kernel, the driver, dom0's other modules, dom0's user
-space, the guest's kernel and user space; events (ev) to dom0 and to the guest; context switches (cs).
+What an I/O, a disk or whatever the speed is of costs, in instructions. On dom0's processor: Xen, dom0's kernel, the driver, dom0's
+other modules, its user space, copying at one for 8 bytes, and the time in which the driver looks for work; their sum is DOM0.
+On the guest's: Xen, its kernel and user space, copying. SUM is all of it. Where both have one processor, domains is what is not Xen.
+Events (ev) to dom0 and to the guest; context switches (cs).
 ";
 
-fn heading(text: &mut String, unit: &str) {
+fn heading(text: &mut String, unit: &str, places: &[(&str, &str)]) {
     let speed = match unit {
         IO => "IOPS".to_string(),
         unit => format!("{}/s", unit.split(' ').next().unwrap_or_default()),
     };
     let _ = write!(
         text,
-        "  {:32} {speed:>8} {:>7} {:>8} |",
+        "  {:36} {speed:>8} {:>7} {:>8} |",
         "backend", "spread", "we are"
     );
-    for head in SHORT {
+    for (_, head) in places {
         let _ = write!(text, " {head:>8}");
     }
     text.push_str(" |");
@@ -158,15 +177,15 @@ fn heading(text: &mut String, unit: &str) {
     text.push('\n');
 }
 
-fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>) {
+fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>, places: &[(&str, &str)]) {
     let ratio = ratio.map_or("-".into(), |ratio| format!("{ratio:.2} x"));
     let _ = write!(
         text,
-        "  {title:32} {:>8.0} {:>6.1}% {ratio:>8} |",
+        "  {title:36} {:>8.0} {:>6.1}% {ratio:>8} |",
         row.iops.median,
         row.iops.spread() * 100.0
     );
-    for place in PLACES.iter().chain(&["total"]) {
+    for (place, _) in places {
         let figure = row.instructions.get(*place);
         let _ = write!(text, " {:>8.0}", figure.map_or(0.0, |figure| figure.median));
     }
@@ -178,35 +197,51 @@ fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>) {
     text.push('\n');
 }
 
-/// Our driver against each other, in one line a job.
+/// Our driver against each other, in one line a job: the two heads, and the speed.
 fn summary(text: &mut String, results: &Results) {
+    let what = "what it costs with this driver, as a part of what it costs with the other";
+    for (head, sum) in [("the sum", TOTAL), ("dom0's processor", DOM0)] {
+        let title = format!("{head}: {what}");
+        let cost = |others: &[&str], job: &str| results.cost(others, sum, job);
+        against_others(text, results, &title, &cost);
+    }
+    let speed = |others: &[&str], job: &str| {
+        let ratios = others.iter().map(|other| results.ratio(OURS, other, job));
+        ratios.flatten().min_by(f64::total_cmp)
+    };
+    against_others(
+        text,
+        results,
+        "this driver's speed as a multiple of",
+        &speed,
+    );
+}
+
+fn against_others(
+    text: &mut String,
+    results: &Results,
+    title: &str,
+    ratio: &dyn Fn(&[&str], &str) -> Option<f64>,
+) {
     let others: Vec<&str> = results
         .backends
         .iter()
         .map(|backend| backend.name.as_str())
         .filter(|name| *name != OURS && *name != CONTROL)
         .collect();
-    let _ = write!(
-        text,
-        "\nthis driver's speed as a multiple of\n  {:14} {:>8}",
-        "job", "C's best"
-    );
+    let _ = write!(text, "\n{title}\n  {:16} {:>8}", "job", "C's best");
     for name in &others {
-        let _ = write!(text, " {name:>8}");
+        let _ = write!(text, " {name:>12}");
     }
     let _ = writeln!(text, " {:>8}", "control");
     let ours = |name: &str| results.row(OURS, name).is_some();
     for job in results.jobs.iter().filter(|job| ours(&job.name)) {
-        let _ = write!(
-            text,
-            "  {:14} {:>8}",
-            job.name,
-            times(results.ratio_to_best_c(&job.name))
-        );
-        for name in others.iter().chain(&[CONTROL]) {
-            let _ = write!(text, " {:>8}", times(results.ratio(OURS, name, &job.name)));
+        let best = times(ratio(&C, &job.name));
+        let _ = write!(text, "  {:16} {best:>8}", job.name);
+        for name in &others {
+            let _ = write!(text, " {:>12}", times(ratio(&[name], &job.name)));
         }
-        text.push('\n');
+        let _ = writeln!(text, " {:>8}", times(ratio(&[CONTROL], &job.name)));
     }
 }
 

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What a block of instructions does, as far as it is counted apart.
+//!
+//! The emulated processor has no fast string instructions. So the hypervisor copies a word with each
+//! step of `rep movsq`, and Linux with a loop that takes three instructions for one: the same copy
+//! would count three times as much on the one side as on the other.
+
+/// How many bytes of an instruction are known.
+pub(crate) type Length = usize;
+/// Its first bytes.
+pub(crate) type Bytes = [u8; 8];
+
+/// What a block does whenever it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Block {
+    /// Instructions that do not copy.
+    pub(crate) instructions: u64,
+    /// Instructions that do, and how many bytes.
+    pub(crate) copying: u64,
+    pub(crate) copied: u64,
+    /// It ends with a `pause` of a domain, which gives the processor's turn away.
+    pub(crate) pauses: bool,
+}
+
+/// One instruction, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A step of a string move of so many bytes.
+    Move(u64),
+    /// Loads a word from where `rsi` points.
+    Load,
+    /// Stores a word to where `rdi` points.
+    Store,
+    Pause,
+    Other,
+}
+
+const REP: u8 = 0xf3;
+const PAUSE: [u8; 2] = [REP, 0x90];
+/// Words that one turn of the kernel's loop copies.
+const WORDS: u64 = 4;
+const WORD: u64 = 8;
+
+impl Kind {
+    fn of((bytes, length): (Bytes, Length)) -> Kind {
+        let bytes = bytes.get(..length).unwrap_or(&bytes);
+        match bytes {
+            [REP, 0x48, 0xa5] => Kind::Move(8),
+            [REP, 0xa5] => Kind::Move(4),
+            [REP, 0xa4] => Kind::Move(1),
+            // A word (REX.W), no register added to the address, at most a byte of displacement.
+            [rex, 0x8b, operands, ..] if word(*rex) && points(*operands, 6) => Kind::Load,
+            [rex, 0x89, operands, ..] if word(*rex) && points(*operands, 7) => Kind::Store,
+            _ if bytes == PAUSE => Kind::Pause,
+            _ => Kind::Other,
+        }
+    }
+}
+
+/// A prefix that makes the operand a word and leaves the address alone.
+fn word(rex: u8) -> bool {
+    rex & 0xfb == 0x48
+}
+
+/// The memory operand is where this register points, or up to 127 bytes from there.
+fn points(operands: u8, register: u8) -> bool {
+    operands >> 6 <= 1 && operands & 7 == register
+}
+
+impl Block {
+    /// A block of these instructions.
+    pub(crate) fn of(
+        instructions: impl Iterator<Item = (Bytes, Length)>,
+        in_domain: bool,
+    ) -> Block {
+        let (mut block, mut loads, mut stores) = (Block::default(), 0, 0);
+        for kind in instructions.map(Kind::of) {
+            block.pauses = in_domain && kind == Kind::Pause;
+            match kind {
+                Kind::Move(bytes) => {
+                    block.copying += 1;
+                    block.copied += bytes;
+                    continue;
+                }
+                Kind::Load => loads += 1,
+                Kind::Store => stores += 1,
+                Kind::Pause | Kind::Other => {}
+            }
+            block.instructions += 1;
+        }
+        // What else is in a turn of the loop counts the turns and moves the pointers.
+        if loads == WORDS && stores == WORDS {
+            block.copied += WORDS * WORD;
+            block.copying += block.instructions;
+            block.instructions = 0;
+        }
+        block
+    }
+
+    /// As one number, together with that of a counter. A block has far less than 2^12 instructions.
+    pub(crate) fn pack(self, counter: usize) -> usize {
+        let numbers = [self.instructions, self.copying, self.copied];
+        let packed = numbers.iter().fold(counter, |packed, number| {
+            packed << 12 | (*number & 0xfff) as usize
+        });
+        packed << 1 | usize::from(self.pauses)
+    }
+
+    /// What was packed.
+    pub(crate) fn unpack(packed: usize) -> (usize, Block) {
+        let number = |shift: u32| (packed >> shift & 0xfff) as u64;
+        let block = Block {
+            instructions: number(25),
+            copying: number(13),
+            copied: number(1),
+            pauses: packed & 1 != 0,
+        };
+        (packed >> 37, block)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Block, Bytes, Length};
+
+    fn instruction(text: &[u8]) -> (Bytes, Length) {
+        let mut bytes = Bytes::default();
+        bytes[..text.len()].copy_from_slice(text);
+        (bytes, text.len())
+    }
+
+    fn block(instructions: &[&[u8]], in_domain: bool) -> Block {
+        Block::of(instructions.iter().map(|text| instruction(text)), in_domain)
+    }
+
+    /// A turn of the loop of Linux's `memcpy_orig`, forward.
+    const TURN: [&[u8]; 12] = [
+        &[0x48, 0x83, 0xea, 0x20],
+        &[0x4c, 0x8b, 0x06],
+        &[0x4c, 0x8b, 0x4e, 0x08],
+        &[0x4c, 0x8b, 0x56, 0x10],
+        &[0x4c, 0x8b, 0x5e, 0x18],
+        &[0x48, 0x8d, 0x76, 0x20],
+        &[0x4c, 0x89, 0x07],
+        &[0x4c, 0x89, 0x4f, 0x08],
+        &[0x4c, 0x89, 0x57, 0x10],
+        &[0x4c, 0x89, 0x5f, 0x18],
+        &[0x48, 0x8d, 0x7f, 0x20],
+        &[0x73, 0xd4],
+    ];
+
+    #[test]
+    fn copies_are_bytes_and_no_instructions() {
+        let turn = block(&TURN, false);
+        assert_eq!((turn.instructions, turn.copying, turn.copied), (0, 12, 32));
+        let string = block(&[&[0x90], &[0xf3, 0x48, 0xa5]], false);
+        assert_eq!(
+            (string.instructions, string.copying, string.copied),
+            (1, 1, 8)
+        );
+        // Without one of its loads it is a block like others; so is one that goes through the stack.
+        let others = [&TURN[..1], &TURN[2..]].concat();
+        assert_eq!(block(&others, false).copied, 0);
+        let stack: [&[u8]; 2] = [&[0x48, 0x8b, 0x46, 0x08], &[0x48, 0x89, 0x47, 0x08]];
+        assert_eq!(block(&stack, false).copied, 0);
+    }
+
+    #[test]
+    fn only_a_domain_looks() {
+        let pause: [&[u8]; 2] = [&[0x90], &[0xf3, 0x90]];
+        assert!(block(&pause, true).pauses && !block(&pause, false).pauses);
+        let later = [&pause[1], &pause[0]].map(|text| *text);
+        assert!(!block(&later, true).pauses);
+    }
+
+    #[test]
+    fn what_is_packed_is_unpacked() {
+        let block = Block {
+            instructions: 511,
+            copying: 12,
+            copied: 512,
+            pauses: true,
+        };
+        assert_eq!(Block::unpack(block.pack(50000)), (50000, block));
+        assert_eq!(
+            Block::unpack(Block::default().pack(7)),
+            (7, Block::default())
+        );
+    }
+}
