@@ -7,7 +7,8 @@
 //! comes back soon therefore looks at the ring for a while first, with the guest's events off.
 //!
 //! The time is bounded and adapts: it grows when a sleep turns out to have been short, shrinks when
-//! looking was in vain, and nothing is waited for when anything else could run on this CPU.
+//! looking was in vain, and nothing is waited for when anything else could run on this CPU: another
+//! task, or where dom0 shares its physical CPU, another domain ([`Rivals`]).
 
 use crate::params;
 use crate::xen;
@@ -25,14 +26,18 @@ const PAUSES: u32 = 4;
 enum Look {
     Ready,
     TimedOut,
+    /// A task of this domain wants the CPU.
     CpuWanted,
+    /// Another domain had the physical CPU, and that was no use or took too long.
+    CpuShared,
 }
 
 /// Looks until `ready` for at most so many nanoseconds.
-fn look(limit: u64, mut ready: impl FnMut() -> bool) -> Look {
+fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Look {
     let start = xen::local_clock();
     loop {
-        for _ in 0..LOOKS {
+        // Where the guest waits for this very CPU there is nothing to see before it had it.
+        for _ in 0..if rivals.are_here() { 1 } else { LOOKS } {
             if ready() {
                 return Look::Ready;
             }
@@ -42,6 +47,13 @@ fn look(limit: u64, mut ready: impl FnMut() -> bool) -> Look {
         }
         if xen::cpu_is_wanted() {
             return Look::CpuWanted;
+        }
+        if let Some(away) = rivals.offer_cpu() {
+            if away <= params::poll_nanoseconds() && ready() {
+                return Look::Ready;
+            }
+            rivals.rest(away);
+            return Look::CpuShared;
         }
         if since(start) > limit {
             return Look::TimedOut;
@@ -54,11 +66,89 @@ fn since(start: u64) -> u64 {
     xen::local_clock().wrapping_sub(start)
 }
 
+/// Other domains on this physical CPU, the guest that is waited for among them.
+///
+/// A kernel sees its own tasks only, and steal time does not tell what is needed: while a queue looks,
+/// the hypervisor takes nothing away from dom0, it is dom0 that keeps the CPU from a guest; and a vCPU
+/// that wakes on a CPU of its own has "stolen" time as well, from leaving the idle state. So the CPU
+/// is offered to whoever waits for it. If nobody does, that costs a hypercall, and is done ever more
+/// rarely. If somebody does, the time was theirs. If that was the guest and it has sent a request, it
+/// needs no event and dom0 no interrupt; if not, the CPU is left alone for long.
+#[derive(Debug)]
+struct Rivals {
+    /// Offers to skip, and how many that was the last time.
+    skip: u32,
+    skipped: u32,
+    /// The last offer was taken.
+    here: bool,
+    /// When looking was given up, and for how long.
+    rest_since: u64,
+    rest: u64,
+}
+
+impl Rivals {
+    /// An offer that nobody takes comes back sooner than two switches of domains can be done.
+    const BACK: u64 = 5_000;
+    /// Most offers that are skipped.
+    const SURE: u32 = 63;
+    /// For one unit of time without the CPU, which an event might have ended sooner, so many with it.
+    const REST: u64 = 128;
+
+    fn new() -> Self {
+        Self {
+            skip: 0,
+            skipped: 0,
+            here: false,
+            rest_since: 0,
+            rest: 0,
+        }
+    }
+
+    fn are_here(&self) -> bool {
+        self.here
+    }
+
+    /// Offers the physical CPU, unless nobody has taken it for long; returns how long others had it.
+    fn offer_cpu(&mut self) -> Option<u64> {
+        if let Some(left) = self.skip.checked_sub(1) {
+            self.skip = left;
+            return None;
+        }
+        let offered = xen::local_clock();
+        xen::yield_processor();
+        let away = since(offered);
+        self.here = away > Self::BACK;
+        if self.here {
+            self.skipped = 0;
+            return Some(away);
+        }
+        let skip = self.skipped.saturating_mul(2).saturating_add(1);
+        self.skipped = skip.min(Self::SURE);
+        self.skip = self.skipped;
+        None
+    }
+
+    /// Others had the CPU for so long, and it was no use.
+    fn rest(&mut self, away: u64) {
+        self.rest_since = xen::local_clock();
+        self.rest = away.saturating_mul(Self::REST);
+    }
+
+    /// True while the CPU is left to others.
+    fn are_left_alone(&mut self) -> bool {
+        if self.rest != 0 && since(self.rest_since) > self.rest {
+            self.rest = 0;
+        }
+        self.rest != 0
+    }
+}
+
 /// How long one queue looks before it sleeps, in nanoseconds.
 #[derive(Debug)]
 pub(crate) struct Poller {
     now: u64,
     most: u64,
+    rivals: Rivals,
 }
 
 impl Poller {
@@ -67,6 +157,7 @@ impl Poller {
         Self {
             now: 0,
             most: params::poll_nanoseconds(),
+            rivals: Rivals::new(),
         }
     }
 
@@ -75,7 +166,7 @@ impl Poller {
         if self.now == 0 {
             return false;
         }
-        match look(self.now, ready) {
+        match look(self.now, &mut self.rivals, ready) {
             Look::Ready => return true,
             Look::TimedOut => {
                 self.now = self
@@ -86,13 +177,14 @@ impl Poller {
             }
             // That says nothing about the time that would have been enough.
             Look::CpuWanted => {}
+            Look::CpuShared => self.now = 0,
         }
         false
     }
 
     /// Learns from a sleep that began at `start`.
     pub(crate) fn slept(&mut self, start: u64) {
-        if since(start) <= self.most {
+        if since(start) <= self.most && !self.rivals.are_left_alone() {
             self.now = self
                 .now
                 .saturating_mul(2)
@@ -146,6 +238,7 @@ pub(crate) struct Batcher {
     /// Longest time without a further request, and longest time in all, in nanoseconds.
     gap: u64,
     limit: u64,
+    rivals: Rivals,
 }
 
 impl Batcher {
@@ -160,6 +253,7 @@ impl Batcher {
             since: None,
             gap: poll / 2,
             limit: poll.saturating_mul(2),
+            rivals: Rivals::new(),
         }
     }
 
@@ -182,8 +276,14 @@ impl Batcher {
         if since(start) > self.limit {
             return false;
         }
-        match look(self.gap, ready) {
+        match look(self.gap, &mut self.rivals, ready) {
             Look::Ready => true,
+            // A guest cannot send while it waits for this CPU.
+            Look::CpuShared => {
+                self.target = 1;
+                self.streak = 0;
+                false
+            }
             Look::TimedOut => {
                 self.target = held;
                 self.streak = 0;
@@ -201,7 +301,7 @@ impl Batcher {
             return;
         }
         self.streak = self.streak.saturating_add(1);
-        if self.streak >= self.patience {
+        if self.streak >= self.patience && !self.rivals.are_left_alone() {
             self.streak = 0;
             self.patience = (self.patience / 2).max(Self::EAGER);
             self.target = self.target.saturating_mul(2).min(self.most);

@@ -17,9 +17,11 @@
 #include <linux/sysfs.h>
 #include <xen/events.h>
 #include <xen/grant_table.h>
+#include <xen/interface/sched.h>
 #include <xen/page.h>
 #include <xen/xen.h>
 #include <xen/xenbus.h>
+#include <asm/xen/hypercall.h>
 
 #include "shim.h"
 
@@ -170,6 +172,11 @@ int xbr_bdev_invalidate(struct block_device *bdev)
 int xbr_need_resched(void)
 {
 	return need_resched();
+}
+
+void xbr_yield_processor(void)
+{
+	HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
 }
 
 void xbr_cond_resched(void)

@@ -60,6 +60,7 @@ unsigned long long xbr_bdev_nr_sectors(struct block_device *bdev);
 void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits);
 int xbr_bdev_invalidate(struct block_device *bdev);
 int xbr_need_resched(void);
+void xbr_yield_processor(void);
 void xbr_cond_resched(void);
 void xbr_dev_err_ratelimited(struct device *dev, const char *text);
 void xbr_set_attr_fn(xbr_attr_fn *fn);

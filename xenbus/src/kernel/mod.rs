@@ -56,6 +56,13 @@ pub(crate) fn cpu_is_wanted() -> bool {
     unsafe { sys::xbr_need_resched() != 0 || !sys::single_task_running() }
 }
 
+/// Lets another virtual CPU have this physical one, of whatever domain. Returns at once if none
+/// waits for it, otherwise when it is this one's turn again.
+pub(crate) fn yield_processor() {
+    // SAFETY: `SCHEDOP_yield` has no argument, and may be called from any context.
+    unsafe { sys::xbr_yield_processor() }
+}
+
 /// True if this kernel runs as a PV domain: mapping a guest's page changes its own page tables.
 /// Otherwise every map and unmap changes the second stage tables, page by page.
 pub(crate) fn is_pv_domain() -> bool {

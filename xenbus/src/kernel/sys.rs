@@ -308,6 +308,7 @@ unsafe extern "C" {
     pub(super) fn local_clock() -> u64;
     pub(super) fn single_task_running() -> bool;
     pub(super) fn xbr_need_resched() -> c_int;
+    pub(super) fn xbr_yield_processor();
     pub(super) fn xbr_cond_resched();
     pub(super) fn xbr_dev_err_ratelimited(dev: *mut bindings::device, text: *const c_char);
     pub(super) fn xbr_set_attr_fn(callback: AttrFn);
