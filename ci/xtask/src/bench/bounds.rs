@@ -181,19 +181,19 @@ mod tests {
     }
 
     #[test]
-    fn recorded_bounds_cover_reads_writes_large_ones_tap_and_the_guest() {
+    fn recorded_bounds_cover_small_and_large_ones_and_one_processor() {
         let names = names().unwrap();
-        for job in TELLING.iter().chain(&["rw4k-qd32", "r1m-qd4", "w1m-qd4"]) {
+        for job in TELLING.iter().chain(&["r1m-qd4"]) {
             for part in ["driver", "dom0", "guest"] {
                 let name = name("phy", job, part);
                 assert!(names.contains(&name), "{name}");
             }
         }
-        for name in ["tap-aio.rr4k-qd32.dom0", "phy.rr4k-qd1-1p.sum"] {
-            assert!(names.contains(&name.to_string()), "{name}");
-        }
+        assert!(names.contains(&"phy.rr4k-qd1-1p.sum".to_string()));
         let (backends, jobs) = wanted().unwrap();
-        assert_eq!(backends, "phy,tap-aio");
-        assert!(jobs.contains("tap-aio:rr4k-qd32"), "{jobs}");
+        assert!(
+            backends.contains("phy") && jobs.contains("phy:rr4k-qd32"),
+            "{jobs}"
+        );
     }
 }
