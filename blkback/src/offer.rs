@@ -127,12 +127,17 @@ impl Features {
     }
 }
 
-/// Publishes a new size; writing the state again makes the frontend look. May sleep.
-pub(crate) fn publish_size(device: &Device, sectors: u64, state: u32) -> Result {
+/// Publishes a new size. Writing the state Connected again makes the frontend look; it is left alone if
+/// it is another one by now, because the toolstack, which takes the device away, has written it. May sleep.
+pub(crate) fn publish_size(device: &Device, sectors: u64) -> Result {
     let dir = device.nodename();
-    while_there(device, |t| {
+    store::transaction(|t| {
+        let there = t.read_state(dir)?;
         t.write_number(dir, c"sectors", sectors)?;
-        t.write_number(dir, c"state", state.into())
+        match there {
+            State::Connected => t.write_number(dir, c"state", there.number().into()),
+            _ => Ok(()),
+        }
     })
 }
 

@@ -609,8 +609,7 @@ impl Vbd {
         };
         if resized {
             disk.sectors = sectors;
-            let state = State::Connected.number();
-            let size = offer::publish_size(&self.device, sectors, state);
+            let size = offer::publish_size(&self.device, sectors);
             published = published.and(size);
         }
         match published {

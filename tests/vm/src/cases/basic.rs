@@ -94,6 +94,12 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             resize,
         ),
+        Case::new(
+            "phy.pv.resize_while_detached",
+            "a volume grows while its disk is being taken away, which goes on",
+            Pv,
+            resize_while_detached,
+        ),
     ]
 }
 
@@ -440,6 +446,32 @@ fn resize(context: &mut Context) -> Result<()> {
     guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")?;
     volume.extend(32)?;
     check_grown(guest, "xvda", &volume)?;
+    guest.detach(&vbd)
+}
+
+/// The toolstack has begun to take the disk away, and the guest has not answered.
+fn resize_while_detached(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(64, &[])?;
+    let volume = Lvm::create("vmtestvg", &device.path(), 16)?;
+    let theirs = volume.clone();
+    context.at_end("remove the volume", move || theirs.remove());
+    let guest = context.pv()?;
+    let vbd = guest.attach(&format!("phy:{},xvda,w", volume.path()))?;
+    let (id, back) = (guest.domid.to_string(), vbd.backend.clone());
+    let (state, online) = (format!("{back}/state"), format!("{back}/online"));
+    sh::run(&["xl", "pause", &id])?;
+    let seen = (|| {
+        xs::write(&[(&online, "0"), (&state, "5")])?;
+        volume.extend(32)?;
+        xs::wait_value(&format!("{back}/sectors"), "65536", Duration::from_secs(30))?;
+        xs::must_read(&state)
+    })();
+    sh::run(&["xl", "unpause", &id])?;
+    let seen = seen?;
+    ensure!(
+        seen == "5",
+        "a new size has put state {seen} in place of the toolstack's Closing"
+    );
     guest.detach(&vbd)
 }
 
