@@ -14,7 +14,7 @@ use crate::connection::{ConnectError, Connection};
 use crate::disk::{self, Disk};
 use crate::medium::Peer;
 use crate::offer::{self, Features};
-use crate::proto::state::{step_asking, Action, Rings, State, View};
+use crate::proto::state::{step_asking, Action, Online, Rings, State, View};
 use crate::storage::{Errand, Job, Outcome};
 use crate::totals::Totals;
 use crate::xen::claims::{Claim, Waiter};
@@ -348,7 +348,7 @@ impl Vbd {
                 State::Unknown => self.frontend_state()?,
                 known => known,
             },
-            online: true,
+            online: Online::Yes,
             disk: life.disk.is_some(),
             ready: life
                 .disk
@@ -361,7 +361,17 @@ impl Vbd {
             },
             refused: life.refused,
         };
-        Ok(step_asking(view, || self.device.is_online()))
+        step_asking(view, || self.online())
+    }
+
+    /// Whether the toolstack wants the device to stay.
+    fn online(&self) -> Result<Online> {
+        match store::read_number(self.device.nodename(), c"online") {
+            Ok(Some(0)) => Ok(Online::No),
+            Ok(Some(_)) => Ok(Online::Yes),
+            Ok(None) => Ok(Online::Unsaid),
+            Err(error) => Err(error),
+        }
     }
 
     /// The frontend's state, read anew; a node that is gone or hidden from us, or that holds no

@@ -106,12 +106,6 @@ impl Device {
         unsafe { sys::xbr_dev_set_state(self.as_raw(), state.number()) };
     }
 
-    /// True if the toolstack wants the device to stay. May sleep.
-    pub(crate) fn is_online(&self) -> bool {
-        // SAFETY: By the type invariant.
-        unsafe { sys::xenbus_dev_is_online(self.as_raw()) != 0 }
-    }
-
     /// Tells the administrator what is wrong with this device: in xenstore's error directory,
     /// where xl looks, and in the log, at a limited rate because guests can cause it. May sleep.
     pub(crate) fn report(&self, error: Error, text: &CStr) {

@@ -43,6 +43,16 @@ pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<usize> {
     read_in(NONE, dir, key, value)
 }
 
+/// Reads a decimal number; `None` if there is none.
+pub(crate) fn read_number(dir: &CStr, key: &CStr) -> Result<Option<u32>> {
+    let mut value = [0; 16];
+    match read(dir, key, &mut value) {
+        Ok(len) => Ok(value.get(..len).and_then(parse_u32)),
+        Err(error) if error == ENOENT => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 fn read_state_in(transaction: sys::XenbusTransaction, dir: &CStr) -> Result<State> {
     let mut value = [0; 16];
     let len = read_in(transaction, dir, c"state", &mut value)?;

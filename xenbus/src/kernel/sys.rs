@@ -224,7 +224,6 @@ unsafe extern "C" {
         mod_name: *const c_char,
     ) -> c_int;
     pub(super) fn xenbus_unregister_driver(driver: *mut XenbusDriver);
-    pub(super) fn xenbus_dev_is_online(dev: *mut XenbusDevice) -> c_int;
     pub(super) fn xenbus_read(
         transaction: XenbusTransaction,
         dir: *const c_char,

@@ -69,6 +69,23 @@ pub enum Rings {
     Draining,
 }
 
+/// Whether the toolstack wants a device to stay (the key `online`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Online {
+    /// It does.
+    Yes,
+    /// It is taking the device away: nothing is connected any more.
+    No,
+    /// The key is missing, or no number. The C driver then connects all the same, and lets the device
+    /// go once its frontend has closed.
+    Unsaid,
+}
+
+impl Online {
+    /// Every answer.
+    pub const ALL: [Online; 3] = [Online::Yes, Online::No, Online::Unsaid];
+}
+
 /// How a device looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
@@ -76,8 +93,8 @@ pub struct View {
     pub ours: State,
     /// The state that the frontend's directory holds now.
     pub theirs: State,
-    /// The toolstack wants the device to stay (`online` is 1).
-    pub online: bool,
+    /// What the toolstack wants.
+    pub online: Online,
     /// The disk is open.
     pub disk: bool,
     /// It can be connected to: who serves it has described it, and nothing of an earlier
@@ -140,8 +157,8 @@ pub fn step(view: &View) -> Action {
         State::Initialised | State::Connected => match view.ours {
             State::Connected if served => Action::Wait,
             // The toolstack is taking the device away: the frontend must see us close.
-            _ if !view.online && closing => Action::Wait,
-            _ if !view.online => Action::StartClosing,
+            _ if view.online == Online::No && closing => Action::Wait,
+            _ if view.online == Online::No => Action::StartClosing,
             State::Initialising | State::Unknown => Action::Offer,
             _ if view.refused || !view.disk => Action::Wait,
             _ if served => Action::Disconnect,
@@ -152,7 +169,7 @@ pub fn step(view: &View) -> Action {
         State::Closing => Action::StartClosing,
         State::Closed if !closing => Action::StartClosing,
         State::Closed if served => Action::Disconnect,
-        State::Closed if !view.online => Action::Leave,
+        State::Closed if view.online != Online::Yes => Action::Leave,
         State::Closed if view.ours == State::Closing => Action::Close,
         State::Closed => Action::Wait,
         State::InitWait | State::Reconfiguring | State::Reconfigured if closing => Action::Wait,
@@ -162,27 +179,24 @@ pub fn step(view: &View) -> Action {
 
 /// What to do next about a device that looks like `view` but for [`View::online`], which is asked
 /// for only if it matters: reading it from xenstore costs more than all the rest.
-pub fn step_asking(view: View, online: impl FnOnce() -> bool) -> Action {
-    let stays = step(&View {
-        online: true,
-        ..view
-    });
-    let goes = step(&View {
-        online: false,
-        ..view
-    });
-    if stays == goes || online() {
-        stays
-    } else {
-        goes
+///
+/// # Errors
+///
+/// That of `online`, if it was asked.
+pub fn step_asking<E>(view: View, online: impl FnOnce() -> Result<Online, E>) -> Result<Action, E> {
+    let with = |online| step(&View { online, ..view });
+    let action = with(Online::Yes);
+    if Online::ALL.into_iter().all(|other| with(other) == action) {
+        return Ok(action);
     }
+    online().map(with)
 }
 
 /// A frontend is in Initialising, and we are past InitWait: what it had before is closed.
 fn start_again(view: &View) -> Action {
     match view.ours {
         State::Closing | State::Closed if view.rings == Rings::Served => Action::Disconnect,
-        State::Closing | State::Closed if !view.online => Action::Leave,
+        State::Closing | State::Closed if view.online != Online::Yes => Action::Leave,
         // Closing may stand for a disk that cannot be opened. The toolstack is to see that until
         // there is one; a frontend that writes its details is connected then all the same.
         State::Closing if !view.disk => Action::Wait,

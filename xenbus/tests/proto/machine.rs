@@ -3,7 +3,7 @@
 //! A driver and its surroundings without Xen: it carries out what the state machine says, and
 //! checks at each step what a guest or a toolstack may see of it.
 
-use xenbus::proto::state::{step, Action, Rings, State, View};
+use xenbus::proto::state::{step, Action, Online, Rings, State, View};
 
 /// The steps that the driver's work takes before it queues itself again; coming to rest must never
 /// need as many.
@@ -32,7 +32,7 @@ impl World {
         Self::looking_like(View {
             ours: State::Initialising,
             theirs: State::Initialising,
-            online: true,
+            online: Online::Yes,
             disk: false,
             ready: true,
             rings: Rings::None,
@@ -61,7 +61,7 @@ impl World {
     }
 
     /// The toolstack wants the device to stay, or not.
-    pub(crate) fn set_online(&mut self, online: bool) {
+    pub(crate) fn set_online(&mut self, online: Online) {
         self.view.online = online;
     }
 
@@ -201,7 +201,7 @@ impl World {
             rings,
             refused,
         } = self.view;
-        let closed_or_left = if online {
+        let closed_or_left = if online == Online::Yes {
             !self.left && ours == State::Closed && rings == Rings::None
         } else {
             self.left
@@ -209,14 +209,16 @@ impl World {
         let good = match theirs {
             State::Unknown => self.left,
             State::Closed => closed_or_left,
-            State::Initialising if disk && online => ours == State::InitWait,
+            State::Initialising if disk && online == Online::Yes => ours == State::InitWait,
             // Closing stands for a disk that cannot be opened.
             State::Initialising => {
-                self.left || matches!(ours, State::InitWait | State::Closing) && !disk || !online
+                self.left
+                    || matches!(ours, State::InitWait | State::Closing) && !disk
+                    || online != Online::Yes
             }
             // A device that the toolstack is taking away is not connected any more; one that is
             // connected waits for its frontend.
-            State::Initialised | State::Connected if !online => {
+            State::Initialised | State::Connected if online == Online::No => {
                 matches!(ours, State::Connected | State::Closing | State::Closed)
             }
             State::Initialised | State::Connected if disk && !refused && ready => {

@@ -3,7 +3,7 @@
 //! What frontends and toolstacks in use do, step by step, and what they see published.
 
 use crate::machine::World;
-use xenbus::proto::state::{Rings, State};
+use xenbus::proto::state::{Online, Rings, State};
 use State::{
     Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring,
     Unknown,
@@ -81,7 +81,7 @@ fn bad_physical_device_is_detached_without_the_guest() {
     let mut world = World::new();
     world.settle();
     world.disk_is_bad();
-    world.set_online(false);
+    world.set_online(Online::No);
     world.settle();
     assert!(world.left);
     assert_eq!(world.published, [InitWait, Closing, Closed]);
@@ -92,7 +92,7 @@ fn detach_by_the_toolstack() {
     for first in [Closing, Closed] {
         let mut world = connected();
         // The toolstack also writes 5 into our own state, which is not what we published.
-        world.set_online(false);
+        world.set_online(Online::No);
         world.settle();
         assert_eq!(world.view.rings, Rings::Served, "the guest decides when");
         let mut seen = sees(&mut world, first);
@@ -176,7 +176,7 @@ fn new_kernel_after_kexec() {
 #[test]
 fn destroyed_in_each_state() {
     for theirs in State::ALL {
-        for online in [false, true] {
+        for online in Online::ALL {
             let mut world = connected();
             sees(&mut world, theirs);
             world.set_online(online);
@@ -267,4 +267,17 @@ fn toggling_costs_a_bounded_number_of_steps() {
     sees(&mut world, Connected);
     assert_eq!(world.view.ours, Connected);
     assert_eq!(world.view.rings, Rings::Served);
+}
+
+#[test]
+fn a_device_without_online_connects_and_leaves_when_it_is_closed() {
+    let mut world = World::new();
+    world.set_online(Online::Unsaid);
+    world.disk_comes();
+    world.settle();
+    assert_eq!(sees(&mut world, Initialised), [Connected]);
+    assert_eq!(world.view.rings, Rings::Served);
+    sees(&mut world, Closing);
+    sees(&mut world, Closed);
+    assert!(world.left);
 }

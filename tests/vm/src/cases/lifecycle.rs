@@ -46,6 +46,13 @@ pub(super) fn cases() -> Vec<Case> {
             rebind,
         ),
         Case::new(
+            "lifecycle.no_online",
+            "a device without the key online connects, as with the C driver",
+            Nothing,
+            no_online,
+        )
+        .no_leaks(),
+        Case::new(
             "lifecycle.destroy_under_load",
             "a guest is destroyed with a deep queue in flight",
             Nothing,
@@ -209,6 +216,25 @@ fn rebind(context: &mut Context) -> Result<()> {
     }
     compare(guest, "xvda", &device.path(), 4)?;
     guest.detach(&vbd)
+}
+
+fn no_online(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    let name = vbd.sysfs();
+    let name = name.file_name().unwrap_or_default().to_string_lossy();
+    let directory = format!("/sys/bus/xen-backend/drivers/{}", context.driver.bus_name());
+    sh::put(format!("{directory}/unbind"), &name)?;
+    xs::remove(&format!("{}/online", vbd.backend))?;
+    sh::put(format!("{directory}/bind"), &name)?;
+    xs::wait_value(
+        &format!("{}/state", vbd.backend),
+        "4",
+        Duration::from_secs(30),
+    )?;
+    sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
+    detach_own(&vbd)
 }
 
 /// A guest of the case's own, with these disks.
