@@ -3,6 +3,9 @@
 
 use crate::tally::Tally;
 
+/// Begins a note on a guest that the emulator killed.
+const EMULATOR: &str = "# emulator: ";
+
 /// Counts a report line by line.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
@@ -41,6 +44,8 @@ impl Reader {
             }
         } else if let Some(why) = line.strip_prefix("Bail out!") {
             tally.fail("the report", why.trim());
+        } else if let Some(what) = line.strip_prefix(EMULATOR) {
+            tally.emulator(what);
         } else if let Some(note) = line.strip_prefix("# ") {
             println!("        {note}");
         }
@@ -106,6 +111,20 @@ mod tests {
             "TAP version 14\n1..4\nok 1 - a\n  ---\n  seconds: 1\n  ...\nok 2 - b # SKIP no disk\n\
                       not ok 3 - c\n  message: x\nnot ok 4 - d # TODO known\n# 1 passed";
         assert_eq!(sums(report), "1 passed, 1 failed, 2 skipped");
+    }
+
+    #[test]
+    fn death_by_the_emulator_is_counted_apart() {
+        let mut tally = Tally::default();
+        let mut reader = Reader::default();
+        for line in ["1..1", "# emulator: a: domain 7", "# a note", "ok 1 - a"] {
+            reader.line(line, &mut tally);
+        }
+        reader.finish(&mut tally);
+        assert_eq!(
+            (tally.emulator, tally.line().as_str()),
+            (1, "1 passed, 0 failed, 0 skipped")
+        );
     }
 
     #[test]

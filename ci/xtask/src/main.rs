@@ -17,7 +17,6 @@ mod payload;
 mod recipes;
 mod root;
 mod run;
-mod splat;
 mod tally;
 mod vm;
 

@@ -10,7 +10,11 @@ pub(crate) struct Tally {
     pub(crate) failed: u64,
     /// Tests that could not run here.
     pub(crate) skipped: u64,
+    /// Guests that the emulator killed; their tests ran again.
+    pub(crate) emulator: u64,
     failures: Vec<String>,
+    /// The lanes that ran, with their seconds.
+    times: Vec<(String, u64)>,
 }
 
 impl Tally {
@@ -56,6 +60,31 @@ impl Tally {
         self.skipped += skipped;
     }
 
+    /// The emulator killed a guest, and the test that it belonged to runs again.
+    pub(crate) fn emulator(&mut self, what: &str) {
+        println!("        the emulator killed a guest: {what}");
+        self.emulator += 1;
+    }
+
+    /// A lane took so many seconds.
+    pub(crate) fn took(&mut self, lane: &str, seconds: u64) {
+        self.times.push((lane.into(), seconds));
+    }
+
+    /// How long each lane took.
+    fn time_lines(&self) -> Vec<String> {
+        let time = |seconds: u64| format!("{:3} min {:02} s", seconds / 60, seconds % 60);
+        let lines = self.times.iter();
+        let mut lines: Vec<String> = lines
+            .map(|(lane, seconds)| format!("{} {lane}", time(*seconds)))
+            .collect();
+        if lines.len() > 1 {
+            let sum = self.times.iter().map(|(_, seconds)| seconds).sum();
+            lines.push(format!("{} all lanes", time(sum)));
+        }
+        lines
+    }
+
     /// The sums, the last line of a run.
     pub(crate) fn line(&self) -> String {
         format!(
@@ -67,8 +96,14 @@ impl Tally {
     /// Prints the names of the failures and the sums; true when nothing failed and something ran.
     pub(crate) fn finish(&self) -> bool {
         println!();
+        for line in self.time_lines() {
+            println!("{line}");
+        }
         for name in &self.failures {
             println!("failed: {name}");
+        }
+        if self.emulator > 0 {
+            println!("emulator: {}", self.emulator);
         }
         println!("{}", self.line());
         self.failed == 0 && self.passed > 0
@@ -88,6 +123,15 @@ mod tests {
         tally.add(10, 0, 1);
         assert_eq!(tally.line(), "11 passed, 1 failed, 2 skipped");
         assert!(!tally.finish());
+    }
+
+    #[test]
+    fn lanes_and_their_sum_are_timed() {
+        let mut tally = Tally::default();
+        tally.took("host", 75);
+        assert_eq!(tally.time_lines(), ["  1 min 15 s host"]);
+        tally.took("e2e", 600);
+        assert_eq!(tally.time_lines()[2], " 11 min 15 s all lanes");
     }
 
     #[test]

@@ -1,44 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! dom0's kernel log, and the signs of trouble in that of any kernel.
+//! dom0's kernel log.
 
 use anyhow::{Context, Result};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
-/// Any of these in a kernel's log means that something broke.
-pub const TROUBLE: &[&str] = &[
-    "BUG:",
-    "WARNING:",
-    "Oops",
-    "KFENCE",
-    "UBSAN",
-    "blocked for more than",
-    "rcu: INFO",
-    "soft lockup",
-    "hard LOCKUP",
-    "Bad page",
-    "bad pte",
-    "general protection",
-    "corruption",
-    "refcount_t:",
-    "kernel BUG at",
-    "panicked at",
-    "Unable to handle",
-    "Call Trace:",
-    "cannot create duplicate",
-    "leaking g.e.",
-    "unmapping guest pages failed",
-    "nobody cared",
-];
-
 /// Stands for messages that were overwritten before they were read.
 pub const LOST: &str = "(messages were lost)";
-
-/// True if a line is a sign of trouble.
-pub fn is_trouble(line: &str) -> bool {
-    TROUBLE.iter().any(|sign| line.contains(sign))
-}
 
 /// A position in the log.
 #[derive(Debug)]
@@ -76,22 +45,6 @@ impl Kmsg {
                 }
                 Err(error) => return Err(error).context("cannot read /dev/kmsg"),
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_trouble;
-
-    #[test]
-    fn trouble_is_seen_and_calm_is_not() {
-        assert!(is_trouble("WARNING: CPU: 0 PID: 7 at x"));
-        for calm in [
-            "xen-blkback: backend/vbd/1/51712: using 1 queues",
-            "vbd-0-7: the frontend's key is missing",
-        ] {
-            assert!(!is_trouble(calm));
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::session::{Session, Shape, PLAIN};
 use crate::tap::{self, TapDisk};
 use crate::vbd::{Mode, Vbd};
 use anyhow::{ensure, Context, Result};
-use dom0::kmsg::{is_trouble, Kmsg, LOST};
+use dom0::kmsg::{Kmsg, LOST};
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -145,7 +145,10 @@ impl Lab {
         session.finish()?;
         self.baseline.wait_same(Duration::from_secs(10))?;
         let lines = self.kmsg.take()?;
-        let bad: Vec<&String> = lines.iter().filter(|line| is_trouble(line)).collect();
+        let bad: Vec<&String> = lines
+            .iter()
+            .filter(|line| trouble::in_kernel(line))
+            .collect();
         ensure!(bad.is_empty(), "dom0's kernel is in trouble: {bad:#?}");
         let seconds = self.begun.elapsed().as_secs_f64();
         let allowed = LOG_LINES + (seconds * LOG_LINES_A_SECOND) as usize;

@@ -159,6 +159,11 @@ impl Console {
         std::mem::take(&mut self.shared.lock().kernel)
     }
 
+    /// Whether the guest went away.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.shared.lock().closed
+    }
+
     fn send(&self, line: &str) -> Result<()> {
         (&self.tty)
             .write_all(format!("{line}\n").as_bytes())

@@ -2,15 +2,16 @@
 //! The life cycle of a guest, through xl.
 
 use crate::console::{Console, Done, Job};
-use crate::{sh, xs};
+use crate::{sh, splat, xs};
 use anyhow::{bail, Context, Result};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Where the payload of the tests lies in dom0.
 pub(crate) const PAYLOAD: &str = "/t/guest";
-/// The kernel's command line.
-pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=4 panic=1 oops=panic";
+/// The kernel's command line. What goes wrong in a guest ends it, with its reason on the console.
+pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=4 panic=1 oops=panic panic_on_warn=1";
 /// Where configurations, logs and saved guests go.
 pub(crate) const RUN_DIR: &str = "/run/vmtest";
 /// A boot takes a few seconds; on a loaded host many times that.
@@ -104,6 +105,26 @@ impl Config {
             (Boot::Disk, _) => "bootloader = 'pygrub'\n".to_owned(),
         }
     }
+}
+
+/// What the guests that ended had said of trouble.
+static TROUBLE: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn keep(signs: Vec<String>) {
+    let mut all = TROUBLE.lock().unwrap_or_else(PoisonError::into_inner);
+    all.extend(signs);
+}
+
+/// Trouble in the guests that ended since the last call.
+pub(crate) fn take_trouble() -> Vec<String> {
+    std::mem::take(&mut TROUBLE.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// The number of the domain that was made last, of those that exist.
+pub(crate) fn newest_domain() -> Result<u32> {
+    let names = xs::list("/local/domain")?;
+    let numbers = names.iter().filter_map(|name| name.parse().ok());
+    Ok(numbers.max().unwrap_or(0))
 }
 
 /// A running guest. Dropping it destroys the domain.
@@ -262,15 +283,77 @@ impl Guest {
         )
     }
 
-    /// Destroys the domain and waits until the hypervisor has let go of it.
+    /// Signs of trouble in what the console showed since the last look.
+    fn console_trouble(&self) -> Vec<String> {
+        let lines = self.console.take_kernel_lines();
+        self.signs(&lines.join("\n"))
+    }
+
+    fn signs(&self, text: &str) -> Vec<String> {
+        splat::in_kernel(&format!("guest {}", self.config.name), text.lines())
+    }
+
+    /// Signs of trouble in the guest's log since the last look; an error if the agent is silent.
+    fn log_trouble(&self) -> Result<Vec<String>> {
+        let text = self.run_for("dmesg -c", COMMAND);
+        let text = text.with_context(|| format!("guest {} does not answer", self.config.name))?;
+        Ok(self.signs(&text))
+    }
+
+    /// Signs of trouble in all that the guest's kernel said since the last look, and whether the
+    /// guest answers.
+    pub(crate) fn trouble(&self) -> (Vec<String>, Result<()>) {
+        let (mut signs, mut answers) = (self.console_trouble(), Ok(()));
+        match self.log_trouble() {
+            Ok(more) => signs.extend(more),
+            Err(error) => answers = Err(error),
+        }
+        (signs, answers)
+    }
+
+    /// Whether nobody has taken the domain away yet.
+    fn is_there(&self) -> Result<bool> {
+        let name = xs::read(&format!("/local/domain/{}/name", self.domid))?;
+        Ok(name.is_some() && !self.console.is_closed())
+    }
+
+    /// Destroys the domain and waits until the hypervisor has let go of it. What its kernel had to
+    /// say is judged with the case.
     pub(crate) fn destroy(mut self) -> Result<()> {
+        let answers = match self.is_there()? {
+            true => self.log_trouble(),
+            false => Ok(Vec::new()),
+        };
+        match answers {
+            Ok(signs) => keep(signs),
+            // It may have gone meanwhile; a guest that is there must answer to its end.
+            Err(error) if self.is_there()? => return Err(error),
+            Err(_) => (),
+        }
         self.end()
+    }
+
+    /// Destroys a domain of which nobody expects that it answers.
+    pub(crate) fn give_up(mut self) -> Result<()> {
+        self.end()
+    }
+
+    /// Keeps what the console showed for the verdict on the case.
+    fn keep_trouble(&self) {
+        keep(self.console_trouble());
     }
 
     fn end(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.alive) {
             return Ok(());
         }
+        let ended = self.end_domain();
+        // The console's last words come before it closes.
+        self.keep_trouble();
+        ended
+    }
+
+    fn end_domain(&self) -> Result<()> {
         let id = self.domid.to_string();
         if sh::status(&["xl", "list", &id], XL)?.rc == 0 {
             sh::run_for(&["xl", "destroy", &id], XL)?;
@@ -288,6 +371,7 @@ impl Guest {
             &["xl", "save", &self.domid.to_string(), path],
             Duration::from_secs(240),
         )?;
+        self.keep_trouble();
         self.alive = false;
         Ok(Saved {
             config: self.config.clone(),

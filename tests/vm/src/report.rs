@@ -57,6 +57,11 @@ impl Report {
         self.line(&format!("# {text}"))
     }
 
+    /// The emulator killed a guest; the sums have a word of their own for that.
+    pub(crate) fn emulator(&mut self, what: &str) -> Result<()> {
+        self.note(&format!("emulator: {what}"))
+    }
+
     /// A line of free text, for the demonstration.
     pub(crate) fn say(&mut self, text: &str) -> Result<()> {
         self.line(text)

@@ -38,7 +38,8 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ("diskio", "userspace/io/", &[]),
     ("tapdev", "userspace/tapdev/", &["ring", "diskio"]),
     ("userspace", "userspace/", &["ring", "diskio", "tapdev"]),
-    ("xtask", "ci/", &[]),
+    ("trouble", "tests/trouble/", &[]),
+    ("xtask", "ci/", &["trouble"]),
     (
         "tests",
         "tests/",
@@ -50,6 +51,7 @@ const AREAS: &[(&str, &str, &[&str])] = &[
             "blktap-kmod",
             "diskio",
             "tapdev",
+            "trouble",
             "userspace",
         ],
     ),

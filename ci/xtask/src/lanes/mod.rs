@@ -67,7 +67,9 @@ pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
         if let Err(error) = done {
             tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));
         }
-        println!("== {lane:?} took {} s", start.elapsed().as_secs());
+        let seconds = start.elapsed().as_secs();
+        println!("== {lane:?} took {seconds} s");
+        tally.took(&format!("{lane:?}"), seconds);
     }
     tally
 }

@@ -80,42 +80,19 @@ fn create(kind: Kind, disks: Vec<String>) -> Result<Guest> {
     })
 }
 
-/// How many guests have died of a triple fault. QEMU emulates nested paging; now and then it loses an
-/// event of a guest whose interrupt table must be looked up anew just then, and Xen says
-/// `Triple fault` (seen with cr2 in that table, while the kernel probed PCI).
-fn triple_faults() -> Result<usize> {
-    Ok(sh::run(&["xl", "dmesg"])?.matches("Triple fault").count())
-}
-
-/// A guest that booted from its first disk, and that disk; `meanwhile` is done beside each attempt.
+/// A guest that booted from its first disk, and that disk; `meanwhile` is done beside the boot.
 fn booted(
     context: &mut Context,
     kind: Kind,
     disks: Vec<String>,
     meanwhile: fn() -> Result<()>,
 ) -> Result<(Guest, Served)> {
-    let mut left = 2;
-    let guest = loop {
-        let before = triple_faults()?;
-        let beside = std::thread::spawn(meanwhile);
-        let created = create(kind, disks.clone());
-        // Whatever became of the guest: nothing that was begun here may go on in the next case.
-        let done = beside.join();
-        match created {
-            Err(error) if left > 0 && triple_faults()? > before => {
-                left -= 1;
-                context.note(&format!("the emulated machine lost the guest: {error:#}"))?;
-                sh::wait_for("the end of its disks", Duration::from_secs(30), || {
-                    Ok(tap::ctl_json(&["list"])?["disks"][0].is_null())
-                })?;
-            }
-            created => {
-                let guest = created?;
-                done.unwrap_or_else(|_| bail!("what was done beside the boot has died"))?;
-                break guest;
-            }
-        }
-    };
+    let beside = std::thread::spawn(meanwhile);
+    let created = create(kind, disks);
+    // Whatever became of the guest: nothing that was begun here may go on in the next case.
+    let done = beside.join();
+    let guest = created?;
+    done.unwrap_or_else(|_| bail!("what was done beside the boot has died"))?;
     let words = guest.run("cat /proc/cmdline")?;
     ensure!(
         words.contains(MARK),

@@ -10,7 +10,7 @@ use crate::guest::{Config, Guest, Kind, Saved, Vbd, COMMAND, RUN_DIR};
 use crate::hotplug;
 use crate::leaks::{memory, Leaks};
 use crate::{sh, xs, Driver};
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use std::path::Path;
 use std::time::Duration;
 
@@ -102,33 +102,32 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-/// How often an orderly detach is asked for. xl waits for ten seconds each time, in which a guest of a
-/// slow machine may not have closed its disk; what it then does with the disk is up to nobody when
-/// that is taken away by force.
+/// How often an orderly detach is asked for: xl waits for ten seconds each time, in which a guest of a
+/// slow machine may not have closed its disk.
 const DETACHES: u32 = 6;
 
-/// Takes a disk away on which a job works, and waits for the end of both.
+/// Takes a disk away on which a job works, in the orderly way, and waits for the end of both.
 pub(super) fn detach_used(guest: &Guest, vbd: &Vbd, load: Job) -> Result<()> {
     let id = guest.domid.to_string();
-    let limit = Duration::from_secs(60);
-    let mut orderly = false;
+    let mut said = String::new();
     for _ in 0..DETACHES {
-        orderly = sh::status(&["xl", "block-detach", &id, &vbd.vdev], limit)?.rc == 0;
-        if orderly {
-            break;
+        let asked = sh::status(&["xl", "block-detach", &id, &vbd.vdev], COMMAND)?;
+        if asked.rc == 0 {
+            vbd.wait_gone()?;
+            let done = guest.wait(load, COMMAND)?;
+            ensure!(
+                done.rc != 0,
+                "the load did not notice that its disk was taken away"
+            );
+            return Ok(());
         }
+        said = asked.text;
     }
-    // The frontend may refuse an orderly detach of an open disk; force must work then.
-    if !orderly {
-        sh::run(&["xl", "block-detach", &id, &vbd.vdev, "--force"])?;
-    }
-    vbd.wait_gone()?;
-    let done = guest.wait(load, COMMAND)?;
-    ensure!(
-        done.rc != 0,
-        "the load did not notice that its disk was taken away"
-    );
-    Ok(())
+    bail!(
+        "the guest and the backend did not close {} in {DETACHES} orderly detaches: {}",
+        vbd.backend,
+        sh::tail(&said, 400)
+    )
 }
 
 /// A file for a saved guest, which goes with the case.

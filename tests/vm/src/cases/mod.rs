@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The cases and what runs them.
 
+mod attempt;
 mod basic;
 mod boot;
 mod death;
@@ -18,11 +19,11 @@ mod xenstore;
 use crate::guest::{Config, Guest, Kind};
 pub(crate) use basic::{compare, verify_job};
 
-use crate::leaks::Leaks;
 use crate::report::{Report, Verdict};
 use crate::tap::Supervisor;
-use crate::{sh, splat, xs, Driver};
-use anyhow::{bail, Context as _, Result};
+use crate::{guest, sh, xs, Driver};
+use anyhow::{bail, ensure, Context as _, Result};
+use attempt::Attempt;
 use std::fmt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -117,7 +118,8 @@ impl Case {
     }
 }
 
-/// The reason why a case cannot run here. Returned as an error, it makes the verdict a skip.
+/// The reason why a case cannot run here. Returned as an error, it makes the verdict a skip, or a
+/// failure with our own driver: the machine is ours as well.
 #[derive(Debug)]
 pub(crate) struct Skip(String);
 
@@ -281,10 +283,29 @@ impl Context {
                     Err(error) => {
                         self.report
                             .note(&format!("the guest is given up: {error:#}"))?;
-                        guest.destroy()?;
+                        guest.give_up()?;
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// The shared guest that a case uses.
+    fn shared(&self, needs: Needs) -> Option<&Guest> {
+        match needs {
+            Needs::Nothing => None,
+            Needs::Pv => self.pv.as_ref(),
+            Needs::PvWide => self.wide.as_ref(),
+            Needs::Pvh => self.pvh.as_ref(),
+        }
+    }
+
+    /// Ends the shared guests among these domains.
+    fn give_up(&mut self, domains: &[u32]) -> Result<()> {
+        for slot in [&mut self.pv, &mut self.wide, &mut self.pvh] {
+            let lost = slot.take_if(|guest| domains.contains(&guest.domid));
+            lost.map_or(Ok(()), Guest::give_up)?;
         }
         Ok(())
     }
@@ -363,6 +384,13 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
         context.end_unneeded(cases.get(index + 1..).unwrap_or_default())?;
     }
     context.supervise(false)?;
+    // The shared guests have ended after the last case that used them.
+    let trouble = guest::take_trouble();
+    ensure!(
+        trouble.is_empty(),
+        "after the last case: {}",
+        trouble.join("; ")
+    );
     let passed = context.report.finish()?;
     Ok(if passed {
         ExitCode::SUCCESS
@@ -371,77 +399,17 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
     })
 }
 
-/// Runs one case, looks at the logs, and leaves the machine ready for the next one.
+/// Runs one case, looks at the logs, and leaves the machine ready for the next one. A case whose
+/// guest the emulator killed runs once more.
 fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     if case.tap && context.driver == Driver::C {
         return Ok(Verdict::Skip("the C driver has no tap disks".into()));
     }
-    let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
-    splat::take_xen_log()?;
-    let mut baseline = None;
-    let prepared = context
-        .start_shared(case.needs)
-        .and_then(|()| context.supervise(case.supervised));
-    let result = prepared.and_then(|()| {
-        baseline = case.leaks.then(|| Leaks::now(context.driver)).transpose()?;
-        (case.run)(context)
-    });
-    let (mut problems, mut skipped) = (Vec::new(), None);
-    if let Err(error) = result {
-        match error.downcast::<Skip>() {
-            Ok(Skip(reason)) => skipped = Some(reason),
-            Err(error) => problems.push(format!("{error:#}")),
-        }
+    let mut attempt = Attempt::run(case, context)?;
+    if attempt.is_excused() {
+        attempt = Attempt::run(case, context)?;
     }
-    problems.extend(guest_problems(context));
-    if !problems.is_empty() {
-        context
-            .refresh_shared()
-            .unwrap_or_else(|error| problems.push(format!("{error:#}")));
-        detach_own_disks().unwrap_or_else(|error| problems.push(format!("{error:#}")));
-    }
-    problems.extend(context.undo());
-    if let (Some(baseline), true) = (baseline, problems.is_empty()) {
-        let same = baseline.wait_same(context.driver, Duration::from_secs(15));
-        same.unwrap_or_else(|error| problems.push(format!("{error:#}")));
-    }
-    let messages = kmsg.take()?;
-    problems.extend(splat::in_kernel(
-        "dom0",
-        messages.iter().map(String::as_str),
-    ));
-    let messages = splat::take_xen_log()?;
-    problems.extend(splat::in_xen(messages.iter().map(String::as_str)));
-    let why = problems.join("\n");
-    Ok(match (problems.is_empty(), skipped, case.c_fails) {
-        (true, None, _) => Verdict::Pass,
-        (true, Some(reason), _) => Verdict::Skip(reason),
-        (false, _, Some(known)) if context.driver == Driver::C => Verdict::KnownFail(why, known),
-        (false, _, _) => Verdict::Fail(why),
-    })
-}
-
-/// What is wrong with the shared guests after a case.
-fn guest_problems(context: &Context) -> Vec<String> {
-    let mut problems = Vec::new();
-    for guest in [&context.pv, &context.wide, &context.pvh]
-        .into_iter()
-        .flatten()
-    {
-        let name = format!("guest {}", guest.config.name);
-        let lines = guest.console.take_kernel_lines();
-        problems.extend(splat::in_kernel(&name, lines.iter().map(String::as_str)));
-        match guest.run("dmesg -c") {
-            Ok(text) => problems.extend(splat::in_kernel(&name, text.lines())),
-            Err(error) => problems.push(format!("{name} does not answer: {error:#}")),
-        }
-        match guest.disks() {
-            Ok(0) => (),
-            Ok(left) => problems.push(format!("{name} still has {left} disks")),
-            Err(error) => problems.push(format!("{error:#}")),
-        }
-    }
-    problems
+    Ok(attempt.verdict(case, context.driver))
 }
 
 /// Detaches what a failed case may have left attached to dom0 itself.

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! One execution of a case, and all that it is judged by: its own error, the guests, the logs of all
+//! kernels and of Xen, and what is left behind.
+
+use super::{detach_own_disks, Case, Context, Skip};
+use crate::leaks::Leaks;
+use crate::report::Verdict;
+use crate::{guest, splat, Driver};
+use anyhow::Result;
+use dom0::kmsg::Kmsg;
+use std::time::Duration;
+use trouble::emulator;
+
+/// How one execution went.
+#[derive(Default)]
+pub(super) struct Attempt {
+    /// What a guest that died can be the cause of: the case's error, guests that do not answer,
+    /// what could not be undone.
+    failed: Vec<String>,
+    /// What nothing excuses: trouble in a log, something left behind.
+    trouble: Vec<String>,
+    /// Why the case could not run.
+    skipped: Option<String>,
+    /// Whether the emulator killed a guest that the case used.
+    lost: bool,
+}
+
+impl Attempt {
+    /// Runs the case, and leaves the machine ready for the next one.
+    pub(super) fn run(case: &Case, context: &mut Context) -> Result<Attempt> {
+        let mut attempt = Attempt::default();
+        let mut kmsg = Kmsg::from_now()?;
+        // A shared guest may have died since the last case.
+        let mut xen = splat::take_xen_log()?;
+        attempt.take_deaths(case, context, &xen, |_| false)?;
+        let newest = guest::newest_domain()?;
+        let mut baseline = None;
+        let prepared = context
+            .start_shared(case.needs)
+            .and_then(|()| context.supervise(case.supervised));
+        let uses = context.shared(case.needs).map(|guest| guest.domid);
+        let result = prepared.and_then(|()| {
+            baseline = case.leaks.then(|| Leaks::now(context.driver)).transpose()?;
+            (case.run)(context)
+        });
+        attempt.take_result(result);
+        let is_used = |domain| uses == Some(domain) || domain > newest;
+        let lines = splat::take_xen_log()?;
+        attempt.take_deaths(case, context, &lines, is_used)?;
+        xen.extend(lines);
+        attempt.judge_guests(context);
+        if attempt.has_problems() {
+            attempt.take_result(context.refresh_shared());
+            attempt.take_result(detach_own_disks());
+        }
+        attempt.failed.extend(context.undo());
+        attempt.trouble.extend(guest::take_trouble());
+        if let (Some(baseline), false) = (baseline, attempt.has_problems()) {
+            let same = baseline.wait_same(context.driver, Duration::from_secs(15));
+            same.unwrap_or_else(|error| attempt.trouble.push(format!("{error:#}")));
+        }
+        let messages = kmsg.take()?;
+        let messages = messages.iter().map(String::as_str);
+        attempt.trouble.extend(splat::in_kernel("dom0", messages));
+        let lines = splat::take_xen_log()?;
+        attempt.take_deaths(case, context, &lines, is_used)?;
+        xen.extend(lines);
+        attempt.trouble.extend(splat::in_xen(&xen));
+        Ok(attempt)
+    }
+
+    fn has_problems(&self) -> bool {
+        !self.failed.is_empty() || !self.trouble.is_empty()
+    }
+
+    fn take_result(&mut self, result: Result<()>) {
+        let Err(error) = result else {
+            return;
+        };
+        match error.downcast::<Skip>() {
+            Ok(Skip(reason)) => self.skipped = Some(reason),
+            Err(error) => self.failed.push(format!("{error:#}")),
+        }
+    }
+
+    /// Looks for guests that the emulator killed: the shared ones among them are given up.
+    fn take_deaths(
+        &mut self,
+        case: &Case,
+        context: &mut Context,
+        xen: &[String],
+        is_used: impl Fn(u32) -> bool,
+    ) -> Result<()> {
+        let killed = killed_by_emulator(xen);
+        for &domain in &killed {
+            self.lost |= is_used(domain);
+            let what = format!("{}: domain {domain}, by a #VMEXIT taken twice", case.name);
+            context.report.emulator(&what)?;
+        }
+        self.take_result(context.give_up(&killed));
+        Ok(())
+    }
+
+    /// What is wrong with the shared guests.
+    fn judge_guests(&mut self, context: &Context) {
+        let guests = [&context.pv, &context.wide, &context.pvh];
+        for guest in guests.into_iter().flatten() {
+            let (signs, answers) = guest.trouble();
+            self.trouble.extend(signs);
+            self.take_result(answers);
+            match guest.disks() {
+                Ok(0) => (),
+                Ok(left) => self.failed.push(format!(
+                    "guest {} still has {left} disks",
+                    guest.config.name
+                )),
+                Err(error) => self.failed.push(format!("{error:#}")),
+            }
+        }
+    }
+
+    /// Whether the case failed, and the emulator alone can be to blame.
+    pub(super) fn is_excused(&self) -> bool {
+        self.lost && !self.failed.is_empty() && self.trouble.is_empty()
+    }
+
+    /// What becomes of the case if it is not run again.
+    pub(super) fn verdict(mut self, case: &Case, driver: Driver) -> Verdict {
+        if let (Some(reason), Driver::Rs) = (&self.skipped, driver) {
+            let why = format!("{reason}: with our own driver nothing may be skipped");
+            self.failed.push(why);
+        }
+        self.failed.append(&mut self.trouble);
+        let why = self.failed.join("\n");
+        match (self.failed.is_empty(), self.skipped, case.c_fails) {
+            (true, None, _) => Verdict::Pass,
+            (true, Some(reason), _) => Verdict::Skip(reason),
+            (false, _, Some(known)) if driver == Driver::C => Verdict::KnownFail(why, known),
+            (false, _, _) => Verdict::Fail(why),
+        }
+    }
+}
+
+/// The domains that the emulator killed, by what Xen logged.
+fn killed_by_emulator(xen: &[String]) -> Vec<u32> {
+    let lines: Vec<&str> = xen.iter().map(String::as_str).collect();
+    let deaths = emulator::deaths(&lines).into_iter();
+    let killed = deaths.filter(|death| death.by_emulator);
+    killed.filter_map(|death| death.domain).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Attempt, Case, Driver, Verdict};
+    use crate::cases::Needs;
+
+    fn attempt(failed: &[&str], trouble: &[&str], lost: bool) -> Attempt {
+        let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect();
+        Attempt {
+            failed: owned(failed),
+            trouble: owned(trouble),
+            skipped: None,
+            lost,
+        }
+    }
+
+    #[test]
+    fn only_the_loss_of_its_guest_excuses_a_case() {
+        assert!(attempt(&["the guest went away"], &[], true).is_excused());
+        // Another guest was lost, or none.
+        assert!(!attempt(&["the guest went away"], &[], false).is_excused());
+        // It held nevertheless.
+        assert!(!attempt(&[], &[], true).is_excused());
+        // No death of a guest makes dom0's kernel complain.
+        assert!(!attempt(&["the guest went away"], &["dom0: BUG: x"], true).is_excused());
+    }
+
+    #[test]
+    fn a_skip_with_our_own_driver_is_a_failure() {
+        let case = Case::new("a", "b", Needs::Nothing, |_| Ok(()));
+        let skipped = || Attempt {
+            skipped: Some("no such ring".into()),
+            ..Attempt::default()
+        };
+        let failed = |verdict| matches!(verdict, Verdict::Fail(_));
+        assert!(failed(skipped().verdict(&case, Driver::Rs)));
+        let verdict = skipped().verdict(&case, Driver::C);
+        assert!(matches!(verdict, Verdict::Skip(_)));
+        assert!(failed(
+            attempt(&[], &["x"], false).verdict(&case, Driver::Rs)
+        ));
+        let verdict = Attempt::default().verdict(&case, Driver::Rs);
+        assert!(matches!(verdict, Verdict::Pass));
+    }
+}
