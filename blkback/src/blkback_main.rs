@@ -32,6 +32,7 @@ mod medium;
 mod offer;
 mod params;
 mod phy;
+mod planted;
 mod poll;
 mod queue;
 mod storage;

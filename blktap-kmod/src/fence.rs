@@ -8,6 +8,7 @@
 //! process holds on the image.)
 
 use super::disk::TapDisk;
+use crate::planted;
 use crate::xen::module::ModuleReference;
 use crate::xen::workqueue;
 use kernel::sync::Arc;
@@ -20,10 +21,6 @@ const SHORTEST_MS: i64 = 1;
 const LONGEST_MS: i64 = 1000;
 /// Pauses of one length.
 const REPEATED: u32 = 32;
-
-/// False in a build that is never shipped: it delivers to the next process at once, and the test
-/// of late writes must find the damage.
-const FENCED: bool = !cfg!(fault_no_fence);
 
 impl_has_work! {
     impl HasWork<Self> for TapDisk { self.fence }
@@ -52,7 +49,7 @@ impl TapDisk {
 
     /// Ends the fence if all I/O of the process is over.
     fn try_fence(&self) -> bool {
-        if FENCED && self.areas.arena().is_referenced() {
+        if !planted::NO_FENCE && self.areas.arena().is_referenced() {
             return false;
         }
         let kept = {

@@ -50,10 +50,9 @@ pub(crate) fn wasteful_module() -> Result<PathBuf> {
     planted("module-wasteful", "bench_wasteful")
 }
 
-/// The build of the checkout without the fence between a process that died and the next one; only the
-/// test of that fence uses it.
-pub(crate) fn fenceless_module() -> Result<PathBuf> {
-    planted("module-fenceless", "fault_no_fence")
+/// The build of the checkout with faults that the tests must find (`blkback/src/planted.rs`).
+pub(crate) fn faulty_module() -> Result<PathBuf> {
+    planted("module-faulty", "planted_faults")
 }
 
 /// A build of the checkout that is never shipped, with this cfg.

@@ -62,7 +62,7 @@ enum Task {
         #[arg(long = "lane", value_name = "NAME")]
         lanes: Vec<lanes::Lane>,
         /// Of the lane e2e, run only the tests whose name fits this pattern; of nightly, only this
-        /// part: fuzz, fuzz-tap, deaths, fault.
+        /// part: fuzz, fuzz-tap, deaths.
         #[arg(long, default_value = lanes::ALL, value_name = "PATTERN")]
         only: String,
     },

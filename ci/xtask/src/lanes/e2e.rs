@@ -3,7 +3,7 @@
 
 use crate::build;
 use crate::ktap;
-use crate::machine::Machine;
+use crate::machine::{Machine, Outcome};
 use crate::tally::Tally;
 use crate::{payload, recipes};
 use anyhow::{Context, Result};
@@ -15,15 +15,36 @@ use std::time::Duration;
 /// frontend meets both ways.
 const MAPPING: &str = "copy_max_segments=16";
 
+/// The case of `vmtest` that plants a warning on dom0's console, and what it says there.
+const PLANTED: (&str, &str) = ("planted.dom0_log", "WARNING: planted");
+
 /// The tests of what honest guests and toolstacks do.
 pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
     let only = only.replace('\'', "");
-    boot(
-        tally,
-        "e2e",
-        "",
-        &format!("exec /t/vmtest run --only '{only}'\n"),
-    )
+    let script = format!("exec /t/vmtest run --only '{only}'\n");
+    let payload = with_everything("e2e", &script, &build::module()?)?;
+    let faulty = payload.join("faulty");
+    fs::create_dir_all(&faulty)?;
+    fs::copy(build::faulty_module()?, faulty.join("xen-blkback-rs.ko"))?;
+    let mut planted = false;
+    let mut outcome = report(tally, "e2e", &payload, |line| {
+        planted |= line.starts_with("ok ") && line.ends_with(PLANTED.0);
+    });
+    if let (true, Ok(outcome)) = (planted, &mut outcome) {
+        let all = outcome.splats.len();
+        outcome.splats.retain(|splat| !splat.ends_with(PLANTED.1));
+        let found = if outcome.splats.len() < all {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!(
+                "the warning that {} planted was not found",
+                PLANTED.0
+            ))
+        };
+        tally.check("e2e.consoles-are-judged", found);
+    }
+    consoles(tally, "e2e", outcome);
+    Ok(())
 }
 
 /// The tests of what a malicious frontend does.
@@ -39,29 +60,6 @@ pub(super) fn deaths(tally: &mut Tally) -> Result<()> {
         "",
         "exec /t/vmtest run --only tap.s12_hundred_kills\n",
     )
-}
-
-/// What the test of late writes says when a late write has done damage.
-const LATE_WRITE: &str = "a write of a dead process came after a newer one";
-
-/// Without the fence a late write does damage, and the test of late writes finds it.
-pub(super) fn fault(tally: &mut Tally) -> Result<()> {
-    let script = "exec /t/vmtest run --only tap.s05_late_write\n";
-    let payload = with_everything("fault", script, &build::fenceless_module()?)?;
-    let mut said = String::new();
-    let outcome = machine("fault").run(&recipes::machines()?, &payload, |line| {
-        said.push_str(line);
-        said.push('\n');
-    })?;
-    let caught = outcome.verdict().and_then(|()| {
-        anyhow::ensure!(
-            said.contains(LATE_WRITE),
-            "tap.s05_late_write did not find that the fence is missing:\n{said}"
-        );
-        Ok(())
-    });
-    tally.check("fault.missing-fence-is-caught", caught);
-    Ok(())
 }
 
 /// Random requests of a malicious frontend; each run says its seed.
@@ -90,16 +88,33 @@ fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()
     let conf = payload.join("overlay/usr/lib/modprobe.d/test.conf");
     fs::write(&conf, format!("options xen-blkback-rs {options}\n"))
         .with_context(|| format!("cannot write {}", conf.display()))?;
+    let outcome = report(tally, name, &payload, |_| ());
+    consoles(tally, name, outcome);
+    Ok(())
+}
+
+/// Boots with this payload, and counts what is reported; each line goes to `on_line` as well.
+fn report(
+    tally: &mut Tally,
+    name: &str,
+    payload: &Path,
+    mut on_line: impl FnMut(&str),
+) -> Result<Outcome> {
     let mut reader = ktap::Reader::default();
-    let outcome = machine(name).run(&recipes::machines()?, &payload, |line| {
-        reader.line(line, tally)
+    let outcome = machine(name).run(&recipes::machines()?, payload, |line| {
+        on_line(line);
+        reader.line(line, tally);
     });
     reader.finish(tally);
+    outcome
+}
+
+/// Judges the consoles.
+fn consoles(tally: &mut Tally, name: &str, outcome: Result<Outcome>) {
     tally.check(
         &format!("{name}.consoles-are-clean"),
         outcome.and_then(|outcome| outcome.verdict()),
     );
-    Ok(())
 }
 
 fn machine(name: &str) -> Machine {

@@ -25,7 +25,7 @@ pub(crate) enum Lane {
     /// Instructions per I/O against recorded bounds, in a Xen machine.
     Bench,
     /// What takes too long for each change: random malicious requests, a hundred deaths of a
-    /// process, a fault planted in the module.
+    /// process.
     Nightly,
 }
 

@@ -8,11 +8,10 @@ use anyhow::{ensure, Result};
 /// A part of the lane, each of which boots a machine of its own.
 type Part = (&'static str, fn(&mut Tally) -> Result<()>);
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 3] = [
     ("fuzz", e2e::fuzz),
     ("fuzz-tap", e2e::fuzz_tap),
     ("deaths", e2e::deaths),
-    ("fault", e2e::fault),
 ];
 
 /// Runs the part that `only` names, or all parts.

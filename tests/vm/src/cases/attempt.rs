@@ -2,7 +2,7 @@
 //! One execution of a case, and all that it is judged by: its own error, the guests, the logs of all
 //! kernels and of Xen, and what is left behind.
 
-use super::{detach_own_disks, Case, Context, Skip};
+use super::{detach_own_disks, undo, Case, Context, Skip};
 use crate::leaks::Leaks;
 use crate::report::Verdict;
 use crate::{guest, splat, Driver};
@@ -37,6 +37,7 @@ impl Attempt {
         let mut baseline = None;
         let prepared = context
             .start_shared(case.needs)
+            .and_then(|()| context.load_faulty(case.faulty))
             .and_then(|()| context.supervise(case.supervised));
         let uses = context.shared(case.needs).map(|guest| guest.domid);
         let result = prepared.and_then(|()| {
@@ -53,7 +54,7 @@ impl Attempt {
             attempt.take_result(context.refresh_shared());
             attempt.take_result(detach_own_disks());
         }
-        attempt.failed.extend(context.undo());
+        attempt.failed.extend(undo(&mut context.cleanups));
         attempt.trouble.extend(guest::take_trouble());
         if let (Some(baseline), false) = (baseline, attempt.has_problems()) {
             let same = baseline.wait_same(context.driver, Duration::from_secs(15));
@@ -66,6 +67,7 @@ impl Attempt {
         attempt.take_deaths(case, context, &lines, is_used)?;
         xen.extend(lines);
         attempt.trouble.extend(splat::in_xen(&xen));
+        attempt.trouble.extend(undo(&mut context.late_cleanups));
         Ok(attempt)
     }
 
@@ -126,6 +128,9 @@ impl Attempt {
 
     /// What becomes of the case if it is not run again.
     pub(super) fn verdict(mut self, case: &Case, driver: Driver) -> Verdict {
+        if !case.finds.is_empty() {
+            return self.found(case.finds);
+        }
         if let (Some(reason), Driver::Rs) = (&self.skipped, driver) {
             let why = format!("{reason}: with our own driver nothing may be skipped");
             self.failed.push(why);
@@ -138,6 +143,24 @@ impl Attempt {
             (false, _, Some(known)) if driver == Driver::C => Verdict::KnownFail(why, known),
             (false, _, _) => Verdict::Fail(why),
         }
+    }
+}
+
+impl Attempt {
+    /// What becomes of a case with a planted fault: it must be found, and no other trouble.
+    fn found(self, finds: &[&str]) -> Verdict {
+        let problems = || self.failed.iter().chain(&self.trouble);
+        let is_found = |what: &&&str| problems().any(|problem| problem.contains(**what));
+        let missed: Vec<&&str> = finds.iter().filter(|what| !is_found(what)).collect();
+        let is_planted = |problem: &&String| finds.iter().any(|what| problem.contains(what));
+        let other: Vec<&String> = self.trouble.iter().filter(|p| !is_planted(p)).collect();
+        if missed.is_empty() && other.is_empty() && self.skipped.is_none() {
+            return Verdict::Pass;
+        }
+        let all: Vec<&String> = problems().collect();
+        Verdict::Fail(format!(
+            "planted and not found: {missed:?}; all that was found: {all:#?}"
+        ))
     }
 }
 
@@ -173,6 +196,20 @@ mod tests {
         assert!(!attempt(&[], &[], true).is_excused());
         // No death of a guest makes dom0's kernel complain.
         assert!(!attempt(&["the guest went away"], &["dom0: BUG: x"], true).is_excused());
+    }
+
+    #[test]
+    fn a_planted_fault_must_be_found_and_nothing_else() {
+        let held = |failed: &[&str], trouble: &[&str]| {
+            let case = Case::new("a", "b", Needs::Nothing, |_| Ok(())).finds(&["x", "y"]);
+            let verdict = attempt(failed, trouble, false).verdict(&case, Driver::Rs);
+            matches!(verdict, Verdict::Pass)
+        };
+        assert!(held(&["ax", "by", "in consequence"], &[]));
+        assert!(held(&["x"], &["y"]));
+        assert!(!held(&[], &[]));
+        assert!(!held(&["x"], &[]));
+        assert!(!held(&["x"], &["y", "dom0: BUG: z"]));
     }
 
     #[test]

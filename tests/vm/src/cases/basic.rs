@@ -132,7 +132,7 @@ pub(crate) fn compare(guest: &Guest, vdev: &str, device: &str, mib: u32) -> Resu
     Ok(())
 }
 
-fn fio_verify(context: &mut Context, needs: Needs) -> Result<()> {
+pub(super) fn fio_verify(context: &mut Context, needs: Needs) -> Result<()> {
     let backing = context.null_blk(64, &[])?;
     let (guest, writes) = if needs == Needs::Pvh {
         (context.pvh()?, 80)
@@ -282,7 +282,7 @@ fn sector_4096(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-fn flush(context: &mut Context) -> Result<()> {
+pub(super) fn flush(context: &mut Context) -> Result<()> {
     const FLUSHES: u64 = 12;
     let device = context.null_blk(16, &[("cache_size", "4")])?;
     let guest = context.pv()?;

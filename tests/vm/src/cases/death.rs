@@ -113,6 +113,15 @@ fn s01_idle(context: &mut Context) -> Result<()> {
 /// A tapdisk of the case's own, which no supervisor knows.
 struct Lone(Child);
 
+impl Drop for Lone {
+    fn drop(&mut self) {
+        // Nobody waits for it here: with a write under way it ends later.
+        if let Err(error) = self.0.kill() {
+            eprintln!("vmtest: cannot kill tapdisk {}: {error}", self.0.id());
+        }
+    }
+}
+
 impl Lone {
     fn start(minor: u32, device: &str) -> Result<Lone> {
         let log = tap::log_of("lone-tapdisk")?;
@@ -164,7 +173,7 @@ const SLOW_SECTORS: u64 = 32768;
 
 /// Two names of one device: the first one holds what is written through it, as slow storage does. The
 /// next process comes by the second one, so that only the fence is between it and the late write.
-fn s05_late_write(context: &mut Context) -> Result<()> {
+pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     let below = context.null_blk(SLOW_MIB, &[])?;
     let old = Holding::create("vmtest-old", &below.path(), SLOW_SECTORS)?;
     let theirs = old.clone();

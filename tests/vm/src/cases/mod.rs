@@ -10,6 +10,7 @@ mod hung;
 mod images;
 mod lifecycle;
 mod permission;
+mod planted;
 mod played;
 mod rings;
 mod tap;
@@ -62,6 +63,10 @@ pub(crate) struct Case {
     pub(crate) nightly: bool,
     /// Whether the supervisor of tap disks must run.
     pub(crate) supervised: bool,
+    /// Whether it is about the module with planted faults.
+    pub(crate) faulty: bool,
+    /// What must be found in the problems of the case, which then holds; nothing for most cases.
+    pub(crate) finds: &'static [&'static str],
     /// The case itself.
     pub(crate) run: Body,
 }
@@ -83,6 +88,8 @@ impl Case {
             tap: false,
             nightly: false,
             supervised: false,
+            faulty: false,
+            finds: &[],
             run: Box::new(run),
         }
     }
@@ -107,6 +114,19 @@ impl Case {
             supervised: true,
             ..self
         }
+    }
+
+    /// The same case, with the module that has planted faults.
+    fn faulty(self) -> Case {
+        Case {
+            faulty: true,
+            ..self
+        }
+    }
+
+    /// The same case, which holds if its problems are these.
+    fn finds(self, finds: &'static [&'static str]) -> Case {
+        Case { finds, ..self }
     }
 
     /// The same case, with the leak counters compared.
@@ -146,7 +166,11 @@ pub(crate) struct Context {
     wide: Option<Guest>,
     pvh: Option<Guest>,
     supervisor: Option<Supervisor>,
+    /// Whether the module with planted faults is loaded.
+    faulty: bool,
     cleanups: Vec<Cleanup>,
+    /// What is undone after the verdict.
+    late_cleanups: Vec<Cleanup>,
     report: Report,
 }
 
@@ -184,6 +208,15 @@ impl Context {
         undo: impl FnOnce() -> Result<()> + 'static,
     ) {
         self.cleanups.push((what.into(), Box::new(undo)));
+    }
+
+    /// Something to undo after all that the case left was looked at.
+    fn after_verdict(
+        &mut self,
+        what: impl Into<String>,
+        undo: impl FnOnce() -> Result<()> + 'static,
+    ) {
+        self.late_cleanups.push((what.into(), Box::new(undo)));
     }
 
     /// A null_blk device for the time of the case.
@@ -258,6 +291,29 @@ impl Context {
         Ok(())
     }
 
+    /// Makes the module with planted faults serve, or the shipped one.
+    fn load_faulty(&mut self, wanted: bool) -> Result<()> {
+        if wanted == self.faulty {
+            return Ok(());
+        }
+        self.supervise(false)?;
+        let users = Path::new("/sys/module").join(self.driver.sys_module());
+        // A process that was killed may hold it for another moment.
+        sh::wait_for(
+            "the end of all users of the module",
+            Duration::from_secs(20),
+            || Ok(sh::get(users.join("refcnt"))? == "0"),
+        )?;
+        if wanted {
+            sh::run(&["rmmod", self.driver.sys_module()])?;
+            insert(self.driver, FAULTY)?;
+        } else {
+            load_driver(self.driver)?;
+        }
+        self.faulty = wanted;
+        Ok(())
+    }
+
     /// Ends the shared guests that no case from here on asks for: they would use memory, and QEMU's
     /// nested paging now and then loses a guest that does nothing at all.
     fn end_unneeded(&mut self, later: &[Case]) -> Result<()> {
@@ -309,16 +365,16 @@ impl Context {
         }
         Ok(())
     }
+}
 
-    fn undo(&mut self) -> Vec<String> {
-        let mut problems = Vec::new();
-        while let Some((what, undo)) = self.cleanups.pop() {
-            if let Err(error) = undo() {
-                problems.push(format!("cannot {what}: {error:#}"));
-            }
+fn undo(cleanups: &mut Vec<Cleanup>) -> Vec<String> {
+    let mut problems = Vec::new();
+    while let Some((what, undo)) = cleanups.pop() {
+        if let Err(error) = undo() {
+            problems.push(format!("cannot {what}: {error:#}"));
         }
-        problems
     }
+    problems
 }
 
 /// Every case, in the order in which they run.
@@ -337,6 +393,8 @@ pub(crate) fn all() -> Vec<Case> {
         permission::cases(),
         tap_life::cases(),
         boot::cases(),
+        // Last: after the module with planted faults nothing is worth judging.
+        planted::cases(),
     ];
     groups.into_iter().flatten().collect()
 }
@@ -356,7 +414,9 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
         wide: None,
         pvh: None,
         supervisor: None,
+        faulty: false,
         cleanups: Vec::new(),
+        late_cleanups: Vec::new(),
         report: Report::open()?,
     };
     context.report.plan(cases.len())?;
@@ -405,6 +465,9 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     if case.tap && context.driver == Driver::C {
         return Ok(Verdict::Skip("the C driver has no tap disks".into()));
     }
+    if !case.finds.is_empty() && context.driver == Driver::C {
+        return Ok(Verdict::Skip("nothing is planted for the C driver".into()));
+    }
     let mut attempt = Attempt::run(case, context)?;
     if attempt.is_excused() {
         attempt = Attempt::run(case, context)?;
@@ -430,8 +493,23 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
         // Loaded at boot, as an administrator does it, with its own defaults.
         sh::run(&["rmmod", driver.sys_module()])?;
     }
-    // The default is one queue for each CPU of dom0, which may be too few for the ring cases.
-    sh::modprobe(driver.module(), &["max_queues=4"])?;
+    sh::modprobe(driver.module(), &[QUEUES])?;
+    wait_registered(driver)
+}
+
+/// The default is one queue for each CPU of dom0, which may be too few for the ring cases.
+const QUEUES: &str = "max_queues=4";
+
+/// The module with planted faults, in the payload of the machine.
+const FAULTY: &str = "/t/faulty/xen-blkback-rs.ko";
+
+/// Loads the driver from this file.
+fn insert(driver: Driver, file: &str) -> Result<()> {
+    sh::run(&["insmod", file, QUEUES])?;
+    wait_registered(driver)
+}
+
+fn wait_registered(driver: Driver) -> Result<()> {
     let directory = Path::new("/sys/bus/xen-backend/drivers").join(driver.bus_name());
     sh::wait_for(
         "the registration of the driver",
