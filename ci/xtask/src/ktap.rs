@@ -27,7 +27,9 @@ impl Reader {
         }
         self.flush(tally);
         if let Some(plan) = line.strip_prefix("1..") {
-            self.planned = plan.trim().parse().ok();
+            // Several programs may report, one after the other.
+            let more = plan.trim().parse::<u64>().ok();
+            self.planned = more.map(|more| more + self.planned.unwrap_or(0));
         } else if let Some(rest) = line.strip_prefix("not ok ") {
             self.seen += 1;
             let (name, mark) = parts(rest);
@@ -130,6 +132,12 @@ mod tests {
     #[test]
     fn tests_that_were_planned_and_never_came_have_failed() {
         assert_eq!(sums("1..3\nok 1 - a\n"), "1 passed, 2 failed, 0 skipped");
+    }
+
+    #[test]
+    fn the_plans_of_several_programs_add_up() {
+        let report = "1..1\nok 1 - a\n1..2\nok 1 - b\n";
+        assert_eq!(sums(report), "2 passed, 1 failed, 0 skipped");
     }
 
     #[test]

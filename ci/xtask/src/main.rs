@@ -65,6 +65,10 @@ enum Task {
         /// part: fuzz, fuzz-tap, deaths.
         #[arg(long, default_value = lanes::ALL, value_name = "PATTERN")]
         only: String,
+        /// Where chance begins in the machines, as a run said it, to repeat that; else a new place
+        /// each time.
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// Check the sources without running them.
     ///
@@ -111,8 +115,8 @@ enum Task {
 fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
         Task::Demo => demo::run(),
-        Task::Test { lanes, only } => Ok(exit(lanes::run(&lanes, &only).finish())),
-        Task::Check => Ok(exit(lanes::run(&[lanes::Lane::Check], "").finish())),
+        Task::Test { lanes, only, seed } => Ok(exit(lanes::run(&lanes, &only, seed).finish())),
+        Task::Check => Ok(exit(lanes::run(&[lanes::Lane::Check], "", None).finish())),
         Task::Build {
             source: Some(source),
             ..

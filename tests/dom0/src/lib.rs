@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the programs of the tests need in dom0: xenstore and the kernel's log.
+//! What the programs of the tests need in dom0: xenstore, the logs of the kernel and of Xen, and
+//! counters of what a test may leave behind.
 
 pub mod kmsg;
+pub mod memory;
+pub mod xen;
 pub mod xenstore;

@@ -31,7 +31,7 @@ pub(crate) struct Shape {
 }
 
 impl Disk {
-    /// Makes a disk of 64 MiB that supports discard and has a volatile cache.
+    /// Makes a disk of 40 MiB, all written, that supports discard and has a volatile cache.
     pub(crate) fn make(shape: &Shape) -> Result<Disk> {
         if !Path::new(CONFIG).exists() {
             run(&["modprobe", "null_blk", "nr_devices=0"])?;
@@ -45,7 +45,7 @@ impl Disk {
         let made = Some(dir.clone());
         let slow = !shape.latency.is_zero();
         let attributes: [(&str, u128); 8] = [
-            ("size", 64),
+            ("size", 40),
             ("memory_backed", 1),
             ("discard", 1),
             ("blocksize", shape.block.into()),
@@ -65,7 +65,21 @@ impl Disk {
             let paths = names.iter().map(|name| Path::new("/dev").join(name));
             Ok(paths.into_iter().find(|path| path.exists()))
         })?;
-        Disk::of(&found, made)
+        let disk = Disk::of(&found, made)?;
+        disk.fill()?;
+        Ok(disk)
+    }
+
+    /// Writes all of it, so that it takes no more memory later.
+    fn fill(&self) -> Result<()> {
+        use std::io::Write;
+        let mut file = fs::File::options().write(true).open(&self.device)?;
+        let chunk = vec![0x5a; 1 << 20];
+        for _ in 0..self.sectors * 512 / (1 << 20) {
+            file.write_all(&chunk)
+                .with_context(|| format!("cannot fill {}", self.device.display()))?;
+        }
+        file.sync_all().context("cannot fill a disk")
     }
 
     /// A device that exists.

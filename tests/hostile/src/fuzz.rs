@@ -8,7 +8,7 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::report::Report;
 use crate::rng::Rng;
-use crate::session::{Session, Shape, DESCRIPTOR_PAGE};
+use crate::session::{Session, Shape, DESCRIPTOR_PAGE, WIDE};
 use crate::vbd::Mode;
 use crate::wire::{flush, rw, Answer, Request, Seg, ERROR, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Context, Result};
@@ -29,7 +29,7 @@ const CHECK_EVERY: u32 = 100;
 /// Runs so many batches; true when all went well.
 pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<bool> {
     let name = format!("hostile.fuzz_seed_{seed}_cases_{cases}");
-    reported(&name, device, |lab| {
+    reported(&name, device, seed, |lab| {
         batches(lab, seed, cases)?;
         Ok(None)
     })
@@ -39,15 +39,13 @@ pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<boo
 pub(crate) fn reported(
     name: &str,
     device: Option<&PathBuf>,
+    seed: u64,
     body: impl FnOnce(&mut Lab) -> Result<Option<String>>,
 ) -> Result<bool> {
-    let mut lab = Lab::new(device)?;
+    let mut lab = Lab::new(device, seed)?;
     let mut report = Report::open(1)?;
     let start = Instant::now();
-    let outcome = body(&mut lab).and_then(|note| {
-        note.map(|note| report.note(&note)).transpose()?;
-        Ok(None)
-    });
+    let outcome = body(&mut lab).and_then(|note| note.map_or(Ok(()), |note| report.note(&note)));
     report.verdict(name, start.elapsed().as_secs_f64(), &outcome)?;
     if outcome.is_ok() {
         lab.finish()?;
@@ -90,7 +88,7 @@ impl Fuzz {
 
     fn start(lab: &Lab, rng: &mut Rng) -> Result<Fuzz> {
         let shape = Shape {
-            queues: 1,
+            queues: WIDE.queues,
             order: rng.below(3) as u8,
             protocol: rng.pick(&[Protocol::Abi64, Protocol::Abi32]),
         };
@@ -139,7 +137,8 @@ impl Fuzz {
                 requests.push(self.bad(rng, BAD_ID | index as u64));
             }
         }
-        let queue = self.session.queue();
+        let queue = rng.below(self.session.queues.len() as u64) as usize;
+        let queue = &mut self.session.queues[queue];
         for request in &requests {
             queue.push(request);
         }

@@ -34,7 +34,7 @@ const HONEST_REQUESTS: u64 = 3;
 /// Runs so many batches; true when all went well.
 pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<bool> {
     let name = format!("hostile.fuzz_tap_seed_{seed}_cases_{cases}");
-    reported(&name, device, |lab| batches(lab, seed, cases))
+    reported(&name, device, seed, |lab| batches(lab, seed, cases))
 }
 
 fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<Option<String>> {

@@ -3,11 +3,12 @@
 
 use crate::disk::{self, Disk};
 use crate::leaks::Leaks;
-use crate::session::{Session, Shape, PLAIN};
+use crate::session::{Session, Shape, WIDE};
 use crate::tap::{self, TapDisk};
 use crate::vbd::{Mode, Vbd};
 use anyhow::{ensure, Context, Result};
 use dom0::kmsg::{Kmsg, LOST};
+use dom0::xen;
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -32,6 +33,8 @@ pub(crate) struct Lab {
     /// One on which each I/O takes a while.
     pub(crate) slow: Disk,
     bystander: Session,
+    planted: Vec<Session>,
+    planted_disk: Option<Disk>,
     _other: Disk,
     kmsg: Kmsg,
     baseline: Leaks,
@@ -42,7 +45,7 @@ pub(crate) struct Lab {
 
 impl Lab {
     /// Makes the disks and connects the bystander. `device` replaces the disk that is attacked.
-    pub(crate) fn new(device: Option<&PathBuf>) -> Result<Lab> {
+    pub(crate) fn new(device: Option<&PathBuf>, seed: u64) -> Result<Lab> {
         let make = |name, block, latency| {
             disk::Disk::make(&disk::Shape {
                 name,
@@ -57,19 +60,23 @@ impl Lab {
         let coarse = make("hostile-coarse", 4096, Duration::ZERO)?;
         let slow = make("hostile-slow", 512, Duration::from_millis(20))?;
         let other = make("hostile-other", 512, Duration::ZERO)?;
-        let bystander = Session::start(BYSTANDER, &other, Mode::ReadWrite, PLAIN)
+        let bystander = Session::start(BYSTANDER, &other, Mode::ReadWrite, WIDE)
             .context("an honest frontend cannot connect")?;
         Ok(Lab {
             disk,
             coarse,
             slow,
             bystander,
+            planted: Vec::new(),
+            planted_disk: None,
             _other: other,
             kmsg: Kmsg::from_now()?,
+            // The disks hold all that they ever will, so that no case seems to lose memory.
             baseline: Leaks::now()?,
             begun: Instant::now(),
             next: Cell::new(BYSTANDER + 1),
-            seed: Cell::new(0x1234_5678),
+            // CAST: half of it is chance enough for the data of the tests of health.
+            seed: Cell::new(seed as u32),
         })
     }
 
@@ -101,7 +108,7 @@ impl Lab {
 
     /// Attaches the disk and connects with one queue of one page.
     pub(crate) fn session(&self) -> Result<Session> {
-        self.session_on(&self.disk, Mode::ReadWrite, PLAIN)
+        self.session_on(&self.disk, Mode::ReadWrite, WIDE)
     }
 
     /// The session still serves good requests; then it closes as it should.
@@ -127,9 +134,34 @@ impl Lab {
         Ok(())
     }
 
+    /// Keeps a connection open that nobody closes, to be found.
+    pub(crate) fn plant_session(&mut self) -> Result<()> {
+        self.planted.push(self.session()?);
+        Ok(())
+    }
+
+    /// Keeps memory that nobody frees, to be found.
+    pub(crate) fn plant_memory(&mut self) -> Result<()> {
+        let shape = disk::Shape {
+            name: "hostile-planted",
+            block: 512,
+            latency: Duration::ZERO,
+        };
+        self.planted_disk = Some(Disk::make(&shape)?);
+        Ok(())
+    }
+
+    /// Takes what was planted away.
+    pub(crate) fn unplant(&mut self) -> Result<()> {
+        self.planted_disk = None;
+        let mut planted = self.planted.drain(..);
+        planted.try_for_each(Session::finish)
+    }
+
     /// Forgets what was logged before a case.
     pub(crate) fn begin(&mut self) -> Result<()> {
         self.begun = Instant::now();
+        xen::take_log()?;
         self.kmsg.take().map(drop)
     }
 
@@ -150,6 +182,10 @@ impl Lab {
             .filter(|line| trouble::in_kernel(line))
             .collect();
         ensure!(bad.is_empty(), "dom0's kernel is in trouble: {bad:#?}");
+        let log = xen::take_log()?;
+        let log: Vec<&str> = log.iter().map(String::as_str).collect();
+        let bad = trouble::in_xen(&log);
+        ensure!(bad.is_empty(), "the hypervisor is in trouble: {bad:#?}");
         let seconds = self.begun.elapsed().as_secs_f64();
         let allowed = LOG_LINES + (seconds * LOG_LINES_A_SECOND) as usize;
         ensure!(

@@ -3,6 +3,7 @@
 
 use crate::wait;
 use anyhow::{bail, Context, Result};
+use dom0::{memory, xen};
 use std::fs;
 use std::time::Duration;
 
@@ -12,19 +13,27 @@ const MODULE: &str = "/sys/module/xen_blkback_rs";
 /// One reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Leaks {
+    kernel: Kernel,
+    /// Grants that dom0 has mapped: Xen knows better than the module.
+    grants: u64,
+    available_kib: u64,
+}
+
+/// What the kernel counts; cheap to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Kernel {
     threads: usize,
     interrupts: usize,
     users: u64,
     devices: usize,
 }
 
-impl Leaks {
-    /// Reads the counters.
-    pub(crate) fn now() -> Result<Leaks> {
+impl Kernel {
+    fn now() -> Result<Kernel> {
         let interrupts = fs::read_to_string("/proc/interrupts").context("/proc/interrupts")?;
         let users = fs::read_to_string(format!("{MODULE}/refcnt"))
             .with_context(|| format!("{MODULE} is missing: modprobe xen-blkback-rs"))?;
-        Ok(Leaks {
+        Ok(Kernel {
             threads: queue_threads()?,
             interrupts: interrupts
                 .lines()
@@ -34,18 +43,68 @@ impl Leaks {
             devices: fs::read_dir("/sys/bus/xen-backend/devices")?.count(),
         })
     }
+}
+
+impl Leaks {
+    /// Reads the counters.
+    pub(crate) fn now() -> Result<Leaks> {
+        Ok(Leaks {
+            kernel: Kernel::now()?,
+            grants: xen::mapped_grants()?,
+            available_kib: memory::field("MemAvailable:")?,
+        })
+    }
 
     /// Waits until the counters read the same again: threads may end a little later.
     pub(crate) fn wait_same(self, limit: Duration) -> Result<()> {
-        let mut now = self;
-        let same = wait::until("the end of all that a case made", limit, || {
-            now = Leaks::now()?;
-            Ok((now == self).then_some(()))
+        // Not an error yet: all that is left behind is to be told at once.
+        let _differs = wait::until("the end of all that a case made", limit, || {
+            Ok((Kernel::now()? == self.kernel).then_some(()))
         });
-        if same.is_err() {
-            bail!("left behind: {self:?} before, {now:?} now");
+        let mut left = self.differences(&Leaks::now()?);
+        if !left.is_empty() {
+            // Memory and grants may come back a little later than the threads end.
+            let _differs = wait::until("the return of what a case took", limit, || {
+                left = self.differences(&Leaks::now()?);
+                Ok(left.is_empty().then_some(()))
+            });
+        }
+        if !left.is_empty() {
+            bail!("left behind: {}", left.join("; "));
         }
         Ok(())
+    }
+
+    fn differences(&self, now: &Leaks) -> Vec<String> {
+        let (before, after) = (self.kernel, now.kernel);
+        let counted = [
+            (
+                "threads of queues",
+                before.threads as u64,
+                after.threads as u64,
+            ),
+            (
+                "event channels",
+                before.interrupts as u64,
+                after.interrupts as u64,
+            ),
+            ("users of the module", before.users, after.users),
+            (
+                "backend devices",
+                before.devices as u64,
+                after.devices as u64,
+            ),
+            ("mapped grants", self.grants, now.grants),
+        ];
+        let changed = counted.iter().filter(|(_, before, after)| before != after);
+        let mut left: Vec<String> = changed
+            .map(|(what, before, after)| format!("{what}: {before} before, {after} now"))
+            .collect();
+        let lost = self.available_kib.saturating_sub(now.available_kib);
+        if lost > memory::SLACK_KIB {
+            left.push(format!("{lost} KiB less memory available"));
+        }
+        left
     }
 }
 

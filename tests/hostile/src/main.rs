@@ -49,6 +49,16 @@ enum Face {
         /// Only attacks whose name contains one of these words, separated by commas.
         #[arg(long, default_value = "")]
         only: String,
+        /// Only attacks that depend on how the module treats the pages of a request: not those of tap
+        /// disks.
+        #[arg(long)]
+        phy: bool,
+        /// Stands in the names of the report, where attacks run more than once.
+        #[arg(long, default_value = "", value_name = "WORD")]
+        label: String,
+        /// Where chance begins; a run says its own, with which it can be repeated.
+        #[arg(long)]
+        seed: Option<u64>,
         /// List the attacks and stop.
         #[arg(long)]
         list: bool,
@@ -61,18 +71,18 @@ enum Face {
     TapLeave,
     /// Random requests, good and bad, on a live ring.
     Fuzz {
-        /// The seed; the same one sends the same requests.
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
+        /// The seed; the same one sends the same requests. Without it a new one, which is reported.
+        #[arg(long)]
+        seed: Option<u64>,
         /// How many batches of requests.
         #[arg(long, default_value_t = 500)]
         cases: u32,
     },
     /// Random calls of the process of a tap disk, under requests that must not suffer.
     FuzzTap {
-        /// The seed; the same one makes the same calls.
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
+        /// The seed; the same one makes the same calls. Without it a new one, which is reported.
+        #[arg(long)]
+        seed: Option<u64>,
         /// How many batches of requests and calls.
         #[arg(long, default_value_t = 500)]
         cases: u32,
@@ -92,6 +102,7 @@ fn main() -> ExitCode {
 
 fn start() -> Result<bool> {
     let cli = Cli::parse();
+    let device = cli.device.as_ref();
     match cli.face {
         Face::Run { list: true, .. } => {
             for case in cases::all() {
@@ -99,10 +110,23 @@ fn start() -> Result<bool> {
             }
             Ok(true)
         }
-        Face::Run { only, .. } => cases::run(&only, cli.device.as_ref()),
+        Face::Run {
+            only,
+            phy,
+            label,
+            seed,
+            ..
+        } => {
+            let seed = seed.unwrap_or_else(rng::fresh_seed);
+            cases::run(&cases::Selection { only, phy, label }, seed, device)
+        }
         Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
         Face::TapLeave => tap::leave().map(|()| true),
-        Face::Fuzz { seed, cases } => fuzz::run(seed, cases, cli.device.as_ref()),
-        Face::FuzzTap { seed, cases } => fuzz_tap::run(seed, cases, cli.device.as_ref()),
+        Face::Fuzz { seed, cases } => {
+            fuzz::run(seed.unwrap_or_else(rng::fresh_seed), cases, device)
+        }
+        Face::FuzzTap { seed, cases } => {
+            fuzz_tap::run(seed.unwrap_or_else(rng::fresh_seed), cases, device)
+        }
     }
 }

@@ -16,8 +16,8 @@ pub(crate) const DATA_PAGES: usize = 48;
 
 /// The page of them that holds descriptors.
 pub(crate) const DESCRIPTOR_PAGE: usize = DATA_PAGES - 1;
-/// Segments of an indirect request that the backend maps in this lane, where it copies fewer than
-/// 17 (`copy_max_segments`).
+/// Segments of an indirect request that the backend copies with its own parameters, and maps where it
+/// is told to copy fewer than 17 (`copy_max_segments`): the attacks run both ways.
 pub(crate) const MAPPED: usize = 32;
 
 /// What a frontend asks for.
@@ -37,6 +37,10 @@ pub(crate) const PLAIN: Shape = Shape {
     order: 0,
     protocol: Protocol::Abi64,
 };
+
+/// Two such queues, as ordinary guests have them: an attack through one of them must not harm the
+/// other one, which the tests of health use as well.
+pub(crate) const WIDE: Shape = Shape { queues: 2, ..PLAIN };
 
 /// A connected frontend. The fields are dropped in this order: the backend lets go first.
 pub(crate) struct Session {

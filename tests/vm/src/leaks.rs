@@ -5,11 +5,9 @@ use crate::guest::KINDS;
 use crate::node::Control;
 use crate::{sh, xs, Driver};
 use anyhow::{bail, Context, Result};
+use dom0::{memory, xen};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-
-/// Memory may move by this much for reasons that are not ours.
-const MEMORY_SLACK_KIB: u64 = 24 * 1024;
 
 /// One reading of the counters.
 #[derive(Clone)]
@@ -22,7 +20,7 @@ impl Leaks {
     /// Reads the counters.
     pub(crate) fn now(driver: Driver) -> Result<Leaks> {
         let mut exact = BTreeMap::new();
-        exact.insert("grants of guests mapped by dom0", mapped_grants()?);
+        exact.insert("grants of guests mapped by dom0", xen::mapped_grants()?);
         let channels = sh::run(&["/usr/lib/xen-4.20/bin/lsevtchn", "0"])
             .or_else(|_| sh::run(&["lsevtchn", "0"]))?;
         exact.insert("event channels of dom0", lines(&channels));
@@ -50,7 +48,7 @@ impl Leaks {
         exact.insert("device mapper devices", entries("/sys/block", "dm-")?);
         Ok(Leaks {
             exact,
-            available_kib: memory("MemAvailable:")?,
+            available_kib: memory::field("MemAvailable:")?,
         })
     }
 
@@ -78,38 +76,11 @@ impl Leaks {
             }
         }
         let lost = self.available_kib.saturating_sub(now.available_kib);
-        if lost > MEMORY_SLACK_KIB {
+        if lost > memory::SLACK_KIB {
             found.push(format!("{lost} KiB less memory available"));
         }
         found
     }
-}
-
-/// A field of /proc/meminfo in KiB.
-pub(crate) fn memory(field: &str) -> Result<u64> {
-    let text = sh::get("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field));
-    let word = line.and_then(|rest| rest.split_whitespace().next());
-    word.with_context(|| format!("/proc/meminfo has no {field}"))?
-        .parse()
-        .context("/proc/meminfo holds no number")
-}
-
-/// Asks the hypervisor for every active grant and counts those that dom0 has mapped.
-fn mapped_grants() -> Result<u64> {
-    sh::run(&["xl", "debug-keys", "g"])?;
-    let text = sh::run(&["xl", "dmesg"])?;
-    let start = text
-        .rfind("gnttab_usage_print_all [ key")
-        .context("the hypervisor printed no grants for debug key g")?;
-    Ok(count_mapped(&text[start..]))
-}
-
-/// Rows look like `(XEN) [0x008]      0 0x07c39 0x00000002 ...`: reference, mapping domain, frame.
-fn count_mapped(text: &str) -> u64 {
-    let rows = text.lines().filter_map(|line| line.split_once("[0x"));
-    rows.filter(|(_, row)| row.split_whitespace().nth(1) == Some("0"))
-        .count() as u64
 }
 
 /// Keys of disks. The directory of a domain may stay behind empty, which is xl's affair.
@@ -159,18 +130,4 @@ fn entries(dir: &str, prefix: &str) -> Result<u64> {
 
 fn lines(text: &str) -> u64 {
     text.lines().filter(|line| !line.trim().is_empty()).count() as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::count_mapped;
-
-    #[test]
-    fn grants_are_counted_by_mapping_domain() {
-        let text = "(XEN) gnttab_usage_print_all [ key 'g' pressed\n\
-            (XEN)       -------- active --------       -------- shared --------\n\
-            (XEN) [0x000]      0 0x03ffc1 0x00000002          0 0x03ffc1 0x19\n\
-            (XEN) [0x008]      1 0x07c39 0x00000001          1 0x00012 0x19\n";
-        assert_eq!(count_mapped(text), 1);
-    }
 }

@@ -18,6 +18,7 @@ mod leaks;
 mod node;
 mod process;
 mod report;
+mod seed;
 mod sh;
 mod splat;
 mod sys;
@@ -47,6 +48,9 @@ enum Face {
         /// The driver that must serve the disks.
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
+        /// Where chance begins; a run says its own, with which it can be repeated.
+        #[arg(long)]
+        seed: Option<u64>,
         /// List the cases and stop.
         #[arg(long)]
         list: bool,
@@ -135,13 +139,19 @@ fn start() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     match Cli::parse().face {
-        Face::Run { only, driver, list } => {
+        Face::Run {
+            only,
+            driver,
+            seed,
+            list,
+        } => {
             if list {
                 for case in cases::all() {
                     println!("{:40} {}", case.name, case.about);
                 }
                 return Ok(ExitCode::SUCCESS);
             }
+            seed::begin(seed);
             cases::run(&only, driver)
         }
         Face::Demo { driver } => demo::run(driver),

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Signs of trouble in the logs of dom0, of the hypervisor and of the guests, as lines of a verdict.
 
-use crate::sh;
-use anyhow::Result;
 use std::collections::BTreeMap;
 
 /// Lines of a kernel's log that mean trouble, each with the name of the machine before it.
@@ -27,14 +25,6 @@ fn counted<'a>(whose: &str, lines: impl IntoIterator<Item = &'a str>) -> Vec<Str
         _ => format!("{whose}: {line} ({count} times)"),
     };
     counts.into_iter().map(text).collect()
-}
-
-/// The hypervisor's messages since the last call.
-pub(crate) fn take_xen_log() -> Result<Vec<String>> {
-    Ok(sh::run(&["xl", "dmesg", "-c"])?
-        .lines()
-        .map(str::to_owned)
-        .collect())
 }
 
 #[cfg(test)]

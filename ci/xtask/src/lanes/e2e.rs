@@ -11,17 +11,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// By default all requests are copied. With this the large ones are mapped, so that a malicious
-/// frontend meets both ways.
+/// By default all requests are copied. With this the large ones are mapped.
 const MAPPING: &str = "copy_max_segments=16";
 
 /// The case of `vmtest` that plants a warning on dom0's console, and what it says there.
 const PLANTED: (&str, &str) = ("planted.dom0_log", "WARNING: planted");
 
 /// The tests of what honest guests and toolstacks do.
-pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
+pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
     let only = only.replace('\'', "");
-    let script = format!("exec /t/vmtest run --only '{only}'\n");
+    let script = format!("exec /t/vmtest run --only '{only}'{}\n", words(seed));
     let payload = with_everything("e2e", &script, &build::module()?)?;
     let faulty = payload.join("faulty");
     fs::create_dir_all(&faulty)?;
@@ -48,38 +47,55 @@ pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
 }
 
 /// The tests of what a malicious frontend does.
-pub(super) fn hostile(tally: &mut Tally) -> Result<()> {
-    boot(tally, "hostile", MAPPING, "exec /t/hostile run\n")
+pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    // First with the parameters that are shipped, then the other way. blktapctrl uses the module.
+    let seed = words(seed);
+    let script = format!(
+        "/t/hostile run{seed}
+         busybox killall blktapctrl
+         while busybox pidof blktapctrl >/dev/null; do sleep 0.1; done
+         rmmod xen-blkback-rs && modprobe xen-blkback-rs {MAPPING} &&
+         exec /t/hostile run --phy --label mapped{seed}\n"
+    );
+    boot(tally, "hostile", "", &script)
 }
 
 /// A hundred deaths of the process that serves a disk, under load.
-pub(super) fn deaths(tally: &mut Tally) -> Result<()> {
+pub(super) fn deaths(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
         "deaths",
         "",
-        "exec /t/vmtest run --only tap.s12_hundred_kills\n",
+        &format!(
+            "exec /t/vmtest run --only tap.s12_hundred_kills{}\n",
+            words(seed)
+        ),
     )
 }
 
 /// Random requests of a malicious frontend; each run says its seed.
-pub(super) fn fuzz(tally: &mut Tally) -> Result<()> {
+pub(super) fn fuzz(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
         "fuzz",
         MAPPING,
-        "exec /t/hostile fuzz --seed $$ --cases 2000\n",
+        &format!("exec /t/hostile fuzz --cases 2000{}\n", words(seed)),
     )
 }
 
 /// Random calls of a malicious process.
-pub(super) fn fuzz_tap(tally: &mut Tally) -> Result<()> {
+pub(super) fn fuzz_tap(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
         "fuzz-tap",
         "",
-        "exec /t/hostile fuzz-tap --seed $$ --cases 500\n",
+        &format!("exec /t/hostile fuzz-tap --cases 500{}\n", words(seed)),
     )
+}
+
+/// The words that name a seed to a program of the tests.
+fn words(seed: Option<u64>) -> String {
+    seed.map_or(String::new(), |seed| format!(" --seed {seed}"))
 }
 
 /// `options` are those of the module.

@@ -43,7 +43,7 @@ const USUAL: &[Lane] = &[
 ];
 
 /// Runs the lanes and returns their sums.
-pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
+pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
     let mut tally = Tally::default();
     let lanes = if lanes.is_empty() { USUAL } else { lanes };
     if lanes.contains(&Lane::E2e) {
@@ -59,10 +59,10 @@ pub(crate) fn run(lanes: &[Lane], only: &str) -> Tally {
             Lane::Host => host::tests(&mut tally),
             Lane::Check => crate::check::run(&mut tally),
             Lane::Build => build::tests(&mut tally),
-            Lane::E2e => e2e::tests(&mut tally, only),
-            Lane::Hostile => e2e::hostile(&mut tally),
+            Lane::E2e => e2e::tests(&mut tally, only, seed),
+            Lane::Hostile => e2e::hostile(&mut tally, seed),
             Lane::Bench => crate::bench::gate(&mut tally),
-            Lane::Nightly => nightly::tests(&mut tally, only),
+            Lane::Nightly => nightly::tests(&mut tally, only, seed),
         };
         if let Err(error) = done {
             tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));

@@ -6,7 +6,7 @@ use crate::tally::Tally;
 use anyhow::{ensure, Result};
 
 /// A part of the lane, each of which boots a machine of its own.
-type Part = (&'static str, fn(&mut Tally) -> Result<()>);
+type Part = (&'static str, fn(&mut Tally, Option<u64>) -> Result<()>);
 
 const PARTS: [Part; 3] = [
     ("fuzz", e2e::fuzz),
@@ -15,7 +15,7 @@ const PARTS: [Part; 3] = [
 ];
 
 /// Runs the part that `only` names, or all parts.
-pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
+pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
     let wanted = |name| only == super::ALL || only == name;
     let parts: Vec<Part> = PARTS.into_iter().filter(|part| wanted(part.0)).collect();
     ensure!(
@@ -23,5 +23,5 @@ pub(super) fn tests(tally: &mut Tally, only: &str) -> Result<()> {
         "there is no part `{only}` of the lane nightly: choose from {}",
         PARTS.map(|(name, _)| name).join(", ")
     );
-    parts.into_iter().try_for_each(|(_, run)| run(tally))
+    parts.into_iter().try_for_each(|(_, run)| run(tally, seed))
 }

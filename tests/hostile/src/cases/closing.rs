@@ -4,7 +4,7 @@
 use super::{case, closing, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Session, MAPPED, PLAIN};
+use crate::session::{Session, MAPPED, WIDE};
 use crate::vbd::{state, Mode, SOON};
 use crate::wire::{flush, rw, OKAY};
 use anyhow::{anyhow, ensure, Context, Result};
@@ -56,7 +56,7 @@ fn fill(session: &mut Session) -> Result<()> {
 
 fn h45_destroyed_in_flight(lab: &mut Lab) -> Result<()> {
     for round in 0..6 {
-        let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+        let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
         fill(&mut session)?;
         let start = Instant::now();
         if round % 2 == 0 {
@@ -79,7 +79,7 @@ fn h46_close_and_reconnect(lab: &mut Lab) -> Result<()> {
         if times % 3 == 0 {
             fill(&mut session)?;
         }
-        session.reconnect(PLAIN)?;
+        session.reconnect(WIDE)?;
         times += 1;
     }
     lab.finish_healthy(session)
@@ -117,16 +117,16 @@ fn h47_closing_under_requests(lab: &mut Lab) -> Result<()> {
             pusher.join().map_err(|_| anyhow!("the pusher died"))?;
             closed
         })?;
-        session.queues = crate::session::queues(PLAIN)?;
+        session.queues = crate::session::queues(WIDE)?;
         session.vbd.reopen()?;
-        session.publish_keys(PLAIN)?;
+        session.publish_keys(WIDE)?;
     }
     lab.finish_healthy(session)
 }
 
 fn h52_driver_taken_away(lab: &mut Lab) -> Result<()> {
     const DRIVER: &str = "/sys/bus/xen-backend/drivers/xen-blkback-rs";
-    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
     let sysfs = session.vbd.sysfs();
     let name = sysfs.file_name().context("a device has a name")?;
     let tell = |file: &str| {
@@ -182,7 +182,7 @@ fn h51_statistics_during_connects(lab: &mut Lab) -> Result<()> {
         for seed in 0..10 {
             outcome = outcome
                 .and_then(|()| session.exercise(0, seed))
-                .and_then(|()| session.reconnect(PLAIN));
+                .and_then(|()| session.reconnect(WIDE));
         }
         let outcome = outcome.and_then(|()| session.finish());
         stop.store(true, Relaxed);

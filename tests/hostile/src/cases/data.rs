@@ -5,7 +5,7 @@ use super::{case, data, Case};
 use crate::grants::{Access, GrantPages};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Session, DESCRIPTOR_PAGE, MAPPED, PLAIN};
+use crate::session::{Session, DESCRIPTOR_PAGE, MAPPED, WIDE};
 use crate::vbd::Mode;
 use crate::wire::{flush, rw, Request, Seg, ERROR, OKAY};
 use anyhow::{ensure, Context, Result};
@@ -159,13 +159,13 @@ fn h24_read_into_read_only(lab: &mut Lab) -> Result<()> {
     );
     session.vbd.close()?;
     session.vbd.reopen()?;
-    session.queues = crate::session::queues(PLAIN)?;
-    session.publish_keys(PLAIN)?;
+    session.queues = crate::session::queues(WIDE)?;
+    session.publish_keys(WIDE)?;
     lab.finish_healthy(session)
 }
 
 fn h25_taken_back_in_flight(lab: &mut Lab) -> Result<()> {
-    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
     for count in [8, MAPPED] {
         for op in [OP_READ, OP_WRITE] {
             let pages = GrantPages::new(count, Access::ReadWrite)?;
@@ -251,7 +251,7 @@ fn h31_ring_page_as_data(lab: &mut Lab) -> Result<()> {
         })?;
         session.queue().channel.notify()?;
         lab.bystander()?;
-        session.reconnect(PLAIN)?;
+        session.reconnect(WIDE)?;
     }
     lab.finish_healthy(session)
 }

@@ -4,7 +4,7 @@
 use super::{case, indices, Case};
 use crate::lab::Lab;
 use crate::queue::{Queue, ANSWER};
-use crate::session::{self, Session, PLAIN};
+use crate::session::{self, Session, WIDE};
 use crate::vbd::{state, Mode};
 use crate::wire::{flush, rw, OKAY};
 use anyhow::{ensure, Result};
@@ -79,23 +79,23 @@ fn h01_req_prod_jumps(lab: &mut Lab) -> Result<()> {
         session.queue().push(&flush(2));
         session.queue().publish()?;
         expect_silence(&mut session)?;
-        session.reconnect(PLAIN)?;
+        session.reconnect(WIDE)?;
         lab.finish_healthy(session)?;
     }
     Ok(())
 }
 
 fn h02_req_prod_wraps(lab: &mut Lab) -> Result<()> {
-    let mut queue = Queue::new(PLAIN.protocol, PLAIN.order)?;
-    queue.start_at(0xffff_fff0);
-    let mut session = Session::connect(lab.attach()?, lab.disk.sectors, PLAIN, vec![queue])?;
+    let mut queues = session::queues(WIDE)?;
+    queues[0].start_at(0xffff_fff0);
+    let mut session = Session::connect(lab.attach()?, lab.disk.sectors, WIDE, queues)?;
     for id in 0..64 {
         session.expect(&flush(id), OKAY)?;
     }
     ensure!(session.queue().prod() < 64, "the indices did not pass 2^32");
     lab.finish_healthy(session)?;
     // Taking back what the backend has taken already has no effect: it is in flight.
-    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
     for back in [1u32, 2, 3, 4] {
         let seg = session.seg(0);
         let queue = session.queue();
@@ -268,26 +268,27 @@ fn h06_answers_never_consumed(lab: &mut Lab) -> Result<()> {
             Ok((produced == next).then_some(()))
         })?;
     }
-    session.reconnect(PLAIN)?;
+    session.reconnect(WIDE)?;
     lab.finish_healthy(session)
 }
 
 fn h07_attach_to_garbage(lab: &mut Lab) -> Result<()> {
     // Behind the published answers are requests that an earlier backend has not seen.
-    let mut queue = Queue::new(PLAIN.protocol, PLAIN.order)?;
+    let mut queues = session::queues(WIDE)?;
+    let queue = &mut queues[0];
     queue.start_at(0xffff_fff0);
     queue.push(&flush(7));
     queue.word(REQ_PROD).store(queue.prod(), Release);
-    let mut session = Session::connect(lab.attach()?, lab.disk.sectors, PLAIN, vec![queue])?;
+    let mut session = Session::connect(lab.attach()?, lab.disk.sectors, WIDE, queues)?;
     let answers = session.queue().wait(1, ANSWER)?;
     ensure!(answers[0].id == 7, "the waiting request was not answered");
     session.vbd.close()?;
     session.vbd.reopen()?;
     for (req_prod, rsp_prod) in [(0x50u32, 0u32), (0, 1), (0, 0xffff_ff00)] {
-        let queue = Queue::new(PLAIN.protocol, PLAIN.order)?;
-        queue.word(REQ_PROD).store(req_prod, Relaxed);
-        queue.word(RSP_PROD).store(rsp_prod, Relaxed);
-        let keys = session::keys(PLAIN, std::slice::from_ref(&queue));
+        let queues = session::queues(WIDE)?;
+        queues[0].word(REQ_PROD).store(req_prod, Relaxed);
+        queues[0].word(RSP_PROD).store(rsp_prod, Relaxed);
+        let keys = session::keys(WIDE, &queues);
         session.vbd.store.write_all(&session.vbd.front, &keys)?;
         session.vbd.set_state(state::INITIALISED)?;
         let reached = session
@@ -300,7 +301,7 @@ fn h07_attach_to_garbage(lab: &mut Lab) -> Result<()> {
         session.vbd.close()?;
         session.vbd.reopen()?;
     }
-    session.queues = session::queues(PLAIN)?;
-    session.publish_keys(PLAIN)?;
+    session.queues = session::queues(WIDE)?;
+    session.publish_keys(WIDE)?;
     lab.finish_healthy(session)
 }

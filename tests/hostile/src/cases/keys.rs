@@ -5,7 +5,7 @@ use super::{case, keys, Case};
 use crate::evtchn::EventChannel;
 use crate::lab::Lab;
 use crate::queue::{Queue, ANSWER};
-use crate::session::{self, Session, Shape, PLAIN};
+use crate::session::{self, Session, Shape, PLAIN, WIDE};
 use crate::vbd::{state, Mode, Vbd};
 use anyhow::{ensure, Context, Result};
 use std::sync::Arc;
@@ -237,12 +237,7 @@ fn h42_all_that_is_offered(lab: &mut Lab) -> Result<()> {
 }
 
 fn h43_half_good_queues(lab: &mut Lab) -> Result<()> {
-    let vbd = lab.attach()?;
-    if vbd.offered("multi-queue-max-queues")?.unwrap_or(1) < 2 {
-        return vbd.detach();
-    }
-    let shape = Shape { queues: 2, ..PLAIN };
-    let queues = session::queues(shape)?;
+    let (vbd, shape, queues) = (lab.attach()?, WIDE, session::queues(WIDE)?);
     let refusing = Refusing {
         vbd: &vbd,
         shape,
@@ -257,33 +252,25 @@ fn h43_half_good_queues(lab: &mut Lab) -> Result<()> {
 }
 
 fn h50_bad_ports(lab: &mut Lab) -> Result<()> {
-    let vbd = lab.attach()?;
-    let shape = Shape { queues: 2, ..PLAIN };
-    let two = vbd.offered("multi-queue-max-queues")?.unwrap_or(1) >= 2;
-    let queues = session::queues(if two { shape } else { PLAIN })?;
+    let (vbd, queues) = (lab.attach()?, session::queues(WIDE)?);
     let refusing = Refusing {
         vbd: &vbd,
-        shape: if two { shape } else { PLAIN },
+        shape: WIDE,
         queues: &queues,
     };
     let closed = EventChannel::new()?;
     closed.close()?;
     let closed = closed.port().to_string();
-    let prefix = if two { "queue-0/" } else { "" };
-    let key = format!("{prefix}event-channel");
     for value in ["0", "1", "131071", "4294967295", &closed] {
-        refusing.refuse(&[(&key, Some(value.as_bytes()))])?;
+        refusing.refuse(&[("queue-0/event-channel", Some(value.as_bytes()))])?;
     }
-    if two {
-        let same = queues[0].channel.port().to_string();
-        refusing.refuse(&[("queue-1/event-channel", Some(same.as_bytes()))])?;
-    }
-    let shape = refusing.shape;
-    retry(lab, vbd, shape, queues)?;
+    let same = queues[0].channel.port().to_string();
+    refusing.refuse(&[("queue-1/event-channel", Some(same.as_bytes()))])?;
+    retry(lab, vbd, WIDE, queues)?;
     // The port goes away under a connected backend.
-    let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, WIDE)?;
     let channel = Arc::clone(&session.queue().channel);
     channel.close()?;
-    session.reconnect(PLAIN)?;
+    session.reconnect(WIDE)?;
     lab.finish_healthy(session)
 }

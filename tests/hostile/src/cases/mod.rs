@@ -6,6 +6,7 @@ mod data;
 mod events;
 mod indices;
 mod keys;
+mod planted;
 mod races;
 mod ranges;
 mod requests;
@@ -27,17 +28,20 @@ pub(crate) struct Case {
     pub(crate) name: &'static str,
     /// What it shows, in one line.
     pub(crate) about: &'static str,
-    /// The attack: nothing, or why it cannot run here.
-    pub(crate) run: fn(&mut Lab) -> Result<Option<String>>,
+    /// What the oracle must find after it, for a case that plants something; nothing for an attack.
+    pub(crate) finds: &'static [&'static str],
+    /// The attack.
+    pub(crate) run: fn(&mut Lab) -> Result<()>,
 }
 
-/// An entry of the table: a function that always runs.
+/// An entry of the table.
 macro_rules! case {
     ($module:ident::$name:ident, $about:literal) => {
         Case {
             name: stringify!($name),
             about: $about,
-            run: |lab| $module::$name(lab).map(|()| None),
+            finds: &[],
+            run: $module::$name,
         }
     };
 }
@@ -59,32 +63,71 @@ pub(crate) fn all() -> Vec<Case> {
         tap_life::all(),
         tap_queues::all(),
         tap_uring::all(),
+        planted::all(),
     ];
     groups.into_iter().flatten().collect()
 }
 
-/// Runs the attacks that `only` selects; true when all were withstood.
-pub(crate) fn run(only: &str, device: Option<&PathBuf>) -> Result<bool> {
-    let words: Vec<&str> = only.split(',').filter(|word| !word.is_empty()).collect();
-    let mut cases = all();
-    cases.retain(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
-    anyhow::ensure!(
-        !cases.is_empty(),
-        "no attack is called `{only}`: see --list"
-    );
-    let mut lab = Lab::new(device)?;
+/// Which attacks run.
+pub(crate) struct Selection {
+    /// Those whose name contains one of these words, separated by commas; all without a word.
+    pub(crate) only: String,
+    /// Not those of tap disks.
+    pub(crate) phy: bool,
+    /// Stands in the names of the report.
+    pub(crate) label: String,
+}
+
+impl Selection {
+    fn cases(&self) -> Result<Vec<Case>> {
+        let words: Vec<&str> = self
+            .only
+            .split(',')
+            .filter(|word| !word.is_empty())
+            .collect();
+        let mut cases = all();
+        cases.retain(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
+        cases.retain(|case| !self.phy || !case.name.starts_with("tap_"));
+        anyhow::ensure!(
+            !cases.is_empty(),
+            "no attack is called `{}`: see --list",
+            self.only
+        );
+        Ok(cases)
+    }
+
+    fn name(&self, case: &Case) -> String {
+        match self.label.as_str() {
+            "" => format!("hostile.{}", case.name),
+            label => format!("hostile.{label}.{}", case.name),
+        }
+    }
+}
+
+/// Runs the attacks that were selected; true when all were withstood.
+pub(crate) fn run(selection: &Selection, seed: u64, device: Option<&PathBuf>) -> Result<bool> {
+    let cases = selection.cases()?;
     let mut report = Report::open(cases.len())?;
+    report.note(&format!("seed {seed}"))?;
+    let mut lab = Lab::new(device, seed)?;
     for case in &cases {
         let start = Instant::now();
         lab.begin()?;
         let outcome = (case.run)(&mut lab);
         let outcome = match (outcome, lab.check()) {
+            (outcome, health) if !case.finds.is_empty() => {
+                let found = outcome.and_then(|()| planted::found(case.finds, health));
+                lab.unplant().and(found)
+            }
             (Err(error), Err(health)) => Err(error.context(format!("and also: {health:#}"))),
             (Ok(_), Err(health)) => Err(health),
             (outcome, Ok(())) => outcome,
         };
-        let name = format!("hostile.{}", case.name);
-        report.verdict(&name, start.elapsed().as_secs_f64(), &outcome)?;
+        report.verdict(
+            &selection.name(case),
+            start.elapsed().as_secs_f64(),
+            &outcome,
+        )?;
     }
     lab.finish()?;
     Ok(report.passed())

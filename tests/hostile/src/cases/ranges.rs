@@ -4,7 +4,7 @@
 use super::{case, ranges, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Shape, PLAIN};
+use crate::session::{Shape, WIDE};
 use crate::vbd::Mode;
 use crate::wire::{flush, rw, Request, ERROR, OKAY};
 use anyhow::{ensure, Result};
@@ -41,7 +41,7 @@ fn discard(id: u64, sector: u64, sectors: u64) -> Request {
 }
 
 fn h33_huge_discards(lab: &mut Lab) -> Result<()> {
-    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
     let (sectors, seg) = (session.sectors, session.seg(0));
     let queue = session.queue();
     for id in 0..32 {
@@ -68,7 +68,7 @@ fn h33_huge_discards(lab: &mut Lab) -> Result<()> {
 }
 
 fn h34_bad_discards(lab: &mut Lab) -> Result<()> {
-    let mut session = lab.session_on(&lab.coarse, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.coarse, Mode::ReadWrite, WIDE)?;
     let end = session.sectors;
     let bad = [
         (1, 8),
@@ -103,7 +103,7 @@ fn h34_bad_discards(lab: &mut Lab) -> Result<()> {
 fn h35_flush_storm(lab: &mut Lab) -> Result<()> {
     let vbd = lab.attach()?;
     let queues = vbd.offered("multi-queue-max-queues")?.unwrap_or(1).min(4) as usize;
-    let shape = Shape { queues, ..PLAIN };
+    let shape = Shape { queues, ..WIDE };
     let made = crate::session::queues(shape)?;
     let mut session = crate::session::Session::connect(vbd, lab.disk.sectors, shape, made)?;
     for round in 0..60 {

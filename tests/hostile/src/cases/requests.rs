@@ -3,7 +3,7 @@
 
 use super::{case, requests, Case};
 use crate::lab::Lab;
-use crate::session::{Session, Shape, PLAIN};
+use crate::session::{Session, Shape, WIDE};
 use crate::vbd::Mode;
 use crate::wire::{flush, rw, Answer, Request, Seg, ERROR, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Result};
@@ -82,7 +82,7 @@ fn count_of(request: Request, nr: u8) -> Request {
 
 fn h09_segment_counts(lab: &mut Lab) -> Result<()> {
     for protocol in [Protocol::Abi64, Protocol::Abi32] {
-        let shape = Shape { protocol, ..PLAIN };
+        let shape = Shape { protocol, ..WIDE };
         let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, shape)?;
         let segs = [session.seg(0); 11];
         for op in [OP_READ, OP_WRITE] {
@@ -166,7 +166,7 @@ fn h12_end_of_the_disk(lab: &mut Lab) -> Result<()> {
 }
 
 fn h13_unaligned_to_the_block(lab: &mut Lab) -> Result<()> {
-    let mut session = lab.session_on(&lab.coarse, Mode::ReadWrite, PLAIN)?;
+    let mut session = lab.session_on(&lab.coarse, Mode::ReadWrite, WIDE)?;
     session.exercise(0, 1)?;
     let gref = session.seg(0).gref;
     for first in 0..8u8 {
@@ -213,7 +213,7 @@ fn h14_read_only_disk(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     session.exercise(256, 77)?;
     session.finish()?;
-    let mut session = lab.session_on(&lab.disk, Mode::ReadOnly, PLAIN)?;
+    let mut session = lab.session_on(&lab.disk, Mode::ReadOnly, WIDE)?;
     let seg = session.seg(0);
     let before = read_page(&mut session, 256)?;
     session.data.fill(0xee);
@@ -285,7 +285,7 @@ fn h15_unknown_operations(lab: &mut Lab) -> Result<()> {
 
 fn h16_identifiers(lab: &mut Lab) -> Result<()> {
     for protocol in [Protocol::Abi64, Protocol::Abi32] {
-        let shape = Shape { protocol, ..PLAIN };
+        let shape = Shape { protocol, ..WIDE };
         let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, shape)?;
         let seg = session.seg(0);
         for id in [0, 1, u64::MAX, 1 << 63, 0x0123_4567_89ab_cdef] {

@@ -4,7 +4,7 @@
 use super::{case, states, Case};
 use crate::lab::Lab;
 use crate::rng::Rng;
-use crate::session::{self, Session, PLAIN};
+use crate::session::{self, Session, WIDE};
 use crate::vbd::{state, Vbd, SOON};
 use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
@@ -48,15 +48,15 @@ fn toggle(vbd: &Vbd, values: &[&[u8]], seed: u64) -> Result<()> {
 
 fn h37_states_at_full_speed(lab: &mut Lab) -> Result<()> {
     let vbd = lab.attach()?;
-    let queues = session::queues(PLAIN)?;
+    let queues = session::queues(WIDE)?;
     vbd.store
-        .write_all(&vbd.front, &session::keys(PLAIN, &queues))?;
+        .write_all(&vbd.front, &session::keys(WIDE, &queues))?;
     toggle(&vbd, &[b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8"], 37)?;
     vbd.close().context("after the toggling")?;
     vbd.reopen().context("after the toggling")?;
     drop(queues);
-    let queues = session::queues(PLAIN)?;
-    let session = Session::connect(vbd, lab.disk.sectors, PLAIN, queues)?;
+    let queues = session::queues(WIDE)?;
+    let session = Session::connect(vbd, lab.disk.sectors, WIDE, queues)?;
     lab.finish_healthy(session)
 }
 
@@ -83,18 +83,18 @@ fn h37_junk_states(lab: &mut Lab) -> Result<()> {
 fn h38_again_without_closing(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     session.exercise(0, 38)?;
-    let others = session::queues(PLAIN)?;
+    let others = session::queues(WIDE)?;
     session
         .vbd
         .store
-        .write_all(&session.vbd.front, &session::keys(PLAIN, &others))?;
+        .write_all(&session.vbd.front, &session::keys(WIDE, &others))?;
     for _ in 0..20 {
         session.vbd.set_state(state::INITIALISED)?;
         session.vbd.set_state(state::CONNECTED)?;
     }
     // The first keys still count.
     session.exercise(0, 39)?;
-    session.reconnect(PLAIN)?;
+    session.reconnect(WIDE)?;
     lab.finish_healthy(session)
 }
 

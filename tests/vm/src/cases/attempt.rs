@@ -8,6 +8,7 @@ use crate::report::Verdict;
 use crate::{guest, splat, Driver};
 use anyhow::Result;
 use dom0::kmsg::Kmsg;
+use dom0::xen;
 use std::time::Duration;
 use trouble::emulator;
 
@@ -31,8 +32,8 @@ impl Attempt {
         let mut attempt = Attempt::default();
         let mut kmsg = Kmsg::from_now()?;
         // A shared guest may have died since the last case.
-        let mut xen = splat::take_xen_log()?;
-        attempt.take_deaths(case, context, &xen, |_| false)?;
+        let mut log = xen::take_log()?;
+        attempt.take_deaths(case, context, &log, |_| false)?;
         let newest = guest::newest_domain()?;
         let mut baseline = None;
         let prepared = context
@@ -46,9 +47,9 @@ impl Attempt {
         });
         attempt.take_result(result);
         let is_used = |domain| uses == Some(domain) || domain > newest;
-        let lines = splat::take_xen_log()?;
+        let lines = xen::take_log()?;
         attempt.take_deaths(case, context, &lines, is_used)?;
-        xen.extend(lines);
+        log.extend(lines);
         attempt.judge_guests(context);
         if attempt.has_problems() {
             attempt.take_result(context.refresh_shared());
@@ -63,10 +64,10 @@ impl Attempt {
         let messages = kmsg.take()?;
         let messages = messages.iter().map(String::as_str);
         attempt.trouble.extend(splat::in_kernel("dom0", messages));
-        let lines = splat::take_xen_log()?;
+        let lines = xen::take_log()?;
         attempt.take_deaths(case, context, &lines, is_used)?;
-        xen.extend(lines);
-        attempt.trouble.extend(splat::in_xen(&xen));
+        log.extend(lines);
+        attempt.trouble.extend(splat::in_xen(&log));
         attempt.trouble.extend(undo(&mut context.late_cleanups));
         Ok(attempt)
     }
@@ -90,10 +91,10 @@ impl Attempt {
         &mut self,
         case: &Case,
         context: &mut Context,
-        xen: &[String],
+        log: &[String],
         is_used: impl Fn(u32) -> bool,
     ) -> Result<()> {
-        let killed = killed_by_emulator(xen);
+        let killed = killed_by_emulator(log);
         for &domain in &killed {
             self.lost |= is_used(domain);
             let what = format!("{}: domain {domain}, by a #VMEXIT taken twice", case.name);
@@ -165,8 +166,8 @@ impl Attempt {
 }
 
 /// The domains that the emulator killed, by what Xen logged.
-fn killed_by_emulator(xen: &[String]) -> Vec<u32> {
-    let lines: Vec<&str> = xen.iter().map(String::as_str).collect();
+fn killed_by_emulator(log: &[String]) -> Vec<u32> {
+    let lines: Vec<&str> = log.iter().map(String::as_str).collect();
     let deaths = emulator::deaths(&lines).into_iter();
     let killed = deaths.filter(|death| death.by_emulator);
     killed.filter_map(|death| death.domain).collect()

@@ -5,7 +5,7 @@ use super::{skip, Case, Context, Needs};
 use crate::backing::{self, Lvm};
 use crate::guest::{Guest, Vbd};
 use crate::hotplug;
-use crate::{sh, xs};
+use crate::{seed, sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use std::path::Path;
 use std::time::Duration;
@@ -114,7 +114,8 @@ pub(crate) fn verify_job(device: &str, mib: u32, writes: u32, sector: u32) -> St
     format!(
         "fio --name=verify --filename={device} --size={mib}m --number_ios={writes} --direct=1 --ioengine=libaio --iodepth=32 \
          --rw=randwrite --bssplit={sizes} --blockalign={sector} --verify=crc32c --verify_fatal=1 --do_verify=1 \
-         --randrepeat=1 --randseed=7 --serialize_overlap=1 --output-format=terse"
+         --randrepeat=1 --randseed={} --serialize_overlap=1 --output-format=terse",
+        seed::get()
     )
 }
 
@@ -164,9 +165,9 @@ fn disks(context: &mut Context, count: u8) -> Result<()> {
     }
     let guest = context.pv()?;
     let mut jobs = Vec::new();
-    for (index, (_, vbd)) in all.iter().enumerate() {
+    for (index, (_, vbd)) in (1u64..).zip(&all) {
         let job = verify_job(&format!("/dev/{}", vbd.vdev), 3, 90, 512);
-        jobs.push(guest.start(&format!("{job} --randseed={}", 100 + index))?);
+        jobs.push(guest.start(&format!("{job} --randseed={}", seed::get() + index))?);
     }
     for job in jobs {
         let done = guest.wait(job, FIO)?;

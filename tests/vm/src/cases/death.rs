@@ -9,7 +9,7 @@ use crate::guest::{Config, Guest, Kind, COMMAND};
 use crate::hotplug;
 use crate::node::{Control, Node};
 use crate::tap::{self, EventLog, Served, Supervisor};
-use crate::{sh, sys, xs};
+use crate::{seed, sh, sys, xs};
 use anyhow::{bail, ensure, Context as _, Result};
 use ring::tap::abi::{STATE_FENCING, STATE_LIVE};
 use sim::rng::Rng;
@@ -395,13 +395,13 @@ fn image_is_kept(served: &Served, target: &str) -> Result<()> {
 }
 
 fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {
-    const SEED: u64 = 4711;
+    let seed = seed::get();
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     wait_progress(&disk, 100)?;
-    let mut rng = Rng::new(SEED);
+    let mut rng = Rng::new(seed);
     let mut waits = Vec::new();
     for _ in 0..kills {
         // Any moment: after a few requests, or in the middle of what is executed again.
@@ -423,7 +423,7 @@ fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {
     );
     waits.sort_unstable();
     context.note(&format!(
-        "{kills} deaths (seed {SEED}), {} requests executed again, half of the pauses below {} ms, all below {} ms",
+        "{kills} deaths (seed {seed}), {} requests executed again, half of the pauses below {} ms, all below {} ms",
         info.replayed,
         waits[waits.len() / 2].as_millis(),
         waits[waits.len() - 1].as_millis()

@@ -8,9 +8,10 @@ use crate::backing::{linear, Dm};
 use crate::console::Job;
 use crate::guest::{Config, Guest, Kind, Saved, Vbd, COMMAND, RUN_DIR};
 use crate::hotplug;
-use crate::leaks::{memory, Leaks};
+use crate::leaks::Leaks;
 use crate::{sh, xs, Driver};
 use anyhow::{bail, ensure, Context as _, Result};
+use dom0::memory;
 use std::path::Path;
 use std::time::Duration;
 
@@ -324,9 +325,9 @@ pub(super) fn keeps_memory(
 fn kernel_memory() -> Result<u64> {
     sh::run(&["udevadm", "settle"])?;
     sh::put("/proc/sys/vm/drop_caches", "3")?;
-    let mut held = memory("MemTotal:")?;
+    let mut held = memory::field("MemTotal:")?;
     for other in ["MemFree:", "Buffers:", "Cached:", "AnonPages:"] {
-        held = held.saturating_sub(memory(other)?);
+        held = held.saturating_sub(memory::field(other)?);
     }
     Ok(held)
 }

@@ -22,7 +22,7 @@ pub(crate) use basic::{compare, verify_job};
 
 use crate::report::{Report, Verdict};
 use crate::tap::Supervisor;
-use crate::{guest, sh, xs, Driver};
+use crate::{guest, seed, sh, xs, Driver};
 use anyhow::{bail, ensure, Context as _, Result};
 use attempt::Attempt;
 use std::fmt;
@@ -420,6 +420,7 @@ pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
         report: Report::open()?,
     };
     context.report.plan(cases.len())?;
+    context.report.note(&format!("seed {}", seed::get()))?;
     let result = run_all(&cases, &mut context);
     if let Err(error) = &result {
         context.report.bail_out(&format!("{error:#}"))?;

@@ -486,7 +486,7 @@ fn history_holds(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
-    let told = guest.run_for(&history(DEVICE, "--rounds 6 --discard --seed 11"), FIO)?;
+    let told = guest.run_for(&history(DEVICE, "--rounds 6 --discard"), FIO)?;
     same(guest, &image, 16)?;
     context.note(told.trim())?;
     let guest = context.pv()?;

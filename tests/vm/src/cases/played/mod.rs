@@ -10,7 +10,7 @@ use super::{Case, Context};
 use crate::guest::{Guest, Vbd, COMMAND};
 use crate::hotplug;
 use crate::process::{Played, Process, Request};
-use crate::sh;
+use crate::{seed, sh};
 use anyhow::{ensure, Result};
 use ring::tap::abi;
 
@@ -28,7 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// The command that runs the history in a guest.
 pub(super) fn history(device: &str, rest: &str) -> String {
-    format!("/agent history {device} {rest}")
+    format!("/agent history {device} --seed {} {rest}", seed::get())
 }
 
 /// A disk that is removed with the case.

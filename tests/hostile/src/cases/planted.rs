@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What the oracle must find is planted here, so that it is seen to find it.
+
+use super::Case;
+use crate::lab::Lab;
+use anyhow::{bail, Context, Result};
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        Case {
+            name: "planted_connection",
+            about: "a connection that stays moves each counter",
+            finds: &[
+                "threads of queues",
+                "event channels",
+                "users of the module",
+                "backend devices",
+                "mapped grants",
+            ],
+            run: Lab::plant_session,
+        },
+        Case {
+            name: "planted_memory",
+            about: "memory that stays is found",
+            finds: &["KiB less memory available"],
+            run: Lab::plant_memory,
+        },
+        Case {
+            name: "planted_complaint",
+            about: "a complaint of dom0's kernel is found",
+            finds: &["dom0's kernel is in trouble"],
+            run: |_| log("BUG: planted", 1),
+        },
+        Case {
+            name: "planted_chatter",
+            about: "a log that a guest could fill is found",
+            finds: &["the case made dom0 log"],
+            run: |_| log("planted", 2000),
+        },
+    ]
+}
+
+/// The verdict on a case that planted something, by what the oracle said.
+pub(super) fn found(finds: &[&str], health: Result<()>) -> Result<()> {
+    let said = match health {
+        Ok(()) => bail!("the oracle found nothing of {finds:?}"),
+        Err(error) => format!("{error:#}"),
+    };
+    match finds.iter().find(|what| !said.contains(**what)) {
+        Some(missed) => bail!("the oracle did not find `{missed}`; it said: {said}"),
+        None => Ok(()),
+    }
+}
+
+/// Writes to dom0's log, too quietly for the console.
+fn log(line: &str, times: u32) -> Result<()> {
+    for _ in 0..times {
+        // Without its end a line is not shown to anybody yet.
+        std::fs::write("/dev/kmsg", format!("<7>{line}\n")).context("cannot write to /dev/kmsg")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::found;
+    use anyhow::anyhow;
+
+    #[test]
+    fn all_that_was_planted_must_be_found() {
+        assert!(found(&["a", "b"], Err(anyhow!("a and b"))).is_ok());
+        assert!(found(&["a", "b"], Err(anyhow!("a"))).is_err());
+        assert!(found(&["a"], Ok(())).is_err());
+    }
+}
