@@ -31,6 +31,7 @@ fn limit(seconds: u32) -> Duration {
 fn with_mode(mut open: Open, mode: Mode) -> Open {
     open.read_only = mode.is_read_only();
     open.shared = mode.is_shared();
+    open.whole_blocks = mode.is_shared() && !mode.is_read_only();
     open
 }
 

@@ -45,6 +45,10 @@ pub struct Open {
     /// The image may be smaller than the disk that the guest knows.
     #[serde(default)]
     pub may_shrink: bool,
+    /// Others write the image at the same time: the guest may write nothing smaller than what the
+    /// storage writes as a whole, because the rest of that would be written with it, as it was before.
+    #[serde(default)]
+    pub whole_blocks: bool,
 }
 
 fn yes() -> bool {
@@ -61,6 +65,7 @@ impl Open {
             discard: true,
             shared: false,
             may_shrink: false,
+            whole_blocks: false,
         }
     }
 }

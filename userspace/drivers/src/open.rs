@@ -20,7 +20,7 @@ pub async fn open(io: &Io, open: &Open, image: Option<OwnedFd>) -> Result<(Disk,
     let disk = match (open.target.driver(), open.target.size()) {
         (Name::Aio | Name::Sync, _) => {
             let file = locked(io, open, image).await?;
-            Disk::new(Raw::new(file, open.discard && !open.read_only))
+            Disk::new(raw(open, file)?)
         }
         (Name::Ram, Some(size)) => Disk::new(Ram::new(size)),
         (Name::Null, Some(size)) => Disk::new(Null::new(size)),
@@ -35,6 +35,31 @@ pub async fn open(io: &Io, open: &Open, image: Option<OwnedFd>) -> Result<(Disk,
         shape.discard = None;
     }
     Ok((disk, shape))
+}
+
+/// A file or device, locked, as a disk.
+fn raw(open: &Open, mut file: File) -> Result<Raw, Failure> {
+    let discard = open.discard && !open.read_only;
+    if open.read_only {
+        return Ok(Raw::new(file, discard));
+    }
+    if open.whole_blocks {
+        return Ok(Raw::new(file, discard).in_whole_blocks());
+    }
+    let buffered = file.keep_size().map_err(|error| {
+        Failure::system(
+            format!("cannot look at the image of {}", open.target),
+            &error,
+        )
+    })?;
+    if buffered {
+        eprintln!(
+            "{} goes through dom0's page cache: its size is no whole number of its storage's blocks; \
+             make it one with truncate --size=%4096",
+            open.target
+        );
+    }
+    Ok(Raw::new(file, discard))
 }
 
 /// The image, locked.

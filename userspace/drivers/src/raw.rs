@@ -8,17 +8,34 @@ use diskio::{Data, Errno, File};
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
 
+/// Bytes of a logical block at most.
+const MAX_BLOCK: u32 = 4096;
+
 /// A raw file or block device.
 #[derive(Debug)]
 pub struct Raw {
     file: File,
     discard: bool,
+    whole_blocks: bool,
 }
 
 impl Raw {
     /// Serves `file`; guests may discard if `discard`.
     pub fn new(file: File, discard: bool) -> Self {
-        Self { file, discard }
+        Self {
+            file,
+            discard,
+            whole_blocks: false,
+        }
+    }
+
+    /// Guests may write nothing smaller than a block of the storage: others write the image, too.
+    #[must_use]
+    pub fn in_whole_blocks(self) -> Self {
+        Self {
+            whole_blocks: true,
+            ..self
+        }
     }
 
     /// Size of the disk. A file with a part of a block at its end is refused: it is either broken, or
@@ -46,10 +63,27 @@ impl Raw {
         Ok(size)
     }
 
+    /// Logical and physical blocks.
     fn blocks(&self) -> Result<(u32, u32), Failure> {
-        self.file
+        let (logical, physical) = self
+            .file
             .blocks()
-            .map_err(|error| Failure::system("cannot see the image's blocks", &error))
+            .map_err(|error| Failure::system("cannot see the image's blocks", &error))?;
+        if !self.whole_blocks {
+            return Ok((logical, physical));
+        }
+        let unit = u32::try_from(self.file.align().offset).unwrap_or(u32::MAX);
+        let logical = logical.max(unit);
+        if logical > MAX_BLOCK {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "the image's storage writes {logical} bytes at once, and a guest's blocks have at most \
+                     {MAX_BLOCK}: it cannot be shared with the mode w!"
+                ),
+            ));
+        }
+        Ok((logical, physical.max(logical)))
     }
 }
 
@@ -97,6 +131,8 @@ impl Driver for Raw {
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
-        self.size(self.blocks()?.0)
+        // Of a file that is written past the page cache the last block must stay a whole one.
+        let unit = u32::try_from(self.file.align().offset).unwrap_or(u32::MAX);
+        self.size(self.blocks()?.0.max(unit))
     }
 }

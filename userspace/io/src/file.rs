@@ -2,7 +2,7 @@
 //! An image: transfers of any length at any offset, whatever the file asks for.
 
 use crate::{Data, Errno, Gate, Io, Op};
-use rustix::fs::{fcntl_getfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -73,6 +73,20 @@ impl File {
     pub fn with_align(mut self, align: Align) -> Self {
         self.align = align;
         self
+    }
+
+    /// A direct write ends with a whole block, so it would make a file longer whose size is no whole
+    /// number of them: from now on such a file goes through the page cache. Says whether it does.
+    pub fn keep_size(&mut self) -> io::Result<bool> {
+        if self.is_device || self.size()? % self.align.offset as u64 == 0 {
+            return Ok(false);
+        }
+        fcntl_setfl(&self.fd, fcntl_getfl(&self.fd)? - OFlags::DIRECT)?;
+        self.align = Align {
+            memory: 1,
+            offset: 1,
+        };
+        Ok(true)
     }
 
     /// What transfers have to be multiples of to be done without a copy.

@@ -225,6 +225,7 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
     let request = Open {
         read_only: args.read_only,
         shared: args.shared,
+        whole_blocks: args.shared && !args.read_only,
         discard: !args.no_discard,
         engine: match args.engine {
             EngineName::Auto => Engine::Auto,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Images that cannot be served, or not any more: who asked hears what is wrong, and nothing is left.
 
-use super::basic::FIO;
+use super::basic::{verify_job, FIO};
 use super::tap::{forget_refused, same, DEVICE, VDEV};
 use super::{Case, Context, Needs};
 use crate::tap::{self, Served};
@@ -25,6 +25,11 @@ pub(super) fn cases() -> Vec<Case> {
             "tap.bad_images",
             "what cannot be served is refused quickly, with the reason, and nothing is left",
             bad_images,
+        ),
+        case(
+            "tap.large_blocks",
+            "storage of 4096-byte blocks: devices and shared images have such sectors, files keep their size",
+            large_blocks,
         ),
         case(
             "tap.full_storage",
@@ -92,13 +97,90 @@ fn refused(domain: u32, target: &str, words: &str) -> Result<()> {
     forget_refused(&id, VDEV)
 }
 
+/// A file system in memory for the time of the case; `size` is an option of tmpfs. Direct I/O there is
+/// in blocks of 4096 bytes.
+fn mount_memory(context: &mut Context, mount: &'static str, size: &str) -> Result<()> {
+    fs::create_dir_all(mount).context("cannot make the folder for images")?;
+    sh::run(&["mount", "-t", "tmpfs", "-o", size, "none", mount])?;
+    context.at_end(format!("unmount {mount}"), move || {
+        sh::run(&["umount", mount]).map(drop)
+    });
+    Ok(())
+}
+
+fn large_blocks(context: &mut Context) -> Result<()> {
+    const MOUNT: &str = "/srv/vmtest-large";
+    mount_memory(context, MOUNT, "size=64m")?;
+    let [whole, odd] = ["whole.img", "odd.img"].map(|name| format!("{MOUNT}/{name}"));
+    sh::run(&["truncate", "--size=16M", &whole])?;
+    let odd_size = (16 << 20) + 512;
+    sh::run(&["truncate", &format!("--size={odd_size}"), &odd])?;
+    check_shared(&whole, &odd)?;
+
+    let device = context.null_blk(16, &[("blocksize", "4096")])?;
+    let guest = context.pv()?;
+    let target = format!("aio:{}", device.path());
+    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let sector = xs::number(&format!("{}/sector-size", disk.vbd.backend))?;
+    let seen = guest.run(&format!("cat /sys/block/{VDEV}/queue/logical_block_size"))?;
+    ensure!(
+        sector == 4096 && seen.trim() == "4096",
+        "a device of 4096-byte blocks has sectors of {sector} bytes, the guest sees {}",
+        seen.trim()
+    );
+    guest.run_for(&verify_job(DEVICE, 8, 60, 4096), FIO)?;
+    same(guest, &device.path(), 16)?;
+    disk.replace()?;
+    guest.run_for(&verify_job(DEVICE, 4, 40, 4096), FIO)?;
+    disk.detach(guest)?;
+
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{odd}"), VDEV, "w"))?;
+    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+    let last = odd_size / 512 - 1;
+    guest.run(&format!(
+        "dd if=/dev/urandom of={DEVICE} bs=512 seek={last} count=1 oflag=direct && sync"
+    ))?;
+    let tail = guest.run(&format!(
+        "dd if={DEVICE} bs=512 skip={last} count=1 iflag=direct 2>/dev/null | sha256sum"
+    ))?;
+    let ours = sh::shell(&format!("tail -c 512 {odd} | sha256sum"))?;
+    let size = fs::metadata(&odd)?.len();
+    ensure!(
+        size == odd_size && tail.trim() == ours.trim(),
+        "a file of {odd_size} bytes has {size} after its last sector was written; the guest reads {}, dom0 {}",
+        tail.trim(),
+        ours.trim()
+    );
+    same(guest, &odd, 16)?;
+    disk.detach(guest)
+}
+
+/// Images that others write too, which xl has no word for: one of whole blocks, and one that is not.
+fn check_shared(whole: &str, odd: &str) -> Result<()> {
+    let create = |image: &str| {
+        let target = format!("aio:{image}");
+        sh::status(
+            &["tap-ctl", "--json", "create", "--mode", "w!", "-a", &target],
+            Duration::from_secs(60),
+        )
+    };
+    let refused = create(odd)?;
+    ensure!(
+        refused.rc != 0 && refused.text.contains("--size=%4096"),
+        "a shared image with a part of a block is not refused in clear words: {}",
+        sh::tail(&refused.text, 400)
+    );
+    let made: serde_json::Value = serde_json::from_str(&create(whole)?.stdout)?;
+    ensure!(
+        made["disk"]["logical_block"] == 4096,
+        "an image that others write too has no blocks of 4096 bytes: {made}"
+    );
+    tap::ctl(&["destroy", "-m", &made["minor"].to_string()]).map(drop)
+}
+
 fn full_storage(context: &mut Context) -> Result<()> {
     const MOUNT: &str = "/srv/vmtest-full";
-    fs::create_dir_all(MOUNT).context("cannot make the folder for images")?;
-    sh::run(&["mount", "-t", "tmpfs", "-o", "size=6m", "none", MOUNT])?;
-    context.at_end("unmount the full storage", || {
-        sh::run(&["umount", MOUNT]).map(drop)
-    });
+    mount_memory(context, MOUNT, "size=6m")?;
     let image = format!("{MOUNT}/a.img");
     sh::run(&["truncate", "--size=16M", &image])?;
     let guest = context.pv()?;
