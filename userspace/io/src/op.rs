@@ -11,10 +11,10 @@ use rustix::time::{
     Timespec,
 };
 use std::cell::{Cell, RefCell};
-use std::future::Future;
+use std::future::{poll_fn, Future};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::Pin;
+use std::pin::{pin, Pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -255,6 +255,23 @@ impl Io {
         };
         timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once)?;
         self.readable(&timer).await
+    }
+
+    /// The result of `work`, or [`Errno::TIMEDOUT`] if it takes longer than `limit`: it is dropped then.
+    pub async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, Errno>>,
+    ) -> Result<T, Errno> {
+        let (mut work, mut late) = (pin!(work), pin!(self.sleep(limit)));
+        poll_fn(|cx| match work.as_mut().poll(cx) {
+            Poll::Pending => late
+                .as_mut()
+                .poll(cx)
+                .map(|slept| slept.and(Err(Errno::TIMEDOUT))),
+            done => done,
+        })
+        .await
     }
 
     /// Whether the end of a quick command is something to wake up for: somebody waits for it.

@@ -2,7 +2,7 @@
 //! Every engine does the same to a file as a vector of bytes in memory does to itself. Files are on
 //! the real file system, opened for direct I/O.
 
-use diskio::{Align, Data, Engine, Errno, File, LockKind, Op, Region, Runtime};
+use diskio::{Align, Data, Engine, Errno, File, Io, LockKind, Op, Region, Runtime};
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -525,4 +525,19 @@ fn pieces_outside_of_the_region_are_refused() {
         data.part(1000, 100).to_vec(),
         [[1; 24].as_slice(), &[2; 76]].concat()
     );
+}
+
+#[test]
+fn what_takes_too_long_is_given_up() {
+    let runtime = Runtime::new();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let (io, ours) = (runtime.io.clone(), Rc::new(OwnedFd::from(ours)));
+    let wait = |io: Io, ours: Rc<OwnedFd>, limit| async move {
+        io.within(limit, io.readable(&ours)).await
+    };
+    let soon = wait(io.clone(), ours.clone(), Duration::from_millis(10));
+    assert_eq!(runtime.block_on(soon).unwrap(), Err(Errno::TIMEDOUT));
+    theirs.write_all(b"x").unwrap();
+    let late = wait(io, ours, Duration::from_secs(60));
+    assert_eq!(runtime.block_on(late).unwrap(), Ok(()));
 }

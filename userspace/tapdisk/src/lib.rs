@@ -14,9 +14,11 @@
 mod link;
 pub mod listen;
 pub mod nbd;
+mod ranges;
 pub mod sandbox;
 mod server;
 mod session;
 
+pub use ranges::Claim;
 pub use server::Server;
 pub use session::Session;

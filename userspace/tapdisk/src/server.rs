@@ -2,6 +2,7 @@
 //! Requests of the kernel as calls of a driver.
 
 use crate::link::Link;
+use crate::ranges::{Claim, Range, Ranges, Source};
 use control::stats::{Counter, Stats};
 use diskio::{Errno, Runtime};
 use drivers::{Disk, Shape};
@@ -25,6 +26,8 @@ pub struct Server {
     read_only: bool,
     stats: Rc<RefCell<Stats>>,
     in_flight: Cell<u64>,
+    /// What is worked on, for the guest and for others.
+    ranges: Ranges,
     /// Tags that are being looked at; kept for its memory.
     tags: RefCell<Vec<u16>>,
     /// Who waits until everything is over.
@@ -67,6 +70,7 @@ impl Server {
             read_only,
             stats: stats.clone(),
             in_flight: Cell::new(0),
+            ranges: Ranges::default(),
             tags: RefCell::default(),
             quiet: RefCell::default(),
         })
@@ -101,6 +105,21 @@ impl Server {
     pub(crate) fn hold(self: &Rc<Self>) -> Hold {
         self.in_flight.set(self.in_flight.get() + 1);
         Hold(self.clone())
+    }
+
+    /// Waits until nothing is in the way of a request that does not come from the guest, and keeps what
+    /// comes later from it until the claim is dropped.
+    pub async fn claim(&self, offset: u64, len: u64, writes: bool) -> Claim {
+        self.range(Source::Client, offset, len, writes).await
+    }
+
+    async fn range(&self, source: Source, offset: u64, len: u64, writes: bool) -> Claim {
+        let range = Range {
+            from: offset,
+            end: offset.saturating_add(len),
+            writes,
+        };
+        self.ranges.claim(source, range).await
     }
 
     /// Requests that are executed now.
@@ -168,6 +187,14 @@ impl Server {
         if self.read_only && !matches!(request.kind, Kind::Read | Kind::Flush) {
             return Err(Errno::ROFS);
         }
+        let _claim = match request.kind {
+            Kind::Flush => None,
+            kind => {
+                let (offset, len) = (request.offset, request.len);
+                let claim = self.range(Source::Guest, offset, len, kind != Kind::Read);
+                Some(claim.await)
+            }
+        };
         if request.preflush {
             self.disk.flush().await?;
         }

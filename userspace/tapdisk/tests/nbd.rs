@@ -194,6 +194,29 @@ fn client_waits_while_the_disk_is_paused() {
     process.exit();
 }
 
+/// It asked for a megabyte, of which a socket holds a part, and reads nothing.
+#[test]
+fn client_that_takes_no_answer_keeps_nobody_waiting() {
+    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (mut process, folder) = serving(&fake, &image);
+    let mut stalled = served(&folder);
+    send(&mut stalled, 0, 0, SIZE as u32, &[]);
+    let mut halfway = served(&folder);
+    send(&mut halfway, 1, 0, SIZE as u32, &[1; 4096]);
+    // The first bytes of the answer: the rest has no room any more.
+    assert_eq!(code(&mut stalled), 0);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    process
+        .ask(Request::Unpause(image.open(Engine::Auto)), Some(&image))
+        .unwrap();
+    let tag = fake.send(Op::Write, 0, &[6; 512], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    assert_eq!(process.ask(Request::Close, None), Ok(Reply::Done));
+    // What was read is from before.
+    assert_eq!(bytes(&mut stalled, SIZE as usize), [0; SIZE as usize]);
+    process.exit();
+}
+
 #[test]
 fn tools_of_qemu_understand_it() {
     let known = Command::new("qemu-io").arg("--version").output();

@@ -237,3 +237,29 @@ fn what_was_fetched_is_finished_before_the_end() {
     assert_eq!(lab.driver.calls(), ["write"]);
     let _ = later;
 }
+
+/// As an NBD client's request between two of the guest, all three at the same place.
+#[test]
+fn who_is_not_the_guest_keeps_to_the_order_of_arrival() {
+    let lab = Lab::new();
+    lab.write(false, false);
+    lab.settle();
+    let (held, release) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(None)));
+    let (server, has, keep) = (lab.server.clone(), held.clone(), release.clone());
+    lab.runtime.tasks.spawn(async move {
+        keep.set(Some(server.claim(0, 4096, false).await));
+        has.set(true);
+    });
+    lab.settle();
+    assert!(!held.get(), "the guest's write is not over");
+    lab.driver.allow(1);
+    lab.settle();
+    assert!(held.get());
+    lab.write(false, false);
+    lab.fake.send(Op::Read, 0, &[0; 512], false).unwrap();
+    lab.settle();
+    assert_eq!(lab.driver.calls(), ["write"], "it is being read");
+    drop(release.take());
+    lab.settle();
+    assert_eq!(lab.driver.calls(), ["write", "write"]);
+}

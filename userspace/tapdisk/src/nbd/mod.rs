@@ -3,8 +3,9 @@
 //! its own, boot loaders, backups.
 //!
 //! Each connection has one request at a time; a client that wants more opens more connections. While
-//! the disk is paused requests wait. Nothing orders them with those of the guest: as with two
-//! computers at one disk, it is for the users to agree.
+//! the disk is paused requests wait. Those that overlap the guest's, or another client's, take effect in
+//! the order of their arrival. Only the disk's part of a request counts as work on the disk: a client
+//! that does not take its answer keeps nobody waiting, and after a while loses its connection.
 
 mod wire;
 
@@ -14,12 +15,15 @@ use rustix::net::{recv, send, RecvFlags, SendFlags};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 use wire::{Choice, Command, Export, OptionReply, Request};
 
 /// Options of one client at most, before it is served.
 const MAX_OPTIONS: u32 = 64;
 /// Connections at most, each of which may need memory for one request.
 const MAX_CLIENTS: usize = 16;
+/// How long a client may let us wait in the middle of a message.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Serves clients that connect to a listening socket as long as the process lives.
 ///
@@ -133,6 +137,8 @@ impl Client {
 
     /// Executes the next request; false if it was the last one.
     async fn execute(&self) -> Result<bool, Errno> {
+        // Between two requests it may take all the time it likes.
+        self.io().readable(&self.socket).await?;
         let request = wire::request(self.array().await?).ok_or(Errno::PROTO)?;
         let mut data = Vec::new();
         if request.command == Command::Write {
@@ -142,16 +148,20 @@ impl Client {
         if request.command == Command::Disconnect {
             return Ok(false);
         }
+        let result = self.perform(&request, &mut data).await;
+        self.session.count_nbd();
+        self.write(&wire::reply(request.cookie, result)).await?;
+        if request.command == Command::Read && result.is_ok() {
+            self.write(&data).await?;
+        }
+        Ok(true)
+    }
+
+    /// The disk's part of a request.
+    async fn perform(&self, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
         let server = self.session.running().await;
         let _hold = server.hold();
-        let result = transfer(&server, &request, &mut data).await;
-        self.session.count_nbd();
-        let mut bytes = wire::reply(request.cookie, result);
-        if request.command == Command::Read && result.is_ok() {
-            bytes.append(&mut data);
-        }
-        self.write(&bytes).await?;
-        Ok(true)
+        transfer(&server, request, data).await
     }
 
     async fn array<const N: usize>(&self) -> Result<[u8; N], Errno> {
@@ -165,7 +175,10 @@ impl Client {
             match recv(&self.socket, &mut *bytes, RecvFlags::empty()) {
                 Ok((_, 0)) => return Err(Errno::CONNRESET),
                 Ok((_, count)) => bytes = &mut bytes[count..],
-                Err(Errno::AGAIN) => self.io().readable(&self.socket).await?,
+                Err(Errno::AGAIN) => {
+                    let ready = self.io().readable(&self.socket);
+                    self.io().within(PATIENCE, ready).await?;
+                }
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error),
             }
@@ -177,7 +190,10 @@ impl Client {
         while !bytes.is_empty() {
             match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
                 Ok(count) => bytes = &bytes[count..],
-                Err(Errno::AGAIN) => self.io().writable(&self.socket).await?,
+                Err(Errno::AGAIN) => {
+                    let ready = self.io().writable(&self.socket);
+                    self.io().within(PATIENCE, ready).await?;
+                }
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error),
             }
@@ -208,6 +224,10 @@ async fn transfer(server: &Server, request: &Request, data: &mut Vec<u8>) -> Res
             return Err(Errno::INVAL);
         }
     }
+    let _claim = match request.command {
+        Command::Flush => None,
+        _ => Some(server.claim(offset, len, changes).await),
+    };
     match request.command {
         Command::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
         Command::Read => {

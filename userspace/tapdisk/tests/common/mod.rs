@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use tapdev::fake::Fake;
 use tapdev::Tap;
 use tapdisk::Session;
@@ -86,8 +87,11 @@ impl Process {
             // The death of a process takes everything along.
             runtime.tasks.clear();
         });
+        let control = Channel::new(ask);
+        // Nothing takes so long: a question that is not answered is a failure, not a test that hangs.
+        control.set_timeout(Some(Duration::from_secs(30))).unwrap();
         Self {
-            control: Channel::new(ask),
+            control,
             kill,
             thread,
             fake: fake.clone(),
