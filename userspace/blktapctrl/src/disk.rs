@@ -169,12 +169,16 @@ impl Disk {
     /// # Errors
     /// Nothing was said yet.
     pub fn open(&self) -> Result<Open, Failure> {
-        self.record.borrow().open.clone().ok_or_else(|| {
+        let record = self.record.borrow();
+        let mut open = record.open.clone().ok_or_else(|| {
             Failure::new(
                 Code::State,
                 format!("disk {} has no image: open one", self.minor),
             )
-        })
+        })?;
+        open.on_no_space = record.policy.on_no_space;
+        open.on_error = record.policy.on_error;
+        Ok(open)
     }
 
     /// From now on a process may find an image that is smaller than what the guest knows, or not.

@@ -81,6 +81,29 @@ fn log(minor: Option<u32>, what: &What) {
     let disk = minor.map_or_else(|| "a process".to_owned(), |minor| format!("disk {minor}"));
     match what {
         What::Died { pid, how } => tracing::warn!("{disk}: tapdisk {pid} {how}"),
+        What::Trouble {
+            trouble,
+            target,
+            error,
+            more,
+            stopped,
+        } => {
+            let image = target
+                .as_ref()
+                .map_or("its image".into(), ToString::to_string);
+            let then = match stopped {
+                true => {
+                    "; the guest waits: see to the image's storage, then let the disk go on with tap-ctl unpause"
+                }
+                false => "; the guest was told",
+            };
+            tracing::error!(
+                "{disk}: {} of {} bytes at {} of {image} failed: {error}; {more} more failed since the last report{then}",
+                trouble.what,
+                trouble.len,
+                trouble.offset
+            );
+        }
         What::Failed { message, retry_ms } => {
             tracing::warn!("{disk}: {message}; the next attempt is in {retry_ms} ms");
         }

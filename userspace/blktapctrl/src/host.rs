@@ -10,6 +10,7 @@ use crate::process::{self, Process, Program};
 use crate::record::Want;
 use crate::sharing::{self, Identity, User};
 use crate::store::{relative, Store};
+use crate::trouble;
 use crate::users::{self, Loops};
 use control::supervisor::{Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request};
@@ -251,6 +252,7 @@ impl Host {
 
     /// Watches a process until it has ended.
     pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
+        tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
         let host = self.clone();
         tokio::task::spawn_local(async move {
             let how = process.ended().await;

@@ -17,6 +17,7 @@ pub mod record;
 pub mod server;
 pub mod sharing;
 pub mod store;
+pub mod trouble;
 pub mod users;
 pub mod verbs;
 pub mod watch;

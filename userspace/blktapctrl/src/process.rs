@@ -144,6 +144,21 @@ impl Process {
         self.known
     }
 
+    /// We have started it.
+    #[must_use]
+    pub fn is_child(&self) -> bool {
+        self.child.borrow().is_some()
+    }
+
+    /// One more connection to it, for questions whose answers take their time.
+    ///
+    /// # Errors
+    /// It does not listen any more.
+    pub async fn another_link(&self) -> Result<Link, Failure> {
+        let socket = self.socket.borrow().clone();
+        Link::connect(&socket).await
+    }
+
     /// Since we know it.
     #[must_use]
     pub fn age(&self) -> Duration {

@@ -5,7 +5,7 @@
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
 
 use crate::stats::Stats;
-use crate::tapdisk::{Disk, Open, State};
+use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
 use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -35,6 +35,10 @@ pub struct Policy {
     pub hung_after_s: u32,
     /// What is done then.
     pub hung: Hung,
+    /// What is done when the image has no room for a write.
+    pub on_no_space: OnError,
+    /// What is done when I/O on the image fails for another reason.
+    pub on_error: OnError,
 }
 
 impl Default for Policy {
@@ -44,6 +48,8 @@ impl Default for Policy {
             max_deaths: 3,
             hung_after_s: 30,
             hung: Hung::Report,
+            on_no_space: OnError::Stop,
+            on_error: OnError::Report,
         }
     }
 }
@@ -427,6 +433,19 @@ pub enum What {
         request: Option<Poison>,
         /// How many requests of the disk failed so far for this reason.
         count: u32,
+    },
+    /// I/O on the image failed.
+    Trouble {
+        /// What failed last, or what the disk was stopped for.
+        trouble: Trouble,
+        /// What is served.
+        target: Option<Target>,
+        /// The error in words.
+        error: String,
+        /// So many others failed since the last event of this kind.
+        more: u64,
+        /// The request is kept and the disk paused, so that the guest waits until it is unpaused.
+        stopped: bool,
     },
     /// A process could not be replaced; the next attempt follows.
     Failed {

@@ -9,6 +9,7 @@
 use crate::stats::Stats;
 use crate::Target;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// How I/O on an image is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +50,24 @@ pub struct Open {
     /// storage writes as a whole, because the rest of that would be written with it, as it was before.
     #[serde(default)]
     pub whole_blocks: bool,
+    /// What is done when the image has no room for a write.
+    #[serde(default)]
+    pub on_no_space: OnError,
+    /// What is done when I/O on the image fails for another reason.
+    #[serde(default)]
+    pub on_error: OnError,
+}
+
+/// What is done with a request that failed on the image. It is told to the supervisor in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The request goes back to the kernel, and nothing is served until the disk was paused and
+    /// unpaused: the guest waits.
+    Stop,
 }
 
 fn yes() -> bool {
@@ -66,6 +85,8 @@ impl Open {
             shared: false,
             may_shrink: false,
             whole_blocks: false,
+            on_no_space: OnError::Report,
+            on_error: OnError::Report,
         }
     }
 }
@@ -98,6 +119,13 @@ pub enum Request {
     Status,
     /// Answered with [`Reply::Stats`].
     Stats,
+    /// Waits until I/O on the image has failed more often than `after` says, since the process was
+    /// started; without a number, it does not wait. Answered with [`Reply::Troubles`]. On a connection
+    /// of its own: others are answered meanwhile.
+    Troubles {
+        /// How often is known.
+        after: Option<u64>,
+    },
     /// Serves NBD clients too. One descriptor: a listening unix socket. Answered with
     /// [`Reply::Done`]. Once for each process.
     Nbd {
@@ -138,6 +166,64 @@ pub enum Reply {
     Status(Status),
     /// What was counted.
     Stats(Box<Stats>),
+    /// What failed.
+    Troubles(Troubles),
+}
+
+/// I/O on the image that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Troubles {
+    /// How often, since the process was started.
+    pub count: u64,
+    /// The one for which the disk stopped, or else the latest.
+    pub last: Option<Trouble>,
+    /// Nothing is served until the disk was paused and unpaused.
+    pub is_stopped: bool,
+}
+
+/// What is done on an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Call {
+    /// Reading.
+    Read,
+    /// Writing.
+    Write,
+    /// Making durable what was written.
+    Flush,
+    /// Forgetting.
+    Discard,
+    /// Writing zeroes without data.
+    Zeroes,
+    /// Something of a newer program.
+    #[serde(other)]
+    Other,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::Zeroes => "zeroing",
+            Self::Other => "something",
+        })
+    }
+}
+
+/// A request that failed on the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// What was tried.
+    pub what: Call,
+    /// Where on the disk, in bytes.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Number of the error, as the system has it.
+    pub errno: i32,
 }
 
 /// A process.

@@ -3,7 +3,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::Mode;
-use control::tapdisk::Engine;
+use control::tapdisk::{Engine, OnError};
 use control::{Driver, Target};
 use std::path::PathBuf;
 
@@ -143,6 +143,30 @@ pub(crate) struct Policy {
     /// Kill a process that is hung, so that it is replaced; else only an event tells
     #[arg(long)]
     pub(crate) kill_hung: bool,
+    /// What to do when the image has no room for a write
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = ErrorName::Stop)]
+    pub(crate) on_no_space: ErrorName,
+    /// What to do when I/O on the image fails for another reason
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = ErrorName::Report)]
+    pub(crate) on_error: ErrorName,
+}
+
+/// What is done when I/O on an image fails. An event tells about it in any case.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ErrorName {
+    /// The guest sees the error
+    Report,
+    /// The guest waits: the disk is paused with the request, which is tried again when it is unpaused
+    Stop,
+}
+
+impl From<ErrorName> for OnError {
+    fn from(name: ErrorName) -> OnError {
+        match name {
+            ErrorName::Report => OnError::Report,
+            ErrorName::Stop => OnError::Stop,
+        }
+    }
 }
 
 /// A node.

@@ -197,6 +197,8 @@ fn allocate(node: &cli::Allocate) -> Allocate {
             } else {
                 Hung::Report
             },
+            on_no_space: node.policy.on_no_space.into(),
+            on_error: node.policy.on_error.into(),
         },
     }
 }

@@ -200,6 +200,7 @@ pub(crate) fn event(event: &Event) -> String {
                 .unwrap_or_default();
             format!("its processes die of a request, which failed: {request}; {count} so far")
         }
+        What::Trouble { .. } => trouble(&event.what),
         What::Failed { message, retry_ms } => {
             format!("no process: {message}; next attempt in {retry_ms} ms")
         }
@@ -212,6 +213,35 @@ pub(crate) fn event(event: &Event) -> String {
     };
     let (seconds, ms) = (event.at_ms / 1000, event.at_ms % 1000);
     format!("{seconds}.{ms:03} {:>4} {disk}: {what}", event.number)
+}
+
+/// What went wrong on an image.
+fn trouble(what: &What) -> String {
+    let What::Trouble {
+        trouble,
+        target,
+        error,
+        more,
+        stopped,
+    } = what
+    else {
+        return String::new();
+    };
+    let image = target
+        .as_ref()
+        .map_or("its image".into(), ToString::to_string);
+    let others = match more {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let then = match stopped {
+        true => "; paused until unpause",
+        false => "",
+    };
+    format!(
+        "{} of {} bytes at {} of {image}: {error}{others}{then}",
+        trouble.what, trouble.len, trouble.offset
+    )
 }
 
 /// tap-ctl(8), with a section for each verb.

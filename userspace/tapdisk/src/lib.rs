@@ -18,7 +18,9 @@ mod ranges;
 pub mod sandbox;
 mod server;
 mod session;
+mod troubles;
 
 pub use ranges::Claim;
-pub use server::Server;
+pub use server::{Server, Terms};
 pub use session::Session;
+pub use troubles::Troubles;

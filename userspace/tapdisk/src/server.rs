@@ -3,7 +3,9 @@
 
 use crate::link::Link;
 use crate::ranges::{Claim, Range, Ranges, Source};
+use crate::Troubles;
 use control::stats::{Counter, Stats};
+use control::tapdisk::{Call, OnError, Trouble};
 use diskio::{Errno, Runtime};
 use drivers::{Disk, Shape};
 use rustix::time::{clock_gettime, ClockId};
@@ -12,7 +14,21 @@ use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use tapdev::abi::Completion;
 use tapdev::{Kind, Request, Tap};
+
+/// How requests are served, whatever the disk is.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// Guests may not write.
+    pub read_only: bool,
+    /// What is done when there is no room for a write.
+    pub on_no_space: OnError,
+    /// What is done when something else fails.
+    pub on_error: OnError,
+    /// Where it is written down.
+    pub troubles: Rc<Troubles>,
+}
 
 /// A disk that is served. Each request is a task of its own.
 #[derive(Debug)]
@@ -23,7 +39,7 @@ pub struct Server {
     disk: Disk,
     size: Cell<u64>,
     block: u32,
-    read_only: bool,
+    terms: Terms,
     stats: Rc<RefCell<Stats>>,
     in_flight: Cell<u64>,
     /// What is worked on, for the guest and for others.
@@ -42,11 +58,11 @@ impl Server {
         tap: &Rc<Tap>,
         disk: Disk,
         shape: &Shape,
-        read_only: bool,
+        terms: Terms,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
         let link = Link::new(runtime, tap);
-        Self::on_link(runtime, tap, link, disk, shape, read_only, stats)
+        Self::on_link(runtime, tap, link, disk, shape, terms, stats)
     }
 
     /// As [`new`](Self::new), with the link that the node has already.
@@ -56,7 +72,7 @@ impl Server {
         link: Rc<Link>,
         disk: Disk,
         shape: &Shape,
-        read_only: bool,
+        terms: Terms,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
         link.start();
@@ -67,7 +83,7 @@ impl Server {
             disk,
             size: Cell::new(shape.size),
             block: shape.logical_block,
-            read_only,
+            terms,
             stats: stats.clone(),
             in_flight: Cell::new(0),
             ranges: Ranges::default(),
@@ -93,7 +109,7 @@ impl Server {
 
     /// Guests may not write.
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.terms.read_only
     }
 
     /// Bytes of a logical block.
@@ -139,9 +155,7 @@ impl Server {
                     let hold = self.hold();
                     self.runtime.tasks.spawn(async move {
                         let server = &hold.0;
-                        let result = server.execute(&request).await;
-                        server.count(&request, result);
-                        server.link.commit(request.done(result));
+                        server.link.commit(server.serve(&request).await);
                     });
                 }
                 Err(malformed) => self.link.commit(malformed.completion),
@@ -179,14 +193,68 @@ impl Server {
         self.in_flight.get() == 0 && self.link.is_quiet()
     }
 
-    async fn execute(&self, request: &Request) -> Result<(), Errno> {
+    /// Executes a request; returns what is to be said of it.
+    async fn serve(&self, request: &Request) -> Completion {
+        let mut result = self.check(request);
+        if result.is_ok() {
+            result = self.execute(request).await;
+            if let Err(error) = result {
+                let what = match request.kind {
+                    Kind::Read => Call::Read,
+                    Kind::Write => Call::Write,
+                    Kind::Flush => Call::Flush,
+                    Kind::Discard { .. } => Call::Discard,
+                    Kind::WriteZeroes => Call::Zeroes,
+                };
+                if self.failed(what, request.offset, request.len, error) {
+                    return request.returned();
+                }
+            }
+        }
+        self.count(request, result);
+        request.done(result)
+    }
+
+    /// Something failed on the image. True if the request is to be kept: nothing is served any more
+    /// until the disk was paused and unpaused.
+    pub(crate) fn failed(&self, what: Call, offset: u64, len: u64, error: Errno) -> bool {
+        let policy = match error {
+            // What the image cannot do at all is no failure of its storage.
+            Errno::OPNOTSUPP => return false,
+            Errno::NOSPC | Errno::DQUOT => self.terms.on_no_space,
+            _ => self.terms.on_error,
+        };
+        let trouble = Trouble {
+            what,
+            offset,
+            len,
+            errno: error.raw_os_error(),
+        };
+        let stops = policy == OnError::Stop;
+        self.terms.troubles.add(trouble, stops);
+        if stops {
+            self.link.stop();
+        }
+        stops
+    }
+
+    /// What makes no sense for this disk, whatever its image can do.
+    fn check(&self, request: &Request) -> Result<(), Errno> {
         let end = request.offset.checked_add(request.len);
         if end.is_none_or(|end| end > self.size.get()) {
             return Err(Errno::IO);
         }
-        if self.read_only && !matches!(request.kind, Kind::Read | Kind::Flush) {
+        if self.terms.read_only && !matches!(request.kind, Kind::Read | Kind::Flush) {
             return Err(Errno::ROFS);
         }
+        // To promise that nothing can be recovered takes more than a driver can say.
+        if request.kind == (Kind::Discard { secure: true }) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        Ok(())
+    }
+
+    async fn execute(&self, request: &Request) -> Result<(), Errno> {
         let _claim = match request.kind {
             Kind::Flush => None,
             kind => {
@@ -203,9 +271,7 @@ impl Server {
             Kind::Read => self.disk.read(request.offset, data()?).await?,
             Kind::Write => self.disk.write(request.offset, data()?).await?,
             Kind::Flush => self.flush().await?,
-            // To promise that nothing can be recovered takes more than a driver can say.
-            Kind::Discard { secure: true } => return Err(Errno::OPNOTSUPP),
-            Kind::Discard { secure: false } => {
+            Kind::Discard { .. } => {
                 self.disk.discard(request.offset, request.len).await?;
             }
             Kind::WriteZeroes => self.disk.write_zeroes(request.offset, request.len).await?,
@@ -217,7 +283,7 @@ impl Server {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        match self.read_only {
+        match self.terms.read_only {
             true => Ok(()),
             false => self.disk.flush().await,
         }

@@ -2,7 +2,7 @@
 //! A disk in all its states, as the supervisor sees it.
 
 use crate::link::Link;
-use crate::{nbd, Server};
+use crate::{nbd, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
@@ -27,6 +27,7 @@ pub struct Session {
     gate: Gate,
     state: RefCell<Inner>,
     stats: Rc<RefCell<Stats>>,
+    troubles: Rc<Troubles>,
     turns: Cell<u64>,
     /// Who waits for the disk to run.
     waiting: RefCell<Vec<Waker>>,
@@ -56,6 +57,7 @@ impl Session {
             gate: Gate::default(),
             state: RefCell::default(),
             stats: Rc::default(),
+            troubles: Rc::default(),
             turns: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
@@ -168,6 +170,7 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.close().await
             }
+            Request::Troubles { after } => Ok(Reply::Troubles(self.troubles.after(after).await)),
             Request::Nbd { export } => {
                 let fd = fd.ok_or_else(|| Failure::invalid("the listening socket is missing"))?;
                 self.serve_nbd(fd, export)
@@ -254,15 +257,15 @@ impl Session {
                 .get_or_insert_with(|| Link::new(&self.runtime, &tap));
             link.clone()
         };
-        let server = Server::on_link(
-            &self.runtime,
-            &tap,
-            link,
-            disk,
-            &shape,
-            open.read_only,
-            &self.stats,
-        );
+        let terms = Terms {
+            read_only: open.read_only,
+            on_no_space: open.on_no_space,
+            on_error: open.on_error,
+            troubles: self.troubles.clone(),
+        };
+        self.troubles.go_on();
+        let (runtime, stats) = (&self.runtime, &self.stats);
+        let server = Server::on_link(runtime, &tap, link, disk, &shape, terms, stats);
         let disk = describe(&shape, &open, engine);
         let mut state = self.state.borrow_mut();
         state.params = Some(params);

@@ -2,6 +2,7 @@
 //! What a driver is called for, in which order, and when that is answered.
 
 use control::stats::Stats;
+use control::tapdisk::{Call, OnError, Trouble, Troubles as Told};
 use control::Failure;
 use diskio::{Data, Errno, Runtime};
 use drivers::{Disk, Driver, Shape};
@@ -13,7 +14,7 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tapdev::fake::Fake;
 use tapdev::{Params, Tap};
-use tapdisk::Server;
+use tapdisk::{Server, Terms};
 
 const SHAPE: Shape = Shape {
     size: 1 << 20,
@@ -33,6 +34,7 @@ struct State {
     /// Calls that may end.
     allowed: Cell<usize>,
     flush_fails: Cell<bool>,
+    write_fails: Cell<Option<Errno>>,
     waiting: RefCell<Vec<Waker>>,
 }
 
@@ -51,9 +53,10 @@ impl Slow {
             }
         })
         .await;
-        match what == "flush" && self.0.flush_fails.get() {
-            true => Err(Errno::IO),
-            false => Ok(()),
+        match (what, self.0.write_fails.get()) {
+            ("flush", _) if self.0.flush_fails.get() => Err(Errno::IO),
+            ("write", Some(error)) => Err(error),
+            _ => Ok(()),
         }
     }
 
@@ -90,12 +93,18 @@ impl Driver for Slow {
 struct Lab {
     runtime: Runtime,
     fake: Fake,
+    tap: Rc<Tap>,
+    terms: Terms,
     server: Rc<Server>,
     driver: Slow,
 }
 
 impl Lab {
     fn new() -> Self {
+        Self::with(Terms::default())
+    }
+
+    fn with(terms: Terms) -> Self {
         let runtime = Runtime::new();
         let fake = Fake::new(8).unwrap();
         let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
@@ -111,15 +120,33 @@ impl Lab {
         .unwrap();
         tap.start().unwrap();
         let driver = Slow::default();
-        let disk = Disk::new(driver.clone());
-        let stats: Rc<RefCell<Stats>> = Rc::default();
-        let server = Server::new(&runtime, &tap, disk, &SHAPE, false, &stats);
+        let server = Self::server(&runtime, &tap, &driver, &terms);
         Self {
             runtime,
             fake,
+            tap,
+            terms,
             server,
             driver,
         }
+    }
+
+    fn server(runtime: &Runtime, tap: &Rc<Tap>, driver: &Slow, terms: &Terms) -> Rc<Server> {
+        let disk = Disk::new(driver.clone());
+        let stats: Rc<RefCell<Stats>> = Rc::default();
+        Server::new(runtime, tap, disk, &SHAPE, terms.clone(), &stats)
+    }
+
+    /// The disk was paused and goes on.
+    fn go_on(&mut self) {
+        self.server = Self::server(&self.runtime, &self.tap, &self.driver, &self.terms);
+    }
+
+    /// What the supervisor is told.
+    fn told(&self) -> Told {
+        let troubles = self.terms.troubles.clone();
+        let told = async move { troubles.after(None).await };
+        self.runtime.block_on(told).unwrap()
     }
 
     /// Everything that can happen without the driver's end happens.
@@ -262,4 +289,69 @@ fn who_is_not_the_guest_keeps_to_the_order_of_arrival() {
     drop(release.take());
     lab.settle();
     assert_eq!(lab.driver.calls(), ["write", "write"]);
+}
+
+#[test]
+fn guest_waits_while_there_is_no_room() {
+    let mut lab = Lab::with(Terms {
+        on_no_space: OnError::Stop,
+        ..Terms::default()
+    });
+    lab.driver.0.write_fails.set(Some(Errno::NOSPC));
+    let first = lab.write(false, false);
+    // It overlaps, so it comes after the first in any case.
+    let second = lab.fake.send(Op::Read, 0, &[0; 512], false).unwrap();
+    let other = lab.fake.send(Op::Read, 8, &[0; 512], false).unwrap();
+    lab.driver.allow(9);
+    lab.settle();
+    assert_eq!(lab.fake.answer(other, 0).unwrap().0, Status::Okay);
+    // What comes later waits, too.
+    let third = lab.fake.send(Op::Read, 100, &[0; 512], false).unwrap();
+    lab.settle();
+    let info = lab.fake.info();
+    assert_eq!((info.committed, info.waiting, info.delivered), (1, 3, 0));
+    let told = lab.told();
+    let trouble = Trouble {
+        what: Call::Write,
+        offset: 0,
+        len: 512,
+        errno: Errno::NOSPC.raw_os_error(),
+    };
+    assert_eq!(
+        (told.count, told.last, told.is_stopped),
+        (1, Some(trouble), true)
+    );
+    // Unpaused too early it stops again.
+    lab.go_on();
+    lab.settle();
+    assert_eq!((lab.fake.info().committed, lab.told().count), (2, 2));
+    lab.driver.0.write_fails.set(None);
+    lab.go_on();
+    lab.settle();
+    assert_eq!(lab.fake.info().committed, 4);
+    for tag in [first, second, third] {
+        assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+    }
+}
+
+#[test]
+fn failure_is_told_and_what_is_not_possible_is_none() {
+    for (error, policy, count, waits) in [
+        (Errno::NOSPC, OnError::Report, 1, false),
+        (Errno::IO, OnError::Report, 1, false),
+        (Errno::IO, OnError::Stop, 1, true),
+        (Errno::OPNOTSUPP, OnError::Stop, 0, false),
+    ] {
+        let lab = Lab::with(Terms {
+            on_error: policy,
+            ..Terms::default()
+        });
+        lab.driver.0.write_fails.set(Some(error));
+        lab.write(false, false);
+        lab.driver.allow(1);
+        lab.settle();
+        let told = lab.told();
+        assert_eq!((told.count, told.is_stopped), (count, waits), "{error}");
+        assert_eq!(lab.fake.info().committed, u64::from(!waits), "{error}");
+    }
 }

@@ -33,7 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case(
             "tap.full_storage",
-            "storage that is full fails a write, and serves again when there is room",
+            "storage that is full pauses the disk, and the guest sees no error: it goes on when there is room",
             full_storage,
         ),
     ]
@@ -185,24 +185,43 @@ fn full_storage(context: &mut Context) -> Result<()> {
     sh::run(&["truncate", "--size=16M", &image])?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
-    let pid = disk.pid()?;
+    let (pid, minor) = (disk.pid()?, disk.minor.to_string());
     let write = |from: u32, count: u32| {
         format!("dd if=/dev/urandom of={DEVICE} bs=64k seek={from} count={count} oflag=direct 2>&1")
     };
     guest.run(&write(0, 32))?;
-    let full = guest.status(&write(32, 224))?;
+    let events = tap::EventLog::follow()?;
+    let job = guest.start(&write(32, 224))?;
+    let limit = Duration::from_secs(60);
+    let told = events.wait_for("trouble", disk.minor, limit)?;
     ensure!(
-        full.rc != 0,
-        "a guest wrote 16 MiB to 6 MiB of storage and saw no error"
+        told["stopped"] == true
+            && told["trouble"]["errno"] == libc::ENOSPC
+            && told["trouble"]["what"] == "write"
+            && told["target"]
+                .as_str()
+                .is_some_and(|target| target.ends_with(&image)),
+        "the event does not say that {image} is full: {told}"
     );
-    same(guest, &image, 2).context("what was written before the storage was full")?;
-    let stats = tap::ctl_json(&["stats", "-m", &disk.minor.to_string()])?;
+    events.wait_for("paused", disk.minor, limit)?;
     ensure!(
-        stats["write"]["errors"].as_u64() > Some(0),
-        "the statistics have no failed write: {stats}"
+        tap::log_tail()?.contains("No space left on device"),
+        "the log does not say that the storage is full"
     );
+    // Too early: it stops again, and nobody hears of an error.
+    tap::ctl(&["unpause", "-m", &minor])?;
+    events.wait_for("trouble", disk.minor, limit)?;
+    events.wait_for("paused", disk.minor, limit)?;
+    let waiting = disk.info()?.waiting;
+    ensure!(waiting > 0, "no request waits for room");
     sh::run(&["mount", "-o", "remount,size=32m", MOUNT])?;
-    guest.run_for(&write(0, 256), FIO)?;
+    tap::ctl(&["unpause", "-m", &minor])?;
+    let written = guest.wait(job, FIO)?;
+    ensure!(
+        written.rc == 0,
+        "the guest saw an error of storage that was full for a while: {}",
+        sh::tail(&written.text, 400)
+    );
     same(guest, &image, 16)?;
     ensure!(
         disk.pid()? == pid,

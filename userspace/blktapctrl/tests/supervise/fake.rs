@@ -3,7 +3,7 @@
 
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::store::{Changes, Later, Store};
-use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status};
+use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status, Troubles};
 use control::{supervisor, Channel, Code, Failure};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -12,6 +12,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Mutex;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// A node: it is open as long as somebody has the other end of its socket.
@@ -233,20 +235,45 @@ pub(crate) fn run(dir: &Path) {
     let listener = io::stdin().as_fd().try_clone_to_owned().expect("stdin");
     let listener = UnixListener::from(listener);
     // Who supervises may change; what is served stays.
-    let mut served = Served::default();
-    loop {
+    let served = Mutex::new(Served::default());
+    std::thread::scope(|scope| loop {
         let (stream, _) = listener.accept().expect("a supervisor");
-        let mut channel = Channel::new(stream);
-        while let Ok(Some((question, fds))) = channel.receive::<Request>() {
-            let exit = question.body == Request::Exit;
-            let answer = served.answer(dir, question.body, fds);
-            if channel.answer(question.id, answer).is_err() {
-                break;
-            }
-            if exit {
-                return;
-            }
+        let served = &served;
+        scope.spawn(move || converse(dir, served, Channel::new(stream)));
+    });
+}
+
+fn converse(dir: &Path, served: &Mutex<Served>, mut channel: Channel) {
+    while let Ok(Some((question, fds))) = channel.receive::<Request>() {
+        let exit = question.body == Request::Exit;
+        let answer = match question.body {
+            Request::Troubles { after } => Ok(Reply::Troubles(troubles(dir, after))),
+            question => served.lock().expect("whole").answer(dir, question, fds),
+        };
+        if channel.answer(question.id, answer).is_err() {
+            break;
         }
+        if exit {
+            std::process::exit(0);
+        }
+    }
+}
+
+/// What the file `troubles` says, as soon as that is news.
+fn troubles(dir: &Path, after: Option<u64>) -> Troubles {
+    loop {
+        let text = std::fs::read(dir.join("troubles")).unwrap_or_default();
+        let found: Option<Troubles> = serde_json::from_slice(&text).ok();
+        let none = Troubles {
+            count: 0,
+            last: None,
+            is_stopped: false,
+        };
+        let told = found.unwrap_or(none);
+        if after.is_none_or(|after| told.count > after) {
+            return told;
+        }
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -328,7 +355,9 @@ impl Served {
                 self.nbd = fds.pop();
                 Ok(Reply::Done)
             }
-            Request::Ping => Err(Failure::unsupported("not asked in a test")),
+            Request::Ping | Request::Troubles { .. } => {
+                Err(Failure::unsupported("not asked in a test"))
+            }
         }
     }
 
@@ -357,6 +386,8 @@ impl Served {
             (text, OwnedFd::from(file))
         });
         let text = content.as_ref().map_or("", |(text, _)| text);
+        let policy = format!("{:?} {:?}", open.on_no_space, open.on_error);
+        std::fs::write(dir.join("policy"), policy).expect("write");
         let mode = if open.read_only { "r" } else { "w" };
         let shared = if open.shared { "!" } else { "" };
         note(dir, &format!("{word} {mode}{shared} {text}"));

@@ -7,6 +7,7 @@ mod disks;
 mod fake;
 mod nodes;
 mod sharing;
+mod troubles;
 
 /// Not a test: what runs as a tapdisk.
 #[test]

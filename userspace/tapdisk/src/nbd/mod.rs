@@ -159,9 +159,19 @@ impl Client {
 
     /// The disk's part of a request.
     async fn perform(&self, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
-        let server = self.session.running().await;
-        let _hold = server.hold();
-        transfer(&server, request, data).await
+        loop {
+            let server = self.session.running().await;
+            let _hold = server.hold();
+            check(&server, request)?;
+            let Err(error) = transfer(&server, request, data).await else {
+                return Ok(());
+            };
+            let what = request.command.call();
+            // Kept, it is tried again as soon as the disk runs.
+            if !server.failed(what, request.offset, request.len.into(), error) {
+                return Err(error);
+            }
+        }
     }
 
     async fn array<const N: usize>(&self) -> Result<[u8; N], Errno> {
@@ -206,30 +216,35 @@ impl Client {
     }
 }
 
+/// What makes no sense for this disk.
+fn check(server: &Server, request: &Request) -> Result<(), Errno> {
+    let (offset, len) = (request.offset, u64::from(request.len));
+    let block = u64::from(server.block());
+    if request.changes() && server.is_read_only() {
+        return Err(Errno::PERM);
+    }
+    let is_wrong = match request.command {
+        Command::Disconnect | Command::Unknown => true,
+        Command::Flush => return Ok(()),
+        Command::Read => request.len > wire::MAX_DATA,
+        _ => false,
+    };
+    let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
+    if is_wrong || end > server.size() || offset % block != 0 || len % block != 0 || len == 0 {
+        return Err(Errno::INVAL);
+    }
+    Ok(())
+}
+
 /// Executes a request on the disk; `data` is what is written, or what was read.
 async fn transfer(server: &Server, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
     let (offset, len) = (request.offset, u64::from(request.len));
-    let block = u64::from(server.block());
     let disk = server.disk();
-    let changes = matches!(
-        request.command,
-        Command::Write | Command::Trim | Command::WriteZeroes
-    );
-    if changes && server.is_read_only() {
-        return Err(Errno::PERM);
-    }
-    if request.command != Command::Flush {
-        let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
-        if end > server.size() || offset % block != 0 || len % block != 0 || len == 0 {
-            return Err(Errno::INVAL);
-        }
-    }
     let _claim = match request.command {
         Command::Flush => None,
-        _ => Some(server.claim(offset, len, changes).await),
+        _ => Some(server.claim(offset, len, request.changes()).await),
     };
     match request.command {
-        Command::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
         Command::Read => {
             let buffer = Data::zeroed(request.len as usize)?;
             disk.read(offset, buffer.clone()).await?;
@@ -246,7 +261,7 @@ async fn transfer(server: &Server, request: &Request, data: &mut Vec<u8>) -> Res
         Command::WriteZeroes => disk.write_zeroes(offset, len).await?,
         Command::Disconnect | Command::Unknown => return Err(Errno::INVAL),
     }
-    if request.fua && changes {
+    if request.fua && request.changes() {
         disk.flush().await?;
     }
     Ok(())

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! I/O on images that fails.
+
+use super::bed::{block_on, test, until, which, Bed};
+use super::fake::{FakeKernel, FakeStore};
+use blktapctrl::adopt;
+use control::supervisor::{Reply, Request, What};
+use control::tapdisk::{Call, OnError, State, Trouble, Troubles};
+use std::fs;
+use std::path::Path;
+
+/// What the process says from now on.
+fn say(dir: &Path, count: u64, is_stopped: bool) {
+    let told = Troubles {
+        count,
+        last: Some(Trouble {
+            what: Call::Write,
+            offset: 4096,
+            len: 512,
+            errno: 28,
+        }),
+        is_stopped,
+    };
+    let text = serde_json::to_vec(&told).expect("JSON");
+    fs::write(dir.join("new"), text).expect("write");
+    fs::rename(dir.join("new"), dir.join("troubles")).expect("rename");
+}
+
+/// How many others were counted with each, and whether the disk was stopped.
+fn told(events: Vec<What>) -> Vec<(u64, bool)> {
+    let trouble = |what| match what {
+        What::Trouble { more, stopped, .. } => Some((more, stopped)),
+        _ => None,
+    };
+    events.into_iter().filter_map(trouble).collect()
+}
+
+async fn wait_told(bed: &Bed, expected: &[(u64, bool)]) {
+    until("the event", || async {
+        (told(bed.events()) == expected).then_some(())
+    })
+    .await;
+}
+
+/// Waits until a disk was paused so many times.
+async fn wait_paused(bed: &Bed, minor: u32, times: usize) {
+    until("the pause", || async {
+        let pauses = bed
+            .events()
+            .into_iter()
+            .filter(|what| *what == What::Paused);
+        (pauses.count() == times).then_some(())
+    })
+    .await;
+    assert_eq!(bed.row(minor).await.state, Some(State::Paused));
+}
+
+#[test]
+fn errors_are_told_but_not_each_of_them() {
+    test("errors", |bed| async move {
+        let image = bed.image("a.img", "A");
+        let mut create = bed.create("a.img");
+        create.policy.on_error = OnError::Stop;
+        let minor = bed.made(create).await;
+        say(&bed.dir, 1, false);
+        wait_told(&bed, &[(0, false)]).await;
+        let first = bed.events().into_iter().find_map(|what| match what {
+            What::Trouble { target, error, .. } => Some((target, error)),
+            _ => None,
+        });
+        let (target, error) = first.expect("an event");
+        assert_eq!(target.expect("a target").path(), Some(image.as_path()));
+        assert!(error.contains("No space left"), "{error}");
+        // These come together, when it is time for the next one.
+        for count in 2..30 {
+            say(&bed.dir, count, false);
+        }
+        wait_told(&bed, &[(0, false), (27, false)]).await;
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        // What the process was told to do about them.
+        let open = fs::read_to_string(bed.dir.join("policy")).expect("written when it opened");
+        assert_eq!(open, "Stop Stop");
+    });
+}
+
+#[test]
+fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
+    test("stopped", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        say(&bed.dir, 1, true);
+        wait_paused(&bed, minor, 1).await;
+        assert_eq!(told(bed.events()), [(0, true)]);
+        say(&bed.dir, 1, false);
+        let unpause = || Request::Unpause {
+            which: which(minor),
+            target: None,
+            may_shrink: false,
+        };
+        assert!(matches!(bed.ask(unpause()).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        // There was not enough room after all.
+        say(&bed.dir, 2, true);
+        wait_paused(&bed, minor, 2).await;
+        assert_eq!(told(bed.events()), [(0, true), (0, true)]);
+    });
+}
+
+/// It stopped while nobody supervised it. What was told before is not told again.
+#[test]
+fn next_supervisor_pauses_what_has_stopped() {
+    let dir = std::env::temp_dir().join(format!("supervise-{}-stopped-alone", std::process::id()));
+    fs::create_dir_all(&dir).expect("a folder");
+    let kernel = FakeKernel::default();
+    let bed = |host| Bed {
+        dir: dir.clone(),
+        kernel: kernel.clone(),
+        store: FakeStore::default(),
+        host,
+    };
+    block_on(async {
+        let bed = bed(Bed::host(&dir, &kernel));
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        say(&dir, 3, false);
+        wait_told(&bed, &[(2, false)]).await;
+    });
+    block_on(async {
+        let bed = bed(Bed::host(&dir, &kernel));
+        adopt::disks(&bed.host).await;
+        say(&dir, 4, true);
+        wait_paused(&bed, 0, 1).await;
+        assert_eq!(told(bed.events()).len(), 1);
+    });
+    block_on(async {
+        let bed = bed(Bed::host(&dir, &kernel));
+        adopt::disks(&bed.host).await;
+        assert_eq!(bed.row(0).await.state, Some(State::Paused));
+        bed.host.destroy_all(bed.host.all()).await;
+        assert_eq!(told(bed.events()), [], "it is paused already");
+    });
+    fs::remove_dir_all(&dir).expect("remove");
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! I/O on the image that failed, for a supervisor to ask about.
+
+use control::tapdisk::{Trouble, Troubles as Told};
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::task::{Poll, Waker};
+
+#[derive(Debug, Default)]
+struct State {
+    count: u64,
+    /// The one that stopped the disk, or else the latest.
+    last: Option<Trouble>,
+    is_stopped: bool,
+    waiting: Vec<Waker>,
+}
+
+/// What went wrong in this process.
+#[derive(Debug, Default)]
+pub struct Troubles(RefCell<State>);
+
+impl Troubles {
+    /// Something failed; the disk stops for it, or not.
+    pub(crate) fn add(&self, trouble: Trouble, stops: bool) {
+        let mut state = self.0.borrow_mut();
+        state.count += 1;
+        if stops || !state.is_stopped {
+            state.last = Some(trouble);
+        }
+        state.is_stopped |= stops;
+        for waker in state.waiting.drain(..) {
+            waker.wake();
+        }
+    }
+
+    /// The disk serves again.
+    pub(crate) fn go_on(&self) {
+        self.0.borrow_mut().is_stopped = false;
+    }
+
+    /// Waits until there were more than `after`; without a number, tells how many there were.
+    pub async fn after(&self, after: Option<u64>) -> Told {
+        poll_fn(|cx| {
+            let mut state = self.0.borrow_mut();
+            if after.is_some_and(|after| state.count <= after) {
+                state.waiting.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(Told {
+                count: state.count,
+                last: state.last.clone(),
+                is_stopped: state.is_stopped,
+            })
+        })
+        .await
+    }
+}
