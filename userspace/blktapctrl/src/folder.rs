@@ -26,6 +26,7 @@ impl Folder {
             ("tapdisk", 0o700),
             ("nbd", 0o711),
             ("disks", 0o700),
+            ("ram", 0o700),
         ] {
             let place = folder.root.join(name);
             let made = DirBuilder::new().recursive(true).mode(mode).create(&place);
@@ -78,6 +79,18 @@ impl Folder {
     #[must_use]
     pub fn nbd(&self, minor: u32) -> PathBuf {
         self.root.join(format!("nbd/{minor}.sock"))
+    }
+
+    /// The folder of the memory of disks.
+    #[must_use]
+    pub fn memory(&self) -> PathBuf {
+        self.root.join("ram")
+    }
+
+    /// The memory of a disk.
+    #[must_use]
+    pub fn memory_of(&self, minor: u32) -> PathBuf {
+        self.memory().join(minor.to_string())
     }
 
     /// The folder of the records.

@@ -6,6 +6,7 @@ use crate::events::Events;
 use crate::folder::{self, Folder};
 use crate::image::{apart, Image};
 use crate::kernel::{self, Kernel};
+use crate::memory;
 use crate::process::{self, Process, Program};
 use crate::record::Want;
 use crate::sharing::{self, Identity, User};
@@ -464,6 +465,18 @@ impl Host {
         }
     }
 
+    /// Makes the memory that a disk is to be served from, or keeps what it has, if its driver needs it.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn prepare_memory(&self, disk: &Disk) -> Result<(), Failure> {
+        let target = disk.open()?.target;
+        match (target.driver(), target.size()) {
+            (control::Driver::Ram, Some(size)) => memory::prepare(&self.folder, disk.minor, size),
+            _ => Ok(()),
+        }
+    }
+
     /// The image of a disk, if its driver has one. A supervisor that was started anew finds it by its
     /// name, and it must be the same one.
     ///
@@ -519,7 +532,15 @@ impl Host {
             }
             None => None,
         };
-        let fds: Vec<_> = opened.iter().map(|opened| opened.fd.as_fd()).collect();
+        let memory = match open.target.driver() {
+            control::Driver::Ram => Some(memory::open(&self.folder, disk.minor, !open.read_only)?),
+            _ => None,
+        };
+        let fds: Vec<_> = opened
+            .iter()
+            .map(|opened| opened.fd.as_fd())
+            .chain(memory.iter().map(AsFd::as_fd))
+            .collect();
         match process.ask(&question(open), &fds, OPEN).await? {
             Reply::Disk(what) => {
                 disk.serves.replace(Some(what.clone()));
@@ -643,7 +664,11 @@ impl Host {
         }
         disk.forget_process();
         self.free_node(disk.minor).await;
-        for path in [self.folder.nbd(disk.minor), self.folder.disk(disk.minor)] {
+        for path in [
+            self.folder.nbd(disk.minor),
+            self.folder.memory_of(disk.minor),
+            self.folder.disk(disk.minor),
+        ] {
             if let Err(error) = folder::remove(&path) {
                 tracing::error!("cannot remove {}: {error}", path.display());
             }

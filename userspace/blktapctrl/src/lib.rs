@@ -11,6 +11,7 @@ pub mod host;
 pub mod image;
 pub mod kernel;
 pub mod link;
+pub mod memory;
 pub mod nodes;
 pub mod process;
 pub mod record;

@@ -6,7 +6,7 @@ use blktapctrl::folder::Folder;
 use blktapctrl::host::Host;
 use blktapctrl::process::{user_in, Program};
 use blktapctrl::store::Xenstore;
-use blktapctrl::{adopt, folder, nodes, server, watch, watchdog};
+use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
@@ -93,6 +93,13 @@ async fn run(cli: &Cli) -> Result<()> {
     let place = cli.folder.display();
     let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
+    if let Err(error) = memory::mount_folder(&folder) {
+        let place = folder.memory();
+        tracing::warn!(
+            "disks of memory are in {} itself, because nothing can be mounted there: {error}",
+            place.display()
+        );
+    }
     let host = Host::new(folder, Box::new(nodes::Driver), program);
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();

@@ -4,6 +4,7 @@
 use crate::disk::{Disk, Fate};
 use crate::host::{identity_of, image_of, unexpected, Host};
 use crate::kernel::{self, Make};
+use crate::memory;
 use crate::process::Process;
 use crate::record::{Record, Want};
 use crate::store::{directory, relative};
@@ -158,6 +159,10 @@ impl Host {
             Some(minor) => Failure::system(format!("cannot make the tap disk {minor}"), &error),
             None => Failure::system("cannot make a tap disk", &error),
         })?;
+        // What an earlier disk of that number may have left is not for this one.
+        if let Err(error) = memory::remove(&self.folder, record.minor) {
+            tracing::error!("cannot remove the memory of disk {}: {error}", record.minor);
+        }
         let disk = Disk::new(record.clone());
         self.disks.borrow_mut().insert(disk.minor, disk.clone());
         Ok(disk)
@@ -291,7 +296,7 @@ impl Host {
         )
         .await?;
         self.note(disk);
-        Ok(())
+        self.prepare_memory(disk)
     }
 
     fn drop_image(&self, disk: &Disk) {
@@ -454,6 +459,7 @@ impl Host {
 
     async fn start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(u32, tapdisk::Disk), Failure> {
         let _turn = disk.turn().await?;
+        self.prepare_memory(disk)?;
         let what = disk.unless_doomed(self.serve(disk)).await?;
         let pid = disk.serving()?.pid();
         disk.record.borrow_mut().want = Want::Served;

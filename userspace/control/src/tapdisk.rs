@@ -102,8 +102,9 @@ pub enum Request {
     Attach,
     /// Opens the image, describes the disk and starts to serve it; requests of an earlier process
     /// come first. One descriptor if [`Driver::has_image`](crate::Driver::has_image): the image,
-    /// with `O_DIRECT` (but for the driver `sync`), and read-only if the disk is. Answered with
-    /// [`Reply::Disk`].
+    /// with `O_DIRECT` (but for the driver `sync`), and read-only if the disk is. For the driver `ram`
+    /// it is a file in memory of the disk's size, which is there for the next process too. Answered
+    /// with [`Reply::Disk`].
     Open(Open),
     /// Finishes and commits what has been fetched, fetches no more, and closes the image; requests
     /// wait in the kernel. Answered with [`Reply::Done`] when the image is closed.

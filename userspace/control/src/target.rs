@@ -16,7 +16,7 @@ pub enum Driver {
     Aio,
     /// A raw file on a file system that can do neither: one call after the other.
     Sync,
-    /// Memory; its content ends with the process.
+    /// Memory; its content ends with the disk.
     Ram,
     /// Reads as zeroes and forgets writes, for measurements.
     Null,

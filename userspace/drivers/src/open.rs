@@ -22,7 +22,10 @@ pub async fn open(io: &Io, open: &Open, image: Option<OwnedFd>) -> Result<(Disk,
             let file = locked(io, open, image).await?;
             Disk::new(raw(open, file)?)
         }
-        (Name::Ram, Some(size)) => Disk::new(Ram::new(size)),
+        (Name::Ram, Some(size)) => {
+            let memory = locked(io, open, image).await?;
+            Disk::new(Ram::new(memory, size))
+        }
         (Name::Null, Some(size)) => Disk::new(Null::new(size)),
         (name, None) => {
             return Err(Failure::invalid(format!(

@@ -118,6 +118,12 @@ impl File {
         Ok(fstat(&self.fd)?.st_size as u64)
     }
 
+    /// Bytes that its file system has for it.
+    pub fn allocated(&self) -> io::Result<u64> {
+        // CAST: a number of blocks is not negative.
+        Ok((fstat(&self.fd)?.st_blocks as u64).saturating_mul(512))
+    }
+
     /// Bytes of a logical and of a physical block. Those of a file are what its file system uses
     /// for direct I/O; any multiple of 512 can be transferred in any case.
     pub fn blocks(&self) -> io::Result<(u32, u32)> {

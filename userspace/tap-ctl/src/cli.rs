@@ -33,7 +33,7 @@ const HELP: &str = "\
 A target is DRIVER:IMAGE or DRIVER:SIZE:
   aio:/srv/a.img   a raw file or block device, past the page cache
   sync:/srv/a.img  the same, on file systems that cannot do that
-  ram:64M          memory; the content is lost with the process
+  ram:64M          memory of dom0; the content is there until the disk is destroyed
   null:64M         zeroes; writes are forgotten
 
 Examples:

@@ -96,7 +96,7 @@ const HELP: &str = "\
 Drivers:
   aio:IMAGE    a raw file or block device, past the page cache
   sync:IMAGE   the same, on file systems that cannot do that
-  ram:SIZE     memory; the content is lost with the process
+  ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one
   null:SIZE    zeroes; writes are forgotten
 
 The format is what you say, never what the image looks like: a guest writes the image.
@@ -107,7 +107,7 @@ Examples:
   tapdisk --node /dev/xentap/3 ram:64M
 
 SIGTERM ends it in order: what it has is finished first, the rest waits in the kernel for the next
-tapdisk. If it is killed, nothing is lost either, unless the driver is ram.
+tapdisk. If it is killed, nothing is lost either, but for ram without blktapctrl.
 
 Exit status: 0 after SIGTERM or an exit that was asked for, 1 after an error, 2 for a wrong command
 line.";
@@ -222,6 +222,10 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
             format!("cannot open the image {}{remedy}", path.display())
         })
     });
+    let image = match (target.driver(), target.size()) {
+        (Driver::Ram, Some(size)) => Some(memory(size).context("cannot make memory")),
+        _ => image,
+    };
     let request = Open {
         read_only: args.read_only,
         shared: args.shared,
@@ -236,6 +240,13 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         ..Open::new(target.clone())
     };
     Ok((node, request, image.transpose()?))
+}
+
+/// Memory that ends with this process: nobody keeps it for the next one.
+fn memory(size: u64) -> std::io::Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&memory, size)?;
+    Ok(memory)
 }
 
 fn open(path: &std::path::Path, direct: bool, read_only: bool) -> std::io::Result<OwnedFd> {

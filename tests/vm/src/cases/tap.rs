@@ -61,7 +61,12 @@ pub(super) fn cases() -> Vec<Case> {
             sharing,
         ),
         case("tap.dom0", "a disk attached to dom0 itself", Nothing, dom0),
-        case("tap.memory", "disks of memory and of nothing", Pv, memory),
+        case(
+            "tap.memory",
+            "a disk of memory keeps its content over deaths and pauses under load; a disk of nothing",
+            Pv,
+            memory,
+        ),
         case(
             "tap.pause",
             "pause and unpause under load: requests wait, none fails",
@@ -362,8 +367,25 @@ fn dom0(context: &mut Context) -> Result<()> {
 fn memory(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk("ram:16M", VDEV, "w"))?;
-    guest.run_for(&verify_job(DEVICE, 8, 60, 512), FIO)?;
+    let load = start_load(guest)?;
+    for _ in 0..3 {
+        wait_progress(&disk, 50)?;
+        disk.replace()?;
+    }
+    let minor = disk.minor.to_string();
+    tap::ctl(&["pause", "-m", &minor])?;
+    tap::ctl(&["unpause", "-m", &minor])?;
+    wait_progress(&disk, 50)?;
+    let told = end_load(guest, load)?;
+    let memory = format!("/run/xentap/ram/{minor}");
+    same(guest, &memory, 16)?;
     disk.detach(guest)?;
+    ensure!(
+        !Path::new(&memory).exists(),
+        "the memory of a disk is left when the disk is gone"
+    );
+    context.note(&told)?;
+    let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk("null:16M", VDEV, "w"))?;
     guest.run("dd if=/dev/zero of=/dev/xvdb bs=64k count=8 oflag=direct")?;
     let text = guest

@@ -5,6 +5,7 @@ mod bed;
 mod death;
 mod disks;
 mod fake;
+mod memory;
 mod nodes;
 mod sharing;
 mod troubles;

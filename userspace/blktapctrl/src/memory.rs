@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The memory of `ram:` disks: a file for each of them, in a file system in memory that is ours. So it
+//! outlives every process, the supervisor's too, and goes with the disk, or with the host.
+
+use crate::folder::{self, Folder};
+use control::{Code, Failure};
+use rustix::mount::{mount, MountFlags};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+
+/// Mounts the file system, unless an earlier supervisor did. Its limit is tmpfs' own, half of dom0's
+/// memory: without room a guest waits, and dom0 lives.
+///
+/// # Errors
+/// The system refuses to.
+pub fn mount_folder(folder: &Folder) -> io::Result<()> {
+    let place = folder.memory();
+    let above = place.parent().unwrap_or(&place);
+    if fs::metadata(&place)?.dev() != fs::metadata(above)?.dev() {
+        return Ok(());
+    }
+    let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
+    Ok(mount("xentap", &place, "tmpfs", flags, c"mode=0700")?)
+}
+
+/// Makes the memory of a disk, or keeps what it has; it may grow.
+///
+/// # Errors
+/// The system refuses to, or it would lose what is beyond its end.
+pub fn prepare(folder: &Folder, minor: u32, size: u64) -> Result<(), Failure> {
+    let refused =
+        |error| Failure::system(format!("cannot make the memory of disk {minor}"), &error);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(folder.memory_of(minor))
+        .map_err(refused)?;
+    let found = file.metadata().map_err(refused)?.len();
+    if found > size {
+        return Err(Failure::new(
+            Code::Image,
+            format!("disk {minor} has {found} bytes of memory: it cannot go on with {size}"),
+        ));
+    }
+    file.set_len(size).map_err(refused)
+}
+
+/// Opens the memory that a disk has.
+///
+/// # Errors
+/// It has none any more: what was in it is lost, which its guest must not take for zeroes.
+pub fn open(folder: &Folder, minor: u32, write: bool) -> Result<OwnedFd, Failure> {
+    let path = folder.memory_of(minor);
+    let file = File::options().read(true).write(write).open(&path);
+    match file {
+        Ok(file) => Ok(file.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Failure::new(
+            Code::Image,
+            format!(
+                "the memory of disk {minor} is lost ({} is gone): destroy the disk",
+                path.display()
+            ),
+        )),
+        Err(error) => Err(Failure::system(
+            format!("cannot open the memory of disk {minor}"),
+            &error,
+        )),
+    }
+}
+
+/// Gives the memory of a disk back.
+///
+/// # Errors
+/// The system refuses to.
+pub fn remove(folder: &Folder, minor: u32) -> io::Result<()> {
+    folder::remove(&folder.memory_of(minor))
+}
