@@ -114,7 +114,7 @@ struct Life {
     errand: Errand,
     /// The disk was got ready for the connect that is to follow.
     prepared: bool,
-    /// The frontend's rings are ours alone.
+    /// Disk and frontend are ours alone.
     claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
     draining: bool,
@@ -328,9 +328,6 @@ impl Vbd {
         };
         if action != Action::Connect {
             life.prepared = false;
-            if life.connection.is_none() {
-                life.claim = None;
-            }
         }
         self.act(life, action)
     }
@@ -458,7 +455,6 @@ impl Vbd {
         life.draining = false;
         self.totals.set_memory(0);
         connection.bury();
-        life.claim = None;
         true
     }
 
@@ -497,7 +493,10 @@ impl Vbd {
     /// Has the disk opened once the hotplug script has said which it is.
     fn open_disk(self: &Arc<Self>, life: &mut Life) {
         // Only when the key was written: opening a device that is gone asks for its driver.
-        if life.disk.is_some() || life.errand.is_busy() || !self.disk_moved.xchg(false, Full) {
+        if life.disk.is_some() || life.errand.is_busy() || !self.disk_moved.load(Acquire) {
+            return;
+        }
+        if !self.claim(life) || !self.disk_moved.xchg(false, Full) {
             return;
         }
         match disk::named(&self.device) {
@@ -505,6 +504,21 @@ impl Vbd {
             Ok(Some(name)) => self.send(life, Job::Open(name)),
             Err(bad) => self.disk_is_bad(life, &bad),
         }
+    }
+
+    /// True if disk and frontend are ours alone. Otherwise the device was ours before, and its life then
+    /// is not over: it tells when it is.
+    fn claim(self: &Arc<Self>, life: &mut Life) -> bool {
+        if life.claim.is_none() {
+            let frontend = (self.device.otherend_id(), self.device.number());
+            match Claim::new(frontend, self.clone()) {
+                Ok(claim) => life.claim = claim,
+                Err(error) => self
+                    .device
+                    .report(error, c"the frontend cannot be claimed"),
+            }
+        }
+        life.claim.is_some()
     }
 
     fn disk_is_bad(&self, life: &mut Life, bad: &disk::Bad) {
@@ -518,26 +532,12 @@ impl Vbd {
         self.publish(life, State::Closing);
     }
 
-    /// Connects, or does what comes before: the pause after a failure, getting the rings for us alone
-    /// and the disk ready.
+    /// Connects, or does what comes before: the pause after a failure, getting the disk ready.
     fn connect(self: &Arc<Self>, life: &mut Life) -> Next {
         let pause = life.must_pause();
         if pause > 0 {
             self.kick_after(pause);
             return Next::Rest;
-        }
-        if life.claim.is_none() {
-            let frontend = (self.device.otherend_id(), self.device.number());
-            match Claim::new(frontend, self.clone()) {
-                Ok(Some(claim)) => life.claim = Some(claim),
-                // The device was ours before, and its rings are still being finished with.
-                Ok(None) => return Next::Rest,
-                Err(error) => {
-                    let error = ConnectError::Step("the rings cannot be claimed", error);
-                    self.refuse(life, &error);
-                    return Next::Look;
-                }
-            }
         }
         if life.errand.is_busy() {
             return Next::Rest;
@@ -666,7 +666,6 @@ impl Vbd {
         if !self.end_connection(&mut life) {
             return;
         }
-        life.claim = None;
         if life.errand.is_busy() {
             return;
         }
@@ -675,6 +674,7 @@ impl Vbd {
             return;
         }
         life.over = true;
+        life.claim = None;
         drop(life);
         let (watches, module) = {
             let mut hold = self.hold.lock();
@@ -728,7 +728,7 @@ impl WorkItem<ERRAND> for Vbd {
 }
 
 impl Waiter for Vbd {
-    fn rings_are_free(self: Arc<Self>) {
+    fn frontend_is_free(self: Arc<Self>) {
         self.kick();
     }
 }

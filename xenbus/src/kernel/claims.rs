@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Which frontends' rings are in use.
+//! Which frontends are served.
 //!
 //! A device that was taken from its driver may still be finishing what it took from its frontend's
-//! rings. Who is bound to the device after that must not serve the same rings meanwhile: a request
-//! would be carried out twice.
+//! rings, and have its disk. Who is bound to the device after that must not serve the same rings
+//! meanwhile: a request would be carried out twice.
 
 use kernel::prelude::*;
 use kernel::rbtree::RBTree;
@@ -14,10 +14,10 @@ use kernel::sync::Arc;
 /// A frontend: its domain and the number of its virtual device.
 pub(crate) type Frontend = (u16, u32);
 
-/// Who waits for rings to be free.
+/// Who waits for a frontend to be free.
 pub(crate) trait Waiter: Send + Sync + 'static {
-    /// They are; claim them again. Must not sleep.
-    fn rings_are_free(self: Arc<Self>);
+    /// It is; claim it again. Must not sleep.
+    fn frontend_is_free(self: Arc<Self>);
 }
 
 type Table = RBTree<Frontend, Option<Arc<dyn Waiter>>>;
@@ -52,7 +52,7 @@ impl Drop for Claims {
     }
 }
 
-/// The right to serve the rings of a frontend. Dropping it tells who waits for it.
+/// The right to serve a frontend. Dropping it tells who waits for it.
 ///
 /// # Invariants
 ///
@@ -62,8 +62,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Claims the rings of a frontend; `None` if somebody else has them, in which case `waiter` is
-    /// told when they are free, in place of who waited before. May sleep.
+    /// Claims a frontend; `None` if somebody else has it, in which case `waiter` is told when it is free, in
+    /// place of who waited before. May sleep.
     pub(crate) fn new(frontend: Frontend, waiter: Arc<dyn Waiter>) -> Result<Option<Self>> {
         let before;
         {
@@ -92,7 +92,7 @@ impl Drop for Claim {
             .and_then(|table| table.remove(&self.frontend))
             .flatten();
         if let Some(waiter) = waiting {
-            waiter.rings_are_free();
+            waiter.frontend_is_free();
         }
     }
 }
