@@ -13,6 +13,8 @@ use kernel::sync::Arc;
 /// An opener of the control node.
 pub(crate) struct Control;
 
+// Not parts of their caller, so that each of the three has a frame of its own.
+#[inline(never)]
 fn create(address: u64) -> Result<c_int> {
     let mut create = read_user::<Create>(address)?;
     let new = create.check().map_err(invalid)?;
@@ -27,12 +29,14 @@ fn create(address: u64) -> Result<c_int> {
     Ok(0)
 }
 
+#[inline(never)]
 fn destroy(address: u64) -> Result<c_int> {
     let minor = read_user::<Destroy>(address)?.check().map_err(invalid)?;
     registry::destroy(minor)?;
     Ok(0)
 }
 
+#[inline(never)]
 fn query(address: u64) -> Result<c_int> {
     let wanted = read_user::<Info>(address)?;
     let disk = registry::next(wanted.minor).ok_or(ENOENT)?;
