@@ -28,13 +28,17 @@ mod connection;
 mod disk;
 #[allow(dead_code, unreachable_pub)]
 mod engine;
+mod keeper;
 mod medium;
+mod memory;
 mod offer;
 mod params;
 mod phy;
 mod planted;
 mod poll;
 mod queue;
+#[allow(dead_code, unreachable_pub)]
+mod shares;
 mod storage;
 mod totals;
 mod vbd;
@@ -42,9 +46,9 @@ mod vbd;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use medium::{Holder, Medium, Unavailable};
+use memory::Memory;
 use xen::claims::Claims;
 use xen::driver::Adapter;
-use xen::quota::Quotas;
 use xen::workqueue::WorkQueues;
 
 module! {
@@ -73,15 +77,11 @@ module! {
         },
         copy_pages: u32 {
             default: 1024,
-            description: "Most data pages with memory of each queue",
+            description: "Most data pages of each queue; all but a few are borrowed while it is busy",
         },
         map_pages: u32 {
             default: 1024,
             description: "Most pages of each queue at which guest pages are mapped",
-        },
-        domain_memory_mib: u32 {
-            default: 256,
-            description: "Memory in MiB that the queues of one guest may reserve in all",
         },
         domain_mappings: u32 {
             default: 16384,
@@ -112,14 +112,14 @@ struct Blkback {
     tap: tap::Tap,
     queues: WorkQueues,
     claims: Claims,
-    quotas: Quotas,
+    memory: Memory,
 }
 
 impl kernel::InPlaceModule for Blkback {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             // Written first, because a device may be probed as soon as the driver is registered.
-            quotas: Quotas::new()?,
+            memory: Memory::new()?,
             claims: Claims::new()?,
             queues: WorkQueues::new()?,
             tap: tap::Tap::new()?,

@@ -9,4 +9,5 @@
 #![forbid(unsafe_code)]
 
 pub mod engine;
+pub mod shares;
 pub use ::ring;

@@ -10,8 +10,8 @@ use crate::connection::{ConnectError, Connection};
 use crate::engine::Backend;
 use crate::ring::request;
 use crate::vbd::Vbd;
+use crate::xen::data::DataPages;
 use crate::xen::device::Device;
-use crate::xen::pages::Pages;
 use crate::xen::parker::Parker;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -114,7 +114,7 @@ pub(crate) trait Medium: Send + Sync + 'static {
 
 /// What a queue asks of the disk.
 pub(crate) struct Needs<'a> {
-    /// The guest's domain, whose quota may have to pay.
+    /// The guest's domain, whose memory it is.
     pub(crate) domain: u16,
     /// Which queue it is.
     pub(crate) index: u32,
@@ -130,8 +130,15 @@ pub(crate) struct Needs<'a> {
 pub(crate) struct Part<B> {
     /// Carries out its I/O.
     pub(crate) backend: B,
-    /// Where its data goes. Those with memory hold the largest request that the guest may send.
-    pub(crate) pages: Arc<Pages>,
+    /// Where its data goes.
+    pub(crate) pages: Arc<DataPages>,
+    /// How many of them have memory for ever. If that is not all that can have some, it is at
+    /// least what the engine needs, and others come and go.
+    pub(crate) own_pages: u16,
+    /// Entries of the segment table beyond those of the pages.
+    pub(crate) rest: u16,
+    /// Memory that it takes always, in KiB.
+    pub(crate) memory_kib: u64,
     /// Requests in flight at most, and so the number of tags: from 1 to what was asked for.
     pub(crate) depth: u16,
 }

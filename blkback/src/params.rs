@@ -10,6 +10,8 @@ use crate::xen::versions::parameter;
 const QUEUES: u32 = 64;
 /// Data pages of one queue at most, whatever the parameters say.
 const PAGES: u32 = 8192;
+/// Data pages that a queue has for ever: what the engine needs for any request.
+const OWN: u32 = 16;
 
 /// Queues offered to a frontend.
 pub(crate) fn max_queues() -> u32 {
@@ -66,11 +68,6 @@ pub(crate) fn poll_nanoseconds() -> u64 {
     u64::from(parameter(module_parameters::poll_us.value()).min(MOST)).saturating_mul(1000)
 }
 
-/// Pages that all queues of one guest together may reserve.
-pub(crate) fn domain_pages() -> u32 {
-    parameter(module_parameters::domain_memory_mib.value()).saturating_mul(256)
-}
-
 /// Pages of one guest that all its queues together may map.
 pub(crate) fn domain_mappings() -> u32 {
     parameter(module_parameters::domain_mappings.value())
@@ -79,32 +76,44 @@ pub(crate) fn domain_mappings() -> u32 {
 /// Data pages of one queue.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PoolSizes {
-    /// Pages with memory.
+    /// Pages that have memory while the queue is busy, at most.
     pub(crate) copy: u16,
-    /// The same where memory is short: below that the queue is not served at all.
-    pub(crate) least: u16,
+    /// Of them, those that always have it.
+    pub(crate) own: u16,
     /// Pages at which guest pages are mapped.
     pub(crate) map: u16,
+    /// Segments that a request can have beyond those that are being worked on.
+    pub(crate) rest: u16,
+}
+
+impl PoolSizes {
+    /// Entries of the segment table.
+    pub(crate) fn entries(&self) -> usize {
+        [self.copy, self.map, self.rest]
+            .into_iter()
+            .fold(0, |sum, part| sum.wrapping_add(usize::from(part)))
+    }
 }
 
 /// Data pages of a queue whose ring has so many slots.
 ///
-/// Each pool that is used holds the largest request; beyond that each slot gets as many pages as
-/// the requests have that Linux guests send by default: 32 segments at most.
+/// Each pool that is used can hold the largest request; beyond that each slot can have as many pages
+/// as the requests have that Linux guests send by default: 32 segments at most. All but a few of
+/// them are borrowed while they are needed.
 pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
     let largest = u32::from(max_indirect_segments()).max(11);
     let size = |per_slot: u32, most: u32| {
+        let pages = slots.saturating_mul(per_slot).min(most.min(PAGES));
         // CAST: at most `PAGES`.
-        slots
-            .saturating_mul(per_slot)
-            .min(most.min(PAGES))
-            .max(largest) as u16
+        pages.max(largest).max(OWN).saturating_add(7) as u16 & !7
     };
     let most = parameter(module_parameters::copy_pages.value());
     let copies_all = u32::from(copy_max_segments()) >= largest;
     PoolSizes {
         copy: size(if copies_all { 32 } else { 4 }, most),
-        least: size(4, most),
+        // CAST: 16.
+        own: OWN as u16,
+        rest: largest as u16,
         map: if copies_all {
             0
         } else {

@@ -3,16 +3,19 @@
 //! `phy:` disks: a block device as a medium, and the engine's backend over bios.
 
 use crate::connection::{ConnectError, Connection};
-use crate::engine::{Backend, Io, IoKind, Slice, Tag};
+use crate::engine::blocks::BLOCK;
+use crate::engine::{Backend, Group, Io, IoKind, SegmentEntry, Slice, Slot, Tag};
 use crate::medium::{Limits, Medium, Needs, Part, Peer, Queues};
+use crate::memory::Lease;
 use crate::params::{self, PoolSizes};
 use crate::planted;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::response::Status;
 use crate::xen::bdev::BlockDevice;
 use crate::xen::bio::{self, Bio, Disk, Inflight, Operation};
-use crate::xen::pages::Pages;
-use crate::xen::quota::{Kind, Reservation};
+use crate::xen::block::{Block, Effort};
+use crate::xen::data::{Backing, DataPages};
+use crate::xen::grant::GuestGrants;
 use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -50,17 +53,21 @@ impl Queues for BlockDevice {
     type Backend = Phy;
 
     fn max_segments(&self, _queues: u32) -> u16 {
-        // A queue has pages of its own for the largest request.
+        // A queue can do the largest request with what it always has.
         u16::MAX
     }
 
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
-        let (sizes, reservation) = reserve(needs.domain, needs.depth.into())?;
+        let mut sizes = params::pool_sizes(needs.depth.into());
+        let mut lease = Lease::new(needs.domain, bytes(&sizes, needs.depth))?;
+        // Mappings are a matter of speed: without room for them everything is copied.
+        if !lease.reserve_mappings(sizes.map.into(), params::domain_mappings()) {
+            sizes.map = 0;
+        }
         let no_memory =
             |error| ConnectError::Step("there is not enough memory for the queues", error);
-        let pages = Pages::new(sizes.copy, sizes.map)
-            .and_then(|pages| Ok(Arc::new(pages, GFP_KERNEL)?))
-            .map_err(no_memory)?;
+        let memory = Memory::new(lease, &sizes).map_err(no_memory)?;
+        let pages = memory.backing.table().clone();
         let disk = Disk::new(
             self.clone(),
             pages.clone(),
@@ -69,11 +76,11 @@ impl Queues for BlockDevice {
         )
         .map_err(no_memory)?;
         Ok(Part {
-            backend: Phy {
-                disk,
-                _reservation: reservation,
-            },
+            backend: Phy { disk, memory },
             pages,
+            own_pages: sizes.own,
+            rest: sizes.rest,
+            memory_kib: (bytes(&sizes, needs.depth) / 1024) as u64,
             depth: needs.depth,
         })
     }
@@ -83,41 +90,45 @@ impl Queues for BlockDevice {
     }
 }
 
-/// Memory of a queue, and its mappings if there is room for them.
-type Reserved = (Reservation, Option<Reservation>);
+/// Bytes that a queue takes whether it is busy or not.
+fn bytes(sizes: &PoolSizes, depth: u16) -> usize {
+    let slots = usize::from(depth).saturating_mul(size_of::<Slot>());
+    let entries = sizes.entries().saturating_mul(size_of::<SegmentEntry>());
+    let groups = Group::needed(sizes.copy).saturating_mul(size_of::<Group>());
+    usize::from(sizes.own)
+        .saturating_mul(PAGE_SIZE)
+        .saturating_add(slots)
+        .saturating_add(entries)
+        .saturating_add(groups)
+        .saturating_add(DataPages::bytes(sizes.copy))
+        .saturating_add(Disk::bytes(depth))
+        .saturating_add(GuestGrants::bytes(sizes.map))
+}
 
-/// Reserves what a queue needs of its guest's quotas, or less if there is not enough: a queue
-/// with few pages has fewer large requests in flight. Mappings are a matter of speed: without room
-/// for them everything is copied.
-fn reserve(domain: u16, slots: u32) -> Result<(PoolSizes, Reserved), ConnectError> {
-    let mut sizes = params::pool_sizes(slots);
-    let memory = loop {
-        let limit = params::domain_pages();
-        match Reservation::new(Kind::Memory, domain, sizes.copy.into(), limit) {
-            Ok(memory) => break memory,
-            Err(_) if sizes.copy > sizes.least => sizes.copy = (sizes.copy / 2).max(sizes.least),
-            Err(error) => {
-                let what = "the guest's quota (domain_memory_mib) is used up";
-                return Err(ConnectError::Step(what, error));
-            }
+/// The memory of a queue's data pages, its own and what it has borrowed.
+struct Memory {
+    // The pages go before their share of what there is is given back.
+    backing: Backing,
+    lease: Lease,
+}
+
+impl Memory {
+    /// The pages that the queue has for ever. May sleep.
+    fn new(lease: Lease, sizes: &PoolSizes) -> Result<Self> {
+        let mut backing = Backing::new(lease.domain(), sizes.copy, sizes.map)?;
+        for index in 0..sizes.own / BLOCK {
+            let block = Block::new(Effort::Full)?;
+            backing.attach(index, block).map_err(|_| EINVAL)?;
         }
-    };
-    if sizes.map == 0 {
-        return Ok((sizes, (memory, None)));
+        Ok(Self { backing, lease })
     }
-    let limit = params::domain_mappings();
-    let maps = Reservation::new(Kind::Mappings, domain, sizes.map.into(), limit).ok();
-    if maps.is_none() {
-        sizes.map = 0;
-    }
-    Ok((sizes, (memory, maps)))
 }
 
 /// A block device as the backend of one queue.
 pub(crate) struct Phy {
-    // The pages go before their share of the quota is given back.
+    // First: it waits for the last bios, which use the memory.
     disk: Pin<KBox<Disk>>,
-    _reservation: Reserved,
+    memory: Memory,
 }
 
 impl Backend for Phy {
@@ -142,6 +153,35 @@ impl Backend for Phy {
                 },
             );
         });
+    }
+
+    fn attach(&mut self, block: u16) -> bool {
+        let Memory { backing, lease } = &mut self.memory;
+        let Some(memory) = lease.borrow() else {
+            return false;
+        };
+        match backing.attach(block, memory) {
+            Ok(()) => true,
+            Err(memory) => {
+                lease.give_back(memory);
+                false
+            }
+        }
+    }
+
+    fn detach(&mut self, block: u16) {
+        if let Some(memory) = self.memory.backing.detach(block) {
+            self.memory.lease.give_back(memory);
+        }
+    }
+
+    fn owed(&mut self, thorough: bool) -> u16 {
+        // More than that it does not have.
+        u16::try_from(self.memory.lease.owed(thorough)).unwrap_or(u16::MAX - BLOCK)
+    }
+
+    fn is_content(&mut self) {
+        self.memory.lease.is_content();
     }
 }
 

@@ -10,8 +10,10 @@
 
 use crate::connection::{ConnectError, Ending};
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Io, Pass, Rest, SegmentEntry, Slot, Stats, Tag,
+    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot,
+    Stats, Tag,
 };
+use crate::keeper::Keeper;
 use crate::medium::{Needs, Part, Queues};
 use crate::params;
 use crate::poll::{Batcher, Pollers};
@@ -136,7 +138,7 @@ impl<M: Queues> Prepared<M> {
         let (guest, taker) = Held::new(channel, map).map_err(|error| step(NO_MEMORY, error))?;
         let state = State::new(setup, index, depth, &control)?;
         Ok(Self {
-            memory_kib: state.grants.memory_kib(),
+            memory_kib: state.memory_kib,
             server: Server { ring, guest, state },
             control,
             guest: taker,
@@ -194,7 +196,7 @@ impl Queue {
         }
     }
 
-    /// Memory reserved for data pages, in KiB.
+    /// Memory that it always has, in KiB.
     pub(crate) fn memory_kib(&self) -> u64 {
         self.memory_kib
     }
@@ -231,8 +233,11 @@ struct Server<M: Queues> {
 struct State<M: Queues> {
     slots: KVec<Slot>,
     entries: KVec<SegmentEntry>,
+    groups: KVec<Group>,
     fetches: KVec<Option<Fetch>>,
-    copy_pages: u16,
+    shape: Shape,
+    /// Memory that the queue always has, in KiB.
+    memory_kib: u64,
     config: Config,
     limits: Limits,
     grants: KBox<GuestGrants>,
@@ -291,6 +296,9 @@ impl<M: Queues> State<M> {
         let Part {
             backend,
             pages,
+            own_pages,
+            rest,
+            memory_kib,
             depth,
         } = setup.medium.queue(&Needs {
             domain,
@@ -299,15 +307,25 @@ impl<M: Queues> State<M> {
             depth: slots,
             parker: &control.parker,
         })?;
-        let copy_pages = pages.with_memory();
-        let entries = filled(SegmentEntry::EMPTY, pages.len()).map_err(no_memory)?;
+        let shape = Shape {
+            copy: pages.with_memory(),
+            own: own_pages,
+            map: pages.mappable(),
+        };
+        let entries = [shape.copy, shape.map, rest]
+            .into_iter()
+            .fold(0, |sum, part| usize::from(part).wrapping_add(sum));
+        let entries = filled(SegmentEntry::EMPTY, entries).map_err(no_memory)?;
+        let groups = filled(Group::EMPTY, Group::needed(shape.copy)).map_err(no_memory)?;
         let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
         let buffers = usize::from(grants.descriptor_buffers());
         let state = Self {
             slots: filled(Slot::FREE, usize::from(depth)).map_err(no_memory)?,
             entries,
             fetches: filled(None, buffers).map_err(no_memory)?,
-            copy_pages,
+            groups,
+            shape,
+            memory_kib,
             config: Config {
                 protocol: setup.request.protocol,
                 copy_max_segments: params::copy_max_segments(),
@@ -347,8 +365,9 @@ impl<M: Queues> State<M> {
             },
             &mut self.slots,
             &mut self.entries,
+            &mut self.groups,
             &mut self.fetches,
-            self.copy_pages,
+            self.shape,
             self.config,
             self.limits,
         );
@@ -378,6 +397,22 @@ impl<B: Backend> Backend for Away<'_, B> {
     fn reap(&mut self, done: impl FnMut(Tag, Status)) {
         self.backend.reap(done);
     }
+
+    fn attach(&mut self, block: u16) -> bool {
+        self.backend.attach(block)
+    }
+
+    fn detach(&mut self, block: u16) {
+        self.backend.detach(block);
+    }
+
+    fn owed(&mut self, thorough: bool) -> u16 {
+        self.backend.owed(thorough)
+    }
+
+    fn is_content(&mut self) {
+        self.backend.is_content();
+    }
 }
 
 /// The thread's view of its surroundings while the engine has the rest.
@@ -403,6 +438,7 @@ impl<M: Queues> Serving<'_, M> {
         let mut draining = None;
         let mut pollers = Pollers::new();
         let mut batcher = Batcher::new(self.slots);
+        let mut keeper = Keeper::new(self.vbd);
         loop {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
@@ -423,6 +459,7 @@ impl<M: Queues> Serving<'_, M> {
             }
             self.vbd.totals().add(&published, engine.stats());
             published = *engine.stats();
+            keeper.after_pass(engine);
             active |= pass.taken > 0;
             if pass.broken && !broken {
                 broken = true;
@@ -441,10 +478,12 @@ impl<M: Queues> Serving<'_, M> {
             }
             self.end_event(broken, &mut active);
             let start = local_clock();
+            let borrows = keeper.before_sleep(engine, start);
             if let Some(left) = patience {
                 self.control.parker.park_for(left);
-            } else if self.leads {
-                // Nobody tells us that a device was resized, so one thread looks now and then.
+            } else if self.leads || borrows {
+                // Nobody tells us that a device was resized, so one thread looks now and then; and
+                // what is borrowed and not used is given back.
                 self.control.parker.park_for_a_while();
             } else {
                 self.control.parker.park();

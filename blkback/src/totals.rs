@@ -31,8 +31,10 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
 /// Sums over all queues that the device ever had.
 pub(crate) struct Totals {
     counters: [Atomic<u64>; COUNTERS],
-    /// Memory reserved for queues now, in KiB.
+    /// Memory that the queues always have, in KiB.
     memory: Atomic<u64>,
+    /// Pages that they have borrowed.
+    borrowed: Atomic<u64>,
 }
 
 impl Totals {
@@ -41,6 +43,7 @@ impl Totals {
         Self {
             counters: [const { Atomic::new(0) }; COUNTERS],
             memory: Atomic::new(0),
+            borrowed: Atomic::new(0),
         }
     }
 
@@ -54,7 +57,15 @@ impl Totals {
         }
     }
 
-    /// Records the memory reserved for queues, in KiB.
+    /// Records that a queue has borrowed so many pages, after it had so many.
+    pub(crate) fn borrowed(&self, before: u16, now: u16) {
+        if before != now {
+            let change = u64::from(now).wrapping_sub(u64::from(before));
+            self.borrowed.add(change, Relaxed);
+        }
+    }
+
+    /// Records the memory that the queues always have, in KiB.
     pub(crate) fn set_memory(&self, kib: u64) {
         self.memory.store(kib, Relaxed);
     }
@@ -63,7 +74,10 @@ impl Totals {
     pub(crate) fn value(&self, index: u32) -> u64 {
         match self.counters.get(index as usize) {
             Some(counter) => counter.load(Relaxed),
-            None => self.memory.load(Relaxed),
+            None => {
+                let borrowed = self.borrowed.load(Relaxed).wrapping_mul(4);
+                self.memory.load(Relaxed).wrapping_add(borrowed)
+            }
         }
     }
 }

@@ -60,8 +60,8 @@ impl Areas {
         let tables = whole(u32::from(tags).wrapping_mul(stride));
         let total = u16::try_from(heads.wrapping_add(tables)).map_err(|_| EINVAL)?;
         Ok(Self {
-            arena: super::shared(Pages::new(pages, 0)?)?,
-            descriptors: Pages::new(total, 0)?,
+            arena: super::shared(Pages::new(pages)?)?,
+            descriptors: Pages::new(total)?,
             tags,
             segments_offset: heads.wrapping_mul(PAGE),
         })
@@ -79,7 +79,7 @@ impl Areas {
 
     /// Pages of the arena.
     pub(crate) fn arena_pages(&self) -> u16 {
-        self.arena.with_memory()
+        self.arena.len()
     }
 
     /// Bytes of the arena.

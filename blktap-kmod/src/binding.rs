@@ -9,7 +9,7 @@ use super::registry;
 use crate::connection::{ConnectError, Connection};
 use crate::medium::{Holder, Limits, Medium, Needs, Part, Peer, Queues, Status, Unavailable};
 use crate::ring::tap::abi::{STATE_FENCING, STATE_LIVE};
-use crate::xen::pages::Pages;
+use crate::xen::data::DataPages;
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};
 
@@ -146,7 +146,8 @@ impl Queues for Binding {
         }
         let no_memory = |error| ConnectError::Step(NO_MEMORY, error);
         let first_page = index.wrapping_mul(pages);
-        let own = Pages::part_of(areas.arena(), first_page, pages).and_then(crate::tap::shared);
+        let own =
+            DataPages::of_arena(areas.arena(), first_page, pages).and_then(crate::tap::shared);
         let place = Place {
             index,
             first_tag: index.wrapping_mul(share(areas.tags(), needs.queues)),
@@ -163,6 +164,9 @@ impl Queues for Binding {
         Ok(Part {
             backend,
             pages: own.map_err(no_memory)?,
+            own_pages: pages,
+            rest: 0,
+            memory_kib: u64::from(pages).wrapping_mul(4),
             depth,
         })
     }

@@ -11,6 +11,7 @@
 #include <linux/fs.h>
 #include <linux/io_uring/cmd.h>
 #include <linux/mm.h>
+#include <linux/moduleparam.h>
 #include <linux/pagemap.h>
 #include <linux/pid.h>
 #include <linux/sched.h>
@@ -177,6 +178,43 @@ int xbr_need_resched(void)
 void xbr_yield_processor(void)
 {
 	HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
+}
+
+unsigned long xbr_total_ram_pages(void)
+{
+	return totalram_pages();
+}
+
+/*
+ * Parameters that can be written, or that change by themselves: those that Rust modules declare are
+ * not in sysfs.
+ */
+
+static unsigned int domain_memory_mib = 256;
+module_param(domain_memory_mib, uint, 0644);
+MODULE_PARM_DESC(domain_memory_mib, "Memory in MiB for the disks of one guest (uint)");
+
+static unsigned int host_memory_mib;
+module_param(host_memory_mib, uint, 0644);
+MODULE_PARM_DESC(host_memory_mib, "Memory in MiB for the disks of all guests (0: a quarter of this domain's memory) (uint)");
+
+static unsigned int memory_kib;
+module_param(memory_kib, uint, 0444);
+MODULE_PARM_DESC(memory_kib, "Shows the memory in KiB that the disks of all guests have now (uint)");
+
+unsigned int xbr_domain_memory_mib(void)
+{
+	return READ_ONCE(domain_memory_mib);
+}
+
+unsigned int xbr_host_memory_mib(void)
+{
+	return READ_ONCE(host_memory_mib);
+}
+
+void xbr_set_memory_kib(unsigned int kib)
+{
+	WRITE_ONCE(memory_kib, kib);
 }
 
 void xbr_cond_resched(void)

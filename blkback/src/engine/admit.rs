@@ -243,18 +243,20 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         } else {
             [Pool::Map, Pool::Copy]
         };
-        let fits = |pool: &Pool| self.segments.capacity(*pool) >= slot.count;
+        let fits = |pool: &Pool| self.segments.most(*pool) >= slot.count;
         let Some(pool) = wanted.into_iter().find(fits) else {
             slot.count = 0;
             slot.status = Status::Error;
             return self.enqueue_tag(slot);
         };
         slot.pool = pool;
-        slot.head = self.segments.alloc(pool, slot.count)?;
-        let (head, count) = (slot.head, slot.count);
+        // A barrier or a flush is the first of its queue's I/O, or is for the whole request.
+        let may_split = matches!(slot.kind, IoKind::Read | IoKind::Write);
+        let chain = self.room(pool, slot.count, may_split)?;
+        slot.set_chain(chain);
         let tag = self.enqueue_tag(slot);
         if tag.is_none() {
-            self.segments.release(pool, head, count);
+            self.release(&slot);
         }
         tag
     }
@@ -276,10 +278,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 continue;
             }
             let segments = &mut self.segments;
-            let (mut at, mut sectors) = (slot.head, 0u64);
+            let (mut at, mut sectors, mut now) = (slot.head, 0u64, slot.count);
             let raw = self.grants.descriptor(buffer).iter().copied();
             let checked = request.check_segments(raw, &self.limits, |segment| {
-                sectors = sectors.wrapping_add(u64::from(segment.sectors()));
+                if now > 0 {
+                    now = now.wrapping_sub(1);
+                    sectors = sectors.wrapping_add(u64::from(segment.sectors()));
+                }
                 at = segments.fill(at, segment);
             });
             slot.sectors = sectors;

@@ -67,6 +67,26 @@ pub trait Backend {
 
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(Tag, Status));
+
+    /// Puts memory behind the eight pages of a block that has none; `false` if none is to be had
+    /// now. Neither sleeps nor allocates. A disk whose queues have all their pages from the
+    /// beginning has no more to give.
+    fn attach(&mut self, _block: u16) -> bool {
+        false
+    }
+
+    /// Takes the memory of a block away that [`attach`](Self::attach) has put there. No page of it
+    /// is in use.
+    fn detach(&mut self, _block: u16) {}
+
+    /// Pages that are to be given back by [`detach`](Self::detach) as soon as they are not used.
+    /// Looks closely if `thorough`, else only if there is a reason.
+    fn owed(&mut self, _thorough: bool) -> u16 {
+        0
+    }
+
+    /// Nothing more is wanted at present.
+    fn is_content(&mut self) {}
 }
 
 impl<B: Backend> Backend for &mut B {
@@ -78,5 +98,25 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn reap(&mut self, done: impl FnMut(Tag, Status)) {
         (**self).reap(done);
+    }
+
+    #[inline]
+    fn attach(&mut self, block: u16) -> bool {
+        (**self).attach(block)
+    }
+
+    #[inline]
+    fn detach(&mut self, block: u16) {
+        (**self).detach(block);
+    }
+
+    #[inline]
+    fn owed(&mut self, thorough: bool) -> u16 {
+        (**self).owed(thorough)
+    }
+
+    #[inline]
+    fn is_content(&mut self) {
+        (**self).is_content();
     }
 }

@@ -4,7 +4,7 @@
 
 use crate::engine::backend::{Backend, Io, IoKind};
 use crate::engine::pass::Engine;
-use crate::engine::segments::Segments;
+use crate::engine::segments::{Pool, Segments};
 use crate::engine::slots::{List, Slot, Slots, State, Tag};
 use crate::engine::stats::Stats;
 use crate::engine::transfer::queue_unmaps;
@@ -96,6 +96,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 return;
             }
         }
+        if slot.left > 0 && slot.status == Status::Okay {
+            self.go_on(tag);
+            return;
+        }
         let slot = *slot;
         if slot.kind == IoKind::BarrierWrite {
             self.barrier = false;
@@ -103,7 +107,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         if slot.status != Status::Okay {
             self.stats.failed = self.stats.failed.wrapping_add(1);
         }
-        self.segments.release(slot.pool, slot.head, slot.count);
+        self.release(&slot);
         self.slots.release(tag);
         self.respond(&Response {
             id: slot.id,
@@ -146,6 +150,7 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
             if let Some(slot) = self.slots.get(tag).copied() {
                 queue_unmaps(&mut self.grants, &mut self.segments, &slot);
                 self.segments.release(slot.pool, slot.head, slot.count);
+                self.segments.release(Pool::Rest, slot.rest, slot.left);
             }
             self.slots.release(tag);
         }
@@ -174,6 +179,6 @@ fn count(stats: &mut Stats, slot: &Slot) {
         // Counted when it was admitted: it is submitted in pieces.
         IoKind::Discard { .. } => return,
     };
-    *requests = requests.wrapping_add(1);
+    *requests = requests.wrapping_add(u64::from(!slot.continued));
     *sectors = sectors.wrapping_add(slot.sectors);
 }

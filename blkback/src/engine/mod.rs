@@ -16,8 +16,10 @@
 
 mod admit;
 pub mod backend;
+pub mod blocks;
 mod finish;
 pub mod pass;
+mod room;
 pub mod segments;
 pub mod slots;
 pub mod stats;
@@ -25,8 +27,9 @@ mod transfer;
 
 pub use crate::ring::grants::Grants;
 pub use backend::{Backend, Io, IoKind};
+pub use blocks::Group;
 pub use finish::Rest;
 pub use pass::{Config, Engine, Fetch, Pass};
-pub use segments::{SegmentEntry, Slice};
+pub use segments::{SegmentEntry, Shape, Slice};
 pub use slots::{Slot, Tag};
 pub use stats::Stats;

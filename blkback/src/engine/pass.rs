@@ -3,8 +3,9 @@
 //! The engine proper: one pass over a ring.
 
 use crate::engine::backend::Backend;
+use crate::engine::blocks::Group;
 use crate::engine::finish::Rest;
-use crate::engine::segments::{Pool, SegmentEntry, Segments};
+use crate::engine::segments::{SegmentEntry, Segments, Shape};
 use crate::engine::slots::{List, Slot, Slots, Tag};
 use crate::engine::stats::Stats;
 use crate::ring::abi::Protocol;
@@ -78,10 +79,12 @@ pub struct Engine<'a, R, G, B> {
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     /// Makes the engine of an attached ring.
     ///
-    /// `slots` has one entry for each slot of the ring. `entries` has one for each data page, the
-    /// first `copy_pages` of them with memory. `fetches` has one for each descriptor buffer that is
-    /// to be used, at least one. The larger of both pools must hold the largest
-    /// request that `limits` allows; one that fits neither pool is answered with an error.
+    /// `slots` has one entry for each slot of the ring. `entries` has one for each data page of
+    /// `shape`, and `groups` one for each 512 pages that can have memory. `fetches` has one for
+    /// each descriptor buffer that is to be used, at least one. The larger of both pools must be
+    /// able to hold the largest request that `limits` allows; one that fits neither pool is
+    /// answered with an error. Where pages come and go, at least [`Self::OWN`] are there for ever,
+    /// and `entries` has as many more as the largest request has segments.
     #[allow(
         clippy::too_many_arguments,
         reason = "called once, by the connect path"
@@ -92,8 +95,9 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         backend: B,
         slots: &'a mut [Slot],
         entries: &'a mut [SegmentEntry],
+        groups: &'a mut [Group],
         fetches: &'a mut [Option<Fetch>],
-        copy_pages: u16,
+        shape: Shape,
         config: Config,
         limits: Limits,
     ) -> Self {
@@ -102,7 +106,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             grants,
             backend,
             slots: Slots::new(slots),
-            segments: Segments::new(entries, copy_pages),
+            segments: Segments::new(entries, groups, shape),
             config,
             limits,
             new: List::EMPTY,
@@ -134,14 +138,6 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     /// Changes the size of the disk; requests that are checked from now on must fit into it.
     pub fn set_sectors(&mut self, sectors: u64) {
         self.limits.sectors = sectors;
-    }
-
-    /// Free pages of both pools, for tests.
-    pub fn free_pages(&self) -> (u16, u16) {
-        (
-            self.segments.free(Pool::Copy),
-            self.segments.free(Pool::Map),
-        )
     }
 
     /// Answers what is complete, takes what is new, starts it, and publishes.

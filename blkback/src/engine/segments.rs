@@ -1,24 +1,41 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The segment table: one entry for each data page of a queue.
+//! The segment table: one entry for each data page of a queue, and some more.
 //!
 //! A request owns a chain of entries, one for each of its segments; entry and page have the same
-//! index. The table has two pools: pages with memory of our own, into which data is copied, and
-//! pages without memory, at which guest pages are mapped. Nothing is allocated after connect: a
-//! request that finds its pool empty waits.
+//! index. The table has three pools: pages with memory of our own, into which data is copied;
+//! pages without memory, at which guest pages are mapped; and entries without a page, which keep
+//! the segments of a request that is done piece by piece.
+//!
+//! Pages with memory come and go in blocks of eight neighbours (`blocks`). Nothing is allocated
+//! here: a request that finds too little waits, or is done in pieces.
 
+use crate::engine::blocks::{Blocks, Group};
 use crate::ring::segment::Segment;
 
 /// The end of a chain.
 const END: u16 = u16::MAX;
 
-/// The two pools.
+/// The pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pool {
     /// Pages with memory: data is copied.
     Copy,
     /// Pages without memory: guest pages are mapped.
     Map,
+    /// No pages: what is left of a request that is done in pieces.
+    Rest,
+}
+
+/// How the entries of a table are shared out. Those behind both kinds of pages have none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Pages that can have memory; they are the first ones.
+    pub copy: u16,
+    /// Of them, those that have it from the beginning and for ever.
+    pub own: u16,
+    /// Pages at which guest pages are mapped; they follow.
+    pub map: u16,
 }
 
 /// One entry of the table.
@@ -53,15 +70,26 @@ pub struct Slice {
     pub handle: Option<u32>,
 }
 
+/// Entries for one request: a chain of `count` with pages, and of `left` without behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Chain {
+    pub(crate) head: u16,
+    pub(crate) count: u16,
+    pub(crate) rest: u16,
+    pub(crate) left: u16,
+}
+
 /// The segment table of a queue.
 ///
 /// # Invariants
 ///
-/// Every entry is in exactly one chain: a pool's free chain or that of one request.
+/// Every entry that is not free is in the chain of exactly one request.
 #[derive(Debug)]
 pub struct Segments<'a> {
     entries: &'a mut [SegmentEntry],
-    free: [Free; 2],
+    copy: Blocks<'a>,
+    map: Free,
+    rest: Free,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -72,59 +100,69 @@ struct Free {
 }
 
 impl<'a> Segments<'a> {
-    /// Makes a table whose first `copy` entries are of the copy pool, the others of the map pool.
-    ///
-    /// At most 65534 entries are used.
-    pub fn new(entries: &'a mut [SegmentEntry], copy: u16) -> Self {
+    /// Makes a table. `groups` has one for each 512 copy pages; at most 65534 entries are used.
+    pub fn new(entries: &'a mut [SegmentEntry], groups: &'a mut [Group], shape: Shape) -> Self {
         let empty = Free {
             head: END,
             count: 0,
             capacity: 0,
         };
-        let mut table = Self {
-            entries,
-            free: [empty; 2],
-        };
-        let total = u16::try_from(table.entries.len())
+        let total = u16::try_from(entries.len())
             .unwrap_or(END)
             .min(END.wrapping_sub(1));
-        // Backwards, so that the first allocation gets the lowest pages: neighbours in memory.
+        let copy = shape.copy.min(total);
+        let mut table = Self {
+            entries,
+            copy: Blocks::new(groups, copy, shape.own),
+            map: empty,
+            rest: empty,
+        };
+        // Backwards, so that the first allocation gets the lowest pages.
         for index in (0..total).rev() {
-            let pool = if index < copy { Pool::Copy } else { Pool::Map };
             if let Some(entry) = table.entries.get_mut(usize::from(index)) {
                 *entry = SegmentEntry::EMPTY;
             }
+            let pool = match index {
+                _ if index < copy => continue,
+                _ if index < copy.saturating_add(shape.map) => Pool::Map,
+                _ => Pool::Rest,
+            };
             table.release(pool, index, 1);
-            let free = table.pool_mut(pool);
-            free.capacity = free.count;
         }
+        table.map.capacity = table.map.count;
+        table.rest.capacity = table.rest.count;
         table
     }
 
-    fn pool(&self, pool: Pool) -> &Free {
-        let [copy, map] = &self.free;
+    /// Entries that a pool can have in all.
+    pub fn most(&self, pool: Pool) -> u16 {
         match pool {
-            Pool::Copy => copy,
-            Pool::Map => map,
+            Pool::Copy => self.copy.most(),
+            Pool::Map => self.map.capacity,
+            Pool::Rest => self.rest.capacity,
         }
     }
 
-    fn pool_mut(&mut self, pool: Pool) -> &mut Free {
-        let [copy, map] = &mut self.free;
-        match pool {
-            Pool::Copy => copy,
-            Pool::Map => map,
-        }
-    }
-
-    /// Entries that a pool has in all.
+    /// Entries that a pool has now.
     pub fn capacity(&self, pool: Pool) -> u16 {
-        self.pool(pool).capacity
+        match pool {
+            Pool::Copy => self.copy.capacity(),
+            _ => self.most(pool),
+        }
     }
 
     /// Entries of a pool that are free.
     pub fn free(&self, pool: Pool) -> u16 {
-        self.pool(pool).count
+        match pool {
+            Pool::Copy => self.copy.free(),
+            Pool::Map => self.map.count,
+            Pool::Rest => self.rest.count,
+        }
+    }
+
+    /// The blocks of pages with memory.
+    pub(crate) fn blocks(&mut self) -> &mut Blocks<'a> {
+        &mut self.copy
     }
 
     /// Takes a chain of `count` entries and returns its head.
@@ -132,43 +170,56 @@ impl<'a> Segments<'a> {
         if count == 0 {
             return Some(END);
         }
-        if self.pool(pool).count < count {
-            return None;
+        let entries = &mut *self.entries;
+        match pool {
+            Pool::Copy => alloc_pages(entries, &mut self.copy, count),
+            Pool::Map => alloc_listed(entries, &mut self.map, count),
+            Pool::Rest => alloc_listed(entries, &mut self.rest, count),
         }
-        let head = self.pool(pool).head;
-        let mut last = head;
-        for _ in 1..count {
-            last = self.entries.get(usize::from(last))?.next;
-        }
-        let entry = self.entries.get_mut(usize::from(last))?;
-        let rest = core::mem::replace(&mut entry.next, END);
-        let free = self.pool_mut(pool);
-        free.head = rest;
-        free.count = free.count.wrapping_sub(count);
-        Some(head)
     }
 
-    /// Gives a chain back to its pool, in one piece: the request that gets it next finds pages in
-    /// the same order, and neighbours in memory stay neighbours.
+    /// Takes pages for so many segments and entries without a page for the others of a request.
+    pub(crate) fn alloc_in_part(&mut self, count: u16, left: u16) -> Option<Chain> {
+        let rest = self.alloc(Pool::Rest, left)?;
+        let Some(head) = self.alloc(Pool::Copy, count) else {
+            self.release(Pool::Rest, rest, left);
+            return None;
+        };
+        let mut last = head;
+        for _ in 1..count {
+            last = self.after(last);
+        }
+        if let Some(entry) = self.entries.get_mut(usize::from(last)) {
+            entry.next = rest;
+        }
+        Some(Chain {
+            head,
+            count,
+            rest,
+            left,
+        })
+    }
+
+    /// Gives a chain back to its pool.
     pub fn release(&mut self, pool: Pool, head: u16, count: u16) {
         if count == 0 {
             return;
         }
-        let mut last = head;
-        for _ in 1..count {
-            let Some(entry) = self.entries.get(usize::from(last)) else {
-                return;
-            };
-            last = entry.next;
+        let entries = &mut *self.entries;
+        match pool {
+            Pool::Copy => {
+                let mut page = head;
+                for _ in 0..count {
+                    let Some(entry) = entries.get(usize::from(page)) else {
+                        return;
+                    };
+                    self.copy.release(page);
+                    page = entry.next;
+                }
+            }
+            Pool::Map => release_listed(entries, &mut self.map, head, count),
+            Pool::Rest => release_listed(entries, &mut self.rest, head, count),
         }
-        let free = self.pool(pool).head;
-        let Some(entry) = self.entries.get_mut(usize::from(last)) else {
-            return;
-        };
-        entry.next = free;
-        let free = self.pool_mut(pool);
-        free.head = head;
-        free.count = free.count.wrapping_add(count);
     }
 
     /// Puts a segment into entry `index` and returns the next entry of the chain.
@@ -201,12 +252,13 @@ impl<'a> Segments<'a> {
             .map_or(END, |entry| entry.next)
     }
 
-    /// Copies the segments of one chain into another of the same length.
-    pub fn move_chain(&mut self, from: u16, to: u16, count: u16) {
+    /// Copies the segments of so many entries of one chain into another. Returns the entry of the
+    /// first chain that follows them.
+    pub fn move_chain(&mut self, from: u16, to: u16, count: u16) -> u16 {
         let (mut from, mut to) = (from, to);
         for _ in 0..count {
             let Some(entry) = self.entries.get(usize::from(from)).copied() else {
-                return;
+                return END;
             };
             if let Some(target) = self.entries.get_mut(usize::from(to)) {
                 target.segment = entry.segment;
@@ -214,6 +266,13 @@ impl<'a> Segments<'a> {
             }
             from = entry.next;
         }
+        from
+    }
+
+    /// Sectors of so many segments of a chain.
+    pub(crate) fn sectors(&self, head: u16, count: u16) -> u64 {
+        let bytes = self.slices(head, count).map(|slice| u64::from(slice.len));
+        bytes.fold(0, u64::wrapping_add) / 512
     }
 
     /// The filled entries of a chain, in order.
@@ -233,5 +292,57 @@ impl<'a> Segments<'a> {
                 handle: entry.handle,
             })
         })
+    }
+}
+
+/// Takes `count` pages with memory, in as few runs of neighbours as there are.
+fn alloc_pages(entries: &mut [SegmentEntry], blocks: &mut Blocks<'_>, count: u16) -> Option<u16> {
+    if blocks.free() < count {
+        return None;
+    }
+    let (mut head, mut last, mut left) = (END, END, count);
+    while left > 0 {
+        // There are as many free pages, so there is a run, and none is empty.
+        let run = blocks.take_run(left)?;
+        for page in run.pages() {
+            match entries.get_mut(usize::from(last)) {
+                Some(entry) => entry.next = page,
+                None => head = page,
+            }
+            last = page;
+        }
+        left = left.saturating_sub(run.len);
+    }
+    entries.get_mut(usize::from(last))?.next = END;
+    Some(head)
+}
+
+fn alloc_listed(entries: &mut [SegmentEntry], free: &mut Free, count: u16) -> Option<u16> {
+    if free.count < count {
+        return None;
+    }
+    let head = free.head;
+    let mut last = head;
+    for _ in 1..count {
+        last = entries.get(usize::from(last))?.next;
+    }
+    let entry = entries.get_mut(usize::from(last))?;
+    free.head = core::mem::replace(&mut entry.next, END);
+    free.count = free.count.wrapping_sub(count);
+    Some(head)
+}
+
+fn release_listed(entries: &mut [SegmentEntry], free: &mut Free, head: u16, count: u16) {
+    let mut last = head;
+    for _ in 1..count {
+        let Some(entry) = entries.get(usize::from(last)) else {
+            return;
+        };
+        last = entry.next;
+    }
+    if let Some(entry) = entries.get_mut(usize::from(last)) {
+        entry.next = free.head;
+        free.head = head;
+        free.count = free.count.wrapping_add(count);
     }
 }

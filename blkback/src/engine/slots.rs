@@ -32,8 +32,12 @@ pub struct Slot {
     /// Sectors of a transfer, or those of a discard that are still to do.
     pub(crate) sectors: u64,
     pub(crate) kind: IoKind,
+    /// The segments that are being worked on.
     pub(crate) head: u16,
     pub(crate) count: u16,
+    /// Those that follow when these are done: there was no room for all.
+    pub(crate) rest: u16,
+    pub(crate) left: u16,
     /// The next slot of the list in which this one is.
     pub(crate) next: Tag,
     pub(crate) operation: u8,
@@ -44,6 +48,8 @@ pub struct Slot {
     pub(crate) unmappable: bool,
     /// A page of it cannot be mapped because the grant is no good.
     pub(crate) refused: bool,
+    /// Some of its segments are done already.
+    pub(crate) continued: bool,
 }
 
 impl Slot {
@@ -55,6 +61,8 @@ impl Slot {
         kind: IoKind::Flush,
         head: 0,
         count: 0,
+        rest: 0,
+        left: 0,
         next: END,
         operation: 0,
         pool: Pool::Copy,
@@ -62,6 +70,7 @@ impl Slot {
         state: State::Free,
         unmappable: false,
         refused: false,
+        continued: false,
     };
 
     /// True for a read whose data must be copied to the guest.

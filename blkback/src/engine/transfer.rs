@@ -77,8 +77,8 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             let Some(slot) = self.slots.get(tag).copied() else {
                 return;
             };
-            let Some(head) = self.segments.alloc(Pool::Copy, slot.count) else {
-                if self.segments.capacity(Pool::Copy) >= slot.count {
+            let Some(chain) = self.room(Pool::Copy, slot.count, true) else {
+                if self.segments.most(Pool::Copy) >= slot.count {
                     return;
                 }
                 self.slots.pop(&mut self.stalled);
@@ -91,11 +91,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 continue;
             };
             self.slots.pop(&mut self.stalled);
-            self.segments.move_chain(slot.head, head, slot.count);
+            self.segments.move_chain(slot.head, chain.head, slot.count);
             self.segments.release(Pool::Map, slot.head, slot.count);
+            let sectors = self.segments.sectors(chain.head, chain.count);
             if let Some(entry) = self.slots.get_mut(tag) {
                 entry.pool = Pool::Copy;
-                entry.head = head;
+                entry.set_chain(chain);
+                entry.sectors = sectors;
                 entry.status = Status::Okay;
                 entry.unmappable = false;
             }

@@ -181,6 +181,7 @@ mod parameters {
     use std::collections::BTreeMap;
 
     const MODULE: &str = include_str!("../../../blkback/src/blkback_main.rs");
+    const SHIM: &str = include_str!("../../../xenbus/shim/shim.c");
     const PAGE: &str = include_str!("../../packaging/xen-blkback-rs.7");
 
     /// Name and default of each parameter in `module!`.
@@ -197,6 +198,24 @@ mod parameters {
         found
     }
 
+    /// The same of those that are declared in C, because they can be written.
+    fn of_shim(source: &str) -> BTreeMap<&str, &str> {
+        let writable = source.lines().filter_map(|line| {
+            let rest = line.strip_prefix("module_param(")?;
+            rest.strip_suffix(", uint, 0644);")
+        });
+        let default = |name: &str| {
+            source.lines().find_map(|line| {
+                let rest = line.strip_prefix("static unsigned int ")?;
+                let rest = rest.strip_prefix(name)?.trim_end_matches(';');
+                Some(rest.strip_prefix(" = ").unwrap_or("0"))
+            })
+        };
+        writable
+            .map(|name| (name, default(name).unwrap_or("")))
+            .collect()
+    }
+
     /// The same in the manual page.
     fn of_page(page: &str) -> BTreeMap<&str, &str> {
         page.lines()
@@ -206,7 +225,8 @@ mod parameters {
 
     #[test]
     fn the_manual_page_has_the_defaults_of_the_module() {
-        let module = of_module(MODULE);
+        let mut module = of_module(MODULE);
+        module.extend(of_shim(SHIM));
         assert!(module.len() > 5, "{module:?}");
         assert_eq!(of_page(PAGE), module);
     }

@@ -209,6 +209,10 @@ impl Machine {
 
     /// The memory of a slice: ours, or the guest's page that is mapped there.
     fn memory(&mut self, slice: &Slice, write: bool) -> Option<&mut [u8]> {
+        if self.host.absent.contains(&slice.page) {
+            self.problem(format!("I/O to a page that has no memory: {slice:?}"));
+            return None;
+        }
         if slice.page < self.setup.copy_pages {
             if slice.handle.is_some() {
                 self.problem(format!("a handle at a page with memory: {slice:?}"));
@@ -443,5 +447,13 @@ impl Backend for FakeDisk {
             m.disk.release(tag);
             done(tag, status);
         }
+    }
+
+    fn attach(&mut self, block: u16) -> bool {
+        self.machine.borrow_mut().lend(block)
+    }
+
+    fn detach(&mut self, block: u16) {
+        self.machine.borrow_mut().take_back(block);
     }
 }

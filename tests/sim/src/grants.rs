@@ -2,7 +2,7 @@
 
 //! The grant table: copies, maps and unmaps, and the checks of their contract.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use blkback::engine::{Grants, Tag};
 use ring::abi::{RawSegment, PAGE_SIZE};
@@ -10,7 +10,7 @@ use ring::grants::{Buffer, Copy, CopyDirection, MapOutcome};
 use zerocopy::FromBytes;
 
 use crate::frontend::Target;
-use crate::machine::{page, Fault, Machine, Page, Shared};
+use crate::machine::{page, Fault, Machine, Page, Setup, Shared};
 
 /// A guest's page at one of ours.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +30,11 @@ pub struct Mapping {
 pub struct Host {
     /// Pages with memory.
     pub pages: Vec<Page>,
+    /// Pages that could have memory and have none.
+    pub absent: BTreeSet<u16>,
+    /// Pages that are lent, and how many may be.
+    pub lent: u16,
+    pub(crate) lendable: u16,
     /// Mappings by data page.
     pub mappings: BTreeMap<u16, Mapping>,
     next_handle: u32,
@@ -37,10 +42,13 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host with so many pages with memory.
-    pub fn new(copy_pages: u16) -> Self {
+    /// The host of a setup.
+    pub fn new(setup: &Setup) -> Self {
         Self {
-            pages: (0..copy_pages).map(|_| page(0xbb)).collect(),
+            pages: (0..setup.copy_pages).map(|_| page(0xbb)).collect(),
+            absent: (setup.own_pages..setup.copy_pages).collect(),
+            lent: 0,
+            lendable: setup.lendable,
             mappings: BTreeMap::new(),
             next_handle: 7,
             late: None,
@@ -131,7 +139,9 @@ fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
     if m.commit(Fault::SkipCopy) {
         return true;
     }
-    let Some(mut local) = m.host.pages.get(usize::from(page)).cloned() else {
+    let absent = m.host.absent.contains(&page);
+    let local = m.host.pages.get(usize::from(page)).cloned();
+    let Some(mut local) = local.filter(|_| !absent) else {
         m.problem(format!("no memory behind the page: {c:?}"));
         return false;
     };
@@ -164,6 +174,42 @@ impl Machine {
                 bytes[at] ^= 0xff;
             }
         }
+    }
+
+    /// Memory for a block of eight pages, if the host has some to lend.
+    pub(crate) fn lend(&mut self, block: u16) -> bool {
+        if self.rng.percent(self.setup.fickle) {
+            self.host.lendable = self.rng.below(u64::from(self.setup.lendable) + 1) as u16;
+        }
+        if self.host.lent + 8 > self.host.lendable {
+            return false;
+        }
+        let nothing = self.commit(Fault::LendNothing);
+        for page in block * 8..block * 8 + 8 {
+            let absent = self.host.absent.contains(&page);
+            if !absent {
+                self.problem(format!("memory for page {page}, which has some"));
+            }
+            if !nothing {
+                self.host.absent.remove(&page);
+            }
+        }
+        self.host.lent += 8;
+        true
+    }
+
+    /// The memory of a block comes back.
+    pub(crate) fn take_back(&mut self, block: u16) {
+        for page in block * 8..block * 8 + 8 {
+            if self.disk.uses_page(page) {
+                self.problem(format!("page {page} is given back during its I/O"));
+            }
+            if page < self.setup.own_pages || !self.host.absent.insert(page) {
+                self.problem(format!("page {page} is given back and was not lent"));
+            }
+            self.host.pages[usize::from(page)].fill(0xdd);
+        }
+        self.host.lent -= 8;
     }
 
     /// Nothing may be mapped when the queue is idle.

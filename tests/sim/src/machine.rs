@@ -85,6 +85,8 @@ pub enum Fault {
     LeaveAsleep,
     /// The next guest is served while the process has requests of the last one.
     ForgetOrphans,
+    /// The host says that it has lent pages and has not.
+    LendNothing,
 }
 
 /// What is fixed for a case.
@@ -96,6 +98,12 @@ pub struct Setup {
     pub order: u8,
     /// Data pages with memory.
     pub copy_pages: u16,
+    /// Those of them that have it from the beginning; the others are borrowed.
+    pub own_pages: u16,
+    /// Pages that the host lends at most; how many these are changes from time to time.
+    pub lendable: u16,
+    /// Blocks asked for at which that number changes, in a hundred.
+    pub fickle: u64,
     /// Data pages without memory.
     pub map_pages: u16,
     /// Largest number of segments that are copied.
@@ -134,6 +142,9 @@ impl Default for Setup {
             protocol: Protocol::Abi64,
             order: 0,
             copy_pages: 352,
+            own_pages: u16::MAX,
+            lendable: 0,
+            fickle: 10,
             map_pages: 512,
             copy_max_segments: 11,
             limits: Limits {
@@ -158,6 +169,18 @@ impl Default for Setup {
             scribble: false,
             bad_sectors: 0..0,
             junk: 0,
+        }
+    }
+}
+
+impl Setup {
+    /// Entries without a page, for requests that are done in pieces.
+    pub fn rest_entries(&self) -> u16 {
+        let borrows = self.own_pages < self.copy_pages;
+        if borrows {
+            self.limits.max_indirect_segments
+        } else {
+            0
         }
     }
 }
@@ -218,7 +241,7 @@ impl Machine {
             front: Frontend::new(ring.size()),
             disk: Disk::default(),
             tap: Tap::default(),
-            host: Host::new(setup.copy_pages),
+            host: Host::new(&setup),
             history: History::default(),
             ring,
             setup,

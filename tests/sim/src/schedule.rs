@@ -16,6 +16,16 @@ use crate::world::{Storage, World};
 /// Sectors at the start of the disk that hold data before the guest comes.
 const INSTALLED: u64 = 256;
 
+/// Lets the queue have few pages of its own, and borrow the others.
+fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
+    let largest = setup.limits.max_indirect_segments.max(16);
+    setup.copy_pages = largest.next_multiple_of(8) + 8 * rng.below(20) as u16;
+    setup.own_pages = rng.pick(&[16u16, 16, 24, 32]).min(setup.copy_pages);
+    setup.map_pages = rng.pick(&[0, 0, largest]);
+    setup.lendable = rng.pick(&[0, 8, 40, setup.copy_pages, setup.copy_pages]);
+    setup.fickle = rng.pick(&[0u64, 2, 20]);
+}
+
 /// A setup as chance will have it.
 pub fn random_setup(rng: &mut Rng) -> Setup {
     let max_indirect = rng.pick(&[0u16, 1, 16, 32, 64, 256]);
@@ -42,6 +52,9 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         protocol: rng.pick(&[Protocol::Abi64, Protocol::Abi32]),
         order: rng.pick(&[0u8, 0, 0, 1, 2, 3, 4]),
         copy_pages,
+        own_pages: u16::MAX,
+        lendable: 0,
+        fickle: 0,
         map_pages,
         copy_max_segments: rng.pick(&[0u16, 11, 255, u16::MAX]),
         limits: Limits {
@@ -312,7 +325,10 @@ pub struct Outcome {
 /// Runs the case of a seed, with a planted fault if there is one.
 pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
     let mut rng = Rng::new(seed);
-    let setup = random_setup(&mut rng);
+    let mut setup = random_setup(&mut rng);
+    if rng.percent(40) {
+        borrow_pages(&mut setup, &mut rng);
+    }
     run_setup(setup, &mut rng, fault)
 }
 
@@ -337,6 +353,9 @@ fn served_setup(rng: &mut Rng) -> Setup {
     Setup {
         order: rng.pick(&[0u8, 0, 0, 1]),
         copy_pages: largest * rng.range(1, 4) as u16,
+        own_pages: u16::MAX,
+        lendable: 0,
+        fickle: 0,
         map_pages: 0,
         copy_max_segments: u16::MAX,
         limits: Limits {

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use blkback::engine::{Backend, Config, Engine, Fetch, Pass, SegmentEntry, Slot};
+use blkback::engine::{Backend, Config, Engine, Fetch, Group, Pass, SegmentEntry, Shape, Slot};
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
@@ -23,6 +23,7 @@ use crate::tap::{Tap, TapBackend};
 pub struct Storage {
     slots: Vec<Slot>,
     entries: Vec<SegmentEntry>,
+    groups: Vec<Group>,
     fetches: Vec<Option<Fetch>>,
 }
 
@@ -30,10 +31,11 @@ impl Storage {
     /// Memory for a setup.
     pub fn new(setup: &Setup) -> Self {
         let size = setup.protocol.ring_size(setup.order).expect("order");
-        let pages = usize::from(setup.copy_pages + setup.map_pages);
+        let pages = setup.copy_pages + setup.map_pages + setup.rest_entries();
         Self {
             slots: vec![Slot::FREE; size as usize],
-            entries: vec![SegmentEntry::EMPTY; pages],
+            entries: vec![SegmentEntry::EMPTY; usize::from(pages)],
+            groups: vec![Group::EMPTY; Group::needed(setup.copy_pages)],
             fetches: vec![None; usize::from(setup.descriptor_buffers)],
         }
     }
@@ -121,8 +123,13 @@ impl<'a, B: Backend> World<'a, B> {
             backend,
             &mut storage.slots,
             &mut storage.entries,
+            &mut storage.groups,
             &mut storage.fetches,
-            setup.copy_pages,
+            Shape {
+                copy: setup.copy_pages,
+                own: setup.own_pages,
+                map: setup.map_pages,
+            },
             Config {
                 protocol: setup.protocol,
                 copy_max_segments: setup.copy_max_segments,
@@ -153,9 +160,28 @@ impl<'a, B: Backend> World<'a, B> {
         let pass = self.engine.pass();
         self.last = pass;
         self.after(pass);
+        self.give_back();
         self.awake = pass.again || self.engine.must_stay_awake();
         self.must_not_spin();
         pass
+    }
+
+    /// Now and then the worker gives back what it has borrowed and does not use.
+    fn give_back(&mut self) {
+        let (unused, asked) = {
+            let mut m = self.machine.borrow_mut();
+            if m.setup.own_pages >= m.setup.copy_pages {
+                return;
+            }
+            (m.rng.percent(10), m.rng.percent(5))
+        };
+        if unused {
+            let pages = self.engine.unused();
+            self.engine.give_back(pages);
+        }
+        if asked {
+            self.engine.give_back(u16::MAX);
+        }
     }
 
     /// A worker that expects more answers the requests of several passes together.
@@ -287,7 +313,8 @@ impl<'a, B: Backend> World<'a, B> {
         let free = self.engine.free_pages();
         let in_flight = self.engine.in_flight();
         let mut m = self.machine.borrow_mut();
-        let all = (m.setup.copy_pages, m.setup.map_pages);
+        let pages = m.setup.copy_pages - m.host.absent.len() as u16;
+        let all = (pages, m.setup.map_pages, m.setup.rest_entries());
         if free != all {
             m.problem(format!("{free:?} of {all:?} pages are free"));
         }

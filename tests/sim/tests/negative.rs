@@ -207,3 +207,16 @@ fn a_request_that_is_overtaken_for_ever_is_found() {
     let problems = steady_load(Some(Fault::StarveFirst)).join("\n");
     assert!(problems.contains("overtaken"), "{problems}");
 }
+
+#[test]
+fn pages_that_were_said_to_be_lent_and_were_not_are_found() {
+    let setup = Setup {
+        copy_pages: 352,
+        own_pages: 16,
+        lendable: 352,
+        map_pages: 0,
+        copy_max_segments: u16::MAX,
+        ..setup()
+    };
+    must_find(&setup, Fault::LendNothing, CASES / 2, &["no memory"]);
+}

@@ -3,7 +3,8 @@
 //! Block I/O: bios, their completion in interrupt context, and plugging.
 
 use super::bdev::BlockDevice;
-use super::pages::{push, Pages};
+use super::data::DataPages;
+use super::pages::push;
 use super::parker::Parker;
 use super::{cond_resched, sys};
 use crate::ring::grants::Tag;
@@ -18,8 +19,8 @@ use kernel::sync::Arc;
 use kernel::types::Opaque;
 
 /// Bios beyond the first of an I/O that can be allocated while there is no memory: enough for
-/// progress.
-const RESERVE: u32 = 16;
+/// progress. Each has room for the most pieces that a bio can have.
+const RESERVE: u32 = 2;
 /// Pieces of memory of one bio at most (`BIO_MAX_VECS`).
 const MAX_VECS: u16 = 256;
 
@@ -89,7 +90,7 @@ struct Record {
 #[pin_data(PinnedDrop)]
 pub(crate) struct Disk {
     bdev: Arc<BlockDevice>,
-    pages: Arc<Pages>,
+    pages: Arc<DataPages>,
     parker: Arc<Parker>,
     #[pin]
     set: Opaque<bindings::bio_set>,
@@ -108,7 +109,7 @@ impl Disk {
     /// Reserves what `tags` concurrent I/Os need. Completions wake the parker. May sleep.
     pub(crate) fn new(
         bdev: Arc<BlockDevice>,
-        pages: Arc<Pages>,
+        pages: Arc<DataPages>,
         parker: Arc<Parker>,
         tags: u16,
     ) -> Result<Pin<KBox<Self>>> {
@@ -155,6 +156,14 @@ impl Disk {
             }? Error),
             GFP_KERNEL,
         )
+    }
+
+    /// Bytes that the I/O of so many tags takes, with the reserve.
+    pub(crate) const fn bytes(tags: u16) -> usize {
+        let records = (tags as usize).saturating_mul(size_of::<Record>());
+        let vecs = (MAX_VECS as usize).saturating_mul(size_of::<bindings::bio_vec>());
+        let bio = vecs.saturating_add(size_of::<bindings::bio>());
+        records.saturating_add((RESERVE as usize).saturating_mul(bio))
     }
 
     /// Starts to build the I/O of a tag, which must not be in flight.

@@ -2,7 +2,8 @@
 
 //! Grant copies, maps and unmaps in batches: the kernel's side of the engine's `Grants` port.
 
-use super::pages::Pages;
+use super::data::DataPages;
+use super::pages::{filled, Pages};
 use super::sys;
 use crate::ring::abi::{RawSegment, PAGE_SIZE, SEGMENTS_PER_INDIRECT_PAGE};
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome, Tag};
@@ -11,8 +12,13 @@ use kernel::sync::Arc;
 
 /// Operations of one hypercall at most.
 const BATCH: usize = 512;
-/// Descriptor buffers.
-const DESCRIPTORS: u8 = 16;
+/// Descriptor buffers: requests whose descriptors are fetched by one hypercall.
+const DESCRIPTORS: u8 = 8;
+
+/// Nothing is mapped at a page, and nothing is about to be.
+const FREE: u32 = u32::MAX;
+/// Something is about to be mapped at a page.
+const QUEUED: u32 = u32::MAX - 1;
 
 /// A batch of operations and what each is for.
 struct Batch<Op, For> {
@@ -21,17 +27,22 @@ struct Batch<Op, For> {
 }
 
 impl<Op, For> Batch<Op, For> {
-    fn new() -> Result<Self> {
+    /// A batch of up to so many.
+    fn new(most: usize) -> Result<Self> {
         Ok(Self {
-            ops: KVec::with_capacity(BATCH, GFP_KERNEL)?,
-            what: KVec::with_capacity(BATCH, GFP_KERNEL)?,
+            ops: KVec::with_capacity(most, GFP_KERNEL)?,
+            what: KVec::with_capacity(most, GFP_KERNEL)?,
         })
+    }
+
+    const fn bytes(most: usize) -> usize {
+        most.saturating_mul(size_of::<Op>().saturating_add(size_of::<For>()))
     }
 
     /// Adds an operation; `false` if the batch is full. Allocates nothing.
     #[inline]
     fn push(&mut self, op: Op, what: For) -> bool {
-        self.ops.len() < BATCH
+        self.ops.len() < self.what.capacity()
             && self.ops.push_within_capacity(op).is_ok()
             && self.what.push_within_capacity(what).is_ok()
     }
@@ -45,13 +56,16 @@ impl<Op, For> Batch<Op, For> {
 /// The grants of one guest for one queue.
 pub(crate) struct GuestGrants {
     domain: u16,
-    pages: Arc<Pages>,
+    pages: Arc<DataPages>,
     descriptors: Pages,
     copies: Batch<sys::GnttabCopy, Tag>,
     maps: Batch<sys::GnttabMap, (Tag, u16)>,
     map_pages: KVec<*mut kernel::bindings::page>,
     unmaps: Batch<sys::GnttabUnmap, u16>,
     unmap_pages: KVec<*mut kernel::bindings::page>,
+    /// The handle of what is mapped at each page of `pages` that is for that, [`FREE`] or
+    /// [`QUEUED`].
+    handles: KVec<u32>,
 }
 
 // SAFETY: The raw page pointers are those of `pages`, which is `Send`.
@@ -59,23 +73,44 @@ unsafe impl Send for GuestGrants {}
 
 impl GuestGrants {
     /// Reserves what the batches need. May sleep.
-    pub(crate) fn new(domain: u16, pages: Arc<Pages>) -> Result<KBox<Self>> {
+    pub(crate) fn new(domain: u16, pages: Arc<DataPages>) -> Result<KBox<Self>> {
+        let mappable = usize::from(pages.mappable());
+        let maps = BATCH.min(mappable);
         let grants = Self {
             domain,
             pages,
-            descriptors: Pages::new(u16::from(DESCRIPTORS), 0)?,
-            copies: Batch::new()?,
-            maps: Batch::new()?,
-            map_pages: KVec::with_capacity(BATCH, GFP_KERNEL)?,
-            unmaps: Batch::new()?,
-            unmap_pages: KVec::with_capacity(BATCH, GFP_KERNEL)?,
+            descriptors: Pages::new(u16::from(DESCRIPTORS))?,
+            copies: Batch::new(BATCH)?,
+            maps: Batch::new(maps)?,
+            map_pages: KVec::with_capacity(maps, GFP_KERNEL)?,
+            unmaps: Batch::new(maps)?,
+            unmap_pages: KVec::with_capacity(maps, GFP_KERNEL)?,
+            handles: filled(FREE, mappable)?,
         };
         Ok(KBox::new(grants, GFP_KERNEL)?)
     }
 
-    /// Memory of the data pages, in KiB.
-    pub(crate) fn memory_kib(&self) -> u64 {
-        self.pages.memory_kib()
+    /// Bytes that this takes where so many pages can be mapped.
+    pub(crate) const fn bytes(mappable: u16) -> usize {
+        let page = size_of::<*mut kernel::bindings::page>();
+        let most = if (mappable as usize) < BATCH {
+            mappable as usize
+        } else {
+            BATCH
+        };
+        (DESCRIPTORS as usize)
+            .saturating_mul(PAGE_SIZE)
+            .saturating_add(Batch::<sys::GnttabCopy, Tag>::bytes(BATCH))
+            .saturating_add(Batch::<sys::GnttabMap, (Tag, u16)>::bytes(most))
+            .saturating_add(Batch::<sys::GnttabUnmap, u16>::bytes(most))
+            .saturating_add(most.saturating_mul(page).saturating_mul(2))
+            .saturating_add((mappable as usize).saturating_mul(size_of::<u32>()))
+    }
+
+    /// What is known of a page at which guest pages are mapped.
+    fn handle(&mut self, page: u16) -> Option<&mut u32> {
+        let index = self.pages.map_index(page)?;
+        self.handles.get_mut(index)
     }
 
     fn frame(&self, buffer: Buffer) -> Option<u64> {
@@ -149,7 +184,11 @@ impl Grants for GuestGrants {
     }
 
     fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool {
-        let Some(raw) = self.pages.page(page) else {
+        // Only where nothing is: a page with memory of its own is none of these.
+        if self.handle(page).is_none_or(|handle| *handle != FREE) {
+            return false;
+        }
+        let Some(raw) = self.pages.map_page(page) else {
             return false;
         };
         let flags = if read_only {
@@ -162,7 +201,12 @@ impl Grants for GuestGrants {
         unsafe { sys::xbr_set_map_op(&mut op, raw, flags, gref, self.domain) };
         // 0 would mean success: an operation that is not carried out must not look like that.
         op.status = sys::GNTST_NO_DEVICE_SPACE;
-        self.maps.push(op, (tag, page)) && self.map_pages.push_within_capacity(raw).is_ok()
+        let queued =
+            self.maps.push(op, (tag, page)) && self.map_pages.push_within_capacity(raw).is_ok();
+        if let Some(handle) = self.handle(page).filter(|_| queued) {
+            *handle = QUEUED;
+        }
+        queued
     }
 
     fn run_maps(&mut self, mut outcome: impl FnMut(Tag, u16, MapOutcome)) {
@@ -170,8 +214,8 @@ impl Grants for GuestGrants {
         if ops.is_empty() {
             return;
         }
-        // SAFETY: There are as many pages as operations; nothing is mapped at these pages, because
-        // the segment table hands out a page once until it is unmapped.
+        // SAFETY: There are as many pages as operations; nothing is mapped at these pages, which
+        // `queue_map` has looked at.
         let result = unsafe {
             sys::gnttab_map_refs(
                 ops.as_mut_ptr(),
@@ -188,6 +232,14 @@ impl Grants for GuestGrants {
                 sys::GNTST_NO_DEVICE_SPACE => MapOutcome::NoSpace,
                 _ => MapOutcome::Refused,
             };
+            let now = match what {
+                MapOutcome::Mapped(handle) => handle,
+                _ => FREE,
+            };
+            let index = self.pages.map_index(*page);
+            if let Some(handle) = index.and_then(|index| self.handles.get_mut(index)) {
+                *handle = now;
+            }
             outcome(*tag, *page, what);
             if result != 0 {
                 outcome(*tag, *page, MapOutcome::Refused);
@@ -198,13 +250,22 @@ impl Grants for GuestGrants {
     }
 
     fn queue_unmap(&mut self, page: u16, handle: u32) -> bool {
-        let Some(raw) = self.pages.page(page) else {
+        if self.handle(page).is_none_or(|mapped| *mapped != handle) {
+            return false;
+        }
+        let Some(raw) = self.pages.map_page(page) else {
             return false;
         };
         let mut op = sys::GnttabUnmap::default();
         // SAFETY: `op` is valid for writes and the page is one of ours.
         unsafe { sys::xbr_set_unmap_op(&mut op, raw, handle) };
-        self.unmaps.push(op, page) && self.unmap_pages.push_within_capacity(raw).is_ok()
+        let queued =
+            self.unmaps.push(op, page) && self.unmap_pages.push_within_capacity(raw).is_ok();
+        if let Some(handle) = self.handle(page).filter(|_| queued) {
+            // It is unmapped once. The batch is carried out before the next map.
+            *handle = FREE;
+        }
+        queued
     }
 
     fn run_unmaps(&mut self) {
@@ -212,8 +273,8 @@ impl Grants for GuestGrants {
         if ops.is_empty() {
             return;
         }
-        // SAFETY: Each operation names a mapping that the engine got from `run_maps` and that it
-        // unmaps once. The call waits until nobody else holds a page (network storage may).
+        // SAFETY: Each operation names a mapping that `run_maps` has made and that is unmapped once,
+        // which `queue_unmap` has looked at. The call waits until nobody else holds a page (network storage may).
         let result = unsafe {
             sys::xbr_unmap_refs_sync(
                 ops.as_mut_ptr(),
@@ -226,5 +287,22 @@ impl Grants for GuestGrants {
         }
         self.unmaps.clear();
         self.unmap_pages.clear();
+    }
+}
+
+impl Drop for GuestGrants {
+    fn drop(&mut self) {
+        // Whoever served the queue has unmapped everything; if not, it is done here, because the
+        // pages are given back next.
+        self.run_unmaps();
+        for index in 0..self.pages.mappable() {
+            let page = self.pages.with_memory().wrapping_add(index);
+            let handle = self.handle(page).map_or(FREE, |handle| *handle);
+            if handle < QUEUED && !self.queue_unmap(page, handle) {
+                self.run_unmaps();
+                let _queued = self.queue_unmap(page, handle);
+            }
+        }
+        self.run_unmaps();
     }
 }

@@ -9,8 +9,10 @@ use kernel::bindings;
 
 pub(crate) mod bdev;
 pub(crate) mod bio;
+pub(crate) mod block;
 pub(crate) mod chardev;
 pub(crate) mod claims;
+pub(crate) mod data;
 pub(crate) mod device;
 pub(crate) mod driver;
 pub(crate) mod evtchn;
@@ -20,9 +22,10 @@ pub(crate) mod kthread;
 pub(crate) mod module;
 pub(crate) mod pages;
 pub(crate) mod parker;
-pub(crate) mod quota;
+pub(crate) mod pool;
 pub(crate) mod ring_map;
 pub(crate) mod shared;
+pub(crate) mod shrinker;
 pub(crate) mod store;
 mod sys;
 pub(crate) mod uring;
@@ -61,6 +64,35 @@ pub(crate) fn cpu_is_wanted() -> bool {
 pub(crate) fn yield_processor() {
     // SAFETY: `SCHEDOP_yield` has no argument, and may be called from any context.
     unsafe { sys::xbr_yield_processor() }
+}
+
+/// Pages that the kernel has in all, at present.
+pub(crate) fn total_ram_pages() -> u64 {
+    // SAFETY: Reads a counter.
+    unsafe { sys::xbr_total_ram_pages() as u64 }
+}
+
+/// The parameters that can be written at any time.
+pub(crate) mod bounds {
+    use super::sys;
+
+    /// `domain_memory_mib`.
+    pub(crate) fn domain_memory_mib() -> u32 {
+        // SAFETY: Reads a variable.
+        unsafe { sys::xbr_domain_memory_mib() }
+    }
+
+    /// `host_memory_mib`.
+    pub(crate) fn host_memory_mib() -> u32 {
+        // SAFETY: Reads a variable.
+        unsafe { sys::xbr_host_memory_mib() }
+    }
+
+    /// Shows how much memory is held, in `memory_kib`.
+    pub(crate) fn set_memory_kib(kib: u32) {
+        // SAFETY: Writes a variable.
+        unsafe { sys::xbr_set_memory_kib(kib) }
+    }
 }
 
 /// True if this kernel runs as a PV domain: mapping a guest's page changes its own page tables.

@@ -16,12 +16,12 @@ use kernel::prelude::*;
 use zerocopy::IntoBytes;
 
 impl Pages {
-    /// Bytes of the pages with memory.
+    /// Bytes of the pages.
     pub(crate) fn bytes_of_memory(&self) -> usize {
-        self.raw_with_memory().len().wrapping_mul(PAGE_SIZE)
+        self.raw().len().wrapping_mul(PAGE_SIZE)
     }
 
-    /// Maps all pages with memory into a process; the mapping must have their length. May sleep.
+    /// Maps all pages into a process; the mapping must have their length. May sleep.
     ///
     /// They are ordinary memory to the process: it may use them for direct I/O. The mapping can
     /// neither be grown nor executed, is not passed on by `fork`, and is left out of a core dump: it
@@ -39,54 +39,63 @@ impl Pages {
         area.set_dontcopy();
         area.set_dontdump();
         area.set_mixedmap();
-        let mut left = self.raw_with_memory().len();
+        let mut left = self.raw().len();
         // SAFETY: The area is being set up and spans exactly these pages, which are valid and
         // not part of larger ones. The kernel takes a reference to each and only reads the array.
         to_result(unsafe {
             bindings::vm_insert_pages(
                 area.as_ptr(),
                 area.start(),
-                self.raw_with_memory().as_ptr().cast_mut(),
+                self.raw().as_ptr().cast_mut(),
                 &mut left,
             )
         })
     }
 
-    /// True if anybody but us refers to one of the pages with memory: a mapping, or I/O that is
+    /// True if anybody but us refers to one of the pages: a mapping, or I/O that is
     /// under way.
     pub(crate) fn is_referenced(&self) -> bool {
-        self.raw_with_memory().iter().any(|page| {
+        self.raw().iter().any(|page| {
             // SAFETY: The page is valid.
             unsafe { sys::xbr_page_count(*page) != 1 }
         })
     }
 
-    /// Writes a value at a byte offset; `false` if it does not lie inside one page.
+    /// Writes a value at a byte offset; `false` if it does not lie inside one page, in whole words.
     ///
-    /// The process may be reading: it sees a mixture of old and new until it is told.
+    /// The process may be reading, and another thread writing: either sees a mixture, of whole
+    /// words, until it is told that the value is there.
     pub(crate) fn write<T: IntoBytes + zerocopy::Immutable>(
         &self,
         offset: usize,
         value: &T,
     ) -> bool {
+        const WORD: usize = size_of::<u32>();
         let bytes = value.as_bytes();
         let within = offset & (PAGE_SIZE - 1);
         let fits = within
             .checked_add(bytes.len())
-            .is_some_and(|end| end <= PAGE_SIZE);
-        let Some(page) = self
-            .raw_with_memory()
-            .get(offset / PAGE_SIZE)
-            .filter(|_| fits)
-        else {
+            .is_some_and(|end| end <= PAGE_SIZE)
+            && within % WORD == 0
+            && bytes.len() % WORD == 0;
+        let Some(page) = self.raw().get(offset / PAGE_SIZE).filter(|_| fits) else {
             return false;
         };
         // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
-        let start = unsafe { sys::xbr_page_address(*page) }.cast::<u8>();
+        let start = unsafe { sys::xbr_page_address(*page) }.cast::<u32>();
         // SAFETY: `within` lies inside the page.
-        let target = unsafe { start.add(within) };
-        // SAFETY: The bytes fit into the page, as was checked, and no reference to them exists.
-        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+        let target = unsafe { start.add(within / WORD) };
+        for (index, word) in bytes.chunks_exact(WORD).enumerate() {
+            let Ok(word) = <[u8; WORD]>::try_from(word) else {
+                return false;
+            };
+            // SAFETY: The word lies inside the page, as was checked, and is aligned. No reference
+            // to it exists. A volatile write of a word is what the kernel's memory model allows
+            // beside other accesses of that word (WRITE_ONCE).
+            unsafe {
+                target.add(index).write_volatile(u32::from_ne_bytes(word));
+            }
+        }
         true
     }
 }

@@ -9,6 +9,7 @@ mod faults;
 mod hung;
 mod images;
 mod lifecycle;
+mod memory;
 mod permission;
 mod planted;
 mod played;
@@ -59,6 +60,8 @@ pub(crate) struct Case {
     pub(crate) leaks: bool,
     /// Whether it is about tap disks, which the C driver does not have.
     pub(crate) tap: bool,
+    /// Whether it is about something else that the C driver does not have.
+    pub(crate) ours: bool,
     /// Whether it takes so long that it runs only if it is named in full.
     pub(crate) nightly: bool,
     /// Whether the supervisor of tap disks must run.
@@ -86,6 +89,7 @@ impl Case {
             c_fails: None,
             leaks: false,
             tap: false,
+            ours: false,
             nightly: false,
             supervised: false,
             faulty: false,
@@ -386,6 +390,7 @@ pub(crate) fn all() -> Vec<Case> {
         xenstore::cases(),
         lifecycle::cases(),
         hung::cases(),
+        memory::cases(),
         played::cases(),
         tap::cases(),
         death::cases(),
@@ -463,8 +468,8 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
 /// Runs one case, looks at the logs, and leaves the machine ready for the next one. A case whose
 /// guest the emulator killed runs once more.
 fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
-    if case.tap && context.driver == Driver::C {
-        return Ok(Verdict::Skip("the C driver has no tap disks".into()));
+    if (case.tap || case.ours) && context.driver == Driver::C {
+        return Ok(Verdict::Skip("the C driver does not have this".into()));
     }
     if !case.finds.is_empty() && context.driver == Driver::C {
         return Ok(Verdict::Skip("nothing is planted for the C driver".into()));

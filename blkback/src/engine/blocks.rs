@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Which pages with memory are free, in blocks of eight neighbours.
+//!
+//! Memory comes and goes in whole blocks, and a request gets whole blocks as far as it can: small
+//! requests share the blocks that are in use already. So after any sequence of requests the pages of
+//! a large one lie in few pieces, and blocks that nobody needs become free as a whole.
+
+/// Pages of a block.
+pub const BLOCK: u16 = 8;
+/// A block whose pages are all free.
+const ALL: u8 = u8::MAX;
+/// Blocks of a group.
+const GROUP: u16 = 64;
+/// Broken blocks in which a run is looked for before a whole one is broken.
+const TRIES: usize = 4;
+
+/// What is known of 64 blocks: one bit, or one byte of bits, for each.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// Has memory.
+    present: u64,
+    /// All pages are free.
+    whole: u64,
+    /// Some pages are free.
+    broken: u64,
+    /// The free pages of each block.
+    free: [u8; GROUP as usize],
+}
+
+impl Group {
+    /// Blocks without memory.
+    pub const EMPTY: Self = Self {
+        present: 0,
+        whole: 0,
+        broken: 0,
+        free: [0; GROUP as usize],
+    };
+
+    /// Groups that so many pages need.
+    pub const fn needed(pages: u16) -> usize {
+        pages.div_ceil(BLOCK * GROUP) as usize
+    }
+
+    /// Notes which pages of a block are free.
+    fn set(&mut self, index: u32, free: u8) {
+        let bit = 1u64.wrapping_shl(index);
+        self.whole &= !bit;
+        self.broken &= !bit;
+        match free {
+            0 => {}
+            ALL => self.whole |= bit,
+            _ => self.broken |= bit,
+        }
+        if let Some(entry) = self.free.get_mut(index as usize) {
+            *entry = free;
+        }
+    }
+
+    fn free(&self, index: u32) -> u8 {
+        self.free.get(index as usize).copied().unwrap_or(0)
+    }
+}
+
+/// Neighbouring pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    first: u16,
+    pub(crate) len: u16,
+}
+
+impl Run {
+    pub(crate) fn pages(self) -> impl Iterator<Item = u16> {
+        self.first..self.first.saturating_add(self.len)
+    }
+}
+
+/// The pages with memory of a queue.
+#[derive(Debug)]
+pub(crate) struct Blocks<'a> {
+    groups: &'a mut [Group],
+    most: u16,
+    own: u16,
+    capacity: u16,
+    free: u16,
+    /// The least number of free pages since [`reset_low`](Self::reset_low).
+    low: u16,
+}
+
+/// Where a block is: its group, and its number in that.
+fn place(block: u16) -> (usize, u32) {
+    (usize::from(block / GROUP), u32::from(block % GROUP))
+}
+
+fn number(group: usize, index: u32) -> u16 {
+    // CAST: a table has fewer than 65536 pages, and so 8192 blocks.
+    (group as u16)
+        .wrapping_mul(GROUP)
+        .wrapping_add(index as u16)
+}
+
+impl<'a> Blocks<'a> {
+    /// A table of up to `most` pages, the first `own` of which have memory for ever.
+    pub(crate) fn new(groups: &'a mut [Group], most: u16, own: u16) -> Self {
+        groups.fill(Group::EMPTY);
+        let mut blocks = Self {
+            groups,
+            most,
+            own: own.min(most),
+            capacity: 0,
+            free: 0,
+            low: 0,
+        };
+        for block in 0..blocks.own.div_ceil(BLOCK) {
+            let pages = blocks.own.saturating_sub(block.saturating_mul(BLOCK));
+            blocks.add(block, pages.min(BLOCK));
+        }
+        blocks.low = blocks.free;
+        blocks
+    }
+
+    pub(crate) fn most(&self) -> u16 {
+        self.most
+    }
+
+    pub(crate) fn capacity(&self) -> u16 {
+        self.capacity
+    }
+
+    pub(crate) fn free(&self) -> u16 {
+        self.free
+    }
+
+    /// Pages with memory beyond those that are there for ever.
+    pub(crate) fn borrowed(&self) -> u16 {
+        self.capacity.saturating_sub(self.own)
+    }
+
+    /// Pages that nobody has used since the last call.
+    pub(crate) fn reset_low(&mut self) -> u16 {
+        core::mem::replace(&mut self.low, self.free)
+    }
+
+    fn add(&mut self, block: u16, pages: u16) {
+        let (group, index) = place(block);
+        if let Some(group) = self.groups.get_mut(group) {
+            group.present |= 1u64.wrapping_shl(index);
+            group.set(
+                index,
+                ALL.checked_shr(u32::from(BLOCK.wrapping_sub(pages)))
+                    .unwrap_or(0),
+            );
+            self.capacity = self.capacity.saturating_add(pages);
+            self.free = self.free.saturating_add(pages);
+        }
+    }
+
+    /// The first block that could have memory and has none.
+    pub(crate) fn first_absent(&self) -> Option<u16> {
+        // What is not a whole block is for ever, or not at all.
+        let total = self.most / BLOCK;
+        let mut groups = (0..self.groups.len()).zip(self.groups.iter());
+        let (group, index) = groups.find_map(|(at, group)| {
+            let absent = !group.present;
+            (absent != 0).then(|| (at, absent.trailing_zeros()))
+        })?;
+        Some(number(group, index)).filter(|block| *block < total)
+    }
+
+    /// A block has memory now.
+    pub(crate) fn attached(&mut self, block: u16) {
+        self.add(block, BLOCK);
+    }
+
+    /// The last block beyond the own ones of which no page is in use; it has no memory from now on.
+    pub(crate) fn detach(&mut self) -> Option<u16> {
+        let own = self.own.div_ceil(BLOCK);
+        let count = self.groups.len();
+        let mut groups = (0..count).rev();
+        let at = groups.find(|at| self.groups.get(*at).is_some_and(|group| group.whole != 0))?;
+        let group = self.groups.get_mut(at)?;
+        let index = 63u32.wrapping_sub(group.whole.leading_zeros());
+        let block = number(at, index);
+        if block < own {
+            return None;
+        }
+        group.set(index, 0);
+        group.present &= !1u64.wrapping_shl(index);
+        self.capacity = self.capacity.saturating_sub(BLOCK);
+        self.free = self.free.saturating_sub(BLOCK);
+        self.low = self.low.min(self.free);
+        Some(block)
+    }
+
+    /// Takes neighbours, at most so many; `None` if nothing is free.
+    pub(crate) fn take_run(&mut self, wanted: u16) -> Option<Run> {
+        let whole = self.first_whole();
+        let (block, mask) = match whole {
+            Some(block) if wanted >= BLOCK => (block, ALL),
+            _ => match (self.broken_with(wanted), whole) {
+                (Some(found), _) => found,
+                (None, Some(block)) => (block, low_bits(wanted)),
+                (None, None) => self.first_broken()?,
+            },
+        };
+        let (group, index) = place(block);
+        let group = self.groups.get_mut(group)?;
+        let free = group.free(index);
+        group.set(index, free & !mask);
+        // CAST: at most 8.
+        let (start, len) = (mask.trailing_zeros() as u16, mask.count_ones() as u16);
+        self.free = self.free.saturating_sub(len);
+        self.low = self.low.min(self.free);
+        let first = block.wrapping_mul(BLOCK).wrapping_add(start);
+        Some(Run { first, len })
+    }
+
+    /// Gives a page back.
+    #[inline]
+    pub(crate) fn release(&mut self, page: u16) {
+        let (group, index) = place(page / BLOCK);
+        let bit = 1u8.wrapping_shl(u32::from(page % BLOCK));
+        if let Some(group) = self.groups.get_mut(group) {
+            let free = group.free(index);
+            group.set(index, free | bit);
+            self.free = self.free.saturating_add(u16::from(free & bit == 0));
+        }
+    }
+
+    fn first_whole(&self) -> Option<u16> {
+        let mut groups = (0..self.groups.len()).zip(self.groups.iter());
+        groups.find_map(|(at, group)| {
+            (group.whole != 0).then(|| number(at, group.whole.trailing_zeros()))
+        })
+    }
+
+    /// A broken block with so many free neighbours, if one of the first few has them.
+    fn broken_with(&self, wanted: u16) -> Option<(u16, u8)> {
+        if wanted >= BLOCK {
+            return None;
+        }
+        let blocks = (0..self.groups.len())
+            .zip(self.groups.iter())
+            .flat_map(|(at, group)| {
+                Bits(group.broken).map(move |index| (number(at, index), group.free(index)))
+            });
+        for (block, free) in blocks.take(TRIES) {
+            let mut starts = free;
+            for _ in 1..wanted {
+                starts &= starts >> 1;
+            }
+            if starts != 0 {
+                return Some((
+                    block,
+                    low_bits(wanted).wrapping_shl(starts.trailing_zeros()),
+                ));
+            }
+        }
+        None
+    }
+
+    /// The first free run of the first broken block.
+    fn first_broken(&self) -> Option<(u16, u8)> {
+        let mut groups = (0..self.groups.len()).zip(self.groups.iter());
+        groups.find_map(|(at, group)| {
+            if group.broken == 0 {
+                return None;
+            }
+            let index = group.broken.trailing_zeros();
+            let free = group.free(index);
+            let start = free.trailing_zeros();
+            let len = free.checked_shr(start)?.trailing_ones();
+            // CAST: at most 8.
+            let mask = low_bits(len as u16).wrapping_shl(start);
+            Some((number(at, index), mask))
+        })
+    }
+}
+
+/// So many bits, at most 8.
+fn low_bits(count: u16) -> u8 {
+    ALL.checked_shr(u32::from(BLOCK.saturating_sub(count)))
+        .unwrap_or(0)
+}
+
+/// The numbers of the bits that are set, in order.
+struct Bits(u64);
+
+impl Iterator for Bits {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        let bit = (self.0 != 0).then(|| self.0.trailing_zeros())?;
+        self.0 &= self.0.wrapping_sub(1);
+        Some(bit)
+    }
+}

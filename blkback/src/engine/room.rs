@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Pages for requests: taken, borrowed, given back, and what is done with too few of them.
+//!
+//! A queue has a few pages of its own, and borrows more while it is busy. A large request for which
+//! it can borrow none is done piece by piece in those that it has: so its own ones are enough for
+//! any request, and none of them is ever waited for but for I/O of this very queue.
+
+use crate::engine::backend::Backend;
+use crate::engine::blocks::BLOCK;
+use crate::engine::pass::Engine;
+use crate::engine::segments::{Chain, Pool};
+use crate::engine::slots::{Slot, State, Tag};
+use crate::ring::abi::MAX_DIRECT_SEGMENTS;
+use crate::ring::grants::Grants;
+use crate::ring::ports::SharedRing;
+
+/// A request is done in pieces of no fewer pages, unless there are no more.
+const PIECE: u16 = 2 * BLOCK;
+const _: () = assert!(PIECE as usize >= MAX_DIRECT_SEGMENTS);
+
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
+    /// Pages that a queue must have for ever, if it has not all that it can have.
+    pub const OWN: u16 = PIECE;
+
+    /// Free pages of both pools and free entries without a page, for tests.
+    pub fn free_pages(&self) -> (u16, u16, u16) {
+        let free = |pool| self.segments.free(pool);
+        (free(Pool::Copy), free(Pool::Map), free(Pool::Rest))
+    }
+
+    /// Pages with memory now.
+    pub fn pages(&self) -> u16 {
+        self.segments.capacity(Pool::Copy)
+    }
+
+    /// Pages with memory that are borrowed now.
+    pub fn borrowed(&mut self) -> u16 {
+        self.segments.blocks().borrowed()
+    }
+
+    /// Borrowed pages that were free all the time since the last call.
+    pub fn unused(&mut self) -> u16 {
+        let blocks = self.segments.blocks();
+        let least = blocks.reset_low();
+        least.min(blocks.borrowed())
+    }
+
+    /// Gives back what others have a right to, as far as it is not in use.
+    #[inline]
+    pub fn settle(&mut self, thorough: bool) {
+        let owed = self.backend.owed(thorough);
+        if owed > 0 {
+            self.give_back(owed.saturating_add(BLOCK - 1));
+        }
+    }
+
+    /// Gives back what was not used since the last call. Returns what is still borrowed.
+    pub fn tidy(&mut self) -> u16 {
+        let unused = self.unused();
+        self.give_back(unused);
+        self.settle(true);
+        if self.slots.used() == 0 {
+            self.backend.is_content();
+        }
+        self.borrowed()
+    }
+
+    /// Gives back up to so many borrowed pages, in blocks of which no page is in use. Returns how
+    /// many that were.
+    pub fn give_back(&mut self, pages: u16) -> u16 {
+        let mut given: u16 = 0;
+        while given.saturating_add(BLOCK) <= pages {
+            let Some(block) = self.segments.blocks().detach() else {
+                break;
+            };
+            self.backend.detach(block);
+            given = given.wrapping_add(BLOCK);
+        }
+        given
+    }
+
+    /// Pages for a request of so many segments; `None` if it must wait for other requests.
+    pub(super) fn room(&mut self, pool: Pool, count: u16, may_split: bool) -> Option<Chain> {
+        if pool == Pool::Copy && self.segments.free(pool) < count {
+            self.borrow(count);
+        }
+        if let Some(head) = self.segments.alloc(pool, count) {
+            return Some(Chain {
+                head,
+                count,
+                rest: 0,
+                left: 0,
+            });
+        }
+        let (free, now) = (self.segments.free(pool), self.segments.capacity(pool));
+        // With enough pages in all it gets them when others are done.
+        if pool != Pool::Copy || !may_split || now >= count || free < PIECE.min(now).max(1) {
+            return None;
+        }
+        self.segments
+            .alloc_in_part(free, count.saturating_sub(free))
+    }
+
+    /// Borrows until so many pages are free, as far as there is something to borrow.
+    #[cold]
+    fn borrow(&mut self, count: u16) {
+        while self.segments.free(Pool::Copy) < count {
+            let Some(block) = self.segments.blocks().first_absent() else {
+                return;
+            };
+            if !self.backend.attach(block) {
+                return;
+            }
+            self.segments.blocks().attached(block);
+        }
+    }
+
+    /// Goes on with the next piece of a request.
+    #[cold]
+    pub(super) fn go_on(&mut self, tag: Tag) {
+        let Some(slot) = self.slots.get(tag).copied() else {
+            return;
+        };
+        self.segments.release(slot.pool, slot.head, slot.count);
+        if self.segments.free(Pool::Copy) < slot.left {
+            self.borrow(slot.left);
+        }
+        let count = self.segments.free(Pool::Copy).min(slot.left);
+        // The pages of the last piece, at least, are free.
+        let head = self.segments.alloc(Pool::Copy, count).unwrap_or(u16::MAX);
+        let rest = self.segments.move_chain(slot.rest, head, count);
+        self.segments.release(Pool::Rest, slot.rest, count);
+        let sectors = self.segments.sectors(head, count);
+        if let Some(entry) = self.slots.get_mut(tag) {
+            *entry = Slot {
+                sector: slot.sector.wrapping_add(slot.sectors),
+                sectors,
+                head,
+                count,
+                rest,
+                left: slot.left.wrapping_sub(count),
+                state: State::New,
+                continued: true,
+                ..slot
+            };
+        }
+        self.slots.push(&mut self.new, tag);
+    }
+
+    /// Gives back what a request has.
+    pub(super) fn release(&mut self, slot: &Slot) {
+        self.segments.release(slot.pool, slot.head, slot.count);
+        self.segments.release(Pool::Rest, slot.rest, slot.left);
+    }
+}
+
+impl Slot {
+    pub(super) fn set_chain(&mut self, chain: Chain) {
+        self.head = chain.head;
+        self.count = chain.count;
+        self.rest = chain.rest;
+        self.left = chain.left;
+    }
+}

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! When a queue gives back the memory that it has borrowed.
+
+use crate::engine::{Backend, Engine, Grants};
+use crate::ring::ports::SharedRing;
+use crate::vbd::Vbd;
+use crate::xen::local_clock;
+
+/// What was not used for so long is given back, in nanoseconds. A little less than a thread sleeps
+/// that has borrowed something.
+const UNUSED_NS: u64 = 3_000_000_000;
+/// Passes after which a thread that does not sleep looks whether it owes something.
+const PASSES: u32 = 4096;
+
+/// Looks after what one queue has borrowed.
+pub(crate) struct Keeper<'a> {
+    vbd: &'a Vbd,
+    /// What the statistics say.
+    borrowed: u16,
+    /// When it was looked last what is not used.
+    looked: u64,
+    passes: u32,
+}
+
+impl<'a> Keeper<'a> {
+    /// For a queue that has borrowed nothing.
+    pub(crate) fn new(vbd: &'a Vbd) -> Self {
+        Self {
+            vbd,
+            borrowed: 0,
+            looked: local_clock(),
+            passes: 0,
+        }
+    }
+
+    /// Gives back what others have a right to.
+    #[inline]
+    pub(crate) fn after_pass<R: SharedRing, G: Grants, B: Backend>(
+        &mut self,
+        engine: &mut Engine<'_, R, G, B>,
+    ) {
+        let borrowed = engine.borrowed();
+        if borrowed == 0 && self.borrowed == 0 {
+            return;
+        }
+        self.passes = self.passes.wrapping_add(1);
+        engine.settle(self.passes % PASSES == 0);
+        self.note(engine.borrowed());
+    }
+
+    /// Gives back what was not used for a while. Returns whether something is still borrowed, so
+    /// that the thread must not sleep for ever.
+    pub(crate) fn before_sleep<R: SharedRing, G: Grants, B: Backend>(
+        &mut self,
+        engine: &mut Engine<'_, R, G, B>,
+        now: u64,
+    ) -> bool {
+        if engine.borrowed() > 0 && now.wrapping_sub(self.looked) > UNUSED_NS {
+            self.looked = now;
+            let left = engine.tidy();
+            self.note(left);
+        }
+        engine.borrowed() > 0
+    }
+
+    fn note(&mut self, now: u16) {
+        self.vbd.totals().borrowed(self.borrowed, now);
+        self.borrowed = now;
+    }
+}
+
+impl Drop for Keeper<'_> {
+    fn drop(&mut self) {
+        // It goes with the queue.
+        self.note(0);
+    }
+}

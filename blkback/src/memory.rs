@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The memory for data that all `phy:` disks of the host share: who has how much is decided by
+//! `shares`, free blocks are kept ready in a pool, and the kernel can ask for them.
+//!
+//! A queue's thread never waits for memory: it takes what is ready, or goes on with what it has.
+//! The pool is filled by the work queue, as far as memory can be had without waiting for I/O.
+
+use crate::connection::ConnectError;
+use crate::shares::{Bounds, Guest, Host, Refusal};
+use crate::xen::block::{Block, Effort, PAGES};
+use crate::xen::bounds;
+use crate::xen::monotonic_ns;
+use crate::xen::pool::Pool;
+use crate::xen::shrinker::{Shrink, Shrinker};
+use crate::xen::workqueue;
+use kernel::new_spinlock;
+use kernel::prelude::*;
+use kernel::rbtree::{RBTree, RBTreeNodeReservation};
+use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Relaxed};
+use kernel::sync::atomic::{ordering::Release, Atomic, AtomicFlag};
+use kernel::sync::{Arc, SpinLock};
+use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+
+/// Free blocks that are kept ready: 2 MiB.
+const READY: u32 = 64;
+/// Below so many the pool is filled again.
+const FEW: u32 = READY / 2;
+/// After the kernel had no memory the pool is left alone for so many nanoseconds.
+const PAUSE_NS: u64 = 10_000_000;
+/// Pages of a block.
+const BLOCK: u32 = PAGES as u32;
+
+kernel::sync::global_lock! {
+    // SAFETY: `Memory::new` initialises it once, and nobody uses it before `INITIALISED` is set.
+    unsafe(uninit) static HOST: Mutex<Option<Arc<Store>>> = None;
+}
+
+static CLAIMED: AtomicFlag = AtomicFlag::new(false);
+static INITIALISED: AtomicFlag = AtomicFlag::new(false);
+
+/// The books of the host.
+struct Books {
+    host: Host,
+    /// Those of the guests that have queues, and how many they have.
+    guests: RBTree<u16, (Guest, u32)>,
+}
+
+impl Books {
+    /// Does something with the books of a guest that has a queue.
+    fn with<T>(&mut self, domain: u16, how: impl FnOnce(&mut Host, &mut Guest) -> T) -> Option<T> {
+        let (guest, _) = self.guests.get_mut(&domain)?;
+        let result = how(&mut self.host, guest);
+        bounds::set_memory_kib(self.host.held().saturating_mul(4));
+        Some(result)
+    }
+}
+
+/// The memory of the host.
+#[pin_data]
+struct Store {
+    #[pin]
+    books: SpinLock<Books>,
+    #[pin]
+    pool: Pool,
+    /// Changes when queues are to look whether they owe something.
+    calls: Atomic<u32>,
+    /// Changes when the kernel wants memory.
+    pressure: Atomic<u32>,
+    /// When the pool may be filled again.
+    fill_after: Atomic<u64>,
+    #[pin]
+    work: Work<Store>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Store { self.work }
+}
+
+/// The bounds as the parameters are now.
+fn current_bounds() -> Bounds {
+    const MIB: u32 = 256;
+    let host = match bounds::host_memory_mib() {
+        0 => u32::try_from(crate::xen::total_ram_pages() / 4).unwrap_or(u32::MAX),
+        mib => mib.saturating_mul(MIB),
+    };
+    Bounds {
+        host,
+        guest: bounds::domain_memory_mib().saturating_mul(MIB),
+    }
+}
+
+/// The memory of all disks; the module holds it while it is loaded.
+pub(crate) struct Memory(Option<Shrinker<Store>>);
+
+impl Memory {
+    /// Works once in the life of the module. May sleep.
+    pub(crate) fn new() -> Result<Self> {
+        if CLAIMED.xchg(true, Full) {
+            return Err(EBUSY);
+        }
+        // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        unsafe { HOST.init() };
+        INITIALISED.store(true, Release);
+        let store = Arc::pin_init(
+            pin_init!(Store {
+                books <- new_spinlock!(
+                    Books { host: Host::default(), guests: RBTree::new() },
+                    "Store::books"
+                ),
+                pool <- Pool::new(),
+                calls: Atomic::new(0),
+                pressure: Atomic::new(0),
+                fill_after: Atomic::new(0),
+                work <- new_work!("Store::work"),
+            }),
+            GFP_KERNEL,
+        )?;
+        let shrinker = Shrinker::new(c"xen-blkback-rs", store.clone())?;
+        *HOST.lock() = Some(store);
+        Ok(Self(Some(shrinker)))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        drop(self.0.take());
+        let store = HOST.lock().take();
+        // Not under the lock: the free blocks go with it.
+        drop(store);
+    }
+}
+
+impl Store {
+    /// The one of the host.
+    fn get() -> Result<Arc<Self>> {
+        if !INITIALISED.load(Acquire) {
+            return Err(ENODEV);
+        }
+        HOST.lock().clone().ok_or(ENODEV)
+    }
+
+    /// Asks for more free blocks, if that has not just failed.
+    fn want_blocks(self: &Arc<Self>) {
+        if monotonic_ns() >= self.fill_after.load(Relaxed) {
+            // If it is queued already, that run does it.
+            let _queued = workqueue::enqueue(self.clone());
+        }
+    }
+
+    /// A guest has one more queue. May sleep.
+    fn enter(&self, domain: u16) -> Result {
+        let node = RBTreeNodeReservation::new(GFP_KERNEL)?;
+        let node = node.into_node(domain, (Guest::default(), 1));
+        let mut books = self.books.lock();
+        match books.guests.get_mut(&domain) {
+            Some((_, queues)) => *queues = queues.saturating_add(1),
+            None => {
+                let _none = books.guests.insert(node);
+            }
+        }
+        Ok(())
+    }
+
+    /// A queue of a guest is gone.
+    fn leave(&self, domain: u16) {
+        let mut books = self.books.lock();
+        let left = books.guests.get_mut(&domain).map(|(_, queues)| {
+            *queues = queues.saturating_sub(1);
+            *queues
+        });
+        if left == Some(0) {
+            books.with(domain, |host, guest| host.is_content(guest));
+            let node = books.guests.remove_node(&domain);
+            drop(books);
+            drop(node);
+        }
+    }
+}
+
+impl WorkItem for Store {
+    type Pointer = Arc<Store>;
+
+    fn run(this: Arc<Store>) {
+        while this.pool.len() < READY {
+            match Block::new(Effort::Light) {
+                Ok(block) => this.pool.give(block, READY),
+                Err(_) => {
+                    let later = monotonic_ns().saturating_add(PAUSE_NS);
+                    this.fill_after.store(later, Relaxed);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Shrink for Store {
+    fn count(&self) -> usize {
+        (self.pool.len() as usize).saturating_mul(PAGES)
+    }
+
+    fn free(&self, pages: usize) -> usize {
+        // What is freed is not to be taken again at once.
+        let later = monotonic_ns().saturating_add(PAUSE_NS);
+        self.fill_after.store(later, Relaxed);
+        // Queues give back what they do not use at this moment.
+        self.pressure.fetch_add(1, Relaxed);
+        self.calls.fetch_add(1, Relaxed);
+        let mut freed: usize = 0;
+        while freed < pages && self.pool.take().is_some() {
+            freed = freed.saturating_add(PAGES);
+        }
+        freed
+    }
+}
+
+/// What one queue has of the memory of the host. Dropping it gives back what is promised; what was
+/// lent must have been given back before.
+pub(crate) struct Lease {
+    store: Arc<Store>,
+    domain: u16,
+    promised: u32,
+    lent: u32,
+    /// Pages that are to be given back.
+    owed: u32,
+    /// The calls that were followed.
+    calls: u32,
+    pressure: u32,
+    mappings: u32,
+}
+
+impl Lease {
+    /// Promises a queue of a guest so many bytes. May sleep.
+    pub(crate) fn new(domain: u16, bytes: usize) -> Result<Self, ConnectError> {
+        let failed = |error| ConnectError::Step("there is not enough memory for the queues", error);
+        let store = Store::get().map_err(failed)?;
+        store.enter(domain).map_err(failed)?;
+        let promised = u32::try_from(bytes.div_ceil(kernel::page::PAGE_SIZE)).unwrap_or(u32::MAX);
+        let mut lease = Self {
+            store,
+            domain,
+            promised: 0,
+            lent: 0,
+            owed: 0,
+            calls: 0,
+            pressure: 0,
+            mappings: 0,
+        };
+        lease.pressure = lease.store.pressure.load(Relaxed);
+        let promise =
+            |host: &mut Host, guest: &mut Guest| host.promise(guest, promised, current_bounds());
+        let quota = Error::from_errno(-(kernel::bindings::EDQUOT as i32));
+        let step = |what| Err(ConnectError::Step(what, quota));
+        let result = lease.store.books.lock().with(domain, promise);
+        match result {
+            Some(Ok(())) => lease.promised = promised,
+            Some(Err(Refusal::Host)) => {
+                return step("the memory for the disks of all guests (host_memory_mib) is used up");
+            }
+            _ => {
+                return step(
+                    "the memory for the disks of the guest (domain_memory_mib) is used up",
+                );
+            }
+        }
+        // What others have borrowed may be more than what is left for that.
+        lease.store.calls.fetch_add(1, Relaxed);
+        // Ready before the first request.
+        lease.store.want_blocks();
+        Ok(lease)
+    }
+
+    /// The guest.
+    pub(crate) fn domain(&self) -> u16 {
+        self.domain
+    }
+
+    /// Borrows a block; neither sleeps nor allocates.
+    pub(crate) fn borrow(&mut self) -> Option<KBox<Block>> {
+        let lend = |host: &mut Host, guest: &mut Guest| {
+            (host.lend(guest, BLOCK, current_bounds()), host.has_hungry())
+        };
+        let answer = self.store.books.lock().with(self.domain, lend);
+        let (lent, hungry) = answer.unwrap_or((false, false));
+        if !lent {
+            if hungry {
+                self.store.calls.fetch_add(1, Relaxed);
+            }
+            return None;
+        }
+        let block = self.store.pool.take();
+        if self.store.pool.len() < FEW {
+            self.store.want_blocks();
+        }
+        match block {
+            Some(_) => self.lent = self.lent.saturating_add(BLOCK),
+            None => self.settle(BLOCK),
+        }
+        block
+    }
+
+    /// Gives a block back.
+    pub(crate) fn give_back(&mut self, block: KBox<Block>) {
+        self.store.pool.give(block, READY);
+        let pages = BLOCK.min(self.lent);
+        self.lent = self.lent.saturating_sub(pages);
+        self.owed = self.owed.saturating_sub(pages);
+        self.settle(pages);
+    }
+
+    fn settle(&self, pages: u32) {
+        let back = |host: &mut Host, guest: &mut Guest| host.take_back(guest, pages);
+        let _done = self.store.books.lock().with(self.domain, back);
+    }
+
+    /// Pages that are to be given back as soon as they are not used; looks into the books when
+    /// there is a reason, or if `thorough`.
+    pub(crate) fn owed(&mut self, thorough: bool) -> u32 {
+        let calls = self.store.calls.load(Relaxed);
+        if self.lent > 0 && (thorough || calls != self.calls) {
+            let owed = |host: &mut Host, guest: &mut Guest| host.owed(guest, current_bounds());
+            let owed = self.store.books.lock().with(self.domain, owed);
+            self.owed = owed.unwrap_or(0).min(self.lent);
+        }
+        if calls == self.calls {
+            return self.owed;
+        }
+        self.calls = calls;
+        let pressure = self.store.pressure.load(Relaxed);
+        if core::mem::replace(&mut self.pressure, pressure) != pressure {
+            return self.lent;
+        }
+        self.owed
+    }
+
+    /// Reserves mappings of the guest's pages; `false` if it would have more than it may.
+    pub(crate) fn reserve_mappings(&mut self, count: u32, most: u32) -> bool {
+        let reserve = |_: &mut Host, guest: &mut Guest| guest.reserve_mappings(count, most);
+        let done = self.store.books.lock().with(self.domain, reserve) == Some(true);
+        if done {
+            self.mappings = self.mappings.saturating_add(count);
+        }
+        done
+    }
+
+    /// The queue wants no more at present.
+    pub(crate) fn is_content(&mut self) {
+        let content = |host: &mut Host, guest: &mut Guest| host.is_content(guest);
+        let _done = self.store.books.lock().with(self.domain, content);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let (promised, lent, mappings) = (self.promised, self.lent, self.mappings);
+        let release = |host: &mut Host, guest: &mut Guest| {
+            host.take_back(guest, lent);
+            host.release(guest, promised);
+            guest.release_mappings(mappings);
+        };
+        let _done = self.store.books.lock().with(self.domain, release);
+        self.store.leave(self.domain);
+    }
+}

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The memory that disks take: little while they are idle, bounded while they are busy, and enough
+//! for every request whatever happens to the rest.
+
+use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
+use super::faults::{endless_load, wait_load};
+use super::lifecycle::detach_used;
+use super::{Case, Context, Needs};
+use crate::guest::Vbd;
+use crate::hotplug;
+use crate::{sh, xs};
+use anyhow::{ensure, Context as _, Result};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+/// What an idle disk may take for each of its queues, in KiB.
+const IDLE_KIB: u64 = 256;
+/// How soon a disk that becomes idle must have given back the rest.
+const GIVES_BACK: Duration = Duration::from_secs(30);
+/// How long many disks may take to come or go.
+const LIMIT: Duration = Duration::from_secs(120);
+const PARAMETERS: &str = "/sys/module/xen_blkback_rs/parameters";
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    let case = |name: &str, about: &str, needs, run: fn(&mut Context) -> Result<()>| Case {
+        ours: true,
+        ..Case::new(name, about, needs, run)
+    };
+    vec![
+        case(
+            "memory.idle",
+            "an idle disk takes little, before its first load and after it",
+            Pv,
+            idle,
+        ),
+        case(
+            "memory.many_disks",
+            "64 disks of one guest connect and work",
+            Nothing,
+            |context| many(context, 64),
+        ),
+        case(
+            "memory.255_disks",
+            "255 disks of one guest connect and work",
+            Nothing,
+            |context| many(context, 255),
+        )
+        .nightly(),
+        case(
+            "memory.bounds",
+            "bounds are changed below a load, down to nothing",
+            Pv,
+            bounds,
+        ),
+        case(
+            "memory.pressure",
+            "the kernel takes memory back again and again below a load",
+            Pv,
+            pressure,
+        ),
+        case(
+            "memory.refused",
+            "a disk for which there is no memory says so, and connects when there is some",
+            Nothing,
+            refused,
+        )
+        .no_leaks(),
+    ]
+}
+
+fn held(vbd: &Vbd) -> Result<u64> {
+    vbd.statistic("memory_kib")
+}
+
+/// Queues of a connected disk.
+fn queues(vbd: &Vbd) -> Result<u64> {
+    match xs::read(&format!("{}/multi-queue-num-queues", vbd.frontend))? {
+        Some(text) => Ok(text.parse()?),
+        None => Ok(1),
+    }
+}
+
+fn wait_idle(vbd: &Vbd) -> Result<()> {
+    let most = IDLE_KIB * queues(vbd)?;
+    let mut now = 0;
+    sh::wait_for("the return of an idle disk's memory", GIVES_BACK, || {
+        now = held(vbd)?;
+        Ok(now <= most)
+    })
+    .with_context(|| format!("it takes {now} KiB, and may take {most}"))
+}
+
+fn idle(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    wait_idle(&vbd)?;
+    let load = guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    let busy = held(&vbd)?;
+    let all: u64 = sh::get(format!("{PARAMETERS}/memory_kib"))?.parse()?;
+    ensure!(
+        busy > IDLE_KIB * queues(&vbd)?,
+        "a disk with 32 requests of 16 KiB in flight has borrowed nothing: {busy} KiB"
+    );
+    ensure!(all >= busy, "all disks take {all} KiB, one of them {busy}");
+    guest.run("killall fio")?;
+    let _ended = guest.wait(load, Duration::from_secs(60))?;
+    wait_idle(&vbd)?;
+    let now = held(&vbd)?;
+    context.note(&format!("{busy} KiB busy, {now} KiB idle"))?;
+    let guest = context.pv()?;
+    guest.detach(&vbd)
+}
+
+/// A parameter of the module that has another value until this is dropped.
+struct Parameter {
+    path: String,
+    before: String,
+}
+
+impl Parameter {
+    fn set(name: &str, value: &str) -> Result<Parameter> {
+        let path = format!("{PARAMETERS}/{name}");
+        let before = sh::get(&path)?;
+        sh::put(&path, value)?;
+        Ok(Parameter { path, before })
+    }
+}
+
+impl Drop for Parameter {
+    fn drop(&mut self) {
+        if let Err(error) = sh::put(&self.path, &self.before) {
+            eprintln!("{} keeps its value: {error:#}", self.path);
+        }
+    }
+}
+
+fn bounds(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let always = held(&vbd)?;
+    let load = guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    ensure!(held(&vbd)? > always, "the load borrows nothing");
+    for name in ["domain_memory_mib", "host_memory_mib"] {
+        // Less than the disk has already: it keeps what it always has, and goes on with that.
+        let bound = if name.starts_with("host") { "1" } else { "0" };
+        let most = if bound == "1" {
+            always.max(1024)
+        } else {
+            always
+        };
+        let parameter = Parameter::set(name, bound)?;
+        let mut now = 0;
+        sh::wait_for(&format!("what {name} = {bound} allows"), GIVES_BACK, || {
+            now = held(&vbd)?;
+            Ok(now <= most)
+        })
+        .with_context(|| format!("it takes {now} KiB, always {always}"))?;
+        wait_load(&vbd)?;
+        drop(parameter);
+        sh::wait_for("more memory for the load", GIVES_BACK, || {
+            Ok(held(&vbd)? > most)
+        })?;
+    }
+    detach_used(guest, &vbd, load)?;
+    // Requests of up to 1 MiB, in what a disk always has.
+    let _parameter = Parameter::set("domain_memory_mib", "1")?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let parameter = Parameter::set("domain_memory_mib", "0")?;
+    guest.run_for(&verify_job("/dev/xvda", 8, 120, 512), FIO)?;
+    ensure!(held(&vbd)? == always, "it has {} KiB", held(&vbd)?);
+    drop(parameter);
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)
+}
+
+fn pressure(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let load = guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    for _ in 0..20 {
+        // Calls every shrinker.
+        sh::put("/proc/sys/vm/drop_caches", "2")?;
+    }
+    wait_load(&vbd)?;
+    detach_used(guest, &vbd, load)?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let job = guest.start(&verify_job("/dev/xvda", 8, 200, 512))?;
+    // More than is free, in a file system of memory: reclaim runs until it fails.
+    let hog = "mkdir -p /tmp/vmtest-hog && mount -t tmpfs -o size=100% none /tmp/vmtest-hog && \
+        { dd if=/dev/zero of=/tmp/vmtest-hog/fill bs=1M count=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 1024 - 96)) \
+        status=none; umount /tmp/vmtest-hog; }";
+    let hogged = sh::shell(hog);
+    let done = guest.wait(job, FIO)?;
+    hogged?;
+    ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)
+}
+
+/// Disks of dom0, made by their keys alone: xl would take longer than all else.
+struct Disks(Vec<String>);
+
+impl Disks {
+    fn connect(device: &str, count: u32) -> Result<Disks> {
+        let number = fs::metadata(device)?.rdev();
+        let (major, minor) = (
+            (number >> 8) & 0xfff,
+            (number & 0xff) | (number >> 12 & 0xfff00),
+        );
+        let mut disks = Disks(Vec::new());
+        for disk in 0..count {
+            let id = (1u32 << 28 | (16 + disk) << 8).to_string();
+            let back = format!("/local/domain/0/backend/vbd/0/{id}");
+            let front = format!("/local/domain/0/device/vbd/{id}");
+            let pairs = [
+                (&front, "backend", back.clone()),
+                (&front, "backend-id", "0".into()),
+                (&front, "virtual-device", id.clone()),
+                (&front, "device-type", "disk".into()),
+                (&front, "state", "1".into()),
+                (&back, "frontend", front.clone()),
+                (&back, "frontend-id", "0".into()),
+                (&back, "online", "1".into()),
+                (&back, "mode", "w".into()),
+                (&back, "dev", format!("many{disk}")),
+                (&back, "physical-device", format!("{major:x}:{minor:x}")),
+                (&back, "state", "1".into()),
+            ];
+            let keys: Vec<String> = pairs
+                .iter()
+                .map(|(dir, key, _)| format!("{dir}/{key}"))
+                .collect();
+            let all = keys.iter().zip(&pairs);
+            let all: Vec<(&str, &str)> = all
+                .map(|(key, (_, _, value))| (&key[..], &value[..]))
+                .collect();
+            disks.0.push(id);
+            xs::write(&all)?;
+        }
+        Ok(disks)
+    }
+
+    fn wait(&self, state: &str) -> Result<()> {
+        for id in &self.0 {
+            for dir in ["backend/vbd/0", "device/vbd"] {
+                let path = format!("/local/domain/0/{dir}/{id}/state");
+                xs::wait_value(&path, state, LIMIT).with_context(|| {
+                    let error = format!("/local/domain/0/error/backend/vbd/0/{id}/error");
+                    format!("{:?}", xs::read(&error))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sysfs(&self, id: &str) -> String {
+        format!("/sys/bus/xen-backend/devices/vbd-0-{id}")
+    }
+
+    fn disconnect(&self) -> Result<()> {
+        for id in &self.0 {
+            let back = format!("/local/domain/0/backend/vbd/0/{id}");
+            let (online, state) = (format!("{back}/online"), format!("{back}/state"));
+            if xs::read(&state)?.is_some() {
+                xs::write(&[(&online, "0"), (&state, "5")])?;
+            }
+        }
+        for id in &self.0 {
+            for dir in ["backend/vbd/0", "device/vbd"] {
+                let path = format!("/local/domain/0/{dir}/{id}");
+                sh::wait_for(&format!("the end of {path}"), LIMIT, || {
+                    let state = xs::read(&format!("{path}/state"))?;
+                    Ok(state.is_none_or(|state| state == "6"))
+                })?;
+            }
+            xs::remove(&format!("/local/domain/0/device/vbd/{id}"))?;
+            xs::remove(&format!("/local/domain/0/backend/vbd/0/{id}"))?;
+            let devices = [self.sysfs(id), format!("/sys/bus/xen/devices/vbd-{id}")];
+            sh::wait_for("the removal of both devices", LIMIT, || {
+                Ok(devices.iter().all(|device| fs::metadata(device).is_err()))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn many(context: &mut Context, count: u32) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let disks = Disks::connect(&device.path(), count)?;
+    let works = all_work(&disks);
+    disks.disconnect()?;
+    let (most, sum) = works?;
+    context.note(&format!(
+        "{count} disks take {sum} KiB, one of them {most} at most"
+    ))
+}
+
+/// All disks connect, the last one works, and all take little when they are idle.
+fn all_work(disks: &Disks) -> Result<(u64, u64)> {
+    disks.wait("4")?;
+    sh::run(&["udevadm", "settle"])?;
+    for id in disks.0.first().into_iter().chain(disks.0.last()) {
+        let name = sh::shell(&format!("ls /sys/bus/xen/devices/vbd-{id}/block"))?;
+        let name = name.trim();
+        sh::shell(&format!(
+            "dd if=/dev/zero of=/dev/{name} bs=1M count=8 oflag=direct status=none"
+        ))?;
+    }
+    let (mut most, mut sum) = (0, 0);
+    sh::wait_for("little memory of all disks", GIVES_BACK, || {
+        (most, sum) = (0, 0);
+        for id in &disks.0 {
+            let now: u64 =
+                sh::get(format!("{}/statistics/memory_kib", disks.sysfs(id)))?.parse()?;
+            (most, sum) = (most.max(now), sum + now);
+        }
+        Ok(most > 0 && most <= IDLE_KIB * 2)
+    })
+    .with_context(|| format!("one takes {most} KiB"))?;
+    Ok((most, sum))
+}
+
+fn refused(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let parameter = Parameter::set("domain_memory_mib", "0")?;
+    let disks = Disks::connect(&device.path(), 1)?;
+    let error = format!("/local/domain/0/error/backend/vbd/0/{}/error", disks.0[0]);
+    let said = sh::wait_for(
+        "an error that names the parameter",
+        Duration::from_secs(30),
+        || Ok(xs::read(&error)?.is_some_and(|text| text.contains("domain_memory_mib"))),
+    );
+    drop(parameter);
+    disks.disconnect()?;
+    said?;
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    sh::shell("dd if=/dev/zero of=/dev/xvdk bs=1M count=4 oflag=direct status=none")?;
+    detach_own(&vbd)
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Pages of ours, one by one and in blocks of eight.
+
+use super::sys;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::prelude::*;
+
+/// Pages of a block.
+pub(crate) const PAGES: usize = 8;
+/// Pages are allocated in runs of up to `1 << MAX_ORDER`, so that the data of a large request lies
+/// in few pieces. The page allocator counts longer runs as expensive.
+pub(super) const MAX_ORDER: u32 = 3;
+const _: () = assert!(PAGES == 1 << MAX_ORDER);
+
+/// A page that is ours.
+///
+/// # Invariants
+///
+/// It is valid, and one reference to it belongs to this object.
+pub(super) struct Page(NonNull<bindings::page>);
+
+// SAFETY: A page may be used and freed from any thread.
+unsafe impl Send for Page {}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::__free_pages(self.0.as_ptr(), 0) };
+    }
+}
+
+impl Page {
+    pub(super) fn as_raw(&self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+
+    /// Its frame number, as the hypervisor knows it.
+    pub(super) fn frame(&self) -> u64 {
+        // SAFETY: The page is valid.
+        unsafe { sys::xbr_page_gfn(self.0.as_ptr()) as u64 }
+    }
+
+    fn clear(&mut self) {
+        // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
+        let start = unsafe { sys::xbr_page_address(self.0.as_ptr()) }.cast::<u8>();
+        // SAFETY: A page has so many bytes, and nobody else has this one.
+        unsafe { start.write_bytes(0, kernel::page::PAGE_SIZE) };
+    }
+}
+
+/// Allocates `1 << order` zeroed pages that lie one behind the other, and hands them out. May sleep
+/// as far as `flags` allow it.
+pub(super) fn alloc_run(flags: u32, order: u32, mut each: impl FnMut(Page) -> Result) -> Result {
+    let flags = flags | bindings::__GFP_ZERO;
+    // Order-0 pages suffice: do not reclaim for more, and do not report that there are none.
+    let lightly = bindings::__GFP_NOWARN | 1 << bindings::___GFP_NORETRY_BIT;
+    let flags = if order == 0 { flags } else { flags | lightly };
+    // SAFETY: Depends on its arguments alone.
+    let run = unsafe { bindings::alloc_pages(flags, order) };
+    let run = NonNull::new(run).ok_or(ENOMEM)?;
+    // SAFETY: The pages were just allocated as one run of this order; from here on each of them is
+    // freed alone.
+    unsafe { bindings::split_page(run.as_ptr(), order) };
+    let mut result = Ok(());
+    for index in 0..1usize.wrapping_shl(order) {
+        // SAFETY: The descriptors of the pages of a run lie one behind the other.
+        let raw = unsafe { run.add(index) };
+        // Even after an error: the rest of the run must be freed, too.
+        // INVARIANT: The page has a reference of its own since the run was split.
+        result = result.and(each(Page(raw)));
+    }
+    result
+}
+
+/// How an allocation may go about getting memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// Whatever it takes: for who connects.
+    Full,
+    /// What can be had without starting I/O, waiting for it, or reporting a failure.
+    Light,
+}
+
+impl Effort {
+    fn flags(self) -> u32 {
+        const RECLAIM: u32 =
+            1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
+        match self {
+            Self::Full => bindings::GFP_KERNEL,
+            Self::Light => RECLAIM | bindings::__GFP_NOWARN | 1 << bindings::___GFP_NORETRY_BIT,
+        }
+    }
+}
+
+/// Eight pages, neighbours if memory allows.
+///
+/// # Invariants
+///
+/// `pages` has [`PAGES`] of them.
+pub(crate) struct Block {
+    pages: KVec<Page>,
+    /// The domain whose data is in it.
+    domain: Option<u16>,
+    /// The one behind it in a list.
+    pub(super) next: Option<KBox<Block>>,
+}
+
+impl Block {
+    /// Allocates a block of zeroed pages. May sleep.
+    pub(crate) fn new(effort: Effort) -> Result<KBox<Self>> {
+        let light = match effort {
+            Effort::Full => GFP_KERNEL,
+            Effort::Light => kernel::alloc::flags::GFP_NOWAIT | kernel::alloc::flags::__GFP_NOWARN,
+        };
+        let mut block = KBox::new(
+            Self {
+                pages: KVec::with_capacity(PAGES, light)?,
+                domain: None,
+                next: None,
+            },
+            light,
+        )?;
+        let flags = effort.flags();
+        let pages = &mut block.pages;
+        let mut add = |page| super::pages::push(pages, page);
+        if alloc_run(flags, MAX_ORDER, &mut add).is_err() {
+            for _ in 0..PAGES {
+                alloc_run(flags, 0, &mut add)?;
+            }
+        }
+        // INVARIANT: One run of eight, or eight of one.
+        Ok(block)
+    }
+
+    pub(super) fn pages(&self) -> &[Page] {
+        &self.pages
+    }
+
+    /// From now on data of this domain is in it, and that of no other.
+    pub(super) fn give_to(&mut self, domain: u16) {
+        if self
+            .domain
+            .replace(domain)
+            .is_some_and(|before| before != domain)
+        {
+            self.pages.iter_mut().for_each(Page::clear);
+        }
+    }
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The data pages of a queue: where each of them is now.
+//!
+//! Pages that have memory come first, then those at which guest pages are mapped. Memory comes and
+//! goes in blocks while the queue is served: one thread changes the table, the same one that looks
+//! things up in it for grant operations and bios.
+
+use super::block::{Block, Page, PAGES};
+use super::pages::{filled, push, Pages};
+use super::sys;
+use core::ops::Range;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Relaxed, Atomic};
+use kernel::sync::Arc;
+
+/// Where one page is; both are 0 where there is no memory.
+struct Place {
+    page: Atomic<usize>,
+    frame: Atomic<u64>,
+}
+
+/// The data pages of a queue.
+///
+/// # Invariants
+///
+/// A page in `places` is valid as long as it is there: it belongs to `_arena`, or to the block that
+/// the table's [`Backing`] has for it. `mappable` are pages of `gnttab_alloc_pages`.
+pub(crate) struct DataPages {
+    places: KVec<Place>,
+    mappable: KVec<*mut bindings::page>,
+    _arena: Option<Arc<Pages>>,
+}
+
+// SAFETY: The places are atomic, and the other pages do not change.
+unsafe impl Send for DataPages {}
+// SAFETY: As above.
+unsafe impl Sync for DataPages {}
+
+impl DataPages {
+    /// A table for up to `with_memory` pages, which has none yet, and `mappable` pages without
+    /// memory. May sleep.
+    fn new(with_memory: u16, mappable: u16, arena: Option<Arc<Pages>>) -> Result<Self> {
+        let count = usize::from(with_memory);
+        let mut places = KVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            let place = Place {
+                page: Atomic::new(0),
+                frame: Atomic::new(0),
+            };
+            push(&mut places, place)?;
+        }
+        let mut table = Self {
+            places,
+            mappable: KVec::new(),
+            _arena: arena,
+        };
+        if mappable > 0 {
+            let mut raw = filled(core::ptr::null_mut(), usize::from(mappable))?;
+            // SAFETY: `raw` has room for so many pointers.
+            to_result(unsafe { sys::gnttab_alloc_pages(mappable.into(), raw.as_mut_ptr()) })?;
+            // INVARIANT: Just allocated.
+            table.mappable = raw;
+        }
+        Ok(table)
+    }
+
+    /// Pages of an arena from `first` on, as those of a queue that maps nothing. The arena lives
+    /// as long as they do. Who else uses the same pages is the caller's affair: an arena is shared
+    /// by the queues of one disk, never by two disks. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the arena has no such pages.
+    pub(crate) fn of_arena(arena: &Arc<Pages>, first: u16, count: u16) -> Result<Self> {
+        let end = first.checked_add(count).ok_or(EINVAL)?;
+        let table = Self::new(count, 0, Some(arena.clone()))?;
+        for (place, index) in table.places.iter().zip(first..end) {
+            let page = arena.raw().get(usize::from(index)).ok_or(EINVAL)?;
+            // INVARIANT: The page is the arena's.
+            place.page.store(page.addr(), Relaxed);
+            place
+                .frame
+                .store(arena.frame(index).ok_or(EINVAL)?, Relaxed);
+        }
+        Ok(table)
+    }
+
+    /// Bytes that a table for so many pages takes.
+    pub(crate) const fn bytes(with_memory: u16) -> usize {
+        (with_memory as usize).saturating_mul(size_of::<Place>())
+    }
+
+    /// Pages that can have memory; they are the first ones.
+    pub(crate) fn with_memory(&self) -> u16 {
+        // CAST: the constructor takes the number as one of 16 bits.
+        self.places.len() as u16
+    }
+
+    /// Pages at which guest pages can be mapped.
+    pub(crate) fn mappable(&self) -> u16 {
+        // CAST: the constructor takes the number as one of 16 bits.
+        self.mappable.len() as u16
+    }
+
+    /// The number of a page among those at which guest pages can be mapped.
+    pub(super) fn map_index(&self, index: u16) -> Option<usize> {
+        let at = index.checked_sub(self.with_memory())?;
+        (at < self.mappable()).then_some(usize::from(at))
+    }
+
+    /// The page at which a guest page can be mapped.
+    pub(super) fn map_page(&self, index: u16) -> Option<*mut bindings::page> {
+        self.mappable.get(self.map_index(index)?).copied()
+    }
+
+    fn place(&self, index: u16) -> Option<(*mut bindings::page, u64)> {
+        let place = self.places.get(usize::from(index))?;
+        let page = place.page.load(Relaxed);
+        let frame = place.frame.load(Relaxed);
+        (page != 0).then_some((page as *mut bindings::page, frame))
+    }
+
+    /// The page of an index.
+    pub(super) fn page(&self, index: u16) -> Option<*mut bindings::page> {
+        match self.map_page(index) {
+            Some(page) => Some(page),
+            None => Some(self.place(index)?.0),
+        }
+    }
+
+    /// The frame number of a page with memory.
+    #[inline]
+    pub(super) fn frame(&self, index: u16) -> Option<u64> {
+        Some(self.place(index)?.1)
+    }
+
+    /// True if both pages have memory and `next` lies directly behind `page`, for this kernel and
+    /// for the machine: then one transfer can go through both.
+    pub(super) fn adjoin(&self, page: u16, next: u16) -> bool {
+        if page.checked_add(1) != Some(next) {
+            return false;
+        }
+        match (self.place(page), self.place(next)) {
+            (Some((page, frame)), Some((next, next_frame))) => {
+                page.wrapping_add(1) == next && frame.wrapping_add(1) == next_frame
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Drop for DataPages {
+    fn drop(&mut self) {
+        if !self.mappable.is_empty() {
+            let (count, raw) = (self.mappable.len() as i32, self.mappable.as_mut_ptr());
+            // SAFETY: By the type invariant these came from `gnttab_alloc_pages`. Nothing is
+            // mapped there any more: `GuestGrants`, which maps, unmaps before it lets go.
+            unsafe { sys::gnttab_free_pages(count, raw) };
+        }
+    }
+}
+
+/// The memory behind a table of data pages, and the only one who can change it.
+pub(crate) struct Backing {
+    table: Arc<DataPages>,
+    blocks: KVec<Option<KBox<Block>>>,
+    domain: u16,
+}
+
+impl Backing {
+    /// A table for up to `with_memory` pages, in whole blocks, that hold data of `domain`. May
+    /// sleep.
+    pub(crate) fn new(domain: u16, with_memory: u16, mappable: u16) -> Result<Self> {
+        let count = usize::from(with_memory) / PAGES;
+        let mut blocks = KVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            push(&mut blocks, None)?;
+        }
+        let table = DataPages::new(with_memory, mappable, None)?;
+        Ok(Self {
+            table: Arc::new(table, GFP_KERNEL)?,
+            blocks,
+            domain,
+        })
+    }
+
+    /// The table.
+    pub(crate) fn table(&self) -> &Arc<DataPages> {
+        &self.table
+    }
+
+    fn pages(index: u16) -> Range<usize> {
+        let start = usize::from(index).wrapping_mul(PAGES);
+        start..start.wrapping_add(PAGES)
+    }
+
+    /// Puts memory behind the pages of a block that has none.
+    ///
+    /// # Errors
+    ///
+    /// The block comes back if there is no such place, or if that has memory.
+    pub(crate) fn attach(&mut self, index: u16, mut block: KBox<Block>) -> Result<(), KBox<Block>> {
+        let places = self.table.places.get(Self::pages(index));
+        let (Some(slot @ None), Some(places)) = (self.blocks.get_mut(usize::from(index)), places)
+        else {
+            return Err(block);
+        };
+        block.give_to(self.domain);
+        for (place, page) in places.iter().zip(block.pages()) {
+            place.frame.store(Page::frame(page), Relaxed);
+            // INVARIANT: The block is in `blocks` from here on.
+            place.page.store(page.as_raw().addr(), Relaxed);
+        }
+        *slot = Some(block);
+        Ok(())
+    }
+
+    /// Takes the memory of a block away. No I/O uses it any more, which the segment table of the
+    /// engine keeps: a block is given back when none of its pages belongs to a request.
+    pub(crate) fn detach(&mut self, index: u16) -> Option<KBox<Block>> {
+        let block = self.blocks.get_mut(usize::from(index))?.take()?;
+        for place in self.table.places.get(Self::pages(index))? {
+            place.page.store(0, Relaxed);
+            place.frame.store(0, Relaxed);
+        }
+        Some(block)
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        // Others may have the table for longer: they find nothing in it any more.
+        for place in &self.table.places {
+            place.page.store(0, Relaxed);
+            place.frame.store(0, Relaxed);
+        }
+    }
+}

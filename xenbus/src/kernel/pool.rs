@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Free blocks that are ready at once: taking one neither sleeps nor allocates.
+
+use super::block::Block;
+use kernel::new_spinlock;
+use kernel::prelude::*;
+use kernel::sync::SpinLock;
+
+/// A list of blocks.
+struct List {
+    head: Option<KBox<Block>>,
+    count: u32,
+}
+
+impl List {
+    fn pop(&mut self) -> Option<KBox<Block>> {
+        let mut block = self.head.take()?;
+        self.head = block.next.take();
+        self.count = self.count.wrapping_sub(1);
+        Some(block)
+    }
+}
+
+impl Drop for List {
+    fn drop(&mut self) {
+        // One by one: each block owns the next one, and freeing the first would free the others
+        // from within.
+        while self.pop().is_some() {}
+    }
+}
+
+/// Free blocks.
+#[pin_data]
+pub(crate) struct Pool {
+    #[pin]
+    free: SpinLock<List>,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            free <- new_spinlock!(List { head: None, count: 0 }, "Pool::free"),
+        })
+    }
+
+    /// Blocks that are free.
+    pub(crate) fn len(&self) -> u32 {
+        self.free.lock().count
+    }
+
+    /// Takes one; neither sleeps nor allocates.
+    pub(crate) fn take(&self) -> Option<KBox<Block>> {
+        self.free.lock().pop()
+    }
+
+    /// Adds one, or frees it if there are `most` already. Does not sleep.
+    pub(crate) fn give(&self, mut block: KBox<Block>, most: u32) {
+        let mut free = self.free.lock();
+        if free.count >= most {
+            drop(free);
+            drop(block);
+            return;
+        }
+        block.next = free.head.take();
+        free.head = Some(block);
+        free.count = free.count.wrapping_add(1);
+    }
+}
