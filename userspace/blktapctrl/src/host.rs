@@ -13,6 +13,7 @@ use crate::sharing::{self, Identity, User};
 use crate::store::{relative, Store};
 use crate::trouble;
 use crate::users::{self, Loops};
+use control::socket::listen_at;
 use control::supervisor::{Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request};
 use control::{Code, Failure};
@@ -20,7 +21,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -557,7 +557,7 @@ impl Host {
             return;
         }
         let path = self.folder.nbd(disk.minor);
-        let bound = folder::remove(&path).and_then(|()| UnixListener::bind(&path));
+        let bound = folder::remove(&path).and_then(|()| listen_at(&path, 0o600));
         let result = match bound {
             Ok(listener) => {
                 let export = String::new();

@@ -2,13 +2,39 @@
 //! Bytes and descriptors on a unix socket, whether its calls block or not.
 
 use crate::wire::MAX_FDS;
+use rustix::fs::{chmod, fchmod, Mode};
 use rustix::net::{
-    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    bind, listen, recvmsg, sendmsg, socket_with, AddressFamily, RecvAncillaryBuffer,
+    RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+/// Listens at a path that is not there yet, with exactly this mode whatever the umask is: who may write to
+/// it may connect.
+pub fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
+    let mode = Mode::from_raw_mode(mode);
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // It appears with what the umask leaves of its mode, and is given the rest before anybody is
+    // listened to.
+    fchmod(&socket, mode)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    chmod(path, mode)?;
+    listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
+}
+
+/// Connections that wait to be taken.
+const BACKLOG: i32 = 128;
 
 /// Sends the beginning of `bytes` together with all of `fds`, and returns how many bytes went.
 pub fn send_first(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {

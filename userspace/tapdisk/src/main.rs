@@ -10,7 +10,6 @@ use diskio::Runtime;
 use rustix::fs::OFlags;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -140,7 +139,7 @@ fn serve(args: &Args) -> Result<()> {
     let disk = args.target.as_ref().map(|target| disk(args, target));
     let disk = disk.transpose()?;
     let nbd = args.nbd.as_ref().map(|path| {
-        let listener = UnixListener::bind(path);
+        let listener = control::socket::listen_at(path, 0o600);
         listener.with_context(|| format!("cannot make the socket {}", path.display()))
     });
     let nbd = nbd.transpose()?;
@@ -149,7 +148,9 @@ fn serve(args: &Args) -> Result<()> {
         for note in sandbox::prepare().context("cannot prepare the sandbox")? {
             eprintln!("tapdisk: {note}");
         }
-        sandbox::confine(user).context("cannot enter the sandbox")?;
+        if let Some(note) = sandbox::confine(user).context("cannot enter the sandbox")? {
+            eprintln!("tapdisk: {note}");
+        }
     }
     if let Some(listener) = nbd {
         tapdisk::nbd::listen(&session, listener.into(), String::new())

@@ -8,7 +8,7 @@
 
 use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
-    Scope, ABI,
+    RulesetStatus, Scope, ABI,
 };
 use rustix::mm::{mlockall, MlockAllFlags};
 use rustix::process::{
@@ -120,8 +120,9 @@ pub fn prepare() -> io::Result<Vec<String>> {
 /// Takes everything away from the calling thread, which is to be the only one.
 ///
 /// # Errors
-/// If the system refuses something but landlock, which older kernels do not have.
-pub fn confine(user: Option<User>) -> io::Result<()> {
+/// If the system refuses something but landlock, which older kernels do not have: what is missing of it
+/// is returned.
+pub fn confine(user: Option<User>) -> io::Result<Option<String>> {
     // These look at the process' auxiliary vector at their first use, which needs a file.
     let _ = (
         rustix::param::page_size(),
@@ -136,12 +137,23 @@ pub fn confine(user: Option<User>) -> io::Result<()> {
         // The change of user has made it readable for that user.
         set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     }
-    forbid_files().map_err(io::Error::other)?;
-    apply_filter(&filter()?).map_err(io::Error::other)
+    let enforced = forbid_files().map_err(io::Error::other)?;
+    apply_filter(&filter()?).map_err(io::Error::other)?;
+    Ok(match enforced {
+        RulesetStatus::FullyEnforced => None,
+        RulesetStatus::PartiallyEnforced => Some(
+            "this kernel's landlock is an old one: what it does not know only the filter of system calls forbids"
+                .into(),
+        ),
+        RulesetStatus::NotEnforced => Some(
+            "this kernel has no landlock (see the boot parameter lsm): only the filter of system calls forbids to open files"
+                .into(),
+        ),
+    })
 }
 
-/// No file, no port, no abstract socket; what is open stays so.
-fn forbid_files() -> Result<(), RulesetError> {
+/// No file, no port, no abstract socket; what is open stays so. Says how much of that is enforced.
+fn forbid_files() -> Result<RulesetStatus, RulesetError> {
     let all = ABI::V6;
     Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -149,8 +161,8 @@ fn forbid_files() -> Result<(), RulesetError> {
         .handle_access(AccessNet::from_all(all))?
         .scope(Scope::from_all(all))?
         .create()?
-        .restrict_self()?;
-    Ok(())
+        .restrict_self()
+        .map(|status| status.ruleset)
 }
 
 /// The system calls that are allowed with any arguments.
@@ -290,6 +302,7 @@ fn only(
 
 #[cfg(test)]
 mod tests {
+    use super::{apply_filter, BpfProgram, SeccompAction, SeccompFilter};
     use super::{confine, entry, User};
     use diskio::{Access, Data, Engine, File, Region, Runtime};
     use std::fs;
@@ -346,6 +359,23 @@ mod tests {
             drop(vec![0_u8; 64 << 20]);
         });
         child.join().unwrap();
+    }
+
+    #[test]
+    fn landlock_that_is_missing_is_told() {
+        let without = thread::spawn(|| {
+            let rules = [(libc::SYS_landlock_create_ruleset, Vec::new())];
+            let filter = SeccompFilter::new(
+                rules.into_iter().collect(),
+                SeccompAction::Allow,
+                SeccompAction::Errno(libc::ENOSYS as u32),
+                std::env::consts::ARCH.try_into().unwrap(),
+            );
+            apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+            confine(None).unwrap()
+        });
+        let note = without.join().unwrap().expect("a note");
+        assert!(note.contains("no landlock"), "{note}");
     }
 
     #[test]
