@@ -97,11 +97,7 @@ impl Share {
 
 impl TapDisk {
     /// Makes a disk. May sleep.
-    pub(crate) fn new(
-        minor: u32,
-        number: u32,
-        new: &NewDisk,
-    ) -> Result<Arc<Self>> {
+    pub(crate) fn new(minor: u32, number: u32, new: &NewDisk) -> Result<Arc<Self>> {
         let areas = Areas::new(new.arena_kib)?;
         let tags = usize::from(areas.tags());
         let mut entries = KVVec::with_capacity(tags, GFP_KERNEL)?;

@@ -120,6 +120,7 @@ fn size_may_change_and_what_guests_were_told_stays() {
     let error = |params: Params| tap.describe(&params).unwrap_err().raw_os_error();
     let other = Params {
         logical_block: 4096,
+        physical_block: 4096,
         ..larger
     };
     assert_eq!(error(other), Some(22), "EINVAL");
