@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn recorded_bounds_cover_small_and_large_ones_and_one_processor() {
+    fn recorded_bounds_cover_reads_writes_large_ones_tap_and_one_processor() {
         let names = names().unwrap();
         for job in TELLING.iter().chain(&["r1m-qd4"]) {
             for part in ["driver", "dom0", "guest"] {
@@ -189,7 +189,14 @@ mod tests {
                 assert!(names.contains(&name), "{name}");
             }
         }
-        assert!(names.contains(&"phy.rr4k-qd1-1p.sum".to_string()));
+        for name in [
+            "phy.rr4k-qd1-1p.sum",
+            "phy.rw4k-qd32.dom0",
+            "phy.w1m-qd4.dom0",
+            "tap-aio.rr4k-qd32.dom0",
+        ] {
+            assert!(names.contains(&name.to_string()), "{name}");
+        }
         let (backends, jobs) = wanted().unwrap();
         assert!(
             backends.contains("phy") && jobs.contains("phy:rr4k-qd32"),
