@@ -5,8 +5,7 @@ use crate::backoff::Backoff;
 use crate::image::Image;
 use crate::process::Process;
 use crate::record::{Record, Want};
-use crate::sharing::Identity;
-use control::supervisor::Row;
+use control::supervisor::{Doing, Row};
 use control::tapdisk::{self, Open, State};
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
@@ -36,6 +35,8 @@ pub struct Disk {
     pub record: RefCell<Record>,
     /// The image that it serves, if its driver has one.
     pub image: RefCell<Option<Arc<Image>>>,
+    /// The image that an unpause leads to, until it is served.
+    pub next_image: RefCell<Option<Arc<Image>>>,
     /// Its process.
     pub process: RefCell<Option<Rc<Process>>>,
     /// The process has the node.
@@ -66,6 +67,7 @@ impl Disk {
             minor: record.minor,
             record: RefCell::new(record),
             image: RefCell::default(),
+            next_image: RefCell::default(),
             process: RefCell::default(),
             attached: Cell::default(),
             serves: RefCell::default(),
@@ -142,12 +144,6 @@ impl Disk {
             .await;
     }
 
-    /// What its image is, whether it is served now or not.
-    #[must_use]
-    pub fn identity(&self) -> Option<Identity> {
-        self.record.borrow().identity
-    }
-
     /// The process that serves, if there is one.
     ///
     /// # Errors
@@ -188,12 +184,20 @@ impl Disk {
         }
     }
 
-    /// The process is no more.
-    pub fn forget_process(&self) -> Option<Rc<Process>> {
+    /// What has begun with it and is not done.
+    #[must_use]
+    pub fn doing(&self) -> Option<Doing> {
+        self.record.borrow().doing
+    }
+
+    /// The process is no more. Its socket is removed now: the next one's has the same name.
+    pub fn forget_process(&self) {
         self.attached.set(false);
         self.serves.replace(None);
         self.record.borrow_mut().process = None;
-        self.process.take()
+        if let Some(process) = self.process.take() {
+            process.tidy();
+        }
     }
 
     /// What is known of its state without asking anybody.
@@ -221,6 +225,8 @@ impl Disk {
             vbd: record.vbd.clone(),
             disk: self.serves.borrow().clone(),
             restarts: record.restarts,
+            doing: record.doing,
+            unknown: None,
         }
     }
 }

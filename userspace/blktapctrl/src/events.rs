@@ -132,6 +132,7 @@ fn log(minor: Option<u32>, what: &What) {
         What::Paused => tracing::info!("{disk}: paused"),
         What::Unpaused => tracing::info!("{disk}: goes on"),
         What::Resized { size } => tracing::info!("{disk}: now has {size} bytes"),
+        What::Unknown { why } => tracing::error!("{disk}: left alone: {why}"),
         What::Destroyed => tracing::info!("{disk}: gone"),
         What::Lost { .. } | What::Other => {}
     }

@@ -106,6 +106,22 @@ impl Folder {
     }
 }
 
+/// The files of a folder with an extension, sorted.
+///
+/// # Errors
+/// The folder cannot be read, or not all of it.
+pub fn files(folder: &Path, extension: &str) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|found| found == extension) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
 /// Removes a file that may be gone already.
 ///
 /// # Errors

@@ -1,36 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disks of this host, and what happens to each of them.
 
+use crate::apart::{apart, LIMIT};
 use crate::disk::{Disk, Fate};
 use crate::events::Events;
 use crate::folder::{self, Folder};
-use crate::image::{apart, Image};
+use crate::image::{self, Image};
 use crate::kernel::{self, Kernel};
 use crate::memory;
 use crate::process::{self, Process, Program};
-use crate::record::Want;
-use crate::sharing::{self, Identity, User};
+use crate::record::{Record, Records, Want};
 use crate::store::{relative, Store};
 use crate::trouble;
-use crate::users::{self, Loops};
+use crate::unknown::Unknown;
+use crate::users::Views;
 use control::socket::listen_at;
-use control::supervisor::{Mode, What, Which};
+use control::supervisor::{Doing, What, Which};
 use control::tapdisk::{self, Open, Reply, Request};
 use control::{Code, Failure};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::Mutex;
 
 /// How long a tapdisk may take to answer what needs no I/O.
-const SOON: Duration = Duration::from_secs(10);
+pub(crate) const SOON: Duration = Duration::from_secs(10);
 /// How long it may take to open an image: it may have to wait for the I/O of a dead one.
-const OPEN: Duration = Duration::from_secs(60);
+pub(crate) const OPEN: Duration = Duration::from_secs(60);
 /// How long a process may go on finishing what it has when its disk is taken away.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long who asks for the end of a disk waits for it.
@@ -40,6 +39,10 @@ const END: Duration = Duration::from_secs(20);
 pub struct Host {
     /// Where sockets and records are.
     pub folder: Folder,
+    /// What is written down.
+    pub records: Box<dyn Records>,
+    /// Where the kernel shows who uses what.
+    pub views: RefCell<Views>,
     /// The nodes.
     pub kernel: Box<dyn Kernel>,
     /// How tapdisks are started.
@@ -50,25 +53,32 @@ pub struct Host {
     pub store: RefCell<Option<Rc<dyn Store>>>,
     /// The disks.
     pub disks: RefCell<BTreeMap<u32, Rc<Disk>>>,
+    /// What is not understood, and left alone.
+    pub unknown: RefCell<BTreeMap<u32, Unknown>>,
     /// Processes without a disk.
     pub idle: RefCell<BTreeMap<u32, Rc<Process>>>,
-    /// Held from the check whether an image is free until it counts as taken.
-    admission: Mutex<()>,
 }
 
 impl Host {
     /// A host without disks.
     #[must_use]
-    pub fn new(folder: Folder, kernel: Box<dyn Kernel>, program: Program) -> Rc<Host> {
+    pub fn new(
+        folder: Folder,
+        records: Box<dyn Records>,
+        kernel: Box<dyn Kernel>,
+        program: Program,
+    ) -> Rc<Host> {
         Rc::new(Host {
             folder,
+            records,
+            views: RefCell::default(),
             kernel,
             program,
             events: Events::default(),
             store: RefCell::default(),
             disks: RefCell::default(),
+            unknown: RefCell::default(),
             idle: RefCell::default(),
-            admission: Mutex::new(()),
         })
     }
 
@@ -120,130 +130,40 @@ impl Host {
         })
     }
 
-    /// Writes down what is known of a disk. That it cannot be is told in the log: the disk works,
-    /// but a supervisor that starts anew does not find it.
+    /// Writes down what is known of a disk. That it cannot be is told: the disk goes on, and the next
+    /// supervisor finds out by its process.
     pub fn note(&self, disk: &Disk) {
         if disk.fate() == Fate::Gone {
             return;
         }
-        let path = self.folder.disk(disk.minor);
-        if let Err(error) = disk.record.borrow().write(&path) {
-            tracing::error!("cannot write {}: {error}", path.display());
+        let written = self.records.write(&disk.record.borrow());
+        if let Err(error) = written {
+            let why = format!("{}", unwritten(disk.minor, &error));
+            self.events.add(Some(disk.minor), What::Unknown { why });
         }
     }
 
-    /// Does `work` for an image that nobody uses in a way that forbids it, and that counts as used
-    /// when the work is done. `except` is a disk that gives up what it used; without it the image is
-    /// for a new disk. The work is told whether another process of ours uses the image as well, so
-    /// that neither may lock it against the other.
+    /// Changes what is written down of a disk; if that cannot be written, nothing is changed.
     ///
     /// # Errors
-    /// Says who uses it, or what the work says.
-    pub async fn admit<T>(
-        &self,
-        image: Option<&Image>,
-        mode: Mode,
-        vbd: Option<&str>,
-        except: Option<u32>,
-        work: impl FnOnce(bool) -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
-        let _admission = self.admission.lock().await;
-        if except.is_none() {
-            self.check_single(vbd)?;
-        }
-        let beside = match image {
-            Some(image) => self.check(image, mode, vbd, except).await?,
-            None => false,
-        };
-        work(beside)
-    }
-
-    /// A backend's directory has one disk.
-    fn check_single(&self, vbd: Option<&str>) -> Result<(), Failure> {
-        let has_it = |disk: &Rc<Disk>| vbd.is_some() && disk.record.borrow().vbd.as_deref() == vbd;
-        match self.all().iter().find(|disk| has_it(disk)) {
-            None => Ok(()),
-            Some(disk) => Err(Failure::new(
-                Code::Exists,
-                format!(
-                    "{} has the tap disk {} already",
-                    vbd.unwrap_or_default(),
-                    disk.minor
-                ),
-            )),
-        }
-    }
-
-    async fn check(
-        &self,
-        image: &Image,
-        mode: Mode,
-        vbd: Option<&str>,
-        except: Option<u32>,
-    ) -> Result<bool, Failure> {
-        let unknown = |error| Failure::system("cannot see who uses the image", &error);
-        let mut others = Vec::new();
-        for disk in self.all() {
-            let Some(identity) = disk.identity().filter(|_| Some(disk.minor) != except) else {
-                continue;
-            };
-            let (mode, vbd) = {
-                let record = disk.record.borrow();
-                (record.mode, record.vbd.clone())
-            };
-            others.push(User {
-                name: match &vbd {
-                    Some(vbd) => format!("tap disk {} of {vbd}", disk.minor),
-                    None => format!("tap disk {}", disk.minor),
-                },
-                images: vec![identity],
-                mode,
-                machines: self.machines(vbd.as_deref()).await.map_err(unknown)?,
-            });
-        }
-        let loops = Loops::find().await?;
-        let images = loops.with(image.identity());
-        let beside = sharing::is_beside(&images, mode, &others);
-        if let Some(store) = self.store() {
-            let ours: Vec<String> = self
-                .all()
-                .iter()
-                .filter_map(|disk| disk.record.borrow().vbd.clone())
-                .chain(vbd.map(str::to_owned))
-                .collect();
-            others.extend(
-                users::backends(&*store, &ours, &loops)
-                    .await
-                    .map_err(unknown)?,
-            );
-        }
-        let machines = self.machines(vbd).await.map_err(unknown)?;
-        let mounts = users::mounts().map_err(unknown)?;
-        sharing::check(&images, mode, &machines, &others, &mounts).map_err(|why| {
-            Failure::new(
-                Code::Busy,
-                format!("{} is not free: {why}", image.path().display()),
-            )
-        })?;
-        Ok(beside)
-    }
-
-    /// The virtual machines of the guest of a backend's directory.
-    async fn machines(&self, vbd: Option<&str>) -> io::Result<sharing::Machines> {
-        let domain = vbd.and_then(|vbd| vbd.split('/').nth(2));
-        match (self.store(), domain) {
-            (Some(store), Some(domain)) => users::machines(&*store, domain).await,
-            _ => Ok(sharing::Machines::new()),
-        }
+    /// The system refuses to write it.
+    pub fn change(&self, disk: &Disk, change: impl FnOnce(&mut Record)) -> Result<(), Failure> {
+        let mut record = disk.record.borrow().clone();
+        change(&mut record);
+        self.records
+            .write(&record)
+            .map_err(|error| unwritten(disk.minor, &error))?;
+        disk.record.replace(record);
+        Ok(())
     }
 
     /// Starts a process that has no disk yet, and watches it from now on.
     ///
     /// # Errors
     /// It cannot be started.
-    pub async fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
+    pub fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
         let socket = process::unnamed(&self.folder);
-        let process = Rc::new(Process::spawn(&self.program, &socket).await?);
+        let process = Rc::new(Process::spawn(&self.program, &socket)?);
         self.idle
             .borrow_mut()
             .insert(process.pid(), process.clone());
@@ -290,7 +210,7 @@ impl Host {
     }
 
     /// Requests of a disk that were ever answered; none if the kernel does not say.
-    fn answered(&self, disk: &Disk) -> u64 {
+    pub fn answered(&self, disk: &Disk) -> u64 {
         let node = kernel::node(&*self.kernel, disk.minor);
         node.ok().flatten().map_or(0, |node| node.status.committed)
     }
@@ -317,8 +237,17 @@ impl Host {
             }) else {
                 return;
             };
-            let wanted = disk.record.borrow().want == Want::Served;
-            if !wanted || disk.process.borrow().is_some() {
+            if disk.process.borrow().is_some() {
+                return;
+            }
+            if disk.doing().is_some() {
+                // What waited for the process that is dead goes on without it.
+                if let Err(failure) = disk.unless_doomed(self.finish(disk, OPEN)).await {
+                    tracing::warn!("disk {}: {failure}", disk.minor);
+                }
+                return;
+            }
+            if disk.record.borrow().want != Want::Served {
                 return;
             }
             let Err(failure) = disk.unless_doomed(self.serve(disk)).await else {
@@ -362,7 +291,7 @@ impl Host {
         let process = match there {
             Some(process) => process,
             None => {
-                let process = self.spawn().await?;
+                let process = self.spawn()?;
                 self.assign(disk, &process)?;
                 process
             }
@@ -431,17 +360,25 @@ impl Host {
     /// It cannot be served. A process may be left, which the caller ends.
     pub async fn serve(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<tapdisk::Disk, Failure> {
         let open = disk.open()?;
+        let image = self.image(disk).await?;
+        let served = self.bring_up(disk, &open, image).await?;
+        self.started(disk).await;
+        Ok(served)
+    }
+
+    /// A process serves a disk from now on.
+    pub async fn started(&self, disk: &Disk) {
         disk.answered_before.set(self.answered(disk));
-        let process = self.attach(disk).await?;
-        let reply = self.open_with(disk, &process, open, Request::Open).await?;
         disk.crashed.set(false);
         self.report_poison(disk);
-        self.serve_nbd(disk, &process).await;
         disk.hung.set(false);
         disk.progress.set((0, Instant::now()));
-        let pid = process.pid();
-        self.events.add(Some(disk.minor), What::Started { pid });
-        Ok(reply)
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            self.serve_nbd(disk, &process).await;
+            let pid = process.pid();
+            self.events.add(Some(disk.minor), What::Started { pid });
+        }
     }
 
     /// Tells of a request that failed when the process was started, because earlier ones died of it.
@@ -484,24 +421,16 @@ impl Host {
     /// It is not there any more.
     pub async fn image(&self, disk: &Disk) -> Result<Option<Arc<Image>>, Failure> {
         let known = disk.image.borrow().clone();
-        let Some(open) = disk.record.borrow().open.clone() else {
-            return Ok(None);
+        let (open, identity, born) = {
+            let record = disk.record.borrow();
+            (record.open.clone(), record.identity, record.born)
         };
-        if known.is_some() {
+        let Some(open) = open.filter(|_| known.is_none()) else {
             return Ok(known);
-        }
+        };
         let image = image_of(&open).await?;
-        if let Some(image) = image
-            .as_ref()
-            .filter(|image| Some(image.identity()) != disk.identity())
-        {
-            return Err(Failure::new(
-                Code::Image,
-                format!(
-                    "{} is not the image any more that is served: put that back, or destroy the disk",
-                    image.path().display()
-                ),
-            ));
+        if let Some(image) = image.as_ref().filter(|image| !image.is(identity, born)) {
+            return Err(not_the_same(image));
         }
         disk.image.replace(image.clone());
         Ok(image)
@@ -513,14 +442,14 @@ impl Host {
         disk: &Disk,
         process: &Process,
         open: Open,
+        image: Option<Arc<Image>>,
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
-        let image = self.image(disk).await?;
         let opened = match &image {
             Some(image) => {
                 let direct = open.target.driver() != control::Driver::Sync;
                 let (again, write) = (image.clone(), !open.read_only);
-                let opened = apart(image.path(), move || again.open(write, direct)).await?;
+                let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
                 if direct && !opened.direct {
                     tracing::warn!(
                         "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
@@ -577,6 +506,17 @@ impl Host {
         }
     }
 
+    /// Takes a disk away, without waiting for it.
+    pub fn destroy_later(self: &Rc<Self>, disk: &Rc<Disk>) {
+        if disk.advance(Fate::Doomed) {
+            // The next supervisor goes on with it. If it cannot be told, who asked asks again.
+            disk.record.borrow_mut().doing = Some(Doing::Destroy);
+            self.note(disk);
+            let (host, disk) = (self.clone(), disk.clone());
+            tokio::task::spawn_local(async move { host.demolish(&disk).await });
+        }
+    }
+
     /// Takes a disk away, and waits for that for a while; it goes on if it takes longer.
     ///
     /// # Errors
@@ -594,10 +534,7 @@ impl Host {
         disk: &Rc<Disk>,
         limit: Duration,
     ) -> Result<(), Failure> {
-        if disk.advance(Fate::Doomed) {
-            let (host, disk) = (self.clone(), disk.clone());
-            tokio::task::spawn_local(async move { host.demolish(&disk).await });
-        }
+        self.destroy_later(disk);
         tokio::time::timeout(limit, disk.gone()).await.map_err(|_| {
             Failure::new(
                 Code::Busy,
@@ -660,18 +597,19 @@ impl Host {
                 tracing::error!("disk {}: {failure}", disk.minor);
                 process.ended().await;
             }
-            process.tidy();
         }
         disk.forget_process();
         self.free_node(disk.minor).await;
         for path in [
             self.folder.nbd(disk.minor),
             self.folder.memory_of(disk.minor),
-            self.folder.disk(disk.minor),
         ] {
             if let Err(error) = folder::remove(&path) {
                 tracing::error!("cannot remove {}: {error}", path.display());
             }
+        }
+        if let Err(error) = self.records.remove(disk.minor) {
+            tracing::error!("cannot remove the record of disk {}: {error}", disk.minor);
         }
         disk.advance(Fate::Gone);
         self.disks.borrow_mut().remove(&disk.minor);
@@ -733,15 +671,26 @@ pub fn unexpected(reply: &Reply) -> Failure {
 /// # Errors
 /// There is none at the path.
 pub async fn image_of(open: &Open) -> Result<Option<Arc<Image>>, Failure> {
-    let Some(path) = open.target.path().map(Path::to_path_buf) else {
-        return Ok(None);
-    };
-    let image = apart(&path.clone(), move || Image::find(&path)).await?;
-    Ok(Some(Arc::new(image)))
+    match open.target.path() {
+        Some(path) => image::find(path).await.map(Some),
+        None => Ok(None),
+    }
 }
 
-/// What an image is, or nothing for none.
-#[must_use]
-pub fn identity_of(image: Option<&Arc<Image>>) -> Option<Identity> {
-    image.map(|image| image.identity())
+/// Another image is where that of a disk was.
+pub fn not_the_same(image: &Image) -> Failure {
+    Failure::new(
+        Code::Image,
+        format!(
+            "{} is not the image any more that is served: put that back, or destroy the disk",
+            image.path().display()
+        ),
+    )
+}
+
+fn unwritten(minor: u32, error: &io::Error) -> Failure {
+    Failure::system(
+        format!("cannot write down what disk {minor} is (is /run full?)"),
+        error,
+    )
 }

@@ -1,39 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image of a disk: found once by its path, opened as often as processes need it.
 
+use crate::apart::{apart, LIMIT};
 use crate::sharing::Identity;
 use control::{Code, Failure};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, StatxFlags};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
-
-/// How long a file system may take to say what a file is, or to open it.
-const LIMIT: Duration = Duration::from_secs(30);
-
-/// Does something with a file on a thread of its own: a file system on a network may not answer, and
-/// nothing else must wait for that.
-///
-/// # Errors
-/// It does not answer, or what the work says.
-pub async fn apart<T: Send + 'static>(
-    path: &Path,
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Failure> {
-    let late = || {
-        Failure::new(
-            Code::Timeout,
-            format!(
-                "the file system of {} does not answer: see to its storage",
-                path.display()
-            ),
-        )
-    };
-    match tokio::time::timeout(LIMIT, tokio::task::spawn_blocking(work)).await {
-        Ok(Ok(result)) => result,
-        Ok(Err(_)) | Err(_) => Err(late()),
-    }
-}
+use std::sync::Arc;
 
 /// An image that exists. It is held by a descriptor that allows no I/O and counts for no lock, so
 /// that the next process gets the same image, whatever its path leads to by then.
@@ -42,6 +16,7 @@ pub struct Image {
     path: PathBuf,
     held: OwnedFd,
     identity: Identity,
+    born: Option<u64>,
     /// The permission bits of the file.
     permissions: u32,
 }
@@ -83,6 +58,7 @@ impl Image {
         };
         Ok(Image {
             path: path.into(),
+            born: born(&held),
             held,
             identity,
             permissions: stat.st_mode & 0o7777,
@@ -95,10 +71,51 @@ impl Image {
         self.identity
     }
 
+    /// When it was made, if its file system says: another file that has its number by now was made
+    /// at another time.
+    #[must_use]
+    pub fn born(&self) -> Option<u64> {
+        self.born
+    }
+
+    /// It is what was written down.
+    #[must_use]
+    pub fn is(&self, identity: Option<Identity>, born: Option<u64>) -> bool {
+        let same_age = self.born.is_none() || born.is_none() || self.born == born;
+        identity == Some(self.identity) && same_age
+    }
+
     /// Where it was found.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// It is a block device that dom0's kernel has promised to somebody: a file system, an array, a
+    /// volume group, swap.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn is_promised(&self) -> Result<bool, Failure> {
+        if !matches!(self.identity, Identity::Device { .. }) {
+            return Ok(false);
+        }
+        let again = format!("/proc/self/fd/{}", self.held.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+        match rustix::fs::open(&*again, flags, Mode::empty()) {
+            Ok(_) => Ok(false),
+            Err(rustix::io::Errno::BUSY) => Ok(true),
+            Err(error) => Err(refused("cannot open the image", &self.path, error)),
+        }
+    }
+
+    /// The number of the mount through which it was found.
+    #[must_use]
+    pub fn mount(&self) -> Option<u64> {
+        let info = format!("/proc/self/fdinfo/{}", self.held.as_raw_fd());
+        let text = std::fs::read_to_string(info).ok()?;
+        let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
+        number.trim().parse().ok()
     }
 
     /// Opens it once more; without the page cache if `direct` and if its file system can.
@@ -129,6 +146,30 @@ impl Image {
         let fd = result.map_err(|error| refused("cannot open the image", &self.path, error))?;
         Ok(Opened { fd, direct })
     }
+}
+
+/// Finds the image at a path, without making anybody wait for its file system.
+///
+/// # Errors
+/// There is none, or the file system does not answer.
+pub async fn find(path: &Path) -> Result<Arc<Image>, Failure> {
+    let place = path.to_path_buf();
+    let image = apart(path, LIMIT, move || Image::find(&place)).await?;
+    Ok(Arc::new(image))
+}
+
+/// When a regular file was made, in nanoseconds since 1970.
+fn born(file: &OwnedFd) -> Option<u64> {
+    let wanted = StatxFlags::BTIME | StatxFlags::TYPE;
+    let said = statx(file, "", AtFlags::EMPTY_PATH, wanted).ok()?;
+    let is_file = FileType::from_raw_mode(said.stx_mode.into()) == FileType::RegularFile;
+    if !is_file || said.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        return None;
+    }
+    let seconds = u64::try_from(said.stx_btime.tv_sec).ok()?;
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(said.stx_btime.tv_nsec.into())
 }
 
 fn refused(what: &str, path: &Path, error: rustix::io::Errno) -> Failure {
@@ -167,6 +208,22 @@ mod tests {
             Image::find(&path).expect("an image").identity(),
             image.identity()
         );
+        fs::remove_dir_all(dir).expect("remove");
+    }
+
+    #[test]
+    fn a_file_that_got_the_number_of_another_is_not_taken_for_it() {
+        let dir = folder("born");
+        let path = dir.join("a.img");
+        fs::write(&path, b"x").expect("write");
+        let image = Image::find(&path).expect("an image");
+        let (identity, born) = (Some(image.identity()), image.born());
+        let born = born.expect("the file system of the tests knows when a file was made");
+        assert!(image.is(identity, Some(born)));
+        assert!(!image.is(identity, Some(born - 1)));
+        assert!(!image.is(None, Some(born)));
+        // Written by a supervisor that did not look.
+        assert!(image.is(identity, None));
         fs::remove_dir_all(dir).expect("remove");
     }
 

@@ -43,7 +43,7 @@ pub trait Kernel {
     /// last process may be running.
     fn destroy(&self, minor: u32) -> io::Result<()>;
 
-    /// The lowest node whose number is at least `from`.
+    /// The lowest node whose number is at least `from`. Nothing means that there is none for certain.
     ///
     /// # Errors
     /// As the kernel says; that there is none is no error.
@@ -70,4 +70,16 @@ pub trait Kernel {
 /// As [`Kernel::query`].
 pub fn node(kernel: &dyn Kernel, minor: u32) -> io::Result<Option<Node>> {
     Ok(kernel.query(minor)?.filter(|node| node.minor == minor))
+}
+
+/// The lowest number from `from` on that no node has.
+///
+/// # Errors
+/// As [`Kernel::query`].
+pub fn free_minor(kernel: &dyn Kernel, from: u32) -> io::Result<u32> {
+    let mut minor = from;
+    while node(kernel, minor)?.is_some() {
+        minor = minor.checked_add(1).ok_or(io::ErrorKind::StorageFull)?;
+    }
+    Ok(minor)
 }

@@ -2,7 +2,9 @@
 //! The supervisor of tap disks, as a library so that it can be tested without Xen.
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod adopt;
+pub mod apart;
 pub mod backoff;
 pub mod disk;
 pub mod events;
@@ -10,6 +12,7 @@ pub mod folder;
 pub mod host;
 pub mod image;
 pub mod kernel;
+pub mod life;
 pub mod link;
 pub mod memory;
 pub mod nodes;
@@ -19,6 +22,7 @@ pub mod server;
 pub mod sharing;
 pub mod store;
 pub mod trouble;
+pub mod unknown;
 pub mod users;
 pub mod verbs;
 pub mod watch;

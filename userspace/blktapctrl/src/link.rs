@@ -18,7 +18,7 @@ pub struct Link {
     stream: UnixStream,
     decoder: Decoder,
     last: u64,
-    /// A question was sent in part: nothing more can be asked.
+    /// A question was sent in part, or the other end is gone: nothing more can be asked.
     torn: bool,
 }
 
@@ -27,16 +27,19 @@ impl Link {
     ///
     /// # Errors
     /// Nobody listens there.
-    pub async fn connect(path: &Path) -> Result<Link, Failure> {
-        let stream = UnixStream::connect(path).await.map_err(|error| {
-            Failure::system(format!("cannot connect to {}", path.display()), &error)
-        })?;
+    pub async fn connect(path: &Path) -> io::Result<Link> {
         Ok(Link {
-            stream,
+            stream: UnixStream::connect(path).await?,
             decoder: Decoder::default(),
             last: 0,
             torn: false,
         })
+    }
+
+    /// More can be asked.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        !self.torn
     }
 
     /// Asks, and waits for the answer for at most `limit`. The answer to an earlier question that
@@ -50,9 +53,6 @@ impl Link {
         fds: &[BorrowedFd<'_>],
         limit: Duration,
     ) -> Result<Reply, Failure> {
-        if self.torn {
-            return Err(gone(io::ErrorKind::BrokenPipe.into()));
-        }
         self.last = self.last.wrapping_add(1);
         let line = encode(&Envelope::new(self.last, fds.len(), question))?;
         let asked = async {
@@ -101,8 +101,12 @@ impl Link {
                 .stream
                 .async_io(Interest::READABLE, || socket::receive(&self.stream))
                 .await
-                .map_err(gone)?;
+                .map_err(|error| {
+                    self.torn = true;
+                    gone(error)
+                })?;
             if bytes.is_empty() {
+                self.torn = true;
                 return Err(gone(io::ErrorKind::UnexpectedEof.into()));
             }
             self.decoder.push(&bytes, fds)?;
@@ -113,6 +117,6 @@ impl Link {
 fn gone(error: io::Error) -> Failure {
     Failure::new(
         Code::Gone,
-        format!("tapdisk ended while it was asked: {error}"),
+        format!("tapdisk closed the connection while it was asked: {error}"),
     )
 }

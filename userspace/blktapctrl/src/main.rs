@@ -5,13 +5,15 @@ use anyhow::{bail, Context, Result};
 use blktapctrl::folder::Folder;
 use blktapctrl::host::Host;
 use blktapctrl::process::{user_in, Program};
+use blktapctrl::record::Files;
 use blktapctrl::store::Xenstore;
 use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use tokio::net::UnixListener;
@@ -100,16 +102,16 @@ async fn run(cli: &Cli) -> Result<()> {
             place.display()
         );
     }
-    let host = Host::new(folder, Box::new(nodes::Driver), program);
+    let host = Host::new(
+        folder.clone(),
+        Box::new(Files(folder)),
+        Box::new(nodes::Driver),
+        program,
+    );
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();
     adopt::disks(&host).await;
-    let path = host.folder.control();
-    folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-    let listener = UnixListener::bind(&path)
-        .with_context(|| format!("cannot listen at {}", path.display()))?;
-    std::fs::set_permissions(&path, Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot protect {}", path.display()))?;
+    let (listener, given) = listener(&host.folder.control())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     tokio::task::spawn_local(watch::keep(host.clone(), store));
@@ -122,16 +124,41 @@ async fn run(cli: &Cli) -> Result<()> {
         _ = interrupt.recv() => {}
     }
     tell_systemd(sd_notify::NotifyState::Stopping);
-    stop(cli, &host).await
+    stop(cli, &host, given).await
 }
 
-async fn stop(cli: &Cli, host: &Rc<Host>) -> Result<()> {
+/// Where tap-ctl asks: the socket that systemd listens on, so that questions wait while this program
+/// is started anew, or one of our own. True if it was given.
+fn listener(path: &Path) -> Result<(UnixListener, bool)> {
+    let stdin = std::io::stdin();
+    let given = rustix::net::sockopt::socket_acceptconn(&stdin) == Ok(true);
+    let listener = if given {
+        std::os::unix::net::UnixListener::from(stdin.as_fd().try_clone_to_owned()?)
+    } else {
+        folder::remove(path).with_context(|| format!("cannot remove {}", path.display()))?;
+        let listener = std::os::unix::net::UnixListener::bind(path)
+            .with_context(|| format!("cannot listen at {}", path.display()))?;
+        std::fs::set_permissions(path, Permissions::from_mode(0o600))
+            .with_context(|| format!("cannot protect {}", path.display()))?;
+        listener
+    };
+    listener
+        .set_nonblocking(true)
+        .context("cannot use the control socket")?;
+    let listener = UnixListener::from_std(listener).context("cannot use the control socket")?;
+    Ok((listener, given))
+}
+
+async fn stop(cli: &Cli, host: &Rc<Host>, given: bool) -> Result<()> {
     if cli.stop_all {
         host.destroy_all(host.all()).await;
     }
     let left = host.all().len();
     if left > 0 {
         tracing::info!("{left} disks go on without supervision");
+    }
+    if given {
+        return Ok(());
     }
     let path = host.folder.control();
     folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))

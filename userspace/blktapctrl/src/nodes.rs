@@ -5,6 +5,7 @@ use crate::kernel::{Kernel, Make, Node};
 use control::supervisor::{self, Poison};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use tapdev::abi::{self, Create, Info};
 use tapdev::control::{excuse, open_node, Control};
 
@@ -31,8 +32,9 @@ impl Kernel for Driver {
     fn query(&self, from: u32) -> io::Result<Option<Node>> {
         match Control::open() {
             Ok(control) => Ok(control.query(from)?.map(node)),
-            // Without the driver there are no nodes.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            // Without the driver there are no nodes. With it there may be some, though their files are
+            // not where they should be.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !is_loaded()? => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -61,6 +63,10 @@ fn poison(info: &Info) -> Option<Poison> {
         sector: info.poison_sector,
         sectors: info.poison_sectors,
     })
+}
+
+fn is_loaded() -> io::Result<bool> {
+    Path::new("/sys/module/xen_blkback_rs").try_exists()
 }
 
 fn node(info: Info) -> Node {

@@ -6,6 +6,7 @@ use crate::link::Link;
 use crate::record::Known;
 use control::tapdisk::{Reply, Request};
 use control::{Code, Failure};
+use rustix::io::Errno;
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -38,8 +39,10 @@ pub struct Process {
     pidfd: pipe::Receiver,
     /// Nothing if it is not our child.
     child: RefCell<Option<Child>>,
-    socket: RefCell<PathBuf>,
-    link: Mutex<Link>,
+    /// Nothing once it was removed: another process' may be there by then.
+    socket: RefCell<Option<PathBuf>>,
+    /// Nothing until it is asked something, and after the connection has ended.
+    link: Mutex<Option<Link>>,
     /// Its end is our wish.
     dismissed: Cell<bool>,
 }
@@ -49,7 +52,7 @@ impl Process {
     ///
     /// # Errors
     /// Says what is missing.
-    pub async fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
+    pub fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
         let listener = listen(socket)?;
         let mut command = Command::new(&program.path);
         command
@@ -78,7 +81,7 @@ impl Process {
                 return Err(failure);
             }
         };
-        match Process::meet_child(child.id(), socket).await {
+        match Process::meet_child(child.id(), socket) {
             Ok(process) => {
                 process.child.replace(Some(child));
                 Ok(process)
@@ -94,24 +97,56 @@ impl Process {
         }
     }
 
-    /// Finds the one that an earlier supervisor started. Nothing if it is gone.
+    /// Finds the one that an earlier supervisor started. Nothing if it is gone for certain.
     ///
     /// # Errors
-    /// It is there and does not listen.
-    pub async fn adopt(known: Known, socket: &Path) -> Result<Option<Process>, Failure> {
-        let gone = || Ok(None);
-        let Ok(pidfd) = open_pid(known.pid) else {
-            return gone();
+    /// It cannot be said whether it is gone.
+    pub fn adopt(known: Known, socket: &Path) -> Result<Option<Process>, Failure> {
+        let pidfd = match open_pid(known.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(unwatched(known.pid, &error)),
         };
         // The number could be another process' by now. While the descriptor is held it cannot
         // change hands again, and the time of its start tells.
-        if !started(known.pid).is_ok_and(|started| started == known.started) {
-            return gone();
+        match started(known.pid) {
+            Ok(started) if started == known.started => {
+                Process::meet(known, pidfd, socket).map(Some)
+            }
+            Ok(_) => Ok(None),
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) => Err(unwatched(known.pid, &error)),
         }
-        Process::meet(known, pidfd, socket).await.map(Some)
     }
 
-    async fn meet(known: Known, pidfd: OwnedFd, socket: &Path) -> Result<Process, Failure> {
+    /// Finds the one that listens at a socket, whoever it is. Nothing if nobody does.
+    ///
+    /// # Errors
+    /// Somebody does, and does not say who.
+    pub async fn find(socket: &Path, limit: Duration) -> Result<Option<Process>, Failure> {
+        let mut link = match Link::connect(socket).await {
+            Ok(link) => link,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => {
+                return Err(Failure::system(
+                    format!("cannot connect to {}", socket.display()),
+                    &error,
+                ))
+            }
+        };
+        let pid = match link.ask(&Request::Ping, &[], limit).await {
+            Ok(Reply::Process(process)) => process.pid,
+            Ok(reply) => return Err(crate::host::unexpected(&reply)),
+            Err(failure) => return Err(failure),
+        };
+        let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
+        let started = started(pid).map_err(|error| unwatched(pid, &error))?;
+        let process = Process::meet(Known { pid, started }, pidfd, socket)?;
+        *process.link.lock().await = Some(link);
+        Ok(Some(process))
+    }
+
+    fn meet(known: Known, pidfd: OwnedFd, socket: &Path) -> Result<Process, Failure> {
         let pidfd = pipe::Receiver::from_owned_fd_unchecked(pidfd)
             .map_err(|error| unwatched(known.pid, &error))?;
         Ok(Process {
@@ -119,17 +154,17 @@ impl Process {
             since: Instant::now(),
             pidfd,
             child: RefCell::new(None),
-            socket: RefCell::new(socket.into()),
-            link: Mutex::new(Link::connect(socket).await?),
+            socket: RefCell::new(Some(socket.into())),
+            link: Mutex::new(None),
             dismissed: Cell::new(false),
         })
     }
 
     /// A child of ours that was just started: its number cannot be another process'.
-    async fn meet_child(pid: u32, socket: &Path) -> Result<Process, Failure> {
+    fn meet_child(pid: u32, socket: &Path) -> Result<Process, Failure> {
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
         let started = started(pid).map_err(|error| unwatched(pid, &error))?;
-        Process::meet(Known { pid, started }, pidfd, socket).await
+        Process::meet(Known { pid, started }, pidfd, socket)
     }
 
     /// Its number.
@@ -155,8 +190,10 @@ impl Process {
     /// # Errors
     /// It does not listen any more.
     pub async fn another_link(&self) -> Result<Link, Failure> {
-        let socket = self.socket.borrow().clone();
-        Link::connect(&socket).await
+        let socket = self.socket.borrow().clone().unwrap_or_default();
+        Link::connect(&socket).await.map_err(|error| {
+            Failure::system(format!("cannot connect to {}", socket.display()), &error)
+        })
     }
 
     /// Since we know it.
@@ -179,8 +216,16 @@ impl Process {
     /// Waits until it has ended, and says how in words that follow its name. May be waited for by
     /// several at once.
     pub async fn ended(&self) -> String {
-        if let Err(error) = self.pidfd.readable().await {
-            return format!("cannot be watched any more: {error}");
+        let mut complained = false;
+        while let Err(error) = self.pidfd.readable().await {
+            // It has not ended by that.
+            if self.has_ended() {
+                break;
+            }
+            if !std::mem::replace(&mut complained, true) {
+                tracing::error!("tapdisk {} is looked at now and then: {error}", self.pid());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let status = match &mut *self.child.borrow_mut() {
             // Waiting does not block any more, and gives the same answer each time.
@@ -209,10 +254,20 @@ impl Process {
         poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
+    /// It has ended, which is why it could not be asked. The kernel closes its connections a moment
+    /// before it counts as ended.
+    pub async fn has_died(&self, failure: &Failure) -> bool {
+        if failure.code == Code::Gone {
+            let moment = Duration::from_secs(1);
+            return tokio::time::timeout(moment, self.ended()).await.is_ok();
+        }
+        self.has_ended()
+    }
+
     /// Kills it. It has not ended when this returns.
     pub fn kill(&self) {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => tracing::error!("cannot kill tapdisk {}: {error}", self.pid()),
         }
     }
@@ -236,10 +291,24 @@ impl Process {
                 ),
             )
         };
-        let mut link = tokio::time::timeout(limit, self.link.lock())
+        let mut place = tokio::time::timeout(limit, self.link.lock())
             .await
             .map_err(|_| late())?;
-        link.ask(question, fds, limit).await
+        let mut link = match place.take() {
+            Some(link) => link,
+            None => {
+                let socket = self.socket.borrow().clone().unwrap_or_default();
+                Link::connect(&socket).await.map_err(|error| {
+                    let what = format!("cannot ask tapdisk {}", self.pid());
+                    Failure::new(Code::Gone, format!("{what}: {error}"))
+                })?
+            }
+        };
+        let answer = link.ask(question, fds, limit).await;
+        if link.is_whole() {
+            *place = Some(link);
+        }
+        answer
     }
 
     /// Ends it: it may finish what it has, for at most `patience`; then it is killed. Returns when
@@ -279,18 +348,20 @@ impl Process {
     /// The system refuses to.
     pub fn rename_socket(&self, to: &Path) -> Result<(), Failure> {
         let mut socket = self.socket.borrow_mut();
-        if *socket != to {
-            fs::rename(&*socket, to).map_err(|error| {
+        if let Some(from) = socket.as_deref().filter(|from| *from != to) {
+            fs::rename(from, to).map_err(|error| {
                 Failure::system(format!("cannot make {}", to.display()), &error)
             })?;
-            *socket = to.into();
+            *socket = Some(to.into());
         }
         Ok(())
     }
 
-    /// Removes its socket.
+    /// Removes its socket, once.
     pub fn tidy(&self) {
-        tidy(&self.socket.borrow());
+        if let Some(socket) = self.socket.take() {
+            tidy(&socket);
+        }
     }
 
     /// Bytes in memory that are its own: without the arena and the text of the program.
@@ -328,6 +399,13 @@ fn tidy(socket: &Path) {
 
 fn unwatched(pid: u32, error: &io::Error) -> Failure {
     Failure::system(format!("cannot watch tapdisk {pid}"), error)
+}
+
+/// There is no such process, or nobody listens. Any other error says nothing about that.
+fn is_gone(error: &io::Error) -> bool {
+    let gone = [Errno::SRCH, Errno::NOENT, Errno::CONNREFUSED];
+    gone.iter()
+        .any(|gone| error.raw_os_error() == Some(gone.raw_os_error()))
 }
 
 fn open_pid(pid: u32) -> io::Result<OwnedFd> {
@@ -396,19 +474,20 @@ mod tests {
     #[test]
     fn another_process_with_the_same_number_is_not_taken_over() {
         let pid = std::process::id();
-        let known = |started| Known { pid, started };
-        let adopt = |known| {
+        let adopt = |pid, started| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
-                .build();
-            // Nobody listens there: who gets so far fails.
-            runtime
-                .expect("a runtime")
-                .block_on(Process::adopt(known, Path::new("/nonexistent/socket")))
+                .build()
+                .expect("a runtime");
+            let _inside = runtime.enter();
+            let socket = Path::new("/nonexistent/socket");
+            Process::adopt(Known { pid, started }, socket).expect("it can be said")
         };
         let ours = started(pid).expect("we run");
-        assert!(adopt(known(ours - 1)).expect("no attempt").is_none());
-        assert!(adopt(known(ours)).is_err());
+        assert!(adopt(pid, ours - 1).is_none());
+        assert!(adopt(u32::MAX >> 1, ours).is_none());
+        // That nobody listens there does not mean that it is gone.
+        assert!(adopt(pid, ours).is_some());
     }
 
     #[test]

@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is written down of each disk, for the next supervisor and for people.
 
+use crate::folder::{self, Folder};
 use crate::sharing::Identity;
-use control::supervisor::{Mode, Policy};
+use control::supervisor::{Doing, Mode, Policy};
 use control::tapdisk::Open;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Version of the files.
+/// Version of the files. Who reads one with a higher number may misunderstand it; a field that may be
+/// passed over does not raise it.
 const VERSION: u32 = 1;
 
 /// What the supervisor wants of a disk.
@@ -35,6 +38,20 @@ pub struct Known {
     pub started: u64,
 }
 
+/// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Next {
+    /// What is to be served.
+    pub open: Open,
+    /// What its image is.
+    pub identity: Option<Identity>,
+    /// When that was made.
+    #[serde(default)]
+    pub born: Option<u64>,
+    /// Requests that had been answered before: if there are more, it has been served.
+    pub committed: u64,
+}
+
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -46,6 +63,10 @@ pub struct Record {
     pub open: Option<Open>,
     /// What its image is.
     pub identity: Option<Identity>,
+    /// When its image was made, in nanoseconds since 1970: the number of a file is used again. Nothing
+    /// if its file system does not know.
+    #[serde(default)]
+    pub born: Option<u64>,
     /// Who may share the image.
     pub mode: Mode,
     /// What to do when things go wrong.
@@ -56,6 +77,12 @@ pub struct Record {
     pub nbd: bool,
     /// What is wanted.
     pub want: Want,
+    /// What has begun and is not done: whoever finds this finishes it.
+    #[serde(default)]
+    pub doing: Option<Doing>,
+    /// What an unpause leads to, if that is another image.
+    #[serde(default)]
+    pub next: Option<Next>,
     /// Its process.
     pub process: Option<Known>,
     /// How often the process was replaced.
@@ -63,6 +90,9 @@ pub struct Record {
     /// Requests that failed because processes died of them, of which was told.
     #[serde(default)]
     pub poisoned: u32,
+    /// What a newer supervisor wrote, which finds it again.
+    #[serde(flatten)]
+    other: Map<String, Value>,
 }
 
 impl Record {
@@ -74,48 +104,168 @@ impl Record {
             minor,
             open: None,
             identity: None,
+            born: None,
             mode: Mode::default(),
             policy,
             vbd: None,
             nbd: false,
             want: Want::Idle,
+            doing: None,
+            next: None,
             process: None,
             restarts: 0,
             poisoned: 0,
+            other: Map::new(),
         }
     }
 
     /// Writes it: after a crash at any time there is the old or the new one.
     ///
     /// # Errors
-    /// The system refuses to.
+    /// The system refuses to; the old one is still there.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let beside = path.with_extension("new");
+        let written = self
+            .write_to(&beside)
+            .and_then(|()| fs::rename(&beside, path));
+        if written.is_err() {
+            // What is there of it takes room, which may be what is missing.
+            let _ = folder::remove(&beside);
+        }
+        written
+    }
+
+    fn write_to(&self, path: &Path) -> io::Result<()> {
         let mut file = File::options()
             .create(true)
             .write(true)
             .truncate(true)
             .mode(0o600)
-            .open(&beside)?;
+            .open(path)?;
         let mut text = serde_json::to_vec_pretty(self)?;
         text.push(b'\n');
-        file.write_all(&text)?;
-        fs::rename(&beside, path)
+        file.write_all(&text)
     }
 
     /// Reads one.
     ///
     /// # Errors
     /// The system refuses to, or it is none of this version.
-    pub fn read(path: &Path) -> io::Result<Record> {
-        let record: Record = serde_json::from_slice(&fs::read(path)?)?;
-        if record.version != VERSION {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("it has the version {}, not {VERSION}", record.version),
-            ));
+    pub fn read(path: &Path) -> Result<Record, Unread> {
+        Record::parse(path, fs::read(path))
+    }
+
+    fn parse(path: &Path, bytes: io::Result<Vec<u8>>) -> Result<Record, Unread> {
+        let named = || {
+            let stem = path.file_stem()?.to_str()?;
+            stem.parse::<u32>().ok()
+        };
+        let unread = |why: String, value: Value| Unread {
+            minor: named(),
+            why: format!("{} is not understood: {why}", path.display()),
+            peek: Box::new(Peek::of(&value)),
+        };
+        let bytes = bytes.map_err(|error| unread(error.to_string(), Value::Null))?;
+        let value: Value = serde_json::from_slice(&bytes)
+            .map_err(|error| unread(error.to_string(), Value::Null))?;
+        let version = value.get("version").and_then(Value::as_u64);
+        if version.is_some_and(|version| version > VERSION.into()) {
+            let why = "a newer blktapctrl wrote it: install that one again".into();
+            return Err(unread(why, value));
         }
-        Ok(record)
+        match serde_json::from_value::<Record>(value.clone()) {
+            Ok(record) if Some(record.minor) == named() => Ok(record),
+            Ok(record) => Err(unread(format!("it is of disk {}", record.minor), value)),
+            Err(error) => Err(unread(error.to_string(), value)),
+        }
+    }
+}
+
+/// A record that is not understood.
+#[derive(Clone, Debug)]
+pub struct Unread {
+    /// The disk that its name says.
+    pub minor: Option<u32>,
+    /// Why.
+    pub why: String,
+    /// What can be understood of it.
+    pub peek: Box<Peek>,
+}
+
+/// What can be understood of a record that as a whole cannot.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Peek {
+    /// As in a record.
+    pub open: Option<Open>,
+    /// As in a record.
+    pub identity: Option<Identity>,
+    /// As in a record.
+    pub mode: Option<Mode>,
+    /// As in a record.
+    pub policy: Option<Policy>,
+    /// As in a record.
+    pub vbd: Option<String>,
+    /// As in a record.
+    pub process: Option<Known>,
+}
+
+impl Peek {
+    fn of(value: &Value) -> Peek {
+        fn field<T: serde::de::DeserializeOwned>(value: &Value, name: &str) -> Option<T> {
+            serde_json::from_value(value.get(name)?.clone()).ok()
+        }
+        Peek {
+            open: field(value, "open"),
+            identity: field(value, "identity"),
+            mode: field(value, "mode"),
+            policy: field(value, "policy"),
+            vbd: field(value, "vbd"),
+            process: field(value, "process"),
+        }
+    }
+}
+
+/// Where records are. Behind a trait so that a test can let it fail.
+pub trait Records {
+    /// Writes the record of a disk.
+    ///
+    /// # Errors
+    /// It cannot be; the earlier one is still there.
+    fn write(&self, record: &Record) -> io::Result<()>;
+
+    /// Removes the record of a disk; success if there is none.
+    ///
+    /// # Errors
+    /// It cannot be.
+    fn remove(&self, minor: u32) -> io::Result<()>;
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// It cannot be said which there are.
+    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>>;
+}
+
+/// Records as files of the folder.
+#[derive(Clone, Debug)]
+pub struct Files(pub Folder);
+
+impl Records for Files {
+    fn write(&self, record: &Record) -> io::Result<()> {
+        record.write(&self.0.disk(record.minor))
+    }
+
+    fn remove(&self, minor: u32) -> io::Result<()> {
+        folder::remove(&self.0.disk(minor))
+    }
+
+    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>> {
+        let files = folder::files(&self.0.disks(), "json")?;
+        Ok(files
+            .iter()
+            .map(|path: &PathBuf| Record::read(path))
+            .collect())
     }
 }
 
@@ -125,10 +275,11 @@ mod tests {
     use crate::sharing::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
+    use serde_json::Value;
+    use std::fs;
+    use std::path::PathBuf;
 
-    #[test]
-    fn record_comes_back_as_it_was() {
-        let path = std::env::temp_dir().join(format!("record-{}.json", std::process::id()));
+    fn sample() -> Record {
         let mut record = Record::new(7, Policy::default());
         record.open = Some(Open::new("aio:/srv/a.img".parse().expect("a target")));
         record.identity = Some(Identity::File { dev: 3, ino: 9 });
@@ -139,14 +290,68 @@ mod tests {
             pid: 12,
             started: 345,
         });
+        record
+    }
+
+    fn place(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("record-{}-{name}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        folder.join("7.json")
+    }
+
+    #[test]
+    fn record_comes_back_as_it_was() {
+        let path = place("same");
+        let record = sample();
         record.write(&path).expect("write");
         assert_eq!(Record::read(&path).expect("read"), record);
-        std::fs::write(&path, "{\"version\":1}").expect("write");
+        fs::write(&path, "{\"version\":1}").expect("write");
         assert!(Record::read(&path).is_err());
-        record.version = 2;
+        fs::rename(&path, path.with_file_name("8.json")).expect("rename");
+        record.write(&path.with_file_name("8.json")).expect("write");
+        let unread = Record::read(&path.with_file_name("8.json")).expect_err("of another disk");
+        assert!(unread.why.contains("it is of disk 7"), "{}", unread.why);
+        fs::remove_dir_all(path.parent().expect("a folder")).expect("remove");
+    }
+
+    #[test]
+    fn what_a_newer_supervisor_wrote_is_kept_or_left_alone() {
+        let path = place("newer");
+        let mut value = serde_json::to_value(sample()).expect("json");
+        value["colour"] = "green".into();
+        fs::write(&path, value.to_string()).expect("write");
+        let mut record = Record::read(&path).expect("a field that may be passed over");
+        record.restarts = 5;
         record.write(&path).expect("write");
-        let error = Record::read(&path).expect_err("another version");
-        assert!(error.to_string().contains("version 2"), "{error}");
-        std::fs::remove_file(path).expect("remove");
+        let text = fs::read(&path).expect("read");
+        let again: Value = serde_json::from_slice(&text).expect("json");
+        assert_eq!(again["colour"], "green");
+        assert_eq!(again["restarts"], 5);
+        value["version"] = 2.into();
+        value["policy"] = "strict".into();
+        fs::write(&path, value.to_string()).expect("write");
+        let unread = Record::read(&path).expect_err("another version");
+        assert!(unread.why.contains("newer blktapctrl"), "{}", unread.why);
+        assert_eq!(unread.minor, Some(7));
+        assert_eq!(unread.peek.vbd.as_deref(), Some("backend/vbd/3/51712"));
+        assert_eq!(
+            unread.peek.identity,
+            Some(Identity::File { dev: 3, ino: 9 })
+        );
+        assert_eq!(unread.peek.policy, None);
+        fs::remove_dir_all(path.parent().expect("a folder")).expect("remove");
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_leaves_the_old_one() {
+        let path = place("full");
+        let mut record = sample();
+        record.write(&path).expect("write");
+        // In the way of the file beside it.
+        fs::create_dir(path.with_extension("new")).expect("a folder");
+        record.restarts = 5;
+        assert!(record.write(&path).is_err());
+        assert_eq!(Record::read(&path).expect("read"), sample());
+        fs::remove_dir_all(path.parent().expect("a folder")).expect("remove");
     }
 }

@@ -8,8 +8,9 @@
 //! | `r!`, `w!` | never: whoever says so coordinates the users himself |
 //!
 //! A virtual machine may use an image twice, because a guest and the stub domain that runs its
-//! devices both do. Not seen: a partition beside its whole disk, layers of device mapper, other
-//! hosts.
+//! devices both do. What dom0's kernel has for itself (a swap area, a part of an array or of a volume
+//! group, a device that is claimed in any other way) is refused but for `r!` and `w!`. Not seen: a
+//! guest's partition beside another guest's whole disk, other hosts.
 
 use control::supervisor::Mode;
 use std::collections::BTreeSet;
@@ -105,6 +106,42 @@ pub fn check(
     }
 }
 
+/// Decides whether an image may be used that dom0's kernel itself uses, other than by a mount.
+///
+/// # Errors
+/// Says what for, and how to use it all the same.
+pub fn check_claims(mode: Mode, claims: &[String]) -> Result<(), String> {
+    match claims.first() {
+        Some(claim) if !mode.is_shared() => Err(format!(
+            "{claim} in dom0: take it out of that first, or use the mode {mode}!"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The same of a device that the kernel has promised to somebody whom nothing else shows.
+///
+/// # Errors
+/// The same.
+pub fn check_promised(mode: Mode, promised: bool) -> Result<(), String> {
+    if promised && !mode.is_shared() {
+        return Err(format!(
+            "something in dom0 has claimed it for itself (see lsblk and fuser): end that, or use the mode {mode}!"
+        ));
+    }
+    Ok(())
+}
+
+/// Some user or mount is known that uses the image.
+#[must_use]
+pub fn is_used(images: &[Identity], others: &[User], mounts: &[Mount]) -> bool {
+    let mounted = |mount: &Mount| images.contains(&Identity::Device { rdev: mount.rdev });
+    mounts.iter().any(mounted)
+        || others
+            .iter()
+            .any(|user| user.images.iter().any(|image| images.contains(image)))
+}
+
 /// Some of `others`, who may use the image, write it or will see it written: a lock on the image that
 /// keeps everybody else out would keep one of the two out.
 #[must_use]
@@ -117,7 +154,9 @@ pub fn is_beside(images: &[Identity], mode: Mode, others: &[User]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{check, is_beside, Identity, Machines, Mode, Mount, User};
+    use super::{
+        check, check_claims, check_promised, is_beside, Identity, Machines, Mode, Mount, User,
+    };
 
     const IMAGE: Identity = Identity::File { dev: 1, ino: 7 };
     const DEVICE: Identity = Identity::Device { rdev: 0x0701 };
@@ -215,6 +254,20 @@ mod tests {
         assert!(check(&both, mode("r"), &none, &[], &mount(true)).is_err());
         assert!(check(&both, mode("w!"), &none, &[], &mount(true)).is_ok());
         assert!(check(&[IMAGE], mode("w"), &none, &[], &mount(true)).is_ok());
+    }
+
+    #[test]
+    fn what_the_kernel_has_for_itself_is_not_free() {
+        let claims = ["it is a swap area".to_owned()];
+        for wanted in ["r", "w"] {
+            let error = check_claims(mode(wanted), &claims).expect_err("claimed");
+            assert!(error.contains("swap") && error.contains('!'), "{error}");
+            assert!(check_promised(mode(wanted), true).is_err());
+            assert!(check_promised(mode(wanted), false).is_ok());
+            assert!(check_claims(mode(wanted), &[]).is_ok());
+        }
+        assert!(check_claims(mode("w!"), &claims).is_ok());
+        assert!(check_promised(mode("r!"), true).is_ok());
     }
 
     #[test]

@@ -2,17 +2,19 @@
 //! What tap-ctl can ask for.
 
 use crate::disk::{Disk, Fate};
-use crate::host::{identity_of, image_of, unexpected, Host};
+use crate::host::{image_of, unexpected, Host, SOON};
 use crate::kernel::{self, Make};
+use crate::life::{beside_others, with_mode};
 use crate::memory;
 use crate::process::Process;
 use crate::record::{Record, Want};
 use crate::store::{directory, relative};
+use crate::unknown::Unknown;
 use control::supervisor::{
-    Allocate, Create, Filter, Mode, Reply, Request, Row, TopRow, What, Which,
+    Allocate, Check, Create, Doing, Filter, Mode, Reply, Request, Row, TopRow, What, Which,
 };
 use control::tapdisk::{self, Open, State};
-use control::{Code, Failure, Target};
+use control::{Code, Failure};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
@@ -20,26 +22,10 @@ use std::time::Duration;
 
 /// How long a tapdisk may take to tell what it counted, in a display of all of them.
 const GLANCE: Duration = Duration::from_secs(1);
-/// The same where it is the only one that is asked.
-const SOON: Duration = Duration::from_secs(10);
 
 /// The limit of an asker in seconds; 0 is the usual one.
 fn limit(seconds: u32) -> Duration {
     Duration::from_secs(if seconds == 0 { 120 } else { seconds.into() })
-}
-
-/// A mode decides what a tapdisk may do.
-fn with_mode(mut open: Open, mode: Mode) -> Open {
-    open.read_only = mode.is_read_only();
-    open.shared = mode.is_shared();
-    open.whole_blocks = mode.is_shared() && !mode.is_read_only();
-    open
-}
-
-/// As a guest and its stub domain do.
-fn beside_others(mut open: Open, beside: bool) -> Open {
-    open.shared |= beside;
-    open
 }
 
 impl Host {
@@ -59,26 +45,48 @@ impl Host {
             Request::Free { minor } => self.free(minor).await,
             Request::Spawn => self
                 .spawn()
-                .await
                 .map(|process| Reply::Pid { pid: process.pid() }),
             Request::Attach(which) => self.attach_idle(&which).await,
             Request::Detach(which) => self.detach(&which).await,
-            Request::Open { which, open, mode } => self.open(&which, open, mode).await,
+            Request::Open { which, open, mode } => {
+                let disk = self.find(&which)?;
+                let _turn = disk.turn().await?;
+                self.open(&disk, open, mode).await.map(Reply::Opened)
+            }
             Request::Close {
                 which,
                 force,
                 timeout_s,
-            } => self.close(&which, force, limit(timeout_s)).await,
-            Request::Pause { which, timeout_s } => self.pause(&which, limit(timeout_s)).await,
+            } => {
+                let disk = self.find(&which)?;
+                let _turn = disk.turn().await?;
+                let closed = self.close(&disk, force, limit(timeout_s)).await;
+                closed.map(|()| Reply::Done)
+            }
+            Request::Pause { which, timeout_s } => {
+                let disk = self.find(&which)?;
+                let _turn = disk.turn().await?;
+                let paused = self.pause(&disk, limit(timeout_s)).await;
+                paused.map(|()| Reply::Done)
+            }
             Request::Unpause {
                 which,
                 target,
                 may_shrink,
-            } => self.unpause(&which, target, may_shrink).await,
+            } => {
+                let disk = self.find(&which)?;
+                let _turn = disk.turn().await?;
+                self.unpause(&disk, target, may_shrink)
+                    .await
+                    .map(Reply::Opened)
+            }
             Request::Resize(which) => self.resize(&which).await,
             Request::Stats(which) => self.stats(&which).await,
             Request::Create(create) => self.create(*create).await,
             Request::Destroy { which, timeout_s } => self.end(&which, timeout_s).await,
+            Request::Adopt { minor } => self.adopt(minor).await.map(|()| Reply::Done),
+            Request::Forget { minor } => self.forget(minor).map(|()| Reply::Done),
+            Request::Check(check) => self.check(check).await,
             Request::Top => self.top().await,
             Request::Subscribe { .. } => Err(Failure::invalid("subscribing is done once")),
         }
@@ -95,7 +103,11 @@ impl Host {
         let mut from = 0;
         while let Some(node) = self.node_from(from)? {
             let known = self.disks.borrow().get(&node.minor).map(|disk| disk.row());
-            let mut row = known.unwrap_or_else(|| empty_row(Some(node.minor), None));
+            let unknown = || self.unknown.borrow().get(&node.minor).map(Unknown::row);
+            let mut row = known.or_else(unknown).unwrap_or_else(|| Row {
+                unknown: Some("nothing is written down of it".into()),
+                ..empty_row(Some(node.minor), None)
+            });
             row.kernel = Some(node.status);
             rows.insert(node.minor, row);
             let Some(next) = node.minor.checked_add(1) else {
@@ -105,6 +117,9 @@ impl Host {
         }
         for disk in self.all() {
             rows.entry(disk.minor).or_insert_with(|| disk.row());
+        }
+        for (minor, disk) in &*self.unknown.borrow() {
+            rows.entry(*minor).or_insert_with(|| disk.row());
         }
         let idle = self.idle.borrow();
         let idle = idle.keys().map(|pid| empty_row(None, Some(*pid)));
@@ -130,42 +145,73 @@ impl Host {
     }
 
     fn allocate(&self, allocate: &Allocate) -> Result<Reply, Failure> {
-        let mut record = Record::new(0, allocate.policy.clone());
-        let disk = self.make_node(&mut record, allocate.minor, allocate.arena_kib)?;
-        self.note(&disk);
+        let record = Record::new(0, allocate.policy.clone());
+        let disk = self.make_node(record, allocate.minor, allocate.arena_kib)?;
         self.events
             .add(Some(disk.minor), What::Created { target: None });
         Ok(Reply::Minor { minor: disk.minor })
     }
 
-    /// Makes a node and the disk on it.
+    /// Makes a node and the disk on it. It is written down first: a node that nobody knows would stay.
     fn make_node(
         &self,
-        record: &mut Record,
+        mut record: Record,
         minor: Option<u32>,
         arena_kib: u32,
     ) -> Result<Rc<Disk>, Failure> {
-        let make = Make {
-            minor,
-            arena_kib,
-            fail_after_s: record.policy.fail_after_s,
-            max_deaths: record.policy.max_deaths,
-        };
-        record.minor = self.kernel.create(make).map_err(|error| match minor {
-            _ if error.kind() == io::ErrorKind::NotFound => Failure::new(
-                Code::System,
-                "the driver is not loaded, or is an old one: modprobe xen-blkback-rs",
-            ),
-            Some(minor) => Failure::system(format!("cannot make the tap disk {minor}"), &error),
-            None => Failure::system("cannot make a tap disk", &error),
-        })?;
-        // What an earlier disk of that number may have left is not for this one.
-        if let Err(error) = memory::remove(&self.folder, record.minor) {
-            tracing::error!("cannot remove the memory of disk {}: {error}", record.minor);
+        let mut from = 0;
+        loop {
+            record.minor = match minor {
+                Some(minor) => minor,
+                None => self.free_minor(from)?,
+            };
+            self.check_unknown(record.minor)?;
+            if self.disks.borrow().contains_key(&record.minor) {
+                let message = format!("there is a disk {} already", record.minor);
+                return Err(Failure::new(Code::Exists, message));
+            }
+            // What an earlier disk of that number may have left is not for this one.
+            if let Err(error) = memory::remove(&self.folder, record.minor) {
+                tracing::error!("cannot remove the memory of disk {}: {error}", record.minor);
+            }
+            let disk = Disk::new(record.clone());
+            self.change(&disk, |_| {})?;
+            let make = Make {
+                minor: Some(record.minor),
+                arena_kib,
+                fail_after_s: record.policy.fail_after_s,
+                max_deaths: record.policy.max_deaths,
+            };
+            let error = match self.kernel.create(make) {
+                Ok(_) => {
+                    self.disks.borrow_mut().insert(disk.minor, disk.clone());
+                    return Ok(disk);
+                }
+                Err(error) => error,
+            };
+            if let Err(error) = self.records.remove(record.minor) {
+                tracing::error!("cannot remove the record of disk {}: {error}", record.minor);
+            }
+            // Somebody else makes nodes, too.
+            if minor.is_some() || error.kind() != io::ErrorKind::AlreadyExists {
+                return Err(unmade(record.minor, &error));
+            }
+            from = record.minor.saturating_add(1);
         }
-        let disk = Disk::new(record.clone());
-        self.disks.borrow_mut().insert(disk.minor, disk.clone());
-        Ok(disk)
+    }
+
+    /// A number for a new disk: of no node, no disk, and of nothing that is written down.
+    fn free_minor(&self, mut from: u32) -> Result<u32, Failure> {
+        loop {
+            let minor = kernel::free_minor(&*self.kernel, from).map_err(|error| {
+                Failure::system("cannot ask the kernel for its tap disks", &error)
+            })?;
+            let ours = self.disks.borrow().contains_key(&minor);
+            if !ours && !self.unknown.borrow().contains_key(&minor) {
+                return Ok(minor);
+            }
+            from = minor.saturating_add(1);
+        }
     }
 
     async fn free(self: &Rc<Self>, minor: u32) -> Result<Reply, Failure> {
@@ -175,6 +221,7 @@ impl Host {
         };
         let disk = match self.find(&which) {
             Err(failure) if failure.code == Code::NotFound => {
+                self.check_unknown(minor)?;
                 return self.free_unknown(minor).map(|()| Reply::Done);
             }
             disk => disk?,
@@ -243,162 +290,6 @@ impl Host {
         Ok(Reply::Done)
     }
 
-    async fn open(
-        self: &Rc<Self>,
-        which: &Which,
-        open: Open,
-        mode: Mode,
-    ) -> Result<Reply, Failure> {
-        let disk = self.find(which)?;
-        let _turn = disk.turn().await?;
-        if disk.record.borrow().want != Want::Idle {
-            return Err(Failure::new(
-                Code::State,
-                format!(
-                    "disk {} is open already: pause and unpause it with another image",
-                    disk.minor
-                ),
-            ));
-        }
-        self.take_image(&disk, with_mode(open, mode), mode).await?;
-        let served = disk.unless_doomed(self.serve(&disk)).await;
-        match self.or_give_up(&disk, served).await {
-            Ok(what) => {
-                disk.record.borrow_mut().want = Want::Served;
-                self.note(&disk);
-                Ok(Reply::Opened(what))
-            }
-            Err(failure) => {
-                self.drop_image(&disk);
-                Err(failure)
-            }
-        }
-    }
-
-    /// Makes an image that of a disk, if nobody else has it.
-    async fn take_image(&self, disk: &Disk, open: Open, mode: Mode) -> Result<(), Failure> {
-        let image = image_of(&open).await?;
-        let vbd = disk.record.borrow().vbd.clone();
-        let taken = image.clone();
-        self.admit(
-            image.as_deref(),
-            mode,
-            vbd.as_deref(),
-            Some(disk.minor),
-            |beside| {
-                let mut record = disk.record.borrow_mut();
-                record.identity = identity_of(taken.as_ref());
-                record.open = Some(beside_others(open, beside));
-                record.mode = mode;
-                disk.image.replace(taken);
-                Ok(())
-            },
-        )
-        .await?;
-        self.note(disk);
-        self.prepare_memory(disk)
-    }
-
-    fn drop_image(&self, disk: &Disk) {
-        let mut record = disk.record.borrow_mut();
-        (record.identity, record.open, record.want) = (None, None, Want::Idle);
-        drop(record);
-        disk.image.replace(None);
-        disk.serves.replace(None);
-        self.note(disk);
-    }
-
-    async fn close(
-        self: &Rc<Self>,
-        which: &Which,
-        force: bool,
-        limit: Duration,
-    ) -> Result<Reply, Failure> {
-        let disk = self.find(which)?;
-        let _turn = disk.turn().await?;
-        if let Ok(process) = disk.serving() {
-            let question = tapdisk::Request::Close;
-            match disk.unless_doomed(process.ask(&question, &[], limit)).await {
-                Ok(_) => disk.attached.set(false),
-                Err(_) if force || process.has_ended() => self.give_up_process(&disk).await,
-                Err(failure) => return Err(failure),
-            }
-        }
-        self.drop_image(&disk);
-        Ok(Reply::Done)
-    }
-
-    async fn pause(self: &Rc<Self>, which: &Which, limit: Duration) -> Result<Reply, Failure> {
-        let disk = self.find(which)?;
-        let _turn = disk.turn().await?;
-        match disk.record.borrow().want {
-            Want::Paused => return Ok(Reply::Done),
-            Want::Idle => disk.open().map(drop)?,
-            Want::Served => {}
-        }
-        // From now on a process that dies is not replaced: nothing is to be served.
-        disk.record.borrow_mut().want = Want::Paused;
-        self.note(&disk);
-        if let Ok(process) = disk.serving() {
-            let question = tapdisk::Request::Pause;
-            let asked = disk.unless_doomed(process.ask(&question, &[], limit)).await;
-            match asked {
-                Ok(_) => {}
-                // Dead is paused too: what it had waits in the kernel.
-                Err(_) if process.has_ended() => {}
-                Err(failure) => {
-                    // It may pause later, when its storage answers: unpausing works in any case.
-                    return Err(failure);
-                }
-            }
-        }
-        disk.serves.replace(None);
-        self.events.add(Some(disk.minor), What::Paused);
-        Ok(Reply::Done)
-    }
-
-    async fn unpause(
-        self: &Rc<Self>,
-        which: &Which,
-        target: Option<Target>,
-        may_shrink: bool,
-    ) -> Result<Reply, Failure> {
-        let disk = self.find(which)?;
-        let _turn = disk.turn().await?;
-        if disk.record.borrow().want != Want::Paused {
-            return Err(Failure::new(
-                Code::State,
-                format!("disk {} is not paused", disk.minor),
-            ));
-        }
-        let mut open = disk.open()?;
-        if let Some(target) = target {
-            open.target = target;
-            let mode = disk.record.borrow().mode;
-            self.take_image(&disk, with_mode(open, mode), mode).await?;
-            open = disk.open()?;
-        }
-        open.may_shrink = may_shrink;
-        disk.allow_shrinking(may_shrink);
-        let attached = disk.attached.get().then(|| disk.serving().ok()).flatten();
-        let served = disk
-            .unless_doomed(async {
-                match attached {
-                    Some(process) => {
-                        let question = tapdisk::Request::Unpause;
-                        self.open_with(&disk, &process, open, question).await
-                    }
-                    None => self.serve(&disk).await,
-                }
-            })
-            .await?;
-        disk.allow_shrinking(false);
-        disk.record.borrow_mut().want = Want::Served;
-        self.note(&disk);
-        self.events.add(Some(disk.minor), What::Unpaused);
-        Ok(Reply::Opened(served))
-    }
-
     async fn resize(self: &Rc<Self>, which: &Which) -> Result<Reply, Failure> {
         let disk = self.find(which)?;
         let _turn = disk.turn().await?;
@@ -425,51 +316,111 @@ impl Host {
             self.check_directory(vbd).await?;
         }
         let open = with_mode(create.open, create.mode);
+        if let Some(disk) = self.made_before(vbd.as_deref(), &open, create.mode) {
+            return match create.no_wait {
+                true => Ok(Reply::Minor { minor: disk.minor }),
+                false => self.start(&disk).await,
+            };
+        }
         let image = image_of(&open).await?;
         let mut record = Record::new(0, create.policy);
-        record.identity = identity_of(image.as_ref());
+        record.identity = image.as_ref().map(|image| image.identity());
+        record.born = image.as_ref().and_then(|image| image.born());
         record.mode = create.mode;
         record.vbd.clone_from(&vbd);
         record.nbd = create.nbd;
+        record.doing = Some(Doing::Create);
+        let target = Some(open.target.clone());
         let work = |beside| {
-            record.open = Some(beside_others(open.clone(), beside));
-            self.make_node(&mut record, create.minor, create.arena_kib)
+            record.open = Some(beside_others(open, beside));
+            self.make_node(record, create.minor, create.arena_kib)
         };
         let disk = self
-            .admit(image.as_deref(), create.mode, vbd.as_deref(), None, work)
+            .admit(image.as_ref(), create.mode, vbd.as_deref(), None, work)
             .await?;
         disk.image.replace(image);
-        self.note(&disk);
-        let target = Some(open.target);
         self.events.add(Some(disk.minor), What::Created { target });
-        match self.start(&disk).await {
-            Ok((pid, what)) => Ok(Reply::Created {
-                minor: disk.minor,
-                pid,
-                disk: what,
-            }),
-            Err(failure) => {
-                if let Err(also) = self.destroy(&disk).await {
-                    tracing::error!("{also}");
-                }
-                Err(failure)
-            }
+        let started = {
+            let (host, disk) = (self.clone(), disk.clone());
+            // A task of its own: it goes on though nobody waits for it.
+            tokio::task::spawn_local(async move { host.start(&disk).await })
+        };
+        if create.no_wait {
+            return Ok(Reply::Minor { minor: disk.minor });
         }
+        started.await.map_err(|error| {
+            Failure::new(Code::System, format!("creating a disk failed: {error}"))
+        })?
     }
 
-    async fn start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(u32, tapdisk::Disk), Failure> {
+    /// The disk that a directory has, if it is the one that is asked for: who asks again lost the
+    /// answer.
+    fn made_before(&self, vbd: Option<&str>, open: &Open, mode: Mode) -> Option<Rc<Disk>> {
+        let vbd = vbd?;
+        let mut stay = self
+            .all()
+            .into_iter()
+            .filter(|disk| disk.fate() == Fate::Stays);
+        stay.find(|disk| {
+            let record = disk.record.borrow();
+            let same = record.open.as_ref().map(|open| &open.target) == Some(&open.target);
+            same && record.mode == mode && record.vbd.as_deref() == Some(vbd)
+        })
+    }
+
+    /// What is said of a disk that was made.
+    fn created(&self, disk: &Disk) -> Result<Reply, Failure> {
+        let what = disk.serves.borrow().clone();
+        let what = what.ok_or_else(|| {
+            let message = format!("disk {} is not served at the moment", disk.minor);
+            Failure::new(Code::State, message)
+        })?;
+        Ok(Reply::Created {
+            minor: disk.minor,
+            pid: disk.serving()?.pid(),
+            disk: what,
+        })
+    }
+
+    /// Serves a new disk; one that cannot be leaves nothing.
+    async fn start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Reply, Failure> {
+        let started = self.try_to_start(disk).await;
+        if started.is_err() && disk.fate() != Fate::Stays {
+            if let Err(also) = self.destroy(disk).await {
+                tracing::error!("{also}");
+            }
+        }
+        started
+    }
+
+    async fn try_to_start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Reply, Failure> {
         let _turn = disk.turn().await?;
-        self.prepare_memory(disk)?;
-        let what = disk.unless_doomed(self.serve(disk)).await?;
-        let pid = disk.serving()?.pid();
-        disk.record.borrow_mut().want = Want::Served;
-        self.note(disk);
+        if disk.doing() == Some(Doing::Create) {
+            disk.unless_doomed(self.finish_open(disk)).await?;
+        }
         // The toolstack may have given up while the image was opened.
         let vbd = disk.record.borrow().vbd.clone();
         if let Some(vbd) = vbd {
-            self.check_directory(&vbd).await?;
+            self.check_directory(&vbd).await.inspect_err(|failure| {
+                if failure.code == Code::NotFound {
+                    self.destroy_later(disk);
+                }
+            })?;
         }
-        Ok((pid, what))
+        self.created(disk)
+    }
+
+    /// Says whether an image may be used, and changes nothing.
+    async fn check(&self, check: Check) -> Result<Reply, Failure> {
+        let open = with_mode(Open::new(check.target), check.mode);
+        let vbd = check.vbd.as_deref().map(relative);
+        if self.made_before(vbd, &open, check.mode).is_some() {
+            return Ok(Reply::Done);
+        }
+        let image = image_of(&open).await?;
+        let work = |_| Ok(Reply::Done);
+        self.admit(image.as_ref(), check.mode, vbd, None, work)
+            .await
     }
 
     /// A disk of a backend's directory that is not there would stay for ever.
@@ -496,6 +447,7 @@ impl Host {
     }
 
     async fn end(self: &Rc<Self>, which: &Which, timeout_s: u32) -> Result<Reply, Failure> {
+        self.adopt_to_end(which).await?;
         let disk = match self.find(which) {
             Err(failure) if failure.code == Code::NotFound => return self.end_idle(which).await,
             disk => disk?,
@@ -578,5 +530,17 @@ fn empty_row(minor: Option<u32>, pid: Option<u32>) -> Row {
         vbd: None,
         disk: None,
         restarts: 0,
+        doing: None,
+        unknown: None,
+    }
+}
+
+fn unmade(minor: u32, error: &io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::NotFound => Failure::new(
+            Code::System,
+            "the driver is not loaded, or is an old one: modprobe xen-blkback-rs",
+        ),
+        _ => Failure::system(format!("cannot make the tap disk {minor}"), error),
     }
 }

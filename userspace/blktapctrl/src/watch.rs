@@ -211,6 +211,7 @@ async fn create(
         arena_kib: 0,
         vbd: Some(directory.into()),
         nbd: true,
+        no_wait: false,
     };
     match host.answer(Request::Create(Box::new(create))).await? {
         Reply::Created { minor, .. } => Ok(minor),

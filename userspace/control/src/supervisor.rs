@@ -54,6 +54,38 @@ impl Default for Policy {
     }
 }
 
+/// A verb that changes a disk, and has begun. It is written down before its first step, so that a
+/// supervisor that starts anew finishes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Doing {
+    /// It is made, and to be served.
+    Create,
+    /// Its image is opened.
+    Open,
+    /// Its image is closed.
+    Close,
+    /// It is paused.
+    Pause,
+    /// It goes on after a pause, perhaps with another image.
+    Unpause,
+    /// It is taken away.
+    Destroy,
+}
+
+impl fmt::Display for Doing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Create => "create",
+            Self::Open => "open",
+            Self::Close => "close",
+            Self::Pause => "pause",
+            Self::Unpause => "unpause",
+            Self::Destroy => "destroy",
+        })
+    }
+}
+
 /// Who may share an image, with the letters of Xen's disk configurations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Mode {
@@ -137,6 +169,23 @@ pub struct Create {
     /// Serve NBD clients at `/run/xentap/nbd/MINOR.sock`.
     #[serde(default)]
     pub nbd: bool,
+    /// Answer with [`Reply::Minor`] as soon as the image is this disk's. The same question again,
+    /// without this, waits until the disk is served.
+    #[serde(default)]
+    pub no_wait: bool,
+}
+
+/// An image to look at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What would be served.
+    pub target: Target,
+    /// Who might share it.
+    #[serde(default)]
+    pub mode: Mode,
+    /// The backend's directory in xenstore for which it would be.
+    #[serde(default)]
+    pub vbd: Option<String>,
 }
 
 /// A question.
@@ -199,7 +248,8 @@ pub enum Request {
     Resize(Which),
     /// What was counted: [`Reply::Stats`].
     Stats(Which),
-    /// Makes a disk and serves it: [`Reply::Created`].
+    /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk
+    /// already, that is the answer.
     Create(Box<Create>),
     /// Ends a disk, whatever it is doing, and leaves nothing of it. Success if there is none.
     Destroy {
@@ -209,6 +259,20 @@ pub enum Request {
         #[serde(default)]
         timeout_s: u32,
     },
+    /// Takes over a disk that is listed as unknown: what was written down of it is made anew from
+    /// what the kernel and its process say.
+    Adopt {
+        /// The node.
+        minor: u32,
+    },
+    /// Throws away what was written down of a disk that is listed as unknown. Its node and its
+    /// process stay.
+    Forget {
+        /// The node.
+        minor: u32,
+    },
+    /// May an image be used? Nothing is changed.
+    Check(Check),
     /// What all disks counted, for a display that refreshes: [`Reply::Top`].
     Top,
     /// Events from the one after `after` on (those that are kept, then those to come) follow the
@@ -321,6 +385,12 @@ pub struct Row {
     pub disk: Option<Disk>,
     /// How often its process was replaced.
     pub restarts: u32,
+    /// A verb that has begun and is not done.
+    #[serde(default)]
+    pub doing: Option<Doing>,
+    /// Why the supervisor leaves it alone, if it does.
+    #[serde(default)]
+    pub unknown: Option<String>,
 }
 
 /// What the kernel says of a node.
@@ -462,6 +532,11 @@ pub enum What {
     Resized {
         /// Bytes.
         size: u64,
+    },
+    /// Something of the disk is not understood, and left alone.
+    Unknown {
+        /// What, and what to do.
+        why: String,
     },
     /// The disk is gone.
     Destroyed,

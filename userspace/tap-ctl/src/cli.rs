@@ -25,6 +25,9 @@ pub(crate) struct Cli {
         default_value = "/run/xentap/control.sock"
     )]
     pub(crate) socket: PathBuf,
+    /// Wait for so many seconds for blktapctrl, should it be starting anew
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) patience: u32,
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
@@ -49,7 +52,14 @@ A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
 
 Exit status: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if somebody else uses the
-image or the disk, 4 if there is no such disk or image, 5 if blktapctrl does not answer.";
+image or the disk, 4 if there is no such disk or image, 5 if blktapctrl does not answer.
+
+blktapctrl may be started anew at any time: a command waits for it (--patience), and asks again if
+that changes nothing. A pause, unpause or close that failed because storage did not answer in time
+has begun all the same (`doing=` in the list): the same command again waits for its end.
+
+A disk is listed with unknown= if blktapctrl does not understand what was written down of it, as
+after a downgrade. It is served on and left alone: adopt takes it over.";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -86,6 +96,21 @@ pub(crate) enum Verb {
     Create(Create),
     /// Take a disk away, with its process and its node
     Destroy(Destroy),
+    /// Say whether an image can be found and may be used; change nothing
+    Check(Check),
+    /// Take over a disk that is listed as unknown: what was written down of it is made anew
+    Adopt {
+        /// The node
+        #[arg(short, long)]
+        minor: u32,
+    },
+    /// Throw away what was written down of a disk that is listed as unknown; its process and its node
+    /// stay
+    Forget {
+        /// The node
+        #[arg(short, long)]
+        minor: u32,
+    },
     /// Show what all disks are doing, again and again
     Top(Top),
     /// Print what happens, from now on
@@ -337,6 +362,24 @@ pub(crate) struct Create {
     /// Print the minor number and nothing else
     #[arg(long)]
     pub(crate) minor_only: bool,
+    /// Return as soon as the image is this disk's. The same command without this waits until the disk
+    /// is served
+    #[arg(long, requires = "vbd")]
+    pub(crate) no_wait: bool,
+}
+
+/// An image to look at.
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// What would be served
+    #[arg(short = 'a', long = "args", value_name = "TARGET")]
+    pub(crate) target: String,
+    /// Who might share it
+    #[arg(long, value_name = "MODE", default_value_t)]
+    pub(crate) mode: Mode,
+    /// The backend's directory in xenstore for which it would be
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vbd: Option<String>,
 }
 
 /// A display.

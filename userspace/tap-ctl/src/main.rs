@@ -80,11 +80,65 @@ fn status(code: Code) -> u8 {
     }
 }
 
-fn connect(cli: &Cli) -> Result<Channel, Error> {
-    Channel::connect(&cli.socket).map_err(|failure| match failure.code {
-        Code::Denied => Error::Failed(failure),
-        _ => Error::Silent(failure),
-    })
+/// How often a supervisor that is not there is looked for.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// Connects; a supervisor that is being started anew is waited for until `limit`.
+fn connect(cli: &Cli, limit: Instant) -> Result<Channel, Error> {
+    let mut told = false;
+    loop {
+        let failure = match Channel::connect(&cli.socket) {
+            Ok(channel) => return Ok(channel),
+            Err(failure) if failure.code == Code::Denied => return Err(Error::Failed(failure)),
+            Err(failure) => failure,
+        };
+        if Instant::now() >= limit {
+            return Err(Error::Silent(failure));
+        }
+        if !std::mem::replace(&mut told, true) {
+            eprintln!("tap-ctl: {failure}: waiting for blktapctrl");
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+fn patience(cli: &Cli) -> Instant {
+    Instant::now() + Duration::from_secs(cli.patience.into())
+}
+
+/// Asks; a supervisor that ends before it answers is asked again, if that does no harm.
+fn ask(cli: &Cli, request: &Request) -> Result<Reply, Error> {
+    let limit = patience(cli);
+    loop {
+        match connect(cli, limit)?.ask(request, &[]) {
+            Err(failure)
+                if failure.code == Code::Gone
+                    && may_be_repeated(request)
+                    && Instant::now() < limit =>
+            {
+                eprintln!("tap-ctl: {failure}: asking again");
+                std::thread::sleep(AGAIN);
+            }
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// A question that may have been answered already, though nobody heard it.
+fn may_be_repeated(request: &Request) -> bool {
+    match request {
+        Request::Create(create) => create.vbd.is_some(),
+        Request::Ping
+        | Request::List(_)
+        | Request::Stats(_)
+        | Request::Top
+        | Request::Check(_)
+        | Request::Resize(_)
+        | Request::Pause { .. }
+        | Request::Close { .. }
+        | Request::Destroy { .. } => true,
+        _ => false,
+    }
 }
 
 fn print(json: &impl serde::Serialize) -> Result<(), Error> {
@@ -94,7 +148,7 @@ fn print(json: &impl serde::Serialize) -> Result<(), Error> {
 
 fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
     let request = request(verb)?;
-    let reply: Reply = connect(cli)?.ask(request, &[])?;
+    let reply = ask(cli, &request)?;
     if cli.json {
         return print(&reply);
     }
@@ -154,6 +208,13 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             },
             timeout_s: end.timeout,
         },
+        Verb::Check(check) => Request::Check(supervisor::Check {
+            target: target(&check.target, check.vbd.as_deref())?,
+            mode: check.mode,
+            vbd: check.vbd.clone(),
+        }),
+        Verb::Adopt { minor } => Request::Adopt { minor: *minor },
+        Verb::Forget { minor } => Request::Forget { minor: *minor },
         Verb::Top(_) | Verb::Events(_) | Verb::Generate { .. } => Request::Top,
     })
 }
@@ -203,11 +264,16 @@ fn allocate(node: &cli::Allocate) -> Allocate {
     }
 }
 
+/// A toolstack may have taken the driver's name away; a person says it.
+fn target(text: &str, vbd: Option<&str>) -> Result<Target, Failure> {
+    match vbd {
+        Some(_) => Target::from_params(text),
+        None => text.parse(),
+    }
+}
+
 fn create(create: &cli::Create) -> Result<Create, Failure> {
-    let target = match create.vbd {
-        Some(_) => Target::from_params(&create.image.target)?,
-        None => create.image.target.parse()?,
-    };
+    let target = target(&create.image.target, create.vbd.as_deref())?;
     let node = allocate(&create.node);
     Ok(Create {
         open: image(&create.image, target),
@@ -217,11 +283,12 @@ fn create(create: &cli::Create) -> Result<Create, Failure> {
         arena_kib: node.arena_kib,
         vbd: create.vbd.clone(),
         nbd: create.nbd,
+        no_wait: create.no_wait,
     })
 }
 
 fn watch(cli: &Cli, top: &cli::Top) -> Result<(), Error> {
-    let mut channel = connect(cli)?;
+    let mut channel = connect(cli, patience(cli))?;
     let mut before = None;
     let mut left = top.iterations;
     let period = Duration::from_secs(top.delay.into());
@@ -254,7 +321,7 @@ fn watch(cli: &Cli, top: &cli::Top) -> Result<(), Error> {
 }
 
 fn follow(cli: &Cli, events: &cli::Events) -> Result<(), Error> {
-    let mut channel = connect(cli)?;
+    let mut channel = connect(cli, patience(cli))?;
     // Without a number only what is to come is wanted: what is kept is passed over.
     let since = match events.after {
         Some(_) => 0,
@@ -348,8 +415,34 @@ mod tests {
         assert_eq!(create.open.target.to_string(), "aio:/srv/a.img");
         assert_eq!(create.mode, Mode::WriteShared);
         assert_eq!(create.vbd.as_deref(), Some("backend/vbd/3/51712"));
+        let line = "tap-ctl create --no-wait --vbd backend/vbd/3/51712 -a ram:1M";
+        assert!(matches!(parse(line), Ok(Request::Create(create)) if create.no_wait));
+        let line = "tap-ctl check --vbd backend/vbd/3/51712 --mode r -a /srv/a.img";
+        assert!(matches!(parse(line), Ok(Request::Check(check)) if check.mode == Mode::Read));
         // By hand a driver is named.
         assert_eq!(parse("tap-ctl create -a /srv/a.img"), Err(Code::Invalid));
+    }
+
+    #[test]
+    fn only_what_does_no_harm_is_asked_twice() {
+        let again = |line: &str| super::may_be_repeated(&parse(line).expect("a question"));
+        for line in [
+            "tap-ctl list",
+            "tap-ctl pause -m 3",
+            "tap-ctl destroy -m 3",
+            "tap-ctl create --vbd backend/vbd/3/51712 -a ram:1M",
+        ] {
+            assert!(again(line), "{line}");
+        }
+        for line in [
+            "tap-ctl create -a ram:1M",
+            "tap-ctl allocate",
+            "tap-ctl spawn",
+            "tap-ctl unpause -m 3",
+            "tap-ctl free -m 3",
+        ] {
+            assert!(!again(line), "{line}");
+        }
     }
 
     #[test]

@@ -69,6 +69,9 @@ fn row(row: &Row) -> String {
     }
     add("restarts", Some(row.restarts.to_string()));
     add("vbd", row.vbd.clone());
+    add("doing", row.doing.map(|doing| doing.to_string()));
+    // Last, because it is a sentence.
+    add("unknown", row.unknown.clone());
     line + "\n"
 }
 
@@ -150,6 +153,7 @@ pub(crate) fn top(rows: &[TopRow], before: Option<(Duration, &Vec<TopRow>)>) -> 
             (worst.max(stats.write.latency.below(0.99)) / 1000).to_string()
         });
         let state = match (&row.state, &row.kernel) {
+            _ if row.unknown.is_some() => "unknown".into(),
             (Some(state), _) => format!("{state:?}").to_lowercase(),
             (None, Some(kernel)) => kernel.state.clone(),
             (None, None) => "-".into(),
@@ -207,6 +211,7 @@ pub(crate) fn event(event: &Event) -> String {
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Resized { size } => format!("has {size} bytes now"),
+        What::Unknown { why } => format!("left alone: {why}"),
         What::Destroyed => "gone".into(),
         What::Lost { count } => format!("{count} events were not kept"),
         What::Other => "something that a newer tap-ctl knows".into(),
@@ -303,6 +308,8 @@ mod tests {
             vbd: None,
             disk: None,
             restarts: 0,
+            doing: None,
+            unknown: None,
         }
     }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A host for a test, and what tests do with it.
 
-use super::fake::{self, FakeKernel, FakeStore};
+use super::fake::{self, FakeKernel, FakeRecords, FakeStore};
 use blktapctrl::folder::Folder;
 use blktapctrl::host::Host;
 use blktapctrl::process::Program;
+use blktapctrl::record::Files;
 use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
 use control::tapdisk::Open;
 use control::Failure;
@@ -28,7 +29,12 @@ impl Bed {
             user: None,
         };
         let folder = Folder::make(&dir.join("run")).expect("a folder");
-        Host::new(folder, Box::new(kernel.clone()), program)
+        let records = FakeRecords {
+            files: Files(folder.clone()),
+            crash: kernel.crash.clone(),
+            full: kernel.full.clone(),
+        };
+        Host::new(folder, Box::new(records), Box::new(kernel.clone()), program)
     }
 
     pub(crate) fn image(&self, name: &str, content: &str) -> PathBuf {
@@ -47,6 +53,7 @@ impl Bed {
             arena_kib: 0,
             vbd: None,
             nbd: false,
+            no_wait: false,
         }
     }
 

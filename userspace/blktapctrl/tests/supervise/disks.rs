@@ -172,7 +172,11 @@ fn a_disk_goes_with_its_directory() {
             &[("frontend", "/local/domain/3/device/vbd/51712")],
         );
         let minor = bed.made(create.clone()).await;
-        let again = Request::Create(Box::new(create));
+        // Who asks again lost the answer.
+        assert_eq!(bed.made(create.clone()).await, minor);
+        let mut other = create;
+        other.mode = Mode::Read;
+        let again = Request::Create(Box::new(other));
         assert_eq!(
             bed.ask(again).await.expect_err("a second").code,
             Code::Exists

@@ -2,6 +2,7 @@
 //! A kernel, a xenstore and a tapdisk that are none.
 
 use blktapctrl::kernel::{Kernel, Make, Node};
+use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
 use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status, Troubles};
 use control::{supervisor, Channel, Code, Failure};
@@ -12,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -26,6 +27,7 @@ pub(crate) struct FakeNode {
     /// I/O of its last process is running.
     pub(crate) fencing: bool,
     pub(crate) poisoned: u32,
+    pub(crate) committed: u64,
     pub(crate) make: Make,
 }
 
@@ -39,16 +41,101 @@ impl FakeNode {
     }
 }
 
+/// The end of a supervisor before or after one of the steps that others can see: a call of the kernel
+/// that changes something, or a write of a record.
+#[derive(Clone, Default)]
+pub(crate) struct Crash {
+    /// Steps until then; nothing for never.
+    pub(crate) left: Rc<Cell<Option<u32>>>,
+    pub(crate) happened: Rc<Cell<bool>>,
+}
+
+impl Crash {
+    /// Ends the task that gets here, if it is time. After that nobody gets any further.
+    fn point(&self) {
+        match self.left.get() {
+            _ if self.happened.get() => {}
+            None => return,
+            Some(0) => self.happened.set(true),
+            Some(left) => return self.left.set(Some(left - 1)),
+        }
+        // Says nothing on the way, unlike a panic.
+        std::panic::resume_unwind(Box::new("the supervisor has ended"));
+    }
+
+    fn around<T>(&self, step: impl FnOnce() -> T) -> T {
+        self.point();
+        let done = step();
+        self.point();
+        done
+    }
+}
+
+/// Records in files, and what may happen to them.
+pub(crate) struct FakeRecords {
+    pub(crate) files: Files,
+    pub(crate) crash: Crash,
+    pub(crate) full: Rc<Cell<bool>>,
+}
+
+impl Records for FakeRecords {
+    fn write(&self, record: &Record) -> io::Result<()> {
+        if self.full.get() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.crash.around(|| self.files.write(record))
+    }
+
+    fn remove(&self, minor: u32) -> io::Result<()> {
+        self.crash.around(|| self.files.remove(minor))
+    }
+
+    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>> {
+        self.files.all()
+    }
+}
+
 /// The nodes.
 #[derive(Clone, Default)]
 pub(crate) struct FakeKernel {
     pub(crate) nodes: Rc<RefCell<BTreeMap<u32, FakeNode>>>,
     /// Deaths that were excused.
     pub(crate) excused: Rc<Cell<u32>>,
+    pub(crate) crash: Crash,
+    /// Questions are answered with this error.
+    pub(crate) mute: Rc<Cell<Option<io::ErrorKind>>>,
+    /// Records cannot be written.
+    pub(crate) full: Rc<Cell<bool>>,
 }
 
 impl Kernel for FakeKernel {
     fn create(&self, make: Make) -> io::Result<u32> {
+        self.crash.around(|| self.make(make))
+    }
+
+    fn destroy(&self, minor: u32) -> io::Result<()> {
+        self.crash.around(|| self.take_away(minor))
+    }
+
+    fn query(&self, from: u32) -> io::Result<Option<Node>> {
+        if let Some(error) = self.mute.get() {
+            return Err(error.into());
+        }
+        self.describe(from)
+    }
+
+    fn open(&self, minor: u32) -> io::Result<OwnedFd> {
+        self.crash.around(|| self.hand_out(minor))
+    }
+
+    fn excuse(&self, _node: BorrowedFd<'_>) -> io::Result<()> {
+        self.excused.set(self.excused.get() + 1);
+        Ok(())
+    }
+}
+
+impl FakeKernel {
+    fn make(&self, make: Make) -> io::Result<u32> {
         let mut nodes = self.nodes.borrow_mut();
         let free = (0..).find(|minor| !nodes.contains_key(minor)).expect("one");
         let minor = make.minor.unwrap_or(free);
@@ -63,7 +150,7 @@ impl Kernel for FakeKernel {
         Ok(minor)
     }
 
-    fn destroy(&self, minor: u32) -> io::Result<()> {
+    fn take_away(&self, minor: u32) -> io::Result<()> {
         let mut nodes = self.nodes.borrow_mut();
         let node = nodes.get(&minor).ok_or(io::ErrorKind::NotFound)?;
         if node.is_open() || node.bound.is_some() || node.fencing {
@@ -73,7 +160,7 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn query(&self, from: u32) -> io::Result<Option<Node>> {
+    fn describe(&self, from: u32) -> io::Result<Option<Node>> {
         let nodes = self.nodes.borrow();
         Ok(nodes.range(from..).next().map(|(minor, node)| Node {
             minor: *minor,
@@ -83,6 +170,7 @@ impl Kernel for FakeKernel {
                     (false, true) => "fencing".into(),
                     (false, false) => "idle".into(),
                 },
+                committed: node.committed,
                 oldest_ns: node.oldest_ns,
                 poisoned: node.poisoned,
                 poison: (node.poisoned > 0).then(|| supervisor::Poison {
@@ -96,7 +184,7 @@ impl Kernel for FakeKernel {
         }))
     }
 
-    fn open(&self, minor: u32) -> io::Result<OwnedFd> {
+    fn hand_out(&self, minor: u32) -> io::Result<OwnedFd> {
         let mut nodes = self.nodes.borrow_mut();
         let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
         if node.is_open() || node.fencing {
@@ -109,11 +197,6 @@ impl Kernel for FakeKernel {
         node.ours = Some(ours);
         node.opened += 1;
         Ok(theirs.into())
-    }
-
-    fn excuse(&self, _node: BorrowedFd<'_>) -> io::Result<()> {
-        self.excused.set(self.excused.get() + 1);
-        Ok(())
     }
 }
 
@@ -227,6 +310,13 @@ pub(crate) fn program(dir: &Path) -> PathBuf {
     path
 }
 
+/// Storage that does not answer as long as a file is there.
+fn wait_while(path: &Path) {
+    while path.exists() {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
 /// What runs as the fake tapdisk.
 pub(crate) fn run(dir: &Path) {
     // A test that fails leaves nobody behind.
@@ -235,26 +325,31 @@ pub(crate) fn run(dir: &Path) {
     let listener = io::stdin().as_fd().try_clone_to_owned().expect("stdin");
     let listener = UnixListener::from(listener);
     // Who supervises may change; what is served stays.
-    let served = Mutex::new(Served::default());
-    std::thread::scope(|scope| loop {
+    let served = Arc::new(Mutex::new(Served::default()));
+    loop {
         let (stream, _) = listener.accept().expect("a supervisor");
-        let served = &served;
-        scope.spawn(move || converse(dir, served, Channel::new(stream)));
-    });
+        let (dir, served) = (dir.to_path_buf(), served.clone());
+        std::thread::spawn(move || converse(&dir, Channel::new(stream), &served));
+    }
 }
 
-fn converse(dir: &Path, served: &Mutex<Served>, mut channel: Channel) {
+/// Answers a supervisor. There may be two: one that has ended, and the next.
+fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>) {
     while let Ok(Some((question, fds))) = channel.receive::<Request>() {
         let exit = question.body == Request::Exit;
         let answer = match question.body {
             Request::Troubles { after } => Ok(Reply::Troubles(troubles(dir, after))),
-            question => served.lock().expect("whole").answer(dir, question, fds),
+            question => {
+                let mut served = served.lock().expect("nobody panics");
+                served.answer(dir, question, fds)
+            }
         };
-        if channel.answer(question.id, answer).is_err() {
-            break;
-        }
+        let sent = channel.answer(question.id, answer);
         if exit {
             std::process::exit(0);
+        }
+        if sent.is_err() {
+            return;
         }
     }
 }
@@ -316,19 +411,25 @@ impl Served {
                     epoch: 1,
                 }))
             }
-            Request::Open(open) => self.open(dir, "open", open, fds),
-            Request::Unpause(open) => {
-                self.paused = false;
-                self.open(dir, "unpause", open, fds)
+            Request::Open(open) if self.open.is_none() && !self.paused => {
+                self.open(dir, "open", open, fds)
+            }
+            Request::Unpause(open) if self.paused => self.open(dir, "unpause", open, fds),
+            Request::Open(_) | Request::Unpause(_) => {
+                Err(Failure::new(Code::State, "not in this state"))
+            }
+            Request::Pause if self.open.is_none() => {
+                Err(Failure::new(Code::State, "the disk does not run"))
             }
             Request::Pause => {
                 note(dir, "pause");
+                wait_while(&dir.join("slow"));
                 (self.paused, self.open) = (true, None);
                 Ok(Reply::Done)
             }
             Request::Close => {
                 note(dir, "close");
-                (self.node, self.open) = (None, None);
+                *self = Served::default();
                 Ok(Reply::Done)
             }
             Request::Exit => {
@@ -355,9 +456,12 @@ impl Served {
                 self.nbd = fds.pop();
                 Ok(Reply::Done)
             }
-            Request::Ping | Request::Troubles { .. } => {
-                Err(Failure::unsupported("not asked in a test"))
-            }
+            Request::Ping => Ok(Reply::Process(control::tapdisk::Process {
+                pid: std::process::id(),
+                program: "fake".into(),
+                abi: 1,
+            })),
+            Request::Troubles { .. } => Err(Failure::unsupported("answered elsewhere")),
         }
     }
 
@@ -374,11 +478,7 @@ impl Served {
         if dir.join("die").exists() {
             std::process::exit(3);
         }
-        if dir.join("hang").exists() {
-            loop {
-                std::thread::park();
-            }
-        }
+        wait_while(&dir.join("hang"));
         let content = fds.pop().map(|fd| {
             let mut text = String::new();
             let mut file = std::fs::File::from(fd);
@@ -392,6 +492,7 @@ impl Served {
         let shared = if open.shared { "!" } else { "" };
         note(dir, &format!("{word} {mode}{shared} {text}"));
         let reply = Reply::Disk(disk(&open));
+        self.paused = false;
         self.open = Some((open, content.map(|(_, fd)| fd)));
         Ok(reply)
     }

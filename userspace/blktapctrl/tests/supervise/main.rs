@@ -5,9 +5,12 @@ mod bed;
 mod death;
 mod disks;
 mod fake;
+mod left;
 mod memory;
 mod nodes;
 mod sharing;
+mod start;
+mod steps;
 mod troubles;
 
 /// Not a test: what runs as a tapdisk.

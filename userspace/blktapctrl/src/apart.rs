@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What may hang, on a thread of its own: a file system on a network may not answer, and nothing else
+//! must wait for that.
+
+use control::{Code, Failure};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{oneshot, OwnedSemaphorePermit, Semaphore};
+
+/// How long a file system may take to say what a file is, or to open it.
+pub const LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of the stack of a thread. The work is a few system calls.
+const STACK: usize = 256 << 10;
+
+/// Who looks at a path: one at a time, so that a file system that does not answer costs a thread for
+/// each path, and not one for each attempt.
+#[derive(Clone)]
+struct Place {
+    alone: Arc<Semaphore>,
+    /// When the one who looks began.
+    since: Instant,
+}
+
+static PLACES: Mutex<BTreeMap<PathBuf, Place>> = Mutex::new(BTreeMap::new());
+
+fn places() -> std::sync::MutexGuard<'static, BTreeMap<PathBuf, Place>> {
+    PLACES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does something with a file, and waits for it for at most `limit`. Later questions about a path
+/// that has not answered for so long are refused at once, until it answers.
+///
+/// # Errors
+/// It does not answer, or what the work says.
+pub async fn apart<T: Send + 'static>(
+    path: &Path,
+    limit: Duration,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let asked = async {
+        let alone = enter(path, limit).await?;
+        let (sender, receiver) = oneshot::channel();
+        let place = path.to_path_buf();
+        let thread = std::thread::Builder::new().stack_size(STACK);
+        let spawned = thread.spawn(move || {
+            let result = work();
+            leave(&place, alone);
+            // Who asked may have given up.
+            let _ = sender.send(result);
+        });
+        spawned.map_err(|error| Failure::system("cannot start a thread", &error))?;
+        receiver.await.map_err(|_| late(path))?
+    };
+    match tokio::time::timeout(limit, asked).await {
+        Ok(result) => result,
+        Err(_) => Err(late(path)),
+    }
+}
+
+/// Waits until nobody else looks at a path.
+async fn enter(path: &Path, limit: Duration) -> Result<OwnedSemaphorePermit, Failure> {
+    let alone = {
+        let mut places = places();
+        let place = places.entry(path.into()).or_insert_with(|| Place {
+            alone: Arc::new(Semaphore::new(1)),
+            since: Instant::now(),
+        });
+        if place.alone.available_permits() == 0 && place.since.elapsed() >= limit {
+            return Err(late(path));
+        }
+        place.alone.clone()
+    };
+    let permit = alone.acquire_owned().await.map_err(|_| late(path))?;
+    if let Some(place) = places().get_mut(path) {
+        place.since = Instant::now();
+    }
+    Ok(permit)
+}
+
+/// Nobody looks at a path any more, or the next one does.
+fn leave(path: &Path, alone: OwnedSemaphorePermit) {
+    let mut places = places();
+    // One copy is in the table, one in the permit: nobody waits.
+    let last = places
+        .get(path)
+        .is_some_and(|place| Arc::strong_count(&place.alone) == 2);
+    drop(alone);
+    if last {
+        places.remove(path);
+    }
+}
+
+fn late(path: &Path) -> Failure {
+    Failure::new(
+        Code::Timeout,
+        format!(
+            "the file system of {} does not answer: see to its storage",
+            path.display()
+        ),
+    )
+}
+
+/// Somebody has looked at a path for long, as long as what is returned lives.
+#[cfg(test)]
+pub(crate) fn pretend_stuck(path: &Path) -> OwnedSemaphorePermit {
+    let alone = Arc::new(Semaphore::new(1));
+    let permit = alone.clone().try_acquire_owned();
+    let place = Place {
+        alone,
+        since: Instant::now() - LIMIT,
+    };
+    places().insert(path.into(), place);
+    permit.expect("nobody else has it")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{apart, places};
+    use control::Code;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::{mpsc, Arc};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_path_that_does_not_answer_costs_one_thread_and_holds_nobody_up() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let dead = Path::new("/dead/a.img");
+            let short = Duration::from_millis(50);
+            let (answer, silence) = mpsc::channel::<()>();
+            let threads = Arc::new(AtomicU32::new(0));
+            let counted = threads.clone();
+            let first = apart(dead, short, move || {
+                counted.fetch_add(1, Ordering::SeqCst);
+                let _ = silence.recv();
+                Ok(())
+            });
+            assert_eq!(first.await.expect_err("no answer").code, Code::Timeout);
+            let start = Instant::now();
+            for _ in 0..100 {
+                let counted = threads.clone();
+                let again = apart(dead, short, move || {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    Ok(())
+                });
+                let failure = again.await.expect_err("still no answer");
+                assert!(failure.message.contains("/dead/a.img"), "{failure}");
+            }
+            assert!(start.elapsed() < Duration::from_secs(2));
+            assert_eq!(threads.load(Ordering::SeqCst), 1);
+            let other = apart(Path::new("/well/b.img"), short, || Ok(7));
+            assert_eq!(other.await, Ok(7));
+            // It answers at last.
+            drop(answer);
+            let limit = Instant::now() + Duration::from_secs(10);
+            while apart(dead, short, || Ok(())).await.is_err() {
+                assert!(Instant::now() < limit, "it is usable again");
+            }
+            assert!(places().get(dead).is_none());
+        });
+    }
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks that this supervisor does not understand: what an earlier or a newer one wrote down of them
+//! cannot be read, or a process serves one of which nothing is written down. They are left alone, shown
+//! and told about, until an administrator says what to do.
+
+use crate::adopt;
+use crate::apart::{apart, LIMIT};
+use crate::folder;
+use crate::host::{image_of, Host, SOON};
+use crate::kernel;
+use crate::life::status;
+use crate::process::Process;
+use crate::record::{Peek, Record, Unread, Want};
+use crate::sharing::Identity;
+use crate::store::relative;
+use control::supervisor::{Mode, Row, What, Which};
+use control::tapdisk::{State, Status};
+use control::{Code, Failure};
+use rustix::fs::{stat, FileType};
+use std::fs;
+use std::path::Path;
+use std::rc::Rc;
+
+/// A disk that is left alone.
+#[derive(Clone, Debug)]
+pub struct Unknown {
+    /// Its node.
+    pub minor: u32,
+    /// Why.
+    pub why: String,
+    /// What is known all the same.
+    pub peek: Peek,
+}
+
+impl Unknown {
+    /// What a list shows of it.
+    #[must_use]
+    pub fn row(&self) -> Row {
+        let open = self.peek.open.as_ref();
+        Row {
+            minor: Some(self.minor),
+            pid: self.peek.process.map(|process| process.pid),
+            state: None,
+            kernel: None,
+            target: open.map(|open| open.target.clone()),
+            mode: self.peek.mode,
+            vbd: self.peek.vbd.clone(),
+            disk: None,
+            restarts: 0,
+            doing: None,
+            unknown: Some(self.why.clone()),
+        }
+    }
+}
+
+impl Host {
+    /// A record is not understood. What its process says about it is learned, because others must not
+    /// get its image.
+    pub async fn leave_alone(&self, unread: Unread) {
+        let Some(minor) = unread.minor else {
+            self.events.add(None, What::Unknown { why: unread.why });
+            return;
+        };
+        let why = format!(
+            "{}; it is served on, but its process is not replaced: see tap-ctl adopt and tap-ctl forget",
+            unread.why
+        );
+        let mut unknown = Unknown {
+            minor,
+            why: why.clone(),
+            peek: *unread.peek,
+        };
+        let asked = self.ask_unknown(minor).await;
+        if let Ok(None) = asked {
+            // Who listened there is dead.
+            let socket = self.folder.tapdisk(minor);
+            if let Err(error) = folder::remove(&socket) {
+                tracing::warn!("cannot remove {}: {error}", socket.display());
+            }
+            unknown.peek.process = None;
+        }
+        if let Ok(Some((process, status))) = asked {
+            unknown.peek.process = Some(process.known());
+            if let Some(open) = status.open {
+                if unknown.peek.identity.is_none() {
+                    let image = image_of(&open).await.ok().flatten();
+                    unknown.peek.identity = image.map(|image| image.identity());
+                }
+                unknown.peek.open = Some(open);
+            }
+        }
+        self.unknown.borrow_mut().insert(minor, unknown);
+        self.events.add(Some(minor), What::Unknown { why });
+    }
+
+    /// The process that listens for a disk, and what it says; nothing if there is none.
+    async fn ask_unknown(&self, minor: u32) -> Result<Option<(Process, Status)>, Failure> {
+        let socket = self.folder.tapdisk(minor);
+        match Process::find(&socket, SOON).await? {
+            Some(process) => {
+                let status = status(&process).await?;
+                Ok(Some((process, status)))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Refuses what would have to do with a disk that is left alone.
+    ///
+    /// # Errors
+    /// It is one.
+    pub fn check_unknown(&self, minor: u32) -> Result<(), Failure> {
+        match self.unknown.borrow().get(&minor) {
+            None => Ok(()),
+            Some(unknown) => Err(Failure::new(
+                Code::Busy,
+                format!("disk {minor} is left alone: {}", unknown.why),
+            )),
+        }
+    }
+
+    /// Takes over a disk that is left alone.
+    ///
+    /// # Errors
+    /// Not enough is known about it.
+    pub async fn adopt(self: &Rc<Self>, minor: u32) -> Result<(), Failure> {
+        if self.disks.borrow().contains_key(&minor) {
+            return Err(Failure::new(
+                Code::Exists,
+                format!("disk {minor} is supervised already"),
+            ));
+        }
+        let known = self.unknown.borrow().get(&minor).cloned();
+        // It may be readable by now.
+        let record = match Record::read(&self.folder.disk(minor)) {
+            Ok(record) => record,
+            Err(unread) => {
+                let peek = known.map_or(*unread.peek, |unknown| unknown.peek);
+                self.make_record(minor, peek).await?
+            }
+        };
+        if self.disks.borrow().contains_key(&minor) {
+            return Ok(());
+        }
+        self.records.write(&record).map_err(|error| {
+            Failure::system(format!("cannot write down what disk {minor} is"), &error)
+        })?;
+        self.unknown.borrow_mut().remove(&minor);
+        adopt::disk(self, record).await;
+        Ok(())
+    }
+
+    /// Makes the record of a disk anew, of what is left of the old one and what its process and the
+    /// kernel say.
+    async fn make_record(&self, minor: u32, peek: Peek) -> Result<Record, Failure> {
+        let node = kernel::node(&*self.kernel, minor)
+            .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
+        let node = node.ok_or_else(|| {
+            let message = format!("there is no node {minor}: tap-ctl forget -m {minor}");
+            Failure::new(Code::NotFound, message)
+        })?;
+        let (process, status) = self.ask_unknown(minor).await?.ok_or_else(|| {
+            Failure::new(
+                Code::State,
+                format!(
+                    "nobody serves disk {minor} who could say what it is: tap-ctl forget -m {minor}, then tap-ctl free -m {minor}"
+                ),
+            )
+        })?;
+        let mut record = Record::new(minor, peek.policy.unwrap_or_default());
+        if let Some(open) = status.open.filter(|_| status.state != State::Idle) {
+            let image = image_of(&open).await?;
+            if let Some(image) = image {
+                let (pid, identity) = (process.pid(), image.identity());
+                let place = image.path().to_path_buf();
+                let running = status.state == State::Running;
+                let holds = apart(&place, LIMIT, move || Ok(holds(pid, identity))).await?;
+                if running && !holds {
+                    return Err(crate::host::not_the_same(&image));
+                }
+                (record.identity, record.born) = (Some(identity), image.born());
+            }
+            record.mode = peek.mode.unwrap_or(mode_of(open.read_only, open.shared));
+            record.open = Some(open);
+            record.want = match status.state {
+                State::Running => Want::Served,
+                State::Paused => Want::Paused,
+                State::Attached | State::Idle => Want::Idle,
+            };
+        }
+        record.vbd = match (peek.vbd, node.bound) {
+            (Some(vbd), _) => Some(vbd),
+            (None, Some((domain, device))) => self.directory_of(minor, domain, device).await?,
+            (None, None) => None,
+        };
+        record.nbd = self.folder.nbd(minor).exists();
+        record.process = Some(process.known());
+        Ok(record)
+    }
+
+    /// The backend's directory of a node that a frontend is bound to.
+    async fn directory_of(
+        &self,
+        minor: u32,
+        domain: u32,
+        device: u32,
+    ) -> Result<Option<String>, Failure> {
+        let Some(store) = self.store() else {
+            return Ok(None);
+        };
+        for kind in ["vbd", "vbd3"] {
+            let directory = format!("backend/{kind}/{domain}/{device}");
+            let its = store.read(&format!("{directory}/tap-minor")).await;
+            let its = its.map_err(|error| {
+                Failure::system(format!("cannot read {directory} in xenstore"), &error)
+            })?;
+            if its.and_then(|text| text.parse().ok()) == Some(minor) {
+                return Ok(Some(directory));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Throws away what is written down of a disk that is left alone.
+    ///
+    /// # Errors
+    /// It is none, or the record cannot be removed.
+    pub fn forget(&self, minor: u32) -> Result<(), Failure> {
+        if !self.unknown.borrow().contains_key(&minor) {
+            return Err(Failure::new(
+                Code::NotFound,
+                format!("disk {minor} is not one that is left alone: see tap-ctl list"),
+            ));
+        }
+        self.records.remove(minor).map_err(|error| {
+            Failure::system(format!("cannot remove the record of disk {minor}"), &error)
+        })?;
+        self.unknown.borrow_mut().remove(&minor);
+        Ok(())
+    }
+
+    /// Whoever wants the end of a disk that is left alone must have it supervised first.
+    ///
+    /// # Errors
+    /// It cannot be: it is not taken away.
+    pub async fn adopt_to_end(self: &Rc<Self>, which: &Which) -> Result<(), Failure> {
+        let vbd = which.vbd.as_deref().map(relative);
+        let named = {
+            let unknown = self.unknown.borrow();
+            let fits = |disk: &&Unknown| {
+                which.minor == Some(disk.minor) || vbd.is_some() && disk.peek.vbd.as_deref() == vbd
+            };
+            unknown.values().find(fits).map(|disk| disk.minor)
+        };
+        match named {
+            Some(minor) => self.adopt(minor).await,
+            None => Ok(()),
+        }
+    }
+}
+
+fn mode_of(read_only: bool, shared: bool) -> Mode {
+    match (read_only, shared) {
+        (true, false) => Mode::Read,
+        (true, true) => Mode::ReadShared,
+        (false, false) => Mode::Write,
+        (false, true) => Mode::WriteShared,
+    }
+}
+
+/// A process has an image open.
+fn holds(pid: u32, image: Identity) -> bool {
+    let folder = format!("/proc/{pid}/fd");
+    let Ok(entries) = fs::read_dir(Path::new(&folder)) else {
+        return false;
+    };
+    let is_it = |entry: std::io::Result<fs::DirEntry>| {
+        let stat = stat(entry.ok()?.path()).ok()?;
+        let identity = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => Identity::Device { rdev: stat.st_rdev },
+            _ => Identity::File {
+                dev: stat.st_dev,
+                ino: stat.st_ino,
+            },
+        };
+        Some(identity == image)
+    };
+    entries.filter_map(is_it).any(|is_it| is_it)
+}

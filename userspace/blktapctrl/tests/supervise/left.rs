@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a supervisor finds that it does not understand: it leaves that alone.
+
+use super::bed::{block_on, kill, test, until, which, Bed};
+use super::fake::{FakeKernel, FakeStore};
+use blktapctrl::adopt;
+use control::supervisor::{Reply, Request, What};
+use control::tapdisk::State;
+use control::Code;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+/// Two supervisors, one after the other, of one host.
+struct Two {
+    dir: PathBuf,
+    kernel: FakeKernel,
+}
+
+impl Two {
+    fn new(name: &str) -> Two {
+        let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a folder");
+        Two {
+            dir,
+            kernel: FakeKernel::default(),
+        }
+    }
+
+    fn bed(&self) -> Bed {
+        Bed {
+            dir: self.dir.clone(),
+            kernel: self.kernel.clone(),
+            store: FakeStore::default(),
+            host: Bed::host(&self.dir, &self.kernel),
+        }
+    }
+
+    /// A supervisor with a disk; it ends as if it were killed. Returns the process of the disk.
+    fn first(&self) -> u32 {
+        block_on(async {
+            let bed = self.bed();
+            bed.image("a.img", "A");
+            let minor = bed.made(bed.create("a.img")).await;
+            bed.row(minor).await.pid.expect("a process")
+        })
+    }
+
+    fn record(&self) -> PathBuf {
+        self.dir.join("run/disks/0.json")
+    }
+}
+
+impl Drop for Two {
+    fn drop(&mut self) {
+        // A test that fails leaves it to be looked at.
+        if !std::thread::panicking() {
+            fs::remove_dir_all(&self.dir).expect("remove");
+        }
+    }
+}
+
+fn is_alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+/// Whatever is wrong with its record, a disk is served on, shown, and its image is not free.
+fn left_alone(name: &str, spoil: impl Fn(&str) -> Option<String>) {
+    let two = Two::new(name);
+    let pid = two.first();
+    match spoil(&fs::read_to_string(two.record()).expect("a record")) {
+        Some(text) => fs::write(two.record(), text).expect("write"),
+        None => fs::remove_file(two.record()).expect("remove"),
+    }
+    let before = fs::read_to_string(two.record()).ok();
+    block_on(async {
+        let bed = two.bed();
+        adopt::disks(&bed.host).await;
+        assert!(is_alive(pid), "{name}: its process was ended");
+        assert!(bed.kernel.nodes.borrow().contains_key(&0));
+        let row = bed.row(0).await;
+        assert_eq!((row.pid, row.state), (Some(pid), None));
+        assert!(row.unknown.is_some(), "{row:?}");
+        let told = |what: &What| matches!(what, What::Unknown { .. });
+        assert!(bed.events().iter().any(told), "{:?}", bed.events());
+        assert_eq!(fs::read_to_string(two.record()).ok(), before);
+        let create = Request::Create(Box::new(bed.create("a.img")));
+        assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
+        let free = Request::Free { minor: 0 };
+        assert_eq!(
+            bed.ask(free).await.expect_err("left alone").code,
+            Code::Busy
+        );
+        // An administrator says that it is to be supervised.
+        let adopt = Request::Adopt { minor: 0 };
+        assert_eq!(bed.ask(adopt).await, Ok(Reply::Done));
+        let row = bed.row(0).await;
+        assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
+        assert_eq!(row.unknown, None);
+        kill(pid);
+        until("its replacement", || async {
+            let row = bed.row(0).await;
+            (row.state == Some(State::Running) && row.pid != Some(pid)).then_some(())
+        })
+        .await;
+        assert_eq!(bed.log().last().map(String::as_str), Some("open w A"));
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn a_record_of_a_newer_supervisor_is_left_alone() {
+    left_alone("newer", |text| {
+        Some(text.replace("\"version\": 1", "\"version\": 2"))
+    });
+}
+
+#[test]
+fn a_record_that_was_cut_is_left_alone() {
+    left_alone("cut", |text| Some(text[..text.len() / 2].into()));
+    left_alone("empty", |_| Some(String::new()));
+}
+
+#[test]
+fn a_record_with_a_value_that_is_not_known_is_left_alone() {
+    left_alone("value", |text| {
+        Some(text.replace("\"hung\": \"report\"", "\"hung\": \"sing\""))
+    });
+}
+
+#[test]
+fn a_disk_without_a_record_is_left_alone() {
+    left_alone("none", |_| None);
+}
+
+#[test]
+fn a_field_that_may_be_passed_over_is() {
+    let two = Two::new("field");
+    let pid = two.first();
+    let text = fs::read_to_string(two.record()).expect("a record");
+    let text = text.replacen('{', "{ \"colour\": \"green\",", 1);
+    fs::write(two.record(), text).expect("write");
+    block_on(async {
+        let bed = two.bed();
+        adopt::disks(&bed.host).await;
+        let row = bed.row(0).await;
+        assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
+        let text = fs::read_to_string(two.record()).expect("a record");
+        assert!(text.contains("green"), "{text}");
+        bed.destroy(0).await;
+    });
+}
+
+#[test]
+fn a_kernel_that_does_not_answer_does_not_end_a_disk() {
+    for error in [
+        io::ErrorKind::Interrupted,
+        io::ErrorKind::OutOfMemory,
+        io::ErrorKind::Other,
+    ] {
+        let two = Two::new("mute");
+        let pid = two.first();
+        two.kernel.mute.set(Some(error));
+        block_on(async {
+            let bed = two.bed();
+            adopt::disks(&bed.host).await;
+            assert!(is_alive(pid));
+            assert!(bed.kernel.nodes.borrow().contains_key(&0));
+            two.kernel.mute.set(None);
+            let row = bed.row(0).await;
+            assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
+            assert_eq!(row.doing, None, "it is being taken away");
+            bed.destroy(0).await;
+            bed.assert_nothing_left().await;
+        });
+    }
+}
+
+#[test]
+fn a_process_that_cannot_be_asked_is_not_ended() {
+    let two = Two::new("deaf");
+    let pid = two.first();
+    let socket = two.dir.join("run/tapdisk/0.sock");
+    fs::rename(&socket, two.dir.join("elsewhere")).expect("rename");
+    block_on(async {
+        let bed = two.bed();
+        adopt::disks(&bed.host).await;
+        assert!(is_alive(pid));
+        assert_eq!(bed.row(0).await.pid, Some(pid));
+        let told = |what: &What| matches!(what, What::Unknown { .. });
+        assert!(bed.events().iter().any(told), "{:?}", bed.events());
+        // As soon as it can be, it is.
+        fs::rename(two.dir.join("elsewhere"), &socket).expect("rename");
+        let stats = Request::Stats(which(0));
+        assert!(matches!(bed.ask(stats).await, Ok(Reply::Stats(_))));
+        bed.destroy(0).await;
+    });
+}
+
+#[test]
+fn a_full_folder_refuses_a_verb_and_ends_nobody() {
+    test("full", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        let minor = bed.made(bed.create("a.img")).await;
+        let pid = bed.row(minor).await.pid.expect("a process");
+        bed.kernel.full.set(true);
+        let create = Request::Create(Box::new(bed.create("b.img")));
+        let failure = bed.ask(create).await.expect_err("it cannot be written");
+        assert!(failure.message.contains("/run full"), "{failure}");
+        assert_eq!(bed.kernel.nodes.borrow().len(), 1);
+        let pause = Request::Pause {
+            which: which(minor),
+            timeout_s: 0,
+        };
+        assert!(bed.ask(pause).await.is_err());
+        let row = bed.row(minor).await;
+        assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
+        assert_eq!(row.doing, None);
+        // Who dies now is replaced all the same, and the next supervisor finds the new one.
+        kill(pid);
+        until("its replacement", || async {
+            (bed.row(minor).await.restarts == 1).then_some(())
+        })
+        .await;
+        let new = bed.row(minor).await.pid;
+        let next = Bed {
+            dir: bed.dir.clone(),
+            kernel: bed.kernel.clone(),
+            store: FakeStore::default(),
+            host: Bed::host(&bed.dir, &bed.kernel),
+        };
+        adopt::disks(&next.host).await;
+        assert_eq!(next.row(minor).await.pid, new);
+        bed.kernel.full.set(false);
+        bed.destroy(minor).await;
+    });
+}
+
+#[test]
+fn what_is_left_of_a_disk_is_forgotten_and_freed() {
+    let two = Two::new("forget");
+    let pid = two.first();
+    fs::write(two.record(), "{").expect("write");
+    kill(pid);
+    block_on(until("its end", || async {
+        (!is_alive(pid)).then_some(())
+    }));
+    block_on(async {
+        let bed = two.bed();
+        adopt::disks(&bed.host).await;
+        let adopt = bed.ask(Request::Adopt { minor: 0 }).await;
+        let failure = adopt.expect_err("nobody knows it");
+        assert!(failure.message.contains("tap-ctl forget -m 0"), "{failure}");
+        assert_eq!(bed.ask(Request::Forget { minor: 0 }).await, Ok(Reply::Done));
+        assert!(!two.record().exists());
+        assert_eq!(bed.ask(Request::Free { minor: 0 }).await, Ok(Reply::Done));
+        bed.assert_nothing_left().await;
+    });
+}

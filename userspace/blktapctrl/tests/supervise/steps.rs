@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Verbs that are interrupted: by the end of the supervisor after any step, by storage that does not
+//! answer, by a target that is refused.
+
+use super::bed::{block_on, kill, test, until, which, Bed};
+use super::fake::{FakeKernel, FakeStore};
+use blktapctrl::adopt;
+use control::supervisor::{Reply, Request, Row, What};
+use control::tapdisk::State;
+use control::{Code, Target};
+use std::fs;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+fn pause(timeout_s: u32) -> Request {
+    Request::Pause {
+        which: which(0),
+        timeout_s,
+    }
+}
+
+fn target(dir: &Path, name: &str) -> Target {
+    let text = format!("sync:{}", dir.join(name).display());
+    text.parse().expect("a target")
+}
+
+fn unpause(target: Option<Target>) -> Request {
+    Request::Unpause {
+        which: which(0),
+        target,
+        may_shrink: false,
+    }
+}
+
+fn close() -> Request {
+    Request::Close {
+        which: which(0),
+        force: false,
+        timeout_s: 0,
+    }
+}
+
+fn bed(dir: &Path, kernel: &FakeKernel) -> Rc<Bed> {
+    Rc::new(Bed {
+        dir: dir.into(),
+        kernel: kernel.clone(),
+        store: FakeStore::default(),
+        host: Bed::host(dir, kernel),
+    })
+}
+
+/// Lets the supervisor end at each step of a verb, starts the next one, and looks whether that has
+/// brought the verb to its end or back to its beginning. Returns the number of steps.
+fn at_each_step(
+    name: &str,
+    before: impl Fn(&Path) -> Vec<Request>,
+    verb: impl Fn(&Bed) -> Request,
+    settled: impl Fn(&[Row], Option<u32>) -> bool,
+) -> u32 {
+    for step in 0.. {
+        let place = format!("supervise-{}-{name}-{step}", std::process::id());
+        let dir = std::env::temp_dir().join(place);
+        fs::create_dir_all(&dir).expect("a folder");
+        let kernel = FakeKernel::default();
+        let (crashed, pid) = block_on(async {
+            let bed = bed(&dir, &kernel);
+            bed.image("a.img", "A");
+            bed.image("b.img", "B");
+            for request in before(&dir) {
+                bed.ask(request).await.expect("what comes before");
+            }
+            let pid = bed.rows().await.first().and_then(|row| row.pid);
+            kernel.crash.left.set(Some(step));
+            let (host, request) = (bed.host.clone(), verb(&bed));
+            let asked = tokio::task::spawn_local(async move { host.answer(request).await });
+            until("the end of the verb or of the supervisor", || async {
+                (asked.is_finished() || kernel.crash.happened.get()).then_some(())
+            })
+            .await;
+            (kernel.crash.happened.get(), pid)
+        });
+        kernel.crash.left.set(None);
+        kernel.crash.happened.set(false);
+        block_on(async {
+            let bed = bed(&dir, &kernel);
+            adopt::disks(&bed.host).await;
+            until(&format!("{name}: a good end after step {step}"), || async {
+                let rows = bed.rows().await;
+                let calm = rows.iter().all(|row| row.doing.is_none());
+                (calm && settled(&rows, pid)).then_some(())
+            })
+            .await;
+            let unknown = |what: &What| matches!(what, What::Unknown { .. });
+            assert!(!bed.events().iter().any(unknown), "{:?}", bed.events());
+            bed.host.destroy_all(bed.host.all()).await;
+            bed.assert_nothing_left().await;
+        });
+        fs::remove_dir_all(&dir).expect("remove");
+        if !crashed {
+            return step;
+        }
+    }
+    unreachable!("a verb has an end")
+}
+
+fn one(rows: &[Row]) -> &Row {
+    assert_eq!(rows.len(), 1, "{rows:?}");
+    &rows[0]
+}
+
+fn create(dir: &Path) -> Request {
+    Request::Create(Box::new(control::supervisor::Create {
+        open: control::tapdisk::Open::new(target(dir, "a.img")),
+        mode: control::supervisor::Mode::Write,
+        minor: None,
+        policy: control::supervisor::Policy::default(),
+        arena_kib: 0,
+        vbd: None,
+        nbd: false,
+        no_wait: false,
+    }))
+}
+
+#[test]
+fn a_create_is_finished_or_leaves_nothing() {
+    let steps = at_each_step(
+        "create",
+        |_| Vec::new(),
+        |bed| create(&bed.dir),
+        |rows, _| rows.is_empty() || one(rows).state == Some(State::Running),
+    );
+    // A record, a node, a process, and that it is served.
+    assert!(steps >= 8, "{steps} steps");
+}
+
+#[test]
+fn a_pause_is_finished_by_the_next_supervisor() {
+    let steps = at_each_step(
+        "pausing",
+        |dir| vec![create(dir)],
+        |_| pause(0),
+        |rows, pid| {
+            let row = one(rows);
+            assert_eq!(row.pid, pid);
+            matches!(row.state, Some(State::Paused | State::Running))
+        },
+    );
+    assert!(steps >= 4, "{steps} steps");
+}
+
+#[test]
+fn an_unpause_is_finished_by_the_next_supervisor() {
+    for other in [false, true] {
+        let steps = at_each_step(
+            "unpausing",
+            |dir| vec![create(dir), pause(0)],
+            |bed| unpause(other.then(|| target(&bed.dir, "b.img"))),
+            |rows, pid| {
+                let row = one(rows);
+                assert_eq!(row.pid, pid);
+                let path = row.target.as_ref().and_then(Target::path);
+                let new = path.expect("a target").ends_with("b.img");
+                match row.state {
+                    Some(State::Paused) => !new,
+                    Some(State::Running) => new == other,
+                    _ => false,
+                }
+            },
+        );
+        assert!(steps >= 4, "{steps} steps");
+    }
+}
+
+#[test]
+fn a_close_is_finished_by_the_next_supervisor() {
+    let steps = at_each_step(
+        "closing",
+        |dir| vec![create(dir)],
+        |_| close(),
+        |rows, pid| {
+            let row = one(rows);
+            assert_eq!(row.pid, pid);
+            match row.state {
+                Some(State::Running) => row.target.is_some(),
+                _ => row.target.is_none(),
+            }
+        },
+    );
+    assert!(steps >= 4, "{steps} steps");
+}
+
+#[test]
+fn a_destroy_is_finished_by_the_next_supervisor() {
+    let steps = at_each_step(
+        "ending",
+        |dir| vec![create(dir)],
+        |_| Request::Destroy {
+            which: which(0),
+            timeout_s: 0,
+        },
+        |rows, pid| rows.is_empty() || (one(rows).pid == pid && one(rows).state.is_some()),
+    );
+    assert!(steps >= 6, "{steps} steps");
+}
+
+#[test]
+fn a_pause_that_timed_out_is_not_done() {
+    test("slow", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        fs::write(bed.dir.join("slow"), "").expect("write");
+        for _ in 0..2 {
+            let failure = bed.ask(pause(1)).await.expect_err("it does not answer");
+            assert_eq!(failure.code, Code::Timeout);
+            let row = bed.row(0).await;
+            assert_eq!(row.doing, Some(control::supervisor::Doing::Pause));
+        }
+        assert!(!bed.events().contains(&What::Paused));
+        fs::remove_file(bed.dir.join("slow")).expect("remove");
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        let row = bed.row(0).await;
+        assert_eq!((row.state, row.doing), (Some(State::Paused), None));
+        assert!(matches!(bed.ask(unpause(None)).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.row(0).await.state, Some(State::Running));
+    });
+}
+
+#[test]
+fn a_pause_waits_until_the_io_of_a_dead_process_is_over() {
+    test("fence", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let pid = bed.row(0).await.pid.expect("a process");
+        fs::write(bed.dir.join("slow"), "").expect("write");
+        let fencing = |is: bool| {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&0).expect("the node").fencing = is;
+        };
+        fencing(true);
+        let asked = bed.ask(pause(1));
+        let death = async {
+            until("the question", || async {
+                bed.log().contains(&"pause".to_owned()).then_some(())
+            })
+            .await;
+            kill(pid);
+        };
+        let (answer, ()) = futures::future::join(asked, death).await;
+        let failure = answer.expect_err("its I/O is not over");
+        assert_eq!(failure.code, Code::Timeout);
+        fencing(false);
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        assert_eq!(bed.row(0).await.pid, None);
+    });
+}
+
+#[test]
+fn an_unpause_that_failed_can_be_repeated_and_keeps_the_old_image() {
+    test("again", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        let other = || unpause(Some(target(&bed.dir, "b.img")));
+        fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
+        for _ in 0..2 {
+            let failure = bed.ask(other()).await.expect_err("refused");
+            assert_eq!(failure.code, Code::Image);
+            let row = bed.row(0).await;
+            assert_eq!((row.state, row.doing), (Some(State::Paused), None));
+            let path = row.target.as_ref().and_then(Target::path);
+            assert!(path.expect("a target").ends_with("a.img"));
+            assert!(bed.ask(unpause(None)).await.is_err());
+        }
+        // The process may be replaced meanwhile.
+        kill(bed.row(0).await.pid.expect("a process"));
+        until("its end", || async {
+            bed.row(0).await.pid.is_none().then_some(())
+        })
+        .await;
+        assert!(bed.ask(unpause(None)).await.is_err());
+        fs::remove_file(bed.dir.join("refuse")).expect("remove");
+        assert!(matches!(bed.ask(unpause(None)).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.log().last().map(String::as_str), Some("open w A"));
+        // The image that was refused is free.
+        let create = bed.create("b.img");
+        bed.made(create).await;
+    });
+}
+
+#[test]
+fn an_image_that_was_served_for_a_moment_is_the_disks() {
+    test("moment", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        let pid = bed.row(0).await.pid.expect("a process");
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let asked = bed.ask(unpause(Some(target(&bed.dir, "b.img"))));
+        let death = async {
+            until("the beginning", || async {
+                let doing = bed.row(0).await.doing;
+                (doing == Some(control::supervisor::Doing::Unpause)).then_some(())
+            })
+            .await;
+            // It answered a request of the guest from the new image, and died.
+            bed.kernel
+                .nodes
+                .borrow_mut()
+                .get_mut(&0)
+                .expect("the node")
+                .committed += 1;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            kill(pid);
+            fs::remove_file(bed.dir.join("hang")).expect("remove");
+        };
+        let (answer, ()) = futures::future::join(asked, death).await;
+        assert!(answer.is_err(), "{answer:?}");
+        until("it is served", || async {
+            (bed.row(0).await.state == Some(State::Running)).then_some(())
+        })
+        .await;
+        assert_eq!(bed.log().last().map(String::as_str), Some("open w B"));
+    });
+}
