@@ -54,6 +54,10 @@ const WITH_PROGRAMS: &[Packaged] = &[
         "usr/lib/systemd/system/blktapctrl.service",
         "blktapctrl.service"
     ),
+    packaged!(
+        "usr/lib/systemd/system/blktapctrl.socket",
+        "blktapctrl.socket"
+    ),
     packaged!("usr/lib/udev/rules.d/60-xentap.rules", "60-xentap.rules"),
     packaged!("usr/lib/sysusers.d/xentap.conf", "xentap.sysusers"),
     packaged!("usr/lib/tmpfiles.d/xentap.conf", "xentap.tmpfiles"),
@@ -171,6 +175,18 @@ mod tests {
     fn disks_outlive_the_supervisor() {
         let unit = file("blktapctrl.service").text;
         assert!(unit.lines().any(|line| line == "KillMode=process"));
+    }
+
+    /// Questions wait while the supervisor is started anew: it is the socket's, not its own.
+    #[test]
+    fn the_socket_outlives_the_supervisor() {
+        let unit = file("blktapctrl.service").text;
+        for line in ["Requires=blktapctrl.socket", "StandardInput=socket"] {
+            assert!(unit.lines().any(|its| its == line), "{line}");
+        }
+        let socket = file("blktapctrl.socket").text;
+        let place = "ListenStream=/run/xentap/control.sock";
+        assert!(socket.lines().any(|its| its == place));
     }
 }
 

@@ -15,6 +15,7 @@ mod planted;
 mod played;
 mod rings;
 mod tap;
+mod tap_host;
 mod tap_life;
 mod xenstore;
 
@@ -393,6 +394,7 @@ pub(crate) fn all() -> Vec<Case> {
         memory::cases(),
         played::cases(),
         tap::cases(),
+        tap_host::cases(),
         death::cases(),
         images::cases(),
         permission::cases(),

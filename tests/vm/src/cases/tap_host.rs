@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Tap disks beside what else happens on a host: other users of images, storage that is dead, a
+//! supervisor that is started anew.
+
+use super::tap::{image, VDEV};
+use super::{Case, Context, Needs};
+use crate::backing::{linear, Dm, Lvm};
+use crate::tap::{self, Served};
+use crate::{leaks, sh};
+use anyhow::{ensure, Context as _, Result};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Where storage is mounted that dies.
+const DEAD: &str = "/mnt/dead";
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run).supervised().no_leaks()
+    };
+    vec![
+        case(
+            "tap.claimed",
+            "swap, a volume group and a mount are users of an image, and the refusal names them",
+            Nothing,
+            claimed,
+        ),
+        case(
+            "tap.dead_mount",
+            "an image whose file system does not answer keeps nobody else from attaching",
+            Pv,
+            dead_mount,
+        ),
+        case(
+            "tap.supervisor_away",
+            "a disk that is attached while no supervisor runs waits for the next one",
+            Pv,
+            supervisor_away,
+        ),
+    ]
+}
+
+/// What tap-ctl says about an image: its exit code and its words.
+fn check(target: &str, mode: &str) -> Result<(i32, String)> {
+    let asked = sh::status(
+        &["tap-ctl", "check", "-a", target, "--mode", mode],
+        Duration::from_secs(60),
+    )?;
+    Ok((asked.rc, asked.text))
+}
+
+fn refused(target: &str, mode: &str, words: &str) -> Result<()> {
+    let (rc, text) = check(target, mode)?;
+    ensure!(
+        rc == 3 && text.contains(words),
+        "{target} ({mode}) was not refused as in use because of '{words}': exit code {rc}, {text}"
+    );
+    Ok(())
+}
+
+fn free(target: &str, mode: &str) -> Result<()> {
+    let (rc, text) = check(target, mode)?;
+    ensure!(rc == 0, "{target} ({mode}) is free, and refused: {text}");
+    Ok(())
+}
+
+fn claimed(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(64, &[])?.path();
+    let target = format!("aio:{device}");
+    free(&target, "w")?;
+    sh::run(&["mkswap", &device])?;
+    sh::run(&["swapon", &device])?;
+    let swap = device.clone();
+    context.at_end("end the swap area", move || {
+        sh::status(&["swapoff", &swap], Duration::from_secs(60)).map(drop)
+    });
+    refused(&target, "w", "swap area")?;
+    refused(&target, "r", "swap area")?;
+    free(&target, "w!")?;
+    sh::run(&["swapoff", &device])?;
+    let volume = Lvm::create("vmtestpv", &device, 16)?;
+    refused(&target, "w", "vmtestpv")?;
+    free(&format!("aio:{}", volume.path()), "w")?;
+    volume.remove()?;
+    free(&target, "w")?;
+    sh::run(&["mkfs.ext4", "-q", "-F", &device])?;
+    sh::run(&["mkdir", "-p", DEAD])?;
+    sh::run(&["mount", "-o", "ro", &device, DEAD])?;
+    context.at_end("unmount", || {
+        sh::shell(&format!("! mountpoint -q {DEAD} || umount {DEAD}")).map(drop)
+    });
+    refused(&target, "w", DEAD)?;
+    free(&target, "r")?;
+    sh::run(&["mount", "-o", "remount,rw", DEAD])?;
+    refused(&target, "r", DEAD)?;
+    sh::run(&["umount", DEAD])?;
+    // A file is used by whoever mounts a loop device on it.
+    let image = image(context, "a.img", 16)?;
+    let target = format!("aio:{image}");
+    sh::run(&["mkfs.ext4", "-q", "-F", &image])?;
+    free(&target, "w")?;
+    sh::run(&["mount", "-o", "loop", &image, DEAD])?;
+    refused(&target, "w", DEAD)?;
+    sh::run(&["umount", DEAD])?;
+    free(&target, "w")
+}
+
+/// Starts xl, and waits until its script asks the supervisor.
+fn attach_slowly(domain: &str, specification: &str) -> Result<Child> {
+    let mut child = Command::new("xl")
+        .args(["block-attach", domain, specification])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start xl")?;
+    sh::wait_for("a question of the script", Duration::from_secs(60), || {
+        ensure!(child.try_wait()?.is_none(), "xl has ended already");
+        Ok(leaks::processes("tap-ctl")? > 0)
+    })?;
+    Ok(child)
+}
+
+fn dead_mount(context: &mut Context) -> Result<()> {
+    let below = context.null_blk(64, &[("memory_backed", "1")])?;
+    let device = Dm::create("vmtestdead", &linear(&below.path(), 64 << 11))?;
+    sh::run(&["mkfs.ext4", "-q", "-F", &device.path()])?;
+    sh::run(&["mkdir", "-p", DEAD])?;
+    sh::run(&["mount", &device.path(), DEAD])?;
+    sh::shell(&format!("truncate -s 8M {DEAD}/a.img"))?;
+    sh::run(&["umount", DEAD])?;
+    // Nothing of its folder is in memory now.
+    sh::run(&["mount", &device.path(), DEAD])?;
+    device.suspend()?;
+    let theirs = device.clone();
+    context.at_end("bring the storage back and take it away", move || {
+        theirs.resume()?;
+        sh::run(&["umount", DEAD])?;
+        theirs.remove()
+    });
+    let mut dead = attach_slowly("0", &tap::disk(&format!("aio:{DEAD}/a.img"), "xvdk", "w"))?;
+    let image = image(context, "a.img", 16)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    disk.detach(guest)?;
+    ensure!(
+        dead.try_wait()?.is_none(),
+        "a disk was attached only when the one on dead storage had been given up"
+    );
+    sh::wait_for("xl to give up", Duration::from_secs(120), || {
+        Ok(dead.try_wait()?.is_some())
+    })?;
+    super::tap::forget_refused("0", "xvdk")?;
+    // The second time it is known.
+    let (rc, text) = check(&format!("aio:{DEAD}/a.img"), "w")?;
+    ensure!(
+        rc != 0 && text.contains("does not answer"),
+        "dead storage is not called so: {text}"
+    );
+    device.resume()?;
+    sh::wait_for("an answer of the storage", Duration::from_secs(60), || {
+        Ok(check(&format!("aio:{DEAD}/a.img"), "w")?.0 == 0)
+    })
+}
+
+fn supervisor_away(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let specification = tap::disk(&format!("aio:{image}"), VDEV, "w");
+    for crash in [true, false] {
+        let supervisor = context.take_supervisor()?;
+        match crash {
+            true => supervisor.kill()?,
+            false => supervisor.stop()?,
+        }
+        let domain = context.pv()?.domid.to_string();
+        let mut attach = attach_slowly(&domain, &specification)?;
+        context.supervise(true)?;
+        sh::wait_for("the disk to be attached", Duration::from_secs(120), || {
+            Ok(attach.try_wait()?.is_some())
+        })?;
+        let status = attach.wait()?;
+        ensure!(
+            status.success(),
+            "a disk was not attached while the supervisor was started: {status}, {}",
+            tap::log_tail()?
+        );
+        let guest = context.pv()?;
+        Served::of(crate::guest::Vbd::of(guest.domid, VDEV)?)?.detach(guest)?;
+    }
+    Ok(())
+}
