@@ -106,8 +106,6 @@ impl TapDisk {
                 .push_within_capacity(Entry::FREE)
                 .map_err(|_| ENOMEM)?;
         }
-        let mut shadow = Shadow::new(entries);
-        shadow.set_death_limit(new.max_deaths);
         let fail_after_ns = u64::from(new.fail_after_s.unwrap_or(0)).wrapping_mul(1_000_000_000);
         let disk = Arc::pin_init(
             pin_init!(Self {
@@ -120,7 +118,7 @@ impl TapDisk {
                 destroyed: AtomicFlag::new(false),
                 inner <- new_spinlock!(
                     Inner {
-                        shadow,
+                        shadow: Shadow::new(entries),
                         params: None,
                         pid: 0,
                         holder: None,
@@ -137,6 +135,7 @@ impl TapDisk {
             }),
             GFP_KERNEL,
         )?;
+        disk.inner.lock().shadow.set_death_limit(new.max_deaths);
         disk.start_waiting();
         Ok(disk)
     }
