@@ -158,7 +158,6 @@ void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits)
 		.discard_granularity = bdev_discard_granularity(bdev),
 		.discard_alignment = bdev_discard_alignment(bdev),
 		.secure_erase_sectors = bdev_max_secure_erase_sectors(bdev),
-		.write_cache = bdev_write_cache(bdev),
 		.read_only = bdev_read_only(bdev),
 		.removable = (bdev->bd_disk->flags & GENHD_FL_REMOVABLE) != 0,
 		.cdrom = disk_to_cdi(bdev->bd_disk) != NULL,

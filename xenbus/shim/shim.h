@@ -27,11 +27,10 @@ struct xbr_bdev_limits {
 	u32 discard_granularity;
 	u32 discard_alignment;
 	u32 secure_erase_sectors;
-	u8 write_cache;
 	u8 read_only;
 	u8 removable;
 	u8 cdrom;
-	u8 pad[4];
+	u8 pad[5];
 };
 static_assert(sizeof(struct xbr_bdev_limits) == 40);
 

@@ -23,7 +23,7 @@ pub(crate) struct Limits {
     pub(crate) discard_alignment: u32,
     /// True if the device can erase securely.
     pub(crate) secure_erase: bool,
-    /// True if the device has a volatile write cache.
+    /// True if the device has a volatile write cache, or may come to have one.
     pub(crate) write_cache: bool,
     /// True if the device refuses writes.
     pub(crate) read_only: bool,
@@ -110,7 +110,10 @@ impl BlockDevice {
             discard_granularity: (raw.discard_sectors != 0).then_some(raw.discard_granularity),
             discard_alignment: raw.discard_alignment,
             secure_erase: raw.secure_erase_sectors != 0,
-            write_cache: raw.write_cache != 0,
+            // There may be none now, and one while the guest is connected: a volume moves to another
+            // disk, or somebody turns the cache on. A guest that was told of none would not ask for
+            // a flush. While there is none, the block layer completes flushes by itself.
+            write_cache: true,
             read_only: raw.read_only != 0,
             removable: raw.removable != 0,
             cdrom: raw.cdrom != 0,

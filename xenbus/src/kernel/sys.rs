@@ -123,11 +123,10 @@ pub(super) struct BdevLimits {
     pub(super) discard_granularity: u32,
     pub(super) discard_alignment: u32,
     pub(super) secure_erase_sectors: u32,
-    pub(super) write_cache: u8,
     pub(super) read_only: u8,
     pub(super) removable: u8,
     pub(super) cdrom: u8,
-    pub(super) pad: [u8; 4],
+    pub(super) pad: [u8; 5],
 }
 
 /// `struct io_uring_cmd`, without its end.

@@ -2,7 +2,7 @@
 //! Data goes both ways, unchanged, for every kind of guest and disk.
 
 use super::{skip, Case, Context, Needs};
-use crate::backing::{self, Lvm};
+use crate::backing::{self, Lvm, NullBlk};
 use crate::guest::{Guest, Vbd};
 use crate::hotplug;
 use crate::{seed, sh, xs};
@@ -68,6 +68,12 @@ pub(super) fn cases() -> Vec<Case> {
             "the guest's flushes reach the device",
             Pv,
             flush,
+        ),
+        Case::new(
+            "phy.pv.flush_later",
+            "flushes reach a device that gets its write cache while the guest is connected",
+            Pv,
+            flush_later,
         ),
         Case::new(
             "phy.pv.discard",
@@ -284,7 +290,6 @@ fn sector_4096(context: &mut Context) -> Result<()> {
 }
 
 pub(super) fn flush(context: &mut Context) -> Result<()> {
-    const FLUSHES: u64 = 12;
     let device = context.null_blk(16, &[("cache_size", "4")])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
@@ -292,6 +297,34 @@ pub(super) fn flush(context: &mut Context) -> Result<()> {
         xs::number(&format!("{}/feature-flush-cache", vbd.backend))? == 1,
         "no flush is offered for a device with a write cache"
     );
+    flushes_arrive(guest, &vbd, &device)?;
+    compare(guest, "xvda", &device.path(), 1)?;
+    guest.detach(&vbd)
+}
+
+fn flush_later(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[("cache_size", "4")])?;
+    let cache = format!("/sys/block/{}/queue/write_cache", device.name());
+    sh::put(&cache, "write through")?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    ensure!(
+        xs::number(&format!("{}/feature-flush-cache", vbd.backend))? == 1,
+        "no flush is offered for a device that has no write cache yet"
+    );
+    sh::put(&cache, "write back")?;
+    ensure!(
+        sh::get(&cache)? == "write back",
+        "null_blk does not turn its write cache on"
+    );
+    flushes_arrive(guest, &vbd, &device)?;
+    compare(guest, "xvda", &device.path(), 1)?;
+    guest.detach(&vbd)
+}
+
+/// The guest flushes, and the device and the statistics count it.
+fn flushes_arrive(guest: &Guest, vbd: &Vbd, device: &NullBlk) -> Result<()> {
+    const FLUSHES: u64 = 12;
     let (device_before, disk_before) = (device.flushes()?, vbd.statistic("f_req")?);
     guest.run(&format!(
         "fio --name=f --filename=/dev/xvda --size=256k --bs=4k --direct=1 --rw=write --fsync=1 --number_ios={} --output-format=terse",
@@ -310,8 +343,7 @@ pub(super) fn flush(context: &mut Context) -> Result<()> {
         counted >= FLUSHES,
         "the guest flushed {FLUSHES} times, statistics/f_req counted {counted}"
     );
-    compare(guest, "xvda", &device.path(), 1)?;
-    guest.detach(&vbd)
+    Ok(())
 }
 
 fn discard(context: &mut Context) -> Result<()> {
