@@ -11,7 +11,7 @@ use crate::proto::state::State;
 use crate::vbd::Vbd;
 use crate::xen::device::Device;
 use crate::xen::driver::{self, Attribute};
-use crate::xen::watch::{Watch, Watcher};
+use crate::xen::watch::{InXenwatch, Watch, Watcher};
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::Arc;
@@ -28,9 +28,9 @@ pub(crate) enum Key {
 impl Watcher for Vbd {
     type Which = Key;
 
-    fn changed(this: Arc<Self>, which: Key) {
+    fn changed(this: Arc<Self>, which: Key, thread: &InXenwatch) {
         match which {
-            Key::State => this.state_written(),
+            Key::State => this.state_written(thread),
             Key::Disk => this.disk_is_free(),
         }
     }

@@ -24,7 +24,7 @@ use crate::xen::local_clock;
 use crate::xen::module::ModuleReference;
 use crate::xen::pages::push;
 use crate::xen::store;
-use crate::xen::watch::Watch;
+use crate::xen::watch::{InXenwatch, Watch};
 use crate::xen::workqueue;
 use core::pin::Pin;
 use kernel::prelude::*;
@@ -248,11 +248,11 @@ impl Vbd {
     }
 
     /// Our own state was written, by us or by the toolstack. Only for xenwatch.
-    pub(crate) fn state_written(self: &Arc<Self>) {
+    pub(crate) fn state_written(self: &Arc<Self>, thread: &InXenwatch) {
         // A device that was unbound is removed with its directory, by the bus: doing so twice is what
         // must not be.
         if !self.unbound.load(Acquire) && self.gone.xchg(false, Full) {
-            self.device.unregister();
+            self.device.unregister(thread);
             return;
         }
         self.kick();

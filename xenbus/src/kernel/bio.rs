@@ -7,6 +7,7 @@ use super::data::DataPages;
 use super::pages::push;
 use super::parker::Parker;
 use super::{cond_resched, sys};
+use crate::ring::abi::PAGE_SIZE;
 use crate::ring::grants::Tag;
 use core::cell::Cell;
 use core::pin::Pin;
@@ -14,7 +15,7 @@ use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::error::to_result;
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
+use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, ordering::Release, Atomic};
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
@@ -74,6 +75,8 @@ struct Record {
     pending: Atomic<i32>,
     /// The first error as `blk_status_t`, or 0.
     status: Atomic<u32>,
+    /// Not 0 from the beginning of an I/O until its completion is reaped.
+    taken: Atomic<u32>,
     tag: Tag,
     owner: *const Disk,
     /// Belongs to whoever builds the I/O, and from submission to completion to the block layer.
@@ -87,6 +90,8 @@ struct Record {
 ///
 /// - `records[n].tag == n` and its owner is this object, which is pinned.
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
+/// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so nobody else
+///   touches it.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Disk {
     bdev: Arc<BlockDevice>,
@@ -118,6 +123,7 @@ impl Disk {
             let record = Record {
                 pending: Atomic::new(0),
                 status: Atomic::new(0),
+                taken: Atomic::new(0),
                 tag,
                 owner: core::ptr::null(),
                 first: Opaque::uninit(),
@@ -166,9 +172,13 @@ impl Disk {
         records.saturating_add((RESERVE as usize).saturating_mul(bio))
     }
 
-    /// Starts to build the I/O of a tag, which must not be in flight.
+    /// Starts to build the I/O of a tag. `None` if there is no such tag, or if an earlier I/O of it
+    /// has not been reaped.
     pub(crate) fn begin(&self, tag: Tag) -> Option<Inflight<'_>> {
         let record = self.records.get(usize::from(tag))?;
+        if record.taken.xchg(1, Full) != 0 {
+            return None;
+        }
         record.status.store(0, Relaxed);
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
@@ -194,7 +204,10 @@ impl Disk {
                 bits &= bits.wrapping_sub(1);
                 let tag = index.wrapping_mul(64).wrapping_add(bit);
                 if let Some(record) = self.records.get(tag) {
-                    done(record.tag, record.status.load(Relaxed));
+                    let status = record.status.load(Relaxed);
+                    // Its bios are gone, and the last of them has seen to its bit.
+                    record.taken.store(0, Release);
+                    done(record.tag, status);
                 }
             }
         }
@@ -228,6 +241,23 @@ impl Inflight<'_> {
         self.disk.pages.adjoin(page, next)
     }
 
+    /// True if `len` bytes from `offset` of a data page on are in that page and in pages that lie
+    /// directly behind it.
+    fn holds(&self, first: u16, offset: u16, len: u32) -> bool {
+        let end = u32::from(offset).saturating_add(len);
+        let mut page = first;
+        let mut covered = PAGE_SIZE as u32;
+        while covered < end {
+            let next = page.wrapping_add(1);
+            if !self.adjoin(page, next) {
+                return false;
+            }
+            page = next;
+            covered = covered.saturating_add(PAGE_SIZE as u32);
+        }
+        u32::from(offset) < PAGE_SIZE as u32
+    }
+
     /// Makes a bio of this I/O with room for `vecs` pieces of memory, or for a few. Sleeps when
     /// there is no memory until a bio of the reserve comes back; the first one never does.
     pub(crate) fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
@@ -244,8 +274,8 @@ impl Inflight<'_> {
             }
         } else {
             let first = self.record.first.get();
-            // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which is for
-            // tags that are not in flight, until submission; the device is valid.
+            // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which has taken
+            // the record, until submission; the device is valid.
             unsafe {
                 bindings::bio_init(
                     first,
@@ -298,12 +328,16 @@ impl Bio<'_> {
     /// Adds `len` bytes from `offset` of a data page on; `false` if the bio cannot take them.
     ///
     /// They may go on in the pages behind it, as far as [`Inflight::adjoin`] says that these
-    /// follow one another.
-    pub(crate) fn add(&mut self, page: u16, offset: u16, len: u32) -> bool {
-        let (Some(raw), Some(page)) = (self.raw, self.inflight.disk.pages.page(page)) else {
+    /// follow one another; if they go further, none of them is added.
+    pub(crate) fn add(&mut self, first: u16, offset: u16, len: u32) -> bool {
+        let (Some(raw), Some(page)) = (self.raw, self.inflight.disk.pages.page(first)) else {
             return false;
         };
-        // SAFETY: The bio is ours; the page lives as long as the disk, which waits for its bios.
+        if !self.inflight.holds(first, offset, len) {
+            return false;
+        }
+        // SAFETY: The bio is ours; the bytes are in data pages that follow one another, and these
+        // live as long as the disk, which waits for its bios.
         let added = unsafe { bindings::bio_add_page(raw.as_ptr(), page, len, offset.into()) };
         u32::try_from(added) == Ok(len)
     }
@@ -371,13 +405,13 @@ fn put(record: &Record) {
     let disk = unsafe { &*record.owner };
     let (word, bit) = (usize::from(record.tag) / 64, record.tag % 64);
     if let Some(word) = disk.done.get(word) {
-        // The bit is clear: the tag was in flight. So adding it is setting it.
+        // The bit is clear: it was taken out before the record could be taken. So adding it is
+        // setting it.
         word.fetch_add(1u64 << bit, Full);
     }
     disk.parker.wake();
     // INVARIANT: Nothing of the disk is touched after this.
-    disk.busy
-        .fetch_sub(1, kernel::sync::atomic::ordering::Release);
+    disk.busy.fetch_sub(1, Release);
 }
 
 /// Runs `body` with the block layer's queue plugged: what it submits goes down together.

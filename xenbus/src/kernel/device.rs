@@ -4,6 +4,7 @@
 
 use super::store;
 use super::sys;
+use super::watch::InXenwatch;
 use crate::proto::state::State;
 use crate::proto::text::parse_u32;
 use core::ptr::NonNull;
@@ -141,15 +142,20 @@ impl Device {
         }
     }
 
-    /// Takes the device off the bus, which unbinds it from its driver.
+    /// Takes the device off the bus, which unbinds it from its driver; does nothing if that was
+    /// done before.
     ///
-    /// Callable only from a watch callback: the xenwatch thread is the one that removes devices
-    /// whose directory is gone, so there the two cannot meet. The caller sees to it that it is
-    /// done once.
-    pub(crate) fn unregister(&self) {
-        // SAFETY: By the type invariant the device is valid, and it stays so because of our
-        // reference. The callers are serialised as said above.
-        unsafe { bindings::device_unregister(self.device()) };
+    /// For watch callbacks: the xenwatch thread is the one that removes devices whose directory is
+    /// gone, so there the two cannot meet.
+    pub(crate) fn unregister(&self, _thread: &InXenwatch) {
+        // SAFETY: By the type invariant the device is valid. Its registration changes in this
+        // thread alone once it is bound, so the bits beside this one do not change meanwhile.
+        let is_registered = unsafe { (*self.device()).kobj.state_in_sysfs() } != 0;
+        if is_registered {
+            // SAFETY: The device is valid, and it stays so because of our reference. It is
+            // registered, and whoever takes it off the bus does so in this thread.
+            unsafe { bindings::device_unregister(self.device()) };
+        }
     }
 }
 

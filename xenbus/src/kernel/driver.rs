@@ -18,6 +18,7 @@ use kernel::driver::{DriverLayout, RegistrationOps};
 use kernel::error::{from_result, to_result};
 use kernel::ffi::{c_int, c_uint};
 use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Full, ordering::Release, AtomicFlag};
 use kernel::types::Opaque;
 use kernel::ThisModule;
 
@@ -56,6 +57,10 @@ pub(crate) trait Driver: 'static {
     fn attribute(data: &Self::Data, which: Attribute) -> u64;
 }
 
+/// True while a driver is registered: all its devices have the same attributes, which the shim
+/// reads through one pointer, so there can be one driver at a time.
+static ATTRIBUTES_TAKEN: AtomicFlag = AtomicFlag::new(false);
+
 /// Connects a [`Driver`] to the kernel's registration.
 pub(crate) struct Adapter<T: Driver>(PhantomData<T>);
 
@@ -90,17 +95,24 @@ unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
             (*raw).remove = Some(Self::remove);
             (*raw).driver.dev_groups = sys::xbr_attr_groups();
         }
-        // SAFETY: The callback stays valid as long as the module, and so do its callers.
+        if ATTRIBUTES_TAKEN.xchg(true, Full) {
+            return Err(EBUSY);
+        }
+        // SAFETY: The callback stays valid as long as the module, and so do its callers. No device
+        // of another driver has these attributes: they are taken for this one.
         unsafe { sys::xbr_set_attr_fn(Self::attribute) };
         // SAFETY: The driver is initialised and stays pinned until `unregister`.
         to_result(unsafe {
             sys::__xenbus_register_backend(raw, module.as_ptr(), name.as_char_ptr())
         })
+        .inspect_err(|_| ATTRIBUTES_TAKEN.store(false, Release))
     }
 
     unsafe fn unregister(driver: &Opaque<sys::XenbusDriver>) {
         // SAFETY: By the requirement of this function it is registered.
         unsafe { sys::xenbus_unregister_driver(driver.get()) }
+        // No device is bound any more, so nobody reads an attribute.
+        ATTRIBUTES_TAKEN.store(false, Release);
     }
 }
 

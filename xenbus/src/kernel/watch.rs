@@ -12,14 +12,17 @@ use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
+/// Shows that its holder runs in the xenwatch thread, in a callback of a watch.
+pub(crate) struct InXenwatch(());
+
 /// Who is told when a watched key changes.
 pub(crate) trait Watcher: Send + Sync + 'static {
     /// Names the watch if there are several.
     type Which: core::marker::Copy + Send + Sync + 'static;
 
     /// The key was written, or the watch was just registered. Runs in the xenwatch thread, which
-    /// serves every backend of the host: queue work and return.
-    fn changed(this: Arc<Self>, which: Self::Which);
+    /// serves every backend of the host, as `thread` shows: queue work and return.
+    fn changed(this: Arc<Self>, which: Self::Which, thread: &InXenwatch);
 }
 
 /// A registered watch; dropping it unregisters it. At most one event is pending at a time.
@@ -105,5 +108,5 @@ extern "C" fn callback<T: Watcher>(
     // SAFETY: The watch is registered, so it is valid now.
     let (target, which) = unsafe { ((*this).target.clone(), (*this).which) };
     // From here on the watch may be gone: the callee may unregister the device that owns it.
-    T::changed(target, which);
+    T::changed(target, which, &InXenwatch(()));
 }
