@@ -4,6 +4,7 @@
 use super::bed::kill;
 use control::supervisor::{Reply, Request};
 use control::Channel;
+use rustix::mount::{unmount, UnmountFlags};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -72,5 +73,7 @@ fn questions_wait_while_the_supervisor_is_started_anew() {
         first.0.wait().expect("its end");
         assert!(path.exists());
     }
+    // Run by root, it has mounted the folder of disks of memory, which outlives it.
+    while unmount(folder.join("ram"), UnmountFlags::DETACH).is_ok() {}
     fs::remove_dir_all(&dir).expect("remove");
 }
