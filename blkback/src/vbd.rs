@@ -513,9 +513,7 @@ impl Vbd {
             let frontend = (self.device.otherend_id(), self.device.number());
             match Claim::new(frontend, self.clone()) {
                 Ok(claim) => life.claim = claim,
-                Err(error) => self
-                    .device
-                    .report(error, c"the frontend cannot be claimed"),
+                Err(error) => self.device.report(error, c"the frontend cannot be claimed"),
             }
         }
         life.claim.is_some()

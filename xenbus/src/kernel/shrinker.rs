@@ -72,6 +72,11 @@ impl<T: Shrink> Drop for Shrinker<T> {
 /// What the kernel reads as "nothing could be done".
 const STOP: c_ulong = c_ulong::MAX;
 
+/// How much could be freed.
+///
+/// # Safety
+///
+/// For the kernel alone: `raw` is the shrinker of a `Shrinker<T>`.
 unsafe extern "C" fn count<T: Shrink>(
     raw: *mut bindings::shrinker,
     _control: *mut bindings::shrink_control,
@@ -81,17 +86,17 @@ unsafe extern "C" fn count<T: Shrink>(
     target.count() as c_ulong
 }
 
+/// Frees some.
+///
+/// # Safety
+///
+/// As for [`count`]; `control` is valid.
 unsafe extern "C" fn scan<T: Shrink>(
     raw: *mut bindings::shrinker,
     control: *mut bindings::shrink_control,
 ) -> c_ulong {
     // SAFETY: As in `count`; the kernel passes a valid description of what it wants.
-    let (target, pages) = unsafe {
-        (
-            &*(*raw).private_data.cast::<T>(),
-            (*control).nr_to_scan as usize,
-        )
-    };
+    let (target, pages) = unsafe { (&*(*raw).private_data.cast::<T>(), (*control).nr_to_scan) };
     match target.free(pages) {
         0 => STOP,
         freed => freed as c_ulong,
