@@ -171,6 +171,10 @@ fn write(block: u32, letter: char) -> String {
 const SLOW_MIB: u32 = 16;
 const SLOW_SECTORS: u64 = 32768;
 
+/// What the case below says if nothing is between a write of a dead process and the next process: there
+/// is damage, or there is none yet, because the older write is still on its way.
+pub(super) const NOT_FENCED: &str = "a write of a dead process is not fenced";
+
 /// Two names of one device: the first one holds what is written through it, as slow storage does. The
 /// next process comes by the second one, so that only the fence is between it and the late write.
 pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
@@ -211,12 +215,12 @@ pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     ))?;
     ensure!(
         held.trim() == "b",
-        "the device holds `{}`: a write of a dead process came after a newer one",
+        "{NOT_FENCED}: the device holds `{}`, the older write came after the newer one",
         held.trim()
     );
     ensure!(
         late.fenced,
-        "the next process did not have to wait for a write of the dead one"
+        "{NOT_FENCED}: the next process did not have to wait for it"
     );
     guest.detach(&vbd)?;
     late.second.end(libc::SIGTERM)

@@ -6,7 +6,7 @@
 //! (`blkback/src/planted.rs`), under cases that the shipped one passes.
 
 use super::basic::{attach_own, fio_verify, flush};
-use super::death::s05_late_write;
+use super::death::{s05_late_write, NOT_FENCED};
 use super::{detach_own_disks, insert, load_driver, Case, Context, Needs};
 use crate::backing::NullBlk;
 use crate::guest::{Config, Guest, Kind};
@@ -86,7 +86,7 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .tap()
         .faulty()
-        .finds(&["a write of a dead process came after a newer one"]),
+        .finds(&[NOT_FENCED]),
     ]
 }
 
