@@ -223,7 +223,7 @@ pub(crate) struct Lvm {
 impl Lvm {
     /// Makes the volume `lv` of so many MiB.
     pub(crate) fn create(group: &str, physical: &str, mib: u32) -> Result<Lvm> {
-        lvm(&["pvcreate", physical])?;
+        lvm(&["pvcreate", "--yes", physical])?;
         lvm(&["vgcreate", group, physical])?;
         lvm(&[
             "lvcreate",
