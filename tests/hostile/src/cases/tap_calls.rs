@@ -11,8 +11,8 @@ use crate::wire::{flush, rw, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{OP_READ, OP_WRITE};
 use ring::tap::abi::{
-    ioctl, Completion, COMPLETION_RETURNED, GEOMETRY_WRITE_CACHE, MMAP_ARENA, MMAP_DESCRIPTORS,
-    NO_TAG, STATE_LIVE,
+    ioctl, Completion, COMPLETION_RETURNED, GEOMETRY_MAY_SHRINK, GEOMETRY_WRITE_CACHE, MMAP_ARENA,
+    MMAP_DESCRIPTORS, NO_TAG, STATE_LIVE,
 };
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -68,7 +68,12 @@ fn tap_serve(lab: &mut Lab) -> Result<()> {
         }
         let start = session.vbd.offered("sectors")?;
         ensure!(start == Some(SECTORS), "{start:?} sectors are offered");
-        node.describe(SECTORS / 2, GEOMETRY_WRITE_CACHE)?;
+        expect(
+            "a smaller disk that does not say so",
+            node.describe(SECTORS / 2, GEOMETRY_WRITE_CACHE),
+            &[libc::ERANGE],
+        )?;
+        node.describe(SECTORS / 2, GEOMETRY_WRITE_CACHE | GEOMETRY_MAY_SHRINK)?;
         crate::wait::until("the new size", crate::vbd::SOON, || {
             Ok((session.vbd.offered("sectors")? == Some(SECTORS / 2)).then_some(()))
         })?;
@@ -213,7 +218,7 @@ fn tap_bad_descriptions(lab: &mut Lab) -> Result<()> {
     for sectors in [0, 1 << 62, u64::MAX] {
         expect("an impossible size", node.describe(sectors, 0), &invalid)?;
     }
-    for flags in [4, 0x8000_0000] {
+    for flags in [8, 0x8000_0000] {
         expect("unknown flags", node.describe(SECTORS, flags), &invalid)?;
     }
     expect("no record", node.set_params(&[]), &invalid)?;
