@@ -101,7 +101,7 @@ fn claimed(context: &mut Context) -> Result<()> {
     let target = format!("aio:{image}");
     sh::run(&["mkfs.ext4", "-q", "-F", &image])?;
     free(&target, "w")?;
-    sh::run(&["modprobe", "loop"])?;
+    sh::modprobe("loop", &[])?;
     sh::run(&["mount", "-o", "loop", &image, DEAD])?;
     refused(&target, "w", DEAD)?;
     sh::run(&["umount", DEAD])?;
