@@ -21,6 +21,9 @@ const BYSTANDER: u32 = 1;
 const LOG_LINES: usize = 20;
 const LOG_LINES_A_SECOND: f64 = 2.0;
 
+/// A file in memory, which nobody frees until it is removed.
+const PLANTED_MEMORY: &str = "/run/hostile-planted";
+
 /// Time in which a bystander gets its data, whatever a neighbour does.
 const RESPONSIVE: Duration = Duration::from_secs(5);
 
@@ -34,7 +37,6 @@ pub(crate) struct Lab {
     pub(crate) slow: Disk,
     bystander: Session,
     planted: Vec<Session>,
-    planted_disk: Option<Disk>,
     _other: Disk,
     kmsg: Kmsg,
     baseline: Leaks,
@@ -68,7 +70,6 @@ impl Lab {
             slow,
             bystander,
             planted: Vec::new(),
-            planted_disk: None,
             _other: other,
             kmsg: Kmsg::from_now()?,
             // The disks hold all that they ever will, so that no case seems to lose memory.
@@ -142,18 +143,17 @@ impl Lab {
 
     /// Keeps memory that nobody frees, to be found.
     pub(crate) fn plant_memory(&mut self) -> Result<()> {
-        let shape = disk::Shape {
-            name: "hostile-planted",
-            block: 512,
-            latency: Duration::ZERO,
-        };
-        self.planted_disk = Some(Disk::make(&shape)?);
-        Ok(())
+        // More than what dom0 may have got back since the run began.
+        std::fs::write(PLANTED_MEMORY, vec![1; 128 << 20])
+            .with_context(|| format!("cannot fill {PLANTED_MEMORY}"))
     }
 
     /// Takes what was planted away.
     pub(crate) fn unplant(&mut self) -> Result<()> {
-        self.planted_disk = None;
+        match std::fs::remove_file(PLANTED_MEMORY) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
         let mut planted = self.planted.drain(..);
         planted.try_for_each(Session::finish)
     }
