@@ -12,7 +12,7 @@ use crate::planted;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::response::Status;
 use crate::xen::bdev::BlockDevice;
-use crate::xen::bio::{self, Bio, Disk, Inflight, Operation};
+use crate::xen::bio::{self, Disk, Inflight, Operation, Piece};
 use crate::xen::block::{Block, Effort};
 use crate::xen::data::{Backing, DataPages};
 use crate::xen::grant::GuestGrants;
@@ -205,100 +205,25 @@ fn write(preflush: bool, fua: bool) -> Operation {
     Operation::Write { preflush, fua }
 }
 
-/// Memory of an I/O without a gap: a piece of a page, and what lies behind it.
-struct Run {
-    first: Slice,
-    last: u16,
-    len: u32,
-}
-
-impl Run {
-    fn new(first: Slice) -> Self {
-        Self {
-            first,
-            last: first.page,
-            len: first.len.into(),
-        }
-    }
-
-    /// Goes on with `next` if that lies directly behind.
-    fn join(&mut self, inflight: &Inflight<'_>, next: &Slice) -> bool {
-        let end = self.len.wrapping_add(self.first.offset.into());
-        let joined = end % PAGE_SIZE as u32 == 0
-            && next.offset == 0
-            && inflight.adjoin(self.last, next.page);
-        if joined {
-            self.last = next.page;
-            self.len = self.len.wrapping_add(next.len.into());
-        }
-        joined
-    }
-}
-
-/// Puts the memory into as few pieces, and these into as few bios, as the device takes them in.
 fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
-    let mut left = io.count();
-    let mut bios = Bios {
-        inflight,
-        operation,
-        sector: io.sector,
-        bio: inflight.bio(operation, io.sector, left),
-    };
-    let mut run: Option<Run> = None;
-    for slice in io.slices() {
-        if run.as_mut().is_some_and(|run| run.join(inflight, &slice)) {
-            left = left.wrapping_sub(1);
-            continue;
-        }
-        let before = run.replace(Run::new(slice));
-        if !before.is_none_or(|run| bios.add(&run, left.wrapping_add(1))) {
-            return;
-        }
-        left = left.wrapping_sub(1);
-    }
-    if run.is_none_or(|run| bios.add(&run, 1)) {
-        bios.bio.submit();
-    }
+    inflight.transfer(operation, io.sector, io.count(), io.slices().map(piece));
 }
 
-/// The bios of an I/O, of which the last one is being built.
-struct Bios<'a> {
-    inflight: &'a Inflight<'a>,
-    operation: Operation,
-    /// Where the next run goes.
-    sector: u64,
-    bio: Bio<'a>,
-}
-
-impl Bios<'_> {
-    /// Adds a run, which is one of at most `left` pieces that are left. False if that cannot be
-    /// done.
-    fn add(&mut self, run: &Run, left: u16) -> bool {
-        let (page, offset) = (run.first.page, run.first.offset);
-        if !self.bio.add(page, offset, run.len) {
-            // In this order: the next one may have to wait for this one.
-            self.bio.submit();
-            self.bio = self.inflight.bio(self.operation, self.sector, left);
-            if !self.bio.add(page, offset, run.len) {
-                // The device does not even take one piece; the rest is lost, the request fails.
-                self.inflight.fail();
-                return false;
-            }
-        }
-        self.sector = self.sector.wrapping_add(u64::from(run.len / 512));
-        true
+fn piece(slice: Slice) -> Piece {
+    Piece {
+        page: slice.page,
+        offset: slice.offset,
+        len: slice.len,
     }
 }
 
 fn without_data(inflight: &Inflight<'_>, operation: Operation, io: &Io<'_>) {
-    let sector = match operation {
-        Operation::Flush => 0,
-        _ => io.sector,
-    };
-    let mut bio = inflight.bio(operation, sector, 0);
-    if operation != Operation::Flush {
-        // The engine gives out at most 1 GiB at once.
-        bio.set_sectors(u32::try_from(io.sectors).unwrap_or(u32::MAX / 512));
+    match operation {
+        Operation::Flush => inflight.without_data(operation, 0, 0),
+        _ => {
+            // The engine gives out at most 1 GiB at once.
+            let sectors = u32::try_from(io.sectors).unwrap_or(u32::MAX / 512);
+            inflight.without_data(operation, io.sector, sectors);
+        }
     }
-    bio.submit();
 }

@@ -12,8 +12,8 @@ pub const BLOCK: u16 = 8;
 const ALL: u8 = u8::MAX;
 /// Blocks of a group.
 const GROUP: u16 = 64;
-/// Broken blocks in which a run is looked for before a whole one is broken.
-const TRIES: usize = 4;
+/// Broken blocks in which a run is looked for, beyond the first, before a whole one is broken.
+const TRIES: u32 = 3;
 
 /// What is known of 64 blocks: one bit, or one byte of bits, for each.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +85,8 @@ pub(crate) struct Blocks<'a> {
     free: u16,
     /// The least number of free pages since [`reset_low`](Self::reset_low).
     low: u16,
+    /// The block from which a page was taken last.
+    last: u16,
 }
 
 /// Where a block is: its group, and its number in that.
@@ -110,6 +112,7 @@ impl<'a> Blocks<'a> {
             capacity: 0,
             free: 0,
             low: 0,
+            last: 0,
         };
         for block in 0..blocks.own.div_ceil(BLOCK) {
             let pages = blocks.own.saturating_sub(block.saturating_mul(BLOCK));
@@ -194,36 +197,64 @@ impl<'a> Blocks<'a> {
 
     /// Takes neighbours, at most so many; `None` if nothing is free.
     pub(crate) fn take_run(&mut self, wanted: u16) -> Option<Run> {
-        let whole = self.first_whole();
-        let (block, mask) = match whole {
-            Some(block) if wanted >= BLOCK => (block, ALL),
-            _ => match (self.broken_with(wanted), whole) {
-                (Some(found), _) => found,
-                (None, Some(block)) => (block, low_bits(wanted)),
-                (None, None) => self.first_broken()?,
-            },
-        };
+        let (block, mask) = self.find_run(wanted)?;
         let (group, index) = place(block);
         let group = self.groups.get_mut(group)?;
         let free = group.free(index);
         group.set(index, free & !mask);
         // CAST: at most 8.
         let (start, len) = (mask.trailing_zeros() as u16, mask.count_ones() as u16);
-        self.free = self.free.saturating_sub(len);
-        self.low = self.low.min(self.free);
+        self.took(len);
         let first = block.wrapping_mul(BLOCK).wrapping_add(start);
         Some(Run { first, len })
     }
 
-    /// Gives a page back.
+    /// A block, and the bits of its pages that are to be taken.
+    fn find_run(&self, wanted: u16) -> Option<(u16, u8)> {
+        if wanted < BLOCK {
+            if let Some(found) = self.broken_with(wanted) {
+                return Some(found);
+            }
+        }
+        match self.first_whole() {
+            Some(block) => Some((block, low_bits(wanted))),
+            None => self.first_broken(),
+        }
+    }
+
+    /// Takes one page, from the block from which the last one came if it has more.
     #[inline]
-    pub(crate) fn release(&mut self, page: u16) {
-        let (group, index) = place(page / BLOCK);
-        let bit = 1u8.wrapping_shl(u32::from(page % BLOCK));
+    pub(crate) fn take_page(&mut self) -> Option<u16> {
+        let (group, index) = place(self.last);
+        let free = self.groups.get(group).map_or(0, |group| group.free(index));
+        if free == 0 || free == ALL {
+            let run = self.take_run(1)?;
+            self.last = run.first / BLOCK;
+            return Some(run.first);
+        }
+        let page = free.trailing_zeros();
+        let rest = free & free.wrapping_sub(1);
+        self.groups.get_mut(group)?.set(index, rest);
+        self.took(1);
+        // CAST: below 8.
+        Some(self.last.wrapping_mul(BLOCK).wrapping_add(page as u16))
+    }
+
+    fn took(&mut self, pages: u16) {
+        self.free = self.free.saturating_sub(pages);
+        self.low = self.low.min(self.free);
+    }
+
+    /// Gives pages of one block back, by the block's number and their bits.
+    #[inline]
+    pub(crate) fn release(&mut self, block: u16, pages: u8) {
+        let (group, index) = place(block);
         if let Some(group) = self.groups.get_mut(group) {
             let free = group.free(index);
-            group.set(index, free | bit);
-            self.free = self.free.saturating_add(u16::from(free & bit == 0));
+            group.set(index, free | pages);
+            // CAST: at most 8.
+            let count = (pages & !free).count_ones() as u16;
+            self.free = self.free.saturating_add(count);
         }
     }
 
@@ -236,24 +267,21 @@ impl<'a> Blocks<'a> {
 
     /// A broken block with so many free neighbours, if one of the first few has them.
     fn broken_with(&self, wanted: u16) -> Option<(u16, u8)> {
-        if wanted >= BLOCK {
-            return None;
-        }
-        let blocks = (0..self.groups.len())
-            .zip(self.groups.iter())
-            .flat_map(|(at, group)| {
-                Bits(group.broken).map(move |index| (number(at, index), group.free(index)))
-            });
-        for (block, free) in blocks.take(TRIES) {
-            let mut starts = free;
-            for _ in 1..wanted {
-                starts &= starts >> 1;
-            }
-            if starts != 0 {
-                return Some((
-                    block,
-                    low_bits(wanted).wrapping_shl(starts.trailing_zeros()),
-                ));
+        let mut tries = TRIES;
+        for (at, group) in (0..self.groups.len()).zip(self.groups.iter()) {
+            let mut broken = group.broken;
+            while broken != 0 {
+                let index = broken.trailing_zeros();
+                let mut starts = group.free(index);
+                for _ in 1..wanted {
+                    starts &= starts >> 1;
+                }
+                if starts != 0 {
+                    let mask = low_bits(wanted).wrapping_shl(starts.trailing_zeros());
+                    return Some((number(at, index), mask));
+                }
+                tries = tries.checked_sub(1)?;
+                broken &= broken.wrapping_sub(1);
             }
         }
         None
@@ -281,17 +309,4 @@ impl<'a> Blocks<'a> {
 fn low_bits(count: u16) -> u8 {
     ALL.checked_shr(u32::from(BLOCK.saturating_sub(count)))
         .unwrap_or(0)
-}
-
-/// The numbers of the bits that are set, in order.
-struct Bits(u64);
-
-impl Iterator for Bits {
-    type Item = u32;
-
-    fn next(&mut self) -> Option<u32> {
-        let bit = (self.0 != 0).then(|| self.0.trailing_zeros())?;
-        self.0 &= self.0.wrapping_sub(1);
-        Some(bit)
-    }
 }

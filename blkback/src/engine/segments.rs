@@ -10,7 +10,7 @@
 //! Pages with memory come and go in blocks of eight neighbours (`blocks`). Nothing is allocated
 //! here: a request that finds too little waits, or is done in pieces.
 
-use crate::engine::blocks::{Blocks, Group};
+use crate::engine::blocks::{Blocks, Group, BLOCK};
 use crate::ring::segment::Segment;
 
 /// The end of a chain.
@@ -207,16 +207,7 @@ impl<'a> Segments<'a> {
         }
         let entries = &mut *self.entries;
         match pool {
-            Pool::Copy => {
-                let mut page = head;
-                for _ in 0..count {
-                    let Some(entry) = entries.get(usize::from(page)) else {
-                        return;
-                    };
-                    self.copy.release(page);
-                    page = entry.next;
-                }
-            }
+            Pool::Copy => release_pages(entries, &mut self.copy, head, count),
             Pool::Map => release_listed(entries, &mut self.map, head, count),
             Pool::Rest => release_listed(entries, &mut self.rest, head, count),
         }
@@ -300,6 +291,11 @@ fn alloc_pages(entries: &mut [SegmentEntry], blocks: &mut Blocks<'_>, count: u16
     if blocks.free() < count {
         return None;
     }
+    if count == 1 {
+        let page = blocks.take_page()?;
+        entries.get_mut(usize::from(page))?.next = END;
+        return Some(page);
+    }
     let (mut head, mut last, mut left) = (END, END, count);
     while left > 0 {
         // There are as many free pages, so there is a run, and none is empty.
@@ -315,6 +311,24 @@ fn alloc_pages(entries: &mut [SegmentEntry], blocks: &mut Blocks<'_>, count: u16
     }
     entries.get_mut(usize::from(last))?.next = END;
     Some(head)
+}
+
+/// Gives the pages of a chain back, all of one block that follow one another at once.
+fn release_pages(entries: &[SegmentEntry], blocks: &mut Blocks<'_>, head: u16, count: u16) {
+    let (mut block, mut pages) = (head / BLOCK, 0u8);
+    let mut page = head;
+    for _ in 0..count {
+        let Some(entry) = entries.get(usize::from(page)) else {
+            break;
+        };
+        if page / BLOCK != block {
+            blocks.release(block, core::mem::replace(&mut pages, 0));
+            block = page / BLOCK;
+        }
+        pages |= 1u8.wrapping_shl(u32::from(page % BLOCK));
+        page = entry.next;
+    }
+    blocks.release(block, pages);
 }
 
 fn alloc_listed(entries: &mut [SegmentEntry], free: &mut Free, count: u16) -> Option<u16> {

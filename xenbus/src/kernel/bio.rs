@@ -20,9 +20,9 @@ use kernel::sync::Arc;
 use kernel::types::Opaque;
 
 /// Bios beyond the first of an I/O that can be allocated while there is no memory: enough for
-/// progress. Each has room for the most pieces that a bio can have.
+/// progress. Each has room for the most ranges that a bio can have.
 const RESERVE: u32 = 2;
-/// Pieces of memory of one bio at most (`BIO_MAX_VECS`).
+/// Ranges of memory of one bio at most (`BIO_MAX_VECS`).
 const MAX_VECS: u16 = 256;
 
 /// What a bio does.
@@ -66,7 +66,7 @@ impl Operation {
     }
 }
 
-/// Pieces of memory of an I/O's first bio.
+/// Ranges of memory of an I/O's first bio.
 const FIRST_VECS: u16 = 8;
 
 /// The part of an I/O that its bios share, and the first of them: most I/Os need no other.
@@ -236,31 +236,51 @@ pub(crate) struct Inflight<'a> {
 }
 
 impl Inflight<'_> {
-    /// True if `next` lies directly behind `page` in memory.
-    pub(crate) fn adjoin(&self, page: u16, next: u16) -> bool {
-        self.disk.pages.adjoin(page, next)
-    }
-
-    /// True if `len` bytes from `offset` of a data page on are in that page and in pages that lie
-    /// directly behind it.
-    fn holds(&self, first: u16, offset: u16, len: u32) -> bool {
-        let end = u32::from(offset).saturating_add(len);
-        let mut page = first;
-        let mut covered = PAGE_SIZE as u32;
-        while covered < end {
-            let next = page.wrapping_add(1);
-            if !self.adjoin(page, next) {
-                return false;
+    /// Reads into `count` pieces of data pages, or writes from them, from a 512-byte sector on:
+    /// starts as few bios with as few ranges of memory as the device takes them in. May sleep.
+    pub(crate) fn transfer(
+        &self,
+        operation: Operation,
+        sector: u64,
+        count: u16,
+        pieces: impl Iterator<Item = Piece>,
+    ) {
+        let mut bios = Bios {
+            operation,
+            sector,
+            left: count,
+            bio: self.bio(operation, sector, count),
+        };
+        let mut run: Option<Run> = None;
+        for piece in pieces {
+            if run.as_mut().is_some_and(|run| run.join(&piece)) {
+                bios.left = bios.left.wrapping_sub(1);
+                continue;
             }
-            page = next;
-            covered = covered.saturating_add(PAGE_SIZE as u32);
+            let Some(next) = Run::new(self.disk, &piece) else {
+                return self.fail();
+            };
+            if !run.replace(next).is_none_or(|run| bios.add(&run)) {
+                return self.fail();
+            }
         }
-        u32::from(offset) < PAGE_SIZE as u32
+        if run.is_none_or(|run| bios.add(&run)) {
+            bios.bio.submit();
+        } else {
+            self.fail();
+        }
     }
 
-    /// Makes a bio of this I/O with room for `vecs` pieces of memory, or for a few. Sleeps when
+    /// Starts an operation without data on at most `u32::MAX / 512` sectors. May sleep.
+    pub(crate) fn without_data(&self, operation: Operation, sector: u64, sectors: u32) {
+        let mut bio = self.bio(operation, sector, 0);
+        bio.set_sectors(sectors);
+        bio.submit();
+    }
+
+    /// Makes a bio of this I/O with room for `vecs` ranges of memory, or for a few. Sleeps when
     /// there is no memory until a bio of the reserve comes back; the first one never does.
-    pub(crate) fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
+    fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
         let raw = if self.first_taken.replace(true) {
             // SAFETY: The device and the set are valid. An allocation from a bio set that may
             // sleep does not fail.
@@ -302,7 +322,7 @@ impl Inflight<'_> {
     }
 
     /// Makes the whole I/O fail, whatever its bios do.
-    pub(crate) fn fail(&self) {
+    fn fail(&self) {
         self.record.status.store(IO_ERROR, Relaxed);
     }
 }
@@ -318,32 +338,112 @@ impl Drop for Inflight<'_> {
     }
 }
 
+/// A piece of a data page.
+pub(crate) struct Piece {
+    /// Index of the page.
+    pub(crate) page: u16,
+    /// Byte offset in the page.
+    pub(crate) offset: u16,
+    /// Bytes.
+    pub(crate) len: u16,
+}
+
+/// Bytes of data pages without a gap between them.
+///
+/// # Invariants
+///
+/// From `page` on, `room` bytes of the disk's data pages lie one behind the other, and
+/// `offset + len` is at most that.
+struct Run {
+    page: *mut bindings::page,
+    room: u32,
+    /// Index of the first page.
+    first: u16,
+    offset: u16,
+    len: u32,
+}
+
+impl Run {
+    /// `None` if there is no such page, or not so much of it.
+    fn new(disk: &Disk, piece: &Piece) -> Option<Self> {
+        let (page, room) = disk.pages.from(piece.page)?;
+        let end = u32::from(piece.offset).wrapping_add(piece.len.into());
+        // INVARIANT: The table says so.
+        (end <= room).then_some(Self {
+            page,
+            room,
+            first: piece.page,
+            offset: piece.offset,
+            len: piece.len.into(),
+        })
+    }
+
+    /// Goes on with `next` if that lies directly behind.
+    fn join(&mut self, next: &Piece) -> bool {
+        const PAGE: u32 = PAGE_SIZE as u32;
+        let end = self.len.wrapping_add(self.offset.into());
+        let page = u32::from(self.first).wrapping_add(end / PAGE);
+        let new_end = end.wrapping_add(next.len.into());
+        let joins = end % PAGE == 0
+            && next.offset == 0
+            && u32::from(next.page) == page
+            && new_end <= self.room;
+        if joins {
+            // INVARIANT: Just compared.
+            self.len = self.len.wrapping_add(next.len.into());
+        }
+        joins
+    }
+}
+
+/// The bios of an I/O, of which the last one is being built.
+struct Bios<'a> {
+    operation: Operation,
+    /// Where the next run goes.
+    sector: u64,
+    /// Ranges of memory that are left, at most.
+    left: u16,
+    bio: Bio<'a>,
+}
+
+impl Bios<'_> {
+    /// Adds a run. False if the device does not take even that alone.
+    fn add(&mut self, run: &Run) -> bool {
+        if !self.bio.add(run) {
+            // In this order: the next one may have to wait for this one.
+            self.bio.submit();
+            self.bio = self.bio.inflight.bio(self.operation, self.sector, self.left);
+            if !self.bio.add(run) {
+                return false;
+            }
+        }
+        self.left = self.left.wrapping_sub(1);
+        self.sector = self.sector.wrapping_add(u64::from(run.len / 512));
+        true
+    }
+}
+
 /// A bio that is being built.
-pub(crate) struct Bio<'a> {
+struct Bio<'a> {
     raw: Option<NonNull<bindings::bio>>,
     inflight: &'a Inflight<'a>,
 }
 
 impl Bio<'_> {
-    /// Adds `len` bytes from `offset` of a data page on; `false` if the bio cannot take them.
-    ///
-    /// They may go on in the pages behind it, as far as [`Inflight::adjoin`] says that these
-    /// follow one another; if they go further, none of them is added.
-    pub(crate) fn add(&mut self, first: u16, offset: u16, len: u32) -> bool {
-        let (Some(raw), Some(page)) = (self.raw, self.inflight.disk.pages.page(first)) else {
+    /// Adds a run of the same I/O; `false` if the bio cannot take it.
+    fn add(&mut self, run: &Run) -> bool {
+        let Some(raw) = self.raw else {
             return false;
         };
-        if !self.inflight.holds(first, offset, len) {
-            return false;
-        }
-        // SAFETY: The bio is ours; the bytes are in data pages that follow one another, and these
-        // live as long as the disk, which waits for its bios.
-        let added = unsafe { bindings::bio_add_page(raw.as_ptr(), page, len, offset.into()) };
-        u32::try_from(added) == Ok(len)
+        // SAFETY: The bio is ours; by the type invariant the bytes are in data pages that follow
+        // one another, and a page stays where it is while a request has it.
+        let added =
+            unsafe { bindings::bio_add_page(raw.as_ptr(), run.page, run.len, run.offset.into()) };
+        u32::try_from(added) == Ok(run.len)
     }
 
     /// Sets the length of an operation without data, at most `u32::MAX / 512` sectors.
-    pub(crate) fn set_sectors(&mut self, sectors: u32) {
+    fn set_sectors(&mut self, sectors: u32) {
         if let Some(raw) = self.raw {
             // SAFETY: The bio is ours until it is submitted.
             unsafe { (*raw.as_ptr()).bi_iter.bi_size = sectors.wrapping_mul(512) };
@@ -351,7 +451,7 @@ impl Bio<'_> {
     }
 
     /// Starts it, once. May sleep.
-    pub(crate) fn submit(&mut self) {
+    fn submit(&mut self) {
         if let Some(raw) = self.raw.take() {
             self.inflight.record.pending.fetch_add(1, Relaxed);
             // SAFETY: The bio is complete, and from here on it belongs to the block layer.

@@ -9,6 +9,7 @@
 use super::block::{Block, Page, PAGES};
 use super::pages::{filled, push, Pages};
 use super::sys;
+use crate::ring::abi::PAGE_SIZE;
 use core::ops::Range;
 use kernel::bindings;
 use kernel::error::to_result;
@@ -27,9 +28,12 @@ struct Place {
 /// # Invariants
 ///
 /// A page in `places` is valid as long as it is there: it belongs to `_arena`, or to the block that
-/// the table's [`Backing`] has for it. `mappable` are pages of `gnttab_alloc_pages`.
+/// the table's [`Backing`] has for it, and so does what `joins` says. `mappable` are pages of `gnttab_alloc_pages`.
 pub(crate) struct DataPages {
     places: KVec<Place>,
+    /// For each block of a [`Backing`] one bit for each page: the next page of the block lies
+    /// directly behind it.
+    joins: KVec<Atomic<u32>>,
     mappable: KVec<*mut bindings::page>,
     _arena: Option<Arc<Pages>>,
 }
@@ -54,6 +58,7 @@ impl DataPages {
         }
         let mut table = Self {
             places,
+            joins: KVec::new(),
             mappable: KVec::new(),
             _arena: arena,
         };
@@ -90,7 +95,9 @@ impl DataPages {
 
     /// Bytes that a table for so many pages takes.
     pub(crate) const fn bytes(with_memory: u16) -> usize {
-        (with_memory as usize).saturating_mul(size_of::<Place>())
+        let joins = (with_memory as usize / PAGES).saturating_mul(size_of::<Atomic<u32>>());
+        let places = (with_memory as usize).saturating_mul(size_of::<Place>());
+        places.saturating_add(joins)
     }
 
     /// Pages that can have memory; they are the first ones.
@@ -116,6 +123,7 @@ impl DataPages {
         self.mappable.get(self.map_index(index)?).copied()
     }
 
+    #[inline]
     fn place(&self, index: u16) -> Option<(*mut bindings::page, u64)> {
         let place = self.places.get(usize::from(index))?;
         let page = place.page.load(Relaxed);
@@ -137,18 +145,17 @@ impl DataPages {
         Some(self.place(index)?.1)
     }
 
-    /// True if both pages have memory and `next` lies directly behind `page`, for this kernel and
-    /// for the machine: then one transfer can go through both.
-    pub(super) fn adjoin(&self, page: u16, next: u16) -> bool {
-        if page.checked_add(1) != Some(next) {
-            return false;
-        }
-        match (self.place(page), self.place(next)) {
-            (Some((page, frame)), Some((next, next_frame))) => {
-                page.wrapping_add(1) == next && frame.wrapping_add(1) == next_frame
-            }
-            _ => false,
-        }
+    /// A page, and how many bytes from its beginning on lie one behind the other, for this kernel
+    /// and for the machine: one transfer can go through all of them.
+    pub(super) fn from(&self, index: u16) -> Option<(*mut bindings::page, u32)> {
+        let block = usize::from(index) / PAGES;
+        // Of a page at which a guest's page is mapped nothing is known; an arena has no blocks.
+        let joins = self.joins.get(block).map_or(0, |word| word.load(Relaxed));
+        let follow = joins
+            .checked_shr(u32::from(index) % PAGES as u32)
+            .map_or(0, u32::trailing_ones);
+        let pages = follow.wrapping_add(1);
+        Some((self.page(index)?, pages.wrapping_mul(PAGE_SIZE as u32)))
     }
 }
 
@@ -179,7 +186,11 @@ impl Backing {
         for _ in 0..count {
             push(&mut blocks, None)?;
         }
-        let table = DataPages::new(with_memory, mappable, None)?;
+        let mut table = DataPages::new(with_memory, mappable, None)?;
+        table.joins = KVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            push(&mut table.joins, Atomic::new(0))?;
+        }
         Ok(Self {
             table: Arc::new(table, GFP_KERNEL)?,
             blocks,
@@ -204,11 +215,14 @@ impl Backing {
     /// The block comes back if there is no such place, or if that has memory.
     pub(crate) fn attach(&mut self, index: u16, mut block: KBox<Block>) -> Result<(), KBox<Block>> {
         let places = self.table.places.get(Self::pages(index));
-        let (Some(slot @ None), Some(places)) = (self.blocks.get_mut(usize::from(index)), places)
-        else {
+        let joins = self.table.joins.get(usize::from(index));
+        let slot = self.blocks.get_mut(usize::from(index));
+        let (Some(slot @ None), Some(places), Some(joins)) = (slot, places, joins) else {
             return Err(block);
         };
         block.give_to(self.domain);
+        // INVARIANT: What the pages say.
+        joins.store(block.joins(), Relaxed);
         for (place, page) in places.iter().zip(block.pages()) {
             place.frame.store(Page::frame(page), Relaxed);
             // INVARIANT: The block is in `blocks` from here on.
@@ -221,8 +235,11 @@ impl Backing {
     /// Takes the memory of a block away. No I/O uses it any more, which the segment table of the
     /// engine keeps: a block is given back when none of its pages belongs to a request.
     pub(crate) fn detach(&mut self, index: u16) -> Option<KBox<Block>> {
+        let places = self.table.places.get(Self::pages(index))?;
+        let joins = self.table.joins.get(usize::from(index))?;
         let block = self.blocks.get_mut(usize::from(index))?.take()?;
-        for place in self.table.places.get(Self::pages(index))? {
+        joins.store(0, Relaxed);
+        for place in places {
             place.page.store(0, Relaxed);
             place.frame.store(0, Relaxed);
         }
@@ -233,6 +250,9 @@ impl Backing {
 impl Drop for Backing {
     fn drop(&mut self) {
         // Others may have the table for longer: they find nothing in it any more.
+        for word in &self.table.joins {
+            word.store(0, Relaxed);
+        }
         for place in &self.table.places {
             place.page.store(0, Relaxed);
             place.frame.store(0, Relaxed);
