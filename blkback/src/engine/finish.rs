@@ -7,7 +7,7 @@ use crate::engine::pass::Engine;
 use crate::engine::segments::{Pool, Segments};
 use crate::engine::slots::{List, Slot, Slots, State, Tag};
 use crate::engine::stats::Stats;
-use crate::engine::transfer::queue_unmaps;
+use crate::engine::transfer::{queue_unmaps, run_unmaps};
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 use crate::ring::response::{Response, Status};
@@ -146,15 +146,22 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
                 }
             }
         });
+        let mut at = done.first();
+        while let Some(tag) = at {
+            at = self.slots.after(tag);
+            if let Some(slot) = self.slots.get(tag) {
+                queue_unmaps(&mut self.grants, &mut self.segments, slot);
+            }
+        }
+        // Before the pages are free: one that cannot be unmapped never is.
+        run_unmaps(&mut self.grants, &mut self.segments);
         while let Some(tag) = self.slots.pop(&mut done) {
             if let Some(slot) = self.slots.get(tag).copied() {
-                queue_unmaps(&mut self.grants, &mut self.segments, &slot);
                 self.segments.release(slot.pool, slot.head, slot.count);
                 self.segments.release(Pool::Rest, slot.rest, slot.left);
             }
             self.slots.release(tag);
         }
-        self.grants.run_unmaps();
         self.slots.used()
     }
 }

@@ -44,6 +44,8 @@ pub struct SegmentEntry {
     segment: Option<Segment>,
     handle: Option<u32>,
     next: u16,
+    /// A guest's page is at its page for ever: it could not be unmapped.
+    lost: bool,
 }
 
 impl SegmentEntry {
@@ -52,6 +54,7 @@ impl SegmentEntry {
         segment: None,
         handle: None,
         next: END,
+        lost: false,
     };
 }
 
@@ -97,6 +100,8 @@ struct Free {
     head: u16,
     count: u16,
     capacity: u16,
+    /// Entries that are lost and still in the chain of a request.
+    lost: u16,
 }
 
 impl<'a> Segments<'a> {
@@ -106,6 +111,7 @@ impl<'a> Segments<'a> {
             head: END,
             count: 0,
             capacity: 0,
+            lost: 0,
         };
         let total = u16::try_from(entries.len())
             .unwrap_or(END)
@@ -236,6 +242,18 @@ impl<'a> Segments<'a> {
         self.entries.get(usize::from(page))?.handle
     }
 
+    /// A guest's page cannot be taken from this page: it leaves the pool when its request gives its
+    /// chain back.
+    pub fn lose(&mut self, page: u16) {
+        let Some(entry) = self.entries.get_mut(usize::from(page)) else {
+            return;
+        };
+        if !core::mem::replace(&mut entry.lost, true) {
+            self.map.lost = self.map.lost.saturating_add(1);
+            self.map.capacity = self.map.capacity.saturating_sub(1);
+        }
+    }
+
     /// The entry behind `page` in its chain.
     pub fn after(&self, page: u16) -> u16 {
         self.entries
@@ -347,6 +365,9 @@ fn alloc_listed(entries: &mut [SegmentEntry], free: &mut Free, count: u16) -> Op
 }
 
 fn release_listed(entries: &mut [SegmentEntry], free: &mut Free, head: u16, count: u16) {
+    if free.lost > 0 {
+        return release_sound(entries, free, head, count);
+    }
     let mut last = head;
     for _ in 1..count {
         let Some(entry) = entries.get(usize::from(last)) else {
@@ -358,5 +379,24 @@ fn release_listed(entries: &mut [SegmentEntry], free: &mut Free, head: u16, coun
         entry.next = free.head;
         free.head = head;
         free.count = free.count.wrapping_add(count);
+    }
+}
+
+/// The same entry by entry, without those that are lost.
+#[cold]
+fn release_sound(entries: &mut [SegmentEntry], free: &mut Free, head: u16, count: u16) {
+    let mut index = head;
+    for _ in 0..count {
+        let Some(entry) = entries.get_mut(usize::from(index)) else {
+            return;
+        };
+        let next = entry.next;
+        if entry.lost {
+            free.lost = free.lost.saturating_sub(1);
+        } else {
+            entry.next = core::mem::replace(&mut free.head, index);
+            free.count = free.count.wrapping_add(1);
+        }
+        index = next;
     }
 }

@@ -68,7 +68,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 queue_unmaps(&mut self.grants, &mut self.segments, &slot);
             }
         }
-        self.grants.run_unmaps();
+        run_unmaps(&mut self.grants, &mut self.segments);
     }
 
     /// Moves stalled requests to copy pages, in order, as far as there are any.
@@ -130,7 +130,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         if unmaps {
             // Before the answer: afterwards the guest may use its pages for something else.
-            self.grants.run_unmaps();
+            run_unmaps(&mut self.grants, &mut self.segments);
         }
     }
 
@@ -192,6 +192,10 @@ fn queue_copy_of_next_batch<G: Grants>(grants: &mut G, slots: &mut Slots<'_>, co
     }
 }
 
+pub(super) fn run_unmaps<G: Grants>(grants: &mut G, segments: &mut Segments<'_>) {
+    grants.run_unmaps(|page| segments.lose(page));
+}
+
 pub(super) fn queue_unmaps<G: Grants>(grants: &mut G, segments: &mut Segments<'_>, slot: &Slot) {
     if slot.pool != Pool::Map {
         return;
@@ -201,7 +205,7 @@ pub(super) fn queue_unmaps<G: Grants>(grants: &mut G, segments: &mut Segments<'_
         let next = segments.after(page);
         if let Some(handle) = segments.handle(page) {
             if !grants.queue_unmap(page, handle) {
-                grants.run_unmaps();
+                run_unmaps(grants, segments);
                 // The batch is empty now, so it takes the operation.
                 let _queued = grants.queue_unmap(page, handle);
             }

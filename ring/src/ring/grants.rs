@@ -80,8 +80,10 @@ pub trait Grants {
     /// Queues an unmap. Returns `false` if the batch is full.
     fn queue_unmap(&mut self, page: u16, handle: u32) -> bool;
 
-    /// Carries out the queued unmaps; afterwards no page of them is the guest's.
-    fn run_unmaps(&mut self);
+    /// Carries out the queued unmaps, and names the data page of each one that failed: the guest's
+    /// page is still there, so nothing may be put there again. No other page of them is the guest's
+    /// afterwards.
+    fn run_unmaps(&mut self, lost: impl FnMut(u16));
 }
 
 impl<G: Grants> Grants for &mut G {
@@ -121,7 +123,7 @@ impl<G: Grants> Grants for &mut G {
     }
 
     #[inline]
-    fn run_unmaps(&mut self) {
-        (**self).run_unmaps();
+    fn run_unmaps(&mut self, lost: impl FnMut(u16)) {
+        (**self).run_unmaps(lost);
     }
 }

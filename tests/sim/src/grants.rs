@@ -23,6 +23,8 @@ pub struct Mapping {
     pub target: Target,
     /// It may not be written.
     pub read_only: bool,
+    /// It could not be taken away.
+    pub lost: bool,
 }
 
 /// The host's side of the grant table.
@@ -57,7 +59,13 @@ impl Host {
 
     /// Mappings of a grant.
     pub fn mapped(&self, gref: u32) -> usize {
-        self.mappings.values().filter(|m| m.gref == gref).count()
+        let here = |m: &&Mapping| m.gref == gref && !m.lost;
+        self.mappings.values().filter(here).count()
+    }
+
+    /// Pages from which a guest's page could not be taken.
+    pub fn lost(&self) -> u16 {
+        self.mappings.values().filter(|m| m.lost).count() as u16
     }
 }
 
@@ -214,7 +222,8 @@ impl Machine {
 
     /// Nothing may be mapped when the queue is idle.
     pub fn check_mappings(&mut self) {
-        let mapped: Vec<_> = self.host.mappings.values().copied().collect();
+        let mappings = self.host.mappings.values();
+        let mapped: Vec<_> = mappings.filter(|m| !m.lost).copied().collect();
         if !mapped.is_empty() {
             self.problem(format!("left mapped: {mapped:?}"));
         }
@@ -243,6 +252,7 @@ impl Machine {
             gref,
             target,
             read_only,
+            lost: false,
         };
         if let Some(old) = self.host.mappings.insert(page, mapping) {
             self.problem(format!("page {page} was mapped over {old:?}"));
@@ -253,17 +263,28 @@ impl Machine {
         MapOutcome::Mapped(handle)
     }
 
-    fn unmap(&mut self, page: u16, handle: u32) {
+    /// False if the page stays.
+    fn unmap(&mut self, page: u16, handle: u32) -> bool {
         if self.disk.uses_page(page) {
             self.problem(format!("page {page} was unmapped during its I/O"));
         }
         if self.commit(Fault::ForgetUnmap) {
-            return;
+            return true;
         }
+        let stays = self.rng.percent(self.setup.stuck);
         match self.host.mappings.remove(&page) {
-            Some(mapping) if mapping.handle == handle => {}
+            Some(mapping) if mapping.handle == handle && !mapping.lost => {
+                if stays {
+                    let lost = Mapping {
+                        lost: true,
+                        ..mapping
+                    };
+                    self.host.mappings.insert(page, lost);
+                }
+            }
             other => self.problem(format!("unmap of page {page}, handle {handle}: {other:?}")),
         }
+        !stays
     }
 }
 
@@ -321,10 +342,12 @@ impl Grants for FakeGrants {
         fits
     }
 
-    fn run_unmaps(&mut self) {
+    fn run_unmaps(&mut self, mut lost: impl FnMut(u16)) {
         let mut m = self.machine.borrow_mut();
         for (page, handle) in std::mem::take(&mut self.unmaps) {
-            m.unmap(page, handle);
+            if !m.unmap(page, handle) && !m.commit(Fault::ForgetLost) {
+                lost(page);
+            }
         }
     }
 }

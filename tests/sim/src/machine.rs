@@ -55,6 +55,8 @@ pub enum Fault {
     LateCopy,
     /// An unmap is forgotten.
     ForgetUnmap,
+    /// Nobody is told that an unmap has failed.
+    ForgetLost,
     /// A mapping is made and its handle withheld.
     LeakMapping,
     /// An event of the frontend is lost.
@@ -118,6 +120,8 @@ pub struct Setup {
     pub maptrack: usize,
     /// Maps refused for want of room, in a hundred.
     pub no_space: u64,
+    /// Unmaps that fail, in a hundred: the guest's page stays where it is.
+    pub stuck: u64,
     /// I/Os that complete while they are submitted, in a hundred.
     pub synchronous: u64,
     /// The disk serves the I/O that came first, so that nothing may be overtaken for ever.
@@ -161,6 +165,7 @@ impl Default for Setup {
             batch: 64,
             maptrack: 4096,
             no_space: 0,
+            stuck: 0,
             synchronous: 0,
             fifo: false,
             race: 0,

@@ -71,6 +71,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         batch: rng.pick(&[1usize, 3, 16, 64, 1024]),
         maptrack: rng.pick(&[5usize, 40, 4096, 4096]),
         no_space: rng.pick(&[0u64, 0, 0, 2, 30, 100]),
+        stuck: rng.pick(&[0u64, 0, 0, 0, 1, 20]),
         synchronous: rng.pick(&[0u64, 0, 30, 100]),
         fifo: rng.percent(25),
         race: rng.pick(&[0u64, 5, 30]),
@@ -173,7 +174,7 @@ fn transfer(m: &mut Machine, operation: u8) -> Spec {
 
 /// What cannot be mapped is copied, and fails if there are not enough pages for that.
 fn may_lack_room(m: &Machine, spec: &mut Spec) {
-    let no_room = m.setup.no_space > 0 || m.setup.maptrack < 256;
+    let no_room = m.setup.no_space > 0 || m.setup.stuck > 0 || m.setup.maptrack < 256;
     if no_room && m.setup.copy_pages < spec.segments.len() as u16 {
         spec.expect = Expect::Any;
     }

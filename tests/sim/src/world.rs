@@ -314,7 +314,8 @@ impl<'a, B: Backend> World<'a, B> {
         let in_flight = self.engine.in_flight();
         let mut m = self.machine.borrow_mut();
         let pages = m.setup.copy_pages - m.host.absent.len() as u16;
-        let all = (pages, m.setup.map_pages, m.setup.rest_entries());
+        let map_pages = m.setup.map_pages - m.host.lost();
+        let all = (pages, map_pages, m.setup.rest_entries());
         if free != all {
             m.problem(format!("{free:?} of {all:?} pages are free"));
         }

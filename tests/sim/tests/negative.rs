@@ -139,6 +139,20 @@ fn a_forgotten_unmap_is_found() {
 }
 
 #[test]
+fn a_page_that_cannot_be_unmapped_and_is_used_again_is_found() {
+    let setup = Setup {
+        stuck: 20,
+        ..setup()
+    };
+    must_find(
+        &setup,
+        Fault::ForgetLost,
+        CASES / 2,
+        &["mapped over", "pages are free"],
+    );
+}
+
+#[test]
 fn a_leaked_mapping_is_found() {
     must_find(
         &setup(),

@@ -28,13 +28,14 @@ struct Place {
 /// # Invariants
 ///
 /// A page in `places` is valid as long as it is there: it belongs to `_arena`, or to the block that
-/// the table's [`Backing`] has for it, and so does what `joins` says. `mappable` are pages of `gnttab_alloc_pages`.
+/// the table's [`Backing`] has for it, and so does what `joins` says. `mappable` are pages of `gnttab_alloc_pages` that nobody has freed.
 pub(crate) struct DataPages {
     places: KVec<Place>,
     /// For each block of a [`Backing`] one bit for each page: the next page of the block lies
     /// directly behind it.
     joins: KVec<Atomic<u32>>,
-    mappable: KVec<*mut bindings::page>,
+    /// 0 where a guest's page cannot be taken away any more.
+    mappable: KVec<Atomic<usize>>,
     _arena: Option<Arc<Pages>>,
 }
 
@@ -66,8 +67,11 @@ impl DataPages {
             let mut raw = filled(core::ptr::null_mut(), usize::from(mappable))?;
             // SAFETY: `raw` has room for so many pointers.
             to_result(unsafe { sys::gnttab_alloc_pages(mappable.into(), raw.as_mut_ptr()) })?;
-            // INVARIANT: Just allocated.
-            table.mappable = raw;
+            table.mappable = KVec::with_capacity(raw.len(), GFP_KERNEL)?;
+            for page in raw {
+                // INVARIANT: Just allocated.
+                push(&mut table.mappable, Atomic::new(page.addr()))?;
+            }
         }
         Ok(table)
     }
@@ -120,7 +124,16 @@ impl DataPages {
 
     /// The page at which a guest page can be mapped.
     pub(super) fn map_page(&self, index: u16) -> Option<*mut bindings::page> {
-        self.mappable.get(self.map_index(index)?).copied()
+        let page = self.mappable.get(self.map_index(index)?)?.load(Relaxed);
+        (page != 0).then_some(page as *mut bindings::page)
+    }
+
+    /// A guest's page cannot be taken from this page: it is nobody's any more.
+    pub(super) fn lose(&self, index: u16) {
+        let page = self.map_index(index).and_then(|at| self.mappable.get(at));
+        if let Some(page) = page {
+            page.store(0, Relaxed);
+        }
     }
 
     #[inline]
@@ -161,11 +174,14 @@ impl DataPages {
 
 impl Drop for DataPages {
     fn drop(&mut self) {
-        if !self.mappable.is_empty() {
-            let (count, raw) = (self.mappable.len() as i32, self.mappable.as_mut_ptr());
-            // SAFETY: By the type invariant these came from `gnttab_alloc_pages`. Nothing is
-            // mapped there any more: `GuestGrants`, which maps, unmaps before it lets go.
-            unsafe { sys::gnttab_free_pages(count, raw) };
+        for page in &self.mappable {
+            let mut raw = page.load(Relaxed) as *mut bindings::page;
+            if !raw.is_null() {
+                // SAFETY: By the type invariant it came from `gnttab_alloc_pages`. Nothing is mapped
+                // there any more: `GuestGrants`, which maps, unmaps before it lets go, and takes out
+                // what it cannot unmap.
+                unsafe { sys::gnttab_free_pages(1, &mut raw) };
+            }
         }
     }
 }

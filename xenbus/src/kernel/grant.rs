@@ -19,6 +19,8 @@ const DESCRIPTORS: u8 = 8;
 const FREE: u32 = u32::MAX;
 /// Something is about to be mapped at a page.
 const QUEUED: u32 = u32::MAX - 1;
+/// A guest's page is there for ever, because it could not be unmapped.
+const LOST: u32 = u32::MAX - 2;
 
 /// A batch of operations and what each is for.
 struct Batch<Op, For> {
@@ -63,8 +65,8 @@ pub(crate) struct GuestGrants {
     map_pages: KVec<*mut kernel::bindings::page>,
     unmaps: Batch<sys::GnttabUnmap, u16>,
     unmap_pages: KVec<*mut kernel::bindings::page>,
-    /// The handle of what is mapped at each page of `pages` that is for that, [`FREE`] or
-    /// [`QUEUED`].
+    /// The handle of what is mapped at each page of `pages` that is for that, [`FREE`], [`QUEUED`]
+    /// or [`LOST`].
     handles: KVec<u32>,
 }
 
@@ -259,16 +261,18 @@ impl Grants for GuestGrants {
         let mut op = sys::GnttabUnmap::default();
         // SAFETY: `op` is valid for writes and the page is one of ours.
         unsafe { sys::xbr_set_unmap_op(&mut op, raw, handle) };
+        // As for a map: what is not carried out must not look like a success.
+        op.status = sys::GNTST_GENERAL_ERROR;
         let queued =
             self.unmaps.push(op, page) && self.unmap_pages.push_within_capacity(raw).is_ok();
         if let Some(handle) = self.handle(page).filter(|_| queued) {
-            // It is unmapped once. The batch is carried out before the next map.
-            *handle = FREE;
+            // It is unmapped once.
+            *handle = QUEUED;
         }
         queued
     }
 
-    fn run_unmaps(&mut self) {
+    fn run_unmaps(&mut self, mut lost: impl FnMut(u16)) {
         let ops = &mut self.unmaps.ops;
         if ops.is_empty() {
             return;
@@ -282,8 +286,22 @@ impl Grants for GuestGrants {
                 ops.len() as u32,
             )
         };
-        if result != 0 {
-            kernel::pr_err_once!("unmapping guest pages failed ({result})\n");
+        for (op, page) in ops.iter().zip(self.unmaps.what.iter()) {
+            let gone = result == 0 && op.status == sys::GNTST_OKAY;
+            let index = self.pages.map_index(*page);
+            if let Some(handle) = index.and_then(|index| self.handles.get_mut(index)) {
+                *handle = if gone { FREE } else { LOST };
+            }
+            if !gone {
+                kernel::pr_err_once!(
+                    "a page of domain {} cannot be unmapped (status {}, {result}): it is never used \
+                     again, and the domain stays until the host restarts\n",
+                    self.domain,
+                    op.status
+                );
+                self.pages.lose(*page);
+                lost(*page);
+            }
         }
         self.unmaps.clear();
         self.unmap_pages.clear();
@@ -294,15 +312,15 @@ impl Drop for GuestGrants {
     fn drop(&mut self) {
         // Whoever served the queue has unmapped everything; if not, it is done here, because the
         // pages are given back next.
-        self.run_unmaps();
+        self.run_unmaps(|_| {});
         for index in 0..self.pages.mappable() {
             let page = self.pages.with_memory().wrapping_add(index);
             let handle = self.handle(page).map_or(FREE, |handle| *handle);
-            if handle < QUEUED && !self.queue_unmap(page, handle) {
-                self.run_unmaps();
+            if handle < LOST && !self.queue_unmap(page, handle) {
+                self.run_unmaps(|_| {});
                 let _queued = self.queue_unmap(page, handle);
             }
         }
-        self.run_unmaps();
+        self.run_unmaps(|_| {});
     }
 }

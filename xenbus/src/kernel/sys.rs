@@ -187,6 +187,8 @@ pub(super) const GNTMAP_HOST_MAP: u32 = 2;
 pub(super) const GNTMAP_READONLY: u32 = 4;
 /// `GNTST_okay`.
 pub(super) const GNTST_OKAY: i16 = 0;
+/// `GNTST_general_error`.
+pub(super) const GNTST_GENERAL_ERROR: i16 = -1;
 /// `GNTST_no_device_space`.
 pub(super) const GNTST_NO_DEVICE_SPACE: i16 = -7;
 /// `DOMID_SELF`.
