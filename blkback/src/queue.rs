@@ -11,7 +11,7 @@
 use crate::connection::{ConnectError, Ending};
 use crate::engine::{
     Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot,
-    Stats, Tag,
+    Tag,
 };
 use crate::keeper::Keeper;
 use crate::medium::{Needs, Part, Queues};
@@ -21,6 +21,7 @@ use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
 use crate::ring::response::Status;
+use crate::totals::Tally;
 use crate::vbd::Vbd;
 use crate::xen::device::Device;
 use crate::xen::evtchn::{Activity, EventChannel};
@@ -244,6 +245,7 @@ struct State<M: Queues> {
     backend: M::Backend,
     medium: Arc<M>,
     vbd: Arc<Vbd>,
+    tally: Tally,
     control: Arc<Control>,
     /// True for the first queue of a device.
     leads: bool,
@@ -335,6 +337,7 @@ impl<M: Queues> State<M> {
             backend,
             medium: setup.medium.clone(),
             vbd: setup.vbd.clone(),
+            tally: Tally::new(setup.vbd).map_err(no_memory)?,
             control: control.clone(),
             leads: index == 0,
         };
@@ -351,6 +354,7 @@ impl<M: Queues> State<M> {
             guest,
             medium: &*self.medium,
             vbd: &self.vbd,
+            tally: &self.tally,
             control: &self.control,
             known_sectors: self.limits.sectors,
             slots: ring.size(),
@@ -420,6 +424,7 @@ struct Serving<'a, M> {
     guest: &'a Held,
     medium: &'a M,
     vbd: &'a Arc<Vbd>,
+    tally: &'a Tally,
     control: &'a Control,
     known_sectors: u64,
     slots: u32,
@@ -432,7 +437,6 @@ impl<M: Queues> Serving<'_, M> {
     #[inline(never)]
     fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) -> Command {
         let mut sectors = self.known_sectors;
-        let mut published = Stats::default();
         let mut broken = false;
         let mut active = false;
         let mut draining = None;
@@ -457,8 +461,7 @@ impl<M: Queues> Serving<'_, M> {
             if params::WASTEFUL {
                 (1..pass.answered).for_each(|_| self.guest.notify());
             }
-            self.vbd.totals().add(&published, engine.stats());
-            published = *engine.stats();
+            self.tally.show(engine.stats());
             keeper.after_pass(engine);
             active |= pass.taken > 0;
             if pass.broken && !broken {

@@ -6,7 +6,11 @@
 //! freed, and they never go backwards.
 
 use crate::engine::Stats;
+use crate::vbd::Vbd;
+use crate::xen::pages::push;
+use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
+use kernel::sync::{new_mutex, Arc, Mutex};
 
 /// Number of counters; their order is that of the shim's attributes.
 const COUNTERS: usize = 12;
@@ -28,9 +32,20 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
     ]
 }
 
-/// Sums over all queues that the device ever had.
+/// What one queue has counted; only its thread writes it.
+struct Counters([Atomic<u64>; COUNTERS]);
+
+/// The queues of a device, and the sums of those that it had before.
+struct Queues {
+    now: KVec<Arc<Counters>>,
+    past: [u64; COUNTERS],
+}
+
+/// Sums over all queues that the device ever had. They are made by who reads them.
+#[pin_data]
 pub(crate) struct Totals {
-    counters: [Atomic<u64>; COUNTERS],
+    #[pin]
+    queues: Mutex<Queues>,
     /// Memory that the queues always have, in KiB.
     memory: Atomic<u64>,
     /// Pages that they have borrowed.
@@ -39,22 +54,16 @@ pub(crate) struct Totals {
 
 impl Totals {
     /// All zero.
-    pub(crate) fn new() -> Self {
-        Self {
-            counters: [const { Atomic::new(0) }; COUNTERS],
+    pub(crate) fn new() -> impl PinInit<Self> {
+        let none = Queues {
+            now: KVec::new(),
+            past: [0; COUNTERS],
+        };
+        pin_init!(Self {
+            queues <- new_mutex!(none, "Totals::queues"),
             memory: Atomic::new(0),
             borrowed: Atomic::new(0),
-        }
-    }
-
-    /// Adds what a queue did since `before`.
-    pub(crate) fn add(&self, before: &Stats, now: &Stats) {
-        let (before, now) = (values(before), values(now));
-        for ((counter, before), now) in self.counters.iter().zip(before).zip(now) {
-            if before != now {
-                counter.add(now.wrapping_sub(before), Relaxed);
-            }
-        }
+        })
     }
 
     /// Records that a queue has borrowed so many pages, after it had so many.
@@ -72,12 +81,62 @@ impl Totals {
 
     /// The value of an attribute; 0 if there is no such.
     pub(crate) fn value(&self, index: u32) -> u64 {
-        match self.counters.get(index as usize) {
-            Some(counter) => counter.load(Relaxed),
-            None => {
-                let borrowed = self.borrowed.load(Relaxed).wrapping_mul(4);
-                self.memory.load(Relaxed).wrapping_add(borrowed)
-            }
+        let index = index as usize;
+        let queues = self.queues.lock();
+        let Some(past) = queues.past.get(index) else {
+            let borrowed = self.borrowed.load(Relaxed).wrapping_mul(4);
+            return self.memory.load(Relaxed).wrapping_add(borrowed);
+        };
+        let now = queues.now.iter().filter_map(|queue| queue.0.get(index));
+        now.fold(*past, |sum, counter| sum.wrapping_add(counter.load(Relaxed)))
+    }
+}
+
+/// A queue's part of its device's statistics. When it goes, what it has counted stays.
+pub(crate) struct Tally {
+    vbd: Arc<Vbd>,
+    counters: Arc<Counters>,
+}
+
+impl Tally {
+    /// Of a queue that has counted nothing. May sleep.
+    pub(crate) fn new(vbd: &Arc<Vbd>) -> Result<Self> {
+        let counters = Arc::new(
+            Counters([const { Atomic::new(0) }; COUNTERS]),
+            GFP_KERNEL,
+        )?;
+        let mut queues = vbd.totals().queues.lock();
+        let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
+        for queue in &queues.now {
+            push(&mut now, queue.clone())?;
+        }
+        push(&mut now, counters.clone())?;
+        queues.now = now;
+        drop(queues);
+        Ok(Self {
+            vbd: vbd.clone(),
+            counters,
+        })
+    }
+
+    /// Shows what the queue has counted until now.
+    #[inline]
+    pub(crate) fn show(&self, stats: &Stats) {
+        for (counter, now) in self.counters.0.iter().zip(values(stats)) {
+            counter.store(now, Relaxed);
+        }
+    }
+}
+
+impl Drop for Tally {
+    fn drop(&mut self) {
+        // In one step for who reads: sums never go back.
+        let mut queues = self.vbd.totals().queues.lock();
+        let ours = |queue: &Arc<Counters>| Arc::ptr_eq(queue, &self.counters);
+        let place = (0..queues.now.len()).find(|at| queues.now.get(*at).is_some_and(ours));
+        let _removed = place.map(|at| queues.now.remove(at));
+        for (past, counter) in queues.past.iter_mut().zip(&self.counters.0) {
+            *past = past.wrapping_add(counter.load(Relaxed));
         }
     }
 }

@@ -53,6 +53,7 @@ const ERRAND: u64 = 2;
 #[pin_data]
 pub(crate) struct Vbd {
     device: Arc<Device>,
+    #[pin]
     totals: Totals,
     /// The number of the disk's device node, for sysfs.
     number: Atomic<u32>,
@@ -182,7 +183,7 @@ impl Vbd {
         Arc::pin_init(
             pin_init!(Self {
                 device,
-                totals: Totals::new(),
+                totals <- Totals::new(),
                 number: Atomic::new(0),
                 writable: AtomicFlag::new(false),
                 theirs: Atomic::new(UNHEARD),
