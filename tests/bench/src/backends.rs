@@ -30,6 +30,8 @@ pub(crate) enum Way {
     Guest(&'static str),
     /// The same from a guest with hardware help (PVH), where a page that dom0 maps costs more.
     Pvh(&'static str),
+    /// The same from QEMU, which opens the store past dom0's page cache.
+    Direct(&'static str),
     /// From the guest, over a process of dom0 that serves this target with this engine.
     Tap(&'static str, &'static str),
     /// From dom0, without a guest.
@@ -66,9 +68,6 @@ pub(crate) struct Backend {
 
 const PHY: &str = "phy:{},xvda,w";
 const QDISK: &str = "format=raw,backendtype=qdisk,vdev=xvda,access=rw,target={}";
-/// Without it QEMU goes through dom0's page cache.
-const QDISK_DIRECT: &str =
-    "format=raw,backendtype=qdisk,vdev=xvda,access=rw,direct-io-safe,target={}";
 const PERSISTENT: Driver = Driver::C("feature_persistent=1");
 const PLAIN: Driver = Driver::C("feature_persistent=0");
 
@@ -100,7 +99,7 @@ pub(crate) const ALL: &[Backend] = &[
     entry("phy-loop", "this driver over loop", Driver::Ours, Store::Loop, Way::Guest(PHY), Set::Full),
     entry("c-loop", "C driver over loop", PERSISTENT, Store::Loop, Way::Guest(PHY), Set::Full),
     entry("qdisk", "qdisk (QEMU)", Driver::None, Store::Memory, Way::Guest(QDISK), Set::Quick),
-    entry("qdisk-direct", "qdisk (QEMU), direct-io-safe", Driver::None, Store::Memory, Way::Guest(QDISK_DIRECT), Set::Full),
+    entry("qdisk-direct", "qdisk (QEMU), past dom0's cache", Driver::None, Store::Memory, Way::Direct(QDISK), Set::Full),
     entry("tap-aio", "tap:aio, io_uring", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "uring"), Set::Full),
     entry("tap-libaio", "tap:aio, Linux AIO", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "aio"), Set::Full),
     entry("tap-null", "tap:null, no storage", Driver::Ours, Store::Memory, Way::Tap("null:256M", "uring"), Set::Named),

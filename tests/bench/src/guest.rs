@@ -4,8 +4,10 @@
 //! The agent of the end to end tests answers there: `RUN id command` gives `OUT id text` and, at the
 //! end, `DONE id status`; `PING n` gives `PONG n`.
 
+use crate::monitor::Monitor;
 use crate::sh;
 use anyhow::{bail, ensure, Context, Result};
+use serde_json::{json, Value};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
@@ -157,6 +159,33 @@ impl Guest {
             format!("the disk did not appear in the guest; the logs say: {}", logs())
         })?;
         sh::run(&["udevadm", "settle"]).map(drop)
+    }
+
+    /// Makes QEMU open the store of a disk once more, past dom0's page cache. Xen's word for that,
+    /// `direct-io-safe`, makes it ask for Linux AIO too, which Debian's QEMU for Xen is built without: such
+    /// a disk never appears there. So its monitor is told, and QEMU does it with its threads.
+    pub(crate) fn make_direct(&self, store: &str) -> Result<()> {
+        let mut monitor = Monitor::open(&self.domid)?;
+        let nodes = monitor.command("query-named-block-nodes", json!({}))?;
+        let is_store = |node: &&Value| node["drv"] == "raw" && node["file"] == store;
+        let mut nodes = nodes.as_array().into_iter().flatten();
+        let node = nodes
+            .find(is_store)
+            .with_context(|| format!("QEMU has not opened {store}"))?;
+        let file = json!({"driver": "host_device", "filename": store, "locking": "off"});
+        let options = json!({
+            "driver": "raw", "node-name": node["node-name"], "file": file,
+            "discard": "unmap", "cache": {"direct": true},
+        });
+        monitor.command("blockdev-reopen", json!({ "options": [options] }))?;
+        let nodes = monitor.command("query-named-block-nodes", json!({}))?;
+        let mut nodes = nodes.as_array().into_iter().flatten();
+        let is_file = |node: &Value| node["drv"] == "host_device" && node["file"] == store;
+        ensure!(
+            nodes.any(|node| is_file(node) && node["cache"]["direct"] == true),
+            "QEMU still uses dom0's page cache for {store}"
+        );
+        Ok(())
     }
 
     /// Its number.

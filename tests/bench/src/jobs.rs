@@ -76,6 +76,10 @@ const RR4K: &str = "--rw=randread --bs=4k --iodepth=32";
 const RR4K_1: &str = "--rw=randread --bs=4k --iodepth=1";
 const R1M: &str = "--rw=read --bs=1m --iodepth=4";
 const W1M: &str = "--rw=write --bs=1m --iodepth=4";
+const R128K: &str = "--rw=randread --bs=128k --iodepth=32";
+/// I/Os that age a connection.
+const AGEING: u32 = 2000;
+const R64K: &str = "--rw=randread --bs=64k --iodepth=32";
 const RW64K: &str = "--rw=randwrite --bs=64k --iodepth=256";
 
 const fn entry(
@@ -108,6 +112,8 @@ pub(crate) const ALL: &[Job] = &[
     entry("rw4k-qd1", "4 KiB random write, depth 1", Fio("--rw=randwrite --bs=4k --iodepth=1", 1), 1500, Plain, Set::Full),
     entry("r1m-qd4", "1 MiB sequential read, depth 4", Fio(R1M, 1), 150, Plain, Set::Quick),
     entry("w1m-qd4", "1 MiB sequential write, depth 4", Fio(W1M, 1), 150, Plain, Set::Quick),
+    entry("r128k-fresh", "128 KiB random read, depth 32", Fio(R128K, 1), 600, Plain, Set::Full),
+    entry("r128k-aged", "128 KiB random read, depth 32, after random I/O of mixed sizes", Fio(R128K, 1), 600, Plain, Set::Full),
     entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", Fio(RW64K, 4), 500, Plain, Set::Full),
     entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", Fio("--rwmixread=80", 2), 2000, Plain, Set::Full),
     entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", Fio("--rwmixread=20", 2), 2000, Plain, Set::Full),
@@ -196,24 +202,42 @@ impl Job {
 
     /// The command that does `count` I/Os a process on each of `devices`.
     pub(crate) fn fio(&self, devices: &[String], count: u32) -> String {
-        let Fio(words, processes) = self.work else {
-            return String::new();
-        };
-        let sizes = if words.contains("--rwmixread") {
-            FILE_SERVER
-        } else {
-            ""
-        };
-        let mut line = format!(
-            "fio --direct=1 --ioengine=libaio {sizes} {words} --numjobs={processes} --number_ios={count} \
-             --group_reporting --output-format=terse --terse-version=3"
-        );
-        // The words before the first job are for all of them.
-        for (index, device) in devices.iter().enumerate() {
-            line.push_str(&format!(" --name=disk{index} --filename={device}"));
+        match self.work {
+            Fio(words, processes) => fio(words, processes, devices, count),
+            _ => String::new(),
         }
-        line
     }
+
+    /// What runs before anything is measured: who comes first must not pay for what is cold.
+    pub(crate) fn warm_up(&self, devices: &[String]) -> String {
+        if self.name == "r128k-aged" {
+            // What the backend keeps for a disk is in pieces of all sizes after this.
+            return fio("--rwmixread=50", 2, devices, AGEING);
+        }
+        self.fio(devices, self.short())
+    }
+}
+
+/// What memory under load is measured with: more than a backend holds for an idle disk.
+pub(crate) fn memory_load(devices: &[String]) -> String {
+    fio(R64K, 1, devices, 100)
+}
+
+fn fio(words: &str, processes: u32, devices: &[String], count: u32) -> String {
+    let sizes = if words.contains("--rwmixread") {
+        FILE_SERVER
+    } else {
+        ""
+    };
+    let mut line = format!(
+        "fio --direct=1 --ioengine=libaio {sizes} {words} --numjobs={processes} --number_ios={count} \
+         --group_reporting --output-format=terse --terse-version=3"
+    );
+    // The words before the first job are for all of them.
+    for (index, device) in devices.iter().enumerate() {
+        line.push_str(&format!(" --name=disk{index} --filename={device}"));
+    }
+    line
 }
 
 #[cfg(test)]
@@ -260,6 +284,16 @@ mod tests {
         let job = ALL.iter().find(|job| job.name == "fs80-2x256").unwrap();
         let command = job.fio(&["/dev/xvda".into()], 10);
         assert!(command.contains("bssplit=512/10") && command.contains("rwmixread=80"));
+    }
+
+    #[test]
+    fn a_connection_is_aged_before_it_is_measured() {
+        let warm_up = |name: &str| {
+            let job = ALL.iter().find(|job| job.name == name).unwrap();
+            job.warm_up(&["/dev/xvda".into()])
+        };
+        assert!(warm_up("r128k-aged").contains("bssplit=512/10"));
+        assert!(warm_up("r128k-fresh").contains("--number_ios=120"));
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod jobs;
 mod many;
 mod mark;
 mod memory;
+mod monitor;
 mod plan;
 mod report;
 mod run;

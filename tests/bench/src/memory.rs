@@ -3,11 +3,17 @@
 
 use crate::guest::Guest;
 use crate::sh;
-use anyhow::{Context, Result};
+use anyhow::{anyhow, Context, Result};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 /// Nothing that could be given back at once may count as taken.
 const FREE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches; grep ^MemFree: /proc/meminfo";
+
+/// How often memory is looked at under load.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Free memory, in KiB.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +29,39 @@ impl Memory {
             dom0: free(&sh::shell(FREE)?)?,
             guest: free(&guest.run(FREE)?)?,
         })
+    }
+
+    /// What each of `disks` disks takes of dom0 while `load` uses them: the most that is seen. Caches are
+    /// left alone, because dropping them makes a driver give back what it keeps for the next request.
+    pub(crate) fn busy(
+        &self,
+        disks: u32,
+        load: impl FnOnce() -> Result<()>,
+    ) -> Result<BTreeMap<String, f64>> {
+        let over = AtomicBool::new(false);
+        let least = thread::scope(|scope| {
+            let looking = scope.spawn(|| -> Result<f64> {
+                let mut least = f64::MAX;
+                while !over.load(Ordering::Relaxed) {
+                    let text = sh::get("/proc/meminfo")?;
+                    let line = text.lines().find(|line| line.starts_with("MemFree:"));
+                    least = least.min(free(line.unwrap_or_default())?);
+                    thread::sleep(LOOK);
+                }
+                Ok(least)
+            });
+            let loaded = load();
+            over.store(true, Ordering::Relaxed);
+            let least = looking
+                .join()
+                .map_err(|_| anyhow!("looking at memory panicked"))?;
+            loaded.and(least)
+        })?;
+        Ok([(
+            "KiB of dom0, busy".to_string(),
+            (self.dom0 - least) / f64::from(disks),
+        )]
+        .into())
     }
 
     /// What each of `disks` disks takes, `before` being without them; `when` is part of the names.

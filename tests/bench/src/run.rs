@@ -4,7 +4,7 @@
 use crate::backends::{Backend, Driver, Store, Way};
 use crate::disks::{Drivers, Stores};
 use crate::guest::{Guest, Shape};
-use crate::jobs::{Job, Setting, Work};
+use crate::jobs::{self, Job, Setting, Work};
 use crate::many::Disks;
 use crate::mark::Marks;
 use crate::memory::Memory;
@@ -32,7 +32,8 @@ fn dom0_processors() -> u32 {
         1
     }
 }
-/// The number of xvda.
+/// The disk in the guest, and its number.
+const DEVICE: &str = "/dev/xvda";
 const XVDA: u32 = 51712;
 
 /// Measures and reports.
@@ -266,7 +267,9 @@ impl Bench<'_> {
         let (device, supervisor) = self.attach(backend, &store)?;
         for job in jobs {
             let mut place = match backend.way {
-                Way::Guest(_) | Way::Pvh(_) | Way::Tap(..) => Place::Guest(&mut self.guest),
+                Way::Guest(_) | Way::Pvh(_) | Way::Direct(_) | Way::Tap(..) => {
+                    Place::Guest(&mut self.guest)
+                }
                 Way::Native => Place::Dom0,
             };
             let devices = [device.clone()];
@@ -298,7 +301,7 @@ impl Bench<'_> {
     fn attach(&mut self, backend: &Backend, store: &str) -> Result<(String, Option<Supervisor>)> {
         let mut supervisor = None;
         let disk = match backend.way {
-            Way::Guest(disk) | Way::Pvh(disk) => disk.replace("{}", store),
+            Way::Guest(disk) | Way::Pvh(disk) | Way::Direct(disk) => disk.replace("{}", store),
             Way::Tap(target, engine) => {
                 supervisor = Some(Supervisor::start(engine)?);
                 tap::disk(&target.replace("{}", store))
@@ -307,7 +310,10 @@ impl Bench<'_> {
         };
         self.guest.attach(&disk)?;
         self.check_server(backend.driver, XVDA)?;
-        Ok(("/dev/xvda".to_owned(), supervisor))
+        if let Way::Direct(_) = backend.way {
+            self.guest.make_direct(store)?;
+        }
+        Ok((DEVICE.to_owned(), supervisor))
     }
 
     /// Jobs on so many disks that appear at once, and what their coming and going costs.
@@ -320,6 +326,13 @@ impl Bench<'_> {
             .cloned()
             .collect();
         let of = |work: Work| jobs.iter().find(|job| job.work == work);
+        if of(Work::Idle).is_some() {
+            // What is made for the first disks ever, and stays, is not memory of these.
+            let disks = Disks::prepare(&mut self.guest, &nodes, backend.driver)?;
+            disks.appear(&mut self.guest)?;
+            disks.go(&mut self.guest)?;
+            disks.forget()?;
+        }
         // Without any disk: what the same costs with disks is compared with it.
         let idle = match of(Work::Idle) {
             Some(job) => Some((job, Memory::now(&mut self.guest)?, self.idle(job.count)?)),
@@ -338,7 +351,9 @@ impl Bench<'_> {
                 let with = self.idle(job.count)?;
                 let mut sample = long(with.json(job.total(job.count), 0.0, 0.0));
                 sample.insert("short".into(), without.json(0, 0.0, 0.0));
-                let each = Memory::now(&mut self.guest)?.each("idle", &memory, count);
+                let mut each = Memory::now(&mut self.guest)?.each("idle", &memory, count);
+                let load = jobs::memory_load(&disks.in_guest());
+                each.extend(memory.busy(count, || self.guest.run(&load).map(drop))?);
                 Some((job, memory, sample, each))
             }
             None => None,

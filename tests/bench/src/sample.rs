@@ -173,7 +173,7 @@ pub(crate) fn around(
 }
 
 /// A measurement with fio: the short run, unless there is one of the same job on the same backend, then
-/// the long one. First comes a run that nobody looks at: who comes first must not pay for what is cold.
+/// the long one. First comes a run that nobody looks at.
 pub(crate) fn fio(
     place: &mut Place<'_>,
     job: &Job,
@@ -181,7 +181,7 @@ pub(crate) fn fio(
     marks: &mut Marks,
     short: Option<Value>,
 ) -> Result<Map<String, Value>> {
-    place.run(&job.fio(devices, job.short()))?;
+    place.run(&job.warm_up(devices))?;
     let mut measure = |count: u32| -> Result<Value> {
         let (run, line) = printed(place, &job.fio(devices, count), FIO, marks)?;
         let result =

@@ -16,7 +16,7 @@ pub(crate) const CONTROL: &str = "phy-again";
 pub(crate) const WASTEFUL: &str = "phy-wasteful";
 /// The C driver, with and without persistent grants.
 pub(crate) const C: [&str; 2] = ["c", "c-plain"];
-/// QEMU in dom0, without and with `direct-io-safe`.
+/// QEMU in dom0, through its page cache and past it.
 pub(crate) const QDISK: [&str; 2] = ["qdisk", "qdisk-direct"];
 /// The unit of most jobs.
 pub(crate) const IO: &str = "I/O";
