@@ -500,17 +500,25 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
     disk.destroy()
 }
 
-fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
-    const AFTER: u32 = 3;
+/// Seconds after which an impatient disk fails requests.
+const AFTER: u32 = 3;
+
+/// A disk that fails requests when it had no process for a while, and its process.
+fn impatient(lab: &Lab, manner: Manner) -> Result<(Scene, Server)> {
     let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, Manner::Hold)?;
+    let server = Server::start(&disk, &store, &pipe, manner)?;
     let session = lab.session_on_tap(&disk, PLAIN)?;
-    let mut scene = Scene {
+    let scene = Scene {
         session,
         store,
         pipe,
         disk,
     };
+    Ok((scene, server))
+}
+
+fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
+    let (mut scene, server) = impatient(lab, Manner::Hold)?;
     scene.send(8, 0)?;
     scene.disk.wait("delivery", |info| info.delivered == 8)?;
     let start = Instant::now();
@@ -533,16 +541,7 @@ fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
 
 /// What the dead process had cannot fail while its I/O may be running; what it never had can.
 fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
-    const AFTER: u32 = 3;
-    let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, Manner::Pin)?;
-    let session = lab.session_on_tap(&disk, PLAIN)?;
-    let mut scene = Scene {
-        session,
-        store,
-        pipe,
-        disk,
-    };
+    let (mut scene, server) = impatient(lab, Manner::Pin)?;
     scene.send(4, 0x77)?;
     scene.disk.wait("delivery", |info| info.delivered == 4)?;
     server.kill()?;

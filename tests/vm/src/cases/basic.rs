@@ -469,13 +469,21 @@ fn statistics(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-fn resize(context: &mut Context) -> Result<()> {
+/// A volume that can grow, and the disk of the guest on it.
+fn growing(context: &mut Context) -> Result<(Lvm, Vbd)> {
     let device = context.null_blk(64, &[])?;
     let volume = Lvm::create("vmtestvg", &device.path(), 16)?;
     let theirs = volume.clone();
     context.at_end("remove the volume", move || theirs.remove());
+    let vbd = context
+        .pv()?
+        .attach(&format!("phy:{},xvda,w", volume.path()))?;
+    Ok((volume, vbd))
+}
+
+fn resize(context: &mut Context) -> Result<()> {
+    let (volume, vbd) = growing(context)?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", volume.path()))?;
     guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")?;
     volume.extend(32)?;
     check_grown(guest, "xvda", &volume)?;
@@ -484,12 +492,8 @@ fn resize(context: &mut Context) -> Result<()> {
 
 /// The toolstack has begun to take the disk away, and the guest has not answered.
 fn resize_while_detached(context: &mut Context) -> Result<()> {
-    let device = context.null_blk(64, &[])?;
-    let volume = Lvm::create("vmtestvg", &device.path(), 16)?;
-    let theirs = volume.clone();
-    context.at_end("remove the volume", move || theirs.remove());
+    let (volume, vbd) = growing(context)?;
     let guest = context.pv()?;
-    let vbd = guest.attach(&format!("phy:{},xvda,w", volume.path()))?;
     let (id, back) = (guest.domid.to_string(), vbd.backend.clone());
     let (state, online) = (format!("{back}/state"), format!("{back}/online"));
     sh::run(&["xl", "pause", &id])?;
