@@ -5,6 +5,8 @@ use crate::tally::Tally;
 
 /// Begins a note on a guest that the emulator killed.
 const EMULATOR: &str = "# emulator: ";
+/// So many of the tests that took longest are shown.
+const SLOWEST: usize = 10;
 
 /// Counts a report line by line.
 #[derive(Debug, Default)]
@@ -13,12 +15,20 @@ pub(crate) struct Reader {
     seen: u64,
     /// The failed test whose message follows, and the message so far.
     failing: Option<(String, String)>,
+    /// The test whose details follow.
+    last: String,
+    /// Seconds by test.
+    times: Vec<(f64, String)>,
 }
 
 impl Reader {
     /// Takes the next line.
     pub(crate) fn line(&mut self, line: &str, tally: &mut Tally) {
         if line.starts_with(char::is_whitespace) {
+            let time = line.trim().strip_prefix("seconds: ");
+            if let Some(seconds) = time.and_then(|time| time.parse().ok()) {
+                self.times.push((seconds, self.last.clone()));
+            }
             if let Some((_, why)) = &mut self.failing {
                 why.push_str(line);
                 why.push('\n');
@@ -33,6 +43,7 @@ impl Reader {
         } else if let Some(rest) = line.strip_prefix("not ok ") {
             self.seen += 1;
             let (name, mark) = parts(rest);
+            self.last.clone_from(&name);
             match mark.strip_prefix("TODO") {
                 Some(known) => tally.skip(&name, &format!("a known failure:{known}")),
                 None => self.failing = Some((name, String::new())),
@@ -40,6 +51,7 @@ impl Reader {
         } else if let Some(rest) = line.strip_prefix("ok ") {
             self.seen += 1;
             let (name, mark) = parts(rest);
+            self.last.clone_from(&name);
             match mark.strip_prefix("SKIP") {
                 Some(why) => tally.skip(&name, why.trim()),
                 None => tally.pass(&name),
@@ -56,6 +68,9 @@ impl Reader {
     /// The report is over: what was planned and never came has failed.
     pub(crate) fn finish(mut self, tally: &mut Tally) {
         self.flush(tally);
+        for line in self.slowest() {
+            println!("        {line}");
+        }
         match self.planned {
             None => tally.fail(
                 "the report",
@@ -71,6 +86,15 @@ impl Reader {
             }
             Some(_) => {}
         }
+    }
+
+    /// The tests that took longest, in words.
+    fn slowest(&mut self) -> Vec<String> {
+        self.times.sort_by(|one, other| other.0.total_cmp(&one.0));
+        let lines = self.times.iter().take(SLOWEST);
+        lines
+            .map(|(seconds, name)| format!("slow: {seconds:6.1} s {name}"))
+            .collect()
     }
 
     fn flush(&mut self, tally: &mut Tally) {
@@ -138,6 +162,28 @@ mod tests {
     fn the_plans_of_several_programs_add_up() {
         let report = "1..1\nok 1 - a\n1..2\nok 1 - b\n";
         assert_eq!(sums(report), "2 passed, 1 failed, 0 skipped");
+    }
+
+    #[test]
+    fn what_takes_longest_comes_first() {
+        let mut tally = Tally::default();
+        let mut reader = Reader::default();
+        for line in [
+            "1..12",
+            "ok 1 - a",
+            "  seconds: 1.5",
+            "not ok 2 - b",
+            "  seconds: 20.0",
+        ] {
+            reader.line(line, &mut tally);
+        }
+        for number in 3..13 {
+            reader.line(&format!("ok {number} - c"), &mut tally);
+            reader.line("  seconds: 0.1", &mut tally);
+        }
+        let slowest = reader.slowest();
+        assert_eq!(slowest.len(), 10);
+        assert_eq!(slowest[..2], ["slow:   20.0 s b", "slow:    1.5 s a"]);
     }
 
     #[test]

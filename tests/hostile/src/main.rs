@@ -49,10 +49,12 @@ enum Face {
         /// Only attacks whose name contains one of these words, separated by commas.
         #[arg(long, default_value = "")]
         only: String,
-        /// Only attacks that depend on how the module treats the pages of a request: not those of tap
-        /// disks.
+        /// Not the attacks of tap disks.
         #[arg(long)]
         phy: bool,
+        /// Only attacks that are about the pages of requests, which the module copies or maps.
+        #[arg(long)]
+        pages: bool,
         /// Stands in the names of the report, where attacks run more than once.
         #[arg(long, default_value = "", value_name = "WORD")]
         label: String,
@@ -113,12 +115,19 @@ fn start() -> Result<bool> {
         Face::Run {
             only,
             phy,
+            pages,
             label,
             seed,
             ..
         } => {
             let seed = seed.unwrap_or_else(rng::fresh_seed);
-            cases::run(&cases::Selection { only, phy, label }, seed, device)
+            let selection = cases::Selection {
+                only,
+                phy,
+                pages,
+                label,
+            };
+            cases::run(&selection, seed, device)
         }
         Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
         Face::TapLeave => tap::leave().map(|()| true),

@@ -46,31 +46,45 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     Ok(())
 }
 
-/// The tests of what a malicious frontend does.
+/// Batches of random requests in the usual lane; each run has others.
+const SOME_FUZZ: u32 = 100;
+
+/// The tests of what a malicious frontend does: all with the parameters that are shipped, then the other
+/// way those that are about the pages of requests.
 pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    // First with the parameters that are shipped, then the other way. blktapctrl uses the module.
     let seed = words(seed);
+    // blktapctrl uses the module.
     let script = format!(
         "/t/hostile run{seed}
          busybox killall blktapctrl
          while busybox pidof blktapctrl >/dev/null; do sleep 0.1; done
-         rmmod xen-blkback-rs && modprobe xen-blkback-rs {MAPPING} &&
-         exec /t/hostile run --phy --label mapped{seed}\n"
+         rmmod xen-blkback-rs && modprobe xen-blkback-rs {MAPPING} || exit 1
+         /t/hostile run --pages --label mapped{seed}
+         exec /t/hostile fuzz --cases {SOME_FUZZ}{seed}\n"
     );
     boot(tally, "hostile", "", &script)
 }
 
+/// The attacks of all rings, with large requests mapped.
+pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    let script = format!("exec /t/hostile run --phy --label mapped{}\n", words(seed));
+    boot(tally, "mapped", MAPPING, &script)
+}
+
 /// A hundred deaths of the process that serves a disk, under load.
 pub(super) fn deaths(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    boot(
-        tally,
-        "deaths",
-        "",
-        &format!(
-            "exec /t/vmtest run --only tap.s12_hundred_kills{}\n",
-            words(seed)
-        ),
-    )
+    long(tally, "deaths", "tap.s12_hundred_kills", seed)
+}
+
+/// What must not add up: many disks at once, and one after the other.
+pub(super) fn many(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    long(tally, "many", "lifecycle.cycles,memory.255_disks", seed)
+}
+
+/// Cases that take too long for each change.
+fn long(tally: &mut Tally, name: &str, cases: &str, seed: Option<u64>) -> Result<()> {
+    let script = format!("exec /t/vmtest run --only {cases}{}\n", words(seed));
+    boot(tally, name, "", &script)
 }
 
 /// Random requests of a malicious frontend; each run says its seed.

@@ -47,25 +47,43 @@ macro_rules! case {
 }
 use case;
 
+/// Which parameters of the module a group of attacks meets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Meets {
+    /// All: it is about the pages of requests, which are copied or mapped.
+    Pages,
+    /// The pages of its requests are not what it is about.
+    Rings,
+    /// The process of a tap disk, for which there is one way.
+    Tap,
+}
+
 /// All attacks, in the order in which they run.
-pub(crate) fn all() -> Vec<Case> {
+fn groups() -> impl Iterator<Item = (Meets, Case)> {
     let groups = [
-        indices::all(),
-        requests::all(),
-        data::all(),
-        races::all(),
-        ranges::all(),
-        keys::all(),
-        states::all(),
-        closing::all(),
-        events::all(),
-        tap_calls::all(),
-        tap_life::all(),
-        tap_queues::all(),
-        tap_uring::all(),
-        planted::all(),
+        (Meets::Rings, indices::all()),
+        (Meets::Pages, requests::all()),
+        (Meets::Pages, data::all()),
+        (Meets::Pages, races::all()),
+        (Meets::Rings, ranges::all()),
+        (Meets::Rings, keys::all()),
+        (Meets::Rings, states::all()),
+        (Meets::Pages, closing::all()),
+        (Meets::Rings, events::all()),
+        (Meets::Tap, tap_calls::all()),
+        (Meets::Tap, tap_life::all()),
+        (Meets::Tap, tap_queues::all()),
+        (Meets::Tap, tap_uring::all()),
+        (Meets::Rings, planted::all()),
     ];
-    groups.into_iter().flatten().collect()
+    let each =
+        |(meets, cases): (Meets, Vec<Case>)| cases.into_iter().map(move |case| (meets, case));
+    groups.into_iter().flat_map(each)
+}
+
+/// All attacks.
+pub(crate) fn all() -> Vec<Case> {
+    groups().map(|(_, case)| case).collect()
 }
 
 /// Which attacks run.
@@ -74,6 +92,8 @@ pub(crate) struct Selection {
     pub(crate) only: String,
     /// Not those of tap disks.
     pub(crate) phy: bool,
+    /// Only those that are about the pages of requests.
+    pub(crate) pages: bool,
     /// Stands in the names of the report.
     pub(crate) label: String,
 }
@@ -85,9 +105,14 @@ impl Selection {
             .split(',')
             .filter(|word| !word.is_empty())
             .collect();
-        let mut cases = all();
-        cases.retain(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
-        cases.retain(|case| !self.phy || !case.name.starts_with("tap_"));
+        let named =
+            |case: &Case| words.is_empty() || words.iter().any(|word| case.name.contains(word));
+        let wanted = groups().filter(|(meets, case)| {
+            (!self.phy || *meets != Meets::Tap)
+                && (!self.pages || *meets == Meets::Pages)
+                && named(case)
+        });
+        let cases: Vec<Case> = wanted.map(|(_, case)| case).collect();
         anyhow::ensure!(
             !cases.is_empty(),
             "no attack is called `{}`: see --list",
@@ -131,4 +156,38 @@ pub(crate) fn run(selection: &Selection, seed: u64, device: Option<&PathBuf>) ->
     }
     lab.finish()?;
     Ok(report.passed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Selection;
+
+    #[test]
+    fn attacks_are_selected_by_what_they_are_about() {
+        let select = |phy, pages, only: &str| {
+            let (only, label) = (only.to_owned(), String::new());
+            let cases = Selection {
+                only,
+                phy,
+                pages,
+                label,
+            }
+            .cases()?;
+            anyhow::Ok(cases.into_iter().map(|case| case.name).collect::<Vec<_>>())
+        };
+        let (all, phy) = (
+            select(false, false, "").unwrap(),
+            select(true, false, "").unwrap(),
+        );
+        let pages = select(false, true, "").unwrap();
+        assert!(all.contains(&"tap_serve") && !phy.contains(&"tap_serve"));
+        assert!(phy.contains(&"h07_attach_to_garbage"));
+        assert!(!pages.contains(&"h07_attach_to_garbage") && !pages.contains(&"tap_serve"));
+        assert!(pages.contains(&"h25_taken_back_in_flight"));
+        assert_eq!(
+            select(false, true, "h25").unwrap(),
+            ["h25_taken_back_in_flight"]
+        );
+        assert!(select(true, false, "tap_serve").is_err());
+    }
 }

@@ -86,7 +86,8 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             cycles,
         )
-        .no_leaks(),
+        .no_leaks()
+        .nightly(),
     ]
 }
 
