@@ -19,7 +19,7 @@ use kernel::sync::Arc;
 /// The watched keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Key {
-    /// `physical-device` or `tap-minor` in our directory.
+    /// What names the disk, or who serves it, in our directory.
     Disk,
     /// `state` in our directory.
     State,
@@ -51,8 +51,10 @@ impl Drop for Bound {
 
 impl driver::Driver for VbdDriver {
     type Data = Bound;
-    // A toolstack says vbd3 where it expects a process to serve the disk.
-    const DEVICE_TYPES: [&'static [u8]; 2] = [b"vbd", b"vbd3"];
+    // A toolstack says vbd3 where it expects a process to serve the disk. Such a device is bound in any
+    // case, because a probe that refuses it puts an error into xenstore and into the log; what is
+    // not ours is left alone (`disk::is_ours`).
+    const DEVICE_TYPES: [&'static [u8]; 2] = [b"vbd", disk::SHARED_TYPE];
 
     fn probe(device: Device) -> Result<Bound> {
         let device = Arc::new(device, GFP_KERNEL)?;
@@ -66,6 +68,9 @@ impl driver::Driver for VbdDriver {
         // The first event of each comes at once and starts the work.
         watch(disk::BLOCK_KEY, Key::Disk)?;
         watch(disk::TAP_KEY, Key::Disk)?;
+        if device.is_of_type(disk::SHARED_TYPE) {
+            watch(disk::SERVER_KEY, Key::Disk)?;
+        }
         watch(c"state", Key::State)?;
         Ok(bound)
     }

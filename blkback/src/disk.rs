@@ -18,6 +18,13 @@ pub(crate) const BLOCK_KEY: &CStr = c"physical-device";
 /// Names a disk that a process serves.
 pub(crate) const TAP_KEY: &CStr = c"tap-minor";
 
+/// The type of devices that are ours only if that is said: others may serve such disks too.
+pub(crate) const SHARED_TYPE: &[u8] = b"vbd3";
+/// Says which program serves a device of that type.
+pub(crate) const SERVER_KEY: &CStr = c"tap-server";
+/// Ours.
+const SERVER: &[u8] = b"blktapctrl";
+
 /// What the script names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Name {
@@ -131,6 +138,29 @@ fn unavailable(minor: u32, why: &Unavailable) -> Bad {
         Unavailable::Failed(error) => {
             Bad::new(name, *error, fmt!("tap disk {minor} cannot be bound"))
         }
+    }
+}
+
+/// True if this device is ours to serve. One of the shared type is when its directory names our
+/// supervisor, or a disk of it. Nobody has said so before the first is made: Xen's script, which names
+/// the disk, runs only when we offer the device. May sleep.
+///
+/// # Errors
+/// Xenstore does not answer.
+pub(crate) fn is_ours(device: &Device) -> Result<bool> {
+    if !device.is_of_type(SHARED_TYPE) {
+        return Ok(true);
+    }
+    let dir = device.nodename();
+    let mut value = [0; 32];
+    match store::read(dir, SERVER_KEY, &mut value) {
+        Ok(len) => Ok(value.get(..len) == Some(SERVER)),
+        Err(error) if error == ENOENT => match store::read(dir, TAP_KEY, &mut value) {
+            Ok(_) => Ok(true),
+            Err(error) if error == ENOENT => Ok(false),
+            Err(error) => Err(error),
+        },
+        Err(error) => Err(error),
     }
 }
 

@@ -42,7 +42,9 @@ const STEPS: u32 = 16;
 /// The bus has not told the frontend's state yet; no number of a state.
 const UNHEARD: u32 = u32::MAX;
 /// Watches of a device.
-const WATCHES: usize = 3;
+const WATCHES: usize = 4;
+/// Milliseconds until xenstore is asked again that did not say whether a device is ours.
+const ASK_AGAIN: u32 = 1000;
 
 // The work items of a device.
 const LOOK: u64 = 0;
@@ -101,6 +103,9 @@ struct Hold {
 
 /// What changes in the life of a device.
 struct Life {
+    /// The device is ours to serve. Until that is known nothing is written, and nothing of the frontend
+    /// is looked at: somebody else may serve it.
+    ours: bool,
     /// The device is being given up: only its disk is still closed.
     leaving: bool,
     /// It was given up; only its removal is left.
@@ -130,6 +135,7 @@ struct Life {
 
 impl Life {
     const NEW: Self = Self {
+        ours: false,
         leaving: false,
         left: false,
         over: false,
@@ -301,7 +307,30 @@ impl Vbd {
         self.kick();
     }
 
+    /// Whether the device is ours; asked only when the keys that say so were written.
+    fn is_ours(self: &Arc<Self>, life: &mut Life) -> bool {
+        if life.ours || !self.disk_moved.xchg(false, Full) {
+            return life.ours;
+        }
+        match disk::is_ours(&self.device) {
+            Ok(false) => {}
+            Ok(true) => {
+                life.ours = true;
+                // What names the disk is still to be looked at.
+                self.disk_moved.store(true, Release);
+            }
+            Err(_) => {
+                self.disk_moved.store(true, Release);
+                self.kick_after(ASK_AGAIN);
+            }
+        }
+        life.ours
+    }
+
     fn take_step(self: &Arc<Self>, life: &mut Life) -> Next {
+        if !self.is_ours(life) {
+            return Next::Rest;
+        }
         if self.broken.xchg(false, Full) {
             self.device.report(
                 EIO,

@@ -94,6 +94,11 @@ impl Vbd {
             ("state", "1"),
         ];
         vbd.store.write_all(&vbd.back, &owned(&keys))?;
+        if class == "vbd3" {
+            // The supervisor's part.
+            let server = format!("{}/tap-server", vbd.back);
+            vbd.store.write(&server, b"blktapctrl")?;
+        }
         vbd.wait_back("the backend's offer", &[state::INIT_WAIT])?;
         // The hotplug script's part.
         let (key, value) = disk;

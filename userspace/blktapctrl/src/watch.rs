@@ -5,6 +5,10 @@
 //! kind `vbd3` (`backendtype=tap`) is also served where no script of ours runs: without any script
 //! the disk is made here; after Xen's `block-tap`, which makes it with tap-ctl, the driver is told
 //! its number.
+//!
+//! Other programs may serve disks of that kind too, so the driver does nothing with one before its
+//! directory says that it is ours (`tap-server`). That cannot be left to the scripts: libxl runs them
+//! when the driver has offered the disk.
 
 use crate::disk::Disk;
 use crate::host::Host;
@@ -15,11 +19,17 @@ use control::{Code, Failure, Target};
 use futures::StreamExt;
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 /// The kind of backends that is ours even without a script.
 const TAP: &str = "backend/vbd3";
+/// The key of a directory of that kind that says which program serves it, and what it holds if we do.
+const SERVER_KEY: &str = "tap-server";
+const SERVER: &str = "blktapctrl";
+/// What the names of the scripts begin with that make a disk with tap-ctl: Xen's and ours.
+const SCRIPTS: &str = "block-tap";
 /// Where the disks of a script are.
 const VBD: &str = "backend/vbd";
 
@@ -137,6 +147,28 @@ async fn offer_or_tell(host: &Rc<Host>, store: &dyn Store, directory: &str) -> i
     }
 }
 
+/// Whether a directory of the kind `vbd3` is ours, as far as can be told by now: by its script, and
+/// without one by its target. What others serve may be named in the same words, so somebody else's
+/// name under `tap-server` goes before all. If it is ours, the driver is told.
+async fn is_ours(store: &dyn Store, directory: &str) -> io::Result<bool> {
+    let read = |name: &str| format!("{directory}/{name}");
+    if let Some(server) = store.read(&read(SERVER_KEY)).await? {
+        return Ok(server == SERVER);
+    }
+    let script = store.read(&read("script")).await?.unwrap_or_default();
+    let ours = if script.is_empty() {
+        let params = store.read(&read("params")).await?;
+        params.is_some_and(|params| Target::from_params(&params).is_ok())
+    } else {
+        let name = Path::new(&script).file_name();
+        name.is_some_and(|name| name.to_string_lossy().starts_with(SCRIPTS))
+    };
+    if ours {
+        put(store, directory, SERVER_KEY, SERVER).await?;
+    }
+    Ok(ours)
+}
+
 /// Gives a directory of the kind `vbd3` its disk, unless a script of ours does that.
 async fn offer(
     host: &Rc<Host>,
@@ -144,7 +176,8 @@ async fn offer(
     directory: &str,
 ) -> io::Result<Result<(), Failure>> {
     let read = |name: &str| format!("{directory}/{name}");
-    if store.read(&read("tap-minor")).await?.is_some()
+    if !is_ours(store, directory).await?
+        || store.read(&read("tap-minor")).await?.is_some()
         || store
             .read(&read("hotplug-status"))
             .await?

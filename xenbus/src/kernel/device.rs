@@ -89,6 +89,12 @@ impl Device {
         last.and_then(parse_u32).unwrap_or(u32::MAX)
     }
 
+    /// True for a device of this type, which is what comes after `backend/` in our directory's name.
+    pub(crate) fn is_of_type(&self, name: &[u8]) -> bool {
+        let path = self.nodename.to_bytes_with_nul();
+        path.split(|byte| *byte == b'/').nth(1) == Some(name)
+    }
+
     /// The frontend's domain.
     pub(crate) fn otherend_id(&self) -> u16 {
         self.otherend_id

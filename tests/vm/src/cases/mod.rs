@@ -3,6 +3,7 @@
 
 mod attempt;
 mod basic;
+mod beside;
 mod boot;
 mod death;
 mod faults;
@@ -395,6 +396,7 @@ pub(crate) fn all() -> Vec<Case> {
         played::cases(),
         tap::cases(),
         tap_host::cases(),
+        beside::cases(),
         death::cases(),
         images::cases(),
         permission::cases(),

@@ -216,6 +216,7 @@ fn vbd3_is_served_without_a_script() {
         .await;
         assert_eq!(key("tap-minor").as_deref(), Some("0"));
         assert_eq!(bed.log(), ["attach 0", "open r A"]);
+        assert_eq!(key("tap-server").as_deref(), Some("blktapctrl"));
         // What cannot be served is told.
         let other = "backend/vbd3/5/51712";
         let frontend = "/local/domain/5/device/vbd/51712";
@@ -240,6 +241,11 @@ fn vbd3_is_served_without_a_script() {
                 ("params", &format!("aio:{}", image.display())),
             ],
         );
+        // The driver offers the disk when it knows whose it is, and only then the script runs.
+        until("our name", || async {
+            (bed.store.get(&format!("{third}/tap-server"))? == "blktapctrl").then_some(())
+        })
+        .await;
         let minor = bed.made(bed.create("b.img")).await;
         bed.store.put(third, &[("minor", &minor.to_string())]);
         until("the number", || async {
@@ -253,6 +259,57 @@ fn vbd3_is_served_without_a_script() {
         })
         .await;
         assert_eq!(bed.store.get(&format!("{directory}/tap-minor")), None);
+    });
+}
+
+/// Another program serves disks of that kind too.
+#[test]
+fn vbd3_of_others_is_left_alone() {
+    test("vbd3-others", |bed| async move {
+        let host = bed.host.clone();
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        tokio::task::spawn_local(async move { watch::follow(&host, store).await });
+        let params = format!("aio:sync:{}", bed.image("a.img", "A").display());
+        let theirs: [&[(&str, &str)]; 4] = [
+            &[("script", "/etc/xen/scripts/other"), ("params", &params)],
+            &[("params", "vhd:/srv/a.vhd")],
+            &[("tap-server", "other"), ("params", &params)],
+            // Xen's script may have made one at somebody else's tap-ctl.
+            &[("tap-server", "other"), ("minor", "0")],
+        ];
+        let common = [("frontend", "/local/domain/4/device/vbd/1"), ("mode", "r")];
+        for (number, keys) in theirs.iter().enumerate() {
+            let directory = format!("backend/vbd3/4/{number}");
+            bed.store.put(&directory, &[&common[..], keys].concat());
+        }
+        // One of ours, which comes later,: by then the others were looked at.
+        let ours = "backend/vbd3/5/51712";
+        bed.store.put(
+            ours,
+            &[&common[..], &[("params", params.as_str())]].concat(),
+        );
+        until("it is connected", || async {
+            (bed.store.get(&format!("{ours}/hotplug-status"))? == "connected").then_some(())
+        })
+        .await;
+        for (number, keys) in theirs.iter().enumerate() {
+            let directory = format!("backend/vbd3/4/{number}");
+            let mut there = bed.store.below(&directory);
+            there.sort();
+            let mut before: Vec<(String, String)> = common
+                .iter()
+                .chain(*keys)
+                .map(|(key, value)| (format!("{directory}/{key}"), (*value).to_owned()))
+                .collect();
+            before.sort();
+            assert_eq!(there, before);
+        }
+        assert_eq!(bed.rows().await.len(), 1);
+        bed.store.drop(ours);
+        until("the end of the disk", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
     });
 }
 

@@ -229,6 +229,16 @@ impl FakeStore {
         self.tell(directory);
     }
 
+    /// The keys of a directory and their values.
+    pub(crate) fn below(&self, directory: &str) -> Vec<(String, String)> {
+        let below = format!("{directory}/");
+        let keys = self.keys.borrow();
+        let there = keys.iter().filter(|(path, _)| path.starts_with(&below));
+        there
+            .map(|(path, value)| (path.clone(), value.clone()))
+            .collect()
+    }
+
     /// The value of a key.
     pub(crate) fn get(&self, path: &str) -> Option<String> {
         self.keys.borrow().get(path).cloned()
