@@ -21,7 +21,7 @@ use kernel::sync::atomic::{
 };
 use kernel::sync::poll::PollCondVar;
 use kernel::sync::{new_spinlock, Arc, SpinLock};
-use kernel::workqueue::{new_work, Work};
+use kernel::workqueue::{new_delayed_work, DelayedWork};
 
 /// Requests that are handled at most while the lock of a disk is held.
 pub(crate) const BATCH: usize = 32;
@@ -48,7 +48,7 @@ pub(crate) struct TapDisk {
     #[pin]
     pub(super) ready: PollCondVar,
     #[pin]
-    pub(super) fence: Work<TapDisk>,
+    pub(super) fence: DelayedWork<TapDisk>,
 }
 
 /// What the lock of a disk protects. It is a leaf: no other lock of ours is taken under it, and
@@ -64,6 +64,8 @@ pub(crate) struct Inner {
     pub(super) command: Command,
     /// While the last process has to be fenced: its I/O is this module's affair.
     pub(super) fencing: Option<ModuleReference>,
+    /// How often it was looked whether that is done.
+    pub(super) looks: u32,
     /// The process has looked in vain: it may be sleeping, and is to be woken.
     pub(super) wanted: bool,
     /// The queues of the connection.
@@ -125,13 +127,14 @@ impl TapDisk {
                         refused: None,
                         command: Command::None,
                         fencing: None,
+                        looks: 0,
                         wanted: false,
                         shares: [const { None }; MAX_QUEUES],
                     },
                     "TapDisk::inner"
                 ),
                 ready <- new_poll_condvar!("TapDisk::ready"),
-                fence <- new_work!("TapDisk::fence"),
+                fence <- new_delayed_work!("TapDisk::fence"),
             }),
             GFP_KERNEL,
         )?;

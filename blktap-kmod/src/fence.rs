@@ -12,18 +12,16 @@ use crate::planted;
 use crate::xen::module::ModuleReference;
 use crate::xen::workqueue;
 use kernel::sync::Arc;
-use kernel::time::{delay::fsleep, Delta};
-use kernel::workqueue::{impl_has_work, WorkItem};
+use kernel::workqueue::{impl_has_delayed_work, WorkItem};
 
 /// The first pauses are short, because a process is to be replaced soon. One that has left pages
 /// where somebody holds on to them is not worth looking often.
-const SHORTEST_MS: i64 = 1;
-const LONGEST_MS: i64 = 1000;
-/// Pauses of one length.
+const LONGEST_MS: u32 = 1000;
+/// Pauses of one length; the next ones are four times as long.
 const REPEATED: u32 = 32;
 
-impl_has_work! {
-    impl HasWork<Self> for TapDisk { self.fence }
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self> for TapDisk { self.fence }
 }
 
 impl TapDisk {
@@ -34,6 +32,7 @@ impl TapDisk {
             inner.shadow.closed();
             // Its file keeps the module until this returns. It is not going, so there is one.
             inner.fencing = ModuleReference::get();
+            inner.looks = 0;
             inner.pid = 0;
             inner.wanted = false;
             self.start_waiting();
@@ -42,9 +41,20 @@ impl TapDisk {
             inner.kick();
         }
         if !self.try_fence() {
-            // If it is queued already, that run looks.
-            let _queued = workqueue::enqueue(self.clone());
+            self.look_later();
         }
+    }
+
+    /// Has the work look again. It does not wait in between, as nothing on its queue does.
+    fn look_later(self: &Arc<Self>) {
+        let looks = {
+            let mut inner = self.inner.lock();
+            inner.looks = inner.looks.saturating_add(1);
+            inner.looks
+        };
+        // If it is queued already, that run looks. While it waits the module stays: `fencing` is
+        // taken only where the fence ends, after which nothing is queued.
+        let _queued = workqueue::enqueue_after(self.clone(), pause_ms(looks));
     }
 
     /// Ends the fence if all I/O of the process is over.
@@ -69,15 +79,16 @@ impl WorkItem for TapDisk {
     type Pointer = Arc<TapDisk>;
 
     fn run(this: Arc<TapDisk>) {
-        let mut pause = SHORTEST_MS;
-        loop {
-            for _ in 0..REPEATED {
-                if this.is_destroyed() || this.try_fence() {
-                    return;
-                }
-                fsleep(Delta::from_millis(pause));
-            }
-            pause = pause.saturating_mul(4).min(LONGEST_MS);
+        if !this.is_destroyed() && !this.try_fence() {
+            this.look_later();
         }
     }
+}
+
+/// Milliseconds between one look and the next.
+fn pause_ms(looks: u32) -> u32 {
+    let steps = looks.wrapping_div(REPEATED).min(8);
+    1_u32
+        .wrapping_shl(steps.wrapping_mul(2))
+        .min(LONGEST_MS)
 }
