@@ -11,7 +11,7 @@ use control::tapdisk::Open;
 use control::Failure;
 use std::fs;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,17 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    pub(crate) fn host(dir: &std::path::Path, kernel: &FakeKernel) -> Rc<Host> {
+    /// A supervisor that was just started.
+    pub(crate) fn new(dir: &Path, kernel: &FakeKernel) -> Rc<Bed> {
+        Rc::new(Bed {
+            dir: dir.into(),
+            kernel: kernel.clone(),
+            store: FakeStore::default(),
+            host: Bed::host(dir, kernel),
+        })
+    }
+
+    fn host(dir: &Path, kernel: &FakeKernel) -> Rc<Host> {
         let program = Program {
             path: fake::program(dir),
             user: None,
@@ -153,20 +163,44 @@ pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::task::LocalSet::new().block_on(&runtime, work)
 }
 
+/// A host on which supervisors come one after the other: each ends with its runtime, as if it were
+/// killed.
+pub(crate) struct Succession {
+    pub(crate) dir: PathBuf,
+    pub(crate) kernel: FakeKernel,
+}
+
+impl Succession {
+    pub(crate) fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a folder");
+        Self {
+            dir,
+            kernel: FakeKernel::default(),
+        }
+    }
+
+    /// The next one.
+    pub(crate) fn bed(&self) -> Rc<Bed> {
+        Bed::new(&self.dir, &self.kernel)
+    }
+}
+
+impl Drop for Succession {
+    fn drop(&mut self) {
+        // A test that fails leaves it to be looked at.
+        if !std::thread::panicking() {
+            fs::remove_dir_all(&self.dir).expect("remove");
+        }
+    }
+}
+
 /// Runs a test on a new host; all its processes are dead afterwards.
 pub(crate) fn test<F: Future<Output = ()>>(name: &str, work: impl FnOnce(Rc<Bed>) -> F) {
-    let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
-    fs::create_dir_all(&dir).expect("a folder");
-    let kernel = FakeKernel::default();
+    let host = Succession::new(name);
     block_on(async {
-        let bed = Rc::new(Bed {
-            host: Bed::host(&dir, &kernel),
-            store: FakeStore::default(),
-            dir: dir.clone(),
-            kernel,
-        });
+        let bed = host.bed();
         work(bed.clone()).await;
         bed.host.destroy_all(bed.host.all()).await;
     });
-    fs::remove_dir_all(&dir).expect("remove");
 }

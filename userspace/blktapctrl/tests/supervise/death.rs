@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes that die or hang, and supervisors that do.
 
-use super::bed::{block_on, kill, test, until, which, Bed};
-use super::fake::{FakeKernel, FakeStore};
+use super::bed::{block_on, kill, test, until, which, Succession};
 use blktapctrl::{adopt, watchdog};
 use control::supervisor::{Hung, Reply, Request, What, Which};
 use control::tapdisk::State;
@@ -79,18 +78,10 @@ fn pauses_grow_while_it_keeps_dying_and_then_it_serves() {
 
 #[test]
 fn the_next_supervisor_takes_over() {
-    let dir = std::env::temp_dir().join(format!("supervise-{}-adopt", std::process::id()));
-    fs::create_dir_all(&dir).expect("a folder");
-    let kernel = FakeKernel::default();
-    let bed = |host| Bed {
-        dir: dir.clone(),
-        kernel: kernel.clone(),
-        store: FakeStore::default(),
-        host,
-    };
+    let host = Succession::new("adopt");
     // The runtime ends with the first supervisor, as if it were killed.
     let (lives, dies) = block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         bed.image("a.img", "A");
         bed.image("b.img", "B");
         bed.made(bed.create("a.img")).await;
@@ -104,7 +95,7 @@ fn the_next_supervisor_takes_over() {
     });
     kill(dies.expect("a process"));
     block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         adopt::disks(&bed.host).await;
         let row = bed.row(0).await;
         assert_eq!((row.pid, row.state), (lives, Some(State::Running)));
@@ -137,7 +128,6 @@ fn the_next_supervisor_takes_over() {
         bed.host.destroy_all(bed.host.all()).await;
         bed.assert_nothing_left().await;
     });
-    fs::remove_dir_all(&dir).expect("remove");
 }
 
 #[test]

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a supervisor finds that it does not understand: it leaves that alone.
 
-use super::bed::{block_on, kill, test, until, which, Bed};
-use super::fake::{FakeKernel, FakeStore};
+use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::State;
@@ -11,53 +10,18 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-/// Two supervisors, one after the other, of one host.
-struct Two {
-    dir: PathBuf,
-    kernel: FakeKernel,
+/// A supervisor with a disk, which ends. Returns the process of the disk.
+fn first(host: &Succession) -> u32 {
+    block_on(async {
+        let bed = host.bed();
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.row(minor).await.pid.expect("a process")
+    })
 }
 
-impl Two {
-    fn new(name: &str) -> Two {
-        let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
-        fs::create_dir_all(&dir).expect("a folder");
-        Two {
-            dir,
-            kernel: FakeKernel::default(),
-        }
-    }
-
-    fn bed(&self) -> Bed {
-        Bed {
-            dir: self.dir.clone(),
-            kernel: self.kernel.clone(),
-            store: FakeStore::default(),
-            host: Bed::host(&self.dir, &self.kernel),
-        }
-    }
-
-    /// A supervisor with a disk; it ends as if it were killed. Returns the process of the disk.
-    fn first(&self) -> u32 {
-        block_on(async {
-            let bed = self.bed();
-            bed.image("a.img", "A");
-            let minor = bed.made(bed.create("a.img")).await;
-            bed.row(minor).await.pid.expect("a process")
-        })
-    }
-
-    fn record(&self) -> PathBuf {
-        self.dir.join("run/disks/0.json")
-    }
-}
-
-impl Drop for Two {
-    fn drop(&mut self) {
-        // A test that fails leaves it to be looked at.
-        if !std::thread::panicking() {
-            fs::remove_dir_all(&self.dir).expect("remove");
-        }
-    }
+fn record(host: &Succession) -> PathBuf {
+    host.dir.join("run/disks/0.json")
 }
 
 fn is_alive(pid: u32) -> bool {
@@ -66,13 +30,13 @@ fn is_alive(pid: u32) -> bool {
 
 /// Whatever is wrong with its record, a disk is served on, shown, and its image is not free.
 fn left_alone(name: &str, spoil: impl Fn(&str) -> Option<String>) {
-    let two = Two::new(name);
-    let pid = two.first();
-    match spoil(&fs::read_to_string(two.record()).expect("a record")) {
-        Some(text) => fs::write(two.record(), text).expect("write"),
-        None => fs::remove_file(two.record()).expect("remove"),
+    let two = Succession::new(name);
+    let pid = first(&two);
+    match spoil(&fs::read_to_string(record(&two)).expect("a record")) {
+        Some(text) => fs::write(record(&two), text).expect("write"),
+        None => fs::remove_file(record(&two)).expect("remove"),
     }
-    let before = fs::read_to_string(two.record()).ok();
+    let before = fs::read_to_string(record(&two)).ok();
     block_on(async {
         let bed = two.bed();
         adopt::disks(&bed.host).await;
@@ -83,7 +47,7 @@ fn left_alone(name: &str, spoil: impl Fn(&str) -> Option<String>) {
         assert!(row.unknown.is_some(), "{row:?}");
         let told = |what: &What| matches!(what, What::Unknown { .. });
         assert!(bed.events().iter().any(told), "{:?}", bed.events());
-        assert_eq!(fs::read_to_string(two.record()).ok(), before);
+        assert_eq!(fs::read_to_string(record(&two)).ok(), before);
         let create = Request::Create(Box::new(bed.create("a.img")));
         assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
         let free = Request::Free { minor: 0 };
@@ -136,17 +100,17 @@ fn a_disk_without_a_record_is_left_alone() {
 
 #[test]
 fn a_field_that_may_be_passed_over_is() {
-    let two = Two::new("field");
-    let pid = two.first();
-    let text = fs::read_to_string(two.record()).expect("a record");
+    let two = Succession::new("field");
+    let pid = first(&two);
+    let text = fs::read_to_string(record(&two)).expect("a record");
     let text = text.replacen('{', "{ \"colour\": \"green\",", 1);
-    fs::write(two.record(), text).expect("write");
+    fs::write(record(&two), text).expect("write");
     block_on(async {
         let bed = two.bed();
         adopt::disks(&bed.host).await;
         let row = bed.row(0).await;
         assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
-        let text = fs::read_to_string(two.record()).expect("a record");
+        let text = fs::read_to_string(record(&two)).expect("a record");
         assert!(text.contains("green"), "{text}");
         bed.destroy(0).await;
     });
@@ -159,8 +123,8 @@ fn a_kernel_that_does_not_answer_does_not_end_a_disk() {
         io::ErrorKind::OutOfMemory,
         io::ErrorKind::Other,
     ] {
-        let two = Two::new("mute");
-        let pid = two.first();
+        let two = Succession::new("mute");
+        let pid = first(&two);
         two.kernel.mute.set(Some(error));
         block_on(async {
             let bed = two.bed();
@@ -179,8 +143,8 @@ fn a_kernel_that_does_not_answer_does_not_end_a_disk() {
 
 #[test]
 fn a_process_that_cannot_be_asked_is_not_ended() {
-    let two = Two::new("deaf");
-    let pid = two.first();
+    let two = Succession::new("deaf");
+    let pid = first(&two);
     let socket = two.dir.join("run/tapdisk/0.sock");
     fs::rename(&socket, two.dir.join("elsewhere")).expect("rename");
     block_on(async {
@@ -225,12 +189,7 @@ fn a_full_folder_refuses_a_verb_and_ends_nobody() {
         })
         .await;
         let new = bed.row(minor).await.pid;
-        let next = Bed {
-            dir: bed.dir.clone(),
-            kernel: bed.kernel.clone(),
-            store: FakeStore::default(),
-            host: Bed::host(&bed.dir, &bed.kernel),
-        };
+        let next = Bed::new(&bed.dir, &bed.kernel);
         adopt::disks(&next.host).await;
         assert_eq!(next.row(minor).await.pid, new);
         bed.kernel.full.set(false);
@@ -240,9 +199,9 @@ fn a_full_folder_refuses_a_verb_and_ends_nobody() {
 
 #[test]
 fn what_is_left_of_a_disk_is_forgotten_and_freed() {
-    let two = Two::new("forget");
-    let pid = two.first();
-    fs::write(two.record(), "{").expect("write");
+    let two = Succession::new("forget");
+    let pid = first(&two);
+    fs::write(record(&two), "{").expect("write");
     kill(pid);
     block_on(until("its end", || async {
         (!is_alive(pid)).then_some(())
@@ -254,7 +213,7 @@ fn what_is_left_of_a_disk_is_forgotten_and_freed() {
         let failure = adopt.expect_err("nobody knows it");
         assert!(failure.message.contains("tap-ctl forget -m 0"), "{failure}");
         assert_eq!(bed.ask(Request::Forget { minor: 0 }).await, Ok(Reply::Done));
-        assert!(!two.record().exists());
+        assert!(!record(&two).exists());
         assert_eq!(bed.ask(Request::Free { minor: 0 }).await, Ok(Reply::Done));
         bed.assert_nothing_left().await;
     });

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks of memory, whose content outlives every process.
 
-use super::bed::{block_on, kill, test, until, which, Bed};
-use super::fake::{FakeKernel, FakeStore};
+use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Request, What};
 use control::tapdisk::{Open, State};
@@ -98,24 +97,16 @@ fn memory_that_is_lost_is_not_taken_for_zeroes() {
 /// The process died while nobody supervised it.
 #[test]
 fn content_outlives_the_supervisor_and_the_process_together() {
-    let dir = std::env::temp_dir().join(format!("supervise-{}-memory-both", std::process::id()));
-    fs::create_dir_all(&dir).expect("a folder");
-    let kernel = FakeKernel::default();
-    let bed = |host| Bed {
-        dir: dir.clone(),
-        kernel: kernel.clone(),
-        store: FakeStore::default(),
-        host,
-    };
+    let host = Succession::new("memory-both");
     let dies = block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         let minor = bed.made(create(&bed)).await;
         write(&bed, minor, "content");
         bed.row(minor).await.pid.expect("a process")
     });
     kill(dies);
     block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         adopt::disks(&bed.host).await;
         until("the disk is served", || async {
             let row = bed.row(0).await;
@@ -126,5 +117,4 @@ fn content_outlives_the_supervisor_and_the_process_together() {
         bed.host.destroy_all(bed.host.all()).await;
         bed.assert_nothing_left().await;
     });
-    fs::remove_dir_all(&dir).expect("remove");
 }

@@ -3,14 +3,13 @@
 //! answer, by a target that is refused.
 
 use super::bed::{block_on, kill, test, until, which, Bed};
-use super::fake::{FakeKernel, FakeStore};
+use super::fake::FakeKernel;
 use blktapctrl::adopt;
 use control::supervisor::{Reply, Request, Row, What};
 use control::tapdisk::State;
 use control::{Code, Target};
 use std::fs;
 use std::path::Path;
-use std::rc::Rc;
 use std::time::Duration;
 
 fn pause(timeout_s: u32) -> Request {
@@ -41,15 +40,6 @@ fn close() -> Request {
     }
 }
 
-fn bed(dir: &Path, kernel: &FakeKernel) -> Rc<Bed> {
-    Rc::new(Bed {
-        dir: dir.into(),
-        kernel: kernel.clone(),
-        store: FakeStore::default(),
-        host: Bed::host(dir, kernel),
-    })
-}
-
 /// Lets the supervisor end at each step of a verb, starts the next one, and looks whether that has
 /// brought the verb to its end or back to its beginning. Returns the number of steps.
 fn at_each_step(
@@ -64,7 +54,7 @@ fn at_each_step(
         fs::create_dir_all(&dir).expect("a folder");
         let kernel = FakeKernel::default();
         let (crashed, pid) = block_on(async {
-            let bed = bed(&dir, &kernel);
+            let bed = Bed::new(&dir, &kernel);
             bed.image("a.img", "A");
             bed.image("b.img", "B");
             for request in before(&dir) {
@@ -83,7 +73,7 @@ fn at_each_step(
         kernel.crash.left.set(None);
         kernel.crash.happened.set(false);
         block_on(async {
-            let bed = bed(&dir, &kernel);
+            let bed = Bed::new(&dir, &kernel);
             adopt::disks(&bed.host).await;
             until(&format!("{name}: a good end after step {step}"), || async {
                 let rows = bed.rows().await;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! I/O on images that fails.
 
-use super::bed::{block_on, test, until, which, Bed};
-use super::fake::{FakeKernel, FakeStore};
+use super::bed::{block_on, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::{Call, OnError, State, Trouble, Troubles};
@@ -109,35 +108,26 @@ fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
 /// It stopped while nobody supervised it. What was told before is not told again.
 #[test]
 fn next_supervisor_pauses_what_has_stopped() {
-    let dir = std::env::temp_dir().join(format!("supervise-{}-stopped-alone", std::process::id()));
-    fs::create_dir_all(&dir).expect("a folder");
-    let kernel = FakeKernel::default();
-    let bed = |host| Bed {
-        dir: dir.clone(),
-        kernel: kernel.clone(),
-        store: FakeStore::default(),
-        host,
-    };
+    let host = Succession::new("stopped-alone");
     block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         bed.image("a.img", "A");
         bed.made(bed.create("a.img")).await;
-        say(&dir, 3, false);
+        say(&bed.dir, 3, false);
         wait_told(&bed, &[(2, false)]).await;
     });
     block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         adopt::disks(&bed.host).await;
-        say(&dir, 4, true);
+        say(&bed.dir, 4, true);
         wait_paused(&bed, 0, 1).await;
         assert_eq!(told(bed.events()).len(), 1);
     });
     block_on(async {
-        let bed = bed(Bed::host(&dir, &kernel));
+        let bed = host.bed();
         adopt::disks(&bed.host).await;
         assert_eq!(bed.row(0).await.state, Some(State::Paused));
         bed.host.destroy_all(bed.host.all()).await;
         assert_eq!(told(bed.events()), [], "it is paused already");
     });
-    fs::remove_dir_all(&dir).expect("remove");
 }
