@@ -4,7 +4,7 @@
 //!
 //! This root only names the parts and registers the driver. Reading order along the data path:
 //! `vbd` (a device and its life), `connection` and `queue` (its rings and their threads),
-//! `engine` (what one pass over a ring does), `medium` (what is needed of a disk), `phy` (the block
+//! `engine` (what one pass over a ring does), `backing` (what is needed of a disk), `phy` (the block
 //! device behind it).
 
 // The trees below that are shared with host programs have more in them than the module uses.
@@ -19,17 +19,19 @@ mod proto;
 #[path = "../../xenbus/src/kernel/mod.rs"]
 mod xen;
 
-// The only place that names it: the rest of this folder knows a disk as a `Medium`.
+// The only place that names it: the rest of this folder knows a disk as a `BackingDisk`.
 #[path = "../../blktap-kmod/src/mod.rs"]
 mod tap;
 
+mod backing;
 mod bus;
+mod connect_error;
 mod connection;
 mod disk;
 #[allow(dead_code, unreachable_pub)]
 mod engine;
+mod events;
 mod keeper;
-mod medium;
 mod memory;
 mod offer;
 mod params;
@@ -44,8 +46,6 @@ mod totals;
 mod vbd;
 
 use kernel::prelude::*;
-use kernel::sync::Arc;
-use medium::{Holder, Medium, Unavailable};
 use memory::Memory;
 use xen::claims::Claims;
 use xen::driver::Adapter;
@@ -98,17 +98,12 @@ module! {
     },
 }
 
-/// Binds a disk that a process serves to a device. May sleep.
-pub(crate) fn bind_tap(minor: u32, holder: Holder) -> Result<Arc<dyn Medium>, Unavailable> {
-    tap::bind(minor, holder)
-}
-
 /// The loaded module. The fields are dropped in this order: first no device is left, then no disk
 /// that a process serves, then no work.
 #[pin_data]
 struct Blkback {
     #[pin]
-    driver: kernel::driver::Registration<Adapter<bus::VbdDriver>>,
+    driver: kernel::driver::Registration<Adapter<bus::VbdDriver<tap::Tap>>>,
     tap: tap::Tap,
     queues: WorkQueues,
     claims: Claims,

@@ -6,12 +6,13 @@
 //! device lock, which that thread may want. So nothing here waits for I/O, nor for a lock under
 //! which anybody else does: it notes what has happened, and queues the work.
 
-use crate::disk;
+use crate::disk::{self, AttachTap};
 use crate::proto::state::State;
 use crate::vbd::Vbd;
 use crate::xen::device::Device;
 use crate::xen::driver::{self, Attribute};
 use crate::xen::watch::{InXenwatch, Watch, Watcher};
+use core::marker::PhantomData;
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::Arc;
@@ -36,8 +37,15 @@ impl Watcher for Vbd {
     }
 }
 
+/// Where disks that a process serves are to be had. The rest of this folder knows a disk as a
+/// `BackingDisk`, whoever serves it.
+pub(crate) trait TapDisks: 'static {
+    /// Attaches one to a device.
+    const ATTACH: AttachTap;
+}
+
 /// The driver.
-pub(crate) struct VbdDriver;
+pub(crate) struct VbdDriver<T>(PhantomData<T>);
 
 /// A device while it is bound, and while it is being bound: its first watch starts the work before the
 /// probe is through.
@@ -49,7 +57,7 @@ impl Drop for Bound {
     }
 }
 
-impl driver::Driver for VbdDriver {
+impl<T: TapDisks> driver::Driver for VbdDriver<T> {
     type Data = Bound;
     // A toolstack says vbd3 where it expects a process to serve the disk. Such a device is bound in any
     // case, because a probe that refuses it puts an error into xenstore and into the log; what is
@@ -58,7 +66,7 @@ impl driver::Driver for VbdDriver {
 
     fn probe(device: Device) -> Result<Bound> {
         let device = Arc::new(device, GFP_KERNEL)?;
-        let bound = Bound(Vbd::new(device.clone())?);
+        let bound = Bound(Vbd::new(device.clone(), T::ATTACH)?);
         let watch = |key: &CStr, which| {
             let path = CString::try_from_fmt(fmt!("{}/{}", device.nodename(), key))?;
             bound

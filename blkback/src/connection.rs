@@ -2,11 +2,14 @@
 
 //! A connection: all queues of a device, from connect to disconnect.
 
-use crate::medium::{Peer, Queues};
+use crate::backing::{BackingDisk, QueueBackends};
+use crate::connect_error::ConnectError;
+use crate::events::DeviceEvents;
 use crate::offer;
-use crate::proto::frontend::{self, KeyError};
-use crate::queue::{Prepared, Queue, Setup};
+use crate::proto::frontend;
+use crate::queue::{Ending, Prepared, Queue, Setup};
 use crate::ring::request::Limits;
+use crate::totals::Totals;
 use crate::xen::device::Device;
 use crate::xen::module::ModuleReference;
 use crate::xen::pages::push;
@@ -18,34 +21,28 @@ use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
-/// Why a frontend could not be connected.
-pub(crate) enum ConnectError {
-    /// A key in its directory is no good.
-    Key(KeyError),
-    /// A step failed.
-    Step(&'static str, Error),
+/// Who connects to a disk.
+pub(crate) struct Peer<'a> {
+    /// Who is told what becomes of the queues.
+    pub(crate) events: Arc<dyn DeviceEvents>,
+    /// Where they count.
+    pub(crate) totals: &'a Arc<Totals>,
+    /// The device on the bus.
+    pub(crate) device: &'a Arc<Device>,
+    /// What the guest may do.
+    pub(crate) limits: &'a Limits,
 }
 
-impl From<KeyError> for ConnectError {
-    fn from(error: KeyError) -> Self {
-        Self::Key(error)
-    }
+/// A disk to which a device can connect, whatever serves it. This is the last indirect call: the
+/// queues know the backend of their disk by its type.
+pub(crate) trait Connect: BackingDisk {
+    /// Connects to the frontend as its directory says. All or nothing. May sleep.
+    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError>;
 }
 
-impl ConnectError {
-    /// What to tell the administrator.
-    pub(crate) fn describe(&self) -> (Error, Result<CString>) {
-        match self {
-            Self::Key(error) => (
-                EINVAL,
-                CString::try_from_fmt(fmt!(
-                    "the frontend's key {} {}",
-                    error.key.as_str(),
-                    error.text()
-                )),
-            ),
-            Self::Step(step, error) => (*error, CString::try_from_fmt(fmt!("{step}"))),
-        }
+impl<D: QueueBackends> Connect for D {
+    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError> {
+        Connection::new(&self, peer)
     }
 }
 
@@ -53,7 +50,7 @@ impl ConnectError {
 #[pin_data]
 pub(crate) struct Connection {
     queues: KVec<Queue>,
-    ending: Arc<Ending>,
+    threads: Arc<Threads>,
     limits: Limits,
     #[pin]
     work: Work<Connection>,
@@ -64,31 +61,31 @@ pub(crate) struct Connection {
 /// The end of a connection's threads, which nobody waits for: the last one to be through with its
 /// I/O has the work queue fetch them all.
 #[pin_data]
-pub(crate) struct Ending {
+struct Threads {
     /// Threads that may still wait for I/O, and one until the connection is buried.
     left: Atomic<u32>,
     #[pin]
     buried: Mutex<Option<Arc<Connection>>>,
 }
 
-impl Ending {
+impl Threads {
     fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
                 left: Atomic::new(1),
-                buried <- new_mutex!(None, "Ending::buried"),
+                buried <- new_mutex!(None, "Threads::buried"),
             }),
             GFP_KERNEL,
         )
     }
+}
 
-    /// Called before a thread is started.
-    pub(crate) fn add_thread(&self) {
+impl Ending for Threads {
+    fn add_thread(&self) {
         self.left.fetch_add(1, Relaxed);
     }
 
-    /// Called by a thread that does nothing more but return, and if one could not be started.
-    pub(crate) fn done(&self) {
+    fn done(&self) {
         if self.left.fetch_sub(1, Full) != 1 {
             return;
         }
@@ -106,8 +103,8 @@ impl_has_work! {
 
 impl Connection {
     /// Connects to the frontend as its directory says. All or nothing. May sleep.
-    pub(crate) fn new<M: Queues>(
-        medium: &Arc<M>,
+    fn new<D: QueueBackends>(
+        disk: &Arc<D>,
         peer: &Peer<'_>,
     ) -> Result<Arc<Self>, ConnectError> {
         let dir = Frontend(peer.device);
@@ -116,13 +113,14 @@ impl Connection {
         // A barrier orders one queue only; frontends with several have no use for it.
         limits.barrier &= request.queues == 1;
         // Published again before the frontend sees Connected, which is when it looks.
-        let max_segments = medium.max_segments(request.queues);
+        let max_segments = disk.max_segments(request.queues);
         limits.max_indirect_segments = limits.max_indirect_segments.min(max_segments);
         let setup = Setup {
             device: peer.device,
-            vbd: peer.vbd,
+            events: &peer.events,
+            totals: peer.totals,
             request: &request,
-            medium,
+            disk,
             limits: &limits,
         };
         let no_memory = |_| ConnectError::Step("not enough memory for the queues", ENOMEM);
@@ -138,14 +136,15 @@ impl Connection {
     }
 
     /// Starts the threads; all or none.
-    fn start<M: Queues>(
+    fn start<D: QueueBackends>(
         device: &Device,
-        prepared: KVec<Prepared<M>>,
+        prepared: KVec<Prepared<D>>,
         limits: Limits,
     ) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
         let module = ModuleReference::get().ok_or(ENODEV)?;
-        let ending = Ending::new()?;
+        let threads = Threads::new()?;
+        let ending: Arc<dyn Ending> = threads.clone();
         let name = thread_name(device);
         for (index, queue) in prepared.into_iter().enumerate() {
             let started = CString::try_from_fmt(fmt!("{}-{index}", name.as_str()))
@@ -158,7 +157,7 @@ impl Connection {
         let connection = Arc::pin_init(
             pin_init!(Self {
                 queues,
-                ending,
+                threads,
                 limits,
                 work <- new_work!("Connection::work"),
                 _module: module,
@@ -199,9 +198,9 @@ impl Connection {
     /// Lets go of the connection, whose threads were told to end: they are fetched when none of them
     /// has I/O in flight any more. Does not wait.
     pub(crate) fn bury(self: Arc<Self>) {
-        let ending = self.ending.clone();
-        *ending.buried.lock() = Some(self);
-        ending.done();
+        let threads = self.threads.clone();
+        *threads.buried.lock() = Some(self);
+        threads.done();
     }
 }
 

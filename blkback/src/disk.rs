@@ -2,9 +2,10 @@
 
 //! The disk of a device: which one the hotplug script names, and opening it.
 
-use crate::medium::{Holder, Medium, Status, Unavailable};
+use crate::backing::{Attachment, Status, Unavailable};
+use crate::connection::Connect;
+use crate::events::DeviceEvents;
 use crate::proto::text::{parse_device, parse_u32};
-use crate::vbd::Vbd;
 use crate::xen::bdev::BlockDevice;
 use crate::xen::device::Device;
 use crate::xen::local_clock;
@@ -36,9 +37,22 @@ pub(crate) enum Name {
     Nonsense,
 }
 
+/// Attaches a disk that a process serves to a device. May sleep.
+pub(crate) type AttachTap = fn(u32, Attachment) -> Result<Arc<dyn Connect>, Unavailable>;
+
+/// Who opens a disk.
+pub(crate) struct Opener {
+    /// The device.
+    pub(crate) device: Arc<Device>,
+    /// Who is told what becomes of the disk.
+    pub(crate) events: Arc<dyn DeviceEvents>,
+    /// Where disks that a process serves are to be had.
+    pub(crate) attach_tap: AttachTap,
+}
+
 /// The open disk of a device, and what was published of it.
 pub(crate) struct Disk {
-    pub(crate) medium: Arc<dyn Medium>,
+    pub(crate) backing: Arc<dyn Connect>,
     /// Size in sectors of 512 bytes.
     pub(crate) sectors: u64,
     pub(crate) status: Option<Status>,
@@ -68,13 +82,14 @@ impl Bad {
 
 impl Disk {
     /// Opens the disk of this name. May sleep for as long as its storage does not answer.
-    pub(crate) fn open(vbd: &Arc<Vbd>, device: &Device, name: Name) -> Result<Self, Bad> {
+    pub(crate) fn open(opener: &Opener, name: Name) -> Result<Self, Bad> {
+        let device = &*opener.device;
         let mut mode = [0; 8];
         let Ok(len) = store::read(device.nodename(), c"mode", &mut mode) else {
             return Err(Bad::new(name, ENOENT, fmt!("the key mode is missing")));
         };
         let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
-        let medium = match name {
+        let backing = match name {
             Name::Nonsense => {
                 return Err(Bad::new(name, EINVAL, fmt!("no disk is named")));
             }
@@ -83,18 +98,18 @@ impl Disk {
                 Bad::new(name, error, text)
             })?,
             Name::Tap(minor) => {
-                let holder = Holder {
-                    vbd: vbd.clone(),
+                let attachment = Attachment {
+                    events: opener.events.clone(),
                     domain: device.otherend_id(),
                     device: device.number(),
                     writable,
                 };
-                crate::bind_tap(minor, holder).map_err(|why| unavailable(minor, &why))?
+                (opener.attach_tap)(minor, attachment).map_err(|why| unavailable(minor, &why))?
             }
         };
         Ok(Self {
-            sectors: medium.sectors(),
-            medium,
+            sectors: backing.sectors(),
+            backing,
             status: None,
             published_at: None,
         })
@@ -115,9 +130,9 @@ impl Disk {
     }
 }
 
-fn open_block(major: u32, minor: u32, writable: bool) -> Result<Arc<dyn Medium>> {
-    let medium: Arc<dyn Medium> = Arc::new(BlockDevice::open(major, minor, writable)?, GFP_KERNEL)?;
-    Ok(medium)
+fn open_block(major: u32, minor: u32, writable: bool) -> Result<Arc<dyn Connect>> {
+    let disk: Arc<dyn Connect> = Arc::new(BlockDevice::open(major, minor, writable)?, GFP_KERNEL)?;
+    Ok(disk)
 }
 
 fn unavailable(minor: u32, why: &Unavailable) -> Bad {
@@ -128,7 +143,7 @@ fn unavailable(minor: u32, why: &Unavailable) -> Bad {
             ENOENT,
             fmt!("there is no tap disk {minor}: tap-minor names one before it is made"),
         ),
-        Unavailable::Bound { domain, device } => Bad::new(
+        Unavailable::Attached { domain, device } => Bad::new(
             name,
             EBUSY,
             fmt!(

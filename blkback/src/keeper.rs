@@ -4,7 +4,7 @@
 
 use crate::engine::{Backend, Engine, Grants};
 use crate::ring::ports::SharedRing;
-use crate::vbd::Vbd;
+use crate::totals::Totals;
 use crate::xen::local_clock;
 
 /// What was not used for so long is given back, in nanoseconds. A little less than a thread sleeps
@@ -15,7 +15,7 @@ const PASSES: u32 = 4096;
 
 /// Looks after what one queue has borrowed.
 pub(crate) struct Keeper<'a> {
-    vbd: &'a Vbd,
+    totals: &'a Totals,
     /// What the statistics say.
     borrowed: u16,
     /// When it was looked last what is not used.
@@ -25,9 +25,9 @@ pub(crate) struct Keeper<'a> {
 
 impl<'a> Keeper<'a> {
     /// For a queue that has borrowed nothing.
-    pub(crate) fn new(vbd: &'a Vbd) -> Self {
+    pub(crate) fn new(totals: &'a Totals) -> Self {
         Self {
-            vbd,
+            totals,
             borrowed: 0,
             looked: local_clock(),
             passes: 0,
@@ -65,7 +65,7 @@ impl<'a> Keeper<'a> {
     }
 
     fn note(&mut self, now: u16) {
-        self.vbd.totals().borrowed(self.borrowed, now);
+        self.totals.borrowed(self.borrowed, now);
         self.borrowed = now;
     }
 }

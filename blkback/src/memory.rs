@@ -6,7 +6,7 @@
 //! A queue's thread never waits for memory: it takes what is ready, or goes on with what it has.
 //! The pool is filled by the work queue, as far as memory can be had without waiting for I/O.
 
-use crate::connection::ConnectError;
+use crate::connect_error::ConnectError;
 use crate::shares::{Bounds, Guest, Host, Refusal};
 use crate::xen::block::{Block, Effort, PAGES};
 use crate::xen::bounds;

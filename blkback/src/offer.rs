@@ -2,7 +2,7 @@
 
 //! What the backend publishes in its own directory.
 
-use crate::medium::{self, Medium};
+use crate::backing::{self, BackingDisk};
 use crate::params;
 use crate::proto::frontend::Offer;
 use crate::proto::state::State;
@@ -47,7 +47,7 @@ pub(crate) fn publish_offer(device: &Device, before: State) -> Result {
 /// A disk as one device offers it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Features {
-    device: medium::Limits,
+    device: backing::Limits,
     read_only: bool,
     cdrom: bool,
     discard: bool,
@@ -55,9 +55,9 @@ pub(crate) struct Features {
 
 impl Features {
     /// Reads what the toolstack says about the disk. May sleep.
-    pub(crate) fn read(device: &Device, medium: &dyn Medium) -> Self {
-        let limits = medium.limits();
-        let read_only = !medium.is_writable() || limits.read_only;
+    pub(crate) fn read(device: &Device, disk: &(impl BackingDisk + ?Sized)) -> Self {
+        let limits = disk.limits();
+        let read_only = !disk.is_writable() || limits.read_only;
         // The toolstack's own copy: that of the frontend is the guest's to write.
         let cdrom = value_is(device, c"device-type", b"cdrom");
         let discard = !read_only
@@ -142,7 +142,7 @@ pub(crate) fn publish_size(device: &Device, sectors: u64) -> Result {
 }
 
 /// Publishes how a disk is served. May sleep.
-pub(crate) fn publish_status(device: &Device, status: medium::Status) -> Result {
+pub(crate) fn publish_status(device: &Device, status: backing::Status) -> Result {
     while_there(device, |t| {
         t.write(device.nodename(), c"tap-status", status.text())
     })

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! `phy:` disks: a block device as a medium, and the engine's backend over bios.
+//! `phy:` disks: a block device as a backing disk, and the engine's backend over bios.
 
-use crate::connection::{ConnectError, Connection};
+use crate::backing::{BackingDisk, Drain, Limits, Needs, Part, QueueBackends};
+use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
 use crate::engine::{Backend, Group, Io, IoKind, SegmentEntry, Slice, Slot, Tag};
-use crate::medium::{Limits, Medium, Needs, Part, Peer, Queues};
 use crate::memory::Lease;
 use crate::params::{self, PoolSizes};
 use crate::planted;
@@ -20,7 +20,7 @@ use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-impl Medium for BlockDevice {
+impl BackingDisk for BlockDevice {
     fn limits(&self) -> Limits {
         BlockDevice::limits(self)
     }
@@ -43,13 +43,9 @@ impl Medium for BlockDevice {
             ConnectError::Step("the page cache of the disk cannot be written back", error)
         })
     }
-
-    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError> {
-        Connection::new(&self, peer)
-    }
 }
 
-impl Queues for BlockDevice {
+impl QueueBackends for BlockDevice {
     type Backend = Phy;
 
     fn max_segments(&self, _queues: u32) -> u16 {
@@ -85,8 +81,8 @@ impl Queues for BlockDevice {
         })
     }
 
-    fn patience(&self) -> Option<u64> {
-        None
+    fn drain(&self) -> Drain {
+        Drain::MustFinish
     }
 }
 

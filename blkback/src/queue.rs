@@ -8,21 +8,21 @@
 //! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
 //! only where requests are mapped instead of copied.
 
-use crate::connection::{ConnectError, Ending};
+use crate::backing::{Drain, Needs, Part, QueueBackends};
+use crate::connect_error::ConnectError;
 use crate::engine::{
     Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot,
     Tag,
 };
+use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
-use crate::medium::{Needs, Part, Queues};
 use crate::params;
 use crate::poll::{Batcher, Pollers};
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
 use crate::ring::response::Status;
-use crate::totals::Tally;
-use crate::vbd::Vbd;
+use crate::totals::{Tally, Totals};
 use crate::xen::device::Device;
 use crate::xen::evtchn::{Activity, EventChannel};
 use crate::xen::grant::GuestGrants;
@@ -47,6 +47,15 @@ enum Command {
     Drain = 2,
     /// Let go of the guest now.
     Abandon = 3,
+}
+
+/// Who is told of the end of threads, so that nobody has to wait for them.
+pub(crate) trait Ending: Send + Sync + 'static {
+    /// A thread is about to be started.
+    fn add_thread(&self);
+
+    /// A thread does nothing more but return, or could not be started.
+    fn done(&self);
 }
 
 /// What the thread and its owner share.
@@ -82,15 +91,17 @@ pub(crate) struct Queue {
 }
 
 /// What a queue is made of.
-pub(crate) struct Setup<'a, M> {
+pub(crate) struct Setup<'a, D> {
     /// The device.
     pub(crate) device: &'a Arc<Device>,
     /// Who is told about a broken ring, a new size and the end.
-    pub(crate) vbd: &'a Arc<Vbd>,
+    pub(crate) events: &'a Arc<dyn DeviceEvents>,
+    /// Where it counts.
+    pub(crate) totals: &'a Arc<Totals>,
     /// What the frontend asked for.
     pub(crate) request: &'a frontend::Request,
     /// The disk.
-    pub(crate) medium: &'a Arc<M>,
+    pub(crate) disk: &'a Arc<D>,
     /// What the disk allows.
     pub(crate) limits: &'a Limits,
 }
@@ -102,18 +113,18 @@ fn step(what: &'static str, error: Error) -> ConnectError {
 }
 
 /// A queue with its memory reserved and its ring mapped, but without a thread.
-pub(crate) struct Prepared<M: Queues> {
-    server: Server<M>,
+pub(crate) struct Prepared<D: QueueBackends> {
+    server: Server<D>,
     control: Arc<Control>,
     guest: Taker,
     memory_kib: u64,
 }
 
-impl<M: Queues> Prepared<M> {
+impl<D: QueueBackends> Prepared<D> {
     /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
     #[inline(never)]
     pub(crate) fn new(
-        setup: &Setup<'_, M>,
+        setup: &Setup<'_, D>,
         ring: &frontend::Ring,
         index: u32,
     ) -> Result<Self, ConnectError> {
@@ -147,7 +158,7 @@ impl<M: Queues> Prepared<M> {
     }
 
     /// Starts the thread, which does nothing until it is told to serve or to end.
-    pub(crate) fn start(self, name: &CStr, ending: &Arc<Ending>) -> Result<Queue> {
+    pub(crate) fn start(self, name: &CStr, ending: &Arc<dyn Ending>) -> Result<Queue> {
         let body = Body {
             server: self.server,
             ending: ending.clone(),
@@ -209,12 +220,12 @@ impl Queue {
 }
 
 /// What the thread does.
-struct Body<M: Queues> {
-    server: Server<M>,
-    ending: Arc<Ending>,
+struct Body<D: QueueBackends> {
+    server: Server<D>,
+    ending: Arc<dyn Ending>,
 }
 
-impl<M: Queues> Runner for Body<M> {
+impl<D: QueueBackends> Runner for Body<D> {
     fn run(self) {
         // By then all that may wait for I/O is gone.
         self.server.run();
@@ -223,15 +234,15 @@ impl<M: Queues> Runner for Body<M> {
 }
 
 /// What the thread owns.
-struct Server<M: Queues> {
+struct Server<D: QueueBackends> {
     ring: BackRing<()>,
     guest: Held,
-    state: KBox<State<M>>,
+    state: KBox<State<D>>,
 }
 
 /// The part of it that stays in its place, because it is too large for a stack on which a driver of
 /// the block layer has yet to run.
-struct State<M: Queues> {
+struct State<D: QueueBackends> {
     slots: KVec<Slot>,
     entries: KVec<SegmentEntry>,
     groups: KVec<Group>,
@@ -242,53 +253,54 @@ struct State<M: Queues> {
     config: Config,
     limits: Limits,
     grants: KBox<GuestGrants>,
-    backend: M::Backend,
-    medium: Arc<M>,
-    vbd: Arc<Vbd>,
+    backend: D::Backend,
+    disk: Arc<D>,
+    events: Arc<dyn DeviceEvents>,
+    totals: Arc<Totals>,
     tally: Tally,
     control: Arc<Control>,
     /// True for the first queue of a device.
     leads: bool,
 }
 
-impl<M: Queues> Server<M> {
+impl<D: QueueBackends> Server<D> {
     fn run(self) {
         let Self {
             ring,
             guest,
             mut state,
         } = self;
-        let medium = state.medium.clone();
+        let disk = state.disk.clone();
         // These outlast it.
-        let (vbd, control) = (state.vbd.clone(), state.control.clone());
+        let (events, control) = (state.events.clone(), state.control.clone());
         while control.command() == Command::Wait {
             control.parker.park();
         }
         let (command, mut rest) = state.serve(ring, &guest);
-        if command == Command::Drain || medium.patience().is_some() {
+        if command == Command::Drain || disk.drain() != Drain::MustFinish {
             // The disk, too, is given back before anybody can see that: the toolstack's script
             // takes it apart as soon as the state is Closed.
             drop(state);
-            drop(medium);
+            drop(disk);
             control.mark_detached();
             // The work that this queues looks at the mark.
-            vbd.kick();
+            events.reconcile();
             return;
         }
         control.mark_detached();
-        vbd.kick();
+        events.reconcile();
         while rest.drain() > 0 {
             control.parker.park();
         }
     }
 }
 
-impl<M: Queues> State<M> {
+impl<D: QueueBackends> State<D> {
     /// Reserves all memory that a queue with a ring of `slots` slots will need.
     // Not part of its caller, so that each of the two has a small frame.
     #[inline(never)]
     fn new(
-        setup: &Setup<'_, M>,
+        setup: &Setup<'_, D>,
         index: u32,
         slots: u16,
         control: &Arc<Control>,
@@ -302,7 +314,7 @@ impl<M: Queues> State<M> {
             rest,
             memory_kib,
             depth,
-        } = setup.medium.queue(&Needs {
+        } = setup.disk.queue(&Needs {
             domain,
             index,
             queues: setup.request.queues,
@@ -335,9 +347,10 @@ impl<M: Queues> State<M> {
             limits: *setup.limits,
             grants,
             backend,
-            medium: setup.medium.clone(),
-            vbd: setup.vbd.clone(),
-            tally: Tally::new(setup.vbd).map_err(no_memory)?,
+            disk: setup.disk.clone(),
+            events: setup.events.clone(),
+            totals: setup.totals.clone(),
+            tally: Tally::new(setup.totals).map_err(no_memory)?,
             control: control.clone(),
             leads: index == 0,
         };
@@ -348,12 +361,13 @@ impl<M: Queues> State<M> {
     /// was told, and what is left.
     // Not part of its caller, so that its frame is gone when what is left is waited for.
     #[inline(never)]
-    fn serve<'a>(&'a mut self, ring: BackRing<()>, guest: &'a Held) -> (Command, Left<'a, M>) {
+    fn serve<'a>(&'a mut self, ring: BackRing<()>, guest: &'a Held) -> (Command, Left<'a, D>) {
         let (ring, ()) = ring.replace(guest);
         let server = Serving {
             guest,
-            medium: &*self.medium,
-            vbd: &self.vbd,
+            disk: &*self.disk,
+            events: &self.events,
+            totals: &self.totals,
             tally: &self.tally,
             control: &self.control,
             known_sectors: self.limits.sectors,
@@ -384,7 +398,7 @@ impl<M: Queues> State<M> {
 }
 
 /// What is left of a queue that has let go of its guest.
-type Left<'a, M> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <M as Queues>::Backend>>;
+type Left<'a, D> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <D as QueueBackends>::Backend>>;
 
 /// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
 /// can be given back without its thread.
@@ -420,10 +434,11 @@ impl<B: Backend> Backend for Away<'_, B> {
 }
 
 /// The thread's view of its surroundings while the engine has the rest.
-struct Serving<'a, M> {
+struct Serving<'a, D> {
     guest: &'a Held,
-    medium: &'a M,
-    vbd: &'a Arc<Vbd>,
+    disk: &'a D,
+    events: &'a Arc<dyn DeviceEvents>,
+    totals: &'a Totals,
     tally: &'a Tally,
     control: &'a Control,
     known_sectors: u64,
@@ -431,7 +446,7 @@ struct Serving<'a, M> {
     leads: bool,
 }
 
-impl<M: Queues> Serving<'_, M> {
+impl<D: QueueBackends> Serving<'_, D> {
     /// Serves the ring until told to end; returns how.
     // Not part of its caller, so that each of the two has a small frame.
     #[inline(never)]
@@ -442,7 +457,7 @@ impl<M: Queues> Serving<'_, M> {
         let mut draining = None;
         let mut pollers = Pollers::new();
         let mut batcher = Batcher::new(self.slots);
-        let mut keeper = Keeper::new(self.vbd);
+        let mut keeper = Keeper::new(self.totals);
         loop {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
@@ -466,13 +481,13 @@ impl<M: Queues> Serving<'_, M> {
             active |= pass.taken > 0;
             if pass.broken && !broken {
                 broken = true;
-                self.vbd.ring_broken();
+                self.events.clone().ring_broken();
             }
             if command == Command::Drain && engine.in_flight() == 0 {
                 return Command::Drain;
             }
-            let patience = self.patience_left(command, &mut draining);
-            if patience == Some(0) {
+            let left = self.drain_time_left(command, &mut draining);
+            if left == Some(0) {
                 return Command::Abandon;
             }
             if self.must_go_on(command, &pass, engine, &mut pollers) {
@@ -482,7 +497,7 @@ impl<M: Queues> Serving<'_, M> {
             self.end_event(broken, &mut active);
             let start = local_clock();
             let borrows = keeper.before_sleep(engine, start);
-            if let Some(left) = patience {
+            if let Some(left) = left {
                 self.control.parker.park_for(left);
             } else if self.leads || borrows {
                 // Nobody tells us that a device was resized, so one thread looks now and then; and
@@ -523,14 +538,16 @@ impl<M: Queues> Serving<'_, M> {
 
     /// Nanoseconds that a drain may go on waiting for I/O in flight; `None` if that has no end, or
     /// while the ring is served. `since` is when it began.
-    fn patience_left(&self, command: Command, since: &mut Option<u64>) -> Option<u64> {
+    fn drain_time_left(&self, command: Command, since: &mut Option<u64>) -> Option<u64> {
         if command != Command::Drain {
             return None;
         }
         let now = local_clock();
         let waited = now.wrapping_sub(*since.get_or_insert(now));
-        let patience = self.medium.patience()?;
-        Some(patience.saturating_sub(waited))
+        match self.disk.drain() {
+            Drain::MustFinish => None,
+            Drain::Detachable { timeout_ns } => Some(timeout_ns.saturating_sub(waited)),
+        }
     }
 
     fn must_go_on<G: Grants, B: Backend>(
@@ -575,10 +592,10 @@ impl<M: Queues> Serving<'_, M> {
         engine: &mut Engine<'_, &Held, G, B>,
         known: u64,
     ) -> u64 {
-        let sectors = self.medium.sectors();
+        let sectors = self.disk.sectors();
         if sectors != known {
             engine.set_sectors(sectors);
-            self.vbd.kick();
+            self.events.clone().reconcile();
         }
         sectors
     }

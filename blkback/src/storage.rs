@@ -6,18 +6,17 @@
 //! A work item of its own does that, one thing at a time and without the lock of the device's life,
 //! on a queue that is there for nothing else: so a disk that hangs stops nothing but itself.
 
-use crate::connection::ConnectError;
-use crate::disk::{Bad, Disk, Name};
-use crate::medium::Medium;
-use crate::vbd::Vbd;
+use crate::connect_error::ConnectError;
+use crate::connection::Connect;
+use crate::disk::{Bad, Disk, Name, Opener};
 use kernel::sync::Arc;
 
 /// What is to be done.
 pub(crate) enum Job {
     /// Open the disk of this name.
-    Open(Name),
+    Open(Opener, Name),
     /// Get the disk ready for a connect.
-    Prepare(Arc<dyn Medium>),
+    Prepare(Arc<dyn Connect>),
     /// Close the disk.
     Close(Disk),
 }
@@ -34,10 +33,10 @@ pub(crate) enum Outcome {
 
 impl Job {
     /// Does it. May sleep for ever.
-    pub(crate) fn run(self, vbd: &Arc<Vbd>) -> Outcome {
+    pub(crate) fn run(self) -> Outcome {
         match self {
-            Self::Open(name) => Outcome::Opened(Disk::open(vbd, vbd.device(), name)),
-            Self::Prepare(medium) => Outcome::Prepared(medium.prepare()),
+            Self::Open(opener, name) => Outcome::Opened(Disk::open(&opener, name)),
+            Self::Prepare(disk) => Outcome::Prepared(disk.prepare()),
             Self::Close(disk) => {
                 drop(disk);
                 Outcome::Closed

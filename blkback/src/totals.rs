@@ -6,7 +6,6 @@
 //! freed, and they never go backwards.
 
 use crate::engine::Stats;
-use crate::vbd::Vbd;
 use crate::xen::pages::push;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
@@ -54,16 +53,17 @@ pub(crate) struct Totals {
 
 impl Totals {
     /// All zero.
-    pub(crate) fn new() -> impl PinInit<Self> {
+    pub(crate) fn new() -> Result<Arc<Self>> {
         let none = Queues {
             now: KVec::new(),
             past: [0; COUNTERS],
         };
-        pin_init!(Self {
+        let totals = pin_init!(Self {
             queues <- new_mutex!(none, "Totals::queues"),
             memory: Atomic::new(0),
             borrowed: Atomic::new(0),
-        })
+        });
+        Arc::pin_init(totals, GFP_KERNEL)
     }
 
     /// Records that a queue has borrowed so many pages, after it had so many.
@@ -94,18 +94,18 @@ impl Totals {
 
 /// A queue's part of its device's statistics. When it goes, what it has counted stays.
 pub(crate) struct Tally {
-    vbd: Arc<Vbd>,
+    totals: Arc<Totals>,
     counters: Arc<Counters>,
 }
 
 impl Tally {
     /// Of a queue that has counted nothing. May sleep.
-    pub(crate) fn new(vbd: &Arc<Vbd>) -> Result<Self> {
+    pub(crate) fn new(totals: &Arc<Totals>) -> Result<Self> {
         let counters = Arc::new(
             Counters([const { Atomic::new(0) }; COUNTERS]),
             GFP_KERNEL,
         )?;
-        let mut queues = vbd.totals().queues.lock();
+        let mut queues = totals.queues.lock();
         let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
         for queue in &queues.now {
             push(&mut now, queue.clone())?;
@@ -114,7 +114,7 @@ impl Tally {
         queues.now = now;
         drop(queues);
         Ok(Self {
-            vbd: vbd.clone(),
+            totals: totals.clone(),
             counters,
         })
     }
@@ -131,7 +131,7 @@ impl Tally {
 impl Drop for Tally {
     fn drop(&mut self) {
         // In one step for who reads: sums never go back.
-        let mut queues = self.vbd.totals().queues.lock();
+        let mut queues = self.totals.queues.lock();
         let ours = |queue: &Arc<Counters>| Arc::ptr_eq(queue, &self.counters);
         let place = (0..queues.now.len()).find(|at| queues.now.get(*at).is_some_and(ours));
         let _removed = place.map(|at| queues.now.remove(at));

@@ -10,9 +10,10 @@
 //! A device outlives its binding: the bus takes it away under a lock that xenwatch may want, so that
 //! only leaves a note (`unbind`), and the work gives everything back (`part`).
 
-use crate::connection::{ConnectError, Connection};
-use crate::disk::{self, Disk};
-use crate::medium::Peer;
+use crate::connect_error::ConnectError;
+use crate::connection::{Connection, Peer};
+use crate::disk::{self, AttachTap, Disk, Opener};
+use crate::events::DeviceEvents;
 use crate::offer::{self, Features};
 use crate::proto::state::{step_asking, Action, Online, Rings, State, View};
 use crate::storage::{Errand, Job, Outcome};
@@ -55,8 +56,8 @@ const ERRAND: u64 = 2;
 #[pin_data]
 pub(crate) struct Vbd {
     device: Arc<Device>,
-    #[pin]
-    totals: Totals,
+    attach_tap: AttachTap,
+    totals: Arc<Totals>,
     /// The number of the disk's device node, for sysfs.
     number: Atomic<u32>,
     /// True if the disk may be written, for sysfs.
@@ -184,12 +185,14 @@ enum Next {
 
 impl Vbd {
     /// A device that was just found.
-    pub(crate) fn new(device: Arc<Device>) -> Result<Arc<Self>> {
+    pub(crate) fn new(device: Arc<Device>, attach_tap: AttachTap) -> Result<Arc<Self>> {
+        let totals = Totals::new()?;
         let watches = KVec::with_capacity(WATCHES, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 device,
-                totals <- Totals::new(),
+                attach_tap,
+                totals,
                 number: Atomic::new(0),
                 writable: AtomicFlag::new(false),
                 theirs: Atomic::new(UNHEARD),
@@ -208,23 +211,13 @@ impl Vbd {
         )
     }
 
-    /// The device on the bus.
-    pub(crate) fn device(&self) -> &Arc<Device> {
-        &self.device
-    }
-
-    /// The statistics.
-    pub(crate) fn totals(&self) -> &Totals {
-        &self.totals
-    }
-
     /// Keeps a watch of this device until its life is over.
     pub(crate) fn keep_watch(&self, watch: Pin<KBox<Watch<Self>>>) -> Result {
         push(&mut self.hold.lock().watches, watch)
     }
 
     /// Has the work look at the device again; callable from any context.
-    pub(crate) fn kick(self: &Arc<Self>) {
+    fn kick(self: &Arc<Self>) {
         // If it is queued already, that run looks.
         let _queued = workqueue::enqueue::<_, LOOK>(self.clone());
     }
@@ -238,12 +231,6 @@ impl Vbd {
     /// Has the work try again to open the disk; callable from any context.
     pub(crate) fn disk_is_free(self: &Arc<Self>) {
         self.disk_moved.store(true, Release);
-        self.kick();
-    }
-
-    /// A queue found impossible indices in its ring.
-    pub(crate) fn ring_broken(self: &Arc<Self>) {
-        self.broken.store(true, Relaxed);
         self.kick();
     }
 
@@ -380,7 +367,7 @@ impl Vbd {
             ready: life
                 .disk
                 .as_ref()
-                .is_some_and(|disk| disk.medium.is_ready()),
+                .is_some_and(|disk| disk.backing.is_ready()),
             rings: match (&life.connection, life.draining) {
                 (None, _) => Rings::None,
                 (Some(_), false) => Rings::Served,
@@ -498,7 +485,7 @@ impl Vbd {
     fn run_errand(self: &Arc<Self>) {
         let job = self.life.lock().errand.take_job();
         if let Some(job) = job {
-            let outcome = job.run(self);
+            let outcome = job.run();
             self.life.lock().errand = Errand::Done(outcome);
             self.kick();
         }
@@ -511,8 +498,8 @@ impl Vbd {
             Some(Outcome::Prepared(Ok(()))) => life.prepared = true,
             Some(Outcome::Prepared(Err(error))) => self.refuse(life, &error),
             Some(Outcome::Opened(Ok(disk))) => {
-                self.number.store(disk.medium.number(), Relaxed);
-                self.writable.store(disk.medium.is_writable(), Relaxed);
+                self.number.store(disk.backing.number(), Relaxed);
+                self.writable.store(disk.backing.is_writable(), Relaxed);
                 life.bad_disk = None;
                 life.disk = Some(disk);
             }
@@ -531,7 +518,14 @@ impl Vbd {
         }
         match disk::named(&self.device) {
             Ok(None) => {}
-            Ok(Some(name)) => self.send(life, Job::Open(name)),
+            Ok(Some(name)) => {
+                let opener = Opener {
+                    device: self.device.clone(),
+                    events: self.clone(),
+                    attach_tap: self.attach_tap,
+                };
+                self.send(life, Job::Open(opener, name));
+            }
             Err(bad) => self.disk_is_bad(life, &bad),
         }
     }
@@ -572,7 +566,7 @@ impl Vbd {
         }
         if !core::mem::replace(&mut life.prepared, false) {
             if let Some(disk) = &life.disk {
-                let job = Job::Prepare(disk.medium.clone());
+                let job = Job::Prepare(disk.backing.clone());
                 self.send(life, job);
             }
             return Next::Rest;
@@ -604,10 +598,11 @@ impl Vbd {
         let Some(disk) = &mut life.disk else {
             return Err(ConnectError::Step("the disk is not open", ENODEV));
         };
-        let features = Features::read(&self.device, &*disk.medium);
+        let features = Features::read(&self.device, &*disk.backing);
         let limits = features.limits();
-        let connection = disk.medium.clone().connect(&Peer {
-            vbd: self,
+        let connection = disk.backing.clone().connect(&Peer {
+            events: self.clone(),
+            totals: &self.totals,
             device: &self.device,
             limits: &limits,
         })?;
@@ -629,8 +624,8 @@ impl Vbd {
         let Some(disk) = &mut life.disk else {
             return None;
         };
-        let status = disk.medium.status();
-        let sectors = disk.medium.sectors();
+        let status = disk.backing.status();
+        let sectors = disk.backing.sectors();
         let new_status = status != disk.status;
         let resized = connected && sectors != disk.sectors;
         if !new_status && !resized {
@@ -752,6 +747,21 @@ impl WorkItem<ERRAND> for Vbd {
 
     fn run(this: Arc<Vbd>) {
         this.run_errand();
+    }
+}
+
+impl DeviceEvents for Vbd {
+    fn reconcile(self: Arc<Self>) {
+        self.kick();
+    }
+
+    fn disk_available(self: Arc<Self>) {
+        self.disk_is_free();
+    }
+
+    fn ring_broken(self: Arc<Self>) {
+        self.broken.store(true, Relaxed);
+        self.kick();
     }
 }
 

@@ -6,33 +6,36 @@ use super::areas::{MAX_SEGMENTS, MIN_SEGMENTS};
 use super::backend::{Place, TapQueue};
 use super::disk::TapDisk;
 use super::registry;
-use crate::connection::{ConnectError, Connection};
-use crate::medium::{Holder, Limits, Medium, Needs, Part, Peer, Queues, Status, Unavailable};
+use crate::backing::{
+    Attachment, BackingDisk, Drain, Limits, Needs, Part, QueueBackends, Status, Unavailable,
+};
+use crate::connect_error::ConnectError;
+use crate::connection::Connect;
 use crate::ring::tap::abi::{STATE_FENCING, STATE_LIVE};
 use crate::xen::data::DataPages;
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};
 
 /// How long a queue that is told to drain waits for a process that lives.
-const PATIENCE_NS: u64 = 5_000_000_000;
+const DRAIN_NS: u64 = 5_000_000_000;
 
 /// A disk bound to a device; dropping it sets the disk free.
 ///
 /// # Invariants
 ///
-/// If `bound`, the disk's holder is the device for which this was made.
+/// If `bound`, the disk is attached to the device for which this was made.
 pub(crate) struct Binding {
     disk: Arc<TapDisk>,
     writable: bool,
     bound: bool,
 }
 
-/// Binds a disk to a device. May sleep.
-pub(crate) fn bind(minor: u32, holder: Holder) -> Result<Arc<dyn Medium>, Unavailable> {
+/// Attaches a disk to a device. May sleep.
+pub(super) fn attach(minor: u32, attachment: Attachment) -> Result<Arc<dyn Connect>, Unavailable> {
     let disk = registry::find(minor).ok_or(Unavailable::Missing)?;
     let binding = Binding {
         disk: disk.clone(),
-        writable: holder.writable,
+        writable: attachment.writable,
         bound: false,
     };
     // Before the disk is bound, so that nothing has to be taken back.
@@ -42,15 +45,15 @@ pub(crate) fn bind(minor: u32, holder: Holder) -> Result<Arc<dyn Medium>, Unavai
     if disk.is_destroyed() {
         return Err(Unavailable::Missing);
     }
-    if let Some(other) = &inner.holder {
+    if let Some(other) = &inner.attachment {
         let (domain, device) = (other.domain, other.device);
-        let before = inner.refused.replace(holder.vbd);
+        let before = inner.refused.replace(attachment.events);
         drop(inner);
         // Not under the lock: it may be the last reference.
         drop(before);
-        return Err(Unavailable::Bound { domain, device });
+        return Err(Unavailable::Attached { domain, device });
     }
-    inner.holder = Some(holder);
+    inner.attachment = Some(attachment);
     drop(inner);
     // INVARIANT: It just became that.
     binding.bound = true;
@@ -63,18 +66,18 @@ impl Drop for Binding {
         if !self.bound {
             return;
         }
-        let (holder, refused) = {
+        let (attachment, refused) = {
             let mut inner = self.disk.inner.lock();
-            (inner.holder.take(), inner.refused.take())
+            (inner.attachment.take(), inner.refused.take())
         };
-        if let Some(vbd) = refused {
-            vbd.disk_is_free();
+        if let Some(events) = refused {
+            events.disk_available();
         }
-        drop(holder);
+        drop(attachment);
     }
 }
 
-impl Medium for Binding {
+impl BackingDisk for Binding {
     fn limits(&self) -> Limits {
         let params = self.disk.inner.lock().params;
         let discard = params.and_then(|params| params.discard);
@@ -123,13 +126,9 @@ impl Medium for Binding {
         }
         Ok(())
     }
-
-    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError> {
-        Connection::new(&self, peer)
-    }
 }
 
-impl Queues for Binding {
+impl QueueBackends for Binding {
     type Backend = TapQueue;
 
     fn max_segments(&self, queues: u32) -> u16 {
@@ -171,10 +170,12 @@ impl Queues for Binding {
         })
     }
 
-    fn patience(&self) -> Option<u64> {
+    fn drain(&self) -> Drain {
         // Without a process there is nothing to wait for: the disk keeps what is delivered.
         let live = self.disk.inner.lock().is_live();
-        Some(if live { PATIENCE_NS } else { 0 })
+        Drain::Detachable {
+            timeout_ns: if live { DRAIN_NS } else { 0 },
+        }
     }
 }
 

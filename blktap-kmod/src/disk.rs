@@ -3,13 +3,13 @@
 //! A disk that a process serves.
 
 use super::areas::Areas;
-use crate::medium::Holder;
+use crate::backing::Attachment;
+use crate::events::DeviceEvents;
 use crate::ring::tap::abi::{self, Info};
 use crate::ring::tap::checked::NewDisk;
 use crate::ring::tap::params::{Params, Unfit};
 use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
 use crate::ring::tap::table::Entry;
-use crate::vbd::Vbd;
 use crate::xen::module::ModuleReference;
 use crate::xen::monotonic_ns;
 use crate::xen::parker::Parker;
@@ -58,9 +58,9 @@ pub(crate) struct Inner {
     pub(super) params: Option<Params>,
     pub(super) pid: u32,
     /// The device to which the disk is bound.
-    pub(super) holder: Option<Holder>,
+    pub(super) attachment: Option<Attachment>,
     /// The device that was refused last because of that.
-    pub(super) refused: Option<Arc<Vbd>>,
+    pub(super) refused: Option<Arc<dyn DeviceEvents>>,
     pub(super) command: Command,
     /// While the last process has to be fenced: its I/O is this module's affair.
     pub(super) fencing: Option<ModuleReference>,
@@ -123,7 +123,7 @@ impl TapDisk {
                         shadow: Shadow::new(entries),
                         params: None,
                         pid: 0,
-                        holder: None,
+                        attachment: None,
                         refused: None,
                         command: Command::None,
                         fencing: None,
@@ -223,7 +223,7 @@ impl TapDisk {
             inner.shadow.state(),
             abi::STATE_IDLE | abi::STATE_RECOVERING
         );
-        if used || inner.holder.is_some() {
+        if used || inner.attachment.is_some() {
             return Err(EBUSY);
         }
         // Under the lock, under which it is opened and bound.
@@ -263,11 +263,9 @@ impl TapDisk {
         inner.shadow.describe(&mut info, now);
         info.pid = inner.pid;
         let (domain, device) = inner
-            .holder
+            .attachment
             .as_ref()
-            .map_or((u32::MAX, u32::MAX), |holder| {
-                (holder.domain.into(), holder.device)
-            });
+            .map_or((u32::MAX, u32::MAX), |to| (to.domain.into(), to.device));
         info.domain = domain;
         info.device = device;
         info
@@ -294,8 +292,8 @@ impl TapDisk {
 impl Inner {
     /// Has the device look at the disk again.
     pub(super) fn kick(&self) {
-        if let Some(holder) = &self.holder {
-            holder.vbd.kick();
+        if let Some(attachment) = &self.attachment {
+            attachment.events.clone().reconcile();
         }
     }
 

@@ -19,8 +19,8 @@ mod fence;
 mod node;
 mod registry;
 
-pub(crate) use binding::bind;
-
+use crate::bus::TapDisks;
+use crate::disk::AttachTap;
 use crate::xen::chardev::{Class, Node, Region};
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -49,6 +49,10 @@ impl Tap {
             _registry: registry,
         })
     }
+}
+
+impl TapDisks for Tap {
+    const ATTACH: AttachTap = binding::attach;
 }
 
 /// An `Arc` of a value that the module keeps.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Dependencies point down only: over the manifests, `#[path]` lines and `crate::` paths.
+//! Dependencies point down only: over the manifests, `#[path]` lines and `crate::` paths; between the
+//! areas, and between the files of the one in which everything meets.
 
 use super::source::{self, Source};
 use anyhow::Result;
@@ -61,6 +62,28 @@ const AREAS: &[(&str, &str, &[&str])] = &[
 /// names under which `crate::` finds them in the module.
 const MODULE_ROOT: &str = "blkback/src/blkback_main.rs";
 
+/// The files and folders of `blkback/src`, from the lowest layer to the highest. Each uses what is
+/// below its own layer only.
+const LAYERS: &[&[&str]] = &[
+    &[
+        "connect_error",
+        "engine",
+        "events",
+        "params",
+        "planted",
+        "shares",
+    ],
+    &["backing", "memory", "poll", "totals"],
+    &["keeper", "offer", "phy"],
+    &["queue"],
+    &["connection"],
+    &["disk"],
+    &["storage"],
+    &["vbd"],
+    &["bus"],
+];
+const LAYERED: &str = "blkback/src/";
+
 /// The areas that the module compiles.
 const IN_MODULE: &[&str] = &[
     "ring",
@@ -88,6 +111,7 @@ fn complaints(sources: &[Source]) -> Vec<String> {
         if file.path == MODULE_ROOT {
             continue;
         }
+        complaints.extend(climbs(file));
         let names = if IN_MODULE.contains(name) {
             names.as_slice()
         } else {
@@ -103,6 +127,36 @@ fn complaints(sources: &[Source]) -> Vec<String> {
         }
     }
     complaints
+}
+
+/// Where a file of the layered folder uses what is not below it.
+fn climbs(file: &Source) -> Vec<String> {
+    let Some(rest) = file.path.strip_prefix(LAYERED) else {
+        return Vec::new();
+    };
+    let own = rest.split(['/', '.']).next().unwrap_or(rest);
+    if own == "lib" || !file.path.ends_with(".rs") {
+        return Vec::new();
+    }
+    let layer = |name: &str| LAYERS.iter().position(|layer| layer.contains(&name));
+    let Some(here) = layer(own) else {
+        return vec![format!(
+            "{}: say in ci/xtask/src/check/direction.rs in which layer it is",
+            file.path
+        )];
+    };
+    let code = source::code(&file.text);
+    let lines = (1..).zip(code.lines());
+    lines
+        .flat_map(|(number, line)| first_names(line).map(move |name| (number, name)))
+        .filter(|(_, name)| *name != own && layer(name).is_some_and(|there| there >= here))
+        .map(|(number, name)| {
+            format!(
+                "{}:{number}: {own} must not use {name}, which is not below it",
+                file.path
+            )
+        })
+        .collect()
 }
 
 fn area_of(path: &str) -> Option<&'static (&'static str, &'static str, &'static [&'static str])> {
@@ -171,15 +225,20 @@ fn crate_paths<'a>(
     line: &'a str,
     names: &'a [(&str, &'static str)],
 ) -> impl Iterator<Item = &'static str> + 'a {
-    line.match_indices("crate::").filter_map(|(at, word)| {
-        let path = &line[at + word.len()..];
-        let first = path
-            .split(|c: char| !c.is_alphanumeric() && c != '_')
-            .next()?;
+    first_names(line).filter_map(|first| {
         names
             .iter()
             .find(|(name, _)| *name == first)
             .map(|(_, area)| *area)
+    })
+}
+
+/// The first names of the `crate::` paths of a line.
+fn first_names(line: &str) -> impl Iterator<Item = &str> {
+    line.match_indices("crate::").filter_map(|(at, word)| {
+        line[at + word.len()..]
+            .split(|c: char| !c.is_alphanumeric() && c != '_')
+            .next()
     })
 }
 
@@ -259,6 +318,19 @@ mod tests {
             ),
             0
         );
+    }
+
+    #[test]
+    fn file_that_uses_a_higher_layer_is_found() {
+        let connection = "blkback/src/connection.rs";
+        assert_eq!(found(connection, "use crate::vbd::Vbd;\n"), 1);
+        assert_eq!(found(connection, "use crate::queue::Queue;\n"), 0);
+        assert_eq!(found(connection, "// use crate::vbd::Vbd;\n"), 0);
+        let engine = "blkback/src/engine/pass.rs";
+        assert_eq!(found(engine, "use crate::engine::slots::Slots;\n"), 0);
+        assert_eq!(found(engine, "use crate::backing::Drain;\n"), 1);
+        assert_eq!(found("blkback/src/phy.rs", "use crate::offer::offer;\n"), 1);
+        assert_eq!(found("blkback/src/nowhere.rs", ""), 1);
     }
 
     #[test]

@@ -2,16 +2,14 @@
 
 //! What the driver needs of a disk, whoever serves it.
 //!
-//! A device sees its disk as a [`Medium`]: one indirect call here and there, at connect and from
-//! the work. At connect the medium makes a connection of its own type, so that a queue's thread
-//! knows the backend of its disk statically: there is no indirect call in the I/O path.
+//! A device sees its disk as a [`BackingDisk`]: one indirect call here and there, at connect and from
+//! the work. A connection sees it as [`QueueBackends`] of a type that is known, so that there is no
+//! indirect call in the I/O path.
 
-use crate::connection::{ConnectError, Connection};
+use crate::connect_error::ConnectError;
 use crate::engine::Backend;
-use crate::ring::request;
-use crate::vbd::Vbd;
+use crate::events::DeviceEvents;
 use crate::xen::data::DataPages;
-use crate::xen::device::Device;
 use crate::xen::parker::Parker;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -40,12 +38,12 @@ impl Status {
     }
 }
 
-/// Who binds a disk that a process serves. The disk is bound to one device at a time, until the
-/// last reference to its [`Medium`] is dropped.
-pub(crate) struct Holder {
-    /// The device. It is to be kicked ([`Vbd::kick`]) after [`Medium::is_ready`],
-    /// [`Medium::status`] or [`Medium::sectors`] have changed.
-    pub(crate) vbd: Arc<Vbd>,
+/// Whose a disk is that a process serves. It is attached to one device at a time, until the last
+/// reference to its [`BackingDisk`] is dropped.
+pub(crate) struct Attachment {
+    /// The device: told to reconcile after [`BackingDisk::is_ready`], [`BackingDisk::status`] or
+    /// [`BackingDisk::sectors`] have changed.
+    pub(crate) events: Arc<dyn DeviceEvents>,
     /// The guest's domain.
     pub(crate) domain: u16,
     /// Number of the guest's virtual device.
@@ -54,13 +52,13 @@ pub(crate) struct Holder {
     pub(crate) writable: bool,
 }
 
-/// Why a disk that a process serves cannot be bound.
+/// Why a disk that a process serves cannot be attached.
 pub(crate) enum Unavailable {
     /// There is none with this number.
     Missing,
-    /// Another device has it. The one that was refused last is told by [`Vbd::disk_is_free`] when
-    /// it is free.
-    Bound {
+    /// Another device has it. The one that was refused last hears
+    /// [`DeviceEvents::disk_available`] when it is free.
+    Attached {
         /// The other guest's domain.
         domain: u16,
         /// Number of its virtual device.
@@ -70,18 +68,8 @@ pub(crate) enum Unavailable {
     Failed(Error),
 }
 
-/// Who connects to a disk.
-pub(crate) struct Peer<'a> {
-    /// Its device.
-    pub(crate) vbd: &'a Arc<Vbd>,
-    /// The same on the bus.
-    pub(crate) device: &'a Arc<Device>,
-    /// What the guest may do.
-    pub(crate) limits: &'a request::Limits,
-}
-
 /// An open disk. Dropping the last reference gives it back.
-pub(crate) trait Medium: Send + Sync + 'static {
+pub(crate) trait BackingDisk: Send + Sync + 'static {
     /// What the disk allows now.
     fn limits(&self) -> Limits;
 
@@ -107,9 +95,6 @@ pub(crate) trait Medium: Send + Sync + 'static {
 
     /// Called before each connect, before the rings are looked at. May sleep.
     fn prepare(&self) -> Result<(), ConnectError>;
-
-    /// Connects: [`Connection::new`] with the type of this medium. May sleep.
-    fn connect(self: Arc<Self>, peer: &Peer<'_>) -> Result<Arc<Connection>, ConnectError>;
 }
 
 /// What a queue asks of the disk.
@@ -143,8 +128,8 @@ pub(crate) struct Part<B> {
     pub(crate) depth: u16,
 }
 
-/// A medium as the queues of a connection see it.
-pub(crate) trait Queues: Medium + Sized {
+/// A disk as the queues of a connection see it.
+pub(crate) trait QueueBackends: BackingDisk + Sized {
     /// Carries out the I/O of one queue.
     type Backend: Backend + Send + 'static;
 
@@ -154,12 +139,20 @@ pub(crate) trait Queues: Medium + Sized {
     /// Reserves a queue's part. May sleep.
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Self::Backend>, ConnectError>;
 
-    /// Nanoseconds that a queue which is told to drain may wait, from then on, for the I/O that is
-    /// in flight; asked again after each wake-up.
-    ///
-    /// `None` if it must wait however long that takes, because the I/O uses the queue's pages.
-    /// Otherwise dropping the backend lets go of the I/O: its pages belong to the disk, and none
-    /// of them is a mapped page of the guest. Whether a medium is of the one or of the other kind
-    /// does not change.
-    fn patience(&self) -> Option<u64>;
+    /// What a queue that is told to drain does about the I/O that is in flight; asked again after each
+    /// wake-up. Whether a disk is of the one or of the other kind does not change.
+    fn drain(&self) -> Drain;
+}
+
+/// What becomes of I/O that is in flight when a queue is told to drain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// It is waited for, however long that takes, because it uses the queue's pages.
+    MustFinish,
+    /// Dropping the backend lets go of it: its pages belong to the disk, and none of them is a mapped
+    /// page of the guest.
+    Detachable {
+        /// Nanoseconds that the queue waits for it, from when it was told.
+        timeout_ns: u64,
+    },
 }

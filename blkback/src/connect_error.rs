@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Why a frontend could not be connected, in words for the administrator.
+
+use crate::proto::frontend::KeyError;
+use kernel::prelude::*;
+use kernel::str::CString;
+
+/// Why a frontend could not be connected.
+pub(crate) enum ConnectError {
+    /// A key in its directory is no good.
+    Key(KeyError),
+    /// A step failed.
+    Step(&'static str, Error),
+}
+
+impl From<KeyError> for ConnectError {
+    fn from(error: KeyError) -> Self {
+        Self::Key(error)
+    }
+}
+
+impl ConnectError {
+    /// What to tell the administrator.
+    pub(crate) fn describe(&self) -> (Error, Result<CString>) {
+        match self {
+            Self::Key(error) => (
+                EINVAL,
+                CString::try_from_fmt(fmt!(
+                    "the frontend's key {} {}",
+                    error.key.as_str(),
+                    error.text()
+                )),
+            ),
+            Self::Step(step, error) => (*error, CString::try_from_fmt(fmt!("{step}"))),
+        }
+    }
+}
