@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Getting the disk, connecting the frontend to it, and what follows when its queues are through.
+
+use super::{Life, Next, Vbd, ERRAND};
+use crate::connect_error::ConnectError;
+use crate::connection::Peer;
+use crate::disk::{self, Opener};
+use crate::offer::Features;
+use crate::proto::state::State;
+use crate::storage::{Errand, Job, Outcome};
+use crate::xen::claims::Claim;
+use crate::xen::workqueue;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Relaxed};
+use kernel::sync::Arc;
+
+impl Vbd {
+    /// Gives a job that may wait for storage to the queue that is there for that.
+    pub(super) fn send(self: &Arc<Self>, life: &mut Life, job: Job) {
+        life.errand = Errand::Given(job);
+        // There is one at a time, so it is not queued.
+        let _queued = workqueue::enqueue_storage::<_, ERRAND>(self.clone());
+    }
+
+    pub(super) fn run_errand(self: &Arc<Self>) {
+        let job = self.life.lock().errand.take_job();
+        if let Some(job) = job {
+            let outcome = job.run();
+            self.life.lock().errand = Errand::Done(outcome);
+            self.kick();
+        }
+    }
+
+    /// Takes in what came of the last errand.
+    pub(super) fn end_errand(&self, life: &mut Life) {
+        match life.errand.take_outcome() {
+            None | Some(Outcome::Closed) => {}
+            Some(Outcome::Prepared(Ok(()))) => life.prepared = true,
+            Some(Outcome::Prepared(Err(error))) => self.refuse(life, &error),
+            Some(Outcome::Opened(Ok(disk))) => {
+                self.number.store(disk.backing.number(), Relaxed);
+                self.writable.store(disk.backing.is_writable(), Relaxed);
+                life.bad_disk = None;
+                life.disk = Some(disk);
+            }
+            Some(Outcome::Opened(Err(bad))) => self.disk_is_bad(life, &bad),
+        }
+    }
+
+    /// Has the disk opened once the hotplug script has said which it is.
+    pub(super) fn open_disk(self: &Arc<Self>, life: &mut Life) {
+        // Only when the key was written: opening a device that is gone asks for its driver.
+        if life.disk.is_some() || life.errand.is_busy() || !self.disk_moved.load(Acquire) {
+            return;
+        }
+        if !self.claim(life) || !self.disk_moved.xchg(false, Full) {
+            return;
+        }
+        match disk::named(&self.device) {
+            Ok(None) => {}
+            Ok(Some(name)) => {
+                let opener = Opener {
+                    device: self.device.clone(),
+                    events: self.clone(),
+                    attach_tap: self.attach_tap,
+                };
+                self.send(life, Job::Open(opener, name));
+            }
+            Err(bad) => self.disk_is_bad(life, &bad),
+        }
+    }
+
+    /// True if disk and frontend are ours alone. Otherwise the device was ours before, and its life then
+    /// is not over: it tells when it is.
+    fn claim(self: &Arc<Self>, life: &mut Life) -> bool {
+        if life.claim.is_none() {
+            let frontend = (self.device.otherend_id(), self.device.number());
+            match Claim::new(frontend, self.clone()) {
+                Ok(claim) => life.claim = claim,
+                Err(error) => self.device.report(error, c"the frontend cannot be claimed"),
+            }
+        }
+        life.claim.is_some()
+    }
+
+    /// Connects, or does what comes before: the pause after a failure, getting the disk ready.
+    pub(super) fn connect(self: &Arc<Self>, life: &mut Life) -> Next {
+        let pause = life.must_pause();
+        if pause > 0 {
+            self.kick_after(pause);
+            return Next::Rest;
+        }
+        if life.errand.is_busy() {
+            return Next::Rest;
+        }
+        if !core::mem::replace(&mut life.prepared, false) {
+            if let Some(disk) = &life.disk {
+                let job = Job::Prepare(disk.backing.clone());
+                self.send(life, job);
+            }
+            return Next::Rest;
+        }
+        // Who sees Connected must not find the report of an earlier attempt.
+        self.device.clear_report();
+        match self.try_connect(life) {
+            Ok(()) => {
+                life.failures = life.failures.saturating_sub(1);
+                life.state = State::Connected;
+            }
+            Err(error) => self.refuse(life, &error),
+        }
+        Next::Look
+    }
+
+    fn try_connect(self: &Arc<Self>, life: &mut Life) -> Result<(), ConnectError> {
+        let Some(disk) = &mut life.disk else {
+            return Err(ConnectError::Step("the disk is not open", ENODEV));
+        };
+        let features = Features::read(&self.device, &*disk.backing);
+        let limits = features.limits();
+        let connection = disk.backing.clone().connect(&Peer {
+            events: self.clone(),
+            totals: &self.totals,
+            device: &self.device,
+            limits: &limits,
+        })?;
+        disk.sectors = limits.sectors;
+        self.totals.set_memory(connection.memory_kib());
+        let published = features.publish(&self.device, connection.limits(), life.state);
+        if published.is_err() {
+            connection.drain();
+            life.draining = true;
+        }
+        life.connection = Some(connection);
+        published.map_err(|error| ConnectError::Step("the disk cannot be published", error))
+    }
+
+    pub(super) fn end_draining(&self, life: &mut Life) {
+        if life.draining {
+            self.end_connection(life);
+        }
+    }
+
+    /// Lets go of a connection that has let go of the guest; `false` if there is one that has not.
+    pub(super) fn end_connection(&self, life: &mut Life) -> bool {
+        let Some(connection) = life.connection.take() else {
+            return true;
+        };
+        if !connection.is_detached() {
+            life.connection = Some(connection);
+            return false;
+        }
+        life.draining = false;
+        self.totals.set_memory(0);
+        connection.bury();
+        true
+    }
+}

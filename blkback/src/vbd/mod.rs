@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A device and its life: from the toolstack's directory to a served disk and back.
+//!
+//! Watches only queue work. The work looks at the world, asks the pure state machine what to do,
+//! does it, and looks again. One mutex makes the life of a device a single thread of events; it
+//! is never held while I/O is waited for: what may wait for storage is an errand of its own
+//! (`storage`), and queues that drain tell when they are through.
+//!
+//! A device outlives its binding: the bus takes it away under a lock that xenwatch may want, so that
+//! only leaves a note (`unbind`), and the work gives everything back (`part`).
+//!
+//! Here is what a device is, and what tells it that it is to look; `reconcile` looks and acts, `connect`
+//! gets the disk and the queues, `publish` says what came of it.
+
+mod connect;
+mod publish;
+mod reconcile;
+
+use crate::connection::Connection;
+use crate::disk::{self, AttachTap, Disk};
+use crate::events::DeviceEvents;
+use crate::proto::state::State;
+use crate::storage::Errand;
+use crate::totals::Totals;
+use crate::xen::claims::{Claim, Waiter};
+use crate::xen::device::Device;
+use crate::xen::driver::Attribute;
+use crate::xen::local_clock;
+use crate::xen::module::ModuleReference;
+use crate::xen::pages::push;
+use crate::xen::watch::{InXenwatch, Watch};
+use crate::xen::workqueue;
+use core::pin::Pin;
+use kernel::prelude::*;
+use kernel::sync::atomic::{
+    ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
+};
+use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::workqueue::{
+    impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
+};
+
+/// The bus has not told the frontend's state yet; no number of a state.
+const UNHEARD: u32 = u32::MAX;
+/// Watches of a device.
+const WATCHES: usize = 4;
+
+// The work items of a device.
+const LOOK: u64 = 0;
+const LATER: u64 = 1;
+const ERRAND: u64 = 2;
+
+/// A device.
+#[pin_data]
+pub(crate) struct Vbd {
+    device: Arc<Device>,
+    attach_tap: AttachTap,
+    totals: Arc<Totals>,
+    /// The number of the disk's device node, for sysfs.
+    number: Atomic<u32>,
+    /// True if the disk may be written, for sysfs.
+    writable: AtomicFlag,
+    /// The frontend's state as the bus last read it, or [`UNHEARD`].
+    theirs: Atomic<u32>,
+    /// The frontend wrote its state since we last looked.
+    moved: AtomicFlag,
+    /// A key that names the disk was written since we last looked.
+    disk_moved: AtomicFlag,
+    /// A ring's indices were impossible; not yet reported.
+    broken: AtomicFlag,
+    /// Everything is given back: the next watch callback takes the device off the bus.
+    gone: AtomicFlag,
+    /// The bus has taken the device from us: the work gives everything back.
+    unbound: AtomicFlag,
+    #[pin]
+    life: Mutex<Life>,
+    #[pin]
+    hold: Mutex<Hold>,
+    #[pin]
+    look: Work<Vbd, LOOK>,
+    #[pin]
+    later: DelayedWork<Vbd, LATER>,
+    #[pin]
+    errand: Work<Vbd, ERRAND>,
+}
+
+impl_has_work! {
+    impl HasWork<Self, LOOK> for Vbd { self.look }
+    impl HasWork<Self, ERRAND> for Vbd { self.errand }
+}
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self, LATER> for Vbd { self.later }
+}
+
+/// What the life needs to its end and no longer. Its lock is held for a moment only, by nobody who
+/// waits for anything.
+struct Hold {
+    watches: KVec<Pin<KBox<Watch<Vbd>>>>,
+    /// The bus has one while the device is bound; this is for what follows.
+    module: Option<ModuleReference>,
+}
+
+/// What changes in the life of a device.
+struct Life {
+    /// The device is ours to serve. Until that is known nothing is written, and nothing of the frontend
+    /// is looked at: somebody else may serve it.
+    ours: bool,
+    /// The device is being given up: only its disk is still closed.
+    leaving: bool,
+    /// It was given up; only its removal is left.
+    left: bool,
+    /// It was unbound, and everything is given back.
+    over: bool,
+    /// The state that was published last.
+    state: State,
+    disk: Option<Disk>,
+    /// A disk that could not be opened, so that it is reported once.
+    bad_disk: Option<disk::Name>,
+    errand: Errand,
+    /// The disk was got ready for the connect that is to follow.
+    prepared: bool,
+    /// Disk and frontend are ours alone.
+    claim: Option<Claim>,
+    connection: Option<Arc<Connection>>,
+    draining: bool,
+    /// The frontend's rings were refused, and it has not moved since.
+    refused: bool,
+    /// Connects that failed, less those that worked.
+    failures: u32,
+    /// When the last one failed, and how long the next attempt waits, in nanoseconds.
+    failed_at: u64,
+    pause: u64,
+}
+
+impl Life {
+    const NEW: Self = Self {
+        ours: false,
+        leaving: false,
+        left: false,
+        over: false,
+        state: State::Initialising,
+        disk: None,
+        bad_disk: None,
+        errand: Errand::None,
+        prepared: false,
+        claim: None,
+        connection: None,
+        draining: false,
+        refused: false,
+        failures: 0,
+        failed_at: 0,
+        pause: 0,
+    };
+
+    /// A connect failed: the next attempt waits, longer each time, up to half a minute. Each
+    /// attempt costs a line in the log, and a guest may try as often as it likes.
+    fn note_failure(&mut self) {
+        self.failures = self.failures.saturating_add(1);
+        let doubled = 1u64.checked_shl(self.failures.min(15)).unwrap_or(1);
+        self.pause = doubled.min(30_000).saturating_mul(1_000_000);
+        self.failed_at = local_clock();
+    }
+
+    /// Milliseconds that the next attempt has to wait; 0 if it may be made now.
+    fn must_pause(&self) -> u32 {
+        if self.failures == 0 {
+            return 0;
+        }
+        let waited = local_clock().wrapping_sub(self.failed_at);
+        let left = self.pause.saturating_sub(waited).div_ceil(1_000_000);
+        u32::try_from(left).unwrap_or(u32::MAX)
+    }
+}
+
+/// What follows a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Look again now.
+    Look,
+    /// The next event has us look.
+    Rest,
+}
+
+impl Vbd {
+    /// A device that was just found.
+    pub(crate) fn new(device: Arc<Device>, attach_tap: AttachTap) -> Result<Arc<Self>> {
+        let totals = Totals::new()?;
+        let watches = KVec::with_capacity(WATCHES, GFP_KERNEL)?;
+        Arc::pin_init(
+            pin_init!(Self {
+                device,
+                attach_tap,
+                totals,
+                number: Atomic::new(0),
+                writable: AtomicFlag::new(false),
+                theirs: Atomic::new(UNHEARD),
+                moved: AtomicFlag::new(false),
+                disk_moved: AtomicFlag::new(true),
+                broken: AtomicFlag::new(false),
+                gone: AtomicFlag::new(false),
+                unbound: AtomicFlag::new(false),
+                life <- new_mutex!(Life::NEW, "Vbd::life"),
+                hold <- new_mutex!(Hold { watches, module: None }, "Vbd::hold"),
+                look <- new_work!("Vbd::look"),
+                later <- new_delayed_work!("Vbd::later"),
+                errand <- new_work!("Vbd::errand"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Keeps a watch of this device until its life is over.
+    pub(crate) fn keep_watch(&self, watch: Pin<KBox<Watch<Self>>>) -> Result {
+        push(&mut self.hold.lock().watches, watch)
+    }
+
+    /// Has the work look at the device again; callable from any context.
+    fn kick(self: &Arc<Self>) {
+        // If it is queued already, that run looks.
+        let _queued = workqueue::enqueue::<_, LOOK>(self.clone());
+    }
+
+    /// Has the work look again in so many milliseconds, if nothing has it look before.
+    fn kick_after(self: &Arc<Self>, milliseconds: u32) {
+        // If it is queued already, that run comes earlier, and looks how long is left.
+        let _queued = workqueue::enqueue_after::<_, LATER>(self.clone(), milliseconds);
+    }
+
+    /// Has the work try again to open the disk; callable from any context.
+    pub(crate) fn disk_is_free(self: &Arc<Self>) {
+        self.disk_moved.store(true, Release);
+        self.kick();
+    }
+
+    /// The bus has read the frontend's state.
+    pub(crate) fn frontend_moved(self: &Arc<Self>, state: State) {
+        self.theirs.store(state.number(), Release);
+        self.moved.store(true, Release);
+        self.kick();
+    }
+
+    /// Our own state was written, by us or by the toolstack. Only for xenwatch.
+    pub(crate) fn state_written(self: &Arc<Self>, thread: &InXenwatch) {
+        // A device that was unbound is removed with its directory, by the bus: doing so twice is what
+        // must not be.
+        if !self.unbound.load(Acquire) && self.gone.xchg(false, Full) {
+            self.device.unregister(thread);
+            return;
+        }
+        self.kick();
+    }
+
+    /// The bus takes the device away. Only leaves a note, because it may be the xenwatch thread that
+    /// does so, and holds a lock that this thread may want if it is somebody else. What is still used of
+    /// the device (ring mapping, event channel) holds a reference to it. May be called again.
+    pub(crate) fn unbind(self: &Arc<Self>) {
+        if self.unbound.load(Acquire) {
+            return;
+        }
+        // That of the bus goes when this returns, and the module must not go before what is left.
+        self.hold.lock().module = ModuleReference::get();
+        self.unbound.store(true, Release);
+        self.kick();
+    }
+
+    /// What a reader of sysfs sees.
+    pub(crate) fn attribute(&self, which: Attribute) -> u64 {
+        match which {
+            Attribute::Statistic(index) => self.totals.value(index),
+            Attribute::Device => self.number.load(Relaxed).into(),
+            Attribute::Writable => self.writable.load(Relaxed).into(),
+        }
+    }
+
+}
+
+impl WorkItem<LOOK> for Vbd {
+    type Pointer = Arc<Vbd>;
+
+    fn run(this: Arc<Vbd>) {
+        this.look_and_act();
+    }
+}
+
+impl WorkItem<LATER> for Vbd {
+    type Pointer = Arc<Vbd>;
+
+    fn run(this: Arc<Vbd>) {
+        this.kick();
+    }
+}
+
+impl WorkItem<ERRAND> for Vbd {
+    type Pointer = Arc<Vbd>;
+
+    fn run(this: Arc<Vbd>) {
+        this.run_errand();
+    }
+}
+
+impl DeviceEvents for Vbd {
+    fn reconcile(self: Arc<Self>) {
+        self.kick();
+    }
+
+    fn disk_available(self: Arc<Self>) {
+        self.disk_is_free();
+    }
+
+    fn ring_broken(self: Arc<Self>) {
+        self.broken.store(true, Relaxed);
+        self.kick();
+    }
+}
+
+impl Waiter for Vbd {
+    fn frontend_is_free(self: Arc<Self>) {
+        self.kick();
+    }
+}

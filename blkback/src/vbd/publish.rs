@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the toolstack and the frontend are told: states, errors, and what becomes of the disk.
+
+use super::{Life, Vbd};
+use crate::connect_error::ConnectError;
+use crate::disk;
+use crate::offer;
+use crate::proto::state::State;
+use kernel::prelude::*;
+use kernel::sync::atomic::ordering::Acquire;
+
+impl Vbd {
+    pub(super) fn publish(&self, life: &mut Life, state: State) {
+        if state != life.state {
+            let result = offer::publish_state(&self.device, life.state, state);
+            self.published(life, state, result);
+        }
+    }
+
+    pub(super) fn published(&self, life: &mut Life, state: State, result: Result) {
+        life.state = state;
+        match result {
+            // The toolstack has removed our directory or made a new one: nobody is left to tell.
+            Err(error) if error != ENOENT => self
+                .device
+                .report(error, c"the backend's state cannot be published"),
+            _ => {}
+        }
+    }
+
+    /// Says why the frontend cannot be connected; it has to move before that is tried again.
+    pub(super) fn refuse(&self, life: &mut Life, error: &ConnectError) {
+        let (code, text) = error.describe();
+        let fallback = c"the frontend cannot be connected";
+        self.device
+            .report(code, text.as_deref().unwrap_or(fallback));
+        life.note_failure();
+        life.refused = true;
+        self.publish(life, State::Closing);
+    }
+
+    pub(super) fn disk_is_bad(&self, life: &mut Life, bad: &disk::Bad) {
+        if life.bad_disk == Some(bad.name) || life.leaving || self.unbound.load(Acquire) {
+            return;
+        }
+        life.bad_disk = Some(bad.name);
+        let fallback = c"the disk cannot be opened";
+        self.device
+            .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
+        self.publish(life, State::Closing);
+    }
+
+    /// Publishes how the disk is served, and a size that changed while connected. If that has to wait,
+    /// because a process may change both as often as it likes, says how many milliseconds.
+    pub(super) fn follow_disk(&self, life: &mut Life) -> Option<u32> {
+        let connected = life.state == State::Connected;
+        let Some(disk) = &mut life.disk else {
+            return None;
+        };
+        let status = disk.backing.status();
+        let sectors = disk.backing.sectors();
+        let new_status = status != disk.status;
+        let resized = connected && sectors != disk.sectors;
+        if !new_status && !resized {
+            return None;
+        }
+        let pause = disk.must_pause();
+        if pause > 0 {
+            return Some(pause);
+        }
+        disk.status = status;
+        let mut published = match status {
+            Some(now) if new_status => offer::publish_status(&self.device, now),
+            _ => Ok(()),
+        };
+        if resized {
+            disk.sectors = sectors;
+            let size = offer::publish_size(&self.device, sectors);
+            published = published.and(size);
+        }
+        match published {
+            // The toolstack has removed our directory: nobody is left to tell.
+            Err(error) if error != ENOENT => self
+                .device
+                .report(error, c"what has become of the disk cannot be published"),
+            _ => {}
+        }
+        None
+    }
+}

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Looking at the world and doing what there is to do, step by step, from the first offer to the last
+//! state.
+
+use super::{Life, Next, Vbd, LATER, UNHEARD};
+use crate::disk;
+use crate::offer;
+use crate::proto::state::{step_asking, Action, Online, Rings, State, View};
+use crate::storage::Job;
+use crate::xen::store;
+use crate::xen::workqueue;
+use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Release};
+use kernel::sync::lock::mutex::MutexGuard;
+use kernel::sync::Arc;
+
+/// Steps that one run of the work takes at most before it queues itself again.
+const STEPS: u32 = 16;
+/// Milliseconds until xenstore is asked again that did not say whether a device is ours.
+const ASK_AGAIN: u32 = 1000;
+
+impl Vbd {
+    /// Looks at the device and does what there is to do.
+    pub(super) fn look_and_act(self: &Arc<Self>) {
+        let mut life = self.life.lock();
+        for _ in 0..STEPS {
+            if life.over {
+                return;
+            }
+            self.end_errand(&mut life);
+            if self.unbound.load(Acquire) {
+                self.part(life);
+                return;
+            }
+            if life.left || self.take_step(&mut life) == Next::Rest {
+                return;
+            }
+        }
+        drop(life);
+        self.kick();
+    }
+
+    /// Whether the device is ours; asked only when the keys that say so were written.
+    fn is_ours(self: &Arc<Self>, life: &mut Life) -> bool {
+        if life.ours || !self.disk_moved.xchg(false, Full) {
+            return life.ours;
+        }
+        match disk::is_ours(&self.device) {
+            Ok(false) => {}
+            Ok(true) => {
+                life.ours = true;
+                // What names the disk is still to be looked at.
+                self.disk_moved.store(true, Release);
+            }
+            Err(_) => {
+                self.disk_moved.store(true, Release);
+                self.kick_after(ASK_AGAIN);
+            }
+        }
+        life.ours
+    }
+
+    fn take_step(self: &Arc<Self>, life: &mut Life) -> Next {
+        if !self.is_ours(life) {
+            return Next::Rest;
+        }
+        if self.broken.xchg(false, Full) {
+            self.device.report(
+                EIO,
+                c"the frontend's request producer index is impossible; the ring is not served any more",
+            );
+        }
+        if self.moved.xchg(false, Full) {
+            life.refused = false;
+        }
+        if life.leaving {
+            self.leave(life);
+            return Next::Rest;
+        }
+        self.open_disk(life);
+        self.end_draining(life);
+        let action = match self.next_action(life) {
+            Ok(action) => action,
+            Err(error) => {
+                // Xenstore does not answer (a shutdown, no memory): nothing is decided now,
+                // and the next event looks again.
+                self.device
+                    .report(error, c"the frontend's state cannot be read");
+                return Next::Rest;
+            }
+        };
+        if action != Action::Connect {
+            life.prepared = false;
+        }
+        self.act(life, action)
+    }
+
+    fn next_action(&self, life: &Life) -> Result<Action> {
+        let theirs = match self.theirs.load(Acquire) {
+            // The bus tells it in a moment.
+            UNHEARD => return Ok(Action::Wait),
+            number => State::from_number(number),
+        };
+        let view = View {
+            ours: life.state,
+            theirs: match theirs {
+                // The bus does not say why it could not be read.
+                State::Unknown => self.frontend_state()?,
+                known => known,
+            },
+            online: Online::Yes,
+            disk: life.disk.is_some(),
+            ready: life
+                .disk
+                .as_ref()
+                .is_some_and(|disk| disk.backing.is_ready()),
+            rings: match (&life.connection, life.draining) {
+                (None, _) => Rings::None,
+                (Some(_), false) => Rings::Served,
+                (Some(_), true) => Rings::Draining,
+            },
+            refused: life.refused,
+        };
+        step_asking(view, || self.online())
+    }
+
+    /// Whether the toolstack wants the device to stay.
+    fn online(&self) -> Result<Online> {
+        match store::read_number(self.device.nodename(), c"online") {
+            Ok(Some(0)) => Ok(Online::No),
+            Ok(Some(_)) => Ok(Online::Yes),
+            Ok(None) => Ok(Online::Unsaid),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The frontend's state, read anew; a node that is gone or hidden from us, or that holds no
+    /// state, is Unknown. Any other error says nothing about the frontend.
+    fn frontend_state(&self) -> Result<State> {
+        match store::read_state(self.device.otherend()) {
+            Err(error) if error == ENOENT || error == EACCES => Ok(State::Unknown),
+            other => other,
+        }
+    }
+
+    /// Does one step.
+    fn act(self: &Arc<Self>, life: &mut Life, action: Action) -> Next {
+        match action {
+            Action::Wait => {
+                if let Some(pause) = self.follow_disk(life) {
+                    self.kick_after(pause);
+                }
+                return Next::Rest;
+            }
+            Action::Offer => {
+                let offered = offer::publish_offer(&self.device, life.state);
+                self.published(life, State::InitWait, offered);
+                if offered.is_err() {
+                    self.publish(life, State::Closing);
+                    // Said already. Trying again at once would spin while xenstore goes on failing.
+                    return Next::Rest;
+                }
+            }
+            Action::Connect => return self.connect(life),
+            Action::StartClosing => self.publish(life, State::Closing),
+            Action::Disconnect => {
+                if let Some(connection) = &life.connection {
+                    connection.drain();
+                    life.draining = true;
+                }
+            }
+            Action::Close => self.publish(life, State::Closed),
+            Action::Leave => life.leaving = true,
+            Action::Refuse => {
+                self.device.report(
+                    EINVAL,
+                    c"the frontend's state is one that no frontend may have",
+                );
+                self.publish(life, State::Closing);
+            }
+        }
+        Next::Look
+    }
+
+    /// Gives the disk back, then lets the toolstack and the bus know.
+    fn leave(self: &Arc<Self>, life: &mut Life) {
+        if life.errand.is_busy() {
+            return;
+        }
+        if let Some(disk) = life.disk.take() {
+            self.send(life, Job::Close(disk));
+            return;
+        }
+        life.left = true;
+        life.state = State::Closed;
+        self.gone.store(true, Release);
+        // Not by way of the bus, which writes nothing where it finds Closed or a state that the
+        // toolstack has reset: only a write makes the watch fire in whose callback the device is
+        // taken off the bus.
+        if let Err(error) = offer::touch_state(&self.device) {
+            self.device.report(error, c"state Closed cannot be written");
+        }
+        self.device.note_state(State::Closed);
+    }
+
+    /// Gives back everything of a device that is not ours any more, step by step: each look goes on
+    /// where the last one had to wait. Our watches stay to the end, to tell us if the guest goes.
+    fn part(self: &Arc<Self>, mut life: MutexGuard<'_, Life>) {
+        if let Some(connection) = &life.connection {
+            if self.frontend_waits() {
+                connection.drain();
+            } else {
+                connection.abandon();
+            }
+        }
+        if !self.end_connection(&mut life) {
+            return;
+        }
+        if life.errand.is_busy() {
+            return;
+        }
+        if let Some(disk) = life.disk.take() {
+            self.send(&mut life, Job::Close(disk));
+            return;
+        }
+        life.over = true;
+        life.claim = None;
+        drop(life);
+        let (watches, module) = {
+            let mut hold = self.hold.lock();
+            (core::mem::take(&mut hold.watches), hold.module.take())
+        };
+        // This waits for xenwatch, which waits for nothing of ours.
+        drop(watches);
+        workqueue::hasten::<_, LATER>(self.clone());
+        drop(module);
+    }
+
+    /// True if the frontend of a device that was taken from us waits for answers. What cannot be
+    /// read says nothing about it.
+    fn frontend_waits(&self) -> bool {
+        let ours = store::read_state(self.device.nodename());
+        if self.device.is_vanished() || ours.is_err_and(|error| error == ENOENT) {
+            return false;
+        }
+        match self.frontend_state() {
+            Ok(state) => matches!(
+                state,
+                State::Initialised | State::Connected | State::Closing
+            ),
+            Err(_) => true,
+        }
+    }
+}
