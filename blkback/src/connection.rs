@@ -103,10 +103,7 @@ impl_has_work! {
 
 impl Connection {
     /// Connects to the frontend as its directory says. All or nothing. May sleep.
-    fn new<D: QueueBackends>(
-        disk: &Arc<D>,
-        peer: &Peer<'_>,
-    ) -> Result<Arc<Self>, ConnectError> {
+    fn new<D: QueueBackends>(disk: &Arc<D>, peer: &Peer<'_>) -> Result<Arc<Self>, ConnectError> {
         let dir = Frontend(peer.device);
         let request = frontend::Request::read(&dir, &offer::offer())?;
         let mut limits = *peer.limits;

@@ -11,8 +11,7 @@
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot,
-    Tag,
+    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot, Tag,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;

@@ -88,7 +88,5 @@ impl WorkItem for TapDisk {
 /// Milliseconds between one look and the next.
 fn pause_ms(looks: u32) -> u32 {
     let steps = looks.wrapping_div(REPEATED).min(8);
-    1_u32
-        .wrapping_shl(steps.wrapping_mul(2))
-        .min(LONGEST_MS)
+    1_u32.wrapping_shl(steps.wrapping_mul(2)).min(LONGEST_MS)
 }

@@ -412,7 +412,10 @@ impl Bios<'_> {
         if !self.bio.add(run) {
             // In this order: the next one may have to wait for this one.
             self.bio.submit();
-            self.bio = self.bio.inflight.bio(self.operation, self.sector, self.left);
+            self.bio = self
+                .bio
+                .inflight
+                .bio(self.operation, self.sector, self.left);
             if !self.bio.add(run) {
                 return false;
             }
