@@ -47,7 +47,7 @@ static_assert(sizeof(struct gnttab_unmap_grant_ref) == 24);
 static_assert(offsetof(struct gnttab_unmap_grant_ref, handle) == 16);
 static_assert(GNTCOPY_source_gref == 1 && GNTCOPY_dest_gref == 2);
 static_assert(GNTMAP_host_map == 2 && GNTMAP_readonly == 4);
-static_assert(GNTST_okay == 0 && GNTST_no_device_space == -7);
+static_assert(GNTST_okay == 0 && GNTST_general_error == -1 && GNTST_no_device_space == -7);
 static_assert(DOMID_SELF == 0x7ff0);
 static_assert(XEN_EOI_FLAG_SPURIOUS == 1);
 static_assert(TASK_IDLE == 0x402);

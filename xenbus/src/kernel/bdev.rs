@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Block devices.
+//!
+//! Wraps `bdev_file_open_by_dev`, `file_bdev`, `bdev_nr_sectors` and the queue's limits
+//! (include/linux/blkdev.h), `sync_blockdev`, `invalidate_inode_pages2` (include/linux/pagemap.h), and
+//! `__fput_sync` (include/linux/file.h).
 
 use super::sys;
 use core::ptr::NonNull;

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Block I/O: bios, their completion in interrupt context, and plugging.
+//!
+//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page` (include/linux/bio.h), `submit_bio`
+//! and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
+//! that make a block device; it has no bios for those who use one.
 
 use super::bdev::BlockDevice;
 use super::data::DataPages;

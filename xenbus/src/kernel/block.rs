@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Pages of ours, one by one and in blocks of eight.
+//!
+//! Wraps `alloc_pages`, `split_page` and `__free_pages` (include/linux/gfp.h, include/linux/mm.h).
+//! `kernel::page::Page` allocates one page at a time, and says nothing of neighbours.
 
 use super::sys;
 use core::ptr::NonNull;

@@ -10,6 +10,9 @@
 //! Facts about the kernel: `chrdev_open` (fs/char_dev.c) takes a reference to the owner before it
 //! calls `open`; `release` is called once, after every other operation of that file has returned,
 //! when no mapping of it and no io_uring command on it is left (each holds a reference).
+//!
+//! Wraps `__register_chrdev`, `stream_open` (include/linux/fs.h), `class_create` and `device_create`
+//! (include/linux/device/class.h, include/linux/device.h).
 
 use super::sys;
 use super::uring;

@@ -5,6 +5,8 @@
 //! Pages that have memory come first, then those at which guest pages are mapped. Memory comes and
 //! goes in blocks while the queue is served: one thread changes the table, the same one that looks
 //! things up in it for grant operations and bios.
+//!
+//! Wraps `gnttab_alloc_pages` and `gnttab_free_pages` (include/xen/grant_table.h).
 
 use super::block::{Block, Page, PAGES};
 use super::pages::{filled, push, Pages};

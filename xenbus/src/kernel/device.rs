@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! A device on the xen-backend bus.
+//!
+//! Wraps `struct xenbus_device` (include/xen/xenbus.h) and the references of its `struct device`
+//! (include/linux/device.h).
 
 use super::store;
 use super::sys;

@@ -7,6 +7,8 @@
 //!   after `probe` and freed before `remove`, so `otherend_changed` overlaps neither.
 //! - A bound device holds a reference to the module.
 //! - The driver core removes the attribute groups, and waits for their readers, before `remove`.
+//!
+//! Wraps `__xenbus_register_backend` and `xenbus_unregister_driver` (include/xen/xenbus.h).
 
 use super::device::Device;
 use super::{is_xen_domain, sys};

@@ -4,6 +4,9 @@
 //!
 //! After an event the channel stays masked until the thread has looked at the ring, so a guest
 //! cannot raise interrupts faster than its requests are served (XSA-332).
+//!
+//! Wraps `bind_interdomain_evtchn_to_irqhandler_lateeoi`, `xen_irq_lateeoi`, `notify_remote_via_irq`
+//! and `unbind_from_irqhandler` (include/xen/events.h).
 
 use super::device::Device;
 use super::parker::Parker;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Grant copies, maps and unmaps in batches: the kernel's side of the engine's `Grants` port.
+//!
+//! Wraps `gnttab_batch_copy`, `gnttab_map_refs` and `gnttab_unmap_refs_sync`
+//! (include/xen/grant_table.h).
 
 use super::data::DataPages;
 use super::pages::{filled, Pages};

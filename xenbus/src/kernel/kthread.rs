@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Kernel threads.
+//!
+//! Wraps `kthread_create_on_node`, `kthread_stop_put` (include/linux/kthread.h) and `wake_up_process`
+//! (include/linux/sched.h).
 
 use core::ptr::NonNull;
 use kernel::bindings;

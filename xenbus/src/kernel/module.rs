@@ -4,6 +4,8 @@
 //!
 //! `include/linux/module.h`: the module is not unloaded while there are any, and `rmmod` says that it
 //! is in use.
+//!
+//! Wraps `try_module_get` and `module_put`.
 
 use super::versions::this_module;
 use kernel::bindings;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Pages of ours that stay where they are: the arena of a tap disk, and areas of descriptors.
+//!
+//! Of the kernel it needs what `block` wraps, and `page_address` (include/linux/mm.h).
 
 use super::block::{alloc_run, Page, MAX_ORDER};
 use super::sys;

@@ -3,6 +3,10 @@
 //! A place where one thread sleeps until an interrupt handler or another thread wakes it.
 //!
 //! A wake-up that finds the thread awake costs one atomic exchange and no lock.
+//!
+//! Wraps `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
+//! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
+//! which would count as load and as a hung task.
 
 use super::sys;
 use super::versions;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! The mapped pages of a ring.
+//!
+//! Wraps `xenbus_map_ring_valloc` and `xenbus_unmap_ring_vfree` (include/xen/xenbus.h).
 
 use super::device::Device;
 use super::sys;

@@ -5,6 +5,8 @@
 //! Facts about the kernel: a mapping and a pin each hold references to the pages (mm/memory.c,
 //! mm/gup.c), so a page that is pinned when its owner lets go of it lives until the pin is gone.
 //! Pages that nobody maps cannot be pinned any more.
+//!
+//! Wraps `vm_insert_pages` and `page_count` (include/linux/mm.h, include/linux/page_ref.h).
 
 use super::chardev::NewMapping;
 use super::pages::Pages;

@@ -3,6 +3,8 @@
 //! Being asked for memory when the kernel has too little (include/linux/shrinker.h).
 //!
 //! `shrinker_free` waits until no callback runs any more (mm/shrinker.c).
+//!
+//! Wraps `shrinker_alloc`, `shrinker_register` and `shrinker_free`.
 
 use core::marker::PhantomData;
 use core::ptr::NonNull;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Xenstore: reading, writing, transactions. Everything here may sleep.
+//!
+//! Wraps `xenbus_read`, `xenbus_write`, `xenbus_rm`, `xenbus_transaction_start` and
+//! `xenbus_transaction_end` (include/xen/xenbus.h).
 
 use super::device::Device;
 use super::sys;

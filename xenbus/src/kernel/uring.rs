@@ -14,6 +14,9 @@
 //! - `__io_uring_cmd_do_in_task` is callable from any task. It runs the callback once, with the
 //!   ring locked: in the task that issued the command, or elsewhere with `cancel` set if that task
 //!   is gone.
+//!
+//! Wraps `io_uring_cmd_mark_cancelable`, `__io_uring_cmd_do_in_task` and `__io_uring_cmd_done`
+//! (include/linux/io_uring/cmd.h).
 
 use super::chardev::{woken, CharDevice};
 use super::sys;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Watches on xenstore keys.
+//!
+//! Wraps `register_xenbus_watch` and `unregister_xenbus_watch` (include/xen/xenbus.h).
 
 use super::sys;
 use core::pin::Pin;

@@ -6,6 +6,9 @@
 //! backend of the host, is never blocked by one disk. There are two, because a worker that waits
 //! is one less for the others: what may wait for storage runs on a queue of its own, and nothing on
 //! the other one waits for anything but xenstore and the hypervisor.
+//!
+//! Wraps `alloc_workqueue`, `destroy_workqueue` and `mod_delayed_work` (include/linux/workqueue.h); what is
+//! queued is of `kernel::workqueue`, which can queue but makes no queues.
 
 use core::ptr::NonNull;
 use kernel::bindings;
