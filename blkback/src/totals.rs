@@ -88,7 +88,9 @@ impl Totals {
             return self.memory.load(Relaxed).wrapping_add(borrowed);
         };
         let now = queues.now.iter().filter_map(|queue| queue.0.get(index));
-        now.fold(*past, |sum, counter| sum.wrapping_add(counter.load(Relaxed)))
+        now.fold(*past, |sum, counter| {
+            sum.wrapping_add(counter.load(Relaxed))
+        })
     }
 }
 
@@ -101,10 +103,7 @@ pub(crate) struct Tally {
 impl Tally {
     /// Of a queue that has counted nothing. May sleep.
     pub(crate) fn new(totals: &Arc<Totals>) -> Result<Self> {
-        let counters = Arc::new(
-            Counters([const { Atomic::new(0) }; COUNTERS]),
-            GFP_KERNEL,
-        )?;
+        let counters = Arc::new(Counters([const { Atomic::new(0) }; COUNTERS]), GFP_KERNEL)?;
         let mut queues = totals.queues.lock();
         let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
         for queue in &queues.now {
