@@ -230,7 +230,7 @@ pub(super) fn attach_own(context: &mut Context, device: &str, vdev: &str) -> Res
 
 /// Detaches a disk of dom0. Udev may have opened it for a moment, which makes xl fail.
 pub(super) fn detach_own(vbd: &Vbd) -> Result<()> {
-    sh::run(&["udevadm", "settle"])?;
+    sh::settle_udev()?;
     sh::run(&["xl", "block-detach", "0", &vbd.vdev])?;
     vbd.wait_gone()
 }
