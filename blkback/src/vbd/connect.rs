@@ -33,7 +33,7 @@ impl Vbd {
     }
 
     /// Takes in what came of the last errand.
-    pub(super) fn end_errand(&self, life: &mut Life) {
+    pub(super) fn end_errand(self: &Arc<Self>, life: &mut Life) {
         match life.errand.take_outcome() {
             None | Some(Outcome::Closed) => {}
             Some(Outcome::Prepared(Ok(()))) => life.prepared = true,

@@ -43,6 +43,8 @@ use kernel::workqueue::{
 
 /// The bus has not told the frontend's state yet; no number of a state.
 const UNHEARD: u32 = u32::MAX;
+/// Milliseconds until xenstore is asked again that did not answer.
+const ASK_AGAIN: u32 = 1000;
 /// Watches of a device.
 const WATCHES: usize = 4;
 
@@ -124,6 +126,8 @@ struct Life {
     claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
     draining: bool,
+    /// A state that is ours and could not be written.
+    unsaid: Option<State>,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
     /// Connects that failed, less those that worked.
@@ -147,6 +151,7 @@ impl Life {
         claim: None,
         connection: None,
         draining: false,
+        unsaid: None,
         refused: false,
         failures: 0,
         failed_at: 0,
@@ -272,7 +277,6 @@ impl Vbd {
             Attribute::Writable => self.writable.load(Relaxed).into(),
         }
     }
-
 }
 
 impl WorkItem<LOOK> for Vbd {

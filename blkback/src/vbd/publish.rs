@@ -2,35 +2,52 @@
 
 //! What the toolstack and the frontend are told: states, errors, and what becomes of the disk.
 
-use super::{Life, Vbd};
+use super::{Life, Vbd, ASK_AGAIN};
 use crate::connect_error::ConnectError;
 use crate::disk;
 use crate::offer;
 use crate::proto::state::State;
 use kernel::prelude::*;
 use kernel::sync::atomic::ordering::Acquire;
+use kernel::sync::Arc;
 
 impl Vbd {
-    pub(super) fn publish(&self, life: &mut Life, state: State) {
+    pub(super) fn publish(self: &Arc<Self>, life: &mut Life, state: State) {
         if state != life.state {
             let result = offer::publish_state(&self.device, life.state, state);
             self.published(life, state, result);
         }
     }
 
-    pub(super) fn published(&self, life: &mut Life, state: State, result: Result) {
+    /// Our state is this one now. If it could not be written, that is tried again in a while.
+    pub(super) fn published(self: &Arc<Self>, life: &mut Life, state: State, result: Result) {
         life.state = state;
+        life.unsaid = None;
         match result {
             // The toolstack has removed our directory or made a new one: nobody is left to tell.
-            Err(error) if error != ENOENT => self
-                .device
-                .report(error, c"the backend's state cannot be published"),
+            Err(error) if error != ENOENT => {
+                life.unsaid = Some(state);
+                self.device
+                    .report(error, c"the backend's state cannot be published");
+                self.kick_after(ASK_AGAIN);
+            }
             _ => {}
         }
     }
 
+    /// Writes a state that could not be written before; false if it still cannot. The other end waits for
+    /// it, so no event may ever come.
+    pub(super) fn say(self: &Arc<Self>, life: &mut Life) -> bool {
+        let Some(state) = life.unsaid else {
+            return true;
+        };
+        let result = offer::publish_state(&self.device, life.state, state);
+        self.published(life, state, result);
+        life.unsaid.is_none()
+    }
+
     /// Says why the frontend cannot be connected; it has to move before that is tried again.
-    pub(super) fn refuse(&self, life: &mut Life, error: &ConnectError) {
+    pub(super) fn refuse(self: &Arc<Self>, life: &mut Life, error: &ConnectError) {
         let (code, text) = error.describe();
         let fallback = c"the frontend cannot be connected";
         self.device
@@ -40,7 +57,7 @@ impl Vbd {
         self.publish(life, State::Closing);
     }
 
-    pub(super) fn disk_is_bad(&self, life: &mut Life, bad: &disk::Bad) {
+    pub(super) fn disk_is_bad(self: &Arc<Self>, life: &mut Life, bad: &disk::Bad) {
         if life.bad_disk == Some(bad.name) || life.leaving || self.unbound.load(Acquire) {
             return;
         }
@@ -69,23 +86,28 @@ impl Vbd {
         if pause > 0 {
             return Some(pause);
         }
-        disk.status = status;
         let mut published = match status {
             Some(now) if new_status => offer::publish_status(&self.device, now),
             _ => Ok(()),
         };
         if resized {
-            disk.sectors = sectors;
             let size = offer::publish_size(&self.device, sectors);
             published = published.and(size);
         }
         match published {
-            // The toolstack has removed our directory: nobody is left to tell.
-            Err(error) if error != ENOENT => self
-                .device
-                .report(error, c"what has become of the disk cannot be published"),
-            _ => {}
+            Err(error) if error != ENOENT => {
+                self.device
+                    .report(error, c"what has become of the disk cannot be published");
+                Some(ASK_AGAIN)
+            }
+            // Where the toolstack has removed our directory, nobody is left to tell.
+            _ => {
+                disk.status = status;
+                if resized {
+                    disk.sectors = sectors;
+                }
+                None
+            }
         }
-        None
     }
 }

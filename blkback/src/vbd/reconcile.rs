@@ -3,7 +3,7 @@
 //! Looking at the world and doing what there is to do, step by step, from the first offer to the last
 //! state.
 
-use super::{Life, Next, Vbd, LATER, UNHEARD};
+use super::{Life, Next, Vbd, ASK_AGAIN, LATER, UNHEARD};
 use crate::disk;
 use crate::offer;
 use crate::proto::state::{step_asking, Action, Online, Rings, State, View};
@@ -17,8 +17,6 @@ use kernel::sync::Arc;
 
 /// Steps that one run of the work takes at most before it queues itself again.
 const STEPS: u32 = 16;
-/// Milliseconds until xenstore is asked again that did not say whether a device is ours.
-const ASK_AGAIN: u32 = 1000;
 
 impl Vbd {
     /// Looks at the device and does what there is to do.
@@ -78,15 +76,18 @@ impl Vbd {
             self.leave(life);
             return Next::Rest;
         }
+        if !self.say(life) {
+            return Next::Rest;
+        }
         self.open_disk(life);
         self.end_draining(life);
         let action = match self.next_action(life) {
             Ok(action) => action,
             Err(error) => {
-                // Xenstore does not answer (a shutdown, no memory): nothing is decided now,
-                // and the next event looks again.
+                // Xenstore does not answer (a shutdown, no memory): nothing is decided now.
                 self.device
                     .report(error, c"the frontend's state cannot be read");
+                self.kick_after(ASK_AGAIN);
                 return Next::Rest;
             }
         };
@@ -200,6 +201,12 @@ impl Vbd {
         // taken off the bus.
         if let Err(error) = offer::touch_state(&self.device) {
             self.device.report(error, c"state Closed cannot be written");
+            // Unless somebody else's write has done it meanwhile.
+            if self.gone.xchg(false, Full) {
+                life.left = false;
+                self.kick_after(ASK_AGAIN);
+                return;
+            }
         }
         self.device.note_state(State::Closed);
     }
