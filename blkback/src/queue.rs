@@ -16,7 +16,7 @@ use crate::engine::{
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
 use crate::params;
-use crate::poll::{Batcher, Pollers};
+use crate::poll::Pollers;
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
@@ -370,7 +370,6 @@ impl<D: QueueBackends> State<D> {
             tally: &self.tally,
             control: &self.control,
             known_sectors: self.limits.sectors,
-            slots: ring.size(),
             leads: self.leads,
         };
         let mut engine = Engine::new(
@@ -441,7 +440,6 @@ struct Serving<'a, D> {
     tally: &'a Tally,
     control: &'a Control,
     known_sectors: u64,
-    slots: u32,
     leads: bool,
 }
 
@@ -455,20 +453,16 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut active = false;
         let mut draining = None;
         let mut pollers = Pollers::new();
-        let mut batcher = Batcher::new(self.slots);
         let mut keeper = Keeper::new(self.totals);
         loop {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
             sectors = self.limits_changed(engine, sectors);
             let pass = match command {
-                Command::Wait | Command::Serve => self.serving_pass(engine, &mut batcher),
+                Command::Wait | Command::Serve => engine.pass(),
                 Command::Drain => engine.drain_pass(),
                 Command::Abandon => return Command::Abandon,
             };
-            if pass.answered > 0 {
-                batcher.published(pass.answered);
-            }
             if pass.notify {
                 self.guest.notify();
             }
@@ -506,32 +500,6 @@ impl<D: QueueBackends> Serving<'_, D> {
                 self.control.parker.park();
             }
             pollers.of(engine.in_flight()).slept(start);
-        }
-    }
-
-    /// One pass, or several of which the last one answers all.
-    fn serving_pass<G: Grants, B: Backend>(
-        &self,
-        engine: &mut Engine<'_, &Held, G, B>,
-        batcher: &mut Batcher,
-    ) -> Pass {
-        let parker = &self.control.parker;
-        let mut taken: u32 = 0;
-        while batcher.holds() && engine.may_hold() {
-            let pass = engine.holding_pass();
-            taken = taken.saturating_add(pass.taken);
-            let held = engine.held();
-            if self.control.command() != Command::Serve
-                || !engine.may_hold()
-                || !batcher.wait(held, || parker.is_notified() || engine.has_requests())
-            {
-                break;
-            }
-        }
-        let pass = engine.pass();
-        Pass {
-            taken: taken.saturating_add(pass.taken),
-            ..pass
         }
     }
 

@@ -30,7 +30,6 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             } else {
                 slot.state = State::Done;
                 self.slots.push(&mut self.done, tag);
-                self.held = self.held.wrapping_add(1);
             }
         }
         if ready.is_empty() {
@@ -53,7 +52,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// Notes what the backend has completed.
     pub(super) fn collect(&mut self) {
-        let (slots, done, held) = (&mut self.slots, &mut self.done, &mut self.held);
+        let (slots, done) = (&mut self.slots, &mut self.done);
         self.backend.reap(|tag, status| {
             if let Some(slot) = slots.get_mut(tag) {
                 // A completion for anything else is not ours to act on.
@@ -61,7 +60,6 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                     slot.state = State::Done;
                     slot.status = status;
                     slots.push(done, tag);
-                    *held = held.wrapping_add(1);
                 }
             }
         });
@@ -73,10 +71,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return 0;
         }
         self.bring_out();
+        let mut answered: u32 = 0;
         while let Some(tag) = self.slots.pop(&mut self.done) {
             self.finish(tag);
+            answered = answered.wrapping_add(1);
         }
-        core::mem::replace(&mut self.held, 0)
+        answered
     }
 
     /// Answers one request, or continues a discard.

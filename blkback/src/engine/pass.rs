@@ -60,9 +60,8 @@ pub struct Engine<'a, R, G, B> {
     pub(super) new: List,
     /// Waiting for copy pages because nothing more can be mapped.
     pub(super) stalled: List,
-    /// Completed and not yet answered, and how many these are.
+    /// Completed and not yet answered.
     pub(super) done: List,
-    pub(super) held: u32,
     /// Checked, but there was no room for it.
     pub(super) parked: Option<Request>,
     pub(super) fetches: &'a mut [Option<Fetch>],
@@ -112,7 +111,6 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             new: List::EMPTY,
             stalled: List::EMPTY,
             done: List::EMPTY,
-            held: 0,
             parked: None,
             fetches,
             fetching: 0,
@@ -142,43 +140,25 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Answers what is complete, takes what is new, starts it, and publishes.
     pub fn pass(&mut self) -> Pass {
-        self.one_pass(false, Self::take)
+        self.one_pass(Self::take)
     }
 
-    /// The same, but nothing is answered: the next [`pass`](Self::pass) answers all that is
-    /// complete by then, with one hypercall for the data and at most one event.
-    ///
-    /// Only while [`may_hold`](Self::may_hold) says so, and for a time that the caller bounds.
-    pub fn holding_pass(&mut self) -> Pass {
-        self.one_pass(true, Self::take)
-    }
-
-    /// Requests that are complete and not answered.
-    pub fn held(&self) -> u32 {
-        self.held
-    }
-
-    /// True while no request waits for what answers would free.
-    pub fn may_hold(&self) -> bool {
-        self.can_take()
-    }
-
-    /// The same without taking anything new: for teardown.
+    /// A pass that takes nothing new: for teardown.
     pub fn drain_pass(&mut self) -> Pass {
         self.closing = true;
-        self.one_pass(false, |engine| {
+        self.one_pass(|engine| {
             engine.take_waiting();
             0
         })
     }
 
-    fn one_pass(&mut self, hold: bool, take: impl FnOnce(&mut Self) -> u32) -> Pass {
+    fn one_pass(&mut self, take: impl FnOnce(&mut Self) -> u32) -> Pass {
         if self.ring.is_gone() {
             return Pass::default();
         }
         self.stats.passes = self.stats.passes.wrapping_add(1);
         self.collect();
-        let mut answered = if hold { 0 } else { self.answer() };
+        let mut answered = self.answer();
         let taken = take(self);
         self.fetch();
         self.bring_in();
@@ -189,13 +169,13 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         }
         // What completed at once is answered at once.
         self.collect();
-        let now = if hold { 0 } else { self.answer() };
+        let now = self.answer();
         answered = answered.wrapping_add(now);
         // A completion frees what a parked request waits for.
         let waiting = self.parked.is_some() || !self.stalled.is_empty();
         let retry = core::mem::replace(&mut self.retry, false);
         Pass {
-            notify: !hold && self.publish(),
+            notify: self.publish(),
             again: !self.new.is_empty() || (now > 0 && waiting) || retry,
             broken: self.ring.is_broken(),
             taken,
@@ -212,9 +192,6 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     ///
     /// While nothing can be taken no event is asked for: a completion brings the next pass.
     pub fn must_stay_awake(&mut self) -> bool {
-        if self.held > 0 {
-            return true;
-        }
         if !self.can_take() {
             return false;
         }

@@ -234,8 +234,6 @@ pub struct Machine {
     /// The planted fault, and how many chances to commit it are let go first.
     pub fault: Option<(Fault, u32)>,
     racing: bool,
-    /// How often the worker holds answers back, in percent of its passes.
-    pub hold_percent: u64,
 }
 
 impl Machine {
@@ -264,7 +262,6 @@ impl Machine {
             event: false,
             fault: None,
             racing: false,
-            hold_percent: 0,
         }
     }
 
@@ -275,11 +272,6 @@ impl Machine {
         self.accesses = Accesses::default();
         self.event = false;
         self.closing = false;
-    }
-
-    /// Whether the worker holds answers back once more.
-    pub fn holds(&mut self) -> bool {
-        self.hold_percent > 0 && self.rng.percent(self.hold_percent)
     }
 
     /// The next point in time.

@@ -342,7 +342,6 @@ fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
         // Long enough for somebody to wait too long.
         m.plan *= 3;
     }
-    m.hold_percent = rng.pick(&[0u64, 0, 30, 70]);
     m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
 }
 

@@ -156,7 +156,6 @@ impl<'a, B: Backend> World<'a, B> {
 
     /// One pass and what follows it, as the worker does it.
     pub fn pass(&mut self) -> Pass {
-        self.hold_for_a_while();
         let pass = self.engine.pass();
         self.last = pass;
         self.after(pass);
@@ -181,16 +180,6 @@ impl<'a, B: Backend> World<'a, B> {
         }
         if asked {
             self.engine.give_back(u16::MAX);
-        }
-    }
-
-    /// A worker that expects more answers the requests of several passes together.
-    fn hold_for_a_while(&mut self) {
-        while self.engine.may_hold() && self.machine.borrow_mut().holds() {
-            let pass = self.engine.holding_pass();
-            self.last = pass;
-            self.after(pass);
-            self.elsewhere();
         }
     }
 
