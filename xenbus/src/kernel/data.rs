@@ -67,11 +67,12 @@ impl DataPages {
         };
         if mappable > 0 {
             let mut raw = filled(core::ptr::null_mut(), usize::from(mappable))?;
+            // Before there are pages, which nobody would give back.
+            table.mappable = KVec::with_capacity(raw.len(), GFP_KERNEL)?;
             // SAFETY: `raw` has room for so many pointers.
             to_result(unsafe { sys::gnttab_alloc_pages(mappable.into(), raw.as_mut_ptr()) })?;
-            table.mappable = KVec::with_capacity(raw.len(), GFP_KERNEL)?;
             for page in raw {
-                // INVARIANT: Just allocated.
+                // INVARIANT: Just allocated. There is room for all of them.
                 push(&mut table.mappable, Atomic::new(page.addr()))?;
             }
         }
