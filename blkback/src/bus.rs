@@ -7,6 +7,7 @@
 //! which anybody else does: it notes what has happened, and queues the work.
 
 use crate::disk::{self, AttachTap};
+use crate::events::DeviceEvents;
 use crate::proto::state::State;
 use crate::vbd::Vbd;
 use crate::xen::device::Device;
@@ -32,7 +33,7 @@ impl Watcher for Vbd {
     fn changed(this: Arc<Self>, which: Key, thread: &InXenwatch) {
         match which {
             Key::State => this.state_written(thread),
-            Key::Disk => this.disk_is_free(),
+            Key::Disk => this.disk_available(),
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use crate::engine::{Backend, Engine, Grants};
 use crate::ring::ports::SharedRing;
-use crate::totals::Totals;
+use crate::totals::Tally;
 use crate::xen::local_clock;
 
 /// What was not used for so long is given back, in nanoseconds. A little less than a thread sleeps
@@ -15,7 +15,7 @@ const PASSES: u32 = 4096;
 
 /// Looks after what one queue has borrowed.
 pub(crate) struct Keeper<'a> {
-    totals: &'a Totals,
+    tally: &'a Tally,
     /// What the statistics say.
     borrowed: u16,
     /// When it was looked last what is not used.
@@ -25,9 +25,9 @@ pub(crate) struct Keeper<'a> {
 
 impl<'a> Keeper<'a> {
     /// For a queue that has borrowed nothing.
-    pub(crate) fn new(totals: &'a Totals) -> Self {
+    pub(crate) fn new(tally: &'a Tally) -> Self {
         Self {
-            totals,
+            tally,
             borrowed: 0,
             looked: local_clock(),
             passes: 0,
@@ -65,7 +65,7 @@ impl<'a> Keeper<'a> {
     }
 
     fn note(&mut self, now: u16) {
-        self.totals.borrowed(self.borrowed, now);
+        self.tally.borrowed(self.borrowed, now);
         self.borrowed = now;
     }
 }

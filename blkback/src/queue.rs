@@ -255,7 +255,6 @@ struct State<D: QueueBackends> {
     backend: D::Backend,
     disk: Arc<D>,
     events: Arc<dyn DeviceEvents>,
-    totals: Arc<Totals>,
     tally: Tally,
     control: Arc<Control>,
     /// True for the first queue of a device.
@@ -348,7 +347,6 @@ impl<D: QueueBackends> State<D> {
             backend,
             disk: setup.disk.clone(),
             events: setup.events.clone(),
-            totals: setup.totals.clone(),
             tally: Tally::new(setup.totals).map_err(no_memory)?,
             control: control.clone(),
             leads: index == 0,
@@ -366,7 +364,6 @@ impl<D: QueueBackends> State<D> {
             guest,
             disk: &*self.disk,
             events: &self.events,
-            totals: &self.totals,
             tally: &self.tally,
             control: &self.control,
             known_sectors: self.limits.sectors,
@@ -436,7 +433,6 @@ struct Serving<'a, D> {
     guest: &'a Held,
     disk: &'a D,
     events: &'a Arc<dyn DeviceEvents>,
-    totals: &'a Totals,
     tally: &'a Tally,
     control: &'a Control,
     known_sectors: u64,
@@ -453,7 +449,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut active = false;
         let mut draining = None;
         let mut pollers = Pollers::new();
-        let mut keeper = Keeper::new(self.totals);
+        let mut keeper = Keeper::new(self.tally);
         loop {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.

@@ -66,14 +66,6 @@ impl Totals {
         Arc::pin_init(totals, GFP_KERNEL)
     }
 
-    /// Records that a queue has borrowed so many pages, after it had so many.
-    pub(crate) fn borrowed(&self, before: u16, now: u16) {
-        if before != now {
-            let change = u64::from(now).wrapping_sub(u64::from(before));
-            self.borrowed.add(change, Relaxed);
-        }
-    }
-
     /// Records the memory that the queues always have, in KiB.
     pub(crate) fn set_memory(&self, kib: u64) {
         self.memory.store(kib, Relaxed);
@@ -123,6 +115,14 @@ impl Tally {
     pub(crate) fn show(&self, stats: &Stats) {
         for (counter, now) in self.counters.0.iter().zip(values(stats)) {
             counter.store(now, Relaxed);
+        }
+    }
+
+    /// Records that the queue has borrowed so many pages, after it had so many.
+    pub(crate) fn borrowed(&self, before: u16, now: u16) {
+        if before != now {
+            let change = u64::from(now).wrapping_sub(u64::from(before));
+            self.totals.borrowed.add(change, Relaxed);
         }
     }
 }

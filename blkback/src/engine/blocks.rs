@@ -272,10 +272,7 @@ impl<'a> Blocks<'a> {
             let mut broken = group.broken;
             while broken != 0 {
                 let index = broken.trailing_zeros();
-                let mut starts = group.free(index);
-                for _ in 1..wanted {
-                    starts &= starts >> 1;
-                }
+                let starts = runs(group.free(index), wanted);
                 if starts != 0 {
                     let mask = low_bits(wanted).wrapping_shl(starts.trailing_zeros());
                     return Some((number(at, index), mask));
@@ -303,6 +300,11 @@ impl<'a> Blocks<'a> {
             Some((number(at, index), mask))
         })
     }
+}
+
+/// The bits at which so many free neighbours begin.
+fn runs(free: u8, wanted: u16) -> u8 {
+    (1..wanted).fold(free, |starts, _| starts & starts >> 1)
 }
 
 /// So many bits, at most 8.

@@ -114,8 +114,10 @@ struct Life {
     left: bool,
     /// It was unbound, and everything is given back.
     over: bool,
-    /// The state that was published last.
+    /// Our state.
     state: State,
+    /// It could not be written.
+    unsaid: bool,
     disk: Option<Disk>,
     /// A disk that could not be opened, so that it is reported once.
     bad_disk: Option<disk::Name>,
@@ -126,8 +128,6 @@ struct Life {
     claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
     draining: bool,
-    /// A state that is ours and could not be written.
-    unsaid: Option<State>,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
     /// Connects that failed, less those that worked.
@@ -144,6 +144,7 @@ impl Life {
         left: false,
         over: false,
         state: State::Initialising,
+        unsaid: false,
         disk: None,
         bad_disk: None,
         errand: Errand::None,
@@ -151,7 +152,6 @@ impl Life {
         claim: None,
         connection: None,
         draining: false,
-        unsaid: None,
         refused: false,
         failures: 0,
         failed_at: 0,
@@ -232,12 +232,6 @@ impl Vbd {
         let _queued = workqueue::enqueue_after::<_, LATER>(self.clone(), milliseconds);
     }
 
-    /// Has the work try again to open the disk; callable from any context.
-    pub(crate) fn disk_is_free(self: &Arc<Self>) {
-        self.disk_moved.store(true, Release);
-        self.kick();
-    }
-
     /// The bus has read the frontend's state.
     pub(crate) fn frontend_moved(self: &Arc<Self>, state: State) {
         self.theirs.store(state.number(), Release);
@@ -309,7 +303,8 @@ impl DeviceEvents for Vbd {
     }
 
     fn disk_available(self: Arc<Self>) {
-        self.disk_is_free();
+        self.disk_moved.store(true, Release);
+        self.kick();
     }
 
     fn ring_broken(self: Arc<Self>) {

@@ -22,28 +22,24 @@ impl Vbd {
     /// Our state is this one now. If it could not be written, that is tried again in a while.
     pub(super) fn published(self: &Arc<Self>, life: &mut Life, state: State, result: Result) {
         life.state = state;
-        life.unsaid = None;
-        match result {
-            // The toolstack has removed our directory or made a new one: nobody is left to tell.
-            Err(error) if error != ENOENT => {
-                life.unsaid = Some(state);
-                self.device
-                    .report(error, c"the backend's state cannot be published");
-                self.kick_after(ASK_AGAIN);
-            }
-            _ => {}
+        // The toolstack has removed our directory or made a new one: nobody is left to tell.
+        let failed = result.err().filter(|error| *error != ENOENT);
+        life.unsaid = failed.is_some();
+        if let Some(error) = failed {
+            self.device
+                .report(error, c"the backend's state cannot be published");
+            self.kick_after(ASK_AGAIN);
         }
     }
 
-    /// Writes a state that could not be written before; false if it still cannot. The other end waits for
-    /// it, so no event may ever come.
+    /// Writes our state if that could not be done before; false if it still cannot. The other end waits
+    /// for it, so no event may ever come.
     pub(super) fn say(self: &Arc<Self>, life: &mut Life) -> bool {
-        let Some(state) = life.unsaid else {
-            return true;
-        };
-        let result = offer::publish_state(&self.device, life.state, state);
-        self.published(life, state, result);
-        life.unsaid.is_none()
+        if life.unsaid {
+            let result = offer::publish_state(&self.device, life.state, life.state);
+            self.published(life, life.state, result);
+        }
+        !life.unsaid
     }
 
     /// Says why the frontend cannot be connected; it has to move before that is tried again.

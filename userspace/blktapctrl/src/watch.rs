@@ -150,17 +150,16 @@ async fn offer_or_tell(host: &Rc<Host>, store: &dyn Store, directory: &str) -> i
 /// Whether a directory of the kind `vbd3` is ours, as far as can be told by now: by its script, and
 /// without one by its target. What others serve may be named in the same words, so somebody else's
 /// name under `tap-server` goes before all. If it is ours, the driver is told.
-async fn is_ours(store: &dyn Store, directory: &str) -> io::Result<bool> {
+async fn is_ours(store: &dyn Store, directory: &str, script: &str) -> io::Result<bool> {
     let read = |name: &str| format!("{directory}/{name}");
     if let Some(server) = store.read(&read(SERVER_KEY)).await? {
         return Ok(server == SERVER);
     }
-    let script = store.read(&read("script")).await?.unwrap_or_default();
     let ours = if script.is_empty() {
         let params = store.read(&read("params")).await?;
         params.is_some_and(|params| Target::from_params(&params).is_ok())
     } else {
-        let name = Path::new(&script).file_name();
+        let name = Path::new(script).file_name();
         name.is_some_and(|name| name.to_string_lossy().starts_with(SCRIPTS))
     };
     if ours {
@@ -176,7 +175,8 @@ async fn offer(
     directory: &str,
 ) -> io::Result<Result<(), Failure>> {
     let read = |name: &str| format!("{directory}/{name}");
-    if !is_ours(store, directory).await?
+    let script = store.read(&read("script")).await?.unwrap_or_default();
+    if !is_ours(store, directory, &script).await?
         || store.read(&read("tap-minor")).await?.is_some()
         || store
             .read(&read("hotplug-status"))
@@ -185,7 +185,6 @@ async fn offer(
     {
         return Ok(Ok(()));
     }
-    let script = store.read(&read("script")).await?.unwrap_or_default();
     let minor = match store.read(&read("minor")).await? {
         Some(minor) => adopt(host, directory, &minor),
         None if script.is_empty() => {

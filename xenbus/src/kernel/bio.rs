@@ -370,7 +370,7 @@ struct Run {
 impl Run {
     /// `None` if there is no such page, or not so much of it.
     fn new(disk: &Disk, piece: &Piece) -> Option<Self> {
-        let (page, room) = disk.pages.from(piece.page)?;
+        let (page, room) = disk.pages.run(piece.page)?;
         let end = u32::from(piece.offset).wrapping_add(piece.len.into());
         // INVARIANT: The table says so.
         (end <= room).then_some(Self {

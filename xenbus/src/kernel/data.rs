@@ -30,7 +30,8 @@ struct Place {
 /// # Invariants
 ///
 /// A page in `places` is valid as long as it is there: it belongs to `_arena`, or to the block that
-/// the table's [`Backing`] has for it, and so does what `joins` says. `mappable` are pages of `gnttab_alloc_pages` that nobody has freed.
+/// the table's [`Backing`] has for it, which `joins` describes. `mappable` are pages of
+/// `gnttab_alloc_pages` that nobody has freed.
 pub(crate) struct DataPages {
     places: KVec<Place>,
     /// For each block of a [`Backing`] one bit for each page: the next page of the block lies
@@ -163,7 +164,7 @@ impl DataPages {
 
     /// A page, and how many bytes from its beginning on lie one behind the other, for this kernel
     /// and for the machine: one transfer can go through all of them.
-    pub(super) fn from(&self, index: u16) -> Option<(*mut bindings::page, u32)> {
+    pub(super) fn run(&self, index: u16) -> Option<(*mut bindings::page, u32)> {
         let block = usize::from(index) / PAGES;
         // Of a page at which a guest's page is mapped nothing is known; an arena has no blocks.
         let joins = self.joins.get(block).map_or(0, |word| word.load(Relaxed));
