@@ -9,7 +9,8 @@ use crate::recipes::Machines;
 use crate::root::Root;
 use crate::{build, cache, run};
 use anyhow::{bail, ensure, Context, Result};
-use std::fs;
+use nix::fcntl::Flock;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -57,6 +58,8 @@ pub(crate) struct Outcome {
     pub(crate) splats: Vec<String>,
     /// How the machine ended.
     pub(crate) end: End,
+    /// Until this is dropped no other run of this name begins, which would remove the logs.
+    _folder: Option<Flock<File>>,
 }
 
 /// How a machine ended.
@@ -123,7 +126,7 @@ impl Machine {
         payload: &Path,
         mut on_line: impl FnMut(&str),
     ) -> Result<Outcome> {
-        let dir = self.prepare(payload)?;
+        let (dir, folder) = self.prepare(payload)?;
         let _one_at_a_time = cache::lock(&cache::dir()?.join("machine.lock"))?;
         let console = dir.join("console.log");
         let mut qemu = self.qemu(machines, &dir);
@@ -131,7 +134,7 @@ impl Machine {
         qemu.args(["-chardev", "stdio,id=report,signal=off"]);
         // A closed standard input would look like an absent host to the port, so it stays open.
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped());
-        qemu.stderr(fs::File::create(dir.join("qemu.log"))?);
+        qemu.stderr(File::create(dir.join("qemu.log"))?);
         let mut child = run::start(&mut qemu)?;
         let lines = reader(&mut child)?;
         let start = Instant::now();
@@ -177,12 +180,13 @@ impl Machine {
                 .collect(),
             end,
             console,
+            _folder: Some(folder),
         })
     }
 
     /// Boots with dom0's console on the terminal.
     pub(crate) fn run_on_terminal(&self, machines: &Machines, payload: &Path) -> Result<()> {
-        let dir = self.prepare(payload)?;
+        let (dir, _folder) = self.prepare(payload)?;
         let _one_at_a_time = cache::lock(&cache::dir()?.join("machine.lock"))?;
         let mut qemu = self.qemu(machines, &dir);
         qemu.args([
@@ -194,13 +198,17 @@ impl Machine {
         run::shown(&mut qemu)
     }
 
-    /// Makes the folder of the run, with the payload as a disk.
-    fn prepare(&self, payload: &Path) -> Result<PathBuf> {
+    /// Makes the folder of the run, with the payload as a disk; it is nobody else's until the lock is
+    /// given up.
+    fn prepare(&self, payload: &Path) -> Result<(PathBuf, Flock<File>)> {
         ensure!(
             self.disks.len() <= 2,
             "a machine takes two more disks at most"
         );
-        let dir = build::repository()?.join("target/vm").join(&self.name);
+        let all = build::repository()?.join("target/vm");
+        fs::create_dir_all(&all)?;
+        let dir = all.join(&self.name);
+        let lock = cache::lock(&all.join(format!("{}.lock", self.name)))?;
         run::remove_tree(&dir)?;
         fs::create_dir_all(&dir)?;
         let tar = dir.join("payload.tar");
@@ -214,11 +222,11 @@ impl Machine {
         )?;
         // A disk is made of whole sectors.
         let size = fs::metadata(&tar)?.len().next_multiple_of(4096);
-        fs::File::options().write(true).open(&tar)?.set_len(size)?;
+        File::options().write(true).open(&tar)?.set_len(size)?;
         if let Some(plugin) = &self.plugin {
             fs::copy(plugin, dir.join("plugin.so")).context("cannot copy QEMU's plugin")?;
         }
-        Ok(dir)
+        Ok((dir, lock))
     }
 
     fn qemu(&self, machines: &Machines, dir: &Path) -> Command {
@@ -369,6 +377,7 @@ mod tests {
             console: console.clone(),
             splats: splats.iter().map(ToString::to_string).collect(),
             end,
+            _folder: None,
         };
         assert!(outcome(&[], End::Orderly).verdict().is_ok());
         assert!(outcome(&["BUG: x"], End::Orderly).verdict().is_err());
