@@ -41,13 +41,15 @@ pub(super) fn cases() -> Vec<Case> {
             "64 disks of one guest connect and work",
             Nothing,
             |context| many(context, 64),
-        ),
+        )
+        .no_leaks(),
         case(
             "memory.255_disks",
             "255 disks of one guest connect and work",
             Nothing,
             |context| many(context, 255),
         )
+        .no_leaks()
         .nightly(),
         case(
             "memory.bounds",
