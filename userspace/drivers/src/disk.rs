@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Driver, Extent, Shape};
+use crate::{Attributes, Driver, Extent, Shape};
 use control::Failure;
-use diskio::{Data, Errno};
+use diskio::{Bytes, Data, Errno};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -15,10 +16,10 @@ type Later<'a, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
 trait Any {
     fn activate(&self) -> Later<'_, Shape, Failure>;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
-    fn write(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
+    fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
     fn flush(&self) -> Later<'_, (), Errno>;
-    fn discard(&self, offset: u64, len: u64) -> Later<'_, (), Errno>;
-    fn write_zeroes(&self, offset: u64, len: u64) -> Later<'_, (), Errno>;
+    fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
+    fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn map(&self, offset: u64, len: u64) -> Extent;
     fn resize(&self) -> Later<'_, u64, Failure>;
     fn stats(&self) -> BTreeMap<String, u64>;
@@ -32,17 +33,17 @@ impl<D: Driver> Any for D {
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno> {
         Box::pin(Driver::read(self, offset, data))
     }
-    fn write(&self, offset: u64, data: Data) -> Later<'_, (), Errno> {
-        Box::pin(Driver::write(self, offset, data))
+    fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno> {
+        Box::pin(Driver::write(self, offset, data, how))
     }
     fn flush(&self) -> Later<'_, (), Errno> {
         Box::pin(Driver::flush(self))
     }
-    fn discard(&self, offset: u64, len: u64) -> Later<'_, (), Errno> {
-        Box::pin(Driver::discard(self, offset, len))
+    fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno> {
+        Box::pin(Driver::discard(self, offset, len, how))
     }
-    fn write_zeroes(&self, offset: u64, len: u64) -> Later<'_, (), Errno> {
-        Box::pin(Driver::write_zeroes(self, offset, len))
+    fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno> {
+        Box::pin(Driver::write_zeroes(self, offset, len, how))
     }
     fn map(&self, offset: u64, len: u64) -> Extent {
         Driver::map(self, offset, len)
@@ -59,9 +60,15 @@ impl<D: Driver> Any for D {
 }
 
 /// A disk, whatever serves its content. Copies are the same disk. The calls are those of
-/// [`Driver`].
+/// [`Driver`]; what a driver cannot do by itself is done here.
 #[derive(Clone)]
-pub struct Disk(Rc<dyn Any>);
+pub struct Disk(Rc<Inner<dyn Any>>);
+
+struct Inner<D: ?Sized> {
+    /// What the driver said of itself.
+    shape: Cell<Option<Shape>>,
+    driver: D,
+}
 
 impl std::fmt::Debug for Disk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -72,56 +79,78 @@ impl std::fmt::Debug for Disk {
 impl Disk {
     /// The disk that `driver` serves.
     pub fn new(driver: impl Driver) -> Self {
-        Self(Rc::new(driver))
+        Self(Rc::new(Inner {
+            shape: Cell::new(None),
+            driver,
+        }))
     }
 
     /// See [`Driver::activate`].
     pub async fn activate(&self) -> Result<Shape, Failure> {
-        self.0.activate().await
+        let shape = self.0.driver.activate().await?;
+        self.0.shape.set(Some(shape));
+        Ok(shape)
     }
 
     /// See [`Driver::read`].
     pub async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
-        self.0.read(offset, data).await
+        self.0.driver.read(offset, data).await
     }
 
     /// See [`Driver::write`].
-    pub async fn write(&self, offset: u64, data: Data) -> Result<(), Errno> {
-        self.0.write(offset, data).await
+    pub async fn write(
+        &self,
+        offset: u64,
+        data: impl Into<Bytes>,
+        how: Attributes,
+    ) -> Result<(), Errno> {
+        self.0.driver.write(offset, data.into(), how).await?;
+        self.settle(how).await
     }
 
     /// See [`Driver::flush`].
     pub async fn flush(&self) -> Result<(), Errno> {
-        self.0.flush().await
+        self.0.driver.flush().await
     }
 
     /// See [`Driver::discard`].
-    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.0.discard(offset, len).await
+    pub async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        self.0.driver.discard(offset, len, how).await?;
+        self.settle(how).await
     }
 
     /// See [`Driver::write_zeroes`].
-    pub async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.0.write_zeroes(offset, len).await
+    pub async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        self.0.driver.write_zeroes(offset, len, how).await?;
+        self.settle(how).await
+    }
+
+    /// Makes durable what a driver did not that knows nothing of [`Attributes::fua`].
+    async fn settle(&self, how: Attributes) -> Result<(), Errno> {
+        let heeded = self.0.shape.get().is_some_and(|shape| shape.fua);
+        match how.fua && !heeded {
+            true => self.flush().await,
+            false => Ok(()),
+        }
     }
 
     /// See [`Driver::map`].
     pub fn map(&self, offset: u64, len: u64) -> Extent {
-        self.0.map(offset, len)
+        self.0.driver.map(offset, len)
     }
 
     /// See [`Driver::resize`].
     pub async fn resize(&self) -> Result<u64, Failure> {
-        self.0.resize().await
+        self.0.driver.resize().await
     }
 
     /// See [`Driver::stats`].
     pub fn stats(&self) -> BTreeMap<String, u64> {
-        self.0.stats()
+        self.0.driver.stats()
     }
 
     /// See [`Driver::close`].
     pub async fn close(&self) -> Result<(), Errno> {
-        self.0.close().await
+        self.0.driver.close().await
     }
 }

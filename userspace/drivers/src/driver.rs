@@ -2,7 +2,7 @@
 //! What a driver does.
 
 use control::Failure;
-use diskio::{Data, Errno};
+use diskio::{Bytes, Data, Errno};
 use std::collections::BTreeMap;
 
 /// What a disk is like.
@@ -18,6 +18,21 @@ pub struct Shape {
     pub discard: Option<u32>,
     /// What was written is durable after a flush only.
     pub write_cache: bool,
+    /// The driver heeds [`Attributes::fua`]. Otherwise [`Disk`](crate::Disk) flushes after such a
+    /// request.
+    pub fua: bool,
+}
+
+/// What there is to know of a request that changes the disk, beside what it does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attributes {
+    /// It must be durable when it is answered. That says nothing of what came before.
+    pub fua: bool,
+    /// An earlier process may have executed it, in whole or in part.
+    pub replay: bool,
+    /// Its place in the order in which the guest's requests arrived, the same when it is delivered
+    /// again; nothing for those that do not come from the guest.
+    pub sequence: Option<u64>,
 }
 
 /// Where the bytes of a range are.
@@ -53,25 +68,26 @@ pub trait Driver: 'static {
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno>;
 
     /// Writes all of `data`. When this returns, the death of this process must not undo it.
-    async fn write(&self, offset: u64, data: Data) -> Result<(), Errno>;
+    async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno>;
 
     /// Makes durable whatever was written before: it must survive the loss of power.
     async fn flush(&self) -> Result<(), Errno>;
 
     /// Forgets a range; it may read as anything afterwards.
-    async fn discard(&self, _offset: u64, _len: u64) -> Result<(), Errno> {
+    async fn discard(&self, _offset: u64, _len: u64, _how: Attributes) -> Result<(), Errno> {
         Err(Errno::OPNOTSUPP)
     }
 
     /// Makes a range read as zeroes.
-    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+    async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
         const PIECE: u64 = 256 << 10;
         // CAST: it is at most `PIECE`.
-        let zeroes = Data::zeroed(len.clamp(1, PIECE) as usize)?;
+        let zeroes = Bytes::from(Data::zeroed(len.clamp(1, PIECE) as usize)?);
         let mut done = 0;
         while done < len {
             let count = (len - done).min(PIECE) as usize;
-            self.write(offset + done, zeroes.part(0, count)).await?;
+            let piece = zeroes.part(0, count);
+            self.write(offset + done, piece, how).await?;
             done += count as u64;
         }
         Ok(())

@@ -10,8 +10,8 @@ mod ram;
 mod raw;
 
 pub use disk::Disk;
-pub use diskio::{Data, Errno, File, Io};
-pub use driver::{Driver, Extent, Shape};
+pub use diskio::{Bytes, Data, Errno, File, Io};
+pub use driver::{Attributes, Driver, Extent, Shape};
 pub use null::Null;
 pub use open::open;
 pub use ram::Ram;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `null`: nothing, to measure what everything else costs.
 
-use crate::{Driver, Shape};
+use crate::{Attributes, Driver, Shape};
 use control::Failure;
-use diskio::{Data, Errno};
+use diskio::{Bytes, Data, Errno};
 
 /// A disk that reads as zeroes and forgets what is written.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ impl Driver for Null {
             physical_block: 512,
             discard: Some(512),
             write_cache: false,
+            fua: true,
         })
     }
 
@@ -34,7 +35,7 @@ impl Driver for Null {
         Ok(())
     }
 
-    async fn write(&self, _offset: u64, _data: Data) -> Result<(), Errno> {
+    async fn write(&self, _offset: u64, _data: Bytes, _how: Attributes) -> Result<(), Errno> {
         Ok(())
     }
 
@@ -42,11 +43,11 @@ impl Driver for Null {
         Ok(())
     }
 
-    async fn discard(&self, _offset: u64, _len: u64) -> Result<(), Errno> {
+    async fn discard(&self, _offset: u64, _len: u64, _how: Attributes) -> Result<(), Errno> {
         Ok(())
     }
 
-    async fn write_zeroes(&self, _offset: u64, _len: u64) -> Result<(), Errno> {
+    async fn write_zeroes(&self, _offset: u64, _len: u64, _how: Attributes) -> Result<(), Errno> {
         Ok(())
     }
 }

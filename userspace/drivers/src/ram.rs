@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ram`: memory, of which only what was written exists.
 
-use crate::{Driver, Shape};
+use crate::{Attributes, Driver, Shape};
 use control::{Code, Failure};
-use diskio::{Data, Errno, File};
+use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
 
 /// A disk in memory. The memory is a file that whoever starts this process keeps for the next one: it
@@ -42,6 +42,7 @@ impl Driver for Ram {
             physical_block: 4096,
             discard: Some(4096),
             write_cache: false,
+            fua: true,
         })
     }
 
@@ -49,7 +50,7 @@ impl Driver for Ram {
         self.memory.read(offset, data).await
     }
 
-    async fn write(&self, offset: u64, data: Data) -> Result<(), Errno> {
+    async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
         self.memory.write(offset, data).await
     }
 
@@ -57,12 +58,12 @@ impl Driver for Ram {
         Ok(())
     }
 
-    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+    async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         self.memory.discard(offset, len).await
     }
 
     /// A hole reads as zeroes and needs no memory.
-    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+    async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         self.memory.discard(offset, len).await
     }
 

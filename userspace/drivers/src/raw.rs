@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `aio` and `sync`: the image is the disk, byte for byte.
 
-use crate::{Driver, Extent, Shape};
+use crate::{Attributes, Driver, Extent, Shape};
 use control::{Code, Failure};
-use diskio::{Data, Errno, File};
+use diskio::{Bytes, Data, Errno, File};
 
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
@@ -63,6 +63,14 @@ impl Raw {
         Ok(size)
     }
 
+    /// Makes what changed durable, if it is to be.
+    async fn settle(&self, how: Attributes) -> Result<(), Errno> {
+        match how.fua {
+            true => self.file.flush().await,
+            false => Ok(()),
+        }
+    }
+
     /// Logical and physical blocks.
     fn blocks(&self) -> Result<(u32, u32), Failure> {
         let (logical, physical) = self
@@ -100,6 +108,7 @@ impl Driver for Raw {
             physical_block,
             discard: self.discard.then_some(unit),
             write_cache: true,
+            fua: true,
         })
     }
 
@@ -107,23 +116,28 @@ impl Driver for Raw {
         self.file.read(offset, data).await
     }
 
-    async fn write(&self, offset: u64, data: Data) -> Result<(), Errno> {
-        self.file.write(offset, data).await
+    async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
+        match how.fua {
+            true => self.file.write_durable(offset, data).await,
+            false => self.file.write(offset, data).await,
+        }
     }
 
     async fn flush(&self) -> Result<(), Errno> {
         self.file.flush().await
     }
 
-    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+    async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
         match self.discard {
-            true => self.file.discard(offset, len).await,
-            false => Err(Errno::OPNOTSUPP),
+            true => self.file.discard(offset, len).await?,
+            false => return Err(Errno::OPNOTSUPP),
         }
+        self.settle(how).await
     }
 
-    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.file.write_zeroes(offset, len).await
+    async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        self.file.write_zeroes(offset, len).await?;
+        self.settle(how).await
     }
 
     fn map(&self, offset: u64, len: u64) -> Extent {

@@ -3,7 +3,7 @@
 
 use control::Code;
 use diskio::{Align, Data, File, Runtime};
-use drivers::{Disk, Raw, Shape};
+use drivers::{Attributes, Disk, Raw, Shape};
 use std::os::unix::fs::FileExt;
 
 /// What the storage of these tests writes at once.
@@ -48,8 +48,11 @@ fn writers_of_a_shared_image_do_not_undo_each_others_writes() {
     for (number, (disk, _)) in both.iter().enumerate() {
         let (disk, byte) = (disk.clone(), number as u8 + 1);
         runtime.tasks.spawn(async move {
-            let data = Data::copied(&vec![byte; unit]).unwrap();
-            disk.write((number * unit) as u64, data).await.unwrap();
+            let (data, how) = (
+                Data::copied(&vec![byte; unit]).unwrap(),
+                Attributes::default(),
+            );
+            disk.write((number * unit) as u64, data, how).await.unwrap();
         });
     }
     runtime.finish().unwrap();
@@ -79,7 +82,10 @@ fn last_sector_is_written_and_the_file_stays_as_long_as_it_is() {
     assert!(file.keep_size().unwrap(), "it goes through the page cache");
     let (disk, shape) = active(&runtime, Raw::new(file, false));
     assert_eq!(shape.unwrap().size, size);
-    let write = async move { disk.write(size - 512, Data::copied(&[7; 512])?).await };
+    let write = async move {
+        let how = Attributes::default();
+        disk.write(size - 512, Data::copied(&[7; 512])?, how).await
+    };
     runtime.block_on(write).unwrap().unwrap();
     assert_eq!(image.metadata().unwrap().len(), size);
     let mut bytes = [0; 1024];

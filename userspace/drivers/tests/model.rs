@@ -5,7 +5,7 @@
 use control::tapdisk::Open;
 use control::{Code, Driver as Name};
 use diskio::{Data, Engine, Errno, Runtime};
-use drivers::{open, Disk, Extent, Shape};
+use drivers::{open, Attributes, Disk, Extent, Shape};
 use proptest::prelude::*;
 use std::cell::RefCell;
 use std::fs;
@@ -16,6 +16,13 @@ use std::rc::Rc;
 
 const SECTORS: u64 = 320;
 const SIZE: u64 = SECTORS * 512;
+
+/// Neither durable nor a replay.
+const PLAIN: Attributes = Attributes {
+    fua: false,
+    replay: false,
+    sequence: None,
+};
 
 /// A driver and the engine that its image is used with.
 const DISKS: [(Name, Engine); 4] = [
@@ -121,15 +128,23 @@ fn apply(model: &mut [u8], step: &Step) {
 }
 
 async fn execute(disk: &Disk, step: &Step) -> Result<Option<Vec<u8>>, Errno> {
+    // Some of them, always the same, are to be durable.
+    let how = Attributes {
+        fua: step.range().is_some_and(|(at, n)| (at + n) % 3 == 0),
+        ..PLAIN
+    };
     match *step {
         Step::Read(at, n) => {
             let data = Data::zeroed((n * 512) as usize)?;
             disk.read(at * 512, data.clone()).await?;
             return Ok(Some(data.to_vec()));
         }
-        Step::Write(at, n, byte) => disk.write(at * 512, Data::copied(&bytes(n, byte))?).await?,
-        Step::Zeroes(at, n) => disk.write_zeroes(at * 512, n * 512).await?,
-        Step::Discard(at, n) => disk.discard(at * 512, n * 512).await?,
+        Step::Write(at, n, byte) => {
+            let data = Data::copied(&bytes(n, byte))?;
+            disk.write(at * 512, data, how).await?;
+        }
+        Step::Zeroes(at, n) => disk.write_zeroes(at * 512, n * 512, how).await?,
+        Step::Discard(at, n) => disk.discard(at * 512, n * 512, how).await?,
         Step::Flush => disk.flush().await?,
     }
     Ok(None)
@@ -247,7 +262,7 @@ fn what_may_not_be_written_or_discarded() {
     };
     let (disk, shape) = try_open(&runtime, Name::Aio, &file, what).unwrap();
     assert_eq!(shape.discard, None);
-    let result = runtime.block_on(async move { disk.discard(0, 4096).await });
+    let result = runtime.block_on(async move { disk.discard(0, 4096, PLAIN).await });
     assert_eq!(result.unwrap(), Err(Errno::OPNOTSUPP));
 }
 
@@ -319,12 +334,12 @@ fn memory_of_a_ram_disk_is_what_was_written() {
         .block_on(async move {
             let (disk, shape) = open(&io, &what, Some(memory.into())).await.unwrap();
             assert_eq!(shape.size, 1 << 40);
-            disk.write((1 << 40) - 512, Data::copied(&[1; 512]).unwrap())
+            disk.write((1 << 40) - 512, Data::copied(&[1; 512]).unwrap(), PLAIN)
                 .await
                 .unwrap();
             let written = disk.stats()["memory_bytes"];
-            disk.discard(0, 1 << 20).await.unwrap();
-            disk.write_zeroes((1 << 40) - (64 << 10), 64 << 10)
+            disk.discard(0, 1 << 20, PLAIN).await.unwrap();
+            disk.write_zeroes((1 << 40) - (64 << 10), 64 << 10, PLAIN)
                 .await
                 .unwrap();
             (written, disk.stats()["memory_bytes"])

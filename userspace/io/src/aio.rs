@@ -118,15 +118,22 @@ impl Aio {
                 continue;
             };
             let transfer = match op {
-                Op::Read { file, offset, .. } => Some((PREADV, file, *offset)),
-                Op::Write { file, offset, .. } => Some((PWRITEV, file, *offset)),
-                Op::Sync { file } => Some((FDSYNC, file, 0)),
+                Op::Read { file, offset, .. } => Some((PREADV, file, *offset, 0)),
+                Op::Write {
+                    file,
+                    offset,
+                    durable,
+                    ..
+                } => Some((PWRITEV, file, *offset, sync::write_flags(*durable))),
+                Op::Sync { file } => Some((FDSYNC, file, 0, 0)),
                 _ => None,
             };
-            if let Some((opcode, file, offset)) = transfer {
+            if let Some((opcode, file, offset, flags)) = transfer {
                 self.blocks.push(Block {
                     data: index as u64,
                     opcode,
+                    // CAST: the bits are those of the kernel.
+                    rw_flags: flags as u32,
                     // CAST: an open descriptor is not negative.
                     fd: file.as_raw_fd() as u32,
                     buffer: vector.as_ptr() as u64,

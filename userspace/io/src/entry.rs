@@ -43,7 +43,12 @@ impl Entries {
     pub(crate) fn entry(&self, op: &Op, vector: &[libc::iovec]) -> Entry {
         match op {
             Op::Read { file, offset, data } => self.read(file, *offset, data, vector),
-            Op::Write { file, offset, data } => self.write(file, *offset, data, vector),
+            Op::Write {
+                file,
+                offset,
+                data,
+                durable,
+            } => self.write(file, *offset, data.data(), *durable, vector),
             Op::Sync { file } => opcode::Fsync::new(types::Fd(file.as_raw_fd()))
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
@@ -97,19 +102,30 @@ impl Entries {
         }
     }
 
-    fn write(&self, file: &OwnedFd, offset: u64, data: &Data, vector: &[libc::iovec]) -> Entry {
+    fn write(
+        &self,
+        file: &OwnedFd,
+        offset: u64,
+        data: &Data,
+        durable: bool,
+        vector: &[libc::iovec],
+    ) -> Entry {
         let fd = types::Fd(file.as_raw_fd());
+        let flags = crate::sync::write_flags(durable);
         // CAST: data has at most a few hundred pieces.
         let (pointer, count) = (vector.as_ptr(), vector.len() as u32);
         match self.way(data) {
             Way::Fixed { place, len } => opcode::WriteFixed::new(fd, place, len, 0)
                 .offset(offset)
+                .rw_flags(flags)
                 .build(),
             Way::FixedVector => opcode::WritevFixed::new(fd, pointer, count, 0)
                 .offset(offset)
+                .rw_flags(flags)
                 .build(),
             Way::Vector => opcode::Writev::new(fd, pointer, count)
                 .offset(offset)
+                .rw_flags(flags)
                 .build(),
         }
     }

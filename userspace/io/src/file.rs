@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image: transfers of any length at any offset, whatever the file asks for.
 
-use crate::{Data, Errno, Gate, Io, Op};
+use crate::{Bytes, Data, Errno, Gate, Io, Op};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use std::io;
@@ -173,29 +173,47 @@ impl File {
     }
 
     /// Writes all of `data` from `offset` on.
-    pub async fn write(&self, offset: u64, data: Data) -> Result<(), Errno> {
-        if self.align.offset <= 512 && self.is_aligned(offset, &data) {
-            return self.write_all(offset, data).await;
+    pub async fn write(&self, offset: u64, data: impl Into<Bytes>) -> Result<(), Errno> {
+        self.write_as(offset, data.into(), false).await
+    }
+
+    /// Writes all of `data` from `offset` on, and makes it durable, which says nothing of what was
+    /// written before.
+    pub async fn write_durable(&self, offset: u64, data: impl Into<Bytes>) -> Result<(), Errno> {
+        let data = data.into();
+        match self.write_as(offset, data.clone(), true).await {
+            // Some file systems know no flags of a write.
+            Err(Errno::OPNOTSUPP) => {
+                self.write_as(offset, data, false).await?;
+                self.flush().await
+            }
+            result => result,
+        }
+    }
+
+    async fn write_as(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), Errno> {
+        if self.align.offset <= 512 && self.is_aligned(offset, data.data()) {
+            return self.write_all(offset, data, durable).await;
         }
         let block = self.align.offset as u64;
         if offset % block == 0 && data.len() as u64 % block == 0 {
             let _pass = self.gate.shared().await;
-            let data = match self.is_aligned(offset, &data) {
+            let data = match self.is_aligned(offset, data.data()) {
                 true => data,
                 false => {
                     let bounce = Data::zeroed(data.len())?;
                     data.copy_to(&bounce, 0);
-                    bounce
+                    bounce.into()
                 }
             };
-            return self.write_all(offset, data).await;
+            return self.write_all(offset, data, durable).await;
         }
         let _pass = self.gate.alone().await;
         let (from, bounce) = self.around(offset, data.len())?;
         // What is behind the end of the file stays zero.
         self.read_some(from, bounce.clone()).await?;
         data.copy_to(&bounce, lead(offset, from));
-        self.write_all(from, bounce).await
+        self.write_all(from, bounce.into(), durable).await
     }
 
     /// Makes durable what was written.
@@ -293,7 +311,7 @@ impl File {
         Ok(done)
     }
 
-    async fn write_all(&self, offset: u64, data: Data) -> Result<(), Errno> {
+    async fn write_all(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), Errno> {
         let mut done = 0;
         while done < data.len() {
             let count = self
@@ -301,6 +319,7 @@ impl File {
                     file: self.fd.clone(),
                     offset: offset + done as u64,
                     data: data.part(done, data.len() - done),
+                    durable,
                 })
                 .await? as usize;
             if count == 0 {

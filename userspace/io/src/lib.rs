@@ -7,13 +7,14 @@
 //! system call, and wake who waits for those that are done.
 //!
 //! Memory is a [`Region`], and what an operation reads into or writes from is [`Data`]: pieces of a
-//! region. No reference to its bytes is ever given out, because the kernel, and perhaps another
+//! region; [`Bytes`] is data that can only be read. No reference to its bytes is ever given out, because the kernel, and perhaps another
 //! process, changes them. The memory of an operation stays until the operation is over, even if the
 //! future that waits for it is dropped.
 //!
 //! [`File`] is an image: it hides short transfers, interrupted calls and alignment.
 
 mod aio;
+mod bytes;
 mod data;
 mod entry;
 mod exec;
@@ -27,6 +28,7 @@ mod sync;
 mod table;
 mod uring;
 
+pub use bytes::Bytes;
 pub use data::Data;
 pub use exec::{Executor, Runtime};
 pub use file::{Align, File, LockKind};

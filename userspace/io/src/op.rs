@@ -5,7 +5,7 @@ use crate::aio::Aio;
 use crate::sync;
 use crate::table::Table;
 use crate::uring::Uring;
-use crate::{Data, Errno, Region};
+use crate::{Bytes, Data, Errno, Region};
 use rustix::time::{
     timerfd_create, timerfd_settime, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags,
     Timespec,
@@ -38,7 +38,9 @@ pub enum Op {
         /// Bytes from its beginning.
         offset: u64,
         /// Where from.
-        data: Data,
+        data: Bytes,
+        /// What is written is durable when the operation is over (`RWF_DSYNC`).
+        durable: bool,
     },
     /// Makes what was written durable (`fdatasync`).
     Sync {

@@ -16,6 +16,14 @@ pub(crate) fn zero_mode(hole: bool) -> i32 {
         }
 }
 
+/// Flags of a write.
+pub(crate) fn write_flags(durable: bool) -> i32 {
+    match durable {
+        true => libc::RWF_DSYNC,
+        false => 0,
+    }
+}
+
 /// Executes what is queued and, with `wait`, waits for a descriptor if nothing was. Returns the
 /// number of system calls.
 pub(crate) fn enter(table: &mut Table, wait: bool) -> io::Result<u64> {
@@ -89,11 +97,17 @@ pub(crate) fn execute(op: &Op, vector: &[libc::iovec]) -> Option<i32> {
             // into a region that is not would fail with EFAULT.
             unsafe { libc::preadv(file.as_raw_fd(), vector.as_ptr(), count, offset) }
         }
-        Op::Write { file, offset, .. } => {
+        Op::Write {
+            file,
+            offset,
+            durable,
+            ..
+        } => {
             // CAST: as above.
             let (count, offset) = (vector.len() as i32, *offset as i64);
+            let flags = write_flags(*durable);
             // SAFETY: the vector names memory that the operation owns.
-            unsafe { libc::pwritev(file.as_raw_fd(), vector.as_ptr(), count, offset) }
+            unsafe { libc::pwritev2(file.as_raw_fd(), vector.as_ptr(), count, offset, flags) }
         }
         Op::Sync { file } => return Some(code(rustix::fs::fdatasync(file))),
         Op::Zero {

@@ -256,10 +256,13 @@ impl Table {
 
 /// Says where the data of an operation is.
 fn fill(vector: &mut Vec<libc::iovec>, op: &Op) {
-    if let Op::Read { data, .. } | Op::Write { data, .. } = op {
-        vector.extend(data.pieces().iter().map(|piece| libc::iovec {
-            iov_base: data.region().place(piece.at, piece.len).cast(),
-            iov_len: piece.len,
-        }));
-    }
+    let data = match op {
+        Op::Read { data, .. } => data,
+        Op::Write { data, .. } => data.data(),
+        _ => return,
+    };
+    vector.extend(data.pieces().iter().map(|piece| libc::iovec {
+        iov_base: data.region().place(piece.at, piece.len).cast(),
+        iov_len: piece.len,
+    }));
 }

@@ -15,6 +15,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
+/// The same on every architecture.
+const SYS_CACHESTAT: libc::c_long = 451;
 const O_DIRECT: i32 = libc::O_DIRECT;
 
 /// A folder on the file system of the build, which can do direct I/O; /tmp may not.
@@ -108,7 +110,12 @@ fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, s
                 let bytes: Vec<u8> = (0..len).map(|n| byte ^ (n / 512) as u8).collect();
                 data.write(0, &bytes);
                 runtime
-                    .block_on(async move { file.write(at, data).await })
+                    .block_on(async move {
+                        match byte % 4 {
+                            0 => file.write_durable(at, data).await,
+                            _ => file.write(at, data).await,
+                        }
+                    })
                     .unwrap()
                     .unwrap();
                 model[at as usize..][..len].copy_from_slice(&bytes);
@@ -274,12 +281,52 @@ fn write_at(engine: Engine, fd: OwnedFd, offset: u64) -> Result<u32, Errno> {
     let op = Op::Write {
         file: Rc::new(fd),
         offset,
-        data: Data::zeroed(512).unwrap(),
+        data: Data::zeroed(512).unwrap().into(),
+        durable: false,
     };
     let io = runtime.io.clone();
     runtime
         .block_on(async move { io.submit(op).await })
         .unwrap()
+}
+
+/// Pages of a file that are not written back (`struct cachestat` of the kernel).
+fn dirty_pages(fd: &OwnedFd) -> u64 {
+    let range = [0_u64; 2];
+    let mut stat = [0_u64; 5];
+    // SAFETY: the call reads two numbers and writes five.
+    let result = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            fd.as_raw_fd(),
+            range.as_ptr(),
+            stat.as_mut_ptr(),
+            0,
+        )
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    stat[1]
+}
+
+#[test]
+fn durable_write_is_written_back_before_it_is_over() {
+    for engine in ENGINES {
+        let runtime = runtime(engine);
+        let fd = open(&[0; 16384], 0);
+        let file = File::new(&runtime.io, fd.try_clone().unwrap()).unwrap();
+        let write = |durable: bool| {
+            let (file, data) = (file.clone(), Data::copied(&[5; 16384]).unwrap());
+            let write = async move {
+                match durable {
+                    true => file.write_durable(0, data).await,
+                    false => file.write(0, data).await,
+                }
+            };
+            runtime.block_on(write).unwrap().unwrap();
+            dirty_pages(&fd)
+        };
+        assert_eq!((write(false), write(true)), (4, 0), "{engine:?}");
+    }
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub struct Request {
     pub fua: bool,
     /// An earlier process may have executed it already, in whole or in part.
     pub replay: bool,
+    /// Its place in the order of arrival on this disk, the same when it is delivered again.
+    pub sequence: u64,
     /// When it arrived in the kernel: nanoseconds of `CLOCK_MONOTONIC`.
     pub arrived_ns: u64,
     pub(crate) tag: u16,
@@ -127,6 +129,7 @@ pub(crate) fn check(
         preflush: desc.flags & abi::DESC_PREFLUSH != 0,
         fua: desc.flags & abi::DESC_FUA != 0,
         replay: desc.flags & abi::DESC_REPLAY != 0,
+        sequence: desc.sequence,
         arrived_ns: desc.arrived_ns,
         tag,
         generation: desc.generation,

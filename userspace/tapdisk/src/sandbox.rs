@@ -176,6 +176,7 @@ const CALLS: &[i64] = &[
     libc::SYS_pwrite64,
     libc::SYS_preadv,
     libc::SYS_pwritev,
+    libc::SYS_pwritev2,
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
     libc::SYS_lseek,
@@ -347,6 +348,7 @@ mod tests {
                 runtime
                     .block_on(async move {
                         file.write(0, data.clone()).await.unwrap();
+                        file.write_durable(0, data.clone()).await.unwrap();
                         file.read(4096, data).await.unwrap();
                         file.discard(0, 4096).await.unwrap();
                         file.flush().await.unwrap();

@@ -7,7 +7,7 @@ use crate::Troubles;
 use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Trouble};
 use diskio::{Errno, Runtime};
-use drivers::{Disk, Shape};
+use drivers::{Attributes, Disk, Shape};
 use rustix::time::{clock_gettime, ClockId};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -266,20 +266,20 @@ impl Server {
         if request.preflush {
             self.disk.flush().await?;
         }
+        let how = Attributes {
+            fua: request.fua,
+            replay: request.replay,
+            sequence: Some(request.sequence),
+        };
+        let (offset, len) = (request.offset, request.len);
         let data = || request.data.clone().ok_or(Errno::INVAL);
         match request.kind {
-            Kind::Read => self.disk.read(request.offset, data()?).await?,
-            Kind::Write => self.disk.write(request.offset, data()?).await?,
-            Kind::Flush => self.flush().await?,
-            Kind::Discard { .. } => {
-                self.disk.discard(request.offset, request.len).await?;
-            }
-            Kind::WriteZeroes => self.disk.write_zeroes(request.offset, request.len).await?,
+            Kind::Read => self.disk.read(offset, data()?).await,
+            Kind::Write => self.disk.write(offset, data()?, how).await,
+            Kind::Flush => self.flush().await,
+            Kind::Discard { .. } => self.disk.discard(offset, len, how).await,
+            Kind::WriteZeroes => self.disk.write_zeroes(offset, len, how).await,
         }
-        if request.fua {
-            self.disk.flush().await?;
-        }
-        Ok(())
     }
 
     async fn flush(&self) -> Result<(), Errno> {

@@ -4,8 +4,8 @@
 use control::stats::Stats;
 use control::tapdisk::{Call, OnError, Trouble, Troubles as Told};
 use control::Failure;
-use diskio::{Data, Errno, Runtime};
-use drivers::{Disk, Driver, Shape};
+use diskio::{Bytes, Data, Errno, Runtime};
+use drivers::{Attributes, Disk, Driver, Shape};
 use ring::response::Status;
 use ring::tap::shadow::{Op, Request};
 use std::cell::{Cell, RefCell};
@@ -22,6 +22,7 @@ const SHAPE: Shape = Shape {
     physical_block: 512,
     discard: Some(512),
     write_cache: true,
+    fua: false,
 };
 
 /// Writes down what it is called for. Nothing ends before a test lets it.
@@ -31,6 +32,10 @@ struct Slow(Rc<State>);
 #[derive(Default)]
 struct State {
     calls: RefCell<Vec<&'static str>>,
+    /// What it was told of writes.
+    seen: RefCell<Vec<Attributes>>,
+    /// It says that it does durable writes itself.
+    heeds_fua: Cell<bool>,
     /// Calls that may end.
     allowed: Cell<usize>,
     flush_fails: Cell<bool>,
@@ -74,18 +79,22 @@ impl Slow {
 
 impl Driver for Slow {
     async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(SHAPE)
+        Ok(Shape {
+            fua: self.0.heeds_fua.get(),
+            ..SHAPE
+        })
     }
     async fn read(&self, _: u64, _: Data) -> Result<(), Errno> {
         self.call("read").await
     }
-    async fn write(&self, _: u64, _: Data) -> Result<(), Errno> {
+    async fn write(&self, _: u64, _: Bytes, how: Attributes) -> Result<(), Errno> {
+        self.0.seen.borrow_mut().push(how);
         self.call("write").await
     }
     async fn flush(&self) -> Result<(), Errno> {
         self.call("flush").await
     }
-    async fn discard(&self, _: u64, _: u64) -> Result<(), Errno> {
+    async fn discard(&self, _: u64, _: u64, _: Attributes) -> Result<(), Errno> {
         self.call("discard").await
     }
 }
@@ -105,8 +114,12 @@ impl Lab {
     }
 
     fn with(terms: Terms) -> Self {
+        Self::on(Fake::new(8).unwrap(), Slow::default(), terms)
+    }
+
+    /// A process that serves this node with this driver.
+    fn on(fake: Fake, driver: Slow, terms: Terms) -> Self {
         let runtime = Runtime::new();
-        let fake = Fake::new(8).unwrap();
         let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
         tap.describe(&Params {
             sectors: SHAPE.size / 512,
@@ -119,7 +132,6 @@ impl Lab {
         })
         .unwrap();
         tap.start().unwrap();
-        let driver = Slow::default();
         let server = Self::server(&runtime, &tap, &driver, &terms);
         Self {
             runtime,
@@ -133,8 +145,27 @@ impl Lab {
 
     fn server(runtime: &Runtime, tap: &Rc<Tap>, driver: &Slow, terms: &Terms) -> Rc<Server> {
         let disk = Disk::new(driver.clone());
+        let its = disk.clone();
+        let shape = runtime.block_on(async move { its.activate().await });
         let stats: Rc<RefCell<Stats>> = Rc::default();
-        Server::new(runtime, tap, disk, &SHAPE, terms.clone(), &stats)
+        let shape = shape.unwrap().unwrap();
+        Server::new(runtime, tap, disk, &shape, terms.clone(), &stats)
+    }
+
+    /// The process dies, and another one takes its place.
+    fn die(self) -> Self {
+        let Self {
+            runtime,
+            fake,
+            tap,
+            terms,
+            server,
+            driver,
+        } = self;
+        runtime.tasks.clear();
+        drop((runtime, tap, server));
+        fake.fence();
+        Self::on(fake, driver, terms)
     }
 
     /// The disk was paused and goes on.
@@ -224,6 +255,49 @@ fn write_whose_flush_fails_is_an_error() {
         );
         assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error);
     }
+}
+
+#[test]
+fn driver_that_writes_durably_is_not_flushed() {
+    let driver = Slow::default();
+    driver.0.heeds_fua.set(true);
+    let lab = Lab::on(Fake::new(8).unwrap(), driver, Terms::default());
+    lab.write(true, true);
+    assert_eq!(
+        lab.steps(2),
+        [
+            (vec!["flush"], 0),
+            (vec!["flush", "write"], 0),
+            (vec!["flush", "write"], 1)
+        ]
+    );
+}
+
+#[test]
+fn driver_is_told_what_was_delivered_before() {
+    let lab = Lab::new();
+    lab.write(false, true);
+    lab.fake.send(Op::Write, 8, &[2; 512], false).unwrap();
+    lab.settle();
+    let first = lab.driver.0.seen.take();
+    let [one, two] = first[..] else {
+        panic!("{first:?}");
+    };
+    assert!(one.fua && !two.fua && !one.replay && !two.replay);
+    assert!(one.sequence.is_some() && one.sequence < two.sequence);
+    let lab = lab.die();
+    lab.fake.send(Op::Write, 16, &[3; 512], false).unwrap();
+    lab.settle();
+    let again = lab.driver.0.seen.take();
+    let [one_again, two_again, three] = again[..] else {
+        panic!("{again:?}");
+    };
+    let replayed = |attributes| Attributes {
+        replay: true,
+        ..attributes
+    };
+    assert_eq!([one_again, two_again], [one, two].map(replayed));
+    assert!(!three.replay && three.sequence > two.sequence);
 }
 
 #[test]

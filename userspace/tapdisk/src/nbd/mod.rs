@@ -10,7 +10,8 @@
 mod wire;
 
 use crate::{Server, Session};
-use diskio::{Data, Errno, Io};
+use diskio::{Bytes, Data, Errno, Io};
+use drivers::Attributes;
 use rustix::net::{recv, send, RecvFlags, SendFlags};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -244,25 +245,26 @@ async fn transfer(server: &Server, request: &Request, data: &mut Vec<u8>) -> Res
         Command::Flush => None,
         _ => Some(server.claim(offset, len, request.changes()).await),
     };
+    let how = Attributes {
+        fua: request.fua,
+        ..Attributes::default()
+    };
     match request.command {
         Command::Read => {
             let buffer = Data::zeroed(request.len as usize)?;
             disk.read(offset, buffer.clone()).await?;
             *data = buffer.to_vec();
         }
-        Command::Write => disk.write(offset, Data::copied(data)?).await?,
+        Command::Write => disk.write(offset, Bytes::copied(data)?, how).await?,
         Command::Flush if server.is_read_only() => {}
         Command::Flush => disk.flush().await?,
         // A hint, which may be ignored.
-        Command::Trim => match disk.discard(offset, len).await {
+        Command::Trim => match disk.discard(offset, len, how).await {
             Err(Errno::OPNOTSUPP) => {}
             result => result?,
         },
-        Command::WriteZeroes => disk.write_zeroes(offset, len).await?,
+        Command::WriteZeroes => disk.write_zeroes(offset, len, how).await?,
         Command::Disconnect | Command::Unknown => return Err(Errno::INVAL),
-    }
-    if request.fua && request.changes() {
-        disk.flush().await?;
     }
     Ok(())
 }
