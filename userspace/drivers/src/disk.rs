@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Attributes, Driver, Extent, Shape};
+use crate::{Attributes, Driver, Extent, Limits, Shape};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use std::cell::Cell;
@@ -20,7 +20,8 @@ trait Any {
     fn flush(&self) -> Later<'_, (), Errno>;
     fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
-    fn map(&self, offset: u64, len: u64) -> Extent;
+    fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
+    fn inactivate(&self) -> Later<'_, (), Errno>;
     fn resize(&self) -> Later<'_, u64, Failure>;
     fn stats(&self) -> BTreeMap<String, u64>;
     fn close(&self) -> Later<'_, (), Errno>;
@@ -45,8 +46,11 @@ impl<D: Driver> Any for D {
     fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno> {
         Box::pin(Driver::write_zeroes(self, offset, len, how))
     }
-    fn map(&self, offset: u64, len: u64) -> Extent {
-        Driver::map(self, offset, len)
+    fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno> {
+        Box::pin(Driver::extents(self, offset, len))
+    }
+    fn inactivate(&self) -> Later<'_, (), Errno> {
+        Box::pin(Driver::inactivate(self))
     }
     fn resize(&self) -> Later<'_, u64, Failure> {
         Box::pin(Driver::resize(self))
@@ -94,7 +98,13 @@ impl Disk {
 
     /// See [`Driver::read`].
     pub async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
-        self.0.driver.read(offset, data).await
+        let whole = data.len() as u64;
+        for (at, len) in self.pieces(offset, whole, |limits| limits.transfer) {
+            // CAST: they are inside of the data.
+            let part = data.part(at as usize, len as usize);
+            self.0.driver.read(offset + at, part).await?;
+        }
+        Ok(())
     }
 
     /// See [`Driver::write`].
@@ -104,7 +114,13 @@ impl Disk {
         data: impl Into<Bytes>,
         how: Attributes,
     ) -> Result<(), Errno> {
-        self.0.driver.write(offset, data.into(), how).await?;
+        let data = data.into();
+        let whole = data.len() as u64;
+        for (at, len) in self.pieces(offset, whole, |limits| limits.transfer) {
+            // CAST: they are inside of the data.
+            let part = data.part(at as usize, len as usize);
+            self.0.driver.write(offset + at, part, how).await?;
+        }
         self.settle(how).await
     }
 
@@ -115,14 +131,43 @@ impl Disk {
 
     /// See [`Driver::discard`].
     pub async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
-        self.0.driver.discard(offset, len, how).await?;
+        for (at, len) in self.pieces(offset, len, |limits| limits.zeroes) {
+            self.0.driver.discard(offset + at, len, how).await?;
+        }
         self.settle(how).await
     }
 
     /// See [`Driver::write_zeroes`].
     pub async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
-        self.0.driver.write_zeroes(offset, len, how).await?;
+        for (at, len) in self.pieces(offset, len, |limits| limits.zeroes) {
+            self.0.driver.write_zeroes(offset + at, len, how).await?;
+        }
         self.settle(how).await
+    }
+
+    /// The pieces of a request, each from its beginning on and how long, none larger than the driver
+    /// wants it.
+    fn pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        limit: impl Fn(&Limits) -> u64,
+    ) -> impl Iterator<Item = (u64, u64)> {
+        let limits = self.0.shape.get().map(|shape| shape.limits);
+        let limits = limits.unwrap_or_default();
+        let (most, align) = (limit(&limits).max(1), u64::from(limits.align.max(1)));
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let left = len.checked_sub(at).filter(|left| *left > 0)?;
+            let from = at;
+            let mut count = left.min(most);
+            let past = (offset + at + count) % align;
+            if count < left && past < count {
+                count -= past;
+            }
+            at += count;
+            Some((from, count))
+        })
     }
 
     /// Makes durable what a driver did not that knows nothing of [`Attributes::fua`].
@@ -134,9 +179,24 @@ impl Disk {
         }
     }
 
-    /// See [`Driver::map`].
-    pub fn map(&self, offset: u64, len: u64) -> Extent {
-        self.0.driver.map(offset, len)
+    /// See [`Driver::extents`]. None reaches beyond the range.
+    pub async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let mut extents = self.0.driver.extents(offset, len).await?;
+        let mut left = len;
+        extents.retain_mut(|extent| {
+            extent.len = extent.len.min(left);
+            left -= extent.len;
+            extent.len > 0
+        });
+        match extents.is_empty() {
+            true => Err(Errno::IO),
+            false => Ok(extents),
+        }
+    }
+
+    /// See [`Driver::inactivate`].
+    pub async fn inactivate(&self) -> Result<(), Errno> {
+        self.0.driver.inactivate().await
     }
 
     /// See [`Driver::resize`].

@@ -21,6 +21,30 @@ pub struct Shape {
     /// The driver heeds [`Attributes::fua`]. Otherwise [`Disk`](crate::Disk) flushes after such a
     /// request.
     pub fua: bool,
+    /// What one call may ask for.
+    pub limits: Limits,
+}
+
+/// What one call of a driver may ask for: [`Disk`](crate::Disk) makes several of a request that is
+/// larger. By default there is no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of a read or a write at most.
+    pub transfer: u64,
+    /// Bytes that are zeroed or discarded at once at most.
+    pub zeroes: u64,
+    /// Where a request is cut, if that is possible: at multiples of these bytes, such as a cluster.
+    pub align: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            transfer: u64::MAX,
+            zeroes: u64::MAX,
+            align: 1,
+        }
+    }
 }
 
 /// What there is to know of a request that changes the disk, beside what it does.
@@ -35,18 +59,23 @@ pub struct Attributes {
     pub sequence: Option<u64>,
 }
 
-/// Where the bytes of a range are.
+/// A part of the disk and what is there. It is true until something is written there: who needs it
+/// for longer than a moment claims the range. Where in an image the bytes are it does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// Ask [`Driver::read`] and [`Driver::write`].
-    NotMappable,
-    /// In the image at this offset, `len` bytes in a row, for as long as the disk is open.
-    Image {
-        /// Bytes from the beginning of the image.
-        offset: u64,
-        /// Bytes, from the one that was asked for on.
-        len: u64,
-    },
+pub struct Extent {
+    /// Bytes, not 0.
+    pub len: u64,
+    /// What is there.
+    pub content: Content,
+}
+
+/// What a part of a disk holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes that have to be read to be known.
+    Data,
+    /// Zeroes, for which no space is used.
+    Hole,
 }
 
 /// What serves the content of a disk.
@@ -93,9 +122,12 @@ pub trait Driver: 'static {
         Ok(())
     }
 
-    /// Where the bytes from `offset` on are, if they may be read and written there directly.
-    fn map(&self, _offset: u64, _len: u64) -> Extent {
-        Extent::NotMappable
+    /// What is in a range: extents in a row, without a gap, from `offset` on. There is one at least;
+    /// they need not reach the end of the range, nor end there. For copies, which leave out what
+    /// need not be read.
+    async fn extents(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let content = Content::Data;
+        Ok(vec![Extent { len, content }])
     }
 
     /// Looks at the size again and returns it.
@@ -108,6 +140,13 @@ pub trait Driver: 'static {
     /// Facts for the administrator, such as the number of clusters in use.
     fn stats(&self) -> BTreeMap<String, u64> {
         BTreeMap::new()
+    }
+
+    /// Lets go of the image for the time being: everything that was written is durable, and nothing of
+    /// the image is kept in memory, because the next to use it may be another process, or another
+    /// host. What comes after this is [`activate`](Self::activate) or [`close`](Self::close).
+    async fn inactivate(&self) -> Result<(), Errno> {
+        self.flush().await
     }
 
     /// Nothing comes after this. Everything that was written must be in the image, though not

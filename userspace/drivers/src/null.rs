@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `null`: nothing, to measure what everything else costs.
 
-use crate::{Attributes, Driver, Shape};
+use crate::{Attributes, Content, Driver, Extent, Limits, Shape};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 
@@ -27,6 +27,7 @@ impl Driver for Null {
             discard: Some(512),
             write_cache: false,
             fua: true,
+            limits: Limits::default(),
         })
     }
 
@@ -37,6 +38,11 @@ impl Driver for Null {
 
     async fn write(&self, _offset: u64, _data: Bytes, _how: Attributes) -> Result<(), Errno> {
         Ok(())
+    }
+
+    async fn extents(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let content = Content::Hole;
+        Ok(vec![Extent { len, content }])
     }
 
     async fn flush(&self) -> Result<(), Errno> {

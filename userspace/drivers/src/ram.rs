@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ram`: memory, of which only what was written exists.
 
-use crate::{Attributes, Driver, Shape};
+use crate::raw::extents;
+use crate::{Attributes, Driver, Extent, Limits, Shape};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
@@ -43,6 +44,7 @@ impl Driver for Ram {
             discard: Some(4096),
             write_cache: false,
             fua: true,
+            limits: Limits::default(),
         })
     }
 
@@ -52,6 +54,10 @@ impl Driver for Ram {
 
     async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
         self.memory.write(offset, data).await
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        extents(&self.memory, offset, len).await
     }
 
     async fn flush(&self) -> Result<(), Errno> {

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `aio` and `sync`: the image is the disk, byte for byte.
 
-use crate::{Attributes, Driver, Extent, Shape};
+use crate::{Attributes, Content, Driver, Extent, Limits, Shape};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
+
+/// Bytes that are zeroed or discarded at once: one call for the whole of a large image may take long,
+/// and not every engine does something else meanwhile.
+const ZEROES: u64 = 256 << 20;
 
 /// Bytes of a logical block at most.
 const MAX_BLOCK: u32 = 4096;
@@ -109,6 +113,11 @@ impl Driver for Raw {
             discard: self.discard.then_some(unit),
             write_cache: true,
             fua: true,
+            limits: Limits {
+                zeroes: ZEROES,
+                align: unit,
+                ..Limits::default()
+            },
         })
     }
 
@@ -140,8 +149,15 @@ impl Driver for Raw {
         self.settle(how).await
     }
 
-    fn map(&self, offset: u64, len: u64) -> Extent {
-        Extent::Image { offset, len }
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        extents(&self.file, offset, len).await
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        if self.file.is_writable().map_err(|error| number(&error))? {
+            self.file.flush().await?;
+        }
+        self.file.forget()
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
@@ -149,4 +165,18 @@ impl Driver for Raw {
         let unit = u32::try_from(self.file.align().offset).unwrap_or(u32::MAX);
         self.size(self.blocks()?.0.max(unit))
     }
+}
+
+/// What a file holds that is the disk byte for byte.
+pub(crate) async fn extents(file: &File, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+    let (len, is_data) = file.part(offset, len).await?;
+    let content = match is_data {
+        true => Content::Data,
+        false => Content::Hole,
+    };
+    Ok(vec![Extent { len, content }])
+}
+
+fn number(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }

@@ -216,6 +216,32 @@ impl File {
         self.write_all(from, bounce.into(), durable).await
     }
 
+    /// Bytes from `offset` on, at most `len`, that are alike, and whether they are data: the others are
+    /// a hole, which reads as zeroes. What cannot tell is data.
+    pub async fn part(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+        if self.is_device {
+            return Ok((len, true));
+        }
+        // What is there begins at the next data; if that is here, at the next hole.
+        let data = match seek(&self.fd, SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => return Ok((len, false)),
+            Err(Errno::INVAL) => return Ok((len, true)),
+            Err(error) => return Err(error),
+        };
+        if data > offset {
+            return Ok((len.min(data - offset), false));
+        }
+        let hole = seek(&self.fd, SeekFrom::Hole(offset))?;
+        Ok((len.min(hole.saturating_sub(offset).max(1)), true))
+    }
+
+    /// Keeps nothing of it in dom0's page cache that is written back: who reads it next gets what is
+    /// there then.
+    pub fn forget(&self) -> Result<(), Errno> {
+        rustix::fs::fadvise(&self.fd, 0, None, rustix::fs::Advice::DontNeed)
+    }
+
     /// Makes durable what was written.
     pub async fn flush(&self) -> Result<(), Errno> {
         self.repeat(|| Op::Sync {

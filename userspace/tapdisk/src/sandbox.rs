@@ -178,6 +178,7 @@ const CALLS: &[i64] = &[
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_fdatasync,
+    libc::SYS_fadvise64,
     libc::SYS_fallocate,
     libc::SYS_lseek,
     libc::SYS_fstat,
@@ -352,6 +353,8 @@ mod tests {
                         file.read(4096, data).await.unwrap();
                         file.discard(0, 4096).await.unwrap();
                         file.flush().await.unwrap();
+                        file.forget().unwrap();
+                        file.part(0, 8192).await.unwrap();
                         file.lock(diskio::LockKind::Write).unwrap();
                         file.size().unwrap();
                     })

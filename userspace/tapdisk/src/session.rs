@@ -320,13 +320,18 @@ impl Session {
         })
     }
 
-    /// Ends serving, and closes the image.
+    /// Ends serving, and closes the image, which others may use then.
     async fn pause(&self) -> Result<Reply, Failure> {
         let Some(server) = self.state.borrow().server.clone() else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
-        self.stop(server).await?;
-        Ok(Reply::Done)
+        server.quiesce().await;
+        let inactive = server.disk().inactivate().await;
+        let closed = self.stop(server).await;
+        inactive.map_err(|error| {
+            Failure::system("not all of the image could be made durable", &error.into())
+        })?;
+        closed.map(|()| Reply::Done)
     }
 
     async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {

@@ -5,7 +5,7 @@ use control::stats::Stats;
 use control::tapdisk::{Call, OnError, Trouble, Troubles as Told};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Runtime};
-use drivers::{Attributes, Disk, Driver, Shape};
+use drivers::{Attributes, Disk, Driver, Limits, Shape};
 use ring::response::Status;
 use ring::tap::shadow::{Op, Request};
 use std::cell::{Cell, RefCell};
@@ -23,6 +23,11 @@ const SHAPE: Shape = Shape {
     discard: Some(512),
     write_cache: true,
     fua: false,
+    limits: Limits {
+        transfer: u64::MAX,
+        zeroes: u64::MAX,
+        align: 1,
+    },
 };
 
 /// Writes down what it is called for. Nothing ends before a test lets it.

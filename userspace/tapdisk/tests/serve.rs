@@ -11,7 +11,11 @@ use proptest::prelude::*;
 use ring::response::Status as Answer;
 use ring::tap::abi::{STATE_IDLE, STATE_LIVE, STATE_OPEN};
 use ring::tap::shadow::Op;
+use rustix::io::{preadv2, ReadWriteFlags};
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::IoSliceMut;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use tapdev::fake::{Fake, SLOT};
 
@@ -167,6 +171,34 @@ fn requests_wait_while_the_disk_is_paused() {
     assert_eq!(fake.info().sectors, 2 * SECTORS);
     assert_eq!(second.bytes()[..1024], [[1; 512], [2; 512]].concat());
     assert_eq!(first.bytes()[512..1024], [0; 512]);
+    process.exit();
+}
+
+/// The page that holds an offset is in dom0's page cache.
+fn is_cached(file: &File, offset: u64) -> bool {
+    let mut byte = [0];
+    let mut vector = [IoSliceMut::new(&mut byte)];
+    preadv2(file, &mut vector, offset, ReadWriteFlags::NOWAIT) == Ok(1)
+}
+
+/// Pages that are not written back are not dropped, so one that is not there any more is durable.
+#[test]
+fn paused_image_is_durable_and_nothing_of_it_is_kept() {
+    let fake = Fake::new(4).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::start(&fake);
+    let target = format!("sync:{}", image.0.path().display());
+    let open = Open::new(target.parse().unwrap());
+    let buffered = File::options().read(true).write(true).open(image.0.path());
+    let buffered = buffered.unwrap();
+    let reply = process.ask_with(Request::Open(open), buffered.as_fd());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let tag = fake.send(Op::Write, 8, &[7; 4096], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    assert!(is_cached(&buffered, 4096));
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    assert!(!is_cached(&buffered, 4096));
+    assert_eq!(image.bytes()[4096..8192], [7; 4096]);
     process.exit();
 }
 
