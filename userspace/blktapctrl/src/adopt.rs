@@ -4,12 +4,13 @@
 
 use crate::disk::Disk;
 use crate::folder;
-use crate::host::{Host, OPEN, SOON};
 use crate::kernel;
-use crate::life::status;
-use crate::process::Process;
+use crate::lifecycle::Lifecycle;
+use crate::process::{Process, OPEN, SOON};
 use crate::record::{Peek, Record, Unread, Want};
-use control::supervisor::{Doing, What};
+use crate::registry::Registry;
+use crate::store::relative;
+use control::supervisor::{Doing, What, Which};
 use control::tapdisk::State;
 use control::Failure;
 use std::path::Path;
@@ -17,32 +18,32 @@ use std::rc::Rc;
 use std::time::Duration;
 
 /// Takes over all disks that are written down, before anybody can ask for anything.
-pub async fn disks(host: &Rc<Host>) {
-    match host.records.all() {
+pub async fn disks(lifecycle: &Rc<Lifecycle>) {
+    match lifecycle.registry.records.all() {
         Ok(records) => {
             let one = |record: Result<Record, Unread>| async move {
                 match record {
-                    Ok(record) => disk(host, record).await,
-                    Err(unread) => host.leave_alone(unread).await,
+                    Ok(record) => disk(lifecycle, record).await,
+                    Err(unread) => lifecycle.registry.leave_alone(unread).await,
                 }
             };
             // At once: some may not answer.
             futures::future::join_all(records.into_iter().map(one)).await;
         }
         Err(error) => {
-            let folder = host.folder.disks();
+            let folder = lifecycle.registry.folder.disks();
             let why = format!("cannot read {}: {error}", folder.display());
-            host.events.add(None, What::Unknown { why });
+            lifecycle.registry.events.add(None, What::Unknown { why });
         }
     }
-    strays(host).await;
+    strays(lifecycle).await;
 }
 
 /// Takes over one disk.
-pub async fn disk(host: &Rc<Host>, record: Record) {
+pub async fn disk(lifecycle: &Rc<Lifecycle>, record: Record) {
     let minor = record.minor;
     let known = record.process;
-    let process = match process_of(host, &record).await {
+    let process = match process_of(&lifecycle.registry, &record).await {
         Ok(process) => process.map(Rc::new),
         // It may live.
         Err(failure) => {
@@ -51,43 +52,49 @@ pub async fn disk(host: &Rc<Host>, record: Record) {
                 why: format!("its process cannot be recognised: {failure}"),
                 peek: Box::new(peek(record)),
             };
-            return host.leave_alone(unread).await;
+            return lifecycle.registry.leave_alone(unread).await;
         }
     };
     let disk = Disk::new(record);
-    host.disks.borrow_mut().insert(minor, disk.clone());
+    lifecycle.registry.add(&disk);
     disk.record.borrow_mut().process = process.as_ref().map(|process| process.known());
     disk.process.replace(process.clone());
     let recognised = match &process {
         Some(process) => {
-            host.watch(process.clone());
+            lifecycle.watch(process.clone());
             recognise(&disk, process).await
         }
         None => Ok(State::Idle),
     };
-    let node = kernel::node(&*host.kernel, minor);
+    let node = kernel::node(&*lifecycle.registry.kernel, minor);
     if matches!((&node, &recognised), (Ok(None), Ok(State::Idle))) {
-        tracing::warn!("disk {minor}: its node is gone, as after a restart of the host");
-        host.destroy_later(&disk);
+        tracing::warn!("disk {minor}: its node is gone, as after a restart of the lifecycle");
+        lifecycle.destroy_later(&disk);
         return;
     }
     if let Err(error) = node {
         let why = format!("cannot ask the kernel about it: {error}");
-        host.events.add(Some(minor), What::Unknown { why });
+        lifecycle
+            .registry
+            .events
+            .add(Some(minor), What::Unknown { why });
     }
     // The process goes on with what it has open.
-    if let Err(failure) = host.image(&disk).await {
+    if let Err(failure) = lifecycle.image(&disk).await {
         tracing::error!("disk {minor}: {failure}");
     }
-    host.note(&disk);
+    lifecycle.registry.note(&disk);
     match recognised {
-        Ok(state) => go_on(host, &disk, state, known.map_or(0, |known| known.pid)),
+        Ok(state) => go_on(lifecycle, &disk, state, known.map_or(0, |known| known.pid)),
         // It may only be slow: its storage does not answer. It has the node, and is not replaced
         // while it lives.
         Err(failure) => {
             disk.attached.set(true);
             let why = format!("its process does not say what it does: {failure}");
-            host.events.add(Some(minor), What::Unknown { why });
+            lifecycle
+                .registry
+                .events
+                .add(Some(minor), What::Unknown { why });
         }
     }
 }
@@ -105,8 +112,8 @@ fn peek(record: Record) -> Peek {
 
 /// The process of a disk: the one that is written down or, where that could not be written any more,
 /// the one that listens.
-async fn process_of(host: &Host, record: &Record) -> Result<Option<Process>, Failure> {
-    let socket = host.folder.tapdisk(record.minor);
+async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Process>, Failure> {
+    let socket = registry.folder.tapdisk(record.minor);
     if let Some(known) = record.process {
         if let Some(process) = Process::adopt(known, &socket)? {
             return Ok(Some(process));
@@ -117,7 +124,7 @@ async fn process_of(host: &Host, record: &Record) -> Result<Option<Process>, Fai
 
 /// Asks the process what it does.
 async fn recognise(disk: &Disk, process: &Process) -> Result<State, Failure> {
-    let status = status(process).await?;
+    let status = process.status().await?;
     disk.attached.set(status.state != State::Idle);
     disk.serves.replace(status.disk);
     tracing::info!(
@@ -130,13 +137,13 @@ async fn recognise(disk: &Disk, process: &Process) -> Result<State, Failure> {
 }
 
 /// Does what the earlier supervisor would have done.
-fn go_on(host: &Rc<Host>, disk: &Rc<Disk>, state: State, pid: u32) {
+fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: State, pid: u32) {
     let (want, doing) = {
         let record = disk.record.borrow();
         (record.want, record.doing)
     };
     if doing == Some(Doing::Destroy) {
-        return host.destroy_later(disk);
+        return lifecycle.destroy_later(disk);
     }
     let lives = disk.process.borrow().is_some();
     let serves = lives && state == State::Running;
@@ -145,75 +152,84 @@ fn go_on(host: &Rc<Host>, disk: &Rc<Disk>, state: State, pid: u32) {
     }
     if doing.is_none() && !lives {
         let how = "ended while no supervisor ran".into();
-        host.events.add(Some(disk.minor), What::Died { pid, how });
+        lifecycle
+            .registry
+            .events
+            .add(Some(disk.minor), What::Died { pid, how });
     }
-    let (host, disk) = (host.clone(), disk.clone());
+    let (lifecycle, disk) = (lifecycle.clone(), disk.clone());
     tokio::task::spawn_local(async move {
         if !lives && doing.is_none() {
-            return host.revive(&disk, Duration::ZERO).await;
+            return lifecycle.revive(&disk, Duration::ZERO).await;
         }
-        if let Err(failure) = finish(&host, &disk).await {
+        if let Err(failure) = finish(&lifecycle, &disk).await {
             let retry_ms = 0;
             let message = failure.message;
-            host.events
+            lifecycle
+                .registry
+                .events
                 .add(Some(disk.minor), What::Failed { message, retry_ms });
             if disk.doing().is_none() && disk.record.borrow().want == Want::Served {
-                host.revive(&disk, Duration::ZERO).await;
+                lifecycle.revive(&disk, Duration::ZERO).await;
             }
         }
     });
 }
 
 /// Finishes the verb that has begun, or serves a disk whose process does not.
-async fn finish(host: &Rc<Host>, disk: &Rc<Disk>) -> Result<(), Failure> {
+async fn finish(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>) -> Result<(), Failure> {
     let _turn = disk.turn().await?;
     if disk.doing().is_some() {
-        return disk.unless_doomed(host.finish(disk, OPEN)).await;
+        return disk.unless_doomed(lifecycle.finish(disk, OPEN)).await;
     }
-    match disk.unless_doomed(host.serve(disk)).await {
+    match disk.unless_doomed(lifecycle.serve(disk)).await {
         Ok(_) => Ok(()),
         Err(failure) => {
             // It says itself that it serves nothing.
-            host.give_up_process(disk).await;
+            lifecycle.give_up_process(disk).await;
             Err(failure)
         }
     }
 }
 
 /// Looks after processes that listen and belong to no disk.
-async fn strays(host: &Rc<Host>) {
-    let sockets = match folder::files(&host.folder.tapdisks(), "sock") {
+async fn strays(lifecycle: &Rc<Lifecycle>) {
+    let sockets = match folder::files(&lifecycle.registry.folder.tapdisks(), "sock") {
         Ok(sockets) => sockets,
         Err(error) => {
-            let why = format!("cannot read {}: {error}", host.folder.tapdisks().display());
-            host.events.add(None, What::Unknown { why });
+            let why = format!(
+                "cannot read {}: {error}",
+                lifecycle.registry.folder.tapdisks().display()
+            );
+            lifecycle.registry.events.add(None, What::Unknown { why });
             return;
         }
     };
     for socket in sockets {
         let stem = socket.file_stem().and_then(|stem| stem.to_str());
         let minor: Option<u32> = stem.and_then(|stem| stem.parse().ok());
-        let known = |minor| {
-            host.disks.borrow().contains_key(minor) || host.unknown.borrow().contains_key(minor)
-        };
-        if minor.as_ref().is_some_and(known) {
+        if minor.is_some_and(|minor| lifecycle.registry.knows(minor)) {
             continue;
         }
-        if let Err(failure) = stray(host, minor, &socket).await {
+        if let Err(failure) = stray(lifecycle, minor, &socket).await {
             let why = format!("a process without a disk is not understood: {failure}");
-            host.events.add(minor, What::Unknown { why });
+            lifecycle.registry.events.add(minor, What::Unknown { why });
         }
     }
 }
 
 /// A process that has no node is of no use to anybody, and leaves. Any other one stays.
-async fn stray(host: &Rc<Host>, minor: Option<u32>, socket: &Path) -> Result<(), Failure> {
+async fn stray(
+    lifecycle: &Rc<Lifecycle>,
+    minor: Option<u32>,
+    socket: &Path,
+) -> Result<(), Failure> {
     let Some(process) = Process::find(socket, SOON).await? else {
         return folder::remove(socket).map_err(|error| {
             Failure::system(format!("cannot remove {}", socket.display()), &error)
         });
     };
-    let status = status(&process).await?;
+    let status = process.status().await?;
     if status.state == State::Idle {
         let left = process.end(SOON).await;
         process.tidy();
@@ -233,6 +249,33 @@ async fn stray(host: &Rc<Host>, minor: Option<u32>, socket: &Path) -> Result<(),
             ..Peek::default()
         }),
     };
-    host.leave_alone(unread).await;
+    lifecycle.registry.leave_alone(unread).await;
     Ok(())
+}
+
+/// Takes over a disk that is left alone.
+///
+/// # Errors
+/// Not enough is known about it.
+pub async fn unknown(lifecycle: &Rc<Lifecycle>, minor: u32) -> Result<(), Failure> {
+    if let Some(record) = lifecycle.registry.understand(minor).await? {
+        disk(lifecycle, record).await;
+    }
+    Ok(())
+}
+
+/// Whoever wants the end of a disk that is left alone must have it supervised first.
+///
+/// # Errors
+/// It cannot be: it is not taken away.
+pub async fn to_end(lifecycle: &Rc<Lifecycle>, which: &Which) -> Result<(), Failure> {
+    let vbd = which.vbd.as_deref().map(relative);
+    let left = lifecycle.registry.left_alone();
+    let named = left.iter().find(|disk| {
+        which.minor == Some(disk.minor) || vbd.is_some() && disk.peek.vbd.as_deref() == vbd
+    });
+    match named {
+        Some(disk) => unknown(lifecycle, disk.minor).await,
+        None => Ok(()),
+    }
 }

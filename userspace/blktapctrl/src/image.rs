@@ -2,12 +2,32 @@
 //! The image of a disk: found once by its path, opened as often as processes need it.
 
 use crate::apart::{apart, LIMIT};
-use crate::sharing::Identity;
+use control::tapdisk::Open;
 use control::{Code, Failure};
 use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, StatxFlags};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// What an image is, whatever its name.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Identity {
+    /// A regular file.
+    File {
+        /// Device of its file system.
+        dev: u64,
+        /// Its number there.
+        ino: u64,
+    },
+    /// A block device.
+    Device {
+        /// Its number.
+        rdev: u64,
+    },
+}
 
 /// An image that exists. It is held by a descriptor that allows no I/O and counts for no lock, so
 /// that the next process gets the same image, whatever its path leads to by then.
@@ -156,6 +176,28 @@ pub async fn find(path: &Path) -> Result<Arc<Image>, Failure> {
     let place = path.to_path_buf();
     let image = apart(path, LIMIT, move || Image::find(&place)).await?;
     Ok(Arc::new(image))
+}
+
+/// Finds the image of a target, if its driver has one.
+///
+/// # Errors
+/// There is none at the path.
+pub async fn of(open: &Open) -> Result<Option<Arc<Image>>, Failure> {
+    match open.target.path() {
+        Some(path) => find(path).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Another image is where that of a disk was.
+pub fn not_the_same(image: &Image) -> Failure {
+    Failure::new(
+        Code::Image,
+        format!(
+            "{} is not the image any more that is served: put that back, or destroy the disk",
+            image.path().display()
+        ),
+    )
 }
 
 /// When a regular file was made, in nanoseconds since 1970.

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The supervisor of tap disks, as a library so that it can be tested without Xen.
+//!
+//! Three values share the work: [`registry`] (what disks there are), [`admission`] (who may use an
+//! image) and [`lifecycle`] (how a tapdisk lives and dies). Each uses those before it. What asks them
+//! is above: [`verbs`] translates the questions of tap-ctl, [`watch`] what happens in xenstore,
+//! [`adopt`] what an earlier supervisor left, [`watchdog`] who does not answer.
 #![forbid(unsafe_code)]
 
 pub mod admission;
@@ -9,21 +14,17 @@ pub mod backoff;
 pub mod disk;
 pub mod events;
 pub mod folder;
-pub mod host;
 pub mod image;
 pub mod kernel;
-pub mod life;
+pub mod lifecycle;
 pub mod link;
 pub mod memory;
 pub mod nodes;
 pub mod process;
 pub mod record;
+pub mod registry;
 pub mod server;
-pub mod sharing;
 pub mod store;
-pub mod trouble;
-pub mod unknown;
-pub mod users;
 pub mod verbs;
 pub mod watch;
 pub mod watchdog;

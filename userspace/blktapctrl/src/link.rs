@@ -120,3 +120,11 @@ fn gone(error: io::Error) -> Failure {
         format!("tapdisk closed the connection while it was asked: {error}"),
     )
 }
+
+/// An answer that does not belong to the question.
+pub fn unexpected(reply: &Reply) -> Failure {
+    Failure::new(
+        Code::Invalid,
+        format!("tapdisk answered something else than was asked: {reply:?}"),
+    )
+}

@@ -3,9 +3,10 @@
 
 use anyhow::{bail, Context, Result};
 use blktapctrl::folder::Folder;
-use blktapctrl::host::Host;
+use blktapctrl::lifecycle::Lifecycle;
 use blktapctrl::process::{user_in, Program};
 use blktapctrl::record::Files;
+use blktapctrl::registry::Registry;
 use blktapctrl::store::Xenstore;
 use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
@@ -102,29 +103,26 @@ async fn run(cli: &Cli) -> Result<()> {
             place.display()
         );
     }
-    let host = Host::new(
-        folder.clone(),
-        Box::new(Files(folder)),
-        Box::new(nodes::Driver),
-        program,
-    );
+    let records = Box::new(Files(folder.clone()));
+    let registry = Registry::new(folder, records, Box::new(nodes::Driver));
+    let lifecycle = Lifecycle::new(registry.clone(), program);
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();
-    adopt::disks(&host).await;
-    let (listener, given) = listener(&host.folder.control())?;
+    adopt::disks(&lifecycle).await;
+    let (listener, given) = listener(&registry.folder.control())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    tokio::task::spawn_local(watch::keep(host.clone(), store));
-    tokio::task::spawn_local(watchdog::watch(host.clone()));
-    tokio::task::spawn_local(server::serve(host.clone(), listener));
+    tokio::task::spawn_local(watch::keep(lifecycle.clone(), store));
+    tokio::task::spawn_local(watchdog::watch(registry.clone()));
+    tokio::task::spawn_local(server::serve(lifecycle.clone(), listener));
     tell_systemd(sd_notify::NotifyState::Ready);
-    tracing::info!("ready: {} disks are supervised", host.all().len());
+    tracing::info!("ready: {} disks are supervised", registry.all().len());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     tell_systemd(sd_notify::NotifyState::Stopping);
-    stop(cli, &host, given).await
+    stop(cli, &lifecycle, given).await
 }
 
 /// Where tap-ctl asks: the socket that systemd listens on, so that questions wait while this program
@@ -149,18 +147,19 @@ fn listener(path: &Path) -> Result<(UnixListener, bool)> {
     Ok((listener, given))
 }
 
-async fn stop(cli: &Cli, host: &Rc<Host>, given: bool) -> Result<()> {
+async fn stop(cli: &Cli, lifecycle: &Rc<Lifecycle>, given: bool) -> Result<()> {
+    let registry = &lifecycle.registry;
     if cli.stop_all {
-        host.destroy_all(host.all()).await;
+        lifecycle.destroy_all(registry.all()).await;
     }
-    let left = host.all().len();
+    let left = registry.all().len();
     if left > 0 {
         tracing::info!("{left} disks go on without supervision");
     }
     if given {
         return Ok(());
     }
-    let path = host.folder.control();
+    let path = registry.folder.control();
     folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))
 }
 

@@ -2,9 +2,10 @@
 //! A tapdisk: started by us, or by the supervisor before us.
 
 use crate::folder::{self, Folder};
-use crate::link::Link;
+use crate::link::{unexpected, Link};
 use crate::record::Known;
-use control::tapdisk::{Reply, Request};
+use control::stats::Stats;
+use control::tapdisk::{Reply, Request, Status};
 use control::{Code, Failure};
 use rustix::io::Errno;
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
@@ -19,6 +20,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use tokio::net::unix::pipe;
 use tokio::sync::Mutex;
+
+/// How long a tapdisk may take to answer what needs no I/O.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+/// How long it may take to open an image: it may have to wait for the I/O of a dead one.
+pub(crate) const OPEN: Duration = Duration::from_secs(60);
 
 /// How tapdisks are started.
 #[derive(Clone, Debug)]
@@ -136,7 +142,7 @@ impl Process {
         };
         let pid = match link.ask(&Request::Ping, &[], limit).await {
             Ok(Reply::Process(process)) => process.pid,
-            Ok(reply) => return Err(crate::host::unexpected(&reply)),
+            Ok(reply) => return Err(unexpected(&reply)),
             Err(failure) => return Err(failure),
         };
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
@@ -309,6 +315,28 @@ impl Process {
             *place = Some(link);
         }
         answer
+    }
+
+    /// What it says that it does.
+    ///
+    /// # Errors
+    /// It says nothing, or something else.
+    pub async fn status(&self) -> Result<Status, Failure> {
+        match self.ask(&Request::Status, &[], SOON).await? {
+            Reply::Status(status) => Ok(status),
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// What it has counted.
+    ///
+    /// # Errors
+    /// It says nothing, or something else.
+    pub async fn stats(&self, limit: Duration) -> Result<Box<Stats>, Failure> {
+        match self.ask(&Request::Stats, &[], limit).await? {
+            Reply::Stats(stats) => Ok(stats),
+            reply => Err(unexpected(&reply)),
+        }
     }
 
     /// Ends it: it may finish what it has, for at most `patience`; then it is killed. Returns when

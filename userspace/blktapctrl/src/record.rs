@@ -2,7 +2,7 @@
 //! What is written down of each disk, for the next supervisor and for people.
 
 use crate::folder::{self, Folder};
-use crate::sharing::Identity;
+use crate::image::Identity;
 use control::supervisor::{Doing, Mode, Policy};
 use control::tapdisk::Open;
 use serde::{Deserialize, Serialize};
@@ -272,7 +272,7 @@ impl Records for Files {
 #[cfg(test)]
 mod tests {
     use super::{Known, Record, Want};
-    use crate::sharing::Identity;
+    use crate::image::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
     use serde_json::Value;

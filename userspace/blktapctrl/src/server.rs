@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The socket on which tap-ctl asks.
 
-use crate::host::Host;
+use crate::lifecycle::Lifecycle;
+use crate::registry::Registry;
+use crate::verbs;
 use control::socket;
 use control::supervisor::{Reply, Request};
 use control::wire::{encode, Decoder, Envelope, Outcome};
@@ -17,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 const CONNECTIONS: usize = 256;
 
 /// Answers everybody who connects, for ever.
-pub async fn serve(host: Rc<Host>, listener: UnixListener) {
+pub async fn serve(lifecycle: Rc<Lifecycle>, listener: UnixListener) {
     let places = Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else {
@@ -25,9 +27,9 @@ pub async fn serve(host: Rc<Host>, listener: UnixListener) {
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let host = host.clone();
+                let lifecycle = lifecycle.clone();
                 tokio::task::spawn_local(async move {
-                    if let Err(failure) = converse(&host, stream).await {
+                    if let Err(failure) = converse(&lifecycle, stream).await {
                         tracing::debug!("a connection ended: {failure}");
                     }
                     drop(place);
@@ -42,7 +44,7 @@ pub async fn serve(host: Rc<Host>, listener: UnixListener) {
     }
 }
 
-async fn converse(host: &Rc<Host>, stream: UnixStream) -> Result<(), Failure> {
+async fn converse(lifecycle: &Rc<Lifecycle>, stream: UnixStream) -> Result<(), Failure> {
     // The permissions of the socket keep everybody else out; this stands should they be changed.
     let peer = stream.peer_cred().map_err(broken)?.uid();
     if peer != 0 && peer != rustix::process::getuid().as_raw() {
@@ -57,10 +59,10 @@ async fn converse(host: &Rc<Host>, stream: UnixStream) -> Result<(), Failure> {
             Ok(Some((question, _))) => match question.body {
                 Request::Subscribe { after } => {
                     send(&stream, question.id, Outcome::Ok(Reply::Done)).await?;
-                    return follow(host, &stream, after).await;
+                    return follow(&lifecycle.registry, &stream, after).await;
                 }
                 request => {
-                    let answer = host.answer(request).await;
+                    let answer = verbs::answer(lifecycle, request).await;
                     send(&stream, question.id, Outcome::from(answer)).await?;
                 }
             },
@@ -87,11 +89,11 @@ async fn converse(host: &Rc<Host>, stream: UnixStream) -> Result<(), Failure> {
 }
 
 /// Sends events until the peer is gone.
-async fn follow(host: &Host, stream: &UnixStream, mut after: u64) -> Result<(), Failure> {
-    let mut news = host.events.subscribe();
+async fn follow(registry: &Registry, stream: &UnixStream, mut after: u64) -> Result<(), Failure> {
+    let mut news = registry.events.subscribe();
     loop {
         news.borrow_and_update();
-        for event in host.events.after(after) {
+        for event in registry.events.after(after) {
             after = event.number;
             send(stream, 0, event).await?;
         }

@@ -11,9 +11,10 @@
 //! when the driver has offered the disk.
 
 use crate::disk::Disk;
-use crate::host::Host;
+use crate::lifecycle::Lifecycle;
+use crate::registry::Registry;
 use crate::store::{self, Store, Xenstore};
-use control::supervisor::{Create, Policy, Reply, Request, Which};
+use control::supervisor::{Create, Policy, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure, Target};
 use futures::StreamExt;
@@ -34,18 +35,18 @@ const SCRIPTS: &str = "block-tap";
 const VBD: &str = "backend/vbd";
 
 /// Keeps a connection to xenstore, for ever, and looks at what changes there.
-pub async fn keep(host: Rc<Host>, first: Option<Xenstore>) {
+pub async fn keep(lifecycle: Rc<Lifecycle>, first: Option<Xenstore>) {
     let mut connection = first;
     let mut told = false;
     loop {
         let result = match connection.take() {
-            Some(store) => follow(&host, Rc::new(store)).await,
+            Some(store) => follow(&lifecycle, Rc::new(store)).await,
             None => match Xenstore::connect().await {
-                Ok(store) => follow(&host, Rc::new(store)).await,
+                Ok(store) => follow(&lifecycle, Rc::new(store)).await,
                 Err(error) => Err(error),
             },
         };
-        host.store.replace(None);
+        lifecycle.registry.use_store(None);
         match result {
             Ok(()) => {
                 tracing::warn!("the connection to xenstore has ended: connecting again");
@@ -65,10 +66,10 @@ pub async fn keep(host: Rc<Host>, first: Option<Xenstore>) {
 ///
 /// # Errors
 /// Xenstore refuses to be watched.
-pub async fn follow(host: &Rc<Host>, store: Rc<dyn Store>) -> io::Result<()> {
+pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Result<()> {
     let vbd = store.watch(VBD).await?;
     let tap = store.watch(TAP).await?;
-    host.store.replace(Some(store.clone()));
+    lifecycle.registry.use_store(Some(store.clone()));
     let mut changes = futures::stream::select(vbd, tap).ready_chunks(1024);
     while let Some(paths) = changes.next().await {
         let mut directories = BTreeSet::new();
@@ -76,19 +77,19 @@ pub async fn follow(host: &Rc<Host>, store: Rc<dyn Store>) -> io::Result<()> {
             match store::directory(&path) {
                 Some(directory) => drop(directories.insert(directory.to_owned())),
                 // Something above: of a whole domain, or the first event of the watch.
-                None => directories.extend(all(host, &*store).await?),
+                None => directories.extend(all(&lifecycle.registry, &*store).await?),
             }
         }
         for directory in directories {
-            look(host, &store, &directory).await?;
+            look(lifecycle, &store, &directory).await?;
         }
     }
     Ok(())
 }
 
 /// All directories that matter: those of our disks, and those that are to have one.
-async fn all(host: &Host, store: &dyn Store) -> io::Result<Vec<String>> {
-    let ours = host.all();
+async fn all(registry: &Registry, store: &dyn Store) -> io::Result<Vec<String>> {
+    let ours = registry.all();
     let mut all: Vec<String> = ours
         .iter()
         .filter_map(|disk| disk.record.borrow().vbd.clone())
@@ -102,8 +103,9 @@ async fn all(host: &Host, store: &dyn Store) -> io::Result<Vec<String>> {
 }
 
 /// Looks at one directory.
-async fn look(host: &Rc<Host>, store: &Rc<dyn Store>, directory: &str) -> io::Result<()> {
-    let disks: Vec<Rc<Disk>> = host
+async fn look(lifecycle: &Rc<Lifecycle>, store: &Rc<dyn Store>, directory: &str) -> io::Result<()> {
+    let disks: Vec<Rc<Disk>> = lifecycle
+        .registry
         .all()
         .into_iter()
         .filter(|disk| disk.record.borrow().vbd.as_deref() == Some(directory))
@@ -114,18 +116,19 @@ async fn look(host: &Rc<Host>, store: &Rc<dyn Store>, directory: &str) -> io::Re
     let there = store.read(&format!("{directory}/frontend")).await?;
     if there.is_none() {
         for disk in disks {
-            let host = host.clone();
+            let lifecycle = lifecycle.clone();
             tokio::task::spawn_local(async move {
-                if let Err(failure) = host.destroy(&disk).await {
+                if let Err(failure) = lifecycle.destroy(&disk).await {
                     tracing::warn!("{failure}");
                 }
             });
         }
     } else if disks.is_empty() {
         // Opening an image takes long; others must not wait for it.
-        let (host, store, directory) = (host.clone(), store.clone(), directory.to_owned());
+        let (lifecycle, store, directory) =
+            (lifecycle.clone(), store.clone(), directory.to_owned());
         tokio::task::spawn_local(async move {
-            if let Err(error) = offer_or_tell(&host, &*store, &directory).await {
+            if let Err(error) = offer_or_tell(&lifecycle, &*store, &directory).await {
                 tracing::warn!("{directory}: xenstore does not answer: {error}");
             }
         });
@@ -133,8 +136,12 @@ async fn look(host: &Rc<Host>, store: &Rc<dyn Store>, directory: &str) -> io::Re
     Ok(())
 }
 
-async fn offer_or_tell(host: &Rc<Host>, store: &dyn Store, directory: &str) -> io::Result<()> {
-    match offer(host, store, directory).await? {
+async fn offer_or_tell(
+    lifecycle: &Rc<Lifecycle>,
+    store: &dyn Store,
+    directory: &str,
+) -> io::Result<()> {
+    match offer(lifecycle, store, directory).await? {
         Ok(()) => Ok(()),
         // Two events told about it, and the other one is being followed.
         Err(failure) if failure.code == Code::Exists => Ok(()),
@@ -170,7 +177,7 @@ async fn is_ours(store: &dyn Store, directory: &str, script: &str) -> io::Result
 
 /// Gives a directory of the kind `vbd3` its disk, unless a script of ours does that.
 async fn offer(
-    host: &Rc<Host>,
+    lifecycle: &Rc<Lifecycle>,
     store: &dyn Store,
     directory: &str,
 ) -> io::Result<Result<(), Failure>> {
@@ -186,12 +193,12 @@ async fn offer(
         return Ok(Ok(()));
     }
     let minor = match store.read(&read("minor")).await? {
-        Some(minor) => adopt(host, directory, &minor),
+        Some(minor) => adopt(&lifecycle.registry, directory, &minor),
         None if script.is_empty() => {
             let params = store.read(&read("params")).await?;
             let mode = store.read(&read("mode")).await?;
             match (params, mode) {
-                (Some(params), Some(mode)) => create(host, directory, &params, &mode).await,
+                (Some(params), Some(mode)) => create(lifecycle, directory, &params, &mode).await,
                 // More comes.
                 _ => return Ok(Ok(())),
             }
@@ -208,11 +215,11 @@ async fn offer(
 }
 
 /// A disk that Xen's script made with tap-ctl becomes that of its directory.
-fn adopt(host: &Host, directory: &str, minor: &str) -> Result<u32, Failure> {
+fn adopt(registry: &Registry, directory: &str, minor: &str) -> Result<u32, Failure> {
     let number = minor.parse().map_err(|_| {
         Failure::invalid(format!("the key minor holds `{minor}`, which is no number"))
     })?;
-    let disk = host.find(&Which {
+    let disk = registry.find(&Which {
         minor: Some(number),
         ..Which::default()
     })?;
@@ -225,12 +232,12 @@ fn adopt(host: &Host, directory: &str, minor: &str) -> Result<u32, Failure> {
     }
     record.vbd = Some(directory.into());
     drop(record);
-    host.note(&disk);
+    registry.note(&disk);
     Ok(number)
 }
 
 async fn create(
-    host: &Rc<Host>,
+    lifecycle: &Rc<Lifecycle>,
     directory: &str,
     params: &str,
     mode: &str,
@@ -245,10 +252,7 @@ async fn create(
         nbd: true,
         no_wait: false,
     };
-    match host.answer(Request::Create(Box::new(create))).await? {
-        Reply::Created { minor, .. } => Ok(minor),
-        reply => Err(Failure::invalid(format!("creating a disk gave {reply:?}"))),
-    }
+    lifecycle.create(create).await.map(|made| made.minor)
 }
 
 /// Writes a key into a directory that may be going: it must not come back by that.

@@ -2,9 +2,9 @@
 //! Looks now and then whether processes answer.
 
 use crate::disk::Disk;
-use crate::host::Host;
 use crate::kernel;
 use crate::record::Want;
+use crate::registry::Registry;
 use control::supervisor::{Hung, Kernel, What};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 const PERIOD: Duration = Duration::from_secs(5);
 
 /// Looks for ever.
-pub async fn watch(host: Rc<Host>) {
+pub async fn watch(registry: Rc<Registry>) {
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        for disk in host.all() {
-            look(&host, &disk);
+        for disk in registry.all() {
+            look(&registry, &disk);
         }
     }
 }
@@ -37,12 +37,12 @@ fn idle_with_work(disk: &Disk, status: &Kernel) -> Duration {
 }
 
 /// Looks at one disk.
-pub fn look(host: &Host, disk: &Disk) {
+pub fn look(registry: &Registry, disk: &Disk) {
     let policy = disk.record.borrow().policy.clone();
     let Ok(process) = disk.serving() else {
         return;
     };
-    let node = match kernel::node(&*host.kernel, disk.minor) {
+    let node = match kernel::node(&*registry.kernel, disk.minor) {
         Ok(Some(node)) if policy.hung_after_s > 0 => node,
         Ok(_) => return,
         Err(error) => {
@@ -60,7 +60,7 @@ pub fn look(host: &Host, disk: &Disk) {
             for_ms: since.as_millis().try_into().unwrap_or(u64::MAX),
             killed,
         };
-        host.events.add(Some(disk.minor), what);
+        registry.events.add(Some(disk.minor), what);
         if killed {
             // Its end is noticed as any other, and it is replaced.
             process.kill();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Dependencies point down only: over the manifests, `#[path]` lines and `crate::` paths; between the
-//! areas, and between the files of the one in which everything meets.
+//! areas, and between the files of those that are large.
 
 use super::source::{self, Source};
 use anyhow::Result;
@@ -62,9 +62,14 @@ const AREAS: &[(&str, &str, &[&str])] = &[
 /// names under which `crate::` finds them in the module.
 const MODULE_ROOT: &str = "blkback/src/blkback_main.rs";
 
-/// The files and folders of `blkback/src`, from the lowest layer to the highest. Each uses what is
-/// below its own layer only.
-const LAYERS: &[&[&str]] = &[
+/// Folders whose files and folders have layers, from the lowest to the highest. Each uses what is below
+/// its own layer only.
+const LAYERED: &[(&str, &[&[&str]])] = &[
+    ("blkback/src/", BLKBACK),
+    ("userspace/blktapctrl/src/", SUPERVISOR),
+];
+
+const BLKBACK: &[&[&str]] = &[
     &[
         "connect_error",
         "engine",
@@ -82,7 +87,22 @@ const LAYERS: &[&[&str]] = &[
     &["vbd"],
     &["bus"],
 ];
-const LAYERED: &str = "blkback/src/";
+
+const SUPERVISOR: &[&[&str]] = &[
+    &[
+        "apart", "backoff", "events", "folder", "kernel", "link", "store",
+    ],
+    &["image", "memory", "nodes"],
+    &["record"],
+    &["process"],
+    &["disk"],
+    &["registry"],
+    &["admission"],
+    &["lifecycle"],
+    &["adopt", "watch", "watchdog"],
+    &["verbs"],
+    &["server"],
+];
 
 /// The areas that the module compiles.
 const IN_MODULE: &[&str] = &[
@@ -129,16 +149,19 @@ fn complaints(sources: &[Source]) -> Vec<String> {
     complaints
 }
 
-/// Where a file of the layered folder uses what is not below it.
+/// Where a file of a layered folder uses what is not below it.
 fn climbs(file: &Source) -> Vec<String> {
-    let Some(rest) = file.path.strip_prefix(LAYERED) else {
+    let inside = |(folder, layers): &(&str, &'static [&'static [&'static str]])| {
+        Some((file.path.strip_prefix(folder)?, *layers))
+    };
+    let Some((rest, layers)) = LAYERED.iter().find_map(inside) else {
         return Vec::new();
     };
     let own = rest.split(['/', '.']).next().unwrap_or(rest);
-    if own == "lib" || !file.path.ends_with(".rs") {
+    if matches!(own, "lib" | "main") || !file.path.ends_with(".rs") {
         return Vec::new();
     }
-    let layer = |name: &str| LAYERS.iter().position(|layer| layer.contains(&name));
+    let layer = |name: &str| layers.iter().position(|layer| layer.contains(&name));
     let Some(here) = layer(own) else {
         return vec![format!(
             "{}: say in ci/xtask/src/check/direction.rs in which layer it is",
@@ -331,6 +354,9 @@ mod tests {
         assert_eq!(found(engine, "use crate::backing::Drain;\n"), 1);
         assert_eq!(found("blkback/src/phy.rs", "use crate::offer::offer;\n"), 1);
         assert_eq!(found("blkback/src/nowhere.rs", ""), 1);
+        let registry = "userspace/blktapctrl/src/registry/list.rs";
+        assert_eq!(found(registry, "use crate::lifecycle::Lifecycle;\n"), 1);
+        assert_eq!(found(registry, "use crate::disk::Disk;\n"), 0);
     }
 
     #[test]

@@ -3,9 +3,11 @@
 
 use super::fake::{self, FakeKernel, FakeRecords, FakeStore};
 use blktapctrl::folder::Folder;
-use blktapctrl::host::Host;
+use blktapctrl::lifecycle::Lifecycle;
 use blktapctrl::process::Program;
 use blktapctrl::record::Files;
+use blktapctrl::registry::Registry;
+use blktapctrl::verbs;
 use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
 use control::tapdisk::Open;
 use control::Failure;
@@ -19,7 +21,7 @@ pub(crate) struct Bed {
     pub(crate) dir: PathBuf,
     pub(crate) kernel: FakeKernel,
     pub(crate) store: FakeStore,
-    pub(crate) host: Rc<Host>,
+    pub(crate) lifecycle: Rc<Lifecycle>,
 }
 
 impl Bed {
@@ -29,11 +31,11 @@ impl Bed {
             dir: dir.into(),
             kernel: kernel.clone(),
             store: FakeStore::default(),
-            host: Bed::host(dir, kernel),
+            lifecycle: Bed::lifecycle(dir, kernel),
         })
     }
 
-    fn host(dir: &Path, kernel: &FakeKernel) -> Rc<Host> {
+    fn lifecycle(dir: &Path, kernel: &FakeKernel) -> Rc<Lifecycle> {
         let program = Program {
             path: fake::program(dir),
             user: None,
@@ -44,7 +46,12 @@ impl Bed {
             crash: kernel.crash.clone(),
             full: kernel.full.clone(),
         };
-        Host::new(folder, Box::new(records), Box::new(kernel.clone()), program)
+        let registry = Registry::new(folder, Box::new(records), Box::new(kernel.clone()));
+        Lifecycle::new(registry, program)
+    }
+
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.lifecycle.registry
     }
 
     pub(crate) fn image(&self, name: &str, content: &str) -> PathBuf {
@@ -75,7 +82,7 @@ impl Bed {
     }
 
     pub(crate) async fn ask(&self, request: Request) -> Result<Reply, Failure> {
-        self.host.answer(request).await
+        verbs::answer(&self.lifecycle, request).await
     }
 
     pub(crate) async fn destroy(&self, minor: u32) {
@@ -108,7 +115,7 @@ impl Bed {
     }
 
     pub(crate) fn events(&self) -> Vec<What> {
-        let events = self.host.events.after(0);
+        let events = self.registry().events.after(0);
         events.into_iter().map(|event| event.what).collect()
     }
 
@@ -201,6 +208,6 @@ pub(crate) fn test<F: Future<Output = ()>>(name: &str, work: impl FnOnce(Rc<Bed>
     block_on(async {
         let bed = host.bed();
         work(bed.clone()).await;
-        bed.host.destroy_all(bed.host.all()).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
     });
 }

@@ -96,7 +96,7 @@ fn the_next_supervisor_takes_over() {
     kill(dies.expect("a process"));
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.host).await;
+        adopt::disks(&bed.lifecycle).await;
         let row = bed.row(0).await;
         assert_eq!((row.pid, row.state), (lives, Some(State::Running)));
         until("the dead one is replaced", || async {
@@ -125,7 +125,7 @@ fn the_next_supervisor_takes_over() {
             (row.state == Some(State::Running) && row.pid != lives).then_some(())
         })
         .await;
-        bed.host.destroy_all(bed.host.all()).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
         bed.assert_nothing_left().await;
     });
 }
@@ -141,8 +141,8 @@ fn who_hangs_is_reported_or_killed() {
         let killed = bed.made(create).await;
         let first = bed.row(killed).await.pid;
         let look = || {
-            for disk in bed.host.all() {
-                watchdog::look(&bed.host, &disk);
+            for disk in bed.registry().all() {
+                watchdog::look(bed.registry(), &disk);
             }
         };
         look();

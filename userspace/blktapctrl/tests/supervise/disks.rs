@@ -156,10 +156,13 @@ fn single_steps_do_what_they_always_did() {
 #[test]
 fn a_disk_goes_with_its_directory() {
     test("directory", |bed| async move {
-        let host = bed.host.clone();
+        let lifecycle = bed.lifecycle.clone();
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        tokio::task::spawn_local(async move { watch::follow(&host, store).await });
-        until("a connection", || async { bed.host.store().map(drop) }).await;
+        tokio::task::spawn_local(async move { watch::follow(&lifecycle, store).await });
+        until("a connection", || async {
+            bed.registry().store().map(drop)
+        })
+        .await;
         bed.image("a.img", "A");
         let directory = "backend/vbd/3/51712";
         let mut create = bed.create("a.img");
@@ -195,9 +198,9 @@ fn a_disk_goes_with_its_directory() {
 #[test]
 fn vbd3_is_served_without_a_script() {
     test("vbd3", |bed| async move {
-        let host = bed.host.clone();
+        let lifecycle = bed.lifecycle.clone();
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        tokio::task::spawn_local(async move { watch::follow(&host, store).await });
+        tokio::task::spawn_local(async move { watch::follow(&lifecycle, store).await });
         let image = bed.image("a.img", "A");
         let directory = "backend/vbd3/4/51712";
         let params = format!("aio:sync:{}", image.display());
@@ -266,9 +269,9 @@ fn vbd3_is_served_without_a_script() {
 #[test]
 fn vbd3_of_others_is_left_alone() {
     test("vbd3-others", |bed| async move {
-        let host = bed.host.clone();
+        let lifecycle = bed.lifecycle.clone();
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        tokio::task::spawn_local(async move { watch::follow(&host, store).await });
+        tokio::task::spawn_local(async move { watch::follow(&lifecycle, store).await });
         let params = format!("aio:sync:{}", bed.image("a.img", "A").display());
         let theirs: [&[(&str, &str)]; 4] = [
             &[("script", "/etc/xen/scripts/other"), ("params", &params)],
@@ -316,9 +319,9 @@ fn vbd3_of_others_is_left_alone() {
 #[test]
 fn questions_over_the_socket() {
     test("socket", |bed| async move {
-        let path = bed.host.folder.control();
+        let path = bed.registry().folder.control();
         let listener = tokio::net::UnixListener::bind(&path).expect("a socket");
-        tokio::task::spawn_local(server::serve(bed.host.clone(), listener));
+        tokio::task::spawn_local(server::serve(bed.lifecycle.clone(), listener));
         bed.image("a.img", "A");
         let create = Request::Create(Box::new(bed.create("a.img")));
         let client = tokio::task::spawn_blocking(move || {

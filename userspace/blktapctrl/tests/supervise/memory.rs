@@ -107,14 +107,14 @@ fn content_outlives_the_supervisor_and_the_process_together() {
     kill(dies);
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.host).await;
+        adopt::disks(&bed.lifecycle).await;
         until("the disk is served", || async {
             let row = bed.row(0).await;
             (row.state == Some(State::Running) && row.pid != Some(dies)).then_some(())
         })
         .await;
         assert_eq!(found(&bed), "content");
-        bed.host.destroy_all(bed.host.all()).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
         bed.assert_nothing_left().await;
     });
 }

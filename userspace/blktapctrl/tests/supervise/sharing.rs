@@ -47,7 +47,7 @@ fn an_image_has_one_writer() {
 fn a_guest_and_its_stub_domain_use_one_image() {
     test("stub", |bed| async move {
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        bed.host.store.replace(Some(store));
+        bed.registry().use_store(Some(store));
         bed.image("a.img", "A");
         bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
         bed.store
@@ -76,7 +76,7 @@ fn a_guest_and_its_stub_domain_use_one_image() {
 fn other_backends_are_seen() {
     test("others", |bed| async move {
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        bed.host.store.replace(Some(store));
+        bed.registry().use_store(Some(store));
         let image = bed.image("a.img", "A");
         bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
         let params = format!("qcow2:{}", image.display());

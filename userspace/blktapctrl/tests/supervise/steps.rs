@@ -62,8 +62,8 @@ fn at_each_step(
             }
             let pid = bed.rows().await.first().and_then(|row| row.pid);
             kernel.crash.left.set(Some(step));
-            let (host, request) = (bed.host.clone(), verb(&bed));
-            let asked = tokio::task::spawn_local(async move { host.answer(request).await });
+            let (next, request) = (bed.clone(), verb(&bed));
+            let asked = tokio::task::spawn_local(async move { next.ask(request).await });
             until("the end of the verb or of the supervisor", || async {
                 (asked.is_finished() || kernel.crash.happened.get()).then_some(())
             })
@@ -74,7 +74,7 @@ fn at_each_step(
         kernel.crash.happened.set(false);
         block_on(async {
             let bed = Bed::new(&dir, &kernel);
-            adopt::disks(&bed.host).await;
+            adopt::disks(&bed.lifecycle).await;
             until(&format!("{name}: a good end after step {step}"), || async {
                 let rows = bed.rows().await;
                 let calm = rows.iter().all(|row| row.doing.is_none());
@@ -83,7 +83,7 @@ fn at_each_step(
             .await;
             let unknown = |what: &What| matches!(what, What::Unknown { .. });
             assert!(!bed.events().iter().any(unknown), "{:?}", bed.events());
-            bed.host.destroy_all(bed.host.all()).await;
+            bed.lifecycle.destroy_all(bed.registry().all()).await;
             bed.assert_nothing_left().await;
         });
         fs::remove_dir_all(&dir).expect("remove");

@@ -118,16 +118,16 @@ fn next_supervisor_pauses_what_has_stopped() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.host).await;
+        adopt::disks(&bed.lifecycle).await;
         say(&bed.dir, 4, true);
         wait_paused(&bed, 0, 1).await;
         assert_eq!(told(bed.events()).len(), 1);
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.host).await;
+        adopt::disks(&bed.lifecycle).await;
         assert_eq!(bed.row(0).await.state, Some(State::Paused));
-        bed.host.destroy_all(bed.host.all()).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
         assert_eq!(told(bed.events()), [], "it is paused already");
     });
 }

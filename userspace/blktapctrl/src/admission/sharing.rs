@@ -12,28 +12,9 @@
 //! group, a device that is claimed in any other way) is refused but for `r!` and `w!`. Not seen: a
 //! guest's partition beside another guest's whole disk, other hosts.
 
+use crate::image::Identity;
 use control::supervisor::Mode;
 use std::collections::BTreeSet;
-
-/// What an image is, whatever its name.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
-)]
-#[serde(rename_all = "snake_case")]
-pub enum Identity {
-    /// A regular file.
-    File {
-        /// Device of its file system.
-        dev: u64,
-        /// Its number there.
-        ino: u64,
-    },
-    /// A block device.
-    Device {
-        /// Its number.
-        rdev: u64,
-    },
-}
 
 /// The virtual machines that a user of an image belongs to: its own and, of a stub domain, the one
 /// that it serves. Empty for dom0's own tools.

@@ -5,18 +5,28 @@
 //! for nothing, and what it allows counts as used before anybody else is asked: so nobody waits for
 //! anybody, and two who ask at once do not both get the image.
 
+mod backends;
+mod claims;
+mod loops;
+mod mounts;
+pub mod sharing;
+mod views;
+
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
-use crate::host::Host;
-use crate::image::Image;
-use crate::sharing::{self, Identity, Machines, Mount, User};
-use crate::users;
-use control::supervisor::Mode;
+use crate::image::{self, Identity, Image};
+use crate::registry::Registry;
+use crate::store::{directory, relative};
+use control::supervisor::{Check, Mode};
+use control::tapdisk::Open;
 use control::{Code, Failure};
+use mounts::Table;
+use sharing::{Machines, Mount, User};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use views::Views;
 
 /// What was seen of the users of an image, outside of the supervisor.
 struct Seen {
@@ -33,7 +43,36 @@ struct Seen {
     promised: bool,
 }
 
-impl Host {
+/// Who may use an image.
+pub struct Admission {
+    registry: Rc<Registry>,
+    views: Views,
+}
+
+/// A mode decides what a tapdisk may do.
+pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Open {
+    open.read_only = mode.is_read_only();
+    open.shared = mode.is_shared();
+    open.whole_blocks = mode.is_shared() && !mode.is_read_only();
+    open
+}
+
+/// As a guest and its stub domain do.
+pub(crate) fn beside_others(mut open: Open, beside: bool) -> Open {
+    open.shared |= beside;
+    open
+}
+
+impl Admission {
+    /// Decides for the disks of a registry.
+    #[must_use]
+    pub fn new(registry: Rc<Registry>) -> Admission {
+        Admission {
+            registry,
+            views: Views::default(),
+        }
+    }
+
     /// Does `work` for an image that nobody uses in a way that forbids it, and that counts as used
     /// when the work is done. `except` is a disk that gives up what it used; without it the image is
     /// for a new disk. The work is told whether another process of ours uses the image as well, so
@@ -72,15 +111,57 @@ impl Host {
         work(beside)
     }
 
+    /// Says whether an image may be used, and changes nothing.
+    ///
+    /// # Errors
+    /// Says who uses it.
+    pub async fn check(&self, check: Check) -> Result<(), Failure> {
+        let open = with_mode(Open::new(check.target), check.mode);
+        let vbd = check.vbd.as_deref().map(relative);
+        if self.registry.made_before(vbd, &open, check.mode).is_some() {
+            return Ok(());
+        }
+        let image = image::of(&open).await?;
+        let work = |_| Ok(());
+        self.admit(image.as_ref(), check.mode, vbd, None, work)
+            .await
+    }
+
+    /// A disk of a backend's directory that is not there would stay for ever.
+    ///
+    /// # Errors
+    /// It is not there, or xenstore does not say.
+    pub async fn check_directory(&self, vbd: &str) -> Result<(), Failure> {
+        if directory(vbd) != Some(vbd) {
+            return Err(Failure::invalid(format!(
+                "{vbd} is no backend directory such as backend/vbd/3/51712"
+            )));
+        }
+        let store = self.registry.store().ok_or_else(|| {
+            Failure::new(
+                Code::State,
+                "there is no connection to xenstore: is xenstored running?",
+            )
+        })?;
+        let frontend = store.read(&format!("{vbd}/frontend")).await;
+        match frontend.map_err(|error| Failure::system(format!("cannot read {vbd}"), &error))? {
+            Some(_) => Ok(()),
+            None => Err(Failure::new(
+                Code::NotFound,
+                format!("the backend directory {vbd} is gone"),
+            )),
+        }
+    }
+
     /// A directory that a disk of ours is for and that `wanted` likes.
     fn first_directory(&self, wanted: impl Fn(&str) -> bool) -> Option<String> {
-        let all = self.all();
+        let all = self.registry.all();
         let ours = all
             .iter()
             .filter_map(|disk| disk.record.borrow().vbd.clone());
-        let unknown = self.unknown.borrow();
-        let unknown = unknown.values().filter_map(|disk| disk.peek.vbd.clone());
-        ours.chain(unknown).find(|vbd| wanted(vbd))
+        let left = self.registry.left_alone();
+        let left = left.into_iter().filter_map(|disk| disk.peek.vbd);
+        ours.chain(left).find(|vbd| wanted(vbd))
     }
 
     /// A backend's directory has one disk.
@@ -93,14 +174,12 @@ impl Host {
             Err(Failure::new(Code::Exists, message))
         };
         let has_it = |disk: &&Rc<Disk>| disk.record.borrow().vbd.as_deref() == Some(vbd);
-        if let Some(disk) = self.all().iter().find(has_it) {
+        if let Some(disk) = self.registry.all().iter().find(has_it) {
             return exists(disk.minor);
         }
-        let unknown = self.unknown.borrow();
-        let has_it =
-            |(_, disk): &(&u32, &crate::unknown::Unknown)| disk.peek.vbd.as_deref() == Some(vbd);
-        match unknown.iter().find(has_it) {
-            Some((minor, _)) => exists(*minor),
+        let mut left = self.registry.left_alone().into_iter();
+        match left.find(|disk| disk.peek.vbd.as_deref() == Some(vbd)) {
+            Some(disk) => exists(disk.minor),
             None => Ok(()),
         }
     }
@@ -119,7 +198,7 @@ impl Host {
                 .unwrap_or_default(),
         };
         let mut users = Vec::new();
-        for disk in self.all() {
+        for disk in self.registry.all() {
             let record = disk.record.borrow();
             let next = record.next.as_ref().and_then(|next| next.identity);
             let images: Vec<Identity> = record.identity.into_iter().chain(next).collect();
@@ -127,28 +206,28 @@ impl Host {
                 users.push(user(disk.minor, images, record.mode, record.vbd.as_ref()));
             }
         }
-        for (minor, disk) in &*self.unknown.borrow() {
+        for disk in self.registry.left_alone() {
             let images: Vec<Identity> = disk.peek.identity.into_iter().collect();
             // What is not known is taken for a writer.
             let mode = disk.peek.mode.unwrap_or(Mode::Write);
-            users.push(user(*minor, images, mode, disk.peek.vbd.as_ref()));
+            users.push(user(disk.minor, images, mode, disk.peek.vbd.as_ref()));
         }
         users
     }
 
     /// Looks who uses an image outside of the supervisor.
     async fn look(&self, image: &Arc<Image>, vbd: Option<&str>) -> Result<Seen, Failure> {
-        let views = self.views.borrow().clone();
-        let table = views.mounts().map_err(unseen)?;
-        let images = users::same(&views, &table, image).await?;
-        let backends = match self.store() {
+        let views = &self.views;
+        let table = Table::read(views).map_err(unseen)?;
+        let images = loops::same(views, &table, image).await?;
+        let backends = match self.registry.store() {
             Some(store) => {
                 let mut ours: Vec<String> = vbd.map(str::to_owned).into_iter().collect();
                 while let Some(new) = self.first_directory(|vbd| !ours.iter().any(|our| our == vbd))
                 {
                     ours.push(new);
                 }
-                users::backends(&*store, &ours).await.map_err(unseen)?
+                backends::backends(&*store, &ours).await.map_err(unseen)?
             }
             None => Vec::new(),
         };
@@ -156,8 +235,8 @@ impl Host {
         let path = image.path().to_path_buf();
         Ok(Seen {
             machines: self.machines(vbd).await.map_err(unseen)?,
-            mounts: table.devices(&views),
-            claims: users::claims(&views, &images).map_err(unseen)?,
+            mounts: table.devices(views),
+            claims: claims::claims(views, &images).map_err(unseen)?,
             promised: apart(&path, LIMIT, move || claimed.is_promised()).await?,
             images,
             backends,
@@ -167,8 +246,8 @@ impl Host {
     /// The virtual machines of the guest of a backend's directory.
     async fn machines(&self, vbd: Option<&str>) -> io::Result<Machines> {
         let domain = vbd.and_then(|vbd| vbd.split('/').nth(2));
-        match (self.store(), domain) {
-            (Some(store), Some(domain)) => users::machines(&*store, domain).await,
+        match (self.registry.store(), domain) {
+            (Some(store), Some(domain)) => backends::machines(&*store, domain).await,
             _ => Ok(Machines::new()),
         }
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Listens to what goes wrong on the images of disks, tells about it, and pauses those that stopped.
 
+use super::Lifecycle;
 use crate::disk::Disk;
-use crate::host::{unexpected, Host};
-use crate::link::Link;
+use crate::link::{unexpected, Link};
 use crate::process::Process;
 use crate::record::Want;
-use control::supervisor::{self, What, Which};
+use crate::registry::Registry;
+use control::supervisor::What;
 use control::tapdisk::{Reply, Request, Troubles};
 use control::{Code, Failure};
 use std::rc::Rc;
@@ -18,6 +19,8 @@ const FIRST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(60);
 /// Time between two looks at a process that has much to tell, and between two attempts to pause it.
 const STEP: Duration = Duration::from_secs(1);
+/// How long a process may take to pause its disk.
+const PAUSE: Duration = Duration::from_secs(120);
 /// An answer comes when something goes wrong.
 const EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
@@ -40,8 +43,8 @@ impl Rate {
 }
 
 /// Listens to a process until it ends.
-pub async fn watch(host: Rc<Host>, process: Rc<Process>) {
-    match listen(&host, &process).await {
+pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
+    match listen(&lifecycle, &process).await {
         Err(failure) if failure.code != Code::Gone && !process.has_ended() => tracing::warn!(
             "tapdisk {} does not tell what goes wrong: {failure}",
             process.pid()
@@ -50,7 +53,8 @@ pub async fn watch(host: Rc<Host>, process: Rc<Process>) {
     }
 }
 
-async fn listen(host: &Rc<Host>, process: &Rc<Process>) -> Result<(), Failure> {
+async fn listen(lifecycle: &Rc<Lifecycle>, process: &Process) -> Result<(), Failure> {
+    let registry = &lifecycle.registry;
     let mut link = process.another_link().await?;
     // Of one that an earlier supervisor has started, the past was told.
     let mut known = process.is_child().then_some(0);
@@ -60,34 +64,30 @@ async fn listen(host: &Rc<Host>, process: &Rc<Process>) -> Result<(), Failure> {
     };
     loop {
         let mut told = ask(&mut link, known).await?;
-        while Instant::now() < rate.due && !(told.is_stopped && is_served(host, process)) {
+        while Instant::now() < rate.due && !(told.is_stopped && is_served(registry, process)) {
             tokio::time::sleep(STEP).await;
             told = ask(&mut link, None).await?;
         }
         let new = told.count - known.unwrap_or(told.count).min(told.count);
         known = Some(told.count);
-        let Some(disk) = disk_of(host, process) else {
+        let Some(disk) = registry.of_process(process) else {
             continue;
         };
-        if new > 0 || (told.is_stopped && is_served(host, process)) {
-            tell(host, &disk, &told, new.saturating_sub(1));
+        if new > 0 || (told.is_stopped && is_served(registry, process)) {
+            tell(registry, &disk, &told, new.saturating_sub(1));
             rate.told();
         }
         if told.is_stopped {
-            pause(host, &disk, process).await;
+            pause(lifecycle, &disk, process).await;
         }
     }
 }
 
-fn disk_of(host: &Host, process: &Rc<Process>) -> Option<Rc<Disk>> {
-    host.all()
-        .into_iter()
-        .find(|disk| matches!(&*disk.process.borrow(), Some(its) if Rc::ptr_eq(its, process)))
-}
-
 /// Its disk is not paused yet.
-fn is_served(host: &Host, process: &Rc<Process>) -> bool {
-    disk_of(host, process).is_some_and(|disk| disk.record.borrow().want != Want::Paused)
+fn is_served(registry: &Registry, process: &Process) -> bool {
+    registry
+        .of_process(process)
+        .is_some_and(|disk| disk.record.borrow().want != Want::Paused)
 }
 
 async fn ask(link: &mut Link, after: Option<u64>) -> Result<Troubles, Failure> {
@@ -97,7 +97,7 @@ async fn ask(link: &mut Link, after: Option<u64>) -> Result<Troubles, Failure> {
     }
 }
 
-fn tell(host: &Host, disk: &Disk, told: &Troubles, more: u64) {
+fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
     let Some(trouble) = told.last.clone() else {
         return;
     };
@@ -115,21 +115,13 @@ fn tell(host: &Host, disk: &Disk, told: &Troubles, more: u64) {
         more,
         stopped: told.is_stopped,
     };
-    host.events.add(Some(disk.minor), what);
+    registry.events.add(Some(disk.minor), what);
 }
 
 /// Makes a disk that serves nothing any more one that is paused, so that it can be unpaused.
-async fn pause(host: &Rc<Host>, disk: &Disk, process: &Process) {
+async fn pause(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, process: &Process) {
     while !process.has_ended() && disk.record.borrow().want != Want::Paused {
-        let which = Which {
-            minor: Some(disk.minor),
-            ..Which::default()
-        };
-        let question = supervisor::Request::Pause {
-            which,
-            timeout_s: 0,
-        };
-        match host.answer(question).await {
+        match lifecycle.pause(disk, PAUSE).await {
             Ok(_) => return,
             Err(failure) => tracing::warn!("disk {} is not paused: {failure}", disk.minor),
         }

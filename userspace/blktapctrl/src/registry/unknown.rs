@@ -3,23 +3,19 @@
 //! cannot be read, or a process serves one of which nothing is written down. They are left alone, shown
 //! and told about, until an administrator says what to do.
 
-use crate::adopt;
+use super::Registry;
 use crate::apart::{apart, LIMIT};
 use crate::folder;
-use crate::host::{image_of, Host, SOON};
+use crate::image::{self, Identity};
 use crate::kernel;
-use crate::life::status;
-use crate::process::Process;
+use crate::process::{Process, SOON};
 use crate::record::{Peek, Record, Unread, Want};
-use crate::sharing::Identity;
-use crate::store::relative;
-use control::supervisor::{Mode, Row, What, Which};
+use control::supervisor::{Mode, Row, What};
 use control::tapdisk::{State, Status};
 use control::{Code, Failure};
 use rustix::fs::{stat, FileType};
 use std::fs;
 use std::path::Path;
-use std::rc::Rc;
 
 /// A disk that is left alone.
 #[derive(Clone, Debug)]
@@ -53,7 +49,7 @@ impl Unknown {
     }
 }
 
-impl Host {
+impl Registry {
     /// A record is not understood. What its process says about it is learned, because others must not
     /// get its image.
     pub async fn leave_alone(&self, unread: Unread) {
@@ -83,7 +79,7 @@ impl Host {
             unknown.peek.process = Some(process.known());
             if let Some(open) = status.open {
                 if unknown.peek.identity.is_none() {
-                    let image = image_of(&open).await.ok().flatten();
+                    let image = image::of(&open).await.ok().flatten();
                     unknown.peek.identity = image.map(|image| image.identity());
                 }
                 unknown.peek.open = Some(open);
@@ -98,33 +94,30 @@ impl Host {
         let socket = self.folder.tapdisk(minor);
         match Process::find(&socket, SOON).await? {
             Some(process) => {
-                let status = status(&process).await?;
+                let status = process.status().await?;
                 Ok(Some((process, status)))
             }
             None => Ok(None),
         }
     }
 
-    /// Refuses what would have to do with a disk that is left alone.
-    ///
-    /// # Errors
-    /// It is one.
-    pub fn check_unknown(&self, minor: u32) -> Result<(), Failure> {
-        match self.unknown.borrow().get(&minor) {
-            None => Ok(()),
-            Some(unknown) => Err(Failure::new(
-                Code::Busy,
-                format!("disk {minor} is left alone: {}", unknown.why),
-            )),
-        }
+    /// All disks that are left alone.
+    pub fn left_alone(&self) -> Vec<Unknown> {
+        self.unknown.borrow().values().cloned().collect()
     }
 
-    /// Takes over a disk that is left alone.
+    /// It is supervised, or left alone.
+    pub fn knows(&self, minor: u32) -> bool {
+        self.disks.borrow().contains_key(&minor) || self.unknown.borrow().contains_key(&minor)
+    }
+
+    /// A disk that is left alone is to be supervised: its record is written, anew if it cannot be read.
+    /// Nothing if somebody else was faster.
     ///
     /// # Errors
     /// Not enough is known about it.
-    pub async fn adopt(self: &Rc<Self>, minor: u32) -> Result<(), Failure> {
-        if self.disks.borrow().contains_key(&minor) {
+    pub async fn understand(&self, minor: u32) -> Result<Option<Record>, Failure> {
+        if self.get(minor).is_some() {
             return Err(Failure::new(
                 Code::Exists,
                 format!("disk {minor} is supervised already"),
@@ -139,15 +132,28 @@ impl Host {
                 self.make_record(minor, peek).await?
             }
         };
-        if self.disks.borrow().contains_key(&minor) {
-            return Ok(());
+        if self.get(minor).is_some() {
+            return Ok(None);
         }
         self.records.write(&record).map_err(|error| {
             Failure::system(format!("cannot write down what disk {minor} is"), &error)
         })?;
         self.unknown.borrow_mut().remove(&minor);
-        adopt::disk(self, record).await;
-        Ok(())
+        Ok(Some(record))
+    }
+
+    /// Refuses what would have to do with a disk that is left alone.
+    ///
+    /// # Errors
+    /// It is one.
+    pub fn check_unknown(&self, minor: u32) -> Result<(), Failure> {
+        match self.unknown.borrow().get(&minor) {
+            None => Ok(()),
+            Some(unknown) => Err(Failure::new(
+                Code::Busy,
+                format!("disk {minor} is left alone: {}", unknown.why),
+            )),
+        }
     }
 
     /// Makes the record of a disk anew, of what is left of the old one and what its process and the
@@ -169,14 +175,14 @@ impl Host {
         })?;
         let mut record = Record::new(minor, peek.policy.unwrap_or_default());
         if let Some(open) = status.open.filter(|_| status.state != State::Idle) {
-            let image = image_of(&open).await?;
+            let image = image::of(&open).await?;
             if let Some(image) = image {
                 let (pid, identity) = (process.pid(), image.identity());
                 let place = image.path().to_path_buf();
                 let running = status.state == State::Running;
                 let holds = apart(&place, LIMIT, move || Ok(holds(pid, identity))).await?;
                 if running && !holds {
-                    return Err(crate::host::not_the_same(&image));
+                    return Err(image::not_the_same(&image));
                 }
                 (record.identity, record.born) = (Some(identity), image.born());
             }
@@ -237,25 +243,6 @@ impl Host {
         })?;
         self.unknown.borrow_mut().remove(&minor);
         Ok(())
-    }
-
-    /// Whoever wants the end of a disk that is left alone must have it supervised first.
-    ///
-    /// # Errors
-    /// It cannot be: it is not taken away.
-    pub async fn adopt_to_end(self: &Rc<Self>, which: &Which) -> Result<(), Failure> {
-        let vbd = which.vbd.as_deref().map(relative);
-        let named = {
-            let unknown = self.unknown.borrow();
-            let fits = |disk: &&Unknown| {
-                which.minor == Some(disk.minor) || vbd.is_some() && disk.peek.vbd.as_deref() == vbd
-            };
-            unknown.values().find(fits).map(|disk| disk.minor)
-        };
-        match named {
-            Some(minor) => self.adopt(minor).await,
-            None => Ok(()),
-        }
     }
 }
 

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk is made, and served for the first time.
+
+use super::Lifecycle;
+use crate::admission::{beside_others, with_mode};
+use crate::disk::{Disk, Fate};
+use crate::image;
+use crate::record::Record;
+use crate::store::relative;
+use control::supervisor::{Allocate, Create, Doing, What};
+use control::tapdisk;
+use control::{Code, Failure};
+use std::rc::Rc;
+
+/// What is said of a disk that was made.
+pub struct Made {
+    /// Its number.
+    pub minor: u32,
+    /// The process that serves it and what that serves; nothing if nobody waited for that.
+    pub served: Option<(u32, tapdisk::Disk)>,
+}
+
+impl Lifecycle {
+    /// Makes a disk and serves it. Who asks again because the answer was lost gets the same disk.
+    ///
+    /// # Errors
+    /// Its image is in use, or it cannot be served: nothing is left of it.
+    pub async fn create(self: &Rc<Self>, create: Create) -> Result<Made, Failure> {
+        let vbd = create.vbd.as_deref().map(relative).map(str::to_owned);
+        if let Some(vbd) = &vbd {
+            self.admission.check_directory(vbd).await?;
+        }
+        let open = with_mode(create.open, create.mode);
+        if let Some(disk) = self
+            .registry
+            .made_before(vbd.as_deref(), &open, create.mode)
+        {
+            return match create.no_wait {
+                true => Ok(begun(&disk)),
+                false => self.start(&disk).await,
+            };
+        }
+        let image = image::of(&open).await?;
+        let mut record = Record::new(0, create.policy);
+        record.identity = image.as_ref().map(|image| image.identity());
+        record.born = image.as_ref().and_then(|image| image.born());
+        record.mode = create.mode;
+        record.vbd.clone_from(&vbd);
+        record.nbd = create.nbd;
+        record.doing = Some(Doing::Create);
+        let target = Some(open.target.clone());
+        let work = |beside| {
+            record.open = Some(beside_others(open, beside));
+            self.registry
+                .make_node(record, create.minor, create.arena_kib)
+        };
+        let disk = self
+            .admission
+            .admit(image.as_ref(), create.mode, vbd.as_deref(), None, work)
+            .await?;
+        disk.image.replace(image);
+        self.registry
+            .events
+            .add(Some(disk.minor), What::Created { target });
+        let started = {
+            let (lifecycle, disk) = (self.clone(), disk.clone());
+            // A task of its own: it goes on though nobody waits for it.
+            tokio::task::spawn_local(async move { lifecycle.start(&disk).await })
+        };
+        if create.no_wait {
+            return Ok(begun(&disk));
+        }
+        started.await.map_err(|error| {
+            Failure::new(Code::System, format!("creating a disk failed: {error}"))
+        })?
+    }
+
+    /// Serves a new disk; one that cannot be leaves nothing.
+    async fn start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Made, Failure> {
+        let started = self.try_to_start(disk).await;
+        if started.is_err() && disk.fate() != Fate::Stays {
+            if let Err(also) = self.destroy(disk).await {
+                tracing::error!("{also}");
+            }
+        }
+        started
+    }
+
+    async fn try_to_start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Made, Failure> {
+        let _turn = disk.turn().await?;
+        if disk.doing() == Some(Doing::Create) {
+            disk.unless_doomed(self.finish_open(disk)).await?;
+        }
+        // The toolstack may have given up while the image was opened.
+        let vbd = disk.record.borrow().vbd.clone();
+        if let Some(vbd) = vbd {
+            self.admission
+                .check_directory(&vbd)
+                .await
+                .inspect_err(|failure| {
+                    if failure.code == Code::NotFound {
+                        self.destroy_later(disk);
+                    }
+                })?;
+        }
+        served(disk)
+    }
+
+    /// Makes a disk without an image.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn allocate(&self, allocate: &Allocate) -> Result<u32, Failure> {
+        let record = Record::new(0, allocate.policy.clone());
+        let disk = self
+            .registry
+            .make_node(record, allocate.minor, allocate.arena_kib)?;
+        self.registry
+            .events
+            .add(Some(disk.minor), What::Created { target: None });
+        Ok(disk.minor)
+    }
+}
+
+/// A disk that nobody waits for.
+fn begun(disk: &Disk) -> Made {
+    Made {
+        minor: disk.minor,
+        served: None,
+    }
+}
+
+fn served(disk: &Disk) -> Result<Made, Failure> {
+    let what = disk.serves.borrow().clone();
+    let what = what.ok_or_else(|| {
+        let message = format!("disk {} is not served at the moment", disk.minor);
+        Failure::new(Code::State, message)
+    })?;
+    Ok(Made {
+        minor: disk.minor,
+        served: Some((disk.serving()?.pid(), what)),
+    })
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Processes are started, watched, and replaced when they have died.
+
+use super::{trouble, Lifecycle};
+use crate::disk::{Disk, Fate};
+use crate::process::{self, Process, OPEN};
+use crate::record::Want;
+use control::supervisor::What;
+use control::Failure;
+use std::rc::Rc;
+use std::time::Duration;
+
+impl Lifecycle {
+    /// Starts a process that has no disk yet, and watches it from now on.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
+        let socket = process::unnamed(&self.registry.folder);
+        let process = Rc::new(Process::spawn(&self.program, &socket)?);
+        self.registry.add_idle(&process);
+        self.watch(process.clone());
+        Ok(process)
+    }
+
+    /// Watches a process until it has ended.
+    pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
+        tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
+        let lifecycle = self.clone();
+        tokio::task::spawn_local(async move {
+            let how = process.ended().await;
+            process.tidy();
+            let pid = process.pid();
+            if lifecycle.registry.remove_idle(pid) {
+                if !process.is_dismissed() {
+                    lifecycle.registry.events.add(None, What::Died { pid, how });
+                }
+                return;
+            }
+            let disk = lifecycle.registry.of_process(&process);
+            if let Some(disk) = disk {
+                lifecycle.died(disk, &process, how).await;
+            }
+        });
+    }
+
+    /// The process of a disk has ended.
+    async fn died(self: &Rc<Self>, disk: Rc<Disk>, process: &Process, how: String) {
+        disk.forget_process();
+        self.registry.note(&disk);
+        disk.crashed.set(process.has_crashed());
+        if process.is_dismissed() {
+            return;
+        }
+        let pid = process.pid();
+        self.registry
+            .events
+            .add(Some(disk.minor), What::Died { pid, how });
+        let answered = self.registry.answered(&disk) > disk.answered_before.get();
+        let pause = disk.backoff.borrow_mut().died(process.age(), answered);
+        self.revive(&disk, pause).await;
+    }
+
+    /// Replaces the process of a disk after a pause, as often as it takes.
+    pub async fn revive(self: &Rc<Self>, disk: &Rc<Disk>, pause: Duration) {
+        if !disk.reviving.replace(true) {
+            self.try_to_revive(disk, pause).await;
+            disk.reviving.set(false);
+        }
+    }
+
+    async fn try_to_revive(self: &Rc<Self>, disk: &Rc<Disk>, mut pause: Duration) {
+        loop {
+            let waited = disk
+                .unless_doomed(async {
+                    tokio::time::sleep(pause).await;
+                    Ok(())
+                })
+                .await;
+            let Ok(_turn) = (match waited {
+                Ok(()) => disk.turn().await,
+                Err(doomed) => Err(doomed),
+            }) else {
+                return;
+            };
+            if disk.process.borrow().is_some() {
+                return;
+            }
+            if disk.doing().is_some() {
+                // What waited for the process that is dead goes on without it.
+                if let Err(failure) = disk.unless_doomed(self.finish(disk, OPEN)).await {
+                    tracing::warn!("disk {}: {failure}", disk.minor);
+                }
+                return;
+            }
+            if disk.record.borrow().want != Want::Served {
+                return;
+            }
+            let Err(failure) = disk.unless_doomed(self.serve(disk)).await else {
+                disk.record.borrow_mut().restarts += 1;
+                self.registry.note(disk);
+                return;
+            };
+            self.give_up_process(disk).await;
+            if disk.fate() != Fate::Stays {
+                return;
+            }
+            pause = disk.backoff.borrow_mut().died(Duration::ZERO, false);
+            let retry_ms = pause.as_millis().try_into().unwrap_or(u64::MAX);
+            let what = What::Failed {
+                message: failure.message,
+                retry_ms,
+            };
+            self.registry.events.add(Some(disk.minor), what);
+        }
+    }
+
+    /// Kills the process of a disk; who watches it does nothing about that.
+    pub async fn give_up_process(&self, disk: &Disk) {
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            if let Err(failure) = process.end(Duration::ZERO).await {
+                tracing::error!("{failure}");
+            }
+            disk.forget_process();
+            self.registry.note(disk);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The end of a disk.
+
+use super::Lifecycle;
+use crate::disk::{Disk, Fate};
+use crate::folder;
+use crate::kernel;
+use crate::process::SOON;
+use control::supervisor::{Doing, What, Which};
+use control::{Code, Failure};
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How long a process may go on finishing what it has when its disk is taken away.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long who asks for the end of a disk waits for it.
+const END: Duration = Duration::from_secs(20);
+
+impl Lifecycle {
+    /// Takes a disk away, without waiting for it.
+    pub fn destroy_later(self: &Rc<Self>, disk: &Rc<Disk>) {
+        if disk.advance(Fate::Doomed) {
+            // The next supervisor goes on with it. If it cannot be told, who asked asks again.
+            disk.record.borrow_mut().doing = Some(Doing::Destroy);
+            self.registry.note(disk);
+            let (lifecycle, disk) = (self.clone(), disk.clone());
+            tokio::task::spawn_local(async move { lifecycle.demolish(&disk).await });
+        }
+    }
+
+    /// Takes a disk away, and waits for that for a while; it goes on if it takes longer.
+    ///
+    /// # Errors
+    /// It takes longer.
+    pub async fn destroy(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        self.destroy_within(disk, END).await
+    }
+
+    /// Takes a disk away, and waits for that until the limit; it goes on if it takes longer.
+    ///
+    /// # Errors
+    /// It takes longer: says what it waits for.
+    pub async fn destroy_within(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        self.destroy_later(disk);
+        tokio::time::timeout(limit, disk.gone()).await.map_err(|_| {
+            Failure::new(
+                Code::Busy,
+                format!(
+                    "disk {} is not free yet, and goes as soon as it is: {}",
+                    disk.minor,
+                    self.holds(disk)
+                ),
+            )
+        })
+    }
+
+    /// What keeps a disk that is to go, in words.
+    fn holds(&self, disk: &Disk) -> String {
+        let image = match &disk.record.borrow().open {
+            Some(open) => open.target.to_string(),
+            None => "its image".into(),
+        };
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process.filter(|process| !process.has_ended()) {
+            return format!(
+                "tapdisk {} has not ended; see whether the storage of {image} answers",
+                process.pid()
+            );
+        }
+        match kernel::node(&*self.registry.kernel, disk.minor) {
+            Ok(Some(node)) => busy(&node, &image),
+            Ok(None) => "it is being cleared away".into(),
+            Err(error) => format!("the kernel does not say why ({error})"),
+        }
+    }
+
+    /// Takes a node away that is not one of ours.
+    ///
+    /// # Errors
+    /// There is none, or it is used: says by whom.
+    pub fn free_unknown(&self, minor: u32) -> Result<(), Failure> {
+        let failed = |error| Failure::system(format!("cannot free the node {minor}"), &error);
+        let node = kernel::node(&*self.registry.kernel, minor).map_err(failed)?;
+        let node =
+            node.ok_or_else(|| Failure::new(Code::NotFound, format!("there is no node {minor}")))?;
+        match self.registry.kernel.destroy(minor) {
+            Ok(()) => {
+                self.registry.events.add(Some(minor), What::Destroyed);
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(Failure::new(
+                Code::Busy,
+                format!("the node {minor} is in use: {}", busy(&node, "its image")),
+            )),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    async fn demolish(&self, disk: &Disk) {
+        let _turn = disk.last_turn().await;
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            if let Err(failure) = process.end(PATIENCE).await {
+                tracing::error!("disk {}: {failure}", disk.minor);
+                process.ended().await;
+            }
+        }
+        disk.forget_process();
+        self.free_node(disk.minor).await;
+        for path in [
+            self.registry.folder.nbd(disk.minor),
+            self.registry.folder.memory_of(disk.minor),
+        ] {
+            if let Err(error) = folder::remove(&path) {
+                tracing::error!("cannot remove {}: {error}", path.display());
+            }
+        }
+        self.registry.remove(disk);
+    }
+
+    /// Takes a node away as soon as the kernel lets it go.
+    async fn free_node(&self, minor: u32) {
+        let mut pause = Duration::from_millis(2);
+        loop {
+            match self.registry.kernel.destroy(minor) {
+                Ok(()) => return,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+                Err(error) => tracing::error!("cannot take the node {minor} away: {error}"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    /// Takes several disks away at once.
+    pub async fn destroy_all(self: &Rc<Self>, disks: Vec<Rc<Disk>>) {
+        let ends = disks.iter().map(|disk| async move {
+            if let Err(failure) = self.destroy(disk).await {
+                tracing::error!("{failure}");
+            }
+        });
+        futures::future::join_all(ends).await;
+    }
+
+    /// Takes a disk away that has no process, or a node of nobody.
+    ///
+    /// # Errors
+    /// It has one, or somebody uses it.
+    pub async fn free(self: &Rc<Self>, minor: u32) -> Result<(), Failure> {
+        let which = Which {
+            minor: Some(minor),
+            ..Which::default()
+        };
+        let disk = match self.registry.find(&which) {
+            Err(failure) if failure.code == Code::NotFound => {
+                self.registry.check_unknown(minor)?;
+                return self.free_unknown(minor);
+            }
+            disk => disk?,
+        };
+        if disk.process.borrow().is_some() {
+            return Err(Failure::new(
+                Code::Busy,
+                format!("disk {minor} has a process: close and detach it, or destroy the disk"),
+            ));
+        }
+        self.destroy(&disk).await
+    }
+
+    /// Takes a disk away that somebody names, unless a guest uses it. A limit of 0 is the usual one.
+    ///
+    /// # Errors
+    /// A guest uses it, or it takes longer.
+    pub async fn end(self: &Rc<Self>, which: &Which, timeout_s: u32) -> Result<(), Failure> {
+        let disk = match self.registry.find(which) {
+            Err(failure) if failure.code == Code::NotFound => return self.end_idle(which).await,
+            disk => disk?,
+        };
+        // Who names the directory is the toolstack, which knows what it does. A person may not.
+        if which.vbd.is_none() && disk.fate() == Fate::Stays {
+            let node = kernel::node(&*self.registry.kernel, disk.minor)
+                .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
+            if let Some((domain, device)) = node.and_then(|node| node.bound) {
+                return Err(Failure::new(
+                    Code::Busy,
+                    format!(
+                        "disk {} is attached to domain {domain}: detach it with xl block-detach {domain} {device}",
+                        disk.minor
+                    ),
+                ));
+            }
+        }
+        let ended = match timeout_s {
+            0 => self.destroy(&disk).await,
+            seconds => {
+                let limit = Duration::from_secs(seconds.into());
+                self.destroy_within(&disk, limit).await
+            }
+        };
+        ended
+    }
+
+    /// There is no such disk, which is what was wanted; perhaps there is such a process.
+    async fn end_idle(&self, which: &Which) -> Result<(), Failure> {
+        let process = which.pid.and_then(|pid| self.registry.idle(pid));
+        if let Some(process) = process {
+            process.end(SOON).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Why the kernel does not let go of a node, in words.
+fn busy(node: &kernel::Node, image: &str) -> String {
+    if let Some((domain, device)) = node.bound {
+        return format!(
+            "the device {device} of domain {domain} uses it; detach it with xl block-detach {domain} {device}"
+        );
+    }
+    match node.status.state.as_str() {
+        "fencing" => format!(
+            "I/O of its last process may still reach {image}, so nobody else may have that yet; see whether its storage answers"
+        ),
+        "open" | "live" => "a process has it open".into(),
+        _ => "it is about to be free".into(),
+    }
+}

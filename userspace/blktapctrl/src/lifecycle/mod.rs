@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How a tapdisk lives and dies: it is started, given a node and an image, replaced when it ends, and
+//! ended with its disk.
+//!
+//! Each verb that changes a disk is written down before its first step, done in steps that can be done
+//! twice, and written off at the end. Who finds one that is not done, the next supervisor included,
+//! finishes it. What certainly cannot be finished is undone: the disk is as it was.
+
+pub mod create;
+mod death;
+mod destroy;
+mod open;
+mod pause;
+mod serve;
+mod trouble;
+
+use crate::admission::Admission;
+use crate::disk::Disk;
+use crate::process::Program;
+use crate::record::Want;
+use crate::registry::Registry;
+use control::supervisor::Doing;
+use control::Failure;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// The life of all disks.
+pub struct Lifecycle {
+    /// What disks there are.
+    pub registry: Rc<Registry>,
+    /// Who may use an image.
+    pub admission: Admission,
+    /// How tapdisks are started.
+    program: Program,
+}
+
+impl Lifecycle {
+    /// Supervises the disks of a registry.
+    #[must_use]
+    pub fn new(registry: Rc<Registry>, program: Program) -> Rc<Lifecycle> {
+        Rc::new(Lifecycle {
+            admission: Admission::new(registry.clone()),
+            registry,
+            program,
+        })
+    }
+
+    /// Does what has begun with a disk and is not done. The caller has the turn.
+    ///
+    /// # Errors
+    /// It is not done yet, or was undone.
+    pub async fn finish(self: &Rc<Self>, disk: &Rc<Disk>, limit: Duration) -> Result<(), Failure> {
+        let Some(doing) = disk.doing() else {
+            return Ok(());
+        };
+        let done = match doing {
+            Doing::Create | Doing::Open => self.finish_open(disk).await.map(drop),
+            Doing::Close => self.finish_close(disk, false, limit).await,
+            Doing::Pause => self.finish_pause(disk, limit).await,
+            Doing::Unpause => self.finish_unpause(disk).await.map(drop),
+            Doing::Destroy => {
+                self.destroy_later(disk);
+                Ok(())
+            }
+        };
+        done.map_err(|failure| {
+            let about = format!("disk {}: {doing} is not done: {failure}", disk.minor);
+            Failure::new(failure.code, about)
+        })
+    }
+
+    /// Makes way for another verb than the one that has begun, if one has.
+    async fn make_way(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        verb: Doing,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        match disk.doing() {
+            Some(doing) if doing != verb => disk.unless_doomed(self.finish(disk, limit)).await,
+            _ => Ok(()),
+        }
+    }
+
+    fn begin(&self, disk: &Disk, doing: Doing) -> Result<(), Failure> {
+        self.registry
+            .change(disk, |record| record.doing = Some(doing))
+    }
+
+    /// What has begun is over. Should that not be written, the next supervisor does it once more.
+    fn end_of_verb(&self, disk: &Disk, want: Want) {
+        {
+            let mut record = disk.record.borrow_mut();
+            record.doing = None;
+            record.want = want;
+        }
+        self.registry.note(disk);
+    }
+}

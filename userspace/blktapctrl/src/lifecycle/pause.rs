@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk stops being served, and goes on, perhaps with another image.
+
+use super::Lifecycle;
+use crate::admission::{beside_others, with_mode};
+use crate::disk::Disk;
+use crate::image::{self, not_the_same};
+use crate::kernel;
+use crate::memory;
+use crate::process::OPEN;
+use crate::record::{Next, Want};
+use control::supervisor::{Doing, What};
+use control::tapdisk::{self, Open, Request, State};
+use control::{Code, Failure, Target};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// It may still happen: whoever was asked lives, and has not answered.
+fn is_open_question(failure: &Failure, disk: &Disk) -> bool {
+    failure.code == Code::Timeout && disk.serving().is_ok()
+}
+
+impl Lifecycle {
+    /// Stops serving a disk.
+    ///
+    /// # Errors
+    /// Its process does not answer: it may pause later, and the same verb again waits for that.
+    pub async fn pause(self: &Rc<Self>, disk: &Rc<Disk>, limit: Duration) -> Result<(), Failure> {
+        let _turn = disk.turn().await?;
+        self.make_way(disk, Doing::Pause, limit).await?;
+        let (want, doing) = {
+            let record = disk.record.borrow();
+            (record.want, record.doing)
+        };
+        match (want, doing) {
+            (Want::Paused, None) => return Ok(()),
+            (Want::Idle, None) => disk.open().map(drop)?,
+            _ => {}
+        }
+        // From now on a process that dies is not replaced: nothing is to be served.
+        self.begin(disk, Doing::Pause)?;
+        disk.unless_doomed(self.finish_pause(disk, limit)).await
+    }
+
+    pub(super) async fn finish_pause(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
+        let mut result = Ok(());
+        if let Ok(process) = disk.serving() {
+            match process.ask(&Request::Pause, &[], limit).await {
+                Ok(_) => {}
+                Err(failure) if process.has_died(&failure).await => {
+                    self.fenced(disk, limit).await?;
+                }
+                Err(failure) if failure.code == Code::Timeout => return Err(failure),
+                // An earlier question may have paused it, and it may have found when it closed the
+                // image that not all could be written back.
+                Err(failure) => match process.status().await?.state {
+                    State::Running => return Err(failure),
+                    _ if failure.code == Code::State => {}
+                    _ => result = Err(failure),
+                },
+            }
+        } else {
+            self.fenced(disk, limit).await?;
+        }
+        disk.serves.replace(None);
+        self.end_of_verb(disk, Want::Paused);
+        self.registry.events.add(Some(disk.minor), What::Paused);
+        result
+    }
+
+    /// Waits until the I/O of a process that is dead is over: what it had waits in the kernel, and the
+    /// image does not change any more.
+    async fn fenced(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
+        let mut pause = Duration::from_millis(1);
+        let over = async {
+            loop {
+                let node = kernel::node(&*self.registry.kernel, disk.minor)
+                    .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
+                if node.is_none_or(|node| node.status.state != "fencing") {
+                    return Ok(());
+                }
+                // The kernel tells nobody when it is over.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
+        };
+        tokio::time::timeout(limit, over).await.unwrap_or_else(|_| {
+            Err(Failure::new(
+                Code::Timeout,
+                format!(
+                    "I/O of the process of disk {} that ended is not over: see whether its storage answers",
+                    disk.minor
+                ),
+            ))
+        })
+    }
+
+    /// Serves a paused disk again, perhaps from another image.
+    ///
+    /// # Errors
+    /// It cannot be: then it is paused, and has the image that it had. Or its process does not answer:
+    /// the same verb again waits for that.
+    pub async fn unpause(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        target: Option<Target>,
+        may_shrink: bool,
+    ) -> Result<tapdisk::Disk, Failure> {
+        let _turn = disk.turn().await?;
+        self.make_way(disk, Doing::Unpause, OPEN).await?;
+        if disk.doing() == Some(Doing::Unpause) {
+            let leads_to = self.leads_to(disk)?;
+            if target
+                .as_ref()
+                .is_some_and(|target| *target != leads_to.target)
+            {
+                // First it must be known which image is served.
+                let before = disk.unless_doomed(self.finish_unpause(disk)).await;
+                before?;
+            } else {
+                return disk.unless_doomed(self.finish_unpause(disk)).await;
+            }
+        }
+        if disk.record.borrow().want != Want::Paused {
+            return Err(Failure::new(
+                Code::State,
+                format!("disk {} is not paused", disk.minor),
+            ));
+        }
+        match target {
+            Some(target) => self.begin_with(disk, target, may_shrink).await?,
+            None => self.registry.change(disk, |record| {
+                record.doing = Some(Doing::Unpause);
+                if let Some(open) = &mut record.open {
+                    open.may_shrink = may_shrink;
+                }
+            })?,
+        }
+        disk.unless_doomed(self.finish_unpause(disk)).await
+    }
+
+    /// What a disk is to be served from.
+    fn leads_to(&self, disk: &Disk) -> Result<Open, Failure> {
+        let next = disk.record.borrow().next.clone();
+        next.map_or_else(|| disk.open(), |next| Ok(next.open))
+    }
+
+    /// Begins to serve another image. Until it is served, both are the disk's.
+    async fn begin_with(
+        &self,
+        disk: &Disk,
+        target: Target,
+        may_shrink: bool,
+    ) -> Result<(), Failure> {
+        let (mode, vbd) = {
+            let record = disk.record.borrow();
+            (record.mode, record.vbd.clone())
+        };
+        let mut open = disk.open()?;
+        open.target = target;
+        open.may_shrink = may_shrink;
+        let open = with_mode(open, mode);
+        let image = image::of(&open).await?;
+        let committed = self.registry.answered(disk);
+        let work = |beside| {
+            let next = Next {
+                open: beside_others(open, beside),
+                identity: image.as_ref().map(|image| image.identity()),
+                born: image.as_ref().and_then(|image| image.born()),
+                committed,
+            };
+            self.registry.change(disk, |record| {
+                record.doing = Some(Doing::Unpause);
+                record.next = Some(next);
+            })
+        };
+        self.admission
+            .admit(image.as_ref(), mode, vbd.as_deref(), Some(disk.minor), work)
+            .await?;
+        disk.next_image.replace(image);
+        Ok(())
+    }
+
+    pub(super) async fn finish_unpause(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+    ) -> Result<tapdisk::Disk, Failure> {
+        let next = disk.record.borrow().next.clone();
+        let served = match &next {
+            Some(next) => self.serve_next(disk, next).await,
+            None => self.serve(disk).await,
+        };
+        match served {
+            Ok(what) => {
+                self.take_next(disk);
+                disk.allow_shrinking(false);
+                self.end_of_verb(disk, Want::Served);
+                self.registry.events.add(Some(disk.minor), What::Unpaused);
+                Ok(what)
+            }
+            Err(failure) if is_open_question(&failure, disk) => Err(failure),
+            // It was served, and what the guest wrote then is in the new image.
+            Err(failure)
+                if next.is_some_and(|next| self.registry.answered(disk) > next.committed) =>
+            {
+                self.take_next(disk);
+                disk.allow_shrinking(false);
+                self.end_of_verb(disk, Want::Served);
+                self.registry.events.add(Some(disk.minor), What::Unpaused);
+                let (lifecycle, disk) = (self.clone(), disk.clone());
+                tokio::task::spawn_local(async move {
+                    if disk.serving().is_err() {
+                        lifecycle.revive(&disk, Duration::ZERO).await;
+                    }
+                });
+                Err(failure)
+            }
+            Err(failure) => {
+                disk.record.borrow_mut().next = None;
+                disk.next_image.replace(None);
+                disk.allow_shrinking(false);
+                self.end_of_verb(disk, Want::Paused);
+                Err(failure)
+            }
+        }
+    }
+
+    async fn serve_next(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        next: &Next,
+    ) -> Result<tapdisk::Disk, Failure> {
+        let known = disk.next_image.borrow().clone();
+        let image = match known {
+            Some(image) => Some(image),
+            None => {
+                let image = image::of(&next.open).await?;
+                if let Some(image) = image.as_ref().filter(|i| !i.is(next.identity, next.born)) {
+                    return Err(not_the_same(image));
+                }
+                image
+            }
+        };
+        disk.next_image.replace(image.clone());
+        let target = &next.open.target;
+        if let (control::Driver::Ram, Some(size)) = (target.driver(), target.size()) {
+            memory::prepare(&self.registry.folder, disk.minor, size)?;
+        }
+        let served = self.bring_up(disk, &next.open, image).await?;
+        self.started(disk).await;
+        Ok(served)
+    }
+
+    /// The image that an unpause led to is the disk's.
+    fn take_next(&self, disk: &Disk) {
+        let mut record = disk.record.borrow_mut();
+        if let Some(next) = record.next.take() {
+            record.open = Some(next.open);
+            (record.identity, record.born) = (next.identity, next.born);
+            disk.image.replace(disk.next_image.take());
+        }
+    }
+}

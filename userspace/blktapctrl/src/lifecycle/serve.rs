@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A process is given a node and an image, and serves.
+
+use super::Lifecycle;
+use crate::apart::{apart, LIMIT};
+use crate::disk::Disk;
+use crate::folder;
+use crate::image::{self, not_the_same, Image};
+use crate::kernel;
+use crate::link::unexpected;
+use crate::memory;
+use crate::process::{Process, OPEN, SOON};
+use control::socket::listen_at;
+use control::supervisor::What;
+use control::tapdisk::{self, Open, Reply, Request, State, Status};
+use control::{Code, Failure};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+impl Lifecycle {
+    /// Gives a disk a process, unless it has one, and the process the node, unless it has it. The
+    /// caller has the turn.
+    ///
+    /// # Errors
+    /// It cannot be started, or the node stays taken.
+    pub async fn attach(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Rc<Process>, Failure> {
+        let there = disk.process.borrow().clone();
+        let process = match there {
+            Some(process) => process,
+            None => {
+                let process = self.spawn()?;
+                self.assign(disk, &process)?;
+                process
+            }
+        };
+        if !disk.attached.get() {
+            let node = self.open_node(disk.minor).await?;
+            if !disk.crashed.get() {
+                // Who was killed, or ended before us, did not die of a request.
+                self.registry.kernel.excuse(node.as_fd()).map_err(|error| {
+                    Failure::system(format!("cannot set up disk {}", disk.minor), &error)
+                })?;
+            }
+            let reply = process.ask(&Request::Attach, &[node.as_fd()], SOON).await?;
+            match reply {
+                Reply::Node(node) if node.minor == disk.minor => disk.attached.set(true),
+                reply => return Err(unexpected(&reply)),
+            }
+        }
+        Ok(process)
+    }
+
+    /// Makes an idle process that of a disk.
+    ///
+    /// # Errors
+    /// Its socket cannot be renamed.
+    pub fn assign(&self, disk: &Disk, process: &Rc<Process>) -> Result<(), Failure> {
+        process.rename_socket(&self.registry.folder.tapdisk(disk.minor))?;
+        self.registry.remove_idle(process.pid());
+        disk.process.replace(Some(process.clone()));
+        disk.record.borrow_mut().process = Some(process.known());
+        self.registry.note(disk);
+        Ok(())
+    }
+
+    /// Opens a node as soon as the I/O of an earlier process is over.
+    async fn open_node(&self, minor: u32) -> Result<OwnedFd, Failure> {
+        let mut pause = Duration::from_millis(1);
+        let attempts = async {
+            loop {
+                match self.registry.kernel.open(minor) {
+                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                        // The kernel tells nobody when it is over.
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(Duration::from_millis(50));
+                    }
+                    result => return result,
+                }
+            }
+        };
+        match tokio::time::timeout(OPEN, attempts).await {
+            Ok(result) => result.map_err(|error| {
+                Failure::system(format!("cannot open the node of disk {minor}"), &error)
+            }),
+            Err(_) => Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "the node of disk {minor} stays taken: I/O of an earlier process is not over; see whether its storage answers"
+                ),
+            )),
+        }
+    }
+
+    /// Serves a disk: the caller has the turn, and its record says what.
+    ///
+    /// # Errors
+    /// It cannot be served. A process may be left, which the caller ends.
+    pub async fn serve(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<tapdisk::Disk, Failure> {
+        let open = disk.open()?;
+        let image = self.image(disk).await?;
+        let served = self.bring_up(disk, &open, image).await?;
+        self.started(disk).await;
+        Ok(served)
+    }
+
+    /// A process serves a disk from now on.
+    pub async fn started(&self, disk: &Disk) {
+        disk.answered_before.set(self.registry.answered(disk));
+        disk.crashed.set(false);
+        self.report_poison(disk);
+        disk.hung.set(false);
+        disk.progress.set((0, Instant::now()));
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            self.serve_nbd(disk, &process).await;
+            let pid = process.pid();
+            self.registry
+                .events
+                .add(Some(disk.minor), What::Started { pid });
+        }
+    }
+
+    /// Tells of a request that failed when the process was started, because earlier ones died of it.
+    fn report_poison(&self, disk: &Disk) {
+        let status = match kernel::node(&*self.registry.kernel, disk.minor) {
+            Ok(Some(node)) => node.status,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
+                return;
+            }
+        };
+        let told = std::mem::replace(&mut disk.record.borrow_mut().poisoned, status.poisoned);
+        if told != status.poisoned {
+            self.registry.note(disk);
+            let what = What::Poisoned {
+                request: status.poison,
+                count: status.poisoned,
+            };
+            self.registry.events.add(Some(disk.minor), what);
+        }
+    }
+
+    /// Makes the memory that a disk is to be served from, or keeps what it has, if its driver needs it.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn prepare_memory(&self, disk: &Disk) -> Result<(), Failure> {
+        let target = disk.open()?.target;
+        match (target.driver(), target.size()) {
+            (control::Driver::Ram, Some(size)) => {
+                memory::prepare(&self.registry.folder, disk.minor, size)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The image of a disk, if its driver has one. A supervisor that was started anew finds it by its
+    /// name, and it must be the same one.
+    ///
+    /// # Errors
+    /// It is not there any more.
+    pub async fn image(&self, disk: &Disk) -> Result<Option<Arc<Image>>, Failure> {
+        let known = disk.image.borrow().clone();
+        let (open, identity, born) = {
+            let record = disk.record.borrow();
+            (record.open.clone(), record.identity, record.born)
+        };
+        let Some(open) = open.filter(|_| known.is_none()) else {
+            return Ok(known);
+        };
+        let image = image::of(&open).await?;
+        if let Some(image) = image.as_ref().filter(|image| !image.is(identity, born)) {
+            return Err(not_the_same(image));
+        }
+        disk.image.replace(image.clone());
+        Ok(image)
+    }
+
+    /// Asks a process to open the image of its disk.
+    pub async fn open_with(
+        &self,
+        disk: &Disk,
+        process: &Process,
+        open: Open,
+        image: Option<Arc<Image>>,
+        question: impl FnOnce(Open) -> Request,
+    ) -> Result<tapdisk::Disk, Failure> {
+        let opened = match &image {
+            Some(image) => {
+                let direct = open.target.driver() != control::Driver::Sync;
+                let (again, write) = (image.clone(), !open.read_only);
+                let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
+                if direct && !opened.direct {
+                    tracing::warn!(
+                        "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
+                        disk.minor,
+                        image.path().display()
+                    );
+                }
+                Some(opened)
+            }
+            None => None,
+        };
+        let memory = match open.target.driver() {
+            control::Driver::Ram => Some(memory::open(
+                &self.registry.folder,
+                disk.minor,
+                !open.read_only,
+            )?),
+            _ => None,
+        };
+        let fds: Vec<_> = opened
+            .iter()
+            .map(|opened| opened.fd.as_fd())
+            .chain(memory.iter().map(AsFd::as_fd))
+            .collect();
+        match process.ask(&question(open), &fds, OPEN).await? {
+            Reply::Disk(what) => {
+                disk.serves.replace(Some(what.clone()));
+                Ok(what)
+            }
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Lets a process serve NBD clients, if that is wanted. That it cannot is no reason not to serve
+    /// a guest.
+    async fn serve_nbd(&self, disk: &Disk, process: &Process) {
+        if !disk.record.borrow().nbd {
+            return;
+        }
+        let path = self.registry.folder.nbd(disk.minor);
+        let bound = folder::remove(&path).and_then(|()| listen_at(&path, 0o600));
+        let result = match bound {
+            Ok(listener) => {
+                let export = String::new();
+                let question = Request::Nbd { export };
+                process.ask(&question, &[listener.as_fd()], SOON).await
+            }
+            Err(error) => Err(Failure::system(
+                format!("cannot listen at {}", path.display()),
+                &error,
+            )),
+        };
+        if let Err(failure) = result {
+            tracing::warn!("disk {} is not served by NBD: {failure}", disk.minor);
+            if let Err(error) = folder::remove(&path) {
+                tracing::warn!("cannot remove {}: {error}", path.display());
+            }
+        }
+    }
+
+    /// Makes the process of a disk serve an image, whatever it does now; without one, a new one.
+    ///
+    /// # Errors
+    /// It does not. It may be left without an image.
+    pub async fn bring_up(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        open: &Open,
+        image: Option<Arc<Image>>,
+    ) -> Result<tapdisk::Disk, Failure> {
+        disk.answered_before.set(self.registry.answered(disk));
+        let there = disk.process.borrow().clone();
+        let mut state = match there {
+            Some(process) => match process.status().await? {
+                status if status.state == State::Running => return running(disk, status, open),
+                status => status.state,
+            },
+            None => State::Idle,
+        };
+        disk.attached.set(state != State::Idle);
+        let process = self.attach(disk).await?;
+        if state == State::Idle {
+            state = State::Attached;
+        }
+        let question = match state {
+            State::Paused => Request::Unpause,
+            _ => Request::Open,
+        };
+        let opened = self.open_with(disk, &process, open.clone(), image, question);
+        match opened.await {
+            // A question of an earlier supervisor was still on its way.
+            Err(failure) if failure.code == Code::State => match process.status().await? {
+                status if status.state == State::Running => running(disk, status, open),
+                _ => Err(failure),
+            },
+            result => result,
+        }
+    }
+}
+
+/// A process serves already: it must be what is wanted.
+fn running(disk: &Disk, status: Status, open: &Open) -> Result<tapdisk::Disk, Failure> {
+    disk.attached.set(true);
+    let serves = status.open.map(|open| open.target);
+    match status.disk {
+        Some(what) if serves.as_ref() == Some(&open.target) => {
+            disk.serves.replace(Some(what.clone()));
+            Ok(what)
+        }
+        _ => Err(Failure::new(
+            Code::State,
+            format!(
+                "the process of disk {} serves {}, not {}: pause it first",
+                disk.minor,
+                serves.map_or("something else".into(), |target| target.to_string()),
+                open.target
+            ),
+        )),
+    }
+}

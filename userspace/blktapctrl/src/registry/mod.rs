@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What disks there are: what is written down of them, what the kernel says of them, and the processes
+//! that wait for one.
+
+mod list;
+mod nodes;
+pub mod unknown;
+
+use crate::disk::{Disk, Fate};
+use crate::events::Events;
+use crate::folder::Folder;
+use crate::kernel::{self, Kernel};
+use crate::process::Process;
+use crate::record::{Record, Records};
+use crate::store::{relative, Store};
+use control::supervisor::{Mode, What, Which};
+use control::tapdisk::Open;
+use control::{Code, Failure};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+use unknown::Unknown;
+
+/// The disks of this host.
+pub struct Registry {
+    /// Where sockets and records are.
+    pub folder: Folder,
+    /// What is written down.
+    pub records: Box<dyn Records>,
+    /// The nodes.
+    pub kernel: Box<dyn Kernel>,
+    /// What happened.
+    pub events: Events,
+    store: RefCell<Option<Rc<dyn Store>>>,
+    disks: RefCell<BTreeMap<u32, Rc<Disk>>>,
+    unknown: RefCell<BTreeMap<u32, Unknown>>,
+    /// Processes without a disk.
+    idle: RefCell<BTreeMap<u32, Rc<Process>>>,
+}
+
+impl Registry {
+    /// A registry without disks.
+    #[must_use]
+    pub fn new(folder: Folder, records: Box<dyn Records>, kernel: Box<dyn Kernel>) -> Rc<Registry> {
+        Rc::new(Registry {
+            folder,
+            records,
+            kernel,
+            events: Events::default(),
+            store: RefCell::default(),
+            disks: RefCell::default(),
+            unknown: RefCell::default(),
+            idle: RefCell::default(),
+        })
+    }
+
+    /// There is a connection to xenstore from now on, or none any more.
+    pub fn use_store(&self, store: Option<Rc<dyn Store>>) {
+        self.store.replace(store);
+    }
+
+    /// Xenstore, if there is a connection.
+    pub fn store(&self) -> Option<Rc<dyn Store>> {
+        self.store.borrow().clone()
+    }
+
+    /// All disks.
+    pub fn all(&self) -> Vec<Rc<Disk>> {
+        self.disks.borrow().values().cloned().collect()
+    }
+
+    /// A disk by its number.
+    pub fn get(&self, minor: u32) -> Option<Rc<Disk>> {
+        self.disks.borrow().get(&minor).cloned()
+    }
+
+    /// The disk that a process serves.
+    pub fn of_process(&self, process: &Process) -> Option<Rc<Disk>> {
+        let serves = |disk: &Rc<Disk>| matches!(&*disk.process.borrow(), Some(its) if std::ptr::eq(&**its, process));
+        self.all().into_iter().find(serves)
+    }
+
+    /// Adds a disk that is written down already.
+    pub fn add(&self, disk: &Rc<Disk>) {
+        self.disks.borrow_mut().insert(disk.minor, disk.clone());
+    }
+
+    /// Nothing is left of a disk.
+    pub fn remove(&self, disk: &Disk) {
+        if let Err(error) = self.records.remove(disk.minor) {
+            tracing::error!("cannot remove the record of disk {}: {error}", disk.minor);
+        }
+        disk.advance(Fate::Gone);
+        self.disks.borrow_mut().remove(&disk.minor);
+        self.events.add(Some(disk.minor), What::Destroyed);
+    }
+
+    /// A process waits for a disk.
+    pub fn add_idle(&self, process: &Rc<Process>) {
+        let mut idle = self.idle.borrow_mut();
+        idle.insert(process.pid(), process.clone());
+    }
+
+    /// A process that waits for a disk.
+    pub fn idle(&self, pid: u32) -> Option<Rc<Process>> {
+        self.idle.borrow().get(&pid).cloned()
+    }
+
+    /// A process does not wait for a disk any more. True if it did.
+    pub fn remove_idle(&self, pid: u32) -> bool {
+        self.idle.borrow_mut().remove(&pid).is_some()
+    }
+
+    /// The disk that is named.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, which: &Which) -> Result<Rc<Disk>, Failure> {
+        let vbd = which.vbd.as_deref().map(relative);
+        let fits = |disk: &Rc<Disk>| {
+            let pid = disk.process.borrow().as_ref().map(|process| process.pid());
+            // Who names both may name a process that was replaced since.
+            which.minor.map_or_else(
+                || which.pid.is_none_or(|wanted| pid == Some(wanted)),
+                |minor| minor == disk.minor,
+            ) && vbd.is_none_or(|vbd| disk.record.borrow().vbd.as_deref() == Some(vbd))
+        };
+        if which.minor.is_none() && which.pid.is_none() && vbd.is_none() {
+            return Err(Failure::invalid(
+                "no disk is named: say its minor number, its process or its backend directory",
+            ));
+        }
+        self.all().into_iter().find(fits).ok_or_else(|| {
+            let number =
+                |name: &str, value: Option<u32>| value.map(|value| format!("{name} {value}"));
+            let named = [
+                number("the minor number", which.minor),
+                number("the process", which.pid),
+                vbd.map(|vbd| format!("the directory {vbd}")),
+            ];
+            let named: Vec<String> = named.into_iter().flatten().collect();
+            Failure::new(
+                Code::NotFound,
+                format!(
+                    "there is no disk with {}: see tap-ctl list",
+                    named.join(" and ")
+                ),
+            )
+        })
+    }
+
+    /// Writes down what is known of a disk. That it cannot be is told: the disk goes on, and the next
+    /// supervisor finds out by its process.
+    pub fn note(&self, disk: &Disk) {
+        if disk.fate() == Fate::Gone {
+            return;
+        }
+        let written = self.records.write(&disk.record.borrow());
+        if let Err(error) = written {
+            let why = format!("{}", unwritten(disk.minor, &error));
+            self.events.add(Some(disk.minor), What::Unknown { why });
+        }
+    }
+
+    /// Changes what is written down of a disk; if that cannot be written, nothing is changed.
+    ///
+    /// # Errors
+    /// The system refuses to write it.
+    pub fn change(&self, disk: &Disk, change: impl FnOnce(&mut Record)) -> Result<(), Failure> {
+        let mut record = disk.record.borrow().clone();
+        change(&mut record);
+        self.records
+            .write(&record)
+            .map_err(|error| unwritten(disk.minor, &error))?;
+        disk.record.replace(record);
+        Ok(())
+    }
+
+    /// Requests of a disk that were ever answered; none if the kernel does not say.
+    pub fn answered(&self, disk: &Disk) -> u64 {
+        let node = kernel::node(&*self.kernel, disk.minor);
+        node.ok().flatten().map_or(0, |node| node.status.committed)
+    }
+
+    /// The disk that a directory has, if it is the one that is asked for: who asks again lost the
+    /// answer.
+    pub fn made_before(&self, vbd: Option<&str>, open: &Open, mode: Mode) -> Option<Rc<Disk>> {
+        let vbd = vbd?;
+        let mut stay = self
+            .all()
+            .into_iter()
+            .filter(|disk| disk.fate() == Fate::Stays);
+        stay.find(|disk| {
+            let record = disk.record.borrow();
+            let same = record.open.as_ref().map(|open| &open.target) == Some(&open.target);
+            same && record.mode == mode && record.vbd.as_deref() == Some(vbd)
+        })
+    }
+}
+
+fn unwritten(minor: u32, error: &io::Error) -> Failure {
+    Failure::system(
+        format!("cannot write down what disk {minor} is (is /run full?)"),
+        error,
+    )
+}
