@@ -5,11 +5,12 @@
 use crate::backing::{BackingDisk, Drain, Limits, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
-use crate::engine::{Backend, Group, Io, IoKind, SegmentEntry, Slice, Slot, Tag};
+use crate::engine::{Backend, Group, Io, IoKind, SegmentEntry, Slice, Slot};
 use crate::memory::Lease;
 use crate::params::{self, PoolSizes};
 use crate::planted;
 use crate::ring::abi::PAGE_SIZE;
+use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 use crate::xen::bdev::BlockDevice;
 use crate::xen::bio::{self, Disk, Inflight, Operation, Piece};
@@ -138,7 +139,7 @@ impl Backend for Phy {
         });
     }
 
-    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
         self.disk.reap(|tag, status| {
             done(
                 tag,

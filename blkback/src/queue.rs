@@ -11,7 +11,7 @@
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot, Tag,
+    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
@@ -19,6 +19,7 @@ use crate::params;
 use crate::poll::Pollers;
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
+use crate::ring::numbers::QueueTag;
 use crate::ring::request::Limits;
 use crate::ring::response::Status;
 use crate::totals::{Tally, Totals};
@@ -407,7 +408,7 @@ impl<B: Backend> Backend for Away<'_, B> {
         self.guest.away(|| self.backend.submit(batch));
     }
 
-    fn reap(&mut self, done: impl FnMut(Tag, Status)) {
+    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         self.backend.reap(done);
     }
 

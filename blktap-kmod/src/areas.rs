@@ -6,9 +6,9 @@
 //! lives: what a process finds in the arena was always data of its own disk.
 
 use crate::params;
+use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi::{Desc, Segment};
 use crate::ring::tap::checked::MAX_ARENA_KIB;
-use crate::ring::tap::shadow::Tag;
 use crate::xen::chardev::NewMapping;
 use crate::xen::pages::Pages;
 use kernel::prelude::*;
@@ -108,8 +108,8 @@ impl Areas {
     }
 
     /// Writes the descriptor of a request.
-    pub(crate) fn write_desc(&self, tag: Tag, desc: &Desc) {
-        let offset = u32::from(tag).wrapping_mul(DESC_SIZE);
+    pub(crate) fn write_desc(&self, tag: DiskTag, desc: &Desc) {
+        let offset = u32::from(tag.number()).wrapping_mul(DESC_SIZE);
         // The shadow has no tag beyond the area.
         let _written = self.descriptors.write(offset as usize, desc);
     }
@@ -118,7 +118,7 @@ impl Areas {
     /// many there are then; `None` if that is too many.
     pub(crate) fn write_segments(
         &self,
-        tag: Tag,
+        tag: DiskTag,
         pieces: impl Iterator<Item = Segment>,
     ) -> Option<u16> {
         let mut count: u16 = 0;
@@ -144,11 +144,11 @@ impl Areas {
         Some(count)
     }
 
-    fn write_segment(&self, tag: Tag, index: u16, segment: &Segment) -> Option<()> {
+    fn write_segment(&self, tag: DiskTag, index: u16, segment: &Segment) -> Option<()> {
         if index >= MAX_SEGMENTS {
             return None;
         }
-        let entry = u32::from(tag)
+        let entry = u32::from(tag.number())
             .wrapping_mul(MAX_SEGMENTS.into())
             .wrapping_add(index.into());
         let offset = entry

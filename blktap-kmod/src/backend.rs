@@ -3,7 +3,8 @@
 //! The engine's backend over the shadow of a disk.
 
 use super::disk::{Share, TapDisk, BATCH};
-use crate::engine::{Backend, Io, IoKind, Tag};
+use crate::engine::{Backend, Io, IoKind};
+use crate::ring::numbers::{DiskTag, QueueTag};
 use crate::ring::response::Status;
 use crate::ring::tap::abi::Segment;
 use crate::ring::tap::shadow::{Op, Request};
@@ -27,6 +28,18 @@ pub(super) struct Place {
     pub(super) depth: u16,
 }
 
+impl Place {
+    /// What the disk calls a request of this queue.
+    fn disk_tag(self, tag: QueueTag) -> DiskTag {
+        DiskTag::new(self.first_tag.wrapping_add(tag.number()))
+    }
+
+    /// What this queue calls a request of the disk that is its own.
+    fn queue_tag(self, tag: DiskTag) -> QueueTag {
+        QueueTag::new(tag.number().wrapping_sub(self.first_tag))
+    }
+}
+
 /// The backend of one queue. Dropping it leaves what the process has to the disk, and forgets the
 /// rest.
 ///
@@ -38,9 +51,9 @@ pub(crate) struct TapQueue {
     share: Arc<Share>,
     place: Place,
     /// What is to be posted; has room for a batch.
-    ready: KVec<(Tag, Request)>,
+    ready: KVec<(QueueTag, Request)>,
     /// What could not be posted; has room for all tags.
-    rejected: KVec<Tag>,
+    rejected: KVec<QueueTag>,
 }
 
 impl TapQueue {
@@ -90,7 +103,7 @@ impl TapQueue {
         let first = u32::from(self.place.first_page);
         let pieces = io.slices().map(|slice| Segment {
             offset: first
-                .wrapping_add(slice.page.into())
+                .wrapping_add(slice.page.number().into())
                 .wrapping_mul(4096)
                 .wrapping_add(slice.offset.into()),
             len: slice.len.into(),
@@ -98,7 +111,7 @@ impl TapQueue {
         let segments = self
             .disk
             .areas
-            .write_segments(self.disk_tag(io.tag), pieces)?;
+            .write_segments(self.place.disk_tag(io.tag), pieces)?;
         Some(Request {
             op,
             preflush,
@@ -109,20 +122,16 @@ impl TapQueue {
         })
     }
 
-    fn disk_tag(&self, tag: Tag) -> u16 {
-        self.place.first_tag.wrapping_add(tag)
-    }
-
     /// Posts what is ready, and wakes the process if it waits.
     fn post(&mut self) {
         let now = monotonic_ns();
-        let Place {
-            index, first_tag, ..
-        } = self.place;
+        let place = self.place;
         let mut inner = self.disk.inner.lock();
         for (tag, request) in &self.ready {
-            let disk_tag = first_tag.wrapping_add(*tag);
-            if inner.shadow.post(disk_tag, index, request, now).is_err() {
+            let posted = inner
+                .shadow
+                .post(place.disk_tag(*tag), place.index, request, now);
+            if posted.is_err() {
                 reject(&mut self.rejected, *tag);
             }
         }
@@ -132,7 +141,7 @@ impl TapQueue {
     }
 }
 
-fn reject(rejected: &mut KVec<Tag>, tag: Tag) {
+fn reject(rejected: &mut KVec<QueueTag>, tag: QueueTag) {
     // There is room for all tags, and each is there once: it is taken until it is reaped.
     let _pushed = push(rejected, tag);
 }
@@ -157,7 +166,7 @@ impl Backend for TapQueue {
         }
     }
 
-    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
         // Before anything is looked at: see `Parker::rearm`.
         self.share.parker.rearm();
         while let Some(tag) = self.rejected.pop() {
@@ -187,7 +196,7 @@ impl Backend for TapQueue {
                     }
                 });
             for (tag, status) in results.into_iter().flatten() {
-                done(tag.wrapping_sub(self.place.first_tag), status);
+                done(self.place.queue_tag(tag), status);
             }
             if count < BATCH {
                 return;

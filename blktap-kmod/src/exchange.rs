@@ -5,9 +5,10 @@
 //! User memory is copied outside the lock, in batches of [`BATCH`].
 
 use super::disk::{Inner, TapDisk, BATCH};
+use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi::{Completion, COMPLETION_RETURNED};
 use crate::ring::tap::checked::UserArray;
-use crate::ring::tap::shadow::{Committed, Tag};
+use crate::ring::tap::shadow::Committed;
 use crate::xen::chardev::user_memory;
 use crate::xen::{cond_resched, monotonic_ns};
 use kernel::prelude::*;
@@ -16,7 +17,8 @@ use zerocopy::IntoBytes;
 
 /// Requests that were handed out and of which the process does not know yet.
 struct Handed {
-    tags: [Tag; BATCH],
+    /// As the process reads them.
+    tags: [u16; BATCH],
     generations: [u32; BATCH],
     count: usize,
 }
@@ -28,16 +30,16 @@ impl Handed {
         count: 0,
     };
 
-    fn push(&mut self, tag: Tag, generation: u32) {
+    fn push(&mut self, tag: DiskTag, generation: u32) {
         let places = self.tags.get_mut(self.count);
         if let (Some(place), Some(number)) = (places, self.generations.get_mut(self.count)) {
-            *place = tag;
+            *place = tag.number();
             *number = generation;
             self.count = self.count.wrapping_add(1);
         }
     }
 
-    fn tags(&self) -> &[Tag] {
+    fn tags(&self) -> &[u16] {
         self.tags.get(..self.count).unwrap_or(&[])
     }
 }
@@ -94,7 +96,7 @@ impl TapDisk {
     ///
     /// `EFAULT` if the tags cannot be written; their requests are handed out again.
     pub(super) fn fetch(&self, epoch: u64, to: &mut UserSliceWriter, waits: bool) -> Result<usize> {
-        let room = to.len() / size_of::<Tag>();
+        let room = to.len() / size_of::<u16>();
         let mut fetched = 0usize;
         while fetched < room {
             let mut handed = Handed::EMPTY;

@@ -5,10 +5,11 @@
 use crate::engine::backend::{Backend, IoKind};
 use crate::engine::pass::{Engine, Fetch};
 use crate::engine::segments::Pool;
-use crate::engine::slots::{Slot, State, Tag};
+use crate::engine::slots::{Slot, State};
 use crate::engine::transfer::{queue_copy, run_copies};
 use crate::ring::abi::MAX_SLOT_SIZE;
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants};
+use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{
     Direct, Direction, Discard, Indirect, Ordering, RawRequest, Reason, Reject, Request,
@@ -213,7 +214,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         true
     }
 
-    pub(super) fn is_failed(&self, tag: Tag) -> bool {
+    pub(super) fn is_failed(&self, tag: QueueTag) -> bool {
         self.slots
             .get(tag)
             .is_none_or(|slot| slot.status != Status::Okay)
@@ -224,7 +225,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.enqueue_tag(slot).is_some()
     }
 
-    pub(super) fn enqueue_tag(&mut self, slot: Slot) -> Option<Tag> {
+    pub(super) fn enqueue_tag(&mut self, slot: Slot) -> Option<QueueTag> {
         let tag = self.slots.alloc()?;
         if let Some(entry) = self.slots.get_mut(tag) {
             *entry = Slot {
@@ -237,7 +238,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     /// The same with a chain of `slot.count` pages; a request that can never get them is failed.
-    pub(super) fn enqueue_with_pages(&mut self, mut slot: Slot) -> Option<Tag> {
+    pub(super) fn enqueue_with_pages(&mut self, mut slot: Slot) -> Option<QueueTag> {
         let wanted = if slot.count <= self.config.copy_max_segments {
             [Pool::Copy, Pool::Map]
         } else {

@@ -6,7 +6,7 @@
 //! device. Everything in front of it (ring, validation, grants, responses, statistics) is common.
 
 use crate::engine::segments::{Segments, Slice};
-use crate::engine::slots::Tag;
+use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 
 /// What to do with the disk.
@@ -33,7 +33,7 @@ pub enum IoKind {
 #[derive(Debug)]
 pub struct Io<'b> {
     /// Names the I/O in its completion.
-    pub tag: Tag,
+    pub tag: QueueTag,
     /// What to do.
     pub kind: IoKind,
     /// First 512-byte sector on the disk; meaningless for a flush.
@@ -66,7 +66,7 @@ pub trait Backend {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>);
 
     /// Yields the completions that came since the last call, in any order. Does not sleep.
-    fn reap(&mut self, done: impl FnMut(Tag, Status));
+    fn reap(&mut self, done: impl FnMut(QueueTag, Status));
 
     /// Puts memory behind the eight pages of a block that has none; `false` if none is to be had
     /// now. Neither sleeps nor allocates. A disk whose queues have all their pages from the
@@ -96,7 +96,7 @@ impl<B: Backend> Backend for &mut B {
     }
 
     #[inline]
-    fn reap(&mut self, done: impl FnMut(Tag, Status)) {
+    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         (**self).reap(done);
     }
 

@@ -5,10 +5,11 @@
 use crate::engine::backend::{Backend, Io, IoKind};
 use crate::engine::pass::Engine;
 use crate::engine::segments::{Pool, Segments};
-use crate::engine::slots::{List, Slot, Slots, State, Tag};
+use crate::engine::slots::{List, Slot, Slots, State};
 use crate::engine::stats::Stats;
 use crate::engine::transfer::{queue_unmaps, run_unmaps};
 use crate::ring::grants::Grants;
+use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 use crate::ring::response::{Response, Status};
 
@@ -80,7 +81,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     /// Answers one request, or continues a discard.
-    pub(super) fn finish(&mut self, tag: Tag) {
+    pub(super) fn finish(&mut self, tag: QueueTag) {
         let Some(slot) = self.slots.get_mut(tag) else {
             return;
         };

@@ -31,5 +31,5 @@ pub use blocks::Group;
 pub use finish::Rest;
 pub use pass::{Config, Engine, Fetch, Pass};
 pub use segments::{SegmentEntry, Shape, Slice};
-pub use slots::{Slot, Tag};
+pub use slots::Slot;
 pub use stats::Stats;

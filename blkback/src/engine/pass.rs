@@ -6,11 +6,12 @@ use crate::engine::backend::Backend;
 use crate::engine::blocks::Group;
 use crate::engine::finish::Rest;
 use crate::engine::segments::{SegmentEntry, Segments, Shape};
-use crate::engine::slots::{List, Slot, Slots, Tag};
+use crate::engine::slots::{List, Slot, Slots};
 use crate::engine::stats::Stats;
 use crate::ring::abi::Protocol;
 use crate::ring::grants::Grants;
 use crate::ring::index::BackRing;
+use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{Indirect, Limits, Request};
 
@@ -42,7 +43,7 @@ pub struct Pass {
 /// An indirect request whose segments are being fetched.
 #[derive(Clone, Copy, Debug)]
 pub struct Fetch {
-    pub(super) tag: Tag,
+    pub(super) tag: QueueTag,
     pub(super) request: Indirect,
 }
 

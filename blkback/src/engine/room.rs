@@ -10,9 +10,10 @@ use crate::engine::backend::Backend;
 use crate::engine::blocks::BLOCK;
 use crate::engine::pass::Engine;
 use crate::engine::segments::{Chain, Pool};
-use crate::engine::slots::{Slot, State, Tag};
+use crate::engine::slots::{Slot, State};
 use crate::ring::abi::MAX_DIRECT_SEGMENTS;
 use crate::ring::grants::Grants;
+use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 
 /// A request is done in pieces of no fewer pages, unless there are no more.
@@ -118,7 +119,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// Goes on with the next piece of a request.
     #[cold]
-    pub(super) fn go_on(&mut self, tag: Tag) {
+    pub(super) fn go_on(&mut self, tag: QueueTag) {
         let Some(slot) = self.slots.get(tag).copied() else {
             return;
         };

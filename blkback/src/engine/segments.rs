@@ -11,6 +11,7 @@
 //! here: a request that finds too little waits, or is done in pieces.
 
 use crate::engine::blocks::{Blocks, Group, BLOCK};
+use crate::ring::numbers::PageIndex;
 use crate::ring::segment::Segment;
 
 /// The end of a chain.
@@ -61,8 +62,8 @@ impl SegmentEntry {
 /// A piece of a data page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slice {
-    /// Index of the page.
-    pub page: u16,
+    /// The page.
+    pub page: PageIndex,
     /// Grant reference of the guest's page.
     pub gref: u32,
     /// Byte offset in the page.
@@ -231,21 +232,21 @@ impl<'a> Segments<'a> {
     }
 
     /// Records or forgets the mapping at a page.
-    pub fn set_handle(&mut self, page: u16, handle: Option<u32>) {
-        if let Some(entry) = self.entries.get_mut(usize::from(page)) {
+    pub fn set_handle(&mut self, page: PageIndex, handle: Option<u32>) {
+        if let Some(entry) = self.entries.get_mut(page.index()) {
             entry.handle = handle;
         }
     }
 
     /// The mapping at a page, if there is one.
-    pub fn handle(&self, page: u16) -> Option<u32> {
-        self.entries.get(usize::from(page))?.handle
+    pub fn handle(&self, page: PageIndex) -> Option<u32> {
+        self.entries.get(page.index())?.handle
     }
 
     /// A guest's page cannot be taken from this page: it leaves the pool when its request gives its
     /// chain back.
-    pub fn lose(&mut self, page: u16) {
-        let Some(entry) = self.entries.get_mut(usize::from(page)) else {
+    pub fn lose(&mut self, page: PageIndex) {
+        let Some(entry) = self.entries.get_mut(page.index()) else {
             return;
         };
         if !core::mem::replace(&mut entry.lost, true) {
@@ -293,7 +294,7 @@ impl<'a> Segments<'a> {
             index = entry.next;
             let segment = entry.segment?;
             Some(Slice {
-                page,
+                page: PageIndex::new(page),
                 gref: segment.gref(),
                 // CAST: both are at most 4096 by the type's invariant.
                 offset: segment.offset() as u16,

@@ -4,12 +4,11 @@
 
 use crate::engine::backend::IoKind;
 use crate::engine::segments::Pool;
+use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 
-pub use crate::ring::grants::Tag;
-
 /// The end of a list.
-const END: Tag = Tag::MAX;
+const END: QueueTag = QueueTag::new(u16::MAX);
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +38,7 @@ pub struct Slot {
     pub(crate) rest: u16,
     pub(crate) left: u16,
     /// The next slot of the list in which this one is.
-    pub(crate) next: Tag,
+    pub(crate) next: QueueTag,
     pub(crate) operation: u8,
     pub(crate) pool: Pool,
     pub(crate) status: Status,
@@ -87,8 +86,8 @@ impl Slot {
 /// A list of slots in arrival order.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct List {
-    head: Tag,
-    tail: Tag,
+    head: QueueTag,
+    tail: QueueTag,
 }
 
 impl List {
@@ -101,7 +100,7 @@ impl List {
         self.head == END
     }
 
-    pub(crate) fn first(&self) -> Option<Tag> {
+    pub(crate) fn first(&self) -> Option<QueueTag> {
         (self.head != END).then_some(self.head)
     }
 }
@@ -122,9 +121,9 @@ impl<'a> Slots<'a> {
             free: List::EMPTY,
             used: 0,
         };
-        let total = Tag::try_from(table.slots.len()).unwrap_or(END);
-        for tag in 0..total {
-            if let Some(slot) = table.slots.get_mut(usize::from(tag)) {
+        let total = u16::try_from(table.slots.len()).unwrap_or(u16::MAX);
+        for tag in (0..total).map(QueueTag::new) {
+            if let Some(slot) = table.slots.get_mut(tag.index()) {
                 *slot = Slot::FREE;
             }
             let mut free = table.free;
@@ -139,20 +138,20 @@ impl<'a> Slots<'a> {
         self.used
     }
 
-    pub(crate) fn get(&self, tag: Tag) -> Option<&Slot> {
-        self.slots.get(usize::from(tag))
+    pub(crate) fn get(&self, tag: QueueTag) -> Option<&Slot> {
+        self.slots.get(tag.index())
     }
 
-    pub(crate) fn get_mut(&mut self, tag: Tag) -> Option<&mut Slot> {
-        self.slots.get_mut(usize::from(tag))
+    pub(crate) fn get_mut(&mut self, tag: QueueTag) -> Option<&mut Slot> {
+        self.slots.get_mut(tag.index())
     }
 
     /// Appends a slot to a list; it must be in no other.
-    pub(crate) fn push(&mut self, list: &mut List, tag: Tag) {
-        if let Some(slot) = self.slots.get_mut(usize::from(tag)) {
+    pub(crate) fn push(&mut self, list: &mut List, tag: QueueTag) {
+        if let Some(slot) = self.slots.get_mut(tag.index()) {
             slot.next = END;
         }
-        match self.slots.get_mut(usize::from(list.tail)) {
+        match self.slots.get_mut(list.tail.index()) {
             Some(tail) => tail.next = tag,
             None => list.head = tag,
         }
@@ -160,9 +159,9 @@ impl<'a> Slots<'a> {
     }
 
     /// Removes the first slot of a list.
-    pub(crate) fn pop(&mut self, list: &mut List) -> Option<Tag> {
+    pub(crate) fn pop(&mut self, list: &mut List) -> Option<QueueTag> {
         let tag = list.head;
-        let slot = self.slots.get_mut(usize::from(tag))?;
+        let slot = self.slots.get_mut(tag.index())?;
         list.head = slot.next;
         slot.next = END;
         if list.head == END {
@@ -172,23 +171,23 @@ impl<'a> Slots<'a> {
     }
 
     /// The slot behind `tag` in its list.
-    pub(crate) fn after(&self, tag: Tag) -> Option<Tag> {
-        let next = self.slots.get(usize::from(tag))?.next;
+    pub(crate) fn after(&self, tag: QueueTag) -> Option<QueueTag> {
+        let next = self.slots.get(tag.index())?.next;
         (next != END).then_some(next)
     }
 
     /// The tags of a list, in order.
-    pub(crate) fn iter(&self, list: &List) -> impl Iterator<Item = Tag> + '_ {
+    pub(crate) fn iter(&self, list: &List) -> impl Iterator<Item = QueueTag> + '_ {
         let mut tag = list.head;
         core::iter::from_fn(move || {
             let here = tag;
-            tag = self.slots.get(usize::from(here))?.next;
+            tag = self.slots.get(here.index())?.next;
             Some(here)
         })
     }
 
     /// Takes a free slot.
-    pub(crate) fn alloc(&mut self) -> Option<Tag> {
+    pub(crate) fn alloc(&mut self) -> Option<QueueTag> {
         let mut free = self.free;
         let tag = self.pop(&mut free)?;
         self.free = free;
@@ -197,8 +196,8 @@ impl<'a> Slots<'a> {
     }
 
     /// Gives a slot back; it must be in no list.
-    pub(crate) fn release(&mut self, tag: Tag) {
-        if let Some(slot) = self.slots.get_mut(usize::from(tag)) {
+    pub(crate) fn release(&mut self, tag: QueueTag) {
+        if let Some(slot) = self.slots.get_mut(tag.index()) {
             *slot = Slot::FREE;
             let mut free = self.free;
             self.push(&mut free, tag);

@@ -4,9 +4,10 @@
 
 use crate::engine::backend::{Backend, IoKind};
 use crate::engine::pass::Engine;
-use crate::engine::segments::{Pool, Segments};
-use crate::engine::slots::{List, Slot, Slots, Tag};
+use crate::engine::segments::{Pool, Segments, Slice};
+use crate::engine::slots::{List, Slot, Slots};
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
+use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::ports::SharedRing;
 use crate::ring::response::Status;
 
@@ -134,7 +135,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    pub(super) fn queue_copies(&mut self, tag: Tag, slot: &Slot, direction: CopyDirection) {
+    pub(super) fn queue_copies(&mut self, tag: QueueTag, slot: &Slot, direction: CopyDirection) {
         for slice in self.segments.slices(slot.head, slot.count) {
             let copy = Copy {
                 tag,
@@ -148,26 +149,25 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    pub(super) fn queue_maps(&mut self, tag: Tag, slot: &Slot) {
+    pub(super) fn queue_maps(&mut self, tag: QueueTag, slot: &Slot) {
         let read_only = slot.kind != IoKind::Read;
-        let mut page = slot.head;
+        let mut at = slot.head;
         for _ in 0..slot.count {
-            let Some(slice) = self.segments.slices(page, 1).next() else {
+            let Some(Slice { page, gref, .. }) = self.segments.slices(at, 1).next() else {
                 return;
             };
-            let next = self.segments.after(page);
-            if !self.grants.queue_map(tag, page, slice.gref, read_only) {
+            at = self.segments.after(at);
+            if !self.grants.queue_map(tag, page, gref, read_only) {
                 run_maps(&mut self.grants, &mut self.slots, &mut self.segments);
-                if !self.grants.queue_map(tag, page, slice.gref, read_only) {
+                if !self.grants.queue_map(tag, page, gref, read_only) {
                     fail(&mut self.slots, tag);
                 }
             }
-            page = next;
         }
     }
 }
 
-pub(super) fn fail(slots: &mut Slots<'_>, tag: Tag) {
+pub(super) fn fail(slots: &mut Slots<'_>, tag: QueueTag) {
     if let Some(slot) = slots.get_mut(tag) {
         slot.status = Status::Error;
     }
@@ -200,9 +200,10 @@ pub(super) fn queue_unmaps<G: Grants>(grants: &mut G, segments: &mut Segments<'_
     if slot.pool != Pool::Map {
         return;
     }
-    let mut page = slot.head;
+    let mut at = slot.head;
     for _ in 0..slot.count {
-        let next = segments.after(page);
+        let page = PageIndex::new(at);
+        at = segments.after(at);
         if let Some(handle) = segments.handle(page) {
             if !grants.queue_unmap(page, handle) {
                 run_unmaps(grants, segments);
@@ -211,7 +212,6 @@ pub(super) fn queue_unmaps<G: Grants>(grants: &mut G, segments: &mut Segments<'_
             }
             segments.set_handle(page, None);
         }
-        page = next;
     }
 }
 

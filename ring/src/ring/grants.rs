@@ -7,15 +7,13 @@
 //! paged out by the hypervisor) may sleep and are bounded.
 
 use crate::ring::abi::RawSegment;
-
-/// Names a request that is being worked on; below the number of slots of its ring.
-pub type Tag = u16;
+use crate::ring::numbers::{PageIndex, QueueTag};
 
 /// Where the local side of a copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Buffer {
-    /// A data page: its index in the segment table.
-    Page(u16),
+    /// A data page.
+    Page(PageIndex),
     /// A descriptor buffer for indirect segments, below [`Grants::descriptor_buffers`].
     Descriptor(u8),
 }
@@ -33,7 +31,7 @@ pub enum CopyDirection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copy {
     /// The request for which it is.
-    pub tag: Tag,
+    pub tag: QueueTag,
     /// The guest's page.
     pub gref: u32,
     /// The local side.
@@ -69,21 +67,21 @@ pub trait Grants {
     fn queue_copy(&mut self, copy: &Copy) -> bool;
 
     /// Carries out the queued copies and names the request of each one that failed.
-    fn run_copies(&mut self, failed: impl FnMut(Tag));
+    fn run_copies(&mut self, failed: impl FnMut(QueueTag));
 
     /// Queues a map of `gref` at data page `page`. Returns `false` if the batch is full.
-    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool;
+    fn queue_map(&mut self, tag: QueueTag, page: PageIndex, gref: u32, read_only: bool) -> bool;
 
     /// Carries out the queued maps and tells the outcome of each (request, page, outcome).
-    fn run_maps(&mut self, outcome: impl FnMut(Tag, u16, MapOutcome));
+    fn run_maps(&mut self, outcome: impl FnMut(QueueTag, PageIndex, MapOutcome));
 
     /// Queues an unmap. Returns `false` if the batch is full.
-    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool;
+    fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool;
 
     /// Carries out the queued unmaps, and names the data page of each one that failed: the guest's
     /// page is still there, so nothing may be put there again. No other page of them is the guest's
     /// afterwards.
-    fn run_unmaps(&mut self, lost: impl FnMut(u16));
+    fn run_unmaps(&mut self, lost: impl FnMut(PageIndex));
 }
 
 impl<G: Grants> Grants for &mut G {
@@ -103,27 +101,27 @@ impl<G: Grants> Grants for &mut G {
     }
 
     #[inline]
-    fn run_copies(&mut self, failed: impl FnMut(Tag)) {
+    fn run_copies(&mut self, failed: impl FnMut(QueueTag)) {
         (**self).run_copies(failed);
     }
 
     #[inline]
-    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool {
+    fn queue_map(&mut self, tag: QueueTag, page: PageIndex, gref: u32, read_only: bool) -> bool {
         (**self).queue_map(tag, page, gref, read_only)
     }
 
     #[inline]
-    fn run_maps(&mut self, outcome: impl FnMut(Tag, u16, MapOutcome)) {
+    fn run_maps(&mut self, outcome: impl FnMut(QueueTag, PageIndex, MapOutcome)) {
         (**self).run_maps(outcome);
     }
 
     #[inline]
-    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool {
+    fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool {
         (**self).queue_unmap(page, handle)
     }
 
     #[inline]
-    fn run_unmaps(&mut self, lost: impl FnMut(u16)) {
+    fn run_unmaps(&mut self, lost: impl FnMut(PageIndex)) {
         (**self).run_unmaps(lost);
     }
 }

@@ -14,6 +14,7 @@
 pub mod abi;
 pub mod grants;
 pub mod index;
+pub mod numbers;
 pub mod ports;
 pub mod request;
 pub mod response;

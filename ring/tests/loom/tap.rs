@@ -5,9 +5,10 @@
 
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
+use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::checked::{Commit, Outcome};
-use ring::tap::shadow::{Committed, Op, Request, Shadow, Tag};
+use ring::tap::shadow::{Committed, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
 const WRITE: Request = Request {
@@ -60,20 +61,20 @@ impl Shared {
         }
     }
 
-    fn post(&self, tag: Tag) {
+    fn post(&self, tag: u16) {
         let mut disk = self.disk.lock().unwrap();
-        assert_eq!(disk.shadow.post(tag, 0, &WRITE, 0), Ok(()));
+        assert_eq!(disk.shadow.post(DiskTag::new(tag), 0, &WRITE, 0), Ok(()));
         self.announce(&mut disk);
     }
 
     /// Asks for a request; says in the same hold of the lock that it was in vain, unless `careless`.
-    fn fetch(&self, careless: bool) -> Option<(Tag, u32)> {
+    fn fetch(&self, careless: bool) -> Option<(u16, u32)> {
         let mut got = None;
         let mut disk = self.disk.lock().unwrap();
         let epoch = disk.epoch;
-        let _more = disk
-            .shadow
-            .deliver(epoch, 1, 0, |tag, desc| got = Some((tag, desc.generation)));
+        let _more = disk.shadow.deliver(epoch, 1, 0, |tag, desc| {
+            got = Some((tag.number(), desc.generation))
+        });
         if careless && got.is_none() {
             drop(disk);
             disk = self.disk.lock().unwrap();
@@ -82,13 +83,13 @@ impl Shared {
         got
     }
 
-    fn commit(&self, epoch: u64, (tag, generation): (Tag, u32)) -> Committed {
+    fn commit(&self, epoch: u64, (tag, generation): (u16, u32)) -> Committed {
         let mut disk = self.disk.lock().unwrap();
         let outcome = Outcome::Finished(Status::Okay);
         let committed = disk.shadow.commit(
             epoch,
             &Commit {
-                tag,
+                tag: DiskTag::new(tag),
                 generation,
                 outcome,
             },
@@ -121,7 +122,7 @@ fn serve() {
     shared.post(0);
     let mut results = Vec::new();
     while results.len() < 2 {
-        let reap = |tag, status| results.push((tag, status));
+        let reap = |tag: DiskTag, status| results.push((tag.number(), status));
         let reaped = shared.disk.lock().unwrap().shadow.reap(0, 2, reap);
         if reaped == 0 {
             shared.to_queue.wait();

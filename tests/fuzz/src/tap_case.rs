@@ -8,7 +8,7 @@
 use ring::response::Status;
 use ring::tap::checked::Outcome;
 use ring::tap::params::{Discard, Params};
-use ring::tap::shadow::{Op, Request, Tag};
+use ring::tap::shadow::{Op, Request};
 
 use crate::tap_model::{Pair, Seen, Step, QUEUES};
 use crate::tap_oracle;
@@ -73,7 +73,7 @@ fn argument(kind: usize, input: &mut Input<'_>) -> Option<Ran> {
 }
 
 /// A completion; if `bent`, one that may name this delivery.
-fn completion(input: &mut Input<'_>, bent: bool, delivery: Option<(Tag, u32)>) -> Option<[u8; 16]> {
+fn completion(input: &mut Input<'_>, bent: bool, delivery: Option<(u16, u32)>) -> Option<[u8; 16]> {
     let (how, mut bytes): (u8, [u8; 16]) = (input.byte()?, input.bytes()?);
     if !bent {
         return Some(bytes);
@@ -258,11 +258,11 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
 }
 
 /// A tag that the process has, or any, and its latest generation.
-fn aim(pair: &Pair, tags: u16, value: u8) -> Option<(Tag, u32)> {
+fn aim(pair: &Pair, tags: u16, value: u8) -> Option<(u16, u32)> {
     let held = pair.held();
     let tag = match value % 8 {
         0 => u16::from(value / 8) % (tags + 1),
-        1 if value > 128 => Tag::MAX - u16::from(value),
+        1 if value > 128 => u16::MAX - u16::from(value),
         _ => *held.get(usize::from(value / 8) % held.len().max(1))?,
     };
     Some((tag, pair.generation(tag)))

@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
+use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi;
 use ring::tap::checked::{Commit, Outcome};
-use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow, Tag};
+use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
 use crate::tap_oracle;
@@ -26,11 +27,11 @@ const DESCRIBED: u64 = 11;
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// A queue posts a request.
-    Post(Tag, u16, Request),
+    Post(u16, u16, Request),
     /// The process fetches at most so many; and with its `ago`.
     Deliver(usize, u64),
     /// It commits a tag: with its generation or one beside it; and with its `ago`.
-    Commit(Tag, Outcome, u32, u64),
+    Commit(u16, Outcome, u32, u64),
     /// It says any 16 bytes, as a completion; and with its `ago`.
     Say([u8; 16], u64),
     /// It asks whether there is something to fetch.
@@ -94,7 +95,7 @@ enum Stage {
 
 #[derive(Clone, Debug)]
 struct Undone {
-    tag: Tag,
+    tag: u16,
     queue: u16,
     request: Request,
     stage: Stage,
@@ -165,8 +166,8 @@ impl Undone {
 struct Model {
     sequence: u64,
     undone: BTreeMap<u64, Undone>,
-    done: Vec<(u16, Tag, Status)>,
-    generations: BTreeMap<Tag, u32>,
+    done: Vec<(u16, u16, Status)>,
+    generations: BTreeMap<u16, u32>,
     epoch: u64,
     state: u32,
     committed: u64,
@@ -185,19 +186,19 @@ struct Model {
 impl Model {
     /// The request of a tag that a process of `ago` openers earlier may commit.
     fn meant(&self, commit: &Commit, ago: u64) -> Option<u64> {
-        let sequence = self.sequence_of(commit.tag)?;
+        let sequence = self.sequence_of(commit.tag.number())?;
         let delivered = self.undone[&sequence].stage == Stage::Delivered;
-        let latest = self.generations.get(&commit.tag) == Some(&commit.generation);
+        let latest = self.generations.get(&commit.tag.number()) == Some(&commit.generation);
         let served = self.state == abi::STATE_LIVE && ago == 0;
         (delivered && latest && served).then_some(sequence)
     }
 
-    fn sequence_of(&self, tag: Tag) -> Option<u64> {
+    fn sequence_of(&self, tag: u16) -> Option<u64> {
         let mut all = self.undone.iter();
         all.find(|(_, r)| r.tag == tag).map(|(s, _)| *s)
     }
 
-    fn is_free(&self, tag: Tag) -> bool {
+    fn is_free(&self, tag: u16) -> bool {
         self.sequence_of(tag).is_none() && !self.done.iter().any(|d| d.1 == tag)
     }
 
@@ -236,7 +237,7 @@ impl Model {
         reason
     }
 
-    fn deliverable(&self) -> Vec<Tag> {
+    fn deliverable(&self) -> Vec<u16> {
         let busy = self.isolates() && self.count(Stage::Delivered) > 0;
         if self.state != abi::STATE_LIVE || busy {
             return Vec::new();
@@ -305,14 +306,14 @@ impl Pair {
     }
 
     /// The tags that the process has, the oldest request first.
-    pub fn held(&self) -> Vec<Tag> {
+    pub fn held(&self) -> Vec<u16> {
         let held = self.model.undone.values();
         let held = held.filter(|r| r.stage == Stage::Delivered);
         held.map(|r| r.tag).collect()
     }
 
     /// Generation of the latest delivery of a tag.
-    pub fn generation(&self, tag: Tag) -> u32 {
+    pub fn generation(&self, tag: u16) -> u32 {
         self.model.generations.get(&tag).copied().unwrap_or(0)
     }
 
@@ -325,7 +326,7 @@ impl Pair {
             Step::Commit(tag, outcome, beside, ago) => {
                 let generation = self.generation(tag).wrapping_sub(beside);
                 let commit = Commit {
-                    tag,
+                    tag: DiskTag::new(tag),
                     generation,
                     outcome,
                 };
@@ -357,9 +358,11 @@ impl Pair {
         self.compare();
     }
 
-    fn post(&mut self, tag: Tag, queue: u16, request: Request) {
+    fn post(&mut self, tag: u16, queue: u16, request: Request) {
         let valid = tag < self.tags && usize::from(queue) < 64 && self.model.is_free(tag);
-        let posted = self.shadow.post(tag, queue, &request, ARRIVED);
+        let posted = self
+            .shadow
+            .post(DiskTag::new(tag), queue, &request, ARRIVED);
         assert_eq!(posted.is_ok(), valid, "{self:?}");
         if valid {
             let ordered = self.model.undone.values().any(|r| r.replay);
@@ -415,9 +418,9 @@ impl Pair {
     fn deliver_once(&mut self, max: usize) -> (usize, bool) {
         let mut got = Vec::new();
         let epoch = self.model.epoch;
-        let result = self
-            .shadow
-            .deliver(epoch, max, DELIVERED, |tag, desc| got.push((tag, *desc)));
+        let result = self.shadow.deliver(epoch, max, DELIVERED, |tag, desc| {
+            got.push((tag.number(), *desc))
+        });
         assert_eq!(result.count, got.len());
         for (tag, desc) in &got {
             assert!(self.model.deliverable().contains(tag), "{self:?}");
@@ -479,9 +482,9 @@ impl Pair {
 
     fn reap(&mut self, queue: u16, max: usize) {
         let mut got = Vec::new();
-        let count = self
-            .shadow
-            .reap(queue, max, |tag, status| got.push((queue, tag, status)));
+        let count = self.shadow.reap(queue, max, |tag, status| {
+            got.push((queue, tag.number(), status));
+        });
         assert_eq!(count, got.len());
         let of_queue = self.model.done.iter().filter(|d| d.0 == queue).copied();
         let expected: Vec<_> = of_queue.take(max).collect();

@@ -73,7 +73,7 @@ pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
         _ => Outcome::Finished(Status::Error),
     };
     assert_eq!(commit.outcome, meaning, "{read:x?}");
-    assert_eq!(i128::from(commit.tag), tag, "{read:x?}");
+    assert_eq!(i128::from(commit.tag.number()), tag, "{read:x?}");
     assert_eq!(i128::from(commit.generation), generation, "{read:x?}");
     Some(commit)
 }

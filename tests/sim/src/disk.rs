@@ -5,7 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use blkback::engine::segments::Slice;
-use blkback::engine::{Backend, Io, IoKind, Tag};
+use blkback::engine::{Backend, Io, IoKind};
+use ring::numbers::QueueTag;
 use ring::response::Status;
 
 use crate::frontend::Target;
@@ -16,7 +17,7 @@ type Bytes = [u8; SECTOR];
 
 #[derive(Debug)]
 pub(crate) struct Running {
-    tag: Tag,
+    tag: QueueTag,
     kind: IoKind,
     sector: u64,
     sectors: u64,
@@ -34,10 +35,10 @@ pub struct Disk {
     durable: BTreeMap<u64, Bytes>,
     dirty: BTreeSet<u64>,
     running: Vec<Running>,
-    done: Vec<(Tag, Status)>,
+    done: Vec<(QueueTag, Status)>,
     /// Pages of I/Os that the engine has not reaped.
-    pages: BTreeMap<Tag, Vec<u16>>,
-    again: Option<Tag>,
+    pages: BTreeMap<QueueTag, Vec<u16>>,
+    again: Option<QueueTag>,
     /// Completions came and the worker was woken.
     pub wake: bool,
     /// I/Os completed.
@@ -63,10 +64,10 @@ impl Disk {
     pub fn uses_page(&self, page: u16) -> bool {
         let running = self.running.iter().flat_map(|io| &io.slices);
         self.pages.values().flatten().any(|p| *p == page)
-            || running.into_iter().any(|slice| slice.page == page)
+            || running.into_iter().any(|slice| slice.page.number() == page)
     }
 
-    fn uses_tag(&self, tag: Tag) -> bool {
+    fn uses_tag(&self, tag: QueueTag) -> bool {
         self.pages.contains_key(&tag) || self.running.iter().any(|io| io.tag == tag)
     }
 
@@ -120,7 +121,7 @@ impl Disk {
     }
 
     /// The engine has reaped an I/O.
-    pub(crate) fn release(&mut self, tag: Tag) {
+    pub(crate) fn release(&mut self, tag: QueueTag) {
         self.pages.remove(&tag);
     }
 
@@ -209,21 +210,22 @@ impl Machine {
 
     /// The memory of a slice: ours, or the guest's page that is mapped there.
     fn memory(&mut self, slice: &Slice, write: bool) -> Option<&mut [u8]> {
-        if self.host.absent.contains(&slice.page) {
+        let page = slice.page.number();
+        if self.host.absent.contains(&page) {
             self.problem(format!("I/O to a page that has no memory: {slice:?}"));
             return None;
         }
-        if slice.page < self.setup.copy_pages {
+        if page < self.setup.copy_pages {
             if slice.handle.is_some() {
                 self.problem(format!("a handle at a page with memory: {slice:?}"));
             }
             return self
                 .host
                 .pages
-                .get_mut(usize::from(slice.page))
+                .get_mut(usize::from(page))
                 .map(|p| &mut p[..]);
         }
-        let mapping = self.host.mappings.get(&slice.page).copied();
+        let mapping = self.host.mappings.get(&page).copied();
         let Some(mapping) = mapping.filter(|m| Some(m.handle) == slice.handle) else {
             self.problem(format!("I/O to a page that is not mapped: {slice:?}"));
             return None;
@@ -344,7 +346,7 @@ impl Machine {
             flushes: self.disk.dirty(),
         };
         self.check_io(&running, io.count());
-        let pages = running.slices.iter().map(|s| s.page).collect();
+        let pages = running.slices.iter().map(|s| s.page.number()).collect();
         self.disk.pages.insert(io.tag, pages);
         running
     }
@@ -398,7 +400,10 @@ impl Machine {
         );
         rule(!self.disk.uses_tag(io.tag), "the tag is in use");
         for slice in &io.slices {
-            rule(!self.disk.uses_page(slice.page), "a page is in use");
+            rule(
+                !self.disk.uses_page(slice.page.number()),
+                "a page is in use",
+            );
         }
         for what in bad {
             self.problem(what);
@@ -441,7 +446,7 @@ impl Backend for FakeDisk {
         }
     }
 
-    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
         let mut m = self.machine.borrow_mut();
         for (tag, status) in std::mem::take(&mut m.disk.done) {
             m.disk.release(tag);

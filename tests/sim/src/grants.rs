@@ -4,9 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use blkback::engine::{Grants, Tag};
+use blkback::engine::Grants;
 use ring::abi::{RawSegment, PAGE_SIZE};
 use ring::grants::{Buffer, Copy, CopyDirection, MapOutcome};
+use ring::numbers::{PageIndex, QueueTag};
 use zerocopy::FromBytes;
 
 use crate::frontend::Target;
@@ -75,8 +76,8 @@ pub struct FakeGrants {
     machine: Shared,
     descriptors: Vec<Vec<RawSegment>>,
     copies: Vec<Copy>,
-    maps: Vec<(Tag, u16, u32, bool)>,
-    unmaps: Vec<(u16, u32)>,
+    maps: Vec<(QueueTag, PageIndex, u32, bool)>,
+    unmaps: Vec<(PageIndex, u32)>,
     batch: usize,
 }
 
@@ -113,7 +114,7 @@ impl FakeGrants {
         }
         match copy.buffer {
             Buffer::Descriptor(buffer) => self.copy_descriptor(m, copy, buffer, target),
-            Buffer::Page(page) => copy_page(m, copy, page, target),
+            Buffer::Page(page) => copy_page(m, copy, page.number(), target),
         }
     }
 
@@ -307,7 +308,7 @@ impl Grants for FakeGrants {
         fits
     }
 
-    fn run_copies(&mut self, mut failed: impl FnMut(Tag)) {
+    fn run_copies(&mut self, mut failed: impl FnMut(QueueTag)) {
         let shared = self.machine.clone();
         let mut m = shared.borrow_mut();
         m.accesses.copies += 1;
@@ -318,7 +319,7 @@ impl Grants for FakeGrants {
         }
     }
 
-    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool {
+    fn queue_map(&mut self, tag: QueueTag, page: PageIndex, gref: u32, read_only: bool) -> bool {
         let fits = self.maps.len() < self.batch;
         if fits {
             self.maps.push((tag, page, gref, read_only));
@@ -326,15 +327,15 @@ impl Grants for FakeGrants {
         fits
     }
 
-    fn run_maps(&mut self, mut outcome: impl FnMut(Tag, u16, MapOutcome)) {
+    fn run_maps(&mut self, mut outcome: impl FnMut(QueueTag, PageIndex, MapOutcome)) {
         let mut m = self.machine.borrow_mut();
         for (tag, page, gref, read_only) in std::mem::take(&mut self.maps) {
-            let result = m.map(page, gref, read_only);
+            let result = m.map(page.number(), gref, read_only);
             outcome(tag, page, result);
         }
     }
 
-    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool {
+    fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool {
         let fits = self.unmaps.len() < self.batch;
         if fits {
             self.unmaps.push((page, handle));
@@ -342,10 +343,10 @@ impl Grants for FakeGrants {
         fits
     }
 
-    fn run_unmaps(&mut self, mut lost: impl FnMut(u16)) {
+    fn run_unmaps(&mut self, mut lost: impl FnMut(PageIndex)) {
         let mut m = self.machine.borrow_mut();
         for (page, handle) in std::mem::take(&mut self.unmaps) {
-            if !m.unmap(page, handle) && !m.commit(Fault::ForgetLost) {
+            if !m.unmap(page.number(), handle) && !m.commit(Fault::ForgetLost) {
                 lost(page);
             }
         }

@@ -429,7 +429,7 @@ impl Machine {
             if let Some(target) = self.front.resolve(slice.gref, false) {
                 let bytes = self.target(target).map(|page| page[range.clone()].to_vec());
                 if let Some(bytes) = bytes {
-                    self.host.pages[usize::from(slice.page)][range].copy_from_slice(&bytes);
+                    self.host.pages[slice.page.index()][range].copy_from_slice(&bytes);
                 }
             }
         }

@@ -8,8 +8,9 @@
 use std::collections::BTreeMap;
 
 use blkback::engine::segments::Slice;
-use blkback::engine::{Backend, Io, IoKind, Tag};
+use blkback::engine::{Backend, Io, IoKind};
 use ring::abi::PAGE_SIZE;
+use ring::numbers::{DiskTag, QueueTag};
 use ring::response::Status;
 use ring::tap::abi::{Desc, Segment};
 use ring::tap::shadow::{Op, Request, Shadow};
@@ -85,10 +86,10 @@ pub struct Tap {
     /// The shadow.
     pub shadow: Shadow<Vec<Entry>>,
     queue: u16,
-    base: Tag,
+    base: u16,
     descs: Vec<Desc>,
     pub(crate) segments: Vec<Vec<Segment>>,
-    pub(crate) posted: BTreeMap<Tag, Posted>,
+    pub(crate) posted: BTreeMap<u16, Posted>,
     /// The disk if everything is executed in arrival order; `None` once a request has failed.
     pub(crate) ordered: Option<BTreeMap<u64, Bytes>>,
     /// The process.
@@ -194,10 +195,10 @@ impl Machine {
     /// Takes one I/O of the engine.
     fn post_io(&mut self, io: &Io<'_>) {
         let request = request_of(io);
-        let tag = self.tap.base + io.tag;
+        let tag = self.tap.base + io.tag.number();
         let slices: Vec<Slice> = io.slices().collect();
         let segments = slices.iter().map(|slice| Segment {
-            offset: u32::from(slice.page) * PAGE_SIZE as u32 + u32::from(slice.offset),
+            offset: u32::from(slice.page.number()) * PAGE_SIZE as u32 + u32::from(slice.offset),
             len: u32::from(slice.len),
         });
         self.tap.segments[usize::from(tag)] = segments.collect();
@@ -215,14 +216,14 @@ impl Machine {
         }
         let now = self.tick();
         let queue = self.tap.queue;
-        if let Err(why) = self.tap.shadow.post(tag, queue, &shown, now) {
+        if let Err(why) = self.tap.shadow.post(DiskTag::new(tag), queue, &shown, now) {
             self.problem(format!("tag {tag} cannot be posted: {why:?}"));
         }
         self.tap.posted.insert(tag, posted);
     }
 
     /// Does to the ordered image what the request does; returns what a read finds there.
-    fn execute_in_order(&mut self, tag: Tag, request: &Request) -> Vec<Option<u64>> {
+    fn execute_in_order(&mut self, tag: u16, request: &Request) -> Vec<Option<u64>> {
         let segments = self.tap.segments[usize::from(tag)].clone();
         let sectors = request.sector..request.sector + request.sectors;
         let mut image = self.tap.ordered.take();
@@ -249,7 +250,7 @@ impl Machine {
     }
 
     /// Looks at a request whose result goes to the engine now.
-    fn reaped(&mut self, tag: Tag, status: Status) {
+    fn reaped(&mut self, tag: u16, status: Status) {
         let Some(posted) = self.tap.posted.remove(&tag) else {
             return self.problem(format!("tag {tag} has a result and no request"));
         };
@@ -313,8 +314,8 @@ impl Machine {
         let (shadow, descs) = (&mut self.tap.shadow, &mut self.tap.descs);
         let mut tags = Vec::new();
         let delivered = shadow.deliver(epoch, max.min(BATCH), now, |tag, desc| {
-            descs[usize::from(tag)] = *desc;
-            tags.push(tag);
+            descs[tag.index()] = *desc;
+            tags.push(tag.number());
         });
         if delivered.count != tags.len() {
             self.problem(format!("{delivered:?} for {tags:?}"));
@@ -378,18 +379,19 @@ impl Backend for TapBackend {
         m.wake_process();
     }
 
-    fn reap(&mut self, mut done: impl FnMut(Tag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
         let mut m = self.machine.borrow_mut();
         let (base, queue) = (m.tap.base, m.tap.queue);
         loop {
             let mut results = Vec::new();
             let count = m.tap.shadow.reap(queue, BATCH, |tag, status| {
-                results.push((tag, status));
+                results.push((tag.number(), status));
             });
             for (tag, status) in results {
                 m.reaped(tag, status);
-                m.disk.release(tag - base);
-                done(tag - base, status);
+                let tag = QueueTag::new(tag - base);
+                m.disk.release(tag);
+                done(tag, status);
             }
             if count < BATCH {
                 return;

@@ -36,7 +36,12 @@ fn take(table: &mut Segments<'_>, pool: Pool, count: u16) -> Option<Vec<u16>> {
     for gref in 0..u32::from(count) {
         at = table.fill(at, segment(gref));
     }
-    Some(table.slices(head, count).map(|slice| slice.page).collect())
+    Some(
+        table
+            .slices(head, count)
+            .map(|slice| slice.page.number())
+            .collect(),
+    )
 }
 
 #[test]

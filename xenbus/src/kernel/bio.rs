@@ -12,7 +12,7 @@ use super::pages::push;
 use super::parker::Parker;
 use super::{cond_resched, sys};
 use crate::ring::abi::PAGE_SIZE;
-use crate::ring::grants::Tag;
+use crate::ring::numbers::{PageIndex, QueueTag};
 use core::cell::Cell;
 use core::pin::Pin;
 use core::ptr::NonNull;
@@ -81,7 +81,7 @@ struct Record {
     status: Atomic<u32>,
     /// Not 0 from the beginning of an I/O until its completion is reaped.
     taken: Atomic<u32>,
-    tag: Tag,
+    tag: QueueTag,
     owner: *const Disk,
     /// Belongs to whoever builds the I/O, and from submission to completion to the block layer.
     first: Opaque<bindings::bio>,
@@ -123,7 +123,7 @@ impl Disk {
         tags: u16,
     ) -> Result<Pin<KBox<Self>>> {
         let mut records = KVVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
-        for tag in 0..tags {
+        for tag in (0..tags).map(QueueTag::new) {
             let record = Record {
                 pending: Atomic::new(0),
                 status: Atomic::new(0),
@@ -178,8 +178,8 @@ impl Disk {
 
     /// Starts to build the I/O of a tag. `None` if there is no such tag, or if an earlier I/O of it
     /// has not been reaped.
-    pub(crate) fn begin(&self, tag: Tag) -> Option<Inflight<'_>> {
-        let record = self.records.get(usize::from(tag))?;
+    pub(crate) fn begin(&self, tag: QueueTag) -> Option<Inflight<'_>> {
+        let record = self.records.get(tag.index())?;
         if record.taken.xchg(1, Full) != 0 {
             return None;
         }
@@ -195,7 +195,7 @@ impl Disk {
     }
 
     /// Yields every I/O that has completed, once.
-    pub(crate) fn reap(&self, mut done: impl FnMut(Tag, u32)) {
+    pub(crate) fn reap(&self, mut done: impl FnMut(QueueTag, u32)) {
         self.parker.rearm();
         for (index, word) in self.done.iter().enumerate() {
             if word.load(Relaxed) == 0 {
@@ -344,8 +344,8 @@ impl Drop for Inflight<'_> {
 
 /// A piece of a data page.
 pub(crate) struct Piece {
-    /// Index of the page.
-    pub(crate) page: u16,
+    /// The page.
+    pub(crate) page: PageIndex,
     /// Byte offset in the page.
     pub(crate) offset: u16,
     /// Bytes.
@@ -361,8 +361,8 @@ pub(crate) struct Piece {
 struct Run {
     page: *mut bindings::page,
     room: u32,
-    /// Index of the first page.
-    first: u16,
+    /// The first page.
+    first: PageIndex,
     offset: u16,
     len: u32,
 }
@@ -386,11 +386,11 @@ impl Run {
     fn join(&mut self, next: &Piece) -> bool {
         const PAGE: u32 = PAGE_SIZE as u32;
         let end = self.len.wrapping_add(self.offset.into());
-        let page = u32::from(self.first).wrapping_add(end / PAGE);
+        let page = u32::from(self.first.number()).wrapping_add(end / PAGE);
         let new_end = end.wrapping_add(next.len.into());
         let joins = end % PAGE == 0
             && next.offset == 0
-            && u32::from(next.page) == page
+            && u32::from(next.page.number()) == page
             && new_end <= self.room;
         if joins {
             // INVARIANT: Just compared.
@@ -510,7 +510,7 @@ fn put(record: &Record) {
     }
     // SAFETY: The record is busy, so its owner waits in its drop at the latest.
     let disk = unsafe { &*record.owner };
-    let (word, bit) = (usize::from(record.tag) / 64, record.tag % 64);
+    let (word, bit) = (record.tag.index() / 64, record.tag.number() % 64);
     if let Some(word) = disk.done.get(word) {
         // The bit is clear: it was taken out before the record could be taken. So adding it is
         // setting it.

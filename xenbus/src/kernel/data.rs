@@ -12,6 +12,7 @@ use super::block::{Block, Page, PAGES};
 use super::pages::{filled, push, Pages};
 use super::sys;
 use crate::ring::abi::PAGE_SIZE;
+use crate::ring::numbers::PageIndex;
 use core::ops::Range;
 use kernel::bindings;
 use kernel::error::to_result;
@@ -121,19 +122,19 @@ impl DataPages {
     }
 
     /// The number of a page among those at which guest pages can be mapped.
-    pub(super) fn map_index(&self, index: u16) -> Option<usize> {
-        let at = index.checked_sub(self.with_memory())?;
+    pub(super) fn map_index(&self, index: PageIndex) -> Option<usize> {
+        let at = index.number().checked_sub(self.with_memory())?;
         (at < self.mappable()).then_some(usize::from(at))
     }
 
     /// The page at which a guest page can be mapped.
-    pub(super) fn map_page(&self, index: u16) -> Option<*mut bindings::page> {
+    pub(super) fn map_page(&self, index: PageIndex) -> Option<*mut bindings::page> {
         let page = self.mappable.get(self.map_index(index)?)?.load(Relaxed);
         (page != 0).then_some(page as *mut bindings::page)
     }
 
     /// A guest's page cannot be taken from this page: it is nobody's any more.
-    pub(super) fn lose(&self, index: u16) {
+    pub(super) fn lose(&self, index: PageIndex) {
         let page = self.map_index(index).and_then(|at| self.mappable.get(at));
         if let Some(page) = page {
             page.store(0, Relaxed);
@@ -141,15 +142,15 @@ impl DataPages {
     }
 
     #[inline]
-    fn place(&self, index: u16) -> Option<(*mut bindings::page, u64)> {
-        let place = self.places.get(usize::from(index))?;
+    fn place(&self, index: PageIndex) -> Option<(*mut bindings::page, u64)> {
+        let place = self.places.get(index.index())?;
         let page = place.page.load(Relaxed);
         let frame = place.frame.load(Relaxed);
         (page != 0).then_some((page as *mut bindings::page, frame))
     }
 
     /// The page of an index.
-    pub(super) fn page(&self, index: u16) -> Option<*mut bindings::page> {
+    pub(super) fn page(&self, index: PageIndex) -> Option<*mut bindings::page> {
         match self.map_page(index) {
             Some(page) => Some(page),
             None => Some(self.place(index)?.0),
@@ -158,18 +159,18 @@ impl DataPages {
 
     /// The frame number of a page with memory.
     #[inline]
-    pub(super) fn frame(&self, index: u16) -> Option<u64> {
+    pub(super) fn frame(&self, index: PageIndex) -> Option<u64> {
         Some(self.place(index)?.1)
     }
 
     /// A page, and how many bytes from its beginning on lie one behind the other, for this kernel
     /// and for the machine: one transfer can go through all of them.
-    pub(super) fn run(&self, index: u16) -> Option<(*mut bindings::page, u32)> {
-        let block = usize::from(index) / PAGES;
+    pub(super) fn run(&self, index: PageIndex) -> Option<(*mut bindings::page, u32)> {
+        let block = index.index() / PAGES;
         // Of a page at which a guest's page is mapped nothing is known; an arena has no blocks.
         let joins = self.joins.get(block).map_or(0, |word| word.load(Relaxed));
         let follow = joins
-            .checked_shr(u32::from(index) % PAGES as u32)
+            .checked_shr(u32::from(index.number()) % PAGES as u32)
             .map_or(0, u32::trailing_ones);
         let pages = follow.wrapping_add(1);
         Some((self.page(index)?, pages.wrapping_mul(PAGE_SIZE as u32)))

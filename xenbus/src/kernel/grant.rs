@@ -9,7 +9,8 @@ use super::data::DataPages;
 use super::pages::{filled, Pages};
 use super::sys;
 use crate::ring::abi::{RawSegment, PAGE_SIZE, SEGMENTS_PER_INDIRECT_PAGE};
-use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome, Tag};
+use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
+use crate::ring::numbers::{PageIndex, QueueTag};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
@@ -63,10 +64,10 @@ pub(crate) struct GuestGrants {
     domain: u16,
     pages: Arc<DataPages>,
     descriptors: Pages,
-    copies: Batch<sys::GnttabCopy, Tag>,
-    maps: Batch<sys::GnttabMap, (Tag, u16)>,
+    copies: Batch<sys::GnttabCopy, QueueTag>,
+    maps: Batch<sys::GnttabMap, (QueueTag, PageIndex)>,
     map_pages: KVec<*mut kernel::bindings::page>,
-    unmaps: Batch<sys::GnttabUnmap, u16>,
+    unmaps: Batch<sys::GnttabUnmap, PageIndex>,
     unmap_pages: KVec<*mut kernel::bindings::page>,
     /// The handle of what is mapped at each page of `pages` that is for that, [`FREE`], [`QUEUED`]
     /// or [`LOST`].
@@ -105,15 +106,15 @@ impl GuestGrants {
         };
         (DESCRIPTORS as usize)
             .saturating_mul(PAGE_SIZE)
-            .saturating_add(Batch::<sys::GnttabCopy, Tag>::bytes(BATCH))
-            .saturating_add(Batch::<sys::GnttabMap, (Tag, u16)>::bytes(most))
-            .saturating_add(Batch::<sys::GnttabUnmap, u16>::bytes(most))
+            .saturating_add(Batch::<sys::GnttabCopy, QueueTag>::bytes(BATCH))
+            .saturating_add(Batch::<sys::GnttabMap, (QueueTag, PageIndex)>::bytes(most))
+            .saturating_add(Batch::<sys::GnttabUnmap, PageIndex>::bytes(most))
             .saturating_add(most.saturating_mul(page).saturating_mul(2))
             .saturating_add((mappable as usize).saturating_mul(size_of::<u32>()))
     }
 
     /// What is known of a page at which guest pages are mapped.
-    fn handle(&mut self, page: u16) -> Option<&mut u32> {
+    fn handle(&mut self, page: PageIndex) -> Option<&mut u32> {
         let index = self.pages.map_index(page)?;
         self.handles.get_mut(index)
     }
@@ -172,7 +173,7 @@ impl Grants for GuestGrants {
         self.copies.push(op, copy.tag)
     }
 
-    fn run_copies(&mut self, mut failed: impl FnMut(Tag)) {
+    fn run_copies(&mut self, mut failed: impl FnMut(QueueTag)) {
         let ops = &mut self.copies.ops;
         if ops.is_empty() {
             return;
@@ -188,7 +189,7 @@ impl Grants for GuestGrants {
         self.copies.clear();
     }
 
-    fn queue_map(&mut self, tag: Tag, page: u16, gref: u32, read_only: bool) -> bool {
+    fn queue_map(&mut self, tag: QueueTag, page: PageIndex, gref: u32, read_only: bool) -> bool {
         // Only where nothing is: a page with memory of its own is none of these.
         if self.handle(page).is_none_or(|handle| *handle != FREE) {
             return false;
@@ -214,7 +215,7 @@ impl Grants for GuestGrants {
         queued
     }
 
-    fn run_maps(&mut self, mut outcome: impl FnMut(Tag, u16, MapOutcome)) {
+    fn run_maps(&mut self, mut outcome: impl FnMut(QueueTag, PageIndex, MapOutcome)) {
         let ops = &mut self.maps.ops;
         if ops.is_empty() {
             return;
@@ -254,7 +255,7 @@ impl Grants for GuestGrants {
         self.map_pages.clear();
     }
 
-    fn queue_unmap(&mut self, page: u16, handle: u32) -> bool {
+    fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool {
         if self.handle(page).is_none_or(|mapped| *mapped != handle) {
             return false;
         }
@@ -275,7 +276,7 @@ impl Grants for GuestGrants {
         queued
     }
 
-    fn run_unmaps(&mut self, mut lost: impl FnMut(u16)) {
+    fn run_unmaps(&mut self, mut lost: impl FnMut(PageIndex)) {
         let ops = &mut self.unmaps.ops;
         if ops.is_empty() {
             return;
@@ -317,7 +318,7 @@ impl Drop for GuestGrants {
         // pages are given back next.
         self.run_unmaps(|_| {});
         for index in 0..self.pages.mappable() {
-            let page = self.pages.with_memory().wrapping_add(index);
+            let page = PageIndex::new(self.pages.with_memory().wrapping_add(index));
             let handle = self.handle(page).map_or(FREE, |handle| *handle);
             if handle < LOST && !self.queue_unmap(page, handle) {
                 self.run_unmaps(|_| {});

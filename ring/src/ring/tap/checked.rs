@@ -5,9 +5,9 @@
 //! Each argument is copied from user space once, checked here as a value, and only the checked
 //! type is used.
 
+use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
-use crate::ring::tap::table::Tag;
 
 /// Largest negative `errno` that a completion may carry.
 const MAX_ERRNO: i32 = 4095;
@@ -56,7 +56,7 @@ pub enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Commit {
     /// The request.
-    pub tag: Tag,
+    pub tag: DiskTag,
     /// Its delivery.
     pub generation: u32,
     /// The result.
@@ -75,7 +75,7 @@ impl abi::Completion {
             _ => return Err(Malformed::Flags),
         };
         Ok(Commit {
-            tag: self.tag,
+            tag: DiskTag::new(self.tag),
             generation: self.generation,
             outcome,
         })
@@ -187,7 +187,7 @@ impl abi::Exchange {
     pub fn check(&self) -> Result<Arrays, Malformed> {
         // CAST: both sizes are small.
         let commit = size_of::<abi::Completion>() as u32;
-        let tag = size_of::<Tag>() as u32;
+        let tag = size_of::<u16>() as u32;
         Ok(Arrays {
             commits: self.commits.check(abi::MAX_TAGS, commit)?,
             tags: self.tags.check(abi::MAX_TAGS, tag)?,

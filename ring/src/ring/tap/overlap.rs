@@ -7,7 +7,8 @@
 //! have the newest request in front, so the first hit in a bucket is the latest one. Reads and
 //! writes are kept apart, because a read looks for writes only.
 
-use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, Tag};
+use crate::ring::numbers::DiskTag;
+use crate::ring::tap::table::{next, prev, Entry, Link, List, Node};
 
 /// Granules of both sizes, as powers of two of sectors: 32 KiB and 2 MiB.
 const LEVELS: [u32; 2] = [6, 12];
@@ -106,12 +107,12 @@ impl Overlap {
     }
 
     /// Adds the range of a request that is later than all others.
-    pub(super) fn insert(&mut self, entries: &mut [Entry], tag: Tag) {
+    pub(super) fn insert(&mut self, entries: &mut [Entry], tag: DiskTag) {
         self.change(entries, tag, 1, List::push_front);
     }
 
     /// Takes out the range of a request that was added.
-    pub(super) fn remove(&mut self, entries: &mut [Entry], tag: Tag) {
+    pub(super) fn remove(&mut self, entries: &mut [Entry], tag: DiskTag) {
         self.change(entries, tag, u16::MAX, List::remove);
     }
 
@@ -119,11 +120,11 @@ impl Overlap {
     fn change(
         &mut self,
         entries: &mut [Entry],
-        tag: Tag,
+        tag: DiskTag,
         by: u16,
         apply: impl Fn(&mut List, &mut [Entry], Node),
     ) {
-        let Some(entry) = entries.get(usize::from(tag)) else {
+        let Some(entry) = entries.get(tag.index()) else {
             return;
         };
         let (kind, home) = (Kind::of(entry) as usize, Self::home(entry));
@@ -162,8 +163,13 @@ impl Overlap {
 
     /// The latest request that is earlier than this one and in its way; `steps` is what is left
     /// of the work that the caller allows, and may become 0 here, but the search is finished.
-    pub(super) fn blocker(&self, entries: &[Entry], tag: Tag, steps: &mut u32) -> Option<Tag> {
-        let entry = entries.get(usize::from(tag))?;
+    pub(super) fn blocker(
+        &self,
+        entries: &[Entry],
+        tag: DiskTag,
+        steps: &mut u32,
+    ) -> Option<DiskTag> {
+        let entry = entries.get(tag.index())?;
         let mut search = Search {
             entries,
             entry,
@@ -209,7 +215,7 @@ impl Overlap {
 struct Search<'a> {
     entries: &'a [Entry],
     entry: &'a Entry,
-    latest: Option<(u64, Tag)>,
+    latest: Option<(u64, DiskTag)>,
     steps: &'a mut u32,
 }
 
@@ -220,7 +226,7 @@ impl Search<'_> {
         let mut at = from;
         while let Some(node) = at {
             *self.steps = self.steps.saturating_sub(1);
-            let Some(other) = self.entries.get(usize::from(node.tag())) else {
+            let Some(other) = self.entries.get(node.tag().index()) else {
                 return;
             };
             let earlier = other.sequence < self.entry.sequence;

@@ -37,14 +37,13 @@ mod isolation;
 
 use core::ops::DerefMut;
 
+use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
 use crate::ring::tap::checked::{Commit, Outcome};
 use crate::ring::tap::overlap::{writes, Overlap};
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
 use isolation::Isolation;
-
-pub use crate::ring::tap::table::Tag;
 
 /// Queues of one disk at most.
 pub const MAX_QUEUES: usize = 64;
@@ -222,12 +221,12 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     // An entry beyond the tags is always free, because nothing is posted there.
-    fn get(&self, tag: Tag) -> Option<&Entry> {
-        self.entries.get(usize::from(tag))
+    fn get(&self, tag: DiskTag) -> Option<&Entry> {
+        self.entries.get(tag.index())
     }
 
-    fn get_mut(&mut self, tag: Tag) -> Option<&mut Entry> {
-        self.entries.get_mut(usize::from(tag))
+    fn get_mut(&mut self, tag: DiskTag) -> Option<&mut Entry> {
+        self.entries.get_mut(tag.index())
     }
 
     /// Tags are below this.
@@ -369,7 +368,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         epoch: u64,
         max: usize,
         now: u64,
-        mut each: impl FnMut(Tag, &abi::Desc),
+        mut each: impl FnMut(DiskTag, &abi::Desc),
     ) -> Delivered {
         let mut result = Delivered::default();
         if self.phase != Phase::Live || epoch != self.epoch {
@@ -442,12 +441,12 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     /// Takes a request; `now` is in nanoseconds. It is delivered when the process asks for it.
     pub fn post(
         &mut self,
-        tag: Tag,
+        tag: DiskTag,
         queue: u16,
         request: &Request,
         now: u64,
     ) -> Result<(), PostError> {
-        if usize::from(queue) >= MAX_QUEUES || u32::from(tag) >= self.tags() {
+        if usize::from(queue) >= MAX_QUEUES || u32::from(tag.number()) >= self.tags() {
             return Err(PostError::OutOfRange);
         }
         let (sequence, ordered) = (self.sequence, self.replaying > 0);
@@ -482,7 +481,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 
     /// Yields at most `max` results of a queue's requests, whose tags are free then. Returns how
     /// many it yielded.
-    pub fn reap(&mut self, queue: u16, max: usize, mut each: impl FnMut(Tag, Status)) -> usize {
+    pub fn reap(&mut self, queue: u16, max: usize, mut each: impl FnMut(DiskTag, Status)) -> usize {
         let mut count = 0usize;
         let Some(list) = self.done.get_mut(usize::from(queue)) else {
             return count;
@@ -493,7 +492,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             };
             list.remove(&mut self.entries, node);
             let mut status = Status::Error;
-            if let Some(entry) = self.entries.get_mut(usize::from(node.tag())) {
+            if let Some(entry) = self.entries.get_mut(node.tag().index()) {
                 entry.state = State::Free;
                 status = entry.status;
             }
@@ -570,7 +569,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     /// Puts a request that is in no list of a state among those that wait: for another one, or
     /// to be looked at.
-    fn wait(&mut self, tag: Tag, blocker: Option<Tag>) {
+    fn wait(&mut self, tag: DiskTag, blocker: Option<DiskTag>) {
         let Some(entry) = self.get_mut(tag) else {
             return;
         };
@@ -590,7 +589,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Takes a request out of the list of its state.
-    fn unlist(&mut self, tag: Tag) {
+    fn unlist(&mut self, tag: DiskTag) {
         let node = Node::new(tag, Link::State);
         let Some(entry) = self.get(tag) else {
             return;
@@ -618,7 +617,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 
     /// Sorts pending requests into blocked ones until one is found that may be delivered. It
     /// stays pending, in front.
-    fn find(&mut self, steps: &mut u32) -> Option<Tag> {
+    fn find(&mut self, steps: &mut u32) -> Option<DiskTag> {
         while *steps > 0 {
             let tag = self.pending.first()?.tag();
             match self.blocker(tag, steps) {
@@ -633,8 +632,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// The latest earlier request that must be done before this one.
-    fn blocker(&self, tag: Tag, steps: &mut u32) -> Option<Tag> {
-        let sequence = |tag: Tag| Some((self.get(tag)?.sequence, tag));
+    fn blocker(&self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
+        let sequence = |tag: DiskTag| Some((self.get(tag)?.sequence, tag));
         let overlap = self.overlap.blocker(&self.entries, tag, steps);
         let flush = self.unflushed(tag, steps);
         let latest = overlap.and_then(sequence).max(flush.and_then(sequence));
@@ -642,7 +641,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// The latest earlier write, if this is a flush that waits for all of them.
-    fn unflushed(&self, tag: Tag, steps: &mut u32) -> Option<Tag> {
+    fn unflushed(&self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
         let entry = self.get(tag)?;
         let flushes = entry.op == abi::OP_FLUSH || entry.flags & abi::DESC_PREFLUSH != 0;
         if !entry.ordered || !flushes {
@@ -659,7 +658,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Turns a pending request into a delivered one.
-    fn hand_out(&mut self, tag: Tag, now: u64) -> Option<abi::Desc> {
+    fn hand_out(&mut self, tag: DiskTag, now: u64) -> Option<abi::Desc> {
         self.unlist(tag);
         let entry = self.get_mut(tag)?;
         entry.state = State::Delivered;
@@ -675,7 +674,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             sectors: entry.end.wrapping_sub(entry.sector),
             sequence: entry.sequence,
             arrived_ns: entry.arrived_ns,
-            tag,
+            tag: tag.number(),
             queue: entry.queue,
             reserved: [0; 5],
         };
@@ -687,14 +686,14 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         Some(desc)
     }
 
-    fn is_waiting(&self, tag: Tag, and: impl Fn(&Entry) -> bool) -> bool {
+    fn is_waiting(&self, tag: DiskTag, and: impl Fn(&Entry) -> bool) -> bool {
         let waits = |e: &Entry| matches!(e.state, State::Pending | State::Blocked);
         self.get(tag)
             .is_some_and(|entry| waits(entry) && and(entry))
     }
 
     /// Gives an error to a request that waits, and counts it.
-    fn fail_for(&mut self, tag: Tag, failed: &mut Failed) {
+    fn fail_for(&mut self, tag: DiskTag, failed: &mut Failed) {
         let queue = self.get(tag).map_or(0, |entry| entry.queue);
         failed.queues |= 1u64.wrapping_shl(u32::from(queue));
         failed.count = failed.count.wrapping_add(1);
@@ -702,14 +701,14 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Gives an error to a request that waits.
-    fn fail(&mut self, tag: Tag) {
+    fn fail(&mut self, tag: DiskTag) {
         self.unlist(tag);
         self.waiting = self.waiting.wrapping_sub(1);
         self.finish(tag, Status::Error);
     }
 
     /// Gives a result to a request that is in no list of a state.
-    fn finish(&mut self, tag: Tag, status: Status) {
+    fn finish(&mut self, tag: DiskTag, status: Status) {
         self.forget(tag);
         let Some(entry) = self.get_mut(tag) else {
             return;
@@ -723,7 +722,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// A request stands in nobody's way any longer.
-    fn forget(&mut self, tag: Tag) {
+    fn forget(&mut self, tag: DiskTag) {
         self.order
             .remove(&mut self.entries, Node::new(tag, Link::Order));
         self.overlap.remove(&mut self.entries, tag);
@@ -746,7 +745,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         self.pending.prepend(&mut self.entries, waiters);
     }
 
-    fn free(&mut self, tag: Tag) {
+    fn free(&mut self, tag: DiskTag) {
         if let Some(entry) = self.get_mut(tag) {
             entry.state = State::Free;
         }

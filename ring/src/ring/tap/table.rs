@@ -5,11 +5,9 @@
 //! Lists are made of indices. A list never refers to an entry that does not exist, and an index
 //! that does is looked up: nothing here can go out of bounds or allocate.
 
+use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::overlap::Buckets;
-
-/// Names a request of a disk, over all its queues.
-pub type Tag = u16;
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,17 +46,17 @@ pub(super) struct Node(u16);
 impl Node {
     const NONE: Self = Self(u16::MAX);
 
-    pub(super) const fn new(tag: Tag, link: Link) -> Self {
+    pub(super) const fn new(tag: DiskTag, link: Link) -> Self {
         // Tags are below `MAX_TAGS`, so the product does not wrap.
-        Self(tag.wrapping_mul(LINKS).wrapping_add(link as u16))
+        Self(tag.number().wrapping_mul(LINKS).wrapping_add(link as u16))
     }
 
     fn get(self) -> Option<Self> {
         (self != Self::NONE).then_some(self)
     }
 
-    pub(super) fn tag(self) -> Tag {
-        self.0 / LINKS
+    pub(super) fn tag(self) -> DiskTag {
+        DiskTag::new(self.0 / LINKS)
     }
 
     fn link(self) -> usize {
@@ -107,7 +105,7 @@ pub struct Entry {
     pub(super) segments: u16,
     pub(super) queue: u16,
     /// The request that a blocked one waits for.
-    pub(super) blocked_on: Tag,
+    pub(super) blocked_on: DiskTag,
     pub(super) op: u8,
     pub(super) flags: u8,
     pub(super) state: State,
@@ -138,7 +136,7 @@ impl Entry {
         generation: 0,
         segments: 0,
         queue: 0,
-        blocked_on: Tag::MAX,
+        blocked_on: DiskTag::new(u16::MAX),
         op: 0,
         flags: 0,
         state: State::Free,
@@ -157,12 +155,12 @@ impl Entry {
 }
 
 fn neighbours(entries: &mut [Entry], node: Node) -> Option<&mut Neighbours> {
-    let entry = entries.get_mut(usize::from(node.get()?.tag()))?;
+    let entry = entries.get_mut(node.get()?.tag().index())?;
     entry.links.get_mut(node.link())
 }
 
 fn peek(entries: &[Entry], node: Node) -> Option<&Neighbours> {
-    let entry = entries.get(usize::from(node.get()?.tag()))?;
+    let entry = entries.get(node.get()?.tag().index())?;
     entry.links.get(node.link())
 }
 

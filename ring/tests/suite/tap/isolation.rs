@@ -2,9 +2,10 @@
 
 //! Requests of which processes die.
 
+use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi::{self, Completion, Info};
-use ring::tap::shadow::{Op, Shadow, Tag};
+use ring::tap::shadow::{Op, Shadow};
 use ring::tap::table::Entry;
 
 use super::shadow::request;
@@ -12,15 +13,15 @@ use super::shadow::request;
 /// A disk whose processes die of some requests.
 struct Deadly {
     shadow: Shadow<Vec<Entry>>,
-    poison: Vec<Tag>,
+    poison: Vec<u16>,
     /// Requests that a process takes before it answers any.
     width: usize,
     deaths: u32,
-    results: Vec<(Tag, Status)>,
+    results: Vec<(u16, Status)>,
 }
 
 impl Deadly {
-    fn new(limit: u8, poison: &[Tag], width: usize) -> Self {
+    fn new(limit: u8, poison: &[u16], width: usize) -> Self {
         let mut shadow = Shadow::new(vec![Entry::FREE; 32]);
         shadow.set_death_limit(limit);
         Self {
@@ -32,10 +33,10 @@ impl Deadly {
         }
     }
 
-    fn post(&mut self, tags: std::ops::Range<Tag>) {
+    fn post(&mut self, tags: std::ops::Range<u16>) {
         for tag in tags {
             let write = request(Op::Write, 8 * u64::from(tag), 8);
-            assert_eq!(self.shadow.post(tag, 0, &write, 0), Ok(()));
+            assert_eq!(self.shadow.post(DiskTag::new(tag), 0, &write, 0), Ok(()));
         }
     }
 
@@ -55,8 +56,8 @@ impl Deadly {
     fn serve(&mut self, epoch: u64) -> bool {
         loop {
             let mut got = Vec::new();
-            let delivered = self.shadow.deliver(epoch, self.width, 0, |tag, desc| {
-                got.push((tag, desc.generation))
+            let delivered = self.shadow.deliver(epoch, self.width, 0, |_, desc| {
+                got.push((desc.tag, desc.generation))
             });
             if got.is_empty() {
                 assert!(!delivered.more);
@@ -84,8 +85,9 @@ impl Deadly {
 
     fn reap(&mut self) {
         let results = &mut self.results;
-        self.shadow
-            .reap(0, usize::MAX, |tag, status| results.push((tag, status)));
+        self.shadow.reap(0, usize::MAX, |tag, status| {
+            results.push((tag.number(), status))
+        });
     }
 
     fn info(&self) -> Info {
@@ -94,7 +96,7 @@ impl Deadly {
         info
     }
 
-    fn failed(&self) -> Vec<Tag> {
+    fn failed(&self) -> Vec<u16> {
         let failed = self.results.iter().filter(|r| r.1 == Status::Error);
         failed.map(|r| r.0).collect()
     }
@@ -239,9 +241,9 @@ fn order_holds_while_requests_are_isolated() {
     let mut disk = Deadly::new(3, &[1], 1);
     disk.post(0..2);
     let over = request(Op::Write, 8, 8);
-    assert_eq!(disk.shadow.post(9, 0, &over, 0), Ok(()));
+    assert_eq!(disk.shadow.post(DiskTag::new(9), 0, &over, 0), Ok(()));
     disk.run(3);
-    let order: Vec<Tag> = disk.results.iter().map(|r| r.0).collect();
+    let order: Vec<u16> = disk.results.iter().map(|r| r.0).collect();
     assert_eq!(order, [0, 1, 9]);
     assert_eq!(disk.failed(), [1]);
 }

@@ -5,7 +5,7 @@
 use proptest::prelude::*;
 use ring::response::Status;
 use ring::tap::checked::Outcome;
-use ring::tap::shadow::{Op, Request, Tag};
+use ring::tap::shadow::{Op, Request};
 
 use crate::tap_model::{Pair, Step, QUEUES};
 
@@ -96,7 +96,7 @@ proptest! {
 
 /// Makes most steps name a tag that there is.
 fn fit(step: Step, tags: u16) -> Step {
-    let fit = |tag: Tag| if tag > 40 { tag } else { tag % tags };
+    let fit = |tag: u16| if tag > 40 { tag } else { tag % tags };
     match step {
         Step::Post(tag, queue, request) => Step::Post(fit(tag), queue, request),
         Step::Commit(tag, outcome, beside, ago) => Step::Commit(fit(tag), outcome, beside, ago),

@@ -2,9 +2,10 @@
 
 //! The shadow, one rule at a time.
 
+use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi::{self, Completion, Desc, Info};
-use ring::tap::shadow::{Committed, Delivered, Op, OpenError, PostError, Request, Shadow, Tag};
+use ring::tap::shadow::{Committed, Delivered, Op, OpenError, PostError, Request, Shadow};
 use ring::tap::table::Entry;
 
 const DIED: u8 = abi::DESC_REPLAY;
@@ -55,15 +56,17 @@ impl Disk {
     }
 
     #[track_caller]
-    fn post(&mut self, tag: Tag, op: Op, sector: u64, sectors: u64) {
+    fn post(&mut self, tag: u16, op: Op, sector: u64, sectors: u64) {
         self.post_as(tag, &request(op, sector, sectors));
     }
 
     #[track_caller]
-    fn post_as(&mut self, tag: Tag, request: &Request) {
+    fn post_as(&mut self, tag: u16, request: &Request) {
         self.now += 1;
         // Two queues, by the tag.
-        let posted = self.shadow.post(tag, tag % 2, request, self.now);
+        let posted = self
+            .shadow
+            .post(DiskTag::new(tag), tag % 2, request, self.now);
         assert_eq!(posted, Ok(()));
     }
 
@@ -71,7 +74,7 @@ impl Disk {
         self.now += 1;
         let mut all = Vec::new();
         let delivered = self.shadow.deliver(self.epoch, max, self.now, |tag, desc| {
-            assert_eq!(tag, desc.tag);
+            assert_eq!(tag.number(), desc.tag);
             assert_eq!(desc.reserved, [0; 5]);
             all.push(*desc);
         });
@@ -79,11 +82,11 @@ impl Disk {
         all
     }
 
-    fn tags(&mut self) -> Vec<Tag> {
+    fn tags(&mut self) -> Vec<u16> {
         self.descs(usize::MAX).iter().map(|desc| desc.tag).collect()
     }
 
-    fn commit(&mut self, tag: Tag, generation: u32, flags: u16, result: i32) -> Committed {
+    fn commit(&mut self, tag: u16, generation: u32, flags: u16, result: i32) -> Committed {
         let completion = Completion {
             tag,
             flags,
@@ -96,14 +99,15 @@ impl Disk {
     }
 
     /// The process finishes the first delivery of a tag.
-    fn done(&mut self, tag: Tag) -> Committed {
+    fn done(&mut self, tag: u16) -> Committed {
         self.commit(tag, 1, 0, 0)
     }
 
-    fn reap(&mut self, queue: u16) -> Vec<(Tag, Status)> {
+    fn reap(&mut self, queue: u16) -> Vec<(u16, Status)> {
         let mut all = Vec::new();
-        self.shadow
-            .reap(queue, usize::MAX, |tag, status| all.push((tag, status)));
+        self.shadow.reap(queue, usize::MAX, |tag, status| {
+            all.push((tag.number(), status))
+        });
         all
     }
 
@@ -178,14 +182,17 @@ fn results_are_those_of_the_process() {
 fn tags_and_queues_that_do_not_exist_are_refused() {
     let mut disk = Disk::live(4);
     let read = request(Op::Read, 0, 8);
-    let mut post = |tag, queue| disk.shadow.post(tag, queue, &read, 0);
+    let mut post = |tag, queue| disk.shadow.post(DiskTag::new(tag), queue, &read, 0);
     assert_eq!(post(4, 0), Err(PostError::OutOfRange));
     assert_eq!(post(0, 64), Err(PostError::OutOfRange));
     assert_eq!(post(3, 63), Ok(()));
     assert_eq!(post(3, 0), Err(PostError::InUse));
     assert_eq!(disk.tags(), [3]);
     assert_eq!(disk.done(3), Committed::Done(63));
-    assert_eq!(disk.shadow.post(3, 0, &read, 0), Err(PostError::InUse));
+    assert_eq!(
+        disk.shadow.post(DiskTag::new(3), 0, &read, 0),
+        Err(PostError::InUse)
+    );
 }
 
 #[test]
@@ -194,8 +201,8 @@ fn only_so_many_tags_are_used_as_the_abi_allows() {
     assert_eq!(disk.shadow.tags(), abi::MAX_TAGS);
     let mut disk = Disk::live(5000);
     let read = request(Op::Read, 0, 8);
-    assert_eq!(disk.shadow.post(4095, 0, &read, 0), Ok(()));
-    let beyond = disk.shadow.post(4096, 0, &read, 0);
+    assert_eq!(disk.shadow.post(DiskTag::new(4095), 0, &read, 0), Ok(()));
+    let beyond = disk.shadow.post(DiskTag::new(4096), 0, &read, 0);
     assert_eq!(beyond, Err(PostError::OutOfRange));
 }
 

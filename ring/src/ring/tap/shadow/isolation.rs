@@ -19,8 +19,9 @@
 use core::ops::DerefMut;
 
 use super::{Failed, Phase, Shadow};
+use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;
-use crate::ring::tap::table::{next, Entry, List, Suspicion, Tag};
+use crate::ring::tap::table::{next, Entry, List, Suspicion};
 
 /// The death of a process that had requests, which are not counted yet.
 #[derive(Clone, Copy, Debug)]
@@ -160,7 +161,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Counts a death. Returns the request that is the reason.
-    fn count(&mut self, death: Death) -> Option<Tag> {
+    fn count(&mut self, death: Death) -> Option<DiskTag> {
         let mut isolation = self.isolation;
         let mut reason = None;
         isolation.isolated = 0;
@@ -176,7 +177,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         reason
     }
 
-    fn poison(&mut self, tag: Tag, failed: &mut Failed) {
+    fn poison(&mut self, tag: DiskTag, failed: &mut Failed) {
         let Some(entry) = self.get(tag) else {
             return;
         };
@@ -209,7 +210,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Does something to each request without a result, the oldest first.
-    fn each_undone(&mut self, mut each: impl FnMut(Tag, &mut Entry)) {
+    fn each_undone(&mut self, mut each: impl FnMut(DiskTag, &mut Entry)) {
         let mut at = self.order.first();
         while let Some(node) = at {
             at = next(&self.entries, node);
