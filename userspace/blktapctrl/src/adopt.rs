@@ -9,9 +9,10 @@ use crate::lifecycle::Lifecycle;
 use crate::process::{Process, OPEN, SOON};
 use crate::record::{Peek, Record, Unread, Want};
 use crate::registry::Registry;
+use crate::state::State;
 use crate::store::relative;
 use control::supervisor::{Doing, What, Which};
-use control::tapdisk::State;
+use control::tapdisk;
 use control::Failure;
 use std::path::Path;
 use std::rc::Rc;
@@ -61,13 +62,14 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, record: Record) {
     disk.process.replace(process.clone());
     let recognised = match &process {
         Some(process) => {
+            keep_state(lifecycle, &disk, process);
             lifecycle.watch(process.clone());
             recognise(&disk, process).await
         }
-        None => Ok(State::Idle),
+        None => Ok(tapdisk::State::Idle),
     };
     let node = kernel::node(&*lifecycle.registry.kernel, minor);
-    if matches!((&node, &recognised), (Ok(None), Ok(State::Idle))) {
+    if matches!((&node, &recognised), (Ok(None), Ok(tapdisk::State::Idle))) {
         tracing::warn!("disk {minor}: its node is gone, as after a restart of the lifecycle");
         lifecycle.destroy_later(&disk);
         return;
@@ -122,10 +124,26 @@ async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Proce
     Process::find(&socket, SOON).await
 }
 
+/// The state of a disk is the process' too, which may be the last one to hold it.
+fn keep_state(lifecycle: &Lifecycle, disk: &Disk, process: &Process) {
+    let place = match disk.record.borrow().next {
+        Some(_) => &disk.next_state,
+        None => &disk.state,
+    };
+    match State::held_by(process.pid(), disk.minor) {
+        Ok(state) => drop(place.replace(state)),
+        Err(failure) => {
+            let why = format!("{failure}");
+            let events = &lifecycle.registry.events;
+            events.add(Some(disk.minor), What::Unknown { why });
+        }
+    }
+}
+
 /// Asks the process what it does.
-async fn recognise(disk: &Disk, process: &Process) -> Result<State, Failure> {
+async fn recognise(disk: &Disk, process: &Process) -> Result<tapdisk::State, Failure> {
     let status = process.status().await?;
-    disk.attached.set(status.state != State::Idle);
+    disk.attached.set(status.state != tapdisk::State::Idle);
     disk.serves.replace(status.disk);
     tracing::info!(
         "disk {}: taken over with tapdisk {}, which is {:?}",
@@ -137,7 +155,7 @@ async fn recognise(disk: &Disk, process: &Process) -> Result<State, Failure> {
 }
 
 /// Does what the earlier supervisor would have done.
-fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: State, pid: u32) {
+fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid: u32) {
     let (want, doing) = {
         let record = disk.record.borrow();
         (record.want, record.doing)
@@ -146,7 +164,7 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: State, pid: u32) {
         return lifecycle.destroy_later(disk);
     }
     let lives = disk.process.borrow().is_some();
-    let serves = lives && state == State::Running;
+    let serves = lives && state == tapdisk::State::Running;
     if doing.is_none() && (want != Want::Served || serves) {
         return;
     }
@@ -230,7 +248,7 @@ async fn stray(
         });
     };
     let status = process.status().await?;
-    if status.state == State::Idle {
+    if status.state == tapdisk::State::Idle {
         let left = process.end(SOON).await;
         process.tidy();
         return left;

@@ -5,8 +5,9 @@ use crate::backoff::Backoff;
 use crate::image::Image;
 use crate::process::Process;
 use crate::record::{Record, Want};
+use crate::state::State;
 use control::supervisor::{Doing, Row};
-use control::tapdisk::{self, Open, State};
+use control::tapdisk::{self, Open};
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -37,6 +38,10 @@ pub struct Disk {
     pub image: RefCell<Option<Arc<Image>>>,
     /// The image that an unpause leads to, until it is served.
     pub next_image: RefCell<Option<Arc<Image>>>,
+    /// What its processes leave to each other.
+    pub state: RefCell<Option<State>>,
+    /// The same for the image that an unpause leads to.
+    pub next_state: RefCell<Option<State>>,
     /// Its process.
     pub process: RefCell<Option<Rc<Process>>>,
     /// The process has the node.
@@ -68,6 +73,8 @@ impl Disk {
             record: RefCell::new(record),
             image: RefCell::default(),
             next_image: RefCell::default(),
+            state: RefCell::default(),
+            next_state: RefCell::default(),
             process: RefCell::default(),
             attached: Cell::default(),
             serves: RefCell::default(),
@@ -201,13 +208,13 @@ impl Disk {
     }
 
     /// What is known of its state without asking anybody.
-    fn state(&self) -> Option<State> {
+    fn process_state(&self) -> Option<tapdisk::State> {
         self.process.borrow().as_ref()?;
         Some(match (self.attached.get(), self.record.borrow().want) {
-            (false, _) => State::Idle,
-            (true, Want::Paused) => State::Paused,
-            (true, _) if self.serves.borrow().is_some() => State::Running,
-            (true, _) => State::Attached,
+            (false, _) => tapdisk::State::Idle,
+            (true, Want::Paused) => tapdisk::State::Paused,
+            (true, _) if self.serves.borrow().is_some() => tapdisk::State::Running,
+            (true, _) => tapdisk::State::Attached,
         })
     }
 
@@ -218,7 +225,7 @@ impl Disk {
         Row {
             minor: Some(self.minor),
             pid: self.process.borrow().as_ref().map(|process| process.pid()),
-            state: self.state(),
+            state: self.process_state(),
             kernel: None,
             target: record.open.as_ref().map(|open| open.target.clone()),
             mode: record.open.as_ref().map(|_| record.mode),
@@ -227,6 +234,7 @@ impl Disk {
             restarts: record.restarts,
             doing: record.doing,
             unknown: None,
+            state_bytes: self.state.borrow().as_ref().map_or(0, State::size),
         }
     }
 }

@@ -133,6 +133,10 @@ fn log(minor: Option<u32>, what: &What) {
         What::Unpaused => tracing::info!("{disk}: goes on"),
         What::Resized { size } => tracing::info!("{disk}: now has {size} bytes"),
         What::Unknown { why } => tracing::error!("{disk}: left alone: {why}"),
+        What::Refused { why } => tracing::warn!("{why}"),
+        What::Reconnected { path } => {
+            tracing::warn!("{disk}: connected to {} again", path.display())
+        }
         What::Destroyed => tracing::info!("{disk}: gone"),
         What::Lost { .. } | What::Other => {}
     }

@@ -4,7 +4,7 @@
 use crate::apart::{apart, LIMIT};
 use control::tapdisk::Open;
 use control::{Code, Failure};
-use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +27,15 @@ pub enum Identity {
         /// Its number.
         rdev: u64,
     },
+}
+
+impl Identity {
+    fn file(stat: &Stat) -> Identity {
+        Identity::File {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+        }
+    }
 }
 
 /// An image that exists. It is held by a descriptor that allows no I/O and counts for no lock, so
@@ -56,25 +65,11 @@ impl Image {
     /// # Errors
     /// There is none, or it is neither a regular file nor a block device.
     pub fn find(path: &Path) -> Result<Image, Failure> {
-        let held = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| refused("cannot find the image", path, error))?;
-        let stat = rustix::fs::fstat(&held)
-            .map_err(|error| refused("cannot look at the image", path, error))?;
+        let (held, stat) = hold(path)?;
         let identity = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Identity::File {
-                dev: stat.st_dev,
-                ino: stat.st_ino,
-            },
+            FileType::RegularFile => Identity::file(&stat),
             FileType::BlockDevice => Identity::Device { rdev: stat.st_rdev },
-            _ => {
-                return Err(Failure::new(
-                    Code::Image,
-                    format!(
-                        "{} is neither a regular file nor a block device",
-                        path.display()
-                    ),
-                ))
-            }
+            _ => return Err(not_a(path, "neither a regular file nor a block device")),
         };
         Ok(Image {
             path: path.into(),
@@ -83,6 +78,24 @@ impl Image {
             identity,
             permissions: stat.st_mode & 0o7777,
         })
+    }
+
+    /// Finds the socket of a server, which is held as an image is.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn socket(path: &Path) -> Result<Image, Failure> {
+        let (held, stat) = hold(path)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Socket => Ok(Image {
+                path: path.into(),
+                held,
+                identity: Identity::file(&stat),
+                born: None,
+                permissions: stat.st_mode & 0o7777,
+            }),
+            _ => Err(not_a(path, "no socket")),
+        }
     }
 
     /// What it is.
@@ -111,6 +124,25 @@ impl Image {
         &self.path
     }
 
+    /// Where it really is: its path without links.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn place(&self) -> Result<PathBuf, Failure> {
+        std::fs::read_link(self.again()).map_err(|error| {
+            Failure::system(
+                format!("cannot see where {} is", self.path.display()),
+                &error,
+            )
+        })
+    }
+
+    /// A path that leads to it and to nothing else, as long as it is held.
+    #[must_use]
+    pub fn again(&self) -> String {
+        format!("/proc/self/fd/{}", self.held.as_raw_fd())
+    }
+
     /// It is a block device that dom0's kernel has promised to somebody: a file system, an array, a
     /// volume group, swap.
     ///
@@ -120,7 +152,7 @@ impl Image {
         if !matches!(self.identity, Identity::Device { .. }) {
             return Ok(false);
         }
-        let again = format!("/proc/self/fd/{}", self.held.as_raw_fd());
+        let again = self.again();
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
         match rustix::fs::open(&*again, flags, Mode::empty()) {
             Ok(_) => Ok(false),
@@ -153,7 +185,7 @@ impl Image {
                 ),
             ));
         }
-        let again = format!("/proc/self/fd/{}", self.held.as_raw_fd());
+        let again = self.again();
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let flags = access | OFlags::CLOEXEC;
         let open = |flags| rustix::fs::open(&*again, flags, Mode::empty());
@@ -166,6 +198,19 @@ impl Image {
         let fd = result.map_err(|error| refused("cannot open the image", &self.path, error))?;
         Ok(Opened { fd, direct })
     }
+}
+
+/// Holds what is at a path.
+fn hold(path: &Path) -> Result<(OwnedFd, Stat), Failure> {
+    let held = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| refused("cannot find the image", path, error))?;
+    let stat = rustix::fs::fstat(&held)
+        .map_err(|error| refused("cannot look at the image", path, error))?;
+    Ok((held, stat))
+}
+
+fn not_a(path: &Path, what: &str) -> Failure {
+    Failure::new(Code::Image, format!("{} is {what}", path.display()))
 }
 
 /// Finds the image at a path, without making anybody wait for its file system.

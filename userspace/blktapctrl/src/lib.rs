@@ -24,6 +24,7 @@ pub mod process;
 pub mod record;
 pub mod registry;
 pub mod server;
+pub mod state;
 pub mod store;
 pub mod verbs;
 pub mod watch;

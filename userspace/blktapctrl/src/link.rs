@@ -12,6 +12,9 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+/// An answer comes when something happens.
+pub(crate) const EVER: Duration = Duration::from_secs(u32::MAX as u64);
+
 /// A connection to a tapdisk.
 #[derive(Debug)]
 pub struct Link {

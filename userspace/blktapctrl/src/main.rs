@@ -45,6 +45,10 @@ struct Cli {
     /// Where sockets and records are.
     #[arg(long, value_name = "DIR", default_value = "/run/xentap")]
     folder: PathBuf,
+    /// A folder in which disks may have files beside their image, and sockets of servers; may be given
+    /// more than once. Without it, files may be in the folder of the image only, and sockets nowhere.
+    #[arg(long, value_name = "DIR")]
+    files: Vec<PathBuf>,
     /// Log more.
     #[arg(long, short)]
     verbose: bool,
@@ -93,6 +97,11 @@ async fn run(cli: &Cli) -> Result<()> {
         user: user(&cli.user)?,
     };
     lift_limits();
+    let folders = cli.files.iter().map(|folder| {
+        let found = std::fs::canonicalize(folder);
+        found.with_context(|| format!("cannot use --files {}", folder.display()))
+    });
+    let folders = folders.collect::<Result<Vec<PathBuf>>>()?;
     let place = cli.folder.display();
     let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
@@ -105,7 +114,7 @@ async fn run(cli: &Cli) -> Result<()> {
     }
     let records = Box::new(Files(folder.clone()));
     let registry = Registry::new(folder, records, Box::new(nodes::Driver));
-    let lifecycle = Lifecycle::new(registry.clone(), program);
+    let lifecycle = Lifecycle::new(registry.clone(), program, folders);
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();
     adopt::disks(&lifecycle).await;

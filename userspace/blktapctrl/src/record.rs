@@ -38,6 +38,46 @@ pub struct Known {
     pub started: u64,
 }
 
+/// What a file beside the image is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// The image that the one which is served goes on from.
+    Parent,
+    /// It holds a part of the image.
+    Extent,
+    /// A server listens there.
+    Socket,
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Role::Parent => "parent",
+            Role::Extent => "extent",
+            Role::Socket => "server",
+        })
+    }
+}
+
+/// Something beside the image that the disk's process was given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is for.
+    pub role: Role,
+    /// By which path it was named.
+    pub path: PathBuf,
+    /// What it is; nothing for a socket.
+    pub identity: Option<Identity>,
+    /// When it was made, as of an image.
+    #[serde(default)]
+    pub born: Option<u64>,
+    /// Who may share it.
+    pub mode: Mode,
+    /// The process was told to lock it.
+    pub locked: bool,
+}
+
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
@@ -48,6 +88,9 @@ pub struct Next {
     /// When that was made.
     #[serde(default)]
     pub born: Option<u64>,
+    /// What else its process was given for it.
+    #[serde(default)]
+    pub parts: Vec<Part>,
     /// Requests that had been answered before: if there are more, it has been served.
     pub committed: u64,
 }
@@ -67,6 +110,9 @@ pub struct Record {
     /// if its file system does not know.
     #[serde(default)]
     pub born: Option<u64>,
+    /// What else its process was given.
+    #[serde(default)]
+    pub parts: Vec<Part>,
     /// Who may share the image.
     pub mode: Mode,
     /// What to do when things go wrong.
@@ -105,6 +151,7 @@ impl Record {
             open: None,
             identity: None,
             born: None,
+            parts: Vec::new(),
             mode: Mode::default(),
             policy,
             vbd: None,

@@ -391,6 +391,9 @@ pub struct Row {
     /// Why the supervisor leaves it alone, if it does.
     #[serde(default)]
     pub unknown: Option<String>,
+    /// Bytes that its processes leave to each other.
+    #[serde(default)]
+    pub state_bytes: u64,
 }
 
 /// What the kernel says of a node.
@@ -537,6 +540,16 @@ pub enum What {
     Unknown {
         /// What, and what to do.
         why: String,
+    },
+    /// A process asked for something that it may not have.
+    Refused {
+        /// What, why, and what to do.
+        why: String,
+    },
+    /// A process connects to a server once more.
+    Reconnected {
+        /// The server's socket.
+        path: PathBuf,
     },
     /// The disk is gone.
     Destroyed,

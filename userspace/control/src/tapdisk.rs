@@ -7,9 +7,10 @@
 //! the same way.
 
 use crate::stats::Stats;
-use crate::Target;
+use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 /// How I/O on an image is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +57,10 @@ pub struct Open {
     /// What is done when I/O on the image fails for another reason.
     #[serde(default)]
     pub on_error: OnError,
+    /// Who asks this answers [`Request::Needs`] too: the process may ask for what comes to light while
+    /// it opens the image.
+    #[serde(default)]
+    pub may_ask: bool,
 }
 
 /// What is done with a request that failed on the image. It is told to the supervisor in any case.
@@ -87,6 +92,7 @@ impl Open {
             whole_blocks: false,
             on_no_space: OnError::Report,
             on_error: OnError::Report,
+            may_ask: false,
         }
     }
 }
@@ -126,6 +132,21 @@ pub enum Request {
     Troubles {
         /// How often is known.
         after: Option<u64>,
+    },
+    /// Waits until the process needs something that it cannot open itself, with a higher number than
+    /// `after`. Answered with [`Reply::Needs`]. On a connection of its own: others are answered
+    /// meanwhile, and what needs it may be a question that has not been answered yet.
+    Needs {
+        /// What is known. 0 for nothing.
+        after: u64,
+    },
+    /// The answer to a need: one descriptor, unless it is refused. Answered with [`Reply::Done`], also
+    /// when nobody waits for it any more.
+    Provide {
+        /// Number of the need.
+        number: u64,
+        /// What was decided.
+        provided: Provided,
     },
     /// Serves NBD clients too. One descriptor: a listening unix socket. Answered with
     /// [`Reply::Done`]. Once for each process.
@@ -169,6 +190,74 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// What failed.
     Troubles(Troubles),
+    /// What is needed and not provided yet.
+    Needs {
+        /// In the order in which it was asked for.
+        needs: Vec<Need>,
+    },
+}
+
+/// What a process asks its supervisor for, which decides. A file that is not there any more, such as a
+/// socket whose server has gone, is asked for again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Need {
+    /// Names it in the answer; chosen by the process, from 1 on.
+    pub number: u64,
+    /// What it is.
+    pub what: Needed,
+}
+
+/// What a process may ask for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Needed {
+    /// The image that the one which is served goes on from: for reading.
+    Parent {
+        /// Its absolute path.
+        path: PathBuf,
+    },
+    /// A file that holds a part of the image, open like the image itself.
+    Extent {
+        /// Its absolute path.
+        path: PathBuf,
+    },
+    /// A connection to a unix socket where a server listens.
+    Socket {
+        /// Its absolute path.
+        path: PathBuf,
+    },
+    /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last
+    /// process left. Its size cannot change. What is in it is the processes' own affair: who does not
+    /// know what it finds there takes it for zeroes.
+    State {
+        /// Bytes.
+        size: u64,
+    },
+    /// Something of a newer program, which is refused.
+    #[serde(other)]
+    Other,
+}
+
+impl Needed {
+    /// The path, if it has one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Parent { path } | Self::Extent { path } | Self::Socket { path } => Some(path),
+            Self::State { .. } | Self::Other => None,
+        }
+    }
+}
+
+/// What was decided about a need.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Provided {
+    /// It comes along, and nobody else may lock it: the process does, as it locks the image.
+    Locked,
+    /// It comes along, and is not to be locked: it is no file, or it is shared.
+    Shared,
+    /// It is refused.
+    Refused(Failure),
 }
 
 /// I/O on the image that failed.

@@ -212,6 +212,8 @@ pub(crate) fn event(event: &Event) -> String {
         What::Unpaused => "goes on".into(),
         What::Resized { size } => format!("has {size} bytes now"),
         What::Unknown { why } => format!("left alone: {why}"),
+        What::Refused { why } => why.clone(),
+        What::Reconnected { path } => format!("connected to {} again", path.display()),
         What::Destroyed => "gone".into(),
         What::Lost { count } => format!("{count} events were not kept"),
         What::Other => "something that a newer tap-ctl knows".into(),
@@ -310,6 +312,7 @@ mod tests {
             restarts: 0,
             doing: None,
             unknown: None,
+            state_bytes: 0,
         }
     }
 

@@ -14,12 +14,14 @@
 mod link;
 pub mod listen;
 pub mod nbd;
+mod needs;
 mod ranges;
 pub mod sandbox;
 mod server;
 mod session;
 mod troubles;
 
+pub use needs::Needs;
 pub use ranges::Claim;
 pub use server::{Server, Terms};
 pub use session::Session;

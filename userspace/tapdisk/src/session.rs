@@ -2,7 +2,7 @@
 //! A disk in all its states, as the supervisor sees it.
 
 use crate::link::Link;
-use crate::{nbd, Server, Terms, Troubles};
+use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
@@ -28,6 +28,8 @@ pub struct Session {
     state: RefCell<Inner>,
     stats: Rc<RefCell<Stats>>,
     troubles: Rc<Troubles>,
+    /// What the supervisor is asked for.
+    needs: Needs,
     turns: Cell<u64>,
     /// Who waits for the disk to run.
     waiting: RefCell<Vec<Waker>>,
@@ -58,6 +60,7 @@ impl Session {
             state: RefCell::default(),
             stats: Rc::default(),
             troubles: Rc::default(),
+            needs: Needs::default(),
             turns: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
@@ -171,6 +174,13 @@ impl Session {
                 self.close().await
             }
             Request::Troubles { after } => Ok(Reply::Troubles(self.troubles.after(after).await)),
+            Request::Needs { after } => Ok(Reply::Needs {
+                needs: self.needs.after(after).await,
+            }),
+            Request::Provide { number, provided } => {
+                self.needs.provide(number, provided, fd)?;
+                Ok(Reply::Done)
+            }
             Request::Nbd { export } => {
                 let fd = fd.ok_or_else(|| Failure::invalid("the listening socket is missing"))?;
                 self.serve_nbd(fd, export)

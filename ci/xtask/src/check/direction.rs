@@ -90,7 +90,7 @@ const BLKBACK: &[&[&str]] = &[
 
 const SUPERVISOR: &[&[&str]] = &[
     &[
-        "apart", "backoff", "events", "folder", "kernel", "link", "store",
+        "apart", "backoff", "events", "folder", "kernel", "link", "state", "store",
     ],
     &["image", "memory", "nodes"],
     &["record"],

@@ -7,6 +7,7 @@
 
 mod backends;
 mod claims;
+mod files;
 mod loops;
 mod mounts;
 pub mod sharing;
@@ -24,6 +25,7 @@ use mounts::Table;
 use sharing::{Machines, Mount, User};
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use views::Views;
@@ -47,6 +49,8 @@ struct Seen {
 pub struct Admission {
     registry: Rc<Registry>,
     views: Views,
+    /// Where files beside an image may be, and sockets of servers.
+    folders: Vec<PathBuf>,
 }
 
 /// A mode decides what a tapdisk may do.
@@ -64,12 +68,13 @@ pub(crate) fn beside_others(mut open: Open, beside: bool) -> Open {
 }
 
 impl Admission {
-    /// Decides for the disks of a registry.
+    /// Decides for the disks of a registry. What a disk needs beside its image may be in `folders`.
     #[must_use]
-    pub fn new(registry: Rc<Registry>) -> Admission {
+    pub fn new(registry: Rc<Registry>, folders: Vec<PathBuf>) -> Admission {
         Admission {
             registry,
             views: Views::default(),
+            folders,
         }
     }
 
@@ -204,6 +209,13 @@ impl Admission {
             let images: Vec<Identity> = record.identity.into_iter().chain(next).collect();
             if Some(disk.minor) != except && !images.is_empty() {
                 users.push(user(disk.minor, images, record.mode, record.vbd.as_ref()));
+            }
+            let next = record.next.iter().flat_map(|next| &next.parts);
+            for part in record.parts.iter().chain(next) {
+                let images: Vec<Identity> = part.identity.into_iter().collect();
+                if Some(disk.minor) != except && !images.is_empty() {
+                    users.push(user(disk.minor, images, part.mode, record.vbd.as_ref()));
+                }
             }
         }
         for disk in self.registry.left_alone() {

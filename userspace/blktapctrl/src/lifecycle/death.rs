@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes are started, watched, and replaced when they have died.
 
-use super::{trouble, Lifecycle};
+use super::{needs, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::process::{self, Process, OPEN};
 use crate::record::Want;
@@ -26,6 +26,7 @@ impl Lifecycle {
     /// Watches a process until it has ended.
     pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
         tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
+        tokio::task::spawn_local(needs::watch(self.clone(), process.clone()));
         let lifecycle = self.clone();
         tokio::task::spawn_local(async move {
             let how = process.ended().await;

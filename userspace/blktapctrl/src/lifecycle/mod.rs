@@ -9,6 +9,7 @@
 pub mod create;
 mod death;
 mod destroy;
+mod needs;
 mod open;
 mod pause;
 mod serve;
@@ -21,6 +22,7 @@ use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::Doing;
 use control::Failure;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -35,11 +37,11 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// Supervises the disks of a registry.
+    /// Supervises the disks of a registry. What a disk needs beside its image may be in `folders`.
     #[must_use]
-    pub fn new(registry: Rc<Registry>, program: Program) -> Rc<Lifecycle> {
+    pub fn new(registry: Rc<Registry>, program: Program, folders: Vec<PathBuf>) -> Rc<Lifecycle> {
         Rc::new(Lifecycle {
-            admission: Admission::new(registry.clone()),
+            admission: Admission::new(registry.clone(), folders),
             registry,
             program,
         })

@@ -88,7 +88,10 @@ impl Lifecycle {
             let mut record = disk.record.borrow_mut();
             (record.identity, record.born, record.open) = (None, None, None);
             record.next = None;
+            record.parts.clear();
         }
+        disk.state.replace(None);
+        disk.next_state.replace(None);
         disk.image.replace(None);
         disk.next_image.replace(None);
         disk.serves.replace(None);

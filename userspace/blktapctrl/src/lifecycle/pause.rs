@@ -167,6 +167,7 @@ impl Lifecycle {
                 open: beside_others(open, beside),
                 identity: image.as_ref().map(|image| image.identity()),
                 born: image.as_ref().and_then(|image| image.born()),
+                parts: Vec::new(),
                 committed,
             };
             self.registry.change(disk, |record| {
@@ -218,6 +219,7 @@ impl Lifecycle {
             Err(failure) => {
                 disk.record.borrow_mut().next = None;
                 disk.next_image.replace(None);
+                disk.next_state.replace(None);
                 disk.allow_shrinking(false);
                 self.end_of_verb(disk, Want::Paused);
                 Err(failure)
@@ -257,6 +259,8 @@ impl Lifecycle {
         if let Some(next) = record.next.take() {
             record.open = Some(next.open);
             (record.identity, record.born) = (next.identity, next.born);
+            record.parts = next.parts;
+            disk.state.replace(disk.next_state.take());
             disk.image.replace(disk.next_image.take());
         }
     }

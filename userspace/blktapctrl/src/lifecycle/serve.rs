@@ -185,10 +185,11 @@ impl Lifecycle {
         &self,
         disk: &Disk,
         process: &Process,
-        open: Open,
+        mut open: Open,
         image: Option<Arc<Image>>,
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
+        open.may_ask = true;
         let opened = match &image {
             Some(image) => {
                 let direct = open.target.driver() != control::Driver::Sync;

@@ -3,7 +3,7 @@
 
 use super::Lifecycle;
 use crate::disk::Disk;
-use crate::link::{unexpected, Link};
+use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Want;
 use crate::registry::Registry;
@@ -21,17 +21,27 @@ const MOST: Duration = Duration::from_secs(60);
 const STEP: Duration = Duration::from_secs(1);
 /// How long a process may take to pause its disk.
 const PAUSE: Duration = Duration::from_secs(120);
-/// An answer comes when something goes wrong.
-const EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// When the next event may be told.
-struct Rate {
+pub(super) struct Rate {
     due: Instant,
     pause: Duration,
 }
 
 impl Rate {
-    fn told(&mut self) {
+    /// From now on.
+    pub(super) fn new() -> Rate {
+        Rate {
+            due: Instant::now(),
+            pause: FIRST,
+        }
+    }
+
+    pub(super) fn is_due(&self) -> bool {
+        Instant::now() >= self.due
+    }
+
+    pub(super) fn told(&mut self) {
         let now = Instant::now();
         // It has been quiet.
         if now > self.due + self.pause {
@@ -58,13 +68,10 @@ async fn listen(lifecycle: &Rc<Lifecycle>, process: &Process) -> Result<(), Fail
     let mut link = process.another_link().await?;
     // Of one that an earlier supervisor has started, the past was told.
     let mut known = process.is_child().then_some(0);
-    let mut rate = Rate {
-        due: Instant::now(),
-        pause: FIRST,
-    };
+    let mut rate = Rate::new();
     loop {
         let mut told = ask(&mut link, known).await?;
-        while Instant::now() < rate.due && !(told.is_stopped && is_served(registry, process)) {
+        while !(rate.is_due() || told.is_stopped && is_served(registry, process)) {
             tokio::time::sleep(STEP).await;
             told = ask(&mut link, None).await?;
         }

@@ -75,5 +75,6 @@ fn empty_row(minor: Option<u32>, pid: Option<u32>) -> Row {
         restarts: 0,
         doing: None,
         unknown: None,
+        state_bytes: 0,
     }
 }

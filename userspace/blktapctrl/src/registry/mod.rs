@@ -166,8 +166,12 @@ impl Registry {
     /// Changes what is written down of a disk; if that cannot be written, nothing is changed.
     ///
     /// # Errors
-    /// The system refuses to write it.
+    /// The system refuses to write it, or the disk is gone.
     pub fn change(&self, disk: &Disk, change: impl FnOnce(&mut Record)) -> Result<(), Failure> {
+        if disk.fate() == Fate::Gone {
+            let message = format!("disk {} is gone", disk.minor);
+            return Err(Failure::new(Code::NotFound, message));
+        }
         let mut record = disk.record.borrow().clone();
         change(&mut record);
         self.records

@@ -45,6 +45,7 @@ impl Unknown {
             restarts: 0,
             doing: None,
             unknown: Some(self.why.clone()),
+            state_bytes: 0,
         }
     }
 }

@@ -47,7 +47,7 @@ impl Bed {
             full: kernel.full.clone(),
         };
         let registry = Registry::new(folder, Box::new(records), Box::new(kernel.clone()));
-        Lifecycle::new(registry, program)
+        Lifecycle::new(registry, program, vec![dir.join("servers")])
     }
 
     pub(crate) fn registry(&self) -> &Registry {

@@ -4,7 +4,9 @@
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
-use control::tapdisk::{Disk, Engine, Open, Reply, Request, State, Status, Troubles};
+use control::tapdisk::{
+    Disk, Engine, Need, Needed, Open, Provided, Reply, Request, State, Status, Troubles,
+};
 use control::{supervisor, Channel, Code, Failure};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -13,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -336,22 +338,28 @@ pub(crate) fn run(dir: &Path) {
     let listener = UnixListener::from(listener);
     // Who supervises may change; what is served stays.
     let served = Arc::new(Mutex::new(Served::default()));
+    let needs = Arc::new(Needs::default());
     loop {
         let (stream, _) = listener.accept().expect("a supervisor");
-        let (dir, served) = (dir.to_path_buf(), served.clone());
-        std::thread::spawn(move || converse(&dir, Channel::new(stream), &served));
+        let (dir, served, needs) = (dir.to_path_buf(), served.clone(), needs.clone());
+        std::thread::spawn(move || converse(&dir, Channel::new(stream), &served, &needs));
     }
 }
 
 /// Answers a supervisor. There may be two: one that has ended, and the next.
-fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>) {
+fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Needs) {
     while let Ok(Some((question, fds))) = channel.receive::<Request>() {
         let exit = question.body == Request::Exit;
         let answer = match question.body {
             Request::Troubles { after } => Ok(Reply::Troubles(troubles(dir, after))),
+            Request::Needs { after } => Ok(needs.after(after)),
+            Request::Provide { number, provided } => {
+                needs.provide(number, provided, fds);
+                Ok(Reply::Done)
+            }
             question => {
                 let mut served = served.lock().expect("nobody panics");
-                served.answer(dir, question, fds)
+                served.answer(dir, question, fds, needs)
             }
         };
         let sent = channel.answer(question.id, answer);
@@ -382,6 +390,108 @@ fn troubles(dir: &Path, after: Option<u64>) -> Troubles {
     }
 }
 
+type Answer = (Provided, Vec<OwnedFd>);
+
+/// What it asks its supervisor for.
+#[derive(Default)]
+struct Needs {
+    asked: Mutex<Asked>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Asked {
+    open: Vec<Need>,
+    answered: Vec<(u64, Answer)>,
+    last: u64,
+}
+
+impl Needs {
+    /// Asks for everything that a file lists, one line each, and notes what came.
+    fn ask_all(&self, dir: &Path, list: &str) -> Result<(), Failure> {
+        let text = std::fs::read_to_string(dir.join(list)).unwrap_or_default();
+        for line in text.lines() {
+            let what: Needed = serde_json::from_str(line).expect("something to ask for");
+            let (provided, mut fds) = self.ask(what.clone());
+            match provided {
+                Provided::Refused(failure) => {
+                    note(dir, &format!("refused {failure}"));
+                    return Err(failure);
+                }
+                _ => given(dir, &what, &provided, fds.pop().expect("a descriptor")),
+            }
+        }
+        Ok(())
+    }
+
+    fn ask(&self, what: Needed) -> Answer {
+        let mut state = self.asked.lock().expect("nobody panics");
+        state.last += 1;
+        let number = state.last;
+        state.open.push(Need { number, what });
+        self.changed.notify_all();
+        loop {
+            let place = state
+                .answered
+                .iter()
+                .position(|(answered, _)| *answered == number);
+            if let Some(place) = place {
+                return state.answered.remove(place).1;
+            }
+            state = self.changed.wait(state).expect("nobody panics");
+        }
+    }
+
+    fn after(&self, after: u64) -> Reply {
+        let mut state = self.asked.lock().expect("nobody panics");
+        loop {
+            let new = state.open.iter().filter(|need| need.number > after);
+            let needs: Vec<Need> = new.cloned().collect();
+            if !needs.is_empty() {
+                return Reply::Needs { needs };
+            }
+            state = self.changed.wait(state).expect("nobody panics");
+        }
+    }
+
+    fn provide(&self, number: u64, provided: Provided, fds: Vec<OwnedFd>) {
+        let mut state = self.asked.lock().expect("nobody panics");
+        state.open.retain(|need| need.number != number);
+        state.answered.push((number, (provided, fds)));
+        self.changed.notify_all();
+    }
+}
+
+/// Uses what was given.
+fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd) {
+    match what {
+        Needed::Socket { .. } => {
+            let stream = UnixStream::from(fd);
+            stream.set_nonblocking(false).expect("a socket");
+            io::Write::write_all(&mut &stream, b"hello").expect("a server");
+            note(dir, "connected");
+        }
+        Needed::State { size } => {
+            let mut memory = std::fs::File::from(fd);
+            assert!(memory.set_len(size + 1).is_err(), "it can be made larger");
+            let mut text = String::new();
+            memory.read_to_string(&mut text).expect("a state");
+            assert_eq!(text.len() as u64, *size);
+            note(dir, &format!("state {}", text.trim_end_matches('\0')));
+            let left = format!("of {}", std::process::id());
+            std::os::unix::fs::FileExt::write_all_at(&memory, left.as_bytes(), 0).expect("a state");
+            // It is held for as long as the process lives.
+            std::mem::forget(memory);
+        }
+        _ => {
+            let mut text = String::new();
+            let mut file = std::fs::File::from(fd);
+            file.read_to_string(&mut text).expect("a file");
+            note(dir, &format!("given {text} {provided:?}"));
+        }
+    }
+}
+
 #[derive(Default)]
 struct Served {
     node: Option<(u32, OwnedFd)>,
@@ -405,6 +515,7 @@ impl Served {
         dir: &Path,
         question: Request,
         mut fds: Vec<OwnedFd>,
+        needs: &Needs,
     ) -> Result<Reply, Failure> {
         match question {
             Request::Attach => {
@@ -422,9 +533,13 @@ impl Served {
                 }))
             }
             Request::Open(open) if self.open.is_none() && !self.paused => {
+                needs.ask_all(dir, "ask")?;
                 self.open(dir, "open", open, fds)
             }
-            Request::Unpause(open) if self.paused => self.open(dir, "unpause", open, fds),
+            Request::Unpause(open) if self.paused => {
+                needs.ask_all(dir, "ask")?;
+                self.open(dir, "unpause", open, fds)
+            }
             Request::Open(_) | Request::Unpause(_) => {
                 Err(Failure::new(Code::State, "not in this state"))
             }
@@ -458,6 +573,7 @@ impl Served {
                 disk: self.open.as_ref().map(|(open, _)| disk(open)),
             })),
             Request::Resize => {
+                needs.ask_all(dir, "ask-later")?;
                 let (open, _) = self.open.as_ref().expect("open");
                 Ok(Reply::Disk(disk(open)))
             }
@@ -471,7 +587,9 @@ impl Served {
                 program: "fake".into(),
                 abi: 1,
             })),
-            Request::Troubles { .. } => Err(Failure::unsupported("answered elsewhere")),
+            Request::Troubles { .. } | Request::Needs { .. } | Request::Provide { .. } => {
+                Err(Failure::unsupported("answered elsewhere"))
+            }
         }
     }
 

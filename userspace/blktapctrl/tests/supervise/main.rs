@@ -7,6 +7,7 @@ mod disks;
 mod fake;
 mod left;
 mod memory;
+mod needs;
 mod nodes;
 mod sharing;
 mod start;

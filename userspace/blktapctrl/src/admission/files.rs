@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a process may have beside its image: it names a path, and here it is decided.
+//!
+//! A guest writes what a process reads, so a name is worth nothing by itself:
+//!
+//! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
+//!   While a disk is served it gets what is on its record, and that must be the same file.
+//! - It is in the folder of the image, if both are regular files, or in a folder that the supervisor was
+//!   started with (`--files`).
+//! - The rules of sharing hold as for an image, and it counts as used from then on.
+
+use super::Admission;
+use crate::apart::{apart, LIMIT};
+use crate::disk::Disk;
+use crate::image::{self, Identity, Image};
+use crate::record::{Part, Role};
+use control::supervisor::{Doing, Mode};
+use control::{Code, Failure};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Files and sockets that a disk may have beside its image.
+const MOST: usize = 64;
+
+impl Admission {
+    /// Decides whether a disk may have a file, and writes it down. Says also what was written down.
+    ///
+    /// # Errors
+    /// It may not: names the file, the reason and the remedy.
+    pub async fn file(
+        &self,
+        disk: &Disk,
+        role: Role,
+        path: &Path,
+    ) -> Result<(Arc<Image>, Part), Failure> {
+        let image = image::find(path).await?;
+        if let Some(part) = self.known(disk, role, path) {
+            return match image.is(part.identity, part.born) {
+                true => Ok((image, part)),
+                false => Err(image::not_the_same(&image)),
+            };
+        }
+        self.check_new(disk, role, path)?;
+        if self.images(disk).contains(&image.identity()) {
+            return Err(refused(
+                disk,
+                role,
+                path,
+                "it is the image itself: see to what the image names",
+            ));
+        }
+        let is_file = matches!(image.identity(), Identity::File { .. });
+        self.check_folder(disk, role, path, image.clone(), is_file)
+            .await?;
+        let mode = mode(role, disk.record.borrow().mode);
+        let vbd = disk.record.borrow().vbd.clone();
+        let part = Part {
+            role,
+            path: path.into(),
+            identity: Some(image.identity()),
+            born: image.born(),
+            mode,
+            locked: false,
+        };
+        let work = |beside: bool| {
+            let locked = !beside && !mode.is_shared();
+            let part = Part { locked, ..part };
+            // The verb may be over by now.
+            self.check_new(disk, role, path)?;
+            self.note_part(disk, part.clone())?;
+            Ok(part)
+        };
+        let minor = Some(disk.minor);
+        let part = self.admit(Some(&image), mode, vbd.as_deref(), minor, work);
+        part.await.map(|part| (image, part))
+    }
+
+    /// Decides whether a disk may connect to a server's socket, and writes it down. True if it had been
+    /// before.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub async fn socket(&self, disk: &Disk, path: &Path) -> Result<(Arc<Image>, bool), Failure> {
+        let place = path.to_path_buf();
+        let socket = apart(path, LIMIT, move || Image::socket(&place)).await?;
+        let socket = Arc::new(socket);
+        let known = self.known(disk, Role::Socket, path).is_some();
+        if !known {
+            self.check_new(disk, Role::Socket, path)?;
+        }
+        // A server that comes back makes a new socket, so the folder is looked at each time.
+        self.check_folder(disk, Role::Socket, path, socket.clone(), false)
+            .await?;
+        if !known {
+            let part = Part {
+                role: Role::Socket,
+                path: path.into(),
+                identity: None,
+                born: None,
+                mode: Mode::WriteShared,
+                locked: false,
+            };
+            self.note_part(disk, part)?;
+        }
+        Ok((socket, known))
+    }
+
+    /// What is on the record of it.
+    fn known(&self, disk: &Disk, role: Role, path: &Path) -> Option<Part> {
+        let record = disk.record.borrow();
+        let parts = record
+            .next
+            .as_ref()
+            .map_or(&record.parts, |next| &next.parts);
+        let mut parts = parts.iter();
+        parts
+            .find(|part| part.role == role && part.path == path)
+            .cloned()
+    }
+
+    fn note_part(&self, disk: &Disk, part: Part) -> Result<(), Failure> {
+        self.registry.change(disk, |record| match &mut record.next {
+            Some(next) => next.parts.push(part),
+            None => record.parts.push(part),
+        })
+    }
+
+    /// What the image is that is served, or is about to be.
+    fn images(&self, disk: &Disk) -> Vec<Identity> {
+        let record = disk.record.borrow();
+        let next = record.next.as_ref().and_then(|next| next.identity);
+        record.identity.into_iter().chain(next).collect()
+    }
+
+    fn check_new(&self, disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
+        let opens = matches!(
+            disk.doing(),
+            Some(Doing::Create | Doing::Open | Doing::Unpause)
+        );
+        let record = disk.record.borrow();
+        let parts = record
+            .next
+            .as_ref()
+            .map_or(&record.parts, |next| &next.parts);
+        if !opens {
+            let why = "it is not on the disk's record, and nothing new is given to a disk that is served: pause the disk and unpause it";
+            return Err(refused(disk, role, path, why));
+        }
+        if parts.len() >= MOST {
+            let why = format!("it has {MOST} files already: use an image of fewer parts");
+            return Err(refused(disk, role, path, &why));
+        }
+        Ok(())
+    }
+
+    /// It is where such files may be.
+    async fn check_folder(
+        &self,
+        disk: &Disk,
+        role: Role,
+        path: &Path,
+        file: Arc<Image>,
+        beside: bool,
+    ) -> Result<(), Failure> {
+        let image = disk
+            .next_image
+            .borrow()
+            .clone()
+            .or_else(|| disk.image.borrow().clone());
+        let image =
+            image.filter(|image| beside && matches!(image.identity(), Identity::File { .. }));
+        let folders = self.folders.clone();
+        let (place, folder) = apart(path, LIMIT, move || {
+            let place = file.place()?;
+            let home = match image {
+                Some(image) => image.place()?.parent().map(Path::to_path_buf),
+                None => None,
+            };
+            let found = home.is_some() && place.parent() == home.as_deref()
+                || folders.iter().any(|folder| place.starts_with(folder));
+            Ok((place, if found { Ok(()) } else { Err(home) }))
+        })
+        .await?;
+        let Err(home) = folder else {
+            return Ok(());
+        };
+        let there: PathBuf = place.parent().unwrap_or(&place).into();
+        let own = home.map_or(String::new(), |home| {
+            format!("move it to {}, or ", home.display())
+        });
+        let why = format!(
+            "it is in {}: {own}start blktapctrl with --files {}",
+            there.display(),
+            there.display()
+        );
+        Err(refused(disk, role, path, &why))
+    }
+}
+
+/// A parent is read; an extent is as the image is.
+fn mode(role: Role, disk: Mode) -> Mode {
+    match role {
+        Role::Parent if disk.is_shared() => Mode::ReadShared,
+        Role::Parent => Mode::Read,
+        Role::Extent | Role::Socket => disk,
+    }
+}
+
+fn refused(disk: &Disk, role: Role, path: &Path, why: &str) -> Failure {
+    let message = format!(
+        "disk {} may not have {} as its {role}: {why}",
+        disk.minor,
+        path.display()
+    );
+    Failure::new(Code::Denied, message)
+}

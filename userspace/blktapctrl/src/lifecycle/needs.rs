@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Processes ask for what they cannot open themselves; what is decided is sent back.
+
+use super::trouble::Rate;
+use super::Lifecycle;
+use crate::apart::{apart, LIMIT};
+use crate::disk::Disk;
+use crate::image::Image;
+use crate::link::{unexpected, Link, EVER};
+use crate::process::{Process, SOON};
+use crate::record::Role;
+use crate::state::State;
+use control::supervisor::What;
+use control::tapdisk::{Needed, Provided, Reply, Request};
+use control::{Code, Failure};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// How long a server may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(10);
+/// Needs of a process that are answered at once.
+const BURST: u64 = 256;
+/// Time between any more, so that a process that asks all the time does not keep the supervisor busy.
+const STEP: Duration = Duration::from_millis(10);
+
+/// Answers the needs of a process until it ends.
+pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
+    match listen(&lifecycle, &process).await {
+        Err(failure) if failure.code != Code::Gone && !process.has_ended() => tracing::warn!(
+            "tapdisk {} does not say what it needs, and is given nothing: {failure}",
+            process.pid()
+        ),
+        _ => {}
+    }
+}
+
+async fn listen(lifecycle: &Lifecycle, process: &Process) -> Result<(), Failure> {
+    let registry = &lifecycle.registry;
+    let mut link = process.another_link().await?;
+    let (mut known, mut answered) = (0, 0);
+    let mut rate = Rate::new();
+    loop {
+        let needs = match link
+            .ask(&Request::Needs { after: known }, &[], EVER)
+            .await?
+        {
+            Reply::Needs { needs } => needs,
+            reply => return Err(unexpected(&reply)),
+        };
+        for need in needs {
+            known = known.max(need.number);
+            let answer = lifecycle.provide(process, &need.what).await;
+            if let Some(failure) = answer.as_ref().err().filter(|_| rate.is_due()) {
+                rate.told();
+                let why = failure.message.clone();
+                let minor = registry.of_process(process).map(|disk| disk.minor);
+                registry.events.add(minor, What::Refused { why });
+            }
+            send(&mut link, need.number, answer).await?;
+            answered += 1;
+            if answered > BURST {
+                tokio::time::sleep(STEP).await;
+            }
+        }
+    }
+}
+
+async fn send(
+    link: &mut Link,
+    number: u64,
+    answer: Result<(OwnedFd, Provided), Failure>,
+) -> Result<(), Failure> {
+    let (fd, provided) = match answer {
+        Ok((fd, provided)) => (Some(fd), provided),
+        Err(failure) => (None, Provided::Refused(failure)),
+    };
+    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+    let question = Request::Provide { number, provided };
+    link.ask(&question, &fds, SOON).await.map(drop)
+}
+
+impl Lifecycle {
+    /// Decides about what a process needs.
+    async fn provide(
+        &self,
+        process: &Process,
+        what: &Needed,
+    ) -> Result<(OwnedFd, Provided), Failure> {
+        let disk = self.registry.of_process(process).ok_or_else(|| {
+            Failure::new(Code::State, "a process without a disk is given nothing")
+        })?;
+        match what {
+            Needed::State { size } => state(&disk, *size),
+            Needed::Parent { path } => self.file(&disk, Role::Parent, path).await,
+            Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
+            Needed::Socket { path } => self.connect(&disk, path).await,
+            Needed::Other => Err(Failure::unsupported(
+                "this blktapctrl does not know what is asked for: install the one of the tapdisk",
+            )),
+        }
+    }
+
+    async fn file(
+        &self,
+        disk: &Disk,
+        role: Role,
+        path: &Path,
+    ) -> Result<(OwnedFd, Provided), Failure> {
+        let (file, part) = self.admission.file(disk, role, path).await?;
+        let open = disk.open()?;
+        let direct = open.target.driver() != control::Driver::Sync;
+        let write = !part.mode.is_read_only();
+        let opened = apart(path, LIMIT, move || file.open(write, direct)).await?;
+        let provided = match part.locked {
+            true => Provided::Locked,
+            false => Provided::Shared,
+        };
+        Ok((opened.fd, provided))
+    }
+
+    async fn connect(&self, disk: &Disk, path: &Path) -> Result<(OwnedFd, Provided), Failure> {
+        let (socket, again) = self.admission.socket(disk, path).await?;
+        let stream = connect(&socket, path).await?;
+        if again {
+            let path = path.to_path_buf();
+            self.registry
+                .events
+                .add(Some(disk.minor), What::Reconnected { path });
+        }
+        Ok((stream, Provided::Shared))
+    }
+}
+
+/// Connects to the socket that was looked at, whatever the path leads to by now.
+async fn connect(socket: &Image, path: &Path) -> Result<OwnedFd, Failure> {
+    let failed = |error| {
+        let what = format!(
+            "cannot connect to {}: see whether its server runs",
+            path.display()
+        );
+        Failure::system(what, &error)
+    };
+    match tokio::time::timeout(CONNECT, UnixStream::connect(socket.again())).await {
+        Ok(stream) => Ok(stream
+            .and_then(UnixStream::into_std)
+            .map_err(failed)?
+            .into()),
+        Err(_) => Err(failed(std::io::ErrorKind::TimedOut.into())),
+    }
+}
+
+/// The state that is the disk's, or a new one. Who asks for another size does not know the old one.
+fn state(disk: &Disk, size: u64) -> Result<(OwnedFd, Provided), Failure> {
+    let place = match disk.record.borrow().next {
+        Some(_) => &disk.next_state,
+        None => &disk.state,
+    };
+    let mut place = place.borrow_mut();
+    let state = match place.take().filter(|state| state.size() == size) {
+        Some(state) => state,
+        None => State::make(disk.minor, size)?,
+    };
+    let fd = state.open();
+    place.replace(state);
+    fd.map(|fd| (fd, Provided::Shared))
+}

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The state of a disk: memory that one process leaves to the next. What is in it is their affair; here
+//! it is a number of bytes.
+//!
+//! It is held by the process and by the supervisor, and outlives either of the two, not both: so it is
+//! for what a successor would have to find out or count anew, and not for what only it knows.
+
+use control::{Code, Failure};
+use rustix::fs::{fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// Bytes that a disk may have.
+pub const LARGEST: u64 = 1 << 20;
+
+/// The memory of one disk.
+#[derive(Debug)]
+pub struct State {
+    memory: OwnedFd,
+    size: u64,
+}
+
+/// Nobody can change its size, or allow that again: who maps it cannot be made to fault, and nobody can
+/// fill dom0's memory with it.
+fn seals() -> SealFlags {
+    SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL
+}
+
+fn name(minor: u32) -> String {
+    format!("xentap-state-{minor}")
+}
+
+impl State {
+    /// Makes one of zeroes.
+    ///
+    /// # Errors
+    /// It would be too large, or the system refuses to.
+    pub fn make(minor: u32, size: u64) -> Result<State, Failure> {
+        if size == 0 || size > LARGEST {
+            return Err(Failure::invalid(format!(
+                "disk {minor} cannot have a state of {size} bytes: ask for 1 to {LARGEST}"
+            )));
+        }
+        let made = || -> rustix::io::Result<OwnedFd> {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let memory = memfd_create(name(minor), flags)?;
+            ftruncate(&memory, size)?;
+            fcntl_add_seals(&memory, seals())?;
+            Ok(memory)
+        };
+        let memory = made().map_err(|error| {
+            Failure::system(
+                format!("cannot make the state of disk {minor}"),
+                &error.into(),
+            )
+        })?;
+        Ok(State { memory, size })
+    }
+
+    /// Finds the one that an earlier supervisor gave to a process, which has it open. The process may
+    /// hang: it is not asked.
+    ///
+    /// # Errors
+    /// It cannot be said whether there is one, or it is none of ours.
+    pub fn held_by(pid: u32, minor: u32) -> Result<Option<State>, Failure> {
+        let unseen = |error| {
+            Failure::system(
+                format!("cannot look for the state of disk {minor} at tapdisk {pid}"),
+                &error,
+            )
+        };
+        let wanted = format!("/memfd:{} (deleted)", name(minor));
+        for entry in fs::read_dir(format!("/proc/{pid}/fd")).map_err(unseen)? {
+            let path = entry.map_err(unseen)?.path();
+            // A descriptor may have been closed meanwhile.
+            if !fs::read_link(&path).is_ok_and(|target| target.as_os_str() == wanted.as_str()) {
+                continue;
+            }
+            let flags = OFlags::RDWR | OFlags::CLOEXEC;
+            let memory = rustix::fs::open(&path, flags, Mode::empty());
+            let memory = memory.map_err(|error| unseen(error.into()))?;
+            return State::of(memory, minor).map(Some);
+        }
+        Ok(None)
+    }
+
+    /// What a process had is what was made here, or nothing.
+    fn of(memory: OwnedFd, minor: u32) -> Result<State, Failure> {
+        let size = fstat(&memory)
+            .ok()
+            .and_then(|stat| u64::try_from(stat.st_size).ok());
+        let sealed = fcntl_get_seals(&memory).is_ok_and(|found| found.contains(seals()));
+        match size {
+            Some(size) if sealed && size <= LARGEST => Ok(State { memory, size }),
+            _ => Err(Failure::new(
+                Code::Invalid,
+                format!("what the process of disk {minor} holds as its state is none: it starts without"),
+            )),
+        }
+    }
+
+    /// Opens it for a process, which shares nothing else with those before it, such as a place to read
+    /// from.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn open(&self) -> Result<OwnedFd, Failure> {
+        let path = format!("/proc/self/fd/{}", self.memory.as_raw_fd());
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|error| Failure::system("cannot open the state of a disk", &error.into()))
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{State, LARGEST};
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    fn file(state: &State) -> File {
+        File::from(state.open().expect("a descriptor"))
+    }
+
+    #[test]
+    fn size_is_bounded_and_sealed() {
+        assert!(State::make(3, 0).is_err());
+        let failure = State::make(3, LARGEST + 1).expect_err("too large");
+        assert!(failure.message.contains(&LARGEST.to_string()), "{failure}");
+        let state = State::make(3, 4096).expect("a state");
+        assert_eq!(state.size(), 4096);
+        let mut file = file(&state);
+        assert!(file.set_len(8192).is_err());
+        assert!(file.set_len(1).is_err());
+        file.write_all(&[7; 4096]).expect("what fits");
+        assert!(file.write_all(b"x").is_err());
+    }
+
+    #[test]
+    fn is_found_at_the_process_that_holds_it() {
+        let pid = std::process::id();
+        let none = State::held_by(pid, 4_000_000_001).expect("descriptors");
+        assert!(none.is_none());
+        let state = State::make(4_000_000_002, 512).expect("a state");
+        file(&state).write_all(b"left").expect("write");
+        let found = State::held_by(pid, 4_000_000_002).expect("descriptors");
+        let mut text = [0; 4];
+        let found = found.expect("the state");
+        file(&found).read_exact(&mut text).expect("read");
+        assert_eq!((&text, found.size()), (b"left", 512));
+        // Somebody else's memory of that name is not sealed.
+        let name = super::name(4_000_000_003);
+        let other = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
+        let _other = other.expect("memory");
+        assert!(State::held_by(pid, 4_000_000_003).is_err());
+    }
+}

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a process asks for beside its image, and what it may have.
+
+use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use blktapctrl::adopt;
+use control::supervisor::{Create, Request, What};
+use control::tapdisk::{Needed, State};
+use control::{Code, Target};
+use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+/// What the next process will ask for.
+fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
+    let lines = needs
+        .iter()
+        .map(|need| serde_json::to_string(need).expect("text") + "\n");
+    fs::write(bed.dir.join(list), lines.collect::<String>()).expect("write");
+}
+
+fn parent(path: &Path) -> Needed {
+    Needed::Parent { path: path.into() }
+}
+
+async fn refused(bed: &Bed, create: Create) -> String {
+    let asked = bed.ask(Request::Create(Box::new(create))).await;
+    asked.expect_err("it may not").message
+}
+
+async fn replaced(bed: &Bed, minor: u32) {
+    let old = bed.row(minor).await.pid;
+    kill(old.expect("a process"));
+    until("a new process", || async {
+        let row = bed.row(minor).await;
+        (row.state == Some(State::Running) && row.pid != old).then_some(())
+    })
+    .await;
+}
+
+fn served(bed: &Bed) -> PathBuf {
+    bed.image("a.img", "child");
+    bed.image("parent.img", "old")
+}
+
+#[test]
+fn a_parent_is_given_and_counts_as_used() {
+    test("needs-parent", |bed| async move {
+        let path = served(&bed);
+        ask(&bed, "ask", &[parent(&path)]);
+        let minor = bed.made(bed.create("a.img")).await;
+        assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
+        ask(&bed, "ask", &[]);
+        let why = refused(&bed, bed.create("parent.img")).await;
+        assert!(why.contains(&format!("tap disk {minor}")), "{why}");
+        // Others may go on from it, too.
+        ask(&bed, "ask", &[parent(&path)]);
+        bed.image("b.img", "other");
+        let other = bed.made(bed.create("b.img")).await;
+        assert!(bed.log().contains(&"given old Locked".to_owned()));
+        // The next process gets what is on the record.
+        replaced(&bed, minor).await;
+        bed.destroy(other).await;
+        bed.destroy(minor).await;
+        ask(&bed, "ask", &[]);
+        let minor = bed.made(bed.create("parent.img")).await;
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn what_is_elsewhere_is_refused_with_the_remedy() {
+    test("needs-elsewhere", |bed| async move {
+        served(&bed);
+        let elsewhere = bed.dir.join("elsewhere");
+        fs::create_dir_all(&elsewhere).expect("a folder");
+        fs::write(elsewhere.join("secret"), "secret").expect("write");
+        // A link in the folder leads out of it.
+        let link = bed.dir.join("link.img");
+        std::os::unix::fs::symlink(elsewhere.join("secret"), &link).expect("a link");
+        for path in [elsewhere.join("secret"), link, "/etc/passwd".into()] {
+            ask(&bed, "ask", &[parent(&path)]);
+            let why = refused(&bed, bed.create("a.img")).await;
+            assert!(why.contains(&path.display().to_string()), "{why}");
+            assert!(why.contains("start blktapctrl with --files"), "{why}");
+            let why =
+                move |what: &What| matches!(what, What::Refused { why: told } if *told == why);
+            assert!(bed.events().iter().any(why));
+        }
+        ask(&bed, "ask", &[parent(&bed.dir.join("a.img"))]);
+        let why = refused(&bed, bed.create("a.img")).await;
+        assert!(why.contains("the image itself"), "{why}");
+        ask(&bed, "ask", &[Needed::Other]);
+        let why = refused(&bed, bed.create("a.img")).await;
+        assert!(why.contains("does not know"), "{why}");
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn a_disk_that_is_served_gets_nothing_new() {
+    test("needs-later", |bed| async move {
+        let path = served(&bed);
+        ask(&bed, "ask", &[parent(&path)]);
+        let minor = bed.made(bed.create("a.img")).await;
+        let resize = || bed.ask(Request::Resize(which(minor)));
+        ask(&bed, "ask-later", &[parent(&path)]);
+        resize().await.expect("it is on the record");
+        let other = bed.image("other.img", "other guest's");
+        ask(&bed, "ask-later", &[parent(&other)]);
+        let failure = resize().await.expect_err("it may not");
+        assert_eq!(failure.code, Code::Denied);
+        assert!(
+            failure.message.contains("not on the disk's record"),
+            "{failure}"
+        );
+        // Another file of that name is another file.
+        fs::rename(&other, &path).expect("rename");
+        ask(&bed, "ask-later", &[parent(&path)]);
+        let failure = resize().await.expect_err("it may not");
+        assert!(
+            failure.message.contains("not the image any more"),
+            "{failure}"
+        );
+        // An administrator's act: what the new image needs counts from then on.
+        let (pause, timeout_s) = (which(minor), 0);
+        let pause = Request::Pause {
+            which: pause,
+            timeout_s,
+        };
+        bed.ask(pause).await.expect("paused");
+        bed.image("next.img", "next");
+        let target: Target = format!("sync:{}", bed.dir.join("next.img").display())
+            .parse()
+            .expect("a target");
+        ask(&bed, "ask", &[parent(&path)]);
+        let unpause = Request::Unpause {
+            which: which(minor),
+            target: Some(target),
+            may_shrink: false,
+        };
+        bed.ask(unpause).await.expect("goes on");
+        resize().await.expect("it is on the record");
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn a_server_is_connected_to_again() {
+    test("needs-socket", |bed| async move {
+        bed.image("a.img", "child");
+        let folder = bed.dir.join("servers");
+        fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("server");
+        let hello = |listener: UnixListener| {
+            std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().expect("a client");
+                let mut text = [0; 5];
+                stream.read_exact(&mut text).expect("a client");
+                text
+            })
+        };
+        let server = hello(UnixListener::bind(&path).expect("a socket"));
+        let socket = Needed::Socket { path: path.clone() };
+        ask(&bed, "ask", std::slice::from_ref(&socket));
+        let minor = bed.made(bed.create("a.img")).await;
+        assert_eq!(server.join().expect("a server"), *b"hello");
+        // The server has gone: it is asked for again, and once more when there is another.
+        ask(&bed, "ask-later", std::slice::from_ref(&socket));
+        let resize = || bed.ask(Request::Resize(which(minor)));
+        let failure = resize().await.expect_err("nobody listens");
+        assert!(
+            failure.message.contains("see whether its server runs"),
+            "{failure}"
+        );
+        fs::remove_file(&path).expect("remove");
+        let server = hello(UnixListener::bind(&path).expect("a socket"));
+        resize().await.expect("connected");
+        assert_eq!(server.join().expect("a server"), *b"hello");
+        let again = What::Reconnected { path: path.clone() };
+        assert!(bed.events().contains(&again));
+        // Sockets elsewhere, such as that of the supervisor, are not for disks.
+        let elsewhere = bed.dir.join("socket");
+        let _listener = UnixListener::bind(&elsewhere).expect("a socket");
+        let socket = Needed::Socket { path: elsewhere };
+        bed.image("b.img", "other");
+        ask(&bed, "ask", &[socket]);
+        let why = refused(&bed, bed.create("b.img")).await;
+        assert!(why.contains("start blktapctrl with --files"), "{why}");
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+fn states(bed: &Bed) -> Vec<String> {
+    let log = bed.log().into_iter();
+    log.filter(|line| line.starts_with("state")).collect()
+}
+
+#[test]
+fn state_outlives_a_process_and_a_supervisor() {
+    let host = Succession::new("needs-state");
+    let (mut pids, state) = (Vec::new(), Needed::State { size: 4096 });
+    block_on(async {
+        let bed = host.bed();
+        bed.image("a.img", "child");
+        ask(&bed, "ask", std::slice::from_ref(&state));
+        let minor = bed.made(bed.create("a.img")).await;
+        assert_eq!(minor, 0);
+        let row = bed.row(0).await;
+        assert_eq!(row.state_bytes, 4096);
+        pids.push(row.pid.expect("a process"));
+        replaced(&bed, 0).await;
+        pids.push(bed.row(0).await.pid.expect("a process"));
+        assert_eq!(
+            states(&bed),
+            ["state ".to_owned(), format!("state of {}", pids[0])]
+        );
+    });
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
+        assert_eq!(bed.row(0).await.state_bytes, 4096);
+        replaced(&bed, 0).await;
+        let last = states(&bed).pop();
+        assert_eq!(last, Some(format!("state of {}", pids[1])));
+        // Who asks for another size does not know what is there.
+        ask(&bed, "ask", &[Needed::State { size: 512 }]);
+        replaced(&bed, 0).await;
+        assert_eq!(states(&bed).pop(), Some("state ".to_owned()));
+        assert_eq!(bed.row(0).await.state_bytes, 512);
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}

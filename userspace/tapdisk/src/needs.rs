@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Needed this process cannot open itself: the supervisor is told, decides, and sends a descriptor.
+
+use control::tapdisk::{Need, Needed, Provided};
+use control::Failure;
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::os::fd::OwnedFd;
+use std::task::{Poll, Waker};
+
+/// Something that was given.
+#[derive(Debug)]
+pub struct Given {
+    /// It.
+    pub fd: OwnedFd,
+    /// It is to be locked, as the image is.
+    pub lock: bool,
+}
+
+/// One that is asked for.
+#[derive(Debug)]
+struct Asked {
+    need: Need,
+    answer: Option<Result<Given, Failure>>,
+    waker: Option<Waker>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last: u64,
+    asked: Vec<Asked>,
+    /// Supervisors that wait for needs.
+    listening: Vec<Waker>,
+}
+
+/// Needed this process needs and has not been given.
+#[derive(Debug, Default)]
+pub struct Needs(RefCell<State>);
+
+impl Needs {
+    /// Asks for something, and waits for the answer. A supervisor that is started meanwhile is asked,
+    /// too.
+    ///
+    /// # Errors
+    /// It is refused: says why.
+    pub async fn ask(&self, what: Needed) -> Result<Given, Failure> {
+        let number = self.add(what);
+        // Who does not wait for the answer any more does not ask either.
+        let _withdrawn = Withdraw(self, number);
+        poll_fn(|cx| self.poll(number, cx.waker())).await
+    }
+
+    fn add(&self, what: Needed) -> u64 {
+        let mut state = self.0.borrow_mut();
+        state.last += 1;
+        let number = state.last;
+        state.asked.push(Asked {
+            need: Need { number, what },
+            answer: None,
+            waker: None,
+        });
+        for waker in state.listening.drain(..) {
+            waker.wake();
+        }
+        number
+    }
+
+    fn poll(&self, number: u64, waker: &Waker) -> Poll<Result<Given, Failure>> {
+        let mut state = self.0.borrow_mut();
+        let asked = state.asked.iter_mut().find(|a| a.need.number == number);
+        match asked {
+            Some(asked) => match asked.answer.take() {
+                Some(answer) => Poll::Ready(answer),
+                None => {
+                    asked.waker = Some(waker.clone());
+                    Poll::Pending
+                }
+            },
+            None => Poll::Ready(Err(Failure::invalid("nobody asks for that any more"))),
+        }
+    }
+
+    /// Waits until there is a need with a higher number than `after` that has no answer; all of those.
+    pub async fn after(&self, after: u64) -> Vec<Need> {
+        poll_fn(|cx| {
+            let mut state = self.0.borrow_mut();
+            let open = state.asked.iter().filter(|asked| asked.answer.is_none());
+            let new = open.filter(|asked| asked.need.number > after);
+            let needs: Vec<Need> = new.map(|asked| asked.need.clone()).collect();
+            if needs.is_empty() {
+                state.listening.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(needs)
+        })
+        .await
+    }
+
+    /// The supervisor has decided.
+    ///
+    /// # Errors
+    /// The descriptor is missing.
+    pub fn provide(
+        &self,
+        number: u64,
+        provided: Provided,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), Failure> {
+        let missing = || Failure::invalid("the descriptor of what is provided is missing");
+        let answer = match provided {
+            Provided::Refused(failure) => Err(failure),
+            Provided::Locked => Ok(Given {
+                fd: fd.ok_or_else(missing)?,
+                lock: true,
+            }),
+            Provided::Shared => Ok(Given {
+                fd: fd.ok_or_else(missing)?,
+                lock: false,
+            }),
+        };
+        let mut state = self.0.borrow_mut();
+        let asked = state.asked.iter_mut().find(|a| a.need.number == number);
+        // Two supervisors may answer, or nobody may wait any more: the first answer counts.
+        if let Some(asked) = asked.filter(|asked| asked.answer.is_none()) {
+            asked.answer = Some(answer);
+            if let Some(waker) = asked.waker.take() {
+                waker.wake();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Ends a need with who has it.
+struct Withdraw<'a>(&'a Needs, u64);
+
+impl Drop for Withdraw<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0 .0.borrow_mut();
+        state.asked.retain(|asked| asked.need.number != self.1);
+    }
+}
