@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a tapdisk has counted since it was opened.
+//! What a tapdisk has counted.
 
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +53,8 @@ pub struct Counter {
     pub latency: Histogram,
 }
 
-/// Everything a tapdisk counts. Unless said otherwise, since the process was started.
+/// Everything a tapdisk counts. Unless said otherwise, since the image was opened first: processes that
+/// follow each other go on counting, but for what the last second before a death brought.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Stats {
@@ -71,11 +72,11 @@ pub struct Stats {
     pub replayed: u64,
     /// Requests that are executed now.
     pub in_flight: u64,
-    /// Turns of the loop that serves requests.
+    /// Turns of the loop that serves requests, of this process.
     pub turns: u64,
-    /// Times the process slept because there was nothing to do.
+    /// Times this process slept because there was nothing to do.
     pub sleeps: u64,
-    /// System calls that moved requests and data, as far as they are counted.
+    /// System calls of this process that moved requests and data, as far as they are counted.
     pub calls: u64,
     /// Requests of NBD clients.
     pub nbd: u64,

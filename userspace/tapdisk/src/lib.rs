@@ -11,6 +11,7 @@
 //! moment, and the next one goes on.
 #![forbid(unsafe_code)]
 
+mod kept;
 mod link;
 pub mod listen;
 pub mod nbd;

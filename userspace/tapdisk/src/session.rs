@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk in all its states, as the supervisor sees it.
 
+use crate::kept::{self, Kept};
 use crate::link::Link;
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
-use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
+use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
 use diskio::{Gate, Runtime};
 use drivers::Shape;
@@ -19,6 +20,9 @@ use tapdev::{Discard, KernelNode, Params, Tap};
 /// Turns of the loop after which descriptors are looked at, although there is still work.
 const ROUNDS: u32 = 16;
 
+/// Turns of the loop after which the time is looked at, although there is still work.
+const KEEP: u64 = 1024;
+
 /// The disk of this process. Questions that change something are answered one after the other.
 #[derive(Debug)]
 pub struct Session {
@@ -30,6 +34,8 @@ pub struct Session {
     troubles: Rc<Troubles>,
     /// What the supervisor is asked for.
     needs: Needs,
+    /// What the next process learns of what this one has counted.
+    kept: RefCell<Option<Kept>>,
     turns: Cell<u64>,
     /// Who waits for the disk to run.
     waiting: RefCell<Vec<Waker>>,
@@ -61,6 +67,7 @@ impl Session {
             stats: Rc::default(),
             troubles: Rc::default(),
             needs: Needs::default(),
+            kept: RefCell::default(),
             turns: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
@@ -92,6 +99,9 @@ impl Session {
             }
         }
         let wait = !self.ended.get() && !self.runtime.tasks.is_ready();
+        if wait || self.turns.get() % KEEP == 0 {
+            self.keep(false);
+        }
         self.runtime.io.enter(wait)
     }
 
@@ -237,6 +247,9 @@ impl Session {
         if let Err(error) = self.runtime.io.register(Some(arena)) {
             self.note("the arena is not registered", &error);
         }
+        if open.may_ask {
+            self.find_kept().await;
+        }
         let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
         let params = params(&shape, &open);
         let (known, started) = {
@@ -287,6 +300,36 @@ impl Session {
             waker.wake();
         }
         Ok(Reply::Disk(disk))
+    }
+
+    /// Asks for the memory that outlives this process, and goes on with what an earlier one counted.
+    async fn find_kept(&self) {
+        let size = kept::SIZE;
+        let found = match self.needs.ask(Needed::State { size }).await {
+            Ok(given) => Kept::new(given.fd).map_err(io::Error::from),
+            Err(failure) => Err(io::Error::other(failure)),
+        };
+        let is_new = self.kept.borrow().is_none();
+        match found {
+            Ok((kept, before)) => {
+                if let Some(before) = before.filter(|_| is_new) {
+                    *self.stats.borrow_mut() = before;
+                }
+                *self.kept.borrow_mut() = Some(kept);
+            }
+            Err(error) => self.note("the next process will count from 0", &error),
+        }
+    }
+
+    /// Leaves what was counted to the next process, if it is time for that or must be.
+    fn keep(&self, must: bool) {
+        let kept = self.kept.borrow();
+        let Some(kept) = kept.as_ref().filter(|kept| must || kept.is_due()) else {
+            return;
+        };
+        if let Err(error) = kept.write(&self.stats.borrow()) {
+            self.note("what was counted is not kept", &error.into());
+        }
     }
 
     /// Makes the engine the one that is asked for.
@@ -352,6 +395,7 @@ impl Session {
             state.server = None;
             state.disk = None;
         }
+        self.keep(true);
         // Nothing of ours may hold pages of the arena.
         self.runtime
             .io

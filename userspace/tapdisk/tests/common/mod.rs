@@ -59,6 +59,8 @@ impl Image {
 /// A tapdisk in a thread.
 pub(crate) struct Process {
     control: Channel,
+    /// A second connection, on which it says what it needs.
+    pub(crate) needs: Channel,
     kill: UnixStream,
     thread: JoinHandle<()>,
     fake: Fake,
@@ -69,7 +71,9 @@ impl Process {
     pub(crate) fn start(fake: &Fake) -> Self {
         let (kill, killed) = UnixStream::pair().unwrap();
         let (ask, answer) = UnixStream::pair().unwrap();
+        let (needs, other) = UnixStream::pair().unwrap();
         answer.set_nonblocking(true).unwrap();
+        other.set_nonblocking(true).unwrap();
         let node = fake.clone();
         let thread = thread::spawn(move || {
             let runtime = Runtime::new();
@@ -78,6 +82,7 @@ impl Process {
                 .attach(Tap::open(node.open().unwrap()).unwrap())
                 .unwrap();
             tapdisk::listen::connected(&session, answer.into());
+            tapdisk::listen::connected(&session, other.into());
             let (end, killed) = (session.clone(), Rc::new(OwnedFd::from(killed)));
             runtime.tasks.spawn(async move {
                 end.runtime().io.readable(&killed).await.unwrap();
@@ -90,8 +95,11 @@ impl Process {
         let control = Channel::new(ask);
         // Nothing takes so long: a question that is not answered is a failure, not a test that hangs.
         control.set_timeout(Some(Duration::from_secs(30))).unwrap();
+        let needs = Channel::new(needs);
+        needs.set_timeout(Some(Duration::from_secs(30))).unwrap();
         Self {
             control,
+            needs,
             kill,
             thread,
             fake: fake.clone(),

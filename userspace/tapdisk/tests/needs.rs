@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A tapdisk asks for what it cannot open itself.
+
+mod common;
+
+use common::{Image, Process, SIZE};
+use control::tapdisk::{Engine, Need, Needed, Open, Provided, Reply, Request};
+use control::{Channel, Code, Failure};
+use ring::tap::shadow::Op;
+use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+use rustix::io::pread;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use tapdev::fake::Fake;
+
+fn may_ask(image: &Image) -> Request {
+    Request::Open(Open {
+        may_ask: true,
+        ..image.open(Engine::Auto)
+    })
+}
+
+fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
+    match channel.ask(Request::Needs { after }, &[]) {
+        Ok(Reply::Needs { needs }) => needs,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Opens an image while `give` answers on the other connection.
+fn open(
+    process: &mut Process,
+    image: &Image,
+    give: impl FnOnce(&mut Channel) + Send,
+) -> Result<Reply, Failure> {
+    // The question waits until what is needed was given, so somebody else gives it.
+    let (idle, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut channel = std::mem::replace(&mut process.needs, Channel::new(idle));
+    let (reply, channel) = std::thread::scope(|scope| {
+        let giver = scope.spawn(move || {
+            give(&mut channel);
+            channel
+        });
+        let reply = process.ask(may_ask(image), Some(image));
+        (reply, giver.join().unwrap())
+    });
+    process.needs = channel;
+    reply
+}
+
+fn give_memory(channel: &mut Channel, memory: &OwnedFd) {
+    let asked = needs(channel, 0);
+    let [need] = asked.as_slice() else {
+        panic!("{asked:?}");
+    };
+    assert!(matches!(need.what, Needed::State { .. }), "{need:?}");
+    let question = Request::Provide {
+        number: need.number,
+        provided: Provided::Shared,
+    };
+    // Without the descriptor it is no answer, and the need stands.
+    let refused = channel.ask::<_, Reply>(&question, &[]);
+    assert_eq!(refused.unwrap_err().code, Code::Invalid);
+    assert_eq!(needs(channel, 0), asked);
+    let reply = channel.ask(&question, &[memory.as_fd()]);
+    assert_eq!(reply, Ok(Reply::Done));
+    // The first answer counts; who comes late is not told off.
+    let reply = channel.ask(&question, &[memory.as_fd()]);
+    assert_eq!(reply, Ok(Reply::Done));
+}
+
+fn writes(process: &mut Process) -> u64 {
+    match process.ask(Request::Stats, None) {
+        Ok(Reply::Stats(stats)) => stats.write.requests,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_was_counted_outlives_the_process() {
+    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&memory, 1 << 16).unwrap();
+    let mut process = Process::start(&fake);
+    let reply = open(&mut process, &image, |channel| {
+        give_memory(channel, &memory)
+    });
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    for _ in 0..3 {
+        let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+        fake.answer(tag, 0).unwrap();
+    }
+    assert_eq!(writes(&mut process), 3);
+    let limit = Instant::now() + Duration::from_secs(20);
+    loop {
+        let mut bytes = vec![0; 1 << 16];
+        pread(&memory, &mut bytes, 0).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        if text.contains("\"write\":{\"requests\":3,") {
+            break;
+        }
+        assert!(Instant::now() < limit, "nothing was left: {text}");
+        // Each question is a turn of the loop.
+        process.status();
+    }
+    process.kill();
+    let mut process = Process::start(&fake);
+    let reply = open(&mut process, &image, |channel| {
+        give_memory(channel, &memory)
+    });
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    assert_eq!(writes(&mut process), 3);
+    let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    assert_eq!(writes(&mut process), 4);
+    process.exit();
+}
+
+#[test]
+fn a_disk_is_served_without_what_it_can_do_without() {
+    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let mut process = Process::start(&fake);
+    let reply = open(&mut process, &image, |channel| {
+        let asked = needs(channel, 0);
+        let refused = Provided::Refused(Failure::new(Code::Denied, "no memory is left"));
+        for need in &asked {
+            let question = Request::Provide {
+                number: need.number,
+                provided: refused.clone(),
+            };
+            assert_eq!(channel.ask(question, &[]), Ok(Reply::Done));
+        }
+    });
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    process.exit();
+}
