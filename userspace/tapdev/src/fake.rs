@@ -6,6 +6,7 @@
 
 use crate::Node;
 use diskio::{Access, Region};
+use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi::{self, Completion, Desc, Info, Segment};
 use ring::tap::params::{Params, Unfit};
@@ -177,7 +178,7 @@ impl Fake {
         let now = state.clock;
         state
             .shadow
-            .post(tag, 0, &request, now)
+            .post(DiskTag::new(tag), 0, &request, now)
             .expect("a free tag takes a request");
         self.signal(&mut state)?;
         Ok(tag)
@@ -322,19 +323,19 @@ impl Node for FakeNode {
             }
         }
         let mut answers = Vec::new();
-        state
-            .shadow
-            .reap(0, usize::MAX, |tag, status| answers.push((tag, status)));
+        state.shadow.reap(0, usize::MAX, |tag, status| {
+            answers.push((tag.number(), status))
+        });
         state.answers.extend(answers);
         let now = state.clock;
         let (mut count, mut failed) = (0, Ok(0));
         let _ = state
             .shadow
             .deliver(self.epoch, tags.len(), now, |tag, desc| {
-                let at = usize::from(tag) * size_of::<Desc>();
+                let at = tag.index() * size_of::<Desc>();
                 let written = pwrite(&self.disk.0.descriptors, desc.as_bytes(), at as u64);
                 failed = failed.and(written);
-                tags[count] = tag;
+                tags[count] = tag.number();
                 count += 1;
             });
         failed?;
