@@ -339,6 +339,17 @@ impl Process {
         }
     }
 
+    /// Has it read all data of its disk, at so many bytes in a second; 0 ends that.
+    ///
+    /// # Errors
+    /// It says nothing, or it does not serve a disk.
+    pub async fn scrub(&self, rate: u64) -> Result<(), Failure> {
+        match self.ask(&Request::Scrub { rate }, &[], SOON).await? {
+            Reply::Done => Ok(()),
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
     /// Ends it: it may finish what it has, for at most `patience`; then it is killed. Returns when
     /// it has ended, or with [`Code::Timeout`] if it does not end even then.
     ///

@@ -72,6 +72,10 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             unpaused.map(Reply::Opened)
         }
         Request::Resize(which) => lifecycle.resize(&which).await.map(Reply::Opened),
+        Request::Scrub { which, rate } => {
+            let process = registry.find(&which)?.serving()?;
+            process.scrub(rate).await.map(done)
+        }
         Request::Stats(which) => {
             let process = registry.find(&which)?.serving()?;
             process.stats(SOON).await.map(Reply::Stats)

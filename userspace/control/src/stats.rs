@@ -53,6 +53,19 @@ pub struct Counter {
     pub latency: Histogram,
 }
 
+/// How far all data of a disk is read, to find what cannot be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scrub {
+    /// It is not over.
+    pub running: bool,
+    /// Where on the disk it is, in bytes.
+    pub offset: u64,
+    /// Bytes that were read, or could not be; the others take no space.
+    pub read: u64,
+    /// Pieces that could not be read.
+    pub errors: u64,
+}
+
 /// Everything a tapdisk counts. Unless said otherwise, since the image was opened first: processes that
 /// follow each other go on counting, but for what the last second before a death brought.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +93,8 @@ pub struct Stats {
     pub calls: u64,
     /// Requests of NBD clients.
     pub nbd: u64,
+    /// The scrub that runs, or the last one.
+    pub scrub: Option<Scrub>,
     /// Facts that the driver adds, such as the number of its clusters: names and numbers.
     pub driver: std::collections::BTreeMap<String, u64>,
 }

@@ -246,6 +246,14 @@ pub enum Request {
     },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),
+    /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
+    /// found is an event; how far it is, is among what was counted.
+    Scrub {
+        /// The disk.
+        which: Which,
+        /// Bytes in a second at most; 0 ends one that runs.
+        rate: u64,
+    },
     /// What was counted: [`Reply::Stats`].
     Stats(Which),
     /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk

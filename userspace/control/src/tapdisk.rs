@@ -120,6 +120,13 @@ pub enum Request {
     Unpause(Open),
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
     Resize,
+    /// Reads all data of the disk, to find what cannot be read: that is told as [`Reply::Troubles`],
+    /// and how far it is as [`Reply::Stats`]. Answered with [`Reply::Done`] at once. A scrub that runs
+    /// goes on with the new rate.
+    Scrub {
+        /// Bytes in a second at most; 0 to end it.
+        rate: u64,
+    },
     /// As [`Request::Pause`], and gives the node back as well: another process may take it.
     Close,
     /// What is served? Answered with [`Reply::Status`].

@@ -90,6 +90,9 @@ pub(crate) enum Verb {
     Unpause(Unpause),
     /// Look at the image's size again, and tell the guest
     Resize(Which),
+    /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
+    /// say how far it is
+    Scrub(Scrub),
     /// What a disk has counted since its process was started
     Stats(Which),
     /// Make a disk and serve it
@@ -217,6 +220,16 @@ pub(crate) struct Which {
     /// Its node
     #[arg(short, long)]
     pub(crate) minor: Option<u32>,
+}
+
+/// Reading all of a disk.
+#[derive(Debug, Args)]
+pub(crate) struct Scrub {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// At most so many MiB in a second; 0 ends one that runs, another number changes its rate
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub(crate) rate: u32,
 }
 
 /// A disk, also by what it was made for.

@@ -134,6 +134,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Top
         | Request::Check(_)
         | Request::Resize(_)
+        | Request::Scrub { .. }
         | Request::Pause { .. }
         | Request::Close { .. }
         | Request::Destroy { .. } => true,
@@ -198,6 +199,10 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             may_shrink: unpause.shrink,
         },
         Verb::Resize(which) => Request::Resize(named(which)),
+        Verb::Scrub(scrub) => Request::Scrub {
+            which: named(&scrub.which),
+            rate: u64::from(scrub.rate) << 20,
+        },
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {

@@ -98,6 +98,14 @@ fn stats(stats: &Stats) -> String {
         "replayed={} in-flight={} turns={} sleeps={} calls={} nbd={}",
         stats.replayed, stats.in_flight, stats.turns, stats.sleeps, stats.calls, stats.nbd
     );
+    if let Some(scrub) = &stats.scrub {
+        let state = if scrub.running { "at" } else { "ended at" };
+        let _ = writeln!(
+            text,
+            "scrub {state} {}: read={} errors={}",
+            scrub.offset, scrub.read, scrub.errors
+        );
+    }
     for (name, number) in &stats.driver {
         let _ = writeln!(text, "{name}={number}");
     }

@@ -11,6 +11,7 @@
 //! moment, and the next one goes on.
 #![forbid(unsafe_code)]
 
+mod inside;
 mod kept;
 mod link;
 pub mod listen;
@@ -18,6 +19,7 @@ pub mod nbd;
 mod needs;
 mod ranges;
 pub mod sandbox;
+mod scrub;
 mod server;
 mod session;
 mod troubles;

@@ -2,8 +2,8 @@
 //! Which parts of the disk are worked on, and who waits for whom: requests that overlap, with a write on
 //! either side, take effect in the order of their arrival, wherever they come from.
 //!
-//! The kernel keeps the guest's requests from each other; what is left are those of NBD clients, with
-//! each other and with the guest's. There are few of them, usually none, and then a request of the
+//! The kernel keeps the guest's requests from each other; what is left are those of NBD clients and
+//! jobs, with each other and with the guest's. There are few of them, usually none, and then a request of the
 //! guest costs nothing but its entry.
 
 use std::cell::RefCell;
@@ -16,7 +16,7 @@ use std::task::{Poll, Waker};
 pub(crate) enum Source {
     /// The kernel, which has ordered it among its own.
     Guest,
-    /// Anybody else.
+    /// Anybody else: an NBD client, or a job.
     Client,
 }
 

@@ -224,18 +224,23 @@ impl Server {
             Errno::NOSPC | Errno::DQUOT => self.terms.on_no_space,
             _ => self.terms.on_error,
         };
+        let stops = policy == OnError::Stop;
+        self.tell(what, offset, len, error, stops);
+        if stops {
+            self.link.stop();
+        }
+        stops
+    }
+
+    /// Something failed on the image; the disk stops for it, or not.
+    pub(crate) fn tell(&self, what: Call, offset: u64, len: u64, error: Errno, stops: bool) {
         let trouble = Trouble {
             what,
             offset,
             len,
             errno: error.raw_os_error(),
         };
-        let stops = policy == OnError::Stop;
         self.terms.troubles.add(trouble, stops);
-        if stops {
-            self.link.stop();
-        }
-        stops
     }
 
     /// What makes no sense for this disk, whatever its image can do.

@@ -3,6 +3,7 @@
 
 use crate::kept::{self, Kept};
 use crate::link::Link;
+use crate::scrub::{self, Scrub};
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
@@ -36,6 +37,7 @@ pub struct Session {
     needs: Needs,
     /// What the next process learns of what this one has counted.
     kept: RefCell<Option<Kept>>,
+    scrub: Scrub,
     turns: Cell<u64>,
     /// Who waits for the disk to run.
     waiting: RefCell<Vec<Waker>>,
@@ -68,6 +70,7 @@ impl Session {
             troubles: Rc::default(),
             needs: Needs::default(),
             kept: RefCell::default(),
+            scrub: Scrub::default(),
             turns: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
@@ -175,6 +178,13 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.resize().await
             }
+            Request::Scrub { rate } => match self.status().state {
+                State::Running => {
+                    scrub::start(self, rate);
+                    Ok(Reply::Done)
+                }
+                _ => Err(Failure::new(Code::State, "the disk does not run")),
+            },
             Request::Close => {
                 let _alone = self.gate.alone().await;
                 self.close().await
@@ -217,6 +227,10 @@ impl Session {
             }
         })
         .await
+    }
+
+    pub(crate) fn scrub(&self) -> &Scrub {
+        &self.scrub
     }
 
     pub(crate) fn count_nbd(&self) {
@@ -480,6 +494,7 @@ impl Session {
         let mut stats = self.stats.borrow().clone();
         (stats.calls, stats.sleeps) = self.runtime.io.counts();
         stats.turns = self.turns.get();
+        stats.scrub = self.scrub.progress();
         if let Some(server) = &self.state.borrow().server {
             stats.in_flight = server.in_flight();
             stats.driver = server.disk().stats();

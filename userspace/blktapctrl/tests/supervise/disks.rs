@@ -131,6 +131,11 @@ fn single_steps_do_what_they_always_did() {
         };
         assert!(matches!(bed.ask(open()).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.ask(open()).await.expect_err("open").code, Code::State);
+        let scrub = Request::Scrub {
+            which: both.clone(),
+            rate: 512,
+        };
+        assert_eq!(bed.ask(scrub).await, Ok(Reply::Done));
         let detach = || Request::Detach(both.clone());
         assert_eq!(bed.ask(detach()).await.expect_err("open").code, Code::State);
         let free = || Request::Free { minor };
@@ -146,7 +151,14 @@ fn single_steps_do_what_they_always_did() {
         assert_eq!(bed.ask(detach()).await, Ok(Reply::Done));
         assert_eq!(bed.ask(free()).await, Ok(Reply::Done));
         let expected = [
-            "attach 0", "open r A", "close", "attach 0", "open r A", "close", "exit",
+            "attach 0",
+            "open r A",
+            "scrub 512",
+            "close",
+            "attach 0",
+            "open r A",
+            "close",
+            "exit",
         ];
         assert_eq!(bed.log(), expected);
         bed.assert_nothing_left().await;

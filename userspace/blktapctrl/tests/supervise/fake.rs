@@ -578,6 +578,10 @@ impl Served {
                 Ok(Reply::Disk(disk(open)))
             }
             Request::Stats => Ok(Reply::Stats(Box::default())),
+            Request::Scrub { rate } => {
+                note(dir, &format!("scrub {rate}"));
+                Ok(Reply::Done)
+            }
             Request::Nbd { .. } => {
                 self.nbd = fds.pop();
                 Ok(Reply::Done)

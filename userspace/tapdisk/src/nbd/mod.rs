@@ -9,9 +9,9 @@
 
 mod wire;
 
-use crate::{Server, Session};
+use crate::inside::{self, Work};
+use crate::Session;
 use diskio::{Bytes, Data, Errno, Io};
-use drivers::Attributes;
 use rustix::net::{recv, send, RecvFlags, SendFlags};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -158,21 +158,33 @@ impl Client {
         Ok(true)
     }
 
-    /// The disk's part of a request.
+    /// The disk's part of a request; `data` is what is written, or what was read.
     async fn perform(&self, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
-        loop {
-            let server = self.session.running().await;
-            let _hold = server.hold();
-            check(&server, request)?;
-            let Err(error) = transfer(&server, request, data).await else {
-                return Ok(());
-            };
-            let what = request.command.call();
-            // Kept, it is tried again as soon as the disk runs.
-            if !server.failed(what, request.offset, request.len.into(), error) {
-                return Err(error);
-            }
+        if request.len == 0 && request.command != Command::Flush {
+            return Err(Errno::INVAL);
         }
+        let work = match request.command {
+            Command::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
+            Command::Read => Work::Read(Data::zeroed(request.len as usize)?),
+            Command::Write => Work::Write(Bytes::copied(data)?),
+            Command::Flush => Work::Flush,
+            Command::Trim => Work::Discard,
+            Command::WriteZeroes => Work::WriteZeroes,
+            Command::Disconnect | Command::Unknown => return Err(Errno::INVAL),
+        };
+        let inside = inside::Request {
+            work,
+            offset: request.offset,
+            len: request.len.into(),
+            fua: request.fua,
+        };
+        match (inside.perform(&self.session).await, &inside.work) {
+            // A hint, which may be ignored.
+            (Err(Errno::OPNOTSUPP), Work::Discard) => {}
+            (Ok(()), Work::Read(buffer)) => *data = buffer.to_vec(),
+            (result, _) => result?,
+        }
+        Ok(())
     }
 
     async fn array<const N: usize>(&self) -> Result<[u8; N], Errno> {
@@ -215,56 +227,4 @@ impl Client {
     fn io(&self) -> &Io {
         &self.session.runtime().io
     }
-}
-
-/// What makes no sense for this disk.
-fn check(server: &Server, request: &Request) -> Result<(), Errno> {
-    let (offset, len) = (request.offset, u64::from(request.len));
-    let block = u64::from(server.block());
-    if request.changes() && server.is_read_only() {
-        return Err(Errno::PERM);
-    }
-    let is_wrong = match request.command {
-        Command::Disconnect | Command::Unknown => true,
-        Command::Flush => return Ok(()),
-        Command::Read => request.len > wire::MAX_DATA,
-        _ => false,
-    };
-    let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
-    if is_wrong || end > server.size() || offset % block != 0 || len % block != 0 || len == 0 {
-        return Err(Errno::INVAL);
-    }
-    Ok(())
-}
-
-/// Executes a request on the disk; `data` is what is written, or what was read.
-async fn transfer(server: &Server, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
-    let (offset, len) = (request.offset, u64::from(request.len));
-    let disk = server.disk();
-    let _claim = match request.command {
-        Command::Flush => None,
-        _ => Some(server.claim(offset, len, request.changes()).await),
-    };
-    let how = Attributes {
-        fua: request.fua,
-        ..Attributes::default()
-    };
-    match request.command {
-        Command::Read => {
-            let buffer = Data::zeroed(request.len as usize)?;
-            disk.read(offset, buffer.clone()).await?;
-            *data = buffer.to_vec();
-        }
-        Command::Write => disk.write(offset, Bytes::copied(data)?, how).await?,
-        Command::Flush if server.is_read_only() => {}
-        Command::Flush => disk.flush().await?,
-        // A hint, which may be ignored.
-        Command::Trim => match disk.discard(offset, len, how).await {
-            Err(Errno::OPNOTSUPP) => {}
-            result => result?,
-        },
-        Command::WriteZeroes => disk.write_zeroes(offset, len, how).await?,
-        Command::Disconnect | Command::Unknown => return Err(Errno::INVAL),
-    }
-    Ok(())
 }

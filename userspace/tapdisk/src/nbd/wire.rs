@@ -3,7 +3,6 @@
 //!
 //! The description is `doc/proto.md` of the nbd project; numbers are big endian.
 
-use control::tapdisk::Call;
 use diskio::Errno;
 
 /// The first bytes of a server that speaks the fixed newstyle, and its handshake flags:
@@ -172,20 +171,6 @@ pub(super) enum Command {
     Unknown,
 }
 
-impl Command {
-    /// What it does on the image.
-    pub(super) fn call(self) -> Call {
-        match self {
-            Self::Read => Call::Read,
-            Self::Write => Call::Write,
-            Self::Flush => Call::Flush,
-            Self::Trim => Call::Discard,
-            Self::WriteZeroes => Call::Zeroes,
-            Self::Disconnect | Self::Unknown => Call::Other,
-        }
-    }
-}
-
 /// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Request {
@@ -195,14 +180,6 @@ pub(super) struct Request {
     pub(super) cookie: [u8; 8],
     pub(super) offset: u64,
     pub(super) len: u32,
-}
-
-impl Request {
-    /// It changes what is on the disk.
-    pub(super) fn changes(&self) -> bool {
-        use Command::{Trim, Write, WriteZeroes};
-        matches!(self.command, Write | Trim | WriteZeroes)
-    }
 }
 
 /// A request; `None` if a client makes no sense.

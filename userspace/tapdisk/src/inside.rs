@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Requests that do not come from the guest: those of NBD clients, and of jobs.
+//!
+//! They claim their range as the guest's do, so all that overlap take effect in the order of their
+//! arrival; while the disk is paused they wait.
+
+use crate::{Server, Session};
+use control::tapdisk::Call;
+use diskio::{Bytes, Data, Errno};
+use drivers::Attributes;
+use std::rc::Rc;
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub(crate) enum Work {
+    Read(Data),
+    Write(Bytes),
+    Flush,
+    Discard,
+    WriteZeroes,
+}
+
+/// A request.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) work: Work,
+    /// Bytes from the beginning of the disk.
+    pub(crate) offset: u64,
+    /// Bytes; those of the data, if there are any.
+    pub(crate) len: u64,
+    /// It must be durable when it is answered.
+    pub(crate) fua: bool,
+}
+
+impl Request {
+    /// Executes it, as often as the disk was stopped because of it.
+    pub(crate) async fn perform(&self, session: &Session) -> Result<(), Errno> {
+        loop {
+            let server = session.running().await;
+            let _hold = server.hold();
+            self.check(&server)?;
+            let Err(error) = self.execute(&server).await else {
+                return Ok(());
+            };
+            if !server.failed(self.call(), self.offset, self.len, error) {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Executes it once, on a server that is held.
+    pub(crate) async fn execute(&self, server: &Rc<Server>) -> Result<(), Errno> {
+        let (offset, len) = (self.offset, self.len);
+        let disk = server.disk();
+        let _claim = match self.work {
+            Work::Flush => None,
+            _ => Some(server.claim(offset, len, self.changes()).await),
+        };
+        let how = Attributes {
+            fua: self.fua,
+            ..Attributes::default()
+        };
+        match &self.work {
+            Work::Read(data) => disk.read(offset, data.clone()).await,
+            Work::Write(data) => disk.write(offset, data.clone(), how).await,
+            Work::Flush if server.is_read_only() => Ok(()),
+            Work::Flush => disk.flush().await,
+            Work::Discard => disk.discard(offset, len, how).await,
+            Work::WriteZeroes => disk.write_zeroes(offset, len, how).await,
+        }
+    }
+
+    /// What makes no sense for this disk.
+    fn check(&self, server: &Server) -> Result<(), Errno> {
+        if matches!(self.work, Work::Flush) {
+            return Ok(());
+        }
+        if self.changes() && server.is_read_only() {
+            return Err(Errno::PERM);
+        }
+        let block = u64::from(server.block());
+        let end = self.offset.checked_add(self.len).ok_or(Errno::INVAL)?;
+        let is_whole = self.offset % block == 0 && self.len % block == 0;
+        match self.len > 0 && is_whole && end <= server.size() {
+            true => Ok(()),
+            false => Err(Errno::INVAL),
+        }
+    }
+
+    /// It changes what is on the disk.
+    fn changes(&self) -> bool {
+        matches!(
+            self.work,
+            Work::Write(_) | Work::Discard | Work::WriteZeroes
+        )
+    }
+
+    pub(crate) fn call(&self) -> Call {
+        match self.work {
+            Work::Read(_) => Call::Read,
+            Work::Write(_) => Call::Write,
+            Work::Flush => Call::Flush,
+            Work::Discard => Call::Discard,
+            Work::WriteZeroes => Call::Zeroes,
+        }
+    }
+}
