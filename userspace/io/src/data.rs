@@ -83,6 +83,11 @@ impl Data {
         })
     }
 
+    /// All of a region but what is behind `len` bytes, of which there is one at least.
+    pub(crate) fn at_begin(region: Region, len: usize) -> Option<Self> {
+        Self::new(&Rc::new(region), [(0, len)])
+    }
+
     /// Fresh bytes with the content of `bytes`.
     ///
     /// # Panics

@@ -201,7 +201,7 @@ impl File {
             let data = match self.is_aligned(offset, data.data()) {
                 true => data,
                 false => {
-                    let bounce = Data::zeroed(data.len())?;
+                    let bounce = self.io.buffer(data.len())?;
                     data.copy_to(&bounce, 0);
                     bounce.into()
                 }
@@ -210,8 +210,9 @@ impl File {
         }
         let _pass = self.gate.alone().await;
         let (from, bounce) = self.around(offset, data.len())?;
-        // What is behind the end of the file stays zero.
-        self.read_some(from, bounce.clone()).await?;
+        let got = self.read_some(from, bounce.clone()).await?;
+        // What is behind the end of the file is zero.
+        bounce.fill(got, bounce.len() - got, 0);
         data.copy_to(&bounce, lead(offset, from));
         self.write_all(from, bounce.into(), durable).await
     }
@@ -222,18 +223,10 @@ impl File {
         if self.is_device {
             return Ok((len, true));
         }
-        // What is there begins at the next data; if that is here, at the next hole.
-        let data = match seek(&self.fd, SeekFrom::Data(offset)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => return Ok((len, false)),
-            Err(Errno::INVAL) => return Ok((len, true)),
-            Err(error) => return Err(error),
-        };
-        if data > offset {
-            return Ok((len.min(data - offset), false));
-        }
-        let hole = seek(&self.fd, SeekFrom::Hole(offset))?;
-        Ok((len.min(hole.saturating_sub(offset).max(1)), true))
+        let fd = self.fd.try_clone();
+        let fd = fd.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        // The file system may have to read for it.
+        self.io.elsewhere(move || part(&fd, offset, len)).await?
     }
 
     /// Keeps nothing of it in dom0's page cache that is written back: who reads it next gets what is
@@ -287,7 +280,8 @@ impl File {
             result => return result.map(drop),
         }
         drop(pass);
-        let zeroes = Data::zeroed(ZEROES)?;
+        let zeroes = self.io.buffer(ZEROES)?;
+        zeroes.fill(0, ZEROES, 0);
         let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
         let mut at = offset;
         while at < end {
@@ -311,7 +305,7 @@ impl File {
         let end = offset.checked_add(len as u64).ok_or(Errno::INVAL)?;
         let end = end.checked_next_multiple_of(block).ok_or(Errno::INVAL)?;
         let length = usize::try_from(end - from).map_err(|_| Errno::INVAL)?;
-        Ok((from, Data::zeroed(length)?))
+        Ok((from, self.io.buffer(length)?))
     }
 
     /// Reads until `data` is full or the file ends; returns the number of bytes.
@@ -372,6 +366,22 @@ impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// As [`File::part`].
+fn part(fd: &OwnedFd, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+    let data = match seek(fd, SeekFrom::Data(offset)) {
+        Ok(data) => data,
+        // There is none.
+        Err(Errno::NXIO) => return Ok((len, false)),
+        Err(Errno::INVAL) => return Ok((len, true)),
+        Err(error) => return Err(error),
+    };
+    if data > offset {
+        return Ok((len.min(data - offset), false));
+    }
+    let hole = seek(fd, SeekFrom::Hole(offset))?;
+    Ok((len.min(hole.saturating_sub(offset).max(1)), true))
 }
 
 fn exact(got: usize, wanted: usize) -> Result<(), Errno> {

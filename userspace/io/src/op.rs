@@ -2,6 +2,8 @@
 //! Operations, and what carries them out.
 
 use crate::aio::Aio;
+use crate::helpers::Helpers;
+use crate::pool::Pool;
 use crate::sync;
 use crate::table::Table;
 use crate::uring::Uring;
@@ -119,6 +121,9 @@ struct Inner {
     sleeps: Cell<u64>,
     /// The end of a quick command ends a sleep.
     heeds_quick: Cell<bool>,
+    /// Memory to be used again.
+    pool: Rc<Pool>,
+    helpers: RefCell<Option<Rc<Helpers>>>,
 }
 
 impl Default for Io {
@@ -138,6 +143,8 @@ impl Io {
             calls: Cell::new(0),
             sleeps: Cell::new(0),
             heeds_quick: Cell::new(false),
+            pool: Rc::default(),
+            helpers: RefCell::new(None),
         }))
     }
 
@@ -149,6 +156,44 @@ impl Io {
             *uring = Some(Uring::new()?);
         }
         Ok(())
+    }
+
+    /// Memory of `len` bytes for a transfer, aligned to a page. What is in it is left from earlier ones,
+    /// to which it goes back when nobody uses it any more.
+    pub fn buffer(&self, len: usize) -> Result<Data, Errno> {
+        let region = self.0.pool.take(len).map_err(|_| Errno::NOMEM)?;
+        Data::at_begin(region, len).ok_or(Errno::INVAL)
+    }
+
+    /// Starts threads for [`elsewhere`](Self::elsewhere), which a sandbox would forbid. They inherit
+    /// what this thread has blocked of signals.
+    pub fn start_helpers(&self, count: usize) -> io::Result<()> {
+        *self.0.helpers.borrow_mut() = Some(Rc::new(Helpers::start(count)?));
+        Ok(())
+    }
+
+    /// Has every helper do something to itself, such as to enter a sandbox.
+    pub fn on_helpers(
+        &self,
+        work: impl Fn() -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        match self.0.helpers.borrow().as_ref() {
+            Some(helpers) => helpers.on_each(work),
+            None => Ok(()),
+        }
+    }
+
+    /// The result of work that may sleep or takes long: a helper does it, or this thread if there is
+    /// none. Work that nobody waits for any more is done all the same.
+    pub async fn elsewhere<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Errno> {
+        let helpers = self.0.helpers.borrow().clone();
+        match helpers {
+            Some(helpers) => helpers.run(self, work).await,
+            None => Ok(work()),
+        }
     }
 
     /// From now on operations are carried out in this way. Fails if that is not possible here, and

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Memory that I/O is done on.
 
+use crate::pool::Pool;
 use rustix::mm::{mmap, mmap_anonymous, munmap, MapFlags, ProtFlags};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
+use std::rc::Rc;
 
 /// What may be done to a mapping of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +29,8 @@ pub struct Region {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
+    /// Who gets the memory when this is dropped.
+    home: Option<Rc<Pool>>,
 }
 
 impl Region {
@@ -58,7 +62,14 @@ impl Region {
             base,
             len,
             writable,
+            home: None,
         })
+    }
+
+    /// The same memory, which goes back to `home`.
+    pub(crate) fn of(mut self, home: Rc<Pool>) -> Self {
+        self.home = Some(home);
+        self
     }
 
     /// Bytes, whole pages.
@@ -155,6 +166,15 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if let Some(home) = self.home.take() {
+            // From here on the mapping is that of the new object.
+            return home.give(Self {
+                base: self.base,
+                len: self.len,
+                writable: self.writable,
+                home: None,
+            });
+        }
         // SAFETY: by the invariant it is mapped, and nobody has a reference into it.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
         debug_assert!(unmapped.is_ok());

@@ -91,6 +91,9 @@ enum EngineName {
     Sync,
 }
 
+/// Threads beside the one that serves requests.
+const HELPERS: usize = 1;
+
 const HELP: &str = "\
 Drivers:
   aio:IMAGE    a raw file or block device, past the page cache
@@ -148,6 +151,17 @@ fn serve(args: &Args) -> Result<()> {
         for note in sandbox::prepare().context("cannot prepare the sandbox")? {
             eprintln!("tapdisk: {note}");
         }
+    }
+    // They have what was prepared and the signals that are blocked, and cannot be started later.
+    runtime
+        .io
+        .start_helpers(HELPERS)
+        .context("cannot start a thread")?;
+    if !args.no_sandbox {
+        let others = runtime
+            .io
+            .on_helpers(move || sandbox::confine(user).map(drop));
+        others.context("cannot take a helper thread into the sandbox")?;
         if let Some(note) = sandbox::confine(user).context("cannot enter the sandbox")? {
             eprintln!("tapdisk: {note}");
         }

@@ -117,7 +117,7 @@ pub fn prepare() -> io::Result<Vec<String>> {
     Ok(notes)
 }
 
-/// Takes everything away from the calling thread, which is to be the only one.
+/// Takes everything away from the calling thread. It is to be done in each of a process.
 ///
 /// # Errors
 /// If the system refuses something but landlock, which older kernels do not have: what is missing of it
@@ -324,6 +324,9 @@ mod tests {
             let null = fs::File::open("/dev/null").unwrap();
             let runtime = Runtime::new();
             runtime.io.prepare_uring().unwrap();
+            runtime.io.start_helpers(2).unwrap();
+            let others = runtime.io.on_helpers(|| confine(None).map(drop));
+            others.unwrap();
             confine(None).unwrap();
             let refused = |result: std::io::Result<()>| {
                 assert_eq!(result.unwrap_err().kind(), ErrorKind::PermissionDenied);
@@ -336,6 +339,12 @@ mod tests {
             refused(Command::new("/bin/true").spawn().map(drop));
             refused(thread::Builder::new().spawn(|| ()).map(drop));
             refused(Runtime::new().io.prepare_uring());
+            for _ in 0..4 {
+                let io = runtime.io.clone();
+                let open = || fs::File::open("/etc/passwd").map(drop);
+                let opened = runtime.block_on(async move { io.elsewhere(open).await });
+                refused(opened.unwrap().unwrap());
+            }
             // TIOCGWINSZ is not in the list.
             refused(
                 rustix::termios::tcgetwinsize(&null)

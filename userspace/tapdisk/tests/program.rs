@@ -24,13 +24,22 @@ fn start(args: &[&str]) -> (Child, Channel) {
     (child, Channel::connect(&path).unwrap())
 }
 
+/// What the kernel says of a process or a thread.
+fn field(status: &str, key: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
+    line.unwrap().trim().to_string()
+}
+
 fn status_of(child: &Child, key: &str) -> String {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(key))
-        .unwrap();
-    line.trim().to_string()
+    let text = std::fs::read_to_string(format!("/proc/{}/status", child.id()));
+    field(&text.unwrap(), key)
+}
+
+/// What the kernel says of each thread.
+fn threads(child: &Child) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let texts = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")));
+    texts.collect::<Result<_, _>>().unwrap()
 }
 
 #[test]
@@ -40,9 +49,16 @@ fn supervised_process_is_confined_and_ends_when_asked() {
     assert!(matches!(reply, Reply::Process(process) if process.pid == child.id()));
     // A hangup of the supervisor's session does not reach it.
     assert_eq!(status_of(&child, "NSsid:"), child.id().to_string());
-    assert_eq!(status_of(&child, "NoNewPrivs:"), "1");
-    assert_eq!(status_of(&child, "Seccomp:"), "2");
-    assert_eq!(status_of(&child, "Threads:"), "1");
+    // The one that serves requests, and a helper.
+    let threads = threads(&child);
+    assert_eq!(threads.len(), 2);
+    for status in threads {
+        assert_eq!(field(&status, "NoNewPrivs:"), "1");
+        assert_eq!(field(&status, "Seccomp:"), "2");
+        // The signals that end it in order are taken by a descriptor.
+        let blocked = u64::from_str_radix(&field(&status, "SigBlk:"), 16).unwrap();
+        assert_eq!(blocked >> (libc::SIGTERM - 1) & 1, 1);
+    }
     let resident: u64 = status_of(&child, "VmRSS:")
         .trim_end_matches(" kB")
         .parse()

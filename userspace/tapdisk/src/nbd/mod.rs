@@ -11,7 +11,7 @@ mod wire;
 
 use crate::inside::{self, Work};
 use crate::Session;
-use diskio::{Bytes, Data, Errno, Io};
+use diskio::{Errno, Io};
 use rustix::net::{recv, send, RecvFlags, SendFlags};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -165,8 +165,12 @@ impl Client {
         }
         let work = match request.command {
             Command::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
-            Command::Read => Work::Read(Data::zeroed(request.len as usize)?),
-            Command::Write => Work::Write(Bytes::copied(data)?),
+            Command::Read => Work::Read(self.io().buffer(request.len as usize)?),
+            Command::Write => {
+                let buffer = self.io().buffer(data.len())?;
+                buffer.write(0, data);
+                Work::Write(buffer.into())
+            }
             Command::Flush => Work::Flush,
             Command::Trim => Work::Discard,
             Command::WriteZeroes => Work::WriteZeroes,

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Threads for work that would keep the one that serves requests: a call that may sleep and has no
+//! asynchronous form, or a long computation.
+//!
+//! They are started before a sandbox closes, which has to be done to each of them
+//! ([`Io::on_helpers`](crate::Io::on_helpers)).
+
+use crate::{Errno, Io};
+use rustix::event::{eventfd, EventfdFlags};
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::rc::Rc;
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+/// Bytes of a helper's stack.
+const STACK: usize = 256 << 10;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Tells the thread that waits that a job is done.
+#[derive(Clone, Debug)]
+struct Bell {
+    /// For the operation that waits.
+    here: Rc<OwnedFd>,
+    /// For the helper: the same.
+    there: Arc<OwnedFd>,
+}
+
+/// The threads. They end when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Helpers {
+    jobs: Sender<Job>,
+    count: usize,
+    /// Bells that nobody uses.
+    bells: RefCell<Vec<Bell>>,
+}
+
+impl Helpers {
+    pub(crate) fn start(count: usize) -> io::Result<Self> {
+        let (jobs, queue) = channel();
+        let queue = Arc::new(Mutex::new(queue));
+        for _ in 0..count {
+            let queue = queue.clone();
+            let builder = thread::Builder::new().name("helper".into());
+            builder.stack_size(STACK).spawn(move || work(&queue))?;
+        }
+        Ok(Self {
+            jobs,
+            count,
+            bells: RefCell::default(),
+        })
+    }
+
+    /// Has every thread do the same, and waits for that.
+    pub(crate) fn on_each(
+        &self,
+        work: impl Fn() -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        let work = Arc::new(work);
+        let (sender, results) = channel();
+        // None takes a second one before all have one.
+        let all = Arc::new(Barrier::new(self.count));
+        for _ in 0..self.count {
+            let (work, sender, all) = (work.clone(), sender.clone(), all.clone());
+            self.send(Box::new(move || {
+                all.wait();
+                // Nobody listens any more if another one has failed.
+                let _ = sender.send(work());
+            }))?;
+        }
+        drop(sender);
+        for _ in 0..self.count {
+            results
+                .recv()
+                .map_err(|_| io::Error::other("a helper thread has panicked"))??;
+        }
+        Ok(())
+    }
+
+    /// The result of `work`, which a helper does. It goes on if nobody waits for it any more.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        io: &Io,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Errno> {
+        let bell = self.bell()?;
+        let result = Arc::new(Mutex::new(None));
+        let (place, there) = (result.clone(), bell.there.clone());
+        self.send(Box::new(move || {
+            let value = catch_unwind(AssertUnwindSafe(work)).ok();
+            *locked(&place) = value;
+            // A counter at 0 has room for one.
+            let _ = rustix::io::write(&there, &1_u64.to_ne_bytes());
+        }))
+        .map_err(|_| Errno::IO)?;
+        io.readable(&bell.here).await?;
+        rustix::io::read(&bell.here, &mut [0; 8])?;
+        self.bells.borrow_mut().push(bell);
+        let value = locked(&result).take();
+        // It has panicked, and has said so.
+        value.ok_or(Errno::IO)
+    }
+
+    fn send(&self, job: Job) -> io::Result<()> {
+        let sent = self.jobs.send(job);
+        sent.map_err(|_| io::Error::other("there is no helper thread any more"))
+    }
+
+    fn bell(&self) -> Result<Bell, Errno> {
+        if let Some(bell) = self.bells.borrow_mut().pop() {
+            return Ok(bell);
+        }
+        let here = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let there = here.try_clone();
+        let there = there.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        Ok(Bell {
+            here: Rc::new(here),
+            there: Arc::new(there),
+        })
+    }
+}
+
+/// Does one job after the other.
+fn work(queue: &Mutex<Receiver<Job>>) {
+    loop {
+        let job = locked(queue).recv();
+        match job {
+            Ok(job) => drop(catch_unwind(AssertUnwindSafe(job))),
+            Err(_) => return,
+        }
+    }
+}
+
+/// What is locked here stays whole when a thread panics.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
