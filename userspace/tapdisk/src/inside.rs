@@ -7,7 +7,7 @@
 use crate::{Server, Session};
 use control::tapdisk::Call;
 use diskio::{Bytes, Data, Errno};
-use drivers::Attributes;
+use drivers::{Attributes, Extent};
 use std::rc::Rc;
 
 /// What to do.
@@ -78,13 +78,7 @@ impl Request {
         if self.changes() && server.is_read_only() {
             return Err(Errno::PERM);
         }
-        let block = u64::from(server.block());
-        let end = self.offset.checked_add(self.len).ok_or(Errno::INVAL)?;
-        let is_whole = self.offset % block == 0 && self.len % block == 0;
-        match self.len > 0 && is_whole && end <= server.size() {
-            true => Ok(()),
-            false => Err(Errno::INVAL),
-        }
+        check(server, self.offset, self.len)
     }
 
     /// It changes what is on the disk.
@@ -103,5 +97,37 @@ impl Request {
             Work::Discard => Call::Discard,
             Work::WriteZeroes => Call::Zeroes,
         }
+    }
+}
+
+/// Up to `most` extents in a row, which need not reach the end of the range.
+pub(crate) async fn extents(
+    session: &Session,
+    offset: u64,
+    len: u64,
+    most: usize,
+) -> Result<Vec<Extent>, Errno> {
+    let server = session.running().await;
+    let _hold = server.hold();
+    check(&server, offset, len)?;
+    let mut all = Vec::new();
+    let mut done = 0;
+    while done < len && all.len() < most {
+        let found = server.disk().extents(offset + done, len - done).await?;
+        done += found.iter().map(|extent| extent.len).sum::<u64>();
+        all.extend(found);
+    }
+    all.truncate(most);
+    Ok(all)
+}
+
+/// The range is whole blocks of the disk.
+fn check(server: &Server, offset: u64, len: u64) -> Result<(), Errno> {
+    let block = u64::from(server.block());
+    let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
+    let is_whole = offset % block == 0 && len % block == 0;
+    match len > 0 && is_whole && end <= server.size() {
+        true => Ok(()),
+        false => Err(Errno::INVAL),
     }
 }

@@ -139,8 +139,11 @@ fn options_are_answered() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let mut socket = client(&folder);
-    option(&mut socket, 8, &[]);
+    // TLS.
+    option(&mut socket, 5, &[]);
     assert_eq!(answer(&mut socket).0, 1 << 31 | 1);
+    option(&mut socket, 8, b"data");
+    assert_eq!(answer(&mut socket).0, 1 << 31 | 3);
     option(&mut socket, 7, b"\0\0\0\x05wrong\0\0");
     assert_eq!(answer(&mut socket).0, 1 << 31 | 6);
     option(&mut socket, 6, b"\0\0\0\x05");
@@ -217,6 +220,77 @@ fn client_that_takes_no_answer_keeps_nobody_waiting() {
     process.exit();
 }
 
+/// A chunk: its kind, which must be the last one, and its content.
+fn chunk(socket: &mut UnixStream) -> (u16, Vec<u8>) {
+    let head = bytes(socket, 20);
+    assert_eq!(head[..6], [0x66, 0x8e, 0x33, 0xef, 0, 1]);
+    assert_eq!(&head[8..16], b"a cookie");
+    let len = u32::from_be_bytes(head[16..].try_into().unwrap());
+    let kind = u16::from_be_bytes([head[6], head[7]]);
+    (kind, bytes(socket, len as usize))
+}
+
+#[test]
+fn client_is_told_where_nothing_is() {
+    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (process, folder) = serving(&fake, &image);
+    let tag = fake.send(Op::Write, 16, &[5; 4096], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    let mut socket = client(&folder);
+    let query = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
+    option(&mut socket, 10, query);
+    assert_eq!(answer(&mut socket).0, 1 << 31 | 3, "chunks come first");
+    option(&mut socket, 8, b"");
+    assert_eq!(answer(&mut socket), (1, vec![]));
+    for number in [9, 10] {
+        option(&mut socket, number, query);
+        let context = b"\0\0\0\x01base:allocation".to_vec();
+        assert_eq!(answer(&mut socket), (4, context));
+        assert_eq!(answer(&mut socket), (1, vec![]));
+    }
+    option(&mut socket, 7, b"\0\0\0\x04disk\0\0");
+    while answer(&mut socket).0 == 3 {}
+    let status = |parts: &[(u32, u32)]| {
+        let parts = parts.iter().flat_map(|(len, state)| [*len, *state]);
+        [1].into_iter()
+            .chain(parts)
+            .flat_map(u32::to_be_bytes)
+            .collect::<Vec<u8>>()
+    };
+    send(&mut socket, 7, 4096, 32768, b"");
+    let expected = status(&[(4096, 3), (4096, 0), (24576, 3)]);
+    assert_eq!(chunk(&mut socket), (5, expected));
+    // Beyond the end, and no whole block.
+    for (offset, len) in [(SIZE - 512, 1024), (1, 512), (0, 0)] {
+        send(&mut socket, 7, offset, len, b"");
+        assert_eq!(chunk(&mut socket), (1 << 15 | 1, vec![0, 0, 0, 22, 0, 0]));
+    }
+    send(&mut socket, 0, 8192, 512, b"");
+    let expected = [&8192_u64.to_be_bytes()[..], &[5; 512]].concat();
+    assert_eq!(chunk(&mut socket), (1, expected));
+    send(&mut socket, 0, SIZE, 512, b"");
+    assert_eq!(chunk(&mut socket).0, 1 << 15 | 1);
+    send(&mut socket, 1, 0, 512, &[6; 512]);
+    assert_eq!(code(&mut socket), 0);
+    // Who has not asked for it first is not told, nor who has asked for something else since.
+    let mut other = client(&folder);
+    for (data, result) in [(&query[..], 4), (b"\0\0\0\x01x\0\0\0\0", 1 << 31 | 6)] {
+        option(&mut other, 8, b"");
+        assert_eq!(answer(&mut other).0, 1);
+        option(&mut other, 10, data);
+        assert_eq!(answer(&mut other).0, result);
+        while result == 4 && answer(&mut other).0 != 1 {}
+    }
+    option(&mut other, 7, b"\0\0\0\x04disk\0\0");
+    while answer(&mut other).0 == 3 {}
+    send(&mut other, 7, 0, 512, b"");
+    assert_eq!(chunk(&mut other), (1 << 15 | 1, vec![0, 0, 0, 22, 0, 0]));
+    let mut other = served(&folder);
+    send(&mut other, 7, 0, 512, b"");
+    assert_eq!(code(&mut other), 22);
+    process.exit();
+}
+
 #[test]
 fn tools_of_qemu_understand_it() {
     let known = Command::new("qemu-io").arg("--version").output();
@@ -256,6 +330,26 @@ fn tools_of_qemu_understand_it() {
     assert!(!text.contains("failed"), "{text}");
     let text = run(Command::new("qemu-img").args(["info", &url]));
     assert!(text.contains("virtual size: 1 MiB"), "{text}");
+    let text = run(Command::new("qemu-img").args(["map", "--output=json", &url]));
+    let map: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    let number = |part: &serde_json::Value, key: &str| part[key].as_u64().unwrap() >> 10;
+    let parts = map
+        .iter()
+        .map(|part| (number(part, "start"), number(part, "length"), &part["data"]));
+    let expected = [
+        (0, 4, true),
+        (4, 60, false),
+        (64, 64, true),
+        (128, 128, false),
+        (256, 64, true),
+        (320, 704, false),
+    ];
+    let expected = expected.map(|(from, len, data)| (from, len, data.into()));
+    let expected: Vec<_> = expected
+        .iter()
+        .map(|(from, len, data)| (*from, *len, data))
+        .collect();
+    assert_eq!(parts.collect::<Vec<_>>(), expected, "{text}");
     let copy = folder.path().join("copy");
     run(Command::new("qemu-img")
         .args(["convert", "-f", "raw", "-O", "raw", &url])

@@ -12,17 +12,21 @@ mod wire;
 use crate::inside::{self, Work};
 use crate::Session;
 use diskio::{Errno, Io};
+use drivers::Extent;
 use rustix::net::{recv, send, RecvFlags, SendFlags};
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
-use wire::{Choice, Command, Export, OptionReply, Request};
+use wire::{Choice, Chunk, Command, Export, OptionReply, Request};
 
 /// Options of one client at most, before it is served.
 const MAX_OPTIONS: u32 = 64;
 /// Connections at most, each of which may need memory for one request.
 const MAX_CLIENTS: usize = 16;
+/// Extents in one answer at most.
+const MAX_EXTENTS: usize = 1024;
 /// How long a client may let us wait in the middle of a message.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -43,6 +47,8 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             session: session.clone(),
             socket: Rc::new(socket),
             export: export.clone(),
+            has_chunks: Cell::new(false),
+            tells_extents: Cell::new(false),
         };
         session.runtime().tasks.spawn(async move {
             // A client that goes away, or makes no sense, harms nobody but itself.
@@ -57,6 +63,10 @@ struct Client {
     session: Rc<Session>,
     socket: Rc<OwnedFd>,
     export: Rc<str>,
+    /// Reads are answered with chunks.
+    has_chunks: Cell<bool>,
+    /// It may ask for extents.
+    tells_extents: Cell<bool>,
 }
 
 impl Client {
@@ -113,8 +123,39 @@ impl Client {
                     Ok(choice == Choice::Go)
                 }
             },
+            Choice::StructuredReply if data.is_empty() => {
+                self.has_chunks.set(true);
+                self.answer(choice, OptionReply::Ack, &[]).await
+            }
+            Choice::StructuredReply => self.answer(choice, OptionReply::Invalid, &[]).await,
+            Choice::ListMetaContext | Choice::SetMetaContext => {
+                self.choose_context(choice, data).await
+            }
             Choice::Unknown(_) => self.answer(choice, OptionReply::Unsupported, &[]).await,
         }
+    }
+
+    /// Answers what is told of extents; [`Choice::SetMetaContext`] replaces what was chosen before,
+    /// also if it fails.
+    async fn choose_context(&self, choice: Choice, data: &[u8]) -> Result<bool, Errno> {
+        let is_list = choice == Choice::ListMetaContext;
+        if !is_list {
+            self.tells_extents.set(false);
+        }
+        let (name, is_wanted) = match wire::contexts(data, is_list) {
+            Some(asked) if self.has_chunks.get() => asked,
+            _ => return self.answer(choice, OptionReply::Invalid, &[]).await,
+        };
+        if !self.is_ours(name) {
+            return self.answer(choice, OptionReply::UnknownExport, &[]).await;
+        }
+        if is_wanted {
+            self.tells_extents.set(self.tells_extents.get() | !is_list);
+            let context = wire::context();
+            self.answer(choice, OptionReply::MetaContext, &context)
+                .await?;
+        }
+        self.answer(choice, OptionReply::Ack, &[]).await
     }
 
     /// Without a name the only export is meant.
@@ -149,13 +190,38 @@ impl Client {
         if request.command == Command::Disconnect {
             return Ok(false);
         }
+        if request.command == Command::BlockStatus && self.tells_extents.get() {
+            let found = self.extents(&request).await;
+            self.session.count_nbd();
+            let chunk = found
+                .as_deref()
+                .map_or_else(|error| Chunk::Error(*error), Chunk::BlockStatus);
+            self.write(&wire::chunk(request.cookie, &chunk)).await?;
+            return Ok(true);
+        }
         let result = self.perform(&request, &mut data).await;
         self.session.count_nbd();
-        self.write(&wire::reply(request.cookie, result)).await?;
-        if request.command == Command::Read && result.is_ok() {
+        let is_read = request.command == Command::Read;
+        let head = match result {
+            Ok(()) if is_read && self.has_chunks.get() => {
+                let (offset, len) = (request.offset, request.len);
+                wire::chunk(request.cookie, &Chunk::Data { offset, len })
+            }
+            Err(error) if self.has_chunks.get() => {
+                wire::chunk(request.cookie, &Chunk::Error(error))
+            }
+            result => wire::reply(request.cookie, result),
+        };
+        self.write(&head).await?;
+        if is_read && result.is_ok() {
             self.write(&data).await?;
         }
         Ok(true)
+    }
+
+    async fn extents(&self, request: &Request) -> Result<Vec<Extent>, Errno> {
+        let most = if request.one { 1 } else { MAX_EXTENTS };
+        inside::extents(&self.session, request.offset, request.len.into(), most).await
     }
 
     /// The disk's part of a request; `data` is what is written, or what was read.
@@ -174,7 +240,9 @@ impl Client {
             Command::Flush => Work::Flush,
             Command::Trim => Work::Discard,
             Command::WriteZeroes => Work::WriteZeroes,
-            Command::Disconnect | Command::Unknown => return Err(Errno::INVAL),
+            Command::Disconnect | Command::BlockStatus | Command::Unknown => {
+                return Err(Errno::INVAL)
+            }
         };
         let inside = inside::Request {
             work,

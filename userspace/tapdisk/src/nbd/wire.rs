@@ -4,6 +4,7 @@
 //! The description is `doc/proto.md` of the nbd project; numbers are big endian.
 
 use diskio::Errno;
+use drivers::{Content, Extent};
 
 /// The first bytes of a server that speaks the fixed newstyle, and its handshake flags:
 /// `FIXED_NEWSTYLE | NO_ZEROES`.
@@ -21,6 +22,7 @@ const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
+const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 /// Flags of a client: `FIXED_NEWSTYLE` must be among them, `NO_ZEROES` may. Says whether the zeroes
 /// are left out.
@@ -45,6 +47,12 @@ pub(super) enum Choice {
     Info,
     /// Serve the export.
     Go,
+    /// Answer reads with chunks, and know of extents.
+    StructuredReply,
+    /// What is known of extents?
+    ListMetaContext,
+    /// Tell this of extents.
+    SetMetaContext,
     /// Something else.
     Unknown(u32),
 }
@@ -57,6 +65,9 @@ impl Choice {
             Self::List => 3,
             Self::Info => 6,
             Self::Go => 7,
+            Self::StructuredReply => 8,
+            Self::ListMetaContext => 9,
+            Self::SetMetaContext => 10,
             Self::Unknown(number) => number,
         }
     }
@@ -77,6 +88,9 @@ pub(super) fn option(head: [u8; OPTION_HEAD]) -> Option<(Choice, usize)> {
         3 => Choice::List,
         6 => Choice::Info,
         7 => Choice::Go,
+        8 => Choice::StructuredReply,
+        9 => Choice::ListMetaContext,
+        10 => Choice::SetMetaContext,
         number => Choice::Unknown(number),
     };
     // CAST: bounded above.
@@ -91,12 +105,46 @@ pub(super) fn export_name(data: &[u8]) -> Option<&[u8]> {
     (wanted.len() == usize::from(u16::from_be_bytes(*count)) * 2).then_some(name)
 }
 
+/// What is told of extents: which are holes.
+pub(super) const ALLOCATION: &[u8] = b"base:allocation";
+/// Its number, and that in an answer before it is chosen.
+pub(super) const CONTEXT: u32 = 1;
+
+/// The name of the export in the data of `ListMetaContext` or `SetMetaContext`, and whether
+/// [`ALLOCATION`] is among what is asked for.
+pub(super) fn contexts(data: &[u8], is_list: bool) -> Option<(&[u8], bool)> {
+    let text = |data: &'_ [u8]| -> Option<(usize, usize)> {
+        let (len, rest) = data.split_first_chunk::<4>()?;
+        let len = u32::from_be_bytes(*len) as usize;
+        (len <= rest.len()).then_some((4, 4 + len))
+    };
+    let (from, end) = text(data)?;
+    let name = &data[from..end];
+    let (count, mut rest) = data[end..].split_first_chunk::<4>()?;
+    let count = u32::from_be_bytes(*count);
+    // No question at all asks for everything.
+    let mut wanted = is_list && count == 0;
+    for _ in 0..count {
+        let (from, end) = text(rest)?;
+        let query = &rest[from..end];
+        wanted |= query == ALLOCATION || (is_list && query == b"base:");
+        rest = &rest[end..];
+    }
+    rest.is_empty().then_some((name, wanted))
+}
+
+/// The name of [`ALLOCATION`] with its number.
+pub(super) fn context() -> Vec<u8> {
+    [&CONTEXT.to_be_bytes(), ALLOCATION].concat()
+}
+
 /// Kinds of answers to an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum OptionReply {
     Ack,
     Server,
     Info,
+    MetaContext,
     Unsupported,
     Invalid,
     UnknownExport,
@@ -108,6 +156,7 @@ pub(super) fn option_reply(choice: Choice, reply: OptionReply, data: &[u8]) -> V
         OptionReply::Ack => 1,
         OptionReply::Server => 2,
         OptionReply::Info => 3,
+        OptionReply::MetaContext => 4,
         OptionReply::Unsupported => 1 << 31 | 1,
         OptionReply::Invalid => 1 << 31 | 3,
         OptionReply::UnknownExport => 1 << 31 | 6,
@@ -168,6 +217,7 @@ pub(super) enum Command {
     Flush,
     Trim,
     WriteZeroes,
+    BlockStatus,
     Unknown,
 }
 
@@ -177,6 +227,8 @@ pub(super) struct Request {
     pub(super) command: Command,
     /// It must be durable when it is answered.
     pub(super) fua: bool,
+    /// One extent is enough.
+    pub(super) one: bool,
     pub(super) cookie: [u8; 8],
     pub(super) offset: u64,
     pub(super) len: u32,
@@ -200,6 +252,7 @@ pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
         3 => Command::Flush,
         4 => Command::Trim,
         6 => Command::WriteZeroes,
+        7 => Command::BlockStatus,
         _ => Command::Unknown,
     };
     let len = u32::from_be_bytes(*len);
@@ -209,27 +262,78 @@ pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
     Some(Request {
         command,
         fua: u16::from_be_bytes(*flags) & 1 != 0,
+        one: u16::from_be_bytes(*flags) & 1 << 3 != 0,
         cookie: *cookie,
         offset: u64::from_be_bytes(*offset),
         len,
     })
 }
 
-/// The head of an answer; data of a read follows it.
+/// The head of a simple answer; data of a read follows it.
 pub(super) fn reply(cookie: [u8; 8], result: Result<(), Errno>) -> Vec<u8> {
-    let code: u32 = match result {
-        Ok(()) => 0,
-        Err(Errno::PERM | Errno::ROFS) => 1,
-        Err(Errno::NOMEM) => 12,
-        Err(Errno::INVAL) => 22,
-        Err(Errno::NOSPC) => 28,
-        Err(Errno::OPNOTSUPP) => 95,
-        Err(_) => 5,
-    };
+    let code = result.map_or_else(number, |()| 0);
     let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
     bytes.extend(code.to_be_bytes());
     bytes.extend(cookie);
     bytes
+}
+
+/// What a chunk holds; each answer has one, so it is the last one, too.
+pub(super) enum Chunk<'a> {
+    /// Data of a read, which follows, from an offset on.
+    Data { offset: u64, len: u32 },
+    /// Extents.
+    BlockStatus(&'a [Extent]),
+    /// It failed.
+    Error(Errno),
+}
+
+/// An answer as a chunk.
+pub(super) fn chunk(cookie: [u8; 8], chunk: &Chunk<'_>) -> Vec<u8> {
+    let (kind, follows, content) = match chunk {
+        Chunk::Data { offset, len } => (1_u16, *len, offset.to_be_bytes().to_vec()),
+        Chunk::BlockStatus(extents) => {
+            let mut content = CONTEXT.to_be_bytes().to_vec();
+            for extent in *extents {
+                // CAST: none is longer than the request, whose length has as many bits.
+                content.extend((extent.len as u32).to_be_bytes());
+                // `STATE_HOLE | STATE_ZERO`.
+                let state: u32 = match extent.content {
+                    Content::Data => 0,
+                    Content::Hole => 3,
+                };
+                content.extend(state.to_be_bytes());
+            }
+            (5, 0, content)
+        }
+        Chunk::Error(error) => {
+            let mut content = number(*error).to_be_bytes().to_vec();
+            // No text.
+            content.extend([0, 0]);
+            (1 << 15 | 1, 0, content)
+        }
+    };
+    let mut bytes = CHUNK_MAGIC.to_be_bytes().to_vec();
+    // `DONE`.
+    bytes.extend(1_u16.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie);
+    // CAST: what we send is short.
+    bytes.extend((content.len() as u32 + follows).to_be_bytes());
+    bytes.extend(content);
+    bytes
+}
+
+/// An error as the protocol has it.
+fn number(error: Errno) -> u32 {
+    match error {
+        Errno::PERM | Errno::ROFS => 1,
+        Errno::NOMEM => 12,
+        Errno::INVAL => 22,
+        Errno::NOSPC => 28,
+        Errno::OPNOTSUPP => 95,
+        _ => 5,
+    }
 }
 
 #[cfg(test)]
@@ -262,6 +366,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_asked_of_extents() {
+        let ask = |queries: &[&[u8]]| {
+            let mut data = b"\0\0\0\x01d".to_vec();
+            data.extend((queries.len() as u32).to_be_bytes());
+            for query in queries {
+                data.extend((query.len() as u32).to_be_bytes());
+                data.extend(*query);
+            }
+            data
+        };
+        let name = &b"d"[..];
+        let asked = ask(&[b"qemu:x", ALLOCATION]);
+        assert_eq!(contexts(&asked, false), Some((name, true)));
+        assert_eq!(contexts(&ask(&[b"base:"]), false), Some((name, false)));
+        assert_eq!(contexts(&ask(&[b"base:"]), true), Some((name, true)));
+        assert_eq!(contexts(&ask(&[]), true), Some((name, true)));
+        assert_eq!(contexts(&ask(&[]), false), Some((name, false)));
+        for end in 0..asked.len() {
+            assert_eq!(contexts(&asked[..end], false), None);
+        }
+        assert_eq!(contexts(&[&asked[..], b"x"].concat(), false), None);
+    }
+
+    #[test]
     fn write_that_is_too_long_is_refused() {
         let mut bytes = [0; REQUEST];
         bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
@@ -278,7 +406,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_survived(head: [u8; OPTION_HEAD], bytes: [u8; REQUEST], data in prop::collection::vec(any::<u8>(), 0..64)) {
-            let _ = (option(head), request(bytes));
+            let _ = (option(head), request(bytes), contexts(&data, false), contexts(&data, true));
             if let Some(name) = export_name(&data) {
                 prop_assert!(name.len() + 6 <= data.len());
             }
