@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -288,6 +288,34 @@ fn write_at(engine: Engine, fd: OwnedFd, offset: u64) -> Result<u32, Errno> {
     runtime
         .block_on(async move { io.submit(op).await })
         .unwrap()
+}
+
+/// A write of a part of a block brings the rest of the block along, also where the file has ended.
+#[test]
+fn what_earlier_transfers_left_in_memory_is_not_written() {
+    let runtime = runtime(Engine::Sync);
+    let align = Align {
+        memory: 512,
+        offset: 4096,
+    };
+    let file = |content: &[u8]| {
+        let fd = open(content, 0);
+        let copy = fs::File::from(fd.try_clone().unwrap());
+        (File::new(&runtime.io, fd).unwrap().with_align(align), copy)
+    };
+    let (first, _) = file(&[0xff; 8192]);
+    let (second, its) = file(&[1; 512]);
+    let done = runtime.block_on(async move {
+        first.read(512, Data::zeroed(512)?).await?;
+        second.write(512, Data::copied(&[2; 512])?).await
+    });
+    done.unwrap().unwrap();
+    let mut bytes = [9; 4096];
+    its.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(
+        bytes,
+        [[1; 512], [2; 512], [0; 512], [0; 512], [0; 512], [0; 512], [0; 512], [0; 512]].concat()[..]
+    );
 }
 
 /// Pages of a file that are not written back (`struct cachestat` of the kernel).
