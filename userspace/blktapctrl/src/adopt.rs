@@ -62,7 +62,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, record: Record) {
     disk.process.replace(process.clone());
     let recognised = match &process {
         Some(process) => {
-            keep_state(lifecycle, &disk, process);
+            keep_state(&disk, process);
             lifecycle.watch(process.clone());
             recognise(&disk, process).await
         }
@@ -125,18 +125,14 @@ async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Proce
 }
 
 /// The state of a disk is the process' too, which may be the last one to hold it.
-fn keep_state(lifecycle: &Lifecycle, disk: &Disk, process: &Process) {
+fn keep_state(disk: &Disk, process: &Process) {
     let place = match disk.record.borrow().next {
         Some(_) => &disk.next_state,
         None => &disk.state,
     };
     match State::held_by(process.pid(), disk.minor) {
         Ok(state) => drop(place.replace(state)),
-        Err(failure) => {
-            let why = format!("{failure}");
-            let events = &lifecycle.registry.events;
-            events.add(Some(disk.minor), What::Unknown { why });
-        }
+        Err(failure) => tracing::warn!("{failure}"),
     }
 }
 

@@ -70,6 +70,26 @@ fn a_parent_is_given_and_counts_as_used() {
 }
 
 #[test]
+fn an_extent_belongs_to_one_disk() {
+    test("needs-extent", |bed| async move {
+        let path = served(&bed);
+        let extent = Needed::Extent { path: path.clone() };
+        ask(&bed, "ask", std::slice::from_ref(&extent));
+        let minor = bed.made(bed.create("a.img")).await;
+        assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
+        bed.image("b.img", "other");
+        for need in [extent, parent(&path)] {
+            ask(&bed, "ask", &[need]);
+            let why = refused(&bed, bed.create("b.img")).await;
+            assert!(why.contains("parent.img is not free"), "{why}");
+            assert!(why.contains(&format!("tap disk {minor}")), "{why}");
+        }
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
 fn what_is_elsewhere_is_refused_with_the_remedy() {
     test("needs-elsewhere", |bed| async move {
         served(&bed);
