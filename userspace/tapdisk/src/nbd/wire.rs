@@ -3,11 +3,44 @@
 //!
 //! The description is `doc/proto.md` of the nbd project; numbers are big endian.
 
+use bitflags::bitflags;
 use diskio::Errno;
 use drivers::{Content, Extent};
 
-/// The first bytes of a server that speaks the fixed newstyle, and its handshake flags:
-/// `FIXED_NEWSTYLE | NO_ZEROES`.
+bitflags! {
+    /// How both ends shake hands; a client's are 32 bits of these.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    struct Handshake: u32 {
+        /// Options are answered in a way that a client can skip.
+        const FIXED_NEWSTYLE = 1 << 0;
+        /// No zeroes follow the answer to `ExportName`.
+        const NO_ZEROES = 1 << 1;
+    }
+
+    /// What an export can do.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    struct Transmission: u16 {
+        /// The others count.
+        const HAS_FLAGS = 1 << 0;
+        const READ_ONLY = 1 << 1;
+        const SEND_FLUSH = 1 << 2;
+        const SEND_FUA = 1 << 3;
+        const SEND_TRIM = 1 << 5;
+        const SEND_WRITE_ZEROES = 1 << 6;
+        /// What one connection has flushed is durable for all.
+        const CAN_MULTI_CONN = 1 << 8;
+    }
+
+    /// How a command is to be done.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    struct CommandFlags: u16 {
+        const FUA = 1 << 0;
+        /// One extent is enough.
+        const REQ_ONE = 1 << 3;
+    }
+}
+
+/// The first bytes of a server that speaks the fixed newstyle, and all flags of [`Handshake`].
 pub(super) const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03";
 /// Bytes of the head of an option.
 pub(super) const OPTION_HEAD: usize = 16;
@@ -27,11 +60,9 @@ const CHUNK_MAGIC: u32 = 0x668e_33ef;
 /// Flags of a client: `FIXED_NEWSTYLE` must be among them, `NO_ZEROES` may. Says whether the zeroes
 /// are left out.
 pub(super) fn client_flags(bytes: [u8; 4]) -> Option<bool> {
-    match u32::from_be_bytes(bytes) {
-        1 => Some(false),
-        3 => Some(true),
-        _ => None,
-    }
+    let flags = Handshake::from_bits(u32::from_be_bytes(bytes))?;
+    let fixed = flags.contains(Handshake::FIXED_NEWSTYLE);
+    fixed.then_some(flags.contains(Handshake::NO_ZEROES))
 }
 
 /// What a client asks for before it is served.
@@ -179,17 +210,19 @@ pub(super) struct Export {
 }
 
 impl Export {
-    /// `HAS_FLAGS`, `READ_ONLY`, `SEND_FLUSH`, `SEND_FUA`, `SEND_TRIM`, `SEND_WRITE_ZEROES`,
-    /// `CAN_MULTI_CONN`.
-    fn flags(&self) -> u16 {
-        let writable = 1 << 3 | 1 << 5 | 1 << 6;
-        1 | 1 << 2 | 1 << 8 | if self.read_only { 1 << 1 } else { writable }
+    fn flags(&self) -> Transmission {
+        use Transmission as T;
+        let access = match self.read_only {
+            true => T::READ_ONLY,
+            false => T::SEND_FUA | T::SEND_TRIM | T::SEND_WRITE_ZEROES,
+        };
+        T::HAS_FLAGS | T::SEND_FLUSH | T::CAN_MULTI_CONN | access
     }
 
     /// Size and flags, as the answer to `ExportName` begins and as `INFO_EXPORT` says.
     pub(super) fn brief(&self) -> Vec<u8> {
         let mut bytes = self.size.to_be_bytes().to_vec();
-        bytes.extend(self.flags().to_be_bytes());
+        bytes.extend(self.flags().bits().to_be_bytes());
         bytes
     }
 
@@ -255,14 +288,15 @@ pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
         7 => Command::BlockStatus,
         _ => Command::Unknown,
     };
+    let flags = CommandFlags::from_bits_retain(u16::from_be_bytes(*flags));
     let len = u32::from_be_bytes(*len);
     if command == Command::Write && len > MAX_DATA {
         return None;
     }
     Some(Request {
         command,
-        fua: u16::from_be_bytes(*flags) & 1 != 0,
-        one: u16::from_be_bytes(*flags) & 1 << 3 != 0,
+        fua: flags.contains(CommandFlags::FUA),
+        one: flags.contains(CommandFlags::REQ_ONE),
         cookie: *cookie,
         offset: u64::from_be_bytes(*offset),
         len,
@@ -349,6 +383,25 @@ mod tests {
         assert_eq!(option(head), None, "64 KiB of data");
         head = *b"IHAVEOPX\0\0\0\x07\0\0\0\x10";
         assert_eq!(option(head), None);
+    }
+
+    #[test]
+    fn flags_are_those_of_the_protocol() {
+        let client = |flags: u32| client_flags(flags.to_be_bytes());
+        assert_eq!([client(1), client(3)], [Some(false), Some(true)]);
+        assert_eq!([client(0), client(2), client(5)], [None; 3]);
+        let greeting = [GREETING[16], GREETING[17]];
+        assert_eq!(
+            u32::from(u16::from_be_bytes(greeting)),
+            Handshake::all().bits()
+        );
+        let export = |read_only| Export {
+            size: 512,
+            block: 512,
+            read_only,
+        };
+        assert_eq!(export(false).brief()[8..], [1, 0x6d]);
+        assert_eq!(export(true).brief()[8..], [1, 0x07]);
     }
 
     #[test]
