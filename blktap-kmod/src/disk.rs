@@ -183,6 +183,10 @@ impl TapDisk {
                 Unfit::Smaller => ERANGE,
             })?,
         };
+        if inner.params.is_none() {
+            // No device connects and no process is started before this.
+            inner.shadow.offer(params.operations());
+        }
         inner.params = Some(params);
         self.sectors.store(params.sectors, Relaxed);
         // The queues look at the size before each pass.
@@ -249,7 +253,7 @@ impl TapDisk {
         let mut info = Info {
             version: abi::VERSION,
             minor: self.minor,
-            features: abi::FEATURE_URING_CMD,
+            features: abi::FEATURES,
             max_segments: super::areas::MAX_SEGMENTS.into(),
             descriptors_len: self.areas.descriptors_len(),
             segments_offset: self.areas.segments_offset(),

@@ -4,10 +4,10 @@
 
 use super::disk::{Command, TapDisk};
 use super::registry;
-use crate::ring::tap::abi::{self, ioctl, Buffer, Exchange, Info};
+use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
 use crate::ring::tap::params::Params;
-use crate::ring::tap::shadow::OpenError;
+use crate::ring::tap::shadow::{OpenError, StartError};
 use crate::xen::chardev::{current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE};
 use crate::xen::uring::{Identity, Issued, Outcome, Parked, Woken};
 use kernel::ffi::c_int;
@@ -42,8 +42,40 @@ pub(super) fn write_user<T: IntoBytes + Immutable>(address: u64, value: &T) -> R
 }
 
 /// What is not understood is refused.
-pub(super) fn invalid(_: Malformed) -> Error {
-    EINVAL
+pub(super) fn invalid(why: Malformed) -> Error {
+    match why {
+        Malformed::Unknown => EOPNOTSUPP,
+        Malformed::Larger => E2BIG,
+        _ => EINVAL,
+    }
+}
+
+/// Copies a structure that carries its size from the process. Each byte is read once: who writes there
+/// meanwhile gets what one of the two says, and no size that was not checked.
+fn read_claims(address: u64) -> Result<Claims> {
+    let mut claims = Claims::new_zeroed();
+    let (size, body) = claims
+        .as_mut_bytes()
+        .split_at_mut_checked(size_of::<u32>())
+        .ok_or(EINVAL)?;
+    // CAST: a small number.
+    let mut reader = user_memory(address, abi::CLAIMS_MAX_SIZE as usize).reader();
+    reader.read_slice(size)?;
+    let size = u32::read_from_bytes(size).map_err(|_| EINVAL)?;
+    let sized = Claims::check_size(size).map_err(invalid)?;
+    let known = sized.known.saturating_sub(size_of::<u32>());
+    reader.read_slice(body.get_mut(..known).ok_or(EINVAL)?)?;
+    let mut left = sized.beyond;
+    while left > 0 {
+        let mut piece = [0; 64];
+        let piece = piece.get_mut(..left.min(64)).ok_or(EINVAL)?;
+        reader.read_slice(piece)?;
+        if piece.iter().any(|byte| *byte != 0) {
+            return Err(E2BIG);
+        }
+        left = left.saturating_sub(64);
+    }
+    Ok(claims)
 }
 
 impl Opener {
@@ -68,12 +100,26 @@ impl Opener {
         Ok(0)
     }
 
+    // Not parts of `ioctl`, so that it has a small frame.
+    #[inline(never)]
+    fn claim(&self, address: u64) -> Result<c_int> {
+        let claimed = read_claims(address)?.check().map_err(invalid)?;
+        if self.disk.inner.lock().shadow.claim(self.epoch, claimed) {
+            Ok(0)
+        } else {
+            Err(EINVAL)
+        }
+    }
+
     fn start(&self) -> Result<c_int> {
         let mut inner = self.disk.inner.lock();
         if inner.params.is_none() {
             return Err(EINVAL);
         }
-        let failed = inner.shadow.started(self.epoch).ok_or(EINVAL)?;
+        let failed = inner.shadow.started(self.epoch).map_err(|why| match why {
+            StartError::NotOpen => EINVAL,
+            StartError::Lacks(_) => EOPNOTSUPP,
+        })?;
         inner.tell(failed.queues);
         inner.pid = current_process();
         self.disk.stop_waiting();
@@ -203,6 +249,7 @@ impl CharDevice for Opener {
             ioctl::INFO => self.info(address),
             ioctl::SET_PARAMS => self.set_params(address),
             ioctl::EXCUSE => self.excuse(),
+            ioctl::CLAIM => self.claim(address),
             ioctl::START => self.start(),
             ioctl::EXCHANGE => self.exchange(address),
             _ => Err(ENOTTY),
@@ -245,7 +292,13 @@ impl CharDevice for Opener {
     }
 
     fn uring_command(&self, command: Issued<'_, Self>) -> Outcome {
-        if command.number() != ioctl::EXCHANGE {
+        let claimed = self
+            .disk
+            .inner
+            .lock()
+            .shadow
+            .has_claimed(abi::FEATURE_URING_CMD);
+        if command.number() != ioctl::EXCHANGE || !claimed {
             return Outcome::refused();
         }
         let tags = match self.issue(command.payload()) {

@@ -58,6 +58,8 @@ struct xentap_completion {
 };
 
 #define XENTAP_FEATURE_URING_CMD 1
+#define XENTAP_FEATURE_CLAIM 4
+#define XENTAP_FEATURES (XENTAP_FEATURE_URING_CMD | XENTAP_FEATURE_CLAIM)
 
 #define XENTAP_STATE_IDLE 0
 #define XENTAP_STATE_OPEN 1
@@ -92,7 +94,20 @@ struct xentap_info {
 	uint32_t poisoned;
 	uint32_t isolated;
 	uint32_t memory_kib;
-	uint64_t reserved[4];
+	uint64_t lacking;
+	uint64_t reserved[3];
+};
+
+/* One bit for each XENTAP_OP_ of this version. */
+#define XENTAP_OPERATIONS 0x6f
+#define XENTAP_CLAIMS_FIRST_SIZE 24
+#define XENTAP_CLAIMS_MAX_SIZE 4096
+
+struct xentap_claims {
+	uint32_t size;
+	uint32_t reserved;
+	uint64_t operations;
+	uint64_t features;
 };
 
 struct xentap_create {
@@ -155,6 +170,8 @@ struct xentap_discard_limits {
 #define XENTAP_INFO _IOR('x', 0x10, struct xentap_info)
 #define XENTAP_SET_PARAMS _IOW('x', 0x11, struct xentap_buffer)
 #define XENTAP_START _IO('x', 0x12)
+/* Its number says nothing of the size, which the structure carries. */
+#define XENTAP_CLAIM _IOC(_IOC_WRITE, 'x', 0x15, 0)
 #define XENTAP_EXCUSE _IO('x', 0x14)
 #define XENTAP_EXCHANGE _IOWR('x', 0x13, struct xentap_exchange)
 

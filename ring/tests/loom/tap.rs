@@ -40,7 +40,7 @@ impl Shared {
     fn new() -> Arc<Self> {
         let mut shadow = Shadow::new(vec![Entry::FREE; 2]);
         let epoch = shadow.opened().expect("nobody has it");
-        assert!(shadow.started(epoch).is_some());
+        assert!(shadow.started(epoch).is_ok());
         Arc::new(Self {
             disk: Mutex::new(Disk {
                 shadow,
@@ -177,7 +177,7 @@ fn a_commit_that_meets_the_end_counts_once() {
         let epoch = {
             let mut disk = shared.disk.lock().unwrap();
             let epoch = disk.epoch;
-            assert!(disk.shadow.started(epoch).is_some());
+            assert!(disk.shadow.started(epoch).is_ok());
             epoch
         };
         let again = shared.fetch(false);

@@ -517,8 +517,8 @@ impl Pair {
         let may = self.model.state == abi::STATE_OPEN && ago == 0;
         let epoch = self.model.epoch.wrapping_sub(ago);
         let started = self.shadow.started(epoch);
-        assert_eq!(started.is_some(), may, "{self:?}");
-        let Some(failed) = started else {
+        assert_eq!(started.is_ok(), may, "{self:?}");
+        let Ok(failed) = started else {
             return;
         };
         self.model.state = abi::STATE_LIVE;

@@ -350,8 +350,8 @@ impl Machine {
     fn start(&mut self) {
         let epoch = self.tap.process.as_ref().map_or(0, |p| p.epoch);
         match self.tap.shadow.started(epoch) {
-            None => self.problem("a process that has opened the disk cannot start it".into()),
-            Some(failed) => self.disk.wake |= failed.count > 0,
+            Err(why) => self.problem(format!("who has opened the disk cannot start it: {why:?}")),
+            Ok(failed) => self.disk.wake |= failed.count > 0,
         }
     }
 

@@ -4,8 +4,8 @@
 
 use crate::sys::{ioctl, readable, Area};
 use anyhow::{ensure, Context, Result};
-use ring::tap::abi::{ioctl as numbers, Buffer, Completion, Create, Desc, Exchange, Info, Segment};
-use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS, VERSION};
+use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Create, Desc, Exchange, Info};
+use ring::tap::abi::{Segment, FEATURES, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, VERSION};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -128,8 +128,16 @@ impl Node {
         ioctl(&self.file, numbers::SET_PARAMS, &mut buffer).map(drop)
     }
 
-    /// From now on requests are delivered.
+    /// Says that it can do whatever there is, and from now on requests are delivered.
     pub(crate) fn start(&self) -> io::Result<()> {
+        let mut claims = Claims {
+            // CAST: a small structure.
+            size: size_of::<Claims>() as u32,
+            operations: OPERATIONS,
+            features: FEATURES,
+            ..Claims::default()
+        };
+        ioctl(&self.file, numbers::CLAIM, &mut claims)?;
         ioctl(&self.file, numbers::START, &mut [0u8; 0]).map(drop)
     }
 

@@ -15,7 +15,8 @@ pub(crate) fn ioctl<T: IntoBytes + FromBytes>(
     value: &mut T,
 ) -> io::Result<i32> {
     let bytes = value.as_mut_bytes();
-    // SAFETY: the structure has the size that the number of the ioctl names, and may hold any bytes.
+    // SAFETY: the structure has the size that the number of the ioctl names, or that it carries itself, and
+    // may hold any bytes.
     let result = unsafe {
         libc::ioctl(
             file.as_raw_fd(),

@@ -8,9 +8,10 @@ use crate::Node;
 use diskio::{Access, Region};
 use ring::numbers::DiskTag;
 use ring::response::Status;
-use ring::tap::abi::{self, Completion, Desc, Info, Segment};
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
+use ring::tap::checked::Malformed;
 use ring::tap::params::{Params, Unfit};
-use ring::tap::shadow::{Op, Request, Shadow};
+use ring::tap::shadow::{Op, Request, Shadow, StartError};
 use ring::tap::table::Entry;
 use rustix::event::{eventfd, EventfdFlags};
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
@@ -46,6 +47,7 @@ struct Inner {
 struct State {
     shadow: Shadow<Vec<Entry>>,
     params: Option<Params>,
+    features: u64,
     free: Vec<u16>,
     answers: HashMap<u16, Status>,
     malformed: u64,
@@ -64,6 +66,7 @@ impl Fake {
         let state = State {
             shadow: Shadow::new(vec![Entry::FREE; count]),
             params: None,
+            features: abi::FEATURES & !abi::FEATURE_URING_CMD,
             free: (0..tags).rev().collect(),
             answers: HashMap::new(),
             malformed: 0,
@@ -76,6 +79,19 @@ impl Fake {
             arena: memory("arena", count * SLOT)?,
             ready: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })))
+    }
+
+    /// A disk of a kernel module of the time before there were claims.
+    pub fn before_claims(tags: u16) -> io::Result<Self> {
+        let fake = Self::new(tags)?;
+        fake.lock().features = 0;
+        Ok(fake)
+    }
+
+    /// The guest was told that the disk takes these operations alone, one bit for each; without this, all
+    /// that there are.
+    pub fn offer(&self, operations: u64) {
+        self.lock().shadow.offer(operations);
     }
 
     /// A process opens the node.
@@ -228,6 +244,7 @@ impl Fake {
     fn describe(&self, state: &State) -> Info {
         let mut info = Info {
             version: abi::VERSION,
+            features: state.features,
             max_segments: SEGMENTS as u32,
             descriptors_len: descriptors_len(self.tags()) as u64,
             segments_offset: segments_offset(self.tags()) as u64,
@@ -306,11 +323,30 @@ impl Node for FakeNode {
         Ok(())
     }
 
+    fn claim(&self, claims: &Claims) -> io::Result<()> {
+        let mut state = self.disk.lock();
+        if state.features & abi::FEATURE_CLAIM == 0 {
+            return Err(Errno::NOTTY.into());
+        }
+        let claimed = claims.check().map_err(|why| match why {
+            Malformed::Unknown => Errno::OPNOTSUPP,
+            _ => Errno::INVAL,
+        })?;
+        match state.shadow.claim(self.epoch, claimed) {
+            true => Ok(()),
+            false => Err(Errno::INVAL.into()),
+        }
+    }
+
     fn start(&self) -> io::Result<()> {
         let mut state = self.disk.lock();
-        if state.params.is_none() || state.shadow.started(self.epoch).is_none() {
-            return Err(io::ErrorKind::InvalidInput.into());
+        if state.params.is_none() {
+            return Err(Errno::INVAL.into());
         }
+        let _failed = state.shadow.started(self.epoch).map_err(|why| match why {
+            StartError::NotOpen => Errno::INVAL,
+            StartError::Lacks(_) => Errno::OPNOTSUPP,
+        })?;
         self.disk.signal(&mut state)
     }
 

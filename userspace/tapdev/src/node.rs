@@ -2,7 +2,7 @@
 //! The node of a disk: the calls that the kernel has for it.
 
 use diskio::{Access, Region};
-use ring::tap::abi::{ioctl as numbers, Buffer, Completion, Exchange, Info};
+use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Exchange, Info};
 use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS};
 use rustix::ioctl::{ioctl, Getter, Ioctl, IoctlOutput, NoArg, Opcode, Setter};
 use std::ffi::c_void;
@@ -21,6 +21,9 @@ pub trait Node: std::fmt::Debug {
 
     /// Describes the disk by records of `SET_PARAMS`.
     fn set_params(&self, records: &[u8]) -> io::Result<()>;
+
+    /// Says what the process can do; only if [`FEATURE_CLAIM`](ring::tap::abi::FEATURE_CLAIM) is there.
+    fn claim(&self, claims: &Claims) -> io::Result<()>;
 
     /// Asks for requests from now on.
     fn start(&self) -> io::Result<()>;
@@ -74,6 +77,19 @@ impl Node for KernelNode {
         // which `records` has; it writes nothing.
         let argument = unsafe { Setter::<{ numbers::SET_PARAMS }, _>::new(buffer) };
         // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
+        Ok(unsafe { ioctl(&self.fd, argument) }?)
+    }
+
+    fn claim(&self, claims: &Claims) -> io::Result<()> {
+        let claims = Claims {
+            // CAST: it is small.
+            size: size_of::<Claims>() as u32,
+            ..*claims
+        };
+        // SAFETY: CLAIM reads as many bytes as `size` says, which are those of the structure, and
+        // writes nothing.
+        let argument = unsafe { Setter::<{ numbers::CLAIM }, _>::new(claims) };
+        // SAFETY: whatever file this is, it is given readable memory of our own that nobody uses after.
         Ok(unsafe { ioctl(&self.fd, argument) }?)
     }
 

@@ -22,6 +22,29 @@ pub enum Kind {
     WriteZeroes,
 }
 
+/// The operations that [`Kind`] has, one bit for each.
+pub(crate) const OPERATIONS: u64 = 1 << abi::OP_READ
+    | 1 << abi::OP_WRITE
+    | 1 << abi::OP_FLUSH
+    | 1 << abi::OP_DISCARD
+    | 1 << abi::OP_SECURE_DISCARD
+    | 1 << abi::OP_WRITE_ZEROES;
+
+/// The names of operations, of which there is one bit for each.
+pub(crate) fn names(operations: u64) -> String {
+    let name = |op: u8| match op {
+        abi::OP_READ => "reads".to_string(),
+        abi::OP_WRITE => "writes".to_string(),
+        abi::OP_FLUSH => "flushes".to_string(),
+        abi::OP_DISCARD => "discards".to_string(),
+        abi::OP_SECURE_DISCARD => "secure discards".to_string(),
+        abi::OP_WRITE_ZEROES => "writes of zeroes".to_string(),
+        op => format!("operation {op}"),
+    };
+    let set = (0..64).filter(|op| operations >> op & 1 == 1);
+    set.map(name).collect::<Vec<_>>().join(", ")
+}
+
 /// A request. It must be committed once ([`done`](Self::done)), and its data not be used then.
 #[derive(Clone, Debug)]
 pub struct Request {

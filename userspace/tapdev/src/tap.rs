@@ -4,7 +4,7 @@
 use crate::request::{self, Malformed, Request};
 use crate::{records, Node, Params};
 use diskio::{Data, Region};
-use ring::tap::abi::{self, Completion, Desc, Info, Segment};
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -68,9 +68,33 @@ impl Tap {
         self.node.set_params(&records(params))
     }
 
-    /// Asks for requests from now on.
+    /// Says what this program understands, and asks for requests from now on.
+    ///
+    /// # Errors
+    /// As the kernel says; [`io::ErrorKind::Unsupported`] if guests were told that the disk can do more.
     pub fn start(&self) -> io::Result<()> {
-        self.node.start()
+        // A kernel module of the time before claims knows nothing that we do not understand.
+        if self.info.features & abi::FEATURE_CLAIM != 0 {
+            self.node.claim(&Claims {
+                operations: request::OPERATIONS,
+                features: self.info.features & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM),
+                ..Claims::default()
+            })?;
+        }
+        let Err(error) = self.node.start() else {
+            return Ok(());
+        };
+        match self.node.info()?.lacking {
+            0 => Err(error),
+            lacking => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!(
+                    "guests were told that the disk takes {}, which this tapdisk does not understand: use \
+                     one that is as new as the one before",
+                    request::names(lacking)
+                ),
+            )),
+        }
     }
 
     /// Commits, then fetches as many tags as there is room for, without waiting. Returns how many

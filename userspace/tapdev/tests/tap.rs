@@ -4,7 +4,7 @@
 use diskio::{Access, Errno, Region};
 use proptest::prelude::*;
 use ring::response::Status;
-use ring::tap::abi::{self, Completion, Desc, Info, Segment};
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
 use ring::tap::shadow::Op;
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::pwrite;
@@ -185,6 +185,9 @@ impl Node for Wrong {
     fn set_params(&self, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
+    fn claim(&self, _: &Claims) -> io::Result<()> {
+        Ok(())
+    }
     fn start(&self) -> io::Result<()> {
         Ok(())
     }
@@ -223,7 +226,8 @@ const INFO: Info = Info {
     poisoned: 0,
     isolated: 0,
     memory_kib: 0,
-    reserved: [0; 4],
+    lacking: 0,
+    reserved: [0; 3],
 };
 
 #[test]

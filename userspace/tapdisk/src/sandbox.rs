@@ -234,6 +234,7 @@ const IOCTLS: &[u32] = &[
     0x5421,
     node::INFO,
     node::SET_PARAMS,
+    node::CLAIM,
     node::START,
     node::EXCHANGE,
 ];

@@ -2,6 +2,25 @@
 
 //! The ABI between the kernel and the process that serves a disk, version 1.
 //!
+//! # What stays as it is
+//!
+//! Kernel module and process are installed at the same time, and used at different ones: a new process
+//! serves under the module that runs until the machine is started again. So each side works with the
+//! one before it:
+//!
+//! - A number, a size and a meaning that is here stays. What comes later is a new number, or a feature
+//!   ([`Info::features`]) that a process uses only if it is there.
+//! - Nothing new is delivered to a process that did not claim it ([`Claims`]). Who claims nothing is
+//!   one of the time before there were claims, and gets what there was then
+//!   (`ring::tap::checked::Claimed::BEFORE`).
+//! - [`Claims`] carries its size. What the caller's lacks is zero, what it has beyond ours must be
+//!   (`E2BIG`). It grows at its end, and 0 always means what it meant before.
+//! - Structures of other ioctls do not grow: their size is in the number. Their reserved fields may get
+//!   a meaning that 0 does not have.
+//! - A version of another number is for what cannot be said in this way; each side refuses it.
+//!
+//! # The calls
+//!
 //! There is one control node, `/dev/xentap/control`, and one node for each disk,
 //! `/dev/xentap/MINOR`. All numbers are in the byte order of the host. Every structure that crosses
 //! the boundary has fields that are reserved and must be zero: what is not understood is refused
@@ -12,8 +31,8 @@
 //! of its files by itself: who replaces it tries again. While the I/O of the last opener is not known
 //! to be over, `open` waits, or fails with `EBUSY` if it is non-blocking.
 //!
-//! Who opens it may ask ([`Info`]), describe the disk
-//! ([`ioctl::SET_PARAMS`]), and start it. From then on requests are *delivered*: the kernel writes
+//! Who opens it may ask ([`Info`]), describe the disk ([`ioctl::SET_PARAMS`]), say what it can do
+//! ([`ioctl::CLAIM`]), and start it. From then on requests are *delivered*: the kernel writes
 //! a [`Desc`] and its [`Segment`]s at the request's tag into the descriptor area, which the process
 //! can only read, and hands out the tag. Data is in the arena. The process *commits* the request
 //! with a [`Completion`] that names the tag and the generation of its delivery.
@@ -216,12 +235,67 @@ pub struct Info {
     pub isolated: u32,
     /// Memory of the kernel that the disk holds, in KiB.
     pub memory_kib: u32,
+    /// Operations that the last start was refused for: guests may ask for them, and the process did
+    /// not claim them. One bit for each `OP_*`; 0 after a start that was not refused for that.
+    pub lacking: u64,
     /// Zero.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 3],
 }
 
 /// `uring_cmd` is understood.
 pub const FEATURE_URING_CMD: u64 = 1;
+/// [`ioctl::CLAIM`] is understood.
+pub const FEATURE_CLAIM: u64 = 1 << 2;
+
+/// The features that there are.
+pub const FEATURES: u64 = FEATURE_URING_CMD | FEATURE_CLAIM;
+
+/// The operations that there are, one bit for each.
+pub const OPERATIONS: u64 = 1 << OP_READ
+    | 1 << OP_WRITE
+    | 1 << OP_FLUSH
+    | 1 << OP_DISCARD
+    | 1 << OP_WRITE_ZEROES
+    | 1 << OP_SECURE_DISCARD;
+
+/// Bytes of [`Claims`] when the structure was made: none is smaller.
+pub const CLAIMS_FIRST_SIZE: u32 = 24;
+/// Bytes that [`Claims`] of a later process may have.
+pub const CLAIMS_MAX_SIZE: u32 = 4096;
+
+/// What a process can do: the argument of [`ioctl::CLAIM`].
+///
+/// The start is refused (`EOPNOTSUPP`) if guests may ask for an operation that was not claimed;
+/// [`Info::lacking`] says for which. That depends on what they were told of the disk by the first
+/// process that described it. So the process that cannot serve a disk learns it, and no guest.
+/// To claim an operation says that the process understands it: it may still answer `-EOPNOTSUPP` if
+/// its image cannot do it.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Claims {
+    /// Bytes of this structure as the caller knows it: at least [`CLAIMS_FIRST_SIZE`], at most
+    /// [`CLAIMS_MAX_SIZE`].
+    pub size: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// One bit for each `OP_*` that it understands, with all flags of [`Desc`] that have no feature of
+    /// their own. One that is not known is refused (`EOPNOTSUPP`).
+    pub operations: u64,
+    /// `FEATURE_*` that it uses. One that the kernel does not have is refused (`EOPNOTSUPP`), and so is
+    /// the use of one that was not claimed.
+    pub features: u64,
+}
 
 /// No process has the node open, and none has to be waited for.
 pub const STATE_IDLE: u32 = 0;
@@ -442,6 +516,7 @@ const _: () = {
     assert!(size_of::<Segment>() == 8);
     assert!(size_of::<Completion>() == 16);
     assert!(size_of::<Info>() == 184);
+    assert!(size_of::<Claims>() == 24);
     assert!(size_of::<Create>() == 48);
     assert!(size_of::<Destroy>() == 8);
     assert!(size_of::<Buffer>() == 16);
@@ -481,7 +556,10 @@ pub mod ioctl {
     /// Disk node: the end of the last process is no fault of the requests that it had, as when
     /// somebody killed it ([`Create::max_deaths`]). Before the start.
     pub const EXCUSE: u32 = number::<()>(NONE, 0x14);
-    /// Disk node: from now on requests are delivered, first those of an earlier process.
+    /// Disk node: [`Claims`]; its number says nothing of the size. Before the start; the last one counts.
+    pub const CLAIM: u32 = number::<()>(WRITE, 0x15);
+    /// Disk node: from now on requests are delivered, first those of an earlier process. `EOPNOTSUPP`
+    /// if the process lacks what guests may ask for.
     pub const START: u32 = number::<()>(NONE, 0x12);
     /// Disk node: [`Exchange`].
     pub const EXCHANGE: u32 = number::<Exchange>(READ | WRITE, 0x13);

@@ -33,6 +33,10 @@ pub enum Malformed {
     Range,
     /// An array is too long, or wraps around the end of memory.
     Buffer,
+    /// An operation or a feature is not known.
+    Unknown,
+    /// A structure is larger than any that there will be, or says something in what is beyond ours.
+    Larger,
 }
 
 fn zero<const N: usize, T: Copy + Default + PartialEq>(fields: [T; N]) -> Result<(), Malformed> {
@@ -131,6 +135,69 @@ impl abi::Destroy {
     pub fn check(&self) -> Result<u32, Malformed> {
         zero([self.flags])?;
         Ok(self.minor)
+    }
+}
+
+/// What a process can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    /// One bit for each `OP_*`, all of them known.
+    pub operations: u64,
+    /// `FEATURE_*`, all of them known.
+    pub features: u64,
+}
+
+impl Claimed {
+    /// What is taken for granted of a process that does not say it.
+    pub const BEFORE: Self = Self {
+        operations: 1 << abi::OP_READ
+            | 1 << abi::OP_WRITE
+            | 1 << abi::OP_FLUSH
+            | 1 << abi::OP_DISCARD
+            | 1 << abi::OP_WRITE_ZEROES
+            | 1 << abi::OP_SECURE_DISCARD,
+        features: abi::FEATURE_URING_CMD,
+    };
+}
+
+/// How much of a structure that carries its size is to be read, and what has to be zero behind that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// Bytes that both sides know.
+    pub known: usize,
+    /// Bytes behind them, which must be zero.
+    pub beyond: usize,
+}
+
+impl abi::Claims {
+    /// Checks the size that the caller's structure says it has.
+    pub fn check_size(size: u32) -> Result<Lengths, Malformed> {
+        let ours = size_of::<Self>();
+        match size {
+            ..abi::CLAIMS_FIRST_SIZE => Err(Malformed::Range),
+            abi::CLAIMS_FIRST_SIZE..=abi::CLAIMS_MAX_SIZE => {
+                // CAST: it is small.
+                let theirs = size as usize;
+                Ok(Lengths {
+                    known: theirs.min(ours),
+                    beyond: theirs.saturating_sub(ours),
+                })
+            }
+            _ => Err(Malformed::Larger),
+        }
+    }
+
+    /// Checks what the process claims. What the caller's structure did not have is zero here.
+    pub fn check(&self) -> Result<Claimed, Malformed> {
+        zero([self.reserved])?;
+        let unknown = self.operations & !abi::OPERATIONS | self.features & !abi::FEATURES;
+        if unknown != 0 {
+            return Err(Malformed::Unknown);
+        }
+        Ok(Claimed {
+            operations: self.operations,
+            features: self.features,
+        })
     }
 }
 

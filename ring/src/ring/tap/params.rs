@@ -100,6 +100,23 @@ impl Params {
         Ok(params)
     }
 
+    /// What guests may ask for who were told of this disk: one bit for each `OP_*`.
+    pub fn operations(&self) -> u64 {
+        let mut all = 1 << abi::OP_READ;
+        if self.read_only {
+            return all;
+        }
+        all |= 1 << abi::OP_WRITE;
+        if self.write_cache {
+            all |= 1 << abi::OP_FLUSH;
+        }
+        if let Some(discard) = self.discard {
+            all |= 1 << abi::OP_DISCARD;
+            all |= u64::from(discard.secure) << abi::OP_SECURE_DISCARD;
+        }
+        all
+    }
+
     /// What guests know of the disk after it became what `next` says, while they use it or between
     /// two processes: what they were told, with the new size. Hints, such as the size of a physical
     /// block, depend on where an image lies, so they may differ and are not believed any more.

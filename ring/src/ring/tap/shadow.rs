@@ -40,7 +40,7 @@ use core::ops::DerefMut;
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
-use crate::ring::tap::checked::{Commit, Outcome};
+use crate::ring::tap::checked::{Claimed, Commit, Outcome};
 use crate::ring::tap::overlap::{writes, Overlap};
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
 use isolation::Isolation;
@@ -107,6 +107,17 @@ pub enum PostError {
     OutOfRange,
     /// The tag has a request already.
     InUse,
+    /// Nobody was told that the disk can do that.
+    NotOffered,
+}
+
+/// Why delivery does not start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartError {
+    /// Who asks for it has not opened the disk, or has started it already.
+    NotOpen,
+    /// Guests may ask for what the process does not understand: one bit for each `OP_*`.
+    Lacks(u64),
 }
 
 /// Why a node cannot be opened.
@@ -190,6 +201,12 @@ pub struct Shadow<S> {
     committed: u64,
     replayed: u64,
     refused: u64,
+    /// Operations that may be posted, one bit for each.
+    offered: u64,
+    /// What the process can do. While it is served that is everything that is offered.
+    claimed: Claimed,
+    /// What the last start lacked.
+    lacking: u64,
     isolation: Isolation,
 }
 
@@ -216,6 +233,9 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             committed: 0,
             replayed: 0,
             refused: 0,
+            offered: abi::OPERATIONS,
+            claimed: Claimed::BEFORE,
+            lacking: 0,
             isolation: Isolation::default(),
         }
     }
@@ -278,6 +298,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         info.committed = self.committed;
         info.replayed = self.replayed;
         info.refused = self.refused;
+        info.lacking = self.lacking;
         self.isolation.describe(info);
         // What was delivered just now has waited for 1: 0 means that there is none.
         info.oldest_ns = oldest.map_or(0, |e| now.saturating_sub(e.delivered_ns).max(1));
@@ -296,17 +317,38 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         self.phase = Phase::Open;
         self.epoch = self.epoch.wrapping_add(1);
         self.isolation.answered = false;
+        self.claimed = Claimed::BEFORE;
+        self.lacking = 0;
         Ok(self.epoch)
     }
 
-    /// The process wants requests from now on; `None` unless it has opened the disk and not
-    /// started it yet. A request of which earlier processes died may fail now.
-    pub fn started(&mut self, epoch: u64) -> Option<Failed> {
+    /// Says what the process can do that has opened the disk and not started it. `false` if that is
+    /// somebody else.
+    #[must_use]
+    pub fn claim(&mut self, epoch: u64, claimed: Claimed) -> bool {
+        let may = self.phase == Phase::Open && epoch == self.epoch;
+        if may {
+            self.claimed = claimed;
+        }
+        may
+    }
+
+    /// True if the process uses a feature.
+    pub fn has_claimed(&self, feature: u64) -> bool {
+        self.claimed.features & feature == feature
+    }
+
+    /// The process wants requests from now on. A request of which earlier processes died may fail now.
+    pub fn started(&mut self, epoch: u64) -> Result<Failed, StartError> {
         if self.phase != Phase::Open || epoch != self.epoch {
-            return None;
+            return Err(StartError::NotOpen);
+        }
+        self.lacking = self.offered & !self.claimed.operations;
+        if self.lacking != 0 {
+            return Err(StartError::Lacks(self.lacking));
         }
         self.phase = Phase::Live;
-        Some(self.judge())
+        Ok(self.judge())
     }
 
     /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
@@ -438,6 +480,12 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 
 /// The queues.
 impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+    /// Guests are told that they may ask for these operations, one bit for each, and nothing else. To
+    /// be called before anything is posted and before a process is served: what they were told stays.
+    pub fn offer(&mut self, operations: u64) {
+        self.offered = operations;
+    }
+
     /// Takes a request; `now` is in nanoseconds. It is delivered when the process asks for it.
     pub fn post(
         &mut self,
@@ -448,6 +496,9 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     ) -> Result<(), PostError> {
         if usize::from(queue) >= MAX_QUEUES || u32::from(tag.number()) >= self.tags() {
             return Err(PostError::OutOfRange);
+        }
+        if self.offered & 1u64.wrapping_shl(request.op.wire().into()) == 0 {
+            return Err(PostError::NotOffered);
         }
         let (sequence, ordered) = (self.sequence, self.replaying > 0);
         let entry = self.get_mut(tag).ok_or(PostError::OutOfRange)?;

@@ -5,9 +5,9 @@
 use proptest::prelude::*;
 use ring::response::Status;
 use ring::tap::abi::{
-    self, Buffer, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry,
+    self, Buffer, Claims, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry,
 };
-use ring::tap::checked::{Malformed, NewDisk, Outcome, UserArray};
+use ring::tap::checked::{Claimed, Malformed, NewDisk, Outcome, UserArray};
 use ring::tap::params::{Discard, ParamError, Params, Unfit, MAX_SECTORS};
 use zerocopy::IntoBytes;
 
@@ -44,6 +44,97 @@ fn completions() {
     for flags in [2, 3, 0x8000, u16::MAX] {
         assert_eq!(check(flags, 0, 0), Err(Malformed::Flags), "{flags}");
     }
+}
+
+#[test]
+fn claims() {
+    let size = abi::CLAIMS_FIRST_SIZE;
+    let good = Claims {
+        size,
+        reserved: 0,
+        operations: abi::OPERATIONS,
+        features: abi::FEATURES,
+    };
+    let check = |claims: Claims| claims.check().map(|got| (got.operations, got.features));
+    assert_eq!(check(good), Ok((abi::OPERATIONS, abi::FEATURES)));
+    let nothing = Claims {
+        size,
+        ..Claims::default()
+    };
+    assert_eq!(check(nothing), Ok((0, 0)));
+    let reserved = Claims {
+        reserved: 1,
+        ..good
+    };
+    assert_eq!(check(reserved), Err(Malformed::Reserved));
+    for bit in 0..64 {
+        let with = |known: u64| match known >> bit & 1 {
+            1 => Ok(()),
+            _ => Err(Malformed::Unknown),
+        };
+        let operations = Claims {
+            operations: 1 << bit,
+            ..nothing
+        };
+        let features = Claims {
+            features: 1 << bit,
+            ..nothing
+        };
+        assert_eq!(check(operations).map(drop), with(abi::OPERATIONS), "{bit}");
+        assert_eq!(check(features).map(drop), with(abi::FEATURES), "{bit}");
+    }
+}
+
+#[test]
+fn claims_of_another_size() {
+    let ours = size_of::<Claims>();
+    let first = abi::CLAIMS_FIRST_SIZE;
+    for size in [0, 1, first - 1] {
+        assert_eq!(Claims::check_size(size), Err(Malformed::Range), "{size}");
+    }
+    for size in [abi::CLAIMS_MAX_SIZE + 1, 1 << 31, u32::MAX] {
+        assert_eq!(Claims::check_size(size), Err(Malformed::Larger), "{size}");
+    }
+    for size in [first, ours as u32, ours as u32 + 1, abi::CLAIMS_MAX_SIZE] {
+        let lengths = Claims::check_size(size).expect("a size that may be");
+        assert_eq!(lengths.known, ours.min(size as usize));
+        assert_eq!(lengths.known + lengths.beyond, size as usize);
+    }
+}
+
+/// Who was there before the claims is served as then, whatever is added to the ABI.
+#[test]
+fn what_is_taken_for_granted_stays() {
+    assert_eq!(Claimed::BEFORE.operations, 0b110_1111);
+    assert_eq!(Claimed::BEFORE.features, 1);
+}
+
+#[test]
+fn what_guests_may_ask_for() {
+    let mut disk = Params {
+        sectors: 8,
+        logical_block: 512,
+        physical_block: 512,
+        read_only: false,
+        write_cache: false,
+        discard: None,
+        may_shrink: false,
+    };
+    assert_eq!(disk.operations(), 0b11);
+    disk.write_cache = true;
+    assert_eq!(disk.operations(), 0b111);
+    let mut discard = Discard {
+        granularity: 512,
+        alignment: 0,
+        secure: false,
+    };
+    disk.discard = Some(discard);
+    assert_eq!(disk.operations(), 0b1111);
+    discard.secure = true;
+    disk.discard = Some(discard);
+    assert_eq!(disk.operations(), 0b100_1111);
+    disk.read_only = true;
+    assert_eq!(disk.operations(), 1);
 }
 
 const CREATE: Create = Create {

@@ -44,7 +44,7 @@ impl Deadly {
     /// there are none.
     fn process(&mut self) -> bool {
         let epoch = self.shadow.opened().expect("nobody has it");
-        assert!(self.shadow.started(epoch).is_some());
+        assert!(self.shadow.started(epoch).is_ok());
         let lived = self.serve(epoch);
         self.reap();
         self.shadow.closed();
@@ -205,10 +205,7 @@ fn a_death_that_is_excused_counts_nothing() {
         let epoch = disk.shadow.opened().expect("nobody has it");
         assert!(!disk.shadow.excuse(epoch + 1), "somebody else");
         assert!(disk.shadow.excuse(epoch));
-        assert_eq!(
-            disk.shadow.started(epoch).map(|failed| failed.count),
-            Some(0)
-        );
+        assert_eq!(disk.shadow.started(epoch).map(|failed| failed.count), Ok(0));
         assert!(!disk.shadow.excuse(epoch), "it has started");
         assert!(!disk.serve(epoch));
         disk.shadow.closed();
@@ -265,7 +262,7 @@ fn isolation_ends_with_its_requests() {
     disk.post(0..4);
     assert!(!disk.process());
     let epoch = disk.shadow.opened().expect("nobody has it");
-    assert!(disk.shadow.started(epoch).is_some());
+    assert!(disk.shadow.started(epoch).is_ok());
     assert_eq!(disk.info().isolated, 4);
     assert_eq!(disk.shadow.withdraw(0), 4);
     assert_eq!(disk.info().isolated, 0);

@@ -71,7 +71,14 @@ void layout(void)
 	FIELD(info, poisoned);
 	FIELD(info, isolated);
 	FIELD(info, memory_kib);
+	FIELD(info, lacking);
 	FIELD(info, reserved);
+
+	SIZE(claims);
+	FIELD(claims, size);
+	FIELD(claims, reserved);
+	FIELD(claims, operations);
+	FIELD(claims, features);
 
 	SIZE(create);
 	FIELD(create, version);
@@ -129,6 +136,11 @@ void layout(void)
 	NUMBER(DESC_REPLAY);
 	NUMBER(COMPLETION_RETURNED);
 	NUMBER(FEATURE_URING_CMD);
+	NUMBER(FEATURE_CLAIM);
+	NUMBER(FEATURES);
+	NUMBER(OPERATIONS);
+	NUMBER(CLAIMS_FIRST_SIZE);
+	NUMBER(CLAIMS_MAX_SIZE);
 	NUMBER(STATE_IDLE);
 	NUMBER(STATE_OPEN);
 	NUMBER(STATE_LIVE);
@@ -146,6 +158,7 @@ void layout(void)
 	NUMBER(INFO);
 	NUMBER(SET_PARAMS);
 	NUMBER(START);
+	NUMBER(CLAIM);
 	NUMBER(EXCUSE);
 	NUMBER(EXCHANGE);
 }

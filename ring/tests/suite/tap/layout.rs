@@ -72,8 +72,10 @@ fn ours() -> BTreeMap<String, i64> {
         poisoned,
         isolated,
         memory_kib,
+        lacking,
         reserved
     );
+    structure!(all, claims, Claims, size, reserved, operations, features);
     structure!(
         all,
         create,
@@ -129,6 +131,11 @@ fn ours() -> BTreeMap<String, i64> {
         DESC_REPLAY,
         COMPLETION_RETURNED,
         FEATURE_URING_CMD,
+        FEATURE_CLAIM,
+        FEATURES,
+        OPERATIONS,
+        CLAIMS_FIRST_SIZE,
+        CLAIMS_MAX_SIZE,
         STATE_IDLE,
         STATE_OPEN,
         STATE_LIVE,
@@ -140,7 +147,7 @@ fn ours() -> BTreeMap<String, i64> {
         GEOMETRY_WRITE_CACHE,
         GEOMETRY_MAY_SHRINK
     );
-    numbers!(all, ioctl, CREATE, DESTROY, QUERY, INFO, SET_PARAMS, START, EXCUSE, EXCHANGE);
+    numbers!(all, ioctl, CREATE, DESTROY, QUERY, INFO, SET_PARAMS, START, CLAIM, EXCUSE, EXCHANGE);
     all.into_iter().collect()
 }
 

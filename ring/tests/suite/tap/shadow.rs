@@ -5,7 +5,10 @@
 use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi::{self, Completion, Desc, Info};
-use ring::tap::shadow::{Committed, Delivered, Op, OpenError, PostError, Request, Shadow};
+use ring::tap::checked::Claimed;
+use ring::tap::shadow::{
+    Committed, Delivered, Op, OpenError, PostError, Request, Shadow, StartError,
+};
 use ring::tap::table::Entry;
 
 const DIED: u8 = abi::DESC_REPLAY;
@@ -366,7 +369,7 @@ fn a_returned_request_keeps_its_place() {
 #[test]
 fn a_process_has_to_open_and_start_in_this_order() {
     let mut disk = Disk::new(4);
-    assert!(disk.shadow.started(0).is_none());
+    assert!(disk.shadow.started(0).is_err());
     disk.post(0, Op::Read, 0, 8);
     assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
     let epoch = disk.shadow.opened().expect("nobody has it");
@@ -377,9 +380,53 @@ fn a_process_has_to_open_and_start_in_this_order() {
         .deliver(epoch, 4, 0, |_, _| panic!("not started"));
     assert_eq!(nothing, Delivered::default());
     assert!(!disk.shadow.has_deliverable());
-    assert!(disk.shadow.started(epoch + 1).is_none());
-    assert!(disk.shadow.started(epoch).is_some());
-    assert!(disk.shadow.started(epoch).is_none(), "twice");
+    assert!(disk.shadow.started(epoch + 1).is_err());
+    assert!(disk.shadow.started(epoch).is_ok());
+    assert!(disk.shadow.started(epoch).is_err(), "twice");
+    assert_eq!(disk.tags(), [0]);
+}
+
+#[test]
+fn a_process_that_cannot_do_what_was_offered_is_not_started() {
+    let bits = |ops: &[u8]| ops.iter().fold(0, |all, op| all | 1u64 << op);
+    let mut disk = Disk::new(4);
+    disk.shadow
+        .offer(bits(&[abi::OP_READ, abi::OP_WRITE, abi::OP_DISCARD]));
+    let request = request(Op::Flush, 0, 0);
+    let refused = disk.shadow.post(DiskTag::new(0), 0, &request, 1);
+    assert_eq!(refused, Err(PostError::NotOffered));
+    disk.post(0, Op::Discard, 0, 8);
+    let claims = |operations| Claimed {
+        operations,
+        features: 0,
+    };
+    let lacking = |disk: &Disk| {
+        let mut info = abi::Info::default();
+        disk.shadow.describe(&mut info, 0);
+        info.lacking
+    };
+    let epoch = disk.shadow.opened().expect("nobody has it");
+    disk.epoch = epoch;
+    assert!(!disk.shadow.claim(epoch + 1, claims(0)), "somebody else");
+    // One that has only just read what a disk is claims too little, and may correct itself.
+    assert!(disk
+        .shadow
+        .claim(epoch, claims(bits(&[abi::OP_READ, abi::OP_FLUSH]))));
+    let missing = bits(&[abi::OP_WRITE, abi::OP_DISCARD]);
+    assert_eq!(disk.shadow.started(epoch), Err(StartError::Lacks(missing)));
+    assert_eq!(lacking(&disk), missing);
+    assert!(disk.tags().is_empty(), "it was started all the same");
+    let all = bits(&[abi::OP_READ, abi::OP_WRITE, abi::OP_DISCARD]);
+    assert!(disk.shadow.claim(epoch, claims(all)));
+    assert!(disk.shadow.started(epoch).is_ok());
+    assert_eq!(lacking(&disk), 0);
+    assert!(!disk.shadow.claim(epoch, claims(0)), "it is served");
+    assert!(!disk.shadow.has_claimed(abi::FEATURE_URING_CMD));
+    assert_eq!(disk.tags(), [0]);
+    disk.die();
+    // What one process has claimed is not the next one's.
+    disk.start();
+    assert!(disk.shadow.has_claimed(abi::FEATURE_URING_CMD));
     assert_eq!(disk.tags(), [0]);
 }
 

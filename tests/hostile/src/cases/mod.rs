@@ -12,6 +12,7 @@ mod ranges;
 mod requests;
 mod states;
 mod tap_calls;
+mod tap_claims;
 mod tap_life;
 mod tap_queues;
 mod tap_uring;
@@ -71,6 +72,7 @@ fn groups() -> impl Iterator<Item = (Meets, Case)> {
         (Meets::Pages, closing::all()),
         (Meets::Rings, events::all()),
         (Meets::Tap, tap_calls::all()),
+        (Meets::Tap, tap_claims::all()),
         (Meets::Tap, tap_life::all()),
         (Meets::Tap, tap_queues::all()),
         (Meets::Tap, tap_uring::all()),

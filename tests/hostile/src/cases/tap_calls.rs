@@ -138,7 +138,12 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
     let mut scene = Scene::new(lab)?;
     let fault = [libc::EFAULT, libc::EINVAL];
     for place in Nowhere::ALL {
-        for number in [ioctl::INFO, ioctl::SET_PARAMS, ioctl::EXCHANGE] {
+        for number in [
+            ioctl::INFO,
+            ioctl::SET_PARAMS,
+            ioctl::EXCHANGE,
+            ioctl::CLAIM,
+        ] {
             expect(
                 "an argument nowhere",
                 scene.node.call_nowhere(number, place),
@@ -213,7 +218,11 @@ fn tap_bad_descriptions(lab: &mut Lab) -> Result<()> {
     let disk = TapDisk::make()?;
     let node = disk.open()?;
     let invalid = [libc::EINVAL];
-    expect("a start before a description", node.start(), &invalid)?;
+    expect(
+        "a start before a description",
+        node.start_unclaimed(),
+        &invalid,
+    )?;
     expect("an exchange before the start", node.exchange(&[]), &invalid)?;
     for sectors in [0, 1 << 62, u64::MAX] {
         expect("an impossible size", node.describe(sectors, 0), &invalid)?;
@@ -230,7 +239,7 @@ fn tap_bad_descriptions(lab: &mut Lab) -> Result<()> {
     node.describe(SECTORS, 0)?;
     expect("another kind of disk", node.describe(SECTORS, 1), &invalid)?;
     node.start()?;
-    expect("a second start", node.start(), &invalid)?;
+    expect("a second start", node.start_unclaimed(), &invalid)?;
     expect("another kind of disk", node.describe(SECTORS, 2), &invalid)?;
     expect(
         "a second opener",

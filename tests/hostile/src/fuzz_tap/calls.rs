@@ -62,7 +62,7 @@ pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng
         10 => wrong_command(process, ledger, rng),
         11 => faulty_command(process, ledger, rng),
         12 => {
-            let again = process.node.start();
+            let again = process.node.start_unclaimed();
             expect("a second start", again, &[libc::EINVAL])
         }
         _ => waiting_command(process, ledger, rng),
@@ -261,7 +261,12 @@ fn tags_nowhere(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result
 
 fn arguments_nowhere(process: &Process, rng: &mut Rng) -> Result<()> {
     let place = rng.pick(&Nowhere::ALL);
-    let number = rng.pick(&[ioctl::INFO, ioctl::SET_PARAMS, ioctl::EXCHANGE]);
+    let number = rng.pick(&[
+        ioctl::INFO,
+        ioctl::SET_PARAMS,
+        ioctl::EXCHANGE,
+        ioctl::CLAIM,
+    ]);
     let nowhere = process.node.call_nowhere(number, place);
     expect("an argument nowhere", nowhere, FAULT)?;
     let len = rng.pick(&[1, 32, 56, 256, 257, 4096, 4097, u32::MAX]);
@@ -271,13 +276,14 @@ fn arguments_nowhere(process: &Process, rng: &mut Rng) -> Result<()> {
 
 /// A number of ours that no node knows.
 fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
-    const KNOWN: [u32; 7] = [
+    const KNOWN: [u32; 8] = [
         ioctl::CREATE,
         ioctl::DESTROY,
         ioctl::QUERY,
         ioctl::INFO,
         ioctl::SET_PARAMS,
         ioctl::START,
+        ioctl::CLAIM,
         ioctl::EXCHANGE,
     ];
     let any = rng.next() as u32;

@@ -10,4 +10,4 @@ pub(crate) mod uring;
 
 pub(crate) use disk::{control, leave, query, TapDisk, SECTORS};
 pub(crate) use map::Map;
-pub(crate) use node::{call, call_nowhere, expect, records, Address, Node, Nowhere};
+pub(crate) use node::{call, call_nowhere, expect, records, Address, Node, Nowhere, CLAIMS};

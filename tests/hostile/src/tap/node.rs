@@ -4,8 +4,8 @@
 use super::Map;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
-    ioctl, Buffer, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead, Segment,
-    MMAP_ARENA, MMAP_DESCRIPTORS, PARAM_DISCARD, PARAM_GEOMETRY,
+    ioctl, Buffer, Claims, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead,
+    Segment, FEATURES, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, PARAM_DISCARD, PARAM_GEOMETRY,
 };
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,6 +15,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::AtomicU8;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// What an honest process can do.
+pub(crate) const CLAIMS: Claims = Claims {
+    size: size_of::<Claims>() as u32,
+    reserved: 0,
+    operations: OPERATIONS,
+    features: FEATURES,
+};
 
 /// Answers of one exchange that the helpers here take at most.
 const BATCH: usize = 64;
@@ -198,8 +206,29 @@ impl Node {
         call_nowhere(&self.file, number, place)
     }
 
-    /// Starts delivery.
+    /// Says what it can do with any bytes that begin with their size, of which the kernel reads no more.
+    pub(crate) fn claim_bytes(&self, bytes: &[u8]) -> io::Result<()> {
+        let size = bytes.first_chunk().map(|size| u32::from_ne_bytes(*size));
+        assert_eq!(size, u32::try_from(bytes.len()).ok());
+        // SAFETY: The kernel reads as many bytes as the first four say.
+        let result =
+            unsafe { libc::ioctl(self.file.as_raw_fd(), ioctl::CLAIM.into(), bytes.as_ptr()) };
+        checked(result).map(drop)
+    }
+
+    /// Says what it can do.
+    pub(crate) fn claim(&self, claims: &Claims) -> io::Result<()> {
+        self.claim_bytes(claims.as_bytes())
+    }
+
+    /// Starts delivery of everything that there is.
     pub(crate) fn start(&self) -> io::Result<()> {
+        self.claim(&CLAIMS)?;
+        self.start_unclaimed()
+    }
+
+    /// Starts delivery.
+    pub(crate) fn start_unclaimed(&self) -> io::Result<()> {
         self.call_nowhere(ioctl::START, Nowhere::Null).map(drop)
     }
 

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What a process says that it can do, and one of the time before that was asked.
+
+use super::{case, tap_claims, Case};
+use crate::lab::Lab;
+use crate::session::PLAIN;
+use crate::tap::scene::Scene;
+use crate::tap::server::{done, Store};
+use crate::tap::uring::{Memory, Ring};
+use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
+use anyhow::{ensure, Context, Result};
+use ring::tap::abi::{
+    Claims, Desc, CLAIMS_MAX_SIZE, FEATURE_URING_CMD, GEOMETRY_WRITE_CACHE, OP_DISCARD, OP_FLUSH,
+    STATE_OPEN,
+};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+use std::time::Duration;
+use zerocopy::{FromZeros, IntoBytes};
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            tap_claims::tap_claims,
+            "claims of wrong sizes, with junk, too late, too few"
+        ),
+        case!(
+            tap_claims::tap_before_claims,
+            "a process of the time before there were claims serves and is replaced"
+        ),
+    ]
+}
+
+/// Claims of so many bytes, with one of these set.
+fn sized(size: u32, junk: Option<usize>) -> Vec<u8> {
+    let mut bytes = CLAIMS.as_bytes().to_vec();
+    bytes.resize(size as usize, 0);
+    bytes[..4].copy_from_slice(&size.to_ne_bytes());
+    if let Some(at) = junk {
+        bytes[at] = 1;
+    }
+    bytes
+}
+
+fn tap_claims(lab: &mut Lab) -> Result<()> {
+    let disk = TapDisk::make()?;
+    let node = disk.open()?;
+    node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
+    let ours = CLAIMS.size;
+    for size in [4, 8, ours - 1] {
+        expect(
+            "small claims",
+            node.claim_bytes(&sized(size, None)),
+            &[libc::EINVAL],
+        )?;
+    }
+    let larger = CLAIMS_MAX_SIZE + 8;
+    expect(
+        "huge claims",
+        node.claim_bytes(&sized(larger, None)),
+        &[libc::E2BIG],
+    )?;
+    for size in [ours + 1, ours + 64, ours + 65, CLAIMS_MAX_SIZE] {
+        node.claim_bytes(&sized(size, None))
+            .with_context(|| format!("claims of {size} bytes of which the rest is zero"))?;
+        for at in [ours, size - 1] {
+            let junk = sized(size, Some(at as usize));
+            expect(
+                "claims that we do not know",
+                node.claim_bytes(&junk),
+                &[libc::E2BIG],
+            )?;
+        }
+    }
+    let unknown = [libc::EOPNOTSUPP];
+    for bit in [4, 7, 32, 63] {
+        let operations = Claims {
+            operations: 1 << bit,
+            ..CLAIMS
+        };
+        expect("an unknown operation", node.claim(&operations), &unknown)?;
+    }
+    for bit in [32, 63] {
+        let features = Claims {
+            features: 1 << bit,
+            ..CLAIMS
+        };
+        expect("an unknown feature", node.claim(&features), &unknown)?;
+    }
+    // A disk of which guests will be told more than the process understands.
+    let few = Claims {
+        operations: CLAIMS.operations & !(1 << OP_DISCARD | 1 << OP_FLUSH),
+        ..CLAIMS
+    };
+    node.claim(&few)?;
+    for _ in 0..3 {
+        expect("a start without claims", node.start_unclaimed(), &unknown)?;
+        let info = node.ask()?;
+        ensure!(
+            info.lacking == 1 << OP_DISCARD | 1 << OP_FLUSH && info.state == STATE_OPEN,
+            "after a start that was refused: {info:?}"
+        );
+    }
+    // Threads claim both in turn while another one starts: one of the two counts as a whole.
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<()> {
+        for claims in [few, CLAIMS] {
+            let node = &node;
+            let over = &over;
+            scope.spawn(move || while !over.load(Relaxed) && node.claim(&claims).is_ok() {});
+        }
+        let started = crate::wait::until("a start", Duration::from_secs(20), || {
+            Ok(node.start_unclaimed().ok())
+        });
+        over.store(true, Relaxed);
+        started
+    })?;
+    expect(
+        "claims after the start",
+        node.claim(&CLAIMS),
+        &[libc::EINVAL],
+    )?;
+    drop(node);
+    // The feature of commands was not claimed.
+    let node = disk.open()?;
+    node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
+    let features = CLAIMS.features & !FEATURE_URING_CMD;
+    node.claim(&Claims { features, ..CLAIMS })?;
+    node.start_unclaimed()?;
+    let mut ring = Ring::new()?;
+    ring.exchange(&node, &Memory::new(&[]), 1)?;
+    let refused = ring.next(Duration::from_secs(20))?;
+    ensure!(refused == Some((1, -libc::EOPNOTSUPP)), "{refused:?}");
+    drop((ring, node));
+    lab.bystander()?;
+    disk.destroy()
+}
+
+/// A process of the time before there were claims. Numbers and places are written out, as they were.
+struct Before(Node);
+
+impl Before {
+    const INFO: u64 = 0x80b8_7810;
+    const SET_PARAMS: u64 = 0x4010_7811;
+    const START: u64 = 0x7812;
+    const EXCHANGE: u64 = 0xc020_7813;
+
+    fn call(&self, number: u64, argument: *mut u64) -> Result<i32> {
+        // SAFETY: The kernel reads and writes as many bytes as the number says, which the callers
+        // have there, and what these name.
+        let result = unsafe { libc::ioctl(self.0.file.as_raw_fd(), number, argument) };
+        ensure!(
+            result >= 0,
+            "call {number:#x}: {}",
+            std::io::Error::last_os_error()
+        );
+        Ok(result)
+    }
+
+    fn start(disk: &TapDisk) -> Result<Before> {
+        let before = Before(disk.open()?);
+        let mut info = [0u64; 23];
+        before.call(Before::INFO, info.as_mut_ptr())?;
+        ensure!(info[0] & 0xffff_ffff == 1, "version of {info:x?}");
+        // Size, blocks, a volatile cache; what can be discarded.
+        let sectors = SECTORS as u32;
+        let mut records: [u32; 14] = [1, 24, sectors, 0, 512, 4096, 2, 0, 2, 16, 4096, 0, 0, 0];
+        let mut buffer = [records.as_mut_ptr() as u64, 56];
+        before.call(Before::SET_PARAMS, buffer.as_mut_ptr())?;
+        before.call(Before::START, std::ptr::null_mut())?;
+        Ok(before)
+    }
+
+    /// Answers what came with the last call, and fetches.
+    fn exchange(&self, store: &Store, answers: &mut Vec<[u32; 4]>) -> Result<()> {
+        let (mut tags, commits) = ([0u16; 32], std::mem::take(answers));
+        let mut arrays = [
+            commits.as_ptr() as u64,
+            commits.len() as u64,
+            tags.as_mut_ptr() as u64,
+            tags.len() as u64,
+        ];
+        let count = self.call(Before::EXCHANGE, arrays.as_mut_ptr())?;
+        for tag in &tags[..count as usize] {
+            let mut words = [0u64; 8];
+            let at = usize::from(*tag) * 64;
+            self.0.descriptors().read(at, words.as_mut_bytes())?;
+            let mut desc = Desc::new_zeroed();
+            desc.tag = *tag;
+            desc.op = words[0] as u8;
+            desc.segments = (words[0] >> 16) as u16;
+            desc.generation = (words[0] >> 32) as u32;
+            (desc.sector, desc.sectors) = (words[1], words[2]);
+            if desc.op < 2 {
+                store.execute(&self.0, &desc)?;
+            }
+            let done = done(&desc);
+            let mut answer = [0; 4];
+            answer.as_mut_bytes().copy_from_slice(done.as_bytes());
+            answers.push(answer);
+        }
+        Ok(())
+    }
+}
+
+fn tap_before_claims(lab: &mut Lab) -> Result<()> {
+    let (disk, store) = (TapDisk::make()?, Store::new()?);
+    let before = Before::start(&disk)?;
+    let mut session = lab.session_on_tap(&disk, PLAIN)?;
+    let serve = |before: &Before, session: &mut crate::session::Session, seed| -> Result<()> {
+        thread::scope(|scope| {
+            let guest = scope.spawn(|| session.exercise(u64::from(seed) * 64, seed));
+            let mut answers = Vec::new();
+            while !guest.is_finished() {
+                before.exchange(&store, &mut answers)?;
+                thread::yield_now();
+            }
+            guest
+                .join()
+                .unwrap_or_else(|_| anyhow::bail!("the frontend's thread died"))
+        })
+    };
+    serve(&before, &mut session, 1)?;
+    drop(before);
+    // One of now takes over, and is replaced by one of then.
+    let node = disk.start()?;
+    crate::tap::scene::while_served(&node, &store, || session.exercise(640, 2))?;
+    drop(node);
+    let before = Before::start(&disk)?;
+    serve(&before, &mut session, 3)?;
+    let info = before.0.ask()?;
+    ensure!(info.refused == 0, "{info:?}");
+    drop(before);
+    let scene = Scene {
+        session,
+        store,
+        node: disk.start()?,
+        disk,
+    };
+    scene.finish()
+}

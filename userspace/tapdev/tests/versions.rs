@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Each side of the kernel's interface with the other one of the time before there were claims.
+
+use ring::response::Status;
+use ring::tap::abi::{self, Claims, Completion, Desc};
+use ring::tap::shadow::Op;
+use rustix::io::Errno;
+use tapdev::fake::{Fake, FakeNode};
+use tapdev::{Kind, Node, Params, Tap};
+use zerocopy::FromBytes;
+
+/// The description of a disk of 1 MiB that can be discarded, in bytes as it was written then.
+fn description() -> Vec<u8> {
+    let words: [u32; 14] = [
+        1, 24, 2048, 0, 512, 4096, 2, 0, // size, blocks, a volatile cache
+        2, 16, 4096, 0, 0, 0, // discards
+    ];
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// A process of then: it asks, describes, starts, and reads of a descriptor what there was.
+struct Before(FakeNode);
+
+impl Before {
+    fn start(fake: &Fake) -> Self {
+        let node = fake.open().unwrap();
+        node.set_params(&description()).unwrap();
+        node.start().unwrap();
+        Self(node)
+    }
+
+    /// Fetches one request: its operation, sectors, and the completion that says that it is done.
+    fn fetch(&self) -> (u8, u64, u64, Completion) {
+        let info = self.0.info().unwrap();
+        assert_eq!(info.version, 1);
+        let mut tags = [0];
+        assert_eq!(self.0.exchange(&[], &mut tags).unwrap(), 1);
+        let (descriptors, _) = self.0.map(&info).unwrap();
+        let mut bytes = [0; 64];
+        descriptors.read(usize::from(tags[0]) * 64, &mut bytes);
+        let number = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+        let generation = u32::from_ne_bytes(bytes[4..8].try_into().unwrap());
+        let mut answer = [0; 16];
+        answer[..2].copy_from_slice(&tags[0].to_ne_bytes());
+        answer[4..8].copy_from_slice(&generation.to_ne_bytes());
+        let completion = Completion::read_from_bytes(&answer).unwrap();
+        (bytes[0], number(8), number(16), completion)
+    }
+}
+
+#[test]
+fn a_process_of_before_is_served() {
+    let fake = Fake::new(4).unwrap();
+    let process = Before::start(&fake);
+    for (op, number) in [
+        (Op::Discard, 3),
+        (Op::WriteZeroes, 5),
+        (Op::SecureDiscard, 6),
+    ] {
+        let tag = fake.send_range(op, 16, 8).unwrap();
+        let (op, sector, sectors, done) = process.fetch();
+        assert_eq!((op, sector, sectors), (number, 16, 8));
+        assert_eq!(process.0.exchange(&[done], &mut []).unwrap(), 0);
+        assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    }
+    // It dies with a request, and one of now goes on; then the other way around.
+    let tag = fake.send(Op::Write, 0, &[7; 512], false).unwrap();
+    let _ = process.fetch();
+    drop(process);
+    fake.fence();
+    let tap = now(&fake);
+    let mut tags = [0; 4];
+    assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
+    assert!(tap.request(tags[0]).unwrap().replay);
+    drop(tap);
+    fake.fence();
+    let process = Before::start(&fake);
+    let (op, _, _, done) = process.fetch();
+    assert_eq!(op, 1);
+    assert_eq!(process.0.exchange(&[done], &mut []).unwrap(), 0);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!((fake.malformed(), fake.info().refused), (0, 0));
+}
+
+fn now(fake: &Fake) -> Tap {
+    let tap = Tap::open(fake.open().unwrap()).unwrap();
+    let params = Params::parse(&description()).unwrap();
+    tap.describe(&params).unwrap();
+    tap.start().unwrap();
+    tap
+}
+
+#[test]
+fn a_process_of_now_serves_under_a_kernel_of_before() {
+    let fake = Fake::before_claims(4).unwrap();
+    let refused = fake.open().unwrap().claim(&Claims::default()).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(Errno::NOTTY.raw_os_error()));
+    fake.fence();
+    let tap = now(&fake);
+    let tag = fake.send_range(Op::Discard, 16, 8).unwrap();
+    let mut tags = [0; 4];
+    assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
+    let request = tap.request(tags[0]).unwrap();
+    assert_eq!(request.kind, Kind::Discard { secure: false });
+    assert_eq!(tap.exchange(&[request.done(Ok(()))], &mut []).unwrap(), 0);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+}
+
+#[test]
+fn what_the_process_does_not_understand_is_named() {
+    let fake = Fake::new(4).unwrap();
+    // The disk of a later process, which took something that is not known here.
+    fake.offer(1 << abi::OP_READ | 1 << 40 | 1 << 41);
+    let tap = Tap::open(fake.open().unwrap()).unwrap();
+    tap.describe(&Params::parse(&description()).unwrap())
+        .unwrap();
+    let refused = tap.start().unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported);
+    let text = refused.to_string();
+    assert!(text.contains("operation 40, operation 41"), "{text}");
+    drop(tap);
+    fake.fence();
+    fake.offer(abi::OPERATIONS);
+    now(&fake);
+}
+
+#[test]
+fn who_claims_too_little_is_not_started() {
+    let fake = Fake::new(4).unwrap();
+    let node = fake.open().unwrap();
+    node.set_params(&description()).unwrap();
+    let claim = |operations, features| {
+        let claims = Claims {
+            operations,
+            features,
+            ..Claims::default()
+        };
+        node.claim(&claims).map_err(|error| error.raw_os_error())
+    };
+    let unknown = Some(Errno::OPNOTSUPP.raw_os_error());
+    assert_eq!(claim(1 << 63, 0), Err(unknown));
+    assert_eq!(claim(0, 1 << 63), Err(unknown));
+    let discard = 1 << abi::OP_DISCARD;
+    claim(abi::OPERATIONS & !discard, 0).unwrap();
+    let refused = node.start().unwrap_err();
+    assert_eq!(refused.raw_os_error(), unknown);
+    assert_eq!(fake.info().lacking, discard);
+    assert_eq!(fake.info().state, abi::STATE_OPEN);
+    // The guest waits, and nothing is delivered.
+    fake.send_range(Op::Discard, 16, 8).unwrap();
+    assert_eq!(node.exchange(&[], &mut [0]).unwrap(), 0);
+    claim(abi::OPERATIONS, 0).unwrap();
+    node.start().unwrap();
+    assert_eq!(node.exchange(&[], &mut [0]).unwrap(), 1);
+}
+
+/// The process of before reads this, whatever is added: a `Desc` of then.
+#[test]
+fn descriptors_are_where_they_were() {
+    assert_eq!(size_of::<Desc>(), 64);
+    assert_eq!(std::mem::offset_of!(Desc, generation), 4);
+    assert_eq!(std::mem::offset_of!(Desc, sectors), 16);
+}
