@@ -44,6 +44,8 @@ mod shares;
 mod storage;
 mod totals;
 mod vbd;
+#[allow(dead_code, unreachable_pub)]
+mod worth;
 
 use kernel::prelude::*;
 use memory::Memory;
@@ -88,8 +90,8 @@ module! {
             description: "Pages of one guest that its queues may map in all; beyond it they copy",
         },
         poll_us: u32 {
-            default: 100,
-            description: "Microseconds that a queue may look for requests before it sleeps (0: none)",
+            default: 20,
+            description: "Microseconds of looking for requests that a sleep of a queue is worth (0: do not look)",
         },
         native_protocol: u32 {
             default: 0,

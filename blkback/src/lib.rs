@@ -10,4 +10,5 @@
 
 pub mod engine;
 pub mod shares;
+pub mod worth;
 pub use ::ring;

@@ -6,16 +6,15 @@
 //! an interrupt and two task switches: more than serving a small request. A queue whose guest
 //! comes back soon therefore looks at the ring for a while first, with the guest's events off.
 //!
-//! The time is bounded and adapts: it grows when a sleep turns out to have been short, shrinks when
-//! looking was in vain, and nothing is waited for when anything else could run on this CPU: another
-//! task, or where dom0 shares its physical CPU, another domain ([`Rivals`]).
+//! It does so for no longer than a sleep costs (`poll_us`), and only where that has paid off
+//! ([`Worth`]); for a process it looks wherever sleeps are short ([`Gathering`]); and nothing is waited for when anything else could run on this CPU: another task, or
+//! where dom0 shares its physical CPU, another domain ([`Rivals`]).
 
 use crate::params;
+use crate::worth::Worth;
 use crate::xen;
 use kernel::processor::cpu_relax;
 
-/// The first time that is tried.
-const START: u64 = 5_000;
 /// Looks between two looks at the clock: a few microseconds.
 const LOOKS: u32 = 16;
 /// Pauses between two looks. The guest writes to what is looked at, and each look takes that away
@@ -25,6 +24,8 @@ const PAUSES: u32 = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
     Ready,
+    /// And another domain had the physical CPU until then.
+    ReadyWhenBack,
     TimedOut,
     /// A task of this domain wants the CPU.
     CpuWanted,
@@ -49,8 +50,8 @@ fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Loo
             return Look::CpuWanted;
         }
         if let Some(away) = rivals.offer_cpu() {
-            if away <= params::poll_nanoseconds() && ready() {
-                return Look::Ready;
+            if away <= Rivals::AWAY && ready() {
+                return Look::ReadyWhenBack;
             }
             rivals.rest(away);
             return Look::CpuShared;
@@ -89,6 +90,8 @@ struct Rivals {
 impl Rivals {
     /// An offer that nobody takes comes back sooner than two switches of domains can be done.
     const BACK: u64 = 5_000;
+    /// A guest that makes its next request has the CPU for no longer than this.
+    const AWAY: u64 = 100_000;
     /// Most offers that are skipped.
     const SURE: u32 = 63;
     /// For one unit of time without the CPU, which an event might have ended sooner, so many with it.
@@ -143,70 +146,118 @@ impl Rivals {
     }
 }
 
-/// How long one queue looks before it sleeps, in nanoseconds.
+/// How long to look where a process serves the disk: for as long as sleeps are short, whatever else
+/// that costs. Requests gather while a queue looks, and the process wakes up once for all of them.
 #[derive(Debug)]
-pub(crate) struct Poller {
+struct Gathering {
     now: u64,
     most: u64,
+}
+
+impl Gathering {
+    /// The first time that is tried.
+    const START: u64 = 5_000;
+
+    fn looked_in_vain(&mut self) {
+        let half = self.now / 2;
+        self.now = if half >= Self::START { half } else { 0 };
+    }
+
+    fn slept(&mut self, nanoseconds: u64) {
+        if nanoseconds <= self.most {
+            let twice = self.now.saturating_mul(2);
+            self.now = twice.max(Self::START).min(self.most);
+        }
+    }
+}
+
+/// How one queue waits.
+#[derive(Debug)]
+pub(crate) struct Poller {
+    worth: Worth,
+    /// In place of `worth`, where a process serves the disk.
+    gathering: Option<Gathering>,
     rivals: Rivals,
 }
 
 impl Poller {
+    /// What looking for a process is worth, for each nanosecond that it is worth for a queue alone.
+    const FOR_PROCESS: u64 = 5;
+
     /// A queue that has not waited yet.
-    pub(crate) fn new() -> Self {
+    fn new(by_process: bool) -> Self {
+        let sleep = params::poll_nanoseconds();
         Self {
-            now: 0,
-            most: params::poll_nanoseconds(),
+            worth: Worth::new(sleep),
+            gathering: by_process.then_some(Gathering {
+                now: 0,
+                most: sleep.saturating_mul(Self::FOR_PROCESS),
+            }),
             rivals: Rivals::new(),
         }
     }
 
-    /// Looks until `ready`; returns whether it came to be in the time that is allowed now.
+    /// Looks until `ready`, if that is worth it; returns whether it came to be in the time for which
+    /// it is.
     pub(crate) fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
-        if self.now == 0 {
+        let limit = match &self.gathering {
+            Some(gathering) => gathering.now,
+            None => self.worth.begin(),
+        };
+        if limit == 0 || self.rivals.are_left_alone() {
             return false;
         }
-        match look(self.now, &mut self.rivals, ready) {
-            Look::Ready => return true,
-            Look::TimedOut => {
-                self.now = self
-                    .now
-                    .checked_div(2)
-                    .filter(|now| *now >= START)
-                    .unwrap_or(0);
+        let start = xen::local_clock();
+        let look = look(limit, &mut self.rivals, ready);
+        if let Some(gathering) = &mut self.gathering {
+            match look {
+                Look::TimedOut => gathering.looked_in_vain(),
+                Look::CpuShared => gathering.now = 0,
+                Look::Ready | Look::ReadyWhenBack | Look::CpuWanted => {}
             }
-            // That says nothing about the time that would have been enough.
-            Look::CpuWanted => {}
-            Look::CpuShared => self.now = 0,
         }
-        false
+        match look {
+            Look::Ready => self.worth.looked(since(start), true),
+            Look::ReadyWhenBack => self.worth.is_free(),
+            Look::TimedOut => self.worth.looked(since(start), false),
+            Look::CpuWanted => self.worth.interrupted(),
+            Look::CpuShared => self.worth.is_harmful(),
+        }
+        matches!(look, Look::Ready | Look::ReadyWhenBack)
     }
 
     /// Learns from a sleep that began at `start`.
-    pub(crate) fn slept(&mut self, start: u64) {
-        if since(start) <= self.most && !self.rivals.are_left_alone() {
-            self.now = self
-                .now
-                .saturating_mul(2)
-                .clamp(START.min(self.most), self.most);
+    fn slept(&mut self, start: u64) {
+        if self.rivals.are_left_alone() {
+            return;
+        }
+        if let Some(gathering) = &mut self.gathering {
+            gathering.slept(since(start));
+        }
+        // What looking costs where others are is learned by looking only.
+        if !self.rivals.are_here() {
+            self.worth.slept(since(start));
         }
     }
 }
 
-/// How long one queue looks: for the guest while the disk is idle, for either while I/O is in
-/// flight. How soon a guest comes back says nothing about how fast a disk is.
+/// How one queue waits for the guest while the disk is idle, and for either while I/O is in flight.
+/// How soon a guest comes back says nothing about how fast a disk is.
 #[derive(Debug)]
 pub(crate) struct Pollers {
     idle: Poller,
     busy: Poller,
+    /// The requests in flight at a sleep that has ended since the last pass.
+    asleep: Option<u16>,
 }
 
 impl Pollers {
-    /// For a queue that has not waited yet.
-    pub(crate) fn new() -> Self {
+    /// For a queue that has not waited yet, and whose disk a process serves or not.
+    pub(crate) fn new(by_process: bool) -> Self {
         Self {
-            idle: Poller::new(),
-            busy: Poller::new(),
+            idle: Poller::new(by_process),
+            busy: Poller::new(by_process),
+            asleep: None,
         }
     }
 
@@ -216,6 +267,19 @@ impl Pollers {
             &mut self.idle
         } else {
             &mut self.busy
+        }
+    }
+
+    /// Learns from a sleep that began at `start`, with so many requests in flight.
+    pub(crate) fn slept(&mut self, in_flight: u16, start: u64) {
+        self.of(in_flight).slept(start);
+        self.asleep = Some(in_flight);
+    }
+
+    /// Learns what a sleep was good for: the next pass has taken or answered so many requests.
+    pub(crate) fn passed(&mut self, requests: u32) {
+        if let Some(in_flight) = self.asleep.take() {
+            self.of(in_flight).worth.served(requests);
         }
     }
 }

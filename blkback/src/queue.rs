@@ -449,7 +449,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut broken = false;
         let mut active = false;
         let mut draining = None;
-        let mut pollers = Pollers::new();
+        let mut pollers = Pollers::new(D::BY_PROCESS);
         let mut keeper = Keeper::new(self.tally);
         loop {
             let command = self.control.command();
@@ -468,6 +468,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             }
             self.tally.show(engine.stats());
             keeper.after_pass(engine);
+            pollers.passed(pass.taken.max(pass.answered));
             active |= pass.taken > 0;
             if pass.broken && !broken {
                 broken = true;
@@ -496,7 +497,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             } else {
                 self.control.parker.park();
             }
-            pollers.of(engine.in_flight()).slept(start);
+            pollers.slept(engine.in_flight(), start);
         }
     }
 

@@ -77,6 +77,7 @@ const BLKBACK: &[&[&str]] = &[
         "params",
         "planted",
         "shares",
+        "worth",
     ],
     &["backing", "memory", "poll", "totals"],
     &["keeper", "offer", "phy"],
