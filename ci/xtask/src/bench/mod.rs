@@ -157,7 +157,7 @@ pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
         if caught.keys().any(|bound| bound.starts_with(&of_job)) {
             tally.pass(&name);
         } else {
-            let why = "a module that sleeps and notifies for each request keeps to the bounds: they are too wide";
+            let why = "a module that always looks for requests, and notifies for each, keeps to the bounds: they are too wide";
             tally.fail(&name, why);
         }
     }
