@@ -7,8 +7,9 @@
 //! comes back soon therefore looks at the ring for a while first, with the guest's events off.
 //!
 //! It does so for no longer than a sleep costs (`poll_us`), and only where that has paid off
-//! ([`Worth`]); for a process it looks wherever sleeps are short ([`Gathering`]); and nothing is waited for when anything else could run on this CPU: another task, or
-//! where dom0 shares its physical CPU, another domain ([`Rivals`]).
+//! ([`Worth`]); for a process it looks wherever sleeps are short ([`Gathering`]). And nothing is
+//! waited for when anything else could run on this CPU: another task, or where dom0 shares its
+//! physical CPU, another domain ([`Rivals`]).
 
 use crate::params;
 use crate::worth::Worth;
