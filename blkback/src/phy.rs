@@ -5,7 +5,7 @@
 use crate::backing::{BackingDisk, Drain, Limits, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
-use crate::engine::{Backend, Group, Io, IoKind, SegmentEntry, Slice, Slot};
+use crate::engine::{Backend, Group, Io, IoKind, PendingRequest, SegmentEntry, Slice};
 use crate::memory::Lease;
 use crate::params::{self, PoolSizes};
 use crate::planted;
@@ -89,7 +89,7 @@ impl QueueBackends for BlockDevice {
 
 /// Bytes that a queue takes whether it is busy or not.
 fn bytes(sizes: &PoolSizes, depth: u16) -> usize {
-    let slots = usize::from(depth).saturating_mul(size_of::<Slot>());
+    let slots = usize::from(depth).saturating_mul(size_of::<PendingRequest>());
     let entries = sizes.entries().saturating_mul(size_of::<SegmentEntry>());
     let groups = Group::needed(sizes.copy).saturating_mul(size_of::<Group>());
     usize::from(sizes.own)

@@ -11,7 +11,8 @@
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, Rest, SegmentEntry, Shape, Slot,
+    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, PendingRequest, Rest, SegmentEntry,
+    Shape,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
@@ -243,7 +244,7 @@ struct Server<D: QueueBackends> {
 /// The part of it that stays in its place, because it is too large for a stack on which a driver of
 /// the block layer has yet to run.
 struct State<D: QueueBackends> {
-    slots: KVec<Slot>,
+    slots: KVec<PendingRequest>,
     entries: KVec<SegmentEntry>,
     groups: KVec<Group>,
     fetches: KVec<Option<Fetch>>,
@@ -333,7 +334,7 @@ impl<D: QueueBackends> State<D> {
         let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
         let buffers = usize::from(grants.descriptor_buffers());
         let state = Self {
-            slots: filled(Slot::FREE, usize::from(depth)).map_err(no_memory)?,
+            slots: filled(PendingRequest::FREE, usize::from(depth)).map_err(no_memory)?,
             entries,
             fetches: filled(None, buffers).map_err(no_memory)?,
             groups,

@@ -3,9 +3,9 @@
 //! The data path of every disk, without the kernel: one pass over a ring.
 //!
 //! ```text
-//! take --> fetch descriptors --> bring in (copy, map) --> submit      Backend
-//!                                                             |          |
-//! publish <-- respond <-- bring out (copy, unmap) <--------- reap <------+
+//! take --> fetch descriptors --> copy in (or map) --> submit --> Backend
+//!                                                                   |
+//! publish <-- respond <-- copy out (or unmap) <---- complete <------+
 //! ```
 //!
 //! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand
@@ -14,22 +14,29 @@
 //! [`SharedRing`](crate::ring::ports::SharedRing), [`Grants`](crate::ring::grants::Grants) and
 //! [`Backend`](backend::Backend).
 
-mod admit;
 pub mod backend;
 pub mod blocks;
-mod finish;
+mod complete;
+mod copy_in;
+mod copy_out;
+mod fetch;
 pub mod pass;
+mod requests;
+mod respond;
+mod rest;
 mod room;
 pub mod segments;
-pub mod slots;
 pub mod stats;
-mod transfer;
+mod submit;
+mod take;
+mod transfers;
 
 pub use crate::ring::grants::Grants;
 pub use backend::{Backend, Io, IoKind};
 pub use blocks::Group;
-pub use finish::Rest;
-pub use pass::{Config, Engine, Fetch, Pass};
+pub use pass::{Config, Engine, Pass};
+pub use requests::PendingRequest;
+pub use rest::Rest;
 pub use segments::{SegmentEntry, Shape, Slice};
-pub use slots::Slot;
 pub use stats::Stats;
+pub use transfers::Fetch;

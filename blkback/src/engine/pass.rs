@@ -4,16 +4,16 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::blocks::Group;
-use crate::engine::finish::Rest;
+use crate::engine::requests::{PendingRequest, Requests};
+use crate::engine::rest::Rest;
 use crate::engine::segments::{SegmentEntry, Segments, Shape};
-use crate::engine::slots::{List, Slot, Slots};
 use crate::engine::stats::Stats;
+use crate::engine::transfers::{Fetch, Transfers};
 use crate::ring::abi::Protocol;
 use crate::ring::grants::Grants;
 use crate::ring::index::BackRing;
-use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
-use crate::ring::request::{Indirect, Limits, Request};
+use crate::ring::request::{Limits, Request};
 
 /// What is fixed for the life of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,33 +40,17 @@ pub struct Pass {
     pub answered: u32,
 }
 
-/// An indirect request whose segments are being fetched.
-#[derive(Clone, Copy, Debug)]
-pub struct Fetch {
-    pub(super) tag: QueueTag,
-    pub(super) request: Indirect,
-}
-
 /// The data path of one queue.
 #[derive(Debug)]
 pub struct Engine<'a, R, G, B> {
     pub(super) ring: BackRing<R>,
-    pub(super) grants: G,
+    pub(super) requests: Requests<'a>,
+    pub(super) transfers: Transfers<'a, G>,
     pub(super) backend: B,
-    pub(super) slots: Slots<'a>,
-    pub(super) segments: Segments<'a>,
     pub(super) config: Config,
     pub(super) limits: Limits,
-    /// Taken and not yet submitted, in arrival order.
-    pub(super) new: List,
-    /// Waiting for copy pages because nothing more can be mapped.
-    pub(super) stalled: List,
-    /// Completed and not yet answered.
-    pub(super) done: List,
     /// Checked, but there was no room for it.
     pub(super) parked: Option<Request>,
-    pub(super) fetches: &'a mut [Option<Fetch>],
-    pub(super) fetching: usize,
     /// A barrier is being executed: nothing may pass it.
     pub(super) barrier: bool,
     /// Stalled requests may find copy pages in the next pass.
@@ -93,7 +77,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         ring: BackRing<R>,
         grants: G,
         backend: B,
-        slots: &'a mut [Slot],
+        slots: &'a mut [PendingRequest],
         entries: &'a mut [SegmentEntry],
         groups: &'a mut [Group],
         fetches: &'a mut [Option<Fetch>],
@@ -103,18 +87,12 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     ) -> Self {
         Self {
             ring,
-            grants,
+            requests: Requests::new(slots, Segments::new(entries, groups, shape)),
+            transfers: Transfers::new(grants, fetches),
             backend,
-            slots: Slots::new(slots),
-            segments: Segments::new(entries, groups, shape),
             config,
             limits,
-            new: List::EMPTY,
-            stalled: List::EMPTY,
-            done: List::EMPTY,
             parked: None,
-            fetches,
-            fetching: 0,
             barrier: false,
             retry: false,
             closing: false,
@@ -129,7 +107,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
 
     /// Requests taken and not answered.
     pub fn in_flight(&self) -> u16 {
-        self.slots
+        self.requests
             .used()
             .saturating_add(u16::from(self.parked.is_some()))
     }
@@ -158,26 +136,26 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             return Pass::default();
         }
         self.stats.passes = self.stats.passes.wrapping_add(1);
-        self.collect();
-        let mut answered = self.answer();
+        self.complete();
+        let mut answered = self.respond();
         let taken = take(self);
         self.fetch();
-        self.bring_in();
+        self.copy_in();
         self.submit();
         if self.ring.is_gone() {
             // While I/O was started: by now the guest may be another one of the same number.
             return Pass::default();
         }
         // What completed at once is answered at once.
-        self.collect();
-        let now = self.answer();
+        self.complete();
+        let now = self.respond();
         answered = answered.wrapping_add(now);
         // A completion frees what a parked request waits for.
-        let waiting = self.parked.is_some() || !self.stalled.is_empty();
+        let waiting = self.parked.is_some() || !self.requests.stalled.is_empty();
         let retry = core::mem::replace(&mut self.retry, false);
         Pass {
             notify: self.publish(),
-            again: !self.new.is_empty() || (now > 0 && waiting) || retry,
+            again: !self.requests.taken.is_empty() || (now > 0 && waiting) || retry,
             broken: self.ring.is_broken(),
             taken,
             answered,
@@ -203,27 +181,17 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     /// Lets go of the guest's ring; what is in flight can only be waited for.
     pub fn detach(self) -> Rest<'a, G, B> {
         Rest {
-            grants: self.grants,
+            requests: self.requests,
+            transfers: self.transfers,
             backend: self.backend,
-            slots: self.slots,
-            segments: self.segments,
-            lists: [self.new, self.stalled, self.done],
         }
     }
 
     pub(super) fn can_take(&self) -> bool {
         !self.barrier
             && self.parked.is_none()
-            && self.stalled.is_empty()
+            && self.requests.stalled.is_empty()
             && !self.ring.is_broken()
             && self.ring.unanswered() < self.ring.size()
-    }
-
-    fn publish(&mut self) -> bool {
-        let notify = self.ring.publish();
-        if notify {
-            self.stats.notified = self.stats.notified.wrapping_add(1);
-        }
-        notify
     }
 }

@@ -9,11 +9,10 @@
 use crate::engine::backend::Backend;
 use crate::engine::blocks::BLOCK;
 use crate::engine::pass::Engine;
+use crate::engine::requests::{Completed, Handle, PendingRequest};
 use crate::engine::segments::{Chain, Pool};
-use crate::engine::slots::{Slot, State};
 use crate::ring::abi::MAX_DIRECT_SEGMENTS;
 use crate::ring::grants::Grants;
-use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 
 /// A request is done in pieces of no fewer pages, unless there are no more.
@@ -26,23 +25,23 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// Free pages of both pools and free entries without a page, for tests.
     pub fn free_pages(&self) -> (u16, u16, u16) {
-        let free = |pool| self.segments.free(pool);
+        let free = |pool| self.requests.segments.free(pool);
         (free(Pool::Copy), free(Pool::Map), free(Pool::Rest))
     }
 
     /// Pages with memory now.
     pub fn pages(&self) -> u16 {
-        self.segments.capacity(Pool::Copy)
+        self.requests.segments.capacity(Pool::Copy)
     }
 
     /// Pages with memory that are borrowed now.
     pub fn borrowed(&mut self) -> u16 {
-        self.segments.blocks().borrowed()
+        self.requests.segments.blocks().borrowed()
     }
 
     /// Borrowed pages that were free all the time since the last call.
     pub fn unused(&mut self) -> u16 {
-        let blocks = self.segments.blocks();
+        let blocks = self.requests.segments.blocks();
         let least = blocks.reset_low();
         least.min(blocks.borrowed())
     }
@@ -61,7 +60,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let unused = self.unused();
         self.give_back(unused);
         self.settle(true);
-        if self.slots.used() == 0 {
+        if self.requests.used() == 0 {
             self.backend.is_content();
         }
         self.borrowed()
@@ -72,7 +71,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub fn give_back(&mut self, pages: u16) -> u16 {
         let mut given: u16 = 0;
         while given.saturating_add(BLOCK) <= pages {
-            let Some(block) = self.segments.blocks().detach() else {
+            let Some(block) = self.requests.segments.blocks().detach() else {
                 break;
             };
             self.backend.detach(block);
@@ -83,10 +82,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// Pages for a request of so many segments; `None` if it must wait for other requests.
     pub(super) fn room(&mut self, pool: Pool, count: u16, may_split: bool) -> Option<Chain> {
-        if pool == Pool::Copy && self.segments.free(pool) < count {
+        if pool == Pool::Copy && self.requests.segments.free(pool) < count {
             self.borrow(count);
         }
-        if let Some(head) = self.segments.alloc(pool, count) {
+        if let Some(head) = self.requests.segments.alloc(pool, count) {
             return Some(Chain {
                 head,
                 count,
@@ -94,73 +93,59 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 left: 0,
             });
         }
-        let (free, now) = (self.segments.free(pool), self.segments.capacity(pool));
+        let (free, now) = (
+            self.requests.segments.free(pool),
+            self.requests.segments.capacity(pool),
+        );
         // With enough pages in all it gets them when others are done.
         if pool != Pool::Copy || !may_split || now >= count || free < PIECE.min(now).max(1) {
             return None;
         }
-        self.segments
+        self.requests
+            .segments
             .alloc_in_part(free, count.saturating_sub(free))
     }
 
     /// Borrows until so many pages are free, as far as there is something to borrow.
     #[cold]
     fn borrow(&mut self, count: u16) {
-        while self.segments.free(Pool::Copy) < count {
-            let Some(block) = self.segments.blocks().first_absent() else {
+        while self.requests.segments.free(Pool::Copy) < count {
+            let Some(block) = self.requests.segments.blocks().first_absent() else {
                 return;
             };
             if !self.backend.attach(block) {
                 return;
             }
-            self.segments.blocks().attached(block);
+            self.requests.segments.blocks().attached(block);
         }
     }
 
     /// Goes on with the next piece of a request.
     #[cold]
-    pub(super) fn go_on(&mut self, tag: QueueTag) {
-        let Some(slot) = self.slots.get(tag).copied() else {
-            return;
-        };
-        self.segments.release(slot.pool, slot.head, slot.count);
-        if self.segments.free(Pool::Copy) < slot.left {
-            self.borrow(slot.left);
+    pub(super) fn next_piece(&mut self, handle: Handle<Completed>) {
+        let request = *self.requests.of(&handle);
+        let segments = &mut self.requests.segments;
+        segments.release(request.pool, request.head, request.count);
+        if segments.free(Pool::Copy) < request.left {
+            self.borrow(request.left);
         }
-        let count = self.segments.free(Pool::Copy).min(slot.left);
+        let segments = &mut self.requests.segments;
+        let count = segments.free(Pool::Copy).min(request.left);
         // The pages of the last piece, at least, are free.
-        let head = self.segments.alloc(Pool::Copy, count).unwrap_or(u16::MAX);
-        let rest = self.segments.move_chain(slot.rest, head, count);
-        self.segments.release(Pool::Rest, slot.rest, count);
-        let sectors = self.segments.sectors(head, count);
-        if let Some(entry) = self.slots.get_mut(tag) {
-            *entry = Slot {
-                sector: slot.sector.wrapping_add(slot.sectors),
-                sectors,
-                head,
-                count,
-                rest,
-                left: slot.left.wrapping_sub(count),
-                state: State::New,
-                continued: true,
-                ..slot
-            };
-        }
-        self.slots.push(&mut self.new, tag);
-    }
-
-    /// Gives back what a request has.
-    pub(super) fn release(&mut self, slot: &Slot) {
-        self.segments.release(slot.pool, slot.head, slot.count);
-        self.segments.release(Pool::Rest, slot.rest, slot.left);
-    }
-}
-
-impl Slot {
-    pub(super) fn set_chain(&mut self, chain: Chain) {
-        self.head = chain.head;
-        self.count = chain.count;
-        self.rest = chain.rest;
-        self.left = chain.left;
+        let head = segments.alloc(Pool::Copy, count).unwrap_or(u16::MAX);
+        let rest = segments.move_chain(request.rest, head, count);
+        segments.release(Pool::Rest, request.rest, count);
+        let sectors = segments.sectors(head, count);
+        *self.requests.of_mut(&handle) = PendingRequest {
+            sector: request.sector.wrapping_add(request.sectors),
+            sectors,
+            head,
+            count,
+            rest,
+            left: request.left.wrapping_sub(count),
+            continued: true,
+            ..request
+        };
+        self.requests.push_taken(handle.go_on());
     }
 }

@@ -5,7 +5,9 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use blkback::engine::{Backend, Config, Engine, Fetch, Group, Pass, SegmentEntry, Shape, Slot};
+use blkback::engine::{
+    Backend, Config, Engine, Fetch, Group, Pass, PendingRequest, SegmentEntry, Shape,
+};
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
@@ -21,7 +23,7 @@ use crate::tap::{Tap, TapBackend};
 /// The memory that a connection reserves.
 #[derive(Debug)]
 pub struct Storage {
-    slots: Vec<Slot>,
+    slots: Vec<PendingRequest>,
     entries: Vec<SegmentEntry>,
     groups: Vec<Group>,
     fetches: Vec<Option<Fetch>>,
@@ -33,7 +35,7 @@ impl Storage {
         let size = setup.protocol.ring_size(setup.order).expect("order");
         let pages = setup.copy_pages + setup.map_pages + setup.rest_entries();
         Self {
-            slots: vec![Slot::FREE; size as usize],
+            slots: vec![PendingRequest::FREE; size as usize],
             entries: vec![SegmentEntry::EMPTY; usize::from(pages)],
             groups: vec![Group::EMPTY; Group::needed(setup.copy_pages)],
             fetches: vec![None; usize::from(setup.descriptor_buffers)],

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Copy in: the data of new writes into our pages; and map the pages of large requests.
+
+use crate::engine::backend::Backend;
+use crate::engine::pass::Engine;
+use crate::engine::requests::List;
+use crate::engine::segments::Pool;
+use crate::ring::grants::{CopyDirection, Grants};
+use crate::ring::ports::SharedRing;
+use crate::ring::response::Status;
+
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
+    pub(super) fn copy_in(&mut self) {
+        let (requests, transfers) = (&mut self.requests, &mut self.transfers);
+        let mut at = requests.taken.first();
+        let (mut copies, mut maps) = (false, false);
+        while let Some(tag) = at {
+            at = requests.after(tag);
+            let Some(request) = requests.get(tag).copied() else {
+                break;
+            };
+            if request.status != Status::Okay || request.count == 0 {
+                continue;
+            }
+            if request.pool == Pool::Map {
+                self.stats.mapped = self.stats.mapped.wrapping_add(1);
+                maps = true;
+                transfers.map(requests, tag, &request);
+            } else if request.copies_in() {
+                copies = true;
+                transfers.copy(requests, tag, &request, CopyDirection::FromGuest);
+            }
+        }
+        if copies {
+            transfers.run_copies(&mut requests.slots);
+        }
+        if maps {
+            transfers.run_maps(requests);
+            self.stall_unmappable();
+        }
+    }
+
+    /// Sets requests aside for whose pages the hypervisor has no room: they are copied instead.
+    fn stall_unmappable(&mut self) {
+        let requests = &mut self.requests;
+        let mut keep = List::EMPTY;
+        while let Some(handle) = requests.pop_taken() {
+            if requests.of(&handle).unmappable {
+                requests.push_stalled(handle.stall());
+            } else {
+                requests.push(&mut keep, handle);
+            }
+        }
+        requests.taken = keep;
+        if requests.stalled.is_empty() {
+            return;
+        }
+        let mut at = requests.stalled.first();
+        while let Some(tag) = at {
+            at = requests.after(tag);
+            if let Some(request) = requests.get(tag).copied() {
+                self.transfers.unmap(&mut requests.segments, &request);
+            }
+        }
+        self.transfers.run_unmaps(&mut requests.segments);
+        self.retry = true;
+    }
+
+    /// Moves stalled requests to copy pages, in order, as far as there are any.
+    pub(super) fn resume_stalled(&mut self) {
+        while let Some(tag) = self.requests.stalled.first() {
+            let Some(request) = self.requests.get(tag).copied() else {
+                return;
+            };
+            let chain = self.room(Pool::Copy, request.count, true);
+            if chain.is_none() && self.requests.segments.most(Pool::Copy) >= request.count {
+                return;
+            }
+            let Some(handle) = self.requests.pop_stalled() else {
+                return;
+            };
+            // Or a later failure to map something else would stall it once more.
+            self.requests.of_mut(&handle).unmappable = false;
+            if let Some(chain) = chain {
+                let segments = &mut self.requests.segments;
+                segments.move_chain(request.head, chain.head, request.count);
+                segments.release(Pool::Map, request.head, request.count);
+                let sectors = segments.sectors(chain.head, chain.count);
+                let entry = self.requests.of_mut(&handle);
+                entry.pool = Pool::Copy;
+                entry.set_chain(chain);
+                entry.sectors = sectors;
+                entry.status = Status::Okay;
+            } else {
+                self.requests.of_mut(&handle).status = Status::Error;
+            }
+            self.requests.push_taken(handle.resume());
+        }
+    }
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Copy out: the data of reads into the guest's pages; and unmap the pages of large requests.
+
+use crate::engine::backend::Backend;
+use crate::engine::pass::Engine;
+use crate::engine::segments::Pool;
+use crate::ring::grants::{CopyDirection, Grants};
+use crate::ring::ports::SharedRing;
+
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
+    pub(super) fn copy_out(&mut self) {
+        let (requests, transfers) = (&mut self.requests, &mut self.transfers);
+        let mut at = requests.completed.first();
+        let (mut copies, mut unmaps) = (false, false);
+        while let Some(tag) = at {
+            at = requests.after(tag);
+            let Some(request) = requests.get(tag).copied() else {
+                break;
+            };
+            if request.count == 0 {
+                continue;
+            }
+            if request.pool == Pool::Map {
+                unmaps = true;
+                transfers.unmap(&mut requests.segments, &request);
+            } else if request.copies_out() {
+                copies = true;
+                transfers.copy(requests, tag, &request, CopyDirection::ToGuest);
+            }
+        }
+        if copies {
+            transfers.run_copies(&mut requests.slots);
+        }
+        if unmaps {
+            // Before the answer: afterwards the guest may use its pages for something else.
+            transfers.run_unmaps(&mut requests.segments);
+        }
+    }
+}

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Fetch: copy the descriptors of indirect requests in, and check the segments in them.
+
+use crate::engine::backend::Backend;
+use crate::engine::pass::Engine;
+use crate::engine::requests::Requests;
+use crate::engine::transfers::Fetch;
+use crate::ring::grants::Grants;
+use crate::ring::ports::SharedRing;
+use crate::ring::request::Limits;
+use crate::ring::response::Status;
+
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
+    pub(super) fn fetch(&mut self) {
+        if !self.transfers.is_fetching() {
+            return;
+        }
+        let (limits, refused) = (&self.limits, &mut self.stats.refused);
+        self.transfers
+            .run_fetches(&mut self.requests, |requests, fetch, grants, buffer| {
+                if !fill(requests, fetch, grants, buffer, limits) {
+                    *refused = refused.wrapping_add(1);
+                }
+            });
+    }
+}
+
+/// Gives a request its segments; false if one of them is not well-formed.
+fn fill<G: Grants>(
+    requests: &mut Requests<'_>,
+    fetch: &Fetch,
+    grants: &G,
+    buffer: u8,
+    limits: &Limits,
+) -> bool {
+    let segments = &mut requests.segments;
+    let Some(request) = requests.slots.get_mut(fetch.tag) else {
+        return true;
+    };
+    if request.status != Status::Okay {
+        return true;
+    }
+    let (mut at, mut sectors, mut now) = (request.head, 0u64, request.count);
+    let raw = grants.descriptor(buffer).iter().copied();
+    let checked = fetch.request.check_segments(raw, limits, |segment| {
+        if now > 0 {
+            now = now.wrapping_sub(1);
+            sectors = sectors.wrapping_add(u64::from(segment.sectors()));
+        }
+        at = segments.fill(at, segment);
+    });
+    request.sectors = sectors;
+    match checked {
+        Ok(_) => true,
+        Err(reject) => {
+            request.status = reject.response.status;
+            false
+        }
+    }
+}

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Respond: answer what is complete, or go on with its next piece.
+
+use crate::engine::backend::{Backend, IoKind};
+use crate::engine::pass::Engine;
+use crate::engine::requests::{Completed, Handle};
+use crate::ring::grants::Grants;
+use crate::ring::ports::SharedRing;
+use crate::ring::request::Reject;
+use crate::ring::response::{Response, Status};
+
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
+    /// Answers everything that is complete; says how many requests that was.
+    pub(super) fn respond(&mut self) -> u32 {
+        if self.requests.completed.is_empty() {
+            return 0;
+        }
+        self.copy_out();
+        let mut answered: u32 = 0;
+        while let Some(handle) = self.requests.pop_completed() {
+            self.finish(handle);
+            answered = answered.wrapping_add(1);
+        }
+        answered
+    }
+
+    /// Answers one request, or goes on with it.
+    fn finish(&mut self, handle: Handle<Completed>) {
+        let request = self.requests.of_mut(&handle);
+        if matches!(request.kind, IoKind::Discard { .. }) && request.status == Status::Okay {
+            let piece = request.piece();
+            request.sector = request.sector.wrapping_add(piece);
+            request.sectors = request.sectors.wrapping_sub(piece);
+            if request.sectors > 0 && self.closing {
+                request.status = Status::Error;
+            } else if request.sectors > 0 {
+                self.requests.push_taken(handle.go_on());
+                return;
+            }
+        }
+        if request.left > 0 && request.status == Status::Okay {
+            self.next_piece(handle);
+            return;
+        }
+        if request.kind == IoKind::BarrierWrite {
+            self.barrier = false;
+        }
+        if request.status != Status::Okay {
+            self.stats.failed = self.stats.failed.wrapping_add(1);
+        }
+        let response = self.requests.end(handle);
+        self.answer(&response);
+    }
+
+    /// Answers a request that is not well-formed.
+    pub(super) fn refuse(&mut self, reject: &Reject) {
+        self.stats.refused = self.stats.refused.wrapping_add(1);
+        self.answer(&reject.response);
+    }
+
+    pub(super) fn answer(&mut self, response: &Response) {
+        if !self.ring.respond(response) {
+            // Every slot in use stands for a request that was taken and not answered.
+            self.stats.failed = self.stats.failed.wrapping_add(1);
+        }
+    }
+
+    /// Shows the guest all answers at once; true if it wants an event.
+    pub(super) fn publish(&mut self) -> bool {
+        let notify = self.ring.publish();
+        if notify {
+            self.stats.notified = self.stats.notified.wrapping_add(1);
+        }
+        notify
+    }
+}

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What remains of an engine whose guest is gone: I/O in flight and its pages.
+
+use crate::engine::backend::Backend;
+use crate::engine::complete::complete;
+use crate::engine::requests::Requests;
+use crate::engine::transfers::Transfers;
+use crate::ring::grants::Grants;
+
+/// What remains of an engine whose guest is gone. Nobody is answered any more.
+#[derive(Debug)]
+pub struct Rest<'a, G, B> {
+    pub(super) requests: Requests<'a>,
+    pub(super) transfers: Transfers<'a, G>,
+    pub(super) backend: B,
+}
+
+impl<G: Grants, B: Backend> Rest<'_, G, B> {
+    /// Unmaps and frees what has completed; returns how many are still in flight.
+    pub fn drain(&mut self) -> u16 {
+        let requests = &mut self.requests;
+        while let Some(handle) = requests.pop_stalled() {
+            requests.push_taken(handle.resume());
+        }
+        // These were never given to the backend.
+        while let Some(handle) = requests.pop_taken() {
+            requests.push_completed(handle.fail());
+        }
+        complete(requests, &mut self.backend);
+        let mut at = requests.completed.first();
+        while let Some(tag) = at {
+            at = requests.after(tag);
+            if let Some(request) = requests.get(tag).copied() {
+                self.transfers.unmap(&mut requests.segments, &request);
+            }
+        }
+        // Before the pages are free: one that cannot be unmapped never is.
+        self.transfers.run_unmaps(&mut requests.segments);
+        while let Some(handle) = requests.pop_completed() {
+            let _nobody_reads_it = requests.end(handle);
+        }
+        requests.used()
+    }
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Submit: give the requests whose data is in place to the backend, as one batch.
+
+use crate::engine::backend::{Backend, Io, IoKind};
+use crate::engine::pass::Engine;
+use crate::engine::requests::{List, PendingRequest};
+use crate::engine::stats::Stats;
+use crate::ring::response::Status;
+
+/// Sectors of a discard that are given to the backend at once: 1 GiB. A discard may cover the
+/// whole disk; in pieces it can be interleaved and torn down.
+const DISCARD_CHUNK: u64 = 1 << 21;
+
+impl<R, G, B: Backend> Engine<'_, R, G, B> {
+    pub(super) fn submit(&mut self) {
+        let mut batch = List::EMPTY;
+        while let Some(handle) = self.requests.pop_taken() {
+            let request = self.requests.of(&handle);
+            if request.status == Status::Okay {
+                count(&mut self.stats, request);
+                self.requests.start(&mut batch, handle);
+            } else {
+                self.requests.push_completed(handle.fail());
+            }
+        }
+        if batch.is_empty() {
+            return;
+        }
+        let requests = &self.requests;
+        self.backend.submit(requests.iter(&batch).filter_map(|tag| {
+            let request = requests.get(tag)?;
+            Some(Io {
+                tag,
+                kind: request.kind,
+                sector: request.sector,
+                sectors: request.piece(),
+                segments: &requests.segments,
+                head: request.head,
+                count: request.count,
+            })
+        }));
+    }
+}
+
+impl PendingRequest {
+    /// Sectors that the backend gets at once.
+    pub(super) fn piece(&self) -> u64 {
+        match self.kind {
+            IoKind::Discard { .. } => self.sectors.min(DISCARD_CHUNK),
+            _ => self.sectors,
+        }
+    }
+}
+
+fn count(stats: &mut Stats, request: &PendingRequest) {
+    let (requests, sectors) = match request.kind {
+        IoKind::Read => (&mut stats.rd_req, &mut stats.rd_sect),
+        IoKind::Write => (&mut stats.wr_req, &mut stats.wr_sect),
+        IoKind::Flush | IoKind::PreFlushWrite | IoKind::BarrierWrite => {
+            (&mut stats.f_req, &mut stats.wr_sect)
+        }
+        // Counted when it was taken: it is submitted in pieces.
+        IoKind::Discard { .. } => return,
+    };
+    *requests = requests.wrapping_add(u64::from(!request.continued));
+    *sectors = sectors.wrapping_add(request.sectors);
+}

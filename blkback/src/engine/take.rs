@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Take: requests from the ring, each with a number and pages.
+
+use crate::engine::backend::{Backend, IoKind};
+use crate::engine::pass::Engine;
+use crate::engine::requests::{Handle, PendingRequest, Taken};
+use crate::engine::segments::Pool;
+use crate::ring::abi::{MAX_SLOT_SIZE, OP_DISCARD, OP_FLUSH_DISKCACHE};
+use crate::ring::grants::Grants;
+use crate::ring::ports::SharedRing;
+use crate::ring::request::{
+    Direct, Direction, Discard, Indirect, Ordering, RawRequest, Reason, Request,
+};
+use crate::ring::response::{Response, Status};
+
+/// A request has to wait for others: it was not taken in.
+pub(super) struct NoRoom;
+
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
+    /// Gives requests that waited for pages another chance.
+    pub(super) fn take_waiting(&mut self) {
+        self.resume_stalled();
+        if let Some(request) = self.parked.take() {
+            if self.admit(&request).is_err() {
+                self.parked = Some(request);
+            }
+        }
+    }
+
+    pub(super) fn take(&mut self) -> u32 {
+        self.take_waiting();
+        if !self.can_take() {
+            return 0;
+        }
+        let Ok(available) = self.ring.available() else {
+            return 0;
+        };
+        let mut raw = RawRequest {
+            bytes: [0; MAX_SLOT_SIZE],
+            protocol: self.config.protocol,
+        };
+        let mut taken: u32 = 0;
+        while taken < available && self.can_take() && self.ring.take(&mut raw.bytes) {
+            taken = taken.wrapping_add(1);
+            match raw.check(&self.limits) {
+                Ok(request) => {
+                    if self.admit(&request).is_err() {
+                        self.stats.oo_req = self.stats.oo_req.wrapping_add(1);
+                        self.parked = Some(request);
+                    }
+                }
+                Err(reject) => self.refuse(&reject),
+            }
+        }
+        taken
+    }
+
+    /// Gives a checked request what it needs, or answers it.
+    fn admit(&mut self, request: &Request) -> Result<(), NoRoom> {
+        match request {
+            Request::Flush(id) => self.flush(*id),
+            Request::Discard(discard) => self.discard(discard),
+            Request::Direct(direct) => self.direct(direct),
+            Request::Indirect(indirect) => self.indirect(indirect),
+        }
+    }
+
+    fn flush(&mut self, id: u64) -> Result<(), NoRoom> {
+        if !self.limits.flush {
+            // Completed writes are durable already.
+            self.stats.f_req = self.stats.f_req.wrapping_add(1);
+            self.answer(&Response {
+                id,
+                operation: OP_FLUSH_DISKCACHE,
+                status: Status::Okay,
+            });
+            return Ok(());
+        }
+        let handle = self.without_pages(PendingRequest {
+            id,
+            operation: OP_FLUSH_DISKCACHE,
+            kind: IoKind::Flush,
+            ..PendingRequest::FREE
+        })?;
+        self.requests.push_taken(handle);
+        Ok(())
+    }
+
+    fn discard(&mut self, discard: &Discard) -> Result<(), NoRoom> {
+        if discard.sectors == 0 {
+            self.answer(&Response {
+                id: discard.id,
+                operation: OP_DISCARD,
+                status: Status::Okay,
+            });
+            return Ok(());
+        }
+        let handle = self.without_pages(PendingRequest {
+            id: discard.id,
+            operation: OP_DISCARD,
+            kind: IoKind::Discard {
+                secure: discard.secure,
+            },
+            sector: discard.sector,
+            sectors: discard.sectors,
+            ..PendingRequest::FREE
+        })?;
+        self.requests.push_taken(handle);
+        self.stats.ds_req = self.stats.ds_req.wrapping_add(1);
+        Ok(())
+    }
+
+    fn direct(&mut self, direct: &Direct) -> Result<(), NoRoom> {
+        let barrier = direct.ordering == Ordering::Barrier;
+        if barrier && self.requests.used() > 0 {
+            return Err(NoRoom);
+        }
+        let kind = match (direct.direction, direct.ordering) {
+            (Direction::Read, _) => IoKind::Read,
+            (Direction::Write, Ordering::Plain) => IoKind::Write,
+            (Direction::Write, Ordering::PreFlush) => IoKind::PreFlushWrite,
+            (Direction::Write, Ordering::Barrier) => IoKind::BarrierWrite,
+        };
+        let handle = self.with_pages(PendingRequest {
+            id: direct.id,
+            operation: direct.operation,
+            kind,
+            sector: direct.sector,
+            count: direct.count(),
+            ..PendingRequest::FREE
+        })?;
+        let request = self.requests.of(&handle);
+        // One that has failed has no pages to fill.
+        if request.status == Status::Okay {
+            let mut at = request.head;
+            let mut sectors: u64 = 0;
+            for segment in direct.segments() {
+                sectors = sectors.wrapping_add(u64::from(segment.sectors()));
+                at = self.requests.segments.fill(at, segment);
+            }
+            self.requests.of_mut(&handle).sectors = sectors;
+            self.barrier = barrier;
+        }
+        self.requests.push_taken(handle);
+        Ok(())
+    }
+
+    fn indirect(&mut self, indirect: &Indirect) -> Result<(), NoRoom> {
+        // One buffer holds one page of segments; more pages than that are never advertised.
+        if indirect.pages() != 1 {
+            self.refuse(&indirect.reject(Reason::SegmentCount));
+            return Ok(());
+        }
+        if self.transfers.is_full() {
+            self.fetch();
+        }
+        let handle = self.with_pages(PendingRequest {
+            id: indirect.id,
+            operation: indirect.operation,
+            kind: match indirect.direction {
+                Direction::Read => IoKind::Read,
+                Direction::Write => IoKind::Write,
+            },
+            sector: indirect.sector,
+            count: indirect.count(),
+            ..PendingRequest::FREE
+        })?;
+        if self.requests.of(&handle).status == Status::Okay {
+            let slots = &mut self.requests.slots;
+            self.transfers.fetch(slots, handle.tag(), indirect);
+        }
+        self.requests.push_taken(handle);
+        Ok(())
+    }
+
+    fn without_pages(&mut self, request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
+        self.requests.take(request).ok_or(NoRoom)
+    }
+
+    /// With a chain of `request.count` pages; one that can never get them has failed.
+    fn with_pages(&mut self, mut request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
+        let wanted = if request.count <= self.config.copy_max_segments {
+            [Pool::Copy, Pool::Map]
+        } else {
+            [Pool::Map, Pool::Copy]
+        };
+        let fits = |pool: &Pool| self.requests.segments.most(*pool) >= request.count;
+        let Some(pool) = wanted.into_iter().find(fits) else {
+            request.count = 0;
+            request.status = Status::Error;
+            return self.without_pages(request);
+        };
+        request.pool = pool;
+        // A barrier or a flush is the first of its queue's I/O, or is for the whole request.
+        let may_split = matches!(request.kind, IoKind::Read | IoKind::Write);
+        let chain = self.room(pool, request.count, may_split).ok_or(NoRoom)?;
+        request.set_chain(chain);
+        self.requests.take(request).ok_or_else(|| {
+            self.requests.release(&request);
+            NoRoom
+        })
+    }
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What is moved between the guest's pages and ours, in batches: copies, maps and unmaps of data, and
+//! copies of the descriptors of indirect requests.
+
+use crate::engine::backend::IoKind;
+use crate::engine::requests::{PendingRequest, Requests, Slots};
+use crate::engine::segments::{Pool, Segments, Slice};
+use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
+use crate::ring::numbers::{PageIndex, QueueTag};
+use crate::ring::request::Indirect;
+
+/// An indirect request whose segments are being fetched.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetch {
+    pub(super) tag: QueueTag,
+    pub(super) request: Indirect,
+}
+
+/// The transfers of a queue. An operation is queued, and carried out at the latest by the next `run_*`;
+/// one that fails fails its request.
+#[derive(Debug)]
+pub(crate) struct Transfers<'a, G> {
+    grants: G,
+    fetches: &'a mut [Option<Fetch>],
+    fetching: usize,
+}
+
+impl<'a, G: Grants> Transfers<'a, G> {
+    pub(super) fn new(grants: G, fetches: &'a mut [Option<Fetch>]) -> Self {
+        Self {
+            grants,
+            fetches,
+            fetching: 0,
+        }
+    }
+
+    /// True if something is to be fetched.
+    pub(super) fn is_fetching(&self) -> bool {
+        self.fetching > 0
+    }
+
+    /// True if nothing can be queued by [`Self::fetch`] before [`Self::run_fetches`].
+    pub(super) fn is_full(&self) -> bool {
+        let room = usize::from(self.grants.descriptor_buffers()).min(self.fetches.len());
+        self.fetching >= room
+    }
+
+    /// Queues the descriptors of a request.
+    pub(super) fn fetch(&mut self, slots: &mut Slots<'_>, tag: QueueTag, request: &Indirect) {
+        // CAST: below the number of descriptor buffers.
+        let buffer = self.fetching as u8;
+        for (gref, len) in request.descriptors() {
+            let copy = Copy {
+                tag,
+                gref,
+                buffer: Buffer::Descriptor(buffer),
+                offset: 0,
+                // CAST: at most 4096.
+                len: len as u16,
+                direction: CopyDirection::FromGuest,
+            };
+            self.queue_copy(slots, &copy);
+        }
+        if let Some(fetch) = self.fetches.get_mut(self.fetching) {
+            *fetch = Some(Fetch {
+                tag,
+                request: *request,
+            });
+            self.fetching = self.fetching.wrapping_add(1);
+        }
+    }
+
+    /// Carries out what is queued by [`Self::fetch`]; `each` gets the requests with their raw segments.
+    pub(super) fn run_fetches(
+        &mut self,
+        requests: &mut Requests<'_>,
+        mut each: impl FnMut(&mut Requests<'_>, &Fetch, &G, u8),
+    ) {
+        self.run_copies(&mut requests.slots);
+        let fetches = self.fetches.iter_mut().take(self.fetching);
+        for (buffer, fetch) in (0..=u8::MAX).zip(fetches) {
+            if let Some(fetch) = fetch.take() {
+                each(requests, &fetch, &self.grants, buffer);
+            }
+        }
+        self.fetching = 0;
+    }
+
+    /// Queues the copies of a request's data.
+    pub(super) fn copy(
+        &mut self,
+        requests: &mut Requests<'_>,
+        tag: QueueTag,
+        request: &PendingRequest,
+        direction: CopyDirection,
+    ) {
+        let (slots, segments) = (&mut requests.slots, &requests.segments);
+        for slice in segments.slices(request.head, request.count) {
+            let copy = Copy {
+                tag,
+                gref: slice.gref,
+                buffer: Buffer::Page(slice.page),
+                offset: slice.offset,
+                len: slice.len,
+                direction,
+            };
+            self.queue_copy(slots, &copy);
+        }
+    }
+
+    #[inline]
+    fn queue_copy(&mut self, slots: &mut Slots<'_>, copy: &Copy) {
+        if !self.grants.queue_copy(copy) {
+            self.queue_copy_of_next_batch(slots, copy);
+        }
+    }
+
+    #[cold]
+    fn queue_copy_of_next_batch(&mut self, slots: &mut Slots<'_>, copy: &Copy) {
+        self.run_copies(slots);
+        if !self.grants.queue_copy(copy) {
+            slots.fail(copy.tag);
+        }
+    }
+
+    pub(super) fn run_copies(&mut self, slots: &mut Slots<'_>) {
+        self.grants.run_copies(|tag| slots.fail(tag));
+    }
+
+    /// Queues the maps of a request's pages.
+    pub(super) fn map(
+        &mut self,
+        requests: &mut Requests<'_>,
+        tag: QueueTag,
+        request: &PendingRequest,
+    ) {
+        let read_only = request.kind != IoKind::Read;
+        let mut at = request.head;
+        for _ in 0..request.count {
+            let Some(Slice { page, gref, .. }) = requests.segments.slices(at, 1).next() else {
+                return;
+            };
+            at = requests.segments.after(at);
+            if !self.grants.queue_map(tag, page, gref, read_only) {
+                self.run_maps(requests);
+                if !self.grants.queue_map(tag, page, gref, read_only) {
+                    requests.slots.fail(tag);
+                }
+            }
+        }
+    }
+
+    pub(super) fn run_maps(&mut self, requests: &mut Requests<'_>) {
+        let (slots, segments) = (&mut requests.slots, &mut requests.segments);
+        self.grants.run_maps(|tag, page, outcome| {
+            if let MapOutcome::Mapped(handle) = outcome {
+                segments.set_handle(page, Some(handle));
+                return;
+            }
+            slots.fail(tag);
+            if let Some(request) = slots.get_mut(tag) {
+                request.refused |= outcome == MapOutcome::Refused;
+                request.unmappable = !request.refused;
+            }
+        });
+    }
+
+    /// Queues the unmaps of what is mapped of a request's pages.
+    pub(super) fn unmap(&mut self, segments: &mut Segments<'_>, request: &PendingRequest) {
+        if request.pool != Pool::Map {
+            return;
+        }
+        let mut at = request.head;
+        for _ in 0..request.count {
+            let page = PageIndex::new(at);
+            at = segments.after(at);
+            if let Some(handle) = segments.handle(page) {
+                if !self.grants.queue_unmap(page, handle) {
+                    self.run_unmaps(segments);
+                    // The batch is empty now, so it takes the operation.
+                    let _queued = self.grants.queue_unmap(page, handle);
+                }
+                segments.set_handle(page, None);
+            }
+        }
+    }
+
+    pub(super) fn run_unmaps(&mut self, segments: &mut Segments<'_>) {
+        self.grants.run_unmaps(|page| segments.lose(page));
+    }
+}
