@@ -106,7 +106,7 @@ impl Vbd {
         match self.try_connect(life) {
             Ok(()) => {
                 life.failures = life.failures.saturating_sub(1);
-                life.state = State::Connected;
+                life.state.set(State::Connected, true);
             }
             Err(error) => self.refuse(life, &error),
         }
@@ -127,7 +127,7 @@ impl Vbd {
         })?;
         disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());
-        let published = features.publish(&self.device, connection.limits(), life.state);
+        let published = features.publish(&self.device, connection.limits(), life.state.now());
         if published.is_err() {
             connection.drain();
             life.draining = true;

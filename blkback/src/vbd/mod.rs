@@ -17,6 +17,7 @@ mod connect;
 mod publish;
 mod reconcile;
 
+use self::publish::OurState;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
 use crate::events::DeviceEvents;
@@ -114,10 +115,7 @@ struct Life {
     left: bool,
     /// It was unbound, and everything is given back.
     over: bool,
-    /// Our state.
-    state: State,
-    /// It could not be written.
-    unsaid: bool,
+    state: OurState,
     disk: Option<Disk>,
     /// A disk that could not be opened, so that it is reported once.
     bad_disk: Option<disk::Name>,
@@ -143,8 +141,7 @@ impl Life {
         leaving: false,
         left: false,
         over: false,
-        state: State::Initialising,
-        unsaid: false,
+        state: OurState::NEW,
         disk: None,
         bad_disk: None,
         errand: Errand::None,

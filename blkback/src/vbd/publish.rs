@@ -11,20 +11,42 @@ use kernel::prelude::*;
 use kernel::sync::atomic::ordering::Acquire;
 use kernel::sync::Arc;
 
+/// Our state, and whether it is written.
+pub(super) struct OurState {
+    now: State,
+    said: bool,
+}
+
+impl OurState {
+    pub(super) const NEW: Self = Self {
+        now: State::Initialising,
+        said: true,
+    };
+
+    /// What it is.
+    pub(super) fn now(&self) -> State {
+        self.now
+    }
+
+    /// It is this one now. Says whether it is also written, or will be tried again.
+    pub(super) fn set(&mut self, state: State, said: bool) {
+        (self.now, self.said) = (state, said);
+    }
+}
+
 impl Vbd {
     pub(super) fn publish(self: &Arc<Self>, life: &mut Life, state: State) {
-        if state != life.state {
-            let result = offer::publish_state(&self.device, life.state, state);
+        if state != life.state.now() {
+            let result = offer::publish_state(&self.device, life.state.now(), state);
             self.published(life, state, result);
         }
     }
 
     /// Our state is this one now. If it could not be written, that is tried again in a while.
     pub(super) fn published(self: &Arc<Self>, life: &mut Life, state: State, result: Result) {
-        life.state = state;
         // The toolstack has removed our directory or made a new one: nobody is left to tell.
         let failed = result.err().filter(|error| *error != ENOENT);
-        life.unsaid = failed.is_some();
+        life.state.set(state, failed.is_none());
         if let Some(error) = failed {
             self.device
                 .report(error, c"the backend's state cannot be published");
@@ -35,11 +57,12 @@ impl Vbd {
     /// Writes our state if that could not be done before; false if it still cannot. The other end waits
     /// for it, so no event may ever come.
     pub(super) fn say(self: &Arc<Self>, life: &mut Life) -> bool {
-        if life.unsaid {
-            let result = offer::publish_state(&self.device, life.state, life.state);
-            self.published(life, life.state, result);
+        if !life.state.said {
+            let state = life.state.now();
+            let result = offer::publish_state(&self.device, state, state);
+            self.published(life, state, result);
         }
-        !life.unsaid
+        life.state.said
     }
 
     /// Says why the frontend cannot be connected; it has to move before that is tried again.
@@ -67,7 +90,7 @@ impl Vbd {
     /// Publishes how the disk is served, and a size that changed while connected. If that has to wait,
     /// because a process may change both as often as it likes, says how many milliseconds.
     pub(super) fn follow_disk(&self, life: &mut Life) -> Option<u32> {
-        let connected = life.state == State::Connected;
+        let connected = life.state.now() == State::Connected;
         let Some(disk) = &mut life.disk else {
             return None;
         };

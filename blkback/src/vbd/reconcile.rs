@@ -104,7 +104,7 @@ impl Vbd {
             number => State::from_number(number),
         };
         let view = View {
-            ours: life.state,
+            ours: life.state.now(),
             theirs: match theirs {
                 // The bus does not say why it could not be read.
                 State::Unknown => self.frontend_state()?,
@@ -155,7 +155,7 @@ impl Vbd {
                 return Next::Rest;
             }
             Action::Offer => {
-                let offered = offer::publish_offer(&self.device, life.state);
+                let offered = offer::publish_offer(&self.device, life.state.now());
                 self.published(life, State::InitWait, offered);
                 if offered.is_err() {
                     self.publish(life, State::Closing);
@@ -194,7 +194,7 @@ impl Vbd {
             return;
         }
         life.left = true;
-        life.state = State::Closed;
+        life.state.set(State::Closed, true);
         self.gone.store(true, Release);
         // Not by way of the bus, which writes nothing where it finds Closed or a state that the
         // toolstack has reset: only a write makes the watch fire in whose callback the device is
