@@ -122,6 +122,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             ..
         } => {
             let module = build::module_of(&source.canonicalize()?)?;
+            check::panics::check(&module)?;
+            check::frames::check(&module)?;
             println!("{}", module.display());
             Ok(ExitCode::SUCCESS)
         }
