@@ -66,6 +66,8 @@ pub(crate) struct Inner {
     pub(super) fencing: Option<ModuleReference>,
     /// How often it was looked whether that is done.
     pub(super) looks: u32,
+    /// So many pages of the arena, from the first on, are seen to be free.
+    pub(super) fenced_pages: u16,
     /// The process has looked in vain: it may be sleeping, and is to be woken.
     pub(super) wanted: bool,
     /// The queues of the connection.
@@ -128,6 +130,7 @@ impl TapDisk {
                         command: Command::None,
                         fencing: None,
                         looks: 0,
+                        fenced_pages: 0,
                         wanted: false,
                         shares: [const { None }; MAX_QUEUES],
                     },

@@ -4,7 +4,8 @@
 //!
 //! What its I/O reads and writes is the arena. Direct I/O pins the pages it uses, so it is over
 //! when nobody but us refers to a page of the arena; mappings refer to them as well, and they are
-//! gone when the node is released. (I/O through buffers of its own is fenced by the lock that the
+//! gone when the node is released. After that nobody of the process can refer to a page again, so one
+//! that was seen free stays free, and is not looked at again. (I/O through buffers of its own is fenced by the lock that the
 //! process holds on the image.)
 
 use super::disk::TapDisk;
@@ -33,6 +34,7 @@ impl TapDisk {
             // Its file keeps the module until this returns. It is not going, so there is one.
             inner.fencing = ModuleReference::get();
             inner.looks = 0;
+            inner.fenced_pages = 0;
             inner.pid = 0;
             inner.wanted = false;
             self.start_waiting();
@@ -59,11 +61,21 @@ impl TapDisk {
 
     /// Ends the fence if all I/O of the process is over.
     fn try_fence(&self) -> bool {
-        if !planted::NO_FENCE && self.areas.arena().is_referenced() {
-            return false;
-        }
+        let (epoch, first) = {
+            let inner = self.inner.lock();
+            (inner.shadow.epoch(), inner.fenced_pages)
+        };
+        let referenced = self.areas.arena().first_referenced(first);
         let kept = {
             let mut inner = self.inner.lock();
+            if inner.shadow.epoch() != epoch {
+                // The fence of that process has ended, and a later one has its own work.
+                return true;
+            }
+            if let Some(page) = referenced.filter(|_| !planted::NO_FENCE) {
+                inner.fenced_pages = page;
+                return false;
+            }
             inner.shadow.fenced();
             inner.kick();
             inner.fencing.take()

@@ -54,12 +54,14 @@ impl Pages {
         })
     }
 
-    /// True if anybody but us refers to one of the pages: a mapping, or I/O that is
+    /// The first page from `first` on to which anybody but us refers: a mapping, or I/O that is
     /// under way.
-    pub(crate) fn is_referenced(&self) -> bool {
-        self.raw().iter().any(|page| {
+    pub(crate) fn first_referenced(&self, first: u16) -> Option<u16> {
+        let pages = self.raw().iter().zip(0..self.len()).skip(first.into());
+        pages.into_iter().find_map(|(page, index)| {
             // SAFETY: The page is valid.
-            unsafe { sys::xbr_page_count(*page) != 1 }
+            let count = unsafe { sys::xbr_page_count(*page) };
+            (count != 1).then_some(index)
         })
     }
 
