@@ -377,9 +377,14 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             };
             entry.waiters = List::EMPTY;
             entry.ordered = true;
-            if entry.state != State::Delivered {
-                self.wait(tag, None);
-                continue;
+            match entry.state {
+                State::Delivered => {}
+                State::Pending | State::Blocked => {
+                    self.wait(tag, None);
+                    continue;
+                }
+                // Not in the order of what has no result.
+                State::Free | State::Done => continue,
             }
             let (orphan, fresh) = (entry.orphan, entry.flags & abi::DESC_REPLAY == 0);
             entry.flags |= abi::DESC_REPLAY;
@@ -584,7 +589,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         while let Some(node) = at {
             at = next(&self.entries, node);
             let entry = self.get_mut(node.tag());
-            if let Some(entry) = entry.filter(|e| e.queue == queue && !e.orphan) {
+            let left = |e: &Entry| e.queue == queue && !e.orphan && e.state == State::Delivered;
+            if let Some(entry) = entry.filter(|entry| left(entry)) {
                 entry.orphan = true;
                 count = count.wrapping_add(1);
             }
@@ -738,7 +744,10 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     fn is_waiting(&self, tag: DiskTag, and: impl Fn(&Entry) -> bool) -> bool {
-        let waits = |e: &Entry| matches!(e.state, State::Pending | State::Blocked);
+        let waits = |e: &Entry| match e.state {
+            State::Pending | State::Blocked => true,
+            State::Free | State::Delivered | State::Done => false,
+        };
         self.get(tag)
             .is_some_and(|entry| waits(entry) && and(entry))
     }
