@@ -10,7 +10,7 @@ use crate::connect_error::ConnectError;
 use crate::engine::Backend;
 use crate::events::DeviceEvents;
 use crate::xen::data::DataPages;
-use crate::xen::parker::Parker;
+use crate::xen::wake_event::WakeEvent;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
@@ -108,7 +108,7 @@ pub(crate) struct Needs<'a> {
     /// Slots of its ring: requests in flight at most.
     pub(crate) depth: u16,
     /// Where its thread sleeps; a completion wakes it.
-    pub(crate) parker: &'a Arc<Parker>,
+    pub(crate) wake_event: &'a Arc<WakeEvent>,
 }
 
 /// A queue's part of the disk.

@@ -62,10 +62,10 @@ pub(crate) struct Connection {
 /// I/O has the work queue fetch them all.
 #[pin_data]
 struct Threads {
-    /// Threads that may still wait for I/O, and one until the connection is buried.
+    /// Threads that may still wait for I/O, and one until the connection is released.
     left: Atomic<u32>,
     #[pin]
-    buried: Mutex<Option<Arc<Connection>>>,
+    released: Mutex<Option<Arc<Connection>>>,
 }
 
 impl Threads {
@@ -73,7 +73,7 @@ impl Threads {
         Arc::pin_init(
             pin_init!(Self {
                 left: Atomic::new(1),
-                buried <- new_mutex!(None, "Threads::buried"),
+                released <- new_mutex!(None, "Threads::released"),
             }),
             GFP_KERNEL,
         )
@@ -89,7 +89,7 @@ impl Ending for Threads {
         if self.left.fetch_sub(1, Full) != 1 {
             return;
         }
-        let connection = self.buried.lock().take();
+        let connection = self.released.lock().take();
         if let Some(connection) = connection {
             // Nobody else queues it.
             let _queued = workqueue::enqueue(connection);
@@ -194,9 +194,9 @@ impl Connection {
 
     /// Lets go of the connection, whose threads were told to end: they are fetched when none of them
     /// has I/O in flight any more. Does not wait.
-    pub(crate) fn bury(self: Arc<Self>) {
+    pub(crate) fn release_deferred(self: Arc<Self>) {
         let threads = self.threads.clone();
-        *threads.buried.lock() = Some(self);
+        *threads.released.lock() = Some(self);
         threads.done();
     }
 }

@@ -68,7 +68,7 @@ impl QueueBackends for BlockDevice {
         let disk = Disk::new(
             self.clone(),
             pages.clone(),
-            needs.parker.clone(),
+            needs.wake_event.clone(),
             needs.depth,
         )
         .map_err(no_memory)?;

@@ -30,8 +30,8 @@ use crate::xen::grant::GuestGrants;
 use crate::xen::guest_side::{Held, Taker};
 use crate::xen::kthread::{Runner, Thread};
 use crate::xen::pages::filled;
-use crate::xen::parker::Parker;
 use crate::xen::ring_map::RingMap;
+use crate::xen::wake_event::WakeEvent;
 use crate::xen::{cond_resched, local_clock};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic, AtomicFlag};
@@ -61,7 +61,7 @@ pub(crate) trait Ending: Send + Sync + 'static {
 
 /// What the thread and its owner share.
 struct Control {
-    parker: Arc<Parker>,
+    wake_event: Arc<WakeEvent>,
     /// A [`Command`]; only ever raised.
     command: Atomic<u32>,
     /// Ring and event channel are given back; after a drain also the disk.
@@ -133,15 +133,15 @@ impl<D: QueueBackends> Prepared<D> {
         let slots = request.slots();
         let depth = u16::try_from(slots).map_err(|_| step("the ring is too large", EINVAL))?;
         // First what the guest can get wrong: it costs no memory to refuse that.
-        let parker = Parker::new().map_err(|error| step(NO_MEMORY, error))?;
+        let wake_event = WakeEvent::new().map_err(|error| step(NO_MEMORY, error))?;
         let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)
             .map_err(|error| step("the frontend's ring-ref cannot be mapped", error))?;
         let back = BackRing::attach(map, slots)
             .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
-        let channel = EventChannel::bind(setup.device, ring.port, parker.clone())
+        let channel = EventChannel::bind(setup.device, ring.port, wake_event.clone())
             .map_err(|error| step("the frontend's event-channel cannot be bound", error))?;
         let control = Control {
-            parker,
+            wake_event,
             command: Atomic::new(Command::Wait as u32),
             detached: AtomicFlag::new(false),
         };
@@ -187,7 +187,7 @@ impl Queue {
     fn tell(&self, command: Command) {
         if self.control.command() < command {
             self.control.command.store(command as u32, Release);
-            self.control.parker.wake();
+            self.control.wake_event.wake();
         }
     }
 
@@ -274,7 +274,7 @@ impl<D: QueueBackends> Server<D> {
         // These outlast it.
         let (events, control) = (state.events.clone(), state.control.clone());
         while control.command() == Command::Wait {
-            control.parker.park();
+            control.wake_event.wait();
         }
         let (command, mut rest) = state.serve(ring, &guest);
         if command == Command::Drain || disk.drain() != Drain::MustFinish {
@@ -290,7 +290,7 @@ impl<D: QueueBackends> Server<D> {
         control.mark_detached();
         events.reconcile();
         while rest.drain() > 0 {
-            control.parker.park();
+            control.wake_event.wait();
         }
     }
 }
@@ -319,7 +319,7 @@ impl<D: QueueBackends> State<D> {
             index,
             queues: setup.request.queues,
             depth: slots,
-            parker: &control.parker,
+            wake_event: &control.wake_event,
         })?;
         let shape = Shape {
             copy: pages.with_memory(),
@@ -490,13 +490,13 @@ impl<D: QueueBackends> Serving<'_, D> {
             let start = local_clock();
             let borrows = keeper.before_sleep(engine, start);
             if let Some(left) = left {
-                self.control.parker.park_for(left);
+                self.control.wake_event.wait_for(left);
             } else if self.leads || borrows {
                 // Nobody tells us that a device was resized, so one thread looks now and then; and
                 // what is borrowed and not used is given back.
-                self.control.parker.park_for_a_while();
+                self.control.wake_event.wait_for_a_while();
             } else {
-                self.control.parker.park();
+                self.control.wake_event.wait();
             }
             pollers.slept(engine.in_flight(), start);
         }
@@ -529,8 +529,8 @@ impl<D: QueueBackends> Serving<'_, D> {
         if command != Command::Serve {
             return false;
         }
-        let (parker, poller) = (&self.control.parker, pollers.of(engine.in_flight()));
-        if poller.wait(|| parker.is_notified() || engine.has_requests()) {
+        let (wake_event, poller) = (&self.control.wake_event, pollers.of(engine.in_flight()));
+        if poller.wait(|| wake_event.is_notified() || engine.has_requests()) {
             return true;
         }
         engine.must_stay_awake()

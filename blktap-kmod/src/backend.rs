@@ -10,7 +10,7 @@ use crate::ring::tap::abi::Segment;
 use crate::ring::tap::shadow::{Op, Request};
 use crate::xen::monotonic_ns;
 use crate::xen::pages::push;
-use crate::xen::parker::Parker;
+use crate::xen::wake_event::WakeEvent;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, AtomicFlag};
 use kernel::sync::Arc;
@@ -62,9 +62,13 @@ impl TapQueue {
     /// # Errors
     ///
     /// `EBUSY` while a queue or a request of an earlier connection is left.
-    pub(super) fn new(disk: Arc<TapDisk>, parker: Arc<Parker>, place: Place) -> Result<Self> {
+    pub(super) fn new(
+        disk: Arc<TapDisk>,
+        wake_event: Arc<WakeEvent>,
+        place: Place,
+    ) -> Result<Self> {
         let share = super::shared(Share {
-            parker,
+            wake_event,
             done: AtomicFlag::new(false),
         })?;
         let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
@@ -167,8 +171,8 @@ impl Backend for TapQueue {
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
-        // Before anything is looked at: see `Parker::rearm`.
-        self.share.parker.rearm();
+        // Before anything is looked at: see `WakeEvent::rearm`.
+        self.share.wake_event.rearm();
         while let Some(tag) = self.rejected.pop() {
             done(tag, Status::Error);
         }

@@ -156,7 +156,7 @@ impl QueueBackends for Binding {
             depth,
         };
         let backend =
-            TapQueue::new(self.disk.clone(), needs.parker.clone(), place).map_err(|error| {
+            TapQueue::new(self.disk.clone(), needs.wake_event.clone(), place).map_err(|error| {
                 match error {
                     error if error == EBUSY => ConnectError::Step(NOT_READY, error),
                     error => no_memory(error),

@@ -12,8 +12,8 @@ use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
 use crate::ring::tap::table::Entry;
 use crate::xen::module::ModuleReference;
 use crate::xen::monotonic_ns;
-use crate::xen::parker::Parker;
 use crate::xen::uring::Parked;
+use crate::xen::wake_event::WakeEvent;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
 use kernel::sync::atomic::{
@@ -86,7 +86,7 @@ pub(crate) enum Command {
 
 /// What a queue's thread and those who complete its requests share.
 pub(crate) struct Share {
-    pub(super) parker: Arc<Parker>,
+    pub(super) wake_event: Arc<WakeEvent>,
     /// The queue has something to reap.
     pub(super) done: AtomicFlag,
 }
@@ -95,7 +95,7 @@ impl Share {
     /// Tells the queue that it has something to reap.
     pub(super) fn tell(&self) {
         self.done.store(true, Release);
-        self.parker.wake();
+        self.wake_event.wake();
     }
 }
 
@@ -307,7 +307,7 @@ impl Inner {
     /// Has the threads of all queues look at the disk again.
     pub(super) fn wake_queues(&self) {
         let queues = self.shares.iter().flatten();
-        queues.for_each(|share| share.parker.wake());
+        queues.for_each(|share| share.wake_event.wake());
     }
 
     /// Tells queues, one for each bit, that they have something to reap.

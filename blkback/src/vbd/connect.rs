@@ -153,7 +153,7 @@ impl Vbd {
         }
         life.draining = false;
         self.totals.set_memory(0);
-        connection.bury();
+        connection.release_deferred();
         true
     }
 }

@@ -9,7 +9,7 @@
 use super::bdev::BlockDevice;
 use super::data::DataPages;
 use super::pages::push;
-use super::parker::Parker;
+use super::wake_event::WakeEvent;
 use super::{cond_resched, sys};
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::{PageIndex, QueueTag};
@@ -100,7 +100,7 @@ struct Record {
 pub(crate) struct Disk {
     bdev: Arc<BlockDevice>,
     pages: Arc<DataPages>,
-    parker: Arc<Parker>,
+    wake_event: Arc<WakeEvent>,
     #[pin]
     set: Opaque<bindings::bio_set>,
     records: KVVec<Record>,
@@ -115,11 +115,11 @@ unsafe impl Send for Disk {}
 unsafe impl Sync for Disk {}
 
 impl Disk {
-    /// Reserves what `tags` concurrent I/Os need. Completions wake the parker. May sleep.
+    /// Reserves what `tags` concurrent I/Os need. Completions wake the wake_event. May sleep.
     pub(crate) fn new(
         bdev: Arc<BlockDevice>,
         pages: Arc<DataPages>,
-        parker: Arc<Parker>,
+        wake_event: Arc<WakeEvent>,
         tags: u16,
     ) -> Result<Pin<KBox<Self>>> {
         let mut records = KVVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
@@ -144,7 +144,7 @@ impl Disk {
             try_pin_init!(&this in Self {
                 bdev,
                 pages,
-                parker,
+                wake_event,
                 set <- Opaque::try_ffi_init(|slot: *mut bindings::bio_set| {
                     // SAFETY: `slot` is valid for writes. `bioset_init` relies on zeroes for the
                     // fields that it does not need.
@@ -196,7 +196,7 @@ impl Disk {
 
     /// Yields every I/O that has completed, once.
     pub(crate) fn reap(&self, mut done: impl FnMut(QueueTag, u32)) {
-        self.parker.rearm();
+        self.wake_event.rearm();
         for (index, word) in self.done.iter().enumerate() {
             if word.load(Relaxed) == 0 {
                 continue;
@@ -516,7 +516,7 @@ fn put(record: &Record) {
         // setting it.
         word.fetch_add(1u64 << bit, Full);
     }
-    disk.parker.wake();
+    disk.wake_event.wake();
     // INVARIANT: Nothing of the disk is touched after this.
     disk.busy.fetch_sub(1, Release);
 }

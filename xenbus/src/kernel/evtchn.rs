@@ -9,8 +9,8 @@
 //! and `unbind_from_irqhandler` (include/xen/events.h).
 
 use super::device::Device;
-use super::parker::Parker;
 use super::sys;
+use super::wake_event::WakeEvent;
 use kernel::error::to_result;
 use kernel::ffi::{c_int, c_uint, c_void};
 use kernel::prelude::*;
@@ -24,7 +24,7 @@ const HANDLED: c_uint = 1;
 struct Line {
     /// An event came and was not ended. Set by the handler, taken by the thread.
     pending: Atomic<u32>,
-    parker: Arc<Parker>,
+    wake_event: Arc<WakeEvent>,
 }
 
 /// A bound event channel; dropping it unbinds it and waits for a running handler.
@@ -57,12 +57,16 @@ pub(crate) struct Pending<'a> {
 }
 
 impl EventChannel {
-    /// Binds to the frontend's port; events wake the parker. May sleep.
-    pub(crate) fn bind(device: &Arc<Device>, port: u32, parker: Arc<Parker>) -> Result<Self> {
+    /// Binds to the frontend's port; events wake the wake_event. May sleep.
+    pub(crate) fn bind(
+        device: &Arc<Device>,
+        port: u32,
+        wake_event: Arc<WakeEvent>,
+    ) -> Result<Self> {
         let line = KBox::new(
             Line {
                 pending: Atomic::new(0),
-                parker,
+                wake_event,
             },
             GFP_KERNEL,
         )?;
@@ -134,6 +138,6 @@ extern "C" fn handler(_irq: c_int, cookie: *mut c_void) -> c_uint {
     // SAFETY: The cookie is the `Line` of a bound channel.
     let line = unsafe { &*cookie.cast::<Line>() };
     line.pending.xchg(1, Full);
-    line.parker.wake();
+    line.wake_event.wake();
     HANDLED
 }

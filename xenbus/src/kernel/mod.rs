@@ -21,7 +21,6 @@ pub(crate) mod guest_side;
 pub(crate) mod kthread;
 pub(crate) mod module;
 pub(crate) mod pages;
-pub(crate) mod parker;
 pub(crate) mod pool;
 pub(crate) mod ring_map;
 pub(crate) mod shared;
@@ -30,6 +29,7 @@ pub(crate) mod store;
 mod sys;
 pub(crate) mod uring;
 pub(crate) mod versions;
+pub(crate) mod wake_event;
 pub(crate) mod watch;
 pub(crate) mod workqueue;
 

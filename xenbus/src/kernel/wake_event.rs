@@ -16,7 +16,7 @@ use kernel::sync::atomic::{ordering::Full, Atomic};
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-/// Longest sleep of [`Parker::park_for_a_while`].
+/// Longest sleep of [`WakeEvent::wait_for_a_while`].
 const IDLE_SECONDS: u32 = 5;
 
 const RUNNING: u32 = 0;
@@ -25,7 +25,7 @@ const SLEEPING: u32 = 2;
 
 /// A place where one thread sleeps.
 #[pin_data]
-pub(crate) struct Parker {
+pub(crate) struct WakeEvent {
     /// Written by the sleeper (any change) and by wakers (to NOTIFIED only).
     state: Atomic<u32>,
     #[pin]
@@ -33,11 +33,11 @@ pub(crate) struct Parker {
 }
 
 // SAFETY: The state is atomic and a completion may be used from any context.
-unsafe impl Send for Parker {}
+unsafe impl Send for WakeEvent {}
 // SAFETY: As above.
-unsafe impl Sync for Parker {}
+unsafe impl Sync for WakeEvent {}
 
-impl Parker {
+impl WakeEvent {
     /// Makes one. May sleep.
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
@@ -52,7 +52,7 @@ impl Parker {
         )
     }
 
-    /// Makes the sleeper return from [`park`](Self::park), now or when it calls it next. Callable
+    /// Makes the sleeper return from [`wait`](Self::wait), now or when it calls it next. Callable
     /// from any context, interrupts included.
     pub(crate) fn wake(&self) {
         if self.state.xchg(NOTIFIED, Full) == SLEEPING {
@@ -74,22 +74,22 @@ impl Parker {
     }
 
     /// The same for a few seconds at most: see [`IDLE_SECONDS`].
-    pub(crate) fn park_for_a_while(&self) {
+    pub(crate) fn wait_for_a_while(&self) {
         // All sleepers of the host wake up in the same tick.
         // SAFETY: Plain arithmetic on the current time.
         let ticks =
             unsafe { bindings::round_jiffies_relative((IDLE_SECONDS * bindings::HZ) as usize) };
-        self.park_ticks(ticks);
+        self.wait_ticks(ticks);
     }
 
     /// The same for so many nanoseconds at most, rounded up to whole ticks.
-    pub(crate) fn park_for(&self, nanoseconds: u64) {
+    pub(crate) fn wait_for(&self, nanoseconds: u64) {
         // SAFETY: Plain arithmetic.
         let ticks = unsafe { bindings::nsecs_to_jiffies(nanoseconds) };
-        self.park_ticks(ticks.saturating_add(1));
+        self.wait_ticks(ticks.saturating_add(1));
     }
 
-    fn park_ticks(&self, ticks: usize) {
+    fn wait_ticks(&self, ticks: usize) {
         if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
             // SAFETY: `done` was initialised by the constructor.
             let left = unsafe {
@@ -111,8 +111,8 @@ impl Parker {
 
     /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
     ///
-    /// Only one thread may park here. May sleep.
-    pub(crate) fn park(&self) {
+    /// Only one thread may wait here. May sleep.
+    pub(crate) fn wait(&self) {
         if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
             // SAFETY: `done` was initialised by the constructor. The waker that replaces SLEEPING
             // completes exactly once, so no completion is left over.
