@@ -6,13 +6,14 @@
 //! and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
 //! that make a block device; it has no bios for those who use one.
 
+mod transfer;
+
 use super::bdev::BlockDevice;
 use super::data::DataPages;
 use super::pages::push;
 use super::wake_event::WakeEvent;
 use super::{cond_resched, sys};
-use crate::ring::abi::PAGE_SIZE;
-use crate::ring::numbers::{PageIndex, QueueTag};
+use crate::ring::numbers::QueueTag;
 use core::cell::Cell;
 use core::pin::Pin;
 use core::ptr::NonNull;
@@ -22,6 +23,8 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, ordering::Release, Atomic};
 use kernel::sync::Arc;
 use kernel::types::Opaque;
+
+pub(crate) use transfer::Piece;
 
 /// Bios beyond the first of an I/O that can be allocated while there is no memory: enough for
 /// progress. Each has room for the most ranges that a bio can have.
@@ -240,41 +243,6 @@ pub(crate) struct Inflight<'a> {
 }
 
 impl Inflight<'_> {
-    /// Reads into `count` pieces of data pages, or writes from them, from a 512-byte sector on:
-    /// starts as few bios with as few ranges of memory as the device takes them in. May sleep.
-    pub(crate) fn transfer(
-        &self,
-        operation: Operation,
-        sector: u64,
-        count: u16,
-        pieces: impl Iterator<Item = Piece>,
-    ) {
-        let mut bios = Bios {
-            operation,
-            sector,
-            left: count,
-            bio: self.bio(operation, sector, count),
-        };
-        let mut run: Option<Run> = None;
-        for piece in pieces {
-            if run.as_mut().is_some_and(|run| run.join(&piece)) {
-                bios.left = bios.left.wrapping_sub(1);
-                continue;
-            }
-            let Some(next) = Run::new(self.disk, &piece) else {
-                return self.fail();
-            };
-            if !run.replace(next).is_none_or(|run| bios.add(&run)) {
-                return self.fail();
-            }
-        }
-        if run.is_none_or(|run| bios.add(&run)) {
-            bios.bio.submit();
-        } else {
-            self.fail();
-        }
-    }
-
     /// Starts an operation without data on at most `u32::MAX / 512` sectors. May sleep.
     pub(crate) fn without_data(&self, operation: Operation, sector: u64, sectors: u32) {
         let mut bio = self.bio(operation, sector, 0);
@@ -342,94 +310,6 @@ impl Drop for Inflight<'_> {
     }
 }
 
-/// A piece of a data page.
-pub(crate) struct Piece {
-    /// The page.
-    pub(crate) page: PageIndex,
-    /// Byte offset in the page.
-    pub(crate) offset: u16,
-    /// Bytes.
-    pub(crate) len: u16,
-}
-
-/// Bytes of data pages without a gap between them.
-///
-/// # Invariants
-///
-/// From `page` on, `room` bytes of the disk's data pages lie one behind the other, and
-/// `offset + len` is at most that.
-struct Run {
-    page: *mut bindings::page,
-    room: u32,
-    /// The first page.
-    first: PageIndex,
-    offset: u16,
-    len: u32,
-}
-
-impl Run {
-    /// `None` if there is no such page, or not so much of it.
-    fn new(disk: &Disk, piece: &Piece) -> Option<Self> {
-        let (page, room) = disk.pages.run(piece.page)?;
-        let end = u32::from(piece.offset).wrapping_add(piece.len.into());
-        // INVARIANT: The table says so.
-        (end <= room).then_some(Self {
-            page,
-            room,
-            first: piece.page,
-            offset: piece.offset,
-            len: piece.len.into(),
-        })
-    }
-
-    /// Goes on with `next` if that lies directly behind.
-    fn join(&mut self, next: &Piece) -> bool {
-        const PAGE: u32 = PAGE_SIZE as u32;
-        let end = self.len.wrapping_add(self.offset.into());
-        let page = u32::from(self.first.number()).wrapping_add(end / PAGE);
-        let new_end = end.wrapping_add(next.len.into());
-        let joins = end % PAGE == 0
-            && next.offset == 0
-            && u32::from(next.page.number()) == page
-            && new_end <= self.room;
-        if joins {
-            // INVARIANT: Just compared.
-            self.len = self.len.wrapping_add(next.len.into());
-        }
-        joins
-    }
-}
-
-/// The bios of an I/O, of which the last one is being built.
-struct Bios<'a> {
-    operation: Operation,
-    /// Where the next run goes.
-    sector: u64,
-    /// Ranges of memory that are left, at most.
-    left: u16,
-    bio: Bio<'a>,
-}
-
-impl Bios<'_> {
-    /// Adds a run. False if the device does not take even that alone.
-    fn add(&mut self, run: &Run) -> bool {
-        if !self.bio.add(run) {
-            // In this order: the next one may have to wait for this one.
-            self.bio.submit();
-            self.bio = self
-                .bio
-                .inflight
-                .bio(self.operation, self.sector, self.left);
-            if !self.bio.add(run) {
-                return false;
-            }
-        }
-        self.left = self.left.wrapping_sub(1);
-        self.sector = self.sector.wrapping_add(u64::from(run.len / 512));
-        true
-    }
-}
-
 /// A bio that is being built.
 struct Bio<'a> {
     raw: Option<NonNull<bindings::bio>>,
@@ -437,18 +317,6 @@ struct Bio<'a> {
 }
 
 impl Bio<'_> {
-    /// Adds a run of the same I/O; `false` if the bio cannot take it.
-    fn add(&mut self, run: &Run) -> bool {
-        let Some(raw) = self.raw else {
-            return false;
-        };
-        // SAFETY: The bio is ours; by the type invariant the bytes are in data pages that follow
-        // one another, and a page stays where it is while a request has it.
-        let added =
-            unsafe { bindings::bio_add_page(raw.as_ptr(), run.page, run.len, run.offset.into()) };
-        u32::try_from(added) == Ok(run.len)
-    }
-
     /// Sets the length of an operation without data, at most `u32::MAX / 512` sectors.
     fn set_sectors(&mut self, sectors: u32) {
         if let Some(raw) = self.raw {
