@@ -68,6 +68,8 @@ pub(crate) struct Inner {
     pub(super) looks: u32,
     /// So many pages of the arena, from the first on, are seen to be free.
     pub(super) fenced_pages: u16,
+    /// Before this, in the time of [`monotonic_ns`], it is not.
+    pub(super) settled_ns: u64,
     /// The process has looked in vain: it may be sleeping, and is to be woken.
     pub(super) wanted: bool,
     /// The queues of the connection.
@@ -131,6 +133,7 @@ impl TapDisk {
                         fencing: None,
                         looks: 0,
                         fenced_pages: 0,
+                        settled_ns: 0,
                         wanted: false,
                         shares: [const { None }; MAX_QUEUES],
                     },

@@ -7,10 +7,14 @@
 //! gone when the node is released. After that nobody of the process can refer to a page again, so one
 //! that was seen free stays free, and is not looked at again. (I/O through buffers of its own is fenced by the lock that the
 //! process holds on the image.)
+//!
+//! A process whose I/O somebody else executes, over a network, has said for how long that may go on
+//! after its end (`FENCE_SESSION`); if nobody knows, what it had is not executed again (`FENCE_NONE`).
 
 use super::disk::TapDisk;
 use crate::planted;
 use crate::xen::module::ModuleReference;
+use crate::xen::monotonic_ns;
 use crate::xen::workqueue;
 use kernel::sync::Arc;
 use kernel::workqueue::{impl_has_delayed_work, WorkItem};
@@ -30,7 +34,8 @@ impl TapDisk {
     pub(super) fn close(self: &Arc<Self>) {
         {
             let mut inner = self.inner.lock();
-            inner.shadow.closed();
+            let settle_ns = u64::from(inner.shadow.closed()).wrapping_mul(1_000_000);
+            inner.settled_ns = monotonic_ns().saturating_add(settle_ns);
             // Its file keeps the module until this returns. It is not going, so there is one.
             inner.fencing = ModuleReference::get();
             inner.looks = 0;
@@ -76,7 +81,11 @@ impl TapDisk {
                 inner.fenced_pages = page;
                 return false;
             }
-            inner.shadow.fenced();
+            if !planted::NO_FENCE && monotonic_ns() < inner.settled_ns {
+                return false;
+            }
+            let failed = inner.shadow.fenced();
+            inner.tell(failed.queues);
             inner.kick();
             inner.fencing.take()
         };

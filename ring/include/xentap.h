@@ -39,7 +39,8 @@ struct xentap_desc {
 	uint64_t arrived_ns;
 	uint16_t tag;
 	uint16_t queue;
-	uint32_t reserved[5];
+	uint32_t deliveries;
+	uint32_t reserved[4];
 };
 
 struct xentap_segment {
@@ -98,16 +99,23 @@ struct xentap_info {
 	uint64_t reserved[3];
 };
 
+#define XENTAP_FENCE_LOCAL 1
+#define XENTAP_FENCE_SESSION 2
+#define XENTAP_FENCE_NONE 3
+#define XENTAP_MAX_SETTLE_MS 600000
+
 /* One bit for each XENTAP_OP_ of this version. */
 #define XENTAP_OPERATIONS 0x6f
-#define XENTAP_CLAIMS_FIRST_SIZE 24
+#define XENTAP_CLAIMS_FIRST_SIZE 32
 #define XENTAP_CLAIMS_MAX_SIZE 4096
 
 struct xentap_claims {
 	uint32_t size;
-	uint32_t reserved;
+	uint32_t fence;
 	uint64_t operations;
 	uint64_t features;
+	uint32_t settle_ms;
+	uint32_t reserved;
 };
 
 struct xentap_create {

@@ -100,7 +100,7 @@ struct Undone {
     request: Request,
     stage: Stage,
     replay: bool,
-    again: bool,
+    deliveries: u32,
     ordered: bool,
     orphan: bool,
     deaths: u32,
@@ -149,7 +149,8 @@ impl Undone {
             arrived_ns: ARRIVED,
             tag: self.tag,
             queue: self.queue,
-            reserved: [0; 5],
+            deliveries: self.deliveries,
+            reserved: [0; 4],
         }
     }
 
@@ -374,7 +375,7 @@ impl Pair {
                     request,
                     stage: Stage::Waiting,
                     replay: false,
-                    again: false,
+                    deliveries: 0,
                     ordered,
                     orphan: false,
                     deaths: 0,
@@ -429,8 +430,10 @@ impl Pair {
             *generation += 1;
             let request = self.model.undone.get_mut(&sequence).expect("it waits");
             request.stage = Stage::Delivered;
-            self.model.replayed += u64::from(request.again);
-            self.seen.replayed += u64::from(request.again);
+            let again = u64::from(request.deliveries > 0);
+            request.deliveries += 1;
+            self.model.replayed += again;
+            self.seen.replayed += again;
             let expected = request.desc(sequence, *generation);
             assert_eq!(*desc, expected, "{self:?}");
         }
@@ -456,7 +459,6 @@ impl Pair {
             }
             Outcome::Returned => {
                 request.stage = Stage::Waiting;
-                request.again = true;
                 self.seen.returned += 1;
                 Committed::Returned
             }
@@ -544,7 +546,7 @@ impl Pair {
     }
 
     fn fence(&mut self) {
-        self.shadow.fenced();
+        assert_eq!(self.shadow.fenced().count, 0);
         if self.model.state != abi::STATE_FENCING {
             return;
         }
@@ -560,7 +562,6 @@ impl Pair {
             if request.stage == Stage::Delivered {
                 request.stage = Stage::Waiting;
                 request.replay = true;
-                request.again = true;
                 request.in_last = true;
             }
         }

@@ -256,7 +256,7 @@ impl Machine {
             }
             Act::Fence => {
                 let _planted = self.commit(Fault::SkipFence);
-                self.tap.shadow.fenced();
+                assert_eq!(self.tap.shadow.fenced().count, 0);
             }
             Act::Fail => self.fail(),
             Act::Echo => {

@@ -5,7 +5,9 @@
 use crate::sys::{ioctl, readable, Area};
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Create, Desc, Exchange, Info};
-use ring::tap::abi::{Segment, FEATURES, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, VERSION};
+use ring::tap::abi::{
+    Segment, FEATURES, FENCE_LOCAL, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, VERSION,
+};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -135,6 +137,7 @@ impl Node {
             size: size_of::<Claims>() as u32,
             operations: OPERATIONS,
             features: FEATURES,
+            fence: FENCE_LOCAL,
             ..Claims::default()
         };
         ioctl(&self.file, numbers::CLAIM, &mut claims)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Attributes, Driver, Extent, Limits, Shape};
+use crate::{Attributes, Driver, Extent, Fence, Limits, Shape};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use std::cell::Cell;
@@ -15,6 +15,7 @@ type Later<'a, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
 /// [`Driver`] in a form that can be pointed to.
 trait Any {
     fn activate(&self) -> Later<'_, Shape, Failure>;
+    fn fence(&self) -> Fence;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
     fn flush(&self) -> Later<'_, (), Errno>;
@@ -30,6 +31,9 @@ trait Any {
 impl<D: Driver> Any for D {
     fn activate(&self) -> Later<'_, Shape, Failure> {
         Box::pin(Driver::activate(self))
+    }
+    fn fence(&self) -> Fence {
+        Driver::fence(self)
     }
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno> {
         Box::pin(Driver::read(self, offset, data))
@@ -94,6 +98,11 @@ impl Disk {
         let shape = self.0.driver.activate().await?;
         self.0.shape.set(Some(shape));
         Ok(shape)
+    }
+
+    /// See [`Driver::fence`].
+    pub fn fence(&self) -> Fence {
+        self.0.driver.fence()
     }
 
     /// See [`Driver::read`].

@@ -2,7 +2,7 @@
 //! What a driver does.
 
 use control::Failure;
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
 
 /// What a disk is like.
@@ -43,6 +43,37 @@ impl Default for Limits {
             transfer: u64::MAX,
             zeroes: u64::MAX,
             align: 1,
+        }
+    }
+}
+
+/// When I/O of a process is over that died: nothing of what it had is executed again before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fence {
+    /// When this machine's kernel has ended it: I/O on block devices and local files.
+    Local,
+    /// Others execute it, who may do so for this long: I/O over a network. At most ten minutes.
+    Session {
+        /// Milliseconds, not 0.
+        settle_ms: u32,
+    },
+    /// Nobody knows. What the process had fails, instead of being executed again.
+    None,
+}
+
+/// How long a server of files may execute what a machine sent that has given it up: the time after which
+/// an NFS client sends a request again, which so is long enough for one that is on its way.
+const SETTLE_MS: u32 = 60_000;
+
+impl Fence {
+    /// For a driver whose I/O is that of a file.
+    pub fn of(file: &File) -> Self {
+        // A file system that does not say what it is may be anywhere.
+        match file.is_remote() {
+            Ok(false) => Fence::Local,
+            _ => Fence::Session {
+                settle_ms: SETTLE_MS,
+            },
         }
     }
 }
@@ -92,6 +123,10 @@ pub trait Driver: 'static {
     /// Looks at the image for the first time. Before this, nothing of it may be read and kept: it
     /// may still be changed by somebody else. Now it is locked.
     async fn activate(&self) -> Result<Shape, Failure>;
+
+    /// When its I/O is over if this process dies. There is no default: who sends data over a network must
+    /// not say [`Fence::Local`], or what was written early comes back late.
+    fn fence(&self) -> Fence;
 
     /// Reads into all of `data`.
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno>;

@@ -11,7 +11,7 @@ mod raw;
 
 pub use disk::Disk;
 pub use diskio::{Bytes, Data, Errno, File, Io};
-pub use driver::{Attributes, Content, Driver, Extent, Limits, Shape};
+pub use driver::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 pub use null::Null;
 pub use open::open;
 pub use ram::Ram;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `null`: nothing, to measure what everything else costs.
 
-use crate::{Attributes, Content, Driver, Extent, Limits, Shape};
+use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 
@@ -29,6 +29,10 @@ impl Driver for Null {
             fua: true,
             limits: Limits::default(),
         })
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::Local
     }
 
     async fn read(&self, _offset: u64, data: Data) -> Result<(), Errno> {

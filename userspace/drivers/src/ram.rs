@@ -2,7 +2,7 @@
 //! `ram`: memory, of which only what was written exists.
 
 use crate::raw::extents;
-use crate::{Attributes, Driver, Extent, Limits, Shape};
+use crate::{Attributes, Driver, Extent, Fence, Limits, Shape};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
@@ -46,6 +46,10 @@ impl Driver for Ram {
             fua: true,
             limits: Limits::default(),
         })
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::Local
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `aio` and `sync`: the image is the disk, byte for byte.
 
-use crate::{Attributes, Content, Driver, Extent, Limits, Shape};
+use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 
@@ -119,6 +119,10 @@ impl Driver for Raw {
                 ..Limits::default()
             },
         })
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::of(&self.file)
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

@@ -3,7 +3,7 @@
 
 use control::Failure;
 use diskio::Runtime;
-use drivers::{Attributes, Bytes, Data, Disk, Driver, Errno, Limits, Shape};
+use drivers::{Attributes, Bytes, Data, Disk, Driver, Errno, Fence, Limits, Shape};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -44,6 +44,10 @@ impl Driver for Small {
             fua: false,
             limits: LIMITS,
         })
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::Local
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

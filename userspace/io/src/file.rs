@@ -2,7 +2,9 @@
 //! An image: transfers of any length at any offset, whatever the file asks for.
 
 use crate::{Bytes, Data, Errno, Gate, Io, Op};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use rustix::fs::{
+    fcntl_getfl, fcntl_setfl, fstat, fstatfs, ioctl_blkpbszget, ioctl_blksszget, seek, statx,
+};
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -29,6 +31,22 @@ pub enum LockKind {
     Read,
     /// Nobody else may use it.
     Write,
+}
+
+/// True for the number (`statfs(2)`) of a file system whose files are elsewhere.
+fn is_remote(kind: u64) -> bool {
+    const REMOTE: [u64; 9] = [
+        0x6969,      // NFS
+        0xff53_4d42, // CIFS
+        0xfe53_4d42, // SMB2
+        0x517b,      // SMB
+        0x00c3_6400, // Ceph
+        0x6573_5546, // FUSE: GlusterFS, sshfs
+        0x0102_1997, // 9p
+        0x5346_414f, // AFS
+        0x0bd0_0bd0, // Lustre
+    ];
+    REMOTE.contains(&kind)
 }
 
 /// An open file or block device. All transfers are complete or fail: short ones are continued,
@@ -97,6 +115,12 @@ impl File {
     /// It is a block device.
     pub fn is_device(&self) -> bool {
         self.is_device
+    }
+
+    /// Another machine executes its transfers, or another process of this one: that they have ended
+    /// here does not prove that they are over.
+    pub fn is_remote(&self) -> io::Result<bool> {
+        Ok(!self.is_device && is_remote(u64::try_from(fstatfs(&self.fd)?.f_type).unwrap_or(0)))
     }
 
     /// Transfers go past the page cache.
@@ -434,3 +458,23 @@ fn alignment(fd: &OwnedFd, is_device: bool) -> io::Result<Align> {
 
 /// `STATX_DIOALIGN`.
 const DIOALIGN: u32 = 0x2000;
+
+#[cfg(test)]
+mod tests {
+    use super::{is_remote, File};
+    use crate::Runtime;
+
+    #[test]
+    fn files_of_other_machines_are_told_from_ours() {
+        // EXT4, XFS, Btrfs, tmpfs, ZFS, then NFS, CIFS and FUSE.
+        for ours in [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x2fc1_2fc1] {
+            assert!(!is_remote(ours), "{ours:#x}");
+        }
+        for theirs in [0x6969, 0xff53_4d42, 0x6573_5546] {
+            assert!(is_remote(theirs), "{theirs:#x}");
+        }
+        let file = tempfile::tempfile().unwrap();
+        let file = File::new(&Runtime::new().io, file.into()).unwrap();
+        assert!(!file.is_remote().unwrap());
+    }
+}

@@ -108,10 +108,21 @@ impl Fake {
         })
     }
 
-    /// The process that is gone has no I/O under way any more.
+    /// The process that is gone has no I/O under way any more, as far as it claimed that one can know.
     pub fn fence(&self) {
-        self.lock().shadow.fenced();
+        let mut state = self.lock();
+        let _failed = state.shadow.fenced();
+        self.reap(&mut state);
         self.0.changed.notify_all();
+    }
+
+    fn reap(&self, state: &mut State) {
+        let State {
+            shadow, answers, ..
+        } = state;
+        shadow.reap(0, usize::MAX, |tag, status| {
+            answers.insert(tag.number(), status);
+        });
     }
 
     /// The disk as the process described it, once it has.
@@ -358,11 +369,7 @@ impl Node for FakeNode {
                 Err(_) => state.malformed += 1,
             }
         }
-        let mut answers = Vec::new();
-        state.shadow.reap(0, usize::MAX, |tag, status| {
-            answers.push((tag.number(), status))
-        });
-        state.answers.extend(answers);
+        self.disk.reap(&mut state);
         let now = state.clock;
         let (mut count, mut failed) = (0, Ok(0));
         let _ = state

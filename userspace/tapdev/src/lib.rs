@@ -19,6 +19,7 @@ pub use command::Command;
 pub use node::{KernelNode, Node};
 pub use params::records;
 pub use request::{Kind, Malformed, Request};
+pub use ring::tap::checked::Fence;
 pub use ring::tap::params::{Discard, Params};
 pub use tap::Tap;
 

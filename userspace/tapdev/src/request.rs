@@ -64,6 +64,8 @@ pub struct Request {
     pub replay: bool,
     /// Its place in the order of arrival on this disk, the same when it is delivered again.
     pub sequence: u64,
+    /// How often it was delivered, this time included; 0 if the kernel module does not count.
+    pub deliveries: u32,
     /// When it arrived in the kernel: nanoseconds of `CLOCK_MONOTONIC`.
     pub arrived_ns: u64,
     pub(crate) tag: u16,
@@ -153,6 +155,7 @@ pub(crate) fn check(
         fua: desc.flags & abi::DESC_FUA != 0,
         replay: desc.flags & abi::DESC_REPLAY != 0,
         sequence: desc.sequence,
+        deliveries: desc.deliveries,
         arrived_ns: desc.arrived_ns,
         tag,
         generation: desc.generation,

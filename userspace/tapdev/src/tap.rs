@@ -2,7 +2,7 @@
 //! A node with its areas.
 
 use crate::request::{self, Malformed, Request};
-use crate::{records, Node, Params};
+use crate::{records, Fence, Node, Params};
 use diskio::{Data, Region};
 use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
 use std::io;
@@ -68,18 +68,33 @@ impl Tap {
         self.node.set_params(&records(params))
     }
 
-    /// Says what this program understands, and asks for requests from now on.
+    /// Says what this program understands and when its I/O is over after its end, and asks for requests
+    /// from now on.
     ///
     /// # Errors
-    /// As the kernel says; [`io::ErrorKind::Unsupported`] if guests were told that the disk can do more.
-    pub fn start(&self) -> io::Result<()> {
+    /// As the kernel says; [`io::ErrorKind::Unsupported`] if guests were told that the disk can do more, or
+    /// if the kernel module does not know of such I/O.
+    pub fn start(&self, fence: Fence) -> io::Result<()> {
         // A kernel module of the time before claims knows nothing that we do not understand.
         if self.info.features & abi::FEATURE_CLAIM != 0 {
+            let (fence, settle_ms) = match fence {
+                Fence::Local => (abi::FENCE_LOCAL, 0),
+                Fence::Session { settle_ms } => (abi::FENCE_SESSION, settle_ms),
+                Fence::None => (abi::FENCE_NONE, 0),
+            };
             self.node.claim(&Claims {
+                fence,
+                settle_ms,
                 operations: request::OPERATIONS,
                 features: self.info.features & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM),
                 ..Claims::default()
             })?;
+        } else if fence != Fence::Local {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the kernel module is older and would execute again too early what goes over a network: \
+                 load the one of this release",
+            ));
         }
         let Err(error) = self.node.start() else {
             return Ok(());

@@ -28,7 +28,7 @@ const PARAMS: Params = Params {
 fn started(fake: &Fake) -> Tap {
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     tap.describe(&PARAMS).unwrap();
-    tap.start().unwrap();
+    tap.start(tapdev::Fence::Local).unwrap();
     tap
 }
 

@@ -6,7 +6,7 @@ use ring::tap::abi::{self, Claims, Completion, Desc};
 use ring::tap::shadow::Op;
 use rustix::io::Errno;
 use tapdev::fake::{Fake, FakeNode};
-use tapdev::{Kind, Node, Params, Tap};
+use tapdev::{Fence, Kind, Node, Params, Tap};
 use zerocopy::FromBytes;
 
 /// The description of a disk of 1 MiB that can be discarded, in bytes as it was written then.
@@ -86,7 +86,7 @@ fn now(fake: &Fake) -> Tap {
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     let params = Params::parse(&description()).unwrap();
     tap.describe(&params).unwrap();
-    tap.start().unwrap();
+    tap.start(Fence::Local).unwrap();
     tap
 }
 
@@ -114,7 +114,7 @@ fn what_the_process_does_not_understand_is_named() {
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     tap.describe(&Params::parse(&description()).unwrap())
         .unwrap();
-    let refused = tap.start().unwrap_err();
+    let refused = tap.start(Fence::Local).unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported);
     let text = refused.to_string();
     assert!(text.contains("operation 40, operation 41"), "{text}");
@@ -133,6 +133,7 @@ fn who_claims_too_little_is_not_started() {
         let claims = Claims {
             operations,
             features,
+            fence: abi::FENCE_LOCAL,
             ..Claims::default()
         };
         node.claim(&claims).map_err(|error| error.raw_os_error())
@@ -152,6 +153,33 @@ fn who_claims_too_little_is_not_started() {
     claim(abi::OPERATIONS, 0).unwrap();
     node.start().unwrap();
     assert_eq!(node.exchange(&[], &mut [0]).unwrap(), 1);
+}
+
+#[test]
+fn a_kernel_of_before_is_not_trusted_with_a_network() {
+    let fake = Fake::before_claims(4).unwrap();
+    let tap = Tap::open(fake.open().unwrap()).unwrap();
+    tap.describe(&Params::parse(&description()).unwrap())
+        .unwrap();
+    let refused = tap.start(Fence::Session { settle_ms: 1 }).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported);
+    tap.start(Fence::Local).unwrap();
+}
+
+#[test]
+fn what_cannot_be_fenced_fails() {
+    let fake = Fake::new(4).unwrap();
+    let tap = Tap::open(fake.open().unwrap()).unwrap();
+    tap.describe(&Params::parse(&description()).unwrap())
+        .unwrap();
+    tap.start(Fence::None).unwrap();
+    let tag = fake.send(Op::Write, 0, &[7; 512], false).unwrap();
+    let mut tags = [0; 4];
+    assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
+    assert_eq!(tap.request(tags[0]).unwrap().deliveries, 1);
+    drop(tap);
+    fake.fence();
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Error);
 }
 
 /// The process of before reads this, whatever is added: a `Desc` of then.

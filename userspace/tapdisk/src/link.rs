@@ -245,7 +245,7 @@ mod tests {
             may_shrink: false,
         })
         .unwrap();
-        tap.start().unwrap();
+        tap.start(tapdev::Fence::Local).unwrap();
         let tag = fake.send(Op::Read, 0, &[0; 512], false).unwrap();
         let mut tags = [0];
         assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);

@@ -182,6 +182,7 @@ const CALLS: &[i64] = &[
     libc::SYS_fallocate,
     libc::SYS_lseek,
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_io_uring_enter,

@@ -52,6 +52,8 @@ struct Inner {
     /// What the kernel was told of the disk.
     params: Option<Params>,
     started: bool,
+    /// What the kernel was told of the end of this process's I/O.
+    fence: Option<tapdev::Fence>,
     open: Option<Open>,
     disk: Option<tapdisk::Disk>,
     server: Option<Rc<Server>>,
@@ -283,9 +285,19 @@ impl Session {
             tap.describe(&params)
                 .map_err(|error| described(&open, &error))?;
         }
+        let fence = fence(disk.fence());
         if !started {
-            tap.start()
+            tap.start(fence)
                 .map_err(|error| Failure::system("cannot start the node", &error))?;
+        } else if self.state.borrow().fence != Some(fence) {
+            return Err(Failure::new(
+                Code::State,
+                format!(
+                    "{} is not on the same kind of storage as the image before, local or over a network: \
+                     close the disk and open it again",
+                    open.target
+                ),
+            ));
         }
         let link = {
             let mut state = self.state.borrow_mut();
@@ -307,6 +319,7 @@ impl Session {
         let mut state = self.state.borrow_mut();
         state.params = Some(params);
         state.started = true;
+        state.fence = Some(fence);
         state.open = Some(open);
         state.disk = Some(disk.clone());
         state.server = Some(server);
@@ -547,6 +560,14 @@ fn node(info: &tapdev::abi::Info) -> tapdisk::Node {
         tags: info.tags,
         arena: info.arena_len,
         epoch: info.epoch,
+    }
+}
+
+fn fence(fence: drivers::Fence) -> tapdev::Fence {
+    match fence {
+        drivers::Fence::Local => tapdev::Fence::Local,
+        drivers::Fence::Session { settle_ms } => tapdev::Fence::Session { settle_ms },
+        drivers::Fence::None => tapdev::Fence::None,
     }
 }
 

@@ -5,7 +5,7 @@ use control::stats::Stats;
 use control::tapdisk::{Call, OnError, Trouble, Troubles as Told};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Runtime};
-use drivers::{Attributes, Disk, Driver, Limits, Shape};
+use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
 use ring::response::Status;
 use ring::tap::shadow::{Op, Request};
 use std::cell::{Cell, RefCell};
@@ -89,6 +89,10 @@ impl Driver for Slow {
             ..SHAPE
         })
     }
+    fn fence(&self) -> Fence {
+        Fence::Local
+    }
+
     async fn read(&self, _: u64, _: Data) -> Result<(), Errno> {
         self.call("read").await
     }
@@ -136,7 +140,7 @@ impl Lab {
             may_shrink: false,
         })
         .unwrap();
-        tap.start().unwrap();
+        tap.start(tapdev::Fence::Local).unwrap();
         let server = Self::server(&runtime, &tap, &driver, &terms);
         Self {
             runtime,

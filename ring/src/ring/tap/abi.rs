@@ -111,8 +111,10 @@ pub struct Desc {
     pub tag: u16,
     /// The frontend's queue.
     pub queue: u16,
+    /// How often the request was delivered, this time included.
+    pub deliveries: u32,
     /// Zero.
-    pub reserved: [u32; 5],
+    pub reserved: [u32; 4],
 }
 
 /// A piece of the arena that holds data of a request; pieces are in the order of the disk.
@@ -258,8 +260,20 @@ pub const OPERATIONS: u64 = 1 << OP_READ
     | 1 << OP_WRITE_ZEROES
     | 1 << OP_SECURE_DISCARD;
 
+/// All I/O of the process is over when no page of the arena is in use any more: it is that of the
+/// machine's own kernel, which holds pages for as long as it may touch them or what they are for.
+pub const FENCE_LOCAL: u32 = 1;
+/// Somebody else executes its I/O, who may do so for [`Claims::settle_ms`] after the end of the process:
+/// what went over a network.
+pub const FENCE_SESSION: u32 = 2;
+/// Nobody knows when its I/O is over. So what it had is not delivered again: it fails.
+pub const FENCE_NONE: u32 = 3;
+
+/// The longest [`Claims::settle_ms`].
+pub const MAX_SETTLE_MS: u32 = 600_000;
+
 /// Bytes of [`Claims`] when the structure was made: none is smaller.
-pub const CLAIMS_FIRST_SIZE: u32 = 24;
+pub const CLAIMS_FIRST_SIZE: u32 = 32;
 /// Bytes that [`Claims`] of a later process may have.
 pub const CLAIMS_MAX_SIZE: u32 = 4096;
 
@@ -287,14 +301,19 @@ pub struct Claims {
     /// Bytes of this structure as the caller knows it: at least [`CLAIMS_FIRST_SIZE`], at most
     /// [`CLAIMS_MAX_SIZE`].
     pub size: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// `FENCE_*`: when the I/O of this process is over after its end. Nothing is delivered to the next one
+    /// before. There is no value for not knowing which.
+    pub fence: u32,
     /// One bit for each `OP_*` that it understands, with all flags of [`Desc`] that have no feature of
     /// their own. One that is not known is refused (`EOPNOTSUPP`).
     pub operations: u64,
     /// `FEATURE_*` that it uses. One that the kernel does not have is refused (`EOPNOTSUPP`), and so is
     /// the use of one that was not claimed.
     pub features: u64,
+    /// With [`FENCE_SESSION`], milliseconds from 1 to [`MAX_SETTLE_MS`]; otherwise 0.
+    pub settle_ms: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// No process has the node open, and none has to be waited for.
@@ -516,7 +535,7 @@ const _: () = {
     assert!(size_of::<Segment>() == 8);
     assert!(size_of::<Completion>() == 16);
     assert!(size_of::<Info>() == 184);
-    assert!(size_of::<Claims>() == 24);
+    assert!(size_of::<Claims>() == 32);
     assert!(size_of::<Create>() == 48);
     assert!(size_of::<Destroy>() == 8);
     assert!(size_of::<Buffer>() == 16);

@@ -145,6 +145,22 @@ pub struct Claimed {
     pub operations: u64,
     /// `FEATURE_*`, all of them known.
     pub features: u64,
+    /// When its I/O is over after its end.
+    pub fence: Fence,
+}
+
+/// When the I/O of a process is over after its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fence {
+    /// When it holds no page of the arena.
+    Local,
+    /// Then, and not before so many milliseconds have passed.
+    Session {
+        /// Milliseconds, from 1 to [`abi::MAX_SETTLE_MS`].
+        settle_ms: u32,
+    },
+    /// It is not known.
+    None,
 }
 
 impl Claimed {
@@ -157,6 +173,7 @@ impl Claimed {
             | 1 << abi::OP_WRITE_ZEROES
             | 1 << abi::OP_SECURE_DISCARD,
         features: abi::FEATURE_URING_CMD,
+        fence: Fence::Local,
     };
 }
 
@@ -194,9 +211,18 @@ impl abi::Claims {
         if unknown != 0 {
             return Err(Malformed::Unknown);
         }
+        let fence = match (self.fence, self.settle_ms) {
+            (abi::FENCE_LOCAL, 0) => Fence::Local,
+            (abi::FENCE_SESSION, settle_ms @ 1..=abi::MAX_SETTLE_MS) => {
+                Fence::Session { settle_ms }
+            }
+            (abi::FENCE_NONE, 0) => Fence::None,
+            _ => return Err(Malformed::Range),
+        };
         Ok(Claimed {
             operations: self.operations,
             features: self.features,
+            fence,
         })
     }
 }

@@ -40,7 +40,7 @@ use core::ops::DerefMut;
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
-use crate::ring::tap::checked::{Claimed, Commit, Outcome};
+use crate::ring::tap::checked::{Claimed, Commit, Fence, Outcome};
 use crate::ring::tap::overlap::{writes, Overlap};
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
 use isolation::Isolation;
@@ -152,7 +152,7 @@ pub struct Delivered {
     pub more: bool,
 }
 
-/// What a call failed: of [`Shadow::fail_waiting`], or of [`Shadow::started`].
+/// What a call failed: of [`Shadow::fail_waiting`], [`Shadow::started`] or [`Shadow::fenced`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Failed {
@@ -352,18 +352,27 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
-    /// [`fenced`](Self::fenced) must follow, when its I/O is over.
-    pub fn closed(&mut self) {
+    /// [`fenced`](Self::fenced) must follow, when its I/O is over: not before so many milliseconds,
+    /// which are returned, have passed.
+    pub fn closed(&mut self) -> u32 {
         if matches!(self.phase, Phase::Open | Phase::Live) {
             self.phase = Phase::Fencing;
+        }
+        match self.claimed.fence {
+            // Who had nothing has no I/O: what is answered is executed.
+            Fence::Session { settle_ms } if self.held > 0 => settle_ms,
+            _ => 0,
         }
     }
 
     /// The I/O of the process that is gone is over. What it had been delivered waits for the next
-    /// one, in arrival order; requests without a queue are released.
-    pub fn fenced(&mut self) {
+    /// one, in arrival order; requests without a queue are released. If nobody can know that it is over,
+    /// as the process claimed, what it had fails instead: to execute it again could undo what
+    /// comes later.
+    pub fn fenced(&mut self) -> Failed {
+        let mut failed = Failed::default();
         if self.phase != Phase::Fencing {
-            return;
+            return failed;
         }
         self.pending = List::EMPTY;
         self.delivered = List::EMPTY;
@@ -388,11 +397,15 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             }
             let (orphan, fresh) = (entry.orphan, entry.flags & abi::DESC_REPLAY == 0);
             entry.flags |= abi::DESC_REPLAY;
-            entry.again = true;
             entry.suspicion.in_last = true;
+            let queue = entry.queue;
             self.held = self.held.wrapping_sub(1);
             self.replaying = self.replaying.wrapping_add(u32::from(fresh));
-            if orphan {
+            if !orphan && self.claimed.fence == Fence::None {
+                failed.queues |= 1u64.wrapping_shl(u32::from(queue));
+                failed.count = failed.count.wrapping_add(1);
+                self.finish(tag, Status::Error);
+            } else if orphan {
                 self.orphans = self.orphans.wrapping_sub(1);
                 self.forget(tag);
                 self.free(tag);
@@ -406,6 +419,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         } else {
             Phase::Recovering
         };
+        failed
     }
 
     /// Hands out at most `max` requests that may be executed now; `each` gets what the process is
@@ -466,9 +480,6 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         }
         match commit.outcome {
             Outcome::Returned => {
-                if let Some(entry) = self.get_mut(commit.tag) {
-                    entry.again = true;
-                }
                 self.waiting = self.waiting.wrapping_add(1);
                 self.wait(commit.tag, None);
                 Committed::Returned
@@ -521,7 +532,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         entry.queue = queue;
         entry.op = request.op.wire();
         entry.flags = flag(request.fua, abi::DESC_FUA) | flag(request.preflush, abi::DESC_PREFLUSH);
-        entry.again = false;
+        entry.deliveries = 0;
         entry.ordered = ordered;
         entry.orphan = false;
         entry.suspicion = Suspicion::NONE;
@@ -721,7 +732,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         entry.state = State::Delivered;
         entry.delivered_ns = now;
         entry.generation = entry.generation.wrapping_add(1);
-        let again = entry.again;
+        let again = entry.deliveries > 0;
+        entry.deliveries = entry.deliveries.saturating_add(1);
         let desc = abi::Desc {
             op: entry.op,
             flags: entry.flags,
@@ -733,7 +745,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             arrived_ns: entry.arrived_ns,
             tag: tag.number(),
             queue: entry.queue,
-            reserved: [0; 5],
+            deliveries: entry.deliveries,
+            reserved: [0; 4],
         };
         self.delivered
             .push_back(&mut self.entries, Node::new(tag, Link::State));

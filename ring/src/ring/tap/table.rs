@@ -110,8 +110,8 @@ pub struct Entry {
     pub(super) flags: u8,
     pub(super) state: State,
     pub(super) status: Status,
-    /// It was delivered before.
-    pub(super) again: bool,
+    /// How often it was delivered.
+    pub(super) deliveries: u32,
     /// If it flushes, it waits for every earlier write.
     pub(super) ordered: bool,
     /// Its queue is gone: nobody will reap it.
@@ -141,7 +141,7 @@ impl Entry {
         flags: 0,
         state: State::Free,
         status: Status::Error,
-        again: false,
+        deliveries: 0,
         ordered: false,
         orphan: false,
         suspicion: Suspicion::NONE,

@@ -7,7 +7,7 @@ use ring::response::Status;
 use ring::tap::abi::{
     self, Buffer, Claims, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry,
 };
-use ring::tap::checked::{Claimed, Malformed, NewDisk, Outcome, UserArray};
+use ring::tap::checked::{Claimed, Fence, Malformed, NewDisk, Outcome, UserArray};
 use ring::tap::params::{Discard, ParamError, Params, Unfit, MAX_SECTORS};
 use zerocopy::IntoBytes;
 
@@ -51,14 +51,17 @@ fn claims() {
     let size = abi::CLAIMS_FIRST_SIZE;
     let good = Claims {
         size,
-        reserved: 0,
+        fence: abi::FENCE_LOCAL,
         operations: abi::OPERATIONS,
         features: abi::FEATURES,
+        settle_ms: 0,
+        reserved: 0,
     };
     let check = |claims: Claims| claims.check().map(|got| (got.operations, got.features));
     assert_eq!(check(good), Ok((abi::OPERATIONS, abi::FEATURES)));
     let nothing = Claims {
         size,
+        fence: abi::FENCE_LOCAL,
         ..Claims::default()
     };
     assert_eq!(check(nothing), Ok((0, 0)));
@@ -86,6 +89,41 @@ fn claims() {
 }
 
 #[test]
+fn fences() {
+    let check = |fence, settle_ms| {
+        let claims = Claims {
+            fence,
+            settle_ms,
+            ..Claims::default()
+        };
+        claims.check().map(|got| got.fence)
+    };
+    let session = |settle_ms| Ok(Fence::Session { settle_ms });
+    assert_eq!(check(abi::FENCE_LOCAL, 0), Ok(Fence::Local));
+    assert_eq!(check(abi::FENCE_NONE, 0), Ok(Fence::None));
+    assert_eq!(check(abi::FENCE_SESSION, 1), session(1));
+    assert_eq!(check(abi::FENCE_SESSION, 600_000), session(600_000));
+    let wrong = [
+        (0, 0),
+        (0, 1),
+        (abi::FENCE_LOCAL, 1),
+        (abi::FENCE_NONE, 1),
+        (abi::FENCE_SESSION, 0),
+        (abi::FENCE_SESSION, 600_001),
+        (abi::FENCE_SESSION, u32::MAX),
+        (4, 0),
+        (u32::MAX, 0),
+    ];
+    for (fence, settle_ms) in wrong {
+        assert_eq!(
+            check(fence, settle_ms),
+            Err(Malformed::Range),
+            "{fence} {settle_ms}"
+        );
+    }
+}
+
+#[test]
 fn claims_of_another_size() {
     let ours = size_of::<Claims>();
     let first = abi::CLAIMS_FIRST_SIZE;
@@ -107,6 +145,7 @@ fn claims_of_another_size() {
 fn what_is_taken_for_granted_stays() {
     assert_eq!(Claimed::BEFORE.operations, 0b110_1111);
     assert_eq!(Claimed::BEFORE.features, 1);
+    assert_eq!(Claimed::BEFORE.fence, Fence::Local);
 }
 
 #[test]

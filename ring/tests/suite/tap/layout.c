@@ -31,6 +31,7 @@ void layout(void)
 	FIELD(desc, arrived_ns);
 	FIELD(desc, tag);
 	FIELD(desc, queue);
+	FIELD(desc, deliveries);
 	FIELD(desc, reserved);
 
 	SIZE(segment);
@@ -76,9 +77,11 @@ void layout(void)
 
 	SIZE(claims);
 	FIELD(claims, size);
-	FIELD(claims, reserved);
+	FIELD(claims, fence);
 	FIELD(claims, operations);
 	FIELD(claims, features);
+	FIELD(claims, settle_ms);
+	FIELD(claims, reserved);
 
 	SIZE(create);
 	FIELD(create, version);
@@ -139,6 +142,10 @@ void layout(void)
 	NUMBER(FEATURE_CLAIM);
 	NUMBER(FEATURES);
 	NUMBER(OPERATIONS);
+	NUMBER(FENCE_LOCAL);
+	NUMBER(FENCE_SESSION);
+	NUMBER(FENCE_NONE);
+	NUMBER(MAX_SETTLE_MS);
 	NUMBER(CLAIMS_FIRST_SIZE);
 	NUMBER(CLAIMS_MAX_SIZE);
 	NUMBER(STATE_IDLE);

@@ -38,7 +38,7 @@ fn ours() -> BTreeMap<String, i64> {
     let mut all = Vec::new();
     structure!(
         all, desc, Desc, op, flags, segments, generation, sector, sectors, sequence, arrived_ns,
-        tag, queue, reserved
+        tag, queue, deliveries, reserved
     );
     structure!(all, segment, Segment, offset, len);
     structure!(all, completion, Completion, tag, flags, generation, result, reserved);
@@ -75,7 +75,7 @@ fn ours() -> BTreeMap<String, i64> {
         lacking,
         reserved
     );
-    structure!(all, claims, Claims, size, reserved, operations, features);
+    structure!(all, claims, Claims, size, fence, operations, features, settle_ms, reserved);
     structure!(
         all,
         create,
@@ -134,6 +134,10 @@ fn ours() -> BTreeMap<String, i64> {
         FEATURE_CLAIM,
         FEATURES,
         OPERATIONS,
+        FENCE_LOCAL,
+        FENCE_SESSION,
+        FENCE_NONE,
+        MAX_SETTLE_MS,
         CLAIMS_FIRST_SIZE,
         CLAIMS_MAX_SIZE,
         STATE_IDLE,

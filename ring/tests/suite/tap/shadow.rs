@@ -5,7 +5,7 @@
 use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi::{self, Completion, Desc, Info};
-use ring::tap::checked::Claimed;
+use ring::tap::checked::{Claimed, Fence};
 use ring::tap::shadow::{
     Committed, Delivered, Op, OpenError, PostError, Request, Shadow, StartError,
 };
@@ -55,7 +55,7 @@ impl Disk {
 
     fn die(&mut self) {
         self.shadow.closed();
-        self.shadow.fenced();
+        assert_eq!(self.shadow.fenced().count, 0);
     }
 
     #[track_caller]
@@ -78,7 +78,7 @@ impl Disk {
         let mut all = Vec::new();
         let delivered = self.shadow.deliver(self.epoch, max, self.now, |tag, desc| {
             assert_eq!(tag.number(), desc.tag);
-            assert_eq!(desc.reserved, [0; 5]);
+            assert_eq!(desc.reserved, [0; 4]);
             all.push(*desc);
         });
         assert_eq!(delivered.count, all.len());
@@ -145,7 +145,8 @@ fn a_request_goes_through_all_states() {
         arrived_ns: 101,
         tag: 3,
         queue: 1,
-        reserved: [0; 5],
+        deliveries: 1,
+        reserved: [0; 4],
     };
     assert_eq!(descs, [expected]);
     disk.now += 50;
@@ -254,7 +255,7 @@ fn what_a_dead_process_had_is_delivered_again_in_arrival_order() {
     assert_eq!(disk.shadow.state(), abi::STATE_FENCING);
     assert_eq!(disk.shadow.opened(), Err(OpenError::Fencing));
     assert_eq!(disk.tags(), []);
-    disk.shadow.fenced();
+    assert_eq!(disk.shadow.fenced().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_RECOVERING);
     assert_eq!(disk.info().waiting, 3);
     disk.start();
@@ -335,7 +336,7 @@ fn a_dead_process_is_not_heard() {
     disk.tags();
     disk.shadow.closed();
     assert_eq!(disk.done(0), Committed::Refused);
-    disk.shadow.fenced();
+    assert_eq!(disk.shadow.fenced().count, 0);
     assert_eq!(disk.done(0), Committed::Refused);
     let old = disk.epoch;
     disk.start();
@@ -399,6 +400,7 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     let claims = |operations| Claimed {
         operations,
         features: 0,
+        fence: Fence::Local,
     };
     let lacking = |disk: &Disk| {
         let mut info = abi::Info::default();
@@ -430,15 +432,97 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     assert_eq!(disk.tags(), [0]);
 }
 
+fn claim(disk: &mut Disk, fence: Fence) {
+    let claimed = Claimed {
+        fence,
+        ..Claimed::BEFORE
+    };
+    disk.epoch = disk.shadow.opened().expect("nobody has it");
+    assert!(disk.shadow.claim(disk.epoch, claimed));
+    assert!(disk.shadow.started(disk.epoch).is_ok());
+}
+
+#[test]
+fn what_goes_over_a_network_has_time_to_settle() {
+    let mut disk = Disk::new(4);
+    let session = Fence::Session { settle_ms: 700 };
+    claim(&mut disk, session);
+    assert_eq!(disk.shadow.closed(), 0, "it had nothing");
+    assert_eq!(disk.shadow.fenced().count, 0);
+    claim(&mut disk, session);
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0]);
+    assert_eq!(disk.shadow.closed(), 700);
+    assert_eq!(disk.shadow.fenced().count, 0);
+    // The next one is another one, and is not asked what the last one was.
+    disk.start();
+    assert_eq!(disk.tags(), [0]);
+    assert_eq!(disk.shadow.closed(), 0);
+}
+
+#[test]
+fn what_cannot_be_fenced_is_not_executed_again() {
+    let mut disk = Disk::new(8);
+    claim(&mut disk, Fence::None);
+    disk.post(0, Op::Write, 0, 8);
+    disk.post(1, Op::Read, 64, 8);
+    disk.post(2, Op::Write, 4, 8);
+    assert_eq!(disk.tags(), [0, 1], "the third one waits for the first");
+    assert_eq!(disk.commit(1, 1, 0, 0), Committed::Done(1));
+    assert_eq!(disk.shadow.closed(), 0);
+    let failed = disk.shadow.fenced();
+    assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
+    assert_eq!(disk.reap(0), [(0, Status::Error)]);
+    assert_eq!(disk.reap(1), [(1, Status::Okay)]);
+    // What it never had is the next one's, and nothing is a replay.
+    disk.start();
+    assert_eq!(disk.tags(), [2]);
+    assert_eq!(disk.info().replayed, 0);
+    disk.post(0, Op::Flush, 0, 0);
+    assert_eq!(disk.tags(), [0], "a flush of its own time waits for nobody");
+}
+
+#[test]
+fn deliveries_are_counted() {
+    let mut disk = Disk::live(2);
+    disk.post(0, Op::Write, 0, 8);
+    for count in 1..4u32 {
+        let epoch = disk.epoch;
+        let mut seen = Vec::new();
+        let _ = disk.shadow.deliver(epoch, 8, 1, |_, desc| seen.push(*desc));
+        let desc = seen[0];
+        assert_eq!(desc.deliveries, count);
+        if count == 2 {
+            disk.die();
+            disk.start();
+        } else {
+            let returned = disk.commit(0, desc.generation, abi::COMPLETION_RETURNED, 0);
+            assert_eq!(returned, Committed::Returned);
+        }
+    }
+    let (mut last, epoch) = (None, disk.epoch);
+    let _ = disk
+        .shadow
+        .deliver(epoch, 8, 1, |_, desc| last = Some(*desc));
+    let last = last.expect("it was returned");
+    assert_eq!(last.deliveries, 4);
+    assert_eq!(disk.commit(0, last.generation, 0, 0), Committed::Done(0));
+    assert_eq!(disk.reap(0), [(0, Status::Okay)]);
+    disk.post(0, Op::Write, 0, 8);
+    let _ = disk
+        .shadow
+        .deliver(epoch, 8, 1, |_, desc| assert_eq!(desc.deliveries, 1));
+}
+
 #[test]
 fn every_process_is_fenced_also_one_that_has_nothing() {
     let mut disk = Disk::new(4);
     let _epoch = disk.shadow.opened().expect("nobody has it");
-    disk.shadow.fenced();
+    assert_eq!(disk.shadow.fenced().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_OPEN, "it is alive");
     disk.shadow.closed();
     assert_eq!(disk.shadow.opened(), Err(OpenError::Fencing));
-    disk.shadow.fenced();
+    assert_eq!(disk.shadow.fenced().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
     disk.shadow.closed();
     assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
@@ -475,7 +559,7 @@ fn orphans_of_a_dead_process_are_released_by_the_fence() {
     disk.shadow.closed();
     assert_eq!(disk.shadow.orphan(1), 1);
     assert_eq!(disk.shadow.orphans(), 1, "its I/O may still be running");
-    disk.shadow.fenced();
+    assert_eq!(disk.shadow.fenced().count, 0);
     assert_eq!((disk.shadow.orphans(), disk.shadow.delivered()), (0, 0));
     disk.start();
     assert_eq!(disk.tags(), [0]);
@@ -514,7 +598,7 @@ fn requests_fail_only_while_nobody_serves_them() {
     assert_eq!(disk.reap(0), [error(2)]);
     assert_eq!(disk.reap(1), [error(1), error(3)]);
     assert_eq!(disk.shadow.fail_waiting(8).count, 0, "not fenced");
-    disk.shadow.fenced();
+    assert_eq!(disk.shadow.fenced().count, 0);
     let failed = disk.shadow.fail_waiting(8);
     assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
     assert_eq!(disk.reap(0), [error(0)]);

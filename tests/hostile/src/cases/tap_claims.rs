@@ -3,20 +3,23 @@
 
 use super::{case, tap_claims, Case};
 use crate::lab::Lab;
+use crate::queue::ANSWER;
 use crate::session::PLAIN;
 use crate::tap::scene::Scene;
 use crate::tap::server::{done, Store};
 use crate::tap::uring::{Memory, Ring};
 use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
+use crate::wire::ERROR;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
-    Claims, Desc, CLAIMS_MAX_SIZE, FEATURE_URING_CMD, GEOMETRY_WRITE_CACHE, OP_DISCARD, OP_FLUSH,
+    Claims, Desc, CLAIMS_MAX_SIZE, DESC_REPLAY, FEATURE_URING_CMD, FENCE_LOCAL, FENCE_NONE,
+    FENCE_SESSION, GEOMETRY_WRITE_CACHE, MAX_SETTLE_MS, OP_DISCARD, OP_FLUSH, STATE_FENCING,
     STATE_OPEN,
 };
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zerocopy::{FromZeros, IntoBytes};
 
 pub(super) fn all() -> Vec<Case> {
@@ -28,6 +31,10 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             tap_claims::tap_before_claims,
             "a process of the time before there were claims serves and is replaced"
+        ),
+        case!(
+            tap_claims::tap_fence_classes,
+            "the end of a process decides what becomes of what it had, as it claimed"
         ),
     ]
 }
@@ -88,6 +95,22 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
         };
         expect("an unknown feature", node.claim(&features), &unknown)?;
     }
+    for (fence, settle_ms) in [
+        (0, 0),
+        (FENCE_LOCAL, 1),
+        (FENCE_SESSION, 0),
+        (FENCE_SESSION, MAX_SETTLE_MS + 1),
+        (FENCE_NONE, 1),
+        (4, 0),
+        (u32::MAX, u32::MAX),
+    ] {
+        let fence = Claims {
+            fence,
+            settle_ms,
+            ..CLAIMS
+        };
+        expect("no fence", node.claim(&fence), &[libc::EINVAL])?;
+    }
     // A disk of which guests will be told more than the process understands.
     let few = Claims {
         operations: CLAIMS.operations & !(1 << OP_DISCARD | 1 << OP_FLUSH),
@@ -135,6 +158,87 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
     drop((ring, node));
     lab.bystander()?;
     disk.destroy()
+}
+
+fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
+    const SETTLE: Duration = Duration::from_millis(1500);
+    let mut scene = Scene::new(lab)?;
+    scene = restart(
+        scene,
+        &Claims {
+            fence: FENCE_SESSION,
+            settle_ms: SETTLE.as_millis() as u32,
+            ..CLAIMS
+        },
+    )?;
+    scene.take(4)?;
+    let died = Instant::now();
+    drop(scene.node);
+    // Nothing of the arena is in use, and nobody can have the disk all the same.
+    let busy = Node::file(&scene.disk.path(), libc::O_NONBLOCK);
+    expect("an opener while I/O settles", busy, &[libc::EBUSY])?;
+    expect(
+        "an end while I/O settles",
+        scene.disk.try_destroy()?,
+        &[libc::EBUSY],
+    )?;
+    ensure!(
+        scene.disk.info()?.state == STATE_FENCING,
+        "{:?}",
+        scene.disk.info()?
+    );
+    scene.node = scene.disk.open()?;
+    let waited = died.elapsed();
+    ensure!(waited >= SETTLE, "the fence was over after {waited:?}");
+    scene.node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
+    let none = Claims {
+        fence: FENCE_NONE,
+        ..CLAIMS
+    };
+    scene.node.claim(&none)?;
+    scene.node.start_unclaimed()?;
+    // Executed again by one of whom nobody can know when its I/O is over.
+    let mut tags = Vec::new();
+    while tags.len() < 4 {
+        tags.extend(scene.node.read()?);
+    }
+    for tag in &tags {
+        let desc = scene.node.desc(*tag)?;
+        ensure!(
+            desc.flags & DESC_REPLAY != 0 && desc.deliveries == 2,
+            "{desc:?} is not the second delivery"
+        );
+    }
+    drop(scene.node);
+    for answer in scene.session.queue().wait(4, ANSWER)? {
+        ensure!(answer.status == ERROR, "it was not refused: {answer:?}");
+    }
+    // The disk is as good as ever for the next one.
+    scene.node = scene.disk.start()?;
+    let info = scene.node.ask()?;
+    ensure!(info.waiting == 0 && info.delivered == 0, "{info:?}");
+    scene.finish()
+}
+
+/// Another process, which claims this.
+fn restart(scene: Scene, claims: &Claims) -> Result<Scene> {
+    let Scene {
+        session,
+        store,
+        node,
+        disk,
+    } = scene;
+    drop(node);
+    let node = disk.open()?;
+    node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
+    node.claim(claims)?;
+    node.start_unclaimed()?;
+    Ok(Scene {
+        session,
+        store,
+        node,
+        disk,
+    })
 }
 
 /// A process of the time before there were claims. Numbers and places are written out, as they were.

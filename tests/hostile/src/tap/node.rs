@@ -5,7 +5,8 @@ use super::Map;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     ioctl, Buffer, Claims, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead,
-    Segment, FEATURES, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, PARAM_DISCARD, PARAM_GEOMETRY,
+    Segment, FEATURES, FENCE_LOCAL, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, PARAM_DISCARD,
+    PARAM_GEOMETRY,
 };
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,9 +20,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 /// What an honest process can do.
 pub(crate) const CLAIMS: Claims = Claims {
     size: size_of::<Claims>() as u32,
-    reserved: 0,
+    fence: FENCE_LOCAL,
     operations: OPERATIONS,
     features: FEATURES,
+    settle_ms: 0,
+    reserved: 0,
 };
 
 /// Answers of one exchange that the helpers here take at most.
