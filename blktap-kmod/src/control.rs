@@ -58,6 +58,7 @@ impl CharDevice for Control {
             ioctl::CREATE | ioctl::DESTROY if !may_administer() => Err(EPERM),
             ioctl::CREATE => create(address),
             ioctl::DESTROY => destroy(address),
+            number if ioctl::is_kept(number) => Err(EOPNOTSUPP),
             _ => Err(ENOTTY),
         }
     }

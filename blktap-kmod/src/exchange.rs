@@ -5,6 +5,7 @@
 //! User memory is copied outside the lock, in batches of [`BATCH`].
 
 use super::disk::{Inner, TapDisk, BATCH};
+use super::node::invalid;
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi::{Completion, COMPLETION_RETURNED};
 use crate::ring::tap::checked::UserArray;
@@ -49,7 +50,8 @@ impl TapDisk {
     ///
     /// # Errors
     ///
-    /// `EINVAL` at the first one that is malformed; those before it are taken. `EFAULT` at the first
+    /// `EINVAL` at the first one that is malformed (`EOPNOTSUPP` if it uses a flag that is kept for later);
+    /// those before it are taken. `EFAULT` at the first
     /// [`BATCH`] that cannot be read as a whole; those before these are taken.
     pub(super) fn commit(&self, epoch: u64, commits: UserArray) -> Result {
         let size = size_of::<Completion>();
@@ -72,9 +74,12 @@ impl TapDisk {
         let mut released = false;
         let mut inner = self.inner.lock();
         for completion in batch {
-            let Ok(commit) = completion.check() else {
-                result = Err(EINVAL);
-                break;
+            let commit = match completion.check() {
+                Ok(commit) => commit,
+                Err(why) => {
+                    result = Err(invalid(why));
+                    break;
+                }
             };
             match inner.shadow.commit(epoch, &commit) {
                 Committed::Done(queue) => queues |= 1u64.wrapping_shl(queue.into()),

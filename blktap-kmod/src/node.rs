@@ -6,7 +6,7 @@ use super::disk::{Command, TapDisk};
 use super::registry;
 use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
-use crate::ring::tap::params::Params;
+use crate::ring::tap::params::{ParamError, Params};
 use crate::ring::tap::shadow::{OpenError, StartError};
 use crate::xen::chardev::{current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE};
 use crate::xen::uring::{Identity, Issued, Outcome, Parked, Woken};
@@ -95,7 +95,10 @@ impl Opener {
         user_memory(array.addr, bytes.len())
             .reader()
             .read_slice(bytes)?;
-        let params = Params::parse(bytes).map_err(|_| EINVAL)?;
+        let params = Params::parse(bytes).map_err(|why| match why {
+            ParamError::Kept(_) => EOPNOTSUPP,
+            _ => EINVAL,
+        })?;
         self.disk.describe(params)?;
         Ok(0)
     }
@@ -252,6 +255,7 @@ impl CharDevice for Opener {
             ioctl::CLAIM => self.claim(address),
             ioctl::START => self.start(),
             ioctl::EXCHANGE => self.exchange(address),
+            number if ioctl::is_kept(number) => Err(EOPNOTSUPP),
             _ => Err(ENOTTY),
         }
     }

@@ -171,6 +171,22 @@ struct xentap_discard_limits {
 	uint32_t reserved;
 };
 
+/* Kept for later: refused with EOPNOTSUPP. */
+#define XENTAP_OP_MAP_MISS 32
+#define XENTAP_OP_RECALLED 33
+#define XENTAP_OP_QUIESCE 34
+#define XENTAP_OP_IO_DONE 35
+#define XENTAP_COMPLETION_RETRY_LATER 2
+#define XENTAP_FEATURE_MAPS 2
+#define XENTAP_FEATURE_HANDOFF 16
+#define XENTAP_FEATURE_RETRY_LATER 32
+#define XENTAP_PARAM_MAPPING 3
+#define XENTAP_BACKING_ADD 0x03
+#define XENTAP_BACKING_REMOVE 0x04
+#define XENTAP_MAPS 0x16
+#define XENTAP_HANDOFF 0x17
+#define XENTAP_SESSION_OVER 0x18
+
 /* These need <sys/ioctl.h> where they are used. */
 #define XENTAP_CREATE _IOWR('x', 0x00, struct xentap_create)
 #define XENTAP_DESTROY _IOW('x', 0x01, struct xentap_destroy)

@@ -60,7 +60,8 @@ pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
     };
     let defects = [
         (reserved != 0, Malformed::Reserved),
-        (flags > 1, Malformed::Flags),
+        (flags == 2, Malformed::Unknown),
+        (flags > 2, Malformed::Flags),
         (!in_range, Malformed::Range),
     ];
     let read = Completion::read_from_bytes(bytes).expect("sixteen bytes");

@@ -17,6 +17,8 @@
 //!   (`E2BIG`). It grows at its end, and 0 always means what it meant before.
 //! - Structures of other ioctls do not grow: their size is in the number. Their reserved fields may get
 //!   a meaning that 0 does not have.
+//! - A number of [`kept`] is taken: what uses it is designed and not built. It is refused with
+//!   `EOPNOTSUPP`, other unknown numbers with `ENOTTY` (ioctls) or `EINVAL`.
 //! - A version of another number is for what cannot be said in this way; each side refuses it.
 //!
 //! # The calls
@@ -545,6 +547,38 @@ const _: () = {
     assert!(size_of::<DiscardLimits>() == 16);
 };
 
+/// Numbers that nothing uses yet and nothing else may use.
+pub mod kept {
+    /// Operation: which extents serve a range is asked of the process.
+    pub const OP_MAP_MISS: u8 = 32;
+    /// Operation: extents are not used any more.
+    pub const OP_RECALLED: u8 = 33;
+    /// Operation: the process is to finish what it has.
+    pub const OP_QUIESCE: u8 = 34;
+    /// Operation: the kernel has executed something in a mapped range.
+    pub const OP_IO_DONE: u8 = 35;
+    /// Completion: it was not executed and is to be delivered again after a pause.
+    pub const COMPLETION_RETRY_LATER: u16 = 2;
+    /// Feature: mapped ranges.
+    pub const FEATURE_MAPS: u64 = 1 << 1;
+    /// Feature: a disk passes from one living process to another.
+    pub const FEATURE_HANDOFF: u64 = 1 << 4;
+    /// Feature: [`COMPLETION_RETRY_LATER`].
+    pub const FEATURE_RETRY_LATER: u64 = 1 << 5;
+    /// Record of a description: how mapped ranges are flushed.
+    pub const PARAM_MAPPING: u32 = 3;
+    /// Number of the ioctl of the control node that gives a disk a file or device.
+    pub const BACKING_ADD: u32 = 0x03;
+    /// Number of the one that takes it away.
+    pub const BACKING_REMOVE: u32 = 0x04;
+    /// Number of the ioctl of a disk node that counts mapped ranges.
+    pub const MAPS: u32 = 0x16;
+    /// Number of the one that passes a disk on.
+    pub const HANDOFF: u32 = 0x17;
+    /// Number of the one that says that the I/O of the process before is over, whatever it claimed.
+    pub const SESSION_OVER: u32 = 0x18;
+}
+
 /// The numbers of the ioctls, in the encoding of `_IOC`.
 pub mod ioctl {
     use super::*;
@@ -556,6 +590,21 @@ pub mod ioctl {
     const fn number<T>(direction: u32, nr: u32) -> u32 {
         // CAST: the structures are small.
         (direction << 30) | ((size_of::<T>() as u32) << 16) | ((b'x' as u32) << 8) | nr
+    }
+
+    /// True for an ioctl of ours whose number is kept for later, of whatever size; also for an
+    /// [`EXCHANGE`] with a third array, of mapped ranges.
+    pub const fn is_kept(number: u32) -> bool {
+        let (kind, nr, size) = (number >> 8 & 0xff, number & 0xff, number >> 16 & 0x3fff);
+        let kept = matches!(
+            nr,
+            kept::BACKING_ADD
+                | kept::BACKING_REMOVE
+                | kept::MAPS
+                | kept::HANDOFF
+                | kept::SESSION_OVER
+        );
+        kind == b'x' as u32 && (kept || nr == EXCHANGE & 0xff && size == 48)
     }
 
     /// Control node: [`Create`]. Needs `CAP_SYS_ADMIN`, as all ioctls of the control node but

@@ -33,7 +33,7 @@ pub enum Malformed {
     Range,
     /// An array is too long, or wraps around the end of memory.
     Buffer,
-    /// An operation or a feature is not known.
+    /// An operation or a feature is not known, or what is kept for later was used.
     Unknown,
     /// A structure is larger than any that there will be, or says something in what is beyond ours.
     Larger,
@@ -76,6 +76,7 @@ impl abi::Completion {
             (0, result) => Outcome::Finished(failure(result)?),
             (abi::COMPLETION_RETURNED, 0) => Outcome::Returned,
             (abi::COMPLETION_RETURNED, _) => return Err(Malformed::Range),
+            (abi::kept::COMPLETION_RETRY_LATER, _) => return Err(Malformed::Unknown),
             _ => return Err(Malformed::Flags),
         };
         Ok(Commit {

@@ -59,6 +59,8 @@ pub enum ParamError {
     Truncated,
     /// A record's kind is not known.
     UnknownKind(u32),
+    /// A record's kind is kept for later.
+    Kept(u32),
     /// A record has another length than its kind has.
     Length(u32),
     /// A record is there twice.
@@ -89,6 +91,7 @@ impl Params {
             match head.kind {
                 abi::PARAM_GEOMETRY => record(head, body, &mut geometry)?,
                 abi::PARAM_DISCARD => record(head, body, &mut discard)?,
+                kind @ abi::kept::PARAM_MAPPING => return Err(ParamError::Kept(kind)),
                 kind => return Err(ParamError::UnknownKind(kind)),
             }
         }

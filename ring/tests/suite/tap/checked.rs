@@ -41,7 +41,8 @@ fn completions() {
     }
     assert_eq!(check(1, -5, 0), Err(Malformed::Range));
     assert_eq!(check(0, 0, 1), Err(Malformed::Reserved));
-    for flags in [2, 3, 0x8000, u16::MAX] {
+    assert_eq!(check(2, 0, 0), Err(Malformed::Unknown), "kept for later");
+    for flags in [3, 4, 0x8000, u16::MAX] {
         assert_eq!(check(flags, 0, 0), Err(Malformed::Flags), "{flags}");
     }
 }
@@ -86,6 +87,45 @@ fn claims() {
         assert_eq!(check(operations).map(drop), with(abi::OPERATIONS), "{bit}");
         assert_eq!(check(features).map(drop), with(abi::FEATURES), "{bit}");
     }
+}
+
+#[test]
+fn what_is_kept_for_later() {
+    use ring::tap::abi::{ioctl, kept};
+    let used = [
+        ioctl::CREATE,
+        ioctl::DESTROY,
+        ioctl::QUERY,
+        ioctl::INFO,
+        ioctl::SET_PARAMS,
+        ioctl::CLAIM,
+        ioctl::START,
+        ioctl::EXCUSE,
+        ioctl::EXCHANGE,
+    ];
+    assert!(!used.into_iter().any(ioctl::is_kept));
+    for nr in [0x03, 0x04, 0x16, 0x17, 0x18] {
+        for size in [0, 16, 56, 0x3fff] {
+            assert!(
+                ioctl::is_kept(3 << 30 | size << 16 | 0x7800 | nr),
+                "{nr:#x}"
+            );
+        }
+        assert!(!ioctl::is_kept(0x7900 | nr), "not ours");
+        assert!(!used.iter().any(|used| used & 0xff == nr));
+    }
+    assert!(ioctl::is_kept(ioctl::EXCHANGE & !(0x3fff << 16) | 48 << 16));
+    let kept = kept::FEATURE_MAPS | kept::FEATURE_HANDOFF | kept::FEATURE_RETRY_LATER;
+    assert_eq!(kept & abi::FEATURES, 0);
+    let ops = [
+        kept::OP_MAP_MISS,
+        kept::OP_RECALLED,
+        kept::OP_QUIESCE,
+        kept::OP_IO_DONE,
+    ];
+    assert!(ops.iter().all(|op| abi::OPERATIONS >> op & 1 == 0));
+    let mapping = [3u32, 16, 0, 0, 0, 0];
+    assert_eq!(Params::parse(mapping.as_bytes()), Err(ParamError::Kept(3)));
 }
 
 #[test]
@@ -351,8 +391,8 @@ fn records_that_are_not_understood_are_refused() {
     let geometry = record(abi::PARAM_GEOMETRY, GEOMETRY.as_bytes());
     let twice = [&geometry[..], &geometry].concat();
     assert_eq!(Params::parse(&twice), Err(ParamError::Duplicate(1)));
-    let unknown = [&geometry[..], &record(3, &[0; 8])].concat();
-    assert_eq!(Params::parse(&unknown), Err(ParamError::UnknownKind(3)));
+    let unknown = [&geometry[..], &record(9, &[0; 8])].concat();
+    assert_eq!(Params::parse(&unknown), Err(ParamError::UnknownKind(9)));
     assert_eq!(Params::parse(&[]), Err(ParamError::NoGeometry));
     let discard = record(abi::PARAM_DISCARD, LIMITS.as_bytes());
     assert_eq!(Params::parse(&discard), Err(ParamError::NoGeometry));

@@ -11,12 +11,13 @@ use crate::wire::{flush, rw, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{OP_READ, OP_WRITE};
 use ring::tap::abi::{
-    ioctl, Completion, COMPLETION_RETURNED, GEOMETRY_MAY_SHRINK, GEOMETRY_WRITE_CACHE, MMAP_ARENA,
-    MMAP_DESCRIPTORS, NO_TAG, STATE_LIVE,
+    ioctl, kept, Completion, COMPLETION_RETURNED, GEOMETRY_MAY_SHRINK, GEOMETRY_WRITE_CACHE,
+    MMAP_ARENA, MMAP_DESCRIPTORS, NO_TAG, STATE_LIVE,
 };
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
+use zerocopy::IntoBytes;
 
 pub(super) fn all() -> Vec<Case> {
     vec![
@@ -183,7 +184,31 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
         let tags = scene.node.exchange_at((Nowhere::Null, 0), (place, 8));
         expect("tags nowhere", tags, &fault)?;
     }
-    for flags in [2, u16::MAX] {
+    let later = Completion {
+        flags: kept::COMPLETION_RETRY_LATER,
+        ..Completion::default()
+    };
+    expect(
+        "a flag of later",
+        scene.node.commit(&[later]),
+        &[libc::EOPNOTSUPP],
+    )?;
+    for number in [
+        kept::MAPS,
+        kept::HANDOFF,
+        kept::SESSION_OVER,
+        kept::BACKING_ADD,
+    ] {
+        let number = 0x7800 | number;
+        let later = scene.node.call_nowhere(number, Nowhere::Null);
+        expect("a number of later", later, &[libc::EOPNOTSUPP])?;
+        let later = crate::tap::call_nowhere(&crate::tap::control()?, number, Nowhere::Null);
+        expect("a number of later", later, &[libc::EOPNOTSUPP])?;
+    }
+    let mapping = [kept::PARAM_MAPPING, 16, 0, 0, 0, 0];
+    let later = scene.node.set_params(mapping.as_bytes());
+    expect("a record of later", later, &[libc::EOPNOTSUPP])?;
+    for flags in [4, u16::MAX] {
         let junk = Completion {
             flags,
             ..Completion::default()

@@ -297,7 +297,11 @@ fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
         return Ok(());
     }
     let result = call_nowhere(file, number, rng.pick(&Nowhere::ALL));
-    expect("an unknown number", result, &[libc::ENOTTY])
+    let refused = match ioctl::is_kept(number) {
+        true => libc::EOPNOTSUPP,
+        false => libc::ENOTTY,
+    };
+    expect("an unknown number", result, &[refused])
 }
 
 /// A mapping of any place, size and protection: only the two areas can be mapped, whole.
