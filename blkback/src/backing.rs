@@ -9,12 +9,12 @@
 use crate::connect_error::ConnectError;
 use crate::engine::Backend;
 use crate::events::DeviceEvents;
-use crate::xen::data::DataPages;
-use crate::xen::wake_event::WakeEvent;
+use crate::linux::memory::data::DataPages;
+use crate::linux::task::wake_event::WakeEvent;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-pub(crate) use crate::xen::bdev::Limits;
+pub(crate) use crate::linux::block::bdev::Limits;
 
 /// How a process serves a disk, as administrators see it in the key `tap-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

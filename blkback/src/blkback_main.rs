@@ -16,8 +16,8 @@ mod ring;
 #[path = "../../xenbus/src/proto/mod.rs"]
 mod proto;
 
-#[path = "../../xenbus/src/kernel/mod.rs"]
-mod xen;
+#[path = "../../xenbus/src/linux/mod.rs"]
+mod linux;
 
 // The only place that names it: the rest of this folder knows a disk as a `BackingDisk`.
 #[path = "../../blktap-kmod/src/mod.rs"]
@@ -48,10 +48,10 @@ mod vbd;
 mod worth;
 
 use kernel::prelude::*;
+use linux::task::workqueue::WorkQueues;
+use linux::xen::claims::Claims;
+use linux::xen::driver::Adapter;
 use memory::Memory;
-use xen::claims::Claims;
-use xen::driver::Adapter;
-use xen::workqueue::WorkQueues;
 
 module! {
     type: Blkback,

@@ -8,11 +8,11 @@
 
 use crate::disk::{self, AttachTap};
 use crate::events::DeviceEvents;
+use crate::linux::xen::device::Device;
+use crate::linux::xen::driver::{self, Attribute};
+use crate::linux::xen::watch::{InXenwatch, Watch, Watcher};
 use crate::proto::state::State;
 use crate::vbd::Vbd;
-use crate::xen::device::Device;
-use crate::xen::driver::{self, Attribute};
-use crate::xen::watch::{InXenwatch, Watch, Watcher};
 use core::marker::PhantomData;
 use kernel::prelude::*;
 use kernel::str::CString;

@@ -5,11 +5,11 @@
 use crate::backing::{Attachment, Status, Unavailable};
 use crate::connection::Connect;
 use crate::events::DeviceEvents;
+use crate::linux::block::bdev::BlockDevice;
+use crate::linux::local_clock;
+use crate::linux::xen::device::Device;
+use crate::linux::xen::store;
 use crate::proto::text::{parse_device, parse_u32};
-use crate::xen::bdev::BlockDevice;
-use crate::xen::device::Device;
-use crate::xen::local_clock;
-use crate::xen::store;
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::Arc;

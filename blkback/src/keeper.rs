@@ -3,9 +3,9 @@
 //! When a queue gives back the memory that it has borrowed.
 
 use crate::engine::{Backend, Engine, Grants};
+use crate::linux::local_clock;
 use crate::ring::ports::SharedRing;
 use crate::totals::Tally;
-use crate::xen::local_clock;
 
 /// What was not used for so long is given back, in nanoseconds. A little less than a thread sleeps
 /// that has borrowed something.

@@ -7,13 +7,13 @@
 //! The pool is filled by the work queue, as far as memory can be had without waiting for I/O.
 
 use crate::connect_error::ConnectError;
+use crate::linux::bounds;
+use crate::linux::memory::page_blocks::{Block, Effort, PAGES};
+use crate::linux::memory::pool::Pool;
+use crate::linux::memory::shrinker::{Shrink, Shrinker};
+use crate::linux::monotonic_ns;
+use crate::linux::task::workqueue;
 use crate::shares::{Bounds, Guest, Host, Refusal};
-use crate::xen::block::{Block, Effort, PAGES};
-use crate::xen::bounds;
-use crate::xen::monotonic_ns;
-use crate::xen::pool::Pool;
-use crate::xen::shrinker::{Shrink, Shrinker};
-use crate::xen::workqueue;
 use kernel::new_spinlock;
 use kernel::prelude::*;
 use kernel::rbtree::{RBTree, RBTreeNodeReservation};
@@ -81,7 +81,7 @@ impl_has_work! {
 fn current_bounds() -> Bounds {
     const MIB: u32 = 256;
     let host = match bounds::host_memory_mib() {
-        0 => u32::try_from(crate::xen::total_ram_pages() / 4).unwrap_or(u32::MAX),
+        0 => u32::try_from(crate::linux::total_ram_pages() / 4).unwrap_or(u32::MAX),
         mib => mib.saturating_mul(MIB),
     };
     Bounds {

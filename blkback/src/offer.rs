@@ -3,12 +3,12 @@
 //! What the backend publishes in its own directory.
 
 use crate::backing::{self, BackingDisk};
+use crate::linux::xen::device::Device;
+use crate::linux::xen::store::{self, Transaction};
 use crate::params;
 use crate::proto::frontend::Offer;
 use crate::proto::state::State;
 use crate::ring::request::Limits;
-use crate::xen::device::Device;
-use crate::xen::store::{self, Transaction};
 use kernel::prelude::*;
 
 /// `VDISK_CDROM`.

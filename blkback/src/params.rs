@@ -2,9 +2,9 @@
 
 //! Module parameters, clamped to what the protocol and the memory allow.
 
+use crate::linux::versions::parameter;
 use crate::module_parameters;
 use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
-use crate::xen::versions::parameter;
 
 /// Queues that a frontend may have at most, whatever the parameter says.
 const QUEUES: u32 = 64;
@@ -36,7 +36,7 @@ pub(crate) fn max_indirect_segments() -> u16 {
 
 /// Segments up to which data is copied; larger requests are mapped.
 pub(crate) fn copy_max_segments() -> u16 {
-    if !crate::xen::is_pv_domain() {
+    if !crate::linux::is_pv_domain() {
         // Each map and unmap would change the second stage tables on its own.
         return u16::MAX;
     }

@@ -11,9 +11,9 @@
 //! waited for when anything else could run on this CPU: another task, or where dom0 shares its
 //! physical CPU, another domain ([`Rivals`]).
 
+use crate::linux;
 use crate::params;
 use crate::worth::Worth;
-use crate::xen;
 use kernel::processor::cpu_relax;
 
 /// Looks between two looks at the clock: a few microseconds.
@@ -36,7 +36,7 @@ enum Look {
 
 /// Looks until `ready` for at most so many nanoseconds.
 fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Look {
-    let start = xen::local_clock();
+    let start = linux::local_clock();
     loop {
         // Where the guest waits for this very CPU there is nothing to see before it had it.
         for _ in 0..if rivals.are_here() { 1 } else { LOOKS } {
@@ -47,7 +47,7 @@ fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Loo
                 cpu_relax();
             }
         }
-        if xen::cpu_is_wanted() {
+        if linux::cpu_is_wanted() {
             return Look::CpuWanted;
         }
         if let Some(away) = rivals.offer_cpu() {
@@ -65,7 +65,7 @@ fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Loo
 
 /// Nanoseconds since then; a clock that differs between CPUs may make it a very long time.
 fn since(start: u64) -> u64 {
-    xen::local_clock().wrapping_sub(start)
+    linux::local_clock().wrapping_sub(start)
 }
 
 /// Other domains on this physical CPU, the guest that is waited for among them.
@@ -118,8 +118,8 @@ impl Rivals {
             self.skip = left;
             return None;
         }
-        let offered = xen::local_clock();
-        xen::yield_processor();
+        let offered = linux::local_clock();
+        linux::yield_processor();
         let away = since(offered);
         self.here = away > Self::BACK;
         if self.here {
@@ -134,7 +134,7 @@ impl Rivals {
 
     /// Others had the CPU for so long, and it was no use.
     fn rest(&mut self, away: u64) {
-        self.rest_since = xen::local_clock();
+        self.rest_since = linux::local_clock();
         self.rest = away.saturating_mul(Self::REST);
     }
 
@@ -208,7 +208,7 @@ impl Poller {
         if limit == 0 || self.rivals.are_left_alone() {
             return false;
         }
-        let start = xen::local_clock();
+        let start = linux::local_clock();
         let look = look(limit, &mut self.rivals, ready);
         if let Some(gathering) = &mut self.gathering {
             match look {

@@ -5,12 +5,12 @@
 //! All of it is reserved when the disk is made, and belongs to this one disk for as long as that
 //! lives: what a process finds in the arena was always data of its own disk.
 
+use crate::linux::char::chardev::NewMapping;
+use crate::linux::memory::pages::Pages;
 use crate::params;
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi::{Desc, Segment};
 use crate::ring::tap::checked::MAX_ARENA_KIB;
-use crate::xen::chardev::NewMapping;
-use crate::xen::pages::Pages;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 

@@ -4,13 +4,13 @@
 
 use super::disk::{Share, TapDisk, BATCH};
 use crate::engine::{Backend, Io, IoKind};
+use crate::linux::memory::pages::push;
+use crate::linux::monotonic_ns;
+use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::{DiskTag, QueueTag};
 use crate::ring::response::Status;
 use crate::ring::tap::abi::Segment;
 use crate::ring::tap::shadow::{Op, Request};
-use crate::xen::monotonic_ns;
-use crate::xen::pages::push;
-use crate::xen::wake_event::WakeEvent;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, AtomicFlag};
 use kernel::sync::Arc;

@@ -11,8 +11,8 @@ use crate::backing::{
 };
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
+use crate::linux::memory::data::DataPages;
 use crate::ring::tap::abi::{STATE_FENCING, STATE_LIVE};
-use crate::xen::data::DataPages;
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};
 

@@ -4,8 +4,8 @@
 
 use super::node::{invalid, read_user, write_user};
 use super::registry;
+use crate::linux::char::chardev::{may_administer, CharDevice};
 use crate::ring::tap::abi::{ioctl, Create, Destroy, Info};
-use crate::xen::chardev::{may_administer, CharDevice};
 use kernel::ffi::c_int;
 use kernel::prelude::*;
 use kernel::sync::Arc;

@@ -5,15 +5,15 @@
 use super::areas::Areas;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
+use crate::linux::char::uring::Parked;
+use crate::linux::module::ModuleReference;
+use crate::linux::monotonic_ns;
+use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::tap::abi::{self, Info};
 use crate::ring::tap::checked::NewDisk;
 use crate::ring::tap::params::{Params, Unfit};
 use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
 use crate::ring::tap::table::Entry;
-use crate::xen::module::ModuleReference;
-use crate::xen::monotonic_ns;
-use crate::xen::uring::Parked;
-use crate::xen::wake_event::WakeEvent;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
 use kernel::sync::atomic::{

@@ -6,12 +6,12 @@
 
 use super::disk::{Inner, TapDisk, BATCH};
 use super::node::invalid;
+use crate::linux::char::chardev::user_memory;
+use crate::linux::{cond_resched, monotonic_ns};
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi::{Completion, COMPLETION_RETURNED};
 use crate::ring::tap::checked::UserArray;
 use crate::ring::tap::shadow::Committed;
-use crate::xen::chardev::user_memory;
-use crate::xen::{cond_resched, monotonic_ns};
 use kernel::prelude::*;
 use kernel::uaccess::UserSliceWriter;
 use zerocopy::IntoBytes;

@@ -12,10 +12,10 @@
 //! after its end (`FENCE_SESSION`); if nobody knows, what it had is not executed again (`FENCE_NONE`).
 
 use super::disk::TapDisk;
+use crate::linux::module::ModuleReference;
+use crate::linux::monotonic_ns;
+use crate::linux::task::workqueue;
 use crate::planted;
-use crate::xen::module::ModuleReference;
-use crate::xen::monotonic_ns;
-use crate::xen::workqueue;
 use kernel::sync::Arc;
 use kernel::workqueue::{impl_has_delayed_work, WorkItem};
 

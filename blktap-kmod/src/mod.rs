@@ -21,7 +21,7 @@ mod registry;
 
 use crate::bus::TapDisks;
 use crate::disk::AttachTap;
-use crate::xen::chardev::{Class, Node, Region};
+use crate::linux::char::chardev::{Class, Node, Region};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 

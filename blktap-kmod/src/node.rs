@@ -4,12 +4,14 @@
 
 use super::disk::{Command, TapDisk};
 use super::registry;
+use crate::linux::char::chardev::{
+    current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE,
+};
+use crate::linux::char::uring::{Identity, Issued, Outcome, Parked, Woken};
 use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
 use crate::ring::tap::params::{ParamError, Params};
 use crate::ring::tap::shadow::{OpenError, StartError};
-use crate::xen::chardev::{current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE};
-use crate::xen::uring::{Identity, Issued, Outcome, Parked, Woken};
 use kernel::ffi::c_int;
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};

@@ -4,8 +4,8 @@
 
 use super::disk::TapDisk;
 use super::node::Opener;
+use crate::linux::char::chardev::{Class, Node, Region};
 use crate::ring::tap::checked::{NewDisk, MAX_MINORS};
-use crate::xen::chardev::{Class, Node, Region};
 use kernel::prelude::*;
 use kernel::rbtree::RBTree;
 use kernel::str::CString;

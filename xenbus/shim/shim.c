@@ -2,7 +2,7 @@
 /*
  * One-call shims for what Rust cannot reach: static inlines, macros, and the fields of structures
  * that the kernel's Rust bindings do not know. No policy and no logic: each function is one call
- * or one access. The layouts that xenbus/src/kernel/sys.rs declares are asserted here.
+ * or one access. The layouts that xenbus/src/linux/sys.rs declares are asserted here.
  */
 
 #include <linux/bio.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Prototypes of the one-call shims; xenbus/src/kernel/sys.rs declares the same for Rust.
+ * Prototypes of the one-call shims; xenbus/src/linux/sys.rs declares the same for Rust.
  */
 #ifndef XBR_SHIM_H
 #define XBR_SHIM_H

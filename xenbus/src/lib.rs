@@ -3,7 +3,7 @@
 //! The pure half of talking to Xen, as cargo sees it.
 //!
 //! Kbuild compiles the same tree below `xenbus/src/proto` into the module; the other half,
-//! `xenbus/src/kernel`, exists there only.
+//! `xenbus/src/linux`, exists there only.
 
 #![no_std]
 #![forbid(unsafe_code)]

@@ -5,11 +5,11 @@
 
 use super::{Life, Next, Vbd, ASK_AGAIN, LATER, UNHEARD};
 use crate::disk;
+use crate::linux::task::workqueue;
+use crate::linux::xen::store;
 use crate::offer;
 use crate::proto::state::{step_asking, Action, Online, Rings, State, View};
 use crate::storage::Job;
-use crate::xen::store;
-use crate::xen::workqueue;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Release};
 use kernel::sync::lock::mutex::MutexGuard;

@@ -14,7 +14,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// The kernel series that the module is known to work with, the preferred one first. What differs
-/// between them is in `xenbus/src/kernel/versions.rs`; the top-level Kbuild has the same list.
+/// between them is in `xenbus/src/linux/versions.rs`; the top-level Kbuild has the same list.
 pub(crate) const SERIES: &[&str] = &["7.3", "7.2"];
 
 /// What `--kernel` said; empty for the default.
@@ -35,7 +35,7 @@ fn check(version: &str) -> Result<()> {
     }
     bail!(
         "Linux {version} is not a kernel that this module is known to work with: choose one of {}, \
-         or make it work (xenbus/src/kernel/versions.rs) and add it to ci/xtask/src/kernel.rs and Kbuild",
+         or make it work (xenbus/src/linux/versions.rs) and add it to ci/xtask/src/kernel.rs and Kbuild",
         SERIES.join(", ")
     )
 }

@@ -12,7 +12,7 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ("xenbus::proto", "xenbus/src/proto/", &["ring"]),
     (
         "xenbus::kernel",
-        "xenbus/src/kernel/",
+        "xenbus/src/linux/",
         &["ring", "xenbus::proto"],
     ),
     (
@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn upward_crate_path_is_found() {
         let root = "#[path = \"../../xenbus/src/proto/mod.rs\"]\nmod proto;\n#[allow(dead_code)]\n\
-                    #[path = \"../../xenbus/src/kernel/mod.rs\"]\nmod xen;\nmod vbd;\n\
+                    #[path = \"../../xenbus/src/linux/mod.rs\"]\nmod linux;\nmod vbd;\n\
                     #[path = \"../../blktap-kmod/src/mod.rs\"]\nmod tap;\n";
         let found = |path: &str, text: &str| {
             let source = |path: &str, text: &str| Source {
@@ -392,20 +392,26 @@ mod tests {
         };
         assert_eq!(found("blkback/src/vbd.rs", "use crate::tap::Disk;\n"), 1);
         assert_eq!(
-            found("xenbus/src/proto/keys.rs", "use crate::xen::store;\n"),
+            found(
+                "xenbus/src/proto/keys.rs",
+                "use crate::linux::xen::store;\n"
+            ),
             1
         );
         assert_eq!(
-            found("xenbus/src/kernel/bio.rs", "crate::vbd::poke();\n"),
+            found("xenbus/src/linux/block/bio.rs", "crate::vbd::poke();\n"),
             1
         );
         assert_eq!(
             found(
                 "blkback/src/vbd.rs",
-                "use crate::xen::store; use crate::proto::key;\n"
+                "use crate::linux::xen::store; use crate::proto::key;\n"
             ),
             0
         );
-        assert_eq!(found("tests/sim/src/a.rs", "use crate::xen::store;\n"), 0);
+        assert_eq!(
+            found("tests/sim/src/a.rs", "use crate::linux::xen::store;\n"),
+            0
+        );
     }
 }

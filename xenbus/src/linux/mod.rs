@@ -7,31 +7,14 @@
 
 use kernel::bindings;
 
-pub(crate) mod bdev;
-pub(crate) mod bio;
 pub(crate) mod block;
-pub(crate) mod chardev;
-pub(crate) mod claims;
-pub(crate) mod data;
-pub(crate) mod device;
-pub(crate) mod driver;
-pub(crate) mod evtchn;
-pub(crate) mod grant;
-pub(crate) mod guest_side;
-pub(crate) mod kthread;
+pub(crate) mod char;
+pub(crate) mod memory;
 pub(crate) mod module;
-pub(crate) mod pages;
-pub(crate) mod pool;
-pub(crate) mod ring_map;
-pub(crate) mod shared;
-pub(crate) mod shrinker;
-pub(crate) mod store;
 mod sys;
-pub(crate) mod uring;
+pub(crate) mod task;
 pub(crate) mod versions;
-pub(crate) mod wake_event;
-pub(crate) mod watch;
-pub(crate) mod workqueue;
+pub(crate) mod xen;
 
 /// Gives up the CPU if another task wants it. May sleep.
 pub(crate) fn cond_resched() {

@@ -4,7 +4,7 @@
 //!
 //! Wraps `register_xenbus_watch` and `unregister_xenbus_watch` (include/xen/xenbus.h).
 
-use super::sys;
+use crate::linux::sys;
 use core::pin::Pin;
 use kernel::bindings;
 use kernel::error::to_result;

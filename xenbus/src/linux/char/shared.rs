@@ -9,8 +9,8 @@
 //! Wraps `vm_insert_pages` and `page_count` (include/linux/mm.h, include/linux/page_ref.h).
 
 use super::chardev::NewMapping;
-use super::pages::Pages;
-use super::sys;
+use crate::linux::memory::pages::Pages;
+use crate::linux::sys;
 use kernel::bindings;
 use kernel::error::to_result;
 use kernel::page::PAGE_SIZE;

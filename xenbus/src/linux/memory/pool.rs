@@ -2,7 +2,7 @@
 
 //! Free blocks that are ready at once: taking one neither sleeps nor allocates.
 
-use super::block::Block;
+use super::page_blocks::Block;
 use kernel::new_spinlock;
 use kernel::prelude::*;
 use kernel::sync::SpinLock;

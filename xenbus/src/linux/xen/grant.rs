@@ -5,9 +5,9 @@
 //! Wraps `gnttab_batch_copy`, `gnttab_map_refs` and `gnttab_unmap_refs_sync`
 //! (include/xen/grant_table.h).
 
-use super::data::DataPages;
-use super::pages::{filled, Pages};
-use super::sys;
+use crate::linux::memory::data::DataPages;
+use crate::linux::memory::pages::{filled, Pages};
+use crate::linux::sys;
 use crate::ring::abi::{RawSegment, PAGE_SIZE, SEGMENTS_PER_INDIRECT_PAGE};
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::ring::numbers::{PageIndex, QueueTag};

@@ -6,7 +6,7 @@
 //! `xenbus_transaction_end` (include/xen/xenbus.h).
 
 use super::device::Device;
-use super::sys;
+use crate::linux::sys;
 use crate::proto::frontend::{Directory, VALUE_SIZE};
 use crate::proto::state::State;
 use crate::proto::text::{parse_u32, Name};

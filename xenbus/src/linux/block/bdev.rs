@@ -6,7 +6,7 @@
 //! (include/linux/blkdev.h), `sync_blockdev`, `invalidate_inode_pages2` (include/linux/pagemap.h), and
 //! `__fput_sync` (include/linux/file.h).
 
-use super::sys;
+use crate::linux::sys;
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::error::{from_err_ptr, to_result};
@@ -82,7 +82,7 @@ impl BlockDevice {
         })
     }
 
-    pub(super) fn as_raw(&self) -> *mut bindings::block_device {
+    pub(in crate::linux) fn as_raw(&self) -> *mut bindings::block_device {
         self.bdev.as_ptr()
     }
 

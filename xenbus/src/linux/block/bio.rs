@@ -9,10 +9,11 @@
 mod transfer;
 
 use super::bdev::BlockDevice;
-use super::data::DataPages;
-use super::pages::push;
-use super::wake_event::WakeEvent;
-use super::{cond_resched, sys};
+use crate::linux::cond_resched;
+use crate::linux::memory::data::DataPages;
+use crate::linux::memory::pages::push;
+use crate::linux::sys;
+use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::QueueTag;
 use core::cell::Cell;
 use core::pin::Pin;

@@ -11,7 +11,8 @@
 //! Wraps `__xenbus_register_backend` and `xenbus_unregister_driver` (include/xen/xenbus.h).
 
 use super::device::Device;
-use super::{is_xen_domain, sys};
+use crate::linux::is_xen_domain;
+use crate::linux::sys;
 use crate::proto::state::State;
 use core::marker::PhantomData;
 use kernel::bindings;

@@ -5,7 +5,7 @@
 //! Wraps `alloc_pages`, `split_page` and `__free_pages` (include/linux/gfp.h, include/linux/mm.h).
 //! `kernel::page::Page` allocates one page at a time, and says nothing of neighbours.
 
-use super::sys;
+use crate::linux::sys;
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::prelude::*;
@@ -14,7 +14,7 @@ use kernel::prelude::*;
 pub(crate) const PAGES: usize = 8;
 /// Pages are allocated in runs of up to `1 << MAX_ORDER`, so that the data of a large request lies
 /// in few pieces. The page allocator counts longer runs as expensive.
-pub(super) const MAX_ORDER: u32 = 3;
+pub(in crate::linux) const MAX_ORDER: u32 = 3;
 const _: () = assert!(PAGES == 1 << MAX_ORDER);
 
 /// A page that is ours.
@@ -22,7 +22,7 @@ const _: () = assert!(PAGES == 1 << MAX_ORDER);
 /// # Invariants
 ///
 /// It is valid, and one reference to it belongs to this object.
-pub(super) struct Page(NonNull<bindings::page>);
+pub(in crate::linux) struct Page(NonNull<bindings::page>);
 
 // SAFETY: A page may be used and freed from any thread.
 unsafe impl Send for Page {}
@@ -35,12 +35,12 @@ impl Drop for Page {
 }
 
 impl Page {
-    pub(super) fn as_raw(&self) -> *mut bindings::page {
+    pub(in crate::linux) fn as_raw(&self) -> *mut bindings::page {
         self.0.as_ptr()
     }
 
     /// Its frame number, as the hypervisor knows it.
-    pub(super) fn frame(&self) -> u64 {
+    pub(in crate::linux) fn frame(&self) -> u64 {
         // SAFETY: The page is valid.
         unsafe { sys::xbr_page_gfn(self.0.as_ptr()) as u64 }
     }
@@ -55,7 +55,11 @@ impl Page {
 
 /// Allocates `1 << order` zeroed pages that lie one behind the other, and hands them out. May sleep
 /// as far as `flags` allow it.
-pub(super) fn alloc_run(flags: u32, order: u32, mut each: impl FnMut(Page) -> Result) -> Result {
+pub(in crate::linux) fn alloc_run(
+    flags: u32,
+    order: u32,
+    mut each: impl FnMut(Page) -> Result,
+) -> Result {
     let flags = flags | bindings::__GFP_ZERO;
     // Order-0 pages suffice: do not reclaim for more, and do not report that there are none.
     let lightly = bindings::__GFP_NOWARN | 1 << bindings::___GFP_NORETRY_BIT;
@@ -107,7 +111,7 @@ pub(crate) struct Block {
     /// The domain whose data is in it.
     domain: Option<u16>,
     /// The one behind it in a list.
-    pub(super) next: Option<KBox<Block>>,
+    pub(in crate::linux) next: Option<KBox<Block>>,
 }
 
 impl Block {
@@ -137,13 +141,13 @@ impl Block {
         Ok(block)
     }
 
-    pub(super) fn pages(&self) -> &[Page] {
+    pub(in crate::linux) fn pages(&self) -> &[Page] {
         &self.pages
     }
 
     /// One bit for each page: the next one lies directly behind it, for this kernel and for the
     /// machine.
-    pub(super) fn joins(&self) -> u32 {
+    pub(in crate::linux) fn joins(&self) -> u32 {
         let mut bits = 0;
         let pairs = self.pages.iter().zip(self.pages.iter().skip(1));
         for (at, (page, next)) in (0..PAGES as u32).zip(pairs) {
@@ -155,7 +159,7 @@ impl Block {
     }
 
     /// From now on data of this domain is in it, and that of no other.
-    pub(super) fn give_to(&mut self, domain: u16) {
+    pub(in crate::linux) fn give_to(&mut self, domain: u16) {
         if self
             .domain
             .replace(domain)

@@ -19,7 +19,7 @@
 //! (include/linux/io_uring/cmd.h).
 
 use super::chardev::{woken, CharDevice};
-use super::sys;
+use crate::linux::sys;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -152,7 +152,7 @@ impl Woken {
     /// # Safety
     ///
     /// `command` is parked and was woken, and this is called from its task work.
-    pub(super) unsafe fn new<T: CharDevice>(
+    pub(in crate::linux) unsafe fn new<T: CharDevice>(
         command: *mut sys::UringCmd,
         state: sys::TaskWork,
     ) -> Self {
@@ -211,7 +211,7 @@ impl Woken {
 ///
 /// `command` is valid, was issued to the file of `data` and has not completed; `flags` are those
 /// that the kernel passed.
-pub(super) unsafe fn dispatch<T: CharDevice>(
+pub(in crate::linux) unsafe fn dispatch<T: CharDevice>(
     data: &T,
     command: *mut sys::UringCmd,
     flags: c_uint,

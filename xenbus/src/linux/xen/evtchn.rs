@@ -9,8 +9,8 @@
 //! and `unbind_from_irqhandler` (include/xen/events.h).
 
 use super::device::Device;
-use super::sys;
-use super::wake_event::WakeEvent;
+use crate::linux::sys;
+use crate::linux::task::wake_event::WakeEvent;
 use kernel::error::to_result;
 use kernel::ffi::{c_int, c_uint, c_void};
 use kernel::prelude::*;

@@ -8,8 +8,8 @@
 //! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
 //! which would count as load and as a hung task.
 
-use super::sys;
-use super::versions;
+use crate::linux::sys;
+use crate::linux::versions;
 use kernel::bindings;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, Atomic};

@@ -14,9 +14,9 @@
 //! Wraps `__register_chrdev`, `stream_open` (include/linux/fs.h), `class_create` and `device_create`
 //! (include/linux/device/class.h, include/linux/device.h).
 
-use super::sys;
 use super::uring;
-use super::versions::this_module;
+use crate::linux::sys;
+use crate::linux::versions::this_module;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -111,7 +111,7 @@ impl NewMapping<'_> {
     }
 
     /// The area itself, for the wrappers that put pages into it.
-    pub(super) fn area(&self) -> &VmaNew {
+    pub(in crate::linux) fn area(&self) -> &VmaNew {
         self.0
     }
 }
@@ -424,7 +424,10 @@ impl<T: CharDevice> Operations<T> {
 /// # Safety
 ///
 /// `request` is a command that was parked by a file of `T`, and `wake` scheduled this call.
-pub(super) unsafe extern "C" fn woken<T: CharDevice>(request: *mut c_void, state: sys::TaskWork) {
+pub(in crate::linux) unsafe extern "C" fn woken<T: CharDevice>(
+    request: *mut c_void,
+    state: sys::TaskWork,
+) {
     let command = request.cast::<sys::UringCmd>();
     // SAFETY: A command that has not completed is valid, and so is the file that it holds.
     let file = unsafe { (*command).file };

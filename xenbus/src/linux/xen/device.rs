@@ -6,8 +6,8 @@
 //! (include/linux/device.h).
 
 use super::store;
-use super::sys;
 use super::watch::InXenwatch;
+use crate::linux::sys;
 use crate::proto::state::State;
 use crate::proto::text::parse_u32;
 use core::ptr::NonNull;
@@ -39,7 +39,7 @@ impl Device {
     /// # Safety
     ///
     /// `raw` is a device that is being probed: it is valid, and its other end's details are read.
-    pub(super) unsafe fn from_probe(raw: *mut sys::XenbusDevice) -> Result<Self> {
+    pub(in crate::linux) unsafe fn from_probe(raw: *mut sys::XenbusDevice) -> Result<Self> {
         // SAFETY: By the requirement of this function.
         let otherend = unsafe { sys::xbr_dev_otherend(raw) };
         if otherend.is_null() {
@@ -64,7 +64,7 @@ impl Device {
         })
     }
 
-    pub(super) fn as_raw(&self) -> *mut sys::XenbusDevice {
+    pub(in crate::linux) fn as_raw(&self) -> *mut sys::XenbusDevice {
         self.raw.as_ptr()
     }
 

@@ -8,9 +8,9 @@
 //!
 //! Wraps `gnttab_alloc_pages` and `gnttab_free_pages` (include/xen/grant_table.h).
 
-use super::block::{Block, Page, PAGES};
+use super::page_blocks::{Block, Page, PAGES};
 use super::pages::{filled, push, Pages};
-use super::sys;
+use crate::linux::sys;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
 use core::ops::Range;
@@ -122,19 +122,19 @@ impl DataPages {
     }
 
     /// The number of a page among those at which guest pages can be mapped.
-    pub(super) fn map_index(&self, index: PageIndex) -> Option<usize> {
+    pub(in crate::linux) fn map_index(&self, index: PageIndex) -> Option<usize> {
         let at = index.number().checked_sub(self.with_memory())?;
         (at < self.mappable()).then_some(usize::from(at))
     }
 
     /// The page at which a guest page can be mapped.
-    pub(super) fn map_page(&self, index: PageIndex) -> Option<*mut bindings::page> {
+    pub(in crate::linux) fn map_page(&self, index: PageIndex) -> Option<*mut bindings::page> {
         let page = self.mappable.get(self.map_index(index)?)?.load(Relaxed);
         (page != 0).then_some(page as *mut bindings::page)
     }
 
     /// A guest's page cannot be taken from this page: it is nobody's any more.
-    pub(super) fn lose(&self, index: PageIndex) {
+    pub(in crate::linux) fn lose(&self, index: PageIndex) {
         let page = self.map_index(index).and_then(|at| self.mappable.get(at));
         if let Some(page) = page {
             page.store(0, Relaxed);
@@ -150,7 +150,7 @@ impl DataPages {
     }
 
     /// The page of an index.
-    pub(super) fn page(&self, index: PageIndex) -> Option<*mut bindings::page> {
+    pub(in crate::linux) fn page(&self, index: PageIndex) -> Option<*mut bindings::page> {
         match self.map_page(index) {
             Some(page) => Some(page),
             None => Some(self.place(index)?.0),
@@ -159,13 +159,13 @@ impl DataPages {
 
     /// The frame number of a page with memory.
     #[inline]
-    pub(super) fn frame(&self, index: PageIndex) -> Option<u64> {
+    pub(in crate::linux) fn frame(&self, index: PageIndex) -> Option<u64> {
         Some(self.place(index)?.1)
     }
 
     /// A page, and how many bytes from its beginning on lie one behind the other, for this kernel
     /// and for the machine: one transfer can go through all of them.
-    pub(super) fn run(&self, index: PageIndex) -> Option<(*mut bindings::page, u32)> {
+    pub(in crate::linux) fn run(&self, index: PageIndex) -> Option<(*mut bindings::page, u32)> {
         let block = index.index() / PAGES;
         // Of a page at which a guest's page is mapped nothing is known; an arena has no blocks.
         let joins = self.joins.get(block).map_or(0, |word| word.load(Relaxed));

@@ -4,8 +4,8 @@
 //!
 //! Of the kernel it needs what `block` wraps, and `page_address` (include/linux/mm.h).
 
-use super::block::{alloc_run, Page, MAX_ORDER};
-use super::sys;
+use super::page_blocks::{alloc_run, Page, MAX_ORDER};
+use crate::linux::sys;
 use kernel::alloc::{Allocator, Vec};
 use kernel::bindings;
 use kernel::prelude::*;
@@ -82,17 +82,17 @@ impl Pages {
     }
 
     /// The pages.
-    pub(super) fn raw(&self) -> &[*mut bindings::page] {
+    pub(in crate::linux) fn raw(&self) -> &[*mut bindings::page] {
         &self.all
     }
 
     /// The frame number of a page.
-    pub(super) fn frame(&self, index: u16) -> Option<u64> {
+    pub(in crate::linux) fn frame(&self, index: u16) -> Option<u64> {
         self.frames.get(usize::from(index)).copied()
     }
 
     /// The first byte of a page.
-    pub(super) fn bytes(&self, index: u16) -> Option<*const u8> {
+    pub(in crate::linux) fn bytes(&self, index: u16) -> Option<*const u8> {
         let page = self.all.get(usize::from(index))?;
         // SAFETY: By the type invariant the page is valid, and on a 64-bit kernel it is always
         // mapped.

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Pages of ours: where they come from, where they are, and how they go back.
+
+pub(crate) mod data;
+pub(crate) mod page_blocks;
+pub(crate) mod pages;
+pub(crate) mod pool;
+pub(crate) mod shrinker;

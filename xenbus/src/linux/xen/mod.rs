@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What a backend needs of Xen: its bus, xenstore, grants, event channels, mapped rings.
+
+pub(crate) mod claims;
+pub(crate) mod device;
+pub(crate) mod driver;
+pub(crate) mod evtchn;
+pub(crate) mod grant;
+pub(crate) mod guest_side;
+pub(crate) mod ring_map;
+pub(crate) mod store;
+pub(crate) mod watch;
