@@ -234,6 +234,8 @@ pub struct Machine {
     /// The planted fault, and how many chances to commit it are let go first.
     pub fault: Option<(Fault, u32)>,
     racing: bool,
+    /// Nobody breaks the rules for now.
+    pub(crate) lawful: bool,
 }
 
 impl Machine {
@@ -262,6 +264,7 @@ impl Machine {
             event: false,
             fault: None,
             racing: false,
+            lawful: false,
         }
     }
 
@@ -306,7 +309,7 @@ impl Machine {
 
     /// The rest of the machine moves on while the engine is in the middle of something.
     pub fn race(&mut self) {
-        if self.rng.percent(self.setup.lawless) {
+        if !self.lawful && self.rng.percent(self.setup.lawless) {
             self.break_rules();
         }
         if self.racing || self.setup.race == 0 || !self.rng.percent(self.setup.race) {

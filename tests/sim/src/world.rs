@@ -110,6 +110,8 @@ impl<'a, B: Backend> World<'a, B> {
     fn attach(storage: &'a mut Storage, machine: Shared, index: u32, backend: B) -> Self {
         let (setup, size) = {
             let mut m = machine.borrow_mut();
+            // The rings of a guest that breaks the rules before it is served are refused.
+            m.lawful = true;
             m.front.start_at(index);
             m.taken = index;
             m.ring.store(REQ_PROD, index);
@@ -119,6 +121,7 @@ impl<'a, B: Backend> World<'a, B> {
         };
         let ring = BackRing::attach(FakeRing::new(machine.clone()), size)
             .expect("indices are equal and the size is a power of two");
+        machine.borrow_mut().lawful = false;
         let engine = Engine::new(
             ring,
             FakeGrants::new(machine.clone()),
