@@ -52,7 +52,7 @@ fn fill<G: Grants>(
     });
     request.sectors = sectors;
     match checked {
-        Ok(_) => true,
+        Ok(()) => true,
         Err(reject) => {
             request.status = reject.response.status;
             false
