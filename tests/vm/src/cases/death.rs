@@ -549,6 +549,15 @@ fn supervisor_dies(context: &mut Context) -> Result<()> {
     let load = start_load(guest)?;
     wait_progress(&disk, 50)?;
     let pid = disk.pid()?;
+    let minor = disk.minor.to_string();
+    let written = || -> Result<u64> {
+        let stats = tap::ctl_json(&["stats", "-m", &minor])?;
+        let requests = stats["write"]["requests"].as_u64();
+        requests.with_context(|| format!("tap-ctl stats has no number of writes: {stats}"))
+    };
+    // So many that the next process cannot come near before it is asked.
+    sh::wait_for("writes", Duration::from_secs(120), || Ok(written()? >= 500))?;
+    let early = written()?;
     for crash in [true, false] {
         let supervisor: Supervisor = context.take_supervisor()?;
         if crash {
@@ -564,8 +573,14 @@ fn supervisor_dies(context: &mut Context) -> Result<()> {
         );
         wait_progress(&disk, 50)?;
     }
-    // Taken over, not only left alone: it is replaced when it dies.
+    // Taken over, not only left alone: it is replaced when it dies, and the next process goes on with
+    // what the first one counted: the supervisor found that at the process.
     disk.replace()?;
+    let late = written()?;
+    ensure!(
+        late >= early,
+        "{late} writes are counted, and there were {early} before the process died"
+    );
     wait_progress(&disk, 50)?;
     // A process that dies without a supervisor is replaced by the next one.
     context.take_supervisor()?.kill()?;
