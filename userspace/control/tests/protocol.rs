@@ -165,7 +165,7 @@ fn text_of_a_disk_to_make() {
     let text = serde_json::to_string(&create).unwrap();
     assert_eq!(
         text,
-        r#"{"op":"create","open":{"target":"aio:/srv/a.img","read_only":false,"engine":"auto","discard":true,"shared":false,"may_shrink":false,"whole_blocks":false,"on_no_space":"report","on_error":"report"},"mode":"r!","minor":3,"policy":{"fail_after_s":0,"max_deaths":3,"hung_after_s":30,"hung":"report","on_no_space":"stop","on_error":"report"},"arena_kib":0,"vbd":null,"nbd":false,"no_wait":false}"#
+        r#"{"op":"create","open":{"target":"aio:/srv/a.img","read_only":false,"engine":"auto","discard":true,"shared":false,"may_shrink":false,"whole_blocks":false,"on_no_space":"report","on_error":"report","may_ask":false},"mode":"r!","minor":3,"policy":{"fail_after_s":0,"max_deaths":3,"hung_after_s":30,"hung":"report","on_no_space":"stop","on_error":"report"},"arena_kib":0,"vbd":null,"nbd":false,"no_wait":false}"#
     );
     assert_eq!(
         serde_json::from_str::<supervisor::Request>(&text).unwrap(),

@@ -105,21 +105,41 @@ fn s11_wrong_answers(context: &mut Context) -> Result<()> {
         disk.info()?.delivered == 2,
         "a wrong answer counted as one to a request"
     );
-    for (what, malformed) in [
-        ("an unknown flag", Completion { flags: 2, ..good }),
+    let later = abi::kept::COMPLETION_RETRY_LATER;
+    for (what, malformed, expected) in [
+        (
+            "an unknown flag",
+            Completion { flags: 4, ..good },
+            libc::EINVAL,
+        ),
+        (
+            "a flag that is kept for later",
+            Completion {
+                flags: later,
+                ..good
+            },
+            libc::EOPNOTSUPP,
+        ),
         (
             "a reserved field",
             Completion {
                 reserved: 1,
                 ..good
             },
+            libc::EINVAL,
         ),
-        ("a positive result", Completion { result: 1, ..good }),
+        (
+            "a positive result",
+            Completion { result: 1, ..good },
+            libc::EINVAL,
+        ),
     ] {
         let error = second.node.exchange(&[malformed], 0);
         ensure!(
-            error.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)),
-            "an answer with {what} was taken"
+            error
+                .as_ref()
+                .is_err_and(|error| error.raw_os_error() == Some(expected)),
+            "the end of an answer with {what}: {error:?}"
         );
     }
     second.serve(&again)?;
