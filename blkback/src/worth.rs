@@ -65,7 +65,9 @@ impl Worth {
     pub fn looked(&mut self, nanoseconds: u64, found: bool) {
         self.known = true;
         let limit = if found { self.limit() } else { 0 };
-        self.learn(signed(limit).saturating_sub(signed(nanoseconds)));
+        let gain = signed(limit).saturating_sub(signed(nanoseconds));
+        // Clocks of two processors may differ by any time.
+        self.learn(gain.max(signed(self.sleep).saturating_neg()));
     }
 
     /// It was looked, which says nothing about how long that would have had to be.
