@@ -119,7 +119,7 @@ unsafe impl Send for Disk {}
 unsafe impl Sync for Disk {}
 
 impl Disk {
-    /// Reserves what `tags` concurrent I/Os need. Completions wake the wake_event. May sleep.
+    /// Reserves what `tags` concurrent I/Os need. Completions wake the thread. May sleep.
     pub(crate) fn new(
         bdev: Arc<BlockDevice>,
         pages: Arc<DataPages>,

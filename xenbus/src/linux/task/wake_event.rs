@@ -73,7 +73,7 @@ impl WakeEvent {
         versions::smp_mb();
     }
 
-    /// The same for a few seconds at most: see [`IDLE_SECONDS`].
+    /// Waits as [`wait`](Self::wait) does, for a few seconds at most: see [`IDLE_SECONDS`].
     pub(crate) fn wait_for_a_while(&self) {
         // All sleepers of the host wake up in the same tick.
         // SAFETY: Plain arithmetic on the current time.
@@ -82,7 +82,7 @@ impl WakeEvent {
         self.wait_ticks(ticks);
     }
 
-    /// The same for so many nanoseconds at most, rounded up to whole ticks.
+    /// Waits as [`wait`](Self::wait) does, for so many nanoseconds at most, rounded up to whole ticks.
     pub(crate) fn wait_for(&self, nanoseconds: u64) {
         // SAFETY: Plain arithmetic.
         let ticks = unsafe { bindings::nsecs_to_jiffies(nanoseconds) };

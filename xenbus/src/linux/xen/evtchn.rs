@@ -57,7 +57,7 @@ pub(crate) struct Pending<'a> {
 }
 
 impl EventChannel {
-    /// Binds to the frontend's port; events wake the wake_event. May sleep.
+    /// Binds to the frontend's port; events wake the thread. May sleep.
     pub(crate) fn bind(
         device: &Arc<Device>,
         port: u32,
