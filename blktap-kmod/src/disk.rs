@@ -68,8 +68,10 @@ pub(crate) struct Inner {
     pub(super) looks: u32,
     /// So many pages of the arena, from the first on, are seen to be free.
     pub(super) fenced_pages: u16,
-    /// Before this, in the time of [`monotonic_ns`], it is not.
-    pub(super) settled_ns: u64,
+    /// For so long after no page of the arena is in use it is not.
+    pub(super) settle_ns: u64,
+    /// When that was first seen, in the time of [`monotonic_ns`].
+    pub(super) free_since: Option<u64>,
     /// The process has looked in vain: it may be sleeping, and is to be woken.
     pub(super) wanted: bool,
     /// The queues of the connection.
@@ -133,7 +135,8 @@ impl TapDisk {
                         fencing: None,
                         looks: 0,
                         fenced_pages: 0,
-                        settled_ns: 0,
+                        settle_ns: 0,
+                        free_since: None,
                         wanted: false,
                         shares: [const { None }; MAX_QUEUES],
                     },

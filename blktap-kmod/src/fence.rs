@@ -5,11 +5,12 @@
 //! What its I/O reads and writes is the arena. Direct I/O pins the pages it uses, so it is over
 //! when nobody but us refers to a page of the arena; mappings refer to them as well, and they are
 //! gone when the node is released. After that nobody of the process can refer to a page again, so one
-//! that was seen free stays free, and is not looked at again. (I/O through buffers of its own is fenced by the lock that the
-//! process holds on the image.)
+//! that was seen free stays free, and is not looked at again. (I/O through buffers of its own is fenced by
+//! the lock that the process holds on the image.)
 //!
 //! A process whose I/O somebody else executes, over a network, has said for how long that may go on
-//! after its end (`FENCE_SESSION`); if nobody knows, what it had is not executed again (`FENCE_NONE`).
+//! after that (`FENCE_SESSION`): what was sent last was sent when its page was still in use. If nobody
+//! knows, what it had is not executed again (`FENCE_NONE`).
 
 use super::disk::TapDisk;
 use crate::linux::module::ModuleReference;
@@ -34,8 +35,8 @@ impl TapDisk {
     pub(super) fn close(self: &Arc<Self>) {
         {
             let mut inner = self.inner.lock();
-            let settle_ns = u64::from(inner.shadow.closed()).wrapping_mul(1_000_000);
-            inner.settled_ns = monotonic_ns().saturating_add(settle_ns);
+            inner.settle_ns = u64::from(inner.shadow.closed()).wrapping_mul(1_000_000);
+            inner.free_since = None;
             // Its file keeps the module until this returns. It is not going, so there is one.
             inner.fencing = ModuleReference::get();
             inner.looks = 0;
@@ -81,7 +82,10 @@ impl TapDisk {
                 inner.fenced_pages = page;
                 return false;
             }
-            if !planted::NO_FENCE && monotonic_ns() < inner.settled_ns {
+            inner.fenced_pages = self.areas.arena_pages();
+            let now = monotonic_ns();
+            let since = *inner.free_since.get_or_insert(now);
+            if !planted::NO_FENCE && now.wrapping_sub(since) < inner.settle_ns {
                 return false;
             }
             let failed = inner.shadow.fenced();

@@ -109,11 +109,13 @@ impl Opener {
     #[inline(never)]
     fn claim(&self, address: u64) -> Result<c_int> {
         let claimed = read_claims(address)?.check().map_err(invalid)?;
-        if self.disk.inner.lock().shadow.claim(self.epoch, claimed) {
-            Ok(0)
-        } else {
-            Err(EINVAL)
+        let mut inner = self.disk.inner.lock();
+        if !inner.shadow.claim(self.epoch, claimed) {
+            return Err(EINVAL);
         }
+        // If it served until now, nobody does.
+        self.disk.start_waiting();
+        Ok(0)
     }
 
     fn start(&self) -> Result<c_int> {

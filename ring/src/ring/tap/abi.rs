@@ -26,12 +26,12 @@
 //! There is one control node, `/dev/xentap/control`, and one node for each disk,
 //! `/dev/xentap/MINOR`. All numbers are in the byte order of the host. Every structure that crosses
 //! the boundary has fields that are reserved and must be zero: what is not understood is refused
-//! with `EINVAL`, never ignored. Sectors are 512 bytes everywhere, whatever the block size is.
+//! with `EINVAL`, never ignored; what a later version may have meant, with `EOPNOTSUPP` or `E2BIG`. Sectors are 512 bytes everywhere, whatever the block size is.
 //!
 //! A node can be open once at a time: a second `open` fails with `EBUSY`. A process that was killed
 //! while a `uring_cmd` waited has it open for a moment longer than it lives, because io_uring lets go
 //! of its files by itself: who replaces it tries again. While the I/O of the last opener is not known
-//! to be over, `open` waits, or fails with `EBUSY` if it is non-blocking.
+//! to be over (see [`FENCE_LOCAL`] and what follows), `open` waits, or fails with `EBUSY` if it is non-blocking.
 //!
 //! Who opens it may ask ([`Info`]), describe the disk ([`ioctl::SET_PARAMS`]), say what it can do
 //! ([`ioctl::CLAIM`]), and start it. From then on requests are *delivered*: the kernel writes
@@ -265,10 +265,11 @@ pub const OPERATIONS: u64 = 1 << OP_READ
 /// All I/O of the process is over when no page of the arena is in use any more: it is that of the
 /// machine's own kernel, which holds pages for as long as it may touch them or what they are for.
 pub const FENCE_LOCAL: u32 = 1;
-/// Somebody else executes its I/O, who may do so for [`Claims::settle_ms`] after the end of the process:
-/// what went over a network.
+/// Somebody else executes its I/O, who may do so for [`Claims::settle_ms`] after the process is gone and
+/// no page of the arena is in use any more: what went over a network.
 pub const FENCE_SESSION: u32 = 2;
-/// Nobody knows when its I/O is over. So what it had is not delivered again: it fails.
+/// Nobody knows when its I/O is over. So what it had and what changes the disk is not delivered again: it
+/// fails. It may still be executed later than what comes after it.
 pub const FENCE_NONE: u32 = 3;
 
 /// The longest [`Claims::settle_ms`].
@@ -286,6 +287,10 @@ pub const CLAIMS_MAX_SIZE: u32 = 4096;
 /// process that described it. So the process that cannot serve a disk learns it, and no guest.
 /// To claim an operation says that the process understands it: it may still answer `-EOPNOTSUPP` if
 /// its image cannot do it.
+///
+/// A process that serves and has no request in hand may claim again: it gets no more requests until it
+/// starts once more. One whose I/O is all over, that for others included, ends so without a wait for
+/// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`].
 #[derive(
     Clone,
     Copy,

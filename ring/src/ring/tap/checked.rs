@@ -218,6 +218,7 @@ impl abi::Claims {
                 Fence::Session { settle_ms }
             }
             (abi::FENCE_NONE, 0) => Fence::None,
+            (4.., _) => return Err(Malformed::Unknown),
             _ => return Err(Malformed::Range),
         };
         Ok(Claimed {

@@ -322,13 +322,20 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         Ok(self.epoch)
     }
 
-    /// Says what the process can do that has opened the disk and not started it. `false` if that is
-    /// somebody else.
+    /// Says what the process can do that has opened the disk and not started it. One that has started it
+    /// and has nothing in hand gives that up with it: it may start again. `false` if that is somebody
+    /// else, or has something in hand.
     #[must_use]
     pub fn claim(&mut self, epoch: u64, claimed: Claimed) -> bool {
-        let may = self.phase == Phase::Open && epoch == self.epoch;
+        let rests = match self.phase {
+            Phase::Open => true,
+            Phase::Live => self.held == 0,
+            Phase::Idle | Phase::Recovering | Phase::Fencing => false,
+        };
+        let may = rests && epoch == self.epoch;
         if may {
             self.claimed = claimed;
+            self.phase = Phase::Open;
         }
         may
     }
@@ -353,21 +360,23 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 
     /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
     /// [`fenced`](Self::fenced) must follow, when its I/O is over: not before so many milliseconds,
-    /// which are returned, have passed.
+    /// which are returned, have passed since nothing of it was to be seen any more.
     pub fn closed(&mut self) -> u32 {
+        let served = self.phase == Phase::Live;
         if matches!(self.phase, Phase::Open | Phase::Live) {
             self.phase = Phase::Fencing;
         }
         match self.claimed.fence {
-            // Who had nothing has no I/O: what is answered is executed.
-            Fence::Session { settle_ms } if self.held > 0 => settle_ms,
+            // Even if it had nothing of ours: it may do I/O for others, such as NBD clients. If it has
+            // ended that, too, it says so by a claim.
+            Fence::Session { settle_ms } if served => settle_ms,
             _ => 0,
         }
     }
 
     /// The I/O of the process that is gone is over. What it had been delivered waits for the next
     /// one, in arrival order; requests without a queue are released. If nobody can know that it is over,
-    /// as the process claimed, what it had fails instead: to execute it again could undo what
+    /// as the process claimed, what changes the disk fails instead: to execute it again could undo what
     /// comes later.
     pub fn fenced(&mut self) -> Failed {
         let mut failed = Failed::default();
@@ -396,12 +405,13 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                 State::Free | State::Done => continue,
             }
             let (orphan, fresh) = (entry.orphan, entry.flags & abi::DESC_REPLAY == 0);
+            let changes = writes(entry.op);
             entry.flags |= abi::DESC_REPLAY;
             entry.suspicion.in_last = true;
             let queue = entry.queue;
             self.held = self.held.wrapping_sub(1);
             self.replaying = self.replaying.wrapping_add(u32::from(fresh));
-            if !orphan && self.claimed.fence == Fence::None {
+            if !orphan && changes && self.claimed.fence == Fence::None {
                 failed.queues |= 1u64.wrapping_shl(u32::from(queue));
                 failed.count = failed.count.wrapping_add(1);
                 self.finish(tag, Status::Error);

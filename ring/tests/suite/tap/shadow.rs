@@ -422,9 +422,9 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     assert!(disk.shadow.claim(epoch, claims(all)));
     assert!(disk.shadow.started(epoch).is_ok());
     assert_eq!(lacking(&disk), 0);
-    assert!(!disk.shadow.claim(epoch, claims(0)), "it is served");
     assert!(!disk.shadow.has_claimed(abi::FEATURE_URING_CMD));
     assert_eq!(disk.tags(), [0]);
+    assert!(!disk.shadow.claim(epoch, claims(0)), "it has a request");
     disk.die();
     // What one process has claimed is not the next one's.
     disk.start();
@@ -447,7 +447,7 @@ fn what_goes_over_a_network_has_time_to_settle() {
     let mut disk = Disk::new(4);
     let session = Fence::Session { settle_ms: 700 };
     claim(&mut disk, session);
-    assert_eq!(disk.shadow.closed(), 0, "it had nothing");
+    assert_eq!(disk.shadow.closed(), 700, "it may have served others");
     assert_eq!(disk.shadow.fenced().count, 0);
     claim(&mut disk, session);
     disk.post(0, Op::Write, 0, 8);
@@ -461,23 +461,50 @@ fn what_goes_over_a_network_has_time_to_settle() {
 }
 
 #[test]
+fn who_has_ended_all_its_io_says_so() {
+    let mut disk = Disk::new(4);
+    let claimed = |fence| Claimed {
+        fence,
+        ..Claimed::BEFORE
+    };
+    claim(&mut disk, Fence::Session { settle_ms: 700 });
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0]);
+    let local = claimed(Fence::Local);
+    assert!(!disk.shadow.claim(disk.epoch, local), "it has a request");
+    assert_eq!(disk.commit(0, 1, 0, 0), Committed::Done(0));
+    assert!(!disk.shadow.claim(disk.epoch + 1, local), "another one");
+    assert!(disk.shadow.claim(disk.epoch, local));
+    // From now on it gets nothing.
+    disk.post(2, Op::Write, 8, 8);
+    assert!(!disk.shadow.has_deliverable());
+    assert_eq!(disk.shadow.closed(), 0);
+    assert_eq!(disk.shadow.fenced().count, 0);
+    disk.start();
+    assert_eq!(disk.tags(), [2]);
+}
+
+#[test]
 fn what_cannot_be_fenced_is_not_executed_again() {
     let mut disk = Disk::new(8);
     claim(&mut disk, Fence::None);
     disk.post(0, Op::Write, 0, 8);
     disk.post(1, Op::Read, 64, 8);
     disk.post(2, Op::Write, 4, 8);
-    assert_eq!(disk.tags(), [0, 1], "the third one waits for the first");
+    disk.post(3, Op::Read, 128, 8);
+    assert_eq!(disk.tags(), [0, 1, 3], "the third one waits for the first");
     assert_eq!(disk.commit(1, 1, 0, 0), Committed::Done(1));
     assert_eq!(disk.shadow.closed(), 0);
     let failed = disk.shadow.fenced();
     assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
     assert_eq!(disk.reap(0), [(0, Status::Error)]);
     assert_eq!(disk.reap(1), [(1, Status::Okay)]);
-    // What it never had is the next one's, and nothing is a replay.
+    // What it never had is the next one's, and so is what changes nothing: that alone is a replay.
     disk.start();
-    assert_eq!(disk.tags(), [2]);
-    assert_eq!(disk.info().replayed, 0);
+    assert_eq!(disk.tags(), [2, 3]);
+    assert_eq!(disk.info().replayed, 1);
+    assert_eq!(disk.commit(2, 1, 0, 0), Committed::Done(0));
+    assert_eq!(disk.commit(3, 2, 0, 0), Committed::Done(1));
     disk.post(0, Op::Flush, 0, 0);
     assert_eq!(disk.tags(), [0], "a flush of its own time waits for nobody");
 }

@@ -6,16 +6,18 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::PLAIN;
 use crate::tap::scene::Scene;
-use crate::tap::server::{done, Store};
+use crate::tap::server::{done, Pipe, Store};
 use crate::tap::uring::{Memory, Ring};
 use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
+use crate::wait;
 use crate::wire::ERROR;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     Claims, Desc, CLAIMS_MAX_SIZE, DESC_REPLAY, FEATURE_URING_CMD, FENCE_LOCAL, FENCE_NONE,
     FENCE_SESSION, GEOMETRY_WRITE_CACHE, MAX_SETTLE_MS, OP_DISCARD, OP_FLUSH, STATE_FENCING,
-    STATE_OPEN,
+    STATE_LIVE, STATE_OPEN,
 };
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -101,8 +103,6 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
         (FENCE_SESSION, 0),
         (FENCE_SESSION, MAX_SETTLE_MS + 1),
         (FENCE_NONE, 1),
-        (4, 0),
-        (u32::MAX, u32::MAX),
     ] {
         let fence = Claims {
             fence,
@@ -110,6 +110,14 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
             ..CLAIMS
         };
         expect("no fence", node.claim(&fence), &[libc::EINVAL])?;
+    }
+    for later in [4, u32::MAX] {
+        let fence = Claims {
+            fence: later,
+            settle_ms: later,
+            ..CLAIMS
+        };
+        expect("a fence of later", node.claim(&fence), &unknown)?;
     }
     // A disk of which guests will be told more than the process understands.
     let few = Claims {
@@ -133,17 +141,18 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
             let over = &over;
             scope.spawn(move || while !over.load(Relaxed) && node.claim(&claims).is_ok() {});
         }
-        let started = crate::wait::until("a start", Duration::from_secs(20), || {
+        let started = wait::until("a start", Duration::from_secs(20), || {
             Ok(node.start_unclaimed().ok())
         });
         over.store(true, Relaxed);
         started
     })?;
-    expect(
-        "claims after the start",
-        node.claim(&CLAIMS),
-        &[libc::EINVAL],
-    )?;
+    // Who has nothing in hand may claim again, and then is as one that has not started.
+    node.claim(&CLAIMS)?;
+    ensure!(node.ask()?.state == STATE_OPEN, "{:?}", node.ask()?);
+    expect("a read before the start", node.read(), &[libc::EINVAL])?;
+    node.start_unclaimed()?;
+    ensure!(node.ask()?.state == STATE_LIVE, "{:?}", node.ask()?);
     drop(node);
     // The feature of commands was not claimed.
     let node = disk.open()?;
@@ -162,6 +171,7 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
 
 fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     const SETTLE: Duration = Duration::from_millis(1500);
+    const PAGE: usize = 4096;
     let mut scene = Scene::new(lab)?;
     scene = restart(
         scene,
@@ -172,8 +182,27 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         },
     )?;
     scene.take(4)?;
+    expect(
+        "claims with requests in hand",
+        scene.node.claim(&CLAIMS),
+        &[libc::EINVAL],
+    )?;
+    // For longer than its I/O settles a page is in use, as that of a transfer that hangs.
+    let mut pipe = Pipe::new()?;
+    let pinned = scene.node.arena().pin_into(pipe.write.as_raw_fd(), PAGE)?;
+    ensure!(pinned == PAGE, "only {pinned} bytes were pinned");
     let died = Instant::now();
     drop(scene.node);
+    wait::until("the time in which I/O settles", ANSWER, || {
+        Ok((died.elapsed() > SETTLE).then_some(()))
+    })?;
+    ensure!(
+        scene.disk.info()?.state == STATE_FENCING,
+        "a page is in use: {:?}",
+        scene.disk.info()?
+    );
+    pipe.read.read_exact(&mut [0; PAGE])?;
+    let free = Instant::now();
     // Nothing of the arena is in use, and nobody can have the disk all the same.
     let busy = Node::file(&scene.disk.path(), libc::O_NONBLOCK);
     expect("an opener while I/O settles", busy, &[libc::EBUSY])?;
@@ -188,7 +217,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         scene.disk.info()?
     );
     scene.node = scene.disk.open()?;
-    let waited = died.elapsed();
+    let waited = free.elapsed();
     ensure!(waited >= SETTLE, "the fence was over after {waited:?}");
     scene.node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
     let none = Claims {
@@ -217,6 +246,18 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     scene.node = scene.disk.start()?;
     let info = scene.node.ask()?;
     ensure!(info.waiting == 0 && info.delivered == 0, "{info:?}");
+    // All I/O of one that says so is over when it ends.
+    scene = restart(
+        scene,
+        &Claims {
+            fence: FENCE_SESSION,
+            settle_ms: MAX_SETTLE_MS,
+            ..CLAIMS
+        },
+    )?;
+    scene.node.claim(&CLAIMS)?;
+    drop(scene.node);
+    scene.node = scene.disk.start()?;
     scene.finish()
 }
 
