@@ -3,9 +3,9 @@
 //! A disk that a process serves.
 
 use super::areas::Areas;
+use super::commands::Commands;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
-use crate::linux::char::uring::Parked;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
@@ -61,7 +61,7 @@ pub(crate) struct Inner {
     pub(super) attachment: Option<Attachment>,
     /// The device that was refused last because of that.
     pub(super) refused: Option<Arc<dyn DeviceEvents>>,
-    pub(super) command: Command,
+    pub(super) commands: Commands,
     /// While the last process has to be fenced: its I/O is this module's affair.
     pub(super) fencing: Option<ModuleReference>,
     /// How often it was looked whether that is done.
@@ -76,16 +76,6 @@ pub(crate) struct Inner {
     pub(super) wanted: bool,
     /// The queues of the connection.
     pub(super) shares: [Option<Arc<Share>>; MAX_QUEUES],
-}
-
-/// The `uring_cmd` of the process.
-pub(crate) enum Command {
-    /// There is none.
-    None,
-    /// It is on its way here or back.
-    Moving,
-    /// It waits for requests.
-    Waiting(Parked),
 }
 
 /// What a queue's thread and those who complete its requests share.
@@ -114,6 +104,7 @@ impl TapDisk {
                 .push_within_capacity(Entry::FREE)
                 .map_err(|_| ENOMEM)?;
         }
+        let commands = Commands::new()?;
         let fail_after_ns = u64::from(new.fail_after_s.unwrap_or(0)).wrapping_mul(1_000_000_000);
         let disk = Arc::pin_init(
             pin_init!(Self {
@@ -131,7 +122,7 @@ impl TapDisk {
                         pid: 0,
                         attachment: None,
                         refused: None,
-                        command: Command::None,
+                        commands,
                         fencing: None,
                         looks: 0,
                         fenced_pages: 0,
@@ -286,15 +277,13 @@ impl TapDisk {
 
     /// Wakes the process if it waits and there is something to fetch.
     pub(super) fn announce(&self, inner: &mut Inner) {
-        let waits = inner.wanted || matches!(inner.command, Command::Waiting(_));
+        let waits = inner.wanted || inner.commands.is_waiting();
         if !waits || !inner.shadow.has_deliverable() {
             return;
         }
-        if let Command::Waiting(_) = inner.command {
-            let command = core::mem::replace(&mut inner.command, Command::Moving);
-            if let Command::Waiting(command) = command {
-                command.wake();
-            }
+        // One: if it leaves something it wakes the next one.
+        if let Some(command) = inner.commands.next() {
+            command.wake();
         }
         if core::mem::replace(&mut inner.wanted, false) {
             self.ready.notify_all();

@@ -12,6 +12,7 @@
 mod areas;
 mod backend;
 mod binding;
+mod commands;
 mod control;
 mod disk;
 mod exchange;

@@ -2,7 +2,8 @@
 
 //! The node of a disk, as the process that has it open uses it.
 
-use super::disk::{Command, TapDisk};
+use super::commands::Place;
+use super::disk::TapDisk;
 use super::registry;
 use crate::linux::char::chardev::{
     current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE,
@@ -197,22 +198,10 @@ impl Opener {
         Ok(((fetched > 0).then_some(fetched), arrays.tags))
     }
 
-    /// Takes the place of the command that waits.
-    fn reserve(&self) -> Result {
+    /// Lets a command wait in its place.
+    fn leave_waiting(&self, place: Place, command: Parked) {
         let mut inner = self.disk.inner.lock();
-        match inner.command {
-            Command::None => {
-                inner.command = Command::Moving;
-                Ok(())
-            }
-            Command::Moving | Command::Waiting(_) => Err(EBUSY),
-        }
-    }
-
-    /// Lets a command for which there is a place wait.
-    fn leave_waiting(&self, command: Parked) {
-        let mut inner = self.disk.inner.lock();
-        inner.command = Command::Waiting(command);
+        inner.commands.wait(place, command);
         // What came since the command looked in vain.
         self.disk.announce(&mut inner);
     }
@@ -314,31 +303,39 @@ impl CharDevice for Opener {
             Ok((Some(fetched), _)) => return command.complete(Ok(fetched)),
             Err(error) => return command.complete(Err(error)),
         };
-        if let Err(error) = self.reserve() {
-            return command.complete(Err(error));
-        }
-        let (parked, outcome) = command.park([tags.addr, tags.len.into()]);
-        self.leave_waiting(parked);
+        let Some(place) = self.disk.inner.lock().commands.reserve() else {
+            return command.complete(Err(EBUSY));
+        };
+        let number = u64::from(place.number()).wrapping_shl(32);
+        let (parked, outcome) = command.park([tags.addr, number | u64::from(tags.len)]);
+        self.leave_waiting(place, parked);
         outcome
     }
 
     fn uring_woken(&self, command: Woken) {
-        let [addr, len] = command.note();
+        let [addr, note] = command.note();
         let tags = UserArray {
             addr,
-            // CAST: it was one of 32 bits.
-            len: len as u32,
+            // CAST: the lower half.
+            len: note as u32,
         };
+        // CAST: the upper half.
+        let place = Place::noted(note.wrapping_shr(32) as u32);
         let result = if command.is_cancelled() {
             None
         } else {
             match self.fetch(tags, false) {
-                Ok(0) => return self.leave_waiting(command.park()),
+                Ok(0) => return self.leave_waiting(place, command.park()),
                 Ok(fetched) => Some(fetched),
                 Err(error) => Some(error.to_errno()),
             }
         };
-        self.disk.inner.lock().command = Command::None;
+        {
+            let mut inner = self.disk.inner.lock();
+            inner.commands.release(place);
+            // What is left is for another one; so is all of it if this one's task is going away.
+            self.disk.announce(&mut inner);
+        }
         match result {
             Some(result) => command.complete(result),
             None => command.cancel(),
@@ -346,13 +343,6 @@ impl CharDevice for Opener {
     }
 
     fn uring_cancel(&self, wanted: &Identity) -> Option<Parked> {
-        let mut inner = self.disk.inner.lock();
-        match core::mem::replace(&mut inner.command, Command::None) {
-            Command::Waiting(command) if command.is(wanted) => Some(command),
-            other => {
-                inner.command = other;
-                None
-            }
-        }
+        self.disk.inner.lock().commands.cancel(wanted)
     }
 }

@@ -51,6 +51,8 @@ pub const VERSION: u32 = 1;
 pub const MAX_TAGS: u32 = 4096;
 /// A tag that names no request.
 pub const NO_TAG: u16 = u16::MAX;
+/// `uring_cmd`s that wait on one node at most.
+pub const MAX_COMMANDS: u32 = 64;
 /// Segments of one request at most.
 pub const MAX_SEGMENTS: u16 = 512;
 /// Offset at which the descriptor area is mapped (read only, shared).
@@ -251,8 +253,11 @@ pub const FEATURE_URING_CMD: u64 = 1;
 /// [`ioctl::CLAIM`] is understood.
 pub const FEATURE_CLAIM: u64 = 1 << 2;
 
+/// Up to [`MAX_COMMANDS`] `uring_cmd`s of a node may wait.
+pub const FEATURE_COMMANDS: u64 = 1 << 3;
+
 /// The features that there are.
-pub const FEATURES: u64 = FEATURE_URING_CMD | FEATURE_CLAIM;
+pub const FEATURES: u64 = FEATURE_URING_CMD | FEATURE_CLAIM | FEATURE_COMMANDS;
 
 /// The operations that there are, one bit for each.
 pub const OPERATIONS: u64 = 1 << OP_READ
@@ -416,8 +421,10 @@ pub struct Buffer {
 ///
 /// The ioctl returns the number of tags fetched at once, 0 if there is none. The `uring_cmd`
 /// commits when it is issued and completes when there is at least one tag (or at once if
-/// `tags.len` is 0); its result is the number of tags. A node has one such command waiting at
-/// most; a second one completes with `EBUSY`, after its commits were taken.
+/// `tags.len` is 0); its result is the number of tags. A node has [`MAX_COMMANDS`] such commands
+/// waiting at most (one without [`FEATURE_COMMANDS`]); a further one completes with `EBUSY`, after its
+/// commits were taken. Requests wake one of them, and what that one leaves the next: so a thread
+/// for each queue, with a ring of its own, gets its share. Which one gets what is not defined.
 ///
 /// The 16 bytes of command in the submission queue entry are a [`Buffer`] with the address of one
 /// `Exchange` (`len` is 1). It and its arrays must stay where they are until the command

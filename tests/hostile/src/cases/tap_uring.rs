@@ -13,7 +13,8 @@ use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{bail, ensure, Context, Result};
 use ring::abi::OP_WRITE;
-use ring::tap::abi::{ioctl, Buffer};
+use ring::tap::abi::{ioctl, Buffer, MAX_COMMANDS};
+use std::collections::HashMap;
 use std::time::Duration;
 
 pub(super) fn all() -> Vec<Case> {
@@ -23,8 +24,16 @@ pub(super) fn all() -> Vec<Case> {
             "a process that only uses io_uring is killed again and again"
         ),
         case!(
+            tap_uring::tap_rings_serve,
+            "the same of a process with several threads, each with a ring"
+        ),
+        case!(
             tap_uring::tap_ring_commands,
-            "commands that wait, a second one, a wrong one, one that is given up"
+            "commands that wait, a wrong one, one that is given up"
+        ),
+        case!(
+            tap_uring::tap_ring_many,
+            "a thousand commands of two rings, of which as many wait as may"
         ),
         case!(
             tap_uring::tap_ring_faults,
@@ -46,8 +55,16 @@ fn result(ring: &mut Ring, id: u64) -> Result<i32> {
 }
 
 fn tap_ring_serves(lab: &mut Lab) -> Result<()> {
+    killed_again_and_again(lab, Manner::Ring)
+}
+
+fn tap_rings_serve(lab: &mut Lab) -> Result<()> {
+    killed_again_and_again(lab, Manner::Rings)
+}
+
+fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, Manner::Ring)?;
+    let server = Server::start(&disk, &store, &pipe, manner)?;
     let mut session = lab.session_on_tap(&disk, PLAIN)?;
     session.exercise(0, 1)?;
     let mut server = Some(server);
@@ -63,9 +80,9 @@ fn tap_ring_serves(lab: &mut Lab) -> Result<()> {
         }
         session.queue().publish()?;
         if round % 2 == 0 {
-            drop(Server::start(&disk, &store, &pipe, Manner::Ring)?);
+            drop(Server::start(&disk, &store, &pipe, manner)?);
         }
-        server = Some(Server::start(&disk, &store, &pipe, Manner::Ring)?);
+        server = Some(Server::start(&disk, &store, &pipe, manner)?);
         let answers = session.queue().wait(16, ANSWER)?;
         ensure!(answers.iter().all(|a| a.status == OKAY), "{answers:?}");
         session.exercise(200, round)?;
@@ -124,15 +141,10 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
         };
         wrong(&mut ring, "an address", ioctl::EXCHANGE, junk, &fault)?;
     }
-    // One waits, a second one is refused, the first one is given up.
+    // One waits, and is to be given up.
     let first = Memory::new(&[]);
     ring.exchange(&scene.node, &first, 10)?;
     ensure!(ring.next(NONE_YET)?.is_none(), "it did not wait");
-    ring.exchange(&scene.node, &Memory::new(&[]), 11)?;
-    ensure!(result(&mut ring, 11)? == -libc::EBUSY, "two commands wait");
-    let mut other = Ring::new()?;
-    other.exchange(&scene.node, &Memory::new(&[]), 12)?;
-    ensure!(result(&mut other, 12)? == -libc::EBUSY, "two rings wait");
     // Only a ring that goes away gives a command up; asked, the kernel says that it cannot.
     ring.cancel(10, 13)?;
     ensure!(
@@ -164,6 +176,78 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
     scene.node.commit(&commits)?;
     scene.answered(1)?;
     scene.finish_dead()
+}
+
+/// Each command has room for one tag, so that each gets one request.
+fn tap_ring_many(lab: &mut Lab) -> Result<()> {
+    const ALL: u64 = MAX_COMMANDS as u64;
+    let mut scene = Scene::new(lab)?;
+    let mut rings = [Ring::new()?, Ring::new()?];
+    let mut waiting = HashMap::new();
+    for id in 0..1000u64 {
+        let memory = Memory::with_room(1);
+        let ring = &mut rings[(id % 2) as usize];
+        ring.exchange(&scene.node, &memory, id)?;
+        if id < ALL {
+            waiting.insert(id, memory);
+        } else {
+            let refused = result(ring, id)?;
+            ensure!(refused == -libc::EBUSY, "command {id} of {ALL}: {refused}");
+        }
+    }
+    // All wait. As many requests wake them all, although each wakes one at most.
+    let mut sent = 0;
+    while !waiting.is_empty() {
+        let count = (waiting.len() as u64).min(24);
+        scene.send(count)?;
+        for _ in 0..count {
+            let (id, got) = either(&mut rings)?;
+            let memory = waiting.remove(&id).context("it is over already")?;
+            let tags = memory.tags(got)?;
+            ensure!(tags.len() == 1, "command {id} has {tags:?}");
+            answer(&scene.node, &scene.store, &tags)?;
+        }
+        scene.answered(count as usize)?;
+        sent += count;
+    }
+    ensure!(sent == ALL, "{sent} requests for {ALL} commands");
+    // A ring goes away with half of them: their places are free again.
+    let mut memories: Vec<Memory> = (0..ALL).map(|_| Memory::with_room(1)).collect();
+    for (id, memory) in (0..).zip(&memories) {
+        rings[(id % 2) as usize].exchange(&scene.node, memory, id)?;
+    }
+    rings[0] = Ring::new()?;
+    for id in (0..ALL).step_by(2) {
+        memories[id as usize] = wait::until("room for a command", ANSWER, || {
+            let memory = Memory::with_room(1);
+            rings[0].exchange(&scene.node, &memory, id)?;
+            match rings[0].next(Duration::ZERO)? {
+                None => Ok(Some(memory)),
+                Some((_, busy)) if busy == -libc::EBUSY => Ok(None),
+                Some(other) => bail!("a command without requests completed: {other:?}"),
+            }
+        })?;
+    }
+    for _ in 0..ALL / 16 {
+        scene.send(16)?;
+        for _ in 0..16 {
+            let (id, got) = either(&mut rings)?;
+            answer(&scene.node, &scene.store, &memories[id as usize].tags(got)?)?;
+        }
+        scene.answered(16)?;
+    }
+    scene.finish_dead()
+}
+
+fn either(rings: &mut [Ring]) -> Result<(u64, i32)> {
+    wait::until("a command that is over", ANSWER, || {
+        for ring in &mut *rings {
+            if let Some(over) = ring.next(Duration::ZERO)? {
+                return Ok(Some(over));
+            }
+        }
+        Ok(None)
+    })
 }
 
 fn tap_ring_faults(lab: &mut Lab) -> Result<()> {

@@ -14,6 +14,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+/// Threads of a process with several rings.
+const THREADS: usize = 4;
+
 /// What the process does with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Manner {
@@ -25,6 +28,8 @@ pub(crate) enum Manner {
     Silent,
     /// Executes and commits them, by io_uring alone, with the arena registered.
     Ring,
+    /// The same with several threads, each with a ring of its own.
+    Rings,
     /// Puts pages of the arena into the pipe, then behaves like `Hold`.
     Pin,
 }
@@ -121,11 +126,24 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
     if orders.manner == Manner::Ring {
         return serve_by_ring(&node, &store);
     }
+    if orders.manner == Manner::Rings {
+        return std::thread::scope(|scope| {
+            let (node, store) = (&node, &store);
+            let threads: Vec<_> = (0..THREADS)
+                .map(|_| scope.spawn(move || serve_by_ring(node, store)))
+                .collect();
+            // They serve until the process is killed; one that ends says why.
+            threads.into_iter().try_for_each(|thread| {
+                let ended = thread.join();
+                ended.unwrap_or_else(|_| bail!("a thread of the process died"))
+            })
+        });
+    }
     loop {
         let tags = node.read().context("a read of tags failed")?;
         match orders.manner {
             Manner::Honest => answer(&node, &store, &tags)?,
-            Manner::Hold | Manner::Pin | Manner::Ring => {}
+            Manner::Hold | Manner::Pin | Manner::Ring | Manner::Rings => {}
             Manner::Silent => {
                 for tag in tags {
                     store.execute(&node, &node.desc(tag)?)?;

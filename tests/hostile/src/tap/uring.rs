@@ -38,6 +38,20 @@ impl Memory {
         }
     }
 
+    /// For a command that fetches so many tags at most.
+    pub(crate) fn with_room(room: u32) -> Memory {
+        assert!(room as usize <= ROOM);
+        let mut memory = Memory::new(&[]);
+        memory.exchange = Box::leak(Box::new(Exchange {
+            tags: Buffer {
+                len: room,
+                ..memory.exchange.tags
+            },
+            ..*memory.exchange
+        }));
+        memory
+    }
+
     /// For a command whose tags go to an address that is not ours.
     pub(crate) fn with_tags_at(address: u64) -> Memory {
         let mut memory = Memory::new(&[]);
