@@ -22,6 +22,7 @@ pub mod sandbox;
 mod scrub;
 mod server;
 mod session;
+mod told;
 mod troubles;
 
 pub use needs::Needs;

@@ -4,19 +4,19 @@
 use crate::kept::{self, Kept};
 use crate::link::Link;
 use crate::scrub::{self, Scrub};
+use crate::told::{describe, described, fence, node, params, UNFIT};
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
 use diskio::{Gate, Runtime};
-use drivers::Shape;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tapdev::{Discard, KernelNode, Params, Tap};
+use tapdev::{KernelNode, Params, Tap};
 
 /// Turns of the loop after which descriptors are looked at, although there is still work.
 const ROUNDS: u32 = 16;
@@ -531,69 +531,4 @@ fn process() -> Process {
 
 fn no_node() -> Failure {
     Failure::new(Code::State, "this tapdisk has no node: attach one first")
-}
-
-/// Why an image cannot be served in place of another one.
-const UNFIT: &str = "its blocks are larger, it is smaller (`unpause --shrink` allows that), only one of the two is read-only, or only the new one has a volatile cache";
-
-fn described(open: &Open, error: &io::Error) -> Failure {
-    match error.kind() {
-        io::ErrorKind::InvalidInput => Failure::new(
-            Code::Image,
-            format!("the kernel refuses {}: {UNFIT}", open.target),
-        ),
-        // The kernel says ERANGE.
-        _ if error.raw_os_error() == Some(diskio::Errno::RANGE.raw_os_error()) => Failure::new(
-            Code::Image,
-            format!(
-                "{} is smaller than the disk that the guest knows: make it larger, or pause the disk and unpause it with --shrink",
-                open.target
-            ),
-        ),
-        _ => Failure::system(format!("the kernel refuses {}", open.target), error),
-    }
-}
-
-fn node(info: &tapdev::abi::Info) -> tapdisk::Node {
-    tapdisk::Node {
-        minor: info.minor,
-        tags: info.tags,
-        arena: info.arena_len,
-        epoch: info.epoch,
-    }
-}
-
-fn fence(fence: drivers::Fence) -> tapdev::Fence {
-    match fence {
-        drivers::Fence::Local => tapdev::Fence::Local,
-        drivers::Fence::Session { settle_ms } => tapdev::Fence::Session { settle_ms },
-        drivers::Fence::None => tapdev::Fence::None,
-    }
-}
-
-fn params(shape: &Shape, open: &Open) -> Params {
-    Params {
-        sectors: shape.size >> 9,
-        logical_block: shape.logical_block,
-        physical_block: shape.physical_block,
-        read_only: open.read_only,
-        write_cache: shape.write_cache && !open.read_only,
-        discard: shape.discard.map(|granularity| Discard {
-            granularity,
-            alignment: 0,
-            secure: false,
-        }),
-        may_shrink: open.may_shrink,
-    }
-}
-
-fn describe(shape: &Shape, open: &Open, engine: Engine) -> tapdisk::Disk {
-    tapdisk::Disk {
-        size: shape.size,
-        logical_block: shape.logical_block,
-        physical_block: shape.physical_block,
-        read_only: open.read_only,
-        discard: shape.discard.is_some(),
-        engine,
-    }
 }

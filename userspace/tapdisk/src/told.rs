@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the kernel and the supervisor are told of a disk, and what the kernel's refusal means.
+
+use control::tapdisk::{self, Engine, Open};
+use control::{Code, Failure};
+use drivers::Shape;
+use std::io;
+use tapdev::{Discard, Params};
+
+/// Why an image cannot be served in place of another one.
+pub(crate) const UNFIT: &str = "its blocks are larger, it is smaller (`unpause --shrink` allows that), only one of the two is read-only, or only the new one has a volatile cache";
+
+/// What the kernel's refusal of an image means.
+pub(crate) fn described(open: &Open, error: &io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::InvalidInput => Failure::new(
+            Code::Image,
+            format!("the kernel refuses {}: {UNFIT}", open.target),
+        ),
+        // The kernel says ERANGE.
+        _ if error.raw_os_error() == Some(diskio::Errno::RANGE.raw_os_error()) => Failure::new(
+            Code::Image,
+            format!(
+                "{} is smaller than the disk that the guest knows: make it larger, or pause the disk and unpause it with --shrink",
+                open.target
+            ),
+        ),
+        _ => Failure::system(format!("the kernel refuses {}", open.target), error),
+    }
+}
+
+/// A node, for the supervisor.
+pub(crate) fn node(info: &tapdev::abi::Info) -> tapdisk::Node {
+    tapdisk::Node {
+        minor: info.minor,
+        tags: info.tags,
+        arena: info.arena_len,
+        epoch: info.epoch,
+    }
+}
+
+/// When I/O of this process is over, in the words of the kernel's interface.
+pub(crate) fn fence(fence: drivers::Fence) -> tapdev::Fence {
+    match fence {
+        drivers::Fence::Local => tapdev::Fence::Local,
+        drivers::Fence::Session { settle_ms } => tapdev::Fence::Session { settle_ms },
+        drivers::Fence::None => tapdev::Fence::None,
+    }
+}
+
+/// A disk, for the kernel.
+pub(crate) fn params(shape: &Shape, open: &Open) -> Params {
+    Params {
+        sectors: shape.size >> 9,
+        logical_block: shape.logical_block,
+        physical_block: shape.physical_block,
+        read_only: open.read_only,
+        write_cache: shape.write_cache && !open.read_only,
+        discard: shape.discard.map(|granularity| Discard {
+            granularity,
+            alignment: 0,
+            secure: false,
+        }),
+        may_shrink: open.may_shrink,
+    }
+}
+
+/// A disk, for the supervisor.
+pub(crate) fn describe(shape: &Shape, open: &Open, engine: Engine) -> tapdisk::Disk {
+    tapdisk::Disk {
+        size: shape.size,
+        logical_block: shape.logical_block,
+        physical_block: shape.physical_block,
+        read_only: open.read_only,
+        discard: shape.discard.is_some(),
+        engine,
+    }
+}
