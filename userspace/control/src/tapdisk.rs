@@ -71,7 +71,8 @@ pub enum OnError {
     #[default]
     Report,
     /// The request goes back to the kernel, and nothing is served until the disk was paused and
-    /// unpaused: the guest waits.
+    /// unpaused: the guest waits. But the guest is told if something that was answered before may be lost:
+    /// of a flush that failed, and of a write that was to be durable unless it had no room.
     Stop,
 }
 

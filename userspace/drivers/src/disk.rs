@@ -3,7 +3,7 @@
 
 use crate::{Attributes, Driver, Extent, Fence, Limits, Shape};
 use control::Failure;
-use diskio::{Bytes, Data, Errno};
+use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -183,7 +183,7 @@ impl Disk {
     async fn settle(&self, how: Attributes) -> Result<(), Errno> {
         let heeded = self.0.shape.get().is_some_and(|shape| shape.fua);
         match how.fua && !heeded {
-            true => self.flush().await,
+            true => self.flush().await.map_err(of_earlier),
             false => Ok(()),
         }
     }

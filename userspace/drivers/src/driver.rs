@@ -81,7 +81,9 @@ impl Fence {
 /// What there is to know of a request that changes the disk, beside what it does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
-    /// It must be durable when it is answered. That says nothing of what came before.
+    /// It must be durable when it is answered. That says nothing of what came before. If it fails, only
+    /// [`Errno::NOSPC`] and [`Errno::DQUOT`] say that nothing else is lost, so they must not come from a
+    /// flush ([`File::settle`]): such a request may be tried again, others are not.
     pub fua: bool,
     /// An earlier process may have executed it, in whole or in part.
     pub replay: bool,

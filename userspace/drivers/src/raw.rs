@@ -70,7 +70,7 @@ impl Raw {
     /// Makes what changed durable, if it is to be.
     async fn settle(&self, how: Attributes) -> Result<(), Errno> {
         match how.fua {
-            true => self.file.flush().await,
+            true => self.file.settle().await,
             false => Ok(()),
         }
     }

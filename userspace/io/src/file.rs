@@ -202,17 +202,21 @@ impl File {
     }
 
     /// Writes all of `data` from `offset` on, and makes it durable, which says nothing of what was
-    /// written before.
+    /// written before. [`Errno::NOSPC`] and [`Errno::DQUOT`] mean that there was no room for this, never
+    /// for something earlier.
     pub async fn write_durable(&self, offset: u64, data: impl Into<Bytes>) -> Result<(), Errno> {
         let data = data.into();
-        match self.write_as(offset, data.clone(), true).await {
-            // Some file systems know no flags of a write.
-            Err(Errno::OPNOTSUPP) => {
-                self.write_as(offset, data, false).await?;
-                self.flush().await
+        // Of one call through the page cache nobody could say whether the write failed, or to write back
+        // what was there before.
+        if self.align.offset > 1 {
+            match self.write_as(offset, data.clone(), true).await {
+                // Some file systems know no flags of a write.
+                Err(Errno::OPNOTSUPP) => {}
+                result => return result,
             }
-            result => result,
         }
+        self.write_as(offset, data, false).await?;
+        self.settle().await
     }
 
     async fn write_as(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), Errno> {
@@ -266,6 +270,11 @@ impl File {
         })
         .await
         .map(drop)
+    }
+
+    /// As [`flush`](Self::flush), as the end of something that is to be durable, see [`of_earlier`].
+    pub async fn settle(&self) -> Result<(), Errno> {
+        self.flush().await.map_err(of_earlier)
     }
 
     /// Forgets a range: makes a hole, or tells the device. [`Errno::OPNOTSUPP`] if that is not
@@ -389,6 +398,15 @@ impl File {
 impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// The error of a flush, as the error of a request that ended with it: who is told that there is no room
+/// may try the request again, but what an earlier one lost is told only once.
+pub fn of_earlier(error: Errno) -> Errno {
+    match error {
+        Errno::NOSPC | Errno::DQUOT => Errno::IO,
+        error => error,
     }
 }
 

@@ -4,7 +4,8 @@
 //! They claim their range as the guest's do, so all that overlap take effect in the order of their
 //! arrival; while the disk is paused they wait.
 
-use crate::{Server, Session};
+use crate::server::Failed;
+use crate::{Seen, Server, Session};
 use control::tapdisk::Call;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Extent};
@@ -33,41 +34,43 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// Executes it, as often as the disk was stopped because of it.
-    pub(crate) async fn perform(&self, session: &Session) -> Result<(), Errno> {
+    /// Executes it for `by`, as often as the disk was stopped because of it.
+    pub(crate) async fn perform(&self, session: &Session, by: &Seen) -> Result<(), Errno> {
         loop {
             let server = session.running().await;
             let _hold = server.hold();
             self.check(&server)?;
-            let Err(error) = self.execute(&server).await else {
+            let Err(failed) = self.execute(&server, by).await else {
                 return Ok(());
             };
-            if !server.failed(self.call(), self.offset, self.len, error) {
-                return Err(error);
+            if !server.failed(self.call(), self.offset, self.len, failed) {
+                return Err(failed.error);
             }
         }
     }
 
     /// Executes it once, on a server that is held.
-    pub(crate) async fn execute(&self, server: &Rc<Server>) -> Result<(), Errno> {
+    pub(crate) async fn execute(&self, server: &Rc<Server>, by: &Seen) -> Result<(), Failed> {
+        if matches!(self.work, Work::Flush) {
+            return server.flush(by).await;
+        }
         let (offset, len) = (self.offset, self.len);
         let disk = server.disk();
-        let _claim = match self.work {
-            Work::Flush => None,
-            _ => Some(server.claim(offset, len, self.changes()).await),
-        };
+        let _claim = server.claim(offset, len, self.changes()).await;
         let how = Attributes {
             fua: self.fua,
             ..Attributes::default()
         };
-        match &self.work {
-            Work::Read(data) => disk.read(offset, data.clone()).await,
-            Work::Write(data) => disk.write(offset, data.clone(), how).await,
-            Work::Flush if server.is_read_only() => Ok(()),
-            Work::Flush => disk.flush().await,
-            Work::Discard => disk.discard(offset, len, how).await,
-            Work::WriteZeroes => disk.write_zeroes(offset, len, how).await,
-        }
+        let work = async {
+            match &self.work {
+                Work::Read(data) => disk.read(offset, data.clone()).await,
+                Work::Write(data) => disk.write(offset, data.clone(), how).await,
+                Work::Flush => Ok(()),
+                Work::Discard => disk.discard(offset, len, how).await,
+                Work::WriteZeroes => disk.write_zeroes(offset, len, how).await,
+            }
+        };
+        server.changing(by, how.fua, work).await
     }
 
     /// What makes no sense for this disk.

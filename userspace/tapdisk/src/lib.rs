@@ -15,6 +15,7 @@ mod inside;
 mod kept;
 mod link;
 pub mod listen;
+mod lost;
 pub mod nbd;
 mod needs;
 mod ranges;
@@ -25,6 +26,7 @@ mod session;
 mod told;
 mod troubles;
 
+pub use lost::{Lost, Seen};
 pub use needs::Needs;
 pub use ranges::Claim;
 pub use server::{Server, Terms};

@@ -4,7 +4,7 @@
 //! What fails is told to the supervisor and not to the guest, who goes on. It ends with the process.
 
 use crate::inside::{Request, Work};
-use crate::Session;
+use crate::{Seen, Session};
 use control::stats::Scrub as Progress;
 use diskio::{Data, Errno, Io};
 use drivers::Content;
@@ -118,8 +118,8 @@ async fn run(session: &Session) -> Result<(), Errno> {
                 len: read,
                 fua: false,
             };
-            if let Err(error) = request.execute(&server).await {
-                server.tell(request.call(), at, read, error, false);
+            if let Err(failed) = request.execute(&server, &Seen::default()).await {
+                server.tell(request.call(), at, read, failed.error, false);
                 scrub.update(|progress| progress.errors += 1);
             }
             at += read;

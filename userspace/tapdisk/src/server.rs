@@ -2,6 +2,7 @@
 //! Requests of the kernel as calls of a driver.
 
 use crate::link::Link;
+use crate::lost::{Lost, Seen};
 use crate::ranges::{Claim, Range, Ranges, Source};
 use crate::Troubles;
 use control::stats::{Counter, Stats};
@@ -10,7 +11,7 @@ use diskio::{Errno, Runtime};
 use drivers::{Attributes, Disk, Shape};
 use rustix::time::{clock_gettime, ClockId};
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{poll_fn, Future};
 use std::io;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -28,6 +29,34 @@ pub struct Terms {
     pub on_error: OnError,
     /// Where it is written down.
     pub troubles: Rc<Troubles>,
+    /// What could not be made durable, and who knows.
+    pub lost: Rc<Lost>,
+}
+
+/// How a request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Failed {
+    /// The error.
+    pub(crate) error: Errno,
+    /// What was answered before may be lost. The system says so once: to try again would hide it.
+    pub(crate) is_final: bool,
+}
+
+impl Failed {
+    /// Nothing but this request failed.
+    fn alone(error: Errno) -> Self {
+        Self {
+            error,
+            is_final: false,
+        }
+    }
+
+    fn for_good(error: Errno) -> Self {
+        Self {
+            error,
+            is_final: true,
+        }
+    }
 }
 
 /// A disk that is served. Each request is a task of its own.
@@ -197,8 +226,9 @@ impl Server {
     async fn serve(&self, request: &Request) -> Completion {
         let mut result = self.check(request);
         if result.is_ok() {
-            result = self.execute(request).await;
-            if let Err(error) = result {
+            let executed = self.execute(request).await;
+            result = executed.map_err(|failed| failed.error);
+            if let Err(failed) = executed {
                 let what = match request.kind {
                     Kind::Read => Call::Read,
                     Kind::Write => Call::Write,
@@ -206,7 +236,7 @@ impl Server {
                     Kind::Discard { .. } => Call::Discard,
                     Kind::WriteZeroes => Call::Zeroes,
                 };
-                if self.failed(what, request.offset, request.len, error) {
+                if self.failed(what, request.offset, request.len, failed) {
                     return request.returned();
                 }
             }
@@ -217,14 +247,15 @@ impl Server {
 
     /// Something failed on the image. True if the request is to be kept: nothing is served any more
     /// until the disk was paused and unpaused.
-    pub(crate) fn failed(&self, what: Call, offset: u64, len: u64, error: Errno) -> bool {
+    pub(crate) fn failed(&self, what: Call, offset: u64, len: u64, failed: Failed) -> bool {
+        let Failed { error, is_final } = failed;
         let policy = match error {
             // What the image cannot do at all is no failure of its storage.
             Errno::OPNOTSUPP => return false,
             Errno::NOSPC | Errno::DQUOT => self.terms.on_no_space,
             _ => self.terms.on_error,
         };
-        let stops = policy == OnError::Stop;
+        let stops = policy == OnError::Stop && !is_final;
         self.tell(what, offset, len, error, stops);
         if stops {
             self.link.stop();
@@ -259,7 +290,7 @@ impl Server {
         Ok(())
     }
 
-    async fn execute(&self, request: &Request) -> Result<(), Errno> {
+    async fn execute(&self, request: &Request) -> Result<(), Failed> {
         let _claim = match request.kind {
             Kind::Flush => None,
             kind => {
@@ -268,8 +299,9 @@ impl Server {
                 Some(claim.await)
             }
         };
+        let guest = self.terms.lost.guest();
         if request.preflush {
-            self.disk.flush().await?;
+            self.flush(guest).await?;
         }
         let how = Attributes {
             fua: request.fua,
@@ -277,21 +309,55 @@ impl Server {
             sequence: Some(request.sequence),
         };
         let (offset, len) = (request.offset, request.len);
-        let data = || request.data.clone().ok_or(Errno::INVAL);
+        let work = async {
+            let data = || request.data.clone().ok_or(Errno::INVAL);
+            match request.kind {
+                Kind::Read => self.disk.read(offset, data()?).await,
+                Kind::Write => self.disk.write(offset, data()?, how).await,
+                Kind::Flush => Ok(()),
+                Kind::Discard { .. } => self.disk.discard(offset, len, how).await,
+                Kind::WriteZeroes => self.disk.write_zeroes(offset, len, how).await,
+            }
+        };
         match request.kind {
-            Kind::Read => self.disk.read(offset, data()?).await,
-            Kind::Write => self.disk.write(offset, data()?, how).await,
-            Kind::Flush => self.flush().await,
-            Kind::Discard { .. } => self.disk.discard(offset, len, how).await,
-            Kind::WriteZeroes => self.disk.write_zeroes(offset, len, how).await,
+            Kind::Flush => self.flush(guest).await,
+            _ => self.changing(guest, how.fua, work).await,
         }
     }
 
-    async fn flush(&self) -> Result<(), Errno> {
-        match self.terms.read_only {
-            true => Ok(()),
-            false => self.disk.flush().await,
+    /// Does `work`, which makes durable what it does if `fua`.
+    pub(crate) async fn changing(
+        &self,
+        by: &Seen,
+        fua: bool,
+        work: impl Future<Output = Result<(), Errno>>,
+    ) -> Result<(), Failed> {
+        let lost = &self.terms.lost;
+        if fua {
+            lost.check(by).map_err(Failed::for_good)?;
         }
+        work.await.map_err(|error| match error {
+            // Of the work itself, see `Attributes::fua`.
+            Errno::NOSPC | Errno::DQUOT | Errno::OPNOTSUPP => Failed::alone(error),
+            _ if fua => {
+                lost.tell(by, error);
+                Failed::for_good(error)
+            }
+            _ => Failed::alone(error),
+        })
+    }
+
+    /// Makes durable what was written, for one of those who write.
+    pub(crate) async fn flush(&self, by: &Seen) -> Result<(), Failed> {
+        let lost = &self.terms.lost;
+        lost.check(by).map_err(Failed::for_good)?;
+        if self.terms.read_only {
+            return Ok(());
+        }
+        self.disk.flush().await.map_err(|error| {
+            lost.tell(by, error);
+            Failed::for_good(error)
+        })
     }
 
     fn count(&self, request: &Request, result: Result<(), Errno>) {

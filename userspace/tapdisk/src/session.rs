@@ -3,6 +3,7 @@
 
 use crate::kept::{self, Kept};
 use crate::link::Link;
+use crate::lost::Lost;
 use crate::scrub::{self, Scrub};
 use crate::told::{describe, described, fence, node, params, UNFIT};
 use crate::{nbd, Needs, Server, Terms, Troubles};
@@ -10,6 +11,7 @@ use control::stats::Stats;
 use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
 use diskio::{Gate, Runtime};
+use drivers::Shape;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
@@ -33,6 +35,8 @@ pub struct Session {
     state: RefCell<Inner>,
     stats: Rc<RefCell<Stats>>,
     troubles: Rc<Troubles>,
+    /// What could not be made durable. It outlives a pause: who wrote it learns of it afterwards.
+    lost: Rc<Lost>,
     /// What the supervisor is asked for.
     needs: Needs,
     /// What the next process learns of what this one has counted.
@@ -70,6 +74,7 @@ impl Session {
             state: RefCell::default(),
             stats: Rc::default(),
             troubles: Rc::default(),
+            lost: Rc::default(),
             needs: Needs::default(),
             kept: RefCell::default(),
             scrub: Scrub::default(),
@@ -231,6 +236,10 @@ impl Session {
         .await
     }
 
+    pub(crate) fn lost(&self) -> &Lost {
+        &self.lost
+    }
+
     pub(crate) fn scrub(&self) -> &Scrub {
         &self.scrub
     }
@@ -267,6 +276,40 @@ impl Session {
             self.find_kept().await;
         }
         let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
+        self.serve(&tap, open, engine, disk, shape).await
+    }
+
+    /// Serves a disk of a driver that [`drivers::open`] does not know, in the same states as a call for
+    /// [`Request::Open`]: it is active.
+    ///
+    /// # Errors
+    /// There is no node, or the kernel refuses the disk.
+    pub async fn serve_disk(
+        &self,
+        open: Open,
+        disk: drivers::Disk,
+        shape: Shape,
+    ) -> Result<Reply, Failure> {
+        let _alone = self.gate.alone().await;
+        if self.status().state != State::Attached {
+            return Err(Failure::new(
+                Code::State,
+                "an image is open, or there is no node",
+            ));
+        }
+        let tap = self.state.borrow().tap.clone().ok_or_else(no_node)?;
+        let engine = self.select(&open)?;
+        self.serve(&tap, open, engine, disk, shape).await
+    }
+
+    async fn serve(
+        &self,
+        tap: &Rc<Tap>,
+        open: Open,
+        engine: Engine,
+        disk: drivers::Disk,
+        shape: Shape,
+    ) -> Result<Reply, Failure> {
         let params = params(&shape, &open);
         let (known, started) = {
             let state = self.state.borrow();
@@ -303,7 +346,7 @@ impl Session {
             let mut state = self.state.borrow_mut();
             let link = state
                 .link
-                .get_or_insert_with(|| Link::new(&self.runtime, &tap));
+                .get_or_insert_with(|| Link::new(&self.runtime, tap));
             link.clone()
         };
         let terms = Terms {
@@ -311,10 +354,11 @@ impl Session {
             on_no_space: open.on_no_space,
             on_error: open.on_error,
             troubles: self.troubles.clone(),
+            lost: self.lost.clone(),
         };
         self.troubles.go_on();
         let (runtime, stats) = (&self.runtime, &self.stats);
-        let server = Server::on_link(runtime, &tap, link, disk, &shape, terms, stats);
+        let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
         let disk = describe(&shape, &open, engine);
         let mut state = self.state.borrow_mut();
         state.params = Some(params);
@@ -407,6 +451,9 @@ impl Session {
         };
         server.quiesce().await;
         let inactive = server.disk().inactivate().await;
+        if let Err(error) = inactive {
+            self.lost.add(error);
+        }
         let closed = self.stop(server).await;
         inactive.map_err(|error| {
             Failure::system("not all of the image could be made durable", &error.into())
@@ -417,6 +464,9 @@ impl Session {
     async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
         server.quiesce().await;
         let closed = server.disk().close().await;
+        if let Err(error) = closed {
+            self.lost.add(error);
+        }
         {
             let mut state = self.state.borrow_mut();
             state.server = None;

@@ -43,7 +43,7 @@ struct State {
     heeds_fua: Cell<bool>,
     /// Calls that may end.
     allowed: Cell<usize>,
-    flush_fails: Cell<bool>,
+    flush_fails: Cell<Option<Errno>>,
     write_fails: Cell<Option<Errno>>,
     waiting: RefCell<Vec<Waker>>,
 }
@@ -63,11 +63,12 @@ impl Slow {
             }
         })
         .await;
-        match (what, self.0.write_fails.get()) {
-            ("flush", _) if self.0.flush_fails.get() => Err(Errno::IO),
-            ("write", Some(error)) => Err(error),
-            _ => Ok(()),
-        }
+        let fails = match what {
+            "flush" => self.0.flush_fails.get(),
+            "write" => self.0.write_fails.get(),
+            _ => None,
+        };
+        fails.map_or(Ok(()), Err)
     }
 
     fn allow(&self, calls: usize) {
@@ -254,7 +255,7 @@ fn flush_before_a_write_comes_before_it() {
 fn write_whose_flush_fails_is_an_error() {
     for (preflush, fua, calls) in [(true, false, 1), (false, true, 2)] {
         let lab = Lab::new();
-        lab.driver.0.flush_fails.set(true);
+        lab.driver.0.flush_fails.set(Some(Errno::IO));
         let tag = lab.write(preflush, fua);
         lab.steps(3);
         assert_eq!(
@@ -264,6 +265,72 @@ fn write_whose_flush_fails_is_an_error() {
         );
         assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error);
     }
+}
+
+/// The second attempt would succeed, and the guest would take for durable what is gone.
+#[test]
+fn flush_that_failed_is_never_tried_again() {
+    let flush = Request {
+        op: Op::Flush,
+        preflush: false,
+        fua: false,
+        sector: 0,
+        sectors: 0,
+        segments: 0,
+    };
+    let write = Request {
+        op: Op::Write,
+        sectors: 1,
+        ..flush
+    };
+    for error in [Errno::IO, Errno::NOSPC] {
+        for (request, calls) in [
+            (flush, 1),
+            (
+                Request {
+                    preflush: true,
+                    ..write
+                },
+                1,
+            ),
+            (Request { fua: true, ..write }, 2),
+        ] {
+            let lab = Lab::with(Terms {
+                on_no_space: OnError::Stop,
+                on_error: OnError::Stop,
+                ..Terms::default()
+            });
+            lab.driver.0.flush_fails.set(Some(error));
+            lab.driver.allow(9);
+            let bytes = vec![1; request.sectors as usize * 512];
+            let tag = lab.fake.post(request, &bytes).unwrap();
+            lab.settle();
+            assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error);
+            assert_eq!(lab.driver.calls().len(), calls, "{request:?}");
+            let told = lab.told();
+            assert_eq!((told.count, told.is_stopped), (1, false), "{request:?}");
+        }
+    }
+}
+
+#[test]
+fn durable_write_without_room_is_tried_again() {
+    let mut lab = Lab::with(Terms {
+        on_no_space: OnError::Stop,
+        ..Terms::default()
+    });
+    lab.driver.0.write_fails.set(Some(Errno::NOSPC));
+    lab.driver.allow(9);
+    let tag = lab.write(true, true);
+    lab.settle();
+    assert_eq!(
+        (lab.fake.info().committed, lab.told().is_stopped),
+        (0, true)
+    );
+    lab.driver.0.write_fails.set(None);
+    lab.go_on();
+    lab.settle();
+    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
 }
 
 #[test]

@@ -10,7 +10,7 @@
 mod wire;
 
 use crate::inside::{self, Work};
-use crate::Session;
+use crate::{Seen, Session};
 use diskio::{Errno, Io};
 use drivers::Extent;
 use rustix::net::{recv, send, RecvFlags, SendFlags};
@@ -47,6 +47,7 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             session: session.clone(),
             socket: Rc::new(socket),
             export: export.clone(),
+            lost: session.lost().newcomer(),
             has_chunks: Cell::new(false),
             tells_extents: Cell::new(false),
         };
@@ -63,6 +64,8 @@ struct Client {
     session: Rc<Session>,
     socket: Rc<OwnedFd>,
     export: Rc<str>,
+    /// What it was told of writes that could not be made durable.
+    lost: Seen,
     /// Reads are answered with chunks.
     has_chunks: Cell<bool>,
     /// It may ask for extents.
@@ -250,7 +253,10 @@ impl Client {
             len: request.len.into(),
             fua: request.fua,
         };
-        match (inside.perform(&self.session).await, &inside.work) {
+        match (
+            inside.perform(&self.session, &self.lost).await,
+            &inside.work,
+        ) {
             // A hint, which may be ignored.
             (Err(Errno::OPNOTSUPP), Work::Discard) => {}
             (Ok(()), Work::Read(buffer)) => *data = buffer.to_vec(),

@@ -69,6 +69,14 @@ pub(crate) struct Process {
 impl Process {
     /// A process that has the node.
     pub(crate) fn start(fake: &Fake) -> Self {
+        Self::start_with(fake, |_| ())
+    }
+
+    /// A process that has the node, and begins with something of its own.
+    pub(crate) fn start_with(
+        fake: &Fake,
+        begin: impl FnOnce(&Rc<Session>) + Send + 'static,
+    ) -> Self {
         let (kill, killed) = UnixStream::pair().unwrap();
         let (ask, answer) = UnixStream::pair().unwrap();
         let (needs, other) = UnixStream::pair().unwrap();
@@ -81,6 +89,7 @@ impl Process {
             session
                 .attach(Tap::open(node.open().unwrap()).unwrap())
                 .unwrap();
+            begin(&session);
             tapdisk::listen::connected(&session, answer.into());
             tapdisk::listen::connected(&session, other.into());
             let (end, killed) = (session.clone(), Rc::new(OwnedFd::from(killed)));
