@@ -311,28 +311,13 @@ impl Session {
         shape: Shape,
     ) -> Result<Reply, Failure> {
         let params = params(&shape, &open);
+        let fence = fence(disk.fence());
         let (known, started) = {
             let state = self.state.borrow();
             (state.params, state.started)
         };
-        if known.is_some_and(|known| known.succeeded_by(&params).is_err()) {
-            return Err(Failure::new(
-                Code::Image,
-                format!(
-                    "{} cannot take the place of the image that the guest knows: {UNFIT}",
-                    open.target
-                ),
-            ));
-        }
-        if known != Some(params) {
-            tap.describe(&params)
-                .map_err(|error| described(&open, &error))?;
-        }
-        let fence = fence(disk.fence());
-        if !started {
-            tap.start(fence)
-                .map_err(|error| Failure::system("cannot start the node", &error))?;
-        } else if self.state.borrow().fence != Some(fence) {
+        // The guest learns nothing of an image that is refused.
+        if started && self.state.borrow().fence != Some(fence) {
             return Err(Failure::new(
                 Code::State,
                 format!(
@@ -341,6 +326,11 @@ impl Session {
                     open.target
                 ),
             ));
+        }
+        self.describe(tap, &open, known, params)?;
+        if !started {
+            tap.start(fence)
+                .map_err(|error| Failure::system("cannot start the node", &error))?;
         }
         let link = {
             let mut state = self.state.borrow_mut();
@@ -361,7 +351,6 @@ impl Session {
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
         let disk = describe(&shape, &open, engine);
         let mut state = self.state.borrow_mut();
-        state.params = Some(params);
         state.started = true;
         state.fence = Some(fence);
         state.open = Some(open);
@@ -371,6 +360,31 @@ impl Session {
             waker.wake();
         }
         Ok(Reply::Disk(disk))
+    }
+
+    /// Tells the kernel of the disk, unless it knows all of that.
+    fn describe(
+        &self,
+        tap: &Tap,
+        open: &Open,
+        known: Option<Params>,
+        params: Params,
+    ) -> Result<(), Failure> {
+        if known.is_some_and(|known| known.succeeded_by(&params).is_err()) {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{} cannot take the place of the image that the guest knows: {UNFIT}",
+                    open.target
+                ),
+            ));
+        }
+        if known != Some(params) {
+            tap.describe(&params)
+                .map_err(|error| described(open, &error))?;
+            self.state.borrow_mut().params = Some(params);
+        }
+        Ok(())
     }
 
     /// Asks for the memory that outlives this process, and goes on with what an earlier one counted.
