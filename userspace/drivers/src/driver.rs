@@ -2,8 +2,9 @@
 //! What a driver does.
 
 use control::Failure;
-use diskio::{Bytes, Data, Errno, File};
+use diskio::{is_remote, Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 
 /// What a disk is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +69,13 @@ const SETTLE_MS: u32 = 60_000;
 impl Fence {
     /// For a driver whose I/O is that of a file.
     pub fn of(file: &File) -> Self {
+        Self::of_descriptor(file)
+    }
+
+    /// The same for a file that must not be looked at yet.
+    pub fn of_descriptor(fd: impl AsFd) -> Self {
         // A file system that does not say what it is may be anywhere.
-        match file.is_remote() {
+        match is_remote(fd) {
             Ok(false) => Fence::Local,
             _ => Fence::Session {
                 settle_ms: SETTLE_MS,

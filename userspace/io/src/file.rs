@@ -33,8 +33,14 @@ pub enum LockKind {
     Write,
 }
 
+/// As [`File::is_remote`], of a descriptor that nobody has looked at.
+pub fn is_remote(fd: impl AsFd) -> io::Result<bool> {
+    let is_device = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::BlockDevice;
+    Ok(!is_device && is_elsewhere(u64::try_from(fstatfs(fd)?.f_type).unwrap_or(0)))
+}
+
 /// True for the number (`statfs(2)`) of a file system whose files are elsewhere.
-fn is_remote(kind: u64) -> bool {
+fn is_elsewhere(kind: u64) -> bool {
     const REMOTE: [u64; 9] = [
         0x6969,      // NFS
         0xff53_4d42, // CIFS
@@ -120,7 +126,7 @@ impl File {
     /// Another machine executes its transfers, or another process of this one: that they have ended
     /// here does not prove that they are over.
     pub fn is_remote(&self) -> io::Result<bool> {
-        Ok(!self.is_device && is_remote(u64::try_from(fstatfs(&self.fd)?.f_type).unwrap_or(0)))
+        is_remote(&self.fd)
     }
 
     /// Transfers go past the page cache.
@@ -479,20 +485,21 @@ const DIOALIGN: u32 = 0x2000;
 
 #[cfg(test)]
 mod tests {
-    use super::{is_remote, File};
+    use super::{is_elsewhere, is_remote, File};
     use crate::Runtime;
 
     #[test]
     fn files_of_other_machines_are_told_from_ours() {
         // EXT4, XFS, Btrfs, tmpfs, ZFS, then NFS, CIFS and FUSE.
         for ours in [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x2fc1_2fc1] {
-            assert!(!is_remote(ours), "{ours:#x}");
+            assert!(!is_elsewhere(ours), "{ours:#x}");
         }
         for theirs in [0x6969, 0xff53_4d42, 0x6573_5546] {
-            assert!(is_remote(theirs), "{theirs:#x}");
+            assert!(is_elsewhere(theirs), "{theirs:#x}");
         }
         let file = tempfile::tempfile().unwrap();
         let file = File::new(&Runtime::new().io, file.into()).unwrap();
         assert!(!file.is_remote().unwrap());
+        assert!(!is_remote(&file).unwrap());
     }
 }

@@ -8,6 +8,7 @@ use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 use zerocopy::transmute;
 
 /// A node, open and mapped.
@@ -17,6 +18,7 @@ pub struct Tap {
     info: Info,
     descriptors: Region,
     arena: Rc<Region>,
+    opened: Instant,
 }
 
 impl Tap {
@@ -34,6 +36,7 @@ impl Tap {
             info,
             descriptors,
             arena: Rc::new(arena),
+            opened: Instant::now(),
         })
     }
 
@@ -68,15 +71,34 @@ impl Tap {
         self.node.set_params(&records(params))
     }
 
+    /// How long [`start`](Self::start) and the first look at the image have to be put off: a kernel module
+    /// of the time before claims does not know that I/O of the process before may be over later than that
+    /// process. It delivers at the start again what that one had, so it is enough to start late.
+    pub fn settles(&self, fence: Fence) -> Duration {
+        match fence {
+            // The first process of a disk finds nothing.
+            Fence::Session { settle_ms } if !self.has_claims() && self.info.epoch > 1 => {
+                Duration::from_millis(settle_ms.into()).saturating_sub(self.opened.elapsed())
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// The kernel module takes claims.
+    fn has_claims(&self) -> bool {
+        self.info.features & abi::FEATURE_CLAIM != 0
+    }
+
     /// Says what this program understands and when its I/O is over after its end, and asks for requests
     /// from now on.
     ///
     /// # Errors
     /// As the kernel says; [`io::ErrorKind::Unsupported`] if guests were told that the disk can do more, or
-    /// if the kernel module does not know of such I/O.
+    /// if the kernel module does not know of such I/O; [`io::ErrorKind::ResourceBusy`] before that of
+    /// another process [`settles`](Self::settles).
     pub fn start(&self, fence: Fence) -> io::Result<()> {
         // A kernel module of the time before claims knows nothing that we do not understand.
-        if self.info.features & abi::FEATURE_CLAIM != 0 {
+        if self.has_claims() {
             let (fence, settle_ms) = match fence {
                 Fence::Local => (abi::FENCE_LOCAL, 0),
                 Fence::Session { settle_ms } => (abi::FENCE_SESSION, settle_ms),
@@ -89,11 +111,19 @@ impl Tap {
                 features: self.info.features & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM),
                 ..Claims::default()
             })?;
-        } else if fence != Fence::Local {
+        } else if fence == Fence::None {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "the kernel module is older and would execute again too early what goes over a network: \
-                 load the one of this release",
+                "the kernel module is older and would execute again what nobody knows the end of: load the \
+                 one of this release",
+            ));
+        } else if !self.settles(fence).is_zero() {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                format!(
+                    "what the process before sent over a network may not be over: start {} s later",
+                    self.settles(fence).as_secs() + 1
+                ),
             ));
         }
         let Err(error) = self.node.start() else {

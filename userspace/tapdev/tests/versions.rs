@@ -5,6 +5,7 @@ use ring::response::Status;
 use ring::tap::abi::{self, Claims, Completion, Desc};
 use ring::tap::shadow::Op;
 use rustix::io::Errno;
+use std::io::ErrorKind;
 use tapdev::fake::{Fake, FakeNode};
 use tapdev::{Fence, Kind, Node, Params, Tap};
 use zerocopy::FromBytes;
@@ -156,14 +157,33 @@ fn who_claims_too_little_is_not_started() {
 }
 
 #[test]
-fn a_kernel_of_before_is_not_trusted_with_a_network() {
+fn under_a_kernel_of_before_what_goes_over_a_network_waits() {
     let fake = Fake::before_claims(4).unwrap();
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     tap.describe(&Params::parse(&description()).unwrap())
         .unwrap();
-    let refused = tap.start(Fence::Session { settle_ms: 1 }).unwrap_err();
-    assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported);
-    tap.start(Fence::Local).unwrap();
+    let refused = tap.start(Fence::None).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    let minutes = Fence::Session { settle_ms: 600_000 };
+    // Nobody was there before.
+    assert!(tap.settles(minutes).is_zero());
+    tap.start(minutes).unwrap();
+    let tag = fake.send(Op::Write, 0, &[7; 512], false).unwrap();
+    let mut tags = [0; 4];
+    assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
+    drop(tap);
+    fake.fence();
+    let tap = Tap::open(fake.open().unwrap()).unwrap();
+    let refused = tap.start(minutes).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ResourceBusy, "{refused}");
+    assert!(refused.to_string().contains("over a network"), "{refused}");
+    let soon = Fence::Session { settle_ms: 50 };
+    while !tap.settles(soon).is_zero() {
+        std::thread::sleep(tap.settles(soon));
+    }
+    tap.start(soon).unwrap();
+    assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
+    assert_eq!(tags[0], tag);
 }
 
 #[test]

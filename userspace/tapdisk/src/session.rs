@@ -11,7 +11,7 @@ use control::stats::Stats;
 use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure};
 use diskio::{Gate, Runtime};
-use drivers::Shape;
+use drivers::{Fence, Shape};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
@@ -275,6 +275,10 @@ impl Session {
         if open.may_ask {
             self.find_kept().await;
         }
+        if let Some(image) = &image {
+            // What a driver read now could still change.
+            self.settle(&tap, Fence::of_descriptor(image)).await?;
+        }
         let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
         self.serve(&tap, open, engine, disk, shape).await
     }
@@ -329,6 +333,7 @@ impl Session {
         }
         self.describe(tap, &open, known, params)?;
         if !started {
+            self.settle(tap, disk.fence()).await?;
             tap.start(fence)
                 .map_err(|error| Failure::system("cannot start the node", &error))?;
         }
@@ -360,6 +365,21 @@ impl Session {
             waker.wake();
         }
         Ok(Reply::Disk(disk))
+    }
+
+    /// Waits until I/O of a process that had the node before is over, where the kernel does not.
+    async fn settle(&self, tap: &Tap, storage: Fence) -> Result<(), Failure> {
+        let time = tap.settles(fence(storage));
+        if time.is_zero() || self.state.borrow().started {
+            return Ok(());
+        }
+        eprintln!(
+            "tapdisk: the kernel module is older and does not wait for what the process before sent over \
+             a network: the disk is served {} s later",
+            time.as_secs() + 1
+        );
+        let slept = self.runtime.io.sleep(time).await;
+        slept.map_err(|error| Failure::system("cannot wait", &error.into()))
     }
 
     /// Tells the kernel of the disk, unless it knows all of that.

@@ -8,6 +8,9 @@ use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
+use ring::response::Status;
+use ring::tap::shadow::Op;
+use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
 /// Storage behind a network.
@@ -68,5 +71,22 @@ fn image_of_another_kind_of_storage_is_refused_before_the_guest_knows() {
     assert_eq!(refused.code, Code::State, "{refused}");
     assert_eq!(fake.info().sectors, SECTORS, "the guest was told of it");
     assert_eq!(process.status().state, State::Paused);
+    process.exit();
+}
+
+/// That kernel does not know that I/O may be over later.
+#[test]
+fn under_an_older_kernel_the_process_waits_itself() {
+    const SETTLES: Duration = Duration::from_millis(400);
+    let fake = Fake::before_claims(4).unwrap();
+    let process = serving(&fake, 400);
+    let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    process.kill();
+    let begun = Instant::now();
+    let process = serving(&fake, 400);
+    let tag = fake.send(Op::Write, 0, &[2; 512], false).unwrap();
+    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert!(begun.elapsed() >= SETTLES, "{:?}", begun.elapsed());
     process.exit();
 }
