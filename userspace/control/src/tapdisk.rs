@@ -235,7 +235,8 @@ pub enum Needed {
         path: PathBuf,
     },
     /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last
-    /// process left. Its size cannot change. What is in it is the processes' own affair: who does not
+    /// process left. A process that waits in vain for a while does without. Its size cannot change. What is
+    /// in it is the processes' own affair: who does not
     /// know what it finds there takes it for zeroes.
     State {
         /// Bytes.

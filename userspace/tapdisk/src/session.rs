@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 use tapdev::{KernelNode, Params, Tap};
 
 /// Turns of the loop after which descriptors are looked at, although there is still work.
@@ -25,6 +26,9 @@ const ROUNDS: u32 = 16;
 
 /// Turns of the loop after which the time is looked at, although there is still work.
 const KEEP: u64 = 1024;
+
+/// How long the disk waits for something that it can do without.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The disk of this process. Questions that change something are answered one after the other.
 #[derive(Debug)]
@@ -410,9 +414,11 @@ impl Session {
     /// Asks for the memory that outlives this process, and goes on with what an earlier one counted.
     async fn find_kept(&self) {
         let size = kept::SIZE;
-        let found = match self.needs.ask(Needed::State { size }).await {
-            Ok(given) => Kept::new(given.fd).map_err(io::Error::from),
-            Err(failure) => Err(io::Error::other(failure)),
+        let ask = async { Ok(self.needs.ask(Needed::State { size }).await) };
+        let found = match self.runtime.io.within(PATIENCE, ask).await {
+            Ok(Ok(given)) => Kept::new(given.fd).map_err(io::Error::from),
+            Ok(Err(failure)) => Err(io::Error::other(failure)),
+            Err(error) => Err(error.into()),
         };
         let is_new = self.kept.borrow().is_none();
         match found {

@@ -116,6 +116,31 @@ fn what_was_counted_outlives_the_process() {
     process.exit();
 }
 
+/// Such as one that ended between the question and the answer, when no other one is started.
+#[test]
+fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
+    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let mut process = Process::start(&fake);
+    let mut number = 0;
+    let reply = open(&mut process, &image, |channel| {
+        let asked = needs(channel, 0);
+        assert!(matches!(asked[0].what, Needed::State { .. }), "{asked:?}");
+        number = asked[0].number;
+    });
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    // Too late, which harms nobody.
+    let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
+    let question = Request::Provide {
+        number,
+        provided: Provided::Shared,
+    };
+    let reply = process.ask_with(question, memory.as_fd());
+    assert_eq!(reply, Ok(Reply::Done));
+    process.exit();
+}
+
 #[test]
 fn a_disk_is_served_without_what_it_can_do_without() {
     let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
