@@ -36,23 +36,38 @@ pub enum LockKind {
 /// As [`File::is_remote`], of a descriptor that nobody has looked at.
 pub fn is_remote(fd: impl AsFd) -> io::Result<bool> {
     let is_device = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::BlockDevice;
-    Ok(!is_device && is_elsewhere(u64::try_from(fstatfs(fd)?.f_type).unwrap_or(0)))
+    Ok(!is_device && !is_here(u64::try_from(fstatfs(fd)?.f_type).unwrap_or(0)))
 }
 
-/// True for the number (`statfs(2)`) of a file system whose files are elsewhere.
-fn is_elsewhere(kind: u64) -> bool {
-    const REMOTE: [u64; 9] = [
-        0x6969,      // NFS
-        0xff53_4d42, // CIFS
-        0xfe53_4d42, // SMB2
-        0x517b,      // SMB
-        0x00c3_6400, // Ceph
-        0x6573_5546, // FUSE: GlusterFS, sshfs
-        0x0102_1997, // 9p
-        0x5346_414f, // AFS
-        0x0bd0_0bd0, // Lustre
+/// True for the number (`statfs(2)`) of a file system whose I/O this kernel executes itself, on block
+/// devices or in memory. All others may have it executed elsewhere: servers of NFS, SMB and Ceph, processes
+/// behind FUSE, what is under overlayfs, and what nobody has heard of yet.
+fn is_here(kind: u64) -> bool {
+    const HERE: [u64; 22] = [
+        0xef53,      // ext2, ext3, ext4
+        0x5846_5342, // XFS
+        0x9123_683e, // Btrfs
+        0x2fc1_2fc1, // ZFS
+        0xca45_1a4e, // bcachefs
+        0xf2f5_2010, // F2FS
+        0x3153_464a, // JFS
+        0x5265_4973, // ReiserFS
+        0x3434,      // NILFS
+        0x7461_636f, // OCFS2
+        0x0116_1970, // GFS2
+        0x4d44,      // FAT
+        0x2011_bab0, // exFAT
+        0x5346_544e, // NTFS
+        0x7366_746e, // NTFS3
+        0x1501_3346, // UDF
+        0x9660,      // ISO 9660
+        0x7371_7368, // SquashFS
+        0xe0f5_e1e2, // EROFS
+        0x0102_1994, // tmpfs
+        0x8584_58f6, // ramfs
+        0x9584_58f6, // hugetlbfs
     ];
-    REMOTE.contains(&kind)
+    HERE.contains(&kind)
 }
 
 /// An open file or block device. All transfers are complete or fail: short ones are continued,
@@ -485,20 +500,38 @@ const DIOALIGN: u32 = 0x2000;
 
 #[cfg(test)]
 mod tests {
-    use super::{is_elsewhere, is_remote, File};
+    use super::{is_here, is_remote, File};
     use crate::Runtime;
+    use rustix::fs::{memfd_create, MemfdFlags};
 
     #[test]
     fn files_of_other_machines_are_told_from_ours() {
-        // EXT4, XFS, Btrfs, tmpfs, ZFS, then NFS, CIFS and FUSE.
-        for ours in [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x2fc1_2fc1] {
-            assert!(!is_elsewhere(ours), "{ours:#x}");
+        // EXT4, XFS, Btrfs, tmpfs, ZFS, GFS2.
+        for ours in [
+            0xef53,
+            0x5846_5342,
+            0x9123_683e,
+            0x0102_1994,
+            0x2fc1_2fc1,
+            0x0116_1970,
+        ] {
+            assert!(is_here(ours), "{ours:#x}");
         }
-        for theirs in [0x6969, 0xff53_4d42, 0x6573_5546] {
-            assert!(is_elsewhere(theirs), "{theirs:#x}");
+        // NFS, CIFS, FUSE, OrangeFS, VirtualBox, overlayfs, and one of the future.
+        for theirs in [
+            0x6969,
+            0xff53_4d42,
+            0x6573_5546,
+            0x2003_0528,
+            0x786f_4256,
+            0x794c_7630,
+            0x1234_5678,
+            0,
+        ] {
+            assert!(!is_here(theirs), "{theirs:#x}");
         }
-        let file = tempfile::tempfile().unwrap();
-        let file = File::new(&Runtime::new().io, file.into()).unwrap();
+        let file = memfd_create("here", MemfdFlags::CLOEXEC).unwrap();
+        let file = File::new(&Runtime::new().io, file).unwrap();
         assert!(!file.is_remote().unwrap());
         assert!(!is_remote(&file).unwrap());
     }
