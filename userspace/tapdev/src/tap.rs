@@ -99,18 +99,7 @@ impl Tap {
     pub fn start(&self, fence: Fence) -> io::Result<()> {
         // A kernel module of the time before claims knows nothing that we do not understand.
         if self.has_claims() {
-            let (fence, settle_ms) = match fence {
-                Fence::Local => (abi::FENCE_LOCAL, 0),
-                Fence::Session { settle_ms } => (abi::FENCE_SESSION, settle_ms),
-                Fence::None => (abi::FENCE_NONE, 0),
-            };
-            self.node.claim(&Claims {
-                fence,
-                settle_ms,
-                operations: request::OPERATIONS,
-                features: self.info.features & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM),
-                ..Claims::default()
-            })?;
+            self.claim(fence)?;
         } else if fence == Fence::None {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -139,6 +128,33 @@ impl Tap {
                     request::names(lacking)
                 ),
             )),
+        }
+    }
+
+    fn claim(&self, fence: Fence) -> io::Result<()> {
+        let (fence, settle_ms) = match fence {
+            Fence::Local => (abi::FENCE_LOCAL, 0),
+            Fence::Session { settle_ms } => (abi::FENCE_SESSION, settle_ms),
+            Fence::None => (abi::FENCE_NONE, 0),
+        };
+        self.node.claim(&Claims {
+            fence,
+            settle_ms,
+            operations: request::OPERATIONS,
+            features: self.info.features & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM),
+            ..Claims::default()
+        })
+    }
+
+    /// Says that all I/O of this process is over, whoever it was for, and wants no more requests: what goes
+    /// over a network needs no time to settle after its end.
+    ///
+    /// # Errors
+    /// As the kernel says: the process still has requests, or the module is older.
+    pub fn rest(&self) -> io::Result<()> {
+        match self.has_claims() {
+            true => self.claim(Fence::Local),
+            false => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

@@ -94,6 +94,11 @@ impl Link {
         self.with_commands.get() && self.waiting.borrow().is_some()
     }
 
+    /// Commands may bring requests that nobody wants any more.
+    pub(crate) fn has_commands(&self) -> bool {
+        self.with_commands.get()
+    }
+
     pub(crate) fn is_fetching(&self) -> bool {
         self.fetching.get()
     }

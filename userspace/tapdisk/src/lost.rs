@@ -31,6 +31,11 @@ impl Lost {
         Seen(self.count.clone())
     }
 
+    /// Something was lost since the process was started.
+    pub(crate) fn has_any(&self) -> bool {
+        self.last.get().is_some()
+    }
+
     /// Not all could be made durable, and nobody who writes has been told.
     pub(crate) fn add(&self, error: Errno) {
         // Who cannot make anything durable has not lost anything by saying so.

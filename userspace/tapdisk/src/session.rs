@@ -30,6 +30,10 @@ const KEEP: u64 = 1024;
 /// How long the disk waits for something that it can do without.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often, and how soon, the kernel is told again that nothing is under way.
+const RESTS: u32 = 3;
+const MOMENT: Duration = Duration::from_millis(1);
+
 /// The disk of this process. Questions that change something are answered one after the other.
 #[derive(Debug)]
 pub struct Session {
@@ -557,6 +561,9 @@ impl Session {
             Some(server) => self.stop(server).await,
             None => Ok(()),
         };
+        if stopped.is_ok() {
+            self.rest().await;
+        }
         let link = self.state.borrow().link.clone();
         if link.is_some_and(|link| link.is_parked()) {
             // The node is not given back as long as a command waits there.
@@ -567,6 +574,35 @@ impl Session {
         }
         *self.state.borrow_mut() = Inner::default();
         stopped.map(|()| Reply::Done)
+    }
+
+    /// Tells the kernel that nothing is under way any more, if it would have to assume otherwise: the next
+    /// process need not wait.
+    async fn rest(&self) {
+        let (tap, link, fence) = {
+            let state = self.state.borrow();
+            (state.tap.clone(), state.link.clone(), state.fence)
+        };
+        let (Some(tap), Some(link), Some(tapdev::Fence::Session { .. })) = (tap, link, fence)
+        else {
+            return;
+        };
+        // What failed may have been given up here, and be executed all the same.
+        let io = &self.runtime.io;
+        if io.transfers() > 0 || self.troubles.has_any() || self.lost.has_any() {
+            return;
+        }
+        let mut told = tap.rest();
+        for _ in 0..RESTS {
+            // What a command brought after the server stopped goes back first.
+            if told.is_ok() || !link.has_commands() || io.sleep(MOMENT).await.is_err() {
+                break;
+            }
+            told = tap.rest();
+        }
+        if let Err(error) = told {
+            self.note("the next process waits as if this one had died", &error);
+        }
     }
 
     /// Finishes and commits what was fetched, gives everything back, and ends the process.

@@ -33,6 +33,11 @@ impl Troubles {
         }
     }
 
+    /// Something failed since the process was started.
+    pub(crate) fn has_any(&self) -> bool {
+        self.0.borrow().count > 0
+    }
+
     /// The disk serves again.
     pub(crate) fn go_on(&self) {
         self.0.borrow_mut().is_stopped = false;

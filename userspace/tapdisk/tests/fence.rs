@@ -6,16 +6,33 @@ mod common;
 use common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, Region, Runtime};
 use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
 use ring::response::Status;
 use ring::tap::shadow::Op;
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::abi::{Claims, Completion, Info, FENCE_LOCAL, FENCE_SESSION};
+use tapdev::fake::{Fake, FakeNode};
+use tapdev::{Node, Tap};
+use tapdisk::Session;
 
 /// Storage behind a network.
 struct Elsewhere {
-    settle_ms: u32,
+    fence: Fence,
+    /// What is written fails.
+    fails: bool,
+}
+
+/// For so many milliseconds its server may execute what was sent.
+fn behind(settle_ms: u32) -> Elsewhere {
+    Elsewhere {
+        fence: Fence::Session { settle_ms },
+        fails: false,
+    }
 }
 
 impl Driver for Elsewhere {
@@ -31,16 +48,17 @@ impl Driver for Elsewhere {
         })
     }
     fn fence(&self) -> Fence {
-        Fence::Session {
-            settle_ms: self.settle_ms,
-        }
+        self.fence
     }
     async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
         data.fill(0, data.len(), 0);
         Ok(())
     }
     async fn write(&self, _: u64, _: Bytes, _: Attributes) -> Result<(), Errno> {
-        Ok(())
+        match self.fails {
+            true => Err(Errno::IO),
+            false => Ok(()),
+        }
     }
     async fn flush(&self) -> Result<(), Errno> {
         Ok(())
@@ -52,7 +70,7 @@ fn serving(fake: &Fake, settle_ms: u32) -> Process {
     Process::start_with(fake, move |session| {
         let its = session.clone();
         session.runtime().tasks.spawn(async move {
-            let disk = Disk::new(Elsewhere { settle_ms });
+            let disk = Disk::new(behind(settle_ms));
             let shape = disk.activate().await.unwrap();
             let open = Open::new("null:1M".parse().unwrap());
             its.serve_disk(open, disk, shape).await.unwrap();
@@ -89,4 +107,97 @@ fn under_an_older_kernel_the_process_waits_itself() {
     assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
     assert!(begun.elapsed() >= SETTLES, "{:?}", begun.elapsed());
     process.exit();
+}
+
+/// A node that writes down claims, of which it takes all but the first itself.
+#[derive(Debug)]
+struct Watched {
+    node: FakeNode,
+    /// Fences, and how long they settle.
+    claims: Rc<RefCell<Vec<(u32, u32)>>>,
+    /// It takes no more than one, as older modules do.
+    refuses: bool,
+}
+
+impl Node for Watched {
+    fn info(&self) -> io::Result<Info> {
+        self.node.info()
+    }
+    fn map(&self, info: &Info) -> io::Result<(Region, Region)> {
+        self.node.map(info)
+    }
+    fn set_params(&self, records: &[u8]) -> io::Result<()> {
+        self.node.set_params(records)
+    }
+    fn claim(&self, claims: &Claims) -> io::Result<()> {
+        let mut known = self.claims.borrow_mut();
+        known.push((claims.fence, claims.settle_ms));
+        match (known.len(), self.refuses) {
+            (1, _) => self.node.claim(claims),
+            (_, true) => Err(io::Error::from(Errno::INVAL)),
+            (_, false) => Ok(()),
+        }
+    }
+    fn start(&self) -> io::Result<()> {
+        self.node.start()
+    }
+    fn exchange(&self, commits: &[Completion], tags: &mut [u16]) -> io::Result<usize> {
+        self.node.exchange(commits, tags)
+    }
+    fn fd(&self) -> &Rc<OwnedFd> {
+        self.node.fd()
+    }
+}
+
+/// What a process claims that serves one write and ends in order.
+fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)> {
+    let fake = Fake::new(4).unwrap();
+    fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    let claims: Rc<RefCell<Vec<(u32, u32)>>> = Rc::default();
+    let node = Watched {
+        node: fake.open().unwrap(),
+        claims: claims.clone(),
+        refuses,
+    };
+    let session = Session::new(&Runtime::new());
+    session.attach(Tap::open(node).unwrap()).unwrap();
+    let its = session.clone();
+    session.runtime().tasks.spawn(async move {
+        let disk = Disk::new(storage);
+        let shape = disk.activate().await.unwrap();
+        let open = Open::new("null:1M".parse().unwrap());
+        its.serve_disk(open, disk, shape).await.unwrap();
+        while its.stats().write.requests == 0 {
+            let moment = Duration::from_millis(1);
+            its.runtime().io.sleep(moment).await.unwrap();
+        }
+        if pauses {
+            its.handle(Request::Pause, Vec::new()).await.unwrap();
+        }
+        its.leave().await.unwrap();
+    });
+    session.run().unwrap();
+    let claims = claims.borrow().clone();
+    claims
+}
+
+#[test]
+fn who_ends_in_order_leaves_nothing_to_wait_for() {
+    let minute = || behind(60_000);
+    let session = (FENCE_SESSION, 60_000);
+    let over = (FENCE_LOCAL, 0);
+    assert_eq!(claims_of(minute(), false, false), [session, over]);
+    assert_eq!(claims_of(minute(), false, true), [session, over]);
+    assert_eq!(claims_of(minute(), true, false), [session, over]);
+    let here = Elsewhere {
+        fence: Fence::Local,
+        ..minute()
+    };
+    assert_eq!(claims_of(here, false, false), [over]);
+    // What was given up here may still be executed there.
+    let broken = Elsewhere {
+        fails: true,
+        ..minute()
+    };
+    assert_eq!(claims_of(broken, false, false), [session]);
 }
