@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Attributes, Driver, Extent, Fence, Limits, Shape};
+use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use control::Failure;
 use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
@@ -188,19 +188,12 @@ impl Disk {
         }
     }
 
-    /// See [`Driver::extents`]. None reaches beyond the range.
+    /// See [`Driver::extents`]. None reaches beyond the range, which is whole logical blocks, and all end
+    /// where such a block does: one that holds data anywhere is data.
     pub async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
-        let mut extents = self.0.driver.extents(offset, len).await?;
-        let mut left = len;
-        extents.retain_mut(|extent| {
-            extent.len = extent.len.min(left);
-            left -= extent.len;
-            extent.len > 0
-        });
-        match extents.is_empty() {
-            true => Err(Errno::IO),
-            false => Ok(extents),
-        }
+        let found = self.0.driver.extents(offset, len).await?;
+        let block = self.0.shape.get().map_or(1, |shape| shape.logical_block);
+        whole(&found, offset, len, block.max(1).into()).ok_or(Errno::IO)
     }
 
     /// See [`Driver::inactivate`].
@@ -221,5 +214,105 @@ impl Disk {
     /// See [`Driver::close`].
     pub async fn close(&self) -> Result<(), Errno> {
         self.0.driver.close().await
+    }
+}
+
+/// Extents from `offset` on, in whole blocks and within `len` bytes; nothing if there are none.
+fn whole(found: &[Extent], offset: u64, len: u64, block: u64) -> Option<Vec<Extent>> {
+    let mut all: Vec<Extent> = Vec::with_capacity(found.len());
+    let (mut at, mut said) = (0, 0_u64);
+    for extent in found {
+        said = said.saturating_add(extent.len).min(len);
+        let end = offset.checked_add(said)?;
+        let past = end % block;
+        let end = match extent.content {
+            _ if past == 0 => said,
+            Content::Data => said.saturating_add(block - past).min(len),
+            Content::Hole => said.saturating_sub(past),
+        };
+        if end <= at {
+            continue;
+        }
+        let (len, content) = (end - at, extent.content);
+        at = end;
+        match all.last_mut().filter(|last| last.content == content) {
+            Some(last) => last.len += len,
+            None => all.push(Extent { len, content }),
+        }
+    }
+    if all.is_empty() && said > 0 {
+        // A hole within a block: of the rest nothing is known.
+        all.push(Extent {
+            len: block.min(len),
+            content: Content::Data,
+        });
+    }
+    (!all.is_empty()).then_some(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::whole;
+    use crate::Content::{Data, Hole};
+    use crate::{Content, Extent};
+
+    type Parts = Vec<(u64, Content)>;
+
+    fn rounded(found: &[(u64, Content)], len: u64) -> Option<Parts> {
+        let found: Vec<Extent> = found
+            .iter()
+            .map(|&(len, content)| Extent { len, content })
+            .collect();
+        let all = whole(&found, 8192, len, 4096)?;
+        Some(all.iter().map(|part| (part.len, part.content)).collect())
+    }
+
+    #[test]
+    fn block_with_data_anywhere_is_data() {
+        for (found, len, expected) in [
+            (
+                vec![(4096, Hole), (4096, Data)],
+                8192,
+                Some(vec![(4096, Hole), (4096, Data)]),
+            ),
+            // None of the holes has a whole block.
+            (
+                vec![(1000, Hole), (4000, Data), (3192, Hole)],
+                8192,
+                Some(vec![(8192, Data)]),
+            ),
+            (
+                vec![(5000, Hole), (100, Data), (7188, Hole)],
+                12288,
+                Some(vec![(4096, Hole), (4096, Data), (4096, Hole)]),
+            ),
+            (vec![(512, Data)], 8192, Some(vec![(4096, Data)])),
+            (vec![(512, Hole)], 8192, Some(vec![(4096, Data)])),
+            (
+                vec![(100, Hole), (100, Data), (100, Hole), (7892, Data)],
+                8192,
+                Some(vec![(8192, Data)]),
+            ),
+            (
+                vec![(u64::MAX, Data), (u64::MAX, Hole)],
+                8192,
+                Some(vec![(8192, Data)]),
+            ),
+            (vec![(0, Hole)], 8192, None),
+            (vec![], 8192, None),
+        ] {
+            assert_eq!(rounded(&found, len), expected, "{found:?}");
+        }
+    }
+
+    /// A file whose block is larger than the guest's says what is in parts of a block.
+    #[test]
+    fn range_is_never_exceeded() {
+        for end in 1..40 {
+            let found = [(end * 300, Data), (20000, Hole)];
+            let all = rounded(&found, 12288).unwrap();
+            assert_eq!(all.iter().map(|part| part.0).sum::<u64>(), 12288);
+            assert!(all.iter().all(|part| part.0 % 4096 == 0), "{all:?}");
+        }
     }
 }

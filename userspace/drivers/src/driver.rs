@@ -166,7 +166,8 @@ pub trait Driver: 'static {
     }
 
     /// What is in a range: extents in a row, without a gap, from `offset` on. There is one at least;
-    /// they need not reach the end of the range, nor end there. For copies, which leave out what
+    /// they need not reach the end of the range, nor end there, nor where a block does
+    /// ([`Disk::extents`](crate::Disk::extents) sees to that). For copies, which leave out what
     /// need not be read.
     async fn extents(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         let content = Content::Data;
