@@ -7,10 +7,13 @@ use control::wire::{encode, Decoder, Envelope, Outcome};
 use control::{socket, Failure};
 use diskio::{Errno, Io};
 use rustix::io::{fcntl_setfd, FdFlags};
-use rustix::net::{accept_with, SocketFlags};
+use rustix::net::{accept_with, recv, RecvFlags, SocketFlags};
+use std::future::{pending, poll_fn, Future};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 /// Takes connections on a listening socket as long as the process lives.
 ///
@@ -78,7 +81,19 @@ async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Fai
         match decoder.message::<Request>() {
             Ok(Some((question, fds))) => {
                 let is_last = question.body == Request::Exit;
-                let answer = session.handle(question.body, fds).await;
+                let only_waits = matches!(
+                    question.body,
+                    Request::Troubles { .. } | Request::Needs { .. }
+                );
+                let answer = session.handle(question.body, fds);
+                let answer = match only_waits {
+                    true => match unless_gone(io, socket, answer).await {
+                        Some(answer) => answer,
+                        None => return Ok(()),
+                    },
+                    // What was begun is done, whether anybody waits for the answer or not.
+                    false => answer.await,
+                };
                 let sent = send(io, socket, question.id, answer).await;
                 if is_last {
                     session.end();
@@ -96,6 +111,35 @@ async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Fai
                 Some(id) => send(io, socket, id, Err(refused.failure)).await?,
                 None => return Err(refused.failure),
             },
+        }
+    }
+}
+
+/// The answer to a question that may wait for ever, or nothing if who asked is gone.
+async fn unless_gone<T>(
+    io: &Io,
+    socket: &Rc<OwnedFd>,
+    answer: impl Future<Output = T>,
+) -> Option<T> {
+    let (mut answer, mut end) = (pin!(answer), pin!(gone(io, socket)));
+    poll_fn(|cx| match answer.as_mut().poll(cx) {
+        Poll::Ready(answer) => Poll::Ready(Some(answer)),
+        Poll::Pending => end.as_mut().poll(cx).map(|()| None),
+    })
+    .await
+}
+
+/// Waits until the other end is closed.
+async fn gone(io: &Io, socket: &Rc<OwnedFd>) {
+    loop {
+        if io.readable(socket).await.is_err() {
+            return;
+        }
+        match recv(socket, &mut [0], RecvFlags::PEEK) {
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Ok((_, 0)) | Err(_) => return,
+            // It asks more before it has the answer, which it will take.
+            Ok(_) => return pending().await,
         }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Needed this process cannot open itself: the supervisor is told, decides, and sends a descriptor.
 
+use crate::troubles::wait;
 use control::tapdisk::{Need, Needed, Provided};
 use control::Failure;
 use std::cell::RefCell;
@@ -88,7 +89,7 @@ impl Needs {
             let new = open.filter(|asked| asked.need.number > after);
             let needs: Vec<Need> = new.map(|asked| asked.need.clone()).collect();
             if needs.is_empty() {
-                state.listening.push(cx.waker().clone());
+                wait(&mut state.listening, cx.waker());
                 return Poll::Pending;
             }
             Poll::Ready(needs)

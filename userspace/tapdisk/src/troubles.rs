@@ -15,6 +15,13 @@ struct State {
     waiting: Vec<Waker>,
 }
 
+/// Adds who waits, once: it may be asked again, or have gone without a word.
+pub(crate) fn wait(waiting: &mut Vec<Waker>, waker: &Waker) {
+    if !waiting.iter().any(|known| known.will_wake(waker)) {
+        waiting.push(waker.clone());
+    }
+}
+
 /// What went wrong in this process.
 #[derive(Debug, Default)]
 pub struct Troubles(RefCell<State>);
@@ -48,7 +55,7 @@ impl Troubles {
         poll_fn(|cx| {
             let mut state = self.0.borrow_mut();
             if after.is_some_and(|after| state.count <= after) {
-                state.waiting.push(cx.waker().clone());
+                wait(&mut state.waiting, cx.waker());
                 return Poll::Pending;
             }
             Poll::Ready(Told {

@@ -5,11 +5,15 @@ mod common;
 
 use common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Need, Needed, Open, Provided, Reply, Request};
+use control::wire::{encode, Envelope};
 use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::pread;
+use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
@@ -114,6 +118,31 @@ fn what_was_counted_outlives_the_process() {
     fake.answer(tag, 0).unwrap();
     assert_eq!(writes(&mut process), 4);
     process.exit();
+}
+
+/// The next supervisor comes with connections of its own.
+#[test]
+fn connection_ends_with_who_waited_for_an_answer() {
+    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    for question in [
+        Request::Needs { after: 0 },
+        Request::Troubles { after: Some(0) },
+    ] {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let mut process = Process::start_with(&fake, |session| {
+            tapdisk::listen::connected(session, theirs.into());
+        });
+        let open = Request::Open(image.open(Engine::Auto));
+        assert!(process.ask(open, Some(&image)).is_ok());
+        let line = encode(&Envelope::new(1, 0, question)).unwrap();
+        ours.write_all(&line).unwrap();
+        ours.shutdown(Shutdown::Write).unwrap();
+        let limit = Some(Duration::from_secs(30));
+        ours.set_read_timeout(limit).unwrap();
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0, "it is closed");
+        process.exit();
+    }
 }
 
 /// Such as one that ended between the question and the answer, when no other one is started.
