@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads all of the disk that holds data, at a rate, to find what cannot be read before the guest does.
 //!
-//! What fails is told to the supervisor and not to the guest, who goes on. It ends with the process.
+//! What fails is told to the supervisor and not to the guest, who goes on. It goes on over a pause, and ends
+//! with the image: when that is closed for good, or another one takes its place.
 
 use crate::inside::{Request, Work};
-use crate::{Seen, Session};
+use crate::{Seen, Server, Session};
 use control::stats::Scrub as Progress;
-use diskio::{Data, Errno, Io};
+use control::tapdisk::Call;
+use diskio::{Data, Errno};
 use drivers::Content;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -19,36 +21,15 @@ const PIECE: u64 = 1 << 20;
 /// A change of the rate is noticed after this time.
 const NOTICE: Duration = Duration::from_millis(200);
 
-/// How fast a job goes.
-#[derive(Debug, Default)]
-pub(crate) struct Rate(Cell<u64>);
-
-impl Rate {
-    /// Waits until `bytes`, whose work began at `start`, have taken the time that they should. False
-    /// if the job is to end.
-    async fn keep(&self, io: &Io, start: Instant, bytes: u64) -> Result<bool, Errno> {
-        loop {
-            let rate = self.0.get();
-            if rate == 0 {
-                return Ok(false);
-            }
-            let time = Duration::try_from_secs_f64(bytes as f64 / rate as f64);
-            let left = time
-                .unwrap_or(Duration::MAX)
-                .saturating_sub(start.elapsed());
-            if left.is_zero() {
-                return Ok(true);
-            }
-            io.sleep(left.min(NOTICE)).await?;
-        }
-    }
-}
-
 /// The scrub of a session.
 #[derive(Debug, Default)]
 pub(crate) struct Scrub {
-    rate: Rate,
-    /// Of the one that runs, or ran last.
+    /// Bytes in a second.
+    rate: Cell<u64>,
+    /// Number of the one that runs, or ran last, and the image that it reads.
+    job: Cell<u64>,
+    image: Cell<u64>,
+    /// Of that one.
     progress: RefCell<Option<Progress>>,
 }
 
@@ -58,10 +39,9 @@ impl Scrub {
         self.progress.borrow().clone()
     }
 
-    fn update(&self, change: impl FnOnce(&mut Progress)) {
-        if let Some(progress) = self.progress.borrow_mut().as_mut() {
-            change(progress);
-        }
+    fn runs(&self) -> bool {
+        let progress = self.progress.borrow();
+        progress.as_ref().is_some_and(|progress| progress.running)
     }
 }
 
@@ -69,68 +49,147 @@ impl Scrub {
 /// is 0.
 pub(crate) fn start(session: &Rc<Session>, rate: u64) {
     let scrub = session.scrub();
-    scrub.rate.0.set(rate);
-    let runs = scrub.progress().is_some_and(|progress| progress.running);
-    if runs || rate == 0 {
+    let image = session.image();
+    scrub.rate.set(rate);
+    if rate == 0 || scrub.runs() && scrub.image.get() == image {
         return;
     }
+    scrub.job.set(scrub.job.get().wrapping_add(1));
+    scrub.image.set(image);
     scrub.progress.replace(Some(Progress {
         running: true,
         ..Progress::default()
     }));
-    let session = session.clone();
+    let job = Job {
+        session: session.clone(),
+        number: scrub.job.get(),
+        image,
+    };
     session.runtime().clone().tasks.spawn(async move {
-        if let Err(error) = run(&session).await {
+        if let Err(error) = job.run().await {
             eprintln!("tapdisk: the scrub is not finished: {error}");
         }
-        session.scrub().update(|progress| progress.running = false);
+        job.update(|progress| progress.running = false);
     });
 }
 
-async fn run(session: &Session) -> Result<(), Errno> {
-    let scrub = session.scrub();
-    // CAST: it is small.
-    let buffer = Data::zeroed(PIECE as usize)?;
-    let mut at = 0;
-    loop {
-        let start = Instant::now();
-        let server = session.running().await;
-        // Until it is dropped the image stays open.
-        let hold = server.hold();
-        let left = server.size().saturating_sub(at);
-        if left == 0 {
-            return Ok(());
+/// A scrub.
+struct Job {
+    session: Rc<Session>,
+    number: u64,
+    image: u64,
+}
+
+/// A piece of the disk: how long it is, and how much of it was read, or could not be.
+struct Piece {
+    len: u64,
+    read: u64,
+}
+
+impl Job {
+    async fn run(&self) -> Result<(), Errno> {
+        // CAST: it is small.
+        let buffer = Data::zeroed(PIECE as usize)?;
+        let mut at = 0;
+        loop {
+            let start = Instant::now();
+            let Some(server) = self.session.running_from(self.image).await else {
+                self.closed();
+                return Ok(());
+            };
+            // Until it is dropped the image stays open.
+            let hold = server.hold();
+            let left = server.size().saturating_sub(at);
+            if left == 0 {
+                return Ok(());
+            }
+            let piece = self.look(&server, &buffer, at, left).await;
+            drop((hold, server));
+            at += piece.len;
+            self.update(|progress| {
+                progress.offset = at;
+                progress.read += piece.read;
+            });
+            if !self.keep_rate(start, piece.read).await? {
+                return Ok(());
+            }
         }
-        let extents = server.disk().extents(at, left).await?;
-        let extent = extents.first().ok_or(Errno::IO)?;
-        let mut read = 0;
+    }
+
+    /// Reads the next piece if it holds data.
+    async fn look(&self, server: &Rc<Server>, buffer: &Data, at: u64, left: u64) -> Piece {
+        // Pieces end where large blocks do, wherever data begins.
+        let len = (PIECE - at % PIECE).min(left);
+        let found = server.disk().extents(at, left).await;
+        let extent = match found.and_then(|all| all.first().copied().ok_or(Errno::IO)) {
+            Ok(extent) => extent,
+            Err(error) => {
+                // Nobody knows what is there. It takes the time of a piece that is read: of a disk that is
+                // gone, all pieces fail at once.
+                self.failed(server, at, len, error);
+                return Piece { len, read: len };
+            }
+        };
         if extent.content == Content::Hole {
-            at += extent.len;
             // There may be many of them in a row.
             others_first().await;
-        } else {
-            // Pieces end where large blocks do, wherever data begins.
-            read = (PIECE - at % PIECE).min(extent.len);
-            // CAST: at most a piece.
-            let request = Request {
-                work: Work::Read(buffer.part(0, read as usize)),
-                offset: at,
-                len: read,
-                fua: false,
-            };
-            if let Err(failed) = request.execute(&server, &Seen::default()).await {
-                server.tell(request.call(), at, read, failed.error, false);
-                scrub.update(|progress| progress.errors += 1);
-            }
-            at += read;
+            let len = extent.len;
+            return Piece { len, read: 0 };
         }
-        drop((hold, server));
-        scrub.update(|progress| {
-            progress.offset = at;
-            progress.read += read;
-        });
-        if !scrub.rate.keep(&session.runtime().io, start, read).await? {
-            return Ok(());
+        let len = len.min(extent.len);
+        let request = Request {
+            // CAST: at most a piece.
+            work: Work::Read(buffer.part(0, len as usize)),
+            offset: at,
+            len,
+            fua: false,
+        };
+        if let Err(failed) = request.execute(server, &Seen::default()).await {
+            self.failed(server, at, len, failed.error);
+        }
+        Piece { len, read: len }
+    }
+
+    fn failed(&self, server: &Server, at: u64, len: u64, error: Errno) {
+        server.tell(Call::Read, at, len, error, false);
+        self.update(|progress| progress.errors += 1);
+    }
+
+    /// Waits until `bytes`, whose work began at `start`, have taken the time that they should. False if
+    /// the job is to end.
+    async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<bool, Errno> {
+        loop {
+            let rate = self.session.scrub().rate.get();
+            if rate == 0 {
+                return Ok(false);
+            }
+            if self.session.image() != self.image {
+                self.closed();
+                return Ok(false);
+            }
+            let time = Duration::try_from_secs_f64(bytes as f64 / rate as f64);
+            let left = time
+                .unwrap_or(Duration::MAX)
+                .saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Ok(true);
+            }
+            self.session.runtime().io.sleep(left.min(NOTICE)).await?;
+        }
+    }
+
+    fn closed(&self) {
+        eprintln!("tapdisk: the scrub is not finished: its image is not served any more");
+    }
+
+    /// Changes what is told, unless that is of a later one.
+    fn update(&self, change: impl FnOnce(&mut Progress)) {
+        let scrub = self.session.scrub();
+        if scrub.job.get() != self.number {
+            return;
+        }
+        if let Some(progress) = scrub.progress.borrow_mut().as_mut() {
+            change(progress);
         }
     }
 }

@@ -6,12 +6,14 @@ use crate::link::Link;
 use crate::lost::Lost;
 use crate::scrub::{self, Scrub};
 use crate::told::{describe, described, fence, node, params, UNFIT};
+use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
-use control::{Code, Driver, Failure};
+use control::{Code, Driver, Failure, Target};
 use diskio::{Gate, Runtime};
 use drivers::{Fence, Shape};
+use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
@@ -51,6 +53,8 @@ pub struct Session {
     kept: RefCell<Option<Kept>>,
     scrub: Scrub,
     turns: Cell<u64>,
+    /// Number of the image that is served: another one has another, also after a close.
+    images: Cell<u64>,
     /// Who waits for the disk to run.
     waiting: RefCell<Vec<Waker>>,
     /// There is an NBD server.
@@ -69,8 +73,27 @@ struct Inner {
     open: Option<Open>,
     disk: Option<tapdisk::Disk>,
     server: Option<Rc<Server>>,
+    /// What was served last.
+    image: Option<Identity>,
     /// The exchange with the kernel, once there was one.
     link: Option<Rc<Link>>,
+}
+
+/// Tells images apart: what was asked for, and the file that came along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    target: Target,
+    file: Option<(u64, u64)>,
+}
+
+impl Identity {
+    fn of(open: &Open, image: Option<&OwnedFd>) -> Self {
+        let file = image.and_then(|image| fstat(image).ok());
+        Self {
+            target: open.target.clone(),
+            file: file.map(|file| (file.st_dev, file.st_ino)),
+        }
+    }
 }
 
 impl Session {
@@ -87,6 +110,7 @@ impl Session {
             kept: RefCell::default(),
             scrub: Scrub::default(),
             turns: Cell::new(0),
+            images: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
             ended: Cell::new(false),
@@ -234,14 +258,40 @@ impl Session {
 
     /// The server, as soon as the disk runs.
     pub(crate) async fn running(&self) -> Rc<Server> {
-        poll_fn(|cx| match &self.state.borrow().server {
-            Some(server) if server.is_fetching() => Poll::Ready(server.clone()),
-            _ => {
-                self.waiting.borrow_mut().push(cx.waker().clone());
-                Poll::Pending
-            }
+        poll_fn(|cx| self.poll_running(cx.waker())).await
+    }
+
+    /// The same, or nothing if that image is not served any more.
+    pub(crate) async fn running_from(&self, image: u64) -> Option<Rc<Server>> {
+        poll_fn(|cx| match self.images.get() == image {
+            true => self.poll_running(cx.waker()).map(Some),
+            false => Poll::Ready(None),
         })
         .await
+    }
+
+    fn poll_running(&self, waker: &Waker) -> Poll<Rc<Server>> {
+        match &self.state.borrow().server {
+            Some(server) if server.is_fetching() => Poll::Ready(server.clone()),
+            _ => {
+                wait(&mut self.waiting.borrow_mut(), waker);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Number of the image that is served, see [`running_from`](Self::running_from).
+    pub(crate) fn image(&self) -> u64 {
+        self.images.get()
+    }
+
+    /// From now on it is another image, or none.
+    fn change_image(&self, image: Option<Identity>) {
+        self.state.borrow_mut().image = image;
+        self.images.set(self.images.get().wrapping_add(1));
+        for waker in self.waiting.take() {
+            waker.wake();
+        }
     }
 
     pub(crate) fn lost(&self) -> &Lost {
@@ -287,8 +337,9 @@ impl Session {
             // What a driver read now could still change.
             self.settle(&tap, Fence::of_descriptor(image)).await?;
         }
+        let identity = Identity::of(&open, image.as_ref());
         let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
-        self.serve(&tap, open, engine, disk, shape).await
+        self.serve(&tap, open, engine, identity, disk, shape).await
     }
 
     /// Serves a disk of a driver that [`drivers::open`] does not know, in the same states as a call for
@@ -311,7 +362,8 @@ impl Session {
         }
         let tap = self.state.borrow().tap.clone().ok_or_else(no_node)?;
         let engine = self.select(&open)?;
-        self.serve(&tap, open, engine, disk, shape).await
+        let identity = Identity::of(&open, None);
+        self.serve(&tap, open, engine, identity, disk, shape).await
     }
 
     async fn serve(
@@ -319,6 +371,7 @@ impl Session {
         tap: &Rc<Tap>,
         open: Open,
         engine: Engine,
+        identity: Identity,
         disk: drivers::Disk,
         shape: Shape,
     ) -> Result<Reply, Failure> {
@@ -363,6 +416,9 @@ impl Session {
         let (runtime, stats) = (&self.runtime, &self.stats);
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
         let disk = describe(&shape, &open, engine);
+        if self.state.borrow().image.as_ref() != Some(&identity) {
+            self.change_image(Some(identity));
+        }
         let mut state = self.state.borrow_mut();
         state.started = true;
         state.fence = Some(fence);
@@ -573,6 +629,7 @@ impl Session {
                 .map_err(|error| Failure::system("cannot close the ring", &error))?;
         }
         *self.state.borrow_mut() = Inner::default();
+        self.change_image(None);
         stopped.map(|()| Reply::Done)
     }
 

@@ -6,6 +6,9 @@ mod common;
 use common::{Image, Process};
 use control::stats::{Scrub, Stats};
 use control::tapdisk::{Call, Engine, Open, Reply, Request, Trouble};
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
 use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
 use std::fs::File;
@@ -133,5 +136,92 @@ fn what_cannot_be_read_is_told_and_the_rest_is_read() {
     };
     assert_eq!((troubles.count, troubles.last), (3, Some(last)));
     assert!(!troubles.is_stopped);
+    process.exit();
+}
+
+/// The other image has data elsewhere, so what is told would be of neither.
+#[test]
+fn scrub_ends_with_its_image() {
+    let fake = Fake::new(4).unwrap();
+    let ((first, _), (second, data)) = (image(), image());
+    let mut process = Process::serving(&fake, &first, Engine::Auto);
+    // A piece takes a month.
+    scrub(&mut process, 1);
+    let begun = until(&mut process, |scrub| scrub.read > 0);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let unpause = Request::Unpause(second.open(Engine::Auto));
+    assert!(process.ask(unpause, Some(&second)).is_ok());
+    let ended = until(&mut process, |scrub| !scrub.running);
+    assert_eq!((ended.offset, ended.read), (begun.offset, begun.read));
+    // The next one is of the other image, from its beginning on.
+    scrub(&mut process, u64::MAX);
+    let found = until(&mut process, |scrub| !scrub.running);
+    assert_eq!((found.offset, found.read, found.errors), (SIZE, data, 0));
+    scrub(&mut process, 1);
+    until(&mut process, |scrub| scrub.read > 0);
+    assert_eq!(process.ask(Request::Close, None), Ok(Reply::Done));
+    until(&mut process, |scrub| !scrub.running);
+    process.exit();
+}
+
+/// Storage whose map is broken, not its data.
+struct Unmapped;
+
+impl Driver for Unmapped {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        Ok(Shape {
+            size: SIZE,
+            logical_block: 512,
+            physical_block: 512,
+            discard: None,
+            write_cache: false,
+            fua: false,
+            limits: Limits::default(),
+        })
+    }
+    fn fence(&self) -> Fence {
+        Fence::Local
+    }
+    async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
+        data.fill(0, data.len(), 0);
+        Ok(())
+    }
+    async fn write(&self, _: u64, _: Bytes, _: Attributes) -> Result<(), Errno> {
+        Ok(())
+    }
+    async fn flush(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let content = Content::Data;
+        match offset / (1 << 20) {
+            2 | 5 => Err(Errno::IO),
+            _ => Ok(vec![Extent { len, content }]),
+        }
+    }
+}
+
+#[test]
+fn where_it_is_not_known_what_is_there_the_scrub_goes_on() {
+    let fake = Fake::new(4).unwrap();
+    let mut process = Process::start_with(&fake, |session| {
+        let its = session.clone();
+        session.runtime().tasks.spawn(async move {
+            let disk = Disk::new(Unmapped);
+            let shape = disk.activate().await.unwrap();
+            let open = Open::new("null:8M".parse().unwrap());
+            its.serve_disk(open, disk, shape).await.unwrap();
+        });
+    });
+    fake.wait_for_params();
+    scrub(&mut process, u64::MAX);
+    let found = until(&mut process, |scrub| !scrub.running);
+    assert_eq!((found.offset, found.read, found.errors), (SIZE, SIZE, 2));
+    let Ok(Reply::Troubles(troubles)) = process.ask(Request::Troubles { after: None }, None) else {
+        panic!("no troubles");
+    };
+    let last = troubles.last.unwrap();
+    assert_eq!((last.offset, last.len), (5 << 20, 1 << 20));
+    assert_eq!(troubles.count, 2);
     process.exit();
 }
