@@ -5,7 +5,7 @@
 //! with its version and its number and ends with that number; of two the higher one counts. What is
 //! not understood counts as nothing.
 
-use control::stats::Stats;
+use control::stats::{Counter, Stats};
 use diskio::Errno;
 use rustix::io::{pread, pwrite};
 use std::cell::Cell;
@@ -28,7 +28,14 @@ pub(crate) struct Kept {
     /// Number of the last text.
     number: Cell<u64>,
     written: Cell<Instant>,
+    /// How much was counted by then.
+    counted: Cell<u64>,
+    /// Somebody wakes us when it is time for the next text.
+    is_awaited: Cell<bool>,
 }
+
+/// The numbers of texts are below this, so that they never run out, whatever an earlier process left.
+const NUMBERS: u64 = 1 << 62;
 
 impl Kept {
     /// Uses memory, and returns what an earlier process left there.
@@ -44,23 +51,37 @@ impl Kept {
             .into_iter()
             .flatten()
             .max_by_key(|(number, _)| *number);
+        let before = last.as_ref().map(|(_, stats)| stats.clone());
         let kept = Self {
             memory,
             number: Cell::new(last.as_ref().map_or(0, |(number, _)| *number)),
             written: Cell::new(Instant::now()),
+            counted: Cell::new(before.as_ref().map_or(0, counted)),
+            is_awaited: Cell::new(false),
         };
-        Ok((kept, last.map(|(_, stats)| stats)))
+        Ok((kept, before))
     }
 
-    /// It is time for the next text.
-    pub(crate) fn is_due(&self) -> bool {
-        self.written.get().elapsed() >= PERIOD
+    /// How soon the next text is due; nothing if all that was counted is written.
+    pub(crate) fn is_due(&self, stats: &Stats) -> Option<Duration> {
+        let is_new = counted(stats) != self.counted.get();
+        is_new.then(|| PERIOD.saturating_sub(self.written.get().elapsed()))
+    }
+
+    /// True for who asks first, until it is [over](Self::awaited): wakes us when the next text is due.
+    pub(crate) fn must_await(&self) -> bool {
+        !self.is_awaited.replace(true)
+    }
+
+    pub(crate) fn awaited(&self) {
+        self.is_awaited.set(false);
     }
 
     /// Writes the next text.
     pub(crate) fn write(&self, stats: &Stats) -> Result<(), Errno> {
         self.written.set(Instant::now());
-        let number = self.number.get() + 1;
+        self.counted.set(counted(stats));
+        let number = self.number.get().wrapping_add(1);
         // Numbers and names of ours always become text.
         let body = serde_json::to_string(stats).map_err(|_| Errno::INVAL)?;
         let text = format!("{VERSION} {number} {}\n{body}\n{number}\n", body.len());
@@ -85,18 +106,64 @@ fn parse(bytes: &[u8]) -> Option<(u64, Stats)> {
     if words.next()? != VERSION {
         return None;
     }
-    let number: u64 = words.next()?.parse().ok()?;
+    let number = words.next()?.parse().ok().filter(|n| *n < NUMBERS)?;
     let (body, rest) = rest.split_at_checked(words.next()?.parse().ok()?)?;
     let tail = format!("\n{number}\n");
     if !rest.starts_with(tail.as_bytes()) {
         return None;
     }
-    Some((number, serde_json::from_slice(body).ok()?))
+    let stats = serde_json::from_slice(body).ok().and_then(own)?;
+    Some((number, stats))
+}
+
+/// What an earlier process counted, without what is not counted but is so at a moment. A number that no
+/// counter reaches is none of ours: it would run over.
+fn own(stats: Stats) -> Option<Stats> {
+    let counters = counters(&stats);
+    let own = |counter: &Counter| {
+        let mut requests = counter.latency.counts.iter();
+        let rest = [counter.requests, counter.errors];
+        let fits = |count: &u64| *count < NUMBERS / 64;
+        requests.all(fits) && rest.iter().all(fits) && counter.bytes < NUMBERS
+    };
+    let is_own = counters.into_iter().all(own);
+    let others = [stats.replayed, stats.nbd];
+    if !is_own || others.iter().any(|count| *count >= NUMBERS) {
+        return None;
+    }
+    Some(Stats {
+        read: stats.read,
+        write: stats.write,
+        flush: stats.flush,
+        discard: stats.discard,
+        zeroes: stats.zeroes,
+        replayed: stats.replayed,
+        nbd: stats.nbd,
+        ..Stats::default()
+    })
+}
+
+fn counters(stats: &Stats) -> [&Counter; 5] {
+    [
+        &stats.read,
+        &stats.write,
+        &stats.flush,
+        &stats.discard,
+        &stats.zeroes,
+    ]
+}
+
+/// Grows with everything that is counted.
+fn counted(stats: &Stats) -> u64 {
+    let requests = counters(stats).map(|counter| counter.requests);
+    requests
+        .iter()
+        .fold(stats.nbd, |sum, n| sum.wrapping_add(*n))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{parse, Kept, PLACE, SIZE};
+    use super::{parse, Kept, NUMBERS, PERIOD, PLACE, SIZE, VERSION};
     use control::stats::Stats;
     use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
     use rustix::io::pwrite;
@@ -130,6 +197,44 @@ mod tests {
         pwrite(&memory, b"tapdisk-stats-1 9", 0).unwrap();
         let (_, before) = Kept::new(memory).unwrap();
         assert_eq!(before, Some(stats(3)));
+    }
+
+    #[test]
+    fn is_due_when_something_is_new() {
+        let (kept, _) = Kept::new(memory()).unwrap();
+        assert_eq!(kept.is_due(&stats(0)), None);
+        let soon = kept.is_due(&stats(1)).expect("something is new");
+        assert!(soon <= PERIOD);
+        kept.write(&stats(1)).unwrap();
+        assert_eq!(kept.is_due(&stats(1)), None);
+        assert!(kept.must_await() && !kept.must_await());
+        kept.awaited();
+        assert!(kept.must_await());
+    }
+
+    /// The next process counts on, so no number may be near its end, and tells nothing as its own that an
+    /// earlier driver said.
+    #[test]
+    fn what_a_hostile_process_left_is_nothing_or_harmless() {
+        let text = |number: u64, stats: &Stats| {
+            let body = serde_json::to_string(stats).unwrap();
+            format!("{VERSION} {number} {}\n{body}\n{number}\n", body.len())
+        };
+        assert_eq!(parse(text(u64::MAX, &stats(1)).as_bytes()), None);
+        assert_eq!(parse(text(NUMBERS, &stats(1)).as_bytes()), None);
+        assert!(parse(text(NUMBERS - 1, &stats(1)).as_bytes()).is_some());
+        assert_eq!(parse(text(1, &stats(u64::MAX)).as_bytes()), None);
+        let mut large = stats(1);
+        large.write.bytes = u64::MAX;
+        assert_eq!(parse(text(1, &large).as_bytes()), None);
+        large.write.bytes = 0;
+        large.write.latency.counts[3] = u64::MAX;
+        assert_eq!(parse(text(1, &large).as_bytes()), None);
+        let mut foreign = stats(5);
+        foreign.driver.insert("clusters".into(), 7);
+        foreign.in_flight = 9;
+        let found = parse(text(1, &foreign).as_bytes());
+        assert_eq!(found, Some((1, stats(5))));
     }
 
     #[test]

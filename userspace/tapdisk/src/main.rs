@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use control::tapdisk::{Engine, Open, Reply, Request};
 use control::{Driver, Target};
-use diskio::Runtime;
-use rustix::fs::OFlags;
+use diskio::{Errno, Runtime};
+use rustix::fs::{memfd_create, MemfdFlags, OFlags};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -259,7 +259,12 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
 
 /// Memory that ends with this process: nobody keeps it for the next one.
 fn memory(size: u64) -> std::io::Result<OwnedFd> {
-    let memory = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let flags = MemfdFlags::CLOEXEC;
+    let memory = match memfd_create("ram", flags | MemfdFlags::NOEXEC_SEAL) {
+        // The kernel is older than 6.3.
+        Err(Errno::INVAL) => memfd_create("ram", flags)?,
+        memory => memory?,
+    };
     rustix::fs::ftruncate(&memory, size)?;
     Ok(memory)
 }

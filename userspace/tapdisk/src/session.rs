@@ -50,7 +50,7 @@ pub struct Session {
     /// What the supervisor is asked for.
     needs: Needs,
     /// What the next process learns of what this one has counted.
-    kept: RefCell<Option<Kept>>,
+    kept: RefCell<Option<Rc<Kept>>>,
     scrub: Scrub,
     turns: Cell<u64>,
     /// Number of the image that is served: another one has another, also after a close.
@@ -140,10 +140,10 @@ impl Session {
                 break;
             }
         }
-        let wait = !self.ended.get() && !self.runtime.tasks.is_ready();
-        if wait || self.turns.get() % KEEP == 0 {
+        if !self.runtime.tasks.is_ready() || self.turns.get() % KEEP == 0 {
             self.keep(false);
         }
+        let wait = !self.ended.get() && !self.runtime.tasks.is_ready();
         self.runtime.io.enter(wait)
     }
 
@@ -486,7 +486,7 @@ impl Session {
                 if let Some(before) = before.filter(|_| is_new) {
                     *self.stats.borrow_mut() = before;
                 }
-                *self.kept.borrow_mut() = Some(kept);
+                *self.kept.borrow_mut() = Some(Rc::new(kept));
             }
             Err(error) => self.note("the next process will count from 0", &error),
         }
@@ -494,13 +494,34 @@ impl Session {
 
     /// Leaves what was counted to the next process, if it is time for that or must be.
     fn keep(&self, must: bool) {
-        let kept = self.kept.borrow();
-        let Some(kept) = kept.as_ref().filter(|kept| must || kept.is_due()) else {
+        let Some(kept) = self.kept.borrow().clone() else {
             return;
         };
-        if let Err(error) = kept.write(&self.stats.borrow()) {
-            self.note("what was counted is not kept", &error.into());
+        let stats = self.stats.borrow();
+        match kept.is_due(&stats) {
+            None => {}
+            // Nothing else may happen any more that would wake us by then.
+            Some(time) if !must && !time.is_zero() => self.keep_later(&kept, time),
+            Some(_) => {
+                if let Err(error) = kept.write(&stats) {
+                    self.note("what was counted is not kept", &error.into());
+                }
+            }
         }
+    }
+
+    fn keep_later(&self, kept: &Rc<Kept>, time: Duration) {
+        if !kept.must_await() {
+            return;
+        }
+        let (runtime, kept) = (self.runtime.clone(), kept.clone());
+        self.runtime.tasks.spawn(async move {
+            match runtime.io.sleep(time).await {
+                Ok(()) => kept.awaited(),
+                // From now on it waits until something else happens.
+                Err(error) => eprintln!("tapdisk: what was counted is kept late: {error}"),
+            }
+        });
     }
 
     /// Makes the engine the one that is asked for.
