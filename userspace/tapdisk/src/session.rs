@@ -11,7 +11,7 @@ use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure, Target};
-use diskio::{Gate, Runtime};
+use diskio::{Errno, Gate, Runtime};
 use drivers::{Fence, Shape};
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
@@ -570,8 +570,18 @@ impl Session {
         let Some(server) = self.state.borrow().server.clone() else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
+        // The guest still goes on: it waits only for what it writes meanwhile.
+        let early = match server.is_read_only() {
+            true => Ok(()),
+            false => server.disk().flush().await,
+        };
         server.quiesce().await;
         let inactive = server.disk().inactivate().await;
+        // Each says what the other does not.
+        let inactive = match early {
+            Err(error) if error != Errno::OPNOTSUPP => Err(error),
+            _ => inactive,
+        };
         if let Err(error) = inactive {
             self.lost.add(error);
         }

@@ -16,7 +16,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use tapdev::fake::Fake;
 
 /// Storage that takes writes and loses them when they are to be written back.
-struct Losing;
+struct Losing {
+    /// What fails: the flush while it is served, or the end.
+    early: bool,
+}
 
 impl Driver for Losing {
     async fn activate(&self) -> Result<Shape, Failure> {
@@ -41,19 +44,26 @@ impl Driver for Losing {
         Ok(())
     }
     async fn flush(&self) -> Result<(), Errno> {
-        Ok(())
+        match self.early {
+            true => Err(Errno::IO),
+            false => Ok(()),
+        }
     }
     async fn inactivate(&self) -> Result<(), Errno> {
-        Err(Errno::IO)
+        match self.early {
+            // The system has said it already.
+            true => Ok(()),
+            false => Err(Errno::IO),
+        }
     }
 }
 
 /// A process that serves it.
-fn serving(fake: &Fake) -> Process {
-    let process = Process::start_with(fake, |session| {
+fn serving(fake: &Fake, early: bool) -> Process {
+    let process = Process::start_with(fake, move |session| {
         let its = session.clone();
         session.runtime().tasks.spawn(async move {
-            let disk = Disk::new(Losing);
+            let disk = Disk::new(Losing { early });
             let shape = disk.activate().await.unwrap();
             let open = Open::new("null:1M".parse().unwrap());
             its.serve_disk(open, disk, shape).await.unwrap();
@@ -88,21 +98,23 @@ fn lose(process: &mut Process, image: &Image) {
 
 #[test]
 fn guest_learns_of_what_a_pause_lost() {
-    for (op, preflush, fua) in [
-        (Op::Flush, false, false),
-        (Op::Write, true, false),
-        (Op::Write, false, true),
-    ] {
-        let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
-        let mut process = serving(&fake);
-        assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
-        lose(&mut process, &image);
-        // It is no promise of what was before.
-        assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
-        let first = status(&fake, op, preflush, fua);
-        assert_eq!(first, Status::Error, "{op:?} {preflush} {fua}");
-        assert_eq!(status(&fake, op, preflush, fua), Status::Okay);
-        process.exit();
+    for early in [false, true] {
+        for (op, preflush, fua) in [
+            (Op::Flush, false, false),
+            (Op::Write, true, false),
+            (Op::Write, false, true),
+        ] {
+            let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+            let mut process = serving(&fake, early);
+            assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
+            lose(&mut process, &image);
+            // It is no promise of what was before.
+            assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
+            let first = status(&fake, op, preflush, fua);
+            assert_eq!(first, Status::Error, "{op:?} {preflush} {fua} {early}");
+            assert_eq!(status(&fake, op, preflush, fua), Status::Okay);
+            process.exit();
+        }
     }
 }
 
@@ -135,7 +147,7 @@ fn flush(socket: &mut UnixStream) -> u32 {
 #[test]
 fn each_who_writes_learns_of_it() {
     let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
-    let mut process = serving(&fake);
+    let mut process = serving(&fake, false);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("nbd");
     let listener = UnixListener::bind(&path).unwrap();
