@@ -9,6 +9,7 @@ use anyhow::{ensure, Context as _, Result};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 /// Where the second disk appears.
@@ -124,20 +125,40 @@ fn files(pid: u32) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// The process is nobody: not root, without capabilities, with no way to get any.
+/// The process is nobody: not root, without capabilities, with no way to get any; in all of its threads,
+/// each of which has credentials and a filter of its own.
 pub(super) fn check_process(pid: u32) -> Result<()> {
-    let status = sh::get(format!("/proc/{pid}/status"))?;
+    let mut threads = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let path = format!("{}/status", entry?.path().display());
+        match check_thread(&path) {
+            // Workers of io_uring come and go.
+            Err(_) if !Path::new(&path).exists() => {}
+            result => {
+                result?;
+                threads += 1;
+            }
+        }
+    }
+    // One serves, and one does what may sleep.
+    ensure!(threads > 1, "tapdisk {pid} has {threads} threads");
+    Ok(())
+}
+
+/// The thread of which `path` tells.
+fn check_thread(path: &str) -> Result<()> {
+    let status = sh::get(path)?;
     let field = |name: &str| {
         status
             .lines()
             .find_map(|line| line.strip_prefix(name))
             .map(str::trim)
-            .with_context(|| format!("/proc/{pid}/status has no {name}"))
+            .with_context(|| format!("{path} has no {name}"))
     };
     ensure!(
         !field("Uid:")?.split_whitespace().any(|id| id == "0")
             && !field("Gid:")?.split_whitespace().any(|id| id == "0"),
-        "tapdisk {pid} runs as root"
+        "{path}: it runs as root"
     );
     for (name, wanted) in [
         ("CapEff:", "0000000000000000"),
@@ -145,11 +166,8 @@ pub(super) fn check_process(pid: u32) -> Result<()> {
         ("NoNewPrivs:", "1"),
         ("Seccomp:", "2"),
     ] {
-        ensure!(
-            field(name)? == wanted,
-            "of tapdisk {pid} {name} is {}, not {wanted}",
-            field(name)?
-        );
+        let is = field(name)?;
+        ensure!(is == wanted, "{path}: {name} is {is}, not {wanted}");
     }
     Ok(())
 }
