@@ -57,6 +57,12 @@ impl Folder {
         }
     }
 
+    /// The folder itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// The socket that tap-ctl connects to.
     #[must_use]
     pub fn control(&self) -> PathBuf {

@@ -46,7 +46,7 @@ struct Cli {
     #[arg(long, value_name = "DIR", default_value = "/run/xentap")]
     folder: PathBuf,
     /// A folder in which disks may have files beside their image, and sockets of servers; may be given
-    /// more than once. Without it, files may be in the folder of the image only, and sockets nowhere.
+    /// more than once. What is written must be named for the disk all the same: tap-ctl create --files.
     #[arg(long, value_name = "DIR")]
     files: Vec<PathBuf>,
     /// Log more.

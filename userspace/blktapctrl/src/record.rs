@@ -91,6 +91,9 @@ pub struct Next {
     /// What else its process was given for it.
     #[serde(default)]
     pub parts: Vec<Part>,
+    /// What else it may be given for it.
+    #[serde(default)]
+    pub files: Vec<PathBuf>,
     /// Requests that had been answered before: if there are more, it has been served.
     pub committed: u64,
 }
@@ -113,6 +116,9 @@ pub struct Record {
     /// What else its process was given.
     #[serde(default)]
     pub parts: Vec<Part>,
+    /// What else it may be given, as the administrator has named it.
+    #[serde(default)]
+    pub files: Vec<PathBuf>,
     /// Who may share the image.
     pub mode: Mode,
     /// What to do when things go wrong.
@@ -152,6 +158,7 @@ impl Record {
             identity: None,
             born: None,
             parts: Vec::new(),
+            files: Vec::new(),
             mode: Mode::default(),
             policy,
             vbd: None,

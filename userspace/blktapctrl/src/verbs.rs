@@ -44,9 +44,14 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
         }
         Request::Attach(which) => lifecycle.attach_idle(&which).await.map(done),
         Request::Detach(which) => lifecycle.detach(&which).await.map(done),
-        Request::Open { which, open, mode } => {
+        Request::Open {
+            which,
+            open,
+            mode,
+            files,
+        } => {
             let disk = registry.find(&which)?;
-            let opened = lifecycle.open(&disk, open, mode).await;
+            let opened = lifecycle.open(&disk, open, mode, files).await;
             opened.map(Reply::Opened)
         }
         Request::Close {
@@ -66,10 +71,11 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             which,
             target,
             may_shrink,
+            files,
         } => {
             let disk = registry.find(&which)?;
-            let unpaused = lifecycle.unpause(&disk, target, may_shrink).await;
-            unpaused.map(Reply::Opened)
+            let unpaused = lifecycle.unpause(&disk, target, files, may_shrink);
+            unpaused.await.map(Reply::Opened)
         }
         Request::Resize(which) => lifecycle.resize(&which).await.map(Reply::Opened),
         Request::Scrub { which, rate } => {

@@ -251,6 +251,7 @@ async fn create(
         vbd: Some(directory.into()),
         nbd: true,
         no_wait: false,
+        files: Vec::new(),
     };
     lifecycle.create(create).await.map(|made| made.minor)
 }

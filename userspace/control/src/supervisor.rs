@@ -173,6 +173,10 @@ pub struct Create {
     /// without this, waits until the disk is served.
     #[serde(default)]
     pub no_wait: bool,
+    /// What its process may have beside the image, and nothing else: files, and folders with all that is
+    /// below them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<PathBuf>,
 }
 
 /// An image to look at.
@@ -217,6 +221,9 @@ pub enum Request {
         open: Open,
         /// Who may share it.
         mode: Mode,
+        /// As of [`Create::files`].
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        files: Vec<PathBuf>,
     },
     /// Closes the image.
     Close {
@@ -243,6 +250,9 @@ pub enum Request {
         /// It may be smaller than the disk that the guest knows.
         #[serde(default)]
         may_shrink: bool,
+        /// As of [`Create::files`], instead of those that were named before; none leaves them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        files: Vec<PathBuf>,
     },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),

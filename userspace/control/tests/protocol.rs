@@ -161,6 +161,7 @@ fn text_of_a_disk_to_make() {
         vbd: None,
         nbd: false,
         no_wait: false,
+        files: Vec::new(),
     }));
     let text = serde_json::to_string(&create).unwrap();
     assert_eq!(

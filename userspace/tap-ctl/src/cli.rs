@@ -276,6 +276,10 @@ pub(crate) struct Image {
     /// Guests may not discard, so that the image stays as large as it is
     #[arg(long)]
     pub(crate) no_discard: bool,
+    /// A file that the disk may have beside its image, such as a parent or a server's socket, or a folder
+    /// of them; may be given more than once
+    #[arg(long, value_name = "PATH")]
+    pub(crate) files: Vec<PathBuf>,
 }
 
 /// The names of engines.
@@ -346,6 +350,10 @@ pub(crate) struct Unpause {
     /// The image may be smaller than the disk that the guest knows, which loses what it has there
     #[arg(long)]
     pub(crate) shrink: bool,
+    /// What the disk may have beside its image, instead of what was named before; may be given more than
+    /// once
+    #[arg(long, value_name = "PATH")]
+    pub(crate) files: Vec<PathBuf>,
 }
 
 /// A disk to take away.

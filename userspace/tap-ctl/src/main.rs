@@ -183,6 +183,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             which: named(&open.which),
             open: image(&open.image, open.image.target.parse()?),
             mode: mode(&open.image),
+            files: open.image.files.clone(),
         },
         Verb::Close(close) => Request::Close {
             which: named(&close.which),
@@ -197,6 +198,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             which: named(&unpause.which),
             target: unpause.target.clone(),
             may_shrink: unpause.shrink,
+            files: unpause.files.clone(),
         },
         Verb::Resize(which) => Request::Resize(named(which)),
         Verb::Scrub(scrub) => Request::Scrub {
@@ -289,6 +291,7 @@ fn create(create: &cli::Create) -> Result<Create, Failure> {
         vbd: create.vbd.clone(),
         nbd: create.nbd,
         no_wait: create.no_wait,
+        files: create.image.files.clone(),
     })
 }
 
@@ -424,6 +427,11 @@ mod tests {
         assert!(matches!(parse(line), Ok(Request::Create(create)) if create.no_wait));
         let line = "tap-ctl check --vbd backend/vbd/3/51712 --mode r -a /srv/a.img";
         assert!(matches!(parse(line), Ok(Request::Check(check)) if check.mode == Mode::Read));
+        let line = "tap-ctl create --files /srv/base.img --files /srv/parts -a aio:/srv/a.img";
+        let named = ["/srv/base.img", "/srv/parts"].map(std::path::PathBuf::from);
+        assert!(matches!(parse(line), Ok(Request::Create(create)) if create.files == named));
+        let line = "tap-ctl unpause -m 3 --files /srv/base.img";
+        assert!(matches!(parse(line), Ok(Request::Unpause { files, .. }) if files == named[..1]));
         // By hand a driver is named.
         assert_eq!(parse("tap-ctl create -a /srv/a.img"), Err(Code::Invalid));
     }

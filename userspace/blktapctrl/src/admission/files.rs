@@ -5,8 +5,9 @@
 //!
 //! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
-//! - It is in the folder of the image, if both are regular files, or in a folder that the supervisor was
-//!   started with (`--files`).
+//! - It is what the administrator named for the disk, or is in a folder that he named, or in one that the
+//!   supervisor was started with (`--files`). The image's own folder is not enough: the images of others
+//!   are there, too. What is written must be named for the disk itself.
 //! - The rules of sharing hold as for an image, and it counts as used from then on.
 
 use super::Admission;
@@ -49,9 +50,8 @@ impl Admission {
                 "it is the image itself: see to what the image names",
             ));
         }
-        let is_file = matches!(image.identity(), Identity::File { .. });
-        self.check_folder(disk, role, path, image.clone(), is_file)
-            .await?;
+        let files = named(disk);
+        self.check_named(disk, role, path, image.clone()).await?;
         let mode = mode(role, disk.record.borrow().mode);
         let vbd = disk.record.borrow().vbd.clone();
         let part = Part {
@@ -65,8 +65,12 @@ impl Admission {
         let work = |beside: bool| {
             let locked = !beside && !mode.is_shared();
             let part = Part { locked, ..part };
-            // The verb may be over by now.
+            // The verb may be over by now, or be another one.
             self.check_new(disk, role, path)?;
+            if named(disk) != files {
+                let why = "another image is being opened by now";
+                return Err(refused(disk, role, path, why));
+            }
             self.note_part(disk, part.clone())?;
             Ok(part)
         };
@@ -88,8 +92,8 @@ impl Admission {
         if !known {
             self.check_new(disk, Role::Socket, path)?;
         }
-        // A server that comes back makes a new socket, so the folder is looked at each time.
-        self.check_folder(disk, Role::Socket, path, socket.clone(), false)
+        // A server that comes back makes a new socket, so its place is looked at each time.
+        self.check_named(disk, Role::Socket, path, socket.clone())
             .await?;
         if !known {
             let part = Part {
@@ -153,47 +157,69 @@ impl Admission {
         Ok(())
     }
 
-    /// It is where such files may be.
-    async fn check_folder(
+    /// The administrator has named it, or a folder that it is below. What is written must be named for the
+    /// disk itself: in a folder for all disks are the files of other guests.
+    async fn check_named(
         &self,
         disk: &Disk,
         role: Role,
         path: &Path,
         file: Arc<Image>,
-        beside: bool,
     ) -> Result<(), Failure> {
-        let image = disk
-            .next_image
-            .borrow()
-            .clone()
-            .or_else(|| disk.image.borrow().clone());
-        let image =
-            image.filter(|image| beside && matches!(image.identity(), Identity::File { .. }));
-        let folders = self.folders.clone();
-        let (place, folder) = apart(path, LIMIT, move || {
+        let writes = role == Role::Extent && !disk.record.borrow().mode.is_read_only();
+        let mut named = named(disk);
+        if !writes {
+            named.extend(self.folders.iter().cloned());
+        }
+        let ours = self.registry.folder.root().to_path_buf();
+        let below = |place: &Path, folder: &Path| {
+            std::fs::canonicalize(folder).is_ok_and(|folder| place.starts_with(folder))
+        };
+        let (place, is_ours, is_named) = apart(path, LIMIT, move || {
             let place = file.place()?;
-            let home = match image {
-                Some(image) => image.place()?.parent().map(Path::to_path_buf),
-                None => None,
-            };
-            let found = home.is_some() && place.parent() == home.as_deref()
-                || folders.iter().any(|folder| place.starts_with(folder));
-            Ok((place, if found { Ok(()) } else { Err(home) }))
+            let is_ours = below(&place, &ours);
+            let is_named = named.iter().any(|named| below(&place, named));
+            Ok((place, is_ours, is_named))
         })
         .await?;
-        let Err(home) = folder else {
-            return Ok(());
+        let place = place.display();
+        let why = match (is_ours, is_named, writes) {
+            (true, _, _) => format!("it is {place}, which is the supervisor's own"),
+            (false, true, _) => return Ok(()),
+            (false, false, true) => format!(
+                "it is {place}, which nobody named for this disk: if it may write that, say so with tap-ctl create or unpause --files {place}"
+            ),
+            (false, false, false) => format!(
+                "it is {place}, which nobody named: if it may have that, say so with tap-ctl create or unpause --files {place}, or start blktapctrl with --files and its folder"
+            ),
         };
-        let there: PathBuf = place.parent().unwrap_or(&place).into();
-        let own = home.map_or(String::new(), |home| {
-            format!("move it to {}, or ", home.display())
-        });
-        let why = format!(
-            "it is in {}: {own}start blktapctrl with --files {}",
-            there.display(),
-            there.display()
-        );
         Err(refused(disk, role, path, &why))
+    }
+}
+
+/// What the administrator has named for a disk.
+fn named(disk: &Disk) -> Vec<PathBuf> {
+    let record = disk.record.borrow();
+    let next = record.next.as_ref();
+    next.map_or(&record.files, |next| &next.files).clone()
+}
+
+/// What an administrator names must be clear, whatever the folder is that a program runs in.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub(crate) fn check_files(files: &[PathBuf]) -> Result<(), Failure> {
+    if files.len() > MOST {
+        return Err(Failure::invalid(format!(
+            "{} files are named for the disk, and {MOST} are the most: name their folder",
+            files.len()
+        )));
+    }
+    match files.iter().find(|file| !file.is_absolute()) {
+        Some(file) => Err(Failure::invalid(format!(
+            "{file:?} names no file for the disk: its absolute path is needed"
+        ))),
+        None => Ok(()),
     }
 }
 

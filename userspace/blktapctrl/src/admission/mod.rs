@@ -21,6 +21,7 @@ use crate::store::{directory, relative};
 use control::supervisor::{Check, Mode};
 use control::tapdisk::Open;
 use control::{Code, Failure};
+pub(crate) use files::check_files;
 use mounts::Table;
 use sharing::{Machines, Mount, User};
 use std::collections::BTreeMap;
@@ -49,7 +50,7 @@ struct Seen {
 pub struct Admission {
     registry: Rc<Registry>,
     views: Views,
-    /// Where files beside an image may be, and sockets of servers.
+    /// Where files beside the image of any disk may be, and sockets of servers.
     folders: Vec<PathBuf>,
 }
 

@@ -2,7 +2,7 @@
 //! A disk is made, and served for the first time.
 
 use super::Lifecycle;
-use crate::admission::{beside_others, with_mode};
+use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::{Disk, Fate};
 use crate::image;
 use crate::record::Record;
@@ -30,6 +30,7 @@ impl Lifecycle {
         if let Some(vbd) = &vbd {
             self.admission.check_directory(vbd).await?;
         }
+        check_files(&create.files)?;
         let open = with_mode(create.open, create.mode);
         if let Some(disk) = self
             .registry
@@ -47,6 +48,7 @@ impl Lifecycle {
         record.mode = create.mode;
         record.vbd.clone_from(&vbd);
         record.nbd = create.nbd;
+        record.files = create.files;
         record.doing = Some(Doing::Create);
         let target = Some(open.target.clone());
         let work = |beside| {

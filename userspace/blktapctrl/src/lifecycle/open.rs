@@ -2,7 +2,7 @@
 //! An image is opened on a disk, closed, and grown; a process comes and goes by itself.
 
 use super::Lifecycle;
-use crate::admission::{beside_others, with_mode};
+use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::image;
 use crate::link::unexpected;
@@ -11,6 +11,7 @@ use crate::record::Want;
 use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request, State};
 use control::{Code, Failure};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -24,7 +25,9 @@ impl Lifecycle {
         disk: &Rc<Disk>,
         open: Open,
         mode: Mode,
+        files: Vec<PathBuf>,
     ) -> Result<tapdisk::Disk, Failure> {
+        check_files(&files)?;
         let _turn = disk.turn().await?;
         self.make_way(disk, Doing::Open, OPEN).await?;
         if disk.record.borrow().want != Want::Idle {
@@ -46,6 +49,7 @@ impl Lifecycle {
                 record.born = image.as_ref().and_then(|image| image.born());
                 record.open = Some(beside_others(open, beside));
                 record.mode = mode;
+                record.files = files;
             })
         };
         self.admission
@@ -89,6 +93,7 @@ impl Lifecycle {
             (record.identity, record.born, record.open) = (None, None, None);
             record.next = None;
             record.parts.clear();
+            record.files.clear();
         }
         disk.state.replace(None);
         disk.next_state.replace(None);

@@ -2,7 +2,7 @@
 //! A disk stops being served, and goes on, perhaps with another image.
 
 use super::Lifecycle;
-use crate::admission::{beside_others, with_mode};
+use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::image::{self, not_the_same};
 use crate::kernel;
@@ -12,6 +12,7 @@ use crate::record::{Next, Want};
 use control::supervisor::{Doing, What};
 use control::tapdisk::{self, Open, Request, State};
 use control::{Code, Failure, Target};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -104,8 +105,10 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         target: Option<Target>,
+        files: Vec<PathBuf>,
         may_shrink: bool,
     ) -> Result<tapdisk::Disk, Failure> {
+        check_files(&files)?;
         let _turn = disk.turn().await?;
         self.make_way(disk, Doing::Unpause, OPEN).await?;
         if disk.doing() == Some(Doing::Unpause) {
@@ -128,9 +131,12 @@ impl Lifecycle {
             ));
         }
         match target {
-            Some(target) => self.begin_with(disk, target, may_shrink).await?,
+            Some(target) => self.begin_with(disk, target, files, may_shrink).await?,
             None => self.registry.change(disk, |record| {
                 record.doing = Some(Doing::Unpause);
+                if !files.is_empty() {
+                    record.files = files;
+                }
                 if let Some(open) = &mut record.open {
                     open.may_shrink = may_shrink;
                 }
@@ -150,11 +156,14 @@ impl Lifecycle {
         &self,
         disk: &Disk,
         target: Target,
+        files: Vec<PathBuf>,
         may_shrink: bool,
     ) -> Result<(), Failure> {
-        let (mode, vbd) = {
+        let (mode, vbd, files) = {
             let record = disk.record.borrow();
-            (record.mode, record.vbd.clone())
+            let named_before = files.is_empty().then(|| record.files.clone());
+            let files = named_before.unwrap_or(files);
+            (record.mode, record.vbd.clone(), files)
         };
         let mut open = disk.open()?;
         open.target = target;
@@ -168,6 +177,7 @@ impl Lifecycle {
                 identity: image.as_ref().map(|image| image.identity()),
                 born: image.as_ref().and_then(|image| image.born()),
                 parts: Vec::new(),
+                files,
                 committed,
             };
             self.registry.change(disk, |record| {
@@ -260,6 +270,7 @@ impl Lifecycle {
             record.open = Some(next.open);
             (record.identity, record.born) = (next.identity, next.born);
             record.parts = next.parts;
+            record.files = next.files;
             disk.state.replace(disk.next_state.take());
             disk.image.replace(disk.next_image.take());
         }

@@ -71,6 +71,7 @@ impl Bed {
             vbd: None,
             nbd: false,
             no_wait: false,
+            files: Vec::new(),
         }
     }
 

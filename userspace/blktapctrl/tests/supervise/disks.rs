@@ -76,6 +76,7 @@ fn pause_lets_the_image_be_exchanged() {
             which: which(),
             target: Some(target),
             may_shrink: false,
+            files: Vec::new(),
         };
         assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.log()[1..], ["open w A", "pause", "unpause w B"]);
@@ -94,6 +95,7 @@ fn pause_lets_the_image_be_exchanged() {
             which: which(),
             target: None,
             may_shrink: false,
+            files: Vec::new(),
         };
         assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.row(minor).await.state, Some(State::Running));
@@ -128,6 +130,7 @@ fn single_steps_do_what_they_always_did() {
             which: both.clone(),
             open: create.open.clone(),
             mode: Mode::Read,
+            files: Vec::new(),
         };
         assert!(matches!(bed.ask(open()).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.ask(open()).await.expect_err("open").code, Code::State);

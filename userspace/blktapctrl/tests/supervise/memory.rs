@@ -67,6 +67,7 @@ fn content_outlives_a_death_and_a_pause() {
             which: which(minor),
             target,
             may_shrink: false,
+            files: Vec::new(),
         };
         bed.ask(unpause).await.expect("unpaused");
         assert_eq!(found(&bed), "second");

@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
-use control::supervisor::{Create, Request, What};
+use control::supervisor::{Create, Mode, Request, What};
 use control::tapdisk::{Needed, State};
 use control::{Code, Target};
 use std::fs;
@@ -43,12 +43,20 @@ fn served(bed: &Bed) -> PathBuf {
     bed.image("parent.img", "old")
 }
 
+/// A disk for which files are named.
+fn with(bed: &Bed, name: &str, files: &[&Path]) -> Create {
+    Create {
+        files: files.iter().map(|path| path.to_path_buf()).collect(),
+        ..bed.create(name)
+    }
+}
+
 #[test]
 fn a_parent_is_given_and_counts_as_used() {
     test("needs-parent", |bed| async move {
         let path = served(&bed);
         ask(&bed, "ask", &[parent(&path)]);
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(with(&bed, "a.img", &[&path])).await;
         assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
         ask(&bed, "ask", &[]);
         let why = refused(&bed, bed.create("parent.img")).await;
@@ -56,8 +64,10 @@ fn a_parent_is_given_and_counts_as_used() {
         // Others may go on from it, too.
         ask(&bed, "ask", &[parent(&path)]);
         bed.image("b.img", "other");
-        let other = bed.made(bed.create("b.img")).await;
-        assert!(bed.log().contains(&"given old Locked".to_owned()));
+        let before = bed.log().len();
+        let other = bed.made(with(&bed, "b.img", &[&bed.dir])).await;
+        let log = &bed.log()[before..];
+        assert_eq!(log[log.len() - 2..], ["given old Locked", "open w other"]);
         // The next process gets what is on the record.
         replaced(&bed, minor).await;
         bed.destroy(other).await;
@@ -75,12 +85,12 @@ fn an_extent_belongs_to_one_disk() {
         let path = served(&bed);
         let extent = Needed::Extent { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&extent));
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(with(&bed, "a.img", &[&path])).await;
         assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
         bed.image("b.img", "other");
         for need in [extent, parent(&path)] {
             ask(&bed, "ask", &[need]);
-            let why = refused(&bed, bed.create("b.img")).await;
+            let why = refused(&bed, with(&bed, "b.img", &[&path])).await;
             assert!(why.contains("parent.img is not free"), "{why}");
             assert!(why.contains(&format!("tap disk {minor}")), "{why}");
         }
@@ -90,20 +100,24 @@ fn an_extent_belongs_to_one_disk() {
 }
 
 #[test]
-fn what_is_elsewhere_is_refused_with_the_remedy() {
-    test("needs-elsewhere", |bed| async move {
-        served(&bed);
+fn what_nobody_named_is_refused_with_the_remedy() {
+    test("needs-unnamed", |bed| async move {
+        let beside = served(&bed);
         let elsewhere = bed.dir.join("elsewhere");
         fs::create_dir_all(&elsewhere).expect("a folder");
         fs::write(elsewhere.join("secret"), "secret").expect("write");
-        // A link in the folder leads out of it.
-        let link = bed.dir.join("link.img");
+        // A link in a folder that is named leads out of it.
+        let named = bed.dir.join("servers");
+        fs::create_dir_all(&named).expect("a folder");
+        let link = named.join("link.img");
         std::os::unix::fs::symlink(elsewhere.join("secret"), &link).expect("a link");
-        for path in [elsewhere.join("secret"), link, "/etc/passwd".into()] {
-            ask(&bed, "ask", &[parent(&path)]);
-            let why = refused(&bed, bed.create("a.img")).await;
+        let secret = elsewhere.join("secret");
+        // What is beside the image may be another guest's.
+        for path in [&beside, &secret, &link, Path::new("/etc/passwd")] {
+            ask(&bed, "ask", &[parent(path)]);
+            let why = refused(&bed, with(&bed, "a.img", &[&named])).await;
             assert!(why.contains(&path.display().to_string()), "{why}");
-            assert!(why.contains("start blktapctrl with --files"), "{why}");
+            assert!(why.contains("create or unpause --files"), "{why}");
             let why =
                 move |what: &What| matches!(what, What::Refused { why: told } if *told == why);
             assert!(bed.events().iter().any(why));
@@ -114,6 +128,70 @@ fn what_is_elsewhere_is_refused_with_the_remedy() {
         ask(&bed, "ask", &[Needed::Other]);
         let why = refused(&bed, bed.create("a.img")).await;
         assert!(why.contains("does not know"), "{why}");
+        let why = refused(&bed, with(&bed, "a.img", &[Path::new("b.img")])).await;
+        assert!(why.contains("absolute path"), "{why}");
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn a_folder_for_all_disks_is_read_and_not_written() {
+    test("needs-all", |bed| async move {
+        bed.image("a.img", "child");
+        let folder = bed.dir.join("servers");
+        fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("part.img");
+        fs::write(&path, "part").expect("write");
+        let extent = Needed::Extent { path: path.clone() };
+        ask(&bed, "ask", std::slice::from_ref(&extent));
+        let why = refused(&bed, bed.create("a.img")).await;
+        assert!(why.contains("named for this disk"), "{why}");
+        let reader = Create {
+            mode: Mode::Read,
+            ..bed.create("a.img")
+        };
+        let minor = bed.made(reader).await;
+        bed.destroy(minor).await;
+        ask(&bed, "ask", &[parent(&path)]);
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.destroy(minor).await;
+        // What is the supervisor's own is nobody's, whatever was named.
+        let own = bed.registry().folder.root().join("disks/of.json");
+        fs::write(&own, "{}").expect("write");
+        ask(&bed, "ask", &[parent(&own)]);
+        let why = refused(&bed, with(&bed, "a.img", &[&bed.dir])).await;
+        assert!(why.contains("the supervisor's own"), "{why}");
+        fs::remove_file(own).expect("remove");
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// A process that a guest has taken over stops, is paused for that, and asks when an administrator lets
+/// the disk go on.
+#[test]
+fn an_unpause_gives_nothing_that_was_not_named() {
+    test("needs-unpause", |bed| async move {
+        let path = served(&bed);
+        ask(&bed, "ask", &[]);
+        let minor = bed.made(bed.create("a.img")).await;
+        let pause = Request::Pause {
+            which: which(minor),
+            timeout_s: 0,
+        };
+        let unpause = |files: &[&Path]| Request::Unpause {
+            which: which(minor),
+            target: None,
+            may_shrink: false,
+            files: files.iter().map(|path| path.to_path_buf()).collect(),
+        };
+        bed.ask(pause).await.expect("paused");
+        ask(&bed, "ask", &[Needed::Extent { path: path.clone() }]);
+        let failure = bed.ask(unpause(&[])).await.expect_err("it may not");
+        assert_eq!(failure.code, Code::Denied);
+        bed.ask(unpause(&[&path])).await.expect("it is named");
+        // The next process has it, too, and the name stays.
+        replaced(&bed, minor).await;
+        bed.destroy(minor).await;
         bed.assert_nothing_left().await;
     });
 }
@@ -123,7 +201,7 @@ fn a_disk_that_is_served_gets_nothing_new() {
     test("needs-later", |bed| async move {
         let path = served(&bed);
         ask(&bed, "ask", &[parent(&path)]);
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(with(&bed, "a.img", &[&bed.dir])).await;
         let resize = || bed.ask(Request::Resize(which(minor)));
         ask(&bed, "ask-later", &[parent(&path)]);
         resize().await.expect("it is on the record");
@@ -159,6 +237,7 @@ fn a_disk_that_is_served_gets_nothing_new() {
             which: which(minor),
             target: Some(target),
             may_shrink: false,
+            files: Vec::new(),
         };
         bed.ask(unpause).await.expect("goes on");
         resize().await.expect("it is on the record");
@@ -206,9 +285,15 @@ fn a_server_is_connected_to_again() {
         let _listener = UnixListener::bind(&elsewhere).expect("a socket");
         let socket = Needed::Socket { path: elsewhere };
         bed.image("b.img", "other");
+        let before = bed.log().len();
         ask(&bed, "ask", &[socket]);
         let why = refused(&bed, bed.create("b.img")).await;
         assert!(why.contains("start blktapctrl with --files"), "{why}");
+        assert!(!bed
+            .log()
+            .iter()
+            .skip(before)
+            .any(|line| line == "connected"));
         bed.destroy(minor).await;
         bed.assert_nothing_left().await;
     });

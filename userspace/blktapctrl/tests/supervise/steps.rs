@@ -29,6 +29,7 @@ fn unpause(target: Option<Target>) -> Request {
         which: which(0),
         target,
         may_shrink: false,
+        files: Vec::new(),
     }
 }
 
@@ -109,6 +110,7 @@ fn create(dir: &Path) -> Request {
         vbd: None,
         nbd: false,
         no_wait: false,
+        files: Vec::new(),
     }))
 }
 

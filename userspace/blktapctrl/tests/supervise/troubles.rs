@@ -95,6 +95,7 @@ fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
             which: which(minor),
             target: None,
             may_shrink: false,
+            files: Vec::new(),
         };
         assert!(matches!(bed.ask(unpause()).await, Ok(Reply::Opened(_))));
         assert_eq!(bed.row(minor).await.state, Some(State::Running));
