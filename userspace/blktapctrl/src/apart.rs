@@ -4,6 +4,7 @@
 
 use control::{Code, Failure};
 use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -56,6 +57,17 @@ pub async fn apart<T: Send + 'static>(
     match tokio::time::timeout(limit, asked).await {
         Ok(result) => result,
         Err(_) => Err(late(path)),
+    }
+}
+
+/// Lets go of something on a thread of its own: closing a file waits for its file system, and if that has
+/// to be asked, as by NFS and FUSE, for whoever answers for it.
+pub fn let_go<T: Send + 'static>(value: T) {
+    // Not dropped here if there is no thread for it: better it stays than that all disks wait.
+    let value = ManuallyDrop::new(value);
+    let thread = std::thread::Builder::new().stack_size(STACK);
+    if let Err(error) = thread.spawn(move || drop(ManuallyDrop::into_inner(value))) {
+        tracing::error!("cannot start a thread, so a file stays open: {error}");
     }
 }
 
@@ -117,12 +129,29 @@ pub(crate) fn pretend_stuck(path: &Path) -> OwnedSemaphorePermit {
 
 #[cfg(test)]
 mod tests {
-    use super::{apart, places};
+    use super::{apart, let_go, places};
     use control::Code;
     use std::path::Path;
     use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::{mpsc, Arc};
     use std::time::{Duration, Instant};
+
+    #[test]
+    fn what_hangs_when_it_is_closed_holds_nobody_up() {
+        struct Dead(mpsc::Receiver<()>, mpsc::Sender<()>);
+        impl Drop for Dead {
+            fn drop(&mut self) {
+                let _ = self.0.recv();
+                let _ = self.1.send(());
+            }
+        }
+        let (answer, silence) = mpsc::channel();
+        let (closed, told) = mpsc::channel();
+        let_go(Dead(silence, closed));
+        assert_eq!(told.try_recv(), Err(mpsc::TryRecvError::Empty));
+        drop(answer);
+        told.recv_timeout(Duration::from_secs(10)).expect("closed");
+    }
 
     #[test]
     fn a_path_that_does_not_answer_costs_one_thread_and_holds_nobody_up() {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image of a disk: found once by its path, opened as often as processes need it.
 
-use crate::apart::{apart, LIMIT};
+use crate::apart::{apart, let_go, LIMIT};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -53,10 +53,27 @@ pub struct Image {
 /// An image that is open.
 #[derive(Debug)]
 pub struct Opened {
-    /// The descriptor, which is the only one of its open file description.
-    pub fd: OwnedFd,
+    /// The descriptor, which is the only one of its open file description until it is sent.
+    fd: Option<OwnedFd>,
     /// I/O goes past the page cache.
     pub direct: bool,
+}
+
+impl Opened {
+    /// The descriptor.
+    #[must_use]
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
+    }
+}
+
+/// Its file system may not answer when it is closed.
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            let_go(fd);
+        }
+    }
 }
 
 impl Image {
@@ -196,6 +213,7 @@ impl Image {
             result => (result, true),
         };
         let fd = result.map_err(|error| refused("cannot open the image", &self.path, error))?;
+        let fd = Some(fd);
         Ok(Opened { fd, direct })
     }
 }
@@ -265,7 +283,7 @@ fn refused(what: &str, path: &Path, error: rustix::io::Errno) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use super::Image;
+    use super::{Image, Opened};
     use control::Code;
     use std::fs;
     use std::io::Write;
@@ -278,6 +296,11 @@ mod tests {
         dir
     }
 
+    fn file(opened: &Opened) -> fs::File {
+        let fd = opened.fd().expect("a descriptor");
+        fd.try_clone_to_owned().expect("another one").into()
+    }
+
     #[test]
     fn the_same_image_is_opened_though_another_one_took_its_place() {
         let dir = folder("replaced");
@@ -286,8 +309,7 @@ mod tests {
         let image = Image::find(&path).expect("an image");
         fs::rename(&path, dir.join("b.img")).expect("rename");
         fs::write(&path, b"second").expect("write");
-        let fd = image.open(true, false).expect("open").fd;
-        let mut file = fs::File::from(fd);
+        let mut file = file(&image.open(true, false).expect("open"));
         file.write_all(b"FIRST").expect("write");
         assert_eq!(fs::read(dir.join("b.img")).expect("read"), b"FIRST");
         assert_eq!(fs::read(&path).expect("read"), b"second");
@@ -337,7 +359,7 @@ mod tests {
             image.open(true, false).expect_err("refused").code,
             Code::Denied
         );
-        let file = fs::File::from(image.open(false, false).expect("open").fd);
+        let file = file(&image.open(false, false).expect("open"));
         assert_eq!(file.metadata().expect("stat").size(), 1);
         fs::remove_dir_all(dir).expect("remove");
     }

@@ -56,6 +56,31 @@ pub fn send_first(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io
     }
 }
 
+/// What has arrived from a peer that has no descriptors to send. One that comes all the same is not taken,
+/// and is an error. No byte at all is the end.
+pub fn receive_bytes(socket: impl AsFd) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 16 << 10];
+    let message = loop {
+        match recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut RecvAncillaryBuffer::default(),
+            RecvFlags::CMSG_CLOEXEC,
+        ) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    if message.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the peer sends a descriptor, and has none to send",
+        ));
+    }
+    bytes.truncate(message.bytes);
+    Ok(bytes)
+}
+
 /// What has arrived: bytes, and the descriptors that came with them, which are closed on exec. No
 /// byte at all is the end.
 pub fn receive(socket: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {

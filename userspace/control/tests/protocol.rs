@@ -4,10 +4,10 @@
 use control::supervisor::{self, Create, Event, Mode, Policy, What};
 use control::tapdisk::{Open, Request};
 use control::wire::{encode, Decoder, Envelope, MAX_FDS, MAX_LINE};
-use control::{Channel, Code, Failure, Target};
+use control::{socket, Channel, Code, Failure, Target};
 use proptest::prelude::*;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -147,6 +147,22 @@ fn event_of_a_newer_program_is_read() {
         serde_json::from_str(r#"{"number":1,"at_ms":2,"minor":null,"what":{"event":"exploded"}}"#)
             .unwrap();
     assert_eq!(event.what, What::Other);
+}
+
+#[test]
+fn a_descriptor_of_who_has_none_to_send_is_not_taken() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (file, other) = UnixStream::pair().unwrap();
+    socket::send_first(&theirs, b"text", &[]).unwrap();
+    assert_eq!(socket::receive_bytes(&ours).unwrap(), b"text");
+    socket::send_first(&theirs, b"text", &[file.as_fd()]).unwrap();
+    let error = socket::receive_bytes(&ours).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    // Nobody has it any more but who sent it.
+    drop(file);
+    assert_eq!((&other).read(&mut [0]).unwrap(), 0);
+    drop(theirs);
+    assert_eq!(socket::receive_bytes(&ours).unwrap(), b"");
 }
 
 /// What is written today must be read by later programs of this version.

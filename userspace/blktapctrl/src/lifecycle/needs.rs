@@ -5,7 +5,7 @@ use super::trouble::Rate;
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
-use crate::image::Image;
+use crate::image::{Image, Opened};
 use crate::link::{unexpected, Link, EVER};
 use crate::process::{Process, SOON};
 use crate::record::Role;
@@ -13,7 +13,7 @@ use crate::state::State;
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -68,16 +68,32 @@ async fn listen(lifecycle: &Lifecycle, process: &Process) -> Result<(), Failure>
     }
 }
 
+/// What is sent along.
+enum Given {
+    File(Opened),
+    /// Closing it waits for nobody.
+    Other(OwnedFd),
+}
+
+impl Given {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Given::File(opened) => opened.fd(),
+            Given::Other(fd) => Some(fd.as_fd()),
+        }
+    }
+}
+
 async fn send(
     link: &mut Link,
     number: u64,
-    answer: Result<(OwnedFd, Provided), Failure>,
+    answer: Result<(Given, Provided), Failure>,
 ) -> Result<(), Failure> {
-    let (fd, provided) = match answer {
-        Ok((fd, provided)) => (Some(fd), provided),
+    let (given, provided) = match answer {
+        Ok((given, provided)) => (Some(given), provided),
         Err(failure) => (None, Provided::Refused(failure)),
     };
-    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+    let fds: Vec<_> = given.iter().filter_map(Given::fd).collect();
     let question = Request::Provide { number, provided };
     link.ask(&question, &fds, SOON).await.map(drop)
 }
@@ -88,7 +104,7 @@ impl Lifecycle {
         &self,
         process: &Process,
         what: &Needed,
-    ) -> Result<(OwnedFd, Provided), Failure> {
+    ) -> Result<(Given, Provided), Failure> {
         let disk = self.registry.of_process(process).ok_or_else(|| {
             Failure::new(Code::State, "a process without a disk is given nothing")
         })?;
@@ -108,7 +124,7 @@ impl Lifecycle {
         disk: &Disk,
         role: Role,
         path: &Path,
-    ) -> Result<(OwnedFd, Provided), Failure> {
+    ) -> Result<(Given, Provided), Failure> {
         let (file, part) = self.admission.file(disk, role, path).await?;
         let open = disk.open()?;
         let direct = open.target.driver() != control::Driver::Sync;
@@ -118,10 +134,10 @@ impl Lifecycle {
             true => Provided::Locked,
             false => Provided::Shared,
         };
-        Ok((opened.fd, provided))
+        Ok((Given::File(opened), provided))
     }
 
-    async fn connect(&self, disk: &Disk, path: &Path) -> Result<(OwnedFd, Provided), Failure> {
+    async fn connect(&self, disk: &Disk, path: &Path) -> Result<(Given, Provided), Failure> {
         let (socket, again) = self.admission.socket(disk, path).await?;
         let stream = connect(&socket, path).await?;
         if again {
@@ -130,7 +146,7 @@ impl Lifecycle {
                 .events
                 .add(Some(disk.minor), What::Reconnected { path });
         }
-        Ok((stream, Provided::Shared))
+        Ok((Given::Other(stream), Provided::Shared))
     }
 }
 
@@ -153,7 +169,7 @@ async fn connect(socket: &Image, path: &Path) -> Result<OwnedFd, Failure> {
 }
 
 /// The state that is the disk's, or a new one. Who asks for another size does not know the old one.
-fn state(disk: &Disk, size: u64) -> Result<(OwnedFd, Provided), Failure> {
+fn state(disk: &Disk, size: u64) -> Result<(Given, Provided), Failure> {
     let place = match disk.record.borrow().next {
         Some(_) => &disk.next_state,
         None => &disk.state,
@@ -165,5 +181,5 @@ fn state(disk: &Disk, size: u64) -> Result<(OwnedFd, Provided), Failure> {
     };
     let fd = state.open();
     place.replace(state);
-    fd.map(|fd| (fd, Provided::Shared))
+    fd.map(|fd| (Given::Other(fd), Provided::Shared))
 }

@@ -5,7 +5,7 @@ use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
-use crate::image::{self, not_the_same, Image};
+use crate::image::{self, not_the_same, Image, Opened};
 use crate::kernel;
 use crate::link::unexpected;
 use crate::memory;
@@ -216,7 +216,7 @@ impl Lifecycle {
         };
         let fds: Vec<_> = opened
             .iter()
-            .map(|opened| opened.fd.as_fd())
+            .filter_map(Opened::fd)
             .chain(memory.iter().map(AsFd::as_fd))
             .collect();
         match process.ask(&question(open), &fds, OPEN).await? {
