@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes ask for what they cannot open themselves; what is decided is sent back.
 
-use super::trouble::Rate;
+use super::trouble::{until_end, Rate};
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{Image, Opened};
 use crate::link::{unexpected, Link, EVER};
-use crate::process::{Process, SOON};
+use crate::process::Process;
 use crate::record::Role;
 use crate::state::State;
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure};
+use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
@@ -28,40 +29,53 @@ const STEP: Duration = Duration::from_millis(10);
 
 /// Answers the needs of a process until it ends.
 pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
-    match listen(&lifecycle, &process).await {
-        Err(failure) if failure.code != Code::Gone && !process.has_ended() => tracing::warn!(
-            "tapdisk {} does not say what it needs, and is given nothing: {failure}",
-            process.pid()
-        ),
-        _ => {}
+    let mut heard = Heard::new();
+    let listen = async || listen(&lifecycle, &process, &mut heard).await;
+    until_end(&process, "say what it needs", listen).await;
+}
+
+/// What is known of a process, over all connections to it.
+struct Heard {
+    answered: u64,
+    refused: Rate,
+}
+
+impl Heard {
+    fn new() -> Heard {
+        Heard {
+            answered: 0,
+            refused: Rate::new(),
+        }
     }
 }
 
-async fn listen(lifecycle: &Lifecycle, process: &Process) -> Result<(), Failure> {
+async fn listen(
+    lifecycle: &Lifecycle,
+    process: &Process,
+    heard: &mut Heard,
+) -> Result<Infallible, Failure> {
     let registry = &lifecycle.registry;
     let mut link = process.another_link().await?;
-    let (mut known, mut answered) = (0, 0);
-    let mut rate = Rate::new();
+    // What an earlier connection was told and did not answer is told again.
+    let mut known = 0;
     loop {
-        let needs = match link
-            .ask(&Request::Needs { after: known }, &[], EVER)
-            .await?
-        {
+        let question = Request::Needs { after: known };
+        let needs = match link.ask(&question, &[], EVER).await? {
             Reply::Needs { needs } => needs,
             reply => return Err(unexpected(&reply)),
         };
         for need in needs {
             known = known.max(need.number);
             let answer = lifecycle.provide(process, &need.what).await;
-            if let Some(failure) = answer.as_ref().err().filter(|_| rate.is_due()) {
-                rate.told();
+            if let Some(failure) = answer.as_ref().err().filter(|_| heard.refused.is_due()) {
+                heard.refused.told();
                 let why = failure.message.clone();
                 let minor = registry.of_process(process).map(|disk| disk.minor);
                 registry.events.add(minor, What::Refused { why });
             }
             send(&mut link, need.number, answer).await?;
-            answered += 1;
-            if answered > BURST {
+            heard.answered += 1;
+            if heard.answered > BURST {
                 tokio::time::sleep(STEP).await;
             }
         }
@@ -95,7 +109,8 @@ async fn send(
     };
     let fds: Vec<_> = given.iter().filter_map(Given::fd).collect();
     let question = Request::Provide { number, provided };
-    link.ask(&question, &fds, SOON).await.map(drop)
+    // However long that takes: who does not hear the answer waits for it.
+    link.ask(&question, &fds, EVER).await.map(drop)
 }
 
 impl Lifecycle {

@@ -10,6 +10,7 @@ use crate::registry::Registry;
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request, Troubles};
 use control::{Code, Failure};
+use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -54,29 +55,54 @@ impl Rate {
 
 /// Listens to a process until it ends.
 pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
-    match listen(&lifecycle, &process).await {
-        Err(failure) if failure.code != Code::Gone && !process.has_ended() => tracing::warn!(
-            "tapdisk {} does not tell what goes wrong: {failure}",
-            process.pid()
-        ),
-        _ => {}
+    // Of one that an earlier supervisor has started, the past was told.
+    let mut known = process.is_child().then_some(0);
+    let listen = async || listen(&lifecycle, &process, &mut known).await;
+    until_end(&process, "tell what goes wrong", listen).await;
+}
+
+/// Listens to a process again and again: a moment in which it does not answer, or has no room for a
+/// connection, must not be the end of it. Who does not know the question is asked no more.
+pub(super) async fn until_end(
+    process: &Process,
+    what: &str,
+    mut listen: impl AsyncFnMut() -> Result<Infallible, Failure>,
+) {
+    let mut rate = Rate::new();
+    while !process.has_ended() {
+        let Err(failure) = listen().await;
+        if process.has_died(&failure).await {
+            return;
+        }
+        let is_deaf = matches!(failure.code, Code::Invalid | Code::Unsupported);
+        if is_deaf || rate.is_due() {
+            rate.told();
+            let pid = process.pid();
+            tracing::warn!("tapdisk {pid} does not {what}: {failure}");
+        }
+        if is_deaf {
+            return;
+        }
+        tokio::time::sleep(STEP).await;
     }
 }
 
-async fn listen(lifecycle: &Rc<Lifecycle>, process: &Process) -> Result<(), Failure> {
+async fn listen(
+    lifecycle: &Rc<Lifecycle>,
+    process: &Process,
+    known: &mut Option<u64>,
+) -> Result<Infallible, Failure> {
     let registry = &lifecycle.registry;
     let mut link = process.another_link().await?;
-    // Of one that an earlier supervisor has started, the past was told.
-    let mut known = process.is_child().then_some(0);
     let mut rate = Rate::new();
     loop {
-        let mut told = ask(&mut link, known).await?;
+        let mut told = ask(&mut link, *known).await?;
         while !(rate.is_due() || told.is_stopped && is_served(registry, process)) {
             tokio::time::sleep(STEP).await;
             told = ask(&mut link, None).await?;
         }
         let new = told.count - known.unwrap_or(told.count).min(told.count);
-        known = Some(told.count);
+        *known = Some(told.count);
         let Some(disk) = registry.of_process(process) else {
             continue;
         };

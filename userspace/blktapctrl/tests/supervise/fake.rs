@@ -301,7 +301,8 @@ impl Store for FakeStore {
 }
 
 /// A program that behaves as the files beside it say: `refuse` (its text is the answer to opening),
-/// `die` (ends when it is to open), `hang` (never answers that), and writes what it is asked to `log`.
+/// `die` (ends when it is to open), `hang` (never answers that), `deaf` (ends the connection on which it is
+/// given something, and the file), and writes what it is asked to `log`.
 pub(crate) fn program(dir: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let path = dir.join("fake-tapdisk");
@@ -353,6 +354,7 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
         let answer = match question.body {
             Request::Troubles { after } => Ok(Reply::Troubles(troubles(dir, after))),
             Request::Needs { after } => Ok(needs.after(after)),
+            Request::Provide { .. } if std::fs::remove_file(dir.join("deaf")).is_ok() => return,
             Request::Provide { number, provided } => {
                 needs.provide(number, provided, fds);
                 Ok(Reply::Done)

@@ -197,6 +197,20 @@ fn an_unpause_gives_nothing_that_was_not_named() {
 }
 
 #[test]
+fn what_got_lost_on_the_way_is_given_again() {
+    test("needs-again", |bed| async move {
+        let path = served(&bed);
+        ask(&bed, "ask", &[parent(&path)]);
+        fs::write(bed.dir.join("deaf"), "").expect("write");
+        let minor = bed.made(with(&bed, "a.img", &[&path])).await;
+        assert!(!bed.dir.join("deaf").exists());
+        assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
 fn a_disk_that_is_served_gets_nothing_new() {
     test("needs-later", |bed| async move {
         let path = served(&bed);
