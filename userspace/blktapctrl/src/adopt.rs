@@ -6,7 +6,7 @@ use crate::disk::Disk;
 use crate::folder;
 use crate::kernel;
 use crate::lifecycle::Lifecycle;
-use crate::process::{Process, OPEN, SOON};
+use crate::process::{Process, SOON};
 use crate::record::{Peek, Record, Unread, Want};
 use crate::registry::Registry;
 use crate::state::State;
@@ -183,7 +183,9 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
                 .registry
                 .events
                 .add(Some(disk.minor), What::Failed { message, retry_ms });
-            if disk.doing().is_none() && disk.record.borrow().want == Want::Served {
+            let serves = disk.doing().is_none() && disk.record.borrow().want == Want::Served;
+            // Who waits for a process that is dead goes on without it.
+            if serves || disk.process.borrow().is_none() {
                 lifecycle.revive(&disk, Duration::ZERO).await;
             }
         }
@@ -194,7 +196,8 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
 async fn finish(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>) -> Result<(), Failure> {
     let _turn = disk.turn().await?;
     if disk.doing().is_some() {
-        return disk.unless_doomed(lifecycle.finish(disk, OPEN)).await;
+        let patience = lifecycle.patience.get();
+        return disk.unless_doomed(lifecycle.finish(disk, patience)).await;
     }
     match disk.unless_doomed(lifecycle.serve(disk)).await {
         Ok(_) => Ok(()),

@@ -23,8 +23,11 @@ use tokio::sync::Mutex;
 
 /// How long a tapdisk may take to answer what needs no I/O.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
-/// How long it may take to open an image: it may have to wait for the I/O of a dead one.
-pub(crate) const OPEN: Duration = Duration::from_secs(60);
+/// How long what a dead one has sent over a network is given to be over, as drivers claim it. An older
+/// kernel does not wait for that, so the next process does before it serves.
+const SETTLE: Duration = Duration::from_secs(60);
+/// How long it may take to open an image.
+pub(crate) const OPEN: Duration = Duration::from_secs(60).saturating_add(SETTLE);
 
 /// How tapdisks are started.
 #[derive(Clone, Debug)]

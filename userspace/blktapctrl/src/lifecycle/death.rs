@@ -3,12 +3,16 @@
 
 use super::{needs, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
-use crate::process::{self, Process, OPEN};
+use crate::process::{self, Process};
 use crate::record::Want;
 use control::supervisor::What;
 use control::Failure;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::sync::MutexGuard;
+
+/// Time between two looks whether the I/O of a dead process is over; the kernel tells nobody.
+const LOOK: Duration = Duration::from_millis(20);
 
 impl Lifecycle {
     /// Starts a process that has no disk yet, and watches it from now on.
@@ -72,27 +76,20 @@ impl Lifecycle {
 
     async fn try_to_revive(self: &Rc<Self>, disk: &Rc<Disk>, mut pause: Duration) {
         loop {
-            let waited = disk
-                .unless_doomed(async {
-                    tokio::time::sleep(pause).await;
-                    Ok(())
-                })
-                .await;
-            let Ok(_turn) = (match waited {
-                Ok(()) => disk.turn().await,
-                Err(doomed) => Err(doomed),
-            }) else {
+            let Ok(_turn) = self.turn_after(disk, pause).await else {
                 return;
             };
             if disk.process.borrow().is_some() {
                 return;
             }
             if disk.doing().is_some() {
-                // What waited for the process that is dead goes on without it.
-                if let Err(failure) = disk.unless_doomed(self.finish(disk, OPEN)).await {
+                // What waited for the process that is dead goes on without it, and the disk after that.
+                let finished = self.finish(disk, self.patience.get());
+                if let Err(failure) = disk.unless_doomed(finished).await {
                     tracing::warn!("disk {}: {failure}", disk.minor);
+                    pause = disk.backoff.borrow_mut().died(Duration::ZERO, false);
                 }
-                return;
+                continue;
             }
             if disk.record.borrow().want != Want::Served {
                 return;
@@ -114,6 +111,25 @@ impl Lifecycle {
             };
             self.registry.events.add(Some(disk.minor), what);
         }
+    }
+
+    /// Waits for the turn: not before a pause is over, and not while I/O of the last process may be
+    /// running, when others may have something to do that goes without a process.
+    async fn turn_after<'a>(
+        &self,
+        disk: &'a Disk,
+        pause: Duration,
+    ) -> Result<MutexGuard<'a, ()>, Failure> {
+        let calm = async {
+            tokio::time::sleep(pause).await;
+            // If the kernel does not say, who serves finds out why.
+            while self.is_fencing(disk.minor).unwrap_or(false) {
+                tokio::time::sleep(LOOK).await;
+            }
+            Ok(())
+        };
+        disk.unless_doomed(calm).await?;
+        disk.turn().await
     }
 
     /// Kills the process of a disk; who watches it does nothing about that.

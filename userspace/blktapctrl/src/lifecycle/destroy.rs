@@ -225,7 +225,7 @@ fn busy(node: &kernel::Node, image: &str) -> String {
     }
     match node.status.state.as_str() {
         "fencing" => format!(
-            "I/O of its last process may still reach {image}, so nobody else may have that yet; see whether its storage answers"
+            "I/O of its last process may still reach {image}, so nobody else may have that yet: what went over a network gets a minute to settle; if it takes longer, see whether its storage answers"
         ),
         "open" | "live" => "a process has it open".into(),
         _ => "it is about to be free".into(),

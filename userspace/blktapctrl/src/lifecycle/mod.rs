@@ -17,11 +17,12 @@ mod trouble;
 
 use crate::admission::Admission;
 use crate::disk::Disk;
-use crate::process::Program;
+use crate::process::{Program, OPEN};
 use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::Doing;
 use control::Failure;
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -34,6 +35,9 @@ pub struct Lifecycle {
     pub admission: Admission,
     /// How tapdisks are started.
     program: Program,
+    /// How long is waited for what should not take long: a node that somebody has open, a verb that is
+    /// finished by itself.
+    pub patience: Cell<Duration>,
 }
 
 impl Lifecycle {
@@ -44,6 +48,7 @@ impl Lifecycle {
             admission: Admission::new(registry.clone(), folders),
             registry,
             program,
+            patience: Cell::new(OPEN),
         })
     }
 

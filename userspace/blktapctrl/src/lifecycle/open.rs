@@ -6,7 +6,7 @@ use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::image;
 use crate::link::unexpected;
-use crate::process::{OPEN, SOON};
+use crate::process::SOON;
 use crate::record::Want;
 use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request, State};
@@ -29,7 +29,8 @@ impl Lifecycle {
     ) -> Result<tapdisk::Disk, Failure> {
         check_files(&files)?;
         let _turn = disk.turn().await?;
-        self.make_way(disk, Doing::Open, OPEN).await?;
+        let patience = self.patience.get();
+        self.make_way(disk, Doing::Open, patience).await?;
         if disk.record.borrow().want != Want::Idle {
             return Err(Failure::new(
                 Code::State,

@@ -5,9 +5,7 @@ use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::image::{self, not_the_same};
-use crate::kernel;
 use crate::memory;
-use crate::process::OPEN;
 use crate::record::{Next, Want};
 use control::supervisor::{Doing, What};
 use control::tapdisk::{self, Open, Request, State};
@@ -71,25 +69,21 @@ impl Lifecycle {
 
     /// Waits until the I/O of a process that is dead is over: what it had waits in the kernel, and the
     /// image does not change any more.
-    async fn fenced(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
+    pub(super) async fn fenced(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
         let mut pause = Duration::from_millis(1);
         let over = async {
-            loop {
-                let node = kernel::node(&*self.registry.kernel, disk.minor)
-                    .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
-                if node.is_none_or(|node| node.status.state != "fencing") {
-                    return Ok(());
-                }
+            while self.is_fencing(disk.minor)? {
                 // The kernel tells nobody when it is over.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_millis(50));
             }
+            Ok(())
         };
         tokio::time::timeout(limit, over).await.unwrap_or_else(|_| {
             Err(Failure::new(
                 Code::Timeout,
                 format!(
-                    "I/O of the process of disk {} that ended is not over: see whether its storage answers",
+                    "I/O of the process of disk {} that ended may not be over: what went over a network gets a minute to settle, so wait; if it takes longer, see whether its storage answers",
                     disk.minor
                 ),
             ))
@@ -110,7 +104,8 @@ impl Lifecycle {
     ) -> Result<tapdisk::Disk, Failure> {
         check_files(&files)?;
         let _turn = disk.turn().await?;
-        self.make_way(disk, Doing::Unpause, OPEN).await?;
+        let patience = self.patience.get();
+        self.make_way(disk, Doing::Unpause, patience).await?;
         if disk.doing() == Some(Doing::Unpause) {
             let leads_to = self.leads_to(disk)?;
             if target

@@ -66,32 +66,39 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Opens a node as soon as the I/O of an earlier process is over.
+    /// Opens a node as soon as the I/O of an earlier process is over. That takes as long as it takes: until
+    /// then nobody can serve the disk, and who takes it away ends this.
     async fn open_node(&self, minor: u32) -> Result<OwnedFd, Failure> {
         let mut pause = Duration::from_millis(1);
-        let attempts = async {
-            loop {
-                match self.registry.kernel.open(minor) {
-                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                        // The kernel tells nobody when it is over.
-                        tokio::time::sleep(pause).await;
-                        pause = (pause * 2).min(Duration::from_millis(50));
-                    }
-                    result => return result,
+        let mut since = Instant::now();
+        loop {
+            match self.registry.kernel.open(minor) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+                result => {
+                    return result.map_err(|error| {
+                        Failure::system(format!("cannot open the node of disk {minor}"), &error)
+                    })
                 }
             }
-        };
-        match tokio::time::timeout(OPEN, attempts).await {
-            Ok(result) => result.map_err(|error| {
-                Failure::system(format!("cannot open the node of disk {minor}"), &error)
-            }),
-            Err(_) => Err(Failure::new(
-                Code::Busy,
-                format!(
-                    "the node of disk {minor} stays taken: I/O of an earlier process is not over; see whether its storage answers"
-                ),
-            )),
+            if self.is_fencing(minor)? {
+                since = Instant::now();
+            } else if since.elapsed() >= self.patience.get() {
+                let why = format!(
+                    "the node of disk {minor} stays taken: see which process has it open with fuser -v /dev/xentap/{minor}, and end that"
+                );
+                return Err(Failure::new(Code::Busy, why));
+            }
+            // The kernel tells nobody when it is over.
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
         }
+    }
+
+    /// I/O of the last process of a disk may still be running.
+    pub(super) fn is_fencing(&self, minor: u32) -> Result<bool, Failure> {
+        let node = kernel::node(&*self.registry.kernel, minor)
+            .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
+        Ok(node.is_some_and(|node| node.status.state == "fencing"))
     }
 
     /// Serves a disk: the caller has the turn, and its record says what.

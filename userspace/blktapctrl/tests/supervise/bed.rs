@@ -120,6 +120,21 @@ impl Bed {
         events.into_iter().map(|event| event.what).collect()
     }
 
+    /// I/O of the last process of a disk is running, or is over.
+    pub(crate) fn fencing(&self, minor: u32, is: bool) {
+        let mut nodes = self.kernel.nodes.borrow_mut();
+        nodes.get_mut(&minor).expect("the node").fencing = is;
+    }
+
+    /// Waits until the kernel was asked so many times more.
+    pub(crate) async fn queried(&self, times: u32) {
+        let before = self.kernel.queries.get();
+        until("questions to the kernel", || async {
+            (self.kernel.queries.get() >= before + times).then_some(())
+        })
+        .await;
+    }
+
     /// The processes, sockets and records that there are.
     pub(crate) async fn assert_nothing_left(&self) {
         assert_eq!(self.rows().await, []);

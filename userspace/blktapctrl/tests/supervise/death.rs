@@ -49,6 +49,79 @@ fn a_dead_process_is_replaced_at_once() {
     });
 }
 
+/// What went over a network may be executed for a minute after the death of who sent it.
+#[test]
+fn a_successor_waits_until_the_io_of_the_dead_has_settled() {
+    test("settle", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        let first = bed.row(minor).await.pid.expect("a process");
+        bed.lifecycle.patience.set(Duration::from_millis(1));
+        bed.fencing(minor, true);
+        kill(first);
+        bed.queried(20).await;
+        // It can be paused meanwhile, which is not done before the I/O is over, and is done then.
+        let pause = Request::Pause {
+            which: which(minor),
+            timeout_s: 1,
+        };
+        let failure = bed.ask(pause).await.expect_err("its I/O is not over");
+        assert_eq!(failure.code, Code::Timeout);
+        bed.queried(20).await;
+        bed.fencing(minor, false);
+        until("the end of the pause", || async {
+            let row = bed.row(minor).await;
+            (row.doing.is_none() && row.state.is_none()).then_some(())
+        })
+        .await;
+        assert!(bed.events().contains(&What::Paused));
+        // So does who goes on.
+        bed.fencing(minor, true);
+        let unpause = bed.ask(Request::Unpause {
+            which: which(minor),
+            target: None,
+            may_shrink: false,
+            files: Vec::new(),
+        });
+        let settled = async {
+            bed.queried(20).await;
+            bed.fencing(minor, false);
+        };
+        let (unpaused, ()) = futures::future::join(unpause, settled).await;
+        assert!(matches!(unpaused, Ok(Reply::Opened(_))), "{unpaused:?}");
+        let failed = |what: &What| matches!(what, What::Failed { .. });
+        assert!(!bed.events().iter().any(failed), "{:?}", bed.events());
+    });
+}
+
+/// A verb that its limit ends while the process is dead is done all the same.
+#[test]
+fn a_verb_that_takes_too_long_is_tried_again() {
+    test("finish-again", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.lifecycle.patience.set(Duration::from_millis(1));
+        fs::write(bed.dir.join("slow"), "").expect("write");
+        let pause = Request::Pause {
+            which: which(minor),
+            timeout_s: 1,
+        };
+        let failure = bed.ask(pause).await.expect_err("it does not answer");
+        assert_eq!(failure.code, Code::Timeout);
+        let pid = bed.row(minor).await.pid.expect("a process");
+        // The kernel does not answer either when it is looked for what the dead process left.
+        bed.kernel.mute.set(Some(std::io::ErrorKind::Other));
+        kill(pid);
+        bed.queried(6).await;
+        bed.kernel.mute.set(None);
+        until("the end of the pause", || async {
+            bed.row(minor).await.doing.is_none().then_some(())
+        })
+        .await;
+        assert!(bed.events().contains(&What::Paused));
+    });
+}
+
 #[test]
 fn pauses_grow_while_it_keeps_dying_and_then_it_serves() {
     test("backoff", |bed| async move {

@@ -108,6 +108,8 @@ pub(crate) struct FakeKernel {
     pub(crate) mute: Rc<Cell<Option<io::ErrorKind>>>,
     /// Records cannot be written.
     pub(crate) full: Rc<Cell<bool>>,
+    /// Questions that were asked.
+    pub(crate) queries: Rc<Cell<u32>>,
 }
 
 impl Kernel for FakeKernel {
@@ -120,6 +122,7 @@ impl Kernel for FakeKernel {
     }
 
     fn query(&self, from: u32) -> io::Result<Option<Node>> {
+        self.queries.set(self.queries.get() + 1);
         if let Some(error) = self.mute.get() {
             return Err(error.into());
         }

@@ -225,11 +225,7 @@ fn a_pause_waits_until_the_io_of_a_dead_process_is_over() {
         bed.made(bed.create("a.img")).await;
         let pid = bed.row(0).await.pid.expect("a process");
         fs::write(bed.dir.join("slow"), "").expect("write");
-        let fencing = |is: bool| {
-            let mut nodes = bed.kernel.nodes.borrow_mut();
-            nodes.get_mut(&0).expect("the node").fencing = is;
-        };
-        fencing(true);
+        bed.fencing(0, true);
         let asked = bed.ask(pause(1));
         let death = async {
             until("the question", || async {
@@ -241,7 +237,7 @@ fn a_pause_waits_until_the_io_of_a_dead_process_is_over() {
         let (answer, ()) = futures::future::join(asked, death).await;
         let failure = answer.expect_err("its I/O is not over");
         assert_eq!(failure.code, Code::Timeout);
-        fencing(false);
+        bed.fencing(0, false);
         assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
         assert_eq!(bed.row(0).await.pid, None);
     });
