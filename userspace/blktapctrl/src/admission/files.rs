@@ -110,7 +110,7 @@ impl Admission {
     }
 
     /// What is on the record of it.
-    fn known(&self, disk: &Disk, role: Role, path: &Path) -> Option<Part> {
+    pub(crate) fn known(&self, disk: &Disk, role: Role, path: &Path) -> Option<Part> {
         let record = disk.record.borrow();
         let parts = record
             .next

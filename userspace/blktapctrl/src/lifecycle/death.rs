@@ -132,6 +132,21 @@ impl Lifecycle {
         disk.turn().await
     }
 
+    /// Ends the process of a disk before what it was given leaves the record: nobody else may have that
+    /// while somebody who was told to close it may not have done so. What its guest asks for waits.
+    ///
+    /// # Errors
+    /// It does not end: its storage does not answer the kernel.
+    pub(super) async fn end_process(&self, disk: &Disk) -> Result<(), Failure> {
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            process.end(Duration::ZERO).await?;
+            disk.forget_process();
+            self.registry.note(disk);
+        }
+        Ok(())
+    }
+
     /// Kills the process of a disk; who watches it does nothing about that.
     pub async fn give_up_process(&self, disk: &Disk) {
         let process = disk.process.borrow().clone();

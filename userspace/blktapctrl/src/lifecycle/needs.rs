@@ -66,7 +66,11 @@ async fn listen(
         };
         for need in needs {
             known = known.max(need.number);
-            let answer = lifecycle.provide(process, &need.what).await;
+            let mut answer = lifecycle.provide(process, &need.what).await;
+            // What was decided may have been undone while a file was opened.
+            if answer.is_ok() {
+                answer = lifecycle.still(process, &need.what).and(answer);
+            }
             if let Some(failure) = answer.as_ref().err().filter(|_| heard.refused.is_due()) {
                 heard.refused.told();
                 let why = failure.message.clone();
@@ -130,6 +134,28 @@ impl Lifecycle {
             Needed::Socket { path } => self.connect(&disk, path).await,
             Needed::Other => Err(Failure::unsupported(
                 "this blktapctrl does not know what is asked for: install the one of the tapdisk",
+            )),
+        }
+    }
+
+    /// The process still is that of a disk, on whose record is what it is to be given.
+    fn still(&self, process: &Process, what: &Needed) -> Result<(), Failure> {
+        let role = match what {
+            Needed::Parent { .. } => Some(Role::Parent),
+            Needed::Extent { .. } => Some(Role::Extent),
+            Needed::Socket { .. } => Some(Role::Socket),
+            Needed::State { .. } | Needed::Other => None,
+        };
+        let disk = self.registry.of_process(process);
+        let is_its = disk.is_some_and(|disk| match (role, what.path()) {
+            (Some(role), Some(path)) => self.admission.known(&disk, role, path).is_some(),
+            _ => true,
+        });
+        match is_its && !process.is_dismissed() {
+            true => Ok(()),
+            false => Err(Failure::new(
+                Code::State,
+                "what was asked for is not the disk's any more",
             )),
         }
     }

@@ -124,11 +124,12 @@ impl Lifecycle {
     }
 
     pub(super) async fn finish_close(
-        &self,
+        self: &Rc<Self>,
         disk: &Disk,
         force: bool,
         limit: Duration,
     ) -> Result<(), Failure> {
+        let has_parts = !disk.record.borrow().parts.is_empty();
         if let Ok(process) = disk.serving() {
             match process.ask(&Request::Close, &[], limit).await {
                 Ok(_) => disk.attached.set(false),
@@ -139,14 +140,26 @@ impl Lifecycle {
                     // It has closed it, and could not write all of it back.
                     Ok(status) if status.state == State::Idle => {
                         disk.attached.set(false);
-                        self.drop_image(disk);
+                        self.let_image_go(disk, has_parts).await?;
                         return Err(failure);
                     }
                     _ => return Err(failure),
                 },
             }
         }
+        self.let_image_go(disk, has_parts).await
+    }
+
+    /// The image of a disk is closed. A process that has parts of it makes way for another one.
+    async fn let_image_go(self: &Rc<Self>, disk: &Disk, has_parts: bool) -> Result<(), Failure> {
+        let replaced = has_parts && disk.process.borrow().is_some();
+        if replaced {
+            self.end_process(disk).await?;
+        }
         self.drop_image(disk);
+        if replaced {
+            self.assign(disk, &self.spawn()?)?;
+        }
         Ok(())
     }
 

@@ -165,6 +165,10 @@ impl Lifecycle {
         open.may_shrink = may_shrink;
         let open = with_mode(open, mode);
         let image = image::of(&open).await?;
+        // What belongs to the image that is served no more leaves the record with it.
+        if !disk.record.borrow().parts.is_empty() {
+            disk.unless_doomed(self.end_process(disk)).await?;
+        }
         let committed = self.registry.answered(disk);
         let work = |beside| {
             let next = Next {
@@ -222,6 +226,15 @@ impl Lifecycle {
                 Err(failure)
             }
             Err(failure) => {
+                let parts = disk
+                    .record
+                    .borrow()
+                    .next
+                    .as_ref()
+                    .map(|next| next.parts.len());
+                if parts.is_some_and(|parts| parts > 0) {
+                    self.end_process(disk).await?;
+                }
                 disk.record.borrow_mut().next = None;
                 disk.next_image.replace(None);
                 disk.next_state.replace(None);

@@ -260,6 +260,69 @@ fn a_disk_that_is_served_gets_nothing_new() {
     });
 }
 
+/// What leaves the record of a disk must not stay with its process, whatever that says of it.
+#[test]
+fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
+    test("needs-parted", |bed| async move {
+        let path = served(&bed);
+        let extent = [Needed::Extent { path: path.clone() }];
+        bed.image("b.img", "other");
+        let pause = || Request::Pause {
+            which: which(0),
+            timeout_s: 0,
+        };
+        let unpause = |name: &str, files: &[&Path]| Request::Unpause {
+            which: which(0),
+            target: Some(bed.create(name).open.target),
+            may_shrink: false,
+            files: files.iter().map(|path| path.to_path_buf()).collect(),
+        };
+        let free = || async {
+            ask(&bed, "ask", &[]);
+            let minor = bed.made(bed.create("parent.img")).await;
+            bed.destroy(minor).await;
+        };
+        // An unpause that fails after it was given.
+        bed.made(bed.create("a.img")).await;
+        let first = bed.row(0).await.pid;
+        bed.ask(pause()).await.expect("paused");
+        ask(&bed, "ask", &extent);
+        fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
+        bed.ask(unpause("b.img", &[&path]))
+            .await
+            .expect_err("refused");
+        assert_ne!(bed.row(0).await.pid, first);
+        fs::remove_file(bed.dir.join("refuse")).expect("remove");
+        free().await;
+        // An image of which it is a part is exchanged.
+        ask(&bed, "ask", &extent);
+        bed.ask(unpause("b.img", &[&path])).await.expect("goes on");
+        let second = bed.row(0).await.pid;
+        bed.ask(pause()).await.expect("paused");
+        ask(&bed, "ask", &[]);
+        bed.ask(unpause("a.img", &[])).await.expect("goes on");
+        let third = bed.row(0).await.pid;
+        assert!(third.is_some() && third != second);
+        free().await;
+        // It is closed.
+        bed.destroy(0).await;
+        ask(&bed, "ask", &extent);
+        bed.made(with(&bed, "a.img", &[&path])).await;
+        let fourth = bed.row(0).await.pid;
+        let close = Request::Close {
+            which: which(0),
+            force: false,
+            timeout_s: 0,
+        };
+        bed.ask(close).await.expect("closed");
+        let fifth = bed.row(0).await.pid;
+        assert!(fifth.is_some() && fifth != fourth);
+        free().await;
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
 #[test]
 fn a_server_is_connected_to_again() {
     test("needs-socket", |bed| async move {
