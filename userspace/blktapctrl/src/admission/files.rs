@@ -3,6 +3,7 @@
 //!
 //! A guest writes what a process reads, so a name is worth nothing by itself:
 //!
+//! - It is decided before anything is looked at: what may not be given is not even there for who asks.
 //! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
 //! - It is what the administrator named for the disk, or is in a folder that he named, or in one that the
@@ -22,6 +23,10 @@ use std::sync::Arc;
 
 /// Files and sockets that a disk may have beside its image.
 const MOST: usize = 64;
+/// Bytes of a path.
+const LONGEST: usize = 4096;
+/// Characters of what is no path that are shown.
+const SHOWN: usize = 100;
 
 impl Admission {
     /// Decides whether a disk may have a file, and writes it down. Says also what was written down.
@@ -34,14 +39,18 @@ impl Admission {
         role: Role,
         path: &Path,
     ) -> Result<(Arc<Image>, Part), Failure> {
+        check_path(disk, role, path)?;
+        let known = self.known(disk, role, path);
+        if known.is_none() {
+            self.check_new(disk, role, path)?;
+        }
         let image = image::find(path).await?;
-        if let Some(part) = self.known(disk, role, path) {
+        if let Some(part) = known {
             return match image.is(part.identity, part.born) {
                 true => Ok((image, part)),
                 false => Err(image::not_the_same(&image)),
             };
         }
-        self.check_new(disk, role, path)?;
         if self.images(disk).contains(&image.identity()) {
             return Err(refused(
                 disk,
@@ -85,13 +94,14 @@ impl Admission {
     /// # Errors
     /// As [`file`](Self::file).
     pub async fn socket(&self, disk: &Disk, path: &Path) -> Result<(Arc<Image>, bool), Failure> {
-        let place = path.to_path_buf();
-        let socket = apart(path, LIMIT, move || Image::socket(&place)).await?;
-        let socket = Arc::new(socket);
+        check_path(disk, Role::Socket, path)?;
         let known = self.known(disk, Role::Socket, path).is_some();
         if !known {
             self.check_new(disk, Role::Socket, path)?;
         }
+        let place = path.to_path_buf();
+        let socket = apart(path, LIMIT, move || Image::socket(&place)).await?;
+        let socket = Arc::new(socket);
         // A server that comes back makes a new socket, so its place is looked at each time.
         self.check_named(disk, Role::Socket, path, socket.clone())
             .await?;
@@ -202,6 +212,24 @@ fn named(disk: &Disk) -> Vec<PathBuf> {
     let record = disk.record.borrow();
     let next = record.next.as_ref();
     next.map_or(&record.files, |next| &next.files).clone()
+}
+
+/// What a process names is shown and looked at only if it is a path, and could be an image's: nobody writes
+/// lines of their own into the log by it.
+fn check_path(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
+    let text = path.to_string_lossy();
+    let why = match () {
+        () if text.len() > LONGEST => format!("a path has {LONGEST} bytes at most"),
+        () if text.contains(char::is_control) => "it has control characters".into(),
+        () if !path.is_absolute() => "it is no absolute path".into(),
+        () => return Ok(()),
+    };
+    let shown: String = text.chars().take(SHOWN).collect();
+    let message = format!(
+        "disk {} may not have {shown:?} as its {role}: {why}; see to what the image names",
+        disk.minor
+    );
+    Err(Failure::new(Code::Denied, message))
 }
 
 /// What an administrator names must be clear, whatever the folder is that a program runs in.

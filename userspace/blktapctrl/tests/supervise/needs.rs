@@ -125,6 +125,22 @@ fn what_nobody_named_is_refused_with_the_remedy() {
         ask(&bed, "ask", &[parent(&bed.dir.join("a.img"))]);
         let why = refused(&bed, bed.create("a.img")).await;
         assert!(why.contains("the image itself"), "{why}");
+        let long = format!("/{}", "x".repeat(5000));
+        for (path, wrong) in [
+            ("/srv/a\nblktapctrl: all is well", "control characters"),
+            ("../a.img", "no absolute path"),
+            (&long, "bytes at most"),
+        ] {
+            for need in [
+                parent(Path::new(path)),
+                Needed::Socket { path: path.into() },
+            ] {
+                ask(&bed, "ask", &[need]);
+                let why = refused(&bed, with(&bed, "a.img", &[Path::new("/")])).await;
+                assert!(why.contains(wrong), "{why}");
+                assert!(!why.contains('\n') && why.len() < 400, "{why}");
+            }
+        }
         ask(&bed, "ask", &[Needed::Other]);
         let why = refused(&bed, bed.create("a.img")).await;
         assert!(why.contains("does not know"), "{why}");
@@ -223,6 +239,13 @@ fn a_disk_that_is_served_gets_nothing_new() {
         ask(&bed, "ask-later", &[parent(&other)]);
         let failure = resize().await.expect_err("it may not");
         assert_eq!(failure.code, Code::Denied);
+        assert!(
+            failure.message.contains("not on the disk's record"),
+            "{failure}"
+        );
+        // Nor is it told what there is.
+        ask(&bed, "ask-later", &[parent(&bed.dir.join("none"))]);
+        let failure = resize().await.expect_err("it may not");
         assert!(
             failure.message.contains("not on the disk's record"),
             "{failure}"
