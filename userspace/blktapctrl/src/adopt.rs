@@ -130,7 +130,7 @@ fn keep_state(disk: &Disk, process: &Process) {
         Some(_) => &disk.next_state,
         None => &disk.state,
     };
-    match State::held_by(process.pid(), disk.minor) {
+    match State::held_by(process.known(), disk.minor) {
         Ok(state) => drop(place.replace(state)),
         Err(failure) => tracing::warn!("{failure}"),
     }

@@ -5,9 +5,11 @@
 //! It is held by the process and by the supervisor, and outlives either of the two, not both: so it is
 //! for what a successor would have to find out or count anew, and not for what only it knows.
 
+use crate::record::Known;
 use control::{Code, Failure};
 use rustix::fs::{fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use std::cell::Cell;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -19,6 +21,8 @@ pub const LARGEST: u64 = 1 << 20;
 pub struct State {
     memory: OwnedFd,
     size: u64,
+    /// The last process that it was given to.
+    holder: Cell<Option<Known>>,
 }
 
 /// Nobody can change its size, or allow that again: who maps it cannot be made to fault, and nobody can
@@ -55,7 +59,11 @@ impl State {
                 &error.into(),
             )
         })?;
-        Ok(State { memory, size })
+        Ok(State {
+            memory,
+            size,
+            holder: Cell::default(),
+        })
     }
 
     /// Finds the one that an earlier supervisor gave to a process, which has it open. The process may
@@ -63,7 +71,8 @@ impl State {
     ///
     /// # Errors
     /// It cannot be said whether there is one, or it is none of ours.
-    pub fn held_by(pid: u32, minor: u32) -> Result<Option<State>, Failure> {
+    pub fn held_by(process: Known, minor: u32) -> Result<Option<State>, Failure> {
+        let pid = process.pid;
         let unseen = |error| {
             Failure::system(
                 format!("cannot look for the state of disk {minor} at tapdisk {pid}"),
@@ -80,7 +89,9 @@ impl State {
             let flags = OFlags::RDWR | OFlags::CLOEXEC;
             let memory = rustix::fs::open(&path, flags, Mode::empty());
             let memory = memory.map_err(|error| unseen(error.into()))?;
-            return State::of(memory, minor).map(Some);
+            let state = State::of(memory, minor)?;
+            state.holder.set(Some(process));
+            return Ok(Some(state));
         }
         Ok(None)
     }
@@ -92,12 +103,44 @@ impl State {
             .and_then(|stat| u64::try_from(stat.st_size).ok());
         let sealed = fcntl_get_seals(&memory).is_ok_and(|found| found.contains(seals()));
         match size {
-            Some(size) if sealed && size <= LARGEST => Ok(State { memory, size }),
+            Some(size) if sealed && size <= LARGEST => Ok(State {
+                memory,
+                size,
+                holder: Cell::default(),
+            }),
             _ => Err(Failure::new(
                 Code::Invalid,
                 format!("what the process of disk {minor} holds as its state is none: it starts without"),
             )),
         }
+    }
+
+    /// Finds the state that a process is given: the one that is there, or a new one, because who asks for
+    /// another size does not know the old one. A process has one: else it could keep any number.
+    ///
+    /// # Errors
+    /// It has one of another size, or the system refuses to make one.
+    pub fn give(
+        place: &mut Option<State>,
+        minor: u32,
+        size: u64,
+        to: Known,
+    ) -> Result<OwnedFd, Failure> {
+        let state = match place {
+            Some(state) if state.size == size => state,
+            Some(state) if state.holder.get() == Some(to) => {
+                return Err(Failure::new(
+                    Code::Exists,
+                    format!(
+                        "tapdisk {} has a state of {} bytes for disk {minor}, and gets none of {size}",
+                        to.pid, state.size
+                    ),
+                ));
+            }
+            place => place.insert(State::make(minor, size)?),
+        };
+        state.holder.set(Some(to));
+        state.open()
     }
 
     /// Opens it for a process, which shares nothing else with those before it, such as a place to read
@@ -121,9 +164,30 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::{State, LARGEST};
+    use super::{Known, State, LARGEST};
     use std::fs::File;
     use std::io::{Read, Write};
+
+    fn us() -> Known {
+        let (pid, started) = (std::process::id(), 1);
+        Known { pid, started }
+    }
+
+    #[test]
+    fn a_process_has_one_state_and_the_next_may_want_another() {
+        let mut place = None;
+        State::give(&mut place, 3, 512, us()).expect("the first");
+        State::give(&mut place, 3, 512, us()).expect("the same");
+        let failure = State::give(&mut place, 3, 4096, us()).expect_err("another");
+        assert!(failure.message.contains("512 bytes"), "{failure}");
+        let next = Known { pid: 1, started: 2 };
+        // What cannot be made takes nothing away.
+        assert!(State::give(&mut place, 3, LARGEST + 1, next).is_err());
+        assert_eq!(place.as_ref().map(State::size), Some(512));
+        State::give(&mut place, 3, 4096, next).expect("of its own");
+        assert!(State::give(&mut place, 3, 512, next).is_err());
+        assert_eq!(place.as_ref().map(State::size), Some(4096));
+    }
 
     fn file(state: &State) -> File {
         File::from(state.open().expect("a descriptor"))
@@ -145,12 +209,11 @@ mod tests {
 
     #[test]
     fn is_found_at_the_process_that_holds_it() {
-        let pid = std::process::id();
-        let none = State::held_by(pid, 4_000_000_001).expect("descriptors");
+        let none = State::held_by(us(), 4_000_000_001).expect("descriptors");
         assert!(none.is_none());
         let state = State::make(4_000_000_002, 512).expect("a state");
         file(&state).write_all(b"left").expect("write");
-        let found = State::held_by(pid, 4_000_000_002).expect("descriptors");
+        let found = State::held_by(us(), 4_000_000_002).expect("descriptors");
         let mut text = [0; 4];
         let found = found.expect("the state");
         file(&found).read_exact(&mut text).expect("read");
@@ -159,6 +222,6 @@ mod tests {
         let name = super::name(4_000_000_003);
         let other = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
         let _other = other.expect("memory");
-        assert!(State::held_by(pid, 4_000_000_003).is_err());
+        assert!(State::held_by(us(), 4_000_000_003).is_err());
     }
 }

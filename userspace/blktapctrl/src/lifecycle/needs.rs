@@ -128,7 +128,7 @@ impl Lifecycle {
             Failure::new(Code::State, "a process without a disk is given nothing")
         })?;
         match what {
-            Needed::State { size } => state(&disk, *size),
+            Needed::State { size } => state(&disk, process, *size),
             Needed::Parent { path } => self.file(&disk, Role::Parent, path).await,
             Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
             Needed::Socket { path } => self.connect(&disk, path).await,
@@ -209,18 +209,12 @@ async fn connect(socket: &Image, path: &Path) -> Result<OwnedFd, Failure> {
     }
 }
 
-/// The state that is the disk's, or a new one. Who asks for another size does not know the old one.
-fn state(disk: &Disk, size: u64) -> Result<(Given, Provided), Failure> {
+/// The state that is the disk's, or a new one.
+fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided), Failure> {
     let place = match disk.record.borrow().next {
         Some(_) => &disk.next_state,
         None => &disk.state,
     };
-    let mut place = place.borrow_mut();
-    let state = match place.take().filter(|state| state.size() == size) {
-        Some(state) => state,
-        None => State::make(disk.minor, size)?,
-    };
-    let fd = state.open();
-    place.replace(state);
-    fd.map(|fd| (Given::Other(fd), Provided::Shared))
+    let fd = State::give(&mut place.borrow_mut(), disk.minor, size, process.known())?;
+    Ok((Given::Other(fd), Provided::Shared))
 }
