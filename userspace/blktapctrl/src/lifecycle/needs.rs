@@ -9,20 +9,21 @@ use crate::image::{Image, Opened};
 use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Role;
+use crate::registry::Registry;
 use crate::state::State;
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::net::UnixStream;
 
 /// How long a server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
-/// Needs of a process that are answered at once.
+/// Answers of a process, and to it, that do not wait.
 const BURST: u64 = 256;
 /// Time between any more, so that a process that asks all the time does not keep the supervisor busy.
 const STEP: Duration = Duration::from_millis(10);
@@ -36,15 +37,55 @@ pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
 
 /// What is known of a process, over all connections to it.
 struct Heard {
-    answered: u64,
+    messages: u64,
     refused: Rate,
+    reconnected: Rate,
 }
 
 impl Heard {
     fn new() -> Heard {
         Heard {
-            answered: 0,
+            messages: 0,
             refused: Rate::new(),
+            reconnected: Rate::new(),
+        }
+    }
+
+    /// There was one more message. Who sends many waits between them, whatever they say.
+    async fn count(&mut self) {
+        self.messages = self.messages.saturating_add(1);
+        if self.messages > BURST {
+            tokio::time::sleep(STEP).await;
+        }
+    }
+
+    /// Tells about an answer, not more often than somebody can read it.
+    fn tell(
+        &mut self,
+        registry: &Registry,
+        process: &Process,
+        answer: &Result<(Given, Provided), Failure>,
+    ) {
+        let (rate, what) = match answer {
+            Err(failure) => {
+                let why = failure.message.clone();
+                (&mut self.refused, What::Refused { why })
+            }
+            Ok((
+                Given::Server {
+                    again: Some(path), ..
+                },
+                _,
+            )) => {
+                let path = path.clone();
+                (&mut self.reconnected, What::Reconnected { path })
+            }
+            Ok(_) => return,
+        };
+        if rate.is_due() {
+            rate.told();
+            let minor = registry.of_process(process).map(|disk| disk.minor);
+            registry.events.add(minor, what);
         }
     }
 }
@@ -54,7 +95,6 @@ async fn listen(
     process: &Process,
     heard: &mut Heard,
 ) -> Result<Infallible, Failure> {
-    let registry = &lifecycle.registry;
     let mut link = process.another_link().await?;
     // What an earlier connection was told and did not answer is told again.
     let mut known = 0;
@@ -64,6 +104,7 @@ async fn listen(
             Reply::Needs { needs } => needs,
             reply => return Err(unexpected(&reply)),
         };
+        heard.count().await;
         for need in needs {
             known = known.max(need.number);
             let mut answer = lifecycle.provide(process, &need.what).await;
@@ -71,17 +112,9 @@ async fn listen(
             if answer.is_ok() {
                 answer = lifecycle.still(process, &need.what).and(answer);
             }
-            if let Some(failure) = answer.as_ref().err().filter(|_| heard.refused.is_due()) {
-                heard.refused.told();
-                let why = failure.message.clone();
-                let minor = registry.of_process(process).map(|disk| disk.minor);
-                registry.events.add(minor, What::Refused { why });
-            }
+            heard.tell(&lifecycle.registry, process, &answer);
             send(&mut link, need.number, answer).await?;
-            heard.answered += 1;
-            if heard.answered > BURST {
-                tokio::time::sleep(STEP).await;
-            }
+            heard.count().await;
         }
     }
 }
@@ -89,15 +122,21 @@ async fn listen(
 /// What is sent along.
 enum Given {
     File(Opened),
-    /// Closing it waits for nobody.
-    Other(OwnedFd),
+    /// A connection. Closing it waits for nobody.
+    Server {
+        stream: OwnedFd,
+        /// Not the first one to this socket.
+        again: Option<PathBuf>,
+    },
+    /// Memory.
+    State(OwnedFd),
 }
 
 impl Given {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Given::File(opened) => opened.fd(),
-            Given::Other(fd) => Some(fd.as_fd()),
+            Given::Server { stream: fd, .. } | Given::State(fd) => Some(fd.as_fd()),
         }
     }
 }
@@ -181,13 +220,8 @@ impl Lifecycle {
     async fn connect(&self, disk: &Disk, path: &Path) -> Result<(Given, Provided), Failure> {
         let (socket, again) = self.admission.socket(disk, path).await?;
         let stream = connect(&socket, path).await?;
-        if again {
-            let path = path.to_path_buf();
-            self.registry
-                .events
-                .add(Some(disk.minor), What::Reconnected { path });
-        }
-        Ok((Given::Other(stream), Provided::Shared))
+        let again = again.then(|| path.to_path_buf());
+        Ok((Given::Server { stream, again }, Provided::Shared))
     }
 }
 
@@ -216,5 +250,5 @@ fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided),
         None => &disk.state,
     };
     let fd = State::give(&mut place.borrow_mut(), disk.minor, size, process.known())?;
-    Ok((Given::Other(fd), Provided::Shared))
+    Ok((Given::State(fd), Provided::Shared))
 }

@@ -20,6 +20,8 @@ const FIRST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(60);
 /// Time between two looks at a process that has much to tell, and between two attempts to pause it.
 const STEP: Duration = Duration::from_secs(1);
+/// Time until a process is asked again that answered without news.
+const NOTHING: Duration = Duration::from_millis(100);
 /// How long a process may take to pause its disk.
 const PAUSE: Duration = Duration::from_secs(120);
 
@@ -103,7 +105,12 @@ async fn listen(
         }
         let new = told.count - known.unwrap_or(told.count).min(told.count);
         *known = Some(told.count);
-        let Some(disk) = registry.of_process(process) else {
+        let disk = registry.of_process(process);
+        if new == 0 || disk.is_none() {
+            // It has nothing to say, or nobody to say it of: who answers all the same is asked later.
+            tokio::time::sleep(NOTHING).await;
+        }
+        let Some(disk) = disk else {
             continue;
         };
         if new > 0 || (told.is_stopped && is_served(registry, process)) {

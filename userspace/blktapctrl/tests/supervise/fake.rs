@@ -305,7 +305,7 @@ impl Store for FakeStore {
 
 /// A program that behaves as the files beside it say: `refuse` (its text is the answer to opening),
 /// `die` (ends when it is to open), `hang` (never answers that), `deaf` (ends the connection on which it is
-/// given something, and the file), and writes what it is asked to `log`.
+/// given something, and the file), `chatty` (answers at once, with no news), and writes what it is asked to `log`.
 pub(crate) fn program(dir: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let path = dir.join("fake-tapdisk");
@@ -355,6 +355,11 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
     while let Ok(Some((question, fds))) = channel.receive::<Request>() {
         let exit = question.body == Request::Exit;
         let answer = match question.body {
+            Request::Troubles { .. } | Request::Needs { .. } if dir.join("chatty").exists() => {
+                note(dir, "chat");
+                let troubles = matches!(question.body, Request::Troubles { .. });
+                Ok(no_news(troubles))
+            }
             Request::Troubles { after } => Ok(Reply::Troubles(troubles(dir, after))),
             Request::Needs { after } => Ok(needs.after(after)),
             Request::Provide { .. } if std::fs::remove_file(dir.join("deaf")).is_ok() => return,
@@ -374,6 +379,17 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
         if sent.is_err() {
             return;
         }
+    }
+}
+
+fn no_news(troubles: bool) -> Reply {
+    match troubles {
+        true => Reply::Troubles(Troubles {
+            count: 0,
+            last: None,
+            is_stopped: false,
+        }),
+        false => Reply::Needs { needs: Vec::new() },
     }
 }
 

@@ -10,6 +10,7 @@ use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// What the next process will ask for.
 fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
@@ -221,6 +222,24 @@ fn what_got_lost_on_the_way_is_given_again() {
         let minor = bed.made(with(&bed, "a.img", &[&path])).await;
         assert!(!bed.dir.join("deaf").exists());
         assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn who_answers_all_the_time_is_asked_now_and_then() {
+    test("needs-chatty", |bed| async move {
+        bed.image("a.img", "A");
+        fs::write(bed.dir.join("chatty"), "").expect("write");
+        let start = Instant::now();
+        let minor = bed.made(bed.create("a.img")).await;
+        let chat = || bed.log().iter().filter(|line| *line == "chat").count();
+        until("questions", || async { (chat() >= 300).then_some(()) }).await;
+        // 256 at once, then one in 10 ms, and one in 100 ms of what goes wrong.
+        let (count, since) = (chat(), start.elapsed());
+        let most = 256 + since.as_millis() / 10 + since.as_millis() / 100 + 4;
+        assert!(u128::try_from(count).expect("a number") <= most);
         bed.destroy(minor).await;
         bed.assert_nothing_left().await;
     });
