@@ -123,7 +123,11 @@ fn beside(context: &mut Context) -> Result<()> {
     // The driver that comes later takes what is ours, and nothing else.
     // The supervisor has the driver's control node open.
     context.take_supervisor()?.stop()?;
-    sh::run(&["rmmod", Driver::Rs.sys_module()])?;
+    // What the last disk of the case before held of the module is given back behind its end.
+    sh::wait_for("a module that nobody uses", SOON, || {
+        let end = sh::status(&["rmmod", Driver::Rs.sys_module()], SOON)?;
+        Ok(end.rc == 0)
+    })?;
     let foreign = Played::make("vbd3", 9000, theirs[0].1)?;
     let ours = Played::make("vbd3", 9001, &[("tap-server", "blktapctrl")])?;
     let before = foreign.all()?;
