@@ -91,11 +91,11 @@ const BLKBACK: &[&[&str]] = &[
 
 const SUPERVISOR: &[&[&str]] = &[
     &[
-        "apart", "backoff", "events", "folder", "kernel", "link", "state", "store",
+        "apart", "backoff", "events", "folder", "kernel", "link", "store",
     ],
     &["image", "memory", "nodes"],
     &["record"],
-    &["process"],
+    &["process", "state"],
     &["disk"],
     &["registry"],
     &["admission"],
