@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk in all its states, as the supervisor sees it.
 
-use crate::kept::{self, Kept};
+mod counts;
+mod end;
+
+use crate::kept::Kept;
 use crate::link::Link;
 use crate::lost::Lost;
 use crate::scrub::{self, Scrub};
@@ -9,9 +12,9 @@ use crate::told::{describe, described, fence, node, params, UNFIT};
 use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
-use control::tapdisk::{self, Engine, Needed, Open, Process, Reply, Request, State, Status};
+use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure, Target};
-use diskio::{Errno, Gate, Runtime};
+use diskio::{Gate, Runtime};
 use drivers::{Fence, Shape};
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
@@ -20,7 +23,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use std::time::Duration;
 use tapdev::{KernelNode, Params, Tap};
 
 /// Turns of the loop after which descriptors are looked at, although there is still work.
@@ -28,13 +30,6 @@ const ROUNDS: u32 = 16;
 
 /// Turns of the loop after which the time is looked at, although there is still work.
 const KEEP: u64 = 1024;
-
-/// How long the disk waits for something that it can do without.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How often, and how soon, the kernel is told again that nothing is under way.
-const RESTS: u32 = 3;
-const MOMENT: Duration = Duration::from_millis(1);
 
 /// The disk of this process. Questions that change something are answered one after the other.
 #[derive(Debug)]
@@ -471,59 +466,6 @@ impl Session {
         Ok(())
     }
 
-    /// Asks for the memory that outlives this process, and goes on with what an earlier one counted.
-    async fn find_kept(&self) {
-        let size = kept::SIZE;
-        let ask = async { Ok(self.needs.ask(Needed::State { size }).await) };
-        let found = match self.runtime.io.within(PATIENCE, ask).await {
-            Ok(Ok(given)) => Kept::new(given.fd).map_err(io::Error::from),
-            Ok(Err(failure)) => Err(io::Error::other(failure)),
-            Err(error) => Err(error.into()),
-        };
-        let is_new = self.kept.borrow().is_none();
-        match found {
-            Ok((kept, before)) => {
-                if let Some(before) = before.filter(|_| is_new) {
-                    *self.stats.borrow_mut() = before;
-                }
-                *self.kept.borrow_mut() = Some(Rc::new(kept));
-            }
-            Err(error) => self.note("the next process will count from 0", &error),
-        }
-    }
-
-    /// Leaves what was counted to the next process, if it is time for that or must be.
-    fn keep(&self, must: bool) {
-        let Some(kept) = self.kept.borrow().clone() else {
-            return;
-        };
-        let stats = self.stats.borrow();
-        match kept.is_due(&stats) {
-            None => {}
-            // Nothing else may happen any more that would wake us by then.
-            Some(time) if !must && !time.is_zero() => self.keep_later(&kept, time),
-            Some(_) => {
-                if let Err(error) = kept.write(&stats) {
-                    self.note("what was counted is not kept", &error.into());
-                }
-            }
-        }
-    }
-
-    fn keep_later(&self, kept: &Rc<Kept>, time: Duration) {
-        if !kept.must_await() {
-            return;
-        }
-        let (runtime, kept) = (self.runtime.clone(), kept.clone());
-        self.runtime.tasks.spawn(async move {
-            match runtime.io.sleep(time).await {
-                Ok(()) => kept.awaited(),
-                // From now on it waits until something else happens.
-                Err(error) => eprintln!("tapdisk: what was counted is kept late: {error}"),
-            }
-        });
-    }
-
     /// Makes the engine the one that is asked for.
     fn select(&self, open: &Open) -> Result<Engine, Failure> {
         let io = &self.runtime.io;
@@ -565,53 +507,6 @@ impl Session {
         })
     }
 
-    /// Ends serving, and closes the image, which others may use then.
-    async fn pause(&self) -> Result<Reply, Failure> {
-        let Some(server) = self.state.borrow().server.clone() else {
-            return Err(Failure::new(Code::State, "the disk does not run"));
-        };
-        // The guest still goes on: it waits only for what it writes meanwhile.
-        let early = match server.is_read_only() {
-            true => Ok(()),
-            false => server.disk().flush().await,
-        };
-        server.quiesce().await;
-        let inactive = server.disk().inactivate().await;
-        // Each says what the other does not.
-        let inactive = match early {
-            Err(error) if error != Errno::OPNOTSUPP => Err(error),
-            _ => inactive,
-        };
-        if let Err(error) = inactive {
-            self.lost.add(error);
-        }
-        let closed = self.stop(server).await;
-        inactive.map_err(|error| {
-            Failure::system("not all of the image could be made durable", &error.into())
-        })?;
-        closed.map(|()| Reply::Done)
-    }
-
-    async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
-        server.quiesce().await;
-        let closed = server.disk().close().await;
-        if let Err(error) = closed {
-            self.lost.add(error);
-        }
-        {
-            let mut state = self.state.borrow_mut();
-            state.server = None;
-            state.disk = None;
-        }
-        self.keep(true);
-        // Nothing of ours may hold pages of the arena.
-        self.runtime
-            .io
-            .register(None)
-            .map_err(|error| Failure::system("cannot release the arena", &error))?;
-        closed.map_err(|error| Failure::system("the image was not closed in order", &error.into()))
-    }
-
     async fn resize(&self) -> Result<Reply, Failure> {
         let (tap, server, params, disk) = {
             let state = self.state.borrow();
@@ -639,66 +534,6 @@ impl Session {
         state.params = Some(params);
         state.disk = Some(disk.clone());
         Ok(Reply::Disk(disk))
-    }
-
-    /// Ends serving and gives the node back, whatever the state.
-    async fn close(&self) -> Result<Reply, Failure> {
-        let server = self.state.borrow().server.clone();
-        let stopped = match server {
-            Some(server) => self.stop(server).await,
-            None => Ok(()),
-        };
-        if stopped.is_ok() {
-            self.rest().await;
-        }
-        let link = self.state.borrow().link.clone();
-        if link.is_some_and(|link| link.is_parked()) {
-            // The node is not given back as long as a command waits there.
-            self.runtime
-                .io
-                .close_uring()
-                .map_err(|error| Failure::system("cannot close the ring", &error))?;
-        }
-        *self.state.borrow_mut() = Inner::default();
-        self.change_image(None);
-        stopped.map(|()| Reply::Done)
-    }
-
-    /// Tells the kernel that nothing is under way any more, if it would have to assume otherwise: the next
-    /// process need not wait.
-    async fn rest(&self) {
-        let (tap, link, fence) = {
-            let state = self.state.borrow();
-            (state.tap.clone(), state.link.clone(), state.fence)
-        };
-        let (Some(tap), Some(link), Some(tapdev::Fence::Session { .. })) = (tap, link, fence)
-        else {
-            return;
-        };
-        // What failed may have been given up here, and be executed all the same.
-        let io = &self.runtime.io;
-        if io.transfers() > 0 || self.troubles.has_any() || self.lost.has_any() {
-            return;
-        }
-        let mut told = tap.rest();
-        for _ in 0..RESTS {
-            // What a command brought after the server stopped goes back first.
-            if told.is_ok() || !link.has_commands() || io.sleep(MOMENT).await.is_err() {
-                break;
-            }
-            told = tap.rest();
-        }
-        if let Err(error) = told {
-            self.note("the next process waits as if this one had died", &error);
-        }
-    }
-
-    /// Finishes and commits what was fetched, gives everything back, and ends the process.
-    pub async fn leave(&self) -> Result<(), Failure> {
-        let _alone = self.gate.alone().await;
-        let closed = self.close().await;
-        self.end();
-        closed.map(drop)
     }
 
     fn status(&self) -> Status {

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The end of serving: for a while, or for good.
+
+use super::{Inner, Session};
+use crate::Server;
+use control::tapdisk::Reply;
+use control::{Code, Failure};
+use diskio::Errno;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How often, and how soon, the kernel is told again that nothing is under way.
+const RESTS: u32 = 3;
+const MOMENT: Duration = Duration::from_millis(1);
+
+impl Session {
+    /// Ends serving, and closes the image, which others may use then.
+    pub(super) async fn pause(&self) -> Result<Reply, Failure> {
+        let Some(server) = self.state.borrow().server.clone() else {
+            return Err(Failure::new(Code::State, "the disk does not run"));
+        };
+        // The guest still goes on: it waits only for what it writes meanwhile.
+        let early = match server.is_read_only() {
+            true => Ok(()),
+            false => server.disk().flush().await,
+        };
+        server.quiesce().await;
+        let inactive = server.disk().inactivate().await;
+        // Each says what the other does not.
+        let inactive = match early {
+            Err(error) if error != Errno::OPNOTSUPP => Err(error),
+            _ => inactive,
+        };
+        if let Err(error) = inactive {
+            self.lost.add(error);
+        }
+        let closed = self.stop(server).await;
+        inactive.map_err(|error| {
+            Failure::system("not all of the image could be made durable", &error.into())
+        })?;
+        closed.map(|()| Reply::Done)
+    }
+
+    async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
+        server.quiesce().await;
+        let closed = server.disk().close().await;
+        if let Err(error) = closed {
+            self.lost.add(error);
+        }
+        {
+            let mut state = self.state.borrow_mut();
+            state.server = None;
+            state.disk = None;
+        }
+        self.keep(true);
+        // Nothing of ours may hold pages of the arena.
+        self.runtime
+            .io
+            .register(None)
+            .map_err(|error| Failure::system("cannot release the arena", &error))?;
+        closed.map_err(|error| Failure::system("the image was not closed in order", &error.into()))
+    }
+
+    /// Ends serving and gives the node back, whatever the state.
+    pub(super) async fn close(&self) -> Result<Reply, Failure> {
+        let server = self.state.borrow().server.clone();
+        let stopped = match server {
+            Some(server) => self.stop(server).await,
+            None => Ok(()),
+        };
+        if stopped.is_ok() {
+            self.rest().await;
+        }
+        let link = self.state.borrow().link.clone();
+        if link.is_some_and(|link| link.is_parked()) {
+            // The node is not given back as long as a command waits there.
+            self.runtime
+                .io
+                .close_uring()
+                .map_err(|error| Failure::system("cannot close the ring", &error))?;
+        }
+        *self.state.borrow_mut() = Inner::default();
+        self.change_image(None);
+        stopped.map(|()| Reply::Done)
+    }
+
+    /// Tells the kernel that nothing is under way any more, if it would have to assume otherwise: the next
+    /// process need not wait.
+    async fn rest(&self) {
+        let (tap, link, fence) = {
+            let state = self.state.borrow();
+            (state.tap.clone(), state.link.clone(), state.fence)
+        };
+        let (Some(tap), Some(link), Some(tapdev::Fence::Session { .. })) = (tap, link, fence)
+        else {
+            return;
+        };
+        // What failed may have been given up here, and be executed all the same.
+        let io = &self.runtime.io;
+        if io.transfers() > 0 || self.troubles.has_any() || self.lost.has_any() {
+            return;
+        }
+        let mut told = tap.rest();
+        for _ in 0..RESTS {
+            // What a command brought after the server stopped goes back first.
+            if told.is_ok() || !link.has_commands() || io.sleep(MOMENT).await.is_err() {
+                break;
+            }
+            told = tap.rest();
+        }
+        if let Err(error) = told {
+            self.note("the next process waits as if this one had died", &error);
+        }
+    }
+
+    /// Finishes and commits what was fetched, gives everything back, and ends the process.
+    pub async fn leave(&self) -> Result<(), Failure> {
+        let _alone = self.gate.alone().await;
+        let closed = self.close().await;
+        self.end();
+        closed.map(drop)
+    }
+}
