@@ -7,7 +7,7 @@ use common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Region, Runtime};
-use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
+use drivers::{Attributes, Disk, Driver, Fence, Shape};
 use ring::response::Status;
 use ring::tap::shadow::Op;
 use std::cell::RefCell;
@@ -37,15 +37,7 @@ fn behind(settle_ms: u32) -> Elsewhere {
 
 impl Driver for Elsewhere {
     async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
-            size: SIZE,
-            logical_block: 512,
-            physical_block: 512,
-            discard: None,
-            write_cache: true,
-            fua: false,
-            limits: Limits::default(),
-        })
+        Ok(common::shape(true))
     }
     fn fence(&self) -> Fence {
         self.fence

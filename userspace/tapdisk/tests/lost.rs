@@ -7,7 +7,7 @@ use common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
+use drivers::{Attributes, Disk, Driver, Fence, Shape};
 use ring::response::Status;
 use ring::tap::shadow::{self, Op};
 use std::io::{Read, Write};
@@ -23,15 +23,7 @@ struct Losing {
 
 impl Driver for Losing {
     async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
-            size: SIZE,
-            logical_block: 512,
-            physical_block: 512,
-            discard: None,
-            write_cache: true,
-            fua: false,
-            limits: Limits::default(),
-        })
+        Ok(common::shape(true))
     }
     fn fence(&self) -> Fence {
         Fence::Local

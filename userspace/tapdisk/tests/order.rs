@@ -123,6 +123,16 @@ impl Lab {
         Self::with(Terms::default())
     }
 
+    /// The storage is full, and the disk waits for room.
+    fn full() -> Self {
+        let lab = Self::with(Terms {
+            on_no_space: OnError::Stop,
+            ..Terms::default()
+        });
+        lab.driver.0.write_fails.set(Some(Errno::NOSPC));
+        lab
+    }
+
     fn with(terms: Terms) -> Self {
         Self::on(Fake::new(8).unwrap(), Slow::default(), terms)
     }
@@ -315,11 +325,7 @@ fn flush_that_failed_is_never_tried_again() {
 
 #[test]
 fn durable_write_without_room_is_tried_again() {
-    let mut lab = Lab::with(Terms {
-        on_no_space: OnError::Stop,
-        ..Terms::default()
-    });
-    lab.driver.0.write_fails.set(Some(Errno::NOSPC));
+    let mut lab = Lab::full();
     lab.driver.allow(9);
     let tag = lab.write(true, true);
     lab.settle();
@@ -443,11 +449,7 @@ fn who_is_not_the_guest_keeps_to_the_order_of_arrival() {
 
 #[test]
 fn guest_waits_while_there_is_no_room() {
-    let mut lab = Lab::with(Terms {
-        on_no_space: OnError::Stop,
-        ..Terms::default()
-    });
-    lab.driver.0.write_fails.set(Some(Errno::NOSPC));
+    let mut lab = Lab::full();
     let first = lab.write(false, false);
     // It overlaps, so it comes after the first in any case.
     let second = lab.fake.send(Op::Read, 0, &[0; 512], false).unwrap();

@@ -8,7 +8,7 @@ use control::stats::{Scrub, Stats};
 use control::tapdisk::{Call, Engine, Open, Reply, Request, Trouble};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Shape};
 use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
 use std::fs::File;
@@ -171,12 +171,7 @@ impl Driver for Unmapped {
     async fn activate(&self) -> Result<Shape, Failure> {
         Ok(Shape {
             size: SIZE,
-            logical_block: 512,
-            physical_block: 512,
-            discard: None,
-            write_cache: false,
-            fua: false,
-            limits: Limits::default(),
+            ..common::shape(false)
         })
     }
     fn fence(&self) -> Fence {

@@ -9,7 +9,7 @@ use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
 use blktapctrl::verbs;
 use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
-use control::tapdisk::Open;
+use control::tapdisk::{Open, State};
 use control::Failure;
 use std::fs;
 use std::future::Future;
@@ -108,6 +108,18 @@ impl Bed {
         let rows = self.rows().await;
         let row = rows.into_iter().find(|row| row.minor == Some(minor));
         row.expect("the disk")
+    }
+
+    /// Ends the process of a disk, and waits for the next one.
+    pub(crate) async fn replaced(&self, minor: u32, end: impl FnOnce(u32)) {
+        let before = self.row(minor).await;
+        end(before.pid.expect("a process"));
+        until("a new process", || async {
+            let row = self.row(minor).await;
+            let is_new = row.pid != before.pid && row.restarts == before.restarts + 1;
+            (is_new && row.state == Some(State::Running)).then_some(())
+        })
+        .await;
     }
 
     pub(crate) fn log(&self) -> Vec<String> {

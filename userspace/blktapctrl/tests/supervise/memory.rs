@@ -34,22 +34,12 @@ fn found(bed: &Bed) -> String {
     content.unwrap_or_default().trim().to_owned()
 }
 
-async fn replaced(bed: &Bed, minor: u32) {
-    let old = bed.row(minor).await.pid;
-    kill(old.expect("a process"));
-    until("a new process", || async {
-        let row = bed.row(minor).await;
-        (row.state == Some(State::Running) && row.pid != old).then_some(())
-    })
-    .await;
-}
-
 #[test]
 fn content_outlives_a_death_and_a_pause() {
     test("memory", |bed| async move {
         let minor = bed.made(create(&bed)).await;
         write(&bed, minor, "first");
-        replaced(&bed, minor).await;
+        bed.replaced(minor, kill).await;
         assert_eq!(found(&bed), "first");
         write(&bed, minor, "second");
         let (pause, target) = (which(minor), None);

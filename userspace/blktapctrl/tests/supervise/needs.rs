@@ -4,7 +4,7 @@
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Request, What};
-use control::tapdisk::{Needed, State};
+use control::tapdisk::Needed;
 use control::{Code, Target};
 use std::fs;
 use std::io::Read;
@@ -27,16 +27,6 @@ fn parent(path: &Path) -> Needed {
 async fn refused(bed: &Bed, create: Create) -> String {
     let asked = bed.ask(Request::Create(Box::new(create))).await;
     asked.expect_err("it may not").message
-}
-
-async fn replaced(bed: &Bed, minor: u32) {
-    let old = bed.row(minor).await.pid;
-    kill(old.expect("a process"));
-    until("a new process", || async {
-        let row = bed.row(minor).await;
-        (row.state == Some(State::Running) && row.pid != old).then_some(())
-    })
-    .await;
 }
 
 fn served(bed: &Bed) -> PathBuf {
@@ -70,7 +60,7 @@ fn a_parent_is_given_and_counts_as_used() {
         let log = &bed.log()[before..];
         assert_eq!(log[log.len() - 2..], ["given old Locked", "open w other"]);
         // The next process gets what is on the record.
-        replaced(&bed, minor).await;
+        bed.replaced(minor, kill).await;
         bed.destroy(other).await;
         bed.destroy(minor).await;
         ask(&bed, "ask", &[]);
@@ -207,7 +197,7 @@ fn an_unpause_gives_nothing_that_was_not_named() {
         assert_eq!(failure.code, Code::Denied);
         bed.ask(unpause(&[&path])).await.expect("it is named");
         // The next process has it, too, and the name stays.
-        replaced(&bed, minor).await;
+        bed.replaced(minor, kill).await;
         bed.destroy(minor).await;
         bed.assert_nothing_left().await;
     });
@@ -436,7 +426,7 @@ fn state_outlives_a_process_and_a_supervisor() {
         let row = bed.row(0).await;
         assert_eq!(row.state_bytes, 4096);
         pids.push(row.pid.expect("a process"));
-        replaced(&bed, 0).await;
+        bed.replaced(0, kill).await;
         pids.push(bed.row(0).await.pid.expect("a process"));
         assert_eq!(
             states(&bed),
@@ -447,12 +437,12 @@ fn state_outlives_a_process_and_a_supervisor() {
         let bed = host.bed();
         adopt::disks(&bed.lifecycle).await;
         assert_eq!(bed.row(0).await.state_bytes, 4096);
-        replaced(&bed, 0).await;
+        bed.replaced(0, kill).await;
         let last = states(&bed).pop();
         assert_eq!(last, Some(format!("state of {}", pids[1])));
         // Who asks for another size does not know what is there.
         ask(&bed, "ask", &[Needed::State { size: 512 }]);
-        replaced(&bed, 0).await;
+        bed.replaced(0, kill).await;
         assert_eq!(states(&bed).pop(), Some("state ".to_owned()));
         assert_eq!(bed.row(0).await.state_bytes, 512);
         bed.destroy(0).await;

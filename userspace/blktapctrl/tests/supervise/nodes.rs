@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Nodes that the kernel does not let go, does not know from us, or tells something about.
 
-use super::bed::{end, kill, test, until, which, Bed};
+use super::bed::{end, kill, test, which};
 use blktapctrl::kernel::{Kernel, Make};
 use control::supervisor::{Poison, Reply, Request, What};
-use control::tapdisk::State;
 use control::Code;
 use rustix::process::Signal;
 
@@ -64,18 +63,6 @@ fn a_node_of_somebody_else_can_be_freed() {
     });
 }
 
-/// Replaces the process of a disk after it got a signal.
-async fn replaced(bed: &Bed, minor: u32, with: impl FnOnce(u32)) {
-    let before = bed.row(minor).await;
-    with(before.pid.expect("a process"));
-    until("a new process", || async {
-        let row = bed.row(minor).await;
-        let new = row.restarts == before.restarts + 1;
-        (new && row.state == Some(State::Running)).then_some(())
-    })
-    .await;
-}
-
 /// Who is killed did not die of a request; who crashes may have.
 #[test]
 fn deaths_by_the_hand_of_others_are_excused() {
@@ -87,11 +74,11 @@ fn deaths_by_the_hand_of_others_are_excused() {
             1,
             "before the first there is none"
         );
-        replaced(&bed, minor, kill).await;
+        bed.replaced(minor, kill).await;
         assert_eq!(bed.kernel.excused.get(), 2);
-        replaced(&bed, minor, |pid| end(pid, Signal::ABORT)).await;
+        bed.replaced(minor, |pid| end(pid, Signal::ABORT)).await;
         assert_eq!(bed.kernel.excused.get(), 2);
-        replaced(&bed, minor, |pid| end(pid, Signal::TERM)).await;
+        bed.replaced(minor, |pid| end(pid, Signal::TERM)).await;
         assert_eq!(bed.kernel.excused.get(), 3);
     });
 }
@@ -112,8 +99,8 @@ fn a_request_of_which_processes_died_is_reported_once() {
                 .poisoned = 1;
             end(pid, Signal::ABORT);
         };
-        replaced(&bed, minor, crash).await;
-        replaced(&bed, minor, crash).await;
+        bed.replaced(minor, crash).await;
+        bed.replaced(minor, crash).await;
         let told: Vec<What> = bed
             .events()
             .into_iter()

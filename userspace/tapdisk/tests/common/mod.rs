@@ -7,6 +7,7 @@
 use control::tapdisk::{Engine, Open, Reply, Request, Status};
 use control::{Channel, Failure};
 use diskio::Runtime;
+use drivers::{Limits, Shape};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -23,6 +24,19 @@ use tapdisk::Session;
 pub(crate) const SIZE: u64 = 1 << 20;
 /// Sectors of an image.
 pub(crate) const SECTORS: u64 = SIZE / 512;
+
+/// What a driver of a test says of itself: nothing special, with a write cache or without.
+pub(crate) fn shape(write_cache: bool) -> Shape {
+    Shape {
+        size: SIZE,
+        logical_block: 512,
+        physical_block: 512,
+        discard: None,
+        write_cache,
+        fua: false,
+        limits: Limits::default(),
+    }
+}
 
 /// An image on the file system of the build, which can do direct I/O.
 pub(crate) struct Image(pub(crate) tempfile::NamedTempFile);
