@@ -144,16 +144,22 @@ impl Opener {
         }
     }
 
-    /// Reads the argument of an exchange.
-    fn arrays(&self, address: u64) -> Result<Arrays> {
-        if !self.disk.inner.lock().is_live() {
-            return Err(EINVAL);
+    /// Reads the argument of an exchange that uses a feature.
+    fn arrays(&self, address: u64, feature: u64) -> Result<Arrays> {
+        {
+            let inner = self.disk.inner.lock();
+            if !inner.shadow.has_claimed(feature) {
+                return Err(EOPNOTSUPP);
+            }
+            if !inner.is_live() {
+                return Err(EINVAL);
+            }
         }
         read_user::<Exchange>(address)?.check().map_err(invalid)
     }
 
     fn exchange(&self, address: u64) -> Result<c_int> {
-        let arrays = self.arrays(address)?;
+        let arrays = self.arrays(address, 0)?;
         self.disk.commit(self.epoch, arrays.commits)?;
         self.fetch(arrays.tags, true)
     }
@@ -189,7 +195,7 @@ impl Opener {
         if one.len != 1 {
             return Err(EINVAL);
         }
-        let arrays = self.arrays(one.addr)?;
+        let arrays = self.arrays(one.addr, abi::FEATURE_URING_CMD)?;
         self.disk.commit(self.epoch, arrays.commits)?;
         if arrays.tags.len == 0 {
             return Ok((Some(0), arrays.tags));
@@ -289,13 +295,7 @@ impl CharDevice for Opener {
     }
 
     fn uring_command(&self, command: Issued<'_, Self>) -> Outcome {
-        let claimed = self
-            .disk
-            .inner
-            .lock()
-            .shadow
-            .has_claimed(abi::FEATURE_URING_CMD);
-        if command.number() != ioctl::EXCHANGE || !claimed {
+        if command.number() != ioctl::EXCHANGE {
             return Outcome::refused();
         }
         let tags = match self.issue(command.payload()) {
