@@ -141,6 +141,11 @@ impl Node {
             ..Claims::default()
         };
         ioctl(&self.file, numbers::CLAIM, &mut claims)?;
+        self.start_as_claimed()
+    }
+
+    /// Requests are delivered from now on, to what was claimed before.
+    pub(crate) fn start_as_claimed(&self) -> io::Result<()> {
         ioctl(&self.file, numbers::START, &mut [0u8; 0]).map(drop)
     }
 

@@ -297,7 +297,7 @@ fn wrong_node(context: &mut Context) -> Result<()> {
         "a disk in use changed its blocks"
     );
     ensure!(
-        errno(process.node.start()) == Some(libc::EINVAL),
+        errno(process.node.start_as_claimed()) == Some(libc::EINVAL),
         "a disk was started twice"
     );
     let unload = sh::status(
