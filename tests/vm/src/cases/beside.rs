@@ -123,15 +123,16 @@ fn beside(context: &mut Context) -> Result<()> {
     // The driver that comes later takes what is ours, and nothing else.
     // The supervisor has the driver's control node open.
     context.take_supervisor()?.stop()?;
-    // What the last disk of the case before held of the module is given back behind its end.
-    sh::wait_for("a module that nobody uses", SOON, || {
-        let end = sh::status(&["rmmod", Driver::Rs.sys_module()], SOON)?;
-        Ok(end.rc == 0)
-    })?;
+    sh::run(&["rmmod", Driver::Rs.sys_module()])?;
+    // It would load the driver for the new devices, at any time and without our parameters.
+    let resume = || sh::run(&["udevadm", "control", "--start-exec-queue"]).map(drop);
+    sh::run(&["udevadm", "control", "--stop-exec-queue"])?;
+    context.at_end("let udev go on", resume);
     let foreign = Played::make("vbd3", 9000, theirs[0].1)?;
     let ours = Played::make("vbd3", 9001, &[("tap-server", "blktapctrl")])?;
     let before = foreign.all()?;
     load_driver(Driver::Rs)?;
+    resume()?;
     xs::wait_value(&ours.state(), "2", SOON)?;
     context.supervise(true)?;
     settle(9100)?;
