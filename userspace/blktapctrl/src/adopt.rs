@@ -2,6 +2,7 @@
 //! What an earlier supervisor left: disks, and the processes that serve them. What is not understood
 //! is left alone (`unknown`): nothing that lives is ended because of what could not be read.
 
+use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
 use crate::kernel;
@@ -62,7 +63,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, record: Record) {
     disk.process.replace(process.clone());
     let recognised = match &process {
         Some(process) => {
-            keep_state(&disk, process);
+            keep_state(&disk, process).await;
             lifecycle.watch(process.clone());
             recognise(&disk, process).await
         }
@@ -124,13 +125,21 @@ async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Proce
     Process::find(&socket, SOON).await
 }
 
-/// The state of a disk is the process' too, which may be the last one to hold it.
-fn keep_state(disk: &Disk, process: &Process) {
+/// The state of a disk is the process' too, which may be the last one to hold it. What a process has open
+/// it chose itself, and may hang when it is looked at.
+async fn keep_state(disk: &Disk, process: &Process) {
     let place = match disk.record.borrow().next {
         Some(_) => &disk.next_state,
         None => &disk.state,
     };
-    match State::held_by(process.known(), disk.minor) {
+    let (known, minor) = (process.known(), disk.minor);
+    let folder = format!("/proc/{}/fd", known.pid);
+    let found = apart(Path::new(&folder), LIMIT, move || {
+        State::held_by(known, minor)
+    });
+    match found.await {
+        // By then the number may have been another process'.
+        Ok(_) if process.has_ended() => {}
         Ok(state) => drop(place.replace(state)),
         Err(failure) => tracing::warn!("{failure}"),
     }
