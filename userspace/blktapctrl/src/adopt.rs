@@ -8,7 +8,7 @@ use crate::folder;
 use crate::kernel;
 use crate::lifecycle::Lifecycle;
 use crate::process::{Process, SOON};
-use crate::record::{Peek, Record, Unread, Want};
+use crate::record::{Peek, PeekNext, Record, Unread, Want};
 use crate::registry::Registry;
 use crate::state::State;
 use crate::store::relative;
@@ -106,6 +106,9 @@ fn peek(record: Record) -> Peek {
     Peek {
         open: record.open,
         identity: record.identity,
+        parts: record.parts,
+        files: record.files,
+        next: record.next.map(PeekNext::from),
         mode: Some(record.mode),
         policy: Some(record.policy),
         vbd: record.vbd,

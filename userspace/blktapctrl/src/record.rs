@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 
 /// Version of the files. Who reads one with a higher number may misunderstand it; a field that may be
 /// passed over does not raise it.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The version of a record without parts. Who does not know of parts gives them to others.
+const WITHOUT_PARTS: u32 = 1;
 
 /// What the supervisor wants of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,7 +198,16 @@ impl Record {
             .truncate(true)
             .mode(0o600)
             .open(path)?;
-        let mut text = serde_json::to_vec_pretty(self)?;
+        let next = self.next.iter().flat_map(|next| &next.parts);
+        let version = match self.parts.iter().chain(next).next() {
+            Some(_) => VERSION,
+            None => WITHOUT_PARTS,
+        };
+        let record = Record {
+            version,
+            ..self.clone()
+        };
+        let mut text = serde_json::to_vec_pretty(&record)?;
         text.push(b'\n');
         file.write_all(&text)
     }
@@ -228,7 +239,10 @@ impl Record {
             return Err(unread(why, value));
         }
         match serde_json::from_value::<Record>(value.clone()) {
-            Ok(record) if Some(record.minor) == named() => Ok(record),
+            Ok(record) if Some(record.minor) == named() => Ok(Record {
+                version: VERSION,
+                ..record
+            }),
             Ok(record) => Err(unread(format!("it is of disk {}", record.minor), value)),
             Err(error) => Err(unread(error.to_string(), value)),
         }
@@ -254,6 +268,12 @@ pub struct Peek {
     pub open: Option<Open>,
     /// As in a record.
     pub identity: Option<Identity>,
+    /// As in a record; of what is not understood, what it is.
+    pub parts: Vec<Part>,
+    /// As in a record.
+    pub files: Vec<PathBuf>,
+    /// As in a record, and what its image is though the rest is not understood.
+    pub next: Option<PeekNext>,
     /// As in a record.
     pub mode: Option<Mode>,
     /// As in a record.
@@ -264,7 +284,58 @@ pub struct Peek {
     pub process: Option<Known>,
 }
 
+/// What can be understood of what an unpause leads to.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PeekNext {
+    /// As in a record.
+    pub open: Option<Open>,
+    /// As in a record.
+    pub identity: Option<Identity>,
+    /// As in a record.
+    pub parts: Vec<Part>,
+    /// As in a record.
+    pub files: Vec<PathBuf>,
+}
+
+impl From<Next> for PeekNext {
+    fn from(next: Next) -> PeekNext {
+        PeekNext {
+            open: Some(next.open),
+            identity: next.identity,
+            parts: next.parts,
+            files: next.files,
+        }
+    }
+}
+
+/// The parts that a record or what it leads to says. One that is not understood is taken for written, and
+/// is given to nobody.
+fn parts(value: &Value) -> Vec<Part> {
+    let part = |value: &Value| {
+        let unknown = || Part {
+            role: Role::Extent,
+            path: PathBuf::new(),
+            identity: value
+                .get("identity")
+                .and_then(|identity| serde_json::from_value(identity.clone()).ok()),
+            born: None,
+            mode: Mode::Write,
+            locked: false,
+        };
+        serde_json::from_value(value.clone()).unwrap_or_else(|_| unknown())
+    };
+    let all = value.get("parts").and_then(Value::as_array);
+    all.into_iter().flatten().map(part).collect()
+}
+
 impl Peek {
+    /// All that its process may have beside the image.
+    pub fn all_parts(&self) -> impl Iterator<Item = &Part> {
+        let next = self.next.iter().flat_map(|next| &next.parts);
+        self.parts.iter().chain(next)
+    }
+
     fn of(value: &Value) -> Peek {
         fn field<T: serde::de::DeserializeOwned>(value: &Value, name: &str) -> Option<T> {
             serde_json::from_value(value.get(name)?.clone()).ok()
@@ -272,6 +343,17 @@ impl Peek {
         Peek {
             open: field(value, "open"),
             identity: field(value, "identity"),
+            parts: parts(value),
+            files: field(value, "files").unwrap_or_default(),
+            next: value
+                .get("next")
+                .filter(|next| next.is_object())
+                .map(|next| PeekNext {
+                    open: field(next, "open"),
+                    identity: field(next, "identity"),
+                    parts: parts(next),
+                    files: field(next, "files").unwrap_or_default(),
+                }),
             mode: field(value, "mode"),
             policy: field(value, "policy"),
             vbd: field(value, "vbd"),
@@ -325,7 +407,7 @@ impl Records for Files {
 
 #[cfg(test)]
 mod tests {
-    use super::{Known, Record, Want};
+    use super::{Known, Part, Record, Role, Want};
     use crate::image::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
@@ -345,6 +427,35 @@ mod tests {
             started: 345,
         });
         record
+    }
+
+    fn part(ino: u64) -> Part {
+        Part {
+            role: Role::Extent,
+            path: "/srv/part.img".into(),
+            identity: Some(Identity::File { dev: 3, ino }),
+            born: None,
+            mode: Mode::Write,
+            locked: true,
+        }
+    }
+
+    #[test]
+    fn a_supervisor_that_knows_of_no_parts_leaves_their_disk_alone() {
+        let path = place("parts");
+        let version = || {
+            let text = fs::read(&path).expect("read");
+            let value: Value = serde_json::from_slice(&text).expect("json");
+            value["version"].clone()
+        };
+        let mut record = sample();
+        record.write(&path).expect("write");
+        assert_eq!(version(), 1);
+        record.parts.push(part(8));
+        record.write(&path).expect("write");
+        assert_eq!(version(), 2);
+        assert_eq!(Record::read(&path).expect("read"), record);
+        fs::remove_dir_all(path.parent().expect("a folder")).expect("remove");
     }
 
     fn place(name: &str) -> PathBuf {
@@ -372,6 +483,7 @@ mod tests {
     fn what_a_newer_supervisor_wrote_is_kept_or_left_alone() {
         let path = place("newer");
         let mut value = serde_json::to_value(sample()).expect("json");
+        value["version"] = 1.into();
         value["colour"] = "green".into();
         fs::write(&path, value.to_string()).expect("write");
         let mut record = Record::read(&path).expect("a field that may be passed over");
@@ -381,10 +493,20 @@ mod tests {
         let again: Value = serde_json::from_slice(&text).expect("json");
         assert_eq!(again["colour"], "green");
         assert_eq!(again["restarts"], 5);
-        value["version"] = 2.into();
+        value["version"] = 3.into();
         value["policy"] = "strict".into();
+        let mut other = serde_json::to_value(part(1)).expect("json");
+        other["role"] = "shadow".into();
+        value["parts"] = vec![serde_json::to_value(part(2)).expect("json"), other].into();
+        value["next"] =
+            serde_json::json!({ "identity": { "device": { "rdev": 5 } }, "parts": [part(3)] });
         fs::write(&path, value.to_string()).expect("write");
         let unread = Record::read(&path).expect_err("another version");
+        let inos = unread.peek.all_parts().map(|part| part.identity);
+        let file = |ino| Some(Identity::File { dev: 3, ino });
+        assert_eq!(inos.collect::<Vec<_>>(), [file(2), file(1), file(3)]);
+        let next = unread.peek.next.as_ref().and_then(|next| next.identity);
+        assert_eq!(next, Some(Identity::Device { rdev: 5 }));
         assert!(unread.why.contains("newer blktapctrl"), "{}", unread.why);
         assert_eq!(unread.minor, Some(7));
         assert_eq!(unread.peek.vbd.as_deref(), Some("backend/vbd/3/51712"));

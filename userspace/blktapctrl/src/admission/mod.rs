@@ -220,10 +220,16 @@ impl Admission {
             }
         }
         for disk in self.registry.left_alone() {
-            let images: Vec<Identity> = disk.peek.identity.into_iter().collect();
+            let next = disk.peek.next.as_ref().and_then(|next| next.identity);
+            let images: Vec<Identity> = disk.peek.identity.into_iter().chain(next).collect();
+            let vbd = disk.peek.vbd.as_ref();
             // What is not known is taken for a writer.
             let mode = disk.peek.mode.unwrap_or(Mode::Write);
-            users.push(user(disk.minor, images, mode, disk.peek.vbd.as_ref()));
+            users.push(user(disk.minor, images, mode, vbd));
+            for part in disk.peek.all_parts() {
+                let images: Vec<Identity> = part.identity.into_iter().collect();
+                users.push(user(disk.minor, images, part.mode, vbd));
+            }
         }
         users
     }

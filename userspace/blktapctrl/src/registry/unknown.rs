@@ -174,7 +174,10 @@ impl Registry {
                 ),
             )
         })?;
+        // Its process may have all of them.
+        let parts = peek.all_parts().cloned().collect();
         let mut record = Record::new(minor, peek.policy.unwrap_or_default());
+        record.parts = parts;
         if let Some(open) = status.open.filter(|_| status.state != State::Idle) {
             let image = image::of(&open).await?;
             if let Some(image) = image {
@@ -194,6 +197,14 @@ impl Registry {
                 State::Paused => Want::Paused,
                 State::Attached | State::Idle => Want::Idle,
             };
+        }
+        record.files = peek.files;
+        if let Some(next) = peek.next {
+            if record.open.as_ref().map(|open| &open.target)
+                == next.open.as_ref().map(|open| &open.target)
+            {
+                record.files = next.files;
+            }
         }
         record.vbd = match (peek.vbd, node.bound) {
             (Some(vbd), _) => Some(vbd),

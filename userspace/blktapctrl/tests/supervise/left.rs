@@ -3,8 +3,8 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
-use control::supervisor::{Reply, Request, What};
-use control::tapdisk::State;
+use control::supervisor::{Create, Reply, Request, What};
+use control::tapdisk::{Needed, State};
 use control::Code;
 use std::fs;
 use std::io;
@@ -76,7 +76,7 @@ fn left_alone(name: &str, spoil: impl Fn(&str) -> Option<String>) {
 #[test]
 fn a_record_of_a_newer_supervisor_is_left_alone() {
     left_alone("newer", |text| {
-        Some(text.replace("\"version\": 1", "\"version\": 2"))
+        Some(text.replace("\"version\": 1", "\"version\": 3"))
     });
 }
 
@@ -96,6 +96,45 @@ fn a_record_with_a_value_that_is_not_known_is_left_alone() {
 #[test]
 fn a_disk_without_a_record_is_left_alone() {
     left_alone("none", |_| None);
+}
+
+#[test]
+fn parts_of_a_disk_that_is_left_alone_are_not_free() {
+    let two = Succession::new("left-parts");
+    block_on(async {
+        let bed = two.bed();
+        bed.image("a.img", "A");
+        let path = bed.image("part.img", "part");
+        let need = Needed::Extent { path: path.clone() };
+        let need = serde_json::to_string(&need).expect("text");
+        fs::write(bed.dir.join("ask"), need).expect("write");
+        let files = vec![path];
+        let create = bed.create("a.img");
+        bed.made(Create { files, ..create }).await;
+    });
+    let text = fs::read_to_string(record(&two)).expect("a record");
+    let newer = text.replace("\"version\": 2", "\"version\": 3");
+    assert_ne!(newer, text);
+    fs::write(record(&two), newer).expect("write");
+    block_on(async {
+        let bed = two.bed();
+        adopt::disks(&bed.lifecycle).await;
+        assert!(bed.row(0).await.unknown.is_some());
+        let create = || Request::Create(Box::new(bed.create("part.img")));
+        assert_eq!(
+            bed.ask(create()).await.expect_err("in use").code,
+            Code::Busy
+        );
+        let adopt = Request::Adopt { minor: 0 };
+        assert_eq!(bed.ask(adopt).await, Ok(Reply::Done));
+        assert_eq!(bed.row(0).await.unknown, None);
+        assert_eq!(
+            bed.ask(create()).await.expect_err("in use").code,
+            Code::Busy
+        );
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
 }
 
 #[test]
