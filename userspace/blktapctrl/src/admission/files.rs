@@ -51,7 +51,7 @@ impl Admission {
                 false => Err(image::not_the_same(&image)),
             };
         }
-        if self.images(disk).contains(&image.identity()) {
+        if opened(disk) == Some(image.identity()) {
             return Err(refused(
                 disk,
                 role,
@@ -60,7 +60,12 @@ impl Admission {
             ));
         }
         let files = named(disk);
-        self.check_named(disk, role, path, image.clone()).await?;
+        // It goes on from what it was served from until now, which an administrator named for it, too.
+        let goes_on =
+            role == Role::Parent && disk.record.borrow().identity == Some(image.identity());
+        if !goes_on {
+            self.check_named(disk, role, path, image.clone()).await?;
+        }
         let mode = mode(role, disk.record.borrow().mode);
         let vbd = disk.record.borrow().vbd.clone();
         let part = Part {
@@ -139,13 +144,6 @@ impl Admission {
         })
     }
 
-    /// What the image is that is served, or is about to be.
-    fn images(&self, disk: &Disk) -> Vec<Identity> {
-        let record = disk.record.borrow();
-        let next = record.next.as_ref().and_then(|next| next.identity);
-        record.identity.into_iter().chain(next).collect()
-    }
-
     fn check_new(&self, disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
         let opens = matches!(
             disk.doing(),
@@ -205,6 +203,13 @@ impl Admission {
         };
         Err(refused(disk, role, path, &why))
     }
+}
+
+/// The image that is served, or is about to be instead.
+fn opened(disk: &Disk) -> Option<Identity> {
+    let record = disk.record.borrow();
+    let next = record.next.as_ref();
+    next.map_or(record.identity, |next| next.identity)
 }
 
 /// What the administrator has named for a disk.

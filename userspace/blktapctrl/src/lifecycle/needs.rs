@@ -206,7 +206,7 @@ impl Lifecycle {
         path: &Path,
     ) -> Result<(Given, Provided), Failure> {
         let (file, part) = self.admission.file(disk, role, path).await?;
-        let open = disk.open()?;
+        let open = self.leads_to(disk)?;
         let direct = open.target.driver() != control::Driver::Sync;
         let write = !part.mode.is_read_only();
         let opened = apart(path, LIMIT, move || file.open(write, direct)).await?;

@@ -141,7 +141,7 @@ impl Lifecycle {
     }
 
     /// What a disk is to be served from.
-    fn leads_to(&self, disk: &Disk) -> Result<Open, Failure> {
+    pub(super) fn leads_to(&self, disk: &Disk) -> Result<Open, Failure> {
         let next = disk.record.borrow().next.clone();
         next.map_or_else(|| disk.open(), |next| Ok(next.open))
     }

@@ -355,6 +355,40 @@ fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
     });
 }
 
+/// A snapshot: what comes goes on from what was served until now.
+#[test]
+fn an_image_that_was_served_becomes_a_parent() {
+    test("needs-snapshot", |bed| async move {
+        let old = served(&bed);
+        bed.made(bed.create("parent.img")).await;
+        let pause = Request::Pause {
+            which: which(0),
+            timeout_s: 0,
+        };
+        bed.ask(pause).await.expect("paused");
+        ask(&bed, "ask", &[parent(&old)]);
+        let unpause = Request::Unpause {
+            which: which(0),
+            target: Some(bed.create("a.img").open.target),
+            may_shrink: false,
+            files: Vec::new(),
+        };
+        bed.ask(unpause).await.expect("goes on");
+        let log = bed.log();
+        assert_eq!(
+            log[log.len() - 2..],
+            ["given old Locked", "unpause w child"]
+        );
+        // It is read and not written from now on: others may go on from it, too.
+        bed.image("b.img", "other");
+        let other = bed.made(with(&bed, "b.img", &[&old])).await;
+        bed.replaced(0, kill).await;
+        bed.destroy(other).await;
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
 #[test]
 fn a_server_is_connected_to_again() {
     test("needs-socket", |bed| async move {
