@@ -10,7 +10,7 @@ use crate::lifecycle::Lifecycle;
 use crate::process::{Process, SOON};
 use crate::record::{Peek, PeekNext, Record, Unread, Want};
 use crate::registry::Registry;
-use crate::state::State;
+use crate::state::{State, Whose};
 use crate::store::relative;
 use control::supervisor::{Doing, What, Which};
 use control::tapdisk;
@@ -131,20 +131,29 @@ async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Proce
 /// The state of a disk is the process' too, which may be the last one to hold it. What a process has open
 /// it chose itself, and may hang when it is looked at.
 async fn keep_state(disk: &Disk, process: &Process) {
-    let place = match disk.record.borrow().next {
-        Some(_) => &disk.next_state,
-        None => &disk.state,
+    let (served, next) = {
+        let record = disk.record.borrow();
+        let next = record.next.as_ref();
+        let next = next.map(|next| Whose::next(disk.minor, next));
+        (Whose::served(&record), next)
     };
-    let (known, minor) = (process.known(), disk.minor);
-    let folder = format!("/proc/{}/fd", known.pid);
-    let found = apart(Path::new(&folder), LIMIT, move || {
-        State::held_by(known, minor)
-    });
-    match found.await {
-        // By then the number may have been another process'.
-        Ok(_) if process.has_ended() => {}
-        Ok(state) => drop(place.replace(state)),
-        Err(failure) => tracing::warn!("{failure}"),
+    let all = [
+        (Some(served), &disk.state),
+        (next.filter(|next| *next != served), &disk.next_state),
+    ];
+    for (whose, place) in all {
+        let Some(whose) = whose else { continue };
+        let known = process.known();
+        let folder = format!("/proc/{}/fd", known.pid);
+        let found = apart(Path::new(&folder), LIMIT, move || {
+            State::held_by(known, whose)
+        });
+        match found.await {
+            // By then the number may have been another process'.
+            Ok(_) if process.has_ended() => {}
+            Ok(state) => drop(place.replace(state)),
+            Err(failure) => tracing::warn!("{failure}"),
+        }
     }
 }
 

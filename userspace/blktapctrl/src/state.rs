@@ -5,7 +5,8 @@
 //! It is held by the process and by the supervisor, and outlives either of the two, not both: so it is
 //! for what a successor would have to find out or count anew, and not for what only it knows.
 
-use crate::record::Known;
+use crate::image::Identity;
+use crate::record::{Known, Next, Record};
 use control::{Code, Failure};
 use rustix::fs::{fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
@@ -31,8 +32,49 @@ fn seals() -> SealFlags {
     SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL
 }
 
-fn name(minor: u32) -> String {
-    format!("xentap-state-{minor}")
+/// What a state is of: another image of the same disk does not get it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Whose {
+    /// The disk.
+    pub minor: u32,
+    /// Its image, if its driver has one.
+    pub image: Option<Identity>,
+    /// When that was made.
+    pub born: Option<u64>,
+}
+
+impl Whose {
+    /// Of what a disk is served from.
+    #[must_use]
+    pub fn served(record: &Record) -> Whose {
+        Whose {
+            minor: record.minor,
+            image: record.identity,
+            born: record.born,
+        }
+    }
+
+    /// Of what an unpause leads to.
+    #[must_use]
+    pub fn next(minor: u32, next: &Next) -> Whose {
+        Whose {
+            minor,
+            image: next.identity,
+            born: next.born,
+        }
+    }
+
+    /// The name of the memory, by which the next supervisor finds it. Those of other programs have other
+    /// beginnings.
+    fn name(self) -> String {
+        let image = match self.image {
+            None => "none".into(),
+            Some(Identity::File { dev, ino }) => format!("file-{dev:x}-{ino:x}"),
+            Some(Identity::Device { rdev }) => format!("device-{rdev:x}"),
+        };
+        let born = self.born.unwrap_or_default();
+        format!("xentap-state-{}-{image}-{born:x}", self.minor)
+    }
 }
 
 impl State {
@@ -40,7 +82,8 @@ impl State {
     ///
     /// # Errors
     /// It would be too large, or the system refuses to.
-    pub fn make(minor: u32, size: u64) -> Result<State, Failure> {
+    pub fn make(whose: Whose, size: u64) -> Result<State, Failure> {
+        let minor = whose.minor;
         if size == 0 || size > LARGEST {
             return Err(Failure::invalid(format!(
                 "disk {minor} cannot have a state of {size} bytes: ask for 1 to {LARGEST}"
@@ -48,7 +91,7 @@ impl State {
         }
         let made = || -> rustix::io::Result<OwnedFd> {
             let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-            let memory = memfd_create(name(minor), flags)?;
+            let memory = memfd_create(whose.name(), flags)?;
             ftruncate(&memory, size)?;
             fcntl_add_seals(&memory, seals())?;
             Ok(memory)
@@ -71,15 +114,15 @@ impl State {
     ///
     /// # Errors
     /// It cannot be said whether there is one, or it is none of ours.
-    pub fn held_by(process: Known, minor: u32) -> Result<Option<State>, Failure> {
-        let pid = process.pid;
+    pub fn held_by(process: Known, whose: Whose) -> Result<Option<State>, Failure> {
+        let (pid, minor) = (process.pid, whose.minor);
         let unseen = |error| {
             Failure::system(
                 format!("cannot look for the state of disk {minor} at tapdisk {pid}"),
                 &error,
             )
         };
-        let wanted = format!("/memfd:{} (deleted)", name(minor));
+        let wanted = format!("/memfd:{} (deleted)", whose.name());
         for entry in fs::read_dir(format!("/proc/{pid}/fd")).map_err(unseen)? {
             let path = entry.map_err(unseen)?.path();
             // A descriptor may have been closed meanwhile.
@@ -122,7 +165,7 @@ impl State {
     /// It has one of another size, or the system refuses to make one.
     pub fn give(
         place: &mut Option<State>,
-        minor: u32,
+        whose: Whose,
         size: u64,
         to: Known,
     ) -> Result<OwnedFd, Failure> {
@@ -132,12 +175,12 @@ impl State {
                 return Err(Failure::new(
                     Code::Exists,
                     format!(
-                        "tapdisk {} has a state of {} bytes for disk {minor}, and gets none of {size}",
-                        to.pid, state.size
+                        "tapdisk {} has a state of {} bytes for disk {}, and gets none of {size}",
+                        to.pid, state.size, whose.minor
                     ),
                 ));
             }
-            place => place.insert(State::make(minor, size)?),
+            place => place.insert(State::make(whose, size)?),
         };
         state.holder.set(Some(to));
         state.open()
@@ -164,9 +207,17 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::{Known, State, LARGEST};
+    use super::{Identity, Known, State, Whose, LARGEST};
     use std::fs::File;
     use std::io::{Read, Write};
+
+    fn whose(minor: u32) -> Whose {
+        Whose {
+            minor,
+            image: Some(Identity::File { dev: 1, ino: 2 }),
+            born: Some(3),
+        }
+    }
 
     fn us() -> Known {
         let (pid, started) = (std::process::id(), 1);
@@ -176,16 +227,16 @@ mod tests {
     #[test]
     fn a_process_has_one_state_and_the_next_may_want_another() {
         let mut place = None;
-        State::give(&mut place, 3, 512, us()).expect("the first");
-        State::give(&mut place, 3, 512, us()).expect("the same");
-        let failure = State::give(&mut place, 3, 4096, us()).expect_err("another");
+        State::give(&mut place, whose(3), 512, us()).expect("the first");
+        State::give(&mut place, whose(3), 512, us()).expect("the same");
+        let failure = State::give(&mut place, whose(3), 4096, us()).expect_err("another");
         assert!(failure.message.contains("512 bytes"), "{failure}");
         let next = Known { pid: 1, started: 2 };
         // What cannot be made takes nothing away.
-        assert!(State::give(&mut place, 3, LARGEST + 1, next).is_err());
+        assert!(State::give(&mut place, whose(3), LARGEST + 1, next).is_err());
         assert_eq!(place.as_ref().map(State::size), Some(512));
-        State::give(&mut place, 3, 4096, next).expect("of its own");
-        assert!(State::give(&mut place, 3, 512, next).is_err());
+        State::give(&mut place, whose(3), 4096, next).expect("of its own");
+        assert!(State::give(&mut place, whose(3), 512, next).is_err());
         assert_eq!(place.as_ref().map(State::size), Some(4096));
     }
 
@@ -195,10 +246,10 @@ mod tests {
 
     #[test]
     fn size_is_bounded_and_sealed() {
-        assert!(State::make(3, 0).is_err());
-        let failure = State::make(3, LARGEST + 1).expect_err("too large");
+        assert!(State::make(whose(3), 0).is_err());
+        let failure = State::make(whose(3), LARGEST + 1).expect_err("too large");
         assert!(failure.message.contains(&LARGEST.to_string()), "{failure}");
-        let state = State::make(3, 4096).expect("a state");
+        let state = State::make(whose(3), 4096).expect("a state");
         assert_eq!(state.size(), 4096);
         let mut file = file(&state);
         assert!(file.set_len(8192).is_err());
@@ -209,19 +260,30 @@ mod tests {
 
     #[test]
     fn is_found_at_the_process_that_holds_it() {
-        let none = State::held_by(us(), 4_000_000_001).expect("descriptors");
+        let none = State::held_by(us(), whose(4_000_000_001)).expect("descriptors");
         assert!(none.is_none());
-        let state = State::make(4_000_000_002, 512).expect("a state");
+        let state = State::make(whose(4_000_000_002), 512).expect("a state");
         file(&state).write_all(b"left").expect("write");
-        let found = State::held_by(us(), 4_000_000_002).expect("descriptors");
+        let found = State::held_by(us(), whose(4_000_000_002)).expect("descriptors");
         let mut text = [0; 4];
         let found = found.expect("the state");
         file(&found).read_exact(&mut text).expect("read");
         assert_eq!((&text, found.size()), (b"left", 512));
+        // Another image of the same disk has another one, or none.
+        let other = Whose {
+            image: Some(Identity::Device { rdev: 2 }),
+            ..whose(4_000_000_002)
+        };
+        assert!(State::held_by(us(), other).expect("descriptors").is_none());
+        let other = Whose {
+            born: Some(4),
+            ..whose(4_000_000_002)
+        };
+        assert!(State::held_by(us(), other).expect("descriptors").is_none());
         // Somebody else's memory of that name is not sealed.
-        let name = super::name(4_000_000_003);
+        let name = whose(4_000_000_003).name();
         let other = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
         let _other = other.expect("memory");
-        assert!(State::held_by(us(), 4_000_000_003).is_err());
+        assert!(State::held_by(us(), whose(4_000_000_003)).is_err());
     }
 }

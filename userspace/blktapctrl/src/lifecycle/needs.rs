@@ -10,7 +10,7 @@ use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Role;
 use crate::registry::Registry;
-use crate::state::State;
+use crate::state::{State, Whose};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure};
@@ -245,10 +245,11 @@ async fn connect(socket: &Image, path: &Path) -> Result<OwnedFd, Failure> {
 
 /// The state that is the disk's, or a new one.
 fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided), Failure> {
-    let place = match disk.record.borrow().next {
-        Some(_) => &disk.next_state,
-        None => &disk.state,
+    let record = disk.record.borrow();
+    let (place, whose) = match &record.next {
+        Some(next) => (&disk.next_state, Whose::next(disk.minor, next)),
+        None => (&disk.state, Whose::served(&record)),
     };
-    let fd = State::give(&mut place.borrow_mut(), disk.minor, size, process.known())?;
+    let fd = State::give(&mut place.borrow_mut(), whose, size, process.known())?;
     Ok((Given::State(fd), Provided::Shared))
 }

@@ -447,6 +447,54 @@ fn states(bed: &Bed) -> Vec<String> {
     log.filter(|line| line.starts_with("state")).collect()
 }
 
+/// A supervisor ends in the middle of an unpause: the state of the image before is not that of the next.
+#[test]
+fn state_of_an_image_is_not_that_of_the_next() {
+    let host = Succession::new("needs-state-next");
+    let state = Needed::State { size: 4096 };
+    block_on(async {
+        let bed = host.bed();
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        ask(&bed, "ask", std::slice::from_ref(&state));
+        bed.made(bed.create("a.img")).await;
+        let pause = Request::Pause {
+            which: which(0),
+            timeout_s: 0,
+        };
+        bed.ask(pause).await.expect("paused");
+        // It ends when the unpause is written down: the process has not been asked.
+        bed.kernel.crash.left.set(Some(1));
+        let unpause = Request::Unpause {
+            which: which(0),
+            target: Some(bed.create("b.img").open.target),
+            may_shrink: false,
+            files: Vec::new(),
+        };
+        let next = bed.clone();
+        let asked = tokio::task::spawn_local(async move { next.ask(unpause).await });
+        until("the end of the supervisor", || async {
+            (asked.is_finished() && bed.kernel.crash.happened.get()).then_some(())
+        })
+        .await;
+    });
+    host.kernel.crash.left.set(None);
+    host.kernel.crash.happened.set(false);
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
+        until("the end of the unpause", || async {
+            bed.row(0).await.doing.is_none().then_some(())
+        })
+        .await;
+        assert_eq!(bed.log().last().map(String::as_str), Some("unpause w B"));
+        // The process holds that of the first image, and gets none of it for the second.
+        assert_eq!(states(&bed), ["state ", "state "]);
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
 #[test]
 fn state_outlives_a_process_and_a_supervisor() {
     let host = Succession::new("needs-state");
