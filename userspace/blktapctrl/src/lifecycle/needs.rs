@@ -14,12 +14,15 @@ use crate::state::{State, Whose};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure};
+use rustix::io::ioctl_fionbio;
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::UnixStream;
 
 /// How long a server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -219,28 +222,37 @@ impl Lifecycle {
 
     async fn connect(&self, disk: &Disk, path: &Path) -> Result<(Given, Provided), Failure> {
         let (socket, again) = self.admission.socket(disk, path).await?;
-        let stream = connect(&socket, path).await?;
+        let stream = connect(socket, path).await?;
         let again = again.then(|| path.to_path_buf());
         Ok((Given::Server { stream, again }, Provided::Shared))
     }
 }
 
-/// Connects to the socket that was looked at, whatever the path leads to by now.
-async fn connect(socket: &Image, path: &Path) -> Result<OwnedFd, Failure> {
-    let failed = |error| {
-        let what = format!(
-            "cannot connect to {}: see whether its server runs",
-            path.display()
-        );
-        Failure::system(what, &error)
-    };
-    match tokio::time::timeout(CONNECT, UnixStream::connect(socket.again())).await {
-        Ok(stream) => Ok(stream
-            .and_then(UnixStream::into_std)
-            .map_err(failed)?
-            .into()),
-        Err(_) => Err(failed(std::io::ErrorKind::TimedOut.into())),
-    }
+/// Connects to the socket that was looked at, whatever the path leads to by now. A server that is slow to
+/// accept is waited for, which only a call that blocks does.
+async fn connect(socket: Arc<Image>, path: &Path) -> Result<OwnedFd, Failure> {
+    let place = path.to_path_buf();
+    apart(path, LIMIT, move || {
+        connect_within(&socket.again(), CONNECT).map_err(|error| {
+            let what = format!(
+                "cannot connect to {}: see whether its server runs and accepts",
+                place.display()
+            );
+            Failure::system(what, &error.into())
+        })
+    })
+    .await
+}
+
+fn connect_within(place: &str, limit: Duration) -> rustix::io::Result<OwnedFd> {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    // It holds for connecting, too.
+    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(place)?)?;
+    set_socket_timeout(&socket, Timeout::Send, None)?;
+    ioctl_fionbio(&socket, true)?;
+    Ok(socket)
 }
 
 /// The state that is the disk's, or a new one.
@@ -252,4 +264,32 @@ fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided),
     };
     let fd = State::give(&mut place.borrow_mut(), whose, size, process.known())?;
     Ok((Given::State(fd), Provided::Shared))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::connect_within;
+    use rustix::io::Errno;
+    use std::os::unix::net::UnixListener;
+    use std::time::Duration;
+
+    #[test]
+    fn a_server_that_is_slow_to_accept_is_waited_for() {
+        let place = std::env::temp_dir().join(format!("slow-{}.sock", std::process::id()));
+        let name = place.to_str().expect("a name").to_owned();
+        let (long, short) = (Duration::from_secs(20), Duration::from_millis(10));
+        let listener = UnixListener::bind(&place).expect("a socket");
+        rustix::net::listen(&listener, 0).expect("a short queue");
+        let _first = connect_within(&name, long).expect("there is room");
+        assert_eq!(
+            connect_within(&name, short).expect_err("none"),
+            Errno::AGAIN
+        );
+        let second = std::thread::spawn(move || connect_within(&name, long).map(drop));
+        for _ in 0..2 {
+            listener.accept().expect("a client");
+        }
+        assert_eq!(second.join().expect("a thread"), Ok(()));
+        std::fs::remove_file(place).expect("remove");
+    }
 }
