@@ -93,7 +93,7 @@ pub(crate) enum Verb {
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
     /// say how far it is
     Scrub(Scrub),
-    /// What a disk has counted since its process was started
+    /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
     Create(Create),
