@@ -59,7 +59,7 @@ impl Admission {
                 "it is the image itself: see to what the image names",
             ));
         }
-        let files = named(disk);
+        let asked_for = (opened(disk), named(disk));
         // It goes on from what it was served from until now, which an administrator named for it, too.
         let goes_on =
             role == Role::Parent && disk.record.borrow().identity == Some(image.identity());
@@ -81,7 +81,7 @@ impl Admission {
             let part = Part { locked, ..part };
             // The verb may be over by now, or be another one.
             self.check_new(disk, role, path)?;
-            if named(disk) != files {
+            if (opened(disk), named(disk)) != asked_for {
                 let why = "another image is being opened by now";
                 return Err(refused(disk, role, path, why));
             }
@@ -111,6 +111,8 @@ impl Admission {
         self.check_named(disk, Role::Socket, path, socket.clone())
             .await?;
         if !known {
+            // The verb may be over by now.
+            self.check_new(disk, Role::Socket, path)?;
             let part = Part {
                 role: Role::Socket,
                 path: path.into(),
