@@ -8,13 +8,10 @@
 //! writes are kept apart, because a read looks for writes only.
 
 use crate::ring::numbers::DiskTag;
-use crate::ring::tap::table::{next, prev, Entry, Link, List, Node};
+use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, LEVELS};
 
 /// Granules of both sizes, as powers of two of sectors: 32 KiB and 2 MiB.
-const LEVELS: [u32; 2] = [6, 12];
-
-/// The lists that an entry lends to the index: by kind of request, by level.
-pub(super) type Buckets = [[List; LEVELS.len()]; 2];
+const GRANULES: [u32; LEVELS] = [6, 12];
 
 /// The two kinds of ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +58,7 @@ enum Home {
 #[derive(Clone, Copy, Debug)]
 struct PerKind {
     /// How many ranges each level holds.
-    held: [u16; LEVELS.len()],
+    held: [u16; LEVELS],
     wide: List,
 }
 
@@ -80,7 +77,7 @@ impl Overlap {
         Self {
             shift: u64::BITS.wrapping_sub(bits),
             kinds: [PerKind {
-                held: [0; LEVELS.len()],
+                held: [0; LEVELS],
                 wide: List::EMPTY,
             }; 2],
         }
@@ -96,12 +93,17 @@ impl Overlap {
     fn home(entry: &Entry) -> Option<Home> {
         let sectors = entry.end.checked_sub(entry.sector).filter(|n| *n > 0)?;
         let fits = |bits: &u32| sectors <= 1u64.wrapping_shl(*bits);
-        Some(LEVELS.iter().position(fits).map_or(Home::Wide, Home::Level))
+        Some(
+            GRANULES
+                .iter()
+                .position(fits)
+                .map_or(Home::Wide, Home::Level),
+        )
     }
 
     /// The buckets of the first and the last granule of a range.
     fn ends(&self, entry: &Entry, level: usize) -> (usize, usize) {
-        let bits = LEVELS.get(level).copied().unwrap_or(0);
+        let bits = GRANULES.get(level).copied().unwrap_or(0);
         let granules = granules(entry, bits);
         (self.bucket(*granules.start()), self.bucket(*granules.end()))
     }
@@ -186,7 +188,7 @@ impl Overlap {
             let wide = self.kinds.get(*kind as usize).map(|kind| kind.wide);
             search.walk(wide.and_then(|list| list.first()), next);
         }
-        for (level, bits) in (0..LEVELS.len()).zip(LEVELS) {
+        for (level, bits) in (0..LEVELS).zip(GRANULES) {
             if opposed.iter().all(|kind| self.held(*kind, level) == 0) {
                 continue;
             }

@@ -7,7 +7,6 @@
 
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
-use crate::ring::tap::overlap::Buckets;
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +37,12 @@ pub(super) enum Link {
 }
 
 const LINKS: u16 = 4;
+
+/// Sizes of granules by which ranges are found.
+pub(super) const LEVELS: usize = 2;
+
+/// The lists that an entry lends to the index over ranges: by kind of request, by level.
+pub(super) type Buckets = [[List; LEVELS]; 2];
 
 /// One link of one entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,7 +155,7 @@ impl Entry {
             next: Node::NONE,
         }; LINKS as usize],
         waiters: List::EMPTY,
-        buckets: [[List::EMPTY; 2]; 2],
+        buckets: [[List::EMPTY; LEVELS]; 2],
     };
 }
 
