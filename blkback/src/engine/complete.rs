@@ -3,7 +3,7 @@
 //! Complete: note what the backend has done.
 
 use crate::engine::backend::Backend;
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
 
 impl<R, G, B: Backend> Engine<'_, R, G, B> {

@@ -3,7 +3,7 @@
 //! Copy in: the data of new writes into our pages; and map the pages of large requests.
 
 use crate::engine::backend::Backend;
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::List;
 use crate::engine::segments::Pool;
 use crate::ring::grants::{CopyDirection, Grants};

@@ -3,7 +3,7 @@
 //! Copy out: the data of reads into the guest's pages; and unmap the pages of large requests.
 
 use crate::engine::backend::Backend;
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::segments::Pool;
 use crate::ring::grants::{CopyDirection, Grants};
 use crate::ring::ports::SharedRing;

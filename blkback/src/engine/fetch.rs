@@ -3,7 +3,7 @@
 //! Fetch: copy the descriptors of indirect requests in, and check the segments in them.
 
 use crate::engine::backend::Backend;
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
 use crate::engine::transfers::Fetch;
 use crate::ring::grants::Grants;

@@ -1,28 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The engine proper: one pass over a ring.
+//! One pass over a ring: all verbs in their order.
 
 use crate::engine::backend::Backend;
-use crate::engine::blocks::Group;
-use crate::engine::requests::{PendingRequest, Requests};
-use crate::engine::rest::Rest;
-use crate::engine::segments::{SegmentEntry, Segments, Shape};
-use crate::engine::stats::Stats;
-use crate::engine::transfers::{Fetch, Transfers};
-use crate::ring::abi::Protocol;
+use crate::engine::parts::Engine;
 use crate::ring::grants::Grants;
-use crate::ring::index::BackRing;
 use crate::ring::ports::SharedRing;
-use crate::ring::request::{Limits, Request};
-
-/// What is fixed for the life of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Config {
-    /// Layout of the slots.
-    pub protocol: Protocol,
-    /// Largest number of segments for which data is copied; larger requests are mapped.
-    pub copy_max_segments: u16,
-}
 
 /// What a pass did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,83 +23,7 @@ pub struct Pass {
     pub answered: u32,
 }
 
-/// The data path of one queue.
-#[derive(Debug)]
-pub struct Engine<'a, R, G, B> {
-    pub(super) ring: BackRing<R>,
-    pub(super) requests: Requests<'a>,
-    pub(super) transfers: Transfers<'a, G>,
-    pub(super) backend: B,
-    pub(super) config: Config,
-    pub(super) limits: Limits,
-    /// Checked, but there was no room for it.
-    pub(super) parked: Option<Request>,
-    /// A barrier is being executed: nothing may pass it.
-    pub(super) barrier: bool,
-    /// Stalled requests may find copy pages in the next pass.
-    pub(super) retry: bool,
-    /// The queue is being torn down: a discard ends with the piece that is running.
-    pub(super) closing: bool,
-    pub(super) stats: Stats,
-}
-
-impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
-    /// Makes the engine of an attached ring.
-    ///
-    /// `slots` has one entry for each slot of the ring. `entries` has one for each data page of
-    /// `shape`, and `groups` one for each 512 pages that can have memory. `fetches` has one for
-    /// each descriptor buffer that is to be used, at least one. The larger of both pools must be
-    /// able to hold the largest request that `limits` allows; one that fits neither pool is
-    /// answered with an error. Where pages come and go, at least [`Self::OWN`] are there for ever,
-    /// and `entries` has as many more as the largest request has segments.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "called once, by the connect path"
-    )]
-    pub fn new(
-        ring: BackRing<R>,
-        grants: G,
-        backend: B,
-        slots: &'a mut [PendingRequest],
-        entries: &'a mut [SegmentEntry],
-        groups: &'a mut [Group],
-        fetches: &'a mut [Option<Fetch>],
-        shape: Shape,
-        config: Config,
-        limits: Limits,
-    ) -> Self {
-        Self {
-            ring,
-            requests: Requests::new(slots, Segments::new(entries, groups, shape)),
-            transfers: Transfers::new(grants, fetches),
-            backend,
-            config,
-            limits,
-            parked: None,
-            barrier: false,
-            retry: false,
-            closing: false,
-            stats: Stats::default(),
-        }
-    }
-
-    /// The counters.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    /// Requests taken and not answered.
-    pub fn in_flight(&self) -> u16 {
-        self.requests
-            .used()
-            .saturating_add(u16::from(self.parked.is_some()))
-    }
-
-    /// Changes the size of the disk; requests that are checked from now on must fit into it.
-    pub fn set_sectors(&mut self, sectors: u64) {
-        self.limits.sectors = sectors;
-    }
-
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Answers what is complete, takes what is new, starts it, and publishes.
     pub fn pass(&mut self) -> Pass {
         self.one_pass(Self::take)
@@ -176,22 +83,5 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         }
         // A ring that breaks here is reported by one more pass.
         self.ring.final_check().unwrap_or(true)
-    }
-
-    /// Lets go of the guest's ring; what is in flight can only be waited for.
-    pub fn detach(self) -> Rest<'a, G, B> {
-        Rest {
-            requests: self.requests,
-            transfers: self.transfers,
-            backend: self.backend,
-        }
-    }
-
-    pub(super) fn can_take(&self) -> bool {
-        !self.barrier
-            && self.parked.is_none()
-            && self.requests.stalled.is_empty()
-            && !self.ring.is_broken()
-            && self.ring.unanswered() < self.ring.size()
     }
 }

@@ -3,7 +3,7 @@
 //! Respond: answer what is complete, or go on with its next piece.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::{Completed, Handle};
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;

@@ -4,6 +4,7 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::complete::complete;
+use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
 use crate::engine::transfers::Transfers;
 use crate::ring::grants::Grants;
@@ -14,6 +15,17 @@ pub struct Rest<'a, G, B> {
     pub(super) requests: Requests<'a>,
     pub(super) transfers: Transfers<'a, G>,
     pub(super) backend: B,
+}
+
+impl<'a, R, G, B> Engine<'a, R, G, B> {
+    /// Lets go of the guest's ring; what is in flight can only be waited for.
+    pub fn detach(self) -> Rest<'a, G, B> {
+        Rest {
+            requests: self.requests,
+            transfers: self.transfers,
+            backend: self.backend,
+        }
+    }
 }
 
 impl<G: Grants, B: Backend> Rest<'_, G, B> {

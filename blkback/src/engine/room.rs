@@ -8,7 +8,7 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::blocks::BLOCK;
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::{Completed, Handle, PendingRequest};
 use crate::engine::segments::{Chain, Pool};
 use crate::ring::abi::MAX_DIRECT_SEGMENTS;

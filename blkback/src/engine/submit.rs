@@ -3,7 +3,7 @@
 //! Submit: give the requests whose data is in place to the backend, as one batch.
 
 use crate::engine::backend::{Backend, Io, IoKind};
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::{List, PendingRequest};
 use crate::engine::stats::Stats;
 use crate::ring::response::Status;

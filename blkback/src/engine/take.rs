@@ -3,7 +3,7 @@
 //! Take: requests from the ring, each with a number and pages.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::pass::Engine;
+use crate::engine::parts::Engine;
 use crate::engine::requests::{Handle, PendingRequest, Taken};
 use crate::engine::segments::Pool;
 use crate::ring::abi::{MAX_SLOT_SIZE, OP_DISCARD, OP_FLUSH_DISKCACHE};
