@@ -5,11 +5,11 @@
 use crate::backing::{BackingDisk, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::events::DeviceEvents;
-use crate::linux::memory::pages::push;
+use crate::linux::memory::vectors::push;
 use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
 use crate::linux::xen::device::Device;
-use crate::linux::xen::store::{self, Frontend};
+use crate::linux::xen::store;
 use crate::offer;
 use crate::proto::frontend;
 use crate::queue::{Ending, Prepared, Queue, Setup};
@@ -104,8 +104,8 @@ impl_has_work! {
 impl Connection {
     /// Connects to the frontend as its directory says. All or nothing. May sleep.
     fn new<D: QueueBackends>(disk: &Arc<D>, peer: &Peer<'_>) -> Result<Arc<Self>, ConnectError> {
-        let dir = Frontend(peer.device);
-        let request = frontend::Request::read(&dir, &offer::offer())?;
+        let dir: &Device = peer.device;
+        let request = frontend::Request::read(dir, &offer::offer())?;
         let mut limits = *peer.limits;
         // A barrier orders one queue only; frontends with several have no use for it.
         limits.barrier &= request.queues == 1;
@@ -124,7 +124,7 @@ impl Connection {
         let mut prepared = KVec::with_capacity(request.queues as usize, GFP_KERNEL)
             .map_err(|_| no_memory(ENOMEM))?;
         for index in 0..request.queues {
-            let ring = request.ring(&dir, index)?;
+            let ring = request.ring(dir, index)?;
             let queue = Prepared::new(&setup, &ring, index)?;
             push(&mut prepared, queue).map_err(no_memory)?;
         }

@@ -16,7 +16,7 @@ use crate::engine::{
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
-use crate::linux::memory::pages::filled;
+use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
 use crate::linux::task::wake_event::WakeEvent;
 use crate::linux::xen::device::Device;

@@ -6,7 +6,7 @@
 //! freed, and they never go backwards.
 
 use crate::engine::Stats;
-use crate::linux::memory::pages::push;
+use crate::linux::memory::vectors::push;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 use kernel::sync::{new_mutex, Arc, Mutex};

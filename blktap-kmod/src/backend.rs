@@ -4,7 +4,7 @@
 
 use super::disk::{Share, TapDisk, BATCH};
 use crate::engine::{Backend, Io, IoKind};
-use crate::linux::memory::pages::push;
+use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::{DiskTag, QueueTag};

@@ -32,7 +32,7 @@ pub(crate) struct Tap {
     _control: Node,
     // The order matters: the regions go after the nodes, and before the table to which an open
     // file leads.
-    _controls: Region<control::Control>,
+    _controls: Region,
     _registry: registry::Registry,
 }
 
@@ -40,10 +40,10 @@ impl Tap {
     /// Makes the control node. May sleep.
     pub(crate) fn new() -> Result<Self> {
         let class = Class::new(c"xentap")?;
-        let nodes = Region::register(c"xentap", registry::MINORS)?;
+        let nodes = Region::register::<node::Opener>(c"xentap", registry::MINORS)?;
         let registry = registry::Registry::new(class.clone(), nodes)?;
         // Last, because from here on somebody may be using it.
-        let controls = Region::register(c"xentap-control", 1)?;
+        let controls = Region::register::<control::Control>(c"xentap-control", 1)?;
         Ok(Self {
             _control: controls.add_node(&class, 0, c"xentap!control")?,
             _controls: controls,

@@ -294,7 +294,7 @@ impl CharDevice for Opener {
         }
     }
 
-    fn uring_command(&self, command: Issued<'_, Self>) -> Outcome {
+    fn uring_command(&self, command: Issued<'_>) -> Outcome {
         if command.number() != ioctl::EXCHANGE {
             return Outcome::refused();
         }

@@ -3,7 +3,6 @@
 //! The table of all disks.
 
 use super::disk::TapDisk;
-use super::node::Opener;
 use crate::linux::char::chardev::{Class, Node, Region};
 use crate::ring::tap::checked::{NewDisk, MAX_MINORS};
 use kernel::prelude::*;
@@ -24,7 +23,7 @@ struct Place {
 /// The disks, and what is needed to make more. A node goes before the region of its number.
 struct Table {
     places: RBTree<u32, Place>,
-    nodes: Region<Opener>,
+    nodes: Region,
     class: Arc<Class>,
 }
 
@@ -40,7 +39,7 @@ pub(super) struct Registry(());
 
 impl Registry {
     /// Makes the table. Works once in the life of the module. May sleep.
-    pub(super) fn new(class: Arc<Class>, nodes: Region<Opener>) -> Result<Self> {
+    pub(super) fn new(class: Arc<Class>, nodes: Region) -> Result<Self> {
         if INITIALISED.xchg(true, Full) {
             return Err(EBUSY);
         }

@@ -22,7 +22,7 @@ use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
 use crate::events::DeviceEvents;
 use crate::linux::local_clock;
-use crate::linux::memory::pages::push;
+use crate::linux::memory::vectors::push;
 use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::{Claim, Waiter};

@@ -11,7 +11,7 @@ mod transfer;
 use super::bdev::BlockDevice;
 use crate::linux::cond_resched;
 use crate::linux::memory::data::DataPages;
-use crate::linux::memory::pages::push;
+use crate::linux::memory::vectors::push;
 use crate::linux::sys;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::QueueTag;

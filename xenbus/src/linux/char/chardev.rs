@@ -61,7 +61,7 @@ pub(crate) trait CharDevice: Sized + Send + Sync + 'static {
     }
 
     /// Takes a command of io_uring.
-    fn uring_command(&self, _command: uring::Issued<'_, Self>) -> uring::Outcome {
+    fn uring_command(&self, _command: uring::Issued<'_>) -> uring::Outcome {
         uring::Outcome::refused()
     }
 
@@ -120,17 +120,17 @@ impl NewMapping<'_> {
 ///
 /// # Invariants
 ///
-/// The range is registered under `major` with the operations of `T`.
-pub(crate) struct Region<T> {
+/// The range is registered under `major`.
+pub(crate) struct Region {
     major: u32,
     minors: u32,
     name: &'static CStr,
-    _operations: PhantomData<fn(T)>,
 }
 
-impl<T: CharDevice> Region<T> {
-    /// Registers the minor numbers from 0 to `minors`. A node may be opened from then on. May sleep.
-    pub(crate) fn register(name: &'static CStr, minors: u32) -> Result<Self> {
+impl Region {
+    /// Registers the minor numbers from 0 to `minors`, whose openers are `T`s. A node may be opened
+    /// from then on. May sleep.
+    pub(crate) fn register<T: CharDevice>(name: &'static CStr, minors: u32) -> Result<Self> {
         // SAFETY: The operations and the name live as long as the module, which cannot be unloaded
         // before this is dropped.
         let major = unsafe {
@@ -142,7 +142,6 @@ impl<T: CharDevice> Region<T> {
             major: major.unsigned_abs(),
             minors,
             name,
-            _operations: PhantomData,
         })
     }
 
@@ -175,7 +174,7 @@ impl<T: CharDevice> Region<T> {
     }
 }
 
-impl<T> Drop for Region<T> {
+impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: By the type invariant the range is registered.
         unsafe {
@@ -413,9 +412,18 @@ impl<T: CharDevice> Operations<T> {
         let file = unsafe { (*command).file };
         // SAFETY: The file is open as long as a command holds it.
         let data = unsafe { Self::data(file) };
-        // SAFETY: The command is valid, was issued to a file of `T` and has not completed; the
-        // flags are those of this call.
-        unsafe { uring::dispatch(&*data, command, issue_flags) }
+        // SAFETY: The command is valid and has not completed, `woken` suits its file, and the flags
+        // are those of this call.
+        match unsafe { uring::Call::new(command, issue_flags, woken::<T>) } {
+            Some(uring::Call::Issue(issued)) => data.uring_command(issued).number(),
+            Some(uring::Call::Cancel(cancelled)) => {
+                if let Some(parked) = data.uring_cancel(cancelled.identity()) {
+                    cancelled.end(parked);
+                }
+                0
+            }
+            None => EINVAL.to_errno(),
+        }
     }
 }
 
@@ -424,15 +432,12 @@ impl<T: CharDevice> Operations<T> {
 /// # Safety
 ///
 /// `request` is a command that was parked by a file of `T`, and `wake` scheduled this call.
-pub(in crate::linux) unsafe extern "C" fn woken<T: CharDevice>(
-    request: *mut c_void,
-    state: sys::TaskWork,
-) {
+unsafe extern "C" fn woken<T: CharDevice>(request: *mut c_void, state: sys::TaskWork) {
     let command = request.cast::<sys::UringCmd>();
     // SAFETY: A command that has not completed is valid, and so is the file that it holds.
     let file = unsafe { (*command).file };
     // SAFETY: By the requirement on this function.
     let data = unsafe { Operations::<T>::data(file) };
     // SAFETY: The command is ours until it completes or is parked again.
-    data.uring_woken(unsafe { uring::Woken::new::<T>(command, state) });
+    data.uring_woken(unsafe { uring::Woken::new(command, state, woken::<T>) });
 }

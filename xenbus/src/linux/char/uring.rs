@@ -18,7 +18,6 @@
 //! Wraps `io_uring_cmd_mark_cancelable`, `__io_uring_cmd_do_in_task` and `__io_uring_cmd_done`
 //! (include/linux/io_uring/cmd.h).
 
-use super::chardev::{woken, CharDevice};
 use crate::linux::sys;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
@@ -33,11 +32,71 @@ const NOT_SUPPORTED: c_int = -(bindings::EOPNOTSUPP as c_int);
 /// What a driver keeps in a command while it is parked.
 pub(crate) type Note = [u64; 2];
 
+/// What the kernel wants of a file with a command.
+pub(in crate::linux) enum Call<'a> {
+    /// The process has just sent it.
+    Issue(Issued<'a>),
+    /// It is to end.
+    Cancel(Cancelled<'a>),
+}
+
+impl Call<'_> {
+    /// The call of a file's operation; `None` without a command.
+    ///
+    /// # Safety
+    ///
+    /// `command` is valid during `'_` and has not completed, and `flags` are those that the kernel
+    /// passed for it. `woken` may be called as the task work of a command that is parked.
+    pub(in crate::linux) unsafe fn new(
+        command: *mut sys::UringCmd,
+        flags: c_uint,
+        woken: sys::TaskWorkFn,
+    ) -> Option<Self> {
+        let command = NonNull::new(command)?;
+        if flags & sys::IO_URING_F_CANCEL != 0 {
+            return Some(Self::Cancel(Cancelled {
+                wanted: Identity { command },
+                flags,
+                _call: PhantomData,
+            }));
+        }
+        Some(Self::Issue(Issued {
+            command,
+            flags,
+            woken,
+            _call: PhantomData,
+        }))
+    }
+}
+
 /// A command that the process has just sent.
-pub(crate) struct Issued<'a, T> {
+pub(crate) struct Issued<'a> {
     command: NonNull<sys::UringCmd>,
     flags: c_uint,
-    _of: PhantomData<(&'a T, *mut ())>,
+    woken: sys::TaskWorkFn,
+    _call: PhantomData<(&'a (), *mut ())>,
+}
+
+/// A command that is to end, if it is parked.
+pub(in crate::linux) struct Cancelled<'a> {
+    wanted: Identity,
+    flags: c_uint,
+    _call: PhantomData<(&'a (), *mut ())>,
+}
+
+impl Cancelled<'_> {
+    /// Which one.
+    pub(in crate::linux) fn identity(&self) -> &Identity {
+        &self.wanted
+    }
+
+    /// Ends it.
+    pub(in crate::linux) fn end(self, parked: Parked) {
+        let command = parked.command.as_ptr();
+        // SAFETY: By the invariant of `Parked` it has not completed; the flags are those of this
+        // call.
+        unsafe { sys::__io_uring_cmd_done(command, CANCELLED, 0, self.flags, false) };
+    }
 }
 
 /// How the handling of an [`Issued`] command ended.
@@ -49,9 +108,14 @@ impl Outcome {
     pub(crate) fn refused() -> Self {
         Self(NOT_SUPPORTED)
     }
+
+    /// As the kernel wants it.
+    pub(in crate::linux) fn number(self) -> c_int {
+        self.0
+    }
 }
 
-impl<T: CharDevice> Issued<'_, T> {
+impl Issued<'_> {
     /// The number of the command.
     pub(crate) fn number(&self) -> u32 {
         // SAFETY: The command is valid, and this field does not change.
@@ -93,27 +157,22 @@ impl<T: CharDevice> Issued<'_, T> {
         unsafe { sys::io_uring_cmd_mark_cancelable(command, self.flags) };
         let parked = Parked {
             command: self.command,
-            wake: wake_up::<T>,
+            woken: self.woken,
         };
         (parked, Outcome(EIOCBQUEUED.to_errno()))
     }
-}
-
-fn wake_up<T: CharDevice>(command: NonNull<sys::UringCmd>) {
-    // SAFETY: A parked command has not completed, and `woken::<T>` suits its file: it was issued
-    // to a file of `T`.
-    unsafe { sys::__io_uring_cmd_do_in_task(command.as_ptr(), woken::<T>, 0) };
 }
 
 /// A command that waits. It must not be dropped: the process would wait for ever.
 ///
 /// # Invariants
 ///
-/// The command has not completed, and nobody else will complete it.
+/// The command has not completed, and nobody else will complete it. `woken` may be called as its task
+/// work.
 #[must_use]
 pub(crate) struct Parked {
     command: NonNull<sys::UringCmd>,
-    wake: fn(NonNull<sys::UringCmd>),
+    woken: sys::TaskWorkFn,
 }
 
 // SAFETY: A command may be woken and completed from any task.
@@ -122,7 +181,8 @@ unsafe impl Send for Parked {}
 impl Parked {
     /// Has the command handled in its task, as [`Woken`]. Callable under a spinlock.
     pub(crate) fn wake(self) {
-        (self.wake)(self.command);
+        // SAFETY: By the type invariant.
+        unsafe { sys::__io_uring_cmd_do_in_task(self.command.as_ptr(), self.woken, 0) };
     }
 
     /// True if a cancellation means this command.
@@ -145,22 +205,23 @@ pub(crate) struct Identity {
 pub(crate) struct Woken {
     command: NonNull<sys::UringCmd>,
     cancel: bool,
-    wake: fn(NonNull<sys::UringCmd>),
+    woken: sys::TaskWorkFn,
 }
 
 impl Woken {
     /// # Safety
     ///
-    /// `command` is parked and was woken, and this is called from its task work.
-    pub(in crate::linux) unsafe fn new<T: CharDevice>(
+    /// `command` is parked and was woken, and this is called from its task work, which is `woken`.
+    pub(in crate::linux) unsafe fn new(
         command: *mut sys::UringCmd,
         state: sys::TaskWork,
+        woken: sys::TaskWorkFn,
     ) -> Self {
         Self {
             // SAFETY: A command is never at address 0.
             command: unsafe { NonNull::new_unchecked(command) },
             cancel: state.cancel,
-            wake: wake_up::<T>,
+            woken,
         }
     }
 
@@ -200,37 +261,7 @@ impl Woken {
         // INVARIANT: Passed on; it is still marked as one that can be cancelled.
         Parked {
             command: self.command,
-            wake: self.wake,
+            woken: self.woken,
         }
     }
-}
-
-/// Calls the driver for a new command, or for one that is to be cancelled.
-///
-/// # Safety
-///
-/// `command` is valid, was issued to the file of `data` and has not completed; `flags` are those
-/// that the kernel passed.
-pub(in crate::linux) unsafe fn dispatch<T: CharDevice>(
-    data: &T,
-    command: *mut sys::UringCmd,
-    flags: c_uint,
-) -> c_int {
-    let Some(command) = NonNull::new(command) else {
-        return EINVAL.to_errno();
-    };
-    if flags & sys::IO_URING_F_CANCEL == 0 {
-        let issued = Issued {
-            command,
-            flags,
-            _of: PhantomData,
-        };
-        return data.uring_command(issued).0;
-    }
-    if let Some(parked) = data.uring_cancel(&Identity { command }) {
-        // SAFETY: By the invariant of `Parked` it has not completed; the flags are those of this
-        // call.
-        unsafe { sys::__io_uring_cmd_done(parked.command.as_ptr(), CANCELLED, 0, flags, false) };
-    }
-    0
 }

@@ -9,7 +9,8 @@
 //! Wraps `gnttab_alloc_pages` and `gnttab_free_pages` (include/xen/grant_table.h).
 
 use super::page_blocks::{Block, Page, PAGES};
-use super::pages::{filled, push, Pages};
+use super::pages::Pages;
+use super::vectors::{filled, push};
 use crate::linux::sys;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;

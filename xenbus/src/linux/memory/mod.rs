@@ -7,3 +7,4 @@ pub(crate) mod page_blocks;
 pub(crate) mod pages;
 pub(crate) mod pool;
 pub(crate) mod shrinker;
+pub(crate) mod vectors;

@@ -5,6 +5,7 @@
 //! Wraps `alloc_pages`, `split_page` and `__free_pages` (include/linux/gfp.h, include/linux/mm.h).
 //! `kernel::page::Page` allocates one page at a time, and says nothing of neighbours.
 
+use super::vectors::push;
 use crate::linux::sys;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -131,7 +132,7 @@ impl Block {
         )?;
         let flags = effort.flags();
         let pages = &mut block.pages;
-        let mut add = |page| super::pages::push(pages, page);
+        let mut add = |page| push(pages, page);
         if alloc_run(flags, MAX_ORDER, &mut add).is_err() {
             for _ in 0..PAGES {
                 alloc_run(flags, 0, &mut add)?;

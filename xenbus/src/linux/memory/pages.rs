@@ -5,8 +5,8 @@
 //! Of the kernel it needs what `block` wraps, and `page_address` (include/linux/mm.h).
 
 use super::page_blocks::{alloc_run, Page, MAX_ORDER};
+use super::vectors::push;
 use crate::linux::sys;
-use kernel::alloc::{Allocator, Vec};
 use kernel::bindings;
 use kernel::prelude::*;
 
@@ -26,22 +26,6 @@ pub(crate) struct Pages {
 unsafe impl Send for Pages {}
 // SAFETY: As above.
 unsafe impl Sync for Pages {}
-
-/// Appends to a vector that was made large enough.
-///
-/// `KVec::push` would do, but the arithmetic with which it grows a vector can panic.
-pub(crate) fn push<T, A: Allocator>(vec: &mut Vec<T, A>, value: T) -> Result {
-    vec.push_within_capacity(value).map_err(|_| ENOMEM)
-}
-
-/// A vector of `count` equal values. May sleep.
-pub(crate) fn filled<T: Copy>(value: T, count: usize) -> Result<KVec<T>> {
-    let mut vec = KVec::with_capacity(count, GFP_KERNEL)?;
-    for _ in 0..count {
-        push(&mut vec, value)?;
-    }
-    Ok(vec)
-}
 
 impl Pages {
     /// Allocates so many zeroed pages, neighbours as far as it goes. May sleep.

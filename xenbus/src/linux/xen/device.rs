@@ -8,8 +8,9 @@
 use super::store;
 use super::watch::InXenwatch;
 use crate::linux::sys;
+use crate::proto::frontend::{Directory, VALUE_SIZE};
 use crate::proto::state::State;
-use crate::proto::text::parse_u32;
+use crate::proto::text::{parse_u32, Name};
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::ffi::c_char;
@@ -165,6 +166,19 @@ impl Device {
             // registered, and whoever takes it off the bus does so in this thread.
             unsafe { bindings::device_unregister(self.device()) };
         }
+    }
+}
+
+/// The frontend's directory.
+impl Directory for Device {
+    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize> {
+        let mut name = [0u8; Name::CAPACITY + 1];
+        for (to, from) in name.iter_mut().zip(key.as_bytes()) {
+            *to = *from;
+        }
+        let name = CStr::from_bytes_until_nul(&name).ok()?;
+        // A frontend can make a key unreadable for us; that is the same as not having it.
+        store::read(self.otherend(), name, value).ok()
     }
 }
 

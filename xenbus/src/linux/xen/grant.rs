@@ -6,7 +6,8 @@
 //! (include/xen/grant_table.h).
 
 use crate::linux::memory::data::DataPages;
-use crate::linux::memory::pages::{filled, Pages};
+use crate::linux::memory::pages::Pages;
+use crate::linux::memory::vectors::filled;
 use crate::linux::sys;
 use crate::ring::abi::{RawSegment, PAGE_SIZE, SEGMENTS_PER_INDIRECT_PAGE};
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};

@@ -5,11 +5,9 @@
 //! Wraps `xenbus_read`, `xenbus_write`, `xenbus_rm`, `xenbus_transaction_start` and
 //! `xenbus_transaction_end` (include/xen/xenbus.h).
 
-use super::device::Device;
 use crate::linux::sys;
-use crate::proto::frontend::{Directory, VALUE_SIZE};
 use crate::proto::state::State;
-use crate::proto::text::{parse_u32, Name};
+use crate::proto::text::parse_u32;
 use kernel::bindings;
 use kernel::error::{from_err_ptr, to_result};
 use kernel::ffi::c_uint;
@@ -127,19 +125,4 @@ pub(crate) fn transaction(mut body: impl FnMut(&Transaction) -> Result) -> Resul
         }
     }
     Err(EAGAIN)
-}
-
-/// The frontend's directory of a device.
-pub(crate) struct Frontend<'a>(pub(crate) &'a Device);
-
-impl Directory for Frontend<'_> {
-    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize> {
-        let mut name = [0u8; Name::CAPACITY + 1];
-        for (to, from) in name.iter_mut().zip(key.as_bytes()) {
-            *to = *from;
-        }
-        let name = CStr::from_bytes_until_nul(&name).ok()?;
-        // A frontend can make a key unreadable for us; that is the same as not having it.
-        read(self.0.otherend(), name, value).ok()
-    }
 }
