@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! `cargo xtask check`: what can be said about the sources without running them.
 
+mod circles;
 mod direction;
 mod format;
 pub(crate) mod frames;
@@ -23,6 +24,7 @@ pub(crate) fn run(tally: &mut Tally) -> Result<()> {
     );
     tally.check("check.unsafe-code", unsafe_code::check(&sources));
     tally.check("check.dependency-direction", direction::check(&sources));
+    tally.check("check.circles", circles::check(&sources));
     tally.check("check.dependencies", licences::dependencies());
     lints::workspace(tally);
     tally.check("check.clippy-module", lints::module());
