@@ -460,6 +460,31 @@ fn what_goes_over_a_network_has_time_to_settle() {
     assert_eq!(disk.shadow.closed(), 0);
 }
 
+/// Those who wait for others are looked at again, and are in one list all the same.
+#[test]
+fn a_start_after_another_claim_keeps_what_waits_in_order() {
+    let mut disk = Disk::live(4);
+    disk.shadow.set_death_limit(2);
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0]);
+    disk.die();
+    disk.post(1, Op::Write, 4, 8);
+    disk.start();
+    assert_eq!(disk.info().isolated, 1);
+    assert!(
+        disk.shadow.has_deliverable(),
+        "by which one waits for the other"
+    );
+    assert!(disk.shadow.claim(disk.epoch, Claimed::BEFORE));
+    assert!(disk.shadow.started(disk.epoch).is_ok());
+    assert_eq!(disk.tags(), [0]);
+    assert_eq!(disk.commit(0, 2, 0, 0), Committed::Done(0));
+    assert_eq!(disk.tags(), [1]);
+    assert_eq!(disk.tags(), [], "it has it already");
+    assert_eq!(disk.commit(1, 1, 0, 0), Committed::Done(1));
+    assert_eq!(disk.info().delivered, 0);
+}
+
 #[test]
 fn who_has_ended_all_its_io_says_so() {
     let mut disk = Disk::new(4);

@@ -21,7 +21,7 @@ use core::ops::DerefMut;
 use super::{Failed, Phase, Shadow};
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;
-use crate::ring::tap::table::{next, Entry, List, Suspicion};
+use crate::ring::tap::table::{next, Entry, Suspicion};
 
 /// The death of a process that had requests, which are not counted yet.
 #[derive(Clone, Copy, Debug)]
@@ -192,9 +192,9 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Puts what waits in an order in which a process answers as much as it can before it meets
-    /// what it may die of. Nothing is blocked yet: nobody was served since the fence.
+    /// what it may die of. What waits for others is looked at again: a process that was served and
+    /// has claimed again may have looked already.
     fn arrange(&mut self) {
-        self.pending = List::EMPTY;
         for class in [Class::Trusted, Class::Suspect, Class::Undecided] {
             let mut at = self.order.first();
             while let Some(node) = at {
@@ -203,6 +203,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                     self.isolation.class(&entry.suspicion) == class
                 });
                 if fits {
+                    self.unlist(node.tag());
                     self.wait(node.tag(), None);
                 }
             }
