@@ -68,10 +68,6 @@ pub(crate) struct Inner {
     pub(super) looks: u32,
     /// So many pages of the arena, from the first on, are seen to be free.
     pub(super) fenced_pages: u16,
-    /// For so long after no page of the arena is in use it is not.
-    pub(super) settle_ns: u64,
-    /// When that was first seen, in the time of [`monotonic_ns`].
-    pub(super) free_since: Option<u64>,
     /// The process has looked in vain: it may be sleeping, and is to be woken.
     pub(super) wanted: bool,
     /// The queues of the connection.
@@ -95,6 +91,8 @@ impl Share {
 
 impl TapDisk {
     /// Makes a disk. May sleep.
+    // Not a part of its caller, so that both have small frames: it is made on the stack.
+    #[inline(never)]
     pub(crate) fn new(minor: u32, number: u32, new: &NewDisk) -> Result<Arc<Self>> {
         let areas = Areas::new(new.arena_kib)?;
         let tags = usize::from(areas.tags());
@@ -126,8 +124,6 @@ impl TapDisk {
                         fencing: None,
                         looks: 0,
                         fenced_pages: 0,
-                        settle_ns: 0,
-                        free_since: None,
                         wanted: false,
                         shares: [const { None }; MAX_QUEUES],
                     },

@@ -35,8 +35,7 @@ impl TapDisk {
     pub(super) fn close(self: &Arc<Self>) {
         {
             let mut inner = self.inner.lock();
-            inner.settle_ns = u64::from(inner.shadow.closed()).wrapping_mul(1_000_000);
-            inner.free_since = None;
+            inner.shadow.closed();
             // Its file keeps the module until this returns. It is not going, so there is one.
             inner.fencing = ModuleReference::get();
             inner.looks = 0;
@@ -83,12 +82,9 @@ impl TapDisk {
                 return false;
             }
             inner.fenced_pages = self.areas.arena_pages();
-            let now = monotonic_ns();
-            let since = *inner.free_since.get_or_insert(now);
-            if !planted::NO_FENCE && now.wrapping_sub(since) < inner.settle_ns {
+            let Some(failed) = inner.shadow.quiet(monotonic_ns()) else {
                 return false;
-            }
-            let failed = inner.shadow.fenced();
+            };
             inner.tell(failed.queues);
             inner.kick();
             inner.fencing.take()

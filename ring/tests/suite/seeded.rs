@@ -130,6 +130,9 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
         ("malformed", sum(|seen| seen.malformed)),
         ("deaths", sum(|seen| seen.deaths)),
         ("failed", sum(|seen| seen.failed)),
+        ("unsettled", sum(|seen| seen.unsettled)),
+        ("lost", sum(|seen| seen.lost)),
+        ("claimed again", sum(|seen| seen.claimed_again)),
     ];
     println!("{often:?}, {at_times:?}; refused and accepted: {arguments:?}");
     let enough = |counts: &[(&str, u64)], least| counts.iter().all(|(_, count)| *count > least);

@@ -6,11 +6,11 @@
 //! and to its model; an argument is read by the crate and by the oracle.
 
 use ring::response::Status;
-use ring::tap::checked::Outcome;
+use ring::tap::checked::{Fence, Outcome};
 use ring::tap::params::{Discard, Params};
 use ring::tap::shadow::{Op, Request};
 
-use crate::tap_model::{Pair, Seen, Step, QUEUES};
+use crate::tap_model::{Pair, Seen, Step, OVER, QUEUES};
 use crate::tap_oracle;
 
 /// What became of an input.
@@ -187,9 +187,22 @@ fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
 fn history(input: &mut Input<'_>) -> Option<Seen> {
     let tags = [1, 2, 3, 8, 24, 40][usize::from(input.byte()?) % 6];
     let limit = [0, 0, 1, 2, 3][usize::from(input.byte()?) % 5];
-    let mut pair = Pair::with(tags, &[Step::Limit(limit), Step::Open, Step::Start(0)]);
+    let claim = Step::Claim(fence(input.byte()?), 0);
+    let start = [Step::Limit(limit), Step::Open, claim, Step::Start(0)];
+    let mut pair = Pair::with(tags, &start);
     while step(&mut pair, tags, input).is_some() {}
     Some(pair.drain())
+}
+
+/// When the I/O of a process is over, as it says.
+fn fence(value: u8) -> Fence {
+    match value % 8 {
+        0..=3 => Fence::Local,
+        4..=6 => Fence::Session {
+            settle_ms: 1 + u32::from(value / 8),
+        },
+        _ => Fence::None,
+    }
 }
 
 /// Does the next step, or several that belong together.
@@ -203,7 +216,9 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
         few => usize::from(few),
     };
     match what % 64 {
-        0..=19 => post(pair, tags, value, input)?,
+        0..=17 => post(pair, tags, value, input)?,
+        18 => pair.apply(Step::Claim(fence(value), u64::from(value == 255))),
+        19 => pair.apply(Step::Pass(u32::from(value / 4))),
         20..=28 => pair.apply(Step::Deliver(some, ago)),
         29..=39 => {
             let Some((tag, _)) = aim(pair, tags, value) else {
@@ -237,21 +252,24 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
         51 => pair.apply(Step::Open),
         52 => pair.apply(Step::Start(ago)),
         53 => pair.apply(Step::Close),
-        54 => pair.apply(Step::Fence),
+        54 => pair.apply(Step::Quiet),
         55 => pair.apply(Step::Withdraw(queue)),
         56..=58 => pair.apply(Step::Orphan(queue)),
         59 => pair.apply(Step::Fail(some)),
         60 => {
             // A death, after which nobody comes in time.
-            for step in [Step::Close, Step::Fence, Step::Fail(some)] {
-                pair.apply(step);
-            }
+            let begin = [Step::Close].into_iter().chain(OVER);
+            begin
+                .chain([Step::Fail(some)])
+                .for_each(|step| pair.apply(step));
         }
         61 => pair.apply(Step::Excuse(ago)),
         _ => {
-            for step in [Step::Close, Step::Fence, Step::Open, Step::Start(0)] {
-                pair.apply(step);
-            }
+            let begin = [Step::Close].into_iter().chain(OVER).chain([Step::Open]);
+            let claim = Step::Claim(fence(value), 0);
+            begin
+                .chain([claim, Step::Start(0)])
+                .for_each(|step| pair.apply(step));
         }
     }
     Some(())

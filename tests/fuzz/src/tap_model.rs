@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi;
-use ring::tap::checked::{Commit, Outcome};
+use ring::tap::checked::{Claimed, Commit, Fence, Outcome};
 use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
@@ -44,12 +44,16 @@ pub enum Step {
     Limit(u8),
     /// It says that the last death was no fault of a request; and with its `ago`.
     Excuse(u64),
+    /// It says when its I/O is over after its end; and with its `ago`.
+    Claim(Fence, u64),
     /// It starts it; and with its `ago`.
     Start(u64),
     /// It is gone.
     Close,
-    /// Its I/O is over.
-    Fence,
+    /// No I/O of it is to be seen.
+    Quiet,
+    /// So many milliseconds pass.
+    Pass(u32),
     /// A queue begins to close.
     Withdraw(u16),
     /// A queue is gone.
@@ -57,6 +61,9 @@ pub enum Step {
     /// The time without a process is over: at most so many fail.
     Fail(usize),
 }
+
+/// After the end of a process its I/O is over.
+pub const OVER: [Step; 3] = [Step::Quiet, Step::Pass(abi::MAX_SETTLE_MS), Step::Quiet];
 
 /// What happened in a run; the callers check that runs are not vacuous.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,6 +92,12 @@ pub struct Seen {
     pub failed: u64,
     /// Requests that failed because processes died of them.
     pub poisoned: u64,
+    /// Claims of processes that were served.
+    pub claimed_again: u64,
+    /// Looks at which I/O of a dead process could still go on where nobody sees it.
+    pub unsettled: u64,
+    /// Requests that failed because nobody can know whether they are over.
+    pub lost: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,9 +195,37 @@ struct Model {
     /// Requests that are isolated.
     isolated: Vec<u64>,
     poisoned: Vec<(Op, std::ops::Range<u64>)>,
+    /// In milliseconds.
+    clock: u64,
+    claimed: Claim,
+    /// What it claimed each time it was served, since it said last that all its I/O was over.
+    served: Vec<Fence>,
+    /// When nothing of it was to be seen any more.
+    quiet: Option<u64>,
+}
+
+/// What a process has claimed: if nothing, that its I/O is of this machine.
+#[derive(Clone, Copy, Debug)]
+struct Claim(Fence);
+
+impl Default for Claim {
+    fn default() -> Self {
+        Self(Fence::Local)
+    }
 }
 
 impl Model {
+    /// Nothing of the process can happen any more, where it is seen or elsewhere.
+    fn is_over(&self) -> bool {
+        let settles = |fence: &Fence| match fence {
+            Fence::Session { settle_ms } => u64::from(*settle_ms),
+            Fence::Local | Fence::None => 0,
+        };
+        let longest = self.served.iter().map(settles).max().unwrap_or(0);
+        self.quiet
+            .is_some_and(|since| self.clock >= since + longest)
+    }
+
     /// The request of a tag that a process of `ago` openers earlier may commit.
     fn meant(&self, commit: &Commit, ago: u64) -> Option<u64> {
         let sequence = self.sequence_of(commit.tag.number())?;
@@ -345,9 +386,11 @@ impl Pair {
                 self.model.limit = if limit == 1 { 2 } else { limit.into() };
             }
             Step::Excuse(ago) => self.excuse(ago),
+            Step::Claim(fence, ago) => self.claim(fence, ago),
             Step::Start(ago) => self.start(ago),
             Step::Close => self.close(),
-            Step::Fence => self.fence(),
+            Step::Quiet => self.quiet(),
+            Step::Pass(ms) => self.model.clock += u64::from(ms),
             Step::Withdraw(queue) => {
                 let (failed, _) = self.model.fail(usize::MAX, |r| r.queue == queue);
                 assert_eq!(self.shadow.withdraw(queue) as usize, failed, "{self:?}");
@@ -501,7 +544,35 @@ impl Pair {
             self.model.epoch += 1;
             self.model.state = abi::STATE_OPEN;
             self.model.answered = false;
+            self.model.claimed = Claim::default();
+            self.model.served.clear();
+            self.model.quiet = None;
         }
+    }
+
+    fn claim(&mut self, fence: Fence, ago: u64) {
+        let again = self.model.state == abi::STATE_LIVE;
+        let rests = match self.model.state {
+            abi::STATE_OPEN => true,
+            abi::STATE_LIVE => self.model.count(Stage::Delivered) == 0,
+            _ => false,
+        };
+        let may = rests && ago == 0;
+        let epoch = self.model.epoch.wrapping_sub(ago);
+        let claimed = Claimed {
+            fence,
+            ..Claimed::BEFORE
+        };
+        assert_eq!(self.shadow.claim(epoch, claimed), may, "{self:?}");
+        if !may {
+            return;
+        }
+        self.model.state = abi::STATE_OPEN;
+        self.model.claimed = Claim(fence);
+        if fence == Fence::Local {
+            self.model.served.clear();
+        }
+        self.seen.claimed_again += u64::from(again);
     }
 
     fn excuse(&mut self, ago: u64) {
@@ -524,6 +595,7 @@ impl Pair {
             return;
         };
         self.model.state = abi::STATE_LIVE;
+        self.model.served.push(self.model.claimed.0);
         let queues = self.model.judge().map(|sequence| {
             let request = &self.model.undone[&sequence];
             let (queue, what) = (request.queue, (request.request.op, request.range()));
@@ -545,11 +617,18 @@ impl Pair {
         }
     }
 
-    fn fence(&mut self) {
-        assert_eq!(self.shadow.fenced().count, 0);
+    fn quiet(&mut self) {
+        let now = self.model.clock * 1_000_000;
         if self.model.state != abi::STATE_FENCING {
-            return;
+            let nothing = self.shadow.quiet(now).map(|failed| failed.count);
+            return assert_eq!(nothing, Some(0), "{self:?}");
         }
+        self.model.quiet.get_or_insert(self.model.clock);
+        if !self.model.is_over() {
+            self.seen.unsettled += 1;
+            return assert_eq!(self.shadow.quiet(now), None, "{self:?}");
+        }
+        let failed = self.shadow.quiet(now).map(|f| (f.count, f.queues, f.more));
         self.seen.deaths += 1;
         let held = self.model.count(Stage::Delivered);
         if held > 0 {
@@ -557,7 +636,9 @@ impl Pair {
         }
         let undone = &mut self.model.undone;
         undone.retain(|_, r| !(r.orphan && r.stage == Stage::Delivered));
-        for request in undone.values_mut() {
+        let lost = self.lose();
+        assert_eq!(failed, Some((lost.0, lost.1, false)), "{self:?}");
+        for request in self.model.undone.values_mut() {
             request.ordered = true;
             if request.stage == Stage::Delivered {
                 request.stage = Stage::Waiting;
@@ -565,10 +646,27 @@ impl Pair {
                 request.in_last = true;
             }
         }
-        self.model.state = match undone.is_empty() {
+        self.model.state = match self.model.undone.is_empty() {
             true => abi::STATE_IDLE,
             false => abi::STATE_RECOVERING,
         };
+    }
+
+    /// What changes the disk is not executed again if nobody knows when its first execution is over.
+    fn lose(&mut self) -> (usize, u64) {
+        if self.model.claimed.0 != Fence::None {
+            return (0, 0);
+        }
+        let undone = self.model.undone.iter();
+        let lost = undone.filter(|(_, r)| r.stage == Stage::Delivered && r.writes());
+        let lost: Vec<u64> = lost.map(|(sequence, _)| *sequence).collect();
+        let mut queues = 0;
+        for sequence in &lost {
+            queues |= 1 << self.model.undone[sequence].queue;
+            self.model.finish(*sequence, Status::Error);
+        }
+        self.seen.lost += lost.len() as u64;
+        (lost.len(), queues)
     }
 
     fn orphan(&mut self, queue: u16) {
@@ -643,7 +741,7 @@ impl Pair {
             self.apply(Step::Start(0));
         }
         if self.model.state != abi::STATE_LIVE {
-            for step in [Step::Fence, Step::Open, Step::Start(0)] {
+            for step in OVER.into_iter().chain([Step::Open, Step::Start(0)]) {
                 self.apply(step);
             }
         }

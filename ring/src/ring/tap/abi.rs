@@ -295,7 +295,8 @@ pub const CLAIMS_MAX_SIZE: u32 = 4096;
 ///
 /// A process that serves and has no request in hand may claim again: it gets no more requests until it
 /// starts once more. One whose I/O is all over, that for others included, ends so without a wait for
-/// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`].
+/// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`]. No other claim takes back what it said before it served:
+/// the longest time counts.
 #[derive(
     Clone,
     Copy,

@@ -19,8 +19,8 @@
 //!   a result. Other flushes wait for nobody: they cover what was answered before them.
 //! - A completion counts only if it comes from the process that has the disk open now and names
 //!   the latest delivery of its tag.
-//! - After a process is gone nothing is delivered until the caller says that it is fenced: that no
-//!   I/O which it started can touch the arena or the image any longer.
+//! - After a process is gone nothing is delivered until no I/O which it started can touch the arena or
+//!   the image any longer (`ending`).
 //! - A request at which processes die again and again is delivered alone, and fails when that makes
 //!   sure that it is the reason (`isolation`).
 //!
@@ -28,11 +28,12 @@
 //!
 //! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
 //! calls. What a call does is bounded: [`Shadow::deliver`] and [`Shadow::has_deliverable`] stop
-//! after some [`STEPS`]; [`Shadow::started`], [`Shadow::fenced`], [`Shadow::excuse`],
+//! after some [`STEPS`]; [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
 //! [`Shadow::orphan`] and [`Shadow::withdraw`], which are called once in the life of a process or a
 //! queue, look at every request a few times; so does [`Shadow::fail_waiting`] while a process is
 //! fenced; all others take constant time for each request that they name or set free.
 
+mod ending;
 mod isolation;
 
 use core::ops::DerefMut;
@@ -40,9 +41,10 @@ use core::ops::DerefMut;
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
-use crate::ring::tap::checked::{Claimed, Commit, Fence, Outcome};
+use crate::ring::tap::checked::{Claimed, Commit, Outcome};
 use crate::ring::tap::overlap::{writes, Overlap};
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
+use ending::Settling;
 use isolation::Isolation;
 
 /// Queues of one disk at most.
@@ -152,7 +154,7 @@ pub struct Delivered {
     pub more: bool,
 }
 
-/// What a call failed: of [`Shadow::fail_waiting`], [`Shadow::started`] or [`Shadow::fenced`].
+/// What a call failed: of [`Shadow::fail_waiting`], [`Shadow::started`] or [`Shadow::quiet`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Failed {
@@ -207,6 +209,7 @@ pub struct Shadow<S> {
     claimed: Claimed,
     /// What the last start lacked.
     lacking: u64,
+    settling: Settling,
     isolation: Isolation,
 }
 
@@ -236,6 +239,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             offered: abi::OPERATIONS,
             claimed: Claimed::BEFORE,
             lacking: 0,
+            settling: Settling::default(),
             isolation: Isolation::default(),
         }
     }
@@ -319,6 +323,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         self.isolation.answered = false;
         self.claimed = Claimed::BEFORE;
         self.lacking = 0;
+        self.settling = Settling::default();
         Ok(self.epoch)
     }
 
@@ -335,6 +340,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         let may = rests && epoch == self.epoch;
         if may {
             self.claimed = claimed;
+            self.settling.claimed(claimed.fence);
             self.phase = Phase::Open;
         }
         may
@@ -355,81 +361,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             return Err(StartError::Lacks(self.lacking));
         }
         self.phase = Phase::Live;
+        self.settling.served(self.claimed.fence);
         Ok(self.judge())
-    }
-
-    /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
-    /// [`fenced`](Self::fenced) must follow, when its I/O is over: not before so many milliseconds,
-    /// which are returned, have passed since nothing of it was to be seen any more.
-    pub fn closed(&mut self) -> u32 {
-        let served = self.phase == Phase::Live;
-        if matches!(self.phase, Phase::Open | Phase::Live) {
-            self.phase = Phase::Fencing;
-        }
-        match self.claimed.fence {
-            // Even if it had nothing of ours: it may do I/O for others, such as NBD clients. If it has
-            // ended that, too, it says so by a claim.
-            Fence::Session { settle_ms } if served => settle_ms,
-            _ => 0,
-        }
-    }
-
-    /// The I/O of the process that is gone is over. What it had been delivered waits for the next
-    /// one, in arrival order; requests without a queue are released. If nobody can know that it is over,
-    /// as the process claimed, what changes the disk fails instead: to execute it again could undo what
-    /// comes later.
-    pub fn fenced(&mut self) -> Failed {
-        let mut failed = Failed::default();
-        if self.phase != Phase::Fencing {
-            return failed;
-        }
-        self.pending = List::EMPTY;
-        self.delivered = List::EMPTY;
-        self.isolation.died(self.held);
-        let mut at = self.order.first();
-        while let Some(node) = at {
-            let tag = node.tag();
-            at = next(&self.entries, node);
-            let Some(entry) = self.get_mut(tag) else {
-                break;
-            };
-            entry.waiters = List::EMPTY;
-            entry.ordered = true;
-            match entry.state {
-                State::Delivered => {}
-                State::Pending | State::Blocked => {
-                    self.wait(tag, None);
-                    continue;
-                }
-                // Not in the order of what has no result.
-                State::Free | State::Done => continue,
-            }
-            let (orphan, fresh) = (entry.orphan, entry.flags & abi::DESC_REPLAY == 0);
-            let changes = writes(entry.op);
-            entry.flags |= abi::DESC_REPLAY;
-            entry.suspicion.in_last = true;
-            let queue = entry.queue;
-            self.held = self.held.wrapping_sub(1);
-            self.replaying = self.replaying.wrapping_add(u32::from(fresh));
-            if !orphan && changes && self.claimed.fence == Fence::None {
-                failed.queues |= 1u64.wrapping_shl(u32::from(queue));
-                failed.count = failed.count.wrapping_add(1);
-                self.finish(tag, Status::Error);
-            } else if orphan {
-                self.orphans = self.orphans.wrapping_sub(1);
-                self.forget(tag);
-                self.free(tag);
-            } else {
-                self.waiting = self.waiting.wrapping_add(1);
-                self.wait(tag, None);
-            }
-        }
-        self.phase = if self.order.is_empty() {
-            Phase::Idle
-        } else {
-            Phase::Recovering
-        };
-        failed
     }
 
     /// Hands out at most `max` requests that may be executed now; `each` gets what the process is

@@ -48,7 +48,7 @@ impl Deadly {
         let lived = self.serve(epoch);
         self.reap();
         self.shadow.closed();
-        assert_eq!(self.shadow.fenced().count, 0);
+        assert_eq!(self.shadow.quiet(0).unwrap().count, 0);
         self.deaths += u32::from(!lived);
         lived
     }
@@ -209,7 +209,7 @@ fn a_death_that_is_excused_counts_nothing() {
         assert!(!disk.shadow.excuse(epoch), "it has started");
         assert!(!disk.serve(epoch));
         disk.shadow.closed();
-        assert_eq!(disk.shadow.fenced().count, 0);
+        assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     }
     assert_eq!((disk.info().isolated, disk.info().poisoned), (0, 0));
     // Another one that is answered shows that the next process is able to.
@@ -226,7 +226,7 @@ fn one_that_dies_before_it_starts_counts_nothing() {
     for _ in 0..5 {
         let _epoch = disk.shadow.opened().expect("nobody has it");
         disk.shadow.closed();
-        assert_eq!(disk.shadow.fenced().count, 0);
+        assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     }
     disk.run(2);
     assert_eq!((disk.deaths, disk.failed()), (2, vec![1]));

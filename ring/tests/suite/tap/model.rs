@@ -4,10 +4,10 @@
 
 use proptest::prelude::*;
 use ring::response::Status;
-use ring::tap::checked::Outcome;
+use ring::tap::checked::{Fence, Outcome};
 use ring::tap::shadow::{Op, Request};
 
-use crate::tap_model::{Pair, Step, QUEUES};
+use crate::tap_model::{Pair, Step, OVER, QUEUES};
 
 fn requests() -> impl Strategy<Value = Request> {
     let op = prop_oneof![
@@ -55,9 +55,11 @@ fn steps(tags: u16) -> impl Strategy<Value = Step> {
         4 => (queue.clone(), prop_oneof![Just(1usize), Just(usize::MAX)])
             .prop_map(|(queue, max)| Step::Reap(queue, max)),
         3 => Just(Step::Open),
-        3 => ago.prop_map(Step::Start),
+        3 => ago.clone().prop_map(Step::Start),
         1 => Just(Step::Close),
-        2 => Just(Step::Fence),
+        2 => Just(Step::Quiet),
+        2 => (0..80u32).prop_map(Step::Pass),
+        2 => (fences(), ago.clone()).prop_map(|(fence, ago)| Step::Claim(fence, ago)),
         1 => queue.clone().prop_map(Step::Withdraw),
         1 => queue.prop_map(Step::Orphan),
         1 => prop_oneof![Just(1usize), Just(usize::MAX)].prop_map(Step::Fail),
@@ -65,12 +67,24 @@ fn steps(tags: u16) -> impl Strategy<Value = Step> {
     ]
 }
 
+fn fences() -> impl Strategy<Value = Fence> {
+    prop_oneof![
+        2 => Just(Fence::Local),
+        2 => (1..60u32).prop_map(|settle_ms| Fence::Session { settle_ms }),
+        1 => Just(Fence::None),
+    ]
+}
+
 /// A death after which somebody comes, perhaps one who knows its reason.
 fn deaths() -> impl Strategy<Value = Vec<Step>> {
-    any::<bool>().prop_map(|excused| {
+    (any::<bool>(), fences()).prop_map(|(excused, fence)| {
         let excuse = excused.then_some(Step::Excuse(0));
-        let open = [Step::Close, Step::Fence, Step::Open].into_iter();
-        open.chain(excuse).chain([Step::Start(0)]).collect()
+        let over = [Step::Close].into_iter().chain(OVER);
+        let open = [Step::Open, Step::Claim(fence, 0)];
+        over.chain(open)
+            .chain(excuse)
+            .chain([Step::Start(0)])
+            .collect()
     })
 }
 
@@ -118,7 +132,7 @@ fn every_short_history_does_what_the_model_does() {
         Step::Commit(0, Outcome::Returned, 0, 0),
         Step::Reap(0, 1),
         Step::Close,
-        Step::Fence,
+        Step::Quiet,
         Step::Open,
         Step::Start(0),
         Step::Orphan(0),
@@ -134,7 +148,7 @@ fn every_short_history_does_what_the_model_does() {
         Step::Post(0, 1, read),
         Step::Post(2, 0, flush),
     ];
-    let dead = [Step::Deliver(8, 0), Step::Close, Step::Fence];
+    let dead = [Step::Deliver(8, 0), Step::Close, Step::Quiet];
     let starts: [&[Step]; 4] = [
         &[],
         &[Step::Open, Step::Start(0)],
@@ -152,6 +166,57 @@ fn every_short_history_does_what_the_model_does() {
         explore(&Pair::with(3, start), &steps, 4, &mut count);
     }
     assert!(count > 200_000, "{count}");
+}
+
+/// Every end of a process whose I/O is not over with it, and every way to say that it is.
+#[test]
+fn every_short_end_of_a_process_does_what_the_model_does() {
+    let write = super::shadow::request(Op::Write, 0, 8);
+    let session = |settle_ms| Step::Claim(Fence::Session { settle_ms }, 0);
+    let steps = [
+        Step::Deliver(8, 0),
+        Step::Commit(0, Outcome::Finished(Status::Okay), 0, 0),
+        Step::Claim(Fence::Local, 0),
+        Step::Claim(Fence::None, 0),
+        session(3),
+        session(5),
+        Step::Start(0),
+        Step::Close,
+        Step::Quiet,
+        Step::Pass(3),
+        Step::Pass(2),
+        Step::Open,
+    ];
+    let mut count = 0;
+    for limit in [0, 2] {
+        let start = [
+            Step::Limit(limit),
+            Step::Open,
+            session(3),
+            Step::Start(0),
+            Step::Post(0, 0, write),
+            Step::Post(1, 1, write),
+            Step::Deliver(1, 0),
+        ];
+        let again = [
+            Step::Close,
+            Step::Quiet,
+            Step::Pass(3),
+            Step::Quiet,
+            Step::Open,
+        ];
+        let served = [
+            session(5),
+            Step::Start(0),
+            Step::Post(2, 0, write),
+            Step::Look,
+        ];
+        let starts: [&[Step]; 2] = [&start, &[&start[..], &again, &served].concat()];
+        for start in starts {
+            explore(&Pair::with(3, start), &steps, 4, &mut count);
+        }
+    }
+    assert!(count > 80_000, "{count}");
 }
 
 fn explore(pair: &Pair, steps: &[Step], depth: u32, count: &mut u64) {

@@ -55,7 +55,7 @@ impl Disk {
 
     fn die(&mut self) {
         self.shadow.closed();
-        assert_eq!(self.shadow.fenced().count, 0);
+        assert_eq!(self.shadow.quiet(0).unwrap().count, 0);
     }
 
     #[track_caller]
@@ -255,7 +255,7 @@ fn what_a_dead_process_had_is_delivered_again_in_arrival_order() {
     assert_eq!(disk.shadow.state(), abi::STATE_FENCING);
     assert_eq!(disk.shadow.opened(), Err(OpenError::Fencing));
     assert_eq!(disk.tags(), []);
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_RECOVERING);
     assert_eq!(disk.info().waiting, 3);
     disk.start();
@@ -336,7 +336,7 @@ fn a_dead_process_is_not_heard() {
     disk.tags();
     disk.shadow.closed();
     assert_eq!(disk.done(0), Committed::Refused);
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     assert_eq!(disk.done(0), Committed::Refused);
     let old = disk.epoch;
     disk.start();
@@ -442,22 +442,62 @@ fn claim(disk: &mut Disk, fence: Fence) {
     assert!(disk.shadow.started(disk.epoch).is_ok());
 }
 
+/// The process goes, and nothing of it is to be seen: how many milliseconds later it is over.
+fn settles(disk: &mut Disk) -> u64 {
+    const NS: u64 = 1_000_000;
+    let seen_last = 5_000 * NS;
+    disk.shadow.closed();
+    let mut later = 0..=u64::from(abi::MAX_SETTLE_MS);
+    let over = later.find(|ms| disk.shadow.quiet(seen_last + ms * NS).is_some());
+    over.expect("it ends")
+}
+
 #[test]
 fn what_goes_over_a_network_has_time_to_settle() {
     let mut disk = Disk::new(4);
     let session = Fence::Session { settle_ms: 700 };
     claim(&mut disk, session);
-    assert_eq!(disk.shadow.closed(), 700, "it may have served others");
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(settles(&mut disk), 700, "it may have served others");
     claim(&mut disk, session);
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.tags(), [0]);
-    assert_eq!(disk.shadow.closed(), 700);
-    assert_eq!(disk.shadow.fenced().count, 0);
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.quiet(9), None);
+    assert!(disk.shadow.opened().is_err(), "its write may be executed");
+    assert_eq!(disk.shadow.quiet(9 + 699_999_999), None);
+    assert!(disk.shadow.quiet(9 + 700_000_000).is_some());
     // The next one is another one, and is not asked what the last one was.
     disk.start();
     assert_eq!(disk.tags(), [0]);
-    assert_eq!(disk.shadow.closed(), 0);
+    assert_eq!(settles(&mut disk), 0);
+}
+
+#[test]
+fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
+    let mut disk = Disk::new(4);
+    let claimed = |fence| Claimed {
+        fence,
+        ..Claimed::BEFORE
+    };
+    let session = |settle_ms| claimed(Fence::Session { settle_ms });
+    claim(&mut disk, Fence::Session { settle_ms: 700 });
+    // It has nothing of ours in hand, and does not say that its I/O for others is over.
+    assert!(disk.shadow.claim(disk.epoch, session(50)));
+    assert_eq!(settles(&mut disk), 700);
+    claim(&mut disk, Fence::Session { settle_ms: 700 });
+    assert!(disk.shadow.claim(disk.epoch, session(50)));
+    assert!(disk.shadow.started(disk.epoch).is_ok());
+    assert_eq!(settles(&mut disk), 700);
+    // This one does.
+    claim(&mut disk, Fence::Session { settle_ms: 700 });
+    assert!(disk.shadow.claim(disk.epoch, claimed(Fence::Local)));
+    assert!(disk.shadow.claim(disk.epoch, session(50)));
+    assert!(disk.shadow.started(disk.epoch).is_ok());
+    assert_eq!(settles(&mut disk), 50);
+    // And this one was never served.
+    disk.epoch = disk.shadow.opened().unwrap();
+    assert!(disk.shadow.claim(disk.epoch, session(700)));
+    assert_eq!(settles(&mut disk), 0);
 }
 
 /// Those who wait for others are looked at again, and are in one list all the same.
@@ -503,8 +543,7 @@ fn who_has_ended_all_its_io_says_so() {
     // From now on it gets nothing.
     disk.post(2, Op::Write, 8, 8);
     assert!(!disk.shadow.has_deliverable());
-    assert_eq!(disk.shadow.closed(), 0);
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(settles(&mut disk), 0);
     disk.start();
     assert_eq!(disk.tags(), [2]);
 }
@@ -519,8 +558,8 @@ fn what_cannot_be_fenced_is_not_executed_again() {
     disk.post(3, Op::Read, 128, 8);
     assert_eq!(disk.tags(), [0, 1, 3], "the third one waits for the first");
     assert_eq!(disk.commit(1, 1, 0, 0), Committed::Done(1));
-    assert_eq!(disk.shadow.closed(), 0);
-    let failed = disk.shadow.fenced();
+    disk.shadow.closed();
+    let failed = disk.shadow.quiet(0).unwrap();
     assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
     assert_eq!(disk.reap(0), [(0, Status::Error)]);
     assert_eq!(disk.reap(1), [(1, Status::Okay)]);
@@ -570,11 +609,11 @@ fn deliveries_are_counted() {
 fn every_process_is_fenced_also_one_that_has_nothing() {
     let mut disk = Disk::new(4);
     let _epoch = disk.shadow.opened().expect("nobody has it");
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_OPEN, "it is alive");
     disk.shadow.closed();
     assert_eq!(disk.shadow.opened(), Err(OpenError::Fencing));
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
     disk.shadow.closed();
     assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
@@ -611,7 +650,7 @@ fn orphans_of_a_dead_process_are_released_by_the_fence() {
     disk.shadow.closed();
     assert_eq!(disk.shadow.orphan(1), 1);
     assert_eq!(disk.shadow.orphans(), 1, "its I/O may still be running");
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     assert_eq!((disk.shadow.orphans(), disk.shadow.delivered()), (0, 0));
     disk.start();
     assert_eq!(disk.tags(), [0]);
@@ -650,7 +689,7 @@ fn requests_fail_only_while_nobody_serves_them() {
     assert_eq!(disk.reap(0), [error(2)]);
     assert_eq!(disk.reap(1), [error(1), error(3)]);
     assert_eq!(disk.shadow.fail_waiting(8).count, 0, "not fenced");
-    assert_eq!(disk.shadow.fenced().count, 0);
+    assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     let failed = disk.shadow.fail_waiting(8);
     assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
     assert_eq!(disk.reap(0), [error(0)]);
