@@ -54,10 +54,23 @@ struct Write {
     okay: bool,
     /// Its bytes are not known: it explains any value.
     wild: bool,
+    /// If it failed, it may be executed at any time after that.
+    stray: bool,
     /// Sectors of a discard; a data write is listed under each of its sectors.
     start: u64,
     end: u64,
     number: u32,
+}
+
+impl Write {
+    /// It is executed before this, if at all.
+    fn end(&self) -> u64 {
+        if self.stray && !self.okay {
+            NEVER
+        } else {
+            self.answered
+        }
+    }
 }
 
 /// The history of one disk.
@@ -132,6 +145,7 @@ impl History {
             answered: NEVER,
             okay: false,
             wild,
+            stray: false,
             start,
             end: start + sectors,
             number,
@@ -144,6 +158,13 @@ impl History {
         if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
             write.answered = time;
             write.okay = okay;
+        }
+    }
+
+    /// Notes that a write may be executed after it was answered, if it was with an error.
+    pub fn stray(&mut self, number: u32) {
+        if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
+            write.stray = true;
         }
     }
 
@@ -203,9 +224,7 @@ impl History {
         let blank = (found == Some(ZERO) && floor == 0).then_some(0);
         let best = self
             .covering(sector)
-            .filter(|(w, discard)| {
-                matches(w, *discard) && w.issued < answered && w.answered >= floor
-            })
+            .filter(|(w, discard)| matches(w, *discard) && w.issued < answered && w.end() >= floor)
             .map(|(w, _)| w.issued)
             .chain(blank)
             .min();
@@ -244,7 +263,9 @@ impl History {
 
     fn clusters(&self, sector: u64) -> Vec<Cluster> {
         let writes = self.by_sector.get(&sector).into_iter().flatten();
-        let writes = writes.map(|i| &self.writes[*i]).filter(|w| !w.wild);
+        let writes = writes.map(|i| &self.writes[*i]);
+        // One that strays may have been executed before, by an earlier process.
+        let writes = writes.filter(|w| !w.wild && (!w.stray || w.okay));
         let seen = self.seen.get(&sector).map_or(&[][..], |s| &s[..]);
         writes
             .map(|write| {
@@ -317,6 +338,23 @@ mod tests {
         assert!(history.explain(5, Some(value(2, 5)), 60, 70).is_ok());
         assert!(history.explain(5, Some(value(3, 5)), 60, 70).is_ok());
         assert!(history.explain(5, Some(value(1, 5)), 60, 70).is_err());
+    }
+
+    #[test]
+    fn a_failed_write_that_strays_may_happen_at_any_time() {
+        let mut history = two_writes();
+        history.write(3, 41, 5, 1, false);
+        history.answered(3, 50, false);
+        history.write(4, 51, 5, 1, false);
+        history.answered(4, 60, true);
+        assert!(history.explain(5, Some(value(3, 5)), 61, 70).is_err());
+        for number in [1, 3] {
+            // One that was answered without an error does not come back all the same.
+            history.stray(number);
+        }
+        assert!(history.explain(5, Some(value(3, 5)), 61, 70).is_ok());
+        assert!(history.explain(5, Some(value(4, 5)), 61, 70).is_ok());
+        assert!(history.explain(5, Some(value(1, 5)), 61, 70).is_err());
     }
 
     #[test]

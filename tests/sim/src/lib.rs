@@ -12,6 +12,7 @@
 
 pub mod answers;
 pub mod disk;
+pub(crate) mod ending;
 pub mod frontend;
 pub mod grants;
 pub mod history;

@@ -71,6 +71,8 @@ pub enum Fault {
     SwallowWake,
     /// Requests of a dead process are delivered again while its I/O is running.
     SkipFence,
+    /// Nobody hears that the I/O of a process is executed elsewhere.
+    ForgetClass,
     /// A process writes the first sector of a write once more, later.
     ExecuteTwice,
     /// The shadow is told another place than that of the request.
@@ -299,6 +301,8 @@ impl Machine {
                     _ if !due => *left - 1,
                     // Of flushes at the same time each does the work of the others.
                     Fault::IgnoreFlush | Fault::StarveFirst | Fault::HideRanges => 0,
+                    // What a process has sent does harm only if much comes after it.
+                    Fault::ForgetClass => 0,
                     _ => 2,
                 };
                 due

@@ -9,6 +9,7 @@ use ring::tap::abi::{
     Completion, Desc, Segment, COMPLETION_RETURNED, DESC_FUA, DESC_PREFLUSH, DESC_REPLAY, OP_FLUSH,
     OP_READ, OP_WRITE, STATE_FENCING, STATE_IDLE, STATE_OPEN, STATE_RECOVERING,
 };
+use ring::tap::checked::Fence;
 use ring::tap::shadow::{Committed, Op};
 
 use crate::history::SECTOR;
@@ -59,6 +60,12 @@ pub struct Plan {
     pub returns: u64,
     /// Chance that the guest rewrites the pages of a write that is in work.
     pub rewrite: u64,
+    /// Chance that a process has its I/O executed elsewhere, which may go on for a while after its end.
+    pub sessions: u64,
+    /// Chance that nobody knows when the I/O of a process is over.
+    pub unknown: u64,
+    /// Chance of a process that has nothing in hand to claim again.
+    pub claims: u64,
     /// Chance that what waits fails while there is no process.
     pub fail: u64,
     /// Most requests that a process asks for at once.
@@ -84,6 +91,9 @@ impl Default for Plan {
             lies: 0,
             returns: 0,
             rewrite: 0,
+            sessions: 0,
+            unknown: 0,
+            claims: 0,
             fail: 0,
             fetch: 8,
             patient: false,
@@ -100,18 +110,20 @@ pub(crate) struct Job {
     pub(crate) desc: Desc,
     pub(crate) segments: Vec<Segment>,
     /// Its I/O was given to the store.
-    started: bool,
+    pub(crate) started: bool,
     /// Sectors that are transferred.
-    landed: u64,
-    done: bool,
+    pub(crate) landed: u64,
+    pub(crate) done: bool,
     /// What a flush makes durable: what was in the cache when it started.
-    flushes: Vec<u64>,
+    pub(crate) flushes: Vec<u64>,
 }
 
 /// A process.
 #[derive(Debug)]
 pub(crate) struct Process {
-    epoch: u64,
+    pub(crate) epoch: u64,
+    /// When its I/O is over after its end; what it has claimed.
+    pub(crate) fence: Fence,
     pub(crate) jobs: Vec<Job>,
     awake: bool,
     hung: bool,
@@ -122,13 +134,14 @@ pub(crate) struct Process {
 /// Completions that were true once, and I/O that a faulty process does again.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
-    old: Vec<(u64, Completion)>,
+    pub(crate) old: Vec<(u64, Completion)>,
     echoes: Vec<(u64, Bytes)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
     Open,
+    Claim,
     Start,
     Fetch,
     Begin(usize),
@@ -140,6 +153,7 @@ enum Act {
     Hang,
     Haunt(usize),
     Exorcise(usize),
+    Elsewhere(usize),
     Fence,
     Fail,
     Echo,
@@ -149,11 +163,14 @@ enum Act {
 impl Act {
     /// True for what nobody who is alive does.
     fn is_late(self) -> bool {
-        matches!(self, Act::Haunt(_) | Act::Exorcise(_) | Act::Echo)
+        matches!(
+            self,
+            Act::Haunt(_) | Act::Exorcise(_) | Act::Elsewhere(_) | Act::Echo
+        )
     }
 }
 
-fn completion(desc: &Desc) -> Completion {
+pub(crate) fn completion(desc: &Desc) -> Completion {
     Completion {
         tag: desc.tag,
         generation: desc.generation,
@@ -195,6 +212,7 @@ impl Machine {
         for (at, _) in tap.ghosts.iter().enumerate() {
             acts.extend([Act::Haunt(at), Act::Haunt(at), Act::Exorcise(at)]);
         }
+        acts.extend((0..tap.sent.len()).map(Act::Elsewhere));
         acts.extend(tap.words.echoes.iter().map(|_| Act::Echo));
         let state = tap.shadow.state();
         if state == STATE_FENCING {
@@ -236,6 +254,10 @@ impl Machine {
         let act = self.instead(act);
         match act {
             Act::Open => self.open(),
+            Act::Claim => {
+                let epoch = self.tap.process.as_ref().map_or(0, |p| p.epoch);
+                self.claim(epoch);
+            }
             Act::Start => self.start(),
             Act::Fetch => self.fetch_some(),
             Act::Begin(at) => self.begin(at),
@@ -250,14 +272,9 @@ impl Machine {
                 }
             }
             Act::Haunt(at) => self.haunt(at),
-            Act::Exorcise(at) => {
-                // It was cancelled before it did anything more.
-                self.tap.ghosts.swap_remove(at);
-            }
-            Act::Fence => {
-                let _planted = self.commit(Fault::SkipFence);
-                assert_eq!(self.tap.shadow.fenced().count, 0);
-            }
+            Act::Exorcise(at) => self.exorcise(at),
+            Act::Elsewhere(at) => self.execute_sent(at),
+            Act::Fence => self.look(),
             Act::Fail => self.fail(),
             Act::Echo => {
                 let at = self.rng.index(self.tap.words.echoes.len());
@@ -287,7 +304,9 @@ impl Machine {
         if plan.hang > 0 && self.tap.plan.deaths > 0 && self.rng.percent(plan.hang) {
             return Act::Hang;
         }
+        let rests = self.tap.shadow.delivered() == 0;
         match act {
+            Act::Fetch if rests && self.rng.percent(plan.claims) => Act::Claim,
             Act::Begin(at) if self.rng.percent(plan.returns) => Act::Return(at),
             Act::Commit(at) if self.is_write(at) && self.rng.percent(plan.hoard) => Act::Fetch,
             act => act,
@@ -337,11 +356,13 @@ impl Machine {
             Ok(epoch) => {
                 self.tap.process = Some(Process {
                     epoch,
+                    fence: Fence::Local,
                     jobs: Vec::new(),
                     awake: true,
                     hung: false,
                     cache: BTreeMap::new(),
                 });
+                self.claim(epoch);
             }
             Err(why) => self.problem(format!("nobody has the disk, but: {why:?}")),
         }
@@ -456,7 +477,7 @@ impl Machine {
     }
 
     /// Some of the I/O happens.
-    fn land(&mut self, job: &mut Job) {
+    pub(crate) fn land(&mut self, job: &mut Job) {
         let desc = job.desc;
         if job.landed == 0 && (desc.op == OP_FLUSH || desc.flags & DESC_PREFLUSH != 0) {
             self.flush_store(&job.flushes);
@@ -614,37 +635,6 @@ impl Machine {
         jobs.any(|job| {
             job.desc.tag == completion.tag && job.desc.generation == completion.generation
         })
-    }
-
-    fn die(&mut self) {
-        let Some(process) = self.tap.process.take() else {
-            return;
-        };
-        let counts = &mut self.tap.counts;
-        counts.deaths += 1;
-        counts.deaths_in_work += u64::from(!process.jobs.is_empty());
-        self.tap.plan.deaths = self.tap.plan.deaths.saturating_sub(1);
-        for job in process.jobs {
-            // It would have said so.
-            self.tap
-                .words
-                .old
-                .push((process.epoch, completion(&job.desc)));
-            if job.started && !job.done {
-                self.tap.ghosts.push(job);
-            }
-        }
-        self.tap.shadow.closed();
-    }
-
-    /// The I/O of a dead process goes on.
-    fn haunt(&mut self, at: usize) {
-        let mut job = self.tap.ghosts.swap_remove(at);
-        self.tap.counts.late += 1;
-        self.land(&mut job);
-        if !job.done {
-            self.tap.ghosts.push(job);
-        }
     }
 
     fn fail(&mut self) {

@@ -16,9 +16,10 @@ use ring::tap::abi::{Desc, Segment};
 use ring::tap::shadow::{Op, Request, Shadow};
 use ring::tap::table::Entry;
 
+use crate::ending::{Ghost, Sent};
 use crate::history::{decode, SECTOR};
 use crate::machine::{Fault, Machine, Shared};
-use crate::process::{Job, Plan, Process, Words};
+use crate::process::{Plan, Process, Words};
 
 /// Bytes of a sector.
 pub(crate) type Bytes = [u8; SECTOR];
@@ -61,6 +62,14 @@ pub struct Counts {
     pub failed: u64,
     /// Requests that a process had when the guest went away.
     pub orphans: u64,
+    /// Looks at which I/O of a dead process could still be executed elsewhere.
+    pub unsettled: u64,
+    /// I/Os that were executed elsewhere after their process and its pages were gone.
+    pub elsewhere: u64,
+    /// Requests that failed because nobody knows when they are over.
+    pub lost: u64,
+    /// Claims of processes that were served.
+    pub claimed_again: u64,
 }
 
 impl Counts {
@@ -77,6 +86,10 @@ impl Counts {
         self.rewritten += other.rewritten;
         self.failed += other.failed;
         self.orphans += other.orphans;
+        self.unsettled += other.unsettled;
+        self.elsewhere += other.elsewhere;
+        self.lost += other.lost;
+        self.claimed_again += other.claimed_again;
     }
 }
 
@@ -95,7 +108,11 @@ pub struct Tap {
     /// The process.
     pub(crate) process: Option<Process>,
     /// I/O of dead processes that is still running.
-    pub(crate) ghosts: Vec<Job>,
+    pub(crate) ghosts: Vec<Ghost>,
+    /// I/O of theirs that may still be executed elsewhere.
+    pub(crate) sent: Vec<Sent>,
+    /// Requests of the last one that are not to be executed again.
+    pub(crate) lost: usize,
     /// What processes may say that they should not.
     pub(crate) words: Words,
     /// What may happen.
@@ -125,6 +142,8 @@ impl Tap {
             ordered: (!plan.any_order).then(BTreeMap::new),
             process: None,
             ghosts: Vec::new(),
+            sent: Vec::new(),
+            lost: 0,
             words: Words::default(),
             plan,
             counts: Counts::default(),
@@ -136,9 +155,9 @@ impl Tap {
         self.shadow.has_results(self.queue)
     }
 
-    /// True if requests may have failed for want of a process.
+    /// True if requests may have failed for want of a process, or of one whose I/O has an end.
     pub fn may_fail(&self) -> bool {
-        self.plan.fail > 0
+        self.plan.fail > 0 || self.plan.unknown > 0
     }
 }
 
@@ -172,8 +191,8 @@ impl Machine {
 
     /// What must hold before the arena is used for another guest.
     pub fn check_arena_is_ours(&mut self) {
-        let jobs = self.tap.process.iter().flat_map(|p| &p.jobs);
-        let running = jobs.chain(&self.tap.ghosts).count();
+        let jobs = self.tap.process.iter().map(|process| process.jobs.len());
+        let running = jobs.sum::<usize>() + self.tap.ghosts.len();
         if running > 0 {
             self.problem(format!(
                 "{running} I/Os use the arena, and no orphan is left"

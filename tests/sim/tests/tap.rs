@@ -74,6 +74,8 @@ fn deaths(moment: Moment) -> Plan {
         deaths: 4,
         moment,
         death: 30,
+        sessions: 25,
+        claims: 3,
         ..Plan::default()
     }
 }
@@ -115,6 +117,29 @@ fn s04_overlapping_writes_are_executed_again_in_arrival_order() {
 fn s05_a_late_write_of_a_dead_process_does_no_harm() {
     run(&deaths(Moment::Running), |sum, cases| {
         sum.late > cases && sum.replayed > cases
+    });
+}
+
+#[test]
+fn s05_what_a_dead_process_sent_over_a_network_does_no_harm() {
+    let plan = Plan {
+        sessions: 100,
+        ..deaths(Moment::Running)
+    };
+    run(&plan, |sum, cases| {
+        sum.elsewhere > cases / 2 && sum.unsettled > 5 * cases && sum.replayed > cases
+    });
+}
+
+#[test]
+fn s05_what_may_be_executed_at_any_time_is_not_executed_again() {
+    let plan = Plan {
+        sessions: 0,
+        unknown: 100,
+        ..deaths(Moment::Running)
+    };
+    run(&plan, |sum, cases| {
+        sum.lost > cases && sum.elsewhere > cases / 4
     });
 }
 
@@ -178,10 +203,13 @@ fn s12_processes_die_all_the_time() {
         returns: 3,
         hang: 1,
         rewrite: 1,
+        unknown: 20,
         ..deaths(Moment::Any)
     };
     run(&plan, |sum, cases| {
-        sum.deaths > 20 * cases && sum.late > cases && sum.replayed > 10 * cases
+        let again = sum.replayed > 10 * cases && sum.claimed_again > cases;
+        let elsewhere = sum.elsewhere > cases && sum.lost > cases;
+        sum.deaths > 20 * cases && sum.late > cases && again && elsewhere
     });
 }
 
@@ -212,6 +240,7 @@ fn s16_s17_a_guest_that_goes_away_leaves_nothing_that_harms_the_next() {
         returns: 10,
         lies: 5,
         hang: 1,
+        unknown: 20,
         ..deaths(Moment::Any)
     };
     run_cases(

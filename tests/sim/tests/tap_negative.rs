@@ -65,7 +65,14 @@ fn without_a_fault_nothing_is_reported() {
         sectors: Some(8),
         ..all
     };
-    for plan in [plan(), all, tiny] {
+    let elsewhere = Plan {
+        moment: Moment::Running,
+        sessions: 70,
+        unknown: 50,
+        claims: 5,
+        ..plan()
+    };
+    for plan in [plan(), all, tiny, elsewhere] {
         let (found, reports) = found(&plan, None);
         assert_eq!(found, 0, "{reports:#?}");
     }
@@ -79,6 +86,30 @@ fn h1_a_late_write_is_found() {
     };
     let words = ["which no order of the writes explains"];
     must_find(&plan, Fault::SkipFence, CASES / 8, &words);
+}
+
+#[test]
+fn h1_a_write_that_was_sent_over_a_network_is_found() {
+    let plan = Plan {
+        moment: Moment::Running,
+        sessions: 100,
+        sectors: Some(16),
+        ..plan()
+    };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::ForgetClass, CASES / 12, &words);
+}
+
+#[test]
+fn h1_a_write_that_may_come_at_any_time_is_found() {
+    let plan = Plan {
+        moment: Moment::Running,
+        unknown: 100,
+        sectors: Some(16),
+        ..plan()
+    };
+    let words = ["which no order of the writes explains"];
+    must_find(&plan, Fault::ForgetClass, CASES / 12, &words);
 }
 
 #[test]
