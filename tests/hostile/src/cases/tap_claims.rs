@@ -6,12 +6,13 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::PLAIN;
 use crate::tap::scene::Scene;
-use crate::tap::server::{done, Pipe, Store};
+use crate::tap::server::{answer, done, Pipe, Store};
 use crate::tap::uring::{Memory, Ring};
 use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
 use crate::wait;
-use crate::wire::ERROR;
+use crate::wire::{rw, ERROR};
 use anyhow::{ensure, Context, Result};
+use ring::abi::OP_WRITE;
 use ring::tap::abi::{
     Claims, Desc, CLAIMS_MAX_SIZE, DESC_REPLAY, FEATURE_URING_CMD, FENCE_LOCAL, FENCE_NONE,
     FENCE_SESSION, GEOMETRY_WRITE_CACHE, MAX_SETTLE_MS, OP_DISCARD, OP_FLUSH, STATE_FENCING,
@@ -37,6 +38,10 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             tap_claims::tap_fence_classes,
             "the end of a process decides what becomes of what it had, as it claimed"
+        ),
+        case!(
+            tap_claims::tap_starts_again,
+            "a process that claims and starts again gets each request once"
         ),
     ]
 }
@@ -258,6 +263,61 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     scene.node.claim(&CLAIMS)?;
     drop(scene.node);
     scene.node = scene.disk.start()?;
+    // No other claim says that.
+    let session = |settle: Duration| Claims {
+        fence: FENCE_SESSION,
+        // CAST: a small number.
+        settle_ms: settle.as_millis() as u32,
+        ..CLAIMS
+    };
+    scene = restart(scene, &session(SETTLE))?;
+    scene.node.claim(&session(Duration::from_millis(1)))?;
+    drop(scene.node);
+    let died = Instant::now();
+    scene.node = scene.disk.start()?;
+    let waited = died.elapsed();
+    ensure!(waited >= SETTLE, "the fence was over after {waited:?}");
+    scene.finish()
+}
+
+/// Some wait for others when it starts for the second time.
+fn tap_starts_again(lab: &mut Lab) -> Result<()> {
+    const WRITES: u64 = 4;
+    let mut scene = Scene::on(lab, TapDisk::make_judging(2)?)?;
+    scene.take(WRITES)?;
+    drop(scene.node);
+    // From now on each of those is delivered alone, and what overlaps them waits.
+    let segs = scene.session.segs(1);
+    for id in WRITES..2 * WRITES {
+        let request = rw(OP_WRITE, id, (id - WRITES) * 8, &segs);
+        scene.session.queue().push(&request);
+    }
+    scene.session.queue().publish()?;
+    let all = 2 * WRITES as u32;
+    scene
+        .disk
+        .wait("requests that wait", |info| info.waiting == all)?;
+    scene.node = scene.disk.start()?;
+    for _ in 0..3 {
+        // Sorts them without a delivery.
+        wait::readable(scene.node.file.as_raw_fd(), ANSWER)?;
+        scene.node.claim(&CLAIMS)?;
+        scene.node.start_unclaimed()?;
+    }
+    let mut served = 0;
+    let start = Instant::now();
+    while served < all {
+        let tags = scene.node.exchange(&[])?;
+        let info = scene.node.ask()?;
+        ensure!(
+            info.delivered as usize == tags.len() && info.waiting + info.delivered == all - served,
+            "{tags:?} were handed out after {served} of {all}: {info:?}"
+        );
+        answer(&scene.node, &scene.store, &tags)?;
+        served += tags.len() as u32;
+        ensure!(start.elapsed() < ANSWER, "{served} of {all} requests");
+    }
+    scene.answered(all as usize)?;
     scene.finish()
 }
 

@@ -7,7 +7,8 @@ use crate::rng::Rng;
 use crate::tap::server::{done, Store};
 use crate::tap::uring::Memory;
 use crate::tap::{
-    call, call_nowhere, control, expect, query, records, Map, Node, Nowhere, TapDisk, SECTORS,
+    call, call_nowhere, control, expect, query, records, Map, Node, Nowhere, TapDisk, CLAIMS,
+    SECTORS,
 };
 use crate::wait;
 use anyhow::{ensure, Context, Result};
@@ -49,7 +50,7 @@ pub(super) fn any(
 
 /// A call that takes nothing away from the frontend, not even for a moment.
 pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
-    match rng.below(14) {
+    match rng.below(15) {
         0 => lie(process, ledger, rng),
         1 => false_arrays(process, rng),
         2 => tags_nowhere(process, ledger, rng),
@@ -65,8 +66,24 @@ pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng
             let again = process.node.start_unclaimed();
             expect("a second start", again, &[libc::EINVAL])
         }
+        13 => claim_again(process),
         _ => waiting_command(process, ledger, rng),
     }
+}
+
+/// Refused as long as it has requests; otherwise it gets more as soon as it starts again. A command that
+/// waits may bring some at any time.
+fn claim_again(process: &mut Process) -> Result<()> {
+    if process.has_commands() {
+        return Ok(());
+    }
+    let claimed = process.node.claim(&CLAIMS);
+    if process.holds() {
+        return expect("claims with requests in hand", claimed, &[libc::EINVAL]);
+    }
+    claimed.context("claims without requests in hand are refused")?;
+    let again = process.node.start_unclaimed();
+    again.context("a start after claims is refused")
 }
 
 /// Calls of a process that has not started the disk.

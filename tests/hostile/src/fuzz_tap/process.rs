@@ -324,6 +324,11 @@ impl Process {
         }
     }
 
+    /// True if it has requests.
+    pub(super) fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// True if a command may wait or be on its way.
     pub(super) fn has_commands(&self) -> bool {
         !self.sent.is_empty()

@@ -47,8 +47,20 @@ impl TapDisk {
 
     /// A disk that fails requests after so many seconds without a process.
     pub(crate) fn make_as(fail_after_s: u32) -> Result<TapDisk> {
-        let disk =
-            TapDisk::try_make(u32::MAX, fail_after_s)?.context("a tap disk cannot be made")?;
+        TapDisk::ready(TapDisk::try_make(u32::MAX, fail_after_s)?)
+    }
+
+    /// A disk that fails a request after so many deaths at it.
+    pub(crate) fn make_judging(max_deaths: u32) -> Result<TapDisk> {
+        TapDisk::ready(TapDisk::try_make_of(Create {
+            minor: u32::MAX,
+            max_deaths,
+            ..Create::default()
+        })?)
+    }
+
+    fn ready(made: io::Result<TapDisk>) -> Result<TapDisk> {
+        let disk = made.context("a tap disk cannot be made")?;
         let path = disk.path();
         wait::until("the node of a tap disk", Duration::from_secs(10), || {
             Ok(path.exists().then_some(()))
@@ -58,12 +70,18 @@ impl TapDisk {
 
     /// Tries to make the disk of a number.
     pub(crate) fn try_make(minor: u32, fail_after_s: u32) -> Result<io::Result<TapDisk>> {
-        let mut create = Create {
-            version: abi::VERSION,
+        TapDisk::try_make_of(Create {
             minor,
-            arena_kib: ARENA_KIB,
             fail_after_s,
             ..Create::default()
+        })
+    }
+
+    fn try_make_of(create: Create) -> Result<io::Result<TapDisk>> {
+        let mut create = Create {
+            version: abi::VERSION,
+            arena_kib: ARENA_KIB,
+            ..create
         };
         let made = call(&control()?, ioctl::CREATE, &mut create);
         Ok(made.map(|_| TapDisk::adopt(create.minor)))

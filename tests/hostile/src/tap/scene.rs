@@ -24,7 +24,11 @@ pub(crate) struct Scene {
 impl Scene {
     /// Connects a frontend to a disk that this program serves.
     pub(crate) fn new(lab: &Lab) -> Result<Scene> {
-        let disk = TapDisk::make()?;
+        Scene::on(lab, TapDisk::make()?)
+    }
+
+    /// The same to a disk that was made already.
+    pub(crate) fn on(lab: &Lab, disk: TapDisk) -> Result<Scene> {
         let (node, store) = (disk.start()?, Store::new()?);
         let session = lab.session_on_tap(&disk, PLAIN)?;
         Ok(Scene {
