@@ -25,6 +25,8 @@ pub mod tap_case;
 pub mod tap_model;
 #[path = "../../../tests/fuzz/src/tap_oracle.rs"]
 pub mod tap_oracle;
+#[path = "../../../tests/fuzz/src/tap_pair.rs"]
+pub mod tap_pair;
 
 mod honest;
 mod hostile;

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::oracle::Kind;
 use crate::tap_case::{self, Ran};
-use crate::tap_model::Seen;
+use crate::tap_pair::Seen;
 use crate::{request_case, ring_case};
 
 /// SplitMix64: enough randomness for inputs, in five lines.

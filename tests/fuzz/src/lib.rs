@@ -13,3 +13,4 @@ pub mod ring_case;
 pub mod tap_case;
 pub mod tap_model;
 pub mod tap_oracle;
+pub mod tap_pair;

@@ -10,8 +10,8 @@ use ring::tap::checked::{Fence, Outcome};
 use ring::tap::params::{Discard, Params};
 use ring::tap::shadow::{Op, Request};
 
-use crate::tap_model::{Pair, Seen, Step, OVER, QUEUES};
 use crate::tap_oracle;
+use crate::tap_pair::{Pair, Seen, Step, OVER, QUEUES};
 
 /// What became of an input.
 #[derive(Clone, Copy, Debug)]

@@ -1,127 +1,40 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The shadow of a tap disk beside a model of a few lines, which keeps a map and looks at
-//! everything each time.
+//! A model of the shadow of a tap disk in a few lines, which keeps a map and looks at everything each
+//! time.
 
 use std::collections::BTreeMap;
 
-use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi;
-use ring::tap::checked::{Claimed, Commit, Fence, Outcome};
-use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::tap::checked::{Commit, Fence};
+use ring::tap::shadow::{Op, Request};
 
-use crate::tap_oracle;
-
-/// Queues that most requests come from.
-pub const QUEUES: u16 = 2;
-/// With so few requests one call does all that can be done; see `STEPS` of the shadow.
-const FEW: usize = 2;
-/// Times in nanoseconds: of all arrivals, deliveries, and descriptions.
-const ARRIVED: u64 = 7;
-const DELIVERED: u64 = 9;
-const DESCRIBED: u64 = 11;
-
-/// What is done to a shadow. An `ago` is how many openers earlier the process is that calls.
-#[derive(Clone, Copy, Debug)]
-pub enum Step {
-    /// A queue posts a request.
-    Post(u16, u16, Request),
-    /// The process fetches at most so many; and with its `ago`.
-    Deliver(usize, u64),
-    /// It commits a tag: with its generation or one beside it; and with its `ago`.
-    Commit(u16, Outcome, u32, u64),
-    /// It says any 16 bytes, as a completion; and with its `ago`.
-    Say([u8; 16], u64),
-    /// It asks whether there is something to fetch.
-    Look,
-    /// A queue takes at most so many results.
-    Reap(u16, usize),
-    /// A process opens the disk.
-    Open,
-    /// So many deaths at a request are enough.
-    Limit(u8),
-    /// It says that the last death was no fault of a request; and with its `ago`.
-    Excuse(u64),
-    /// It says when its I/O is over after its end; and with its `ago`.
-    Claim(Fence, u64),
-    /// It starts it; and with its `ago`.
-    Start(u64),
-    /// It is gone.
-    Close,
-    /// No I/O of it is to be seen.
-    Quiet,
-    /// So many milliseconds pass.
-    Pass(u32),
-    /// A queue begins to close.
-    Withdraw(u16),
-    /// A queue is gone.
-    Orphan(u16),
-    /// The time without a process is over: at most so many fail.
-    Fail(usize),
-}
-
-/// After the end of a process its I/O is over.
-pub const OVER: [Step; 3] = [Step::Quiet, Step::Pass(abi::MAX_SETTLE_MS), Step::Quiet];
-
-/// What happened in a run; the callers check that runs are not vacuous.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
-    /// Requests posted.
-    pub posted: u64,
-    /// Deliveries.
-    pub delivered: u64,
-    /// Those of requests that were delivered before.
-    pub replayed: u64,
-    /// Requests that waited for others when the process got all that it could.
-    pub blocked: u64,
-    /// Completions that gave a request its result.
-    pub committed: u64,
-    /// Requests that were returned.
-    pub returned: u64,
-    /// Requests without a queue that were released.
-    pub released: u64,
-    /// Completions that named no delivery.
-    pub refused: u64,
-    /// Completions that were malformed.
-    pub malformed: u64,
-    /// Processes that were fenced, with requests or without.
-    pub deaths: u64,
-    /// Requests that failed because nobody served them, or their queue closed.
-    pub failed: u64,
-    /// Requests that failed because processes died of them.
-    pub poisoned: u64,
-    /// Claims of processes that were served.
-    pub claimed_again: u64,
-    /// Looks at which I/O of a dead process could still go on where nobody sees it.
-    pub unsettled: u64,
-    /// Requests that failed because nobody can know whether they are over.
-    pub lost: u64,
-}
+/// When requests arrive, in nanoseconds.
+pub(crate) const ARRIVED: u64 = 7;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+pub(crate) enum Stage {
     Waiting,
     Delivered,
 }
 
 #[derive(Clone, Debug)]
-struct Undone {
-    tag: u16,
-    queue: u16,
-    request: Request,
-    stage: Stage,
-    replay: bool,
-    deliveries: u32,
-    ordered: bool,
-    orphan: bool,
-    deaths: u32,
-    in_last: bool,
-    proven: bool,
+pub(crate) struct Undone {
+    pub(crate) tag: u16,
+    pub(crate) queue: u16,
+    pub(crate) request: Request,
+    pub(crate) stage: Stage,
+    pub(crate) replay: bool,
+    pub(crate) deliveries: u32,
+    pub(crate) ordered: bool,
+    pub(crate) orphan: bool,
+    pub(crate) deaths: u32,
+    pub(crate) in_last: bool,
+    pub(crate) proven: bool,
 }
 
-fn wire(op: Op) -> u8 {
+pub(crate) fn wire(op: Op) -> u8 {
     match op {
         Op::Read => 0,
         Op::Write => 1,
@@ -133,7 +46,7 @@ fn wire(op: Op) -> u8 {
 }
 
 impl Undone {
-    fn range(&self) -> std::ops::Range<u64> {
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
         let sectors = match self.request.op {
             Op::Flush => 0,
             _ => self.request.sectors,
@@ -141,12 +54,12 @@ impl Undone {
         self.request.sector..self.request.sector + sectors
     }
 
-    fn writes(&self) -> bool {
+    pub(crate) fn writes(&self) -> bool {
         !matches!(self.request.op, Op::Read | Op::Flush)
     }
 
     /// What the process is to read.
-    fn desc(&self, sequence: u64, generation: u32) -> abi::Desc {
+    pub(crate) fn desc(&self, sequence: u64, generation: u32) -> abi::Desc {
         let range = self.range();
         let flag = |on: bool, flag: u8| if on { flag } else { 0 };
         abi::Desc {
@@ -167,7 +80,7 @@ impl Undone {
         }
     }
 
-    fn in_the_way_of(&self, later: &Undone) -> bool {
+    pub(crate) fn in_the_way_of(&self, later: &Undone) -> bool {
         let (a, b) = (self.range(), later.range());
         let overlap = a.start.max(b.start) < a.end.min(b.end);
         let flush = later.request.op == Op::Flush || later.request.preflush;
@@ -177,36 +90,36 @@ impl Undone {
 
 /// The model.
 #[derive(Clone, Debug, Default)]
-struct Model {
-    sequence: u64,
-    undone: BTreeMap<u64, Undone>,
-    done: Vec<(u16, u16, Status)>,
-    generations: BTreeMap<u16, u32>,
-    epoch: u64,
-    state: u32,
-    committed: u64,
-    replayed: u64,
-    refused: u64,
-    limit: u32,
+pub(crate) struct Model {
+    pub(crate) sequence: u64,
+    pub(crate) undone: BTreeMap<u64, Undone>,
+    pub(crate) done: Vec<(u16, u16, Status)>,
+    pub(crate) generations: BTreeMap<u16, u32>,
+    pub(crate) epoch: u64,
+    pub(crate) state: u32,
+    pub(crate) committed: u64,
+    pub(crate) replayed: u64,
+    pub(crate) refused: u64,
+    pub(crate) limit: u32,
     /// Requests of the last process that died with some, and whether it had answered others.
-    death: Option<(u32, bool)>,
-    answered: bool,
-    unproven: bool,
+    pub(crate) death: Option<(u32, bool)>,
+    pub(crate) answered: bool,
+    pub(crate) unproven: bool,
     /// Requests that are isolated.
-    isolated: Vec<u64>,
-    poisoned: Vec<(Op, std::ops::Range<u64>)>,
+    pub(crate) isolated: Vec<u64>,
+    pub(crate) poisoned: Vec<(Op, std::ops::Range<u64>)>,
     /// In milliseconds.
-    clock: u64,
-    claimed: Claim,
+    pub(crate) clock: u64,
+    pub(crate) claimed: Claim,
     /// What it claimed each time it was served, since it said last that all its I/O was over.
-    served: Vec<Fence>,
+    pub(crate) served: Vec<Fence>,
     /// When nothing of it was to be seen any more.
-    quiet: Option<u64>,
+    pub(crate) quiet: Option<u64>,
 }
 
 /// What a process has claimed: if nothing, that its I/O is of this machine.
 #[derive(Clone, Copy, Debug)]
-struct Claim(Fence);
+pub(crate) struct Claim(pub(crate) Fence);
 
 impl Default for Claim {
     fn default() -> Self {
@@ -216,7 +129,7 @@ impl Default for Claim {
 
 impl Model {
     /// Nothing of the process can happen any more, where it is seen or elsewhere.
-    fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         let settles = |fence: &Fence| match fence {
             Fence::Session { settle_ms } => u64::from(*settle_ms),
             Fence::Local | Fence::None => 0,
@@ -227,7 +140,7 @@ impl Model {
     }
 
     /// The request of a tag that a process of `ago` openers earlier may commit.
-    fn meant(&self, commit: &Commit, ago: u64) -> Option<u64> {
+    pub(crate) fn meant(&self, commit: &Commit, ago: u64) -> Option<u64> {
         let sequence = self.sequence_of(commit.tag.number())?;
         let delivered = self.undone[&sequence].stage == Stage::Delivered;
         let latest = self.generations.get(&commit.tag.number()) == Some(&commit.generation);
@@ -235,27 +148,27 @@ impl Model {
         (delivered && latest && served).then_some(sequence)
     }
 
-    fn sequence_of(&self, tag: u16) -> Option<u64> {
+    pub(crate) fn sequence_of(&self, tag: u16) -> Option<u64> {
         let mut all = self.undone.iter();
         all.find(|(_, r)| r.tag == tag).map(|(s, _)| *s)
     }
 
-    fn is_free(&self, tag: u16) -> bool {
+    pub(crate) fn is_free(&self, tag: u16) -> bool {
         self.sequence_of(tag).is_none() && !self.done.iter().any(|d| d.1 == tag)
     }
 
     /// While there is one of these, a process has one request at a time.
-    fn isolated_undone(&self) -> impl Iterator<Item = &u64> {
+    pub(crate) fn isolated_undone(&self) -> impl Iterator<Item = &u64> {
         let undone = |sequence: &&u64| self.undone.contains_key(sequence);
         self.isolated.iter().filter(undone)
     }
 
-    fn isolates(&self) -> bool {
+    pub(crate) fn isolates(&self) -> bool {
         self.isolated_undone().next().is_some()
     }
 
     /// Counts the last death. Returns the request that is the reason for it, if that is sure.
-    fn judge(&mut self) -> Option<u64> {
+    pub(crate) fn judge(&mut self) -> Option<u64> {
         let (held, answered) = self.death.take()?;
         let limit = self.limit;
         self.isolated.clear();
@@ -279,7 +192,7 @@ impl Model {
         reason
     }
 
-    fn deliverable(&self) -> Vec<u16> {
+    pub(crate) fn deliverable(&self) -> Vec<u16> {
         let busy = self.isolates() && self.count(Stage::Delivered) > 0;
         if self.state != abi::STATE_LIVE || busy {
             return Vec::new();
@@ -295,16 +208,16 @@ impl Model {
             .collect()
     }
 
-    fn count(&self, stage: Stage) -> u32 {
+    pub(crate) fn count(&self, stage: Stage) -> u32 {
         self.undone.values().filter(|r| r.stage == stage).count() as u32
     }
 
-    fn finish(&mut self, sequence: u64, status: Status) {
+    pub(crate) fn finish(&mut self, sequence: u64, status: Status) {
         let request = self.undone.remove(&sequence).expect("it is there");
         self.done.push((request.queue, request.tag, status));
     }
 
-    fn fail(&mut self, max: usize, which: impl Fn(&Undone) -> bool) -> (usize, u64) {
+    pub(crate) fn fail(&mut self, max: usize, which: impl Fn(&Undone) -> bool) -> (usize, u64) {
         let waits = |r: &Undone| r.stage == Stage::Waiting && which(r);
         let failed = self.undone.iter().filter(|(_, r)| waits(r)).take(max);
         let failed: Vec<u64> = failed.map(|(s, _)| *s).collect();
@@ -314,456 +227,5 @@ impl Model {
             self.finish(*sequence, Status::Error);
         }
         (failed.len(), queues)
-    }
-}
-
-/// Both, side by side.
-#[derive(Clone)]
-pub struct Pair {
-    shadow: Shadow<Vec<Entry>>,
-    model: Model,
-    tags: u16,
-    steps: Vec<Step>,
-    /// What happened.
-    pub seen: Seen,
-}
-
-impl Pair {
-    /// A disk with so many tags that nobody has opened.
-    pub fn new(tags: u16) -> Self {
-        Self {
-            shadow: Shadow::new(vec![Entry::FREE; usize::from(tags)]),
-            model: Model::default(),
-            tags,
-            steps: Vec::new(),
-            seen: Seen::default(),
-        }
-    }
-
-    /// The same after some steps.
-    pub fn with(tags: u16, steps: &[Step]) -> Self {
-        let mut pair = Self::new(tags);
-        steps.iter().for_each(|step| pair.apply(*step));
-        pair
-    }
-
-    /// The tags that the process has, the oldest request first.
-    pub fn held(&self) -> Vec<u16> {
-        let held = self.model.undone.values();
-        let held = held.filter(|r| r.stage == Stage::Delivered);
-        held.map(|r| r.tag).collect()
-    }
-
-    /// Generation of the latest delivery of a tag.
-    pub fn generation(&self, tag: u16) -> u32 {
-        self.model.generations.get(&tag).copied().unwrap_or(0)
-    }
-
-    /// Does a step on both sides and compares them.
-    pub fn apply(&mut self, step: Step) {
-        self.steps.push(step);
-        match step {
-            Step::Post(tag, queue, request) => self.post(tag, queue, request),
-            Step::Deliver(max, ago) => self.deliver(max, ago),
-            Step::Commit(tag, outcome, beside, ago) => {
-                let generation = self.generation(tag).wrapping_sub(beside);
-                let commit = Commit {
-                    tag: DiskTag::new(tag),
-                    generation,
-                    outcome,
-                };
-                self.commit(&commit, ago);
-            }
-            Step::Say(bytes, ago) => match tap_oracle::completion(&bytes) {
-                Some(commit) => self.commit(&commit, ago),
-                None => self.seen.malformed += 1,
-            },
-            Step::Look => self.look(),
-            Step::Reap(queue, max) => self.reap(queue, max),
-            Step::Open => self.open(),
-            Step::Limit(limit) => {
-                self.shadow.set_death_limit(limit);
-                self.model.limit = if limit == 1 { 2 } else { limit.into() };
-            }
-            Step::Excuse(ago) => self.excuse(ago),
-            Step::Claim(fence, ago) => self.claim(fence, ago),
-            Step::Start(ago) => self.start(ago),
-            Step::Close => self.close(),
-            Step::Quiet => self.quiet(),
-            Step::Pass(ms) => self.model.clock += u64::from(ms),
-            Step::Withdraw(queue) => {
-                let (failed, _) = self.model.fail(usize::MAX, |r| r.queue == queue);
-                assert_eq!(self.shadow.withdraw(queue) as usize, failed, "{self:?}");
-                self.seen.failed += failed as u64;
-            }
-            Step::Orphan(queue) => self.orphan(queue),
-            Step::Fail(max) => self.fail(max),
-        }
-        self.compare();
-    }
-
-    fn post(&mut self, tag: u16, queue: u16, request: Request) {
-        let valid = tag < self.tags && usize::from(queue) < 64 && self.model.is_free(tag);
-        let posted = self
-            .shadow
-            .post(DiskTag::new(tag), queue, &request, ARRIVED);
-        assert_eq!(posted.is_ok(), valid, "{self:?}");
-        if valid {
-            let ordered = self.model.undone.values().any(|r| r.replay);
-            self.model.undone.insert(
-                self.model.sequence,
-                Undone {
-                    tag,
-                    queue,
-                    request,
-                    stage: Stage::Waiting,
-                    replay: false,
-                    deliveries: 0,
-                    ordered,
-                    orphan: false,
-                    deaths: 0,
-                    in_last: false,
-                    proven: false,
-                },
-            );
-            self.model.sequence += 1;
-            self.seen.posted += 1;
-        }
-    }
-
-    fn deliver(&mut self, max: usize, ago: u64) {
-        if ago > 0 {
-            let epoch = self.model.epoch.wrapping_sub(ago);
-            let result = self.shadow.deliver(epoch, max, DELIVERED, |_, _| {
-                panic!("an earlier process gets requests");
-            });
-            return assert_eq!(result, Delivered::default(), "{self:?}");
-        }
-        let mut left = max;
-        // Each call that stops early has looked at a request for good.
-        for _ in 0..=self.model.undone.len() {
-            let (count, more) = self.deliver_once(left);
-            assert!(count < 2 || !self.model.isolates(), "{self:?}");
-            left -= count;
-            if left == 0 {
-                return;
-            }
-            if !more {
-                assert_eq!(self.model.deliverable(), [], "{self:?}");
-                self.seen.blocked += u64::from(self.model.count(Stage::Waiting));
-                return;
-            }
-            let few = self.model.undone.len() <= FEW;
-            assert!(!few, "so few need no second call: {self:?}");
-        }
-        panic!("there is always more: {self:?}");
-    }
-
-    fn deliver_once(&mut self, max: usize) -> (usize, bool) {
-        let mut got = Vec::new();
-        let epoch = self.model.epoch;
-        let result = self.shadow.deliver(epoch, max, DELIVERED, |tag, desc| {
-            got.push((tag.number(), *desc))
-        });
-        assert_eq!(result.count, got.len());
-        for (tag, desc) in &got {
-            assert!(self.model.deliverable().contains(tag), "{self:?}");
-            let sequence = self.model.sequence_of(*tag).expect("it waits");
-            let generation = self.model.generations.entry(*tag).or_default();
-            *generation += 1;
-            let request = self.model.undone.get_mut(&sequence).expect("it waits");
-            request.stage = Stage::Delivered;
-            let again = u64::from(request.deliveries > 0);
-            request.deliveries += 1;
-            self.model.replayed += again;
-            self.seen.replayed += again;
-            let expected = request.desc(sequence, *generation);
-            assert_eq!(*desc, expected, "{self:?}");
-        }
-        self.seen.delivered += got.len() as u64;
-        (got.len(), result.more)
-    }
-
-    fn commit(&mut self, commit: &Commit, ago: u64) {
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        let committed = self.shadow.commit(epoch, commit);
-        let Some(sequence) = self.model.meant(commit, ago) else {
-            self.model.refused += 1;
-            self.seen.refused += 1;
-            return assert_eq!(committed, Committed::Refused, "{self:?}");
-        };
-        let request = self.model.undone.get_mut(&sequence).expect("delivered");
-        let queue = request.queue;
-        let expected = match commit.outcome {
-            _ if request.orphan => {
-                self.model.undone.remove(&sequence);
-                self.seen.released += 1;
-                Committed::Released
-            }
-            Outcome::Returned => {
-                request.stage = Stage::Waiting;
-                self.seen.returned += 1;
-                Committed::Returned
-            }
-            Outcome::Finished(status) => {
-                self.model.finish(sequence, status);
-                self.model.committed += 1;
-                (self.model.answered, self.model.unproven) = (true, false);
-                self.seen.committed += 1;
-                Committed::Done(queue)
-            }
-        };
-        assert_eq!(committed, expected, "{self:?}");
-    }
-
-    /// The answer may be wrong while very many wait for others, but it becomes right.
-    fn look(&mut self) {
-        let ready = !self.model.deliverable().is_empty();
-        let many = self.model.undone.len() > FEW && !ready;
-        let looks = if many { self.model.undone.len() + 1 } else { 1 };
-        let right = (0..looks).any(|_| self.shadow.has_deliverable() == ready);
-        assert!(right, "not {ready}: {self:?}");
-    }
-
-    fn reap(&mut self, queue: u16, max: usize) {
-        let mut got = Vec::new();
-        let count = self.shadow.reap(queue, max, |tag, status| {
-            got.push((queue, tag.number(), status));
-        });
-        assert_eq!(count, got.len());
-        let of_queue = self.model.done.iter().filter(|d| d.0 == queue).copied();
-        let expected: Vec<_> = of_queue.take(max).collect();
-        assert_eq!(got, expected, "{self:?}");
-        self.model.done.retain(|d| !expected.contains(d));
-    }
-
-    fn open(&mut self) {
-        let may = [abi::STATE_IDLE, abi::STATE_RECOVERING].contains(&self.model.state);
-        assert_eq!(self.shadow.opened().is_ok(), may, "{self:?}");
-        if may {
-            self.model.epoch += 1;
-            self.model.state = abi::STATE_OPEN;
-            self.model.answered = false;
-            self.model.claimed = Claim::default();
-            self.model.served.clear();
-            self.model.quiet = None;
-        }
-    }
-
-    fn claim(&mut self, fence: Fence, ago: u64) {
-        let again = self.model.state == abi::STATE_LIVE;
-        let rests = match self.model.state {
-            abi::STATE_OPEN => true,
-            abi::STATE_LIVE => self.model.count(Stage::Delivered) == 0,
-            _ => false,
-        };
-        let may = rests && ago == 0;
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        let claimed = Claimed {
-            fence,
-            ..Claimed::BEFORE
-        };
-        assert_eq!(self.shadow.claim(epoch, claimed), may, "{self:?}");
-        if !may {
-            return;
-        }
-        self.model.state = abi::STATE_OPEN;
-        self.model.claimed = Claim(fence);
-        if fence == Fence::Local {
-            self.model.served.clear();
-        }
-        self.seen.claimed_again += u64::from(again);
-    }
-
-    fn excuse(&mut self, ago: u64) {
-        let may = self.model.state == abi::STATE_OPEN && ago == 0;
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        assert_eq!(self.shadow.excuse(epoch), may, "{self:?}");
-        if may {
-            self.model.death = None;
-            let undone = self.model.undone.values_mut();
-            undone.for_each(|request| request.in_last = false);
-        }
-    }
-
-    fn start(&mut self, ago: u64) {
-        let may = self.model.state == abi::STATE_OPEN && ago == 0;
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        let started = self.shadow.started(epoch);
-        assert_eq!(started.is_ok(), may, "{self:?}");
-        let Ok(failed) = started else {
-            return;
-        };
-        self.model.state = abi::STATE_LIVE;
-        self.model.served.push(self.model.claimed.0);
-        let queues = self.model.judge().map(|sequence| {
-            let request = &self.model.undone[&sequence];
-            let (queue, what) = (request.queue, (request.request.op, request.range()));
-            self.model.poisoned.push(what);
-            self.model.unproven = true;
-            self.model.finish(sequence, Status::Error);
-            self.seen.poisoned += 1;
-            1 << queue
-        });
-        let expected = (usize::from(queues.is_some()), queues.unwrap_or(0), false);
-        let failed = (failed.count, failed.queues, failed.more);
-        assert_eq!(failed, expected, "{self:?}");
-    }
-
-    fn close(&mut self) {
-        self.shadow.closed();
-        if [abi::STATE_OPEN, abi::STATE_LIVE].contains(&self.model.state) {
-            self.model.state = abi::STATE_FENCING;
-        }
-    }
-
-    fn quiet(&mut self) {
-        let now = self.model.clock * 1_000_000;
-        if self.model.state != abi::STATE_FENCING {
-            let nothing = self.shadow.quiet(now).map(|failed| failed.count);
-            return assert_eq!(nothing, Some(0), "{self:?}");
-        }
-        self.model.quiet.get_or_insert(self.model.clock);
-        if !self.model.is_over() {
-            self.seen.unsettled += 1;
-            return assert_eq!(self.shadow.quiet(now), None, "{self:?}");
-        }
-        let failed = self.shadow.quiet(now).map(|f| (f.count, f.queues, f.more));
-        self.seen.deaths += 1;
-        let held = self.model.count(Stage::Delivered);
-        if held > 0 {
-            self.model.death = Some((held, self.model.answered));
-        }
-        let undone = &mut self.model.undone;
-        undone.retain(|_, r| !(r.orphan && r.stage == Stage::Delivered));
-        let lost = self.lose();
-        assert_eq!(failed, Some((lost.0, lost.1, false)), "{self:?}");
-        for request in self.model.undone.values_mut() {
-            request.ordered = true;
-            if request.stage == Stage::Delivered {
-                request.stage = Stage::Waiting;
-                request.replay = true;
-                request.in_last = true;
-            }
-        }
-        self.model.state = match self.model.undone.is_empty() {
-            true => abi::STATE_IDLE,
-            false => abi::STATE_RECOVERING,
-        };
-    }
-
-    /// What changes the disk is not executed again if nobody knows when its first execution is over.
-    fn lose(&mut self) -> (usize, u64) {
-        if self.model.claimed.0 != Fence::None {
-            return (0, 0);
-        }
-        let undone = self.model.undone.iter();
-        let lost = undone.filter(|(_, r)| r.stage == Stage::Delivered && r.writes());
-        let lost: Vec<u64> = lost.map(|(sequence, _)| *sequence).collect();
-        let mut queues = 0;
-        for sequence in &lost {
-            queues |= 1 << self.model.undone[sequence].queue;
-            self.model.finish(*sequence, Status::Error);
-        }
-        self.seen.lost += lost.len() as u64;
-        (lost.len(), queues)
-    }
-
-    fn orphan(&mut self, queue: u16) {
-        let (failed, _) = self.model.fail(usize::MAX, |r| r.queue == queue);
-        self.seen.failed += failed as u64;
-        self.model.done.retain(|d| d.0 != queue);
-        let mut orphans = 0;
-        for request in self.model.undone.values_mut() {
-            if request.queue == queue && !request.orphan {
-                request.orphan = true;
-                orphans += 1;
-            }
-        }
-        assert_eq!(self.shadow.orphan(queue), orphans, "{self:?}");
-    }
-
-    fn fail(&mut self, max: usize) {
-        let failed = self.shadow.fail_waiting(max);
-        let may = self.model.state != abi::STATE_LIVE;
-        let expected = if may {
-            self.model.fail(max, |_| true)
-        } else {
-            (0, 0)
-        };
-        assert_eq!((failed.count, failed.queues), expected, "{self:?}");
-        self.seen.failed += expected.0 as u64;
-        let left = may && self.model.count(Stage::Waiting) > 0;
-        assert_eq!(failed.more, left, "{self:?}");
-    }
-
-    fn compare(&mut self) {
-        let mut info = abi::Info::default();
-        self.shadow.describe(&mut info, DESCRIBED);
-        let model = &self.model;
-        let delivered = model.count(Stage::Delivered);
-        let mut expected = abi::Info {
-            state: model.state,
-            epoch: model.epoch,
-            tags: u32::from(self.tags),
-            waiting: model.count(Stage::Waiting),
-            delivered,
-            committed: model.committed,
-            replayed: model.replayed,
-            refused: model.refused,
-            oldest_ns: if delivered > 0 {
-                DESCRIBED - DELIVERED
-            } else {
-                0
-            },
-            isolated: model.isolated_undone().count() as u32,
-            poisoned: model.poisoned.len() as u32,
-            ..Default::default()
-        };
-        let last = model.poisoned.last().cloned();
-        if let Some((op, range)) = last {
-            expected.poison_op = wire(op).into();
-            expected.poison_sectors = range.end - range.start;
-            expected.poison_sector = if range.is_empty() { 0 } else { range.start };
-        }
-        assert_eq!(info, expected, "{self:?}");
-        let orphans = model.undone.values().filter(|r| r.orphan).count();
-        assert_eq!(self.shadow.orphans() as usize, orphans, "{self:?}");
-        for queue in 0..QUEUES {
-            let results = model.done.iter().any(|d| d.0 == queue);
-            assert_eq!(self.shadow.has_results(queue), results, "{self:?}");
-        }
-    }
-
-    /// Everything that waits comes to its end. Returns what happened.
-    pub fn drain(mut self) -> Seen {
-        if self.model.state == abi::STATE_OPEN {
-            self.apply(Step::Start(0));
-        }
-        if self.model.state != abi::STATE_LIVE {
-            for step in OVER.into_iter().chain([Step::Open, Step::Start(0)]) {
-                self.apply(step);
-            }
-        }
-        for _ in 0..=2 * self.tags {
-            self.apply(Step::Look);
-            self.apply(Step::Deliver(usize::MAX, 0));
-            let Some(tag) = self.held().pop() else {
-                break;
-            };
-            self.apply(Step::Commit(tag, Outcome::Finished(Status::Okay), 0, 0));
-        }
-        assert!(self.model.undone.is_empty(), "{self:?}");
-        for queue in 0..64 {
-            self.apply(Step::Reap(queue, usize::MAX));
-        }
-        assert!(self.model.done.is_empty(), "{self:?}");
-        self.seen
-    }
-}
-
-impl std::fmt::Debug for Pair {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "after {:#?}: {:#?}", self.steps, self.model)
     }
 }
