@@ -22,6 +22,7 @@ trait Any {
     fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
+    fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
     fn inactivate(&self) -> Later<'_, (), Errno>;
     fn resize(&self) -> Later<'_, u64, Failure>;
     fn stats(&self) -> BTreeMap<String, u64>;
@@ -52,6 +53,9 @@ impl<D: Driver> Any for D {
     }
     fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno> {
         Box::pin(Driver::extents(self, offset, len))
+    }
+    fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno> {
+        Box::pin(Driver::layer(self, offset, len))
     }
     fn inactivate(&self) -> Later<'_, (), Errno> {
         Box::pin(Driver::inactivate(self))
@@ -191,7 +195,15 @@ impl Disk {
     /// See [`Driver::extents`]. None reaches beyond the range, which is whole logical blocks, and all end
     /// where such a block does: one that holds data anywhere is data.
     pub async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
-        let found = self.0.driver.extents(offset, len).await?;
+        self.whole(self.0.driver.extents(offset, len).await?, offset, len)
+    }
+
+    /// See [`Driver::layer`]. None reaches beyond the range, and all end where a logical block does.
+    pub async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.whole(self.0.driver.layer(offset, len).await?, offset, len)
+    }
+
+    fn whole(&self, found: Vec<Extent>, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         let block = self.0.shape.get().map_or(1, |shape| shape.logical_block);
         whole(&found, offset, len, block.max(1).into()).ok_or(Errno::IO)
     }
@@ -228,7 +240,7 @@ fn whole(found: &[Extent], offset: u64, len: u64, block: u64) -> Option<Vec<Exte
         let end = match extent.content {
             _ if past == 0 => said,
             Content::Data => said.saturating_add(block - past).min(len),
-            Content::Hole => said.saturating_sub(past),
+            Content::Hole | Content::Below => said.saturating_sub(past),
         };
         if end <= at {
             continue;

@@ -115,6 +115,8 @@ pub enum Content {
     Data,
     /// Zeroes, for which no space is used.
     Hole,
+    /// Nothing of this image: what the image below it has. Only [`Driver::layer`] says this.
+    Below,
 }
 
 /// What serves the content of a disk.
@@ -172,6 +174,12 @@ pub trait Driver: 'static {
     async fn extents(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         let content = Content::Data;
         Ok(vec![Extent { len, content }])
+    }
+
+    /// The same for this image alone, without those below it: what it has itself, and where
+    /// [`Content::Below`] shows through. For verbs that work on one image of a chain.
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.extents(offset, len).await
     }
 
     /// Looks at the size again and returns it.

@@ -128,6 +128,11 @@ impl File {
         Ok(true)
     }
 
+    /// What carries out its transfers.
+    pub fn io(&self) -> &Io {
+        &self.io
+    }
+
     /// What transfers have to be multiples of to be done without a copy.
     pub fn align(&self) -> Align {
         self.align
@@ -215,6 +220,35 @@ impl File {
         }
         bounce.part(lead, length).copy_to(&data, 0);
         Ok(())
+    }
+
+    /// Reads all of `data` from `offset` on. What is behind the end of the file is zeroes.
+    pub async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let length = data.len();
+        if self.is_aligned(offset, &data) {
+            let got = self.read_some(offset, data.clone()).await?;
+            data.fill(got, length - got, 0);
+            return Ok(());
+        }
+        let (from, bounce) = self.around(offset, length)?;
+        let got = self.read_some(from, bounce.clone()).await?;
+        bounce.fill(got, bounce.len() - got, 0);
+        bounce.part(lead(offset, from), length).copy_to(&data, 0);
+        Ok(())
+    }
+
+    /// Makes a file longer, by zeroes, or shorter. A block device stays as it is.
+    pub async fn set_size(&self, size: u64) -> Result<(), Errno> {
+        if self.is_device {
+            return Ok(());
+        }
+        let fd = self.fd.try_clone();
+        let fd = fd.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        // A write of a part of a block may be making the file longer.
+        let _pass = self.gate.shared().await;
+        // The file system may have to wait for transfers.
+        let work = move || rustix::fs::ftruncate(fd, size);
+        self.io.elsewhere(work).await?
     }
 
     /// Writes all of `data` from `offset` on.

@@ -333,7 +333,7 @@ pub(super) fn chunk(cookie: [u8; 8], chunk: &Chunk<'_>) -> Vec<u8> {
                 content.extend((extent.len as u32).to_be_bytes());
                 // `STATE_HOLE | STATE_ZERO`.
                 let state: u32 = match extent.content {
-                    Content::Data => 0,
+                    Content::Data | Content::Below => 0,
                     Content::Hole => 3,
                 };
                 content.extend(state.to_be_bytes());

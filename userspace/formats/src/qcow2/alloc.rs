@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Clusters for new content, and clusters that are not used any more.
+//!
+//! Clusters are prepared in runs: they are made to read as zeroes, their refcounts become one, and one
+//! flush makes both durable. Only then are they given out, so that an entry may lead to one of them as soon
+//! as its content is written: a power cut finds zeroes or what was written, never what was there before, and
+//! never a cluster that is free as well. What was prepared and not used is leaked if the process dies,
+//! and given back when the image is let go of.
+//!
+//! A cluster that is not used any more is freed when nothing leads to it on the disk (after a flush), and no
+//! request relies on it that had found it before.
+
+use super::image::Image;
+use super::geometry::MAX_OFFSET;
+use super::refcounts::{get, set, Counts};
+use crate::Storage;
+use diskio::{Errno, Gate};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+
+/// Bytes that are prepared at first, and at most.
+const FIRST_RUN: u64 = 2 << 20;
+const LONGEST_RUN: u64 = 64 << 20;
+/// Parts of a run at most: each is zeroed by a call.
+const PARTS: usize = 64;
+/// Releases that wait at most before one who releases makes room.
+const WAITING: usize = 1024;
+
+/// Clusters in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Clusters {
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+}
+
+/// Clusters that lose a user.
+#[derive(Clone, Copy, Debug)]
+struct Release {
+    clusters: Clusters,
+    /// The flush that makes durable that nothing leads to them.
+    barrier: u64,
+    /// Requests with smaller numbers may rely on them.
+    users: u64,
+}
+
+/// What is prepared, and what waits to be freed.
+#[derive(Debug)]
+pub(crate) struct Allocator {
+    ready: RefCell<VecDeque<Clusters>>,
+    /// No cluster below this is free, but for those that are known.
+    cursor: Cell<u64>,
+    /// Bytes of the next run.
+    run: Cell<u64>,
+    waiting: RefCell<VecDeque<Release>>,
+    /// Who changes refcounts.
+    gate: Gate,
+    pub(crate) prepared: Cell<u64>,
+    pub(crate) freed: Cell<u64>,
+}
+
+impl Allocator {
+    pub(crate) fn new() -> Self {
+        Self {
+            ready: RefCell::default(),
+            cursor: Cell::new(0),
+            run: Cell::new(FIRST_RUN),
+            waiting: RefCell::default(),
+            gate: Gate::default(),
+            prepared: Cell::new(0),
+            freed: Cell::new(0),
+        }
+    }
+
+    /// At most `count` clusters in a row that are prepared.
+    fn pop(&self, count: u64) -> Option<Clusters> {
+        let mut ready = self.ready.borrow_mut();
+        let front = ready.front_mut()?;
+        let taken = Clusters {
+            first: front.first,
+            count: front.count.min(count),
+        };
+        front.first += taken.count;
+        front.count -= taken.count;
+        if front.count == 0 {
+            ready.pop_front();
+        }
+        Some(taken)
+    }
+
+    /// Releases that wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.borrow().len()
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// Up to `count` clusters in a row, one at least. They read as zeroes and are counted, and both is
+    /// durable.
+    pub(crate) async fn take(&self, count: u64) -> Result<Clusters, Errno> {
+        loop {
+            if let Some(taken) = self.allocator.pop(count) {
+                return Ok(taken);
+            }
+            let _pass = self.allocator.gate.alone().await;
+            // Somebody else may have prepared some.
+            if self.allocator.ready.borrow().is_empty() {
+                self.prepare().await?;
+            }
+        }
+    }
+
+    /// Clusters lose a user. Nothing in the image's memory leads to them any more.
+    pub(crate) fn release(&self, first: u64, count: u64) {
+        let (barrier, users) = (self.barrier.next(), self.users.now());
+        let mut waiting = self.allocator.waiting.borrow_mut();
+        let last = waiting.back_mut();
+        let last = last.filter(|last| {
+            last.barrier == barrier && last.clusters.first + last.clusters.count == first
+        });
+        match last {
+            Some(last) => {
+                last.clusters.count += count;
+                last.users = users;
+            }
+            None => waiting.push_back(Release {
+                clusters: Clusters { first, count },
+                barrier,
+                users,
+            }),
+        }
+    }
+
+    /// The range reads as zeroes, and the file is long enough for it.
+    pub(crate) async fn prepare_range(&self, at: u64, len: u64) -> Result<(), Errno> {
+        let size = self.file.size()?;
+        let end = at + len;
+        if at < size {
+            self.file.clear(at, end.min(size) - at).await?;
+        }
+        if end > size {
+            self.file.set_size(end).await?;
+        }
+        self.slices.forget(at..end);
+        Ok(())
+    }
+
+    /// Prepares the next run. Nobody else changes refcounts.
+    async fn prepare(&self) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster();
+        let bytes = self.allocator.run.get();
+        let found = self.gather((bytes / cluster).max(1)).await?;
+        for part in &found {
+            let at = part.first * cluster;
+            self.check_place(at, part.count * cluster)?;
+            self.prepare_range(at, part.count * cluster).await?;
+            self.set_counts(*part, 1).await?;
+        }
+        self.barrier.flush().await?;
+        let count: u64 = found.iter().map(|part| part.count).sum();
+        self.allocator.run.set((bytes * 2).min(LONGEST_RUN));
+        self.allocator.prepared.set(self.allocator.prepared.get() + count);
+        if let Some(last) = found.last() {
+            self.allocator.cursor.set(last.first + last.count);
+        }
+        self.allocator.ready.borrow_mut().extend(found);
+        self.free_released().await
+    }
+
+    /// Free clusters from the cursor on: `count` of them, or fewer if they are in many parts. One at least.
+    async fn gather(&self, count: u64) -> Result<Vec<Clusters>, Errno> {
+        let mut found: Vec<Clusters> = Vec::new();
+        let (mut at, mut missing) = (self.allocator.cursor.get(), count);
+        while missing > 0 && found.len() < PARTS {
+            if at * self.geometry.cluster() >= MAX_OFFSET {
+                return Err(Errno::NOSPC);
+            }
+            let Some(counts) = self.counts(at).await? else {
+                if !found.is_empty() {
+                    break;
+                }
+                self.make_block(at).await?;
+                continue;
+            };
+            let (mut from, end) = (0, counts.count);
+            while let Some((skip, len)) = self.free_in(&counts, from, end.min(from + missing.max(1))) {
+                missing -= len;
+                push(&mut found, at + skip, len);
+                from = skip + len;
+                if missing == 0 || found.len() == PARTS {
+                    return Ok(found);
+                }
+            }
+            at += end;
+            self.allocator.cursor.set(match found.first() {
+                Some(first) => first.first,
+                None => at,
+            });
+        }
+        Ok(found)
+    }
+
+    /// The first free clusters among counts from `from` on, in a row, `most - from` at most.
+    fn free_in(&self, counts: &Counts, from: u64, most: u64) -> Option<(u64, u64)> {
+        let order = self.geometry.refcount_order;
+        let limit = most - from;
+        counts.slice.look(|bytes| {
+            // CAST: they are inside of a slice.
+            let is_free = |number: &u64| get(bytes, counts.first + *number as usize, order) == 0;
+            let first = (from..counts.count).find(is_free)?;
+            let len = (first..counts.count).take_while(is_free).count() as u64;
+            Some((first, len.min(limit)))
+        })
+    }
+
+    /// Sets the refcounts of clusters that have one, and hands them to the kernel.
+    async fn set_counts(&self, clusters: Clusters, value: u64) -> Result<(), Errno> {
+        let order = self.geometry.refcount_order;
+        let mut done = 0;
+        while done < clusters.count {
+            let counts = self.counts(clusters.first + done).await?;
+            let counts = counts.ok_or_else(|| self.damaged("a refcount block is gone"))?;
+            let some = counts.count.min(clusters.count - done);
+            counts.slice.change(|bytes| {
+                for number in 0..some as usize {
+                    set(bytes, counts.first + number, order, value);
+                }
+            });
+            self.slices.settle(&counts.slice).await?;
+            done += some;
+        }
+        Ok(())
+    }
+
+    /// Frees what can be freed. To be called after a flush.
+    pub(crate) async fn free(&self) -> Result<(), Errno> {
+        if self.allocator.waiting.borrow().is_empty() {
+            return Ok(());
+        }
+        let _pass = self.allocator.gate.alone().await;
+        self.free_released().await
+    }
+
+    /// The same for who has the gate.
+    async fn free_released(&self) -> Result<(), Errno> {
+        loop {
+            let next = self.allocator.waiting.borrow().front().copied();
+            let next = next.filter(|next| {
+                next.barrier <= self.barrier.done() && next.users <= self.users.oldest()
+            });
+            let Some(next) = next else { return Ok(()) };
+            self.allocator.waiting.borrow_mut().pop_front();
+            self.decrease(next.clusters).await?;
+        }
+    }
+
+    /// Clusters lose a user; those that had no other are free.
+    async fn decrease(&self, clusters: Clusters) -> Result<(), Errno> {
+        let order = self.geometry.refcount_order;
+        let mut done = 0;
+        while done < clusters.count {
+            let first = clusters.first + done;
+            let Some(counts) = self.counts(first).await? else {
+                return Err(self.damaged(format_args!("cluster {first} was in use and has no refcount")));
+            };
+            let some = counts.count.min(clusters.count - done);
+            let mut freed = Vec::new();
+            let mut wrong = None;
+            counts.slice.change(|bytes| {
+                for number in 0..some {
+                    // CAST: inside of a slice.
+                    let place = counts.first + number as usize;
+                    match get(bytes, place, order) {
+                        0 => wrong = Some(first + number),
+                        count => {
+                            set(bytes, place, order, count - 1);
+                            if count == 1 {
+                                push(&mut freed, first + number, 1);
+                            }
+                        }
+                    }
+                }
+            });
+            if let Some(cluster) = wrong {
+                self.damaged(format_args!("cluster {cluster} was in use and has the refcount 0"));
+            }
+            self.slices.settle(&counts.slice).await?;
+            for part in freed {
+                self.forget(part).await?;
+            }
+            done += some;
+        }
+        Ok(())
+    }
+
+    /// Clusters are free: their content is given back, and they may be used again.
+    async fn forget(&self, clusters: Clusters) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster();
+        let range = clusters.first * cluster..(clusters.first + clusters.count) * cluster;
+        self.unpacked.forget(&range);
+        self.slices.forget(range.clone());
+        self.allocator.freed.set(self.allocator.freed.get() + clusters.count);
+        if self.discard {
+            match self.file.discard(range.start, range.end - range.start).await {
+                // It is a hint.
+                Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let cursor = &self.allocator.cursor;
+        cursor.set(cursor.get().min(clusters.first));
+        Ok(())
+    }
+
+    /// Who releases much makes room, so that what waits is bounded.
+    pub(crate) async fn bound_released(&self) -> Result<(), Errno> {
+        if self.allocator.waiting() < WAITING {
+            return Ok(());
+        }
+        self.barrier.flush().await?;
+        self.free().await
+    }
+
+    /// Gives back what is prepared and not used.
+    pub(crate) async fn give_back(&self) -> Result<(), Errno> {
+        let _pass = self.allocator.gate.alone().await;
+        let cluster = self.geometry.cluster();
+        self.allocator.run.set(FIRST_RUN);
+        loop {
+            let next = self.allocator.ready.borrow_mut().pop_back();
+            let Some(next) = next else { return Ok(()) };
+            self.set_counts(next, 0).await?;
+            let cursor = &self.allocator.cursor;
+            cursor.set(cursor.get().min(next.first));
+            // The end of the file is cut off again.
+            if self.file.size()? == (next.first + next.count) * cluster {
+                self.file.set_size(next.first * cluster).await?;
+            }
+        }
+    }
+}
+
+/// Adds clusters behind others.
+fn push(parts: &mut Vec<Clusters>, first: u64, count: u64) {
+    match parts.last_mut() {
+        Some(last) if last.first + last.count == first => last.count += count,
+        _ => parts.push(Clusters { first, count }),
+    }
+}

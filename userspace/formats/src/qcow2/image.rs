@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An active image: what all its requests share, and how they find a cluster.
+
+use super::alloc::Allocator;
+use super::compressed::Unpacked;
+use super::entry::{Broken, Entry, Part, Place, COPIED};
+use super::geometry::{Geometry, MAX_OFFSET};
+use super::header::{Compression, Header};
+use super::Below;
+use crate::barrier::Barrier;
+use crate::ranges::Ranges;
+use crate::slices::{Slice, Slices};
+use crate::users::Users;
+use crate::Storage;
+use diskio::{Errno, Gate};
+use std::cell::Cell;
+use std::rc::Rc;
+
+/// A table of 8-byte entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Table {
+    pub(crate) at: u64,
+    pub(crate) entries: u64,
+}
+
+/// What the requests of an image share.
+pub(crate) struct Image<S> {
+    /// Names it in messages.
+    pub(crate) name: String,
+    pub(crate) geometry: Geometry,
+    pub(crate) compression: Compression,
+    pub(crate) size: Cell<u64>,
+    pub(crate) writable: bool,
+    /// What is freed is given back to the storage.
+    pub(crate) discard: bool,
+    /// The metadata.
+    pub(crate) file: S,
+    /// The clusters: the same file, or another one.
+    pub(crate) data: S,
+    pub(crate) below: Option<Below>,
+    pub(crate) l1: Cell<Table>,
+    pub(crate) reftable: Cell<Table>,
+    /// Autoclear features that the image still has.
+    pub(crate) autoclear: Cell<u64>,
+    pub(crate) slices: Slices<S>,
+    pub(crate) barrier: Barrier<S>,
+    pub(crate) allocator: Allocator,
+    pub(crate) users: Users,
+    /// Clusters of the disk that are being moved.
+    pub(crate) clusters: Ranges,
+    /// Entries of the L1 table that are being changed.
+    pub(crate) tables: Ranges,
+    /// The first write has one thing to do.
+    pub(crate) beginning: Gate,
+    pub(crate) unpacked: Unpacked,
+    /// Damage that was reported: the first few times.
+    pub(crate) reported: Cell<u32>,
+}
+
+/// Where an entry of the disk is: its slices have to be settled before an answer relies on it.
+pub(crate) struct Found {
+    pub(crate) l1: Rc<Slice>,
+    /// The slice of the L2 table, and where the entry of the first cluster is in it.
+    pub(crate) l2: Option<(Rc<Slice>, usize)>,
+}
+
+/// Bytes of the disk that are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Run {
+    Below,
+    Zero,
+    /// In a row from `at` on.
+    Data {
+        at: u64,
+        owned: bool,
+    },
+    /// A part of one cluster, from `skip` on.
+    Packed {
+        at: u64,
+        len: u64,
+        skip: u64,
+    },
+}
+
+impl<S: Storage> Image<S> {
+    /// Damage that was met: says what and where, not more often than a few times.
+    pub(crate) fn damaged(&self, what: impl std::fmt::Display) -> Errno {
+        let count = self.reported.get();
+        self.reported.set(count.saturating_add(1));
+        if count < 10 {
+            eprintln!("{}: {what}: the image is damaged, check it with qemu-img check", self.name);
+        }
+        Errno::IO
+    }
+
+    /// The slice with an entry of a table, and its place there.
+    pub(crate) async fn slot(&self, table: Table, number: u64) -> Result<(Rc<Slice>, usize), Errno> {
+        if number >= table.entries {
+            return Err(self.damaged(format_args!("entry {number} of the table at {} is behind its end", table.at)));
+        }
+        self.slices.at(table.at + number * 8).await
+    }
+
+    /// The offset of a table's cluster in an entry of another table; nothing if it is 0.
+    pub(crate) fn table_at(&self, entry: u64, what: &str) -> Result<Option<u64>, Errno> {
+        let at = entry & (MAX_OFFSET - 512);
+        if at % self.geometry.cluster() != 0 {
+            return Err(self.damaged(format_args!("the {what} at {at:#x} is no whole number of clusters away")));
+        }
+        Ok((at != 0).then_some(at))
+    }
+
+    /// Where the entry of the cluster with a byte of the disk is.
+    pub(crate) async fn find(&self, guest: u64) -> Result<Found, Errno> {
+        let span = self.geometry.span();
+        let (l1, at) = self.slot(self.l1.get(), guest / span).await?;
+        let Some(table) = self.table_at(l1.number(at), "L2 table")? else {
+            return Ok(Found { l1, l2: None });
+        };
+        let entry = guest % span / self.geometry.cluster() * self.geometry.entry();
+        let l2 = self.slices.at(table + entry).await?;
+        Ok(Found { l1, l2: Some(l2) })
+    }
+
+    /// The entry a number of clusters behind the one that was looked for; nothing at the end of the slice.
+    pub(crate) fn entry(&self, found: &Found, number: u64) -> Result<Option<Entry>, Errno> {
+        let Some((slice, at)) = &found.l2 else {
+            return Ok(Some(Entry::NONE));
+        };
+        let step = self.geometry.entry();
+        // CAST: numbers of entries in a slice are small, and larger ones are behind its end.
+        let at = at.saturating_add(number.saturating_mul(step) as usize);
+        if at >= slice.len() {
+            return Ok(None);
+        }
+        let bitmap = match self.geometry.extended {
+            true => slice.number(at + 8),
+            false => 0,
+        };
+        let word = slice.number(at);
+        match Entry::decode(word, bitmap, &self.geometry) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(why) => Err(self.impossible(word, why)),
+        }
+    }
+
+    fn impossible(&self, word: u64, why: Broken) -> Errno {
+        self.damaged(format_args!("an L2 entry {word:#x} cannot be: {why}"))
+    }
+
+    /// Changes the entry a number of clusters behind the one that was looked for, in memory.
+    pub(crate) fn set_entry(&self, found: &Found, number: u64, entry: &Entry) {
+        let Some((slice, at)) = &found.l2 else { return };
+        // CAST: it is inside the slice: `entry` has found it there.
+        let at = at + (number * self.geometry.entry()) as usize;
+        let (word, bitmap) = entry.encode(&self.geometry);
+        slice.set_number(at, word);
+        if self.geometry.extended {
+            slice.set_number(at + 8, bitmap);
+        }
+    }
+
+    /// What an answer relies on is in the image.
+    pub(crate) async fn settle(&self, found: &Found) -> Result<(), Errno> {
+        if !found.l1.is_settled() {
+            self.slices.settle(&found.l1).await?;
+        }
+        match &found.l2 {
+            Some((slice, _)) if !slice.is_settled() => self.slices.settle(slice).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// What is at a byte of the disk, and for how many bytes, `len` at most.
+    pub(crate) async fn map(&self, guest: u64, len: u64) -> Result<(Run, u64, Found), Errno> {
+        let found = self.find(guest).await?;
+        let geometry = &self.geometry;
+        if found.l2.is_none() {
+            return Ok((Run::Below, len.min(geometry.span() - guest % geometry.span()), found));
+        }
+        let skip = guest % geometry.cluster();
+        let (run, mut count) = match self.entry(&found, 0)? {
+            Some(entry) => self.runs(&entry, skip),
+            None => return Err(Errno::IO),
+        };
+        let mut cluster = 1;
+        // Goes on as long as clusters are alike from their beginning to their end.
+        while count < len && (skip + count) == cluster * geometry.cluster() {
+            let Some(entry) = self.entry(&found, cluster)? else { break };
+            let (next, more) = self.runs(&entry, 0);
+            if !follows(run, count, next) {
+                break;
+            }
+            count += more;
+            cluster += 1;
+        }
+        Ok((run, count.min(len), found))
+    }
+
+    /// What is in a cluster from `skip` on, and for how many bytes.
+    fn runs(&self, entry: &Entry, skip: u64) -> (Run, u64) {
+        let geometry = &self.geometry;
+        if let Place::Compressed { at, len } = entry.place {
+            return (Run::Packed { at, len, skip }, geometry.cluster() - skip);
+        }
+        // CAST: a cluster has at most 32 parts.
+        let first = (skip / geometry.part()) as u32;
+        let kind = entry.part(first);
+        let mut end = first + 1;
+        while end < geometry.parts() && entry.part(end) == kind {
+            end += 1;
+        }
+        let count = u64::from(end) * geometry.part() - skip;
+        let run = match (kind, entry.place) {
+            (Part::Data, Place::Host { at, owned }) => Run::Data {
+                at: at + skip,
+                owned,
+            },
+            (Part::Zero, _) => Run::Zero,
+            _ => Run::Below,
+        };
+        (run, count)
+    }
+
+    /// True for what reads as zeroes because nothing is below it.
+    pub(crate) fn is_bare(&self, guest: u64) -> bool {
+        self.below.as_ref().is_none_or(|below| guest >= below.size)
+    }
+
+    /// A place where data may be written: no L2 entry of a sound image leads into the tables that
+    /// everything hangs on.
+    pub(crate) fn check_place(&self, at: u64, len: u64) -> Result<(), Errno> {
+        if self.geometry.external {
+            return Ok(());
+        }
+        let end = at.checked_add(len).filter(|end| *end <= MAX_OFFSET);
+        let end = end.ok_or_else(|| self.damaged(format_args!("a cluster at {at:#x} is out of reach")))?;
+        let (l1, refs) = (self.l1.get(), self.reftable.get());
+        let tables = [
+            (0, self.geometry.cluster()),
+            (l1.at, l1.at + l1.entries * 8),
+            (refs.at, refs.at + refs.entries * 8),
+        ];
+        match tables.iter().any(|(from, to)| at < *to && *from < end) {
+            true => Err(self.damaged(format_args!("a cluster at {at:#x} is where a table is"))),
+            false => Ok(()),
+        }
+    }
+
+    /// The L2 entry of a byte, in a table that this image has for itself; makes the table if need be.
+    pub(crate) async fn find_owned(&self, guest: u64) -> Result<Found, Errno> {
+        let span = self.geometry.span();
+        let number = guest / span;
+        let (l1, at) = self.slot(self.l1.get(), number).await?;
+        if l1.number(at) & COPIED == 0 {
+            let _held = self.tables.lock(number..number + 1).await;
+            let entry = l1.number(at);
+            if entry & COPIED == 0 {
+                self.make_table(&l1, at, entry).await?;
+            }
+        }
+        self.find(guest).await
+    }
+
+    async fn make_table(&self, l1: &Rc<Slice>, slot: usize, entry: u64) -> Result<(), Errno> {
+        let old = self.table_at(entry, "L2 table")?;
+        let cluster = self.geometry.cluster();
+        // Its clusters are zero and counted, and both is durable.
+        let new = self.take(1).await?.first * cluster;
+        if let Some(old) = old {
+            self.copy_table(old, new).await?;
+            // A table that is reachable and not yet there would hide what is in the clusters.
+            self.barrier.flush().await?;
+        }
+        l1.set_number(slot, new | COPIED);
+        self.slices.settle(l1).await?;
+        if let Some(old) = old {
+            self.release(old / cluster, 1);
+        }
+        Ok(())
+    }
+
+    /// Copies a table that a snapshot has, too. So it has all its clusters.
+    async fn copy_table(&self, old: u64, new: u64) -> Result<(), Errno> {
+        let mut at = 0;
+        while at < self.geometry.cluster() {
+            let (from, _) = self.slices.at(old + at).await?;
+            let (to, _) = self.slices.at(new + at).await?;
+            let step = self.geometry.entry() as usize;
+            for place in (0..from.len()).step_by(step) {
+                to.set_number(place, from.number(place) & !COPIED);
+                if self.geometry.extended {
+                    to.set_number(place + 8, from.number(place + 8));
+                }
+            }
+            self.slices.settle(&to).await?;
+            at += self.slices.slice_len();
+        }
+        Ok(())
+    }
+}
+
+/// True if `next` continues what has been going on for `count` bytes.
+fn follows(run: Run, count: u64, next: Run) -> bool {
+    match (run, next) {
+        (Run::Below, Run::Below) | (Run::Zero, Run::Zero) => true,
+        (Run::Data { at, owned }, Run::Data { at: then, owned: too }) => then == at + count && owned == too,
+        _ => false,
+    }
+}
+
+impl Image<()> {
+    /// What a header says of the L1 and refcount tables.
+    pub(crate) fn places(header: &Header) -> (Table, Table) {
+        let l1 = Table {
+            at: header.l1,
+            entries: header.l1_entries,
+        };
+        let reftable = Table {
+            at: header.reftable,
+            entries: header.reftable_clusters * header.geometry.cluster() / 8,
+        };
+        (l1, reftable)
+    }
+}

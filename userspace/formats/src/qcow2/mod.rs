@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! qcow2, versions 2 and 3.
+
+mod alloc;
+mod compressed;
+mod create;
+mod entry;
+mod geometry;
+mod header;
+mod image;
+mod read;
+mod refcounts;
+mod write;
+mod zero;
+
+pub use create::{create, Plan};
+pub use header::{Backing, Compression, Header};
+
+use crate::barrier::Barrier;
+use crate::slices::Slices;
+use crate::Storage;
+use alloc::Allocator;
+use compressed::Unpacked;
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
+use header::{broken, CORRUPT, DIRTY};
+use image::Image;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Bytes of metadata in memory.
+const CACHE: usize = 32 << 20;
+/// Bytes of a read or a write at once, and of a discard.
+const TRANSFER: u64 = 4 << 20;
+const ZEROES: u64 = 1 << 30;
+
+/// The image below one, and its size.
+#[derive(Debug)]
+pub(crate) struct Below {
+    pub(crate) disk: Disk,
+    pub(crate) size: u64,
+}
+
+/// How an image is to be served.
+#[derive(Debug)]
+pub struct Options<S> {
+    /// Its name in messages.
+    pub name: String,
+    /// It may be written.
+    pub writable: bool,
+    /// A guest may discard, and what is freed is given back to the storage.
+    pub discard: bool,
+    /// Bytes of metadata that may be kept in memory.
+    pub cache: usize,
+    /// The image below it, as its header names it.
+    pub below: Option<Disk>,
+    /// The file with its data, if its header says that there is one.
+    pub data_file: Option<S>,
+}
+
+impl<S> Options<S> {
+    /// A writable image without others.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            writable: true,
+            discard: true,
+            cache: CACHE,
+            below: None,
+            data_file: None,
+        }
+    }
+}
+
+/// An image as a driver.
+pub struct Qcow2<S: Storage> {
+    file: S,
+    options: Options<S>,
+    image: RefCell<Option<Rc<Image<S>>>>,
+}
+
+/// What the header of an image says. Whoever asks must have locked it.
+pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
+    let failed = |error: Errno| Failure::system("cannot read the header", &error.into());
+    let read = |len: usize| async move {
+        let data = file.buffer(len)?;
+        file.read(0, data.clone()).await?;
+        Ok::<_, Errno>(data.to_vec())
+    };
+    let begin = read(512).await.map_err(failed)?;
+    let bytes = read(header::needed(&begin)?).await.map_err(failed)?;
+    Header::parse(&bytes)
+}
+
+impl<S: Storage> Qcow2<S> {
+    /// The image in `file`, which is looked at when it is activated.
+    pub fn new(file: S, options: Options<S>) -> Self {
+        Self {
+            file,
+            options,
+            image: RefCell::new(None),
+        }
+    }
+
+    fn image(&self) -> Result<Rc<Image<S>>, Errno> {
+        self.image.borrow().clone().ok_or(Errno::BADFD)
+    }
+
+    fn said(&self, failure: Failure) -> Failure {
+        Failure::new(failure.code, format!("{}: {}", self.options.name, failure.message))
+    }
+
+    /// What cannot be served.
+    fn check(&self, header: &Header) -> Result<(), Failure> {
+        if self.options.writable && header.incompatible & CORRUPT != 0 {
+            return Err(broken(
+                "the header says that the image is corrupt: repair it with qemu-img check -r all, or serve it read-only",
+            ));
+        }
+        if self.options.writable && header.incompatible & DIRTY != 0 {
+            return Err(broken(
+                "the image was not closed and its refcounts are out of date: repair it with qemu-img check -r all",
+            ));
+        }
+        let given = self.options.below.is_some();
+        match &header.backing {
+            Some(backing) if !given => {
+                let name = &backing.name;
+                return Err(broken(format!("the image below, {name:?}, was not given along")));
+            }
+            None if given => return Err(broken("the image has no image below it, and one was given along")),
+            _ => {}
+        }
+        if header.geometry.external != self.options.data_file.is_some() {
+            return Err(broken(match header.geometry.external {
+                true => "the image has its data in another file, which was not given along",
+                false => "the image has its data in itself, and a data file was given along",
+            }));
+        }
+        Ok(())
+    }
+
+    async fn below(&self) -> Result<Option<Below>, Failure> {
+        let Some(disk) = self.options.below.clone() else {
+            return Ok(None);
+        };
+        let size = disk.activate().await?.size;
+        Ok(Some(Below { disk, size }))
+    }
+
+    async fn open(&self) -> Result<Image<S>, Failure> {
+        let header = header(&self.file).await?;
+        self.check(&header)?;
+        let geometry = header.geometry;
+        let data = self.options.data_file.clone();
+        let mut storages = vec![self.file.clone()];
+        storages.splice(0..0, data.clone());
+        let (l1, reftable) = Image::places(&header);
+        let budget = self.options.cache;
+        Ok(Image {
+            name: self.options.name.clone(),
+            geometry,
+            compression: header.compression,
+            size: Cell::new(header.size),
+            writable: self.options.writable,
+            discard: self.options.discard,
+            file: self.file.clone(),
+            data: data.unwrap_or_else(|| self.file.clone()),
+            below: self.below().await?,
+            l1: Cell::new(l1),
+            reftable: Cell::new(reftable),
+            autoclear: Cell::new(header.autoclear & !header::RAW_EXTERNAL),
+            slices: Slices::new(self.file.clone(), geometry.slice(), budget / 8 * 7),
+            barrier: Barrier::new(storages),
+            allocator: Allocator::new(),
+            users: Default::default(),
+            clusters: Default::default(),
+            tables: Default::default(),
+            beginning: Default::default(),
+            unpacked: Unpacked::new(geometry.cluster(), budget / 8),
+            reported: Cell::new(0),
+        })
+    }
+
+    fn shape(&self, image: &Image<S>) -> Shape {
+        // CAST: sizes of clusters, at most 2 MiB.
+        let (cluster, part) = (image.geometry.cluster() as u32, image.geometry.part() as u32);
+        Shape {
+            size: image.size.get(),
+            logical_block: 512,
+            physical_block: 4096,
+            discard: (self.options.discard && self.options.writable).then_some(part.max(512)),
+            write_cache: true,
+            fua: false,
+            limits: Limits {
+                transfer: TRANSFER,
+                zeroes: ZEROES,
+                align: cluster,
+            },
+        }
+    }
+}
+
+impl<S: Storage> Driver for Qcow2<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let image = self.open().await.map_err(|failure| self.said(failure))?;
+        let shape = self.shape(&image);
+        *self.image.borrow_mut() = Some(Rc::new(image));
+        Ok(shape)
+    }
+
+    fn fence(&self) -> Fence {
+        let others = self.options.data_file.iter().map(Storage::fence);
+        others.fold(self.file.fence(), |all, other| match (all, other) {
+            (Fence::None, _) | (_, Fence::None) => Fence::None,
+            (Fence::Session { settle_ms: a }, Fence::Session { settle_ms: b }) => {
+                Fence::Session { settle_ms: a.max(b) }
+            }
+            (session @ Fence::Session { .. }, _) | (_, session) => session,
+        })
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.image()?.read(offset, data).await
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
+        self.image()?.write(offset, data).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        let image = self.image()?;
+        image.barrier.flush().await?;
+        image.free().await
+    }
+
+    async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        match self.options.discard {
+            true => self.image()?.zero(offset, len, true).await,
+            false => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        self.image()?.zero(offset, len, false).await
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.image()?.extents(offset, len, true).await
+    }
+
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.image()?.extents(offset, len, false).await
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let Ok(image) = self.image() else {
+            return BTreeMap::new();
+        };
+        let numbers = [
+            ("metadata_bytes", image.slices.count() as u64 * image.slices.slice_len()),
+            ("metadata_reads", image.slices.misses.get()),
+            ("metadata_writes", image.slices.writes.get()),
+            ("clusters_prepared", image.allocator.prepared.get()),
+            ("clusters_freed", image.allocator.freed.get()),
+            ("damage", u64::from(image.reported.get())),
+        ];
+        numbers.into_iter().map(|(name, number)| (name.to_string(), number)).collect()
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        let image = self.image()?;
+        if image.writable {
+            image.barrier.flush().await?;
+            image.free().await?;
+            image.give_back().await?;
+            image.barrier.flush().await?;
+        }
+        if let Some(below) = &image.below {
+            below.disk.inactivate().await?;
+        }
+        *self.image.borrow_mut() = None;
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        let Ok(image) = self.image() else {
+            return Ok(());
+        };
+        if image.writable {
+            image.barrier.flush().await?;
+            image.free().await?;
+            image.give_back().await?;
+        }
+        if let Some(below) = &image.below {
+            below.disk.close().await?;
+        }
+        *self.image.borrow_mut() = None;
+        Ok(())
+    }
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Reading.
+
+use super::compressed::unpack;
+use super::image::{Image, Run};
+use crate::{join, Storage};
+use diskio::{Data, Errno};
+use drivers::{Content, Extent};
+use std::rc::Rc;
+
+/// Pieces of one request that are read at the same time.
+pub(crate) const PIECES: usize = 64;
+
+impl<S: Storage> Image<S> {
+    /// Reads into all of `data`.
+    pub(crate) async fn read(&self, guest: u64, data: Data) -> Result<(), Errno> {
+        let _user = self.users.enter();
+        self.read_now(guest, data).await
+    }
+
+    /// The same for a request that has been counted.
+    pub(crate) async fn read_now(&self, guest: u64, data: Data) -> Result<(), Errno> {
+        let whole = data.len() as u64;
+        let mut at = 0;
+        let mut pieces = Vec::new();
+        while at < whole {
+            let (run, len, _) = self.map(guest + at, whole - at).await?;
+            if len == whole {
+                return self.read_run(run, guest, data).await;
+            }
+            // CAST: they are inside of the data.
+            let part = data.part(at as usize, len as usize);
+            pieces.push(self.read_run(run, guest + at, part));
+            if pieces.len() == PIECES {
+                join::all(std::mem::take(&mut pieces)).await?;
+            }
+            at += len;
+        }
+        join::all(pieces).await
+    }
+
+    async fn read_run(&self, run: Run, guest: u64, data: Data) -> Result<(), Errno> {
+        match run {
+            Run::Zero => data.fill(0, data.len(), 0),
+            Run::Data { at, .. } => self.data.read(at, data).await?,
+            Run::Below => self.read_below(guest, data).await?,
+            Run::Packed { at, len, skip } => {
+                let content = self.unpacked(at, len).await?;
+                // CAST: it is inside of a cluster.
+                data.write(0, &content[skip as usize..][..data.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the image below has; zeroes behind its end.
+    async fn read_below(&self, guest: u64, data: Data) -> Result<(), Errno> {
+        let whole = data.len();
+        let Some(below) = self.below.as_ref().filter(|below| guest < below.size) else {
+            data.fill(0, whole, 0);
+            return Ok(());
+        };
+        // CAST: at most the length of the data.
+        let inside = (below.size - guest).min(whole as u64) as usize;
+        data.fill(inside, whole - inside, 0);
+        below.disk.read(guest, data.part(0, inside)).await
+    }
+
+    /// The content of a compressed cluster.
+    async fn unpacked(&self, at: u64, len: u64) -> Result<Rc<Vec<u8>>, Errno> {
+        if let Some(content) = self.unpacked.get(at) {
+            return Ok(content);
+        }
+        // CAST: at most two clusters.
+        let data = self.file.buffer(len as usize)?;
+        self.file.read(at, data.clone()).await?;
+        let (packed, how) = (data.to_vec(), self.compression);
+        let cluster = self.geometry.cluster() as usize;
+        let work = move || unpack(how, &packed, cluster);
+        let content = self.file.elsewhere(work).await?;
+        let content = content.ok_or_else(|| self.damaged(format_args!("the compressed cluster at {at:#x} is no stream")))?;
+        let content = Rc::new(content);
+        self.unpacked.keep(at, &content);
+        Ok(content)
+    }
+
+    /// What is in a range; with `resolve`, what is below counts as well.
+    pub(crate) async fn extents(&self, guest: u64, len: u64, resolve: bool) -> Result<Vec<Extent>, Errno> {
+        let _user = self.users.enter();
+        let (run, len, _) = self.map(guest, len).await?;
+        let content = match run {
+            Run::Data { .. } | Run::Packed { .. } => Content::Data,
+            Run::Zero => Content::Hole,
+            Run::Below if !resolve => Content::Below,
+            Run::Below => match self.below.as_ref().filter(|below| guest < below.size) {
+                Some(below) => return below.disk.extents(guest, len.min(below.size - guest)).await,
+                None => Content::Hole,
+            },
+        };
+        Ok(vec![Extent { len, content }])
+    }
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How often clusters of an image are used.
+
+use super::geometry::MAX_OFFSET;
+use super::header::{AT_REFTABLE, AT_REFTABLE_CLUSTERS};
+use super::image::{Image, Table};
+use crate::slices::Slice;
+use crate::Storage;
+use diskio::Errno;
+use std::rc::Rc;
+
+/// Bytes of a refcount table at most: QEMU refuses a larger one.
+const MAX_TABLE: u64 = 8 << 20;
+
+/// The refcount with a number among those that are packed in `bytes`.
+pub(crate) fn get(bytes: &[u8], number: usize, order: u32) -> u64 {
+    match order {
+        0..=2 => {
+            let bits = 1_usize << order;
+            let (at, shift) = (number * bits / 8, number * bits % 8);
+            u64::from(bytes[at] >> shift) & ((1 << bits) - 1)
+        }
+        _ => {
+            let width = 1_usize << (order - 3);
+            let bytes = &bytes[number * width..][..width];
+            bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+        }
+    }
+}
+
+/// Changes it. `value` must not be too large.
+pub(crate) fn set(bytes: &mut [u8], number: usize, order: u32, value: u64) {
+    match order {
+        0..=2 => {
+            let bits = 1_usize << order;
+            let (at, shift) = (number * bits / 8, number * bits % 8);
+            let mask = ((1_u8 << bits) - 1) << shift;
+            // CAST: it has at most four bits.
+            bytes[at] = (bytes[at] & !mask) | ((value as u8) << shift & mask);
+        }
+        _ => {
+            let width = 1_usize << (order - 3);
+            let value = value.to_be_bytes();
+            bytes[number * width..][..width].copy_from_slice(&value[8 - width..]);
+        }
+    }
+}
+
+/// Refcounts of clusters in a row that are in one slice.
+pub(crate) struct Counts {
+    pub(crate) slice: Rc<Slice>,
+    /// The number of the first one in the slice.
+    pub(crate) first: usize,
+    /// How many there are from there on.
+    pub(crate) count: u64,
+}
+
+impl<S: Storage> Image<S> {
+    /// The refcount block for a cluster; nothing if there is none.
+    async fn block(&self, cluster: u64) -> Result<Option<u64>, Errno> {
+        let number = cluster / self.geometry.block_entries();
+        if number >= self.reftable.get().entries {
+            return Ok(None);
+        }
+        let (slice, at) = self.slot(self.reftable.get(), number).await?;
+        self.table_at(slice.number(at), "refcount block")
+    }
+
+    /// The refcounts from that of a cluster on; nothing if no block has them.
+    pub(crate) async fn counts(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
+        let Some(block) = self.block(cluster).await? else {
+            return Ok(None);
+        };
+        let (order, slice_len) = (self.geometry.refcount_order, self.slices.slice_len());
+        let number = cluster % self.geometry.block_entries();
+        let in_slice = (slice_len * 8) >> order;
+        let (slice, _) = self.slices.at(block + number / in_slice * slice_len).await?;
+        let first = number % in_slice;
+        Ok(Some(Counts {
+            slice,
+            // CAST: less than there are in a slice.
+            first: first as usize,
+            count: in_slice - first,
+        }))
+    }
+
+    /// Makes a refcount block for a cluster of which all neighbours are free, and says so in itself.
+    /// The cluster must be free; nobody else may be changing refcounts.
+    pub(crate) async fn make_block(&self, cluster: u64) -> Result<(), Errno> {
+        let entries = self.geometry.block_entries();
+        let number = cluster / entries;
+        if number >= self.reftable.get().entries {
+            return self.make_reftable(number).await;
+        }
+        let at = number * entries * self.geometry.cluster();
+        if number == 0 || at >= MAX_OFFSET {
+            return Err(self.damaged("no refcounts are there for the header"));
+        }
+        self.prepare_range(at, self.geometry.cluster()).await?;
+        self.fill_block(at, 1).await?;
+        // A block that is reachable and not yet there would free what is in use.
+        self.barrier.flush().await?;
+        let (slice, slot) = self.slot(self.reftable.get(), number).await?;
+        slice.set_number(slot, at);
+        self.slices.settle(&slice).await
+    }
+
+    /// The first `count` refcounts of a fresh block become one.
+    async fn fill_block(&self, at: u64, count: u64) -> Result<(), Errno> {
+        let order = self.geometry.refcount_order;
+        let in_slice = (self.slices.slice_len() * 8) >> order;
+        let mut done = 0;
+        while done < count {
+            let (slice, _) = self.slices.at(at + done / in_slice * self.slices.slice_len()).await?;
+            let some = in_slice.min(count - done);
+            // CAST: at most what is in a slice.
+            slice.change(|bytes| (0..some as usize).for_each(|number| set(bytes, number, order, 1)));
+            self.slices.settle(&slice).await?;
+            done += some;
+        }
+        Ok(())
+    }
+
+    /// Makes a larger refcount table behind everything that the old one is for, with blocks that count
+    /// themselves and it.
+    async fn make_reftable(&self, wanted: u64) -> Result<(), Errno> {
+        let (cluster, entries) = (self.geometry.cluster(), self.geometry.block_entries());
+        let old = self.reftable.get();
+        let per_cluster = cluster / 8;
+        let start = old.entries * entries;
+        let mut clusters = (old.entries * 2).max(wanted + 1).div_ceil(per_cluster);
+        let mut blocks = 1;
+        while blocks * entries < blocks + clusters {
+            blocks += 1;
+            clusters = clusters.max((old.entries + blocks).div_ceil(per_cluster));
+        }
+        let end = (start + blocks + clusters) * cluster;
+        if clusters * cluster > MAX_TABLE || end > MAX_OFFSET {
+            return Err(Errno::FBIG);
+        }
+        self.prepare_range(start * cluster, end - start * cluster).await?;
+        let new = Table {
+            at: (start + blocks) * cluster,
+            entries: clusters * per_cluster,
+        };
+        for number in 0..blocks {
+            let count = (blocks + clusters).saturating_sub(number * entries).min(entries);
+            self.fill_block((start + number) * cluster, count).await?;
+        }
+        self.copy_reftable(old, new, start, blocks).await?;
+        self.barrier.flush().await?;
+        self.switch_reftable(new).await?;
+        self.barrier.flush().await?;
+        self.reftable.set(new);
+        self.release(old.at / cluster, old.entries / per_cluster);
+        Ok(())
+    }
+
+    async fn copy_reftable(&self, old: Table, new: Table, start: u64, blocks: u64) -> Result<(), Errno> {
+        for number in 0..old.entries + blocks {
+            let entry = match number.checked_sub(old.entries) {
+                Some(block) => (start + block) * self.geometry.cluster(),
+                None => {
+                    let (slice, at) = self.slot(old, number).await?;
+                    slice.number(at)
+                }
+            };
+            let (slice, at) = self.slot(new, number).await?;
+            slice.set_number(at, entry);
+            // The last one of a slice, or of all.
+            if at + 8 == slice.len() || number + 1 == old.entries + blocks {
+                self.slices.settle(&slice).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The header names another refcount table, at once.
+    async fn switch_reftable(&self, new: Table) -> Result<(), Errno> {
+        let (header, _) = self.slices.at(0).await?;
+        let clusters = new.entries * 8 / self.geometry.cluster();
+        header.change(|bytes| {
+            bytes[AT_REFTABLE..AT_REFTABLE + 8].copy_from_slice(&new.at.to_be_bytes());
+            // CAST: the table has at most 8 MiB.
+            let clusters = (clusters as u32).to_be_bytes();
+            bytes[AT_REFTABLE_CLUSTERS..AT_REFTABLE_CLUSTERS + 4].copy_from_slice(&clusters);
+        });
+        self.slices.settle(&header).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{get, set};
+
+    #[test]
+    fn refcounts_of_all_widths_stay_apart() {
+        for order in 0..=6 {
+            let mut bytes = [0; 64];
+            let count = 64 * 8 >> order;
+            let most = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            let value = |number: u64| (number * 7 + 1) % most.max(2) & most;
+            for number in 0..count {
+                set(&mut bytes, number, order, most);
+                set(&mut bytes, number, order, value(number as u64));
+            }
+            for number in 0..count {
+                assert_eq!(get(&bytes, number, order), value(number as u64), "{order} {number}");
+            }
+        }
+        let mut bytes = [0; 2];
+        set(&mut bytes, 1, 1, 3);
+        assert_eq!(bytes, [0b1100, 0], "the lowest bits come first");
+        set(&mut bytes, 0, 4, 0x102);
+        assert_eq!(bytes, [1, 2], "the highest byte comes first");
+    }
+}

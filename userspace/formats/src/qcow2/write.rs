@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Writing: where clusters are, or into new ones.
+
+use super::alloc::Clusters;
+use super::entry::{Entry, Part, Place};
+use super::image::{Found, Image, Run};
+use super::read::PIECES;
+use crate::{join, Storage};
+use diskio::{Bytes, Data, Errno};
+use std::ops::Range;
+
+/// Bytes of a write that go into new clusters at once, and at most are copied.
+const AT_ONCE: u64 = 4 << 20;
+
+/// A write into clusters that have to be changed: those of one slice of a table, in a row.
+struct Plan {
+    found: Found,
+    /// The clusters of the disk.
+    first: u64,
+    /// What they have now.
+    old: Vec<Entry>,
+    /// What the guest writes.
+    range: Range<u64>,
+    /// What has to be written: whole subclusters, from below or above the guest's bytes on.
+    wide: Range<u64>,
+}
+
+impl<S: Storage> Image<S> {
+    /// Writes all of `data`. When this returns, no death of this process undoes it.
+    pub(crate) async fn write(&self, guest: u64, data: Bytes) -> Result<(), Errno> {
+        let _user = self.users.enter();
+        self.begin_writing().await?;
+        self.write_now(guest, data).await
+    }
+
+    /// The same for a request that has been counted.
+    pub(crate) async fn write_now(&self, guest: u64, data: Bytes) -> Result<(), Errno> {
+        let whole = data.len() as u64;
+        let mut at = 0;
+        let mut pieces = Vec::new();
+        while at < whole {
+            let (run, len, found) = self.map(guest + at, whole - at).await?;
+            if let Run::Data { at: place, owned: true } = run {
+                let part = part(&data, at, len);
+                pieces.push(self.overwrite(place, part, found));
+                at += len;
+            } else {
+                at += self.allocate(guest + at, part(&data, at, whole - at)).await?;
+            }
+            if pieces.len() == PIECES {
+                join::all(std::mem::take(&mut pieces)).await?;
+            }
+        }
+        match pieces.len() {
+            1 => pieces.remove(0).await,
+            _ => join::all(pieces).await,
+        }
+    }
+
+    /// Writes where the cluster is. The entry that leads to it may still have to reach the image: the
+    /// request that made it may not be answered, and its process die.
+    async fn overwrite(&self, place: u64, data: Bytes, found: Found) -> Result<(), Errno> {
+        self.check_place(place, data.len() as u64)?;
+        self.data.write(place, data).await?;
+        self.settle(&found).await
+    }
+
+    /// Writes the beginning of `data` into clusters that have to be changed for it, and says how much. It is
+    /// nothing if somebody else has done that meanwhile.
+    async fn allocate(&self, guest: u64, data: Bytes) -> Result<u64, Errno> {
+        let cluster = self.geometry.cluster();
+        let end = guest + (data.len() as u64).min(AT_ONCE);
+        let first = guest / cluster;
+        let _held = self.clusters.lock(first..end.div_ceil(cluster)).await;
+        let found = self.find_owned(guest).await?;
+        let Some(plan) = self.plan(found, guest..end)? else {
+            return Ok(0);
+        };
+        let len = plan.range.end - guest;
+        let data = part(&data, 0, len);
+        match plan.old[0].place {
+            Place::Host { at, owned: true } => self.fill(&plan, at, data).await?,
+            _ => self.write_new(&plan, data).await?,
+        }
+        Ok(len)
+    }
+
+    /// How the beginning of a range is written; nothing if it needs no change of an entry.
+    fn plan(&self, found: Found, range: Range<u64>) -> Result<Option<Plan>, Errno> {
+        let geometry = &self.geometry;
+        let (cluster, part) = (geometry.cluster(), geometry.part());
+        let first = range.start / cluster;
+        let mut old = Vec::new();
+        while first + (old.len() as u64) < range.end.div_ceil(cluster) {
+            let Some(entry) = self.entry(&found, old.len() as u64)? else { break };
+            let is_here = matches!(entry.place, Place::Host { owned: true, .. });
+            if old.is_empty() && is_here {
+                old.push(entry);
+                break;
+            }
+            if is_here {
+                break;
+            }
+            old.push(entry);
+        }
+        let Some(head) = old.first().copied() else {
+            return Err(Errno::IO);
+        };
+        let range = range.start..range.end.min((first + old.len() as u64) * cluster);
+        let mut wide = range.start - range.start % part..range.end.next_multiple_of(part);
+        if matches!(head.place, Place::Host { owned: true, .. }) {
+            let touched = self.touched(first * cluster, &wide);
+            if head.alloc & touched == touched {
+                return Ok(None);
+            }
+        } else {
+            // What is in a place that is left has to come along.
+            let tail = old.last().copied().unwrap_or(head);
+            if head.alloc != 0 {
+                wide.start = first * cluster;
+                wide.end = wide.end.max(wide.start + cluster);
+            }
+            if tail.alloc != 0 {
+                wide.end = (first + old.len() as u64) * cluster;
+                wide.start = wide.start.min(wide.end - cluster);
+            }
+        }
+        Ok(Some(Plan { found, first, old, range, wide }))
+    }
+
+    /// Bits of the subclusters of the cluster at `start` that a range has.
+    fn touched(&self, start: u64, range: &Range<u64>) -> u32 {
+        let (cluster, part) = (self.geometry.cluster(), self.geometry.part());
+        let from = range.start.clamp(start, start + cluster) - start;
+        let to = range.end.clamp(start, start + cluster) - start;
+        // CAST: a cluster has at most 32 parts.
+        self.geometry.some_parts((from / part) as u32, to.div_ceil(part) as u32)
+    }
+
+    /// Writes into new clusters, then makes the entries lead there.
+    async fn write_new(&self, plan: &Plan, data: Bytes) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster();
+        let mut done = 0;
+        let count = plan.old.len() as u64;
+        // Free clusters may be in several places.
+        while done < count {
+            let new = self.place_for(plan.first + done, count - done).await?;
+            let from = (plan.first + done) * cluster;
+            let to = from + new.count * cluster;
+            let cut = |range: &Range<u64>| range.start.max(from)..range.end.min(to);
+            let (range, wide) = (cut(&plan.range), cut(&plan.wide));
+            let shift = new.first * cluster;
+            let bytes = part(&data, range.start - plan.range.start, range.end - range.start);
+            let written = self.write_wide(&range, &wide, shift + (wide.start - from), bytes, !self.geometry.external);
+            if let Err(error) = written.await {
+                self.drop_new(new.first, new.count);
+                return Err(error);
+            }
+            self.change(plan, done..done + new.count, |number, entry| {
+                let at = shift + (number - done) * cluster;
+                let touched = self.touched((plan.first + number) * cluster, &wide);
+                Entry {
+                    place: Place::Host { at, owned: true },
+                    alloc: entry.alloc | touched,
+                    zero: entry.zero & !touched,
+                }
+            });
+            self.settle(&plan.found).await?;
+            for old in &plan.old[done as usize..(done + new.count) as usize] {
+                self.release_place(old);
+            }
+            done += new.count;
+        }
+        Ok(())
+    }
+
+    /// Where some clusters of the disk get a place, the first of them at least.
+    async fn place_for(&self, first: u64, count: u64) -> Result<Clusters, Errno> {
+        match self.geometry.external {
+            // Where the disk has them, so that the data file is the disk.
+            true => Ok(Clusters { first, count }),
+            false => self.take(count).await,
+        }
+    }
+
+    /// Clusters that were taken and to which nothing leads.
+    fn drop_new(&self, first: u64, count: u64) {
+        if !self.geometry.external {
+            self.release(first, count);
+        }
+    }
+
+    /// Writes into subclusters of a cluster that is there, then makes the entry say so.
+    async fn fill(&self, plan: &Plan, at: u64, data: Bytes) -> Result<(), Errno> {
+        let place = at + plan.wide.start % self.geometry.cluster();
+        self.check_place(place, plan.wide.end - plan.wide.start)?;
+        self.write_wide(&plan.range, &plan.wide, place, data, false).await?;
+        self.change(plan, 0..1, |_, entry| {
+            let touched = self.touched(plan.first * self.geometry.cluster(), &plan.wide);
+            Entry {
+                alloc: entry.alloc | touched,
+                zero: entry.zero & !touched,
+                ..*entry
+            }
+        });
+        self.settle(&plan.found).await
+    }
+
+    /// Changes entries in memory.
+    fn change(&self, plan: &Plan, numbers: Range<u64>, new: impl Fn(u64, &Entry) -> Entry) {
+        for number in numbers {
+            // CAST: there is one for each cluster of the plan.
+            let entry = new(number, &plan.old[number as usize]);
+            self.set_entry(&plan.found, number, &entry);
+        }
+    }
+
+    /// Writes the guest's bytes, and around them what was there before. `fresh` clusters are known to
+    /// read as zeroes, even after a power cut.
+    async fn write_wide(
+        &self,
+        range: &Range<u64>,
+        wide: &Range<u64>,
+        place: u64,
+        data: Bytes,
+        fresh: bool,
+    ) -> Result<(), Errno> {
+        let was_zero = self.reads_zero(wide).await?;
+        if fresh && was_zero {
+            return self.data.write(place + (range.start - wide.start), data).await;
+        }
+        if range == wide {
+            self.data.write(place, data).await?;
+        } else {
+            // CAST: at most what is copied at once and two clusters.
+            let all = self.data.buffer((wide.end - wide.start) as usize)?;
+            self.read_around(range, wide, &all).await?;
+            data.copy_to(&all, (range.start - wide.start) as usize);
+            self.data.write(place, all.into()).await?;
+        }
+        // A power cut must not find the entry without the data: what was there before would be lost.
+        self.barrier.flush().await
+    }
+
+    async fn read_around(&self, range: &Range<u64>, wide: &Range<u64>, all: &Data) -> Result<(), Errno> {
+        let len = |from: u64, to: u64| (to - from) as usize;
+        if wide.start < range.start {
+            let head = all.part(0, len(wide.start, range.start));
+            self.read_now(wide.start, head).await?;
+        }
+        if range.end < wide.end {
+            let tail = all.part(len(wide.start, range.end), len(range.end, wide.end));
+            self.read_now(range.end, tail).await?;
+        }
+        Ok(())
+    }
+
+    /// Nothing but zeroes is there, without reading it.
+    pub(crate) async fn reads_zero(&self, range: &Range<u64>) -> Result<bool, Errno> {
+        let mut at = range.start;
+        while at < range.end {
+            let (run, len, _) = self.map(at, range.end - at).await?;
+            match run {
+                Run::Zero => {}
+                Run::Below if self.is_bare(at) => {}
+                _ => return Ok(false),
+            }
+            at += len;
+        }
+        Ok(true)
+    }
+
+    /// An entry does not lead to its place any more, and the image says so.
+    pub(crate) fn release_place(&self, old: &Entry) {
+        let cluster = self.geometry.cluster();
+        match old.place {
+            Place::Nowhere => {}
+            Place::Host { .. } if self.geometry.external => {}
+            Place::Host { at, .. } => self.release(at / cluster, 1),
+            Place::Compressed { at, len } => {
+                // Each cluster that has a part of it counts it once.
+                let first = at / cluster;
+                self.release(first, (at + len - 1) / cluster - first + 1);
+            }
+        }
+    }
+
+    /// Before the first change: what the image says of features that are not known here, and of those that
+    /// are not kept up to date, such as bitmaps, would become wrong.
+    pub(crate) async fn begin_writing(&self) -> Result<(), Errno> {
+        if !self.writable {
+            return Err(Errno::ROFS);
+        }
+        if self.autoclear.get() == 0 {
+            return Ok(());
+        }
+        let _pass = self.beginning.alone().await;
+        if self.autoclear.get() == 0 {
+            return Ok(());
+        }
+        let (header, _) = self.slices.at(0).await?;
+        let kept = header.number(super::header::AT_AUTOCLEAR) & super::header::RAW_EXTERNAL;
+        header.set_number(super::header::AT_AUTOCLEAR, kept);
+        self.slices.settle(&header).await?;
+        self.barrier.flush().await?;
+        self.autoclear.set(0);
+        Ok(())
+    }
+
+    /// True if all of an entry's parts are alike.
+    pub(crate) fn is_whole(&self, entry: &Entry, kind: Part) -> bool {
+        (0..self.geometry.parts()).all(|part| entry.part(part) == kind)
+    }
+}
+
+fn part(data: &Bytes, from: u64, len: u64) -> Bytes {
+    // CAST: they are inside of the data.
+    data.part(from as usize, len as usize)
+}

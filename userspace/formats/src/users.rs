@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Requests that may still rely on where something was.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+
+/// Requests that are under way, by the order in which they began.
+#[derive(Debug, Default)]
+pub(crate) struct Users {
+    next: Cell<u64>,
+    active: RefCell<BTreeSet<u64>>,
+}
+
+/// A request that is under way, until it is dropped.
+#[derive(Debug)]
+#[must_use = "the request counts as over without this"]
+pub(crate) struct User<'u> {
+    users: &'u Users,
+    number: u64,
+}
+
+impl Users {
+    pub(crate) fn enter(&self) -> User<'_> {
+        let number = self.next.get();
+        self.next.set(number + 1);
+        self.active.borrow_mut().insert(number);
+        User {
+            users: self,
+            number,
+        }
+    }
+
+    /// All requests that began until now have a number below this.
+    pub(crate) fn now(&self) -> u64 {
+        self.next.get()
+    }
+
+    /// No request with a number below this is under way.
+    pub(crate) fn oldest(&self) -> u64 {
+        let first = self.active.borrow().first().copied();
+        first.unwrap_or(self.next.get())
+    }
+}
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        self.users.active.borrow_mut().remove(&self.number);
+    }
+}
