@@ -109,6 +109,14 @@ impl<S: Storage> Image<S> {
         }
     }
 
+    /// The same, but a row that is shorter than it could be only because the run ends is made longer first.
+    pub(crate) async fn take_run(&self, count: u64) -> Result<Clusters, Errno> {
+        let bytes = count.saturating_mul(self.geometry.cluster());
+        let run = &self.allocator.run;
+        run.set(run.get().max(bytes.min(LONGEST_RUN)));
+        self.take(count).await
+    }
+
     /// Clusters lose a user. Nothing in the image's memory leads to them any more.
     pub(crate) fn release(&self, first: u64, count: u64) {
         let (barrier, users) = (self.barrier.next(), self.users.now());

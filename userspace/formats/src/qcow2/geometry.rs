@@ -98,7 +98,7 @@ impl Geometry {
     /// Bytes of a slice of metadata.
     pub(crate) fn slice(&self) -> usize {
         // CAST: at most 2 MiB.
-        crate::slices::SLICE.min(self.cluster() as usize)
+        super::slices::SLICE.min(self.cluster() as usize)
     }
 
     /// Entries that an L1 table of a disk must have.

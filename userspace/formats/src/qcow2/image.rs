@@ -7,10 +7,10 @@ use super::entry::{Broken, Entry, Part, Place, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
 use super::header::{Compression, Header};
 use super::Below;
-use crate::barrier::Barrier;
-use crate::ranges::Ranges;
-use crate::slices::{Slice, Slices};
-use crate::users::Users;
+use super::barrier::Barrier;
+use super::ranges::Ranges;
+use super::slices::{Slice, Slices};
+use super::users::Users;
 use crate::Storage;
 use diskio::{Errno, Gate};
 use std::cell::Cell;
@@ -254,6 +254,8 @@ impl<S: Storage> Image<S> {
         let (l1, at) = self.slot(self.l1.get(), number).await?;
         if l1.number(at) & COPIED == 0 {
             let _held = self.tables.lock(number..number + 1).await;
+            // The table may be somewhere else by now.
+            let (l1, at) = self.slot(self.l1.get(), number).await?;
             let entry = l1.number(at);
             if entry & COPIED == 0 {
                 self.make_table(&l1, at, entry).await?;

@@ -2,30 +2,41 @@
 //! qcow2, versions 2 and 3.
 
 mod alloc;
+mod barrier;
+mod bell;
+mod check;
 mod compressed;
 mod create;
 mod entry;
 mod geometry;
 mod header;
 mod image;
+mod join;
+mod ranges;
 mod read;
 mod refcounts;
+mod resize;
+mod slices;
+mod snapshot;
+mod users;
 mod write;
 mod zero;
 
+pub use check::Findings;
 pub use create::{create, Plan};
 pub use header::{Backing, Compression, Header};
+pub use snapshot::Snapshot;
 
-use crate::barrier::Barrier;
-use crate::slices::Slices;
 use crate::Storage;
 use alloc::Allocator;
+use barrier::Barrier;
 use compressed::Unpacked;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
 use header::{broken, CORRUPT, DIRTY};
 use image::Image;
+use slices::Slices;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -58,6 +69,8 @@ pub struct Options<S> {
     pub below: Option<Disk>,
     /// The file with its data, if its header says that there is one.
     pub data_file: Option<S>,
+    /// The id or the name of a snapshot that is shown instead of the disk as it is now.
+    pub snapshot: Option<String>,
 }
 
 impl<S> Options<S> {
@@ -70,6 +83,7 @@ impl<S> Options<S> {
             cache: CACHE,
             below: None,
             data_file: None,
+            snapshot: None,
         }
     }
 }
@@ -92,6 +106,12 @@ pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
     let begin = read(512).await.map_err(failed)?;
     let bytes = read(header::needed(&begin)?).await.map_err(failed)?;
     Header::parse(&bytes)
+}
+
+/// The snapshots in an image.
+pub async fn snapshots<S: Storage>(file: &S) -> Result<Vec<Snapshot>, Failure> {
+    let header = header(file).await?;
+    Ok(snapshot::read(file, &header).await?.0)
 }
 
 impl<S: Storage> Qcow2<S> {
@@ -119,10 +139,8 @@ impl<S: Storage> Qcow2<S> {
                 "the header says that the image is corrupt: repair it with qemu-img check -r all, or serve it read-only",
             ));
         }
-        if self.options.writable && header.incompatible & DIRTY != 0 {
-            return Err(broken(
-                "the image was not closed and its refcounts are out of date: repair it with qemu-img check -r all",
-            ));
+        if self.options.writable && self.options.snapshot.is_some() {
+            return Err(broken("a snapshot cannot be written: serve it read-only"));
         }
         let given = self.options.below.is_some();
         match &header.backing {
@@ -153,11 +171,43 @@ impl<S: Storage> Qcow2<S> {
     async fn open(&self) -> Result<Image<S>, Failure> {
         let header = header(&self.file).await?;
         self.check(&header)?;
+        let image = self.image_of(&header).await?;
+        if let Some(wanted) = &self.options.snapshot {
+            let (all, _) = snapshot::read(&self.file, &header).await?;
+            let found = all.iter().find(|one| one.id == *wanted).or(all.iter().find(|one| one.name == *wanted));
+            let found = found.ok_or_else(|| broken(format!("there is no snapshot {wanted:?}")))?;
+            image.show(found);
+        }
+        if self.options.writable && header.incompatible & DIRTY != 0 {
+            let others = check::others(&self.file, &header).await?;
+            let done = image.repair(&others).await;
+            let done = done.map_err(|error| Failure::system("cannot repair the refcounts", &error.into()))?;
+            eprintln!("{}: it was not closed, its refcounts are repaired: {done:?}", self.options.name);
+        }
+        Ok(image)
+    }
+
+    /// Compares the refcounts of the image, which must be active and not in use, with what is used.
+    pub async fn findings(&self) -> Result<Findings, Failure> {
+        let failed = |error: Errno| Failure::system("cannot check the image", &error.into());
+        let image = self.image().map_err(failed)?;
+        let header = header(&self.file).await?;
+        let others = check::others(&self.file, &header).await?;
+        image.check(&others, false).await.map_err(failed)
+    }
+
+    /// Makes the disk larger. The image must be active.
+    pub async fn grow(&self, size: u64) -> Result<(), Failure> {
+        let image = self.image().map_err(|error| Failure::system("cannot make the disk larger", &error.into()))?;
+        image.grow(size).await
+    }
+
+    async fn image_of(&self, header: &Header) -> Result<Image<S>, Failure> {
         let geometry = header.geometry;
         let data = self.options.data_file.clone();
         let mut storages = vec![self.file.clone()];
         storages.splice(0..0, data.clone());
-        let (l1, reftable) = Image::places(&header);
+        let (l1, reftable) = Image::places(header);
         let budget = self.options.cache;
         Ok(Image {
             name: self.options.name.clone(),
@@ -253,6 +303,11 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.image()?.extents(offset, len, false).await
+    }
+
+    async fn resize(&self) -> Result<u64, Failure> {
+        let image = self.image().map_err(|error| Failure::system("cannot see the size", &error.into()))?;
+        Ok(image.size.get())
     }
 
     fn stats(&self) -> BTreeMap<String, u64> {

@@ -3,7 +3,8 @@
 
 use super::compressed::unpack;
 use super::image::{Image, Run};
-use crate::{join, Storage};
+use super::join;
+use crate::Storage;
 use diskio::{Data, Errno};
 use drivers::{Content, Extent};
 use std::rc::Rc;

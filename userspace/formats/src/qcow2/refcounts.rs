@@ -4,7 +4,7 @@
 use super::geometry::MAX_OFFSET;
 use super::header::{AT_REFTABLE, AT_REFTABLE_CLUSTERS};
 use super::image::{Image, Table};
-use crate::slices::Slice;
+use super::slices::Slice;
 use crate::Storage;
 use diskio::Errno;
 use std::rc::Rc;

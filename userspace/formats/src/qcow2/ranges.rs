@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Ranges of clusters of which one task at a time changes where they are.
 
-use crate::bell::Bell;
+use super::bell::Bell;
 use std::cell::RefCell;
 use std::ops::Range;
 

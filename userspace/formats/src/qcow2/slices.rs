@@ -5,7 +5,7 @@
 //! entry settles its slice before he answers, whoever changed it. Changes that come while a slice is being
 //! written go together with the next write, so many requests share one.
 
-use crate::bell::Bell;
+use super::bell::Bell;
 use crate::Storage;
 use diskio::Errno;
 use std::cell::{Cell, RefCell};

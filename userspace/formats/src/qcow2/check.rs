@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Whether refcounts are what they should be, and their repair.
+//!
+//! All that leads to a cluster is walked for a part of the image at a time, so that memory is bounded
+//! whatever its size.
+
+use super::alloc::Clusters;
+use super::entry::Place;
+use super::header::{Header, AT_INCOMPATIBLE, DIRTY};
+use super::image::{Found, Image, Table};
+use super::refcounts::{get, set};
+use super::snapshot;
+use crate::Storage;
+use control::Failure;
+use diskio::Errno;
+use std::ops::Range;
+
+/// Clusters that are counted at once.
+const WINDOW: u64 = 4 << 20;
+
+/// What is wrong with an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Clusters with a refcount that is too large: space that is lost, and does no harm.
+    pub leaks: u64,
+    /// Clusters with a refcount that is too small: they may be given to somebody else.
+    pub unsafe_clusters: u64,
+    /// Entries that cannot be, or lead behind the end of the file.
+    pub damaged: u64,
+}
+
+/// What else uses clusters than the disk: found once.
+pub(crate) struct Others {
+    /// Ranges of bytes.
+    ranges: Vec<Range<u64>>,
+    /// The L1 tables of snapshots.
+    tables: Vec<Table>,
+}
+
+/// Uses of the clusters of a window.
+struct Window {
+    clusters: Range<u64>,
+    uses: Vec<u32>,
+    /// Clusters of the file.
+    end: u64,
+    damaged: u64,
+    /// Tables that may still be looked at: there are no more than clusters.
+    budget: u64,
+}
+
+impl Window {
+    /// Somebody uses the clusters with some bytes.
+    fn add(&mut self, cluster: u64, bytes: Range<u64>) {
+        if bytes.is_empty() {
+            return;
+        }
+        let clusters = bytes.start / cluster..(bytes.end - 1) / cluster + 1;
+        if clusters.end > self.end {
+            self.damaged += 1;
+        }
+        let from = clusters.start.max(self.clusters.start);
+        let to = clusters.end.min(self.clusters.end);
+        for number in from..to {
+            // CAST: less than a window.
+            let uses = &mut self.uses[(number - self.clusters.start) as usize];
+            *uses = uses.saturating_add(1);
+        }
+    }
+}
+
+/// What uses clusters beside the disk as it is now.
+pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Others, Failure> {
+    let cluster = header.geometry.cluster();
+    let (snapshots, bytes) = snapshot::read(file, header).await?;
+    let mut ranges = vec![0..cluster];
+    if header.snapshots > 0 {
+        ranges.push(header.snapshots_at..header.snapshots_at + bytes);
+    }
+    bitmaps(file, header, &mut ranges)
+        .await
+        .map_err(|error| Failure::system("cannot read the directory of bitmaps", &error.into()))?;
+    let tables = snapshots.into_iter().map(|snapshot| snapshot.l1).collect();
+    Ok(Others { ranges, tables })
+}
+
+/// Bytes that bitmaps take.
+async fn bitmaps<S: Storage>(file: &S, header: &Header, ranges: &mut Vec<Range<u64>>) -> Result<(), Errno> {
+    /// Bytes of a directory, and entries of a bitmap's table, at most: QEMU's limits.
+    const DIRECTORY: u64 = 64 << 10;
+    const ENTRIES: u64 = 8 << 20;
+    let Some((at, len)) = header.bitmaps else { return Ok(()) };
+    let cluster = header.geometry.cluster();
+    let room = super::geometry::MAX_OFFSET;
+    if len == 0 || len > DIRECTORY * 1024 || at % cluster != 0 || at > room {
+        return Err(Errno::INVAL);
+    }
+    ranges.push(at..at + len);
+    let mut place = 0;
+    while place + 24 <= len {
+        let data = file.buffer(24)?;
+        file.read(at + place, data.clone()).await?;
+        let record = data.to_vec();
+        let number = |from: usize, len: usize| record[from..from + len].iter().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+        let (table, entries) = (number(0, 8), number(8, 4));
+        let (name, extra) = (number(18, 2), number(20, 4));
+        if entries > ENTRIES || table % cluster != 0 || table > room {
+            return Err(Errno::INVAL);
+        }
+        ranges.push(table..table + entries * 8);
+        clusters_of_bitmap(file, table, entries, cluster, ranges).await?;
+        place += (24 + name + extra).next_multiple_of(8);
+    }
+    Ok(())
+}
+
+async fn clusters_of_bitmap<S: Storage>(
+    file: &S,
+    table: u64,
+    entries: u64,
+    cluster: u64,
+    ranges: &mut Vec<Range<u64>>,
+) -> Result<(), Errno> {
+    /// Entries that are read at once, and ranges that are kept.
+    const SOME: u64 = 8192;
+    const RANGES: usize = 1 << 20;
+    let mut done = 0;
+    while done < entries {
+        let some = (entries - done).min(SOME);
+        // CAST: bounded.
+        let data = file.buffer(some as usize * 8)?;
+        file.read(table + done * 8, data.clone()).await?;
+        for word in data.to_vec().chunks_exact(8) {
+            let word = word.iter().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+            let at = word & 0x00ff_ffff_ffff_fe00;
+            if at != 0 {
+                ranges.push(at..at + cluster);
+            }
+        }
+        if ranges.len() > RANGES {
+            return Err(Errno::TOOBIG);
+        }
+        done += some;
+    }
+    Ok(())
+}
+
+impl<S: Storage> Image<S> {
+    /// Compares all refcounts with what is used; with `repair` they become right. Nobody else may use the
+    /// image meanwhile.
+    pub(crate) async fn check(&self, others: &Others, repair: bool) -> Result<Findings, Errno> {
+        if repair {
+            self.cover().await?;
+        }
+        let mut findings = Findings::default();
+        let end = self.file.size()?.div_ceil(self.geometry.cluster());
+        let mut from = 0;
+        while from < end {
+            let clusters = from..end.min(from + WINDOW);
+            let window = self.count(others, clusters.clone(), end).await?;
+            findings.damaged = window.damaged;
+            self.compare(&window, repair, &mut findings).await?;
+            from = clusters.end;
+        }
+        Ok(findings)
+    }
+
+    /// The refcounts of an image become right that was not closed, and it says so.
+    pub(crate) async fn repair(&self, others: &Others) -> Result<Findings, Errno> {
+        let findings = self.check(others, true).await?;
+        self.barrier.flush().await?;
+        let (header, _) = self.slices.at(0).await?;
+        header.set_number(AT_INCOMPATIBLE, header.number(AT_INCOMPATIBLE) & !DIRTY);
+        self.slices.settle(&header).await?;
+        self.barrier.flush().await?;
+        Ok(findings)
+    }
+
+    /// Makes refcount blocks for all clusters of the file that have none: behind its end, because what is
+    /// free is not known.
+    async fn cover(&self) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster();
+        let mut number = 0;
+        while number * self.geometry.block_entries() < self.file.size()?.div_ceil(cluster) {
+            let (slice, at) = self.slot(self.reftable.get(), number).await?;
+            if self.table_at(slice.number(at), "refcount block")?.is_none() {
+                let block = self.file.size()?.next_multiple_of(cluster);
+                self.prepare_range(block, cluster).await?;
+                self.barrier.flush().await?;
+                slice.set_number(at, block);
+                self.slices.settle(&slice).await?;
+            }
+            number += 1;
+        }
+        Ok(())
+    }
+
+    async fn count(&self, others: &Others, clusters: Range<u64>, end: u64) -> Result<Window, Errno> {
+        let cluster = self.geometry.cluster();
+        let mut window = Window {
+            // CAST: at most a window.
+            uses: vec![0; (clusters.end - clusters.start) as usize],
+            clusters,
+            end,
+            damaged: 0,
+            budget: end,
+        };
+        for range in &others.ranges {
+            window.add(cluster, range.clone());
+        }
+        let reftable = self.reftable.get();
+        window.add(cluster, reftable.at..reftable.at + reftable.entries * 8);
+        for number in 0..reftable.entries {
+            let (slice, at) = self.slot(reftable, number).await?;
+            match self.table_at(slice.number(at), "refcount block") {
+                Ok(Some(block)) => window.add(cluster, block..block + cluster),
+                Ok(None) => {}
+                Err(_) => window.damaged += 1,
+            }
+        }
+        for table in std::iter::once(&self.l1.get()).chain(&others.tables) {
+            window.budget = end;
+            self.count_table(*table, &mut window).await?;
+        }
+        Ok(window)
+    }
+
+    async fn count_table(&self, l1: Table, window: &mut Window) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster();
+        window.add(cluster, l1.at..l1.at + l1.entries * 8);
+        for number in 0..l1.entries {
+            let (slice, at) = self.slot(l1, number).await?;
+            let Ok(table) = self.table_at(slice.number(at), "L2 table") else {
+                window.damaged += 1;
+                continue;
+            };
+            let Some(table) = table else { continue };
+            window.add(cluster, table..table + cluster);
+            if table / cluster >= window.end {
+                continue;
+            }
+            // Tables that are used again and again would be looked at for ever.
+            let left = window.budget.checked_sub(1);
+            window.budget = left.ok_or_else(|| self.damaged("there are more L2 tables than clusters"))?;
+            let mut place = table;
+            while place < table + cluster {
+                let (l2, _) = self.slices.at(place).await?;
+                let found = Found { l1: slice.clone(), l2: Some((l2, 0)) };
+                self.count_slice(&found, window);
+                place += self.slices.slice_len();
+            }
+        }
+        Ok(())
+    }
+
+    fn count_slice(&self, found: &Found, window: &mut Window) {
+        let cluster = self.geometry.cluster();
+        for number in 0..self.slices.slice_len() / self.geometry.entry() {
+            match self.entry(found, number) {
+                Ok(Some(entry)) => match entry.place {
+                    Place::Host { at, .. } if !self.geometry.external => window.add(cluster, at..at + cluster),
+                    // The last sector need not be there.
+                    Place::Compressed { at, len } => window.add(cluster, at..at + len),
+                    _ => {}
+                },
+                Ok(None) => return,
+                Err(_) => window.damaged += 1,
+            }
+        }
+    }
+
+    async fn compare(&self, window: &Window, repair: bool, findings: &mut Findings) -> Result<(), Errno> {
+        let order = self.geometry.refcount_order;
+        let mut at = window.clusters.start;
+        while at < window.clusters.end {
+            let entries = self.geometry.block_entries();
+            let Some(counts) = self.counts(at).await? else {
+                let to = ((at / entries + 1) * entries).min(window.clusters.end);
+                let part = &window.uses[(at - window.clusters.start) as usize..(to - window.clusters.start) as usize];
+                findings.unsafe_clusters += part.iter().filter(|uses| **uses > 0).count() as u64;
+                at = to;
+                continue;
+            };
+            let some = counts.count.min(window.clusters.end - at);
+            let mut wrong = false;
+            for number in 0..some {
+                // CAST: less than a slice, and than a window.
+                let place = counts.first + number as usize;
+                let uses = u64::from(window.uses[(at + number - window.clusters.start) as usize]);
+                let said = counts.slice.look(|bytes| get(bytes, place, order));
+                if said == uses {
+                    continue;
+                }
+                match said > uses {
+                    true => findings.leaks += 1,
+                    false => findings.unsafe_clusters += 1,
+                }
+                if repair {
+                    if uses > self.geometry.max_refcount() {
+                        let what = Clusters { first: at + number, count: uses };
+                        return Err(self.damaged(format_args!("more use a cluster than can be counted: {what:?}")));
+                    }
+                    counts.slice.change(|bytes| set(bytes, place, order, uses));
+                    wrong = true;
+                }
+            }
+            if wrong {
+                self.slices.settle(&counts.slice).await?;
+            }
+            at += some;
+        }
+        Ok(())
+    }
+}

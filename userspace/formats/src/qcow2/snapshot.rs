@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Internal snapshots.
+
+use super::header::{broken, Header};
+use super::image::{Image, Table};
+use crate::Storage;
+use control::Failure;
+use diskio::Errno;
+
+/// Bytes of a snapshot's record before what has any length.
+const RECORD: u64 = 40;
+/// Bytes of extra data, id and name at most that are believed.
+const MOST: u64 = 64 << 10;
+
+/// The state of a disk at an earlier time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its id, unique in the image.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Seconds since 1970.
+    pub seconds: u32,
+    /// Bytes of the guest's memory that it also has.
+    pub memory: u64,
+    pub(crate) l1: Table,
+}
+
+/// The snapshots of an image, and how many bytes their table has.
+pub(crate) async fn read<S: Storage>(file: &S, header: &Header) -> Result<(Vec<Snapshot>, u64), Failure> {
+    let mut found = Vec::new();
+    let mut at = header.snapshots_at;
+    for number in 0..header.snapshots {
+        let failed = |error: Errno| Failure::system(format!("cannot read snapshot {number}"), &error.into());
+        let record = bytes(file, at, RECORD).await.map_err(failed)?;
+        let word = |at: usize| u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]);
+        let long = |at: usize| u64::from(word(at)) << 32 | u64::from(word(at + 4));
+        let short = |at: usize| u64::from(u16::from_be_bytes([record[at], record[at + 1]]));
+        let (extra, id, name) = (u64::from(word(36)), short(12), short(14));
+        if extra > MOST {
+            return Err(broken(format!("the record of snapshot {number} has no end")));
+        }
+        let rest = bytes(file, at + RECORD, (extra + id + name).max(1)).await.map_err(failed)?;
+        // CAST: all three are bounded.
+        let (extra, id, name) = (extra as usize, id as usize, name as usize);
+        let extra_long = |at: usize| {
+            let bytes = rest.get(at..at + 8).filter(|_| at + 8 <= extra)?;
+            Some(u64::from_be_bytes(bytes.try_into().ok()?))
+        };
+        let text = |from: usize, len: usize| String::from_utf8_lossy(&rest[from..from + len]).into_owned();
+        let l1 = Table {
+            at: long(0),
+            entries: u64::from(word(8)),
+        };
+        let size = extra_long(8).unwrap_or(header.size);
+        check(header, number, l1, size)?;
+        found.push(Snapshot {
+            id: text(extra, id),
+            name: text(extra + id, name),
+            size,
+            seconds: word(16),
+            memory: extra_long(0).unwrap_or(u64::from(word(32))),
+            l1,
+        });
+        at += RECORD + (extra + id + name) as u64;
+        at = at.next_multiple_of(8);
+    }
+    Ok((found, at - header.snapshots_at))
+}
+
+fn check(header: &Header, number: u32, l1: Table, size: u64) -> Result<(), Failure> {
+    let cluster = header.geometry.cluster();
+    let is_right = l1.at % cluster == 0
+        && l1.at < super::geometry::MAX_OFFSET
+        && l1.entries <= 4 << 20
+        && size < super::geometry::MAX_OFFSET
+        && size % 512 == 0
+        && l1.entries >= header.geometry.l1_entries(size);
+    match is_right {
+        true => Ok(()),
+        false => Err(broken(format!("the L1 table of snapshot {number} cannot be what it says"))),
+    }
+}
+
+async fn bytes<S: Storage>(file: &S, at: u64, len: u64) -> Result<Vec<u8>, Errno> {
+    // CAST: bounded by the callers.
+    let data = file.buffer(len as usize)?;
+    file.read(at, data.clone()).await?;
+    Ok(data.to_vec())
+}
+
+impl<S: Storage> Image<S> {
+    /// Shows a snapshot instead of the disk as it is now. The image must be read-only.
+    pub(crate) fn show(&self, snapshot: &Snapshot) {
+        self.l1.set(snapshot.l1);
+        self.size.set(snapshot.size);
+    }
+}

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A process may die, and power may fail, between any two writes to an image: what was answered is there,
+//! what was flushed is there, and nothing is read that was never written there.
+
+use crate::memory::{sector, allowed, apply, exercise, read_all, stamps, Chance, Event, History, Memory};
+use diskio::Runtime;
+use drivers::{Disk, Driver, Ram};
+use formats::qcow2::{create, Backing, Options, Plan, Qcow2};
+use std::process::Command;
+
+const SECTORS: u64 = 640;
+const SIZE: u64 = SECTORS * 512;
+/// What the image below has in all its sectors.
+const BELOW: u32 = 0xbebebebe;
+/// Sectors of the image below: fewer than the disk has.
+const BELOW_SECTORS: u64 = 505;
+
+/// An image's layout and whether something is below it.
+#[derive(Clone, Debug)]
+struct Case {
+    name: &'static str,
+    plan: Plan,
+    below: bool,
+}
+
+fn cases() -> Vec<Case> {
+    let plan = |cluster: u64| Plan { cluster, ..Plan::new(SIZE) };
+    let case = |name, plan, below| Case { name, plan, below };
+    vec![
+        case("alone", plan(4096), false),
+        case("overlay", plan(4096), true),
+        case("large clusters over an image", plan(65536), true),
+        case("subclusters", Plan { extended: true, ..plan(16384) }, false),
+        case("subclusters over an image", Plan { extended: true, ..plan(16384) }, true),
+        case("smallest clusters", Plan { refcount_bits: 64, ..plan(512) }, true),
+        case("refcounts of one bit", Plan { refcount_bits: 1, ..plan(1024) }, false),
+        case("version 2", Plan { version: 2, ..plan(4096) }, true),
+        case("version 2 alone", Plan { version: 2, ..plan(4096) }, false),
+    ]
+}
+
+/// The image below: in memory of its own.
+fn below(runtime: &Runtime) -> Disk {
+    let file = tempfile::tempfile().unwrap();
+    let bytes = sector(BELOW).repeat(BELOW_SECTORS as usize);
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
+    let file = diskio::File::new(&runtime.io, file.into()).unwrap();
+    Disk::new(Ram::new(file, BELOW_SECTORS * 512))
+}
+
+fn options(runtime: &Runtime, case: &Case, writable: bool) -> Options<Memory> {
+    Options {
+        below: case.below.then(|| below(runtime)),
+        writable,
+        // Few slices, so that they come and go.
+        cache: 1,
+        ..Options::new(case.name)
+    }
+}
+
+fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
+    let memory = Memory::new(Vec::new(), 1, false);
+    let mut plan = case.plan.clone();
+    plan.backing = case.below.then(|| Backing {
+        name: "below.img".into(),
+        format: Some("raw".into()),
+    });
+    let file = memory.clone();
+    let made = runtime.block_on(async move { create(&file, &plan).await });
+    made.unwrap().unwrap();
+    memory.bytes()
+}
+
+fn opened(runtime: &Runtime, memory: &Memory, options: Options<Memory>) -> Disk {
+    let disk = Disk::new(Qcow2::new(memory.clone(), options));
+    let its = disk.clone();
+    let shape = runtime.block_on(async move { its.activate().await }).unwrap();
+    assert_eq!(shape.unwrap().size, SIZE);
+    disk
+}
+
+/// What a disk reads as, from the bytes of its image, in which nothing may be wrong but that space is lost.
+fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
+    let memory = Memory::new(bytes, 1, false);
+    let image = Qcow2::new(memory.clone(), options(runtime, case, false));
+    let found = runtime.block_on(async move {
+        image.activate().await.unwrap();
+        image.findings().await.unwrap()
+    });
+    let found = found.unwrap();
+    assert_eq!((found.unsafe_clusters, found.damaged), (0, 0), "{}: {found:?}", case.name);
+    let disk = opened(runtime, &memory, options(runtime, case, false));
+    let all = runtime.block_on(async move { read_all(&disk, SIZE).await });
+    stamps(&all.unwrap().unwrap())
+}
+
+fn first(case: &Case, sector: u64) -> u32 {
+    match case.below && sector < BELOW_SECTORS {
+        true => BELOW,
+        false => 0,
+    }
+}
+
+/// What is read after the death of the process at `now`.
+fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
+    for (number, stamp) in found.iter().enumerate() {
+        let number = number as u64;
+        let its = history.changes.iter().filter(|change| change.sectors.contains(&number));
+        let begun = its.filter(|change| change.begun <= now);
+        let may = allowed(first(case, number), begun.map(|change| (change, change.answered <= now)));
+        assert!(
+            stamp.is_some_and(|stamp| may.contains(&stamp)),
+            "{}, seed {seed}: after a death at {now} sector {number} has {stamp:x?}, not one of {may:x?}",
+            case.name
+        );
+    }
+}
+
+/// What is read after power has failed at `now`.
+fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
+    let flushed = history.flushes.iter().filter(|(_, answered)| *answered <= now);
+    let flushed = flushed.map(|(begun, _)| *begun).max();
+    for (number, stamp) in found.iter().enumerate() {
+        let number = number as u64;
+        let its = history.changes.iter().filter(|change| change.sectors.contains(&number));
+        let begun = its.filter(|change| change.begun <= now);
+        let sure = |answered| flushed.is_some_and(|flushed| answered <= flushed);
+        let may = allowed(first(case, number), begun.map(|change| (change, sure(change.answered))));
+        assert!(
+            stamp.is_some_and(|stamp| may.contains(&stamp)),
+            "{}, seed {seed}: after a power cut at {now} sector {number} has {stamp:x?}, not one of {may:x?}",
+            case.name
+        );
+    }
+}
+
+/// The image after power has failed: what was flushed, and any of the sectors that were written since.
+fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
+    let mut sure = 0;
+    for (at, event) in log.iter().enumerate() {
+        let Event::FlushEnd(number) = event else { continue };
+        let begin = log[..at].iter().position(|event| matches!(event, Event::FlushBegin(other) if other == number));
+        sure = sure.max(begin.unwrap());
+    }
+    let mut bytes = base.to_vec();
+    for event in &log[..sure] {
+        apply(&mut bytes, event);
+    }
+    for event in &log[sure..] {
+        match event {
+            Event::Write(at, data) => {
+                for (number, sector) in data.chunks(512).enumerate() {
+                    if chance.below(2) == 0 {
+                        apply(&mut bytes, &Event::Write(at + number as u64 * 512, sector.to_vec()));
+                    }
+                }
+            }
+            event if chance.below(2) == 0 => apply(&mut bytes, event),
+            _ => {}
+        }
+    }
+    bytes
+}
+
+/// Nothing is wrong with an image but what is lost.
+fn only_leaks(bytes: &[u8], case: &Case, seed: u64, now: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let below = folder.path().join("below.img");
+    std::fs::write(&below, sector(BELOW).repeat(BELOW_SECTORS as usize)).unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output();
+    let output = output.expect("qemu-img of the package qemu-utils is there");
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(
+        matches!(output.status.code(), Some(0 | 3)),
+        "{}, seed {seed}, at {now}: {said}",
+        case.name
+    );
+}
+
+fn run(case: &Case, seed: u64, steps: u64) {
+    let runtime = Runtime::new();
+    let base = fresh(&runtime, case);
+    let memory = Memory::new(base.clone(), seed, true);
+    let disk = opened(&runtime, &memory, options(&runtime, case, true));
+    let chance = Chance::new(seed);
+    let log = memory.clone();
+    let history = exercise(&runtime, &disk, SECTORS, steps, &chance, move || log.now());
+    let log = memory.log();
+    let mut bytes = base.clone();
+    for now in 0..=log.len() {
+        let found = content(&runtime, case, bytes.clone());
+        judge_death(case, &history, now, &found, seed);
+        if now % 211 == 0 || now == log.len() {
+            only_leaks(&bytes, case, seed, now);
+        }
+        if now % 7 == 0 {
+            let bytes = cut(&base, &log[..now], &chance);
+            judge_cut(case, &history, now, &content(&runtime, case, bytes.clone()), seed);
+            if now % 203 == 0 {
+                only_leaks(&bytes, case, seed, now);
+            }
+        }
+        if let Some(event) = log.get(now) {
+            apply(&mut bytes, event);
+        }
+    }
+    // Closed, it has not even leaks.
+    let expected = content(&runtime, case, memory.bytes());
+    runtime.block_on(async move { disk.close().await }).unwrap().unwrap();
+    assert_eq!(content(&runtime, case, memory.bytes()), expected);
+    clean(&memory.bytes(), case, seed);
+}
+
+fn clean(bytes: &[u8], case: &Case, seed: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("below.img"), sector(BELOW).repeat(BELOW_SECTORS as usize)).unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}, seed {seed}, closed: {said}", case.name);
+}
+
+fn seeds() -> std::ops::Range<u64> {
+    // More with SEEDS=1000.
+    let count = std::env::var("SEEDS").ok().and_then(|count| count.parse().ok());
+    1..1 + count.unwrap_or(3)
+}
+
+#[test]
+fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
+    for case in cases() {
+        for seed in seeds() {
+            run(&case, seed, 40);
+        }
+    }
+}
+
+/// Writes that fail are repeated, and all others are there.
+#[test]
+fn a_disk_without_room_loses_nothing() {
+    for case in cases() {
+        for seed in seeds() {
+            let runtime = Runtime::new();
+            let memory = Memory::new(fresh(&runtime, &case), seed, true);
+            let disk = opened(&runtime, &memory, options(&runtime, &case, true));
+            memory.fail(60);
+            let chance = Chance::new(seed);
+            let log = memory.clone();
+            let history = exercise(&runtime, &disk, SECTORS, 60, &chance, move || log.now());
+            assert!(history.changes.iter().any(|change| change.answered == usize::MAX));
+            memory.fail(0);
+            // The death of the process with it.
+            drop(disk);
+            let found = content(&runtime, &case, memory.bytes());
+            judge_death(&case, &history, memory.now(), &found, seed);
+            // The next process goes on.
+            let disk = opened(&runtime, &memory, options(&runtime, &case, true));
+            let bytes = diskio::Bytes::copied(&sector(9).repeat(SECTORS as usize)).unwrap();
+            let again = disk.clone();
+            let write = async move {
+                again.write(0, bytes, drivers::Attributes::default()).await?;
+                again.flush().await?;
+                again.close().await
+            };
+            runtime.block_on(write).unwrap().unwrap();
+            assert_eq!(content(&runtime, &case, memory.bytes()), vec![Some(9); SECTORS as usize]);
+        }
+    }
+}

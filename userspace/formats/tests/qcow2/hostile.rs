@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images that want to do harm: whatever they say, nothing panics, nothing goes on for ever, and no more
+//! memory is used than is allowed.
+
+use crate::memory::{read_all, sector, Chance, Memory};
+use diskio::{Bytes, Runtime};
+use drivers::{Attributes, Disk};
+use formats::qcow2::{create, header, Options, Plan, Qcow2};
+
+const SIZE: u64 = 1 << 20;
+
+/// A sound image with some content.
+fn sound(plan: Plan) -> Vec<u8> {
+    let runtime = Runtime::new();
+    let memory = Memory::new(Vec::new(), 1, false);
+    let its = memory.clone();
+    runtime.block_on(async move { create(&its, &plan).await }).unwrap().unwrap();
+    let disk = Disk::new(Qcow2::new(memory.clone(), Options::new("sound")));
+    let fill = async move {
+        disk.activate().await.unwrap();
+        for number in 0..40 {
+            let bytes = sector(number + 1).repeat(9);
+            disk.write(u64::from(number) * 25 * 1024, Bytes::copied(&bytes)?, Attributes::default()).await?;
+        }
+        disk.close().await
+    };
+    runtime.block_on(fill).unwrap().unwrap();
+    memory.bytes()
+}
+
+/// Does everything to an image that may say anything. What fails is an error.
+fn use_it(bytes: Vec<u8>) -> u64 {
+    let runtime = Runtime::new();
+    let memory = Memory::new(bytes, 1, false);
+    let options = Options { cache: 1 << 20, ..Options::new("hostile") };
+    let disk = Disk::new(Qcow2::new(memory.clone(), options));
+    let work = async move {
+        let Ok(shape) = disk.activate().await else { return 0 };
+        let size = shape.size.min(4 << 20);
+        let how = Attributes::default();
+        let _ = read_all(&disk, size).await;
+        let _ = disk.extents(0, size).await;
+        let last = shape.size.saturating_sub(1 << 20) & !511;
+        for at in [0, 25 << 10, 500 << 10, last] {
+            let len = (shape.size - at.min(shape.size)).min(70 << 10);
+            if len == 0 {
+                continue;
+            }
+            let bytes = Bytes::copied(&vec![7; len as usize]).unwrap();
+            let _ = disk.write(at, bytes, how).await;
+            let _ = disk.discard(at, len, how).await;
+            let _ = disk.write_zeroes(at, len.min(1536), how).await;
+        }
+        let _ = disk.flush().await;
+        let memory = disk.stats()["metadata_bytes"];
+        let _ = disk.close().await;
+        memory
+    };
+    runtime.block_on(work).unwrap()
+}
+
+#[test]
+fn damaged_metadata_does_no_harm() {
+    let small = |cluster| Plan { cluster, ..Plan::new(SIZE) };
+    let plans = [
+        small(65536),
+        small(512),
+        small(4096),
+        Plan { extended: true, ..small(16384) },
+        Plan { refcount_bits: 1, ..small(4096) },
+        Plan { version: 2, ..small(4096) },
+    ];
+    let count = std::env::var("SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(300);
+    for plan in plans {
+        let image = sound(plan.clone());
+        let metadata = metadata(&image, plan.cluster as usize);
+        for seed in 0..count {
+            let chance = Chance::new(seed + 1);
+            let mut bytes = image.clone();
+            for _ in 0..1 + chance.below(4) {
+                let at = match chance.below(3) {
+                    // The fields of the header are what most depends on.
+                    0 => 4 + chance.below(108) as usize,
+                    _ => metadata[chance.below(metadata.len() as u64) as usize],
+                };
+                bytes[at] = match chance.below(4) {
+                    0 => 0xff,
+                    1 => bytes[at] ^ 1 << chance.below(8),
+                    2 => bytes[at].wrapping_add(1),
+                    _ => chance.next() as u8,
+                };
+            }
+            if chance.below(8) == 0 {
+                bytes.truncate(chance.below(bytes.len() as u64) as usize);
+            }
+            let used = use_it(bytes);
+            assert!(used <= 1 << 20, "{plan:?}, seed {seed}: {used} bytes of metadata in memory");
+        }
+    }
+}
+
+/// The bytes that are not content: those of tables that are not zero, and some around them.
+fn metadata(image: &[u8], cluster: usize) -> Vec<usize> {
+    let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize;
+    let (l1, reftable) = (number(40), number(48));
+    let mut tables = vec![0, l1, reftable];
+    for table in [l1, reftable] {
+        for at in (table..table + cluster).step_by(8) {
+            let entry = number(at) & 0x00ff_ffff_ffff_fe00;
+            if entry != 0 {
+                tables.push(entry);
+            }
+        }
+    }
+    let used = |at: &usize| image[at & !7..][..8].iter().any(|byte| *byte != 0);
+    tables.iter().flat_map(|at| *at..(at + cluster).min(image.len())).filter(used).collect()
+}
+
+/// Entries that lead to where others are, and tables that are their own.
+#[test]
+fn tables_that_lead_to_themselves_do_no_harm() {
+    let image = sound(Plan { cluster: 4096, ..Plan::new(SIZE) });
+    let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    let (l1, reftable) = (number(40), number(48));
+    let l2 = number(l1 as usize) & 0x00ff_ffff_ffff_fe00;
+    let block = number(reftable as usize);
+    let copied = 1_u64 << 63;
+    for (at, entry) in [
+        (l1, l1 | copied),
+        (l1, copied),
+        (l1, reftable | copied),
+        (l2, l2 | copied),
+        (l2, l1 | copied),
+        (l2, block | copied),
+        (l2, copied | 4096 << 40),
+        (reftable, reftable),
+        (reftable, l2),
+        (reftable, 1 << 55),
+        (l2, 1 << 62 | 0x3fff_ffff_ffff_ffff),
+    ] {
+        let mut bytes = image.clone();
+        bytes[at as usize..at as usize + 8].copy_from_slice(&entry.to_be_bytes());
+        use_it(bytes);
+    }
+}
+
+#[test]
+fn the_header_is_not_overwritten_by_way_of_an_entry() {
+    let image = sound(Plan { cluster: 4096, ..Plan::new(SIZE) });
+    let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    let l1 = number(40);
+    let l2 = (number(l1 as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    let mut bytes = image.clone();
+    bytes[l2..l2 + 8].copy_from_slice(&(l1 | 1 << 63).to_be_bytes());
+    let runtime = Runtime::new();
+    let memory = Memory::new(bytes, 1, false);
+    let disk = Disk::new(Qcow2::new(memory.clone(), Options::new("hostile")));
+    let write = async move {
+        disk.activate().await.unwrap();
+        disk.write(0, Bytes::copied(&[7; 512])?, Attributes::default()).await
+    };
+    assert_eq!(runtime.block_on(write).unwrap(), Err(diskio::Errno::IO));
+    assert_eq!(memory.bytes()[l1 as usize..][..8], image[l1 as usize..][..8]);
+}
+
+#[test]
+fn a_file_that_is_no_image_is_refused() {
+    for bytes in [vec![], vec![0; 10], vec![0; 4096], b"QFI\xfb\0\0\0\x03".to_vec(), b"QFI\xfb\0\0\0\x01".repeat(64)] {
+        let runtime = Runtime::new();
+        let memory = Memory::new(bytes, 1, false);
+        assert!(runtime.block_on(async move { header(&memory).await }).unwrap().is_err());
+    }
+}

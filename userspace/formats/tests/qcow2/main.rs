@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! qcow2: against QEMU's tools, against a disk in memory, through deaths and power cuts, and against images
+//! that want to do harm.
+
+mod crash;
+mod hostile;
+mod memory;
+mod oracle;

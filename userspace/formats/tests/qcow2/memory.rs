@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An image in memory that writes down what is done to it, and a disk that knows what may be read from it.
+
+use diskio::{Bytes, Data, Errno, Runtime};
+use drivers::{Attributes, Disk, Fence};
+use formats::Storage;
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::Poll;
+
+pub(crate) const SECTOR: u64 = 512;
+
+/// Numbers that look like chance, from a seed.
+#[derive(Clone, Debug)]
+pub(crate) struct Chance(Rc<Cell<u64>>);
+
+impl Chance {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(Rc::new(Cell::new(seed.wrapping_mul(2).wrapping_add(1))))
+    }
+
+    pub(crate) fn next(&self) -> u64 {
+        let mut x = self.0.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.0.set(x);
+        x.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
+    }
+
+    pub(crate) fn below(&self, end: u64) -> u64 {
+        self.next() % end
+    }
+}
+
+/// What was done to an image.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    Write(u64, Vec<u8>),
+    Clear(u64, u64),
+    Discard(u64, u64),
+    Size(u64),
+    FlushBegin(u64),
+    FlushEnd(u64),
+}
+
+/// An image in memory. What is asked for happens at some later time, in any order.
+#[derive(Clone, Debug)]
+pub(crate) struct Memory(Rc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    bytes: RefCell<Vec<u8>>,
+    log: RefCell<Vec<Event>>,
+    flushes: Cell<u64>,
+    chance: Chance,
+    delay: bool,
+    /// Writes and flushes fail with this chance in a thousand.
+    failing: Cell<u64>,
+}
+
+pub(crate) fn apply(bytes: &mut Vec<u8>, event: &Event) {
+    let mut put = |at: u64, len: usize, from: &dyn Fn(usize) -> u8| {
+        let (at, end) = (at as usize, at as usize + len);
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        for (number, byte) in bytes[at..end].iter_mut().enumerate() {
+            *byte = from(number);
+        }
+    };
+    match event {
+        Event::Write(at, data) => put(*at, data.len(), &|number| data[number]),
+        Event::Clear(at, len) => put(*at, *len as usize, &|_| 0),
+        // A device may have anything there afterwards.
+        Event::Discard(at, len) => put(*at, *len as usize, &|_| 0xdd),
+        Event::Size(size) => bytes.resize(*size as usize, 0),
+        Event::FlushBegin(_) | Event::FlushEnd(_) => {}
+    }
+}
+
+impl Memory {
+    pub(crate) fn new(bytes: Vec<u8>, seed: u64, delay: bool) -> Self {
+        Self(Rc::new(Inner {
+            bytes: RefCell::new(bytes),
+            log: RefCell::default(),
+            flushes: Cell::new(0),
+            chance: Chance::new(seed),
+            delay,
+            failing: Cell::new(0),
+        }))
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.bytes.borrow().clone()
+    }
+
+    pub(crate) fn log(&self) -> Vec<Event> {
+        self.0.log.borrow().clone()
+    }
+
+    /// Events until now.
+    pub(crate) fn now(&self) -> usize {
+        self.0.log.borrow().len()
+    }
+
+    pub(crate) fn fail(&self, permille: u64) {
+        self.0.failing.set(permille);
+    }
+
+    async fn later(&self) {
+        if !self.0.delay {
+            return;
+        }
+        let mut turns = self.0.chance.below(6);
+        poll_fn(|cx| match turns {
+            0 => Poll::Ready(()),
+            _ => {
+                turns -= 1;
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    async fn event(&self, event: Event) -> Result<(), Errno> {
+        self.later().await;
+        if self.0.chance.below(1000) < self.0.failing.get() {
+            return Err(Errno::NOSPC);
+        }
+        apply(&mut self.0.bytes.borrow_mut(), &event);
+        self.0.log.borrow_mut().push(event);
+        self.later().await;
+        Ok(())
+    }
+}
+
+impl Storage for Memory {
+    fn size(&self) -> Result<u64, Errno> {
+        Ok(self.0.bytes.borrow().len() as u64)
+    }
+
+    async fn set_size(&self, size: u64) -> Result<(), Errno> {
+        assert!(size < 1 << 30, "an image grows without limit");
+        self.event(Event::Size(size)).await
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.later().await;
+        let bytes = self.0.bytes.borrow();
+        let from = (offset as usize).min(bytes.len());
+        let to = (from + data.len()).min(bytes.len());
+        data.fill(0, data.len(), 0);
+        data.write(0, &bytes[from..to]);
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
+        if offset + data.len() as u64 > 1 << 30 {
+            return Err(Errno::FBIG);
+        }
+        self.event(Event::Write(offset, data.to_vec())).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        let number = self.0.flushes.get();
+        self.0.flushes.set(number + 1);
+        self.0.log.borrow_mut().push(Event::FlushBegin(number));
+        self.event(Event::FlushEnd(number)).await
+    }
+
+    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.event(Event::Discard(offset, len)).await
+    }
+
+    async fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.event(Event::Clear(offset, len)).await
+    }
+
+    fn buffer(&self, len: usize) -> Result<Data, Errno> {
+        let data = Data::zeroed(len)?;
+        data.fill(0, len, 0xee);
+        Ok(data)
+    }
+
+    async fn elsewhere<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Errno> {
+        self.later().await;
+        Ok(work())
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::Local
+    }
+}
+
+/// What a guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Write(u32),
+    Zero,
+    Discard,
+}
+
+/// A change of a disk, and when it was under way: in events of the image.
+#[derive(Clone, Debug)]
+pub(crate) struct Change {
+    pub(crate) sectors: std::ops::Range<u64>,
+    pub(crate) kind: Kind,
+    pub(crate) begun: usize,
+    pub(crate) answered: usize,
+}
+
+/// What happened to a disk.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct History {
+    pub(crate) changes: Vec<Change>,
+    /// Flushes: when they began, and when they were answered.
+    pub(crate) flushes: Vec<(usize, usize)>,
+}
+
+/// The content of a sector that was written with a stamp. 0 is zeroes.
+pub(crate) fn sector(stamp: u32) -> Vec<u8> {
+    stamp.to_le_bytes().repeat(SECTOR as usize / 4)
+}
+
+/// The stamps of the sectors in `bytes`; nothing for one that is torn or foreign.
+pub(crate) fn stamps(bytes: &[u8]) -> Vec<Option<u32>> {
+    bytes
+        .chunks(SECTOR as usize)
+        .map(|bytes| {
+            let stamp = u32::from_le_bytes(bytes[..4].try_into().unwrap());
+            (bytes == sector(stamp)).then_some(stamp)
+        })
+        .collect()
+}
+
+pub(crate) async fn read_all(disk: &Disk, size: u64) -> Result<Vec<u8>, Errno> {
+    let mut all = Vec::new();
+    while (all.len() as u64) < size {
+        let len = (size - all.len() as u64).min(1 << 20);
+        let data = Data::zeroed(len as usize)?;
+        disk.read(all.len() as u64, data.clone()).await?;
+        all.extend(data.to_vec());
+    }
+    Ok(all)
+}
+
+/// What a sector may hold, from what it held at first and what was done to it.
+pub(crate) fn allowed<'c>(first: u32, changes: impl Iterator<Item = (&'c Change, bool)>) -> Vec<u32> {
+    let mut may = vec![first];
+    for (change, is_sure) in changes {
+        let new = match change.kind {
+            Kind::Write(stamp) => stamp,
+            Kind::Zero | Kind::Discard => 0,
+        };
+        if is_sure && change.kind != Kind::Discard {
+            may.clear();
+        }
+        if !may.contains(&new) {
+            may.push(new);
+        }
+    }
+    may
+}
+
+/// Does random things to a disk, as many at a time as a guest would, of which none overlaps another.
+pub(crate) fn exercise(
+    runtime: &Runtime,
+    disk: &Disk,
+    sectors: u64,
+    steps: u64,
+    chance: &Chance,
+    now: impl Fn() -> usize + Clone + 'static,
+) -> History {
+    let history = Rc::new(RefCell::new(History::default()));
+    let mut stamp = 1;
+    let mut step = 0;
+    while step < steps {
+        let mut busy: Vec<std::ops::Range<u64>> = Vec::new();
+        for _ in 0..1 + chance.below(8) {
+            step += 1;
+            // Many are small and near each other.
+            let len = 1 + match chance.below(4) {
+                0 => chance.below(sectors / 2),
+                1 => chance.below(64),
+                _ => chance.below(6),
+            };
+            let from = chance.below(sectors);
+            let range = from..(from + len).min(sectors);
+            if busy.iter().any(|other| other.start < range.end && range.start < other.end) {
+                continue;
+            }
+            busy.push(range.clone());
+            let kind = match chance.below(8) {
+                0 => Kind::Zero,
+                1 => Kind::Discard,
+                2 => {
+                    spawn_flush(runtime, disk, &history, now.clone());
+                    continue;
+                }
+                _ => {
+                    stamp += 1;
+                    Kind::Write(stamp)
+                }
+            };
+            spawn_change(runtime, disk, &history, range, kind, now.clone());
+        }
+        runtime.finish().unwrap();
+    }
+    history.take()
+}
+
+fn spawn_flush(
+    runtime: &Runtime,
+    disk: &Disk,
+    history: &Rc<RefCell<History>>,
+    now: impl Fn() -> usize + 'static,
+) {
+    let (disk, history) = (disk.clone(), history.clone());
+    runtime.tasks.spawn(async move {
+        let begun = now();
+        if disk.flush().await.is_ok() {
+            history.borrow_mut().flushes.push((begun, now()));
+        }
+    });
+}
+
+fn spawn_change(
+    runtime: &Runtime,
+    disk: &Disk,
+    history: &Rc<RefCell<History>>,
+    sectors: std::ops::Range<u64>,
+    kind: Kind,
+    now: impl Fn() -> usize + 'static,
+) {
+    let (disk, history) = (disk.clone(), history.clone());
+    runtime.tasks.spawn(async move {
+        let begun = now();
+        let (at, len) = (sectors.start * SECTOR, (sectors.end - sectors.start) * SECTOR);
+        let how = Attributes::default();
+        let done = match kind {
+            Kind::Write(stamp) => {
+                let bytes = sector(stamp).repeat((len / SECTOR) as usize);
+                disk.write(at, Bytes::copied(&bytes).unwrap(), how).await
+            }
+            Kind::Zero => disk.write_zeroes(at, len, how).await,
+            Kind::Discard => disk.discard(at, len, how).await,
+        };
+        // What fails may be done or not, for ever.
+        let answered = match done {
+            Ok(()) => now(),
+            Err(Errno::NOSPC) => usize::MAX,
+            Err(error) => panic!("{kind:?} of {sectors:?}: {error}"),
+        };
+        history.borrow_mut().changes.push(Change { sectors, kind, begun, answered });
+    });
+}
