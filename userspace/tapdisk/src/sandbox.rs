@@ -180,6 +180,7 @@ const CALLS: &[i64] = &[
     libc::SYS_fdatasync,
     libc::SYS_fadvise64,
     libc::SYS_fallocate,
+    libc::SYS_ftruncate,
     libc::SYS_lseek,
     libc::SYS_fstat,
     libc::SYS_fstatfs,

@@ -10,8 +10,8 @@
 //! A cluster that is not used any more is freed when nothing leads to it on the disk (after a flush), and no
 //! request relies on it that had found it before.
 
-use super::image::Image;
 use super::geometry::MAX_OFFSET;
+use super::image::Image;
 use super::refcounts::{get, set, Counts};
 use crate::Storage;
 use diskio::{Errno, Gate};
@@ -166,7 +166,9 @@ impl<S: Storage> Image<S> {
         self.barrier.flush().await?;
         let count: u64 = found.iter().map(|part| part.count).sum();
         self.allocator.run.set((bytes * 2).min(LONGEST_RUN));
-        self.allocator.prepared.set(self.allocator.prepared.get() + count);
+        self.allocator
+            .prepared
+            .set(self.allocator.prepared.get() + count);
         if let Some(last) = found.last() {
             self.allocator.cursor.set(last.first + last.count);
         }
@@ -190,7 +192,9 @@ impl<S: Storage> Image<S> {
                 continue;
             };
             let (mut from, end) = (0, counts.count);
-            while let Some((skip, len)) = self.free_in(&counts, from, end.min(from + missing.max(1))) {
+            while let Some((skip, len)) =
+                self.free_in(&counts, from, end.min(from + missing.max(1)))
+            {
                 missing -= len;
                 push(&mut found, at + skip, len);
                 from = skip + len;
@@ -268,7 +272,9 @@ impl<S: Storage> Image<S> {
         while done < clusters.count {
             let first = clusters.first + done;
             let Some(counts) = self.counts(first).await? else {
-                return Err(self.damaged(format_args!("cluster {first} was in use and has no refcount")));
+                return Err(self.damaged(format_args!(
+                    "cluster {first} was in use and has no refcount"
+                )));
             };
             let some = counts.count.min(clusters.count - done);
             let mut freed = Vec::new();
@@ -289,7 +295,9 @@ impl<S: Storage> Image<S> {
                 }
             });
             if let Some(cluster) = wrong {
-                self.damaged(format_args!("cluster {cluster} was in use and has the refcount 0"));
+                self.damaged(format_args!(
+                    "cluster {cluster} was in use and has the refcount 0"
+                ));
             }
             self.slices.settle(&counts.slice).await?;
             for part in freed {
@@ -306,9 +314,15 @@ impl<S: Storage> Image<S> {
         let range = clusters.first * cluster..(clusters.first + clusters.count) * cluster;
         self.unpacked.forget(&range);
         self.slices.forget(range.clone());
-        self.allocator.freed.set(self.allocator.freed.get() + clusters.count);
+        self.allocator
+            .freed
+            .set(self.allocator.freed.get() + clusters.count);
         if self.discard {
-            match self.file.discard(range.start, range.end - range.start).await {
+            match self
+                .file
+                .discard(range.start, range.end - range.start)
+                .await
+            {
                 // It is a hint.
                 Ok(()) | Err(Errno::OPNOTSUPP) => {}
                 Err(error) => return Err(error),

@@ -65,7 +65,9 @@ impl<S: Storage> Barrier<S> {
                 return Ok(());
             }
             if self.running.get() {
-                self.bell.until(|| (!self.running.get()).then_some(())).await;
+                self.bell
+                    .until(|| (!self.running.get()).then_some(()))
+                    .await;
                 continue;
             }
             self.running.set(true);

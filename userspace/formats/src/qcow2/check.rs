@@ -84,11 +84,17 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
 }
 
 /// Bytes that bitmaps take.
-async fn bitmaps<S: Storage>(file: &S, header: &Header, ranges: &mut Vec<Range<u64>>) -> Result<(), Errno> {
+async fn bitmaps<S: Storage>(
+    file: &S,
+    header: &Header,
+    ranges: &mut Vec<Range<u64>>,
+) -> Result<(), Errno> {
     /// Bytes of a directory, and entries of a bitmap's table, at most: QEMU's limits.
     const DIRECTORY: u64 = 64 << 10;
     const ENTRIES: u64 = 8 << 20;
-    let Some((at, len)) = header.bitmaps else { return Ok(()) };
+    let Some((at, len)) = header.bitmaps else {
+        return Ok(());
+    };
     let cluster = header.geometry.cluster();
     let room = super::geometry::MAX_OFFSET;
     if len == 0 || len > DIRECTORY * 1024 || at % cluster != 0 || at > room {
@@ -100,7 +106,11 @@ async fn bitmaps<S: Storage>(file: &S, header: &Header, ranges: &mut Vec<Range<u
         let data = file.buffer(24)?;
         file.read(at + place, data.clone()).await?;
         let record = data.to_vec();
-        let number = |from: usize, len: usize| record[from..from + len].iter().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+        let number = |from: usize, len: usize| {
+            record[from..from + len]
+                .iter()
+                .fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte))
+        };
         let (table, entries) = (number(0, 8), number(8, 4));
         let (name, extra) = (number(18, 2), number(20, 4));
         if entries > ENTRIES || table % cluster != 0 || table > room {
@@ -130,7 +140,9 @@ async fn clusters_of_bitmap<S: Storage>(
         let data = file.buffer(some as usize * 8)?;
         file.read(table + done * 8, data.clone()).await?;
         for word in data.to_vec().chunks_exact(8) {
-            let word = word.iter().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+            let word = word
+                .iter()
+                .fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
             let at = word & 0x00ff_ffff_ffff_fe00;
             if at != 0 {
                 ranges.push(at..at + cluster);
@@ -194,7 +206,12 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    async fn count(&self, others: &Others, clusters: Range<u64>, end: u64) -> Result<Window, Errno> {
+    async fn count(
+        &self,
+        others: &Others,
+        clusters: Range<u64>,
+        end: u64,
+    ) -> Result<Window, Errno> {
         let cluster = self.geometry.cluster();
         let mut window = Window {
             // CAST: at most a window.
@@ -240,11 +257,15 @@ impl<S: Storage> Image<S> {
             }
             // Tables that are used again and again would be looked at for ever.
             let left = window.budget.checked_sub(1);
-            window.budget = left.ok_or_else(|| self.damaged("there are more L2 tables than clusters"))?;
+            window.budget =
+                left.ok_or_else(|| self.damaged("there are more L2 tables than clusters"))?;
             let mut place = table;
             while place < table + cluster {
                 let (l2, _) = self.slices.at(place).await?;
-                let found = Found { l1: slice.clone(), l2: Some((l2, 0)) };
+                let found = Found {
+                    l1: slice.clone(),
+                    l2: Some((l2, 0)),
+                };
                 self.count_slice(&found, window);
                 place += self.slices.slice_len();
             }
@@ -257,7 +278,9 @@ impl<S: Storage> Image<S> {
         for number in 0..self.slices.slice_len() / self.geometry.entry() {
             match self.entry(found, number) {
                 Ok(Some(entry)) => match entry.place {
-                    Place::Host { at, .. } if !self.geometry.external => window.add(cluster, at..at + cluster),
+                    Place::Host { at, .. } if !self.geometry.external => {
+                        window.add(cluster, at..at + cluster)
+                    }
                     // The last sector need not be there.
                     Place::Compressed { at, len } => window.add(cluster, at..at + len),
                     _ => {}
@@ -268,14 +291,20 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    async fn compare(&self, window: &Window, repair: bool, findings: &mut Findings) -> Result<(), Errno> {
+    async fn compare(
+        &self,
+        window: &Window,
+        repair: bool,
+        findings: &mut Findings,
+    ) -> Result<(), Errno> {
         let order = self.geometry.refcount_order;
         let mut at = window.clusters.start;
         while at < window.clusters.end {
             let entries = self.geometry.block_entries();
             let Some(counts) = self.counts(at).await? else {
                 let to = ((at / entries + 1) * entries).min(window.clusters.end);
-                let part = &window.uses[(at - window.clusters.start) as usize..(to - window.clusters.start) as usize];
+                let part = &window.uses
+                    [(at - window.clusters.start) as usize..(to - window.clusters.start) as usize];
                 findings.unsafe_clusters += part.iter().filter(|uses| **uses > 0).count() as u64;
                 at = to;
                 continue;
@@ -296,8 +325,13 @@ impl<S: Storage> Image<S> {
                 }
                 if repair {
                     if uses > self.geometry.max_refcount() {
-                        let what = Clusters { first: at + number, count: uses };
-                        return Err(self.damaged(format_args!("more use a cluster than can be counted: {what:?}")));
+                        let what = Clusters {
+                            first: at + number,
+                            count: uses,
+                        };
+                        return Err(self.damaged(format_args!(
+                            "more use a cluster than can be counted: {what:?}"
+                        )));
                     }
                     counts.slice.change(|bytes| set(bytes, place, order, uses));
                     wrong = true;

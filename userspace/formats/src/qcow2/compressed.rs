@@ -56,7 +56,12 @@ fn window(frame: &[u8]) -> Option<u64> {
     let at = 5 + dictionary;
     let size = |bytes: usize| {
         let bytes = frame.get(at..at + bytes)?;
-        Some(bytes.iter().rev().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte)))
+        Some(
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte)),
+        )
     };
     match flags >> 6 {
         0 => size(1),
@@ -103,6 +108,8 @@ impl Unpacked {
 
     /// What was packed in a range is not there any more.
     pub(crate) fn forget(&self, range: &std::ops::Range<u64>) {
-        self.kept.borrow_mut().retain(|(offset, _)| !range.contains(offset));
+        self.kept
+            .borrow_mut()
+            .retain(|(offset, _)| !range.contains(offset));
     }
 }

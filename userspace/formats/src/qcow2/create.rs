@@ -48,7 +48,9 @@ impl Plan {
         let bits = self.cluster.trailing_zeros();
         let order = self.refcount_bits.trailing_zeros();
         if !self.cluster.is_power_of_two() || !CLUSTER_BITS.contains(&bits) {
-            return Err(broken("a cluster has a power of two of bytes, from 512 to 2M"));
+            return Err(broken(
+                "a cluster has a power of two of bytes, from 512 to 2M",
+            ));
         }
         if !self.refcount_bits.is_power_of_two() || order > 6 {
             return Err(broken("a refcount has 1, 2, 4, 8, 16, 32 or 64 bits"));
@@ -91,12 +93,20 @@ impl Layout {
         // Refcounts for all that the disk can need: its clusters and its tables.
         let most = plan.size.div_ceil(cluster).saturating_add(l1_entries) + l1 + 16;
         let blocks_in_all = most.div_ceil(geometry.block_entries());
-        let reftable = (blocks_in_all * 8).div_ceil(cluster).clamp(1, (8 << 20) / cluster);
+        let reftable = (blocks_in_all * 8)
+            .div_ceil(cluster)
+            .clamp(1, (8 << 20) / cluster);
         let mut blocks = 1;
         while blocks * geometry.block_entries() < 1 + reftable + blocks + l1 {
             blocks += 1;
         }
-        Ok(Self { geometry, reftable, blocks, l1, l1_entries })
+        Ok(Self {
+            geometry,
+            reftable,
+            blocks,
+            l1,
+            l1_entries,
+        })
     }
 
     fn clusters(&self) -> u64 {
@@ -126,7 +136,10 @@ async fn write<S: Storage>(file: &S, layout: &Layout, head: &[u8]) -> Result<(),
     file.set_size(end.max(old)).await?;
     for number in 0..layout.blocks {
         let first = number * geometry.block_entries();
-        let count = layout.clusters().saturating_sub(first).min(geometry.block_entries());
+        let count = layout
+            .clusters()
+            .saturating_sub(first)
+            .min(geometry.block_entries());
         // CAST: at most 2 MiB.
         let mut block = vec![0; cluster as usize];
         (0..count as usize).for_each(|entry| set(&mut block, entry, geometry.refcount_order, 1));
@@ -157,7 +170,7 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
     word(&geometry.cluster_bits.to_be_bytes());
     word(&plan.size.to_be_bytes());
     word(&[0; 4]); // not encrypted
-    // CAST: checked when the header is parsed again.
+                   // CAST: checked when the header is parsed again.
     word(&(layout.l1_entries as u32).to_be_bytes());
     word(&((1 + layout.reftable + layout.blocks) * cluster).to_be_bytes());
     word(&cluster.to_be_bytes());
@@ -180,22 +193,34 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
     }
     extensions(plan, &mut out);
     if let Some(backing) = &plan.backing {
-        let place = [(out.len() as u64).to_be_bytes().as_slice(), &(backing.name.len() as u32).to_be_bytes()].concat();
+        let place = [
+            (out.len() as u64).to_be_bytes().as_slice(),
+            &(backing.name.len() as u32).to_be_bytes(),
+        ]
+        .concat();
         out[8..20].copy_from_slice(&place);
         out.extend_from_slice(backing.name.as_bytes());
     }
     // CAST: at most 2 MiB.
     if out.len() > cluster as usize {
-        return Err(broken("the names of other images do not fit into a cluster: use larger ones"));
+        return Err(broken(
+            "the names of other images do not fit into a cluster: use larger ones",
+        ));
     }
     out.resize(cluster as usize, 0);
     Ok(out)
 }
 
 fn extensions(plan: &Plan, out: &mut Vec<u8>) {
-    let format = plan.backing.as_ref().and_then(|backing| backing.format.as_ref());
+    let format = plan
+        .backing
+        .as_ref()
+        .and_then(|backing| backing.format.as_ref());
     let data_file = plan.data_file.as_ref().map(|(name, _)| name);
-    let all = [(header::EXT_BACKING, format), (header::EXT_DATA_FILE, data_file)];
+    let all = [
+        (header::EXT_BACKING, format),
+        (header::EXT_DATA_FILE, data_file),
+    ];
     for (kind, text) in all {
         let Some(text) = text else { continue };
         out.extend_from_slice(&kind.to_be_bytes());

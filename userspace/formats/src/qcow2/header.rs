@@ -211,7 +211,11 @@ impl Header {
         }
         let table = |name: &str, at: u64, bytes: u64, most: u64| {
             let is_inside = at.checked_add(bytes).is_some_and(|end| end <= MAX_OFFSET);
-            match at >= geometry.cluster() && at % geometry.cluster() == 0 && is_inside && bytes <= most {
+            match at >= geometry.cluster()
+                && at % geometry.cluster() == 0
+                && is_inside
+                && bytes <= most
+            {
                 true => Ok(()),
                 false => Err(broken(format!(
                     "the {name} of {bytes} bytes at {at} cannot be there: the header is damaged"
@@ -219,7 +223,9 @@ impl Header {
             }
         };
         if self.l1_entries < geometry.l1_entries(self.size) {
-            return Err(broken("the L1 table is too short for the disk: the header is damaged"));
+            return Err(broken(
+                "the L1 table is too short for the disk: the header is damaged",
+            ));
         }
         table("L1 table", self.l1, self.l1_entries * 8, MAX_L1)?;
         let refcounts = self.reftable_clusters.saturating_mul(geometry.cluster());
@@ -228,11 +234,19 @@ impl Header {
         }
         table("refcount table", self.reftable, refcounts, MAX_REFTABLE)?;
         if self.snapshots > MAX_SNAPSHOTS {
-            return Err(broken(format!("there are {} snapshots, more than {MAX_SNAPSHOTS}", self.snapshots)));
+            return Err(broken(format!(
+                "there are {} snapshots, more than {MAX_SNAPSHOTS}",
+                self.snapshots
+            )));
         }
         match self.snapshots {
             0 => Ok(()),
-            count => table("snapshot table", self.snapshots_at, u64::from(count) * 40, u64::MAX),
+            count => table(
+                "snapshot table",
+                self.snapshots_at,
+                u64::from(count) * 40,
+                u64::MAX,
+            ),
         }
     }
 
@@ -248,7 +262,8 @@ impl Header {
                 EXT_DATA_FILE => self.data_file = Some(text(data, "name of the data file")?),
                 EXT_BITMAPS => {
                     let place = u64_at(data, 16).zip(u64_at(data, 8));
-                    self.bitmaps = Some(place.ok_or_else(|| broken("the extension of bitmaps is too short"))?);
+                    self.bitmaps =
+                        Some(place.ok_or_else(|| broken("the extension of bitmaps is too short"))?);
                 }
                 _ => {}
             }
@@ -282,7 +297,9 @@ fn encrypted(how: &str) -> Failure {
 }
 
 fn text(bytes: &[u8], what: &str) -> Result<String, Failure> {
-    let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
+    let text = std::str::from_utf8(bytes)
+        .ok()
+        .filter(|text| !text.contains('\0'));
     let text = text.ok_or_else(|| broken(format!("the {what} is no text")))?;
     Ok(text.to_string())
 }
@@ -294,12 +311,17 @@ fn unknown_features(bytes: &[u8], length: usize, unknown: u64) -> Failure {
         .find(|(kind, _)| *kind == EXT_FEATURES)
         .map_or(&[][..], |(_, data)| data);
     let name = |bit: u8| {
-        let row = table.chunks_exact(48).find(|row| row[0] == 0 && row[1] == bit);
+        let row = table
+            .chunks_exact(48)
+            .find(|row| row[0] == 0 && row[1] == bit);
         let name = row.map(|row| String::from_utf8_lossy(&row[2..]).into_owned());
         let name = name.map(|name| name.trim_end_matches('\0').escape_default().to_string());
         name.unwrap_or_else(|| format!("bit {bit}"))
     };
-    let names: Vec<String> = (0..64).filter(|bit| unknown >> bit & 1 != 0).map(name).collect();
+    let names: Vec<String> = (0..64)
+        .filter(|bit| unknown >> bit & 1 != 0)
+        .map(name)
+        .collect();
     Failure::unsupported(format!(
         "the image needs what is not known here: {}; convert it with qemu-img convert",
         names.join(", ")
@@ -322,7 +344,9 @@ impl<'b> Iterator for Extensions<'b> {
             .and_then(|len| self.bytes.get(from..from.checked_add(len as usize)?));
         let Some(data) = data else {
             self.at = usize::MAX;
-            return Some(Err(broken("an extension of the header is not inside its cluster")));
+            return Some(Err(broken(
+                "an extension of the header is not inside its cluster",
+            )));
         };
         // The data is inside, so this does not overflow.
         self.at = from + data.len().next_multiple_of(8);

@@ -2,15 +2,15 @@
 //! An active image: what all its requests share, and how they find a cluster.
 
 use super::alloc::Allocator;
+use super::barrier::Barrier;
 use super::compressed::Unpacked;
 use super::entry::{Broken, Entry, Part, Place, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
 use super::header::{Compression, Header};
-use super::Below;
-use super::barrier::Barrier;
 use super::ranges::Ranges;
 use super::slices::{Slice, Slices};
 use super::users::Users;
+use super::Below;
 use crate::Storage;
 use diskio::{Errno, Gate};
 use std::cell::Cell;
@@ -88,15 +88,25 @@ impl<S: Storage> Image<S> {
         let count = self.reported.get();
         self.reported.set(count.saturating_add(1));
         if count < 10 {
-            eprintln!("{}: {what}: the image is damaged, check it with qemu-img check", self.name);
+            eprintln!(
+                "{}: {what}: the image is damaged, check it with qemu-img check",
+                self.name
+            );
         }
         Errno::IO
     }
 
     /// The slice with an entry of a table, and its place there.
-    pub(crate) async fn slot(&self, table: Table, number: u64) -> Result<(Rc<Slice>, usize), Errno> {
+    pub(crate) async fn slot(
+        &self,
+        table: Table,
+        number: u64,
+    ) -> Result<(Rc<Slice>, usize), Errno> {
         if number >= table.entries {
-            return Err(self.damaged(format_args!("entry {number} of the table at {} is behind its end", table.at)));
+            return Err(self.damaged(format_args!(
+                "entry {number} of the table at {} is behind its end",
+                table.at
+            )));
         }
         self.slices.at(table.at + number * 8).await
     }
@@ -105,7 +115,9 @@ impl<S: Storage> Image<S> {
     pub(crate) fn table_at(&self, entry: u64, what: &str) -> Result<Option<u64>, Errno> {
         let at = entry & (MAX_OFFSET - 512);
         if at % self.geometry.cluster() != 0 {
-            return Err(self.damaged(format_args!("the {what} at {at:#x} is no whole number of clusters away")));
+            return Err(self.damaged(format_args!(
+                "the {what} at {at:#x} is no whole number of clusters away"
+            )));
         }
         Ok((at != 0).then_some(at))
     }
@@ -176,7 +188,11 @@ impl<S: Storage> Image<S> {
         let found = self.find(guest).await?;
         let geometry = &self.geometry;
         if found.l2.is_none() {
-            return Ok((Run::Below, len.min(geometry.span() - guest % geometry.span()), found));
+            return Ok((
+                Run::Below,
+                len.min(geometry.span() - guest % geometry.span()),
+                found,
+            ));
         }
         let skip = guest % geometry.cluster();
         let (run, mut count) = match self.entry(&found, 0)? {
@@ -186,7 +202,9 @@ impl<S: Storage> Image<S> {
         let mut cluster = 1;
         // Goes on as long as clusters are alike from their beginning to their end.
         while count < len && (skip + count) == cluster * geometry.cluster() {
-            let Some(entry) = self.entry(&found, cluster)? else { break };
+            let Some(entry) = self.entry(&found, cluster)? else {
+                break;
+            };
             let (next, more) = self.runs(&entry, 0);
             if !follows(run, count, next) {
                 break;
@@ -234,7 +252,8 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         let end = at.checked_add(len).filter(|end| *end <= MAX_OFFSET);
-        let end = end.ok_or_else(|| self.damaged(format_args!("a cluster at {at:#x} is out of reach")))?;
+        let end =
+            end.ok_or_else(|| self.damaged(format_args!("a cluster at {at:#x} is out of reach")))?;
         let (l1, refs) = (self.l1.get(), self.reftable.get());
         let tables = [
             (0, self.geometry.cluster()),
@@ -306,7 +325,13 @@ impl<S: Storage> Image<S> {
 fn follows(run: Run, count: u64, next: Run) -> bool {
     match (run, next) {
         (Run::Below, Run::Below) | (Run::Zero, Run::Zero) => true,
-        (Run::Data { at, owned }, Run::Data { at: then, owned: too }) => then == at + count && owned == too,
+        (
+            Run::Data { at, owned },
+            Run::Data {
+                at: then,
+                owned: too,
+            },
+        ) => then == at + count && owned == too,
         _ => false,
     }
 }

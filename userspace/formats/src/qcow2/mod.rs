@@ -129,7 +129,10 @@ impl<S: Storage> Qcow2<S> {
     }
 
     fn said(&self, failure: Failure) -> Failure {
-        Failure::new(failure.code, format!("{}: {}", self.options.name, failure.message))
+        Failure::new(
+            failure.code,
+            format!("{}: {}", self.options.name, failure.message),
+        )
     }
 
     /// What cannot be served.
@@ -146,9 +149,15 @@ impl<S: Storage> Qcow2<S> {
         match &header.backing {
             Some(backing) if !given => {
                 let name = &backing.name;
-                return Err(broken(format!("the image below, {name:?}, was not given along")));
+                return Err(broken(format!(
+                    "the image below, {name:?}, was not given along"
+                )));
             }
-            None if given => return Err(broken("the image has no image below it, and one was given along")),
+            None if given => {
+                return Err(broken(
+                    "the image has no image below it, and one was given along",
+                ))
+            }
             _ => {}
         }
         if header.geometry.external != self.options.data_file.is_some() {
@@ -174,15 +183,22 @@ impl<S: Storage> Qcow2<S> {
         let image = self.image_of(&header).await?;
         if let Some(wanted) = &self.options.snapshot {
             let (all, _) = snapshot::read(&self.file, &header).await?;
-            let found = all.iter().find(|one| one.id == *wanted).or(all.iter().find(|one| one.name == *wanted));
+            let found = all
+                .iter()
+                .find(|one| one.id == *wanted)
+                .or(all.iter().find(|one| one.name == *wanted));
             let found = found.ok_or_else(|| broken(format!("there is no snapshot {wanted:?}")))?;
             image.show(found);
         }
         if self.options.writable && header.incompatible & DIRTY != 0 {
             let others = check::others(&self.file, &header).await?;
             let done = image.repair(&others).await;
-            let done = done.map_err(|error| Failure::system("cannot repair the refcounts", &error.into()))?;
-            eprintln!("{}: it was not closed, its refcounts are repaired: {done:?}", self.options.name);
+            let done = done
+                .map_err(|error| Failure::system("cannot repair the refcounts", &error.into()))?;
+            eprintln!(
+                "{}: it was not closed, its refcounts are repaired: {done:?}",
+                self.options.name
+            );
         }
         Ok(image)
     }
@@ -198,7 +214,9 @@ impl<S: Storage> Qcow2<S> {
 
     /// Makes the disk larger. The image must be active.
     pub async fn grow(&self, size: u64) -> Result<(), Failure> {
-        let image = self.image().map_err(|error| Failure::system("cannot make the disk larger", &error.into()))?;
+        let image = self
+            .image()
+            .map_err(|error| Failure::system("cannot make the disk larger", &error.into()))?;
         image.grow(size).await
     }
 
@@ -236,7 +254,10 @@ impl<S: Storage> Qcow2<S> {
 
     fn shape(&self, image: &Image<S>) -> Shape {
         // CAST: sizes of clusters, at most 2 MiB.
-        let (cluster, part) = (image.geometry.cluster() as u32, image.geometry.part() as u32);
+        let (cluster, part) = (
+            image.geometry.cluster() as u32,
+            image.geometry.part() as u32,
+        );
         Shape {
             size: image.size.get(),
             logical_block: 512,
@@ -265,9 +286,9 @@ impl<S: Storage> Driver for Qcow2<S> {
         let others = self.options.data_file.iter().map(Storage::fence);
         others.fold(self.file.fence(), |all, other| match (all, other) {
             (Fence::None, _) | (_, Fence::None) => Fence::None,
-            (Fence::Session { settle_ms: a }, Fence::Session { settle_ms: b }) => {
-                Fence::Session { settle_ms: a.max(b) }
-            }
+            (Fence::Session { settle_ms: a }, Fence::Session { settle_ms: b }) => Fence::Session {
+                settle_ms: a.max(b),
+            },
             (session @ Fence::Session { .. }, _) | (_, session) => session,
         })
     }
@@ -306,7 +327,9 @@ impl<S: Storage> Driver for Qcow2<S> {
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
-        let image = self.image().map_err(|error| Failure::system("cannot see the size", &error.into()))?;
+        let image = self
+            .image()
+            .map_err(|error| Failure::system("cannot see the size", &error.into()))?;
         Ok(image.size.get())
     }
 
@@ -315,14 +338,20 @@ impl<S: Storage> Driver for Qcow2<S> {
             return BTreeMap::new();
         };
         let numbers = [
-            ("metadata_bytes", image.slices.count() as u64 * image.slices.slice_len()),
+            (
+                "metadata_bytes",
+                image.slices.count() as u64 * image.slices.slice_len(),
+            ),
             ("metadata_reads", image.slices.misses.get()),
             ("metadata_writes", image.slices.writes.get()),
             ("clusters_prepared", image.allocator.prepared.get()),
             ("clusters_freed", image.allocator.freed.get()),
             ("damage", u64::from(image.reported.get())),
         ];
-        numbers.into_iter().map(|(name, number)| (name.to_string(), number)).collect()
+        numbers
+            .into_iter()
+            .map(|(name, number)| (name.to_string(), number))
+            .collect()
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {

@@ -79,14 +79,23 @@ impl<S: Storage> Image<S> {
         let cluster = self.geometry.cluster() as usize;
         let work = move || unpack(how, &packed, cluster);
         let content = self.file.elsewhere(work).await?;
-        let content = content.ok_or_else(|| self.damaged(format_args!("the compressed cluster at {at:#x} is no stream")))?;
+        let content = content.ok_or_else(|| {
+            self.damaged(format_args!(
+                "the compressed cluster at {at:#x} is no stream"
+            ))
+        })?;
         let content = Rc::new(content);
         self.unpacked.keep(at, &content);
         Ok(content)
     }
 
     /// What is in a range; with `resolve`, what is below counts as well.
-    pub(crate) async fn extents(&self, guest: u64, len: u64, resolve: bool) -> Result<Vec<Extent>, Errno> {
+    pub(crate) async fn extents(
+        &self,
+        guest: u64,
+        len: u64,
+        resolve: bool,
+    ) -> Result<Vec<Extent>, Errno> {
         let _user = self.users.enter();
         let (run, len, _) = self.map(guest, len).await?;
         let content = match run {

@@ -23,7 +23,9 @@ pub(crate) fn get(bytes: &[u8], number: usize, order: u32) -> u64 {
         _ => {
             let width = 1_usize << (order - 3);
             let bytes = &bytes[number * width..][..width];
-            bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+            bytes
+                .iter()
+                .fold(0, |sum, byte| sum << 8 | u64::from(*byte))
         }
     }
 }
@@ -74,7 +76,10 @@ impl<S: Storage> Image<S> {
         let (order, slice_len) = (self.geometry.refcount_order, self.slices.slice_len());
         let number = cluster % self.geometry.block_entries();
         let in_slice = (slice_len * 8) >> order;
-        let (slice, _) = self.slices.at(block + number / in_slice * slice_len).await?;
+        let (slice, _) = self
+            .slices
+            .at(block + number / in_slice * slice_len)
+            .await?;
         let first = number % in_slice;
         Ok(Some(Counts {
             slice,
@@ -111,10 +116,14 @@ impl<S: Storage> Image<S> {
         let in_slice = (self.slices.slice_len() * 8) >> order;
         let mut done = 0;
         while done < count {
-            let (slice, _) = self.slices.at(at + done / in_slice * self.slices.slice_len()).await?;
+            let (slice, _) = self
+                .slices
+                .at(at + done / in_slice * self.slices.slice_len())
+                .await?;
             let some = in_slice.min(count - done);
             // CAST: at most what is in a slice.
-            slice.change(|bytes| (0..some as usize).for_each(|number| set(bytes, number, order, 1)));
+            slice
+                .change(|bytes| (0..some as usize).for_each(|number| set(bytes, number, order, 1)));
             self.slices.settle(&slice).await?;
             done += some;
         }
@@ -138,13 +147,16 @@ impl<S: Storage> Image<S> {
         if clusters * cluster > MAX_TABLE || end > MAX_OFFSET {
             return Err(Errno::FBIG);
         }
-        self.prepare_range(start * cluster, end - start * cluster).await?;
+        self.prepare_range(start * cluster, end - start * cluster)
+            .await?;
         let new = Table {
             at: (start + blocks) * cluster,
             entries: clusters * per_cluster,
         };
         for number in 0..blocks {
-            let count = (blocks + clusters).saturating_sub(number * entries).min(entries);
+            let count = (blocks + clusters)
+                .saturating_sub(number * entries)
+                .min(entries);
             self.fill_block((start + number) * cluster, count).await?;
         }
         self.copy_reftable(old, new, start, blocks).await?;
@@ -156,7 +168,13 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    async fn copy_reftable(&self, old: Table, new: Table, start: u64, blocks: u64) -> Result<(), Errno> {
+    async fn copy_reftable(
+        &self,
+        old: Table,
+        new: Table,
+        start: u64,
+        blocks: u64,
+    ) -> Result<(), Errno> {
         for number in 0..old.entries + blocks {
             let entry = match number.checked_sub(old.entries) {
                 Some(block) => (start + block) * self.geometry.cluster(),
@@ -198,14 +216,22 @@ mod tests {
         for order in 0..=6 {
             let mut bytes = [0; 64];
             let count = 64 * 8 >> order;
-            let most = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            let most = if order == 6 {
+                u64::MAX
+            } else {
+                (1 << (1 << order)) - 1
+            };
             let value = |number: u64| (number * 7 + 1) % most.max(2) & most;
             for number in 0..count {
                 set(&mut bytes, number, order, most);
                 set(&mut bytes, number, order, value(number as u64));
             }
             for number in 0..count {
-                assert_eq!(get(&bytes, number, order), value(number as u64), "{order} {number}");
+                assert_eq!(
+                    get(&bytes, number, order),
+                    value(number as u64),
+                    "{order} {number}"
+                );
             }
         }
         let mut bytes = [0; 2];

@@ -22,9 +22,17 @@ impl<S: Storage> Image<S> {
         }
         let entries = self.geometry.l1_entries(size);
         if entries * 8 > MAX_L1 {
-            return Err(broken(format!("{}: {size} bytes need larger clusters than the image has", self.name)));
+            return Err(broken(format!(
+                "{}: {size} bytes need larger clusters than the image has",
+                self.name
+            )));
         }
-        let failed = |error: Errno| Failure::system(format!("{}: cannot make the disk larger", self.name), &error.into());
+        let failed = |error: Errno| {
+            Failure::system(
+                format!("{}: cannot make the disk larger", self.name),
+                &error.into(),
+            )
+        };
         self.begin_writing().await.map_err(failed)?;
         if entries > self.l1.get().entries {
             self.grow_l1(entries).await.map_err(failed)?;

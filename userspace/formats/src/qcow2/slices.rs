@@ -42,7 +42,9 @@ impl Slice {
         let bytes = self.bytes.borrow();
         let found = at.checked_add(8).and_then(|end| bytes.get(at..end));
         found.map_or(0, |found| {
-            found.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+            found
+                .iter()
+                .fold(0, |sum, byte| sum << 8 | u64::from(*byte))
         })
     }
 
@@ -184,7 +186,8 @@ impl<S: Storage> Slices<S> {
             let Some(slice) = known.get(&offset) else {
                 continue;
             };
-            let is_needed = Rc::strong_count(slice) > 1 || !slice.is_settled() || slice.writing.get();
+            let is_needed =
+                Rc::strong_count(slice) > 1 || !slice.is_settled() || slice.writing.get();
             if is_needed || slice.used.replace(false) {
                 queue.push_back(offset);
             } else {
@@ -214,7 +217,10 @@ impl<S: Storage> Slices<S> {
         let wanted = slice.version.get();
         while slice.written.get() < wanted {
             if slice.writing.get() {
-                slice.bell.until(|| (!slice.writing.get()).then_some(())).await;
+                slice
+                    .bell
+                    .until(|| (!slice.writing.get()).then_some(()))
+                    .await;
                 continue;
             }
             slice.writing.set(true);

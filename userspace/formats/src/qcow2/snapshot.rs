@@ -29,27 +29,38 @@ pub struct Snapshot {
 }
 
 /// The snapshots of an image, and how many bytes their table has.
-pub(crate) async fn read<S: Storage>(file: &S, header: &Header) -> Result<(Vec<Snapshot>, u64), Failure> {
+pub(crate) async fn read<S: Storage>(
+    file: &S,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64), Failure> {
     let mut found = Vec::new();
     let mut at = header.snapshots_at;
     for number in 0..header.snapshots {
-        let failed = |error: Errno| Failure::system(format!("cannot read snapshot {number}"), &error.into());
+        let failed =
+            |error: Errno| Failure::system(format!("cannot read snapshot {number}"), &error.into());
         let record = bytes(file, at, RECORD).await.map_err(failed)?;
-        let word = |at: usize| u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]);
+        let word = |at: usize| {
+            u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]])
+        };
         let long = |at: usize| u64::from(word(at)) << 32 | u64::from(word(at + 4));
         let short = |at: usize| u64::from(u16::from_be_bytes([record[at], record[at + 1]]));
         let (extra, id, name) = (u64::from(word(36)), short(12), short(14));
         if extra > MOST {
-            return Err(broken(format!("the record of snapshot {number} has no end")));
+            return Err(broken(format!(
+                "the record of snapshot {number} has no end"
+            )));
         }
-        let rest = bytes(file, at + RECORD, (extra + id + name).max(1)).await.map_err(failed)?;
+        let rest = bytes(file, at + RECORD, (extra + id + name).max(1))
+            .await
+            .map_err(failed)?;
         // CAST: all three are bounded.
         let (extra, id, name) = (extra as usize, id as usize, name as usize);
         let extra_long = |at: usize| {
             let bytes = rest.get(at..at + 8).filter(|_| at + 8 <= extra)?;
             Some(u64::from_be_bytes(bytes.try_into().ok()?))
         };
-        let text = |from: usize, len: usize| String::from_utf8_lossy(&rest[from..from + len]).into_owned();
+        let text =
+            |from: usize, len: usize| String::from_utf8_lossy(&rest[from..from + len]).into_owned();
         let l1 = Table {
             at: long(0),
             entries: u64::from(word(8)),
@@ -80,7 +91,9 @@ fn check(header: &Header, number: u32, l1: Table, size: u64) -> Result<(), Failu
         && l1.entries >= header.geometry.l1_entries(size);
     match is_right {
         true => Ok(()),
-        false => Err(broken(format!("the L1 table of snapshot {number} cannot be what it says"))),
+        false => Err(broken(format!(
+            "the L1 table of snapshot {number} cannot be what it says"
+        ))),
     }
 }
 

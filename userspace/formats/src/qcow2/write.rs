@@ -4,8 +4,8 @@
 use super::alloc::Clusters;
 use super::entry::{Entry, Part, Place};
 use super::image::{Found, Image, Run};
-use super::read::PIECES;
 use super::join;
+use super::read::PIECES;
 use crate::Storage;
 use diskio::{Bytes, Data, Errno};
 use std::ops::Range;
@@ -41,12 +41,18 @@ impl<S: Storage> Image<S> {
         let mut pieces = Vec::new();
         while at < whole {
             let (run, len, found) = self.map(guest + at, whole - at).await?;
-            if let Run::Data { at: place, owned: true } = run {
+            if let Run::Data {
+                at: place,
+                owned: true,
+            } = run
+            {
                 let part = part(&data, at, len);
                 pieces.push(self.overwrite(place, part, found));
                 at += len;
             } else {
-                at += self.allocate(guest + at, part(&data, at, whole - at)).await?;
+                at += self
+                    .allocate(guest + at, part(&data, at, whole - at))
+                    .await?;
             }
             if pieces.len() == PIECES {
                 join::all(std::mem::take(&mut pieces)).await?;
@@ -93,7 +99,9 @@ impl<S: Storage> Image<S> {
         let first = range.start / cluster;
         let mut old = Vec::new();
         while first + (old.len() as u64) < range.end.div_ceil(cluster) {
-            let Some(entry) = self.entry(&found, old.len() as u64)? else { break };
+            let Some(entry) = self.entry(&found, old.len() as u64)? else {
+                break;
+            };
             let is_here = matches!(entry.place, Place::Host { owned: true, .. });
             if old.is_empty() && is_here {
                 old.push(entry);
@@ -126,7 +134,13 @@ impl<S: Storage> Image<S> {
                 wide.start = wide.start.min(wide.end - cluster);
             }
         }
-        Ok(Some(Plan { found, first, old, range, wide }))
+        Ok(Some(Plan {
+            found,
+            first,
+            old,
+            range,
+            wide,
+        }))
     }
 
     /// Bits of the subclusters of the cluster at `start` that a range has.
@@ -135,7 +149,8 @@ impl<S: Storage> Image<S> {
         let from = range.start.clamp(start, start + cluster) - start;
         let to = range.end.clamp(start, start + cluster) - start;
         // CAST: a cluster has at most 32 parts.
-        self.geometry.some_parts((from / part) as u32, to.div_ceil(part) as u32)
+        self.geometry
+            .some_parts((from / part) as u32, to.div_ceil(part) as u32)
     }
 
     /// Writes into new clusters, then makes the entries lead there.
@@ -151,8 +166,18 @@ impl<S: Storage> Image<S> {
             let cut = |range: &Range<u64>| range.start.max(from)..range.end.min(to);
             let (range, wide) = (cut(&plan.range), cut(&plan.wide));
             let shift = new.first * cluster;
-            let bytes = part(&data, range.start - plan.range.start, range.end - range.start);
-            let written = self.write_wide(&range, &wide, shift + (wide.start - from), bytes, !self.geometry.external);
+            let bytes = part(
+                &data,
+                range.start - plan.range.start,
+                range.end - range.start,
+            );
+            let written = self.write_wide(
+                &range,
+                &wide,
+                shift + (wide.start - from),
+                bytes,
+                !self.geometry.external,
+            );
             if let Err(error) = written.await {
                 self.drop_new(new.first, new.count);
                 return Err(error);
@@ -195,7 +220,8 @@ impl<S: Storage> Image<S> {
     async fn fill(&self, plan: &Plan, at: u64, data: Bytes) -> Result<(), Errno> {
         let place = at + plan.wide.start % self.geometry.cluster();
         self.check_place(place, plan.wide.end - plan.wide.start)?;
-        self.write_wide(&plan.range, &plan.wide, place, data, false).await?;
+        self.write_wide(&plan.range, &plan.wide, place, data, false)
+            .await?;
         self.change(plan, 0..1, |_, entry| {
             let touched = self.touched(plan.first * self.geometry.cluster(), &plan.wide);
             Entry {
@@ -228,7 +254,10 @@ impl<S: Storage> Image<S> {
     ) -> Result<(), Errno> {
         let was_zero = self.reads_zero(wide).await?;
         if fresh && was_zero {
-            return self.data.write(place + (range.start - wide.start), data).await;
+            return self
+                .data
+                .write(place + (range.start - wide.start), data)
+                .await;
         }
         if range == wide {
             self.data.write(place, data).await?;
@@ -243,7 +272,12 @@ impl<S: Storage> Image<S> {
         self.barrier.flush().await
     }
 
-    async fn read_around(&self, range: &Range<u64>, wide: &Range<u64>, all: &Data) -> Result<(), Errno> {
+    async fn read_around(
+        &self,
+        range: &Range<u64>,
+        wide: &Range<u64>,
+        all: &Data,
+    ) -> Result<(), Errno> {
         let len = |from: u64, to: u64| (to - from) as usize;
         if wide.start < range.start {
             let head = all.part(0, len(wide.start, range.start));

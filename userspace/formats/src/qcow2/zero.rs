@@ -130,7 +130,11 @@ impl<S: Storage> Image<S> {
         let mut new = Entry {
             place: old.place,
             alloc: old.alloc & !touched,
-            zero: if bare { old.zero & !touched } else { old.zero | touched },
+            zero: if bare {
+                old.zero & !touched
+            } else {
+                old.zero | touched
+            },
         };
         if new.alloc == 0 {
             new.place = Place::Nowhere;

@@ -2,7 +2,9 @@
 //! A process may die, and power may fail, between any two writes to an image: what was answered is there,
 //! what was flushed is there, and nothing is read that was never written there.
 
-use crate::memory::{sector, allowed, apply, exercise, read_all, stamps, Chance, Event, History, Memory};
+use crate::memory::{
+    allowed, apply, exercise, read_all, sector, stamps, Chance, Event, History, Memory,
+};
 use diskio::Runtime;
 use drivers::{Disk, Driver, Ram};
 use formats::qcow2::{create, Backing, Options, Plan, Qcow2};
@@ -24,18 +26,63 @@ struct Case {
 }
 
 fn cases() -> Vec<Case> {
-    let plan = |cluster: u64| Plan { cluster, ..Plan::new(SIZE) };
+    let plan = |cluster: u64| Plan {
+        cluster,
+        ..Plan::new(SIZE)
+    };
     let case = |name, plan, below| Case { name, plan, below };
     vec![
         case("alone", plan(4096), false),
         case("overlay", plan(4096), true),
         case("large clusters over an image", plan(65536), true),
-        case("subclusters", Plan { extended: true, ..plan(16384) }, false),
-        case("subclusters over an image", Plan { extended: true, ..plan(16384) }, true),
-        case("smallest clusters", Plan { refcount_bits: 64, ..plan(512) }, true),
-        case("refcounts of one bit", Plan { refcount_bits: 1, ..plan(1024) }, false),
-        case("version 2", Plan { version: 2, ..plan(4096) }, true),
-        case("version 2 alone", Plan { version: 2, ..plan(4096) }, false),
+        case(
+            "subclusters",
+            Plan {
+                extended: true,
+                ..plan(16384)
+            },
+            false,
+        ),
+        case(
+            "subclusters over an image",
+            Plan {
+                extended: true,
+                ..plan(16384)
+            },
+            true,
+        ),
+        case(
+            "smallest clusters",
+            Plan {
+                refcount_bits: 64,
+                ..plan(512)
+            },
+            true,
+        ),
+        case(
+            "refcounts of one bit",
+            Plan {
+                refcount_bits: 1,
+                ..plan(1024)
+            },
+            false,
+        ),
+        case(
+            "version 2",
+            Plan {
+                version: 2,
+                ..plan(4096)
+            },
+            true,
+        ),
+        case(
+            "version 2 alone",
+            Plan {
+                version: 2,
+                ..plan(4096)
+            },
+            false,
+        ),
     ]
 }
 
@@ -74,7 +121,9 @@ fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
 fn opened(runtime: &Runtime, memory: &Memory, options: Options<Memory>) -> Disk {
     let disk = Disk::new(Qcow2::new(memory.clone(), options));
     let its = disk.clone();
-    let shape = runtime.block_on(async move { its.activate().await }).unwrap();
+    let shape = runtime
+        .block_on(async move { its.activate().await })
+        .unwrap();
     assert_eq!(shape.unwrap().size, SIZE);
     disk
 }
@@ -88,7 +137,12 @@ fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
         image.findings().await.unwrap()
     });
     let found = found.unwrap();
-    assert_eq!((found.unsafe_clusters, found.damaged), (0, 0), "{}: {found:?}", case.name);
+    assert_eq!(
+        (found.unsafe_clusters, found.damaged),
+        (0, 0),
+        "{}: {found:?}",
+        case.name
+    );
     let disk = opened(runtime, &memory, options(runtime, case, false));
     let all = runtime.block_on(async move { read_all(&disk, SIZE).await });
     stamps(&all.unwrap().unwrap())
@@ -105,9 +159,15 @@ fn first(case: &Case, sector: u64) -> u32 {
 fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
     for (number, stamp) in found.iter().enumerate() {
         let number = number as u64;
-        let its = history.changes.iter().filter(|change| change.sectors.contains(&number));
+        let its = history
+            .changes
+            .iter()
+            .filter(|change| change.sectors.contains(&number));
         let begun = its.filter(|change| change.begun <= now);
-        let may = allowed(first(case, number), begun.map(|change| (change, change.answered <= now)));
+        let may = allowed(
+            first(case, number),
+            begun.map(|change| (change, change.answered <= now)),
+        );
         assert!(
             stamp.is_some_and(|stamp| may.contains(&stamp)),
             "{}, seed {seed}: after a death at {now} sector {number} has {stamp:x?}, not one of {may:x?}",
@@ -118,14 +178,23 @@ fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>]
 
 /// What is read after power has failed at `now`.
 fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
-    let flushed = history.flushes.iter().filter(|(_, answered)| *answered <= now);
+    let flushed = history
+        .flushes
+        .iter()
+        .filter(|(_, answered)| *answered <= now);
     let flushed = flushed.map(|(begun, _)| *begun).max();
     for (number, stamp) in found.iter().enumerate() {
         let number = number as u64;
-        let its = history.changes.iter().filter(|change| change.sectors.contains(&number));
+        let its = history
+            .changes
+            .iter()
+            .filter(|change| change.sectors.contains(&number));
         let begun = its.filter(|change| change.begun <= now);
         let sure = |answered| flushed.is_some_and(|flushed| answered <= flushed);
-        let may = allowed(first(case, number), begun.map(|change| (change, sure(change.answered))));
+        let may = allowed(
+            first(case, number),
+            begun.map(|change| (change, sure(change.answered))),
+        );
         assert!(
             stamp.is_some_and(|stamp| may.contains(&stamp)),
             "{}, seed {seed}: after a power cut at {now} sector {number} has {stamp:x?}, not one of {may:x?}",
@@ -138,8 +207,12 @@ fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], 
 fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
     let mut sure = 0;
     for (at, event) in log.iter().enumerate() {
-        let Event::FlushEnd(number) = event else { continue };
-        let begin = log[..at].iter().position(|event| matches!(event, Event::FlushBegin(other) if other == number));
+        let Event::FlushEnd(number) = event else {
+            continue;
+        };
+        let begin = log[..at]
+            .iter()
+            .position(|event| matches!(event, Event::FlushBegin(other) if other == number));
         sure = sure.max(begin.unwrap());
     }
     let mut bytes = base.to_vec();
@@ -151,7 +224,10 @@ fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
             Event::Write(at, data) => {
                 for (number, sector) in data.chunks(512).enumerate() {
                     if chance.below(2) == 0 {
-                        apply(&mut bytes, &Event::Write(at + number as u64 * 512, sector.to_vec()));
+                        apply(
+                            &mut bytes,
+                            &Event::Write(at + number as u64 * 512, sector.to_vec()),
+                        );
                     }
                 }
             }
@@ -169,7 +245,10 @@ fn only_leaks(bytes: &[u8], case: &Case, seed: u64, now: usize) {
     std::fs::write(&below, sector(BELOW).repeat(BELOW_SECTORS as usize)).unwrap();
     let path = folder.path().join("image");
     std::fs::write(&path, bytes).unwrap();
-    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output();
+    let output = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2"])
+        .arg(&path)
+        .output();
     let output = output.expect("qemu-img of the package qemu-utils is there");
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(
@@ -197,7 +276,13 @@ fn run(case: &Case, seed: u64, steps: u64) {
         }
         if now % 7 == 0 {
             let bytes = cut(&base, &log[..now], &chance);
-            judge_cut(case, &history, now, &content(&runtime, case, bytes.clone()), seed);
+            judge_cut(
+                case,
+                &history,
+                now,
+                &content(&runtime, case, bytes.clone()),
+                seed,
+            );
             if now % 203 == 0 {
                 only_leaks(&bytes, case, seed, now);
             }
@@ -208,24 +293,41 @@ fn run(case: &Case, seed: u64, steps: u64) {
     }
     // Closed, it has not even leaks.
     let expected = content(&runtime, case, memory.bytes());
-    runtime.block_on(async move { disk.close().await }).unwrap().unwrap();
+    runtime
+        .block_on(async move { disk.close().await })
+        .unwrap()
+        .unwrap();
     assert_eq!(content(&runtime, case, memory.bytes()), expected);
     clean(&memory.bytes(), case, seed);
 }
 
 fn clean(bytes: &[u8], case: &Case, seed: u64) {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("below.img"), sector(BELOW).repeat(BELOW_SECTORS as usize)).unwrap();
+    std::fs::write(
+        folder.path().join("below.img"),
+        sector(BELOW).repeat(BELOW_SECTORS as usize),
+    )
+    .unwrap();
     let path = folder.path().join("image");
     std::fs::write(&path, bytes).unwrap();
-    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().unwrap();
+    let output = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2"])
+        .arg(&path)
+        .output()
+        .unwrap();
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}, seed {seed}, closed: {said}", case.name);
+    assert!(
+        output.status.success(),
+        "{}, seed {seed}, closed: {said}",
+        case.name
+    );
 }
 
 fn seeds() -> std::ops::Range<u64> {
     // More with SEEDS=1000.
-    let count = std::env::var("SEEDS").ok().and_then(|count| count.parse().ok());
+    let count = std::env::var("SEEDS")
+        .ok()
+        .and_then(|count| count.parse().ok());
     1..1 + count.unwrap_or(3)
 }
 
@@ -250,7 +352,10 @@ fn a_disk_without_room_loses_nothing() {
             let chance = Chance::new(seed);
             let log = memory.clone();
             let history = exercise(&runtime, &disk, SECTORS, 60, &chance, move || log.now());
-            assert!(history.changes.iter().any(|change| change.answered == usize::MAX));
+            assert!(history
+                .changes
+                .iter()
+                .any(|change| change.answered == usize::MAX));
             memory.fail(0);
             // The death of the process with it.
             drop(disk);
@@ -261,12 +366,17 @@ fn a_disk_without_room_loses_nothing() {
             let bytes = diskio::Bytes::copied(&sector(9).repeat(SECTORS as usize)).unwrap();
             let again = disk.clone();
             let write = async move {
-                again.write(0, bytes, drivers::Attributes::default()).await?;
+                again
+                    .write(0, bytes, drivers::Attributes::default())
+                    .await?;
                 again.flush().await?;
                 again.close().await
             };
             runtime.block_on(write).unwrap().unwrap();
-            assert_eq!(content(&runtime, &case, memory.bytes()), vec![Some(9); SECTORS as usize]);
+            assert_eq!(
+                content(&runtime, &case, memory.bytes()),
+                vec![Some(9); SECTORS as usize]
+            );
         }
     }
 }

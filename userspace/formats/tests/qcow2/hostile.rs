@@ -14,13 +14,21 @@ fn sound(plan: Plan) -> Vec<u8> {
     let runtime = Runtime::new();
     let memory = Memory::new(Vec::new(), 1, false);
     let its = memory.clone();
-    runtime.block_on(async move { create(&its, &plan).await }).unwrap().unwrap();
+    runtime
+        .block_on(async move { create(&its, &plan).await })
+        .unwrap()
+        .unwrap();
     let disk = Disk::new(Qcow2::new(memory.clone(), Options::new("sound")));
     let fill = async move {
         disk.activate().await.unwrap();
         for number in 0..40 {
             let bytes = sector(number + 1).repeat(9);
-            disk.write(u64::from(number) * 25 * 1024, Bytes::copied(&bytes)?, Attributes::default()).await?;
+            disk.write(
+                u64::from(number) * 25 * 1024,
+                Bytes::copied(&bytes)?,
+                Attributes::default(),
+            )
+            .await?;
         }
         disk.close().await
     };
@@ -32,10 +40,15 @@ fn sound(plan: Plan) -> Vec<u8> {
 fn use_it(bytes: Vec<u8>) -> u64 {
     let runtime = Runtime::new();
     let memory = Memory::new(bytes, 1, false);
-    let options = Options { cache: 1 << 20, ..Options::new("hostile") };
+    let options = Options {
+        cache: 1 << 20,
+        ..Options::new("hostile")
+    };
     let disk = Disk::new(Qcow2::new(memory.clone(), options));
     let work = async move {
-        let Ok(shape) = disk.activate().await else { return 0 };
+        let Ok(shape) = disk.activate().await else {
+            return 0;
+        };
         let size = shape.size.min(4 << 20);
         let how = Attributes::default();
         let _ = read_all(&disk, size).await;
@@ -61,16 +74,31 @@ fn use_it(bytes: Vec<u8>) -> u64 {
 
 #[test]
 fn damaged_metadata_does_no_harm() {
-    let small = |cluster| Plan { cluster, ..Plan::new(SIZE) };
+    let small = |cluster| Plan {
+        cluster,
+        ..Plan::new(SIZE)
+    };
     let plans = [
         small(65536),
         small(512),
         small(4096),
-        Plan { extended: true, ..small(16384) },
-        Plan { refcount_bits: 1, ..small(4096) },
-        Plan { version: 2, ..small(4096) },
+        Plan {
+            extended: true,
+            ..small(16384)
+        },
+        Plan {
+            refcount_bits: 1,
+            ..small(4096)
+        },
+        Plan {
+            version: 2,
+            ..small(4096)
+        },
     ];
-    let count = std::env::var("SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(300);
+    let count = std::env::var("SEEDS")
+        .ok()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(300);
     for plan in plans {
         let image = sound(plan.clone());
         let metadata = metadata(&image, plan.cluster as usize);
@@ -94,7 +122,10 @@ fn damaged_metadata_does_no_harm() {
                 bytes.truncate(chance.below(bytes.len() as u64) as usize);
             }
             let used = use_it(bytes);
-            assert!(used <= 1 << 20, "{plan:?}, seed {seed}: {used} bytes of metadata in memory");
+            assert!(
+                used <= 1 << 20,
+                "{plan:?}, seed {seed}: {used} bytes of metadata in memory"
+            );
         }
     }
 }
@@ -113,13 +144,20 @@ fn metadata(image: &[u8], cluster: usize) -> Vec<usize> {
         }
     }
     let used = |at: &usize| image[at & !7..][..8].iter().any(|byte| *byte != 0);
-    tables.iter().flat_map(|at| *at..(at + cluster).min(image.len())).filter(used).collect()
+    tables
+        .iter()
+        .flat_map(|at| *at..(at + cluster).min(image.len()))
+        .filter(used)
+        .collect()
 }
 
 /// Entries that lead to where others are, and tables that are their own.
 #[test]
 fn tables_that_lead_to_themselves_do_no_harm() {
-    let image = sound(Plan { cluster: 4096, ..Plan::new(SIZE) });
+    let image = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
     let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
     let (l1, reftable) = (number(40), number(48));
     let l2 = number(l1 as usize) & 0x00ff_ffff_ffff_fe00;
@@ -146,7 +184,10 @@ fn tables_that_lead_to_themselves_do_no_harm() {
 
 #[test]
 fn the_header_is_not_overwritten_by_way_of_an_entry() {
-    let image = sound(Plan { cluster: 4096, ..Plan::new(SIZE) });
+    let image = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
     let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
     let l1 = number(40);
     let l2 = (number(l1 as usize) & 0x00ff_ffff_ffff_fe00) as usize;
@@ -157,17 +198,30 @@ fn the_header_is_not_overwritten_by_way_of_an_entry() {
     let disk = Disk::new(Qcow2::new(memory.clone(), Options::new("hostile")));
     let write = async move {
         disk.activate().await.unwrap();
-        disk.write(0, Bytes::copied(&[7; 512])?, Attributes::default()).await
+        disk.write(0, Bytes::copied(&[7; 512])?, Attributes::default())
+            .await
     };
     assert_eq!(runtime.block_on(write).unwrap(), Err(diskio::Errno::IO));
-    assert_eq!(memory.bytes()[l1 as usize..][..8], image[l1 as usize..][..8]);
+    assert_eq!(
+        memory.bytes()[l1 as usize..][..8],
+        image[l1 as usize..][..8]
+    );
 }
 
 #[test]
 fn a_file_that_is_no_image_is_refused() {
-    for bytes in [vec![], vec![0; 10], vec![0; 4096], b"QFI\xfb\0\0\0\x03".to_vec(), b"QFI\xfb\0\0\0\x01".repeat(64)] {
+    for bytes in [
+        vec![],
+        vec![0; 10],
+        vec![0; 4096],
+        b"QFI\xfb\0\0\0\x03".to_vec(),
+        b"QFI\xfb\0\0\0\x01".repeat(64),
+    ] {
         let runtime = Runtime::new();
         let memory = Memory::new(bytes, 1, false);
-        assert!(runtime.block_on(async move { header(&memory).await }).unwrap().is_err());
+        assert!(runtime
+            .block_on(async move { header(&memory).await })
+            .unwrap()
+            .is_err());
     }
 }

@@ -251,7 +251,10 @@ pub(crate) async fn read_all(disk: &Disk, size: u64) -> Result<Vec<u8>, Errno> {
 }
 
 /// What a sector may hold, from what it held at first and what was done to it.
-pub(crate) fn allowed<'c>(first: u32, changes: impl Iterator<Item = (&'c Change, bool)>) -> Vec<u32> {
+pub(crate) fn allowed<'c>(
+    first: u32,
+    changes: impl Iterator<Item = (&'c Change, bool)>,
+) -> Vec<u32> {
     let mut may = vec![first];
     for (change, is_sure) in changes {
         let new = match change.kind {
@@ -292,7 +295,10 @@ pub(crate) fn exercise(
             };
             let from = chance.below(sectors);
             let range = from..(from + len).min(sectors);
-            if busy.iter().any(|other| other.start < range.end && range.start < other.end) {
+            if busy
+                .iter()
+                .any(|other| other.start < range.end && range.start < other.end)
+            {
                 continue;
             }
             busy.push(range.clone());
@@ -341,7 +347,10 @@ fn spawn_change(
     let (disk, history) = (disk.clone(), history.clone());
     runtime.tasks.spawn(async move {
         let begun = now();
-        let (at, len) = (sectors.start * SECTOR, (sectors.end - sectors.start) * SECTOR);
+        let (at, len) = (
+            sectors.start * SECTOR,
+            (sectors.end - sectors.start) * SECTOR,
+        );
         let how = Attributes::default();
         let done = match kind {
             Kind::Write(stamp) => {
@@ -357,6 +366,11 @@ fn spawn_change(
             Err(Errno::NOSPC) => usize::MAX,
             Err(error) => panic!("{kind:?} of {sectors:?}: {error}"),
         };
-        history.borrow_mut().changes.push(Change { sectors, kind, begun, answered });
+        history.borrow_mut().changes.push(Change {
+            sectors,
+            kind,
+            begun,
+            answered,
+        });
     });
 }

@@ -14,13 +14,18 @@ const SIZE: u64 = 3 << 20;
 fn tool(name: &str, args: &[&str], folder: &Path) -> String {
     let output = Command::new(name).args(args).current_dir(folder).output();
     let output = output.unwrap_or_else(|error| panic!("{name} of the package qemu-utils: {error}"));
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{name} {args:?}: {said}");
     said
 }
 
 fn file(runtime: &Runtime, path: &Path) -> File {
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
     File::new(&runtime.io, file.into()).unwrap()
 }
 
@@ -29,7 +34,10 @@ fn chain(runtime: &Runtime, path: &Path, writable: bool) -> Disk {
     let image = file(runtime, path);
     let head = {
         let image = image.clone();
-        runtime.block_on(async move { header(&image).await }).unwrap().unwrap()
+        runtime
+            .block_on(async move { header(&image).await })
+            .unwrap()
+            .unwrap()
     };
     let beside = |name: &str| path.with_file_name(name);
     let below = head.backing.map(|backing| match backing.format.as_deref() {
@@ -48,21 +56,30 @@ fn chain(runtime: &Runtime, path: &Path, writable: bool) -> Disk {
 fn active(runtime: &Runtime, path: &Path, writable: bool) -> Disk {
     let disk = chain(runtime, path, writable);
     let its = disk.clone();
-    let shape = runtime.block_on(async move { its.activate().await }).unwrap();
+    let shape = runtime
+        .block_on(async move { its.activate().await })
+        .unwrap();
     assert_eq!(shape.unwrap().size, SIZE);
     disk
 }
 
 fn content(runtime: &Runtime, path: &Path) -> Vec<u8> {
     let disk = active(runtime, path, false);
-    runtime.block_on(async move { read_all(&disk, SIZE).await }).unwrap().unwrap()
+    runtime
+        .block_on(async move { read_all(&disk, SIZE).await })
+        .unwrap()
+        .unwrap()
 }
 
 /// What QEMU reads.
 fn converted(path: &Path) -> Vec<u8> {
     let folder = path.parent().unwrap();
     let name = path.file_name().unwrap().to_str().unwrap();
-    tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", name, "converted"], folder);
+    tool(
+        "qemu-img",
+        &["convert", "-f", "qcow2", "-O", "raw", name, "converted"],
+        folder,
+    );
     std::fs::read(folder.join("converted")).unwrap()
 }
 
@@ -96,15 +113,35 @@ const CREATED: [(&str, bool); 22] = [
 fn made(folder: &Path, options: &str, over: bool) -> PathBuf {
     let size = SIZE.to_string();
     if !over {
-        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, "image", &size], folder);
+        tool(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-o", options, "image", &size],
+            folder,
+        );
         return folder.join("image");
     }
     // The one at the bottom is smaller than what is above it.
     std::fs::write(folder.join("bottom"), sector(0xb0).repeat(2048 + 3)).unwrap();
-    let middle = ["create", "-q", "-f", "qcow2", "-b", "bottom", "-F", "raw", "middle", "2M"];
+    let middle = [
+        "create", "-q", "-f", "qcow2", "-b", "bottom", "-F", "raw", "middle", "2M",
+    ];
     tool("qemu-img", &middle, folder);
-    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x11 70k 300k", "-c", "write -z 600k 128k", "middle"], folder);
-    let top = ["create", "-q", "-f", "qcow2", "-b", "middle", "-F", "qcow2", "-o", options, "image", &size];
+    tool(
+        "qemu-io",
+        &[
+            "-f",
+            "qcow2",
+            "-c",
+            "write -P 0x11 70k 300k",
+            "-c",
+            "write -z 600k 128k",
+            "middle",
+        ],
+        folder,
+    );
+    let top = [
+        "create", "-q", "-f", "qcow2", "-b", "middle", "-F", "qcow2", "-o", options, "image", &size,
+    ];
     tool("qemu-img", &top, folder);
     folder.join("image")
 }
@@ -118,18 +155,30 @@ fn scribble(folder: &Path) {
         "write -P 0x24 3071k 1k",
         "write -P 0x25 1500k 512",
     ];
-    let args: Vec<&str> = ["-f", "qcow2"].into_iter().chain(all.iter().flat_map(|step| ["-c", step])).collect();
+    let args: Vec<&str> = ["-f", "qcow2"]
+        .into_iter()
+        .chain(all.iter().flat_map(|step| ["-c", step]))
+        .collect();
     tool("qemu-io", &[&args[..], &["image"]].concat(), folder);
 }
 
 /// Compressed clusters and zero clusters, where the image can have them.
 fn more(folder: &Path, options: &str) {
-    if !options.contains("data_file") {
+    // Only where nothing is yet, and not in a data file.
+    if !options.contains("data_file") && !options.contains("preallocation") {
         // Whole clusters, even of the largest images.
-        tool("qemu-io", &["-f", "qcow2", "-c", "write -c -P 0x31 2M 1M", "image"], folder);
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -c -P 0x31 2M 1M", "image"],
+            folder,
+        );
     }
     if !options.contains("0.10") {
-        tool("qemu-io", &["-f", "qcow2", "-c", "write -z 1900k 200k", "image"], folder);
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -z 1900k 200k", "image"],
+            folder,
+        );
     }
 }
 
@@ -140,7 +189,10 @@ fn change(runtime: &Runtime, path: &Path, seed: u64, what: &str) {
     let chance = Chance::new(seed);
     let history = exercise(runtime, &disk, SIZE / 512, 120, &chance, || 0);
     let its = disk.clone();
-    let now = runtime.block_on(async move { read_all(&its, SIZE).await }).unwrap().unwrap();
+    let now = runtime
+        .block_on(async move { read_all(&its, SIZE).await })
+        .unwrap()
+        .unwrap();
     let mut expected = before;
     let mut unsure = vec![false; (SIZE / 512) as usize];
     for change in &history.changes {
@@ -156,7 +208,10 @@ fn change(runtime: &Runtime, path: &Path, seed: u64, what: &str) {
     }
     for number in 0..unsure.len() {
         let range = number * 512..(number + 1) * 512;
-        assert!(unsure[number] || now[range.clone()] == expected[range], "{what}: sector {number}");
+        assert!(
+            unsure[number] || now[range.clone()] == expected[range],
+            "{what}: sector {number}"
+        );
     }
     let close = async move {
         disk.flush().await?;
@@ -166,7 +221,10 @@ fn change(runtime: &Runtime, path: &Path, seed: u64, what: &str) {
     let folder = path.parent().unwrap();
     tool("qemu-img", &["check", "-f", "qcow2", "image"], folder);
     assert!(converted(path) == now, "{what}: QEMU reads something else");
-    assert!(content(runtime, path) == now, "{what}: it is not in the image");
+    assert!(
+        content(runtime, path) == now,
+        "{what}: it is not in the image"
+    );
 }
 
 #[test]
@@ -174,10 +232,13 @@ fn images_of_qemu_are_read_and_written() {
     for (number, (options, over)) in CREATED.into_iter().enumerate() {
         let folder = tempfile::tempdir().unwrap();
         let path = made(folder.path(), options, over);
-        scribble(folder.path());
         more(folder.path(), options);
+        scribble(folder.path());
         let runtime = Runtime::new();
-        assert!(content(&runtime, &path) == converted(&path), "{options}: it reads differently");
+        assert!(
+            content(&runtime, &path) == converted(&path),
+            "{options}: it reads differently"
+        );
         change(&runtime, &path, number as u64 + 1, options);
         // And once more: clusters that became free are used again.
         change(&runtime, &path, number as u64 + 100, options);
@@ -187,26 +248,60 @@ fn images_of_qemu_are_read_and_written() {
 /// A snapshot shares clusters, which are copied before they change.
 #[test]
 fn snapshots_stay_as_they_were() {
-    for options in ["compat=1.1", "compat=0.10", "extended_l2=on", "refcount_bits=32", "cluster_size=512"] {
+    for options in [
+        "compat=1.1",
+        "compat=0.10",
+        "extended_l2=on",
+        "refcount_bits=32",
+        "cluster_size=512",
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let path = made(folder.path(), options, true);
-        scribble(folder.path());
         more(folder.path(), options);
+        scribble(folder.path());
         let before = converted(&path);
-        tool("qemu-img", &["snapshot", "-c", "one", "image"], folder.path());
+        tool(
+            "qemu-img",
+            &["snapshot", "-c", "one", "image"],
+            folder.path(),
+        );
         let runtime = Runtime::new();
         change(&runtime, &path, 7, options);
-        let args = ["convert", "-l", "snapshot.name=one", "-f", "qcow2", "-O", "raw", "image", "old"];
+        let args = [
+            "convert",
+            "-l",
+            "snapshot.name=one",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            "image",
+            "old",
+        ];
         tool("qemu-img", &args, folder.path());
-        assert!(std::fs::read(folder.path().join("old")).unwrap() == before, "{options}: the snapshot has changed");
-        tool("qemu-img", &["snapshot", "-d", "one", "image"], folder.path());
-        tool("qemu-img", &["check", "-f", "qcow2", "image"], folder.path());
+        assert!(
+            std::fs::read(folder.path().join("old")).unwrap() == before,
+            "{options}: the snapshot has changed"
+        );
+        tool(
+            "qemu-img",
+            &["snapshot", "-d", "one", "image"],
+            folder.path(),
+        );
+        tool(
+            "qemu-img",
+            &["check", "-f", "qcow2", "image"],
+            folder.path(),
+        );
     }
 }
 
 #[test]
 fn images_of_ours_are_read_and_written_by_qemu() {
-    let plan = |cluster: u64| Plan { cluster, ..Plan::new(SIZE) };
+    let plan = |cluster: u64| Plan {
+        cluster,
+        ..Plan::new(SIZE)
+    };
     let below = |plan: Plan| Plan {
         backing: Some(Backing {
             name: "middle".into(),
@@ -214,18 +309,39 @@ fn images_of_ours_are_read_and_written_by_qemu() {
         }),
         ..plan
     };
-    let bits = |refcount_bits, plan: Plan| Plan { refcount_bits, ..plan };
+    let bits = |refcount_bits, plan: Plan| Plan {
+        refcount_bits,
+        ..plan
+    };
     let mut plans = vec![
         plan(65536),
         below(plan(65536)),
         plan(512),
         below(plan(2 << 20)),
-        Plan { version: 2, ..plan(65536) },
-        Plan { version: 2, ..below(plan(4096)) },
-        Plan { extended: true, ..below(plan(16384)) },
-        Plan { compression: Compression::Zstd, ..plan(65536) },
-        Plan { data_file: Some(("data.raw".into(), false)), ..plan(65536) },
-        Plan { data_file: Some(("data.raw".into(), true)), ..plan(65536) },
+        Plan {
+            version: 2,
+            ..plan(65536)
+        },
+        Plan {
+            version: 2,
+            ..below(plan(4096))
+        },
+        Plan {
+            extended: true,
+            ..below(plan(16384))
+        },
+        Plan {
+            compression: Compression::Zstd,
+            ..plan(65536)
+        },
+        Plan {
+            data_file: Some(("data.raw".into(), false)),
+            ..plan(65536)
+        },
+        Plan {
+            data_file: Some(("data.raw".into(), true)),
+            ..plan(65536)
+        },
     ];
     plans.extend((0..=6).map(|order| bits(1 << order, plan(1024))));
     for (number, plan) in plans.into_iter().enumerate() {
@@ -234,19 +350,35 @@ fn images_of_ours_are_read_and_written_by_qemu() {
         made(folder.path(), "compat=1.1", true);
         let path = folder.path().join("image");
         std::fs::File::create(&path).unwrap();
-        std::fs::File::create(folder.path().join("data.raw")).unwrap().set_len(SIZE).unwrap();
+        std::fs::File::create(folder.path().join("data.raw"))
+            .unwrap()
+            .set_len(SIZE)
+            .unwrap();
         let runtime = Runtime::new();
         let (image, its) = (file(&runtime, &path), plan.clone());
-        runtime.block_on(async move { create(&image, &its).await }).unwrap().unwrap();
-        tool("qemu-img", &["check", "-f", "qcow2", "image"], folder.path());
+        runtime
+            .block_on(async move { create(&image, &its).await })
+            .unwrap()
+            .unwrap();
+        tool(
+            "qemu-img",
+            &["check", "-f", "qcow2", "image"],
+            folder.path(),
+        );
         let what = format!("{plan:?}");
         change(&runtime, &path, number as u64 + 1, &what);
         scribble(folder.path());
-        assert!(content(&runtime, &path) == converted(&path), "{what}: it reads differently");
+        assert!(
+            content(&runtime, &path) == converted(&path),
+            "{what}: it reads differently"
+        );
         change(&runtime, &path, number as u64 + 50, &what);
         if let Some((_, true)) = plan.data_file {
             let raw = std::fs::read(folder.path().join("data.raw")).unwrap();
-            assert!(raw == content(&runtime, &path), "the data file is not the disk");
+            assert!(
+                raw == content(&runtime, &path),
+                "the data file is not the disk"
+            );
         }
     }
 }
@@ -255,15 +387,27 @@ fn images_of_ours_are_read_and_written_by_qemu() {
 fn bitmaps_are_kept_until_the_image_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = made(folder.path(), "compat=1.1", false);
-    tool("qemu-img", &["bitmap", "--add", "image", "changes"], folder.path());
+    tool(
+        "qemu-img",
+        &["bitmap", "--add", "image", "changes"],
+        folder.path(),
+    );
     let runtime = Runtime::new();
     let disk = active(&runtime, &path, true);
     let its = disk.clone();
-    runtime.block_on(async move { read_all(&its, SIZE).await }).unwrap().unwrap();
+    runtime
+        .block_on(async move { read_all(&its, SIZE).await })
+        .unwrap()
+        .unwrap();
     let info = || tool("qemu-img", &["info", "image"], folder.path());
-    assert!(info().contains("changes") && !info().contains("inconsistent"), "{}", info());
+    assert!(
+        info().contains("changes") && !info().contains("inconsistent"),
+        "{}",
+        info()
+    );
     let write = async move {
-        disk.write(0, Bytes::copied(&[1; 512])?, Attributes::default()).await?;
+        disk.write(0, Bytes::copied(&[1; 512])?, Attributes::default())
+            .await?;
         disk.close().await
     };
     runtime.block_on(write).unwrap().unwrap();
@@ -276,12 +420,20 @@ fn bitmaps_are_kept_until_the_image_is_written() {
 fn what_is_not_supported_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let secret = "secret,id=s,data=abc";
-    for (options, name) in [("encrypt.format=luks,encrypt.key-secret=s", "LUKS"), ("encrypt.format=aes,encrypt.key-secret=s", "AES")] {
-        let args = ["create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M"];
+    for (options, name) in [
+        ("encrypt.format=luks,encrypt.key-secret=s", "LUKS"),
+        ("encrypt.format=aes,encrypt.key-secret=s", "AES"),
+    ] {
+        let args = [
+            "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M",
+        ];
         tool("qemu-img", &args, folder.path());
         let runtime = Runtime::new();
         let image = file(&runtime, &folder.path().join("image"));
-        let failure = runtime.block_on(async move { header(&image).await }).unwrap().unwrap_err();
+        let failure = runtime
+            .block_on(async move { header(&image).await })
+            .unwrap()
+            .unwrap_err();
         assert!(failure.message.contains(name), "{failure}");
     }
     made(folder.path(), "compat=1.1", false);
@@ -291,7 +443,10 @@ fn what_is_not_supported_is_named() {
     std::fs::write(&path, &bytes).unwrap();
     let runtime = Runtime::new();
     let image = file(&runtime, &path);
-    let failure = runtime.block_on(async move { header(&image).await }).unwrap().unwrap_err();
+    let failure = runtime
+        .block_on(async move { header(&image).await })
+        .unwrap()
+        .unwrap_err();
     assert!(failure.message.contains("bit 63"), "{failure}");
 }
 
@@ -299,7 +454,19 @@ fn what_is_not_supported_is_named() {
 fn a_layer_says_what_it_has_itself() {
     let folder = tempfile::tempdir().unwrap();
     let path = made(folder.path(), "compat=1.1", true);
-    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 1 128k 64k", "-c", "write -z 192k 64k", "image"], folder.path());
+    tool(
+        "qemu-io",
+        &[
+            "-f",
+            "qcow2",
+            "-c",
+            "write -P 1 128k 64k",
+            "-c",
+            "write -z 192k 64k",
+            "image",
+        ],
+        folder.path(),
+    );
     let runtime = Runtime::new();
     let disk = active(&runtime, &path, false);
     let (own, all) = runtime
@@ -309,7 +476,11 @@ fn a_layer_says_what_it_has_itself() {
             while at < 320 << 10 {
                 let found = disk.layer(at, (320 << 10) - at).await.unwrap();
                 at += found.iter().map(|extent| extent.len).sum::<u64>();
-                own.extend(found.iter().map(|extent| (extent.len >> 10, extent.content)));
+                own.extend(
+                    found
+                        .iter()
+                        .map(|extent| (extent.len >> 10, extent.content)),
+                );
             }
             at = 0;
             while at < SIZE {
@@ -320,7 +491,12 @@ fn a_layer_says_what_it_has_itself() {
             (own, all)
         })
         .unwrap();
-    let expected = [(128, Content::Below), (64, Content::Data), (64, Content::Hole), (64, Content::Below)];
+    let expected = [
+        (128, Content::Below),
+        (64, Content::Data),
+        (64, Content::Hole),
+        (64, Content::Below),
+    ];
     assert_eq!(own, expected);
     assert!(!all.contains(&Content::Below) && all.last() == Some(&Content::Hole));
 }
@@ -328,20 +504,45 @@ fn a_layer_says_what_it_has_itself() {
 /// An image that was not closed has refcounts that are out of date.
 #[test]
 fn a_dirty_image_is_repaired_before_it_is_written() {
-    for options in ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=512,refcount_bits=64", "lazy_refcounts=on,extended_l2=on"] {
+    for options in [
+        "lazy_refcounts=on",
+        "lazy_refcounts=on,cluster_size=512,refcount_bits=64",
+        "lazy_refcounts=on,extended_l2=on",
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let path = made(folder.path(), options, false);
-        let args = ["-f", "qcow2", "-c", "write -P 0x41 100k 900k", "-c", "flush", "-c", "abort", "image"];
-        Command::new("qemu-io").args(args).current_dir(folder.path()).output().unwrap();
+        let args = [
+            "-f",
+            "qcow2",
+            "-c",
+            "write -P 0x41 100k 900k",
+            "-c",
+            "flush",
+            "-c",
+            "abort",
+            "image",
+        ];
+        Command::new("qemu-io")
+            .args(args)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
         let is_dirty = || std::fs::read(&path).unwrap()[79] & 1 != 0;
         assert!(is_dirty(), "{options}: qemu-io has closed the image");
         let runtime = Runtime::new();
         let read = content(&runtime, &path);
         assert!(is_dirty() && read[100 << 10..1000 << 10].iter().all(|byte| *byte == 0x41));
         let disk = active(&runtime, &path, true);
-        runtime.block_on(async move { disk.close().await }).unwrap().unwrap();
+        runtime
+            .block_on(async move { disk.close().await })
+            .unwrap()
+            .unwrap();
         assert!(!is_dirty());
-        tool("qemu-img", &["check", "-f", "qcow2", "image"], folder.path());
+        tool(
+            "qemu-img",
+            &["check", "-f", "qcow2", "image"],
+            folder.path(),
+        );
         assert!(converted(&path) == read);
         change(&runtime, &path, 3, options);
     }
@@ -353,16 +554,34 @@ fn snapshots_are_listed_and_read() {
     let path = made(folder.path(), "compat=1.1", false);
     scribble(folder.path());
     let before = converted(&path);
-    tool("qemu-img", &["snapshot", "-c", "one", "image"], folder.path());
-    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 9 0 2M", "image"], folder.path());
-    tool("qemu-img", &["snapshot", "-c", "two", "image"], folder.path());
+    tool(
+        "qemu-img",
+        &["snapshot", "-c", "one", "image"],
+        folder.path(),
+    );
+    tool(
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 9 0 2M", "image"],
+        folder.path(),
+    );
+    tool(
+        "qemu-img",
+        &["snapshot", "-c", "two", "image"],
+        folder.path(),
+    );
     let runtime = Runtime::new();
     let image = file(&runtime, &path);
     let listed = {
         let image = image.clone();
-        runtime.block_on(async move { snapshots(&image).await }).unwrap().unwrap()
+        runtime
+            .block_on(async move { snapshots(&image).await })
+            .unwrap()
+            .unwrap()
     };
-    let names: Vec<&str> = listed.iter().map(|snapshot| snapshot.name.as_str()).collect();
+    let names: Vec<&str> = listed
+        .iter()
+        .map(|snapshot| snapshot.name.as_str())
+        .collect();
     assert_eq!((names, listed[0].size), (vec!["one", "two"], SIZE));
     let options = Options {
         writable: false,
@@ -391,33 +610,67 @@ fn a_disk_grows() {
         scribble(folder.path());
         if over {
             // There is more below, which must not appear.
-            tool("qemu-img", &["resize", "-q", "-f", "qcow2", "middle", "4M"], folder.path());
-            tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x77 3M 1M", "middle"], folder.path());
+            tool(
+                "qemu-img",
+                &["resize", "-q", "-f", "qcow2", "middle", "4M"],
+                folder.path(),
+            );
+            tool(
+                "qemu-io",
+                &["-f", "qcow2", "-c", "write -P 0x77 3M 1M", "middle"],
+                folder.path(),
+            );
         }
         let runtime = Runtime::new();
         let before = content(&runtime, &path);
         let image = file(&runtime, &path);
         let below = over.then(|| chain(&runtime, &path.with_file_name("middle"), false));
-        let image = Qcow2::new(image, Options { below, ..Options::new("image") });
+        let image = Qcow2::new(
+            image,
+            Options {
+                below,
+                ..Options::new("image")
+            },
+        );
         let grown = runtime.block_on(async move {
             image.activate().await?;
             image.grow(size).await?;
             assert_eq!(Driver::resize(&image).await?, size);
-            let write = |at| Driver::write(&image, at, Bytes::copied(&[5; 4096]).unwrap(), Attributes::default());
+            let write = |at| {
+                Driver::write(
+                    &image,
+                    at,
+                    Bytes::copied(&[5; 4096]).unwrap(),
+                    Attributes::default(),
+                )
+            };
             write(size - 4096).await.unwrap();
             write(SIZE).await.unwrap();
             Driver::close(&image).await.unwrap();
             Ok::<_, control::Failure>(())
         });
         grown.unwrap().unwrap();
-        tool("qemu-img", &["check", "-f", "qcow2", "image"], folder.path());
+        tool(
+            "qemu-img",
+            &["check", "-f", "qcow2", "image"],
+            folder.path(),
+        );
         let mut expected = before;
         expected.extend([5; 4096]);
         expected.resize(5 << 20, 0);
-        let dump = ["dd", "-f", "qcow2", "-O", "raw", "bs=1M", "count=5", "if=image", "of=dump"];
+        let dump = [
+            "dd", "-f", "qcow2", "-O", "raw", "bs=1M", "count=5", "if=image", "of=dump",
+        ];
         tool("qemu-img", &dump, folder.path());
         let found = std::fs::read(folder.path().join("dump")).unwrap();
         let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
-        assert_eq!((wrong, found.len()), (size.eq(&(5 << 20)).then_some((5 << 20) - 4096), expected.len()), "{options}");
+        assert_eq!(
+            (wrong, found.len()),
+            (
+                size.eq(&(5 << 20)).then_some((5 << 20) - 4096),
+                expected.len()
+            ),
+            "{options}"
+        );
     }
 }
