@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What an image goes on from: any disk, as long or as short as it is.
+
+use control::Failure;
+use diskio::{Data, Errno};
+use drivers::{Content, Disk, Extent};
+use std::cell::Cell;
+
+/// Extents that are told at once.
+const EXTENTS: usize = 256;
+
+/// A disk that is only read.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    disk: Disk,
+    size: Cell<u64>,
+}
+
+impl Backing {
+    pub(crate) fn new(disk: Disk) -> Self {
+        Self {
+            disk,
+            size: Cell::new(0),
+        }
+    }
+
+    pub(crate) async fn activate(&self) -> Result<(), Failure> {
+        self.size.set(self.disk.activate().await?.size);
+        Ok(())
+    }
+
+    pub(crate) async fn inactivate(&self) -> Result<(), Errno> {
+        self.disk.inactivate().await
+    }
+
+    pub(crate) async fn close(&self) -> Result<(), Errno> {
+        self.disk.close().await
+    }
+
+    /// Reads; what is behind its end is zero.
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let len = data.len() as u64;
+        let there = self.size.get().saturating_sub(offset).min(len);
+        if there > 0 {
+            // CAST: it is at most the data's length.
+            let part = data.part(0, there as usize);
+            self.disk.read(offset, part).await?;
+        }
+        if there < len {
+            // CAST: as above.
+            data.fill(there as usize, (len - there) as usize, 0);
+        }
+        Ok(())
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        match self.size.get().saturating_sub(offset).min(len) {
+            0 => Ok(vec![Extent {
+                len,
+                content: Content::Hole,
+            }]),
+            there => self.disk.extents(offset, there).await,
+        }
+    }
+}
+
+/// Reads what an image does not hold: its parent's, or zeroes.
+pub(crate) async fn read(parent: Option<&Backing>, offset: u64, data: Data) -> Result<(), Errno> {
+    match parent {
+        Some(parent) => parent.read(offset, data).await,
+        None => {
+            data.fill(0, data.len(), 0);
+            Ok(())
+        }
+    }
+}
+
+/// Nothing but zeroes would be read there.
+pub(crate) async fn is_hole(
+    parent: Option<&Backing>,
+    offset: u64,
+    len: u64,
+) -> Result<bool, Errno> {
+    let Some(parent) = parent else {
+        return Ok(true);
+    };
+    let mut done = 0;
+    while done < len {
+        for extent in parent.extents(offset + done, len - done).await? {
+            if extent.content == Content::Data {
+                return Ok(false);
+            }
+            done += extent.len;
+        }
+    }
+    Ok(true)
+}
+
+/// Extents in a row, of which those that follow each other and are alike become one.
+#[derive(Debug, Default)]
+pub(crate) struct Row {
+    extents: Vec<Extent>,
+    len: u64,
+}
+
+impl Row {
+    pub(crate) fn push(&mut self, len: u64, content: Content) {
+        self.len += len;
+        match self.extents.last_mut() {
+            Some(last) if last.content == content => last.len += len,
+            _ if len > 0 => self.extents.push(Extent { len, content }),
+            _ => {}
+        }
+    }
+
+    /// What an image does not hold.
+    pub(crate) async fn push_missing(
+        &mut self,
+        parent: Option<&Backing>,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
+        let Some(parent) = parent else {
+            self.push(len, Content::Hole);
+            return Ok(());
+        };
+        let mut done = 0;
+        while done < len {
+            for extent in parent.extents(offset + done, len - done).await? {
+                let count = extent.len.min(len - done);
+                self.push(count, extent.content);
+                done += count;
+            }
+        }
+        Ok(())
+    }
+
+    /// It is long enough for one answer.
+    pub(crate) fn is_full(&self) -> bool {
+        self.extents.len() >= EXTENTS
+    }
+
+    pub(crate) fn finish(self) -> Vec<Extent> {
+        self.extents
+    }
+}

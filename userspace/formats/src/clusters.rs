@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk whose clusters are found by a map: what VMDK and qcow have in common.
+//!
+//! A new cluster is at the end of the image, where nothing was ever written. Its bytes come first, then
+//! the entry of the map. If bytes were copied there that the disk had before, they are made durable
+//! between the two: else the loss of power could leave an entry that points to nothing, and so lose what
+//! was flushed long ago. Those who wait for that at the same time share it.
+
+use crate::backing::{self, Backing, Row};
+use crate::field::{part, pieces};
+use crate::locks::Locks;
+use crate::tail::Tail;
+use crate::Store;
+use diskio::{Bytes, Data, Errno, Gate};
+use drivers::{Content, Extent};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// Clusters that were compressed and are kept: who reads one reads it in parts.
+const KEPT: usize = 4;
+
+/// What a map says of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// It is the parent's.
+    Missing,
+    /// It is zero, whatever the parent has.
+    Zeroes,
+    /// It is in the image.
+    At(u64),
+    /// It is in the image, and compressed.
+    Packed(Packed),
+}
+
+/// Where a compressed cluster is, and what else is known of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packed {
+    pub(crate) at: u64,
+    pub(crate) len: u64,
+    pub(crate) cluster: u64,
+}
+
+/// Where clusters are.
+#[allow(async_fn_in_trait, reason = "everything is in one thread")]
+pub(crate) trait Map<S>: 'static {
+    /// Bytes of a cluster.
+    fn cluster(&self) -> u64;
+    /// What must not be touched ends here.
+    fn begin(&self) -> u64;
+    async fn find(&self, storage: &S, cluster: u64) -> Result<Found, Errno>;
+    /// Lets the map point to a cluster that is in the image. New tables come from `tail`.
+    async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno>;
+    /// Says that a cluster is zero; false if that cannot be said.
+    async fn set_zeroes(&self, storage: &S, tail: &Tail, cluster: u64) -> Result<bool, Errno>;
+    /// The bytes of a compressed cluster, of which those that are missing at its end are zero.
+    async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno>;
+    /// Tables in memory: bytes, hits and misses.
+    fn counts(&self) -> (u64, u64, u64);
+}
+
+/// A disk, or a part of one.
+#[derive(Debug)]
+pub(crate) struct Clusters<S, M> {
+    pub(crate) storage: Rc<S>,
+    pub(crate) map: M,
+    /// Bytes, and where on the disk they begin.
+    size: u64,
+    base: u64,
+    pub(crate) tail: Tail,
+    parent: Option<Rc<Backing>>,
+    locks: Locks,
+    durable: Barrier,
+    unpacked: RefCell<Vec<(u64, Rc<Vec<u8>>)>>,
+}
+
+impl<S: Store, M: Map<S>> Clusters<S, M> {
+    pub(crate) fn new(
+        storage: Rc<S>,
+        map: M,
+        (base, size): (u64, u64),
+        tail: Tail,
+        parent: Option<Rc<Backing>>,
+    ) -> Self {
+        Self {
+            storage,
+            map,
+            size,
+            base,
+            tail,
+            parent,
+            locks: Locks::default(),
+            durable: Barrier::default(),
+            unpacked: RefCell::default(),
+        }
+    }
+
+    /// Tables in memory: bytes, hits and misses.
+    pub(crate) fn counts(&self) -> (u64, u64, u64) {
+        self.map.counts()
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let end = offset.checked_add(len);
+        match end.is_some_and(|end| end <= self.size) {
+            true => Ok(()),
+            false => Err(Errno::INVAL),
+        }
+    }
+
+    /// What the map says, unless that cannot be.
+    async fn find(&self, cluster: u64) -> Result<Found, Errno> {
+        let found = self.map.find(&self.storage, cluster).await?;
+        let place = match found {
+            Found::At(at) => at,
+            Found::Packed(packed) => packed.at,
+            _ => return Ok(found),
+        };
+        match place >= self.map.begin() && place < self.tail.end() {
+            true => Ok(found),
+            false => Err(Errno::IO),
+        }
+    }
+
+    /// Reads what is in the image; the last cluster may be cut off.
+    async fn read_at(&self, at: u64, data: Data) -> Result<(), Errno> {
+        let len = data.len() as u64;
+        let there = self.tail.end().saturating_sub(at).min(len);
+        if there < len {
+            // CAST: at most the data's length.
+            data.fill(there as usize, (len - there) as usize, 0);
+        }
+        match there {
+            0 => Ok(()),
+            there => self.storage.read(at, part(&data, 0, there)).await,
+        }
+    }
+
+    /// A compressed cluster.
+    async fn unpack(&self, packed: Packed) -> Result<Rc<Vec<u8>>, Errno> {
+        let kept = self
+            .unpacked
+            .borrow()
+            .iter()
+            .find(|(at, _)| *at == packed.at)
+            .cloned();
+        if let Some((_, bytes)) = kept {
+            return Ok(bytes);
+        }
+        let mut bytes = self.map.unpack(&self.storage, packed).await?;
+        bytes.resize(self.map.cluster() as usize, 0);
+        let bytes = Rc::new(bytes);
+        let mut kept = self.unpacked.borrow_mut();
+        if kept.len() >= KEPT {
+            kept.remove(0);
+        }
+        kept.push((packed.at, bytes.clone()));
+        Ok(bytes)
+    }
+
+    /// Reads a part of a cluster, as it is found.
+    async fn read_found(
+        &self,
+        found: Found,
+        offset: u64,
+        within: u64,
+        data: Data,
+    ) -> Result<(), Errno> {
+        match found {
+            Found::Missing => backing::read(self.parent.as_deref(), self.base + offset, data).await,
+            Found::Zeroes => {
+                data.fill(0, data.len(), 0);
+                Ok(())
+            }
+            Found::At(at) => {
+                self.read_at(at.checked_add(within).ok_or(Errno::IO)?, data)
+                    .await
+            }
+            Found::Packed(packed) => {
+                let bytes = self.unpack(packed).await?;
+                // CAST: inside of the cluster.
+                let from = within as usize;
+                let wanted = bytes.get(from..from + data.len()).ok_or(Errno::IO)?;
+                data.write(0, wanted);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.check(offset, data.len() as u64)?;
+        for (cluster, within, at, len) in pieces(offset, data.len() as u64, self.map.cluster()) {
+            let found = self.find(cluster).await?;
+            self.read_found(found, offset + at, within, part(&data, at, len))
+                .await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
+        self.check(offset, data.len() as u64)?;
+        for (cluster, within, at, len) in pieces(offset, data.len() as u64, self.map.cluster()) {
+            // CAST: they are inside of the data.
+            let data = data.part(at as usize, len as usize);
+            self.write_cluster(cluster, within, Some(data), len).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes a part of a cluster: bytes, or zeroes.
+    async fn write_cluster(
+        &self,
+        cluster: u64,
+        within: u64,
+        data: Option<Bytes>,
+        len: u64,
+    ) -> Result<(), Errno> {
+        let mut found = self.find(cluster).await?;
+        let mut held = None;
+        if !matches!(found, Found::At(_)) {
+            held = Some(self.locks.alone(cluster).await);
+            found = self.find(cluster).await?;
+        }
+        if let Found::At(at) = found {
+            // It is there: others need not wait.
+            drop(held);
+            let at = at.checked_add(within).ok_or(Errno::IO)?;
+            return match data {
+                Some(data) => self.storage.write(at, data).await,
+                None => self.storage.write_zeroes(at, len).await,
+            };
+        }
+        self.create(found, cluster, within, data, len).await
+    }
+
+    /// Makes a cluster, with what it had beside what is written. Its lock is held.
+    async fn create(
+        &self,
+        found: Found,
+        cluster: u64,
+        within: u64,
+        data: Option<Bytes>,
+        len: u64,
+    ) -> Result<(), Errno> {
+        let unit = self.map.cluster();
+        let begin = cluster.checked_mul(unit).ok_or(Errno::INVAL)?;
+        // The last one reaches beyond the disk.
+        let there = self.size.saturating_sub(begin).min(unit);
+        let is_zero = match found {
+            Found::Missing => {
+                backing::is_hole(self.parent.as_deref(), self.base + begin, there).await?
+            }
+            Found::Packed(_) => false,
+            _ => true,
+        };
+        let at = self.tail.take(&*self.storage, unit, unit).await?;
+        if is_zero || len == there {
+            if let Some(data) = data {
+                self.storage.write(at + within, data).await?;
+            }
+        } else {
+            let whole = Data::zeroed(there as usize)?;
+            self.read_found(found, begin, 0, whole.clone()).await?;
+            match data {
+                Some(data) => data.copy_to(&whole, within as usize),
+                None => whole.fill(within as usize, len as usize, 0),
+            }
+            self.storage.write(at, whole.into()).await?;
+            self.durable.pass(&*self.storage).await?;
+        }
+        self.map.set(&self.storage, &self.tail, cluster, at).await
+    }
+
+    pub(crate) async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.check(offset, len)?;
+        for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
+            let parent = self.parent.as_deref();
+            match self.find(cluster).await? {
+                Found::Zeroes => continue,
+                Found::Missing
+                    if backing::is_hole(parent, self.base + offset + at, len).await? =>
+                {
+                    continue
+                }
+                Found::Missing | Found::Packed(_) if len == self.map.cluster() => {
+                    let _held = self.locks.alone(cluster).await;
+                    if self
+                        .map
+                        .set_zeroes(&self.storage, &self.tail, cluster)
+                        .await?
+                    {
+                        continue;
+                    }
+                }
+                _ => {}
+            }
+            self.write_cluster(cluster, within, None, len).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.check(offset, len)?;
+        for (cluster, within, _, len) in pieces(offset, len, self.map.cluster()) {
+            if let Found::At(at) = self.find(cluster).await? {
+                match self
+                    .storage
+                    .discard(at.checked_add(within).ok_or(Errno::IO)?, len)
+                    .await
+                {
+                    // It stays as it is.
+                    Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.check(offset, len)?;
+        let mut row = Row::default();
+        for (cluster, _, at, len) in pieces(offset, len, self.map.cluster()) {
+            match self.find(cluster).await? {
+                Found::Missing => {
+                    row.push_missing(self.parent.as_deref(), self.base + offset + at, len)
+                        .await?;
+                }
+                Found::Zeroes => row.push(len, Content::Hole),
+                Found::At(_) | Found::Packed(_) => row.push(len, Content::Data),
+            }
+            if row.is_full() {
+                break;
+            }
+        }
+        Ok(row.finish())
+    }
+}
+
+/// Makes durable what was written, once for all who want it at the same time.
+#[derive(Debug, Default)]
+struct Barrier {
+    gate: Gate,
+    /// Flushes that were begun, and that have ended well.
+    begun: Cell<u64>,
+    done: Cell<u64>,
+}
+
+impl Barrier {
+    async fn pass(&self, storage: &impl Store) -> Result<(), Errno> {
+        // One that has begun may have missed what was written just now.
+        let wanted = self.begun.get() + 1;
+        let _pass = self.gate.alone().await;
+        if self.done.get() >= wanted {
+            return Ok(());
+        }
+        let number = self.begun.get() + 1;
+        self.begun.set(number);
+        storage.flush().await?;
+        self.done.set(number);
+        Ok(())
+    }
+}

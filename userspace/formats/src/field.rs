@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Numbers in headers and tables, and what is said of those that are wrong.
+
+use control::{Code, Failure};
+use diskio::{Data, Errno};
+
+/// The `N` bytes from `at` on; zeroes if they are not there.
+pub(crate) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let end = at.saturating_add(N);
+    let found = bytes.get(at..end).and_then(|found| found.try_into().ok());
+    found.unwrap_or([0; N])
+}
+
+pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(array(bytes, at))
+}
+
+pub(crate) fn be64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(array(bytes, at))
+}
+
+pub(crate) fn le16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(array(bytes, at))
+}
+
+pub(crate) fn le32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array(bytes, at))
+}
+
+pub(crate) fn le64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array(bytes, at))
+}
+
+/// Puts `value` at `at`, if there is room for it.
+pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    let end = at.saturating_add(value.len());
+    if let Some(place) = bytes.get_mut(at..end) {
+        place.copy_from_slice(value);
+    }
+}
+
+/// `value` up to the next multiple of `unit`, which is not 0.
+pub(crate) fn round_up(value: u64, unit: u64) -> Option<u64> {
+    value.checked_next_multiple_of(unit)
+}
+
+/// The image is refused.
+pub(crate) fn refused(message: impl Into<String>) -> Failure {
+    Failure::new(Code::Image, message)
+}
+
+/// I/O on the image failed while `what` was tried.
+pub(crate) fn failed(what: &str) -> impl FnOnce(Errno) -> Failure + '_ {
+    move |error| Failure::system(what, &error.into())
+}
+
+/// Pieces of a range that lie in one unit each: the unit, where in it the piece begins, where in the
+/// range that is, and how long it is.
+pub(crate) fn pieces(
+    offset: u64,
+    len: u64,
+    unit: u64,
+) -> impl Iterator<Item = (u64, u64, u64, u64)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left = len.checked_sub(at).filter(|left| *left > 0)?;
+        let place = offset.checked_add(at)?;
+        let (number, within) = (place / unit, place % unit);
+        let count = left.min(unit - within);
+        let from = at;
+        at += count;
+        Some((number, within, from, count))
+    })
+}
+
+/// The part of a request's bytes that [`pieces`] names.
+pub(crate) fn part(data: &Data, at: u64, len: u64) -> Data {
+    // CAST: it is inside of the data.
+    data.part(at as usize, len as usize)
+}

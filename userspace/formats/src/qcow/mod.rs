@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! qcow, the first version, as QEMU and blktap have it: with compressed clusters (to read), a backing
+//! file, and blktap's extended header.
+
+mod header;
+
+use crate::backing::Backing;
+use crate::clusters::{Clusters, Found, Map, Packed};
+use crate::field::{be64, failed, put, refused};
+use crate::locks::Locks;
+use crate::store::read_some;
+use crate::tables::{Pinned, Table, Tables};
+use crate::tail::Tail;
+use crate::{Needs, Options, Parent, Store};
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
+use header::{repaired, Header, LEN, XEN_BIG_ENDIAN, XEN_FLAGS};
+use miniz_oxide::inflate::decompress_to_vec_with_limit;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// The bit of an entry whose cluster is compressed.
+const COMPRESSED: u64 = 1 << 63;
+/// Bytes of an image at most: what an entry can say of the smallest clusters.
+const MOST: u64 = 1 << 46;
+/// Bytes that are zeroed or discarded at once.
+const ZEROES: u64 = 64 << 20;
+
+/// A disk in a qcow image.
+#[derive(Debug)]
+pub struct Qcow<S> {
+    storage: Rc<S>,
+    parent: Option<Rc<Backing>>,
+    options: Options,
+    active: RefCell<Option<Rc<Clusters<S, Entries>>>>,
+}
+
+/// The two levels of tables.
+#[derive(Debug)]
+struct Entries {
+    cluster_bits: u32,
+    table_bits: u32,
+    begin: u64,
+    first: Pinned,
+    tables: Tables,
+    /// A lock for each table that does not exist.
+    locks: Locks,
+}
+
+async fn read_header(storage: &impl Store) -> Result<(Header, u64), Failure> {
+    let length = storage
+        .size()
+        .map_err(failed("cannot see the image's size"))?;
+    let bytes = read_some(storage, 0, 64).await;
+    let bytes = bytes.map_err(failed("cannot read the image's header"))?;
+    Ok((Header::parse(&bytes, length)?, length))
+}
+
+/// What an image needs, of which nothing is followed.
+pub async fn look(storage: &impl Store) -> Result<Needs, Failure> {
+    let (header, _) = read_header(storage).await?;
+    let mut needs = Needs {
+        size: header.size,
+        ..Needs::default()
+    };
+    if let Some((at, len)) = header.name {
+        let name = read_some(storage, at, len as usize).await;
+        let name = name.map_err(failed("cannot read the name of the backing file"))?;
+        let name = String::from_utf8(name)
+            .ok()
+            .filter(|name| !name.contains('\0'));
+        let name = name.ok_or_else(|| refused("the name of the backing file is no text"))?;
+        needs.parent = Some(Parent {
+            names: vec![name],
+            ..Parent::default()
+        });
+    }
+    Ok(needs)
+}
+
+/// What is to be made.
+#[derive(Clone, Debug, Default)]
+pub struct Create {
+    /// Bytes of the disk, whole sectors.
+    pub size: u64,
+    /// The backing file's name.
+    pub parent: Option<String>,
+}
+
+/// Makes an image of what `storage` is, whose content is lost: clusters of 4 KiB, as blktap has them.
+pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> {
+    let name = what.parent.as_deref().unwrap_or("").as_bytes();
+    if what.size == 0 || what.size % 512 != 0 || name.len() > 1023 {
+        return Err(Failure::invalid(format!(
+            "an image of {} bytes cannot be made: its size must be whole sectors of 512, and the backing file's name have 1023 bytes at most",
+            what.size
+        )));
+    }
+    // CAST: at most 1023.
+    let place = (!name.is_empty()).then_some((LEN, name.len() as u32));
+    let header = Header {
+        size: what.size,
+        cluster_bits: 12,
+        table_bits: 9,
+        first: (LEN + name.len() as u64).next_multiple_of(4096),
+        name: place,
+        xen: None,
+    };
+    let end = (header.first + header.first_len()).next_multiple_of(4096);
+    let mut bytes = header.bytes();
+    bytes.extend(name);
+    Header::parse(&bytes, end)?;
+    let work = async {
+        if storage.is_fixed() {
+            storage.write_zeroes(0, end).await?;
+        } else {
+            storage.set_size(0)?;
+            storage.set_size(end)?;
+        }
+        storage.flush().await?;
+        storage.write(0, Bytes::copied(&bytes)?).await?;
+        storage.flush().await
+    };
+    work.await.map_err(failed("cannot make the image"))
+}
+
+impl<S: Store> Qcow<S> {
+    /// The disk in `storage`, which goes on from `parent` if it names one. The parent is activated with it.
+    pub fn new(storage: S, parent: Option<Disk>, options: Options) -> Self {
+        Self {
+            storage: Rc::new(storage),
+            parent: parent.map(|disk| Rc::new(Backing::new(disk))),
+            options,
+            active: RefCell::new(None),
+        }
+    }
+
+    fn active(&self) -> Result<Rc<Clusters<S, Entries>>, Errno> {
+        self.active.borrow().clone().ok_or(Errno::NXIO)
+    }
+
+    async fn check_parent(&self, header: &Header) -> Result<(), Failure> {
+        match (&self.parent, header.name) {
+            (Some(parent), Some(_)) => parent.activate().await,
+            (None, None) => Ok(()),
+            (None, Some(_)) => Err(refused(
+                "the image has a backing file that was not given: open that too",
+            )),
+            (Some(_), None) => Err(refused(
+                "a backing file was given for an image that has none: leave it out",
+            )),
+        }
+    }
+
+    /// The first table, whose numbers all lead into the image. That of an early blktap is put right.
+    async fn first(&self, header: &Header, length: u64) -> Result<Pinned, Failure> {
+        let reading = failed("cannot read the first table of the image");
+        // CAST: it was checked to be small.
+        let bytes = read_some(&*self.storage, header.first, header.first_len() as usize).await;
+        let mut bytes = bytes.map_err(reading)?;
+        if let Some(fixed) = repaired(&bytes, header, length)? {
+            bytes = fixed;
+            let is_writable = self
+                .storage
+                .is_writable()
+                .map_err(failed("cannot use the image"))?;
+            if is_writable {
+                let work = self.repair(header, &bytes).await;
+                work.map_err(failed("cannot put the first table of the image right"))?;
+            }
+        }
+        for (number, entry) in bytes.chunks_exact(8).enumerate() {
+            let at = be64(entry, 0);
+            let end = at.checked_add(header.table_len());
+            if at != 0 && (at % 512 != 0 || end.is_none_or(|end| end > length)) {
+                return Err(refused(format!(
+                    "table {number} of the image cannot be at byte {at}, and the image ends at {length}: it is damaged or cut off"
+                )));
+            }
+        }
+        Ok(Pinned::with(header.first, bytes))
+    }
+
+    /// The table first, then the flag that says that it is right.
+    async fn repair(&self, header: &Header, bytes: &[u8]) -> Result<(), Errno> {
+        let flags = header.xen.unwrap_or(0) | XEN_BIG_ENDIAN;
+        self.storage
+            .write(header.first, Bytes::copied(bytes)?)
+            .await?;
+        self.storage.flush().await?;
+        self.storage
+            .write(XEN_FLAGS, Bytes::copied(&flags.to_be_bytes())?)
+            .await?;
+        self.storage.flush().await
+    }
+
+    async fn finish(&self) -> Result<(), Errno> {
+        let active = self.active.borrow_mut().take();
+        match active {
+            Some(active) if self.storage.is_writable()? => active.tail.trim(&*self.storage),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Entries {
+    fn split(&self, cluster: u64) -> Result<(usize, usize), Errno> {
+        let number = usize::try_from(cluster >> self.table_bits).map_err(|_| Errno::INVAL)?;
+        let at = number
+            .checked_mul(8)
+            .filter(|at| *at < self.first.len())
+            .ok_or(Errno::INVAL)?;
+        // CAST: an entry of a table.
+        Ok((at, (cluster & ((1 << self.table_bits) - 1)) as usize * 8))
+    }
+
+    async fn table(&self, storage: &impl Store, at: usize) -> Result<Option<Rc<Table>>, Errno> {
+        match self.first.see(at, |bytes| be64(bytes, 0)) {
+            0 => Ok(None),
+            place => self
+                .tables
+                .get(storage, place, 8 << self.table_bits)
+                .await
+                .map(Some),
+        }
+    }
+
+    /// A table that may not exist yet. Room that was never used reads as one without entries.
+    async fn table_made(
+        &self,
+        storage: &impl Store,
+        tail: &Tail,
+        at: usize,
+    ) -> Result<Rc<Table>, Errno> {
+        if let Some(table) = self.table(storage, at).await? {
+            return Ok(table);
+        }
+        let _held = self.locks.alone(at as u64).await;
+        if let Some(table) = self.table(storage, at).await? {
+            return Ok(table);
+        }
+        let place = tail
+            .take(storage, 8 << self.table_bits, 1 << self.cluster_bits)
+            .await?;
+        self.first.put(storage, at, &place.to_be_bytes()).await?;
+        self.tables.get(storage, place, 8 << self.table_bits).await
+    }
+}
+
+impl<S: Store> Map<S> for Entries {
+    fn cluster(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    fn begin(&self) -> u64 {
+        self.begin
+    }
+
+    async fn find(&self, storage: &S, cluster: u64) -> Result<Found, Errno> {
+        let (first, at) = self.split(cluster)?;
+        let Some(table) = self.table(storage, first).await? else {
+            return Ok(Found::Missing);
+        };
+        let entry = table.see(|bytes| be64(bytes, at));
+        if entry == 0 {
+            return Ok(Found::Missing);
+        }
+        if entry & COMPRESSED == 0 {
+            return match entry % 512 {
+                0 => Ok(Found::At(entry)),
+                _ => Err(Errno::IO),
+            };
+        }
+        let bits = 63 - self.cluster_bits;
+        Ok(Found::Packed(Packed {
+            at: entry & ((1 << bits) - 1),
+            len: entry >> bits & ((1 << self.cluster_bits) - 1),
+            cluster,
+        }))
+    }
+
+    async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno> {
+        let (first, place) = self.split(cluster)?;
+        let table = self.table_made(storage, tail, first).await?;
+        let edit = |bytes: &mut [u8]| put(bytes, place, &at.to_be_bytes());
+        table.change(storage, edit).await
+    }
+
+    async fn set_zeroes(&self, _storage: &S, _tail: &Tail, _cluster: u64) -> Result<bool, Errno> {
+        Ok(false)
+    }
+
+    async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno> {
+        let unit = 1 << self.cluster_bits;
+        // CAST: less than a cluster.
+        let bytes = read_some(storage, packed.at, packed.len as usize).await?;
+        let unpacked = match decompress_to_vec_with_limit(&bytes, unit) {
+            Ok(bytes) => bytes,
+            // Some streams have no end.
+            Err(error) => error.output,
+        };
+        match unpacked.len() == unit {
+            true => Ok(unpacked),
+            false => Err(Errno::IO),
+        }
+    }
+
+    fn counts(&self) -> (u64, u64, u64) {
+        self.tables.counts()
+    }
+}
+
+impl<S: Store> Driver for Qcow<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let (header, length) = read_header(&*self.storage).await?;
+        self.check_parent(&header).await?;
+        let entries = Entries {
+            cluster_bits: header.cluster_bits,
+            table_bits: header.table_bits,
+            begin: header.first + header.first_len(),
+            first: self.first(&header, length).await?,
+            tables: Tables::new(self.options.cache),
+            locks: Locks::default(),
+        };
+        let parent = self.parent.clone();
+        let tail = Tail::new(length, MOST);
+        let clusters = Clusters::new(
+            self.storage.clone(),
+            entries,
+            (0, header.size),
+            tail,
+            parent,
+        );
+        *self.active.borrow_mut() = Some(Rc::new(clusters));
+        Ok(Shape {
+            size: header.size,
+            logical_block: 512,
+            physical_block: 4096,
+            discard: Some(4096),
+            write_cache: true,
+            fua: false,
+            limits: Limits {
+                zeroes: ZEROES,
+                align: 1 << header.cluster_bits,
+                ..Limits::default()
+            },
+        })
+    }
+
+    fn fence(&self) -> Fence {
+        self.storage.fence()
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.active()?.read(offset, data).await
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
+        self.active()?.write(offset, data).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        self.storage.flush().await
+    }
+
+    async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        self.active()?.discard(offset, len).await
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        self.active()?.write_zeroes(offset, len).await
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.active()?.extents(offset, len).await
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let Ok(active) = self.active() else {
+            return BTreeMap::new();
+        };
+        let (bytes, hits, misses) = active.counts();
+        [
+            ("cache_bytes", bytes),
+            ("cache_hits", hits),
+            ("cache_misses", misses),
+        ]
+        .map(|(name, value)| (name.to_string(), value))
+        .into()
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        self.finish().await?;
+        if self.storage.is_writable()? {
+            self.storage.flush().await?;
+        }
+        if let Some(parent) = &self.parent {
+            parent.inactivate().await?;
+        }
+        self.storage.forget()
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        self.finish().await?;
+        match &self.parent {
+            Some(parent) => parent.close().await,
+            None => Ok(()),
+        }
+    }
+}

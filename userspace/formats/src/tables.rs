@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Tables of an image in memory: what is here is what the image holds. A change is made in the image
+//! first, and changes of one table that come while it is written go out together.
+
+use crate::field::put;
+use crate::store::read_some;
+use crate::Store;
+use diskio::{Bytes, Errno, Gate};
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+
+/// What is written as a whole.
+const SECTOR: u64 = 512;
+
+/// One table.
+#[derive(Debug)]
+pub(crate) struct Table {
+    at: u64,
+    len: usize,
+    gate: Gate,
+    state: RefCell<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// As in the image; empty until it was read.
+    bytes: Vec<u8>,
+    /// With the changes that may be written.
+    next: Option<Vec<u8>>,
+    /// Changes that may be written, and that are.
+    wanted: u64,
+    written: u64,
+    /// It was used since the last look at it.
+    used: bool,
+}
+
+impl Table {
+    /// A table whose content is known.
+    pub(crate) fn with(at: u64, bytes: Vec<u8>) -> Rc<Self> {
+        let len = bytes.len();
+        let state = State {
+            bytes,
+            ..State::default()
+        };
+        Rc::new(Self {
+            at,
+            len,
+            gate: Gate::default(),
+            state: RefCell::new(state),
+        })
+    }
+
+    /// What `look` makes of its bytes.
+    pub(crate) fn see<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
+        look(&self.state.borrow().bytes)
+    }
+
+    fn is_read(&self) -> bool {
+        self.len == self.state.borrow().bytes.len()
+    }
+
+    /// Reads it, unless somebody did.
+    async fn load(&self, storage: &impl Store) -> Result<(), Errno> {
+        if self.is_read() {
+            return Ok(());
+        }
+        let _pass = self.gate.alone().await;
+        if !self.is_read() {
+            let bytes = read_some(storage, self.at, self.len).await?;
+            self.state.borrow_mut().bytes = bytes;
+        }
+        Ok(())
+    }
+
+    /// Changes it. What it points to must be in the image already: another change may take this one
+    /// along at any moment from now on.
+    pub(crate) async fn change(
+        &self,
+        storage: &impl Store,
+        edit: impl FnOnce(&mut [u8]),
+    ) -> Result<(), Errno> {
+        let mine = {
+            let mut state = self.state.borrow_mut();
+            let mut next = match state.next.take() {
+                Some(next) => next,
+                None => state.bytes.clone(),
+            };
+            edit(&mut next);
+            state.next = Some(next);
+            state.wanted += 1;
+            state.wanted
+        };
+        let _pass = self.gate.alone().await;
+        let (new, wanted) = {
+            let state = self.state.borrow();
+            match &state.next {
+                Some(next) if state.written < mine => (next.clone(), state.wanted),
+                _ => return Ok(()),
+            }
+        };
+        for (from, to) in self.see(|old| differences(self.at, old, &new)) {
+            let bytes = Bytes::copied(&new[from..to])?;
+            storage.write(self.at + from as u64, bytes).await?;
+        }
+        let mut state = self.state.borrow_mut();
+        state.bytes = new;
+        state.written = wanted;
+        if state.wanted == wanted {
+            state.next = None;
+        }
+        Ok(())
+    }
+}
+
+/// The ranges of `new` that have to be written: whole sectors of the image, as far as they are the
+/// table's.
+fn differences(at: u64, old: &[u8], new: &[u8]) -> Vec<(usize, usize)> {
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    let mut from = 0;
+    while from < new.len() {
+        let past = (at + from as u64) % SECTOR;
+        // CAST: at most a sector.
+        let to = new.len().min(from + (SECTOR - past) as usize);
+        if old.get(from..to) != Some(&new[from..to]) {
+            match ranges.last_mut() {
+                Some(last) if last.1 == from => last.1 = to,
+                _ => ranges.push((from, to)),
+            }
+        }
+        from = to;
+    }
+    ranges
+}
+
+/// A table that is in memory as a whole: the first of two levels, which is small.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    chunks: Vec<Rc<Table>>,
+    len: usize,
+}
+
+/// Bytes of it that are written and looked after together.
+const CHUNK: usize = 4096;
+
+impl Pinned {
+    /// Reads `len` bytes at `at`.
+    pub(crate) async fn read(storage: &impl Store, at: u64, len: usize) -> Result<Self, Errno> {
+        Ok(Self::with(at, read_some(storage, at, len).await?))
+    }
+
+    /// What is known to be at `at`.
+    pub(crate) fn with(at: u64, bytes: Vec<u8>) -> Self {
+        let places = (at..).step_by(CHUNK);
+        let chunks = places.zip(bytes.chunks(CHUNK));
+        Self {
+            chunks: chunks
+                .map(|(at, bytes)| Table::with(at, bytes.to_vec()))
+                .collect(),
+            len: bytes.len(),
+        }
+    }
+
+    /// What `look` makes of the bytes from `at` on, up to the end of their chunk.
+    pub(crate) fn see<T>(&self, at: usize, look: impl FnOnce(&[u8]) -> T) -> T {
+        match self.chunks.get(at / CHUNK) {
+            Some(chunk) => chunk.see(|bytes| look(bytes.get(at % CHUNK..).unwrap_or(&[]))),
+            None => look(&[]),
+        }
+    }
+
+    /// Puts `value` at `at`.
+    pub(crate) async fn put(
+        &self,
+        storage: &impl Store,
+        at: usize,
+        value: &[u8],
+    ) -> Result<(), Errno> {
+        let chunk = self.chunks.get(at / CHUNK).ok_or(Errno::INVAL)?;
+        chunk
+            .change(storage, |bytes| put(bytes, at % CHUNK, value))
+            .await
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// The tables that are in memory, no more than a budget allows.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    budget: usize,
+    cached: RefCell<Cached>,
+}
+
+#[derive(Debug, Default)]
+struct Cached {
+    tables: HashMap<u64, Rc<Table>>,
+    /// In which order they are looked at when there is no room.
+    order: VecDeque<u64>,
+    bytes: usize,
+    hits: u64,
+    misses: u64,
+}
+
+impl Tables {
+    pub(crate) fn new(budget: usize) -> Self {
+        Self {
+            budget,
+            cached: RefCell::default(),
+        }
+    }
+
+    /// The table of `len` bytes at `at`.
+    pub(crate) async fn get(
+        &self,
+        storage: &impl Store,
+        at: u64,
+        len: usize,
+    ) -> Result<Rc<Table>, Errno> {
+        let table = self.find(at, len);
+        table.load(storage).await?;
+        Ok(table)
+    }
+
+    /// The table, if its content is here.
+    #[cfg(test)]
+    fn peek(&self, at: u64) -> Option<Rc<Table>> {
+        let cached = self.cached.borrow();
+        cached
+            .tables
+            .get(&at)
+            .filter(|table| table.is_read())
+            .cloned()
+    }
+
+    fn find(&self, at: u64, len: usize) -> Rc<Table> {
+        let mut cached = self.cached.borrow_mut();
+        let found = cached.tables.get(&at).filter(|table| table.len == len);
+        if let Some(table) = found.cloned() {
+            table.state.borrow_mut().used = true;
+            cached.hits += 1;
+            return table;
+        }
+        cached.misses += 1;
+        let table = Rc::new(Table {
+            at,
+            len,
+            gate: Gate::default(),
+            state: RefCell::default(),
+        });
+        cached.insert(table.clone(), self.budget);
+        table
+    }
+
+    /// A table that was just written there.
+    pub(crate) fn put(&self, at: u64, bytes: Vec<u8>) {
+        let table = Table::with(at, bytes);
+        self.cached.borrow_mut().insert(table, self.budget);
+    }
+
+    /// What is there is no table any more.
+    pub(crate) fn forget(&self, at: u64) {
+        self.cached.borrow_mut().remove(at);
+    }
+
+    /// Bytes, hits and misses.
+    pub(crate) fn counts(&self) -> (u64, u64, u64) {
+        let cached = self.cached.borrow();
+        (cached.bytes as u64, cached.hits, cached.misses)
+    }
+}
+
+impl Cached {
+    fn insert(&mut self, table: Rc<Table>, budget: usize) {
+        self.remove(table.at);
+        self.make_room(budget.saturating_sub(table.len));
+        self.bytes += table.len;
+        self.order.push_back(table.at);
+        self.tables.insert(table.at, table);
+    }
+
+    fn remove(&mut self, at: u64) {
+        if let Some(table) = self.tables.remove(&at) {
+            self.bytes -= table.len;
+            // It is in the order once; that is looked through only when something is replaced.
+            self.order.retain(|other| *other != at);
+        }
+    }
+
+    /// Lets go of tables until no more than `most` bytes are left, first of those that were not used
+    /// lately; those that somebody is using stay.
+    fn make_room(&mut self, most: usize) {
+        let mut looks = self.order.len().saturating_mul(2);
+        while self.bytes > most && looks > 0 {
+            looks -= 1;
+            let Some(at) = self.order.pop_front() else {
+                return;
+            };
+            let Some(table) = self.tables.get(&at) else {
+                continue;
+            };
+            let is_busy = Rc::strong_count(table) > 1 || {
+                let mut state = table.state.borrow_mut();
+                std::mem::take(&mut state.used) || state.next.is_some()
+            };
+            if is_busy {
+                self.order.push_back(at);
+            } else {
+                self.bytes -= table.len;
+                self.tables.remove(&at);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{differences, Tables};
+
+    #[test]
+    fn only_what_changed_is_written_in_sectors_of_the_image() {
+        let old = vec![0; 2000];
+        let mut new = old.clone();
+        assert_eq!(differences(48, &old, &new), []);
+        new[463] = 1;
+        assert_eq!(differences(48, &old, &new), [(0, 464)]);
+        new[464] = 1;
+        assert_eq!(differences(48, &old, &new), [(0, 976)]);
+        new[1999] = 1;
+        assert_eq!(differences(48, &old, &new), [(0, 976), (1488, 2000)]);
+    }
+
+    #[test]
+    fn budget_is_kept_and_what_is_used_stays() {
+        let tables = Tables::new(4096);
+        tables.put(0, vec![1; 1024]);
+        let held = tables.peek(0).unwrap();
+        for at in 1..100 {
+            tables.put(at * 1024, vec![0; 1024]);
+            assert!(tables.counts().0 <= 4096);
+        }
+        assert_eq!(tables.peek(0).unwrap().see(|bytes| bytes[0]), 1);
+        drop(held);
+        for at in 100..110 {
+            tables.put(at * 1024, vec![0; 1024]);
+        }
+        assert!(tables.peek(0).is_none());
+    }
+}

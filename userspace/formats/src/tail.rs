@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Room at the end of an image that nothing was ever written to: it reads as zeroes, also after the
+//! loss of power, so what is not written of a new cluster shows nobody's bytes.
+
+use crate::field::round_up;
+use crate::Store;
+use diskio::{Errno, Gate};
+use std::cell::Cell;
+
+/// Bytes that the image is made longer by at once. They are a hole.
+const CHUNK: u64 = 64 << 20;
+
+/// Where the next cluster goes.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    next: Cell<u64>,
+    /// Where the image ends, also after the loss of power.
+    end: Cell<u64>,
+    /// Where it must end at last.
+    most: u64,
+    /// One makes the image longer, for all.
+    gate: Gate,
+}
+
+impl Tail {
+    /// Room behind `size`, which is where the image ends.
+    pub(crate) fn new(size: u64, most: u64) -> Self {
+        Self {
+            next: Cell::new(size),
+            end: Cell::new(size),
+            most,
+            gate: Gate::default(),
+        }
+    }
+
+    /// Where `len` bytes are that begin at a multiple of `align`. They are not given twice.
+    pub(crate) async fn take(
+        &self,
+        storage: &impl Store,
+        len: u64,
+        align: u64,
+    ) -> Result<u64, Errno> {
+        if let Some(place) = self.ready(len, align)? {
+            return Ok(place);
+        }
+        let _pass = self.gate.alone().await;
+        loop {
+            if let Some(place) = self.ready(len, align)? {
+                return Ok(place);
+            }
+            self.extend(storage, len.saturating_add(align)).await?;
+        }
+    }
+
+    fn ready(&self, len: u64, align: u64) -> Result<Option<u64>, Errno> {
+        let begin = round_up(self.next.get(), align).ok_or(Errno::FBIG)?;
+        let end = begin.checked_add(len).ok_or(Errno::FBIG)?;
+        if end > self.most {
+            return Err(Errno::FBIG);
+        }
+        if end > self.end.get() {
+            return Ok(None);
+        }
+        self.next.set(end);
+        Ok(Some(begin))
+    }
+
+    /// Makes the image longer. That is durable before anything points there: an entry that leads behind
+    /// the end would be damage.
+    async fn extend(&self, storage: &impl Store, len: u64) -> Result<(), Errno> {
+        if storage.is_fixed() {
+            return Err(Errno::NOSPC);
+        }
+        let end = self.end.get().checked_add(len).ok_or(Errno::FBIG)?;
+        let size = round_up(end, CHUNK).map_or(end, |size| size.min(self.most));
+        storage.set_size(size)?;
+        storage.flush().await?;
+        self.end.set(size);
+        Ok(())
+    }
+
+    /// Where the image ends.
+    pub(crate) fn end(&self) -> u64 {
+        self.end.get()
+    }
+
+    /// Gives back what was not used.
+    pub(crate) fn trim(&self, storage: &impl Store) -> Result<(), Errno> {
+        if self.end.get() > self.next.get() && !storage.is_fixed() {
+            storage.set_size(self.next.get())?;
+            self.end.set(self.next.get());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The body of a VHD whose blocks exist when they were written.
+
+use super::batmap::Batmap;
+use super::blocks::{check, Blocks, Item, UNUSED};
+use super::footer::Footer;
+use super::header::Header;
+use super::room::Room;
+use crate::backing::{self, Backing, Row};
+use crate::field::{failed, part, pieces, refused};
+use crate::join::both;
+use crate::locks::Locks;
+use crate::tables::Tables;
+use crate::{Options, Store};
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Content, Extent};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+const SECTOR: u64 = 512;
+
+#[derive(Debug)]
+pub(crate) struct Active<S> {
+    storage: Rc<S>,
+    footer: RefCell<Footer>,
+    size: Cell<u64>,
+    /// Bytes of a block, and of the bitmap before it.
+    block: u64,
+    bitmap: u64,
+    is_writable: bool,
+    blocks: Blocks,
+    batmap: Option<Batmap>,
+    bitmaps: Tables,
+    room: Room,
+    parent: Option<Rc<Backing>>,
+    locks: Locks,
+}
+
+/// A part of a block that exists: its number, where its bitmap is, and which of its bytes.
+#[derive(Clone, Copy)]
+struct Place {
+    block: u32,
+    at: u64,
+    within: u64,
+    len: u64,
+}
+
+impl<S: Store> Active<S> {
+    pub(crate) async fn open(
+        storage: Rc<S>,
+        footer: Footer,
+        header: Header,
+        parent: Option<Rc<Backing>>,
+        options: Options,
+    ) -> Result<Self, Failure> {
+        let length = storage
+            .size()
+            .map_err(failed("cannot see the image's size"))?;
+        let blocks = Blocks::read(&*storage, &header).await;
+        let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
+        let batmap = Batmap::read(&*storage, &footer, &header, &blocks, length).await?;
+        let (block, bitmap) = (u64::from(header.block), header.bitmap());
+        let len = bitmap + block;
+        let mut items: Vec<Item> = blocks.items(len).collect();
+        items.extend(header.items(&footer));
+        items.extend(batmap.iter().flat_map(Batmap::items));
+        let (end, gaps) = check(items, len, length)?;
+        let is_writable = storage
+            .is_writable()
+            .map_err(failed("cannot use the image"))?;
+        Ok(Self {
+            storage,
+            size: Cell::new(footer.size),
+            footer: RefCell::new(footer),
+            block,
+            bitmap,
+            is_writable,
+            blocks,
+            batmap,
+            bitmaps: Tables::new(options.cache),
+            room: Room::new(bitmap, block, end, &gaps),
+            parent,
+            locks: Locks::default(),
+        })
+    }
+
+    /// The pieces of a range: the block, where in it, where in the range, how long.
+    fn pieces(
+        &self,
+        offset: u64,
+        len: u64,
+    ) -> Result<impl Iterator<Item = (u32, u64, u64, u64)>, Errno> {
+        let end = offset.checked_add(len);
+        if end.is_none_or(|end| end > self.size.get()) {
+            return Err(Errno::INVAL);
+        }
+        // CAST: there are at most 2^22 blocks on a disk.
+        Ok(pieces(offset, len, self.block).map(|(n, within, at, len)| (n as u32, within, at, len)))
+    }
+
+    fn place(&self, block: u32, within: u64, len: u64) -> Option<Place> {
+        let at = self.blocks.place(block)?;
+        Some(Place {
+            block,
+            at,
+            within,
+            len,
+        })
+    }
+
+    /// Where the bytes are.
+    fn data(&self, place: Place) -> u64 {
+        place.at + self.bitmap + place.within
+    }
+
+    /// The runs of sectors that were written, or were not: bytes of each.
+    async fn runs(&self, place: Place) -> Result<Vec<(u64, bool)>, Errno> {
+        if self.blocks.is_full(place.block) {
+            return Ok(vec![(place.len, true)]);
+        }
+        // CAST: a bitmap is at most 64 KiB.
+        let table = self
+            .bitmaps
+            .get(&*self.storage, place.at, self.bitmap as usize)
+            .await?;
+        let first = place.within / SECTOR;
+        let mut runs: Vec<(u64, bool)> = Vec::new();
+        table.see(|bits| {
+            for sector in first..first + place.len / SECTOR {
+                let is_set = bit(bits, sector);
+                match runs.last_mut() {
+                    Some((len, last)) if *last == is_set => *len += SECTOR,
+                    _ => runs.push((SECTOR, is_set)),
+                }
+            }
+        });
+        Ok(runs)
+    }
+
+    pub(crate) async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        for (block, within, at, len) in self.pieces(offset, data.len() as u64)? {
+            let data = part(&data, at, len);
+            match self.place(block, within, len) {
+                Some(place) => self.read_block(place, offset + at, data).await?,
+                None => backing::read(self.parent.as_deref(), offset + at, data).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_block(&self, place: Place, offset: u64, data: Data) -> Result<(), Errno> {
+        let mut done = 0;
+        for (len, is_written) in self.runs(place).await? {
+            let data = part(&data, done, len);
+            match is_written {
+                true => self.storage.read(self.data(place) + done, data).await?,
+                false => backing::read(self.parent.as_deref(), offset + done, data).await?,
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
+        for (block, within, at, len) in self.pieces(offset, data.len() as u64)? {
+            // CAST: they are inside of the data.
+            let data = data.part(at as usize, len as usize);
+            let found = match self.place(block, within, len) {
+                Some(place) => Some(place),
+                None => {
+                    let _held = self.locks.alone(u64::from(block)).await;
+                    match self.place(block, within, len) {
+                        Some(place) => Some(place),
+                        None => {
+                            self.create(block, within, len, Some(data.clone())).await?;
+                            None
+                        }
+                    }
+                }
+            };
+            if let Some(place) = found {
+                self.storage.write(self.data(place), data).await?;
+                self.mark(place).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a block that holds `data`, or zeroes, and lets the table point to it. Its lock is held.
+    async fn create(
+        &self,
+        block: u32,
+        within: u64,
+        len: u64,
+        data: Option<Bytes>,
+    ) -> Result<(), Errno> {
+        let footer = self.footer.borrow().clone();
+        let sector = self.room.take(&*self.storage, &footer).await?;
+        let at = u64::from(sector) * SECTOR;
+        let mut bits = vec![0; self.bitmap as usize];
+        match self.parent.is_some() {
+            true => set_bits(&mut bits, within / SECTOR, len / SECTOR),
+            // What is not written is zero there.
+            false => set_bits(&mut bits, 0, self.block / SECTOR),
+        }
+        let is_full = has_all(&bits, self.block / SECTOR);
+        let bitmap = self.storage.write(at, Bytes::copied(&bits)?);
+        match data {
+            Some(data) => {
+                let data = self.storage.write(at + self.bitmap + within, data);
+                let (bitmap, data) = both(bitmap, data).await;
+                bitmap.and(data)?;
+            }
+            None => bitmap.await?,
+        }
+        match is_full {
+            true => self.bitmaps.forget(at),
+            false => self.bitmaps.put(at, bits),
+        }
+        self.blocks.set_full(block, is_full);
+        self.blocks.set(&*self.storage, block, sector).await
+    }
+
+    /// Says of sectors that they were written, which they are.
+    async fn mark(&self, place: Place) -> Result<(), Errno> {
+        if self.blocks.is_full(place.block) {
+            return Ok(());
+        }
+        let table = self
+            .bitmaps
+            .get(&*self.storage, place.at, self.bitmap as usize)
+            .await?;
+        let (first, count) = (place.within / SECTOR, place.len / SECTOR);
+        let is_known = table.see(|bits| (first..first + count).all(|sector| bit(bits, sector)));
+        if !is_known {
+            table
+                .change(&*self.storage, |bits| set_bits(bits, first, count))
+                .await?;
+        }
+        if table.see(|bits| has_all(bits, self.block / SECTOR)) {
+            self.blocks.set_full(place.block, true);
+            self.bitmaps.forget(place.at);
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
+        self.room.flush(&*self.storage).await
+    }
+
+    pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        for (block, within, _, len) in self.pieces(offset, len)? {
+            if let Some(place) = self.place(block, within, len) {
+                if self.give_up(place).await? {
+                    continue;
+                }
+                match self.storage.discard(self.data(place), len).await {
+                    // It stays as it is.
+                    Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        for (block, within, at, len) in self.pieces(offset, len)? {
+            if self.place(block, within, len).is_none() {
+                let parent = self.parent.as_deref();
+                if backing::is_hole(parent, offset + at, len).await? {
+                    continue;
+                }
+                let _held = self.locks.alone(u64::from(block)).await;
+                if self.place(block, within, len).is_none() {
+                    self.create(block, within, len, None).await?;
+                    continue;
+                }
+            }
+            let Some(place) = self.place(block, within, len) else {
+                return Err(Errno::IO);
+            };
+            if !self.give_up(place).await? {
+                self.storage.write_zeroes(self.data(place), len).await?;
+                self.mark(place).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a whole block of a disk without a parent be no more. Says whether it is one.
+    async fn give_up(&self, place: Place) -> Result<bool, Errno> {
+        if self.parent.is_some() || place.len != self.block {
+            return Ok(false);
+        }
+        let _held = self.locks.alone(u64::from(place.block)).await;
+        self.blocks.set(&*self.storage, place.block, UNUSED).await?;
+        self.blocks.set_full(place.block, false);
+        self.bitmaps.forget(place.at);
+        match self
+            .storage
+            .discard(place.at, self.bitmap + self.block)
+            .await
+        {
+            Ok(()) => self.room.give_up(place.at),
+            // It is found again when the image is opened next.
+            Err(Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let mut row = Row::default();
+        for (block, within, at, len) in self.pieces(offset, len)? {
+            let mut place = offset + at;
+            let runs = match self.place(block, within, len) {
+                Some(found) => self.runs(found).await?,
+                None => vec![(len, false)],
+            };
+            for (len, is_written) in runs {
+                match is_written {
+                    true => row.push(len, Content::Data),
+                    false => row.push_missing(self.parent.as_deref(), place, len).await?,
+                }
+                place += len;
+            }
+            if row.is_full() {
+                break;
+            }
+        }
+        Ok(row.finish())
+    }
+
+    /// The size has changed within what the table can hold.
+    pub(crate) fn resize(&self, footer: Footer, header: &Header) -> Result<u64, Failure> {
+        let most = u64::from(self.blocks.count()) * self.block;
+        if header.blocks != self.blocks.count()
+            || footer.size < self.size.get()
+            || footer.size > most
+        {
+            return Err(refused(format!(
+                "the VHD has become one of {} bytes: while it is served it can grow to {most} bytes at most; pause the disk first",
+                footer.size
+            )));
+        }
+        self.size.set(footer.size);
+        *self.footer.borrow_mut() = footer;
+        Ok(self.size.get())
+    }
+
+    /// Nothing comes after this.
+    pub(crate) async fn finish(&self) -> Result<(), Errno> {
+        if !self.is_writable {
+            return Ok(());
+        }
+        if let Some(batmap) = &self.batmap {
+            batmap.write(&*self.storage, &self.blocks).await?;
+        }
+        let footer = self.footer.borrow().clone();
+        self.room.trim(&*self.storage, &footer).await
+    }
+
+    pub(crate) fn stats(&self) -> BTreeMap<String, u64> {
+        let count = self.blocks.count();
+        let there = (0..count).filter(|block| self.blocks.place(*block).is_some());
+        let (cached, hits, misses) = self.bitmaps.counts();
+        [
+            ("blocks", u64::from(count)),
+            ("blocks_used", there.count() as u64),
+            ("block_bytes", self.block),
+            ("room_bytes", self.room.left()),
+            ("cache_bytes", cached),
+            ("cache_hits", hits),
+            ("cache_misses", misses),
+        ]
+        .map(|(name, value)| (name.to_string(), value))
+        .into()
+    }
+}
+
+/// The bit of a sector: the first is the highest of its byte.
+fn bit(bits: &[u8], sector: u64) -> bool {
+    // CAST: a sector of a block.
+    let byte = bits.get((sector / 8) as usize).copied().unwrap_or(0);
+    byte << (sector % 8) & 0x80 != 0
+}
+
+fn set_bits(bits: &mut [u8], first: u64, count: u64) {
+    for sector in first..first.saturating_add(count) {
+        // CAST: a sector of a block.
+        if let Some(byte) = bits.get_mut((sector / 8) as usize) {
+            *byte |= 0x80 >> (sector % 8);
+        }
+    }
+}
+
+fn has_all(bits: &[u8], count: u64) -> bool {
+    // CAST: sectors of a block; there are eight at least.
+    let whole = (count / 8) as usize;
+    bits.get(..whole)
+        .is_some_and(|bits| bits.iter().all(|byte| *byte == 0xff))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{bit, has_all, set_bits};
+
+    #[test]
+    fn first_sector_is_the_highest_bit() {
+        let mut bits = vec![0; 2];
+        set_bits(&mut bits, 0, 1);
+        set_bits(&mut bits, 7, 2);
+        assert_eq!(bits, [0x81, 0x80]);
+        assert!(bit(&bits, 8) && !bit(&bits, 9) && !bit(&bits, 100));
+        set_bits(&mut bits, 0, 100);
+        assert!(has_all(&bits, 16) && !has_all(&bits, 24));
+    }
+}

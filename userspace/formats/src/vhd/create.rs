@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! New VHDs, laid out as tapdisk does it.
+
+use super::batmap;
+use super::blocks::UNUSED;
+use super::footer::{self, Footer, Kind};
+use super::header::{self, table_len, Header, Locator};
+use super::{locator, MOST};
+use crate::field::failed;
+use crate::Store;
+use control::Failure;
+use diskio::{Bytes, Errno};
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub struct Create {
+    /// Which kind.
+    pub kind: Kind,
+    /// Bytes of the disk, whole sectors.
+    pub size: u64,
+    /// What the disk calls itself: any number that nobody else has.
+    pub id: [u8; 16],
+    /// What a differencing disk goes on from.
+    pub parent: Option<ParentOf>,
+    /// The disk can become as large as this without moving its table; 0 for its size.
+    pub reserve: u64,
+}
+
+/// A parent, to be named.
+#[derive(Clone, Debug)]
+pub struct ParentOf {
+    /// Its path from the folder of the new image, or an absolute one.
+    pub path: String,
+    /// What it calls itself ([`id`](super::id)); zeroes for a raw image.
+    pub id: [u8; 16],
+}
+
+impl Create {
+    fn check(&self) -> Result<(), Failure> {
+        let largest = self.size.max(self.reserve);
+        if self.size == 0 || self.size % 512 != 0 {
+            return Err(Failure::invalid(format!(
+                "a disk of {} bytes cannot be made: its size must be whole sectors of 512",
+                self.size
+            )));
+        }
+        if largest > MOST {
+            return Err(Failure::invalid(format!(
+                "a VHD has at most 2040 GiB, and {largest} bytes are more: use another format, such as qcow2"
+            )));
+        }
+        match (self.kind, &self.parent) {
+            (Kind::Differencing, None) => Err(Failure::invalid(
+                "a differencing VHD needs a parent: name it",
+            )),
+            (Kind::Differencing, Some(parent)) if parent.path.is_empty() => {
+                Err(Failure::invalid("the parent's name is empty"))
+            }
+            (Kind::Differencing, Some(_)) | (_, None) => Ok(()),
+            (_, Some(_)) => Err(Failure::invalid(
+                "only a differencing VHD has a parent: leave it out",
+            )),
+        }
+    }
+}
+
+/// Makes an image of what `storage` is, whose content is lost. What can be found at the beginning is
+/// written last: before that it is no image.
+pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> {
+    what.check()?;
+    let footer = Footer::new(what.kind, what.size, what.id);
+    let failed = |error| failed("cannot make the VHD")(error);
+    match what.kind {
+        Kind::Fixed => fixed(storage, &footer).await.map_err(failed),
+        _ => blocks(storage, &footer, what).await.map_err(failed),
+    }
+}
+
+async fn fixed(storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
+    let end = footer
+        .size
+        .checked_add(footer::LEN as u64)
+        .ok_or(Errno::FBIG)?;
+    let at = match storage.is_fixed() {
+        true if storage.size()? < end => return Err(Errno::NOSPC),
+        true => {
+            storage.write_zeroes(0, footer.size).await?;
+            storage.size()? - footer::LEN as u64
+        }
+        false => {
+            storage.set_size(0)?;
+            storage.set_size(end)?;
+            footer.size
+        }
+    };
+    storage.write(at, Bytes::copied(footer.bytes())?).await?;
+    storage.flush().await
+}
+
+async fn blocks(storage: &impl Store, footer: &Footer, what: &Create) -> Result<(), Errno> {
+    let largest = what.size.max(what.reserve);
+    let count = largest.div_ceil(u64::from(header::BLOCK));
+    let count = u32::try_from(count).map_err(|_| Errno::FBIG)?;
+    let table = footer::LEN as u64 + header::LEN as u64;
+    let mut header = Header::new(table, count);
+    let mut bytes = empty_table(count);
+    let map = table + bytes.len() as u64;
+    bytes.extend(batmap::empty(map, count));
+    if let Some(parent) = &what.parent {
+        let begin = table + bytes.len() as u64;
+        let paths = locators(&parent.path, begin, &mut bytes);
+        header.set_parent(parent.id, &parent.path, paths);
+    }
+    let end = table + bytes.len() as u64;
+    let at = match storage.is_fixed() {
+        true if storage.size()? < end + footer::LEN as u64 => return Err(Errno::NOSPC),
+        true => storage.size()? - footer::LEN as u64,
+        false => {
+            storage.set_size(0)?;
+            end
+        }
+    };
+    if storage.is_fixed() {
+        storage.write(0, Bytes::copied(&[0; footer::LEN])?).await?;
+    }
+    let mut head = header.bytes().to_vec();
+    head.extend(bytes);
+    storage.write(footer.header, Bytes::copied(&head)?).await?;
+    storage.write(at, Bytes::copied(footer.bytes())?).await?;
+    storage.flush().await?;
+    storage.write(0, Bytes::copied(footer.bytes())?).await?;
+    storage.flush().await
+}
+
+/// A table of blocks that do not exist.
+pub(crate) fn empty_table(count: u32) -> Vec<u8> {
+    // CAST: a table of at most 2^22 blocks.
+    let mut bytes = vec![0; table_len(count) as usize];
+    for entry in bytes.chunks_exact_mut(4).take(count as usize) {
+        entry.copy_from_slice(&UNUSED.to_be_bytes());
+    }
+    bytes
+}
+
+/// Adds the parent's path in three spellings to what goes to `begin`, each in sectors of its own.
+fn locators(path: &str, begin: u64, bytes: &mut Vec<u8>) -> Vec<Locator> {
+    let first = bytes.len() as u64;
+    let spellings = [locator::URL, locator::ABSOLUTE, locator::RELATIVE];
+    let path = match path.starts_with('/') || path.starts_with("../") || path.starts_with("./") {
+        true => path.to_string(),
+        false => format!("./{path}"),
+    };
+    spellings
+        .into_iter()
+        .map(|code| {
+            let spelled = locator::encode(code, &path);
+            let at = begin + bytes.len() as u64 - first;
+            let len = spelled.len();
+            let room = len.next_multiple_of(512);
+            bytes.extend(spelled);
+            bytes.resize(bytes.len() + room - len, 0);
+            Locator {
+                code,
+                room: room as u64,
+                len: u32::try_from(len).unwrap_or(u32::MAX),
+                at,
+            }
+        })
+        .collect()
+}

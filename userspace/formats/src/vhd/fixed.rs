@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The body of a fixed VHD: the disk, byte for byte. The footer behind it is out of reach.
+
+use crate::field::refused;
+use crate::Store;
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Content, Extent};
+use std::cell::Cell;
+use std::rc::Rc;
+
+#[derive(Debug)]
+pub(crate) struct Fixed<S> {
+    storage: Rc<S>,
+    size: Cell<u64>,
+}
+
+impl<S: Store> Fixed<S> {
+    pub(crate) fn new(storage: Rc<S>, size: u64) -> Self {
+        Self {
+            storage,
+            size: Cell::new(size),
+        }
+    }
+
+    /// Nothing may reach the footer.
+    fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let end = offset.checked_add(len);
+        match end.is_some_and(|end| end <= self.size.get()) {
+            true => Ok(()),
+            false => Err(Errno::INVAL),
+        }
+    }
+
+    pub(crate) async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.check(offset, data.len() as u64)?;
+        self.storage.read(offset, data).await
+    }
+
+    pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
+        self.check(offset, data.len() as u64)?;
+        self.storage.write(offset, data).await
+    }
+
+    pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.check(offset, len)?;
+        self.storage.discard(offset, len).await
+    }
+
+    pub(crate) async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.check(offset, len)?;
+        self.storage.write_zeroes(offset, len).await
+    }
+
+    pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.check(offset, len)?;
+        let (len, is_data) = self.storage.part(offset, len).await?;
+        let content = match is_data {
+            true => Content::Data,
+            false => Content::Hole,
+        };
+        Ok(vec![Extent { len, content }])
+    }
+
+    pub(crate) fn resize(&self, size: u64) -> Result<u64, Failure> {
+        if size < self.size.get() {
+            return Err(refused(format!(
+                "the fixed VHD has shrunk from {} bytes to {size} while it was open",
+                self.size.get()
+            )));
+        }
+        self.size.set(size);
+        Ok(size)
+    }
+}

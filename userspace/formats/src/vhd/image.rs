@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a VHD says of itself, read and checked.
+
+use super::footer::{self, Footer, Kind};
+use super::header::{self, Header};
+use super::locator;
+use crate::field::{array, failed, refused};
+use crate::store::read_some;
+use crate::{Needs, Parent, Store};
+use control::Failure;
+
+/// A footer, and the header if there is one.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) footer: Footer,
+    pub(crate) header: Option<Header>,
+}
+
+impl Image {
+    /// Reads what is checked by itself: the footer and the header.
+    pub(crate) async fn read(storage: &impl Store) -> Result<Self, Failure> {
+        let length = storage
+            .size()
+            .map_err(failed("cannot see the image's size"))?;
+        let footer = find(storage, length).await?;
+        if footer.kind == Kind::Fixed {
+            if footer.size > length.saturating_sub(511) {
+                return Err(refused(format!(
+                    "the fixed VHD has {length} bytes, which is not enough for its disk of {}: it is cut off",
+                    footer.size
+                )));
+            }
+            return Ok(Self {
+                footer,
+                header: None,
+            });
+        }
+        let end = footer.header.checked_add(header::LEN as u64);
+        if footer.header < footer::LEN as u64
+            || footer.header % 512 != 0
+            || end.is_none_or(|end| end > length)
+        {
+            return Err(refused(format!(
+                "the VHD's header cannot be at byte {} of {length}",
+                footer.header
+            )));
+        }
+        let bytes = read_some(storage, footer.header, header::LEN).await;
+        let bytes = bytes.map_err(failed("cannot read the VHD's header"))?;
+        let header = Header::parse(bytes, &footer, length)?;
+        Ok(Self {
+            footer,
+            header: Some(header),
+        })
+    }
+}
+
+/// The footer that counts. What is at the beginning of a fixed VHD is the guest's, so the end is looked
+/// at first; of the others the one at the beginning is never moved, and counts.
+async fn find(storage: &impl Store, length: u64) -> Result<Footer, Failure> {
+    let last = match last(storage, length).await {
+        Ok(Some(footer)) if footer.kind == Kind::Fixed => return Ok(footer),
+        last => last,
+    };
+    let first = at(storage, 0).await;
+    match (first, last) {
+        (Ok(Some(first)), Ok(_)) if first.kind != Kind::Fixed => Ok(first),
+        // Only the end was being written.
+        (Ok(Some(first)), Err(_)) if first.kind != Kind::Fixed => Ok(first),
+        (_, Ok(Some(last))) => Ok(last),
+        (Err(failure), _) | (_, Err(failure)) => Err(failure),
+        _ => Err(refused(
+            "there is no footer of a VHD, neither at the end nor at the beginning: it is cut off, or no VHD",
+        )),
+    }
+}
+
+/// The footer at the end. Early ones of Microsoft have a byte less.
+async fn last(storage: &impl Store, length: u64) -> Result<Option<Footer>, Failure> {
+    let Some(begin) = length.checked_sub(footer::LEN as u64) else {
+        return Err(refused(format!(
+            "the image has {length} bytes: that is no VHD"
+        )));
+    };
+    match at(storage, begin).await? {
+        Some(footer) => Ok(Some(footer)),
+        None => at(storage, begin + 1).await,
+    }
+}
+
+async fn at(storage: &impl Store, offset: u64) -> Result<Option<Footer>, Failure> {
+    let bytes = read_some(storage, offset, footer::LEN).await;
+    let bytes = bytes.map_err(failed("cannot read the VHD's footer"))?;
+    Footer::parse(array(&bytes, 0))
+}
+
+/// What a VHD is and what it needs, of which nothing is followed.
+pub async fn look(storage: &impl Store) -> Result<(Kind, Needs), Failure> {
+    let image = Image::read(storage).await?;
+    let mut needs = Needs {
+        size: image.footer.size,
+        ..Needs::default()
+    };
+    if let (Kind::Differencing, Some(header)) = (image.footer.kind, &image.header) {
+        needs.parent = Some(parent(storage, header).await?);
+    }
+    Ok((image.footer.kind, needs))
+}
+
+async fn parent(storage: &impl Store, header: &Header) -> Result<Parent, Failure> {
+    let mut names: Vec<String> = Vec::new();
+    for locator in &header.locators {
+        // CAST: it was checked to be small.
+        let bytes = read_some(storage, locator.at, locator.len as usize).await;
+        let bytes = bytes.map_err(failed("cannot read a name of the VHD's parent"))?;
+        let name = locator::decode(locator.code, &bytes);
+        names.extend(name.filter(|name| !names.contains(name)));
+    }
+    names.extend(header.parent_name().filter(|name| !names.contains(name)));
+    let id = header.parent_id();
+    // Tapdisk says so of raw parents.
+    let is_raw = id == [0; 16];
+    Ok(Parent {
+        names,
+        driver: Some(if is_raw { "aio" } else { "vhd" }.into()),
+        id: (!is_raw).then(|| spelled(id)),
+    })
+}
+
+/// What an image calls itself.
+pub async fn id(storage: &impl Store) -> Result<[u8; 16], Failure> {
+    Ok(Image::read(storage).await?.footer.id())
+}
+
+/// An identity in the usual form, as it is in [`Parent::id`].
+pub fn spelled(id: [u8; 16]) -> String {
+    let number = u128::from_be_bytes(id);
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        number >> 96,
+        (number >> 80) & 0xffff,
+        (number >> 64) & 0xffff,
+        (number >> 48) & 0xffff,
+        number & 0xffff_ffff_ffff
+    )
+}

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! VHD: fixed, dynamic and differencing, as Windows, QEMU and tapdisk have them.
+//!
+//! A disk has at most 2 TiB less a little, because the table counts sectors with 32 bits.
+//!
+//! Of a block's sectors the bitmap before it says which were written. A dynamic disk has no other use
+//! for it than that what was not written is zero, so a new block of ours has all bits set, and writing
+//! to it again changes no metadata. In a differencing disk a bit that is not set leads to the parent:
+//! nothing is ever copied from there.
+//!
+//! Room for many blocks is made at once: a footer is written where the image is to end, what was
+//! written between the last block and there before is zeroed, and that is made durable. So a block that
+//! the table points to holds nothing of anybody's but what was written to it, whatever is lost.
+
+mod active;
+mod batmap;
+mod blocks;
+mod create;
+mod fixed;
+mod footer;
+mod header;
+mod image;
+mod locator;
+mod resize;
+mod room;
+
+pub use create::{create, Create, ParentOf};
+pub use footer::Kind;
+pub use image::{id, look, spelled};
+pub use resize::grow;
+
+use crate::backing::Backing;
+use crate::field::{failed, refused};
+use crate::{Options, Store};
+use active::Active;
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
+use fixed::Fixed;
+use image::Image;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Bytes of the largest disk, as others have the limit too.
+pub const MOST: u64 = 2040 << 30;
+/// Bytes that are zeroed or discarded at once.
+const ZEROES: u64 = 256 << 20;
+
+/// A disk in a VHD.
+#[derive(Debug)]
+pub struct Vhd<S> {
+    storage: Rc<S>,
+    parent: Option<Rc<Backing>>,
+    options: Options,
+    /// What serves it while it is active.
+    body: RefCell<Option<Body<S>>>,
+}
+
+#[derive(Debug)]
+enum Body<S> {
+    Fixed(Rc<Fixed<S>>),
+    Blocks(Rc<Active<S>>),
+}
+
+impl<S> Clone for Body<S> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Fixed(fixed) => Self::Fixed(fixed.clone()),
+            Self::Blocks(active) => Self::Blocks(active.clone()),
+        }
+    }
+}
+
+impl<S: Store> Vhd<S> {
+    /// The disk in `storage`, which goes on from `parent` if it is a differencing one. The parent is
+    /// activated with it.
+    pub fn new(storage: S, parent: Option<Disk>, options: Options) -> Self {
+        Self {
+            storage: Rc::new(storage),
+            parent: parent.map(|disk| Rc::new(Backing::new(disk))),
+            options,
+            body: RefCell::new(None),
+        }
+    }
+
+    fn body(&self) -> Result<Body<S>, Errno> {
+        self.body.borrow().clone().ok_or(Errno::NXIO)
+    }
+
+    /// A parent for those that have one, and for nobody else.
+    async fn check_parent(&self, kind: Kind) -> Result<(), Failure> {
+        match (kind, &self.parent) {
+            (Kind::Differencing, Some(parent)) => parent.activate().await,
+            (Kind::Differencing, None) => Err(refused(
+                "the VHD is a differencing one and its parent was not given: open that too",
+            )),
+            (_, Some(_)) => Err(refused(
+                "a parent was given for a VHD that is not a differencing one: leave that out",
+            )),
+            (_, None) => Ok(()),
+        }
+    }
+
+    async fn finish(&self) -> Result<(), Errno> {
+        let body = self.body.borrow_mut().take();
+        match body {
+            Some(Body::Blocks(active)) => active.finish().await,
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<S: Store> Driver for Vhd<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let image = Image::read(&*self.storage).await?;
+        self.check_parent(image.footer.kind).await?;
+        let size = image.footer.size;
+        let body = match image.header {
+            None => Body::Fixed(Rc::new(Fixed::new(self.storage.clone(), size))),
+            Some(header) => {
+                let parent = self.parent.clone();
+                let active = Active::open(
+                    self.storage.clone(),
+                    image.footer,
+                    header,
+                    parent,
+                    self.options,
+                );
+                Body::Blocks(Rc::new(active.await?))
+            }
+        };
+        *self.body.borrow_mut() = Some(body);
+        Ok(Shape {
+            size,
+            logical_block: 512,
+            physical_block: 4096,
+            discard: Some(4096),
+            write_cache: true,
+            fua: false,
+            limits: Limits {
+                zeroes: ZEROES,
+                align: header::BLOCK,
+                ..Limits::default()
+            },
+        })
+    }
+
+    fn fence(&self) -> Fence {
+        self.storage.fence()
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        match self.body()? {
+            Body::Fixed(fixed) => fixed.read(offset, data).await,
+            Body::Blocks(active) => active.read(offset, data).await,
+        }
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
+        match self.body()? {
+            Body::Fixed(fixed) => fixed.write(offset, data).await,
+            Body::Blocks(active) => active.write(offset, data).await,
+        }
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        match self.body()? {
+            Body::Fixed(_) => self.storage.flush().await,
+            Body::Blocks(active) => active.flush().await,
+        }
+    }
+
+    async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        match self.body()? {
+            Body::Fixed(fixed) => fixed.discard(offset, len).await,
+            Body::Blocks(active) => active.discard(offset, len).await,
+        }
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        match self.body()? {
+            Body::Fixed(fixed) => fixed.write_zeroes(offset, len).await,
+            Body::Blocks(active) => active.write_zeroes(offset, len).await,
+        }
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        match self.body()? {
+            Body::Fixed(fixed) => fixed.extents(offset, len).await,
+            Body::Blocks(active) => active.extents(offset, len).await,
+        }
+    }
+
+    async fn resize(&self) -> Result<u64, Failure> {
+        let image = Image::read(&*self.storage).await?;
+        let body = self
+            .body()
+            .map_err(failed("cannot look at the size of a VHD that is not open"))?;
+        match (body, image.header) {
+            (Body::Fixed(fixed), None) => fixed.resize(image.footer.size),
+            (Body::Blocks(active), Some(header)) => active.resize(image.footer, &header),
+            _ => Err(refused(
+                "the VHD became one of another type while it was open",
+            )),
+        }
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        match self.body() {
+            Ok(Body::Blocks(active)) => active.stats(),
+            _ => BTreeMap::new(),
+        }
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        self.finish().await?;
+        if self.storage.is_writable()? {
+            self.storage.flush().await?;
+        }
+        if let Some(parent) = &self.parent {
+            parent.inactivate().await?;
+        }
+        self.storage.forget()
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        self.finish().await?;
+        match &self.parent {
+            Some(parent) => parent.close().await,
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Room for new blocks.
+
+use super::footer::{self, Footer};
+use crate::Store;
+use diskio::{Bytes, Errno, Gate};
+use std::cell::{Cell, RefCell};
+
+/// What the bytes of a block begin at multiples of, and what the image is made longer by.
+const PAGE: u64 = 4096;
+/// Blocks that room is made for at once.
+const BLOCKS: u64 = 16;
+/// Gaps that are made ready at once.
+const GAPS: usize = 16;
+
+/// Where blocks may go. Whatever is handed out reads as zeroes, also after the loss of power.
+#[derive(Debug)]
+pub(crate) struct Room {
+    /// Bytes of a bitmap, and of a block with it.
+    bitmap: u64,
+    len: u64,
+    /// Behind the last block: where the next one goes, and where what is zero ends.
+    next: Cell<u64>,
+    limit: Cell<u64>,
+    /// Places that are free and zero.
+    free: RefCell<Vec<u64>>,
+    /// Places that were given up since the last flush: the table in the image may still say otherwise.
+    given_up: RefCell<Vec<u64>>,
+    /// Places that nothing points to, with anything in them.
+    gaps: RefCell<Vec<u64>>,
+    /// One makes room, for all who want some.
+    gate: Gate,
+}
+
+impl Room {
+    pub(crate) fn new(bitmap: u64, block: u64, end: u64, gaps: &[(u64, u64)]) -> Self {
+        let len = bitmap.saturating_add(block);
+        let room = Self {
+            bitmap,
+            len,
+            next: Cell::new(0),
+            limit: Cell::new(0),
+            free: RefCell::default(),
+            given_up: RefCell::default(),
+            gaps: RefCell::default(),
+            gate: Gate::default(),
+        };
+        let mut places = Vec::new();
+        for (from, to) in gaps {
+            let mut place = room.align(*from);
+            while place.saturating_add(len) <= *to {
+                places.push(place);
+                place = room.align(place.saturating_add(len));
+            }
+        }
+        room.gaps.replace(places);
+        room.next.set(room.align(end));
+        room.limit.set(room.next.get());
+        room
+    }
+
+    /// The first place from `at` on whose bytes are aligned.
+    fn align(&self, at: u64) -> u64 {
+        let data = at.saturating_add(self.bitmap);
+        let aligned = data.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+        aligned - self.bitmap
+    }
+
+    /// A place for a block, in sectors.
+    pub(crate) async fn take(&self, storage: &impl Store, footer: &Footer) -> Result<u32, Errno> {
+        if let Some(sector) = self.ready()? {
+            return Ok(sector);
+        }
+        let _pass = self.gate.alone().await;
+        loop {
+            // Somebody else may have made some meanwhile.
+            if let Some(sector) = self.ready()? {
+                return Ok(sector);
+            }
+            if storage.is_fixed() && self.gaps.borrow().is_empty() {
+                self.go_on(storage)?;
+            }
+            // The borrow must not last.
+            let has_gaps = !self.gaps.borrow().is_empty();
+            match has_gaps {
+                true => self.clean(storage).await?,
+                false => self.extend(storage, footer).await?,
+            }
+        }
+    }
+
+    /// A place that is there without I/O.
+    fn ready(&self) -> Result<Option<u32>, Errno> {
+        let free = self.free.borrow_mut().pop();
+        let place = match free {
+            Some(place) => place,
+            None => {
+                let place = self.next.get();
+                let end = place.checked_add(self.len).ok_or(Errno::FBIG)?;
+                if end > self.limit.get() {
+                    return Ok(None);
+                }
+                self.next.set(self.align(end));
+                place
+            }
+        };
+        let sector = u32::try_from(place / 512).ok();
+        let sector = sector.filter(|sector| *sector != super::blocks::UNUSED);
+        // The table has no larger numbers.
+        sector.map(Some).ok_or(Errno::FBIG)
+    }
+
+    /// A device is as long as it is: what is behind the last block is gaps of any content.
+    fn go_on(&self, storage: &impl Store) -> Result<(), Errno> {
+        let end = storage.size()?.saturating_sub(footer::LEN as u64);
+        let mut gaps = self.gaps.borrow_mut();
+        let mut place = self.next.get();
+        while gaps.len() < GAPS && place.saturating_add(self.len) <= end {
+            gaps.push(place);
+            place = self.align(place.saturating_add(self.len));
+        }
+        self.next.set(place);
+        self.limit.set(place);
+        match gaps.is_empty() {
+            true => Err(Errno::NOSPC),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes gaps readable as zeroes.
+    async fn clean(&self, storage: &impl Store) -> Result<(), Errno> {
+        let some: Vec<u64> = {
+            let gaps = self.gaps.borrow();
+            gaps.iter().rev().take(GAPS).copied().collect()
+        };
+        for place in &some {
+            storage.write_zeroes(*place, self.len).await?;
+        }
+        storage.flush().await?;
+        let mut gaps = self.gaps.borrow_mut();
+        let left = gaps.len().saturating_sub(some.len());
+        gaps.truncate(left);
+        self.free.borrow_mut().extend(some);
+        Ok(())
+    }
+
+    /// Makes the image longer: the footer first, so that there is one at the end at any time.
+    async fn extend(&self, storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
+        let begin = self.next.get();
+        let more = self.len.saturating_add(PAGE).saturating_mul(BLOCKS);
+        let old = storage.size()?;
+        let end = begin.checked_add(more).ok_or(Errno::FBIG)?.max(old);
+        let end = end.checked_next_multiple_of(PAGE).ok_or(Errno::FBIG)?;
+        let end = end.checked_add(PAGE).ok_or(Errno::FBIG)?;
+        let last = end - footer::LEN as u64;
+        storage.write(last, Bytes::copied(footer.bytes())?).await?;
+        if old > begin {
+            storage.write_zeroes(begin, old - begin).await?;
+        }
+        storage.flush().await?;
+        self.limit.set(end - PAGE);
+        Ok(())
+    }
+
+    /// The place of a block that is no more, whose bytes are a hole.
+    pub(crate) fn give_up(&self, place: u64) {
+        self.given_up.borrow_mut().push(place);
+    }
+
+    /// Makes everything durable; what was given up before can be used then.
+    pub(crate) async fn flush(&self, storage: &impl Store) -> Result<(), Errno> {
+        let mut places = self.given_up.take();
+        let flushed = storage.flush().await;
+        match flushed {
+            Ok(()) => self.free.borrow_mut().append(&mut places),
+            Err(_) => self.given_up.borrow_mut().append(&mut places),
+        }
+        flushed
+    }
+
+    /// Ends the image behind the last block, with a footer.
+    pub(crate) async fn trim(&self, storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
+        let (next, len) = (self.next.get(), footer::LEN as u64);
+        let Some(end) = next.saturating_add(len).checked_next_multiple_of(PAGE) else {
+            return Ok(());
+        };
+        if storage.is_fixed() || end > self.limit.get() || end >= storage.size()? {
+            return Ok(());
+        }
+        // Nobody may take what is not zero any more.
+        self.limit.set(next);
+        storage
+            .write(end - len, Bytes::copied(footer.bytes())?)
+            .await?;
+        storage.set_size(end)
+    }
+
+    /// Bytes that blocks may go to without more room.
+    pub(crate) fn left(&self) -> u64 {
+        let tail = self.limit.get().saturating_sub(self.next.get());
+        let free = self.free.borrow().len() as u64;
+        tail.saturating_add(free.saturating_mul(self.len))
+    }
+}

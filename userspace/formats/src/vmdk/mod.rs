@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! VMDK: one file or several, flat or sparse, to read and to write; `streamOptimized` to read.
+//!
+//! The sparse extents of a disk have one budget for their tables. A grain that is written for the first
+//! time goes to the end of its file. What shows others that the content has changed (the `CID`) is written
+//! before the first change.
+
+mod create;
+mod descriptor;
+mod sparse;
+
+pub use create::{create, plan, Create, Form, NewFile};
+
+use crate::backing::Backing;
+use crate::clusters::Clusters;
+use crate::field::{failed, refused};
+use crate::store::read_some;
+use crate::tail::Tail;
+use crate::{Extent as NeededExtent, Needs, Options, Parent, Store};
+use control::Failure;
+use descriptor::{Body, Descriptor, NO_PARENT};
+use diskio::{Bytes, Data, Errno, Gate};
+use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
+use sparse::{Grains, Header};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Sectors of a file at most: entries have 32 bits.
+const MOST: u64 = (u32::MAX as u64) * 512;
+/// Bytes that are zeroed or discarded at once.
+const ZEROES: u64 = 64 << 20;
+
+/// A disk in a VMDK.
+#[derive(Debug)]
+pub struct Vmdk<S> {
+    image: Rc<S>,
+    extents: Vec<Rc<S>>,
+    parent: Option<Rc<Backing>>,
+    options: Options,
+    active: RefCell<Option<Rc<Active<S>>>>,
+}
+
+#[derive(Debug)]
+struct Active<S> {
+    parts: Vec<Part<S>>,
+    size: u64,
+    cid: Mark,
+}
+
+/// A part of the disk, from a byte on.
+#[derive(Debug)]
+struct Part<S> {
+    begin: u64,
+    len: u64,
+    body: Held<S>,
+}
+
+#[derive(Debug)]
+enum Held<S> {
+    Flat(Rc<S>, u64),
+    Sparse(Box<Clusters<S, Grains>>),
+    Zero,
+}
+
+/// The number that changes when the content does.
+#[derive(Debug, Default)]
+struct Mark {
+    /// Where its digits are, and what it was.
+    at: Option<(u64, u32)>,
+    is_changed: Cell<bool>,
+    gate: Gate,
+}
+
+/// The descriptor, where in the image it begins, and the header if the image is an extent itself.
+async fn read_descriptor(image: &impl Store) -> Result<(Descriptor, u64, Option<Header>), Failure> {
+    let length = image
+        .size()
+        .map_err(failed("cannot see the image's size"))?;
+    let reading = |error| failed("cannot read the VMDK's descriptor")(error);
+    let first = read_some(image, 0, 512).await.map_err(reading)?;
+    let (header, at, len) = match first.get(..4) == Some(sparse::MAGIC) {
+        true => {
+            let header = Header::read(image, length).await?;
+            let (at, len) = header.descriptor;
+            if at == 0 {
+                return Err(refused(
+                    "this is an extent of a VMDK: name the file with the descriptor instead",
+                ));
+            }
+            (Some(header), at * 512, len * 512)
+        }
+        false if Descriptor::is_one(&first) => (None, 0, length.min(descriptor::MOST)),
+        false => {
+            return Err(refused(
+                "there is neither the header nor the descriptor of a VMDK",
+            ))
+        }
+    };
+    // CAST: it was checked to be small.
+    let bytes = read_some(image, at, len as usize).await.map_err(reading)?;
+    Ok((Descriptor::parse(&bytes)?, at, header))
+}
+
+/// What a VMDK needs, of which nothing is followed.
+pub async fn look(image: &impl Store) -> Result<Needs, Failure> {
+    let (descriptor, _, header) = read_descriptor(image).await?;
+    let parent = (descriptor.parent_cid != NO_PARENT).then(|| Parent {
+        names: descriptor.parent.clone().into_iter().collect(),
+        driver: Some("vmdk".into()),
+        id: Some(format!("{:08x}", descriptor.parent_cid)),
+    });
+    let extents = match header {
+        Some(_) => Vec::new(),
+        None => named(&descriptor),
+    };
+    let size = match &header {
+        Some(header) => header.capacity * 512,
+        None => descriptor.size()?,
+    };
+    Ok(Needs {
+        size,
+        parent,
+        extents,
+    })
+}
+
+/// What the content of a VMDK calls itself, to be compared with [`Parent::id`] of its children.
+pub async fn id(image: &impl Store) -> Result<String, Failure> {
+    Ok(format!("{:08x}", read_descriptor(image).await?.0.cid))
+}
+
+fn named(descriptor: &Descriptor) -> Vec<NeededExtent> {
+    let parts = descriptor.extents.iter();
+    parts
+        .filter_map(|part| match &part.body {
+            Body::Flat { name, .. } | Body::Sparse { name } => Some(NeededExtent {
+                name: name.clone(),
+                read_only: part.read_only,
+            }),
+            Body::Zero => None,
+        })
+        .collect()
+}
+
+impl<S: Store> Vmdk<S> {
+    /// The disk that `image` describes. `extents` are the files that [`look`] has named, in that order;
+    /// the parent is activated with the disk.
+    pub fn new(image: S, extents: Vec<S>, parent: Option<Disk>, options: Options) -> Self {
+        Self {
+            image: Rc::new(image),
+            extents: extents.into_iter().map(Rc::new).collect(),
+            parent: parent.map(|disk| Rc::new(Backing::new(disk))),
+            options,
+            active: RefCell::new(None),
+        }
+    }
+
+    fn active(&self) -> Result<Rc<Active<S>>, Errno> {
+        self.active.borrow().clone().ok_or(Errno::NXIO)
+    }
+
+    /// All files.
+    fn files(&self) -> impl Iterator<Item = &Rc<S>> {
+        std::iter::once(&self.image).chain(&self.extents)
+    }
+
+    async fn check_parent(&self, descriptor: &Descriptor) -> Result<(), Failure> {
+        match (&self.parent, descriptor.parent_cid != NO_PARENT) {
+            (Some(parent), true) => parent.activate().await,
+            (None, false) => Ok(()),
+            (None, true) => Err(refused(
+                "the VMDK goes on from a parent that was not given: open that too",
+            )),
+            (Some(_), false) => Err(refused(
+                "a parent was given for a VMDK that has none: leave it out",
+            )),
+        }
+    }
+
+    /// An extent that is sparse, as large as its line says.
+    async fn sparse(
+        &self,
+        file: &Rc<S>,
+        header: Header,
+        place: (u64, u64),
+        cache: usize,
+    ) -> Result<Held<S>, Failure> {
+        if header.is_packed() && file.is_writable().map_err(failed("cannot use the image"))? {
+            return Err(refused(
+                "the grains of the VMDK are compressed (streamOptimized), so it can be read only: serve it read-only, or convert it",
+            ));
+        }
+        if header.capacity.saturating_mul(512) < place.1 {
+            return Err(refused(format!(
+                "an extent of the VMDK has {} sectors and its line says {}",
+                header.capacity,
+                place.1 / 512
+            )));
+        }
+        let length = file.size().map_err(failed("cannot see the image's size"))?;
+        let grains = Grains::read(&**file, &header, length, cache).await?;
+        let tail = Tail::new(length, MOST);
+        let clusters = Clusters::new(file.clone(), grains, place, tail, self.parent.clone());
+        Ok(Held::Sparse(Box::new(clusters)))
+    }
+
+    /// The parts of a disk whose descriptor is a file of its own.
+    async fn parts(&self, descriptor: &Descriptor) -> Result<Vec<Part<S>>, Failure> {
+        let wanted = named(descriptor).len();
+        if wanted != self.extents.len() {
+            return Err(refused(format!(
+                "the VMDK names {wanted} files for its extents and {} were given",
+                self.extents.len()
+            )));
+        }
+        // Each has its share.
+        let cache = self.options.cache / wanted.max(1);
+        let mut files = self.extents.iter();
+        let mut parts = Vec::new();
+        let mut begin = 0;
+        for part in &descriptor.extents {
+            // The sum was checked.
+            let len = part.sectors * 512;
+            let body = match &part.body {
+                Body::Flat { first, .. } => {
+                    let file = files
+                        .next()
+                        .ok_or_else(|| refused("an extent is missing"))?;
+                    flat(file, *first, len)?
+                }
+                Body::Sparse { .. } => {
+                    let file = files
+                        .next()
+                        .ok_or_else(|| refused("an extent is missing"))?;
+                    let length = file.size().map_err(failed("cannot see the image's size"))?;
+                    let header = Header::read(&**file, length).await?;
+                    self.sparse(file, header, (begin, len), cache).await?
+                }
+                Body::Zero => Held::Zero,
+            };
+            parts.push(Part { begin, len, body });
+            begin += len;
+        }
+        Ok(parts)
+    }
+
+    async fn finish(&self) -> Result<(), Errno> {
+        let active = self.active.borrow_mut().take();
+        for part in active.iter().flat_map(|active| &active.parts) {
+            if let Held::Sparse(clusters) = &part.body {
+                if clusters.storage.is_writable()? {
+                    clusters.tail.trim(&*clusters.storage)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn flat<S: Store>(file: &Rc<S>, first: u64, len: u64) -> Result<Held<S>, Failure> {
+    let length = file.size().map_err(failed("cannot see the image's size"))?;
+    let at = first.checked_mul(512);
+    let end = at.and_then(|at| at.checked_add(len));
+    match (at, end.is_some_and(|end| end <= length)) {
+        (Some(at), true) => Ok(Held::Flat(file.clone(), at)),
+        _ => Err(refused(format!(
+            "a flat extent of the VMDK has {length} bytes, which is not enough for {len} from sector {first} on: it is cut off"
+        ))),
+    }
+}
+
+impl<S: Store> Active<S> {
+    /// The pieces of a range, each in one part of the disk: the part, where in it, where in the range, how
+    /// long.
+    fn pieces(&self, offset: u64, len: u64) -> Result<Vec<(&Part<S>, u64, u64, u64)>, Errno> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.size);
+        let end = end.ok_or(Errno::INVAL)?;
+        let mut found = Vec::new();
+        let mut at = offset;
+        let first = self
+            .parts
+            .partition_point(|part| part.begin + part.len <= offset);
+        for part in &self.parts[first.min(self.parts.len())..] {
+            if at >= end {
+                break;
+            }
+            let count = (part.begin + part.len - at).min(end - at);
+            if count > 0 {
+                found.push((part, at - part.begin, at - offset, count));
+            }
+            at += count;
+        }
+        match at == end {
+            true => Ok(found),
+            false => Err(Errno::INVAL),
+        }
+    }
+
+    /// Says that the content changes, before it does.
+    async fn mark(&self, image: &S) -> Result<(), Errno> {
+        let Some((at, old)) = self.cid.at.filter(|_| !self.cid.is_changed.get()) else {
+            return Ok(());
+        };
+        let _pass = self.cid.gate.alone().await;
+        if self.cid.is_changed.get() {
+            return Ok(());
+        }
+        let time = SystemTime::now().duration_since(UNIX_EPOCH);
+        // CAST: any bits of it will do.
+        let time = time.map_or(0, |time| time.as_nanos() as u32);
+        let mut cid = old.wrapping_mul(0x9e37_79b9) ^ time;
+        while cid == old || cid >= NO_PARENT - 1 {
+            cid = cid.wrapping_add(1) & 0x7fff_ffff;
+        }
+        image
+            .write(at, Bytes::copied(format!("{cid:08x}").as_bytes())?)
+            .await?;
+        self.cid.is_changed.set(true);
+        Ok(())
+    }
+}
+
+impl<S: Store> Driver for Vmdk<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let (descriptor, at, header) = read_descriptor(&*self.image).await?;
+        self.check_parent(&descriptor).await?;
+        let parts = match header {
+            Some(header) if self.extents.is_empty() => {
+                let len = header.capacity * 512;
+                let body = self
+                    .sparse(&self.image, header, (0, len), self.options.cache)
+                    .await?;
+                vec![Part {
+                    begin: 0,
+                    len,
+                    body,
+                }]
+            }
+            Some(_) => {
+                return Err(refused(
+                    "the VMDK is one file, and others were given: leave them out",
+                ))
+            }
+            None => {
+                descriptor.size()?;
+                self.parts(&descriptor).await?
+            }
+        };
+        let size = parts.last().map_or(0, |part| part.begin + part.len);
+        let place = descriptor
+            .cid_at
+            .map(|place| (at + place as u64, descriptor.cid));
+        let active = Active {
+            parts,
+            size,
+            cid: Mark {
+                at: place,
+                ..Mark::default()
+            },
+        };
+        *self.active.borrow_mut() = Some(Rc::new(active));
+        Ok(Shape {
+            size,
+            logical_block: 512,
+            physical_block: 4096,
+            discard: Some(4096),
+            write_cache: true,
+            fua: false,
+            limits: Limits {
+                zeroes: ZEROES,
+                align: 64 << 10,
+                ..Limits::default()
+            },
+        })
+    }
+
+    fn fence(&self) -> Fence {
+        let fences = self.files().map(|file| file.fence());
+        fences.fold(Fence::Local, |worst, fence| match (worst, fence) {
+            (Fence::None, _) | (_, Fence::Local) => worst,
+            (_, fence) => fence,
+        })
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let active = self.active()?;
+        for (part, within, at, len) in active.pieces(offset, data.len() as u64)? {
+            let data = crate::field::part(&data, at, len);
+            match &part.body {
+                Held::Flat(file, first) => file.read(first + within, data).await?,
+                Held::Sparse(clusters) => clusters.read(within, data).await?,
+                Held::Zero => data.fill(0, data.len(), 0),
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
+        let active = self.active()?;
+        active.mark(&self.image).await?;
+        for (part, within, at, len) in active.pieces(offset, data.len() as u64)? {
+            // CAST: they are inside of the data.
+            let data = data.part(at as usize, len as usize);
+            match &part.body {
+                Held::Flat(file, first) => file.write(first + within, data).await?,
+                Held::Sparse(clusters) => clusters.write(within, data).await?,
+                Held::Zero => return Err(Errno::ROFS),
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        for file in self.files() {
+            if file.is_writable()? {
+                file.flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        let active = self.active()?;
+        active.mark(&self.image).await?;
+        for (part, within, _, len) in active.pieces(offset, len)? {
+            match &part.body {
+                Held::Flat(file, first) => match file.discard(first + within, len).await {
+                    Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                    Err(error) => return Err(error),
+                },
+                Held::Sparse(clusters) => clusters.discard(within, len).await?,
+                Held::Zero => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        let active = self.active()?;
+        active.mark(&self.image).await?;
+        for (part, within, _, len) in active.pieces(offset, len)? {
+            match &part.body {
+                Held::Flat(file, first) => file.write_zeroes(first + within, len).await?,
+                Held::Sparse(clusters) => clusters.write_zeroes(within, len).await?,
+                Held::Zero => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let active = self.active()?;
+        let pieces = active.pieces(offset, len)?;
+        let (part, within, _, len) = pieces.first().ok_or(Errno::INVAL)?;
+        match &part.body {
+            Held::Flat(file, first) => {
+                let (len, is_data) = file.part(first + within, *len).await?;
+                let content = match is_data {
+                    true => Content::Data,
+                    false => Content::Hole,
+                };
+                Ok(vec![Extent { len, content }])
+            }
+            Held::Sparse(clusters) => clusters.extents(*within, *len).await,
+            Held::Zero => Ok(vec![Extent {
+                len: *len,
+                content: Content::Hole,
+            }]),
+        }
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let Ok(active) = self.active() else {
+            return BTreeMap::new();
+        };
+        let sparse = active.parts.iter().filter_map(|part| match &part.body {
+            Held::Sparse(clusters) => Some(clusters.counts()),
+            _ => None,
+        });
+        let (bytes, hits, misses) = sparse.fold((0, 0, 0), |all, one| {
+            (all.0 + one.0, all.1 + one.1, all.2 + one.2)
+        });
+        [
+            ("extents", active.parts.len() as u64),
+            ("cache_bytes", bytes),
+            ("cache_hits", hits),
+            ("cache_misses", misses),
+        ]
+        .map(|(name, value)| (name.to_string(), value))
+        .into()
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        self.finish().await?;
+        for file in self.files() {
+            if file.is_writable()? {
+                file.flush().await?;
+            }
+            file.forget()?;
+        }
+        match &self.parent {
+            Some(parent) => parent.inactivate().await,
+            None => Ok(()),
+        }
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        self.finish().await?;
+        match &self.parent {
+            Some(parent) => parent.close().await,
+            None => Ok(()),
+        }
+    }
+}

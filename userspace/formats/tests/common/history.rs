@@ -1,0 +1,437 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a disk was told, sector by sector, and whether what is read agrees with it: at the end, after
+//! the death of the process at any change of the image, and after the loss of power.
+
+use super::{Chance, Content, What, World, SECTOR};
+use diskio::{Bytes, Data, Runtime};
+use drivers::{Attributes, Disk};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// What one request did to a sector: the number that it wrote, 0 for zeroes, nothing for a discard.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    number: Option<u32>,
+    /// How many changes the images had when it began, and when it was answered.
+    begin: usize,
+    end: usize,
+}
+
+/// Opens the disk in the files of a world.
+pub(crate) type Opener = dyn Fn(&World) -> Disk;
+
+/// A disk that is tried out.
+pub(crate) struct Trial {
+    pub(crate) name: String,
+    pub(crate) size: u64,
+    /// The files before the first request.
+    pub(crate) files: Vec<Content>,
+    pub(crate) open: Rc<Opener>,
+    /// The number in a sector that was not written.
+    pub(crate) base: Rc<dyn Fn(u64) -> u32>,
+    /// Bytes that requests like to be near to the borders of.
+    pub(crate) unit: u64,
+    pub(crate) seed: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Write,
+    Zeroes,
+    Discard,
+    Read,
+}
+
+/// The bytes of a sector with a number in it.
+pub(crate) fn stamp(number: u32, sector: u64) -> Vec<u8> {
+    if number == 0 {
+        return vec![0; SECTOR];
+    }
+    let mut word = number.to_le_bytes().to_vec();
+    word.extend((sector as u32).to_le_bytes());
+    word.repeat(SECTOR / 8)
+}
+
+/// The number in a sector, if it is one that was written there as a whole.
+pub(crate) fn number(bytes: &[u8], sector: u64) -> Option<u32> {
+    let number = u32::from_le_bytes(bytes[..4].try_into().unwrap());
+    (bytes == stamp(number, sector)).then_some(number)
+}
+
+/// After how many changes of the image it is looked at.
+#[derive(Clone, Copy)]
+struct Then {
+    /// What was answered before this is there.
+    sure: usize,
+    /// What began later is not.
+    begun: usize,
+    /// The power was lost.
+    cut: bool,
+}
+
+const NOW: Then = Then {
+    sure: usize::MAX,
+    begun: usize::MAX,
+    cut: false,
+};
+
+fn all(_: u64, _: &[Told]) -> bool {
+    true
+}
+
+#[derive(Default)]
+struct History {
+    sectors: BTreeMap<u64, Vec<Told>>,
+    /// Where guest's flushes began and ended.
+    flushes: Vec<(usize, usize)>,
+}
+
+impl Trial {
+    /// The numbers that may be in a sector: what was durable, and all that began later.
+    fn allowed(
+        &self,
+        told: &[Told],
+        sector: u64,
+        sure: usize,
+        begun: usize,
+        cut: bool,
+    ) -> Vec<u32> {
+        let base = (self.base)(sector);
+        let mut allowed = vec![base];
+        for one in told {
+            if one.begin >= begun && begun != usize::MAX {
+                continue;
+            }
+            let is_sure = one.end <= sure;
+            match one.number {
+                Some(number) if is_sure => allowed = vec![number],
+                Some(number) => allowed.push(number),
+                None => allowed.extend([0, base]),
+            }
+            if cut && !is_sure {
+                // A sector that was being written has the old content, the new one, or none.
+                allowed.push(0);
+            }
+        }
+        allowed
+    }
+
+    /// Reads the sectors that `wanted` picks, and looks whether they are allowed.
+    fn check(
+        &self,
+        history: &History,
+        disk: &Disk,
+        then: Then,
+        wanted: &dyn Fn(u64, &[Told]) -> bool,
+    ) {
+        let picked = history
+            .sectors
+            .iter()
+            .filter(|(sector, told)| wanted(**sector, told));
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for (sector, _) in picked {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == *sector && *count < 4000 => *count += 1,
+                _ => runs.push((*sector, 1)),
+            }
+        }
+        let Then { sure, begun, cut } = then;
+        let what = format!(
+            "{} seed {} after {begun} changes, {sure} of them sure",
+            self.name, self.seed
+        );
+        let runtime = Runtime::new();
+        for (first, count) in runs {
+            let disk = disk.clone();
+            let bytes = runtime.block_on(async move {
+                let data = Data::zeroed(count as usize * SECTOR).unwrap();
+                disk.read(first * SECTOR as u64, data.clone())
+                    .await
+                    .map(|()| data.to_vec())
+            });
+            let bytes = bytes.unwrap();
+            let bytes = bytes.unwrap_or_else(|error| panic!("{what}: sector {first}: {error}"));
+            for (sector, bytes) in (first..).zip(bytes.chunks(SECTOR)) {
+                let told = &history.sectors[&sector];
+                let allowed = self.allowed(told, sector, sure, begun, cut);
+                match number(bytes, sector) {
+                    Some(number) if allowed.contains(&number) => {}
+                    found => panic!(
+                        "{what}: sector {sector} has {found:?} ({:02x?}), allowed {allowed:?}, told {told:?}",
+                        &bytes[..16]
+                    ),
+                }
+            }
+        }
+    }
+
+    fn active(&self, world: &World) -> Disk {
+        let disk = (self.open)(world);
+        let its = disk.clone();
+        let shape = Runtime::new()
+            .block_on(async move { its.activate().await })
+            .unwrap();
+        let shape =
+            shape.unwrap_or_else(|failure| panic!("{} seed {}: {failure}", self.name, self.seed));
+        assert_eq!(shape.size, self.size, "{}", self.name);
+        disk
+    }
+
+    /// Requests that do not overlap, at the same time.
+    fn group(&self, chance: &mut Chance) -> Vec<(Step, u64, u64)> {
+        let sectors = self.size / SECTOR as u64;
+        let unit = self.unit / SECTOR as u64;
+        let mut group: Vec<(Step, u64, u64)> = Vec::new();
+        for _ in 0..1 + chance.below(8) {
+            let border = chance.below(sectors.div_ceil(unit)) * unit;
+            let at = match chance.below(3) {
+                0 => border,
+                1 => border.saturating_sub(chance.below(4)),
+                _ => border + chance.below(unit),
+            };
+            let at = at.min(sectors - 1);
+            let len = match chance.below(16) {
+                0 => unit,
+                1 => unit + 3,
+                2..10 => 8,
+                _ => 1 + chance.below(24),
+            };
+            let len = len.min(sectors - at).min(8192);
+            let step = match chance.below(12) {
+                0..7 => Step::Write,
+                7 => Step::Zeroes,
+                8 => Step::Discard,
+                _ => Step::Read,
+            };
+            if group
+                .iter()
+                .all(|(_, other, count)| at + len <= *other || other + count <= at)
+            {
+                group.push((step, at, len));
+            }
+        }
+        group
+    }
+
+    /// Does it all: `groups` of requests, then the checks.
+    pub(crate) fn run(&self, groups: usize) {
+        let world = World::new(self.files.clone());
+        let mut chance = Chance(self.seed);
+        world.shuffle(chance.next());
+        let disk = self.active(&world);
+        let history = Rc::new(RefCell::new(History::default()));
+        let mut stamps = 0x4000_0000;
+        for _ in 0..groups {
+            let runtime = Runtime::new();
+            for (step, at, len) in self.group(&mut chance) {
+                stamps += 1;
+                let request = request(
+                    world.clone(),
+                    disk.clone(),
+                    history.clone(),
+                    step,
+                    at,
+                    len,
+                    stamps,
+                );
+                runtime.tasks.spawn(request);
+            }
+            runtime.finish().unwrap();
+            if chance.below(5) == 0 {
+                let (begin, its) = (world.changes(), disk.clone());
+                runtime
+                    .block_on(async move { its.flush().await })
+                    .unwrap()
+                    .unwrap();
+                history.borrow_mut().flushes.push((begin, world.changes()));
+            }
+        }
+        let history = history.borrow();
+        self.check(&history, &disk, NOW, &all);
+        let its = disk.clone();
+        Runtime::new()
+            .block_on(async move { its.inactivate().await })
+            .unwrap()
+            .unwrap();
+        self.check(&history, &self.active(&world), NOW, &all);
+        self.deaths(&world, &history, &mut chance);
+        self.power_cuts(&world, &history, &mut chance);
+    }
+
+    /// The process dies after each change of the image.
+    fn deaths(&self, world: &World, history: &History, chance: &mut Chance) {
+        let mut files = self.files.clone();
+        let log = world.log();
+        for count in 0..=log.len() {
+            if count > 0 {
+                let (file, what) = &log[count - 1];
+                files[*file].apply(what);
+            }
+            // A request that was answered between two changes was answered before the next one.
+            let world = World::new(files.clone());
+            let disk = self.active(&world);
+            let then = Then {
+                sure: count,
+                begun: count + 1,
+                cut: false,
+            };
+            // What was under way, and some of the rest.
+            let some = chance.below(64);
+            self.check(history, &disk, then, &|sector, told| {
+                (sector >> 3) % 64 == some
+                    || told
+                        .iter()
+                        .any(|one| one.begin <= count && one.end.saturating_add(1) >= count)
+            });
+            if chance.below(24) == 0 {
+                self.go_on(&world, &disk, history, count, chance);
+            }
+        }
+    }
+
+    /// An image that was left in the middle of something can be used.
+    fn go_on(
+        &self,
+        world: &World,
+        disk: &Disk,
+        history: &History,
+        count: usize,
+        chance: &mut Chance,
+    ) {
+        let mut more = History::default();
+        more.sectors.clone_from(&history.sectors);
+        for told in more.sectors.values_mut() {
+            told.retain(|one| one.begin < count + 1);
+        }
+        for number in 0..12 {
+            let at = chance.below(self.size / SECTOR as u64);
+            let its = disk.clone();
+            let bytes = Bytes::copied(&stamp(77 + number, at)).unwrap();
+            let write = async move {
+                its.write(at * SECTOR as u64, bytes, Attributes::default())
+                    .await
+            };
+            Runtime::new().block_on(write).unwrap().unwrap();
+            let told = Told {
+                number: Some(77 + number),
+                begin: 0,
+                end: 0,
+            };
+            more.sectors.entry(at).or_default().push(told);
+        }
+        let then = Then { sure: count, ..NOW };
+        let some = chance.below(16);
+        self.check(&more, disk, then, &|sector, _| (sector >> 3) % 16 == some);
+        let its = disk.clone();
+        Runtime::new()
+            .block_on(async move { its.close().await })
+            .unwrap()
+            .unwrap();
+        self.check(&more, &self.active(world), then, &all);
+    }
+
+    /// The power is lost: of what was written since the last flush, some sectors are there.
+    fn power_cuts(&self, world: &World, history: &History, chance: &mut Chance) {
+        let log = world.log();
+        for _ in 0..20 {
+            let count = chance.below(log.len() as u64 + 1) as usize;
+            let sure = history.flushes.iter().filter(|(_, end)| *end <= count);
+            let sure = sure.map(|(begin, _)| *begin).max().unwrap_or(0);
+            let mut files = self.files.clone();
+            for (at, (file, what)) in log[..count].iter().enumerate() {
+                let is_flush =
+                    |(other, what): &(usize, What)| other == file && matches!(what, What::Flush);
+                match log[at..count].iter().any(is_flush) {
+                    true => files[*file].apply(what),
+                    false => lose(&mut files[*file], what, chance),
+                }
+            }
+            let disk = self.active(&World::new(files));
+            let then = Then {
+                sure,
+                begun: count + 1,
+                cut: true,
+            };
+            self.check(history, &disk, then, &all);
+        }
+    }
+}
+
+/// Some of what was written comes to be there.
+fn lose(file: &mut Content, what: &What, chance: &mut Chance) {
+    match what {
+        What::Write(at, bytes) => {
+            for (number, sector) in bytes.chunks(SECTOR).enumerate() {
+                if chance.below(2) == 0 {
+                    file.write(at + (number * SECTOR) as u64, sector);
+                }
+            }
+        }
+        other if chance.below(2) == 0 => file.apply(other),
+        _ => {}
+    }
+}
+
+async fn request(
+    world: World,
+    disk: Disk,
+    history: Rc<RefCell<History>>,
+    step: Step,
+    at: u64,
+    len: u64,
+    stamps: u32,
+) {
+    let (offset, bytes) = (at * SECTOR as u64, len * SECTOR as u64);
+    let begin = world.changes();
+    let how = Attributes::default();
+    let number = match step {
+        Step::Write => Some(stamps),
+        Step::Zeroes => Some(0),
+        _ => None,
+    };
+    // It may be in the image from now on.
+    if !matches!(step, Step::Read) {
+        for sector in at..at + len {
+            let told = Told {
+                number,
+                begin,
+                end: usize::MAX,
+            };
+            history
+                .borrow_mut()
+                .sectors
+                .entry(sector)
+                .or_default()
+                .push(told);
+        }
+    }
+    match step {
+        Step::Write => {
+            let content: Vec<u8> = (at..at + len)
+                .flat_map(|sector| stamp(stamps, sector))
+                .collect();
+            disk.write(offset, Bytes::copied(&content).unwrap(), how)
+                .await
+                .unwrap();
+        }
+        Step::Zeroes => disk.write_zeroes(offset, bytes, how).await.unwrap(),
+        Step::Discard => disk.discard(offset, bytes, how).await.unwrap(),
+        Step::Read => {
+            let data = Data::zeroed(bytes as usize).unwrap();
+            disk.read(offset, data.clone()).await.unwrap();
+            let extents = disk.extents(offset, bytes).await.unwrap();
+            assert!(extents.iter().map(|extent| extent.len).sum::<u64>() <= bytes);
+            return;
+        }
+    }
+    let end = world.changes();
+    let mut history = history.borrow_mut();
+    for sector in at..at + len {
+        let told = history
+            .sectors
+            .get_mut(&sector)
+            .and_then(|told| told.last_mut());
+        told.unwrap().end = end;
+    }
+}

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! QEMU's tools as a second opinion, parents, and images that are wrong.
+
+use super::history::stamp;
+use super::{Chance, Content, World, SECTOR};
+use control::Failure;
+use diskio::{Bytes, Data, Errno, File, Io, Runtime};
+use drivers::{Attributes, Content as Held, Disk, Driver, Extent, Fence, Limits, Shape};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// False, and said so, if the tools are not there.
+pub(crate) fn has_qemu(test: &str) -> bool {
+    let known = Command::new("qemu-io").arg("--version").output();
+    let is_there = known.is_ok_and(|output| output.status.success());
+    if !is_there {
+        println!("SKIP {test}: there is no qemu-io, install qemu-utils");
+    }
+    is_there
+}
+
+/// What a tool says; it must succeed.
+pub(crate) fn tool(name: &str, args: &[&str]) -> String {
+    let output = Command::new(name).args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name} {args:?}: {text}{errors}");
+    // qemu-io succeeds when a pattern is not found.
+    assert!(
+        !text.contains("verification failed"),
+        "{name} {args:?}: {text}"
+    );
+    text
+}
+
+/// A folder that is gone afterwards, on the file system of the build.
+pub(crate) fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Opens a file.
+pub(crate) fn file(io: &Io, path: &Path, write: bool) -> File {
+    let file = fs::File::options()
+        .read(true)
+        .write(write)
+        .create(write)
+        .truncate(false)
+        .open(path);
+    File::new(io, file.unwrap().into()).unwrap()
+}
+
+/// What `qemu-img` reads of an image.
+pub(crate) fn content(format: &str, image: &Path, folder: &Path) -> Vec<u8> {
+    let raw: PathBuf = folder.join("content.raw");
+    let args = [
+        "convert",
+        "-f",
+        format,
+        "-O",
+        "raw",
+        text(image),
+        text(&raw),
+    ];
+    tool("qemu-img", &args);
+    fs::read(raw).unwrap()
+}
+
+/// All of a disk, in pieces of an odd size.
+pub(crate) async fn whole(disk: &Disk, size: u64) -> Result<Vec<u8>, Errno> {
+    let mut bytes = Vec::new();
+    while (bytes.len() as u64) < size {
+        let at = bytes.len() as u64;
+        let data = Data::zeroed((size - at).min(777 * 512) as usize)?;
+        disk.read(at, data.clone()).await?;
+        bytes.extend(data.to_vec());
+    }
+    Ok(bytes)
+}
+
+/// Writes by chance, to the disk and to `model`.
+pub(crate) async fn scribble(
+    disk: &Disk,
+    model: &mut [u8],
+    seed: u64,
+    count: usize,
+) -> Result<(), Errno> {
+    let mut chance = Chance(seed);
+    let sectors = (model.len() / SECTOR) as u64;
+    for _ in 0..count {
+        let at = chance.below(sectors);
+        let len = (1 + chance.below(300)).min(sectors - at);
+        let range = (at as usize * SECTOR)..((at + len) as usize * SECTOR);
+        let offset = range.start as u64;
+        match chance.below(6) {
+            0 => {
+                disk.write_zeroes(offset, len * 512, Attributes::default())
+                    .await?;
+                model[range].fill(0);
+            }
+            _ => {
+                let bytes: Vec<u8> = (0..len * 512)
+                    .map(|at| (chance.0 >> 8) as u8 ^ (at / 512) as u8 | 1)
+                    .collect();
+                disk.write(offset, Bytes::copied(&bytes)?, Attributes::default())
+                    .await?;
+                model[range].copy_from_slice(&bytes);
+            }
+        }
+    }
+    disk.flush().await
+}
+
+/// A disk with a number in each sector, for parents.
+#[derive(Debug)]
+pub(crate) struct Pattern {
+    pub(crate) size: u64,
+    pub(crate) number: fn(u64) -> u32,
+}
+
+impl Driver for Pattern {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        Ok(Shape {
+            size: self.size,
+            logical_block: 512,
+            physical_block: 512,
+            discard: None,
+            write_cache: false,
+            fua: true,
+            limits: Limits::default(),
+        })
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::Local
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let first = offset / SECTOR as u64;
+        assert!(
+            offset + data.len() as u64 <= self.size,
+            "behind the end of a parent"
+        );
+        for at in 0..data.len() / SECTOR {
+            let sector = first + at as u64;
+            data.write(at * SECTOR, &stamp((self.number)(sector), sector));
+        }
+        Ok(())
+    }
+
+    async fn write(&self, _: u64, _: Bytes, _: Attributes) -> Result<(), Errno> {
+        panic!("a parent is only read");
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let first = offset / SECTOR as u64;
+        let is_zero = |sector| (self.number)(sector) == 0;
+        let same = (0..len / SECTOR as u64).take_while(|at| is_zero(first + at) == is_zero(first));
+        let content = match is_zero(first) {
+            true => Held::Hole,
+            false => Held::Data,
+        };
+        Ok(vec![Extent {
+            len: same.count() as u64 * SECTOR as u64,
+            content,
+        }])
+    }
+}
+
+/// The parent of tests: a part of it is a hole, and it ends early.
+pub(crate) const PARENT_SIZE: u64 = (5 << 20) + 512 * 3;
+
+pub(crate) fn parent_number(sector: u64) -> u32 {
+    match sector {
+        ..1000 | 2000..PARENT_SECTORS => 0x0100_0000 + sector as u32,
+        _ => 0,
+    }
+}
+
+const PARENT_SECTORS: u64 = PARENT_SIZE / 512;
+
+pub(crate) fn parent() -> Disk {
+    Disk::new(Pattern {
+        size: PARENT_SIZE,
+        number: parent_number,
+    })
+}
+
+/// Opens an image whose bytes are wrong, and if that succeeds reads and writes it. Nothing may panic, nor
+/// take long; says whether it was opened.
+pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed: u64) -> bool {
+    let world = World::new(files);
+    let disk = open(&world);
+    let mut chance = Chance(seed);
+    let work = async move {
+        let Ok(shape) = disk.activate().await else {
+            return false;
+        };
+        let sectors = shape.size / SECTOR as u64;
+        for _ in 0..12 {
+            let at = chance.below(sectors);
+            let len = (1 + chance.below(64)).min(sectors - at);
+            let (offset, len) = (at * SECTOR as u64, len * SECTOR as u64);
+            let data = Data::zeroed(len as usize).unwrap();
+            // It may fail, in any way that is told.
+            let how = Attributes::default();
+            let _ = disk.read(offset, data.clone()).await;
+            let _ = disk.extents(offset, len).await;
+            let _ = match chance.below(4) {
+                0 => disk.write(offset, data, how).await,
+                1 => disk.write_zeroes(offset, len, how).await,
+                2 => disk.discard(offset, len, how).await,
+                _ => disk.flush().await,
+            };
+        }
+        let _ = disk.resize().await;
+        let _ = disk.inactivate().await;
+        true
+    };
+    Runtime::new().block_on(work).unwrap()
+}

@@ -1,0 +1,434 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! VHD: what others wrote is read, what we write they read, and nothing is lost or shown that should
+//! not be.
+
+mod common;
+
+use common::history::Trial;
+use common::tools::{
+    content, file, folder, has_qemu, parent, parent_number, scribble, text, tool, try_wrong, whole,
+    PARENT_SIZE,
+};
+use common::{run, Chance, Content, World};
+use control::Code;
+use diskio::{Bytes, Data, Runtime};
+use drivers::{Attributes, Disk};
+use formats::vhd::{create, grow, id, look, spelled, Create, Kind, ParentOf, Vhd};
+use formats::Options;
+use std::rc::Rc;
+
+const SIZE: u64 = (9 << 20) + 3 * 512;
+
+fn make(kind: Kind, size: u64, reserve: u64) -> Create {
+    Create {
+        kind,
+        size,
+        id: [7; 16],
+        parent: (kind == Kind::Differencing).then(|| ParentOf {
+            path: "base.vhd".into(),
+            id: [9; 16],
+        }),
+        reserve,
+    }
+}
+
+/// The files of a new image.
+fn image(what: Create) -> Vec<Content> {
+    let world = World::new(vec![Content::default()]);
+    let storage = world.file(0);
+    run(async move { create(&storage, &what).await }).unwrap();
+    world.files()
+}
+
+fn open(world: &World, kind: Kind) -> Disk {
+    let parent = (kind == Kind::Differencing).then(parent);
+    Disk::new(Vhd::new(world.file(0), parent, Options { cache: 2048 }))
+}
+
+fn trial(kind: Kind, seed: u64) -> Trial {
+    Trial {
+        name: format!("vhd {kind:?}"),
+        size: SIZE,
+        files: image(make(kind, SIZE, 0)),
+        open: Rc::new(move |world| open(world, kind)),
+        base: match kind {
+            Kind::Differencing => Rc::new(|sector| match sector * 512 < PARENT_SIZE {
+                true => parent_number(sector),
+                false => 0,
+            }),
+            _ => Rc::new(|_| 0),
+        },
+        unit: 2 << 20,
+        seed,
+    }
+}
+
+#[test]
+fn nothing_is_lost_and_nothing_stale_is_shown() {
+    for kind in [Kind::Dynamic, Kind::Differencing, Kind::Fixed] {
+        for seed in 0..6 {
+            trial(kind, seed).run(24);
+        }
+    }
+}
+
+/// An image that went through many hands has gaps with the bytes of others in them.
+#[test]
+fn gaps_with_old_bytes_are_used_and_show_nothing() {
+    let mut files = image(make(Kind::Dynamic, SIZE, 0));
+    // What a process that died would leave, and more.
+    let end = files[0].len;
+    files[0].write(end - 512, &vec![0xee; 12 << 20]);
+    for seed in 20..23 {
+        let mut trial = trial(Kind::Dynamic, seed);
+        trial.files.clone_from(&files);
+        trial.run(12);
+    }
+}
+
+#[test]
+fn qemu_reads_what_is_written() {
+    if !has_qemu("qemu_reads_what_is_written") {
+        return;
+    }
+    for kind in [Kind::Fixed, Kind::Dynamic] {
+        let folder = folder();
+        let path = folder.path().join("a.vhd");
+        let runtime = Runtime::new();
+        let storage = file(&runtime.io, &path, true);
+        let its = storage.clone();
+        let model = runtime.block_on(async move {
+            create(&its, &make(kind, SIZE, 0)).await.unwrap();
+            let disk = Disk::new(Vhd::new(its.clone(), None, Options::default()));
+            disk.activate().await.unwrap();
+            let mut model = vec![0; SIZE as usize];
+            scribble(&disk, &mut model, 1, 60).await.unwrap();
+            disk.inactivate().await.unwrap();
+            model
+        });
+        assert!(
+            content("vpc", &path, folder.path()) == model.unwrap(),
+            "{kind:?}"
+        );
+        let info = tool("qemu-img", &["info", "-f", "vpc", text(&path)]);
+        assert!(info.contains(&SIZE.to_string()), "{info}");
+    }
+}
+
+#[test]
+fn what_qemu_writes_is_read_and_both_go_on() {
+    if !has_qemu("what_qemu_writes_is_read_and_both_go_on") {
+        return;
+    }
+    for options in [
+        "subformat=fixed,force_size=on",
+        "subformat=dynamic,force_size=on",
+        "subformat=dynamic",
+        "subformat=fixed",
+    ] {
+        let folder = folder();
+        let path = folder.path().join("a.vhd");
+        tool(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "vpc",
+                "-o",
+                options,
+                text(&path),
+                "9M",
+            ],
+        );
+        let writes = [
+            "write -P 7 1M 3M",
+            "write -P 9 4095k 5k",
+            "write -P 3 8704k 4k",
+        ];
+        let args: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
+        tool(
+            "qemu-io",
+            &[&["-f", "vpc"], &args[..], &[text(&path)]].concat(),
+        );
+        let mut model = content("vpc", &path, folder.path());
+        for seed in 0..3 {
+            let runtime = Runtime::new();
+            let storage = file(&runtime.io, &path, true);
+            let before = model.clone();
+            model = runtime
+                .block_on(async move {
+                    let disk = Disk::new(Vhd::new(storage, None, Options::default()));
+                    let shape = disk.activate().await.unwrap();
+                    assert_eq!(shape.size as usize, before.len(), "{options}");
+                    assert!(
+                        whole(&disk, shape.size).await.unwrap() == before,
+                        "{options}"
+                    );
+                    let mut model = before;
+                    scribble(&disk, &mut model, seed, 12).await.unwrap();
+                    disk.inactivate().await.unwrap();
+                    model
+                })
+                .unwrap();
+            assert!(content("vpc", &path, folder.path()) == model, "{options}");
+            let write = format!("write -P {} {}k 70k", 20 + seed, 1000 * seed + 3);
+            tool("qemu-io", &["-f", "vpc", "-c", &write, text(&path)]);
+            model = content("vpc", &path, folder.path());
+        }
+    }
+}
+
+#[test]
+fn parent_is_named_as_tapdisk_does() {
+    let files = image(make(Kind::Differencing, SIZE, 0));
+    let storage = World::new(files).file(0);
+    run(async move {
+        let (kind, needs) = look(&storage).await.unwrap();
+        assert_eq!((kind, needs.size), (Kind::Differencing, SIZE));
+        let parent = needs.parent.unwrap();
+        assert_eq!(parent.names, ["./base.vhd", "base.vhd"]);
+        assert_eq!(parent.id, Some(spelled([9; 16])));
+        assert_eq!(parent.driver.as_deref(), Some("vhd"));
+        assert_eq!(id(&storage).await.unwrap(), [7; 16]);
+        assert_eq!(spelled([9; 16]), "09090909-0909-0909-0909-090909090909");
+        // Without its parent it is not served.
+        let disk = Disk::new(Vhd::new(storage, None, Options::default()));
+        let failure = disk.activate().await.unwrap_err();
+        assert_eq!(failure.code, Code::Image);
+        assert!(failure.message.contains("parent"), "{failure}");
+    });
+}
+
+/// The disk may have either size when this was interrupted, and always the content.
+#[test]
+fn growing_can_be_interrupted_at_any_change() {
+    for (kind, reserve) in [
+        (Kind::Fixed, 0),
+        (Kind::Dynamic, 0),
+        (Kind::Dynamic, 64 << 20),
+    ] {
+        let large = 2100_u64 << 20;
+        let large = if reserve > 0 { reserve } else { large };
+        let world = World::new(image(make(kind, SIZE, reserve)));
+        let (its, storage) = (open(&world, kind), world.file(0));
+        run(async move {
+            its.activate().await.unwrap();
+            for at in [0, 3 << 20, SIZE - 512] {
+                its.write(at, Bytes::copied(&[5; 512]).unwrap(), Attributes::default())
+                    .await
+                    .unwrap();
+            }
+            its.inactivate().await.unwrap();
+        });
+        let (mut files, from) = (world.files(), world.changes());
+        run(async move { grow(&storage, large).await }).unwrap();
+        let mut sizes = Vec::new();
+        for count in from..=world.changes() {
+            if count > from {
+                let (file, what) = &world.log()[count - 1];
+                files[*file].apply(what);
+            }
+            let disk = open(&World::new(files.clone()), kind);
+            sizes.push(run(async move {
+                let size = disk.activate().await.unwrap().size;
+                for (at, byte) in [
+                    (0, 5),
+                    (3 << 20, 5),
+                    (SIZE - 512, 5),
+                    (size - 512, u8::from(size == SIZE) * 5),
+                ] {
+                    let data = Data::zeroed(512).unwrap();
+                    disk.read(at, data.clone()).await.unwrap();
+                    assert_eq!(data.to_vec(), [byte; 512], "{kind:?} at {at}");
+                }
+                if size == large {
+                    disk.write(
+                        size - 512,
+                        Bytes::copied(&[6; 512]).unwrap(),
+                        Attributes::default(),
+                    )
+                    .await
+                    .unwrap();
+                }
+                size
+            }));
+        }
+        sizes.dedup();
+        assert_eq!(sizes, [SIZE, large], "{kind:?}");
+    }
+}
+
+#[test]
+fn growing_is_seen_by_who_serves_the_disk() {
+    let world = World::new(image(make(Kind::Dynamic, SIZE, 64 << 20)));
+    let (disk, storage) = (open(&world, Kind::Dynamic), world.file(0));
+    run(async move {
+        disk.activate().await.unwrap();
+        let write = |at| {
+            let disk = disk.clone();
+            async move {
+                disk.write(at, Bytes::copied(&[6; 512]).unwrap(), Attributes::default())
+                    .await
+            }
+        };
+        assert!(write(60 << 20).await.is_err(), "behind the end");
+        grow(&storage, 64 << 20).await.unwrap();
+        assert_eq!(disk.resize().await.unwrap(), 64 << 20);
+        write(60 << 20).await.unwrap();
+        // What has to move its table is refused while it is served.
+        grow(&storage, 80 << 20).await.unwrap();
+        assert_eq!(disk.resize().await.unwrap_err().code, Code::Image);
+    });
+}
+
+#[test]
+fn size_has_a_limit_that_is_told() {
+    let storage = World::new(vec![Content::default()]).file(0);
+    let failure = run(async move { create(&storage, &make(Kind::Dynamic, 2 << 40, 0)).await });
+    let failure = failure.unwrap_err();
+    assert_eq!(failure.code, Code::Invalid);
+    assert!(
+        failure.message.contains("2040 GiB") && failure.message.contains("qcow2"),
+        "{failure}"
+    );
+    let files = image(make(Kind::Dynamic, 2040 << 30, 0));
+    let disk = open(&World::new(files), Kind::Dynamic);
+    run(async move {
+        let size = disk.activate().await.unwrap().size;
+        disk.write(
+            size - 512,
+            Bytes::copied(&[6; 512]).unwrap(),
+            Attributes::default(),
+        )
+        .await
+        .unwrap();
+    });
+}
+
+/// A fixed VHD's first bytes are the guest's, who may have written a footer there.
+#[test]
+fn guest_cannot_choose_the_type() {
+    let mut files = image(make(Kind::Fixed, SIZE, 0));
+    let other = image(make(Kind::Differencing, SIZE, 0));
+    let mut head = vec![0; 1 << 20];
+    other[0].read(0, &mut head);
+    files[0].write(0, &head);
+    let storage = World::new(files).file(0);
+    let (kind, needs) = run(async move { look(&storage).await }).unwrap();
+    assert_eq!((kind, needs.parent), (Kind::Fixed, None));
+}
+
+/// The checksum of a header or footer at `at`.
+fn seal(bytes: &mut Content, at: u64, len: usize, sum: usize) {
+    let mut header = vec![0; len];
+    bytes.read(at, &mut header);
+    header[sum..sum + 4].fill(0);
+    let total = header
+        .iter()
+        .fold(0_u32, |sum, byte| sum.wrapping_add(u32::from(*byte)));
+    bytes.write(at + sum as u64, &(!total).to_be_bytes());
+}
+
+#[test]
+fn wrong_images_are_refused_or_served_and_never_worse() {
+    let mut opened = 0;
+    for kind in [Kind::Dynamic, Kind::Differencing] {
+        let world = World::new(image(make(kind, SIZE, 0)));
+        let disk = open(&world, kind);
+        run(async move {
+            disk.activate().await.unwrap();
+            let mut model = vec![0; SIZE as usize];
+            scribble(&disk, &mut model, 3, 20).await.unwrap();
+            disk.inactivate().await.unwrap();
+        });
+        let good = world.files();
+        let mut chance = Chance(99);
+        for round in 0..400 {
+            let mut files = good.clone();
+            let length = files[0].len;
+            for _ in 0..1 + chance.below(3) {
+                // The headers, the table, the batmap, the locators.
+                let at = match chance.below(4) {
+                    0 => chance.below(512),
+                    1 => 512 + chance.below(1024),
+                    _ => chance.below(8192),
+                };
+                let value = match chance.below(4) {
+                    0 => u64::MAX,
+                    1 => length,
+                    2 => chance.below(1 << 24),
+                    _ => chance.next(),
+                };
+                let bytes = value.to_be_bytes();
+                let count = 1 << chance.below(4);
+                files[0].write(at, &bytes[8 - count..]);
+            }
+            if chance.below(8) == 0 {
+                files[0].set_len(chance.below(length));
+            }
+            if chance.below(8) > 0 {
+                seal(&mut files[0], 0, 512, 64);
+                seal(&mut files[0], 512, 1024, 36);
+            }
+            opened += usize::from(try_wrong(files, &|world| open(world, kind), round));
+        }
+    }
+    assert!(
+        (500..5500).contains(&opened),
+        "{opened} of 6000 were opened"
+    );
+}
+
+/// A change that fails is told, and what was answered stays.
+#[test]
+fn failures_are_told_and_nothing_is_lost() {
+    for count in 0..12 {
+        let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+        let disk = open(&world, Kind::Dynamic);
+        run(async move {
+            disk.activate().await.unwrap();
+            let write = |at: u64, byte| {
+                let disk = disk.clone();
+                async move {
+                    disk.write(
+                        at,
+                        Bytes::copied(&[byte; 4096]).unwrap(),
+                        Attributes::default(),
+                    )
+                    .await
+                }
+            };
+            write(0, 1).await.unwrap();
+            world.fail_after(Some(count));
+            let results = [
+                write(4096, 2).await,
+                write(5 << 20, 3).await,
+                write(7 << 20, 4).await,
+            ];
+            world.fail_after(None);
+            assert!(count >= 7 || results.iter().any(Result::is_err), "{count}");
+            write(8 << 20, 5).await.unwrap();
+            let again = open(&world, Kind::Dynamic);
+            again.activate().await.unwrap();
+            for (at, byte, result) in [
+                (0, 1, &Ok(())),
+                (4096, 2, &results[0]),
+                (5 << 20, 3, &results[1]),
+                (7 << 20, 4, &results[2]),
+                (8 << 20, 5, &Ok(())),
+            ] {
+                let data = Data::zeroed(4096).unwrap();
+                again.read(at, data.clone()).await.unwrap();
+                let found = data.to_vec();
+                match result {
+                    Ok(()) => assert_eq!(found, [byte; 4096], "{count} at {at}"),
+                    Err(_) => assert!(
+                        found == [byte; 4096] || found == [0; 4096],
+                        "{count} at {at}"
+                    ),
+                }
+            }
+        });
+    }
+}

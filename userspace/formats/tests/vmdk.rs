@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! VMDK: what others wrote is read, what we write they read, and nothing is lost or shown that should
+//! not be.
+
+mod common;
+
+use common::history::Trial;
+use common::tools::{
+    content, file, folder, has_qemu, parent, parent_number, scribble, text, tool, try_wrong, whole,
+    PARENT_SIZE,
+};
+use common::{run, Chance, Content, World};
+use control::Code;
+use diskio::{Bytes, File, Io, Runtime};
+use drivers::{Attributes, Disk};
+use formats::vmdk::{create, id, look, plan, Create, Form, Vmdk};
+use formats::Options;
+use std::path::Path;
+use std::rc::Rc;
+
+const SIZE: u64 = (9 << 20) + 3 * 512;
+
+fn make(form: Form, size: u64, has_parent: bool) -> Create {
+    Create {
+        form,
+        size,
+        name: "a.vmdk".into(),
+        parent: has_parent.then(|| ("base.vmdk".into(), 0xabcd)),
+        cid: 0x1234_5678,
+    }
+}
+
+/// The files of a new image: the image, and its extents.
+fn image(what: &Create) -> Vec<Content> {
+    let count = plan(what).unwrap().len();
+    let world = World::new(vec![Content::default(); 1 + count]);
+    let (first, rest) = (
+        world.file(0),
+        (1..=count)
+            .map(|number| world.file(number))
+            .collect::<Vec<_>>(),
+    );
+    let what = what.clone();
+    run(async move { create(&first, &rest, &what).await }).unwrap();
+    world.files()
+}
+
+fn open(world: &World, has_parent: bool) -> Disk {
+    let extents = (1..world.files().len())
+        .map(|number| world.file(number))
+        .collect();
+    let parent = has_parent.then(parent);
+    Disk::new(Vmdk::new(
+        world.file(0),
+        extents,
+        parent,
+        Options { cache: 4096 },
+    ))
+}
+
+fn trial(form: Form, has_parent: bool, seed: u64) -> Trial {
+    Trial {
+        name: format!("vmdk {form:?} {has_parent}"),
+        size: SIZE,
+        files: image(&make(form, SIZE, has_parent)),
+        open: Rc::new(move |world| open(world, has_parent)),
+        base: match has_parent {
+            true => Rc::new(|sector| match sector * 512 < PARENT_SIZE {
+                true => parent_number(sector),
+                false => 0,
+            }),
+            false => Rc::new(|_| 0),
+        },
+        unit: 64 << 10,
+        seed,
+    }
+}
+
+#[test]
+fn nothing_is_lost_and_nothing_stale_is_shown() {
+    for (form, has_parent) in [
+        (Form::MonolithicSparse, false),
+        (Form::MonolithicSparse, true),
+        (Form::TwoGbMaxExtentSparse, true),
+        (Form::MonolithicFlat, false),
+        (Form::TwoGbMaxExtentFlat, false),
+    ] {
+        for seed in 0..4 {
+            trial(form, has_parent, seed).run(20);
+        }
+    }
+}
+
+/// Opens the image at `path` with the extents that it names.
+async fn open_file(io: &Io, path: &Path, write: bool) -> Disk {
+    let image: File = file(io, path, write);
+    let needs = look(&image).await.unwrap();
+    let folder = path.parent().unwrap();
+    let names = needs.extents.iter().map(|extent| folder.join(&extent.name));
+    let extents = names.map(|path| file(io, &path, write)).collect();
+    Disk::new(Vmdk::new(image, extents, None, Options::default()))
+}
+
+const FORMS: [(Form, &str); 4] = [
+    (Form::MonolithicSparse, "monolithicSparse"),
+    (Form::MonolithicFlat, "monolithicFlat"),
+    (Form::TwoGbMaxExtentSparse, "twoGbMaxExtentSparse"),
+    (Form::TwoGbMaxExtentFlat, "twoGbMaxExtentFlat"),
+];
+
+#[test]
+fn qemu_reads_what_is_written() {
+    if !has_qemu("qemu_reads_what_is_written") {
+        return;
+    }
+    for (form, name) in FORMS {
+        let folder = folder();
+        let path = folder.path().join("a.vmdk");
+        let runtime = Runtime::new();
+        let (io, its) = (runtime.io.clone(), path.clone());
+        let model = runtime.block_on(async move {
+            let what = make(form, SIZE, false);
+            let extents: Vec<File> = plan(&what)
+                .unwrap()
+                .iter()
+                .map(|new| file(&io, &its.with_file_name(&new.name), true))
+                .collect();
+            let image = file(&io, &its, true);
+            create(&image, &extents, &what).await.unwrap();
+            let disk = open_file(&io, &its, true).await;
+            disk.activate().await.unwrap();
+            let mut model = vec![0; SIZE as usize];
+            scribble(&disk, &mut model, 1, 60).await.unwrap();
+            disk.inactivate().await.unwrap();
+            assert_ne!(
+                id(&image).await.unwrap(),
+                "12345678",
+                "the content has changed"
+            );
+            model
+        });
+        assert!(
+            content("vmdk", &path, folder.path()) == model.unwrap(),
+            "{name}"
+        );
+        let info = tool("qemu-img", &["info", "-f", "vmdk", text(&path)]);
+        assert!(info.contains(&format!("create type: {name}")), "{info}");
+        tool("qemu-img", &["check", "-f", "vmdk", text(&path)]);
+    }
+}
+
+#[test]
+fn what_qemu_writes_is_read_and_both_go_on() {
+    if !has_qemu("what_qemu_writes_is_read_and_both_go_on") {
+        return;
+    }
+    let zeroed = [("monolithicSparse,zeroed_grain=on", "monolithicSparse")];
+    for (options, name) in FORMS
+        .map(|(_, name)| (name, name))
+        .into_iter()
+        .chain(zeroed)
+    {
+        let folder = folder();
+        let path = folder.path().join("a.vmdk");
+        let options = format!("subformat={options}");
+        tool(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "vmdk",
+                "-o",
+                &options,
+                text(&path),
+                "9M",
+            ],
+        );
+        let writes = [
+            "write -P 7 1M 3M",
+            "write -P 9 4095k 5k",
+            "write -z 2M 128k",
+            "write -P 3 8704k 4k",
+        ];
+        let args: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
+        tool(
+            "qemu-io",
+            &[&["-f", "vmdk"], &args[..], &[text(&path)]].concat(),
+        );
+        let mut model = content("vmdk", &path, folder.path());
+        for seed in 0..3 {
+            let runtime = Runtime::new();
+            let (io, its, before) = (runtime.io.clone(), path.clone(), model.clone());
+            model = runtime
+                .block_on(async move {
+                    let disk = open_file(&io, &its, true).await;
+                    let shape = disk.activate().await.unwrap();
+                    assert_eq!(shape.size as usize, before.len());
+                    assert!(whole(&disk, shape.size).await.unwrap() == before);
+                    let mut model = before;
+                    scribble(&disk, &mut model, seed, 12).await.unwrap();
+                    disk.inactivate().await.unwrap();
+                    model
+                })
+                .unwrap();
+            assert!(content("vmdk", &path, folder.path()) == model, "{options}");
+            let write = format!("write -P {} {}k 70k", 20 + seed, 1000 * seed + 3);
+            tool("qemu-io", &["-f", "vmdk", "-c", &write, text(&path)]);
+            model = content("vmdk", &path, folder.path());
+            tool("qemu-img", &["check", "-f", "vmdk", text(&path)]);
+        }
+        assert!(name.starts_with('m') || name.starts_with('t'));
+    }
+}
+
+#[test]
+fn compressed_images_are_read_and_not_written() {
+    if !has_qemu("compressed_images_are_read_and_not_written") {
+        return;
+    }
+    let folder = folder();
+    let (raw, path) = (folder.path().join("a.raw"), folder.path().join("a.vmdk"));
+    let mut chance = Chance(4);
+    let model: Vec<u8> = (0..(9 << 20) + (5 << 10))
+        .map(|at| match at >> 18 & 3 {
+            0 => 0,
+            1 => (at >> 9) as u8,
+            // What cannot be made smaller.
+            _ => chance.next() as u8,
+        })
+        .collect();
+    std::fs::write(&raw, &model).unwrap();
+    let args = [
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        "-o",
+        "subformat=streamOptimized",
+        text(&raw),
+        text(&path),
+    ];
+    tool("qemu-img", &args);
+    let runtime = Runtime::new();
+    let (io, its) = (runtime.io.clone(), path.clone());
+    runtime
+        .block_on(async move {
+            let disk = open_file(&io, &its, false).await;
+            let shape = disk.activate().await.unwrap();
+            let bytes = whole(&disk, shape.size).await.unwrap();
+            assert!(
+                bytes[..model.len()] == model && bytes[model.len()..].iter().all(|byte| *byte == 0)
+            );
+            let failure = open_file(&io, &its, true)
+                .await
+                .activate()
+                .await
+                .unwrap_err();
+            assert_eq!(failure.code, Code::Image);
+            assert!(failure.message.contains("streamOptimized"), "{failure}");
+        })
+        .unwrap();
+}
+
+#[test]
+fn parents_are_named_and_wanted() {
+    if has_qemu("parents_are_named_and_wanted") {
+        let folder = folder();
+        let (base, path) = (
+            folder.path().join("base.vmdk"),
+            folder.path().join("a.vmdk"),
+        );
+        tool(
+            "qemu-img",
+            &["create", "-q", "-f", "vmdk", text(&base), "9M"],
+        );
+        tool(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "vmdk",
+                "-b",
+                "base.vmdk",
+                "-F",
+                "vmdk",
+                text(&path),
+            ],
+        );
+        let runtime = Runtime::new();
+        let io = runtime.io.clone();
+        runtime
+            .block_on(async move {
+                let needs = look(&file(&io, &path, false)).await.unwrap();
+                let parent = needs.parent.unwrap();
+                assert_eq!(parent.names, ["base.vmdk"]);
+                let its = id(&file(&io, &base, false)).await.unwrap();
+                assert_eq!(parent.id, Some(its));
+            })
+            .unwrap();
+    }
+    let world = World::new(image(&make(Form::MonolithicSparse, SIZE, true)));
+    run(async move {
+        let failure = open(&world, false).activate().await.unwrap_err();
+        assert!(failure.message.contains("parent"), "{failure}");
+    });
+}
+
+#[test]
+fn new_disks_have_names_and_limits() {
+    let what = make(Form::TwoGbMaxExtentSparse, 5 << 30, false);
+    let names: Vec<String> = plan(&what)
+        .unwrap()
+        .into_iter()
+        .map(|new| new.name)
+        .collect();
+    assert_eq!(names, ["a-s001.vmdk", "a-s002.vmdk", "a-s003.vmdk"]);
+    for wrong in [
+        make(Form::MonolithicSparse, 3 << 40, false),
+        make(Form::MonolithicFlat, 512, true),
+        make(Form::MonolithicSparse, 511, false),
+        Create {
+            name: "../a.vmdk".into(),
+            ..make(Form::MonolithicSparse, 512, false)
+        },
+    ] {
+        assert_eq!(plan(&wrong).unwrap_err().code, Code::Invalid);
+    }
+}
+
+#[test]
+fn disk_of_several_files_is_one() {
+    let size = (4 << 30) + 512;
+    let world = World::new(image(&make(Form::TwoGbMaxExtentSparse, size, false)));
+    let disk = open(&world, false);
+    run(async move {
+        assert_eq!(disk.activate().await.unwrap().size, size);
+        let border = 0x8000_0000 - 65536;
+        for at in [0, border - 4096, size - 8192] {
+            let bytes = Bytes::copied(&[(at >> 20) as u8 | 1; 8192]).unwrap();
+            disk.write(at, bytes, Attributes::default()).await.unwrap();
+        }
+        disk.inactivate().await.unwrap();
+        let disk = open(&world, false);
+        disk.activate().await.unwrap();
+        for at in [0, border - 4096, size - 8192] {
+            let data = diskio::Data::zeroed(8192).unwrap();
+            disk.read(at, data.clone()).await.unwrap();
+            assert_eq!(data.to_vec(), [(at >> 20) as u8 | 1; 8192]);
+        }
+    });
+}
+
+#[test]
+fn wrong_images_are_refused_or_served_and_never_worse() {
+    let mut opened = 0;
+    for form in [Form::MonolithicSparse, Form::TwoGbMaxExtentFlat] {
+        let world = World::new(image(&make(form, SIZE, false)));
+        let disk = open(&world, false);
+        run(async move {
+            disk.activate().await.unwrap();
+            let mut model = vec![0; SIZE as usize];
+            scribble(&disk, &mut model, 3, 20).await.unwrap();
+            disk.inactivate().await.unwrap();
+        });
+        let good = world.files();
+        let mut chance = Chance(99);
+        for round in 0..400 {
+            let mut files = good.clone();
+            let length = files[0].len;
+            for _ in 0..1 + chance.below(3) {
+                // The header, the descriptor, the directories, the tables.
+                let at = match chance.below(4) {
+                    0 => chance.below(80),
+                    1 => 512 + chance.below(600),
+                    2 => 21 * 512 + chance.below(8),
+                    _ => chance.below(16384),
+                };
+                let at = at.min(length - 8);
+                let value = match chance.below(4) {
+                    0 => u64::MAX,
+                    1 => length / 512,
+                    2 => chance.below(1 << 24),
+                    _ => chance.next(),
+                };
+                let count = 1 << chance.below(4);
+                files[0].write(at, &value.to_le_bytes()[..count]);
+            }
+            if chance.below(8) == 0 {
+                files[0].set_len(chance.below(length));
+            }
+            opened += usize::from(try_wrong(files, &|world| open(world, false), round));
+        }
+    }
+    assert!(
+        (500..5500).contains(&opened),
+        "{opened} of 6000 were opened"
+    );
+}
