@@ -107,7 +107,7 @@ fn what_qemu_writes_is_read_and_both_go_on() {
             .concat(),
         );
         let writes = [
-            "write -P 7 1M 3M",
+            "write -P 7 1M 1M",
             "write -P 9 4095k 5k",
             "write -P 3 8704k 4k",
         ];
@@ -170,19 +170,31 @@ fn compressed_clusters_are_read_and_written_over() {
         })
         .collect();
     std::fs::write(&raw, &model).unwrap();
-    tool(
-        "qemu-img",
-        &[
-            "convert",
-            "-c",
-            "-f",
-            "raw",
-            "-O",
-            "qcow",
-            text(&raw),
-            text(&path),
-        ],
-    );
+    // QEMU 10 makes the image and ends with an error all the same, so what it made is compared.
+    let args = [
+        "convert",
+        "-c",
+        "-f",
+        "raw",
+        "-O",
+        "qcow",
+        text(&raw),
+        text(&path),
+    ];
+    let _ = std::process::Command::new("qemu-img")
+        .args(args)
+        .status()
+        .unwrap();
+    let args = [
+        "compare",
+        "-f",
+        "raw",
+        "-F",
+        "qcow",
+        text(&raw),
+        text(&path),
+    ];
+    tool("qemu-img", &args);
     assert!(path.metadata().unwrap().len() < 2 << 20, "it is compressed");
     let runtime = Runtime::new();
     let storage = file(&runtime.io, &path, true);
@@ -317,8 +329,5 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
             opened += usize::from(try_wrong(files, &|world| open(world, false), round));
         }
     }
-    assert!(
-        (500..5900).contains(&opened),
-        "{opened} of 6000 were opened"
-    );
+    assert!((80..790).contains(&opened), "{opened} of 800 were opened");
 }
