@@ -6,14 +6,15 @@
 //! between the two: else the loss of power could leave an entry that points to nothing, and so lose what
 //! was flushed long ago. Those who wait for that at the same time share it.
 
-use crate::backing::{self, Backing, Row};
+use crate::barrier::Barrier;
+use crate::base::{self, Base, Row};
 use crate::field::{part, pieces};
 use crate::locks::Locks;
 use crate::tail::Tail;
-use crate::Store;
-use diskio::{Bytes, Data, Errno, Gate};
+use crate::{storage, Storage};
+use diskio::{Bytes, Data, Errno};
 use drivers::{Content, Extent};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 
 /// Clusters that were compressed and are kept: who reads one reads it in parts.
@@ -67,21 +68,22 @@ pub(crate) struct Clusters<S, M> {
     size: u64,
     base: u64,
     pub(crate) tail: Tail,
-    parent: Option<Rc<Backing>>,
+    parent: Option<Rc<Base>>,
     locks: Locks,
-    durable: Barrier,
+    durable: Barrier<S>,
     unpacked: RefCell<Vec<(u64, Rc<Vec<u8>>)>>,
 }
 
-impl<S: Store, M: Map<S>> Clusters<S, M> {
+impl<S: Storage, M: Map<S>> Clusters<S, M> {
     pub(crate) fn new(
         storage: Rc<S>,
         map: M,
         (base, size): (u64, u64),
         tail: Tail,
-        parent: Option<Rc<Backing>>,
+        parent: Option<Rc<Base>>,
     ) -> Self {
         Self {
+            durable: Barrier::new(vec![(*storage).clone()]),
             storage,
             map,
             size,
@@ -89,7 +91,6 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
             tail,
             parent,
             locks: Locks::default(),
-            durable: Barrier::default(),
             unpacked: RefCell::default(),
         }
     }
@@ -131,7 +132,7 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
         }
         match there {
             0 => Ok(()),
-            there => self.storage.read(at, part(&data, 0, there)).await,
+            there => self.storage.read_exact(at, part(&data, 0, there)).await,
         }
     }
 
@@ -166,7 +167,7 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
         data: Data,
     ) -> Result<(), Errno> {
         match found {
-            Found::Missing => backing::read(self.parent.as_deref(), self.base + offset, data).await,
+            Found::Missing => base::read(self.parent.as_deref(), self.base + offset, data).await,
             Found::Zeroes => {
                 data.fill(0, data.len(), 0);
                 Ok(())
@@ -247,7 +248,7 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
         let there = self.size.saturating_sub(begin).min(unit);
         let is_zero = match found {
             Found::Missing => {
-                backing::is_hole(self.parent.as_deref(), self.base + begin, there).await?
+                base::is_hole(self.parent.as_deref(), self.base + begin, there).await?
             }
             Found::Packed(_) => false,
             _ => true,
@@ -265,7 +266,7 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
                 None => whole.fill(within as usize, len as usize, 0),
             }
             self.storage.write(at, whole.into()).await?;
-            self.durable.pass(&*self.storage).await?;
+            self.durable.flush().await?;
         }
         self.map.set(&self.storage, &self.tail, cluster, at).await
     }
@@ -276,9 +277,7 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
             let parent = self.parent.as_deref();
             match self.find(cluster).await? {
                 Found::Zeroes => continue,
-                Found::Missing
-                    if backing::is_hole(parent, self.base + offset + at, len).await? =>
-                {
+                Found::Missing if base::is_hole(parent, self.base + offset + at, len).await? => {
                     continue
                 }
                 Found::Missing | Found::Packed(_) if len == self.map.cluster() => {
@@ -302,15 +301,8 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
         self.check(offset, len)?;
         for (cluster, within, _, len) in pieces(offset, len, self.map.cluster()) {
             if let Found::At(at) = self.find(cluster).await? {
-                match self
-                    .storage
-                    .discard(at.checked_add(within).ok_or(Errno::IO)?, len)
-                    .await
-                {
-                    // It stays as it is.
-                    Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                    Err(error) => return Err(error),
-                }
+                let at = at.checked_add(within).ok_or(Errno::IO)?;
+                storage::give_back(&*self.storage, at, len).await?;
             }
         }
         Ok(())
@@ -333,30 +325,5 @@ impl<S: Store, M: Map<S>> Clusters<S, M> {
             }
         }
         Ok(row.finish())
-    }
-}
-
-/// Makes durable what was written, once for all who want it at the same time.
-#[derive(Debug, Default)]
-struct Barrier {
-    gate: Gate,
-    /// Flushes that were begun, and that have ended well.
-    begun: Cell<u64>,
-    done: Cell<u64>,
-}
-
-impl Barrier {
-    async fn pass(&self, storage: &impl Store) -> Result<(), Errno> {
-        // One that has begun may have missed what was written just now.
-        let wanted = self.begun.get() + 1;
-        let _pass = self.gate.alone().await;
-        if self.done.get() >= wanted {
-            return Ok(());
-        }
-        let number = self.begun.get() + 1;
-        self.begun.set(number);
-        storage.flush().await?;
-        self.done.set(number);
-        Ok(())
     }
 }

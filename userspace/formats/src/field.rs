@@ -11,12 +11,24 @@ pub(crate) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     found.unwrap_or([0; N])
 }
 
+/// The number at `at`; nothing if it is not there.
+pub(crate) fn be32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    let found = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_be_bytes(found.try_into().ok()?))
+}
+
+pub(crate) fn be64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    let found = bytes.get(at..at.checked_add(8)?)?;
+    Some(u64::from_be_bytes(found.try_into().ok()?))
+}
+
+/// The number at `at`; 0 if it is not there.
 pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes(array(bytes, at))
+    be32_at(bytes, at).unwrap_or(0)
 }
 
 pub(crate) fn be64(bytes: &[u8], at: usize) -> u64 {
-    u64::from_be_bytes(array(bytes, at))
+    be64_at(bytes, at).unwrap_or(0)
 }
 
 pub(crate) fn le16(bytes: &[u8], at: usize) -> u16 {
@@ -47,6 +59,16 @@ pub(crate) fn round_up(value: u64, unit: u64) -> Option<u64> {
 /// The image is refused.
 pub(crate) fn refused(message: impl Into<String>) -> Failure {
     Failure::new(Code::Image, message)
+}
+
+/// Refuses files that were given along with an image that is one file.
+pub(crate) fn no_extents(format: &str, count: usize) -> Result<(), Failure> {
+    match count {
+        0 => Ok(()),
+        _ => Err(refused(format!(
+            "the {format} is one file, and others were given: leave them out"
+        ))),
+    }
 }
 
 /// I/O on the image failed while `what` was tried.

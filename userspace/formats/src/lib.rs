@@ -2,34 +2,25 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
-mod backing;
+mod barrier;
+mod base;
+mod bell;
+mod chain;
 mod clusters;
 mod field;
 mod join;
 mod locks;
 mod needs;
+mod open;
 pub mod qcow;
 pub mod qcow2;
 mod storage;
-mod store;
 mod tables;
 mod tail;
 pub mod vhd;
 pub mod vmdk;
 
+pub use chain::{open_chain, Files, LAYERS};
 pub use needs::{Extent, Needs, Parent};
+pub use open::{look, open, Below, Kind, Options, Parts};
 pub use storage::Storage;
-pub use store::Store;
-
-/// How an image is used.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Bytes of tables that are kept in memory at most, beside those that requests are using.
-    pub cache: usize,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { cache: 32 << 20 }
-    }
-}

@@ -1,51 +1,127 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A lock for each cluster, as long as somebody wants it.
+//! Clusters, or what else has a number, that one task at a time may change.
 
-use diskio::{Gate, Pass};
-use std::cell::RefCell;
-use std::collections::HashMap;
+use crate::bell::Bell;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
 
-/// Locks by number.
+/// Locks of ranges of numbers. There are no more of them than requests.
 #[derive(Debug, Default)]
-pub(crate) struct Locks(RefCell<HashMap<u64, (Gate, usize)>>);
+pub(crate) struct Locks {
+    /// Those that are held and those that are waited for, in the order in which they were asked for.
+    asked: RefCell<Vec<(u64, Range<u64>)>>,
+    next: Cell<u64>,
+    bell: Bell,
+}
 
-/// One of them, which is held, or waited for.
+/// A range that nobody else has, or that is waited for; dropping it gives it back.
 #[derive(Debug)]
 #[must_use = "the lock is held as long as this"]
 pub(crate) struct Held<'l> {
     locks: &'l Locks,
-    number: u64,
-    pass: Option<Pass>,
+    ticket: u64,
 }
 
 impl Locks {
-    /// Waits until nobody has lock `number`.
-    pub(crate) async fn alone(&self, number: u64) -> Held<'_> {
-        let gate = {
-            let mut locks = self.0.borrow_mut();
-            let (gate, users) = locks.entry(number).or_default();
-            *users += 1;
-            gate.clone()
-        };
-        let mut held = Held {
+    /// Waits until nobody has a part of `range`; who asked first gets it first. A task that has one must not
+    /// ask for another.
+    pub(crate) async fn lock(&self, range: Range<u64>) -> Held<'_> {
+        let ticket = self.next.get();
+        self.next.set(ticket + 1);
+        self.asked.borrow_mut().push((ticket, range.clone()));
+        // It leaves even if this is dropped while it waits.
+        let held = Held {
             locks: self,
-            number,
-            pass: None,
+            ticket,
         };
-        held.pass = Some(gate.alone().await);
+        let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+        let free = || {
+            let asked = self.asked.borrow();
+            let mut earlier = asked.iter().take_while(|(number, _)| *number < ticket);
+            (!earlier.any(|(_, other)| meets(other))).then_some(())
+        };
+        self.bell.until(free).await;
         held
+    }
+
+    /// The same for one number.
+    pub(crate) async fn alone(&self, number: u64) -> Held<'_> {
+        self.lock(number..number.saturating_add(1)).await
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        drop(self.pass.take());
-        let mut locks = self.locks.0.borrow_mut();
-        if let Some((_, users)) = locks.get_mut(&self.number) {
-            *users -= 1;
-            if *users == 0 {
-                locks.remove(&self.number);
-            }
+        let mut asked = self.locks.asked.borrow_mut();
+        asked.retain(|(ticket, _)| *ticket != self.ticket);
+        drop(asked);
+        self.locks.bell.ring();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Locks;
+    use diskio::Runtime;
+    use std::cell::RefCell;
+    use std::future::{poll_fn, Future};
+    use std::rc::Rc;
+    use std::task::Poll;
+
+    #[test]
+    fn who_asks_first_is_first_and_others_do_not_wait() {
+        let runtime = Runtime::new();
+        let locks = Rc::new(Locks::default());
+        let order = Rc::new(RefCell::new(Vec::new()));
+        // The second waits for the first, the third for the second, the fourth for nobody.
+        for (name, range) in [(1, 0..4), (2, 2..9), (3, 6..7), (4, 20..21)] {
+            let (locks, order) = (locks.clone(), order.clone());
+            runtime.tasks.spawn(async move {
+                let held = locks.lock(range).await;
+                order.borrow_mut().push(name);
+                let mut turns = 3;
+                poll_fn(|cx| {
+                    turns -= 1;
+                    cx.waker().wake_by_ref();
+                    match turns {
+                        0 => Poll::Ready(()),
+                        _ => Poll::Pending,
+                    }
+                })
+                .await;
+                drop(held);
+                order.borrow_mut().push(name + 10);
+            });
         }
+        runtime.finish().unwrap();
+        let order = order.take();
+        let at = |wanted| order.iter().position(|found| *found == wanted).unwrap();
+        assert!(
+            at(11) < at(2) && at(12) < at(3) && at(4) < at(11),
+            "{order:?}"
+        );
+    }
+
+    #[test]
+    fn who_gives_up_waiting_stands_in_nobodys_way() {
+        let runtime = Runtime::new();
+        let locks = Rc::new(Locks::default());
+        let its = locks.clone();
+        let done = runtime.block_on(async move {
+            let first = its.alone(1).await;
+            {
+                let mut second = Box::pin(its.lock(0..5));
+                poll_fn(|cx| {
+                    assert!(second.as_mut().poll(cx).is_pending());
+                    Poll::Ready(())
+                })
+                .await;
+            }
+            let _third = its.alone(3).await;
+            drop(first);
+            let _fourth = its.alone(1).await;
+        });
+        done.unwrap();
+        assert!(locks.asked.borrow().is_empty());
     }
 }

@@ -11,23 +11,43 @@ pub trait Storage: Clone + 'static {
     /// Bytes, now.
     fn size(&self) -> Result<u64, Errno>;
 
-    /// Makes it longer, by bytes that read as zeroes, or shorter. A block device stays as it is.
+    /// Makes it longer, by bytes that read as zeroes, or shorter. One that [is fixed](Self::is_fixed) stays as
+    /// it is.
     async fn set_size(&self, size: u64) -> Result<(), Errno>;
 
-    /// Reads all of `data`. What is behind the end is zeroes.
-    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno>;
+    /// Its size cannot change: a block device.
+    fn is_fixed(&self) -> bool;
 
-    /// Writes all of `data`; no death of this process undoes it.
+    /// It may be written.
+    fn is_writable(&self) -> Result<bool, Errno>;
+
+    /// Reads all of `data`. What is behind the end is [`Errno::IO`].
+    async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno>;
+
+    /// Reads all of `data`. What is behind the end is zeroes.
+    async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno>;
+
+    /// Writes all of `data`, and makes the image longer if it ends before that; no death of this process
+    /// undoes it.
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno>;
 
     /// Makes durable what was written.
     async fn flush(&self) -> Result<(), Errno>;
 
-    /// Forgets a range. [`Errno::OPNOTSUPP`] if that is not possible.
-    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno>;
-
     /// Makes a range read as zeroes, if possible without using space for it.
     async fn clear(&self, offset: u64, len: u64) -> Result<(), Errno>;
+
+    /// Makes a range read as zeroes, and keeps the space for it, if possible.
+    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno>;
+
+    /// Forgets a range, which may read as anything afterwards. [`Errno::OPNOTSUPP`] if that is not possible.
+    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno>;
+
+    /// Bytes that are alike from `offset` on, at most `len`, and whether they are data.
+    async fn part(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno>;
+
+    /// Keeps nothing of it in memory.
+    fn forget(&self) -> Result<(), Errno>;
 
     /// Memory for a transfer, with anything in it.
     fn buffer(&self, len: usize) -> Result<Data, Errno>;
@@ -42,10 +62,6 @@ pub trait Storage: Clone + 'static {
     fn fence(&self) -> Fence;
 }
 
-fn number(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
-}
-
 impl Storage for File {
     fn size(&self) -> Result<u64, Errno> {
         File::size(self).map_err(number)
@@ -55,8 +71,20 @@ impl Storage for File {
         File::set_size(self, size).await
     }
 
-    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
-        self.read_padded(offset, data).await
+    fn is_fixed(&self) -> bool {
+        self.is_device()
+    }
+
+    fn is_writable(&self) -> Result<bool, Errno> {
+        File::is_writable(self).map_err(number)
+    }
+
+    async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        File::read(self, offset, data).await
+    }
+
+    async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        File::read_padded(self, offset, data).await
     }
 
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
@@ -65,10 +93,6 @@ impl Storage for File {
 
     async fn flush(&self) -> Result<(), Errno> {
         File::flush(self).await
-    }
-
-    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        File::discard(self, offset, len).await
     }
 
     async fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -80,6 +104,22 @@ impl Storage for File {
             }
         }
         File::write_zeroes(self, offset, len).await
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        File::write_zeroes(self, offset, len).await
+    }
+
+    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        File::discard(self, offset, len).await
+    }
+
+    async fn part(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+        File::part(self, offset, len).await
+    }
+
+    fn forget(&self) -> Result<(), Errno> {
+        File::forget(self)
     }
 
     fn buffer(&self, len: usize) -> Result<Data, Errno> {
@@ -96,4 +136,43 @@ impl Storage for File {
     fn fence(&self) -> Fence {
         Fence::of(self)
     }
+}
+
+/// Gives back the space of what is not used any more, if the storage can do that: it is a hint.
+pub(crate) async fn give_back(storage: &impl Storage, offset: u64, len: u64) -> Result<(), Errno> {
+    match storage.discard(offset, len).await {
+        // A device refuses what is no whole number of its own units.
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads `len` bytes from `offset` on; what is behind the end is zero. The length must have been checked.
+pub(crate) async fn bytes(
+    storage: &impl Storage,
+    offset: u64,
+    len: usize,
+) -> Result<Vec<u8>, Errno> {
+    let data = storage.buffer(len)?;
+    storage.read_padded(offset, data.clone()).await?;
+    Ok(data.to_vec())
+}
+
+/// The fence of an image in several files: the widest of theirs.
+pub(crate) fn fence<'s, S: Storage>(files: impl Iterator<Item = &'s S>) -> Fence {
+    files.map(Storage::fence).fold(Fence::Local, |all, other| {
+        let settle = |fence| match fence {
+            Fence::Local => 0,
+            Fence::Session { settle_ms } => settle_ms,
+            Fence::None => u32::MAX,
+        };
+        match settle(other) > settle(all) {
+            true => other,
+            false => all,
+        }
+    })
+}
+
+fn number(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }

@@ -3,8 +3,8 @@
 //! first, and changes of one table that come while it is written go out together.
 
 use crate::field::put;
-use crate::store::read_some;
-use crate::Store;
+use crate::storage;
+use crate::Storage;
 use diskio::{Bytes, Errno, Gate};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -61,13 +61,13 @@ impl Table {
     }
 
     /// Reads it, unless somebody did.
-    async fn load(&self, storage: &impl Store) -> Result<(), Errno> {
+    async fn load(&self, storage: &impl Storage) -> Result<(), Errno> {
         if self.is_read() {
             return Ok(());
         }
         let _pass = self.gate.alone().await;
         if !self.is_read() {
-            let bytes = read_some(storage, self.at, self.len).await?;
+            let bytes = storage::bytes(storage, self.at, self.len).await?;
             self.state.borrow_mut().bytes = bytes;
         }
         Ok(())
@@ -77,7 +77,7 @@ impl Table {
     /// along at any moment from now on.
     pub(crate) async fn change(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         edit: impl FnOnce(&mut [u8]),
     ) -> Result<(), Errno> {
         let mine = {
@@ -145,8 +145,8 @@ const CHUNK: usize = 4096;
 
 impl Pinned {
     /// Reads `len` bytes at `at`.
-    pub(crate) async fn read(storage: &impl Store, at: u64, len: usize) -> Result<Self, Errno> {
-        Ok(Self::with(at, read_some(storage, at, len).await?))
+    pub(crate) async fn read(storage: &impl Storage, at: u64, len: usize) -> Result<Self, Errno> {
+        Ok(Self::with(at, storage::bytes(storage, at, len).await?))
     }
 
     /// What is known to be at `at`.
@@ -172,7 +172,7 @@ impl Pinned {
     /// Puts `value` at `at`.
     pub(crate) async fn put(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         at: usize,
         value: &[u8],
     ) -> Result<(), Errno> {
@@ -215,7 +215,7 @@ impl Tables {
     /// The table of `len` bytes at `at`.
     pub(crate) async fn get(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         at: u64,
         len: usize,
     ) -> Result<Rc<Table>, Errno> {

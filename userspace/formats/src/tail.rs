@@ -3,7 +3,7 @@
 //! loss of power, so what is not written of a new cluster shows nobody's bytes.
 
 use crate::field::round_up;
-use crate::Store;
+use crate::Storage;
 use diskio::{Errno, Gate};
 use std::cell::Cell;
 
@@ -36,7 +36,7 @@ impl Tail {
     /// Where `len` bytes are that begin at a multiple of `align`. They are not given twice.
     pub(crate) async fn take(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         len: u64,
         align: u64,
     ) -> Result<u64, Errno> {
@@ -67,13 +67,13 @@ impl Tail {
 
     /// Makes the image longer. That is durable before anything points there: an entry that leads behind
     /// the end would be damage.
-    async fn extend(&self, storage: &impl Store, len: u64) -> Result<(), Errno> {
+    async fn extend(&self, storage: &impl Storage, len: u64) -> Result<(), Errno> {
         if storage.is_fixed() {
             return Err(Errno::NOSPC);
         }
         let end = self.end.get().checked_add(len).ok_or(Errno::FBIG)?;
         let size = round_up(end, CHUNK).map_or(end, |size| size.min(self.most));
-        storage.set_size(size)?;
+        storage.set_size(size).await?;
         storage.flush().await?;
         self.end.set(size);
         Ok(())
@@ -85,9 +85,9 @@ impl Tail {
     }
 
     /// Gives back what was not used.
-    pub(crate) fn trim(&self, storage: &impl Store) -> Result<(), Errno> {
+    pub(crate) async fn trim(&self, storage: &impl Storage) -> Result<(), Errno> {
         if self.end.get() > self.next.get() && !storage.is_fixed() {
-            storage.set_size(self.next.get())?;
+            storage.set_size(self.next.get()).await?;
             self.end.set(self.next.get());
         }
         Ok(())

@@ -14,7 +14,7 @@ use control::Code;
 use diskio::Runtime;
 use drivers::Disk;
 use formats::qcow::{create, look, Create, Qcow};
-use formats::Options;
+use formats::{Options, Parts};
 use std::rc::Rc;
 
 const SIZE: u64 = (5 << 20) + 3 * 512;
@@ -35,7 +35,18 @@ fn image(what: Create) -> Vec<Content> {
 
 fn open(world: &World, has_parent: bool) -> Disk {
     let parent = has_parent.then(parent);
-    Disk::new(Qcow::new(world.file(0), parent, Options { cache: 8192 }))
+    let options = Options {
+        cache: 8192,
+        ..Options::new("image")
+    };
+    Disk::new(Qcow::new(world.file(0), parts(parent), options))
+}
+
+fn parts<S>(parent: Option<Disk>) -> Parts<S> {
+    Parts {
+        parent,
+        ..Parts::default()
+    }
 }
 
 fn trial(has_parent: bool, seed: u64) -> Trial {
@@ -76,7 +87,7 @@ fn qemu_reads_what_is_written() {
     let storage = file(&runtime.io, &path, true);
     let model = runtime.block_on(async move {
         create(&storage, &make(SIZE, false)).await.unwrap();
-        let disk = Disk::new(Qcow::new(storage, None, Options::default()));
+        let disk = Disk::new(Qcow::new(storage, Parts::default(), Options::new("image")));
         disk.activate().await.unwrap();
         let mut model = vec![0; SIZE as usize];
         scribble(&disk, &mut model, 1, 40).await.unwrap();
@@ -133,7 +144,7 @@ fn what_qemu_writes_is_read_and_both_go_on() {
                     assert_eq!(names, if has_backing { &["base.raw"][..] } else { &[] });
                     let parent = has_backing
                         .then(|| Disk::new(drivers::Raw::new(file(&io, &base, false), false)));
-                    let disk = Disk::new(Qcow::new(storage, parent, Options::default()));
+                    let disk = Disk::new(Qcow::new(storage, parts(parent), Options::new("image")));
                     let shape = disk.activate().await.unwrap();
                     assert!(whole(&disk, shape.size).await.unwrap() == before);
                     let mut model = before;
@@ -199,7 +210,7 @@ fn compressed_clusters_are_read_and_written_over() {
     let runtime = Runtime::new();
     let storage = file(&runtime.io, &path, true);
     let model = runtime.block_on(async move {
-        let disk = Disk::new(Qcow::new(storage, None, Options::default()));
+        let disk = Disk::new(Qcow::new(storage, Parts::default(), Options::new("image")));
         let shape = disk.activate().await.unwrap();
         assert!(whole(&disk, shape.size).await.unwrap() == model);
         let mut model = model;
@@ -245,7 +256,7 @@ fn table_of_an_early_blktap_is_put_right_wherever_that_was_interrupted() {
         let mut storage = world.file(0);
         storage.read_only = read_only;
         let (disk, model) = (
-            Disk::new(Qcow::new(storage, None, Options::default())),
+            Disk::new(Qcow::new(storage, Parts::default(), Options::new("image"))),
             model.clone(),
         );
         run(async move {

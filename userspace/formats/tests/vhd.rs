@@ -14,7 +14,7 @@ use control::Code;
 use diskio::{Bytes, Data, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vhd::{create, grow, id, look, spelled, Create, Kind, ParentOf, Vhd};
-use formats::Options;
+use formats::{Options, Parts};
 use std::rc::Rc;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
@@ -42,7 +42,15 @@ fn image(what: Create) -> Vec<Content> {
 
 fn open(world: &World, kind: Kind) -> Disk {
     let parent = (kind == Kind::Differencing).then(parent);
-    Disk::new(Vhd::new(world.file(0), parent, Options { cache: 2048 }))
+    let parts = Parts {
+        parent,
+        ..Parts::default()
+    };
+    let options = Options {
+        cache: 2048,
+        ..Options::new("image")
+    };
+    Disk::new(Vhd::new(world.file(0), parts, options))
 }
 
 fn trial(kind: Kind, seed: u64) -> Trial {
@@ -99,7 +107,11 @@ fn qemu_reads_what_is_written() {
         let its = storage.clone();
         let model = runtime.block_on(async move {
             create(&its, &make(kind, SIZE, 0)).await.unwrap();
-            let disk = Disk::new(Vhd::new(its.clone(), None, Options::default()));
+            let disk = Disk::new(Vhd::new(
+                its.clone(),
+                Parts::default(),
+                Options::new("image"),
+            ));
             disk.activate().await.unwrap();
             let mut model = vec![0; SIZE as usize];
             scribble(&disk, &mut model, 1, 60).await.unwrap();
@@ -158,7 +170,8 @@ fn what_qemu_writes_is_read_and_both_go_on() {
             let before = model.clone();
             model = runtime
                 .block_on(async move {
-                    let disk = Disk::new(Vhd::new(storage, None, Options::default()));
+                    let disk =
+                        Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")));
                     let shape = disk.activate().await.unwrap();
                     assert_eq!(shape.size as usize, before.len(), "{options}");
                     assert!(
@@ -193,7 +206,7 @@ fn parent_is_named_as_tapdisk_does() {
         assert_eq!(id(&storage).await.unwrap(), [7; 16]);
         assert_eq!(spelled([9; 16]), "09090909-0909-0909-0909-090909090909");
         // Without its parent it is not served.
-        let disk = Disk::new(Vhd::new(storage, None, Options::default()));
+        let disk = Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")));
         let failure = disk.activate().await.unwrap_err();
         assert_eq!(failure.code, Code::Image);
         assert!(failure.message.contains("parent"), "{failure}");

@@ -14,7 +14,7 @@ use control::Code;
 use diskio::{Bytes, File, Io, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vmdk::{create, id, look, plan, Create, Form, Vmdk};
-use formats::Options;
+use formats::{Options, Parts};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -50,12 +50,11 @@ fn open(world: &World, has_parent: bool) -> Disk {
         .map(|number| world.file(number))
         .collect();
     let parent = has_parent.then(parent);
-    Disk::new(Vmdk::new(
-        world.file(0),
-        extents,
-        parent,
-        Options { cache: 4096 },
-    ))
+    let options = Options {
+        cache: 4096,
+        ..Options::new("image")
+    };
+    Disk::new(Vmdk::new(world.file(0), Parts { parent, extents }, options))
 }
 
 fn trial(form: Form, has_parent: bool, seed: u64) -> Trial {
@@ -97,8 +96,11 @@ async fn open_file(io: &Io, path: &Path, write: bool) -> Disk {
     let needs = look(&image).await.unwrap();
     let folder = path.parent().unwrap();
     let names = needs.extents.iter().map(|extent| folder.join(&extent.name));
-    let extents = names.map(|path| file(io, &path, write)).collect();
-    Disk::new(Vmdk::new(image, extents, None, Options::default()))
+    let parts = Parts {
+        parent: None,
+        extents: names.map(|path| file(io, &path, write)).collect(),
+    };
+    Disk::new(Vmdk::new(image, parts, Options::new("image")))
 }
 
 const FORMS: [(Form, &str); 4] = [

@@ -4,17 +4,17 @@
 
 mod header;
 
-use crate::backing::Backing;
+use crate::base::Base;
 use crate::clusters::{Clusters, Found, Map, Packed};
-use crate::field::{be64, failed, put, refused};
+use crate::field::{be64, failed, no_extents, put, refused};
 use crate::locks::Locks;
-use crate::store::read_some;
+use crate::storage;
 use crate::tables::{Pinned, Table, Tables};
 use crate::tail::Tail;
-use crate::{Needs, Options, Parent, Store};
+use crate::{Needs, Options, Parent, Parts, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Driver, Extent, Fence, Limits, Shape};
 use header::{repaired, Header, LEN, XEN_BIG_ENDIAN, XEN_FLAGS};
 use miniz_oxide::inflate::decompress_to_vec_with_limit;
 use std::cell::RefCell;
@@ -32,7 +32,9 @@ const ZEROES: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct Qcow<S> {
     storage: Rc<S>,
-    parent: Option<Rc<Backing>>,
+    parent: Option<Rc<Base>>,
+    /// Other files that were given: there must be none.
+    extents: usize,
     options: Options,
     active: RefCell<Option<Rc<Clusters<S, Entries>>>>,
 }
@@ -49,24 +51,24 @@ struct Entries {
     locks: Locks,
 }
 
-async fn read_header(storage: &impl Store) -> Result<(Header, u64), Failure> {
+async fn read_header(storage: &impl Storage) -> Result<(Header, u64), Failure> {
     let length = storage
         .size()
         .map_err(failed("cannot see the image's size"))?;
-    let bytes = read_some(storage, 0, 64).await;
+    let bytes = storage::bytes(storage, 0, 64).await;
     let bytes = bytes.map_err(failed("cannot read the image's header"))?;
     Ok((Header::parse(&bytes, length)?, length))
 }
 
 /// What an image needs, of which nothing is followed.
-pub async fn look(storage: &impl Store) -> Result<Needs, Failure> {
+pub async fn look(storage: &impl Storage) -> Result<Needs, Failure> {
     let (header, _) = read_header(storage).await?;
     let mut needs = Needs {
         size: header.size,
         ..Needs::default()
     };
     if let Some((at, len)) = header.name {
-        let name = read_some(storage, at, len as usize).await;
+        let name = storage::bytes(storage, at, len as usize).await;
         let name = name.map_err(failed("cannot read the name of the backing file"))?;
         let name = String::from_utf8(name)
             .ok()
@@ -90,7 +92,7 @@ pub struct Create {
 }
 
 /// Makes an image of what `storage` is, whose content is lost: clusters of 4 KiB, as blktap has them.
-pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> {
+pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure> {
     let name = what.parent.as_deref().unwrap_or("").as_bytes();
     if what.size == 0 || what.size % 512 != 0 || name.len() > 1023 {
         return Err(Failure::invalid(format!(
@@ -114,10 +116,10 @@ pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> 
     Header::parse(&bytes, end)?;
     let work = async {
         if storage.is_fixed() {
-            storage.write_zeroes(0, end).await?;
+            storage.clear(0, end).await?;
         } else {
-            storage.set_size(0)?;
-            storage.set_size(end)?;
+            storage.set_size(0).await?;
+            storage.set_size(end).await?;
         }
         storage.flush().await?;
         storage.write(0, Bytes::copied(&bytes)?).await?;
@@ -126,12 +128,13 @@ pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> 
     work.await.map_err(failed("cannot make the image"))
 }
 
-impl<S: Store> Qcow<S> {
-    /// The disk in `storage`, which goes on from `parent` if it names one. The parent is activated with it.
-    pub fn new(storage: S, parent: Option<Disk>, options: Options) -> Self {
+impl<S: Storage> Qcow<S> {
+    /// The disk in `storage`, which goes on from a parent if it names one.
+    pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             storage: Rc::new(storage),
-            parent: parent.map(|disk| Rc::new(Backing::new(disk))),
+            parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
+            extents: parts.extents.len(),
             options,
             active: RefCell::new(None),
         }
@@ -142,6 +145,7 @@ impl<S: Store> Qcow<S> {
     }
 
     async fn check_parent(&self, header: &Header) -> Result<(), Failure> {
+        no_extents("qcow", self.extents)?;
         match (&self.parent, header.name) {
             (Some(parent), Some(_)) => parent.activate().await,
             (None, None) => Ok(()),
@@ -158,13 +162,13 @@ impl<S: Store> Qcow<S> {
     async fn first(&self, header: &Header, length: u64) -> Result<Pinned, Failure> {
         let reading = failed("cannot read the first table of the image");
         // CAST: it was checked to be small.
-        let bytes = read_some(&*self.storage, header.first, header.first_len() as usize).await;
+        let bytes = storage::bytes(&*self.storage, header.first, header.first_len() as usize).await;
         let mut bytes = bytes.map_err(reading)?;
         if let Some(fixed) = repaired(&bytes, header, length)? {
             bytes = fixed;
             let is_writable = self
-                .storage
-                .is_writable()
+                .options
+                .may_write(&*self.storage)
                 .map_err(failed("cannot use the image"))?;
             if is_writable {
                 let work = self.repair(header, &bytes).await;
@@ -196,10 +200,48 @@ impl<S: Store> Qcow<S> {
         self.storage.flush().await
     }
 
+    async fn start(&self) -> Result<Shape, Failure> {
+        let (header, length) = read_header(&*self.storage).await?;
+        self.check_parent(&header).await?;
+        let entries = Entries {
+            cluster_bits: header.cluster_bits,
+            table_bits: header.table_bits,
+            begin: header.first + header.first_len(),
+            first: self.first(&header, length).await?,
+            tables: Tables::new(self.options.cache),
+            locks: Locks::default(),
+        };
+        let parent = self.parent.clone();
+        let tail = Tail::new(length, MOST);
+        let clusters = Clusters::new(
+            self.storage.clone(),
+            entries,
+            (0, header.size),
+            tail,
+            parent,
+        );
+        *self.active.borrow_mut() = Some(Rc::new(clusters));
+        Ok(Shape {
+            size: header.size,
+            logical_block: 512,
+            physical_block: 4096,
+            discard: Some(4096),
+            write_cache: true,
+            fua: false,
+            limits: Limits {
+                zeroes: ZEROES,
+                align: 1 << header.cluster_bits,
+                ..Limits::default()
+            },
+        })
+    }
+
     async fn finish(&self) -> Result<(), Errno> {
         let active = self.active.borrow_mut().take();
         match active {
-            Some(active) if self.storage.is_writable()? => active.tail.trim(&*self.storage),
+            Some(active) if self.options.may_write(&*self.storage)? => {
+                active.tail.trim(&*self.storage).await
+            }
             _ => Ok(()),
         }
     }
@@ -216,7 +258,7 @@ impl Entries {
         Ok((at, (cluster & ((1 << self.table_bits) - 1)) as usize * 8))
     }
 
-    async fn table(&self, storage: &impl Store, at: usize) -> Result<Option<Rc<Table>>, Errno> {
+    async fn table(&self, storage: &impl Storage, at: usize) -> Result<Option<Rc<Table>>, Errno> {
         match self.first.see(at, |bytes| be64(bytes, 0)) {
             0 => Ok(None),
             place => self
@@ -230,7 +272,7 @@ impl Entries {
     /// A table that may not exist yet. Room that was never used reads as one without entries.
     async fn table_made(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         tail: &Tail,
         at: usize,
     ) -> Result<Rc<Table>, Errno> {
@@ -249,7 +291,7 @@ impl Entries {
     }
 }
 
-impl<S: Store> Map<S> for Entries {
+impl<S: Storage> Map<S> for Entries {
     fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }
@@ -295,7 +337,7 @@ impl<S: Store> Map<S> for Entries {
     async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno> {
         let unit = 1 << self.cluster_bits;
         // CAST: less than a cluster.
-        let bytes = read_some(storage, packed.at, packed.len as usize).await?;
+        let bytes = storage::bytes(storage, packed.at, packed.len as usize).await?;
         let unpacked = match decompress_to_vec_with_limit(&bytes, unit) {
             Ok(bytes) => bytes,
             // Some streams have no end.
@@ -312,41 +354,10 @@ impl<S: Store> Map<S> for Entries {
     }
 }
 
-impl<S: Store> Driver for Qcow<S> {
+impl<S: Storage> Driver for Qcow<S> {
     async fn activate(&self) -> Result<Shape, Failure> {
-        let (header, length) = read_header(&*self.storage).await?;
-        self.check_parent(&header).await?;
-        let entries = Entries {
-            cluster_bits: header.cluster_bits,
-            table_bits: header.table_bits,
-            begin: header.first + header.first_len(),
-            first: self.first(&header, length).await?,
-            tables: Tables::new(self.options.cache),
-            locks: Locks::default(),
-        };
-        let parent = self.parent.clone();
-        let tail = Tail::new(length, MOST);
-        let clusters = Clusters::new(
-            self.storage.clone(),
-            entries,
-            (0, header.size),
-            tail,
-            parent,
-        );
-        *self.active.borrow_mut() = Some(Rc::new(clusters));
-        Ok(Shape {
-            size: header.size,
-            logical_block: 512,
-            physical_block: 4096,
-            discard: Some(4096),
-            write_cache: true,
-            fua: false,
-            limits: Limits {
-                zeroes: ZEROES,
-                align: 1 << header.cluster_bits,
-                ..Limits::default()
-            },
-        })
+        let shape = self.start().await;
+        shape.map_err(|failure| self.options.named(failure))
     }
 
     fn fence(&self) -> Fence {
@@ -393,7 +404,7 @@ impl<S: Store> Driver for Qcow<S> {
 
     async fn inactivate(&self) -> Result<(), Errno> {
         self.finish().await?;
-        if self.storage.is_writable()? {
+        if self.options.may_write(&*self.storage)? {
             self.storage.flush().await?;
         }
         if let Some(parent) = &self.parent {

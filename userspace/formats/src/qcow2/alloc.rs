@@ -13,7 +13,7 @@
 use super::geometry::MAX_OFFSET;
 use super::image::Image;
 use super::refcounts::{get, set, Counts};
-use crate::Storage;
+use crate::{storage, Storage};
 use diskio::{Errno, Gate};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -318,15 +318,7 @@ impl<S: Storage> Image<S> {
             .freed
             .set(self.allocator.freed.get() + clusters.count);
         if self.discard {
-            match self
-                .file
-                .discard(range.start, range.end - range.start)
-                .await
-            {
-                // It is a hint.
-                Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                Err(error) => return Err(error),
-            }
+            storage::give_back(&self.file, range.start, range.end - range.start).await?;
         }
         let cursor = &self.allocator.cursor;
         cursor.set(cursor.get().min(clusters.first));

@@ -72,7 +72,9 @@ impl Window {
 pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Others, Failure> {
     let cluster = header.geometry.cluster();
     let (snapshots, bytes) = snapshot::read(file, header).await?;
-    let mut ranges = vec![0..cluster];
+    let mut ranges = Vec::new();
+    // The header's.
+    ranges.push(0..cluster);
     if header.snapshots > 0 {
         ranges.push(header.snapshots_at..header.snapshots_at + bytes);
     }
@@ -104,7 +106,7 @@ async fn bitmaps<S: Storage>(
     let mut place = 0;
     while place + 24 <= len {
         let data = file.buffer(24)?;
-        file.read(at + place, data.clone()).await?;
+        file.read_padded(at + place, data.clone()).await?;
         let record = data.to_vec();
         let number = |from: usize, len: usize| {
             record[from..from + len]
@@ -138,7 +140,7 @@ async fn clusters_of_bitmap<S: Storage>(
         let some = (entries - done).min(SOME);
         // CAST: bounded.
         let data = file.buffer(some as usize * 8)?;
-        file.read(table + done * 8, data.clone()).await?;
+        file.read_padded(table + done * 8, data.clone()).await?;
         for word in data.to_vec().chunks_exact(8) {
             let word = word
                 .iter()

@@ -2,8 +2,9 @@
 //! New images.
 
 use super::geometry::{Geometry, CLUSTER_BITS, EXTENDED_BITS};
-use super::header::{self, broken, Backing, Compression, Header, MAGIC};
+use super::header::{self, Backing, Compression, Header, MAGIC};
 use super::refcounts::set;
+use crate::field::refused;
 use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
@@ -48,22 +49,22 @@ impl Plan {
         let bits = self.cluster.trailing_zeros();
         let order = self.refcount_bits.trailing_zeros();
         if !self.cluster.is_power_of_two() || !CLUSTER_BITS.contains(&bits) {
-            return Err(broken(
+            return Err(refused(
                 "a cluster has a power of two of bytes, from 512 to 2M",
             ));
         }
         if !self.refcount_bits.is_power_of_two() || order > 6 {
-            return Err(broken("a refcount has 1, 2, 4, 8, 16, 32 or 64 bits"));
+            return Err(refused("a refcount has 1, 2, 4, 8, 16, 32 or 64 bits"));
         }
         if self.extended && bits < EXTENDED_BITS {
-            return Err(broken("subclusters need clusters of 16K or more"));
+            return Err(refused("subclusters need clusters of 16K or more"));
         }
         let new = self.extended || self.data_file.is_some() || self.refcount_bits != 16;
         if self.version == 2 && (new || self.compression != Compression::Zlib) {
-            return Err(broken("version 2 has none of subclusters, data files, zstd, and refcounts of other than 16 bits"));
+            return Err(refused("version 2 has none of subclusters, data files, zstd, and refcounts of other than 16 bits"));
         }
         if !matches!(self.version, 2 | 3) {
-            return Err(broken("versions are 2 and 3"));
+            return Err(refused("versions are 2 and 3"));
         }
         Ok(Geometry {
             cluster_bits: bits,
@@ -203,7 +204,7 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
     }
     // CAST: at most 2 MiB.
     if out.len() > cluster as usize {
-        return Err(broken(
+        return Err(refused(
             "the names of other images do not fit into a cluster: use larger ones",
         ));
     }

@@ -2,7 +2,8 @@
 //! The header of an image: read once, checked, and only then used.
 
 use super::geometry::{Geometry, CLUSTER_BITS, EXTENDED_BITS, MAX_OFFSET};
-use control::{Code, Failure};
+use crate::field::{be32_at, be64_at, refused};
+use control::Failure;
 
 pub(crate) const MAGIC: u32 = 0x5146_49fb;
 /// Bytes of a header of version 2, and of the shortest of version 3.
@@ -84,38 +85,23 @@ pub struct Header {
     pub(crate) bitmaps: Option<(u64, u64)>,
 }
 
-/// A failure of the image.
-pub(crate) fn broken(what: impl Into<String>) -> Failure {
-    Failure::new(Code::Image, what)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    let bytes = bytes.get(at..at.checked_add(4)?)?;
-    Some(u32::from_be_bytes(bytes.try_into().ok()?))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    let bytes = bytes.get(at..at.checked_add(8)?)?;
-    Some(u64::from_be_bytes(bytes.try_into().ok()?))
-}
-
 /// Bytes of the cluster that a header is in: what has to be read to understand it.
 pub(crate) fn needed(begin: &[u8]) -> Result<usize, Failure> {
-    let (magic, version) = (u32_at(begin, 0), u32_at(begin, 4));
+    let (magic, version) = (be32_at(begin, 0), be32_at(begin, 4));
     if magic != Some(MAGIC) {
-        return Err(broken(
+        return Err(refused(
             "the image does not begin as a qcow2 image does: see what it is with qemu-img info, and name its format",
         ));
     }
     if !matches!(version, Some(2 | 3)) {
-        return Err(broken(format!(
+        return Err(refused(format!(
             "the image has version {} of qcow2, and only 2 and 3 are known",
             version.unwrap_or(0)
         )));
     }
-    let bits = u32_at(begin, 20).filter(|bits| CLUSTER_BITS.contains(bits));
+    let bits = be32_at(begin, 20).filter(|bits| CLUSTER_BITS.contains(bits));
     let bits = bits.ok_or_else(|| {
-        broken("the header's size of a cluster is neither 512 bytes nor 2 MiB nor in between")
+        refused("the header's size of a cluster is neither 512 bytes nor 2 MiB nor in between")
     })?;
     Ok(1 << bits)
 }
@@ -124,17 +110,17 @@ impl Header {
     /// Understands the first cluster of an image.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Failure> {
         needed(bytes)?;
-        Self::fields(bytes).ok_or_else(|| broken("the header is cut off"))?
+        Self::fields(bytes).ok_or_else(|| refused("the header is cut off"))?
     }
 
     /// Nothing if it is too short.
     fn fields(bytes: &[u8]) -> Option<Result<Self, Failure>> {
-        let (version, bits) = (u32_at(bytes, 4)?, u32_at(bytes, 20)?);
+        let (version, bits) = (be32_at(bytes, 4)?, be32_at(bytes, 20)?);
         let v3 = version >= 3;
-        let feature = |at| if v3 { u64_at(bytes, at) } else { Some(0) };
+        let feature = |at| if v3 { be64_at(bytes, at) } else { Some(0) };
         let (incompatible, autoclear) = (feature(AT_INCOMPATIBLE)?, feature(AT_AUTOCLEAR)?);
         let (order, length) = match v3 {
-            true => (u32_at(bytes, 96)?, u32_at(bytes, 100)? as usize),
+            true => (be32_at(bytes, 96)?, be32_at(bytes, 100)? as usize),
             false => (4, V2),
         };
         let kind = match length > V3 {
@@ -150,19 +136,19 @@ impl Header {
                 external: incompatible & EXTERNAL != 0,
             },
             version,
-            size: u64_at(bytes, AT_SIZE)?,
+            size: be64_at(bytes, AT_SIZE)?,
             backing: None,
             data_file: None,
             compression: match kind {
                 1 => Compression::Zstd,
                 _ => Compression::Zlib,
             },
-            snapshots: u32_at(bytes, 60)?,
-            snapshots_at: u64_at(bytes, 64)?,
-            l1: u64_at(bytes, AT_L1)?,
-            l1_entries: u64::from(u32_at(bytes, AT_L1_ENTRIES)?),
-            reftable: u64_at(bytes, AT_REFTABLE)?,
-            reftable_clusters: u64::from(u32_at(bytes, AT_REFTABLE_CLUSTERS)?),
+            snapshots: be32_at(bytes, 60)?,
+            snapshots_at: be64_at(bytes, 64)?,
+            l1: be64_at(bytes, AT_L1)?,
+            l1_entries: u64::from(be32_at(bytes, AT_L1_ENTRIES)?),
+            reftable: be64_at(bytes, AT_REFTABLE)?,
+            reftable_clusters: u64::from(be32_at(bytes, AT_REFTABLE_CLUSTERS)?),
             incompatible,
             autoclear,
             bitmaps: None,
@@ -175,17 +161,17 @@ impl Header {
         if self.incompatible & !known != 0 {
             return Err(unknown_features(bytes, length, self.incompatible & !known));
         }
-        match u32_at(bytes, 32) {
+        match be32_at(bytes, 32) {
             Some(0) => {}
             Some(1) => return Err(encrypted("AES")),
             Some(2) => return Err(encrypted("LUKS")),
             _ => return Err(encrypted("an unknown method")),
         }
         if (self.version >= 3 && length < V3) || length % 8 != 0 || length > bytes.len() {
-            return Err(broken("the header's own length is impossible"));
+            return Err(refused("the header's own length is impossible"));
         }
         if kind > 1 || (kind != 0) != (self.incompatible & COMPRESSION != 0) {
-            return Err(broken(format!(
+            return Err(refused(format!(
                 "the header names the compression {kind}, and only zlib (0) and zstd (1) are known"
             )));
         }
@@ -198,13 +184,13 @@ impl Header {
     fn check_sizes(&self) -> Result<(), Failure> {
         let geometry = &self.geometry;
         if geometry.refcount_order > 6 {
-            return Err(broken("the header's refcounts have more than 64 bits"));
+            return Err(refused("the header's refcounts have more than 64 bits"));
         }
         if geometry.extended && geometry.cluster_bits < EXTENDED_BITS {
-            return Err(broken("subclusters need clusters of 16 KiB or more"));
+            return Err(refused("subclusters need clusters of 16 KiB or more"));
         }
         if self.size == 0 || self.size % 512 != 0 || self.size >= MAX_OFFSET {
-            return Err(broken(format!(
+            return Err(refused(format!(
                 "the disk has {} bytes, which is not a size that can be served: change it with qemu-img resize",
                 self.size
             )));
@@ -217,24 +203,24 @@ impl Header {
                 && bytes <= most
             {
                 true => Ok(()),
-                false => Err(broken(format!(
+                false => Err(refused(format!(
                     "the {name} of {bytes} bytes at {at} cannot be there: the header is damaged"
                 ))),
             }
         };
         if self.l1_entries < geometry.l1_entries(self.size) {
-            return Err(broken(
+            return Err(refused(
                 "the L1 table is too short for the disk: the header is damaged",
             ));
         }
         table("L1 table", self.l1, self.l1_entries * 8, MAX_L1)?;
         let refcounts = self.reftable_clusters.saturating_mul(geometry.cluster());
         if refcounts == 0 {
-            return Err(broken("there is no refcount table: the header is damaged"));
+            return Err(refused("there is no refcount table: the header is damaged"));
         }
         table("refcount table", self.reftable, refcounts, MAX_REFTABLE)?;
         if self.snapshots > MAX_SNAPSHOTS {
-            return Err(broken(format!(
+            return Err(refused(format!(
                 "there are {} snapshots, more than {MAX_SNAPSHOTS}",
                 self.snapshots
             )));
@@ -261,9 +247,10 @@ impl Header {
                 }
                 EXT_DATA_FILE => self.data_file = Some(text(data, "name of the data file")?),
                 EXT_BITMAPS => {
-                    let place = u64_at(data, 16).zip(u64_at(data, 8));
-                    self.bitmaps =
-                        Some(place.ok_or_else(|| broken("the extension of bitmaps is too short"))?);
+                    let place = be64_at(data, 16).zip(be64_at(data, 8));
+                    self.bitmaps = Some(
+                        place.ok_or_else(|| refused("the extension of bitmaps is too short"))?,
+                    );
                 }
                 _ => {}
             }
@@ -272,7 +259,7 @@ impl Header {
     }
 
     fn read_backing(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        let (at, len) = (u64_at(bytes, 8), u32_at(bytes, 16));
+        let (at, len) = (be64_at(bytes, 8), be32_at(bytes, 16));
         let (Some(at @ 1..), Some(len)) = (at, len) else {
             // A format without an image means nothing.
             self.backing = None;
@@ -282,7 +269,7 @@ impl Header {
             .ok()
             .filter(|_| len <= MAX_NAME)
             .and_then(|at| bytes.get(at..at.checked_add(len as usize)?))
-            .ok_or_else(|| broken("the name of the backing image is not inside the header"))?;
+            .ok_or_else(|| refused("the name of the backing image is not inside the header"))?;
         let name = text(name, "name of the backing image")?;
         let format = self.backing.take().and_then(|backing| backing.format);
         self.backing = (!name.is_empty()).then_some(Backing { name, format });
@@ -300,7 +287,7 @@ fn text(bytes: &[u8], what: &str) -> Result<String, Failure> {
     let text = std::str::from_utf8(bytes)
         .ok()
         .filter(|text| !text.contains('\0'));
-    let text = text.ok_or_else(|| broken(format!("the {what} is no text")))?;
+    let text = text.ok_or_else(|| refused(format!("the {what} is no text")))?;
     Ok(text.to_string())
 }
 
@@ -338,13 +325,13 @@ impl<'b> Iterator for Extensions<'b> {
     type Item = Result<(u32, &'b [u8]), Failure>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let kind = u32_at(self.bytes, self.at).filter(|kind| *kind != 0)?;
+        let kind = be32_at(self.bytes, self.at).filter(|kind| *kind != 0)?;
         let from = self.at.checked_add(8)?;
-        let data = u32_at(self.bytes, self.at + 4)
+        let data = be32_at(self.bytes, self.at + 4)
             .and_then(|len| self.bytes.get(from..from.checked_add(len as usize)?));
         let Some(data) = data else {
             self.at = usize::MAX;
-            return Some(Err(broken(
+            return Some(Err(refused(
                 "an extension of the header is not inside its cluster",
             )));
         };

@@ -2,15 +2,15 @@
 //! An active image: what all its requests share, and how they find a cluster.
 
 use super::alloc::Allocator;
-use super::barrier::Barrier;
 use super::compressed::Unpacked;
 use super::entry::{Broken, Entry, Part, Place, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
 use super::header::{Compression, Header};
-use super::ranges::Ranges;
 use super::slices::{Slice, Slices};
 use super::users::Users;
-use super::Below;
+use crate::barrier::Barrier;
+use crate::base::Base;
+use crate::locks::Locks;
 use crate::Storage;
 use diskio::{Errno, Gate};
 use std::cell::Cell;
@@ -37,7 +37,7 @@ pub(crate) struct Image<S> {
     pub(crate) file: S,
     /// The clusters: the same file, or another one.
     pub(crate) data: S,
-    pub(crate) below: Option<Below>,
+    pub(crate) below: Option<Rc<Base>>,
     pub(crate) l1: Cell<Table>,
     pub(crate) reftable: Cell<Table>,
     /// Autoclear features that the image still has.
@@ -47,9 +47,9 @@ pub(crate) struct Image<S> {
     pub(crate) allocator: Allocator,
     pub(crate) users: Users,
     /// Clusters of the disk that are being moved.
-    pub(crate) clusters: Ranges,
+    pub(crate) clusters: Locks,
     /// Entries of the L1 table that are being changed.
-    pub(crate) tables: Ranges,
+    pub(crate) tables: Locks,
     /// The first write has one thing to do.
     pub(crate) beginning: Gate,
     pub(crate) unpacked: Unpacked,
@@ -242,7 +242,9 @@ impl<S: Storage> Image<S> {
 
     /// True for what reads as zeroes because nothing is below it.
     pub(crate) fn is_bare(&self, guest: u64) -> bool {
-        self.below.as_ref().is_none_or(|below| guest >= below.size)
+        self.below
+            .as_ref()
+            .is_none_or(|below| guest >= below.size())
     }
 
     /// A place where data may be written: no L2 entry of a sound image leads into the tables that
@@ -272,7 +274,7 @@ impl<S: Storage> Image<S> {
         let number = guest / span;
         let (l1, at) = self.slot(self.l1.get(), number).await?;
         if l1.number(at) & COPIED == 0 {
-            let _held = self.tables.lock(number..number + 1).await;
+            let _held = self.tables.alone(number).await;
             // The table may be somewhere else by now.
             let (l1, at) = self.slot(self.l1.get(), number).await?;
             let entry = l1.number(at);

@@ -2,8 +2,6 @@
 //! qcow2, versions 2 and 3.
 
 mod alloc;
-mod barrier;
-mod bell;
 mod check;
 mod compressed;
 mod create;
@@ -11,8 +9,6 @@ mod entry;
 mod geometry;
 mod header;
 mod image;
-mod join;
-mod ranges;
 mod read;
 mod refcounts;
 mod resize;
@@ -27,85 +23,74 @@ pub use create::{create, Plan};
 pub use header::{Backing, Compression, Header};
 pub use snapshot::Snapshot;
 
-use crate::Storage;
+use crate::barrier::Barrier;
+use crate::base::Base;
+use crate::field::refused;
+use crate::Extent as Part;
+use crate::{storage, Needs, Options, Parent, Parts, Storage};
 use alloc::Allocator;
-use barrier::Barrier;
 use compressed::Unpacked;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
-use header::{broken, CORRUPT, DIRTY};
+use drivers::{Attributes, Driver, Extent, Fence, Limits, Shape};
+use header::{CORRUPT, DIRTY};
 use image::Image;
 use slices::Slices;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// Bytes of metadata in memory.
-const CACHE: usize = 32 << 20;
 /// Bytes of a read or a write at once, and of a discard.
 const TRANSFER: u64 = 4 << 20;
 const ZEROES: u64 = 1 << 30;
 
-/// The image below one, and its size.
-#[derive(Debug)]
-pub(crate) struct Below {
-    pub(crate) disk: Disk,
-    pub(crate) size: u64,
-}
-
-/// How an image is to be served.
-#[derive(Debug)]
-pub struct Options<S> {
-    /// Its name in messages.
-    pub name: String,
-    /// It may be written.
-    pub writable: bool,
-    /// A guest may discard, and what is freed is given back to the storage.
-    pub discard: bool,
-    /// Bytes of metadata that may be kept in memory.
-    pub cache: usize,
-    /// The image below it, as its header names it.
-    pub below: Option<Disk>,
-    /// The file with its data, if its header says that there is one.
-    pub data_file: Option<S>,
-    /// The id or the name of a snapshot that is shown instead of the disk as it is now.
-    pub snapshot: Option<String>,
-}
-
-impl<S> Options<S> {
-    /// A writable image without others.
-    pub fn new(name: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            writable: true,
-            discard: true,
-            cache: CACHE,
-            below: None,
-            data_file: None,
-            snapshot: None,
-        }
-    }
-}
-
 /// An image as a driver.
 pub struct Qcow2<S: Storage> {
     file: S,
-    options: Options<S>,
+    /// The image below it, as its header names it.
+    below: Option<Rc<Base>>,
+    /// The file with its data, if its header says that there is one.
+    data_file: Option<S>,
+    /// How many files were given for that.
+    extents: usize,
+    options: Options,
     image: RefCell<Option<Rc<Image<S>>>>,
 }
 
 /// What the header of an image says. Whoever asks must have locked it.
 pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
     let failed = |error: Errno| Failure::system("cannot read the header", &error.into());
-    let read = |len: usize| async move {
-        let data = file.buffer(len)?;
-        file.read(0, data.clone()).await?;
-        Ok::<_, Errno>(data.to_vec())
-    };
-    let begin = read(512).await.map_err(failed)?;
-    let bytes = read(header::needed(&begin)?).await.map_err(failed)?;
+    let begin = storage::bytes(file, 0, 512).await.map_err(failed)?;
+    let len = header::needed(&begin)?;
+    let bytes = storage::bytes(file, 0, len).await.map_err(failed)?;
     Header::parse(&bytes)
+}
+
+/// What an image needs beside itself, of which nothing is followed.
+pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
+    let header = header(file).await?;
+    let parent = header.backing.map(|backing| Parent {
+        names: vec![backing.name],
+        driver: backing.format,
+        id: None,
+    });
+    let extents = match (header.geometry.external, header.data_file) {
+        (false, _) => Vec::new(),
+        (true, Some(name)) => vec![Part {
+            name,
+            read_only: false,
+        }],
+        (true, None) => {
+            return Err(refused(
+                "the image has its data in another file and does not name it: name it with qemu-img amend -o data_file=FILE",
+            ))
+        }
+    };
+    Ok(Needs {
+        size: header.size,
+        parent,
+        extents,
+    })
 }
 
 /// The snapshots in an image.
@@ -116,9 +101,12 @@ pub async fn snapshots<S: Storage>(file: &S) -> Result<Vec<Snapshot>, Failure> {
 
 impl<S: Storage> Qcow2<S> {
     /// The image in `file`, which is looked at when it is activated.
-    pub fn new(file: S, options: Options<S>) -> Self {
+    pub fn new(file: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             file,
+            below: parts.parent.map(|disk| Rc::new(Base::new(disk))),
+            extents: parts.extents.len(),
+            data_file: parts.extents.into_iter().next(),
             options,
             image: RefCell::new(None),
         }
@@ -128,53 +116,51 @@ impl<S: Storage> Qcow2<S> {
         self.image.borrow().clone().ok_or(Errno::BADFD)
     }
 
-    fn said(&self, failure: Failure) -> Failure {
-        Failure::new(
-            failure.code,
-            format!("{}: {}", self.options.name, failure.message),
-        )
-    }
-
     /// What cannot be served.
     fn check(&self, header: &Header) -> Result<(), Failure> {
         if self.options.writable && header.incompatible & CORRUPT != 0 {
-            return Err(broken(
+            return Err(refused(
                 "the header says that the image is corrupt: repair it with qemu-img check -r all, or serve it read-only",
             ));
         }
         if self.options.writable && self.options.snapshot.is_some() {
-            return Err(broken("a snapshot cannot be written: serve it read-only"));
+            return Err(refused("a snapshot cannot be written: serve it read-only"));
         }
-        let given = self.options.below.is_some();
+        let given = self.below.is_some();
         match &header.backing {
             Some(backing) if !given => {
                 let name = &backing.name;
-                return Err(broken(format!(
+                return Err(refused(format!(
                     "the image below, {name:?}, was not given along"
                 )));
             }
             None if given => {
-                return Err(broken(
+                return Err(refused(
                     "the image has no image below it, and one was given along",
                 ))
             }
             _ => {}
         }
-        if header.geometry.external != self.options.data_file.is_some() {
-            return Err(broken(match header.geometry.external {
-                true => "the image has its data in another file, which was not given along",
-                false => "the image has its data in itself, and a data file was given along",
-            }));
+        match (header.geometry.external, self.extents) {
+            (true, 1) | (false, 0) => Ok(()),
+            (true, 0) => Err(refused(
+                "the image has its data in another file, which was not given along",
+            )),
+            (true, count) => Err(refused(format!(
+                "the image has its data in one file, and {count} were given along"
+            ))),
+            (false, _) => Err(refused(
+                "the image has its data in itself, and a data file was given along",
+            )),
         }
-        Ok(())
     }
 
-    async fn below(&self) -> Result<Option<Below>, Failure> {
-        let Some(disk) = self.options.below.clone() else {
-            return Ok(None);
-        };
-        let size = disk.activate().await?.size;
-        Ok(Some(Below { disk, size }))
+    /// The image below is active; nothing if there is none.
+    async fn active_below(&self) -> Result<Option<Rc<Base>>, Failure> {
+        if let Some(below) = &self.below {
+            below.activate().await?;
+        }
+        Ok(self.below.clone())
     }
 
     async fn open(&self) -> Result<Image<S>, Failure> {
@@ -187,7 +173,7 @@ impl<S: Storage> Qcow2<S> {
                 .iter()
                 .find(|one| one.id == *wanted)
                 .or(all.iter().find(|one| one.name == *wanted));
-            let found = found.ok_or_else(|| broken(format!("there is no snapshot {wanted:?}")))?;
+            let found = found.ok_or_else(|| refused(format!("there is no snapshot {wanted:?}")))?;
             image.show(found);
         }
         if self.options.writable && header.incompatible & DIRTY != 0 {
@@ -222,7 +208,7 @@ impl<S: Storage> Qcow2<S> {
 
     async fn image_of(&self, header: &Header) -> Result<Image<S>, Failure> {
         let geometry = header.geometry;
-        let data = self.options.data_file.clone();
+        let data = self.data_file.clone();
         let mut storages = vec![self.file.clone()];
         storages.splice(0..0, data.clone());
         let (l1, reftable) = Image::places(header);
@@ -236,7 +222,7 @@ impl<S: Storage> Qcow2<S> {
             discard: self.options.discard,
             file: self.file.clone(),
             data: data.unwrap_or_else(|| self.file.clone()),
-            below: self.below().await?,
+            below: self.active_below().await?,
             l1: Cell::new(l1),
             reftable: Cell::new(reftable),
             autoclear: Cell::new(header.autoclear & !header::RAW_EXTERNAL),
@@ -276,21 +262,17 @@ impl<S: Storage> Qcow2<S> {
 
 impl<S: Storage> Driver for Qcow2<S> {
     async fn activate(&self) -> Result<Shape, Failure> {
-        let image = self.open().await.map_err(|failure| self.said(failure))?;
+        let image = self
+            .open()
+            .await
+            .map_err(|failure| self.options.named(failure))?;
         let shape = self.shape(&image);
         *self.image.borrow_mut() = Some(Rc::new(image));
         Ok(shape)
     }
 
     fn fence(&self) -> Fence {
-        let others = self.options.data_file.iter().map(Storage::fence);
-        others.fold(self.file.fence(), |all, other| match (all, other) {
-            (Fence::None, _) | (_, Fence::None) => Fence::None,
-            (Fence::Session { settle_ms: a }, Fence::Session { settle_ms: b }) => Fence::Session {
-                settle_ms: a.max(b),
-            },
-            (session @ Fence::Session { .. }, _) | (_, session) => session,
-        })
+        storage::fence([&self.file].into_iter().chain(&self.data_file))
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
@@ -363,7 +345,7 @@ impl<S: Storage> Driver for Qcow2<S> {
             image.barrier.flush().await?;
         }
         if let Some(below) = &image.below {
-            below.disk.inactivate().await?;
+            below.inactivate().await?;
         }
         *self.image.borrow_mut() = None;
         Ok(())
@@ -379,7 +361,7 @@ impl<S: Storage> Driver for Qcow2<S> {
             image.give_back().await?;
         }
         if let Some(below) = &image.below {
-            below.disk.close().await?;
+            below.close().await?;
         }
         *self.image.borrow_mut() = None;
         Ok(())

@@ -3,7 +3,8 @@
 
 use super::compressed::unpack;
 use super::image::{Image, Run};
-use super::join;
+use crate::base;
+use crate::join;
 use crate::Storage;
 use diskio::{Data, Errno};
 use drivers::{Content, Extent};
@@ -43,8 +44,8 @@ impl<S: Storage> Image<S> {
     async fn read_run(&self, run: Run, guest: u64, data: Data) -> Result<(), Errno> {
         match run {
             Run::Zero => data.fill(0, data.len(), 0),
-            Run::Data { at, .. } => self.data.read(at, data).await?,
-            Run::Below => self.read_below(guest, data).await?,
+            Run::Data { at, .. } => self.data.read_padded(at, data).await?,
+            Run::Below => base::read(self.below.as_deref(), guest, data).await?,
             Run::Packed { at, len, skip } => {
                 let content = self.unpacked(at, len).await?;
                 // CAST: it is inside of a cluster.
@@ -54,19 +55,6 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// What the image below has; zeroes behind its end.
-    async fn read_below(&self, guest: u64, data: Data) -> Result<(), Errno> {
-        let whole = data.len();
-        let Some(below) = self.below.as_ref().filter(|below| guest < below.size) else {
-            data.fill(0, whole, 0);
-            return Ok(());
-        };
-        // CAST: at most the length of the data.
-        let inside = (below.size - guest).min(whole as u64) as usize;
-        data.fill(inside, whole - inside, 0);
-        below.disk.read(guest, data.part(0, inside)).await
-    }
-
     /// The content of a compressed cluster.
     async fn unpacked(&self, at: u64, len: u64) -> Result<Rc<Vec<u8>>, Errno> {
         if let Some(content) = self.unpacked.get(at) {
@@ -74,7 +62,7 @@ impl<S: Storage> Image<S> {
         }
         // CAST: at most two clusters.
         let data = self.file.buffer(len as usize)?;
-        self.file.read(at, data.clone()).await?;
+        self.file.read_padded(at, data.clone()).await?;
         let (packed, how) = (data.to_vec(), self.compression);
         let cluster = self.geometry.cluster() as usize;
         let work = move || unpack(how, &packed, cluster);
@@ -102,8 +90,8 @@ impl<S: Storage> Image<S> {
             Run::Data { .. } | Run::Packed { .. } => Content::Data,
             Run::Zero => Content::Hole,
             Run::Below if !resolve => Content::Below,
-            Run::Below => match self.below.as_ref().filter(|below| guest < below.size) {
-                Some(below) => return below.disk.extents(guest, len.min(below.size - guest)).await,
+            Run::Below => match &self.below {
+                Some(below) => return below.extents(guest, len).await,
                 None => Content::Hole,
             },
         };

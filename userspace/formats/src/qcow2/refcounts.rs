@@ -215,13 +215,13 @@ mod tests {
     fn refcounts_of_all_widths_stay_apart() {
         for order in 0..=6 {
             let mut bytes = [0; 64];
-            let count = 64 * 8 >> order;
+            let count = (64 * 8) >> order;
             let most = if order == 6 {
                 u64::MAX
             } else {
                 (1 << (1 << order)) - 1
             };
-            let value = |number: u64| (number * 7 + 1) % most.max(2) & most;
+            let value = |number: u64| ((number * 7 + 1) % most.max(2)) & most;
             for number in 0..count {
                 set(&mut bytes, number, order, most);
                 set(&mut bytes, number, order, value(number as u64));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Larger disks.
 
-use super::header::{broken, AT_L1, AT_L1_ENTRIES, AT_SIZE};
+use super::header::{AT_L1, AT_L1_ENTRIES, AT_SIZE};
 use super::image::{Image, Table};
+use crate::field::refused;
 use crate::Storage;
 use control::Failure;
 use diskio::Errno;
@@ -15,14 +16,14 @@ impl<S: Storage> Image<S> {
     pub(crate) async fn grow(&self, size: u64) -> Result<(), Failure> {
         let old = self.size.get();
         if size % 512 != 0 || size < old || size >= super::geometry::MAX_OFFSET {
-            return Err(broken(format!(
+            return Err(refused(format!(
                 "{}: a disk of {old} bytes cannot be made one of {size}: give whole sectors, and no fewer than there are",
                 self.name
             )));
         }
         let entries = self.geometry.l1_entries(size);
         if entries * 8 > MAX_L1 {
-            return Err(broken(format!(
+            return Err(refused(format!(
                 "{}: {size} bytes need larger clusters than the image has",
                 self.name
             )));
@@ -43,7 +44,10 @@ impl<S: Storage> Image<S> {
 
     /// What is below and was behind the end of the disk reads as zeroes.
     async fn hide_below(&self, old: u64, size: u64) -> Result<(), Errno> {
-        let end = self.below.as_ref().map_or(0, |below| below.size.min(size));
+        let end = self
+            .below
+            .as_ref()
+            .map_or(0, |below| below.size().min(size));
         let mut at = old;
         while at < end {
             let some = (end - at).min(super::ZEROES);

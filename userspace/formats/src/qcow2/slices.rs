@@ -5,7 +5,7 @@
 //! entry settles its slice before he answers, whoever changed it. Changes that come while a slice is being
 //! written go together with the next write, so many requests share one.
 
-use super::bell::Bell;
+use crate::bell::Bell;
 use crate::Storage;
 use diskio::Errno;
 use std::cell::{Cell, RefCell};
@@ -155,7 +155,7 @@ impl<S: Storage> Slices<S> {
         let _loading = Loading(self, offset);
         self.misses.set(self.misses.get() + 1);
         let data = self.storage.buffer(self.len)?;
-        self.storage.read(offset, data.clone()).await?;
+        self.storage.read_padded(offset, data.clone()).await?;
         let mut bytes = vec![0; self.len];
         data.read(0, &mut bytes);
         let slice = Rc::new(Slice {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Internal snapshots.
 
-use super::header::{broken, Header};
+use super::header::Header;
 use super::image::{Image, Table};
-use crate::Storage;
+use crate::field::refused;
+use crate::{storage, Storage};
 use control::Failure;
 use diskio::Errno;
 
@@ -38,7 +39,9 @@ pub(crate) async fn read<S: Storage>(
     for number in 0..header.snapshots {
         let failed =
             |error: Errno| Failure::system(format!("cannot read snapshot {number}"), &error.into());
-        let record = bytes(file, at, RECORD).await.map_err(failed)?;
+        let record = storage::bytes(file, at, RECORD as usize)
+            .await
+            .map_err(failed)?;
         let word = |at: usize| {
             u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]])
         };
@@ -46,11 +49,12 @@ pub(crate) async fn read<S: Storage>(
         let short = |at: usize| u64::from(u16::from_be_bytes([record[at], record[at + 1]]));
         let (extra, id, name) = (u64::from(word(36)), short(12), short(14));
         if extra > MOST {
-            return Err(broken(format!(
+            return Err(refused(format!(
                 "the record of snapshot {number} has no end"
             )));
         }
-        let rest = bytes(file, at + RECORD, (extra + id + name).max(1))
+        // CAST: three numbers that were checked.
+        let rest = storage::bytes(file, at + RECORD, (extra + id + name).max(1) as usize)
             .await
             .map_err(failed)?;
         // CAST: all three are bounded.
@@ -91,17 +95,10 @@ fn check(header: &Header, number: u32, l1: Table, size: u64) -> Result<(), Failu
         && l1.entries >= header.geometry.l1_entries(size);
     match is_right {
         true => Ok(()),
-        false => Err(broken(format!(
+        false => Err(refused(format!(
             "the L1 table of snapshot {number} cannot be what it says"
         ))),
     }
-}
-
-async fn bytes<S: Storage>(file: &S, at: u64, len: u64) -> Result<Vec<u8>, Errno> {
-    // CAST: bounded by the callers.
-    let data = file.buffer(len as usize)?;
-    file.read(at, data.clone()).await?;
-    Ok(data.to_vec())
 }
 
 impl<S: Storage> Image<S> {

@@ -4,8 +4,8 @@
 use super::alloc::Clusters;
 use super::entry::{Entry, Part, Place};
 use super::image::{Found, Image, Run};
-use super::join;
 use super::read::PIECES;
+use crate::join;
 use crate::Storage;
 use diskio::{Bytes, Data, Errno};
 use std::ops::Range;

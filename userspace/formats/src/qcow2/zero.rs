@@ -124,7 +124,8 @@ impl<S: Storage> Image<S> {
         if bare && self.is_whole(&old, Part::Below) && old.place == Place::Nowhere {
             return Ok(Change::Done(None));
         }
-        if !geometry.has_zero && !(bare && whole) || is_packed && !whole {
+        let can_say = geometry.has_zero || bare && whole;
+        if !can_say || is_packed && !whole {
             return Ok(Change::Write);
         }
         let mut new = Entry {

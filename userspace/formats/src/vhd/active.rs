@@ -6,12 +6,12 @@ use super::blocks::{check, Blocks, Item, UNUSED};
 use super::footer::Footer;
 use super::header::Header;
 use super::room::Room;
-use crate::backing::{self, Backing, Row};
+use crate::base::{self, Base, Row};
 use crate::field::{failed, part, pieces, refused};
 use crate::join::both;
 use crate::locks::Locks;
 use crate::tables::Tables;
-use crate::{Options, Store};
+use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Content, Extent};
@@ -34,7 +34,7 @@ pub(crate) struct Active<S> {
     batmap: Option<Batmap>,
     bitmaps: Tables,
     room: Room,
-    parent: Option<Rc<Backing>>,
+    parent: Option<Rc<Base>>,
     locks: Locks,
 }
 
@@ -47,13 +47,13 @@ struct Place {
     len: u64,
 }
 
-impl<S: Store> Active<S> {
+impl<S: Storage> Active<S> {
     pub(crate) async fn open(
         storage: Rc<S>,
         footer: Footer,
         header: Header,
-        parent: Option<Rc<Backing>>,
-        options: Options,
+        parent: Option<Rc<Base>>,
+        options: &Options,
     ) -> Result<Self, Failure> {
         let length = storage
             .size()
@@ -67,8 +67,8 @@ impl<S: Store> Active<S> {
         items.extend(header.items(&footer));
         items.extend(batmap.iter().flat_map(Batmap::items));
         let (end, gaps) = check(items, len, length)?;
-        let is_writable = storage
-            .is_writable()
+        let is_writable = options
+            .may_write(&*storage)
             .map_err(failed("cannot use the image"))?;
         Ok(Self {
             storage,
@@ -144,7 +144,7 @@ impl<S: Store> Active<S> {
             let data = part(&data, at, len);
             match self.place(block, within, len) {
                 Some(place) => self.read_block(place, offset + at, data).await?,
-                None => backing::read(self.parent.as_deref(), offset + at, data).await?,
+                None => base::read(self.parent.as_deref(), offset + at, data).await?,
             }
         }
         Ok(())
@@ -155,8 +155,12 @@ impl<S: Store> Active<S> {
         for (len, is_written) in self.runs(place).await? {
             let data = part(&data, done, len);
             match is_written {
-                true => self.storage.read(self.data(place) + done, data).await?,
-                false => backing::read(self.parent.as_deref(), offset + done, data).await?,
+                true => {
+                    self.storage
+                        .read_exact(self.data(place) + done, data)
+                        .await?
+                }
+                false => base::read(self.parent.as_deref(), offset + done, data).await?,
             }
             done += len;
         }
@@ -256,11 +260,7 @@ impl<S: Store> Active<S> {
                 if self.give_up(place).await? {
                     continue;
                 }
-                match self.storage.discard(self.data(place), len).await {
-                    // It stays as it is.
-                    Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                    Err(error) => return Err(error),
-                }
+                storage::give_back(&*self.storage, self.data(place), len).await?;
             }
         }
         Ok(())
@@ -270,7 +270,7 @@ impl<S: Store> Active<S> {
         for (block, within, at, len) in self.pieces(offset, len)? {
             if self.place(block, within, len).is_none() {
                 let parent = self.parent.as_deref();
-                if backing::is_hole(parent, offset + at, len).await? {
+                if base::is_hole(parent, offset + at, len).await? {
                     continue;
                 }
                 let _held = self.locks.alone(u64::from(block)).await;
@@ -299,16 +299,9 @@ impl<S: Store> Active<S> {
         self.blocks.set(&*self.storage, place.block, UNUSED).await?;
         self.blocks.set_full(place.block, false);
         self.bitmaps.forget(place.at);
-        match self
-            .storage
-            .discard(place.at, self.bitmap + self.block)
-            .await
-        {
-            Ok(()) => self.room.give_up(place.at),
-            // It is found again when the image is opened next.
-            Err(Errno::OPNOTSUPP) => {}
-            Err(error) => return Err(error),
-        }
+        let len = self.bitmap + self.block;
+        self.storage.clear(place.at, len).await?;
+        self.room.give_up(place.at);
         Ok(true)
     }
 

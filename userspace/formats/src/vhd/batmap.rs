@@ -8,8 +8,8 @@ use super::blocks::{Blocks, Item};
 use super::footer::{checksum, Footer};
 use super::header::{Header, BLOCK};
 use crate::field::{be32, be64, failed, put, refused};
-use crate::store::read_some;
-use crate::Store;
+use crate::storage;
+use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
@@ -45,7 +45,7 @@ impl Batmap {
     /// Finds the batmap of an image that has one, and tells `blocks` what it says. One whose sum is wrong
     /// says nothing: a tapdisk or we died while it was written.
     pub(crate) async fn read(
-        storage: &impl Store,
+        storage: &impl Storage,
         footer: &Footer,
         header: &Header,
         blocks: &Blocks,
@@ -56,7 +56,7 @@ impl Batmap {
         }
         let at = header.table_end();
         let reading = failed("cannot read the VHD's batmap");
-        let bytes = read_some(storage, at, HEADER).await.map_err(reading)?;
+        let bytes = storage::bytes(storage, at, HEADER).await.map_err(reading)?;
         if bytes[..8] != *COOKIE || be32(&bytes, 20) > VERSION {
             return Ok(None);
         }
@@ -86,9 +86,9 @@ impl Batmap {
         Ok(Some(batmap))
     }
 
-    async fn tell(&self, storage: &impl Store, blocks: &Blocks) -> Result<(), Failure> {
+    async fn tell(&self, storage: &impl Storage, blocks: &Blocks) -> Result<(), Failure> {
         let reading = failed("cannot read the VHD's batmap");
-        let bytes = read_some(storage, self.map, self.len)
+        let bytes = storage::bytes(storage, self.map, self.len)
             .await
             .map_err(reading)?;
         if self.sum(&bytes) != be32(&self.header, CHECKSUM) {
@@ -127,7 +127,7 @@ impl Batmap {
     }
 
     /// Writes what `blocks` knows.
-    pub(crate) async fn write(&self, storage: &impl Store, blocks: &Blocks) -> Result<(), Errno> {
+    pub(crate) async fn write(&self, storage: &impl Storage, blocks: &Blocks) -> Result<(), Errno> {
         let mut bytes = vec![0_u8; self.len];
         for block in (0..blocks.count()).filter(|block| blocks.is_full(*block)) {
             if let Some(byte) = bytes.get_mut(block as usize / 8) {

@@ -3,9 +3,9 @@
 
 use super::header::{table_len, Header};
 use crate::field::{be32, put, refused};
-use crate::store::read_some;
+use crate::storage;
 use crate::tables::Table;
-use crate::Store;
+use crate::Storage;
 use control::Failure;
 use diskio::Errno;
 use std::cell::RefCell;
@@ -27,14 +27,14 @@ pub(crate) struct Blocks {
 }
 
 impl Blocks {
-    pub(crate) async fn read(storage: &impl Store, header: &Header) -> Result<Self, Errno> {
+    pub(crate) async fn read(storage: &impl Storage, header: &Header) -> Result<Self, Errno> {
         let len = table_len(header.blocks);
         let mut chunks = Vec::new();
         let mut at = 0;
         while at < len {
             // CAST: at most a chunk.
             let count = (len - at).min(CHUNK as u64) as usize;
-            let bytes = read_some(storage, header.table + at, count).await?;
+            let bytes = storage::bytes(storage, header.table + at, count).await?;
             chunks.push(Table::with(header.table + at, bytes));
             at += count as u64;
         }
@@ -63,7 +63,7 @@ impl Blocks {
     /// Lets the table point to a block that is in the image, or to none.
     pub(crate) async fn set(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         block: u32,
         sector: u32,
     ) -> Result<(), Errno> {

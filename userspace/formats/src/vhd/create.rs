@@ -7,7 +7,7 @@ use super::footer::{self, Footer, Kind};
 use super::header::{self, table_len, Header, Locator};
 use super::{locator, MOST};
 use crate::field::failed;
-use crate::Store;
+use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
@@ -66,7 +66,7 @@ impl Create {
 
 /// Makes an image of what `storage` is, whose content is lost. What can be found at the beginning is
 /// written last: before that it is no image.
-pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> {
+pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure> {
     what.check()?;
     let footer = Footer::new(what.kind, what.size, what.id);
     let failed = |error| failed("cannot make the VHD")(error);
@@ -76,7 +76,7 @@ pub async fn create(storage: &impl Store, what: &Create) -> Result<(), Failure> 
     }
 }
 
-async fn fixed(storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
+async fn fixed(storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
     let end = footer
         .size
         .checked_add(footer::LEN as u64)
@@ -84,12 +84,12 @@ async fn fixed(storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
     let at = match storage.is_fixed() {
         true if storage.size()? < end => return Err(Errno::NOSPC),
         true => {
-            storage.write_zeroes(0, footer.size).await?;
+            storage.clear(0, footer.size).await?;
             storage.size()? - footer::LEN as u64
         }
         false => {
-            storage.set_size(0)?;
-            storage.set_size(end)?;
+            storage.set_size(0).await?;
+            storage.set_size(end).await?;
             footer.size
         }
     };
@@ -97,7 +97,7 @@ async fn fixed(storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
     storage.flush().await
 }
 
-async fn blocks(storage: &impl Store, footer: &Footer, what: &Create) -> Result<(), Errno> {
+async fn blocks(storage: &impl Storage, footer: &Footer, what: &Create) -> Result<(), Errno> {
     let largest = what.size.max(what.reserve);
     let count = largest.div_ceil(u64::from(header::BLOCK));
     let count = u32::try_from(count).map_err(|_| Errno::FBIG)?;
@@ -116,7 +116,7 @@ async fn blocks(storage: &impl Store, footer: &Footer, what: &Create) -> Result<
         true if storage.size()? < end + footer::LEN as u64 => return Err(Errno::NOSPC),
         true => storage.size()? - footer::LEN as u64,
         false => {
-            storage.set_size(0)?;
+            storage.set_size(0).await?;
             end
         }
     };

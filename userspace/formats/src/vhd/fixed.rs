@@ -2,7 +2,7 @@
 //! The body of a fixed VHD: the disk, byte for byte. The footer behind it is out of reach.
 
 use crate::field::refused;
-use crate::Store;
+use crate::{storage, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Content, Extent};
@@ -15,7 +15,7 @@ pub(crate) struct Fixed<S> {
     size: Cell<u64>,
 }
 
-impl<S: Store> Fixed<S> {
+impl<S: Storage> Fixed<S> {
     pub(crate) fn new(storage: Rc<S>, size: u64) -> Self {
         Self {
             storage,
@@ -34,7 +34,7 @@ impl<S: Store> Fixed<S> {
 
     pub(crate) async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         self.check(offset, data.len() as u64)?;
-        self.storage.read(offset, data).await
+        self.storage.read_exact(offset, data).await
     }
 
     pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
@@ -44,7 +44,7 @@ impl<S: Store> Fixed<S> {
 
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
         self.check(offset, len)?;
-        self.storage.discard(offset, len).await
+        storage::give_back(&*self.storage, offset, len).await
     }
 
     pub(crate) async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {

@@ -5,8 +5,8 @@ use super::footer::{self, Footer, Kind};
 use super::header::{self, Header};
 use super::locator;
 use crate::field::{array, failed, refused};
-use crate::store::read_some;
-use crate::{Needs, Parent, Store};
+use crate::storage;
+use crate::{Needs, Parent, Storage};
 use control::Failure;
 
 /// A footer, and the header if there is one.
@@ -18,7 +18,7 @@ pub(crate) struct Image {
 
 impl Image {
     /// Reads what is checked by itself: the footer and the header.
-    pub(crate) async fn read(storage: &impl Store) -> Result<Self, Failure> {
+    pub(crate) async fn read(storage: &impl Storage) -> Result<Self, Failure> {
         let length = storage
             .size()
             .map_err(failed("cannot see the image's size"))?;
@@ -45,7 +45,7 @@ impl Image {
                 footer.header
             )));
         }
-        let bytes = read_some(storage, footer.header, header::LEN).await;
+        let bytes = storage::bytes(storage, footer.header, header::LEN).await;
         let bytes = bytes.map_err(failed("cannot read the VHD's header"))?;
         let header = Header::parse(bytes, &footer, length)?;
         Ok(Self {
@@ -57,7 +57,7 @@ impl Image {
 
 /// The footer that counts. What is at the beginning of a fixed VHD is the guest's, so the end is looked
 /// at first; of the others the one at the beginning is never moved, and counts.
-async fn find(storage: &impl Store, length: u64) -> Result<Footer, Failure> {
+async fn find(storage: &impl Storage, length: u64) -> Result<Footer, Failure> {
     let last = match last(storage, length).await {
         Ok(Some(footer)) if footer.kind == Kind::Fixed => return Ok(footer),
         last => last,
@@ -76,7 +76,7 @@ async fn find(storage: &impl Store, length: u64) -> Result<Footer, Failure> {
 }
 
 /// The footer at the end. Early ones of Microsoft have a byte less.
-async fn last(storage: &impl Store, length: u64) -> Result<Option<Footer>, Failure> {
+async fn last(storage: &impl Storage, length: u64) -> Result<Option<Footer>, Failure> {
     let Some(begin) = length.checked_sub(footer::LEN as u64) else {
         return Err(refused(format!(
             "the image has {length} bytes: that is no VHD"
@@ -88,14 +88,14 @@ async fn last(storage: &impl Store, length: u64) -> Result<Option<Footer>, Failu
     }
 }
 
-async fn at(storage: &impl Store, offset: u64) -> Result<Option<Footer>, Failure> {
-    let bytes = read_some(storage, offset, footer::LEN).await;
+async fn at(storage: &impl Storage, offset: u64) -> Result<Option<Footer>, Failure> {
+    let bytes = storage::bytes(storage, offset, footer::LEN).await;
     let bytes = bytes.map_err(failed("cannot read the VHD's footer"))?;
     Footer::parse(array(&bytes, 0))
 }
 
 /// What a VHD is and what it needs, of which nothing is followed.
-pub async fn look(storage: &impl Store) -> Result<(Kind, Needs), Failure> {
+pub async fn look(storage: &impl Storage) -> Result<(Kind, Needs), Failure> {
     let image = Image::read(storage).await?;
     let mut needs = Needs {
         size: image.footer.size,
@@ -107,11 +107,11 @@ pub async fn look(storage: &impl Store) -> Result<(Kind, Needs), Failure> {
     Ok((image.footer.kind, needs))
 }
 
-async fn parent(storage: &impl Store, header: &Header) -> Result<Parent, Failure> {
+async fn parent(storage: &impl Storage, header: &Header) -> Result<Parent, Failure> {
     let mut names: Vec<String> = Vec::new();
     for locator in &header.locators {
         // CAST: it was checked to be small.
-        let bytes = read_some(storage, locator.at, locator.len as usize).await;
+        let bytes = storage::bytes(storage, locator.at, locator.len as usize).await;
         let bytes = bytes.map_err(failed("cannot read a name of the VHD's parent"))?;
         let name = locator::decode(locator.code, &bytes);
         names.extend(name.filter(|name| !names.contains(name)));
@@ -128,7 +128,7 @@ async fn parent(storage: &impl Store, header: &Header) -> Result<Parent, Failure
 }
 
 /// What an image calls itself.
-pub async fn id(storage: &impl Store) -> Result<[u8; 16], Failure> {
+pub async fn id(storage: &impl Storage) -> Result<[u8; 16], Failure> {
     Ok(Image::read(storage).await?.footer.id())
 }
 

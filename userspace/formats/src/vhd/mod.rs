@@ -29,13 +29,13 @@ pub use footer::Kind;
 pub use image::{id, look, spelled};
 pub use resize::grow;
 
-use crate::backing::Backing;
-use crate::field::{failed, refused};
-use crate::{Options, Store};
+use crate::base::Base;
+use crate::field::{failed, no_extents, refused};
+use crate::{Options, Parts, Storage};
 use active::Active;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Driver, Extent, Fence, Limits, Shape};
 use fixed::Fixed;
 use image::Image;
 use std::cell::RefCell;
@@ -51,7 +51,9 @@ const ZEROES: u64 = 256 << 20;
 #[derive(Debug)]
 pub struct Vhd<S> {
     storage: Rc<S>,
-    parent: Option<Rc<Backing>>,
+    parent: Option<Rc<Base>>,
+    /// Other files that were given: there must be none.
+    extents: usize,
     options: Options,
     /// What serves it while it is active.
     body: RefCell<Option<Body<S>>>,
@@ -72,13 +74,13 @@ impl<S> Clone for Body<S> {
     }
 }
 
-impl<S: Store> Vhd<S> {
-    /// The disk in `storage`, which goes on from `parent` if it is a differencing one. The parent is
-    /// activated with it.
-    pub fn new(storage: S, parent: Option<Disk>, options: Options) -> Self {
+impl<S: Storage> Vhd<S> {
+    /// The disk in `storage`, which goes on from a parent if it is a differencing one.
+    pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             storage: Rc::new(storage),
-            parent: parent.map(|disk| Rc::new(Backing::new(disk))),
+            parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
+            extents: parts.extents.len(),
             options,
             body: RefCell::new(None),
         }
@@ -90,6 +92,7 @@ impl<S: Store> Vhd<S> {
 
     /// A parent for those that have one, and for nobody else.
     async fn check_parent(&self, kind: Kind) -> Result<(), Failure> {
+        no_extents("VHD", self.extents)?;
         match (kind, &self.parent) {
             (Kind::Differencing, Some(parent)) => parent.activate().await,
             (Kind::Differencing, None) => Err(refused(
@@ -102,17 +105,7 @@ impl<S: Store> Vhd<S> {
         }
     }
 
-    async fn finish(&self) -> Result<(), Errno> {
-        let body = self.body.borrow_mut().take();
-        match body {
-            Some(Body::Blocks(active)) => active.finish().await,
-            _ => Ok(()),
-        }
-    }
-}
-
-impl<S: Store> Driver for Vhd<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn start(&self) -> Result<Shape, Failure> {
         let image = Image::read(&*self.storage).await?;
         self.check_parent(image.footer.kind).await?;
         let size = image.footer.size;
@@ -125,7 +118,7 @@ impl<S: Store> Driver for Vhd<S> {
                     image.footer,
                     header,
                     parent,
-                    self.options,
+                    &self.options,
                 );
                 Body::Blocks(Rc::new(active.await?))
             }
@@ -144,6 +137,21 @@ impl<S: Store> Driver for Vhd<S> {
                 ..Limits::default()
             },
         })
+    }
+
+    async fn finish(&self) -> Result<(), Errno> {
+        let body = self.body.borrow_mut().take();
+        match body {
+            Some(Body::Blocks(active)) => active.finish().await,
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<S: Storage> Driver for Vhd<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let shape = self.start().await;
+        shape.map_err(|failure| self.options.named(failure))
     }
 
     fn fence(&self) -> Fence {
@@ -193,7 +201,8 @@ impl<S: Store> Driver for Vhd<S> {
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
-        let image = Image::read(&*self.storage).await?;
+        let image = Image::read(&*self.storage).await;
+        let image = image.map_err(|failure| self.options.named(failure))?;
         let body = self
             .body()
             .map_err(failed("cannot look at the size of a VHD that is not open"))?;
@@ -215,7 +224,7 @@ impl<S: Store> Driver for Vhd<S> {
 
     async fn inactivate(&self) -> Result<(), Errno> {
         self.finish().await?;
-        if self.storage.is_writable()? {
+        if self.options.may_write(&*self.storage)? {
             self.storage.flush().await?;
         }
         if let Some(parent) = &self.parent {

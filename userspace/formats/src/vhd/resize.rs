@@ -7,14 +7,14 @@ use super::header::{table_len, Header, MOST_BLOCKS};
 use super::image::Image;
 use super::MOST;
 use crate::field::{failed, put};
-use crate::store::read_some;
-use crate::Store;
+use crate::storage;
+use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
 /// Makes the disk in `storage` one of `size` bytes. Nobody may use it meanwhile, unless its table has
 /// room ([`reserve`](super::Create::reserve)): then whoever serves it looks again afterwards.
-pub async fn grow(storage: &impl Store, size: u64) -> Result<(), Failure> {
+pub async fn grow(storage: &impl Storage, size: u64) -> Result<(), Failure> {
     let Image { footer, header } = Image::read(storage).await?;
     if size < footer.size || size % 512 != 0 {
         return Err(Failure::invalid(format!(
@@ -49,7 +49,7 @@ pub async fn grow(storage: &impl Store, size: u64) -> Result<(), Failure> {
     }
 }
 
-async fn fixed(storage: &impl Store, mut footer: Footer, size: u64) -> Result<(), Errno> {
+async fn fixed(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<(), Errno> {
     let old = footer.size;
     if storage.is_fixed() {
         if storage.size()? < size.saturating_add(footer::LEN as u64) {
@@ -70,7 +70,7 @@ async fn fixed(storage: &impl Store, mut footer: Footer, size: u64) -> Result<()
 
 /// Puts a copy of the table that has `count` entries behind everything else.
 async fn move_table(
-    storage: &impl Store,
+    storage: &impl Storage,
     footer: &Footer,
     mut header: Header,
     count: u32,
@@ -80,7 +80,7 @@ async fn move_table(
         return Err(Errno::NOSPC);
     }
     // CAST: a table of at most 2^22 blocks.
-    let old = read_some(storage, header.table, table_len(header.blocks) as usize).await?;
+    let old = storage::bytes(storage, header.table, table_len(header.blocks) as usize).await?;
     let mut bytes = super::create::empty_table(count);
     put(&mut bytes, 0, &old[..header.blocks as usize * 4]);
     let at = storage.size()?.next_multiple_of(4096);
@@ -97,7 +97,7 @@ async fn move_table(
 }
 
 /// Changes the size in both footers, that at the beginning last: it counts.
-async fn say(storage: &impl Store, mut footer: Footer, size: u64) -> Result<(), Errno> {
+async fn say(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<(), Errno> {
     footer.resize(size);
     let last = storage.size()?.saturating_sub(footer::LEN as u64);
     storage.write(last, Bytes::copied(footer.bytes())?).await?;

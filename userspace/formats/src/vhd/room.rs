@@ -2,7 +2,7 @@
 //! Room for new blocks.
 
 use super::footer::{self, Footer};
-use crate::Store;
+use crate::Storage;
 use diskio::{Bytes, Errno, Gate};
 use std::cell::{Cell, RefCell};
 
@@ -67,7 +67,7 @@ impl Room {
     }
 
     /// A place for a block, in sectors.
-    pub(crate) async fn take(&self, storage: &impl Store, footer: &Footer) -> Result<u32, Errno> {
+    pub(crate) async fn take(&self, storage: &impl Storage, footer: &Footer) -> Result<u32, Errno> {
         if let Some(sector) = self.ready()? {
             return Ok(sector);
         }
@@ -111,7 +111,7 @@ impl Room {
     }
 
     /// A device is as long as it is: what is behind the last block is gaps of any content.
-    fn go_on(&self, storage: &impl Store) -> Result<(), Errno> {
+    fn go_on(&self, storage: &impl Storage) -> Result<(), Errno> {
         let end = storage.size()?.saturating_sub(footer::LEN as u64);
         let mut gaps = self.gaps.borrow_mut();
         let mut place = self.next.get();
@@ -128,7 +128,7 @@ impl Room {
     }
 
     /// Makes gaps readable as zeroes.
-    async fn clean(&self, storage: &impl Store) -> Result<(), Errno> {
+    async fn clean(&self, storage: &impl Storage) -> Result<(), Errno> {
         let some: Vec<u64> = {
             let gaps = self.gaps.borrow();
             gaps.iter().rev().take(GAPS).copied().collect()
@@ -145,7 +145,7 @@ impl Room {
     }
 
     /// Makes the image longer: the footer first, so that there is one at the end at any time.
-    async fn extend(&self, storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
+    async fn extend(&self, storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
         let begin = self.next.get();
         let more = self.len.saturating_add(PAGE).saturating_mul(BLOCKS);
         let old = storage.size()?;
@@ -168,7 +168,7 @@ impl Room {
     }
 
     /// Makes everything durable; what was given up before can be used then.
-    pub(crate) async fn flush(&self, storage: &impl Store) -> Result<(), Errno> {
+    pub(crate) async fn flush(&self, storage: &impl Storage) -> Result<(), Errno> {
         let mut places = self.given_up.take();
         let flushed = storage.flush().await;
         match flushed {
@@ -179,7 +179,7 @@ impl Room {
     }
 
     /// Ends the image behind the last block, with a footer.
-    pub(crate) async fn trim(&self, storage: &impl Store, footer: &Footer) -> Result<(), Errno> {
+    pub(crate) async fn trim(&self, storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
         let (next, len) = (self.next.get(), footer::LEN as u64);
         let Some(end) = next.saturating_add(len).checked_next_multiple_of(PAGE) else {
             return Ok(());
@@ -192,7 +192,7 @@ impl Room {
         storage
             .write(end - len, Bytes::copied(footer.bytes())?)
             .await?;
-        storage.set_size(end)
+        storage.set_size(end).await
     }
 
     /// Bytes that blocks may go to without more room.

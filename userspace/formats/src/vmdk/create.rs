@@ -4,7 +4,7 @@
 use super::descriptor::spelled;
 use super::sparse::{Header, NEWLINES, REDUNDANT, TABLE};
 use crate::field::failed;
-use crate::Store;
+use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
@@ -122,7 +122,7 @@ pub fn plan(what: &Create) -> Result<Vec<NewFile>, Failure> {
 
 /// Makes an image in `image` and the files that [`plan`] says, whose content is lost. What says that it
 /// is one is written last.
-pub async fn create<S: Store>(image: &S, files: &[S], what: &Create) -> Result<(), Failure> {
+pub async fn create<S: Storage>(image: &S, files: &[S], what: &Create) -> Result<(), Failure> {
     let plan = plan(what)?;
     if plan.len() != files.len() {
         return Err(Failure::invalid(format!(
@@ -166,29 +166,29 @@ pub async fn create<S: Store>(image: &S, files: &[S], what: &Create) -> Result<(
     }
 }
 
-async fn flat(file: &impl Store, len: u64) -> Result<(), Errno> {
+async fn flat(file: &impl Storage, len: u64) -> Result<(), Errno> {
     match file.is_fixed() {
         true if file.size()? < len => return Err(Errno::NOSPC),
-        true => file.write_zeroes(0, len).await?,
+        true => file.clear(0, len).await?,
         false => {
-            file.set_size(0)?;
-            file.set_size(len)?;
+            file.set_size(0).await?;
+            file.set_size(len).await?;
         }
     }
     file.flush().await
 }
 
-async fn descriptor(image: &impl Store, text: &str) -> Result<(), Errno> {
-    image.set_size(0)?;
+async fn descriptor(image: &impl Storage, text: &str) -> Result<(), Errno> {
+    image.set_size(0).await?;
     image.write(0, Bytes::copied(text.as_bytes())?).await?;
     // A direct write ends with a whole block.
-    image.set_size(text.len() as u64)?;
+    image.set_size(text.len() as u64).await?;
     image.flush().await
 }
 
 /// A sparse extent: the header, the descriptor, both maps, all of whose tables exist, and room for grains
 /// from a whole one on.
-async fn sparse(file: &impl Store, sectors: u64, text: &str) -> Result<(), Errno> {
+async fn sparse(file: &impl Storage, sectors: u64, text: &str) -> Result<(), Errno> {
     let (place, room) = match text.is_empty() {
         true => (0, 0),
         false => (1, DESCRIPTOR),
@@ -207,8 +207,8 @@ async fn sparse(file: &impl Store, sectors: u64, text: &str) -> Result<(), Errno
         directory: redundant + map,
         overhead: (redundant + 2 * map).next_multiple_of(GRAIN),
     };
-    file.set_size(0)?;
-    file.set_size(header.overhead * 512)?;
+    file.set_size(0).await?;
+    file.set_size(header.overhead * 512).await?;
     for begin in [header.redundant, header.directory] {
         let numbers = (0..tables).map(|number| begin + directory + number * table);
         // CAST: below the sectors of a file, which have 32 bits.

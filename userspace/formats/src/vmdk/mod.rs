@@ -11,16 +11,16 @@ mod sparse;
 
 pub use create::{create, plan, Create, Form, NewFile};
 
-use crate::backing::Backing;
+use crate::base::Base;
 use crate::clusters::Clusters;
 use crate::field::{failed, refused};
-use crate::store::read_some;
+use crate::storage;
 use crate::tail::Tail;
-use crate::{Extent as NeededExtent, Needs, Options, Parent, Store};
+use crate::{Extent as NeededExtent, Needs, Options, Parent, Parts, Storage};
 use control::Failure;
 use descriptor::{Body, Descriptor, NO_PARENT};
 use diskio::{Bytes, Data, Errno, Gate};
-use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use sparse::{Grains, Header};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ const ZEROES: u64 = 64 << 20;
 pub struct Vmdk<S> {
     image: Rc<S>,
     extents: Vec<Rc<S>>,
-    parent: Option<Rc<Backing>>,
+    parent: Option<Rc<Base>>,
     options: Options,
     active: RefCell<Option<Rc<Active<S>>>>,
 }
@@ -74,12 +74,14 @@ struct Mark {
 }
 
 /// The descriptor, where in the image it begins, and the header if the image is an extent itself.
-async fn read_descriptor(image: &impl Store) -> Result<(Descriptor, u64, Option<Header>), Failure> {
+async fn read_descriptor(
+    image: &impl Storage,
+) -> Result<(Descriptor, u64, Option<Header>), Failure> {
     let length = image
         .size()
         .map_err(failed("cannot see the image's size"))?;
     let reading = |error| failed("cannot read the VMDK's descriptor")(error);
-    let first = read_some(image, 0, 512).await.map_err(reading)?;
+    let first = storage::bytes(image, 0, 512).await.map_err(reading)?;
     let (header, at, len) = match first.get(..4) == Some(sparse::MAGIC) {
         true => {
             let header = Header::read(image, length).await?;
@@ -99,12 +101,14 @@ async fn read_descriptor(image: &impl Store) -> Result<(Descriptor, u64, Option<
         }
     };
     // CAST: it was checked to be small.
-    let bytes = read_some(image, at, len as usize).await.map_err(reading)?;
+    let bytes = storage::bytes(image, at, len as usize)
+        .await
+        .map_err(reading)?;
     Ok((Descriptor::parse(&bytes)?, at, header))
 }
 
 /// What a VMDK needs, of which nothing is followed.
-pub async fn look(image: &impl Store) -> Result<Needs, Failure> {
+pub async fn look(image: &impl Storage) -> Result<Needs, Failure> {
     let (descriptor, _, header) = read_descriptor(image).await?;
     let parent = (descriptor.parent_cid != NO_PARENT).then(|| Parent {
         names: descriptor.parent.clone().into_iter().collect(),
@@ -127,7 +131,7 @@ pub async fn look(image: &impl Store) -> Result<Needs, Failure> {
 }
 
 /// What the content of a VMDK calls itself, to be compared with [`Parent::id`] of its children.
-pub async fn id(image: &impl Store) -> Result<String, Failure> {
+pub async fn id(image: &impl Storage) -> Result<String, Failure> {
     Ok(format!("{:08x}", read_descriptor(image).await?.0.cid))
 }
 
@@ -144,14 +148,13 @@ fn named(descriptor: &Descriptor) -> Vec<NeededExtent> {
         .collect()
 }
 
-impl<S: Store> Vmdk<S> {
-    /// The disk that `image` describes. `extents` are the files that [`look`] has named, in that order;
-    /// the parent is activated with the disk.
-    pub fn new(image: S, extents: Vec<S>, parent: Option<Disk>, options: Options) -> Self {
+impl<S: Storage> Vmdk<S> {
+    /// The disk that `image` describes.
+    pub fn new(image: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             image: Rc::new(image),
-            extents: extents.into_iter().map(Rc::new).collect(),
-            parent: parent.map(|disk| Rc::new(Backing::new(disk))),
+            extents: parts.extents.into_iter().map(Rc::new).collect(),
+            parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
             options,
             active: RefCell::new(None),
         }
@@ -187,7 +190,8 @@ impl<S: Store> Vmdk<S> {
         place: (u64, u64),
         cache: usize,
     ) -> Result<Held<S>, Failure> {
-        if header.is_packed() && file.is_writable().map_err(failed("cannot use the image"))? {
+        let may_write = self.options.may_write(&**file);
+        if header.is_packed() && may_write.map_err(failed("cannot use the image"))? {
             return Err(refused(
                 "the grains of the VMDK are compressed (streamOptimized), so it can be read only: serve it read-only, or convert it",
             ));
@@ -246,84 +250,7 @@ impl<S: Store> Vmdk<S> {
         Ok(parts)
     }
 
-    async fn finish(&self) -> Result<(), Errno> {
-        let active = self.active.borrow_mut().take();
-        for part in active.iter().flat_map(|active| &active.parts) {
-            if let Held::Sparse(clusters) = &part.body {
-                if clusters.storage.is_writable()? {
-                    clusters.tail.trim(&*clusters.storage)?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn flat<S: Store>(file: &Rc<S>, first: u64, len: u64) -> Result<Held<S>, Failure> {
-    let length = file.size().map_err(failed("cannot see the image's size"))?;
-    let at = first.checked_mul(512);
-    let end = at.and_then(|at| at.checked_add(len));
-    match (at, end.is_some_and(|end| end <= length)) {
-        (Some(at), true) => Ok(Held::Flat(file.clone(), at)),
-        _ => Err(refused(format!(
-            "a flat extent of the VMDK has {length} bytes, which is not enough for {len} from sector {first} on: it is cut off"
-        ))),
-    }
-}
-
-impl<S: Store> Active<S> {
-    /// The pieces of a range, each in one part of the disk: the part, where in it, where in the range, how
-    /// long.
-    fn pieces(&self, offset: u64, len: u64) -> Result<Vec<(&Part<S>, u64, u64, u64)>, Errno> {
-        let end = offset.checked_add(len).filter(|end| *end <= self.size);
-        let end = end.ok_or(Errno::INVAL)?;
-        let mut found = Vec::new();
-        let mut at = offset;
-        let first = self
-            .parts
-            .partition_point(|part| part.begin + part.len <= offset);
-        for part in &self.parts[first.min(self.parts.len())..] {
-            if at >= end {
-                break;
-            }
-            let count = (part.begin + part.len - at).min(end - at);
-            if count > 0 {
-                found.push((part, at - part.begin, at - offset, count));
-            }
-            at += count;
-        }
-        match at == end {
-            true => Ok(found),
-            false => Err(Errno::INVAL),
-        }
-    }
-
-    /// Says that the content changes, before it does.
-    async fn mark(&self, image: &S) -> Result<(), Errno> {
-        let Some((at, old)) = self.cid.at.filter(|_| !self.cid.is_changed.get()) else {
-            return Ok(());
-        };
-        let _pass = self.cid.gate.alone().await;
-        if self.cid.is_changed.get() {
-            return Ok(());
-        }
-        let time = SystemTime::now().duration_since(UNIX_EPOCH);
-        // CAST: any bits of it will do.
-        let time = time.map_or(0, |time| time.as_nanos() as u32);
-        let mut cid = old.wrapping_mul(0x9e37_79b9) ^ time;
-        while cid == old || cid >= NO_PARENT - 1 {
-            cid = cid.wrapping_add(1) & 0x7fff_ffff;
-        }
-        image
-            .write(at, Bytes::copied(format!("{cid:08x}").as_bytes())?)
-            .await?;
-        self.cid.is_changed.set(true);
-        Ok(())
-    }
-}
-
-impl<S: Store> Driver for Vmdk<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn start(&self) -> Result<Shape, Failure> {
         let (descriptor, at, header) = read_descriptor(&*self.image).await?;
         self.check_parent(&descriptor).await?;
         let parts = match header {
@@ -376,12 +303,92 @@ impl<S: Store> Driver for Vmdk<S> {
         })
     }
 
+    async fn finish(&self) -> Result<(), Errno> {
+        let active = self.active.borrow_mut().take();
+        for part in active.iter().flat_map(|active| &active.parts) {
+            if let Held::Sparse(clusters) = &part.body {
+                if self.options.may_write(&*clusters.storage)? {
+                    clusters.tail.trim(&*clusters.storage).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn flat<S: Storage>(file: &Rc<S>, first: u64, len: u64) -> Result<Held<S>, Failure> {
+    let length = file.size().map_err(failed("cannot see the image's size"))?;
+    let at = first.checked_mul(512);
+    let end = at.and_then(|at| at.checked_add(len));
+    match (at, end.is_some_and(|end| end <= length)) {
+        (Some(at), true) => Ok(Held::Flat(file.clone(), at)),
+        _ => Err(refused(format!(
+            "a flat extent of the VMDK has {length} bytes, which is not enough for {len} from sector {first} on: it is cut off"
+        ))),
+    }
+}
+
+/// A piece of a range in one part of the disk: the part, where in it, where in the range, how long.
+type Piece<'a, S> = (&'a Part<S>, u64, u64, u64);
+
+impl<S: Storage> Active<S> {
+    /// The pieces of a range.
+    fn pieces(&self, offset: u64, len: u64) -> Result<Vec<Piece<'_, S>>, Errno> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.size);
+        let end = end.ok_or(Errno::INVAL)?;
+        let mut found = Vec::new();
+        let mut at = offset;
+        let first = self
+            .parts
+            .partition_point(|part| part.begin + part.len <= offset);
+        for part in &self.parts[first.min(self.parts.len())..] {
+            if at >= end {
+                break;
+            }
+            let count = (part.begin + part.len - at).min(end - at);
+            if count > 0 {
+                found.push((part, at - part.begin, at - offset, count));
+            }
+            at += count;
+        }
+        match at == end {
+            true => Ok(found),
+            false => Err(Errno::INVAL),
+        }
+    }
+
+    /// Says that the content changes, before it does.
+    async fn mark(&self, image: &S) -> Result<(), Errno> {
+        let Some((at, old)) = self.cid.at.filter(|_| !self.cid.is_changed.get()) else {
+            return Ok(());
+        };
+        let _pass = self.cid.gate.alone().await;
+        if self.cid.is_changed.get() {
+            return Ok(());
+        }
+        let time = SystemTime::now().duration_since(UNIX_EPOCH);
+        // CAST: any bits of it will do.
+        let time = time.map_or(0, |time| time.as_nanos() as u32);
+        let mut cid = old.wrapping_mul(0x9e37_79b9) ^ time;
+        while cid == old || cid >= NO_PARENT - 1 {
+            cid = cid.wrapping_add(1) & 0x7fff_ffff;
+        }
+        image
+            .write(at, Bytes::copied(format!("{cid:08x}").as_bytes())?)
+            .await?;
+        self.cid.is_changed.set(true);
+        Ok(())
+    }
+}
+
+impl<S: Storage> Driver for Vmdk<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let shape = self.start().await;
+        shape.map_err(|failure| self.options.named(failure))
+    }
+
     fn fence(&self) -> Fence {
-        let fences = self.files().map(|file| file.fence());
-        fences.fold(Fence::Local, |worst, fence| match (worst, fence) {
-            (Fence::None, _) | (_, Fence::Local) => worst,
-            (_, fence) => fence,
-        })
+        storage::fence(self.files().map(|file| &**file))
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
@@ -389,7 +396,7 @@ impl<S: Store> Driver for Vmdk<S> {
         for (part, within, at, len) in active.pieces(offset, data.len() as u64)? {
             let data = crate::field::part(&data, at, len);
             match &part.body {
-                Held::Flat(file, first) => file.read(first + within, data).await?,
+                Held::Flat(file, first) => file.read_exact(first + within, data).await?,
                 Held::Sparse(clusters) => clusters.read(within, data).await?,
                 Held::Zero => data.fill(0, data.len(), 0),
             }
@@ -426,10 +433,9 @@ impl<S: Store> Driver for Vmdk<S> {
         active.mark(&self.image).await?;
         for (part, within, _, len) in active.pieces(offset, len)? {
             match &part.body {
-                Held::Flat(file, first) => match file.discard(first + within, len).await {
-                    Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                    Err(error) => return Err(error),
-                },
+                Held::Flat(file, first) => {
+                    storage::give_back(&**file, first + within, len).await?;
+                }
                 Held::Sparse(clusters) => clusters.discard(within, len).await?,
                 Held::Zero => {}
             }

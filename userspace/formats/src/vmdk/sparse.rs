@@ -5,10 +5,10 @@
 use crate::clusters::{Found, Map, Packed};
 use crate::field::{failed, le16, le32, le64, put, refused};
 use crate::locks::Locks;
-use crate::store::read_some;
+use crate::storage;
 use crate::tables::{Pinned, Table, Tables};
 use crate::tail::Tail;
-use crate::Store;
+use crate::Storage;
 use control::Failure;
 use diskio::Errno;
 use std::rc::Rc;
@@ -47,9 +47,9 @@ pub(crate) struct Header {
 
 impl Header {
     /// Reads and checks that of an extent of `length` bytes.
-    pub(crate) async fn read(storage: &impl Store, length: u64) -> Result<Self, Failure> {
+    pub(crate) async fn read(storage: &impl Storage, length: u64) -> Result<Self, Failure> {
         let reading = |error| failed("cannot read the VMDK's header")(error);
-        let bytes = read_some(storage, 0, LEN).await.map_err(reading)?;
+        let bytes = storage::bytes(storage, 0, LEN).await.map_err(reading)?;
         let header = Self::parse(&bytes, length)?;
         if header.directory != AT_END {
             return Ok(header);
@@ -58,7 +58,7 @@ impl Header {
         let at = length
             .checked_sub(2 * SECTOR)
             .ok_or_else(|| refused("the VMDK is cut off"))?;
-        let bytes = read_some(storage, at, LEN).await.map_err(reading)?;
+        let bytes = storage::bytes(storage, at, LEN).await.map_err(reading)?;
         let last = Self::parse(&bytes, length)?;
         if last.directory == AT_END
             || last.capacity != header.capacity
@@ -215,7 +215,7 @@ pub(crate) struct Grains {
 
 /// A directory, whose tables are all in the image.
 async fn directory(
-    storage: &impl Store,
+    storage: &impl Storage,
     header: &Header,
     sector: u64,
     length: u64,
@@ -240,7 +240,7 @@ pub(crate) const TABLE: usize = ENTRIES as usize * 4;
 
 impl Grains {
     pub(crate) async fn read(
-        storage: &impl Store,
+        storage: &impl Storage,
         header: &Header,
         length: u64,
         cache: usize,
@@ -273,7 +273,7 @@ impl Grains {
 
     async fn table(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         directory: &Pinned,
         number: usize,
     ) -> Result<Option<Rc<Table>>, Errno> {
@@ -292,7 +292,7 @@ impl Grains {
     /// A table that may not exist yet. Room that was never used reads as one without entries.
     async fn table_made(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         tail: &Tail,
         directory: &Pinned,
         number: usize,
@@ -315,7 +315,7 @@ impl Grains {
     /// Writes an entry: to the second map first, so that the one which counts is never ahead of it.
     async fn put(
         &self,
-        storage: &impl Store,
+        storage: &impl Storage,
         tail: &Tail,
         grain: u64,
         entry: u32,
@@ -331,7 +331,7 @@ impl Grains {
     }
 }
 
-impl<S: Store> Map<S> for Grains {
+impl<S: Storage> Map<S> for Grains {
     fn cluster(&self) -> u64 {
         self.grain
     }
@@ -375,7 +375,7 @@ impl<S: Store> Map<S> for Grains {
 
     /// A marker, which says where the grain belongs and how many bytes it has, and a stream of zlib.
     async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno> {
-        let marker = read_some(storage, packed.at, 12).await?;
+        let marker = storage::bytes(storage, packed.at, 12).await?;
         let (sector, len) = (le64(&marker, 0), u64::from(le32(&marker, 8)));
         // What cannot be made smaller becomes a little larger.
         let most = self.grain + self.grain / 8 + 1024;
@@ -383,7 +383,7 @@ impl<S: Store> Map<S> for Grains {
             return Err(Errno::IO);
         }
         // CAST: less than a few MiB.
-        let bytes = read_some(storage, packed.at + 12, len as usize).await?;
+        let bytes = storage::bytes(storage, packed.at + 12, len as usize).await?;
         let begin = packed.cluster.saturating_mul(self.grain);
         let wanted = self.capacity.saturating_sub(begin).min(self.grain) as usize;
         let unpacked =

@@ -7,7 +7,7 @@ pub(crate) mod tools;
 
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::Fence;
-use formats::Store;
+use formats::Storage;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -226,8 +226,17 @@ pub(crate) struct Memory {
     pub(crate) read_only: bool,
 }
 
-impl Store for Memory {
-    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+impl Storage for Memory {
+    async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.world.wait().await;
+        let mut bytes = vec![0; data.len()];
+        self.world.0.files.borrow()[self.number].read(offset, &mut bytes);
+        data.write(0, &bytes);
+        self.world.wait().await;
+        Ok(())
+    }
+
+    async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno> {
         self.world.wait().await;
         let mut bytes = vec![0; data.len()];
         {
@@ -263,6 +272,10 @@ impl Store for Memory {
         Ok(())
     }
 
+    async fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.write_zeroes(offset, len).await
+    }
+
     async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
         self.write_zeroes(offset, len).await
     }
@@ -282,9 +295,12 @@ impl Store for Memory {
         Ok(self.world.0.files.borrow()[self.number].len)
     }
 
-    fn set_size(&self, size: u64) -> Result<(), Errno> {
+    async fn set_size(&self, size: u64) -> Result<(), Errno> {
         assert!(!self.read_only, "a write to an image that is only read");
-        self.world.change(self.number, What::Size(size))
+        self.world.wait().await;
+        self.world.change(self.number, What::Size(size))?;
+        self.world.wait().await;
+        Ok(())
     }
 
     fn is_fixed(&self) -> bool {
@@ -297,6 +313,20 @@ impl Store for Memory {
 
     fn forget(&self) -> Result<(), Errno> {
         Ok(())
+    }
+
+    fn buffer(&self, len: usize) -> Result<Data, Errno> {
+        let data = Data::zeroed(len)?;
+        data.fill(0, len, 0xee);
+        Ok(data)
+    }
+
+    async fn elsewhere<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Errno> {
+        self.world.wait().await;
+        Ok(work())
     }
 
     fn fence(&self) -> Fence {

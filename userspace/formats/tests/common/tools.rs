@@ -20,23 +20,53 @@ pub(crate) fn has_qemu(test: &str) -> bool {
     is_there
 }
 
-/// What a tool says; it must succeed.
-pub(crate) fn tool(name: &str, args: &[&str]) -> String {
-    let mut command = Command::new(name);
+/// Seconds that one call of a tool may take on a disk that others keep busy.
+const LIMIT: &str = "300";
+
+/// A tool, which is ended if it takes too long.
+pub(crate) fn command(name: &str, args: &[&str]) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=10", LIMIT, name]);
     if name == "qemu-io" {
-        // Nothing need survive a loss of power here, and its qcow flushes at every cluster.
+        // Nothing need survive a loss of power here, and QEMU flushes at every cluster of qcow and at every
+        // table of qcow2: with small clusters, thousands of times.
         command.arg("--cache=unsafe");
     }
-    let output = command.args(args).output().unwrap();
+    command.args(args);
+    command
+}
+
+/// What a tool says; it must succeed.
+pub(crate) fn tool(name: &str, args: &[&str]) -> String {
+    said(name, args, &mut command(name, args))
+}
+
+/// The same for a tool whose files are in a folder.
+pub(crate) fn tool_in(name: &str, args: &[&str], folder: &Path) -> String {
+    said(name, args, command(name, args).current_dir(folder))
+}
+
+fn said(name: &str, args: &[&str], command: &mut Command) -> String {
+    let output = command.output();
+    let output = output.unwrap_or_else(|error| panic!("timeout {name}: {error}"));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{name} {args:?}: {text}{errors}");
+    let status = output.status;
+    // That is how timeout says that it was too late.
+    let late = match status.code() {
+        Some(124 | 137) => format!(" did not end within {LIMIT} s"),
+        _ => String::new(),
+    };
+    assert!(
+        status.success(),
+        "{name} {args:?}{late}: {status}: {text}{errors}"
+    );
     // qemu-io succeeds when a pattern is not found.
     assert!(
         !text.contains("verification failed"),
         "{name} {args:?}: {text}"
     );
-    text
+    text + &errors
 }
 
 /// A folder that is gone afterwards, on the file system of the build.

@@ -5,7 +5,8 @@
 use crate::memory::{read_all, sector, Chance, Memory};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{create, header, Options, Plan, Qcow2};
+use formats::qcow2::{create, header, Plan, Qcow2};
+use formats::{Options, Parts};
 
 const SIZE: u64 = 1 << 20;
 
@@ -18,7 +19,11 @@ fn sound(plan: Plan) -> Vec<u8> {
         .block_on(async move { create(&its, &plan).await })
         .unwrap()
         .unwrap();
-    let disk = Disk::new(Qcow2::new(memory.clone(), Options::new("sound")));
+    let disk = Disk::new(Qcow2::new(
+        memory.clone(),
+        Parts::default(),
+        Options::new("sound"),
+    ));
     let fill = async move {
         disk.activate().await.unwrap();
         for number in 0..40 {
@@ -44,7 +49,7 @@ fn use_it(bytes: Vec<u8>) -> u64 {
         cache: 1 << 20,
         ..Options::new("hostile")
     };
-    let disk = Disk::new(Qcow2::new(memory.clone(), options));
+    let disk = Disk::new(Qcow2::new(memory.clone(), Parts::default(), options));
     let work = async move {
         let Ok(shape) = disk.activate().await else {
             return 0;
@@ -195,7 +200,11 @@ fn the_header_is_not_overwritten_by_way_of_an_entry() {
     bytes[l2..l2 + 8].copy_from_slice(&(l1 | 1 << 63).to_be_bytes());
     let runtime = Runtime::new();
     let memory = Memory::new(bytes, 1, false);
-    let disk = Disk::new(Qcow2::new(memory.clone(), Options::new("hostile")));
+    let disk = Disk::new(Qcow2::new(
+        memory.clone(),
+        Parts::default(),
+        Options::new("hostile"),
+    ));
     let write = async move {
         disk.activate().await.unwrap();
         disk.write(0, Bytes::copied(&[7; 512])?, Attributes::default())

@@ -147,7 +147,35 @@ impl Storage for Memory {
         self.event(Event::Size(size)).await
     }
 
-    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+    fn is_fixed(&self) -> bool {
+        false
+    }
+
+    fn is_writable(&self) -> Result<bool, Errno> {
+        Ok(true)
+    }
+
+    async fn part(&self, _offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+        Ok((len, true))
+    }
+
+    fn forget(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let end = offset.checked_add(data.len() as u64);
+        match end.is_some_and(|end| end <= self.0.bytes.borrow().len() as u64) {
+            true => self.read_padded(offset, data).await,
+            false => Err(Errno::IO),
+        }
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.event(Event::Clear(offset, len)).await
+    }
+
+    async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
         self.later().await;
         let bytes = self.0.bytes.borrow();
         let from = (offset as usize).min(bytes.len());

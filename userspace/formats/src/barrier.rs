@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Flushes that requests share.
 
-use super::bell::Bell;
+use crate::bell::Bell;
 use crate::Storage;
 use diskio::Errno;
 use std::cell::Cell;

@@ -11,12 +11,12 @@ const EXTENTS: usize = 256;
 
 /// A disk that is only read.
 #[derive(Debug)]
-pub(crate) struct Backing {
+pub(crate) struct Base {
     disk: Disk,
     size: Cell<u64>,
 }
 
-impl Backing {
+impl Base {
     pub(crate) fn new(disk: Disk) -> Self {
         Self {
             disk,
@@ -27,6 +27,11 @@ impl Backing {
     pub(crate) async fn activate(&self) -> Result<(), Failure> {
         self.size.set(self.disk.activate().await?.size);
         Ok(())
+    }
+
+    /// Bytes that it has.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.get()
     }
 
     pub(crate) async fn inactivate(&self) -> Result<(), Errno> {
@@ -53,7 +58,8 @@ impl Backing {
         Ok(())
     }
 
-    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+    /// What is in a range; behind its end there is nothing.
+    pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.size.get().saturating_sub(offset).min(len) {
             0 => Ok(vec![Extent {
                 len,
@@ -65,7 +71,7 @@ impl Backing {
 }
 
 /// Reads what an image does not hold: its parent's, or zeroes.
-pub(crate) async fn read(parent: Option<&Backing>, offset: u64, data: Data) -> Result<(), Errno> {
+pub(crate) async fn read(parent: Option<&Base>, offset: u64, data: Data) -> Result<(), Errno> {
     match parent {
         Some(parent) => parent.read(offset, data).await,
         None => {
@@ -76,11 +82,7 @@ pub(crate) async fn read(parent: Option<&Backing>, offset: u64, data: Data) -> R
 }
 
 /// Nothing but zeroes would be read there.
-pub(crate) async fn is_hole(
-    parent: Option<&Backing>,
-    offset: u64,
-    len: u64,
-) -> Result<bool, Errno> {
+pub(crate) async fn is_hole(parent: Option<&Base>, offset: u64, len: u64) -> Result<bool, Errno> {
     let Some(parent) = parent else {
         return Ok(true);
     };
@@ -116,7 +118,7 @@ impl Row {
     /// What an image does not hold.
     pub(crate) async fn push_missing(
         &mut self,
-        parent: Option<&Backing>,
+        parent: Option<&Base>,
         offset: u64,
         len: u64,
     ) -> Result<(), Errno> {

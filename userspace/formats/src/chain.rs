@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An image and all that it goes on from, found by the names in their headers. A header was written by
+//! whoever made the image, and no guest can write it, so it is believed about what its parent is; whether
+//! a file is opened at all is decided by who gives them out.
+
+use crate::field::refused;
+use crate::open::{id, named};
+use crate::{look, open, Below, Kind, Options, Parent, Parts, Storage};
+use control::{Code, Failure};
+use drivers::Disk;
+use std::path::{Path, PathBuf};
+
+/// Images over each other at most.
+pub const LAYERS: usize = 64;
+/// Bytes of tables that an image deep in a chain may keep at least.
+const CACHE: usize = 1 << 20;
+
+/// Who gives out the files that images name.
+#[allow(async_fn_in_trait, reason = "everything is in one thread")]
+pub trait Files<S> {
+    /// The file at `path`, which is absolute, locked: for writing, as the image itself, or only to be read.
+    async fn open(&self, path: &Path, writable: bool) -> Result<S, Failure>;
+
+    /// The disk that a raw file is, which is only read.
+    fn raw(&self, file: S) -> Disk;
+}
+
+/// An image whose parts were found.
+struct Layer<S> {
+    kind: Kind,
+    image: S,
+    path: PathBuf,
+    extents: Vec<S>,
+}
+
+/// What was found below an image.
+enum Found<S> {
+    Raw(Disk),
+    Image(Kind, S, PathBuf),
+}
+
+/// The disk in `image` over all that it goes on from. `path` is the image's, absolute: what it names is
+/// found from its folder. Everything below is only read. `image` must have been locked.
+///
+/// # Errors
+/// Something is missing, is refused, or is not what the image says of it.
+pub async fn open_chain<S: Storage>(
+    kind: Kind,
+    image: S,
+    path: &Path,
+    options: Options,
+    files: &impl Files<S>,
+) -> Result<Disk, Failure> {
+    let mut layers: Vec<Layer<S>> = Vec::new();
+    let mut next = (kind, image, path.to_path_buf());
+    let mut disk = loop {
+        let (kind, image, path) = next;
+        let said = |failure| named(path.display(), failure);
+        let needs = look(kind, &image).await.map_err(said)?;
+        let writable = options.writable && layers.is_empty();
+        let mut extents = Vec::new();
+        for extent in &needs.extents {
+            let place = resolve(&extent.name, &path).map_err(said)?;
+            let file = files.open(&place, writable && !extent.read_only).await;
+            extents.push(file.map_err(said)?);
+        }
+        let found = match &needs.parent {
+            Some(parent) => Some(below(parent, &path, &options, files).await.map_err(said)?),
+            None => None,
+        };
+        layers.push(Layer {
+            kind,
+            image,
+            path,
+            extents,
+        });
+        next = match found {
+            None => break None,
+            Some(Found::Raw(disk)) => break Some(disk),
+            Some(Found::Image(kind, image, path)) => (kind, image, path),
+        };
+        if layers.len() >= LAYERS {
+            return Err(refused(format!(
+                "{} images lie over each other and {} is one more: bring some of them together, such as with qemu-img commit",
+                layers.len(),
+                next.2.display()
+            )));
+        }
+    };
+    while let Some(layer) = layers.pop() {
+        let own = of_layer(&options, &layer.path, layers.len());
+        let parts = Parts {
+            parent: disk,
+            extents: layer.extents,
+        };
+        disk = Some(open(layer.kind, layer.image, parts, own));
+    }
+    disk.ok_or_else(|| Failure::invalid("there is no image"))
+}
+
+/// The options of the image that lies under `depth` others. Each has half of what the one above it may keep
+/// in memory, so that a long chain does not need much more than one image.
+fn of_layer(options: &Options, path: &Path, depth: usize) -> Options {
+    if depth == 0 {
+        return options.clone();
+    }
+    // CAST: there are few layers.
+    let share = options.cache.checked_shr(depth as u32).unwrap_or(0);
+    Options {
+        name: path.display().to_string(),
+        writable: false,
+        discard: false,
+        cache: share.max(CACHE),
+        snapshot: None,
+        parents: options.parents,
+    }
+}
+
+/// What the image at `child` goes on from. Of several names the first counts that leads to what the child
+/// means; if none does, the failures of all are told.
+async fn below<S: Storage>(
+    parent: &Parent,
+    child: &Path,
+    options: &Options,
+    files: &impl Files<S>,
+) -> Result<Found<S>, Failure> {
+    let what = match &parent.driver {
+        Some(name) => name
+            .parse()
+            .map_err(|failure| named("the image below", failure))?,
+        None => options.parents.ok_or_else(|| {
+            refused(format!(
+                "it does not say what its parent {:?} is, which is not guessed: name it in the configuration, or in the image with qemu-img rebase -u -F",
+                parent.names.first().map_or("", String::as_str)
+            ))
+        })?,
+    };
+    let mut failures: Vec<Failure> = Vec::new();
+    for name in &parent.names {
+        match try_name(name, what, parent, child, files).await {
+            Ok(found) => return Ok(found),
+            Err(failure) => failures.push(failure),
+        }
+    }
+    let code = failures.first().map_or(Code::Image, |failure| failure.code);
+    let all: Vec<&str> = failures.iter().map(|one| one.message.as_str()).collect();
+    match all.is_empty() {
+        true => Err(refused(
+            "it goes on from a parent and does not name it: the image is damaged",
+        )),
+        false => Err(Failure::new(code, all.join("; "))),
+    }
+}
+
+async fn try_name<S: Storage>(
+    name: &str,
+    what: Below,
+    parent: &Parent,
+    child: &Path,
+    files: &impl Files<S>,
+) -> Result<Found<S>, Failure> {
+    let path = resolve(name, child)?;
+    let file = files.open(&path, false).await?;
+    let Below::Format(kind) = what else {
+        return Ok(Found::Raw(files.raw(file)));
+    };
+    if let Some(wanted) = &parent.id {
+        let said = |failure| named(path.display(), failure);
+        if id(kind, &file).await.map_err(said)?.as_ref() != Some(wanted) {
+            return Err(refused(format!(
+                "{} is not the parent that is meant, {wanted}: it was changed or replaced",
+                path.display()
+            )));
+        }
+    }
+    Ok(Found::Image(kind, file, path))
+}
+
+/// Where a name in an image leads.
+fn resolve(name: &str, image: &Path) -> Result<PathBuf, Failure> {
+    if name.starts_with("json:") || name.contains("://") {
+        return Err(Failure::unsupported(format!(
+            "it names {name:?}, and only files can be opened: change that with qemu-img rebase -u"
+        )));
+    }
+    let path = Path::new(name.strip_prefix("file:").unwrap_or(name));
+    match image.parent() {
+        _ if path.is_absolute() => Ok(path.to_path_buf()),
+        Some(folder) if folder.is_absolute() => Ok(folder.join(path)),
+        _ => Err(Failure::invalid(format!(
+            "{name:?} cannot be found from {}, which is no absolute path of an image",
+            image.display()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{of_layer, resolve, CACHE, LAYERS};
+    use crate::Options;
+    use std::path::Path;
+
+    #[test]
+    fn names_lead_from_the_folder_of_the_image() {
+        let image = Path::new("/srv/vm/a.qcow2");
+        for (name, path) in [
+            ("base.img", "/srv/vm/base.img"),
+            ("../base.img", "/srv/vm/../base.img"),
+            ("/b.img", "/b.img"),
+            ("file:b.img", "/srv/vm/b.img"),
+            ("a:b.img", "/srv/vm/a:b.img"),
+        ] {
+            assert_eq!(resolve(name, image).unwrap(), Path::new(path));
+        }
+        for name in ["json:{}", "nbd://host/a", "https://host/a"] {
+            assert!(resolve(name, image).is_err(), "{name}");
+        }
+        assert!(resolve("b.img", Path::new("a.qcow2")).is_err());
+    }
+
+    #[test]
+    fn long_chain_keeps_little() {
+        let options = Options::new("top");
+        let all = (0..LAYERS).map(|depth| of_layer(&options, Path::new("/a"), depth).cache);
+        assert!(all.sum::<usize>() <= 2 * options.cache + LAYERS * CACHE);
+    }
+}

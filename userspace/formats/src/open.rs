@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From the name of a format and an image to a disk, whatever the format.
+
+use crate::qcow::Qcow;
+use crate::qcow2::Qcow2;
+use crate::vhd::Vhd;
+use crate::vmdk::Vmdk;
+use crate::{qcow, qcow2, vhd, vmdk, Needs, Storage};
+use control::Failure;
+use drivers::Disk;
+use std::fmt;
+use std::str::FromStr;
+
+/// The formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// qcow2, versions 2 and 3.
+    Qcow2,
+    /// qcow, the first version.
+    Qcow,
+    /// VHD.
+    Vhd,
+    /// VMDK.
+    Vmdk,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Qcow2, Self::Qcow, Self::Vhd, Self::Vmdk];
+
+    /// The name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Qcow => "qcow",
+            Self::Vhd => "vhd",
+            Self::Vmdk => "vmdk",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Kind {
+    type Err = Failure;
+
+    fn from_str(name: &str) -> Result<Self, Failure> {
+        let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        found.ok_or_else(|| {
+            let known = Self::ALL.map(Self::name).join(", ");
+            Failure::invalid(format!("there is no format {name:?}: use one of {known}"))
+        })
+    }
+}
+
+/// What an image goes on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// A file or device that is the disk, byte for byte. It is never looked at for a header: a guest may
+    /// have written one.
+    Raw,
+    /// An image.
+    Format(Kind),
+}
+
+impl FromStr for Below {
+    type Err = Failure;
+
+    /// The names of formats that images hold, those of other programs too.
+    fn from_str(name: &str) -> Result<Self, Failure> {
+        Ok(match name {
+            "raw" | "aio" | "file" | "host_device" => Self::Raw,
+            "vpc" => Self::Format(Kind::Vhd),
+            name => Self::Format(name.parse()?),
+        })
+    }
+}
+
+/// How an image is to be served.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its name in messages.
+    pub name: String,
+    /// It may be written.
+    pub writable: bool,
+    /// What is freed is given back to the storage.
+    pub discard: bool,
+    /// Bytes of tables that are kept in memory at most, beside those that requests are using.
+    pub cache: usize,
+    /// The id or the name of a snapshot in a qcow2 image that is shown instead of the disk as it is now.
+    pub snapshot: Option<String>,
+    /// What a parent is whose child does not say it. Without this such a child is refused.
+    pub parents: Option<Below>,
+}
+
+impl Options {
+    /// A writable image.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            writable: true,
+            discard: true,
+            cache: 32 << 20,
+            snapshot: None,
+            parents: None,
+        }
+    }
+
+    /// What is wrong, and with which image.
+    pub(crate) fn named(&self, failure: Failure) -> Failure {
+        named(&self.name, failure)
+    }
+
+    /// The image in `storage` may be written.
+    pub(crate) fn may_write(&self, storage: &impl Storage) -> Result<bool, diskio::Errno> {
+        Ok(self.writable && storage.is_writable()?)
+    }
+}
+
+/// What is wrong, and with which image.
+pub(crate) fn named(name: impl fmt::Display, failure: Failure) -> Failure {
+    Failure::new(failure.code, format!("{name}: {}", failure.message))
+}
+
+/// What is given to an image beside itself: what [`look`] said that it needs.
+#[derive(Clone, Debug)]
+pub struct Parts<S> {
+    /// The disk that it goes on from, which is activated with it.
+    pub parent: Option<Disk>,
+    /// The files with its content, in the order of [`Needs::extents`].
+    pub extents: Vec<S>,
+}
+
+impl<S> Default for Parts<S> {
+    fn default() -> Self {
+        Self {
+            parent: None,
+            extents: Vec::new(),
+        }
+    }
+}
+
+/// What an image needs beside itself, of which nothing is followed. It must have been locked.
+pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
+    match kind {
+        Kind::Qcow2 => qcow2::look(image).await,
+        Kind::Qcow => qcow::look(image).await,
+        Kind::Vhd => Ok(vhd::look(image).await?.1),
+        Kind::Vmdk => vmdk::look(image).await,
+    }
+}
+
+/// What an image calls itself, as its children name it in [`Parent::id`](crate::Parent::id); nothing if its
+/// format knows no such thing.
+pub(crate) async fn id<S: Storage>(kind: Kind, image: &S) -> Result<Option<String>, Failure> {
+    match kind {
+        Kind::Qcow2 | Kind::Qcow => Ok(None),
+        Kind::Vhd => Ok(Some(vhd::spelled(vhd::id(image).await?))),
+        Kind::Vmdk => Ok(Some(vmdk::id(image).await?)),
+    }
+}
+
+/// The disk in `image`, with what it needs. Nothing is read before it is activated.
+pub fn open<S: Storage>(kind: Kind, image: S, parts: Parts<S>, options: Options) -> Disk {
+    match kind {
+        Kind::Qcow2 => Disk::new(Qcow2::new(image, parts, options)),
+        Kind::Qcow => Disk::new(Qcow::new(image, parts, options)),
+        Kind::Vhd => Disk::new(Vhd::new(image, parts, options)),
+        Kind::Vmdk => Disk::new(Vmdk::new(image, parts, options)),
+    }
+}
