@@ -250,9 +250,14 @@ impl<S: Storage> Image<S> {
     /// A place where data may be written: no L2 entry of a sound image leads into the tables that
     /// everything hangs on.
     pub(crate) fn check_place(&self, at: u64, len: u64) -> Result<(), Errno> {
-        if self.geometry.external {
-            return Ok(());
+        match self.geometry.external {
+            true => Ok(()),
+            false => self.check_no_table(at, len),
         }
+    }
+
+    /// The same for clusters of the image itself, whatever they hold.
+    pub(crate) fn check_no_table(&self, at: u64, len: u64) -> Result<(), Errno> {
         let end = at.checked_add(len).filter(|end| *end <= MAX_OFFSET);
         let end =
             end.ok_or_else(|| self.damaged(format_args!("a cluster at {at:#x} is out of reach")))?;

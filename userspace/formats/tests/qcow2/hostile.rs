@@ -217,6 +217,51 @@ fn the_header_is_not_overwritten_by_way_of_an_entry() {
     );
 }
 
+/// An entry leads to a table, which is released when the cluster is written: it stays.
+#[test]
+fn tables_are_not_freed_by_way_of_an_entry() {
+    let image = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
+    let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    let (l1, refs) = (number(40), number(48));
+    let l2 = (number(l1 as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    // As if a snapshot had it too, and compressed.
+    for entry in [l1, refs, 0, l1 | 1 << 62, refs | 1 << 62] {
+        let mut bytes = image.clone();
+        bytes[l2..l2 + 8].copy_from_slice(&entry.to_be_bytes());
+        let runtime = Runtime::new();
+        let memory = Memory::new(bytes, 1, false);
+        let disk = Disk::new(Qcow2::new(
+            memory.clone(),
+            Parts::default(),
+            Options::new("hostile"),
+        ));
+        let write = async move {
+            disk.activate().await.unwrap();
+            let bytes = Bytes::copied(&[7; 4096]).unwrap();
+            // It may fail.
+            let _ = disk.write(0, bytes, Attributes::default()).await;
+            for _ in 0..2 {
+                let _ = disk.flush().await;
+            }
+        };
+        runtime.block_on(write).unwrap();
+        let after = memory.bytes();
+        for table in [0, l1, refs] {
+            let table = table as usize;
+            assert_eq!(after[table..][..8], image[table..][..8], "{entry:#x}");
+        }
+        // Its refcount is as it was, or the next cluster would be made there.
+        let counts = number(refs as usize) as usize;
+        for table in [0, l1, refs] {
+            let place = counts + table as usize / 4096 * 2;
+            assert_eq!(after[place..][..2], image[place..][..2], "{entry:#x}");
+        }
+    }
+}
+
 #[test]
 fn a_file_that_is_no_image_is_refused() {
     for bytes in [
