@@ -10,7 +10,8 @@ use super::header::{Header, AT_INCOMPATIBLE, DIRTY};
 use super::image::{Found, Image, Table};
 use super::refcounts::{get, set};
 use super::snapshot;
-use crate::Storage;
+use crate::field::{be32, be64};
+use crate::{storage, Storage};
 use control::Failure;
 use diskio::Errno;
 use std::ops::Range;
@@ -94,6 +95,7 @@ async fn bitmaps<S: Storage>(
     /// Bytes of a directory, and entries of a bitmap's table, at most: QEMU's limits.
     const DIRECTORY: u64 = 64 << 10;
     const ENTRIES: u64 = 8 << 20;
+    const BITMAPS: u32 = 65535;
     let Some((at, len)) = header.bitmaps else {
         return Ok(());
     };
@@ -103,19 +105,16 @@ async fn bitmaps<S: Storage>(
         return Err(Errno::INVAL);
     }
     ranges.push(at..at + len);
-    let mut place = 0;
+    let (mut place, mut count, mut all) = (0, 0, 0);
     while place + 24 <= len {
-        let data = file.buffer(24)?;
-        file.read_padded(at + place, data.clone()).await?;
-        let record = data.to_vec();
-        let number = |from: usize, len: usize| {
-            record[from..from + len]
-                .iter()
-                .fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte))
-        };
-        let (table, entries) = (number(0, 8), number(8, 4));
-        let (name, extra) = (number(18, 2), number(20, 4));
-        if entries > ENTRIES || table % cluster != 0 || table > room {
+        let record = storage::bytes(file, at + place, 24).await?;
+        let (table, entries) = (be64(&record, 0), u64::from(be32(&record, 8)));
+        let name = u64::from(be32(&record, 16) & 0xffff);
+        let extra = u64::from(be32(&record, 20));
+        (count, all) = (count + 1, all + entries);
+        // All of them together take no longer than a few of the largest.
+        let is_much = count > BITMAPS || entries > ENTRIES || all > 4 * ENTRIES;
+        if is_much || table % cluster != 0 || table > room {
             return Err(Errno::INVAL);
         }
         ranges.push(table..table + entries * 8);
@@ -139,13 +138,9 @@ async fn clusters_of_bitmap<S: Storage>(
     while done < entries {
         let some = (entries - done).min(SOME);
         // CAST: bounded.
-        let data = file.buffer(some as usize * 8)?;
-        file.read_padded(table + done * 8, data.clone()).await?;
-        for word in data.to_vec().chunks_exact(8) {
-            let word = word
-                .iter()
-                .fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
-            let at = word & 0x00ff_ffff_ffff_fe00;
+        let words = storage::bytes(file, table + done * 8, some as usize * 8).await?;
+        for word in words.chunks_exact(8) {
+            let at = be64(word, 0) & 0x00ff_ffff_ffff_fe00;
             if at != 0 {
                 ranges.push(at..at + cluster);
             }

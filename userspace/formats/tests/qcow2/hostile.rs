@@ -262,6 +262,49 @@ fn tables_are_not_freed_by_way_of_an_entry() {
     }
 }
 
+/// A thousand bitmaps, each as large as one can be: to look at them would take hours.
+#[test]
+fn bitmaps_without_end_are_refused() {
+    let mut bytes = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
+    let number = |bytes: &[u8], at: usize| {
+        u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+    };
+    let mut at = number(&bytes, 100);
+    while number(&bytes, at) != 0 {
+        at += 8 + number(&bytes, at + 4).next_multiple_of(8);
+    }
+    let directory = bytes.len().next_multiple_of(4096);
+    let count = 1000_u32;
+    let mut extension = 0x2385_2875_u32.to_be_bytes().to_vec();
+    extension.extend(24_u32.to_be_bytes());
+    extension.extend(count.to_be_bytes());
+    extension.extend([0; 4]);
+    extension.extend(u64::from(count * 24).to_be_bytes());
+    extension.extend((directory as u64).to_be_bytes());
+    bytes[at..at + extension.len()].copy_from_slice(&extension);
+    // It was not closed, so that all that uses clusters is looked at.
+    bytes[79] |= 1;
+    bytes.resize(directory, 0);
+    for _ in 0..count {
+        let mut record = (1_u64 << 40).to_be_bytes().to_vec();
+        record.extend((8_u32 << 20).to_be_bytes());
+        record.resize(24, 0);
+        bytes.extend(record);
+    }
+    let memory = Memory::new(bytes, 1, false);
+    let disk = Disk::new(Qcow2::new(
+        memory,
+        Parts::default(),
+        Options::new("hostile"),
+    ));
+    let opened = Runtime::new().block_on(async move { disk.activate().await });
+    let said = opened.unwrap().unwrap_err().message;
+    assert!(said.contains("bitmaps"), "{said}");
+}
+
 #[test]
 fn a_file_that_is_no_image_is_refused() {
     for bytes in [
