@@ -21,6 +21,9 @@ pub trait Storage: Clone + 'static {
     /// It may be written.
     fn is_writable(&self) -> Result<bool, Errno>;
 
+    /// The same image, of which no write makes more than what it writes: others may fill their last block.
+    fn keep_size(&self) -> Result<Self, Errno>;
+
     /// Reads all of `data`. What is behind the end is [`Errno::IO`].
     async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno>;
 
@@ -77,6 +80,12 @@ impl Storage for File {
 
     fn is_writable(&self) -> Result<bool, Errno> {
         File::is_writable(self).map_err(number)
+    }
+
+    fn keep_size(&self) -> Result<Self, Errno> {
+        let mut file = self.clone();
+        File::keep_size(&mut file).map_err(number)?;
+        Ok(file)
     }
 
     async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno> {

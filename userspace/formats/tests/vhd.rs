@@ -127,6 +127,49 @@ fn qemu_reads_what_is_written() {
     }
 }
 
+/// A direct write of the last bytes makes a file longer whose size is no whole number of blocks of its storage.
+#[test]
+fn footer_stays_at_the_end() {
+    if !has_qemu("footer_stays_at_the_end") {
+        return;
+    }
+    // The last sector of the disk is right before the footer, and in the same block of 4 KiB.
+    for (kind, size) in [("fixed", (3 << 20) + 512), ("dynamic", 4 << 20)] {
+        let folder = folder();
+        let (raw, path) = (folder.path().join("raw"), folder.path().join("a.vhd"));
+        std::fs::write(&raw, vec![9; size]).unwrap();
+        let options = format!("force_size=on,subformat={kind}");
+        let (from, to) = (text(&raw), text(&path));
+        let args = [
+            "convert", "-f", "raw", "-O", "vpc", "-o", &options, from, to,
+        ];
+        tool("qemu-img", &args);
+        let before = std::fs::metadata(&path).unwrap().len();
+        assert!(before % 4096 != 0, "{kind}");
+        let runtime = Runtime::new();
+        let align = diskio::Align {
+            memory: 512,
+            offset: 4096,
+        };
+        let storage = file(&runtime.io, &path, true).with_align(align);
+        let work = async move {
+            let disk = Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")));
+            disk.activate().await.unwrap();
+            let last = Bytes::copied(&[7; 512]).unwrap();
+            let how = Attributes::default();
+            disk.write(size as u64 - 512, last, how).await.unwrap();
+            disk.close().await
+        };
+        runtime.block_on(work).unwrap().unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(&bytes[bytes.len() - 512..][..8], b"conectix", "{kind}");
+        let read = content("vpc", &path, folder.path());
+        assert!(read[..size - 512].iter().all(|byte| *byte == 9), "{kind}");
+        assert!(read[size - 512..].iter().all(|byte| *byte == 7), "{kind}");
+        assert_eq!(read.len(), size, "{kind}");
+    }
+}
+
 #[test]
 fn what_qemu_writes_is_read_and_both_go_on() {
     if !has_qemu("what_qemu_writes_is_read_and_both_go_on") {

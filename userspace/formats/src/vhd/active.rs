@@ -5,7 +5,7 @@ use super::batmap::Batmap;
 use super::blocks::{check, Blocks, Item, UNUSED};
 use super::footer::Footer;
 use super::header::Header;
-use super::room::Room;
+use super::room::{Room, PAGE};
 use crate::base::{self, Base, Row};
 use crate::field::{failed, part, pieces, refused};
 use crate::join::both;
@@ -36,6 +36,17 @@ pub(crate) struct Active<S> {
     room: Room,
     parent: Option<Rc<Base>>,
     locks: Locks,
+}
+
+/// Fills the last page of the file, with a footer at its end: a direct write of what is in there makes the
+/// file longer, and the footer that was at the end is not any more.
+async fn fill(storage: &impl Storage, footer: &Footer, length: u64) -> Result<(), Errno> {
+    let end = length.next_multiple_of(PAGE);
+    if storage.is_fixed() || end == length {
+        return Ok(());
+    }
+    let footer = Bytes::copied(footer.bytes())?;
+    storage.write(end - footer.len() as u64, footer).await
 }
 
 /// A part of a block that exists: its number, where its bitmap is, and which of its bytes.
@@ -70,6 +81,10 @@ impl<S: Storage> Active<S> {
         let is_writable = options
             .may_write(&*storage)
             .map_err(failed("cannot use the image"))?;
+        if is_writable {
+            let work = fill(&*storage, &footer, length).await;
+            work.map_err(failed("cannot write the VHD's footer"))?;
+        }
         Ok(Self {
             storage,
             size: Cell::new(footer.size),

@@ -110,7 +110,7 @@ impl<S: Storage> Vhd<S> {
         self.check_parent(image.footer.kind).await?;
         let size = image.footer.size;
         let body = match image.header {
-            None => Body::Fixed(Rc::new(Fixed::new(self.storage.clone(), size))),
+            None => Body::Fixed(Rc::new(Fixed::new(self.fixed(size)?, size))),
             Some(header) => {
                 let parent = self.parent.clone();
                 let active = Active::open(
@@ -137,6 +137,15 @@ impl<S: Storage> Vhd<S> {
                 ..Limits::default()
             },
         })
+    }
+
+    /// The storage of a fixed disk. The footer is right behind it, and must stay at the end of the file.
+    fn fixed(&self, size: u64) -> Result<Rc<S>, Failure> {
+        if size % room::PAGE == 0 {
+            return Ok(self.storage.clone());
+        }
+        let storage = self.storage.keep_size();
+        Ok(Rc::new(storage.map_err(failed("cannot use the image"))?))
     }
 
     async fn finish(&self) -> Result<(), Errno> {

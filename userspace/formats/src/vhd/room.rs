@@ -7,7 +7,7 @@ use diskio::{Bytes, Errno, Gate};
 use std::cell::{Cell, RefCell};
 
 /// What the bytes of a block begin at multiples of, and what the image is made longer by.
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 /// Blocks that room is made for at once.
 const BLOCKS: u64 = 16;
 /// Gaps that are made ready at once.
