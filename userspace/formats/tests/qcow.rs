@@ -4,15 +4,15 @@
 
 mod common;
 
-use common::history::Trial;
+use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
     content, file, folder, has_qemu, parent, parent_number, scribble, text, tool, try_wrong, whole,
     PARENT_SIZE,
 };
-use common::{run, Chance, Content, World};
+use common::{run, Chance, Content, World, SECTOR};
 use control::Code;
-use diskio::Runtime;
-use drivers::Disk;
+use diskio::{Bytes, Data, Runtime};
+use drivers::{Attributes, Disk};
 use formats::qcow::{create, look, Create, Qcow};
 use formats::{Options, Parts};
 use std::rc::Rc;
@@ -74,6 +74,30 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
             trial(has_parent, seed).run(12);
         }
     }
+}
+
+/// What the first table leads to is inside of the image, also if the power is lost before anything was flushed.
+#[test]
+fn first_write_survives_the_loss_of_power() {
+    let world = World::new(image(make(SIZE, false)));
+    let first = world.files();
+    let disk = open(&world, false);
+    run(async move {
+        disk.activate().await.unwrap();
+        let bytes = Bytes::copied(&stamp(5, 0)).unwrap();
+        disk.write(0, bytes, Attributes::default()).await.unwrap();
+    });
+    every_cut(&first, &world.log(), 0, |files, when| {
+        let disk = open(&World::new(files), false);
+        run(async move {
+            disk.activate().await.unwrap();
+            let data = Data::zeroed(SECTOR).unwrap();
+            let read = disk.read(0, data.clone()).await;
+            assert!(read.is_ok(), "{read:?} {when}");
+            let found = number(&data.to_vec(), 0);
+            assert!(matches!(found, Some(0 | 5)), "{found:?} {when}");
+        });
+    });
 }
 
 #[test]

@@ -4,12 +4,12 @@
 
 mod common;
 
-use common::history::Trial;
+use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
     content, file, folder, has_qemu, parent, parent_number, scribble, text, tool, try_wrong, whole,
     PARENT_SIZE,
 };
-use common::{run, Chance, Content, World};
+use common::{run, Chance, Content, What, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, Runtime};
 use drivers::{Attributes, Disk};
@@ -92,6 +92,89 @@ fn gaps_with_old_bytes_are_used_and_show_nothing() {
         trial.files.clone_from(&files);
         trial.run(12);
     }
+}
+
+/// A block that was discarded gives its place to another one only when the table says so for good.
+#[test]
+fn place_of_a_discarded_block_is_not_reused_too_early() {
+    const BLOCK: u64 = 2 << 20;
+    let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let first = world.files();
+    let disk = open(&world, Kind::Dynamic);
+    let its = world.clone();
+    let begin = run(async move {
+        let how = Attributes::default();
+        let bytes = |number| Bytes::copied(&stamp(number, 0)).unwrap();
+        disk.activate().await.unwrap();
+        disk.write(0, bytes(1), how).await.unwrap();
+        disk.flush().await.unwrap();
+        let begin = its.changes();
+        disk.discard(0, BLOCK, how).await.unwrap();
+        disk.write(BLOCK, bytes(2), how).await.unwrap();
+        begin
+    });
+    let log = world.log();
+    let is_flush = |(_, what): &(usize, What)| matches!(what, What::Flush);
+    assert!(!log[begin..].iter().any(is_flush));
+    every_cut(&first, &log, begin, |files, when| {
+        let disk = open(&World::new(files), Kind::Dynamic);
+        run(async move {
+            disk.activate().await.unwrap();
+            for (offset, mine) in [(0, 1), (BLOCK, 2)] {
+                let data = Data::zeroed(SECTOR).unwrap();
+                disk.read(offset, data.clone()).await.unwrap();
+                let found = number(&data.to_vec(), 0);
+                assert!(
+                    found == Some(0) || found == Some(mine),
+                    "{found:?} at {offset} {when}"
+                );
+            }
+        });
+    });
+}
+
+/// What is between two blocks may hold anything, and shows nothing of it when it is used.
+#[test]
+fn gap_between_blocks_is_used_and_shows_nothing() {
+    const BLOCK: u64 = 2 << 20;
+    let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let step = |disk: Disk, offset, discarded: Option<u64>| {
+        run(async move {
+            let how = Attributes::default();
+            disk.activate().await.unwrap();
+            let bytes = Bytes::copied(&stamp(5, 0)).unwrap();
+            disk.write(offset, bytes, how).await.unwrap();
+            if let Some(at) = discarded {
+                disk.discard(at, BLOCK, how).await.unwrap();
+            }
+            disk.close().await.unwrap();
+        });
+    };
+    for block in 0..3 {
+        step(open(&world, Kind::Dynamic), block * BLOCK, None);
+    }
+    let entry = |files: &[Content], block: u64| {
+        let mut bytes = [0; 4];
+        // Behind the footer and the header.
+        files[0].read(1536 + block * 4, &mut bytes);
+        u64::from(u32::from_be_bytes(bytes)) * 512
+    };
+    let gap = entry(&world.files(), 1);
+    step(open(&world, Kind::Dynamic), 0, Some(BLOCK));
+    let mut files = world.files();
+    let len = files[0].len;
+    files[0].write(gap, &vec![0xee; BLOCK as usize]);
+    let world = World::new(files);
+    step(open(&world, Kind::Dynamic), 3 * BLOCK, None);
+    assert_eq!((entry(&world.files(), 3), world.files()[0].len), (gap, len));
+    let disk = open(&world, Kind::Dynamic);
+    run(async move {
+        disk.activate().await.unwrap();
+        let data = Data::zeroed(BLOCK as usize).unwrap();
+        disk.read(3 * BLOCK, data.clone()).await.unwrap();
+        let bytes = data.to_vec();
+        assert!(bytes[..SECTOR] == stamp(5, 0) && bytes[SECTOR..].iter().all(|byte| *byte == 0));
+    });
 }
 
 #[test]

@@ -4,14 +4,14 @@
 
 mod common;
 
-use common::history::Trial;
+use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
     content, file, folder, has_qemu, parent, parent_number, scribble, text, tool, try_wrong, whole,
     PARENT_SIZE,
 };
-use common::{run, Chance, Content, World};
+use common::{run, Chance, Content, World, SECTOR};
 use control::Code;
-use diskio::{Bytes, File, Io, Runtime};
+use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vmdk::{create, id, look, plan, Create, Form, Vmdk};
 use formats::{Options, Parts};
@@ -88,6 +88,30 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
             trial(form, has_parent, seed).run(20);
         }
     }
+}
+
+/// What the first table leads to is inside of the image, also if the power is lost before anything was flushed.
+#[test]
+fn first_write_survives_the_loss_of_power() {
+    let world = World::new(image(&make(Form::MonolithicSparse, SIZE, false)));
+    let first = world.files();
+    let disk = open(&world, false);
+    run(async move {
+        disk.activate().await.unwrap();
+        let bytes = Bytes::copied(&stamp(5, 0)).unwrap();
+        disk.write(0, bytes, Attributes::default()).await.unwrap();
+    });
+    every_cut(&first, &world.log(), 0, |files, when| {
+        let disk = open(&World::new(files), false);
+        run(async move {
+            disk.activate().await.unwrap();
+            let data = Data::zeroed(SECTOR).unwrap();
+            let read = disk.read(0, data.clone()).await;
+            assert!(read.is_ok(), "{read:?} {when}");
+            let found = number(&data.to_vec(), 0);
+            assert!(matches!(found, Some(0 | 5)), "{found:?} {when}");
+        });
+    });
 }
 
 /// Opens the image at `path` with the extents that it names.

@@ -358,6 +358,35 @@ impl Trial {
     }
 }
 
+/// What the loss of power after any change of `log` from `begin` on can leave, if each change survives as a
+/// whole or not at all. There must be few between two flushes.
+pub(crate) fn every_cut(
+    files: &[Content],
+    log: &[(usize, What)],
+    begin: usize,
+    look: impl Fn(Vec<Content>, String),
+) {
+    for end in begin..=log.len() {
+        let flush = |at: &usize| matches!(log[*at].1, What::Flush);
+        let sure = (0..end).rev().find(flush).unwrap_or(0);
+        let mut safe = files.to_vec();
+        for (file, what) in &log[..sure] {
+            safe[*file].apply(what);
+        }
+        let rest = &log[sure..end];
+        assert!(rest.len() <= 12, "{} changes without a flush", rest.len());
+        for kept in 0..1_usize << rest.len() {
+            let mut files = safe.clone();
+            for (at, (file, what)) in rest.iter().enumerate() {
+                if kept >> at & 1 == 1 {
+                    files[*file].apply(what);
+                }
+            }
+            look(files, format!("after {end} changes, of {rest:?} {kept:#b}"));
+        }
+    }
+}
+
 /// Some of what was written comes to be there.
 fn lose(file: &mut Content, what: &What, chance: &mut Chance) {
     match what {
