@@ -154,6 +154,13 @@ impl Image {
         })
     }
 
+    /// It is a file that is marked as one that nobody writes. It is looked at again each time.
+    #[must_use]
+    pub fn is_unwritable(&self) -> bool {
+        let mode = rustix::fs::fstat(&self.held).map(|stat| stat.st_mode);
+        matches!(self.identity, Identity::File { .. }) && mode.is_ok_and(|mode| mode & 0o222 == 0)
+    }
+
     /// A path that leads to it and to nothing else, as long as it is held.
     #[must_use]
     pub fn again(&self) -> String {

@@ -20,11 +20,28 @@ pub enum Driver {
     Ram,
     /// Reads as zeroes and forgets writes, for measurements.
     Null,
+    /// An image of the format qcow2.
+    Qcow2,
+    /// An image of the format qcow, which blktap and Xen's first tools made.
+    Qcow,
+    /// An image of the format VHD.
+    Vhd,
+    /// An image of the format VMDK.
+    Vmdk,
 }
 
 impl Driver {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Aio, Self::Sync, Self::Ram, Self::Null];
+    pub const ALL: [Self; 8] = [
+        Self::Aio,
+        Self::Sync,
+        Self::Qcow2,
+        Self::Qcow,
+        Self::Vhd,
+        Self::Vmdk,
+        Self::Ram,
+        Self::Null,
+    ];
 
     /// The name in a configuration.
     pub fn name(self) -> &'static str {
@@ -33,12 +50,31 @@ impl Driver {
             Self::Sync => "sync",
             Self::Ram => "ram",
             Self::Null => "null",
+            Self::Qcow2 => "qcow2",
+            Self::Qcow => "qcow",
+            Self::Vhd => "vhd",
+            Self::Vmdk => "vmdk",
         }
     }
 
     /// True if the argument is the path of an image; otherwise it is a size.
     pub fn has_image(self) -> bool {
-        matches!(self, Self::Aio | Self::Sync)
+        !matches!(self, Self::Ram | Self::Null)
+    }
+
+    /// The image is not the disk byte for byte: it has tables of its own, which one process writes.
+    pub fn has_format(self) -> bool {
+        matches!(self, Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vmdk)
+    }
+
+    /// An image may have its content in further files, which are written with it.
+    pub fn has_extents(self) -> bool {
+        matches!(self, Self::Qcow2 | Self::Vmdk)
+    }
+
+    /// I/O on the image goes past the page cache where its file system can do that.
+    pub fn is_direct(self) -> bool {
+        self.has_image() && self != Self::Sync
     }
 }
 
@@ -52,8 +88,12 @@ impl FromStr for Driver {
     type Err = Failure;
 
     fn from_str(name: &str) -> Result<Self, Failure> {
-        // `file:` is what older configurations say of a raw file.
-        let name = if name == "file" { "aio" } else { name };
+        let name = match name {
+            // What configurations of xl and of blktap say of a raw file, and QEMU of a VHD.
+            "file" | "raw" => "aio",
+            "vpc" => "vhd",
+            name => name,
+        };
         Self::ALL
             .into_iter()
             .find(|driver| driver.name() == name)
@@ -235,12 +275,37 @@ mod tests {
             ("aio:tap:ram:1M", "ram:1048576"),
             ("ram:1M", "ram:1048576"),
             ("/srv/a:b", "aio:/srv/a:b"),
+            // libxl's own word for `format=vhd,backendtype=tap`.
+            ("vhd:/srv/a.vhd", "vhd:/srv/a.vhd"),
+            ("aio:qcow2:/srv/a.qcow2", "qcow2:/srv/a.qcow2"),
+            ("tap:vmdk:/srv/a.vmdk", "vmdk:/srv/a.vmdk"),
         ] {
             assert_eq!(Target::from_params(params).unwrap().to_string(), target);
         }
-        for params in ["", "a.img", "aio:", "aio:a.img", "vhd:/a", "aio:aio:a"] {
+        for params in ["", "a.img", "aio:", "aio:a.img", "vhdx:/a", "aio:aio:a"] {
             assert!(Target::from_params(params).is_err(), "{params:?}");
         }
+    }
+
+    #[test]
+    fn names_of_drivers_are_read_as_they_are_written() {
+        for driver in Driver::ALL {
+            assert_eq!(driver.name().parse(), Ok(driver));
+            let text = serde_json::to_string(&driver).unwrap();
+            assert_eq!(text, format!("\"{driver}\""));
+            let argument = if driver.has_image() { "/srv/a" } else { "512" };
+            let target: Target = format!("tap:{driver}:{argument}").parse().unwrap();
+            assert_eq!(target.driver(), driver);
+        }
+        for (name, driver) in [
+            ("file", Driver::Aio),
+            ("raw", Driver::Aio),
+            ("vpc", Driver::Vhd),
+        ] {
+            assert_eq!(name.parse(), Ok(driver));
+        }
+        let unknown = "vhdx".parse::<Driver>().unwrap_err();
+        assert!(unknown.message.contains("qcow2, qcow, vhd"), "{unknown}");
     }
 
     #[test]

@@ -111,7 +111,7 @@ fn beside(context: &mut Context) -> Result<()> {
             "another script",
             &[("script", "/etc/xen/scripts/other"), ("params", "aio:/a")],
         ),
-        ("no format of ours", &[("params", "vhd:/srv/a.vhd")]),
+        ("no format of ours", &[("params", "vhdx:/srv/a.vhdx")]),
         (
             "another server, in our words",
             &[("params", "aio:/srv/a.img"), ("tap-server", "other")],

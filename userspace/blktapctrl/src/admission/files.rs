@@ -7,8 +7,11 @@
 //! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
 //! - It is what the administrator named for the disk, or is in a folder that he named, or in one that the
-//!   supervisor was started with (`--files`). The image's own folder is not enough: the images of others
-//!   are there, too. What is written must be named for the disk itself.
+//!   supervisor was started with (`--files`). What is written must be named for the disk itself.
+//! - The image's own folder is not enough, because the images of others are there, too; but what is beside
+//!   the image may be had if nobody may write it (`chmod a-w`: so it is no other guest's disk), and if its
+//!   name says that it is a part of this image ([`is_extent_of`]).
+//! - An image that is the disk byte for byte names nothing, so who serves one gets nothing.
 //! - The rules of sharing hold as for an image, and it counts as used from then on.
 
 use super::Admission;
@@ -40,6 +43,7 @@ impl Admission {
         path: &Path,
     ) -> Result<(Arc<Image>, Part), Failure> {
         check_path(disk, role, path)?;
+        check_driver(disk, role, path)?;
         let known = self.known(disk, role, path);
         if known.is_none() {
             self.check_new(disk, role, path)?;
@@ -60,10 +64,7 @@ impl Admission {
             ));
         }
         let asked_for = (opened(disk), named(disk));
-        // It goes on from what it was served from until now, which an administrator named for it, too.
-        let goes_on =
-            role == Role::Parent && disk.record.borrow().identity == Some(image.identity());
-        if !goes_on {
+        if !goes_on(disk, role, &image) {
             self.check_named(disk, role, path, image.clone()).await?;
         }
         let mode = mode(role, disk.record.borrow().mode);
@@ -77,7 +78,11 @@ impl Admission {
             locked: false,
         };
         let work = |beside: bool| {
-            let locked = !beside && !mode.is_shared();
+            if beside {
+                let why = "another disk uses it, and one of the two writes it: detach that";
+                return Err(refused(disk, role, path, why));
+            }
+            let locked = !mode.is_shared();
             let part = Part { locked, ..part };
             // The verb may be over by now, or be another one.
             self.check_new(disk, role, path)?;
@@ -181,6 +186,7 @@ impl Admission {
         if !writes {
             named.extend(self.folders.iter().cloned());
         }
+        let image = image_of(disk);
         let ours = self.registry.folder.root().to_path_buf();
         let below = |place: &Path, folder: &Path| {
             std::fs::canonicalize(folder).is_ok_and(|folder| place.starts_with(folder))
@@ -189,6 +195,7 @@ impl Admission {
             let place = file.place()?;
             let is_ours = below(&place, &ours);
             let is_named = named.iter().any(|named| below(&place, named));
+            let is_named = is_named || is_beside(image.as_deref(), role, &file, &place)?;
             Ok((place, is_ours, is_named))
         })
         .await?;
@@ -200,10 +207,91 @@ impl Admission {
                 "it is {place}, which nobody named for this disk: if it may write that, say so with tap-ctl create or unpause --files {place}"
             ),
             (false, false, false) => format!(
-                "it is {place}, which nobody named: if it may have that, say so with tap-ctl create or unpause --files {place}, or start blktapctrl with --files and its folder"
+                "it is {place}, which nobody named: if it may have that, say so with tap-ctl create or unpause --files {place}, or start blktapctrl with --files and its folder; what is beside the image may be had if nobody may write it, see to that with chmod a-w {place}"
             ),
         };
         Err(refused(disk, role, path, &why))
+    }
+}
+
+/// It goes on from what the disk was served from until now, which an administrator named for it, or from
+/// what that went on from.
+fn goes_on(disk: &Disk, role: Role, file: &Image) -> bool {
+    let record = disk.record.borrow();
+    let parents = record.parts.iter().filter(|part| part.role == Role::Parent);
+    let had = |part: &Part| file.is(part.identity, part.born);
+    role == Role::Parent && (file.is(record.identity, record.born) || parents.clone().any(had))
+}
+
+/// What is in the image's own folder and cannot be another guest's disk: what nobody may write, for
+/// reading, and what the image's own name leads to.
+fn is_beside(
+    image: Option<&Image>,
+    role: Role,
+    file: &Image,
+    place: &Path,
+) -> Result<bool, Failure> {
+    let Some(image) = image.filter(|_| role != Role::Socket) else {
+        return Ok(false);
+    };
+    let its = image.place()?;
+    let is_fixed = role == Role::Parent && file.is_unwritable();
+    Ok(its.parent() == place.parent() && (is_fixed || is_extent_of(&its, place)))
+}
+
+/// The names that a VMDK's files have: `a-flat.vmdk`, `a-s001.vmdk`, `a-f001.vmdk`, `a-delta.vmdk` beside
+/// `a.vmdk`.
+fn is_extent_of(image: &Path, place: &Path) -> bool {
+    let name = |path: &Path| {
+        Some(
+            path.file_name()?
+                .to_str()?
+                .strip_suffix(".vmdk")?
+                .to_owned(),
+        )
+    };
+    let (Some(image), Some(part)) = (name(image), name(place)) else {
+        return false;
+    };
+    let Some(rest) = part
+        .strip_prefix(&image)
+        .and_then(|rest| rest.strip_prefix('-'))
+    else {
+        return false;
+    };
+    let number = rest.strip_prefix(['s', 'f']).unwrap_or_default();
+    let is_numbered = number.len() >= 3 && number.bytes().all(|byte| byte.is_ascii_digit());
+    matches!(rest, "flat" | "delta") || is_numbered
+}
+
+/// The image that a process is given.
+fn image_of(disk: &Disk) -> Option<Arc<Image>> {
+    match disk.record.borrow().next {
+        Some(_) => disk.next_image.borrow().clone(),
+        None => disk.image.borrow().clone(),
+    }
+}
+
+/// Whether images of the disk's driver name such files at all.
+fn check_driver(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
+    let record = disk.record.borrow();
+    let open = match &record.next {
+        Some(next) => Some(&next.open),
+        None => record.open.as_ref(),
+    };
+    let driver = open.map(|open| open.target.driver());
+    let may = driver.is_some_and(|driver| match role {
+        Role::Parent => driver.has_format(),
+        Role::Extent => driver.has_extents(),
+        Role::Socket => true,
+    });
+    match (may, driver) {
+        (true, _) => Ok(()),
+        (false, Some(driver)) => {
+            let why = format!("an image of the driver {driver} has none");
+            Err(refused(disk, role, path, &why))
+        }
+        (false, None) => Err(refused(disk, role, path, "it has no image")),
     }
 }
 
@@ -274,4 +362,42 @@ fn refused(disk: &Disk, role: Role, path: &Path, why: &str) -> Failure {
         path.display()
     );
     Failure::new(Code::Denied, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_extent_of;
+    use std::path::Path;
+
+    #[test]
+    fn name_of_a_part_says_of_which_image_it_is() {
+        let image = Path::new("/srv/web.vmdk");
+        for (name, is) in [
+            ("web-flat.vmdk", true),
+            ("web-s001.vmdk", true),
+            ("web-f012.vmdk", true),
+            ("web-s1000.vmdk", true),
+            ("web-delta.vmdk", true),
+            ("web.vmdk", false),
+            ("web-db.vmdk", false),
+            ("web-db-flat.vmdk", false),
+            ("web-s01.vmdk", false),
+            ("web-s00x.vmdk", false),
+            ("web-s.vmdk", false),
+            ("web-.vmdk", false),
+            ("web2-flat.vmdk", false),
+            ("webflat.vmdk", false),
+            ("web-flat.img", false),
+        ] {
+            assert_eq!(
+                is_extent_of(image, &Path::new("/srv").join(name)),
+                is,
+                "{name}"
+            );
+        }
+        assert!(!is_extent_of(
+            Path::new("/srv/web.img"),
+            Path::new("/srv/web-flat.vmdk")
+        ));
+    }
 }

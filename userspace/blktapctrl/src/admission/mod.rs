@@ -55,17 +55,40 @@ pub struct Admission {
 }
 
 /// A mode decides what a tapdisk may do.
-pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Open {
+///
+/// # Errors
+/// The driver cannot do that.
+pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
+    if mode == Mode::WriteShared && open.target.driver().has_format() {
+        return Err(Failure::unsupported(format!(
+            "{} cannot be used with the mode w!: who writes an image of this format changes its tables, of \
+             which another writer would not learn; use the mode w, or a raw image",
+            open.target
+        )));
+    }
     open.read_only = mode.is_read_only();
     open.shared = mode.is_shared();
     open.whole_blocks = mode.is_shared() && !mode.is_read_only();
-    open
+    Ok(open)
 }
 
 /// As a guest and its stub domain do.
-pub(crate) fn beside_others(mut open: Open, beside: bool) -> Open {
+///
+/// # Errors
+/// The driver cannot do that.
+pub(crate) fn beside_others(mut open: Open, beside: bool) -> Result<Open, Failure> {
+    if beside && open.target.driver().has_format() {
+        return Err(Failure::new(
+            Code::Busy,
+            format!(
+                "{} is in use by another disk, too, and one of the two writes it: the tables of an image of this \
+                 format would be wrong for the other; detach it there, or use a raw image",
+                open.target
+            ),
+        ));
+    }
     open.shared |= beside;
-    open
+    Ok(open)
 }
 
 impl Admission {
@@ -122,13 +145,13 @@ impl Admission {
     /// # Errors
     /// Says who uses it.
     pub async fn check(&self, check: Check) -> Result<(), Failure> {
-        let open = with_mode(Open::new(check.target), check.mode);
+        let open = with_mode(Open::new(check.target), check.mode)?;
         let vbd = check.vbd.as_deref().map(relative);
         if self.registry.made_before(vbd, &open, check.mode).is_some() {
             return Ok(());
         }
         let image = image::of(&open).await?;
-        let work = |_| Ok(());
+        let work = |beside| beside_others(open, beside).map(drop);
         self.admit(image.as_ref(), check.mode, vbd, None, work)
             .await
     }

@@ -31,7 +31,7 @@ impl Lifecycle {
             self.admission.check_directory(vbd).await?;
         }
         check_files(&create.files)?;
-        let open = with_mode(create.open, create.mode);
+        let open = with_mode(create.open, create.mode)?;
         if let Some(disk) = self
             .registry
             .made_before(vbd.as_deref(), &open, create.mode)
@@ -52,7 +52,7 @@ impl Lifecycle {
         record.doing = Some(Doing::Create);
         let target = Some(open.target.clone());
         let work = |beside| {
-            record.open = Some(beside_others(open, beside));
+            record.open = Some(beside_others(open, beside)?);
             self.registry
                 .make_node(record, create.minor, create.arena_kib)
         };

@@ -210,7 +210,7 @@ impl Lifecycle {
     ) -> Result<(Given, Provided), Failure> {
         let (file, part) = self.admission.file(disk, role, path).await?;
         let open = self.leads_to(disk)?;
-        let direct = open.target.driver() != control::Driver::Sync;
+        let direct = open.target.driver().is_direct();
         let write = !part.mode.is_read_only();
         let opened = apart(path, LIMIT, move || file.open(write, direct)).await?;
         let provided = match part.locked {

@@ -40,15 +40,16 @@ impl Lifecycle {
                 ),
             ));
         }
-        let open = with_mode(open, mode);
+        let open = with_mode(open, mode)?;
         let image = image::of(&open).await?;
         let vbd = disk.record.borrow().vbd.clone();
         let work = |beside| {
+            let open = beside_others(open, beside)?;
             self.registry.change(disk, |record| {
                 record.doing = Some(Doing::Open);
                 record.identity = image.as_ref().map(|image| image.identity());
                 record.born = image.as_ref().and_then(|image| image.born());
-                record.open = Some(beside_others(open, beside));
+                record.open = Some(open);
                 record.mode = mode;
                 record.files = files;
             })

@@ -163,7 +163,7 @@ impl Lifecycle {
         let mut open = disk.open()?;
         open.target = target;
         open.may_shrink = may_shrink;
-        let open = with_mode(open, mode);
+        let open = with_mode(open, mode)?;
         let image = image::of(&open).await?;
         // What belongs to the image that is served no more leaves the record with it.
         if !disk.record.borrow().parts.is_empty() {
@@ -172,7 +172,7 @@ impl Lifecycle {
         let committed = self.registry.answered(disk);
         let work = |beside| {
             let next = Next {
-                open: beside_others(open, beside),
+                open: beside_others(open, beside)?,
                 identity: image.as_ref().map(|image| image.identity()),
                 born: image.as_ref().and_then(|image| image.born()),
                 parts: Vec::new(),

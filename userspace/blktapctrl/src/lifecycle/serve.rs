@@ -199,7 +199,7 @@ impl Lifecycle {
         open.may_ask = true;
         let opened = match &image {
             Some(image) => {
-                let direct = open.target.driver() != control::Driver::Sync;
+                let direct = open.target.driver().is_direct();
                 let (again, write) = (image.clone(), !open.read_only);
                 let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
                 if direct && !opened.direct {

@@ -61,7 +61,11 @@ impl Bed {
     }
 
     pub(crate) fn create(&self, name: &str) -> Create {
-        let target = format!("sync:{}", self.dir.join(name).display());
+        let driver = match name.rsplit_once('.') {
+            Some((_, format @ ("qcow2" | "qcow" | "vhd" | "vmdk"))) => format,
+            _ => "sync",
+        };
+        let target = format!("{driver}:{}", self.dir.join(name).display());
         Create {
             open: Open::new(target.parse().expect("a target")),
             mode: Mode::Write,

@@ -8,6 +8,7 @@ use control::tapdisk::{
     Disk, Engine, Need, Needed, Open, Provided, Reply, Request, State, Status, Troubles,
 };
 use control::{supervisor, Channel, Code, Failure};
+use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -505,12 +506,24 @@ fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd) {
             std::mem::forget(memory);
         }
         _ => {
-            let mut text = String::new();
-            let mut file = std::fs::File::from(fd);
-            file.read_to_string(&mut text).expect("a file");
-            note(dir, &format!("given {text} {provided:?}"));
+            let (text, fd) = text(fd);
+            let access = match fcntl_getfl(&fd).expect("flags").contains(OFlags::RDWR) {
+                true => " w",
+                false => "",
+            };
+            note(dir, &format!("given{access} {text} {provided:?}"));
         }
     }
+}
+
+/// What is in a file, which may be open for transfers of whole blocks.
+fn text(fd: OwnedFd) -> (String, OwnedFd) {
+    let flags = fcntl_getfl(&fd).expect("flags");
+    fcntl_setfl(&fd, flags - OFlags::DIRECT).expect("flags");
+    let mut text = String::new();
+    let mut file = std::fs::File::from(fd);
+    file.read_to_string(&mut text).expect("a file");
+    (text, file.into())
 }
 
 #[derive(Default)]
@@ -632,12 +645,8 @@ impl Served {
             std::process::exit(3);
         }
         wait_while(&dir.join("hang"));
-        let content = fds.pop().map(|fd| {
-            let mut text = String::new();
-            let mut file = std::fs::File::from(fd);
-            file.read_to_string(&mut text).expect("an image");
-            (text, OwnedFd::from(file))
-        });
+        let content = fds.pop().map(text);
+
         let text = content.as_ref().map_or("", |(text, _)| text);
         let policy = format!("{:?} {:?}", open.on_no_space, open.on_error);
         std::fs::write(dir.join("policy"), policy).expect("write");

@@ -103,13 +103,13 @@ fn parts_of_a_disk_that_is_left_alone_are_not_free() {
     let two = Succession::new("left-parts");
     block_on(async {
         let bed = two.bed();
-        bed.image("a.img", "A");
+        bed.image("a.qcow2", "A");
         let path = bed.image("part.img", "part");
         let need = Needed::Extent { path: path.clone() };
         let need = serde_json::to_string(&need).expect("text");
         fs::write(bed.dir.join("ask"), need).expect("write");
         let files = vec![path];
-        let create = bed.create("a.img");
+        let create = bed.create("a.qcow2");
         bed.made(Create { files, ..create }).await;
     });
     let text = fs::read_to_string(record(&two)).expect("a record");

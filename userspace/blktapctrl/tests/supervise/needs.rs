@@ -8,8 +8,10 @@ use control::tapdisk::Needed;
 use control::{Code, Target};
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
 /// What the next process will ask for.
@@ -30,7 +32,7 @@ async fn refused(bed: &Bed, create: Create) -> String {
 }
 
 fn served(bed: &Bed) -> PathBuf {
-    bed.image("a.img", "child");
+    bed.image("a.qcow2", "child");
     bed.image("parent.img", "old")
 }
 
@@ -47,16 +49,16 @@ fn a_parent_is_given_and_counts_as_used() {
     test("needs-parent", |bed| async move {
         let path = served(&bed);
         ask(&bed, "ask", &[parent(&path)]);
-        let minor = bed.made(with(&bed, "a.img", &[&path])).await;
+        let minor = bed.made(with(&bed, "a.qcow2", &[&path])).await;
         assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
         ask(&bed, "ask", &[]);
         let why = refused(&bed, bed.create("parent.img")).await;
         assert!(why.contains(&format!("tap disk {minor}")), "{why}");
         // Others may go on from it, too.
         ask(&bed, "ask", &[parent(&path)]);
-        bed.image("b.img", "other");
+        bed.image("b.qcow2", "other");
         let before = bed.log().len();
-        let other = bed.made(with(&bed, "b.img", &[&bed.dir])).await;
+        let other = bed.made(with(&bed, "b.qcow2", &[&bed.dir])).await;
         let log = &bed.log()[before..];
         assert_eq!(log[log.len() - 2..], ["given old Locked", "open w other"]);
         // The next process gets what is on the record.
@@ -76,12 +78,12 @@ fn an_extent_belongs_to_one_disk() {
         let path = served(&bed);
         let extent = Needed::Extent { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&extent));
-        let minor = bed.made(with(&bed, "a.img", &[&path])).await;
-        assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
-        bed.image("b.img", "other");
+        let minor = bed.made(with(&bed, "a.qcow2", &[&path])).await;
+        assert_eq!(bed.log()[1..], ["given w old Locked", "open w child"]);
+        bed.image("b.qcow2", "other");
         for need in [extent, parent(&path)] {
             ask(&bed, "ask", &[need]);
-            let why = refused(&bed, with(&bed, "b.img", &[&path])).await;
+            let why = refused(&bed, with(&bed, "b.qcow2", &[&path])).await;
             assert!(why.contains("parent.img is not free"), "{why}");
             assert!(why.contains(&format!("tap disk {minor}")), "{why}");
         }
@@ -106,20 +108,20 @@ fn what_nobody_named_is_refused_with_the_remedy() {
         // What is beside the image may be another guest's.
         for path in [&beside, &secret, &link, Path::new("/etc/passwd")] {
             ask(&bed, "ask", &[parent(path)]);
-            let why = refused(&bed, with(&bed, "a.img", &[&named])).await;
+            let why = refused(&bed, with(&bed, "a.qcow2", &[&named])).await;
             assert!(why.contains(&path.display().to_string()), "{why}");
             assert!(why.contains("create or unpause --files"), "{why}");
             let why =
                 move |what: &What| matches!(what, What::Refused { why: told } if *told == why);
             assert!(bed.events().iter().any(why));
         }
-        ask(&bed, "ask", &[parent(&bed.dir.join("a.img"))]);
-        let why = refused(&bed, bed.create("a.img")).await;
+        ask(&bed, "ask", &[parent(&bed.dir.join("a.qcow2"))]);
+        let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("the image itself"), "{why}");
         let long = format!("/{}", "x".repeat(5000));
         for (path, wrong) in [
             ("/srv/a\nblktapctrl: all is well", "control characters"),
-            ("../a.img", "no absolute path"),
+            ("../a.qcow2", "no absolute path"),
             (&long, "bytes at most"),
         ] {
             for need in [
@@ -127,15 +129,15 @@ fn what_nobody_named_is_refused_with_the_remedy() {
                 Needed::Socket { path: path.into() },
             ] {
                 ask(&bed, "ask", &[need]);
-                let why = refused(&bed, with(&bed, "a.img", &[Path::new("/")])).await;
+                let why = refused(&bed, with(&bed, "a.qcow2", &[Path::new("/")])).await;
                 assert!(why.contains(wrong), "{why}");
                 assert!(!why.contains('\n') && why.len() < 400, "{why}");
             }
         }
         ask(&bed, "ask", &[Needed::Other]);
-        let why = refused(&bed, bed.create("a.img")).await;
+        let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("does not know"), "{why}");
-        let why = refused(&bed, with(&bed, "a.img", &[Path::new("b.img")])).await;
+        let why = refused(&bed, with(&bed, "a.qcow2", &[Path::new("b.qcow2")])).await;
         assert!(why.contains("absolute path"), "{why}");
         bed.assert_nothing_left().await;
     });
@@ -144,29 +146,29 @@ fn what_nobody_named_is_refused_with_the_remedy() {
 #[test]
 fn a_folder_for_all_disks_is_read_and_not_written() {
     test("needs-all", |bed| async move {
-        bed.image("a.img", "child");
+        bed.image("a.qcow2", "child");
         let folder = bed.dir.join("servers");
         fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join("part.img");
         fs::write(&path, "part").expect("write");
         let extent = Needed::Extent { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&extent));
-        let why = refused(&bed, bed.create("a.img")).await;
+        let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("named for this disk"), "{why}");
         let reader = Create {
             mode: Mode::Read,
-            ..bed.create("a.img")
+            ..bed.create("a.qcow2")
         };
         let minor = bed.made(reader).await;
         bed.destroy(minor).await;
         ask(&bed, "ask", &[parent(&path)]);
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(bed.create("a.qcow2")).await;
         bed.destroy(minor).await;
         // What is the supervisor's own is nobody's, whatever was named.
         let own = bed.registry().folder.root().join("disks/of.json");
         fs::write(&own, "{}").expect("write");
         ask(&bed, "ask", &[parent(&own)]);
-        let why = refused(&bed, with(&bed, "a.img", &[&bed.dir])).await;
+        let why = refused(&bed, with(&bed, "a.qcow2", &[&bed.dir])).await;
         assert!(why.contains("the supervisor's own"), "{why}");
         fs::remove_file(own).expect("remove");
         bed.assert_nothing_left().await;
@@ -180,7 +182,7 @@ fn an_unpause_gives_nothing_that_was_not_named() {
     test("needs-unpause", |bed| async move {
         let path = served(&bed);
         ask(&bed, "ask", &[]);
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(bed.create("a.qcow2")).await;
         let pause = Request::Pause {
             which: which(minor),
             timeout_s: 0,
@@ -209,7 +211,7 @@ fn what_got_lost_on_the_way_is_given_again() {
         let path = served(&bed);
         ask(&bed, "ask", &[parent(&path)]);
         fs::write(bed.dir.join("deaf"), "").expect("write");
-        let minor = bed.made(with(&bed, "a.img", &[&path])).await;
+        let minor = bed.made(with(&bed, "a.qcow2", &[&path])).await;
         assert!(!bed.dir.join("deaf").exists());
         assert_eq!(bed.log()[1..], ["given old Locked", "open w child"]);
         bed.destroy(minor).await;
@@ -220,10 +222,10 @@ fn what_got_lost_on_the_way_is_given_again() {
 #[test]
 fn who_answers_all_the_time_is_asked_now_and_then() {
     test("needs-chatty", |bed| async move {
-        bed.image("a.img", "A");
+        bed.image("a.qcow2", "A");
         fs::write(bed.dir.join("chatty"), "").expect("write");
         let start = Instant::now();
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(bed.create("a.qcow2")).await;
         let chat = || bed.log().iter().filter(|line| *line == "chat").count();
         until("questions", || async { (chat() >= 300).then_some(()) }).await;
         // 256 at once, then one in 10 ms, and one in 100 ms of what goes wrong.
@@ -240,7 +242,7 @@ fn a_disk_that_is_served_gets_nothing_new() {
     test("needs-later", |bed| async move {
         let path = served(&bed);
         ask(&bed, "ask", &[parent(&path)]);
-        let minor = bed.made(with(&bed, "a.img", &[&bed.dir])).await;
+        let minor = bed.made(with(&bed, "a.qcow2", &[&bed.dir])).await;
         let resize = || bed.ask(Request::Resize(which(minor)));
         ask(&bed, "ask-later", &[parent(&path)]);
         resize().await.expect("it is on the record");
@@ -274,8 +276,8 @@ fn a_disk_that_is_served_gets_nothing_new() {
             timeout_s,
         };
         bed.ask(pause).await.expect("paused");
-        bed.image("next.img", "next");
-        let target: Target = format!("sync:{}", bed.dir.join("next.img").display())
+        bed.image("next.qcow2", "next");
+        let target: Target = format!("qcow2:{}", bed.dir.join("next.qcow2").display())
             .parse()
             .expect("a target");
         ask(&bed, "ask", &[parent(&path)]);
@@ -298,7 +300,7 @@ fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
     test("needs-parted", |bed| async move {
         let path = served(&bed);
         let extent = [Needed::Extent { path: path.clone() }];
-        bed.image("b.img", "other");
+        bed.image("b.qcow2", "other");
         let pause = || Request::Pause {
             which: which(0),
             timeout_s: 0,
@@ -315,12 +317,12 @@ fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
             bed.destroy(minor).await;
         };
         // An unpause that fails after it was given.
-        bed.made(bed.create("a.img")).await;
+        bed.made(bed.create("a.qcow2")).await;
         let first = bed.row(0).await.pid;
         bed.ask(pause()).await.expect("paused");
         ask(&bed, "ask", &extent);
         fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
-        bed.ask(unpause("b.img", &[&path]))
+        bed.ask(unpause("b.qcow2", &[&path]))
             .await
             .expect_err("refused");
         assert_ne!(bed.row(0).await.pid, first);
@@ -328,18 +330,20 @@ fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
         free().await;
         // An image of which it is a part is exchanged.
         ask(&bed, "ask", &extent);
-        bed.ask(unpause("b.img", &[&path])).await.expect("goes on");
+        bed.ask(unpause("b.qcow2", &[&path]))
+            .await
+            .expect("goes on");
         let second = bed.row(0).await.pid;
         bed.ask(pause()).await.expect("paused");
         ask(&bed, "ask", &[]);
-        bed.ask(unpause("a.img", &[])).await.expect("goes on");
+        bed.ask(unpause("a.qcow2", &[])).await.expect("goes on");
         let third = bed.row(0).await.pid;
         assert!(third.is_some() && third != second);
         free().await;
         // It is closed.
         bed.destroy(0).await;
         ask(&bed, "ask", &extent);
-        bed.made(with(&bed, "a.img", &[&path])).await;
+        bed.made(with(&bed, "a.qcow2", &[&path])).await;
         let fourth = bed.row(0).await.pid;
         let close = Request::Close {
             which: which(0),
@@ -369,7 +373,7 @@ fn an_image_that_was_served_becomes_a_parent() {
         ask(&bed, "ask", &[parent(&old)]);
         let unpause = Request::Unpause {
             which: which(0),
-            target: Some(bed.create("a.img").open.target),
+            target: Some(bed.create("a.qcow2").open.target),
             may_shrink: false,
             files: Vec::new(),
         };
@@ -380,8 +384,8 @@ fn an_image_that_was_served_becomes_a_parent() {
             ["given old Locked", "unpause w child"]
         );
         // It is read and not written from now on: others may go on from it, too.
-        bed.image("b.img", "other");
-        let other = bed.made(with(&bed, "b.img", &[&old])).await;
+        bed.image("b.qcow2", "other");
+        let other = bed.made(with(&bed, "b.qcow2", &[&old])).await;
         bed.replaced(0, kill).await;
         bed.destroy(other).await;
         bed.destroy(0).await;
@@ -392,7 +396,7 @@ fn an_image_that_was_served_becomes_a_parent() {
 #[test]
 fn a_server_is_connected_to_again() {
     test("needs-socket", |bed| async move {
-        bed.image("a.img", "child");
+        bed.image("a.qcow2", "child");
         let folder = bed.dir.join("servers");
         fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join("server");
@@ -407,7 +411,7 @@ fn a_server_is_connected_to_again() {
         let server = hello(UnixListener::bind(&path).expect("a socket"));
         let socket = Needed::Socket { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&socket));
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(bed.create("a.qcow2")).await;
         assert_eq!(server.join().expect("a server"), *b"hello");
         // The server has gone: it is asked for again, and once more when there is another.
         ask(&bed, "ask-later", std::slice::from_ref(&socket));
@@ -427,10 +431,10 @@ fn a_server_is_connected_to_again() {
         let elsewhere = bed.dir.join("socket");
         let _listener = UnixListener::bind(&elsewhere).expect("a socket");
         let socket = Needed::Socket { path: elsewhere };
-        bed.image("b.img", "other");
+        bed.image("b.qcow2", "other");
         let before = bed.log().len();
         ask(&bed, "ask", &[socket]);
-        let why = refused(&bed, bed.create("b.img")).await;
+        let why = refused(&bed, bed.create("b.qcow2")).await;
         assert!(why.contains("start blktapctrl with --files"), "{why}");
         assert!(!bed
             .log()
@@ -454,10 +458,10 @@ fn state_of_an_image_is_not_that_of_the_next() {
     let state = Needed::State { size: 4096 };
     block_on(async {
         let bed = host.bed();
-        bed.image("a.img", "A");
-        bed.image("b.img", "B");
+        bed.image("a.qcow2", "A");
+        bed.image("b.qcow2", "B");
         ask(&bed, "ask", std::slice::from_ref(&state));
-        bed.made(bed.create("a.img")).await;
+        bed.made(bed.create("a.qcow2")).await;
         let pause = Request::Pause {
             which: which(0),
             timeout_s: 0,
@@ -467,7 +471,7 @@ fn state_of_an_image_is_not_that_of_the_next() {
         bed.kernel.crash.left.set(Some(1));
         let unpause = Request::Unpause {
             which: which(0),
-            target: Some(bed.create("b.img").open.target),
+            target: Some(bed.create("b.qcow2").open.target),
             may_shrink: false,
             files: Vec::new(),
         };
@@ -501,9 +505,9 @@ fn state_outlives_a_process_and_a_supervisor() {
     let (mut pids, state) = (Vec::new(), Needed::State { size: 4096 });
     block_on(async {
         let bed = host.bed();
-        bed.image("a.img", "child");
+        bed.image("a.qcow2", "child");
         ask(&bed, "ask", std::slice::from_ref(&state));
-        let minor = bed.made(bed.create("a.img")).await;
+        let minor = bed.made(bed.create("a.qcow2")).await;
         assert_eq!(minor, 0);
         let row = bed.row(0).await;
         assert_eq!(row.state_bytes, 4096);
@@ -528,6 +532,174 @@ fn state_outlives_a_process_and_a_supervisor() {
         assert_eq!(states(&bed).pop(), Some("state ".to_owned()));
         assert_eq!(bed.row(0).await.state_bytes, 512);
         bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// What nobody may write is no other guest's disk: beside the image it may be had without a word.
+#[test]
+fn a_parent_beside_the_image_is_given_if_nobody_may_write_it() {
+    test("needs-beside", |bed| async move {
+        let path = served(&bed);
+        bed.image("b.qcow2", "other");
+        let fixed = |path: &Path, mode: u32| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+        };
+        fixed(&path, 0o444);
+        ask(&bed, "ask", &[parent(&path)]);
+        let minor = bed.made(bed.create("a.qcow2")).await;
+        let second = bed.made(bed.create("b.qcow2")).await;
+        let log = bed.log();
+        let given = log.iter().filter(|line| *line == "given old Locked");
+        assert_eq!(given.count(), 2);
+        // What was given stays so, also to the next process.
+        fixed(&path, 0o644);
+        bed.replaced(minor, kill).await;
+        bed.destroy(second).await;
+        bed.destroy(minor).await;
+        let why = refused(&bed, bed.create("a.qcow2")).await;
+        assert!(why.contains("chmod a-w"), "{why}");
+        // Not what is to be written, nor what is elsewhere.
+        fixed(&path, 0o444);
+        ask(&bed, "ask", &[Needed::Extent { path: path.clone() }]);
+        let why = refused(&bed, bed.create("a.qcow2")).await;
+        assert!(why.contains("named for this disk"), "{why}");
+        let folder = bed.dir.join("elsewhere");
+        fs::create_dir_all(&folder).expect("a folder");
+        let secret = folder.join("secret");
+        fs::write(&secret, "secret").expect("write");
+        fixed(&secret, 0o444);
+        let link = bed.dir.join("link");
+        std::os::unix::fs::symlink(&secret, &link).expect("a link");
+        for path in [&secret, &link, &folder.join("../elsewhere/secret")] {
+            ask(&bed, "ask", &[parent(path)]);
+            let why = refused(&bed, bed.create("a.qcow2")).await;
+            assert!(why.contains("nobody named"), "{why}");
+        }
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn files_of_a_vmdk_are_known_by_their_names() {
+    test("needs-vmdk", |bed| async move {
+        bed.image("a.vmdk", "descriptor");
+        bed.image("a-db.vmdk", "another guest's");
+        let path = bed.image("a-flat.vmdk", "flat");
+        let extent = |path: &Path| Needed::Extent { path: path.into() };
+        ask(&bed, "ask", &[extent(&path)]);
+        let minor = bed.made(bed.create("a.vmdk")).await;
+        let expected = ["given w flat Locked", "open w descriptor"];
+        assert_eq!(bed.log()[1..], expected);
+        // It is the disk's alone.
+        ask(&bed, "ask", &[]);
+        let why = refused(&bed, bed.create("a-flat.vmdk")).await;
+        assert!(why.contains(&format!("tap disk {minor}")), "{why}");
+        bed.destroy(minor).await;
+        ask(&bed, "ask", &[extent(&bed.dir.join("a-db.vmdk"))]);
+        let why = refused(&bed, bed.create("a.vmdk")).await;
+        assert!(why.contains("named for this disk"), "{why}");
+        // Who only reads the disk gets no more than that.
+        ask(&bed, "ask", &[extent(&path), parent(&path)]);
+        let reader = Create {
+            mode: Mode::Read,
+            ..bed.create("a.vmdk")
+        };
+        let minor = bed.made(reader).await;
+        assert!(bed.log().ends_with(&[
+            "given flat Locked".into(),
+            "given flat Locked".into(),
+            "open r descriptor".into()
+        ]));
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn who_serves_a_raw_image_gets_no_part_of_it() {
+    test("needs-raw", |bed| async move {
+        let path = bed.image("a.img", "raw");
+        let other = bed.image("other.img", "other");
+        bed.image("c.vhd", "VHD");
+        let extent = Needed::Extent {
+            path: other.clone(),
+        };
+        for (name, need) in [
+            ("a.img", parent(&other)),
+            ("a.img", extent.clone()),
+            ("c.vhd", extent),
+        ] {
+            ask(&bed, "ask", &[need]);
+            let why = refused(&bed, with(&bed, name, &[&other])).await;
+            assert!(why.contains("has none"), "{why}");
+        }
+        // The memory that outlives a process is for all.
+        ask(&bed, "ask", &[Needed::State { size: 512 }]);
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.destroy(minor).await;
+        assert!(path.exists());
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// Each image of a chain goes on from what was served before it, with all that it went on from.
+#[test]
+fn a_chain_of_snapshots_is_what_was_served() {
+    test("needs-chain", |bed| async move {
+        let old = served(&bed);
+        bed.made(bed.create("parent.img")).await;
+        let mut chain = vec![old];
+        for name in ["a.qcow2", "b.qcow2", "c.qcow2"] {
+            let path = bed.image(name, name);
+            let pause = Request::Pause {
+                which: which(0),
+                timeout_s: 0,
+            };
+            bed.ask(pause).await.expect("paused");
+            let needs: Vec<Needed> = chain.iter().rev().map(|path| parent(path)).collect();
+            ask(&bed, "ask", &needs);
+            let unpause = Request::Unpause {
+                which: which(0),
+                target: Some(bed.create(name).open.target),
+                may_shrink: false,
+                files: Vec::new(),
+            };
+            bed.ask(unpause).await.expect("goes on");
+            bed.replaced(0, kill).await;
+            chain.push(path);
+        }
+        bed.destroy(0).await;
+        // Somebody else may not.
+        let why = refused(&bed, bed.create("c.qcow2")).await;
+        assert!(why.contains("nobody named"), "{why}");
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// A guest may have an image twice, but not one that changes below another one.
+#[test]
+fn what_a_guest_writes_is_no_parent_of_its_other_disk() {
+    test("needs-written", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.registry().use_store(Some(store));
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        let path = served(&bed);
+        let of = |device: u32, create: Create| {
+            let directory = format!("backend/vbd/3/{device}");
+            bed.store.put(&directory, &[("frontend", "f")]);
+            Create {
+                vbd: Some(directory),
+                ..create
+            }
+        };
+        let writer = bed.made(of(51712, bed.create("parent.img"))).await;
+        ask(&bed, "ask", &[parent(&path)]);
+        let why = refused(&bed, of(51728, with(&bed, "a.qcow2", &[&path]))).await;
+        assert!(why.contains("one of the two writes it"), "{why}");
+        bed.destroy(writer).await;
+        let minor = bed.made(of(51728, with(&bed, "a.qcow2", &[&path]))).await;
+        bed.destroy(minor).await;
         bed.assert_nothing_left().await;
     });
 }

@@ -2,7 +2,7 @@
 //! Who else uses an image.
 
 use super::bed::{test, which};
-use control::supervisor::{Mode, Request};
+use control::supervisor::{Check, Create, Mode, Request};
 use control::tapdisk::State;
 use control::Code;
 use std::fs;
@@ -129,5 +129,64 @@ fn a_person_does_not_take_a_disk_from_a_guest() {
         );
         assert_eq!(bed.row(minor).await.state, Some(State::Running));
         bind(None);
+    });
+}
+
+/// Two processes that write one image with tables of its own would ruin it, whoever says that they may.
+#[test]
+fn an_image_with_a_format_is_written_by_one_process() {
+    test("formats", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.registry().use_store(Some(store));
+        for name in ["a.qcow2", "a.qcow", "a.vhd", "a.vmdk"] {
+            bed.image(name, name);
+            let create = |mode| Create {
+                mode,
+                ..bed.create(name)
+            };
+            let shared = create(Mode::WriteShared);
+            let check = Request::Check(Check {
+                target: shared.open.target.clone(),
+                mode: shared.mode,
+                vbd: None,
+            });
+            for request in [check, Request::Create(Box::new(shared))] {
+                let failure = bed.ask(request).await.expect_err("two writers");
+                assert_eq!(failure.code, Code::Unsupported);
+                assert!(failure.message.contains("use the mode w,"), "{failure}");
+            }
+            // Readers are no trouble to each other.
+            let readers = [Mode::Read, Mode::ReadShared, Mode::Read].map(create);
+            for reader in readers {
+                bed.made(reader).await;
+            }
+            for row in bed.rows().await {
+                bed.destroy(row.minor.expect("a disk")).await;
+            }
+        }
+        // Of a guest and its stub domain one would read the tables of the other.
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        bed.store
+            .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
+        let of = |domain: u32| {
+            let directory = format!("backend/vbd/{domain}/51712");
+            bed.store.put(&directory, &[("frontend", "f")]);
+            Create {
+                vbd: Some(directory),
+                ..bed.create("a.qcow2")
+            }
+        };
+        bed.made(of(3)).await;
+        let failure = bed.ask(Request::Create(Box::new(of(4)))).await;
+        let failure = failure.expect_err("the stub domain");
+        assert_eq!(failure.code, Code::Busy);
+        assert!(failure.message.contains("use a raw image"), "{failure}");
+        // Who reads what is written would read it with old tables.
+        let reader = Create {
+            mode: Mode::ReadShared,
+            ..bed.create("a.qcow2")
+        };
+        let failure = bed.ask(Request::Create(Box::new(reader))).await;
+        assert_eq!(failure.expect_err("a reader").code, Code::Busy);
     });
 }
