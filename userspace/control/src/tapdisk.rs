@@ -7,7 +7,7 @@
 //! the same way.
 
 use crate::stats::Stats;
-use crate::{Failure, Target};
+use crate::{Driver, Failure, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -57,6 +57,10 @@ pub struct Open {
     /// What is done when I/O on the image fails for another reason.
     #[serde(default)]
     pub on_error: OnError,
+    /// What a parent is whose child does not say it, as images of some formats cannot: a driver with an
+    /// image. Without this such an image is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parents: Option<Driver>,
     /// Who asks this answers [`Request::Needs`] too: the process may ask for what comes to light while
     /// it opens the image.
     #[serde(default)]
@@ -93,6 +97,7 @@ impl Open {
             whole_blocks: false,
             on_no_space: OnError::Report,
             on_error: OnError::Report,
+            parents: None,
             may_ask: false,
         }
     }

@@ -10,9 +10,9 @@ mod ram;
 mod raw;
 
 pub use disk::Disk;
-pub use diskio::{Bytes, Data, Errno, File, Io};
+pub use diskio::{Bytes, Data, Errno, File, Io, LockKind};
 pub use driver::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 pub use null::Null;
-pub use open::open;
+pub use open::{activate, file, image, open};
 pub use ram::Ram;
 pub use raw::Raw;

@@ -15,24 +15,34 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Opens what `open` asks for: locks the image, which waits a little for the I/O of a process that
-/// died, and only then looks at it.
-pub async fn open(io: &Io, open: &Open, image: Option<OwnedFd>) -> Result<(Disk, Shape), Failure> {
+/// died, and only then looks at it. A driver that [has a format](Name::has_format) is none of these.
+pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, Shape), Failure> {
     let disk = match (open.target.driver(), open.target.size()) {
         (Name::Aio | Name::Sync, _) => {
-            let file = locked(io, open, image).await?;
+            let file = image(io, open, fd).await?;
             Disk::new(raw(open, file)?)
         }
         (Name::Ram, Some(size)) => {
-            let memory = locked(io, open, image).await?;
+            let memory = image(io, open, fd).await?;
             Disk::new(Ram::new(memory, size))
         }
         (Name::Null, Some(size)) => Disk::new(Null::new(size)),
-        (name, None) => {
+        (name @ (Name::Ram | Name::Null), None) => {
             return Err(Failure::invalid(format!(
                 "the driver {name} needs a size, such as {name}:64M"
             )))
         }
+        (name @ (Name::Qcow2 | Name::Qcow | Name::Vhd | Name::Vmdk), _) => {
+            return Err(Failure::unsupported(format!(
+                "this program does not know the format {name}: use tapdisk"
+            )))
+        }
     };
+    activate(disk, open).await
+}
+
+/// Looks at a disk for the first time; it can do what it is asked to, and no more.
+pub async fn activate(disk: Disk, open: &Open) -> Result<(Disk, Shape), Failure> {
     let mut shape = disk.activate().await?;
     if !open.discard || open.read_only {
         shape.discard = None;
@@ -65,31 +75,38 @@ fn raw(open: &Open, mut file: File) -> Result<Raw, Failure> {
     Ok(Raw::new(file, discard))
 }
 
-/// The image, locked.
-async fn locked(io: &Io, open: &Open, image: Option<OwnedFd>) -> Result<File, Failure> {
-    let image = image.ok_or_else(|| {
-        Failure::invalid(format!(
-            "the descriptor of the image of {} is missing",
-            open.target
-        ))
-    })?;
-    let system = |what: &str, error: &io::Error| {
-        Failure::system(format!("cannot {what} the image of {}", open.target), error)
-    };
-    let file = File::new(io, image).map_err(|error| system("use", &error))?;
-    if !open.read_only && !file.is_writable().map_err(|error| system("use", &error))? {
-        return Err(Failure::invalid(format!(
-            "the image of {} is open for reading only: open it for writing, or serve it read-only",
-            open.target
-        )));
-    }
-    if open.shared {
-        return Ok(file);
-    }
+/// The image that came along, which is as it must be, and locked.
+pub async fn image(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<File, Failure> {
+    let name = format!("the image of {}", open.target);
+    let fd = fd.ok_or_else(|| Failure::invalid(format!("the descriptor of {name} is missing")))?;
     let kind = match open.read_only {
         true => LockKind::Read,
         false => LockKind::Write,
     };
+    file(io, fd, kind, !open.shared, &name).await
+}
+
+/// A file for reading or writing, locked for that unless others write it by agreement. `name` is for
+/// messages.
+pub async fn file(
+    io: &Io,
+    fd: OwnedFd,
+    kind: LockKind,
+    is_locked: bool,
+    name: &str,
+) -> Result<File, Failure> {
+    let system =
+        |what: &str, error: &io::Error| Failure::system(format!("cannot {what} {name}"), error);
+    let file = File::new(io, fd).map_err(|error| system("use", &error))?;
+    let must_write = kind == LockKind::Write;
+    if must_write && !file.is_writable().map_err(|error| system("use", &error))? {
+        return Err(Failure::invalid(format!(
+            "{name} is open for reading only: open it for writing, or serve it read-only"
+        )));
+    }
+    if !is_locked {
+        return Ok(file);
+    }
     let start = Instant::now();
     loop {
         match file.lock(kind) {
@@ -99,8 +116,8 @@ async fn locked(io: &Io, open: &Open, image: Option<OwnedFd>) -> Result<File, Fa
                     return Err(Failure::new(
                         Code::Busy,
                         format!(
-                            "the image of {} is locked by another process: stop it, or use the mode w! if it may be shared",
-                            open.target
+                            "{name} is locked by another process: stop it, or use the mode w! if it is a raw \
+                             image that may be shared"
                         ),
                     ));
                 }

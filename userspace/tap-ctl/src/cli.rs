@@ -34,10 +34,11 @@ pub(crate) struct Cli {
 
 const HELP: &str = "\
 A target is DRIVER:IMAGE or DRIVER:SIZE:
-  aio:/srv/a.img   a raw file or block device, past the page cache
-  sync:/srv/a.img  the same, on file systems that cannot do that
-  ram:64M          memory of dom0; the content is there until the disk is destroyed
-  null:64M         zeroes; writes are forgotten
+  aio:/srv/a.img      a raw file or block device, past the page cache
+  sync:/srv/a.img     the same, on file systems that cannot do that
+  qcow2:/srv/a.qcow2  an image of that format; so are qcow:, vhd: and vmdk:
+  ram:64M             memory of dom0; the content is there until the disk is destroyed
+  null:64M            zeroes; writes are forgotten
 
 Examples:
   tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor number
@@ -280,6 +281,9 @@ pub(crate) struct Image {
     /// of them; may be given more than once
     #[arg(long, value_name = "PATH")]
     pub(crate) files: Vec<PathBuf>,
+    /// The driver of a parent whose child does not say it, which qcow: never does: aio for a raw one
+    #[arg(long, value_name = "DRIVER")]
+    pub(crate) parents: Option<Driver>,
 }
 
 /// The names of engines.

@@ -247,6 +247,7 @@ fn image(image: &Image, target: Target) -> Open {
     Open {
         engine: image.engine.into(),
         discard: !image.no_discard,
+        parents: image.parents,
         ..Open::new(target)
     }
 }
@@ -411,7 +412,7 @@ mod tests {
         ] {
             assert_eq!(parse(line), Err(Code::Other), "{line}");
         }
-        assert_eq!(parse("tap-ctl create -a vhd:/a"), Err(Code::Invalid));
+        assert_eq!(parse("tap-ctl create -a vhdx:/a"), Err(Code::Invalid));
     }
 
     #[test]
@@ -430,6 +431,11 @@ mod tests {
         let line = "tap-ctl create --files /srv/base.img --files /srv/parts -a aio:/srv/a.img";
         let named = ["/srv/base.img", "/srv/parts"].map(std::path::PathBuf::from);
         assert!(matches!(parse(line), Ok(Request::Create(create)) if create.files == named));
+        let line = "tap-ctl create -a qcow:/srv/a.qcow --parents raw";
+        let parents = Some(control::Driver::Aio);
+        assert!(
+            matches!(parse(line), Ok(Request::Create(create)) if create.open.parents == parents)
+        );
         let line = "tap-ctl unpause -m 3 --files /srv/base.img";
         assert!(matches!(parse(line), Ok(Request::Unpause { files, .. }) if files == named[..1]));
         // By hand a driver is named.

@@ -98,6 +98,7 @@ const HELP: &str = "\
 Drivers:
   aio:IMAGE    a raw file or block device, past the page cache
   sync:IMAGE   the same, on file systems that cannot do that
+  qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: the same
   ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one
   null:SIZE    zeroes; writes are forgotten
 
@@ -226,7 +227,7 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
             .with_context(|| format!("cannot use descriptor {number} as the node"))?,
         (None, None) => anyhow::bail!("{target} needs a node to be served at: name it with --node"),
     };
-    let direct = target.driver() == Driver::Aio && !args.buffered;
+    let direct = target.driver().is_direct() && !args.buffered;
     let image = target.path().map(|path| {
         open(path, direct, args.read_only).with_context(|| {
             let remedy = if direct {

@@ -369,6 +369,8 @@ mod tests {
                         file.part(0, 8192).await.unwrap();
                         file.lock(diskio::LockKind::Write).unwrap();
                         file.size().unwrap();
+                        // An image that has tables grows.
+                        rustix::fs::ftruncate(&file, 1 << 17).unwrap();
                     })
                     .unwrap();
             }

@@ -3,6 +3,7 @@
 
 mod counts;
 mod end;
+mod image;
 
 use crate::kept::Kept;
 use crate::link::Link;
@@ -328,12 +329,8 @@ impl Session {
         if open.may_ask {
             self.find_kept().await;
         }
-        if let Some(image) = &image {
-            // What a driver read now could still change.
-            self.settle(&tap, Fence::of_descriptor(image)).await?;
-        }
         let identity = Identity::of(&open, image.as_ref());
-        let (disk, shape) = drivers::open(&self.runtime.io, &open, image).await?;
+        let (disk, shape) = self.disk(&tap, &open, image).await?;
         self.serve(&tap, open, engine, identity, disk, shape).await
     }
 

@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{Image, Process, SIZE};
-use control::tapdisk::{Engine, Need, Needed, Open, Provided, Reply, Request};
+use common::{needs, Image, Process, SIZE};
+use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
 use control::wire::{encode, Envelope};
 use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
@@ -24,32 +24,13 @@ fn may_ask(image: &Image) -> Request {
     })
 }
 
-fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
-    match channel.ask(Request::Needs { after }, &[]) {
-        Ok(Reply::Needs { needs }) => needs,
-        other => panic!("{other:?}"),
-    }
-}
-
 /// Opens an image while `give` answers on the other connection.
 fn open(
     process: &mut Process,
     image: &Image,
     give: impl FnOnce(&mut Channel) + Send,
 ) -> Result<Reply, Failure> {
-    // The question waits until what is needed was given, so somebody else gives it.
-    let (idle, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-    let mut channel = std::mem::replace(&mut process.needs, Channel::new(idle));
-    let (reply, channel) = std::thread::scope(|scope| {
-        let giver = scope.spawn(move || {
-            give(&mut channel);
-            channel
-        });
-        let reply = process.ask(may_ask(image), Some(image));
-        (reply, giver.join().unwrap())
-    });
-    process.needs = channel;
-    reply
+    process.ask_and_give(may_ask(image), image.descriptor().as_fd(), give)
 }
 
 fn give_memory(channel: &mut Channel, memory: &OwnedFd) {

@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::guest::{step, Guest, Step};
 use common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Disk, Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
@@ -12,107 +13,17 @@ use ring::response::Status as Answer;
 use ring::tap::abi::{STATE_IDLE, STATE_LIVE, STATE_OPEN};
 use ring::tap::shadow::Op;
 use rustix::io::{preadv2, ReadWriteFlags};
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use tapdev::fake::{Fake, SLOT};
-
-#[derive(Clone, Debug)]
-enum Step {
-    Read(u64, usize),
-    Write(u64, usize, u8, bool),
-    Zeroes(u64, u64),
-    Discard(u64, u64),
-    Flush,
-    /// The process dies and is replaced.
-    Kill,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let slot = (SLOT / 512) as u64;
-    let range = move || {
-        (0..SECTORS, prop_oneof![1..=8_u64, 1..=slot]).prop_map(|(at, n)| (at, n.min(SECTORS - at)))
-    };
-    prop_oneof![
-        10 => range().prop_map(|(at, n)| Step::Read(at, n as usize * 512)),
-        10 => (range(), 1_u8.., any::<bool>())
-            .prop_map(|((at, n), byte, fua)| Step::Write(at, n as usize * 512, byte, fua)),
-        1 => range().prop_map(|(at, n)| Step::Zeroes(at, n)),
-        1 => range().prop_map(|(at, n)| Step::Discard(at, n)),
-        1 => Just(Step::Flush),
-        1 => Just(Step::Kill),
-    ]
-}
-
-/// A guest that keeps up to `depth` requests under way, and knows what each must answer.
-struct Guest<'a> {
-    fake: &'a Fake,
-    model: Vec<u8>,
-    depth: usize,
-    /// Tag, and what a read must give.
-    sent: VecDeque<(u16, Option<Vec<u8>>)>,
-}
-
-impl Guest<'_> {
-    fn send(&mut self, step: &Step) {
-        if self.sent.len() >= self.depth {
-            self.take();
-        }
-        let bytes = |len: usize, byte: u8| -> Vec<u8> {
-            (0..len)
-                .map(|at| byte.wrapping_add((at / 512) as u8))
-                .collect()
-        };
-        let mut expected = None;
-        let tag = match *step {
-            Step::Read(at, len) => {
-                expected = Some(self.model[at as usize * 512..][..len].to_vec());
-                self.fake.send(Op::Read, at, &vec![0xee; len], false)
-            }
-            Step::Write(at, len, byte, fua) => {
-                let bytes = bytes(len, byte);
-                self.model[at as usize * 512..][..len].copy_from_slice(&bytes);
-                self.fake.send(Op::Write, at, &bytes, fua)
-            }
-            Step::Zeroes(at, n) | Step::Discard(at, n) => {
-                self.model[at as usize * 512..][..n as usize * 512].fill(0);
-                let op = match step {
-                    Step::Zeroes(..) => Op::WriteZeroes,
-                    _ => Op::Discard,
-                };
-                self.fake.send_range(op, at, n)
-            }
-            Step::Flush => self.fake.send(Op::Flush, 0, &[], false),
-            Step::Kill => return,
-        };
-        self.sent.push_back((tag.unwrap(), expected));
-    }
-
-    /// Waits for the oldest answer.
-    fn take(&mut self) {
-        if let Some((tag, expected)) = self.sent.pop_front() {
-            let len = expected.as_ref().map_or(0, Vec::len);
-            let (status, bytes) = self.fake.answer(tag, len).unwrap();
-            assert_eq!(status, Answer::Okay);
-            if let Some(expected) = expected {
-                assert!(bytes == expected, "a read gave something else");
-            }
-        }
-    }
-}
+use tapdev::fake::Fake;
 
 fn run(engine: Engine, depth: usize, steps: &[Step]) {
     let fake = Fake::new(16).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, engine);
-    let mut guest = Guest {
-        fake: &fake,
-        model: vec![0; SIZE as usize],
-        depth,
-        sent: VecDeque::new(),
-    };
+    let mut guest = Guest::new(&fake, vec![0; SIZE as usize], depth);
     for step in steps {
         if matches!(step, Step::Kill) {
             process.kill();
@@ -120,9 +31,7 @@ fn run(engine: Engine, depth: usize, steps: &[Step]) {
         }
         guest.send(step);
     }
-    while !guest.sent.is_empty() {
-        guest.take();
-    }
+    guest.finish();
     process.exit();
     assert!(
         image.bytes() == guest.model,
@@ -137,7 +46,7 @@ proptest! {
 
     #[test]
     fn guest_reads_what_it_wrote_whenever_the_process_dies(
-        steps in prop::collection::vec(step(), 1..120),
+        steps in prop::collection::vec(step(SECTORS), 1..120),
         depth in 1_usize..16,
     ) {
         for engine in [Engine::Uring, Engine::Aio, Engine::Sync] {

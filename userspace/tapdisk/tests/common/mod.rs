@@ -4,7 +4,9 @@
 // Not every test uses everything.
 #![allow(dead_code)]
 
-use control::tapdisk::{Engine, Open, Reply, Request, Status};
+pub(crate) mod guest;
+
+use control::tapdisk::{Engine, Need, Open, Reply, Request, Status};
 use control::{Channel, Failure};
 use diskio::Runtime;
 use drivers::{Limits, Shape};
@@ -67,6 +69,14 @@ impl Image {
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
         std::fs::read(self.0.path()).unwrap()
+    }
+}
+
+/// What a tapdisk needs with a higher number than `after`.
+pub(crate) fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
+    match channel.ask(Request::Needs { after }, &[]) {
+        Ok(Reply::Needs { needs }) => needs,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -145,6 +155,27 @@ impl Process {
         fd: BorrowedFd<'_>,
     ) -> Result<Reply, Failure> {
         self.control.ask(question, &[fd])
+    }
+
+    /// Asks while `give` answers on the other connection: the answer waits until what is needed was given.
+    pub(crate) fn ask_and_give(
+        &mut self,
+        question: Request,
+        fd: BorrowedFd<'_>,
+        give: impl FnOnce(&mut Channel) + Send,
+    ) -> Result<Reply, Failure> {
+        let (idle, _other) = UnixStream::pair().unwrap();
+        let mut channel = std::mem::replace(&mut self.needs, Channel::new(idle));
+        let (reply, channel) = thread::scope(|scope| {
+            let giver = scope.spawn(move || {
+                give(&mut channel);
+                channel
+            });
+            let reply = self.ask_with(question, fd);
+            (reply, giver.join().unwrap())
+        });
+        self.needs = channel;
+        reply
     }
 
     /// Serves an image.

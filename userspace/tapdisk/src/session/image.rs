@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
+
+use super::Session;
+use control::tapdisk::{Needed, Open};
+use control::{Driver, Failure};
+use diskio::{File, LockKind};
+use drivers::{Disk, Fence, Raw, Shape};
+use formats::{Below, Kind, Options};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use tapdev::Tap;
+
+/// The format of a driver's images, if they have one.
+fn kind(driver: Driver) -> Option<Kind> {
+    match driver {
+        Driver::Qcow2 => Some(Kind::Qcow2),
+        Driver::Qcow => Some(Kind::Qcow),
+        Driver::Vhd => Some(Kind::Vhd),
+        Driver::Vmdk => Some(Kind::Vmdk),
+        Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null => None,
+    }
+}
+
+/// What a driver's images are as parents.
+fn below(driver: Driver) -> Result<Below, Failure> {
+    match (kind(driver), driver.has_image()) {
+        (Some(kind), _) => Ok(Below::Format(kind)),
+        (None, true) => Ok(Below::Raw),
+        (None, false) => Err(Failure::invalid(format!(
+            "{driver} has no images, so none can be a parent: use aio for a raw one"
+        ))),
+    }
+}
+
+/// No write makes a file longer than what it writes.
+fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
+    file.keep_size()
+        .map(drop)
+        .map_err(|error| Failure::system(format!("cannot look at {name}"), &error))
+}
+
+impl Session {
+    /// The disk that `open` asks for, when I/O of the process before is over: what is read now must not
+    /// change any more.
+    pub(super) async fn disk(
+        &self,
+        tap: &Tap,
+        open: &Open,
+        image: Option<OwnedFd>,
+    ) -> Result<(Disk, Shape), Failure> {
+        let fence = image.as_ref().map(Fence::of_descriptor);
+        if let Some(fence) = fence {
+            self.settle(tap, fence).await?;
+        }
+        let io = &self.runtime.io;
+        let (Some(kind), Some(path)) = (kind(open.target.driver()), open.target.path()) else {
+            return drivers::open(io, open, image).await;
+        };
+        let mut file = drivers::image(io, open, image).await?;
+        if kind == Kind::Vmdk && !open.read_only {
+            // It may be a text, which ends where its last line does.
+            keep_size(&mut file, &format!("the image of {}", open.target))?;
+        }
+        let options = Options {
+            writable: !open.read_only,
+            discard: open.discard && !open.read_only,
+            parents: open.parents.map(below).transpose()?,
+            ..Options::new(path.display().to_string())
+        };
+        let parts = Parts {
+            session: self,
+            tap,
+            open,
+            fence,
+        };
+        let disk = formats::open_chain(kind, file, path, options, &parts).await?;
+        drivers::activate(disk, open).await
+    }
+}
+
+/// The files that an image names.
+struct Parts<'s> {
+    session: &'s Session,
+    tap: &'s Tap,
+    open: &'s Open,
+    /// When I/O on the image itself is over.
+    fence: Option<Fence>,
+}
+
+impl formats::Files<File> for Parts<'_> {
+    async fn open(&self, path: &Path, writable: bool) -> Result<File, Failure> {
+        if !self.open.may_ask {
+            return Err(Failure::unsupported(format!(
+                "the image of {} names {}, which only a supervisor gives: let blktapctrl serve it",
+                self.open.target,
+                path.display()
+            )));
+        }
+        let (what, kind) = match writable {
+            true => (Needed::Extent { path: path.into() }, LockKind::Write),
+            false => (Needed::Parent { path: path.into() }, LockKind::Read),
+        };
+        let given = self.session.needs.ask(what).await?;
+        let fence = Fence::of_descriptor(&given.fd);
+        // It may be on other storage than the image.
+        if writable && Some(fence) != self.fence {
+            self.session.settle(self.tap, fence).await?;
+        }
+        let name = path.display().to_string();
+        let io = &self.session.runtime.io;
+        let mut file = drivers::file(io, given.fd, kind, given.lock, &name).await?;
+        if writable {
+            // It has as many bytes of the disk as the image says.
+            keep_size(&mut file, &name)?;
+        }
+        Ok(file)
+    }
+
+    fn raw(&self, file: File) -> Disk {
+        Disk::new(Raw::new(file, false))
+    }
+}
