@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// Where the images are.
 const FOLDER: &str = "/srv/vmtest";
+/// Where storage is that becomes full.
+pub(super) const FULL: &str = "/srv/vmtest-full";
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
@@ -68,7 +70,7 @@ fn bad_images(context: &mut Context) -> Result<()> {
     Ok(())
 }
 
-fn refused(domain: u32, target: &str, words: &str) -> Result<()> {
+pub(super) fn refused(domain: u32, target: &str, words: &str) -> Result<()> {
     let (begun, id) = (Instant::now(), domain.to_string());
     let refused = sh::status(
         &["xl", "block-attach", &id, &tap::disk(target, VDEV, "w")],
@@ -99,7 +101,7 @@ fn refused(domain: u32, target: &str, words: &str) -> Result<()> {
 
 /// A file system in memory for the time of the case; `size` is an option of tmpfs. Direct I/O there is
 /// in blocks of 4096 bytes.
-fn mount_memory(context: &mut Context, mount: &'static str, size: &str) -> Result<()> {
+pub(super) fn mount_memory(context: &mut Context, mount: &'static str, size: &str) -> Result<()> {
     fs::create_dir_all(mount).context("cannot make the folder for images")?;
     sh::run(&["mount", "-t", "tmpfs", "-o", size, "none", mount])?;
     context.at_end(format!("unmount {mount}"), move || {
@@ -179,12 +181,21 @@ fn check_shared(whole: &str, odd: &str) -> Result<()> {
 }
 
 fn full_storage(context: &mut Context) -> Result<()> {
-    const MOUNT: &str = "/srv/vmtest-full";
-    mount_memory(context, MOUNT, "size=6m")?;
-    let image = format!("{MOUNT}/a.img");
+    mount_memory(context, FULL, "size=6m")?;
+    let image = format!("{FULL}/a.img");
     sh::run(&["truncate", "--size=16M", &image])?;
+    let disk = fill(context, &format!("aio:{image}"))?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    same(guest, &image, 16)?;
+    disk.detach(guest)
+}
+
+/// A guest fills an image of 16 MiB, the first of which fit into the [`FULL`] file system, until there is
+/// room for all.
+pub(super) fn fill(context: &mut Context, target: &str) -> Result<Served> {
+    let image = target.split_once(':').map_or(target, |(_, path)| path);
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(target, VDEV, "w"))?;
     let (pid, minor) = (disk.pid()?, disk.minor.to_string());
     let write = |from: u32, count: u32| {
         format!("dd if=/dev/urandom of={DEVICE} bs=64k seek={from} count={count} oflag=direct 2>&1")
@@ -200,7 +211,7 @@ fn full_storage(context: &mut Context) -> Result<()> {
             && told["trouble"]["what"] == "write"
             && told["target"]
                 .as_str()
-                .is_some_and(|target| target.ends_with(&image)),
+                .is_some_and(|target| target.ends_with(image)),
         "the event does not say that {image} is full: {told}"
     );
     events.wait_for("paused", disk.minor, limit)?;
@@ -214,7 +225,7 @@ fn full_storage(context: &mut Context) -> Result<()> {
     events.wait_for("paused", disk.minor, limit)?;
     let waiting = disk.info()?.waiting;
     ensure!(waiting > 0, "no request waits for room");
-    sh::run(&["mount", "-o", "remount,size=32m", MOUNT])?;
+    sh::run(&["mount", "-o", "remount,size=32m", FULL])?;
     tap::ctl(&["unpause", "-m", &minor])?;
     let written = guest.wait(job, FIO)?;
     ensure!(
@@ -222,10 +233,9 @@ fn full_storage(context: &mut Context) -> Result<()> {
         "the guest saw an error of storage that was full for a while: {}",
         sh::tail(&written.text, 400)
     );
-    same(guest, &image, 16)?;
     ensure!(
         disk.pid()? == pid,
         "the process was replaced because its storage was full"
     );
-    disk.detach(guest)
+    Ok(disk)
 }

@@ -7,6 +7,7 @@ mod beside;
 mod boot;
 mod death;
 mod faults;
+mod formats;
 mod hung;
 mod images;
 mod lifecycle;
@@ -389,6 +390,7 @@ pub(crate) fn all() -> Vec<Case> {
         basic::cases(),
         rings::cases(),
         faults::cases(),
+        formats::cases(),
         xenstore::cases(),
         lifecycle::cases(),
         hung::cases(),

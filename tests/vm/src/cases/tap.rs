@@ -399,10 +399,15 @@ fn memory(context: &mut Context) -> Result<()> {
 
 /// What the guest runs until it is told to stop: the history, and fio beside it.
 pub(super) fn start_load(guest: &Guest) -> Result<[crate::console::Job; 2]> {
+    start_load_with(guest, "--discard")
+}
+
+/// The same, with other options of the history: without `--discard` it does not, which not every driver can.
+pub(super) fn start_load_with(guest: &Guest, options: &str) -> Result<[crate::console::Job; 2]> {
     guest.run("rm -f /tmp/stop")?;
     let judged = history(
         DEVICE,
-        "--discard --sectors 1024 --requests 40 --threads 12 --until /tmp/stop",
+        &format!("{options} --sectors 1024 --requests 40 --threads 12 --until /tmp/stop"),
     );
     let fio = "while [ ! -e /tmp/stop ]; do fio --name=v --filename=/dev/xvdb --offset=8m --size=2m --bssplit=4k/60:64k/40 --direct=1 \
          --ioengine=libaio --iodepth=16 --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 --serialize_overlap=1 \

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Disks whose images have tables of their own: served under load while their processes die, and judged by
+//! QEMU's tools afterwards.
+
+use super::basic::{verify_job, FIO};
+use super::images::{fill, mount_memory, refused, FULL};
+use super::tap::{end_load, image, start_load_with, wait_progress, DEVICE, VDEV};
+use super::{Case, Context, Needs};
+use crate::guest::Guest;
+use crate::tap::{self, Served};
+use crate::{backing, sh};
+use anyhow::{ensure, Context as _, Result};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+/// MiB of a disk.
+const SIZE: u32 = 16;
+/// How often a process is killed.
+const DEATHS: u32 = 12;
+/// How long QEMU's tools may take.
+const TOOL: Duration = Duration::from_secs(60);
+
+/// A format: the name of our driver, QEMU's name, and how an image is made.
+struct Format {
+    driver: &'static str,
+    qemu: &'static str,
+    options: &'static [&'static str],
+}
+
+const QCOW2: Format = Format {
+    driver: "qcow2",
+    qemu: "qcow2",
+    options: &[],
+};
+const QCOW: Format = Format {
+    driver: "qcow",
+    qemu: "qcow",
+    options: &[],
+};
+const VHD: Format = Format {
+    driver: "vhd",
+    qemu: "vpc",
+    options: &["-o", "force_size=on"],
+};
+const VMDK: Format = Format {
+    driver: "vmdk",
+    qemu: "vmdk",
+    options: &[],
+};
+/// A descriptor, and a file with the content beside it.
+const VMDK_FLAT: Format = Format {
+    driver: "vmdk",
+    qemu: "vmdk",
+    options: &["-o", "subformat=monolithicFlat"],
+};
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name, about, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, Needs::Pv, run)
+            .supervised()
+            .no_leaks()
+    };
+    vec![
+        case(
+            "formats.qcow2",
+            "a qcow2 image under verified load while its process dies: its content and its tables are right",
+            |context| endures(context, &QCOW2),
+        ),
+        case("formats.qcow", "the same for qcow", |context| {
+            endures(context, &QCOW)
+        }),
+        case("formats.vhd", "the same for VHD", |context| {
+            endures(context, &VHD)
+        }),
+        case("formats.vmdk", "the same for VMDK", |context| {
+            endures(context, &VMDK)
+        }),
+        case(
+            "formats.extents",
+            "the same for a VMDK whose content is in a file of its own",
+            |context| endures(context, &VMDK_FLAT),
+        ),
+        case(
+            "formats.chain",
+            "qcow2 over qcow2 over a raw image: what is below is read and not written, and must be named or read-only",
+            chain,
+        ),
+        case(
+            "formats.snapshot",
+            "a disk that is served goes on in a qcow2 image over its raw one, without the guest seeing it",
+            snapshot,
+        ),
+        case(
+            "formats.full_storage",
+            "a qcow2 image on storage that is full pauses the disk, and goes on when there is room",
+            full_storage,
+        ),
+        case(
+            "formats.shared",
+            "an image with tables is not written by two: w! is refused, with the remedy",
+            shared,
+        ),
+    ]
+}
+
+/// Runs qemu-img in dom0.
+fn qemu_img(args: &[&str]) -> Result<String> {
+    let line = [&["qemu-img"], args].concat();
+    sh::run_for(&line, TOOL)
+}
+
+/// A file that is gone after the case.
+fn place(context: &mut Context, name: &str) -> Result<String> {
+    // Makes the folder, and takes the file away afterwards.
+    image(context, name, 1)
+}
+
+/// An image of a format.
+fn make(context: &mut Context, name: &str, format: &Format) -> Result<String> {
+    let path = place(context, name)?;
+    let flat = path.replace(".vmdk", "-flat.vmdk");
+    if format.options.contains(&"subformat=monolithicFlat") {
+        let theirs = flat.clone();
+        context.at_end(format!("remove {flat}"), move || {
+            Ok(fs::remove_file(theirs)?)
+        });
+    }
+    let size = format!("{SIZE}M");
+    let args = [
+        &["create", "-q", "-f", format.qemu],
+        format.options,
+        &[&path, &size],
+    ];
+    qemu_img(&args.concat())?;
+    Ok(path)
+}
+
+/// An image of qcow2 over another one.
+fn over(context: &mut Context, name: &str, below: &str, format: &str) -> Result<String> {
+    let path = place(context, name)?;
+    qemu_img(&[
+        "create", "-q", "-f", "qcow2", "-b", below, "-F", format, &path,
+    ])?;
+    Ok(path)
+}
+
+/// What the guest reads of its disk.
+fn of_guest(guest: &Guest) -> Result<String> {
+    let text = guest.run(&format!(
+        "dd if={DEVICE} bs=1M count={SIZE} iflag=direct 2>/dev/null | sha256sum"
+    ))?;
+    let sum = text.split_whitespace().next();
+    Ok(sum.context("no checksum from the guest")?.to_owned())
+}
+
+/// What QEMU reads of an image, which nobody serves.
+fn of_image(context: &mut Context, format: &str, path: &str) -> Result<String> {
+    let copy = place(context, "content.raw")?;
+    qemu_img(&["convert", "-f", format, "-O", "raw", path, &copy])?;
+    backing::sha256(&copy, SIZE)
+}
+
+/// QEMU finds no wrong entry in the tables of an image. Space may be lost that a process had prepared
+/// when it was killed.
+fn check(format: &str, path: &str) -> Result<()> {
+    if matches!(format, "vpc" | "qcow") {
+        // QEMU has no check for these.
+        return Ok(());
+    }
+    let checked = sh::status(&["qemu-img", "check", "-f", format, path], TOOL)?;
+    ensure!(
+        checked.rc == 0 || checked.rc == 3,
+        "the tables of {path} are wrong: {}",
+        sh::tail(&checked.text, 600)
+    );
+    Ok(())
+}
+
+/// A guest works on a disk while its process is killed again and again.
+fn load_and_deaths(context: &mut Context, disk: &Served) -> Result<()> {
+    let guest = context.pv()?;
+    let load = start_load_with(guest, "")?;
+    for _ in 0..DEATHS {
+        wait_progress(disk, 30)?;
+        disk.replace()?;
+    }
+    wait_progress(disk, 30)?;
+    let told = end_load(guest, load)?;
+    let info = disk.info()?;
+    ensure!(
+        info.replayed > 0,
+        "in {DEATHS} deaths no request was executed again"
+    );
+    context.note(&format!(
+        "{DEATHS} deaths, {} requests executed again; {told}",
+        info.replayed
+    ))
+}
+
+fn endures(context: &mut Context, format: &Format) -> Result<()> {
+    let path = make(context, &format!("a.{}", format.driver), format)?;
+    let specification = tap::disk(&format!("{}:{path}", format.driver), VDEV, "w");
+    let disk = Served::attach(context.pv()?, &specification)?;
+    context.check_driver(&disk.vbd)?;
+    load_and_deaths(context, &disk)?;
+    let guest = context.pv()?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    check(format.qemu, &path)?;
+    let found = of_image(context, format.qemu, &path)?;
+    ensure!(
+        seen == found,
+        "the guest read {seen}, QEMU reads {found} from {path}"
+    );
+    // Once more, from what is there now.
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &specification)?;
+    let again = of_guest(guest)?;
+    ensure!(
+        again == seen,
+        "the guest read {seen} before, and {again} now"
+    );
+    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+    disk.detach(guest)?;
+    check(format.qemu, &path)
+}
+
+/// A raw image with something in it.
+fn base(context: &mut Context) -> Result<String> {
+    let path = image(context, "base.img", SIZE)?;
+    sh::run(&[
+        "dd",
+        "if=/dev/urandom",
+        &format!("of={path}"),
+        "bs=1M",
+        &format!("count={SIZE}"),
+        "conv=notrunc",
+        "status=none",
+    ])?;
+    Ok(path)
+}
+
+fn chain(context: &mut Context) -> Result<()> {
+    let base = base(context)?;
+    let middle = over(context, "mid.qcow2", &base, "raw")?;
+    let leaf = over(context, "leaf.qcow2", &middle, "qcow2")?;
+    let specification = tap::disk(&format!("qcow2:{leaf}"), VDEV, "w");
+    let domain = context.pv()?.domid;
+    // What is beside the image could be another guest's.
+    refused(domain, &format!("qcow2:{leaf}"), "chmod a-w")?;
+    for path in [&base, &middle] {
+        sh::run(&["chmod", "a-w", path])?;
+    }
+    let sums = |paths: [&str; 2]| -> Result<String> { sh::run(&["sha256sum", paths[0], paths[1]]) };
+    let before = sums([&base, &middle])?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &specification)?;
+    let (seen, expected) = (of_guest(guest)?, backing::sha256(&base, SIZE)?);
+    ensure!(seen == expected, "the guest does not read what is below");
+    load_and_deaths(context, &disk)?;
+    let guest = context.pv()?;
+    let seen = of_guest(guest)?;
+    // Somebody else cannot have what is below for writing.
+    let target = format!("aio:{base}");
+    let writer = sh::status(&["tap-ctl", "create", "-a", &target], TOOL)?;
+    ensure!(
+        writer.rc != 0 && writer.text.contains("in use"),
+        "what a disk goes on from can be written: {}",
+        writer.text
+    );
+    disk.detach(guest)?;
+    check("qcow2", &leaf)?;
+    let found = of_image(context, "qcow2", &leaf)?;
+    ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
+    let after = sums([&base, &middle])?;
+    ensure!(before == after, "what is below was written: {after}");
+    Ok(())
+}
+
+fn snapshot(context: &mut Context) -> Result<()> {
+    let base = base(context)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
+    let minor = disk.minor.to_string();
+    let load = start_load_with(guest, "")?;
+    let mut below = (base, "raw");
+    for name in ["s1.qcow2", "s2.qcow2", "s3.qcow2"] {
+        wait_progress(&disk, 50)?;
+        tap::ctl(&["pause", "-m", &minor])?;
+        let next = over(context, name, &below.0, below.1)?;
+        let target = format!("qcow2:{next}");
+        tap::ctl(&["unpause", "-m", &minor, "-a", &target])?;
+        wait_progress(&disk, 30)?;
+        disk.replace()?;
+        below = (next, "qcow2");
+    }
+    wait_progress(&disk, 50)?;
+    let told = end_load(context.pv()?, load)?;
+    let guest = context.pv()?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    check("qcow2", &below.0)?;
+    let found = of_image(context, "qcow2", &below.0)?;
+    ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
+    context.note(&told)
+}
+
+fn shared(context: &mut Context) -> Result<()> {
+    let path = make(context, "a.qcow2", &QCOW2)?;
+    ensure!(Path::new(&path).exists(), "there is no image");
+    let refusal = sh::status(
+        &[
+            "tap-ctl",
+            "create",
+            "--mode",
+            "w!",
+            "-a",
+            &format!("qcow2:{path}"),
+        ],
+        TOOL,
+    )?;
+    ensure!(
+        refusal.rc != 0 && refusal.text.contains("use the mode w,"),
+        "w! is not refused as it should be: {}",
+        refusal.text
+    );
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("qcow2:{path}"), VDEV, "w"))?;
+    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
+    disk.detach(guest)?;
+    check("qcow2", &path)
+}
+
+fn full_storage(context: &mut Context) -> Result<()> {
+    mount_memory(context, FULL, "size=6m")?;
+    let path = format!("{FULL}/a.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", &path, &format!("{SIZE}M")])?;
+    let disk = fill(context, &format!("qcow2:{path}"))?;
+    let guest = context.pv()?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    check("qcow2", &path)?;
+    let found = of_image(context, "qcow2", &path)?;
+    ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
+    Ok(())
+}
