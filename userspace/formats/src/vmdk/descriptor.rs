@@ -3,6 +3,7 @@
 
 use crate::field::refused;
 use control::Failure;
+use std::ops::Range;
 
 /// Bytes that a descriptor may have.
 pub(crate) const MOST: u64 = 256 << 10;
@@ -18,8 +19,8 @@ pub(crate) struct Descriptor {
     /// What changes when the content does, and that of the parent.
     pub(crate) cid: u32,
     pub(crate) parent_cid: u32,
-    /// Where in the text the eight digits of `cid` may be written.
-    pub(crate) cid_at: Option<usize>,
+    /// Where in the text the digits of `cid` are. Others write as few as it needs.
+    pub(crate) cid_at: Option<Range<usize>>,
     pub(crate) parent: Option<String>,
     pub(crate) extents: Vec<Part>,
 }
@@ -92,11 +93,10 @@ impl Descriptor {
                 "CID" => {
                     self.cid = number(value)?;
                     let place = line.iter().position(|byte| *byte == b'=').unwrap_or(0) + 1;
-                    let digits = line.get(place..place + 8).unwrap_or(&[]);
-                    self.cid_at = digits
-                        .iter()
-                        .all(u8::is_ascii_hexdigit)
-                        .then_some(at + place);
+                    let rest = line.get(place..).unwrap_or(&[]).iter();
+                    let digits = rest.take_while(|byte| byte.is_ascii_hexdigit()).count();
+                    let begin = at + place;
+                    self.cid_at = (1..=8).contains(&digits).then_some(begin..begin + digits);
                 }
                 "parentCID" => self.parent_cid = number(value)?,
                 "createType" => self.kind = value.to_string(),
@@ -247,7 +247,13 @@ mod tests {
         );
         assert_eq!(found.parent.as_deref(), Some("base.vmdk"));
         assert_eq!(found.size(), Ok(133 * 512));
-        assert_eq!(&text[found.cid_at.unwrap()..][..8], "0000ab12");
+        assert_eq!(&text[found.cid_at.unwrap()], "0000ab12");
+        for (digits, at) in [("ab12", true), ("b", true), (" ab12", false)] {
+            let others = text.replace("CID=0000ab12", &format!("CID={digits}"));
+            let found = Descriptor::parse(others.as_bytes()).unwrap();
+            let place = found.cid_at.map(|place| &others[place]);
+            assert_eq!(place, at.then_some(digits));
+        }
         let flat = Body::Flat {
             name: "a b-f001.vmdk".into(),
             first: 7,

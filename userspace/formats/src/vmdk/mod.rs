@@ -67,8 +67,8 @@ enum Held<S> {
 /// The number that changes when the content does.
 #[derive(Debug, Default)]
 struct Mark {
-    /// Where its digits are, and what it was.
-    at: Option<(u64, u32)>,
+    /// Where its digits are, how many, and what it was.
+    at: Option<(u64, usize, u32)>,
     is_changed: Cell<bool>,
     gate: Gate,
 }
@@ -278,7 +278,7 @@ impl<S: Storage> Vmdk<S> {
         let size = parts.last().map_or(0, |part| part.begin + part.len);
         let place = descriptor
             .cid_at
-            .map(|place| (at + place as u64, descriptor.cid));
+            .map(|place| (at + place.start as u64, place.len(), descriptor.cid));
         let active = Active {
             parts,
             size,
@@ -359,7 +359,7 @@ impl<S: Storage> Active<S> {
 
     /// Says that the content changes, before it does.
     async fn mark(&self, image: &S) -> Result<(), Errno> {
-        let Some((at, old)) = self.cid.at.filter(|_| !self.cid.is_changed.get()) else {
+        let Some((at, digits, old)) = self.cid.at.filter(|_| !self.cid.is_changed.get()) else {
             return Ok(());
         };
         let _pass = self.cid.gate.alone().await;
@@ -369,13 +369,14 @@ impl<S: Storage> Active<S> {
         let time = SystemTime::now().duration_since(UNIX_EPOCH);
         // CAST: any bits of it will do.
         let time = time.map_or(0, |time| time.as_nanos() as u32);
-        let mut cid = old.wrapping_mul(0x9e37_79b9) ^ time;
-        while cid == old || cid >= NO_PARENT - 1 {
-            cid = cid.wrapping_add(1) & 0x7fff_ffff;
+        // As many digits as there are: what follows them is the rest of the text.
+        let most = 0x7fff_ffff_u32.min(u32::MAX >> (32 - 4 * digits.clamp(1, 8)));
+        let mut cid = (old.wrapping_mul(0x9e37_79b9) ^ time) & most;
+        if cid == old {
+            cid = cid.wrapping_add(1) & most;
         }
-        image
-            .write(at, Bytes::copied(format!("{cid:08x}").as_bytes())?)
-            .await?;
+        let text = format!("{cid:0digits$x}");
+        image.write(at, Bytes::copied(text.as_bytes())?).await?;
         self.cid.is_changed.set(true);
         Ok(())
     }
