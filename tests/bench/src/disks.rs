@@ -8,6 +8,8 @@ use std::path::Path;
 
 /// Room for the file of bonnie++ and what a file system needs beside it.
 const SIZE_MIB: u32 = 256;
+/// The same, and the tables of an image.
+const IMAGE_MIB: u32 = SIZE_MIB + 16;
 const SMALL_MIB: u32 = 8;
 const NULL_BLK: &str = "/sys/kernel/config/nullb";
 const WASTEFUL: &str = "/t/wasteful.ko";
@@ -22,6 +24,7 @@ const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
 pub(crate) struct Stores {
     memory: String,
     of_loop: Option<String>,
+    image: Option<String>,
     small: Vec<String>,
 }
 
@@ -39,6 +42,11 @@ impl Stores {
         } else {
             None
         };
+        let is_image = |store: &Store| matches!(store, Store::Image(_));
+        let image = match wanted.iter().any(is_image) {
+            true => Some(null_blk("image", IMAGE_MIB)?),
+            false => None,
+        };
         let small = (0..small).map(|index| {
             let disk = null_blk(&format!("small{index}"), SMALL_MIB)?;
             if index < used {
@@ -49,6 +57,7 @@ impl Stores {
         Ok(Stores {
             memory,
             of_loop,
+            image,
             small: small.collect::<Result<_>>()?,
         })
     }
@@ -58,7 +67,19 @@ impl Stores {
         match store {
             Store::Memory => &self.memory,
             Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
+            Store::Image(_) => self.image.as_deref().unwrap_or("/dev/image"),
         }
+    }
+
+    /// Makes a store what it is to hold, before it gets a guest.
+    pub(crate) fn prepare(&self, store: Store) -> Result<()> {
+        let Store::Image(format) = store else {
+            return Ok(());
+        };
+        // Without looking for zeroes: all of it is written.
+        let image = self.path(store);
+        let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
+        sh::run(&[&convert[..], &[&self.memory, image]].concat()).map(drop)
     }
 
     /// The device nodes of the small disks.

@@ -264,6 +264,7 @@ impl Bench<'_> {
     /// Jobs on one disk that xl attaches, or on its store in dom0.
     fn plain(&mut self, backend: &Backend, jobs: &[Job], visit: Visit) -> Result<()> {
         let store = self.stores.path(backend.store).to_owned();
+        self.stores.prepare(backend.store)?;
         let (device, supervisor) = self.attach(backend, &store)?;
         for job in jobs {
             let mut place = match backend.way {
