@@ -4,6 +4,7 @@
 
 mod disk;
 mod driver;
+mod lock;
 mod null;
 mod open;
 mod ram;
@@ -12,6 +13,7 @@ mod raw;
 pub use disk::Disk;
 pub use diskio::{Bytes, Data, Errno, File, Io, LockKind};
 pub use driver::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+pub use lock::lock;
 pub use null::Null;
 pub use open::{activate, file, image, open};
 pub use ram::Ram;

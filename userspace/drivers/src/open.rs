@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From what is asked for to a disk that can be served.
 
-use crate::{Disk, Null, Ram, Raw, Shape};
+use crate::{lock, Disk, Null, Ram, Raw, Shape};
 use control::tapdisk::Open;
 use control::{Code, Driver as Name, Failure};
 use diskio::{File, Io, LockKind};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
-
-/// How long the image may be locked by a process whose I/O is not over.
-const LOCK_WAIT: Duration = Duration::from_secs(5);
-/// Time between two attempts.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Opens what `open` asks for: locks the image, which waits a little for the I/O of a process that
 /// died, and only then looks at it. A driver that [has a format](Name::has_format) is none of these.
@@ -107,25 +101,15 @@ pub async fn file(
     if !is_locked {
         return Ok(file);
     }
-    let start = Instant::now();
-    loop {
-        match file.lock(kind) {
-            Ok(()) => return Ok(file),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if start.elapsed() > LOCK_WAIT {
-                    return Err(Failure::new(
-                        Code::Busy,
-                        format!(
-                            "{name} is locked by another process: stop it, or use the mode w! if it is a raw \
-                             image that may be shared"
-                        ),
-                    ));
-                }
-            }
-            Err(error) => return Err(system("lock", &error)),
-        }
-        io.sleep(LOCK_PAUSE)
-            .await
-            .map_err(|error| system("wait for", &error.into()))?;
+    match lock(&file, kind).await {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(Failure::new(
+            Code::Busy,
+            format!(
+                "{name} is locked by another process: stop it, or use the mode w! if it is a raw image that \
+                 may be shared"
+            ),
+        )),
+        Err(error) => Err(system("lock", &error)),
     }
 }

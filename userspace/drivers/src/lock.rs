@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The lock of an image, for which everybody waits who uses one.
+
+use diskio::{File, LockKind};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// How long the image may be locked by a process whose I/O is not over.
+const WAIT: Duration = Duration::from_secs(5);
+/// Time between two attempts.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Locks an image, which waits a little for the I/O of a process that died. False if somebody has it who
+/// lives.
+pub async fn lock(file: &File, kind: LockKind) -> io::Result<bool> {
+    let start = Instant::now();
+    loop {
+        match file.lock(kind) {
+            Ok(()) => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if start.elapsed() > WAIT {
+                    return Ok(false);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        file.io().sleep(PAUSE).await?;
+    }
+}
