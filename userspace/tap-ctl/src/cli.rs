@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::Mode;
 use control::tapdisk::{Engine, OnError};
 use control::{Driver, Target};
+use manual::Generated;
 use std::path::PathBuf;
 
 /// Make, watch and take away disks that a process serves to Xen guests.
@@ -125,19 +126,6 @@ pub(crate) enum Verb {
         /// What
         what: Generated,
     },
-}
-
-/// What can be made from this description.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Generated {
-    /// tap-ctl(8)
-    Man,
-    /// Completions for bash
-    Bash,
-    /// Completions for zsh
-    Zsh,
-    /// Completions for fish
-    Fish,
 }
 
 /// Which disks to list: those that fit all that is said.

@@ -6,7 +6,7 @@ mod cli;
 mod show;
 
 use clap::{CommandFactory, Parser};
-use cli::{Cli, Generated, Image, Verb};
+use cli::{Cli, Image, Verb};
 use control::supervisor::{
     self, Allocate, Create, Event, Filter, Hung, Mode, Reply, Request, What, Which,
 };
@@ -16,10 +16,15 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+/// Other manual pages.
+const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), block-tap-rs(8)";
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.verb {
-        Verb::Generate { what } => generate(*what),
+        Verb::Generate { what } => {
+            manual::write(Cli::command(), *what, SEE_ALSO, &mut io::stdout()).map_err(Error::Output)
+        }
         Verb::Top(top) => watch(&cli, top),
         Verb::Events(events) => follow(&cli, events),
         verb => once(&cli, verb),
@@ -351,20 +356,6 @@ fn follow(cli: &Cli, events: &cli::Events) -> Result<(), Error> {
         }
     }
     Err(Failure::new(Code::Gone, "blktapctrl has ended").into())
-}
-
-fn generate(what: Generated) -> Result<(), Error> {
-    use clap_complete::{generate, Shell};
-    let mut command = Cli::command();
-    let mut out = io::stdout();
-    let shell = match what {
-        Generated::Bash => Shell::Bash,
-        Generated::Zsh => Shell::Zsh,
-        Generated::Fish => Shell::Fish,
-        Generated::Man => return Ok(out.write_all(&show::manual(command)?)?),
-    };
-    generate(shell, &mut command, "tap-ctl", &mut out);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What people see.
 
-use clap::Command;
 use control::stats::{Counter, Stats};
 use control::supervisor::{Event, Reply, Row, TopRow, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
-use std::io;
 use std::time::Duration;
 
 /// An answer as text; empty where there is nothing to say.
@@ -259,39 +257,6 @@ fn trouble(what: &What) -> String {
     )
 }
 
-/// tap-ctl(8), with a section for each verb.
-pub(crate) fn manual(mut command: Command) -> io::Result<Vec<u8>> {
-    command.build();
-    let mut page = Vec::new();
-    let man = clap_mangen::Man::new(command.clone()).section("8");
-    man.render_title(&mut page)?;
-    man.render_name_section(&mut page)?;
-    man.render_synopsis_section(&mut page)?;
-    man.render_description_section(&mut page)?;
-    man.render_options_section(&mut page)?;
-    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
-        if verb.get_name() == "help" {
-            continue;
-        }
-        page.extend(format!(".SH \"{}\"\n", verb.get_name().to_uppercase()).bytes());
-        let verb = clap_mangen::Man::new(verb.clone());
-        let mut part = Vec::new();
-        verb.render_synopsis_section(&mut part)?;
-        verb.render_description_section(&mut part)?;
-        verb.render_options_section(&mut part)?;
-        let text = String::from_utf8_lossy(&part).replace(".SH ", ".SS ");
-        page.extend(text.bytes());
-    }
-    // Laid out by hand.
-    let mut notes = Vec::new();
-    man.render_extra_section(&mut notes)?;
-    let notes = String::from_utf8_lossy(&notes).replace(".SH EXTRA", ".SH NOTES\n.nf");
-    page.extend(notes.bytes());
-    page.extend(b".fi\n");
-    page.extend(b".SH \"SEE ALSO\"\nblktapctrl(8), tapdisk(8), block\\-tap\\-rs(8)\n");
-    Ok(page)
-}
-
 #[cfg(test)]
 mod tests {
     use super::{row, top};
@@ -336,7 +301,7 @@ mod tests {
     #[test]
     fn manual_has_a_section_for_each_verb() {
         use clap::CommandFactory;
-        let page = super::manual(crate::cli::Cli::command()).expect("a page");
+        let page = manual::page(crate::cli::Cli::command(), "").expect("a page");
         let page = String::from_utf8(page).expect("text");
         for verb in ["LIST", "CREATE", "DESTROY", "TOP", "EVENTS"] {
             assert!(page.contains(&format!(".SH \"{verb}\"")), "{verb}");

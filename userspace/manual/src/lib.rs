@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is made from the description of a command line, so that it says what `--help` says: the manual
+//! page, and completions for shells.
+#![forbid(unsafe_code)]
+
+use clap::{Command, ValueEnum};
+use clap_complete::Shell;
+use std::io::{self, Write};
+
+/// What can be made of a command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Generated {
+    /// The manual page
+    Man,
+    /// Completions for bash
+    Bash,
+    /// Completions for zsh
+    Zsh,
+    /// Completions for fish
+    Fish,
+}
+
+/// Writes it. `see_also` are the other pages that the manual page names, as `tapdisk(8), tap-ctl(8)`.
+pub fn write(
+    mut command: Command,
+    what: Generated,
+    see_also: &str,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let shell = match what {
+        Generated::Bash => Shell::Bash,
+        Generated::Zsh => Shell::Zsh,
+        Generated::Fish => Shell::Fish,
+        Generated::Man => return out.write_all(&page(command, see_also)?),
+    };
+    let name = command.get_name().to_string();
+    // It panics when it cannot write, so it does not get a pipe.
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut command, name, &mut text);
+    out.write_all(&text)
+}
+
+/// A page of section 8, with a section for each verb.
+pub fn page(mut command: Command, see_also: &str) -> io::Result<Vec<u8>> {
+    command.build();
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(command.clone()).section("8");
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        if verb.get_name() == "help" {
+            continue;
+        }
+        page.extend(format!(".SH \"{}\"\n", verb.get_name().to_uppercase()).bytes());
+        page.extend(section(verb)?.bytes());
+    }
+    page.extend(notes(&man)?.bytes());
+    let see_also = see_also.replace('-', "\\-");
+    page.extend(format!(".SH \"SEE ALSO\"\n{see_also}\n").bytes());
+    Ok(page)
+}
+
+/// What there is to say of a verb.
+fn section(verb: &Command) -> io::Result<String> {
+    let man = clap_mangen::Man::new(verb.clone());
+    let mut part = Vec::new();
+    man.render_synopsis_section(&mut part)?;
+    man.render_description_section(&mut part)?;
+    man.render_options_section(&mut part)?;
+    let text = String::from_utf8_lossy(&part).replace(".SH ", ".SS ");
+    Ok(text + &notes(&man)?.replace(".SH NOTES", ".SS NOTES"))
+}
+
+/// What `--help` says at its end, as it was laid out by hand.
+fn notes(man: &clap_mangen::Man) -> io::Result<String> {
+    let mut notes = Vec::new();
+    man.render_extra_section(&mut notes)?;
+    if notes.is_empty() {
+        return Ok(String::new());
+    }
+    let notes = String::from_utf8_lossy(&notes).replace(".SH EXTRA", ".SH NOTES\n.nf");
+    Ok(notes + ".fi\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{page, write, Generated};
+    use clap::Command;
+
+    fn command() -> Command {
+        let cut = Command::new("cut").after_help("Examples:\n  saw cut x");
+        let hidden = Command::new("generate").hide(true);
+        Command::new("saw")
+            .after_help("One:\n  two")
+            .subcommands([cut, hidden])
+    }
+
+    #[test]
+    fn a_page_has_all_verbs_and_all_notes() {
+        let page = String::from_utf8(page(command(), "tap-ctl(8)").unwrap()).unwrap();
+        for part in [
+            ".SH \"CUT\"",
+            ".SS NOTES\n.nf\nExamples:",
+            ".SH NOTES\n.nf\nOne:",
+            "tap\\-ctl(8)",
+        ] {
+            assert!(page.contains(part), "{part}: {page}");
+        }
+        assert!(!page.contains("GENERATE"), "{page}");
+    }
+
+    #[test]
+    fn every_shell_gets_its_completions() {
+        for what in [Generated::Bash, Generated::Zsh, Generated::Fish] {
+            let mut text = Vec::new();
+            write(command(), what, "", &mut text).unwrap();
+            assert!(String::from_utf8(text).unwrap().contains("cut"), "{what:?}");
+        }
+    }
+}
