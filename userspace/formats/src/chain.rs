@@ -176,8 +176,8 @@ async fn try_name<S: Storage>(
     Ok(Found::Image(kind, file, path))
 }
 
-/// Where a name in an image leads.
-fn resolve(name: &str, image: &Path) -> Result<PathBuf, Failure> {
+/// Where a name in the image at `image` leads.
+pub fn resolve(name: &str, image: &Path) -> Result<PathBuf, Failure> {
     if name.starts_with("json:") || name.contains("://") {
         return Err(Failure::unsupported(format!(
             "it names {name:?}, and only files can be opened: change that with qemu-img rebase -u"

@@ -20,7 +20,7 @@ mod tail;
 pub mod vhd;
 pub mod vmdk;
 
-pub use chain::{open_chain, Files, LAYERS};
+pub use chain::{open_chain, resolve, Files, LAYERS};
 pub use needs::{Extent, Needs, Parent};
 pub use open::{look, open, Below, Kind, Options, Parts};
 pub use storage::Storage;

@@ -6,6 +6,7 @@ mod check;
 mod compressed;
 mod create;
 mod entry;
+mod facts;
 mod geometry;
 mod header;
 mod image;
@@ -20,6 +21,7 @@ mod zero;
 
 pub use check::Findings;
 pub use create::{create, Plan};
+pub use facts::check;
 pub use header::{Backing, Compression, Header};
 pub use snapshot::Snapshot;
 

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What tools ask of an image that is not served.
+
+use super::check::{self, Findings};
+use super::header::{Header, CORRUPT, DIRTY};
+use super::Qcow2;
+use crate::field::refused;
+use crate::{Options, Parts, Storage};
+use control::Failure;
+use diskio::Errno;
+
+impl Header {
+    /// Bytes of a cluster.
+    pub fn cluster(&self) -> u64 {
+        self.geometry.cluster()
+    }
+
+    /// Clusters have parts.
+    pub fn has_subclusters(&self) -> bool {
+        self.geometry.extended
+    }
+
+    /// It was not closed, so its refcounts may be wrong.
+    pub fn is_dirty(&self) -> bool {
+        self.incompatible & DIRTY != 0
+    }
+
+    /// Somebody found damage, so it must not be written.
+    pub fn is_corrupt(&self) -> bool {
+        self.incompatible & CORRUPT != 0
+    }
+}
+
+/// Compares all refcounts of an image that nobody uses with what is used; with `repair` they become right,
+/// and what was wrong is said. Images below it are not looked at.
+pub async fn check<S: Storage>(file: &S, name: &str, repair: bool) -> Result<Findings, Failure> {
+    let options = Options {
+        writable: repair,
+        ..Options::new(name)
+    };
+    let said = |failure| options.named(failure);
+    let header = super::header(file).await.map_err(said)?;
+    if repair && header.is_corrupt() {
+        return Err(said(refused(
+            "the header says that the image is corrupt, so that refcounts may not be all that is wrong: repair it with qemu-img check -r all",
+        )));
+    }
+    let alone = Qcow2::new(file.clone(), Parts::default(), options.clone());
+    let image = alone.image_of(&header).await.map_err(said)?;
+    let others = check::others(file, &header).await.map_err(said)?;
+    let done = match repair {
+        true => image.repair(&others).await,
+        false => image.check(&others, false).await,
+    };
+    done.map_err(|error: Errno| said(Failure::system("cannot check the refcounts", &error.into())))
+}
