@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The programs of a dom0 that are installed; the others are tests.
-const PROGRAMS: &[&str] = &["tapdisk", "blktapctrl", "tap-ctl"];
+const PROGRAMS: &[&str] = &["tapdisk", "blktapctrl", "tap-ctl", "tapimg"];
 
 /// A file of ci/packaging.
 struct Packaged {
@@ -66,13 +66,25 @@ const WITH_PROGRAMS: &[Packaged] = &[
     packaged!("usr/share/man/man8/block-tap-rs.8", "block-tap-rs.8"),
 ];
 
-/// What tap-ctl says of itself, and where it goes.
-const GENERATED: &[(&str, &str)] = &[
-    ("man", "usr/share/man/man8/tap-ctl.8"),
-    ("bash", "usr/share/bash-completion/completions/tap-ctl"),
-    ("zsh", "usr/share/zsh/vendor-completions/_tap-ctl"),
-    ("fish", "usr/share/fish/vendor_completions.d/tap-ctl.fish"),
-];
+/// The programs that say themselves what their command lines are.
+const TELLING: &[&str] = &["tap-ctl", "tapimg"];
+
+/// What they say, and where it goes.
+fn generated(program: &str) -> [(&'static str, String); 4] {
+    let share = |place: &str| format!("usr/share/{place}");
+    [
+        ("man", share(&format!("man/man8/{program}.8"))),
+        (
+            "bash",
+            share(&format!("bash-completion/completions/{program}")),
+        ),
+        ("zsh", share(&format!("zsh/vendor-completions/_{program}"))),
+        (
+            "fish",
+            share(&format!("fish/vendor_completions.d/{program}.fish")),
+        ),
+    ]
+}
 
 /// Installs the module, and the programs of the folder `programs`, below `dir`, which stands for `/`.
 pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<()> {
@@ -103,11 +115,13 @@ fn add_programs(programs: &[PathBuf], dir: &Path) -> Result<()> {
         }
     }
     write_all(WITH_PROGRAMS, dir)?;
-    let tap_ctl = dir.join("usr/bin/tap-ctl");
-    for (what, place) in GENERATED {
-        let text = run::output(Command::new(&tap_ctl).args(["generate", what]))
-            .with_context(|| format!("tap-ctl does not generate {what}"))?;
-        write(&dir.join(place), &text)?;
+    for program in TELLING {
+        let file = dir.join("usr/bin").join(program);
+        for (what, place) in generated(program) {
+            let text = run::output(Command::new(&file).args(["generate", what]))
+                .with_context(|| format!("{program} does not generate {what}"))?;
+            write(&dir.join(place), &text)?;
+        }
     }
     Ok(())
 }
@@ -139,7 +153,7 @@ fn put(file: &Path, place: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Packaged, WITH_MODULE, WITH_PROGRAMS};
+    use super::{generated, Packaged, PROGRAMS, TELLING, WITH_MODULE, WITH_PROGRAMS};
 
     fn file(ending: &str) -> &'static Packaged {
         let mut all = WITH_MODULE.iter().chain(WITH_PROGRAMS);
@@ -156,6 +170,17 @@ mod tests {
         assert!(lines
             .iter()
             .any(|l| l.starts_with("install xen-blkback /sbin/modprobe xen-blkback-rs")));
+    }
+
+    #[test]
+    fn every_program_has_a_manual_page() {
+        for program in PROGRAMS {
+            let page = format!("usr/share/man/man8/{program}.8");
+            let is_told = TELLING.contains(program)
+                && generated(program).iter().any(|(_, place)| *place == page);
+            let is_written = WITH_PROGRAMS.iter().any(|file| file.place == page);
+            assert!(is_told != is_written, "{program}");
+        }
     }
 
     #[test]

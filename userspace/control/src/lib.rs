@@ -44,7 +44,7 @@ pub mod wire;
 
 pub use channel::Channel;
 pub use failure::{Code, Failure};
-pub use target::{Driver, Target};
+pub use target::{size, Driver, Target};
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

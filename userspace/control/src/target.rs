@@ -194,8 +194,9 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
     Ok(Target { driver, argument })
 }
 
-/// A number of bytes with an optional K, M, G or T: whole sectors, more than none.
-fn size(text: &str) -> Option<u64> {
+/// The size of a disk, such as `64M`: a number of bytes with an optional K, M, G or T that are whole
+/// sectors, more than none.
+pub fn size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.char_indices().next_back()? {
         (at, 'K' | 'k') => (&text[..at], 10),
         (at, 'M' | 'm') => (&text[..at], 20),

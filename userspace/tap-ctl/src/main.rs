@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// Other manual pages.
-const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), block-tap-rs(8)";
+const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), tapimg(8), block-tap-rs(8)";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

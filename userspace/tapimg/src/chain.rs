@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The images that lie below one.
+
+use crate::named::{parse_kind, Named};
+use crate::open::{Opener, Use};
+use control::{Code, Failure};
+use formats::{look, qcow2, resolve, Below, Kind, Needs, LAYERS};
+use std::fs;
+
+/// The image below, by the first of its names that leads somewhere.
+pub(crate) fn below(opener: &Opener, image: &Named, needs: &Needs) -> Option<Named> {
+    let parent = needs.parent.as_ref()?;
+    let kind = match &parent.driver {
+        Some(name) => parse_kind(name).ok()?,
+        None => opener.parents?,
+    };
+    let paths: Vec<_> = parent
+        .names
+        .iter()
+        .filter_map(|name| resolve(name, &image.path).ok())
+        .collect();
+    let there = paths.iter().find(|path| fs::exists(path).unwrap_or(false));
+    let path = there.or(paths.first())?.clone();
+    Some(Named { kind, path })
+}
+
+/// Refuses a chain in which an image is damaged in a way that reads as zeroes: what lies behind the end of a
+/// qcow2 image does, so one that was cut off would be copied as if nothing were missing.
+pub(crate) async fn refuse_damage(opener: &Opener, image: &Named) -> Result<(), Failure> {
+    let mut next = Some(image.clone());
+    for _ in 0..LAYERS {
+        let Some(image) = next.take() else { break };
+        let Below::Format(kind) = image.kind else {
+            break;
+        };
+        let file = opener.file(&image.path, Use::Read).await?;
+        let needs = look(kind, &file)
+            .await
+            .map_err(|failure| image.said(failure))?;
+        next = below(opener, &image, &needs);
+        if kind != Kind::Qcow2 {
+            continue;
+        }
+        let found = qcow2::check(&file, &image.path.display().to_string(), false).await?;
+        if found.damaged > 0 {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{image} is damaged: {} entries of its tables cannot be, perhaps because it was cut off; \
+                     --damaged copies what there is, with zeroes in place of what is lost",
+                    found.damaged
+                ),
+            ));
+        }
+    }
+    Ok(())
+}

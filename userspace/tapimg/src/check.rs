@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg check`: whether an image is damaged.
+
+use crate::cli::Check;
+use crate::named::Named;
+use crate::open::{Opener, Use};
+use crate::walk::PIECE;
+use control::{Code, Failure};
+use diskio::{Data, Errno};
+use drivers::{Content, Disk};
+use formats::{qcow2, Below, Kind};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Places that are named; more are counted.
+const NAMED: usize = 16;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Findings {
+    /// Nothing is wrong that would do harm.
+    sound: bool,
+    /// qcow2: clusters that nobody uses and that are not free. They do no harm.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    leaks: Option<u64>,
+    /// qcow2: clusters that are used and may be given to somebody else, too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unsafe_clusters: Option<u64>,
+    /// qcow2: entries of tables that cannot be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damaged_entries: Option<u64>,
+    /// What was found before the repair.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repaired: Option<Repaired>,
+    /// Why the image cannot be used at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
+    /// Pieces of the disk that cannot be read.
+    unreadable: u64,
+    /// Where the first of them begin.
+    unreadable_at: Vec<u64>,
+}
+
+/// What was made right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct Repaired {
+    leaks: u64,
+    unsafe_clusters: u64,
+}
+
+impl Findings {
+    pub(crate) fn is_good(&self) -> bool {
+        self.sound
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        let mut say = |line: String| {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{line}");
+        };
+        if let Some(done) = self.repaired {
+            say(format!(
+                "repaired: {} clusters were lost, {} had too small a refcount",
+                done.leaks, done.unsafe_clusters
+            ));
+        }
+        if let Some(why) = &self.refused {
+            say(why.clone());
+        }
+        let many = |count: Option<u64>| count.filter(|count| *count > 0);
+        if let Some(count) = many(self.damaged_entries) {
+            say(format!(
+                "{count} entries of tables cannot be: what they held is lost; copy what is left with tapimg convert"
+            ));
+        }
+        if let Some(count) = many(self.unsafe_clusters) {
+            say(format!(
+                "{count} clusters are in use and may be given to somebody else: do not write to the image before \
+                 tapimg check --repair"
+            ));
+        }
+        if let Some(count) = many(self.leaks) {
+            say(format!(
+                "{count} clusters are lost, which does no harm: tapimg check --repair takes them back"
+            ));
+        }
+        if self.unreadable > 0 {
+            let places: Vec<String> = self.unreadable_at.iter().map(u64::to_string).collect();
+            let more = self.unreadable - self.unreadable_at.len() as u64;
+            let more = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
+            say(format!(
+                "the disk cannot be read at byte {}{more}: its tables or its storage are damaged",
+                places.join(", ")
+            ));
+        }
+        say(match self.sound {
+            true => "nothing is wrong".into(),
+            false => "the image is damaged".into(),
+        });
+        text
+    }
+}
+
+/// Checks.
+pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Failure> {
+    let image = &args.image;
+    let is_qcow2 = image.kind == Below::Format(Kind::Qcow2);
+    if args.repair && !is_qcow2 {
+        return Err(Failure::invalid(format!(
+            "{image}: only qcow2 images have something that can be repaired: leave --repair out"
+        )));
+    }
+    let mut findings = Findings::default();
+    let tables = match is_qcow2 {
+        true => refcounts(opener, image, args.repair, &mut findings).await,
+        false => Ok(()),
+    };
+    let walked = match tables {
+        Ok(()) => walk(opener, image, args.data, &mut findings).await,
+        refused => refused,
+    };
+    match walked {
+        Err(failure) if matches!(failure.code, Code::Image) => {
+            findings.refused = Some(failure.message);
+        }
+        result => result?,
+    }
+    let none = |count: Option<u64>| count.unwrap_or(0) == 0;
+    findings.sound = findings.refused.is_none()
+        && findings.unreadable == 0
+        && none(findings.damaged_entries)
+        && none(findings.unsafe_clusters);
+    Ok(findings)
+}
+
+/// Compares refcounts with what is used.
+async fn refcounts(
+    opener: &Opener,
+    image: &Named,
+    repair: bool,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let how = if repair { Use::Write } else { opener.reading };
+    let file = opener.file(&image.path, how).await?;
+    let name = image.path.display().to_string();
+    if repair {
+        let found = qcow2::check(&file, &name, true).await?;
+        findings.repaired = Some(Repaired {
+            leaks: found.leaks,
+            unsafe_clusters: found.unsafe_clusters,
+        });
+    }
+    let found = qcow2::check(&file, &name, false).await?;
+    findings.leaks = Some(found.leaks);
+    findings.unsafe_clusters = Some(found.unsafe_clusters);
+    findings.damaged_entries = Some(found.damaged);
+    Ok(())
+}
+
+/// Looks at all that leads to data, and perhaps at that.
+async fn walk(
+    opener: &Opener,
+    image: &Named,
+    data: bool,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let (disk, shape) = opener.disk(image, None).await?;
+    let mut at = 0;
+    while at < shape.size {
+        let some = (shape.size - at).min(PIECE);
+        at += match seen(opener, &disk, at, some, data).await {
+            Ok(len) => len,
+            Err(_) => {
+                findings.unreadable += 1;
+                if findings.unreadable_at.len() < NAMED {
+                    findings.unreadable_at.push(at);
+                }
+                some
+            }
+        };
+    }
+    Ok(())
+}
+
+/// How many bytes from `at` on can be read.
+async fn seen(opener: &Opener, disk: &Disk, at: u64, len: u64, data: bool) -> Result<u64, Errno> {
+    let mut done = 0;
+    for extent in disk.extents(at, len).await? {
+        if data && extent.content == Content::Data {
+            // CAST: at most a piece.
+            let bytes: Data = opener.io.buffer(extent.len as usize)?;
+            disk.read(at + done, bytes).await?;
+        }
+        done += extent.len;
+    }
+    Ok(done)
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The command line.
+
+use crate::named::Named;
+use clap::{Args, Parser, Subcommand};
+use manual::Generated;
+use std::str::FromStr;
+
+/// Make, convert, check and compare the images of tap disks.
+///
+/// An image is named KIND:PATH, as in the configuration of a guest. The kind is what you say, never what the
+/// file looks like: a guest writes what is in it.
+#[derive(Debug, Parser)]
+#[command(name = "tapimg", version, after_long_help = HELP)]
+pub(crate) struct Cli {
+    /// Print JSON, for programs
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What a parent is whose child does not say it: qcow images never do, old qcow2 images may not
+    #[arg(long, global = true, value_name = "KIND")]
+    pub(crate) parents: Option<ParentKind>,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+const HELP: &str = "\
+Kinds of images:
+  aio     a raw file or block device: the disk, byte for byte (also: raw, sync)
+  qcow2   versions 2 and 3
+  qcow    the first version
+  vhd     fixed, dynamic, differencing (also: vpc)
+  vmdk    sparse or flat; made with one sparse file
+
+Examples:
+  tapimg info --chain qcow2:/srv/a.qcow2            # what it is, and all below it
+  tapimg create qcow2:/srv/a.qcow2 10G              # an empty disk
+  tapimg create qcow2:/srv/b.qcow2 --parent aio:/srv/base.img
+                                                    # goes on from base.img, which must not change any more
+  tapimg convert vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # the same disk in another format
+  tapimg convert qcow2:/srv/a.qcow2 aio:/dev/vg/a --force
+                                                    # onto a volume, whose content is lost
+  tapimg compare vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # do guests see the same?
+  tapimg check --repair qcow2:/srv/a.qcow2
+  tapimg map qcow2:/srv/a.qcow2                     # where there is data
+
+An image is locked while it is used, as tapdisk does: what is written may be used by nobody else, what is
+read may be written by nobody. To work on the image of a guest that runs: tap-ctl pause, and afterwards
+tap-ctl unpause. A file that was replaced (--force) is another one: name it again with unpause -a.
+
+A new image has the name PATH.unfinished until it is whole and durable. Whatever ends the work earlier,
+there is no part of an image under its own name, and a file that was to be replaced (--force) is as it was.
+
+Exit status: 0 if it was done and nothing is wrong, 1 if images differ (compare), an image is damaged
+(check) or cannot be served as it is (info), 2 for a wrong command line, 3 if somebody else uses the image,
+4 if there is no such image, 6 if it could not be done for another reason.";
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Say what an image is: size, parent, snapshots, and what keeps it from being served
+    Info(Info),
+    /// Make an image
+    Create(Create),
+    /// Make an image of the content of another one, in any format
+    Convert(Convert),
+    /// Look for damage
+    Check(Check),
+    /// Say whether two images hold the same disk
+    Compare(Compare),
+    /// Say where there is data
+    Map(Map),
+    /// Print a completion script or the manual page
+    #[command(hide = true)]
+    Generate {
+        /// What
+        what: Generated,
+    },
+}
+
+/// A size of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size(pub(crate) u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        control::size(text).map(Size).ok_or_else(|| {
+            "write a number of bytes that are whole sectors of 512, such as 10G, 64M or 64K".into()
+        })
+    }
+}
+
+/// A kind of image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ParentKind(pub(crate) formats::Below);
+
+impl FromStr for ParentKind {
+    type Err = control::Failure;
+
+    fn from_str(text: &str) -> Result<Self, control::Failure> {
+        crate::named::parse_kind(text).map(ParentKind)
+    }
+}
+
+/// What to look at.
+#[derive(Debug, Args)]
+pub(crate) struct Info {
+    /// The image, KIND:PATH
+    pub(crate) image: Named,
+    /// All images below it, too
+    #[arg(long)]
+    pub(crate) chain: bool,
+    /// Look even if it is in use: what is said may be wrong by then
+    #[arg(short = 'U', long)]
+    pub(crate) unlocked: bool,
+}
+
+/// How a new image is laid out.
+#[derive(Debug, Args)]
+pub(crate) struct Layout {
+    /// The image that it goes on from, KIND:PATH, which must not change any more
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) parent: Option<Named>,
+    /// qcow2: bytes of a cluster, 512 to 2M; 64K if not said
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) cluster_size: Option<Size>,
+    /// qcow2: clusters have 32 parts, so that small writes to a child copy less; for clusters of 16K and more
+    #[arg(long)]
+    pub(crate) subclusters: bool,
+    /// vhd: a fixed one, as large as the disk
+    #[arg(long)]
+    pub(crate) fixed: bool,
+}
+
+/// What to make.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+An image of which there is one already is replaced with --force only, and never while somebody uses it.
+A parent in the same folder is named without the folder, so both can be moved together.")]
+pub(crate) struct Create {
+    /// The image, KIND:PATH
+    pub(crate) image: Named,
+    /// Size of the disk, such as 10G; with --parent that of the parent if not said
+    pub(crate) size: Option<Size>,
+    #[command(flatten)]
+    pub(crate) layout: Layout,
+    /// Replace what is there
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// What to copy.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Holes stay holes, and zeroes become holes. With --parent only what differs from the parent is written, so
+the parent need not be what FROM goes on from.")]
+pub(crate) struct Convert {
+    /// The image to read, KIND:PATH, with all that lies below it
+    pub(crate) from: Named,
+    /// The image to make, KIND:PATH
+    pub(crate) to: Named,
+    #[command(flatten)]
+    pub(crate) layout: Layout,
+    /// qcow2: read this snapshot, by its id or name
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+    /// Copy what there is of a qcow2 image that is damaged
+    #[arg(long)]
+    pub(crate) damaged: bool,
+    /// Replace what is there
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Tell on stderr how far it is, even if that is no terminal
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+/// What to check.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+qcow2: all tables and refcounts. --repair makes refcounts right and takes lost clusters back; an image
+whose header says that it is corrupt needs qemu-img check -r all.
+Others: headers, and all tables, which must lead into the file; there is nothing to repair in them.
+Exit status: 0 if nothing is wrong (lost clusters do no harm), or no longer is; 1 if there is damage.")]
+pub(crate) struct Check {
+    /// The image, KIND:PATH
+    pub(crate) image: Named,
+    /// Make right what can be made right
+    #[arg(long)]
+    pub(crate) repair: bool,
+    /// Read all data, too
+    #[arg(long)]
+    pub(crate) data: bool,
+}
+
+/// What to compare.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A disk that is longer by nothing but zeroes is the same, but with --strict.
+Exit status: 0 if they are the same, 1 if they differ.")]
+pub(crate) struct Compare {
+    /// An image, KIND:PATH
+    pub(crate) one: Named,
+    /// Another one
+    pub(crate) other: Named,
+    /// Sizes must be the same, too
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// Tell on stderr how far it is, even if that is no terminal
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+/// What to draw.
+#[derive(Debug, Args)]
+pub(crate) struct Map {
+    /// The image, KIND:PATH
+    pub(crate) image: Named,
+    /// What is in this image alone, and where the one below shows through
+    #[arg(long)]
+    pub(crate) layer: bool,
+}

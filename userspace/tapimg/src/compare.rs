@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg compare`: whether guests see the same.
+
+use crate::cli::Compare;
+use crate::open::Opener;
+use crate::progress::Progress;
+use crate::runs::is_zero;
+use crate::walk::{self, Piece, Side, Walk};
+use control::Failure;
+use serde::Serialize;
+use std::cell::Cell;
+
+/// How two disks differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Verdict {
+    /// They are the same.
+    identical: bool,
+    /// The first byte that differs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_difference: Option<u64>,
+    /// Bytes of each.
+    sizes: [u64; 2],
+}
+
+impl Verdict {
+    pub(crate) fn is_good(&self) -> bool {
+        self.identical
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let [one, other] = self.sizes;
+        match (self.first_difference, self.identical) {
+            (Some(at), _) => format!("they differ, first at byte {at}\n"),
+            (None, true) if one == other => "they are the same\n".into(),
+            (None, true) => {
+                format!("they are the same, but one has {one} bytes and the other {other}: the rest is zeroes\n")
+            }
+            (None, false) => format!("they differ: one has {one} bytes and the other {other}\n"),
+        }
+    }
+}
+
+/// Compares.
+pub(crate) async fn compare(opener: &Opener, args: &Compare) -> Result<Verdict, Failure> {
+    let images = [&args.one, &args.other];
+    let (one, its) = opener.disk(images[0], None).await?;
+    let (other, others) = opener.disk(images[1], None).await?;
+    let disks = [one, other];
+    let sizes = [its.size, others.size];
+    if args.strict && sizes[0] != sizes[1] {
+        return Ok(Verdict {
+            identical: false,
+            first_difference: None,
+            sizes,
+        });
+    }
+    let all = sizes[0].max(sizes[1]);
+    let progress = Progress::new(all, args.progress);
+    let first = Cell::new(None);
+    let side = |number: usize| Side::new(images[number], &disks[number], sizes[number]);
+    let (disks, progress_ref, first_ref) = (&disks, &progress, &first);
+    let work = move |piece: Piece<2>| async move {
+        let Piece { offset, len, data } = piece;
+        let mut seen = [None, None];
+        for number in 0..2 {
+            if data[number] {
+                let (image, disk) = (images[number], &disks[number]);
+                seen[number] = Some(walk::read(&opener.io, image, disk, offset, len).await?.1);
+            }
+        }
+        if let Some(at) = difference(seen[0].as_deref(), seen[1].as_deref()) {
+            let at = offset + at as u64;
+            let before = first_ref.get().unwrap_or(u64::MAX);
+            first_ref.set(Some(at.min(before)));
+        }
+        progress_ref.add(len);
+        Ok(())
+    };
+    // What comes before the difference is done or under way when it is found.
+    let done = Walk::new([side(0), side(1)], all)
+        .each(|| first.get().is_some(), work)
+        .await;
+    progress.end();
+    done?;
+    Ok(Verdict {
+        identical: first.get().is_none(),
+        first_difference: first.get(),
+        sizes,
+    })
+}
+
+/// The first byte that differs; what is missing is zeroes.
+fn difference(one: Option<&[u8]>, other: Option<&[u8]>) -> Option<usize> {
+    match (one, other) {
+        (Some(one), Some(other)) if one == other => None,
+        (Some(one), Some(other)) => one.iter().zip(other).position(|(a, b)| a != b),
+        (Some(bytes), None) | (None, Some(bytes)) if is_zero(bytes) => None,
+        (Some(bytes), None) | (None, Some(bytes)) => bytes.iter().position(|byte| *byte != 0),
+        (None, None) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::difference;
+
+    #[test]
+    fn holes_are_zeroes() {
+        assert_eq!(difference(None, None), None);
+        assert_eq!(difference(Some(&[0, 0]), None), None);
+        assert_eq!(difference(None, Some(&[0, 1])), Some(1));
+        assert_eq!(difference(Some(&[1, 2, 3]), Some(&[1, 2, 4])), Some(2));
+        assert_eq!(difference(Some(&[1, 2]), Some(&[1, 2])), None);
+    }
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg convert`: the same disk in another image.
+
+use crate::chain::refuse_damage;
+use crate::cli::Convert;
+use crate::create::{apart, check, make, Parent};
+use crate::named::Named;
+use crate::open::{failed, Opener};
+use crate::progress::Progress;
+use crate::runs::{runs, Run};
+use crate::stop::Stop;
+use crate::target::Target;
+use crate::walk::{self, Piece, Side, Walk};
+use control::{Code, Failure};
+use diskio::{Bytes, Errno, Io};
+use drivers::{Attributes, Disk};
+use formats::{Below, Options};
+
+/// What is read, and where it goes.
+struct Copy<'c> {
+    io: &'c Io,
+    from: (&'c Named, Disk),
+    to: (&'c Named, Disk),
+    /// What lies below the new image.
+    parent: Option<(&'c Named, Disk)>,
+    /// What is not written there is not known to be zeroes.
+    is_dirty: bool,
+}
+
+/// Converts.
+pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Result<(), Failure> {
+    let (from, to, layout) = (&args.from, &args.to, &args.layout);
+    apart(from, to)?;
+    check(to, layout)?;
+    let (disk, shape) = opener.disk(from, args.snapshot.as_deref()).await?;
+    if !args.damaged {
+        refuse_damage(opener, from).await?;
+    }
+    let parent = match &layout.parent {
+        Some(parent) => Some(Parent::open(opener, parent, to).await?),
+        None => None,
+    };
+    let target = Target::begin(opener, to, args.force).await?;
+    let progress = Progress::new(shape.size, args.progress);
+    let work = async {
+        let file = target.file();
+        make(file, to, shape.size, layout, parent.as_ref())
+            .await
+            .map_err(|failure| to.said(failure))?;
+        let options = Options::new(to.path.display().to_string());
+        let (new, its) = opener.disk_of(to, file.clone(), options).await?;
+        if its.size > shape.size {
+            eprintln!(
+                "tapimg: {to} has {} bytes more than the disk: they stay as they are",
+                its.size - shape.size
+            );
+        }
+        let copy = Copy {
+            io: &opener.io,
+            from: (from, disk.clone()),
+            to: (to, new.clone()),
+            parent: layout
+                .parent
+                .as_ref()
+                .zip(parent.as_ref())
+                .map(|(image, parent)| (image, parent.disk.clone())),
+            is_dirty: target.is_device() && to.kind == Below::Raw,
+        };
+        let below = parent.as_ref().map_or(0, |parent| parent.size);
+        copy.all(shape.size, below, stop, &progress).await?;
+        let last = |error: Errno| failed("finish", to, shape.size, error);
+        new.flush().await.map_err(last)?;
+        new.inactivate().await.map_err(last)
+    };
+    let done = work.await;
+    progress.end();
+    match done {
+        Ok(()) => target.keep().await,
+        Err(failure) => Err(target.give_up(failure).await),
+    }
+}
+
+impl Copy<'_> {
+    /// Copies `size` bytes; the disk below has `below`.
+    async fn all(
+        &self,
+        size: u64,
+        below: u64,
+        stop: &Stop,
+        progress: &Progress,
+    ) -> Result<(), Failure> {
+        let source = Side::new(self.from.0, &self.from.1, size);
+        // Without a parent there is a hole in its place.
+        let (image, disk) = self.parent.as_ref().unwrap_or(&self.from);
+        let under = Side::new(image, disk, below);
+        let walk = Walk::new([source, under], size);
+        let each = move |piece: Piece<2>| async move {
+            self.piece(piece).await?;
+            progress.add(piece.len);
+            Ok(())
+        };
+        walk.each(|| stop.is_wanted(), each).await?;
+        match stop.is_wanted() {
+            true => Err(Failure::new(
+                Code::Other,
+                format!("ended by a signal when {} % were done", progress.share()),
+            )),
+            false => Ok(()),
+        }
+    }
+
+    async fn piece(&self, piece: Piece<2>) -> Result<(), Failure> {
+        let Piece { offset, len, data } = piece;
+        let [is_data, is_below] = data;
+        if !is_data && !is_below {
+            return match self.is_dirty {
+                true => self.zero(offset, len).await,
+                false => Ok(()),
+            };
+        }
+        let (from, disk) = &self.from;
+        let source = match is_data {
+            true => Some(walk::read(self.io, from, disk, offset, len).await?),
+            false => None,
+        };
+        let below = match &self.parent {
+            Some((image, disk)) if is_below => {
+                Some(walk::read(self.io, image, disk, offset, len).await?.1)
+            }
+            _ => None,
+        };
+        let Some((source, seen)) = source else {
+            // CAST: at most a piece.
+            let zeroes = vec![0; len as usize];
+            for run in runs(&zeroes, below.as_deref()) {
+                if let Run::Zero(range) = run {
+                    self.zero(offset + range.start as u64, range.len() as u64)
+                        .await?;
+                }
+            }
+            return Ok(());
+        };
+        let source = Bytes::from(source);
+        if self.is_dirty {
+            return self.write(offset, source).await;
+        }
+        for run in runs(&seen, below.as_deref()) {
+            match run {
+                Run::Data(range) => {
+                    let part = source.part(range.start, range.len());
+                    self.write(offset + range.start as u64, part).await?;
+                }
+                Run::Zero(range) => {
+                    self.zero(offset + range.start as u64, range.len() as u64)
+                        .await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, data: Bytes) -> Result<(), Failure> {
+        let (to, disk) = &self.to;
+        let done = disk.write(offset, data, Attributes::default()).await;
+        done.map_err(|error| failed("write", to, offset, error))
+    }
+
+    async fn zero(&self, offset: u64, len: u64) -> Result<(), Failure> {
+        let (to, disk) = &self.to;
+        let done = disk.write_zeroes(offset, len, Attributes::default()).await;
+        done.map_err(|error| failed("write zeroes to", to, offset, error))
+    }
+}

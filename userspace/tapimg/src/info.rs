@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg info`: what images are.
+
+use crate::chain::below;
+use crate::cli::Info;
+use crate::named::{kind_name, Named};
+use crate::open::Opener;
+use crate::progress::bytes;
+use control::{Code, Failure};
+use diskio::File;
+use formats::{look, qcow2, Below, Kind, Needs, LAYERS};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// What there is to say of an image.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Facts {
+    /// As it was named.
+    image: String,
+    kind: String,
+    path: String,
+    /// Bytes of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
+    /// Bytes of the file, and those that its file system has for it.
+    file_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allocated: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent: Option<ParentFacts>,
+    /// Files with the content.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    extents: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qcow2: Option<Qcow2Facts>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<SnapshotFacts>,
+    /// It, or one below it, cannot be served as it is, and why.
+    problems: Vec<String>,
+    /// What does no harm.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct ParentFacts {
+    /// As the image names it.
+    names: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Qcow2Facts {
+    version: u32,
+    cluster_size: u64,
+    subclusters: bool,
+    compression: &'static str,
+    dirty: bool,
+    corrupt: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct SnapshotFacts {
+    id: String,
+    name: String,
+    size: u64,
+    /// Seconds since 1970.
+    seconds: u32,
+    memory: u64,
+}
+
+/// Looks at an image, and at all below it if that is wanted.
+pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Failure> {
+    let mut all = Vec::new();
+    let mut next = Some(args.image.clone());
+    while let Some(image) = next.take() {
+        if all.len() > LAYERS {
+            break;
+        }
+        let (facts, needs) = match one(opener, &image).await {
+            Ok(found) => found,
+            // The first one must be there.
+            Err(failure) if all.is_empty() => return Err(failure),
+            Err(failure) => {
+                all.push(Facts::missing(&image, failure));
+                break;
+            }
+        };
+        all.push(facts);
+        if args.chain {
+            next = needs.and_then(|needs| below(opener, &image, &needs));
+        }
+    }
+    // Whether it can be served shows when it is opened with all that it needs.
+    if all.iter().all(|facts| facts.problems.is_empty()) {
+        match opener.disk(&args.image, None).await {
+            Ok(_) => {}
+            // It may be in order when it is free.
+            Err(failure) if failure.code == Code::Busy => return Err(failure),
+            Err(failure) => all[0].problems.push(failure.message),
+        }
+    }
+    Ok(all)
+}
+
+impl Facts {
+    pub(crate) fn is_good(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    fn new(image: &Named) -> Self {
+        Self {
+            image: image.to_string(),
+            kind: kind_name(image.kind).into(),
+            path: image.path.display().to_string(),
+            ..Self::default()
+        }
+    }
+
+    fn missing(image: &Named, failure: Failure) -> Self {
+        Self {
+            problems: vec![failure.message],
+            ..Self::new(image)
+        }
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let mut text = format!("image: {}\n", self.image);
+        let mut say = |name: &str, value: &str| {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "  {name}: {value}");
+        };
+        if let Some(size) = self.size {
+            say(
+                "size of the disk",
+                &format!("{} ({size} bytes)", bytes(size)),
+            );
+        }
+        let on_disk = match self.allocated {
+            Some(allocated) => format!(
+                "{} of a file of {}",
+                bytes(allocated),
+                bytes(self.file_size)
+            ),
+            None => format!("a device of {}", bytes(self.file_size)),
+        };
+        say("space in use", &on_disk);
+        if let Some(parent) = &self.parent {
+            let kind = parent
+                .kind
+                .as_deref()
+                .unwrap_or("of a kind that it does not say");
+            say("parent", &format!("{} ({kind})", parent.names.join(" or ")));
+        }
+        for extent in &self.extents {
+            say("content in", extent);
+        }
+        if let Some(its) = &self.qcow2 {
+            say("version", &its.version.to_string());
+            let parts = if its.subclusters {
+                ", with subclusters"
+            } else {
+                ""
+            };
+            say(
+                "clusters",
+                &format!("{}{parts}, {}", bytes(its.cluster_size), its.compression),
+            );
+        }
+        for one in &self.snapshots {
+            say(
+                "snapshot",
+                &format!(
+                    "{} {:?}, {}, made at {} s since 1970",
+                    one.id,
+                    one.name,
+                    bytes(one.size),
+                    one.seconds
+                ),
+            );
+        }
+        for note in &self.notes {
+            say("note", note);
+        }
+        for problem in &self.problems {
+            say("cannot be served", problem);
+        }
+        text
+    }
+}
+
+/// One image. What is wrong with it is said in the facts.
+async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), Failure> {
+    let file = opener.file(&image.path, opener.reading).await?;
+    let seeing = |error| Failure::system(format!("cannot look at {image}"), &error);
+    let mut facts = Facts {
+        file_size: file.size().map_err(seeing)?,
+        ..Facts::new(image)
+    };
+    if !file.is_device() {
+        facts.allocated = Some(file.allocated().map_err(seeing)?);
+    }
+    let Below::Format(kind) = image.kind else {
+        facts.size = Some(facts.file_size);
+        return Ok((facts, None));
+    };
+    let needs = match look(kind, &file).await {
+        Ok(needs) => needs,
+        Err(failure) => {
+            facts.problems.push(failure.message);
+            return Ok((facts, None));
+        }
+    };
+    facts.size = Some(needs.size);
+    facts.extents = needs
+        .extents
+        .iter()
+        .map(|extent| extent.name.clone())
+        .collect();
+    facts.parent = needs.parent.as_ref().map(|parent| ParentFacts {
+        names: parent.names.clone(),
+        kind: parent.driver.clone(),
+        id: parent.id.clone(),
+    });
+    if kind == Kind::Qcow2 {
+        if let Err(failure) = add_qcow2(&file, &mut facts).await {
+            facts.problems.push(failure.message);
+        }
+    }
+    Ok((facts, Some(needs)))
+}
+
+async fn add_qcow2(file: &File, facts: &mut Facts) -> Result<(), Failure> {
+    let header = qcow2::header(file).await?;
+    facts.qcow2 = Some(Qcow2Facts {
+        version: header.version,
+        cluster_size: header.cluster(),
+        subclusters: header.has_subclusters(),
+        compression: match header.compression {
+            qcow2::Compression::Zlib => "zlib",
+            qcow2::Compression::Zstd => "zstd",
+        },
+        dirty: header.is_dirty(),
+        corrupt: header.is_corrupt(),
+    });
+    if header.is_dirty() {
+        let note = "it was not closed: its refcounts are repaired when it is opened for writing, or by tapimg check --repair";
+        facts.notes.push(note.into());
+    }
+    if header.is_corrupt() {
+        let problem = "its header says that it is corrupt, so it can be served read-only and converted, and not written: \
+                       repair it with qemu-img check -r all";
+        facts.problems.push(problem.into());
+    }
+    for one in qcow2::snapshots(file).await? {
+        facts.snapshots.push(SnapshotFacts {
+            id: one.id,
+            name: one.name,
+            size: one.size,
+            seconds: one.seconds,
+            memory: one.memory,
+        });
+    }
+    Ok(())
+}

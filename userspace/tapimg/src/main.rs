@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! tapimg: the images of tap disks.
+#![forbid(unsafe_code)]
+
+mod chain;
+mod check;
+mod cli;
+mod compare;
+mod convert;
+mod create;
+mod info;
+mod map;
+mod named;
+mod open;
+mod progress;
+mod runs;
+mod stop;
+mod target;
+mod walk;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Verb};
+use control::{Code, Failure};
+use diskio::Runtime;
+use open::{Opener, Use};
+use serde::Serialize;
+use std::io::{self, BufWriter, Write};
+use std::process::ExitCode;
+use stop::Stop;
+
+/// Threads for what would keep the others waiting, such as to unpack clusters.
+const HELPERS: usize = 2;
+/// Other manual pages.
+const SEE_ALSO: &str = "tap-ctl(8), tapdisk(8), qemu-img(1)";
+
+/// Why it was not done.
+#[derive(Debug)]
+pub(crate) enum Error {
+    /// The answer cannot be printed.
+    Output(io::Error),
+    /// Something else.
+    Failed(Failure),
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// What came of it: 0 or 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// All is as it should be.
+    Good,
+    /// Images differ, or something is wrong with one.
+    Bad,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.json;
+    match run(cli) {
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::Bad) => ExitCode::from(1),
+        // Such as `tapimg map ... | head`.
+        Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Error::Output(error)) => {
+            eprintln!("tapimg: cannot write: {error}");
+            ExitCode::from(6)
+        }
+        Err(Error::Failed(failure)) => {
+            if json {
+                println!("{}", serde_json::json!({ "error": failure }));
+            }
+            eprintln!("tapimg: {failure}");
+            ExitCode::from(status(failure.code))
+        }
+    }
+}
+
+/// As tap-ctl, but for 1, which says that an image differs or is damaged.
+fn status(code: Code) -> u8 {
+    match code {
+        Code::Invalid => 2,
+        Code::Busy => 3,
+        Code::NotFound => 4,
+        _ => 6,
+    }
+}
+
+fn run(cli: Cli) -> Result<Outcome, Error> {
+    if let Verb::Generate { what } = cli.verb {
+        manual::write(Cli::command(), what, SEE_ALSO, &mut io::stdout())?;
+        return Ok(Outcome::Good);
+    }
+    let runtime = Runtime::new();
+    // Threads inherit what is blocked of signals, so this comes first.
+    let stop = match cli.verb {
+        Verb::Convert(_) => Stop::listen(&runtime)?,
+        _ => Stop::default(),
+    };
+    let starting = |error| Failure::system("cannot start", &error);
+    runtime.io.start_helpers(HELPERS).map_err(starting)?;
+    open::select_engine(&runtime.io);
+    let opener = Opener {
+        io: runtime.io.clone(),
+        reading: match &cli.verb {
+            Verb::Info(info) if info.unlocked => Use::Look,
+            _ => Use::Read,
+        },
+        parents: cli.parents.map(|kind| kind.0),
+    };
+    let work = async move { verb(&cli, &opener, &stop).await };
+    runtime
+        .block_on(work)
+        .map_err(|error| Failure::system("cannot wait for I/O", &error))?
+}
+
+async fn verb(cli: &Cli, opener: &Opener, stop: &Stop) -> Result<Outcome, Error> {
+    let mut out = BufWriter::new(io::stdout());
+    let good = match &cli.verb {
+        Verb::Info(args) => {
+            let all = info::info(opener, args).await?;
+            let text: Vec<String> = all.iter().map(info::Facts::text).collect();
+            print(cli, &mut out, &all, &text.concat())?;
+            all.iter().all(info::Facts::is_good)
+        }
+        Verb::Create(args) => {
+            create::create(opener, args).await?;
+            true
+        }
+        Verb::Convert(args) => {
+            convert::convert(opener, stop, args).await?;
+            true
+        }
+        Verb::Check(args) => {
+            let findings = check::check(opener, args).await?;
+            print(cli, &mut out, &findings, &findings.text())?;
+            findings.is_good()
+        }
+        Verb::Compare(args) => {
+            let verdict = compare::compare(opener, args).await?;
+            print(cli, &mut out, &verdict, &verdict.text())?;
+            verdict.is_good()
+        }
+        Verb::Map(args) => {
+            map::map(opener, args, cli.json, &mut out).await?;
+            true
+        }
+        Verb::Generate { .. } => true,
+    };
+    Ok(if good { Outcome::Good } else { Outcome::Bad })
+}
+
+/// Prints an answer, for a program or a person.
+fn print(cli: &Cli, out: &mut impl Write, json: &impl Serialize, text: &str) -> Result<(), Error> {
+    match cli.json {
+        true => {
+            let text = serde_json::to_string(json).map_err(io::Error::other)?;
+            writeln!(out, "{text}")?;
+        }
+        false => out.write_all(text.as_bytes())?,
+    }
+    Ok(out.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{status, Cli};
+    use clap::{CommandFactory, Parser};
+    use control::Code;
+
+    #[test]
+    fn description_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lines_that_are_understood() {
+        for line in [
+            "tapimg info --json --chain qcow2:/a",
+            "tapimg --json info -U qcow2:/a",
+            "tapimg create qcow2:/a 10G --cluster-size 128K",
+            "tapimg create qcow2:/a --parent vhd:/b",
+            "tapimg convert vhd:/a qcow2:/b --parent aio:/c --progress",
+            "tapimg check --repair qcow2:/a",
+            "tapimg compare --strict aio:/a raw:/b",
+            "tapimg map --layer --parents aio qcow:/a",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
+        }
+        for line in [
+            "tapimg",
+            "tapimg info /a",
+            "tapimg info qcow3:/a",
+            "tapimg create qcow2:/a 1X",
+            "tapimg create qcow2:/a 513",
+            "tapimg convert aio:/a",
+            "tapimg map --parents png qcow:/a",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn exit_status_is_that_of_tap_ctl() {
+        assert_eq!(
+            [Code::Invalid, Code::Busy, Code::NotFound].map(status),
+            [2, 3, 4]
+        );
+        assert_eq!(status(Code::Image), 6);
+    }
+}

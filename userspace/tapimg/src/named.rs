@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images as they are named on the command line: `qcow2:/srv/a.qcow2`.
+
+use control::Failure;
+use formats::{Below, Kind};
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// What an image is, and where. What it is is said, never guessed: a guest writes what is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    /// Raw, or which format.
+    pub(crate) kind: Below,
+    /// Absolute.
+    pub(crate) path: PathBuf,
+}
+
+/// The name of a kind, as a configuration has it.
+pub(crate) fn kind_name(kind: Below) -> &'static str {
+    match kind {
+        Below::Raw => "aio",
+        Below::Format(kind) => kind.name(),
+    }
+}
+
+/// All names, for messages.
+fn kinds() -> String {
+    let formats = Kind::ALL.map(Kind::name).join(", ");
+    format!("aio (raw), {formats}")
+}
+
+/// A kind of image, from one of its names.
+pub(crate) fn parse_kind(name: &str) -> Result<Below, Failure> {
+    // The other name of raw files in configurations.
+    let name = if name == "sync" { "aio" } else { name };
+    let unknown =
+        |_| Failure::invalid(format!("there is no kind {name:?}: use one of {}", kinds()));
+    name.parse().map_err(unknown)
+}
+
+impl Named {
+    /// What is wrong, and with which image.
+    pub(crate) fn said(&self, failure: Failure) -> Failure {
+        let path = self.path.display().to_string();
+        match failure.message.contains(&path) {
+            true => failure,
+            false => Failure::new(failure.code, format!("{path}: {}", failure.message)),
+        }
+    }
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", kind_name(self.kind), self.path.display())
+    }
+}
+
+impl FromStr for Named {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        let rest = text.strip_prefix("tap:").unwrap_or(text);
+        let (kind, path) = rest
+            .split_once(':')
+            .filter(|(kind, _)| !kind.contains('/'))
+            .ok_or_else(|| {
+                Failure::invalid(format!(
+                    "{text:?} does not say what the image is, which is never guessed: write KIND:PATH, such as \
+                     qcow2:{text}, where KIND is one of {}",
+                    kinds()
+                ))
+            })?;
+        let kind = parse_kind(kind)?;
+        if path.is_empty() || path.contains('\0') {
+            return Err(Failure::invalid(format!(
+                "{text:?} names no file: write KIND:PATH, such as {}:/srv/a.img",
+                kind_name(kind)
+            )));
+        }
+        let path = std::path::absolute(path)
+            .map_err(|error| Failure::system(format!("cannot find {path:?}"), &error))?;
+        Ok(Self { kind, path })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Named;
+    use formats::{Below, Kind};
+    use std::path::Path;
+
+    #[test]
+    fn an_image_is_named_with_its_kind() {
+        for (text, kind, path) in [
+            ("qcow2:/a:b", Below::Format(Kind::Qcow2), "/a:b"),
+            ("tap:vhd:/a", Below::Format(Kind::Vhd), "/a"),
+            ("vpc:/a", Below::Format(Kind::Vhd), "/a"),
+            ("aio:/a", Below::Raw, "/a"),
+            ("sync:/a", Below::Raw, "/a"),
+            ("raw:/a", Below::Raw, "/a"),
+        ] {
+            let named: Named = text.parse().unwrap();
+            assert_eq!((named.kind, named.path.as_path()), (kind, Path::new(path)));
+        }
+        let named: Named = "raw:a.img".parse().unwrap();
+        assert!(named.path.is_absolute() && named.path.ends_with("a.img"));
+        for text in [
+            "",
+            "/a",
+            "qcow2",
+            "qcow2:",
+            "qcow3:/a",
+            "./a:b",
+            "aio:/a\0b",
+        ] {
+            assert!(text.parse::<Named>().is_err(), "{text:?}");
+        }
+    }
+}

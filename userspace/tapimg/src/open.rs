@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From the name of an image to a disk, with all that lies below it, locked.
+
+use crate::named::Named;
+use control::{Code, Failure};
+use diskio::{Engine, Errno, File, Io, LockKind};
+use drivers::{lock, Disk, Raw, Shape};
+use formats::{open_chain, Below, Files, Kind, Options};
+use rustix::fs::OFlags;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+/// What is done with a file, and so how it is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Others may read it, too.
+    Read,
+    /// Nobody else may use it.
+    Write,
+    /// It is looked at whatever others do with it.
+    Look,
+}
+
+/// Opens images.
+#[derive(Clone, Debug)]
+pub(crate) struct Opener {
+    pub(crate) io: Io,
+    /// How what is only read is opened: [`Use::Read`] or [`Use::Look`].
+    pub(crate) reading: Use,
+    /// What a parent is whose child does not say it.
+    pub(crate) parents: Option<Below>,
+}
+
+/// Makes I/O as quick as it can be here.
+pub(crate) fn select_engine(io: &Io) {
+    for engine in [Engine::Uring, Engine::Aio] {
+        if io.select(engine).is_ok() {
+            return;
+        }
+    }
+    // One call after the other, which always works.
+}
+
+/// An error of a disk.
+pub(crate) fn failed(what: &str, image: &Named, offset: u64, error: Errno) -> Failure {
+    let remedy = match error {
+        Errno::NOSPC | Errno::DQUOT => ": make room, then begin again",
+        _ => "",
+    };
+    Failure::system(
+        format!("cannot {what} {image} at byte {offset}"),
+        &error.into(),
+    )
+    .with(remedy)
+}
+
+/// A failure with more words.
+pub(crate) trait With {
+    fn with(self, words: &str) -> Self;
+}
+
+impl With for Failure {
+    fn with(self, words: &str) -> Self {
+        Failure::new(self.code, self.message + words)
+    }
+}
+
+impl Opener {
+    /// The file at `path`, locked.
+    pub(crate) async fn file(&self, path: &Path, how: Use) -> Result<File, Failure> {
+        let tried = |error: &io::Error| {
+            Failure::system(format!("cannot open the image {}", path.display()), error)
+        };
+        let kind = fs::metadata(path).map_err(|error| tried(&error))?;
+        let kind = kind.file_type();
+        // Opening a pipe would wait for its other end.
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{} is neither a file nor a block device, so it cannot be an image",
+                    path.display()
+                ),
+            ));
+        }
+        let mut flags = OFlags::CLOEXEC;
+        if how == Use::Write && kind.is_block_device() {
+            // What the kernel itself uses, such as a mounted file system, is refused.
+            flags |= OFlags::EXCL;
+        }
+        let file = direct(flags, |flags| {
+            fs::File::options()
+                .read(true)
+                .write(how == Use::Write)
+                .custom_flags(flags)
+                .open(path)
+        });
+        let file = match file {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(busy(path)),
+            file => file.map_err(|error| tried(&error))?,
+        };
+        self.locked(file, path, how).await
+    }
+
+    /// A file that was opened, locked.
+    pub(crate) async fn locked(
+        &self,
+        file: fs::File,
+        path: &Path,
+        how: Use,
+    ) -> Result<File, Failure> {
+        let tried = |what: &str, error: &io::Error| {
+            Failure::system(format!("cannot {what} {}", path.display()), error)
+        };
+        let file = File::new(&self.io, file.into()).map_err(|error| tried("use", &error))?;
+        let kind = match how {
+            Use::Look => return Ok(file),
+            Use::Read => LockKind::Read,
+            Use::Write => LockKind::Write,
+        };
+        match lock(&file, kind).await {
+            Ok(true) => Ok(file),
+            Ok(false) => Err(busy(path)),
+            Err(error) => Err(tried("lock", &error)),
+        }
+    }
+
+    /// An image as a disk that is only read, with all that lies below it.
+    pub(crate) async fn disk(
+        &self,
+        image: &Named,
+        snapshot: Option<&str>,
+    ) -> Result<(Disk, Shape), Failure> {
+        let file = self.file(&image.path, self.reading).await?;
+        let options = Options {
+            writable: false,
+            discard: false,
+            snapshot: snapshot.map(str::to_string),
+            ..Options::new(image.path.display().to_string())
+        };
+        self.disk_of(image, file, options).await
+    }
+
+    /// The disk in a file that is open.
+    pub(crate) async fn disk_of(
+        &self,
+        image: &Named,
+        mut file: File,
+        options: Options,
+    ) -> Result<(Disk, Shape), Failure> {
+        if options.snapshot.is_some() && image.kind != Below::Format(Kind::Qcow2) {
+            return Err(Failure::invalid(format!(
+                "{image} has no snapshots, only qcow2 images do: leave --snapshot out"
+            )));
+        }
+        let disk = match image.kind {
+            Below::Raw => {
+                if options.writable {
+                    file.keep_size().map_err(|error| {
+                        Failure::system(format!("cannot look at {image}"), &error)
+                    })?;
+                }
+                Disk::new(Raw::new(file, false))
+            }
+            Below::Format(kind) => {
+                let options = Options {
+                    parents: self.parents,
+                    ..options
+                };
+                let chain = open_chain(kind, file, &image.path, options, self);
+                chain
+                    .await
+                    .map_err(|failure| image.said(of_image(failure)))?
+            }
+        };
+        let shape = disk.activate().await;
+        let shape = shape.map_err(|failure| image.said(of_image(failure)))?;
+        Ok((disk, shape))
+    }
+}
+
+impl Files<File> for Opener {
+    async fn open(&self, path: &Path, writable: bool) -> Result<File, Failure> {
+        let how = if writable { Use::Write } else { self.reading };
+        self.file(path, how).await
+    }
+
+    fn raw(&self, file: File) -> Disk {
+        Disk::new(Raw::new(file, false))
+    }
+}
+
+/// Opens past the page cache, or through it where that is not possible.
+pub(crate) fn direct(
+    flags: OFlags,
+    open: impl Fn(i32) -> io::Result<fs::File>,
+) -> io::Result<fs::File> {
+    // CAST: flags of open are an int.
+    let bits = |flags: OFlags| flags.bits() as i32;
+    match open(bits(flags | OFlags::DIRECT)) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => open(bits(flags)),
+        result => result,
+    }
+}
+
+/// What is invalid in an image was not said on the command line.
+fn of_image(failure: Failure) -> Failure {
+    match failure.code {
+        Code::Invalid => Failure::new(Code::Image, failure.message),
+        _ => failure,
+    }
+}
+
+fn busy(path: &Path) -> Failure {
+    Failure::new(
+        Code::Busy,
+        format!(
+            "{} is in use: by a guest's disk (tap-ctl list --file {0}; tap-ctl pause), a child of it that is in \
+             use, or another program; try again when that has ended",
+            path.display()
+        ),
+    )
+}
+
+/// The file or device behind a path, whatever its name; nothing if there is none.
+pub(crate) fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match fs::metadata(path) {
+        Ok(data) if data.file_type().is_block_device() => Ok(Some((u64::MAX, data.rdev()))),
+        Ok(data) => Ok(Some((data.dev(), data.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

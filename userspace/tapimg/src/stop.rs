@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A verb that is ended by a signal cleans up first.
+
+use control::Failure;
+use diskio::Runtime;
+use std::cell::Cell;
+use std::rc::Rc;
+
+/// Whether it is to end.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stop(Rc<Cell<bool>>);
+
+impl Stop {
+    /// From now on SIGINT, SIGTERM and SIGHUP only say that it is to end.
+    pub(crate) fn listen(runtime: &Runtime) -> Result<Self, Failure> {
+        let failed = |error| Failure::system("cannot wait for signals", &error);
+        let signals = diskio::signals(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP]);
+        let signals = Rc::new(signals.map_err(failed)?);
+        let stop = Self::default();
+        let (io, wanted) = (runtime.io.clone(), stop.0.clone());
+        runtime.tasks.spawn(async move {
+            if let Err(error) = io.readable(&signals).await {
+                eprintln!("tapimg: cannot wait for signals: {error}");
+                return;
+            }
+            wanted.set(true);
+        });
+        Ok(stop)
+    }
+
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.0.get()
+    }
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks from their beginning to their end, in pieces, several at once. What is a hole is not read.
+
+use crate::named::Named;
+use crate::open::failed;
+use control::Failure;
+use diskio::{Data, Io};
+use drivers::{Content, Disk, Extent};
+use futures::stream::{self, StreamExt};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+
+/// Bytes of a piece that is read. Pieces end where a multiple of this does, so that no two of them share a
+/// cluster, but for the largest.
+pub(crate) const PIECE: u64 = 1 << 20;
+/// Pieces under way: with two disks, twice as many bytes are in memory.
+const UNDER_WAY: usize = 16;
+/// Bytes of a hole that are one piece, and for which extents are asked at once.
+const HOLE: u64 = 1 << 30;
+
+/// A disk that is walked over. It goes on for ever, as a hole.
+#[derive(Debug)]
+pub(crate) struct Side {
+    image: Named,
+    disk: Disk,
+    size: u64,
+    /// Extents from `at` on.
+    known: VecDeque<Extent>,
+    at: u64,
+}
+
+/// Where all sides are alike: each holds data, or nothing but zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece<const N: usize> {
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    /// Which sides have data.
+    pub(crate) data: [bool; N],
+}
+
+/// Walks over disks side by side.
+#[derive(Debug)]
+pub(crate) struct Walk<const N: usize> {
+    sides: [Side; N],
+    at: u64,
+    end: u64,
+}
+
+impl Side {
+    pub(crate) fn new(image: &Named, disk: &Disk, size: u64) -> Self {
+        Self {
+            image: image.clone(),
+            disk: disk.clone(),
+            size,
+            known: VecDeque::new(),
+            at: 0,
+        }
+    }
+
+    /// What is from `offset` on, and for how many bytes.
+    async fn see(&mut self, offset: u64) -> Result<(u64, bool), Failure> {
+        if offset >= self.size {
+            return Ok((u64::MAX, false));
+        }
+        loop {
+            match self.known.front() {
+                Some(extent) if self.at + extent.len > offset => {
+                    let left = self.at + extent.len - offset;
+                    return Ok((left, extent.content == Content::Data));
+                }
+                Some(extent) => {
+                    self.at += extent.len;
+                    self.known.pop_front();
+                }
+                None => {
+                    let len = (self.size - offset).min(HOLE);
+                    let found = self.disk.extents(offset, len).await;
+                    self.known = found
+                        .map_err(|error| failed("find out what is in", &self.image, offset, error))?
+                        .into();
+                    self.at = offset;
+                }
+            }
+        }
+    }
+}
+
+impl<const N: usize> Walk<N> {
+    /// From 0 to `end`.
+    pub(crate) fn new(sides: [Side; N], end: u64) -> Self {
+        Self { sides, at: 0, end }
+    }
+
+    /// The next piece; nothing at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Piece<N>>, Failure> {
+        if self.at >= self.end {
+            return Ok(None);
+        }
+        let mut len = self.end - self.at;
+        let mut data = [false; N];
+        for (side, data) in self.sides.iter_mut().zip(&mut data) {
+            let (left, is_data) = side.see(self.at).await?;
+            len = len.min(left);
+            *data = is_data;
+        }
+        let most = match data.contains(&true) {
+            true => PIECE - self.at % PIECE,
+            false => HOLE,
+        };
+        let piece = Piece {
+            offset: self.at,
+            len: len.min(most),
+            data,
+        };
+        self.at += piece.len;
+        Ok(Some(piece))
+    }
+
+    /// Does `work` for every piece, several at once, until one fails or `stops` says so. What is under way
+    /// then is finished.
+    pub(crate) async fn each<F: Future<Output = Result<(), Failure>>>(
+        self,
+        stops: impl Fn() -> bool,
+        work: impl Fn(Piece<N>) -> F,
+    ) -> Result<(), Failure> {
+        let failure = RefCell::new(None);
+        let fail = |what| {
+            failure.borrow_mut().get_or_insert(what);
+        };
+        let (failure_ref, fail, stops) = (&failure, &fail, &stops);
+        let pieces = stream::unfold(self, move |mut walk| async move {
+            if failure_ref.borrow().is_some() || stops() {
+                return None;
+            }
+            match walk.next().await {
+                Ok(piece) => piece.map(|piece| (piece, walk)),
+                Err(failure) => {
+                    fail(failure);
+                    None
+                }
+            }
+        });
+        pieces
+            .for_each_concurrent(UNDER_WAY, |piece| {
+                let work = work(piece);
+                async move {
+                    if let Err(failure) = work.await {
+                        fail(failure);
+                    }
+                }
+            })
+            .await;
+        match failure.into_inner() {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The bytes of a piece, as they were read and as they can be looked at.
+pub(crate) async fn read(
+    io: &Io,
+    image: &Named,
+    disk: &Disk,
+    offset: u64,
+    len: u64,
+) -> Result<(Data, Vec<u8>), Failure> {
+    let work = async {
+        // CAST: at most `PIECE`.
+        let data = io.buffer(len as usize)?;
+        disk.read(offset, data.clone()).await?;
+        Ok(data)
+    };
+    let data = work
+        .await
+        .map_err(|error| failed("read", image, offset, error))?;
+    let bytes = data.to_vec();
+    Ok((data, bytes))
+}

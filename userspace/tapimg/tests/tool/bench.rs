@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Folders with images, and the programs that are run in them.
+
+use serde_json::Value;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+/// A folder on the file system of the build, which is gone afterwards.
+pub(crate) struct Bench(tempfile::TempDir);
+
+/// What a program said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) status: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+/// False, and said so, if QEMU's tools are not there.
+pub(crate) fn has_qemu(test: &str) -> bool {
+    let known = Command::new("qemu-img").arg("--version").output();
+    let is_there = known.is_ok_and(|output| output.status.success());
+    if !is_there {
+        println!("SKIP {test}: there is no qemu-img, install qemu-utils");
+    }
+    is_there
+}
+
+fn said(output: Output) -> Said {
+    Said {
+        status: output.status.code(),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+impl Bench {
+    pub(crate) fn new() -> Self {
+        Self(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, program: &str, line: &str) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(line.split_whitespace())
+            .current_dir(self.0.path());
+        command
+    }
+
+    /// Runs tapimg, whatever comes of it.
+    pub(crate) fn run(&self, line: &str) -> Said {
+        let said = said(
+            self.command(env!("CARGO_BIN_EXE_tapimg"), line)
+                .output()
+                .unwrap(),
+        );
+        assert!(said.status.is_some(), "tapimg {line}: {said:?}");
+        assert!(!said.err.contains("panicked"), "tapimg {line}: {said:?}");
+        said
+    }
+
+    /// Runs tapimg, which must succeed, and returns what it prints.
+    pub(crate) fn good(&self, line: &str) -> String {
+        let said = self.run(line);
+        assert_eq!(said.status, Some(0), "tapimg {line}: {said:?}");
+        said.out
+    }
+
+    /// Runs tapimg, which must say no with this status, and returns why.
+    pub(crate) fn bad(&self, status: i32, line: &str) -> String {
+        let said = self.run(line);
+        assert_eq!(said.status, Some(status), "tapimg {line}: {said:?}");
+        said.err + &said.out
+    }
+
+    pub(crate) fn json(&self, line: &str) -> Value {
+        let out = self.run(&format!("--json {line}")).out;
+        serde_json::from_str(&out).unwrap_or_else(|error| panic!("tapimg {line}: {error}: {out}"))
+    }
+
+    /// Runs one of QEMU's tools, which must succeed.
+    pub(crate) fn qemu(&self, line: &str) -> String {
+        let (program, rest) = line.split_once(' ').unwrap();
+        let said = said(self.command(program, rest).output().unwrap());
+        assert_eq!(said.status, Some(0), "{line}: {said:?}");
+        said.out
+    }
+
+    /// Begins tapimg.
+    pub(crate) fn start(&self, line: &str) -> Child {
+        self.command(env!("CARGO_BIN_EXE_tapimg"), line)
+            .stderr(Stdio::piped())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    /// A raw image with data in some places and holes in all others.
+    pub(crate) fn sparse(&self, name: &str, size: u64, data: &[(u64, u64)], seed: u64) {
+        let mut file = File::create(self.path(name)).unwrap();
+        file.set_len(size).unwrap();
+        for (offset, len) in data {
+            file.seek(SeekFrom::Start(*offset)).unwrap();
+            file.write_all(&noise(seed ^ offset, *len as usize))
+                .unwrap();
+        }
+    }
+
+    pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap()
+    }
+
+    /// Changes bytes of a file.
+    pub(crate) fn poke(&self, name: &str, offset: u64, bytes: &[u8]) {
+        let mut file = File::options().write(true).open(self.path(name)).unwrap();
+        file.seek(SeekFrom::Start(offset)).unwrap();
+        file.write_all(bytes).unwrap();
+    }
+
+    pub(crate) fn peek(&self, name: &str, offset: u64) -> u64 {
+        let mut file = File::open(self.path(name)).unwrap();
+        file.seek(SeekFrom::Start(offset)).unwrap();
+        let mut bytes = [0; 8];
+        file.read_exact(&mut bytes).unwrap();
+        u64::from_be_bytes(bytes)
+    }
+
+    /// Bytes that the file system has for a file.
+    pub(crate) fn allocated(&self, name: &str) -> u64 {
+        fs::metadata(self.path(name)).unwrap().blocks() * 512
+    }
+
+    /// Names of all files.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let files = fs::read_dir(self.0.path()).unwrap();
+        let mut names: Vec<String> = files
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+/// Bytes by chance, of which none is zero.
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8 | 1
+        })
+        .collect()
+}
+
+/// Places with data by chance: sectors of a disk.
+pub(crate) fn places(seed: u64, size: u64, count: usize) -> Vec<(u64, u64)> {
+    let mut state = seed | 1;
+    let mut next = move |most: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) % most
+    };
+    (0..count)
+        .map(|_| {
+            let at = next(size / 512);
+            let len = (1 + next(600)).min(size / 512 - at);
+            (at * 512, len * 512)
+        })
+        .collect()
+}
+
+/// QEMU's name of a kind.
+pub(crate) fn qemu_name(kind: &str) -> &str {
+    match kind {
+        "vhd" => "vpc",
+        "aio" => "raw",
+        kind => kind,
+    }
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is said of images.
+
+use crate::bench::{has_qemu, Bench};
+use serde_json::{json, Value};
+
+#[test]
+fn a_chain_is_told() {
+    if !has_qemu("a_chain_is_told") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse("base", 4 << 20, &[(0, 4096)], 1);
+    bench.qemu("qemu-img create -q -f qcow2 -F raw -b base middle");
+    bench.qemu("qemu-img create -q -f qcow2 -F qcow2 -b middle top");
+    let all = bench.json("info --chain qcow2:top");
+    let kinds: Vec<&Value> = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| &one["kind"])
+        .collect();
+    assert_eq!(kinds, ["qcow2", "qcow2", "aio"], "{all}");
+    assert_eq!(all[0]["parent"]["names"][0], "middle");
+    assert_eq!(all[0]["parent"]["kind"], "qcow2");
+    assert_eq!(all[2]["size"], 4 << 20);
+    let alone = bench.json("info qcow2:top");
+    assert_eq!(alone.as_array().unwrap().len(), 1);
+    // A chain without an end.
+    bench.qemu("qemu-img rebase -u -f qcow2 -F qcow2 -b top middle");
+    let said = bench.bad(1, "info --chain qcow2:top");
+    assert!(said.contains("lie over each other"), "{said}");
+}
+
+#[test]
+fn a_parent_of_an_unknown_kind_is_not_guessed() {
+    if !has_qemu("a_parent_of_an_unknown_kind_is_not_guessed") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse("base", 4 << 20, &[(0, 4096)], 1);
+    bench.qemu("qemu-img create -q -f qcow -F raw -b base a 4M");
+    let said = bench.bad(1, "info qcow:a");
+    assert!(said.contains("not guessed"), "{said}");
+    bench.good("info --parents aio qcow:a");
+    bench.good("compare --parents aio qcow:a aio:base");
+}
+
+#[test]
+fn differences_are_found_where_they_are() {
+    let bench = Bench::new();
+    bench.sparse("a", 64 << 20, &[(0, 8 << 20), (40 << 20, 4096)], 1);
+    bench.good("convert aio:a qcow2:b");
+    assert_eq!(bench.good("compare aio:a qcow2:b"), "they are the same\n");
+    for at in [(40 << 20) + 4095, (8 << 20) - 1, 5_000_001, 0] {
+        let byte = bench.bytes("a")[at as usize];
+        bench.poke("a", at, &[byte ^ 1]);
+        let verdict = bench.json("compare aio:a qcow2:b");
+        assert_eq!(verdict["first_difference"], at, "{verdict}");
+        assert_eq!(bench.run("compare qcow2:b aio:a").status, Some(1));
+    }
+}
+
+#[test]
+fn a_longer_disk_is_the_same_if_the_rest_is_zeroes() {
+    let bench = Bench::new();
+    bench.sparse("a", 4 << 20, &[(0, 4096)], 1);
+    bench.sparse("b", 6 << 20, &[(0, 4096)], 1);
+    assert!(bench
+        .good("compare aio:a aio:b")
+        .contains("the rest is zeroes"));
+    bench.bad(1, "compare --strict aio:a aio:b");
+    bench.poke("b", (5 << 20) + 7, b"x");
+    let verdict = bench.json("compare aio:a aio:b");
+    assert_eq!(verdict["first_difference"], (5 << 20) + 7, "{verdict}");
+}
+
+#[test]
+fn a_map_is_that_of_qemu() {
+    if !has_qemu("a_map_is_that_of_qemu") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse(
+        "raw",
+        16 << 20,
+        &[(0, 65536), (3 << 20, 2 << 20), (15 << 20, 65536)],
+        1,
+    );
+    bench.good("convert aio:raw qcow2:a");
+    let own = bench.json("map qcow2:a");
+    let text = bench.qemu("qemu-img map --output=json -f qcow2 a");
+    let others: Vec<Value> = serde_json::from_str(&text).unwrap();
+    // Rows that follow each other in the file are apart there.
+    let mut merged: Vec<(u64, u64, bool)> = Vec::new();
+    for row in &others {
+        let (start, length) = (
+            row["start"].as_u64().unwrap(),
+            row["length"].as_u64().unwrap(),
+        );
+        let data = row["data"] == json!(true);
+        match merged.last_mut() {
+            Some(last) if last.2 == data => last.1 += length,
+            _ => merged.push((start, length, data)),
+        }
+    }
+    let ours: Vec<(u64, u64, bool)> = own["extents"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| {
+            let number = |name: &str| row[name].as_u64().unwrap();
+            (number("offset"), number("length"), row["content"] == "data")
+        })
+        .collect();
+    assert_eq!(ours, merged);
+    assert!(bench.good("map qcow2:a").contains("hole"));
+}
+
+#[test]
+fn help_teaches_and_the_manual_is_there() {
+    let bench = Bench::new();
+    let help = bench.good("--help");
+    for part in [
+        "Examples:",
+        "Exit status:",
+        "tap-ctl pause",
+        "PATH.unfinished",
+    ] {
+        assert!(help.contains(part), "{part}: {help}");
+    }
+    let page = bench.good("generate man");
+    for verb in ["INFO", "CREATE", "CONVERT", "CHECK", "COMPARE", "MAP"] {
+        assert!(page.contains(&format!(".SH \"{verb}\"")), "{verb}");
+    }
+    assert!(bench.good("generate bash").contains("convert"));
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The program as a person uses it, with QEMU's tools as a second opinion in both directions.
+
+mod bench;
+mod convert;
+mod create;
+mod look;
+mod wrong;

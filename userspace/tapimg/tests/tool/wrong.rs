@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images that somebody else uses, or that are wrong.
+
+use crate::bench::{has_qemu, noise, places, Bench};
+use diskio::{LockKind, Runtime};
+use std::fs::File;
+
+/// Locks an image as a tapdisk does.
+fn lock(bench: &Bench, name: &str, kind: LockKind) -> diskio::File {
+    let file = File::options()
+        .read(true)
+        .write(kind == LockKind::Write)
+        .open(bench.path(name))
+        .unwrap();
+    let file = diskio::File::new(&Runtime::new().io, file.into()).unwrap();
+    file.lock(kind).unwrap();
+    file
+}
+
+#[test]
+fn what_a_guest_writes_is_left_alone() {
+    let bench = Bench::new();
+    bench.sparse("a", 1 << 20, &[(0, 4096)], 1);
+    bench.good("convert aio:a qcow2:b");
+    let files = bench.files();
+    let before = bench.bytes("b");
+    let held = lock(&bench, "b", LockKind::Write);
+    // Each waits a little, so all do it at once.
+    let lines = [
+        "info qcow2:b",
+        "convert qcow2:b aio:c",
+        "create qcow2:b 1M --force",
+        "check --repair qcow2:b",
+        "create qcow2:c --parent qcow2:b",
+    ];
+    let runs = lines.map(|line| (line, bench.start(line)));
+    for (line, child) in runs {
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{line}: {said}");
+        assert!(
+            said.contains("/b is in use") && said.contains("tap-ctl pause"),
+            "{said}"
+        );
+    }
+    assert_eq!(bench.files(), files);
+    assert!(bench
+        .good("info --unlocked qcow2:b")
+        .contains("size of the disk: 1 MiB"));
+    drop(held);
+    assert!(bench.bytes("b") == before);
+    bench.good("info qcow2:b");
+}
+
+#[test]
+fn what_others_read_can_be_read_and_not_replaced() {
+    let bench = Bench::new();
+    bench.sparse("a", 1 << 20, &[(0, 4096)], 1);
+    let held = lock(&bench, "a", LockKind::Read);
+    bench.good("convert aio:a qcow2:b");
+    bench.bad(3, "convert qcow2:b aio:a --force");
+    drop(held);
+    bench.good("convert qcow2:b aio:a --force");
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let bench = Bench::new();
+    for line in [
+        "info qcow2:none",
+        "check vhd:none",
+        "convert qcow:none aio:a",
+        "map vmdk:none",
+        "compare aio:none aio:none",
+    ] {
+        let said = bench.bad(4, line);
+        assert!(said.contains("/none"), "{said}");
+    }
+    let said = bench.bad(6, "convert aio:/dev/null qcow2:a");
+    assert!(said.contains("neither a file nor a block device"), "{said}");
+    assert_eq!(bench.files(), [] as [&str; 0]);
+    let json = bench.json("info qcow2:none");
+    assert_eq!(json["error"]["code"], "not-found", "{json}");
+}
+
+#[test]
+fn an_image_of_another_kind_is_refused() {
+    let bench = Bench::new();
+    bench.sparse("a", 1 << 20, &[(0, 1 << 20)], 1);
+    for kind in ["qcow2", "qcow", "vhd", "vmdk"] {
+        let said = bench.bad(1, &format!("info {kind}:a"));
+        assert!(said.contains("cannot be served"), "{said}");
+        let said = bench.bad(6, &format!("convert {kind}:a aio:b"));
+        assert!(said.contains("/a: "), "{said}");
+        assert!(!said.contains("/a: /"), "named once: {said}");
+        bench.bad(1, &format!("check {kind}:a"));
+    }
+    // The content of a raw image never counts.
+    bench.good("create qcow2:guest 1M");
+    bench.good("convert aio:guest aio:copy");
+    assert!(bench.bytes("copy") == bench.bytes("guest"));
+}
+
+#[test]
+fn what_keeps_an_image_from_being_served_is_said() {
+    if !has_qemu("what_keeps_an_image_from_being_served_is_said") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.good("create qcow2:a 1M");
+    let features = bench.peek("a", 72);
+    bench.poke("a", 72, &(features | 1).to_be_bytes());
+    assert!(bench
+        .good("info qcow2:a")
+        .contains("note: it was not closed"));
+    bench.good("check --repair qcow2:a");
+    assert_eq!(bench.peek("a", 72), features);
+    bench.poke("a", 72, &(features | 2).to_be_bytes());
+    let said = bench.bad(1, "info qcow2:a");
+    assert!(
+        said.contains("corrupt") && said.contains("qemu-img check -r all"),
+        "{said}"
+    );
+    bench.bad(1, "check --repair qcow2:a");
+    bench.qemu("qemu-img create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 --object secret,id=s,data=x b 1M");
+    let said = bench.bad(1, "info qcow2:b");
+    assert!(said.contains("encrypted with LUKS"), "{said}");
+    bench.qemu("qemu-img create -q -f qcow2 base 1M");
+    bench.qemu("qemu-img create -q -f qcow2 -F qcow2 -b base c");
+    std::fs::remove_file(bench.path("base")).unwrap();
+    let said = bench.bad(1, "info --chain qcow2:c");
+    assert!(said.contains("/base"), "{said}");
+}
+
+#[test]
+fn lost_clusters_are_found_and_taken_back() {
+    if !has_qemu("lost_clusters_are_found_and_taken_back") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse("raw", 8 << 20, &places(2, 8 << 20, 20), 2);
+    bench.good("convert aio:raw qcow2:a");
+    let found = bench.json("check qcow2:a");
+    assert_eq!(
+        (&found["sound"], &found["leaks"]),
+        (&true.into(), &0.into()),
+        "{found}"
+    );
+    // The first refcount block is where the refcount table leads.
+    let block = bench.peek("a", bench.peek("a", 48));
+    let count = bench.peek("a", block + 8) & 0x0000_ffff_ffff_ffff;
+    bench.poke("a", block + 8, &(count | 2 << 48).to_be_bytes());
+    let found = bench.json("check qcow2:a");
+    assert_eq!(
+        (&found["sound"], &found["leaks"]),
+        (&true.into(), &1.into()),
+        "{found}"
+    );
+    let said = bench.good("check qcow2:a");
+    assert!(said.contains("1 clusters are lost"), "{said}");
+    // One that is in use and not counted is damage.
+    bench.poke("a", block + 8, &count.to_be_bytes());
+    let said = bench.bad(1, "check qcow2:a");
+    assert!(
+        said.contains("1 clusters are in use and may be given"),
+        "{said}"
+    );
+    let said = bench.good("check --repair qcow2:a");
+    assert!(
+        said.contains("repaired") && said.contains("nothing is wrong"),
+        "{said}"
+    );
+    bench.qemu("qemu-img check -f qcow2 a");
+    bench.good("compare aio:raw qcow2:a");
+    bench.bad(2, "check --repair aio:raw");
+}
+
+/// Cut off anywhere, or with any bytes changed in its tables, an image is an error and nothing else.
+#[test]
+fn damaged_images_are_errors() {
+    let bench = Bench::new();
+    bench.sparse("raw", 4 << 20, &places(3, 4 << 20, 30), 3);
+    for kind in ["qcow2", "qcow", "vhd", "vmdk"] {
+        bench.good(&format!("convert aio:raw {kind}:whole --force"));
+        let whole = bench.bytes("whole");
+        for part in [0, 100, 511, 600, 4096, whole.len() / 3] {
+            std::fs::write(bench.path("a"), &whole[..part]).unwrap();
+            let checked = bench.run(&format!("check --data {kind}:a"));
+            assert_eq!(checked.status, Some(1), "{kind} {part}: {checked:?}");
+            let said = bench.run(&format!("convert {kind}:a aio:b"));
+            assert_eq!(said.status, Some(6), "{kind} {part}: {said:?}");
+            assert!(said.err.contains("/a"), "{kind} {part}: {said:?}");
+            assert!(!bench.path("b").exists(), "{kind} {part}");
+        }
+        for seed in 1..12_u64 {
+            let mut bytes = whole.clone();
+            let bad = noise(seed, 64);
+            for (number, bad) in bad.iter().enumerate() {
+                let most = (bytes.len() as u64).min(if seed % 2 == 0 { 1024 } else { 300_000 });
+                let at = (seed * 7919 + number as u64 * 104_729) % most;
+                bytes[at as usize] ^= bad;
+            }
+            std::fs::write(bench.path("a"), &bytes).unwrap();
+            for line in ["info", "check --data", "map"] {
+                let said = bench.run(&format!("{line} {kind}:a"));
+                let status = said.status.unwrap();
+                assert!(
+                    matches!(status, 0 | 1 | 4 | 6),
+                    "{kind} {seed} {line}: {said:?}"
+                );
+            }
+        }
+    }
+}
