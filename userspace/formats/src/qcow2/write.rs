@@ -115,14 +115,16 @@ impl<S: Storage> Image<S> {
         let Some(head) = old.first().copied() else {
             return Err(Errno::IO);
         };
-        let range = range.start..range.end.min((first + old.len() as u64) * cluster);
-        let mut wide = range.start - range.start % part..range.end.next_multiple_of(part);
-        if matches!(head.place, Place::Host { owned: true, .. }) {
-            let touched = self.touched(first * cluster, &wide);
-            if head.alloc & touched == touched {
+        let mut range = range.start..range.end.min((first + old.len() as u64) * cluster);
+        let is_owned = matches!(head.place, Place::Host { owned: true, .. });
+        if is_owned {
+            range.end = range.end.min(self.missing(&head, range.start));
+            if range.is_empty() {
                 return Ok(None);
             }
-        } else {
+        }
+        let mut wide = range.start - range.start % part..range.end.next_multiple_of(part);
+        if !is_owned {
             // What is in a place that is left has to come along.
             let tail = old.last().copied().unwrap_or(head);
             if head.alloc != 0 {
@@ -141,6 +143,18 @@ impl<S: Storage> Image<S> {
             range,
             wide,
         }))
+    }
+
+    /// Where the subclusters end that a cluster does not have, from that of a byte on; at or before the byte if
+    /// it has that. One that is there must not be written along with those that are not: others write into it
+    /// without the lock, and what is copied around the guest's bytes would undo that.
+    fn missing(&self, entry: &Entry, from: u64) -> u64 {
+        let (cluster, part) = (self.geometry.cluster(), self.geometry.part());
+        let first = from % cluster / part;
+        // CAST: a cluster has at most 32 parts.
+        let count = (entry.alloc >> first as u32).trailing_zeros();
+        let count = u64::from(count).min(u64::from(self.geometry.parts()) - first);
+        from - from % part + count * part
     }
 
     /// Bits of the subclusters of the cluster at `start` that a range has.

@@ -53,6 +53,14 @@ fn cases() -> Vec<Case> {
             true,
         ),
         case(
+            "large subclusters over an image",
+            Plan {
+                extended: true,
+                ..plan(65536)
+            },
+            true,
+        ),
+        case(
             "smallest clusters",
             Plan {
                 refcount_bits: 64,
@@ -370,5 +378,43 @@ fn a_disk_without_room_loses_nothing() {
                 vec![Some(9); SECTORS as usize]
             );
         }
+    }
+}
+
+/// One write fills a subcluster and goes on into the next one, another one writes that one's end meanwhile:
+/// what the first copies must not undo the second.
+#[test]
+fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
+    let case = Case {
+        name: "neighbours",
+        plan: Plan {
+            cluster: 65536,
+            extended: true,
+            ..Plan::new(SIZE)
+        },
+        below: false,
+    };
+    // Sectors of a subcluster.
+    const PART: u64 = 4;
+    for seed in 1..101 {
+        let runtime = Runtime::new();
+        let memory = Memory::new(fresh(&runtime, &case), seed, true);
+        let disk = opened(&runtime, &memory, &case, true);
+        let write = |first: u64, count: u64, stamp| {
+            let disk = disk.clone();
+            let bytes = diskio::Bytes::copied(&sector(stamp).repeat(count as usize)).unwrap();
+            async move {
+                let how = drivers::Attributes::default();
+                disk.write(first * 512, bytes, how).await.unwrap();
+            }
+        };
+        // The second subcluster is there, the first one is not.
+        runtime.block_on(write(PART, PART, 1)).unwrap();
+        runtime.tasks.spawn(write(1, PART, 2));
+        runtime.tasks.spawn(write(PART + 2, 2, 3));
+        runtime.finish().unwrap();
+        let found = content(&runtime, &case, memory.bytes());
+        let expected = [0, 2, 2, 2, 2, 1, 3, 3].map(Some);
+        assert_eq!(found[..8], expected, "seed {seed}");
     }
 }
