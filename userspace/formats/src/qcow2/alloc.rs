@@ -142,6 +142,10 @@ impl<S: Storage> Image<S> {
     pub(crate) async fn prepare_range(&self, at: u64, len: u64) -> Result<(), Errno> {
         let size = self.file.size()?;
         let end = at + len;
+        if end > size && self.file.is_fixed() {
+            // Nothing may lead behind the end of a device.
+            return Err(Errno::NOSPC);
+        }
         if at < size {
             self.file.clear(at, end.min(size) - at).await?;
         }
@@ -180,9 +184,10 @@ impl<S: Storage> Image<S> {
     async fn gather(&self, count: u64) -> Result<Vec<Clusters>, Errno> {
         let mut found: Vec<Clusters> = Vec::new();
         let (mut at, mut missing) = (self.allocator.cursor.get(), count);
+        let limit = self.limit()?;
         while missing > 0 && found.len() < PARTS {
-            if at * self.geometry.cluster() >= MAX_OFFSET {
-                return Err(Errno::NOSPC);
+            if at >= limit {
+                break;
             }
             let Some(counts) = self.counts(at).await? else {
                 if !found.is_empty() {
@@ -195,6 +200,10 @@ impl<S: Storage> Image<S> {
             while let Some((skip, len)) =
                 self.free_in(&counts, from, end.min(from + missing.max(1)))
             {
+                let len = len.min(limit.saturating_sub(at + skip));
+                if len == 0 {
+                    break;
+                }
                 missing -= len;
                 push(&mut found, at + skip, len);
                 from = skip + len;
@@ -208,7 +217,19 @@ impl<S: Storage> Image<S> {
                 None => at,
             });
         }
-        Ok(found)
+        match found.is_empty() {
+            true => Err(Errno::NOSPC),
+            false => Ok(found),
+        }
+    }
+
+    /// The first cluster that can never be one of the image: those of a device are all there.
+    fn limit(&self) -> Result<u64, Errno> {
+        let end = match self.file.is_fixed() {
+            true => self.file.size()?.min(MAX_OFFSET),
+            false => MAX_OFFSET,
+        };
+        Ok(end / self.geometry.cluster())
     }
 
     /// The first free clusters among counts from `from` on, in a row, `most - from` at most.

@@ -58,6 +58,8 @@ struct Inner {
     delay: bool,
     /// Writes and flushes fail with this chance in a thousand.
     failing: Cell<u64>,
+    /// It is as large as a device is.
+    fixed: Cell<bool>,
 }
 
 pub(crate) fn apply(bytes: &mut Vec<u8>, event: &Event) {
@@ -89,6 +91,7 @@ impl Memory {
             chance: Chance::new(seed),
             delay,
             failing: Cell::new(0),
+            fixed: Cell::new(false),
         }))
     }
 
@@ -107,6 +110,21 @@ impl Memory {
 
     pub(crate) fn fail(&self, permille: u64) {
         self.0.failing.set(permille);
+    }
+
+    /// Its size does not change from now on.
+    pub(crate) fn fix(&self) {
+        self.0.fixed.set(true);
+    }
+
+    /// A device has nothing there.
+    fn is_behind(&self, event: &Event) -> bool {
+        let end = match event {
+            Event::Write(at, data) => at + data.len() as u64,
+            Event::Clear(at, len) | Event::Discard(at, len) => at + len,
+            _ => 0,
+        };
+        self.0.fixed.get() && end > self.0.bytes.borrow().len() as u64
     }
 
     async fn later(&self) {
@@ -130,6 +148,9 @@ impl Memory {
         if self.0.chance.below(1000) < self.0.failing.get() {
             return Err(Errno::NOSPC);
         }
+        if self.is_behind(&event) {
+            return Err(Errno::NOSPC);
+        }
         apply(&mut self.0.bytes.borrow_mut(), &event);
         self.0.log.borrow_mut().push(event);
         self.later().await;
@@ -143,12 +164,15 @@ impl Storage for Memory {
     }
 
     async fn set_size(&self, size: u64) -> Result<(), Errno> {
+        if self.0.fixed.get() {
+            return Ok(());
+        }
         assert!(size < 1 << 30, "an image grows without limit");
         self.event(Event::Size(size)).await
     }
 
     fn is_fixed(&self) -> bool {
-        false
+        self.0.fixed.get()
     }
 
     fn is_writable(&self) -> Result<bool, Errno> {

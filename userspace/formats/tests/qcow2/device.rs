@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An image on a device, which does not grow.
+
+use crate::memory::{sector, stamps, Memory};
+use diskio::{Bytes, Data, Errno, Runtime};
+use drivers::{Attributes, Disk};
+use formats::qcow2::{check, create, Findings, Plan, Qcow2};
+use formats::{Options, Parts};
+
+const SIZE: u64 = 1 << 20;
+/// Bytes of a cluster: an L2 table is for 32 KiB, a refcount block for 128 KiB.
+const CLUSTER: u64 = 512;
+
+/// An image with nothing in it on a device.
+fn device(runtime: &Runtime, size: u64) -> Memory {
+    let memory = Memory::new(vec![0; size as usize], 1, false);
+    memory.fix();
+    let file = memory.clone();
+    let plan = Plan {
+        cluster: CLUSTER,
+        ..Plan::new(SIZE)
+    };
+    runtime
+        .block_on(async move { create(&file, &plan).await })
+        .unwrap()
+        .unwrap();
+    memory
+}
+
+fn opened(runtime: &Runtime, memory: &Memory) -> Disk {
+    let options = Options::new("device");
+    let disk = Disk::new(Qcow2::new(memory.clone(), Parts::default(), options));
+    let its = disk.clone();
+    runtime
+        .block_on(async move { its.activate().await })
+        .unwrap()
+        .unwrap();
+    disk
+}
+
+fn write(runtime: &Runtime, disk: &Disk, number: u64, stamp: u32) -> Result<(), Errno> {
+    let disk = disk.clone();
+    let bytes = Bytes::copied(&sector(stamp)).unwrap();
+    let how = Attributes::default();
+    runtime
+        .block_on(async move { disk.write(number * 512, bytes, how).await })
+        .unwrap()
+}
+
+fn read(runtime: &Runtime, disk: &Disk, number: u64) -> Option<u32> {
+    let disk = disk.clone();
+    let data = Data::zeroed(512).unwrap();
+    let into = data.clone();
+    runtime
+        .block_on(async move { disk.read(number * 512, into).await })
+        .unwrap()
+        .unwrap();
+    stamps(&data.to_vec())[0]
+}
+
+fn close(runtime: &Runtime, disk: Disk) {
+    runtime
+        .block_on(async move { disk.close().await })
+        .unwrap()
+        .unwrap();
+}
+
+fn findings(runtime: &Runtime, memory: &Memory) -> Findings {
+    let file = memory.clone();
+    runtime
+        .block_on(async move { check(&file, "device", false).await })
+        .unwrap()
+        .unwrap()
+}
+
+/// All that can be written is there, and what cannot be leads nowhere.
+#[test]
+fn what_a_device_has_no_room_for_is_refused_and_does_no_harm() {
+    // The last one ends amid a cluster.
+    for size in [100 << 10, 300 << 10, (300 << 10) + 100] {
+        let runtime = Runtime::new();
+        let memory = device(&runtime, size);
+        let disk = opened(&runtime, &memory);
+        let mut there = Vec::new();
+        // Each is in another part of the disk than the last one, so that tables are made to the end.
+        for number in 0..SIZE / 512 {
+            let at = number % 32 * 64 + number / 32;
+            match write(&runtime, &disk, at, 7 + at as u32) {
+                Ok(()) => there.push(at),
+                Err(error) => assert_eq!(error, Errno::NOSPC),
+            }
+        }
+        assert!(there.len() as u64 > size / 512 * 3 / 4, "{}", there.len());
+        assert!((there.len() as u64) < size / 512, "{}", there.len());
+        // What is forgotten makes room.
+        let (gone, its) = (there.remove(0), disk.clone());
+        let forget = async move {
+            let how = Attributes::default();
+            its.write_zeroes(gone * 512, 512, how).await?;
+            its.flush().await
+        };
+        runtime.block_on(forget).unwrap().unwrap();
+        write(&runtime, &disk, there[0] + 32, 9).unwrap();
+        assert_eq!(read(&runtime, &disk, there[0] + 32), Some(9));
+        close(&runtime, disk);
+        assert_eq!(findings(&runtime, &memory), Findings::default(), "{size}");
+        let disk = opened(&runtime, &memory);
+        for at in there {
+            assert_eq!(read(&runtime, &disk, at), Some(7 + at as u32), "{at}");
+        }
+    }
+}
