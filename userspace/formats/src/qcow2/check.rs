@@ -67,6 +67,13 @@ impl Window {
             *uses = uses.saturating_add(1);
         }
     }
+
+    /// The uses of some of its clusters.
+    fn part(&self, clusters: Range<u64>) -> &[u32] {
+        let start = self.clusters.start;
+        // CAST: less than a window.
+        &self.uses[(clusters.start - start) as usize..(clusters.end - start) as usize]
+    }
 }
 
 /// What uses clusters beside the disk as it is now.
@@ -157,7 +164,7 @@ impl<S: Storage> Image<S> {
     /// Compares all refcounts with what is used; with `repair` they become right. Nobody else may use the
     /// image meanwhile.
     pub(crate) async fn check(&self, others: &Others, repair: bool) -> Result<Findings, Errno> {
-        if repair {
+        if repair && !self.file.is_fixed() {
             self.cover().await?;
         }
         let mut findings = Findings::default();
@@ -165,7 +172,10 @@ impl<S: Storage> Image<S> {
         let mut from = 0;
         while from < end {
             let clusters = from..end.min(from + WINDOW);
-            let window = self.count(others, clusters.clone(), end).await?;
+            let mut window = self.count(others, clusters.clone(), end).await?;
+            if repair && self.file.is_fixed() {
+                self.cover_inside(&mut window).await?;
+            }
             findings.damaged = window.damaged;
             self.compare(&window, repair, &mut findings).await?;
             from = clusters.end;
@@ -188,8 +198,10 @@ impl<S: Storage> Image<S> {
     /// free is not known.
     async fn cover(&self) -> Result<(), Errno> {
         let cluster = self.geometry.cluster();
-        let mut number = 0;
-        while number * self.geometry.block_entries() < self.file.size()?.div_ceil(cluster) {
+        for number in 0..self.reftable.get().entries {
+            if number * self.geometry.block_entries() >= self.file.size()?.div_ceil(cluster) {
+                break;
+            }
             let (slice, at) = self.slot(self.reftable.get(), number).await?;
             if self.table_at(slice.number(at), "refcount block")?.is_none() {
                 let block = self.file.size()?.next_multiple_of(cluster);
@@ -198,8 +210,40 @@ impl<S: Storage> Image<S> {
                 slice.set_number(at, block);
                 self.slices.settle(&slice).await?;
             }
-            number += 1;
         }
+        Ok(())
+    }
+
+    /// The same on a device, which has no room behind its end: what is used and has no block gets one. What is
+    /// not used needs none: it is free without one.
+    async fn cover_inside(&self, window: &mut Window) -> Result<(), Errno> {
+        let entries = self.geometry.block_entries();
+        let mut at = window.clusters.start;
+        while at < window.clusters.end {
+            let to = ((at / entries + 1) * entries).min(window.clusters.end);
+            let is_used = window.part(at..to).iter().any(|uses| *uses > 0);
+            if is_used && self.counts(at).await?.is_none() {
+                self.cover_part(window, at..to).await?;
+            }
+            at = to;
+        }
+        Ok(())
+    }
+
+    /// Makes a refcount block for clusters of a window, in one of them that nothing uses.
+    async fn cover_part(&self, window: &mut Window, clusters: Range<u64>) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster();
+        let number = clusters.start / self.geometry.block_entries();
+        let (slice, at) = self.slot(self.reftable.get(), number).await?;
+        let mut uses = window.part(clusters.clone()).iter();
+        let free = uses.position(|uses| *uses == 0).ok_or(Errno::NOSPC)?;
+        // CAST: less than a window.
+        let block = (clusters.start + free as u64) * cluster;
+        self.prepare_range(block, cluster).await?;
+        self.barrier.flush().await?;
+        slice.set_number(at, block);
+        self.slices.settle(&slice).await?;
+        window.add(cluster, block..block + cluster);
         Ok(())
     }
 
@@ -300,9 +344,13 @@ impl<S: Storage> Image<S> {
             let entries = self.geometry.block_entries();
             let Some(counts) = self.counts(at).await? else {
                 let to = ((at / entries + 1) * entries).min(window.clusters.end);
-                let part = &window.uses
-                    [(at - window.clusters.start) as usize..(to - window.clusters.start) as usize];
-                findings.unsafe_clusters += part.iter().filter(|uses| **uses > 0).count() as u64;
+                let used = window.part(at..to).iter().filter(|uses| **uses > 0).count();
+                if repair && used > 0 {
+                    return Err(self.damaged(format_args!(
+                        "the refcount table is too short for cluster {at} and those behind it"
+                    )));
+                }
+                findings.unsafe_clusters += used as u64;
                 at = to;
                 continue;
             };

@@ -110,3 +110,43 @@ fn what_a_device_has_no_room_for_is_refused_and_does_no_harm() {
         }
     }
 }
+
+/// The refcounts of an image that was not closed become right without room behind it.
+#[test]
+fn refcounts_are_repaired_on_a_device_that_is_larger_than_they_cover() {
+    // Blocks for all of it can be in the refcount table, or not.
+    for size in [1 << 20, 20 << 20] {
+        let runtime = Runtime::new();
+        let memory = device(&runtime, size);
+        let disk = opened(&runtime, &memory);
+        // Some 300 KiB: the first three refcount blocks are for that.
+        for at in 0..600 {
+            write(&runtime, &disk, at, 7 + at as u32).unwrap();
+        }
+        close(&runtime, disk);
+        let mut bytes = memory.bytes();
+        let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let reftable = number(48) as usize;
+        assert_ne!(number(reftable + 16), 0);
+        // It was not closed, and of a block nobody knows.
+        bytes[79] |= 1;
+        bytes[reftable + 16..reftable + 24].fill(0);
+        let memory = Memory::new(bytes, 1, false);
+        memory.fix();
+        let disk = opened(&runtime, &memory);
+        for at in 0..600 {
+            assert_eq!(read(&runtime, &disk, at), Some(7 + at as u32), "{at}");
+        }
+        assert_eq!(findings(&runtime, &memory), Findings::default());
+        for at in 600..1000 {
+            write(&runtime, &disk, at, 7 + at as u32).unwrap();
+        }
+        close(&runtime, disk);
+        assert_eq!(findings(&runtime, &memory), Findings::default());
+        let disk = opened(&runtime, &memory);
+        for at in 0..1000 {
+            assert_eq!(read(&runtime, &disk, at), Some(7 + at as u32), "{at}");
+        }
+        assert_eq!(memory.bytes().len() as u64, size);
+    }
+}
