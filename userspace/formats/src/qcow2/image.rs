@@ -278,16 +278,23 @@ impl<S: Storage> Image<S> {
         let span = self.geometry.span();
         let number = guest / span;
         let (l1, at) = self.slot(self.l1.get(), number).await?;
-        if l1.number(at) & COPIED == 0 {
+        // An entry may say that it is owned and lead nowhere: what is written then must not get lost.
+        let is_owned =
+            |entry| Ok(entry & COPIED != 0 && self.table_at(entry, "L2 table")?.is_some());
+        if !is_owned(l1.number(at))? {
             let _held = self.tables.alone(number).await;
             // The table may be somewhere else by now.
             let (l1, at) = self.slot(self.l1.get(), number).await?;
             let entry = l1.number(at);
-            if entry & COPIED == 0 {
+            if !is_owned(entry)? {
                 self.make_table(&l1, at, entry).await?;
             }
         }
-        self.find(guest).await
+        let found = self.find(guest).await?;
+        match found.l2 {
+            Some(_) => Ok(found),
+            None => Err(self.damaged(format_args!("L1 entry {number} lost its table"))),
+        }
     }
 
     async fn make_table(&self, l1: &Rc<Slice>, slot: usize, entry: u64) -> Result<(), Errno> {

@@ -217,6 +217,31 @@ fn the_header_is_not_overwritten_by_way_of_an_entry() {
     );
 }
 
+/// An L1 entry says that its table has one user, and leads to none.
+#[test]
+fn a_write_below_an_empty_l1_entry_is_there() {
+    let mut bytes = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    bytes[l1..l1 + 8].copy_from_slice(&(1_u64 << 63).to_be_bytes());
+    let runtime = Runtime::new();
+    let disk = Disk::new(Qcow2::new(
+        Memory::new(bytes, 1, false),
+        Parts::default(),
+        Options::new("hostile"),
+    ));
+    let work = async move {
+        disk.activate().await.unwrap();
+        disk.write(512, Bytes::copied(&[7; 512])?, Attributes::default())
+            .await?;
+        read_all(&disk, 1536).await
+    };
+    let found = runtime.block_on(work).unwrap().unwrap();
+    assert_eq!(found, [[0; 512], [7; 512], [0; 512]].concat());
+}
+
 /// An entry leads to a table, which is released when the cluster is written: it stays.
 #[test]
 fn tables_are_not_freed_by_way_of_an_entry() {
