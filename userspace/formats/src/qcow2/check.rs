@@ -79,7 +79,9 @@ impl Window {
 /// What uses clusters beside the disk as it is now.
 pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Others, Failure> {
     let cluster = header.geometry.cluster();
-    let (snapshots, bytes) = snapshot::read(file, header).await?;
+    // Their names are not kept.
+    let mut tables = Vec::new();
+    let bytes = snapshot::walk(file, header, |one| tables.push(one.l1)).await?;
     let mut ranges = Vec::new();
     // The header's.
     ranges.push(0..cluster);
@@ -89,7 +91,6 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
     bitmaps(file, header, &mut ranges)
         .await
         .map_err(|error| Failure::system("cannot read the directory of bitmaps", &error.into()))?;
-    let tables = snapshots.into_iter().map(|snapshot| snapshot.l1).collect();
     Ok(Others { ranges, tables })
 }
 

@@ -98,7 +98,9 @@ pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
 /// The snapshots in an image.
 pub async fn snapshots<S: Storage>(file: &S) -> Result<Vec<Snapshot>, Failure> {
     let header = header(file).await?;
-    Ok(snapshot::read(file, &header).await?.0)
+    let mut all = Vec::new();
+    snapshot::walk(file, &header, |one| all.push(one)).await?;
+    Ok(all)
 }
 
 impl<S: Storage> Qcow2<S> {
@@ -170,13 +172,7 @@ impl<S: Storage> Qcow2<S> {
         self.check(&header)?;
         let image = self.image_of(&header).await?;
         if let Some(wanted) = &self.options.snapshot {
-            let (all, _) = snapshot::read(&self.file, &header).await?;
-            let found = all
-                .iter()
-                .find(|one| one.id == *wanted)
-                .or(all.iter().find(|one| one.name == *wanted));
-            let found = found.ok_or_else(|| refused(format!("there is no snapshot {wanted:?}")))?;
-            image.show(found);
+            image.show(&snapshot::find(&self.file, &header, wanted).await?);
         }
         if self.options.writable && header.incompatible & DIRTY != 0 {
             let others = check::others(&self.file, &header).await?;

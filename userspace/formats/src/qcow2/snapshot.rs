@@ -10,8 +10,10 @@ use diskio::Errno;
 
 /// Bytes of a snapshot's record before what has any length.
 const RECORD: u64 = 40;
-/// Bytes of extra data, id and name at most that are believed.
+/// Bytes of extra data at most that are believed.
 const MOST: u64 = 64 << 10;
+/// Bytes of all records at most, as QEMU has it.
+const MOST_IN_ALL: u64 = 64 << 20;
 
 /// The state of a disk at an earlier time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,12 +31,12 @@ pub struct Snapshot {
     pub(crate) l1: Table,
 }
 
-/// The snapshots of an image, and how many bytes their table has.
-pub(crate) async fn read<S: Storage>(
+/// Looks at the snapshots of an image one after the other, and says how many bytes their table has.
+pub(crate) async fn walk<S: Storage>(
     file: &S,
     header: &Header,
-) -> Result<(Vec<Snapshot>, u64), Failure> {
-    let mut found = Vec::new();
+    mut look: impl FnMut(Snapshot),
+) -> Result<u64, Failure> {
     let mut at = header.snapshots_at;
     for number in 0..header.snapshots {
         let failed =
@@ -71,7 +73,7 @@ pub(crate) async fn read<S: Storage>(
         };
         let size = extra_long(8).unwrap_or(header.size);
         check(header, number, l1, size)?;
-        found.push(Snapshot {
+        look(Snapshot {
             id: text(extra, id),
             name: text(extra + id, name),
             size,
@@ -81,8 +83,33 @@ pub(crate) async fn read<S: Storage>(
         });
         at += RECORD + (extra + id + name) as u64;
         at = at.next_multiple_of(8);
+        if at - header.snapshots_at > MOST_IN_ALL {
+            return Err(refused(format!(
+                "the records of snapshots have more than {MOST_IN_ALL} bytes"
+            )));
+        }
     }
-    Ok((found, at - header.snapshots_at))
+    Ok(at - header.snapshots_at)
+}
+
+/// The snapshot with an id, or else the first one with that name.
+pub(crate) async fn find<S: Storage>(
+    file: &S,
+    header: &Header,
+    wanted: &str,
+) -> Result<Snapshot, Failure> {
+    let (mut by_id, mut by_name) = (None, None);
+    walk(file, header, |one| {
+        if one.id == wanted {
+            by_id.get_or_insert(one);
+        } else if one.name == wanted {
+            by_name.get_or_insert(one);
+        }
+    })
+    .await?;
+    by_id
+        .or(by_name)
+        .ok_or_else(|| refused(format!("there is no snapshot {wanted:?}")))
 }
 
 fn check(header: &Header, number: u32, l1: Table, size: u64) -> Result<(), Failure> {

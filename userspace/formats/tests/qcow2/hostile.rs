@@ -5,7 +5,7 @@
 use crate::memory::{read_all, sector, Chance, Memory};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{create, header, Plan, Qcow2};
+use formats::qcow2::{create, header, snapshots, Plan, Qcow2};
 use formats::{Options, Parts};
 
 const SIZE: u64 = 1 << 20;
@@ -328,6 +328,45 @@ fn bitmaps_without_end_are_refused() {
     let opened = Runtime::new().block_on(async move { disk.activate().await });
     let said = opened.unwrap().unwrap_err().message;
     assert!(said.contains("bitmaps"), "{said}");
+}
+
+/// Puts a table of snapshots behind an image, each with the L1 table of the disk.
+fn add_snapshots(bytes: &mut Vec<u8>, count: u32, name: usize) {
+    let (entries, l1) = (bytes[36..40].to_vec(), bytes[40..48].to_vec());
+    bytes.resize(bytes.len().next_multiple_of(4096), 0);
+    let at = (bytes.len() as u64).to_be_bytes();
+    bytes[60..64].copy_from_slice(&count.to_be_bytes());
+    bytes[64..72].copy_from_slice(&at);
+    for number in 0..count {
+        let id = format!("{number:08}");
+        let start = bytes.len();
+        bytes.extend(&l1);
+        bytes.extend(&entries);
+        bytes.extend(8_u16.to_be_bytes());
+        bytes.extend((name as u16).to_be_bytes());
+        bytes.resize(start + 40, 0);
+        bytes.extend(id.as_bytes());
+        bytes.resize((start + 48 + name).next_multiple_of(8), b'n');
+    }
+}
+
+/// Each may have a name of 64 KiB: no more than QEMU allows are kept in memory.
+#[test]
+fn snapshots_without_end_are_refused() {
+    let image = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
+    for (count, is_right) in [(1000, true), (1100, false)] {
+        let mut bytes = image.clone();
+        add_snapshots(&mut bytes, count, 65528);
+        let memory = Memory::new(bytes, 1, false);
+        let found = Runtime::new().block_on(async move { snapshots(&memory).await });
+        match found.unwrap() {
+            Ok(all) => assert!(is_right && all.len() == count as usize, "{}", all.len()),
+            Err(failure) => assert!(!is_right && failure.message.contains("snapshots")),
+        }
+    }
 }
 
 #[test]
