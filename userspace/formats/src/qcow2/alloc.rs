@@ -177,7 +177,8 @@ impl<S: Storage> Image<S> {
             self.allocator.cursor.set(last.first + last.count);
         }
         self.allocator.ready.borrow_mut().extend(found);
-        self.free_released().await
+        self.free_or_say().await;
+        Ok(())
     }
 
     /// Free clusters from the cursor on: `count` of them, or fewer if they are in many parts. One at least.
@@ -265,15 +266,22 @@ impl<S: Storage> Image<S> {
     }
 
     /// Frees what can be freed. To be called after a flush.
-    pub(crate) async fn free(&self) -> Result<(), Errno> {
+    pub(crate) async fn free(&self) {
         if self.allocator.waiting.borrow().is_empty() {
-            return Ok(());
+            return;
         }
         let _pass = self.allocator.gate.alone().await;
-        self.free_released().await
+        self.free_or_say().await;
     }
 
-    /// The same for who has the gate.
+    /// The same for who has the gate. What cannot be freed is space that is lost: that is said, and nobody's
+    /// request fails for it, because what that has done is done.
+    async fn free_or_say(&self) {
+        if let Err(error) = self.free_released().await {
+            self.damaged(format_args!("unused clusters cannot be freed ({error})"));
+        }
+    }
+
     async fn free_released(&self) -> Result<(), Errno> {
         loop {
             let next = self.allocator.waiting.borrow().front().copied();
@@ -327,7 +335,7 @@ impl<S: Storage> Image<S> {
             }
             self.slices.settle(&counts.slice).await?;
             for part in freed {
-                self.forget(part).await?;
+                self.forget(part).await;
             }
             done += some;
         }
@@ -335,7 +343,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Clusters are free: their content is given back, and they may be used again.
-    async fn forget(&self, clusters: Clusters) -> Result<(), Errno> {
+    async fn forget(&self, clusters: Clusters) {
         let cluster = self.geometry.cluster();
         let range = clusters.first * cluster..(clusters.first + clusters.count) * cluster;
         self.unpacked.forget(&range);
@@ -344,11 +352,11 @@ impl<S: Storage> Image<S> {
             .freed
             .set(self.allocator.freed.get() + clusters.count);
         if self.discard {
-            storage::give_back(&self.file, range.start, range.end - range.start).await?;
+            // Without it they are free as well.
+            let _ = storage::give_back(&self.file, range.start, range.end - range.start).await;
         }
         let cursor = &self.allocator.cursor;
         cursor.set(cursor.get().min(clusters.first));
-        Ok(())
     }
 
     /// Who releases much makes room, so that what waits is bounded.
@@ -357,11 +365,20 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         self.barrier.flush().await?;
-        self.free().await
+        self.free().await;
+        Ok(())
     }
 
-    /// Gives back what is prepared and not used.
-    pub(crate) async fn give_back(&self) -> Result<(), Errno> {
+    /// Gives back what is prepared and not used. What stays is space that is lost: that is said.
+    pub(crate) async fn give_back(&self) {
+        if let Err(error) = self.give_back_ready().await {
+            self.damaged(format_args!(
+                "unused clusters cannot be given back ({error})"
+            ));
+        }
+    }
+
+    async fn give_back_ready(&self) -> Result<(), Errno> {
         let _pass = self.allocator.gate.alone().await;
         let cluster = self.geometry.cluster();
         self.allocator.run.set(FIRST_RUN);

@@ -284,7 +284,9 @@ impl<S: Storage> Driver for Qcow2<S> {
     async fn flush(&self) -> Result<(), Errno> {
         let image = self.image()?;
         image.barrier.flush().await?;
-        image.free().await
+        // It is durable, whatever becomes of clusters that are not used any more.
+        image.free().await;
+        Ok(())
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
@@ -338,8 +340,8 @@ impl<S: Storage> Driver for Qcow2<S> {
         let image = self.image()?;
         if image.writable {
             image.barrier.flush().await?;
-            image.free().await?;
-            image.give_back().await?;
+            image.free().await;
+            image.give_back().await;
             image.barrier.flush().await?;
         }
         if let Some(below) = &image.below {
@@ -355,8 +357,8 @@ impl<S: Storage> Driver for Qcow2<S> {
         };
         if image.writable {
             image.barrier.flush().await?;
-            image.free().await?;
-            image.give_back().await?;
+            image.free().await;
+            image.give_back().await;
         }
         if let Some(below) = &image.below {
             below.close().await?;

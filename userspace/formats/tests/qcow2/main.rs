@@ -6,6 +6,7 @@
 mod common;
 mod crash;
 mod device;
+mod flush;
 mod hostile;
 mod memory;
 mod oracle;

@@ -46,10 +46,9 @@ pub(crate) enum Event {
 }
 
 /// An image in memory. What is asked for happens at some later time, in any order.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Memory(Rc<Inner>);
 
-#[derive(Debug)]
 struct Inner {
     bytes: RefCell<Vec<u8>>,
     log: RefCell<Vec<Event>>,
@@ -58,6 +57,8 @@ struct Inner {
     delay: bool,
     /// Writes and flushes fail with this chance in a thousand.
     failing: Cell<u64>,
+    /// What fails always.
+    refused: Cell<fn(&Event) -> bool>,
     /// It is as large as a device is.
     fixed: Cell<bool>,
 }
@@ -91,6 +92,7 @@ impl Memory {
             chance: Chance::new(seed),
             delay,
             failing: Cell::new(0),
+            refused: Cell::new(|_| false),
             fixed: Cell::new(false),
         }))
     }
@@ -110,6 +112,11 @@ impl Memory {
 
     pub(crate) fn fail(&self, permille: u64) {
         self.0.failing.set(permille);
+    }
+
+    /// What fails from now on.
+    pub(crate) fn refuse(&self, what: fn(&Event) -> bool) {
+        self.0.refused.set(what);
     }
 
     /// Its size does not change from now on.
@@ -147,6 +154,9 @@ impl Memory {
         self.later().await;
         if self.0.chance.below(1000) < self.0.failing.get() {
             return Err(Errno::NOSPC);
+        }
+        if self.0.refused.get()(&event) {
+            return Err(Errno::IO);
         }
         if self.is_behind(&event) {
             return Err(Errno::NOSPC);

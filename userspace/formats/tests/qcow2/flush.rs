@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a flush does beside making an image durable: clusters that are not used any more become free.
+
+use crate::memory::{sector, Event, Memory};
+use diskio::{Bytes, Errno, Runtime};
+use drivers::{Attributes, Disk};
+use formats::qcow2::{check, create, Findings, Plan, Qcow2};
+use formats::{Options, Parts};
+
+const CLUSTER: u64 = 4096;
+
+/// An active disk of which a cluster was written, and that is durable.
+fn disk(runtime: &Runtime) -> (Memory, Disk) {
+    let memory = Memory::new(Vec::new(), 1, false);
+    let file = memory.clone();
+    let options = Options {
+        discard: true,
+        ..Options::new("flush")
+    };
+    let disk = Disk::new(Qcow2::new(memory.clone(), Parts::default(), options));
+    let its = disk.clone();
+    let begin = async move {
+        let plan = Plan {
+            cluster: CLUSTER,
+            ..Plan::new(1 << 20)
+        };
+        create(&file, &plan).await.unwrap();
+        its.activate().await.unwrap();
+        let bytes = Bytes::copied(&sector(7).repeat(8)).unwrap();
+        its.write(0, bytes, Attributes::default()).await?;
+        its.flush().await
+    };
+    runtime.block_on(begin).unwrap().unwrap();
+    (memory, disk)
+}
+
+fn discard(runtime: &Runtime, disk: &Disk) {
+    let its = disk.clone();
+    let work = async move { its.discard(0, CLUSTER, Attributes::default()).await };
+    runtime.block_on(work).unwrap().unwrap();
+}
+
+fn flush(runtime: &Runtime, disk: &Disk) -> Result<(), Errno> {
+    let its = disk.clone();
+    runtime.block_on(async move { its.flush().await }).unwrap()
+}
+
+fn close(runtime: &Runtime, disk: Disk) {
+    let work = async move { disk.close().await };
+    runtime.block_on(work).unwrap().unwrap();
+}
+
+fn findings(runtime: &Runtime, memory: &Memory) -> Findings {
+    let file = memory.clone();
+    let work = async move { check(&file, "flush", false).await };
+    runtime.block_on(work).unwrap().unwrap()
+}
+
+/// What the guest asked for is durable. That a cluster cannot be freed is somebody else's trouble.
+#[test]
+fn a_flush_does_not_fail_because_a_cluster_cannot_be_freed() {
+    let runtime = Runtime::new();
+    let (memory, disk) = disk(&runtime);
+    discard(&runtime, &disk);
+    memory.refuse(|event| matches!(event, Event::Write(..)));
+    assert_eq!(flush(&runtime, &disk), Ok(()));
+    assert_eq!(disk.stats()["damage"], 1);
+    memory.refuse(|_| false);
+    close(&runtime, disk);
+    let found = findings(&runtime, &memory);
+    assert_eq!((found.unsafe_clusters, found.damaged), (0, 0));
+}
+
+/// To tell the storage that space is free is a hint.
+#[test]
+fn a_flush_does_not_fail_because_the_storage_keeps_its_space() {
+    let runtime = Runtime::new();
+    let (memory, disk) = disk(&runtime);
+    discard(&runtime, &disk);
+    memory.refuse(|event| matches!(event, Event::Discard(..)));
+    assert_eq!(flush(&runtime, &disk), Ok(()));
+    assert_eq!(disk.stats()["damage"], 0);
+    assert_eq!(disk.stats()["clusters_freed"], 1);
+    close(&runtime, disk);
+    assert_eq!(findings(&runtime, &memory), Findings::default());
+}
