@@ -348,7 +348,9 @@ impl<S: Storage> Driver for Qcow2<S> {
             below.inactivate().await?;
         }
         *self.image.borrow_mut() = None;
-        Ok(())
+        // Somebody else may change it before it is active again.
+        image.file.forget()?;
+        image.data.forget()
     }
 
     async fn close(&self) -> Result<(), Errno> {

@@ -34,6 +34,10 @@ fn disk(runtime: &Runtime) -> (Memory, Disk) {
     (memory, disk)
 }
 
+fn memory_of(bytes: &[u8]) -> Memory {
+    Memory::new(bytes.to_vec(), 1, false)
+}
+
 fn discard(runtime: &Runtime, disk: &Disk) {
     let its = disk.clone();
     let work = async move { its.discard(0, CLUSTER, Attributes::default()).await };
@@ -83,4 +87,34 @@ fn a_flush_does_not_fail_because_the_storage_keeps_its_space() {
     assert_eq!(disk.stats()["clusters_freed"], 1);
     close(&runtime, disk);
     assert_eq!(findings(&runtime, &memory), Findings::default());
+}
+
+/// Another host may write an image that is not active here.
+#[test]
+fn an_image_that_is_let_go_of_is_not_in_the_cache() {
+    let runtime = Runtime::new();
+    let (memory, disk) = disk(&runtime);
+    assert!(!memory.is_forgotten());
+    let work = async move { disk.inactivate().await };
+    runtime.block_on(work).unwrap().unwrap();
+    assert!(memory.is_forgotten());
+
+    let (image, data) = (memory_of(&[]), memory_of(&[0; 1 << 20]));
+    let file = image.clone();
+    let parts = Parts {
+        extents: vec![data.clone()],
+        ..Parts::default()
+    };
+    let disk = Disk::new(Qcow2::new(image.clone(), parts, Options::new("data")));
+    let work = async move {
+        let plan = Plan {
+            data_file: Some(("data".into(), false)),
+            ..Plan::new(1 << 20)
+        };
+        create(&file, &plan).await.unwrap();
+        disk.activate().await.unwrap();
+        disk.inactivate().await
+    };
+    runtime.block_on(work).unwrap().unwrap();
+    assert!(image.is_forgotten() && data.is_forgotten());
 }

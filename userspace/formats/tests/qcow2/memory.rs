@@ -61,6 +61,7 @@ struct Inner {
     refused: Cell<fn(&Event) -> bool>,
     /// It is as large as a device is.
     fixed: Cell<bool>,
+    forgotten: Cell<bool>,
 }
 
 pub(crate) fn apply(bytes: &mut Vec<u8>, event: &Event) {
@@ -94,6 +95,7 @@ impl Memory {
             failing: Cell::new(0),
             refused: Cell::new(|_| false),
             fixed: Cell::new(false),
+            forgotten: Cell::new(false),
         }))
     }
 
@@ -117,6 +119,11 @@ impl Memory {
     /// What fails from now on.
     pub(crate) fn refuse(&self, what: fn(&Event) -> bool) {
         self.0.refused.set(what);
+    }
+
+    /// Nothing of it is kept in the cache of the system.
+    pub(crate) fn is_forgotten(&self) -> bool {
+        self.0.forgotten.get()
     }
 
     /// Its size does not change from now on.
@@ -194,6 +201,7 @@ impl Storage for Memory {
     }
 
     fn forget(&self) -> Result<(), Errno> {
+        self.0.forgotten.set(true);
         Ok(())
     }
 
