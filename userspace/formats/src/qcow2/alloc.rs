@@ -52,6 +52,8 @@ pub(crate) struct Allocator {
     /// Bytes of the next run.
     run: Cell<u64>,
     waiting: RefCell<VecDeque<Release>>,
+    /// Flushes up to this one say nothing of what waits for them: one of them failed.
+    doubtful: Cell<u64>,
     /// Who changes refcounts.
     gate: Gate,
     pub(crate) prepared: Cell<u64>,
@@ -65,6 +67,7 @@ impl Allocator {
             cursor: Cell::new(0),
             run: Cell::new(FIRST_RUN),
             waiting: RefCell::default(),
+            doubtful: Cell::new(0),
             gate: Gate::default(),
             prepared: Cell::new(0),
             freed: Cell::new(0),
@@ -138,6 +141,16 @@ impl<S: Storage> Image<S> {
         }
     }
 
+    /// What was written before this call is durable when it returns. A flush that fails may have lost it, and
+    /// the next one may succeed nevertheless; who waits for that one may have written before, too.
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
+        let done = self.barrier.flush().await;
+        if done.is_err() {
+            self.allocator.doubtful.set(self.barrier.next());
+        }
+        done
+    }
+
     /// The range reads as zeroes, and the file is long enough for it.
     pub(crate) async fn prepare_range(&self, at: u64, len: u64) -> Result<(), Errno> {
         let size = self.file.size()?;
@@ -167,7 +180,7 @@ impl<S: Storage> Image<S> {
             self.prepare_range(at, part.count * cluster).await?;
             self.set_counts(*part, 1).await?;
         }
-        self.barrier.flush().await?;
+        self.flush().await?;
         let count: u64 = found.iter().map(|part| part.count).sum();
         self.allocator.run.set((bytes * 2).min(LONGEST_RUN));
         self.allocator
@@ -285,6 +298,11 @@ impl<S: Storage> Image<S> {
     async fn free_released(&self) -> Result<(), Errno> {
         loop {
             let next = self.allocator.waiting.borrow().front().copied();
+            if next.is_some_and(|next| next.barrier <= self.allocator.doubtful.get()) {
+                // The disk may still have an entry that leads there: rather a leak than a cluster of two.
+                self.allocator.waiting.borrow_mut().pop_front();
+                continue;
+            }
             let next = next.filter(|next| {
                 next.barrier <= self.barrier.done() && next.users <= self.users.oldest()
             });
@@ -364,7 +382,7 @@ impl<S: Storage> Image<S> {
         if self.allocator.waiting() < WAITING {
             return Ok(());
         }
-        self.barrier.flush().await?;
+        self.flush().await?;
         self.free().await;
         Ok(())
     }

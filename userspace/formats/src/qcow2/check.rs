@@ -187,11 +187,11 @@ impl<S: Storage> Image<S> {
     /// The refcounts of an image become right that was not closed, and it says so.
     pub(crate) async fn repair(&self, others: &Others) -> Result<Findings, Errno> {
         let findings = self.check(others, true).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         let (header, _) = self.slices.at(0).await?;
         header.set_number(AT_INCOMPATIBLE, header.number(AT_INCOMPATIBLE) & !DIRTY);
         self.slices.settle(&header).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         Ok(findings)
     }
 
@@ -207,7 +207,7 @@ impl<S: Storage> Image<S> {
             if self.table_at(slice.number(at), "refcount block")?.is_none() {
                 let block = self.file.size()?.next_multiple_of(cluster);
                 self.prepare_range(block, cluster).await?;
-                self.barrier.flush().await?;
+                self.flush().await?;
                 slice.set_number(at, block);
                 self.slices.settle(&slice).await?;
             }
@@ -241,7 +241,7 @@ impl<S: Storage> Image<S> {
         // CAST: less than a window.
         let block = (clusters.start + free as u64) * cluster;
         self.prepare_range(block, cluster).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         slice.set_number(at, block);
         self.slices.settle(&slice).await?;
         window.add(cluster, block..block + cluster);

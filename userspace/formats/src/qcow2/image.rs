@@ -305,7 +305,7 @@ impl<S: Storage> Image<S> {
         if let Some(old) = old {
             self.copy_table(old, new).await?;
             // A table that is reachable and not yet there would hide what is in the clusters.
-            self.barrier.flush().await?;
+            self.flush().await?;
         }
         l1.set_number(slot, new | COPIED);
         self.slices.settle(l1).await?;

@@ -283,7 +283,7 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn flush(&self) -> Result<(), Errno> {
         let image = self.image()?;
-        image.barrier.flush().await?;
+        image.flush().await?;
         // It is durable, whatever becomes of clusters that are not used any more.
         image.free().await;
         Ok(())
@@ -339,10 +339,10 @@ impl<S: Storage> Driver for Qcow2<S> {
     async fn inactivate(&self) -> Result<(), Errno> {
         let image = self.image()?;
         if image.writable {
-            image.barrier.flush().await?;
+            image.flush().await?;
             image.free().await;
             image.give_back().await;
-            image.barrier.flush().await?;
+            image.flush().await?;
         }
         if let Some(below) = &image.below {
             below.inactivate().await?;
@@ -358,7 +358,7 @@ impl<S: Storage> Driver for Qcow2<S> {
             return Ok(());
         };
         if image.writable {
-            image.barrier.flush().await?;
+            image.flush().await?;
             image.free().await;
             image.give_back().await;
         }

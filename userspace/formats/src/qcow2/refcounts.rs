@@ -104,7 +104,7 @@ impl<S: Storage> Image<S> {
         self.prepare_range(at, self.geometry.cluster()).await?;
         self.fill_block(at, 1).await?;
         // A block that is reachable and not yet there would free what is in use.
-        self.barrier.flush().await?;
+        self.flush().await?;
         let (slice, slot) = self.slot(self.reftable.get(), number).await?;
         slice.set_number(slot, at);
         self.slices.settle(&slice).await
@@ -160,9 +160,9 @@ impl<S: Storage> Image<S> {
             self.fill_block((start + number) * cluster, count).await?;
         }
         self.copy_reftable(old, new, start, blocks).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         self.switch_reftable(new).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         self.reftable.set(new);
         self.release(old.at / cluster, old.entries / per_cluster);
         Ok(())

@@ -75,7 +75,7 @@ impl<S: Storage> Image<S> {
                 self.slices.settle(&to).await?;
             }
         }
-        self.barrier.flush().await?;
+        self.flush().await?;
         let (header, _) = self.slices.at(0).await?;
         header.change(|bytes| {
             bytes[AT_L1..AT_L1 + 8].copy_from_slice(&at.to_be_bytes());
@@ -85,7 +85,7 @@ impl<S: Storage> Image<S> {
         });
         self.slices.settle(&header).await?;
         self.l1.set(new);
-        self.barrier.flush().await?;
+        self.flush().await?;
         self.release(old.at / cluster, (old.entries * 8).div_ceil(cluster));
         Ok(())
     }
@@ -114,7 +114,7 @@ impl<S: Storage> Image<S> {
         let (header, _) = self.slices.at(0).await?;
         header.set_number(AT_SIZE, size);
         self.slices.settle(&header).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         self.size.set(size);
         Ok(())
     }

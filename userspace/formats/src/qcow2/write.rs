@@ -283,7 +283,7 @@ impl<S: Storage> Image<S> {
             self.data.write(place, all.into()).await?;
         }
         // A power cut must not find the entry without the data: what was there before would be lost.
-        self.barrier.flush().await
+        self.flush().await
     }
 
     async fn read_around(
@@ -351,7 +351,7 @@ impl<S: Storage> Image<S> {
         let kept = header.number(super::header::AT_AUTOCLEAR) & super::header::RAW_EXTERNAL;
         header.set_number(super::header::AT_AUTOCLEAR, kept);
         self.slices.settle(&header).await?;
-        self.barrier.flush().await?;
+        self.flush().await?;
         self.autoclear.set(0);
         Ok(())
     }

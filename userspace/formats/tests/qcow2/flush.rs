@@ -118,3 +118,31 @@ fn an_image_that_is_let_go_of_is_not_in_the_cache() {
     runtime.block_on(work).unwrap().unwrap();
     assert!(image.is_forgotten() && data.is_forgotten());
 }
+
+/// A flush that failed may have lost the entry that led nowhere any more, and the next one says nothing of it:
+/// after a power cut the old entry leads to the cluster, which must not be another one's by then.
+#[test]
+fn what_a_flush_that_failed_was_to_make_durable_is_not_freed() {
+    let runtime = Runtime::new();
+    let (memory, disk) = disk(&runtime);
+    discard(&runtime, &disk);
+    memory.refuse(|event| matches!(event, Event::FlushEnd(_)));
+    assert_eq!(flush(&runtime, &disk), Err(Errno::IO));
+    memory.refuse(|_| false);
+    assert_eq!(flush(&runtime, &disk), Ok(()));
+    assert_eq!(disk.stats()["clusters_freed"], 0);
+    // What is released later is freed.
+    let its = disk.clone();
+    let bytes = Bytes::copied(&sector(8).repeat(8)).unwrap();
+    let work = async move { its.write(0, bytes, Attributes::default()).await };
+    runtime.block_on(work).unwrap().unwrap();
+    discard(&runtime, &disk);
+    assert_eq!(flush(&runtime, &disk), Ok(()));
+    assert_eq!(disk.stats()["clusters_freed"], 1);
+    close(&runtime, disk);
+    let leak = Findings {
+        leaks: 1,
+        ..Findings::default()
+    };
+    assert_eq!(findings(&runtime, &memory), leak);
+}
