@@ -10,7 +10,7 @@ use super::header::{Header, AT_INCOMPATIBLE, DIRTY};
 use super::image::{Found, Image, Table};
 use super::refcounts::{get, set};
 use super::snapshot;
-use crate::field::{be32, be64};
+use crate::field::{be32, be64, refused};
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::Errno;
@@ -18,6 +18,11 @@ use std::ops::Range;
 
 /// Clusters that are counted at once.
 const WINDOW: u64 = 4 << 20;
+
+/// L2 tables that are looked at for a window, at most: so many for each cluster of the file, and so many
+/// bytes of them in any case. Snapshots share tables, so there may be more uses than tables.
+const LOOKS: u64 = 16;
+const LOOKS_AT: u64 = 1 << 30;
 
 /// What is wrong with an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,7 +50,7 @@ struct Window {
     /// Clusters of the file.
     end: u64,
     damaged: u64,
-    /// Tables that may still be looked at: there are no more than clusters.
+    /// L2 tables that may still be looked at, for the disk and all snapshots together.
     budget: u64,
 }
 
@@ -82,6 +87,7 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
     // Their names are not kept.
     let mut tables = Vec::new();
     let bytes = snapshot::walk(file, header, |one| tables.push(one.l1)).await?;
+    check_tables(file, &tables)?;
     let mut ranges = Vec::new();
     // The header's.
     ranges.push(0..cluster);
@@ -92,6 +98,22 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
         .await
         .map_err(|error| Failure::system("cannot read the directory of bitmaps", &error.into()))?;
     Ok(Others { ranges, tables })
+}
+
+/// Each snapshot has an L1 table of its own, so all of them fit into the file. Those that are said to be in
+/// one place would be looked at for ever.
+fn check_tables<S: Storage>(file: &S, tables: &[Table]) -> Result<(), Failure> {
+    let size = file
+        .size()
+        .map_err(|error| Failure::system("cannot see the size of the image", &error.into()))?;
+    // At most a number of 16 bits of tables with a number of 32 bits of entries.
+    let bytes: u64 = tables.iter().map(|table| table.entries * 8).sum();
+    match bytes > size.saturating_mul(2) {
+        true => Err(refused(format!(
+            "the L1 tables of snapshots have {bytes} bytes, and the image only {size}: it is damaged"
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// Bytes that bitmaps take.
@@ -261,7 +283,7 @@ impl<S: Storage> Image<S> {
             clusters,
             end,
             damaged: 0,
-            budget: end,
+            budget: end.saturating_mul(LOOKS).saturating_add(LOOKS_AT / cluster),
         };
         for range in &others.ranges {
             window.add(cluster, range.clone());
@@ -277,7 +299,6 @@ impl<S: Storage> Image<S> {
             }
         }
         for table in std::iter::once(&self.l1.get()).chain(&others.tables) {
-            window.budget = end;
             self.count_table(*table, &mut window).await?;
         }
         Ok(window)
@@ -299,8 +320,7 @@ impl<S: Storage> Image<S> {
             }
             // Tables that are used again and again would be looked at for ever.
             let left = window.budget.checked_sub(1);
-            window.budget =
-                left.ok_or_else(|| self.damaged("there are more L2 tables than clusters"))?;
+            window.budget = left.ok_or_else(|| self.damaged("its L2 tables are used too often"))?;
             let mut place = table;
             while place < table + cluster {
                 let (l2, _) = self.slices.at(place).await?;

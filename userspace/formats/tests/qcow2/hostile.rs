@@ -369,6 +369,49 @@ fn snapshots_without_end_are_refused() {
     }
 }
 
+/// What the activation of an image that was not closed says.
+fn refusal(mut bytes: Vec<u8>) -> String {
+    bytes[79] |= 1;
+    let disk = Disk::new(Qcow2::new(
+        Memory::new(bytes, 1, false),
+        Parts::default(),
+        Options::new("hostile"),
+    ));
+    let opened = Runtime::new().block_on(async move { disk.activate().await });
+    opened.unwrap().unwrap_err().message
+}
+
+/// Many snapshots with one L1 table, and many entries with one L2 table: to walk all that would take hours.
+#[test]
+fn tables_that_are_used_without_end_are_refused() {
+    let mut image = sound(Plan {
+        cluster: 4096,
+        ..Plan::new(SIZE)
+    });
+    let number =
+        |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l1 = number(&image, 40) as usize;
+    let entry = image[l1..l1 + 8].to_vec();
+    // The table at the end, with an entry that is the same again and again.
+    let end = image.len().next_multiple_of(4096);
+    image.resize(end, 0);
+    image[40..48].copy_from_slice(&(end as u64).to_be_bytes());
+    // Tables that would not even fit.
+    let mut bytes = image.clone();
+    bytes[36..40].copy_from_slice(&512_u32.to_be_bytes());
+    bytes.extend(entry.repeat(512));
+    add_snapshots(&mut bytes, 65536, 0);
+    let said = refusal(bytes);
+    assert!(said.contains("L1 tables"), "{said}");
+    // And such that would.
+    let mut bytes = image;
+    bytes[36..40].copy_from_slice(&1600_u32.to_be_bytes());
+    bytes.extend(entry.repeat(1600));
+    add_snapshots(&mut bytes, 1000, 7000);
+    let said = refusal(bytes);
+    assert!(said.contains("refcounts"), "{said}");
+}
+
 #[test]
 fn a_file_that_is_no_image_is_refused() {
     for bytes in [
