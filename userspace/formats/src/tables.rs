@@ -31,6 +31,11 @@ struct State {
     /// Changes that may be written, and that are.
     wanted: u64,
     written: u64,
+    /// Changes up to this number that are not written never will be. Who waits for one is let in before
+    /// those who come later, so one number is enough.
+    lost: Option<(u64, Errno)>,
+    /// Where the image may differ from `bytes` because a write failed.
+    doubtful: Vec<(usize, usize)>,
     /// It was used since the last look at it.
     used: bool,
 }
@@ -80,49 +85,115 @@ impl Table {
         storage: &impl Storage,
         edit: impl FnOnce(&mut [u8]),
     ) -> Result<(), Errno> {
-        let mine = {
-            let mut state = self.state.borrow_mut();
-            let mut next = match state.next.take() {
-                Some(next) => next,
-                None => state.bytes.clone(),
-            };
-            edit(&mut next);
-            state.next = Some(next);
-            state.wanted += 1;
-            state.wanted
-        };
+        let mine = self.state.borrow_mut().edit(edit);
         let _pass = self.gate.alone().await;
-        let (new, wanted) = {
-            let state = self.state.borrow();
-            match &state.next {
-                Some(next) if state.written < mine => (next.clone(), state.wanted),
-                _ => return Ok(()),
-            }
+        let Some((new, wanted)) = self.state.borrow().pending(mine)? else {
+            return Ok(());
         };
-        for (from, to) in self.see(|old| differences(self.at, old, &new)) {
-            let bytes = Bytes::copied(&new[from..to])?;
-            storage.write(self.at + from as u64, bytes).await?;
+        let ranges = {
+            let state = self.state.borrow();
+            differences(self.at, &state.bytes, &new, &state.doubtful)
+        };
+        match self.write(storage, &new, &ranges).await {
+            Ok(()) => {
+                self.state.borrow_mut().is_written(new, wanted);
+                Ok(())
+            }
+            Err(error) => {
+                self.state.borrow_mut().is_lost(ranges, error);
+                self.restore(storage).await;
+                Err(error)
+            }
         }
-        let mut state = self.state.borrow_mut();
-        state.bytes = new;
-        state.written = wanted;
-        if state.wanted == wanted {
-            state.next = None;
+    }
+
+    async fn write(
+        &self,
+        storage: &impl Storage,
+        from: &[u8],
+        ranges: &[(usize, usize)],
+    ) -> Result<(), Errno> {
+        for (begin, end) in ranges {
+            let bytes = Bytes::copied(&from[*begin..*end])?;
+            storage.write(self.at + *begin as u64, bytes).await?;
         }
         Ok(())
+    }
+
+    /// Writes what a failed write may have changed as it was. If that fails too, the next change does it.
+    async fn restore(&self, storage: &impl Storage) {
+        let (old, ranges) = {
+            let state = self.state.borrow();
+            (state.bytes.clone(), state.doubtful.clone())
+        };
+        if self.write(storage, &old, &ranges).await.is_ok() {
+            self.state.borrow_mut().doubtful.clear();
+        }
+    }
+}
+
+impl State {
+    /// Makes a change that may be written from now on, and gives it a number.
+    fn edit(&mut self, edit: impl FnOnce(&mut [u8])) -> u64 {
+        let mut next = match self.next.take() {
+            Some(next) => next,
+            None => self.bytes.clone(),
+        };
+        edit(&mut next);
+        self.next = Some(next);
+        self.wanted += 1;
+        self.wanted
+    }
+
+    /// What has to be written for the change `mine`, with the number of the last change in it. Nothing if
+    /// somebody else wrote it, and the error if somebody failed to.
+    fn pending(&self, mine: u64) -> Result<Option<(Vec<u8>, u64)>, Errno> {
+        if self.written >= mine {
+            return Ok(None);
+        }
+        match (self.lost, &self.next) {
+            (Some((last, error)), _) if last >= mine => Err(error),
+            (_, Some(next)) => Ok(Some((next.clone(), self.wanted))),
+            (_, None) => Err(Errno::IO),
+        }
+    }
+
+    fn is_written(&mut self, new: Vec<u8>, wanted: u64) {
+        self.bytes = new;
+        self.written = wanted;
+        self.doubtful.clear();
+        if self.wanted == wanted {
+            self.next = None;
+        }
+    }
+
+    /// Drops all changes that are not written: those who made them are told, and may do something else, which
+    /// a later write must not undo.
+    fn is_lost(&mut self, ranges: Vec<(usize, usize)>, error: Errno) {
+        self.next = None;
+        self.lost = Some((self.wanted, error));
+        self.doubtful = ranges;
     }
 }
 
 /// The ranges of `new` that have to be written: whole sectors of the image, as far as they are the
-/// table's.
-fn differences(at: u64, old: &[u8], new: &[u8]) -> Vec<(usize, usize)> {
+/// table's. Those of `doubtful` are among them.
+fn differences(
+    at: u64,
+    old: &[u8],
+    new: &[u8],
+    doubtful: &[(usize, usize)],
+) -> Vec<(usize, usize)> {
     let mut ranges: Vec<(usize, usize)> = Vec::new();
     let mut from = 0;
     while from < new.len() {
         let past = (at + from as u64) % SECTOR;
         // CAST: at most a sector.
         let to = new.len().min(from + (SECTOR - past) as usize);
-        if old.get(from..to) != Some(&new[from..to]) {
+        let is_doubtful = doubtful
+            .iter()
+            .any(|(begin, end)| *begin < to && from < *end);
+        if is_doubtful || old.get(from..to) != Some(&new[from..to]) {
             match ranges.last_mut() {
                 Some(last) if last.1 == from => last.1 = to,
                 _ => ranges.push((from, to)),
@@ -323,13 +394,18 @@ mod tests {
     fn only_what_changed_is_written_in_sectors_of_the_image() {
         let old = vec![0; 2000];
         let mut new = old.clone();
-        assert_eq!(differences(48, &old, &new), []);
+        assert_eq!(differences(48, &old, &new, &[]), []);
         new[463] = 1;
-        assert_eq!(differences(48, &old, &new), [(0, 464)]);
+        assert_eq!(differences(48, &old, &new, &[]), [(0, 464)]);
         new[464] = 1;
-        assert_eq!(differences(48, &old, &new), [(0, 976)]);
+        assert_eq!(differences(48, &old, &new, &[]), [(0, 976)]);
         new[1999] = 1;
-        assert_eq!(differences(48, &old, &new), [(0, 976), (1488, 2000)]);
+        assert_eq!(differences(48, &old, &new, &[]), [(0, 976), (1488, 2000)]);
+        assert_eq!(
+            differences(48, &old, &old, &[(464, 976)]),
+            [(464, 976)],
+            "a write of it failed"
+        );
     }
 
     #[test]

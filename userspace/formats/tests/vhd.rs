@@ -6,12 +6,12 @@ mod common;
 
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
-    content, file, folder, has_qemu, parent, parent_number, scribble, text, tool, try_wrong, whole,
-    PARENT_SIZE,
+    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number, scribble,
+    text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, What, World, SECTOR};
 use control::Code;
-use diskio::{Bytes, Data, Runtime};
+use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vhd::{create, grow, id, look, spelled, Create, Kind, ParentOf, Vhd};
 use formats::{Options, Parts};
@@ -563,6 +563,48 @@ fn failures_are_told_and_nothing_is_lost() {
                         found == [byte; 4096] || found == [0; 4096],
                         "{count} at {at}"
                     ),
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn failed_write_is_not_carried_out_later() {
+    failed_writes_stay_undone(
+        &image(make(Kind::Dynamic, SIZE, 0)),
+        &|world| open(world, Kind::Dynamic),
+        2 << 20,
+    );
+}
+
+/// A discard that failed leaves the block where it is, for good.
+#[test]
+fn failed_discard_is_not_carried_out_later() {
+    const BLOCK: u64 = 2 << 20;
+    for error in [Errno::IO, Errno::NOSPC] {
+        let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+        let disk = open(&world, Kind::Dynamic);
+        run(async move {
+            let how = Attributes::default();
+            let bytes = |number| Bytes::copied(&stamp(number, 0)).unwrap();
+            disk.activate().await.unwrap();
+            disk.write(0, bytes(1), how).await.unwrap();
+            world.fail_once(0, error);
+            assert_eq!(disk.discard(0, BLOCK, how).await, Err(error));
+            disk.write(0, bytes(2), how).await.unwrap();
+            disk.flush().await.unwrap();
+            disk.write(BLOCK, bytes(3), how).await.unwrap();
+            for disk in [disk, open(&World::new(world.files()), Kind::Dynamic)] {
+                disk.activate().await.unwrap();
+                for (offset, wanted) in [(0, 2), (BLOCK, 3)] {
+                    let data = Data::zeroed(SECTOR).unwrap();
+                    disk.read(offset, data.clone()).await.unwrap();
+                    assert_eq!(
+                        number(&data.to_vec(), 0),
+                        Some(wanted),
+                        "{error} at {offset}"
+                    );
                 }
             }
         });

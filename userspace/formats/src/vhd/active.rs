@@ -239,7 +239,12 @@ impl<S: Storage> Active<S> {
             false => self.bitmaps.put(at, bits),
         }
         self.blocks.set_full(block, is_full);
-        self.blocks.set(&*self.storage, block, sector).await
+        let set = self.blocks.set(&*self.storage, block, sector).await;
+        if set.is_err() {
+            // There is no block: the batmap must not speak of one.
+            self.blocks.set_full(block, false);
+        }
+        set
     }
 
     /// Says of sectors that they were written, which they are.

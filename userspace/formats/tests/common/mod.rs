@@ -149,6 +149,8 @@ struct Inner {
     shuffles: Cell<bool>,
     /// Changes that are left until every one fails.
     left: Cell<Option<usize>>,
+    /// The same for one that fails alone, and with what.
+    left_once: Cell<Option<(usize, Errno)>>,
 }
 
 impl World {
@@ -165,6 +167,16 @@ impl World {
 
     pub(crate) fn fail_after(&self, changes: Option<usize>) {
         self.0.left.set(changes);
+    }
+
+    /// After so many changes one fails; what comes later succeeds.
+    pub(crate) fn fail_once(&self, after: usize, error: Errno) {
+        self.0.left_once.set(Some((after, error)));
+    }
+
+    /// The one that was to fail did.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.0.left_once.get().is_none()
     }
 
     pub(crate) fn files(&self) -> Vec<Content> {
@@ -211,6 +223,14 @@ impl World {
                 return Err(Errno::IO);
             }
             self.0.left.set(Some(left - 1));
+        }
+        match self.0.left_once.get() {
+            Some((0, error)) => {
+                self.0.left_once.set(None);
+                return Err(error);
+            }
+            Some((left, error)) => self.0.left_once.set(Some((left - 1, error))),
+            None => {}
         }
         self.0.files.borrow_mut()[file].apply(&what);
         self.0.log.borrow_mut().push((file, what));

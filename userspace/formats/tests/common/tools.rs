@@ -6,9 +6,11 @@ use super::{Chance, Content, World, SECTOR};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, File, Io, Runtime};
 use drivers::{Attributes, Content as Held, Disk, Driver, Extent, Fence, Limits, Shape};
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 
 /// False, and said so, if the tools are not there.
 pub(crate) fn has_qemu(test: &str) -> bool {
@@ -264,4 +266,73 @@ pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed
         true
     };
     Runtime::new().block_on(work).unwrap()
+}
+
+/// A write that failed is not carried out later: of disks without a parent, whose clusters have `unit` bytes.
+/// Several are under way at once, so that they share changes of a table.
+pub(crate) fn failed_writes_stay_undone(
+    files: &[Content],
+    open: &dyn Fn(&World) -> Disk,
+    unit: u64,
+) {
+    let mut failed = 0;
+    for (after, seed) in (0..14).flat_map(|after| (0..6).map(move |seed| (after, seed))) {
+        let world = World::new(files.to_vec());
+        let disk = open(&world);
+        let results = Rc::new(RefCell::new(Vec::new()));
+        let runtime = Runtime::new();
+        let its = disk.clone();
+        let first = async move {
+            its.activate().await.unwrap();
+            put(&its, 0, 1).await.unwrap();
+        };
+        runtime.block_on(first).unwrap();
+        world.shuffle(seed);
+        world.fail_once(after, Errno::IO);
+        let runtime = Runtime::new();
+        for number in 1..2 + seed % 3 {
+            let (its, results) = (disk.clone(), results.clone());
+            runtime.tasks.spawn(async move {
+                let result = put(&its, number * unit, 2).await;
+                results.borrow_mut().push((number, result));
+            });
+        }
+        runtime.finish().unwrap();
+        let results = results.take();
+        if !world.has_failed() {
+            continue;
+        }
+        failed += results.iter().filter(|(_, result)| result.is_err()).count();
+        let (its, lost) = (disk.clone(), results.clone());
+        let rest = async move {
+            for (number, _) in lost.iter().filter(|(_, result)| result.is_err()) {
+                let how = Attributes::default();
+                its.write_zeroes(number * unit, unit, how).await.unwrap();
+            }
+            put(&its, 4 * unit, 3).await.unwrap();
+            its.flush().await.unwrap();
+        };
+        Runtime::new().block_on(rest).unwrap();
+        for disk in [disk, open(&World::new(world.files()))] {
+            let results = results.clone();
+            let look = async move {
+                disk.activate().await.unwrap();
+                let results = results.into_iter();
+                let mine = results.map(|(number, result)| (number, u32::from(result.is_ok()) * 2));
+                for (number, wanted) in mine.chain([(0, 1), (4, 3)]) {
+                    let data = Data::zeroed(SECTOR).unwrap();
+                    disk.read(number * unit, data.clone()).await.unwrap();
+                    let found = super::history::number(&data.to_vec(), 0);
+                    assert_eq!(found, Some(wanted), "{number} after {after} seed {seed}");
+                }
+            };
+            Runtime::new().block_on(look).unwrap();
+        }
+    }
+    assert!(failed > 20, "{failed}");
+}
+
+async fn put(disk: &Disk, offset: u64, number: u32) -> Result<(), Errno> {
+    let bytes = Bytes::copied(&stamp(number, 0))?;
+    disk.write(offset, bytes, Attributes::default()).await
 }
