@@ -431,3 +431,47 @@ fn failed_write_is_not_carried_out_later() {
         64 << 10,
     );
 }
+
+/// A prepared image must not let its guest write what the process that serves it believes.
+#[test]
+fn grain_on_the_descriptor_or_a_directory_is_refused() {
+    // The header, the descriptor from sector 1 on, the second map from 21 on, and the first from 26 on.
+    let good = image(&make(Form::MonolithicSparse, SIZE, false));
+    let mut head = vec![0; 128 * 512];
+    good[0].read(0, &mut head);
+    for sector in [1_u32, 2, 20, 21, 22, 26] {
+        let mut files = good.clone();
+        files[0].write(27 * 512, &sector.to_le_bytes());
+        head[27 * 512..][..4].copy_from_slice(&sector.to_le_bytes());
+        let world = World::new(files);
+        let disk = open(&world, false);
+        run(async move {
+            let how = Attributes::default();
+            disk.activate().await.unwrap();
+            let data = Data::zeroed(SECTOR).unwrap();
+            assert!(disk.read(0, data).await.is_err(), "{sector}");
+            let bytes = Bytes::copied(&[7; SECTOR]).unwrap();
+            for at in [0, 512, 4 * 512] {
+                assert!(
+                    disk.write(at, bytes.clone(), how).await.is_err(),
+                    "{sector}"
+                );
+                assert!(disk.write_zeroes(at, 512, how).await.is_err(), "{sector}");
+                assert!(disk.discard(at, 512, how).await.is_err(), "{sector}");
+            }
+        });
+        let mut found = vec![0; head.len()];
+        world.files()[0].read(0, &mut found);
+        // The number of the content changes with any attempt.
+        let is_same = |range: std::ops::Range<usize>| found[range.clone()] == head[range];
+        assert!(is_same(0..512) && is_same(1024..head.len()), "{sector}");
+    }
+    // The same for a table.
+    for sector in [1_u32, 19, 21, 26] {
+        let mut files = good.clone();
+        files[0].write(26 * 512, &sector.to_le_bytes());
+        let disk = open(&World::new(files), false);
+        let failure = run(async move { disk.activate().await }).unwrap_err();
+        assert_eq!(failure.code, Code::Image, "{sector}");
+    }
+}

@@ -11,6 +11,7 @@ use crate::tail::Tail;
 use crate::Storage;
 use control::Failure;
 use diskio::Errno;
+use std::ops::Range;
 use std::rc::Rc;
 
 /// Bytes of a header.
@@ -53,6 +54,12 @@ impl Header {
         let header = Self::parse(&bytes, length)?;
         if header.directory != AT_END {
             return Ok(header);
+        }
+        if !header.is_packed() {
+            // Its last header would be where grains may be written.
+            return Err(refused(
+                "the VMDK has its directory at its end and grains that are not compressed: it is damaged",
+            ));
         }
         // The last three sectors: a marker, the header, the marker of the end.
         let at = length
@@ -174,6 +181,25 @@ impl Header {
         tables.saturating_mul(4)
     }
 
+    /// Where the header, the descriptor and the directories are, in bytes. All of it was checked to be
+    /// inside of the image.
+    fn places(&self) -> Vec<Range<u64>> {
+        let directory = self.directory_len();
+        let (descriptor, sectors) = self.descriptor;
+        let mut places = vec![(0, LEN as u64), (self.directory, directory)];
+        if descriptor != 0 {
+            places.push((descriptor, sectors.saturating_mul(SECTOR)));
+        }
+        if self.has_redundant() {
+            places.push((self.redundant, directory));
+        }
+        let bytes = |(sector, len): (u64, u64)| {
+            let begin = sector.saturating_mul(SECTOR);
+            begin..begin.saturating_add(len)
+        };
+        places.into_iter().map(bytes).collect()
+    }
+
     /// As it is in the image.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; LEN];
@@ -198,11 +224,20 @@ impl Header {
     }
 }
 
+/// True if `len` bytes from `at` on meet one of `places`.
+fn meets(places: &[Range<u64>], at: u64, len: u64) -> bool {
+    let end = at.saturating_add(len);
+    places
+        .iter()
+        .any(|place| at < place.end && place.start < end)
+}
+
 /// The map of a sparse extent.
 #[derive(Debug)]
 pub(crate) struct Grains {
     grain: u64,
-    begin: u64,
+    /// Where no grain may be: the guest would write the header, or the names of the parent and of the extents.
+    places: Vec<Range<u64>>,
     capacity: u64,
     is_packed: bool,
     has_zeroes: bool,
@@ -224,11 +259,17 @@ async fn directory(
     let len = header.directory_len() as usize;
     let directory = Pinned::read(storage, sector * SECTOR, len).await;
     let directory = directory.map_err(failed("cannot read the VMDK's directory"))?;
+    let places = header.places();
     for number in 0..len / 4 {
         let table = u64::from(directory.see(number * 4, |bytes| le32(bytes, 0))) * SECTOR;
         if table + TABLE as u64 > length {
             return Err(refused(format!(
                 "table {number} of the VMDK is at byte {table} and the file ends at {length}: it is cut off"
+            )));
+        }
+        if table != 0 && meets(&places, table, TABLE as u64) {
+            return Err(refused(format!(
+                "table {number} of the VMDK is at byte {table}, where something else is: it is damaged"
             )));
         }
     }
@@ -252,8 +293,7 @@ impl Grains {
         };
         Ok(Self {
             grain: header.grain * SECTOR,
-            // What an image says of this may be anything.
-            begin: SECTOR,
+            places: header.places(),
             capacity: header.capacity * SECTOR,
             is_packed: header.is_packed(),
             has_zeroes: header.flags & ZEROES != 0,
@@ -337,7 +377,8 @@ impl<S: Storage> Map<S> for Grains {
     }
 
     fn begin(&self) -> u64 {
-        self.begin
+        // What an image says of this may be anything; `find` knows more.
+        SECTOR
     }
 
     async fn find(&self, storage: &S, cluster: u64) -> Result<Found, Errno> {
@@ -350,6 +391,9 @@ impl<S: Storage> Map<S> for Grains {
             ZERO_GRAIN if self.has_zeroes => return Ok(Found::Zeroes),
             sector => u64::from(sector) * SECTOR,
         };
+        if !self.is_packed && meets(&self.places, place, self.grain) {
+            return Err(Errno::IO);
+        }
         Ok(match self.is_packed {
             true => Found::Packed(Packed {
                 at: place,
