@@ -84,12 +84,16 @@ impl Tail {
         self.end.get()
     }
 
-    /// Gives back what was not used.
-    pub(crate) async fn trim(&self, storage: &impl Storage) -> Result<(), Errno> {
-        if self.end.get() > self.next.get() && !storage.is_fixed() {
-            storage.set_size(self.next.get()).await?;
-            self.end.set(self.next.get());
+    /// Gives back what was not used. The image called `name` is whole without that, so a failure is only
+    /// told.
+    pub(crate) async fn tidy(&self, storage: &impl Storage, name: &str) {
+        let (next, end) = (self.next.get(), self.end.get());
+        if end <= next || storage.is_fixed() {
+            return;
         }
-        Ok(())
+        match storage.set_size(next).await {
+            Ok(()) => self.end.set(next),
+            Err(error) => eprintln!("{name}: the image keeps the room at its end: {error}"),
+        }
     }
 }

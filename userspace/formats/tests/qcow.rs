@@ -6,8 +6,8 @@ mod common;
 
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
-    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number, scribble,
-    text, tool, try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
+    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, World, SECTOR};
 use control::Code;
@@ -370,4 +370,9 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
 #[test]
 fn failed_write_is_not_carried_out_later() {
     failed_writes_stay_undone(&image(make(SIZE, false)), &|world| open(world, false), 4096);
+}
+
+#[test]
+fn pause_without_space_loses_nothing() {
+    pause_fails_only_if_something_is_lost(&image(make(SIZE, false)), &|world| open(world, false));
 }

@@ -6,8 +6,8 @@ mod common;
 
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
-    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number, scribble,
-    text, tool, try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
+    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, What, World, SECTOR};
 use control::Code;
@@ -609,4 +609,11 @@ fn failed_discard_is_not_carried_out_later() {
             }
         });
     }
+}
+
+#[test]
+fn pause_without_space_loses_nothing() {
+    pause_fails_only_if_something_is_lost(&image(make(Kind::Dynamic, SIZE, 0)), &|world| {
+        open(world, Kind::Dynamic)
+    });
 }

@@ -6,8 +6,8 @@ mod common;
 
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
-    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number, scribble,
-    text, tool, try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
+    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, World, SECTOR};
 use control::Code;
@@ -474,4 +474,12 @@ fn grain_on_the_descriptor_or_a_directory_is_refused() {
         let failure = run(async move { disk.activate().await }).unwrap_err();
         assert_eq!(failure.code, Code::Image, "{sector}");
     }
+}
+
+#[test]
+fn pause_without_space_loses_nothing() {
+    pause_fails_only_if_something_is_lost(
+        &image(&make(Form::MonolithicSparse, SIZE, false)),
+        &|world| open(world, false),
+    );
 }

@@ -236,14 +236,17 @@ impl<S: Storage> Qcow<S> {
         })
     }
 
+    /// Makes durable what was written, which is what counts, and then gives back the room at the end.
     async fn finish(&self) -> Result<(), Errno> {
         let active = self.active.borrow_mut().take();
-        match active {
-            Some(active) if self.options.may_write(&*self.storage)? => {
-                active.tail.trim(&*self.storage).await
-            }
-            _ => Ok(()),
+        if !self.options.may_write(&*self.storage)? {
+            return Ok(());
         }
+        self.storage.flush().await?;
+        if let Some(active) = active {
+            active.tail.tidy(&*self.storage, &self.options.name).await;
+        }
+        Ok(())
     }
 }
 
@@ -403,21 +406,22 @@ impl<S: Storage> Driver for Qcow<S> {
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
-        self.finish().await?;
-        if self.options.may_write(&*self.storage)? {
-            self.storage.flush().await?;
-        }
-        if let Some(parent) = &self.parent {
-            parent.inactivate().await?;
-        }
-        self.storage.forget()
+        let finished = self.finish().await;
+        // Whatever came of that, nothing may be left in memory.
+        let parent = match &self.parent {
+            Some(parent) => parent.inactivate().await,
+            None => Ok(()),
+        };
+        let forgotten = self.storage.forget();
+        finished.and(parent).and(forgotten)
     }
 
     async fn close(&self) -> Result<(), Errno> {
-        self.finish().await?;
-        match &self.parent {
+        let finished = self.finish().await;
+        let parent = match &self.parent {
             Some(parent) => parent.close().await,
             None => Ok(()),
-        }
+        };
+        finished.and(parent)
     }
 }

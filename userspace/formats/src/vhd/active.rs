@@ -364,16 +364,21 @@ impl<S: Storage> Active<S> {
         Ok(self.size.get())
     }
 
-    /// Nothing comes after this.
-    pub(crate) async fn finish(&self) -> Result<(), Errno> {
+    /// Leaves the image as short as it can be, and says in it which blocks are full. Nothing comes after
+    /// this. The image is whole without it, so what fails is only told.
+    pub(crate) async fn tidy(&self, name: &str) {
         if !self.is_writable {
-            return Ok(());
+            return;
         }
         if let Some(batmap) = &self.batmap {
-            batmap.write(&*self.storage, &self.blocks).await?;
+            if let Err(error) = batmap.write(&*self.storage, &self.blocks).await {
+                eprintln!("{name}: the VHD's batmap is not brought up to date: {error}");
+            }
         }
         let footer = self.footer.borrow().clone();
-        self.room.trim(&*self.storage, &footer).await
+        if let Err(error) = self.room.trim(&*self.storage, &footer).await {
+            eprintln!("{name}: the VHD keeps the room at its end: {error}");
+        }
     }
 
     pub(crate) fn stats(&self) -> BTreeMap<String, u64> {

@@ -148,11 +148,20 @@ impl<S: Storage> Vhd<S> {
         Ok(Rc::new(storage.map_err(failed("cannot use the image"))?))
     }
 
+    /// Makes durable what was written, which is what counts, and then tidies up, which is not: on a file
+    /// system without space that may fail, and nothing is lost by it.
     async fn finish(&self) -> Result<(), Errno> {
         let body = self.body.borrow_mut().take();
+        if !self.options.may_write(&*self.storage)? {
+            return Ok(());
+        }
         match body {
-            Some(Body::Blocks(active)) => active.finish().await,
-            _ => Ok(()),
+            Some(Body::Blocks(active)) => {
+                active.flush().await?;
+                active.tidy(&self.options.name).await;
+                Ok(())
+            }
+            _ => self.storage.flush().await,
         }
     }
 }
@@ -232,21 +241,22 @@ impl<S: Storage> Driver for Vhd<S> {
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
-        self.finish().await?;
-        if self.options.may_write(&*self.storage)? {
-            self.storage.flush().await?;
-        }
-        if let Some(parent) = &self.parent {
-            parent.inactivate().await?;
-        }
-        self.storage.forget()
+        let finished = self.finish().await;
+        // Whatever came of that, nothing may be left in memory.
+        let parent = match &self.parent {
+            Some(parent) => parent.inactivate().await,
+            None => Ok(()),
+        };
+        let forgotten = self.storage.forget();
+        finished.and(parent).and(forgotten)
     }
 
     async fn close(&self) -> Result<(), Errno> {
-        self.finish().await?;
-        match &self.parent {
+        let finished = self.finish().await;
+        let parent = match &self.parent {
             Some(parent) => parent.close().await,
             None => Ok(()),
-        }
+        };
+        finished.and(parent)
     }
 }

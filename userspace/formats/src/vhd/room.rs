@@ -192,6 +192,8 @@ impl Room {
         storage
             .write(end - len, Bytes::copied(footer.bytes())?)
             .await?;
+        // The footer that is at the end now goes away, so the new one must be there for good.
+        storage.flush().await?;
         storage.set_size(end).await
     }
 

@@ -303,12 +303,24 @@ impl<S: Storage> Vmdk<S> {
         })
     }
 
+    async fn flush_all(&self) -> Result<(), Errno> {
+        for file in self.files() {
+            if file.is_writable()? {
+                file.flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes durable what was written, which is what counts, and then gives back the room at the ends.
     async fn finish(&self) -> Result<(), Errno> {
         let active = self.active.borrow_mut().take();
+        self.flush_all().await?;
         for part in active.iter().flat_map(|active| &active.parts) {
             if let Held::Sparse(clusters) = &part.body {
-                if self.options.may_write(&*clusters.storage)? {
-                    clusters.tail.trim(&*clusters.storage).await?;
+                let storage = &*clusters.storage;
+                if self.options.may_write(storage)? {
+                    clusters.tail.tidy(storage, &self.options.name).await;
                 }
             }
         }
@@ -421,12 +433,7 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        for file in self.files() {
-            if file.is_writable()? {
-                file.flush().await?;
-            }
-        }
-        Ok(())
+        self.flush_all().await
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
@@ -500,24 +507,25 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
-        self.finish().await?;
-        for file in self.files() {
-            if file.is_writable()? {
-                file.flush().await?;
-            }
-            file.forget()?;
-        }
-        match &self.parent {
+        let finished = self.finish().await;
+        // Whatever came of that, nothing may be left in memory.
+        let parent = match &self.parent {
             Some(parent) => parent.inactivate().await,
             None => Ok(()),
+        };
+        let mut forgotten = Ok(());
+        for file in self.files() {
+            forgotten = forgotten.and(file.forget());
         }
+        finished.and(parent).and(forgotten)
     }
 
     async fn close(&self) -> Result<(), Errno> {
-        self.finish().await?;
-        match &self.parent {
+        let finished = self.finish().await;
+        let parent = match &self.parent {
             Some(parent) => parent.close().await,
             None => Ok(()),
-        }
+        };
+        finished.and(parent)
     }
 }

@@ -336,3 +336,47 @@ async fn put(disk: &Disk, offset: u64, number: u32) -> Result<(), Errno> {
     let bytes = Bytes::copied(&stamp(number, 0))?;
     disk.write(offset, bytes, Attributes::default()).await
 }
+
+/// A pause makes everything durable first. What may fail after that, such as on a file system without space,
+/// is no loss.
+pub(crate) fn pause_fails_only_if_something_is_lost(
+    files: &[Content],
+    open: &dyn Fn(&World) -> Disk,
+) {
+    let mut failed = 0;
+    for after in 0..8 {
+        let world = World::new(files.to_vec());
+        let (disk, its) = (open(&world), world.clone());
+        let work = async move {
+            disk.activate().await.unwrap();
+            put(&disk, 0, 1).await.unwrap();
+            let begin = its.changes();
+            its.fail_once(after, Errno::NOSPC);
+            (disk.inactivate().await, begin)
+        };
+        let (paused, begin) = Runtime::new().block_on(work).unwrap();
+        failed += usize::from(world.has_failed());
+        // The flushes of all files come first.
+        let is_flush = |what: &super::What| matches!(what, super::What::Flush);
+        let rest: Vec<_> = world.log().split_off(begin);
+        let flushes = rest.iter().take_while(|(_, what)| is_flush(what)).count();
+        assert_eq!(paused.is_ok(), after >= files.len(), "{after}: {rest:?}");
+        assert!(
+            paused.is_err() || flushes >= files.len(),
+            "{after}: {rest:?}"
+        );
+        let disk = open(&World::new(world.files()));
+        let look = async move {
+            disk.activate().await.unwrap();
+            let data = Data::zeroed(SECTOR).unwrap();
+            disk.read(0, data.clone()).await.unwrap();
+            assert_eq!(
+                super::history::number(&data.to_vec(), 0),
+                Some(1),
+                "{after}"
+            );
+        };
+        Runtime::new().block_on(look).unwrap();
+    }
+    assert!((2..8).contains(&failed), "{failed}");
+}
