@@ -18,7 +18,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 /// Clusters that were compressed and are kept: who reads one reads it in parts.
-const KEPT: usize = 4;
+pub(crate) const KEPT: usize = 4;
 
 /// What a map says of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

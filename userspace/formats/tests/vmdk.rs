@@ -483,3 +483,60 @@ fn pause_without_space_loses_nothing() {
         &|world| open(world, false),
     );
 }
+
+/// A disk of extents, each with a line of its own.
+fn lines(lines: &[&str]) -> Content {
+    let text = format!(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"custom\"\n{}\n",
+        lines.join("\n")
+    );
+    Content::from(text.as_bytes())
+}
+
+#[test]
+fn file_with_two_names_is_refused() {
+    let known = |list: &[&str]| {
+        let storage = World::new(vec![lines(list)]).file(0);
+        run(async move { look(&storage).await })
+    };
+    for wrong in [
+        ["RW 8 SPARSE \"a\"", "RW 8 SPARSE \"a\""],
+        ["RW 8 SPARSE \"a\"", "RW 8 FLAT \"a\" 64"],
+        ["RW 8 FLAT \"a\" 7", "RW 8 FLAT \"a\" 0"],
+        ["RW 8 FLAT \"a\" 0", "RW 8 FLAT \"a\" 0"],
+    ] {
+        let failure = known(&wrong).unwrap_err();
+        assert_eq!(failure.code, Code::Image, "{wrong:?}");
+        assert!(failure.message.contains("names a for two"), "{failure}");
+    }
+    // Partitions of a disk.
+    let needs = known(&["RW 8 FLAT \"a\" 8", "RW 8 FLAT \"a\" 0", "RW 8 ZERO"]).unwrap();
+    assert_eq!((needs.size, needs.extents.len()), (24 * 512, 2));
+}
+
+/// Extents that are small and say that they are large must not take memory each.
+#[test]
+fn directories_have_a_budget_together() {
+    let mut head = vec![0; 512];
+    head[..4].copy_from_slice(b"KDMV");
+    head[4] = 1;
+    // A second directory, both of 16 MiB, for grains of 8 sectors in tables of 512.
+    head[8] = 2;
+    let sectors: u64 = 8 * 512 * (4 << 20);
+    for (at, number) in [(12, sectors), (20, 8), (48, 1), (56, 1)] {
+        head[at..at + 8].copy_from_slice(&u64::to_le_bytes(number));
+    }
+    head[44..48].copy_from_slice(&512_u32.to_le_bytes());
+    let mut extent = Content::from(&head);
+    extent.set_len(17 << 20);
+    let names = [
+        "RW 8 SPARSE \"a\"",
+        "RW 8 SPARSE \"b\"",
+        "RW 8 SPARSE \"c\"",
+    ];
+    let files = vec![lines(&names), extent.clone(), extent.clone(), extent];
+    let disk = open(&World::new(files), false);
+    let failure = run(async move { disk.activate().await }).unwrap_err();
+    assert_eq!(failure.code, Code::Image);
+    assert!(failure.message.contains("64 MiB"), "{failure}");
+}

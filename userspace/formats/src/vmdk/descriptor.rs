@@ -75,7 +75,33 @@ impl Descriptor {
                 "the VMDK's descriptor has no createType: it is damaged",
             ));
         }
+        found.check_names()?;
         Ok(found)
+    }
+
+    /// No byte of a file is named twice: two parts of the disk would be one, each with a map of its own.
+    fn check_names(&self) -> Result<(), Failure> {
+        let parts = self.extents.iter();
+        let mut ranges: Vec<(&str, u64, u64)> = parts
+            .filter_map(|part| match &part.body {
+                Body::Flat { name, first } => {
+                    Some((name.as_str(), *first, first.saturating_add(part.sectors)))
+                }
+                Body::Sparse { name } => Some((name.as_str(), 0, u64::MAX)),
+                Body::Zero => None,
+            })
+            .collect();
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            if let [(one, _, end), (other, begin, _)] = pair {
+                if one == other && begin < end {
+                    return Err(refused(format!(
+                        "the VMDK names {one} for two of its extents: it is damaged"
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn line(&mut self, text: &str, at: usize, line: &[u8]) -> Result<(), Failure> {

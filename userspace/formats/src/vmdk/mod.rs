@@ -21,7 +21,7 @@ use control::Failure;
 use descriptor::{Body, Descriptor, NO_PARENT};
 use diskio::{Bytes, Data, Errno, Gate};
 use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
-use sparse::{Grains, Header};
+use sparse::{Grains, Header, DIRECTORIES};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -62,6 +62,15 @@ enum Held<S> {
     Flat(Rc<S>, u64),
     Sparse(Box<Clusters<S, Grains>>),
     Zero,
+}
+
+/// Memory for extents.
+#[derive(Debug)]
+struct Share {
+    /// Bytes for the tables of each.
+    cache: usize,
+    /// Bytes that are left for what all of them keep whatever happens.
+    left: u64,
 }
 
 /// The number that changes when the content does.
@@ -188,7 +197,7 @@ impl<S: Storage> Vmdk<S> {
         file: &Rc<S>,
         header: Header,
         place: (u64, u64),
-        cache: usize,
+        share: &mut Share,
     ) -> Result<Held<S>, Failure> {
         let may_write = self.options.may_write(&**file);
         if header.is_packed() && may_write.map_err(failed("cannot use the image"))? {
@@ -203,8 +212,15 @@ impl<S: Storage> Vmdk<S> {
                 place.1 / 512
             )));
         }
+        let left = share.left.checked_sub(header.kept());
+        share.left = left.ok_or_else(|| {
+            refused(format!(
+                "the directories of the VMDK's extents have more than {} MiB together: convert it",
+                DIRECTORIES >> 20
+            ))
+        })?;
         let length = file.size().map_err(failed("cannot see the image's size"))?;
-        let grains = Grains::read(&**file, &header, length, cache).await?;
+        let grains = Grains::read(&**file, &header, length, share.cache).await?;
         let tail = Tail::new(length, MOST);
         let clusters = Clusters::new(file.clone(), grains, place, tail, self.parent.clone());
         Ok(Held::Sparse(Box::new(clusters)))
@@ -219,8 +235,10 @@ impl<S: Storage> Vmdk<S> {
                 self.extents.len()
             )));
         }
-        // Each has its share.
-        let cache = self.options.cache / wanted.max(1);
+        let mut share = Share {
+            cache: self.options.cache / wanted.max(1),
+            left: DIRECTORIES,
+        };
         let mut files = self.extents.iter();
         let mut parts = Vec::new();
         let mut begin = 0;
@@ -240,7 +258,7 @@ impl<S: Storage> Vmdk<S> {
                         .ok_or_else(|| refused("an extent is missing"))?;
                     let length = file.size().map_err(failed("cannot see the image's size"))?;
                     let header = Header::read(&**file, length).await?;
-                    self.sparse(file, header, (begin, len), cache).await?
+                    self.sparse(file, header, (begin, len), &mut share).await?
                 }
                 Body::Zero => Held::Zero,
             };
@@ -256,8 +274,12 @@ impl<S: Storage> Vmdk<S> {
         let parts = match header {
             Some(header) if self.extents.is_empty() => {
                 let len = header.capacity * 512;
+                let mut share = Share {
+                    cache: self.options.cache,
+                    left: DIRECTORIES,
+                };
                 let body = self
-                    .sparse(&self.image, header, (0, len), self.options.cache)
+                    .sparse(&self.image, header, (0, len), &mut share)
                     .await?;
                 vec![Part {
                     begin: 0,

@@ -2,7 +2,7 @@
 //! A file of a VMDK that knows which of its grains exist: the header, and the map of two levels, which
 //! is there twice.
 
-use crate::clusters::{Found, Map, Packed};
+use crate::clusters::{Found, Map, Packed, KEPT};
 use crate::field::{failed, le16, le32, le64, put, refused};
 use crate::locks::Locks;
 use crate::storage;
@@ -26,8 +26,9 @@ const COMPRESSED: u32 = 1 << 16;
 const MARKERS: u32 = 1 << 17;
 /// The directory's place is in a header at the end.
 const AT_END: u64 = u64::MAX;
-/// Bytes of a directory that is kept in memory.
+/// Bytes of a directory that is kept in memory, and of all that a disk keeps whatever its cache may have.
 const DIRECTORY: u64 = 16 << 20;
+pub(crate) const DIRECTORIES: u64 = 64 << 20;
 /// Entries of a table in every image that is known.
 const ENTRIES: u32 = 512;
 /// The entry of a grain that is zero.
@@ -198,6 +199,17 @@ impl Header {
             begin..begin.saturating_add(len)
         };
         places.into_iter().map(bytes).collect()
+    }
+
+    /// Bytes that are kept in memory as long as the extent is open: its directories, and what was read last of
+    /// compressed grains.
+    pub(crate) fn kept(&self) -> u64 {
+        let directories = self.directory_len() * if self.has_redundant() { 2 } else { 1 };
+        match self.is_packed() {
+            // CAST: a small number.
+            true => directories + self.grain * SECTOR * KEPT as u64,
+            false => directories,
+        }
     }
 
     /// As it is in the image.
