@@ -54,6 +54,12 @@ impl<S: Storage> Barrier<S> {
         self.done.get()
     }
 
+    /// Whoever waited for this one, or for an earlier one that is not known to have succeeded, may have
+    /// lost what was written.
+    pub(crate) fn lost(&self) -> u64 {
+        self.failed.get().map_or(0, |(number, _)| number)
+    }
+
     /// What was written before this call is durable when it returns.
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
         let wanted = self.next();
@@ -76,7 +82,13 @@ impl<S: Storage> Barrier<S> {
             self.begun.set(number);
             match self.flush_all().await {
                 Ok(()) => self.done.set(number),
-                Err(error) => self.failed.set(Some((number, error))),
+                Err(error) => {
+                    // What was written while it ran may be lost too, and the storage tells that once: who
+                    // asked meanwhile for the next one must not take it for his own either.
+                    let last = self.next();
+                    self.begun.set(last);
+                    self.failed.set(Some((last, error)));
+                }
             }
             drop(running);
         }

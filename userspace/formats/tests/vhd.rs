@@ -617,3 +617,37 @@ fn pause_without_space_loses_nothing() {
         open(world, Kind::Dynamic)
     });
 }
+
+/// A flush that failed may have lost the change of the table, and the next one does not bring it back.
+#[test]
+fn place_of_a_discarded_block_is_not_reused_after_a_failed_flush() {
+    const BLOCK: u64 = 2 << 20;
+    let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let disk = open(&world, Kind::Dynamic);
+    let place = |world: &World, block: u64| {
+        let mut bytes = [0; 4];
+        // Behind the footer and the header.
+        world.files()[0].read(1536 + block * 4, &mut bytes);
+        u32::from_be_bytes(bytes)
+    };
+    run(async move {
+        let how = Attributes::default();
+        let bytes = || Bytes::copied(&stamp(1, 0)).unwrap();
+        disk.activate().await.unwrap();
+        disk.write(0, bytes(), how).await.unwrap();
+        disk.flush().await.unwrap();
+        let first = place(&world, 0);
+        disk.discard(0, BLOCK, how).await.unwrap();
+        world.fail_once(0, Errno::IO);
+        assert_eq!(disk.flush().await, Err(Errno::IO));
+        disk.flush().await.unwrap();
+        disk.write(BLOCK, bytes(), how).await.unwrap();
+        assert_ne!(place(&world, 1), first);
+        // What is given up later is used again.
+        let second = place(&world, 1);
+        disk.discard(BLOCK, BLOCK, how).await.unwrap();
+        disk.flush().await.unwrap();
+        disk.write(2 * BLOCK, bytes(), how).await.unwrap();
+        assert_eq!(place(&world, 2), second);
+    });
+}

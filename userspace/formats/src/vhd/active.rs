@@ -33,7 +33,7 @@ pub(crate) struct Active<S> {
     blocks: Blocks,
     batmap: Option<Batmap>,
     bitmaps: Tables,
-    room: Room,
+    room: Room<S>,
     parent: Option<Rc<Base>>,
     locks: Locks,
 }
@@ -85,6 +85,7 @@ impl<S: Storage> Active<S> {
             let work = fill(&*storage, &footer, length).await;
             work.map_err(failed("cannot write the VHD's footer"))?;
         }
+        let room = Room::new(&*storage, (bitmap, block), end, &gaps);
         Ok(Self {
             storage,
             size: Cell::new(footer.size),
@@ -95,7 +96,7 @@ impl<S: Storage> Active<S> {
             blocks,
             batmap,
             bitmaps: Tables::new(options.cache),
-            room: Room::new(bitmap, block, end, &gaps),
+            room,
             parent,
             locks: Locks::default(),
         })
@@ -271,7 +272,7 @@ impl<S: Storage> Active<S> {
     }
 
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
-        self.room.flush(&*self.storage).await
+        self.room.flush().await
     }
 
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {

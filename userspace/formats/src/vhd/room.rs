@@ -2,6 +2,7 @@
 //! Room for new blocks.
 
 use super::footer::{self, Footer};
+use crate::barrier::Barrier;
 use crate::Storage;
 use diskio::{Bytes, Errno, Gate};
 use std::cell::{Cell, RefCell};
@@ -15,7 +16,7 @@ const GAPS: usize = 16;
 
 /// Where blocks may go. Whatever is handed out reads as zeroes, also after the loss of power.
 #[derive(Debug)]
-pub(crate) struct Room {
+pub(crate) struct Room<S> {
     /// Bytes of a bitmap, and of a block with it.
     bitmap: u64,
     len: u64,
@@ -24,16 +25,24 @@ pub(crate) struct Room {
     limit: Cell<u64>,
     /// Places that are free and zero.
     free: RefCell<Vec<u64>>,
-    /// Places that were given up since the last flush: the table in the image may still say otherwise.
-    given_up: RefCell<Vec<u64>>,
+    /// Places that were given up, and the flush that each waits for: the table in the image may still say
+    /// otherwise.
+    given_up: RefCell<Vec<(u64, u64)>>,
+    /// All flushes: an error is told to one of several at the same time, and concerns them all.
+    durable: Barrier<S>,
     /// Places that nothing points to, with anything in them.
     gaps: RefCell<Vec<u64>>,
     /// One makes room, for all who want some.
     gate: Gate,
 }
 
-impl Room {
-    pub(crate) fn new(bitmap: u64, block: u64, end: u64, gaps: &[(u64, u64)]) -> Self {
+impl<S: Storage> Room<S> {
+    pub(crate) fn new(
+        storage: &S,
+        (bitmap, block): (u64, u64),
+        end: u64,
+        gaps: &[(u64, u64)],
+    ) -> Self {
         let len = bitmap.saturating_add(block);
         let room = Self {
             bitmap,
@@ -42,6 +51,7 @@ impl Room {
             limit: Cell::new(0),
             free: RefCell::default(),
             given_up: RefCell::default(),
+            durable: Barrier::new(vec![storage.clone()]),
             gaps: RefCell::default(),
             gate: Gate::default(),
         };
@@ -136,7 +146,7 @@ impl Room {
         for place in &some {
             storage.write_zeroes(*place, self.len).await?;
         }
-        storage.flush().await?;
+        self.flush().await?;
         let mut gaps = self.gaps.borrow_mut();
         let left = gaps.len().saturating_sub(some.len());
         gaps.truncate(left);
@@ -157,25 +167,35 @@ impl Room {
         if old > begin {
             storage.write_zeroes(begin, old - begin).await?;
         }
-        storage.flush().await?;
+        self.flush().await?;
         self.limit.set(end - PAGE);
         Ok(())
     }
 
     /// The place of a block that is no more, whose bytes are a hole.
     pub(crate) fn give_up(&self, place: u64) {
-        self.given_up.borrow_mut().push(place);
+        let flush = self.durable.next();
+        self.given_up.borrow_mut().push((flush, place));
     }
 
     /// Makes everything durable; what was given up before can be used then.
-    pub(crate) async fn flush(&self, storage: &impl Storage) -> Result<(), Errno> {
-        let mut places = self.given_up.take();
-        let flushed = storage.flush().await;
-        match flushed {
-            Ok(()) => self.free.borrow_mut().append(&mut places),
-            Err(_) => self.given_up.borrow_mut().append(&mut places),
-        }
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
+        let flushed = self.durable.flush().await;
+        self.settle();
         flushed
+    }
+
+    /// Frees what is durably given up. A flush that failed may have lost the change of the table, and no later
+    /// one makes up for that: such a place is not used again.
+    fn settle(&self) {
+        let (lost, done) = (self.durable.lost(), self.durable.done());
+        let mut free = self.free.borrow_mut();
+        self.given_up.borrow_mut().retain(|(flush, place)| {
+            if *flush > lost && *flush <= done {
+                free.push(*place);
+            }
+            *flush > lost.max(done)
+        });
     }
 
     /// Ends the image behind the last block, with a footer.
@@ -193,7 +213,7 @@ impl Room {
             .write(end - len, Bytes::copied(footer.bytes())?)
             .await?;
         // The footer that is at the end now goes away, so the new one must be there for good.
-        storage.flush().await?;
+        self.flush().await?;
         storage.set_size(end).await
     }
 
