@@ -2,9 +2,9 @@
 //! A disk whose clusters are found by a map: what VMDK and qcow have in common.
 //!
 //! A new cluster is at the end of the image, where nothing was ever written. Its bytes come first, then
-//! the entry of the map. If bytes were copied there that the disk had before, they are made durable
-//! between the two: else the loss of power could leave an entry that points to nothing, and so lose what
-//! was flushed long ago. Those who wait for that at the same time share it.
+//! the entry of the map. If the disk had other bytes there before, the new ones are made durable between
+//! the two: else the loss of power could leave an entry that points to nothing, and so lose what was
+//! flushed long ago. Those who wait for that at the same time share it.
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base, Row};
@@ -257,6 +257,9 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         if is_zero || len == there {
             if let Some(data) = data {
                 self.storage.write(at + within, data).await?;
+                if !is_zero {
+                    self.durable.flush().await?;
+                }
             }
         } else {
             let whole = Data::zeroed(there as usize)?;

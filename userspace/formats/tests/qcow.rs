@@ -7,7 +7,8 @@ mod common;
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
-    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
+    parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
+    try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, World, SECTOR};
 use control::Code;
@@ -375,4 +376,9 @@ fn failed_write_is_not_carried_out_later() {
 #[test]
 fn pause_without_space_loses_nothing() {
     pause_fails_only_if_something_is_lost(&image(make(SIZE, false)), &|world| open(world, false));
+}
+
+#[test]
+fn power_cut_over_a_parent_leaves_old_or_new() {
+    parent_or_new_after_a_cut(&image(make(SIZE, true)), &|world| open(world, true), 4096);
 }

@@ -7,7 +7,8 @@ mod common;
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
-    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
+    parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
+    try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, What, World, SECTOR};
 use control::Code;
@@ -650,4 +651,13 @@ fn place_of_a_discarded_block_is_not_reused_after_a_failed_flush() {
         disk.write(2 * BLOCK, bytes(), how).await.unwrap();
         assert_eq!(place(&world, 2), second);
     });
+}
+
+#[test]
+fn power_cut_over_a_parent_leaves_old_or_new() {
+    parent_or_new_after_a_cut(
+        &image(make(Kind::Differencing, SIZE, 0)),
+        &|world| open(world, Kind::Differencing),
+        512,
+    );
 }

@@ -7,7 +7,8 @@ mod common;
 use common::history::{every_cut, number, stamp, Trial};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
-    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
+    parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
+    try_wrong, whole, PARENT_SIZE,
 };
 use common::{run, Chance, Content, World, SECTOR};
 use control::Code;
@@ -539,4 +540,13 @@ fn directories_have_a_budget_together() {
     let failure = run(async move { disk.activate().await }).unwrap_err();
     assert_eq!(failure.code, Code::Image);
     assert!(failure.message.contains("64 MiB"), "{failure}");
+}
+
+#[test]
+fn power_cut_over_a_parent_leaves_old_or_new() {
+    parent_or_new_after_a_cut(
+        &image(&make(Form::MonolithicSparse, SIZE, true)),
+        &|world| open(world, true),
+        64 << 10,
+    );
 }

@@ -202,10 +202,19 @@ impl<S: Storage> Active<S> {
             };
             if let Some(place) = found {
                 self.storage.write(self.data(place), data).await?;
-                self.mark(place).await?;
+                self.mark(place, offset + at).await?;
             }
         }
         Ok(())
+    }
+
+    /// Makes durable what was written to a range of the disk, if the parent has something else there than
+    /// zeroes: what says that it was written must not survive a loss of power without it.
+    async fn settle(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        match base::is_hole(self.parent.as_deref(), offset, len).await? {
+            true => Ok(()),
+            false => self.room.flush().await,
+        }
     }
 
     /// Makes a block that holds `data`, or zeroes, and lets the table point to it. Its lock is held.
@@ -232,6 +241,8 @@ impl<S: Storage> Active<S> {
                 let data = self.storage.write(at + self.bitmap + within, data);
                 let (bitmap, data) = both(bitmap, data).await;
                 bitmap.and(data)?;
+                let begin = u64::from(block) * self.block;
+                self.settle(begin + within, len).await?;
             }
             None => bitmap.await?,
         }
@@ -248,8 +259,8 @@ impl<S: Storage> Active<S> {
         set
     }
 
-    /// Says of sectors that they were written, which they are.
-    async fn mark(&self, place: Place) -> Result<(), Errno> {
+    /// Says of sectors that they were written, which they are: those from `offset` on.
+    async fn mark(&self, place: Place, offset: u64) -> Result<(), Errno> {
         if self.blocks.is_full(place.block) {
             return Ok(());
         }
@@ -260,6 +271,7 @@ impl<S: Storage> Active<S> {
         let (first, count) = (place.within / SECTOR, place.len / SECTOR);
         let is_known = table.see(|bits| (first..first + count).all(|sector| bit(bits, sector)));
         if !is_known {
+            self.settle(offset, place.len).await?;
             table
                 .change(&*self.storage, |bits| set_bits(bits, first, count))
                 .await?;
@@ -305,7 +317,7 @@ impl<S: Storage> Active<S> {
             };
             if !self.give_up(place).await? {
                 self.storage.write_zeroes(self.data(place), len).await?;
-                self.mark(place).await?;
+                self.mark(place, offset + at).await?;
             }
         }
         Ok(())

@@ -380,3 +380,41 @@ pub(crate) fn pause_fails_only_if_something_is_lost(
     }
     assert!((2..8).contains(&failed), "{failed}");
 }
+
+/// A loss of power leaves what the parent has or what was written, and nothing else: `len` bytes are written
+/// twice, to places that are not next to each other.
+pub(crate) fn parent_or_new_after_a_cut(
+    files: &[Content],
+    open: &dyn Fn(&World) -> Disk,
+    len: u64,
+) {
+    let world = World::new(files.to_vec());
+    let disk = open(&world);
+    let places = [0, 2 * len];
+    let work = async move {
+        disk.activate().await.unwrap();
+        for at in places {
+            let first = at / SECTOR as u64;
+            let sectors = first..first + len / SECTOR as u64;
+            let bytes: Vec<u8> = sectors.flat_map(|sector| stamp(5, sector)).collect();
+            let bytes = Bytes::copied(&bytes).unwrap();
+            disk.write(at, bytes, Attributes::default()).await.unwrap();
+        }
+    };
+    Runtime::new().block_on(work).unwrap();
+    super::history::every_cut(files, &world.log(), 0, |files, when| {
+        let disk = open(&World::new(files));
+        let look = async move {
+            disk.activate().await.unwrap();
+            for at in places {
+                let sector = at / SECTOR as u64;
+                let data = Data::zeroed(SECTOR).unwrap();
+                disk.read(at, data.clone()).await.unwrap();
+                let found = super::history::number(&data.to_vec(), sector);
+                let may = [Some(parent_number(sector)), Some(5)];
+                assert!(may.contains(&found), "{found:?} at {at} {when}");
+            }
+        };
+        Runtime::new().block_on(look).unwrap();
+    });
+}
