@@ -579,12 +579,15 @@ fn failed_write_is_not_carried_out_later() {
     );
 }
 
-/// A discard that failed leaves the block where it is, for good.
+/// A discard that failed leaves the block where it is, for good: also if what failed is in the image.
 #[test]
 fn failed_discard_is_not_carried_out_later() {
     const BLOCK: u64 = 2 << 20;
-    for error in [Errno::IO, Errno::NOSPC] {
+    for (error, is_late) in [(Errno::IO, false), (Errno::NOSPC, false), (Errno::IO, true)] {
         let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+        if is_late {
+            world.fail_late();
+        }
         let disk = open(&world, Kind::Dynamic);
         run(async move {
             let how = Attributes::default();
@@ -595,6 +598,11 @@ fn failed_discard_is_not_carried_out_later() {
             assert_eq!(disk.discard(0, BLOCK, how).await, Err(error));
             disk.write(0, bytes(2), how).await.unwrap();
             disk.flush().await.unwrap();
+            let again = open(&World::new(world.files()), Kind::Dynamic);
+            again.activate().await.unwrap();
+            let data = Data::zeroed(SECTOR).unwrap();
+            again.read(0, data.clone()).await.unwrap();
+            assert_eq!(number(&data.to_vec(), 0), Some(2), "{error} {is_late}");
             disk.write(BLOCK, bytes(3), how).await.unwrap();
             for disk in [disk, open(&World::new(world.files()), Kind::Dynamic)] {
                 disk.activate().await.unwrap();

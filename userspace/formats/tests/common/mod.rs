@@ -151,6 +151,8 @@ struct Inner {
     left: Cell<Option<usize>>,
     /// The same for one that fails alone, and with what.
     left_once: Cell<Option<(usize, Errno)>>,
+    /// What fails is in the image nevertheless.
+    fails_late: Cell<bool>,
 }
 
 impl World {
@@ -172,6 +174,10 @@ impl World {
     /// After so many changes one fails; what comes later succeeds.
     pub(crate) fn fail_once(&self, after: usize, error: Errno) {
         self.0.left_once.set(Some((after, error)));
+    }
+
+    pub(crate) fn fail_late(&self) {
+        self.0.fails_late.set(true);
     }
 
     /// The one that was to fail did.
@@ -227,6 +233,10 @@ impl World {
         match self.0.left_once.get() {
             Some((0, error)) => {
                 self.0.left_once.set(None);
+                if self.0.fails_late.get() {
+                    self.0.files.borrow_mut()[file].apply(&what);
+                    self.0.log.borrow_mut().push((file, what));
+                }
                 return Err(error);
             }
             Some((left, error)) => self.0.left_once.set(Some((left - 1, error))),
