@@ -72,7 +72,6 @@ pub(crate) struct Backend {
 const PHY: &str = "phy:{},xvda,w";
 const QDISK: &str = "format=raw,backendtype=qdisk,vdev=xvda,access=rw,target={}";
 const QDISK_QCOW2: &str = "format=qcow2,backendtype=qdisk,vdev=xvda,access=rw,target={}";
-const QDISK_VHD: &str = "format=vhd,backendtype=qdisk,vdev=xvda,access=rw,target={}";
 const PERSISTENT: Driver = Driver::C("feature_persistent=1");
 const PLAIN: Driver = Driver::C("feature_persistent=0");
 
@@ -110,8 +109,6 @@ pub(crate) const ALL: &[Backend] = &[
     entry("tap-qcow2", "tap:qcow2", Driver::Ours, Store::Image("qcow2"), Way::Tap("qcow2:{}", "uring"), Set::Full),
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", Driver::None, Store::Image("qcow2"), Way::Guest(QDISK_QCOW2), Set::Full),
     entry("tap-vhd", "tap:vhd", Driver::Ours, Store::Image("vpc"), Way::Tap("vhd:{}", "uring"), Set::Full),
-    entry("qdisk-vhd", "qdisk (QEMU), VHD", Driver::None, Store::Image("vpc"), Way::Guest(QDISK_VHD), Set::Full),
-    entry("tap-vmdk", "tap:vmdk", Driver::Ours, Store::Image("vmdk"), Way::Tap("vmdk:{}", "uring"), Set::Full),
     entry("tap-null", "tap:null, no storage", Driver::Ours, Store::Memory, Way::Tap("null:256M", "uring"), Set::Named),
     entry("phy-pvh", "this driver, PVH guest", Driver::Ours, Store::Memory, Way::Pvh(PHY), Set::Full),
     entry("c-pvh", "C driver, persistent grants, PVH guest", PERSISTENT, Store::Memory, Way::Pvh(PHY), Set::Full),
