@@ -33,6 +33,27 @@ pub enum LockKind {
     Write,
 }
 
+/// Locks a whole image on this open file description: the lock is over when the last copy of
+/// the descriptor is closed *and* its last I/O is over, in whatever process they are. That is
+/// what proves that a process that died writes no more. `WouldBlock` if somebody has it.
+pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
+    // SAFETY: zeroes are valid in all fields.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    // CAST: the constants are small.
+    lock.l_type = match kind {
+        LockKind::Read => libc::F_RDLCK,
+        LockKind::Write => libc::F_WRLCK,
+    } as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    let place = &raw const lock;
+    // SAFETY: the call reads the structure.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, place) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// As [`File::is_remote`], of a descriptor that nobody has looked at.
 pub fn is_remote(fd: impl AsFd) -> io::Result<bool> {
     let is_device = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::BlockDevice;
@@ -185,25 +206,9 @@ impl File {
         Ok((512, physical.clamp(512, 4096)))
     }
 
-    /// Locks the whole image on this open file description: the lock is over when the last copy of
-    /// the descriptor is closed *and* its last I/O is over, in whatever process they are. That is
-    /// what proves that a process that died writes no more. `WouldBlock` if somebody has it.
+    /// As [`lock_whole`].
     pub fn lock(&self, kind: LockKind) -> io::Result<()> {
-        // SAFETY: zeroes are valid in all fields.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        // CAST: the constants are small.
-        lock.l_type = match kind {
-            LockKind::Read => libc::F_RDLCK,
-            LockKind::Write => libc::F_WRLCK,
-        } as libc::c_short;
-        lock.l_whence = libc::SEEK_SET as libc::c_short;
-        let place = &raw const lock;
-        // SAFETY: the call reads the structure.
-        let result = unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_OFD_SETLK, place) };
-        match result {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        lock_whole(self.fd.as_fd(), kind)
     }
 
     /// Reads all of `data` from `offset` on. What ends before that is [`Errno::IO`].

@@ -33,7 +33,7 @@ mod uring;
 pub use bytes::Bytes;
 pub use data::Data;
 pub use exec::{Executor, Runtime};
-pub use file::{is_remote, of_earlier, Align, File, LockKind};
+pub use file::{is_remote, lock_whole, of_earlier, Align, File, LockKind};
 pub use gate::{Gate, Pass};
 pub use inherited::inherited;
 pub use op::{Engine, Io, Op, Pending};

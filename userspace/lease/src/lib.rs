@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The lease of an image: of all hosts that reach it, one may write it.
+//!
+//! A [`Lease`] is opened without being taken ([`open`]), looked at ([`Lease::inspect`]), taken with a
+//! bounded wait ([`Lease::take`]), kept by a heartbeat ([`Lease::keep`]) and given up ([`Lease::give_up`]).
+//! Calls block, because storage does: they belong on a thread of their own, and a [`Keeper`] is one that
+//! does nothing but keep a lease.
+//!
+//! # What the holder must do
+//!
+//! - **Ask [`Term::is_over`] before each I/O on the image**, reading included. When it is over, requests are
+//!   held, not failed: the storage may answer again, and the [`Keeper`] goes on with the same generation if
+//!   nobody has taken the lease meanwhile. The term is a time of this host's own clock, so it ends also when
+//!   nobody is there to say so: who keeps the lease has died, or the host was stopped and goes on.
+//! - **Stop for good when the lease is lost** ([`News::Lost`]): somebody else has a later generation. The disk is to be paused, and no new request is to reach the image.
+//! - **Give it up only when all of its I/O has ended and is durable**: who takes it next writes at once.
+//! - Who keeps it and who does I/O may be two processes: [`Term::until`] is a time that both know
+//!   ([`now`]), so one number is all that has to be told, at each heartbeat.
+//! - A process that ends without giving it up leaves it held. Its successor for the same disk on the same
+//!   host goes on with [`Lease::resume`], which needs the generation and the [`Claim::token`] of the first.
+//!
+//! # Drivers
+//!
+//! [`Kind::Record`] is a small file beside the image. [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
+//! file system's locks are between hosts.
+#![forbid(unsafe_code)]
+
+mod host;
+mod keeper;
+mod lock;
+mod place;
+mod term;
+
+pub use host::{Claim, Host, Token};
+pub use keeper::{Keeper, News};
+pub use place::{open, Kind, Place};
+pub use term::{now, Term};
+
+use control::Failure;
+use serde::Serialize;
+use std::fmt;
+use std::time::Duration;
+
+/// Who has a lease, as far as can be seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// The name of its host.
+    pub host: String,
+    /// Its host's `/etc/machine-id`; zeroes if the driver does not know.
+    pub machine: String,
+    /// Which disk has it, in the words of its host.
+    pub disk: String,
+    /// How often the lease had been taken when it was.
+    pub generation: u64,
+    /// Since when, in milliseconds since 1970 by the holder's clock: for people, and compared with nothing.
+    pub since_ms: u64,
+    /// It is this very host, since the same boot.
+    pub is_here: bool,
+}
+
+/// What a lease is like.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum View {
+    /// Nobody has it.
+    Free {
+        /// How often it was taken.
+        generation: u64,
+        /// Who gave it up, or broke it, last.
+        last: Option<Holder>,
+    },
+    /// Somebody is about to have it, and writes nothing yet.
+    Claimed(Holder),
+    /// Somebody has it.
+    Held(Holder),
+}
+
+/// A lease that is held.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// How often it was taken, this time included.
+    pub generation: u64,
+    /// Until when its holder may do I/O.
+    pub term: Term,
+}
+
+/// The operator says that the holder's host is dead: that it was powered off, or that nothing of its I/O
+/// can reach the storage any more for another reason. No program can know that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HolderIsDead;
+
+/// A lease of one image. Each call does its I/O and returns; nothing goes on behind it.
+pub trait Lease: Send + fmt::Debug {
+    /// Who has it? Changes nothing.
+    ///
+    /// # Errors
+    /// It cannot be read, or was made by a program that is newer.
+    fn inspect(&mut self) -> Result<View, Failure>;
+
+    /// Takes it; waits so long for who has it.
+    ///
+    /// # Errors
+    /// [`Busy`](control::Code::Busy): somebody has it; the sentence names him, since when, and what to do.
+    fn take(&mut self, wait: Duration) -> Result<Grant, Failure>;
+
+    /// Goes on with what an earlier process took for the same disk on this host since it was booted: that
+    /// process has ended, and so has its I/O.
+    ///
+    /// # Errors
+    /// Somebody else has it.
+    fn resume(&mut self, generation: u64) -> Result<Grant, Failure>;
+
+    /// A heartbeat: makes the term longer. To be done every [`beat`](Self::beat).
+    ///
+    /// # Errors
+    /// [`Gone`](control::Code::Gone): it is lost. Any other: try again, the term goes on to its end.
+    fn keep(&mut self) -> Result<(), Failure>;
+
+    /// Time between two heartbeats; nothing if it needs none.
+    fn beat(&self) -> Option<Duration>;
+
+    /// Gives it up. The term is over before anybody can take it.
+    ///
+    /// # Errors
+    /// It may still be this host's: try again. [`Gone`](control::Code::Gone): it was lost before.
+    fn give_up(&mut self) -> Result<(), Failure>;
+
+    /// Takes it away from a holder who is dead, and leaves it free. Watches for a while whether he is, and
+    /// returns who it was.
+    ///
+    /// # Errors
+    /// [`Busy`](control::Code::Busy): he lives.
+    fn break_off(&mut self, confirmed: HolderIsDead) -> Result<Option<Holder>, Failure>;
+}
