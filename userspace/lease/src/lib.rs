@@ -21,16 +21,20 @@
 //!
 //! # Drivers
 //!
-//! [`Kind::Record`] is a small file beside the image. [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
+//! [`Kind::Record`] is a small file beside the image ([`mod@record`] says by which rules, and what they
+//! rest on). [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
 //! file system's locks are between hosts.
 #![forbid(unsafe_code)]
 
+mod date;
 mod host;
 mod keeper;
 mod lock;
 mod place;
+pub mod record;
 mod term;
 
+pub use date::date;
 pub use host::{Claim, Host, Token};
 pub use keeper::{Keeper, News};
 pub use place::{open, Kind, Place};
@@ -87,7 +91,10 @@ pub struct Grant {
 /// The operator says that the holder's host is dead: that it was powered off, or that nothing of its I/O
 /// can reach the storage any more for another reason. No program can know that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HolderIsDead;
+pub struct HolderIsDead {
+    /// The generation of the holder that is meant: what was true of one is not of who came after it.
+    pub generation: u64,
+}
 
 /// A lease of one image. Each call does its I/O and returns; nothing goes on behind it.
 pub trait Lease: Send + fmt::Debug {

@@ -151,7 +151,7 @@ impl Lease for Lock {
         Ok(())
     }
 
-    fn break_off(&mut self, HolderIsDead: HolderIsDead) -> Result<Option<Holder>, Failure> {
+    fn break_off(&mut self, _confirmed: HolderIsDead) -> Result<Option<Holder>, Failure> {
         match self.attempt()? {
             Some(_) => Ok(None),
             None => Err(Failure::new(
@@ -184,7 +184,9 @@ mod tests {
         assert_eq!(refused.code, Code::Busy);
         assert!(matches!(second.inspect().unwrap(), View::Held(holder) if !holder.is_here));
         assert!(matches!(first.inspect().unwrap(), View::Held(holder) if holder.is_here));
-        let lives = second.break_off(HolderIsDead).unwrap_err();
+        let lives = second
+            .break_off(HolderIsDead { generation: 0 })
+            .unwrap_err();
         assert_eq!(lives.code, Code::Busy);
         first.give_up().unwrap();
         assert!(term.is_over());

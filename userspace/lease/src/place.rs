@@ -2,6 +2,7 @@
 //! Which lease an image has, and where that is.
 
 use crate::lock::Lock;
+use crate::record::Recorded;
 use crate::{Claim, Lease};
 use control::Failure;
 use std::fmt;
@@ -83,7 +84,7 @@ pub fn open(kind: &Kind, image: &Path, claim: Claim) -> Result<Box<dyn Lease>, F
     let place = kind.place(image);
     match place.record {
         None => Ok(Box::new(Lock::open(&place.image, claim)?)),
-        Some(_) => Err(Failure::unsupported("records are not there yet")),
+        Some(record) => Ok(Box::new(Recorded::open(&record, &place.image, claim)?)),
     }
 }
 

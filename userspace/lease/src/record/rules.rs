@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! By which rules hosts take, keep, give up and break a lease, whatever their clocks and storage are.
+
+use super::layout::{Area, Cell, Record, State};
+use crate::Claim;
+use control::Failure;
+use std::time::Duration;
+
+/// From the moment at which a host begins to read until what it writes because of that has been written:
+/// whatever takes longer does not count.
+pub(super) const CLAIM: Duration = Duration::from_millis(300);
+/// Time between two heartbeats.
+pub(super) const BEAT: Duration = Duration::from_secs(2);
+/// For how long a heartbeat entitles to I/O.
+pub(super) const LEASE: Duration = Duration::from_secs(10);
+/// Time between two looks at what somebody else has.
+const POLL: Duration = Duration::from_millis(100);
+/// For how long a claim must stand still until somebody else may claim what comes after it.
+const STALE: Duration = Duration::from_millis(1200);
+
+/// How long a host waits for something that another host measures: its clock may be faster. Rates of clocks
+/// may differ by a tenth; the rest is for the time between a holder's look at its clock and its I/O.
+pub(super) fn patience(time: Duration) -> Duration {
+    time + time / 4
+}
+
+/// The storage of a lease and the clock of a host.
+pub(super) trait World {
+    /// Time that never goes back, that of suspends included.
+    fn now(&self) -> Duration;
+    /// Milliseconds since 1970, for people.
+    fn date(&self) -> u64;
+    /// All cells.
+    async fn read(&self) -> Result<Area, Failure>;
+    /// Writes a cell, durably. If it fails it may have been written, but will not be afterwards.
+    async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure>;
+    async fn sleep(&self, time: Duration);
+}
+
+/// Rules that tests switch off, to see that they are needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rules {
+    /// A claim is read again after the wait.
+    pub(super) reads_again: bool,
+    /// A write that took too long does not count.
+    pub(super) is_bounded: bool,
+    /// What was there before the claim must not have changed by the end of the wait.
+    pub(super) looks_back: bool,
+    /// A holder looks whether there is a later generation.
+    pub(super) knows_generations: bool,
+    /// Who breaks a lease first watches for as long as its holder may live on.
+    pub(super) watches: bool,
+}
+
+impl Rules {
+    pub(super) const ALL: Self = Self {
+        reads_again: true,
+        is_bounded: true,
+        looks_back: true,
+        knows_generations: true,
+        watches: true,
+    };
+}
+
+/// Why something was not done.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// Somebody else has it, or would like to.
+    Busy(Box<Record>),
+    /// It is to be broken, but this is not the holder that is meant.
+    Other(Box<Record>),
+    /// It is to be broken, but its holder lives.
+    Lives(Box<Record>),
+    /// Somebody else has, or may have, a later generation; or the record is gone.
+    Lost(Option<Box<Record>>),
+    /// The record is of another image.
+    Replaced(Box<Record>),
+    /// The storage takes too long.
+    Slow,
+    /// The storage fails.
+    Failed(Failure),
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Refusal {
+        Refusal::Failed(failure)
+    }
+}
+
+/// A lease that is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) generation: u64,
+    /// Until when its holder may do I/O, by its own clock.
+    pub(super) until: Duration,
+}
+
+/// Who acts, on which image.
+#[derive(Debug)]
+pub(super) struct Party {
+    pub(super) claim: Claim,
+    /// As in [`Record`].
+    pub(super) image: u64,
+    pub(super) rules: Rules,
+}
+
+/// What was seen last, and since when.
+#[derive(Default)]
+struct Watch {
+    seen: Option<Area>,
+    since: Duration,
+}
+
+impl Watch {
+    /// For how long it has been the same.
+    fn look(&mut self, now: Duration, area: &Area) -> Duration {
+        if self.seen.as_ref() != Some(area) {
+            self.seen = Some(area.clone());
+            self.since = now;
+        }
+        now.saturating_sub(self.since)
+    }
+}
+
+impl Party {
+    /// Takes the lease; waits so long for who has it.
+    pub(super) async fn take(&self, world: &impl World, wait: Duration) -> Result<Held, Refusal> {
+        let start = world.now();
+        let mut watch = Watch::default();
+        loop {
+            let read_at = world.now();
+            let area = world.read().await?;
+            self.check_image(&area)?;
+            match area.settled() {
+                Some(record) if record.state == State::Held && record.is_of(&self.claim) => {
+                    // Of an earlier process for the same disk.
+                    return self.keep(world, record.generation).await;
+                }
+                _ => {}
+            }
+            let still = watch.look(world.now(), &area);
+            let Some(record) = self.in_the_way(&area, still) else {
+                match self.seize(world, &area, read_at, State::Held).await? {
+                    Seized::Held(held) => return Ok(held),
+                    Seized::Slow | Seized::Lost => {}
+                }
+                world.sleep(POLL).await;
+                continue;
+            };
+            if world.now().saturating_sub(start) >= wait {
+                return Err(
+                    match record.state == State::Claimed && record.is_of(&self.claim) {
+                        true => Refusal::Slow,
+                        false => Refusal::Busy(Box::new(record.clone())),
+                    },
+                );
+            }
+            world.sleep(POLL).await;
+        }
+    }
+
+    /// Why no further generation may be claimed, though nobody has said that anybody is dead.
+    fn in_the_way<'a>(&self, area: &'a Area, still: Duration) -> Option<&'a Record> {
+        if let Some(record) = area.settled().filter(|record| record.state == State::Held) {
+            let (host, own) = (&record.who.host, &self.claim.host);
+            // This host was booted since, so nothing of what did I/O then is there, unless another host has
+            // its number: then there are heartbeats.
+            let was_here =
+                host.machine == own.machine && host.name == own.name && host.boot != own.boot;
+            if !was_here || still < patience(LEASE) {
+                return Some(record);
+            }
+        }
+        // Who claims has done no I/O, and will not if there is a later claim by the time that it could.
+        area.claim().filter(|_| still < STALE)
+    }
+
+    /// Claims the generation that comes after what was read, and has it if nobody else does.
+    async fn seize(
+        &self,
+        world: &impl World,
+        base: &Area,
+        read_at: Duration,
+        state: State,
+    ) -> Result<Seized, Refusal> {
+        let generation = base.generation().saturating_add(1);
+        let claim = self.record(world, generation, State::Claimed, 0);
+        world.write(Cell::Claim, &claim).await?;
+        if self.is_late(world, read_at) {
+            return Ok(Seized::Slow);
+        }
+        // Whoever read what we have read, and whose claim counts, has written it by then.
+        world.sleep(patience(CLAIM)).await;
+        let again_at = world.now();
+        let again = world.read().await?;
+        let is_ours = again.generation() == generation
+            && again.at(generation, Cell::Hold).is_none()
+            && again.at(generation, Cell::Claim) == Some(&claim);
+        if self.rules.reads_again && !is_ours {
+            return Ok(Seized::Lost);
+        }
+        // A holder who was taken for dead, or a claim that was late and counted all the same.
+        if self.rules.looks_back && again.settled() != base.settled() {
+            return Ok(Seized::Lost);
+        }
+        let hold = self.record(world, generation, state, 1);
+        world.write(Cell::Hold, &hold).await?;
+        if self.is_late(world, again_at) {
+            // Nobody else can have this generation, but perhaps a later one: the next look will tell.
+            return Ok(Seized::Slow);
+        }
+        Ok(Seized::Held(Held {
+            generation,
+            until: again_at + LEASE,
+        }))
+    }
+
+    /// A heartbeat, or the first one of a process that goes on with what another one had.
+    pub(super) async fn keep(&self, world: &impl World, generation: u64) -> Result<Held, Refusal> {
+        let read_at = world.now();
+        let area = world.read().await?;
+        let own = self.own(&area, generation)?;
+        if self.rules.knows_generations && area.claim().is_some() {
+            // Somebody takes this holder for dead, or has not seen it. Whose claim is the last one has it.
+            return match self.seize(world, &area, read_at, State::Held).await? {
+                Seized::Held(held) => Ok(held),
+                Seized::Slow | Seized::Lost => Err(Refusal::Slow),
+            };
+        }
+        let generation = own.generation;
+        let mut next = self.record(world, generation, State::Held, own.beat.saturating_add(1));
+        next.since_ms = own.since_ms;
+        world.write(Cell::Hold, &next).await?;
+        if self.is_late(world, read_at) {
+            return Err(Refusal::Slow);
+        }
+        Ok(Held {
+            generation,
+            until: read_at + LEASE,
+        })
+    }
+
+    /// Gives it up. No I/O on the image is under way, and none follows.
+    pub(super) async fn give_up(&self, world: &impl World, generation: u64) -> Result<(), Refusal> {
+        let area = world.read().await?;
+        let own = match area.settled() {
+            // It was done, but the answer was lost.
+            Some(record) if record.state == State::Free && record.is_of(&self.claim) => {
+                return Ok(())
+            }
+            _ => self.own(&area, generation)?,
+        };
+        let free = self.record(
+            world,
+            own.generation,
+            State::Free,
+            own.beat.saturating_add(1),
+        );
+        world.write(Cell::Hold, &free).await?;
+        Ok(())
+    }
+
+    /// Takes generation `dead` away from its holder, who is dead, and leaves it free; says who it was.
+    pub(super) async fn break_off(
+        &self,
+        world: &impl World,
+        dead: u64,
+    ) -> Result<Option<Record>, Refusal> {
+        let mut first: Option<(Record, Duration)> = None;
+        loop {
+            let read_at = world.now();
+            let area = world.read().await?;
+            self.check_image(&area)?;
+            let held = area.settled().filter(|record| record.state == State::Held);
+            let Some(record) = held.cloned() else {
+                return Ok(None);
+            };
+            let (was, since) = first.get_or_insert_with(|| (record.clone(), world.now()));
+            if was.generation != dead {
+                return Err(Refusal::Other(Box::new(record)));
+            }
+            if *was != record {
+                return Err(Refusal::Lives(Box::new(record)));
+            }
+            let still = world.now().saturating_sub(*since);
+            if !self.rules.watches || still >= patience(LEASE) {
+                return match self.seize(world, &area, read_at, State::Broken).await? {
+                    Seized::Held(_) => Ok(Some(record)),
+                    Seized::Slow => Err(Refusal::Slow),
+                    Seized::Lost => Err(Refusal::Lives(Box::new(record))),
+                };
+            }
+            world.sleep(POLL).await;
+        }
+    }
+
+    /// What this disk has.
+    fn own<'a>(&self, area: &'a Area, generation: u64) -> Result<&'a Record, Refusal> {
+        let counts = match self.rules.knows_generations {
+            // A later one is this disk's own, after it had to claim again.
+            true => area
+                .settled()
+                .filter(|record| record.generation >= generation),
+            false => area.at(generation, Cell::Hold),
+        };
+        counts
+            .filter(|record| record.state == State::Held && record.is_of(&self.claim))
+            .ok_or_else(|| Refusal::Lost(area.settled().cloned().map(Box::new)))
+    }
+
+    fn is_late(&self, world: &impl World, read_at: Duration) -> bool {
+        self.rules.is_bounded && world.now().saturating_sub(read_at) > CLAIM
+    }
+
+    fn check_image(&self, area: &Area) -> Result<(), Refusal> {
+        match area.settled().or(area.claim()) {
+            Some(record) if record.image != self.image => {
+                Err(Refusal::Replaced(Box::new(record.clone())))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&self, world: &impl World, generation: u64, state: State, beat: u64) -> Record {
+        Record {
+            state,
+            generation,
+            beat,
+            since_ms: world.date(),
+            image: self.image,
+            who: self.claim.clone(),
+        }
+    }
+}
+
+/// What became of a claim.
+enum Seized {
+    Held(Held),
+    /// Somebody else got it.
+    Lost,
+    /// The storage took too long, so it does not count.
+    Slow,
+}
