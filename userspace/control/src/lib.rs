@@ -35,6 +35,7 @@
 
 mod channel;
 mod failure;
+mod lease;
 pub mod socket;
 pub mod stats;
 pub mod supervisor;
@@ -44,6 +45,7 @@ pub mod wire;
 
 pub use channel::Channel;
 pub use failure::{Code, Failure};
+pub use lease::LeaseKind;
 pub use target::{size, Driver, Target};
 
 /// Version of the protocol. A peer that speaks another one is refused with

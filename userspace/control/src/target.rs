@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
-use crate::Failure;
+use crate::{Failure, LeaseKind};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -108,12 +108,14 @@ impl FromStr for Driver {
 }
 
 /// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes:
-/// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`.
+/// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first
+/// how they agree about who writes it: `lease=record,aio:/srv/a.img`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
     driver: Driver,
     argument: Argument,
+    lease: LeaseKind,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -158,6 +160,24 @@ impl Target {
         self.driver
     }
 
+    /// How hosts agree about who writes the image.
+    pub fn lease(&self) -> &LeaseKind {
+        &self.lease
+    }
+
+    /// The same, with another lease.
+    ///
+    /// # Errors
+    /// There is no image.
+    pub fn with_lease(self, lease: LeaseKind) -> Result<Self, Failure> {
+        if lease != LeaseKind::Lock && !self.driver.has_image() {
+            return Err(Failure::invalid(format!(
+                "{self} has no image that other hosts could reach: leave lease={lease} away"
+            )));
+        }
+        Ok(Self { lease, ..self })
+    }
+
     /// The image's absolute path, if the driver has one.
     pub fn path(&self) -> Option<&Path> {
         match &self.argument {
@@ -191,7 +211,11 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
             ))
         })?)
     };
-    Ok(Target { driver, argument })
+    Ok(Target {
+        driver,
+        argument,
+        lease: LeaseKind::default(),
+    })
 }
 
 /// The size of a disk, such as `64M`: a number of bytes with an optional K, M, G or T that are whole
@@ -213,6 +237,9 @@ pub fn size(text: &str) -> Option<u64> {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.lease != LeaseKind::default() {
+            write!(f, "lease={},", self.lease)?;
+        }
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
             Argument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
@@ -225,6 +252,23 @@ impl FromStr for Target {
 
     fn from_str(text: &str) -> Result<Self, Failure> {
         let rest = text.strip_prefix("tap:").unwrap_or(text);
+        if let Some(rest) = rest.strip_prefix("lease=") {
+            let (lease, target) = rest.split_once(',').ok_or_else(|| {
+                Failure::invalid(format!(
+                    "{text:?} says a lease and nothing else: write lease=KIND,DRIVER:IMAGE, such as \
+                     lease=record,aio:/srv/a.img"
+                ))
+            })?;
+            let target: Self = match target.starts_with("lease=") {
+                true => {
+                    return Err(Failure::invalid(format!(
+                        "{text:?} says two leases: leave one away"
+                    )))
+                }
+                false => target.parse()?,
+            };
+            return target.with_lease(lease.parse()?);
+        }
         let (driver, argument) = rest.split_once(':').ok_or_else(|| {
             Failure::invalid(format!(
                 "{text:?} does not say which driver serves it: write DRIVER:ARGUMENT, such as aio:/srv/a.img"
@@ -307,6 +351,31 @@ mod tests {
         }
         let unknown = "vhdx".parse::<Driver>().unwrap_err();
         assert!(unknown.message.contains("qcow2, qcow, vhd"), "{unknown}");
+    }
+
+    #[test]
+    fn a_lease_is_said_before_the_driver() {
+        for text in [
+            "lease=record,aio:/srv/a,b.img",
+            "lease=record:/srv/leases/a,qcow2:/srv/a.qcow2",
+        ] {
+            let target: Target = text.parse().unwrap();
+            assert_eq!(target.to_string(), text);
+            assert_eq!(format!("tap:{text}").parse(), Ok(target.clone()));
+            assert_eq!(Target::from_params(&format!("aio:{text}")), Ok(target));
+        }
+        let plain: Target = "lease=lock,aio:/srv/a".parse().unwrap();
+        assert_eq!(plain.to_string(), "aio:/srv/a");
+        assert_eq!(plain.path(), Some(Path::new("/srv/a")));
+        for text in [
+            "lease=record",
+            "lease=maybe,aio:/a",
+            "lease=record,ram:1M",
+            "lease=record,lease=lock,aio:/a",
+            "lease=record,/srv/a",
+        ] {
+            assert!(text.parse::<Target>().is_err(), "{text:?}");
+        }
     }
 
     #[test]

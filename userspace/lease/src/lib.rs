@@ -34,10 +34,11 @@ mod place;
 pub mod record;
 mod term;
 
+pub use control::LeaseKind as Kind;
 pub use date::date;
 pub use host::{Claim, Host, Token};
 pub use keeper::{Keeper, News};
-pub use place::{open, Kind, Place};
+pub use place::{open, place, Place};
 pub use term::{now, Term};
 
 use control::Failure;

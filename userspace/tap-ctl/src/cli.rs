@@ -49,6 +49,8 @@ Examples:
   tap-ctl top                           # who is doing how much
   tap-ctl events                        # what happens
   tap-ctl destroy -m 0
+  tap-ctl lease show /srv/a.img         # which host has it
+  tap-ctl lease break /srv/a.img --holder-is-dead 7
 
 A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
@@ -116,6 +118,12 @@ pub(crate) enum Verb {
         #[arg(short, long)]
         minor: u32,
     },
+    /// Who of several hosts may write an image
+    Lease {
+        /// What about it
+        #[command(subcommand)]
+        verb: LeaseVerb,
+    },
     /// Show what all disks are doing, again and again
     Top(Top),
     /// Print what happens, from now on
@@ -125,6 +133,26 @@ pub(crate) enum Verb {
     Generate {
         /// What
         what: Generated,
+    },
+}
+
+/// The lease of an image: `lease=record` of a target. This asks the storage, not blktapctrl.
+#[derive(Debug, Subcommand)]
+pub(crate) enum LeaseVerb {
+    /// Say who has it
+    Show {
+        /// A target, or the absolute path of an image
+        image: String,
+    },
+    /// Take it away from a holder whose host is dead, which no program can know: watches for 13 seconds
+    /// whether the holder is silent, and leaves it free
+    Break {
+        /// A target, or the absolute path of an image
+        image: String,
+        /// You say that the holder of this generation (see show) is dead: its host was powered off, and
+        /// nothing of its I/O can reach the storage any more
+        #[arg(long, value_name = "GENERATION")]
+        holder_is_dead: u64,
     },
 }
 

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod lease;
 mod show;
 
 use clap::{CommandFactory, Parser};
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         }
         Verb::Top(top) => watch(&cli, top),
         Verb::Events(events) => follow(&cli, events),
+        Verb::Lease { verb } => about_lease(&cli, verb),
         verb => once(&cli, verb),
     };
     match result {
@@ -152,6 +154,15 @@ fn print(json: &impl serde::Serialize) -> Result<(), Error> {
     Ok(writeln!(io::stdout(), "{text}")?)
 }
 
+/// Without the supervisor.
+fn about_lease(cli: &Cli, verb: &cli::LeaseVerb) -> Result<(), Error> {
+    let (text, json) = lease::run(verb).map_err(Error::Failed)?;
+    match cli.json {
+        true => print(&json),
+        false => Ok(io::stdout().write_all(text.as_bytes())?),
+    }
+}
+
 fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
     let request = request(verb)?;
     let reply = ask(cli, &request)?;
@@ -227,7 +238,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         }),
         Verb::Adopt { minor } => Request::Adopt { minor: *minor },
         Verb::Forget { minor } => Request::Forget { minor: *minor },
-        Verb::Top(_) | Verb::Events(_) | Verb::Generate { .. } => Request::Top,
+        Verb::Top(_) | Verb::Events(_) | Verb::Lease { .. } | Verb::Generate { .. } => Request::Top,
     })
 }
 

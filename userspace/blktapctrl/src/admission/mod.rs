@@ -20,7 +20,7 @@ use crate::registry::Registry;
 use crate::store::{directory, relative};
 use control::supervisor::{Check, Mode};
 use control::tapdisk::Open;
-use control::{Code, Failure};
+use control::{Code, Failure, LeaseKind};
 pub(crate) use files::check_files;
 use mounts::Table;
 use sharing::{Machines, Mount, User};
@@ -63,6 +63,13 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
         return Err(Failure::unsupported(format!(
             "{} cannot be used with the mode w!: who writes an image of this format changes its tables, of \
              which another writer would not learn; use the mode w, or a raw image",
+            open.target
+        )));
+    }
+    if *open.target.lease() != LeaseKind::Lock {
+        return Err(Failure::unsupported(format!(
+            "{} cannot be served: disks do not keep a lease=record yet; leave it away if no other host has the \
+             image",
             open.target
         )));
     }

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Who may write an image that several hosts reach. This needs no supervisor: it is asked for when hosts are dead.
+
+use crate::cli::LeaseVerb;
+use control::{Failure, LeaseKind, Target};
+use lease::{date, Claim, Holder, HolderIsDead, Lease, View};
+use serde_json::{json, Value};
+
+/// What is to be printed, for people and for programs.
+pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
+    match verb {
+        LeaseVerb::Show { image } => {
+            let view = find(image)?.inspect()?;
+            let told = json!(view);
+            Ok((show(&view), told))
+        }
+        LeaseVerb::Break {
+            image,
+            holder_is_dead,
+        } => {
+            let mut lease = find(image)?;
+            eprintln!("tap-ctl: watching for 13 seconds whether the holder is silent");
+            let generation = *holder_is_dead;
+            let broken = lease.break_off(HolderIsDead { generation })?;
+            let text = match &broken {
+                Some(was) => format!("state=free was={}\n", holder(was)),
+                None => "state=free\n".into(),
+            };
+            Ok((text, json!({ "state": "free", "was": broken })))
+        }
+    }
+}
+
+/// The lease of a target, or of the image at a path: the record beside it if there is one, else its lock.
+fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
+    let target = Target::from_params(text)?;
+    let image = target.path().ok_or_else(|| {
+        Failure::invalid(format!(
+            "{text} has no image, so no host but this one has it"
+        ))
+    })?;
+    let beside = LeaseKind::Record(None);
+    let has_record = lease::place(&beside, image)
+        .record
+        .is_some_and(|record| record.exists());
+    let kind = match target.lease() {
+        LeaseKind::Lock if has_record => &beside,
+        kind => kind,
+    };
+    lease::open(kind, image, Claim::new("tap-ctl")?)
+}
+
+fn show(view: &View) -> String {
+    match view {
+        View::Held(who) => format!("state=held {}\n", holder(who)),
+        View::Claimed(who) => format!("state=claimed {}\n", holder(who)),
+        View::Free { generation, last } => {
+            let last = last.as_ref().map(|who| format!(" last-{}", holder(who)));
+            format!(
+                "state=free generation={generation}{}\n",
+                last.unwrap_or_default()
+            )
+        }
+    }
+}
+
+/// Words `name=value`; a lock does not say who has it.
+fn holder(who: &Holder) -> String {
+    if who.host.is_empty() {
+        return "host=unknown".into();
+    }
+    format!(
+        "host={} generation={} since={:?} disk={:?}{}",
+        who.host,
+        who.generation,
+        date(who.since_ms),
+        who.disk,
+        if who.is_here { " here" } else { "" }
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run;
+    use crate::cli::{Cli, LeaseVerb, Verb};
+    use clap::Parser;
+    use control::Code;
+    use lease::Claim;
+    use std::time::Duration;
+
+    fn verb(line: &str) -> LeaseVerb {
+        match Cli::try_parse_from(line.split(' ')).map(|cli| cli.verb) {
+            Ok(Verb::Lease { verb }) => verb,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_lease_is_shown_and_not_broken_unless_its_generation_is_named() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let image = dir.path().join("a.img");
+        std::fs::write(&image, b"image").unwrap();
+        let target = format!("lease=record,aio:{}", image.display());
+        let show = verb(&format!("tap-ctl lease show {target}"));
+        assert_eq!(run(&show).unwrap().0, "state=free generation=0\n");
+        let mut claim = Claim::new("guest 3, xvda").unwrap();
+        claim.host.name = "alpha".into();
+        let kind = "record".parse().unwrap();
+        let mut holder = lease::open(&kind, &image, claim).unwrap();
+        holder.take(Duration::ZERO).unwrap();
+        // Of an image alone, the record beside it counts.
+        let path = verb(&format!("tap-ctl lease show {}", image.display()));
+        let (text, json) = run(&path).unwrap();
+        assert!(
+            text.starts_with("state=held host=alpha generation=1 since="),
+            "{text}"
+        );
+        assert_eq!(json["state"], "held");
+        assert_eq!(json["disk"], "guest 3, xvda");
+        let other = verb(&format!("tap-ctl lease break {target} --holder-is-dead 7"));
+        let refused = run(&other).unwrap_err();
+        assert_eq!(refused.code, Code::Busy);
+        assert!(refused.message.contains("host alpha"), "{refused}");
+        holder.give_up().unwrap();
+        let (text, json) = run(&other).unwrap();
+        assert_eq!(text, "state=free\n");
+        assert_eq!(json["was"], serde_json::Value::Null);
+        let none = run(&verb("tap-ctl lease show ram:1M")).unwrap_err();
+        assert_eq!(none.code, Code::Invalid);
+    }
+
+    #[test]
+    fn a_break_needs_the_operators_word() {
+        let without = "tap-ctl lease break /srv/a.img".split(' ');
+        assert!(Cli::try_parse_from(without).is_err());
+    }
+}
