@@ -71,6 +71,8 @@ pub struct Scrub {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Stats {
+    /// Version of the program that serves now.
+    pub version: String,
     /// Reads.
     pub read: Counter,
     /// Writes.

@@ -133,6 +133,10 @@ pub enum Request {
         /// Bytes in a second at most; 0 to end it.
         rate: u64,
     },
+    /// Could an image be opened, asks who is about to let another process go for this one. The
+    /// descriptor is as for [`Request::Open`], and somebody else serves the image: nothing of it is locked,
+    /// written or kept. Without a node. Answered with [`Reply::Fit`].
+    Prepare(Open),
     /// As [`Request::Pause`], and gives the node back as well: another process may take it.
     Close,
     /// What is served? Answered with [`Reply::Status`].
@@ -197,6 +201,11 @@ pub enum Reply {
     Node(Node),
     /// The disk.
     Disk(Disk),
+    /// The image can be opened.
+    Fit {
+        /// Bytes of the disk, if that can be told while somebody else serves it.
+        size: Option<u64>,
+    },
     /// What is served.
     Status(Status),
     /// What was counted.

@@ -220,9 +220,13 @@ impl Session {
                 }
                 _ => Err(Failure::new(Code::State, "the disk does not run")),
             },
+            Request::Prepare(open) => {
+                let _alone = self.gate.alone().await;
+                self.prepare(open, fd).await
+            }
             Request::Close => {
                 let _alone = self.gate.alone().await;
-                self.close().await
+                self.pause_and_close().await
             }
             Request::Exit => {
                 let _alone = self.gate.alone().await;
@@ -552,6 +556,7 @@ impl Session {
     pub fn stats(&self) -> Stats {
         let mut stats = self.stats.borrow().clone();
         (stats.calls, stats.sleeps) = self.runtime.io.counts();
+        stats.version = env!("CARGO_PKG_VERSION").into();
         stats.turns = self.turns.get();
         stats.scrub = self.scrub.progress();
         if let Some(server) = &self.state.borrow().server {

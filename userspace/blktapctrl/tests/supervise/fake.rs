@@ -306,7 +306,10 @@ impl Store for FakeStore {
 
 /// A program that behaves as the files beside it say: `refuse` (its text is the answer to opening),
 /// `die` (ends when it is to open), `hang` (never answers that), `deaf` (ends the connection on which it is
-/// given something, and the file), `chatty` (answers at once, with no news), and writes what it is asked to `log`.
+/// given something, and the file), `chatty` (answers at once, with no news), `dumb` (never says who it is),
+/// `abi` (the version that it says), `unfit` (its text is the answer to looking at an image in advance), `size`
+/// (of the image), `leave` (ends when it gets a node), `held` (does not let go while it is there), `lost` (its text
+/// is the answer to letting go), and writes what it is asked to `log`.
 pub(crate) fn program(dir: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let path = dir.join("fake-tapdisk");
@@ -367,6 +370,10 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
             Request::Provide { number, provided } => {
                 needs.provide(number, provided, fds);
                 Ok(Reply::Done)
+            }
+            Request::Ping if dir.join("dumb").exists() => {
+                wait_while(&dir.join("dumb"));
+                return;
             }
             question => {
                 let mut served = served.lock().expect("nobody panics");
@@ -553,6 +560,9 @@ impl Served {
     ) -> Result<Reply, Failure> {
         match question {
             Request::Attach => {
+                if dir.join("leave").exists() {
+                    std::process::exit(3);
+                }
                 let mut node = UnixStream::from(fds.remove(0));
                 let mut minor = [0; 4];
                 node.read_exact(&mut minor).expect("a node");
@@ -588,9 +598,19 @@ impl Served {
             }
             Request::Close => {
                 note(dir, "close");
+                wait_while(&dir.join("held"));
                 *self = Served::default();
-                Ok(Reply::Done)
+                match std::fs::read_to_string(dir.join("lost")) {
+                    Ok(why) => Err(Failure::new(Code::System, why)),
+                    Err(_) => Ok(Reply::Done),
+                }
             }
+            Request::Prepare(_) => match std::fs::read_to_string(dir.join("unfit")) {
+                Ok(why) => Err(Failure::new(Code::Image, why)),
+                Err(_) => Ok(Reply::Fit {
+                    size: Some(size(dir)),
+                }),
+            },
             Request::Exit => {
                 note(dir, "exit");
                 Ok(Reply::Done)
@@ -604,12 +624,12 @@ impl Served {
                 },
                 node: None,
                 open: self.open.as_ref().map(|(open, _)| open.clone()),
-                disk: self.open.as_ref().map(|(open, _)| disk(open)),
+                disk: self.open.as_ref().map(|(open, _)| disk(dir, open)),
             })),
             Request::Resize => {
                 needs.ask_all(dir, "ask-later")?;
                 let (open, _) = self.open.as_ref().expect("open");
-                Ok(Reply::Disk(disk(open)))
+                Ok(Reply::Disk(disk(dir, open)))
             }
             Request::Stats => Ok(Reply::Stats(Box::default())),
             Request::Scrub { rate } => {
@@ -623,7 +643,7 @@ impl Served {
             Request::Ping => Ok(Reply::Process(control::tapdisk::Process {
                 pid: std::process::id(),
                 program: "fake".into(),
-                abi: 1,
+                abi: number(dir, "abi").map_or(1, |abi| u32::try_from(abi).expect("small")),
             })),
             Request::Troubles { .. } | Request::Needs { .. } | Request::Provide { .. } => {
                 Err(Failure::unsupported("answered elsewhere"))
@@ -653,16 +673,26 @@ impl Served {
         let mode = if open.read_only { "r" } else { "w" };
         let shared = if open.shared { "!" } else { "" };
         note(dir, &format!("{word} {mode}{shared} {text}"));
-        let reply = Reply::Disk(disk(&open));
+        let reply = Reply::Disk(disk(dir, &open));
         self.paused = false;
         self.open = Some((open, content.map(|(_, fd)| fd)));
         Ok(reply)
     }
 }
 
-fn disk(open: &Open) -> Disk {
+/// A number that a file says.
+fn number(dir: &Path, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(dir.join(name)).ok()?;
+    Some(text.parse().expect("a number"))
+}
+
+fn size(dir: &Path) -> u64 {
+    number(dir, "size").unwrap_or(1 << 20)
+}
+
+fn disk(dir: &Path, open: &Open) -> Disk {
     Disk {
-        size: 1 << 20,
+        size: size(dir),
         logical_block: 512,
         physical_block: 4096,
         read_only: open.read_only,

@@ -41,6 +41,17 @@ impl Session {
         closed.map(|()| Reply::Done)
     }
 
+    /// Gives the node back, and the image, all of which is durable: most of that while the guest goes on.
+    pub(super) async fn pause_and_close(&self) -> Result<Reply, Failure> {
+        let runs = self.state.borrow().server.is_some();
+        let paused = match runs {
+            true => self.pause().await.map(drop),
+            false => Ok(()),
+        };
+        let closed = self.close().await?;
+        paused.map(|()| closed)
+    }
+
     async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
         server.quiesce().await;
         let closed = server.disk().close().await;

@@ -2,8 +2,8 @@
 //! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
 
 use super::Session;
-use control::tapdisk::{Needed, Open};
-use control::{Driver, Failure};
+use control::tapdisk::{Needed, Open, Reply, State};
+use control::{Code, Driver, Failure};
 use diskio::{File, LockKind};
 use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Below, Kind, Options};
@@ -41,6 +41,35 @@ fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
 }
 
 impl Session {
+    /// Looks whether an image can be opened that somebody else serves. Of one with tables only the header
+    /// is looked at: the rest may be changing.
+    pub(super) async fn prepare(
+        &self,
+        open: Open,
+        image: Option<OwnedFd>,
+    ) -> Result<Reply, Failure> {
+        if self.status().state != State::Idle {
+            return Err(Failure::new(Code::State, "this tapdisk has a node already"));
+        }
+        self.select(&open)?;
+        let open = Open {
+            read_only: true,
+            shared: true,
+            ..open
+        };
+        let io = &self.runtime.io;
+        let Some(kind) = kind(open.target.driver()) else {
+            let (disk, shape) = drivers::open(io, &open, image).await?;
+            let closed = disk.close().await;
+            closed.map_err(|error| Failure::system("cannot let go of the image", &error.into()))?;
+            let size = Some(shape.size);
+            return Ok(Reply::Fit { size });
+        };
+        let file = drivers::image(io, &open, image).await?;
+        formats::look(kind, &file).await?;
+        Ok(Reply::Fit { size: None })
+    }
+
     /// The disk that `open` asks for, when I/O of the process before is over: what is read now must not
     /// change any more.
     pub(super) async fn disk(

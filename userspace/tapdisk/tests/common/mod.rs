@@ -101,18 +101,24 @@ impl Process {
         fake: &Fake,
         begin: impl FnOnce(&Rc<Session>) + Send + 'static,
     ) -> Self {
+        let node = fake.clone();
+        Self::idle(fake, move |session| {
+            let tap = Tap::open(node.open().unwrap()).unwrap();
+            session.attach(tap).unwrap();
+            begin(session);
+        })
+    }
+
+    /// A process that has no node but the one that it begins with.
+    pub(crate) fn idle(fake: &Fake, begin: impl FnOnce(&Rc<Session>) + Send + 'static) -> Self {
         let (kill, killed) = UnixStream::pair().unwrap();
         let (ask, answer) = UnixStream::pair().unwrap();
         let (needs, other) = UnixStream::pair().unwrap();
         answer.set_nonblocking(true).unwrap();
         other.set_nonblocking(true).unwrap();
-        let node = fake.clone();
         let thread = thread::spawn(move || {
             let runtime = Runtime::new();
             let session = Session::new(&runtime);
-            session
-                .attach(Tap::open(node.open().unwrap()).unwrap())
-                .unwrap();
             begin(&session);
             tapdisk::listen::connected(&session, answer.into());
             tapdisk::listen::connected(&session, other.into());
