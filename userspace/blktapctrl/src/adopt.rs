@@ -42,11 +42,15 @@ pub async fn disks(lifecycle: &Rc<Lifecycle>) {
 }
 
 /// Takes over one disk.
-pub async fn disk(lifecycle: &Rc<Lifecycle>, record: Record) {
+pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     let minor = record.minor;
-    let known = record.process;
-    let process = match process_of(&lifecycle.registry, &record).await {
-        Ok(process) => process.map(Rc::new),
+    let found = async {
+        let successor = successor_of(&lifecycle.registry, &mut record).await?;
+        let process = process_of(&lifecycle.registry, &record).await?;
+        Ok::<_, Failure>((process, successor))
+    };
+    let (process, successor) = match found.await {
+        Ok((process, successor)) => (process.map(Rc::new), successor.map(Rc::new)),
         // It may live.
         Err(failure) => {
             let unread = Unread {
@@ -57,8 +61,13 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, record: Record) {
             return lifecycle.registry.leave_alone(unread).await;
         }
     };
+    let known = record.process;
     let disk = Disk::new(record);
     lifecycle.registry.add(&disk);
+    disk.successor.replace(successor.clone());
+    if let Some(successor) = successor {
+        lifecycle.watch(successor);
+    }
     disk.record.borrow_mut().process = process.as_ref().map(|process| process.known());
     disk.process.replace(process.clone());
     let recognised = match &process {
@@ -126,6 +135,41 @@ async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Proce
         }
     }
     Process::find(&socket, SOON).await
+}
+
+/// The process that was to take a disk over, if it is not known yet whether it has. The new process takes the
+/// name of the old one's socket when it serves: from then on the disk is its own, whatever is on record.
+async fn successor_of(
+    registry: &Registry,
+    record: &mut Record,
+) -> Result<Option<Process>, Failure> {
+    let Some(known) = record.handoff.as_ref().and_then(|handoff| handoff.process) else {
+        return Ok(None);
+    };
+    let (socket, next) = {
+        let folder = &registry.folder;
+        (folder.tapdisk(record.minor), folder.successor(record.minor))
+    };
+    let old = record.process;
+    let listens = Process::find(&socket, SOON).await?;
+    if listens.is_some_and(|process| Some(process.known()) == old) {
+        return Process::adopt(known, &next);
+    }
+    // The old one has ended, or cannot be asked any more.
+    if let Some(old) = old.filter(|old| *old != known) {
+        if let Some(old) = Process::adopt(old, &next)? {
+            old.end(Duration::ZERO).await?;
+        }
+    }
+    match std::fs::rename(&next, &socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            let what = format!("cannot make {}", socket.display());
+            return Err(Failure::system(what, &error));
+        }
+        _ => {}
+    }
+    record.take_over(known);
+    Ok(None)
 }
 
 /// The state of a disk is the process' too, which may be the last one to hold it. What a process has open
@@ -247,6 +291,11 @@ async fn strays(lifecycle: &Rc<Lifecycle>) {
         let stem = socket.file_stem().and_then(|stem| stem.to_str());
         let minor: Option<u32> = stem.and_then(|stem| stem.parse().ok());
         if minor.is_some_and(|minor| lifecycle.registry.knows(minor)) {
+            continue;
+        }
+        let next = stem.and_then(|stem| stem.strip_suffix(".next")?.parse().ok());
+        let disk = next.and_then(|minor| lifecycle.registry.get(minor));
+        if disk.is_some_and(|disk| disk.successor.borrow().is_some()) {
             continue;
         }
         if let Err(failure) = stray(lifecycle, minor, &socket).await {

@@ -44,6 +44,8 @@ pub struct Disk {
     pub next_state: RefCell<Option<State>>,
     /// Its process.
     pub process: RefCell<Option<Rc<Process>>>,
+    /// The process that is to take the disk over from that.
+    pub successor: RefCell<Option<Rc<Process>>>,
     /// The process has the node.
     pub attached: Cell<bool>,
     /// What is served, while it is.
@@ -76,6 +78,7 @@ impl Disk {
             state: RefCell::default(),
             next_state: RefCell::default(),
             process: RefCell::default(),
+            successor: RefCell::default(),
             attached: Cell::default(),
             serves: RefCell::default(),
             backoff: RefCell::default(),
@@ -207,6 +210,12 @@ impl Disk {
         }
     }
 
+    /// A process is to take the disk over.
+    #[must_use]
+    pub fn is_successor(&self, process: &Process) -> bool {
+        matches!(&*self.successor.borrow(), Some(its) if std::ptr::eq(&**its, process))
+    }
+
     /// What is known of its state without asking anybody.
     fn process_state(&self) -> Option<tapdisk::State> {
         self.process.borrow().as_ref()?;
@@ -235,6 +244,11 @@ impl Disk {
             doing: record.doing,
             unknown: None,
             state_bytes: self.state.borrow().as_ref().map_or(0, State::size),
+            binary: self
+                .process
+                .borrow()
+                .as_ref()
+                .and_then(|process| process.binary()),
         }
     }
 }

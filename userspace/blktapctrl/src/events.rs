@@ -107,6 +107,21 @@ fn log(minor: Option<u32>, what: &What) {
         What::Failed { message, retry_ms } => {
             tracing::warn!("{disk}: {message}; the next attempt is in {retry_ms} ms");
         }
+        What::HandedOff(handed) => tracing::info!(
+            "{disk}: served by tapdisk {} of {} now; nobody served for {} us",
+            handed.to,
+            handed.program.display(),
+            handed.pause_us
+        ),
+        What::Kept {
+            pid: Some(pid),
+            why,
+        } => {
+            tracing::warn!("{disk}: tapdisk {pid} serves on, and no new one: {why}");
+        }
+        What::Kept { pid: None, why } => {
+            tracing::warn!("{disk}: not handed to a new process: {why}");
+        }
         What::Hung {
             pid,
             for_ms,

@@ -81,6 +81,12 @@ impl Folder {
         self.tapdisks().join(format!("{minor}.sock"))
     }
 
+    /// The socket of the process that is to take a disk over.
+    #[must_use]
+    pub fn successor(&self, minor: u32) -> PathBuf {
+        self.tapdisks().join(format!("{minor}.next.sock"))
+    }
+
     /// The socket on which a disk speaks NBD.
     #[must_use]
     pub fn nbd(&self, minor: u32) -> PathBuf {

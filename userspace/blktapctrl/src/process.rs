@@ -5,14 +5,17 @@ use crate::folder::{self, Folder};
 use crate::link::{unexpected, Link};
 use crate::record::Known;
 use control::stats::Stats;
-use control::tapdisk::{Reply, Request, Status};
+use control::supervisor::Binary;
+use control::tapdisk::{self, Reply, Request, Status};
 use control::{Code, Failure};
 use rustix::io::Errno;
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use std::cell::{Cell, RefCell};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -54,6 +57,8 @@ pub struct Process {
     link: Mutex<Option<Link>>,
     /// Its end is our wish.
     dismissed: Cell<bool>,
+    /// The version that it says it has.
+    version: RefCell<Option<String>>,
 }
 
 impl Process {
@@ -166,6 +171,7 @@ impl Process {
             socket: RefCell::new(Some(socket.into())),
             link: Mutex::new(None),
             dismissed: Cell::new(false),
+            version: RefCell::default(),
         })
     }
 
@@ -320,6 +326,39 @@ impl Process {
         answer
     }
 
+    /// Which program it says it is.
+    ///
+    /// # Errors
+    /// It says nothing, or speaks another version of the protocol.
+    pub async fn introduce(&self, limit: Duration) -> Result<tapdisk::Process, Failure> {
+        // On a connection of its own: who has just been started may take its time.
+        let asked = async {
+            let mut link = self.another_link().await?;
+            link.ask(&Request::Ping, &[], limit).await
+        };
+        match asked.await? {
+            Reply::Process(what) => {
+                self.version.replace(Some(what.program.clone()));
+                Ok(what)
+            }
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// What it runs, as the system says; nothing if it has ended.
+    #[must_use]
+    pub fn binary(&self) -> Option<Binary> {
+        let link = format!("/proc/{}/exe", self.pid());
+        let path = fs::read_link(link).ok()?;
+        let text = path.as_os_str().as_bytes();
+        let was = text.strip_suffix(b" (deleted)");
+        Some(Binary {
+            path: was.map_or_else(|| path.clone(), |was| OsStr::from_bytes(was).into()),
+            replaced: was.is_some(),
+            version: self.version.borrow().clone(),
+        })
+    }
+
     /// What it says that it does.
     ///
     /// # Errors
@@ -397,6 +436,11 @@ impl Process {
             *socket = Some(to.into());
         }
         Ok(())
+    }
+
+    /// Its socket has become another process', which has taken the name.
+    pub fn forget_socket(&self) {
+        self.socket.replace(None);
     }
 
     /// Removes its socket, once.

@@ -80,6 +80,16 @@ pub struct Part {
     pub locked: bool,
 }
 
+/// A process that is to take a disk over from the one that serves it. Until it has, the disk's process is
+/// the old one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handoff {
+    /// What the new one runs, if that is not what the supervisor starts by default.
+    pub program: Option<PathBuf>,
+    /// The new one; nothing before the old one is told to let go.
+    pub process: Option<Known>,
+}
+
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
@@ -139,6 +149,12 @@ pub struct Record {
     pub next: Option<Next>,
     /// Its process.
     pub process: Option<Known>,
+    /// What its processes run, if that is not what the supervisor starts by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<PathBuf>,
+    /// Who is to take it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handoff: Option<Handoff>,
     /// How often the process was replaced.
     pub restarts: u32,
     /// Requests that failed because processes died of them, of which was told.
@@ -169,10 +185,21 @@ impl Record {
             doing: None,
             next: None,
             process: None,
+            program: None,
+            handoff: None,
             restarts: 0,
             poisoned: 0,
             other: Map::new(),
         }
+    }
+
+    /// Who was to take the disk over has it.
+    pub fn take_over(&mut self, process: Known) {
+        if let Some(handoff) = self.handoff.take() {
+            self.program = handoff.program;
+        }
+        self.process = Some(process);
+        self.doing = None;
     }
 
     /// Writes it: after a crash at any time there is the old or the new one.

@@ -77,6 +77,16 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let unpaused = lifecycle.unpause(&disk, target, files, may_shrink);
             unpaused.await.map(Reply::Opened)
         }
+        Request::Handoff {
+            which,
+            program,
+            timeout_s,
+        } => {
+            let disk = registry.find(&which)?;
+            let limit = Duration::from_secs(if timeout_s == 0 { 30 } else { timeout_s.into() });
+            let handed = lifecycle.handoff(&disk, program, limit).await;
+            handed.map(Reply::HandedOff)
+        }
         Request::Resize(which) => lifecycle.resize(&which).await.map(Reply::Opened),
         Request::Scrub { which, rate } => {
             let process = registry.find(&which)?.serving()?;

@@ -69,6 +69,8 @@ pub enum Doing {
     Pause,
     /// It goes on after a pause, perhaps with another image.
     Unpause,
+    /// It passes from its process to another one.
+    Handoff,
     /// It is taken away.
     Destroy,
 }
@@ -81,6 +83,7 @@ impl fmt::Display for Doing {
             Self::Close => "close",
             Self::Pause => "pause",
             Self::Unpause => "unpause",
+            Self::Handoff => "handoff",
             Self::Destroy => "destroy",
         })
     }
@@ -254,6 +257,16 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         files: Vec<PathBuf>,
     },
+    /// Has a disk served by a new process, perhaps of another program, while its guest goes on:
+    /// [`Reply::HandedOff`]. If the new one cannot, the old one serves on.
+    Handoff {
+        /// The disk.
+        which: Which,
+        /// What is run; nothing for what the supervisor starts by default.
+        program: Option<PathBuf>,
+        /// Seconds that the new process gets for each of its steps; 0 for the default.
+        timeout_s: u32,
+    },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),
     /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
@@ -368,6 +381,8 @@ pub enum Reply {
         /// What it is.
         disk: Disk,
     },
+    /// A disk that is served by another process.
+    HandedOff(HandedOff),
     /// Disks.
     Disks {
         /// One for each.
@@ -380,6 +395,34 @@ pub enum Reply {
         /// One for each disk.
         rows: Vec<TopRow>,
     },
+}
+
+/// A disk that was handed from one process to another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOff {
+    /// Its node.
+    pub minor: u32,
+    /// The process that served it; nothing if that ended on the way.
+    pub from: Option<u32>,
+    /// The process that serves it.
+    pub to: u32,
+    /// What that runs.
+    pub program: PathBuf,
+    /// The version that it says it has.
+    pub version: String,
+    /// Microseconds in which nobody served: what the guest asked for then waited.
+    pub pause_us: u64,
+}
+
+/// What a process runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binary {
+    /// The file. If it was replaced or removed since, this is where it was.
+    pub path: PathBuf,
+    /// Another file, or none, has that name by now.
+    pub replaced: bool,
+    /// The version that the process says it has, once it has said so.
+    pub version: Option<String>,
 }
 
 /// A disk in a list.
@@ -412,6 +455,9 @@ pub struct Row {
     /// Bytes that its processes leave to each other.
     #[serde(default)]
     pub state_bytes: u64,
+    /// What its process runs.
+    #[serde(default)]
+    pub binary: Option<Binary>,
 }
 
 /// What the kernel says of a node.
@@ -544,6 +590,15 @@ pub enum What {
         message: String,
         /// Milliseconds until the next attempt.
         retry_ms: u64,
+    },
+    /// Another process serves, by our wish.
+    HandedOff(HandedOff),
+    /// A new process could not take a disk over: the one that had it serves on.
+    Kept {
+        /// The process that serves, if it lives.
+        pid: Option<u32>,
+        /// Why the new one does not.
+        why: String,
     },
     /// A disk was paused.
     Paused,

@@ -48,6 +48,7 @@ Examples:
   tap-ctl unpause -m 0 -a aio:/srv/b.img
   tap-ctl top                           # who is doing how much
   tap-ctl events                        # what happens
+  tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
   tap-ctl lease break /srv/a.img --holder-is-dead 7
@@ -92,6 +93,8 @@ pub(crate) enum Verb {
     Pause(Pause),
     /// Go on, perhaps with another image
     Unpause(Unpause),
+    /// Have a disk served by a new process, such as one of a newer program, while the guest goes on
+    Handoff(Handoff),
     /// Look at the image's size again, and tell the guest
     Resize(Which),
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
@@ -374,6 +377,38 @@ pub(crate) struct Unpause {
     /// once
     #[arg(long, value_name = "PATH")]
     pub(crate) files: Vec<PathBuf>,
+}
+
+/// A disk, or all of them, for new processes.
+///
+/// The new process is started and looks at the image while the old one serves. Then the old one finishes
+/// what it has, the new one takes the disk, and the old one ends when that serves. The guest waits
+/// in between, and sees no error. If the new process fails at anything, the old one serves on.
+#[derive(Debug, Args)]
+#[group(id = "disks", required = true, multiple = true)]
+pub(crate) struct Handoff {
+    /// Minor number of the disk
+    #[arg(group = "disks", value_name = "MINOR", conflicts_with_all = ["minor", "pid", "all"])]
+    pub(crate) disk: Option<u32>,
+    /// The same
+    #[arg(short, long, group = "disks", conflicts_with = "all")]
+    pub(crate) minor: Option<u32>,
+    /// Its process
+    #[arg(short, long, group = "disks", conflicts_with = "all")]
+    pub(crate) pid: Option<u32>,
+    /// All disks that are served; those that fail are named, and stay with the process that they have
+    #[arg(long, group = "disks", value_name = "PROGRAM", conflicts_with = "to")]
+    pub(crate) all: Option<Option<PathBuf>>,
+    /// The tapdisk to run from now on, and whenever the disk's process is replaced; what blktapctrl starts
+    /// by default if not said
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) to: Option<PathBuf>,
+    /// Disks that are handed over at once
+    #[arg(short, long, default_value_t = 4, requires = "all", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) jobs: u32,
+    /// Seconds that the new process gets for each of its steps
+    #[arg(short, long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) timeout: u32,
 }
 
 /// A disk to take away.

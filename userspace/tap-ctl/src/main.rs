@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod handoff;
 mod lease;
 mod show;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         Verb::Top(top) => watch(&cli, top),
         Verb::Events(events) => follow(&cli, events),
         Verb::Lease { verb } => about_lease(&cli, verb),
+        Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
         verb => once(&cli, verb),
     };
     match result {
@@ -46,6 +48,8 @@ fn main() -> ExitCode {
             eprintln!("tap-ctl: {failure}");
             ExitCode::from(status(failure.code))
         }
+        // Each was told on its own.
+        Err(Error::Some) => ExitCode::FAILURE,
         Err(Error::Silent(failure)) => {
             eprintln!("tap-ctl: {failure}: is blktapctrl running? systemctl start blktapctrl");
             ExitCode::from(5)
@@ -61,6 +65,8 @@ enum Error {
     Failed(Failure),
     /// The supervisor says nothing.
     Silent(Failure),
+    /// It was done for some and not for others.
+    Some,
 }
 
 impl From<io::Error> for Error {
@@ -142,6 +148,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Check(_)
         | Request::Resize(_)
         | Request::Scrub { .. }
+        | Request::Handoff { .. }
         | Request::Pause { .. }
         | Request::Close { .. }
         | Request::Destroy { .. } => true,
@@ -215,6 +222,15 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             target: unpause.target.clone(),
             may_shrink: unpause.shrink,
             files: unpause.files.clone(),
+        },
+        Verb::Handoff(handoff) => Request::Handoff {
+            which: Which {
+                minor: handoff.minor.or(handoff.disk),
+                pid: handoff.pid,
+                vbd: None,
+            },
+            program: handoff.to.clone(),
+            timeout_s: handoff.timeout,
         },
         Verb::Resize(which) => Request::Resize(named(which)),
         Verb::Scrub(scrub) => Request::Scrub {

@@ -2,7 +2,7 @@
 //! What people see.
 
 use control::stats::{Counter, Stats};
-use control::supervisor::{Event, Reply, Row, TopRow, What};
+use control::supervisor::{Event, HandedOff, Reply, Row, TopRow, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
 use std::time::Duration;
@@ -18,6 +18,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Created { minor, pid, disk } => {
             format!("minor={minor} pid={pid} {}\n", self::disk(disk))
         }
+        Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         Reply::Top { rows } => top(rows, None),
@@ -35,6 +36,19 @@ fn disk(disk: &Disk) -> String {
         disk.engine
     )
     .to_lowercase()
+}
+
+/// A disk that another process serves now.
+pub(crate) fn handed_off(handed: &HandedOff) -> String {
+    let from = handed.from.map_or("-".into(), |pid| pid.to_string());
+    format!(
+        "minor={} from={from} to={} pause_us={} version={} program={}",
+        handed.minor,
+        handed.to,
+        handed.pause_us,
+        handed.version,
+        handed.program.display()
+    )
 }
 
 /// A line as tap-ctl has always printed it: words `name=value`.
@@ -68,6 +82,11 @@ fn row(row: &Row) -> String {
     add("restarts", Some(row.restarts.to_string()));
     add("vbd", row.vbd.clone());
     add("doing", row.doing.map(|doing| doing.to_string()));
+    if let Some(binary) = &row.binary {
+        add("version", binary.version.clone());
+        add("program", Some(binary.path.display().to_string()));
+        add("replaced", binary.replaced.then(|| "yes".into()));
+    }
     // Last, because it is a sentence.
     add("unknown", row.unknown.clone());
     line + "\n"
@@ -93,8 +112,14 @@ fn stats(stats: &Stats) -> String {
     }
     let _ = writeln!(
         text,
-        "replayed={} in-flight={} turns={} sleeps={} calls={} nbd={}",
-        stats.replayed, stats.in_flight, stats.turns, stats.sleeps, stats.calls, stats.nbd
+        "version={} replayed={} in-flight={} turns={} sleeps={} calls={} nbd={}",
+        stats.version,
+        stats.replayed,
+        stats.in_flight,
+        stats.turns,
+        stats.sleeps,
+        stats.calls,
+        stats.nbd
     );
     if let Some(scrub) = &stats.scrub {
         let state = if scrub.running { "at" } else { "ended at" };
@@ -214,6 +239,11 @@ pub(crate) fn event(event: &Event) -> String {
         What::Failed { message, retry_ms } => {
             format!("no process: {message}; next attempt in {retry_ms} ms")
         }
+        What::HandedOff(handed) => format!("handed over: {}", handed_off(handed)),
+        What::Kept { pid, why } => {
+            let pid = pid.map_or("nobody".into(), |pid| format!("tapdisk {pid}"));
+            format!("not handed over, {pid} serves: {why}")
+        }
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Resized { size } => format!("has {size} bytes now"),
@@ -286,6 +316,7 @@ mod tests {
             doing: None,
             unknown: None,
             state_bytes: 0,
+            binary: None,
         }
     }
 

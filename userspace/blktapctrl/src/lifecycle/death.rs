@@ -3,10 +3,11 @@
 
 use super::{needs, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
-use crate::process::{self, Process};
+use crate::process::{self, Process, Program, OPEN};
 use crate::record::Want;
 use control::supervisor::What;
 use control::Failure;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::MutexGuard;
@@ -20,8 +21,32 @@ impl Lifecycle {
     /// # Errors
     /// It cannot be started.
     pub fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
+        self.spawn_program(None)
+    }
+
+    /// Starts a process for a disk.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub(super) fn spawn_for(self: &Rc<Self>, disk: &Disk) -> Result<Rc<Process>, Failure> {
+        let program = disk.record.borrow().program.clone();
+        self.spawn_program(program)
+    }
+
+    /// Starts a process of this program, or of the one that is started by default.
+    pub(super) fn spawn_program(
+        self: &Rc<Self>,
+        program: Option<PathBuf>,
+    ) -> Result<Rc<Process>, Failure> {
         let socket = process::unnamed(&self.registry.folder);
-        let process = Rc::new(Process::spawn(&self.program, &socket)?);
+        let program = match program {
+            Some(path) => &Program {
+                path,
+                ..self.program.clone()
+            },
+            None => &self.program,
+        };
+        let process = Rc::new(Process::spawn(program, &socket)?);
         self.registry.add_idle(&process);
         self.watch(process.clone());
         Ok(process)
@@ -31,6 +56,7 @@ impl Lifecycle {
     pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
         tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(needs::watch(self.clone(), process.clone()));
+        tokio::task::spawn_local(meet(process.clone()));
         let lifecycle = self.clone();
         tokio::task::spawn_local(async move {
             let how = process.ended().await;
@@ -43,8 +69,11 @@ impl Lifecycle {
                 return;
             }
             let disk = lifecycle.registry.of_process(&process);
-            if let Some(disk) = disk {
-                lifecycle.died(disk, &process, how).await;
+            match disk {
+                // Who hands the disk over notices, and tells.
+                Some(disk) if disk.is_successor(&process) => {}
+                Some(disk) => lifecycle.died(disk, &process, how).await,
+                None => {}
             }
         });
     }
@@ -156,6 +185,16 @@ impl Lifecycle {
             }
             disk.forget_process();
             self.registry.note(disk);
+        }
+    }
+}
+
+/// Learns which version a process is, for who looks at a list.
+async fn meet(process: Rc<Process>) {
+    if let Err(failure) = process.introduce(OPEN).await {
+        if !process.has_died(&failure).await {
+            let pid = process.pid();
+            tracing::warn!("tapdisk {pid} does not say which version it is: {failure}");
         }
     }
 }

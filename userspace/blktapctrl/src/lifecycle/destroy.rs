@@ -103,6 +103,7 @@ impl Lifecycle {
 
     async fn demolish(&self, disk: &Disk) {
         let _turn = disk.last_turn().await;
+        self.end_successor(disk).await;
         let process = disk.process.borrow().clone();
         if let Some(process) = process {
             if let Err(failure) = process.end(PATIENCE).await {

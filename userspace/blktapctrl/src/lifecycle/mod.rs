@@ -9,6 +9,7 @@
 pub mod create;
 mod death;
 mod destroy;
+mod handoff;
 mod needs;
 mod open;
 mod pause;
@@ -65,6 +66,7 @@ impl Lifecycle {
             Doing::Close => self.finish_close(disk, false, limit).await,
             Doing::Pause => self.finish_pause(disk, limit).await,
             Doing::Unpause => self.finish_unpause(disk).await.map(drop),
+            Doing::Handoff => self.finish_handoff(disk).await,
             Doing::Destroy => {
                 self.destroy_later(disk);
                 Ok(())

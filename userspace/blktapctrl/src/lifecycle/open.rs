@@ -159,7 +159,7 @@ impl Lifecycle {
         }
         self.drop_image(disk);
         if replaced {
-            self.assign(disk, &self.spawn()?)?;
+            self.assign(disk, &self.spawn_for(disk)?)?;
         }
         Ok(())
     }

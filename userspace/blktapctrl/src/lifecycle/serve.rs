@@ -20,6 +20,30 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Attempts to open a node with the shortest pause between them: who lets go of it in order has done so
+/// within a few milliseconds, for which a guest waits.
+const SHORT: u32 = 10;
+
+/// What a process is given to open an image.
+pub(super) struct Given {
+    image: Option<Opened>,
+    memory: Option<OwnedFd>,
+}
+
+impl Given {
+    /// Asks a question that takes the image.
+    pub(super) async fn ask(
+        &self,
+        process: &Process,
+        question: &Request,
+        limit: Duration,
+    ) -> Result<Reply, Failure> {
+        let image = self.image.iter().filter_map(Opened::fd);
+        let fds: Vec<_> = image.chain(self.memory.iter().map(AsFd::as_fd)).collect();
+        process.ask(question, &fds, limit).await
+    }
+}
+
 impl Lifecycle {
     /// Gives a disk a process, unless it has one, and the process the node, unless it has it. The
     /// caller has the turn.
@@ -31,26 +55,31 @@ impl Lifecycle {
         let process = match there {
             Some(process) => process,
             None => {
-                let process = self.spawn()?;
+                let process = self.spawn_for(disk)?;
                 self.assign(disk, &process)?;
                 process
             }
         };
         if !disk.attached.get() {
-            let node = self.open_node(disk.minor).await?;
-            if !disk.crashed.get() {
-                // Who was killed, or ended before us, did not die of a request.
-                self.registry.kernel.excuse(node.as_fd()).map_err(|error| {
-                    Failure::system(format!("cannot set up disk {}", disk.minor), &error)
-                })?;
-            }
-            let reply = process.ask(&Request::Attach, &[node.as_fd()], SOON).await?;
-            match reply {
-                Reply::Node(node) if node.minor == disk.minor => disk.attached.set(true),
-                reply => return Err(unexpected(&reply)),
-            }
+            self.give_node(disk, &process).await?;
+            disk.attached.set(true);
         }
         Ok(process)
+    }
+
+    /// Gives a process the node of a disk as soon as it is free.
+    pub(super) async fn give_node(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
+        let node = self.open_node(disk.minor).await?;
+        if !disk.crashed.get() {
+            // Who was killed, or ended before us, did not die of a request.
+            self.registry.kernel.excuse(node.as_fd()).map_err(|error| {
+                Failure::system(format!("cannot set up disk {}", disk.minor), &error)
+            })?;
+        }
+        match process.ask(&Request::Attach, &[node.as_fd()], SOON).await? {
+            Reply::Node(node) if node.minor == disk.minor => Ok(()),
+            reply => Err(unexpected(&reply)),
+        }
     }
 
     /// Makes an idle process that of a disk.
@@ -69,7 +98,7 @@ impl Lifecycle {
     /// Opens a node as soon as the I/O of an earlier process is over. That takes as long as it takes: until
     /// then nobody can serve the disk, and who takes it away ends this.
     async fn open_node(&self, minor: u32) -> Result<OwnedFd, Failure> {
-        let mut pause = Duration::from_millis(1);
+        let (mut pause, mut attempts) = (Duration::from_millis(1), 0_u32);
         let mut since = Instant::now();
         loop {
             match self.registry.kernel.open(minor) {
@@ -90,7 +119,10 @@ impl Lifecycle {
             }
             // The kernel tells nobody when it is over.
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(50));
+            attempts = attempts.saturating_add(1);
+            if attempts > SHORT {
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
         }
     }
 
@@ -197,6 +229,23 @@ impl Lifecycle {
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
         open.may_ask = true;
+        let given = self.given(disk, &open, image).await?;
+        match given.ask(process, &question(open), OPEN).await? {
+            Reply::Disk(what) => {
+                disk.serves.replace(Some(what.clone()));
+                Ok(what)
+            }
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Opens what a process needs to open an image.
+    pub(super) async fn given(
+        &self,
+        disk: &Disk,
+        open: &Open,
+        image: Option<Arc<Image>>,
+    ) -> Result<Given, Failure> {
         let opened = match &image {
             Some(image) => {
                 let direct = open.target.driver().is_direct();
@@ -221,18 +270,10 @@ impl Lifecycle {
             )?),
             _ => None,
         };
-        let fds: Vec<_> = opened
-            .iter()
-            .filter_map(Opened::fd)
-            .chain(memory.iter().map(AsFd::as_fd))
-            .collect();
-        match process.ask(&question(open), &fds, OPEN).await? {
-            Reply::Disk(what) => {
-                disk.serves.replace(Some(what.clone()));
-                Ok(what)
-            }
-            reply => Err(unexpected(&reply)),
-        }
+        Ok(Given {
+            image: opened,
+            memory,
+        })
     }
 
     /// Lets a process serve NBD clients, if that is wanted. That it cannot is no reason not to serve

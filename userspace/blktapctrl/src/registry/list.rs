@@ -76,5 +76,6 @@ fn empty_row(minor: Option<u32>, pid: Option<u32>) -> Row {
         doing: None,
         unknown: None,
         state_bytes: 0,
+        binary: None,
     }
 }

@@ -75,10 +75,11 @@ impl Registry {
         self.disks.borrow().get(&minor).cloned()
     }
 
-    /// The disk that a process serves.
+    /// The disk that a process serves, or is about to take over.
     pub fn of_process(&self, process: &Process) -> Option<Rc<Disk>> {
         let serves = |disk: &Rc<Disk>| matches!(&*disk.process.borrow(), Some(its) if std::ptr::eq(&**its, process));
-        self.all().into_iter().find(serves)
+        let is_its = |disk: &Rc<Disk>| serves(disk) || disk.is_successor(process);
+        self.all().into_iter().find(is_its)
     }
 
     /// Adds a disk that is written down already.

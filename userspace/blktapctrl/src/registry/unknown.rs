@@ -46,6 +46,7 @@ impl Unknown {
             doing: None,
             unknown: Some(self.why.clone()),
             state_bytes: 0,
+            binary: None,
         }
     }
 }

@@ -5,6 +5,7 @@ mod bed;
 mod death;
 mod disks;
 mod fake;
+mod handoff;
 mod left;
 mod memory;
 mod needs;
