@@ -111,11 +111,17 @@ impl Opener {
     fn claim(&self, address: u64) -> Result<c_int> {
         let claimed = read_claims(address)?.check().map_err(invalid)?;
         let mut inner = self.disk.inner.lock();
+        let served = inner.is_live();
         if !inner.shadow.claim(self.epoch, claimed) {
             return Err(EINVAL);
         }
-        // If it served until now, nobody does.
-        self.disk.start_waiting();
+        if served {
+            // Nobody does now, and the guest's side learns it: what is held may fail in time, and a queue
+            // that drains waits for nobody.
+            self.disk.start_waiting();
+            inner.wake_queues();
+            inner.kick();
+        }
         Ok(0)
     }
 

@@ -111,8 +111,8 @@ pub(crate) struct Model {
     /// In milliseconds.
     pub(crate) clock: u64,
     pub(crate) claimed: Claim,
-    /// What it claimed each time it was served, since it said last that all its I/O was over.
-    pub(crate) served: Vec<Fence>,
+    /// What it claimed since it said last that all its I/O was over.
+    pub(crate) claims: Vec<Fence>,
     /// When nothing of it was to be seen any more.
     pub(crate) quiet: Option<u64>,
 }
@@ -134,7 +134,7 @@ impl Model {
             Fence::Session { settle_ms } => u64::from(*settle_ms),
             Fence::Local | Fence::None => 0,
         };
-        let longest = self.served.iter().map(settles).max().unwrap_or(0);
+        let longest = self.claims.iter().map(settles).max().unwrap_or(0);
         self.quiet
             .is_some_and(|since| self.clock >= since + longest)
     }

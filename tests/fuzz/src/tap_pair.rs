@@ -325,7 +325,7 @@ impl Pair {
             self.model.state = abi::STATE_OPEN;
             self.model.answered = false;
             self.model.claimed = Claim::default();
-            self.model.served.clear();
+            self.model.claims.clear();
             self.model.quiet = None;
         }
     }
@@ -349,8 +349,9 @@ impl Pair {
         }
         self.model.state = abi::STATE_OPEN;
         self.model.claimed = Claim(fence);
-        if fence == Fence::Local {
-            self.model.served.clear();
+        match fence {
+            Fence::Local => self.model.claims.clear(),
+            Fence::Session { .. } | Fence::None => self.model.claims.push(fence),
         }
         self.seen.claimed_again += u64::from(again);
     }
@@ -375,7 +376,6 @@ impl Pair {
             return;
         };
         self.model.state = abi::STATE_LIVE;
-        self.model.served.push(self.model.claimed.0);
         let queues = self.model.judge().map(|sequence| {
             let request = &self.model.undone[&sequence];
             let (queue, what) = (request.queue, (request.request.op, request.range()));

@@ -253,7 +253,8 @@ pub const FEATURE_URING_CMD: u64 = 1;
 /// [`ioctl::CLAIM`] is understood.
 pub const FEATURE_CLAIM: u64 = 1 << 2;
 
-/// Up to [`MAX_COMMANDS`] `uring_cmd`s of a node may wait.
+/// Up to [`MAX_COMMANDS`] `uring_cmd`s of a node may wait. It says how it is here and need not be claimed: who
+/// uses commands claims [`FEATURE_URING_CMD`].
 pub const FEATURE_COMMANDS: u64 = 1 << 3;
 
 /// The features that there are.
@@ -295,8 +296,9 @@ pub const CLAIMS_MAX_SIZE: u32 = 4096;
 ///
 /// A process that serves and has no request in hand may claim again: it gets no more requests until it
 /// starts once more. One whose I/O is all over, that for others included, ends so without a wait for
-/// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`]. No other claim takes back what it said before it served:
-/// the longest time counts.
+/// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`]. No other claim takes back what it said before: the longest
+/// time counts. It counts from the claim on, whether the disk is started or not: so claim before the first I/O
+/// to what is elsewhere.
 #[derive(
     Clone,
     Copy,
@@ -321,7 +323,7 @@ pub struct Claims {
     /// their own. One that is not known is refused (`EOPNOTSUPP`).
     pub operations: u64,
     /// `FEATURE_*` that it uses. One that the kernel does not have is refused (`EOPNOTSUPP`), and so is
-    /// the use of one that was not claimed.
+    /// the use of one that was not claimed ([`FEATURE_CLAIM`] and [`FEATURE_COMMANDS`] are used without).
     pub features: u64,
     /// With [`FENCE_SESSION`], milliseconds from 1 to [`MAX_SETTLE_MS`]; otherwise 0.
     pub settle_ms: u32,
@@ -637,10 +639,14 @@ pub mod ioctl {
     /// Disk node: the end of the last process is no fault of the requests that it had, as when
     /// somebody killed it ([`Create::max_deaths`]). Before the start.
     pub const EXCUSE: u32 = number::<()>(NONE, 0x14);
-    /// Disk node: [`Claims`]; its number says nothing of the size. Before the start; the last one counts.
+    /// Disk node: [`Claims`]; its number says nothing of the size. Before the start, or after it with nothing
+    /// in hand, which gives the start up; `EINVAL` otherwise. The last one counts, but for the time of
+    /// [`FENCE_SESSION`].
     pub const CLAIM: u32 = number::<()>(WRITE, 0x15);
     /// Disk node: from now on requests are delivered, first those of an earlier process. `EOPNOTSUPP`
-    /// if the process lacks what guests may ask for.
+    /// if the process lacks what guests may ask for, `EINVAL` if the disk is not described or started
+    /// already. It can be repeated after a start that was refused, and after a further [`CLAIM`]; deaths of
+    /// the process before ([`Create::max_deaths`]) count at the first one.
     pub const START: u32 = number::<()>(NONE, 0x12);
     /// Disk node: [`Exchange`].
     pub const EXCHANGE: u32 = number::<Exchange>(READ | WRITE, 0x13);

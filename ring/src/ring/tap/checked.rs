@@ -150,8 +150,8 @@ pub struct Claimed {
     pub fence: Fence,
 }
 
-/// When the I/O of a process is over after its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// When the I/O of a process is over after its end; what is over later is greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fence {
     /// When it holds no page of the arena.
     Local,

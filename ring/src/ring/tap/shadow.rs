@@ -29,8 +29,8 @@
 //! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
 //! calls. What a call does is bounded: [`Shadow::deliver`] and [`Shadow::has_deliverable`] stop
 //! after some [`STEPS`]; [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
-//! [`Shadow::orphan`] and [`Shadow::withdraw`], which are called once in the life of a process or a
-//! queue, look at every request a few times; so does [`Shadow::fail_waiting`] while a process is
+//! [`Shadow::orphan`] and [`Shadow::withdraw`] look at every request a few times, once in the life of a
+//! process or a queue; so does [`Shadow::fail_waiting`] while a process is
 //! fenced; all others take constant time for each request that they name or set free.
 
 mod ending;
@@ -320,7 +320,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         }
         self.phase = Phase::Open;
         self.epoch = self.epoch.wrapping_add(1);
-        self.isolation.answered = false;
+        self.isolation.opened();
         self.claimed = Claimed::BEFORE;
         self.lacking = 0;
         self.settling = Settling::default();
@@ -361,7 +361,6 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             return Err(StartError::Lacks(self.lacking));
         }
         self.phase = Phase::Live;
-        self.settling.served(self.claimed.fence);
         Ok(self.judge())
     }
 

@@ -10,6 +10,9 @@ use ring::tap::shadow::{
     Committed, Delivered, Op, OpenError, PostError, Request, Shadow, StartError,
 };
 use ring::tap::table::Entry;
+use std::cell::Cell;
+use std::ops::{Deref, DerefMut};
+use std::rc::Rc;
 
 const DIED: u8 = abi::DESC_REPLAY;
 const EIO: i32 = -5;
@@ -494,13 +497,84 @@ fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
     assert!(disk.shadow.claim(disk.epoch, session(50)));
     assert!(disk.shadow.started(disk.epoch).is_ok());
     assert_eq!(settles(&mut disk), 50);
-    // And this one was never served.
-    disk.epoch = disk.shadow.opened().unwrap();
-    assert!(disk.shadow.claim(disk.epoch, session(700)));
+}
+
+/// It may have reached its storage: tapdisk claims before it looks at an image.
+#[test]
+fn what_was_claimed_counts_of_a_process_that_was_never_started() {
+    let mut disk = Disk::new(4);
+    let claimed = |fence| Claimed {
+        fence,
+        ..Claimed::BEFORE
+    };
+    let session = claimed(Fence::Session { settle_ms: 700 });
+    disk.epoch = disk.shadow.opened().expect("nobody has it");
+    assert!(disk.shadow.claim(disk.epoch, session));
+    assert_eq!(settles(&mut disk), 700);
+    // The same if its start was refused.
+    let nothing = Claimed {
+        operations: 0,
+        ..session
+    };
+    disk.epoch = disk.shadow.opened().expect("it is over");
+    assert!(disk.shadow.claim(disk.epoch, nothing));
+    assert!(disk.shadow.started(disk.epoch).is_err());
+    assert_eq!(settles(&mut disk), 700);
+    // It may say that nothing is under way, started or not.
+    disk.epoch = disk.shadow.opened().expect("it is over");
+    assert!(disk.shadow.claim(disk.epoch, session));
+    assert!(disk.shadow.claim(disk.epoch, claimed(Fence::Local)));
     assert_eq!(settles(&mut disk), 0);
 }
 
-/// Those who wait for others are looked at again, and are in one list all the same.
+/// Counts how often the shadow reaches for its memory.
+struct Counted(Vec<Entry>, Rc<Cell<u64>>);
+
+impl Deref for Counted {
+    type Target = [Entry];
+    fn deref(&self) -> &[Entry] {
+        &self.0
+    }
+}
+
+impl DerefMut for Counted {
+    fn deref_mut(&mut self) -> &mut [Entry] {
+        self.1.set(self.1.get() + 1);
+        &mut self.0
+    }
+}
+
+/// A process may do that as often as it likes, and the queues wait for the lock meanwhile.
+#[test]
+fn a_start_after_the_first_one_looks_at_no_request() {
+    const REQUESTS: u16 = 1000;
+    let count = Rc::new(Cell::new(0));
+    let mut shadow = Shadow::new(Counted(vec![Entry::FREE; REQUESTS.into()], count.clone()));
+    shadow.set_death_limit(2);
+    let mut epoch = shadow.opened().unwrap();
+    assert!(shadow.started(epoch).is_ok());
+    for tag in 0..REQUESTS {
+        let read = request(Op::Read, 0, 8);
+        shadow.post(DiskTag::new(tag), 0, &read, 1).unwrap();
+    }
+    let all = usize::from(REQUESTS);
+    assert_eq!(shadow.deliver(epoch, all, 1, |_, _| {}).count, all);
+    shadow.closed();
+    assert!(shadow.quiet(1).is_some());
+    epoch = shadow.opened().unwrap();
+    let mut start = || {
+        count.set(0);
+        assert!(shadow.claim(epoch, Claimed::BEFORE));
+        assert!(shadow.started(epoch).is_ok());
+        count.get()
+    };
+    assert!(start() > REQUESTS.into());
+    for _ in 0..3 {
+        assert_eq!(start(), 0);
+    }
+}
+
+/// Those who wait for others keep their place.
 #[test]
 fn a_start_after_another_claim_keeps_what_waits_in_order() {
     let mut disk = Disk::live(4);

@@ -5,7 +5,7 @@ use super::{case, tap_claims, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::PLAIN;
-use crate::tap::scene::Scene;
+use crate::tap::scene::{wait_status, Scene};
 use crate::tap::server::{answer, done, Pipe, Store};
 use crate::tap::uring::{Memory, Ring};
 use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
@@ -260,7 +260,10 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
             ..CLAIMS
         },
     )?;
+    wait_status(&scene.session, "live")?;
     scene.node.claim(&CLAIMS)?;
+    // The frontend's side learns at once that nobody serves it.
+    wait_status(&scene.session, "recovering")?;
     drop(scene.node);
     scene.node = scene.disk.start()?;
     // No other claim says that.
@@ -273,6 +276,15 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     scene = restart(scene, &session(SETTLE))?;
     scene.node.claim(&session(Duration::from_millis(1)))?;
     drop(scene.node);
+    let died = Instant::now();
+    scene.node = scene.disk.start()?;
+    let waited = died.elapsed();
+    ensure!(waited >= SETTLE, "the fence was over after {waited:?}");
+    drop(scene.node);
+    // It was never started, and may have reached its storage.
+    let reached = scene.disk.open()?;
+    reached.claim(&session(SETTLE))?;
+    drop(reached);
     let died = Instant::now();
     scene.node = scene.disk.start()?;
     let waited = died.elapsed();

@@ -5,6 +5,7 @@ use super::{case, tap_life, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, PLAIN};
+use crate::tap::scene::wait_status;
 use crate::tap::server::{answer, Manner, Pipe, Server, Store};
 use crate::tap::{expect, query, Node, TapDisk};
 use crate::vbd::{state, Mode, Vbd};
@@ -145,20 +146,6 @@ impl Scene {
         Ok(())
     }
 
-    fn status(&self) -> Result<Option<String>> {
-        let vbd = &self.session.vbd;
-        vbd.store.read(&format!("{}/tap-status", vbd.back))
-    }
-
-    fn wait_status(&self, wanted: &str) -> Result<()> {
-        let mut last = None;
-        wait::until("tap-status", crate::vbd::SOON, || {
-            last = self.status()?;
-            Ok((last.as_deref() == Some(wanted)).then_some(()))
-        })
-        .with_context(|| format!("it is {last:?}, not {wanted}"))
-    }
-
     /// Serves honestly and takes everything apart.
     fn finish(self) -> Result<()> {
         let server = self.serve(Manner::Honest)?;
@@ -213,7 +200,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
         for page in 0..16 {
             scene.session.data.page(page)[0].store(0xbad, Relaxed);
         }
-        scene.wait_status("recovering")?;
+        wait_status(&scene.session, "recovering")?;
         ensure!(
             scene.session.queue().take()?.is_empty(),
             "answers without a process"
@@ -226,7 +213,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
             "{} requests were replayed",
             after.replayed - before.replayed
         );
-        scene.wait_status("live")?;
+        wait_status(&scene.session, "live")?;
         server.kill()?;
     }
     scene.finish()
@@ -240,7 +227,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
         .disk
         .wait("requests in the process", |info| info.delivered == 4)?;
     server.kill()?;
-    scene.wait_status("fencing")?;
+    wait_status(&scene.session, "fencing")?;
     let pinned = scene.disk.info()?;
     ensure!(pinned.state == STATE_FENCING, "{pinned:?}");
     let other = Node::file(&scene.disk.path(), libc::O_NONBLOCK);
@@ -545,7 +532,7 @@ fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
     scene.send(4, 0x77)?;
     scene.disk.wait("delivery", |info| info.delivered == 4)?;
     server.kill()?;
-    scene.wait_status("fencing")?;
+    wait_status(&scene.session, "fencing")?;
     scene.session.queue().push(&flush(99));
     scene.session.queue().publish()?;
     let failed = scene.session.queue().wait(1, ANSWER)?;
@@ -612,7 +599,7 @@ fn tap_stopped(lab: &mut Lab) -> Result<()> {
         .wait("requests", |info| info.waiting + info.delivered == 16)?;
     ensure!(scene.session.queue().take()?.is_empty(), "who answers?");
     // It is published a little later than it changes.
-    scene.wait_status("live")?;
+    wait_status(&scene.session, "live")?;
     server.pause(false)?;
     scene.verify(16, 0x600)?;
     server.kill()?;

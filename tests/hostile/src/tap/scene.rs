@@ -6,6 +6,7 @@ use super::{Node, TapDisk};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, PLAIN};
+use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{bail, ensure, Context, Result};
 use ring::abi::OP_WRITE;
@@ -110,6 +111,16 @@ impl Scene {
         disk.wait("the end of the fence", |info| info.state == STATE_IDLE)?;
         disk.destroy()
     }
+}
+
+/// Waits until the backend says that of a frontend's disk.
+pub(crate) fn wait_status(session: &Session, wanted: &str) -> Result<()> {
+    let (vbd, mut last) = (&session.vbd, None);
+    wait::until("tap-status", crate::vbd::SOON, || {
+        last = vbd.store.read(&format!("{}/tap-status", vbd.back))?;
+        Ok((last.as_deref() == Some(wanted)).then_some(()))
+    })
+    .with_context(|| format!("it is {last:?}, not {wanted}"))
 }
 
 /// Serves a node in this thread until `enough` says so.

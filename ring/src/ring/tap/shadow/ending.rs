@@ -7,9 +7,9 @@
 //! has said for how long that may go on (`FENCE_SESSION`). That counts from when nothing was to be seen,
 //! because what it sent last it sent while it was seen.
 //!
-//! What a process has said of its I/O holds for what it did since then. So with a claim that is not
-//! `FENCE_LOCAL` it cannot take back what it said before, and the longest time counts; with one that is it
-//! says that all of it is over.
+//! What a process has said of its I/O holds from the claim on, served or not: it says so before it reaches its
+//! storage. So with a claim that is not `FENCE_LOCAL` it cannot take back what it said before, and the longest
+//! time counts; with one that is it says that all of it is over.
 
 use core::ops::DerefMut;
 
@@ -33,18 +33,13 @@ pub(super) struct Settling {
 }
 
 impl Settling {
-    /// The process says this of its I/O, and has nothing of ours in hand.
+    /// The process says this of its I/O, and has nothing of ours in hand. It may do I/O of its own, and for
+    /// others, such as NBD clients: so it counts even if it never gets anything of ours.
     pub(super) fn claimed(&mut self, fence: Fence) {
-        if fence == Fence::Local {
-            self.ms = 0;
-        }
-    }
-
-    /// It is served from now on. It may do I/O for others, too, such as NBD clients: so it counts even if
-    /// it never gets anything of ours.
-    pub(super) fn served(&mut self, fence: Fence) {
-        if let Fence::Session { settle_ms } = fence {
-            self.ms = self.ms.max(settle_ms);
+        match fence {
+            Fence::Local => self.ms = 0,
+            Fence::Session { settle_ms } => self.ms = self.ms.max(settle_ms),
+            Fence::None => {}
         }
     }
 

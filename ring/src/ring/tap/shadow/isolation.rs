@@ -49,7 +49,9 @@ pub(super) struct Isolation {
     isolated: u32,
     death: Option<Death>,
     /// The process has answered a request.
-    pub(super) answered: bool,
+    answered: bool,
+    /// The process was started already: the death before it is counted, and what waits is arranged.
+    judged: bool,
     /// Nothing was answered since a request failed.
     unproven: bool,
     /// Requests that failed, and the last of them.
@@ -66,6 +68,12 @@ impl Isolation {
                 answered: self.answered,
             });
         }
+    }
+
+    /// Another process has opened the disk.
+    pub(super) fn opened(&mut self) {
+        self.answered = false;
+        self.judged = false;
     }
 
     /// A process has answered a request.
@@ -146,9 +154,13 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Counts the last death, fails the request that is the reason for it, if that is known, and
-    /// isolates those that may become one.
+    /// isolates those that may become one. Once for each process: it looks at every request, and a process
+    /// may start as often as it likes.
     pub(super) fn judge(&mut self) -> Failed {
         let mut failed = Failed::default();
+        if core::mem::replace(&mut self.isolation.judged, true) {
+            return failed;
+        }
         if let Some(death) = self.isolation.death.take() {
             if let Some(tag) = self.count(death) {
                 self.poison(tag, &mut failed);
@@ -192,8 +204,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 
     /// Puts what waits in an order in which a process answers as much as it can before it meets
-    /// what it may die of. What waits for others is looked at again: a process that was served and
-    /// has claimed again may have looked already.
+    /// what it may die of.
     fn arrange(&mut self) {
         for class in [Class::Trusted, Class::Suspect, Class::Undecided] {
             let mut at = self.order.first();
