@@ -106,6 +106,7 @@ module! {
 struct Blkback {
     #[pin]
     driver: kernel::driver::Registration<Adapter<bus::VbdDriver<tap::Tap>>>,
+    nodes: tap::Nodes,
     tap: tap::Tap,
     queues: WorkQueues,
     claims: Claims,
@@ -115,12 +116,14 @@ struct Blkback {
 impl kernel::InPlaceModule for Blkback {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            // Written first, because a device may be probed as soon as the driver is registered.
-            memory: Memory::new()?,
+            // Before anything else: without Xen there is nothing to do, and nothing is to be seen of it.
+            // What comes before the driver is used by a device, which may be probed at once.
+            memory: linux::needs_xen().and_then(|()| Memory::new())?,
             claims: Claims::new()?,
             queues: WorkQueues::new()?,
             tap: tap::Tap::new()?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),
+            nodes: tap::Nodes::new()?,
         })
     }
 }

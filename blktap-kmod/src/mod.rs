@@ -26,28 +26,43 @@ use crate::linux::char::chardev::{Class, Node, Region};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// The nodes of the module, while it is loaded. Dropping it needs that no node is open and no disk
-/// is bound, which the kernel and the driver see to.
+/// The table of disks, while the module is loaded: the driver looks there, and whoever opens a node.
 pub(crate) struct Tap {
-    _control: Node,
-    // The order matters: the regions go after the nodes, and before the table to which an open
-    // file leads.
-    _controls: Region,
     _registry: registry::Registry,
 }
 
 impl Tap {
-    /// Makes the control node. May sleep.
+    /// Makes the table, before anything is registered. Without [`Nodes`] there is nothing in it.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            _registry: registry::Registry::new()?,
+        })
+    }
+}
+
+/// The nodes of the module. Dropping it needs that no node is open and no disk is bound, which the kernel
+/// and the driver see to.
+pub(crate) struct Nodes {
+    _control: Node,
+    // The order matters: the regions go after the nodes, and before the disks to which an open
+    // file leads.
+    _controls: Region,
+    _disks: registry::Disks,
+}
+
+impl Nodes {
+    /// Makes the control node, when there is a [`Tap`] and nothing else that may fail: a module that cannot
+    /// be loaded goes, whoever has opened a node of it. May sleep.
     pub(crate) fn new() -> Result<Self> {
         let class = Class::new(c"xentap")?;
         let nodes = Region::register::<node::Opener>(c"xentap", registry::MINORS)?;
-        let registry = registry::Registry::new(class.clone(), nodes)?;
+        let disks = registry::Disks::new(class.clone(), nodes);
         // Last, because from here on somebody may be using it.
         let controls = Region::register::<control::Control>(c"xentap-control", 1)?;
         Ok(Self {
             _control: controls.add_node(&class, 0, c"xentap!control")?,
             _controls: controls,
-            _registry: registry,
+            _disks: disks,
         })
     }
 }

@@ -28,7 +28,8 @@ struct Table {
 }
 
 kernel::sync::global_lock! {
-    // SAFETY: `Registry::new`, which the module calls before it makes a node, initialises it once.
+    // SAFETY: `Registry::new`, which the module calls before it registers anything that looks for a disk,
+    // initialises it once.
     unsafe(uninit) static TABLE: Mutex<Option<Table>> = None;
 }
 
@@ -38,23 +39,34 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 pub(super) struct Registry(());
 
 impl Registry {
-    /// Makes the table. Works once in the life of the module. May sleep.
-    pub(super) fn new(class: Arc<Class>, nodes: Region) -> Result<Self> {
+    /// Makes the table, in which nothing is found. Works once in the life of the module. May sleep.
+    pub(super) fn new() -> Result<Self> {
         if INITIALISED.xchg(true, Full) {
             return Err(EBUSY);
         }
         // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
         unsafe { TABLE.init() };
+        Ok(Self(()))
+    }
+}
+
+/// What is in the table: without it no disk can be made. Dropping it needs that no node is open and no disk
+/// is bound.
+pub(super) struct Disks(());
+
+impl Disks {
+    /// None yet. Needs a [`Registry`]. May sleep.
+    pub(super) fn new(class: Arc<Class>, nodes: Region) -> Self {
         *TABLE.lock() = Some(Table {
             places: RBTree::new(),
             nodes,
             class,
         });
-        Ok(Self(()))
+        Self(())
     }
 }
 
-impl Drop for Registry {
+impl Drop for Disks {
     fn drop(&mut self) {
         let table = TABLE.lock().take();
         if let Some(table) = &table {

@@ -6,6 +6,7 @@
 //! above this folder is safe Rust.
 
 use kernel::bindings;
+use kernel::error::{code::ENODEV, Result};
 
 pub(crate) mod block;
 pub(crate) mod char;
@@ -85,8 +86,16 @@ pub(crate) fn is_pv_domain() -> bool {
     unsafe { sys::xbr_xen_pv_domain() != 0 }
 }
 
-/// True if this kernel runs as a Xen domain.
-pub(crate) fn is_xen_domain() -> bool {
+/// For a module that is of no use elsewhere: registration on a machine without Xen would succeed and never
+/// find a device.
+///
+/// # Errors
+///
+/// `ENODEV` if this kernel does not run as a Xen domain.
+pub(crate) fn needs_xen() -> Result {
     // SAFETY: Reads a variable that is fixed since boot.
-    unsafe { sys::xbr_xen_domain() != 0 }
+    match unsafe { sys::xbr_xen_domain() } {
+        0 => Err(ENODEV),
+        _ => Ok(()),
+    }
 }

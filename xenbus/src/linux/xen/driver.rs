@@ -11,7 +11,6 @@
 //! Wraps `__xenbus_register_backend` and `xenbus_unregister_driver` (include/xen/xenbus.h).
 
 use super::device::Device;
-use crate::linux::is_xen_domain;
 use crate::linux::sys;
 use crate::proto::state::State;
 use core::marker::PhantomData;
@@ -82,10 +81,6 @@ unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
         name: &'static CStr,
         module: &'static ThisModule,
     ) -> Result {
-        // Registration on a machine without Xen would succeed and never find a device.
-        if !is_xen_domain() {
-            return Err(ENODEV);
-        }
         let raw = driver.get();
         // SAFETY: The structure was initialised by the caller, and nobody else knows it yet.
         unsafe {
