@@ -360,6 +360,11 @@ impl Io {
         self.0.table.borrow().transfers()
     }
 
+    /// Operations that change a file and failed: whoever executes them for this machine may still do so.
+    pub fn failed(&self) -> u64 {
+        self.0.table.borrow().failed()
+    }
+
     /// System calls that were made, and how often the thread was let sleep in them.
     pub fn counts(&self) -> (u64, u64) {
         (self.0.calls.get(), self.0.sleeps.get())

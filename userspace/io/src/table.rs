@@ -41,6 +41,8 @@ pub(crate) struct Table {
     cancels: Vec<usize>,
     busy: usize,
     transfers: usize,
+    /// Operations that change a file and failed.
+    failed: u64,
     finished: u64,
     /// Vectors that nobody uses, for their memory.
     spare: Vec<Vec<libc::iovec>>,
@@ -48,6 +50,16 @@ pub(crate) struct Table {
 
 fn is_transfer(op: &Op) -> bool {
     !matches!(op, Op::Ready { .. } | Op::Command { .. })
+}
+
+/// It changes a file, and was not refused as something that is never done there.
+fn may_be_executed(op: &Op, result: i32) -> bool {
+    match op {
+        Op::Write { .. } | Op::Sync { .. } | Op::Zero { .. } | Op::Discard { .. } => {
+            result != -libc::EOPNOTSUPP
+        }
+        Op::Read { .. } | Op::Ready { .. } | Op::Command { .. } => false,
+    }
 }
 
 impl Table {
@@ -151,6 +163,7 @@ impl Table {
         self.busy -= 1;
         self.finished = self.finished.wrapping_add(1);
         self.transfers -= usize::from(is_transfer(&slot.op));
+        self.failed += u64::from(result < 0 && may_be_executed(&slot.op, result));
         match std::mem::replace(&mut slot.state, State::Done(result)) {
             State::Busy(Some(waker)) => waker.wake(),
             State::Detached => self.release(index),
@@ -201,6 +214,10 @@ impl Table {
 
     pub(crate) fn transfers(&self) -> usize {
         self.transfers
+    }
+
+    pub(crate) fn failed(&self) -> u64 {
+        self.failed
     }
 
     /// Operations are under way that cannot be begun a second time.

@@ -118,6 +118,16 @@ impl Fake {
         self.0.changed.notify_all();
     }
 
+    /// Of the process that is gone nothing is to be seen, so many milliseconds after the kernel's clock began.
+    /// True if all of it is over.
+    pub fn looks_quiet(&self, ms: u64) -> bool {
+        let mut state = self.lock();
+        let over = state.shadow.quiet(ms * 1_000_000).is_some();
+        self.reap(&mut state);
+        self.0.changed.notify_all();
+        over
+    }
+
     fn reap(&self, state: &mut State) {
         let State {
             shadow, answers, ..

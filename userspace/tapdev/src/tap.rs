@@ -5,6 +5,7 @@ use crate::request::{self, Malformed, Request};
 use crate::{records, Fence, Node, Params};
 use diskio::{Data, Region};
 use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -19,6 +20,8 @@ pub struct Tap {
     descriptors: Region,
     arena: Rc<Region>,
     opened: Instant,
+    /// What the kernel knows of the end of this program's I/O.
+    claimed: Cell<Option<Fence>>,
 }
 
 impl Tap {
@@ -37,6 +40,7 @@ impl Tap {
             descriptors,
             arena: Rc::new(arena),
             opened: Instant::now(),
+            claimed: Cell::new(None),
         })
     }
 
@@ -89,14 +93,16 @@ impl Tap {
         self.info.features & abi::FEATURE_CLAIM != 0
     }
 
-    /// Says what this program understands and when its I/O is over after its end, and asks for requests
-    /// from now on.
+    /// Says what this program understands and when its I/O is over after its end, before there is any: it
+    /// holds from now on, whether the disk is started or not. To say it again changes nothing.
     ///
     /// # Errors
-    /// As the kernel says; [`io::ErrorKind::Unsupported`] if guests were told that the disk can do more, or
-    /// if the kernel module does not know of such I/O; [`io::ErrorKind::ResourceBusy`] before that of
-    /// another process [`settles`](Self::settles).
-    pub fn start(&self, fence: Fence) -> io::Result<()> {
+    /// As the kernel says; [`io::ErrorKind::Unsupported`] if the kernel module does not know of such I/O;
+    /// [`io::ErrorKind::ResourceBusy`] before that of another process [`settles`](Self::settles).
+    pub fn uses(&self, fence: Fence) -> io::Result<()> {
+        if self.claimed.get() == Some(fence) {
+            return Ok(());
+        }
         // A kernel module of the time before claims knows nothing that we do not understand.
         if self.has_claims() {
             self.claim(fence)?;
@@ -115,6 +121,17 @@ impl Tap {
                 ),
             ));
         }
+        self.claimed.set(Some(fence));
+        Ok(())
+    }
+
+    /// Says when this program's I/O is over, if it has not, and asks for requests from now on.
+    ///
+    /// # Errors
+    /// As for [`uses`](Self::uses), and as the kernel says; [`io::ErrorKind::Unsupported`] if guests were
+    /// told that the disk can do more.
+    pub fn start(&self, fence: Fence) -> io::Result<()> {
+        self.uses(fence)?;
         let Err(error) = self.node.start() else {
             return Ok(());
         };
@@ -152,10 +169,12 @@ impl Tap {
     /// # Errors
     /// As the kernel says: the process still has requests, or the module is older.
     pub fn rest(&self) -> io::Result<()> {
-        match self.has_claims() {
-            true => self.claim(Fence::Local),
-            false => Err(io::ErrorKind::Unsupported.into()),
+        if !self.has_claims() {
+            return Err(io::ErrorKind::Unsupported.into());
         }
+        self.claim(Fence::Local)?;
+        self.claimed.set(Some(Fence::Local));
+        Ok(())
     }
 
     /// Commits, then fetches as many tags as there is room for, without waiting. Returns how many

@@ -66,6 +66,8 @@ struct Inner {
     started: bool,
     /// What the kernel was told of the end of this process's I/O.
     fence: Option<tapdev::Fence>,
+    /// What could not be opened may be written all the same: nobody knows when that is over.
+    unsure: bool,
     open: Option<Open>,
     disk: Option<tapdisk::Disk>,
     server: Option<Rc<Server>>,
@@ -334,8 +336,15 @@ impl Session {
             self.find_kept().await;
         }
         let identity = Identity::of(&open, image.as_ref());
-        let (disk, shape) = self.disk(&tap, &open, image).await?;
-        self.serve(&tap, open, engine, identity, disk, shape).await
+        let failed = self.runtime.io.failed();
+        let served = match self.disk(&open, image).await {
+            Ok((disk, shape)) => self.serve(&tap, open, engine, identity, disk, shape).await,
+            Err(failure) => Err(failure),
+        };
+        if served.is_err() {
+            self.retreat(failed).await;
+        }
+        served
     }
 
     /// Serves a disk of a driver that [`drivers::open`] does not know, in the same states as a call for
@@ -372,25 +381,19 @@ impl Session {
         shape: Shape,
     ) -> Result<Reply, Failure> {
         let params = params(&shape, &open);
-        let fence = fence(disk.fence());
-        let (known, started) = {
+        self.reach(&open, disk.fence()).await?;
+        let (known, started, claimed) = {
             let state = self.state.borrow();
-            (state.params, state.started)
+            (state.params, state.started, state.fence)
         };
+        let own = fence(disk.fence());
+        let fence = claimed.unwrap_or(own);
         // The guest learns nothing of an image that is refused.
-        if started && self.state.borrow().fence != Some(fence) {
-            return Err(Failure::new(
-                Code::State,
-                format!(
-                    "{} is not on the same kind of storage as the image before, local or over a network: \
-                     close the disk and open it again",
-                    open.target
-                ),
-            ));
+        if started && fence != own {
+            return Err(other_storage(&open));
         }
         self.describe(tap, &open, known, params)?;
         if !started {
-            self.settle(tap, disk.fence()).await?;
             tap.start(fence)
                 .map_err(|error| Failure::system("cannot start the node", &error))?;
         }
@@ -427,10 +430,36 @@ impl Session {
         Ok(Reply::Disk(disk))
     }
 
+    /// To be called before the first I/O on storage: tells the kernel when it is over after the end of this
+    /// process, which holds from then on, and waits until that of the process before is. It is for those who
+    /// have a disk of their own, see [`serve_disk`](Self::serve_disk).
+    ///
+    /// # Errors
+    /// There is no node, the kernel refuses it, or the disk was started on storage where I/O is over sooner.
+    pub async fn reach(&self, open: &Open, storage: Fence) -> Result<(), Failure> {
+        let (tap, known, started) = {
+            let state = self.state.borrow();
+            let tap = state.tap.clone().ok_or_else(no_node)?;
+            (tap, state.fence, state.started)
+        };
+        let widest = fence(storage).max(known.unwrap_or(tapdev::Fence::Local));
+        if known == Some(widest) {
+            return Ok(());
+        }
+        if started {
+            return Err(other_storage(open));
+        }
+        self.settle(&tap, widest).await?;
+        tap.uses(widest)
+            .map_err(|error| Failure::system("the kernel refuses such storage", &error))?;
+        self.state.borrow_mut().fence = Some(widest);
+        Ok(())
+    }
+
     /// Waits until I/O of a process that had the node before is over, where the kernel does not.
-    async fn settle(&self, tap: &Tap, storage: Fence) -> Result<(), Failure> {
-        let time = tap.settles(fence(storage));
-        if time.is_zero() || self.state.borrow().started {
+    async fn settle(&self, tap: &Tap, fence: tapdev::Fence) -> Result<(), Failure> {
+        let time = tap.settles(fence);
+        if time.is_zero() {
             return Ok(());
         }
         eprintln!(
@@ -578,6 +607,17 @@ fn process() -> Process {
         program: env!("CARGO_PKG_VERSION").to_string(),
         abi: tapdev::ABI_VERSION,
     }
+}
+
+fn other_storage(open: &Open) -> Failure {
+    Failure::new(
+        Code::State,
+        format!(
+            "{} is not on the same kind of storage as the image before, local or over a network: close the \
+             disk and open it again",
+            open.target
+        ),
+    )
 }
 
 fn no_node() -> Failure {

@@ -6,10 +6,10 @@ mod common;
 use common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
-use diskio::{Bytes, Data, Errno, Region, Runtime};
+use diskio::{Bytes, Data, Errno, Io, Op, Region, Runtime};
 use drivers::{Attributes, Disk, Driver, Fence, Shape};
 use ring::response::Status;
-use ring::tap::shadow::Op;
+use ring::tap::shadow::Op as Kind;
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -90,12 +90,12 @@ fn under_an_older_kernel_the_process_waits_itself() {
     const SETTLES: Duration = Duration::from_millis(400);
     let fake = Fake::before_claims(4).unwrap();
     let process = serving(&fake, 400);
-    let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    let tag = fake.send(Kind::Write, 0, &[1; 512], false).unwrap();
     assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
     process.kill();
     let begun = Instant::now();
     let process = serving(&fake, 400);
-    let tag = fake.send(Op::Write, 0, &[2; 512], false).unwrap();
+    let tag = fake.send(Kind::Write, 0, &[2; 512], false).unwrap();
     assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
     assert!(begun.elapsed() >= SETTLES, "{:?}", begun.elapsed());
     process.exit();
@@ -109,6 +109,20 @@ struct Watched {
     claims: Rc<RefCell<Vec<(u32, u32)>>>,
     /// It takes no more than one, as older modules do.
     refuses: bool,
+    /// A write fails as soon as something is claimed.
+    breaks: Option<Io>,
+}
+
+/// A write that fails.
+fn broken(io: &Io) {
+    let file = Rc::new(OwnedFd::from(std::fs::File::open("/dev/zero").unwrap()));
+    let data = io.buffer(512).unwrap().into();
+    drop(io.submit(Op::Write {
+        file,
+        offset: 0,
+        data,
+        durable: false,
+    }));
 }
 
 impl Node for Watched {
@@ -124,6 +138,7 @@ impl Node for Watched {
     fn claim(&self, claims: &Claims) -> io::Result<()> {
         let mut known = self.claims.borrow_mut();
         known.push((claims.fence, claims.settle_ms));
+        self.breaks.iter().for_each(broken);
         match (known.len(), self.refuses) {
             (1, _) => self.node.claim(claims),
             (_, true) => Err(io::Error::from(Errno::INVAL)),
@@ -144,12 +159,13 @@ impl Node for Watched {
 /// What a process claims that serves one write and ends in order.
 fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)> {
     let fake = Fake::new(4).unwrap();
-    fake.send(Op::Write, 0, &[1; 512], false).unwrap();
+    fake.send(Kind::Write, 0, &[1; 512], false).unwrap();
     let claims: Rc<RefCell<Vec<(u32, u32)>>> = Rc::default();
     let node = Watched {
         node: fake.open().unwrap(),
         claims: claims.clone(),
         refuses,
+        breaks: None,
     };
     let session = Session::new(&Runtime::new());
     session.attach(Tap::open(node).unwrap()).unwrap();
@@ -171,6 +187,75 @@ fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)>
     session.run().unwrap();
     let claims = claims.borrow().clone();
     claims
+}
+
+/// What a process claims that cannot open an image on storage that may be anywhere, and ends.
+fn claims_of_an_image_that_cannot_be_opened(breaks: bool) -> Vec<(u32, u32)> {
+    let fake = Fake::new(4).unwrap();
+    let claims: Rc<RefCell<Vec<(u32, u32)>>> = Rc::default();
+    let runtime = Runtime::new();
+    let node = Watched {
+        node: fake.open().unwrap(),
+        claims: claims.clone(),
+        refuses: false,
+        breaks: breaks.then(|| runtime.io.clone()),
+    };
+    let session = Session::new(&runtime);
+    session.attach(Tap::open(node).unwrap()).unwrap();
+    let its = session.clone();
+    runtime.tasks.spawn(async move {
+        // Of no file system that is known, and empty.
+        let path = "/proc/self/comm";
+        let image = std::fs::File::options().read(true).write(true).open(path);
+        let open = Open::new(format!("sync:{path}").parse().unwrap());
+        let refused = its
+            .handle(Request::Open(open), vec![image.unwrap().into()])
+            .await;
+        assert!(refused.is_err(), "{refused:?}");
+        while breaks && its.runtime().io.failed() == 0 {
+            let moment = Duration::from_millis(1);
+            its.runtime().io.sleep(moment).await.unwrap();
+        }
+        its.leave().await.unwrap();
+    });
+    session.run().unwrap();
+    assert_eq!(fake.info().sectors, 0, "the guest was told of it");
+    let claims = claims.borrow().clone();
+    claims
+}
+
+/// What is done to open it may come late, too.
+#[test]
+fn storage_is_claimed_before_it_is_looked_at() {
+    let session = (FENCE_SESSION, 60_000);
+    let over = (FENCE_LOCAL, 0);
+    assert_eq!(
+        claims_of_an_image_that_cannot_be_opened(false),
+        [session, over]
+    );
+    assert_eq!(claims_of_an_image_that_cannot_be_opened(true), [session]);
+}
+
+/// The next one waits for it all the same.
+#[test]
+fn what_was_reached_counts_of_a_process_that_dies_before_it_serves() {
+    let fake = Fake::new(4).unwrap();
+    let session = Session::new(&Runtime::new());
+    session
+        .attach(Tap::open(fake.open().unwrap()).unwrap())
+        .unwrap();
+    let its = session.clone();
+    session.runtime().tasks.spawn(async move {
+        let open = Open::new("null:1M".parse().unwrap());
+        let far = behind(700).fence;
+        its.reach(&open, far).await.unwrap();
+        its.end();
+    });
+    session.run().unwrap();
+    drop(session);
+    assert!(!fake.looks_quiet(0), "nothing of it is to be seen yet");
+    assert!(!fake.looks_quiet(699), "it may be executed");
+    assert!(fake.looks_quiet(700));
 }
 
 #[test]

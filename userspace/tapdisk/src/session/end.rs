@@ -95,15 +95,27 @@ impl Session {
         stopped.map(|()| Reply::Done)
     }
 
+    /// An image could not be opened; so many operations that change a file had failed before. Another one may
+    /// be opened, or nobody has to wait, unless something may still be executed.
+    pub(super) async fn retreat(&self, failed: u64) {
+        if self.state.borrow().started {
+            return;
+        }
+        let io = &self.runtime.io;
+        let unsure = io.failed() != failed || io.transfers() > 0;
+        self.state.borrow_mut().unsure |= unsure;
+        self.rest().await;
+    }
+
     /// Tells the kernel that nothing is under way any more, if it would have to assume otherwise: the next
     /// process need not wait.
     async fn rest(&self) {
-        let (tap, link, fence) = {
+        let (tap, link, fence, unsure) = {
             let state = self.state.borrow();
-            (state.tap.clone(), state.link.clone(), state.fence)
+            let (tap, link) = (state.tap.clone(), state.link.clone());
+            (tap, link, state.fence, state.unsure)
         };
-        let (Some(tap), Some(link), Some(tapdev::Fence::Session { .. })) = (tap, link, fence)
-        else {
+        let (Some(tap), Some(tapdev::Fence::Session { .. }), false) = (tap, fence, unsure) else {
             return;
         };
         // What failed may have been given up here, and be executed all the same.
@@ -114,13 +126,15 @@ impl Session {
         let mut told = tap.rest();
         for _ in 0..RESTS {
             // What a command brought after the server stopped goes back first.
-            if told.is_ok() || !link.has_commands() || io.sleep(MOMENT).await.is_err() {
+            let comes = link.as_ref().is_some_and(|link| link.has_commands());
+            if told.is_ok() || !comes || io.sleep(MOMENT).await.is_err() {
                 break;
             }
             told = tap.rest();
         }
-        if let Err(error) = told {
-            self.note("the next process waits as if this one had died", &error);
+        match told {
+            Ok(()) => self.state.borrow_mut().fence = None,
+            Err(error) => self.note("the next process waits as if this one had died", &error),
         }
     }
 

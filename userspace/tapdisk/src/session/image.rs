@@ -9,7 +9,6 @@ use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Below, Kind, Options};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use tapdev::Tap;
 
 /// The format of a driver's images, if they have one.
 fn kind(driver: Driver) -> Option<Kind> {
@@ -71,16 +70,14 @@ impl Session {
     }
 
     /// The disk that `open` asks for, when I/O of the process before is over: what is read now must not
-    /// change any more.
+    /// change any more. The kernel knows before when that of this one is.
     pub(super) async fn disk(
         &self,
-        tap: &Tap,
         open: &Open,
         image: Option<OwnedFd>,
     ) -> Result<(Disk, Shape), Failure> {
-        let fence = image.as_ref().map(Fence::of_descriptor);
-        if let Some(fence) = fence {
-            self.settle(tap, fence).await?;
+        if let Some(image) = &image {
+            self.reach(open, Fence::of_descriptor(image)).await?;
         }
         let io = &self.runtime.io;
         let (Some(kind), Some(path)) = (kind(open.target.driver()), open.target.path()) else {
@@ -99,9 +96,7 @@ impl Session {
         };
         let parts = Parts {
             session: self,
-            tap,
             open,
-            fence,
         };
         let disk = formats::open_chain(kind, file, path, options, &parts).await?;
         drivers::activate(disk, open).await
@@ -111,10 +106,7 @@ impl Session {
 /// The files that an image names.
 struct Parts<'s> {
     session: &'s Session,
-    tap: &'s Tap,
     open: &'s Open,
-    /// When I/O on the image itself is over.
-    fence: Option<Fence>,
 }
 
 impl formats::Files<File> for Parts<'_> {
@@ -131,10 +123,10 @@ impl formats::Files<File> for Parts<'_> {
             false => (Needed::Parent { path: path.into() }, LockKind::Read),
         };
         let given = self.session.needs.ask(what).await?;
-        let fence = Fence::of_descriptor(&given.fd);
-        // It may be on other storage than the image.
-        if writable && Some(fence) != self.fence {
-            self.session.settle(self.tap, fence).await?;
+        // It may be on other storage than the image. What reads a parent can do no harm later.
+        if writable {
+            let fence = Fence::of_descriptor(&given.fd);
+            self.session.reach(self.open, fence).await?;
         }
         let name = path.display().to_string();
         let io = &self.session.runtime.io;
