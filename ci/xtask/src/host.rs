@@ -51,10 +51,12 @@ pub(crate) fn prepare() -> Result<()> {
     )))
 }
 
-/// What the tests on the host compare with: Xen's own headers, and a compiler to read them.
+/// What the tests on the host compare with: Xen's own headers and a compiler to read them, and QEMU's tools
+/// for images.
 const TEST_NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/cc", "gcc"),
     ("/usr/include/xen/io/blkif.h", "libxen-dev"),
+    ("/usr/bin/qemu-img", "qemu-utils"),
 ];
 
 /// Installs what the tests on the host compare with, when we are root; otherwise those tests skip

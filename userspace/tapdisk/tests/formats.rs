@@ -3,6 +3,8 @@
 //! what was answered is there, and QEMU's tools find nothing wrong.
 
 mod common;
+#[path = "../../formats/tests/common/qemu.rs"]
+mod qemu;
 
 use common::guest::{step, Guest, Step};
 use common::Process;
@@ -10,6 +12,7 @@ use control::tapdisk::{Disk, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Driver, Failure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
+use qemu::has_qemu;
 use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
@@ -32,9 +35,7 @@ struct Folder(tempfile::TempDir);
 impl Folder {
     /// Nothing, and says so, if QEMU's tools are not there.
     fn new(test: &str) -> Option<Self> {
-        let known = Command::new("qemu-img").arg("--version").output();
-        if !known.is_ok_and(|output| output.status.success()) {
-            println!("SKIP {test}: there is no qemu-img, install qemu-utils");
+        if !has_qemu(test) {
             return None;
         }
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"));

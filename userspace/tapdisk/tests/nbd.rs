@@ -2,10 +2,13 @@
 //! The disk over NBD: by hand where it matters what bytes are sent, and by QEMU's tools.
 
 mod common;
+#[path = "../../formats/tests/common/qemu.rs"]
+mod qemu;
 
 use common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Reply, Request};
 use control::Code;
+use qemu::has_qemu;
 use ring::tap::shadow::Op;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -293,9 +296,7 @@ fn client_is_told_where_nothing_is() {
 
 #[test]
 fn tools_of_qemu_understand_it() {
-    let known = Command::new("qemu-io").arg("--version").output();
-    if known.is_err() {
-        println!("SKIP tools_of_qemu_understand_it: there is no qemu-io, install qemu-utils");
+    if !has_qemu("tools_of_qemu_understand_it") {
         return;
     }
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));

@@ -12,15 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
 
-/// False, and said so, if the tools are not there.
-pub(crate) fn has_qemu(test: &str) -> bool {
-    let known = Command::new("qemu-io").arg("--version").output();
-    let is_there = known.is_ok_and(|output| output.status.success());
-    if !is_there {
-        println!("SKIP {test}: there is no qemu-io, install qemu-utils");
-    }
-    is_there
-}
+pub(crate) use super::qemu::has_qemu;
 
 /// Seconds that one call of a tool may take on a disk that others keep busy.
 const LIMIT: &str = "300";

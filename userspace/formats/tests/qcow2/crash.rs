@@ -274,7 +274,7 @@ fn check(bytes: &[u8], case: &Case, leaks: bool, when: &str) {
     assert!(is_right, "{}, {when}: {said}", case.name);
 }
 
-fn run(case: &Case, seed: u64, steps: u64) {
+fn run(case: &Case, seed: u64, steps: u64, has_qemu: bool) {
     let runtime = Runtime::new();
     let base = fresh(&runtime, case);
     let memory = Memory::new(base.clone(), seed, true);
@@ -284,9 +284,8 @@ fn run(case: &Case, seed: u64, steps: u64) {
     let history = exercise(&runtime, &disk, SECTORS, steps, &chance, move || log.now());
     let log = memory.log();
     let mut bytes = base.clone();
-    let is_there = has_qemu("check of images after a death");
     let qemu = |bytes: &[u8], leaks, now: usize| {
-        if is_there {
+        if has_qemu {
             check(bytes, case, leaks, &format!("seed {seed}, at {now}"));
         }
     };
@@ -333,9 +332,10 @@ fn seeds() -> std::ops::Range<u64> {
 
 #[test]
 fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
+    let has_qemu = has_qemu("every_prefix_of_the_writes_is_an_image_that_shows_what_it_must");
     for case in cases() {
         for seed in seeds() {
-            run(&case, seed, 40);
+            run(&case, seed, 40, has_qemu);
         }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Folders with images, and the programs that are run in them.
 
+pub(crate) use crate::qemu::has_qemu;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -17,16 +18,6 @@ pub(crate) struct Said {
     pub(crate) status: Option<i32>,
     pub(crate) out: String,
     pub(crate) err: String,
-}
-
-/// False, and said so, if QEMU's tools are not there.
-pub(crate) fn has_qemu(test: &str) -> bool {
-    let known = Command::new("qemu-img").arg("--version").output();
-    let is_there = known.is_ok_and(|output| output.status.success());
-    if !is_there {
-        println!("SKIP {test}: there is no qemu-img, install qemu-utils");
-    }
-    is_there
 }
 
 fn said(output: Output) -> Said {

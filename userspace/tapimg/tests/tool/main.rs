@@ -5,4 +5,6 @@ mod bench;
 mod convert;
 mod create;
 mod look;
+#[path = "../../../formats/tests/common/qemu.rs"]
+mod qemu;
 mod wrong;
