@@ -8,7 +8,6 @@ mod bell;
 mod chain;
 mod clusters;
 mod field;
-mod join;
 mod locks;
 mod needs;
 mod open;

@@ -4,14 +4,22 @@
 use super::compressed::unpack;
 use super::image::{Image, Run};
 use crate::base;
-use crate::join;
 use crate::Storage;
 use diskio::{Data, Errno};
 use drivers::{Content, Extent};
+use futures::future::join_all;
+use std::future::Future;
 use std::rc::Rc;
 
 /// Pieces of one request that are read at the same time.
 pub(crate) const PIECES: usize = 64;
+
+/// Waits until all are over, whichever fails: none may be dropped while its I/O is under way.
+pub(crate) async fn all(
+    pieces: Vec<impl Future<Output = Result<(), Errno>>>,
+) -> Result<(), Errno> {
+    join_all(pieces).await.into_iter().collect()
+}
 
 impl<S: Storage> Image<S> {
     /// Reads into all of `data`.
@@ -34,11 +42,11 @@ impl<S: Storage> Image<S> {
             let part = data.part(at as usize, len as usize);
             pieces.push(self.read_run(run, guest + at, part));
             if pieces.len() == PIECES {
-                join::all(std::mem::take(&mut pieces)).await?;
+                all(std::mem::take(&mut pieces)).await?;
             }
             at += len;
         }
-        join::all(pieces).await
+        all(pieces).await
     }
 
     async fn read_run(&self, run: Run, guest: u64, data: Data) -> Result<(), Errno> {

@@ -4,8 +4,7 @@
 use super::alloc::Clusters;
 use super::entry::{Entry, Part, Place};
 use super::image::{Found, Image, Run};
-use super::read::PIECES;
-use crate::join;
+use super::read::{all, PIECES};
 use crate::Storage;
 use diskio::{Bytes, Data, Errno};
 use std::ops::Range;
@@ -55,12 +54,12 @@ impl<S: Storage> Image<S> {
                     .await?;
             }
             if pieces.len() == PIECES {
-                join::all(std::mem::take(&mut pieces)).await?;
+                all(std::mem::take(&mut pieces)).await?;
             }
         }
         match pieces.len() {
             1 => pieces.remove(0).await,
-            _ => join::all(pieces).await,
+            _ => all(pieces).await,
         }
     }
 

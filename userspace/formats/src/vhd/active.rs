@@ -8,13 +8,13 @@ use super::header::Header;
 use super::room::{Room, PAGE};
 use crate::base::{self, Base, Row};
 use crate::field::{failed, part, pieces, refused};
-use crate::join::both;
 use crate::locks::Locks;
 use crate::tables::Tables;
 use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Content, Extent};
+use futures::future::join;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -239,7 +239,7 @@ impl<S: Storage> Active<S> {
         match data {
             Some(data) => {
                 let data = self.storage.write(at + self.bitmap + within, data);
-                let (bitmap, data) = both(bitmap, data).await;
+                let (bitmap, data) = join(bitmap, data).await;
                 bitmap.and(data)?;
                 let begin = u64::from(block) * self.block;
                 self.settle(begin + within, len).await?;
