@@ -34,14 +34,6 @@ impl Base {
         self.size.get()
     }
 
-    pub(crate) async fn inactivate(&self) -> Result<(), Errno> {
-        self.disk.inactivate().await
-    }
-
-    pub(crate) async fn close(&self) -> Result<(), Errno> {
-        self.disk.close().await
-    }
-
     /// Reads; what is behind its end is zero.
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let len = data.len() as u64;
@@ -67,6 +59,22 @@ impl Base {
             }]),
             there => self.disk.extents(offset, there).await,
         }
+    }
+}
+
+/// Lets go of what an image goes on from, if there is such.
+pub(crate) async fn inactivate(parent: Option<&Base>) -> Result<(), Errno> {
+    match parent {
+        Some(parent) => parent.disk.inactivate().await,
+        None => Ok(()),
+    }
+}
+
+/// Nothing comes after this for what an image goes on from, if there is such.
+pub(crate) async fn close(parent: Option<&Base>) -> Result<(), Errno> {
+    match parent {
+        Some(parent) => parent.disk.close().await,
+        None => Ok(()),
     }
 }
 

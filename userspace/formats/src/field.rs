@@ -3,6 +3,7 @@
 
 use control::{Code, Failure};
 use diskio::{Data, Errno};
+use std::collections::BTreeMap;
 
 /// The `N` bytes from `at` on; zeroes if they are not there.
 pub(crate) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -74,6 +75,13 @@ pub(crate) fn no_extents(format: &str, count: usize) -> Result<(), Failure> {
 /// I/O on the image failed while `what` was tried.
 pub(crate) fn failed(what: &str) -> impl FnOnce(Errno) -> Failure + '_ {
     move |error| Failure::system(what, &error.into())
+}
+
+/// Numbers for the statistics of a driver.
+pub(crate) fn counters<const N: usize>(numbers: [(&str, u64); N]) -> BTreeMap<String, u64> {
+    numbers
+        .map(|(name, number)| (name.to_string(), number))
+        .into()
 }
 
 /// Pieces of a range that lie in one unit each: the unit, where in it the piece begins, where in the

@@ -4,9 +4,9 @@
 
 mod header;
 
-use crate::base::Base;
+use crate::base::{self, Base};
 use crate::clusters::{Clusters, Found, Map, Packed};
-use crate::field::{be64, failed, no_extents, put, refused};
+use crate::field::{be64, counters, failed, no_extents, put, refused};
 use crate::locks::Locks;
 use crate::storage;
 use crate::tables::{Pinned, Table, Tables};
@@ -396,32 +396,24 @@ impl<S: Storage> Driver for Qcow<S> {
             return BTreeMap::new();
         };
         let (bytes, hits, misses) = active.counts();
-        [
+        counters([
             ("cache_bytes", bytes),
             ("cache_hits", hits),
             ("cache_misses", misses),
-        ]
-        .map(|(name, value)| (name.to_string(), value))
-        .into()
+        ])
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
         // Whatever came of that, nothing may be left in memory.
-        let parent = match &self.parent {
-            Some(parent) => parent.inactivate().await,
-            None => Ok(()),
-        };
+        let parent = base::inactivate(self.parent.as_deref()).await;
         let forgotten = self.storage.forget();
         finished.and(parent).and(forgotten)
     }
 
     async fn close(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        let parent = match &self.parent {
-            Some(parent) => parent.close().await,
-            None => Ok(()),
-        };
+        let parent = base::close(self.parent.as_deref()).await;
         finished.and(parent)
     }
 }

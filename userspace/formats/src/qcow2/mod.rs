@@ -26,8 +26,8 @@ pub use header::{Backing, Compression, Header};
 pub use snapshot::Snapshot;
 
 use crate::barrier::Barrier;
-use crate::base::Base;
-use crate::field::refused;
+use crate::base::{self, Base};
+use crate::field::{counters, refused};
 use crate::Extent as Part;
 use crate::{storage, Needs, Options, Parent, Parts, Storage};
 use alloc::Allocator;
@@ -236,6 +236,18 @@ impl<S: Storage> Qcow2<S> {
         })
     }
 
+    /// Makes durable what was written, which is what counts, and then gives clusters back that nobody uses.
+    async fn finish(&self) -> Result<(), Errno> {
+        let image = self.image.borrow_mut().take();
+        let Some(image) = image.filter(|image| image.writable) else {
+            return Ok(());
+        };
+        image.flush().await?;
+        image.free().await;
+        image.give_back().await;
+        image.flush().await
+    }
+
     fn shape(&self, image: &Image<S>) -> Shape {
         // CAST: sizes of clusters, at most 2 MiB.
         let (cluster, part) = (
@@ -319,7 +331,7 @@ impl<S: Storage> Driver for Qcow2<S> {
         let Ok(image) = self.image() else {
             return BTreeMap::new();
         };
-        let numbers = [
+        counters([
             (
                 "metadata_bytes",
                 image.slices.count() as u64 * image.slices.slice_len(),
@@ -329,43 +341,23 @@ impl<S: Storage> Driver for Qcow2<S> {
             ("clusters_prepared", image.allocator.prepared.get()),
             ("clusters_freed", image.allocator.freed.get()),
             ("damage", u64::from(image.reported.get())),
-        ];
-        numbers
-            .into_iter()
-            .map(|(name, number)| (name.to_string(), number))
-            .collect()
+        ])
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
-        let image = self.image()?;
-        if image.writable {
-            image.flush().await?;
-            image.free().await;
-            image.give_back().await;
-            image.flush().await?;
+        let finished = self.finish().await;
+        // Whatever came of that, somebody else may change it before it is active again.
+        let below = base::inactivate(self.below.as_deref()).await;
+        let mut forgotten = Ok(());
+        for file in [&self.file].into_iter().chain(&self.data_file) {
+            forgotten = forgotten.and(file.forget());
         }
-        if let Some(below) = &image.below {
-            below.inactivate().await?;
-        }
-        *self.image.borrow_mut() = None;
-        // Somebody else may change it before it is active again.
-        image.file.forget()?;
-        image.data.forget()
+        finished.and(below).and(forgotten)
     }
 
     async fn close(&self) -> Result<(), Errno> {
-        let Ok(image) = self.image() else {
-            return Ok(());
-        };
-        if image.writable {
-            image.flush().await?;
-            image.free().await;
-            image.give_back().await;
-        }
-        if let Some(below) = &image.below {
-            below.close().await?;
-        }
-        *self.image.borrow_mut() = None;
-        Ok(())
+        let finished = self.finish().await;
+        let below = base::close(self.below.as_deref()).await;
+        finished.and(below)
     }
 }

@@ -15,9 +15,7 @@ use std::rc::Rc;
 pub(crate) const PIECES: usize = 64;
 
 /// Waits until all are over, whichever fails: none may be dropped while its I/O is under way.
-pub(crate) async fn all(
-    pieces: Vec<impl Future<Output = Result<(), Errno>>>,
-) -> Result<(), Errno> {
+pub(crate) async fn all(pieces: Vec<impl Future<Output = Result<(), Errno>>>) -> Result<(), Errno> {
     join_all(pieces).await.into_iter().collect()
 }
 

@@ -7,7 +7,7 @@ use super::footer::Footer;
 use super::header::Header;
 use super::room::{Room, PAGE};
 use crate::base::{self, Base, Row};
-use crate::field::{failed, part, pieces, refused};
+use crate::field::{counters, failed, part, pieces, refused};
 use crate::locks::Locks;
 use crate::tables::Tables;
 use crate::{storage, Options, Storage};
@@ -398,7 +398,7 @@ impl<S: Storage> Active<S> {
         let count = self.blocks.count();
         let there = (0..count).filter(|block| self.blocks.place(*block).is_some());
         let (cached, hits, misses) = self.bitmaps.counts();
-        [
+        counters([
             ("blocks", u64::from(count)),
             ("blocks_used", there.count() as u64),
             ("block_bytes", self.block),
@@ -406,9 +406,7 @@ impl<S: Storage> Active<S> {
             ("cache_bytes", cached),
             ("cache_hits", hits),
             ("cache_misses", misses),
-        ]
-        .map(|(name, value)| (name.to_string(), value))
-        .into()
+        ])
     }
 }
 

@@ -29,7 +29,7 @@ pub use footer::Kind;
 pub use image::{id, look, spelled};
 pub use resize::grow;
 
-use crate::base::Base;
+use crate::base::{self, Base};
 use crate::field::{failed, no_extents, refused};
 use crate::{Options, Parts, Storage};
 use active::Active;
@@ -243,20 +243,14 @@ impl<S: Storage> Driver for Vhd<S> {
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
         // Whatever came of that, nothing may be left in memory.
-        let parent = match &self.parent {
-            Some(parent) => parent.inactivate().await,
-            None => Ok(()),
-        };
+        let parent = base::inactivate(self.parent.as_deref()).await;
         let forgotten = self.storage.forget();
         finished.and(parent).and(forgotten)
     }
 
     async fn close(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        let parent = match &self.parent {
-            Some(parent) => parent.close().await,
-            None => Ok(()),
-        };
+        let parent = base::close(self.parent.as_deref()).await;
         finished.and(parent)
     }
 }

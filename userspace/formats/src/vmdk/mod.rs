@@ -11,9 +11,9 @@ mod sparse;
 
 pub use create::{create, plan, Create, Form, NewFile};
 
-use crate::base::Base;
+use crate::base::{self, Base};
 use crate::clusters::Clusters;
-use crate::field::{failed, refused};
+use crate::field::{counters, failed, refused};
 use crate::storage;
 use crate::tail::Tail;
 use crate::{Extent as NeededExtent, Needs, Options, Parent, Parts, Storage};
@@ -518,23 +518,18 @@ impl<S: Storage> Driver for Vmdk<S> {
         let (bytes, hits, misses) = sparse.fold((0, 0, 0), |all, one| {
             (all.0 + one.0, all.1 + one.1, all.2 + one.2)
         });
-        [
+        counters([
             ("extents", active.parts.len() as u64),
             ("cache_bytes", bytes),
             ("cache_hits", hits),
             ("cache_misses", misses),
-        ]
-        .map(|(name, value)| (name.to_string(), value))
-        .into()
+        ])
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
         // Whatever came of that, nothing may be left in memory.
-        let parent = match &self.parent {
-            Some(parent) => parent.inactivate().await,
-            None => Ok(()),
-        };
+        let parent = base::inactivate(self.parent.as_deref()).await;
         let mut forgotten = Ok(());
         for file in self.files() {
             forgotten = forgotten.and(file.forget());
@@ -544,10 +539,7 @@ impl<S: Storage> Driver for Vmdk<S> {
 
     async fn close(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        let parent = match &self.parent {
-            Some(parent) => parent.close().await,
-            None => Ok(()),
-        };
+        let parent = base::close(self.parent.as_deref()).await;
         finished.and(parent)
     }
 }

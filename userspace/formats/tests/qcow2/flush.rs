@@ -146,3 +146,20 @@ fn what_a_flush_that_failed_was_to_make_durable_is_not_freed() {
     };
     assert_eq!(findings(&runtime, &memory), leak);
 }
+
+/// Others may be next to use an image, whatever became of the flush: they must see what there is, and this
+/// process must not keep anything else.
+#[test]
+fn an_image_is_let_go_of_even_if_its_flush_fails() {
+    let runtime = Runtime::new();
+    let (memory, disk) = disk(&runtime);
+    memory.refuse(|event| matches!(event, Event::FlushEnd(_)));
+    let its = disk.clone();
+    let work = async move { its.inactivate().await };
+    assert_eq!(runtime.block_on(work).unwrap(), Err(Errno::IO));
+    assert!(memory.is_forgotten() && disk.stats().is_empty());
+    memory.refuse(|_| false);
+    close(&runtime, disk);
+    let found = findings(&runtime, &memory);
+    assert_eq!((found.unsafe_clusters, found.damaged), (0, 0));
+}
