@@ -207,7 +207,11 @@ impl Process {
     pub async fn another_link(&self) -> Result<Link, Failure> {
         let socket = self.socket.borrow().clone().unwrap_or_default();
         Link::connect(&socket).await.map_err(|error| {
-            Failure::system(format!("cannot connect to {}", socket.display()), &error)
+            let what = format!("cannot connect to {}", socket.display());
+            match is_gone(&error) {
+                true => Failure::new(Code::Gone, format!("{what}: {error}")),
+                false => Failure::system(what, &error),
+            }
         })
     }
 

@@ -199,6 +199,24 @@ fn what_is_no_program_is_refused_at_once() {
     });
 }
 
+/// Who ends before it answers anything: it is said how.
+#[test]
+fn a_program_that_ends_at_once_is_told_by_its_end() {
+    test("ends", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let program = bed.image("false", "#!/bin/sh\nexit 3\n");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("chmod");
+        for _ in 0..10 {
+            let failure = bed.ask(request(Some(program.clone()), 20)).await;
+            let failure = failure.expect_err("it ends");
+            let why = "ended with the exit code 3";
+            assert!(failure.message.contains(why), "{failure}");
+        }
+        assert_eq!(bed.log(), ["attach 0", "open w A"]);
+    });
+}
+
 /// The old process dies: while the new one is prepared, or when it is told to let go.
 #[test]
 fn the_death_of_the_old_process_does_not_stop_it() {
