@@ -95,6 +95,9 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     if let Err(failure) = lifecycle.image(&disk).await {
         tracing::error!("disk {minor}: {failure}");
     }
+    if let (Some(process), Ok(tapdisk::State::Running)) = (&process, &recognised) {
+        lifecycle.lease_again(&disk, process);
+    }
     lifecycle.registry.note(&disk);
     match recognised {
         Ok(state) => go_on(lifecycle, &disk, state, known.map_or(0, |known| known.pid)),

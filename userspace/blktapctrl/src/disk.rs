@@ -6,6 +6,7 @@ use crate::image::Image;
 use crate::process::Process;
 use crate::record::{Record, Want};
 use crate::state::State;
+use crate::tenure::Tenure;
 use control::supervisor::{Doing, Row};
 use control::tapdisk::{self, Open};
 use control::{Code, Failure};
@@ -46,6 +47,8 @@ pub struct Disk {
     pub process: RefCell<Option<Rc<Process>>>,
     /// The process that is to take the disk over from that.
     pub successor: RefCell<Option<Rc<Process>>>,
+    /// The lease of its image.
+    pub lease: RefCell<Option<Tenure>>,
     /// The process has the node.
     pub attached: Cell<bool>,
     /// What is served, while it is.
@@ -79,6 +82,7 @@ impl Disk {
             next_state: RefCell::default(),
             process: RefCell::default(),
             successor: RefCell::default(),
+            lease: RefCell::default(),
             attached: Cell::default(),
             serves: RefCell::default(),
             backoff: RefCell::default(),

@@ -26,6 +26,7 @@ pub mod registry;
 pub mod server;
 pub mod state;
 pub mod store;
+pub mod tenure;
 pub mod verbs;
 pub mod watch;
 pub mod watchdog;

@@ -141,6 +141,9 @@ pub struct Record {
     pub nbd: bool,
     /// What is wanted.
     pub want: Want,
+    /// Which lease of its image is this disk's: whoever has this goes on with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<String>,
     /// What has begun and is not done: whoever finds this finishes it.
     #[serde(default)]
     pub doing: Option<Doing>,
@@ -182,6 +185,7 @@ impl Record {
             vbd: None,
             nbd: false,
             want: Want::Idle,
+            lease: None,
             doing: None,
             next: None,
             process: None,

@@ -11,6 +11,7 @@ use crate::{Driver, Failure, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// How I/O on an image is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +140,12 @@ pub enum Request {
     Prepare(Open),
     /// As [`Request::Pause`], and gives the node back as well: another process may take it.
     Close,
+    /// Until when the process may do I/O on its image: it is killed then, unless it is told another time
+    /// before. Answered with [`Reply::Done`], whatever else it is doing.
+    Term {
+        /// The time since the host was booted, that of suspends included; nothing for ever.
+        until: Option<Duration>,
+    },
     /// What is served? Answered with [`Reply::Status`].
     Status,
     /// Answered with [`Reply::Stats`].

@@ -16,6 +16,7 @@
 mod aio;
 mod bytes;
 mod data;
+mod deadline;
 mod entry;
 mod exec;
 mod file;
@@ -32,6 +33,7 @@ mod uring;
 
 pub use bytes::Bytes;
 pub use data::Data;
+pub use deadline::Deadline;
 pub use exec::{Executor, Runtime};
 pub use file::{is_remote, lock_whole, of_earlier, Align, File, LockKind};
 pub use gate::{Gate, Pass};

@@ -63,6 +63,22 @@ impl Claim {
             token: token_in("/proc/sys/kernel/random/uuid", "mount /proc")?,
         })
     }
+
+    /// The same with a token that was written down.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn again(self, token: &str) -> Result<Claim, Failure> {
+        let token = self::token(token)
+            .ok_or_else(|| Failure::invalid(format!("{token:?} is no token of a lease")))?;
+        Ok(Claim { token, ..self })
+    }
+
+    /// The token, to be written down.
+    #[must_use]
+    pub fn token(&self) -> String {
+        hex(&self.token)
+    }
 }
 
 /// Thirty-two hexadecimal digits, perhaps with dashes, which must not all be zero.

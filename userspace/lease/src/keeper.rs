@@ -76,6 +76,12 @@ impl Keeper {
         self.generation
     }
 
+    /// It was given up or lost.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Gives it up; all I/O of its holder has ended and is durable. Waits for the storage. If that fails
     /// the heartbeats go on, so that it can be tried again.
     ///

@@ -40,6 +40,9 @@ A target is DRIVER:IMAGE or DRIVER:SIZE:
   qcow2:/srv/a.qcow2  an image of that format; so are qcow:, vhd: and vmdk:
   ram:64M             memory of dom0; the content is there until the disk is destroyed
   null:64M            zeroes; writes are forgotten
+An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
+lease=record:/PATH, with the record at a path that all hosts have:
+  lease=record,aio:/srv/a.img
 
 Examples:
   tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor number

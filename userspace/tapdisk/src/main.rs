@@ -227,6 +227,10 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
             .with_context(|| format!("cannot use descriptor {number} as the node"))?,
         (None, None) => anyhow::bail!("{target} needs a node to be served at: name it with --node"),
     };
+    anyhow::ensure!(
+        *target.lease() == control::LeaseKind::Lock,
+        "{target} has a lease, which only a supervisor keeps: let blktapctrl serve it"
+    );
     let direct = target.driver().is_direct() && !args.buffered;
     let image = target.path().map(|path| {
         open(path, direct, args.read_only).with_context(|| {

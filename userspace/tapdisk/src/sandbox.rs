@@ -205,6 +205,10 @@ const CALLS: &[i64] = &[
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
+    // The end of a lease.
+    libc::SYS_timer_create,
+    libc::SYS_timer_settime,
+    libc::SYS_timer_delete,
     // Memory.
     libc::SYS_munmap,
     libc::SYS_mremap,

@@ -15,7 +15,7 @@ use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
 use control::{Code, Driver, Failure, Target};
-use diskio::{Gate, Runtime};
+use diskio::{Deadline, Gate, Runtime};
 use drivers::{Fence, Shape};
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
@@ -24,6 +24,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 use tapdev::{KernelNode, Params, Tap};
 
 /// Turns of the loop after which descriptors are looked at, although there is still work.
@@ -56,6 +57,8 @@ pub struct Session {
     /// There is an NBD server.
     has_nbd: Cell<bool>,
     ended: Cell<bool>,
+    /// The image is another host's after that.
+    deadline: RefCell<Option<Deadline>>,
 }
 
 #[derive(Debug, Default)]
@@ -112,6 +115,7 @@ impl Session {
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
             ended: Cell::new(false),
+            deadline: RefCell::default(),
         })
     }
 
@@ -234,6 +238,7 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.close().await
             }
+            Request::Term { until } => self.end_at(until),
             Request::Troubles { after } => Ok(Reply::Troubles(self.troubles.after(after).await)),
             Request::Needs { after } => Ok(Reply::Needs {
                 needs: self.needs.after(after).await,
@@ -247,6 +252,18 @@ impl Session {
                 self.serve_nbd(fd, export)
             }
         }
+    }
+
+    /// The process may do I/O until then.
+    fn end_at(&self, until: Option<Duration>) -> Result<Reply, Failure> {
+        let system = |error: io::Error| Failure::system("cannot set the end of the lease", &error);
+        let mut deadline = self.deadline.borrow_mut();
+        let deadline = match &mut *deadline {
+            Some(deadline) => deadline,
+            none => none.insert(Deadline::never().map_err(system)?),
+        };
+        deadline.set(until).map_err(system)?;
+        Ok(Reply::Done)
     }
 
     fn serve_nbd(self: &Rc<Self>, listener: OwnedFd, export: String) -> Result<Reply, Failure> {

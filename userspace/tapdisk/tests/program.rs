@@ -5,7 +5,9 @@ use control::tapdisk::{Open, Reply, Request, State};
 use control::{Channel, Code};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tapdisk");
 
@@ -67,6 +69,17 @@ fn supervised_process_is_confined_and_ends_when_asked() {
     let reply: Reply = control.ask(Request::Exit, &[]).unwrap();
     assert_eq!(reply, Reply::Done);
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_process_ends_with_its_lease() {
+    let (mut child, mut control) = start(&[]);
+    let mut until = |until| control.ask::<_, Reply>(Request::Term { until }, &[]);
+    assert_eq!(until(Some(Duration::MAX)).unwrap(), Reply::Done);
+    assert_eq!(until(None).unwrap(), Reply::Done);
+    // It may be dead before it has answered.
+    let _ = until(Some(Duration::ZERO));
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
 }
 
 #[test]

@@ -66,10 +66,10 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
             open.target
         )));
     }
-    if *open.target.lease() != LeaseKind::Lock {
-        return Err(Failure::unsupported(format!(
-            "{} cannot be served: disks do not keep a lease=record yet; leave it away if no other host has the \
-             image",
+    if *open.target.lease() != LeaseKind::Lock && mode == Mode::WriteShared {
+        return Err(Failure::invalid(format!(
+            "{} cannot be used with the mode w!: a lease lets one host write, and that mode several; leave one \
+             of the two away",
             open.target
         )));
     }

@@ -113,6 +113,7 @@ impl Lifecycle {
         }
         disk.forget_process();
         self.free_node(disk.minor).await;
+        self.give_lease_up(disk).await;
         for path in [
             self.registry.folder.nbd(disk.minor),
             self.registry.folder.memory_of(disk.minor),

@@ -231,9 +231,14 @@ impl Lifecycle {
     }
 
     /// The new process gets the node and the image.
-    async fn give(&self, disk: &Rc<Disk>, prepared: &Prepared) -> Result<tapdisk::Disk, Failure> {
+    async fn give(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        prepared: &Prepared,
+    ) -> Result<tapdisk::Disk, Failure> {
         let process = &prepared.process;
         self.give_node(disk, process).await?;
+        self.lease(disk, &prepared.open, process).await?;
         let question = Request::Open(prepared.open.clone());
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => Ok(serves),

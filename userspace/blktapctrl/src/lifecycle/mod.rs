@@ -10,6 +10,7 @@ pub mod create;
 mod death;
 mod destroy;
 mod handoff;
+mod lease;
 mod needs;
 mod open;
 mod pause;

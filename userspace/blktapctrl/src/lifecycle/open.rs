@@ -82,6 +82,7 @@ impl Lifecycle {
                 if created {
                     self.destroy_later(disk);
                 } else {
+                    self.give_lease_up(disk).await;
                     self.drop_image(disk);
                 }
                 Err(failure)
@@ -157,6 +158,7 @@ impl Lifecycle {
         if replaced {
             self.end_process(disk).await?;
         }
+        self.give_lease_up(disk).await;
         self.drop_image(disk);
         if replaced {
             self.assign(disk, &self.spawn_for(disk)?)?;

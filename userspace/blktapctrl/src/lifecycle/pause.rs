@@ -62,6 +62,7 @@ impl Lifecycle {
             self.fenced(disk, limit).await?;
         }
         disk.serves.replace(None);
+        self.give_lease_up(disk).await;
         self.end_of_verb(disk, Want::Paused);
         self.registry.events.add(Some(disk.minor), What::Paused);
         result
@@ -239,6 +240,7 @@ impl Lifecycle {
                 disk.next_image.replace(None);
                 disk.next_state.replace(None);
                 disk.allow_shrinking(false);
+                self.give_lease_up(disk).await;
                 self.end_of_verb(disk, Want::Paused);
                 Err(failure)
             }

@@ -331,6 +331,7 @@ impl Lifecycle {
             State::Paused => Request::Unpause,
             _ => Request::Open,
         };
+        self.lease(disk, open, &process).await?;
         let opened = self.open_with(disk, &process, open.clone(), image, question);
         match opened.await {
             // A question of an earlier supervisor was still on its way.

@@ -632,6 +632,12 @@ impl Served {
                 Ok(Reply::Disk(disk(dir, open)))
             }
             Request::Stats => Ok(Reply::Stats(Box::default())),
+            Request::Term { until } => {
+                if until.is_some_and(|until| lease::now() >= until) {
+                    super::bed::kill(std::process::id());
+                }
+                Ok(Reply::Done)
+            }
             Request::Scrub { rate } => {
                 note(dir, &format!("scrub {rate}"));
                 Ok(Reply::Done)

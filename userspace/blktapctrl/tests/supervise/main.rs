@@ -6,6 +6,7 @@ mod death;
 mod disks;
 mod fake;
 mod handoff;
+mod lease;
 mod left;
 mod memory;
 mod needs;

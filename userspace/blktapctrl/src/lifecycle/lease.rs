@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk whose image several hosts reach has the lease of it while a process has the image open.
+//!
+//! The supervisor keeps it, so it outlives a process; each heartbeat tells the process until when it may do I/O,
+//! and a timer of the kernel ends a process that is told nothing more. So what ends the heartbeats ends the
+//! I/O: a storage that does not answer, a supervisor that is not there, another host that has the lease. The
+//! guest's requests wait in the kernel until the lease is here again.
+
+use super::trouble::Rate;
+use super::Lifecycle;
+use crate::apart::{apart, LIMIT};
+use crate::disk::Disk;
+use crate::link::Link;
+use crate::process::{Process, SOON};
+use crate::record::Known;
+use crate::tenure::Tenure;
+use control::supervisor::What;
+use control::tapdisk::{Open, Request};
+use control::{Code, Failure, LeaseKind};
+use lease::{Claim, Keeper, News};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver};
+
+/// How long is waited for another host to give a lease up. Who asks for the disk asks again.
+const WAIT: Duration = Duration::from_secs(5);
+
+/// The image, if its disk needs the lease of it.
+fn image_of(open: &Open) -> Option<PathBuf> {
+    let is_alone = *open.target.lease() != LeaseKind::Lock && !open.read_only && !open.shared;
+    open.target.path().filter(|_| is_alone).map(Path::to_owned)
+}
+
+impl Lifecycle {
+    /// Has the lease of what a process is to serve, and tells it how long it may.
+    ///
+    /// # Errors
+    /// Another host has it, or its storage fails.
+    pub(crate) async fn lease(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        open: &Open,
+        process: &Process,
+    ) -> Result<(), Failure> {
+        let Some(image) = image_of(open) else {
+            return Ok(());
+        };
+        let held = disk.lease.borrow().clone();
+        let held = held.filter(|tenure| tenure.image == image && !tenure.keeper.has_ended());
+        let tenure = match held {
+            Some(tenure) => tenure,
+            None => self.take_lease(disk, open, image).await?,
+        };
+        let term = tenure.keeper.term();
+        if term.is_over() {
+            return Err(Failure::new(
+                Code::Timeout,
+                format!(
+                    "the storage of the lease of {} does not answer, so its disk {} waits: see to that",
+                    tenure.image.display(),
+                    disk.minor
+                ),
+            ));
+        }
+        let until = Some(term.until());
+        process
+            .ask(&Request::Term { until }, &[], SOON)
+            .await
+            .map(drop)
+    }
+
+    async fn take_lease(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        open: &Open,
+        image: PathBuf,
+    ) -> Result<Tenure, Failure> {
+        let name = match disk.record.borrow().vbd.as_deref() {
+            Some(vbd) => format!("{vbd} (disk {})", disk.minor),
+            None => format!("disk {}", disk.minor),
+        };
+        let mut claim = Claim::new(name)?;
+        // Whoever supervises the disk next goes on with the lease by this, so it is written down first.
+        if let Some(token) = disk.record.borrow().lease.as_deref() {
+            claim = claim.again(token)?;
+        }
+        let token = claim.token();
+        if disk.record.borrow().lease.as_ref() != Some(&token) {
+            self.registry
+                .change(disk, |record| record.lease = Some(token))?;
+        }
+        let (kind, place) = (open.target.lease().clone(), image.clone());
+        let (lease, grant) = apart(&image, LIMIT, move || {
+            let mut lease = lease::open(&kind, &place, claim)?;
+            let grant = lease.take(WAIT)?;
+            Ok((lease, grant))
+        })
+        .await?;
+        let (sender, news) = unbounded_channel();
+        // Nobody listens any more to what has been given up.
+        let keeper = Keeper::start(lease, &grant, move |told| drop(sender.send(told)))
+            .map_err(|error| Failure::system("cannot start a thread", &error))?;
+        let tenure = Tenure {
+            keeper: Arc::new(keeper),
+            image,
+        };
+        disk.lease.replace(Some(tenure.clone()));
+        tokio::task::spawn_local(follow(self.clone(), disk.clone(), news));
+        Ok(tenure)
+    }
+
+    /// Takes the lease of a disk again whose process serves it, as the next supervisor does.
+    pub(crate) fn lease_again(self: &Rc<Self>, disk: &Rc<Disk>, process: &Rc<Process>) {
+        let (lifecycle, disk, process) = (self.clone(), disk.clone(), process.clone());
+        tokio::task::spawn_local(async move {
+            let leased = async {
+                let _turn = disk.turn().await?;
+                let open = disk.open()?;
+                lifecycle.lease(&disk, &open, &process).await
+            };
+            if let Err(failure) = leased.await {
+                // The process ends with its term, and the next one asks for the lease again.
+                let (message, retry_ms) = (failure.message, 0);
+                let what = What::Failed { message, retry_ms };
+                lifecycle.registry.events.add(Some(disk.minor), what);
+            }
+        });
+    }
+
+    /// Gives the lease of a disk up, whose image is closed: nothing of its I/O is under way.
+    pub(super) async fn give_lease_up(&self, disk: &Disk) {
+        let Some(tenure) = disk.lease.take() else {
+            return;
+        };
+        // Of a process that was killed.
+        if let Err(failure) = self.fenced(disk, LIMIT).await {
+            let (message, retry_ms) = (failure.message, 0);
+            let what = What::Failed { message, retry_ms };
+            self.registry.events.add(Some(disk.minor), what);
+            disk.lease.replace(Some(tenure));
+            return;
+        }
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process.filter(|process| !process.has_ended()) {
+            let never = Request::Term { until: None };
+            if let Err(failure) = process.ask(&never, &[], SOON).await {
+                tracing::warn!("disk {}: {failure}", disk.minor);
+            }
+        }
+        let image = tenure.image.clone();
+        if let Err(failure) = apart(&image, LIMIT, move || tenure.keeper.give_up()).await {
+            let message = format!(
+                "the lease of {} is not given up: {failure}",
+                image.display()
+            );
+            let what = What::Failed {
+                message,
+                retry_ms: 0,
+            };
+            self.registry.events.add(Some(disk.minor), what);
+        }
+    }
+}
+
+/// Passes on what becomes of a lease, until it is given up or lost.
+async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedReceiver<News>) {
+    let mut rate = Rate::new();
+    // Their own: the others may be busy with a long question.
+    let mut links: Vec<(Known, Link)> = Vec::new();
+    while let Some(told) = news.recv().await {
+        let until = match &told {
+            News::Kept(until) => *until,
+            News::Missed(failure) => {
+                if rate.is_due() {
+                    rate.told();
+                    tracing::warn!("disk {}: no heartbeat of its lease: {failure}", disk.minor);
+                }
+                continue;
+            }
+            // It has been over since somebody else got it.
+            News::Lost(failure) => {
+                tracing::error!("disk {}: {failure}", disk.minor);
+                let (message, retry_ms) = (failure.message.clone(), 0);
+                let what = What::Failed { message, retry_ms };
+                lifecycle.registry.events.add(Some(disk.minor), what);
+                Duration::ZERO
+            }
+        };
+        let mut told = Vec::new();
+        for process in served_by(&disk) {
+            match tell(&process, &mut links, until).await {
+                Ok(link) => told.push((process.known(), link)),
+                Err(failure) => {
+                    if !process.has_died(&failure).await && rate.is_due() {
+                        rate.told();
+                        tracing::warn!(
+                            "disk {}: its process is not told of its lease: {failure}",
+                            disk.minor
+                        );
+                    }
+                }
+            }
+        }
+        links = told;
+    }
+}
+
+/// The process of a disk, and the one that is to take the disk over.
+fn served_by(disk: &Disk) -> Vec<Rc<Process>> {
+    let all = [
+        disk.process.borrow().clone(),
+        disk.successor.borrow().clone(),
+    ];
+    let all = all.into_iter().flatten();
+    all.filter(|process| !process.has_ended()).collect()
+}
+
+/// Tells a process until when it may do I/O, over its own link, which is kept.
+async fn tell(
+    process: &Process,
+    links: &mut Vec<(Known, Link)>,
+    until: Duration,
+) -> Result<Link, Failure> {
+    let place = links.iter().position(|(of, _)| *of == process.known());
+    let mut link = match place {
+        Some(place) => links.swap_remove(place).1,
+        None => process.another_link().await?,
+    };
+    let until = Some(until);
+    link.ask(&Request::Term { until }, &[], SOON).await?;
+    Ok(link)
+}
