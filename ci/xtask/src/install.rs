@@ -44,6 +44,14 @@ const WITH_MODULE: &[Packaged] = &[
     packaged!("usr/share/man/man7/xen-blkback-rs.7", "xen-blkback-rs.7"),
 ];
 
+/// What decides in a package which driver serves: there the settings are not in their place at once.
+const WITH_PACKAGE: &[Packaged] = &[
+    packaged!("usr/sbin/xen-blkback-rs", "xen-blkback-rs", x),
+    packaged!("usr/share/man/man8/xen-blkback-rs.8", "xen-blkback-rs.8"),
+];
+/// Where the settings are in a package, for [`WITH_PACKAGE`] to put them into their place.
+const SETTINGS: &str = "usr/share/xen-blkback-rs/modprobe.conf";
+
 /// What goes with the programs.
 const WITH_PROGRAMS: &[Packaged] = &[
     packaged!("etc/xen/scripts/block-tap-rs", "block-tap-rs", x),
@@ -64,6 +72,7 @@ const WITH_PROGRAMS: &[Packaged] = &[
     packaged!("usr/share/man/man8/blktapctrl.8", "blktapctrl.8"),
     packaged!("usr/share/man/man8/tapdisk.8", "tapdisk.8"),
     packaged!("usr/share/man/man8/block-tap-rs.8", "block-tap-rs.8"),
+    packaged!("usr/share/man/man8/xentap-block.8", "xentap-block.8"),
 ];
 
 /// The programs that say themselves what their command lines are.
@@ -106,6 +115,16 @@ pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<(
             .args(["-R", "u=rwX,go=rX"])
             .args(folders.iter().filter(|folder| folder.exists())),
     )
+}
+
+/// As [`to`], for packages: nothing changes which driver serves until an administrator says so.
+pub(crate) fn for_package(module: &Path, programs: &Path, dir: &Path) -> Result<()> {
+    to(module, Some(programs), dir)?;
+    write_all(WITH_PACKAGE, dir)?;
+    let (settings, place) = (dir.join(WITH_MODULE[0].place), dir.join(SETTINGS));
+    fs::create_dir_all(place.parent().context("a place is in a folder")?)?;
+    fs::rename(&settings, &place)
+        .with_context(|| format!("cannot move {} to {}", settings.display(), place.display()))
 }
 
 fn add_programs(programs: &[PathBuf], dir: &Path) -> Result<()> {
@@ -153,7 +172,9 @@ fn put(file: &Path, place: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{generated, Packaged, PROGRAMS, TELLING, WITH_MODULE, WITH_PROGRAMS};
+    use super::{
+        generated, Packaged, PROGRAMS, SETTINGS, TELLING, WITH_MODULE, WITH_PACKAGE, WITH_PROGRAMS,
+    };
 
     fn file(ending: &str) -> &'static Packaged {
         let mut all = WITH_MODULE.iter().chain(WITH_PROGRAMS);
@@ -162,14 +183,27 @@ mod tests {
     }
 
     #[test]
-    fn c_driver_is_kept_away() {
-        let lines: Vec<&str> = file("xen-blkback-rs.conf").text.lines().collect();
-        assert!(lines.contains(&"blacklist xen-blkback"));
-        assert!(lines.contains(&"alias xen-backend:vbd xen-blkback-rs"));
-        assert!(lines.contains(&"alias xen-backend:vbd3 xen-blkback-rs"));
-        assert!(lines
-            .iter()
-            .any(|l| l.starts_with("install xen-blkback /sbin/modprobe xen-blkback-rs")));
+    fn c_driver_is_kept_away_where_ours_is() {
+        let text = file("xen-blkback-rs.conf").text;
+        let line = text.lines().find(|line| !line.starts_with('#'));
+        let (ours, otherwise) = line
+            .and_then(|line| line.strip_prefix("install xen-blkback "))
+            .and_then(|commands| commands.split_once(" || "))
+            .expect("it is one command, and another one if that fails");
+        assert!(ours.contains("modprobe -q xen-blkback-rs "));
+        assert!(otherwise.contains("modprobe --ignore-install xen-blkback "));
+        // Aliases are the modules' own: here they would count where there is no such module.
+        assert!(!text.contains("\nalias ") && !text.contains("\nblacklist "));
+    }
+
+    /// The name by which the settings are found when a driver is decided for.
+    #[test]
+    fn settings_are_where_the_decision_looks_for_them() {
+        let program = WITH_PACKAGE.first().expect("there is one").text;
+        assert!(program.contains(&format!("/{SETTINGS}}}")));
+        assert!(WITH_MODULE[0]
+            .place
+            .ends_with("modprobe.d/xen-blkback-rs.conf"));
     }
 
     #[test]
@@ -210,6 +244,12 @@ mod tests {
             assert!(unit.lines().any(|its| its == line), "{line}");
         }
         let socket = file("blktapctrl.socket").text;
+        // Where the supervisor does not start, nothing may wait for it.
+        let conditions = |text: &'static str| -> Vec<&str> {
+            let lines = text.lines();
+            lines.filter(|line| line.starts_with("Condition")).collect()
+        };
+        assert_eq!(conditions(unit), conditions(socket));
         let place = "ListenStream=/run/xentap/control.sock";
         assert!(socket.lines().any(|its| its == place));
     }

@@ -13,6 +13,7 @@ mod kernel;
 mod ktap;
 mod lanes;
 mod machine;
+mod package;
 mod payload;
 mod recipes;
 mod root;
@@ -97,6 +98,15 @@ enum Task {
         #[arg(long, value_name = "DIR")]
         destdir: PathBuf,
     },
+    /// Make Debian packages: the module for one kernel, and the programs.
+    ///
+    /// Installing them changes nothing for the guests: `xen-blkback-rs enable` on the dom0 does. The
+    /// last lines are the packages' paths.
+    Package {
+        /// The folder for the packages.
+        #[arg(long, value_name = "DIR", default_value = "target/packages")]
+        out: PathBuf,
+    },
     /// Boot a dom0 with what a package would install, and get a shell in it or run one command.
     ///
     /// `cargo xtask vm -- 'xl info; lsmod'` prints what the command prints and leaves with its exit
@@ -140,6 +150,12 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Install { destdir } => {
             let built = build::all()?;
             install::to(&built.module, Some(&built.programs), &destdir)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Package { out } => {
+            for package in package::all(&out)? {
+                println!("{}", package.display());
+            }
             Ok(ExitCode::SUCCESS)
         }
         Task::Vm(args) => vm::vm(&args),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const BUILD_PACKAGES: &str = include_str!("../../recipes/build-root.packages");
+const PACKAGE_PACKAGES: &str = include_str!("../../recipes/package-root.packages");
 const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
 const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
 const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
@@ -56,6 +57,21 @@ pub(crate) fn kernel_tree(build_root: &Path) -> Result<PathBuf> {
         let root = Root::new(build_root).bind(dir, "/mnt/a");
         run::logged(&mut root.script(KERNEL_TREE), log)?;
         gates::check(build_root, dir, &release(build_root)?)
+    })
+}
+
+/// A Debian tree in which packages are made, judged and tried.
+pub(crate) fn package_root() -> Result<PathBuf> {
+    host::prepare()?;
+    Artefact {
+        name: "package-root",
+        title: "the tree for packages",
+        about: "1 min",
+        inputs: vec![host::SUITE, PACKAGE_PACKAGES],
+    }
+    .get(|dir, log| {
+        debian(dir, log, PACKAGE_PACKAGES, None)?;
+        Ok(fs::create_dir(dir.join("mnt/a"))?)
     })
 }
 

@@ -10,6 +10,13 @@ use std::process::Command;
 const ENTER: &str = r#"set -e
 root=$1; shift
 mount --make-rprivate /
+if [ "$1" = thrown-away ]; then
+	mount -t tmpfs changes "$root/mnt"
+	mkdir "$root/mnt/new" "$root/mnt/work" "$root/mnt/tree"
+	mount -t overlay tree -o "lowerdir=$root,upperdir=$root/mnt/new,workdir=$root/mnt/work" "$root/mnt/tree"
+	root=$root/mnt/tree
+fi
+shift
 for d in proc sys dev; do mount --rbind "/$d" "$root/$d"; done
 mount -t tmpfs -o mode=1777 tmp "$root/tmp"
 while [ "$1" != -- ]; do
@@ -25,6 +32,8 @@ exec setpriv --pdeathsig KILL chroot "$root" "$@""#;
 pub(crate) struct Root {
     dir: PathBuf,
     binds: Vec<(PathBuf, String, &'static str)>,
+    /// `kept` or `thrown-away`: what becomes of changes to the tree.
+    changes: &'static str,
 }
 
 impl Root {
@@ -33,7 +42,14 @@ impl Root {
         Root {
             dir: dir.into(),
             binds: Vec::new(),
+            changes: "kept",
         }
+    }
+
+    /// Changes to the tree are gone when the program ends.
+    pub(crate) fn thrown_away(mut self) -> Self {
+        self.changes = "thrown-away";
+        self
     }
 
     /// Shows `host` at `inside`, an existing folder of the tree such as /mnt/a.
@@ -54,7 +70,8 @@ impl Root {
         let mut command = Command::new("unshare");
         command
             .args(["-m", "sh", "-c", ENTER, "enter"])
-            .arg(&self.dir);
+            .arg(&self.dir)
+            .arg(self.changes);
         for (host, inside, mode) in &self.binds {
             command.arg(host).arg(inside).arg(mode);
         }

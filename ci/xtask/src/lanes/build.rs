@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The module and the programs build, and the module cannot panic or use up the stack.
 
-use crate::build;
 use crate::check::{frames, panics};
 use crate::tally::Tally;
+use crate::{build, package, run};
 use anyhow::Result;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
@@ -19,6 +19,25 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
             tally.skip("build.module-cannot-panic", "there is no module");
             tally.skip("build.module-stack-frames", "there is no module");
         }
+    }
+    packages(tally)
+}
+
+/// Packages of it can be made, and do what an administrator expects of them.
+fn packages(tally: &mut Tally) -> Result<()> {
+    let out = build::repository()?.join("target/packages-tried");
+    if out.exists() {
+        run::remove_tree(&out)?;
+    }
+    let made = package::all(&out);
+    let are_made = made.is_ok();
+    tally.check("package.made", made.map(drop));
+    if are_made {
+        tally.check("package.lintian", package::judged(&out));
+        tally.check("package.life", package::live(&out));
+    } else {
+        tally.skip("package.lintian", "there are no packages");
+        tally.skip("package.life", "there are no packages");
     }
     Ok(())
 }

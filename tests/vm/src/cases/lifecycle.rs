@@ -74,6 +74,15 @@ pub(super) fn cases() -> Vec<Case> {
             rmmod_in_use,
         )
         .no_leaks(),
+        Case {
+            ours: true,
+            ..Case::new(
+                "lifecycle.falls_back",
+                "whoever asks for the C driver gets this one, and the C driver where the module is missing",
+                Nothing,
+                falls_back,
+            )
+        },
         Case::new(
             "lifecycle.reload",
             "the module is removed and loaded again, and serves",
@@ -353,6 +362,52 @@ fn rmmod_in_use(context: &mut Context) -> Result<()> {
     refuses_to_go(context)?;
     sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
     detach_own(&vbd)
+}
+
+/// A module that is not where it should be.
+struct Hidden {
+    file: String,
+    driver: Driver,
+}
+
+impl Hidden {
+    fn new(driver: Driver) -> Result<Hidden> {
+        let file = sh::run(&["modinfo", "-n", driver.module()])?
+            .trim()
+            .to_string();
+        sh::run(&["mv", &file, &format!("{file}.hidden")])?;
+        Ok(Hidden { file, driver })
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let back = sh::run(&["mv", &format!("{}.hidden", self.file), &self.file])
+            .and_then(|_| load_driver(self.driver));
+        if let Err(error) = back {
+            eprintln!("the driver is not back: {error:#}");
+        }
+    }
+}
+
+fn falls_back(context: &mut Context) -> Result<()> {
+    let driver = context.driver;
+    let loaded = |driver: Driver| Path::new("/sys/module").join(driver.sys_module()).exists();
+    sh::run(&["rmmod", driver.sys_module()])?;
+    let hidden = Hidden::new(driver)?;
+    sh::modprobe(driver.other().module(), &[])?;
+    ensure!(loaded(driver.other()), "there is no driver at all");
+    ensure!(!loaded(driver), "the module was found after all");
+    sh::run(&["rmmod", driver.other().sys_module()])?;
+    drop(hidden);
+    // By its name, as Xen's scripts ask, and by that of a device, as the kernel does.
+    for name in [driver.other().module(), "xen-backend:vbd"] {
+        sh::run(&["rmmod", driver.sys_module()])?;
+        sh::modprobe(name, &[])?;
+        ensure!(loaded(driver), "{name} does not bring this driver");
+        ensure!(!loaded(driver.other()), "{name} brings the C driver too");
+    }
+    load_driver(driver)
 }
 
 fn reload(context: &mut Context) -> Result<()> {
