@@ -18,6 +18,7 @@ pub(crate) const AT_REFTABLE: usize = 48;
 pub(crate) const AT_REFTABLE_CLUSTERS: usize = 56;
 pub(crate) const AT_INCOMPATIBLE: usize = 72;
 pub(crate) const AT_AUTOCLEAR: usize = 88;
+pub(crate) const AT_HEADER_LEN: usize = 100;
 
 /// Incompatible features.
 pub(crate) const DIRTY: u64 = 1;
@@ -120,7 +121,7 @@ impl Header {
         let feature = |at| if v3 { be64_at(bytes, at) } else { Some(0) };
         let (incompatible, autoclear) = (feature(AT_INCOMPATIBLE)?, feature(AT_AUTOCLEAR)?);
         let (order, length) = match v3 {
-            true => (be32_at(bytes, 96)?, be32_at(bytes, 100)? as usize),
+            true => (be32_at(bytes, 96)?, be32_at(bytes, AT_HEADER_LEN)? as usize),
             false => (4, V2),
         };
         let kind = match length > V3 {
@@ -316,9 +317,9 @@ fn unknown_features(bytes: &[u8], length: usize, unknown: u64) -> Failure {
 }
 
 /// The extensions behind a header.
-struct Extensions<'b> {
-    bytes: &'b [u8],
-    at: usize,
+pub(crate) struct Extensions<'b> {
+    pub(crate) bytes: &'b [u8],
+    pub(crate) at: usize,
 }
 
 impl<'b> Iterator for Extensions<'b> {

@@ -12,6 +12,7 @@ mod header;
 mod image;
 mod read;
 mod refcounts;
+mod rename;
 mod resize;
 mod slices;
 mod snapshot;
@@ -23,6 +24,7 @@ pub use check::Findings;
 pub use create::{create, Plan};
 pub use facts::check;
 pub use header::{Backing, Compression, Header};
+pub use rename::set_backing;
 pub use snapshot::Snapshot;
 
 use crate::barrier::Barrier;

@@ -10,3 +10,4 @@ mod flush;
 mod hostile;
 mod memory;
 mod oracle;
+mod rename;
