@@ -2,7 +2,7 @@
 //! The images that lie below one.
 
 use crate::named::{parse_kind, Named};
-use crate::open::{Opener, Use};
+use crate::open::{identity, Opener, Use};
 use control::{Code, Failure};
 use formats::{look, qcow2, resolve, Below, Kind, Needs, LAYERS};
 use std::fs;
@@ -22,6 +22,38 @@ pub(crate) fn below(opener: &Opener, image: &Named, needs: &Needs) -> Option<Nam
     let there = paths.iter().find(|path| fs::exists(path).unwrap_or(false));
     let path = there.or(paths.first())?.clone();
     Some(Named { kind, path })
+}
+
+/// Refuses to put an image over itself, or over one that goes on from it.
+pub(crate) async fn refuse_loop(
+    opener: &Opener,
+    image: &Named,
+    parent: &Named,
+) -> Result<(), Failure> {
+    let of = |image: &Named| {
+        identity(&image.path)
+            .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))
+    };
+    let own = of(image)?;
+    let mut next = Some(parent.clone());
+    for _ in 0..LAYERS {
+        let Some(at) = next.take() else { break };
+        let its = of(&at)?;
+        if its.is_some() && its == own {
+            return Err(Failure::invalid(format!(
+                "{parent} goes on from {image}, or is that itself: name another image"
+            )));
+        }
+        let (Below::Format(kind), Some(_)) = (at.kind, its) else {
+            break;
+        };
+        let file = opener.file(&at.path, Use::Look).await?;
+        let needs = look(kind, &file)
+            .await
+            .map_err(|failure| at.said(failure))?;
+        next = below(opener, &at, &needs);
+    }
+    Ok(())
 }
 
 /// Refuses a chain in which an image is damaged in a way that reads as zeroes: what lies behind the end of a

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use manual::Generated;
 use std::str::FromStr;
 
-/// Make, convert, check and compare the images of tap disks.
+/// Make, convert, check, compare, resize and rebase the images of tap disks.
 ///
 /// An image is named KIND:PATH, as in the configuration of a guest. The kind is what you say, never what the
 /// file looks like: a guest writes what is in it.
@@ -42,6 +42,10 @@ Examples:
   tapimg compare vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # do guests see the same?
   tapimg check --repair qcow2:/srv/a.qcow2
   tapimg map qcow2:/srv/a.qcow2                     # where there is data
+  tapimg resize qcow2:/srv/a.qcow2 20G              # the guest sees it when it is served again
+  tapimg snapshot qcow2:/srv/a.qcow2 qcow2:/srv/c.qcow2
+                                                    # c.qcow2 goes on from a.qcow2
+  tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all that it shows, and stands alone
 
 An image is locked while it is used, as tapdisk does: what is written may be used by nobody else, what is
 read may be written by nobody. To work on the image of a guest that runs: tap-ctl pause, and afterwards
@@ -69,6 +73,12 @@ pub(crate) enum Verb {
     Compare(Compare),
     /// Say where there is data
     Map(Map),
+    /// Make a disk larger, or smaller
+    Resize(Resize),
+    /// Put an image over another one, or over none, with the same content
+    Rebase(Rebase),
+    /// Make an image that goes on from another one, or list the snapshots in one
+    Snapshot(Snapshot),
     /// Print a completion script or the manual page
     #[command(hide = true)]
     Generate {
@@ -117,7 +127,7 @@ pub(crate) struct Info {
 }
 
 /// How a new image is laid out.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct Layout {
     /// The image that it goes on from, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE")]
@@ -220,4 +230,61 @@ pub(crate) struct Map {
     /// What is in this image alone, and where the one below shows through
     #[arg(long)]
     pub(crate) layer: bool,
+}
+
+/// What to make larger or smaller.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Raw files, qcow2 and VHD become larger, by zeroes. Only a raw file becomes smaller, and of that only zeroes are
+cut off, but with --lose-data.
+A disk that goes on from another image shows nothing of that behind its old end.")]
+pub(crate) struct Resize {
+    /// The image, KIND:PATH
+    pub(crate) image: Named,
+    /// Size of the disk from now on, such as 10G
+    pub(crate) size: Size,
+    /// It may become smaller
+    #[arg(long)]
+    pub(crate) shrink: bool,
+    /// With --shrink: cut off data, too
+    #[arg(long, requires = "shrink")]
+    pub(crate) lose_data: bool,
+}
+
+/// What to put where.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+What the image shows of the chain below it, and the new one does not have, is written into the image first. If
+that ends early, the image is as it was, but for space, and goes on from what it did.
+With --unsafe only the name in the header changes: for an image below that was moved or converted. If that holds
+something else, so does the disk.")]
+pub(crate) struct Rebase {
+    /// The image, qcow2:PATH
+    pub(crate) image: Named,
+    /// What it goes on from, KIND:PATH, which must not change any more
+    #[arg(long, value_name = "IMAGE", required_unless_present = "no_parent")]
+    pub(crate) parent: Option<Named>,
+    /// It goes on from no other image: it gets all content
+    #[arg(long, conflicts_with = "parent")]
+    pub(crate) no_parent: bool,
+    /// Change the name only, and compare nothing
+    #[arg(long = "unsafe")]
+    pub(crate) name_only: bool,
+    /// Tell on stderr how far it is, even if that is no terminal
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+/// What to go on from.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The image must not change any more as long as there is one that goes on from it. For the disk of a guest that
+runs: tap-ctl pause, then this, then tap-ctl unpause -a with the new image.
+Snapshots inside of a qcow2 image are listed here and read by tapimg convert --snapshot; qemu-img snapshot makes
+and deletes them.")]
+pub(crate) struct Snapshot {
+    /// The image, KIND:PATH
+    pub(crate) image: Named,
+    /// The image that goes on from it, KIND:PATH; without it the snapshots in IMAGE are listed
+    pub(crate) overlay: Option<Named>,
 }

@@ -11,7 +11,7 @@ use crate::runs::{runs, Run};
 use crate::stop::Stop;
 use crate::target::Target;
 use crate::walk::{self, Piece, Side, Walk};
-use control::{Code, Failure};
+use control::Failure;
 use diskio::{Bytes, Errno, Io};
 use drivers::{Attributes, Disk};
 use formats::{Below, Options};
@@ -100,13 +100,7 @@ impl Copy<'_> {
             Ok(())
         };
         walk.each(|| stop.is_wanted(), each).await?;
-        match stop.is_wanted() {
-            true => Err(Failure::new(
-                Code::Other,
-                format!("ended by a signal when {} % were done", progress.share()),
-            )),
-            false => Ok(()),
-        }
+        stop.check(progress, "")
     }
 
     async fn piece(&self, piece: Piece<2>) -> Result<(), Failure> {

@@ -144,31 +144,6 @@ impl Parent {
             id,
         })
     }
-
-    /// Its name in the header of `child`: from its folder if it is there, so that both can be moved.
-    fn name(&self, child: &Named) -> Result<String, Failure> {
-        let path = &self.image.path;
-        let name = match (path.parent() == child.path.parent(), path.file_name()) {
-            (true, Some(name)) => name,
-            _ => path.as_os_str(),
-        };
-        let name = name.to_str().ok_or_else(|| {
-            Failure::invalid(format!(
-                "the name of {} is not UTF-8, so no image can have it as its parent: rename it",
-                path.display()
-            ))
-        })?;
-        Ok(name.to_string())
-    }
-
-    /// What it is, in the words of QEMU, which everybody knows.
-    fn format(&self) -> &'static str {
-        match self.image.kind {
-            Below::Raw => "raw",
-            Below::Format(Kind::Vhd) => "vpc",
-            Below::Format(kind) => kind.name(),
-        }
-    }
 }
 
 /// Refuses two names of the same file.
@@ -197,7 +172,9 @@ pub(crate) async fn make(
         Below::Raw => return raw(file, image, size).await,
         Below::Format(kind) => kind,
     };
-    let name = parent.map(|parent| parent.name(image)).transpose()?;
+    let name = parent
+        .map(|parent| parent.image.name_from(image))
+        .transpose()?;
     match kind {
         Kind::Qcow2 => {
             let plan = qcow2::Plan {
@@ -205,7 +182,7 @@ pub(crate) async fn make(
                 extended: layout.subclusters,
                 backing: name.zip(parent).map(|(name, parent)| qcow2::Backing {
                     name,
-                    format: Some(parent.format().to_string()),
+                    format: Some(parent.image.qemu_name().to_string()),
                 }),
                 ..qcow2::Plan::new(size)
             };

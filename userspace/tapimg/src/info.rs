@@ -63,7 +63,7 @@ struct Qcow2Facts {
 }
 
 #[derive(Clone, Debug, Serialize)]
-struct SnapshotFacts {
+pub(crate) struct SnapshotFacts {
     id: String,
     name: String,
     size: u64,
@@ -171,16 +171,7 @@ impl Facts {
             );
         }
         for one in &self.snapshots {
-            say(
-                "snapshot",
-                &format!(
-                    "{} {:?}, {}, made at {} s since 1970",
-                    one.id,
-                    one.name,
-                    bytes(one.size),
-                    one.seconds
-                ),
-            );
+            say("snapshot", &one.text());
         }
         for note in &self.notes {
             say("note", note);
@@ -255,14 +246,27 @@ async fn add_qcow2(file: &File, facts: &mut Facts) -> Result<(), Failure> {
                        repair it with qemu-img check -r all";
         facts.problems.push(problem.into());
     }
-    for one in qcow2::snapshots(file).await? {
-        facts.snapshots.push(SnapshotFacts {
-            id: one.id,
-            name: one.name,
-            size: one.size,
-            seconds: one.seconds,
-            memory: one.memory,
-        });
-    }
+    facts.snapshots = snapshots(file).await?;
     Ok(())
+}
+
+/// The snapshots in a qcow2 image.
+pub(crate) async fn snapshots(file: &File) -> Result<Vec<SnapshotFacts>, Failure> {
+    let all = qcow2::snapshots(file).await?.into_iter();
+    let facts = |one: qcow2::Snapshot| SnapshotFacts {
+        id: one.id,
+        name: one.name,
+        size: one.size,
+        seconds: one.seconds,
+        memory: one.memory,
+    };
+    Ok(all.map(facts).collect())
+}
+
+impl SnapshotFacts {
+    pub(crate) fn text(&self) -> String {
+        let Self { id, name, size, .. } = self;
+        let (size, seconds) = (bytes(*size), self.seconds);
+        format!("{id} {name:?}, {size}, made at {seconds} s since 1970")
+    }
 }

@@ -13,7 +13,10 @@ mod map;
 mod named;
 mod open;
 mod progress;
+mod rebase;
+mod resize;
 mod runs;
+mod snapshot;
 mod stop;
 mod target;
 mod walk;
@@ -103,7 +106,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     let runtime = Runtime::new();
     // Threads inherit what is blocked of signals, so this comes first.
     let stop = match cli.verb {
-        Verb::Convert(_) => Stop::listen(&runtime)?,
+        Verb::Convert(_) | Verb::Rebase(_) => Stop::listen(&runtime)?,
         _ => Stop::default(),
     };
     let starting = |error| Failure::system("cannot start", &error);
@@ -154,6 +157,21 @@ async fn verb(cli: &Cli, opener: &Opener, stop: &Stop) -> Result<Outcome, Error>
             map::map(opener, args, cli.json, &mut out).await?;
             true
         }
+        Verb::Resize(args) => {
+            let done = resize::resize(opener, args).await?;
+            print(cli, &mut out, &done, &done.text())?;
+            true
+        }
+        Verb::Rebase(args) => {
+            let done = rebase::rebase(opener, stop, args).await?;
+            print(cli, &mut out, &done, &done.text())?;
+            true
+        }
+        Verb::Snapshot(args) => {
+            let answer = snapshot::snapshot(opener, args).await?;
+            print(cli, &mut out, &answer, &answer.text())?;
+            true
+        }
         Verb::Generate { .. } => true,
     };
     Ok(if good { Outcome::Good } else { Outcome::Bad })
@@ -193,6 +211,10 @@ mod tests {
             "tapimg check --repair qcow2:/a",
             "tapimg compare --strict aio:/a raw:/b",
             "tapimg map --layer --parents aio qcow:/a",
+            "tapimg resize aio:/a 10G --shrink --lose-data",
+            "tapimg rebase qcow2:/a --parent vhd:/b --unsafe",
+            "tapimg rebase qcow2:/a --no-parent --progress",
+            "tapimg snapshot qcow2:/a vhd:/b",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
@@ -204,6 +226,9 @@ mod tests {
             "tapimg create qcow2:/a 513",
             "tapimg convert aio:/a",
             "tapimg map --parents png qcow:/a",
+            "tapimg resize aio:/a 10G --lose-data",
+            "tapimg rebase qcow2:/a",
+            "tapimg rebase qcow2:/a --parent aio:/b --no-parent",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

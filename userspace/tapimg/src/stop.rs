@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A verb that is ended by a signal cleans up first.
 
-use control::Failure;
+use crate::progress::Progress;
+use control::{Code, Failure};
 use diskio::Runtime;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -30,5 +31,19 @@ impl Stop {
 
     pub(crate) fn is_wanted(&self) -> bool {
         self.0.get()
+    }
+
+    /// Says how far it was when it was ended, and what that left behind.
+    pub(crate) fn check(&self, progress: &Progress, left: &str) -> Result<(), Failure> {
+        match self.is_wanted() {
+            true => Err(Failure::new(
+                Code::Other,
+                format!(
+                    "ended by a signal when {} % were done{left}",
+                    progress.share()
+                ),
+            )),
+            false => Ok(()),
+        }
     }
 }

@@ -7,4 +7,6 @@ mod create;
 mod look;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
+mod rebase;
+mod resize;
 mod wrong;

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg rebase`: the same disk over another image.
+
+use crate::chain::{refuse_damage, refuse_loop};
+use crate::cli::Rebase;
+use crate::create::Parent;
+use crate::named::Named;
+use crate::open::{failed, Opener, Use};
+use crate::progress::{bytes, Progress};
+use crate::runs::{runs, Run};
+use crate::stop::Stop;
+use crate::walk::{self, Piece, Side, Walk};
+use control::{Code, Failure};
+use diskio::{Bytes, File, Io};
+use drivers::{Attributes, Content, Disk, Extent};
+use formats::{qcow2, Below, Kind, Options};
+use serde::Serialize;
+use std::cell::Cell;
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Done {
+    image: String,
+    /// The image below from now on, as the header names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent: Option<String>,
+    /// Bytes that were written because the chains differ; nothing if they were not compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    written: Option<u64>,
+}
+
+impl Done {
+    pub(crate) fn text(&self) -> String {
+        let parent = match &self.parent {
+            Some(parent) => format!("goes on from {parent}"),
+            None => "goes on from no other image".into(),
+        };
+        let written = match self.written {
+            Some(written) => format!("{} were written into it", bytes(written)),
+            None => "whether that holds the same was not looked at".into(),
+        };
+        format!("{} {parent}; {written}\n", self.image)
+    }
+}
+
+/// The content of the image as it is, and what will lie below it. What differs becomes its own.
+struct Own<'o> {
+    io: &'o Io,
+    image: (&'o Named, Disk),
+    below: (&'o Named, Disk),
+    written: Cell<u64>,
+}
+
+/// Rebases.
+pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Result<Done, Failure> {
+    let image = &args.image;
+    if image.kind != Below::Format(Kind::Qcow2) {
+        return Err(Failure::invalid(format!(
+            "{image}: only qcow2 images are put over other ones where they are: make a new image with \
+             tapimg convert {image} NEW --parent OTHER"
+        )));
+    }
+    let parent = args.parent.as_ref();
+    if let Some(parent) = parent {
+        refuse_loop(opener, image, parent).await?;
+    }
+    if !args.name_only {
+        refuse_damage(opener, image).await?;
+    }
+    let file = opener.file(&image.path, Use::Write).await?;
+    refuse_snapshots(image, &file).await?;
+    let written = match args.name_only {
+        true => None,
+        false => Some(make_own(opener, stop, args, &file).await?),
+    };
+    let backing = match parent {
+        Some(parent) => Some(qcow2::Backing {
+            name: parent.name_from(image)?,
+            format: Some(parent.qemu_name().to_string()),
+        }),
+        None => None,
+    };
+    // What it has by now of the old chain is durable.
+    qcow2::set_backing(&file, backing.as_ref())
+        .await
+        .map_err(|failure| image.said(failure))?;
+    Ok(Done {
+        image: image.to_string(),
+        parent: backing.map(|backing| backing.name),
+        written,
+    })
+}
+
+/// What a snapshot does not have itself would be that of the other image.
+async fn refuse_snapshots(image: &Named, file: &File) -> Result<(), Failure> {
+    let header = qcow2::header(file).await;
+    let header = header.map_err(|failure| image.said(failure))?;
+    match header.snapshots {
+        0 => Ok(()),
+        count => Err(Failure::new(
+            Code::Image,
+            format!(
+                "{image} has {count} snapshots, whose content would change with the image below: delete them with \
+                 qemu-img snapshot -d, or copy one with tapimg convert --snapshot"
+            ),
+        )),
+    }
+}
+
+/// Writes into the image what it shows of the old chain and the new one does not have. Whenever that ends, the
+/// image holds the same disk. Says how many bytes.
+async fn make_own(
+    opener: &Opener,
+    stop: &Stop,
+    args: &Rebase,
+    file: &File,
+) -> Result<u64, Failure> {
+    let image = &args.image;
+    let parent = match &args.parent {
+        Some(parent) => Some(Parent::open(opener, parent, image).await?),
+        None => None,
+    };
+    let options = Options::new(image.path.display().to_string());
+    let (disk, shape) = opener.disk_of(image, file.clone(), options).await?;
+    let progress = Progress::new(shape.size, args.progress);
+    // Without a parent there is a hole in its place.
+    let below = match (&args.parent, &parent) {
+        (Some(name), Some(parent)) => (name, parent.disk.clone()),
+        _ => (image, disk.clone()),
+    };
+    let size = parent.as_ref().map_or(0, |parent| parent.size);
+    let sides = [
+        Side::new(image, &disk, shape.size),
+        Side::new(below.0, &below.1, size),
+    ];
+    let own = Own {
+        io: &opener.io,
+        image: (image, disk.clone()),
+        below,
+        written: Cell::new(0),
+    };
+    let (own_ref, progress_ref) = (&own, &progress);
+    let each = move |piece: Piece<2>| async move {
+        own_ref.piece(piece).await?;
+        progress_ref.add(piece.len);
+        Ok(())
+    };
+    let walk = Walk::new(sides, shape.size);
+    let walked = walk.each(|| stop.is_wanted(), each).await;
+    progress.end();
+    let last = disk.inactivate().await;
+    walked?;
+    last.map_err(|error| failed("make durable", image, shape.size, error))?;
+    stop.check(
+        &progress,
+        "; the image goes on from what it did before, so begin again",
+    )?;
+    Ok(own.written.get())
+}
+
+impl Own<'_> {
+    async fn piece(&self, piece: Piece<2>) -> Result<(), Failure> {
+        if piece.data == [false, false] {
+            return Ok(());
+        }
+        let mut at = piece.offset;
+        let end = piece.offset + piece.len;
+        while at < end {
+            for extent in self.layer(at, end - at).await? {
+                if extent.content == Content::Below {
+                    self.part(at, extent.len, piece.data).await?;
+                }
+                at += extent.len;
+            }
+        }
+        Ok(())
+    }
+
+    /// A part that is not the image's own.
+    async fn part(&self, offset: u64, len: u64, data: [bool; 2]) -> Result<(), Failure> {
+        let (image, disk) = &self.image;
+        let [is_data, is_below] = data;
+        // CAST: at most a piece.
+        let zeroes = || vec![0; len as usize];
+        let seen = match is_data {
+            true => walk::read(self.io, image, disk, offset, len).await?.1,
+            false => zeroes(),
+        };
+        let (below, its) = &self.below;
+        let below = match is_below {
+            true => Some(walk::read(self.io, below, its, offset, len).await?.1),
+            false => None,
+        };
+        for run in runs(&seen, below.as_deref()) {
+            let range = match run {
+                Run::Data(range) => {
+                    self.write(offset + range.start as u64, &seen[range.clone()])
+                        .await?;
+                    range
+                }
+                Run::Zero(range) => {
+                    self.zero(offset + range.start as u64, range.len() as u64)
+                        .await?;
+                    range
+                }
+            };
+            self.written.set(self.written.get() + range.len() as u64);
+        }
+        Ok(())
+    }
+
+    async fn write(&self, at: u64, seen: &[u8]) -> Result<(), Failure> {
+        let (image, disk) = &self.image;
+        let work = async {
+            disk.write(at, Bytes::copied(seen)?, Attributes::default())
+                .await
+        };
+        work.await
+            .map_err(|error| failed("write", image, at, error))
+    }
+
+    /// Zeroes of its own. Where the old chain has zeroes the driver need not do anything for a request for them, so
+    /// those are written.
+    async fn zero(&self, mut at: u64, len: u64) -> Result<(), Failure> {
+        let (image, disk) = &self.image;
+        let zeroed = disk.write_zeroes(at, len, Attributes::default()).await;
+        zeroed.map_err(|error| failed("write zeroes to", image, at, error))?;
+        let end = at + len;
+        while at < end {
+            for extent in self.layer(at, end - at).await? {
+                if extent.content == Content::Below {
+                    // CAST: at most a piece.
+                    self.write(at, &vec![0; extent.len as usize]).await?;
+                }
+                at += extent.len;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the image has itself, from a byte on.
+    async fn layer(&self, at: u64, len: u64) -> Result<Vec<Extent>, Failure> {
+        let (image, disk) = &self.image;
+        let found = disk.layer(at, len).await;
+        let mut found = found.map_err(|error| failed("find out what is in", image, at, error))?;
+        let mut left = len;
+        for extent in &mut found {
+            extent.len = extent.len.min(left);
+            left -= extent.len;
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg resize`: larger and smaller disks.
+
+use crate::chain::below;
+use crate::cli::Resize;
+use crate::named::Named;
+use crate::open::{failed, Opener, Use};
+use crate::progress::bytes;
+use crate::runs::is_zero;
+use crate::walk::{self, PIECE};
+use control::{Code, Failure};
+use diskio::File;
+use drivers::{Content, Disk, Driver};
+use formats::{look, qcow2, resolve, vhd, Below, Kind, Options, Parts};
+use serde::Serialize;
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Done {
+    image: String,
+    old_size: u64,
+    size: u64,
+    /// Bytes, but for zeroes, that were cut off.
+    lost: u64,
+}
+
+impl Done {
+    pub(crate) fn text(&self) -> String {
+        let lost = match self.lost {
+            0 => String::new(),
+            lost => format!("; {} of data were cut off", bytes(lost)),
+        };
+        let Self {
+            image,
+            old_size,
+            size,
+            ..
+        } = self;
+        format!("{image} had {old_size} bytes and has {size}{lost}\n")
+    }
+}
+
+/// Changes the size.
+pub(crate) async fn resize(opener: &Opener, args: &Resize) -> Result<Done, Failure> {
+    let (image, size) = (&args.image, args.size.0);
+    if size == 0 {
+        return Err(Failure::invalid(format!(
+            "{image}: a disk has at least one sector: give another size"
+        )));
+    }
+    let file = opener.file(&image.path, Use::Write).await?;
+    let old_size = match image.kind {
+        Below::Raw => file
+            .size()
+            .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))?,
+        Below::Format(kind) => {
+            let needs = look(kind, &file).await;
+            needs.map_err(|failure| image.said(failure))?.size
+        }
+    };
+    let lost = match size < old_size {
+        true => shrink(opener, args, &file, old_size).await?,
+        false => {
+            grow(opener, image, &file, old_size, size).await?;
+            0
+        }
+    };
+    Ok(Done {
+        image: image.to_string(),
+        old_size,
+        size,
+        lost,
+    })
+}
+
+async fn grow(
+    opener: &Opener,
+    image: &Named,
+    file: &File,
+    old_size: u64,
+    size: u64,
+) -> Result<(), Failure> {
+    match image.kind {
+        Below::Raw => set_size(image, file, size).await,
+        Below::Format(Kind::Qcow2) => grow_qcow2(opener, image, file, size)
+            .await
+            .map_err(|failure| image.said(failure)),
+        Below::Format(Kind::Vhd) => {
+            refuse_longer_parent(opener, image, file, old_size).await?;
+            let grown = vhd::grow(file, size).await;
+            grown.map_err(|failure| image.said(failure))
+        }
+        Below::Format(kind @ (Kind::Qcow | Kind::Vmdk)) => Err(Failure::invalid(format!(
+            "{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"
+        ))),
+    }
+}
+
+/// The size of a raw file, which is durable then.
+async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> {
+    if file.is_device() {
+        return Err(Failure::invalid(format!(
+            "{} is a device, whose size is not an image's to change: use what made it, such as lvresize",
+            image.path.display()
+        )));
+    }
+    let work = async {
+        file.set_size(size).await?;
+        file.flush().await
+    };
+    work.await
+        .map_err(|error| failed("change the size of", image, size, error))
+}
+
+/// What is below and behind the old end must stay hidden, so it is opened with the image.
+async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> Result<(), Failure> {
+    let header = qcow2::header(file).await?;
+    if header.version == 2 && header.snapshots > 0 {
+        return Err(Failure::new(
+            Code::Image,
+            "it is of version 2 and has snapshots, which do not say their size there: change it to version 3 \
+             with qemu-img amend -o compat=1.1",
+        ));
+    }
+    let needs = look(Kind::Qcow2, file).await?;
+    let mut parts = Parts::default();
+    if let Some(parent) = &needs.parent {
+        let found = below(opener, image, &needs).ok_or_else(|| {
+            Failure::invalid(format!(
+                "it does not say what its parent {:?} is: say it with --parents",
+                parent.names.first().map_or("", String::as_str)
+            ))
+        })?;
+        parts.parent = Some(opener.disk(&found, None).await?.0);
+    }
+    for extent in &needs.extents {
+        let path = resolve(&extent.name, &image.path)?;
+        parts.extents.push(opener.file(&path, Use::Write).await?);
+    }
+    let options = Options::new(image.path.display().to_string());
+    let disk = qcow2::Qcow2::new(file.clone(), parts, options);
+    disk.activate().await?;
+    let grown = disk.grow(size).await;
+    let last = disk.inactivate().await;
+    grown?;
+    last.map_err(|error| failed("make durable", image, size, error))
+}
+
+/// A VHD has nothing by which it could hide what its parent has behind its own end.
+async fn refuse_longer_parent(
+    opener: &Opener,
+    image: &Named,
+    file: &File,
+    size: u64,
+) -> Result<(), Failure> {
+    let needs = look(Kind::Vhd, file).await;
+    let needs = needs.map_err(|failure| image.said(failure))?;
+    let Some(parent) = below(opener, image, &needs) else {
+        return Ok(());
+    };
+    let (_, shape) = opener.disk(&parent, None).await?;
+    match shape.size > size {
+        true => Err(Failure::new(
+            Code::Image,
+            format!(
+                "{parent} has {} bytes and {image} only {size}, so a larger disk would show what is behind them: \
+                 convert it",
+                shape.size
+            ),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Cuts the end off, and says how many bytes of data that were.
+async fn shrink(
+    opener: &Opener,
+    args: &Resize,
+    file: &File,
+    old_size: u64,
+) -> Result<u64, Failure> {
+    let (image, size) = (&args.image, args.size.0);
+    if !args.shrink {
+        return Err(Failure::invalid(format!(
+            "{image} has {old_size} bytes, and {size} are fewer: say --shrink if that is meant"
+        )));
+    }
+    if image.kind != Below::Raw {
+        return Err(Failure::invalid(format!(
+            "{image}: only a raw file becomes smaller: convert it to aio, shrink that, and convert that back"
+        )));
+    }
+    let options = Options::new(image.path.display().to_string());
+    let (disk, _) = opener.disk_of(image, file.clone(), options).await?;
+    let (lost, first) = data_behind(opener, image, &disk, size, old_size).await?;
+    if lost > 0 && !args.lose_data {
+        return Err(Failure::new(
+            Code::Image,
+            format!(
+                "{image} has {} of data behind byte {size}, the first at byte {first}: make its file system and \
+                 partitions smaller first, or say --lose-data",
+                bytes(lost)
+            ),
+        ));
+    }
+    set_size(image, file, size).await?;
+    Ok(lost)
+}
+
+/// How many bytes from `at` on are in pieces with other than zeroes, and where the first of those begins.
+async fn data_behind(
+    opener: &Opener,
+    image: &Named,
+    disk: &Disk,
+    mut at: u64,
+    end: u64,
+) -> Result<(u64, u64), Failure> {
+    const BLOCK: usize = 4096;
+    let (mut lost, mut first) = (0, end);
+    while at < end {
+        let found = disk.extents(at, end - at).await;
+        for extent in found.map_err(|error| failed("find out what is in", image, at, error))? {
+            let stop = at + extent.len;
+            while at < stop && extent.content == Content::Data {
+                let len = (stop - at).min(PIECE);
+                let seen = walk::read(&opener.io, image, disk, at, len).await?.1;
+                for (number, block) in seen.chunks(BLOCK).enumerate() {
+                    if !is_zero(block) {
+                        lost += block.len() as u64;
+                        first = first.min(at + (number * BLOCK) as u64);
+                    }
+                }
+                at += len;
+            }
+            at = stop;
+        }
+    }
+    Ok((lost, first))
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg snapshot`: an image that goes on from another one, and what snapshots there are in one.
+
+use crate::cli::{Create, Layout, Snapshot};
+use crate::create::create;
+use crate::info::{snapshots, SnapshotFacts};
+use crate::open::Opener;
+use control::Failure;
+use formats::{Below, Kind};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// What was made, or what there is.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Answer {
+    image: String,
+    /// The image that goes on from it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overlay: Option<String>,
+    /// The snapshots in it, if those were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots: Option<Vec<SnapshotFacts>>,
+}
+
+impl Answer {
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        if let Some(overlay) = &self.overlay {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{overlay} goes on from {}", self.image);
+        }
+        for one in self.snapshots.iter().flatten() {
+            let _ = writeln!(text, "{}", one.text());
+        }
+        text
+    }
+}
+
+/// Makes an overlay, or lists.
+pub(crate) async fn snapshot(opener: &Opener, args: &Snapshot) -> Result<Answer, Failure> {
+    let image = &args.image;
+    let mut answer = Answer {
+        image: image.to_string(),
+        overlay: None,
+        snapshots: None,
+    };
+    if let Some(overlay) = &args.overlay {
+        let what = Create {
+            image: overlay.clone(),
+            size: None,
+            layout: Layout {
+                parent: Some(image.clone()),
+                ..Layout::default()
+            },
+            force: false,
+        };
+        create(opener, &what).await?;
+        answer.overlay = Some(overlay.to_string());
+        return Ok(answer);
+    }
+    if image.kind != Below::Format(Kind::Qcow2) {
+        return Err(Failure::invalid(format!(
+            "{image}: only qcow2 images have snapshots inside: name the image to make that goes on from it"
+        )));
+    }
+    let file = opener.file(&image.path, opener.reading).await?;
+    let all = snapshots(&file).await;
+    answer.snapshots = Some(all.map_err(|failure| image.said(failure))?);
+    Ok(answer)
+}
