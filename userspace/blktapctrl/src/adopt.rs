@@ -228,7 +228,7 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
         return lifecycle.destroy_later(disk);
     }
     let lives = disk.process.borrow().is_some();
-    let serves = lives && state == tapdisk::State::Running;
+    let serves = lives && is_as_it_should_be(lifecycle, disk, state);
     if doing.is_none() && (want != Want::Served || serves) {
         return;
     }
@@ -258,6 +258,23 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
             }
         }
     });
+}
+
+/// A process serves its disk, or is ready to. It knows which of the two.
+fn is_as_it_should_be(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State) -> bool {
+    match state {
+        tapdisk::State::Running => {
+            if disk.record.borrow().want == Want::Served {
+                lifecycle.became_active(disk);
+            }
+            true
+        }
+        tapdisk::State::Inactive => {
+            lifecycle.found_inactive(disk);
+            true
+        }
+        _ => false,
+    }
 }
 
 /// Finishes the verb that has begun, or serves a disk whose process does not.

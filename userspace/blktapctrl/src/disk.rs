@@ -4,7 +4,7 @@
 use crate::backoff::Backoff;
 use crate::image::Image;
 use crate::process::Process;
-use crate::record::{Record, Want};
+use crate::record::{Known, Record, Want};
 use crate::state::State;
 use crate::tenure::Tenure;
 use control::supervisor::{Doing, Row};
@@ -49,6 +49,8 @@ pub struct Disk {
     pub successor: RefCell<Option<Rc<Process>>>,
     /// The lease of its image.
     pub lease: RefCell<Option<Tenure>>,
+    /// The process that is listened to for a wish while the disk is inactive.
+    pub listened: Cell<Option<Known>>,
     /// The process has the node.
     pub attached: Cell<bool>,
     /// What is served, while it is.
@@ -83,6 +85,7 @@ impl Disk {
             process: RefCell::default(),
             successor: RefCell::default(),
             lease: RefCell::default(),
+            listened: Cell::default(),
             attached: Cell::default(),
             serves: RefCell::default(),
             backoff: RefCell::default(),
@@ -198,6 +201,15 @@ impl Disk {
         }
     }
 
+    /// Who it is, for a message.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.record.borrow().vbd {
+            Some(vbd) => format!("tap disk {} of {vbd}", self.minor),
+            None => format!("tap disk {}", self.minor),
+        }
+    }
+
     /// What has begun with it and is not done.
     #[must_use]
     pub fn doing(&self) -> Option<Doing> {
@@ -223,8 +235,10 @@ impl Disk {
     /// What is known of its state without asking anybody.
     fn process_state(&self) -> Option<tapdisk::State> {
         self.process.borrow().as_ref()?;
-        Some(match (self.attached.get(), self.record.borrow().want) {
+        let record = self.record.borrow();
+        Some(match (self.attached.get(), record.want) {
             (false, _) => tapdisk::State::Idle,
+            (true, Want::Served) if record.inactive.is_some() => tapdisk::State::Inactive,
             (true, Want::Paused) => tapdisk::State::Paused,
             (true, _) if self.serves.borrow().is_some() => tapdisk::State::Running,
             (true, _) => tapdisk::State::Attached,

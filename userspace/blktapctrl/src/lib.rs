@@ -12,6 +12,7 @@ pub mod adopt;
 pub mod apart;
 pub mod backoff;
 pub mod disk;
+pub mod domains;
 pub mod events;
 pub mod folder;
 pub mod image;

@@ -122,6 +122,7 @@ async fn run(cli: &Cli) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     tokio::task::spawn_local(watch::keep(lifecycle.clone(), store));
+    tokio::task::spawn_local(lifecycle.clone().watch_suspended());
     tokio::task::spawn_local(watchdog::watch(registry.clone()));
     tokio::task::spawn_local(server::serve(lifecycle.clone(), listener));
     tell_systemd(sd_notify::NotifyState::Ready);

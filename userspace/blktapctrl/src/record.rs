@@ -4,7 +4,7 @@
 use crate::folder::{self, Folder};
 use crate::image::Identity;
 use control::supervisor::{Doing, Mode, Policy};
-use control::tapdisk::Open;
+use control::tapdisk::{Open, Stamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::{self, File};
@@ -29,6 +29,19 @@ pub enum Want {
     Served,
     /// It is to wait.
     Paused,
+}
+
+/// Why a disk that is to be served has no image for the time being.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Inactive {
+    /// Its guest has not arrived.
+    Arriving,
+    /// Its guest was suspended.
+    Suspended {
+        /// How the image was left, if that is known.
+        stamp: Option<Stamp>,
+    },
 }
 
 /// A process that can be recognised: numbers of processes are used again.
@@ -144,6 +157,12 @@ pub struct Record {
     /// Which lease of its image is this disk's: whoever has this goes on with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<String>,
+    /// The image is somebody else's for the time being: whoever replaces the process does not take it.
+    #[serde(default)]
+    pub inactive: Option<Inactive>,
+    /// The disk with which the image went on. This one does not get it again.
+    #[serde(default)]
+    pub passed_on: Option<String>,
     /// What has begun and is not done: whoever finds this finishes it.
     #[serde(default)]
     pub doing: Option<Doing>,
@@ -186,6 +205,8 @@ impl Record {
             nbd: false,
             want: Want::Idle,
             lease: None,
+            inactive: None,
+            passed_on: None,
             doing: None,
             next: None,
             process: None,

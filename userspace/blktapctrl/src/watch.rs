@@ -31,6 +31,8 @@ const SERVER_KEY: &str = "tap-server";
 const SERVER: &str = "blktapctrl";
 /// What the names of the scripts begin with that make a disk with tap-ctl: Xen's and ours.
 const SCRIPTS: &str = "block-tap";
+/// Changes when a domain has ended, or was suspended.
+const RELEASED: &str = "@releaseDomain";
 /// Where the disks of a script are.
 const VBD: &str = "backend/vbd";
 
@@ -69,11 +71,24 @@ pub async fn keep(lifecycle: Rc<Lifecycle>, first: Option<Xenstore>) {
 pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Result<()> {
     let vbd = store.watch(VBD).await?;
     let tap = store.watch(TAP).await?;
+    let released = match store.watch(RELEASED).await {
+        Ok(released) => released,
+        // Disks are served all the same.
+        Err(error) => {
+            tracing::error!("it is not known when guests are suspended, so a guest that moves waits for the end of the domain that it leaves: {RELEASED} cannot be watched: {error}");
+            Box::pin(futures::stream::pending())
+        }
+    };
     lifecycle.registry.use_store(Some(store.clone()));
-    let mut changes = futures::stream::select(vbd, tap).ready_chunks(1024);
+    let changes = futures::stream::select(futures::stream::select(vbd, tap), released);
+    let mut changes = changes.ready_chunks(1024);
     while let Some(paths) = changes.next().await {
         let mut directories = BTreeSet::new();
         for path in paths {
+            if path == RELEASED {
+                lifecycle.look_for_suspended();
+                continue;
+            }
             match store::directory(&path) {
                 Some(directory) => drop(directories.insert(directory.to_owned())),
                 // Something above: of a whole domain, or the first event of the watch.

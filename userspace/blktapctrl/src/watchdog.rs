@@ -28,7 +28,11 @@ pub async fn watch(registry: Rc<Registry>) {
 /// fetch them.
 fn idle_with_work(disk: &Disk, status: &Kernel) -> Duration {
     let (answered, since) = disk.progress.get();
-    let works = disk.record.borrow().want == Want::Served && status.waiting > 0;
+    let works = {
+        let record = disk.record.borrow();
+        // Without its image it answers nobody.
+        record.want == Want::Served && record.inactive.is_none() && status.waiting > 0
+    };
     if works && answered == status.committed {
         return since.elapsed();
     }

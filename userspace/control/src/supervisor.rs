@@ -604,6 +604,15 @@ pub enum What {
     Paused,
     /// A disk goes on.
     Unpaused,
+    /// The guest is suspended, and the image is free.
+    Inactive,
+    /// Something was asked of an inactive disk, and it has its image.
+    Active,
+    /// The same, and it does not get it: the guest waits.
+    Held {
+        /// Why, and what to do.
+        why: String,
+    },
     /// The size changed.
     Resized {
         /// Bytes.

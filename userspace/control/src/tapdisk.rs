@@ -5,6 +5,11 @@
 //! [`Request::Pause`] and [`Request::Unpause`]; at the end [`Request::Close`] and
 //! [`Request::Exit`]. A tapdisk that dies is replaced by another one that is attached and opened in
 //! the same way.
+//!
+//! A guest that moves has a disk on either side, of which one at a time may use the image. The one that
+//! may not is *inactive*: [`Request::Inactivate`] makes it so, or [`Request::OpenInactive`] when it begins.
+//! It has the node, nothing of the image, and tells ([`Request::Wanted`]) when something is asked of it;
+//! [`Request::Activate`] is the way back.
 
 use crate::stats::Stats;
 use crate::{Driver, Failure, Target};
@@ -125,6 +130,26 @@ pub enum Request {
     /// Serves again, from the image that is given; the size may have changed, little else. The
     /// descriptor is as for [`Request::Open`]. Answered with [`Reply::Disk`].
     Unpause(Open),
+    /// As [`Request::Pause`], of a guest that is suspended: what waits in the kernel is served first, so
+    /// that nothing is left which the image would have to be there for. Answered with
+    /// [`Reply::Inactive`]; refused, and nothing has changed, if requests go on coming.
+    Inactivate,
+    /// As [`Request::Open`], but only looks how large the image is, which somebody else may be using:
+    /// nothing is locked, nothing of it is kept, and requests wait. The disk is inactive then. Answered
+    /// with [`Reply::Disk`].
+    OpenInactive(Open),
+    /// Serves an inactive disk: the image is locked, and only then read. The descriptor is as for
+    /// [`Request::Open`]. Answered with [`Reply::Disk`].
+    Activate {
+        /// What to serve.
+        open: Open,
+        /// How the image was left when the disk became inactive: nobody may have changed it since.
+        #[serde(default)]
+        stamp: Option<Stamp>,
+    },
+    /// Waits until the disk is inactive and something is asked of it. Answered with [`Reply::Done`]. On a
+    /// connection of its own: others are answered meanwhile.
+    Wanted,
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
     Resize,
     /// Reads all data of the disk, to find what cannot be read: that is told as [`Reply::Troubles`],
@@ -194,6 +219,20 @@ pub enum State {
     Running,
     /// It has a node and an image that was closed; requests wait.
     Paused,
+    /// The same, and it tells when a request waits.
+    Inactive,
+}
+
+/// How an image was left. Who changes a file leaves another one; of a block device it says nothing but
+/// the size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Bytes of the file, 0 of a device.
+    pub size: u64,
+    /// When it was written last, in seconds.
+    pub modified_s: i64,
+    /// The rest of that in nanoseconds.
+    pub modified_ns: u64,
 }
 
 /// An answer.
@@ -212,6 +251,11 @@ pub enum Reply {
     Fit {
         /// Bytes of the disk, if that can be told while somebody else serves it.
         size: Option<u64>,
+    },
+    /// The disk is inactive.
+    Inactive {
+        /// How the image was left; nothing if that cannot be told.
+        stamp: Option<Stamp>,
     },
     /// What is served.
     Status(Status),
@@ -396,6 +440,6 @@ pub struct Status {
     pub node: Option<Node>,
     /// What is served, unless idle or attached.
     pub open: Option<Open>,
-    /// The disk, if it runs.
+    /// The disk, if it runs or is inactive.
     pub disk: Option<Disk>,
 }

@@ -15,6 +15,6 @@ pub use diskio::{Bytes, Data, Errno, File, Io, LockKind};
 pub use driver::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 pub use lock::lock;
 pub use null::Null;
-pub use open::{activate, file, image, open};
+pub use open::{activate, file, image, missing, open, open_on};
 pub use ram::Ram;
 pub use raw::Raw;

@@ -11,22 +11,28 @@ use std::os::fd::OwnedFd;
 /// Opens what `open` asks for: locks the image, which waits a little for the I/O of a process that
 /// died, and only then looks at it. A driver that [has a format](Name::has_format) is none of these.
 pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, Shape), Failure> {
-    let disk = match (open.target.driver(), open.target.size()) {
-        (Name::Aio | Name::Sync, _) => {
-            let file = image(io, open, fd).await?;
-            Disk::new(raw(open, file)?)
+    let file = match (open.target.driver(), open.target.size()) {
+        (Name::Aio | Name::Sync, _) | (Name::Ram, Some(_)) => Some(image(io, open, fd).await?),
+        _ => None,
+    };
+    open_on(open, file).await
+}
+
+/// The same on an image that [is locked](image) already.
+pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), Failure> {
+    let disk = match (open.target.driver(), open.target.size(), file) {
+        (Name::Aio | Name::Sync, _, Some(file)) => Disk::new(raw(open, file)?),
+        (Name::Ram, Some(size), Some(memory)) => Disk::new(Ram::new(memory, size)),
+        (Name::Null, Some(size), _) => Disk::new(Null::new(size)),
+        (Name::Aio | Name::Sync, _, None) | (Name::Ram, Some(_), None) => {
+            return Err(missing(open))
         }
-        (Name::Ram, Some(size)) => {
-            let memory = image(io, open, fd).await?;
-            Disk::new(Ram::new(memory, size))
-        }
-        (Name::Null, Some(size)) => Disk::new(Null::new(size)),
-        (name @ (Name::Ram | Name::Null), None) => {
+        (name @ (Name::Ram | Name::Null), None, _) => {
             return Err(Failure::invalid(format!(
                 "the driver {name} needs a size, such as {name}:64M"
             )))
         }
-        (name @ (Name::Qcow2 | Name::Qcow | Name::Vhd | Name::Vmdk), _) => {
+        (name @ (Name::Qcow2 | Name::Qcow | Name::Vhd | Name::Vmdk), _, _) => {
             return Err(Failure::unsupported(format!(
                 "this program does not know the format {name}: use tapdisk"
             )))
@@ -69,10 +75,18 @@ fn raw(open: &Open, mut file: File) -> Result<Raw, Failure> {
     Ok(Raw::new(file, discard))
 }
 
+/// What is said of an image that did not come along.
+pub fn missing(open: &Open) -> Failure {
+    Failure::invalid(format!(
+        "the descriptor of the image of {} is missing",
+        open.target
+    ))
+}
+
 /// The image that came along, which is as it must be, and locked.
 pub async fn image(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<File, Failure> {
     let name = format!("the image of {}", open.target);
-    let fd = fd.ok_or_else(|| Failure::invalid(format!("the descriptor of {name} is missing")))?;
+    let fd = fd.ok_or_else(|| missing(open))?;
     let kind = match open.read_only {
         true => LockKind::Read,
         false => LockKind::Write,

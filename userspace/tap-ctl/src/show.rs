@@ -246,6 +246,9 @@ pub(crate) fn event(event: &Event) -> String {
         }
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
+        What::Inactive => "has let go of its image: the guest is suspended".into(),
+        What::Active => "has its image and goes on".into(),
+        What::Held { why } => format!("holds its guest's requests: {why}"),
         What::Resized { size } => format!("has {size} bytes now"),
         What::Unknown { why } => format!("left alone: {why}"),
         What::Refused { why } => why.clone(),

@@ -8,13 +8,14 @@
 //! A command that waits cannot be taken back. So a link lives as long as the node is held, also while
 //! nothing is served: the tags that this one command may still bring are returned to the kernel.
 
+use crate::troubles::wait;
 use diskio::{Errno, Io, Op, Pending, Runtime};
 use std::cell::{Cell, RefCell};
 use std::future::{poll_fn, Future};
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use tapdev::abi::Completion;
 use tapdev::{Command, Tap};
 
@@ -29,6 +30,12 @@ pub(crate) struct Link {
     with_commands: Cell<bool>,
     /// Requests are wanted.
     fetching: Cell<bool>,
+    /// It is to be known when there are some, though they are not wanted.
+    watching: Cell<bool>,
+    /// There are, or others want something of the disk.
+    wanted: Cell<bool>,
+    /// Who waits for that.
+    wishing: RefCell<Vec<Waker>>,
     /// Results to be committed.
     done: RefCell<Vec<Completion>>,
     /// Tags that came, and are not looked at yet.
@@ -50,6 +57,9 @@ impl Link {
             tap: tap.clone(),
             with_commands: Cell::new(false),
             fetching: Cell::new(false),
+            watching: Cell::new(false),
+            wanted: Cell::new(false),
+            wishing: RefCell::default(),
             done: RefCell::default(),
             fetched: RefCell::default(),
             ready: Cell::new(true),
@@ -70,8 +80,53 @@ impl Link {
         let has_ring = self.io().engine() == diskio::Engine::Uring;
         self.with_commands.set(has_ring && self.tap.has_commands());
         self.fetching.set(true);
+        self.watching.set(false);
         self.ready.set(true);
         self.io().heed_quick(false);
+    }
+
+    /// No requests are wanted, but it is to be known when there are some.
+    pub(crate) fn watch(&self) {
+        self.wanted.set(false);
+        self.watching.set(true);
+    }
+
+    /// That is not to be known any more. When this returns nothing but a command holds the node.
+    pub(crate) async fn unwatch(&self) {
+        self.watching.set(false);
+        if self.with_commands.get() {
+            return;
+        }
+        if let Some(waiting) = self.waiting.borrow().as_ref() {
+            waiting.cancel();
+        }
+        poll_fn(|cx| match self.waiting.borrow().is_none() {
+            true => Poll::Ready(()),
+            false => {
+                wait(&mut self.wishing.borrow_mut(), cx.waker());
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// Somebody wants something of the disk.
+    pub(crate) fn want(&self) {
+        self.wanted.set(true);
+        for waker in self.wishing.take() {
+            waker.wake();
+        }
+    }
+
+    /// Something is wanted of a disk that [is watched](Self::watch).
+    pub(crate) fn poll_wanted(&self, waker: &Waker) -> Poll<()> {
+        match self.watching.get() && self.wanted.get() {
+            true => Poll::Ready(()),
+            false => {
+                wait(&mut self.wishing.borrow_mut(), waker);
+                Poll::Pending
+            }
+        }
     }
 
     /// No more requests are wanted. Those that were fetched are to be served.
@@ -103,6 +158,11 @@ impl Link {
         self.fetching.get()
     }
 
+    /// Everything is committed, and nothing came that was not looked at.
+    pub(crate) fn is_calm(&self) -> bool {
+        self.done.borrow().is_empty() && self.fetched.borrow().is_empty() && self.commits.get() == 0
+    }
+
     /// Everything is committed, and nothing comes.
     pub(crate) fn is_quiet(&self) -> bool {
         !self.fetching.get()
@@ -122,6 +182,10 @@ impl Link {
         } else {
             self.pump_calls(tags)?;
         }
+        let watches = self.watching.get() && !self.wanted.get();
+        if watches && self.waiting.borrow().is_none() {
+            self.look_out();
+        }
         tags.append(&mut self.fetched.borrow_mut());
         Ok(())
     }
@@ -139,20 +203,30 @@ impl Link {
             self.ready.set(fetching && count == room);
         }
         if fetching && self.waiting.borrow().is_none() {
-            let watch = self.io().submit(Op::Ready {
-                fd: self.tap.fd().clone(),
-                write: false,
-            });
-            *self.waiting.borrow_mut() = Some(watch);
-            let link = self.clone();
-            self.runtime.tasks.spawn(async move {
-                match link.arrival().await {
-                    Ok(_) => link.ready.set(true),
-                    Err(error) => link.failed(error),
-                }
-            });
+            self.look_out();
         }
         Ok(())
+    }
+
+    /// Waits for something to fetch.
+    fn look_out(self: &Rc<Self>) {
+        let watch = self.io().submit(Op::Ready {
+            fd: self.tap.fd().clone(),
+            write: false,
+        });
+        *self.waiting.borrow_mut() = Some(watch);
+        let link = self.clone();
+        self.runtime.tasks.spawn(async move {
+            match link.arrival().await {
+                Ok(_) => {
+                    link.ready.set(true);
+                    if link.watching.get() {
+                        link.want();
+                    }
+                }
+                Err(error) => link.failed(error),
+            }
+        });
     }
 
     fn pump_commands(self: &Rc<Self>) -> io::Result<()> {
@@ -195,6 +269,9 @@ impl Link {
         if self.fetching.get() {
             return self.fetched.borrow_mut().extend(tags);
         }
+        if self.watching.get() {
+            self.want();
+        }
         for tag in tags {
             self.commit(match self.tap.request(tag) {
                 Ok(request) => request.returned(),
@@ -211,6 +288,9 @@ impl Link {
         })
         .await;
         *self.waiting.borrow_mut() = None;
+        for waker in self.wishing.take() {
+            waker.wake();
+        }
         result
     }
 

@@ -7,6 +7,7 @@ use crate::ranges::{Claim, Range, Ranges, Source};
 use crate::Troubles;
 use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Trouble};
+use control::{Code, Failure};
 use diskio::{Errno, Runtime};
 use drivers::{Attributes, Disk, Shape};
 use rustix::time::{clock_gettime, ClockId};
@@ -15,6 +16,7 @@ use std::future::{poll_fn, Future};
 use std::io;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 use tapdev::abi::Completion;
 use tapdev::{Kind, Request, Tap};
 
@@ -77,7 +79,19 @@ pub struct Server {
     tags: RefCell<Vec<u16>>,
     /// Who waits until everything is over.
     quiet: RefCell<Vec<Waker>>,
+    /// Who waits for a moment in which nothing is to be done.
+    calm: RefCell<Vec<Waker>>,
+    /// Requests that came.
+    came: Cell<u64>,
+    /// Those that had come when a drain began.
+    drains: Cell<Option<u64>>,
 }
+
+/// A guest that is suspended has no more requests than its rings hold.
+const SUSPENDED: u64 = tapdev::abi::MAX_TAGS as u64;
+/// How long nothing comes from a guest that has nothing in its rings any more: the kernel takes out of them
+/// what there was no room for before.
+const CALM: Duration = Duration::from_millis(2);
 
 impl Server {
     /// Serves requests of `tap`, which is started, from `disk`, which is active and has this shape.
@@ -118,6 +132,9 @@ impl Server {
             ranges: Ranges::default(),
             tags: RefCell::default(),
             quiet: RefCell::default(),
+            calm: RefCell::default(),
+            came: Cell::new(0),
+            drains: Cell::new(None),
         })
     }
 
@@ -178,6 +195,9 @@ impl Server {
         let mut tags = self.tags.take();
         self.link.pump(&mut tags)?;
         let came = !tags.is_empty();
+        // CAST: there are at most as many as a disk has.
+        self.came
+            .set(self.came.get().wrapping_add(tags.len() as u64));
         for tag in tags.drain(..) {
             match self.tap.request(tag) {
                 Ok(request) => {
@@ -196,7 +216,66 @@ impl Server {
                 waker.wake();
             }
         }
+        if self.is_calm() || self.goes_on() {
+            for waker in self.calm.take() {
+                waker.wake();
+            }
+        }
         Ok(came)
+    }
+
+    /// Serves on until a guest that is suspended has nothing to ask for any more, and then
+    /// [fetches](Self::quiesce) no more. What comes later all the same waits in the kernel.
+    ///
+    /// # Errors
+    /// Requests go on coming, or the disk has stopped for one that failed.
+    pub(crate) async fn drain(&self) -> Result<(), Failure> {
+        self.drains.set(Some(self.came.get()));
+        let drained = self.until_calm().await;
+        self.drains.set(None);
+        drained?;
+        self.quiesce().await;
+        Ok(())
+    }
+
+    async fn until_calm(&self) -> Result<(), Failure> {
+        loop {
+            poll_fn(
+                |cx| match self.is_calm() || self.goes_on() || !self.is_fetching() {
+                    true => Poll::Ready(()),
+                    false => {
+                        self.calm.borrow_mut().push(cx.waker().clone());
+                        Poll::Pending
+                    }
+                },
+            )
+            .await;
+            let before = self.came.get();
+            let slept = self.runtime.io.sleep(CALM).await;
+            slept.map_err(|error| Failure::system("cannot wait", &error.into()))?;
+            if !self.is_fetching() {
+                return Err(Failure::new(
+                    Code::State,
+                    "the disk has stopped because I/O on its image failed: see to that, and unpause it",
+                ));
+            }
+            if self.goes_on() {
+                return Err(Failure::new(
+                    Code::State,
+                    "requests go on coming: the guest is not suspended",
+                ));
+            }
+            let waiting = self.tap.look().map_or(0, |info| info.waiting);
+            if self.came.get() == before && self.is_calm() && waiting == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// More came since a drain began than a suspended guest can have.
+    fn goes_on(&self) -> bool {
+        let first = self.drains.get();
+        first.is_some_and(|first| self.came.get().wrapping_sub(first) > SUSPENDED)
     }
 
     /// Fetches no more, and waits until everything that was fetched is committed. The kernel keeps
@@ -220,6 +299,10 @@ impl Server {
 
     fn is_quiet(&self) -> bool {
         self.in_flight.get() == 0 && self.link.is_quiet()
+    }
+
+    fn is_calm(&self) -> bool {
+        self.in_flight.get() == 0 && self.link.is_calm()
     }
 
     /// Executes a request; returns what is to be said of it.
@@ -259,6 +342,9 @@ impl Server {
         self.tell(what, offset, len, error, stops);
         if stops {
             self.link.stop();
+            for waker in self.calm.take() {
+                waker.wake();
+            }
         }
         stops
     }

@@ -4,6 +4,7 @@
 mod counts;
 mod end;
 mod image;
+mod inactive;
 
 use crate::kept::Kept;
 use crate::link::Link;
@@ -13,10 +14,11 @@ use crate::told::{describe, described, fence, node, params, UNFIT};
 use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
-use control::tapdisk::{self, Engine, Open, Process, Reply, Request, State, Status};
+use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Stamp, State, Status};
 use control::{Code, Driver, Failure, Target};
 use diskio::{Deadline, Gate, Runtime};
 use drivers::{Fence, Shape};
+use inactive::Inactive;
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -76,6 +78,12 @@ struct Inner {
     server: Option<Rc<Server>>,
     /// What was served last.
     image: Option<Identity>,
+    /// The image that is served, to see how it is left.
+    file: Option<OwnedFd>,
+    /// How the last one was left.
+    left: Option<Stamp>,
+    /// Nothing is served, and it is told when something is asked for.
+    inactive: Option<Inactive>,
     /// The exchange with the kernel, once there was one.
     link: Option<Rc<Link>>,
 }
@@ -195,19 +203,33 @@ impl Session {
             }
             Request::Open(open) => {
                 let _alone = self.gate.alone().await;
+                self.must_be_attached()?;
+                self.open(open, fd, None).await
+            }
+            Request::OpenInactive(open) => {
+                let _alone = self.gate.alone().await;
+                self.must_be_attached()?;
+                self.open_inactive(open, fd).await
+            }
+            Request::Inactivate => {
+                let _alone = self.gate.alone().await;
+                self.inactivate().await
+            }
+            Request::Activate { open, stamp } => {
+                let _alone = self.gate.alone().await;
                 match self.status().state {
-                    State::Attached => self.open(open, fd).await,
-                    State::Idle => Err(no_node()),
-                    _ => Err(Failure::new(
-                        Code::State,
-                        "an image is open: close it first",
-                    )),
+                    State::Inactive => self.open(open, fd, stamp).await,
+                    _ => Err(Failure::new(Code::State, "the disk is not inactive")),
                 }
+            }
+            Request::Wanted => {
+                self.wanted().await;
+                Ok(Reply::Done)
             }
             Request::Unpause(open) => {
                 let _alone = self.gate.alone().await;
                 match self.status().state {
-                    State::Paused => self.open(open, fd).await,
+                    State::Paused => self.open(open, fd, None).await,
                     _ => Err(Failure::new(Code::State, "the disk is not paused")),
                 }
             }
@@ -277,7 +299,14 @@ impl Session {
 
     /// The server, as soon as the disk runs.
     pub(crate) async fn running(&self) -> Rc<Server> {
-        poll_fn(|cx| self.poll_running(cx.waker())).await
+        poll_fn(|cx| {
+            // Who waits for an inactive disk wants something of it.
+            if let Some(link) = self.state.borrow().link.as_ref() {
+                link.want();
+            }
+            self.poll_running(cx.waker())
+        })
+        .await
     }
 
     /// The same, or nothing if that image is not served any more.
@@ -340,8 +369,24 @@ impl Session {
         Ok(Reply::Node(node))
     }
 
-    /// Opens an image and serves it.
-    async fn open(&self, open: Open, image: Option<OwnedFd>) -> Result<Reply, Failure> {
+    fn must_be_attached(&self) -> Result<(), Failure> {
+        match self.status().state {
+            State::Attached => Ok(()),
+            State::Idle => Err(no_node()),
+            _ => Err(Failure::new(
+                Code::State,
+                "an image is open: close it first",
+            )),
+        }
+    }
+
+    /// Opens an image and serves it, if it is as it was left.
+    async fn open(
+        &self,
+        open: Open,
+        image: Option<OwnedFd>,
+        stamp: Option<Stamp>,
+    ) -> Result<Reply, Failure> {
         let tap = self.state.borrow().tap.clone().ok_or_else(no_node)?;
         let engine = self.select(&open)?;
         // Without, every transfer pins its pages itself.
@@ -353,13 +398,16 @@ impl Session {
             self.find_kept().await;
         }
         let identity = Identity::of(&open, image.as_ref());
+        let file = inactive::copy(image.as_ref())?;
+        let unchanged = || inactive::check(&open, file.as_ref(), stamp);
         let failed = self.runtime.io.failed();
-        let served = match self.disk(&open, image).await {
+        let served = match self.disk(&open, image, unchanged).await {
             Ok((disk, shape)) => self.serve(&tap, open, engine, identity, disk, shape).await,
             Err(failure) => Err(failure),
         };
-        if served.is_err() {
-            self.retreat(failed).await;
+        match &served {
+            Ok(_) => self.state.borrow_mut().file = file,
+            Err(_) => self.retreat(failed).await,
         }
         served
     }
@@ -397,30 +445,8 @@ impl Session {
         disk: drivers::Disk,
         shape: Shape,
     ) -> Result<Reply, Failure> {
-        let params = params(&shape, &open);
-        self.reach(&open, disk.fence()).await?;
-        let (known, started, claimed) = {
-            let state = self.state.borrow();
-            (state.params, state.started, state.fence)
-        };
-        let own = fence(disk.fence());
-        let fence = claimed.unwrap_or(own);
-        // The guest learns nothing of an image that is refused.
-        if started && fence != own {
-            return Err(other_storage(&open));
-        }
-        self.describe(tap, &open, known, params)?;
-        if !started {
-            tap.start(fence)
-                .map_err(|error| Failure::system("cannot start the node", &error))?;
-        }
-        let link = {
-            let mut state = self.state.borrow_mut();
-            let link = state
-                .link
-                .get_or_insert_with(|| Link::new(&self.runtime, tap));
-            link.clone()
-        };
+        self.tell_kernel(tap, &open, &shape, disk.fence()).await?;
+        let link = self.link(tap);
         let terms = Terms {
             read_only: open.read_only,
             on_no_space: open.on_no_space,
@@ -436,15 +462,54 @@ impl Session {
             self.change_image(Some(identity));
         }
         let mut state = self.state.borrow_mut();
-        state.started = true;
-        state.fence = Some(fence);
         state.open = Some(open);
         state.disk = Some(disk.clone());
         state.server = Some(server);
+        state.inactive = None;
         for waker in self.waiting.take() {
             waker.wake();
         }
         Ok(Reply::Disk(disk))
+    }
+
+    /// The exchange with the kernel.
+    fn link(&self, tap: &Rc<Tap>) -> Rc<Link> {
+        let mut state = self.state.borrow_mut();
+        let link = state
+            .link
+            .get_or_insert_with(|| Link::new(&self.runtime, tap));
+        link.clone()
+    }
+
+    /// Describes a disk to the kernel, and starts the node unless it is.
+    async fn tell_kernel(
+        &self,
+        tap: &Tap,
+        open: &Open,
+        shape: &Shape,
+        storage: Fence,
+    ) -> Result<(), Failure> {
+        let params = params(shape, open);
+        self.reach(open, storage).await?;
+        let (known, started, claimed) = {
+            let state = self.state.borrow();
+            (state.params, state.started, state.fence)
+        };
+        let own = fence(storage);
+        let fence = claimed.unwrap_or(own);
+        // The guest learns nothing of an image that is refused.
+        if started && fence != own {
+            return Err(other_storage(open));
+        }
+        self.describe(tap, open, known, params)?;
+        if !started {
+            tap.start(fence)
+                .map_err(|error| Failure::system("cannot start the node", &error))?;
+        }
+        let mut state = self.state.borrow_mut();
+        state.started = true;
+        state.fence = Some(fence);
+        Ok(())
     }
 
     /// To be called before the first I/O on storage: tells the kernel when it is over after the end of this
@@ -589,6 +654,7 @@ impl Session {
             state: match (&state.tap, &state.server, state.started) {
                 (None, _, _) => State::Idle,
                 (_, Some(_), _) => State::Running,
+                _ if state.inactive.is_some() => State::Inactive,
                 (_, _, true) => State::Paused,
                 (_, _, false) => State::Attached,
             },

@@ -93,7 +93,7 @@ const SUPERVISOR: &[&[&str]] = &[
     &[
         "apart", "backoff", "events", "folder", "kernel", "link", "store",
     ],
-    &["image", "memory", "nodes", "tenure"],
+    &["domains", "image", "memory", "nodes", "tenure"],
     &["record"],
     &["process", "state"],
     &["disk"],

@@ -105,6 +105,7 @@ async fn backend(
         images: vec![image],
         // What is not understood is taken for a writer.
         mode: mode.parse().unwrap_or(Mode::Write),
+        domain: Some(domain.to_owned()),
         machines,
     }))
 }

@@ -14,7 +14,7 @@
 //! - An image that is the disk byte for byte names nothing, so who serves one gets nothing.
 //! - The rules of sharing hold as for an image, and it counts as used from then on.
 
-use super::Admission;
+use super::{Admission, Beside};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
@@ -77,8 +77,8 @@ impl Admission {
             mode,
             locked: false,
         };
-        let work = |beside: bool| {
-            if beside {
+        let work = |beside: Beside| {
+            if beside == Beside::Shared {
                 let why = "another disk uses it, and one of the two writes it: detach that";
                 return Err(refused(disk, role, path, why));
             }

@@ -23,6 +23,7 @@ use control::tapdisk::Open;
 use control::{Code, Failure, LeaseKind};
 pub(crate) use files::check_files;
 use mounts::Table;
+pub(crate) use sharing::Beside;
 use sharing::{Machines, Mount, User};
 use std::collections::BTreeMap;
 use std::io;
@@ -83,8 +84,9 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
 ///
 /// # Errors
 /// The driver cannot do that.
-pub(crate) fn beside_others(mut open: Open, beside: bool) -> Result<Open, Failure> {
-    if beside && open.target.driver().has_format() {
+pub(crate) fn beside_others(mut open: Open, beside: Beside) -> Result<Open, Failure> {
+    let shares = beside == Beside::Shared;
+    if shares && open.target.driver().has_format() {
         return Err(Failure::new(
             Code::Busy,
             format!(
@@ -94,7 +96,7 @@ pub(crate) fn beside_others(mut open: Open, beside: bool) -> Result<Open, Failur
             ),
         ));
     }
-    open.shared |= beside;
+    open.shared |= shares;
     Ok(open)
 }
 
@@ -112,7 +114,7 @@ impl Admission {
     /// Does `work` for an image that nobody uses in a way that forbids it, and that counts as used
     /// when the work is done. `except` is a disk that gives up what it used; without it the image is
     /// for a new disk. The work is told whether another process of ours uses the image as well, so
-    /// that neither may lock it against the other.
+    /// that neither may lock it against the other, or that one of the two is to let go of it.
     ///
     /// # Errors
     /// Says who uses it, or what the work says.
@@ -122,7 +124,7 @@ impl Admission {
         mode: Mode,
         vbd: Option<&str>,
         except: Option<u32>,
-        work: impl FnOnce(bool) -> Result<T, Failure>,
+        work: impl FnOnce(Beside) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let seen = match image {
             Some(image) => Some((image, self.look(image, vbd).await?)),
@@ -140,9 +142,10 @@ impl Admission {
         let beside = match seen {
             Some((image, seen)) => {
                 let ours = self.users(except, &machines);
-                decide(image, mode, &ours, &seen)?
+                let domain = vbd.and_then(domain_of);
+                decide(image, mode, domain, &ours, &seen)?
             }
-            None => false,
+            None => Beside::Nobody,
         };
         work(beside)
     }
@@ -229,6 +232,7 @@ impl Admission {
             },
             images,
             mode,
+            domain: vbd.and_then(|vbd| domain_of(vbd)).map(str::to_owned),
             machines: vbd
                 .and_then(|vbd| machines.get(vbd).cloned())
                 .unwrap_or_default(),
@@ -294,7 +298,7 @@ impl Admission {
 
     /// The virtual machines of the guest of a backend's directory.
     async fn machines(&self, vbd: Option<&str>) -> io::Result<Machines> {
-        let domain = vbd.and_then(|vbd| vbd.split('/').nth(2));
+        let domain = vbd.and_then(domain_of);
         match (self.registry.store(), domain) {
             (Some(store), Some(domain)) => backends::machines(&*store, domain).await,
             _ => Ok(Machines::new()),
@@ -302,9 +306,20 @@ impl Admission {
     }
 }
 
+/// The domain of the guest of a backend's directory.
+fn domain_of(vbd: &str) -> Option<&str> {
+    vbd.split('/').nth(2)
+}
+
 /// Decides, and says whether an own disk uses the image, too.
-fn decide(image: &Image, mode: Mode, ours: &[User], seen: &Seen) -> Result<bool, Failure> {
-    let beside = sharing::is_beside(&seen.images, mode, ours);
+fn decide(
+    image: &Image,
+    mode: Mode,
+    domain: Option<&str>,
+    ours: &[User],
+    seen: &Seen,
+) -> Result<Beside, Failure> {
+    let beside = sharing::beside(&seen.images, mode, domain, &seen.machines, ours);
     let others = [ours, seen.backends.as_slice()].concat();
     let free = sharing::check(&seen.images, mode, &seen.machines, &others, &seen.mounts)
         .and_then(|()| sharing::check_claims(mode, &seen.claims))

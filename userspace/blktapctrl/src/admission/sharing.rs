@@ -29,6 +29,8 @@ pub struct User {
     pub images: Vec<Identity>,
     /// How.
     pub mode: Mode,
+    /// By which domain.
+    pub domain: Option<String>,
     /// By whom.
     pub machines: Machines,
 }
@@ -123,20 +125,55 @@ pub fn is_used(images: &[Identity], others: &[User], mounts: &[Mount]) -> bool {
             .any(|user| user.images.iter().any(|image| images.contains(image)))
 }
 
-/// Some of `others`, who may use the image, write it or will see it written: a lock on the image that
-/// keeps everybody else out would keep one of the two out.
+/// Who else uses an image, of those who may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// Nobody, or all read.
+    Nobody,
+    /// The same virtual machine in another domain: it moves, and goes on in one of the two. Each locks the
+    /// image when it has its turn.
+    Moving,
+    /// Somebody writes it or will see it written: a lock that keeps everybody else out would keep one of the
+    /// two out.
+    Shared,
+}
+
+/// Finds out who uses an image beside a domain of these machines.
 #[must_use]
-pub fn is_beside(images: &[Identity], mode: Mode, others: &[User]) -> bool {
-    others
-        .iter()
-        .filter(|user| user.images.iter().any(|image| images.contains(image)))
-        .any(|user| !mode.is_read_only() || !user.mode.is_read_only())
+pub fn beside(
+    images: &[Identity],
+    mode: Mode,
+    domain: Option<&str>,
+    machines: &Machines,
+    others: &[User],
+) -> Beside {
+    let at_once = |user: &&User| {
+        user.images.iter().any(|image| images.contains(image))
+            && (!mode.is_read_only() || !user.mode.is_read_only())
+    };
+    // A stub domain belongs to a machine of its own as well.
+    let moves = |user: &User| {
+        !machines.is_empty()
+            && user.machines == *machines
+            && user.domain.as_deref() != domain
+            && !user.mode.is_shared()
+            && !mode.is_shared()
+    };
+    let mut found = Beside::Nobody;
+    for user in others.iter().filter(at_once) {
+        match moves(user) {
+            true if found != Beside::Shared => found = Beside::Moving,
+            true => {}
+            false => found = Beside::Shared,
+        }
+    }
+    found
 }
 
 #[cfg(test)]
 mod tests {
     use super::{
-        check, check_claims, check_promised, is_beside, Identity, Machines, Mode, Mount, User,
+        beside, check, check_claims, check_promised, Beside, Identity, Machines, Mode, Mount, User,
     };
 
     const IMAGE: Identity = Identity::File { dev: 1, ino: 7 };
@@ -155,6 +192,7 @@ mod tests {
             name: "guest 3".into(),
             images: vec![IMAGE],
             mode: mode(text),
+            domain: Some("3".into()),
             machines: machines(vm),
         }
     }
@@ -206,16 +244,42 @@ mod tests {
 
     #[test]
     fn readers_lock_together_and_writers_do_not() {
-        for (wanted, there, beside) in [
+        for (wanted, there, shared) in [
             ("r", "r", false),
             ("r", "w", true),
             ("w", "r", true),
             ("w", "w", true),
         ] {
-            let others = [user(there, &["/vm/a"])];
-            assert_eq!(is_beside(&[IMAGE], mode(wanted), &others), beside);
-            assert!(!is_beside(&[DEVICE], mode(wanted), &others));
+            let (others, vm) = ([user(there, &["/vm/a"])], machines(&["/vm/a"]));
+            let expected = match shared {
+                true => Beside::Shared,
+                false => Beside::Nobody,
+            };
+            let found = |image| beside(&[image], mode(wanted), Some("3"), &vm, &others);
+            assert_eq!(found(IMAGE), expected);
+            assert_eq!(found(DEVICE), Beside::Nobody);
         }
+    }
+
+    /// The same machine in another domain is one that moves; a stub domain is not the same.
+    #[test]
+    fn who_moves_is_told_from_who_shares() {
+        let found = |wanted, there, domain, vm: &[&str]| {
+            let others = [user(there, &["/vm/a"])];
+            beside(&[IMAGE], mode(wanted), Some(domain), &machines(vm), &others)
+        };
+        assert_eq!(found("w", "w", "4", &["/vm/a"]), Beside::Moving);
+        assert_eq!(found("r", "w", "4", &["/vm/a"]), Beside::Moving);
+        assert_eq!(found("r", "r", "4", &["/vm/a"]), Beside::Nobody);
+        assert_eq!(found("w!", "w!", "4", &["/vm/a"]), Beside::Shared);
+        assert_eq!(found("w", "w", "4", &["/vm/a", "/vm/stub"]), Beside::Shared);
+        assert_eq!(found("w", "w", "3", &["/vm/a"]), Beside::Shared);
+        let both = [user("w", &["/vm/a"]), user("w", &["/vm/a", "/vm/stub"])];
+        let vm = machines(&["/vm/a"]);
+        assert_eq!(
+            beside(&[IMAGE], mode("w"), Some("4"), &vm, &both),
+            Beside::Shared
+        );
     }
 
     #[test]

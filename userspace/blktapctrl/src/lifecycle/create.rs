@@ -2,10 +2,10 @@
 //! A disk is made, and served for the first time.
 
 use super::Lifecycle;
-use crate::admission::{beside_others, check_files, with_mode};
+use crate::admission::{beside_others, check_files, with_mode, Beside};
 use crate::disk::{Disk, Fate};
 use crate::image;
-use crate::record::Record;
+use crate::record::{Inactive, Record};
 use crate::store::relative;
 use control::supervisor::{Allocate, Create, Doing, What};
 use control::tapdisk;
@@ -53,6 +53,7 @@ impl Lifecycle {
         let target = Some(open.target.clone());
         let work = |beside| {
             record.open = Some(beside_others(open, beside)?);
+            record.inactive = (beside == Beside::Moving).then_some(Inactive::Arriving);
             self.registry
                 .make_node(record, create.minor, create.arena_kib)
         };

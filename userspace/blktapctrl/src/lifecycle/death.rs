@@ -126,6 +126,8 @@ impl Lifecycle {
             let Err(failure) = disk.unless_doomed(self.serve(disk)).await else {
                 disk.record.borrow_mut().restarts += 1;
                 self.registry.note(disk);
+                // It may have been suspended while there was no process.
+                self.look_for_suspended();
                 return;
             };
             self.give_up_process(disk).await;

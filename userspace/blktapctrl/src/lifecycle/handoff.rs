@@ -357,7 +357,15 @@ async fn fits(disk: &Disk, new: &Process, given: &Given, open: &Open) -> Result<
 
 /// Only what is served can be handed over.
 fn check_served(disk: &Disk) -> Result<(), Failure> {
-    let (want, remedy) = match disk.record.borrow().want {
+    let (want, is_inactive) = {
+        let record = disk.record.borrow();
+        (record.want, record.inactive.is_some())
+    };
+    let (want, remedy) = match want {
+        Want::Served if is_inactive => (
+            "is inactive",
+            "wait until its guest, which is suspended or has not arrived, goes on",
+        ),
         Want::Served => return Ok(()),
         Want::Paused => ("is paused", "unpause it first"),
         Want::Idle => ("has no image", "detach its process and attach another one"),

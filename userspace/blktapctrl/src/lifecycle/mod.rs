@@ -15,19 +15,22 @@ mod needs;
 mod open;
 mod pause;
 mod serve;
+mod suspend;
 mod trouble;
 
 use crate::admission::Admission;
 use crate::disk::Disk;
+use crate::domains::{Domains, Xl};
 use crate::process::{Program, OPEN};
 use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::Doing;
 use control::Failure;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// The life of all disks.
 pub struct Lifecycle {
@@ -37,6 +40,12 @@ pub struct Lifecycle {
     pub admission: Admission,
     /// How tapdisks are started.
     program: Program,
+    /// Who knows which guests are suspended.
+    domains: RefCell<Rc<dyn Domains>>,
+    /// A guest may be.
+    released: Notify,
+    /// How long an inactive disk waits for its image before that is told.
+    pub patience_for_images: Cell<Duration>,
     /// How long is waited for what should not take long: a node that somebody has open, a verb that is
     /// finished by itself.
     pub patience: Cell<Duration>,
@@ -50,6 +59,9 @@ impl Lifecycle {
             admission: Admission::new(registry.clone(), folders),
             registry,
             program,
+            domains: RefCell::new(Rc::new(Xl)),
+            released: Notify::new(),
+            patience_for_images: Cell::new(Duration::from_secs(30)),
             patience: Cell::new(OPEN),
         })
     }

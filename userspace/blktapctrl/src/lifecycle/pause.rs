@@ -63,6 +63,11 @@ impl Lifecycle {
         }
         disk.serves.replace(None);
         self.give_lease_up(disk).await;
+        {
+            // Who lets it go on says which image it is to have.
+            let mut record = disk.record.borrow_mut();
+            (record.inactive, record.passed_on) = (None, None);
+        }
         self.end_of_verb(disk, Want::Paused);
         self.registry.events.add(Some(disk.minor), What::Paused);
         result
@@ -119,6 +124,9 @@ impl Lifecycle {
             } else {
                 return disk.unless_doomed(self.finish_unpause(disk)).await;
             }
+        }
+        if target.is_none() && disk.record.borrow().inactive.is_some() {
+            return self.take_anyway(disk).await;
         }
         if disk.record.borrow().want != Want::Paused {
             return Err(Failure::new(

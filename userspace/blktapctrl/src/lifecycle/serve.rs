@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process is given a node and an image, and serves.
 
-use super::Lifecycle;
+use super::{suspend, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
@@ -314,10 +314,15 @@ impl Lifecycle {
         image: Option<Arc<Image>>,
     ) -> Result<tapdisk::Disk, Failure> {
         disk.answered_before.set(self.registry.answered(disk));
+        suspend::check_not_passed_on(disk)?;
         let there = disk.process.borrow().clone();
         let mut state = match there {
             Some(process) => match process.status().await? {
                 status if status.state == State::Running => return running(disk, status, open),
+                status if status.state == State::Inactive => {
+                    self.found_inactive(disk);
+                    return running(disk, status, open);
+                }
                 status => status.state,
             },
             None => State::Idle,
@@ -329,6 +334,10 @@ impl Lifecycle {
         }
         let question = match state {
             State::Paused => Request::Unpause,
+            _ if disk.record.borrow().inactive.is_some() => {
+                self.await_wish(disk, &process);
+                Request::OpenInactive
+            }
             _ => Request::Open,
         };
         self.lease(disk, open, &process).await?;

@@ -194,7 +194,7 @@ impl Registry {
             record.mode = peek.mode.unwrap_or(mode_of(open.read_only, open.shared));
             record.open = Some(open);
             record.want = match status.state {
-                State::Running => Want::Served,
+                State::Running | State::Inactive => Want::Served,
                 State::Paused => Want::Paused,
                 State::Attached | State::Idle => Want::Idle,
             };

@@ -116,12 +116,17 @@ impl Bed {
 
     /// Ends the process of a disk, and waits for the next one.
     pub(crate) async fn replaced(&self, minor: u32, end: impl FnOnce(u32)) {
+        self.replaced_in(minor, State::Running, end).await;
+    }
+
+    /// The same, which is then in a state.
+    pub(crate) async fn replaced_in(&self, minor: u32, state: State, end: impl FnOnce(u32)) {
         let before = self.row(minor).await;
         end(before.pid.expect("a process"));
         until("a new process", || async {
             let row = self.row(minor).await;
             let is_new = row.pid != before.pid && row.restarts == before.restarts + 1;
-            (is_new && row.state == Some(State::Running)).then_some(())
+            (is_new && row.state == Some(state)).then_some(())
         })
         .await;
     }

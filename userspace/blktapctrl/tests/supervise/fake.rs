@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A kernel, a xenstore and a tapdisk that are none.
 
+use blktapctrl::domains::Domains;
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
 use control::tapdisk::{
-    Disk, Engine, Need, Needed, Open, Provided, Reply, Request, State, Status, Troubles,
+    Disk, Engine, Need, Needed, Open, Provided, Reply, Request, Stamp, State, Status, Troubles,
 };
 use control::{supervisor, Channel, Code, Failure};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -304,6 +305,23 @@ impl Store for FakeStore {
     }
 }
 
+/// How every image is left.
+const STAMP: Stamp = Stamp {
+    size: 1,
+    modified_s: 2,
+    modified_ns: 3,
+};
+
+/// Guests of which a test says that they are suspended.
+#[derive(Clone, Default)]
+pub(crate) struct FakeDomains(pub(crate) Rc<RefCell<BTreeSet<u32>>>);
+
+impl Domains for FakeDomains {
+    fn suspended(&self) -> Later<'_, Result<BTreeSet<u32>, Failure>> {
+        Box::pin(async { Ok(self.0.borrow().clone()) })
+    }
+}
+
 /// A program that behaves as the files beside it say: `refuse` (its text is the answer to opening),
 /// `die` (ends when it is to open), `hang` (never answers that), `deaf` (ends the connection on which it is
 /// given something, and the file), `chatty` (answers at once, with no news), `dumb` (never says who it is),
@@ -366,6 +384,22 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
             }
             Request::Troubles { after } => Ok(Reply::Troubles(troubles(dir, after))),
             Request::Needs { after } => Ok(needs.after(after)),
+            Request::Wanted => {
+                // The file `wish-MINOR` is the wish.
+                loop {
+                    let wished = {
+                        let served = served.lock().expect("nobody panics");
+                        let minor = served.node.as_ref().map(|(minor, _)| *minor);
+                        let wish = minor.map(|minor| dir.join(format!("wish-{minor}")));
+                        served.inactive.is_some() && wish.is_some_and(|wish| wish.exists())
+                    };
+                    if wished {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Ok(Reply::Done)
+            }
             Request::Provide { .. } if std::fs::remove_file(dir.join("deaf")).is_ok() => return,
             Request::Provide { number, provided } => {
                 needs.provide(number, provided, fds);
@@ -538,6 +572,8 @@ struct Served {
     node: Option<(u32, OwnedFd)>,
     open: Option<(Open, Option<OwnedFd>)>,
     paused: bool,
+    /// It says when something is asked of it.
+    inactive: Option<Open>,
     nbd: Option<OwnedFd>,
 }
 
@@ -587,6 +623,42 @@ impl Served {
             Request::Open(_) | Request::Unpause(_) => {
                 Err(Failure::new(Code::State, "not in this state"))
             }
+            Request::OpenInactive(open) if self.open.is_none() => {
+                note(dir, "open inactive");
+                let reply = Reply::Disk(disk(dir, &open));
+                self.inactive = Some(open);
+                Ok(reply)
+            }
+            Request::Inactivate if self.open.is_some() => {
+                note(dir, "inactivate");
+                wait_while(&dir.join("slow"));
+                if dir.join("runs").exists() {
+                    return Err(Failure::new(Code::State, "requests go on coming"));
+                }
+                self.inactive = self.open.take().map(|(open, _)| open);
+                let stamp = Some(STAMP);
+                Ok(Reply::Inactive { stamp })
+            }
+            Request::Activate { open, stamp } if self.inactive.is_some() => {
+                if dir.join("busy").exists() {
+                    return Err(Failure::new(Code::Busy, "it is locked"));
+                }
+                let word = match stamp {
+                    Some(STAMP) => "activate again",
+                    _ => "activate",
+                };
+                let reply = self.open(dir, word, open, fds);
+                self.inactive = None;
+                reply
+            }
+            Request::Pause if self.inactive.is_some() => {
+                note(dir, "pause");
+                (self.paused, self.inactive) = (true, None);
+                Ok(Reply::Done)
+            }
+            Request::OpenInactive(_) | Request::Inactivate | Request::Activate { .. } => {
+                Err(Failure::new(Code::State, "not in this state"))
+            }
             Request::Pause if self.open.is_none() => {
                 Err(Failure::new(Code::State, "the disk does not run"))
             }
@@ -618,6 +690,7 @@ impl Served {
             Request::Status => Ok(Reply::Status(Status {
                 state: match (&self.node, &self.open) {
                     (None, _) => State::Idle,
+                    _ if self.inactive.is_some() => State::Inactive,
                     (Some(_), None) if self.paused => State::Paused,
                     (Some(_), None) => State::Attached,
                     (Some(_), Some(_)) => State::Running,
@@ -651,9 +724,10 @@ impl Served {
                 program: "fake".into(),
                 abi: number(dir, "abi").map_or(1, |abi| u32::try_from(abi).expect("small")),
             })),
-            Request::Troubles { .. } | Request::Needs { .. } | Request::Provide { .. } => {
-                Err(Failure::unsupported("answered elsewhere"))
-            }
+            Request::Troubles { .. }
+            | Request::Needs { .. }
+            | Request::Provide { .. }
+            | Request::Wanted => Err(Failure::unsupported("answered elsewhere")),
         }
     }
 

@@ -14,6 +14,7 @@ mod nodes;
 mod sharing;
 mod start;
 mod steps;
+mod suspend;
 mod troubles;
 
 /// Not a test: what runs as a tapdisk.

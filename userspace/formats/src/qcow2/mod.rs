@@ -260,7 +260,7 @@ impl<S: Storage> Qcow2<S> {
             size: image.size.get(),
             logical_block: 512,
             physical_block: 4096,
-            discard: (self.options.discard && self.options.writable).then_some(part.max(512)),
+            discard: self.options.discard.then_some(part.max(512)),
             write_cache: true,
             fua: false,
             limits: Limits {

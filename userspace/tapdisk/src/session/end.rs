@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The end of serving: for a while, or for good.
 
-use super::{Inner, Session};
+use super::{inactive, Inner, Session};
 use crate::Server;
 use control::tapdisk::Reply;
 use control::{Code, Failure};
@@ -16,6 +16,10 @@ const MOMENT: Duration = Duration::from_millis(1);
 impl Session {
     /// Ends serving, and closes the image, which others may use then.
     pub(super) async fn pause(&self) -> Result<Reply, Failure> {
+        if self.state.borrow().inactive.is_some() {
+            self.stop_watching().await;
+            return Ok(Reply::Done);
+        }
         let Some(server) = self.state.borrow().server.clone() else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
@@ -25,6 +29,15 @@ impl Session {
             false => server.disk().flush().await,
         };
         server.quiesce().await;
+        self.let_go(server, early).await.map(|()| Reply::Done)
+    }
+
+    /// Closes an image that is not used any more, so that others may use it at once.
+    pub(super) async fn let_go(
+        &self,
+        server: Rc<Server>,
+        early: Result<(), Errno>,
+    ) -> Result<(), Failure> {
         let inactive = server.disk().inactivate().await;
         // Each says what the other does not.
         let inactive = match early {
@@ -38,7 +51,7 @@ impl Session {
         inactive.map_err(|error| {
             Failure::system("not all of the image could be made durable", &error.into())
         })?;
-        closed.map(|()| Reply::Done)
+        closed
     }
 
     /// Gives the node back, and the image, all of which is durable: most of that while the guest goes on.
@@ -62,6 +75,9 @@ impl Session {
             let mut state = self.state.borrow_mut();
             state.server = None;
             state.disk = None;
+            // As long as the server is there, the image is locked, so it is nobody else who changed it.
+            // One more descriptor would keep it so.
+            state.left = state.file.take().and_then(inactive::stamp);
         }
         self.keep(true);
         // Nothing of ours may hold pages of the arena.
@@ -82,6 +98,7 @@ impl Session {
         if stopped.is_ok() {
             self.rest().await;
         }
+        self.stop_watching().await;
         let link = self.state.borrow().link.clone();
         if link.is_some_and(|link| link.is_parked()) {
             // The node is not given back as long as a command waits there.

@@ -70,36 +70,55 @@ impl Session {
     }
 
     /// The disk that `open` asks for, when I/O of the process before is over: what is read now must not
-    /// change any more. The kernel knows before when that of this one is.
+    /// change any more. The kernel knows before when that of this one is. `locked` is called when the image is,
+    /// and before anything of it is read.
     pub(super) async fn disk(
         &self,
         open: &Open,
         image: Option<OwnedFd>,
+        locked: impl FnOnce() -> Result<(), Failure>,
     ) -> Result<(Disk, Shape), Failure> {
         if let Some(image) = &image {
             self.reach(open, Fence::of_descriptor(image)).await?;
         }
-        let io = &self.runtime.io;
-        let (Some(kind), Some(path)) = (kind(open.target.driver()), open.target.path()) else {
-            return drivers::open(io, open, image).await;
+        let file = match image {
+            Some(_) => Some(drivers::image(&self.runtime.io, open, image).await?),
+            None => None,
         };
-        let mut file = drivers::image(io, open, image).await?;
-        if kind == Kind::Vmdk && !open.read_only {
-            // It may be a text, which ends where its last line does.
-            keep_size(&mut file, &format!("the image of {}", open.target))?;
-        }
-        let options = Options {
-            writable: !open.read_only,
-            discard: open.discard && !open.read_only,
-            parents: open.parents.map(below).transpose()?,
-            ..Options::new(path.display().to_string())
+        locked()?;
+        let parts = Parts {
+            session: self,
+            open,
+            looks: false,
+        };
+        parts.disk(file).await
+    }
+
+    /// What the disk will be like that `open` asks for, of an image that somebody else may be using:
+    /// nothing is locked or written, and what was read is forgotten.
+    pub(super) async fn look(
+        &self,
+        open: &Open,
+        image: Option<OwnedFd>,
+    ) -> Result<(Shape, Fence), Failure> {
+        let unlocked = Open {
+            shared: true,
+            ..open.clone()
+        };
+        let file = match image {
+            Some(_) => Some(drivers::image(&self.runtime.io, &unlocked, image).await?),
+            None => None,
         };
         let parts = Parts {
             session: self,
             open,
+            looks: true,
         };
-        let disk = formats::open_chain(kind, file, path, options, &parts).await?;
-        drivers::activate(disk, open).await
+        let (disk, shape) = parts.disk(file).await?;
+        let fence = disk.fence();
+        let closed = disk.close().await;
+        closed.map_err(|error| Failure::system("cannot close the image", &error.into()))?;
+        Ok((shape, fence))
     }
 }
 
@@ -107,6 +126,32 @@ impl Session {
 struct Parts<'s> {
     session: &'s Session,
     open: &'s Open,
+    /// Somebody else may be using the image: nothing is locked or written.
+    looks: bool,
+}
+
+impl Parts<'_> {
+    /// The disk in an image.
+    async fn disk(&self, file: Option<File>) -> Result<(Disk, Shape), Failure> {
+        let open = self.open;
+        let (Some(kind), Some(path)) = (kind(open.target.driver()), open.target.path()) else {
+            return drivers::open_on(open, file).await;
+        };
+        let mut file = file.ok_or_else(|| drivers::missing(open))?;
+        let writable = !open.read_only && !self.looks;
+        if kind == Kind::Vmdk && writable {
+            // It may be a text, which ends where its last line does.
+            keep_size(&mut file, &format!("the image of {}", open.target))?;
+        }
+        let options = Options {
+            writable,
+            discard: open.discard && !open.read_only,
+            parents: open.parents.map(below).transpose()?,
+            ..Options::new(path.display().to_string())
+        };
+        let disk = formats::open_chain(kind, file, path, options, self).await?;
+        drivers::activate(disk, open).await
+    }
 }
 
 impl formats::Files<File> for Parts<'_> {
@@ -123,6 +168,7 @@ impl formats::Files<File> for Parts<'_> {
             false => (Needed::Parent { path: path.into() }, LockKind::Read),
         };
         let given = self.session.needs.ask(what).await?;
+        let is_locked = given.lock && !self.looks;
         // It may be on other storage than the image. What reads a parent can do no harm later.
         if writable {
             let fence = Fence::of_descriptor(&given.fd);
@@ -130,7 +176,7 @@ impl formats::Files<File> for Parts<'_> {
         }
         let name = path.display().to_string();
         let io = &self.session.runtime.io;
-        let mut file = drivers::file(io, given.fd, kind, given.lock, &name).await?;
+        let mut file = drivers::file(io, given.fd, kind, is_locked, &name).await?;
         if writable {
             // It has as many bytes of the disk as the image says.
             keep_size(&mut file, &name)?;

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A guest that is suspended lets go of its images, and a disk gets its image when something is asked of it.
+//!
+//! A guest that moves has a disk on either side. That of the source is made inactive when the guest is
+//! suspended; that of the destination begins inactive. What comes first after that decides: a request of the
+//! guest that arrived, or of the one that was not moved after all, which goes on with the same ring. The
+//! image's lock keeps all others out until then. A disk that cannot have the image holds its requests.
+
+use super::trouble::{until_end, Rate};
+use super::Lifecycle;
+use crate::disk::{Disk, Fate};
+use crate::domains::Domains;
+use crate::link::{unexpected, EVER};
+use crate::process::Process;
+use crate::record::{Inactive, Want};
+use control::supervisor::What;
+use control::tapdisk::{self, Reply, Request, Stamp, State};
+use control::{Code, Failure};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// How long the requests of a suspended guest may take.
+const DRAIN: Duration = Duration::from_secs(600);
+/// Time between two attempts to get an image that somebody else has; each waits for it for a while.
+const SOON: Duration = Duration::from_millis(100);
+/// The same where another attempt hardly helps.
+const LATER: Duration = Duration::from_secs(5);
+
+impl Lifecycle {
+    /// Asks these which guests are suspended.
+    pub fn use_domains(&self, domains: Rc<dyn Domains>) {
+        self.domains.replace(domains);
+    }
+
+    /// A guest may be suspended now.
+    pub fn look_for_suspended(&self) {
+        self.released.notify_one();
+    }
+
+    /// Lets go of the images of guests that are suspended, for ever.
+    pub async fn watch_suspended(self: Rc<Self>) {
+        let mut rate = Rate::new();
+        loop {
+            self.released.notified().await;
+            let all = self.registry.all();
+            let mut active = all.iter().filter(|disk| is_active(disk)).peekable();
+            if active.peek().is_none() {
+                continue;
+            }
+            let domains = self.domains.borrow().clone();
+            let suspended = match domains.suspended().await {
+                Ok(suspended) => suspended,
+                Err(failure) => {
+                    if rate.is_due() {
+                        rate.told();
+                        tracing::warn!("it is not known whether guests are suspended, so their images stay in use: {failure}");
+                    }
+                    continue;
+                }
+            };
+            for disk in active.filter(|disk| domain(disk).is_some_and(|d| suspended.contains(&d))) {
+                let (lifecycle, disk) = (self.clone(), disk.clone());
+                tokio::task::spawn_local(async move {
+                    if let Err(failure) = lifecycle.inactivate(&disk).await {
+                        tracing::warn!("disk {}: {failure}", disk.minor);
+                    }
+                });
+            }
+        }
+    }
+
+    /// Has the process of a disk whose guest is suspended finish what it has and let go of the image.
+    ///
+    /// # Errors
+    /// The guest goes on, or not all of the image could be made durable.
+    pub async fn inactivate(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let _turn = disk.turn().await?;
+        if !is_active(disk) {
+            return Ok(());
+        }
+        let Ok(process) = disk.serving() else {
+            // The next one looks again.
+            return Ok(());
+        };
+        self.await_wish(disk, &process);
+        // Written down first: who replaces a process that dies on the way must not take the image again.
+        let inactive = Some(Inactive::Suspended { stamp: None });
+        self.registry
+            .change(disk, |record| record.inactive = inactive)?;
+        disk.unless_doomed(self.finish_inactivate(disk, &process))
+            .await
+    }
+
+    async fn finish_inactivate(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
+        let failure = match process.ask(&Request::Inactivate, &[], DRAIN).await {
+            Ok(Reply::Inactive { stamp }) => {
+                self.became_inactive(disk, stamp);
+                return Ok(());
+            }
+            Ok(reply) => unexpected(&reply),
+            Err(failure) => failure,
+        };
+        if process.has_died(&failure).await {
+            return Ok(());
+        }
+        match process.status().await?.state {
+            State::Inactive => self.became_inactive(disk, None),
+            _ => {
+                disk.record.borrow_mut().inactive = None;
+                self.registry.note(disk);
+            }
+        }
+        Err(failure)
+    }
+
+    fn became_inactive(&self, disk: &Disk, stamp: Option<Stamp>) {
+        disk.record.borrow_mut().inactive = Some(Inactive::Suspended { stamp });
+        self.registry.note(disk);
+        self.registry.events.add(Some(disk.minor), What::Inactive);
+    }
+
+    /// The process of a disk says that it is inactive, whatever is written down.
+    pub(crate) fn found_inactive(self: &Rc<Self>, disk: &Rc<Disk>) {
+        let suspended = Inactive::Suspended { stamp: None };
+        disk.record.borrow_mut().inactive.get_or_insert(suspended);
+        self.registry.note(disk);
+        let process = disk.process.borrow().clone();
+        if let Some(process) = process {
+            self.await_wish(disk, &process);
+        }
+    }
+
+    /// From now on a process says when something is asked of its disk while that is inactive.
+    pub(crate) fn await_wish(self: &Rc<Self>, disk: &Rc<Disk>, process: &Rc<Process>) {
+        if disk.listened.replace(Some(process.known())) == Some(process.known()) {
+            return;
+        }
+        let (lifecycle, disk, process) = (self.clone(), disk.clone(), process.clone());
+        tokio::task::spawn_local(async move {
+            let listen = async || {
+                let mut link = process.another_link().await?;
+                loop {
+                    match link.ask(&Request::Wanted, &[], EVER).await? {
+                        Reply::Done => lifecycle.give_back(&disk, &process).await,
+                        reply => return Err(unexpected(&reply)),
+                    }
+                }
+            };
+            until_end(&process, "say whether its disk is wanted", listen).await;
+        });
+    }
+
+    /// Gets a disk its image, as often as it takes.
+    async fn give_back(self: &Rc<Self>, disk: &Rc<Disk>, process: &Process) {
+        let (since, mut told) = (Instant::now(), false);
+        while !process.has_ended() && disk.fate() == Fate::Stays {
+            let Err(failure) = self.activate(disk).await else {
+                return;
+            };
+            let is_busy = failure.code == Code::Busy;
+            if !told && (!is_busy || since.elapsed() >= self.patience_for_images.get()) {
+                told = true;
+                let why = failure.message;
+                let what = What::Held { why };
+                self.registry.events.add(Some(disk.minor), what);
+            }
+            tokio::time::sleep(if is_busy { SOON } else { LATER }).await;
+        }
+    }
+
+    /// Has the process of an inactive disk take the image.
+    async fn activate(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let _turn = disk.turn().await?;
+        let (is_inactive, want, doing) = {
+            let record = disk.record.borrow();
+            (record.inactive.is_some(), record.want, record.doing)
+        };
+        // Somebody has paused it, or it goes on already.
+        if !is_inactive || want != Want::Served || doing.is_some() {
+            return Ok(());
+        }
+        disk.unless_doomed(self.take(disk)).await.map(drop)
+    }
+
+    /// The same, whatever was done with the image meanwhile: an administrator says so. The caller has the turn.
+    pub(super) async fn take_anyway(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+    ) -> Result<tapdisk::Disk, Failure> {
+        self.registry.change(disk, |record| {
+            record.inactive = Some(Inactive::Suspended { stamp: None });
+            record.passed_on = None;
+        })?;
+        disk.unless_doomed(self.take(disk)).await
+    }
+
+    async fn take(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<tapdisk::Disk, Failure> {
+        check_not_passed_on(disk)?;
+        let process = disk.serving()?;
+        let (open, image) = (disk.open()?, self.image(disk).await?);
+        let stamp = match disk.record.borrow().inactive {
+            Some(Inactive::Suspended { stamp }) => stamp,
+            _ => None,
+        };
+        let question = |open| Request::Activate { open, stamp };
+        let taken = self.open_with(disk, &process, open, image, question).await;
+        let what = match taken {
+            // An answer that came too late.
+            Err(failure) if failure.code == Code::State => match process.status().await? {
+                status if status.state == State::Running => status.disk.ok_or(failure)?,
+                _ => return Err(failure),
+            },
+            taken => taken.map_err(|failure| self.named(disk, failure))?,
+        };
+        self.became_active(disk);
+        Ok(what)
+    }
+
+    /// A disk has its image. One whose guest has arrived is the one from now on: those that had the image
+    /// before do not get it back, because what their guest knows of it is old.
+    pub(crate) fn became_active(&self, disk: &Disk) {
+        let was = {
+            let mut record = disk.record.borrow_mut();
+            record.inactive.take()
+        };
+        self.registry.note(disk);
+        if matches!(was, Some(Inactive::Arriving)) {
+            for other in self.rivals(disk) {
+                other.record.borrow_mut().passed_on = Some(disk.name());
+                self.registry.note(&other);
+            }
+        }
+        if was.is_some() {
+            self.registry.events.add(Some(disk.minor), What::Active);
+            // What was left of a suspended guest's requests may be all that was asked.
+            self.look_for_suspended();
+        }
+    }
+
+    /// Other disks with the same image, of which one at a time may be active.
+    fn rivals(&self, disk: &Disk) -> Vec<Rc<Disk>> {
+        let exclusive = |disk: &Disk| {
+            let record = disk.record.borrow();
+            let open = record.open.as_ref().filter(|open| !open.shared);
+            open.and(record.identity)
+        };
+        let Some(image) = exclusive(disk) else {
+            return Vec::new();
+        };
+        let mut all = self.registry.all();
+        all.retain(|other| other.minor != disk.minor && exclusive(other) == Some(image));
+        all
+    }
+
+    /// Says who has an image that cannot be had.
+    fn named(&self, disk: &Disk, failure: Failure) -> Failure {
+        if failure.code != Code::Busy {
+            return failure;
+        }
+        let rivals = self.rivals(disk);
+        let has_it = |other: &&Rc<Disk>| other.record.borrow().inactive.is_none();
+        let who = match rivals.iter().find(has_it) {
+            Some(other) => format!(
+                "{} has it and has not let go: end its guest, or see why it is not suspended",
+                other.name()
+            ),
+            None => failure.message,
+        };
+        let message = format!("its requests wait for the image: {who}");
+        Failure::new(Code::Busy, message)
+    }
+}
+
+/// What a guest has in memory of an image is old when it went on with another disk.
+///
+/// # Errors
+/// It did.
+pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
+    let to = disk.record.borrow().passed_on.clone();
+    match to {
+        None => Ok(()),
+        Some(to) => Err(Failure::new(
+            Code::Busy,
+            format!(
+                "its image went on with {to}, so what its guest knows of it is old: end the guest, or, if nothing was written there, let it go on with tap-ctl unpause"
+            ),
+        )),
+    }
+}
+
+fn is_active(disk: &Disk) -> bool {
+    let record = disk.record.borrow();
+    record.want == Want::Served && record.doing.is_none() && record.inactive.is_none()
+}
+
+/// The domain of a disk's guest.
+fn domain(disk: &Disk) -> Option<u32> {
+    let record = disk.record.borrow();
+    record.vbd.as_deref()?.split('/').nth(2)?.parse().ok()
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A guest is suspended, goes on, or arrives: who has the image then, whoever dies on the way.
+
+use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake::FakeDomains;
+use blktapctrl::adopt;
+use control::supervisor::{Create, Reply, Request, What};
+use control::tapdisk::State;
+use control::Code;
+use std::fs;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// A host on which guests move.
+struct Moving {
+    bed: Rc<Bed>,
+    domains: FakeDomains,
+}
+
+impl Moving {
+    fn new(bed: Rc<Bed>) -> Moving {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.registry().use_store(Some(store));
+        bed.image("a.img", "A");
+        let domains = FakeDomains::default();
+        bed.lifecycle.use_domains(Rc::new(domains.clone()));
+        tokio::task::spawn_local(bed.lifecycle.clone().watch_suspended());
+        Moving { bed, domains }
+    }
+
+    /// The disk of one machine in a domain.
+    fn create(&self, domain: u32) -> Create {
+        let mut create = self.bed.create("a.img");
+        let directory = format!("backend/vbd/{domain}/51712");
+        let home = format!("/local/domain/{domain}");
+        self.bed.store.put(&home, &[("vm", "/vm/a")]);
+        self.bed.store.put(&directory, &[("frontend", "f")]);
+        create.vbd = Some(directory);
+        create
+    }
+
+    async fn made(&self, domain: u32) -> u32 {
+        self.bed.made(self.create(domain)).await
+    }
+
+    fn suspend(&self, domain: u32) {
+        self.domains.0.borrow_mut().insert(domain);
+        self.bed.lifecycle.look_for_suspended();
+    }
+
+    fn resume(&self, domain: u32) {
+        self.domains.0.borrow_mut().remove(&domain);
+    }
+
+    /// Something is asked of a disk.
+    fn wish(&self, minor: u32) {
+        let wish = self.bed.dir.join(format!("wish-{minor}"));
+        fs::write(wish, "").expect("a wish");
+    }
+
+    fn no_wish(&self, minor: u32) {
+        let wish = self.bed.dir.join(format!("wish-{minor}"));
+        fs::remove_file(wish).expect("the wish");
+    }
+
+    fn switch(&self, name: &str, on: bool) {
+        let path = self.bed.dir.join(name);
+        match on {
+            true => fs::write(path, "").expect("a file"),
+            false => fs::remove_file(path).expect("the file"),
+        }
+    }
+
+    async fn is(&self, minor: u32, state: State) {
+        until(&format!("disk {minor} becomes {state:?}"), || async {
+            (self.bed.row(minor).await.state == Some(state)).then_some(())
+        })
+        .await;
+    }
+
+    async fn held(&self, part: &str) {
+        until("an event", || async {
+            let is_it = |what: &What| matches!(what, What::Held { why } if why.contains(part));
+            self.bed.events().iter().any(is_it).then_some(())
+        })
+        .await;
+    }
+}
+
+#[test]
+fn guest_that_was_not_moved_after_all_gets_its_image_again() {
+    test("suspend-cancel", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.made(3).await;
+        for _ in 0..3 {
+            host.suspend(3);
+            host.is(minor, State::Inactive).await;
+            host.resume(3);
+            host.wish(minor);
+            host.is(minor, State::Running).await;
+            host.no_wish(minor);
+        }
+        let round = ["inactivate", "activate again w A"];
+        let rounds: Vec<&str> = [round; 3].concat();
+        assert_eq!(bed.log()[2..], rounds);
+        assert!(bed.events().contains(&What::Inactive));
+        // A guest that runs is told from one that is suspended by its requests.
+        host.switch("runs", true);
+        host.suspend(3);
+        until("it was tried", || async {
+            (bed.log().len() == 9).then_some(())
+        })
+        .await;
+        host.is(minor, State::Running).await;
+    });
+}
+
+#[test]
+fn destination_waits_for_the_source() {
+    test("destination", |bed| async move {
+        let host = Moving::new(bed.clone());
+        host.bed
+            .lifecycle
+            .patience_for_images
+            .set(Duration::from_millis(1));
+        let source = host.made(3).await;
+        host.switch("busy", true);
+        let there = host.made(4).await;
+        host.is(there, State::Inactive).await;
+        assert_eq!(
+            bed.log(),
+            ["attach 0", "open w A", "attach 1", "open inactive"],
+            "locked by both, one after the other"
+        );
+        host.wish(there);
+        // Who does not let go is named.
+        host.held("tap disk 0 of backend/vbd/3/51712").await;
+        host.suspend(3);
+        host.is(source, State::Inactive).await;
+        host.switch("busy", false);
+        host.is(there, State::Running).await;
+        // From now on the source is one of the past.
+        host.wish(source);
+        host.held("tap disk 1 of backend/vbd/4/51712").await;
+        assert_eq!(bed.row(source).await.state, Some(State::Inactive));
+        // Unless an administrator knows better.
+        let unpause = Request::Unpause {
+            which: which(source),
+            target: None,
+            files: Vec::new(),
+            may_shrink: false,
+        };
+        let reply = bed.ask(unpause).await;
+        assert!(matches!(reply, Ok(Reply::Opened { .. })), "{reply:?}");
+        host.is(source, State::Running).await;
+    });
+}
+
+/// The process of a source dies in the middle of it, and the next one does not take the image back before
+/// it is asked for.
+#[test]
+fn death_while_an_image_is_let_go_of() {
+    test("suspend-death", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.made(3).await;
+        host.switch("slow", true);
+        host.suspend(3);
+        until("it is asked", || async {
+            bed.log().contains(&"inactivate".into()).then_some(())
+        })
+        .await;
+        bed.replaced_in(minor, State::Inactive, kill).await;
+        host.switch("slow", false);
+        assert_eq!(bed.log()[3..], ["attach 0", "open inactive"]);
+        host.resume(3);
+        host.wish(minor);
+        host.is(minor, State::Running).await;
+        host.no_wish(minor);
+    });
+}
+
+/// A guest that is suspended while its process is being replaced is found by then.
+#[test]
+fn death_before_an_image_is_let_go_of() {
+    test("suspend-dead", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.made(3).await;
+        bed.fencing(minor, true);
+        kill(bed.row(minor).await.pid.expect("a process"));
+        until("it is dead", || async {
+            bed.row(minor).await.pid.is_none().then_some(())
+        })
+        .await;
+        host.suspend(3);
+        bed.queried(3).await;
+        bed.fencing(minor, false);
+        host.is(minor, State::Inactive).await;
+    });
+}
+
+/// The supervisor ends in each state, and the next one goes on in it.
+#[test]
+fn next_supervisor_knows_who_is_inactive() {
+    let host = Succession::new("suspend-next");
+    let (source, there) = block_on(async {
+        let moving = Moving::new(host.bed());
+        let source = moving.made(3).await;
+        moving.suspend(3);
+        moving.is(source, State::Inactive).await;
+        (source, moving.made(4).await)
+    });
+    block_on(async {
+        let moving = Moving::new(host.bed());
+        let bed = moving.bed.clone();
+        adopt::disks(&bed.lifecycle).await;
+        moving.is(source, State::Inactive).await;
+        moving.is(there, State::Inactive).await;
+        bed.replaced_in(there, State::Inactive, kill).await;
+        moving.wish(there);
+        moving.is(there, State::Running).await;
+    });
+    block_on(async {
+        let moving = Moving::new(host.bed());
+        let bed = moving.bed.clone();
+        adopt::disks(&bed.lifecycle).await;
+        moving.is(source, State::Inactive).await;
+        moving.is(there, State::Running).await;
+        moving.wish(source);
+        bed.lifecycle.patience_for_images.set(Duration::ZERO);
+        moving.held("went on with").await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
+    });
+}
+
+/// An inactive disk can be paused, and another machine does not get the image.
+#[test]
+fn inactive_disk_is_still_the_disk_of_its_image() {
+    test("suspend-pause", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.made(3).await;
+        host.suspend(3);
+        host.is(minor, State::Inactive).await;
+        let stranger = host.create(9);
+        bed.store.put("/local/domain/9", &[("vm", "/vm/z")]);
+        let refused = bed.ask(Request::Create(Box::new(stranger))).await;
+        assert_eq!(refused.expect_err("in use").code, Code::Busy);
+        let pause = Request::Pause {
+            which: which(minor),
+            timeout_s: 5,
+        };
+        assert_eq!(bed.ask(pause).await, Ok(Reply::Done));
+        host.is(minor, State::Paused).await;
+    });
+}

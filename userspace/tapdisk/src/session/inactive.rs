@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk whose image is somebody else's for the time being: its guest is suspended, or has not arrived.
+//!
+//! It has the node and nothing of the image. What is asked of it waits in the kernel, and that something
+//! does is told: the guest goes on here, and the image is wanted again.
+
+use super::{no_node, Session};
+use crate::told::describe;
+use crate::troubles::wait;
+use control::tapdisk::{Open, Reply, Stamp};
+use control::{Code, Failure};
+use diskio::is_remote;
+use rustix::fs::{fstat, FileType};
+use std::future::poll_fn;
+use std::os::fd::OwnedFd;
+use std::task::Poll;
+
+/// What is kept of the image.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Inactive {
+    /// How it was left.
+    stamp: Option<Stamp>,
+}
+
+impl Session {
+    /// Lets go of the image of a guest that is suspended. Nothing of its requests is given up: they are
+    /// served first, because it may go on with the same ring.
+    pub(super) async fn inactivate(&self) -> Result<Reply, Failure> {
+        if let Some(inactive) = self.state.borrow().inactive {
+            let stamp = inactive.stamp;
+            return Ok(Reply::Inactive { stamp });
+        }
+        let Some(server) = self.state.borrow().server.clone() else {
+            return Err(Failure::new(Code::State, "the disk does not run"));
+        };
+        server.drain().await?;
+        let disk = self.state.borrow().disk.clone();
+        let let_go = self.let_go(server, Ok(())).await;
+        let stamp = {
+            let mut state = self.state.borrow_mut();
+            let stamp = state.left;
+            state.disk = disk;
+            state.inactive = Some(Inactive { stamp });
+            stamp
+        };
+        self.watch();
+        let_go.map(|()| Reply::Inactive { stamp })
+    }
+
+    /// Begins inactive: the guest learns how large the disk is, and nothing else of the image.
+    pub(super) async fn open_inactive(
+        &self,
+        open: Open,
+        image: Option<OwnedFd>,
+    ) -> Result<Reply, Failure> {
+        let tap = self.state.borrow().tap.clone().ok_or_else(no_node)?;
+        let engine = self.select(&open)?;
+        let (shape, fence) = self.look(&open, image).await?;
+        self.tell_kernel(&tap, &open, &shape, fence).await?;
+        let disk = describe(&shape, &open, engine);
+        self.link(&tap);
+        {
+            let mut state = self.state.borrow_mut();
+            state.open = Some(open);
+            state.disk = Some(disk.clone());
+            state.inactive = Some(Inactive::default());
+        }
+        self.watch();
+        Ok(Reply::Disk(disk))
+    }
+
+    fn watch(&self) {
+        let link = self.state.borrow().link.clone();
+        if let Some(link) = link {
+            link.watch();
+        }
+        // NBD clients that wait already say once more that they want something.
+        for waker in self.waiting.take() {
+            waker.wake();
+        }
+    }
+
+    /// Waits until the disk is inactive and something is asked of it.
+    pub(super) async fn wanted(&self) {
+        poll_fn(|cx| match &self.state.borrow().link {
+            Some(link) => link.poll_wanted(cx.waker()),
+            None => {
+                wait(&mut self.waiting.borrow_mut(), cx.waker());
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// Is not told any more when something is asked of the disk.
+    pub(super) async fn stop_watching(&self) {
+        if self.state.borrow_mut().inactive.take().is_none() {
+            return;
+        }
+        self.state.borrow_mut().disk = None;
+        let link = self.state.borrow().link.clone();
+        if let Some(link) = link {
+            link.unwatch().await;
+        }
+    }
+}
+
+/// How an image is now.
+pub(super) fn stamp(image: OwnedFd) -> Option<Stamp> {
+    of(&image)
+}
+
+fn of(image: &OwnedFd) -> Option<Stamp> {
+    let file = fstat(image).ok()?;
+    // A server of files has times of its own, which come when they come.
+    if is_remote(image).unwrap_or(true) {
+        return None;
+    }
+    let is_file = FileType::from_raw_mode(file.st_mode) == FileType::RegularFile;
+    is_file.then_some(Stamp {
+        // CAST: a size is not negative.
+        size: file.st_size as u64,
+        modified_s: file.st_mtime,
+        modified_ns: file.st_mtime_nsec,
+    })
+}
+
+/// One more descriptor of an image.
+pub(super) fn copy(image: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Failure> {
+    let copy = image.map(OwnedFd::try_clone).transpose();
+    copy.map_err(|error| Failure::system("cannot keep the image", &error))
+}
+
+/// An image that was left by this disk must be as it was.
+pub(super) fn check(
+    open: &Open,
+    image: Option<&OwnedFd>,
+    stamp: Option<Stamp>,
+) -> Result<(), Failure> {
+    match stamp {
+        Some(stamp) if image.and_then(of) != Some(stamp) => Err(Failure::new(
+            Code::Image,
+            format!(
+                "{} was written while the guest was suspended, and what the guest has of it in memory is old: \
+                 end the guest, or, if what was written is its own, let it go on with tap-ctl unpause",
+                open.target
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
