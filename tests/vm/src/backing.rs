@@ -199,6 +199,15 @@ impl Holding {
         })
     }
 
+    /// Waits until the device holds so many writes at least.
+    pub(crate) fn wait_writes(&self, count: u32) -> Result<()> {
+        sh::wait_for("writes at the device", Duration::from_secs(30), || {
+            let status = sh::run(&["dmsetup", "status", &self.device.name])?;
+            let held = status.split_whitespace().nth(4);
+            Ok(held.and_then(|held| held.parse().ok()).unwrap_or(0_u32) >= count)
+        })
+    }
+
     /// Passes on the writes it has and those that come.
     pub(crate) fn let_go(&self) -> Result<()> {
         self.device.replace(&self.passing)

@@ -379,6 +379,20 @@ impl Guest {
             next_job: self.console.next_job(),
         })
     }
+
+    /// Moves the guest to another domain of this host, as to another host; `jobs` are commands that run.
+    pub(crate) fn migrate(mut self, jobs: &[Job]) -> Result<Guest> {
+        let id = self.domid.to_string();
+        sh::run_for(
+            &["xl", "migrate", "-s", "", &id, "xl migrate-receive"],
+            Duration::from_secs(240),
+        )?;
+        self.keep_trouble();
+        self.alive = false;
+        let guest = Guest::connect(self.config.clone(), self.console.next_job())?;
+        jobs.iter().for_each(|&job| guest.console.adopt(job));
+        Ok(guest)
+    }
 }
 
 impl Drop for Guest {

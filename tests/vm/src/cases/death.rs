@@ -175,6 +175,18 @@ const SLOW_SECTORS: u64 = 32768;
 /// is damage, or there is none yet, because the older write is still on its way.
 pub(super) const NOT_FENCED: &str = "a write of a dead process is not fenced";
 
+/// Storage that holds what is written, until it is told to let go.
+pub(super) fn holding(context: &mut Context) -> Result<Holding> {
+    let below = context.null_blk(SLOW_MIB, &[])?;
+    let slow = Holding::create("vmtest-slow", &below.path(), SLOW_SECTORS)?;
+    let theirs = slow.clone();
+    context.at_end("remove vmtest-slow", move || theirs.remove());
+    // Whatever happens: a process with a write under way does not end.
+    let theirs = slow.clone();
+    context.at_end("let the writes go", move || theirs.let_go());
+    Ok(slow)
+}
+
 /// Two names of one device: the first one holds what is written through it, as slow storage does. The
 /// next process comes by the second one, so that only the fence is between it and the late write.
 pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {

@@ -12,6 +12,7 @@ mod hung;
 mod images;
 mod lifecycle;
 mod memory;
+mod migrate;
 mod permission;
 mod planted;
 mod played;
@@ -251,6 +252,31 @@ impl Context {
         Ok(())
     }
 
+    fn place(&mut self, needs: Needs) -> &mut Option<Guest> {
+        match needs {
+            Needs::PvWide => &mut self.wide,
+            Needs::Pvh => &mut self.pvh,
+            Needs::Pv | Needs::Nothing => &mut self.pv,
+        }
+    }
+
+    /// A shared guest.
+    pub(crate) fn guest(&self, needs: Needs) -> Result<&Guest> {
+        let guest = self.shared(needs);
+        guest.context("the case did not ask for this guest")
+    }
+
+    /// Takes a shared guest away, for a case that moves it.
+    pub(crate) fn take(&mut self, needs: Needs) -> Result<Guest> {
+        let guest = self.place(needs).take();
+        guest.context("the case did not ask for this guest")
+    }
+
+    /// Gives a shared guest back.
+    pub(crate) fn give(&mut self, needs: Needs, guest: Guest) {
+        *self.place(needs) = Some(guest);
+    }
+
     /// Takes the shared PV guest away, for a case that ends or saves it.
     pub(crate) fn take_pv(&mut self) -> Result<Guest> {
         self.pv
@@ -393,6 +419,7 @@ pub(crate) fn all() -> Vec<Case> {
         formats::cases(),
         xenstore::cases(),
         lifecycle::cases(),
+        migrate::cases(),
         hung::cases(),
         memory::cases(),
         played::cases(),

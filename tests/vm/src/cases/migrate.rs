@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Guests that are suspended: moved to another domain of this host, saved, or not moved after all. One disk
+//! at a time uses the image, and nothing of what the guest asked for is lost.
+
+use super::death::holding;
+use super::tap::{end_load, image, same, start_load, start_load_with, wait_progress, VDEV};
+use super::{Case, Context, Needs};
+use crate::console::Job;
+use crate::guest::{Guest, Vbd, RUN_DIR};
+use crate::tap::{self, EventLog, Served};
+use crate::{hotplug, sh};
+use anyhow::{ensure, Context as _, Result};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+/// How long xl may take to move a guest.
+const MOVE: Duration = Duration::from_secs(240);
+/// How long a disk may take to let go of its image, or to get it.
+const SOON: Duration = Duration::from_secs(60);
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Pv, Pvh};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run).supervised().no_leaks()
+    };
+    vec![
+        case(
+            "migrate.raw",
+            "a PVH guest moves under verified load, its disk in a file: one side after the other has the image",
+            Pvh,
+            raw,
+        ),
+        case(
+            "migrate.s19_slow_writes",
+            "a guest moves while its writes are on their way: they are over before the destination writes",
+            Pv,
+            s19_slow_writes,
+        ),
+        case(
+            "migrate.s20_checkpoints",
+            "checkpoint after checkpoint under load: the image is let go of and taken again, nothing is lost",
+            Pv,
+            s20_checkpoints,
+        ),
+        case(
+            "migrate.s21_failed",
+            "a move fails when the guest is suspended: it goes on where it was, with the same ring",
+            Pv,
+            s21_failed,
+        ),
+        case(
+            "migrate.s27_qcow2",
+            "the destination of a qcow2 image sees the last tables of the source",
+            Pv,
+            s27_qcow2,
+        ),
+        Case::new(
+            "migrate.phy",
+            "the same for a block device without a process",
+            Pv,
+            phy,
+        )
+        .nightly(),
+    ]
+}
+
+/// Takes the shared guest, moves it, and gives back what arrived.
+fn moved(context: &mut Context, needs: Needs, jobs: &[Job]) -> Result<()> {
+    let guest = context.take(needs)?;
+    let there = guest.migrate(jobs)?;
+    context.give(needs, there);
+    Ok(())
+}
+
+/// The guest moves under the load `jobs`, and reads afterwards what its image holds.
+fn moves_with(
+    context: &mut Context,
+    needs: Needs,
+    target: &str,
+    options: &str,
+) -> Result<(Served, String)> {
+    let guest = context.guest(needs)?;
+    let events = EventLog::follow()?;
+    let source = Served::attach(guest, &tap::disk(target, VDEV, "w"))?;
+    let load = start_load_with(guest, options)?;
+    wait_progress(&source, 100)?;
+    moved(context, needs, &load)?;
+    events.wait_for("inactive", source.minor, SOON)?;
+    let guest = context.guest(needs)?;
+    let there = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    events.wait_for("active", there.minor, SOON)?;
+    source.wait_gone()?;
+    wait_progress(&there, 100)?;
+    let told = end_load(guest, load)?;
+    Ok((there, told))
+}
+
+fn raw(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let target = format!("aio:{image}");
+    let (disk, told) = moves_with(context, Needs::Pvh, &target, "--discard")?;
+    let guest = context.pvh()?;
+    same(guest, &image, 16)?;
+    disk.detach(guest)?;
+    context.note(&told)
+}
+
+fn s27_qcow2(context: &mut Context) -> Result<()> {
+    let path = image(context, "a.qcow2", 1)?;
+    sh::run(&["qemu-img", "create", "-q", "-f", "qcow2", &path, "16M"])?;
+    let (disk, told) = moves_with(context, Needs::Pv, &format!("qcow2:{path}"), "")?;
+    disk.detach(context.pv()?)?;
+    sh::run(&["qemu-img", "check", "-f", "qcow2", &path])?;
+    context.note(&told)
+}
+
+/// Writes of the guest, more than one request each way could hold.
+const WRITES: &str = "fio --name=w --filename=/dev/xvdb --size=8m --bs=4k --direct=1 --ioengine=libaio --iodepth=64 \
+     --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 --serialize_overlap=1 --number_ios=256 \
+     --output-format=terse";
+
+fn s19_slow_writes(context: &mut Context) -> Result<()> {
+    let slow = holding(context)?;
+    let events = EventLog::follow()?;
+    let guest = context.pv()?;
+    let target = format!("aio:{}", slow.path());
+    let source = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let job = guest.start(WRITES)?;
+    slow.wait_writes(32)?;
+    let guest = context.take_pv()?;
+    let before = guest.domid;
+    let mover = thread::spawn(move || guest.migrate(&[job]));
+    let arrived = arrived(before, &source);
+    // What the destination asks for waits, as long as a write of the source is on its way.
+    let waits = arrived.and_then(|there| {
+        let info = there.info()?;
+        ensure!(
+            info.committed == 0,
+            "the destination answered {} requests while writes of the source were on their way",
+            info.committed
+        );
+        Ok(there)
+    });
+    slow.let_go()?;
+    let guest = mover
+        .join()
+        .map_err(|_| anyhow::anyhow!("the move panicked"))?;
+    context.give_pv(guest?);
+    let there = waits?;
+    events.wait_for("inactive", source.minor, SOON)?;
+    events.wait_for("active", there.minor, SOON)?;
+    let guest = context.pv()?;
+    let done = guest.wait(job, MOVE)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed across the move of its guest: {}",
+        sh::tail(&done.text, 400)
+    );
+    same(guest, &slow.path(), 8)?;
+    there.detach(guest)
+}
+
+/// Waits until the guest has asked for something on the other side.
+fn arrived(before: u32, source: &Served) -> Result<Served> {
+    let mut found = None;
+    sh::wait_for("requests of the guest that arrived", MOVE, || {
+        let domain = crate::guest::newest_domain()?;
+        if domain <= before {
+            return Ok(false);
+        }
+        let Ok(disk) = Vbd::of(domain, VDEV).and_then(Served::of) else {
+            return Ok(false);
+        };
+        let waits = disk.minor != source.minor && disk.info()?.waiting > 0;
+        found = waits.then_some(disk);
+        Ok(waits)
+    })?;
+    found.context("the guest did not arrive")
+}
+
+/// Rounds of checkpoints.
+const ROUNDS: u32 = 2;
+
+fn s20_checkpoints(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let events = EventLog::follow()?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let load = start_load(guest)?;
+    let file = format!("{RUN_DIR}/checkpoint");
+    let id = guest.domid.to_string();
+    let before = disk.pid()?;
+    for _ in 0..ROUNDS {
+        wait_progress(&disk, 50)?;
+        sh::run_for(&["xl", "save", "-c", &id, &file], MOVE)?;
+        std::fs::remove_file(&file)?;
+        events.wait_for("inactive", disk.minor, SOON)?;
+        events.wait_for("active", disk.minor, SOON)?;
+    }
+    wait_progress(&disk, 50)?;
+    let told = end_load(guest, load)?;
+    ensure!(disk.pid()? == before, "the disk has another process");
+    same(guest, &image, 16)?;
+    disk.detach(guest)?;
+    context.note(&told)
+}
+
+/// What stands in for the other host: it takes the guest, and gives up when it is told to.
+const RECEIVER: &str = "printf 'xl migration receiver ready, send binary domain data.\\n'; \
+     cat >/dev/null & while [ ! -e /run/vmtest/give-up ]; do busybox usleep 50000; done; kill $!; exit 1";
+
+fn s21_failed(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let stop = Path::new(RUN_DIR).join("give-up");
+    let theirs = stop.clone();
+    context.at_end("forget the failed move", move || {
+        Ok(std::fs::remove_file(theirs)?)
+    });
+    let events = EventLog::follow()?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let load = start_load(guest)?;
+    wait_progress(&disk, 50)?;
+    let id = guest.domid.to_string();
+    let mover =
+        thread::spawn(move || sh::status(&["xl", "migrate", "-s", "", &id, RECEIVER], MOVE));
+    let inactive = events.wait_for("inactive", disk.minor, MOVE);
+    std::fs::write(&stop, "")?;
+    let ended = mover
+        .join()
+        .map_err(|_| anyhow::anyhow!("the move panicked"))??;
+    inactive.with_context(|| format!("xl said: {}", sh::tail(&ended.text, 600)))?;
+    ensure!(ended.rc != 0, "the move did not fail");
+    events.wait_for("active", disk.minor, SOON)?;
+    wait_progress(&disk, 50)?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &image, 16)?;
+    disk.detach(guest)?;
+    context.note(&told)
+}
+
+fn phy(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    let disk = hotplug::disk(&device.path(), VDEV, "w")?;
+    let vbd = guest.attach(&disk)?;
+    let load = start_load_with(guest, "")?;
+    let guest: Guest = context.take_pv()?;
+    let there = guest.migrate(&load)?;
+    context.give_pv(there);
+    vbd.wait_gone()?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &device.path(), 16)?;
+    guest.detach(&Vbd::of(guest.domid, VDEV)?)?;
+    context.note(&told)
+}
