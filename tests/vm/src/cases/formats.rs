@@ -146,8 +146,30 @@ fn over(context: &mut Context, name: &str, below: &str, format: &str) -> Result<
     Ok(path)
 }
 
+/// A qcow2 image, and the disk that is served from it.
+pub(super) fn qcow2_disk(context: &mut Context) -> Result<(String, String)> {
+    let path = make(context, "a.qcow2", &QCOW2)?;
+    let specification = tap::disk(&format!("qcow2:{path}"), VDEV, "w");
+    Ok((path, specification))
+}
+
+/// Nobody serves the image any more: it holds what the guest has read of it, and its tables are right.
+pub(super) fn judge_qcow2(context: &mut Context, path: &str, seen: &str) -> Result<()> {
+    judge(context, &QCOW2, path, seen)
+}
+
+fn judge(context: &mut Context, format: &Format, path: &str, seen: &str) -> Result<()> {
+    check(format.qemu, path)?;
+    let found = of_image(context, format.qemu, path)?;
+    ensure!(
+        seen == found,
+        "the guest read {seen}, QEMU reads {found} from {path}"
+    );
+    Ok(())
+}
+
 /// What the guest reads of its disk.
-fn of_guest(guest: &Guest) -> Result<String> {
+pub(super) fn of_guest(guest: &Guest) -> Result<String> {
     let text = guest.run(&format!(
         "dd if={DEVICE} bs=1M count={SIZE} iflag=direct 2>/dev/null | sha256sum"
     ))?;
@@ -208,12 +230,7 @@ fn endures(context: &mut Context, format: &Format) -> Result<()> {
     let guest = context.pv()?;
     let seen = of_guest(guest)?;
     disk.detach(guest)?;
-    check(format.qemu, &path)?;
-    let found = of_image(context, format.qemu, &path)?;
-    ensure!(
-        seen == found,
-        "the guest read {seen}, QEMU reads {found} from {path}"
-    );
+    judge(context, format, &path, &seen)?;
     // Once more, from what is there now.
     let guest = context.pv()?;
     let disk = Served::attach(guest, &specification)?;

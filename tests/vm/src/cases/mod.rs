@@ -8,6 +8,7 @@ mod boot;
 mod death;
 mod faults;
 mod formats;
+mod handoff;
 mod hung;
 mod images;
 mod lifecycle;
@@ -427,6 +428,7 @@ pub(crate) fn all() -> Vec<Case> {
         tap_host::cases(),
         beside::cases(),
         death::cases(),
+        handoff::cases(),
         images::cases(),
         permission::cases(),
         tap_life::cases(),
