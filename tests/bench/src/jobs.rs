@@ -19,6 +19,8 @@ pub(crate) enum Work {
     Idle,
     /// The process that serves the disk is killed under load, `count` times.
     Death,
+    /// The disk is handed to a new process under load, `count` times.
+    Handoff,
 }
 
 /// The guest and the disks that a job needs.
@@ -101,7 +103,7 @@ const fn entry(
 }
 
 use Setting::{Disks, Plain, Queues, Shared};
-use Work::{Attach, Bonnie, Death, Detach, Fio, Idle};
+use Work::{Attach, Bonnie, Death, Detach, Fio, Handoff, Idle};
 
 /// All jobs.
 #[rustfmt::skip]
@@ -136,6 +138,7 @@ pub(crate) const ALL: &[Job] = &[
     entry("detach64", "64 disks go at once", Detach, 1, Disks(64), Set::Full),
     entry("idle16", "16 disks that nobody uses", Idle, 10, Disks(16), Set::Full),
     entry("death", "the process of the disk is killed, until the next one has answered", Death, 2, Plain, Set::Full),
+    entry("handoff", "the disk is handed to a new process, longest time without an answer", Handoff, 4, Plain, Set::Full),
 ];
 
 impl Job {
@@ -154,6 +157,7 @@ impl Job {
             Attach | Detach => 3,
             // From one to the next it takes 16 to 22 ms.
             Death => 20,
+            Handoff => 3,
             // Our queues look for the next request before they sleep, and when depends on the attach.
             Fio(words, _) if words.ends_with("--iodepth=1") => 3,
             // Where others do the I/O, who batches how much hangs on who comes first: 12 % from visit
@@ -183,6 +187,7 @@ impl Job {
             Attach | Detach => "disk",
             Idle => "disk and second",
             Death => "death",
+            Handoff => "hand-off",
         }
     }
 

@@ -123,11 +123,14 @@ fn versions() -> Result<BTreeMap<&'static str, String>> {
 
 /// Jobs that are measured one after the other with a guest of their own, the most important first.
 const PARTS: [fn(&Job) -> bool; 6] = [
-    |job| job.setting == Setting::Plain && !matches!(job.work, Work::Bonnie | Work::Death),
+    |job| {
+        job.setting == Setting::Plain
+            && !matches!(job.work, Work::Bonnie | Work::Death | Work::Handoff)
+    },
     |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
-    |job| job.work == Work::Death,
+    |job| matches!(job.work, Work::Death | Work::Handoff),
     |job| job.work == Work::Bonnie,
 ];
 
@@ -279,6 +282,7 @@ impl Bench<'_> {
                     bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
                 }
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
+                Work::Handoff => tap::measure_handoff(&mut place, XVDA, job, self.marks)?,
                 _ => {
                     let short = self.shorts.get(job.name).cloned();
                     let sample = sample::fio(&mut place, job, &devices, self.marks, short)?;
@@ -421,7 +425,7 @@ fn fits(backend: &Backend, job: &Job) -> bool {
     let guest = matches!(backend.way, Way::Guest(_));
     let memory = backend.store == Store::Memory;
     match (job.setting, job.work) {
-        (_, Work::Death) => matches!(backend.way, Way::Tap("aio:{}", _)),
+        (_, Work::Death | Work::Handoff) => matches!(backend.way, Way::Tap("aio:{}", _)),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
         // What shares a processor there is dom0 with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,
