@@ -340,7 +340,10 @@ impl Lifecycle {
             }
             _ => Request::Open,
         };
-        self.lease(disk, open, &process).await?;
+        // Where it only looks at the image, another host may have it.
+        if disk.record.borrow().inactive.is_none() {
+            self.lease(disk, open, &process).await?;
+        }
         let opened = self.open_with(disk, &process, open.clone(), image, question);
         match opened.await {
             // A question of an earlier supervisor was still on its way.

@@ -94,7 +94,7 @@ impl Lifecycle {
     async fn finish_inactivate(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
         let failure = match process.ask(&Request::Inactivate, &[], DRAIN).await {
             Ok(Reply::Inactive { stamp }) => {
-                self.became_inactive(disk, stamp);
+                self.became_inactive(disk, stamp).await;
                 return Ok(());
             }
             Ok(reply) => unexpected(&reply),
@@ -104,7 +104,7 @@ impl Lifecycle {
             return Ok(());
         }
         match process.status().await?.state {
-            State::Inactive => self.became_inactive(disk, None),
+            State::Inactive => self.became_inactive(disk, None).await,
             _ => {
                 disk.record.borrow_mut().inactive = None;
                 self.registry.note(disk);
@@ -113,7 +113,8 @@ impl Lifecycle {
         Err(failure)
     }
 
-    fn became_inactive(&self, disk: &Disk, stamp: Option<Stamp>) {
+    async fn became_inactive(&self, disk: &Disk, stamp: Option<Stamp>) {
+        self.give_lease_up(disk).await;
         disk.record.borrow_mut().inactive = Some(Inactive::Suspended { stamp });
         self.registry.note(disk);
         self.registry.events.add(Some(disk.minor), What::Inactive);
@@ -202,6 +203,7 @@ impl Lifecycle {
             Some(Inactive::Suspended { stamp }) => stamp,
             _ => None,
         };
+        self.lease(disk, &open, &process).await?;
         let question = |open| Request::Activate { open, stamp };
         let taken = self.open_with(disk, &process, open, image, question).await;
         let what = match taken {
@@ -210,7 +212,12 @@ impl Lifecycle {
                 status if status.state == State::Running => status.disk.ok_or(failure)?,
                 _ => return Err(failure),
             },
-            taken => taken.map_err(|failure| self.named(disk, failure))?,
+            Err(failure) => {
+                // Who has the image may be on another host, and want the lease.
+                self.give_lease_up(disk).await;
+                return Err(self.named(disk, failure));
+            }
+            Ok(what) => what,
         };
         self.became_active(disk);
         Ok(what)

@@ -21,7 +21,7 @@ fn leased(bed: &Bed) -> Create {
 }
 
 /// The lease, as another host has it.
-fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
+pub(crate) fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
     let mut claim = Claim::new("its disk").expect("a host");
     claim.host.name = "beta".into();
     (claim.host.machine, claim.host.boot) = ([7; 16], [7; 16]);
@@ -29,7 +29,7 @@ fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
     lease::open(&LeaseKind::Record(None), &image, claim).expect("a lease")
 }
 
-fn generation(lease: &mut dyn Lease) -> Option<u64> {
+pub(crate) fn generation(lease: &mut dyn Lease) -> Option<u64> {
     match lease.inspect().expect("a lease") {
         View::Held(holder) => Some(holder.generation),
         _ => None,

@@ -3,10 +3,12 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::FakeDomains;
+use super::lease::{elsewhere, generation};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Reply, Request, What};
 use control::tapdisk::State;
-use control::Code;
+use control::{Code, LeaseKind};
+use std::cell::RefCell;
 use std::fs;
 use std::rc::Rc;
 use std::time::Duration;
@@ -112,6 +114,32 @@ fn guest_that_was_not_moved_after_all_gets_its_image_again() {
         })
         .await;
         host.is(minor, State::Running).await;
+    });
+}
+
+#[test]
+fn another_host_may_have_the_image_of_a_suspended_guest() {
+    test("suspend-lease", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let mut create = host.create(3);
+        let target = create.open.target.clone();
+        let target = target.with_lease(LeaseKind::Record(None));
+        create.open.target = target.expect("a target");
+        let minor = bed.made(create).await;
+        let other = RefCell::new(elsewhere(&bed));
+        let take = || other.borrow_mut().take(Duration::ZERO);
+        take().expect_err("it is held");
+        host.suspend(3);
+        until("the other host has it", || async { take().ok() }).await;
+        host.is(minor, State::Inactive).await;
+        // The guest was not moved after all, and the other host has let go.
+        bed.lifecycle.patience_for_images.set(Duration::ZERO);
+        host.resume(3);
+        host.wish(minor);
+        host.held("beta").await;
+        other.borrow_mut().give_up().expect("given up");
+        host.is(minor, State::Running).await;
+        assert_eq!(generation(&mut **other.borrow_mut()), Some(3));
     });
 }
 
