@@ -81,6 +81,13 @@ pub(super) fn many(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     long(tally, "many", "lifecycle.cycles,memory.255_disks", seed)
 }
 
+/// More of guests that move and of disks that are handed over.
+pub(super) fn moves(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    let cases =
+        "migrate.raw,migrate.s20_checkpoints,migrate.phy,handoff.s29_qcow2,handoff.s33_many";
+    long(tally, "moves", cases, seed)
+}
+
 /// Cases that take too long for each change.
 fn long(tally: &mut Tally, name: &str, cases: &str, seed: Option<u64>) -> Result<()> {
     let script = format!("exec /t/vmtest run --only {cases}{}\n", words(seed));

@@ -31,11 +31,12 @@ pub(super) fn cases() -> Vec<Case> {
             "a PVH guest moves under verified load, its disk in a file: one side after the other has the image",
             Pvh,
             raw,
-        ),
+        )
+        .nightly(),
         case(
             "migrate.s19_slow_writes",
             "a guest moves while its writes are on their way: they are over before the destination writes",
-            Pv,
+            Pvh,
             s19_slow_writes,
         ),
         case(
@@ -43,7 +44,8 @@ pub(super) fn cases() -> Vec<Case> {
             "checkpoint after checkpoint under load: the image is let go of and taken again, nothing is lost",
             Pv,
             s20_checkpoints,
-        ),
+        )
+        .nightly(),
         case(
             "migrate.s21_failed",
             "a move fails when the guest is suspended: it goes on where it was, with the same ring",
@@ -53,13 +55,13 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "migrate.s27_qcow2",
             "the destination of a qcow2 image sees the last tables of the source",
-            Pv,
+            Pvh,
             s27_qcow2,
         ),
         Case::new(
             "migrate.phy",
             "the same for a block device without a process",
-            Pv,
+            Pvh,
             phy,
         )
         .nightly(),
@@ -110,8 +112,8 @@ fn raw(context: &mut Context) -> Result<()> {
 fn s27_qcow2(context: &mut Context) -> Result<()> {
     let path = image(context, "a.qcow2", 1)?;
     sh::run(&["qemu-img", "create", "-q", "-f", "qcow2", &path, "16M"])?;
-    let (disk, told) = moves_with(context, Needs::Pv, &format!("qcow2:{path}"), "")?;
-    disk.detach(context.pv()?)?;
+    let (disk, told) = moves_with(context, Needs::Pvh, &format!("qcow2:{path}"), "")?;
+    disk.detach(context.pvh()?)?;
     sh::run(&["qemu-img", "check", "-f", "qcow2", &path])?;
     context.note(&told)
 }
@@ -124,12 +126,12 @@ const WRITES: &str = "fio --name=w --filename=/dev/xvdb --size=8m --bs=4k --dire
 fn s19_slow_writes(context: &mut Context) -> Result<()> {
     let slow = holding(context)?;
     let events = EventLog::follow()?;
-    let guest = context.pv()?;
+    let guest = context.pvh()?;
     let target = format!("aio:{}", slow.path());
     let source = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let job = guest.start(WRITES)?;
     slow.wait_writes(32)?;
-    let guest = context.take_pv()?;
+    let guest = context.take(Needs::Pvh)?;
     let before = guest.domid;
     let mover = thread::spawn(move || guest.migrate(&[job]));
     let arrived = arrived(before, &source);
@@ -147,11 +149,11 @@ fn s19_slow_writes(context: &mut Context) -> Result<()> {
     let guest = mover
         .join()
         .map_err(|_| anyhow::anyhow!("the move panicked"))?;
-    context.give_pv(guest?);
+    context.give(Needs::Pvh, guest?);
     let there = waits?;
     events.wait_for("inactive", source.minor, SOON)?;
     events.wait_for("active", there.minor, SOON)?;
-    let guest = context.pv()?;
+    let guest = context.pvh()?;
     let done = guest.wait(job, MOVE)?;
     ensure!(
         done.rc == 0,
@@ -244,15 +246,15 @@ fn s21_failed(context: &mut Context) -> Result<()> {
 
 fn phy(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
-    let guest = context.pv()?;
+    let guest = context.pvh()?;
     let disk = hotplug::disk(&device.path(), VDEV, "w")?;
     let vbd = guest.attach(&disk)?;
     let load = start_load_with(guest, "")?;
-    let guest: Guest = context.take_pv()?;
+    let guest: Guest = context.take(Needs::Pvh)?;
     let there = guest.migrate(&load)?;
-    context.give_pv(there);
+    context.give(Needs::Pvh, there);
     vbd.wait_gone()?;
-    let guest = context.pv()?;
+    let guest = context.pvh()?;
     let told = end_load(guest, load)?;
     same(guest, &device.path(), 16)?;
     guest.detach(&Vbd::of(guest.domid, VDEV)?)?;

@@ -100,7 +100,12 @@ impl Lifecycle {
             Err(failure) => {
                 disk.unless_doomed(self.take_back(disk, &failure)).await?;
                 let why = format!("disk {} is not handed over: {failure}", disk.minor);
-                Err(Failure::new(failure.code, why))
+                // To whoever asks, that a process has gone would be that we have.
+                let code = match failure.code {
+                    Code::Gone => Code::System,
+                    code => code,
+                };
+                Err(Failure::new(code, why))
             }
         }
     }

@@ -126,8 +126,8 @@ fn a_new_process_that_fails_loses() {
             Code::Image,
             "the image has 4096 bytes, and the guest's disk 1048576",
         ),
-        ("leave", "", true, Code::Gone, "cannot serve it: tapdisk"),
-        ("die", "", true, Code::Gone, "ended with the exit code 3"),
+        ("leave", "", true, Code::System, "cannot serve it: tapdisk"),
+        ("die", "", true, Code::System, "ended with the exit code 3"),
         (
             "refuse",
             "locked",
