@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Where the supervisor listens.
 const SOCKET: &str = "/run/xentap/control.sock";
@@ -249,11 +249,15 @@ impl Served {
 pub(crate) struct EventLog {
     program: Child,
     lines: Receiver<String>,
+    /// When it began to listen, in milliseconds since 1970. What is older may be about another disk of the
+    /// same number.
+    since_ms: u128,
 }
 
 impl EventLog {
     /// Begins to listen.
     pub(crate) fn follow() -> Result<EventLog> {
+        let since_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
         let mut program = Command::new("tap-ctl")
             .args(["--json", "events", "--after", "0"])
             .stdin(Stdio::null())
@@ -272,7 +276,11 @@ impl EventLog {
                 }
             }
         });
-        Ok(EventLog { program, lines })
+        Ok(EventLog {
+            program,
+            lines,
+            since_ms,
+        })
     }
 
     /// Waits for an event of this name about a disk and returns what it says.
@@ -287,8 +295,11 @@ impl EventLog {
                 );
             };
             let event: Value = serde_json::from_str(&line).context("an event is no JSON")?;
+            let is_new = event["at_ms"]
+                .as_u64()
+                .is_some_and(|at| u128::from(at) >= self.since_ms);
             let about = event["minor"].as_u64() == Some(minor.into());
-            if about && event["what"]["event"].as_str() == Some(name) {
+            if is_new && about && event["what"]["event"].as_str() == Some(name) {
                 return Ok(event["what"].clone());
             }
             seen.push(line);
