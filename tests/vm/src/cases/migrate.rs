@@ -38,7 +38,8 @@ pub(super) fn cases() -> Vec<Case> {
             "a guest moves while its writes are on their way: they are over before the destination writes",
             Pvh,
             s19_slow_writes,
-        ),
+        )
+        .nightly(),
         case(
             "migrate.s20_checkpoints",
             "checkpoint after checkpoint under load: the image is let go of and taken again, nothing is lost",
