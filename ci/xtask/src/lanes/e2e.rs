@@ -84,7 +84,7 @@ pub(super) fn many(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 /// More of guests that move and of disks that are handed over.
 pub(super) fn moves(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let cases =
-        "migrate.raw,migrate.s19_slow_writes,migrate.s20_checkpoints,migrate.phy,handoff.s29_qcow2,handoff.s33_many";
+        "migrate.raw,migrate.s19_slow_writes,migrate.s20_checkpoints,migrate.s21_failed,migrate.phy,handoff.s29_qcow2,handoff.s33_many";
     long(tally, "moves", cases, seed)
 }
 

@@ -52,7 +52,8 @@ pub(super) fn cases() -> Vec<Case> {
             "a move fails when the guest is suspended: it goes on where it was, with the same ring",
             Pv,
             s21_failed,
-        ),
+        )
+        .nightly(),
         case(
             "migrate.s27_qcow2",
             "the destination of a qcow2 image sees the last tables of the source",
