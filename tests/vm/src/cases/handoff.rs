@@ -106,8 +106,8 @@ fn back_and_forth(disk: &Served, program: &str, times: u32) -> Result<Vec<u64>> 
     Ok(pauses)
 }
 
-/// Who lets go in order says nothing more of requests that are somebody else's. What it was given and has
-/// not begun is given to the next one, and counts as replayed.
+/// Who lets go in order says nothing more of requests that are somebody else's. A few that it was given go to
+/// the next one once more, and count as replayed; whether it had begun any of them is not shown here.
 fn nothing_late(disk: &Served) -> Result<()> {
     let info = disk.info()?;
     ensure!(info.refused == 0, "results were refused: {info:?}");
