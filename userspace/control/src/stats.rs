@@ -26,6 +26,27 @@ impl Histogram {
         self.counts.iter().sum()
     }
 
+    /// What was counted after `before` was; what counts anew since then counts nothing.
+    pub fn since(&self, before: &Self) -> Self {
+        self.merged(before, u64::saturating_sub)
+    }
+
+    /// The requests of both.
+    pub fn with(&self, other: &Self) -> Self {
+        self.merged(other, u64::saturating_add)
+    }
+
+    fn merged(&self, other: &Self, merge: fn(u64, u64) -> u64) -> Self {
+        Self {
+            counts: std::array::from_fn(|class| merge(self.counts[class], other.counts[class])),
+        }
+    }
+
+    /// A bound in nanoseconds that all but `share` (0 to 1) of the requests reached; 0 without any.
+    pub fn above(&self, share: f64) -> u64 {
+        self.below(share) / 2
+    }
+
     /// A bound in nanoseconds that `share` (0 to 1) of the requests stayed below; 0 without any.
     pub fn below(&self, share: f64) -> u64 {
         let total = self.total();
@@ -125,5 +146,17 @@ mod tests {
         }
         assert_eq!(histogram.below(0.5), 1024);
         assert_eq!(histogram.below(1.0), 1 << 20);
+        assert_eq!(histogram.above(0.5), 512);
+    }
+
+    #[test]
+    fn intervals_are_differences() {
+        let mut before = Histogram::default();
+        before.add(1 << 30);
+        let mut now = before.clone();
+        now.add(1000);
+        assert_eq!(now.since(&before).below(1.0), 1024);
+        assert_eq!(before.since(&now), Histogram::default());
+        assert_eq!(now.since(&before).with(&before), now);
     }
 }

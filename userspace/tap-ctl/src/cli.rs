@@ -29,6 +29,15 @@ pub(crate) struct Cli {
     /// Wait for so many seconds for blktapctrl, should it be starting anew
     #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) patience: u32,
+    /// A folder that stands for / where files of the kernel and the system are read
+    #[arg(
+        long,
+        global = true,
+        hide = true,
+        value_name = "DIR",
+        default_value = "/"
+    )]
+    pub(crate) root: PathBuf,
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
@@ -130,6 +139,8 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: LeaseVerb,
     },
+    /// Say how every disk of the host is, those of the kernel (phy) too: why one is slow, and what to do
+    Status(Status),
     /// Show what all disks are doing, again and again
     Top(Top),
     /// Print what happens, from now on
@@ -460,6 +471,47 @@ pub(crate) struct Check {
     #[arg(long, value_name = "PATH")]
     pub(crate) vbd: Option<String>,
 }
+
+/// How every disk is.
+#[derive(Debug, Args)]
+#[command(after_help = STATUS)]
+pub(crate) struct Status {
+    /// Show the figures behind each verdict, and what no counter tells
+    #[arg(short = 'x', long)]
+    pub(crate) extended: bool,
+    #[command(flatten)]
+    pub(crate) watch: Watch,
+}
+
+/// How long disks are watched, and from when on something is said of them.
+#[derive(Debug, Args)]
+pub(crate) struct Watch {
+    /// Seconds between the two looks at all disks
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) interval: u32,
+    /// Call a disk slow whose requests take so many milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) slow: u32,
+    /// Call a disk hung that answers nothing for so many seconds; it is watched for as long
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) hung: u32,
+}
+
+const STATUS: &str = "\
+Verdicts, with the exit status of the worst one:
+  0  ok, not-connected (the guest does not use it yet, or any more), closed, inactive
+  1  slow, failing, paused, unknown; or a file could not be read
+  2  hung, dead-process, fencing, held, no-driver
+
+Causes are told as far as there are counters:
+  storage        the block device or the image answers late or not at all; the lowest device is named
+  process        the tapdisk hangs, has died, or uses a whole processor
+  page-pool      requests wait for the driver's memory
+  host-cpu       the thread that serves the disk, or all of this domain, waits for a processor
+  guest          the guest's requests are malformed
+  administrator  somebody has paused it, or an error of the image has
+How long requests wait in the ring is not counted, so no disk is called slow for that. A disk of the kernel's
+is judged by its block device, which others may use as well.";
 
 /// A display.
 #[derive(Debug, Args)]

@@ -3,9 +3,13 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod figures;
 mod handoff;
+mod host;
 mod lease;
+mod look;
 mod show;
+mod status;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Image, Verb};
@@ -24,6 +28,7 @@ const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), tapimg(8), block-tap-rs(8)";
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.verb {
+        Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
         Verb::Generate { what } => {
             manual::write(Cli::command(), *what, SEE_ALSO, &mut io::stdout()).map_err(Error::Output)
         }
@@ -33,8 +38,13 @@ fn main() -> ExitCode {
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
         verb => once(&cli, verb),
     };
+    end(&cli, result.map(|()| ExitCode::SUCCESS))
+}
+
+/// The exit code, and why it is that one.
+fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Such as `tap-ctl events | head`.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Error::Output(error)) => {
@@ -254,7 +264,11 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         }),
         Verb::Adopt { minor } => Request::Adopt { minor: *minor },
         Verb::Forget { minor } => Request::Forget { minor: *minor },
-        Verb::Top(_) | Verb::Events(_) | Verb::Lease { .. } | Verb::Generate { .. } => Request::Top,
+        Verb::Status(_)
+        | Verb::Top(_)
+        | Verb::Events(_)
+        | Verb::Lease { .. }
+        | Verb::Generate { .. } => Request::Top,
     })
 }
 

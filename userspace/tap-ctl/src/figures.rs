@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a disk did between two looks.
+
+use crate::host::block::Block;
+use crate::host::task::Task;
+use crate::look::Disk;
+use control::stats::{Histogram, Stats};
+use serde::Serialize;
+use std::time::Duration;
+
+const SECTOR: u64 = 512;
+
+/// The figures of an interval.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Figures {
+    /// Its length.
+    pub(crate) seconds: f64,
+    /// Reads in a second.
+    pub(crate) reads: f64,
+    /// Writes in a second.
+    pub(crate) writes: f64,
+    /// Bytes read in a second.
+    pub(crate) read_bytes: f64,
+    /// Bytes written in a second.
+    pub(crate) written_bytes: f64,
+    /// Requests of all kinds, not in a second but all of them.
+    pub(crate) requests: u64,
+    /// The mean time of requests on the block device, whoever they were from.
+    pub(crate) storage_ms: Option<f64>,
+    /// Half of the requests took longer, from their arrival in the kernel to their answer.
+    pub(crate) half_above_us: Option<u64>,
+    /// 99 of 100 requests took less.
+    pub(crate) p99_us: Option<u64>,
+    /// Times that a request had to wait for pages.
+    pub(crate) page_waits: u64,
+    /// Requests that ended in an error.
+    pub(crate) errors: u64,
+    /// Requests of the guest that were no proper ones.
+    pub(crate) refused: u64,
+    /// The part of the time, of 1, that the one of its threads with the longest waits could have run and had
+    /// no processor.
+    pub(crate) starved: f64,
+    /// The part of the time that the busiest of its threads ran.
+    pub(crate) ran: f64,
+}
+
+impl Figures {
+    /// Of a disk between two looks; nothing without an interval.
+    pub(crate) fn between(before: &Disk, now: &Disk, elapsed: Duration) -> Option<Figures> {
+        let seconds = elapsed.as_secs_f64();
+        if seconds <= 0.0 {
+            return None;
+        }
+        let mut figures = Figures {
+            seconds,
+            storage_ms: mean_ms(before.block.as_ref(), now.block.as_ref()),
+            ..Figures::default()
+        };
+        figures.add_counters(before, now);
+        figures.add_stats(before, now);
+        figures.add_threads(before, now);
+        Some(figures)
+    }
+
+    /// What the driver counted.
+    fn add_counters(&mut self, before: &Disk, now: &Disk) {
+        let (Some(old), Some(new)) = (&before.vbd, &now.vbd) else {
+            return;
+        };
+        let more = |name: &str| new.counter(name).saturating_sub(old.counter(name));
+        let rate = |count: u64| count as f64 / self.seconds;
+        self.reads = rate(more("rd_req"));
+        self.writes = rate(more("wr_req"));
+        self.read_bytes = rate(more("rd_sect").saturating_mul(SECTOR));
+        self.written_bytes = rate(more("wr_sect").saturating_mul(SECTOR));
+        self.requests = new.requests().saturating_sub(old.requests());
+        self.page_waits = more("oo_req");
+        self.errors = more("failed");
+        self.refused = more("refused");
+    }
+
+    /// What the process counted, which knows what is done and how long it took.
+    fn add_stats(&mut self, before: &Disk, now: &Disk) {
+        let Some((old, new)) = stats(before, now) else {
+            return;
+        };
+        let more = |count: fn(&Stats) -> u64| count(new).saturating_sub(count(old));
+        let rate = |count: fn(&Stats) -> u64| more(count) as f64 / self.seconds;
+        self.reads = rate(|stats| stats.read.requests);
+        self.writes = rate(|stats| stats.write.requests);
+        self.read_bytes = rate(|stats| stats.read.bytes);
+        self.written_bytes = rate(|stats| stats.write.bytes);
+        self.requests = more(|stats| counters(stats).map(|one| one.requests).iter().sum());
+        self.errors = more(|stats| counters(stats).map(|one| one.errors).iter().sum());
+        let mut latency = Histogram::default();
+        for (new, old) in [(&new.read, &old.read), (&new.write, &old.write)] {
+            latency = latency.with(&new.latency.since(&old.latency));
+        }
+        if latency.total() > 0 {
+            self.half_above_us = Some(latency.above(0.5) / 1000);
+            self.p99_us = Some(latency.below(0.99) / 1000);
+        }
+    }
+
+    fn add_threads(&mut self, before: &Disk, now: &Disk) {
+        let process = (before.process.as_slice(), now.process.as_slice());
+        for (before, now) in [(before.queues.as_slice(), now.queues.as_slice()), process] {
+            for task in now {
+                let Some(old) = task.among(before) else {
+                    continue;
+                };
+                let part = |time: fn(&Task) -> Duration| {
+                    time(task).saturating_sub(time(old)).as_secs_f64() / self.seconds
+                };
+                self.starved = self.starved.max(part(|task| task.waited));
+                self.ran = self.ran.max(part(|task| task.ran));
+            }
+        }
+    }
+}
+
+fn mean_ms(before: Option<&Block>, now: Option<&Block>) -> Option<f64> {
+    Some(now?.mean_ms(before?)?.0)
+}
+
+/// What the same process counted at both looks.
+fn stats<'a>(before: &'a Disk, now: &'a Disk) -> Option<(&'a Stats, &'a Stats)> {
+    let (old, new) = (before.tap.as_ref()?, now.tap.as_ref()?);
+    let is_same = old.row.pid == new.row.pid;
+    is_same.then_some(())?;
+    Some((old.stats.as_deref()?, new.stats.as_deref()?))
+}
+
+/// The kinds of requests.
+pub(crate) fn counters(stats: &Stats) -> [&control::stats::Counter; 5] {
+    let Stats {
+        read,
+        write,
+        flush,
+        discard,
+        zeroes,
+        ..
+    } = stats;
+    [read, write, flush, discard, zeroes]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Figures;
+    use crate::host::task::Task;
+    use crate::status::fake;
+    use std::time::Duration;
+
+    const TWO: Duration = Duration::from_secs(2);
+
+    #[test]
+    fn latencies_are_those_of_the_interval() {
+        let mut before = fake::tap(0);
+        let counted = fake::stats(&mut before);
+        for _ in 0..1000 {
+            counted.read.latency.add(10_000_000_000);
+        }
+        let mut now = before.clone();
+        let counted = fake::stats(&mut now);
+        counted.read.requests += 100;
+        for _ in 0..100 {
+            counted.read.latency.add(1_000_000);
+        }
+        let figures = Figures::between(&before, &now, TWO).expect("an interval");
+        assert_eq!((figures.reads, figures.requests), (50.0, 100));
+        assert_eq!(
+            (figures.half_above_us, figures.p99_us),
+            (Some(524), Some(1048))
+        );
+        let idle = Figures::between(&now, &now, TWO).expect("an interval");
+        assert_eq!((idle.reads, idle.p99_us), (0.0, None));
+        assert_eq!(Figures::between(&now, &now, Duration::ZERO), None);
+    }
+
+    #[test]
+    fn another_process_counts_for_itself() {
+        let before = fake::tap(0);
+        let mut now = before.clone();
+        fake::stats(&mut now).read.requests = 20;
+        if let Some(tap) = &mut now.tap {
+            tap.row.pid = Some(999);
+        }
+        let figures = Figures::between(&before, &now, TWO).expect("an interval");
+        assert_eq!((figures.reads, figures.requests), (0.0, 0));
+    }
+
+    #[test]
+    fn the_thread_with_the_longest_waits_counts() {
+        let mut before = fake::phy();
+        let task = |pid, waited| Task {
+            pid,
+            waited: Duration::from_millis(waited),
+            ..Task::default()
+        };
+        before.queues = vec![task(1, 100), task(2, 100)];
+        let mut now = before.clone();
+        now.queues = vec![task(1, 100), task(2, 600), task(3, 9000)];
+        let figures = Figures::between(&before, &now, TWO).expect("an interval");
+        assert_eq!(figures.starved, 0.25);
+    }
+}

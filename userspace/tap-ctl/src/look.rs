@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! All disks of this host as they are at one moment: what the drivers, the block devices, the threads and
+//! blktapctrl say of each.
+
+use crate::host::block::Block;
+use crate::host::task::{self, Task};
+use crate::host::vbd::{self, Vbd};
+use crate::host::{Host, Memory, Processors, Unread};
+use control::supervisor::{Reply, Request, TopRow};
+use control::{Channel, Code, Failure};
+use serde::Serialize;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long blktapctrl may take: it asks each process, and waits a second for those that hang.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Who serves a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Kind {
+    /// The kernel, from a block device.
+    Phy,
+    /// A process.
+    Tap,
+}
+
+impl Kind {
+    /// As people write it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Kind::Phy => "phy",
+            Kind::Tap => "tap",
+        }
+    }
+}
+
+/// A disk.
+#[derive(Clone, Debug)]
+pub(crate) struct Disk {
+    /// Who serves it.
+    pub(crate) kind: Kind,
+    /// The guest's disk; nothing if no guest has it.
+    pub(crate) vbd: Option<Vbd>,
+    /// What it is served from, if that is a block device.
+    pub(crate) block: Option<Block>,
+    /// The threads of its queues.
+    pub(crate) queues: Vec<Task>,
+    /// What blktapctrl says; nothing if that does not answer.
+    pub(crate) tap: Option<TopRow>,
+    /// The process that serves it.
+    pub(crate) process: Option<Task>,
+}
+
+impl Disk {
+    /// The guest's number.
+    pub(crate) fn guest(&self) -> Option<u32> {
+        let told = || self.told_path()?.split('/').nth_back(1)?.parse().ok();
+        self.vbd.as_ref().map(|vbd| vbd.guest).or_else(told)
+    }
+
+    /// Its name in the guest.
+    pub(crate) fn vdev(&self) -> Option<String> {
+        let told = || {
+            Some(vbd::vdev(
+                self.told_path()?.rsplit('/').next()?.parse().ok()?,
+            ))
+        };
+        self.vbd.as_ref().map(|vbd| vbd.vdev.clone()).or_else(told)
+    }
+
+    /// The number of its node.
+    pub(crate) fn minor(&self) -> Option<u32> {
+        self.tap.as_ref()?.row.minor
+    }
+
+    fn told_path(&self) -> Option<&str> {
+        self.tap.as_ref()?.row.vbd.as_deref()
+    }
+
+    /// The same disk, in what was seen before.
+    pub(crate) fn among<'a>(&self, before: &'a [Disk]) -> Option<&'a Disk> {
+        let path = |disk: &Disk| disk.vbd.as_ref().map(|vbd| vbd.path.clone());
+        before.iter().find(|disk| {
+            (path(disk), disk.minor(), disk.kind) == (path(self), self.minor(), self.kind)
+        })
+    }
+}
+
+/// What blktapctrl said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Supervisor {
+    /// It answers.
+    Answers,
+    /// It does not, for this reason.
+    Silent(String),
+}
+
+/// Everything at one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Look {
+    /// When.
+    pub(crate) at: Instant,
+    /// The disks, by guests.
+    pub(crate) disks: Vec<Disk>,
+    /// Whether blktapctrl answers.
+    pub(crate) supervisor: Supervisor,
+    /// The memory of the disks, if our driver is loaded.
+    pub(crate) memory: Option<Memory>,
+    /// The processors of this domain.
+    pub(crate) processors: Processors,
+    /// What could not be read.
+    pub(crate) unread: Vec<Unread>,
+}
+
+/// Asks blktapctrl for all disks, once: what cannot be had is told, not waited for.
+fn rows(socket: &Path) -> Result<Vec<TopRow>, Failure> {
+    let mut channel = Channel::connect(socket)?;
+    channel.set_timeout(Some(PATIENCE))?;
+    match channel.ask(Request::Top, &[])? {
+        Reply::Top { rows } => Ok(rows),
+        _ => Err(Failure::invalid("blktapctrl answered something else")),
+    }
+}
+
+/// Looks at everything.
+pub(crate) fn look(host: &Host, socket: &Path) -> Look {
+    let (rows, supervisor) = match rows(socket) {
+        Ok(rows) => (rows, Supervisor::Answers),
+        Err(failure) => (Vec::new(), Supervisor::Silent(reason(&failure))),
+    };
+    gather(host, rows, supervisor)
+}
+
+fn reason(failure: &Failure) -> String {
+    match failure.code {
+        Code::Denied => format!("{failure}: be root"),
+        _ => failure.to_string(),
+    }
+}
+
+/// The same, with what blktapctrl has said.
+pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> Look {
+    let threads = task::queues(host);
+    let nodes = vbd::process_nodes(host);
+    let mut rows: Vec<Option<TopRow>> = rows.into_iter().map(Some).collect();
+    let mut disks = Vec::new();
+    for vbd in vbd::all(host) {
+        let is_its = |row: &TopRow| row.row.vbd.as_deref() == Some(vbd.path.as_str());
+        let place = rows.iter_mut().find(|row| row.as_ref().is_some_and(is_its));
+        let tap = place.and_then(Option::take);
+        let is_node = vbd.device.is_some_and(|number| nodes.contains(&number));
+        let kind = match tap.is_some() || is_node || vbd.path.starts_with("backend/vbd3/") {
+            true => Kind::Tap,
+            false => Kind::Phy,
+        };
+        disks.push(disk(host, kind, Some(vbd), tap, &threads));
+    }
+    let alone = rows.into_iter().flatten();
+    disks.extend(alone.map(|tap| disk(host, Kind::Tap, None, Some(tap), &threads)));
+    Look {
+        at: Instant::now(),
+        disks,
+        supervisor,
+        memory: Memory::read(host),
+        processors: Processors::read(host),
+        unread: host.take_unread(),
+    }
+}
+
+fn disk(host: &Host, kind: Kind, vbd: Option<Vbd>, tap: Option<TopRow>, threads: &[Task]) -> Disk {
+    let number = vbd.as_ref().and_then(|vbd| vbd.device);
+    let block = number.filter(|_| kind == Kind::Phy);
+    let name = vbd
+        .as_ref()
+        .map(|vbd| format!("{}.{}-", vbd.guest, vbd.vdev));
+    let is_its = |task: &&Task| {
+        name.as_ref()
+            .is_some_and(|name| task.name.starts_with(name))
+    };
+    let pid = tap.as_ref().and_then(|tap| tap.row.pid);
+    Disk {
+        kind,
+        block: block.and_then(|number| Block::read(host, number)),
+        queues: threads.iter().filter(is_its).cloned().collect(),
+        process: pid.and_then(|pid| Task::read(host, pid)),
+        vbd,
+        tap,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{gather, Kind, Supervisor};
+    use crate::host::made::{block, phy, Made};
+    use crate::status::fake;
+
+    #[test]
+    fn a_disk_is_known_by_its_directory_and_once() {
+        let made = Made::new();
+        block(&made, "8:16", "sdb", [0, 0, 0]);
+        phy(&made, "vbd-3-51712", "8:10");
+        phy(&made, "vbd-3-51728", "f0:1");
+        phy(&made, "vbd-4-51712", "f0:2");
+        made.file("/sys/class/xentap/xentap!0/dev", "240:1\n");
+        made.file("/sys/class/xentap/xentap!1/dev", "240:2\n");
+        made.file("/proc/9/comm", "3.xvda-0\n");
+        made.file("/proc/9/stat", "9 (3.xvda-0) S 2 0\n");
+        let mut served = fake::row(0);
+        served.row.vbd = Some("backend/vbd/3/51728".into());
+        let mut early = fake::row(5);
+        early.row.vbd = Some("backend/vbd/7/51712".into());
+        let look = gather(&made.host(), vec![early, served], Supervisor::Answers);
+        let seen: Vec<_> = look
+            .disks
+            .iter()
+            .map(|disk| (disk.kind, disk.guest(), disk.vdev(), disk.minor()))
+            .collect();
+        let name = |name: &str| Some(name.to_owned());
+        assert_eq!(
+            seen,
+            [
+                (Kind::Phy, Some(3), name("xvda"), None),
+                (Kind::Tap, Some(3), name("xvdb"), Some(0)),
+                // Of which blktapctrl says nothing.
+                (Kind::Tap, Some(4), name("xvda"), None),
+                // Which has not come to the bus yet.
+                (Kind::Tap, Some(7), name("xvda"), Some(5)),
+            ]
+        );
+        assert_eq!(look.disks[0].queues.len(), 1);
+        assert_eq!(
+            look.disks[0].block.as_ref().map(|it| it.name.as_str()),
+            Some("sdb")
+        );
+        assert!(look.disks[1].block.is_none());
+    }
+}

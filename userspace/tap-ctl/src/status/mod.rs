@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl status`: how every disk of the host is, why, and what to do.
+
+#[cfg(test)]
+pub(crate) mod fake;
+mod phy;
+mod show;
+mod tap;
+pub(crate) mod verdict;
+
+use crate::figures::Figures;
+use crate::host::{Host, Unread};
+use crate::look::{look, Disk, Kind, Look, Supervisor};
+use crate::{cli, print, Cli, Error};
+use serde::Serialize;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use verdict::{Limits, Surroundings, Verdict};
+
+/// What no counter tells, so that nobody looks for it in the verdicts.
+const NOT_KNOWN: [&str; 2] = [
+    "how long requests wait in the ring before the driver takes them: the driver does not count it, so no disk is called slow for it",
+    "since when a disk of the kernel's (phy) hangs: the driver does not count requests in flight, so it is watched on its block device",
+];
+
+/// A disk and what is said of it.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Line {
+    /// The guest's number.
+    pub(crate) guest: Option<u32>,
+    /// Its name in the guest.
+    pub(crate) vdev: Option<String>,
+    /// Who serves it.
+    pub(crate) kind: Kind,
+    /// The number of its node.
+    pub(crate) minor: Option<u32>,
+    /// The process that serves it.
+    pub(crate) pid: Option<u32>,
+    /// What it is served from.
+    pub(crate) image: Option<String>,
+    /// What is said of it.
+    #[serde(flatten)]
+    pub(crate) verdict: Verdict,
+    /// How bad that is.
+    pub(crate) severity: u8,
+    /// What it did while it was watched.
+    pub(crate) figures: Option<Figures>,
+}
+
+/// What is said of all disks.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Report {
+    /// The worst of all severities, which is the exit code.
+    pub(crate) severity: u8,
+    /// One for each disk.
+    pub(crate) disks: Vec<Line>,
+    /// Why blktapctrl does not answer, if it does not.
+    pub(crate) supervisor: Option<String>,
+    /// What could not be read.
+    pub(crate) unread: Vec<Unread>,
+    /// What no counter tells.
+    pub(crate) not_known: [&'static str; 2],
+}
+
+/// Where to look, and for how long.
+pub(crate) struct Watch {
+    host: Host,
+    socket: PathBuf,
+    interval: Duration,
+    limits: Limits,
+}
+
+impl Watch {
+    /// What the command line says.
+    pub(crate) fn new(cli: &Cli, watch: &cli::Watch) -> Watch {
+        Watch {
+            host: Host::at(&cli.root),
+            socket: cli.socket.clone(),
+            interval: Duration::from_secs(watch.interval.into()),
+            limits: Limits {
+                slow: Duration::from_millis(watch.slow.into()),
+                hung: Duration::from_secs(watch.hung.into()),
+            },
+        }
+    }
+
+    /// Looks twice. Where something answers nothing, it looks on until that may be called hung.
+    pub(crate) fn looks(&self) -> (Look, Look) {
+        let before = look(&self.host, &self.socket);
+        loop {
+            std::thread::sleep(self.interval);
+            let now = look(&self.host, &self.socket);
+            let elapsed = now.at.saturating_duration_since(before.at);
+            if elapsed >= self.limits.hung || !is_suspect(&before, &now) {
+                return (before, now);
+            }
+        }
+    }
+
+    /// What is said of all disks by two looks at them.
+    pub(crate) fn report(&self, before: &Look, now: &Look) -> Report {
+        report(before, now, self.limits)
+    }
+}
+
+/// A disk may be hung, and was not watched for long enough to say so.
+fn is_suspect(before: &Look, now: &Look) -> bool {
+    now.disks.iter().any(|disk| {
+        let before = disk.among(&before.disks);
+        before.is_some_and(|before| match disk.kind {
+            Kind::Phy => phy::stall(before, disk).is_some(),
+            Kind::Tap => tap::takes_nothing(before, disk),
+        })
+    })
+}
+
+/// What is said of all disks.
+pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
+    let disks: Vec<Line> = now
+        .disks
+        .iter()
+        .map(|disk| {
+            line(
+                disk.among(&before.disks).unwrap_or(disk),
+                disk,
+                before,
+                now,
+                limits,
+            )
+        })
+        .collect();
+    let worst = disks.iter().map(|line| line.severity).max().unwrap_or(0);
+    let unread: Vec<Unread> = now.unread.clone();
+    let supervisor = match &now.supervisor {
+        Supervisor::Silent(why) => Some(why.clone()),
+        Supervisor::Answers => None,
+    };
+    Report {
+        severity: worst.max(u8::from(!unread.is_empty())),
+        disks,
+        supervisor,
+        unread,
+        not_known: NOT_KNOWN,
+    }
+}
+
+fn line(old: &Disk, disk: &Disk, before: &Look, now: &Look, limits: Limits) -> Line {
+    let elapsed = now.at.saturating_duration_since(before.at);
+    let around = Surroundings {
+        elapsed,
+        limits,
+        stolen: now.processors.stolen_since(&before.processors),
+        memory: now.memory,
+        guest_kib: guest_kib(now, disk),
+    };
+    let verdict = match disk.kind {
+        Kind::Phy => phy::judge(old, disk, &around),
+        Kind::Tap => tap::judge(old, disk, &around, &now.supervisor),
+    };
+    let row = disk.tap.as_ref().map(|tap| &tap.row);
+    let target = row.and_then(|row| row.target.as_ref().map(ToString::to_string));
+    Line {
+        guest: disk.guest(),
+        vdev: disk.vdev(),
+        kind: disk.kind,
+        minor: disk.minor(),
+        pid: row.and_then(|row| row.pid),
+        image: target.or_else(|| disk.block.as_ref().map(|block| block.label())),
+        severity: verdict.state.severity(),
+        verdict,
+        figures: Figures::between(old, disk, elapsed),
+    }
+}
+
+/// The memory of all disks of a disk's guest.
+fn guest_kib(look: &Look, disk: &Disk) -> u64 {
+    let guest = disk.guest();
+    let its = look.disks.iter().filter(|other| other.guest() == guest);
+    its.filter_map(|other| Some(other.vbd.as_ref()?.counter("memory_kib")))
+        .sum()
+}
+
+/// Says how all disks are.
+pub(crate) fn run(cli: &Cli, asked: &cli::Status) -> Result<ExitCode, Error> {
+    let watch = Watch::new(cli, &asked.watch);
+    let (before, now) = watch.looks();
+    let report = watch.report(&before, &now);
+    if cli.json {
+        print(&report)?;
+    } else {
+        io::stdout().write_all(show::text(&report, asked.extended).as_bytes())?;
+    }
+    Ok(ExitCode::from(report.severity))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What `tap-ctl status` prints.
+
+use super::{Line, Report};
+use crate::figures::Figures;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// One line for each disk, what to do below it, and the sum of all.
+pub(crate) fn text(report: &Report, extended: bool) -> String {
+    let mut text = String::new();
+    if !report.disks.is_empty() {
+        text += "GUEST VDEV     KIND MINOR VERDICT             CAUSE         WHAT\n";
+    }
+    for disk in &report.disks {
+        text += &line(disk);
+        if let Some(remedy) = &disk.verdict.remedy {
+            text += &format!("      do: {remedy}\n");
+        }
+        if extended {
+            text += &more(disk);
+        }
+    }
+    text += &ending(report);
+    if extended {
+        for what in report.not_known {
+            text += &format!("not known: {what}\n");
+        }
+    }
+    text
+}
+
+fn line(disk: &Line) -> String {
+    let number = |number: Option<u32>| number.map_or("-".into(), |number| number.to_string());
+    let image = disk.image.as_deref().unwrap_or("-");
+    let what = match disk.verdict.why.as_str() {
+        "" => image.to_owned(),
+        why => format!("{why} [{image}]"),
+    };
+    format!(
+        "{:>5} {:8} {:4} {:>5} {:19} {:13} {what}\n",
+        number(disk.guest),
+        disk.vdev.as_deref().unwrap_or("-"),
+        disk.kind.name(),
+        number(disk.minor),
+        disk.verdict.word(),
+        disk.verdict.cause.map_or("-", |cause| cause.name()),
+    )
+}
+
+/// The figures behind the verdict.
+fn more(disk: &Line) -> String {
+    let Some(figures) = &disk.figures else {
+        return "      it was there at one of the looks only\n".into();
+    };
+    const MIB: f64 = 1048576.0;
+    let Figures {
+        seconds,
+        reads,
+        writes,
+        read_bytes,
+        written_bytes,
+        ..
+    } = figures;
+    let mut text = format!(
+        "      in {seconds:.1} s: {reads:.1} reads/s of {:.1} MiB/s, {writes:.1} writes/s of {:.1} MiB/s",
+        read_bytes / MIB,
+        written_bytes / MIB
+    );
+    let mut add = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            // Writing to a string cannot fail.
+            let _ = write!(text, ", {name} {value}");
+        }
+    };
+    let some = |number: u64| (number > 0).then(|| number.to_string());
+    let percent = |part: f64| Some(format!("{:.0} %", part * 100.0));
+    add(
+        "storage ms",
+        figures.storage_ms.map(|ms| format!("{ms:.1}")),
+    );
+    add("99 % < us", figures.p99_us.map(|us| us.to_string()));
+    add("waits for pages", some(figures.page_waits));
+    add("errors", some(figures.errors));
+    add("refused", some(figures.refused));
+    add("thread ran", percent(figures.ran));
+    add("without a processor", percent(figures.starved));
+    text + "\n"
+}
+
+fn ending(report: &Report) -> String {
+    let mut text = String::new();
+    for file in &report.unread {
+        text += &format!("cannot read {}: {}\n", file.path.display(), file.why);
+    }
+    if let Some(why) = &report.supervisor {
+        text += &format!("blktapctrl does not answer, so nothing is known of tap disks: {why}\n");
+    }
+    let mut states: BTreeMap<_, usize> = BTreeMap::new();
+    for disk in &report.disks {
+        *states.entry(disk.verdict.state).or_default() += 1;
+    }
+    let states: Vec<String> = states
+        .into_iter()
+        .map(|(state, count)| format!("{count} {}", state.name()))
+        .collect();
+    let disks = match report.disks.len() {
+        0 => "no disks".to_owned(),
+        1 => "1 disk".to_owned(),
+        count => format!("{count} disks"),
+    };
+    match states.is_empty() {
+        true => format!("{text}{disks}\n"),
+        false => format!("{text}{disks}: {}\n", states.join(", ")),
+    }
+}

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What can be said of a disk that a process serves.
+
+use super::phy;
+use super::verdict::{Cause, Oldest, State, Surroundings, Verdict};
+use crate::figures::Figures;
+use crate::host::task::Task;
+use crate::look::{Disk, Supervisor};
+use control::supervisor::{Kernel, TopRow};
+use control::tapdisk;
+use std::time::Duration;
+
+/// Judges a disk by two looks at it.
+pub(crate) fn judge(
+    before: &Disk,
+    now: &Disk,
+    around: &Surroundings,
+    supervisor: &Supervisor,
+) -> Verdict {
+    if let Some(vbd) = now.vbd.as_ref().filter(|vbd| vbd.driver.is_none()) {
+        return phy::without_driver(vbd);
+    }
+    let Some(tap) = &now.tap else {
+        return untold(supervisor);
+    };
+    if let Some(why) = &tap.row.unknown {
+        let minor = tap
+            .row
+            .minor
+            .map_or("MINOR".into(), |minor| minor.to_string());
+        let left = Verdict::new(State::Unknown, format!("blktapctrl leaves it alone: {why}"));
+        return left.remedy(format!("tap-ctl adopt -m {minor}"));
+    }
+    let kernel = tap.row.kernel.clone().unwrap_or_default();
+    match tap.row.state {
+        None => without_process(tap, &kernel),
+        Some(tapdisk::State::Paused) => paused(tap, &kernel),
+        Some(tapdisk::State::Inactive) => inactive(&kernel),
+        Some(tapdisk::State::Idle | tapdisk::State::Attached) => closed(tap, &kernel),
+        Some(tapdisk::State::Running) => running(before, now, tap, &kernel, around),
+    }
+}
+
+/// Of which blktapctrl says nothing.
+fn untold(supervisor: &Supervisor) -> Verdict {
+    match supervisor {
+        Supervisor::Silent(why) => {
+            let why = format!("blktapctrl does not answer: {why}");
+            Verdict::new(State::Unknown, why).remedy("systemctl start blktapctrl")
+        }
+        Supervisor::Answers => Verdict::new(State::Unknown, "blktapctrl does not know it")
+            .remedy("another program serves it, or nobody: see tap-ctl events --after 0"),
+    }
+}
+
+fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
+    if kernel.state == "fencing" {
+        let why =
+            "its process has ended, and I/O of that is still running: the next one waits for it";
+        return Verdict::new(State::Fencing, why)
+            .because(Cause::Storage)
+            .remedy("see to the storage of its image");
+    }
+    if tap.row.target.is_none() && kernel.waiting == 0 {
+        let closed = Verdict::new(State::Closed, "a node that nobody serves");
+        return match tap.row.minor {
+            Some(minor) => closed.remedy(format!("tap-ctl free -m {minor}, if nobody needs it")),
+            None => closed,
+        };
+    }
+    let why = format!("no process serves it, {} requests wait", kernel.waiting);
+    Verdict::new(State::DeadProcess, why)
+        .because(Cause::Process)
+        .remedy("tap-ctl events --after 0 says why the last one failed; the next attempt follows within 30 s")
+}
+
+fn paused(tap: &TopRow, kernel: &Kernel) -> Verdict {
+    let minor = tap.row.minor.unwrap_or(0);
+    let why = format!("{} requests wait", kernel.waiting);
+    Verdict::new(State::Paused, why)
+        .because(Cause::Administrator)
+        .remedy(format!(
+            "tap-ctl events --after 0 says whether an error of the image stopped it; then tap-ctl unpause -m {minor}"
+        ))
+}
+
+fn inactive(kernel: &Kernel) -> Verdict {
+    if kernel.waiting == 0 {
+        return Verdict::new(
+            State::Inactive,
+            "its guest is suspended, and its image is free",
+        );
+    }
+    let why = format!(
+        "{} requests wait, and its image cannot be had",
+        kernel.waiting
+    );
+    Verdict::new(State::Held, why)
+        .because(Cause::Storage)
+        .remedy("tap-ctl events --after 0 says who has the image, and what to do")
+}
+
+fn closed(tap: &TopRow, kernel: &Kernel) -> Verdict {
+    let minor = tap.row.minor.unwrap_or(0);
+    match kernel.waiting {
+        0 => Verdict::new(State::Closed, "no image is open"),
+        waiting => Verdict::new(
+            State::Paused,
+            format!("no image is open, {waiting} requests wait"),
+        )
+        .because(Cause::Administrator)
+        .remedy(format!("tap-ctl open -m {minor} -a TARGET")),
+    }
+}
+
+fn running(
+    before: &Disk,
+    now: &Disk,
+    tap: &TopRow,
+    kernel: &Kernel,
+    around: &Surroundings,
+) -> Verdict {
+    let figures = Figures::between(before, now, around.elapsed).unwrap_or_default();
+    hung(before, now, tap, kernel, around)
+        .or_else(|| poisoned(kernel))
+        .or_else(|| phy::failing(&figures))
+        .or_else(|| slow(now, &figures, around))
+        .or_else(|| around.starved(&figures))
+        .or_else(|| around.short_of_pages(&figures))
+        .unwrap_or_else(|| at_rest(now))
+}
+
+fn hung(
+    before: &Disk,
+    now: &Disk,
+    tap: &TopRow,
+    kernel: &Kernel,
+    around: &Surroundings,
+) -> Option<Verdict> {
+    let oldest = Duration::from_nanos(kernel.oldest_ns);
+    if kernel.delivered > 0 && oldest >= around.limits.hung {
+        let verdict = who_hangs(now, tap, kernel);
+        return Some(verdict.since(Oldest::Seconds(oldest.as_secs_f64())));
+    }
+    let is_stuck = takes_nothing(before, now) && around.elapsed >= around.limits.hung;
+    is_stuck.then(|| {
+        let why = format!(
+            "{} requests wait, and its process takes none",
+            kernel.waiting
+        );
+        let seconds = around.elapsed.as_secs_f64();
+        let hung = Verdict::new(State::Hung, why).because(Cause::Process);
+        hung.since(Oldest::AtLeast(seconds)).remedy(replace(tap))
+    })
+}
+
+/// Requests wait at both looks, and the process of the disk took none between them.
+pub(super) fn takes_nothing(before: &Disk, now: &Disk) -> bool {
+    let kernel = |disk: &Disk| {
+        let row = &disk.tap.as_ref()?.row;
+        let is_running = row.state == Some(tapdisk::State::Running);
+        row.kernel.clone().filter(|_| is_running)
+    };
+    let (Some(old), Some(new)) = (kernel(before), kernel(now)) else {
+        return false;
+    };
+    let waits = |kernel: &Kernel| kernel.waiting > 0 && kernel.delivered == 0;
+    waits(&old) && waits(&new) && old.committed == new.committed
+}
+
+/// Whether the process itself hangs, or what it waits for.
+fn who_hangs(now: &Disk, tap: &TopRow, kernel: &Kernel) -> Verdict {
+    let hung = |cause, why: String, remedy: String| {
+        Verdict::new(State::Hung, why).because(cause).remedy(remedy)
+    };
+    let has = kernel.delivered;
+    let image = tap
+        .row
+        .target
+        .as_ref()
+        .map_or("its image".into(), ToString::to_string);
+    match (&now.process, &tap.stats) {
+        (
+            Some(Task {
+                state: 'T' | 't',
+                pid,
+                ..
+            }),
+            _,
+        ) => hung(
+            Cause::Process,
+            format!(
+                "its process {pid} has {has} requests and was stopped by a signal or a debugger"
+            ),
+            format!("kill -CONT {pid}"),
+        ),
+        (
+            Some(Task {
+                state: 'D',
+                pid,
+                sleeps_in,
+                ..
+            }),
+            _,
+        ) => {
+            let place = sleeps_in.as_deref().unwrap_or("the kernel");
+            hung(
+                Cause::Storage,
+                format!("its process {pid} has {has} requests and waits in {place} for {image}"),
+                format!("see to the storage of {image}: no signal ends such a process"),
+            )
+        }
+        (_, Some(stats)) if stats.in_flight > 0 => hung(
+            Cause::Storage,
+            format!(
+                "its process answers, and {} requests are under way on {image}",
+                stats.in_flight
+            ),
+            format!("see to the storage of {image}"),
+        ),
+        _ => hung(
+            Cause::Process,
+            format!("its process has {has} requests and does not answer"),
+            replace(tap),
+        ),
+    }
+}
+
+fn replace(tap: &TopRow) -> String {
+    let pid = tap.row.pid.map_or("PID".into(), |pid| pid.to_string());
+    format!("kill -9 {pid}: it is replaced, and nothing is lost (--kill-hung does that by itself)")
+}
+
+fn poisoned(kernel: &Kernel) -> Option<Verdict> {
+    let what = kernel
+        .poison
+        .as_ref()
+        .map(|poison| format!(", the last one a {poison}"));
+    let what = what.unwrap_or_default();
+    let why = match (kernel.isolated, kernel.poisoned) {
+        (0, 0) => return None,
+        (0, count) => format!("{count} requests failed because processes died of them{what}"),
+        _ => "requests are given out one at a time, to find the one of which processes die".into(),
+    };
+    let failing = Verdict::new(State::Failing, why).because(Cause::Process);
+    Some(failing.remedy("tap-ctl events --after 0, and the log of blktapctrl"))
+}
+
+fn slow(now: &Disk, figures: &Figures, around: &Surroundings) -> Option<Verdict> {
+    let half = Duration::from_micros(figures.half_above_us?);
+    if half < around.limits.slow {
+        return None;
+    }
+    if let Some(starved) = around.starved(figures) {
+        return Some(starved);
+    }
+    let why = format!(
+        "half of its requests took longer than {} ms",
+        half.as_millis()
+    );
+    let slow = |cause, more: &str| Verdict::new(State::Slow, format!("{why}{more}")).because(cause);
+    // One thread serves a disk.
+    if figures.ran > 0.9 {
+        let slow = slow(Cause::Process, ", and its process uses a whole processor");
+        return Some(slow.remedy(
+            "that is as fast as it gets: spread the load over several disks, or use a raw image",
+        ));
+    }
+    let tap = now.tap.as_ref()?;
+    let image = tap
+        .row
+        .target
+        .as_ref()
+        .map_or("its image".into(), ToString::to_string);
+    let slow = slow(Cause::Storage, ", and its process has time left");
+    Some(slow.remedy(format!("see with iostat -x to the storage of {image}")))
+}
+
+fn at_rest(now: &Disk) -> Verdict {
+    match &now.vbd {
+        Some(vbd) if !vbd.is_connected() => {
+            let state = vbd.state.as_deref().unwrap_or("not known");
+            Verdict::new(State::NotConnected, format!("its state is {state}"))
+        }
+        _ => Verdict::new(State::Ok, ""),
+    }
+}

@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks that are slow and hung in several ways, each made as the files that the kernel would show.
+
+use super::verdict::{Cause, Limits, Oldest, State};
+use super::{fake, is_suspect, report, show, Report};
+use crate::host::made::{block, phy, Made};
+use crate::host::task::Task;
+use crate::look::{gather, Disk, Look, Supervisor};
+use control::supervisor::{Kernel, TopRow};
+use control::tapdisk;
+use std::time::Duration;
+
+const LIMITS: Limits = Limits {
+    slow: Duration::from_millis(100),
+    hung: Duration::from_secs(5),
+};
+
+const DEVICE: &str = "/sys/bus/xen-backend/devices/vbd-3-51712";
+
+/// A host with a disk of the kernel's on sdb, that of guest 3.
+fn made() -> Made {
+    let made = Made::new();
+    made.file("/proc/stat", "cpu  10 0 10 80 0 0 0 0 0 0\n");
+    block(&made, "8:16", "sdb", [100, 100, 0]);
+    phy(&made, "vbd-3-51712", "8:10");
+    made
+}
+
+fn look(made: &Made) -> Look {
+    gather(&made.host(), Vec::new(), Supervisor::Answers)
+}
+
+/// What is said when `now` was seen so many seconds after `before`.
+fn after(seconds: u64, before: &Look, now: &Look) -> Report {
+    let mut now = now.clone();
+    now.at = before.at + Duration::from_secs(seconds);
+    report(before, &now, LIMITS)
+}
+
+/// State, cause and exit code of the only disk.
+fn said(report: &Report) -> (State, Option<Cause>, u8) {
+    let verdict = &report.disks[0].verdict;
+    (verdict.state, verdict.cause, report.severity)
+}
+
+fn counter(made: &Made, name: &str, value: u64) {
+    made.file(&format!("{DEVICE}/statistics/{name}"), &value.to_string());
+}
+
+fn queue(made: &Made, state: char, waited_ms: u64, turns: u64) {
+    made.file("/proc/40/comm", "3.xvda-0\n");
+    made.file("/proc/40/stat", &format!("40 (3.xvda-0) {state} 2 0\n"));
+    made.file(
+        "/proc/40/schedstat",
+        &format!("0 {}000000 {turns}\n", waited_ms),
+    );
+    made.file("/proc/40/wchan", "blk_mq_get_tag");
+}
+
+#[test]
+fn a_disk_that_is_well_is_ok_and_so_is_an_idle_one() {
+    let made = made();
+    let before = look(&made);
+    let idle = after(10, &before, &before);
+    assert_eq!(said(&idle), (State::Ok, None, 0), "{idle:?}");
+    counter(&made, "rd_req", 100);
+    block(&made, "8:16", "sdb", [200, 300, 2]);
+    let busy = after(10, &before, &look(&made));
+    assert_eq!(said(&busy), (State::Ok, None, 0), "{busy:?}");
+    let text = show::text(&busy, true);
+    assert!(text.contains("storage ms 2.0"), "{text}");
+    assert!(
+        text.contains("not known: how long requests wait in the ring"),
+        "{text}"
+    );
+    assert!(text.contains("1 disk: 1 ok\n"), "{text}");
+}
+
+#[test]
+fn slow_storage_is_named() {
+    let made = made();
+    let before = look(&made);
+    block(&made, "8:16", "sdb", [110, 5100, 3]);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::Storage), 1));
+    let why = &report.disks[0].verdict.why;
+    assert!(
+        why.contains("500 ms on average") && why.contains("on sdb"),
+        "{why}"
+    );
+}
+
+#[test]
+fn requests_that_wait_for_pages_are_named_with_the_limit_that_holds_them() {
+    let made = made();
+    let parameters = "/sys/module/xen_blkback_rs/parameters";
+    made.file("/proc/meminfo", "MemTotal: 4194304 kB\n");
+    for (name, text) in [
+        ("memory_kib", "2048"),
+        ("domain_memory_mib", "2"),
+        ("host_memory_mib", "0"),
+    ] {
+        made.file(&format!("{parameters}/{name}"), text);
+    }
+    counter(&made, "memory_kib", 2000);
+    let before = look(&made);
+    counter(&made, "rd_req", 100);
+    counter(&made, "oo_req", 50);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::PagePool), 1));
+    let remedy = report.disks[0].verdict.remedy.as_deref().unwrap_or("");
+    assert!(remedy.contains("domain_memory_mib"), "{remedy}");
+    made.file(&format!("{parameters}/host_memory_mib"), "2");
+    let report = after(1, &before, &look(&made));
+    let remedy = report.disks[0].verdict.remedy.as_deref().unwrap_or("");
+    assert!(remedy.contains("host_memory_mib"), "{remedy}");
+    // One in a hundred is nothing.
+    counter(&made, "oo_req", 1);
+    assert_eq!(said(&after(1, &before, &look(&made))), (State::Ok, None, 0));
+}
+
+#[test]
+fn want_of_a_processor_is_named() {
+    let made = made();
+    queue(&made, 'S', 0, 1);
+    let before = look(&made);
+    queue(&made, 'R', 900, 2);
+    let report = after(2, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::HostCpu), 1));
+    assert!(report.disks[0].verdict.why.contains("45 %"), "{report:?}");
+    // The same if the hypervisor runs others, and the disk has work.
+    queue(&made, 'R', 0, 2);
+    made.file("/proc/stat", "cpu  20 0 20 130 0 0 0 30 0 0\n");
+    assert_eq!(said(&after(2, &before, &look(&made))).0, State::Ok);
+    counter(&made, "wr_req", 9);
+    let report = after(2, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::HostCpu), 1));
+}
+
+#[test]
+fn a_suspended_device_is_named_after_it_was_watched_for_long_enough() {
+    let made = made();
+    made.file("/sys/devices/virtual/block/sdb/dm/name", "vg-lv\n");
+    made.file("/sys/devices/virtual/block/sdb/dm/suspended", "1\n");
+    let before = look(&made);
+    assert!(is_suspect(&before, &before));
+    assert_eq!(said(&after(1, &before, &before)).2, 0);
+    let report = after(6, &before, &before);
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+    let verdict = &report.disks[0].verdict;
+    assert_eq!(verdict.oldest, Some(Oldest::AtLeast(6.0)));
+    assert_eq!(verdict.word(), "hung oldest>6s");
+    let text = show::text(&report, false);
+    assert!(text.contains("do: dmsetup resume vg-lv"), "{text}");
+}
+
+#[test]
+fn a_device_that_answers_nothing_is_the_lowest_one() {
+    let made = made();
+    block(&made, "8:0", "sda", [7, 7, 0]);
+    made.link("/sys/devices/virtual/block/sdb/slaves/sda", "../../sda");
+    block(&made, "8:16", "sdb", [100, 100, 4]);
+    block(&made, "8:0", "sda", [7, 7, 2]);
+    let before = look(&made);
+    let report = after(5, &before, &look(&made));
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+    assert!(
+        report.disks[0].verdict.why.contains("the device sda has 2"),
+        "{report:?}"
+    );
+    // One answer is life.
+    block(&made, "8:0", "sda", [8, 8, 2]);
+    block(&made, "8:16", "sdb", [101, 101, 4]);
+    let now = look(&made);
+    assert!(!is_suspect(&before, &now));
+    assert_eq!(said(&after(5, &before, &now)).0, State::Ok);
+}
+
+#[test]
+fn a_thread_that_never_wakes_is_named() {
+    let made = made();
+    queue(&made, 'D', 0, 1);
+    let before = look(&made);
+    let report = after(5, &before, &look(&made));
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+    assert!(
+        report.disks[0].verdict.why.contains("blk_mq_get_tag"),
+        "{report:?}"
+    );
+    queue(&made, 'D', 0, 2);
+    assert_eq!(said(&after(5, &before, &look(&made))).0, State::Ok);
+}
+
+#[test]
+fn errors_and_malformed_requests_are_told_apart() {
+    let made = made();
+    let before = look(&made);
+    counter(&made, "refused", 3);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Failing, Some(Cause::Guest), 1));
+    counter(&made, "failed", 1);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Failing, Some(Cause::Storage), 1));
+}
+
+#[test]
+fn a_disk_without_its_guest_or_its_driver() {
+    let made = made();
+    made.file(&format!("{DEVICE}/state"), "InitWait\n");
+    let before = look(&made);
+    assert_eq!(
+        said(&after(1, &before, &before)),
+        (State::NotConnected, None, 0)
+    );
+    std::fs::remove_file(made.root().join(&DEVICE[1..]).join("driver")).expect("removed");
+    let before = look(&made);
+    assert_eq!(
+        said(&after(1, &before, &before)),
+        (State::NoDriver, None, 2)
+    );
+}
+
+#[test]
+fn what_cannot_be_read_is_said_and_ends_nothing() {
+    let made = made();
+    phy(&made, "vbd-4-51712", "8:20");
+    made.unreadable(&format!("{DEVICE}/statistics/rd_req"));
+    made.file("/sys/devices/virtual/block/sdb/stat", "nonsense");
+    let before = look(&made);
+    let report = after(1, &before, &before);
+    assert_eq!(report.disks.len(), 2);
+    assert_eq!(said(&report), (State::Ok, None, 1), "{report:?}");
+    // Of the other one the block device is not there.
+    assert_eq!(report.disks[1].verdict.state, State::Unknown);
+    let text = show::text(&report, true);
+    assert!(
+        text.contains("cannot read") && text.contains("statistics/rd_req"),
+        "{text}"
+    );
+    // A host without Xen has nothing, and that is said as well.
+    let nothing = look(&Made::new());
+    assert!(show::text(&after(1, &nothing, &nothing), false).contains("no disks\n"));
+}
+
+/// What is said of a tap disk that `change` was done to, seen again after so many seconds.
+fn of_tap(seconds: u64, change: impl Fn(&mut Disk)) -> Report {
+    let mut before = look(&Made::new());
+    before.unread.clear();
+    let mut disk = fake::tap(0);
+    change(&mut disk);
+    before.disks = vec![disk];
+    after(seconds, &before, &before)
+}
+
+fn row(disk: &mut Disk) -> &mut TopRow {
+    disk.tap.as_mut().expect("a tap disk")
+}
+
+/// The disk's process has a request for 95 s.
+fn has_a_request(disk: &mut Disk) {
+    *fake::kernel(disk) = Kernel {
+        state: "live".into(),
+        delivered: 4,
+        oldest_ns: 95_000_000_000,
+        ..Kernel::default()
+    };
+}
+
+#[test]
+fn who_hangs_is_the_process_or_its_storage() {
+    let process = |state| {
+        Some(Task {
+            pid: 312,
+            state,
+            ..Task::default()
+        })
+    };
+    let report = of_tap(1, |disk| {
+        has_a_request(disk);
+        row(disk).stats = None;
+    });
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Process), 2));
+    assert_eq!(report.disks[0].verdict.word(), "hung oldest=95s");
+    let report = of_tap(1, |disk| {
+        has_a_request(disk);
+        fake::stats(disk).in_flight = 4;
+    });
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+    for (letter, cause) in [
+        ('T', Cause::Process),
+        ('D', Cause::Storage),
+        ('R', Cause::Process),
+    ] {
+        let report = of_tap(1, |disk| {
+            has_a_request(disk);
+            row(disk).stats = None;
+            disk.process = process(letter);
+        });
+        assert_eq!(said(&report), (State::Hung, Some(cause), 2), "{letter}");
+    }
+}
+
+#[test]
+fn a_process_that_takes_nothing_hangs() {
+    let waits = |disk: &mut Disk| fake::kernel(disk).waiting = 9;
+    assert_eq!(said(&of_tap(1, waits)).0, State::Ok);
+    assert_eq!(
+        said(&of_tap(5, waits)),
+        (State::Hung, Some(Cause::Process), 2)
+    );
+}
+
+#[test]
+fn states_of_a_disk_without_work() {
+    type Change = fn(&mut Disk);
+    let cases: [(Change, State, u8); 8] = [
+        (|_| (), State::Ok, 0),
+        (
+            |disk| row(disk).row.state = Some(tapdisk::State::Paused),
+            State::Paused,
+            1,
+        ),
+        (
+            |disk| row(disk).row.state = Some(tapdisk::State::Inactive),
+            State::Inactive,
+            0,
+        ),
+        (
+            |disk| {
+                row(disk).row.state = Some(tapdisk::State::Inactive);
+                fake::kernel(disk).waiting = 1;
+            },
+            State::Held,
+            2,
+        ),
+        (|disk| row(disk).row.state = None, State::DeadProcess, 2),
+        (
+            |disk| {
+                row(disk).row.state = None;
+                fake::kernel(disk).state = "fencing".into();
+            },
+            State::Fencing,
+            2,
+        ),
+        (
+            |disk| row(disk).row.unknown = Some("it is of a newer one".into()),
+            State::Unknown,
+            1,
+        ),
+        (|disk| fake::kernel(disk).poisoned = 1, State::Failing, 1),
+    ];
+    for (change, state, severity) in cases {
+        let report = of_tap(1, change);
+        assert_eq!(
+            (said(&report).0, report.severity),
+            (state, severity),
+            "{report:?}"
+        );
+    }
+    let report = of_tap(1, |disk| disk.tap = None);
+    assert_eq!(said(&report).0, State::Unknown);
+}
+
+#[test]
+fn a_slow_tap_disk_is_its_storage_unless_a_processor_is_short() {
+    let slow = |ran_ms: u64, waited_ms: u64| {
+        let mut before = look(&Made::new());
+        let mut disk = fake::tap(0);
+        disk.process = Some(Task::default());
+        before.disks = vec![disk.clone()];
+        for _ in 0..10 {
+            fake::stats(&mut disk).read.latency.add(300_000_000);
+        }
+        disk.process = Some(Task {
+            ran: Duration::from_millis(ran_ms),
+            waited: Duration::from_millis(waited_ms),
+            ..Task::default()
+        });
+        let mut now = before.clone();
+        now.disks = vec![disk];
+        said(&after(1, &before, &now)).1
+    };
+    assert_eq!(slow(10, 10), Some(Cause::Storage));
+    assert_eq!(slow(990, 10), Some(Cause::Process));
+    assert_eq!(slow(500, 400), Some(Cause::HostCpu));
+}
+
+#[test]
+fn the_answer_for_programs_has_the_words_of_the_other_one() {
+    let report = of_tap(1, has_a_request);
+    let json = serde_json::to_value(&report).expect("json");
+    let disk = &json["disks"][0];
+    assert_eq!(
+        (&json["severity"], &disk["severity"]),
+        (&2.into(), &2.into())
+    );
+    assert_eq!(
+        (&disk["state"], &disk["kind"]),
+        (&"hung".into(), &"tap".into())
+    );
+    assert_eq!(disk["oldest"]["seconds"], 95.0);
+    assert_eq!(disk["vdev"], "xvdb");
+}

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What can be said of a disk, and how bad that is.
+
+use crate::figures::Figures;
+use crate::host::Memory;
+use serde::Serialize;
+use std::fmt;
+use std::time::Duration;
+
+/// How a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum State {
+    /// It is served.
+    Ok,
+    /// Its guest does not use it: it has not booted that far, or lets go of it.
+    NotConnected,
+    /// No image is open, and nobody waits.
+    Closed,
+    /// Its guest is suspended, and its image is free.
+    Inactive,
+    /// It cannot be judged.
+    Unknown,
+    /// Requests take long.
+    Slow,
+    /// Requests end in errors.
+    Failing,
+    /// An administrator or an error of the image has stopped it.
+    Paused,
+    /// Requests are there, and none is answered.
+    Hung,
+    /// Its process has ended, and that one's I/O has not.
+    Fencing,
+    /// Its guest waits, because the image cannot be had.
+    Held,
+    /// It has no process.
+    DeadProcess,
+    /// The guest's disk has no driver.
+    NoDriver,
+}
+
+impl State {
+    /// 0 if all is well, 1 if somebody should look at it, 2 if its guest waits or will.
+    pub(crate) fn severity(self) -> u8 {
+        match self {
+            State::Ok | State::NotConnected | State::Closed | State::Inactive => 0,
+            State::Unknown | State::Slow | State::Failing | State::Paused => 1,
+            State::Hung | State::Fencing | State::Held | State::DeadProcess | State::NoDriver => 2,
+        }
+    }
+
+    /// As it is printed, in JSON and in the metrics too.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            State::Ok => "ok",
+            State::NotConnected => "not-connected",
+            State::Closed => "closed",
+            State::Inactive => "inactive",
+            State::Unknown => "unknown",
+            State::Slow => "slow",
+            State::Failing => "failing",
+            State::Paused => "paused",
+            State::Hung => "hung",
+            State::Fencing => "fencing",
+            State::Held => "held",
+            State::DeadProcess => "dead-process",
+            State::NoDriver => "no-driver",
+        }
+    }
+}
+
+/// Where the time goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Cause {
+    /// What the disk is served from.
+    Storage,
+    /// The process that serves it.
+    Process,
+    /// Memory of the driver, for which requests wait.
+    PagePool,
+    /// Processors of this domain.
+    HostCpu,
+    /// The guest.
+    Guest,
+    /// An administrator, or a setting.
+    Administrator,
+}
+
+impl Cause {
+    /// As it is printed.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Cause::Storage => "storage",
+            Cause::Process => "process",
+            Cause::PagePool => "page-pool",
+            Cause::HostCpu => "host-cpu",
+            Cause::Guest => "guest",
+            Cause::Administrator => "administrator",
+        }
+    }
+}
+
+/// For how long the oldest request has waited.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Oldest {
+    /// So many seconds.
+    Seconds(f64),
+    /// It was watched for so many seconds: when it began is not counted anywhere.
+    AtLeast(f64),
+}
+
+impl fmt::Display for Oldest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Oldest::Seconds(seconds) => write!(f, "oldest={seconds:.0}s"),
+            Oldest::AtLeast(seconds) => write!(f, "oldest>{seconds:.0}s"),
+        }
+    }
+}
+
+/// What is said of a disk.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Verdict {
+    /// How it is.
+    pub(crate) state: State,
+    /// For how long, if it is hung.
+    pub(crate) oldest: Option<Oldest>,
+    /// Where the time goes, if that can be told.
+    pub(crate) cause: Option<Cause>,
+    /// What was seen; empty if that says nothing more.
+    pub(crate) why: String,
+    /// What to do.
+    pub(crate) remedy: Option<String>,
+}
+
+impl Verdict {
+    /// Nothing but a state.
+    pub(crate) fn new(state: State, why: impl Into<String>) -> Verdict {
+        Verdict {
+            state,
+            oldest: None,
+            cause: None,
+            why: why.into(),
+            remedy: None,
+        }
+    }
+
+    /// The same, with its cause.
+    pub(crate) fn because(self, cause: Cause) -> Verdict {
+        let cause = Some(cause);
+        Verdict { cause, ..self }
+    }
+
+    /// The same, for so long.
+    pub(crate) fn since(self, oldest: Oldest) -> Verdict {
+        let oldest = Some(oldest);
+        Verdict { oldest, ..self }
+    }
+
+    /// The same, with what to do.
+    pub(crate) fn remedy(self, remedy: impl Into<String>) -> Verdict {
+        let remedy = Some(remedy.into());
+        Verdict { remedy, ..self }
+    }
+
+    /// The state, and for how long.
+    pub(crate) fn word(&self) -> String {
+        match &self.oldest {
+            Some(oldest) => format!("{} {oldest}", self.state.name()),
+            None => self.state.name().to_owned(),
+        }
+    }
+}
+
+/// From when on something is said.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Requests take long from here on.
+    pub(crate) slow: Duration,
+    /// A disk is hung if it has answered nothing for so long.
+    pub(crate) hung: Duration,
+}
+
+/// The part of the time from which on a thread that cannot run counts.
+const STARVED: f64 = 0.2;
+
+/// What is not the disk's own.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Surroundings {
+    /// Time between the two looks.
+    pub(crate) elapsed: Duration,
+    /// From when on something is said.
+    pub(crate) limits: Limits,
+    /// The part of this domain's time that the hypervisor gave to others, of 1.
+    pub(crate) stolen: f64,
+    /// Memory of all disks, if our driver is loaded.
+    pub(crate) memory: Option<Memory>,
+    /// What the disks of this guest have of it.
+    pub(crate) guest_kib: u64,
+}
+
+impl Surroundings {
+    /// A disk that has too little of the processors.
+    pub(crate) fn starved(&self, figures: &Figures) -> Option<Verdict> {
+        let verdict = |why: String, remedy: &str| {
+            let slow = Verdict::new(State::Slow, why).because(Cause::HostCpu);
+            Some(slow.remedy(remedy))
+        };
+        let percent = |part: f64| (part * 100.0).round();
+        if self.stolen >= STARVED && figures.requests > 0 {
+            let why = format!(
+                "for {} % of the time the hypervisor ran other domains instead of this one",
+                percent(self.stolen)
+            );
+            let remedy = "give this domain more weight (xl sched-credit2 -d 0 -w WEIGHT) or processors of its own (dom0_vcpus_pin)";
+            return verdict(why, remedy);
+        }
+        if figures.starved >= STARVED {
+            let why = format!(
+                "for {} % of the time the thread that serves it waited for a processor",
+                percent(figures.starved)
+            );
+            return verdict(
+                why,
+                "see with top(1) who uses the processors of this domain; give it more of them",
+            );
+        }
+        None
+    }
+
+    /// A disk whose requests wait for memory.
+    pub(crate) fn short_of_pages(&self, figures: &Figures) -> Option<Verdict> {
+        if figures.page_waits == 0 || figures.page_waits < figures.requests / 10 {
+            return None;
+        }
+        let why = format!(
+            "{} requests came and had to wait for pages {} times",
+            figures.requests, figures.page_waits
+        );
+        let slow = Verdict::new(State::Slow, why).because(Cause::PagePool);
+        Some(slow.remedy(self.more_pages()))
+    }
+
+    fn more_pages(&self) -> String {
+        // Nearly all of it is used when the next block does not fit.
+        let is_full = |used: u64, limit: u64| used >= limit.saturating_sub(limit / 20);
+        let folder = "/sys/module/xen_blkback_rs/parameters";
+        match self.memory {
+            Some(memory) if memory.host_kib.is_some_and(|limit| is_full(memory.used_kib, limit)) => format!(
+                "all disks have {} MiB and may have no more: write a higher limit to {folder}/host_memory_mib",
+                memory.used_kib / 1024
+            ),
+            Some(memory) if is_full(self.guest_kib, memory.guest_kib) => format!(
+                "the disks of this guest have {} MiB and may have no more: write a higher limit to {folder}/domain_memory_mib",
+                self.guest_kib / 1024
+            ),
+            _ => "the memory of one queue is used up: load the module with a larger copy_pages, or make a tap disk with a larger --arena".into(),
+        }
+    }
+}
