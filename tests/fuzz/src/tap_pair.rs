@@ -253,7 +253,7 @@ impl Pair {
             *generation += 1;
             let request = self.model.undone.get_mut(&sequence).expect("it waits");
             request.stage = Stage::Delivered;
-            let again = u64::from(request.deliveries > 0);
+            let again = u64::from(request.replay);
             request.deliveries += 1;
             self.model.replayed += again;
             self.seen.replayed += again;

@@ -472,7 +472,7 @@ pub struct Kernel {
     pub delivered: u32,
     /// Requests committed since the disk was made.
     pub committed: u64,
-    /// Requests delivered a second time.
+    /// Requests delivered again that a process had when it went.
     pub replayed: u64,
     /// Completions that were refused.
     pub refused: u64,

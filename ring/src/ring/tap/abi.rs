@@ -217,7 +217,8 @@ pub struct Info {
     pub delivered: u32,
     /// Requests committed since the disk was made.
     pub committed: u64,
-    /// Requests delivered a second time, after a process died or returned them.
+    /// Requests delivered again that a process had when it went. Those that it returned do not count: it says
+    /// that it has not begun them.
     pub replayed: u64,
     /// Completions that named no delivered request.
     pub refused: u64,

@@ -674,7 +674,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         entry.state = State::Delivered;
         entry.delivered_ns = now;
         entry.generation = entry.generation.wrapping_add(1);
-        let again = entry.deliveries > 0;
+        let again = entry.flags & abi::DESC_REPLAY != 0;
         entry.deliveries = entry.deliveries.saturating_add(1);
         let desc = abi::Desc {
             op: entry.op,

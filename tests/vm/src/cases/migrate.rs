@@ -50,7 +50,7 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "migrate.s21_failed",
             "a move fails when the guest is suspended: it goes on where it was, with the same ring",
-            Pv,
+            Pvh,
             s21_failed,
         )
         .nightly(),
@@ -211,9 +211,10 @@ fn s20_checkpoints(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// What stands in for the other host: it takes the guest, and gives up when it is told to.
+/// What stands in for the other host: it takes the guest, and gives up when it is told to. A shell gives what it
+/// starts with `&` an empty input, so the stream is named.
 const RECEIVER: &str = "printf 'xl migration receiver ready, send binary domain data.\\n'; \
-     cat >/dev/null & while [ ! -e /run/vmtest/give-up ]; do busybox usleep 50000; done; kill $!; exit 1";
+     exec 3<&0; cat <&3 >/dev/null & while [ ! -e /run/vmtest/give-up ]; do busybox usleep 50000; done; kill $!; exit 1";
 
 fn s21_failed(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
@@ -223,7 +224,7 @@ fn s21_failed(context: &mut Context) -> Result<()> {
         Ok(std::fs::remove_file(theirs)?)
     });
     let events = EventLog::follow()?;
-    let guest = context.pv()?;
+    let guest = context.pvh()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     wait_progress(&disk, 50)?;
@@ -239,7 +240,7 @@ fn s21_failed(context: &mut Context) -> Result<()> {
     ensure!(ended.rc != 0, "the move did not fail");
     events.wait_for("active", disk.minor, SOON)?;
     wait_progress(&disk, 50)?;
-    let guest = context.pv()?;
+    let guest = context.pvh()?;
     let told = end_load(guest, load)?;
     same(guest, &image, 16)?;
     disk.detach(guest)?;
