@@ -127,7 +127,7 @@ impl Machine {
         mut on_line: impl FnMut(&str),
     ) -> Result<Outcome> {
         let (dir, folder) = self.prepare(payload)?;
-        let _one_at_a_time = cache::lock(&cache::dir()?.join("machine.lock"))?;
+        let _one_at_a_time = self.turn()?;
         let console = dir.join("console.log");
         let mut qemu = self.qemu(machines, &dir);
         qemu.args(["-monitor", "none", "-serial", "file:/mnt/b/console.log"]);
@@ -187,7 +187,7 @@ impl Machine {
     /// Boots with dom0's console on the terminal.
     pub(crate) fn run_on_terminal(&self, machines: &Machines, payload: &Path) -> Result<()> {
         let (dir, _folder) = self.prepare(payload)?;
-        let _one_at_a_time = cache::lock(&cache::dir()?.join("machine.lock"))?;
+        let _one_at_a_time = self.turn()?;
         let mut qemu = self.qemu(machines, &dir);
         qemu.args([
             "-serial",
@@ -196,6 +196,16 @@ impl Machine {
             "file,id=report,path=/mnt/b/report",
         ]);
         run::shown(&mut qemu)
+    }
+
+    /// Waits until no other machine of the same kind of time runs. One whose time is counted in instructions
+    /// does not notice what runs beside it, and the other kind loses at most half of the processors to it.
+    fn turn(&self) -> Result<Flock<File>> {
+        let name = match self.icount {
+            true => "machine-counted.lock",
+            false => "machine.lock",
+        };
+        cache::lock(&cache::dir()?.join(name))
     }
 
     /// Makes the folder of the run, with the payload as a disk; it is nobody else's until the lock is
