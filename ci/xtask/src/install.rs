@@ -66,6 +66,18 @@ const WITH_PROGRAMS: &[Packaged] = &[
         "usr/lib/systemd/system/blktapctrl.socket",
         "blktapctrl.socket"
     ),
+    packaged!(
+        "usr/lib/systemd/system/xentap-metrics.service",
+        "xentap-metrics.service"
+    ),
+    packaged!(
+        "usr/lib/systemd/system/xentap-metrics.timer",
+        "xentap-metrics.timer"
+    ),
+    packaged!(
+        "usr/share/xen-blkback-rs/prometheus-alerts.yml",
+        "xentap-alerts.yml"
+    ),
     packaged!("usr/lib/udev/rules.d/60-xentap.rules", "60-xentap.rules"),
     packaged!("usr/lib/sysusers.d/xentap.conf", "xentap.sysusers"),
     packaged!("usr/lib/tmpfiles.d/xentap.conf", "xentap.tmpfiles"),

@@ -141,6 +141,8 @@ pub(crate) enum Verb {
     },
     /// Say how every disk of the host is, those of the kernel (phy) too: why one is slow, and what to do
     Status(Status),
+    /// Print what all disks have counted for Prometheus, those of the kernel (phy) too
+    Metrics(Metrics),
     /// Show what all disks are doing, again and again
     Top(Top),
     /// Print what happens, from now on
@@ -479,6 +481,18 @@ pub(crate) struct Status {
     /// Show the figures behind each verdict, and what no counter tells
     #[arg(short = 'x', long)]
     pub(crate) extended: bool,
+    #[command(flatten)]
+    pub(crate) watch: Watch,
+}
+
+/// What all disks have counted, with what status says of them.
+///
+/// xentap-metrics.timer writes it for the textfile collector of node_exporter: nothing listens for it.
+#[derive(Debug, Args)]
+pub(crate) struct Metrics {
+    /// Write to this file instead, which is exchanged as a whole
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) watch: Watch,
 }

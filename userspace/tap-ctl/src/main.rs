@@ -8,6 +8,7 @@ mod handoff;
 mod host;
 mod lease;
 mod look;
+mod metrics;
 mod show;
 mod status;
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         Verb::Generate { what } => {
             manual::write(Cli::command(), *what, SEE_ALSO, &mut io::stdout()).map_err(Error::Output)
         }
+        Verb::Metrics(asked) => metrics::run(&cli, asked),
         Verb::Top(top) => watch(&cli, top),
         Verb::Events(events) => follow(&cli, events),
         Verb::Lease { verb } => about_lease(&cli, verb),
@@ -265,6 +267,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Adopt { minor } => Request::Adopt { minor: *minor },
         Verb::Forget { minor } => Request::Forget { minor: *minor },
         Verb::Status(_)
+        | Verb::Metrics(_)
         | Verb::Top(_)
         | Verb::Events(_)
         | Verb::Lease { .. }

@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl metrics`: what all disks have counted, in the text format of Prometheus, for the textfile
+//! collector of its node_exporter.
+//!
+//! It is written plainly: that collector reads the text format, not OpenMetrics, which is what the crate
+//! prometheus-client writes, and of which it would lose the types of counters.
+
+mod exposition;
+
+use crate::figures::counters;
+use crate::host::block::Block;
+use crate::host::vbd::Vbd;
+use crate::look::{Disk, Kind, Look, Supervisor};
+use crate::status::{Line, Report, Watch};
+use crate::{cli, Cli, Error};
+use control::stats::Stats;
+use control::supervisor::Kernel;
+use exposition::{Labels, Text};
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+const SECTOR: u64 = 512;
+
+/// A family of metrics: its name, its type, and what it is.
+type Family = (&'static str, &'static str, &'static str);
+
+/// Families, and the value that each has of a thing.
+type Table<T> = &'static [(Family, fn(&T) -> f64)];
+
+/// Writes what all disks have counted to a file, or prints it.
+pub(crate) fn run(cli: &Cli, asked: &cli::Metrics) -> Result<(), Error> {
+    let watch = Watch::new(cli, &asked.watch);
+    let (before, now) = watch.looks();
+    let text = text(&now, &watch.report(&before, &now));
+    match &asked.output {
+        Some(path) => replace(path, &text).map_err(|error| {
+            let what = format!("cannot write {}", path.display());
+            Error::Failed(control::Failure::system(what, &error))
+        }),
+        None => Ok(io::stdout().write_all(text.as_bytes())?),
+    }
+}
+
+/// Exchanges a file: who reads it gets the old text or the new one. The name of the new one does not end as
+/// that of a file that the collector reads.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    fs::write(&beside, text)?;
+    fs::rename(&beside, path)
+}
+
+/// The whole text.
+fn text(look: &Look, report: &Report) -> String {
+    let mut text = Text::default();
+    host(&mut text, look, report);
+    verdicts(&mut text, report);
+    for (family, value) in DRIVER {
+        disks(&mut text, *family, look, |disk| {
+            Some(value(disk.vbd.as_ref()?))
+        });
+    }
+    for (family, value) in BLOCK {
+        disks(&mut text, *family, look, |disk| {
+            Some(value(disk.block.as_ref()?))
+        });
+    }
+    for (family, value) in KERNEL {
+        let kernel = |disk: &Disk| disk.tap.as_ref()?.row.kernel.clone();
+        disks(&mut text, *family, look, |disk| Some(value(&kernel(disk)?)));
+    }
+    process(&mut text, look);
+    text.done()
+}
+
+fn host(text: &mut Text, look: &Look, report: &Report) {
+    let none = Labels::default();
+    let answers = look.supervisor == Supervisor::Answers;
+    let mut one = |name, what, value: f64| {
+        text.family((name, "gauge", what));
+        text.sample(&none, value);
+    };
+    one(
+        "xen_disk_supervisor_up",
+        "1 if blktapctrl answers.",
+        f64::from(u8::from(answers)),
+    );
+    one(
+        "xen_disk_unread_files",
+        "Files of the kernel that could not be read.",
+        report.unread.len() as f64,
+    );
+    let Some(memory) = look.memory else {
+        return;
+    };
+    let bytes = |kib: u64| kib.saturating_mul(1024) as f64;
+    one(
+        "xen_disk_memory_used_bytes",
+        "Memory of the driver for the disks of all guests.",
+        bytes(memory.used_kib),
+    );
+    one(
+        "xen_disk_memory_guest_limit_bytes",
+        "What the disks of one guest may have of it.",
+        bytes(memory.guest_kib),
+    );
+    if let Some(limit) = memory.host_kib {
+        one(
+            "xen_disk_memory_limit_bytes",
+            "What the disks of all guests may have of it.",
+            bytes(limit),
+        );
+    }
+}
+
+/// What `tap-ctl status` says of each disk.
+fn verdicts(text: &mut Text, report: &Report) {
+    let of = |line: &Line| {
+        let number = |number: Option<u32>| number.map(|number| number.to_string());
+        Labels::default()
+            .with("guest", number(line.guest))
+            .with("vdev", line.vdev.clone())
+            .with("kind", Some(line.kind.name().into()))
+            .with("minor", number(line.minor))
+    };
+    text.family((
+        "xen_disk_severity",
+        "gauge",
+        "What tap-ctl status says of the disk: 0 is well, 1 is to be looked at, 2 is that its guest waits.",
+    ));
+    for line in &report.disks {
+        text.sample(&of(line), f64::from(line.severity));
+    }
+    text.family((
+        "xen_disk_verdict",
+        "gauge",
+        "1 for the verdict on the disk and its cause.",
+    ));
+    for line in &report.disks {
+        let verdict = &line.verdict;
+        let labels = of(line)
+            .with("verdict", Some(verdict.state.name().into()))
+            .with("cause", verdict.cause.map(|cause| cause.name().into()));
+        text.sample(&labels, 1.0);
+    }
+}
+
+/// What a disk is called in all metrics.
+fn labels(disk: &Disk) -> Labels {
+    Labels::default()
+        .with("guest", disk.guest().map(|guest| guest.to_string()))
+        .with("vdev", disk.vdev())
+        .with("kind", Some(disk.kind.name().into()))
+        .with("minor", disk.minor().map(|minor| minor.to_string()))
+}
+
+/// A family with one sample for each disk that has a value.
+fn disks(text: &mut Text, family: Family, look: &Look, value: impl Fn(&Disk) -> Option<f64>) {
+    text.family(family);
+    for disk in &look.disks {
+        if let Some(value) = value(disk) {
+            text.sample(&labels(disk), value);
+        }
+    }
+}
+
+/// What the driver counts of phy and tap disks.
+const DRIVER: Table<Vbd> = &[
+    (
+        (
+            "xen_disk_connected",
+            "gauge",
+            "1 if its guest uses the disk.",
+        ),
+        |vbd| f64::from(u8::from(vbd.is_connected())),
+    ),
+    (("xen_disk_reads_total", "counter", "Reads begun."), |vbd| {
+        vbd.counter("rd_req") as f64
+    }),
+    (
+        ("xen_disk_writes_total", "counter", "Writes begun."),
+        |vbd| vbd.counter("wr_req") as f64,
+    ),
+    (
+        (
+            "xen_disk_flushes_total",
+            "counter",
+            "Flushes and barriers begun.",
+        ),
+        |vbd| vbd.counter("f_req") as f64,
+    ),
+    (
+        ("xen_disk_discards_total", "counter", "Discards begun."),
+        |vbd| vbd.counter("ds_req") as f64,
+    ),
+    (
+        ("xen_disk_read_bytes_total", "counter", "Bytes read."),
+        |vbd| vbd.counter("rd_sect").saturating_mul(SECTOR) as f64,
+    ),
+    (
+        ("xen_disk_written_bytes_total", "counter", "Bytes written."),
+        |vbd| vbd.counter("wr_sect").saturating_mul(SECTOR) as f64,
+    ),
+    (
+        (
+            "xen_disk_page_waits_total",
+            "counter",
+            "Times that a request had to wait for pages.",
+        ),
+        |vbd| vbd.counter("oo_req") as f64,
+    ),
+    (
+        (
+            "xen_disk_refused_total",
+            "counter",
+            "Requests of the guest that were malformed.",
+        ),
+        |vbd| vbd.counter("refused") as f64,
+    ),
+    (
+        (
+            "xen_disk_failed_total",
+            "counter",
+            "Requests that ended in an error.",
+        ),
+        |vbd| vbd.counter("failed") as f64,
+    ),
+    (
+        (
+            "xen_disk_memory_bytes",
+            "gauge",
+            "Memory of the driver that the disk has.",
+        ),
+        |vbd| vbd.counter("memory_kib").saturating_mul(1024) as f64,
+    ),
+];
+
+/// What the block device of a phy disk counts, whoever uses it.
+const BLOCK: Table<Block> = &[
+    (
+        (
+            "xen_disk_storage_in_flight",
+            "gauge",
+            "Requests that its block device has now.",
+        ),
+        |block| block.in_flight as f64,
+    ),
+    (
+        (
+            "xen_disk_storage_requests_total",
+            "counter",
+            "Requests that its block device has answered.",
+        ),
+        |block| block.done as f64,
+    ),
+    (
+        (
+            "xen_disk_storage_seconds_total",
+            "counter",
+            "What those took, added up.",
+        ),
+        |block| block.took_ms as f64 / 1000.0,
+    ),
+    (
+        (
+            "xen_disk_storage_suspended",
+            "gauge",
+            "1 if its block device or one below it is suspended.",
+        ),
+        |block| f64::from(u8::from(block.stack().iter().any(|one| one.is_suspended))),
+    ),
+];
+
+/// What the kernel says of a tap disk.
+const KERNEL: Table<Kernel> = &[
+    (
+        (
+            "xen_tap_waiting",
+            "gauge",
+            "Requests that wait for a process.",
+        ),
+        |kernel| f64::from(kernel.waiting),
+    ),
+    (
+        (
+            "xen_tap_delivered",
+            "gauge",
+            "Requests that its process has and has not answered.",
+        ),
+        |kernel| f64::from(kernel.delivered),
+    ),
+    (
+        (
+            "xen_tap_oldest_seconds",
+            "gauge",
+            "How long its process has had the oldest of them.",
+        ),
+        |kernel| kernel.oldest_ns as f64 / 1e9,
+    ),
+    (
+        (
+            "xen_tap_committed_total",
+            "counter",
+            "Requests that a process has answered.",
+        ),
+        |kernel| kernel.committed as f64,
+    ),
+    (
+        (
+            "xen_tap_replayed_total",
+            "counter",
+            "Requests that were delivered a second time.",
+        ),
+        |kernel| kernel.replayed as f64,
+    ),
+    (
+        (
+            "xen_tap_poisoned_total",
+            "counter",
+            "Requests that failed because processes died of them.",
+        ),
+        |kernel| f64::from(kernel.poisoned),
+    ),
+];
+
+/// What the process of a tap disk counts, and what is counted of processes.
+fn process(text: &mut Text, look: &Look) {
+    let taps = || look.disks.iter().filter(|disk| disk.kind == Kind::Tap);
+    let row = |disk: &Disk| disk.tap.clone().map(|tap| tap.row);
+    disks(
+        text,
+        (
+            "xen_tap_restarts_total",
+            "counter",
+            "How often its process was replaced.",
+        ),
+        look,
+        |disk| Some(f64::from(row(disk)?.restarts)),
+    );
+    disks(
+        text,
+        (
+            "xen_tap_resident_bytes",
+            "gauge",
+            "Memory of its process, without the arena.",
+        ),
+        look,
+        |disk| Some(disk.tap.as_ref()?.resident? as f64),
+    );
+    text.family((
+        "xen_tap_errors_total",
+        "counter",
+        "Requests that its process answered with an error.",
+    ));
+    for (labels, name, counter) in taps().flat_map(of_process) {
+        text.sample(
+            &labels.with("operation", Some(name.into())),
+            counter.errors as f64,
+        );
+    }
+    text.family((
+        "xen_tap_request_seconds",
+        "histogram",
+        "From the arrival of a request in the kernel to its answer. The sum is not counted.",
+    ));
+    for (labels, name, counter) in taps().flat_map(of_process) {
+        text.histogram(
+            &labels.with("operation", Some(name.into())),
+            &counter.latency,
+        );
+    }
+}
+
+/// What a disk's process has counted, by the kind of request.
+fn of_process(disk: &Disk) -> Vec<(Labels, &'static str, &control::stats::Counter)> {
+    const NAMES: [&str; 5] = ["read", "write", "flush", "discard", "zeroes"];
+    let stats: Option<&Stats> = disk.tap.as_ref().and_then(|tap| tap.stats.as_deref());
+    let counters = stats.map(counters).into_iter().flatten();
+    let named = NAMES.into_iter().zip(counters);
+    named
+        .map(|(name, counter)| (labels(disk), name, counter))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

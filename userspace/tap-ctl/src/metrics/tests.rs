@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+use super::exposition::{Labels, Text};
+use super::{replace, text};
+use crate::host::made::{block, phy, Made};
+use crate::look::{gather, Look, Supervisor};
+use crate::status::verdict::Limits;
+use crate::status::{fake, report};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+const ALERTS: &str = include_str!("../../../../ci/packaging/xentap-alerts.yml");
+
+/// A host with a disk of each kind.
+fn both() -> Look {
+    let made = Made::new();
+    block(&made, "8:16", "sdb", [100, 2500, 3]);
+    phy(&made, "vbd-3-51712", "8:10");
+    made.file(
+        "/sys/bus/xen-backend/devices/vbd-3-51712/statistics/wr_sect",
+        "8\n",
+    );
+    let parameters = "/sys/module/xen_blkback_rs/parameters";
+    for (name, text) in [
+        ("memory_kib", "4"),
+        ("domain_memory_mib", "256"),
+        ("host_memory_mib", "9"),
+    ] {
+        made.file(&format!("{parameters}/{name}"), text);
+    }
+    made.file("/proc/stat", "cpu 1 1 1 1 1 1 1 1\n");
+    let mut look = gather(&made.host(), Vec::new(), Supervisor::Answers);
+    let mut tap = fake::tap(0);
+    fake::kernel(&mut tap).oldest_ns = 1_500_000_000;
+    fake::stats(&mut tap).write.latency.add(1_000_000);
+    if let Some(row) = &mut tap.tap {
+        row.resident = Some(4096);
+    }
+    look.disks.push(tap);
+    look
+}
+
+fn metrics(look: &Look) -> String {
+    let limits = Limits {
+        slow: Duration::from_millis(100),
+        hung: Duration::from_secs(5),
+    };
+    text(look, &report(look, look, limits))
+}
+
+#[test]
+fn disks_of_both_kinds_are_told() {
+    let text = metrics(&both());
+    for line in [
+        r#"xen_disk_written_bytes_total{guest="3",vdev="xvda",kind="phy"} 4096"#,
+        r#"xen_disk_storage_seconds_total{guest="3",vdev="xvda",kind="phy"} 2.5"#,
+        r#"xen_disk_severity{guest="3",vdev="xvda",kind="phy"} 0"#,
+        r#"xen_disk_verdict{guest="3",vdev="xvdb",kind="tap",minor="0",verdict="ok"} 1"#,
+        r#"xen_tap_oldest_seconds{guest="3",vdev="xvdb",kind="tap",minor="0"} 1.5"#,
+        r#"xen_tap_request_seconds_bucket{guest="3",vdev="xvdb",kind="tap",minor="0",operation="write",le="0.000524288"} 0"#,
+        r#"xen_tap_request_seconds_bucket{guest="3",vdev="xvdb",kind="tap",minor="0",operation="write",le="0.001048576"} 1"#,
+        r#"xen_tap_request_seconds_count{guest="3",vdev="xvdb",kind="tap",minor="0",operation="write"} 1"#,
+        "xen_disk_memory_limit_bytes 9437184",
+        "xen_disk_supervisor_up 1",
+    ] {
+        assert!(text.lines().any(|its| its == line), "{line}: {text}");
+    }
+}
+
+/// Names of metrics that are told, without the endings of histograms.
+fn names(text: &str) -> BTreeSet<&str> {
+    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    types.filter_map(|line| line.split(' ').next()).collect()
+}
+
+/// What the collector refuses: a family that is told twice, a sample without or apart from its family, a
+/// sample that is there twice.
+#[test]
+fn the_text_is_well_formed() {
+    let text = metrics(&both());
+    let types = text
+        .lines()
+        .filter(|line| line.starts_with("# TYPE "))
+        .count();
+    assert_eq!(names(&text).len(), types);
+    let (mut family, mut seen) = ("", BTreeSet::new());
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            family = rest.split(' ').next().expect("a name");
+            continue;
+        }
+        if line.starts_with('#') {
+            continue;
+        }
+        let (sample, value) = line.rsplit_once(' ').expect("a value");
+        assert!(sample.starts_with(family), "{line}");
+        assert!(value.parse::<f64>().is_ok(), "{line}");
+        assert!(seen.insert(sample), "{line}");
+    }
+}
+
+#[test]
+fn alerts_are_about_metrics_that_are_told() {
+    let text = metrics(&both());
+    let told = names(&text);
+    let is_part = |byte: char| byte.is_ascii_alphanumeric() || byte == '_';
+    let expressions = ALERTS
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("expr: "));
+    let words = expressions.flat_map(|line| line.split(move |byte| !is_part(byte)));
+    let used: BTreeSet<&str> = words
+        .filter(|word| word.starts_with("xen_"))
+        .map(|word| word.trim_end_matches("_bucket"))
+        .collect();
+    assert!(used.len() > 3, "{used:?}");
+    assert!(used.is_subset(&told), "{:?}", used.difference(&told));
+}
+
+#[test]
+fn values_of_labels_are_escaped() {
+    let mut text = Text::default();
+    text.family(("a", "gauge", "What."));
+    text.sample(&Labels::default().with("b", Some("c\"\\\n".into())), 1.0);
+    text.family(("without", "gauge", "Samples."));
+    assert_eq!(
+        text.done(),
+        "# HELP a What.\n# TYPE a gauge\na{b=\"c\\\"\\\\\\n\"} 1\n"
+    );
+}
+
+#[test]
+fn a_file_is_exchanged_as_a_whole() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("xen.prom");
+    for text in ["one", "two"] {
+        replace(&path, text).expect("written");
+        assert_eq!(std::fs::read_to_string(&path).expect("read"), text);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).expect("read").count(), 1);
+}
