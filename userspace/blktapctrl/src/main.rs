@@ -32,8 +32,8 @@ struct Cli {
     /// Stay in the foreground. This is what happens in any case; the option says so.
     #[arg(long)]
     foreground: bool,
-    /// When told to stop (SIGTERM), take all disks away that no guest is connected to, and end
-    /// their processes.
+    /// When told to stop (SIGTERM), end all disks, too. Those that a guest is connected to lose their
+    /// process: the guest waits.
     #[arg(long)]
     stop_all: bool,
     /// The program that serves a disk.
