@@ -54,10 +54,11 @@ lease=record:/PATH, with the record at a path that all hosts have:
   lease=record,aio:/srv/a.img
 
 Examples:
-  tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor number
+  tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor, its process and its size
   tap-ctl list                          # what there is
   tap-ctl pause -m 0                    # the guest waits, the image is closed
   tap-ctl unpause -m 0 -a aio:/srv/b.img
+  tap-ctl status                        # how every disk is, why, and what to do
   tap-ctl top                           # who is doing how much
   tap-ctl events                        # what happens
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
@@ -69,7 +70,8 @@ A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
 
 Exit status: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if somebody else uses the
-image or the disk, 4 if there is no such disk or image, 5 if blktapctrl does not answer.
+image or the disk, 4 if there is no such disk or image, 5 if blktapctrl does not answer. A disk to
+destroy that is not there is gone, which is 0. Of status and doctor it says how bad it is.
 
 blktapctrl may be started anew at any time: a command waits for it (--patience), and asks again if
 that changes nothing. A pause, unpause or close that failed because storage did not answer in time
@@ -81,7 +83,7 @@ after a downgrade. It is served on and left alone: adopt takes it over.";
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// List disks, and processes without one
+    /// List disks, and processes without one: a table on a terminal, else words name=value
     List(List),
     /// Make a node, and print its minor number
     Allocate(Allocate),
@@ -141,9 +143,13 @@ pub(crate) enum Verb {
     },
     /// Say how every disk of the host is, those of the kernel (phy) too: why one is slow, and what to do
     Status(Status),
+    /// Say whether this host has what serving disks needs, and what to do if not. The exit status is 0 if
+    /// all is well, 1 if somebody should look at something, 2 if disks cannot be served
+    Doctor,
     /// Print what all disks have counted for Prometheus, those of the kernel (phy) too
     Metrics(Metrics),
-    /// Show what all disks are doing, again and again
+    /// Show what all disks are doing, those of the kernel (phy) too, again and again: the busiest first, with
+    /// the figures since the last picture
     Top(Top),
     /// Print what happens, from now on
     Events(Events),
@@ -528,6 +534,9 @@ How long requests wait in the ring is not counted, so no disk is called slow for
 is judged by its block device, which others may use as well.";
 
 /// A display.
+///
+/// DISKms is the mean time of requests on the block device of a phy disk, whoever they are from; of a tap disk 99
+/// of 100 requests took less than 99%us. WAIT is what waits for its process, BUSY what that or the device has.
 #[derive(Debug, Args)]
 pub(crate) struct Top {
     /// Seconds between two pictures

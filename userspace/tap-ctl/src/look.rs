@@ -12,6 +12,9 @@ use serde::Serialize;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+/// Directories of disks of blktap's kind.
+const BLKTAP: &str = "backend/vbd3/";
+
 /// How long blktapctrl may take: it asks each process, and waits a second for those that hang.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -149,8 +152,12 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
         let is_its = |row: &TopRow| row.row.vbd.as_deref() == Some(vbd.path.as_str());
         let place = rows.iter_mut().find(|row| row.as_ref().is_some_and(is_its));
         let tap = place.and_then(Option::take);
+        if vbd.path.starts_with(BLKTAP) && vbd.driver.is_none() && tap.is_none() {
+            // Another program may serve it, of which nobody here knows.
+            continue;
+        }
         let is_node = vbd.device.is_some_and(|number| nodes.contains(&number));
-        let kind = match tap.is_some() || is_node || vbd.path.starts_with("backend/vbd3/") {
+        let kind = match tap.is_some() || is_node || vbd.path.starts_with(BLKTAP) {
             true => Kind::Tap,
             false => Kind::Phy,
         };

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod doctor;
 mod figures;
 mod handoff;
 mod host;
@@ -11,6 +12,8 @@ mod look;
 mod metrics;
 mod show;
 mod status;
+mod time;
+mod top;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Image, Verb};
@@ -30,11 +33,12 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.verb {
         Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
+        Verb::Doctor => return end(&cli, doctor::run(&cli)),
         Verb::Generate { what } => {
             manual::write(Cli::command(), *what, SEE_ALSO, &mut io::stdout()).map_err(Error::Output)
         }
         Verb::Metrics(asked) => metrics::run(&cli, asked),
-        Verb::Top(top) => watch(&cli, top),
+        Verb::Top(asked) => top::run(&cli, asked),
         Verb::Events(events) => follow(&cli, events),
         Verb::Lease { verb } => about_lease(&cli, verb),
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
@@ -54,18 +58,23 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(Error::Failed(failure)) => {
-            if cli.json {
-                println!("{}", serde_json::json!({ "error": failure }));
-            }
+            tell_programs(cli, &failure);
             eprintln!("tap-ctl: {failure}");
             ExitCode::from(status(failure.code))
         }
         // Each was told on its own.
         Err(Error::Some) => ExitCode::FAILURE,
         Err(Error::Silent(failure)) => {
+            tell_programs(cli, &failure);
             eprintln!("tap-ctl: {failure}: is blktapctrl running? systemctl start blktapctrl");
             ExitCode::from(5)
         }
+    }
+}
+
+fn tell_programs(cli: &Cli, failure: &Failure) {
+    if cli.json {
+        println!("{}", serde_json::json!({ "error": failure }));
     }
 }
 
@@ -192,6 +201,8 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
         (Verb::Create(create), Reply::Created { minor, .. }) if create.minor_only => {
             format!("{minor}\n")
         }
+        // Programs read the lines through a pipe, such as Xen's scripts.
+        (_, Reply::Disks { disks }) if io::stdout().is_terminal() => show::table(disks),
         (_, reply) => show::reply(reply),
     };
     Ok(io::stdout().write_all(text.as_bytes())?)
@@ -267,6 +278,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Adopt { minor } => Request::Adopt { minor: *minor },
         Verb::Forget { minor } => Request::Forget { minor: *minor },
         Verb::Status(_)
+        | Verb::Doctor
         | Verb::Metrics(_)
         | Verb::Top(_)
         | Verb::Events(_)
@@ -343,39 +355,6 @@ fn create(create: &cli::Create) -> Result<Create, Failure> {
         no_wait: create.no_wait,
         files: create.image.files.clone(),
     })
-}
-
-fn watch(cli: &Cli, top: &cli::Top) -> Result<(), Error> {
-    let mut channel = connect(cli, patience(cli))?;
-    let mut before = None;
-    let mut left = top.iterations;
-    let period = Duration::from_secs(top.delay.into());
-    loop {
-        let now = Instant::now();
-        let reply: Reply = channel.ask(Request::Top, &[])?;
-        let Reply::Top { rows } = &reply else {
-            return Err(Failure::invalid("blktapctrl answered something else").into());
-        };
-        if cli.json {
-            print(&reply)?;
-        } else {
-            let text = show::top(rows, before.as_ref().map(|(at, rows)| (now - *at, rows)));
-            // Home, and clear what is below.
-            let clear = if io::stdout().is_terminal() {
-                "\x1b[H\x1b[J"
-            } else {
-                ""
-            };
-            write!(io::stdout(), "{clear}{text}")?;
-            io::stdout().flush()?;
-        }
-        before = Some((now, rows.clone()));
-        left = left.map(|left| left.saturating_sub(1));
-        if left == Some(0) {
-            return Ok(());
-        }
-        std::thread::sleep(period);
-    }
 }
 
 fn follow(cli: &Cli, events: &cli::Events) -> Result<(), Error> {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What people see.
 
+use crate::time::utc;
 use control::stats::{Counter, Stats};
-use control::supervisor::{Event, HandedOff, Reply, Row, TopRow, What};
+use control::supervisor::{Event, HandedOff, Reply, Row, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
-use std::time::Duration;
 
 /// An answer as text; empty where there is nothing to say.
 pub(crate) fn reply(reply: &Reply) -> String {
@@ -21,7 +21,8 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
-        Reply::Top { rows } => top(rows, None),
+        // It is asked for pictures only.
+        Reply::Top { rows } => rows.iter().map(|top| row(&top.row)).collect(),
     }
 }
 
@@ -92,10 +93,42 @@ fn row(row: &Row) -> String {
     line + "\n"
 }
 
+/// The same for people: a table of what they look for first. All of it is in JSON, and in the lines.
+pub(crate) fn table(rows: &[Row]) -> String {
+    let number = |number: Option<u32>| number.map_or("-".into(), |number| number.to_string());
+    let mut text =
+        "MINOR     PID STATE     KERNEL     WAIT  BUSY RESTARTS MODE VBD                     TARGET\n".to_owned();
+    for row in rows {
+        let state = row.state.map(|state| format!("{state:?}").to_lowercase());
+        let kernel = row.kernel.as_ref();
+        let _ = writeln!(
+            text,
+            "{:>5} {:>7} {:9} {:10} {:>4} {:>5} {:>8} {:4} {:23} {}",
+            number(row.minor),
+            number(row.pid),
+            state.as_deref().unwrap_or("none"),
+            kernel.map_or("-", |kernel| &kernel.state),
+            number(kernel.map(|kernel| kernel.waiting)),
+            number(kernel.map(|kernel| kernel.delivered)),
+            row.restarts,
+            row.mode.map_or("-".into(), |mode| mode.to_string()),
+            row.vbd.as_deref().unwrap_or("-"),
+            row.target.as_ref().map_or("-".into(), ToString::to_string),
+        );
+        if let Some(why) = &row.unknown {
+            let _ = writeln!(text, "      unknown: {why}");
+        }
+        if let Some(doing) = &row.doing {
+            let _ = writeln!(text, "      {doing} has begun and is not done");
+        }
+    }
+    text
+}
+
 fn stats(stats: &Stats) -> String {
     let mut text = format!(
         "{:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
-        "", "requests", "bytes", "errors", "half <us", "99 % <us", "all <us"
+        "", "requests", "bytes", "errors", "50%<us", "99%<us", "max<us"
     );
     for (name, counter) in counters(stats) {
         let below = |share| counter.latency.below(share) / 1000;
@@ -143,69 +176,6 @@ fn counters(stats: &Stats) -> [(&'static str, &Counter); 5] {
         ("discard", &stats.discard),
         ("zeroes", &stats.zeroes),
     ]
-}
-
-/// All disks, with what they did since `before`.
-pub(crate) fn top(rows: &[TopRow], before: Option<(Duration, &Vec<TopRow>)>) -> String {
-    let mut text = format!(
-        "{:>5} {:>7} {:9} {:>8} {:>8} {:>8} {:>8} {:>5} {:>5} {:>8} {:>8} TARGET\n",
-        "MINOR",
-        "PID",
-        "STATE",
-        "READ/s",
-        "WRITE/s",
-        "rMiB/s",
-        "wMiB/s",
-        "WAIT",
-        "BUSY",
-        "99%us",
-        "MEM KiB"
-    );
-    for now in rows {
-        let row = &now.row;
-        let number = |value: Option<u32>| value.map_or("-".into(), |value| value.to_string());
-        // Of the same process, or there is no difference to show.
-        let old = before.and_then(|(elapsed, rows)| {
-            let old = rows
-                .iter()
-                .find(|old| old.row.minor == row.minor && old.row.pid == row.pid)?;
-            Some((elapsed.as_secs_f64(), old.stats.as_deref()?))
-        });
-        let rate = |counter: fn(&Stats) -> u64, unit: f64| match (old, now.stats.as_deref()) {
-            (Some((seconds, old)), Some(new)) if seconds > 0.0 => {
-                let done = counter(new).saturating_sub(counter(old));
-                format!("{:.1}", done as f64 / seconds / unit)
-            }
-            _ => "-".into(),
-        };
-        const MIB: f64 = 1048576.0;
-        let slow = now.stats.as_ref().map_or("-".into(), |stats| {
-            let worst = stats.read.latency.below(0.99);
-            (worst.max(stats.write.latency.below(0.99)) / 1000).to_string()
-        });
-        let state = match (&row.state, &row.kernel) {
-            _ if row.unknown.is_some() => "unknown".into(),
-            (Some(state), _) => format!("{state:?}").to_lowercase(),
-            (None, Some(kernel)) => kernel.state.clone(),
-            (None, None) => "-".into(),
-        };
-        let _ = writeln!(
-            text,
-            "{:>5} {:>7} {state:9} {:>8} {:>8} {:>8} {:>8} {:>5} {:>5} {slow:>8} {:>8} {}",
-            number(row.minor),
-            number(row.pid),
-            rate(|stats| stats.read.requests, 1.0),
-            rate(|stats| stats.write.requests, 1.0),
-            rate(|stats| stats.read.bytes, MIB),
-            rate(|stats| stats.write.bytes, MIB),
-            number(row.kernel.as_ref().map(|kernel| kernel.waiting)),
-            number(row.kernel.as_ref().map(|kernel| kernel.delivered)),
-            now.resident
-                .map_or("-".into(), |bytes| (bytes >> 10).to_string()),
-            row.target.as_ref().map_or("-".into(), ToString::to_string),
-        );
-    }
-    text
 }
 
 /// An event in one line.
@@ -257,8 +227,8 @@ pub(crate) fn event(event: &Event) -> String {
         What::Lost { count } => format!("{count} events were not kept"),
         What::Other => "something that a newer tap-ctl knows".into(),
     };
-    let (seconds, ms) = (event.at_ms / 1000, event.at_ms % 1000);
-    format!("{seconds}.{ms:03} {:>4} {disk}: {what}", event.number)
+    let at = utc(event.at_ms);
+    format!("{at} {:>4} {disk}: {what}", event.number)
 }
 
 /// What went wrong on an image.
@@ -292,11 +262,9 @@ fn trouble(what: &What) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{row, top};
-    use control::stats::Stats;
-    use control::supervisor::{Kernel, Mode, Row, TopRow};
+    use super::{row, table};
+    use control::supervisor::{Kernel, Mode, Row};
     use control::tapdisk::State;
-    use std::time::Duration;
 
     fn sample() -> Row {
         Row {
@@ -333,37 +301,38 @@ mod tests {
     }
 
     #[test]
+    fn a_table_has_a_line_for_each_disk() {
+        let mut unknown = sample();
+        unknown.unknown = Some("it is of a newer one".into());
+        let text = table(&[sample(), unknown]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        let words: Vec<&str> = lines[1].split_whitespace().collect();
+        let expected = [
+            "4",
+            "312",
+            "running",
+            "live",
+            "1",
+            "2",
+            "0",
+            "w",
+            "-",
+            "aio:/srv/a.img",
+        ];
+        assert_eq!(words, expected);
+        assert!(lines[3].contains("it is of a newer one"), "{text}");
+    }
+
+    #[test]
     fn manual_has_a_section_for_each_verb() {
         use clap::CommandFactory;
         let page = manual::page(crate::cli::Cli::command(), "").expect("a page");
         let page = String::from_utf8(page).expect("text");
-        for verb in ["LIST", "CREATE", "DESTROY", "TOP", "EVENTS"] {
+        for verb in ["LIST", "CREATE", "STATUS", "DOCTOR", "METRICS", "TOP"] {
             assert!(page.contains(&format!(".SH \"{verb}\"")), "{verb}");
         }
         assert!(page.contains(".SH NOTES\n.nf\nA target"), "{page}");
         assert!(!page.contains("GENERATE"), "{page}");
-    }
-
-    #[test]
-    fn rates_are_differences_of_one_process() {
-        let with = |pid: u32, requests| {
-            let mut stats = Stats::default();
-            stats.read.requests = requests;
-            let row = Row {
-                pid: Some(pid),
-                ..sample()
-            };
-            vec![TopRow {
-                row,
-                stats: Some(Box::new(stats)),
-                resident: None,
-            }]
-        };
-        let second = Duration::from_secs(2);
-        let text = top(&with(312, 150), Some((second, &with(312, 50))));
-        assert!(text.contains(" 50.0 "), "{text}");
-        // Its successor counts from 0.
-        let text = top(&with(313, 20), Some((second, &with(312, 50))));
-        assert!(!text.contains("0.0"), "{text}");
     }
 }

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Which driver serves, and which one is to.
+
+use super::{bad, ok, warn, Finding};
+use crate::host::{vbd, Host};
+
+/// Where it is decided that our driver serves: by xen-blkback-rs(8), or by an installation without it.
+const DECIDED: [&str; 2] = [
+    "/etc/modprobe.d/xen-blkback-rs.conf",
+    "/usr/lib/modprobe.d/xen-blkback-rs.conf",
+];
+
+/// Folders of settings of modprobe.
+const SETTINGS: [&str; 4] = [
+    "/etc/modprobe.d",
+    "/run/modprobe.d",
+    "/usr/lib/modprobe.d",
+    "/lib/modprobe.d",
+];
+
+/// A driver that may be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    Ours,
+    C,
+    None,
+}
+
+fn loaded(host: &Host) -> Driver {
+    let is_loaded = |module: &str| host.path("/sys/module").join(module).exists();
+    match (is_loaded("xen_blkback_rs"), is_loaded("xen_blkback")) {
+        (true, _) => Driver::Ours,
+        (false, true) => Driver::C,
+        (false, false) => Driver::None,
+    }
+}
+
+fn is_decided(host: &Host) -> bool {
+    DECIDED.iter().any(|path| host.path(path).exists())
+}
+
+/// True if our driver serves, or is to.
+pub(super) fn is_ours(host: &Host) -> bool {
+    loaded(host) == Driver::Ours || is_decided(host)
+}
+
+/// Everything about drivers.
+pub(super) fn all(host: &Host) -> Vec<Finding> {
+    let mut findings = vec![module(host), serving(host)];
+    findings.extend(settings(host));
+    findings.extend(without_driver(host));
+    findings
+}
+
+/// Whether this kernel has our module.
+fn module(host: &Host) -> Finding {
+    let Some(release) = host.text(&host.path("/proc/sys/kernel/osrelease")) else {
+        return warn(
+            "kernel",
+            "its release cannot be read",
+            "mount -t proc proc /proc",
+        );
+    };
+    let index = host.path(format!("/lib/modules/{release}/modules.dep"));
+    let modules = host.optional(&index).unwrap_or_default();
+    let is_ours = |line: &str| {
+        let file = line.split(':').next().unwrap_or_default();
+        let name = file.rsplit('/').next().unwrap_or_default();
+        name.starts_with("xen-blkback-rs.ko")
+    };
+    if modules.lines().any(is_ours) {
+        return ok("kernel", format!("{release} has the module xen-blkback-rs"));
+    }
+    let what = format!("{release} has no module xen-blkback-rs");
+    let remedy = format!("apt install xen-blkback-rs-modules-{release}; or depmod, if it is there");
+    match (is_decided(host), loaded(host)) {
+        // It was loaded from somewhere else.
+        (_, Driver::Ours) => warn("kernel", format!("{what}, and one is loaded"), remedy),
+        (true, _) => bad(
+            "kernel",
+            format!("{what}: the C driver serves instead"),
+            remedy,
+        ),
+        (false, _) => ok("kernel", what),
+    }
+}
+
+/// Whether the driver is loaded that was decided for.
+fn serving(host: &Host) -> Finding {
+    let next = "serves after the next boot, or when no guest has a disk after";
+    match (loaded(host), is_decided(host)) {
+        (Driver::Ours, true) => ok("driver", "xen-blkback-rs is loaded, as it is decided"),
+        (Driver::C, false) => ok("driver", "the C driver is loaded, as it is decided"),
+        (Driver::Ours, false) => warn(
+            "driver",
+            "xen-blkback-rs is loaded, and the C driver is decided for",
+            format!("xen-blkback-rs enable; else the C driver {next} rmmod xen-blkback-rs && modprobe xen-blkback"),
+        ),
+        (Driver::C, true) => warn(
+            "driver",
+            "the C driver is loaded, and xen-blkback-rs is decided for",
+            format!("it {next} rmmod xen-blkback && modprobe xen-blkback-rs"),
+        ),
+        (Driver::None, true) => warn("driver", "no driver is loaded", "modprobe xen-blkback-rs"),
+        (Driver::None, false) => warn("driver", "no driver is loaded", "modprobe xen-blkback"),
+    }
+}
+
+/// Settings of modprobe that keep our driver away, and those that lead nowhere.
+fn settings(host: &Host) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for path in DECIDED {
+        let path = host.path(path);
+        if path.is_symlink() && !path.exists() {
+            let what = format!("{} leads nowhere", path.display());
+            findings.push(bad("modprobe", what, "xen-blkback-rs enable, or disable"));
+        }
+    }
+    for folder in SETTINGS {
+        let folder = host.path(folder);
+        let names = host.names(&folder).into_iter();
+        for name in names.filter(|name| name.ends_with(".conf")) {
+            let path = folder.join(name);
+            let text = host.optional(&path).unwrap_or_default();
+            if let Some(line) = text.lines().find(|line| keeps_away(line)) {
+                let what = format!("{} keeps xen-blkback-rs away: {line}", path.display());
+                findings.push(bad("modprobe", what, "remove that line"));
+            }
+        }
+    }
+    if findings.is_empty() {
+        findings.push(ok("modprobe", "nothing keeps a driver away"));
+    }
+    findings
+}
+
+/// A line with which our driver is not loaded when it is asked for.
+fn keeps_away(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let command = words.next();
+    let name = words.next().unwrap_or_default().replace('_', "-");
+    name == "xen-blkback-rs" && matches!(command, Some("blacklist" | "install"))
+}
+
+/// Disks of guests that no driver has. Those of blktap's kind may be another program's.
+fn without_driver(host: &Host) -> Vec<Finding> {
+    let vbds = vbd::all(host).into_iter();
+    let alone = vbds.filter(|vbd| vbd.driver.is_none() && vbd.path.starts_with("backend/vbd/"));
+    alone
+        .map(|vbd| {
+            let what = format!("disk {} of guest {} has no driver", vbd.vdev, vbd.guest);
+            bad("disks", what, "modprobe xen-blkback")
+        })
+        .collect()
+}

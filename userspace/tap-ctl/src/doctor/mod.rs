@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl doctor`: whether a host has what serving disks needs.
+
+mod driver;
+mod system;
+#[cfg(test)]
+mod tests;
+
+use crate::host::Host;
+use crate::{print, Cli, Error};
+use control::supervisor::{Reply, Request};
+use control::{Channel, Failure};
+use serde::Serialize;
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// How good something is; the number is the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Grade {
+    /// As it should be.
+    Ok,
+    /// Somebody should look at it.
+    Warn,
+    /// Disks are not served with it.
+    Bad,
+}
+
+impl Grade {
+    fn name(self) -> &'static str {
+        match self {
+            Grade::Ok => "ok",
+            Grade::Warn => "warn",
+            Grade::Bad => "bad",
+        }
+    }
+
+    fn exit_code(self) -> u8 {
+        match self {
+            Grade::Ok => 0,
+            Grade::Warn => 1,
+            Grade::Bad => 2,
+        }
+    }
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    /// What was looked at.
+    about: &'static str,
+    /// How good it is.
+    grade: Grade,
+    /// What was found.
+    what: String,
+    /// What to do about it.
+    remedy: Option<String>,
+}
+
+/// What is as it should be.
+fn ok(about: &'static str, what: impl Into<String>) -> Finding {
+    Finding {
+        about,
+        grade: Grade::Ok,
+        what: what.into(),
+        remedy: None,
+    }
+}
+
+/// What somebody should look at.
+fn warn(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Finding {
+    Finding {
+        grade: Grade::Warn,
+        remedy: Some(remedy.into()),
+        ..ok(about, what)
+    }
+}
+
+/// What disks are not served with.
+fn bad(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Finding {
+    Finding {
+        grade: Grade::Bad,
+        ..warn(about, what, remedy)
+    }
+}
+
+/// Everything that was found.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// The worst of it.
+    grade: Grade,
+    findings: Vec<Finding>,
+}
+
+/// Looks at the host.
+pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
+    let host = Host::at(&cli.root);
+    let report = report(&host, || ask(&cli.socket));
+    if cli.json {
+        print(&report)?;
+    } else {
+        io::stdout().write_all(text(&report).as_bytes())?;
+    }
+    Ok(ExitCode::from(report.grade.exit_code()))
+}
+
+/// Who blktapctrl is.
+fn ask(socket: &Path) -> Result<String, Failure> {
+    let mut channel = Channel::connect(socket)?;
+    channel.set_timeout(Some(Duration::from_secs(5)))?;
+    match channel.ask(Request::Ping, &[])? {
+        Reply::Process(process) => Ok(process.program),
+        _ => Err(Failure::invalid("blktapctrl answered something else")),
+    }
+}
+
+fn report(host: &Host, supervisor: impl FnOnce() -> Result<String, Failure>) -> Report {
+    let mut findings = system::xen(host);
+    findings.extend(driver::all(host));
+    if driver::is_ours(host) {
+        findings.extend(system::tap(host));
+        findings.push(system::supervisor(supervisor()));
+    } else {
+        findings.push(ok("tap disks", "there are none: the C driver serves"));
+    }
+    let unread = host.take_unread();
+    findings.extend(unread.into_iter().map(|file| {
+        let what = format!("cannot read {}: {}", file.path.display(), file.why);
+        warn(
+            "files",
+            what,
+            "be root, and look at the kernel messages (dmesg)",
+        )
+    }));
+    let grades = findings.iter().map(|finding| finding.grade);
+    Report {
+        grade: grades.max().unwrap_or(Grade::Ok),
+        findings,
+    }
+}
+
+fn text(report: &Report) -> String {
+    let line = |finding: &Finding| {
+        let Finding {
+            about,
+            grade,
+            what,
+            remedy,
+        } = finding;
+        let remedy = remedy
+            .as_ref()
+            .map(|remedy| format!("      do: {remedy}\n"));
+        format!(
+            "{:4}  {about}: {what}\n{}",
+            grade.name(),
+            remedy.unwrap_or_default()
+        )
+    };
+    report.findings.iter().map(line).collect()
+}
+
+/// What is wrong with a file or folder of root; nothing if it is there, nobody but root may write it, and its
+/// permissions go no further than `most`.
+fn wrong(host: &Host, path: &str, most: u32) -> Option<String> {
+    let data = match host.path(path).metadata() {
+        Ok(data) => data,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return Some(format!("{path} is not there"))
+        }
+        Err(error) => return Some(format!("cannot look at {path}: {error}")),
+    };
+    // Of a tree that a test made it is the test.
+    let root = host.path("/").metadata().map_or(0, |data| data.uid());
+    if data.uid() != root {
+        return Some(format!(
+            "{path} belongs to user {}, not to root",
+            data.uid()
+        ));
+    }
+    let mode = data.mode() & 0o777;
+    let more = mode & !most;
+    (more != 0).then(|| format!("{path} has the permissions {mode:o}, which others may use"))
+}

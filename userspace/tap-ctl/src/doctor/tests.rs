@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Hosts that lack something, each made as files.
+
+use super::{report, text, Finding, Grade, Report};
+use crate::host::made::{phy, Made};
+use control::{Code, Failure};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+fn mode<'a>(made: &'a Made, path: &str, mode: u32) -> &'a Made {
+    let path = made.host().path(path);
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("changed");
+    made
+}
+
+/// A host where our driver serves and all is well.
+fn well() -> Made {
+    let made = Made::new();
+    for (path, text) in [
+        ("/sys/hypervisor/type", "xen\n"),
+        ("/sys/hypervisor/version/major", "4\n"),
+        ("/sys/hypervisor/version/minor", "20\n"),
+        ("/sys/hypervisor/version/extra", ".0\n"),
+        (
+            "/sys/hypervisor/properties/capabilities",
+            "xen-3.0-x86_64 hvm-3.0-x86_64\n",
+        ),
+        ("/proc/xen/capabilities", "control_d\n"),
+        ("/proc/sys/kernel/osrelease", "7.2-amd64\n"),
+        (
+            "/lib/modules/7.2-amd64/modules.dep",
+            "kernel/a.ko:\nupdates/xen-blkback-rs.ko:\n",
+        ),
+        ("/sys/module/xen_blkback_rs/refcnt", "1\n"),
+        ("/sys/bus/xen-backend/drivers_autoprobe", "1\n"),
+        (
+            "/etc/modprobe.d/xen-blkback-rs.conf",
+            "install xen-blkback /sbin/modprobe -q xen-blkback-rs\n",
+        ),
+        (
+            "/etc/passwd",
+            "root:x:0:0::/:/bin/sh\nxentap:x:998:998::/:/usr/sbin/nologin\n",
+        ),
+        ("/etc/xen/scripts/block", "#!/bin/sh\n"),
+    ] {
+        made.file(path, text);
+    }
+    for (path, its) in [
+        ("/dev/xen/xenbus", 0o600),
+        ("/dev/xen/evtchn", 0o600),
+        ("/dev/xentap/control", 0o600),
+        ("/run/xentap/control.sock", 0o600),
+        ("/run/xentap/disks/0.json", 0o600),
+        ("/run/xentap/tapdisk/0.sock", 0o600),
+        ("/usr/bin/blktapctrl", 0o755),
+        ("/usr/bin/tapdisk", 0o755),
+        ("/etc/xen/scripts/block-tap-rs", 0o755),
+    ] {
+        made.file(path, "");
+        mode(&made, path, its);
+    }
+    mode(&made, "/run/xentap", 0o711);
+    mode(&made, "/run/xentap/disks", 0o700);
+    mode(&made, "/run/xentap/tapdisk", 0o700);
+    made
+}
+
+fn answer() -> Result<String, Failure> {
+    Ok(format!("blktapctrl {}", env!("CARGO_PKG_VERSION")))
+}
+
+fn seen(made: &Made) -> Report {
+    report(&made.host(), answer)
+}
+
+/// What is not as it should be.
+fn trouble(report: &Report) -> Vec<&Finding> {
+    let all = report.findings.iter();
+    all.filter(|finding| finding.grade != Grade::Ok).collect()
+}
+
+#[test]
+fn a_host_that_is_well_has_nothing_to_do() {
+    let report = seen(&well());
+    assert_eq!(trouble(&report), Vec::<&Finding>::new());
+    assert_eq!((report.grade, report.grade.exit_code()), (Grade::Ok, 0));
+    let text = text(&report);
+    assert!(text.contains("ok    xen: Xen 4.20.0\n"), "{text}");
+}
+
+/// Each lack is named once, with a remedy.
+#[test]
+fn what_is_missing_is_named_with_a_remedy() {
+    type Break = for<'a> fn(&'a Made) -> &'a Made;
+    let remove = |made: &Made, path: &str| {
+        let path = made.host().path(path);
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(path),
+            false => fs::remove_file(path),
+        };
+        removed.expect("removed");
+    };
+    let gone: [(&str, Grade, &str); 9] = [
+        ("/proc/xen", Grade::Warn, "mount -t xenfs"),
+        ("/dev/xen/xenbus", Grade::Bad, "xenstored"),
+        ("/sys/hypervisor/properties", Grade::Warn, "xen_caps"),
+        (
+            "/sys/module/xen_blkback_rs",
+            Grade::Warn,
+            "modprobe xen-blkback-rs",
+        ),
+        ("/lib/modules", Grade::Warn, "depmod"),
+        ("/usr/bin/tapdisk", Grade::Bad, "xen-blkback-rs again"),
+        ("/etc/xen/scripts/block", Grade::Bad, "Xen's tools"),
+        ("/dev/xentap", Grade::Bad, "udevadm"),
+        ("/run/xentap/disks", Grade::Bad, "systemd-tmpfiles"),
+    ];
+    for (path, grade, remedy) in gone {
+        let made = well();
+        remove(&made, path);
+        expect(&made, grade, remedy, path);
+    }
+    let broken: [(Break, Grade, &str); 8] = [
+        (
+            |made| made.file("/etc/passwd", "root:x:0:0\n"),
+            Grade::Bad,
+            "systemd-sysusers",
+        ),
+        (
+            |made| made.file("/etc/passwd", "xentap:x:0:0\n"),
+            Grade::Bad,
+            "number of its own",
+        ),
+        (
+            |made| mode(made, "/run/xentap/disks", 0o755),
+            Grade::Bad,
+            "systemd-tmpfiles",
+        ),
+        (
+            |made| mode(made, "/usr/bin/tapdisk", 0o644),
+            Grade::Bad,
+            "chmod 755",
+        ),
+        (
+            |made| made.file("/etc/modprobe.d/x.conf", "blacklist xen_blkback_rs\n"),
+            Grade::Bad,
+            "remove that line",
+        ),
+        (
+            |made| made.link("/etc/xen/scripts/block", "block-or-tap"),
+            Grade::Bad,
+            "xen-blkback-rs again",
+        ),
+        (
+            |made| made.file("/sys/bus/xen-backend/devices/vbd-3-51712/state", "InitWait"),
+            Grade::Bad,
+            "modprobe xen-blkback",
+        ),
+        (
+            |made| made.unreadable("/etc/modprobe.d/y.conf"),
+            Grade::Warn,
+            "be root",
+        ),
+    ];
+    for (change, grade, remedy) in broken {
+        let made = well();
+        change(&made);
+        expect(&made, grade, remedy, remedy);
+    }
+}
+
+fn expect(made: &Made, grade: Grade, remedy: &str, case: &str) {
+    let report = seen(made);
+    let trouble = trouble(&report);
+    assert_eq!(trouble.len(), 1, "{case}: {trouble:?}");
+    assert_eq!((report.grade, trouble[0].grade), (grade, grade), "{case}");
+    let told = trouble[0].remedy.as_deref().unwrap_or("");
+    assert!(told.contains(remedy), "{case}: {told}");
+}
+
+#[test]
+fn the_driver_that_is_decided_for_is_the_one_that_serves() {
+    let made = well();
+    fs::remove_dir_all(made.host().path("/sys/module/xen_blkback_rs")).expect("removed");
+    made.file("/sys/module/xen_blkback/refcnt", "1\n");
+    expect(
+        &made,
+        Grade::Warn,
+        "rmmod xen-blkback && modprobe xen-blkback-rs",
+        "C is loaded",
+    );
+    // A host of the C driver needs nothing of what tap disks need.
+    fs::remove_file(made.host().path("/etc/modprobe.d/xen-blkback-rs.conf")).expect("removed");
+    for path in ["/run", "/dev/xentap", "/usr/bin"] {
+        fs::remove_dir_all(made.host().path(path)).expect("removed");
+    }
+    phy(&made, "vbd-1-51712", "8:0");
+    assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
+    made.link("/etc/modprobe.d/xen-blkback-rs.conf", "/nowhere");
+    expect(
+        &made,
+        Grade::Bad,
+        "xen-blkback-rs enable",
+        "a link to nowhere",
+    );
+}
+
+#[test]
+fn a_supervisor_that_is_silent_or_old_is_named() {
+    let made = well();
+    let silent = || Err(Failure::new(Code::Gone, "no such file"));
+    assert_eq!(report(&made.host(), silent).grade, Grade::Bad);
+    let old = || Ok("blktapctrl 0.0.1".to_owned());
+    assert_eq!(report(&made.host(), old).grade, Grade::Warn);
+}
+
+#[test]
+fn a_host_without_xen_is_told_so_and_no_panic() {
+    let report = seen(&Made::new());
+    assert_eq!(report.grade, Grade::Bad);
+    assert!(report.findings[0].what.contains("does not run on Xen"));
+    let json = serde_json::to_value(&report).expect("json");
+    assert_eq!(
+        (&json["grade"], &json["findings"][0]["about"]),
+        (&"bad".into(), &"xen".into())
+    );
+}
