@@ -67,6 +67,17 @@ pub enum Below {
     Format(Kind),
 }
 
+impl Below {
+    /// What it is, in the words of QEMU, which everybody knows.
+    pub fn qemu_name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Format(Kind::Vhd) => "vpc",
+            Self::Format(kind) => kind.name(),
+        }
+    }
+}
+
 impl FromStr for Below {
     type Err = Failure;
 

@@ -8,26 +8,18 @@ use crate::target::Target;
 use control::{Code, Failure};
 use diskio::File;
 use drivers::Disk;
-use formats::{qcow, qcow2, vhd, vmdk, Below, Kind};
+use formats::{fits, qcow, qcow2, random, vhd, vmdk, Base, Below, Kind};
 use std::io;
 
 /// What lies below a new image. As long as this is there nobody can write it.
 #[derive(Debug)]
 pub(crate) struct Parent {
-    image: Named,
+    /// What the new image says of it.
+    base: Base,
     /// The disk, for reading.
     pub(crate) disk: Disk,
     /// Bytes of it.
     pub(crate) size: u64,
-    /// What it calls itself.
-    id: Id,
-}
-
-#[derive(Debug)]
-enum Id {
-    None,
-    Vhd([u8; 16]),
-    Vmdk(u32),
 }
 
 /// Makes an image.
@@ -94,13 +86,9 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
     let Some(parent) = &layout.parent else {
         return Ok(());
     };
-    match (kind, parent.kind) {
-        (None, _) => refuse("a raw image has no parent", "qcow2"),
-        (Some(Kind::Vhd), Below::Raw | Below::Format(Kind::Vhd))
-        | (Some(Kind::Vmdk), Below::Format(Kind::Vmdk))
-        | (Some(Kind::Qcow2 | Kind::Qcow), _) => Ok(()),
-        (Some(Kind::Vhd), _) => refuse("the parent of a VHD is a VHD or raw", "qcow2"),
-        (Some(Kind::Vmdk), _) => refuse("the parent of a VMDK is a VMDK", "qcow2"),
+    match kind {
+        None => refuse("a raw image has no parent", "qcow2"),
+        Some(kind) => fits(kind, parent.kind).map_err(|failure| image.said(failure)),
     }
 }
 
@@ -113,35 +101,12 @@ impl Parent {
     ) -> Result<Self, Failure> {
         apart(image, child)?;
         let (disk, shape) = opener.disk(image, None).await?;
-        let id = match image.kind {
-            Below::Format(Kind::Vhd) => {
-                let file = opener.file(&image.path, opener.reading).await?;
-                Id::Vhd(
-                    vhd::id(&file)
-                        .await
-                        .map_err(|failure| image.said(failure))?,
-                )
-            }
-            Below::Format(Kind::Vmdk) => {
-                let file = opener.file(&image.path, opener.reading).await?;
-                let id = vmdk::id(&file)
-                    .await
-                    .map_err(|failure| image.said(failure))?;
-                let number = u32::from_str_radix(&id, 16);
-                Id::Vmdk(number.map_err(|_| {
-                    Failure::new(
-                        Code::Image,
-                        format!("{image} calls itself {id:?}, which is no number"),
-                    )
-                })?)
-            }
-            _ => Id::None,
-        };
+        let file = opener.file(&image.path, opener.reading).await?;
+        let base = Base::of(image.kind, &image.path, &file, &child.path).await;
         Ok(Self {
-            image: image.clone(),
+            base: base.map_err(|failure| image.said(failure))?,
             disk,
             size: shape.size,
-            id,
         })
     }
 }
@@ -172,34 +137,28 @@ pub(crate) async fn make(
         Below::Raw => return raw(file, image, size).await,
         Below::Format(kind) => kind,
     };
-    let name = parent
-        .map(|parent| parent.image.name_from(image))
-        .transpose()?;
+    let base = parent.map(|parent| &parent.base);
     match kind {
         Kind::Qcow2 => {
             let plan = qcow2::Plan {
                 cluster: layout.cluster_size.map_or(64 << 10, |size| size.0),
                 extended: layout.subclusters,
-                backing: name.zip(parent).map(|(name, parent)| qcow2::Backing {
-                    name,
-                    format: Some(parent.image.qemu_name().to_string()),
-                }),
+                backing: base.map(Base::backing),
                 ..qcow2::Plan::new(size)
             };
             qcow2::create(file, &plan).await
         }
-        Kind::Qcow => qcow::create(file, &qcow::Create { size, parent: name }).await,
-        Kind::Vhd => vhd::create(file, &of_vhd(size, layout, name, parent)?).await,
+        Kind::Qcow => {
+            let parent = base.map(|base| base.name().to_string());
+            qcow::create(file, &qcow::Create { size, parent }).await
+        }
+        Kind::Vhd => vhd::create(file, &of_vhd(size, layout, base)?).await,
         Kind::Vmdk => {
-            let cid = match parent.map(|parent| &parent.id) {
-                Some(Id::Vmdk(cid)) => *cid,
-                _ => 0,
-            };
             let what = vmdk::Create {
                 form: vmdk::Form::MonolithicSparse,
                 size,
                 name: own_name(image)?,
-                parent: name.map(|name| (name, cid)),
+                parent: base.map(Base::of_vmdk),
                 cid: u32::from_ne_bytes(random()?) >> 1,
             };
             vmdk::create(file, &[], &what).await
@@ -207,25 +166,16 @@ pub(crate) async fn make(
     }
 }
 
-fn of_vhd(
-    size: u64,
-    layout: &Layout,
-    name: Option<String>,
-    parent: Option<&Parent>,
-) -> Result<vhd::Create, Failure> {
-    let id = match parent.map(|parent| &parent.id) {
-        Some(Id::Vhd(id)) => *id,
-        _ => [0; 16],
-    };
+fn of_vhd(size: u64, layout: &Layout, base: Option<&Base>) -> Result<vhd::Create, Failure> {
     Ok(vhd::Create {
-        kind: match (&name, layout.fixed) {
+        kind: match (base, layout.fixed) {
             (Some(_), _) => vhd::Kind::Differencing,
             (None, true) => vhd::Kind::Fixed,
             (None, false) => vhd::Kind::Dynamic,
         },
         size,
         id: random()?,
-        parent: name.map(|path| vhd::ParentOf { path, id }),
+        parent: base.map(Base::of_vhd),
         reserve: 0,
     })
 }
@@ -256,18 +206,4 @@ fn own_name(image: &Named) -> Result<String, Failure> {
         ))
     })?;
     Ok(name.to_string())
-}
-
-/// Bytes that nobody else has.
-fn random<const N: usize>() -> Result<[u8; N], Failure> {
-    let mut bytes = [0; N];
-    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    match got {
-        Ok(count) if count == N => Ok(bytes),
-        Ok(_) => Err(Failure::new(
-            Code::System,
-            "the system has no random numbers",
-        )),
-        Err(error) => Err(Failure::system("cannot get random numbers", &error.into())),
-    }
 }

@@ -48,31 +48,6 @@ impl Named {
             false => Failure::new(failure.code, format!("{path}: {}", failure.message)),
         }
     }
-
-    /// Its name in the header of `child`: from its folder if it is there, so that both can be moved.
-    pub(crate) fn name_from(&self, child: &Self) -> Result<String, Failure> {
-        let path = &self.path;
-        let name = match (path.parent() == child.path.parent(), path.file_name()) {
-            (true, Some(name)) => name,
-            _ => path.as_os_str(),
-        };
-        let name = name.to_str().ok_or_else(|| {
-            Failure::invalid(format!(
-                "the name of {} is not UTF-8, so no image can have it as its parent: rename it",
-                path.display()
-            ))
-        })?;
-        Ok(name.to_string())
-    }
-
-    /// What it is, in the words of QEMU, which everybody knows.
-    pub(crate) fn qemu_name(&self) -> &'static str {
-        match self.kind {
-            Below::Raw => "raw",
-            Below::Format(Kind::Vhd) => "vpc",
-            Below::Format(kind) => kind.name(),
-        }
-    }
 }
 
 impl fmt::Display for Named {

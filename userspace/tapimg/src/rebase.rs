@@ -13,7 +13,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
 use drivers::{Attributes, Content, Disk, Extent};
-use formats::{qcow2, Below, Kind, Options};
+use formats::{backing, qcow2, Below, Kind, Options};
 use serde::Serialize;
 use std::cell::Cell;
 
@@ -74,10 +74,7 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
         false => Some(make_own(opener, stop, args, &file).await?),
     };
     let backing = match parent {
-        Some(parent) => Some(qcow2::Backing {
-            name: parent.name_from(image)?,
-            format: Some(parent.qemu_name().to_string()),
-        }),
+        Some(parent) => Some(backing(parent.kind, &parent.path, &image.path)?),
         None => None,
     };
     // What it has by now of the old chain is durable.

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A new image that goes on from another one: how it names that, and how it is made.
+
+use crate::vhd::{self, ParentOf};
+use crate::{qcow2, vmdk, Below, Kind, Storage};
+use control::{Code, Failure};
+use std::path::Path;
+
+/// What an image calls itself, where its children say that too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Id {
+    None,
+    Vhd([u8; 16]),
+    Vmdk(u32),
+}
+
+/// What lies below a new image, as that says it.
+#[derive(Clone, Debug)]
+pub struct Base {
+    kind: Below,
+    name: String,
+    id: Id,
+}
+
+impl Base {
+    /// The image at `path`, which is in `image`, for a child at `child`. Both paths are absolute.
+    ///
+    /// # Errors
+    /// It cannot be read, or its name cannot be written down.
+    pub async fn of<S: Storage>(
+        kind: Below,
+        path: &Path,
+        image: &S,
+        child: &Path,
+    ) -> Result<Self, Failure> {
+        let id = match kind {
+            Below::Format(Kind::Vhd) => Id::Vhd(vhd::id(image).await?),
+            Below::Format(Kind::Vmdk) => Id::Vmdk(number(&vmdk::id(image).await?)?),
+            _ => Id::None,
+        };
+        let name = name_from(path, child)?;
+        Ok(Self { kind, name, id })
+    }
+
+    /// Its name: from the folder of the child if it is there.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// As a qcow2 image has it.
+    pub fn backing(&self) -> qcow2::Backing {
+        named(self.kind, self.name.clone())
+    }
+
+    /// As a VHD has it. What is raw calls itself nothing.
+    pub fn of_vhd(&self) -> ParentOf {
+        ParentOf {
+            path: self.name.clone(),
+            id: match self.id {
+                Id::Vhd(id) => id,
+                _ => [0; 16],
+            },
+        }
+    }
+
+    /// As a VMDK has it.
+    pub fn of_vmdk(&self) -> (String, u32) {
+        let id = match self.id {
+            Id::Vmdk(id) => id,
+            _ => 0,
+        };
+        (self.name.clone(), id)
+    }
+}
+
+fn number(id: &str) -> Result<u32, Failure> {
+    u32::from_str_radix(id, 16).map_err(|_| {
+        let why = format!("it calls itself {id:?}, which is no number");
+        Failure::new(Code::Image, why)
+    })
+}
+
+/// The name of `image` in the header of `child`: from its folder if it is there, so that both can be moved.
+fn name_from(image: &Path, child: &Path) -> Result<String, Failure> {
+    let name = match (image.parent() == child.parent(), image.file_name()) {
+        (true, Some(name)) => name,
+        _ => image.as_os_str(),
+    };
+    let name = name.to_str().ok_or_else(|| {
+        Failure::invalid(format!(
+            "the name of {} is not UTF-8, so no image can have it as its parent: rename it",
+            image.display()
+        ))
+    })?;
+    Ok(name.to_string())
+}
+
+/// What a qcow2 image at `child` says of the image below it, which is at `path`.
+///
+/// # Errors
+/// Its name cannot be written down.
+pub fn backing(kind: Below, path: &Path, child: &Path) -> Result<qcow2::Backing, Failure> {
+    Ok(named(kind, name_from(path, child)?))
+}
+
+fn named(kind: Below, name: String) -> qcow2::Backing {
+    let format = Some(kind.qemu_name().to_string());
+    qcow2::Backing { name, format }
+}
+
+/// Refuses an image of a kind that cannot lie over one of another.
+///
+/// # Errors
+/// Says what can.
+pub fn fits(kind: Kind, below: Below) -> Result<(), Failure> {
+    match (kind, below) {
+        (Kind::Vhd, Below::Raw | Below::Format(Kind::Vhd))
+        | (Kind::Vmdk, Below::Format(Kind::Vmdk))
+        | (Kind::Qcow2 | Kind::Qcow, _) => Ok(()),
+        (Kind::Vhd, _) => Err(Failure::invalid(
+            "the parent of a VHD is a VHD or raw: use qcow2",
+        )),
+        (Kind::Vmdk, _) => Err(Failure::invalid(
+            "the parent of a VMDK is a VMDK: use qcow2",
+        )),
+    }
+}
+
+/// Makes an image of `size` bytes without content of its own in an empty file, and makes it durable.
+///
+/// # Errors
+/// The kind is not one for this, or the storage fails.
+pub async fn overlay<S: Storage>(
+    file: &S,
+    kind: Kind,
+    size: u64,
+    base: &Base,
+) -> Result<(), Failure> {
+    fits(kind, base.kind)?;
+    match kind {
+        Kind::Qcow2 => {
+            let backing = Some(base.backing());
+            let plan = qcow2::Plan {
+                backing,
+                ..qcow2::Plan::new(size)
+            };
+            qcow2::create(file, &plan).await?;
+        }
+        Kind::Vhd => {
+            let what = vhd::Create {
+                kind: vhd::Kind::Differencing,
+                size,
+                id: random()?,
+                parent: Some(base.of_vhd()),
+                reserve: 0,
+            };
+            vhd::create(file, &what).await?;
+        }
+        // The one does not say what lies below it, and the other is served with the number of the parent's
+        // content, which changes when that is written.
+        Kind::Qcow | Kind::Vmdk => {
+            return Err(Failure::unsupported(format!(
+                "a disk that is served does not go on in a {kind} image: use qcow2 or vhd"
+            )))
+        }
+    }
+    let flushed = file.flush().await;
+    flushed.map_err(|error| Failure::system("cannot make the new image durable", &error.into()))
+}
+
+/// Bytes that nobody else has, such as the id of a new image.
+///
+/// # Errors
+/// The system has none.
+pub fn random<const N: usize>() -> Result<[u8; N], Failure> {
+    let mut bytes = [0; N];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    match got {
+        Ok(count) if count == N => Ok(bytes),
+        Ok(_) => Err(Failure::new(
+            Code::System,
+            "the system has no random numbers",
+        )),
+        Err(error) => Err(Failure::system("cannot get random numbers", &error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{fits, name_from};
+    use crate::{Below, Kind};
+    use std::path::Path;
+
+    #[test]
+    fn a_parent_is_named_from_the_folder_of_its_child() {
+        let from = |image: &str, child: &str| {
+            name_from(Path::new(image), Path::new(child)).expect("a name")
+        };
+        assert_eq!(from("/srv/a.img", "/srv/b.qcow2"), "a.img");
+        assert_eq!(from("/srv/a.img", "/srv/b/c.qcow2"), "/srv/a.img");
+        assert_eq!(from("/dev/vg/a", "/srv/b.qcow2"), "/dev/vg/a");
+    }
+
+    #[test]
+    fn what_lies_over_what() {
+        let vhd = Below::Format(Kind::Vhd);
+        assert!(fits(Kind::Qcow2, vhd).is_ok() && fits(Kind::Qcow2, Below::Raw).is_ok());
+        assert!(fits(Kind::Vhd, vhd).is_ok() && fits(Kind::Vhd, Below::Raw).is_ok());
+        assert!(fits(Kind::Vhd, Below::Format(Kind::Qcow2)).is_err());
+        assert!(fits(Kind::Vmdk, Below::Raw).is_err());
+    }
+}
