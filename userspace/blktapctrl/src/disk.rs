@@ -201,6 +201,12 @@ impl Disk {
         }
     }
 
+    /// The image that was to be served instead is not.
+    pub fn drop_next(&self) {
+        self.next_image.replace(None);
+        self.next_state.replace(None);
+    }
+
     /// Who it is, for a message.
     #[must_use]
     pub fn name(&self) -> String {

@@ -122,6 +122,14 @@ fn log(minor: Option<u32>, what: &What) {
         What::Kept { pid: None, why } => {
             tracing::warn!("{disk}: not handed to a new process: {why}");
         }
+        What::Snapshot(taken) => tracing::info!(
+            "{disk}: goes on in {} over {}, which its configuration must name from now on",
+            taken.target,
+            taken.parent.display()
+        ),
+        What::SnapshotUndone { why } => {
+            tracing::warn!("{disk}: goes on in the image that it has: {why}");
+        }
         What::Hung {
             pid,
             for_ms,

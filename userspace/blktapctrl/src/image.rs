@@ -204,7 +204,8 @@ impl Image {
             return Err(Failure::new(
                 Code::Denied,
                 format!(
-                    "{} is read-only: allow writing with chmod u+w, or use the mode r",
+                    "{} is read-only: use the mode r, or, if no other image goes on from it (as after tap-ctl \
+                     snapshot: serve that one), allow writing with chmod u+w",
                     self.path.display()
                 ),
             ));

@@ -21,6 +21,7 @@ pub mod lifecycle;
 pub mod link;
 pub mod memory;
 pub mod nodes;
+mod overlay;
 pub mod process;
 pub mod record;
 pub mod registry;

@@ -103,6 +103,19 @@ pub struct Handoff {
     pub process: Option<Known>,
 }
 
+/// A new image that a disk is to go on in, over the one that it has. Until it is served, it is a file that can be
+/// taken away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// What is to be served.
+    pub open: Open,
+    /// What the file is that was made for it.
+    pub identity: Option<Identity>,
+    /// When that was made.
+    #[serde(default)]
+    pub born: Option<u64>,
+}
+
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
@@ -169,6 +182,9 @@ pub struct Record {
     /// What an unpause leads to, if that is another image.
     #[serde(default)]
     pub next: Option<Next>,
+    /// What a snapshot leads to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
     /// Its process.
     pub process: Option<Known>,
     /// What its processes run, if that is not what the supervisor starts by default.
@@ -209,6 +225,7 @@ impl Record {
             passed_on: None,
             doing: None,
             next: None,
+            overlay: None,
             process: None,
             program: None,
             handoff: None,

@@ -87,6 +87,11 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let handed = lifecycle.handoff(&disk, program, limit).await;
             handed.map(Reply::HandedOff)
         }
+        Request::Snapshot { which, target } => {
+            let disk = registry.find(&which)?;
+            let taken = lifecycle.snapshot(&disk, target).await;
+            taken.map(Reply::Snapshot)
+        }
         Request::Resize(which) => lifecycle.resize(&which).await.map(Reply::Opened),
         Request::Scrub { which, rate } => {
             let process = registry.find(&which)?.serving()?;

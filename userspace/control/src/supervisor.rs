@@ -71,6 +71,8 @@ pub enum Doing {
     Unpause,
     /// It passes from its process to another one.
     Handoff,
+    /// It goes on in a new image over the one that it had.
+    Snapshot,
     /// It is taken away.
     Destroy,
 }
@@ -84,6 +86,7 @@ impl fmt::Display for Doing {
             Self::Pause => "pause",
             Self::Unpause => "unpause",
             Self::Handoff => "handoff",
+            Self::Snapshot => "snapshot",
             Self::Destroy => "destroy",
         })
     }
@@ -267,6 +270,15 @@ pub enum Request {
         /// Seconds that the new process gets for each of its steps; 0 for the default.
         timeout_s: u32,
     },
+    /// Makes a new image that goes on from the one that is served, and serves the disk from that while its
+    /// guest goes on: [`Reply::Snapshot`]. If it cannot be, the disk is served as it was, and nothing of the
+    /// new image is left. The same question again, when it was done, is answered with what was done.
+    Snapshot {
+        /// The disk.
+        which: Which,
+        /// The new image: what it is to be, and a path where nothing is.
+        target: Target,
+    },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),
     /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
@@ -383,6 +395,8 @@ pub enum Reply {
     },
     /// A disk that is served by another process.
     HandedOff(HandedOff),
+    /// A disk that is served from a new image.
+    Snapshot(Snapshot),
     /// Disks.
     Disks {
         /// One for each.
@@ -412,6 +426,23 @@ pub struct HandedOff {
     pub version: String,
     /// Microseconds in which nobody served: what the guest asked for then waited.
     pub pause_us: u64,
+}
+
+/// A disk that goes on in a new image. What it was at that moment is in the one that it had, which nobody may
+/// write from then on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its node.
+    pub minor: u32,
+    /// The new image. Whoever configures the disk must name this one from now on.
+    pub target: Target,
+    /// The image that it goes on from.
+    pub parent: PathBuf,
+    /// That image was marked as one that nobody writes (`chmod a-w`); a device cannot be.
+    pub marked: bool,
+    /// Microseconds in which nobody served: what the guest asked for then waited. Nothing if that was not
+    /// seen: an earlier question did it, or an earlier supervisor had begun.
+    pub pause_us: Option<u64>,
 }
 
 /// What a process runs.
@@ -598,6 +629,13 @@ pub enum What {
         /// The process that serves, if it lives.
         pid: Option<u32>,
         /// Why the new one does not.
+        why: String,
+    },
+    /// A disk goes on in a new image.
+    Snapshot(Snapshot),
+    /// A disk could not: it is served from the image that it had.
+    SnapshotUndone {
+        /// Why.
         why: String,
     },
     /// A disk was paused.

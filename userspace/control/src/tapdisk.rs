@@ -163,6 +163,13 @@ pub enum Request {
     /// descriptor is as for [`Request::Open`], and somebody else serves the image: nothing of it is locked,
     /// written or kept. Without a node. Answered with [`Reply::Fit`].
     Prepare(Open),
+    /// Makes an image that goes on from the one that is served, for the disk to be served from after a
+    /// pause. One descriptor: the new image, an empty file that is open for writing. Answered with
+    /// [`Reply::Done`] when it is durable.
+    Overlay {
+        /// What the new image is, and where.
+        target: Target,
+    },
     /// As [`Request::Pause`], and gives the node back as well: another process may take it.
     Close,
     /// Until when the process may do I/O on its image: it is killed then, unless it is told another time

@@ -61,6 +61,7 @@ Examples:
   tap-ctl status                        # how every disk is, why, and what to do
   tap-ctl top                           # who is doing how much
   tap-ctl events                        # what happens
+  tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
@@ -109,6 +110,8 @@ pub(crate) enum Verb {
     Unpause(Unpause),
     /// Have a disk served by a new process, such as one of a newer program, while the guest goes on
     Handoff(Handoff),
+    /// Have a disk go on in a new image over the one that it has, which keeps what the disk is now
+    Snapshot(Snapshot),
     /// Look at the image's size again, and tell the guest
     Resize(Which),
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
@@ -431,6 +434,51 @@ pub(crate) struct Handoff {
     /// Seconds that the new process gets for each of its steps
     #[arg(short, long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: u32,
+}
+
+/// A disk that goes on in a new image.
+///
+/// What the guest has written until then is made durable in the image that it has, which becomes the
+/// read-only parent of the new one; what it writes from then on is in the new one only. It waits
+/// meanwhile, and sees no error. If the new image cannot be made or served, the disk is served from the
+/// old one as before, and nothing of the new one is left.
+///
+/// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest is
+/// started anew, or its disk is what it was at this moment. So that nobody writes the old image, it is
+/// marked as read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may
+/// not, and a block device cannot be marked. With that mark, and in the same folder, it may be had by
+/// whoever is served the new image; otherwise name it with --files.
+///
+/// Not for disks with the mode r, r! or w!, or with a lease.
+#[derive(Debug, Args)]
+pub(crate) struct Snapshot {
+    /// Minor number of the disk
+    pub(crate) minor: u32,
+    /// Where the new image is to be, best in the folder of the one that the disk has; nothing may be there
+    #[arg(value_name = "NEW")]
+    pub(crate) image: PathBuf,
+    /// What the new image is to be; a VHD only over a VHD or a raw image
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: OverlayFormat,
+}
+
+/// What can go on from another image while that is served.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum OverlayFormat {
+    /// qcow2, over any image
+    #[default]
+    Qcow2,
+    /// VHD
+    Vhd,
+}
+
+impl std::fmt::Display for OverlayFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            OverlayFormat::Qcow2 => "qcow2",
+            OverlayFormat::Vhd => "vhd",
+        })
+    }
 }
 
 /// A disk to take away.

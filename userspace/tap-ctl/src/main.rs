@@ -170,6 +170,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Resize(_)
         | Request::Scrub { .. }
         | Request::Handoff { .. }
+        | Request::Snapshot { .. }
         | Request::Pause { .. }
         | Request::Close { .. }
         | Request::Destroy { .. } => true,
@@ -255,6 +256,13 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             program: handoff.to.clone(),
             timeout_s: handoff.timeout,
         },
+        Verb::Snapshot(snapshot) => Request::Snapshot {
+            which: Which {
+                minor: Some(snapshot.minor),
+                ..Which::default()
+            },
+            target: new_image(snapshot)?,
+        },
         Verb::Resize(which) => Request::Resize(named(which)),
         Verb::Scrub(scrub) => Request::Scrub {
             which: named(&scrub.which),
@@ -285,6 +293,16 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         | Verb::Lease { .. }
         | Verb::Generate { .. } => Request::Top,
     })
+}
+
+fn new_image(snapshot: &cli::Snapshot) -> Result<Target, Failure> {
+    let path = std::path::absolute(&snapshot.image)
+        .map_err(|error| Failure::system("cannot find the new image's folder", &error))?;
+    let path = path.to_str().ok_or_else(|| {
+        let path = path.display();
+        Failure::invalid(format!("the name {path} is not UTF-8: choose another one"))
+    })?;
+    format!("{}:{path}", snapshot.format).parse()
 }
 
 fn named(which: &cli::Which) -> Which {
@@ -427,6 +445,20 @@ mod tests {
             assert_eq!(parse(line), Err(Code::Other), "{line}");
         }
         assert_eq!(parse("tap-ctl create -a vhdx:/a"), Err(Code::Invalid));
+    }
+
+    #[test]
+    fn a_new_image_has_a_format_and_an_absolute_path() {
+        let target = |line| match parse(line) {
+            Ok(Request::Snapshot { which, target }) => (which.minor, target.to_string()),
+            other => panic!("{line}: {other:?}"),
+        };
+        let one = target("tap-ctl snapshot 3 /srv/b.qcow2");
+        assert_eq!(one, (Some(3), "qcow2:/srv/b.qcow2".into()));
+        let other = target("tap-ctl snapshot 3 --format vhd b:c.vhd");
+        assert!(other.1.starts_with("vhd:/") && other.1.ends_with("/b:c.vhd"));
+        let wrong = "tap-ctl snapshot 3 --format aio /srv/b";
+        assert_eq!(parse(wrong), Err(Code::Other));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use crate::time::utc;
 use control::stats::{Counter, Stats};
-use control::supervisor::{Event, HandedOff, Reply, Row, What};
+use control::supervisor::{Event, HandedOff, Reply, Row, Snapshot, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
 
@@ -19,6 +19,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
             format!("minor={minor} pid={pid} {}\n", self::disk(disk))
         }
         Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
+        Reply::Snapshot(taken) => told(taken),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.
@@ -49,6 +50,36 @@ pub(crate) fn handed_off(handed: &HandedOff) -> String {
         handed.pause_us,
         handed.version,
         handed.program.display()
+    )
+}
+
+/// A disk that goes on in a new image.
+fn snapshot(taken: &Snapshot) -> String {
+    let pause = taken.pause_us.map_or("-".into(), |us| us.to_string());
+    format!(
+        "minor={} args={} parent={} pause_us={pause}",
+        taken.minor,
+        taken.target,
+        taken.parent.display()
+    )
+}
+
+/// The same, and what the administrator has to do.
+fn told(taken: &Snapshot) -> String {
+    let (target, parent) = (&taken.target, taken.parent.display());
+    let mark = match taken.marked {
+        true => format!("{parent} is what the disk was, and marked as read-only (chmod a-w)."),
+        false => format!(
+            "{parent} is what the disk was, and could NOT be marked as read-only: see to it that nobody writes it."
+        ),
+    };
+    let beside = match taken.parent.parent() == target.path().and_then(|path| path.parent()) {
+        true => String::new(),
+        false => format!(" It is in another folder: name it there too, with --files {parent}."),
+    };
+    format!(
+        "{}\n{mark}\nCHANGE THE DISK'S CONFIGURATION: from now on it must name {target}. What the guest writes is there only.{beside}\n",
+        snapshot(taken)
     )
 }
 
@@ -214,6 +245,8 @@ pub(crate) fn event(event: &Event) -> String {
             let pid = pid.map_or("nobody".into(), |pid| format!("tapdisk {pid}"));
             format!("not handed over, {pid} serves: {why}")
         }
+        What::Snapshot(taken) => format!("goes on in a new image: {}", snapshot(taken)),
+        What::SnapshotUndone { why } => format!("goes on in the image that it has: {why}"),
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Inactive => "has let go of its image: the guest is suspended".into(),

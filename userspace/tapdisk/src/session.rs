@@ -252,6 +252,10 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.prepare(open, fd).await
             }
+            Request::Overlay { target } => {
+                let _alone = self.gate.alone().await;
+                self.overlay(target, fd).await
+            }
             Request::Close => {
                 let _alone = self.gate.alone().await;
                 self.pause_and_close().await

@@ -18,6 +18,7 @@ mod permission;
 mod planted;
 mod played;
 mod rings;
+mod snapshot;
 mod tap;
 mod tap_host;
 mod tap_life;
@@ -429,6 +430,7 @@ pub(crate) fn all() -> Vec<Case> {
         beside::cases(),
         death::cases(),
         handoff::cases(),
+        snapshot::cases(),
         images::cases(),
         permission::cases(),
         tap_life::cases(),

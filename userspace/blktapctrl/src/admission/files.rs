@@ -152,11 +152,13 @@ impl Admission {
     }
 
     fn check_new(&self, disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
-        let opens = matches!(
-            disk.doing(),
-            Some(Doing::Create | Doing::Open | Doing::Unpause)
-        );
         let record = disk.record.borrow();
+        let opens = match record.doing {
+            Some(Doing::Create | Doing::Open | Doing::Unpause) => true,
+            // Before that the image is served from which the new one is to go on.
+            Some(Doing::Snapshot) => record.next.is_some(),
+            _ => false,
+        };
         let parts = record
             .next
             .as_ref()

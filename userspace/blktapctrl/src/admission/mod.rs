@@ -241,7 +241,9 @@ impl Admission {
         for disk in self.registry.all() {
             let record = disk.record.borrow();
             let next = record.next.as_ref().and_then(|next| next.identity);
-            let images: Vec<Identity> = record.identity.into_iter().chain(next).collect();
+            let made = record.overlay.as_ref().and_then(|made| made.identity);
+            let images = record.identity.into_iter().chain(next).chain(made);
+            let images: Vec<Identity> = images.collect();
             if Some(disk.minor) != except && !images.is_empty() {
                 users.push(user(disk.minor, images, record.mode, record.vbd.as_ref()));
             }

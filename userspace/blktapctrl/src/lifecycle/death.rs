@@ -95,6 +95,16 @@ impl Lifecycle {
         self.revive(&disk, pause).await;
     }
 
+    /// Gives a disk without a process another one, without waiting for that. Who asks has the turn.
+    pub(super) fn revive_later(self: &Rc<Self>, disk: &Rc<Disk>) {
+        let (lifecycle, disk) = (self.clone(), disk.clone());
+        tokio::task::spawn_local(async move {
+            if disk.serving().is_err() {
+                lifecycle.revive(&disk, Duration::ZERO).await;
+            }
+        });
+    }
+
     /// Replaces the process of a disk after a pause, as often as it takes.
     pub async fn revive(self: &Rc<Self>, disk: &Rc<Disk>, pause: Duration) {
         if !disk.reviving.replace(true) {

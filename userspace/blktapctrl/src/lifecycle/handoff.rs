@@ -291,20 +291,22 @@ impl Lifecycle {
         self.registry
             .events
             .add(Some(disk.minor), What::Kept { pid, why });
+        self.or_revive(disk, served).await;
+        Ok(())
+    }
+
+    /// A disk that could not be served again gets another process, as soon as one can.
+    pub(super) async fn or_revive(self: &Rc<Self>, disk: &Rc<Disk>, served: Result<(), Failure>) {
         if let Err(failure) = served {
             tracing::error!("disk {}: {failure}", disk.minor);
             self.give_up_process(disk).await;
-            let (lifecycle, disk) = (self.clone(), disk.clone());
-            tokio::task::spawn_local(async move {
-                lifecycle.revive(&disk, Duration::ZERO).await;
-            });
+            self.revive_later(disk);
         }
-        Ok(())
     }
 
     /// The old process serves, whether it has let go or not. If it has died there is another one of its
     /// program.
-    async fn serve_again(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+    pub(super) async fn serve_again(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let Ok(old) = disk.serving() else {
             return self.serve(disk).await.map(drop);
         };
@@ -360,8 +362,8 @@ async fn fits(disk: &Disk, new: &Process, given: &Given, open: &Open) -> Result<
     }
 }
 
-/// Only what is served can be handed over.
-fn check_served(disk: &Disk) -> Result<(), Failure> {
+/// Only what is served can be handed over, or go on in another image.
+pub(super) fn check_served(disk: &Disk) -> Result<(), Failure> {
     let (want, is_inactive) = {
         let record = disk.record.borrow();
         (record.want, record.inactive.is_some())

@@ -15,6 +15,7 @@ mod needs;
 mod open;
 mod pause;
 mod serve;
+mod snapshot;
 mod suspend;
 mod trouble;
 
@@ -80,6 +81,7 @@ impl Lifecycle {
             Doing::Pause => self.finish_pause(disk, limit).await,
             Doing::Unpause => self.finish_unpause(disk).await.map(drop),
             Doing::Handoff => self.finish_handoff(disk).await,
+            Doing::Snapshot => self.finish_snapshot(disk).await,
             Doing::Destroy => {
                 self.destroy_later(disk);
                 Ok(())

@@ -99,9 +99,8 @@ impl Lifecycle {
             record.files.clear();
         }
         disk.state.replace(None);
-        disk.next_state.replace(None);
         disk.image.replace(None);
-        disk.next_image.replace(None);
+        disk.drop_next();
         disk.serves.replace(None);
         self.end_of_verb(disk, Want::Idle);
     }

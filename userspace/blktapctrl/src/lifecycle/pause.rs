@@ -42,7 +42,29 @@ impl Lifecycle {
     }
 
     pub(super) async fn finish_pause(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
-        let mut result = Ok(());
+        let lost = self.close_image(disk, limit).await?;
+        self.give_lease_up(disk).await;
+        {
+            // Who lets it go on says which image it is to have.
+            let mut record = disk.record.borrow_mut();
+            (record.inactive, record.passed_on) = (None, None);
+        }
+        self.end_of_verb(disk, Want::Paused);
+        self.registry.events.add(Some(disk.minor), What::Paused);
+        lost.map_or(Ok(()), Err)
+    }
+
+    /// Has the image of a disk closed, whose process keeps the node. Says why, if not all could be written
+    /// back.
+    ///
+    /// # Errors
+    /// It is not closed, or that is not known.
+    pub(super) async fn close_image(
+        &self,
+        disk: &Disk,
+        limit: Duration,
+    ) -> Result<Option<Failure>, Failure> {
+        let mut lost = None;
         if let Ok(process) = disk.serving() {
             match process.ask(&Request::Pause, &[], limit).await {
                 Ok(_) => {}
@@ -55,22 +77,14 @@ impl Lifecycle {
                 Err(failure) => match process.status().await?.state {
                     State::Running => return Err(failure),
                     _ if failure.code == Code::State => {}
-                    _ => result = Err(failure),
+                    _ => lost = Some(failure),
                 },
             }
         } else {
             self.fenced(disk, limit).await?;
         }
         disk.serves.replace(None);
-        self.give_lease_up(disk).await;
-        {
-            // Who lets it go on says which image it is to have.
-            let mut record = disk.record.borrow_mut();
-            (record.inactive, record.passed_on) = (None, None);
-        }
-        self.end_of_verb(disk, Want::Paused);
-        self.registry.events.add(Some(disk.minor), What::Paused);
-        result
+        Ok(lost)
     }
 
     /// Waits until the I/O of a process that is dead is over: what it had waits in the kernel, and the
@@ -226,12 +240,7 @@ impl Lifecycle {
                 disk.allow_shrinking(false);
                 self.end_of_verb(disk, Want::Served);
                 self.registry.events.add(Some(disk.minor), What::Unpaused);
-                let (lifecycle, disk) = (self.clone(), disk.clone());
-                tokio::task::spawn_local(async move {
-                    if disk.serving().is_err() {
-                        lifecycle.revive(&disk, Duration::ZERO).await;
-                    }
-                });
+                self.revive_later(disk);
                 Err(failure)
             }
             Err(failure) => {
@@ -245,8 +254,7 @@ impl Lifecycle {
                     self.end_process(disk).await?;
                 }
                 disk.record.borrow_mut().next = None;
-                disk.next_image.replace(None);
-                disk.next_state.replace(None);
+                disk.drop_next();
                 disk.allow_shrinking(false);
                 self.give_lease_up(disk).await;
                 self.end_of_verb(disk, Want::Paused);
@@ -255,7 +263,7 @@ impl Lifecycle {
         }
     }
 
-    async fn serve_next(
+    pub(super) async fn serve_next(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         next: &Next,
@@ -282,7 +290,7 @@ impl Lifecycle {
     }
 
     /// The image that an unpause led to is the disk's.
-    fn take_next(&self, disk: &Disk) {
+    pub(super) fn take_next(&self, disk: &Disk) {
         let mut record = disk.record.borrow_mut();
         if let Some(next) = record.next.take() {
             record.open = Some(next.open);

@@ -8,7 +8,7 @@ use blktapctrl::store::{Changes, Later, Store};
 use control::tapdisk::{
     Disk, Engine, Need, Needed, Open, Provided, Reply, Request, Stamp, State, Status, Troubles,
 };
-use control::{supervisor, Channel, Code, Failure};
+use control::{supervisor, Channel, Code, Failure, Target};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -614,11 +614,11 @@ impl Served {
             }
             Request::Open(open) if self.open.is_none() && !self.paused => {
                 needs.ask_all(dir, "ask")?;
-                self.open(dir, "open", open, fds)
+                self.open(dir, "open", open, fds, needs)
             }
             Request::Unpause(open) if self.paused => {
                 needs.ask_all(dir, "ask")?;
-                self.open(dir, "unpause", open, fds)
+                self.open(dir, "unpause", open, fds, needs)
             }
             Request::Open(_) | Request::Unpause(_) => {
                 Err(Failure::new(Code::State, "not in this state"))
@@ -647,7 +647,7 @@ impl Served {
                     Some(STAMP) => "activate again",
                     _ => "activate",
                 };
-                let reply = self.open(dir, word, open, fds);
+                let reply = self.open(dir, word, open, fds, needs);
                 self.inactive = None;
                 reply
             }
@@ -676,6 +676,23 @@ impl Served {
                     Ok(why) => Err(Failure::new(Code::System, why)),
                     Err(_) => Ok(Reply::Done),
                 }
+            }
+            Request::Overlay { target } => {
+                let (open, _) = self.open.as_ref().expect("open");
+                if let Ok(why) = std::fs::read_to_string(dir.join("no-room")) {
+                    return Err(Failure::new(Code::System, why));
+                }
+                wait_while(&dir.join("slow-overlay"));
+                let (_, fd) = text(fds.remove(0));
+                let path = |target: &Target| target.path().expect("a path").to_path_buf();
+                let parent = serde_json::to_string(&Needed::Parent {
+                    path: path(&open.target),
+                });
+                // It names its parent, and whoever opens it asks for that.
+                let parent = parent.expect("json");
+                rustix::io::pwrite(&fd, parent.as_bytes(), 0).expect("written");
+                note(dir, &format!("overlay {}", target.driver()));
+                Ok(Reply::Done)
             }
             Request::Prepare(_) => match std::fs::read_to_string(dir.join("unfit")) {
                 Ok(why) => Err(Failure::new(Code::Image, why)),
@@ -737,15 +754,35 @@ impl Served {
         word: &str,
         open: Open,
         mut fds: Vec<OwnedFd>,
+        needs: &Needs,
     ) -> Result<Reply, Failure> {
-        if let Ok(why) = std::fs::read_to_string(dir.join("refuse")) {
-            return Err(Failure::new(Code::Image, why));
+        let has = |name: &str| {
+            let child = format!("{name}-child");
+            dir.join(name).exists() || open.target.driver().has_format() && dir.join(child).exists()
+        };
+        if has("refuse") {
+            let why = std::fs::read_to_string(dir.join("refuse"));
+            return Err(Failure::new(Code::Image, why.unwrap_or_default()));
         }
-        if dir.join("die").exists() {
+        if has("die") {
             std::process::exit(3);
         }
-        wait_while(&dir.join("hang"));
         let content = fds.pop().map(text);
+        // An image that was made over another one.
+        let named = content.as_ref().map(|(text, _)| serde_json::from_str(text));
+        if let Some(Ok(what)) = named {
+            let what: Needed = what;
+            match needs.ask(what.clone()) {
+                (Provided::Refused(failure), _) => {
+                    note(dir, &format!("refused {failure}"));
+                    return Err(failure);
+                }
+                (provided, mut fds) => {
+                    given(dir, &what, &provided, fds.pop().expect("a descriptor"));
+                }
+            }
+        }
+        wait_while(&dir.join("hang"));
 
         let text = content.as_ref().map_or("", |(text, _)| text);
         let policy = format!("{:?} {:?}", open.on_no_space, open.on_error);

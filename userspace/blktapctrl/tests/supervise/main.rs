@@ -12,6 +12,7 @@ mod memory;
 mod needs;
 mod nodes;
 mod sharing;
+mod snapshot;
 mod start;
 mod steps;
 mod suspend;

@@ -43,7 +43,7 @@ fn close() -> Request {
 
 /// Lets the supervisor end at each step of a verb, starts the next one, and looks whether that has
 /// brought the verb to its end or back to its beginning. Returns the number of steps.
-fn at_each_step(
+pub(crate) fn at_each_step(
     name: &str,
     before: impl Fn(&Path) -> Vec<Request>,
     verb: impl Fn(&Bed) -> Request,
@@ -95,12 +95,12 @@ fn at_each_step(
     unreachable!("a verb has an end")
 }
 
-fn one(rows: &[Row]) -> &Row {
+pub(crate) fn one(rows: &[Row]) -> &Row {
     assert_eq!(rows.len(), 1, "{rows:?}");
     &rows[0]
 }
 
-fn create(dir: &Path) -> Request {
+pub(crate) fn create(dir: &Path) -> Request {
     Request::Create(Box::new(control::supervisor::Create {
         open: control::tapdisk::Open::new(target(dir, "a.img")),
         mode: control::supervisor::Mode::Write,

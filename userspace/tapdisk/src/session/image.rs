@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
 
+use super::inactive::copy;
 use super::Session;
 use control::tapdisk::{Needed, Open, Reply, State};
-use control::{Code, Driver, Failure};
+use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind};
 use drivers::{Disk, Fence, Raw, Shape};
-use formats::{Below, Kind, Options};
+use formats::{Base, Below, Kind, Options};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -92,6 +93,41 @@ impl Session {
             looks: false,
         };
         parts.disk(file).await
+    }
+
+    /// Makes an image that goes on from the one that is served, which stays as it is and is served on.
+    pub(super) async fn overlay(
+        &self,
+        target: Target,
+        image: Option<OwnedFd>,
+    ) -> Result<Reply, Failure> {
+        let io = &self.runtime.io;
+        let (open, disk, served) = {
+            let state = self.state.borrow();
+            let served = copy(state.file.as_ref())?;
+            match (&state.open, &state.disk, &state.server, served) {
+                (Some(open), Some(disk), Some(_), Some(served)) => {
+                    (open.clone(), disk.clone(), served)
+                }
+                _ => return Err(Failure::new(Code::State, "no image is served")),
+            }
+        };
+        let (from, kind) = (below(open.target.driver())?, kind(target.driver()));
+        let paths = open.target.path().zip(target.path());
+        let (Some(kind), Some((parent, child))) = (kind, paths) else {
+            return Err(Failure::invalid(format!(
+                "{target} cannot go on from another image: use qcow2 or vhd"
+            )));
+        };
+        let name = format!("the image of {}", open.target);
+        let served = drivers::file(io, served, LockKind::Read, false, &name).await?;
+        let base = Base::of(from, parent, &served, child).await?;
+        let image = image.ok_or_else(|| Failure::invalid("the new image's file is missing"))?;
+        let name = format!("the image of {target}");
+        // Nobody else knows of it yet, and a lock would be there until the sender has closed it, too.
+        let image = drivers::file(io, image, LockKind::Write, false, &name).await?;
+        formats::overlay(&image, kind, disk.size, &base).await?;
+        Ok(Reply::Done)
     }
 
     /// What the disk will be like that `open` asks for, of an image that somebody else may be using:

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A disk goes on in a new image while its guest works, and the one that it had keeps what it was.
+
+use super::formats::{check, of_guest};
+use super::tap::{end_load, image, start_load_with, wait_progress, DEVICE, VDEV};
+use super::{Case, Context, Needs};
+use crate::guest::Guest;
+use crate::sh;
+use crate::tap::{self, Served};
+use anyhow::{ensure, Context as _, Result};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+/// MiB of the disk. The load is in the first ten.
+const SIZE: u32 = 16;
+/// Where the guest says which snapshot comes next.
+const MARK: u64 = 12 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let about =
+        "two snapshots under load that is judged, a death, and each image keeps what it was";
+    let case = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load);
+    vec![case.supervised().no_leaks()]
+}
+
+/// The guest writes a number, and has the answer when this returns.
+fn mark(guest: &Guest, number: u8) -> Result<()> {
+    let block = MARK / 4096;
+    guest.run(&format!(
+        "yes {number} | head -c 4096 | dd of={DEVICE} bs=4k seek={block} oflag=direct conv=notrunc 2>/dev/null"
+    ))?;
+    Ok(())
+}
+
+/// What the guest had written when the image became what it is.
+fn marked(raw: &str) -> Result<u8> {
+    let mut byte = [0];
+    let file = File::open(raw).with_context(|| format!("cannot open {raw}"))?;
+    file.read_exact_at(&mut byte, MARK)?;
+    Ok(byte[0].wrapping_sub(b'0'))
+}
+
+/// Of a whole file.
+fn sum(path: &str) -> Result<String> {
+    let text = sh::run_for(&["sha256sum", path], LIMIT)?;
+    let sum = text.split_whitespace().next();
+    Ok(sum.context("no checksum")?.to_owned())
+}
+
+/// What QEMU reads of an image, as a raw one.
+fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
+    let raw = image(context, name, 1)?;
+    let convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw"];
+    sh::run_for(&[&convert[..], &[path, &raw]].concat(), LIMIT)?;
+    Ok(raw)
+}
+
+/// Has the disk go on in a new image; returns for how many microseconds nobody served it.
+fn snapshot(disk: &Served, new: &str, old: &str) -> Result<u64> {
+    let minor = disk.minor.to_string();
+    let told = tap::ctl_json(&["snapshot", &minor, new])?;
+    ensure!(
+        told["parent"] == old && told["marked"] == true,
+        "tap-ctl snapshot says {told}"
+    );
+    told["pause_us"].as_u64().context("no pause is told")
+}
+
+fn t30_load(context: &mut Context) -> Result<()> {
+    let base = image(context, "a.img", SIZE)?;
+    let mut images = vec![base.clone()];
+    for name in ["s1.qcow2", "s2.qcow2"] {
+        // Its name is free, and the file that comes there is taken away afterwards.
+        let path = image(context, name, 1)?;
+        fs::remove_file(&path)?;
+        images.push(path);
+    }
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
+    let load = start_load_with(guest, "")?;
+    let (mut pauses, mut sums) = (Vec::new(), Vec::new());
+    for (number, pair) in (1..).zip(images.windows(2)) {
+        wait_progress(&disk, 40)?;
+        mark(guest, number)?;
+        pauses.push(snapshot(&disk, &pair[1], &pair[0])?);
+        mark(guest, number + 1)?;
+        sums.push(sum(&pair[0])?);
+        wait_progress(&disk, 40)?;
+        if number == 1 {
+            disk.replace()?;
+        }
+    }
+    let taken = tap::ctl(&["list"])?;
+    ensure!(taken.contains("s2.qcow2"), "it is served from {taken}");
+    let told = end_load(guest, load)?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    judge(context, &images, &sums, &seen)?;
+    as_configured(&base)?;
+    context.note(&format!("nobody served for {pauses:?} us; {told}"))
+}
+
+/// Each image is what it was when the next one came, and what the guest reads is the last one's.
+fn judge(context: &mut Context, images: &[String], sums: &[String], seen: &str) -> Result<()> {
+    for (image, was) in images.iter().zip(sums) {
+        let now = sum(image)?;
+        ensure!(now == *was, "{image} was written after the snapshot");
+    }
+    ensure!(
+        marked(&images[0])? == 1,
+        "the first image is of another time"
+    );
+    for (number, image) in (2..).zip(&images[1..]) {
+        check("qcow2", image)?;
+        sh::run(&["tapimg", "check", &format!("qcow2:{image}")])?;
+        let raw = content(context, image, &format!("{number}.raw"))?;
+        let mark = marked(&raw)?;
+        ensure!(mark == number, "{image} is of the time {mark}");
+        if image == images.last().context("there are images")? {
+            let found = sum(&raw)?;
+            ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
+        }
+    }
+    Ok(())
+}
+
+/// A configuration that was not changed does not write what others go on from.
+fn as_configured(base: &str) -> Result<()> {
+    let target = format!("aio:{base}");
+    let refusal = sh::status(&["tap-ctl", "create", "-a", &target], LIMIT)?;
+    ensure!(
+        refusal.rc != 0 && refusal.text.contains("tap-ctl snapshot"),
+        "the old image is served for writing: {}",
+        refusal.text
+    );
+    Ok(())
+}

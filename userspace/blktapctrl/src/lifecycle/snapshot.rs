@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk goes on in a new image over the one that it has, which keeps what the disk was at that moment.
+//!
+//! *Made*: the supervisor makes an empty file, of which no other file is lost, and the disk's process writes
+//! there that it goes on from the image, while it serves that. *Closed*: the process finishes what it has and
+//! makes it durable, and requests wait in the kernel. *Switched*: the new image is on the record, and a process
+//! is given it; its parent may be had because the disk was served from that. *Marked*: nobody may write the
+//! parent any more.
+//!
+//! A supervisor that ends when it has made the file, and before that is written down, leaves it empty. After that,
+//! until the record says what is next, the disk is that of the old image: whoever finds it in between has that
+//! served, and takes the new file away. From then on it is served from the new one, unless that cannot be and
+//! no request was answered from it: then it is taken back, on the record first.
+
+use super::handoff::check_served;
+use super::Lifecycle;
+use crate::apart::{apart, LIMIT};
+use crate::disk::Disk;
+use crate::image::{self, Image};
+use crate::link::EVER;
+use crate::overlay;
+use crate::process::OPEN;
+use crate::record::{Next, Overlay, Role, Want};
+use control::supervisor::{Doing, Mode, Snapshot, What};
+use control::tapdisk::{Open, Request};
+use control::{Code, Driver, Failure, LeaseKind, Target};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+impl Lifecycle {
+    /// Has a disk go on in a new image over the one that is served.
+    ///
+    /// # Errors
+    /// It cannot: it is served as it was.
+    pub async fn snapshot(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        target: Target,
+    ) -> Result<Snapshot, Failure> {
+        let _turn = disk.turn().await?;
+        if disk.doing().is_some() {
+            // One that was not finished, too: then it is known from what the disk is served.
+            let patience = self.patience.get();
+            disk.unless_doomed(self.finish(disk, patience)).await?;
+        }
+        if let Some(taken) = taken_before(disk, &target).await {
+            return Ok(taken);
+        }
+        check_served(disk)?;
+        self.check_image(disk, &target)?;
+        let made = self.begin_snapshot(disk, target).await?;
+        let taken = disk.unless_doomed(self.go_on_in(disk, &made)).await;
+        match taken {
+            Ok(taken) => Ok(taken),
+            Err(failure) if disk.record.borrow().next.is_some() => {
+                // Who finds out whether it is served from that: a process that comes.
+                self.revive_later(disk);
+                Err(failure)
+            }
+            Err(failure) => {
+                let undone = self.undo_snapshot(disk, &failure);
+                disk.unless_doomed(undone).await?;
+                let why = format!("disk {} is served as before: {failure}", disk.minor);
+                // To whoever asks, that a process has gone would be that we have.
+                let code = match failure.code {
+                    Code::Gone => Code::System,
+                    code => code,
+                };
+                Err(Failure::new(code, why))
+            }
+        }
+    }
+
+    /// Finishes a snapshot that was begun, or undoes it.
+    pub(super) async fn finish_snapshot(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let why = if disk.record.borrow().next.is_some() {
+            match self.switch(disk).await {
+                Ok(()) => return self.complete(disk, None).await.map(drop),
+                Err(failure) if disk.record.borrow().next.is_some() => return Err(failure),
+                Err(failure) => failure,
+            }
+        } else {
+            // A question of an earlier supervisor may be on its way, so what it led to must be over.
+            self.close_image(disk, EVER).await?;
+            Failure::new(
+                Code::Gone,
+                "the supervisor ended before the new image was served",
+            )
+        };
+        self.undo_snapshot(disk, &why).await
+    }
+
+    /// The image must be one that can be a parent and is nobody else's, and the new one one that can go on
+    /// from it.
+    fn check_image(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
+        if !matches!(target.driver(), Driver::Qcow2 | Driver::Vhd) {
+            return Err(Failure::invalid(format!(
+                "{target} cannot go on from another image: use qcow2 or vhd"
+            )));
+        }
+        let record = disk.record.borrow();
+        let Some(open) = &record.open else {
+            return Ok(());
+        };
+        let refuse = |code, why: &str| {
+            let why = format!("disk {} is served from {}: {why}", disk.minor, open.target);
+            Err(Failure::new(code, why))
+        };
+        if open.target.path().is_none() {
+            return refuse(
+                Code::Unsupported,
+                "that is no image, so none goes on from it",
+            );
+        }
+        if record.mode != Mode::Write {
+            let why = "only an image that one guest writes (mode w) can be followed by another";
+            return refuse(Code::Unsupported, why);
+        }
+        if *open.target.lease() != LeaseKind::Lock || *target.lease() != LeaseKind::Lock {
+            let why = "its lease is of that image, which other hosts could write once it is given up: detach the disk, use tapimg snapshot, and attach the new image with a lease of its own";
+            return refuse(Code::Unsupported, why);
+        }
+        let same = |other: &&Rc<Disk>| {
+            other.minor != disk.minor && other.record.borrow().identity == record.identity
+        };
+        let left = self.registry.left_alone();
+        let left = left
+            .iter()
+            .find(|left| left.peek.identity == record.identity);
+        let other = self
+            .registry
+            .all()
+            .iter()
+            .find(same)
+            .map(|other| other.name());
+        match other.or_else(|| left.map(|left| format!("tap disk {}", left.minor))) {
+            Some(other) => {
+                let why = format!(
+                    "{other} has that image, too, and would not see what is written from then on: detach it"
+                );
+                refuse(Code::Busy, &why)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the new file, and writes down that it is to be served.
+    async fn begin_snapshot(&self, disk: &Disk, target: Target) -> Result<Overlay, Failure> {
+        let open = Open {
+            target,
+            // Nobody else has it.
+            shared: false,
+            ..disk.open()?
+        };
+        let parent = self.image(disk).await?;
+        let (Some(parent), Some(path)) = (parent, place(&open)) else {
+            return Err(Failure::invalid("there is no image"));
+        };
+        let theirs = path.clone();
+        let image = apart(&path, LIMIT, move || overlay::make(&theirs, &parent)).await?;
+        let image = Arc::new(image);
+        let made = Overlay {
+            open,
+            identity: Some(image.identity()),
+            born: image.born(),
+        };
+        let vbd = disk.record.borrow().vbd.clone();
+        let work = |_| {
+            self.registry.change(disk, |record| {
+                record.doing = Some(Doing::Snapshot);
+                record.overlay = Some(made.clone());
+            })
+        };
+        let minor = Some(disk.minor);
+        let admission = &self.admission;
+        let begun = admission.admit(Some(&image), Mode::Write, vbd.as_deref(), minor, work);
+        if let Err(failure) = begun.await {
+            take_away(&made).await;
+            return Err(failure);
+        }
+        disk.next_image.replace(Some(image));
+        Ok(made)
+    }
+
+    async fn go_on_in(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        made: &Overlay,
+    ) -> Result<Snapshot, Failure> {
+        self.fill(disk, made).await?;
+        let begun = Instant::now();
+        // However long that takes: what the guest waits for then, it waits for in any case.
+        if let Some(lost) = self.close_image(disk, EVER).await? {
+            return Err(lost);
+        }
+        // What belongs to the image that is served no more leaves the record with it. And one that has ended makes
+        // way for the next.
+        if !disk.record.borrow().parts.is_empty() || disk.serving().is_err() {
+            self.end_process(disk).await?;
+        }
+        let next = Next {
+            open: made.open.clone(),
+            identity: made.identity,
+            born: made.born,
+            parts: Vec::new(),
+            files: disk.record.borrow().files.clone(),
+            committed: self.registry.answered(disk),
+        };
+        self.registry
+            .change(disk, |record| record.next = Some(next))?;
+        self.switch(disk).await?;
+        self.complete(disk, Some(begun.elapsed())).await
+    }
+
+    /// Has the process that serves the image write into the new one that it goes on from that.
+    async fn fill(&self, disk: &Disk, made: &Overlay) -> Result<(), Failure> {
+        let process = disk.serving()?;
+        let image = disk.next_image.borrow().clone();
+        let given = self.given(disk, &made.open, image).await?;
+        let target = made.open.target.clone();
+        let question = Request::Overlay { target };
+        given.ask(&process, &question, OPEN).await?;
+        match place(&made.open) {
+            Some(path) => apart(&path.clone(), LIMIT, move || overlay::keep(&path)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Has the new image served, which is on the record. If it is not, it leaves the record again, unless
+    /// something was answered from it.
+    async fn switch(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let Some(next) = disk.record.borrow().next.clone() else {
+            return Ok(());
+        };
+        let Err(failure) = self.serve_next(disk, &next).await else {
+            return Ok(());
+        };
+        // Who was asked may still do it.
+        self.end_process(disk).await?;
+        if self.registry.answered(disk) > next.committed {
+            tracing::warn!("disk {}: {failure}", disk.minor);
+            self.revive_later(disk);
+            return Ok(());
+        }
+        // Whoever finds this must not serve the new one, once the old one is.
+        self.registry.change(disk, |record| record.next = None)?;
+        disk.drop_next();
+        Err(failure)
+    }
+
+    /// The disk goes on in the new image: nobody may write the one below it.
+    async fn complete(&self, disk: &Disk, pause: Option<Duration>) -> Result<Snapshot, Failure> {
+        let marked = match self.image(disk).await {
+            Ok(Some(parent)) => mark(parent).await,
+            Ok(None) => Ok(false),
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = &marked {
+            tracing::warn!("disk {}: {failure}", disk.minor);
+        }
+        let parent = disk.open()?.target;
+        self.take_next(disk);
+        disk.record.borrow_mut().overlay = None;
+        self.end_of_verb(disk, Want::Served);
+        let micros = |pause: Duration| pause.as_micros().try_into().unwrap_or(u64::MAX);
+        let taken = Snapshot {
+            minor: disk.minor,
+            target: disk.open()?.target,
+            parent: parent.path().unwrap_or(Path::new("/")).into(),
+            marked: marked.unwrap_or(false),
+            pause_us: pause.map(micros),
+        };
+        let what = What::Snapshot(taken.clone());
+        self.registry.events.add(Some(disk.minor), what);
+        Ok(taken)
+    }
+
+    /// The disk is served from the image that it has, and nothing is left of the new one.
+    async fn undo_snapshot(self: &Rc<Self>, disk: &Rc<Disk>, why: &Failure) -> Result<(), Failure> {
+        let served = self.serve_again(disk).await;
+        disk.drop_next();
+        let made = disk.record.borrow().overlay.clone();
+        if let Some(made) = made {
+            take_away(&made).await;
+        }
+        disk.record.borrow_mut().overlay = None;
+        self.end_of_verb(disk, Want::Served);
+        let why = why.message.clone();
+        let what = What::SnapshotUndone { why };
+        self.registry.events.add(Some(disk.minor), what);
+        self.or_revive(disk, served).await;
+        Ok(())
+    }
+}
+
+fn place(open: &Open) -> Option<PathBuf> {
+    open.target.path().map(Path::to_owned)
+}
+
+async fn mark(image: Arc<Image>) -> Result<bool, Failure> {
+    let path = image.path().to_path_buf();
+    apart(&path, LIMIT, move || overlay::mark(&image)).await
+}
+
+/// Takes a file away that was made, and is not served. That it stays harms nobody.
+async fn take_away(made: &Overlay) {
+    let Some(path) = place(&made.open) else {
+        return;
+    };
+    let (theirs, identity, born) = (path.clone(), made.identity, made.born);
+    let removed = apart(&path, LIMIT, move || {
+        overlay::remove(&theirs, identity, born)
+    });
+    if let Err(failure) = removed.await {
+        tracing::warn!("{failure}");
+    }
+}
+
+/// The disk is served from the new image already, over the one that it goes on from.
+async fn taken_before(disk: &Disk, target: &Target) -> Option<Snapshot> {
+    let parent = {
+        let record = disk.record.borrow();
+        record.open.as_ref().filter(|open| open.target == *target)?;
+        let mut parts = record.parts.iter();
+        parts.find(|part| part.role == Role::Parent)?.path.clone()
+    };
+    let found = image::find(&parent).await;
+    Some(Snapshot {
+        minor: disk.minor,
+        target: target.clone(),
+        marked: found.is_ok_and(|image| image.is_unwritable()),
+        parent,
+        pause_us: None,
+    })
+}

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks that go on in a new image over the one that they have, and what may happen on the way.
+
+use super::bed::{kill, test, until, which, Bed};
+use super::steps::{at_each_step, create, one};
+use control::supervisor::{Create, Mode, Reply, Request, Row, Snapshot, What};
+use control::tapdisk::{Open, State};
+use control::{Code, Failure, Target};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+fn target(dir: &Path, name: &str) -> Target {
+    let text = format!("qcow2:{}", dir.join(name).display());
+    text.parse().expect("a target")
+}
+
+fn snapshot(dir: &Path, name: &str) -> Request {
+    Request::Snapshot {
+        which: which(0),
+        target: target(dir, name),
+    }
+}
+
+async fn taken(bed: &Bed, name: &str) -> Snapshot {
+    match bed.ask(snapshot(&bed.dir, name)).await {
+        Ok(Reply::Snapshot(taken)) => taken,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn refused(bed: &Bed, name: &str) -> Failure {
+    let answer = bed.ask(snapshot(&bed.dir, name)).await;
+    answer.expect_err("it is refused")
+}
+
+/// Nobody may write it.
+fn is_marked(path: &Path) -> bool {
+    let rights = fs::metadata(path).expect("stat").permissions().mode();
+    rights & 0o222 == 0
+}
+
+/// What a fake process writes into an image over another one.
+fn over(dir: &Path, name: &str) -> String {
+    let path = dir.join(name);
+    format!("{{\"kind\":\"parent\",\"path\":\"{}\"}}", path.display())
+}
+
+fn is_served_from(row: &Row, name: &str) -> bool {
+    let path = row.target.as_ref().and_then(Target::path);
+    row.state == Some(State::Running) && path.is_some_and(|path| path.ends_with(name))
+}
+
+/// The disk is as if nobody had asked.
+async fn assert_as_before(bed: &Bed) {
+    until("it is served again", || async {
+        let row = bed.row(0).await;
+        (row.doing.is_none() && is_served_from(&row, "a.img")).then_some(())
+    })
+    .await;
+    assert!(!bed.dir.join("b.qcow2").exists(), "something is left");
+    assert!(!is_marked(&bed.dir.join("a.img")));
+}
+
+#[test]
+fn a_disk_goes_on_in_a_new_image() {
+    test("snapshot", |bed| async move {
+        let dir = &bed.dir;
+        let first = bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let pid = bed.row(0).await.pid;
+        let one = taken(&bed, "b.qcow2").await;
+        assert_eq!(
+            (&one.target, &one.parent, one.marked),
+            (&target(dir, "b.qcow2"), &first, true)
+        );
+        assert!(one.pause_us.is_some());
+        let row = bed.row(0).await;
+        assert!(is_served_from(&row, "b.qcow2"));
+        assert_eq!((row.pid, row.doing), (pid, None));
+        let child = over(dir, "a.img");
+        // It was written before the guest had to wait, and given what it goes on from when that was closed.
+        assert_eq!(
+            bed.log(),
+            [
+                "attach 0",
+                "open w A",
+                "overlay qcow2",
+                "pause",
+                "given A Locked",
+                &format!("unpause w {child}")
+            ]
+        );
+        assert!(is_marked(&first));
+        assert_eq!(fs::read_to_string(&first).expect("read"), "A");
+        assert!(bed.events().contains(&What::Snapshot(one)));
+        // Once more, on top: what the process had of the first image goes with it.
+        let two = taken(&bed, "c.qcow2").await;
+        assert_eq!(two.parent, dir.join("b.qcow2"));
+        assert!(is_marked(&two.parent));
+        assert_ne!(bed.row(0).await.pid, pid);
+        // Who did not hear the answer asks again.
+        let again = taken(&bed, "c.qcow2").await;
+        assert_eq!(again.pause_us, None);
+        assert_eq!((again.target, again.parent), (two.target, two.parent));
+        bed.replaced(0, kill).await;
+        assert!(is_served_from(&bed.row(0).await, "c.qcow2"));
+        bed.destroy(0).await;
+        // As a configuration would have it that was not changed.
+        let answer = bed.ask(Request::Create(Box::new(bed.create("a.img"))));
+        let failure = answer.await.expect_err("it has children");
+        assert_eq!(failure.code, Code::Denied);
+        assert!(failure.message.contains("tap-ctl snapshot"), "{failure}");
+        // And one that was: what is marked may be had.
+        bed.made(bed.create("c.qcow2")).await;
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn what_is_there_and_what_cannot_go_on_is_refused() {
+    test("snapshot-refused", |bed| async move {
+        let dir = &bed.dir;
+        bed.image("a.img", "A");
+        bed.image("there.qcow2", "THERE");
+        bed.made(bed.create("a.img")).await;
+        let exists = refused(&bed, "there.qcow2").await;
+        assert_eq!(exists.code, Code::Exists, "{exists}");
+        let text = fs::read_to_string(dir.join("there.qcow2"));
+        assert_eq!(text.expect("read"), "THERE");
+        assert_eq!(refused(&bed, "a.img").await.code, Code::Exists);
+        assert_eq!(refused(&bed, "none/b.qcow2").await.code, Code::NotFound);
+        let raw = Request::Snapshot {
+            which: which(0),
+            target: format!("aio:{}", dir.join("b.img").display())
+                .parse()
+                .expect("a target"),
+        };
+        let failure = bed.ask(raw).await.expect_err("a raw image has no parent");
+        assert_eq!(failure.code, Code::Invalid);
+        // What cannot be written down does not begin.
+        bed.kernel.full.set(true);
+        let full = refused(&bed, "b.qcow2").await;
+        assert!(full.message.contains("/run full"), "{full}");
+        bed.kernel.full.set(false);
+        assert_as_before(&bed).await;
+        assert_eq!(bed.log(), ["attach 0", "open w A"]);
+        bed.destroy(0).await;
+        for (target, mode, code) in [
+            ("ram:1M".to_owned(), Mode::Write, Code::Unsupported),
+            (
+                format!("sync:{}", dir.join("a.img").display()),
+                Mode::Read,
+                Code::Unsupported,
+            ),
+            (
+                format!("sync:{}", dir.join("a.img").display()),
+                Mode::WriteShared,
+                Code::Unsupported,
+            ),
+            (
+                format!("lease=record,sync:{}", dir.join("a.img").display()),
+                Mode::Write,
+                Code::Unsupported,
+            ),
+        ] {
+            let open = Open::new(target.parse().expect("a target"));
+            let create = bed.create("a.img");
+            bed.made(Create {
+                open,
+                mode,
+                ..create
+            })
+            .await;
+            let failure = refused(&bed, "b.qcow2").await;
+            assert_eq!(failure.code, code, "{target} {mode}: {failure}");
+            bed.destroy(0).await;
+        }
+        assert!(!dir.join("b.qcow2").exists());
+    });
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_served_is_undone() {
+    for (file, code) in [
+        ("no-room", Code::System),
+        ("refuse-child", Code::Image),
+        ("die-child", Code::System),
+    ] {
+        test(&format!("snapshot-{file}"), |bed| async move {
+            bed.image("a.img", "A");
+            bed.made(bed.create("a.img")).await;
+            fs::write(bed.dir.join(file), "there is no room").expect("write");
+            let failure = refused(&bed, "b.qcow2").await;
+            assert_eq!(failure.code, code, "{file}: {failure}");
+            assert!(failure.message.contains("served as before"), "{failure}");
+            assert_as_before(&bed).await;
+            let undone = |what: &What| matches!(what, What::SnapshotUndone { .. });
+            assert!(bed.events().iter().any(undone), "{:?}", bed.events());
+            fs::remove_file(bed.dir.join(file)).expect("remove");
+            taken(&bed, "b.qcow2").await;
+            bed.destroy(0).await;
+            bed.assert_nothing_left().await;
+        });
+    }
+}
+
+/// What it had waits in the kernel, and the next process is given the new image.
+#[test]
+fn a_process_that_dies_while_it_closes_its_image_is_replaced() {
+    test("snapshot-death", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let pid = bed.row(0).await.pid.expect("a process");
+        fs::write(bed.dir.join("slow"), "").expect("write");
+        let asked = taken(&bed, "b.qcow2");
+        let death = async {
+            until("the question", || async {
+                bed.log().contains(&"pause".to_owned()).then_some(())
+            })
+            .await;
+            kill(pid);
+        };
+        futures::future::join(asked, death).await;
+        let row = bed.row(0).await;
+        assert!(is_served_from(&row, "b.qcow2"));
+        assert_ne!(row.pid, Some(pid));
+        assert_eq!(
+            fs::read_to_string(bed.dir.join("a.img")).expect("read"),
+            "A"
+        );
+    });
+}
+
+#[test]
+fn a_new_image_from_which_something_was_answered_stays() {
+    test("snapshot-moment", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let pid = bed.row(0).await.pid.expect("a process");
+        let asked = taken(&bed, "b.qcow2");
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let death = async {
+            until("the new image is being opened", || async {
+                let given = "given A Locked".to_owned();
+                bed.log().contains(&given).then_some(())
+            })
+            .await;
+            // It answered a request of the guest, and died.
+            if let Some(node) = bed.kernel.nodes.borrow_mut().get_mut(&0) {
+                node.committed += 1;
+            }
+            kill(pid);
+            fs::remove_file(bed.dir.join("hang")).expect("remove");
+        };
+        futures::future::join(asked, death).await;
+        until("it is served", || async {
+            is_served_from(&bed.row(0).await, "b.qcow2").then_some(())
+        })
+        .await;
+        assert!(is_marked(&bed.dir.join("a.img")));
+    });
+}
+
+/// The supervisor ends after any step: the disk is served from the new image, whose parent is marked, or from
+/// the old one, of which nobody knows a child.
+#[test]
+fn a_snapshot_is_finished_or_undone_by_the_next_supervisor() {
+    for second in [false, true] {
+        let (old, new) = match second {
+            false => ("a.img", "s1.qcow2"),
+            true => ("s1.qcow2", "s2.qcow2"),
+        };
+        let steps = at_each_step(
+            "snapshot",
+            |dir| match second {
+                false => vec![create(dir)],
+                true => vec![create(dir), snapshot(dir, "s1.qcow2")],
+            },
+            |bed| snapshot(&bed.dir, new),
+            |rows, _| {
+                let row = one(rows);
+                let path = row.target.as_ref().and_then(Target::path);
+                let dir = path.and_then(Path::parent).expect("a folder");
+                let text = |name| fs::read_to_string(dir.join(name)).unwrap_or_default();
+                // Whatever happened, the old one holds what it held.
+                let held = match second {
+                    false => "A".to_owned(),
+                    true => over(dir, "a.img"),
+                };
+                assert_eq!(text(old), held);
+                let (child, marked) = (text(new), is_marked(&dir.join(old)));
+                match is_served_from(row, new) {
+                    true => marked && child == over(dir, old),
+                    // The file may have been made before anything was written down.
+                    false => is_served_from(row, old) && !marked && child.is_empty(),
+                }
+            },
+        );
+        // What is to be made, what is next, and that it is served.
+        assert!(steps >= 6, "{steps} steps");
+    }
+}
