@@ -14,6 +14,7 @@ mod images;
 mod lifecycle;
 mod memory;
 mod migrate;
+mod ops;
 mod permission;
 mod planted;
 mod played;
@@ -423,6 +424,7 @@ pub(crate) fn all() -> Vec<Case> {
         lifecycle::cases(),
         migrate::cases(),
         hung::cases(),
+        ops::cases(),
         memory::cases(),
         played::cases(),
         tap::cases(),

@@ -339,7 +339,7 @@ fn wait_node(vdev: &str) -> Result<()> {
 }
 
 /// Attaches a disk to dom0 itself.
-fn attach_dom0(specification: &str, vdev: &str) -> Result<Served> {
+pub(super) fn attach_dom0(specification: &str, vdev: &str) -> Result<Served> {
     sh::run(&["xl", "block-attach", "0", specification])?;
     let disk = Served::of(Vbd::of(0, vdev)?)?;
     wait_node(vdev)?;
