@@ -94,7 +94,7 @@ const SUPERVISOR: &[&[&str]] = &[
         "apart", "backoff", "events", "folder", "kernel", "link", "store",
     ],
     &["domains", "image", "memory", "nodes", "tenure"],
-    &["record"],
+    &["overlay", "record"],
     &["process", "state"],
     &["disk"],
     &["registry"],
