@@ -2,13 +2,11 @@
 //! The disk over NBD: by hand where it matters what bytes are sent, and by QEMU's tools.
 
 mod common;
-#[path = "../../formats/tests/common/qemu.rs"]
-mod qemu;
 
+use common::images::qemu::has_qemu;
 use common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Reply, Request};
 use control::Code;
-use qemu::has_qemu;
 use ring::tap::shadow::Op;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;

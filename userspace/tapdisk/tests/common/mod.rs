@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod guest;
+pub(crate) mod images;
 
 use control::tapdisk::{Engine, Need, Open, Reply, Request, Status};
 use control::{Channel, Failure};

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images with tables of their own in a folder, judged by QEMU's tools, and a process that serves one.
+
+#[path = "../../../formats/tests/common/qemu.rs"]
+pub(crate) mod qemu;
+
+use super::guest::{step, Step};
+use super::Process;
+use control::tapdisk::{Disk, Needed, Open, Provided, Reply, Request};
+use control::{Channel, Code, Failure};
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::TestRunner;
+use qemu::has_qemu;
+use ring::response::Status as Answer;
+use ring::tap::shadow::Op;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tapdev::fake::Fake;
+
+/// Bytes of a disk: some clusters of all formats, and an odd end.
+pub(crate) const SIZE: u64 = (5 << 20) + 4096;
+/// Steps of a guest with one image.
+pub(crate) const STEPS: usize = 300;
+/// Deaths among them.
+pub(crate) const DEATHS: usize = 6;
+
+/// A folder on the file system of the build, which can do direct I/O.
+pub(crate) struct Folder(tempfile::TempDir);
+
+impl Folder {
+    /// Nothing, and says so, if QEMU's tools are not there.
+    pub(crate) fn new(test: &str) -> Option<Self> {
+        if !has_qemu(test) {
+            return None;
+        }
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"));
+        Some(Self(folder.expect("a folder")))
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs qemu-img here; its status and what it says.
+    pub(crate) fn qemu_img(&self, args: &[&str]) -> (i32, String) {
+        let mut command = Command::new("qemu-img");
+        let output = command.args(args).current_dir(self.0.path()).output();
+        let output = output.expect("qemu-img");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        (output.status.code().expect("a status"), text)
+    }
+
+    /// The same, which must succeed.
+    pub(crate) fn img(&self, args: &[&str]) -> String {
+        let (status, text) = self.qemu_img(args);
+        assert_eq!(status, 0, "qemu-img {args:?}: {text}");
+        text
+    }
+
+    /// A raw image with something everywhere.
+    pub(crate) fn raw(&self, name: &str, seed: u8) -> Vec<u8> {
+        let bytes: Vec<u8> = (0..SIZE)
+            .map(|at| seed.wrapping_add((at / 512) as u8).wrapping_mul(31) | 1)
+            .collect();
+        fs::write(self.path(name), &bytes).expect("write");
+        bytes
+    }
+
+    /// What QEMU reads of an image.
+    pub(crate) fn content(&self, format: &str, name: &str) -> Vec<u8> {
+        // It need not survive a loss of power.
+        let convert = ["convert", "-t", "unsafe", "-f", format, "-O", "raw"];
+        self.img(&[&convert[..], &[name, "content.raw"]].concat());
+        fs::read(self.path("content.raw")).expect("read")
+    }
+
+    /// No table of an image is wrong. Space that a process had prepared when it was killed may be lost.
+    pub(crate) fn check(&self, format: &str, name: &str, after_death: bool) {
+        let (status, text) = self.qemu_img(&["check", "-f", format, name]);
+        match status {
+            0 => {}
+            // Only leaked clusters.
+            3 if after_death => {}
+            // The format has no check.
+            63 => assert!(matches!(format, "vpc" | "qcow"), "{text}"),
+            _ => panic!("qemu-img check {name}: {text}"),
+        }
+    }
+}
+
+pub(crate) fn file(path: &Path, write: bool) -> OwnedFd {
+    let mut options = File::options();
+    options.read(true).write(write).custom_flags(libc::O_DIRECT);
+    options.open(path).expect("a file").into()
+}
+
+/// Gives a process so many files that it asks for. What it could leave to the next one it asks for first,
+/// and does without.
+pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
+    let (mut known, mut asked) = (0, Vec::new());
+    while asked.len() < 1 + files {
+        // Who fails asks for nothing more: the answer says why.
+        let Ok(Reply::Needs { needs }) = channel.ask(Request::Needs { after: known }, &[]) else {
+            break;
+        };
+        for need in needs {
+            known = known.max(need.number);
+            let fd = match &need.what {
+                Needed::Parent { path } => Some(file(path, false)),
+                Needed::Extent { path } => Some(file(path, true)),
+                _ => None,
+            };
+            let provided = match &fd {
+                Some(_) => Provided::Locked,
+                None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
+            };
+            let number = need.number;
+            let question = Request::Provide { number, provided };
+            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+            assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
+            asked.push(need.what);
+        }
+    }
+    asked.retain(|what| what.path().is_some());
+    asked
+}
+
+/// An image that is served, with so many files beside it.
+pub(crate) struct Served {
+    pub(crate) path: PathBuf,
+    pub(crate) driver: &'static str,
+    pub(crate) files: usize,
+}
+
+impl Served {
+    pub(crate) fn question(&self) -> Open {
+        let target = format!("{}:{}", self.driver, self.path.display());
+        Open {
+            may_ask: true,
+            ..Open::new(target.parse().expect("a target"))
+        }
+    }
+
+    pub(crate) fn ask(
+        &self,
+        process: &mut Process,
+        question: Request,
+    ) -> (Result<Reply, Failure>, Vec<Needed>) {
+        let mut asked = Vec::new();
+        let image = file(&self.path, true);
+        let give = |channel: &mut Channel| asked = give(channel, self.files);
+        let reply = process.ask_and_give(question, image.as_fd(), give);
+        (reply, asked)
+    }
+
+    pub(crate) fn start(&self, fake: &Fake) -> (Process, Disk) {
+        let mut process = Process::start(fake);
+        let (reply, _) = self.ask(&mut process, Request::Open(self.question()));
+        match reply {
+            Ok(Reply::Disk(disk)) => (process, disk),
+            reply => panic!("{}: {reply:?}", self.path.display()),
+        }
+    }
+}
+
+/// What a guest does. A discarded range may read as anything, so there is none.
+pub(crate) fn steps() -> Vec<Step> {
+    let mut runner = TestRunner::deterministic();
+    let step = step(SIZE / 512).prop_filter("what is read afterwards is known", |step| {
+        !matches!(step, Step::Discard(..) | Step::Kill)
+    });
+    let mut steps: Vec<Step> = std::iter::repeat_with(|| step.new_tree(&mut runner))
+        .take(STEPS)
+        .map(|tree| tree.expect("a step").current())
+        .collect();
+    for death in 1..=DEATHS {
+        steps[death * STEPS / (DEATHS + 1)] = Step::Kill;
+    }
+    steps
+}
+
+/// Has a request done, which must be; returns what it has read.
+pub(crate) fn answered(fake: &Fake, op: Op, sector: u64, bytes: &[u8]) -> Vec<u8> {
+    let len = if op == Op::Read { bytes.len() } else { 0 };
+    let tag = fake.send(op, sector, bytes, false).expect("a request");
+    let (status, read) = fake.answer(tag, len).expect("an answer");
+    assert_eq!(status, Answer::Okay);
+    read
+}
