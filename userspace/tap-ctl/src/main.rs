@@ -65,7 +65,8 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
         // Each was told on its own.
         Err(Error::Some) => ExitCode::FAILURE,
         Err(Error::Silent(failure)) => {
-            tell_programs(cli, &failure);
+            // Whatever kept it from answering: `not-found` would be said of a disk.
+            tell_programs(cli, &Failure::new(Code::Gone, failure.message.clone()));
             eprintln!("tap-ctl: {failure}: is blktapctrl running? systemctl start blktapctrl");
             ExitCode::from(5)
         }

@@ -124,7 +124,10 @@ fn report(host: &Host, supervisor: impl FnOnce() -> Result<String, Failure>) -> 
         findings.extend(system::tap(host));
         findings.push(system::supervisor(supervisor()));
     } else {
-        findings.push(ok("tap disks", "there are none: the C driver serves"));
+        findings.push(ok(
+            "tap disks",
+            "there are none: xen-blkback-rs neither serves nor is decided for",
+        ));
     }
     let unread = host.take_unread();
     findings.extend(unread.into_iter().map(|file| {
