@@ -11,6 +11,7 @@ mod formats;
 mod handoff;
 mod hung;
 mod images;
+mod lease;
 mod lifecycle;
 mod memory;
 mod migrate;
@@ -433,6 +434,7 @@ pub(crate) fn all() -> Vec<Case> {
         death::cases(),
         handoff::cases(),
         snapshot::cases(),
+        lease::cases(),
         images::cases(),
         permission::cases(),
         tap_life::cases(),
