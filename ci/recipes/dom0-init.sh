@@ -18,6 +18,9 @@ mount -t tmpfs tmpfs /var/log
 mkdir -p /var/log/xen /var/lib/xen /var/lib/xenstored
 ip link set lo up
 
+# As systemd does at the first boot. A lease tells hosts apart by it.
+tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id
+
 # What a package would have installed is laid over the root before any driver is loaded.
 mkdir -p /t
 tar -xf /dev/vdb -C /t
