@@ -81,6 +81,11 @@ pub(super) fn many(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     long(tally, "many", "lifecycle.cycles,memory.255_disks", seed)
 }
 
+/// Images with a lease, which is kept by the clock.
+pub(super) fn leases(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    long(tally, "leases", "lease.kept,lease.other_host", seed)
+}
+
 /// More of guests that move and of disks that are handed over.
 pub(super) fn moves(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let cases =

@@ -8,13 +8,14 @@ use anyhow::{ensure, Result};
 /// A part of the lane, each of which boots a machine of its own.
 type Part = (&'static str, fn(&mut Tally, Option<u64>) -> Result<()>);
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
     ("fuzz", e2e::fuzz),
     ("fuzz-tap", e2e::fuzz_tap),
     ("deaths", e2e::deaths),
     ("mapped", e2e::mapped),
     ("many", e2e::many),
     ("moves", e2e::moves),
+    ("leases", e2e::leases),
 ];
 
 /// Runs the part that `only` names, or all parts.
