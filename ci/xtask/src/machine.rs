@@ -199,7 +199,7 @@ impl Machine {
     }
 
     /// Waits until no other machine of the same kind of time runs. One whose time is counted in instructions
-    /// does not notice what runs beside it, and the other kind loses at most half of the processors to it.
+    /// does not notice what runs beside it.
     fn turn(&self) -> Result<Flock<File>> {
         let name = match self.icount {
             true => "machine-counted.lock",
