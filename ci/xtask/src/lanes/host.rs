@@ -7,21 +7,12 @@ use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-/// The crates whose tests may skip themselves; cargo hides what a passing test prints unless told.
-const MAY_SKIP: [&str; 4] = ["formats", "ring", "tapdisk", "tapimg"];
-
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     host::for_tests()?;
+    // One selection of crates: with another one cargo builds what they share anew.
     let mut all = cargo_test();
-    all.args(["--workspace", "--no-fail-fast"]);
-    let mut may_skip = cargo_test();
-    for name in MAY_SKIP {
-        all.args(["--exclude", name]);
-        may_skip.args(["-p", name]);
-    }
+    all.args(["--workspace", "--no-fail-fast", "--", "--show-output"]);
     count(tally, "cargo test", all)?;
-    may_skip.args(["--no-fail-fast", "--", "--nocapture"]);
-    count(tally, "cargo test of what may skip itself", may_skip)?;
     // Another build of everything below the models, so it has a folder of its own.
     let mut loom = cargo_test();
     loom.args(["-p", "ring", "--release", "--test", "loom"]);
@@ -44,7 +35,7 @@ fn count(tally: &mut Tally, what: &str, mut cargo: Command) -> Result<()> {
         .stdout(Stdio::piped());
     let mut child = run::start(&mut cargo)?;
     let out = child.stdout.take().context("cargo has no output")?;
-    let mut failed_before = false;
+    let (mut failed_before, mut shown) = (false, Shown::default());
     for line in BufReader::new(out).lines() {
         let line = line?;
         if let Some((passed, failed, skipped)) = result(&line) {
@@ -54,8 +45,7 @@ fn count(tally: &mut Tally, what: &str, mut cargo: Command) -> Result<()> {
         if let Some(skipped) = skipped(&line) {
             tally.skip_instead(skipped);
         }
-        // Thousands of `... ok` lines would hide the others.
-        if !line.ends_with(" ... ok") && !line.trim().is_empty() {
+        if shown.wants(&line) {
             println!("{line}");
         }
     }
@@ -69,10 +59,27 @@ fn count(tally: &mut Tally, what: &str, mut cargo: Command) -> Result<()> {
     Ok(())
 }
 
-/// What a test says that could not run; with one thread it follows the test's name on its line.
+/// Which lines are worth showing: thousands of tests that passed, and what they printed, would hide the others.
+#[derive(Default)]
+struct Shown {
+    /// These are lines of tests that passed.
+    passed: bool,
+}
+
+impl Shown {
+    fn wants(&mut self, line: &str) -> bool {
+        if line == "successes:" {
+            self.passed = true;
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.passed = false;
+        }
+        !self.passed && !line.ends_with(" ... ok") && !line.trim().is_empty()
+    }
+}
+
+/// What a test says that could not run.
 fn skipped(line: &str) -> Option<&str> {
-    let rest = line.split_once(" ... ").map_or(line, |(_, rest)| rest);
-    rest.strip_prefix("SKIP ")
+    line.strip_prefix("SKIP ")
 }
 
 /// The counts of a `test result:` line.
@@ -91,12 +98,42 @@ fn result(line: &str) -> Option<(u64, u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{result, skipped};
+    use super::{result, skipped, Shown};
+
+    #[test]
+    fn what_passed_is_not_shown() {
+        let lines = [
+            "running 2 tests",
+            "test a ... ok",
+            "test b ... FAILED",
+            "successes:",
+            "---- a stdout ----",
+            "SKIP a: why",
+            "successes:",
+            "    a",
+            "failures:",
+            "---- b stdout ----",
+            "why",
+            "test result: FAILED. 1 passed; 1 failed",
+        ];
+        let mut shown = Shown::default();
+        let of: Vec<_> = lines.into_iter().filter(|line| shown.wants(line)).collect();
+        assert_eq!(
+            of,
+            [
+                "running 2 tests",
+                "test b ... FAILED",
+                "failures:",
+                "---- b stdout ----",
+                "why",
+                "test result: FAILED. 1 passed; 1 failed"
+            ]
+        );
+    }
 
     #[test]
     fn a_skip_is_seen() {
         assert_eq!(skipped("SKIP a: why"), Some("a: why"));
-        assert_eq!(skipped("test a ... SKIP a: why"), Some("a: why"));
         assert_eq!(skipped("test a ... ok"), None);
     }
 
