@@ -154,7 +154,8 @@ fn bounds(context: &mut Context) -> Result<()> {
     let always = held(&vbd)?;
     let load = guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
-    ensure!(held(&vbd)? > always, "the load borrows nothing");
+    let borrows = || Ok(held(&vbd)? > always);
+    sh::wait_for("memory that the load borrows", GIVES_BACK, borrows)?;
     for name in ["domain_memory_mib", "host_memory_mib"] {
         // Less than the disk has already: it keeps what it always has, and goes on with that.
         let bound = if name.starts_with("host") { "1" } else { "0" };
@@ -173,9 +174,7 @@ fn bounds(context: &mut Context) -> Result<()> {
         wait_load(&vbd)?;
         drop(parameter);
         // Not more than `most`: the load may need less than the larger one of the bounds.
-        sh::wait_for("more memory for the load", GIVES_BACK, || {
-            Ok(held(&vbd)? > always)
-        })?;
+        sh::wait_for("more memory for the load", GIVES_BACK, borrows)?;
     }
     detach_used(guest, &vbd, load)?;
     // Requests of up to 1 MiB, in what a disk always has.
