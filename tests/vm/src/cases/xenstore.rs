@@ -260,7 +260,11 @@ fn refuse(context: &mut Context, attack: &Attack) -> Result<()> {
     })?;
     context.note(&format!("error node: {text}"))?;
     remove()?;
-    check_recovery(context, &device.path())
+    // What is refused by its keys alone leaves nothing that a proper frontend could meet.
+    match attack.c_fails == C_WARNS {
+        true => check_recovery(context, &device.path()),
+        false => Ok(()),
+    }
 }
 
 fn bad_device(context: &mut Context) -> Result<()> {
