@@ -4,7 +4,7 @@
 use crate::adopt;
 use crate::lifecycle::create::Made;
 use crate::lifecycle::Lifecycle;
-use crate::process::SOON;
+use crate::process::{OPEN, SOON};
 use control::supervisor::{Filter, Reply, Request, Row, TopRow};
 use control::tapdisk;
 use control::Failure;
@@ -92,7 +92,15 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let taken = lifecycle.snapshot(&disk, target).await;
             taken.map(Reply::Snapshot)
         }
-        Request::Resize(which) => lifecycle.resize(&which).await.map(Reply::Opened),
+        Request::Resize(which) => {
+            let grown = lifecycle.grow(&which, &tapdisk::Request::Resize, SOON);
+            grown.await.map(Reply::Opened)
+        }
+        Request::Grow { which, size } => {
+            let how = tapdisk::Request::Grow { size };
+            let grown = lifecycle.grow(&which, &how, OPEN);
+            grown.await.map(Reply::Opened)
+        }
         Request::Scrub { which, rate } => {
             let process = registry.find(&which)?.serving()?;
             process.scrub(rate).await.map(done)

@@ -281,6 +281,13 @@ pub enum Request {
     },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),
+    /// Makes the image larger, and tells the guest: [`Reply::Opened`].
+    Grow {
+        /// The disk.
+        which: Which,
+        /// Bytes of the disk: whole blocks, and no fewer than it has.
+        size: u64,
+    },
     /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
     /// found is an event; how far it is, is among what was counted.
     Scrub {

@@ -152,6 +152,12 @@ pub enum Request {
     Wanted,
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
     Resize,
+    /// Makes the image larger, and tells the guest; requests wait meanwhile. Answered with
+    /// [`Reply::Disk`].
+    Grow {
+        /// Bytes of the disk: whole blocks, and no fewer than it has.
+        size: u64,
+    },
     /// Reads all data of the disk, to find what cannot be read: that is told as [`Reply::Troubles`],
     /// and how far it is as [`Reply::Stats`]. Answered with [`Reply::Done`] at once. A scrub that runs
     /// goes on with the new rate.

@@ -218,6 +218,16 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
     })
 }
 
+/// The size of a disk as somebody types it.
+///
+/// # Errors
+/// Says how one is written.
+pub fn typed_size(text: &str) -> Result<u64, String> {
+    size(text).ok_or_else(|| {
+        "write a number of bytes that are whole sectors of 512, such as 10G, 64M or 64K".into()
+    })
+}
+
 /// The size of a disk, such as `64M`: a number of bytes with an optional K, M, G or T that are whole
 /// sectors, more than none.
 pub fn size(text: &str) -> Option<u64> {

@@ -25,6 +25,7 @@ trait Any {
     fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
     fn inactivate(&self) -> Later<'_, (), Errno>;
     fn resize(&self) -> Later<'_, u64, Failure>;
+    fn grow(&self, size: u64) -> Later<'_, (), Failure>;
     fn stats(&self) -> BTreeMap<String, u64>;
     fn close(&self) -> Later<'_, (), Errno>;
 }
@@ -62,6 +63,9 @@ impl<D: Driver> Any for D {
     }
     fn resize(&self) -> Later<'_, u64, Failure> {
         Box::pin(Driver::resize(self))
+    }
+    fn grow(&self, size: u64) -> Later<'_, (), Failure> {
+        Box::pin(Driver::grow(self, size))
     }
     fn stats(&self) -> BTreeMap<String, u64> {
         Driver::stats(self)
@@ -216,6 +220,11 @@ impl Disk {
     /// See [`Driver::resize`].
     pub async fn resize(&self) -> Result<u64, Failure> {
         self.0.driver.resize().await
+    }
+
+    /// See [`Driver::grow`].
+    pub async fn grow(&self, size: u64) -> Result<(), Failure> {
+        self.0.driver.grow(size).await
     }
 
     /// See [`Driver::stats`].

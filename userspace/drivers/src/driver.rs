@@ -189,6 +189,15 @@ pub trait Driver: 'static {
         ))
     }
 
+    /// Makes the disk larger: `size` bytes, whole blocks, and no fewer than it has. Nothing else is asked
+    /// meanwhile but for flushes. It is durable when this returns.
+    async fn grow(&self, _size: u64) -> Result<(), Failure> {
+        Err(Failure::unsupported(
+            "its driver cannot make a disk larger that is served: pause it, make the image larger with \
+             tapimg resize if its format can, and unpause it",
+        ))
+    }
+
     /// Facts for the administrator, such as the number of clusters in use.
     fn stats(&self) -> BTreeMap<String, u64> {
         BTreeMap::new()

@@ -17,4 +17,4 @@ pub use lock::lock;
 pub use null::Null;
 pub use open::{activate, file, image, missing, open, open_on};
 pub use ram::Ram;
-pub use raw::Raw;
+pub use raw::{set_size, Raw};

@@ -67,6 +67,13 @@ impl Raw {
         Ok(size)
     }
 
+    /// Bytes of which the size of a disk that is served must be a multiple.
+    fn unit(&self) -> Result<u32, Failure> {
+        // Of a file that is written past the page cache the last block must stay a whole one.
+        let unit = u32::try_from(self.file.align().offset).unwrap_or(u32::MAX);
+        Ok(self.blocks()?.0.max(unit))
+    }
+
     /// Makes what changed durable, if it is to be.
     async fn settle(&self, how: Attributes) -> Result<(), Errno> {
         match how.fua {
@@ -165,10 +172,36 @@ impl Driver for Raw {
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
-        // Of a file that is written past the page cache the last block must stay a whole one.
-        let unit = u32::try_from(self.file.align().offset).unwrap_or(u32::MAX);
-        self.size(self.blocks()?.0.max(unit))
+        self.size(self.unit()?)
     }
+
+    async fn grow(&self, size: u64) -> Result<(), Failure> {
+        let unit = self.unit()?;
+        if size % u64::from(unit) != 0 {
+            return Err(Failure::invalid(format!(
+                "{size} bytes are not whole blocks of {unit} bytes, which the image's storage has"
+            )));
+        }
+        set_size(&self.file, size).await
+    }
+}
+
+/// Gives a raw image another size, which is durable then.
+///
+/// # Errors
+/// It is a device, or its file system refuses.
+pub async fn set_size(file: &File, size: u64) -> Result<(), Failure> {
+    if file.is_device() {
+        return Err(Failure::invalid(
+            "it is a device, whose size is not an image's to change: use what made it, such as lvresize",
+        ));
+    }
+    let work = async {
+        file.set_size(size).await?;
+        file.flush().await
+    };
+    let changed: Result<(), Errno> = work.await;
+    changed.map_err(|error| Failure::system(format!("cannot make it {size} bytes"), &error.into()))
 }
 
 /// What a file holds that is the disk byte for byte.

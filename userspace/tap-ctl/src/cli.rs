@@ -112,8 +112,8 @@ pub(crate) enum Verb {
     Handoff(Handoff),
     /// Have a disk go on in a new image over the one that it has, which keeps what the disk is now
     Snapshot(Snapshot),
-    /// Look at the image's size again, and tell the guest
-    Resize(Which),
+    /// Make a disk larger, or look at its image's size again, while its guest goes on
+    Resize(Resize),
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
     /// say how far it is
     Scrub(Scrub),
@@ -265,6 +265,17 @@ pub(crate) struct Which {
     /// Its node
     #[arg(short, long)]
     pub(crate) minor: Option<u32>,
+}
+
+/// Making a disk larger.
+#[derive(Debug, Args)]
+pub(crate) struct Resize {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Make the image so large first, such as 20G: a raw file, or qcow2. Without it the image has grown by
+    /// other means, such as lvresize
+    #[arg(long, value_parser = control::typed_size)]
+    pub(crate) size: Option<u64>,
 }
 
 /// Reading all of a disk.

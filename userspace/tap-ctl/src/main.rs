@@ -169,6 +169,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Top
         | Request::Check(_)
         | Request::Resize(_)
+        | Request::Grow { .. }
         | Request::Scrub { .. }
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
@@ -264,7 +265,13 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             },
             target: new_image(snapshot)?,
         },
-        Verb::Resize(which) => Request::Resize(named(which)),
+        Verb::Resize(resize) => match resize.size {
+            Some(size) => Request::Grow {
+                which: named(&resize.which),
+                size,
+            },
+            None => Request::Resize(named(&resize.which)),
+        },
         Verb::Scrub(scrub) => Request::Scrub {
             which: named(&scrub.which),
             rate: u64::from(scrub.rate) << 20,

@@ -5,6 +5,7 @@ mod counts;
 mod end;
 mod image;
 mod inactive;
+mod size;
 
 use crate::kept::Kept;
 use crate::link::Link;
@@ -240,6 +241,10 @@ impl Session {
             Request::Resize => {
                 let _alone = self.gate.alone().await;
                 self.resize().await
+            }
+            Request::Grow { size } => {
+                let _alone = self.gate.alone().await;
+                self.grow(size).await
             }
             Request::Scrub { rate } => match self.status().state {
                 State::Running => {
@@ -621,35 +626,6 @@ impl Session {
             diskio::Engine::Aio => Engine::Aio,
             diskio::Engine::Sync => Engine::Sync,
         })
-    }
-
-    async fn resize(&self) -> Result<Reply, Failure> {
-        let (tap, server, params, disk) = {
-            let state = self.state.borrow();
-            let (Some(tap), Some(server)) = (&state.tap, &state.server) else {
-                return Err(Failure::new(Code::State, "the disk does not run"));
-            };
-            let (Some(params), Some(disk)) = (state.params, state.disk.clone()) else {
-                return Err(Failure::new(Code::State, "the disk does not run"));
-            };
-            (tap.clone(), server.clone(), params, disk)
-        };
-        let size = server.disk().resize().await?;
-        let params = Params {
-            sectors: size >> 9,
-            ..params
-        };
-        let open = self.state.borrow().open.clone();
-        tap.describe(&params).map_err(|error| match open {
-            Some(open) => described(&open, &error),
-            None => Failure::system("the kernel refuses the new size", &error),
-        })?;
-        server.set_size(size);
-        let disk = tapdisk::Disk { size, ..disk };
-        let mut state = self.state.borrow_mut();
-        state.params = Some(params);
-        state.disk = Some(disk.clone());
-        Ok(Reply::Disk(disk))
     }
 
     fn status(&self) -> Status {

@@ -9,6 +9,7 @@ use common::images::{answered, file, steps, Folder, Served, SIZE};
 use common::Process;
 use control::tapdisk::{Open, Reply, Request};
 use control::{Code, Driver};
+use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -266,4 +267,64 @@ fn image_and_parents_are_locked() {
     let base = File::options().write(true).open(folder.path("base.img"));
     base.expect("a file").write_all_at(&[0], 0).expect("write");
     other.exit();
+}
+
+#[test]
+fn a_qcow2_disk_grows_below_its_guest() {
+    let Some(folder) = Folder::new("a_qcow2_disk_grows_below_its_guest") else {
+        return;
+    };
+    // So many bytes need another L1 table, and what the longer parent has behind the old end stays hidden.
+    let larger = 1 << 40;
+    folder.raw("base.img", 1);
+    let size = (SIZE / 2 / 512 * 512).to_string();
+    let mut create = vec!["create", "-f", "qcow2", "-b", "base.img", "-F", "raw"];
+    create.extend(["a.qcow2", &size]);
+    folder.img(&create);
+    let served = Served {
+        path: folder.path("a.qcow2"),
+        driver: "qcow2",
+        files: 1,
+    };
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, disk) = served.start(&fake);
+    let old = disk.size / 512;
+    let begun: Vec<_> = (0..8)
+        .map(|number| fake.send(Op::Write, number * 256, &[7; 65536], false))
+        .collect();
+    let grow = |process: &mut Process, size| process.ask(Request::Grow { size }, None);
+    let reply = grow(&mut process, larger);
+    assert!(
+        matches!(&reply, Ok(Reply::Disk(disk)) if disk.size == larger),
+        "{reply:?}"
+    );
+    assert_eq!(fake.info().sectors, larger / 512);
+    for tag in begun {
+        let answer = fake.answer(tag.expect("a request"), 0).expect("an answer");
+        assert_eq!(answer.0, Answer::Okay);
+    }
+    let zeroes = answered(&fake, Op::Read, old, &[0; 65536]);
+    assert!(zeroes == [0; 65536], "what the parent has is seen");
+    answered(&fake, Op::Write, larger / 512 - 8, &[9; 4096]);
+    // Who asks once more has not heard that it was done.
+    assert!(grow(&mut process, larger).is_ok());
+    for wrong in [larger - 512, larger + 1] {
+        let refused = grow(&mut process, wrong).expect_err("it cannot be so large");
+        assert!(
+            matches!(refused.code, Code::Invalid | Code::Image),
+            "{refused}"
+        );
+    }
+    process.kill();
+    folder.check("qcow2", "a.qcow2", true);
+    let (process, disk) = served.start(&fake);
+    assert_eq!(disk.size, larger);
+    let last = answered(&fake, Op::Read, larger / 512 - 8, &[0; 4096]);
+    assert!(last == [9; 4096], "a write behind the old end is lost");
+    for number in 0..8 {
+        let read = answered(&fake, Op::Read, number * 256, &[0; 65536]);
+        assert!(read == [7; 65536], "a write beside the growth is lost");
+    }
+    process.exit();
+    folder.check("qcow2", "a.qcow2", true);
 }

@@ -128,6 +128,25 @@ fn grown_image_makes_a_larger_disk() {
 }
 
 #[test]
+fn raw_image_is_made_larger_below_its_guest() {
+    let fake = Fake::new(4).unwrap();
+    let image = Image::new(SIZE);
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    let grow = |process: &mut Process, size| process.ask(Request::Grow { size }, None);
+    let reply = grow(&mut process, SIZE + 4096);
+    assert!(matches!(reply, Ok(Reply::Disk(Disk { size, .. })) if size == SIZE + 4096));
+    assert_eq!(fake.info().sectors, SECTORS + 8);
+    let beyond = fake.send(Op::Write, SECTORS, &[1; 512], false).unwrap();
+    assert_eq!(fake.answer(beyond, 0).unwrap().0, Answer::Okay);
+    for wrong in [SIZE, SIZE + 4097] {
+        let refused = grow(&mut process, wrong).unwrap_err();
+        assert_eq!(refused.code, Code::Invalid, "{refused}");
+    }
+    assert_eq!(image.0.as_file().metadata().unwrap().len(), SIZE + 4096);
+    process.exit();
+}
+
+#[test]
 fn read_only_disk_is_not_written() {
     let fake = Fake::new(4).unwrap();
     let image = Image::new(SIZE);

@@ -95,9 +95,7 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        control::size(text).map(Size).ok_or_else(|| {
-            "write a number of bytes that are whole sectors of 512, such as 10G, 64M or 64K".into()
-        })
+        control::typed_size(text).map(Size)
     }
 }
 

@@ -96,32 +96,13 @@ async fn grow(
     }
 }
 
-/// The size of a raw file, which is durable then.
 async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> {
-    if file.is_device() {
-        return Err(Failure::invalid(format!(
-            "{} is a device, whose size is not an image's to change: use what made it, such as lvresize",
-            image.path.display()
-        )));
-    }
-    let work = async {
-        file.set_size(size).await?;
-        file.flush().await
-    };
-    work.await
-        .map_err(|error| failed("change the size of", image, size, error))
+    let changed = drivers::set_size(file, size).await;
+    changed.map_err(|failure| image.said(failure))
 }
 
 /// What is below and behind the old end must stay hidden, so it is opened with the image.
 async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> Result<(), Failure> {
-    let header = qcow2::header(file).await?;
-    if header.version == 2 && header.snapshots > 0 {
-        return Err(Failure::new(
-            Code::Image,
-            "it is of version 2 and has snapshots, which do not say their size there: change it to version 3 \
-             with qemu-img amend -o compat=1.1",
-        ));
-    }
     let needs = look(Kind::Qcow2, file).await?;
     let mut parts = Parts::default();
     if let Some(parent) = &needs.parent {

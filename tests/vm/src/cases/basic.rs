@@ -50,6 +50,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             |c| disks(c, 4),
         )
+        .nightly()
         .no_leaks(),
         Case::new(
             "phy.pv.read_only",
@@ -105,7 +106,8 @@ pub(super) fn cases() -> Vec<Case> {
             "a volume grows while its disk is being taken away, which goes on",
             Pv,
             resize_while_detached,
-        ),
+        )
+        .nightly(),
     ]
 }
 
@@ -515,14 +517,7 @@ fn resize_while_detached(context: &mut Context) -> Result<()> {
 /// Waits until the guest sees that `volume`, its disk `vdev`, has 32 MiB now, and writes the last
 /// sector.
 pub(super) fn check_grown(guest: &Guest, vdev: &str, volume: &Lvm) -> Result<()> {
-    sh::wait_for(
-        "the guest's notice of the new size",
-        Duration::from_secs(20),
-        || {
-            let sectors = guest.run(&format!("cat /sys/block/{vdev}/size"))?;
-            Ok(sectors.trim() == "65536")
-        },
-    )?;
+    wait_size(guest, vdev, 65536)?;
     guest.run(&format!(
         "echo beyond | dd of=/dev/{vdev} bs=512 seek=65535 conv=sync oflag=direct"
     ))?;
@@ -535,4 +530,13 @@ pub(super) fn check_grown(guest: &Guest, vdev: &str, volume: &Lvm) -> Result<()>
         "a write into the new part did not reach the volume"
     );
     Ok(())
+}
+
+/// Waits until the guest knows that its disk has so many sectors of 512 bytes.
+pub(super) fn wait_size(guest: &Guest, vdev: &str, sectors: u64) -> Result<()> {
+    let limit = Duration::from_secs(20);
+    sh::wait_for("the guest's notice of the new size", limit, || {
+        let seen = guest.run(&format!("cat /sys/block/{vdev}/size"))?;
+        Ok(seen.trim() == sectors.to_string())
+    })
 }

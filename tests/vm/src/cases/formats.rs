@@ -2,7 +2,7 @@
 //! Disks whose images have tables of their own: served under load while their processes die, and judged by
 //! QEMU's tools afterwards.
 
-use super::basic::{verify_job, FIO};
+use super::basic::{verify_job, wait_size, FIO};
 use super::images::{fill, mount_memory, refused, FULL};
 use super::tap::{end_load, image, start_load_with, wait_progress, DEVICE, VDEV};
 use super::{Case, Context, Needs};
@@ -70,18 +70,18 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case("formats.qcow", "the same for qcow", |context| {
             endures(context, &QCOW)
-        }),
+        }).nightly(),
         case("formats.vhd", "the same for VHD", |context| {
             endures(context, &VHD)
         }),
         case("formats.vmdk", "the same for VMDK", |context| {
             endures(context, &VMDK)
-        }),
+        }).nightly(),
         case(
             "formats.extents",
             "the same for a VMDK whose content is in a file of its own",
             |context| endures(context, &VMDK_FLAT),
-        ),
+        ).nightly(),
         case(
             "formats.chain",
             "qcow2 over qcow2 over a raw image: what is below is read and not written, and must be named or read-only",
@@ -94,10 +94,15 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .nightly(),
         case(
+            "formats.grown",
+            "a qcow2 image is made larger below a load, and its guest writes behind the old end",
+            grown,
+        ),
+        case(
             "formats.full_storage",
             "a qcow2 image on storage that is full pauses the disk, and goes on when there is room",
             full_storage,
-        ),
+        ).nightly(),
         case(
             "formats.shared",
             "an image with tables is not written by two: w! is refused, with the remedy",
@@ -322,6 +327,35 @@ fn snapshot(context: &mut Context) -> Result<()> {
     check("qcow2", &below.0)?;
     let found = of_image(context, "qcow2", &below.0)?;
     ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
+    context.note(&told)
+}
+
+fn grown(context: &mut Context) -> Result<()> {
+    /// Needs another L1 table.
+    const GIB: u64 = 64;
+    let (path, specification) = qcow2_disk(context)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &specification)?;
+    let load = start_load_with(guest, "")?;
+    wait_progress(&disk, 50)?;
+    let (minor, size) = (disk.minor.to_string(), format!("{GIB}G"));
+    tap::ctl(&["resize", "-m", &minor, "--size", &size])?;
+    wait_size(guest, VDEV, GIB << 21)?;
+    let last = format!("bs=512 seek={} conv=sync", (GIB << 21) - 1);
+    guest.run(&format!("echo beyond | dd of={DEVICE} {last} oflag=direct"))?;
+    wait_progress(&disk, 50)?;
+    let told = end_load(guest, load)?;
+    // The next process finds the new size.
+    disk.replace()?;
+    let last = format!("bs=512 skip={} count=1", (GIB << 21) - 1);
+    let read = guest.run(&format!("dd if={DEVICE} {last} iflag=direct 2>/dev/null"))?;
+    ensure!(
+        read.starts_with("beyond"),
+        "a write into the new part is lost"
+    );
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    judge_qcow2(context, &path, &seen)?;
     context.note(&told)
 }
 

@@ -165,15 +165,20 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// The image of a disk has grown: its guest is told.
+    /// The image of a disk has grown, or is to grow: its guest is told.
     ///
     /// # Errors
-    /// Its process does not answer.
-    pub async fn resize(&self, which: &Which) -> Result<tapdisk::Disk, Failure> {
+    /// Its process refuses, or does not answer.
+    pub async fn grow(
+        &self,
+        which: &Which,
+        how: &Request,
+        limit: Duration,
+    ) -> Result<tapdisk::Disk, Failure> {
         let disk = self.registry.find(which)?;
         let _turn = disk.turn().await?;
         let process = disk.serving()?;
-        match process.ask(&Request::Resize, &[], SOON).await? {
+        match process.ask(how, &[], limit).await? {
             Reply::Disk(what) => {
                 disk.serves.replace(Some(what.clone()));
                 self.registry

@@ -198,14 +198,6 @@ impl<S: Storage> Qcow2<S> {
         image.check(&others, false).await.map_err(failed)
     }
 
-    /// Makes the disk larger. The image must be active.
-    pub async fn grow(&self, size: u64) -> Result<(), Failure> {
-        let image = self
-            .image()
-            .map_err(|error| Failure::system("cannot make the disk larger", &error.into()))?;
-        image.grow(size).await
-    }
-
     async fn image_of(&self, header: &Header) -> Result<Image<S>, Failure> {
         let geometry = header.geometry;
         let data = self.data_file.clone();
@@ -327,6 +319,20 @@ impl<S: Storage> Driver for Qcow2<S> {
             .image()
             .map_err(|error| Failure::system("cannot see the size", &error.into()))?;
         Ok(image.size.get())
+    }
+
+    async fn grow(&self, size: u64) -> Result<(), Failure> {
+        let image = self
+            .image()
+            .map_err(|error| Failure::system("cannot make the disk larger", &error.into()))?;
+        let header = header(&self.file).await?;
+        if header.version == 2 && header.snapshots > 0 {
+            return Err(refused(
+                "it is of version 2 and has snapshots, which do not say their size there: change it to version 3 \
+                 with qemu-img amend -o compat=1.1",
+            ));
+        }
+        image.grow(size).await
     }
 
     fn stats(&self) -> BTreeMap<String, u64> {

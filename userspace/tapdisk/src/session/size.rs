@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk becomes larger while it is served.
+
+use super::Session;
+use crate::told::described;
+use control::tapdisk::{self, Reply};
+use control::{Code, Failure};
+use tapdev::Params;
+
+impl Session {
+    /// Makes the image larger, and tells the guest.
+    pub(super) async fn grow(&self, size: u64) -> Result<Reply, Failure> {
+        let server = self.state.borrow().server.clone();
+        let Some(server) = server else {
+            return Err(Failure::new(Code::State, "the disk does not run"));
+        };
+        let old = server.size();
+        if size < old {
+            return Err(Failure::invalid(format!(
+                "the disk has {old} bytes, and {size} are fewer: a disk that is served does not become smaller; \
+                 pause it, use tapimg resize --shrink, and unpause it with --may-shrink"
+            )));
+        }
+        if server.is_read_only() {
+            return Err(Failure::invalid("the disk is read-only"));
+        }
+        if size > old {
+            // Drivers change their tables for it, so nothing else is under way.
+            let _all = server.claim(0, u64::MAX, true).await;
+            server.disk().grow(size).await?;
+        }
+        // Also if nothing changed: who asks again may not have heard that it did.
+        self.resize().await
+    }
+
+    /// Looks how large the image is, and tells the guest.
+    pub(super) async fn resize(&self) -> Result<Reply, Failure> {
+        let (tap, server, params, disk) = {
+            let state = self.state.borrow();
+            let (Some(tap), Some(server)) = (&state.tap, &state.server) else {
+                return Err(Failure::new(Code::State, "the disk does not run"));
+            };
+            let (Some(params), Some(disk)) = (state.params, state.disk.clone()) else {
+                return Err(Failure::new(Code::State, "the disk does not run"));
+            };
+            (tap.clone(), server.clone(), params, disk)
+        };
+        let size = server.disk().resize().await?;
+        let params = Params {
+            sectors: size >> 9,
+            ..params
+        };
+        let open = self.state.borrow().open.clone();
+        tap.describe(&params).map_err(|error| match open {
+            Some(open) => described(&open, &error),
+            None => Failure::system("the kernel refuses the new size", &error),
+        })?;
+        server.set_size(size);
+        let disk = tapdisk::Disk { size, ..disk };
+        let mut state = self.state.borrow_mut();
+        state.params = Some(params);
+        state.disk = Some(disk.clone());
+        Ok(Reply::Disk(disk))
+    }
+}
