@@ -45,6 +45,9 @@ enum Face {
         /// Run only the cases whose name matches one of these patterns, separated by commas (`*` matches anything).
         #[arg(long, default_value = "*")]
         only: String,
+        /// Run the cases that take too long for each change, and no others.
+        #[arg(long)]
+        nightly: bool,
         /// The driver that must serve the disks.
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
@@ -141,6 +144,7 @@ fn start() -> Result<ExitCode> {
     match Cli::parse().face {
         Face::Run {
             only,
+            nightly,
             driver,
             seed,
             list,
@@ -152,7 +156,7 @@ fn start() -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             seed::begin(seed);
-            cases::run(&only, driver)
+            cases::run(&only, nightly, driver)
         }
         Face::Demo { driver } => demo::run(driver),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),

@@ -71,31 +71,12 @@ pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(tally, "mapped", MAPPING, &script)
 }
 
-/// A hundred deaths of the process that serves a disk, under load.
-pub(super) fn deaths(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    long(tally, "deaths", "tap.s12_hundred_kills", seed)
-}
-
-/// What must not add up: many disks at once, and one after the other.
-pub(super) fn many(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    long(tally, "many", "lifecycle.cycles,memory.255_disks", seed)
-}
-
-/// Images with a lease, which is kept by the clock.
-pub(super) fn leases(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    long(tally, "leases", "lease.kept,lease.other_host", seed)
-}
-
-/// More of guests that move and of disks that are handed over.
-pub(super) fn moves(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    let cases =
-        "migrate.raw,migrate.s19_slow_writes,migrate.s20_checkpoints,migrate.s21_failed,migrate.phy,handoff.s29_qcow2,handoff.s33_many";
-    long(tally, "moves", cases, seed)
-}
-
-/// Cases that take too long for each change.
-fn long(tally: &mut Tally, name: &str, cases: &str, seed: Option<u64>) -> Result<()> {
-    let script = format!("exec /t/vmtest run --only {cases}{}\n", words(seed));
+/// The cases that take too long for each change, of the groups that these patterns name.
+pub(super) fn long(tally: &mut Tally, name: &str, groups: &str, seed: Option<u64>) -> Result<()> {
+    let script = format!(
+        "exec /t/vmtest run --nightly --only '{groups}'{}\n",
+        words(seed)
+    );
     boot(tally, name, "", &script)
 }
 

@@ -5,27 +5,52 @@ use super::e2e;
 use crate::tally::Tally;
 use anyhow::{ensure, Result};
 
-/// A part of the lane, each of which boots a machine of its own.
-type Part = (&'static str, fn(&mut Tally, Option<u64>) -> Result<()>);
+/// A part of the lane, which boots a machine of its own.
+#[derive(Clone, Copy)]
+enum Part {
+    /// What is not a case of `vmtest`.
+    Own(fn(&mut Tally, Option<u64>) -> Result<()>),
+    /// The long cases of these groups.
+    Long(&'static str),
+}
 
-const PARTS: [Part; 7] = [
-    ("fuzz", e2e::fuzz),
-    ("fuzz-tap", e2e::fuzz_tap),
-    ("deaths", e2e::deaths),
-    ("mapped", e2e::mapped),
-    ("many", e2e::many),
-    ("moves", e2e::moves),
-    ("leases", e2e::leases),
+const PARTS: &[(&str, Part)] = &[
+    ("fuzz", Part::Own(e2e::fuzz)),
+    ("fuzz-tap", Part::Own(e2e::fuzz_tap)),
+    ("mapped", Part::Own(e2e::mapped)),
+    // A hundred deaths of a process.
+    ("deaths", Part::Long("tap.s12*")),
+    // What must not add up: many disks at once, and one after the other.
+    (
+        "many",
+        Part::Long("lifecycle.*,memory.*,tap.cycles,tap.disks*"),
+    ),
+    // Guests that move, and disks that are handed over.
+    ("moves", Part::Long("migrate.*,handoff.*")),
+    // Kept by the clock.
+    ("leases", Part::Long("lease.*")),
+    // Other shapes, formats, orders and ways in.
+    (
+        "variants",
+        Part::Long("phy.*,rings.*,formats.*,hung.*,snapshot.*,boot.*"),
+    ),
 ];
 
 /// Runs the part that `only` names, or all parts.
 pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
     let wanted = |name| only == super::ALL || only == name;
-    let parts: Vec<Part> = PARTS.into_iter().filter(|part| wanted(part.0)).collect();
+    let parts: Vec<_> = PARTS.iter().filter(|part| wanted(part.0)).collect();
     ensure!(
         !parts.is_empty(),
         "there is no part `{only}` of the lane nightly: choose from {}",
-        PARTS.map(|(name, _)| name).join(", ")
+        names().join(", ")
     );
-    parts.into_iter().try_for_each(|(_, run)| run(tally, seed))
+    parts.into_iter().try_for_each(|(name, part)| match part {
+        Part::Own(run) => run(tally, seed),
+        Part::Long(groups) => e2e::long(tally, name, groups, seed),
+    })
+}
+
+fn names() -> Vec<&'static str> {
+    PARTS.iter().map(|part| part.0).collect()
 }

@@ -35,7 +35,7 @@ pub(super) fn cases() -> Vec<Case> {
             "boot.pygrub_drop_in",
             "the same with tap:aio: and the script that stands in for Xen's",
             pygrub_drop_in,
-        ),
+        ).nightly(),
         case(
             "boot.hvm",
             "an HVM guest boots from a tap disk, has a phy disk too; two tapdisks die, one under the BIOS",
@@ -45,12 +45,12 @@ pub(super) fn cases() -> Vec<Case> {
             "boot.hvm_drop_in",
             "an HVM guest boots from a file through the script that stands in for Xen's",
             hvm_drop_in,
-        ),
+        ).nightly(),
         case(
             "boot.hvm_backendtype",
             "an HVM guest boots from a disk of backendtype=tap",
             hvm_backendtype,
-        ),
+        ).nightly(),
     ]
 }
 

@@ -49,7 +49,8 @@ pub(super) fn cases() -> Vec<Case> {
             "all disks of the host at once, one of which cannot be handed over",
             Nothing,
             |context| s33_all(context, 8),
-        ),
+        )
+        .nightly(),
         case(
             "handoff.s33_many",
             "the same with 64 disks",

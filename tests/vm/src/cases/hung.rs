@@ -2,9 +2,10 @@
 //! Storage that hangs, and comes back: it may stop its own disk and nothing else, whatever is done
 //! to that disk meanwhile.
 
-use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
+use super::basic::{compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::own_guest;
+use super::own::{self, Disks};
 use super::{Case, Context, Needs};
 use crate::backing::{linear, Dm};
 use crate::guest::Vbd;
@@ -39,12 +40,14 @@ pub(super) fn cases() -> Vec<Case> {
             "hung.unbind_bind_destroy",
             "a hung disk is unbound and bound, its guest destroyed, then the disk comes back",
             &[Unbind, Bind, Destroy, Return],
-        ),
+        )
+        .nightly(),
         order(
             "hung.unbind_return_destroy",
             "a hung disk is unbound and comes back, then its guest is destroyed",
             &[Unbind, Return, Destroy],
-        ),
+        )
+        .nightly(),
         Case::new(
             "hung.rebind_verified",
             "a hung disk is unbound and bound, and comes back before or after that: nothing is lost or done twice",
@@ -139,9 +142,10 @@ fn others_are_served(context: &mut Context, after: &str) -> Result<()> {
     let look = |context: &mut Context| -> Result<()> {
         let other = context.null_blk(16, &[])?;
         let started = Instant::now();
-        let vbd = attach_own(context, &other.path(), "xvdk")?;
-        sh::shell("dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none")?;
-        detach_own(&vbd)?;
+        let disks = Disks::connect(&other.path(), 1)?;
+        disks.wait("4")?;
+        own::write(&disks.0[0], 1)?;
+        disks.disconnect()?;
         let took = started.elapsed();
         ensure!(
             took < QUICK,

@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new(name, about, Needs::Pv, run)
             .supervised()
             .no_leaks()
+            .nightly()
     };
     vec![
         case(

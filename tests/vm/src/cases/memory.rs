@@ -5,21 +5,18 @@
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::detach_used;
+use super::own::{self, Disks};
 use super::{Case, Context, Needs};
 use crate::guest::Vbd;
 use crate::hotplug;
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 /// What an idle disk may take for each of its queues, in KiB.
 const IDLE_KIB: u64 = 256;
 /// How soon a disk that becomes idle must have given back the rest.
 const GIVES_BACK: Duration = Duration::from_secs(30);
-/// How long many disks may take to come or go.
-const LIMIT: Duration = Duration::from_secs(120);
 const PARAMETERS: &str = "/sys/module/xen_blkback_rs/parameters";
 
 /// The cases of this file.
@@ -38,9 +35,9 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case(
             "memory.many_disks",
-            "64 disks of one guest connect and work",
+            "24 disks of one guest connect and work",
             Nothing,
-            |context| many(context, 64),
+            |context| many(context, 24),
         )
         .no_leaks(),
         case(
@@ -214,93 +211,6 @@ fn pressure(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-/// Disks of dom0, made by their keys alone: xl would take longer than all else.
-struct Disks(Vec<String>);
-
-impl Disks {
-    fn connect(device: &str, count: u32) -> Result<Disks> {
-        let number = fs::metadata(device)?.rdev();
-        let (major, minor) = (
-            (number >> 8) & 0xfff,
-            (number & 0xff) | (number >> 12 & 0xfff00),
-        );
-        let mut disks = Disks(Vec::new());
-        for disk in 0..count {
-            let id = (1u32 << 28 | (16 + disk) << 8).to_string();
-            let back = format!("/local/domain/0/backend/vbd/0/{id}");
-            let front = format!("/local/domain/0/device/vbd/{id}");
-            let pairs = [
-                (&front, "backend", back.clone()),
-                (&front, "backend-id", "0".into()),
-                (&front, "virtual-device", id.clone()),
-                (&front, "device-type", "disk".into()),
-                (&front, "state", "1".into()),
-                (&back, "frontend", front.clone()),
-                (&back, "frontend-id", "0".into()),
-                (&back, "online", "1".into()),
-                (&back, "mode", "w".into()),
-                (&back, "dev", format!("many{disk}")),
-                (&back, "physical-device", format!("{major:x}:{minor:x}")),
-                (&back, "state", "1".into()),
-            ];
-            let keys: Vec<String> = pairs
-                .iter()
-                .map(|(dir, key, _)| format!("{dir}/{key}"))
-                .collect();
-            let all = keys.iter().zip(&pairs);
-            let all: Vec<(&str, &str)> = all
-                .map(|(key, (_, _, value))| (&key[..], &value[..]))
-                .collect();
-            disks.0.push(id);
-            xs::write(&all)?;
-        }
-        Ok(disks)
-    }
-
-    fn wait(&self, state: &str) -> Result<()> {
-        for id in &self.0 {
-            for dir in ["backend/vbd/0", "device/vbd"] {
-                let path = format!("/local/domain/0/{dir}/{id}/state");
-                xs::wait_value(&path, state, LIMIT).with_context(|| {
-                    let error = format!("/local/domain/0/error/backend/vbd/0/{id}/error");
-                    format!("{:?}", xs::read(&error))
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    fn sysfs(&self, id: &str) -> String {
-        format!("/sys/bus/xen-backend/devices/vbd-0-{id}")
-    }
-
-    fn disconnect(&self) -> Result<()> {
-        for id in &self.0 {
-            let back = format!("/local/domain/0/backend/vbd/0/{id}");
-            let (online, state) = (format!("{back}/online"), format!("{back}/state"));
-            if xs::read(&state)?.is_some() {
-                xs::write(&[(&online, "0"), (&state, "5")])?;
-            }
-        }
-        for id in &self.0 {
-            for dir in ["backend/vbd/0", "device/vbd"] {
-                let path = format!("/local/domain/0/{dir}/{id}");
-                sh::wait_for(&format!("the end of {path}"), LIMIT, || {
-                    let state = xs::read(&format!("{path}/state"))?;
-                    Ok(state.is_none_or(|state| state == "6"))
-                })?;
-            }
-            xs::remove(&format!("/local/domain/0/device/vbd/{id}"))?;
-            xs::remove(&format!("/local/domain/0/backend/vbd/0/{id}"))?;
-            let devices = [self.sysfs(id), format!("/sys/bus/xen/devices/vbd-{id}")];
-            sh::wait_for("the removal of both devices", LIMIT, || {
-                Ok(devices.iter().all(|device| fs::metadata(device).is_err()))
-            })?;
-        }
-        Ok(())
-    }
-}
-
 fn many(context: &mut Context, count: u32) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let device = context.null_blk(16, &[])?;
@@ -318,18 +228,13 @@ fn all_work(disks: &Disks) -> Result<(u64, u64)> {
     disks.wait("4")?;
     sh::settle_udev()?;
     for id in disks.0.first().into_iter().chain(disks.0.last()) {
-        let name = sh::shell(&format!("ls /sys/bus/xen/devices/vbd-{id}/block"))?;
-        let name = name.trim();
-        sh::shell(&format!(
-            "dd if=/dev/zero of=/dev/{name} bs=1M count=8 oflag=direct status=none"
-        ))?;
+        own::write(id, 8)?;
     }
     let (mut most, mut sum) = (0, 0);
     sh::wait_for("little memory of all disks", GIVES_BACK, || {
         (most, sum) = (0, 0);
         for id in &disks.0 {
-            let now: u64 =
-                sh::get(format!("{}/statistics/memory_kib", disks.sysfs(id)))?.parse()?;
+            let now: u64 = sh::get(format!("{}/statistics/memory_kib", own::sysfs(id)))?.parse()?;
             (most, sum) = (most.max(now), sum + now);
         }
         Ok(most > 0 && most <= IDLE_KIB * 2)

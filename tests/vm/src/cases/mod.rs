@@ -16,6 +16,7 @@ mod lifecycle;
 mod memory;
 mod migrate;
 mod ops;
+mod own;
 mod permission;
 mod planted;
 mod played;
@@ -70,7 +71,7 @@ pub(crate) struct Case {
     pub(crate) tap: bool,
     /// Whether it is about something else that the C driver does not have.
     pub(crate) ours: bool,
-    /// Whether it takes so long that it runs only if it is named in full.
+    /// Whether it takes so long that it runs only if it is named in full, or such cases are asked for.
     pub(crate) nightly: bool,
     /// Whether the supervisor of tap disks must run.
     pub(crate) supervised: bool,
@@ -446,7 +447,12 @@ pub(crate) fn all() -> Vec<Case> {
 }
 
 /// Runs the cases whose name matches.
-pub(crate) fn run(only: &str, driver: Driver) -> Result<ExitCode> {
+///
+/// Those that take long are meant by a pattern only if `nightly`, and then no others are.
+pub(crate) fn run(only: &str, nightly: bool, driver: Driver) -> Result<ExitCode> {
+    let is_meant = |pattern: &str, case: &Case| {
+        pattern == case.name || (case.nightly == nightly && matches(pattern, &case.name))
+    };
     let cases: Vec<Case> = all()
         .into_iter()
         .filter(|case| only.split(',').any(|pattern| is_meant(pattern, case)))
@@ -563,10 +569,6 @@ fn wait_registered(driver: Driver) -> Result<()> {
         Duration::from_secs(20),
         || Ok(directory.exists()),
     )
-}
-
-fn is_meant(pattern: &str, case: &Case) -> bool {
-    pattern == case.name || (!case.nightly && matches(pattern, &case.name))
 }
 
 /// A pattern in which `*` stands for anything.

@@ -22,7 +22,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(super) fn cases() -> Vec<Case> {
     let about =
         "two snapshots under load that is judged, a death, and each image keeps what it was";
-    let case = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load);
+    let case = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
     vec![case.supervised().no_leaks()]
 }
 

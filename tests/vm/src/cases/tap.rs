@@ -90,7 +90,7 @@ pub(super) fn cases() -> Vec<Case> {
             "attached and detached again and again, nothing is lost",
             Nothing,
             cycles,
-        ),
+        ).nightly(),
     ]
 }
 

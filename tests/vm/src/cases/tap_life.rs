@@ -49,6 +49,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             many_disks,
         )
+        .nightly()
         .no_leaks(),
         case(
             "tap.rmmod_in_use",
