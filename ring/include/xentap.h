@@ -189,6 +189,29 @@ struct xentap_discard_limits {
 #define XENTAP_HANDOFF 0x17
 #define XENTAP_SESSION_OVER 0x18
 
+/* Mappings: no call takes these yet. */
+#define XENTAP_MAX_BACKINGS 16
+#define XENTAP_MAP_SET 1
+#define XENTAP_MAP_RECALL 2
+#define XENTAP_MAP_COLLECT 3
+#define XENTAP_MAP_READ 1
+#define XENTAP_MAP_WRITE 2
+#define XENTAP_MAP_ZERO 4
+#define XENTAP_MAP_TRACK 8
+#define XENTAP_MAP_NO_BACKING 0xffff
+
+struct xentap_map_op {
+	uint8_t op;
+	uint8_t flags;
+	uint16_t backing;
+	uint32_t generation;
+	uint64_t sector;
+	uint64_t sectors;
+	uint64_t offset;
+	uint64_t cookie;
+	uint32_t reserved[2];
+};
+
 /* These need <sys/ioctl.h> where they are used. */
 #define XENTAP_CREATE _IOWR('x', 0x00, struct xentap_create)
 #define XENTAP_DESTROY _IOW('x', 0x01, struct xentap_destroy)

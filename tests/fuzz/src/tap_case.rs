@@ -23,7 +23,7 @@ pub enum Ran {
 }
 
 /// Kinds of arguments.
-pub const ARGUMENTS: usize = 5;
+pub const ARGUMENTS: usize = 6;
 /// Bytes of the record that comes first in a description.
 const GEOMETRY_LEN: usize = 32;
 
@@ -66,6 +66,7 @@ fn argument(kind: usize, input: &mut Input<'_>) -> Option<Ran> {
             tap_oracle::destroy(&bytes)
         }
         3 => tap_oracle::exchange(&exchange(input, bent)?),
+        4 => tap_oracle::map_op(&map_op(input, bent)?),
         _ if bent => tap_oracle::params(&description(input)?).is_some(),
         _ => tap_oracle::params(input.0).is_some(),
     };
@@ -142,6 +143,34 @@ fn exchange(input: &mut Input<'_>, bent: bool) -> Option<[u8; 32]> {
             if how != 15 {
                 bytes[at + 12..at + 16].fill(0);
             }
+        }
+    }
+    Some(bytes)
+}
+
+fn map_op(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
+    let (how, mut bytes): (u8, [u8; 48]) = (input.byte()?, input.bytes()?);
+    if bent {
+        bytes[0] = [1, 1, 1, 1, 2, 2, 3, 0][usize::from(bytes[0]) % 8];
+        bytes[1] = [1, 1, 3, 3, 5, 5, 9, 2][usize::from(bytes[1]) % 8];
+        bytes[2] %= 18;
+        bytes[3] = 0;
+        // Ranges that end near the end of the numbers, and offsets in whole sectors and beside them.
+        bytes[18 + usize::from(how % 8) / 2..24].fill(0);
+        bytes[24] &= u8::from(how % 16 == 0);
+        bytes[25] &= 0xfe;
+        bytes[32..].fill(0);
+        let recall = bytes[0] == 2;
+        if recall && how < 240 {
+            bytes[1..8].fill(0);
+            bytes[24..32].fill(0);
+        } else if bytes[1] == 5 && how < 240 {
+            bytes[2..4].fill(0xff);
+            bytes[24..32].fill(0);
+        }
+        // Something in what is to be zero.
+        if how % 8 == 7 || recall {
+            bytes[32 + usize::from(how / 16)] = how;
         }
     }
     Some(bytes)

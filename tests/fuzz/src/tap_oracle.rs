@@ -7,10 +7,11 @@
 
 use ring::response::Status;
 use ring::tap::abi::{
-    Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, ParamHead, GEOMETRY_MAY_SHRINK,
-    GEOMETRY_READ_ONLY, GEOMETRY_WRITE_CACHE, PARAM_DISCARD, PARAM_GEOMETRY,
+    Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, MapOp, ParamHead,
+    GEOMETRY_MAY_SHRINK, GEOMETRY_READ_ONLY, GEOMETRY_WRITE_CACHE, PARAM_DISCARD, PARAM_GEOMETRY,
 };
-use ring::tap::checked::{Commit, Malformed, NewDisk, Outcome, UserArray};
+use ring::tap::checked::{Commit, Malformed, MapChange, NewDisk, Outcome, UserArray};
+use ring::tap::extent::{Access, BackingNumber, Source};
 use ring::tap::params::{Discard, Params};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -139,6 +140,60 @@ pub fn exchange(bytes: &[u8; 32]) -> bool {
     };
     same(arrays.commits, 0, 16);
     same(arrays.tags, 16, 2);
+    true
+}
+
+/// Checks a change of mappings; true if it is accepted.
+pub fn map_op(bytes: &[u8; 48]) -> bool {
+    let [op, flags] = [0, 1].map(|at| number(bytes, at, 1));
+    let (backing, generation) = (number(bytes, 2, 2), number(bytes, 4, 4));
+    let [sector, sectors, offset, cookie] = [8, 16, 24, 32].map(|at| number(bytes, at, 8));
+    let (set, zeroes) = (op == 1, flags & 4 != 0);
+    let range = (sector, sector + sectors);
+    let unused = match set {
+        true => cookie,
+        false => flags | backing | generation | offset,
+    };
+    let nowhere = backing == 0xffff && offset == 0;
+    let somewhere = backing < 16 && offset % 512 == 0 && offset / 512 + sectors < 1 << 64;
+    let defects = [
+        (
+            number(bytes, 40, 8) != 0 || unused != 0,
+            Malformed::Reserved,
+        ),
+        (
+            !(1..=2).contains(&op) || set && flags & 8 != 0,
+            Malformed::Unknown,
+        ),
+        (set && ![1, 3, 5].contains(&flags), Malformed::Flags),
+        (sectors == 0 || range.1 >= 1 << 64, Malformed::Range),
+        (
+            set && !(if zeroes { nowhere } else { somewhere }),
+            Malformed::Range,
+        ),
+    ];
+    let read = MapOp::read_from_bytes(bytes).expect("48 bytes");
+    let same = |got: &ring::tap::extent::Sectors| {
+        assert_eq!((i128::from(got.start()), i128::from(got.end())), range);
+    };
+    match judge(&read, read.check(), &defects) {
+        None => return false,
+        Some(MapChange::Recall { range, cookie: got }) => {
+            assert!(!set && i128::from(got) == cookie, "{read:x?}");
+            same(&range);
+        }
+        Some(MapChange::Set {
+            extent,
+            generation: got,
+        }) => {
+            assert!(set && i128::from(got) == generation, "{read:x?}");
+            same(&extent.range);
+            assert_eq!(i128::from(extent.place) * 512, offset, "{read:x?}");
+            assert_eq!(extent.access == Access::ReadWrite, flags == 3, "{read:x?}");
+            let named = u16::try_from(backing).ok().and_then(BackingNumber::new);
+            assert_eq!(extent.source, named.map_or(Source::Zeroes, Source::Backing));
+        }
+    }
     true
 }
 

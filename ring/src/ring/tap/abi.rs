@@ -43,7 +43,11 @@
 //! `u16`, and sleeps unless the node is non-blocking) with [`ioctl::EXCHANGE`]; that ioctl alone;
 //! or the `uring_cmd` of the same number.
 
+mod map;
+
 use zerocopy_derive as zd;
+
+pub use map::*;
 
 /// Version of this ABI; a process that needs another one is refused.
 pub const VERSION: u32 = 1;

@@ -8,11 +8,14 @@
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
+use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 
 /// Largest negative `errno` that a completion may carry.
 const MAX_ERRNO: i32 = 4095;
 /// `EOPNOTSUPP`.
 const EOPNOTSUPP: i32 = 95;
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
 /// Largest arena, in KiB.
 pub const MAX_ARENA_KIB: u32 = 64 << 10;
 /// Nodes have numbers below this.
@@ -287,5 +290,82 @@ impl abi::Exchange {
             commits: self.commits.check(abi::MAX_TAGS, commit)?,
             tags: self.tags.check(abi::MAX_TAGS, tag)?,
         })
+    }
+}
+
+/// A checked change of mappings: well-formed, but it may name what there is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapChange {
+    /// An extent is said to be so.
+    Set {
+        /// The extent.
+        extent: Extent,
+        /// The generation of the mappings that was known when the process looked.
+        generation: u32,
+    },
+    /// What was said of a range is not so any longer.
+    Recall {
+        /// The range.
+        range: Sectors,
+        /// For the process, when it is over.
+        cookie: u64,
+    },
+}
+
+impl abi::MapOp {
+    /// Checks the change.
+    pub fn check(&self) -> Result<MapChange, Malformed> {
+        zero(self.reserved)?;
+        let range = Sectors::new(self.sector, self.sectors).ok_or(Malformed::Range)?;
+        match self.op {
+            abi::MAP_SET => self.check_set(range),
+            abi::MAP_RECALL => {
+                zero([self.flags])?;
+                zero([self.backing])?;
+                zero([self.generation])?;
+                zero([self.offset])?;
+                Ok(MapChange::Recall {
+                    range,
+                    cookie: self.cookie,
+                })
+            }
+            _ => Err(Malformed::Unknown),
+        }
+    }
+
+    fn check_set(&self, range: Sectors) -> Result<MapChange, Malformed> {
+        const READ_WRITE: u8 = abi::MAP_READ | abi::MAP_WRITE;
+        const ZEROES: u8 = abi::MAP_READ | abi::MAP_ZERO;
+        zero([self.cookie])?;
+        let (source, access) = match self.flags {
+            abi::MAP_READ => (self.check_backing()?, Access::Read),
+            READ_WRITE => (self.check_backing()?, Access::ReadWrite),
+            ZEROES if self.backing == abi::MAP_NO_BACKING && self.offset == 0 => {
+                (Source::Zeroes, Access::Read)
+            }
+            ZEROES => return Err(Malformed::Range),
+            flags if flags & abi::MAP_TRACK != 0 => return Err(Malformed::Unknown),
+            _ => return Err(Malformed::Flags),
+        };
+        let place = self.offset / SECTOR;
+        // So its end in the source is a number, too.
+        let fits = place.checked_add(range.count()).is_some();
+        if !fits || self.offset % SECTOR != 0 {
+            return Err(Malformed::Range);
+        }
+        Ok(MapChange::Set {
+            extent: Extent {
+                range,
+                place,
+                source,
+                access,
+            },
+            generation: self.generation,
+        })
+    }
+
+    fn check_backing(&self) -> Result<Source, Malformed> {
+        let number = BackingNumber::new(self.backing).ok_or(Malformed::Range)?;
+        Ok(Source::Backing(number))
     }
 }

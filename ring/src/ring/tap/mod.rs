@@ -5,6 +5,7 @@
 
 pub mod abi;
 pub mod checked;
+pub mod extent;
 mod overlap;
 pub mod params;
 pub mod shadow;

@@ -122,6 +122,17 @@ void layout(void)
 	FIELD(discard_limits, secure);
 	FIELD(discard_limits, reserved);
 
+	SIZE(map_op);
+	FIELD(map_op, op);
+	FIELD(map_op, flags);
+	FIELD(map_op, backing);
+	FIELD(map_op, generation);
+	FIELD(map_op, sector);
+	FIELD(map_op, sectors);
+	FIELD(map_op, offset);
+	FIELD(map_op, cookie);
+	FIELD(map_op, reserved);
+
 	NUMBER(VERSION);
 	NUMBER(MAX_TAGS);
 	NUMBER(NO_TAG);
@@ -175,6 +186,16 @@ void layout(void)
 	NUMBER(MAPS);
 	NUMBER(HANDOFF);
 	NUMBER(SESSION_OVER);
+
+	NUMBER(MAX_BACKINGS);
+	NUMBER(MAP_SET);
+	NUMBER(MAP_RECALL);
+	NUMBER(MAP_COLLECT);
+	NUMBER(MAP_READ);
+	NUMBER(MAP_WRITE);
+	NUMBER(MAP_ZERO);
+	NUMBER(MAP_TRACK);
+	NUMBER(MAP_NO_BACKING);
 
 	NUMBER(CREATE);
 	NUMBER(DESTROY);

@@ -2,6 +2,7 @@
 
 //! The device of a disk that a process serves: its shadow, its checks, its layout.
 
+mod changes;
 mod checked;
 mod isolation;
 mod layout;
