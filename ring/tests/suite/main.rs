@@ -13,6 +13,10 @@
 pub mod encode;
 #[path = "../../../tests/fuzz/src/fake.rs"]
 pub mod fake;
+#[path = "../../../tests/fuzz/src/map_case.rs"]
+pub mod map_case;
+#[path = "../../../tests/fuzz/src/map_pair.rs"]
+pub mod map_pair;
 #[path = "../../../tests/fuzz/src/oracle.rs"]
 pub mod oracle;
 #[path = "../../../tests/fuzz/src/request_case.rs"]

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::oracle::Kind;
 use crate::tap_case::{self, Ran};
 use crate::tap_pair::Seen;
-use crate::{request_case, ring_case};
+use crate::{map_case, request_case, ring_case};
 
 /// SplitMix64: enough randomness for inputs, in five lines.
 struct Random(u64);
@@ -142,4 +142,20 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
         arguments.iter().flatten().all(|count| *count > 50),
         "a check is one-sided"
     );
+}
+
+#[test]
+fn random_processes_map_as_the_model_does() {
+    let mut random = Random(seed());
+    let mut seen: BTreeMap<String, u64> = BTreeMap::new();
+    for _ in 0..2_000 {
+        let len = 40 + (random.next() % 400) as usize;
+        for (what, count) in map_case::run(&random.bytes(len)).expect("long enough") {
+            *seen.entry(what).or_default() += count;
+        }
+    }
+    println!("{seen:?}");
+    let kinds = 9 + 5 + 2 + 1;
+    assert_eq!(seen.len(), kinds, "something never came up");
+    assert!(seen.values().all(|count| *count > 10), "something is rare");
 }

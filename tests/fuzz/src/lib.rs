@@ -7,6 +7,8 @@
 
 pub mod encode;
 pub mod fake;
+pub mod map_case;
+pub mod map_pair;
 pub mod oracle;
 pub mod request_case;
 pub mod ring_case;

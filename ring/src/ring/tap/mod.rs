@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
 //! The character device of a disk that a process serves: its ABI, the checks of what the process
-//! says, and the shadow of the requests that it has not answered.
+//! says, the shadow of the requests that it has not answered, and the map of what needs no process.
 
 pub mod abi;
 pub mod checked;
 pub mod extent;
+pub mod map;
 mod overlap;
 pub mod params;
 pub mod shadow;

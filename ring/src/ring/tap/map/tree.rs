@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Extents in the order of the disk, in memory of a fixed size.
+//!
+//! Extents are in leaves of [`LEAF`], and the leaves are found by a directory: a slot for each, in the
+//! order of the disk, so a search halves twice. The first `live` slots have a leaf in use, the others
+//! the leaves that are free. A change shifts within a leaf, or the directory, and never all extents.
+//!
+//! What does not fit takes the place of others: a leaf that was not used since the last look at it is
+//! forgotten as a whole. That costs a question to the process and breaks nothing.
+
+use core::ops::DerefMut;
+
+use crate::ring::tap::extent::{Access, Extent, Sectors, Source};
+
+/// Extents of a leaf.
+pub const LEAF: usize = 32;
+/// Leaves of one map at most.
+pub const MAX_LEAVES: usize = 512;
+/// Leaves that are looked at for one that was not used. If all were, the next one has to go.
+const LOOKS: usize = 32;
+
+/// A part of the memory of a map: extents that are neighbours.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaf([Extent; LEAF]);
+
+impl Leaf {
+    /// A leaf without extents.
+    pub const FREE: Self = Self(
+        [Extent {
+            range: Sectors::ALL,
+            place: 0,
+            source: Source::Zeroes,
+            access: Access::Read,
+        }; LEAF],
+    );
+}
+
+/// A part of the memory of a map: the place of a leaf in the order of the disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    /// First sector of its first extent.
+    first: u64,
+    leaf: u16,
+    /// Extents of the leaf.
+    len: u16,
+    /// It was used since the last look at it.
+    used: bool,
+}
+
+impl Slot {
+    /// A slot without a leaf.
+    pub const FREE: Self = Self {
+        first: 0,
+        leaf: 0,
+        len: 0,
+        used: false,
+    };
+
+    fn len(&self) -> usize {
+        self.len.into()
+    }
+}
+
+const _: () = assert!(size_of::<Extent>() == 32 && size_of::<Slot>() == 16);
+
+/// A place in the order of the extents: there is one, or it is behind the last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Position {
+    slot: usize,
+    at: usize,
+}
+
+/// The extents, none of which overlap.
+#[derive(Clone, Debug)]
+pub(super) struct Tree<S, L> {
+    slots: S,
+    leaves: L,
+    /// Slots that can be used.
+    capacity: usize,
+    /// Slots in use; none of their leaves is empty between two calls.
+    live: usize,
+    /// The slot that is looked at next for one that was not used.
+    hand: usize,
+    evicted: u64,
+}
+
+impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
+    /// A tree without extents. What the memory held is overwritten.
+    pub(super) fn new(mut slots: S, leaves: L) -> Self {
+        let capacity = slots.len().min(leaves.len()).min(MAX_LEAVES);
+        for (slot, leaf) in slots.iter_mut().zip(0..=u16::MAX) {
+            *slot = Slot { leaf, ..Slot::FREE };
+        }
+        Self {
+            slots,
+            leaves,
+            capacity,
+            live: 0,
+            hand: 0,
+            evicted: 0,
+        }
+    }
+
+    /// Extents that were forgotten because others needed their place.
+    pub(super) fn evicted(&self) -> u64 {
+        self.evicted
+    }
+
+    /// The first extent that ends behind a sector.
+    pub(super) fn find(&self, sector: u64) -> Position {
+        let slot = self.slot_of(sector);
+        let extents = self.extents(slot);
+        let at = extents.partition_point(|extent| extent.range.end() <= sector);
+        self.proper(Position { slot, at })
+    }
+
+    /// The position behind one of an extent.
+    pub(super) fn next(&self, position: Position) -> Position {
+        self.proper(Position {
+            at: position.at.wrapping_add(1),
+            ..position
+        })
+    }
+
+    /// The extent at a position.
+    pub(super) fn get(&self, position: Position) -> Option<&Extent> {
+        self.extents(position.slot).get(position.at)
+    }
+
+    /// As [`get`](Self::get), for one that is used: it is not forgotten as soon as others.
+    pub(super) fn get_used(&mut self, position: Position) -> Option<Extent> {
+        if let Some(slot) = self.slots.get_mut(position.slot) {
+            slot.used = true;
+        }
+        self.get(position).copied()
+    }
+
+    /// The extents that have sectors of a range, in order.
+    pub(super) fn within<'a>(&'a self, range: &Sectors) -> impl Iterator<Item = &'a Extent> {
+        let mut position = self.find(range.start());
+        let end = range.end();
+        core::iter::from_fn(move || {
+            let extent = self.get(position)?;
+            position = self.next(position);
+            Some(extent)
+        })
+        .take_while(move |extent| extent.range.start() < end)
+    }
+
+    /// Adds an extent that overlaps none; others may be forgotten for it.
+    pub(super) fn insert(&mut self, extent: Extent) {
+        let start = extent.range.start();
+        self.make_room(start);
+        let slot = self.slot_of(start);
+        let Some((slot, Leaf(extents))) = self.leaf_mut(slot) else {
+            // There is no memory at all.
+            self.evicted = self.evicted.saturating_add(1);
+            return;
+        };
+        let before = |other: &Extent| other.range.start() < start;
+        let there = extents.get(..slot.len()).unwrap_or_default();
+        let at = there.partition_point(before);
+        let mut carried = extent;
+        for place in extents.iter_mut().skip(at) {
+            core::mem::swap(place, &mut carried);
+        }
+        slot.len = slot.len.wrapping_add(1);
+        slot.used = true;
+        slot.first = slot.first.min(start);
+    }
+
+    /// Takes a range out of the extents that have sectors of it.
+    pub(super) fn cut(&mut self, range: &Sectors) {
+        let mut from = self.find(range.start());
+        let Some(first) = self.get(from).copied() else {
+            return;
+        };
+        let before = Sectors::between(first.range.start(), range.start());
+        let behind = Sectors::between(range.end(), first.range.end());
+        if let Some(part) = before.and_then(|before| first.part(&before)) {
+            self.replace(from, part);
+            // A hole in one extent makes two of it.
+            if let Some(rest) = behind.and_then(|behind| first.part(&behind)) {
+                return self.insert(rest);
+            }
+            from = self.next(from);
+        }
+        // What ends behind the range stays, but for what it has of it; what is between goes.
+        let to = self.find(range.end());
+        let last = self.get(to).copied();
+        let rest = last.and_then(|last| {
+            let behind = Sectors::between(range.end(), last.range.end())?;
+            last.part(&behind)
+        });
+        if let Some(rest) = rest {
+            self.replace(to, rest);
+        }
+        self.remove(from, to);
+    }
+
+    /// Takes all extents away.
+    pub(super) fn clear(&mut self) {
+        self.close(0, self.live);
+    }
+}
+
+/// The leaves.
+impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
+    fn directory(&self) -> &[Slot] {
+        self.slots.get(..self.live).unwrap_or_default()
+    }
+
+    /// The slot that has a sector, if any has: the last that does not begin behind it.
+    fn slot_of(&self, sector: u64) -> usize {
+        let before = self
+            .directory()
+            .partition_point(|slot| slot.first <= sector);
+        before.saturating_sub(1)
+    }
+
+    fn extents(&self, slot: usize) -> &[Extent] {
+        let extents = self.directory().get(slot).and_then(|slot| {
+            let Leaf(extents) = self.leaves.get(usize::from(slot.leaf))?;
+            extents.get(..slot.len())
+        });
+        extents.unwrap_or_default()
+    }
+
+    fn leaf_mut(&mut self, slot: usize) -> Option<(&mut Slot, &mut Leaf)> {
+        let slot = self.slots.get_mut(..self.live)?.get_mut(slot)?;
+        let leaf = self.leaves.get_mut(usize::from(slot.leaf))?;
+        Some((slot, leaf))
+    }
+
+    /// The same position, in the next leaf if it is behind the last extent of one.
+    fn proper(&self, position: Position) -> Position {
+        if position.at < self.extents(position.slot).len() {
+            return position;
+        }
+        Position {
+            slot: position.slot.wrapping_add(1),
+            at: 0,
+        }
+    }
+
+    /// Puts a part of an extent in its place.
+    fn replace(&mut self, position: Position, part: Extent) {
+        let Some((slot, Leaf(extents))) = self.leaf_mut(position.slot) else {
+            return;
+        };
+        if let Some(extent) = extents.get_mut(position.at) {
+            *extent = part;
+        }
+        if position.at == 0 {
+            slot.first = part.range.start();
+        }
+    }
+
+    /// Sees to it that the leaf to which an extent belongs is there and not full.
+    fn make_room(&mut self, sector: u64) {
+        let is_full = |tree: &Self| {
+            let leaf = tree.directory().get(tree.slot_of(sector));
+            leaf.is_none_or(|slot| slot.len() == LEAF)
+        };
+        if is_full(self) && self.live == self.capacity {
+            self.evict();
+        }
+        // It may have been the one that had to go.
+        if is_full(self) {
+            self.split(self.slot_of(sector), sector);
+        }
+    }
+
+    /// Moves the upper half of a leaf to a free one behind it; nothing of it if the sector is behind all
+    /// that it has, so that extents that come in order fill their leaves.
+    fn split(&mut self, slot: usize, sector: u64) {
+        let extents = self.extents(slot);
+        let kept = match extents.last() {
+            Some(last) if sector < last.range.start() => LEAF / 2,
+            _ => extents.len(),
+        };
+        let behind = slot.wrapping_add(1).min(self.live);
+        if !self.open(behind, sector) {
+            return;
+        }
+        for at in kept..LEAF {
+            let Some(extent) = self.extents(slot).get(at).copied() else {
+                break;
+            };
+            let Some((slot, Leaf(extents))) = self.leaf_mut(behind) else {
+                break;
+            };
+            if let Some(place) = extents.get_mut(slot.len()) {
+                *place = extent;
+            }
+            if slot.len == 0 {
+                slot.first = extent.range.start();
+            }
+            slot.len = slot.len.wrapping_add(1);
+        }
+        self.drain(slot, kept, LEAF);
+    }
+
+    /// Puts a free leaf at a place of the directory. `false` if there is none.
+    fn open(&mut self, place: usize, first: u64) -> bool {
+        if self.live >= self.capacity {
+            return false;
+        }
+        let slots = self.slots.get_mut(place..=self.live);
+        let Some(slots) = slots.filter(|slots| !slots.is_empty()) else {
+            return false;
+        };
+        slots.rotate_right(1);
+        if let Some(slot) = slots.first_mut() {
+            slot.first = first;
+        }
+        self.live = self.live.wrapping_add(1);
+        true
+    }
+
+    /// Takes leaves away, from one place of the directory to another.
+    fn close(&mut self, from: usize, to: usize) {
+        let Some(slots) = self.slots.get_mut(from..self.live) else {
+            return;
+        };
+        let count = to.saturating_sub(from).min(slots.len());
+        slots.iter_mut().take(count).for_each(|slot| slot.len = 0);
+        slots.rotate_left(count);
+        self.live = self.live.wrapping_sub(count);
+    }
+
+    /// Takes extents away, from one position to another.
+    fn remove(&mut self, from: Position, to: Position) {
+        if from.slot == to.slot {
+            // There is one at the position behind them, so the leaf does not become empty.
+            return self.drain(from.slot, from.at, to.at);
+        }
+        self.drain(from.slot, from.at, LEAF);
+        self.drain(to.slot, 0, to.at);
+        self.close(from.slot.wrapping_add(usize::from(from.at > 0)), to.slot);
+    }
+
+    /// Takes extents of one leaf away.
+    fn drain(&mut self, slot: usize, from: usize, to: usize) {
+        let Some((slot, Leaf(extents))) = self.leaf_mut(slot) else {
+            return;
+        };
+        let Some(behind) = extents.get_mut(from..slot.len()) else {
+            return;
+        };
+        let count = to.saturating_sub(from).min(behind.len());
+        behind.rotate_left(count);
+        // CAST: the extents of one leaf.
+        slot.len = slot.len.wrapping_sub(count as u16);
+        let [first, ..] = extents;
+        slot.first = first.range.start();
+    }
+
+    /// Forgets a leaf that was not used lately, or one that was if that takes too long to find.
+    fn evict(&mut self) {
+        for _ in 0..LOOKS {
+            if self.hand >= self.live {
+                self.hand = 0;
+            }
+            match self.slots.get_mut(self.hand) {
+                Some(slot) if slot.used => slot.used = false,
+                _ => break,
+            }
+            self.hand = self.hand.wrapping_add(1);
+        }
+        if self.hand >= self.live {
+            self.hand = 0;
+        }
+        let lost = self.extents(self.hand).len();
+        self.evicted = self
+            .evicted
+            .saturating_add(u64::try_from(lost).unwrap_or(0));
+        self.close(self.hand, self.hand.wrapping_add(1));
+    }
+}

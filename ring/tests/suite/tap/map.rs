@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The map beside its model in all short histories, and rule by rule.
+
+use proptest::prelude::*;
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::map::recent::REMEMBERED;
+use ring::tap::map::tree::{Leaf, Slot, LEAF, MAX_LEAVES};
+use ring::tap::map::{Backing, Map, Miss, Refused, MAX_REPLACED};
+
+use crate::map_case;
+use crate::map_pair::{sectors, Pair, Step};
+
+type VecMap = Map<Vec<Slot>, Vec<Leaf>>;
+
+/// Sectors of the disks here.
+const SIZE: u64 = 1 << 20;
+const BACKING: Backing = Backing {
+    sectors: 2 * SIZE,
+    block: 1,
+    writable: true,
+};
+
+fn number(number: u16) -> BackingNumber {
+    BackingNumber::new(number).expect("a small one")
+}
+
+/// A disk with one backing.
+fn with(leaves: usize, backing: Backing) -> VecMap {
+    let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+    let mut map = Map::new(memory.0, memory.1, SIZE, true);
+    assert!(map.add_backing(number(0), backing));
+    map
+}
+
+fn extent(start: u64, count: u64, place: u64, access: Access) -> Extent {
+    Extent {
+        range: Sectors::new(start, count).expect("it is not empty"),
+        place,
+        source: Source::Backing(number(0)),
+        access,
+    }
+}
+
+/// An extent that may be written.
+fn writable(start: u64, count: u64, place: u64) -> Extent {
+    extent(start, count, place, Access::ReadWrite)
+}
+
+fn readable(start: u64, count: u64, place: u64) -> Extent {
+    extent(start, count, place, Access::Read)
+}
+
+fn zeroes(start: u64, count: u64) -> Extent {
+    Extent {
+        source: Source::Zeroes,
+        ..readable(start, count, 0)
+    }
+}
+
+/// Sets an extent, knowing all that there is to know.
+fn set(map: &mut VecMap, extent: Extent) -> Result<(), Refused> {
+    map.set(&extent, map.generation())
+}
+
+/// Sets extents of one sector that do not go on from one another.
+fn comb(map: &mut VecMap, starts: impl Iterator<Item = u64>) {
+    for start in starts {
+        assert_eq!(set(map, writable(start, 1, start + start % 2)), Ok(()));
+    }
+}
+
+fn all(map: &VecMap) -> Vec<Extent> {
+    map.extents().copied().collect()
+}
+
+fn read(map: &mut VecMap, start: u64, count: u64) -> Result<Vec<Extent>, Miss> {
+    let mut pieces = [zeroes(0, 1); 4];
+    let range = sectors(start..start + count);
+    let count = map.translate(&range, Access::Read, &mut pieces)?;
+    Ok(pieces[..count].to_vec())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// The body of the fuzz target, for a small counterexample.
+    #[test]
+    fn the_map_does_what_the_model_does(bytes in prop::collection::vec(any::<u8>(), 40..300)) {
+        map_case::run(&bytes).expect("long enough");
+    }
+}
+
+/// All orders of steps on a disk of four sectors.
+#[test]
+fn every_short_history_does_what_the_model_does() {
+    let ranges = || (0..4).flat_map(|start| (start + 1..5).map(move |end| (start, end - start)));
+    let mut steps = Vec::new();
+    for (start, count) in ranges() {
+        for access in [Access::Read, Access::ReadWrite] {
+            steps.push(Step::Set(extent(start, count, start, access), 0));
+        }
+        steps.push(Step::Set(readable(start, count, start + 8), 0));
+        steps.push(Step::Set(zeroes(start, count), 1));
+        steps.push(Step::Recall(sectors(start..start + count)));
+        steps.push(Step::Written(sectors(start..start + count)));
+        steps.push(Step::Translate(
+            sectors(start..start + count),
+            Access::ReadWrite,
+            2,
+        ));
+    }
+    steps.extend([
+        Step::Clear,
+        Step::Resize(3),
+        Step::Remove(0),
+        Step::Add(0, BACKING),
+    ]);
+    let mut start = Pair::new(1, 4, true);
+    start.apply(Step::Add(0, BACKING));
+    let mut count = 0;
+    explore(&start, &steps, 3, &mut count);
+    assert!(count > 300_000, "{count}");
+}
+
+fn explore(pair: &Pair, steps: &[Step], depth: u32, count: &mut u64) {
+    for step in steps {
+        let mut next = pair.clone();
+        next.apply(*step);
+        *count += 1;
+        if depth > 1 {
+            explore(&next, steps, depth - 1, count);
+        }
+    }
+}
+
+#[test]
+fn an_extent_lies_inside_the_disk_and_its_backing() {
+    let small = Backing {
+        sectors: 1000,
+        ..BACKING
+    };
+    let mut map = with(4, small);
+    let mut set = |extent| set(&mut map, extent);
+    assert_eq!(set(writable(SIZE - 8, 8, 992)), Ok(()));
+    assert_eq!(set(zeroes(SIZE - 16, 16)), Err(Refused::Writable));
+    for beyond in [
+        readable(SIZE - 8, 9, 0),
+        zeroes(SIZE, 1),
+        readable(u64::MAX - 1, 1, 0),
+    ] {
+        assert_eq!(set(beyond), Err(Refused::OutsideDisk), "{beyond:?}");
+    }
+    let everything = Extent {
+        range: Sectors::ALL,
+        ..readable(0, 1, u64::MAX)
+    };
+    assert_eq!(set(everything), Err(Refused::OutsideDisk));
+    for place in [993, 1000, u64::MAX - 7, u64::MAX] {
+        assert_eq!(
+            set(readable(0, 8, place)),
+            Err(Refused::OutsideBacking),
+            "{place}"
+        );
+    }
+    let elsewhere = Extent {
+        source: Source::Backing(number(15)),
+        ..readable(0, 8, 0)
+    };
+    assert_eq!(set(elsewhere), Err(Refused::NoBacking));
+    assert_eq!(all(&map), [writable(SIZE - 8, 8, 992)]);
+}
+
+#[test]
+fn what_may_only_be_read_is_not_written() {
+    let fixed = Backing {
+        writable: false,
+        ..BACKING
+    };
+    let mut map = with(4, fixed);
+    assert_eq!(set(&mut map, writable(0, 8, 0)), Err(Refused::ReadOnly));
+    assert_eq!(set(&mut map, readable(0, 8, 0)), Ok(()));
+    let written = Extent {
+        access: Access::ReadWrite,
+        ..zeroes(8, 8)
+    };
+    assert_eq!(set(&mut map, written), Err(Refused::ReadOnly));
+    let range = sectors(0..8);
+    let got = map.translate(&range, Access::ReadWrite, &mut [zeroes(0, 1)]);
+    assert_eq!(got, Err(Miss::ReadOnly));
+    let mut disk = Map::new(vec![Slot::FREE; 1], vec![Leaf::FREE; 1], SIZE, false);
+    assert!(disk.add_backing(number(0), BACKING));
+    assert_eq!(set(&mut disk, writable(0, 8, 0)), Err(Refused::ReadOnly));
+    assert_eq!(set(&mut disk, readable(0, 8, 0)), Ok(()));
+}
+
+#[test]
+fn only_whole_blocks_of_a_backing_are_given_out() {
+    let blocks = Backing {
+        block: 8,
+        ..BACKING
+    };
+    let mut map = with(4, blocks);
+    for place in [1, 4, 7, 9] {
+        assert_eq!(
+            set(&mut map, readable(0, 64, place)),
+            Err(Refused::Unaligned)
+        );
+    }
+    // The ends need not be aligned: a disk may end anywhere.
+    assert_eq!(set(&mut map, readable(3, 60, 11)), Ok(()));
+    assert_eq!(read(&mut map, 8, 16), Ok(vec![readable(8, 16, 16)]));
+    for (start, count) in [(3, 5), (9, 8), (8, 9), (56, 7)] {
+        assert_eq!(
+            read(&mut map, start, count),
+            Err(Miss::Unaligned),
+            "{start}"
+        );
+    }
+    // What is no power of two is no block.
+    for block in [0, 3, 12] {
+        let odd = Backing { block, ..BACKING };
+        let mut map = with(1, odd);
+        assert_eq!(set(&mut map, readable(0, 12, 0)), Err(Refused::Unaligned));
+    }
+}
+
+#[test]
+fn a_range_is_found_in_pieces() {
+    let mut map = with(4, BACKING);
+    let parts = [writable(0, 8, 80), zeroes(8, 8), readable(16, 8, 16)];
+    for part in parts {
+        assert_eq!(set(&mut map, part), Ok(()));
+    }
+    let inner = [writable(4, 4, 84), zeroes(8, 8), readable(16, 1, 16)];
+    assert_eq!(read(&mut map, 4, 13), Ok(inner.to_vec()));
+    assert_eq!(read(&mut map, 4, 21), Err(Miss::Partial));
+    assert_eq!(read(&mut map, 24, 1), Err(Miss::Unmapped));
+    let mut two = [zeroes(0, 1); 2];
+    let got = map.translate(&sectors(4..17), Access::Read, &mut two);
+    assert_eq!(got, Err(Miss::Pieces));
+    let got = map.translate(&sectors(4..16), Access::Read, &mut two);
+    assert_eq!(got, Ok(2));
+}
+
+#[test]
+fn what_goes_on_is_one_extent() {
+    let mut map = with(4, BACKING);
+    // A whole disk that is said in parts, in any order.
+    for at in [3, 0, 2, 1] {
+        assert_eq!(set(&mut map, writable(at * 64, 64, at * 64)), Ok(()));
+    }
+    assert_eq!(all(&map), [writable(0, 256, 0)]);
+    assert_eq!(
+        set(&mut map, writable(100, 8, 100)),
+        Ok(()),
+        "known already"
+    );
+    assert_eq!(all(&map), [writable(0, 256, 0)]);
+    // Elsewhere, or with another access, it does not go on.
+    assert_eq!(set(&mut map, writable(256, 64, 320)), Ok(()));
+    assert_eq!(set(&mut map, readable(320, 64, 384)), Ok(()));
+    assert_eq!(map.extents().count(), 3);
+}
+
+#[test]
+fn what_may_be_written_is_recalled_before_it_is_elsewhere() {
+    let mut map = with(4, BACKING);
+    assert_eq!(set(&mut map, writable(0, 64, 0)), Ok(()));
+    for other in [readable(63, 2, 500), writable(0, 1, 1), zeroes(8, 8)] {
+        assert_eq!(set(&mut map, other), Err(Refused::Writable), "{other:?}");
+    }
+    // It may be said that it is not to be written any more, where it is.
+    assert_eq!(set(&mut map, readable(8, 8, 8)), Ok(()));
+    let three = [writable(0, 8, 0), readable(8, 8, 8), writable(16, 48, 16)];
+    assert_eq!(all(&map), three);
+    assert_eq!(
+        set(&mut map, writable(8, 8, 800)),
+        Ok(()),
+        "the copy of a write"
+    );
+    map.recall(&sectors(4..60));
+    assert_eq!(all(&map), [writable(0, 4, 0), writable(60, 4, 60)]);
+}
+
+#[test]
+fn a_write_of_the_process_takes_away_what_it_may_move() {
+    let mut map = with(8, BACKING);
+    assert_eq!(set(&mut map, writable(0, 64, 0)), Ok(()));
+    assert_eq!(set(&mut map, readable(64, 64, 500)), Ok(()));
+    map.written(&sectors(8..16));
+    assert_eq!(map.extents().count(), 2, "it is written in place");
+    // It goes on being read beside that.
+    map.written(&sectors(80..88));
+    let rest = [
+        writable(0, 64, 0),
+        readable(64, 16, 500),
+        readable(88, 40, 524),
+    ];
+    assert_eq!(all(&map), rest);
+    // What others have found out while it was executed does not count.
+    let before = map.generation();
+    assert_eq!(map.set(&readable(80, 8, 516), before), Ok(()));
+    map.written(&sectors(80..88));
+    assert_eq!(map.set(&readable(72, 9, 508), before), Err(Refused::Stale));
+    assert_eq!(all(&map), rest);
+    // What it has written itself is said before it is answered, and stays.
+    assert_eq!(set(&mut map, writable(80, 8, 700)), Ok(()));
+    map.written(&sectors(80..88));
+    assert_eq!(read(&mut map, 80, 8), Ok(vec![writable(80, 8, 700)]));
+    // More than is looked at goes, whatever it is.
+    let many = MAX_REPLACED as u64;
+    comb(&mut map, 1000..1001 + many);
+    map.written(&sectors(1000..1000 + many));
+    assert!(read(&mut map, 1000, 1).is_ok());
+    map.written(&sectors(1000..1001 + many));
+    assert_eq!(read(&mut map, 1000, 1), Err(Miss::Unmapped));
+}
+
+#[test]
+fn what_was_found_out_before_a_change_does_not_count_for_it() {
+    let mut map = with(4, BACKING);
+    let before = map.generation();
+    assert_eq!(
+        map.set(&readable(0, 8, 0), before.wrapping_sub(1)),
+        Err(Refused::Stale)
+    );
+    assert_eq!(map.set(&readable(0, 8, 0), before + 1), Err(Refused::Stale));
+    map.recall(&sectors(0..8));
+    assert_eq!(map.generation(), before + 1);
+    assert_eq!(map.set(&readable(7, 8, 7), before), Err(Refused::Stale));
+    assert_eq!(map.set(&readable(8, 8, 8), before), Ok(()), "another range");
+    assert_eq!(map.set(&readable(7, 8, 7), before + 1), Ok(()));
+    // So long ago that nobody knows.
+    for _ in 1..REMEMBERED {
+        map.recall(&sectors(100..101));
+    }
+    assert_eq!(map.set(&readable(16, 8, 16), before), Ok(()));
+    map.recall(&sectors(100..101));
+    assert_eq!(map.set(&readable(24, 8, 24), before), Err(Refused::Stale));
+}
+
+#[test]
+fn each_process_begins_with_nothing() {
+    let mut map = with(4, BACKING);
+    comb(&mut map, 0..100);
+    let before = map.generation();
+    map.clear();
+    assert_eq!(map.extents().count(), 0);
+    assert_eq!(map.set(&readable(0, 8, 0), before), Err(Refused::Stale));
+    assert_eq!(
+        set(&mut map, readable(0, 8, 0)),
+        Ok(()),
+        "the backings stay"
+    );
+    comb(&mut map, 100..100 + 4 * LEAF as u64);
+}
+
+#[test]
+fn a_number_that_names_another_backing_is_not_mistaken() {
+    let mut map = with(4, BACKING);
+    assert!(!map.add_backing(number(0), BACKING), "there is one");
+    assert_eq!(set(&mut map, writable(0, 8, 0)), Ok(()));
+    let before = map.generation();
+    assert!(map.remove_backing(number(0)));
+    assert!(!map.remove_backing(number(0)));
+    assert_eq!(map.extents().count(), 0);
+    assert_eq!(map.set(&readable(0, 8, 0), before), Err(Refused::NoBacking));
+    assert!(map.add_backing(number(0), BACKING));
+    assert_eq!(map.set(&readable(0, 8, 0), before), Err(Refused::Stale));
+    assert_eq!(BackingNumber::new(16), None);
+    assert_eq!(BackingNumber::new(256), None);
+}
+
+#[test]
+fn nothing_stays_behind_the_end_of_a_disk() {
+    let mut map = with(4, BACKING);
+    assert_eq!(set(&mut map, writable(0, 64, 0)), Ok(()));
+    map.resize(40);
+    assert_eq!(all(&map), [writable(0, 40, 0)]);
+    assert_eq!(set(&mut map, zeroes(40, 1)), Err(Refused::OutsideDisk));
+    map.resize(64);
+    assert_eq!(read(&mut map, 40, 1), Err(Miss::Unmapped));
+}
+
+#[test]
+fn one_extent_does_not_replace_too_many() {
+    let mut map = with(8, BACKING);
+    let many = MAX_REPLACED as u64;
+    for start in 0..=many {
+        assert_eq!(set(&mut map, readable(start, 1, start * 2)), Ok(()));
+    }
+    assert_eq!(
+        set(&mut map, readable(0, many + 1, 9000)),
+        Err(Refused::Crowded)
+    );
+    assert_eq!(set(&mut map, readable(0, many, 9000)), Ok(()));
+    assert_eq!(map.extents().count(), 2);
+}
+
+#[test]
+fn what_was_not_used_is_forgotten_first() {
+    let leaf = LEAF as u64;
+    let mut map = with(4, BACKING);
+    comb(&mut map, 0..4 * leaf);
+    assert_eq!(
+        (map.extents().count(), map.evicted()),
+        (4 * LEAF, 0),
+        "in order they fill it"
+    );
+    // All were used, so none since the first look: the first one goes.
+    comb(&mut map, 1000..1001);
+    assert_eq!(map.evicted(), leaf);
+    assert_eq!(read(&mut map, 0, 1), Err(Miss::Unmapped));
+    // Of the others the first is used again, so the second goes.
+    assert!(read(&mut map, leaf, 1).is_ok());
+    comb(&mut map, 1001..1001 + leaf);
+    assert_eq!(map.evicted(), 2 * leaf);
+    assert!(read(&mut map, leaf, 1).is_ok());
+    assert_eq!(read(&mut map, 2 * leaf, 1), Err(Miss::Unmapped));
+    assert!(read(&mut map, 3 * leaf, 1).is_ok());
+}
+
+#[test]
+fn the_size_is_fixed_whatever_the_process_says() {
+    for leaves in [0, 1, 2, MAX_LEAVES + 9] {
+        let mut map = with(leaves, BACKING);
+        // Backwards, which splits leaves, and with holes that want more room.
+        let mut said = 0;
+        for at in (0..40_000u64).rev() {
+            assert_eq!(set(&mut map, writable(at * 3, 3, at * 4)), Ok(()));
+            said += 1;
+            if at % 4 == 0 {
+                map.recall(&sectors(at * 3 + 1..at * 3 + 2));
+                said += u64::from(leaves > 0);
+            }
+        }
+        let count = map.extents().count();
+        assert!(count <= leaves.min(MAX_LEAVES) * LEAF, "{count}");
+        assert!(
+            leaves < 2 || count >= leaves.min(MAX_LEAVES) * LEAF / 4,
+            "{count}"
+        );
+        assert_eq!(count as u64 + map.evicted(), said);
+        map.recall(&Sectors::ALL);
+        assert_eq!(map.extents().count(), 0);
+    }
+}

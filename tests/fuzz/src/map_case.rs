@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The body of the fuzz target `map`: what a hostile process says of where its disk is.
+
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::map::Backing;
+
+use crate::map_pair::{sectors, Pair, Seen, Step, LARGEST};
+
+/// Bytes that are taken one after the other.
+struct Input<'a>(&'a [u8]);
+
+impl Input<'_> {
+    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (bytes, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*bytes)
+    }
+}
+
+/// Runs one input, and says what came up. One that is too short to be anything is ignored.
+pub fn run(data: &[u8]) -> Option<Seen> {
+    let mut input = Input(data);
+    let [leaves, size, kind] = input.bytes()?;
+    let leaves = [1, 2, 3, 6, 24, 0][usize::from(leaves) % 6];
+    let mut pair = Pair::new(leaves, LARGEST - u64::from(size % 16), kind % 8 != 0);
+    for (number, sectors, block, writable) in [
+        (0, 4096, 1, true),
+        (1, 2048, 8, true),
+        (2, 300, 1, false),
+        (3, u64::MAX, 1, true),
+    ] {
+        pair.apply(Step::Add(number, backing(sectors, block, writable)));
+    }
+    while step(&mut pair, &mut input).is_some() {}
+    Some(pair.seen().clone())
+}
+
+fn backing(sectors: u64, block: u32, writable: bool) -> Backing {
+    Backing {
+        sectors,
+        block,
+        writable,
+    }
+}
+
+/// Does the next step, or several of a kind.
+fn step(pair: &mut Pair, input: &mut Input<'_>) -> Option<()> {
+    let [what, value] = input.bytes()?;
+    match what % 32 {
+        0..=11 => {
+            let extent = extent(pair, value, input)?;
+            // Mostly what is known is new; seldom it is of a time that there was not.
+            let ago = match value / 16 {
+                0 => u32::from(what),
+                1 => u32::MAX - u32::from(what / 128),
+                2..=4 => u32::from(what / 64),
+                _ => 0,
+            };
+            pair.apply(Step::Set(extent, ago));
+        }
+        12..=14 => {
+            // Many that do not go on from one another.
+            let [from, stride] = input.bytes()?;
+            for at in 0..u64::from(value % 160) {
+                let sector = u64::from(from) * 2 + at * u64::from(1 + stride % 3);
+                let extent = Extent {
+                    range: sectors(sector..sector + 1),
+                    place: sector + at % 2,
+                    source: Source::Backing(BackingNumber::new(0)?),
+                    access: access(stride / 4),
+                };
+                pair.apply(Step::Set(extent, 0));
+            }
+        }
+        15..=18 => pair.apply(Step::Recall(range(pair, value, input)?)),
+        19..=22 => pair.apply(Step::Written(range(pair, value, input)?)),
+        23..=28 => {
+            let room = [16, 16, 2, 1, 0][usize::from(value / 8) % 5];
+            let range = range(pair, value, input)?;
+            pair.apply(Step::Translate(range, access(what / 32), room));
+        }
+        29 if value < 64 => pair.apply(Step::Clear),
+        29 => pair.apply(Step::Resize(LARGEST - u64::from(value) * 2)),
+        30 => pair.apply(Step::Remove(u16::from(value) % 24)),
+        _ => {
+            let backing = backing(u64::from(value) * 16, 1 << (value % 4), value % 3 > 0);
+            pair.apply(Step::Add(
+                u16::from(what / 16) + u16::from(value % 4),
+                backing,
+            ));
+        }
+    }
+    Some(())
+}
+
+fn access(value: u8) -> Access {
+    if value % 2 == 0 {
+        Access::ReadWrite
+    } else {
+        Access::Read
+    }
+}
+
+fn range(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Sectors> {
+    let [near, far, count] = input.bytes()?;
+    if far >= 128 {
+        // What there is, or many of them.
+        let (first, more) = [(near, 0), (near, 1), (near / 16, 90)][usize::from(far) % 3];
+        if let Some(range) = pair.known(first.into(), more) {
+            return Some(range);
+        }
+    }
+    let start = u64::from(near) + u64::from(far % 128) * 4;
+    let count = u64::from(count);
+    Some(match value % 8 {
+        0..=2 => sectors(start..start + 1 + count % 8),
+        3 | 4 => sectors(start..start + 1 + count),
+        // Whole blocks of all backings here.
+        5 | 6 => sectors(start / 8 * 8..(start / 8 + 1 + count % 16) * 8),
+        _ => match count % 4 {
+            0 if far < 16 => Sectors::ALL,
+            1 => Sectors::new(u64::MAX - 1 - start, 1 + start / 2)?,
+            2 => sectors(start..start + LARGEST + count),
+            _ => sectors(start..u64::MAX),
+        },
+    })
+}
+
+fn extent(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Extent> {
+    let range = range(pair, value, input)?;
+    let [place, how] = input.bytes()?;
+    let source = match how % 16 {
+        0 | 1 => Source::Zeroes,
+        2 => Source::Backing(BackingNumber::new(u16::from(place) % 16)?),
+        number => Source::Backing(BackingNumber::new(u16::from(number) % 4)?),
+    };
+    // Few distances, so that neighbours go on from one another; and now and then any.
+    let place = match place % 16 {
+        _ if source == Source::Zeroes => 0,
+        0 => u64::from_le_bytes(input.bytes()?),
+        1 => u64::MAX - range.start(),
+        2 => range.start() + u64::from(place / 16),
+        other => range.start().wrapping_add(u64::from(other % 3) * 512),
+    };
+    Some(Extent {
+        range,
+        place,
+        source,
+        access: access(how / 16),
+    })
+}

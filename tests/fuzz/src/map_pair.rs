@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The map of a tap disk beside its model, which keeps what is known of each sector: the same steps are done
+//! to both, and both are compared.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use ring::tap::abi::MAX_BACKINGS;
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::map::recent::REMEMBERED;
+use ring::tap::map::tree::{Leaf, Slot, LEAF};
+use ring::tap::map::{Backing, Map, Miss, Refused, MAX_REPLACED};
+
+/// Sectors of the largest disk here.
+pub const LARGEST: u64 = 640;
+
+/// What is done to a map.
+#[derive(Clone, Copy, Debug)]
+pub enum Step {
+    /// The process says an extent, and knows that many changes less than there were.
+    Set(Extent, u32),
+    /// It recalls a range, or has a request that may do anything to it.
+    Recall(Sectors),
+    /// It has a write of a range.
+    Written(Sectors),
+    /// Another process begins.
+    Clear,
+    /// The disk gets a backing.
+    Add(u16, Backing),
+    /// The disk loses a backing.
+    Remove(u16),
+    /// The disk has another size.
+    Resize(u64),
+    /// A guest wants to do something with a range, in at most so many pieces.
+    Translate(Sectors, Access, usize),
+}
+
+/// How often something came up.
+pub type Seen = BTreeMap<String, u64>;
+
+/// What is known of a sector.
+type Cell = (u64, Source, Access);
+
+#[derive(Clone, Debug)]
+struct Model {
+    cells: Vec<Option<Cell>>,
+    sectors: u64,
+    writable: bool,
+    backings: Vec<Option<Backing>>,
+    /// The changes, the first one of generation 1.
+    changes: Vec<Range<u64>>,
+}
+
+fn range(sectors: &Sectors) -> Range<u64> {
+    sectors.start()..sectors.end()
+}
+
+/// A range; it is not empty.
+pub fn sectors(range: Range<u64>) -> Sectors {
+    Sectors::between(range.start, range.end).expect("it is not empty")
+}
+
+fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start.max(other.start) < one.end.min(other.end)
+}
+
+impl Model {
+    fn cell(&self, sector: u64) -> Option<Cell> {
+        *self.cells.get(usize::try_from(sector).ok()?)?
+    }
+
+    /// The part of a range for which there are cells.
+    fn cells_of(&self, range: &Range<u64>) -> Range<usize> {
+        let place = |sector: u64| sector.min(LARGEST) as usize;
+        place(range.start)..place(range.end)
+    }
+
+    /// The longest runs of sectors that say the same.
+    fn runs(&self) -> Vec<Extent> {
+        let mut runs: Vec<Extent> = Vec::new();
+        for sector in 0..LARGEST {
+            let Some((place, source, access)) = self.cell(sector) else {
+                continue;
+            };
+            if let Some(last) = runs.last_mut() {
+                let on = match source {
+                    Source::Zeroes => 0,
+                    Source::Backing(_) => last.place + last.range.count(),
+                };
+                let goes_on = (on, sector) == (place, last.range.end());
+                if goes_on && (last.source, last.access) == (source, access) {
+                    last.range = sectors(last.range.start()..sector + 1);
+                    continue;
+                }
+            }
+            runs.push(Extent {
+                range: sectors(sector..sector + 1),
+                place,
+                source,
+                access,
+            });
+        }
+        runs
+    }
+
+    fn backing(&self, source: Source) -> Option<Backing> {
+        match source {
+            Source::Zeroes => None,
+            Source::Backing(number) => self.backings[number.index()],
+        }
+    }
+
+    /// What speaks against an extent.
+    fn defects(&self, extent: &Extent, known: Option<usize>) -> Vec<Refused> {
+        let range = range(&extent.range);
+        let runs = self.runs();
+        let old = |run: &&Extent| overlap(&range, &self::range(&run.range));
+        let writes = extent.access == Access::ReadWrite;
+        let elsewhere = |sector: u64| {
+            let meant = said(extent, sector);
+            let cell = self.cell(sector);
+            cell.is_some_and(|cell| cell.2 == Access::ReadWrite && (cell.0, cell.1) != meant)
+        };
+        let oldest = self.changes.len().saturating_sub(REMEMBERED);
+        let stale = known.is_none_or(|known| {
+            known < oldest || self.changes[known..].iter().any(|c| overlap(c, &range))
+        });
+        let mut defects = vec![
+            (stale, Refused::Stale),
+            (range.end > self.sectors, Refused::OutsideDisk),
+            (
+                runs.iter().filter(old).count() > MAX_REPLACED,
+                Refused::Crowded,
+            ),
+            (
+                range.clone().take(LARGEST as usize).any(elsewhere),
+                Refused::Writable,
+            ),
+            (writes && !self.writable, Refused::ReadOnly),
+        ];
+        match (extent.source, self.backing(extent.source)) {
+            (Source::Zeroes, _) => defects.push((writes, Refused::ReadOnly)),
+            (_, None) => defects.push((true, Refused::NoBacking)),
+            (_, Some(backing)) => {
+                let end = u128::from(extent.place) + u128::from(extent.range.count());
+                let block = u64::from(backing.block);
+                let unlike = extent.place % block != range.start % block;
+                defects.push((end > backing.sectors.into(), Refused::OutsideBacking));
+                defects.push((unlike, Refused::Unaligned));
+                defects.push((writes && !backing.writable, Refused::ReadOnly));
+            }
+        }
+        defects.iter().filter(|d| d.0).map(|d| d.1).collect()
+    }
+
+    fn forget(&mut self, range: &Range<u64>) {
+        let cells = self.cells_of(range);
+        self.cells[cells].fill(None);
+    }
+
+    /// Forgets a range if any of it, or too much of it, is in the way.
+    fn written(&mut self, range: &Range<u64>) {
+        let runs = self.runs();
+        let hit: Vec<_> = runs
+            .iter()
+            .filter(|run| overlap(range, &self::range(&run.range)))
+            .collect();
+        if hit.len() > MAX_REPLACED || hit.iter().any(|run| run.access == Access::Read) {
+            self.forget(range);
+        }
+    }
+
+    fn translate(
+        &self,
+        range: &Range<u64>,
+        access: Access,
+        room: usize,
+    ) -> Result<Vec<Extent>, Miss> {
+        let mut pieces: Vec<Extent> = Vec::new();
+        let runs = self.runs();
+        let mut at = range.start;
+        while at < range.end {
+            let run = runs
+                .iter()
+                .find(|run| self::range(&run.range).contains(&at));
+            match run {
+                _ if pieces.len() == room => return Err(Miss::Pieces),
+                None if at == range.start => return Err(Miss::Unmapped),
+                None => return Err(Miss::Partial),
+                Some(run) => {
+                    let end = run.range.end().min(range.end);
+                    let block = self.backing(run.source).map_or(1, |b| u64::from(b.block));
+                    if access == Access::ReadWrite && run.access == Access::Read {
+                        return Err(Miss::ReadOnly);
+                    }
+                    if at % block != 0 || end % block != 0 {
+                        return Err(Miss::Unaligned);
+                    }
+                    let (place, source) = said(run, at);
+                    let range = sectors(at..end);
+                    pieces.push(Extent {
+                        range,
+                        place,
+                        source,
+                        ..*run
+                    });
+                    at = end;
+                }
+            }
+        }
+        Ok(pieces)
+    }
+}
+
+/// Where a sector is, according to an extent.
+fn said(extent: &Extent, sector: u64) -> (u64, Source) {
+    let place = match extent.source {
+        Source::Zeroes => 0,
+        Source::Backing(_) => extent.place.wrapping_add(sector - extent.range.start()),
+    };
+    (place, extent.source)
+}
+
+/// A map and its model.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    map: Map<Vec<Slot>, Vec<Leaf>>,
+    model: Model,
+    leaves: usize,
+    seen: Seen,
+}
+
+impl Pair {
+    /// A disk without backings, whose map has so many leaves.
+    pub fn new(leaves: usize, sectors: u64, writable: bool) -> Self {
+        let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+        Self {
+            map: Map::new(memory.0, memory.1, sectors, writable),
+            model: Model {
+                cells: vec![None; LARGEST as usize],
+                sectors,
+                writable,
+                backings: vec![None; MAX_BACKINGS.into()],
+                changes: Vec::new(),
+            },
+            leaves,
+            seen: Seen::new(),
+        }
+    }
+
+    /// How often something came up.
+    pub fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    /// The range from one of the extents to one behind it, if there are any.
+    pub fn known(&self, first: usize, more: usize) -> Option<Sectors> {
+        let all: Vec<&Extent> = self.map.extents().collect();
+        let from = first % all.len().max(1);
+        let last = all.get(from + more).or(all.last())?;
+        Some(sectors(all[from].range.start()..last.range.end()))
+    }
+
+    fn saw(&mut self, what: String) {
+        *self.seen.entry(what).or_default() += 1;
+    }
+
+    /// Does a step to both.
+    pub fn apply(&mut self, step: Step) {
+        let before = self.map.evicted();
+        match step {
+            Step::Set(extent, ago) => self.set(&extent, ago),
+            Step::Recall(range) => {
+                self.map.recall(&range);
+                self.change(self::range(&range));
+            }
+            Step::Written(range) => {
+                self.map.written(&range);
+                self.model.changes.push(self::range(&range));
+                self.model.written(&self::range(&range));
+            }
+            Step::Clear => {
+                self.map.clear();
+                self.change(0..u64::MAX);
+            }
+            Step::Add(number, backing) => {
+                let Some(number) = BackingNumber::new(number) else {
+                    return assert!(number >= MAX_BACKINGS);
+                };
+                let place = &mut self.model.backings[number.index()];
+                assert_eq!(self.map.add_backing(number, backing), place.is_none());
+                place.get_or_insert(backing);
+            }
+            Step::Remove(number) => {
+                let Some(number) = BackingNumber::new(number) else {
+                    return;
+                };
+                let had = self.model.backings[number.index()].take().is_some();
+                assert_eq!(self.map.remove_backing(number), had);
+                if had {
+                    self.change(0..u64::MAX);
+                }
+            }
+            Step::Resize(sectors) => {
+                self.map.resize(sectors);
+                self.model.sectors = sectors;
+                self.change(sectors..u64::MAX);
+            }
+            Step::Translate(range, access, room) => self.translate(&range, access, room),
+        }
+        self.compare(self.map.evicted() - before);
+    }
+
+    fn change(&mut self, range: Range<u64>) {
+        self.model.forget(&range);
+        self.model.changes.push(range);
+    }
+
+    fn set(&mut self, extent: &Extent, ago: u32) {
+        let now = self.map.generation();
+        let known = self.model.changes.len().checked_sub(ago as usize);
+        let got = self.map.set(extent, now.wrapping_sub(ago));
+        let defects = self.model.defects(extent, known);
+        match got {
+            Ok(()) => {
+                assert_eq!(defects, [], "took {extent:?}");
+                for sector in range(&extent.range) {
+                    let (place, source) = said(extent, sector);
+                    self.model.cells[sector as usize] = Some((place, source, extent.access));
+                }
+            }
+            Err(why) => assert!(
+                defects.contains(&why),
+                "{why:?} refuses {extent:?}: {defects:?}"
+            ),
+        }
+        self.saw(format!("{got:?}"));
+    }
+
+    fn translate(&mut self, range: &Sectors, access: Access, room: usize) {
+        let anything = Extent {
+            range: Sectors::ALL,
+            place: 77,
+            source: Source::Zeroes,
+            access: Access::ReadWrite,
+        };
+        let mut pieces = vec![anything; room];
+        let got = self.map.translate(range, access, &mut pieces);
+        let got = got.map(|count| pieces[..count].to_vec());
+        let expected = self.model.translate(&self::range(range), access, room);
+        assert_eq!(got, expected, "{range:?}, {access:?}");
+        self.saw(match got {
+            Ok(pieces) => format!("hit of {}", if pieces.len() > 1 { "some" } else { "one" }),
+            Err(why) => format!("miss {why:?}"),
+        });
+    }
+
+    /// Both know the same; what the map has forgotten for want of room it has counted.
+    fn compare(&mut self, evicted: u64) {
+        let (mine, theirs): (Vec<Extent>, Vec<Extent>) =
+            (self.map.extents().copied().collect(), self.model.runs());
+        assert!(mine.len() <= self.leaves * LEAF);
+        assert_eq!(self.map.generation() as usize, self.model.changes.len());
+        if evicted == 0 {
+            return assert_eq!(mine, theirs);
+        }
+        self.saw("evicted".into());
+        assert_eq!(mine.len() as u64 + evicted, theirs.len() as u64);
+        for lost in theirs.iter().filter(|run| !mine.contains(run)) {
+            self.model.forget(&range(&lost.range));
+        }
+        assert_eq!(mine, self.model.runs(), "not only forgotten");
+    }
+}
