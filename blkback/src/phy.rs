@@ -10,6 +10,7 @@ use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Disk, Inflight, Operation, Piece};
 use crate::linux::memory::data::{Backing, DataPages};
 use crate::linux::memory::page_blocks::{Block, Effort};
+use crate::linux::monotonic_ns;
 use crate::linux::xen::grant::GuestGrants;
 use crate::memory::Lease;
 use crate::params::{self, PoolSizes};
@@ -150,6 +151,10 @@ impl Backend for Phy {
                 },
             );
         });
+    }
+
+    fn now(&self) -> u64 {
+        monotonic_ns()
     }
 
     fn attach(&mut self, block: u16) -> bool {

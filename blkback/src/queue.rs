@@ -12,7 +12,7 @@ use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
     Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, PendingRequest, Rest, SegmentEntry,
-    Shape,
+    Shape, Stats,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
@@ -248,6 +248,7 @@ struct State<D: QueueBackends> {
     entries: KVec<SegmentEntry>,
     groups: KVec<Group>,
     fetches: KVec<Option<Fetch>>,
+    stats: Stats,
     shape: Shape,
     /// Memory that the queue always has, in KiB.
     memory_kib: u64,
@@ -338,6 +339,7 @@ impl<D: QueueBackends> State<D> {
             entries,
             fetches: filled(None, buffers).map_err(no_memory)?,
             groups,
+            stats: Stats::default(),
             shape,
             memory_kib,
             config: Config {
@@ -382,6 +384,7 @@ impl<D: QueueBackends> State<D> {
             &mut self.entries,
             &mut self.groups,
             &mut self.fetches,
+            &mut self.stats,
             self.shape,
             self.config,
             self.limits,
@@ -411,6 +414,10 @@ impl<B: Backend> Backend for Away<'_, B> {
 
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         self.backend.reap(done);
+    }
+
+    fn now(&self) -> u64 {
+        self.backend.now()
     }
 
     fn attach(&mut self, block: u16) -> bool {

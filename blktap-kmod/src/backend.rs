@@ -207,6 +207,10 @@ impl Backend for TapQueue {
             }
         }
     }
+
+    fn now(&self) -> u64 {
+        monotonic_ns()
+    }
 }
 
 impl Drop for TapQueue {

@@ -68,6 +68,10 @@ pub trait Backend {
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, Status));
 
+    /// Nanoseconds since some moment, by a clock that is one for all processors. Asked for at most twice a
+    /// pass, to tell how long I/O takes.
+    fn now(&self) -> u64;
+
     /// Puts memory behind the eight pages of a block that has none; `false` if none is to be had
     /// now. Neither sleeps nor allocates. A disk whose queues have all their pages from the
     /// beginning has no more to give.
@@ -98,6 +102,11 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         (**self).reap(done);
+    }
+
+    #[inline]
+    fn now(&self) -> u64 {
+        (**self).now()
     }
 
     #[inline]

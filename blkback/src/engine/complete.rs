@@ -4,19 +4,34 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
-use crate::engine::requests::Requests;
+use crate::engine::requests::{PendingRequest, Requests};
+use crate::engine::times::Times;
 
 impl<R, G, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn complete(&mut self) {
-        complete(&mut self.requests, &mut self.backend);
+        let mut batch = Times::default();
+        let mut any = false;
+        complete(&mut self.requests, &mut self.backend, |request| {
+            any = true;
+            batch.ends(request.kind, request.started);
+        });
+        if any {
+            let now = self.clock.look(&self.backend);
+            self.stats.times.add(&batch, now);
+        }
     }
 }
 
 /// Has requests whose I/O is done wait for their answer.
-pub(super) fn complete(requests: &mut Requests<'_>, backend: &mut impl Backend) {
+pub(super) fn complete(
+    requests: &mut Requests<'_>,
+    backend: &mut impl Backend,
+    mut ended: impl FnMut(&PendingRequest),
+) {
     backend.reap(|tag, status| {
         // A completion for anything else is not ours to act on.
         if let Some(handle) = requests.complete(tag, status) {
+            ended(requests.of(&handle));
             requests.push_completed(handle);
         }
     });

@@ -16,10 +16,12 @@
 
 pub mod backend;
 pub mod blocks;
+mod clock;
 mod complete;
 mod copy_in;
 mod copy_out;
 mod fetch;
+mod parked;
 pub mod parts;
 pub mod pass;
 mod requests;
@@ -30,6 +32,7 @@ pub mod segments;
 pub mod stats;
 mod submit;
 mod take;
+pub mod times;
 mod transfers;
 
 pub use crate::ring::grants::Grants;
@@ -40,5 +43,6 @@ pub use pass::Pass;
 pub use requests::PendingRequest;
 pub use rest::Rest;
 pub use segments::{SegmentEntry, Shape, Slice};
-pub use stats::Stats;
+pub use stats::{Flight, Stats};
+pub use times::Times;
 pub use transfers::Fetch;

@@ -4,15 +4,17 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::blocks::Group;
+use crate::engine::clock::PassClock;
+use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, Shape};
-use crate::engine::stats::Stats;
+use crate::engine::stats::{Flight, Stats};
 use crate::engine::transfers::{Fetch, Transfers};
 use crate::ring::abi::Protocol;
 use crate::ring::grants::Grants;
 use crate::ring::index::BackRing;
 use crate::ring::ports::SharedRing;
-use crate::ring::request::{Limits, Request};
+use crate::ring::request::Limits;
 
 /// What is fixed for the life of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,14 +35,17 @@ pub struct Engine<'a, R, G, B> {
     pub(super) config: Config,
     pub(super) limits: Limits,
     /// Checked, but there was no room for it.
-    pub(super) parked: Option<Request>,
+    pub(super) parked: Option<Parked>,
     /// A barrier is being executed: nothing may pass it.
     pub(super) barrier: bool,
     /// Stalled requests may find copy pages in the next pass.
     pub(super) retry: bool,
     /// The queue is being torn down: a discard ends with the piece that is running.
     pub(super) closing: bool,
-    pub(super) stats: Stats,
+    pub(super) clock: PassClock,
+    /// Until when the time is counted for which a request has been waiting for pages, if one has.
+    pub(super) short_since: Option<u64>,
+    pub(super) stats: &'a mut Stats,
 }
 
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
@@ -48,7 +53,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     ///
     /// `slots` has one entry for each slot of the ring. `entries` has one for each data page of
     /// `shape`, and `groups` one for each 512 pages that can have memory. `fetches` has one for
-    /// each descriptor buffer that is to be used, at least one. The larger of both pools must be
+    /// each descriptor buffer that is to be used, at least one. `stats` is where it counts, from zero. The larger of both pools must be
     /// able to hold the largest request that `limits` allows; one that fits neither pool is
     /// answered with an error. Where pages come and go, at least [`Self::OWN`] are there for ever,
     /// and `entries` has as many more as the largest request has segments.
@@ -64,10 +69,12 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         entries: &'a mut [SegmentEntry],
         groups: &'a mut [Group],
         fetches: &'a mut [Option<Fetch>],
+        stats: &'a mut Stats,
         shape: Shape,
         config: Config,
         limits: Limits,
     ) -> Self {
+        *stats = Stats::default();
         Self {
             ring,
             requests: Requests::new(slots, Segments::new(entries, groups, shape)),
@@ -79,13 +86,15 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             barrier: false,
             retry: false,
             closing: false,
-            stats: Stats::default(),
+            clock: PassClock::default(),
+            short_since: None,
+            stats,
         }
     }
 
     /// The counters.
     pub fn stats(&self) -> &Stats {
-        &self.stats
+        self.stats
     }
 
     /// Requests taken and not answered.
@@ -93,6 +102,14 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         self.requests
             .used()
             .saturating_add(u16::from(self.parked.is_some()))
+    }
+
+    /// What there is at this moment.
+    pub fn flight(&self) -> Flight {
+        Flight {
+            requests: self.in_flight(),
+            oldest: self.requests.oldest_start(),
+        }
     }
 
     /// Changes the size of the disk; requests that are checked from now on must fit into it.

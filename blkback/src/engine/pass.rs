@@ -43,9 +43,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return Pass::default();
         }
         self.stats.passes = self.stats.passes.wrapping_add(1);
+        self.clock.begin();
         self.complete();
         let mut answered = self.respond();
         let taken = take(self);
+        let full = self.ring.unanswered() >= self.ring.size();
+        self.stats.ring_full = self.stats.ring_full.wrapping_add(full.into());
         self.fetch();
         self.copy_in();
         self.submit();
@@ -59,6 +62,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         answered = answered.wrapping_add(now);
         // A completion frees what a parked request waits for.
         let waiting = self.parked.is_some() || !self.requests.stalled.is_empty();
+        self.count_page_wait();
         let retry = core::mem::replace(&mut self.retry, false);
         Pass {
             notify: self.publish(),
@@ -67,6 +71,19 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             taken,
             answered,
         }
+    }
+
+    /// Counts for how long a request has been waiting for pages: from the pass that could not take it in to
+    /// the one that could.
+    fn count_page_wait(&mut self) {
+        let waits = self.is_short_of_pages();
+        if !waits && self.short_since.is_none() {
+            return;
+        }
+        let now = self.clock.last(&self.backend);
+        let waited = now.wrapping_sub(self.short_since.unwrap_or(now));
+        self.stats.page_wait_ns = self.stats.page_wait_ns.wrapping_add(waited);
+        self.short_since = waits.then_some(now);
     }
 
     /// True if there is something to take; asks for no event.

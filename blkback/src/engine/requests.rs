@@ -116,8 +116,11 @@ pub struct PendingRequest {
     /// Those that follow when these are done: there was no room for all.
     pub(crate) rest: u16,
     pub(crate) left: u16,
-    /// The next request of the list in which this one is.
+    /// When the backend got it, if it has it.
+    pub(crate) started: u64,
+    /// The next request of the list in which this one is, and the one before, unless this is the first.
     pub(super) next: QueueTag,
+    pub(super) prev: QueueTag,
     pub(crate) operation: u8,
     pub(crate) pool: Pool,
     pub(crate) status: Status,
@@ -142,7 +145,9 @@ impl PendingRequest {
         count: 0,
         rest: 0,
         left: 0,
+        started: 0,
         next: END,
+        prev: END,
         operation: 0,
         pool: Pool::Copy,
         status: Status::Okay,
@@ -224,6 +229,7 @@ impl Slots<'_> {
     fn append<S>(&mut self, list: &mut List<S>, tag: QueueTag) {
         if let Some(slot) = self.get_mut(tag) {
             slot.next = END;
+            slot.prev = list.tail;
         }
         match self.get_mut(list.tail) {
             Some(tail) => tail.next = tag,
@@ -243,6 +249,26 @@ impl Slots<'_> {
         }
         Some(tag)
     }
+
+    /// Takes a slot out of the list in which it is.
+    #[inline]
+    fn remove<S>(&mut self, list: &mut List<S>, tag: QueueTag) {
+        let Some(slot) = self.get_mut(tag) else {
+            return;
+        };
+        let next = core::mem::replace(&mut slot.next, END);
+        let prev = slot.prev;
+        if list.head == tag {
+            list.head = next;
+        } else if let Some(before) = self.get_mut(prev) {
+            before.next = next;
+        }
+        if let Some(behind) = self.get_mut(next) {
+            behind.prev = prev;
+        } else {
+            list.tail = if list.head == END { END } else { prev };
+        }
+    }
 }
 
 /// The requests of a queue.
@@ -250,7 +276,8 @@ impl Slots<'_> {
 /// # Invariants
 ///
 /// - A handle, and an entry of a list, names a slot that there is.
-/// - A slot is free, or in one list, or somebody has its handle, or `submitted` is set.
+/// - A slot is free, or in one list, or somebody has its handle.
+/// - A slot is in the list `submitted` if its own `submitted` is set, and then only.
 /// - The chain of a slot that is not free belongs to its request.
 #[derive(Debug)]
 pub(crate) struct Requests<'a> {
@@ -261,6 +288,8 @@ pub(crate) struct Requests<'a> {
     pub(crate) segments: Segments<'a>,
     pub(crate) taken: List<Taken>,
     pub(crate) stalled: List<Stalled>,
+    /// What the backend has, the oldest first. It completes in any order.
+    submitted: List<Submitted>,
     pub(crate) completed: List<Completed>,
 }
 
@@ -279,6 +308,7 @@ impl<'a> Requests<'a> {
             segments,
             taken: List::EMPTY,
             stalled: List::EMPTY,
+            submitted: List::EMPTY,
             completed: List::EMPTY,
         };
         for tag in (0..total).map(QueueTag::new) {
@@ -318,9 +348,8 @@ impl<'a> Requests<'a> {
         (next != END).then_some(next)
     }
 
-    /// The numbers of a list, in order.
-    pub(crate) fn iter<S>(&self, list: &List<S>) -> impl Iterator<Item = QueueTag> + '_ {
-        let mut tag = list.head;
+    /// The numbers of this request and of those behind it in its list, in order.
+    pub(crate) fn from(&self, mut tag: QueueTag) -> impl Iterator<Item = QueueTag> + '_ {
         core::iter::from_fn(move || {
             let here = tag;
             tag = self.get(here)?.next;
@@ -337,11 +366,20 @@ impl<'a> Requests<'a> {
         Some(Handle(tag, PhantomData))
     }
 
-    /// The backend gets it, in a batch.
+    /// The backend gets it now. It is behind all that it got before.
     #[inline]
-    pub(crate) fn start(&mut self, batch: &mut List<Submitted>, handle: Handle<Taken>) {
-        self.of_mut(&handle).submitted = true;
-        self.push(batch, handle.step());
+    pub(crate) fn start(&mut self, handle: Handle<Taken>, now: u64) -> QueueTag {
+        let request = self.of_mut(&handle);
+        request.submitted = true;
+        request.started = now;
+        let tag = handle.put_down();
+        self.slots.append(&mut self.submitted, tag);
+        tag
+    }
+
+    /// When the backend got the oldest one that it has.
+    pub(crate) fn oldest_start(&self) -> Option<u64> {
+        Some(self.get(self.submitted.first()?)?.started)
     }
 
     /// The backend says that it is done. `None` if the backend does not have it.
@@ -352,6 +390,7 @@ impl<'a> Requests<'a> {
             return None;
         }
         slot.status = status;
+        self.slots.remove(&mut self.submitted, tag);
         Some(Handle(tag, PhantomData))
     }
 
@@ -429,9 +468,12 @@ impl<'a> Requests<'a> {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use super::{PendingRequest, Requests};
     use crate::engine::segments::{Segments, Shape};
     use crate::ring::response::Status;
+    use std::vec::Vec;
 
     const NO_PAGES: Shape = Shape {
         copy: 0,
@@ -454,11 +496,46 @@ mod tests {
         let handle = requests.take(PendingRequest::FREE).unwrap();
         let tag = handle.tag();
         assert!(requests.complete(tag, Status::Okay).is_none());
-        let mut batch = super::List::EMPTY;
-        requests.start(&mut batch, handle);
+        let started = requests.start(handle, 7);
+        assert_eq!(started, tag);
         let handle = requests.complete(tag, Status::Error).unwrap();
         assert!(requests.complete(tag, Status::Okay).is_none());
         assert_eq!(requests.end(handle).status, Status::Error);
         assert_eq!(requests.used(), 0);
+    }
+
+    #[test]
+    fn the_oldest_one_is_known_in_whatever_order_they_complete() {
+        // All orders in which four can complete, and each followed by one that is new.
+        for seed in 0..24usize {
+            let mut slots = [PendingRequest::FREE; 4];
+            let mut requests = Requests::new(&mut slots, Segments::new(&mut [], &mut [], NO_PAGES));
+            let mut running = Vec::new();
+            for now in 1..=4 {
+                let handle = requests.take(PendingRequest::FREE).unwrap();
+                running.push((now, requests.start(handle, now)));
+            }
+            let (mut order, mut now) = (seed, 4);
+            for count in (1..=4).rev().chain((1..=4).rev()) {
+                let (_, tag) = running.remove(order % count);
+                order /= count;
+                let handle = requests.complete(tag, Status::Okay).unwrap();
+                let _response = requests.end(handle);
+                if now < 8 {
+                    now += 1;
+                    let handle = requests.take(PendingRequest::FREE).unwrap();
+                    running.push((now, requests.start(handle, now)));
+                }
+                let oldest = running.first().map(|(started, _)| *started);
+                assert_eq!(requests.oldest_start(), oldest, "order {seed}");
+                let tags: Vec<_> = requests
+                    .submitted
+                    .first()
+                    .map_or(Vec::new(), |first| requests.from(first).collect());
+                let expected: Vec<_> = running.iter().map(|(_, tag)| *tag).collect();
+                assert_eq!(tags, expected, "order {seed}");
+            }
+            assert!(running.is_empty() && requests.submitted.tail == super::END);
+        }
     }
 }

@@ -131,6 +131,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         let segments = &mut self.requests.segments;
         let count = segments.free(Pool::Copy).min(request.left);
+        self.stats.pieces = self.stats.pieces.wrapping_add(1);
         // The pages of the last piece, at least, are free.
         let head = segments.alloc(Pool::Copy, count).unwrap_or(u16::MAX);
         let rest = segments.move_chain(request.rest, head, count);

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Counters of one queue.
+//! Counters of one queue, and what it has at this moment.
 //!
 //! The first seven have the names and the meaning of the C driver's sysfs files. All are
 //! monotonic for the life of the queue.
 
+use crate::engine::times::Times;
+
 /// Counters of one queue. Sectors are 512 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Times that a request had to wait for pages.
+    /// Times that a request had to wait: for pages, for a number, or, as a barrier, for all before it.
     pub oo_req: u64,
     /// Reads started.
     pub rd_req: u64,
@@ -32,4 +34,21 @@ pub struct Stats {
     pub passes: u64,
     /// Events sent to the frontend.
     pub notified: u64,
+    /// How long I/O took.
+    pub times: Times,
+    /// Nanoseconds for which requests were kept waiting for pages, and all behind them with them.
+    pub page_wait_ns: u64,
+    /// Pieces beyond the first of requests that were done in several for want of pages.
+    pub pieces: u64,
+    /// Passes that found the ring full: the guest could not ask for more.
+    pub ring_full: u64,
+}
+
+/// What a queue has at this moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flight {
+    /// Requests that are taken and not answered.
+    pub requests: u16,
+    /// When the oldest one that the backend has was given to it.
+    pub oldest: Option<u64>,
 }

@@ -4,7 +4,7 @@
 
 use crate::engine::backend::{Backend, Io, IoKind};
 use crate::engine::parts::Engine;
-use crate::engine::requests::{List, PendingRequest};
+use crate::engine::requests::PendingRequest;
 use crate::engine::stats::Stats;
 use crate::ring::response::Status;
 
@@ -14,21 +14,26 @@ const DISCARD_CHUNK: u64 = 1 << 21;
 
 impl<R, G, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn submit(&mut self) {
-        let mut batch = List::EMPTY;
+        if self.requests.taken.is_empty() {
+            return;
+        }
+        let now = self.clock.look(&self.backend);
+        let mut first = None;
         while let Some(handle) = self.requests.pop_taken() {
             let request = self.requests.of(&handle);
             if request.status == Status::Okay {
-                count(&mut self.stats, request);
-                self.requests.start(&mut batch, handle);
+                count(self.stats, request);
+                let tag = self.requests.start(handle, now);
+                first = first.or(Some(tag));
             } else {
                 self.requests.push_completed(handle.fail());
             }
         }
-        if batch.is_empty() {
+        let Some(first) = first else {
             return;
-        }
+        };
         let requests = &self.requests;
-        self.backend.submit(requests.iter(&batch).filter_map(|tag| {
+        self.backend.submit(requests.from(first).filter_map(|tag| {
             let request = requests.get(tag)?;
             Some(Io {
                 tag,

@@ -3,6 +3,7 @@
 //! Take: requests from the ring, each with a number and pages.
 
 use crate::engine::backend::{Backend, IoKind};
+use crate::engine::parked::{NoRoom, Parked};
 use crate::engine::parts::Engine;
 use crate::engine::requests::{Handle, PendingRequest, Taken};
 use crate::engine::segments::Pool;
@@ -14,18 +15,22 @@ use crate::ring::request::{
 };
 use crate::ring::response::{Response, Status};
 
-/// A request has to wait for others: it was not taken in.
-pub(super) struct NoRoom;
-
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Gives requests that waited for pages another chance.
     pub(super) fn take_waiting(&mut self) {
         self.resume_stalled();
-        if let Some(request) = self.parked.take() {
-            if self.admit(&request).is_err() {
-                self.parked = Some(request);
+        if let Some(Parked { request, .. }) = self.parked.take() {
+            if let Err(why) = self.admit(&request) {
+                self.parked = Some(Parked { request, why });
             }
         }
+    }
+
+    /// True while a request waits for pages.
+    pub(super) fn is_short_of_pages(&self) -> bool {
+        let parked = self.parked.as_ref();
+        parked.is_some_and(|parked| parked.why == NoRoom::Pages)
+            || !self.requests.stalled.is_empty()
     }
 
     pub(super) fn take(&mut self) -> u32 {
@@ -45,9 +50,9 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             taken = taken.wrapping_add(1);
             match raw.check(&self.limits) {
                 Ok(request) => {
-                    if self.admit(&request).is_err() {
+                    if let Err(why) = self.admit(&request) {
                         self.stats.oo_req = self.stats.oo_req.wrapping_add(1);
-                        self.parked = Some(request);
+                        self.parked = Some(Parked { request, why });
                     }
                 }
                 Err(reject) => self.refuse(&reject),
@@ -114,7 +119,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     fn direct(&mut self, direct: &Direct) -> Result<(), NoRoom> {
         let barrier = direct.ordering == Ordering::Barrier;
         if barrier && self.requests.used() > 0 {
-            return Err(NoRoom);
+            return Err(NoRoom::Turn);
         }
         let kind = match (direct.direction, direct.ordering) {
             (Direction::Read, _) => IoKind::Read,
@@ -175,7 +180,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     fn without_pages(&mut self, request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
-        self.requests.take(request).ok_or(NoRoom)
+        self.requests.take(request).ok_or(NoRoom::Turn)
     }
 
     /// With a chain of `request.count` pages; one that can never get them has failed.
@@ -194,11 +199,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         request.pool = pool;
         // A barrier or a flush is the first of its queue's I/O, or is for the whole request.
         let may_split = matches!(request.kind, IoKind::Read | IoKind::Write);
-        let chain = self.room(pool, request.count, may_split).ok_or(NoRoom)?;
+        let room = self.room(pool, request.count, may_split);
+        let chain = room.ok_or(NoRoom::Pages)?;
         request.set_chain(chain);
         self.requests.take(request).ok_or_else(|| {
             self.requests.release(&request);
-            NoRoom
+            NoRoom::Turn
         })
     }
 }

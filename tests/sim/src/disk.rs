@@ -454,6 +454,10 @@ impl Backend for FakeDisk {
         }
     }
 
+    fn now(&self) -> u64 {
+        self.machine.borrow_mut().look_at_clock()
+    }
+
     fn attach(&mut self, block: u16) -> bool {
         self.machine.borrow_mut().lend(block)
     }

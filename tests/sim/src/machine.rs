@@ -201,6 +201,10 @@ pub struct Machine {
     pub rng: Rng,
     /// Counts what happens.
     pub clock: u64,
+    /// What the engine is told when it looks at the clock, in nanoseconds, and how often it has.
+    pub now: u64,
+    /// See `now`.
+    pub looks: u64,
     /// What went wrong.
     pub problems: Vec<String>,
     /// The shared ring.
@@ -254,6 +258,8 @@ impl Machine {
             setup,
             rng: Rng::new(seed),
             clock: 1,
+            now: 1_000,
+            looks: 0,
             problems: Vec::new(),
             accesses: Accesses::default(),
             taken: 0,
@@ -283,6 +289,12 @@ impl Machine {
     pub fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
+    }
+
+    /// What the engine learns from a look at the clock.
+    pub fn look_at_clock(&mut self) -> u64 {
+        self.looks += 1;
+        self.now
     }
 
     /// Notes that something is wrong.

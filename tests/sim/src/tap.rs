@@ -417,4 +417,8 @@ impl Backend for TapBackend {
             }
         }
     }
+
+    fn now(&self) -> u64 {
+        self.machine.borrow_mut().look_at_clock()
+    }
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blkback::engine::{
-    Backend, Config, Engine, Fetch, Group, Pass, PendingRequest, SegmentEntry, Shape,
+    Backend, Config, Engine, Fetch, Group, Pass, PendingRequest, SegmentEntry, Shape, Stats,
 };
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
@@ -27,6 +27,7 @@ pub struct Storage {
     entries: Vec<SegmentEntry>,
     groups: Vec<Group>,
     fetches: Vec<Option<Fetch>>,
+    stats: Stats,
 }
 
 impl Storage {
@@ -39,6 +40,7 @@ impl Storage {
             entries: vec![SegmentEntry::EMPTY; usize::from(pages)],
             groups: vec![Group::EMPTY; Group::needed(setup.copy_pages)],
             fetches: vec![None; usize::from(setup.descriptor_buffers)],
+            stats: Stats::default(),
         }
     }
 }
@@ -130,6 +132,7 @@ impl<'a, B: Backend> World<'a, B> {
             &mut storage.entries,
             &mut storage.groups,
             &mut storage.fetches,
+            &mut storage.stats,
             Shape {
                 copy: setup.copy_pages,
                 own: setup.own_pages,
@@ -161,13 +164,30 @@ impl<'a, B: Backend> World<'a, B> {
 
     /// One pass and what follows it, as the worker does it.
     pub fn pass(&mut self) -> Pass {
+        self.machine.borrow_mut().looks = 0;
         let pass = self.engine.pass();
+        self.looks_rarely();
         self.last = pass;
         self.after(pass);
         self.give_back();
         self.awake = pass.again || self.engine.must_stay_awake();
         self.must_not_spin();
         pass
+    }
+
+    /// The clock is not for nothing.
+    fn looks_rarely(&mut self) {
+        let mut m = self.machine.borrow_mut();
+        if m.looks > 2 {
+            let looks = m.looks;
+            m.problem(format!("{looks} looks at the clock in a pass"));
+        }
+        let flight = self.engine.flight();
+        if flight.oldest.is_some_and(|begun| begun > m.now) {
+            m.problem(format!("begun in the future: {flight:?}"));
+        }
+        // Time goes on, also in the middle of everything.
+        m.now += 1_000;
     }
 
     /// Now and then the worker gives back what it has borrowed and does not use.

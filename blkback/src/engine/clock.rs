@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Looks at the clock, at most two in a pass: when I/O ends, and when I/O is begun. A pass that finds ended I/O
+//! once more, after it has begun some, would need a third one; it goes by the second, which is wrong by no more
+//! than the time that beginning took.
+
+use crate::engine::backend::Backend;
+
+/// The clock as the passes see it, one after the other.
+#[derive(Debug, Default)]
+pub(super) struct PassClock {
+    now: u64,
+    looks: u8,
+}
+
+impl PassClock {
+    /// A pass begins.
+    pub(super) fn begin(&mut self) {
+        self.looks = 0;
+    }
+
+    /// What time it is.
+    #[inline]
+    pub(super) fn look(&mut self, backend: &impl Backend) -> u64 {
+        if self.looks < 2 {
+            self.looks = self.looks.wrapping_add(1);
+            self.now = backend.now();
+        }
+        self.now
+    }
+
+    /// What time it was at the last look of this pass, or is.
+    pub(super) fn last(&mut self, backend: &impl Backend) -> u64 {
+        match self.looks {
+            0 => self.look(backend),
+            _ => self.now,
+        }
+    }
+}

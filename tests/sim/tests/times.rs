@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! How long I/O takes and requests wait, by a clock that the test sets.
+
+use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
+use ring::request::Limits;
+use sim::machine::Setup;
+use sim::spec::Spec;
+use sim::world::{Storage, World};
+
+/// In the order of arrival, and not before the test says so.
+fn slow() -> Setup {
+    Setup {
+        fifo: true,
+        synchronous: 0,
+        ..Setup::default()
+    }
+}
+
+fn at(world: &World<'_>, now: u64) {
+    world.machine.borrow_mut().now = now;
+}
+
+/// The oldest I/O ends.
+fn end_one(world: &mut World<'_>) {
+    world.machine.borrow_mut().disk_step();
+    let _pass = world.pass();
+}
+
+#[test]
+fn times_are_those_from_the_batch_to_the_end_by_operation() {
+    let setup = slow();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::pages(OP_READ, 8, 1),
+        Spec::pages(OP_READ, 16, 1),
+        Spec::pages(OP_WRITE, 24, 1),
+    ]);
+    at(&world, 10_000);
+    let _pass = world.pass();
+    let flight = world.engine.flight();
+    assert_eq!((flight.requests, flight.oldest), (3, Some(10_000)));
+    world.send(&[Spec::pages(OP_WRITE, 32, 1)]);
+    at(&world, 20_000);
+    let _pass = world.pass();
+    assert_eq!(world.engine.flight().oldest, Some(10_000));
+    for (now, oldest) in [
+        (30_000, Some(10_000)),
+        (40_000, Some(10_000)),
+        (50_000, Some(20_000)),
+        (90_000, None),
+    ] {
+        at(&world, now);
+        end_one(&mut world);
+        assert_eq!(world.engine.flight().oldest, oldest, "at {now}");
+    }
+    let times = world.engine.stats().times;
+    assert_eq!((times.read.done, times.read.ns), (2, 20_000 + 30_000));
+    assert_eq!((times.write.done, times.write.ns), (2, 40_000 + 70_000));
+    assert_eq!(world.engine.flight().requests, 0);
+    world.run_clean();
+}
+
+#[test]
+fn flushes_and_discards_are_told_apart() {
+    let setup = slow();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::new(OP_FLUSH_DISKCACHE, 0),
+        Spec {
+            discard: 8,
+            ..Spec::new(OP_DISCARD, 8)
+        },
+    ]);
+    at(&world, 1_000);
+    let _pass = world.pass();
+    for now in [5_000, 8_000] {
+        at(&world, now);
+        end_one(&mut world);
+    }
+    let times = world.engine.stats().times;
+    assert_eq!((times.flush.done, times.flush.ns), (1, 4_000));
+    assert_eq!((times.discard.done, times.discard.ns), (1, 7_000));
+    world.run_clean();
+}
+
+#[test]
+fn a_clock_that_is_near_its_end_does_no_harm() {
+    let setup = slow();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[Spec::pages(OP_READ, 8, 1)]);
+    at(&world, u64::MAX - 10);
+    let _pass = world.engine.pass();
+    at(&world, 20);
+    world.machine.borrow_mut().disk_step();
+    let _pass = world.engine.pass();
+    assert_eq!(world.engine.stats().times.read.ns, 31);
+}
+
+/// A queue with 16 pages and no more.
+fn poor() -> Setup {
+    Setup {
+        copy_pages: 512,
+        own_pages: 16,
+        map_pages: 0,
+        copy_max_segments: u16::MAX,
+        limits: Limits {
+            max_indirect_segments: 512,
+            sectors: 16384,
+            ..Setup::default().limits
+        },
+        ..slow()
+    }
+}
+
+#[test]
+fn waiting_for_pages_is_counted_in_time_and_in_pieces() {
+    let setup = poor();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::indirect(OP_WRITE, 0, 32),
+        Spec::pages(OP_WRITE, 1024, 11),
+    ]);
+    at(&world, 1_000);
+    let _pass = world.pass();
+    assert_eq!(world.engine.stats().page_wait_ns, 0, "it has just begun");
+    at(&world, 6_000);
+    end_one(&mut world);
+    // The first one goes on with its second half.
+    assert_eq!(world.engine.stats().page_wait_ns, 5_000);
+    assert_eq!(world.engine.stats().pieces, 1);
+    at(&world, 9_000);
+    end_one(&mut world);
+    assert_eq!(world.engine.stats().page_wait_ns, 8_000);
+    at(&world, 20_000);
+    end_one(&mut world);
+    assert_eq!(world.engine.stats().page_wait_ns, 8_000, "it has its pages");
+    assert_eq!(world.engine.stats().times.write.done, 3);
+    world.run_clean();
+}
+
+#[test]
+fn a_barrier_that_waits_for_its_turn_does_not_wait_for_pages() {
+    use ring::abi::OP_WRITE_BARRIER;
+    let setup = slow();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    world.send(&[
+        Spec::pages(OP_WRITE, 8, 1),
+        Spec::pages(OP_WRITE_BARRIER, 16, 1),
+    ]);
+    let _pass = world.pass();
+    at(&world, 50_000);
+    world.run_clean();
+    let stats = world.engine.stats();
+    assert_eq!((stats.oo_req, stats.page_wait_ns), (1, 0));
+    assert_eq!((stats.times.write.done, stats.times.flush.done), (1, 1));
+}
+
+#[test]
+fn a_full_ring_is_counted_while_it_is_full() {
+    let setup = slow();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    let specs: Vec<Spec> = (0..32).map(|at| Spec::pages(OP_READ, at * 8, 1)).collect();
+    world.send(&specs[..31]);
+    let _pass = world.pass();
+    assert_eq!(world.engine.stats().ring_full, 0);
+    world.send(&specs[31..]);
+    let _pass = world.pass();
+    assert_eq!(world.engine.stats().ring_full, 1);
+    world.run_clean();
+    let full = world.engine.stats().ring_full;
+    world.serve(&specs[..31]);
+    assert_eq!(world.engine.stats().ring_full, full);
+}
