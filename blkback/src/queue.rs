@@ -474,7 +474,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             if params::WASTEFUL {
                 (1..pass.answered).for_each(|_| self.guest.notify());
             }
-            self.tally.show(engine.stats());
+            self.tally.show(engine.stats(), engine.flight());
             keeper.after_pass(engine);
             pollers.passed(pass.taken.max(pass.answered));
             active |= pass.taken > 0;

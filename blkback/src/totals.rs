@@ -5,16 +5,27 @@
 //! They belong to the device, not to a connection: reading them never meets a queue that is being
 //! freed, and they never go backwards.
 
-use crate::engine::Stats;
+use crate::engine::{Flight, Stats, Times};
 use crate::linux::memory::vectors::push;
+use crate::linux::monotonic_ns;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 use kernel::sync::{new_mutex, Arc, Mutex};
 
 /// Number of counters; their order is that of the shim's attributes.
-const COUNTERS: usize = 12;
+const COUNTERS: usize = 23;
+// What follows them there, which is no counter.
+const MEMORY_KIB: usize = COUNTERS;
+const IN_FLIGHT: usize = COUNTERS + 1;
+const OLDEST_NS: usize = COUNTERS + 2;
 
 fn values(stats: &Stats) -> [u64; COUNTERS] {
+    let Times {
+        read,
+        write,
+        flush,
+        discard,
+    } = stats.times;
     [
         stats.oo_req,
         stats.rd_req,
@@ -28,11 +39,38 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
         stats.mapped,
         stats.passes,
         stats.notified,
+        read.done,
+        read.ns,
+        write.done,
+        write.ns,
+        flush.done,
+        flush.ns,
+        discard.done,
+        discard.ns,
+        stats.page_wait_ns,
+        stats.pieces,
+        stats.ring_full,
     ]
 }
 
-/// What one queue has counted; only its thread writes it.
-struct Counters([Atomic<u64>; COUNTERS]);
+/// What one queue has counted, and what it has now; only its thread writes it.
+struct Counters {
+    counters: [Atomic<u64>; COUNTERS],
+    in_flight: Atomic<u64>,
+    /// When the oldest one was given to the disk; 0 if the disk has none.
+    oldest: Atomic<u64>,
+}
+
+impl Counters {
+    /// Of a queue that has counted nothing.
+    fn new() -> Self {
+        Self {
+            counters: [const { Atomic::new(0) }; COUNTERS],
+            in_flight: Atomic::new(0),
+            oldest: Atomic::new(0),
+        }
+    }
+}
 
 /// The queues of a device, and the sums of those that it had before.
 struct Queues {
@@ -75,14 +113,24 @@ impl Totals {
     pub(crate) fn value(&self, index: u32) -> u64 {
         let index = index as usize;
         let queues = self.queues.lock();
-        let Some(past) = queues.past.get(index) else {
-            let borrowed = self.borrowed.load(Relaxed).wrapping_mul(4);
-            return self.memory.load(Relaxed).wrapping_add(borrowed);
-        };
-        let now = queues.now.iter().filter_map(|queue| queue.0.get(index));
-        now.fold(*past, |sum, counter| {
-            sum.wrapping_add(counter.load(Relaxed))
-        })
+        let sum = |sum: u64, counter: &Atomic<u64>| sum.wrapping_add(counter.load(Relaxed));
+        let now = queues.now.iter();
+        match (queues.past.get(index), index) {
+            (Some(past), _) => now
+                .filter_map(|queue| queue.counters.get(index))
+                .fold(*past, sum),
+            (None, MEMORY_KIB) => {
+                let borrowed = self.borrowed.load(Relaxed).wrapping_mul(4);
+                self.memory.load(Relaxed).wrapping_add(borrowed)
+            }
+            (None, IN_FLIGHT) => now.map(|queue| &queue.in_flight).fold(0, sum),
+            (None, OLDEST_NS) => {
+                let starts = now.map(|queue| queue.oldest.load(Relaxed));
+                let oldest = starts.filter(|start| *start != 0).min();
+                oldest.map_or(0, |start| monotonic_ns().saturating_sub(start))
+            }
+            (None, _) => 0,
+        }
     }
 }
 
@@ -95,7 +143,7 @@ pub(crate) struct Tally {
 impl Tally {
     /// Of a queue that has counted nothing. May sleep.
     pub(crate) fn new(totals: &Arc<Totals>) -> Result<Self> {
-        let counters = Arc::new(Counters([const { Atomic::new(0) }; COUNTERS]), GFP_KERNEL)?;
+        let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
         let mut queues = totals.queues.lock();
         let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
         for queue in &queues.now {
@@ -110,12 +158,15 @@ impl Tally {
         })
     }
 
-    /// Shows what the queue has counted until now.
+    /// Shows what the queue has counted until now, and what it has.
     #[inline]
-    pub(crate) fn show(&self, stats: &Stats) {
-        for (counter, now) in self.counters.0.iter().zip(values(stats)) {
+    pub(crate) fn show(&self, stats: &Stats, flight: Flight) {
+        let shown = &*self.counters;
+        for (counter, now) in shown.counters.iter().zip(values(stats)) {
             counter.store(now, Relaxed);
         }
+        shown.in_flight.store(flight.requests.into(), Relaxed);
+        shown.oldest.store(flight.oldest.unwrap_or(0), Relaxed);
     }
 
     /// Records that the queue has borrowed so many pages, after it had so many.
@@ -134,7 +185,7 @@ impl Drop for Tally {
         let ours = |queue: &Arc<Counters>| Arc::ptr_eq(queue, &self.counters);
         let place = (0..queues.now.len()).find(|at| queues.now.get(*at).is_some_and(ours));
         let _removed = place.map(|at| queues.now.remove(at));
-        for (past, counter) in queues.past.iter_mut().zip(&self.counters.0) {
+        for (past, counter) in queues.past.iter_mut().zip(&self.counters.counters) {
             *past = past.wrapping_add(counter.load(Relaxed));
         }
     }

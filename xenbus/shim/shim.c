@@ -235,27 +235,29 @@ void xbr_set_attr_fn(xbr_attr_fn *fn)
 	attr_fn = fn;
 }
 
-#define XBR_STAT(name, index)							\
+/* Counters first, in the order of blkback/src/totals.rs, which is where the index is looked up. */
+#define XBR_STATS(STAT)								\
+	STAT(oo_req) STAT(rd_req) STAT(wr_req) STAT(f_req) STAT(ds_req)		\
+	STAT(rd_sect) STAT(wr_sect) STAT(refused) STAT(failed) STAT(mapped)	\
+	STAT(passes) STAT(notified)						\
+	STAT(rd_done) STAT(rd_ns) STAT(wr_done) STAT(wr_ns)			\
+	STAT(f_done) STAT(f_ns) STAT(ds_done) STAT(ds_ns)			\
+	STAT(page_wait_ns) STAT(pieces) STAT(ring_full)				\
+	STAT(memory_kib) STAT(in_flight) STAT(oldest_ns)
+
+#define XBR_STAT_INDEX(name) XBR_STAT_##name,
+enum xbr_stat { XBR_STATS(XBR_STAT_INDEX) XBR_STAT_COUNT };
+static_assert(XBR_STAT_COUNT <= XBR_ATTR_DEVICE);
+
+#define XBR_STAT_SHOW(name)							\
 static ssize_t name##_show(struct device *dev, struct device_attribute *attr,	\
 			   char *buf)						\
 {										\
-	return sysfs_emit(buf, "%llu\n", attr_fn(dev, index));			\
+	return sysfs_emit(buf, "%llu\n", attr_fn(dev, XBR_STAT_##name));	\
 }										\
-static DEVICE_ATTR_RO(name)
+static DEVICE_ATTR_RO(name);
 
-XBR_STAT(oo_req, 0);
-XBR_STAT(rd_req, 1);
-XBR_STAT(wr_req, 2);
-XBR_STAT(f_req, 3);
-XBR_STAT(ds_req, 4);
-XBR_STAT(rd_sect, 5);
-XBR_STAT(wr_sect, 6);
-XBR_STAT(refused, 7);
-XBR_STAT(failed, 8);
-XBR_STAT(mapped, 9);
-XBR_STAT(passes, 10);
-XBR_STAT(notified, 11);
-XBR_STAT(memory_kib, 12);
+XBR_STATS(XBR_STAT_SHOW)
 
 static ssize_t physical_device_show(struct device *dev, struct device_attribute *attr, char *buf)
 {
@@ -271,22 +273,8 @@ static ssize_t mode_show(struct device *dev, struct device_attribute *attr, char
 }
 static DEVICE_ATTR_RO(mode);
 
-static struct attribute *stat_attrs[] = {
-	&dev_attr_oo_req.attr,
-	&dev_attr_rd_req.attr,
-	&dev_attr_wr_req.attr,
-	&dev_attr_f_req.attr,
-	&dev_attr_ds_req.attr,
-	&dev_attr_rd_sect.attr,
-	&dev_attr_wr_sect.attr,
-	&dev_attr_refused.attr,
-	&dev_attr_failed.attr,
-	&dev_attr_mapped.attr,
-	&dev_attr_passes.attr,
-	&dev_attr_notified.attr,
-	&dev_attr_memory_kib.attr,
-	NULL
-};
+#define XBR_STAT_ATTR(name) &dev_attr_##name.attr,
+static struct attribute *stat_attrs[] = { XBR_STATS(XBR_STAT_ATTR) NULL };
 
 static const struct attribute_group stat_group = {
 	.name = "statistics",
