@@ -571,7 +571,7 @@ pub(crate) struct Watch {
     /// Call a disk slow whose requests take so many milliseconds
     #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) slow: u32,
-    /// Call a disk hung that answers nothing for so many seconds; it is watched for as long
+    /// Call a disk hung whose oldest request waits for so many seconds; if nobody counts that it is watched so long
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) hung: u32,
 }
@@ -583,19 +583,21 @@ Verdicts, with the exit status of the worst one:
   2  hung, dead-process, fencing, held, no-driver
 
 Causes are told as far as there are counters:
-  storage        the block device or the image answers late or not at all; the lowest device is named
+  storage        requests take long, or an old one is not answered; the lowest device that has the time is named
   process        the tapdisk hangs, has died, or uses a whole processor
-  page-pool      requests wait for the driver's memory
+  page-pool      requests wait for the driver's memory, or are done in pieces; the limit that is reached is named
   host-cpu       the thread that serves the disk, or all of this domain, waits for a processor
   guest          the guest's requests are malformed
   administrator  somebody has paused it, or an error of the image has
-How long requests wait in the ring is not counted, so no disk is called slow for that. A disk of the kernel's
-is judged by its block device, which others may use as well.";
+How long requests wait in the ring nobody can count, so no disk is called slow for that; -x says how often its ring
+was full. A disk of the C driver, which counts no times, is judged by its block device, which others may use as well.";
 
 /// A display.
 ///
-/// DISKms is the mean time of requests on the block device of a phy disk, whoever they are from; of a tap disk 99
-/// of 100 requests took less than 99%us. WAIT is what waits for its process, BUSY what that or the device has.
+/// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them to
+/// the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on the
+/// block device of a phy disk, whoever they are from; of a tap disk 99 of 100 requests took less than 99%us. WAIT is
+/// what waits for its process, BUSY what that or, of a phy disk, the driver has.
 #[derive(Debug, Args)]
 pub(crate) struct Top {
     /// Seconds between two pictures

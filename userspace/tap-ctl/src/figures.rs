@@ -3,12 +3,25 @@
 
 use crate::host::block::Block;
 use crate::host::task::Task;
+use crate::host::vbd::{Operation, Vbd};
 use crate::look::Disk;
 use control::stats::{Histogram, Stats};
 use serde::Serialize;
 use std::time::Duration;
 
 const SECTOR: u64 = 512;
+
+/// I/O of one operation that ended in an interval, as the driver counts it: the wait for its answer, without
+/// that for pages.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Await {
+    /// Which one.
+    pub(crate) operation: Operation,
+    /// How many ended. A request that was done in pieces is several.
+    pub(crate) done: u64,
+    /// How long they took on average.
+    pub(crate) mean_ms: f64,
+}
 
 /// The figures of an interval.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -27,12 +40,24 @@ pub(crate) struct Figures {
     pub(crate) requests: u64,
     /// The mean time of requests on the block device, whoever they were from.
     pub(crate) storage_ms: Option<f64>,
+    /// What ended took so long, by operation; nothing of one of which none ended, or that is not counted.
+    pub(crate) awaits: Vec<Await>,
+    /// Requests that it has now, if that is counted.
+    pub(crate) in_flight: Option<u64>,
+    /// For how long its storage has had the oldest one, if that is counted.
+    pub(crate) oldest_ms: Option<f64>,
     /// Half of the requests took longer, from their arrival in the kernel to their answer.
     pub(crate) half_above_us: Option<u64>,
     /// 99 of 100 requests took less.
     pub(crate) p99_us: Option<u64>,
     /// Times that a request had to wait for pages.
     pub(crate) page_waits: u64,
+    /// The part of the time, of 1 for each queue, that requests waited for pages, if that is counted.
+    pub(crate) page_wait: Option<f64>,
+    /// Pieces beyond the first of requests that were done in several for want of pages.
+    pub(crate) pieces: u64,
+    /// The part of the passes over its rings that found one full, if that is counted.
+    pub(crate) ring_full: Option<f64>,
     /// Requests that ended in an error.
     pub(crate) errors: u64,
     /// Requests of the guest that were no proper ones.
@@ -77,6 +102,29 @@ impl Figures {
         self.page_waits = more("oo_req");
         self.errors = more("failed");
         self.refused = more("refused");
+        self.pieces = more("pieces");
+        let passes = more("passes");
+        let is_counted = passes > 0 && new.counters.contains_key("ring_full");
+        self.ring_full = is_counted.then(|| more("ring_full") as f64 / passes as f64);
+        self.add_times(old, new);
+    }
+
+    /// What the driver knows of the time that things take.
+    fn add_times(&mut self, old: &Vbd, new: &Vbd) {
+        self.in_flight = new.in_flight();
+        self.oldest_ms = new.oldest().map(milliseconds);
+        let waited = || Some(new.page_wait()?.saturating_sub(old.page_wait()?));
+        self.page_wait = waited().map(|waited| waited.as_secs_f64() / self.seconds);
+        let all = Operation::ALL.into_iter();
+        self.awaits = all
+            .filter_map(|operation| Await::between(operation, old, new))
+            .collect();
+    }
+
+    /// What ended of an operation, if any did.
+    pub(crate) fn awaited(&self, operation: Operation) -> Option<Await> {
+        let mut all = self.awaits.iter();
+        all.find(|one| one.operation == operation).copied()
     }
 
     /// What the process counted, which knows what is done and how long it took.
@@ -117,6 +165,23 @@ impl Figures {
             }
         }
     }
+}
+
+impl Await {
+    fn between(operation: Operation, old: &Vbd, new: &Vbd) -> Option<Await> {
+        let ((before, earlier), (now, later)) = (old.took(operation)?, new.took(operation)?);
+        let done = now.saturating_sub(before);
+        let took = milliseconds(later.saturating_sub(earlier));
+        (done > 0).then(|| Await {
+            operation,
+            done,
+            mean_ms: took / done as f64,
+        })
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
 }
 
 fn mean_ms(before: Option<&Block>, now: Option<&Block>) -> Option<f64> {

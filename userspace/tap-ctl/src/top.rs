@@ -2,6 +2,7 @@
 //! `tap-ctl top`: what all disks are doing, phy and tap, the busiest one first.
 
 use crate::figures::Figures;
+use crate::host::vbd::{Operation, Vbd};
 use crate::host::Host;
 use crate::look::{look, Disk, Kind, Look, Supervisor};
 use crate::{cli, print, Cli, Error};
@@ -10,7 +11,7 @@ use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-const HEAD: &str = "GUEST VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   wMiB/s  WAIT  BUSY  DISKms    99%us  MEM KiB TARGET\n";
+const HEAD: &str = "GUEST VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   wMiB/s  WAIT  BUSY  DISKms    RDms    WRms    FLms    99%us  MEM KiB TARGET\n";
 
 /// Shows all disks, again and again.
 pub(crate) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
@@ -96,12 +97,16 @@ fn line(row: &Row<'_>) -> String {
     let rate = |rate: fn(&Figures) -> f64, unit: f64| {
         word(figures.map(|figures| format!("{:.1}", rate(figures) / unit)))
     };
+    let awaited = |operation| {
+        let one = figures.and_then(|figures| figures.awaited(operation));
+        word(one.map(|one| format!("{:.1}", one.mean_ms)))
+    };
     let busy = match disk.kind {
-        Kind::Phy => disk.block.as_ref().map(|block| block.in_flight),
+        Kind::Phy => in_flight(disk),
         Kind::Tap => kernel.map(|kernel| kernel.delivered.into()),
     };
     format!(
-        "{:>5} {:8} {:4} {:>5} {:>7} {:9} {:>8} {:>8} {:>8} {:>8} {:>5} {:>5} {:>7} {:>8} {:>8} {}\n",
+        "{:>5} {:8} {:4} {:>5} {:>7} {:9} {:>8} {:>8} {:>8} {:>8} {:>5} {:>5} {:>7} {:>7} {:>7} {:>7} {:>8} {:>8} {}\n",
         word(disk.guest()),
         word(disk.vdev()),
         disk.kind.name(),
@@ -115,10 +120,19 @@ fn line(row: &Row<'_>) -> String {
         word(kernel.map(|kernel| kernel.waiting)),
         word(busy),
         word(figures.and_then(|figures| Some(format!("{:.1}", figures.storage_ms?)))),
+        awaited(Operation::Read),
+        awaited(Operation::Write),
+        awaited(Operation::Flush),
         word(figures.and_then(|figures| figures.p99_us)),
         word(memory_kib(disk)),
         target(disk),
     )
+}
+
+/// What a disk of the kernel's has: what the driver counts, or else what its block device has of whoever.
+fn in_flight(disk: &Disk) -> Option<u64> {
+    let counted = disk.vbd.as_ref().and_then(Vbd::in_flight);
+    counted.or_else(|| Some(disk.block.as_ref()?.in_flight))
 }
 
 fn word(value: Option<impl ToString>) -> String {
@@ -221,8 +235,14 @@ mod tests {
     fn the_busiest_disk_comes_first_with_the_figures_of_the_interval() {
         let mut tap = fake::tap(0);
         fake::stats(&mut tap).read.requests = 1000;
-        let before = look(0, None, vec![fake::phy(), tap.clone()]);
-        let phy = counted(fake::phy(), "wr_req", 100);
+        let phy = ["wr_done", "wr_ns"]
+            .iter()
+            .fold(fake::phy(), |disk, name| counted(disk, name, 0));
+        let before = look(0, None, vec![phy, tap.clone()]);
+        let mut phy = counted(fake::phy(), "wr_req", 100);
+        for (name, value) in [("wr_done", 100), ("wr_ns", 250_000_000), ("in_flight", 7)] {
+            phy = counted(phy, name, value);
+        }
         fake::stats(&mut tap).read.requests = 1300;
         for _ in 0..300 {
             fake::stats(&mut tap).read.latency.add(1_000_000);
@@ -239,7 +259,9 @@ mod tests {
             ["3", "xvdb", "tap", "0", "312", "running", "150.0"],
             "{text}"
         );
-        assert_eq!(lines[1][13], "1048", "{text}");
+        assert_eq!(lines[1][16], "1048", "{text}");
+        // Seven that it has, and writes took 2.5 ms.
+        assert_eq!(lines[2][11..15], ["7", "-", "-", "2.5"], "{text}");
         assert_eq!(
             lines[2][..8],
             ["3", "xvda", "phy", "-", "-", "connected", "0.0", "50.0"],

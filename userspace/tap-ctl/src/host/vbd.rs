@@ -5,11 +5,56 @@ use super::{link_name, Host};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 /// Where the devices of the bus are.
 const DEVICES: &str = "/sys/bus/xen-backend/devices";
 /// Kinds of devices that are disks: what the drivers of the kernel serve, and blktap's.
 const KINDS: [&str; 2] = ["vbd", "vbd3"];
+
+/// What requests ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Operation {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// Flush, and what flushes before it writes.
+    Flush,
+    /// Discard.
+    Discard,
+}
+
+impl Operation {
+    /// All of them.
+    pub(crate) const ALL: [Operation; 4] = [
+        Operation::Read,
+        Operation::Write,
+        Operation::Flush,
+        Operation::Discard,
+    ];
+
+    /// Of several.
+    pub(crate) fn plural(self) -> &'static str {
+        match self {
+            Operation::Read => "reads",
+            Operation::Write => "writes",
+            Operation::Flush => "flushes",
+            Operation::Discard => "discards",
+        }
+    }
+
+    /// As it is printed.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Operation::Read => "read",
+            Operation::Write => "write",
+            Operation::Flush => "flush",
+            Operation::Discard => "discard",
+        }
+    }
+}
 
 /// Major and minor number of a device's node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -38,6 +83,37 @@ impl Vbd {
     /// A counter; 0 if the driver has none of this name.
     pub(crate) fn counter(&self, name: &str) -> u64 {
         self.counters.get(name).copied().unwrap_or(0)
+    }
+
+    /// A counter that only newer drivers have.
+    fn counted(&self, name: &str) -> Option<u64> {
+        self.counters.get(name).copied()
+    }
+
+    /// Requests that it has now, if the driver counts them.
+    pub(crate) fn in_flight(&self) -> Option<u64> {
+        self.counted("in_flight")
+    }
+
+    /// For how long its storage has had the oldest request, if the driver counts that.
+    pub(crate) fn oldest(&self) -> Option<Duration> {
+        self.counted("oldest_ns").map(Duration::from_nanos)
+    }
+
+    /// For how long its queues have kept requests waiting for pages, if the driver counts that.
+    pub(crate) fn page_wait(&self) -> Option<Duration> {
+        self.counted("page_wait_ns").map(Duration::from_nanos)
+    }
+
+    /// How many I/Os of an operation have ended, and what they took, if the driver counts that.
+    pub(crate) fn took(&self, operation: Operation) -> Option<(u64, Duration)> {
+        let (done, ns) = match operation {
+            Operation::Read => ("rd_done", "rd_ns"),
+            Operation::Write => ("wr_done", "wr_ns"),
+            Operation::Flush => ("f_done", "f_ns"),
+            Operation::Discard => ("ds_done", "ds_ns"),
+        };
+        Some((self.counted(done)?, Duration::from_nanos(self.counted(ns)?)))
     }
 
     /// Requests of all kinds that were begun.

@@ -20,9 +20,8 @@ use std::time::Duration;
 use verdict::{Limits, Surroundings, Verdict};
 
 /// What no counter tells, so that nobody looks for it in the verdicts.
-const NOT_KNOWN: [&str; 2] = [
-    "how long requests wait in the ring before the driver takes them: the driver does not count it, so no disk is called slow for it",
-    "since when a disk of the kernel's (phy) hangs: the driver does not count requests in flight, so it is watched on its block device",
+const NOT_KNOWN: [&str; 1] = [
+    "how long requests wait in the ring before the driver takes them: nothing says when the guest put them there, so no disk is called slow for it; how often its ring was full is counted",
 ];
 
 /// A disk and what is said of it.
@@ -61,7 +60,7 @@ pub(crate) struct Report {
     /// What could not be read.
     pub(crate) unread: Vec<Unread>,
     /// What no counter tells.
-    pub(crate) not_known: [&'static str; 2],
+    pub(crate) not_known: [&'static str; 1],
 }
 
 /// Where to look, and for how long.
@@ -93,7 +92,7 @@ impl Watch {
             std::thread::sleep(self.interval);
             let now = look(&self.host, &self.socket);
             let elapsed = now.at.saturating_duration_since(before.at);
-            if elapsed >= self.limits.hung || !is_suspect(&before, &now) {
+            if elapsed >= self.limits.hung || !is_suspect(&before, &now, self.limits.hung) {
                 return (before, now);
             }
         }
@@ -106,11 +105,11 @@ impl Watch {
 }
 
 /// A disk may be hung, and was not watched for long enough to say so.
-fn is_suspect(before: &Look, now: &Look) -> bool {
+fn is_suspect(before: &Look, now: &Look, hung: Duration) -> bool {
     now.disks.iter().any(|disk| {
         let before = disk.among(&before.disks);
         before.is_some_and(|before| match disk.kind {
-            Kind::Phy => phy::stall(before, disk).is_some(),
+            Kind::Phy => phy::oldest(disk, hung).is_none() && phy::stall(before, disk).is_some(),
             Kind::Tap => tap::takes_nothing(before, disk),
         })
     })

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What can be said of a disk that the kernel serves.
 //!
-//! The driver counts requests when they begin, not when they end: that they are not answered is seen on the
-//! block device below, which counts both.
+//! Whether it is slow, or hung, is said by what the driver counts of its requests; where the time goes, by the
+//! block devices below, which others use as well. What is shown of a queue is what it had after its last pass:
+//! one whose thread sleeps in the block layer shows no more, so those are watched. A driver that counts no times
+//! leaves the block devices alone to judge by.
 
 use super::verdict::{Cause, Oldest, State, Surroundings, Verdict};
-use crate::figures::Figures;
+use crate::figures::{Await, Figures};
 use crate::host::block::Block;
-use crate::host::vbd::Vbd;
+use crate::host::vbd::{Operation, Vbd};
 use crate::look::Disk;
+use std::time::Duration;
 
 /// Judges a disk by two looks at it.
 pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict {
@@ -19,14 +22,11 @@ pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict
         return without_driver(vbd);
     }
     let figures = Figures::between(before, now, around.elapsed).unwrap_or_default();
-    if around.elapsed >= around.limits.hung {
-        if let Some(stall) = stall(before, now) {
-            return hung(&stall, around);
-        }
-    }
-    failing(&figures)
-        .or_else(|| slow_storage(before, now, around))
+    hung(before, now, around)
+        .or_else(|| failing(&figures))
+        .or_else(|| slow_storage(before, now, &figures, around))
         .or_else(|| around.starved(&figures))
+        .or_else(|| slow_to_answer(&figures, around))
         .or_else(|| around.short_of_pages(&figures))
         .unwrap_or_else(|| at_rest(vbd, now))
 }
@@ -64,7 +64,10 @@ pub(crate) fn stall(before: &Disk, now: &Disk) -> Option<Stall> {
         let place = suspended.unwrap_or(0);
         (place < pairs.len()).then(|| pairs.swap_remove(place))
     };
-    of_block().or_else(|| sleeper(before, now))
+    // What others have on the device is not this guest's wait.
+    let has_nothing = now.vbd.as_ref().and_then(Vbd::in_flight) == Some(0);
+    let device = (!has_nothing).then(of_block).flatten();
+    device.or_else(|| sleeper(before, now))
 }
 
 fn stalled(old: &Block, new: &Block) -> Option<Stall> {
@@ -93,7 +96,42 @@ fn sleeper(before: &Disk, now: &Disk) -> Option<Stall> {
     })
 }
 
-fn hung(stall: &Stall, around: &Surroundings) -> Verdict {
+/// For how long the disk has answered nothing of what its storage has, if that is too long.
+pub(crate) fn oldest(now: &Disk, hung: Duration) -> Option<Duration> {
+    let oldest = now.vbd.as_ref()?.oldest()?;
+    (oldest >= hung).then_some(oldest)
+}
+
+fn hung(before: &Disk, now: &Disk, around: &Surroundings) -> Option<Verdict> {
+    let stall = stall(before, now);
+    if let Some(oldest) = oldest(now, around.limits.hung) {
+        let hung = match &stall {
+            Some(stall) => stalled_by(stall),
+            None => unanswered(now),
+        };
+        return Some(hung.since(Oldest::Seconds(oldest.as_secs_f64())));
+    }
+    let watched = around.elapsed >= around.limits.hung;
+    let hung = stalled_by(stall.as_ref().filter(|_| watched)?);
+    Some(hung.since(Oldest::AtLeast(around.elapsed.as_secs_f64())))
+}
+
+/// A disk that has an old request, and others that are answered.
+fn unanswered(now: &Disk) -> Verdict {
+    let requests = now.vbd.as_ref().and_then(Vbd::in_flight).unwrap_or(1);
+    let label = now.block.as_ref().map_or("its device".into(), Block::label);
+    let why = format!("it has {requests} requests, and {label} does not answer the oldest one");
+    Verdict::new(State::Hung, why)
+        .because(Cause::Storage)
+        .remedy(see_to(&label))
+}
+
+fn see_to(label: &str) -> String {
+    format!("see to the storage of {label}: its kernel messages (dmesg), its paths, its network")
+}
+
+/// What is said of a disk for which this waits.
+fn stalled_by(stall: &Stall) -> Verdict {
     let (why, remedy) = match stall {
         Stall::Suspended { label, name } => (
             format!("the device {label} is suspended, so all that is asked of it waits"),
@@ -101,7 +139,7 @@ fn hung(stall: &Stall, around: &Surroundings) -> Verdict {
         ),
         Stall::Silent { label, requests } => (
             format!("the device {label} has {requests} requests and answered none"),
-            format!("see to the storage of {label}: its kernel messages (dmesg), its paths, its network"),
+            see_to(label),
         ),
         Stall::Asleep { thread, place } => (
             format!("the thread {thread} sleeps in {place} until the storage answers"),
@@ -110,7 +148,6 @@ fn hung(stall: &Stall, around: &Surroundings) -> Verdict {
     };
     Verdict::new(State::Hung, why)
         .because(Cause::Storage)
-        .since(Oldest::AtLeast(around.elapsed.as_secs_f64()))
         .remedy(remedy)
 }
 
@@ -129,25 +166,90 @@ pub(crate) fn failing(figures: &Figures) -> Option<Verdict> {
     None
 }
 
-fn slow_storage(before: &Disk, now: &Disk, around: &Surroundings) -> Option<Verdict> {
-    let (old, new) = (before.block.as_ref()?, now.block.as_ref()?);
-    let (mean, count) = new.mean_ms(old)?;
-    if mean < around.limits.slow.as_secs_f64() * 1000.0 {
-        return None;
-    }
-    // The time is spent where the lowest device takes most of it.
+/// What takes so long, in words, and how many milliseconds that is.
+struct Slow {
+    what: String,
+    ms: f64,
+    /// They have ended, so that their device has counted them.
+    ended: bool,
+}
+
+/// The slowest operation, if it is slow. A discard may take its time: it is as long as the guest makes it.
+fn slowest(figures: &Figures, slow: Duration) -> Option<Slow> {
+    let operations = [Operation::Read, Operation::Write, Operation::Flush];
+    let awaits = operations.into_iter().filter_map(|it| figures.awaited(it));
+    let slowest = awaits.max_by(|one, other| one.mean_ms.total_cmp(&other.mean_ms));
+    let of_ended = |it: Await| {
+        let (done, operation, ms) = (it.done, it.operation.plural(), it.mean_ms);
+        let what = format!("{done} {operation} took {ms:.0} ms on average");
+        let ended = true;
+        Slow { what, ms, ended }
+    };
+    // Where nothing ended, what is under way says how long it takes at least.
+    let under_way = || {
+        let ms = figures.oldest_ms.filter(|_| figures.awaits.is_empty())?;
+        let what = format!("no request ended, and the oldest has taken {ms:.0} ms");
+        let ended = false;
+        Some(Slow { what, ms, ended })
+    };
+    let found = slowest.map(of_ended).or_else(under_way)?;
+    (found.ms >= milliseconds(slow)).then_some(found)
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// The device itself, for a driver that counts no times.
+fn slow_device(old: &Block, new: &Block, slow: Duration) -> Option<Slow> {
+    let (ms, count) = new.mean_ms(old)?;
+    let what = format!("{count} requests took {ms:.0} ms on average");
+    let ended = true;
+    (ms >= milliseconds(slow)).then_some(Slow { what, ms, ended })
+}
+
+/// The lowest device that takes most of this time, and in words how much.
+fn place(old: &Block, new: &Block, slow: &Slow) -> Option<(String, String)> {
     let old = old.stack();
-    let below = new.stack().into_iter().rev().find_map(|block| {
+    new.stack().into_iter().rev().find_map(|block| {
         let old = old.iter().find(|old| old.name == block.name)?;
-        let (its, _) = block.mean_ms(old)?;
-        (its * 2.0 >= mean).then(|| (block.label(), its))
-    });
-    let (label, its) = below.unwrap_or_else(|| (new.label(), mean));
-    let why = format!("{count} requests took {mean:.0} ms on average, {its:.0} of them on {label}");
-    let slow = Verdict::new(State::Slow, why).because(Cause::Storage);
-    Some(slow.remedy(format!(
+        let label = block.label();
+        match block.mean_ms(old) {
+            Some((its, _)) if its * 2.0 >= slow.ms => {
+                Some((label, format!("{its:.0} ms of that on")))
+            }
+            None if block.in_flight > 0 && !slow.ended => Some((label, "it is on".into())),
+            _ => None,
+        }
+    })
+}
+
+/// Requests are slow, and a device below has most of their time.
+fn slow_storage(
+    before: &Disk,
+    now: &Disk,
+    figures: &Figures,
+    around: &Surroundings,
+) -> Option<Verdict> {
+    let (old, new) = (before.block.as_ref()?, now.block.as_ref()?);
+    let slow = match figures.oldest_ms {
+        Some(_) => slowest(figures, around.limits.slow)?,
+        None => slow_device(old, new, around.limits.slow)?,
+    };
+    let (label, part) = place(old, new, &slow)?;
+    let why = format!("{}, {part} {label}", slow.what);
+    let slow = Verdict::new(State::Slow, why);
+    Some(slow.because(Cause::Storage).remedy(format!(
         "see with iostat -x who else uses {label}, and to its storage"
     )))
+}
+
+/// Requests are slow, no device below counts so much time, and no processor is short.
+fn slow_to_answer(figures: &Figures, around: &Surroundings) -> Option<Verdict> {
+    let Slow { what, .. } = slowest(figures, around.limits.slow)?;
+    let why = format!("{what}, which no block device below it counts");
+    let slow = Verdict::new(State::Slow, why).because(Cause::Storage);
+    Some(slow.remedy("see to its storage, and with tap-ctl status -x whether its thread runs"))
 }
 
 /// A disk with which nothing is wrong.

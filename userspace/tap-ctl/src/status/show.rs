@@ -79,8 +79,21 @@ fn more(disk: &Line) -> String {
         "storage ms",
         figures.storage_ms.map(|ms| format!("{ms:.1}")),
     );
+    for one in &figures.awaits {
+        let ms = format!("{:.1}", one.mean_ms);
+        add(&format!("{} ms", one.operation.name()), Some(ms));
+    }
+    add("in flight", figures.in_flight.and_then(some));
+    let oldest = figures.oldest_ms.filter(|ms| *ms > 0.0);
+    add("the oldest for ms", oldest.map(|ms| format!("{ms:.0}")));
     add("99 % < us", figures.p99_us.map(|us| us.to_string()));
     add("waits for pages", some(figures.page_waits));
+    add("waiting for pages", figures.page_wait.and_then(percent));
+    add("pieces for want of pages", some(figures.pieces));
+    add(
+        "passes with a full ring",
+        figures.ring_full.and_then(percent),
+    );
     add("errors", some(figures.errors));
     add("refused", some(figures.refused));
     add("thread ran", percent(figures.ran));

@@ -21,7 +21,7 @@ pub(crate) fn judge(
         return phy::without_driver(vbd);
     }
     let Some(tap) = &now.tap else {
-        return untold(supervisor);
+        return hung_untold(now, around).unwrap_or_else(|| untold(supervisor));
     };
     if let Some(why) = &tap.row.unknown {
         let minor = tap
@@ -39,6 +39,16 @@ pub(crate) fn judge(
         Some(tapdisk::State::Idle | tapdisk::State::Attached) => closed(tap, &kernel),
         Some(tapdisk::State::Running) => running(before, now, tap, &kernel, around),
     }
+}
+
+/// Of which blktapctrl says nothing, and the driver that it hangs.
+fn hung_untold(now: &Disk, around: &Surroundings) -> Option<Verdict> {
+    let oldest = phy::oldest(now, around.limits.hung)?;
+    let why =
+        "its process or the storage of that does not answer, and blktapctrl says nothing of it";
+    let hung = Verdict::new(State::Hung, why).because(Cause::Process);
+    let hung = hung.since(Oldest::Seconds(oldest.as_secs_f64()));
+    Some(hung.remedy("systemctl start blktapctrl: it replaces a process that has died"))
 }
 
 /// Of which blktapctrl says nothing.

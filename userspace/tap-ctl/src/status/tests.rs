@@ -90,6 +90,143 @@ fn slow_storage_is_named() {
     );
 }
 
+/// What a driver counts that keeps time: nothing yet.
+fn keeps_time(made: &Made) {
+    let times = [
+        "rd_done",
+        "rd_ns",
+        "wr_done",
+        "wr_ns",
+        "f_done",
+        "f_ns",
+        "ds_done",
+        "ds_ns",
+        "passes",
+        "page_wait_ns",
+        "pieces",
+        "ring_full",
+        "in_flight",
+        "oldest_ns",
+    ];
+    times.iter().for_each(|name| counter(made, name, 0));
+}
+
+const MS: u64 = 1_000_000;
+
+#[test]
+fn the_operation_that_is_slow_is_named_with_the_device_that_has_the_time() {
+    let made = made();
+    keeps_time(&made);
+    let before = look(&made);
+    // Others wait for the same device, and this guest does not: it is well.
+    block(&made, "8:16", "sdb", [110, 5100, 3]);
+    counter(&made, "rd_done", 100);
+    counter(&made, "rd_ns", 200 * MS);
+    assert_eq!(said(&after(1, &before, &look(&made))), (State::Ok, None, 0));
+    counter(&made, "wr_done", 4);
+    counter(&made, "wr_ns", 2000 * MS);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::Storage), 1));
+    let why = &report.disks[0].verdict.why;
+    assert_eq!(
+        why,
+        "4 writes took 500 ms on average, 500 ms of that on sdb"
+    );
+    let text = show::text(&report, true);
+    assert!(text.contains("read ms 2.0, write ms 500.0"), "{text}");
+    // A device that says it was quick: the thread was late, if it had no processor.
+    block(&made, "8:16", "sdb", [110, 110, 3]);
+    let report = after(1, &before, &look(&made));
+    let why = &report.disks[0].verdict.why;
+    assert_eq!(said(&report), (State::Slow, Some(Cause::Storage), 1));
+    assert!(why.contains("no block device below it counts"), "{why}");
+    queue(&made, 'R', 0, 1);
+    let before = look(&made);
+    counter(&made, "wr_done", 8);
+    counter(&made, "wr_ns", 4000 * MS);
+    queue(&made, 'R', 900, 2);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::HostCpu), 1));
+}
+
+#[test]
+fn a_long_discard_is_not_slow_and_what_does_not_end_is() {
+    let made = made();
+    keeps_time(&made);
+    let before = look(&made);
+    counter(&made, "ds_done", 1);
+    counter(&made, "ds_ns", 900 * MS);
+    assert_eq!(said(&after(1, &before, &look(&made))), (State::Ok, None, 0));
+    counter(&made, "ds_done", 0);
+    counter(&made, "ds_ns", 0);
+    counter(&made, "in_flight", 2);
+    counter(&made, "oldest_ns", 900 * MS);
+    block(&made, "8:16", "sdb", [100, 100, 2]);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::Storage), 1));
+    let why = &report.disks[0].verdict.why;
+    assert!(
+        why.contains("oldest has taken 900 ms, it is on sdb"),
+        "{why}"
+    );
+}
+
+#[test]
+fn an_old_request_is_a_disk_that_hangs_and_nobody_has_to_watch_it() {
+    let made = made();
+    keeps_time(&made);
+    counter(&made, "in_flight", 4);
+    counter(&made, "oldest_ns", 95_000 * MS);
+    block(&made, "8:16", "sdb", [100, 100, 4]);
+    let before = look(&made);
+    assert!(!is_suspect(&before, &before, LIMITS.hung));
+    let report = after(1, &before, &before);
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+    let verdict = &report.disks[0].verdict;
+    assert_eq!(verdict.word(), "hung oldest=95s");
+    assert!(verdict.why.contains("the device sdb has 4"), "{verdict:?}");
+    // Also where the others are answered.
+    block(&made, "8:16", "sdb", [200, 200, 4]);
+    let report = after(1, &before, &look(&made));
+    let verdict = &report.disks[0].verdict;
+    assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
+    assert!(
+        verdict.why.contains("does not answer the oldest"),
+        "{verdict:?}"
+    );
+    // A driver that says that it has none is believed: what its device has is of others.
+    counter(&made, "oldest_ns", 0);
+    counter(&made, "in_flight", 0);
+    let before = look(&made);
+    assert_eq!(said(&after(60, &before, &before)).0, State::Ok);
+}
+
+#[test]
+fn time_without_pages_and_pieces_are_named_and_a_full_ring_is_shown() {
+    let made = made();
+    keeps_time(&made);
+    let before = look(&made);
+    counter(&made, "rd_req", 100);
+    // Of a driver that keeps time this may have been barriers.
+    counter(&made, "oo_req", 50);
+    counter(&made, "page_wait_ns", 20 * MS);
+    counter(&made, "passes", 10);
+    counter(&made, "ring_full", 5);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Ok, None, 0));
+    let text = show::text(&report, true);
+    assert!(text.contains("waiting for pages 2 %"), "{text}");
+    assert!(text.contains("passes with a full ring 50 %"), "{text}");
+    counter(&made, "pieces", 300);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::PagePool), 1));
+    assert!(report.disks[0].verdict.why.contains("300 pieces more"));
+    counter(&made, "page_wait_ns", 450 * MS);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Slow, Some(Cause::PagePool), 1));
+    assert!(report.disks[0].verdict.why.contains("for 45 % of the time"));
+}
+
 #[test]
 fn requests_that_wait_for_pages_are_named_with_the_limit_that_holds_them() {
     let made = made();
@@ -143,7 +280,7 @@ fn a_suspended_device_is_named_after_it_was_watched_for_long_enough() {
     made.file("/sys/devices/virtual/block/sdb/dm/name", "vg-lv\n");
     made.file("/sys/devices/virtual/block/sdb/dm/suspended", "1\n");
     let before = look(&made);
-    assert!(is_suspect(&before, &before));
+    assert!(is_suspect(&before, &before, LIMITS.hung));
     assert_eq!(said(&after(1, &before, &before)).2, 0);
     let report = after(6, &before, &before);
     assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
@@ -172,7 +309,7 @@ fn a_device_that_answers_nothing_is_the_lowest_one() {
     block(&made, "8:0", "sda", [8, 8, 2]);
     block(&made, "8:16", "sdb", [101, 101, 4]);
     let now = look(&made);
-    assert!(!is_suspect(&before, &now));
+    assert!(!is_suspect(&before, &now, LIMITS.hung));
     assert_eq!(said(&after(5, &before, &now)).0, State::Ok);
 }
 

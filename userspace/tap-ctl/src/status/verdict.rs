@@ -186,6 +186,32 @@ pub(crate) struct Limits {
 /// The part of the time from which on a thread that cannot run counts.
 const STARVED: f64 = 0.2;
 
+/// The part of the time from which on it counts that requests wait for pages.
+const PAGE_WAIT: f64 = 0.1;
+
+/// What requests had to do without, if too few pages made a difference.
+fn page_waits(figures: &Figures) -> Option<String> {
+    let requests = figures.requests;
+    let Some(part) = figures.page_wait else {
+        // A driver that counts no time: how often, which is also how often a barrier waited for its turn.
+        let often = figures.page_waits > 0 && figures.page_waits >= requests / 10;
+        let times = figures.page_waits;
+        return often
+            .then(|| format!("{requests} requests came and had to wait for pages {times} times"));
+    };
+    let percent = (part * 100.0).round();
+    if part >= PAGE_WAIT {
+        return Some(format!(
+            "for {percent} % of the time requests waited for pages, {} times among {requests}",
+            figures.page_waits
+        ));
+    }
+    let pieces = figures.pieces;
+    (pieces > 0 && pieces >= requests / 10).then(|| {
+        format!("{requests} requests were done in {pieces} pieces more, for want of pages for all of one")
+    })
+}
+
 /// What is not the disk's own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings {
@@ -232,17 +258,12 @@ impl Surroundings {
 
     /// A disk whose requests wait for memory.
     pub(crate) fn short_of_pages(&self, figures: &Figures) -> Option<Verdict> {
-        if figures.page_waits == 0 || figures.page_waits < figures.requests / 10 {
-            return None;
-        }
-        let why = format!(
-            "{} requests came and had to wait for pages {} times",
-            figures.requests, figures.page_waits
-        );
+        let why = page_waits(figures)?;
         let slow = Verdict::new(State::Slow, why).because(Cause::PagePool);
         Some(slow.remedy(self.more_pages()))
     }
 
+    /// What is to be done about that.
     fn more_pages(&self) -> String {
         // Nearly all of it is used when the next block does not fit.
         let is_full = |used: u64, limit: u64| used >= limit.saturating_sub(limit / 20);
