@@ -6,6 +6,7 @@
 //! prometheus-client writes, and of which it would lose the types of counters.
 
 mod exposition;
+mod times;
 
 use crate::figures::counters;
 use crate::host::block::Block;
@@ -61,6 +62,7 @@ fn text(look: &Look, report: &Report) -> String {
             Some(value(disk.vbd.as_ref()?))
         });
     }
+    times::tell(&mut text, look);
     for (family, value) in BLOCK {
         disks(&mut text, *family, look, |disk| {
             Some(value(disk.block.as_ref()?))

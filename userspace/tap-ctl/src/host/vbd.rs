@@ -86,7 +86,7 @@ impl Vbd {
     }
 
     /// A counter that only newer drivers have.
-    fn counted(&self, name: &str) -> Option<u64> {
+    pub(crate) fn counted(&self, name: &str) -> Option<u64> {
         self.counters.get(name).copied()
     }
 

@@ -20,6 +20,21 @@ fn both() -> Look {
         "/sys/bus/xen-backend/devices/vbd-3-51712/statistics/wr_sect",
         "8\n",
     );
+    for (name, text) in [
+        ("in_flight", "3"),
+        ("oldest_ns", "2500000000"),
+        ("wr_done", "4"),
+        ("wr_ns", "1000000000"),
+        ("page_wait_ns", "500000000"),
+        ("pieces", "0"),
+        ("passes", "9"),
+        ("ring_full", "1"),
+    ] {
+        made.file(
+            &format!("/sys/bus/xen-backend/devices/vbd-3-51712/statistics/{name}"),
+            text,
+        );
+    }
     let parameters = "/sys/module/xen_blkback_rs/parameters";
     for (name, text) in [
         ("memory_kib", "4"),
@@ -51,10 +66,18 @@ fn metrics(look: &Look) -> String {
 #[test]
 fn disks_of_both_kinds_are_told() {
     let text = metrics(&both());
+    // What the driver does not count is not told as 0.
+    assert!(!text.contains(r#"kind="phy",operation="read""#), "{text}");
     for line in [
         r#"xen_disk_written_bytes_total{guest="3",vdev="xvda",kind="phy"} 4096"#,
         r#"xen_disk_storage_seconds_total{guest="3",vdev="xvda",kind="phy"} 2.5"#,
         r#"xen_disk_severity{guest="3",vdev="xvda",kind="phy"} 0"#,
+        r#"xen_disk_in_flight{guest="3",vdev="xvda",kind="phy"} 3"#,
+        r#"xen_disk_oldest_seconds{guest="3",vdev="xvda",kind="phy"} 2.5"#,
+        r#"xen_disk_completed_total{guest="3",vdev="xvda",kind="phy",operation="write"} 4"#,
+        r#"xen_disk_time_seconds_total{guest="3",vdev="xvda",kind="phy",operation="write"} 1"#,
+        r#"xen_disk_page_wait_seconds_total{guest="3",vdev="xvda",kind="phy"} 0.5"#,
+        r#"xen_disk_ring_full_total{guest="3",vdev="xvda",kind="phy"} 1"#,
         r#"xen_disk_verdict{guest="3",vdev="xvdb",kind="tap",minor="0",verdict="ok"} 1"#,
         r#"xen_tap_oldest_seconds{guest="3",vdev="xvdb",kind="tap",minor="0"} 1.5"#,
         r#"xen_tap_request_seconds_bucket{guest="3",vdev="xvdb",kind="tap",minor="0",operation="write",le="0.000524288"} 0"#,

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the driver knows of the time that requests take and wait, of phy and tap disks.
+
+use super::exposition::Text;
+use super::{disks, labels, Family};
+use crate::host::vbd::{Operation, Vbd};
+use crate::look::{Disk, Look};
+use std::time::Duration;
+
+/// The value that a family has of a disk, if the driver counts that.
+type IfCounted = fn(&Vbd) -> Option<f64>;
+
+/// Families of disks.
+const COUNTED: &[(Family, IfCounted)] = &[
+    (
+        (
+            "xen_disk_in_flight",
+            "gauge",
+            "Requests of the guest that are taken and not answered.",
+        ),
+        |vbd| Some(vbd.in_flight()? as f64),
+    ),
+    (
+        (
+            "xen_disk_oldest_seconds",
+            "gauge",
+            "For how long the storage, or the process, has had the oldest request that it has.",
+        ),
+        |vbd| Some(vbd.oldest()?.as_secs_f64()),
+    ),
+    (
+        (
+            "xen_disk_page_wait_seconds_total",
+            "counter",
+            "For how long requests have waited for pages, added up over the queues.",
+        ),
+        |vbd| Some(vbd.page_wait()?.as_secs_f64()),
+    ),
+    (
+        (
+            "xen_disk_pieces_total",
+            "counter",
+            "Pieces beyond the first of requests that were done in several for want of pages.",
+        ),
+        |vbd| Some(vbd.counted("pieces")? as f64),
+    ),
+    (
+        ("xen_disk_passes_total", "counter", "Passes over the rings."),
+        |vbd| Some(vbd.counted("passes")? as f64),
+    ),
+    (
+        (
+            "xen_disk_ring_full_total",
+            "counter",
+            "Passes that found a ring full: the guest could not ask for more.",
+        ),
+        |vbd| Some(vbd.counted("ring_full")? as f64),
+    ),
+];
+
+/// The value that a family has of an operation.
+type OfOperation = fn(u64, Duration) -> f64;
+
+/// Families of operations: what has ended, and what that took.
+const ENDED: [(Family, OfOperation); 2] = [
+    (
+        (
+            "xen_disk_completed_total",
+            "counter",
+            "I/Os that the storage, or the process, has answered; a request that is done in pieces is several.",
+        ),
+        |done, _| done as f64,
+    ),
+    (
+        (
+            "xen_disk_time_seconds_total",
+            "counter",
+            "What those took, added up: divided by their number it is the mean.",
+        ),
+        |_, took| took.as_secs_f64(),
+    ),
+];
+
+/// Tells all of it.
+pub(super) fn tell(text: &mut Text, look: &Look) {
+    for (family, value) in COUNTED {
+        disks(text, *family, look, |disk| value(disk.vbd.as_ref()?));
+    }
+    for (family, value) in ENDED {
+        text.family(family);
+        for (disk, operation) in pairs(look) {
+            let took = disk.vbd.as_ref().and_then(|vbd| vbd.took(operation));
+            if let Some((done, took)) = took {
+                let labels = labels(disk).with("operation", Some(operation.name().into()));
+                text.sample(&labels, value(done, took));
+            }
+        }
+    }
+}
+
+/// Each disk with each operation.
+fn pairs(look: &Look) -> impl Iterator<Item = (&Disk, Operation)> {
+    let each = |disk| Operation::ALL.into_iter().map(move |it| (disk, it));
+    look.disks.iter().flat_map(each)
+}
