@@ -122,13 +122,13 @@ fn idle(context: &mut Context) -> Result<()> {
 }
 
 /// A parameter of the module that has another value until this is dropped.
-struct Parameter {
+pub(super) struct Parameter {
     path: String,
     before: String,
 }
 
 impl Parameter {
-    fn set(name: &str, value: &str) -> Result<Parameter> {
+    pub(super) fn set(name: &str, value: &str) -> Result<Parameter> {
         let path = format!("{PARAMETERS}/{name}");
         let before = sh::get(&path)?;
         sh::put(&path, value)?;
