@@ -81,8 +81,9 @@ enum Step {
     Return,
 }
 
-/// How long what must not wait for storage may take in an emulated machine.
-const QUICK: Duration = Duration::from_secs(30);
+/// How long what must not wait for storage, which hangs until the case says otherwise, may take in an
+/// emulated machine.
+const QUICK: Duration = Duration::from_secs(60);
 
 /// A device of device mapper over null_blk that can be hung.
 fn hangable(context: &mut Context) -> Result<Dm> {
