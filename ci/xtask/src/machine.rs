@@ -199,7 +199,7 @@ impl Machine {
     }
 
     /// Waits until no other machine of the same kind of time runs. One whose time is counted in instructions
-    /// does not notice what runs beside it.
+    /// does not notice what runs beside it, and takes what the others leave of the processors.
     fn turn(&self) -> Result<Flock<File>> {
         let name = match self.icount {
             true => "machine-counted.lock",
@@ -257,7 +257,13 @@ impl Machine {
                 "file={place}/{name},if=virtio,format=raw,cache=unsafe"
             ));
         }
-        let mut qemu = root.command("qemu-system-x86_64");
+        let mut qemu = match self.icount {
+            true => root.command("chrt"),
+            false => root.command("qemu-system-x86_64"),
+        };
+        if self.icount {
+            qemu.args(["--idle", "0", "qemu-system-x86_64"]);
+        }
         qemu.args([
             "-M",
             "q35",
