@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use manual::Generated;
 use std::str::FromStr;
 
-/// Make, convert, check, compare, resize and rebase the images of tap disks.
+/// Make, convert, check, compare, resize, rebase and commit the images of tap disks.
 ///
 /// An image is named KIND:PATH, as in the configuration of a guest. The kind is what you say, never what the
 /// file looks like: a guest writes what is in it.
@@ -45,6 +45,7 @@ Examples:
   tapimg resize qcow2:/srv/a.qcow2 20G              # the guest sees it when it is served again
   tapimg snapshot qcow2:/srv/a.qcow2 qcow2:/srv/c.qcow2
                                                     # c.qcow2 goes on from a.qcow2
+  tapimg commit qcow2:/srv/c.qcow2                  # a.qcow2 gets what c.qcow2 has, and is the disk then
   tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all that it shows, and stands alone
 
 An image is locked while it is used, as tapdisk does: what is written may be used by nobody else, what is
@@ -77,6 +78,8 @@ pub(crate) enum Verb {
     Resize(Resize),
     /// Put an image over another one, or over none, with the same content
     Rebase(Rebase),
+    /// Give the image below what an image has itself, so that it holds the same disk
+    Commit(Commit),
     /// Make an image that goes on from another one, or list the snapshots in one
     Snapshot(Snapshot),
     /// Print a completion script or the manual page
@@ -268,6 +271,20 @@ pub(crate) struct Rebase {
     /// Change the name only, and compare nothing
     #[arg(long = "unsafe")]
     pub(crate) name_only: bool,
+    /// Tell on stderr how far it is, even if that is no terminal
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+/// What to commit.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The image below becomes the disk; the image is only read, and can be removed then. Both must be in use by nobody.
+Whatever else goes on from the image below shows something else afterwards: rebase that first.
+If it ends early, the image is still the disk, but the one below alone is not what it was: begin again.")]
+pub(crate) struct Commit {
+    /// The image, qcow2:PATH, qcow:PATH or vhd:PATH
+    pub(crate) image: Named,
     /// Tell on stderr how far it is, even if that is no terminal
     #[arg(long)]
     pub(crate) progress: bool,

@@ -5,6 +5,7 @@
 mod chain;
 mod check;
 mod cli;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -106,7 +107,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     let runtime = Runtime::new();
     // Threads inherit what is blocked of signals, so this comes first.
     let stop = match cli.verb {
-        Verb::Convert(_) | Verb::Rebase(_) => Stop::listen(&runtime)?,
+        Verb::Convert(_) | Verb::Rebase(_) | Verb::Commit(_) => Stop::listen(&runtime)?,
         _ => Stop::default(),
     };
     let starting = |error| Failure::system("cannot start", &error);
@@ -167,6 +168,11 @@ async fn verb(cli: &Cli, opener: &Opener, stop: &Stop) -> Result<Outcome, Error>
             print(cli, &mut out, &done, &done.text())?;
             true
         }
+        Verb::Commit(args) => {
+            let done = commit::commit(opener, stop, args).await?;
+            print(cli, &mut out, &done, &done.text())?;
+            true
+        }
         Verb::Snapshot(args) => {
             let answer = snapshot::snapshot(opener, args).await?;
             print(cli, &mut out, &answer, &answer.text())?;
@@ -215,6 +221,7 @@ mod tests {
             "tapimg rebase qcow2:/a --parent vhd:/b --unsafe",
             "tapimg rebase qcow2:/a --no-parent --progress",
             "tapimg snapshot qcow2:/a vhd:/b",
+            "tapimg commit vhd:/b --progress",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }

@@ -6,7 +6,7 @@ use diskio::{LockKind, Runtime};
 use std::fs::File;
 
 /// Locks an image as a tapdisk does.
-fn lock(bench: &Bench, name: &str, kind: LockKind) -> diskio::File {
+pub(crate) fn lock(bench: &Bench, name: &str, kind: LockKind) -> diskio::File {
     let file = File::options()
         .read(true)
         .write(kind == LockKind::Write)

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg commit`: the image below gets what an image has itself, and is the same disk then.
+
+use crate::chain::{below, refuse_damage};
+use crate::cli::Commit;
+use crate::named::Named;
+use crate::open::{failed, Opener, Use};
+use crate::progress::{bytes, Progress};
+use crate::stop::Stop;
+use crate::walk::{self, Piece, Side, Walk};
+use control::{Code, Failure};
+use diskio::{Bytes, File, Io};
+use drivers::{Attributes, Content, Disk};
+use formats::{look, Below, Kind, Options};
+use serde::Serialize;
+use std::cell::Cell;
+use std::fs;
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Done {
+    image: String,
+    /// The image below, which is the disk now.
+    parent: String,
+    /// Bytes of the image's own that the one below got, zeroes among them.
+    written: u64,
+    /// The image below is marked as one that is not written.
+    marked: bool,
+}
+
+impl Done {
+    pub(crate) fn text(&self) -> String {
+        let Self { image, parent, .. } = self;
+        let mark = match self.marked {
+            true => ", after chmod u+w, which says that nothing goes on from it any more",
+            false => "",
+        };
+        format!(
+            "{parent} got {} and holds the disk of {image}: name it in the configuration{mark}, and remove {image}\n",
+            bytes(self.written)
+        )
+    }
+}
+
+/// What an image has itself, and where that goes.
+struct Own<'o> {
+    io: &'o Io,
+    image: (&'o Named, Disk),
+    parent: (&'o Named, Disk),
+    written: Cell<u64>,
+}
+
+/// Commits.
+pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Result<Done, Failure> {
+    let image = &args.image;
+    refuse_damage(opener, image).await?;
+    // It is only read, but whoever used it would see what is below it change.
+    let file = opener.file(&image.path, Use::Write).await?;
+    let parent = parent_of(opener, image, &file).await?;
+    let mode = fs::metadata(&parent.path)
+        .map_err(|error| Failure::system(format!("cannot look at {parent}"), &error))?
+        .permissions();
+    let base = opener.file(&parent.path, Use::Write).await?;
+    let options = Options::new(parent.path.display().to_string());
+    let (base, its) = opener.disk_of(&parent, base, options).await?;
+    // What is below is locked by us already, and of that nothing is read.
+    let look = Opener {
+        reading: Use::Look,
+        ..opener.clone()
+    };
+    let options = Options {
+        writable: false,
+        discard: false,
+        ..Options::new(image.path.display().to_string())
+    };
+    let (top, shape) = look.disk_of(image, file, options).await?;
+    if shape.size > its.size {
+        return Err(Failure::new(
+            Code::Image,
+            format!(
+                "{image} has {} bytes and {parent} only {}: tapimg resize {parent} {0} first",
+                shape.size, its.size
+            ),
+        ));
+    }
+    let own = Own {
+        io: &opener.io,
+        image: (image, top),
+        parent: (&parent, base),
+        written: Cell::new(0),
+    };
+    own.all(shape.size, stop, args.progress).await?;
+    Ok(Done {
+        image: image.to_string(),
+        parent: parent.to_string(),
+        written: own.written.get(),
+        marked: mode.readonly(),
+    })
+}
+
+/// The image below, which must be one that may change below `image`.
+async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named, Failure> {
+    let kind = match image.kind {
+        // Its parent's number changes with the first write, and then it is not its parent any more.
+        Below::Raw | Below::Format(Kind::Vmdk) => {
+            return Err(Failure::invalid(format!(
+                "{image}: only qcow2, qcow and VHD images are committed: make a new image with tapimg convert {image} NEW"
+            )))
+        }
+        Below::Format(kind) => kind,
+    };
+    let needs = look(kind, file).await;
+    let needs = needs.map_err(|failure| image.said(failure))?;
+    if needs.parent.is_none() {
+        return Err(Failure::invalid(format!(
+            "{image} goes on from no other image: there is nothing to commit it to"
+        )));
+    }
+    below(opener, image, &needs).ok_or_else(|| {
+        Failure::invalid(format!(
+            "{image} does not say what its parent is: say it with --parents"
+        ))
+    })
+}
+
+impl Own<'_> {
+    /// Writes all of it to the image below. Whenever that ends, the image shows the same disk: what it has itself
+    /// hides what is below.
+    async fn all(&self, size: u64, stop: &Stop, wanted: bool) -> Result<(), Failure> {
+        let (parent, base) = &self.parent;
+        let progress = Progress::new(size, wanted);
+        let (this, progress_ref) = (self, &progress);
+        let each = move |piece: Piece<1>| async move {
+            this.piece(piece).await?;
+            progress_ref.add(piece.len);
+            Ok(())
+        };
+        let (image, top) = &self.image;
+        let walk = Walk::new([Side::new(image, top, size)], size);
+        let walked = walk.each(|| stop.is_wanted(), each).await;
+        progress.end();
+        let last = base.inactivate().await;
+        walked?;
+        last.map_err(|error| failed("make durable", parent, size, error))?;
+        stop.check(
+            &progress,
+            "; the image is the disk still, the one below alone is not any more: begin again",
+        )
+    }
+
+    async fn piece(&self, piece: Piece<1>) -> Result<(), Failure> {
+        let (image, top) = &self.image;
+        let (mut at, end) = (piece.offset, piece.offset + piece.len);
+        while at < end {
+            let found = top.layer(at, end - at).await;
+            let found = found.map_err(|error| failed("find out what is in", image, at, error))?;
+            for extent in found {
+                match extent.content {
+                    Content::Data => self.copy(at, extent.len).await?,
+                    Content::Hole => self.zero(at, extent.len).await?,
+                    Content::Below => {}
+                }
+                at += extent.len;
+            }
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, mut at: u64, len: u64) -> Result<(), Failure> {
+        let (image, top) = &self.image;
+        let (parent, base) = &self.parent;
+        let end = at + len;
+        while at < end {
+            let len = (end - at).min(walk::PIECE);
+            let (data, _) = walk::read(self.io, image, top, at, len).await?;
+            let written = base.write(at, Bytes::from(data), Attributes::default());
+            let written = written.await;
+            written.map_err(|error| failed("write", parent, at, error))?;
+            self.written.set(self.written.get() + len);
+            at += len;
+        }
+        Ok(())
+    }
+
+    async fn zero(&self, at: u64, len: u64) -> Result<(), Failure> {
+        let (parent, base) = &self.parent;
+        let zeroed = base.write_zeroes(at, len, Attributes::default()).await;
+        zeroed.map_err(|error| failed("write zeroes to", parent, at, error))?;
+        self.written.set(self.written.get() + len);
+        Ok(())
+    }
+}
