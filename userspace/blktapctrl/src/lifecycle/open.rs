@@ -178,7 +178,8 @@ impl Lifecycle {
         let disk = self.registry.find(which)?;
         let _turn = disk.turn().await?;
         let process = disk.serving()?;
-        match process.ask(how, &[], limit).await? {
+        // An image grows as long as its storage takes.
+        match disk.unless_doomed(process.ask(how, &[], limit)).await? {
             Reply::Disk(what) => {
                 disk.serves.replace(Some(what.clone()));
                 self.registry

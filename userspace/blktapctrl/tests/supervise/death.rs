@@ -254,3 +254,28 @@ fn an_end_does_not_wait_for_who_hangs() {
         bed.assert_nothing_left().await;
     });
 }
+
+#[test]
+fn an_end_does_not_wait_for_an_image_that_grows() {
+    test("grow", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let grow = bed.ask(Request::Grow {
+            which: which(minor),
+            size: 1 << 20,
+        });
+        let end = async {
+            until("the question", || async {
+                bed.log().contains(&"grow".into()).then_some(())
+            })
+            .await;
+            bed.destroy(minor).await;
+        };
+        let start = Instant::now();
+        let (grown, ()) = futures::future::join(grow, end).await;
+        assert_eq!(grown.expect_err("taken away").code, Code::State);
+        assert!(start.elapsed() < Duration::from_secs(30));
+        bed.assert_nothing_left().await;
+    });
+}

@@ -716,7 +716,13 @@ impl Served {
                 open: self.open.as_ref().map(|(open, _)| open.clone()),
                 disk: self.open.as_ref().map(|(open, _)| disk(dir, open)),
             })),
-            Request::Resize | Request::Grow { .. } => {
+            Request::Grow { .. } => {
+                note(dir, "grow");
+                wait_while(&dir.join("hang"));
+                let (open, _) = self.open.as_ref().expect("open");
+                Ok(Reply::Disk(disk(dir, open)))
+            }
+            Request::Resize => {
                 needs.ask_all(dir, "ask-later")?;
                 let (open, _) = self.open.as_ref().expect("open");
                 Ok(Reply::Disk(disk(dir, open)))
