@@ -181,7 +181,7 @@ fn slowest(figures: &Figures, slow: Duration) -> Option<Slow> {
     let slowest = awaits.max_by(|one, other| one.mean_ms.total_cmp(&other.mean_ms));
     let of_ended = |it: Await| {
         let (done, operation, ms) = (it.done, it.operation.plural(), it.mean_ms);
-        let what = format!("{done} {operation} took {ms:.0} ms on average");
+        let what = format!("{operation} took {ms:.0} ms on average ({done} ended)");
         let ended = true;
         Slow { what, ms, ended }
     };
@@ -203,7 +203,7 @@ fn milliseconds(time: Duration) -> f64 {
 /// The device itself, for a driver that counts no times.
 fn slow_device(old: &Block, new: &Block, slow: Duration) -> Option<Slow> {
     let (ms, count) = new.mean_ms(old)?;
-    let what = format!("{count} requests took {ms:.0} ms on average");
+    let what = format!("requests took {ms:.0} ms on average ({count} ended)");
     let ended = true;
     (ms >= milliseconds(slow)).then_some(Slow { what, ms, ended })
 }

@@ -130,7 +130,7 @@ fn the_operation_that_is_slow_is_named_with_the_device_that_has_the_time() {
     let why = &report.disks[0].verdict.why;
     assert_eq!(
         why,
-        "4 writes took 500 ms on average, 500 ms of that on sdb"
+        "writes took 500 ms on average (4 ended), 500 ms of that on sdb"
     );
     let text = show::text(&report, true);
     assert!(text.contains("read ms 2.0, write ms 500.0"), "{text}");
