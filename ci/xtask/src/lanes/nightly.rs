@@ -32,7 +32,7 @@ const PARTS: &[(&str, Part)] = &[
     // Other shapes, formats, orders and ways in.
     (
         "variants",
-        Part::Long("phy.*,rings.*,formats.*,hung.*,snapshot.*,boot.*"),
+        Part::Long("phy.*,rings.*,formats.*,hung.*,snapshot.*,tap.destroy*,boot.*,planted.*"),
     ),
 ];
 

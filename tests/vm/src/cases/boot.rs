@@ -35,22 +35,26 @@ pub(super) fn cases() -> Vec<Case> {
             "boot.pygrub_drop_in",
             "the same with tap:aio: and the script that stands in for Xen's",
             pygrub_drop_in,
-        ).nightly(),
+        )
+        .nightly(),
         case(
             "boot.hvm",
             "an HVM guest boots from a tap disk, has a phy disk too; two tapdisks die, one under the BIOS",
             hvm,
-        ),
+        )
+        .nightly(),
         case(
             "boot.hvm_drop_in",
             "an HVM guest boots from a file through the script that stands in for Xen's",
             hvm_drop_in,
-        ).nightly(),
+        )
+        .nightly(),
         case(
             "boot.hvm_backendtype",
             "an HVM guest boots from a disk of backendtype=tap",
             hvm_backendtype,
-        ).nightly(),
+        )
+        .nightly(),
     ]
 }
 

@@ -70,23 +70,28 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case("formats.qcow", "the same for qcow", |context| {
             endures(context, &QCOW)
-        }).nightly(),
+        })
+        .nightly(),
         case("formats.vhd", "the same for VHD", |context| {
             endures(context, &VHD)
-        }),
+        })
+        .nightly(),
         case("formats.vmdk", "the same for VMDK", |context| {
             endures(context, &VMDK)
-        }).nightly(),
+        })
+        .nightly(),
         case(
             "formats.extents",
             "the same for a VMDK whose content is in a file of its own",
             |context| endures(context, &VMDK_FLAT),
-        ).nightly(),
+        )
+        .nightly(),
         case(
             "formats.chain",
             "qcow2 over qcow2 over a raw image: what is below is read and not written, and must be named or read-only",
             chain,
-        ),
+        )
+        .nightly(),
         case(
             "formats.snapshot",
             "a disk that is paused goes on in a qcow2 image that QEMU made over its own, without the guest seeing it",
@@ -102,7 +107,8 @@ pub(super) fn cases() -> Vec<Case> {
             "formats.full_storage",
             "a qcow2 image on storage that is full pauses the disk, and goes on when there is room",
             full_storage,
-        ).nightly(),
+        )
+        .nightly(),
         case(
             "formats.shared",
             "an image with tables is not written by two: w! is refused, with the remedy",

@@ -30,7 +30,8 @@ pub(super) fn cases() -> Vec<Case> {
             "hung.destroy",
             "the guest of a hung disk is destroyed, then the disk comes back",
             &[Destroy, Return],
-        ),
+        )
+        .nightly(),
         order(
             "hung.unbind_destroy",
             "a hung disk is unbound, its guest destroyed, then the disk comes back",
@@ -54,6 +55,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             rebind_verified,
         )
+        .nightly()
         .no_leaks(),
         Case::new(
             "hung.no_tags",
@@ -61,6 +63,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             no_tags,
         )
+        .nightly()
         .no_leaks(),
         Case::new(
             "hung.write_back",

@@ -59,7 +59,8 @@ pub(super) fn cases() -> Vec<Case> {
             "the kernel takes memory back again and again below a load",
             Pv,
             pressure,
-        ),
+        )
+        .nightly(),
         case(
             "memory.refused",
             "a disk for which there is no memory says so, and connects when there is some",

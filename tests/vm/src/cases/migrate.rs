@@ -59,7 +59,8 @@ pub(super) fn cases() -> Vec<Case> {
             "the destination of a qcow2 image sees the last tables of the source",
             Pvh,
             s27_qcow2,
-        ).nightly(),
+        )
+        .nightly(),
         Case::new(
             "migrate.phy",
             "the same for a block device without a process",

@@ -31,6 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             guest_log,
         )
+        .nightly()
         .finds(&["BUG: planted"]),
         Case::new(
             "planted.guest_panic",
@@ -61,6 +62,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             wrong_driver,
         )
+        .nightly()
         .finds(&["the driver `vbd` serves"]),
         Case::new(
             "planted.early_flush",
@@ -68,6 +70,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             flush,
         )
+        .nightly()
         .faulty()
         .finds(&["flushes reached the device"]),
         Case::new(
@@ -84,6 +87,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             s05_late_write,
         )
+        .nightly()
         .tap()
         .faulty()
         .finds(&[NOT_FENCED]),

@@ -90,7 +90,8 @@ pub(super) fn cases() -> Vec<Case> {
             "attached and detached again and again, nothing is lost",
             Nothing,
             cycles,
-        ).nightly(),
+        )
+        .nightly(),
     ]
 }
 

@@ -42,6 +42,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             destroy_under_load,
         )
+        .nightly()
         .no_leaks(),
         case(
             "tap.disks_16",
