@@ -32,7 +32,10 @@ const PARTS: &[(&str, Part)] = &[
     // Other shapes, formats, orders and ways in.
     (
         "variants",
-        Part::Long("phy.*,rings.*,formats.*,hung.*,snapshot.*,tap.destroy*,boot.*,planted.*"),
+        Part::Long(
+            "phy.*,rings.*,formats.*,hung.*,snapshot.*,boot.*,planted.*,\
+             tap.bad*,tap.destroy*,tap.large*,tap.s16*,tap.s17*,tap.save*",
+        ),
     ),
 ];
 

@@ -77,13 +77,15 @@ pub(super) fn cases() -> Vec<Case> {
             "a frontend closes while nobody serves: Closed at once, and all grants are back",
             Nothing,
             s16_closing,
-        ),
+        )
+        .nightly(),
         case(
             "tap.s17_destroyed",
             "a guest is destroyed while its process hangs with requests",
             Nothing,
             s17_destroyed,
-        ),
+        )
+        .nightly(),
         case(
             "tap.supervisor_dies",
             "disks go on without their supervisor, and the next one takes them over",

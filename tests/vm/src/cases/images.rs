@@ -27,12 +27,14 @@ pub(super) fn cases() -> Vec<Case> {
             "tap.bad_images",
             "what cannot be served is refused quickly, with the reason, and nothing is left",
             bad_images,
-        ),
+        )
+        .nightly(),
         case(
             "tap.large_blocks",
             "storage of 4096-byte blocks: devices and shared images have such sectors, files keep their size",
             large_blocks,
-        ),
+        )
+        .nightly(),
         case(
             "tap.full_storage",
             "storage that is full pauses the disk, and the guest sees no error: it goes on when there is room",

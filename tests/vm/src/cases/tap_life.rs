@@ -28,7 +28,8 @@ pub(super) fn cases() -> Vec<Case> {
             "one phy and two tap disks: saved and restored while all of them are verified",
             Pv,
             save_restore,
-        ),
+        )
+        .nightly(),
         case(
             "tap.detach_under_load",
             "a disk is detached while a job works on it",
