@@ -33,7 +33,7 @@ const PARTS: &[(&str, Part)] = &[
     (
         "variants",
         Part::Long(
-            "phy.*,rings.*,formats.*,hung.*,snapshot.*,boot.*,planted.*,\
+            "phy.*,rings.*,formats.*,hung.*,snapshot.*,ops.*,boot.*,planted.*,\
              tap.bad*,tap.destroy*,tap.large*,tap.s16*,tap.s17*,tap.save*",
         ),
     ),

@@ -34,7 +34,8 @@ pub(super) fn cases() -> Vec<Case> {
                 slow,
             )
         }
-        .no_leaks(),
+        .no_leaks()
+        .nightly(),
     ]
 }
 
