@@ -19,8 +19,8 @@ use std::io::Read;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// From the frontend's wish to close until the backend has closed.
-const CLOSED: Duration = Duration::from_secs(10);
+/// From the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
+const CLOSED: Duration = Duration::from_secs(20);
 
 pub(super) fn all() -> Vec<Case> {
     vec![
