@@ -42,12 +42,8 @@ struct Cli {
 enum Face {
     /// Run the cases in dom0 and print KTAP to the file named by REPORT (default: standard output).
     Run {
-        /// Run only the cases whose name matches one of these patterns, separated by commas (`*` matches anything).
-        #[arg(long, default_value = "*")]
-        only: String,
-        /// Run the cases that take too long for each change, and no others.
-        #[arg(long)]
-        nightly: bool,
+        #[command(flatten)]
+        cases: cases::Selection,
         /// The driver that must serve the disks.
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
@@ -143,8 +139,7 @@ fn start() -> Result<ExitCode> {
     }
     match Cli::parse().face {
         Face::Run {
-            only,
-            nightly,
+            cases: selection,
             driver,
             seed,
             list,
@@ -156,7 +151,7 @@ fn start() -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             seed::begin(seed);
-            cases::run(&only, nightly, driver)
+            cases::run(&selection, driver)
         }
         Face::Demo { driver } => demo::run(driver),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),

@@ -68,10 +68,17 @@ pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(tally, "mapped", MAPPING, &script)
 }
 
-/// The cases that take too long for each change, of the groups that these patterns name.
-pub(super) fn long(tally: &mut Tally, name: &str, groups: &str, seed: Option<u64>) -> Result<()> {
+/// The cases that take too long for each change and that the patterns `only` name, but not those
+/// that `except` names.
+pub(super) fn long(
+    tally: &mut Tally,
+    name: &str,
+    only: &str,
+    except: &str,
+    seed: Option<u64>,
+) -> Result<()> {
     let script = format!(
-        "exec /t/vmtest run --nightly --only '{groups}'{}\n",
+        "exec /t/vmtest run --nightly --only '{only}' --except '{except}'{}\n",
         words(seed)
     );
     let payload = with_faulty(name, &script)?;

@@ -12,6 +12,8 @@ enum Part {
     Own(fn(&mut Tally, Option<u64>) -> Result<()>),
     /// The long cases of these groups.
     Long(&'static str),
+    /// The long cases that no other part names.
+    Rest,
 }
 
 const PARTS: &[(&str, Part)] = &[
@@ -30,13 +32,7 @@ const PARTS: &[(&str, Part)] = &[
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
     // Other shapes, formats, orders and ways in.
-    (
-        "variants",
-        Part::Long(
-            "phy.*,rings.*,formats.*,hung.*,snapshot.*,ops.*,boot.*,planted.*,\
-             tap.bad*,tap.destroy*,tap.large*,tap.s16*,tap.s17*,tap.save*",
-        ),
-    ),
+    ("variants", Part::Rest),
 ];
 
 /// Runs the part that `only` names, or all parts.
@@ -50,8 +46,18 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     );
     parts.into_iter().try_for_each(|(name, part)| match part {
         Part::Own(run) => run(tally, seed),
-        Part::Long(groups) => e2e::long(tally, name, groups, seed),
+        Part::Long(groups) => e2e::long(tally, name, groups, "", seed),
+        Part::Rest => e2e::long(tally, name, super::ALL, &named(), seed),
     })
+}
+
+/// The groups that have a part of their own.
+fn named() -> String {
+    let groups = PARTS.iter().filter_map(|(_, part)| match part {
+        Part::Long(groups) => Some(*groups),
+        Part::Own(_) | Part::Rest => None,
+    });
+    groups.collect::<Vec<_>>().join(",")
 }
 
 fn names() -> Vec<&'static str> {

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Which cases a run means.
+
+/// The cases that a command line names. Patterns are separated by commas, and `*` in one matches
+/// anything.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Selection {
+    /// Run only the cases whose name matches one of these patterns, separated by commas (`*` matches anything).
+    #[arg(long, default_value = "*")]
+    only: String,
+    /// But not those whose name matches one of these.
+    #[arg(long, default_value = "")]
+    except: String,
+    /// Run the cases that take too long for each change, and no others.
+    #[arg(long)]
+    nightly: bool,
+}
+
+impl Selection {
+    /// Whether this case is meant. One that takes long is meant by a pattern only if such cases are
+    /// asked for, and then no others are; whoever names a case in full means it.
+    pub(super) fn means(&self, name: &str, nightly: bool) -> bool {
+        let is_named = self.only.split(',').any(|pattern| pattern == name);
+        let is_asked_for = nightly == self.nightly && matches_any(&self.only, name);
+        is_named || (is_asked_for && !matches_any(&self.except, name))
+    }
+
+    /// The patterns, as they were given.
+    pub(super) fn only(&self) -> &str {
+        &self.only
+    }
+}
+
+fn matches_any(patterns: &str, name: &str) -> bool {
+    patterns.split(',').any(|pattern| matches(pattern, name))
+}
+
+/// A pattern in which `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, rest)) => name.strip_prefix(head).is_some_and(|tail| {
+            (0..=tail.len())
+                .filter(|&at| tail.is_char_boundary(at))
+                .any(|at| matches(rest, &tail[at..]))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{matches, Selection};
+
+    #[test]
+    fn patterns() {
+        assert!(matches("*", "phy.pv.fio_verify"));
+        assert!(matches("phy.*.fio*", "phy.pv.fio_verify"));
+        assert!(!matches("phy.*.fio", "phy.pv.fio_verify"));
+        assert!(matches("a", "a"));
+        assert!(!matches("", "a"));
+    }
+
+    /// Which of four cases are meant; `c` and `d` take long.
+    fn meant(only: &str, except: &str, nightly: bool) -> String {
+        let selection = Selection {
+            only: only.into(),
+            except: except.into(),
+            nightly,
+        };
+        let cases = [("a", false), ("b", false), ("c", true), ("d", true)];
+        let meant = cases
+            .iter()
+            .filter(|(name, long)| selection.means(name, *long));
+        meant.map(|(name, _)| *name).collect()
+    }
+
+    #[test]
+    fn what_takes_long_is_asked_for() {
+        assert_eq!(meant("*", "", false), "ab");
+        assert_eq!(meant("*", "", true), "cd");
+        assert_eq!(meant("a,c*", "", false), "a");
+    }
+
+    #[test]
+    fn a_name_in_full_is_always_meant() {
+        assert_eq!(meant("c", "", false), "c");
+        assert_eq!(meant("a", "", true), "a");
+        assert_eq!(meant("c,*", "c", true), "cd");
+    }
+
+    #[test]
+    fn the_rest_is_what_the_others_leave() {
+        assert_eq!(meant("*", "c", true), "d");
+        assert_eq!(meant("*", "b,c", false), "a");
+        assert_eq!(meant("*", "*", true), "");
+    }
+}
