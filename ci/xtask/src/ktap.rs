@@ -118,7 +118,7 @@ fn parts(rest: &str) -> (String, String) {
 
 #[cfg(test)]
 mod tests {
-    use super::Reader;
+    use super::{Reader, SLOWEST};
     use crate::tally::Tally;
 
     fn sums(report: &str) -> String {
@@ -168,21 +168,17 @@ mod tests {
     fn what_takes_longest_comes_first() {
         let mut tally = Tally::default();
         let mut reader = Reader::default();
-        for line in [
-            "1..12",
-            "ok 1 - a",
-            "  seconds: 1.5",
-            "not ok 2 - b",
-            "  seconds: 20.0",
-        ] {
-            reader.line(line, &mut tally);
-        }
-        for number in 3..13 {
-            reader.line(&format!("ok {number} - c"), &mut tally);
-            reader.line("  seconds: 0.1", &mut tally);
+        let mut test = |number: usize, name: &str, seconds: &str| {
+            reader.line(&format!("ok {number} - {name}"), &mut tally);
+            reader.line(&format!("  seconds: {seconds}"), &mut tally);
+        };
+        test(1, "a", "1.5");
+        test(2, "b", "20.0");
+        for number in 3..SLOWEST + 3 {
+            test(number, "c", "0.1");
         }
         let slowest = reader.slowest();
-        assert_eq!(slowest.len(), 12);
+        assert_eq!(slowest.len(), SLOWEST);
         assert_eq!(slowest[..2], ["slow:   20.0 s b", "slow:    1.5 s a"]);
     }
 
