@@ -10,7 +10,7 @@ use crate::stop::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
-use drivers::{Attributes, Content, Disk};
+use drivers::{Content, Disk};
 use formats::{look, Below, Kind, Options};
 use serde::Serialize;
 use std::cell::Cell;
@@ -152,9 +152,7 @@ impl Own<'_> {
         let (image, top) = &self.image;
         let (mut at, end) = (piece.offset, piece.offset + piece.len);
         while at < end {
-            let found = top.layer(at, end - at).await;
-            let found = found.map_err(|error| failed("find out what is in", image, at, error))?;
-            for extent in found {
+            for extent in walk::layer(image, top, at, end - at).await? {
                 match extent.content {
                     Content::Data => self.copy(at, extent.len).await?,
                     Content::Hole => self.zero(at, extent.len).await?,
@@ -173,9 +171,7 @@ impl Own<'_> {
         while at < end {
             let len = (end - at).min(walk::PIECE);
             let (data, _) = walk::read(self.io, image, top, at, len).await?;
-            let written = base.write(at, Bytes::from(data), Attributes::default());
-            let written = written.await;
-            written.map_err(|error| failed("write", parent, at, error))?;
+            walk::write(parent, base, at, Bytes::from(data)).await?;
             self.written.set(self.written.get() + len);
             at += len;
         }
@@ -184,8 +180,7 @@ impl Own<'_> {
 
     async fn zero(&self, at: u64, len: u64) -> Result<(), Failure> {
         let (parent, base) = &self.parent;
-        let zeroed = base.write_zeroes(at, len, Attributes::default()).await;
-        zeroed.map_err(|error| failed("write zeroes to", parent, at, error))?;
+        walk::zero(parent, base, at, len).await?;
         self.written.set(self.written.get() + len);
         Ok(())
     }

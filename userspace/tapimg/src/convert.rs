@@ -13,7 +13,7 @@ use crate::target::Target;
 use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
 use diskio::{Bytes, Errno, Io};
-use drivers::{Attributes, Disk};
+use drivers::Disk;
 use formats::{Below, Options};
 
 /// What is read, and where it goes.
@@ -106,9 +106,10 @@ impl Copy<'_> {
     async fn piece(&self, piece: Piece<2>) -> Result<(), Failure> {
         let Piece { offset, len, data } = piece;
         let [is_data, is_below] = data;
+        let (to, new) = &self.to;
         if !is_data && !is_below {
             return match self.is_dirty {
-                true => self.zero(offset, len).await,
+                true => walk::zero(to, new, offset, len).await,
                 false => Ok(()),
             };
         }
@@ -128,40 +129,29 @@ impl Copy<'_> {
             let zeroes = vec![0; len as usize];
             for run in runs(&zeroes, below.as_deref()) {
                 if let Run::Zero(range) = run {
-                    self.zero(offset + range.start as u64, range.len() as u64)
-                        .await?;
+                    let at = offset + range.start as u64;
+                    walk::zero(to, new, at, range.len() as u64).await?;
                 }
             }
             return Ok(());
         };
         let source = Bytes::from(source);
         if self.is_dirty {
-            return self.write(offset, source).await;
+            return walk::write(to, new, offset, source).await;
         }
         for run in runs(&seen, below.as_deref()) {
             match run {
                 Run::Data(range) => {
+                    let at = offset + range.start as u64;
                     let part = source.part(range.start, range.len());
-                    self.write(offset + range.start as u64, part).await?;
+                    walk::write(to, new, at, part).await?;
                 }
                 Run::Zero(range) => {
-                    self.zero(offset + range.start as u64, range.len() as u64)
-                        .await?;
+                    let at = offset + range.start as u64;
+                    walk::zero(to, new, at, range.len() as u64).await?;
                 }
             }
         }
         Ok(())
-    }
-
-    async fn write(&self, offset: u64, data: Bytes) -> Result<(), Failure> {
-        let (to, disk) = &self.to;
-        let done = disk.write(offset, data, Attributes::default()).await;
-        done.map_err(|error| failed("write", to, offset, error))
-    }
-
-    async fn zero(&self, offset: u64, len: u64) -> Result<(), Failure> {
-        let (to, disk) = &self.to;
-        let done = disk.write_zeroes(offset, len, Attributes::default()).await;
-        done.map_err(|error| failed("write zeroes to", to, offset, error))
     }
 }

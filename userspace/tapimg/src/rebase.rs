@@ -12,7 +12,7 @@ use crate::stop::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
-use drivers::{Attributes, Content, Disk, Extent};
+use drivers::{Content, Disk};
 use formats::{backing, qcow2, Below, Kind, Options};
 use serde::Serialize;
 use std::cell::Cell;
@@ -160,10 +160,11 @@ impl Own<'_> {
         if piece.data == [false, false] {
             return Ok(());
         }
+        let (image, disk) = &self.image;
         let mut at = piece.offset;
         let end = piece.offset + piece.len;
         while at < end {
-            for extent in self.layer(at, end - at).await? {
+            for extent in walk::layer(image, disk, at, end - at).await? {
                 if extent.content == Content::Below {
                     self.part(at, extent.len, piece.data).await?;
                 }
@@ -208,23 +209,18 @@ impl Own<'_> {
 
     async fn write(&self, at: u64, seen: &[u8]) -> Result<(), Failure> {
         let (image, disk) = &self.image;
-        let work = async {
-            disk.write(at, Bytes::copied(seen)?, Attributes::default())
-                .await
-        };
-        work.await
-            .map_err(|error| failed("write", image, at, error))
+        let data = Bytes::copied(seen).map_err(|error| failed("write", image, at, error))?;
+        walk::write(image, disk, at, data).await
     }
 
     /// Zeroes of its own. Where the old chain has zeroes the driver need not do anything for a request for them, so
     /// those are written.
     async fn zero(&self, mut at: u64, len: u64) -> Result<(), Failure> {
         let (image, disk) = &self.image;
-        let zeroed = disk.write_zeroes(at, len, Attributes::default()).await;
-        zeroed.map_err(|error| failed("write zeroes to", image, at, error))?;
+        walk::zero(image, disk, at, len).await?;
         let end = at + len;
         while at < end {
-            for extent in self.layer(at, end - at).await? {
+            for extent in walk::layer(image, disk, at, end - at).await? {
                 if extent.content == Content::Below {
                     // CAST: at most a piece.
                     self.write(at, &vec![0; extent.len as usize]).await?;
@@ -233,18 +229,5 @@ impl Own<'_> {
             }
         }
         Ok(())
-    }
-
-    /// What the image has itself, from a byte on.
-    async fn layer(&self, at: u64, len: u64) -> Result<Vec<Extent>, Failure> {
-        let (image, disk) = &self.image;
-        let found = disk.layer(at, len).await;
-        let mut found = found.map_err(|error| failed("find out what is in", image, at, error))?;
-        let mut left = len;
-        for extent in &mut found {
-            extent.len = extent.len.min(left);
-            left -= extent.len;
-        }
-        Ok(found)
     }
 }

@@ -4,8 +4,8 @@
 use crate::named::Named;
 use crate::open::failed;
 use control::Failure;
-use diskio::{Data, Io};
-use drivers::{Content, Disk, Extent};
+use diskio::{Bytes, Data, Io};
+use drivers::{Attributes, Content, Disk, Extent};
 use futures::stream::{self, StreamExt};
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -177,4 +177,27 @@ pub(crate) async fn read(
         .map_err(|error| failed("read", image, offset, error))?;
     let bytes = data.to_vec();
     Ok((data, bytes))
+}
+
+/// Writes bytes to a disk.
+pub(crate) async fn write(image: &Named, disk: &Disk, at: u64, data: Bytes) -> Result<(), Failure> {
+    let done = disk.write(at, data, Attributes::default()).await;
+    done.map_err(|error| failed("write", image, at, error))
+}
+
+/// Makes a range of a disk read as zeroes.
+pub(crate) async fn zero(image: &Named, disk: &Disk, at: u64, len: u64) -> Result<(), Failure> {
+    let done = disk.write_zeroes(at, len, Attributes::default()).await;
+    done.map_err(|error| failed("write zeroes to", image, at, error))
+}
+
+/// What an image has itself: at least something from a byte on, and nothing beyond `len`.
+pub(crate) async fn layer(
+    image: &Named,
+    disk: &Disk,
+    at: u64,
+    len: u64,
+) -> Result<Vec<Extent>, Failure> {
+    let found = disk.layer(at, len).await;
+    found.map_err(|error| failed("find out what is in", image, at, error))
 }
