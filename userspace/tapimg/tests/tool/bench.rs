@@ -2,6 +2,7 @@
 //! Folders with images, and the programs that are run in them.
 
 pub(crate) use crate::qemu::has_qemu;
+use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -91,6 +92,25 @@ impl Bench {
             .stdin(Stdio::null())
             .spawn()
             .unwrap()
+    }
+
+    /// Begins tapimg and sends it a signal as soon as `is_time`. It must not be done by then.
+    pub(crate) fn end(&self, line: &str, signal: Signal, is_time: impl Fn() -> bool) -> Said {
+        let mut child = self.start(line);
+        while !is_time() {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "it was too quick to be ended"
+            );
+            std::thread::yield_now();
+        }
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        said(child.wait_with_output().unwrap())
+    }
+
+    /// Begins tapimg and kills it when the file system has so many bytes for a file.
+    pub(crate) fn kill(&self, line: &str, name: &str, allocated: u64) {
+        self.end(line, Signal::KILL, || self.allocated(name) >= allocated);
     }
 
     /// A raw image with data in some places and holes in all others.

@@ -4,7 +4,6 @@
 use crate::bench::{has_qemu, places, qemu_name, Bench};
 use crate::wrong::lock;
 use diskio::LockKind;
-use rustix::process::{kill_process, Pid, Signal};
 use std::os::unix::fs::PermissionsExt;
 
 const SIZE: u64 = 24 << 20;
@@ -76,16 +75,7 @@ fn a_death_leaves_the_disk_to_the_image() {
         bench.sparse("raw", 256 << 20, &[(1 << 20, 96 << 20)], 6);
         bench.good(&format!("create {mid}:mid 256M"));
         bench.good(&format!("convert aio:raw {top}:top --parent {mid}:mid"));
-        let mut child = bench.start(&format!("commit {top}:top"));
-        while bench.allocated("mid") < 20 << 20 {
-            assert!(
-                child.try_wait().unwrap().is_none(),
-                "it was too quick to be ended"
-            );
-            std::thread::yield_now();
-        }
-        kill_process(Pid::from_child(&child), Signal::KILL).unwrap();
-        child.wait().unwrap();
+        bench.kill(&format!("commit {top}:top"), "mid", 20 << 20);
         bench.good(&format!("compare --strict aio:raw {top}:top"));
         bench.good(&format!("commit {top}:top"));
         std::fs::remove_file(bench.path("top")).unwrap();

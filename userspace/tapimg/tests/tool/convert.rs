@@ -2,8 +2,7 @@
 //! The same disk in other images.
 
 use crate::bench::{has_qemu, places, qemu_name, Bench};
-use rustix::process::{kill_process, Pid, Signal};
-use std::io::Read;
+use rustix::process::Signal;
 
 const SIZE: u64 = (24 << 20) + 3 * 512;
 
@@ -197,29 +196,16 @@ fn a_signal_leaves_nothing() {
         bench.sparse("first", 1 << 30, &[(0, 192 << 20)], 6);
         bench.sparse("old", 1 << 20, &[(0, 4096)], 7);
         let old = bench.bytes("old");
-        let mut child = bench.start("convert aio:first qcow2:old --force");
-        while !bench.path("old.unfinished").exists() {
-            assert!(
-                child.try_wait().unwrap().is_none(),
-                "it was too quick to be ended"
-            );
-            std::thread::yield_now();
-        }
-        kill_process(Pid::from_child(&child), signal).unwrap();
-        let status = child.wait().unwrap();
-        let mut said = String::new();
-        child
-            .stderr
-            .take()
-            .unwrap()
-            .read_to_string(&mut said)
-            .unwrap();
-        assert!(bench.bytes("old") == old, "{signal:?}: {said}");
+        let begun = bench.path("old.unfinished");
+        let said = bench.end("convert aio:first qcow2:old --force", signal, || {
+            begun.exists()
+        });
+        assert!(bench.bytes("old") == old, "{signal:?}: {said:?}");
         if is_clean {
-            assert_eq!(status.code(), Some(6), "{signal:?}: {said}");
+            assert_eq!(said.status, Some(6), "{signal:?}: {said:?}");
             assert!(
-                said.contains("ended by a signal") && said.contains("old is as it was"),
-                "{said}"
+                said.err.contains("ended by a signal") && said.err.contains("old is as it was"),
+                "{said:?}"
             );
             assert_eq!(bench.files(), ["first", "old"], "{signal:?}");
         }
