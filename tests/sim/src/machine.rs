@@ -181,6 +181,23 @@ impl Default for Setup {
 }
 
 impl Setup {
+    /// A queue that has 16 pages, with a host that lends nothing.
+    pub fn poor() -> Self {
+        let usual = Self::default();
+        Self {
+            copy_pages: 512,
+            own_pages: 16,
+            map_pages: 0,
+            copy_max_segments: u16::MAX,
+            limits: Limits {
+                max_indirect_segments: 512,
+                sectors: 16384,
+                ..usual.limits
+            },
+            ..usual
+        }
+    }
+
     /// Entries without a page, for requests that are done in pieces.
     pub fn rest_entries(&self) -> u16 {
         let borrows = self.own_pages < self.copy_pages;

@@ -5,7 +5,6 @@
 use blkback::engine::segments::{Pool, SegmentEntry, Segments, Shape};
 use blkback::engine::Group;
 use ring::abi::{RawSegment, OP_READ, OP_WRITE};
-use ring::request::Limits;
 use ring::segment::Segment;
 use sim::machine::Setup;
 use sim::rng::Rng;
@@ -140,25 +139,9 @@ fn after_random_requests_a_large_one_has_few_pieces() {
     assert_eq!(runs(&all), 1);
 }
 
-/// A queue that has 16 pages, with a host that lends nothing.
-fn poor() -> Setup {
-    Setup {
-        copy_pages: 512,
-        own_pages: 16,
-        map_pages: 0,
-        copy_max_segments: u16::MAX,
-        limits: Limits {
-            max_indirect_segments: 512,
-            sectors: 16384,
-            ..Setup::default().limits
-        },
-        ..Setup::default()
-    }
-}
-
 #[test]
 fn the_largest_request_is_done_in_pieces_where_nothing_is_lent() {
-    let setup = poor();
+    let setup = Setup::poor();
     let mut storage = Storage::new(&setup);
     let mut world = World::new(&mut storage, setup, 1);
     world.serve(&[
@@ -184,7 +167,7 @@ fn what_is_borrowed_is_given_back_when_it_is_not_used() {
     let setup = Setup {
         lendable: 512,
         fickle: 0,
-        ..poor()
+        ..Setup::poor()
     };
     let mut storage = Storage::new(&setup);
     let mut world = World::new(&mut storage, setup, 1);

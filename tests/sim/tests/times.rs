@@ -3,7 +3,6 @@
 //! How long I/O takes and requests wait, by a clock that the test sets.
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
-use ring::request::Limits;
 use sim::machine::Setup;
 use sim::spec::Spec;
 use sim::world::{Storage, World};
@@ -100,25 +99,12 @@ fn a_clock_that_is_near_its_end_does_no_harm() {
     assert_eq!(world.engine.stats().times.read.ns, 31);
 }
 
-/// A queue with 16 pages and no more.
-fn poor() -> Setup {
-    Setup {
-        copy_pages: 512,
-        own_pages: 16,
-        map_pages: 0,
-        copy_max_segments: u16::MAX,
-        limits: Limits {
-            max_indirect_segments: 512,
-            sectors: 16384,
-            ..Setup::default().limits
-        },
-        ..slow()
-    }
-}
-
 #[test]
 fn waiting_for_pages_is_counted_in_time_and_in_pieces() {
-    let setup = poor();
+    let setup = Setup {
+        fifo: true,
+        ..Setup::poor()
+    };
     let mut storage = Storage::new(&setup);
     let mut world = World::new(&mut storage, setup, 1);
     world.send(&[
