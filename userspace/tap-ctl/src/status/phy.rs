@@ -7,7 +7,7 @@
 //! leaves the block devices alone to judge by.
 
 use super::verdict::{Cause, Oldest, State, Surroundings, Verdict};
-use crate::figures::{Await, Figures};
+use crate::figures::{milliseconds, Await, Figures};
 use crate::host::block::Block;
 use crate::host::vbd::{Operation, Vbd};
 use crate::look::Disk;
@@ -194,10 +194,6 @@ fn slowest(figures: &Figures, slow: Duration) -> Option<Slow> {
     };
     let found = slowest.map(of_ended).or_else(under_way)?;
     (found.ms >= milliseconds(slow)).then_some(found)
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }
 
 /// The device itself, for a driver that counts no times.
