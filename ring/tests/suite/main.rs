@@ -13,6 +13,8 @@
 pub mod encode;
 #[path = "../../../tests/fuzz/src/fake.rs"]
 pub mod fake;
+#[path = "../../../tests/fuzz/src/input.rs"]
+pub mod input;
 #[path = "../../../tests/fuzz/src/map_case.rs"]
 pub mod map_case;
 #[path = "../../../tests/fuzz/src/map_pair.rs"]

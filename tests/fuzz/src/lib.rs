@@ -7,6 +7,7 @@
 
 pub mod encode;
 pub mod fake;
+pub mod input;
 pub mod map_case;
 pub mod map_pair;
 pub mod oracle;

@@ -5,22 +5,12 @@
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::Backing;
 
+use crate::input::Input;
 use crate::map_pair::{sectors, Pair, Seen, Step, LARGEST};
-
-/// Bytes that are taken one after the other.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (bytes, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(*bytes)
-    }
-}
 
 /// Runs one input, and says what came up. One that is too short to be anything is ignored.
 pub fn run(data: &[u8]) -> Option<Seen> {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let [leaves, size, kind] = input.bytes()?;
     let leaves = [1, 2, 3, 6, 24, 0][usize::from(leaves) % 6];
     let mut pair = Pair::new(leaves, LARGEST - u64::from(size % 16), kind % 8 != 0);

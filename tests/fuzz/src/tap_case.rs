@@ -10,6 +10,7 @@ use ring::tap::checked::{Fence, Outcome};
 use ring::tap::params::{Discard, Params};
 use ring::tap::shadow::{Op, Request};
 
+use crate::input::Input;
 use crate::tap_oracle;
 use crate::tap_pair::{Pair, Seen, Step, OVER, QUEUES};
 
@@ -27,24 +28,9 @@ pub const ARGUMENTS: usize = 6;
 /// Bytes of the record that comes first in a description.
 const GEOMETRY_LEN: usize = 32;
 
-/// Bytes that are taken one after the other.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (bytes, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(*bytes)
-    }
-
-    fn byte(&mut self) -> Option<u8> {
-        self.bytes().map(|[byte]| byte)
-    }
-}
-
 /// Runs one input. One that is too short to be anything is ignored.
 pub fn run(data: &[u8]) -> Option<Ran> {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let kind = input.byte()?;
     if kind < 128 {
         return argument(usize::from(kind) % ARGUMENTS, &mut input);
@@ -68,7 +54,7 @@ fn argument(kind: usize, input: &mut Input<'_>) -> Option<Ran> {
         3 => tap_oracle::exchange(&exchange(input, bent)?),
         4 => tap_oracle::map_op(&map_op(input, bent)?),
         _ if bent => tap_oracle::params(&description(input)?).is_some(),
-        _ => tap_oracle::params(input.0).is_some(),
+        _ => tap_oracle::params(input.rest()).is_some(),
     };
     Some(Ran::Argument(kind, accepted))
 }
