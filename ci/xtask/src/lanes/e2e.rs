@@ -11,6 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// The machine of the usual attacks.
+const HOSTILE: &str = "hostile";
+
 /// By default all requests are copied. With this the large ones are mapped.
 const MAPPING: &str = "copy_max_segments=16";
 
@@ -59,7 +62,7 @@ pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
          /t/hostile run --pages --label mapped{seed}
          exec /t/hostile fuzz --cases {SOME_FUZZ}{seed}\n"
     );
-    boot(tally, "hostile", "", &script)
+    boot(tally, HOSTILE, "", &script)
 }
 
 /// The attacks of all rings, with large requests mapped.
@@ -158,6 +161,7 @@ fn consoles(tally: &mut Tally, name: &str, outcome: Result<Outcome>) {
 
 fn machine(name: &str) -> Machine {
     let mut machine = Machine::new(name);
+    machine.beside = name == HOSTILE;
     machine.timeout = Duration::from_secs(60 * 60);
     machine
 }
