@@ -60,9 +60,11 @@ struct xentap_completion {
 };
 
 #define XENTAP_FEATURE_URING_CMD 1
+#define XENTAP_FEATURE_MAPS 2
 #define XENTAP_FEATURE_CLAIM 4
 #define XENTAP_FEATURE_COMMANDS 8
-#define XENTAP_FEATURES (XENTAP_FEATURE_URING_CMD | XENTAP_FEATURE_CLAIM | XENTAP_FEATURE_COMMANDS)
+#define XENTAP_FEATURES \
+	(XENTAP_FEATURE_URING_CMD | XENTAP_FEATURE_MAPS | XENTAP_FEATURE_CLAIM | XENTAP_FEATURE_COMMANDS)
 
 #define XENTAP_STATE_IDLE 0
 #define XENTAP_STATE_OPEN 1
@@ -98,7 +100,10 @@ struct xentap_info {
 	uint32_t isolated;
 	uint32_t memory_kib;
 	uint64_t lacking;
-	uint64_t reserved[3];
+	uint64_t direct;
+	uint32_t backings;
+	uint32_t executing;
+	uint64_t reserved;
 };
 
 #define XENTAP_FENCE_LOCAL 1
@@ -173,32 +178,17 @@ struct xentap_discard_limits {
 	uint32_t reserved;
 };
 
-/* Kept for later: refused with EOPNOTSUPP. */
-#define XENTAP_OP_MAP_MISS 32
-#define XENTAP_OP_RECALLED 33
-#define XENTAP_OP_QUIESCE 34
-#define XENTAP_OP_IO_DONE 35
-#define XENTAP_COMPLETION_RETRY_LATER 2
-#define XENTAP_FEATURE_MAPS 2
-#define XENTAP_FEATURE_HANDOFF 16
-#define XENTAP_FEATURE_RETRY_LATER 32
-#define XENTAP_PARAM_MAPPING 3
-#define XENTAP_BACKING_ADD 0x03
-#define XENTAP_BACKING_REMOVE 0x04
-#define XENTAP_MAPS 0x16
-#define XENTAP_HANDOFF 0x17
-#define XENTAP_SESSION_OVER 0x18
-
-/* Mappings: no call takes these yet. */
 #define XENTAP_MAX_BACKINGS 16
 #define XENTAP_MAP_SET 1
 #define XENTAP_MAP_RECALL 2
 #define XENTAP_MAP_COLLECT 3
+#define XENTAP_MAP_FLUSH 4
 #define XENTAP_MAP_READ 1
 #define XENTAP_MAP_WRITE 2
 #define XENTAP_MAP_ZERO 4
 #define XENTAP_MAP_TRACK 8
 #define XENTAP_MAP_NO_BACKING 0xffff
+#define XENTAP_MAX_MAP_OPS 256
 
 struct xentap_map_op {
 	uint8_t op;
@@ -208,14 +198,51 @@ struct xentap_map_op {
 	uint64_t sector;
 	uint64_t sectors;
 	uint64_t offset;
-	uint64_t cookie;
-	uint32_t reserved[2];
+	uint64_t reserved[2];
 };
+
+struct xentap_maps {
+	struct xentap_buffer ops;
+	uint32_t generation;
+	uint32_t backings;
+	uint64_t refused;
+	uint64_t reserved[2];
+};
+
+#define XENTAP_BACKING_WRITE 1
+
+struct xentap_backing_add {
+	uint32_t minor;
+	uint32_t number;
+	int32_t fd;
+	uint32_t flags;
+	uint64_t reserved[2];
+};
+
+struct xentap_backing_remove {
+	uint32_t minor;
+	uint32_t number;
+	uint64_t reserved;
+};
+
+/* Kept for later: refused with EOPNOTSUPP. */
+#define XENTAP_OP_MAP_MISS 32
+#define XENTAP_OP_RECALLED 33
+#define XENTAP_OP_QUIESCE 34
+#define XENTAP_OP_IO_DONE 35
+#define XENTAP_COMPLETION_RETRY_LATER 2
+#define XENTAP_FEATURE_HANDOFF 16
+#define XENTAP_FEATURE_RETRY_LATER 32
+#define XENTAP_PARAM_MAPPING 3
+#define XENTAP_HANDOFF 0x17
+#define XENTAP_SESSION_OVER 0x18
 
 /* These need <sys/ioctl.h> where they are used. */
 #define XENTAP_CREATE _IOWR('x', 0x00, struct xentap_create)
 #define XENTAP_DESTROY _IOW('x', 0x01, struct xentap_destroy)
 #define XENTAP_QUERY _IOWR('x', 0x02, struct xentap_info)
+#define XENTAP_BACKING_ADD _IOW('x', 0x03, struct xentap_backing_add)
+#define XENTAP_BACKING_REMOVE _IOW('x', 0x04, struct xentap_backing_remove)
 #define XENTAP_INFO _IOR('x', 0x10, struct xentap_info)
 #define XENTAP_SET_PARAMS _IOW('x', 0x11, struct xentap_buffer)
 #define XENTAP_START _IO('x', 0x12)
@@ -223,5 +250,6 @@ struct xentap_map_op {
 #define XENTAP_CLAIM _IOC(_IOC_WRITE, 'x', 0x15, 0)
 #define XENTAP_EXCUSE _IO('x', 0x14)
 #define XENTAP_EXCHANGE _IOWR('x', 0x13, struct xentap_exchange)
+#define XENTAP_MAP _IOWR('x', 0x16, struct xentap_maps)
 
 #endif

@@ -137,7 +137,7 @@ fn exchange(input: &mut Input<'_>, bent: bool) -> Option<[u8; 32]> {
 fn map_op(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
     let (how, mut bytes): (u8, [u8; 48]) = (input.byte()?, input.bytes()?);
     if bent {
-        bytes[0] = [1, 1, 1, 1, 2, 2, 3, 0][usize::from(bytes[0]) % 8];
+        bytes[0] = [1, 1, 1, 1, 2, 4, 3, 0][usize::from(bytes[0]) % 8];
         bytes[1] = [1, 1, 3, 3, 5, 5, 9, 2][usize::from(bytes[1]) % 8];
         bytes[2] %= 18;
         bytes[3] = 0;
@@ -146,16 +146,16 @@ fn map_op(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
         bytes[24] &= u8::from(how % 16 == 0);
         bytes[25] &= 0xfe;
         bytes[32..].fill(0);
-        let recall = bytes[0] == 2;
-        if recall && how < 240 {
+        let (recall, flush) = (bytes[0] == 2, bytes[0] == 4);
+        if (recall || flush) && how < 240 {
             bytes[1..8].fill(0);
-            bytes[24..32].fill(0);
+            bytes[if flush { 8 } else { 24 }..32].fill(0);
         } else if bytes[1] == 5 && how < 240 {
             bytes[2..4].fill(0xff);
             bytes[24..32].fill(0);
         }
         // Something in what is to be zero.
-        if how % 8 == 7 || recall {
+        if how % 8 == 7 {
             bytes[32 + usize::from(how / 16)] = how;
         }
     }

@@ -147,26 +147,30 @@ pub fn exchange(bytes: &[u8; 32]) -> bool {
 pub fn map_op(bytes: &[u8; 48]) -> bool {
     let [op, flags] = [0, 1].map(|at| number(bytes, at, 1));
     let (backing, generation) = (number(bytes, 2, 2), number(bytes, 4, 4));
-    let [sector, sectors, offset, cookie] = [8, 16, 24, 32].map(|at| number(bytes, at, 8));
-    let (set, zeroes) = (op == 1, flags & 4 != 0);
+    let [sector, sectors, offset] = [8, 16, 24].map(|at| number(bytes, at, 8));
+    let (set, flush, zeroes) = (op == 1, op == 4, flags & 4 != 0);
     let range = (sector, sector + sectors);
-    let unused = match set {
-        true => cookie,
-        false => flags | backing | generation | offset,
+    let unused = match op {
+        1 => 0,
+        4 => flags | backing | generation | offset | sector | sectors,
+        _ => flags | backing | generation | offset,
     };
     let nowhere = backing == 0xffff && offset == 0;
     let somewhere = backing < 16 && offset % 512 == 0 && offset / 512 + sectors < 1 << 64;
     let defects = [
         (
-            number(bytes, 40, 8) != 0 || unused != 0,
+            bytes[32..].iter().any(|byte| *byte != 0) || unused != 0,
             Malformed::Reserved,
         ),
         (
-            !(1..=2).contains(&op) || set && flags & 8 != 0,
+            ![1, 2, 4].contains(&op) || set && flags & 8 != 0,
             Malformed::Unknown,
         ),
         (set && ![1, 3, 5].contains(&flags), Malformed::Flags),
-        (sectors == 0 || range.1 >= 1 << 64, Malformed::Range),
+        (
+            !flush && (sectors == 0 || range.1 >= 1 << 64),
+            Malformed::Range,
+        ),
         (
             set && !(if zeroes { nowhere } else { somewhere }),
             Malformed::Range,
@@ -178,10 +182,11 @@ pub fn map_op(bytes: &[u8; 48]) -> bool {
     };
     match judge(&read, read.check(), &defects) {
         None => return false,
-        Some(MapChange::Recall { range, cookie: got }) => {
-            assert!(!set && i128::from(got) == cookie, "{read:x?}");
+        Some(MapChange::Recall { range }) => {
+            assert!(op == 2, "{read:x?}");
             same(&range);
         }
+        Some(MapChange::Flush) => assert!(flush, "{read:x?}"),
         Some(MapChange::Set {
             extent,
             generation: got,

@@ -249,8 +249,14 @@ pub struct Info {
     /// Operations that the last start was refused for: guests may ask for them, and the process did
     /// not claim them. One bit for each `OP_*`; 0 after a start that was not refused for that.
     pub lacking: u64,
+    /// Requests that the kernel has executed without the process, see [`MapOp`].
+    pub direct: u64,
+    /// One bit for each backing that the disk has.
+    pub backings: u32,
+    /// Requests that the kernel executes now.
+    pub executing: u32,
     /// Zero.
-    pub reserved: [u64; 3],
+    pub reserved: u64,
 }
 
 /// `uring_cmd` is understood.
@@ -262,8 +268,11 @@ pub const FEATURE_CLAIM: u64 = 1 << 2;
 /// uses commands claims [`FEATURE_URING_CMD`].
 pub const FEATURE_COMMANDS: u64 = 1 << 3;
 
+/// [`ioctl::MAP`] and the backings are understood.
+pub const FEATURE_MAPS: u64 = 1 << 1;
+
 /// The features that there are.
-pub const FEATURES: u64 = FEATURE_URING_CMD | FEATURE_CLAIM | FEATURE_COMMANDS;
+pub const FEATURES: u64 = FEATURE_URING_CMD | FEATURE_CLAIM | FEATURE_COMMANDS | FEATURE_MAPS;
 
 /// The operations that there are, one bit for each.
 pub const OPERATIONS: u64 = 1 << OP_READ
@@ -579,21 +588,13 @@ pub mod kept {
     pub const OP_IO_DONE: u8 = 35;
     /// Completion: it was not executed and is to be delivered again after a pause.
     pub const COMPLETION_RETRY_LATER: u16 = 2;
-    /// Feature: mapped ranges.
-    pub const FEATURE_MAPS: u64 = 1 << 1;
     /// Feature: a disk passes from one living process to another.
     pub const FEATURE_HANDOFF: u64 = 1 << 4;
     /// Feature: [`COMPLETION_RETRY_LATER`].
     pub const FEATURE_RETRY_LATER: u64 = 1 << 5;
     /// Record of a description: how mapped ranges are flushed.
     pub const PARAM_MAPPING: u32 = 3;
-    /// Number of the ioctl of the control node that gives a disk a file or device.
-    pub const BACKING_ADD: u32 = 0x03;
-    /// Number of the one that takes it away.
-    pub const BACKING_REMOVE: u32 = 0x04;
-    /// Number of the ioctl of a disk node that counts mapped ranges.
-    pub const MAPS: u32 = 0x16;
-    /// Number of the one that passes a disk on.
+    /// Number of the ioctl of a disk node that passes the disk on.
     pub const HANDOFF: u32 = 0x17;
     /// Number of the one that says that the I/O of the process before is over, whatever it claimed.
     pub const SESSION_OVER: u32 = 0x18;
@@ -616,14 +617,7 @@ pub mod ioctl {
     /// [`EXCHANGE`] with a third array, of mapped ranges.
     pub const fn is_kept(number: u32) -> bool {
         let (kind, nr, size) = (number >> 8 & 0xff, number & 0xff, number >> 16 & 0x3fff);
-        let kept = matches!(
-            nr,
-            kept::BACKING_ADD
-                | kept::BACKING_REMOVE
-                | kept::MAPS
-                | kept::HANDOFF
-                | kept::SESSION_OVER
-        );
+        let kept = matches!(nr, kept::HANDOFF | kept::SESSION_OVER);
         kind == b'x' as u32 && (kept || nr == EXCHANGE & 0xff && size == 48)
     }
 
@@ -635,6 +629,12 @@ pub mod ioctl {
     /// Control node: fills an [`Info`] whose `minor` names the node; `ENOENT` if there is none.
     /// The lowest node that is not below `minor` is described, so that all can be listed.
     pub const QUERY: u32 = number::<Info>(READ | WRITE, 0x02);
+    /// Control node: [`BackingAdd`]. `EEXIST` if the disk has another one of this number, `ENOTBLK` if it is
+    /// no block device. If the disk has it already nothing happens.
+    pub const BACKING_ADD: u32 = number::<BackingAdd>(WRITE, 0x03);
+    /// Control node: [`BackingRemove`]. Nothing new is begun from then on; `EBUSY` while I/O of the kernel
+    /// uses it: ask again.
+    pub const BACKING_REMOVE: u32 = number::<BackingRemove>(WRITE, 0x04);
 
     /// Disk node: fills an [`Info`].
     pub const INFO: u32 = number::<Info>(READ, 0x10);
@@ -655,4 +655,6 @@ pub mod ioctl {
     pub const START: u32 = number::<()>(NONE, 0x12);
     /// Disk node: [`Exchange`].
     pub const EXCHANGE: u32 = number::<Exchange>(READ | WRITE, 0x13);
+    /// Disk node: [`Maps`]. After the start, by a process that claimed [`FEATURE_MAPS`].
+    pub const MAP: u32 = number::<Maps>(READ | WRITE, 0x16);
 }

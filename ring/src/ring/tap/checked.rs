@@ -307,36 +307,42 @@ pub enum MapChange {
     Recall {
         /// The range.
         range: Sectors,
-        /// For the process, when it is over.
-        cookie: u64,
     },
+    /// Flushes of the disk are flushes of its only backing.
+    Flush,
 }
 
 impl abi::MapOp {
     /// Checks the change.
     pub fn check(&self) -> Result<MapChange, Malformed> {
         zero(self.reserved)?;
-        let range = Sectors::new(self.sector, self.sectors).ok_or(Malformed::Range)?;
+        let range = || Sectors::new(self.sector, self.sectors).ok_or(Malformed::Range);
         match self.op {
-            abi::MAP_SET => self.check_set(range),
+            abi::MAP_SET => self.check_set(range()?),
             abi::MAP_RECALL => {
-                zero([self.flags])?;
-                zero([self.backing])?;
-                zero([self.generation])?;
-                zero([self.offset])?;
-                Ok(MapChange::Recall {
-                    range,
-                    cookie: self.cookie,
-                })
+                self.says_nothing_else()?;
+                Ok(MapChange::Recall { range: range()? })
+            }
+            abi::MAP_FLUSH => {
+                self.says_nothing_else()?;
+                zero([self.sector, self.sectors])?;
+                Ok(MapChange::Flush)
             }
             _ => Err(Malformed::Unknown),
         }
     }
 
+    /// What only a `MAP_SET` says is zero.
+    fn says_nothing_else(&self) -> Result<(), Malformed> {
+        zero([self.flags])?;
+        zero([self.backing])?;
+        zero([self.generation])?;
+        zero([self.offset])
+    }
+
     fn check_set(&self, range: Sectors) -> Result<MapChange, Malformed> {
         const READ_WRITE: u8 = abi::MAP_READ | abi::MAP_WRITE;
         const ZEROES: u8 = abi::MAP_READ | abi::MAP_ZERO;
-        zero([self.cookie])?;
         let (source, access) = match self.flags {
             abi::MAP_READ => (self.check_backing()?, Access::Read),
             READ_WRITE => (self.check_backing()?, Access::ReadWrite),
@@ -367,5 +373,57 @@ impl abi::MapOp {
     fn check_backing(&self) -> Result<Source, Malformed> {
         let number = BackingNumber::new(self.backing).ok_or(Malformed::Range)?;
         Ok(Source::Backing(number))
+    }
+}
+
+/// A backing that a disk is to get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewBacking {
+    /// Number of the node.
+    pub minor: u32,
+    /// Number of the backing.
+    pub number: BackingNumber,
+    /// A descriptor of the caller; it may be none.
+    pub fd: i32,
+    /// It may be written.
+    pub writable: bool,
+}
+
+impl abi::BackingAdd {
+    /// Checks what is to be given to a disk.
+    pub fn check(&self) -> Result<NewBacking, Malformed> {
+        zero(self.reserved)?;
+        if self.flags & !abi::BACKING_WRITE != 0 {
+            return Err(Malformed::Flags);
+        }
+        Ok(NewBacking {
+            minor: self.minor,
+            number: backing_number(self.number)?,
+            fd: self.fd,
+            writable: self.flags & abi::BACKING_WRITE != 0,
+        })
+    }
+}
+
+impl abi::BackingRemove {
+    /// Checks what is to be taken away, and returns the numbers of the node and of the backing.
+    pub fn check(&self) -> Result<(u32, BackingNumber), Malformed> {
+        zero([self.reserved])?;
+        Ok((self.minor, backing_number(self.number)?))
+    }
+}
+
+fn backing_number(number: u32) -> Result<BackingNumber, Malformed> {
+    let small = u16::try_from(number).ok();
+    small.and_then(BackingNumber::new).ok_or(Malformed::Range)
+}
+
+impl abi::Maps {
+    /// Checks the argument of `MAP`, and returns its operations.
+    pub fn check(&self) -> Result<UserArray, Malformed> {
+        zero(self.reserved)?;
+        // CAST: it is small.
+        self.ops
+            .check(abi::MAX_MAP_OPS, size_of::<abi::MapOp>() as u32)
     }
 }

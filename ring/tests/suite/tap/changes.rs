@@ -2,8 +2,8 @@
 
 //! What the process says of mappings: every field out of its range, one at a time.
 
-use ring::tap::abi::{self, MapOp};
-use ring::tap::checked::{Malformed, MapChange};
+use ring::tap::abi::{self, BackingAdd, BackingRemove, Buffer, MapOp, Maps};
+use ring::tap::checked::{Malformed, MapChange, NewBacking};
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 
 const SET: MapOp = MapOp {
@@ -14,7 +14,6 @@ const SET: MapOp = MapOp {
     sector: 8,
     sectors: 16,
     offset: 4096,
-    cookie: 0,
     reserved: [0; 2],
 };
 
@@ -26,8 +25,13 @@ const RECALL: MapOp = MapOp {
     sector: 0,
     sectors: u64::MAX,
     offset: 0,
-    cookie: u64::MAX,
     reserved: [0; 2],
+};
+
+const FLUSH: MapOp = MapOp {
+    op: abi::MAP_FLUSH,
+    sectors: 0,
+    ..RECALL
 };
 
 #[test]
@@ -35,7 +39,7 @@ fn changes_of_mappings() {
     let extent = Extent {
         range: Sectors::new(8, 16).expect("some"),
         place: 8,
-        source: Source::Backing(BackingNumber::new(15).expect("the last")),
+        source: Source::Backing(last()),
         access: Access::ReadWrite,
     };
     let set = |extent| {
@@ -65,8 +69,8 @@ fn changes_of_mappings() {
     };
     assert_eq!(zero.check(), set(zeroes));
     let all = Sectors::ALL;
-    let cookie = u64::MAX;
-    assert_eq!(RECALL.check(), Ok(MapChange::Recall { range: all, cookie }));
+    assert_eq!(RECALL.check(), Ok(MapChange::Recall { range: all }));
+    assert_eq!(FLUSH.check(), Ok(MapChange::Flush));
 }
 
 /// Each change of one field that is not understood.
@@ -86,12 +90,12 @@ fn changes_of_mappings_that_are_not_understood() {
             );
         }
     }
-    for op in [SET, RECALL] {
-        for reserved in [[1, 0], [0, 1 << 31]] {
+    for op in [SET, RECALL, FLUSH] {
+        for reserved in [[1, 0], [0, 1 << 63]] {
             refused(MapOp { reserved, ..op }, Malformed::Reserved);
         }
     }
-    for op in [0, abi::MAP_COLLECT, 4, 255] {
+    for op in [0, abi::MAP_COLLECT, 5, 255] {
         refused(MapOp { op, ..SET }, Malformed::Unknown);
     }
     for flags in 0..=255 {
@@ -119,7 +123,6 @@ fn changes_of_mappings_that_are_not_understood() {
     };
     refused(far, Malformed::Range);
     assert!(MapOp { offset: 0, ..far }.check().is_ok());
-    refused(MapOp { cookie: 1, ..SET }, Malformed::Reserved);
     let zero = MapOp {
         flags: abi::MAP_READ | abi::MAP_ZERO,
         backing: abi::MAP_NO_BACKING,
@@ -134,21 +137,135 @@ fn changes_of_mappings_that_are_not_understood() {
         },
         Malformed::Range,
     );
-    for op in [
-        MapOp { flags: 1, ..RECALL },
-        MapOp {
-            backing: 1,
-            ..RECALL
-        },
-        MapOp {
-            generation: 1,
-            ..RECALL
-        },
-        MapOp {
-            offset: 512,
-            ..RECALL
+    for op in [RECALL, FLUSH] {
+        for more in [
+            MapOp { flags: 1, ..op },
+            MapOp { backing: 1, ..op },
+            MapOp {
+                generation: 1,
+                ..op
+            },
+            MapOp { offset: 512, ..op },
+        ] {
+            refused(more, Malformed::Reserved);
+        }
+    }
+    // A flush is of the whole disk.
+    for (sector, sectors) in [(0, 1), (1, 0), (0, u64::MAX)] {
+        let part = MapOp {
+            sector,
+            sectors,
+            ..FLUSH
+        };
+        refused(part, Malformed::Reserved);
+    }
+}
+
+const ADD: BackingAdd = BackingAdd {
+    minor: 7,
+    number: 15,
+    fd: -1,
+    flags: abi::BACKING_WRITE,
+    reserved: [0; 2],
+};
+
+const REMOVE: BackingRemove = BackingRemove {
+    minor: 7,
+    number: 15,
+    reserved: 0,
+};
+
+fn last() -> BackingNumber {
+    BackingNumber::new(15).expect("the last")
+}
+
+#[test]
+fn backings() {
+    let writable = NewBacking {
+        minor: 7,
+        number: last(),
+        // Whoever looks it up finds out that it is none.
+        fd: -1,
+        writable: true,
+    };
+    assert_eq!(ADD.check(), Ok(writable));
+    let read_only = NewBacking {
+        writable: false,
+        ..writable
+    };
+    assert_eq!(BackingAdd { flags: 0, ..ADD }.check(), Ok(read_only));
+    assert_eq!(REMOVE.check(), Ok((7, last())));
+}
+
+#[test]
+fn backings_that_are_not_understood() {
+    for flags in [2, 3, 1 << 31, u32::MAX] {
+        let wrong = BackingAdd { flags, ..ADD };
+        assert_eq!(wrong.check(), Err(Malformed::Flags), "{flags}");
+    }
+    for reserved in [[1, 0], [0, 1 << 63]] {
+        let wrong = BackingAdd { reserved, ..ADD };
+        assert_eq!(wrong.check(), Err(Malformed::Reserved));
+    }
+    let wrong = BackingRemove {
+        reserved: 1,
+        ..REMOVE
+    };
+    assert_eq!(wrong.check(), Err(Malformed::Reserved));
+    // Those with more bits than a number of a backing has, too.
+    for number in [16, 0x100, 0x1_0000, 0x1_000f, u32::MAX] {
+        let add = BackingAdd { number, ..ADD };
+        assert_eq!(add.check(), Err(Malformed::Range), "{number:#x}");
+        let remove = BackingRemove { number, ..REMOVE };
+        assert_eq!(remove.check(), Err(Malformed::Range), "{number:#x}");
+    }
+}
+
+#[test]
+fn calls_that_change_mappings() {
+    let ops = Buffer {
+        addr: 4096,
+        len: abi::MAX_MAP_OPS,
+        reserved: 0,
+    };
+    let check = |ops: Buffer| {
+        let maps = Maps {
+            ops,
+            ..Maps::default()
+        };
+        maps.check().map(|array| (array.addr, array.len))
+    };
+    assert_eq!(check(ops), Ok((4096, 256)));
+    // Who only asks hands over none, wherever they are.
+    let none = Buffer {
+        addr: u64::MAX,
+        len: 0,
+        reserved: 0,
+    };
+    assert_eq!(check(none), Ok((u64::MAX, 0)));
+    // What is only written says nothing.
+    let before = Maps {
+        ops,
+        generation: 7,
+        backings: 1,
+        refused: 9,
+        reserved: [0; 2],
+    };
+    assert!(before.check().is_ok());
+    for wrong in [
+        Buffer { len: 257, ..ops },
+        Buffer {
+            addr: u64::MAX - 46,
+            len: 1,
+            ..ops
         },
     ] {
-        refused(op, Malformed::Reserved);
+        assert_eq!(check(wrong), Err(Malformed::Buffer), "{wrong:?}");
+    }
+    let wrong = Buffer { reserved: 1, ..ops };
+    assert_eq!(check(wrong), Err(Malformed::Reserved));
+    for reserved in [[1, 0], [0, 1]] {
+        let wrong = Maps { reserved, ..before };
+        assert_eq!(wrong.check(), Err(Malformed::Reserved));
     }
 }

@@ -73,6 +73,9 @@ void layout(void)
 	FIELD(info, isolated);
 	FIELD(info, memory_kib);
 	FIELD(info, lacking);
+	FIELD(info, direct);
+	FIELD(info, backings);
+	FIELD(info, executing);
 	FIELD(info, reserved);
 
 	SIZE(claims);
@@ -130,8 +133,26 @@ void layout(void)
 	FIELD(map_op, sector);
 	FIELD(map_op, sectors);
 	FIELD(map_op, offset);
-	FIELD(map_op, cookie);
 	FIELD(map_op, reserved);
+
+	SIZE(maps);
+	FIELD(maps, ops);
+	FIELD(maps, generation);
+	FIELD(maps, backings);
+	FIELD(maps, refused);
+	FIELD(maps, reserved);
+
+	SIZE(backing_add);
+	FIELD(backing_add, minor);
+	FIELD(backing_add, number);
+	FIELD(backing_add, fd);
+	FIELD(backing_add, flags);
+	FIELD(backing_add, reserved);
+
+	SIZE(backing_remove);
+	FIELD(backing_remove, minor);
+	FIELD(backing_remove, number);
+	FIELD(backing_remove, reserved);
 
 	NUMBER(VERSION);
 	NUMBER(MAX_TAGS);
@@ -151,6 +172,7 @@ void layout(void)
 	NUMBER(DESC_REPLAY);
 	NUMBER(COMPLETION_RETURNED);
 	NUMBER(FEATURE_URING_CMD);
+	NUMBER(FEATURE_MAPS);
 	NUMBER(FEATURE_CLAIM);
 	NUMBER(FEATURE_COMMANDS);
 	NUMBER(FEATURES);
@@ -177,13 +199,9 @@ void layout(void)
 	NUMBER(OP_QUIESCE);
 	NUMBER(OP_IO_DONE);
 	NUMBER(COMPLETION_RETRY_LATER);
-	NUMBER(FEATURE_MAPS);
 	NUMBER(FEATURE_HANDOFF);
 	NUMBER(FEATURE_RETRY_LATER);
 	NUMBER(PARAM_MAPPING);
-	NUMBER(BACKING_ADD);
-	NUMBER(BACKING_REMOVE);
-	NUMBER(MAPS);
 	NUMBER(HANDOFF);
 	NUMBER(SESSION_OVER);
 
@@ -191,19 +209,25 @@ void layout(void)
 	NUMBER(MAP_SET);
 	NUMBER(MAP_RECALL);
 	NUMBER(MAP_COLLECT);
+	NUMBER(MAP_FLUSH);
 	NUMBER(MAP_READ);
 	NUMBER(MAP_WRITE);
 	NUMBER(MAP_ZERO);
 	NUMBER(MAP_TRACK);
 	NUMBER(MAP_NO_BACKING);
+	NUMBER(MAX_MAP_OPS);
+	NUMBER(BACKING_WRITE);
 
 	NUMBER(CREATE);
 	NUMBER(DESTROY);
 	NUMBER(QUERY);
+	NUMBER(BACKING_ADD);
+	NUMBER(BACKING_REMOVE);
 	NUMBER(INFO);
 	NUMBER(SET_PARAMS);
 	NUMBER(START);
 	NUMBER(CLAIM);
 	NUMBER(EXCUSE);
 	NUMBER(EXCHANGE);
+	NUMBER(MAP);
 }

@@ -73,6 +73,9 @@ fn ours() -> BTreeMap<String, i64> {
         isolated,
         memory_kib,
         lacking,
+        direct,
+        backings,
+        executing,
         reserved
     );
     structure!(all, claims, Claims, size, fence, operations, features, settle_ms, reserved);
@@ -112,9 +115,20 @@ fn ours() -> BTreeMap<String, i64> {
         reserved
     );
     structure!(
-        all, map_op, MapOp, op, flags, backing, generation, sector, sectors, offset, cookie,
+        all, map_op, MapOp, op, flags, backing, generation, sector, sectors, offset, reserved
+    );
+    structure!(all, maps, Maps, ops, generation, backings, refused, reserved);
+    structure!(
+        all,
+        backing_add,
+        BackingAdd,
+        minor,
+        number,
+        fd,
+        flags,
         reserved
     );
+    structure!(all, backing_remove, BackingRemove, minor, number, reserved);
     numbers!(
         all,
         abi,
@@ -122,11 +136,14 @@ fn ours() -> BTreeMap<String, i64> {
         MAP_SET,
         MAP_RECALL,
         MAP_COLLECT,
+        MAP_FLUSH,
         MAP_READ,
         MAP_WRITE,
         MAP_ZERO,
         MAP_TRACK,
-        MAP_NO_BACKING
+        MAP_NO_BACKING,
+        MAX_MAP_OPS,
+        BACKING_WRITE
     );
     numbers!(
         all,
@@ -149,6 +166,7 @@ fn ours() -> BTreeMap<String, i64> {
         DESC_REPLAY,
         COMPLETION_RETURNED,
         FEATURE_URING_CMD,
+        FEATURE_MAPS,
         FEATURE_CLAIM,
         FEATURE_COMMANDS,
         FEATURES,
@@ -178,17 +196,28 @@ fn ours() -> BTreeMap<String, i64> {
         OP_QUIESCE,
         OP_IO_DONE,
         COMPLETION_RETRY_LATER,
-        FEATURE_MAPS,
         FEATURE_HANDOFF,
         FEATURE_RETRY_LATER,
         PARAM_MAPPING,
-        BACKING_ADD,
-        BACKING_REMOVE,
-        MAPS,
         HANDOFF,
         SESSION_OVER
     );
-    numbers!(all, ioctl, CREATE, DESTROY, QUERY, INFO, SET_PARAMS, START, CLAIM, EXCUSE, EXCHANGE);
+    numbers!(
+        all,
+        ioctl,
+        CREATE,
+        DESTROY,
+        QUERY,
+        BACKING_ADD,
+        BACKING_REMOVE,
+        INFO,
+        SET_PARAMS,
+        START,
+        CLAIM,
+        EXCUSE,
+        EXCHANGE,
+        MAP
+    );
     all.into_iter().collect()
 }
 

@@ -144,6 +144,7 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
             ioctl::SET_PARAMS,
             ioctl::EXCHANGE,
             ioctl::CLAIM,
+            ioctl::MAP,
         ] {
             expect(
                 "an argument nowhere",
@@ -161,16 +162,22 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
             )?;
         }
     }
+    let not_known = [libc::ENOTTY, libc::EINVAL];
     let unknown = scene
         .node
         .call_nowhere(ioctl::EXCHANGE ^ 0x40, Nowhere::Null);
-    expect("an unknown number", unknown, &[libc::ENOTTY, libc::EINVAL])?;
-    let unknown = scene.node.call_nowhere(ioctl::CREATE, Nowhere::Null);
-    expect(
-        "a number of the control node",
-        unknown,
-        &[libc::ENOTTY, libc::EINVAL],
-    )?;
+    expect("an unknown number", unknown, &not_known)?;
+    for number in [ioctl::CREATE, ioctl::BACKING_ADD, ioctl::BACKING_REMOVE] {
+        let unknown = scene.node.call_nowhere(number, Nowhere::Null);
+        expect("a number of the control node", unknown, &not_known)?;
+    }
+    let control = crate::tap::control()?;
+    for number in [ioctl::BACKING_ADD, ioctl::BACKING_REMOVE] {
+        for place in Nowhere::ALL {
+            let nowhere = crate::tap::call_nowhere(&control, number, place);
+            expect("a backing nowhere", nowhere, &fault)?;
+        }
+    }
     // Tags that cannot be written are not lost.
     let segs = scene.session.segs(1);
     for id in 0..8 {
@@ -193,16 +200,11 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
         scene.node.commit(&[later]),
         &[libc::EOPNOTSUPP],
     )?;
-    for number in [
-        kept::MAPS,
-        kept::HANDOFF,
-        kept::SESSION_OVER,
-        kept::BACKING_ADD,
-    ] {
+    for number in [kept::HANDOFF, kept::SESSION_OVER] {
         let number = 0x7800 | number;
         let later = scene.node.call_nowhere(number, Nowhere::Null);
         expect("a number of later", later, &[libc::EOPNOTSUPP])?;
-        let later = crate::tap::call_nowhere(&crate::tap::control()?, number, Nowhere::Null);
+        let later = crate::tap::call_nowhere(&control, number, Nowhere::Null);
         expect("a number of later", later, &[libc::EOPNOTSUPP])?;
     }
     let mapping = [kept::PARAM_MAPPING, 16, 0, 0, 0, 0];

@@ -2,8 +2,18 @@
 
 //! What a process says of mappings: extents that reads and in-place writes may use without it.
 //!
-//! No call takes it yet ([`kept::FEATURE_MAPS`](super::kept::FEATURE_MAPS)).
+//! Whoever administers the host gives a disk *backings* ([`ioctl::BACKING_ADD`](super::ioctl::BACKING_ADD)):
+//! block devices that the kernel may use for it. The process that serves the disk says which ranges of the
+//! disk are where in them ([`ioctl::MAP`](super::ioctl::MAP)). From then on the kernel executes what lies in
+//! such ranges by itself, also while no process is there, until the process takes that back or the next one
+//! starts the disk. What cannot be executed so (it is not mapped, not whole blocks, a discard, a write that
+//! must be durable at once) is delivered as ever, and so is a read or write that the kernel began and that
+//! failed, marked as [`DESC_REPLAY`](super::DESC_REPLAY).
+//!
+//! The rules for the process: set only what is in the image already, so that its own death does not undo
+//! it; recall a range before that stops being true, and wait for the call.
 
+use super::Buffer;
 use zerocopy_derive as zd;
 
 /// Files and block devices behind one disk at most; their numbers are below this.
@@ -11,10 +21,13 @@ pub const MAX_BACKINGS: u16 = 16;
 
 /// The range is where the operation says, until it is recalled.
 pub const MAP_SET: u8 = 1;
-/// What was said of the range is not true any longer: say when no I/O uses it any more.
+/// What was said of the range is not true any longer. The call returns when no I/O of the kernel uses it.
 pub const MAP_RECALL: u8 = 2;
 /// Kept for later: says which extents were written.
 pub const MAP_COLLECT: u8 = 3;
+/// A flush of the disk is a flush of its backing, of which there is one: the kernel executes it until
+/// everything is recalled. All that the process answered is in the backing, or in its cache.
+pub const MAP_FLUSH: u8 = 4;
 
 /// It may be read. Each extent has this.
 pub const MAP_READ: u8 = 1;
@@ -43,7 +56,7 @@ pub const MAP_NO_BACKING: u16 = u16::MAX;
 )]
 #[repr(C)]
 pub struct MapOp {
-    /// [`MAP_SET`] or [`MAP_RECALL`].
+    /// [`MAP_SET`], [`MAP_RECALL`] or [`MAP_FLUSH`].
     pub op: u8,
     /// For [`MAP_SET`]: [`MAP_READ`] and what else it may be.
     pub flags: u8,
@@ -54,15 +67,108 @@ pub struct MapOp {
     pub generation: u32,
     /// First sector of 512 bytes.
     pub sector: u64,
-    /// Number of sectors, not 0. To recall everything: 0 and `u64::MAX`.
+    /// Number of sectors, not 0 but for [`MAP_FLUSH`]. To recall everything: 0 and `u64::MAX`.
     pub sectors: u64,
     /// For [`MAP_SET`]: where it begins in the backing, in bytes; a multiple of 512. It has the same
     /// remainder as the range on the disk, for the alignment that the backing demands.
     pub offset: u64,
-    /// For [`MAP_RECALL`]: comes back when it is over.
-    pub cookie: u64,
     /// Zero.
-    pub reserved: [u32; 2],
+    pub reserved: [u64; 2],
 }
 
 const _: () = assert!(size_of::<MapOp>() == 48);
+
+/// Changes of mappings at most in one call.
+pub const MAX_MAP_OPS: u32 = 256;
+
+/// Changes the mappings of a disk, and says how they are: the argument of
+/// [`ioctl::MAP`](super::ioctl::MAP).
+///
+/// The operations are executed in order. One that is malformed ends the call with an error; those before it
+/// are done. A [`MAP_SET`] that cannot be taken (the range has changed since, there is no such backing, it is
+/// outside of it) is counted and otherwise ignored: what is not mapped is delivered.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Maps {
+    /// Array of [`MapOp`], at most [`MAX_MAP_OPS`].
+    pub ops: Buffer,
+    /// Out: the generation of the mappings now.
+    pub generation: u32,
+    /// Out: one bit for each backing that the disk has.
+    pub backings: u32,
+    /// Out: [`MAP_SET`]s that were not taken, since the disk has backings.
+    pub refused: u64,
+    /// Zero.
+    pub reserved: [u64; 2],
+}
+
+/// The kernel may write it.
+pub const BACKING_WRITE: u32 = 1;
+
+/// Gives a disk a block device: the argument of [`ioctl::BACKING_ADD`](super::ioctl::BACKING_ADD).
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct BackingAdd {
+    /// Number of the node.
+    pub minor: u32,
+    /// Number of the backing, below [`MAX_BACKINGS`].
+    pub number: u32,
+    /// A descriptor of the device, which is not used afterwards: open for reading, and for writing with
+    /// [`BACKING_WRITE`].
+    pub fd: i32,
+    /// `BACKING_*`.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: [u64; 2],
+}
+
+/// Takes it away: the argument of [`ioctl::BACKING_REMOVE`](super::ioctl::BACKING_REMOVE).
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct BackingRemove {
+    /// Number of the node.
+    pub minor: u32,
+    /// Number of the backing.
+    pub number: u32,
+    /// Zero.
+    pub reserved: u64,
+}
+
+const _: () = {
+    assert!(size_of::<Maps>() == 48);
+    assert!(size_of::<BackingAdd>() == 32);
+    assert!(size_of::<BackingRemove>() == 16);
+};
