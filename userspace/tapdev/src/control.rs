@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The control node, `/dev/xentap/control`.
 
-use ring::tap::abi::{ioctl as numbers, Create, Destroy, Info, VERSION};
+use ring::tap::abi::{ioctl as numbers, BackingAdd, BackingRemove, Create, Destroy, Info};
+use ring::tap::abi::{BACKING_WRITE, VERSION};
 use rustix::fs::{Mode, OFlags};
 use rustix::ioctl::{ioctl, NoArg, Setter, Updater};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// The folder of the nodes.
@@ -58,6 +59,48 @@ impl Control {
         let destroy = Destroy { minor, flags: 0 };
         // SAFETY: DESTROY reads a `Destroy`, as its number encodes, and writes nothing.
         let argument = unsafe { Setter::<{ numbers::DESTROY }, _>::new(destroy) };
+        // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
+        Ok(unsafe { ioctl(&self.fd, argument) }?)
+    }
+
+    /// Gives a disk a block device that the kernel may use without its process, open for writing if it is
+    /// to be `writable`. The descriptor is not needed afterwards. A disk that has it already keeps it.
+    ///
+    /// # Errors
+    /// As the kernel says: [`io::ErrorKind::AlreadyExists`] if the disk has another device of this number.
+    pub fn add_backing(
+        &self,
+        minor: u32,
+        number: u32,
+        device: BorrowedFd<'_>,
+        writable: bool,
+    ) -> io::Result<()> {
+        let add = BackingAdd {
+            minor,
+            number,
+            fd: device.as_raw_fd(),
+            flags: if writable { BACKING_WRITE } else { 0 },
+            ..BackingAdd::default()
+        };
+        // SAFETY: BACKING_ADD reads a `BackingAdd`, as its number encodes, and writes nothing; what the
+        // descriptor in it names is borrowed for as long.
+        let argument = unsafe { Setter::<{ numbers::BACKING_ADD }, _>::new(add) };
+        // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
+        Ok(unsafe { ioctl(&self.fd, argument) }?)
+    }
+
+    /// Takes a device away from a disk: from now on the kernel begins nothing there.
+    ///
+    /// # Errors
+    /// As the kernel says: [`io::ErrorKind::ResourceBusy`] while I/O of the kernel is running there.
+    pub fn remove_backing(&self, minor: u32, number: u32) -> io::Result<()> {
+        let remove = BackingRemove {
+            minor,
+            number,
+            reserved: 0,
+        };
+        // SAFETY: BACKING_REMOVE reads a `BackingRemove`, as its number encodes, and writes nothing.
+        let argument = unsafe { Setter::<{ numbers::BACKING_REMOVE }, _>::new(remove) };
         // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
         Ok(unsafe { ioctl(&self.fd, argument) }?)
     }

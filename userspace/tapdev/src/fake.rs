@@ -4,12 +4,12 @@
 //! [`Fake`] is the kernel and the guest; [`Fake::open`] is what a process opens. The process
 //! "dies" when that is dropped.
 
-use crate::Node;
+use crate::{Mapper, Node};
 use diskio::{Access, Region};
 use ring::numbers::DiskTag;
 use ring::response::Status;
-use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
-use ring::tap::checked::Malformed;
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, MapOp, Maps, Segment};
+use ring::tap::checked::{Malformed, MapChange};
 use ring::tap::params::{Params, Unfit};
 use ring::tap::shadow::{Op, Request, Shadow, StartError};
 use ring::tap::table::Entry;
@@ -52,6 +52,23 @@ struct State {
     answers: HashMap<u16, Status>,
     malformed: u64,
     clock: u64,
+    mapped: Mapped,
+}
+
+/// What the process said of mappings. Nothing is executed by them.
+#[derive(Debug, Default)]
+struct Mapped {
+    /// The process claimed that it knows of them.
+    claimed: bool,
+    /// One bit for each backing.
+    backings: u32,
+    generation: u32,
+    refused: u64,
+    ops: Vec<MapOp>,
+    /// I/O of the kernel does not end, so recalls wait.
+    stuck: bool,
+    /// Recalls that wait.
+    waiting: u32,
 }
 
 impl Fake {
@@ -71,6 +88,7 @@ impl Fake {
             answers: HashMap::new(),
             malformed: 0,
             clock: 1,
+            mapped: Mapped::default(),
         };
         Ok(Self(Arc::new(Inner {
             state: Mutex::new(state),
@@ -92,6 +110,44 @@ impl Fake {
     /// that there are.
     pub fn offer(&self, operations: u64) {
         self.lock().shadow.offer(operations);
+    }
+
+    /// The disk has these backings, one bit for each.
+    pub fn back(&self, backings: u32) {
+        self.lock().mapped.backings = backings;
+    }
+
+    /// What the process said of mappings; a recall that waits is not among it yet.
+    pub fn map_ops(&self) -> Vec<MapOp> {
+        self.lock().mapped.ops.clone()
+    }
+
+    /// Mappings of which the process knew too little when it set them.
+    pub fn refused_maps(&self) -> u64 {
+        self.lock().mapped.refused
+    }
+
+    /// Waits until the process has said so many things of mappings.
+    pub fn wait_for_map_ops(&self, count: usize) -> Vec<MapOp> {
+        let mut state = self.lock();
+        while state.mapped.ops.len() < count {
+            state = self.wait(state);
+        }
+        state.mapped.ops.clone()
+    }
+
+    /// From now on the I/O of the kernel does not end, or does so at once.
+    pub fn stick(&self, stuck: bool) {
+        self.lock().mapped.stuck = stuck;
+        self.0.changed.notify_all();
+    }
+
+    /// Waits until so many recalls wait for the kernel's I/O.
+    pub fn wait_for_recalls(&self, count: u32) {
+        let mut state = self.lock();
+        while state.mapped.waiting != count {
+            state = self.wait(state);
+        }
     }
 
     /// A process opens the node.
@@ -278,6 +334,7 @@ impl Fake {
             ..Info::default()
         };
         state.shadow.describe(&mut info, state.clock);
+        info.backings = state.mapped.backings;
         info
     }
 
@@ -292,6 +349,17 @@ impl Fake {
     fn wait<'g>(&self, state: MutexGuard<'g, State>) -> MutexGuard<'g, State> {
         let woken = self.0.changed.wait(state);
         woken.unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Waits until no I/O of the kernel is running.
+    fn recall<'g>(&'g self, mut state: MutexGuard<'g, State>) -> MutexGuard<'g, State> {
+        state.mapped.waiting += 1;
+        self.0.changed.notify_all();
+        while state.mapped.stuck {
+            state = self.wait(state);
+        }
+        state.mapped.waiting -= 1;
+        state
     }
 
     /// Makes the descriptor say whether something can be fetched.
@@ -355,10 +423,11 @@ impl Node for FakeNode {
             Malformed::Unknown => Errno::OPNOTSUPP,
             _ => Errno::INVAL,
         })?;
-        match state.shadow.claim(self.epoch, claimed) {
-            true => Ok(()),
-            false => Err(Errno::INVAL.into()),
+        if !state.shadow.claim(self.epoch, claimed) {
+            return Err(Errno::INVAL.into());
         }
+        state.mapped.claimed = claimed.features & abi::FEATURE_MAPS != 0;
+        Ok(())
     }
 
     fn start(&self) -> io::Result<()> {
@@ -398,8 +467,49 @@ impl Node for FakeNode {
         Ok(count)
     }
 
+    fn mapper(&self) -> io::Result<Arc<dyn Mapper>> {
+        Ok(Arc::new(FakeMapper(self.disk.clone())))
+    }
+
     fn fd(&self) -> &Rc<OwnedFd> {
         &self.ready
+    }
+}
+
+/// The mappings of a disk.
+#[derive(Debug)]
+struct FakeMapper(Fake);
+
+impl Mapper for FakeMapper {
+    fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
+        let mut state = self.0.lock();
+        if state.features & abi::FEATURE_MAPS == 0 {
+            return Err(Errno::NOTTY.into());
+        }
+        if self.0.describe(&state).state != abi::STATE_LIVE || !state.mapped.claimed {
+            return Err(Errno::INVAL.into());
+        }
+        for op in ops {
+            match op.check().map_err(|_| Errno::INVAL)? {
+                MapChange::Set { generation, .. } => {
+                    let is_old = generation < state.mapped.generation;
+                    state.mapped.refused += u64::from(is_old);
+                }
+                MapChange::Recall { .. } => {
+                    state.mapped.generation += 1;
+                    state = self.0.recall(state);
+                }
+                MapChange::Flush => {}
+            }
+            state.mapped.ops.push(*op);
+        }
+        self.0 .0.changed.notify_all();
+        Ok(Maps {
+            generation: state.mapped.generation,
+            backings: state.mapped.backings,
+            refused: state.mapped.refused,
+            ..Maps::default()
+        })
     }
 }
 

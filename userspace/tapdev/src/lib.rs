@@ -16,7 +16,7 @@ mod request;
 mod tap;
 
 pub use command::Command;
-pub use node::{KernelNode, Node};
+pub use node::{KernelNode, Mapper, Node};
 pub use params::records;
 pub use request::{Kind, Malformed, Request};
 pub use ring::tap::checked::Fence;

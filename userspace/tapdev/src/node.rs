@@ -2,14 +2,15 @@
 //! The node of a disk: the calls that the kernel has for it.
 
 use diskio::{Access, Region};
-use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Exchange, Info};
+use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Exchange, Info, MapOp, Maps};
 use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS};
-use rustix::ioctl::{ioctl, Getter, Ioctl, IoctlOutput, NoArg, Opcode, Setter};
+use rustix::ioctl::{ioctl, Getter, Ioctl, IoctlOutput, NoArg, Opcode, Setter, Updater};
 use std::ffi::c_void;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// What a process needs of a node. The kernel's is [`KernelNode`]; tests have one of their own.
 pub trait Node: std::fmt::Debug {
@@ -32,8 +33,23 @@ pub trait Node: std::fmt::Debug {
     /// how many it fetched.
     fn exchange(&self, commits: &[Completion], tags: &mut [u16]) -> io::Result<usize>;
 
+    /// Changes the mappings of the disk in this order, and says how they are then; only if
+    /// [`FEATURE_MAPS`](ring::tap::abi::FEATURE_MAPS) was claimed, and after the start. A recall waits.
+    fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
+        self.mapper()?.maps(ops)
+    }
+
+    /// The same for another thread, which can wait. As long as it is there the node is not given back.
+    fn mapper(&self) -> io::Result<Arc<dyn Mapper>>;
+
     /// Can be read while there is something to fetch.
     fn fd(&self) -> &Rc<OwnedFd>;
+}
+
+/// Changes the mappings of a disk, in whatever thread.
+pub trait Mapper: std::fmt::Debug + Send + Sync {
+    /// See [`Node::maps`].
+    fn maps(&self, ops: &[MapOp]) -> io::Result<Maps>;
 }
 
 /// A node of the kernel, open. When the last copy of its descriptor is closed, this process is gone
@@ -68,11 +84,7 @@ impl Node for KernelNode {
     }
 
     fn set_params(&self, records: &[u8]) -> io::Result<()> {
-        let buffer = Buffer {
-            addr: records.as_ptr() as u64,
-            len: u32::try_from(records.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-            reserved: 0,
-        };
+        let buffer = buffer(records.as_ptr() as u64, records.len())?;
         // SAFETY: SET_PARAMS reads a `Buffer`, as its number encodes, and the bytes that it names,
         // which `records` has; it writes nothing.
         let argument = unsafe { Setter::<{ numbers::SET_PARAMS }, _>::new(buffer) };
@@ -106,9 +118,44 @@ impl Node for KernelNode {
         Ok(unsafe { ioctl(&self.fd, argument) }?)
     }
 
+    fn mapper(&self) -> io::Result<Arc<dyn Mapper>> {
+        let fd = self.fd.try_clone()?;
+        Ok(Arc::new(KernelMapper { fd }))
+    }
+
     fn fd(&self) -> &Rc<OwnedFd> {
         &self.fd
     }
+}
+
+/// The mappings of a disk of the kernel.
+#[derive(Debug)]
+struct KernelMapper {
+    fd: OwnedFd,
+}
+
+impl Mapper for KernelMapper {
+    fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
+        let mut maps = Maps {
+            ops: buffer(ops.as_ptr() as u64, ops.len())?,
+            ..Maps::default()
+        };
+        // SAFETY: MAP reads and writes a `Maps`, as its number encodes, and reads the operations that it
+        // names, which `ops` has; every pattern of bytes is a `Maps`.
+        let argument = unsafe { Updater::<{ numbers::MAP }, _>::new(&mut maps) };
+        // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
+        unsafe { ioctl(&self.fd, argument) }?;
+        Ok(maps)
+    }
+}
+
+/// An array for the kernel: where it is, and how many entries or bytes it has.
+fn buffer(addr: u64, len: usize) -> io::Result<Buffer> {
+    Ok(Buffer {
+        addr,
+        len: u32::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?,
+        reserved: 0,
+    })
 }
 
 /// The arguments of an exchange, and the memory that they name.
@@ -119,13 +166,6 @@ struct Exchanging<'a> {
 
 impl<'a> Exchanging<'a> {
     fn new(commits: &'a [Completion], tags: &'a mut [u16]) -> io::Result<Self> {
-        let buffer = |addr: u64, len: usize| -> io::Result<Buffer> {
-            Ok(Buffer {
-                addr,
-                len: u32::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?,
-                reserved: 0,
-            })
-        };
         Ok(Self {
             exchange: Exchange {
                 commits: buffer(commits.as_ptr() as u64, commits.len())?,

@@ -2,13 +2,14 @@
 //! A node with its areas.
 
 use crate::request::{self, Malformed, Request};
-use crate::{records, Fence, Node, Params};
+use crate::{records, Fence, Mapper, Node, Params};
 use diskio::{Data, Region};
 use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
 use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use zerocopy::transmute;
 
@@ -88,6 +89,18 @@ impl Tap {
         }
     }
 
+    /// What changes the mappings of the disk, if the kernel module has any: what they are for is said of
+    /// [`MapOp`](abi::MapOp).
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn mapper(&self) -> io::Result<Option<Arc<dyn Mapper>>> {
+        match self.has_claims() && self.info.features & abi::FEATURE_MAPS != 0 {
+            true => self.node.mapper().map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// The kernel module takes claims.
     fn has_claims(&self) -> bool {
         self.info.features & abi::FEATURE_CLAIM != 0
@@ -158,7 +171,8 @@ impl Tap {
             fence,
             settle_ms,
             operations: request::OPERATIONS,
-            features: self.info.features & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM),
+            features: self.info.features
+                & (abi::FEATURE_URING_CMD | abi::FEATURE_CLAIM | abi::FEATURE_MAPS),
             ..Claims::default()
         })
     }

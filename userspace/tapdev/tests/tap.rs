@@ -11,8 +11,9 @@ use rustix::io::pwrite;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use tapdev::fake::{Fake, SLOT};
-use tapdev::{Kind, Node, Params, Tap};
+use tapdev::{Kind, Mapper, Node, Params, Tap};
 use zerocopy::IntoBytes;
 
 const PARAMS: Params = Params {
@@ -194,6 +195,9 @@ impl Node for Wrong {
     fn exchange(&self, _: &[Completion], tags: &mut [u16]) -> io::Result<usize> {
         Ok(tags.len() + 1)
     }
+    fn mapper(&self) -> io::Result<Arc<dyn Mapper>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     fn fd(&self) -> &Rc<OwnedFd> {
         &self.fd
     }
@@ -227,7 +231,10 @@ const INFO: Info = Info {
     isolated: 0,
     memory_kib: 0,
     lacking: 0,
-    reserved: [0; 3],
+    direct: 0,
+    backings: 0,
+    executing: 0,
+    reserved: 0,
 };
 
 #[test]

@@ -2,7 +2,7 @@
 //! Each side of the kernel's interface with the other one of the time before there were claims.
 
 use ring::response::Status;
-use ring::tap::abi::{self, Claims, Completion, Desc};
+use ring::tap::abi::{self, Claims, Completion, Desc, MapOp};
 use ring::tap::shadow::Op;
 use rustix::io::Errno;
 use std::io::ErrorKind;
@@ -200,6 +200,65 @@ fn what_cannot_be_fenced_fails() {
     drop(tap);
     fake.fence();
     assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Error);
+}
+
+/// A mapping of the first half of the disk.
+fn mapping(generation: u32) -> MapOp {
+    MapOp {
+        op: abi::MAP_SET,
+        flags: abi::MAP_READ | abi::MAP_WRITE,
+        generation,
+        sectors: 1024,
+        ..MapOp::default()
+    }
+}
+
+const EVERYTHING: MapOp = MapOp {
+    op: abi::MAP_RECALL,
+    flags: 0,
+    backing: 0,
+    generation: 0,
+    sector: 0,
+    sectors: u64::MAX,
+    offset: 0,
+    reserved: [0; 2],
+};
+
+#[test]
+fn mappings_are_for_who_claims_them() {
+    let fake = Fake::new(4).unwrap();
+    fake.back(1);
+    let invalid = Some(Errno::INVAL.raw_os_error());
+    let process = Before::start(&fake);
+    let refused = process.0.maps(&[]).unwrap_err();
+    assert_eq!(refused.raw_os_error(), invalid);
+    drop(process);
+    fake.fence();
+    let tap = Tap::open(fake.open().unwrap()).unwrap();
+    let mapper = tap.mapper().unwrap().expect("the kernel has them");
+    let early = mapper.maps(&[mapping(0)]).unwrap_err();
+    assert_eq!(early.raw_os_error(), invalid, "before the start");
+    tap.describe(&Params::parse(&description()).unwrap())
+        .unwrap();
+    tap.start(Fence::Local).unwrap();
+    let now = mapper.maps(&[]).unwrap();
+    assert_eq!((now.generation, now.backings, now.refused), (0, 1, 0));
+    let recalled = mapper.maps(&[mapping(0), EVERYTHING]).unwrap();
+    assert_eq!((recalled.generation, recalled.refused), (1, 0));
+    // It does not know of the recall.
+    assert_eq!(mapper.maps(&[mapping(0)]).unwrap().refused, 1);
+    assert_eq!(
+        fake.map_ops(),
+        [mapping(0), EVERYTHING, mapping(0)],
+        "what was refused is remembered, too"
+    );
+}
+
+#[test]
+fn a_kernel_of_before_has_no_mappings() {
+    let fake = Fake::before_claims(4).unwrap();
+    let tap = now(&fake);
+    assert!(tap.mapper().unwrap().is_none());
 }
 
 /// The process of before reads this, whatever is added: a `Desc` of then.
