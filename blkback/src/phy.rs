@@ -66,15 +66,18 @@ impl QueueBackends for BlockDevice {
             |error| ConnectError::Step("there is not enough memory for the queues", error);
         let memory = Memory::new(lease, &sizes).map_err(no_memory)?;
         let pages = memory.backing.table().clone();
-        let disk = Disk::new(
-            self.clone(),
+        let bios = Disk::new(
             pages.clone(),
             needs.wake_event.clone(),
             needs.depth,
         )
         .map_err(no_memory)?;
         Ok(Part {
-            backend: Phy { disk, memory },
+            backend: Phy {
+                bios,
+                device: self.clone(),
+                memory,
+            },
             pages,
             own_pages: sizes.own,
             rest: sizes.rest,
@@ -125,7 +128,8 @@ impl Memory {
 /// A block device as the backend of one queue.
 pub(crate) struct Phy {
     // First: it waits for the last bios, which use the memory.
-    disk: Pin<KBox<Disk>>,
+    bios: Pin<KBox<Disk>>,
+    device: Arc<BlockDevice>,
     memory: Memory,
 }
 
@@ -133,7 +137,7 @@ impl Backend for Phy {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         bio::plugged(|| {
             for io in batch {
-                if let Some(inflight) = self.disk.begin(io.tag) {
+                if let Some(inflight) = self.bios.begin(io.tag, self.device.clone()) {
                     start(&inflight, &io);
                 }
             }
@@ -141,7 +145,7 @@ impl Backend for Phy {
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
-        self.disk.reap(|tag, status| {
+        self.bios.reap(|tag, status| {
             done(
                 tag,
                 match status {

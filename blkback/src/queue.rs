@@ -278,7 +278,8 @@ impl<D: QueueBackends> Server<D> {
             control.wake_event.wait();
         }
         let (command, mut rest) = state.serve(ring, &guest);
-        if command == Command::Drain || disk.drain() != Drain::MustFinish {
+        let may_go = disk.drain() != Drain::MustFinish && !rest.is_bound();
+        if command == Command::Drain || may_go {
             // The disk, too, is given back before anybody can see that: the toolstack's script
             // takes it apart as soon as the state is Closed.
             drop(state);
@@ -290,7 +291,7 @@ impl<D: QueueBackends> Server<D> {
         }
         control.mark_detached();
         events.reconcile();
-        while rest.drain() > 0 {
+        while rest.drain() {
             control.wake_event.wait();
         }
     }
@@ -410,6 +411,18 @@ struct Away<'a, B> {
 impl<B: Backend> Backend for Away<'_, B> {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         self.guest.away(|| self.backend.submit(batch));
+    }
+
+    fn can_resume(&self) -> bool {
+        self.backend.can_resume()
+    }
+
+    fn resume(&mut self) {
+        self.guest.away(|| self.backend.resume());
+    }
+
+    fn is_bound(&self, unfinished: u16) -> bool {
+        self.backend.is_bound(unfinished)
     }
 
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {

@@ -144,7 +144,22 @@ impl Areas {
         Some(count)
     }
 
+    /// A segment of a request, as it was written: the process can only read it.
+    pub(crate) fn segment(&self, tag: DiskTag, index: u16) -> Option<Segment> {
+        let offset = self.segment_offset(tag, index)?;
+        Some(Segment {
+            offset: self.descriptors.read_word(offset)?,
+            len: self.descriptors.read_word(offset.checked_add(size_of::<u32>())?)?,
+        })
+    }
+
     fn write_segment(&self, tag: DiskTag, index: u16, segment: &Segment) -> Option<()> {
+        let offset = self.segment_offset(tag, index)?;
+        self.descriptors.write(offset, segment).then_some(())
+    }
+
+    /// Where a segment is in the descriptor area.
+    fn segment_offset(&self, tag: DiskTag, index: u16) -> Option<usize> {
         if index >= MAX_SEGMENTS {
             return None;
         }
@@ -154,8 +169,6 @@ impl Areas {
         let offset = entry
             .wrapping_mul(SEGMENT_SIZE)
             .wrapping_add(self.segments_offset);
-        self.descriptors
-            .write(offset as usize, segment)
-            .then_some(())
+        Some(offset as usize)
     }
 }

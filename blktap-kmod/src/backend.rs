@@ -2,8 +2,10 @@
 
 //! The engine's backend over the shadow of a disk.
 
-use super::disk::{Share, TapDisk, BATCH};
+use super::direct::Executor;
+use super::disk::{Inner, Share, TapDisk, BATCH};
 use crate::engine::{Backend, Io, IoKind};
+use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
@@ -12,7 +14,7 @@ use crate::ring::response::Status;
 use crate::ring::tap::abi::Segment;
 use crate::ring::tap::shadow::{Op, Request};
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Full, AtomicFlag};
+use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, AtomicFlag};
 use kernel::sync::Arc;
 
 /// A queue's part of the disk.
@@ -30,12 +32,12 @@ pub(super) struct Place {
 
 impl Place {
     /// What the disk calls a request of this queue.
-    fn disk_tag(self, tag: QueueTag) -> DiskTag {
+    pub(super) fn disk_tag(self, tag: QueueTag) -> DiskTag {
         DiskTag::new(self.first_tag.wrapping_add(tag.number()))
     }
 
     /// What this queue calls a request of the disk that is its own.
-    fn queue_tag(self, tag: DiskTag) -> QueueTag {
+    pub(super) fn queue_tag(self, tag: DiskTag) -> QueueTag {
         QueueTag::new(tag.number().wrapping_sub(self.first_tag))
     }
 }
@@ -47,6 +49,8 @@ impl Place {
 ///
 /// The disk has `share` in the queue's place.
 pub(crate) struct TapQueue {
+    /// If the disk had a backing when the queue was made. First: it waits for its last bios.
+    executor: Option<KBox<Executor>>,
     disk: Arc<TapDisk>,
     share: Arc<Share>,
     place: Place,
@@ -66,10 +70,16 @@ impl TapQueue {
         disk: Arc<TapDisk>,
         wake_event: Arc<WakeEvent>,
         place: Place,
+        pages: &Arc<DataPages>,
     ) -> Result<Self> {
+        let executor = disk
+            .has_backings()
+            .then(|| Executor::new(pages.clone(), &wake_event, place.depth))
+            .transpose()?;
         let share = super::shared(Share {
             wake_event,
             done: AtomicFlag::new(false),
+            resumable: AtomicFlag::new(false),
         })?;
         let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
         let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
@@ -81,9 +91,11 @@ impl TapQueue {
             Some(free @ None) => *free = Some(share.clone()),
             Some(Some(_)) | None => return Err(EBUSY),
         }
+        inner.shadow.set_able(place.index, executor.is_some());
         drop(inner);
         // INVARIANT: Just put there.
         Ok(Self {
+            executor,
             disk,
             share,
             place,
@@ -126,22 +138,32 @@ impl TapQueue {
         })
     }
 
-    /// Posts what is ready, and wakes the process if it waits.
+    /// Posts what is ready, and wakes the process if it waits. Begins what needs no process.
     fn post(&mut self) {
         let now = monotonic_ns();
         let place = self.place;
-        let mut inner = self.disk.inner.lock();
-        for (tag, request) in &self.ready {
-            let posted = inner
-                .shadow
-                .post(place.disk_tag(*tag), place.index, request, now);
-            if posted.is_err() {
-                reject(&mut self.rejected, *tag);
+        {
+            let mut inner = self.disk.inner.lock();
+            let Inner {
+                shadow, backings, ..
+            } = &mut *inner;
+            for (tag, request) in &self.ready {
+                let disk_tag = place.disk_tag(*tag);
+                let posted = shadow.post(disk_tag, place.index, request, now);
+                if posted.is_err() {
+                    reject(&mut self.rejected, *tag);
+                } else if let Some(executor) = &mut self.executor {
+                    if let Some(start) = shadow.begin(disk_tag) {
+                        executor.take(backings, *tag, start);
+                    }
+                }
             }
+            self.disk.announce(&mut inner);
         }
-        self.disk.announce(&mut inner);
-        drop(inner);
         self.ready.clear();
+        if let Some(executor) = &mut self.executor {
+            executor.start(&self.disk, place);
+        }
     }
 }
 
@@ -170,19 +192,34 @@ impl Backend for TapQueue {
         }
     }
 
+    fn can_resume(&self) -> bool {
+        self.executor.is_some() && self.share.resumable.load(Relaxed)
+    }
+
+    fn resume(&mut self) {
+        // Before it is looked at what there is: who adds something says so again.
+        let _told = self.share.resumable.xchg(false, Full);
+        if let Some(executor) = &mut self.executor {
+            executor.resume(&self.disk, self.place);
+        }
+    }
+
+    fn is_bound(&self, _unfinished: u16) -> bool {
+        // What the process has the disk keeps.
+        self.executor.as_ref().is_some_and(|executor| executor.is_busy())
+    }
+
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
         // Before anything is looked at: see `WakeEvent::rearm`.
         self.share.wake_event.rearm();
         while let Some(tag) = self.rejected.pop() {
             done(tag, Status::Error);
         }
+        if let Some(executor) = &mut self.executor {
+            executor.reap(&self.disk, self.place, &mut done);
+        }
         self.disk.fail_overdue();
-        if !self
-            .share
-            .done
-            .load(kernel::sync::atomic::ordering::Relaxed)
-            || !self.share.done.xchg(false, Full)
-        {
+        if !self.share.done.load(Relaxed) || !self.share.done.xchg(false, Full) {
             return;
         }
         loop {
@@ -217,6 +254,7 @@ impl Drop for TapQueue {
     fn drop(&mut self) {
         let share = {
             let mut inner = self.disk.inner.lock();
+            inner.shadow.set_able(self.place.index, false);
             // What is left are requests that the process has.
             let _orphans = inner.shadow.orphan(self.place.index);
             let place = inner.shares.get_mut(usize::from(self.place.index));

@@ -147,8 +147,9 @@ impl QueueBackends for Binding {
         }
         let no_memory = |error| ConnectError::Step(NO_MEMORY, error);
         let first_page = index.wrapping_mul(pages);
-        let own =
-            DataPages::of_arena(areas.arena(), first_page, pages).and_then(crate::tap::shared);
+        let own = DataPages::of_arena(areas.arena(), first_page, pages)
+            .and_then(crate::tap::shared)
+            .map_err(no_memory)?;
         let place = Place {
             index,
             first_tag: index.wrapping_mul(share(areas.tags(), needs.queues)),
@@ -156,15 +157,15 @@ impl QueueBackends for Binding {
             depth,
         };
         let backend =
-            TapQueue::new(self.disk.clone(), needs.wake_event.clone(), place).map_err(|error| {
-                match error {
+            TapQueue::new(self.disk.clone(), needs.wake_event.clone(), place, &own).map_err(
+                |error| match error {
                     error if error == EBUSY => ConnectError::Step(NOT_READY, error),
                     error => no_memory(error),
-                }
-            })?;
+                },
+            )?;
         Ok(Part {
             backend,
-            pages: own.map_err(no_memory)?,
+            pages: own,
             own_pages: pages,
             rest: 0,
             memory_kib: u64::from(pages).wrapping_mul(4),
@@ -173,10 +174,12 @@ impl QueueBackends for Binding {
     }
 
     fn drain(&self) -> Drain {
-        // Without a process there is nothing to wait for: the disk keeps what is delivered.
-        let live = self.disk.inner.lock().is_live();
+        // Without a process there is nothing to wait for but what the queues execute: the disk keeps what is
+        // delivered.
+        let inner = self.disk.inner.lock();
+        let ends = inner.is_live() || inner.shadow.executing() > 0;
         Drain::Detachable {
-            timeout_ns: if live { DRAIN_NS } else { 0 },
+            timeout_ns: if ends { DRAIN_NS } else { 0 },
         }
     }
 }

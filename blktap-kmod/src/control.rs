@@ -5,7 +5,7 @@
 use super::node::{invalid, read_user, write_user};
 use super::registry;
 use crate::linux::char::chardev::{may_administer, CharDevice};
-use crate::ring::tap::abi::{ioctl, Create, Destroy, Info};
+use crate::ring::tap::abi::{ioctl, BackingAdd, BackingRemove, Create, Destroy, Info};
 use kernel::ffi::c_int;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -44,6 +44,23 @@ fn query(address: u64) -> Result<c_int> {
     Ok(0)
 }
 
+#[inline(never)]
+fn add_backing(address: u64) -> Result<c_int> {
+    let new = read_user::<BackingAdd>(address)?.check().map_err(invalid)?;
+    let disk = registry::find(new.minor).ok_or(ENOENT)?;
+    disk.add_backing(&new)?;
+    Ok(0)
+}
+
+#[inline(never)]
+fn remove_backing(address: u64) -> Result<c_int> {
+    let remove = read_user::<BackingRemove>(address)?;
+    let (minor, number) = remove.check().map_err(invalid)?;
+    let disk = registry::find(minor).ok_or(ENOENT)?;
+    disk.remove_backing(number)?;
+    Ok(0)
+}
+
 impl CharDevice for Control {
     fn open(_minor: u32, _nonblocking: bool) -> Result<Arc<Self>> {
         super::shared(Self)
@@ -55,9 +72,15 @@ impl CharDevice for Control {
         let address = argument as u64;
         match command {
             ioctl::QUERY => query(address),
-            ioctl::CREATE | ioctl::DESTROY if !may_administer() => Err(EPERM),
+            ioctl::CREATE | ioctl::DESTROY | ioctl::BACKING_ADD | ioctl::BACKING_REMOVE
+                if !may_administer() =>
+            {
+                Err(EPERM)
+            }
             ioctl::CREATE => create(address),
             ioctl::DESTROY => destroy(address),
+            ioctl::BACKING_ADD => add_backing(address),
+            ioctl::BACKING_REMOVE => remove_backing(address),
             number if ioctl::is_kept(number) => Err(EOPNOTSUPP),
             _ => Err(ENOTTY),
         }

@@ -6,11 +6,14 @@ use super::areas::Areas;
 use super::commands::Commands;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
+use crate::linux::block::bdev::BlockDevice;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::tap::abi::{self, Info};
 use crate::ring::tap::checked::NewDisk;
+use crate::ring::tap::map::tree::{Leaf, Slot};
+use crate::ring::tap::map::Map;
 use crate::ring::tap::params::{Params, Unfit};
 use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
 use crate::ring::tap::table::Entry;
@@ -51,10 +54,21 @@ pub(crate) struct TapDisk {
     pub(super) fence: DelayedWork<TapDisk>,
 }
 
+/// The map of a disk, from its first backing on.
+pub(super) type DiskMap = Option<KBox<Map<KVVec<Slot>, KVVec<Leaf>>>>;
+/// The devices behind a disk, by their numbers.
+pub(super) type Backings = [Option<Arc<BlockDevice>>; abi::MAX_BACKINGS as usize];
+
 /// What the lock of a disk protects. It is a leaf: no other lock of ours is taken under it, and
 /// nothing under it sleeps.
 pub(crate) struct Inner {
-    pub(super) shadow: Shadow<KVVec<Entry>>,
+    pub(super) shadow: Shadow<KVVec<Entry>, DiskMap>,
+    /// Those that the map knows, and those that it has lost while something is executed in them.
+    pub(super) backings: Backings,
+    /// `MAP_SET`s that were not taken.
+    pub(super) sets_refused: u64,
+    /// Processes that wait until nothing of a range is executed.
+    pub(super) recallers: u32,
     pub(super) params: Option<Params>,
     pub(super) pid: u32,
     /// The device to which the disk is bound.
@@ -79,12 +93,20 @@ pub(crate) struct Share {
     pub(super) wake_event: Arc<WakeEvent>,
     /// The queue has something to reap.
     pub(super) done: AtomicFlag,
+    /// The queue can begin something that waited.
+    pub(super) resumable: AtomicFlag,
 }
 
 impl Share {
     /// Tells the queue that it has something to reap.
     pub(super) fn tell(&self) {
         self.done.store(true, Release);
+        self.wake_event.wake();
+    }
+
+    /// Tells it that it can begin something.
+    fn tell_resumable(&self) {
+        self.resumable.store(true, Release);
         self.wake_event.wake();
     }
 }
@@ -115,7 +137,10 @@ impl TapDisk {
                 destroyed: AtomicFlag::new(false),
                 inner <- new_spinlock!(
                     Inner {
-                        shadow: Shadow::new(entries),
+                        shadow: Shadow::with_map(entries, None),
+                        backings: [const { None }; abi::MAX_BACKINGS as usize],
+                        sets_refused: 0,
+                        recallers: 0,
                         params: None,
                         pid: 0,
                         attachment: None,
@@ -184,6 +209,9 @@ impl TapDisk {
             inner.shadow.offer(params.operations());
         }
         inner.params = Some(params);
+        if let Some(map) = inner.shadow.map() {
+            map.resize(params.sectors);
+        }
         self.sectors.store(params.sectors, Relaxed);
         // The queues look at the size before each pass.
         inner.wake_queues();
@@ -206,6 +234,11 @@ impl TapDisk {
         }
     }
 
+    /// True if there is a device in which requests can be executed without the process.
+    pub(super) fn has_backings(&self) -> bool {
+        self.inner.lock().backing_bits() != 0
+    }
+
     /// True once the disk was destroyed.
     pub(super) fn is_destroyed(&self) -> bool {
         self.destroyed.load(Relaxed)
@@ -218,7 +251,7 @@ impl TapDisk {
     /// `EBUSY` while it is open or bound, and while I/O of its last process may be running: who is
     /// told that the disk is gone gives its image to somebody else.
     pub(super) fn destroy(&self) -> Result {
-        let inner = self.inner.lock();
+        let mut inner = self.inner.lock();
         let used = !matches!(
             inner.shadow.state(),
             abi::STATE_IDLE | abi::STATE_RECOVERING
@@ -228,7 +261,10 @@ impl TapDisk {
         }
         // Under the lock, under which it is opened and bound.
         let _before = self.destroyed.xchg(true, Full);
+        // No queue is left that could execute something in them.
+        let backings = core::mem::take(&mut inner.backings);
         drop(inner);
+        drop(backings);
         self.ready.notify_all();
         Ok(())
     }
@@ -261,6 +297,7 @@ impl TapDisk {
         let now = monotonic_ns();
         let inner = self.inner.lock();
         inner.shadow.describe(&mut info, now);
+        info.backings = inner.backing_bits();
         info.pid = inner.pid;
         let (domain, device) = inner
             .attachment
@@ -271,10 +308,12 @@ impl TapDisk {
         info
     }
 
-    /// Wakes the process if it waits and there is something to fetch.
+    /// Wakes the process if it waits and there is something to fetch, and queues that can begin something.
     pub(super) fn announce(&self, inner: &mut Inner) {
+        inner.shadow.sort();
+        inner.tell_resumable();
         let waits = inner.wanted || inner.commands.is_waiting();
-        if !waits || !inner.shadow.has_deliverable() {
+        if !waits || !inner.has_deliverable() {
             return;
         }
         // One: if it leaves something it wakes the next one.
@@ -312,6 +351,42 @@ impl Inner {
                 share.tell();
             }
         }
+    }
+
+    /// Tells queues that they can begin something, if that is so.
+    pub(super) fn tell_resumable(&mut self) {
+        let mut left = self.shadow.take_resumable();
+        while left != 0 {
+            // CAST: below 64.
+            let queue = left.trailing_zeros() as usize;
+            left &= left.wrapping_sub(1);
+            if let Some(Some(share)) = self.shares.get(queue) {
+                share.tell_resumable();
+            }
+        }
+    }
+
+    /// True if there is something to fetch.
+    pub(super) fn has_deliverable(&mut self) -> bool {
+        let has = self.shadow.has_deliverable();
+        self.tell_resumable();
+        has
+    }
+
+    /// Something was executed: who waits for that looks again.
+    pub(super) fn tell_recallers(&self, waiting: &PollCondVar) {
+        if self.recallers > 0 {
+            waiting.notify_all();
+        }
+    }
+
+    /// One bit for each backing.
+    pub(super) fn backing_bits(&self) -> u32 {
+        let mut bits = 0u32;
+        for (number, backing) in (0..).zip(&self.backings) {
+            bits |= u32::from(backing.is_some()).wrapping_shl(number);
+        }
+        bits
     }
 
     /// True if a frontend can be connected: the disk is described, and nothing of an earlier

@@ -113,6 +113,7 @@ impl TapDisk {
                     self.areas.write_desc(tag, desc);
                     handed.push(tag, desc.generation);
                 });
+                inner.tell_resumable();
                 inner.wanted |= waits && !delivered.more && delivered.count < max;
                 delivered.more
             };

@@ -6,14 +6,17 @@
 //! node ([`areas`]), and the shadow of every request that is not answered (`ring::tap::shadow`).
 //! Reading order along the life of a request: `backend` (a queue posts it), `exchange` (the process
 //! fetches and commits it), `node` (the ways in which it can do that), `fence` (what happens when
-//! the process is gone). `registry` and `control` make disks and find them, `binding` connects a
+//! the process is gone). What needs no process a queue executes itself (`direct`) in the devices that the disk
+//! was given (`backings`). `registry` and `control` make disks and find them, `binding` connects a
 //! disk to a device of the bus.
 
 mod areas;
 mod backend;
+mod backings;
 mod binding;
 mod commands;
 mod control;
+mod direct;
 mod disk;
 mod exchange;
 mod fence;

@@ -9,7 +9,7 @@ use crate::linux::char::chardev::{
     current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE,
 };
 use crate::linux::char::uring::{Identity, Issued, Outcome, Parked, Woken};
-use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info};
+use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info, Maps};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
 use crate::ring::tap::params::{ParamError, Params};
 use crate::ring::tap::shadow::{OpenError, StartError};
@@ -170,6 +170,17 @@ impl Opener {
         self.fetch(arrays.tags, true)
     }
 
+    // Not a part of `ioctl`, so that it has a small frame.
+    #[inline(never)]
+    fn change_maps(&self, address: u64) -> Result<c_int> {
+        let mut maps = read_user::<Maps>(address)?;
+        let ops = maps.check().map_err(invalid)?;
+        self.disk.change_maps(self.epoch, ops)?;
+        self.disk.describe_maps(&mut maps);
+        write_user(address, &maps)?;
+        Ok(0)
+    }
+
     fn fetch(&self, tags: UserArray, waits: bool) -> Result<c_int> {
         // CAST: a 32-bit number.
         let len = (tags.len as usize).saturating_mul(size_of::<u16>());
@@ -182,7 +193,7 @@ impl Opener {
     /// Sleeps until there is something to fetch.
     fn wait(&self) -> Result {
         let mut inner = self.disk.inner.lock();
-        while !inner.shadow.has_deliverable() {
+        while !inner.has_deliverable() {
             inner.wanted = true;
             if self.disk.ready.wait_interruptible(&mut inner) {
                 return Err(ERESTARTSYS);
@@ -260,6 +271,7 @@ impl CharDevice for Opener {
             ioctl::CLAIM => self.claim(address),
             ioctl::START => self.start(),
             ioctl::EXCHANGE => self.exchange(address),
+            ioctl::MAP => self.change_maps(address),
             number if ioctl::is_kept(number) => Err(EOPNOTSUPP),
             _ => Err(ENOTTY),
         }
@@ -284,7 +296,7 @@ impl CharDevice for Opener {
     fn poll(&self, waiter: &Waiter<'_>) -> u32 {
         waiter.register(&self.disk.ready);
         let mut inner = self.disk.inner.lock();
-        if inner.shadow.has_deliverable() {
+        if inner.has_deliverable() {
             READABLE
         } else {
             inner.wanted = true;

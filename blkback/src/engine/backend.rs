@@ -65,6 +65,21 @@ pub trait Backend {
     /// [`reap`](Self::reap); an I/O that cannot be started completes with an error.
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>);
 
+    /// True if there is something that could not be started before and can be now. Neither sleeps nor takes
+    /// long: it is asked in each pass.
+    fn can_resume(&self) -> bool {
+        false
+    }
+
+    /// Starts it. May sleep.
+    fn resume(&mut self) {}
+
+    /// True while pages are used by I/O that goes on if the backend is dropped, of `unfinished` that were
+    /// submitted and not yielded.
+    fn is_bound(&self, unfinished: u16) -> bool {
+        unfinished > 0
+    }
+
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, Status));
 
@@ -97,6 +112,21 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         (**self).submit(batch);
+    }
+
+    #[inline]
+    fn can_resume(&self) -> bool {
+        (**self).can_resume()
+    }
+
+    #[inline]
+    fn resume(&mut self) {
+        (**self).resume();
+    }
+
+    #[inline]
+    fn is_bound(&self, unfinished: u16) -> bool {
+        (**self).is_bound(unfinished)
     }
 
     #[inline]

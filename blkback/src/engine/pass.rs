@@ -52,6 +52,9 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.fetch();
         self.copy_in();
         self.submit();
+        if self.backend.can_resume() {
+            self.backend.resume();
+        }
         if self.ring.is_gone() {
             // While I/O was started: by now the guest may be another one of the same number.
             return Pass::default();

@@ -29,8 +29,13 @@ impl<'a, R, G, B> Engine<'a, R, G, B> {
 }
 
 impl<G: Grants, B: Backend> Rest<'_, G, B> {
-    /// Unmaps and frees what has completed; returns how many are still in flight.
-    pub fn drain(&mut self) -> u16 {
+    /// True while what is in flight must be waited for.
+    pub fn is_bound(&self) -> bool {
+        self.backend.is_bound(self.requests.used())
+    }
+
+    /// Unmaps and frees what has completed; true while what is in flight must be waited for.
+    pub fn drain(&mut self) -> bool {
         let requests = &mut self.requests;
         while let Some(handle) = requests.pop_stalled() {
             requests.push_taken(handle.resume());
@@ -53,6 +58,6 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
         while let Some(handle) = requests.pop_completed() {
             let _nobody_reads_it = requests.end(handle);
         }
-        requests.used()
+        self.is_bound()
     }
 }

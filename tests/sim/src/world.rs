@@ -305,7 +305,7 @@ impl<'a, B: Backend> World<'a, B> {
         let machine = self.machine;
         let before = machine.borrow().accesses;
         let mut rest = self.engine.detach();
-        while rest.drain() > 0 {
+        while rest.drain() {
             let mut m = machine.borrow_mut();
             if m.disk.running() == 0 && !m.disk.has_completions() {
                 m.problem("requests keep the queue from being abandoned".into());

@@ -111,6 +111,14 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Takes the place of one that is not known yet.
+    pub const NOTHING: Self = Self {
+        range: Sectors::ALL,
+        place: 0,
+        source: Source::Zeroes,
+        access: Access::Read,
+    };
+
     /// The part of it that is in a range, with the place of that part.
     pub fn part(&self, range: &Sectors) -> Option<Self> {
         let range = self.range.common(range)?;

@@ -101,6 +101,8 @@ pub struct Map<S, L> {
     sectors: u64,
     /// Guests may write it.
     writable: bool,
+    /// A flush of the disk is one of its only backing.
+    flushes: bool,
 }
 
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
@@ -113,7 +115,13 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
             backings: [None; abi::MAX_BACKINGS as usize],
             sectors,
             writable,
+            flushes: false,
         }
+    }
+
+    /// True if nothing is said of anything.
+    pub fn is_empty(&self) -> bool {
+        self.tree.is_empty() && !self.flushes
     }
 
     /// All extents, in the order of the disk.
@@ -214,11 +222,32 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         Ok(())
     }
 
+    /// A flush of the disk is one of its backing, until everything is taken back.
+    pub fn set_flush(&mut self) -> Result<(), Refused> {
+        self.only_backing().ok_or(Refused::NoBacking)?;
+        self.flushes = true;
+        Ok(())
+    }
+
+    /// The backing of which a flush of the disk is one.
+    pub fn flushed(&self) -> Option<BackingNumber> {
+        self.only_backing().filter(|_| self.flushes)
+    }
+
+    fn only_backing(&self) -> Option<BackingNumber> {
+        let mut there = (0..abi::MAX_BACKINGS)
+            .filter_map(BackingNumber::new)
+            .filter(|number| self.backing(*number).is_some());
+        let first = there.next()?;
+        there.next().is_none().then_some(first)
+    }
+
     /// What was said of a range is not true any longer: the process takes it back, or it has a request
     /// that may free or move it. For a request this is done twice, as [`written`](Self::written).
     pub fn recall(&mut self, range: &Sectors) {
         self.recent.note(*range);
         self.tree.cut(range);
+        self.flushes &= *range != Sectors::ALL;
     }
 
     /// The process gets a write of the range, or answers it. What may be written stays where it is; other
@@ -240,6 +269,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     pub fn clear(&mut self) {
         self.recent.note(Sectors::ALL);
         self.tree.clear();
+        self.flushes = false;
     }
 
     fn check(&self, extent: &Extent) -> Result<(), Refused> {
@@ -287,6 +317,32 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
             _ => return false,
         }
         true
+    }
+
+    /// A backing has another size. If it is smaller, all extents go, as when it is removed.
+    pub fn resize_backing(&mut self, number: BackingNumber, sectors: u64) {
+        let Some(Some(backing)) = self.backings.get_mut(number.index()) else {
+            return;
+        };
+        let smaller = sectors < backing.sectors;
+        backing.sectors = sectors;
+        if smaller {
+            self.clear();
+        }
+    }
+
+    /// True if the disk has a backing of this number.
+    pub fn has_backing(&self, number: BackingNumber) -> bool {
+        self.backing(number).is_some()
+    }
+
+    /// One bit for each backing.
+    pub fn backings(&self) -> u32 {
+        let mut bits = 0u32;
+        for (number, backing) in (0..).zip(&self.backings) {
+            bits |= u32::from(backing.is_some()).wrapping_shl(number);
+        }
+        bits
     }
 
     /// The disk loses a backing. `false` if it has none of this number.

@@ -21,18 +21,21 @@
 //!   the latest delivery of its tag.
 //! - After a process is gone nothing is delivered until no I/O which it started can touch the arena or
 //!   the image any longer (`ending`).
+//! - What the map of the disk covers the queue executes without a process, in the same order with all
+//!   others (`direct`).
 //! - A request at which processes die again and again is delivered alone, and fails when that makes
 //!   sure that it is the reason (`isolation`).
 //!
 //! Everything a request waits for is earlier than the request, so nothing waits in a circle.
 //!
 //! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
-//! calls. What a call does is bounded: [`Shadow::deliver`] and [`Shadow::has_deliverable`] stop
-//! after some [`STEPS`]; [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
+//! calls. What a call does is bounded: [`Shadow::deliver`], [`Shadow::has_deliverable`] and
+//! [`Shadow::sort`] stop after some [`STEPS`]; [`Shadow::is_executing`], [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
 //! [`Shadow::orphan`] and [`Shadow::withdraw`] look at every request a few times, once in the life of a
 //! process or a queue; so does [`Shadow::fail_waiting`] while a process is
 //! fenced; all others take constant time for each request that they name or set free.
 
+pub mod direct;
 mod ending;
 mod isolation;
 
@@ -44,6 +47,7 @@ use crate::ring::tap::abi;
 use crate::ring::tap::checked::{Claimed, Commit, Outcome};
 use crate::ring::tap::overlap::{writes, Overlap};
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
+use direct::{Executed, NoMap, Places};
 use ending::Settling;
 use isolation::Isolation;
 
@@ -181,17 +185,21 @@ enum Phase {
     Fencing,
 }
 
-/// The shadow of one disk. `S` is the memory: one entry for each tag.
+/// The shadow of one disk. `S` is the memory: one entry for each tag. `M` says what needs no process.
 #[derive(Clone, Debug)]
-pub struct Shadow<S> {
+pub struct Shadow<S, M = NoMap> {
     entries: S,
     phase: Phase,
     epoch: u64,
     sequence: u64,
     order: List,
     pending: List,
+    /// For the process, with nothing in the way.
+    missed: List,
     /// In the order of delivery.
     delivered: List,
+    /// By queue: for its thread, with nothing in the way.
+    ready: [List; MAX_QUEUES],
     /// By queue.
     done: [List; MAX_QUEUES],
     overlap: Overlap,
@@ -211,12 +219,21 @@ pub struct Shadow<S> {
     lacking: u64,
     settling: Settling,
     isolation: Isolation,
+    map: M,
+    executed: Executed,
 }
 
 impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
-    /// The shadow of a disk without requests, which nobody has opened. What `entries` held is
-    /// overwritten; entries beyond [`abi::MAX_TAGS`] are not used.
-    pub fn new(mut entries: S) -> Self {
+    /// The shadow of a disk without requests, which nobody has opened, and all of whose requests are for the
+    /// process. What `entries` held is overwritten; entries beyond [`abi::MAX_TAGS`] are not used.
+    pub fn new(entries: S) -> Self {
+        Self::with_map(entries, NoMap)
+    }
+}
+
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+    /// As [`new`](Shadow::new), with what is executed without the process.
+    pub fn with_map(mut entries: S, map: M) -> Self {
         entries.fill(Entry::FREE);
         let overlap = Overlap::new(entries.len().min(abi::MAX_TAGS as usize));
         Self {
@@ -226,7 +243,9 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             sequence: 0,
             order: List::EMPTY,
             pending: List::EMPTY,
+            missed: List::EMPTY,
             delivered: List::EMPTY,
+            ready: [List::EMPTY; MAX_QUEUES],
             done: [List::EMPTY; MAX_QUEUES],
             overlap,
             waiting: 0,
@@ -241,6 +260,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             lacking: 0,
             settling: Settling::default(),
             isolation: Isolation::default(),
+            map,
+            executed: Executed::default(),
         }
     }
 
@@ -304,13 +325,14 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         info.refused = self.refused;
         info.lacking = self.lacking;
         self.isolation.describe(info);
+        self.executed.describe(info);
         // What was delivered just now has waited for 1: 0 means that there is none.
         info.oldest_ns = oldest.map_or(0, |e| now.saturating_sub(e.delivered_ns).max(1));
     }
 }
 
 /// The process.
-impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// A process opens the disk. Returns its epoch, which its calls carry.
     pub fn opened(&mut self) -> Result<u64, OpenError> {
         match self.phase {
@@ -360,6 +382,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         if self.lacking != 0 {
             return Err(StartError::Lacks(self.lacking));
         }
+        // What the process before said does not count for this one.
+        self.map.clear();
         self.phase = Phase::Live;
         Ok(self.judge())
     }
@@ -387,7 +411,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                 result.count = result.count.wrapping_add(1);
             }
         }
-        result.more = self.may_deliver() && !self.pending.is_empty();
+        let left = !self.pending.is_empty() || !self.missed.is_empty();
+        result.more = left && self.may_deliver();
         result
     }
 
@@ -414,6 +439,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         self.delivered
             .remove(&mut self.entries, Node::new(commit.tag, Link::State));
         self.held = self.held.wrapping_sub(1);
+        self.note_change(commit.tag);
         if orphan {
             self.orphans = self.orphans.wrapping_sub(1);
             self.forget(commit.tag);
@@ -437,7 +463,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 }
 
 /// The queues.
-impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Guests are told that they may ask for these operations, one bit for each, and nothing else. To
     /// be called before anything is posted and before a process is served: what they were told stays.
     pub fn offer(&mut self, operations: u64) {
@@ -567,7 +593,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                 break;
             }
             at = next(&self.entries, node);
-            if self.is_waiting(node.tag(), |_| true) {
+            // What its queue is about to execute waits for no process.
+            if self.is_waiting(node.tag(), |entry| entry.state != State::Ready) {
                 self.fail_for(node.tag(), &mut result);
             }
         }
@@ -576,7 +603,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 }
 
 /// What the calls are made of.
-impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Puts a request that is in no list of a state among those that wait: for another one, or
     /// to be looked at.
     fn wait(&mut self, tag: DiskTag, blocker: Option<DiskTag>) {
@@ -607,7 +634,10 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         let (state, queue, blocker) = (entry.state, entry.queue, entry.blocked_on);
         match state {
             State::Free => {}
+            // It is in no list.
+            State::Direct => {}
             State::Pending => self.pending.remove(&mut self.entries, node),
+            State::Missed => self.missed.remove(&mut self.entries, node),
             State::Delivered => self.delivered.remove(&mut self.entries, node),
             State::Blocked => {
                 if let Some(mut waiters) = self.get(blocker).map(|e| e.waiters) {
@@ -615,6 +645,11 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
                     if let Some(blocker) = self.get_mut(blocker) {
                         blocker.waiters = waiters;
                     }
+                }
+            }
+            State::Ready => {
+                if let Some(list) = self.ready.get_mut(usize::from(queue)) {
+                    list.remove(&mut self.entries, node);
                 }
             }
             State::Done => {
@@ -625,20 +660,28 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
         }
     }
 
-    /// Sorts pending requests into blocked ones until one is found that may be delivered. It
-    /// stays pending, in front.
+    /// Sorts pending requests until one is found that may be delivered. It stays where it is, in front.
     fn find(&mut self, steps: &mut u32) -> Option<DiskTag> {
+        if let Some(node) = self.missed.first() {
+            return Some(node.tag());
+        }
         while *steps > 0 {
             let tag = self.pending.first()?.tag();
-            match self.blocker(tag, steps) {
-                None => return Some(tag),
-                Some(blocker) => {
-                    self.unlist(tag);
-                    self.wait(tag, Some(blocker));
-                }
+            if !self.sort_out(tag, steps) {
+                return Some(tag);
             }
         }
         None
+    }
+
+    /// Finds out what a pending request waits for, if not for the process.
+    fn sort_out(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
+        let Some(blocker) = self.blocker(tag, steps) else {
+            return self.make_ready(tag);
+        };
+        self.unlist(tag);
+        self.wait(tag, Some(blocker));
+        true
     }
 
     /// The latest earlier request that must be done before this one.
@@ -670,6 +713,7 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     /// Turns a pending request into a delivered one.
     fn hand_out(&mut self, tag: DiskTag, now: u64) -> Option<abi::Desc> {
         self.unlist(tag);
+        self.note_change(tag);
         let entry = self.get_mut(tag)?;
         entry.state = State::Delivered;
         entry.delivered_ns = now;
@@ -700,8 +744,8 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
 
     fn is_waiting(&self, tag: DiskTag, and: impl Fn(&Entry) -> bool) -> bool {
         let waits = |e: &Entry| match e.state {
-            State::Pending | State::Blocked => true,
-            State::Free | State::Delivered | State::Done => false,
+            State::Pending | State::Blocked | State::Missed | State::Ready => true,
+            State::Free | State::Delivered | State::Direct | State::Done => false,
         };
         self.get(tag)
             .is_some_and(|entry| waits(entry) && and(entry))

@@ -13,10 +13,16 @@ use crate::ring::response::Status;
 pub enum State {
     /// No request: it was never posted, or it was reaped.
     Free,
-    /// To be looked at: it may be delivered unless an earlier one is in its way.
+    /// To be looked at: it may be executed unless an earlier one is in its way.
     Pending,
     /// Waits for an earlier request.
     Blocked,
+    /// Nothing is in its way, and it is for the process.
+    Missed,
+    /// Nothing is in its way, and its queue is to execute it.
+    Ready,
+    /// Its queue executes it.
+    Direct,
     /// The process has it.
     Delivered,
     /// It has a result that its queue has not reaped.
@@ -115,6 +121,8 @@ pub struct Entry {
     pub(super) flags: u8,
     pub(super) state: State,
     pub(super) status: Status,
+    /// Number of the backing in which it is executed.
+    pub(super) backing: u8,
     /// How often it was delivered.
     pub(super) deliveries: u32,
     /// If it flushes, it waits for every earlier write.
@@ -146,6 +154,7 @@ impl Entry {
         flags: 0,
         state: State::Free,
         status: Status::Error,
+        backing: 0,
         deliveries: 0,
         ordered: false,
         orphan: false,

@@ -15,7 +15,7 @@ use crate::linux::memory::vectors::push;
 use crate::linux::sys;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::QueueTag;
-use core::cell::Cell;
+use core::cell::{Cell, UnsafeCell};
 use core::pin::Pin;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -87,22 +87,24 @@ struct Record {
     taken: Atomic<u32>,
     tag: QueueTag,
     owner: *const Disk,
+    /// Where the I/O goes. Belongs to whoever has taken the record, which until the completion is reaped lets
+    /// it be.
+    device: UnsafeCell<Option<Arc<BlockDevice>>>,
     /// Belongs to whoever builds the I/O, and from submission to completion to the block layer.
     first: Opaque<bindings::bio>,
     vecs: Opaque<[bindings::bio_vec; FIRST_VECS as usize]>,
 }
 
-/// A block device with everything that its I/O needs.
+/// Everything that I/O on block devices needs.
 ///
 /// # Invariants
 ///
 /// - `records[n].tag == n` and its owner is this object, which is pinned.
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
 /// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so nobody else
-///   touches it.
+///   touches it. All that time it has a device, which is that of its bios.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Disk {
-    bdev: Arc<BlockDevice>,
     pages: Arc<DataPages>,
     wake_event: Arc<WakeEvent>,
     #[pin]
@@ -121,7 +123,6 @@ unsafe impl Sync for Disk {}
 impl Disk {
     /// Reserves what `tags` concurrent I/Os need. Completions wake the thread. May sleep.
     pub(crate) fn new(
-        bdev: Arc<BlockDevice>,
         pages: Arc<DataPages>,
         wake_event: Arc<WakeEvent>,
         tags: u16,
@@ -134,6 +135,7 @@ impl Disk {
                 taken: Atomic::new(0),
                 tag,
                 owner: core::ptr::null(),
+                device: UnsafeCell::new(None),
                 first: Opaque::uninit(),
                 vecs: Opaque::uninit(),
             };
@@ -146,7 +148,6 @@ impl Disk {
         }
         KBox::try_pin_init(
             try_pin_init!(&this in Self {
-                bdev,
                 pages,
                 wake_event,
                 set <- Opaque::try_ffi_init(|slot: *mut bindings::bio_set| {
@@ -180,20 +181,25 @@ impl Disk {
         records.saturating_add((RESERVE as usize).saturating_mul(bio))
     }
 
-    /// Starts to build the I/O of a tag. `None` if there is no such tag, or if an earlier I/O of it
-    /// has not been reaped.
-    pub(crate) fn begin(&self, tag: QueueTag) -> Option<Inflight<'_>> {
+    /// Starts to build the I/O of a tag on a device. `None` if there is no such tag, or if an earlier I/O of
+    /// it has not been reaped.
+    pub(crate) fn begin(&self, tag: QueueTag, device: Arc<BlockDevice>) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
         if record.taken.xchg(1, Full) != 0 {
             return None;
         }
+        let raw = device.as_raw();
+        // SAFETY: The record is ours, and no bio of it is left.
+        unsafe { *record.device.get() = Some(device) };
         record.status.store(0, Relaxed);
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
         self.busy.fetch_add(1, Relaxed);
+        // INVARIANT: The record has the device.
         Some(Inflight {
             disk: self,
             record,
+            device: raw,
             first_taken: Cell::new(false),
         })
     }
@@ -213,8 +219,11 @@ impl Disk {
                 let tag = index.wrapping_mul(64).wrapping_add(bit);
                 if let Some(record) = self.records.get(tag) {
                     let status = record.status.load(Relaxed);
+                    // SAFETY: Its bit was set, and it is ours until it is given back below.
+                    let device = unsafe { (*record.device.get()).take() };
                     // Its bios are gone, and the last of them has seen to its bit.
                     record.taken.store(0, Release);
+                    drop(device);
                     done(record.tag, status);
                 }
             }
@@ -237,9 +246,14 @@ impl PinnedDrop for Disk {
 }
 
 /// An I/O that is being built. Dropping it says that all its bios are submitted.
+///
+/// # Invariants
+///
+/// `device` is that of the record.
 pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
+    device: *mut bindings::block_device,
     first_taken: Cell<bool>,
 }
 
@@ -255,11 +269,11 @@ impl Inflight<'_> {
     /// there is no memory until a bio of the reserve comes back; the first one never does.
     fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
         let raw = if self.first_taken.replace(true) {
-            // SAFETY: The device and the set are valid. An allocation from a bio set that may
+            // SAFETY: The device is valid while its record is taken, and so is the set. An allocation from a bio set that may
             // sleep does not fail.
             unsafe {
                 sys::xbr_bio_alloc(
-                    self.disk.bdev.as_raw(),
+                    self.device,
                     vecs.min(MAX_VECS),
                     operation.flags(),
                     self.disk.set.get(),
@@ -268,11 +282,11 @@ impl Inflight<'_> {
         } else {
             let first = self.record.first.get();
             // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which has taken
-            // the record, until submission; the device is valid.
+            // the record, until submission; the device is valid as long.
             unsafe {
                 bindings::bio_init(
                     first,
-                    self.disk.bdev.as_raw(),
+                    self.device,
                     self.record.vecs.get().cast(),
                     FIRST_VECS,
                     operation.flags(),

@@ -65,6 +65,20 @@ impl Pages {
         })
     }
 
+    /// The word at a byte offset, if that is a multiple of its size and inside. Others may be writing it.
+    pub(crate) fn read_word(&self, offset: usize) -> Option<u32> {
+        const WORD: usize = size_of::<u32>();
+        let page = self.raw().get(offset / PAGE_SIZE)?;
+        if offset % WORD != 0 {
+            return None;
+        }
+        // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
+        let start = unsafe { sys::xbr_page_address(*page) }.cast::<u32>();
+        // SAFETY: The word lies inside the page, and is aligned. No reference to it exists. A volatile read is
+        // what the kernel's memory model allows beside other accesses of that word (READ_ONCE).
+        Some(unsafe { start.add(offset % PAGE_SIZE / WORD).read_volatile() })
+    }
+
     /// Writes a value at a byte offset; `false` if it does not lie inside one page, in whole words.
     ///
     /// The process may be reading, and another thread writing: either sees a mixture, of whole

@@ -11,7 +11,7 @@
 
 use core::ops::DerefMut;
 
-use crate::ring::tap::extent::{Access, Extent, Sectors, Source};
+use crate::ring::tap::extent::{Extent, Sectors};
 
 /// Extents of a leaf.
 pub const LEAF: usize = 32;
@@ -26,14 +26,7 @@ pub struct Leaf([Extent; LEAF]);
 
 impl Leaf {
     /// A leaf without extents.
-    pub const FREE: Self = Self(
-        [Extent {
-            range: Sectors::ALL,
-            place: 0,
-            source: Source::Zeroes,
-            access: Access::Read,
-        }; LEAF],
-    );
+    pub const FREE: Self = Self([Extent::NOTHING; LEAF]);
 }
 
 /// A part of the memory of a map: the place of a leaf in the order of the disk.
@@ -102,6 +95,11 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         }
     }
 
+    /// True if there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.live == 0
+    }
+
     /// Extents that were forgotten because others needed their place.
     pub(super) fn evicted(&self) -> u64 {
         self.evicted
@@ -111,7 +109,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     pub(super) fn find(&self, sector: u64) -> Position {
         let slot = self.slot_of(sector);
         let extents = self.extents(slot);
-        let at = extents.partition_point(|extent| extent.range.end() <= sector);
+        let at = partition(extents, |extent| extent.range.end() <= sector);
         self.proper(Position { slot, at })
     }
 
@@ -160,7 +158,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         };
         let before = |other: &Extent| other.range.start() < start;
         let there = extents.get(..slot.len()).unwrap_or_default();
-        let at = there.partition_point(before);
+        let at = partition(there, before);
         let mut carried = extent;
         for place in extents.iter_mut().skip(at) {
             core::mem::swap(place, &mut carried);
@@ -213,9 +211,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
 
     /// The slot that has a sector, if any has: the last that does not begin behind it.
     fn slot_of(&self, sector: u64) -> usize {
-        let before = self
-            .directory()
-            .partition_point(|slot| slot.first <= sector);
+        let before = partition(self.directory(), |slot| slot.first <= sector);
         before.saturating_sub(1)
     }
 
@@ -311,7 +307,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         let Some(slots) = slots.filter(|slots| !slots.is_empty()) else {
             return false;
         };
-        slots.rotate_right(1);
+        rotate_left(slots, slots.len().saturating_sub(1));
         if let Some(slot) = slots.first_mut() {
             slot.first = first;
         }
@@ -326,7 +322,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         };
         let count = to.saturating_sub(from).min(slots.len());
         slots.iter_mut().take(count).for_each(|slot| slot.len = 0);
-        slots.rotate_left(count);
+        rotate_left(slots, count);
         self.live = self.live.wrapping_sub(count);
     }
 
@@ -350,7 +346,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
             return;
         };
         let count = to.saturating_sub(from).min(behind.len());
-        behind.rotate_left(count);
+        rotate_left(behind, count);
         // CAST: the extents of one leaf.
         slot.len = slot.len.wrapping_sub(count as u16);
         let [first, ..] = extents;
@@ -377,5 +373,38 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
             .evicted
             .saturating_add(u64::try_from(lost).unwrap_or(0));
         self.close(self.hand, self.hand.wrapping_add(1));
+    }
+}
+
+// What follows is in `core`, but there it is arithmetic that panics on overflow, of which a kernel module
+// must have none.
+
+/// How many of the first items something is true of; it is true of none behind them.
+fn partition<T>(items: &[T], is_before: impl Fn(&T) -> bool) -> usize {
+    let (mut low, mut high) = (0usize, items.len());
+    while low < high {
+        let middle = low.wrapping_add(high.wrapping_sub(low) / 2);
+        if items.get(middle).is_some_and(&is_before) {
+            low = middle.wrapping_add(1);
+        } else {
+            high = middle;
+        }
+    }
+    low
+}
+
+/// Moves the first `count` items behind the others.
+fn rotate_left<T>(items: &mut [T], count: usize) {
+    if let Some((head, tail)) = items.split_at_mut_checked(count) {
+        reverse(head);
+        reverse(tail);
+        reverse(items);
+    }
+}
+
+fn reverse<T>(mut items: &mut [T]) {
+    while let [first, between @ .., last] = items {
+        core::mem::swap(first, last);
+        items = between;
     }
 }

@@ -13,6 +13,7 @@
 
 use core::ops::DerefMut;
 
+use super::direct::Places;
 use super::{Failed, Phase, Shadow};
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
@@ -50,7 +51,7 @@ impl Settling {
     }
 }
 
-impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
     /// [`quiet`](Self::quiet) must follow.
     pub fn closed(&mut self) {
@@ -75,7 +76,9 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             return None;
         }
         self.pending = List::EMPTY;
+        self.missed = List::EMPTY;
         self.delivered = List::EMPTY;
+        self.ready.fill(List::EMPTY);
         self.isolation.died(self.held);
         let mut at = self.order.first();
         while let Some(node) = at {
@@ -87,7 +90,11 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
             entry.ordered = true;
             match entry.state {
                 State::Delivered => self.left(node.tag(), &mut failed),
-                State::Pending | State::Blocked => self.wait(node.tag(), None),
+                State::Pending | State::Blocked | State::Missed | State::Ready => {
+                    self.wait(node.tag(), None);
+                }
+                // Its queue has it, whoever is gone.
+                State::Direct => {}
                 // Not in the order of what has no result.
                 State::Free | State::Done => {}
             }

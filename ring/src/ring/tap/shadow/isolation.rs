@@ -18,6 +18,7 @@
 
 use core::ops::DerefMut;
 
+use super::direct::Places;
 use super::{Failed, Phase, Shadow};
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;
@@ -130,7 +131,7 @@ enum Class {
     Undecided,
 }
 
-impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// A request fails when so many processes have died of it; 0 is for never, and 1 counts as 2:
     /// of several that a process had nobody knows which one it was.
     pub fn set_death_limit(&mut self, limit: u8) {

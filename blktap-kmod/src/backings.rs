@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The devices behind a disk, and what the process says of them: see `ring::tap::map`.
+//!
+//! Who administers the host gives a disk its devices, and the process names them by number: so no process
+//! reaches a device that is not its disk's. A device is held as long as something is executed in it.
+
+use super::disk::{DiskMap, Inner, TapDisk};
+use super::node::invalid;
+use crate::linux::block::bdev::BlockDevice;
+use crate::linux::char::chardev::user_memory;
+use crate::linux::memory::vectors::push;
+use crate::ring::tap::abi::{self, MapOp, Maps};
+use crate::ring::tap::checked::{MapChange, NewBacking, UserArray};
+use crate::ring::tap::extent::BackingNumber;
+use crate::ring::tap::map::tree::{Leaf, Slot, LEAF};
+use crate::ring::tap::map::{Backing, Map};
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use zerocopy::IntoBytes;
+
+/// Extents that the map of a disk has room for. A raw image is one.
+const EXTENTS: usize = 1024;
+/// Changes of the map while the lock is held once.
+const CHANGES: usize = 8;
+
+/// The memory of a map. May sleep.
+fn new_map(sectors: u64) -> Result<DiskMap> {
+    let count = EXTENTS / LEAF;
+    let mut slots = KVVec::with_capacity(count, GFP_KERNEL)?;
+    let mut leaves = KVVec::with_capacity(count, GFP_KERNEL)?;
+    for _ in 0..count {
+        push(&mut slots, Slot::FREE)?;
+        push(&mut leaves, Leaf::FREE)?;
+    }
+    // Guests that may not write are refused before the map is asked.
+    let map = Map::new(slots, leaves, sectors, true);
+    Ok(Some(KBox::new(map, GFP_KERNEL)?))
+}
+
+impl TapDisk {
+    /// Gives the disk a device. May sleep, and long if the storage is slow.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` if it has another one of this number.
+    pub(super) fn add_backing(&self, new: &NewBacking) -> Result {
+        let fd = u32::try_from(new.fd).map_err(|_| EBADF)?;
+        let device = Arc::new(BlockDevice::of_descriptor(fd, new.writable)?, GFP_KERNEL)?;
+        let mut map = new_map(self.sectors())?;
+        let block = device.limits().logical_block / 512;
+        let backing = Backing {
+            sectors: device.sectors(),
+            block,
+            writable: new.writable,
+        };
+        let result = self.keep_backing(new.number, &device, backing, &mut map);
+        // Not under the lock: the last reference to a device takes long.
+        drop(map);
+        drop(device);
+        result
+    }
+
+    fn keep_backing(
+        &self,
+        number: BackingNumber,
+        device: &Arc<BlockDevice>,
+        backing: Backing,
+        map: &mut DiskMap,
+    ) -> Result {
+        let mut inner = self.inner.lock();
+        if self.is_destroyed() {
+            return Err(ENOENT);
+        }
+        let Inner {
+            shadow, backings, ..
+        } = &mut *inner;
+        let place = backings.get_mut(number.index()).ok_or(EINVAL)?;
+        if let Some(before) = place {
+            let same = before.number() == device.number() && before.is_writable() == backing.writable;
+            let known = shadow
+                .map()
+                .as_ref()
+                .is_some_and(|map| map.has_backing(number));
+            return if same && known { Ok(()) } else { Err(EEXIST) };
+        }
+        if shadow.map().is_none() {
+            *shadow.map() = map.take();
+        }
+        let known = shadow.map().as_mut().ok_or(ENOMEM)?;
+        known.resize(self.sectors());
+        if !known.add_backing(number, backing) {
+            return Err(EEXIST);
+        }
+        *place = Some(device.clone());
+        Ok(())
+    }
+
+    /// Takes a device away. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` if there is none, `EBUSY` while something is executed in it; nothing is begun any more.
+    pub(super) fn remove_backing(&self, number: BackingNumber) -> Result {
+        let device = {
+            let mut inner = self.inner.lock();
+            if let Some(map) = inner.shadow.map() {
+                // What it does not know it has lost before.
+                let _known = map.remove_backing(number);
+            }
+            self.announce(&mut inner);
+            if inner.shadow.is_executing_in(number) {
+                return Err(EBUSY);
+            }
+            let place = inner.backings.get_mut(number.index());
+            place.and_then(Option::take).ok_or(ENOENT)?
+        };
+        drop(device);
+        Ok(())
+    }
+
+    /// Executes what the process says of the mappings, in order.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` if it has not claimed that, `EINVAL` if it does not serve the disk or at the first
+    /// operation that is malformed, `ERESTARTSYS` if a signal came while I/O of a range was waited for.
+    pub(super) fn change_maps(&self, epoch: u64, ops: UserArray) -> Result {
+        self.follow_sizes(epoch)?;
+        // CAST: at most `MAX_MAP_OPS`.
+        let mut left = ops.len as usize;
+        let mut reader = user_memory(ops.addr, left.saturating_mul(size_of::<MapOp>())).reader();
+        while left > 0 {
+            let mut batch = [MapOp::default(); CHANGES];
+            let here = batch.get_mut(..left.min(CHANGES)).unwrap_or(&mut []);
+            reader.read_slice(here.as_mut_bytes())?;
+            for op in here {
+                self.change_map(epoch, &op.check().map_err(invalid)?)?;
+            }
+            left = left.saturating_sub(CHANGES);
+        }
+        Ok(())
+    }
+
+    /// The devices may have grown.
+    fn follow_sizes(&self, epoch: u64) -> Result {
+        let mut inner = self.inner.lock();
+        if !inner.shadow.has_claimed(abi::FEATURE_MAPS) {
+            return Err(EOPNOTSUPP);
+        }
+        inner.must_be_served_by(epoch)?;
+        let Inner {
+            shadow, backings, ..
+        } = &mut *inner;
+        let Some(map) = shadow.map() else {
+            return Ok(());
+        };
+        let numbers = (0..abi::MAX_BACKINGS).filter_map(BackingNumber::new);
+        for (number, device) in numbers.zip(&*backings) {
+            if let Some(device) = device {
+                map.resize_backing(number, device.sectors());
+            }
+        }
+        Ok(())
+    }
+
+    fn change_map(&self, epoch: u64, change: &MapChange) -> Result {
+        let mut inner = self.inner.lock();
+        inner.must_be_served_by(epoch)?;
+        let Inner {
+            shadow,
+            sets_refused,
+            ..
+        } = &mut *inner;
+        let map = shadow.map().as_mut();
+        let taken = match (change, map) {
+            (MapChange::Set { extent, generation }, Some(map)) => {
+                map.set(extent, *generation).is_ok()
+            }
+            (MapChange::Flush, Some(map)) => map.set_flush().is_ok(),
+            (MapChange::Recall { range }, Some(map)) => {
+                map.recall(range);
+                true
+            }
+            // There is nothing that could be executed.
+            (MapChange::Recall { .. }, None) => true,
+            (MapChange::Set { .. } | MapChange::Flush, None) => false,
+        };
+        *sets_refused = sets_refused.wrapping_add(u64::from(!taken));
+        self.announce(&mut inner);
+        if let MapChange::Recall { range } = change {
+            inner.recallers = inner.recallers.wrapping_add(1);
+            let mut result = Ok(());
+            while inner.shadow.is_executing(range) && result.is_ok() {
+                if self.ready.wait_interruptible(&mut inner) {
+                    result = Err(ERESTARTSYS);
+                }
+            }
+            inner.recallers = inner.recallers.wrapping_sub(1);
+            return result;
+        }
+        Ok(())
+    }
+
+    /// Says how the mappings are.
+    pub(super) fn describe_maps(&self, maps: &mut Maps) {
+        let mut inner = self.inner.lock();
+        maps.refused = inner.sets_refused;
+        let map = inner.shadow.map().as_ref();
+        maps.generation = map.map_or(0, |map| map.generation());
+        maps.backings = map.map_or(0, |map| map.backings());
+    }
+}
+
+impl Inner {
+    /// A process that was replaced says nothing of the map any more.
+    fn must_be_served_by(&self, epoch: u64) -> Result {
+        if self.is_live() && self.shadow.epoch() == epoch {
+            Ok(())
+        } else {
+            Err(EINVAL)
+        }
+    }
+}

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What the kernel executes without the process, because the map of the disk says where it is.
+//!
+//! ```text
+//!                        in nobody's way, and mapped
+//!   post --> pending ----------------------------------> direct --> (free)
+//!               |   \                                  /    |
+//!               |    blocked --> pending --> ready ---+     | it failed
+//!               |                              |            v
+//!               +---------> missed <-----------+         pending, marked as a replay
+//!                      not mapped  (any longer)
+//! ```
+//!
+//! Rules beside those of the shadow:
+//!
+//! - It is a request like any other: it waits for earlier ones that overlap it, and later ones wait for it,
+//!   whoever executes the one or the other.
+//! - Only a queue that can executes something ([`Shadow::set_able`]): it has what that takes.
+//! - Only what moves data of whole blocks is executed so, and what was never given to a process. A flush is
+//!   if the process has said that it is one of the backing.
+//! - The process gets a write or a discard: what the map says of that range may not be true any longer, then
+//!   and when it answers (see [`Map`]). So it is told both times.
+//! - It is begun by the thread of its queue, and it ends there. The death of a process changes nothing of
+//!   it; the start of the next one ends what the last one said, so nothing more is begun.
+//! - If it fails it is not known what it did, so the process gets it as one that is executed again, and says
+//!   what became of it. A flush that failed is answered so: to try again could succeed over lost data.
+
+use core::ops::DerefMut;
+
+use super::{Shadow, STEPS};
+use crate::ring::numbers::DiskTag;
+use crate::ring::response::Status;
+use crate::ring::tap::abi;
+use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use crate::ring::tap::map::tree::{Leaf, Slot};
+use crate::ring::tap::map::Map;
+use crate::ring::tap::overlap::writes;
+use crate::ring::tap::table::{next, Entry, Link, Node, State};
+
+/// Where a request is to be executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The backing.
+    pub backing: BackingNumber,
+    /// The first sector of 512 bytes there; 0 and without a meaning for a flush.
+    pub sector: u64,
+}
+
+/// A request that its queue is to execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Where.
+    pub place: Place,
+    /// `OP_READ`, `OP_WRITE` or `OP_FLUSH`.
+    pub op: u8,
+    /// Sectors of 512 bytes.
+    pub sectors: u64,
+    /// Entries in its segment table.
+    pub segments: u16,
+}
+
+/// What the map of a disk says, if it has one.
+pub trait Places {
+    /// False if nothing is anywhere.
+    fn is_any(&self) -> bool;
+
+    /// Where a range is, in one piece.
+    fn transfer(&mut self, range: &Sectors, access: Access) -> Option<Place>;
+
+    /// What a flush of the disk is a flush of.
+    fn flush(&self) -> Option<Place>;
+
+    /// The process gets something that changes the range, or answers it.
+    fn changed(&mut self, op: u8, range: &Sectors);
+
+    /// Another process begins.
+    fn clear(&mut self);
+}
+
+/// The map of a disk that has none: all is for the process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoMap;
+
+impl Places for NoMap {
+    fn is_any(&self) -> bool {
+        false
+    }
+
+    fn transfer(&mut self, _range: &Sectors, _access: Access) -> Option<Place> {
+        None
+    }
+
+    fn flush(&self) -> Option<Place> {
+        None
+    }
+
+    fn changed(&mut self, _op: u8, _range: &Sectors) {}
+
+    fn clear(&mut self) {}
+}
+
+impl<P, S, L> Places for Option<P>
+where
+    P: DerefMut<Target = Map<S, L>>,
+    S: DerefMut<Target = [Slot]>,
+    L: DerefMut<Target = [Leaf]>,
+{
+    fn is_any(&self) -> bool {
+        self.as_ref().is_some_and(|map| !map.is_empty())
+    }
+
+    fn transfer(&mut self, range: &Sectors, access: Access) -> Option<Place> {
+        let mut piece = [Extent::NOTHING];
+        self.as_mut()?.translate(range, access, &mut piece).ok()?;
+        let [piece] = piece;
+        match piece.source {
+            Source::Backing(backing) => Some(Place {
+                backing,
+                sector: piece.place,
+            }),
+            Source::Zeroes => None,
+        }
+    }
+
+    fn flush(&self) -> Option<Place> {
+        let backing = self.as_ref()?.flushed()?;
+        Some(Place { backing, sector: 0 })
+    }
+
+    fn changed(&mut self, op: u8, range: &Sectors) {
+        if let Some(map) = self {
+            match op {
+                abi::OP_WRITE => map.written(range),
+                _ => map.recall(range),
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        if let Some(map) = self {
+            map.clear();
+        }
+    }
+}
+
+/// What is counted of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Executed {
+    /// Requests that are executed now, by backing.
+    now: [u32; abi::MAX_BACKINGS as usize],
+    /// All of them.
+    executing: u32,
+    /// Requests that were executed.
+    done: u64,
+    /// One bit for each queue that has something to resume.
+    resumable: u64,
+    /// One bit for each queue that can execute requests.
+    able: u64,
+}
+
+impl Executed {
+    pub(super) fn describe(&self, info: &mut abi::Info) {
+        info.direct = self.done;
+        info.executing = self.executing;
+    }
+
+    fn count(&mut self, backing: u8, by: u32) {
+        self.executing = self.executing.wrapping_add(by);
+        if let Some(now) = self.now.get_mut(usize::from(backing)) {
+            *now = now.wrapping_add(by);
+        }
+    }
+}
+
+/// The queues, and whoever changes the map.
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+    /// The map.
+    pub fn map(&mut self) -> &mut M {
+        &mut self.map
+    }
+
+    /// Says whether a queue can execute requests; at first none can.
+    pub fn set_able(&mut self, queue: u16, able: bool) {
+        self.executed.able &= !bit(queue);
+        if able {
+            self.executed.able |= bit(queue);
+        }
+    }
+
+    /// Begins a request that was just posted, if nothing is in its way and it needs no process.
+    pub fn begin(&mut self, tag: DiskTag) -> Option<Start> {
+        if !self.map.is_any() || self.get(tag)?.state != State::Pending {
+            return None;
+        }
+        let mut steps = STEPS;
+        match self.blocker(tag, &mut steps) {
+            Some(_) => None,
+            None => self.execute(tag),
+        }
+    }
+
+    /// Begins what a queue can begin now of what waited for others, at most `max`.
+    pub fn resume(&mut self, queue: u16, max: usize, mut each: impl FnMut(DiskTag, Start)) {
+        self.sort();
+        for _ in 0..max {
+            let list = self.ready.get(usize::from(queue));
+            let Some(node) = list.and_then(|list| list.first()) else {
+                return;
+            };
+            match self.execute(node.tag()) {
+                Some(start) => each(node.tag(), start),
+                None => self.miss(node.tag()),
+            }
+        }
+        if self.has_ready(queue) {
+            self.executed.resumable |= bit(queue);
+        }
+    }
+
+    /// A queue has executed a request, with this result: it is the request's, whose tag is free then.
+    /// `None` if it is for the process now.
+    pub fn ended(&mut self, tag: DiskTag, status: Status) -> Option<Status> {
+        let entry = self.get_mut(tag).filter(|e| e.state == State::Direct)?;
+        let (op, backing) = (entry.op, entry.backing);
+        self.executed.count(backing, u32::MAX);
+        if status == Status::Okay || op == abi::OP_FLUSH {
+            self.executed.done = self.executed.done.wrapping_add(1);
+            self.forget(tag);
+            self.free(tag);
+            return Some(status);
+        }
+        if let Some(entry) = self.get_mut(tag) {
+            entry.flags |= abi::DESC_REPLAY;
+            self.replaying = self.replaying.wrapping_add(1);
+        }
+        self.waiting = self.waiting.wrapping_add(1);
+        self.wait(tag, None);
+        None
+    }
+
+    /// Finds out who is to execute what waits. To be called after something was posted or has ended, and after
+    /// the map has changed; see [`take_resumable`](Self::take_resumable).
+    pub fn sort(&mut self) {
+        if !self.map.is_any() {
+            return;
+        }
+        let mut steps = STEPS;
+        while let Some(node) = self.pending.first() {
+            if steps == 0 {
+                // The rest is for the thread of that queue, which sorts when it resumes.
+                let queue = self.get(node.tag()).map_or(0, |entry| entry.queue);
+                self.executed.resumable |= bit(queue);
+                return;
+            }
+            if !self.sort_out(node.tag(), &mut steps) {
+                self.miss(node.tag());
+            }
+        }
+    }
+
+    /// One bit for each queue that is to [`resume`](Self::resume) something, and was not told so before.
+    #[must_use]
+    pub fn take_resumable(&mut self) -> u64 {
+        core::mem::replace(&mut self.executed.resumable, 0)
+    }
+
+    /// Requests that are executed now.
+    pub fn executing(&self) -> u32 {
+        self.executed.executing
+    }
+
+    /// True if one is executed in this backing.
+    pub fn is_executing_in(&self, backing: BackingNumber) -> bool {
+        let now = self.executed.now.get(backing.index());
+        now.is_some_and(|now| *now > 0)
+    }
+
+    /// True if one is executed that has to do with the range. Looks at every request.
+    pub fn is_executing(&self, range: &Sectors) -> bool {
+        let mut at = self.order.first().filter(|_| self.executing() > 0);
+        while let Some(node) = at {
+            at = next(&self.entries, node);
+            let entry = self.get(node.tag());
+            let overlaps = |e: &Entry| e.sector < range.end() && range.start() < e.end;
+            // A flush has no range, and is over soon.
+            let uses = |e: &Entry| overlaps(e) || e.op == abi::OP_FLUSH;
+            if entry.is_some_and(|e| e.state == State::Direct && uses(e)) {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// What the calls are made of.
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+    /// Turns a request that waits, with nothing in its way, into one that its queue executes.
+    fn execute(&mut self, tag: DiskTag) -> Option<Start> {
+        let place = self.place(tag)?;
+        self.unlist(tag);
+        self.waiting = self.waiting.wrapping_sub(1);
+        let entry = self.get_mut(tag)?;
+        entry.state = State::Direct;
+        // CAST: a small number.
+        let backing = place.backing.index() as u8;
+        entry.backing = backing;
+        let start = Start {
+            place,
+            op: entry.op,
+            sectors: entry.end.wrapping_sub(entry.sector),
+            segments: entry.segments,
+        };
+        self.executed.count(backing, 1);
+        Some(start)
+    }
+
+    /// Where a request could be executed without the process.
+    fn place(&mut self, tag: DiskTag) -> Option<Place> {
+        let able = |e: &&Entry| e.flags == 0 && self.executed.able & bit(e.queue) != 0;
+        let entry = self.get(tag).filter(able)?;
+        let range = Sectors::between(entry.sector, entry.end);
+        match (entry.op, range) {
+            (abi::OP_READ, Some(range)) => self.map.transfer(&range, Access::Read),
+            (abi::OP_WRITE, Some(range)) => self.map.transfer(&range, Access::ReadWrite),
+            (abi::OP_FLUSH, _) => self.map.flush(),
+            _ => None,
+        }
+    }
+
+    /// Nothing is in the way of a request that waits: true if its queue is to execute it, which it is told.
+    pub(super) fn make_ready(&mut self, tag: DiskTag) -> bool {
+        if !self.map.is_any() || self.place(tag).is_none() {
+            return false;
+        }
+        self.unlist(tag);
+        let Some(entry) = self.get_mut(tag) else {
+            return false;
+        };
+        entry.state = State::Ready;
+        let queue = entry.queue;
+        if let Some(list) = self.ready.get_mut(usize::from(queue)) {
+            list.push_back(&mut self.entries, Node::new(tag, Link::State));
+        }
+        self.executed.resumable |= bit(queue);
+        true
+    }
+
+    /// A request that waits, with nothing in its way, is for the process.
+    fn miss(&mut self, tag: DiskTag) {
+        self.unlist(tag);
+        if let Some(entry) = self.get_mut(tag) {
+            entry.state = State::Missed;
+        }
+        self.missed
+            .push_back(&mut self.entries, Node::new(tag, Link::State));
+    }
+
+    fn has_ready(&self, queue: u16) -> bool {
+        let list = self.ready.get(usize::from(queue));
+        list.is_some_and(|list| !list.is_empty())
+    }
+
+    /// The process gets a request, or answers it.
+    pub(super) fn note_change(&mut self, tag: DiskTag) {
+        let Some(entry) = self.get(tag).filter(|entry| writes(entry.op)) else {
+            return;
+        };
+        if let Some(range) = Sectors::between(entry.sector, entry.end) {
+            self.map.changed(entry.op, &range);
+        }
+    }
+}
+
+fn bit(queue: u16) -> u64 {
+    1u64.wrapping_shl(u32::from(queue))
+}
