@@ -4,6 +4,7 @@
 
 mod changes;
 mod checked;
+mod direct;
 mod isolation;
 mod layout;
 mod map;
