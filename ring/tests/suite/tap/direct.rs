@@ -523,6 +523,18 @@ fn a_change_that_has_no_queue_any_more_is_one_all_the_same() {
 }
 
 #[test]
+fn what_the_process_gives_back_is_delivered_again() {
+    let mut disk = Disk::unmapped(8);
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0]);
+    let returned = disk.commit(0, 1, abi::COMPLETION_RETURNED);
+    assert_eq!(returned, Committed::Returned);
+    disk.set(0, SIZE, Access::ReadWrite);
+    assert_eq!(disk.told(), 0, "a process had it");
+    assert_eq!(disk.tags(), [0]);
+}
+
+#[test]
 fn a_process_begins_with_nothing() {
     let mut disk = Disk::mapped(8);
     assert_eq!(disk.map().set_flush(), Ok(()));

@@ -317,8 +317,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Where a request could be executed without the process.
     fn place(&mut self, tag: DiskTag) -> Option<Place> {
-        let able = |e: &&Entry| e.flags == 0 && self.executed.able & bit(e.queue) != 0;
-        let entry = self.get(tag).filter(able)?;
+        let fresh = |e: &&Entry| e.flags == 0 && e.deliveries == 0;
+        let able = |e: &&Entry| self.executed.able & bit(e.queue) != 0;
+        let entry = self.get(tag).filter(fresh).filter(able)?;
         let range = Sectors::between(entry.sector, entry.end);
         match (entry.op, range) {
             (abi::OP_READ, Some(range)) => self.map.transfer(&range, Access::Read),
