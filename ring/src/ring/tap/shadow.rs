@@ -29,8 +29,8 @@
 //! Everything a request waits for is earlier than the request, so nothing waits in a circle.
 //!
 //! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
-//! calls. What a call does is bounded: [`Shadow::deliver`], [`Shadow::has_deliverable`] and
-//! [`Shadow::sort`] stop after some [`STEPS`]; [`Shadow::is_executing`], [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
+//! calls. What a call does is bounded: [`Shadow::deliver`], [`Shadow::has_deliverable`],
+//! [`Shadow::fail_waiting`] and [`Shadow::sort`] stop after some [`STEPS`]; [`Shadow::is_executing`], [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
 //! [`Shadow::orphan`] and [`Shadow::withdraw`] look at every request a few times, once in the life of a
 //! process or a queue; so does [`Shadow::fail_waiting`] while a process is
 //! fenced; all others take constant time for each request that they name or set free.
@@ -580,21 +580,23 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Gives an error to at most `max` requests that wait, the oldest first. Nothing while a
     /// process is served. While one has to be fenced, what it has does not wait: its I/O may be
-    /// running, with the arena and on the image.
+    /// running, with the arena and on the image. What queues execute, and what waits for that, waits for no
+    /// process.
     pub fn fail_waiting(&mut self, max: usize) -> Failed {
         let mut result = Failed::default();
         if self.phase == Phase::Live {
             return result;
         }
+        let (mut steps, direct) = (STEPS, self.is_direct());
         let mut at = self.order.first();
         while let Some(node) = at.filter(|_| self.waiting > 0) {
-            if result.count >= max {
+            if result.count >= max || steps == 0 {
                 result.more = true;
                 break;
             }
             at = next(&self.entries, node);
-            // What its queue is about to execute waits for no process.
-            if self.is_waiting(node.tag(), |entry| entry.state != State::Ready) {
+            let stays = direct && !self.needs_process(node.tag(), &mut steps);
+            if !stays && self.is_waiting(node.tag(), |_| true) {
                 self.fail_for(node.tag(), &mut result);
             }
         }
@@ -676,8 +678,13 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Finds out what a pending request waits for, if not for the process.
     fn sort_out(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
+        self.block(tag, steps) || self.make_ready(tag)
+    }
+
+    /// Has a pending request wait for what is in its way; false if that is nothing.
+    fn block(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
         let Some(blocker) = self.blocker(tag, steps) else {
-            return self.make_ready(tag);
+            return false;
         };
         self.unlist(tag);
         self.wait(tag, Some(blocker));

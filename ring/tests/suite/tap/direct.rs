@@ -657,6 +657,40 @@ fn what_failed_for_a_lost_process_sets_free_what_waits() {
 }
 
 #[test]
+fn what_needs_no_process_does_not_fail_for_want_of_one() {
+    let mut disk = Disk::mapped(16);
+    disk.recall(64, 64);
+    disk.begin_write(0, 0);
+    disk.begin_write(2, 8);
+    disk.post(1, Op::Write, 8, 8);
+    // Not mapped; and what waits for that.
+    disk.post(3, Op::Write, 64, 8);
+    disk.post(4, Op::Read, 56, 16);
+    // For what is executed, and what waits for what waits for that.
+    disk.post(6, Op::Write, 0, 8);
+    disk.post(8, Op::Read, 0, 8);
+    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
+    assert_eq!(disk.told(), 0b10);
+    disk.die();
+    assert_eq!(disk.told(), 0b10);
+    let failed = disk.shadow.fail_waiting(usize::MAX);
+    assert_eq!((failed.count, failed.queues), (2, 0b11));
+    assert_eq!(disk.reap(1), [(3, Status::Error)]);
+    assert_eq!(disk.reap(0), [(4, Status::Error)]);
+    assert_eq!(disk.info().executing, 1);
+    assert_eq!(disk.resume(1), [1]);
+    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(disk.told(), 0b01);
+    assert_eq!(disk.resume(0), [6]);
+    // It does once it needs one.
+    assert_eq!(disk.ended(6, Status::Error), None);
+    assert_eq!(disk.told(), 0);
+    let failed = disk.shadow.fail_waiting(usize::MAX);
+    assert_eq!((failed.count, failed.more), (2, false));
+    assert_eq!(disk.reap(0), [(6, Status::Error), (8, Status::Error)]);
+}
+
+#[test]
 fn what_waits_for_a_process_that_is_gone_fails_for_want_of_one() {
     let mut disk = Disk::mapped(8);
     disk.post(0, Op::Discard, 0, 64);

@@ -357,6 +357,29 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             .push_back(&mut self.entries, Node::new(tag, Link::State));
     }
 
+    /// True if a queue executes something, or is about to.
+    pub(super) fn is_direct(&self) -> bool {
+        self.executing() > 0 || self.ready.iter().any(|list| !list.is_empty())
+    }
+
+    /// True if a request waits for a process, itself or because of what is in its way. To be asked in the order
+    /// of arrival, while those that do are failed.
+    pub(super) fn needs_process(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
+        if self.is_waiting(tag, |entry| entry.state == State::Pending) {
+            self.block(tag, steps);
+        }
+        self.get(tag).is_some_and(|entry| match entry.state {
+            State::Pending | State::Missed => true,
+            // What waits has been asked before, and does not wait for a process.
+            State::Blocked => {
+                let blocker = self.get(entry.blocked_on);
+                blocker.is_none_or(|blocker| blocker.state == State::Delivered)
+            }
+            State::Ready | State::Direct => false,
+            State::Free | State::Delivered | State::Done => false,
+        })
+    }
+
     fn has_ready(&self, queue: u16) -> bool {
         let list = self.ready.get(usize::from(queue));
         list.is_some_and(|list| !list.is_empty())
