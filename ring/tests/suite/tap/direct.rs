@@ -763,6 +763,23 @@ fn what_is_executed_is_known_by_range() {
 }
 
 #[test]
+fn a_flush_is_executed_until_everything_is_recalled() {
+    let mut disk = Disk::mapped(8);
+    assert_eq!(disk.map().set_flush(), Ok(()));
+    disk.post(0, Op::Flush, 0, 0);
+    assert!(disk.begin(0).is_some());
+    assert!(disk.shadow.is_executing_in(number(0)));
+    // There may always be one, as the guest likes: who recalls a range would wait for ever.
+    assert!(!disk.shadow.is_executing(&range(0, SIZE)));
+    assert!(disk.shadow.is_executing(&Sectors::ALL));
+    disk.map().recall(&Sectors::ALL);
+    disk.post(1, Op::Flush, 0, 0);
+    assert_eq!(disk.begin(1), None);
+    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert!(!disk.shadow.is_executing(&Sectors::ALL));
+}
+
+#[test]
 fn what_is_executed_is_known_by_backing() {
     let mut disk = Disk::mapped(8);
     assert!(disk.map().add_backing(number(1), BACKING));

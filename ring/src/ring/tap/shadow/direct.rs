@@ -277,14 +277,17 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// True if one is executed that has to do with the range. Looks at every request.
+    ///
+    /// A flush has no range: only everything has to do with it, after whose recall none is begun. If it had to
+    /// do with all ranges a guest could have one executed at any time.
     pub fn is_executing(&self, range: &Sectors) -> bool {
         let mut at = self.order.first().filter(|_| self.executing() > 0);
         while let Some(node) = at {
             at = next(&self.entries, node);
             let entry = self.get(node.tag());
             let overlaps = |e: &Entry| e.sector < range.end() && range.start() < e.end;
-            // A flush has no range, and is over soon.
-            let uses = |e: &Entry| overlaps(e) || e.op == abi::OP_FLUSH;
+            let flushes = |e: &Entry| e.op == abi::OP_FLUSH && *range == Sectors::ALL;
+            let uses = |e: &Entry| overlaps(e) || flushes(e);
             if entry.is_some_and(|e| e.state == State::Direct && uses(e)) {
                 return true;
             }
