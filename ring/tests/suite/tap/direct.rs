@@ -862,3 +862,14 @@ fn very_many_are_sorted_by_and_by() {
     disk.shadow.resume(0, usize::MAX, |_, _| some += 1);
     assert_eq!(some, count, "the queue sorts as well");
 }
+
+#[test]
+fn who_sorts_the_rest_is_a_queue_that_can() {
+    // The first ones are of a queue that executes nothing.
+    let most = STEPS as u16 + 8;
+    let mut disk = many(most + 1, |tag| u16::from(tag < most));
+    disk.shadow.set_able(1, false);
+    assert_eq!(disk.told(), 0b01);
+    assert_eq!(disk.resume(0), [most]);
+    assert_eq!(disk.info().waiting, u32::from(most));
+}

@@ -248,9 +248,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let mut steps = STEPS;
         while let Some(node) = self.pending.first() {
             if steps == 0 {
-                // The rest is for the thread of that queue, which sorts when it resumes.
-                let queue = self.get(node.tag()).map_or(0, |entry| entry.queue);
-                self.executed.resumable |= bit(queue);
+                // The rest is for the thread of a queue that can, which sorts when it resumes.
+                let able = self.executed.able;
+                self.executed.resumable |= able & able.wrapping_neg();
                 return;
             }
             if !self.sort_out(node.tag(), &mut steps) {
