@@ -133,6 +133,10 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
         ("unsettled", sum(|seen| seen.unsettled)),
         ("lost", sum(|seen| seen.lost)),
         ("claimed again", sum(|seen| seen.claimed_again)),
+        ("begun", sum(|seen| seen.begun)),
+        ("resumed", sum(|seen| seen.resumed)),
+        ("executed", sum(|seen| seen.executed)),
+        ("redone", sum(|seen| seen.redone)),
     ];
     println!("{often:?}, {at_times:?}; refused and accepted: {arguments:?}");
     let enough = |counts: &[(&str, u64)], least| counts.iter().all(|(_, count)| *count > least);

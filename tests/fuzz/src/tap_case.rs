@@ -7,6 +7,7 @@
 
 use ring::response::Status;
 use ring::tap::checked::{Fence, Outcome};
+use ring::tap::extent::{Access, Sectors};
 use ring::tap::params::{Discard, Params};
 use ring::tap::shadow::{Op, Request};
 
@@ -200,11 +201,18 @@ fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
 }
 
 fn history(input: &mut Input<'_>) -> Option<Seen> {
-    let tags = [1, 2, 3, 8, 24, 40][usize::from(input.byte()?) % 6];
+    let shape = input.byte()?;
+    let tags = [1, 2, 3, 8, 24, 40][usize::from(shape) % 6];
     let limit = [0, 0, 1, 2, 3][usize::from(input.byte()?) % 5];
     let claim = Step::Claim(fence(input.byte()?), 0);
     let start = [Step::Limit(limit), Step::Open, claim, Step::Start(0)];
-    let mut pair = Pair::with(tags, &start);
+    let mut pair = match shape / 64 {
+        0 => Pair::new(tags),
+        // So many that none is forgotten.
+        more => Pair::mapped(tags, 64, u16::from(more).div_ceil(2)),
+    };
+    pair = pair.after(&start);
+    pair.apply(Step::Set(near()?, Access::ReadWrite, 0, 0));
     while step(&mut pair, tags, input).is_some() {}
     Some(pair.drain())
 }
@@ -230,7 +238,8 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
         0 => usize::MAX,
         few => usize::from(few),
     };
-    match what % 64 {
+    let kinds = if pair.is_mapped() { 96 } else { 64 };
+    match what % kinds {
         0..=17 => post(pair, tags, value, input)?,
         18 => pair.apply(Step::Claim(fence(value), u64::from(value == 255))),
         19 => pair.apply(Step::Pass(u32::from(value / 4))),
@@ -279,15 +288,67 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
                 .for_each(|step| pair.apply(step));
         }
         61 => pair.apply(Step::Excuse(ago)),
+        what @ 64.. => mapped(pair, tags, [what % 32, value], input)?,
         _ => {
             let begin = [Step::Close].into_iter().chain(OVER).chain([Step::Open]);
             let claim = Step::Claim(fence(value), 0);
+            let set = Step::Set(near()?, Access::ReadWrite, 0, 0);
             begin
-                .chain([claim, Step::Start(0)])
+                .chain([claim, Step::Start(0), set])
                 .for_each(|step| pair.apply(step));
         }
     }
     Some(())
+}
+
+/// What is mostly asked for.
+fn near() -> Option<Sectors> {
+    Sectors::new(0, 1 << 14)
+}
+
+/// Does a step that has to do with mappings.
+fn mapped(pair: &mut Pair, tags: u16, [what, value]: [u8; 2], input: &mut Input<'_>) -> Option<()> {
+    let queue = u16::from(value) % QUEUES;
+    let step = match what {
+        0..=9 => Step::Begin(u16::from(value) % (tags + 1), queue, request(input)?.1),
+        10..=14 => Step::Resume(queue, [usize::MAX, 1][usize::from(value / 4) % 2]),
+        15..=23 => {
+            let begun = pair.begun();
+            let Some(tag) = begun.get(usize::from(value / 4) % begun.len().max(1)) else {
+                return Some(());
+            };
+            let status = match value % 8 {
+                0 | 1 => Status::Error,
+                2 => Status::NotSupported,
+                _ => Status::Okay,
+            };
+            Step::End(*tag, status)
+        }
+        24..=28 => {
+            let range = if value < 128 { near()? } else { range(input)? };
+            let access = [Access::Read, Access::ReadWrite][usize::from(value) % 2];
+            let ago = u32::from(value / 224);
+            Step::Set(range, access, u16::from(value / 16) % 2, ago)
+        }
+        29 => Step::Recall(range(input)?),
+        30 => Step::SetFlush,
+        31 if value < 32 => Step::Remove(u16::from(value) % 2),
+        _ => Step::Add(u16::from(value) % 2),
+    };
+    pair.apply(step);
+    Some(())
+}
+
+/// A range of that, or everything.
+fn range(input: &mut Input<'_>) -> Option<Sectors> {
+    let [place, size] = input.bytes()?.map(u64::from);
+    let sectors = match size % 4 {
+        0 => 8,
+        1 => size,
+        2 => size * 64,
+        _ => return Some(Sectors::ALL),
+    };
+    Sectors::new(place * 64, sectors.max(1))
 }
 
 /// A tag that the process has, or any, and its latest generation.
@@ -302,8 +363,15 @@ fn aim(pair: &Pair, tags: u16, value: u8) -> Option<(u16, u32)> {
 }
 
 fn post(pair: &mut Pair, tags: u16, value: u8, input: &mut Input<'_>) -> Option<()> {
-    let [op, place, size, near] = input.bytes()?;
     let tag = u16::from(value) % (tags + 1);
+    let (queue, request) = request(input)?;
+    pair.apply(Step::Post(tag, queue, request));
+    Some(())
+}
+
+/// A request and its queue.
+fn request(input: &mut Input<'_>) -> Option<(u16, Request)> {
+    let [op, place, size, near] = input.bytes()?;
     let queue = match op / 8 {
         0 => 63,
         1 => 64,
@@ -338,6 +406,5 @@ fn post(pair: &mut Pair, tags: u16, value: u8, input: &mut Input<'_>) -> Option<
         },
         segments: u16::from(size),
     };
-    pair.apply(Step::Post(tag, queue, request));
-    Some(())
+    Some((queue, request))
 }

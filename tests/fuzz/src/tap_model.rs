@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A model of the shadow of a tap disk in a few lines, which keeps a map and looks at everything each
-//! time.
+//! A model of the shadow of a tap disk in a few lines, which keeps a map of requests and looks at everything
+//! each time. What it knows of the mappings of the disk it keeps as the shadow does: these have a model of
+//! their own (`map_pair`).
 
 use std::collections::BTreeMap;
 
 use ring::response::Status;
 use ring::tap::abi;
 use ring::tap::checked::{Commit, Fence};
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::map::tree::{Leaf, Slot};
+use ring::tap::map::Map;
+use ring::tap::shadow::direct::Place;
 use ring::tap::shadow::{Op, Request};
 
 /// When requests arrive, in nanoseconds.
@@ -17,6 +22,30 @@ pub(crate) const ARRIVED: u64 = 7;
 pub(crate) enum Stage {
     Waiting,
     Delivered,
+    /// Its queue executes it, there.
+    Direct(BackingNumber),
+}
+
+/// Whose a request is that waits, with nothing in its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum For {
+    /// That was not found out yet, or something is in its way.
+    Unknown,
+    Queue,
+    Process,
+}
+
+pub(crate) type VecMap = Map<Vec<Slot>, Vec<Leaf>>;
+
+/// The mappings of a disk, if it can have some.
+#[derive(Clone, Default)]
+pub(crate) struct Mappings(pub(crate) Option<Box<VecMap>>);
+
+impl std::fmt::Debug for Mappings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let extents = self.0.iter().flat_map(|map| map.extents());
+        f.debug_list().entries(extents).finish()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -25,6 +54,7 @@ pub(crate) struct Undone {
     pub(crate) queue: u16,
     pub(crate) request: Request,
     pub(crate) stage: Stage,
+    pub(crate) whose: For,
     pub(crate) replay: bool,
     pub(crate) deliveries: u32,
     pub(crate) ordered: bool,
@@ -80,11 +110,16 @@ impl Undone {
         }
     }
 
-    pub(crate) fn in_the_way_of(&self, later: &Undone) -> bool {
-        let (a, b) = (self.range(), later.range());
+    /// The two must not be executed at the same time.
+    pub(crate) fn conflicts(&self, other: &Undone) -> bool {
+        let (a, b) = (self.range(), other.range());
         let overlap = a.start.max(b.start) < a.end.min(b.end);
+        overlap && (self.writes() || other.writes())
+    }
+
+    pub(crate) fn in_the_way_of(&self, later: &Undone) -> bool {
         let flush = later.request.op == Op::Flush || later.request.preflush;
-        overlap && (self.writes() || later.writes()) || later.ordered && flush && self.writes()
+        self.conflicts(later) || later.ordered && flush && self.writes()
     }
 }
 
@@ -115,6 +150,13 @@ pub(crate) struct Model {
     pub(crate) claims: Vec<Fence>,
     /// When nothing of it was to be seen any more.
     pub(crate) quiet: Option<u64>,
+    /// The process was started before.
+    pub(crate) started: bool,
+    pub(crate) mappings: Mappings,
+    /// Queues that can execute something, one bit for each.
+    pub(crate) able: u64,
+    /// Requests that queues have executed.
+    pub(crate) executed: u64,
 }
 
 /// What a process has claimed: if nothing, that its I/O is of this machine.
@@ -197,15 +239,109 @@ impl Model {
         if self.state != abi::STATE_LIVE || busy {
             return Vec::new();
         }
-        let free = |(sequence, later): &(&u64, &Undone)| {
-            let mut earlier = self.undone.range(..**sequence);
-            later.stage == Stage::Waiting && !earlier.any(|(_, r)| r.in_the_way_of(later))
+        let free = |(sequence, request): &(&u64, &Undone)| {
+            let waits = request.stage == Stage::Waiting && request.whose != For::Queue;
+            waits && self.blocker(**sequence).is_none()
         };
         self.undone
             .iter()
             .filter(free)
             .map(|(_, r)| r.tag)
             .collect()
+    }
+
+    /// The latest earlier request that is in the way of one.
+    pub(crate) fn blocker(&self, sequence: u64) -> Option<&Undone> {
+        let later = &self.undone[&sequence];
+        let mut earlier = self.undone.range(..sequence).rev().map(|(_, r)| r);
+        earlier.find(|r| r.in_the_way_of(later))
+    }
+
+    /// Where its queue could execute a request, if nothing is in its way.
+    pub(crate) fn place(&mut self, sequence: u64) -> Option<Place> {
+        let request = &self.undone[&sequence];
+        let durable = request.request.fua || request.request.preflush;
+        let touched = request.replay || request.deliveries > 0;
+        if self.able & 1 << request.queue == 0 || durable || touched {
+            return None;
+        }
+        let map = self.mappings.0.as_mut()?;
+        let access = match request.request.op {
+            Op::Read => Access::Read,
+            Op::Write => Access::ReadWrite,
+            Op::Flush => return map.flushed().map(|backing| Place { backing, sector: 0 }),
+            _ => return None,
+        };
+        let range = Sectors::between(request.range().start, request.range().end)?;
+        let mut piece = [Extent::NOTHING];
+        map.translate(&range, access, &mut piece).ok()?;
+        match piece[0].source {
+            Source::Backing(backing) => Some(Place {
+                backing,
+                sector: piece[0].place,
+            }),
+            Source::Zeroes => None,
+        }
+    }
+
+    /// Finds out whose those are that wait with nothing in their way. While nothing is mapped all is for the
+    /// process, and something may yet be mapped.
+    pub(crate) fn sort(&mut self) {
+        if self.mappings.0.as_ref().is_none_or(|map| map.is_empty()) {
+            return;
+        }
+        for sequence in self.waiting() {
+            if self.undone[&sequence].whose == For::Unknown && self.blocker(sequence).is_none() {
+                let whose = match self.place(sequence) {
+                    Some(_) => For::Queue,
+                    None => For::Process,
+                };
+                self.undone.get_mut(&sequence).expect("it waits").whose = whose;
+            }
+        }
+    }
+
+    /// It is not known any more whose those are that wait.
+    pub(crate) fn unsort(&mut self) {
+        for request in self.undone.values_mut() {
+            request.whose = For::Unknown;
+        }
+    }
+
+    pub(crate) fn waiting(&self) -> Vec<u64> {
+        let waits = |(_, r): &(&u64, &Undone)| r.stage == Stage::Waiting;
+        self.undone.iter().filter(waits).map(|(s, _)| *s).collect()
+    }
+
+    /// What a queue is to begin.
+    pub(crate) fn ready(&self, queue: u16) -> Vec<u64> {
+        let of_queue = |s: &u64| {
+            let request = &self.undone[s];
+            request.queue == queue && request.whose == For::Queue
+        };
+        self.waiting().into_iter().filter(of_queue).collect()
+    }
+
+    /// The process gets a request, or answers it.
+    pub(crate) fn changes(&mut self, sequence: u64) {
+        let request = &self.undone[&sequence];
+        let range = Sectors::between(request.range().start, request.range().end);
+        let (Some(map), Some(range)) = (&mut self.mappings.0, range) else {
+            return;
+        };
+        match request.request.op {
+            Op::Read | Op::Flush => {}
+            Op::Write => map.written(&range),
+            _ => map.recall(&range),
+        }
+    }
+
+    pub(crate) fn executing(&self, which: impl Fn(BackingNumber, &Undone) -> bool) -> u32 {
+        let executes = |r: &&Undone| match r.stage {
+            Stage::Direct(backing) => which(backing, r),
+            _ => false,
+        };
+        self.undone.values().filter(executes).count() as u32
     }
 
     pub(crate) fn count(&self, stage: Stage) -> u32 {
@@ -217,15 +353,30 @@ impl Model {
         self.done.push((request.queue, request.tag, status));
     }
 
-    pub(crate) fn fail(&mut self, max: usize, which: impl Fn(&Undone) -> bool) -> (usize, u64) {
-        let waits = |r: &Undone| r.stage == Stage::Waiting && which(r);
-        let failed = self.undone.iter().filter(|(_, r)| waits(r)).take(max);
-        let failed: Vec<u64> = failed.map(|(s, _)| *s).collect();
-        let mut queues = 0;
-        for sequence in &failed {
-            queues |= 1 << self.undone[sequence].queue;
-            self.finish(*sequence, Status::Error);
+    /// Fails at most so many of those that wait, the oldest first. Those that are to fail are asked about when
+    /// the ones before them have.
+    pub(crate) fn fail(
+        &mut self,
+        max: usize,
+        which: impl Fn(&Self, u64, &Undone) -> bool,
+    ) -> (usize, u64) {
+        let (mut count, mut queues) = (0, 0);
+        for sequence in self.waiting() {
+            let request = &self.undone[&sequence];
+            if count < max && which(self, sequence, request) {
+                count += 1;
+                queues |= 1 << request.queue;
+                self.finish(sequence, Status::Error);
+            }
         }
-        (failed.len(), queues)
+        (count, queues)
+    }
+
+    /// A request that waits does so for a process, itself or because of what is in its way: not if its queue is
+    /// to begin it, nor if that is executed by a queue or waits and does not wait for a process.
+    pub(crate) fn needs_process(&self, sequence: u64, request: &Undone) -> bool {
+        let blocker = self.blocker(sequence);
+        let process = blocker.is_none_or(|blocker| blocker.stage == Stage::Delivered);
+        process && request.whose != For::Queue
     }
 }

@@ -6,10 +6,14 @@ use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi;
 use ring::tap::checked::{Claimed, Commit, Fence, Outcome};
-use ring::tap::shadow::{Committed, Delivered, Request, Shadow};
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::map::tree::{Leaf, Slot};
+use ring::tap::map::{Backing, Map};
+use ring::tap::shadow::direct::Start;
+use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
-use crate::tap_model::{wire, Claim, Model, Stage, Undone, ARRIVED};
+use crate::tap_model::{wire, Claim, For, Mappings, Model, Stage, Undone, VecMap, ARRIVED};
 use crate::tap_oracle;
 
 /// Queues that most requests come from.
@@ -19,6 +23,21 @@ const FEW: usize = 2;
 /// Times in nanoseconds: of deliveries, and descriptions.
 const DELIVERED: u64 = 9;
 const DESCRIBED: u64 = 11;
+/// Sectors of a disk that has backings, and of these.
+const SIZE: u64 = 1 << 54;
+/// The backings that a disk can have: an extent is at the same place in both. Of the second one blocks are larger.
+pub const BACKINGS: [Backing; 2] = [
+    Backing {
+        sectors: SIZE,
+        block: 1,
+        writable: true,
+    },
+    Backing {
+        sectors: SIZE,
+        block: 8,
+        writable: true,
+    },
+];
 
 /// What is done to a shadow. An `ago` is how many openers earlier the process is that calls.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +76,22 @@ pub enum Step {
     Orphan(u16),
     /// The time without a process is over: at most so many fail.
     Fail(usize),
+    /// A queue posts a request, and begins it if it can.
+    Begin(u16, u16, Request),
+    /// A queue begins at most so many that waited.
+    Resume(u16, usize),
+    /// A queue has executed a tag, with this result.
+    End(u16, Status),
+    /// The process says that a range is in a backing; it knows that many changes less than there were.
+    Set(Sectors, Access, u16, u32),
+    /// It says that a flush is one of the backing.
+    SetFlush,
+    /// It takes a range back.
+    Recall(Sectors),
+    /// The disk gets a backing.
+    Add(u16),
+    /// The disk loses a backing.
+    Remove(u16),
 }
 
 /// After the end of a process its I/O is over.
@@ -95,14 +130,39 @@ pub struct Seen {
     pub unsettled: u64,
     /// Requests that failed because nobody can know whether they are over.
     pub lost: u64,
+    /// Requests that a queue began at once.
+    pub begun: u64,
+    /// Requests that a queue began when they had waited for others.
+    pub resumed: u64,
+    /// Of those that it was to begin, those that were not mapped any more.
+    pub missed: u64,
+    /// Requests that a queue executed.
+    pub executed: u64,
+    /// Requests that failed there.
+    pub redone: u64,
+}
+
+fn number(backing: u16) -> BackingNumber {
+    BackingNumber::new(backing).expect("a small number")
+}
+
+fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
+    let (slots, leaves) = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+    let mut map = Map::new(slots, leaves, SIZE, true);
+    for (backing, what) in (0..backings).zip(BACKINGS) {
+        assert!(map.add_backing(number(backing), what));
+    }
+    Box::new(map)
 }
 
 /// Both, side by side.
 #[derive(Clone)]
 pub struct Pair {
-    shadow: Shadow<Vec<Entry>>,
+    shadow: Shadow<Vec<Entry>, Option<Box<VecMap>>>,
     model: Model,
     tags: u16,
+    /// Queues that were told that they can begin something, and have not looked; one bit for each.
+    told: u64,
     steps: Vec<Step>,
     /// What happened.
     pub seen: Seen,
@@ -112,19 +172,38 @@ impl Pair {
     /// A disk with so many tags that nobody has opened.
     pub fn new(tags: u16) -> Self {
         Self {
-            shadow: Shadow::new(vec![Entry::FREE; usize::from(tags)]),
+            shadow: Shadow::with_map(vec![Entry::FREE; usize::from(tags)], None),
             model: Model::default(),
             tags,
+            told: 0,
             steps: Vec::new(),
             seen: Seen::default(),
         }
     }
 
-    /// The same after some steps.
-    pub fn with(tags: u16, steps: &[Step]) -> Self {
+    /// The same with so many backings, and room for some leaves of extents, of which none may be forgotten. The
+    /// queues from which most requests come can execute something.
+    pub fn mapped(tags: u16, leaves: usize, backings: u16) -> Self {
         let mut pair = Self::new(tags);
-        steps.iter().for_each(|step| pair.apply(*step));
+        *pair.shadow.map() = Some(mappings(leaves, backings));
+        pair.model.mappings = Mappings(Some(mappings(leaves, backings)));
+        for queue in 0..QUEUES {
+            pair.shadow.set_able(queue, true);
+            pair.model.able |= 1 << queue;
+        }
         pair
+    }
+
+    /// A disk that can have no mappings, after some steps.
+    pub fn with(tags: u16, steps: &[Step]) -> Self {
+        Self::new(tags).after(steps)
+    }
+
+    /// The same after some steps.
+    #[must_use]
+    pub fn after(mut self, steps: &[Step]) -> Self {
+        steps.iter().for_each(|step| self.apply(*step));
+        self
     }
 
     /// The tags that the process has, the oldest request first.
@@ -132,6 +211,18 @@ impl Pair {
         let held = self.model.undone.values();
         let held = held.filter(|r| r.stage == Stage::Delivered);
         held.map(|r| r.tag).collect()
+    }
+
+    /// True if the disk can have mappings.
+    pub fn is_mapped(&self) -> bool {
+        self.model.mappings.0.is_some()
+    }
+
+    /// The tags that queues execute, the oldest request first.
+    pub fn begun(&self) -> Vec<u16> {
+        let begun = self.model.undone.values();
+        let begun = begun.filter(|r| matches!(r.stage, Stage::Direct(_)));
+        begun.map(|r| r.tag).collect()
     }
 
     /// Generation of the latest delivery of a tag.
@@ -172,14 +263,144 @@ impl Pair {
             Step::Quiet => self.quiet(),
             Step::Pass(ms) => self.model.clock += u64::from(ms),
             Step::Withdraw(queue) => {
-                let (failed, _) = self.model.fail(usize::MAX, |r| r.queue == queue);
+                let (failed, _) = self.model.fail(usize::MAX, |_, _, r| r.queue == queue);
                 assert_eq!(self.shadow.withdraw(queue) as usize, failed, "{self:?}");
                 self.seen.failed += failed as u64;
             }
             Step::Orphan(queue) => self.orphan(queue),
             Step::Fail(max) => self.fail(max),
+            Step::Begin(tag, queue, request) => {
+                self.post(tag, queue, request);
+                self.begin(tag);
+            }
+            Step::Resume(queue, max) => self.resume(queue, max),
+            Step::End(tag, status) => self.end(tag, status),
+            Step::Set(..) | Step::SetFlush | Step::Recall(_) | Step::Add(_) | Step::Remove(_) => {
+                self.map(step)
+            }
         }
+        // Once is enough but for very many, of which each call sorts some.
+        for _ in 0..=self.model.undone.len() {
+            self.shadow.sort();
+        }
+        self.told |= self.shadow.take_resumable();
+        self.model.sort();
         self.compare();
+    }
+
+    /// A queue begins what it has just posted, or what else has this tag.
+    fn begin(&mut self, tag: u16) {
+        let waits = |s: &u64| {
+            let request = &self.model.undone[s];
+            request.stage == Stage::Waiting && request.whose == For::Unknown
+        };
+        let sequence = self.model.sequence_of(tag).filter(waits);
+        let free = sequence.filter(|s| self.model.blocker(*s).is_none());
+        let expected = free.and_then(|s| self.expect_start(s));
+        let start = self.shadow.begin(DiskTag::new(tag));
+        assert_eq!(start, expected, "{self:?}");
+        self.seen.begun += u64::from(start.is_some());
+    }
+
+    /// What a queue is told of a request with nothing in its way, which it executes from now on if it can.
+    fn expect_start(&mut self, sequence: u64) -> Option<Start> {
+        let place = self.model.place(sequence)?;
+        let request = self.model.undone.get_mut(&sequence).expect("it waits");
+        request.stage = Stage::Direct(place.backing);
+        Some(Start {
+            place,
+            op: wire(request.request.op),
+            sectors: request.range().end - request.range().start,
+            segments: request.request.segments,
+        })
+    }
+
+    fn resume(&mut self, queue: u16, max: usize) {
+        let ready = self.model.ready(queue);
+        let gone = |s: &&u64| self.model.clone().place(**s).is_none();
+        let missed = ready.iter().filter(gone).count();
+        // Which of them it tries first is its affair.
+        let max = if missed > 0 { usize::MAX } else { max };
+        self.told &= !1u64.wrapping_shl(queue.into());
+        let mut got = Vec::new();
+        let each = |tag: DiskTag, start| got.push((tag.number(), start));
+        self.shadow.resume(queue, max, each);
+        assert_eq!(got.len(), max.min(ready.len() - missed), "{self:?}");
+        for (tag, start) in &got {
+            let sequence = self.model.sequence_of(*tag).expect("it waits");
+            assert!(ready.contains(&sequence), "{self:?}");
+            let expected = self.expect_start(sequence);
+            assert_eq!(Some(*start), expected, "{self:?}");
+        }
+        if max == usize::MAX {
+            for sequence in self.model.ready(queue) {
+                let request = self.model.undone.get_mut(&sequence);
+                request.expect("it waits").whose = For::Process;
+            }
+        }
+        self.seen.resumed += got.len() as u64;
+        self.seen.missed += missed as u64;
+    }
+
+    fn end(&mut self, tag: u16, status: Status) {
+        let result = self.shadow.ended(DiskTag::new(tag), status);
+        let direct = |s: &u64| matches!(self.model.undone[s].stage, Stage::Direct(_));
+        let Some(sequence) = self.model.sequence_of(tag).filter(direct) else {
+            return assert_eq!(result, None, "{self:?}");
+        };
+        let request = self.model.undone.get_mut(&sequence).expect("it is there");
+        if status == Status::Okay || request.request.op == Op::Flush {
+            self.model.undone.remove(&sequence);
+            self.model.executed += 1;
+            self.seen.executed += 1;
+            return assert_eq!(result, Some(status), "{self:?}");
+        }
+        request.stage = Stage::Waiting;
+        request.whose = For::Unknown;
+        request.replay = true;
+        self.seen.redone += 1;
+        assert_eq!(result, None, "{self:?}");
+    }
+
+    /// The process says something of the mappings if it is served; the host changes the backings.
+    fn map(&mut self, step: Step) {
+        let live = self.model.state == abi::STATE_LIVE;
+        let busy = |number| self.shadow.is_executing_in(number);
+        let may = match step {
+            Step::Add(backing) => !busy(number(backing)),
+            Step::Remove(_) => true,
+            _ => live,
+        };
+        let (shadow, model) = (self.shadow.map(), &mut self.model.mappings.0);
+        let (Some(shadow), Some(model), true) = (shadow, model, may) else {
+            return;
+        };
+        for map in [shadow, model] {
+            match step {
+                Step::Set(range, access, backing, ago) => {
+                    let extent = Extent {
+                        range,
+                        place: range.start(),
+                        source: Source::Backing(number(backing)),
+                        access,
+                    };
+                    let generation = map.generation().wrapping_sub(ago);
+                    let _taken = map.set(&extent, generation);
+                }
+                Step::SetFlush => {
+                    let _taken = map.set_flush();
+                }
+                Step::Recall(range) => map.recall(&range),
+                Step::Add(backing) => {
+                    let what = BACKINGS[usize::from(backing)];
+                    let _added = map.add_backing(number(backing), what);
+                }
+                Step::Remove(backing) => {
+                    let _removed = map.remove_backing(number(backing));
+                }
+                _ => {}
+            }
+        }
     }
 
     fn post(&mut self, tag: u16, queue: u16, request: Request) {
@@ -197,6 +418,7 @@ impl Pair {
                     queue,
                     request,
                     stage: Stage::Waiting,
+                    whose: For::Unknown,
                     replay: false,
                     deliveries: 0,
                     ordered,
@@ -258,6 +480,7 @@ impl Pair {
             self.model.replayed += again;
             self.seen.replayed += again;
             let expected = request.desc(sequence, *generation);
+            self.model.changes(sequence);
             assert_eq!(*desc, expected, "{self:?}");
         }
         self.seen.delivered += got.len() as u64;
@@ -272,6 +495,7 @@ impl Pair {
             self.seen.refused += 1;
             return assert_eq!(committed, Committed::Refused, "{self:?}");
         };
+        self.model.changes(sequence);
         let request = self.model.undone.get_mut(&sequence).expect("delivered");
         let queue = request.queue;
         let expected = match commit.outcome {
@@ -282,6 +506,7 @@ impl Pair {
             }
             Outcome::Returned => {
                 request.stage = Stage::Waiting;
+                request.whose = For::Unknown;
                 self.seen.returned += 1;
                 Committed::Returned
             }
@@ -303,6 +528,11 @@ impl Pair {
         let looks = if many { self.model.undone.len() + 1 } else { 1 };
         let right = (0..looks).any(|_| self.shadow.has_deliverable() == ready);
         assert!(right, "not {ready}: {self:?}");
+    }
+
+    /// The same, without a change.
+    fn look_on(&self) {
+        self.clone().look();
     }
 
     fn reap(&mut self, queue: u16, max: usize) {
@@ -327,6 +557,7 @@ impl Pair {
             self.model.claimed = Claim::default();
             self.model.claims.clear();
             self.model.quiet = None;
+            self.model.started = false;
         }
     }
 
@@ -376,6 +607,9 @@ impl Pair {
             return;
         };
         self.model.state = abi::STATE_LIVE;
+        if let Some(map) = &mut self.model.mappings.0 {
+            map.clear();
+        }
         let queues = self.model.judge().map(|sequence| {
             let request = &self.model.undone[&sequence];
             let (queue, what) = (request.queue, (request.request.op, request.range()));
@@ -388,6 +622,11 @@ impl Pair {
         let expected = (usize::from(queues.is_some()), queues.unwrap_or(0), false);
         let failed = (failed.count, failed.queues, failed.more);
         assert_eq!(failed, expected, "{self:?}");
+        let again = std::mem::replace(&mut self.model.started, true);
+        if !again && self.model.isolates() {
+            // What waits is delivered in another order, also what a queue was to begin.
+            self.model.unsort();
+        }
     }
 
     fn close(&mut self) {
@@ -418,6 +657,7 @@ impl Pair {
         undone.retain(|_, r| !(r.orphan && r.stage == Stage::Delivered));
         let lost = self.lose();
         assert_eq!(failed, Some((lost.0, lost.1, false)), "{self:?}");
+        self.model.unsort();
         for request in self.model.undone.values_mut() {
             request.ordered = true;
             if request.stage == Stage::Delivered {
@@ -450,7 +690,14 @@ impl Pair {
     }
 
     fn orphan(&mut self, queue: u16) {
-        let (failed, _) = self.model.fail(usize::MAX, |r| r.queue == queue);
+        // It has waited for what it executes.
+        for tag in self.begun() {
+            let sequence = self.model.sequence_of(tag).expect("it is there");
+            if self.model.undone[&sequence].queue == queue {
+                self.end(tag, Status::Okay);
+            }
+        }
+        let (failed, _) = self.model.fail(usize::MAX, |_, _, r| r.queue == queue);
         self.seen.failed += failed as u64;
         self.model.done.retain(|d| d.0 != queue);
         let mut orphans = 0;
@@ -464,17 +711,23 @@ impl Pair {
     }
 
     fn fail(&mut self, max: usize) {
-        let failed = self.shadow.fail_waiting(max);
+        let (mut count, mut queues, mut more) = (0, 0, true);
+        // A call may stop early.
+        for _ in 0..=self.model.undone.len() {
+            if count < max && more {
+                let failed = self.shadow.fail_waiting(max - count);
+                (count, queues, more) = (count + failed.count, queues | failed.queues, failed.more);
+            }
+        }
         let may = self.model.state != abi::STATE_LIVE;
-        let expected = if may {
-            self.model.fail(max, |_| true)
-        } else {
-            (0, 0)
-        };
-        assert_eq!((failed.count, failed.queues), expected, "{self:?}");
-        self.seen.failed += expected.0 as u64;
+        let max = if may { max } else { 0 };
+        let expected = self.model.fail(max, Model::needs_process);
+        assert_eq!((count, queues), expected, "{self:?}");
+        self.seen.failed += count as u64;
         let left = may && self.model.count(Stage::Waiting) > 0;
-        assert_eq!(failed.more, left, "{self:?}");
+        let kept = self.begun().len() + self.model.waiting().len() > 0;
+        let all = self.model.mappings.0.is_none() || !kept;
+        assert!(more == left || !all, "{self:?}");
     }
 
     fn compare(&mut self) {
@@ -498,6 +751,8 @@ impl Pair {
             },
             isolated: model.isolated_undone().count() as u32,
             poisoned: model.poisoned.len() as u32,
+            executing: model.executing(|_, _| true),
+            direct: model.executed,
             ..Default::default()
         };
         let last = model.poisoned.last().cloned();
@@ -513,6 +768,45 @@ impl Pair {
             let results = model.done.iter().any(|d| d.0 == queue);
             assert_eq!(self.shadow.has_results(queue), results, "{self:?}");
         }
+        if model.mappings.0.is_some() {
+            self.compare_mapped();
+        }
+    }
+
+    /// What there is only if something may be mapped.
+    fn compare_mapped(&mut self) {
+        let known = self.shadow.map().as_ref().expect("as the model");
+        let model = &self.model;
+        let expected = model.mappings.0.as_ref().expect("the caller looked");
+        assert!(known.extents().eq(expected.extents()), "{self:?}");
+        assert_eq!(known.generation(), expected.generation(), "{self:?}");
+        assert_eq!(known.flushed(), expected.flushed(), "{self:?}");
+        assert_eq!(known.evicted() + expected.evicted(), 0, "too few leaves");
+        for backing in (0..).take(BACKINGS.len()).map(number) {
+            let executing = model.executing(|of, _| of == backing) > 0;
+            assert_eq!(self.shadow.is_executing_in(backing), executing, "{self:?}");
+        }
+        let any = model.executing(|_, _| true) > 0;
+        assert_eq!(self.shadow.is_executing(&Sectors::ALL), any, "{self:?}");
+        for (sequence, request) in &model.undone {
+            let executes = |stage| stage != Stage::Waiting;
+            for (_, earlier) in model.undone.range(..sequence) {
+                let both = executes(request.stage) && executes(earlier.stage);
+                assert!(!(both && earlier.conflicts(request)), "{self:?}");
+            }
+            // Whoever could begin something was told so.
+            let waits = request.stage == Stage::Waiting && request.whose == For::Queue;
+            assert!(!waits || self.told >> request.queue & 1 == 1, "{self:?}");
+            if let Some(range) = Sectors::between(request.range().start, request.range().end) {
+                let meets = |r: &Undone| {
+                    let range = r.range().start.max(range.start())..r.range().end.min(range.end());
+                    !range.is_empty()
+                };
+                let executing = model.executing(|_, r| meets(r)) > 0;
+                assert_eq!(self.shadow.is_executing(&range), executing, "{self:?}");
+            }
+        }
+        self.look_on();
     }
 
     /// Everything that waits comes to its end. Returns what happened.
@@ -528,10 +822,18 @@ impl Pair {
         for _ in 0..=2 * self.tags {
             self.apply(Step::Look);
             self.apply(Step::Deliver(usize::MAX, 0));
-            let Some(tag) = self.held().pop() else {
+            for queue in 0..QUEUES {
+                if self.told >> queue & 1 == 1 {
+                    self.apply(Step::Resume(queue, usize::MAX));
+                }
+            }
+            if let Some(tag) = self.begun().pop() {
+                self.apply(Step::End(tag, Status::Okay));
+            } else if let Some(tag) = self.held().pop() {
+                self.apply(Step::Commit(tag, Outcome::Finished(Status::Okay), 0, 0));
+            } else if self.model.deliverable().is_empty() {
                 break;
-            };
-            self.apply(Step::Commit(tag, Outcome::Finished(Status::Okay), 0, 0));
+            }
         }
         assert!(self.model.undone.is_empty(), "{self:?}");
         for queue in 0..64 {

@@ -5,6 +5,7 @@
 use proptest::prelude::*;
 use ring::response::Status;
 use ring::tap::checked::{Fence, Outcome};
+use ring::tap::extent::{Access, Sectors};
 use ring::tap::shadow::{Op, Request};
 
 use crate::tap_pair::{Pair, Step, OVER, QUEUES};
@@ -88,8 +89,56 @@ fn deaths() -> impl Strategy<Value = Vec<Step>> {
     })
 }
 
+/// What there is to do on a disk with backings.
+fn mapped_steps(tags: u16) -> impl Strategy<Value = Step> {
+    let tag = || 0..tags;
+    let queue = || 0..QUEUES;
+    let status = prop_oneof![5 => Just(Status::Okay), 1 => Just(Status::Error)];
+    let range = || {
+        let some = (0..8200u64, prop_oneof![1..32u64, Just(1 << 13)]);
+        let some = some.prop_map(|(start, count)| Sectors::new(start, count).expect("not empty"));
+        prop_oneof![3 => some, 1 => Just(Sectors::ALL)]
+    };
+    let whole = (0..1u64, 14..22u32)
+        .prop_map(|(start, bits)| Sectors::new(start, 1 << bits).expect("not empty"));
+    let access = prop_oneof![1 => Just(Access::Read), 3 => Just(Access::ReadWrite)];
+    let beside = prop_oneof![6 => Just(0u32), 1 => Just(1)];
+    let set = (prop_oneof![range(), whole], access, 0..2u16, beside);
+    prop_oneof![
+        12 => steps(tags),
+        12 => (tag(), queue(), requests()).prop_map(|(tag, queue, r)| Step::Begin(tag, queue, r)),
+        8 => (tag(), status).prop_map(|(tag, status)| Step::End(tag, status)),
+        4 => (queue(), prop_oneof![Just(1usize), Just(usize::MAX)])
+            .prop_map(|(queue, max)| Step::Resume(queue, max)),
+        5 => set.prop_map(|(range, access, backing, ago)| Step::Set(range, access, backing, ago)),
+        1 => Just(Step::SetFlush),
+        1 => range().prop_map(Step::Recall),
+        1 => (0..2u16).prop_map(Step::Remove),
+        2 => (0..2u16).prop_map(Step::Add),
+    ]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(3000))]
+
+    #[test]
+    fn the_shadow_of_a_mapped_disk_does_what_the_model_does(
+        tags in prop_oneof![Just(2u16), Just(3), Just(8), Just(40)],
+        limit in prop_oneof![3 => Just(0u8), 1 => 1..4u8],
+        backings in 1..3u16,
+        steps in prop::collection::vec(
+            prop_oneof![20 => mapped_steps(41).prop_map(|step| vec![step]), 1 => deaths()],
+            0..120,
+        ),
+    ) {
+        let all = Step::Set(Sectors::new(0, 1 << 14).expect("not empty"), Access::ReadWrite, 0, 0);
+        let start = [Step::Limit(limit), Step::Open, Step::Start(0), all, Step::SetFlush];
+        let mut pair = Pair::mapped(tags, 16, backings).after(&start);
+        for step in steps.into_iter().flatten() {
+            pair.apply(fit(step, tags));
+        }
+        pair.drain();
+    }
 
     #[test]
     fn the_shadow_does_what_the_model_does(
@@ -113,6 +162,8 @@ fn fit(step: Step, tags: u16) -> Step {
     let fit = |tag: u16| if tag > 40 { tag } else { tag % tags };
     match step {
         Step::Post(tag, queue, request) => Step::Post(fit(tag), queue, request),
+        Step::Begin(tag, queue, request) => Step::Begin(fit(tag), queue, request),
+        Step::End(tag, status) => Step::End(fit(tag), status),
         Step::Commit(tag, outcome, beside, ago) => Step::Commit(fit(tag), outcome, beside, ago),
         other => other,
     }
@@ -222,6 +273,58 @@ fn every_short_end_of_a_process_does_what_the_model_does() {
         }
     }
     assert!(count > 120_000, "{count}");
+}
+
+/// Every order of steps on three tags of a disk with mappings, from several starts.
+#[test]
+fn every_short_history_of_a_mapped_disk_does_what_the_model_does() {
+    let request = super::shadow::request;
+    let write = request(Op::Write, 0, 8);
+    let read = request(Op::Read, 4, 8);
+    let discard = request(Op::Discard, 0, 16);
+    let range = Sectors::new(0, 64).expect("not empty");
+    let set = |access| Step::Set(range, access, 0, 0);
+    let writable = set(Access::ReadWrite);
+    let mut steps = vec![
+        writable,
+        set(Access::Read),
+        Step::Set(range, Access::ReadWrite, 0, 1),
+        Step::Recall(Sectors::new(8, 8).expect("not empty")),
+        Step::Deliver(8, 0),
+        Step::Resume(0, 1),
+        Step::Resume(1, 8),
+        Step::Close,
+        Step::Quiet,
+        Step::Fail(8),
+        Step::Orphan(1),
+        Step::End(0, Status::Error),
+        Step::Commit(0, Outcome::Returned, 0, 0),
+        Step::Begin(0, 0, write),
+        Step::Begin(1, 1, read),
+        Step::Post(2, 0, discard),
+    ];
+    for tag in 0..3 {
+        steps.push(Step::End(tag, Status::Okay));
+        steps.push(Step::Commit(tag, Outcome::Finished(Status::Okay), 0, 0));
+    }
+    let live = [Step::Open, Step::Start(0), writable];
+    let three = [
+        Step::Begin(0, 0, write),
+        Step::Post(1, 1, read),
+        Step::Post(2, 1, write),
+    ];
+    let again = [Step::Close, Step::Quiet, Step::Open, Step::Start(0)];
+    let starts: [&[Step]; 4] = [
+        &live,
+        &[&live[..], &three[..]].concat(),
+        &[&live[..], &three[..], &again[..1]].concat(),
+        &[&live[..], &three[..], &again[..], &[writable]].concat(),
+    ];
+    let mut count = 0;
+    for start in starts {
+        explore(&Pair::mapped(3, 2, 1).after(start), &steps, 3, &mut count);
+    }
+    assert!(count > 40_000, "{count}");
 }
 
 fn explore(pair: &Pair, steps: &[Step], depth: u32, count: &mut u64) {
