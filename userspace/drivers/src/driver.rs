@@ -138,6 +138,12 @@ pub trait Driver: 'static {
     /// not say [`Fence::Local`], or what was written early comes back late.
     fn fence(&self) -> Fence;
 
+    /// The disk is a block device, byte for byte and past the page cache: whoever reads, writes and flushes
+    /// the device itself does what this driver does. Then the kernel may, without this process.
+    fn is_a_device(&self) -> bool {
+        false
+    }
+
     /// Reads into all of `data`.
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno>;
 

@@ -132,6 +132,11 @@ impl Driver for Raw {
         Fence::of(&self.file)
     }
 
+    fn is_a_device(&self) -> bool {
+        // What cannot be asked goes the way that always works.
+        self.file.is_device() && self.file.is_direct().unwrap_or(false)
+    }
+
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         self.file.read(offset, data).await
     }

@@ -106,3 +106,13 @@ fn direct_image_does_not_grow_by_a_part_of_a_block() {
     let failure = runtime.block_on(async move { disk.resize().await });
     assert_eq!(failure.unwrap().unwrap_err().code, Code::Image);
 }
+
+/// What a file system does to a file, such as to move its blocks, the kernel would not notice.
+#[test]
+fn only_a_device_is_one() {
+    let runtime = Runtime::new();
+    let image = image(8 * BLOCK as u64);
+    let raw = Raw::new(file(&runtime, &image), false);
+    assert!(!Disk::new(raw).is_a_device());
+    assert!(!Disk::new(drivers::Null::new(8 * BLOCK as u64)).is_a_device());
+}

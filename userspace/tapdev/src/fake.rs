@@ -65,6 +65,8 @@ struct Mapped {
     generation: u32,
     refused: u64,
     ops: Vec<MapOp>,
+    /// Nothing is understood.
+    broken: bool,
     /// I/O of the kernel does not end, so recalls wait.
     stuck: bool,
     /// Recalls that wait.
@@ -134,6 +136,11 @@ impl Fake {
             state = self.wait(state);
         }
         state.mapped.ops.clone()
+    }
+
+    /// From now on the kernel fails whoever says something of mappings.
+    pub fn break_maps(&self) {
+        self.lock().mapped.broken = true;
     }
 
     /// From now on the I/O of the kernel does not end, or does so at once.
@@ -488,6 +495,9 @@ impl Mapper for FakeMapper {
         }
         if self.0.describe(&state).state != abi::STATE_LIVE || !state.mapped.claimed {
             return Err(Errno::INVAL.into());
+        }
+        if state.mapped.broken {
+            return Err(Errno::IO.into());
         }
         for op in ops {
             match op.check().map_err(|_| Errno::INVAL)? {

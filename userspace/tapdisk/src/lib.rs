@@ -11,6 +11,7 @@
 //! moment, and the next one goes on.
 #![forbid(unsafe_code)]
 
+mod direct;
 mod inside;
 mod kept;
 mod link;
@@ -26,6 +27,7 @@ mod session;
 mod told;
 mod troubles;
 
+pub use direct::Direct;
 pub use lost::{Lost, Seen};
 pub use needs::Needs;
 pub use ranges::Claim;

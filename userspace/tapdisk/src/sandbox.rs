@@ -243,6 +243,7 @@ const IOCTLS: &[u32] = &[
     node::CLAIM,
     node::START,
     node::EXCHANGE,
+    node::MAP,
 ];
 
 const FCNTLS: &[i32] = &[
@@ -321,6 +322,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::process::Command;
     use std::thread;
+    use tapdev::{KernelNode, Node};
 
     /// What a thread may still do; the filter is that of a thread.
     #[test]
@@ -358,6 +360,17 @@ mod tests {
                     .map(drop)
                     .map_err(Into::into),
             );
+            // It is no node, but to ask it is allowed, here and where a recall waits.
+            let mapper = KernelNode::new(null.into()).mapper().unwrap();
+            let ask = move || mapper.maps(&[]).map(drop);
+            let asked = runtime.block_on({
+                let io = runtime.io.clone();
+                let ask = ask.clone();
+                async move { io.elsewhere(ask).await.unwrap() }
+            });
+            for asked in [ask(), asked.unwrap()] {
+                assert_eq!(asked.unwrap_err().raw_os_error(), Some(libc::ENOTTY));
+            }
             for engine in [Engine::Uring, Engine::Aio, Engine::Sync] {
                 runtime.io.select(engine).unwrap();
                 let file = File::new(&runtime.io, file.try_clone().unwrap().into()).unwrap();

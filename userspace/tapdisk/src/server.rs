@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests of the kernel as calls of a driver.
 
+use crate::direct::Direct;
 use crate::link::Link;
 use crate::lost::{Lost, Seen};
 use crate::ranges::{Claim, Range, Ranges, Source};
@@ -33,6 +34,8 @@ pub struct Terms {
     pub troubles: Rc<Troubles>,
     /// What could not be made durable, and who knows.
     pub lost: Rc<Lost>,
+    /// What the kernel may do by itself.
+    pub direct: Rc<Direct>,
 }
 
 /// How a request failed.
@@ -145,7 +148,9 @@ impl Server {
 
     /// The disk has another size now.
     pub fn set_size(&self, size: u64) {
-        self.size.set(size);
+        if self.size.replace(size) != size {
+            self.terms.direct.resize(size);
+        }
     }
 
     /// Bytes of the disk.
@@ -200,17 +205,15 @@ impl Server {
             .set(self.came.get().wrapping_add(tags.len() as u64));
         for tag in tags.drain(..) {
             match self.tap.request(tag) {
-                Ok(request) => {
-                    let hold = self.hold();
-                    self.runtime.tasks.spawn(async move {
-                        let server = &hold.0;
-                        server.link.commit(server.serve(&request).await);
-                    });
-                }
+                Ok(request) => self.begin(request),
                 Err(malformed) => self.link.commit(malformed.completion),
             }
         }
         *self.tags.borrow_mut() = tags;
+        // The guest has to learn of what is lost, and the kernel would not tell it.
+        if !self.terms.lost.has_any() {
+            self.terms.direct.turn();
+        }
         if self.is_quiet() {
             for waker in self.quiet.take() {
                 waker.wake();
@@ -224,16 +227,42 @@ impl Server {
         Ok(came)
     }
 
+    /// Serves a request in a task of its own.
+    fn begin(self: &Rc<Self>, request: Request) {
+        let hold = self.hold();
+        let forgets = match request.kind {
+            Kind::Discard { .. } | Kind::WriteZeroes => Some(self.terms.direct.forgets()),
+            Kind::Read | Kind::Write | Kind::Flush => None,
+        };
+        self.runtime.tasks.spawn(async move {
+            let server = &hold.0;
+            server.link.commit(server.serve(&request).await);
+            drop(forgets);
+        });
+    }
+
+    /// Waits until the kernel does nothing for the disk by itself any more. What it did is on the image as
+    /// if this process had done it.
+    ///
+    /// # Errors
+    /// As the kernel says. It may be using the image.
+    pub(crate) async fn take_back(&self) -> Result<(), Failure> {
+        self.terms.direct.end().await
+    }
+
     /// Serves on until a guest that is suspended has nothing to ask for any more, and then
     /// [fetches](Self::quiesce) no more. What comes later all the same waits in the kernel.
     ///
     /// # Errors
     /// Requests go on coming, or the disk has stopped for one that failed.
     pub(crate) async fn drain(&self) -> Result<(), Failure> {
+        // What the kernel executes is not seen here. It goes on if the guest does.
+        let _ban = self.terms.direct.forbid().await?;
         self.drains.set(Some(self.came.get()));
         let drained = self.until_calm().await;
         self.drains.set(None);
         drained?;
+        self.take_back().await?;
         self.quiesce().await;
         Ok(())
     }
@@ -342,11 +371,23 @@ impl Server {
         self.tell(what, offset, len, error, stops);
         if stops {
             self.link.stop();
+            self.stop_kernel();
             for waker in self.calm.take() {
                 waker.wake();
             }
         }
         stops
+    }
+
+    /// Nothing is served any more, by the kernel either.
+    fn stop_kernel(&self) {
+        let direct = self.terms.direct.clone();
+        self.runtime.tasks.spawn(async move {
+            // Who pauses the disk then tries once more, and is told.
+            if let Err(failure) = direct.end().await {
+                eprintln!("tapdisk: the disk does not stop: {failure}");
+            }
+        });
     }
 
     /// Something failed on the image; the disk stops for it, or not.

@@ -7,6 +7,7 @@ mod image;
 mod inactive;
 mod size;
 
+use crate::direct::{self, Direct};
 use crate::kept::Kept;
 use crate::link::Link;
 use crate::lost::Lost;
@@ -47,6 +48,8 @@ pub struct Session {
     troubles: Rc<Troubles>,
     /// What could not be made durable. It outlives a pause: who wrote it learns of it afterwards.
     lost: Rc<Lost>,
+    /// What the kernel may do by itself.
+    direct: Rc<Direct>,
     /// What the supervisor is asked for.
     needs: Needs,
     /// What the next process learns of what this one has counted.
@@ -116,6 +119,7 @@ impl Session {
             stats: Rc::default(),
             troubles: Rc::default(),
             lost: Rc::default(),
+            direct: Rc::default(),
             needs: Needs::default(),
             kept: RefCell::default(),
             scrub: Scrub::default(),
@@ -351,6 +355,10 @@ impl Session {
         }
     }
 
+    pub(crate) fn direct(&self) -> &Rc<Direct> {
+        &self.direct
+    }
+
     pub(crate) fn lost(&self) -> &Lost {
         &self.lost
     }
@@ -462,10 +470,12 @@ impl Session {
             on_error: open.on_error,
             troubles: self.troubles.clone(),
             lost: self.lost.clone(),
+            direct: self.direct.clone(),
         };
         self.troubles.go_on();
         let (runtime, stats) = (&self.runtime, &self.stats);
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
+        self.offer(tap, &open, &server);
         let disk = describe(&shape, &open, engine);
         if self.state.borrow().image.as_ref() != Some(&identity) {
             self.change_image(Some(identity));
@@ -479,6 +489,23 @@ impl Session {
             waker.wake();
         }
         Ok(Reply::Disk(disk))
+    }
+
+    /// Lets the kernel serve a disk by itself that it can serve: not one that others write, too.
+    fn offer(&self, tap: &Tap, open: &Open, server: &Server) {
+        if open.shared || !server.disk().is_a_device() {
+            return;
+        }
+        match tap.mapper() {
+            Ok(Some(mapper)) => self.direct.offer(direct::Image {
+                io: self.runtime.io.clone(),
+                mapper,
+                size: server.size(),
+                writable: !open.read_only,
+            }),
+            Ok(None) => {}
+            Err(error) => self.note("the kernel does not serve the disk by itself", &error),
+        }
     }
 
     /// The exchange with the kernel.

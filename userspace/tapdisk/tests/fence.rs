@@ -14,10 +14,11 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tapdev::abi::{Claims, Completion, Info, FENCE_LOCAL, FENCE_SESSION};
 use tapdev::fake::{Fake, FakeNode};
-use tapdev::{Node, Tap};
+use tapdev::{Mapper, Node, Tap};
 use tapdisk::Session;
 
 /// Storage behind a network.
@@ -150,6 +151,9 @@ impl Node for Watched {
     }
     fn exchange(&self, commits: &[Completion], tags: &mut [u16]) -> io::Result<usize> {
         self.node.exchange(commits, tags)
+    }
+    fn mapper(&self) -> io::Result<Arc<dyn Mapper>> {
+        self.node.mapper()
     }
     fn fd(&self) -> &Rc<OwnedFd> {
         self.node.fd()

@@ -52,8 +52,12 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             tells_extents: Cell::new(false),
         };
         session.runtime().tasks.spawn(async move {
-            // A client that goes away, or makes no sense, harms nobody but itself.
-            let _ = client.serve().await;
+            // The kernel knows nothing of what a client does, so it must not go past it.
+            match client.session.direct().forbid().await {
+                // A client that goes away, or makes no sense, harms nobody but itself.
+                Ok(_ban) => drop(client.serve().await),
+                Err(failure) => eprintln!("tapdisk: an NBD client is not served: {failure}"),
+            }
             drop(seat);
         });
     })

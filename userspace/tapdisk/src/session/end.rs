@@ -28,6 +28,7 @@ impl Session {
             true => Ok(()),
             false => server.disk().flush().await,
         };
+        server.take_back().await?;
         server.quiesce().await;
         self.let_go(server, early).await.map(|()| Reply::Done)
     }
@@ -66,6 +67,7 @@ impl Session {
     }
 
     async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
+        let taken_back = server.take_back().await;
         server.quiesce().await;
         let closed = server.disk().close().await;
         if let Err(error) = closed {
@@ -85,7 +87,9 @@ impl Session {
             .io
             .register(None)
             .map_err(|error| Failure::system("cannot release the arena", &error))?;
-        closed.map_err(|error| Failure::system("the image was not closed in order", &error.into()))
+        closed
+            .map_err(|error| Failure::system("the image was not closed in order", &error.into()))?;
+        taken_back
     }
 
     /// Ends serving and gives the node back, whatever the state.
@@ -108,6 +112,7 @@ impl Session {
                 .map_err(|error| Failure::system("cannot close the ring", &error))?;
         }
         *self.state.borrow_mut() = Inner::default();
+        self.direct.leave();
         self.change_image(None);
         stopped.map(|()| Reply::Done)
     }

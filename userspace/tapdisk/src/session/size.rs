@@ -46,6 +46,11 @@ impl Session {
             (tap.clone(), server.clone(), params, disk)
         };
         let size = server.disk().resize().await?;
+        // The kernel must not use what is not there any more, until it is told what is.
+        let _ban = match size < server.size() {
+            true => Some(self.direct.forbid().await?),
+            false => None,
+        };
         let params = Params {
             sectors: size >> 9,
             ..params

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the kernel may do without this process: read, write and flush an image that is a block device and
+//! the disk byte for byte.
+//!
+//! Nobody else tells the kernel of it. The kernel gets the whole disk or nothing of it: when the disk is
+//! served, and again after what it forgot by itself, the range of each discard that it delivers. It is
+//! taken back before the image may be somebody else's, and before others than the guest use the disk
+//! ([`Ban`]): the kernel knows the order of the guest's requests only. To take it back waits for I/O of the
+//! kernel, in a helper thread, and nothing is given meanwhile.
+
+use control::Failure;
+use diskio::{Gate, Io};
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use tapdev::abi::{MapOp, MAP_FLUSH, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE};
+use tapdev::Mapper;
+
+/// The number of the backing that is the image; the supervisor gives it to the kernel.
+const BACKING: u16 = 0;
+
+/// An image that the kernel may use.
+#[derive(Clone, Debug)]
+pub(crate) struct Image {
+    /// Has the thread in which a recall waits.
+    pub(crate) io: Io,
+    pub(crate) mapper: Arc<dyn Mapper>,
+    /// Bytes of the disk.
+    pub(crate) size: u64,
+    pub(crate) writable: bool,
+}
+
+impl Image {
+    /// What the kernel is told of it, as of a generation of its mappings.
+    fn ops(&self, generation: u32) -> Vec<MapOp> {
+        let set = MapOp {
+            op: MAP_SET,
+            flags: MAP_READ | if self.writable { MAP_WRITE } else { 0 },
+            backing: BACKING,
+            generation,
+            sectors: self.size >> 9,
+            ..MapOp::default()
+        };
+        let flush = MapOp {
+            op: MAP_FLUSH,
+            ..MapOp::default()
+        };
+        // Nobody flushes what nobody writes.
+        let flush = self.writable.then_some(flush);
+        [set].into_iter().chain(flush).collect()
+    }
+}
+
+/// What the kernel was told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Told {
+    /// Nothing that still holds.
+    #[default]
+    Nothing,
+    /// Where the disk is.
+    Image,
+    /// That this does not hold any more. It may still be using the image.
+    Recalled,
+}
+
+/// What the kernel may do now.
+#[derive(Debug, Default)]
+pub struct Direct {
+    image: RefCell<Option<Image>>,
+    told: Cell<Told>,
+    /// It is to be told where the disk is.
+    due: Cell<bool>,
+    /// It is told nothing more of this image: it cannot use it, or does not listen.
+    is_vain: Cell<bool>,
+    /// Those who want it to do nothing.
+    bans: Cell<u32>,
+    /// Requests under way of which it forgets the range.
+    forgets: Cell<u32>,
+    /// Recalls come one after the other.
+    gate: Gate,
+}
+
+/// The kernel does nothing by itself while this is there.
+#[derive(Debug)]
+#[must_use = "the kernel goes on when this is dropped"]
+pub(crate) struct Ban(Rc<Direct>);
+
+impl Ban {
+    fn new(direct: &Rc<Direct>) -> Self {
+        direct.bans.set(direct.bans.get() + 1);
+        Self(direct.clone())
+    }
+}
+
+impl Drop for Ban {
+    fn drop(&mut self) {
+        self.0.bans.set(self.0.bans.get() - 1);
+    }
+}
+
+/// A request of which the kernel forgets the range, until it is answered.
+#[derive(Debug)]
+pub(crate) struct Forgets(Rc<Direct>);
+
+impl Drop for Forgets {
+    fn drop(&mut self) {
+        self.0.forgets.set(self.0.forgets.get() - 1);
+        self.0.due.set(true);
+    }
+}
+
+impl Direct {
+    /// From now on the kernel may use this image.
+    pub(crate) fn offer(&self, image: Image) {
+        *self.image.borrow_mut() = Some(image);
+        self.is_vain.set(false);
+        self.due.set(true);
+    }
+
+    /// The disk has another size.
+    pub(crate) fn resize(&self, size: u64) {
+        if let Some(image) = self.image.borrow_mut().as_mut() {
+            image.size = size;
+            self.due.set(true);
+        }
+    }
+
+    /// The kernel has forgotten the range of a request that was delivered; it is told again where that is
+    /// once for all that are under way.
+    pub(crate) fn forgets(self: &Rc<Self>) -> Forgets {
+        self.forgets.set(self.forgets.get() + 1);
+        Forgets(self.clone())
+    }
+
+    /// Tells the kernel where the disk is, if it is time for that. To be called again and again.
+    pub(crate) fn turn(&self) {
+        let is_time = self.due.get()
+            && !self.is_vain.get()
+            && self.bans.get() == 0
+            && self.forgets.get() == 0
+            && self.told.get() != Told::Recalled;
+        if !is_time {
+            return;
+        }
+        self.due.set(false);
+        let Some(image) = self.image.borrow().clone() else {
+            return;
+        };
+        if let Err(error) = self.tell(&image) {
+            eprintln!("tapdisk: the kernel does not serve the disk by itself: {error}");
+            self.is_vain.set(true);
+        }
+    }
+
+    fn tell(&self, image: &Image) -> io::Result<()> {
+        let now = image.mapper.maps(&[])?;
+        if now.backings >> BACKING & 1 == 0 {
+            // Nobody has given it the image.
+            self.is_vain.set(true);
+            return Ok(());
+        }
+        self.told.set(Told::Image);
+        image.mapper.maps(&image.ops(now.generation)).map(drop)
+    }
+
+    /// Waits until the kernel does nothing by itself. It does not until the ban is dropped.
+    ///
+    /// # Errors
+    /// As the kernel says. It may be using the image.
+    pub(crate) async fn forbid(self: &Rc<Self>) -> Result<Ban, Failure> {
+        let ban = Ban::new(self);
+        let _alone = self.gate.alone().await;
+        let image = self.image.borrow().clone();
+        let Some(image) = image.filter(|_| self.told.get() != Told::Nothing) else {
+            return Ok(ban);
+        };
+        // If nobody waits for it any more, the recall may come at any time, so nothing is told after this.
+        self.told.set(Told::Recalled);
+        let mapper = image.mapper;
+        let recalled = image.io.elsewhere(move || recall(&*mapper)).await;
+        let recalled = recalled.unwrap_or_else(|error| Err(error.into()));
+        recalled
+            .map_err(|error| Failure::system("the kernel does not let go of the image", &error))?;
+        self.told.set(Told::Nothing);
+        self.due.set(true);
+        Ok(ban)
+    }
+
+    /// The same for good: the image is not the disk's any more.
+    ///
+    /// # Errors
+    /// As for [`forbid`](Self::forbid).
+    pub(crate) async fn end(self: &Rc<Self>) -> Result<(), Failure> {
+        let _ban = self.forbid().await?;
+        *self.image.borrow_mut() = None;
+        Ok(())
+    }
+
+    /// The node is given back, and with it all that the kernel was told by this process.
+    pub(crate) fn leave(&self) {
+        *self.image.borrow_mut() = None;
+        self.told.set(Told::Nothing);
+    }
+}
+
+/// Takes everything back, and waits until no I/O of the kernel is running.
+fn recall(mapper: &dyn Mapper) -> io::Result<()> {
+    let everything = MapOp {
+        op: MAP_RECALL,
+        sectors: u64::MAX,
+        ..MapOp::default()
+    };
+    loop {
+        match mapper.maps(&[everything]) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            told => return told.map(drop),
+        }
+    }
+}

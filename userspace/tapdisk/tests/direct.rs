@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the kernel is told that it may do by itself, and when that is taken back.
+
+mod common;
+
+use common::{Process, SECTORS, SIZE};
+use control::tapdisk::{OnError, Open, Reply, Request, State};
+use control::{Code, Failure};
+use diskio::{Bytes, Data, Errno, Io};
+use drivers::{Attributes, Disk, Driver, Fence, Shape};
+use ring::response::Status;
+use ring::tap::shadow::Op;
+use rustix::event::{eventfd, EventfdFlags};
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use tapdev::abi::{MapOp, MAP_FLUSH, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE};
+use tapdev::fake::Fake;
+
+/// A device, as far as the kernel can tell.
+#[derive(Clone)]
+struct Device {
+    kernel: Fake,
+    is_a_device: bool,
+    /// What it has when somebody looks again.
+    size: u64,
+    write_fails: bool,
+    flush_fails: bool,
+    /// Discards end when this can be read.
+    goes_on: Arc<OwnedFd>,
+    /// What the kernel was told by the time when the image was let go of.
+    told: Arc<Mutex<Vec<MapOp>>>,
+}
+
+impl Device {
+    fn new(kernel: &Fake) -> Self {
+        kernel.back(1);
+        Self {
+            kernel: kernel.clone(),
+            is_a_device: true,
+            size: SIZE,
+            write_fails: false,
+            flush_fails: false,
+            goes_on: Arc::new(eventfd(1, EventfdFlags::CLOEXEC).unwrap()),
+            told: Arc::default(),
+        }
+    }
+
+    /// Its discards do not end until it is told to go on.
+    fn slow(kernel: &Fake) -> Self {
+        Self {
+            goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
+            ..Self::new(kernel)
+        }
+    }
+
+    fn go_on(&self) {
+        rustix::io::write(&self.goes_on, &1_u64.to_ne_bytes()).unwrap();
+    }
+
+    /// A process that serves it.
+    fn serve(&self, change: impl FnOnce(&mut Open) + Send + 'static) -> Process {
+        let device = self.clone();
+        let process = Process::start_with(&self.kernel, move |session| {
+            let its = session.clone();
+            let io = session.runtime().io.clone();
+            io.start_helpers(1).unwrap();
+            session.runtime().tasks.spawn(async move {
+                let disk = Disk::new(Served { device, io });
+                let shape = disk.activate().await.unwrap();
+                let mut open = Open::new("null:1M".parse().unwrap());
+                change(&mut open);
+                its.serve_disk(open, disk, shape).await.unwrap();
+            });
+        });
+        self.kernel.wait_for_params();
+        process
+    }
+
+    /// A request of the guest that is answered by the process.
+    fn request(&self, op: Op) -> Status {
+        let tag = match op {
+            Op::Flush => self.kernel.send(op, 0, &[], false),
+            // Beside all discards, which it would have to wait for.
+            Op::Read => self.kernel.send(op, 512, &[1; 512], false),
+            _ => self.kernel.send_range(op, 8, 8),
+        };
+        self.kernel.answer(tag.unwrap(), 0).unwrap().0
+    }
+
+    /// What the kernel was told when all is done that was to be done. What is told is told in the turn in
+    /// which the request is fetched, or in one before.
+    fn told(&self) -> Vec<MapOp> {
+        assert_eq!(self.request(Op::Read), Status::Okay);
+        assert_eq!(self.request(Op::Read), Status::Okay);
+        self.kernel.map_ops()
+    }
+}
+
+struct Served {
+    device: Device,
+    io: Io,
+}
+
+impl Served {
+    fn note(&self) -> Result<(), Errno> {
+        let mut told = self.device.told.lock().unwrap();
+        if told.is_empty() {
+            *told = self.device.kernel.map_ops();
+        }
+        Ok(())
+    }
+}
+
+impl Driver for Served {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        Ok(Shape {
+            discard: Some(512),
+            ..common::shape(true)
+        })
+    }
+    fn fence(&self) -> Fence {
+        Fence::Local
+    }
+    fn is_a_device(&self) -> bool {
+        self.device.is_a_device
+    }
+    async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
+        data.fill(0, data.len(), 0);
+        Ok(())
+    }
+    async fn write(&self, _: u64, _: Bytes, _: Attributes) -> Result<(), Errno> {
+        match self.device.write_fails {
+            true => Err(Errno::IO),
+            false => Ok(()),
+        }
+    }
+    async fn flush(&self) -> Result<(), Errno> {
+        match self.device.flush_fails {
+            true => Err(Errno::IO),
+            false => Ok(()),
+        }
+    }
+    async fn discard(&self, _: u64, _: u64, _: Attributes) -> Result<(), Errno> {
+        let goes_on = Rc::new(self.device.goes_on.try_clone().unwrap());
+        self.io.readable(&goes_on).await
+    }
+    async fn resize(&self) -> Result<u64, Failure> {
+        Ok(self.device.size)
+    }
+    async fn inactivate(&self) -> Result<(), Errno> {
+        self.note()
+    }
+    async fn close(&self) -> Result<(), Errno> {
+        self.note()
+    }
+}
+
+/// All of a disk of so many sectors, as known in a generation of the mappings.
+fn set(generation: u32, sectors: u64) -> MapOp {
+    MapOp {
+        op: MAP_SET,
+        flags: MAP_READ | MAP_WRITE,
+        generation,
+        sectors,
+        ..MapOp::default()
+    }
+}
+
+fn flush() -> MapOp {
+    MapOp {
+        op: MAP_FLUSH,
+        ..MapOp::default()
+    }
+}
+
+fn recall() -> MapOp {
+    MapOp {
+        op: MAP_RECALL,
+        sectors: u64::MAX,
+        ..MapOp::default()
+    }
+}
+
+/// What the kernel is told first.
+fn given() -> Vec<MapOp> {
+    vec![set(0, SECTORS), flush()]
+}
+
+/// What it is told when it gets the disk back after a recall.
+fn given_again() -> Vec<MapOp> {
+    [given(), vec![recall(), set(1, SECTORS), flush()]].concat()
+}
+
+/// The kernel takes nothing before the start.
+#[test]
+fn a_device_is_given_to_the_kernel_when_it_is_started() {
+    let kernel = Fake::new(4).unwrap();
+    let process = Device::new(&kernel).serve(|_| ());
+    assert_eq!(kernel.wait_for_map_ops(2), given());
+    process.exit();
+}
+
+#[test]
+fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device::new(&kernel);
+    let process = device.serve(|open| open.read_only = true);
+    let read = MapOp {
+        flags: MAP_READ,
+        ..set(0, SECTORS)
+    };
+    assert_eq!(device.told(), [read]);
+    process.exit();
+}
+
+#[test]
+fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
+    type Case = (bool, bool, u32);
+    const CASES: [Case; 3] = [(false, false, 1), (true, true, 1), (true, false, 2)];
+    for (is_a_device, shared, backings) in CASES {
+        let kernel = Fake::new(4).unwrap();
+        let device = Device {
+            is_a_device,
+            ..Device::new(&kernel)
+        };
+        kernel.back(backings);
+        let process = device.serve(move |open| open.shared = shared);
+        assert_eq!(device.request(Op::Discard), Status::Okay);
+        assert_eq!(device.told(), [], "{is_a_device} {shared} {backings}");
+        process.exit();
+        assert_eq!(kernel.map_ops(), []);
+    }
+}
+
+#[test]
+fn kernels_of_before_are_told_nothing() {
+    let kernel = Fake::before_claims(4).unwrap();
+    let device = Device::new(&kernel);
+    let process = device.serve(|_| ());
+    assert_eq!(device.told(), []);
+    process.exit();
+}
+
+#[test]
+fn a_kernel_that_fails_leaves_the_disk_to_the_process() {
+    let kernel = Fake::new(4).unwrap();
+    kernel.break_maps();
+    let device = Device::new(&kernel);
+    let mut process = device.serve(|_| ());
+    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.told(), []);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    process.exit();
+}
+
+#[test]
+fn after_discards_it_is_told_once_more() {
+    let kernel = Fake::new(8).unwrap();
+    let device = Device::slow(&kernel);
+    let process = device.serve(|_| ());
+    assert_eq!(kernel.wait_for_map_ops(2), given());
+    let discards: Vec<u16> = [Op::Discard, Op::Discard, Op::WriteZeroes, Op::Discard]
+        .iter()
+        .zip(0..)
+        .map(|(op, place)| kernel.send_range(*op, place * 8, 8).unwrap())
+        .collect();
+    // Three wait; zeroes are written at once.
+    kernel.wait_for(|info| info.delivered == 3);
+    assert_eq!(device.told(), given(), "they are not answered");
+    device.go_on();
+    for tag in discards {
+        assert_eq!(kernel.answer(tag, 0).unwrap().0, Status::Okay);
+    }
+    let twice = [given(), given()].concat();
+    assert_eq!(device.told(), twice);
+    process.exit();
+}
+
+#[test]
+fn everything_is_taken_back_before_the_image_is_let_go_of() {
+    for verb in [
+        Request::Pause,
+        Request::Inactivate,
+        Request::Close,
+        Request::Exit,
+    ] {
+        let kernel = Fake::new(4).unwrap();
+        let device = Device::new(&kernel);
+        let mut process = device.serve(|_| ());
+        let given = kernel.wait_for_map_ops(2);
+        let answer = process.ask(verb.clone(), None);
+        assert!(answer.is_ok(), "{verb:?}: {answer:?}");
+        let all = [given, vec![recall()]].concat();
+        assert_eq!(*device.told.lock().unwrap(), all, "{verb:?}");
+        assert_eq!(kernel.map_ops(), all, "{verb:?}");
+        assert_eq!(kernel.refused_maps(), 0);
+        match verb {
+            Request::Exit => process.kill(),
+            _ => process.exit(),
+        }
+    }
+}
+
+#[test]
+fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device::new(&kernel);
+    let mut process = device.serve(|_| ());
+    kernel.wait_for_map_ops(2);
+    kernel.stick(true);
+    thread::scope(|scope| {
+        let pause = scope.spawn(|| process.ask(Request::Pause, None));
+        kernel.wait_for_recalls(1);
+        // What changes the mappings meanwhile changes nothing of what the kernel is told.
+        assert_eq!(device.request(Op::Discard), Status::Okay);
+        assert_eq!(device.told(), given());
+        assert!(!pause.is_finished() && device.told.lock().unwrap().is_empty());
+        kernel.stick(false);
+        assert_eq!(pause.join().unwrap(), Ok(Reply::Done));
+    });
+    assert_eq!(kernel.map_ops(), [given(), vec![recall()]].concat());
+    process.exit();
+}
+
+/// A process that serves NBD clients at this socket.
+fn with_nbd(device: &Device, folder: &tempfile::TempDir) -> Process {
+    let listener = UnixListener::bind(folder.path().join("nbd")).unwrap();
+    let mut process = device.serve(|_| ());
+    device.kernel.wait_for_map_ops(2);
+    let nbd = Request::Nbd {
+        export: String::new(),
+    };
+    assert_eq!(process.ask_with(nbd, listener.as_fd()), Ok(Reply::Done));
+    process
+}
+
+fn client(folder: &tempfile::TempDir) -> UnixStream {
+    UnixStream::connect(folder.path().join("nbd")).unwrap()
+}
+
+/// Waits until a client is served.
+fn served(client: &mut UnixStream) {
+    client.read_exact(&mut [0; 18]).unwrap();
+}
+
+#[test]
+fn the_kernel_does_nothing_while_there_are_nbd_clients() {
+    let (kernel, folder) = (Fake::new(4).unwrap(), tempfile::tempdir().unwrap());
+    let device = Device::new(&kernel);
+    let process = with_nbd(&device, &folder);
+    assert_eq!(device.told(), given(), "nobody is there yet");
+    let (mut first, mut second) = (client(&folder), client(&folder));
+    served(&mut first);
+    served(&mut second);
+    let taken = [given(), vec![recall()]].concat();
+    assert_eq!(device.told(), taken);
+    assert_eq!(device.request(Op::Discard), Status::Okay);
+    drop(first);
+    assert_eq!(device.told(), taken, "there is another one");
+    drop(second);
+    assert_eq!(kernel.wait_for_map_ops(5), given_again());
+    assert_eq!(kernel.refused_maps(), 0);
+    process.exit();
+}
+
+#[test]
+fn a_client_is_served_when_the_kernel_has_ended_its_own_io() {
+    let (kernel, folder) = (Fake::new(4).unwrap(), tempfile::tempdir().unwrap());
+    let device = Device::new(&kernel);
+    let mut process = with_nbd(&device, &folder);
+    kernel.stick(true);
+    let mut client = client(&folder);
+    kernel.wait_for_recalls(1);
+    client.set_nonblocking(true).unwrap();
+    let early = client.read(&mut [0; 18]).unwrap_err();
+    assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock);
+    client.set_nonblocking(false).unwrap();
+    // A pause waits for the same, once.
+    thread::scope(|scope| {
+        let pause = scope.spawn(|| process.ask(Request::Pause, None));
+        assert_eq!(device.told(), given());
+        kernel.stick(false);
+        assert_eq!(pause.join().unwrap(), Ok(Reply::Done));
+    });
+    served(&mut client);
+    drop(client);
+    process.exit();
+    assert_eq!(kernel.map_ops(), [given(), vec![recall()]].concat());
+}
+
+#[test]
+fn another_size_is_told() {
+    for (size, more) in [
+        (2 * SIZE, vec![set(0, 2 * SECTORS), flush()]),
+        (SIZE / 2, vec![recall(), set(1, SECTORS / 2), flush()]),
+        (SIZE, vec![]),
+    ] {
+        let kernel = Fake::new(4).unwrap();
+        let device = Device {
+            size,
+            ..Device::new(&kernel)
+        };
+        let mut process = device.serve(|open| open.may_shrink = true);
+        kernel.wait_for_map_ops(2);
+        let resized = process.ask(Request::Resize, None);
+        assert!(matches!(resized, Ok(Reply::Disk(_))), "{resized:?}");
+        assert_eq!(device.told(), [given(), more].concat(), "{size}");
+        process.exit();
+    }
+}
+
+#[test]
+fn a_guest_that_is_not_suspended_keeps_the_kernel() {
+    let kernel = Fake::new(16).unwrap();
+    let device = Device::new(&kernel);
+    let mut process = device.serve(|_| ());
+    kernel.wait_for_map_ops(2);
+    let over = AtomicBool::new(false);
+    let refused = thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    device.request(Op::Read);
+                }
+            });
+        }
+        let refused = process.ask(Request::Inactivate, None);
+        over.store(true, Ordering::Relaxed);
+        refused.unwrap_err()
+    });
+    assert_eq!(refused.code, Code::State, "{refused}");
+    assert_eq!(process.status().state, State::Running);
+    assert_eq!(kernel.wait_for_map_ops(5), given_again());
+    process.exit();
+}
+
+/// It was a request of the process that failed: one of the kernel comes back and fails again.
+#[test]
+fn a_disk_that_stops_is_not_served_by_the_kernel_either() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device {
+        write_fails: true,
+        ..Device::new(&kernel)
+    };
+    let process = device.serve(|open| open.on_error = OnError::Stop);
+    kernel.wait_for_map_ops(2);
+    kernel.send(Op::Write, 0, &[1; 512], false).unwrap();
+    let told = kernel.wait_for_map_ops(3);
+    assert_eq!(told, [given(), vec![recall()]].concat());
+    process.exit();
+    assert_eq!(kernel.map_ops(), told);
+}
+
+/// The process tells the guest of what is lost with its next flush; the kernel would not.
+#[test]
+fn who_has_lost_something_does_not_leave_flushes_to_the_kernel() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device {
+        flush_fails: true,
+        ..Device::new(&kernel)
+    };
+    let process = device.serve(|_| ());
+    kernel.wait_for_map_ops(2);
+    assert_eq!(device.request(Op::Flush), Status::Error);
+    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.told(), given());
+    process.exit();
+}
