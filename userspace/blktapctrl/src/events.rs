@@ -160,6 +160,9 @@ fn log(minor: Option<u32>, what: &What) {
         What::Resized { size } => tracing::info!("{disk}: now has {size} bytes"),
         What::Unknown { why } => tracing::error!("{disk}: left alone: {why}"),
         What::Refused { why } => tracing::warn!("{why}"),
+        What::NotDirect { why } => {
+            tracing::warn!("{disk}: its process serves it, and not the kernel by itself: {why}");
+        }
         What::Reconnected { path } => {
             tracing::warn!("{disk}: connected to {} again", path.display())
         }

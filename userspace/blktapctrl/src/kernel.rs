@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The nodes of the kernel, behind a trait so that a test needs none.
 
+use crate::image::{Identity, Image};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -13,6 +14,8 @@ pub struct Node {
     pub status: control::supervisor::Kernel,
     /// Domain and virtual device of the frontend that is bound, if one is.
     pub bound: Option<(u32, u32)>,
+    /// The kernel can serve a disk by itself.
+    pub has_maps: bool,
 }
 
 /// A node to make.
@@ -62,6 +65,25 @@ pub trait Kernel {
     /// # Errors
     /// As the kernel says.
     fn excuse(&self, node: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// It could serve a disk of this image by itself.
+    fn can_serve(&self, image: &Image) -> bool {
+        matches!(image.identity(), Identity::Device { .. })
+    }
+
+    /// Gives a disk its image, which the kernel may use without a process from then on. If the disk has it
+    /// already, nothing happens.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::AlreadyExists`] if the disk has another one.
+    fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()>;
+
+    /// Takes it away: from then on the kernel begins nothing there.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ResourceBusy`] while I/O of the kernel is running there,
+    /// [`io::ErrorKind::NotFound`] if the disk has none.
+    fn remove_backing(&self, minor: u32) -> io::Result<()>;
 }
 
 /// One node.

@@ -49,6 +49,18 @@ struct Cli {
     /// more than once. What is written must be named for the disk all the same: tap-ctl create --files.
     #[arg(long, value_name = "DIR")]
     files: Vec<PathBuf>,
+    /// The kernel may serve disks by itself, beside their process, whose images are block devices: their guests
+    /// are served faster, and also while a process is replaced. direct=yes, or direct=no, in front of a target says it
+    /// for one disk.
+    #[arg(
+        long,
+        value_name = "yes|no",
+        env = "XENTAP_DIRECT",
+        default_value = "yes",
+        action = clap::ArgAction::Set,
+        value_parser = control::yes_or_no
+    )]
+    direct: bool,
     /// Log more.
     #[arg(long, short)]
     verbose: bool,
@@ -115,6 +127,7 @@ async fn run(cli: &Cli) -> Result<()> {
     let records = Box::new(Files(folder.clone()));
     let registry = Registry::new(folder, records, Box::new(nodes::Driver));
     let lifecycle = Lifecycle::new(registry.clone(), program, folders);
+    lifecycle.direct.set(cli.direct);
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();
     adopt::disks(&lifecycle).await;

@@ -46,7 +46,18 @@ impl Kernel for Driver {
     fn excuse(&self, node: BorrowedFd<'_>) -> io::Result<()> {
         excuse(node)
     }
+
+    fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
+        Control::open()?.add_backing(minor, BACKING, image, writable)
+    }
+
+    fn remove_backing(&self, minor: u32) -> io::Result<()> {
+        Control::open()?.remove_backing(minor, BACKING)
+    }
 }
+
+/// The number of the backing that is the image of a disk. Its process knows it by this.
+const BACKING: u32 = 0;
 
 /// The last request that failed because processes died of it.
 fn poison(info: &Info) -> Option<Poison> {
@@ -92,7 +103,11 @@ fn node(info: Info) -> Node {
             poisoned: info.poisoned,
             poison: poison(&info),
             memory_kib: info.memory_kib,
+            backings: info.backings.count_ones(),
+            direct: info.direct,
+            executing: info.executing,
         },
         bound: (info.domain != u32::MAX).then_some((info.domain, info.device)),
+        has_maps: info.features & abi::FEATURE_MAPS != 0,
     }
 }

@@ -132,7 +132,7 @@ pub struct Next {
     /// What else it may be given for it.
     #[serde(default)]
     pub files: Vec<PathBuf>,
-    /// Requests that had been answered before: if there are more, it has been served.
+    /// Requests that had been executed before, by whomever: if there are more, it has been served.
     pub committed: u64,
 }
 

@@ -46,7 +46,7 @@ pub mod wire;
 pub use channel::Channel;
 pub use failure::{Code, Failure};
 pub use lease::LeaseKind;
-pub use target::{size, typed_size, Driver, Target};
+pub use target::{size, typed_size, yes_or_no, Driver, Target};
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

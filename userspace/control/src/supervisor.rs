@@ -524,6 +524,12 @@ pub struct Kernel {
     pub poison: Option<Poison>,
     /// Memory of the kernel that the disk holds, in KiB.
     pub memory_kib: u32,
+    /// Block devices that the kernel may use without the process.
+    pub backings: u32,
+    /// Requests that the kernel has executed so since the disk was made.
+    pub direct: u64,
+    /// Requests that it executes so now.
+    pub executing: u32,
 }
 
 /// A request that failed because processes died of it.
@@ -671,6 +677,11 @@ pub enum What {
     /// A process asked for something that it may not have.
     Refused {
         /// What, why, and what to do.
+        why: String,
+    },
+    /// The kernel does not serve the disk by itself: its process does all.
+    NotDirect {
+        /// Why.
         why: String,
     },
     /// A process connects to a server once more.

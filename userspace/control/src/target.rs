@@ -109,13 +109,16 @@ impl FromStr for Driver {
 
 /// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes:
 /// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first
-/// how they agree about who writes it: `lease=record,aio:/srv/a.img`.
+/// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
+/// may serve it without the process: `direct=no,aio:/dev/vg/a`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
     driver: Driver,
     argument: Argument,
     lease: LeaseKind,
+    /// What is said of the kernel, if anything is.
+    direct: Option<bool>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -178,6 +181,28 @@ impl Target {
         Ok(Self { lease, ..self })
     }
 
+    /// The kernel may serve a block device without the process, or not; nothing if that is not said.
+    pub fn direct(&self) -> Option<bool> {
+        self.direct
+    }
+
+    /// The same, with something said of the kernel.
+    ///
+    /// # Errors
+    /// The kernel never serves what this driver has.
+    pub fn with_direct(self, direct: bool) -> Result<Self, Failure> {
+        if self.driver != Driver::Aio {
+            return Err(Failure::invalid(format!(
+                "{self} is nothing that the kernel could serve without a process, which is a block device and \
+                 aio: leave direct= away"
+            )));
+        }
+        Ok(Self {
+            direct: Some(direct),
+            ..self
+        })
+    }
+
     /// The image's absolute path, if the driver has one.
     pub fn path(&self) -> Option<&Path> {
         match &self.argument {
@@ -215,7 +240,68 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         driver,
         argument,
         lease: LeaseKind::default(),
+        direct: None,
     })
+}
+
+/// What is said before the driver: words with a value, in any order.
+#[derive(Debug, Default)]
+struct Words {
+    lease: Option<LeaseKind>,
+    direct: Option<bool>,
+}
+
+impl Words {
+    /// Takes the words from the beginning of `text`, and returns what is behind them.
+    fn take<'t>(&mut self, text: &'t str) -> Result<&'t str, Failure> {
+        let mut rest = text.strip_prefix("tap:").unwrap_or(text);
+        loop {
+            let (name, behind) = match rest.split_once('=') {
+                Some((name @ ("lease" | "direct"), behind)) => (name, behind),
+                _ => return Ok(rest),
+            };
+            let (value, target) = behind.split_once(',').ok_or_else(|| {
+                Failure::invalid(format!(
+                    "{text:?} ends after {name}=: write {name}=VALUE,DRIVER:IMAGE, such as \
+                     lease=record,aio:/srv/a.img or direct=no,aio:/dev/vg/a"
+                ))
+            })?;
+            let twice = match name {
+                "lease" => self.lease.replace(value.parse()?).is_some(),
+                _ => self.direct.replace(yes_or_no(value)?).is_some(),
+            };
+            if twice {
+                return Err(Failure::invalid(format!(
+                    "{text:?} says {name}= twice: leave one away"
+                )));
+            }
+            rest = target.strip_prefix("tap:").unwrap_or(target);
+        }
+    }
+
+    /// The target with all that was said of it.
+    fn apply(self, target: Target) -> Result<Target, Failure> {
+        let target = match self.lease {
+            Some(lease) => target.with_lease(lease)?,
+            None => target,
+        };
+        match self.direct {
+            Some(direct) => target.with_direct(direct),
+            None => Ok(target),
+        }
+    }
+}
+
+/// The value of an option that is `yes` or `no`.
+///
+/// # Errors
+/// It is neither.
+pub fn yes_or_no(text: &str) -> Result<bool, Failure> {
+    match text {
+        "yes" => Ok(true),
+        "no" => Ok(false),
+        _ => Err(Failure::invalid(format!("'{text}' is neither yes nor no"))),
+    }
 }
 
 /// The size of a disk as somebody types it.
@@ -250,6 +336,9 @@ impl fmt::Display for Target {
         if self.lease != LeaseKind::default() {
             write!(f, "lease={},", self.lease)?;
         }
+        if let Some(direct) = self.direct {
+            write!(f, "direct={},", if direct { "yes" } else { "no" })?;
+        }
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
             Argument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
@@ -261,30 +350,14 @@ impl FromStr for Target {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
-        let rest = text.strip_prefix("tap:").unwrap_or(text);
-        if let Some(rest) = rest.strip_prefix("lease=") {
-            let (lease, target) = rest.split_once(',').ok_or_else(|| {
-                Failure::invalid(format!(
-                    "{text:?} says a lease and nothing else: write lease=KIND,DRIVER:IMAGE, such as \
-                     lease=record,aio:/srv/a.img"
-                ))
-            })?;
-            let target: Self = match target.starts_with("lease=") {
-                true => {
-                    return Err(Failure::invalid(format!(
-                        "{text:?} says two leases: leave one away"
-                    )))
-                }
-                false => target.parse()?,
-            };
-            return target.with_lease(lease.parse()?);
-        }
+        let mut words = Words::default();
+        let rest = words.take(text)?;
         let (driver, argument) = rest.split_once(':').ok_or_else(|| {
             Failure::invalid(format!(
                 "{text:?} does not say which driver serves it: write DRIVER:ARGUMENT, such as aio:/srv/a.img"
             ))
         })?;
-        parse(driver.parse()?, argument)
+        words.apply(parse(driver.parse()?, argument)?)
     }
 }
 
@@ -385,6 +458,35 @@ mod tests {
             "lease=record,/srv/a",
         ] {
             assert!(text.parse::<Target>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn that_the_kernel_may_serve_it_is_said_before_the_driver() {
+        for (text, direct) in [
+            ("aio:/dev/vg/a", None),
+            ("direct=no,aio:/dev/vg/a", Some(false)),
+            ("direct=yes,aio:/dev/vg/a=b,c", Some(true)),
+            ("lease=record,direct=no,aio:/dev/vg/a", Some(false)),
+        ] {
+            let target: Target = text.parse().unwrap();
+            assert_eq!(target.direct(), direct);
+            assert_eq!(target.to_string(), text);
+            assert_eq!(Target::from_params(&format!("aio:tap:{text}")), Ok(target));
+        }
+        let other: Target = "direct=no,lease=record,raw:/a".parse().unwrap();
+        assert_eq!(other.to_string(), "lease=record,direct=no,aio:/a");
+        for text in [
+            "direct=no",
+            "direct=maybe,aio:/a",
+            "direct=,aio:/a",
+            "direct=no,direct=no,aio:/a",
+            "direct=no,qcow2:/a",
+            "direct=no,ram:1M",
+            "direct=no,/srv/a",
+        ] {
+            let error = text.parse::<Target>().unwrap_err();
+            assert!(!error.message.is_empty(), "{text:?}");
         }
     }
 

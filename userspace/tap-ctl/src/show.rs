@@ -255,6 +255,7 @@ pub(crate) fn event(event: &Event) -> String {
         What::Resized { size } => format!("has {size} bytes now"),
         What::Unknown { why } => format!("left alone: {why}"),
         What::Refused { why } => why.clone(),
+        What::NotDirect { why } => format!("not served by the kernel itself: {why}"),
         What::Reconnected { path } => format!("connected to {} again", path.display()),
         What::Destroyed => "gone".into(),
         What::Lost { count } => format!("{count} events were not kept"),

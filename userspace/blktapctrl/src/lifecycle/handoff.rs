@@ -244,6 +244,9 @@ impl Lifecycle {
         let process = &prepared.process;
         self.give_node(disk, process).await?;
         self.lease(disk, &prepared.open, process).await?;
+        let image = self.image(disk).await?;
+        self.give_to_kernel(disk, &prepared.open, image.as_ref())
+            .await?;
         let question = Request::Open(prepared.open.clone());
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => Ok(serves),

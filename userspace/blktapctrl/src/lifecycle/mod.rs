@@ -9,6 +9,7 @@
 pub mod create;
 mod death;
 mod destroy;
+mod direct;
 mod handoff;
 mod lease;
 mod needs;
@@ -47,6 +48,8 @@ pub struct Lifecycle {
     released: Notify,
     /// How long an inactive disk waits for its image before that is told.
     pub patience_for_images: Cell<Duration>,
+    /// The kernel may serve disks by itself of which nothing else is said.
+    pub direct: Cell<bool>,
     /// How long is waited for what should not take long: a node that somebody has open, a verb that is
     /// finished by itself.
     pub patience: Cell<Duration>,
@@ -63,6 +66,7 @@ impl Lifecycle {
             domains: RefCell::new(Rc::new(Xl)),
             released: Notify::new(),
             patience_for_images: Cell::new(Duration::from_secs(30)),
+            direct: Cell::new(true),
             patience: Cell::new(OPEN),
         })
     }

@@ -82,6 +82,7 @@ impl Lifecycle {
                 if created {
                     self.destroy_later(disk);
                 } else {
+                    self.take_from_kernel(disk, self.patience.get()).await?;
                     self.give_lease_up(disk).await;
                     self.drop_image(disk);
                 }
@@ -157,6 +158,7 @@ impl Lifecycle {
         if replaced {
             self.end_process(disk).await?;
         }
+        self.take_from_kernel(disk, self.patience.get()).await?;
         self.give_lease_up(disk).await;
         self.drop_image(disk);
         if replaced {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk stops being served, and goes on, perhaps with another image.
 
+use super::direct::until;
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
@@ -83,6 +84,7 @@ impl Lifecycle {
         } else {
             self.fenced(disk, limit).await?;
         }
+        self.take_from_kernel(disk, limit).await?;
         disk.serves.replace(None);
         Ok(lost)
     }
@@ -90,24 +92,17 @@ impl Lifecycle {
     /// Waits until the I/O of a process that is dead is over: what it had waits in the kernel, and the
     /// image does not change any more.
     pub(super) async fn fenced(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
-        let mut pause = Duration::from_millis(1);
-        let over = async {
-            while self.is_fencing(disk.minor)? {
-                // The kernel tells nobody when it is over.
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_millis(50));
-            }
-            Ok(())
-        };
-        tokio::time::timeout(limit, over).await.unwrap_or_else(|_| {
-            Err(Failure::new(
+        let is_over = || self.is_fencing(disk.minor).map(|is_fencing| !is_fencing);
+        let late = || {
+            Failure::new(
                 Code::Timeout,
                 format!(
                     "I/O of the process of disk {} that ended may not be over: what went over a network gets a minute to settle, so wait; if it takes longer, see whether its storage answers",
                     disk.minor
                 ),
-            ))
-        })
+            )
+        };
+        until(limit, is_over, late).await
     }
 
     /// Serves a paused disk again, perhaps from another image.
@@ -192,7 +187,7 @@ impl Lifecycle {
         if !disk.record.borrow().parts.is_empty() {
             disk.unless_doomed(self.end_process(disk)).await?;
         }
-        let committed = self.registry.answered(disk);
+        let committed = self.registry.executed(disk);
         let work = |beside| {
             let next = Next {
                 open: beside_others(open, beside)?,
@@ -234,7 +229,7 @@ impl Lifecycle {
             Err(failure) if is_open_question(&failure, disk) => Err(failure),
             // It was served, and what the guest wrote then is in the new image.
             Err(failure)
-                if next.is_some_and(|next| self.registry.answered(disk) > next.committed) =>
+                if next.is_some_and(|next| self.registry.executed(disk) > next.committed) =>
             {
                 self.take_next(disk);
                 disk.allow_shrinking(false);
@@ -256,6 +251,7 @@ impl Lifecycle {
                 disk.record.borrow_mut().next = None;
                 disk.drop_next();
                 disk.allow_shrinking(false);
+                self.take_from_kernel(disk, self.patience.get()).await?;
                 self.give_lease_up(disk).await;
                 self.end_of_verb(disk, Want::Paused);
                 Err(failure)

@@ -343,6 +343,9 @@ impl Lifecycle {
         // Where it only looks at the image, another host may have it.
         if disk.record.borrow().inactive.is_none() {
             self.lease(disk, open, &process).await?;
+            self.give_to_kernel(disk, open, image.as_ref()).await?;
+        } else {
+            self.take_from_kernel(disk, self.patience.get()).await?;
         }
         let opened = self.open_with(disk, &process, open.clone(), image, question);
         match opened.await {

@@ -206,7 +206,7 @@ impl Lifecycle {
             born: made.born,
             parts: Vec::new(),
             files: disk.record.borrow().files.clone(),
-            committed: self.registry.answered(disk),
+            committed: self.registry.executed(disk),
         };
         self.registry
             .change(disk, |record| record.next = Some(next))?;
@@ -239,7 +239,7 @@ impl Lifecycle {
         };
         // Who was asked may still do it.
         self.end_process(disk).await?;
-        if self.registry.answered(disk) > next.committed {
+        if self.registry.executed(disk) > next.committed {
             tracing::warn!("disk {}: {failure}", disk.minor);
             self.revive_later(disk);
             return Ok(());

@@ -93,18 +93,16 @@ impl Lifecycle {
 
     async fn finish_inactivate(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
         let failure = match process.ask(&Request::Inactivate, &[], DRAIN).await {
-            Ok(Reply::Inactive { stamp }) => {
-                self.became_inactive(disk, stamp).await;
-                return Ok(());
-            }
+            Ok(Reply::Inactive { stamp }) => return self.became_inactive(disk, stamp).await,
             Ok(reply) => unexpected(&reply),
             Err(failure) => failure,
         };
         if process.has_died(&failure).await {
-            return Ok(());
+            // The next one leaves the image alone, and so must the kernel.
+            return self.take_from_kernel(disk, DRAIN).await;
         }
         match process.status().await?.state {
-            State::Inactive => self.became_inactive(disk, None).await,
+            State::Inactive => self.became_inactive(disk, None).await?,
             _ => {
                 disk.record.borrow_mut().inactive = None;
                 self.registry.note(disk);
@@ -113,11 +111,13 @@ impl Lifecycle {
         Err(failure)
     }
 
-    async fn became_inactive(&self, disk: &Disk, stamp: Option<Stamp>) {
+    async fn became_inactive(&self, disk: &Disk, stamp: Option<Stamp>) -> Result<(), Failure> {
+        self.take_from_kernel(disk, DRAIN).await?;
         self.give_lease_up(disk).await;
         disk.record.borrow_mut().inactive = Some(Inactive::Suspended { stamp });
         self.registry.note(disk);
         self.registry.events.add(Some(disk.minor), What::Inactive);
+        Ok(())
     }
 
     /// The process of a disk says that it is inactive, whatever is written down.
@@ -204,6 +204,7 @@ impl Lifecycle {
             _ => None,
         };
         self.lease(disk, &open, &process).await?;
+        self.give_to_kernel(disk, &open, image.as_ref()).await?;
         let question = |open| Request::Activate { open, stamp };
         let taken = self.open_with(disk, &process, open, image, question).await;
         let what = match taken {
@@ -214,6 +215,7 @@ impl Lifecycle {
             },
             Err(failure) => {
                 // Who has the image may be on another host, and want the lease.
+                self.take_from_kernel(disk, DRAIN).await?;
                 self.give_lease_up(disk).await;
                 return Err(self.named(disk, failure));
             }

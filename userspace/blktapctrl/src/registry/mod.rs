@@ -182,10 +182,22 @@ impl Registry {
         Ok(())
     }
 
-    /// Requests of a disk that were ever answered; none if the kernel does not say.
+    /// Requests of a disk that processes ever answered; none if the kernel does not say.
     pub fn answered(&self, disk: &Disk) -> u64 {
+        self.counted(disk).committed
+    }
+
+    /// The same, with those that the kernel has executed by itself: what its guest knows to be done.
+    pub fn executed(&self, disk: &Disk) -> u64 {
+        let counted = self.counted(disk);
+        counted.committed.saturating_add(counted.direct)
+    }
+
+    fn counted(&self, disk: &Disk) -> control::supervisor::Kernel {
         let node = kernel::node(&*self.kernel, disk.minor);
-        node.ok().flatten().map_or(0, |node| node.status.committed)
+        node.ok()
+            .flatten()
+            .map_or_else(Default::default, |node| node.status)
     }
 
     /// The disk that a directory has, if it is the one that is asked for: who asks again lost the

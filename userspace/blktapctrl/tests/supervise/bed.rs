@@ -63,6 +63,8 @@ impl Bed {
     pub(crate) fn create(&self, name: &str) -> Create {
         let driver = match name.rsplit_once('.') {
             Some((_, format @ ("qcow2" | "qcow" | "vhd" | "vmdk"))) => format,
+            // What the fake kernel takes for a block device.
+            Some((_, "dev")) => "aio",
             _ => "sync",
         };
         let target = format!("{driver}:{}", self.dir.join(name).display());
@@ -226,6 +228,7 @@ impl Succession {
 
     /// The next one.
     pub(crate) fn bed(&self) -> Rc<Bed> {
+        self.kernel.dir.replace(self.dir.clone());
         Bed::new(&self.dir, &self.kernel)
     }
 }

@@ -2,6 +2,7 @@
 //! A kernel, a xenstore and a tapdisk that are none.
 
 use blktapctrl::domains::Domains;
+use blktapctrl::image::Image;
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
@@ -33,6 +34,18 @@ pub(crate) struct FakeNode {
     pub(crate) poisoned: u32,
     pub(crate) committed: u64,
     pub(crate) make: Make,
+    pub(crate) backing: Option<Backing>,
+    /// Requests that the kernel has executed by itself.
+    pub(crate) direct: u64,
+}
+
+/// What a disk may be served from without a process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Backing {
+    pub(crate) ino: u64,
+    pub(crate) writable: bool,
+    /// How often its I/O is not over when it is to be taken away.
+    pub(crate) busy: u32,
 }
 
 impl FakeNode {
@@ -112,6 +125,12 @@ pub(crate) struct FakeKernel {
     pub(crate) full: Rc<Cell<bool>>,
     /// Questions that were asked.
     pub(crate) queries: Rc<Cell<u32>>,
+    /// It is one that cannot serve a disk by itself.
+    pub(crate) is_old: Rc<Cell<bool>>,
+    /// It takes no images.
+    pub(crate) refuses: Rc<Cell<bool>>,
+    /// Where it writes down which images it got and lost, beside what processes write.
+    pub(crate) dir: Rc<RefCell<PathBuf>>,
 }
 
 impl Kernel for FakeKernel {
@@ -138,6 +157,18 @@ impl Kernel for FakeKernel {
     fn excuse(&self, _node: BorrowedFd<'_>) -> io::Result<()> {
         self.excused.set(self.excused.get() + 1);
         Ok(())
+    }
+
+    fn can_serve(&self, image: &Image) -> bool {
+        image.path().extension().is_some_and(|name| name == "dev")
+    }
+
+    fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
+        self.crash.around(|| self.back(minor, image, writable))
+    }
+
+    fn remove_backing(&self, minor: u32) -> io::Result<()> {
+        self.crash.around(|| self.forget_backing(minor))
     }
 }
 
@@ -167,6 +198,46 @@ impl FakeKernel {
         Ok(())
     }
 
+    fn back(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
+        if self.refuses.get() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let flags = fcntl_getfl(image)?;
+        assert!(flags.contains(OFlags::DIRECT), "it is for no page cache");
+        assert_eq!(flags.contains(OFlags::RDWR), writable);
+        let ino = rustix::fs::fstat(image)?.st_ino;
+        let mut nodes = self.nodes.borrow_mut();
+        let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
+        match &node.backing {
+            Some(backing) if (backing.ino, backing.writable) == (ino, writable) => Ok(()),
+            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            None => {
+                let busy = 0;
+                node.backing = Some(Backing {
+                    ino,
+                    writable,
+                    busy,
+                });
+                let access = if writable { "w" } else { "r" };
+                note(&self.dir.borrow(), &format!("add {minor} {access}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn forget_backing(&self, minor: u32) -> io::Result<()> {
+        let mut nodes = self.nodes.borrow_mut();
+        let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
+        let backing = node.backing.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        if backing.busy > 0 {
+            backing.busy -= 1;
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        node.backing = None;
+        note(&self.dir.borrow(), &format!("remove {minor}"));
+        Ok(())
+    }
+
     fn describe(&self, from: u32) -> io::Result<Option<Node>> {
         let nodes = self.nodes.borrow();
         Ok(nodes.range(from..).next().map(|(minor, node)| Node {
@@ -180,6 +251,8 @@ impl FakeKernel {
                 committed: node.committed,
                 oldest_ns: node.oldest_ns,
                 poisoned: node.poisoned,
+                backings: node.backing.is_some().into(),
+                direct: node.direct,
                 poison: (node.poisoned > 0).then(|| supervisor::Poison {
                     operation: "write".into(),
                     sector: 4711,
@@ -188,6 +261,7 @@ impl FakeKernel {
                 ..supervisor::Kernel::default()
             },
             bound: node.bound,
+            has_maps: !self.is_old.get(),
         }))
     }
 

@@ -3,6 +3,7 @@
 
 mod bed;
 mod death;
+mod direct;
 mod disks;
 mod fake;
 mod handoff;

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Which disks the kernel may serve by itself, and when it gets and loses their image.
+
+use super::bed::{kill, test, until, which, Bed, Succession};
+use control::supervisor::{Mode, Reply, Request, What};
+use control::tapdisk::State;
+use control::{Code, Target};
+use std::fs;
+use std::rc::Rc;
+
+fn pause(minor: u32) -> Request {
+    Request::Pause {
+        which: which(minor),
+        timeout_s: 5,
+    }
+}
+
+fn unpause(minor: u32, target: Option<Target>) -> Request {
+    Request::Unpause {
+        which: which(minor),
+        target,
+        may_shrink: false,
+        files: Vec::new(),
+    }
+}
+
+/// The target of an image with words in front.
+fn target(bed: &Bed, words: &str, name: &str) -> Target {
+    let text = format!("{words}aio:{}", bed.dir.join(name).display());
+    text.parse().expect("a target")
+}
+
+fn is_backed(bed: &Bed, minor: u32) -> bool {
+    bed.kernel.nodes.borrow()[&minor].backing.is_some()
+}
+
+/// Why the kernel does not serve disks by itself, as far as that was told.
+fn told(bed: &Bed) -> Vec<String> {
+    let told = bed.events().into_iter().filter_map(|event| match event {
+        What::NotDirect { why } => Some(why),
+        _ => None,
+    });
+    told.collect()
+}
+
+/// What the processes and the kernel wrote, without which node was given.
+fn log(bed: &Bed) -> Vec<String> {
+    let mut log = bed.log();
+    log.retain(|line| !line.starts_with("attach"));
+    log
+}
+
+#[test]
+fn the_kernel_has_a_device_from_before_it_is_opened_until_it_is_closed() {
+    test("direct", |bed| async move {
+        bed.image("a.dev", "A");
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert_eq!(log(&bed), ["add 0 w", "open w A"]);
+        assert_eq!(bed.row(minor).await.kernel.expect("a node").backings, 1);
+        // The guest of a process that has died goes on, and the next one finds what it had.
+        bed.replaced(minor, kill).await;
+        assert_eq!(log(&bed)[2..], ["open w A"]);
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert_eq!(log(&bed)[3..], ["pause", "remove 0"]);
+        let unpaused = bed.ask(unpause(minor, None)).await;
+        assert!(matches!(unpaused, Ok(Reply::Opened(_))), "{unpaused:?}");
+        assert_eq!(log(&bed)[5..], ["add 0 w", "unpause w A"]);
+        let handoff = Request::Handoff {
+            which: which(minor),
+            program: None,
+            timeout_s: 0,
+        };
+        let handed = bed.ask(handoff).await;
+        assert!(matches!(handed, Ok(Reply::HandedOff(_))), "{handed:?}");
+        assert!(is_backed(&bed, minor));
+        let close = Request::Close {
+            which: which(minor),
+            force: false,
+            timeout_s: 5,
+        };
+        assert_eq!(bed.ask(close).await, Ok(Reply::Done));
+        assert!(!is_backed(&bed, minor));
+        assert_eq!(told(&bed), [""; 0]);
+    });
+}
+
+#[test]
+fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
+    test("direct-read", |bed| async move {
+        bed.image("a.dev", "A");
+        let mut create = bed.create("a.dev");
+        create.mode = Mode::Read;
+        bed.made(create).await;
+        assert_eq!(log(&bed), ["add 0 r", "open r A"]);
+    });
+}
+
+/// What is served as ever, without a word.
+async fn not_given(bed: &Rc<Bed>, name: &str, words: &str, mode: Mode) {
+    bed.image(name, "A");
+    let mut create = bed.create(name);
+    if !words.is_empty() {
+        create.open.target = target(bed, words, name);
+    }
+    create.mode = mode;
+    let minor = bed.made(create).await;
+    assert!(!is_backed(bed, minor), "{words}{name}");
+    assert_eq!(told(bed), [""; 0]);
+    bed.destroy(minor).await;
+}
+
+#[test]
+fn what_is_no_device_or_not_the_disks_alone_is_served_by_its_process() {
+    test("direct-not", |bed| async move {
+        not_given(&bed, "a.img", "", Mode::Write).await;
+        not_given(&bed, "a.img", "direct=yes,", Mode::Write).await;
+        not_given(&bed, "a.qcow2", "", Mode::Write).await;
+        not_given(&bed, "a.dev", "", Mode::WriteShared).await;
+        not_given(&bed, "a.dev", "lease=record,", Mode::Write).await;
+        bed.kernel.is_old.set(true);
+        not_given(&bed, "a.dev", "", Mode::Write).await;
+    });
+}
+
+#[test]
+fn somebody_may_not_want_it() {
+    test("direct-no", |bed| async move {
+        not_given(&bed, "a.dev", "direct=no,", Mode::Write).await;
+        // The disk's own word counts before that of the host.
+        bed.lifecycle.direct.set(false);
+        not_given(&bed, "a.dev", "", Mode::Write).await;
+        let mut create = bed.create("a.dev");
+        create.open.target = target(&bed, "direct=yes,", "a.dev");
+        let minor = bed.made(create).await;
+        assert!(is_backed(&bed, minor));
+        // Said of a disk that is paused, it counts from then on.
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        let no = target(&bed, "direct=no,", "a.dev");
+        let unpaused = bed.ask(unpause(minor, Some(no))).await;
+        assert!(matches!(unpaused, Ok(Reply::Opened(_))), "{unpaused:?}");
+        assert!(!is_backed(&bed, minor));
+    });
+}
+
+#[test]
+fn a_kernel_that_takes_no_image_leaves_the_disk_to_its_process() {
+    test("direct-refused", |bed| async move {
+        bed.image("a.dev", "A");
+        bed.kernel.refuses.set(true);
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert_eq!(log(&bed), ["open w A"]);
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        let told = told(&bed);
+        assert!(told.len() == 1 && told[0].contains("a.dev"), "{told:?}");
+    });
+}
+
+#[test]
+fn another_image_takes_the_place_of_the_one_that_the_kernel_has() {
+    test("direct-other", |bed| async move {
+        bed.image("a.dev", "A");
+        let other = bed.image("b.dev", "B");
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        // As if an earlier supervisor had not come so far as to take it away.
+        let stays = super::fake::Backing {
+            ino: 1,
+            writable: true,
+            busy: 3,
+        };
+        let set = |backing| {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&minor).expect("the node").backing = backing;
+        };
+        set(Some(stays));
+        let next = target(&bed, "", "b.dev");
+        let unpaused = bed.ask(unpause(minor, Some(next))).await;
+        assert!(matches!(unpaused, Ok(Reply::Opened(_))), "{unpaused:?}");
+        let ino = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&other).expect("the image"));
+        let backing = bed.kernel.nodes.borrow()[&minor].backing;
+        assert_eq!(backing.map(|backing| backing.ino), Some(ino));
+        assert_eq!(
+            log(&bed)[2..],
+            ["pause", "remove 0", "remove 0", "add 0 w", "unpause w B"]
+        );
+    });
+}
+
+#[test]
+fn a_pause_waits_for_io_of_the_kernel() {
+    test("direct-busy", |bed| async move {
+        bed.image("a.dev", "A");
+        let minor = bed.made(bed.create("a.dev")).await;
+        let busy = |times| {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            let backing = &mut nodes.get_mut(&minor).expect("the node").backing;
+            backing.as_mut().expect("it has the image").busy = times;
+        };
+        busy(3);
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert_eq!(bed.row(minor).await.state, Some(State::Paused));
+        assert!(!is_backed(&bed, minor));
+        let unpaused = bed.ask(unpause(minor, None)).await;
+        assert!(matches!(unpaused, Ok(Reply::Opened(_))), "{unpaused:?}");
+        // If it takes longer, the disk is not paused, nothing else waits for it, and the same verb goes on.
+        busy(u32::MAX);
+        let short = Request::Pause {
+            which: which(minor),
+            timeout_s: 1,
+        };
+        let late = bed.ask(short);
+        let other = async {
+            bed.image("b.dev", "B");
+            bed.made(bed.create("b.dev")).await
+        };
+        let (late, other) = futures::future::join(late, other).await;
+        assert!(is_backed(&bed, other));
+        let late = late.expect_err("its I/O goes on");
+        assert_eq!(late.code, Code::Timeout, "{late}");
+        assert!(late.message.contains("of the kernel"), "{late}");
+        busy(0);
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert!(!is_backed(&bed, minor));
+    });
+}
+
+#[test]
+fn the_kernel_loses_the_image_of_a_disk_that_is_paused_without_a_process() {
+    test("direct-dead", |bed| async move {
+        bed.image("a.dev", "A");
+        let minor = bed.made(bed.create("a.dev")).await;
+        // The next ones die, too.
+        fs::write(bed.dir.join("die"), "").expect("write");
+        kill(bed.row(minor).await.pid.expect("a process"));
+        until("its death", || async {
+            bed.row(minor).await.pid.is_none().then_some(())
+        })
+        .await;
+        assert!(is_backed(&bed, minor), "its guest goes on");
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert!(!is_backed(&bed, minor));
+    });
+}
+
+/// What the kernel has executed is on the new image alone.
+#[test]
+fn an_image_that_the_kernel_has_served_stays_the_disks() {
+    test("direct-executed", |bed| async move {
+        bed.image("a.dev", "A");
+        bed.image("b.dev", "B");
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let next = target(&bed, "", "b.dev");
+        let unpaused = bed.ask(unpause(minor, Some(next)));
+        let dies = async {
+            until("the image", || async {
+                is_backed(&bed, minor).then_some(())
+            })
+            .await;
+            let pid = bed.row(minor).await.pid.expect("a process");
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&minor).expect("the node").direct = 1;
+            drop(nodes);
+            kill(pid);
+            fs::remove_file(bed.dir.join("hang")).expect("remove");
+        };
+        let (unpaused, ()) = futures::future::join(unpaused, dies).await;
+        assert!(unpaused.is_err(), "{unpaused:?}");
+        until("the next process", || async {
+            let row = bed.row(minor).await;
+            (row.state == Some(State::Running)).then_some(())
+        })
+        .await;
+        assert_eq!(log(&bed).last().map(String::as_str), Some("open w B"));
+    });
+}
+
+#[test]
+fn the_next_supervisor_takes_the_image_from_the_kernel() {
+    let host = Succession::new("direct-left");
+    let minor = super::bed::block_on(async {
+        let bed = host.bed();
+        bed.image("a.dev", "A");
+        bed.made(bed.create("a.dev")).await
+    });
+    super::bed::block_on(async {
+        let bed = host.bed();
+        blktapctrl::adopt::disks(&bed.lifecycle).await;
+        assert!(is_backed(&bed, minor));
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert!(!is_backed(&bed, minor));
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
+    });
+}
