@@ -106,8 +106,10 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             process.scrub(rate).await.map(done)
         }
         Request::Stats(which) => {
-            let process = registry.find(&which)?.serving()?;
-            process.stats(SOON).await.map(Reply::Stats)
+            let disk = registry.find(&which)?;
+            let mut stats = disk.serving()?.stats(SOON).await?;
+            stats.direct = registry.counted(&disk).by_itself();
+            Ok(Reply::Stats(stats))
         }
         Request::Create(create) => lifecycle.create(*create).await.map(created),
         Request::Destroy { which, timeout_s } => {

@@ -87,6 +87,15 @@ pub struct Scrub {
     pub errors: u64,
 }
 
+/// What the kernel does for a disk by itself, beside its process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Direct {
+    /// Requests that it has executed so since the disk was made.
+    pub executed: u64,
+    /// Requests that it executes so now.
+    pub executing: u32,
+}
+
 /// Everything a tapdisk counts. Unless said otherwise, since the image was opened first: processes that
 /// follow each other go on counting, but for what the last second before a death brought.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +127,9 @@ pub struct Stats {
     pub nbd: u64,
     /// The scrub that runs, or the last one.
     pub scrub: Option<Scrub>,
+    /// What the kernel does by itself, if it may: of that the process knows nothing, so the supervisor says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct: Option<Direct>,
     /// Facts that the driver adds, such as the number of its clusters: names and numbers.
     pub driver: std::collections::BTreeMap<String, u64>,
 }

@@ -4,7 +4,7 @@
 //! Two sets of verbs: [`Request::Create`] and [`Request::Destroy`] do all that a disk needs; the
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
 
-use crate::stats::Stats;
+use crate::stats::{Direct, Stats};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
 use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
@@ -530,6 +530,16 @@ pub struct Kernel {
     pub direct: u64,
     /// Requests that it executes so now.
     pub executing: u32,
+}
+
+impl Kernel {
+    /// What it does for the disk by itself, if it may.
+    pub fn by_itself(&self) -> Option<Direct> {
+        (self.backings > 0).then_some(Direct {
+            executed: self.direct,
+            executing: self.executing,
+        })
+    }
 }
 
 /// A request that failed because processes died of it.

@@ -310,6 +310,22 @@ const KERNEL: Table<Kernel> = &[
     ),
     (
         (
+            "xen_tap_direct_total",
+            "counter",
+            "Requests that the kernel has executed by itself, beside the process.",
+        ),
+        |kernel| kernel.direct as f64,
+    ),
+    (
+        (
+            "xen_tap_executing",
+            "gauge",
+            "Requests that the kernel executes so now.",
+        ),
+        |kernel| f64::from(kernel.executing),
+    ),
+    (
+        (
             "xen_tap_replayed_total",
             "counter",
             "Requests that were delivered a second time.",

@@ -2,7 +2,7 @@
 //! What people see.
 
 use crate::time::utc;
-use control::stats::{Counter, Stats};
+use control::stats::{Counter, Direct, Stats};
 use control::supervisor::{Event, HandedOff, Reply, Row, Snapshot, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
@@ -110,6 +110,12 @@ fn row(row: &Row) -> String {
         add("isolated", some(kernel.isolated));
         add("poisoned", some(kernel.poisoned));
         add("memory_kib", some(kernel.memory_kib));
+        let direct = kernel.by_itself();
+        add("direct", direct.map(|direct| direct.executed.to_string()));
+        add(
+            "executing",
+            direct.map(|direct| direct.executing.to_string()),
+        );
     }
     add("restarts", Some(row.restarts.to_string()));
     add("vbd", row.vbd.clone());
@@ -146,6 +152,9 @@ pub(crate) fn table(rows: &[Row]) -> String {
             row.vbd.as_deref().unwrap_or("-"),
             row.target.as_ref().map_or("-".into(), ToString::to_string),
         );
+        if let Some(direct) = kernel.and_then(|kernel| kernel.by_itself()) {
+            let _ = writeln!(text, "      {}", by_itself(direct));
+        }
         if let Some(why) = &row.unknown {
             let _ = writeln!(text, "      unknown: {why}");
         }
@@ -154,6 +163,17 @@ pub(crate) fn table(rows: &[Row]) -> String {
         }
     }
     text
+}
+
+/// What the kernel does for a disk beside its process.
+pub(crate) fn by_itself(direct: Direct) -> String {
+    let Direct {
+        executed,
+        executing,
+    } = direct;
+    format!(
+        "direct: the kernel has served {executed} requests by itself, and serves {executing} now"
+    )
 }
 
 fn stats(stats: &Stats) -> String {
@@ -185,6 +205,9 @@ fn stats(stats: &Stats) -> String {
         stats.calls,
         stats.nbd
     );
+    if let Some(direct) = stats.direct {
+        let _ = writeln!(text, "{}", by_itself(direct));
+    }
     if let Some(scrub) = &stats.scrub {
         let state = if scrub.running { "at" } else { "ended at" };
         let _ = writeln!(
@@ -296,7 +319,8 @@ fn trouble(what: &What) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{row, table};
+    use super::{row, stats, table};
+    use control::stats::Stats;
     use control::supervisor::{Kernel, Mode, Row};
     use control::tapdisk::State;
 
@@ -332,6 +356,29 @@ mod tests {
             row(&sample()),
             "pid=312 minor=4 state=running args=aio:/srv/a.img mode=w kernel=live waiting=1 delivered=2 memory_kib=2300 restarts=0\n"
         );
+    }
+
+    #[test]
+    fn what_the_kernel_serves_by_itself_is_shown() {
+        let mut direct = sample();
+        direct.kernel = Some(Kernel {
+            backings: 1,
+            direct: 4711,
+            executing: 3,
+            ..Kernel::default()
+        });
+        let line = row(&direct);
+        assert!(line.contains(" direct=4711 executing=3 "), "{line}");
+        let said = "direct: the kernel has served 4711 requests by itself, and serves 3 now";
+        let text = table(&[sample(), direct.clone()]);
+        assert_eq!(text.matches("direct").count(), 1, "{text}");
+        assert!(text.contains(said), "{text}");
+        let mut counted = Stats::default();
+        assert!(!stats(&counted).contains("direct"));
+        counted.direct = direct.kernel.and_then(|kernel| kernel.by_itself());
+        assert!(stats(&counted).contains(said));
+        let json = serde_json::to_value(&counted).expect("numbers");
+        assert_eq!(json["direct"]["executed"], 4711);
     }
 
     #[test]

@@ -193,7 +193,8 @@ impl Registry {
         counted.committed.saturating_add(counted.direct)
     }
 
-    fn counted(&self, disk: &Disk) -> control::supervisor::Kernel {
+    /// What the kernel says of a disk; nothing if it does not.
+    pub fn counted(&self, disk: &Disk) -> control::supervisor::Kernel {
         let node = kernel::node(&*self.kernel, disk.minor);
         node.ok()
             .flatten()

@@ -12,6 +12,7 @@ use crate::figures::Figures;
 use crate::host::{Host, Unread};
 use crate::look::{look, Disk, Kind, Look, Supervisor};
 use crate::{cli, print, Cli, Error};
+use control::stats::Direct;
 use serde::Serialize;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -44,6 +45,8 @@ pub(crate) struct Line {
     pub(crate) verdict: Verdict,
     /// How bad that is.
     pub(crate) severity: u8,
+    /// What the kernel does of it by itself, beside the process.
+    pub(crate) direct: Option<Direct>,
     /// What it did while it was watched.
     pub(crate) figures: Option<Figures>,
 }
@@ -169,6 +172,7 @@ fn line(old: &Disk, disk: &Disk, before: &Look, now: &Look, limits: Limits) -> L
         image: target.or_else(|| disk.block.as_ref().map(|block| block.label())),
         severity: verdict.state.severity(),
         verdict,
+        direct: row.and_then(|row| row.kernel.as_ref()?.by_itself()),
         figures: Figures::between(old, disk, elapsed),
     }
 }

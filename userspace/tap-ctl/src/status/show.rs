@@ -3,6 +3,7 @@
 
 use super::{Line, Report};
 use crate::figures::Figures;
+use crate::show::by_itself;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -16,6 +17,9 @@ pub(crate) fn text(report: &Report, extended: bool) -> String {
         text += &line(disk);
         if let Some(remedy) = &disk.verdict.remedy {
             text += &format!("      do: {remedy}\n");
+        }
+        if let Some(direct) = disk.direct {
+            text += &format!("      {}\n", by_itself(direct));
         }
         if extended {
             text += &more(disk);

@@ -132,6 +132,7 @@ fn running(
 ) -> Verdict {
     let figures = Figures::between(before, now, around.elapsed).unwrap_or_default();
     hung(before, now, tap, kernel, around)
+        .or_else(|| kernel_hangs(now, tap, kernel, around))
         .or_else(|| poisoned(kernel))
         .or_else(|| phy::failing(&figures))
         .or_else(|| slow(now, &figures, around))
@@ -164,6 +165,31 @@ fn hung(
     })
 }
 
+/// What the kernel executes by itself is not over.
+fn kernel_hangs(
+    now: &Disk,
+    tap: &TopRow,
+    kernel: &Kernel,
+    around: &Surroundings,
+) -> Option<Verdict> {
+    let direct = kernel.by_itself().filter(|direct| direct.executing > 0)?;
+    let oldest = phy::oldest(now, around.limits.hung)?;
+    let image = image(tap);
+    let why = format!(
+        "the kernel itself has {} requests under way on {image}",
+        direct.executing
+    );
+    let hung = Verdict::new(State::Hung, why).because(Cause::Storage);
+    let hung = hung.since(Oldest::Seconds(oldest.as_secs_f64()));
+    Some(hung.remedy(format!("see to the storage of {image}")))
+}
+
+/// What a disk is served from, for a sentence.
+fn image(tap: &TopRow) -> String {
+    let target = tap.row.target.as_ref();
+    target.map_or("its image".into(), ToString::to_string)
+}
+
 /// Requests wait at both looks, and the process of the disk took none between them.
 pub(super) fn takes_nothing(before: &Disk, now: &Disk) -> bool {
     let kernel = |disk: &Disk| {
@@ -184,11 +210,7 @@ fn who_hangs(now: &Disk, tap: &TopRow, kernel: &Kernel) -> Verdict {
         Verdict::new(State::Hung, why).because(cause).remedy(remedy)
     };
     let has = kernel.delivered;
-    let image = tap
-        .row
-        .target
-        .as_ref()
-        .map_or("its image".into(), ToString::to_string);
+    let image = image(tap);
     match (&now.process, &tap.stats) {
         (
             Some(Task {
@@ -276,12 +298,7 @@ fn slow(now: &Disk, figures: &Figures, around: &Surroundings) -> Option<Verdict>
             "that is as fast as it gets: spread the load over several disks, or use a raw image",
         ));
     }
-    let tap = now.tap.as_ref()?;
-    let image = tap
-        .row
-        .target
-        .as_ref()
-        .map_or("its image".into(), ToString::to_string);
+    let image = image(now.tap.as_ref()?);
     let slow = slow(Cause::Storage, ", and its process has time left");
     Some(slow.remedy(format!("see with iostat -x to the storage of {image}")))
 }

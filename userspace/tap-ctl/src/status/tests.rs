@@ -438,6 +438,32 @@ fn who_hangs_is_the_process_or_its_storage() {
 }
 
 #[test]
+fn what_the_kernel_does_by_itself_is_told_and_may_hang() {
+    let by_itself = |oldest_ns: u64| {
+        of_tap(1, |disk| {
+            let kernel = fake::kernel(disk);
+            (kernel.backings, kernel.direct, kernel.executing) = (1, 4711, 3);
+            let vbd = disk.vbd.as_mut().expect("a guest has it");
+            vbd.counters.insert("in_flight".into(), 3);
+            vbd.counters.insert("oldest_ns".into(), oldest_ns);
+        })
+    };
+    let well = by_itself(MS);
+    assert_eq!(said(&well), (State::Ok, None, 0));
+    let text = show::text(&well, false);
+    assert!(
+        text.contains("direct: the kernel has served 4711"),
+        "{text}"
+    );
+    let json = serde_json::to_value(&well).expect("numbers");
+    assert_eq!(json["disks"][0]["direct"]["executing"], 3);
+    let hangs = by_itself(95_000 * MS);
+    assert_eq!(said(&hangs), (State::Hung, Some(Cause::Storage), 2));
+    let why = &hangs.disks[0].verdict.why;
+    assert!(why.contains("kernel itself has 3 requests"), "{why}");
+}
+
+#[test]
 fn a_process_that_takes_nothing_hangs() {
     let waits = |disk: &mut Disk| fake::kernel(disk).waiting = 9;
     assert_eq!(said(&of_tap(1, waits)).0, State::Ok);
