@@ -325,11 +325,12 @@ fn flush_later(context: &mut Context) -> Result<()> {
 }
 
 /// The guest flushes, and the device and the statistics count it.
-fn flushes_arrive(guest: &Guest, vbd: &Vbd, device: &NullBlk) -> Result<()> {
+pub(super) fn flushes_arrive(guest: &Guest, vbd: &Vbd, device: &NullBlk) -> Result<()> {
     const FLUSHES: u64 = 12;
     let (device_before, disk_before) = (device.flushes()?, vbd.statistic("f_req")?);
     guest.run(&format!(
-        "fio --name=f --filename=/dev/xvda --size=256k --bs=4k --direct=1 --rw=write --fsync=1 --number_ios={} --output-format=terse",
+        "fio --name=f --filename=/dev/{} --size=256k --bs=4k --direct=1 --rw=write --fsync=1 --number_ios={} --output-format=terse",
+        vbd.vdev,
         // No flush follows the last write.
         FLUSHES + 1
     ))?;

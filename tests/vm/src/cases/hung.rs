@@ -89,7 +89,7 @@ enum Step {
 const QUICK: Duration = Duration::from_secs(60);
 
 /// A device of device mapper over null_blk that can be hung.
-fn hangable(context: &mut Context) -> Result<Dm> {
+pub(super) fn hangable(context: &mut Context) -> Result<Dm> {
     let below = context.null_blk(16, &[])?;
     let disk = Dm::create("vmtest-hung", &linear(&below.path(), 32768))?;
     let theirs = disk.clone();
@@ -130,7 +130,7 @@ fn bus(context: &Context, vbd: &Vbd, file: &str) -> Result<()> {
 
 /// The thread that serves every backend of the host works: a disk comes and goes. The module says that
 /// it is in use, and does not hang.
-fn host_is_well(context: &mut Context, after: &str) -> Result<()> {
+pub(super) fn host_is_well(context: &mut Context, after: &str) -> Result<()> {
     others_are_served(context, after)?;
     // 1 is rmmod's word for a refusal.
     let refused = quickly("rmmod", &["rmmod", context.driver.sys_module()])?;
@@ -142,7 +142,7 @@ fn host_is_well(context: &mut Context, after: &str) -> Result<()> {
 }
 
 /// A disk comes and goes.
-fn others_are_served(context: &mut Context, after: &str) -> Result<()> {
+pub(super) fn others_are_served(context: &mut Context, after: &str) -> Result<()> {
     let look = |context: &mut Context| -> Result<()> {
         let other = context.null_blk(16, &[])?;
         let started = Instant::now();

@@ -6,6 +6,7 @@ mod basic;
 mod beside;
 mod boot;
 mod death;
+mod direct;
 mod faults;
 mod formats;
 mod handoff;
@@ -441,6 +442,7 @@ pub(crate) fn all() -> Vec<Case> {
         images::cases(),
         permission::cases(),
         tap_life::cases(),
+        direct::cases(),
         boot::cases(),
         // Last: after the module with planted faults nothing is worth judging.
         planted::cases(),

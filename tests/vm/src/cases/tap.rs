@@ -466,13 +466,14 @@ fn pause(context: &mut Context) -> Result<()> {
     disk.detach(guest)
 }
 
-/// Waits until so many more requests were answered.
+/// Waits until so many more requests were answered, by whomever.
 pub(super) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
-    let before = disk.info()?.committed;
+    let answered = || disk.info().map(|info| info.committed + info.direct);
+    let before = answered()?;
     sh::wait_for(
         "requests that are answered",
         Duration::from_secs(60),
-        || Ok(disk.info()?.committed >= before + count),
+        || Ok(answered()? >= before + count),
     )
 }
 

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The kernel serves the block device behind a tap disk by itself: without its process, and as well as with it.
+
+use super::basic::{flushes_arrive, verify_job, FIO};
+use super::faults::{endless_load, wait_load};
+use super::hung::{hangable, host_is_well, others_are_served};
+use super::lifecycle::own_guest;
+use super::tap::{end_load, same, start_load, start_load_with, wait_progress, DEVICE, VDEV};
+use super::{Case, Context, Needs};
+use crate::backing::NullBlk;
+use crate::guest::Vbd;
+use crate::tap::{self, Served, Supervisor};
+use crate::{sh, sys};
+use anyhow::{ensure, Context as _, Result};
+use ring::tap::abi::STATE_LIVE;
+use std::time::Duration;
+
+/// How long what must happen soon may take in an emulated machine.
+const SOON: Duration = Duration::from_secs(60);
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run).supervised().no_leaks()
+    };
+    vec![
+        case(
+            "direct.serves",
+            "the kernel serves a device behind a tap disk: verified, flushed, discarded",
+            Pv,
+            serves,
+        ),
+        case(
+            "direct.without_process",
+            "process and supervisor are gone under load: reads, writes and flushes go on, and then the next process",
+            Pv,
+            without_process,
+        ),
+        case(
+            "direct.pause",
+            "paused under load, nothing is executed and the kernel has let go of the device",
+            Pv,
+            pause,
+        ),
+        case(
+            "direct.hung",
+            "the guest of a disk whose device hangs below the kernel is destroyed: others are served",
+            Nothing,
+            hung,
+        ),
+    ]
+}
+
+/// A disk of a device that the kernel may serve.
+fn disk(path: &str, vdev: &str) -> String {
+    tap::disk(&format!("direct=yes,aio:{path}"), vdev, "w")
+}
+
+/// A device that can all that a guest asks for.
+fn device(context: &mut Context) -> Result<NullBlk> {
+    context.null_blk(16, &[("discard", "1"), ("cache_size", "4")])
+}
+
+fn attach(context: &mut Context, device: &NullBlk) -> Result<Served> {
+    let disk = Served::attach(context.pv()?, &disk(&device.path(), VDEV))?;
+    context.check_driver(&disk.vbd)?;
+    wait_given(&disk)?;
+    Ok(disk)
+}
+
+/// Waits until the kernel has the device.
+fn wait_given(disk: &Served) -> Result<()> {
+    sh::wait_for("a device that the kernel may use", SOON, || {
+        Ok(disk.info()?.backings == 1)
+    })
+}
+
+/// Waits until the kernel has executed so many more requests.
+fn wait_direct(disk: &Served, count: u64) -> Result<()> {
+    let before = disk.info()?.direct;
+    sh::wait_for("requests that the kernel executes", SOON, || {
+        Ok(disk.info()?.direct >= before + count)
+    })
+    .with_context(|| format!("{:?}", disk.info()))
+}
+
+fn serves(context: &mut Context) -> Result<()> {
+    let device = device(context)?;
+    let disk = attach(context, &device)?;
+    let guest = context.pv()?;
+    let verified = |after: &str| -> Result<()> {
+        let before = disk.info()?.direct;
+        guest.run_for(&verify_job(DEVICE, 16, 200, 512), FIO)?;
+        let count = disk.info()?.direct - before;
+        // 200 writes, and as many reads at least.
+        ensure!(
+            count >= 350,
+            "{after} the kernel has executed {count} requests of 400: {:?}",
+            disk.info()
+        );
+        same(guest, &device.path(), 16)
+    };
+    verified("at first")?;
+    flushes_arrive(guest, &disk.vbd, &device)?;
+    guest.run(&format!("blkdiscard -o 1M -l 1M {DEVICE}"))?;
+    same(guest, &device.path(), 4)?;
+    verified("after a discard")?;
+    // The next process says it again.
+    disk.replace()?;
+    verified("with another process")?;
+    let shown = tap::ctl_json(&["list"])?;
+    ensure!(
+        shown.to_string().contains("\"direct\""),
+        "tap-ctl list does not say that the kernel serves the disk: {shown}"
+    );
+    disk.detach(context.pv()?)
+}
+
+fn without_process(context: &mut Context) -> Result<()> {
+    let device = device(context)?;
+    let disk = attach(context, &device)?;
+    // A discard would be for the process, and the threads of the load wait for theirs.
+    let load = start_load_with(context.pv()?, "")?;
+    wait_direct(&disk, 50)?;
+    let supervisor: Supervisor = context.take_supervisor()?;
+    supervisor.kill()?;
+    let old = disk.kill()?;
+    sh::wait_for("the end of the process", SOON, || {
+        Ok(disk.info()?.state != STATE_LIVE)
+    })?;
+    for _ in 0..4 {
+        wait_direct(&disk, 200)?;
+        let guest = context.pv()?;
+        let flushes = device.flushes()?;
+        guest.run(&format!(
+            "dd if=/dev/zero of={DEVICE} bs=4k count=1 seek=4000 conv=fsync,notrunc"
+        ))?;
+        ensure!(
+            device.flushes()? > flushes,
+            "a flush was answered and has not reached the device"
+        );
+    }
+    let info = disk.info()?;
+    ensure!(
+        info.state != STATE_LIVE,
+        "there is a process, which nobody has started: {info:?}"
+    );
+    context.supervise(true)?;
+    disk.wait_replaced(old)?;
+    wait_direct(&disk, 200)?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &device.path(), 16)?;
+    context.note(&format!(
+        "{} requests without the process; {told}",
+        info.direct
+    ))?;
+    disk.detach(context.pv()?)
+}
+
+fn pause(context: &mut Context) -> Result<()> {
+    let device = device(context)?;
+    let disk = attach(context, &device)?;
+    let minor = disk.minor.to_string();
+    let load = start_load(context.pv()?)?;
+    for _ in 0..3 {
+        wait_progress(&disk, 50)?;
+        wait_direct(&disk, 50)?;
+        tap::ctl(&["pause", "-m", &minor])?;
+        let paused = disk.info()?;
+        ensure!(
+            paused.backings == 0 && paused.executing == 0,
+            "the kernel has not let go of a paused disk: {paused:?}"
+        );
+        sh::wait_for("requests that wait", SOON, || Ok(disk.info()?.waiting > 0))?;
+        let later = disk.info()?;
+        ensure!(
+            (later.direct, later.committed) == (paused.direct, paused.committed),
+            "requests were executed while the disk was paused: {paused:?}, then {later:?}"
+        );
+        tap::ctl(&["unpause", "-m", &minor])?;
+    }
+    wait_direct(&disk, 50)?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &device.path(), 16)?;
+    context.note(&told)?;
+    disk.detach(context.pv()?)
+}
+
+fn hung(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = hangable(context)?;
+    let guest = own_guest(2, vec![disk(&device.path(), "xvda")])?;
+    let served = Served::of(Vbd::of(guest.domid, "xvda")?)?;
+    wait_given(&served)?;
+    guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&served.vbd)?;
+    wait_direct(&served, 50)?;
+    device.suspend()?;
+    sh::wait_for("requests that hang in the kernel", SOON, || {
+        Ok(served.info()?.executing > 0)
+    })?;
+    // Whether there is a process makes no difference to that.
+    let pid = served.pid()?;
+    sys::kill(pid, libc::SIGKILL).context("cannot kill tapdisk")?;
+    others_are_served(context, "a device hangs below a tap disk")?;
+    // Ends when the hypervisor has let go of the domain: not as long as anything of it is mapped.
+    guest.destroy()?;
+    host_is_well(context, "its guest was destroyed")?;
+    ensure!(
+        served.info()?.executing > 0,
+        "the kernel has forgotten requests that hang"
+    );
+    device.resume()?;
+    served.vbd.wait_gone()?;
+    served.wait_gone()
+}
