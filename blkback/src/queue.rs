@@ -107,6 +107,9 @@ pub(crate) struct Setup<'a, D> {
     pub(crate) limits: &'a Limits,
 }
 
+/// Passes in a row of which one shows what was counted; so does each before a sleep.
+const HIDDEN: u8 = 16;
+
 const NO_MEMORY: &str = "there is not enough memory for the queues";
 
 fn step(what: &'static str, error: Error) -> ConnectError {
@@ -391,6 +394,7 @@ impl<D: QueueBackends> State<D> {
             self.limits,
         );
         let command = server.serve(&mut engine);
+        server.tally.show(engine.stats(), engine.flight());
         let left = engine.detach();
         // The owner may publish state Closed only when ring and event channel are gone.
         guest.let_go();
@@ -469,6 +473,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut sectors = self.known_sectors;
         let mut broken = false;
         let mut active = false;
+        let mut hidden = 0u8;
         let mut draining = None;
         let mut pollers = Pollers::new(D::BY_PROCESS);
         let mut keeper = Keeper::new(self.tally);
@@ -487,7 +492,6 @@ impl<D: QueueBackends> Serving<'_, D> {
             if params::WASTEFUL {
                 (1..pass.answered).for_each(|_| self.guest.notify());
             }
-            self.tally.show(engine.stats(), engine.flight());
             keeper.after_pass(engine);
             pollers.passed(pass.taken.max(pass.answered));
             active |= pass.taken > 0;
@@ -503,9 +507,14 @@ impl<D: QueueBackends> Serving<'_, D> {
                 return Command::Abandon;
             }
             if self.must_go_on(command, &pass, engine, &mut pollers) {
+                hidden = hidden.wrapping_add(1);
+                if hidden % HIDDEN == 0 {
+                    self.tally.show(engine.stats(), engine.flight());
+                }
                 cond_resched();
                 continue;
             }
+            self.tally.show(engine.stats(), engine.flight());
             self.end_event(broken, &mut active);
             let start = local_clock();
             let borrows = keeper.before_sleep(engine, start);
