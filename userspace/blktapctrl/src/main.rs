@@ -56,7 +56,7 @@ struct Cli {
         long,
         value_name = "yes|no",
         env = "XENTAP_DIRECT",
-        default_value = "yes",
+        default_value = "no",
         action = clap::ArgAction::Set,
         value_parser = control::yes_or_no
     )]
