@@ -48,7 +48,8 @@ pub(super) fn cases() -> Vec<Case> {
             "the guest of a disk whose device hangs below the kernel is destroyed: others are served",
             Nothing,
             hung,
-        ),
+        )
+        .nightly(),
     ]
 }
 
