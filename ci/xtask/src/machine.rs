@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A test machine: Xen and dom0 in QEMU, without hardware help, from one command line. All its processors are
-//! one thread of the host.
+//! A test machine: Xen and dom0 in QEMU, without hardware help, from one command line.
 //!
 //! A payload folder reaches dom0 as /t, and dom0 runs /t/run and powers off. What /t/run writes to
 //! the device named by $REPORT comes out here line by line; the consoles go to a log of their own,
@@ -34,8 +33,6 @@ pub(crate) struct Machine {
     pub(crate) smp: u32,
     /// Time is counted in instructions, so that figures repeat on any host.
     pub(crate) icount: bool,
-    /// It may run while one that is not does.
-    pub(crate) beside: bool,
     /// More words for Xen's command line.
     pub(crate) xen_args: String,
     /// More words for dom0's command line.
@@ -112,7 +109,6 @@ impl Machine {
             name: name.into(),
             smp: 2,
             icount: false,
-            beside: false,
             xen_args: String::new(),
             dom0_args: String::new(),
             checks: true,
@@ -202,10 +198,11 @@ impl Machine {
         run::shown(&mut qemu)
     }
 
-    /// Waits until no other machine that is, or is not, `beside` runs: each takes one processor of the host.
+    /// Waits until no other machine of the same kind of time runs. One whose time is counted in instructions
+    /// does not notice what runs beside it, and takes what the others leave of the processors.
     fn turn(&self) -> Result<Flock<File>> {
-        let name = match self.beside {
-            true => "machine-beside.lock",
+        let name = match self.icount {
+            true => "machine-counted.lock",
             false => "machine.lock",
         };
         cache::lock(&cache::dir()?.join(name))
@@ -260,7 +257,10 @@ impl Machine {
                 "file={place}/{name},if=virtio,format=raw,cache=unsafe"
             ));
         }
-        let mut qemu = root.command("qemu-system-x86_64");
+        let mut qemu = root.command("chrt");
+        // Counted time does not pass while others run: they come first.
+        let class = if self.icount { "--idle" } else { "--other" };
+        qemu.args([class, "0", "qemu-system-x86_64"]);
         qemu.args([
             "-M",
             "q35",
@@ -274,11 +274,15 @@ impl Machine {
         ]);
         // rdrand: without it the hotplug scripts wait a minute for entropy.
         qemu.args(["-cpu", "qemu64,+svm,+npt,+rdrand,+rdseed"]);
-        // With a thread for each processor QEMU 10 and 11 kill a hardware virtualised guest now and then: one
-        // in four or five while something else wants the host's processors.
-        qemu.args(["-accel", "tcg,thread=single,tb-size=512"]);
         if self.icount {
-            qemu.args(["-icount", "shift=0,sleep=off"]);
+            qemu.args([
+                "-accel",
+                "tcg,thread=single,tb-size=512",
+                "-icount",
+                "shift=0,sleep=off",
+            ]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi,tb-size=512"]);
         }
         qemu.args(["-kernel", "/mnt/a/xen", "-append", &self.xen_command_line()]);
         let dom0 = format!(

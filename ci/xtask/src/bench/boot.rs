@@ -19,7 +19,6 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
     let machines = recipes::machines()?;
     let mut machine = Machine::new("bench");
     machine.icount = true;
-    machine.beside = true;
     machine.checks = false;
     // Each domain has processors of its own, so that the counters tell them apart.
     // More processors than are needed would change how those that are take turns.

@@ -11,9 +11,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The machine of the usual attacks.
-const HOSTILE: &str = "hostile";
-
 /// By default all requests are copied. With this the large ones are mapped.
 const MAPPING: &str = "copy_max_segments=16";
 
@@ -62,7 +59,7 @@ pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
          /t/hostile run --pages --label mapped{seed}
          exec /t/hostile fuzz --cases {SOME_FUZZ}{seed}\n"
     );
-    boot(tally, HOSTILE, "", &script)
+    boot(tally, "hostile", "", &script)
 }
 
 /// The attacks of all rings, with large requests mapped.
@@ -161,7 +158,6 @@ fn consoles(tally: &mut Tally, name: &str, outcome: Result<Outcome>) {
 
 fn machine(name: &str) -> Machine {
     let mut machine = Machine::new(name);
-    machine.beside = name == HOSTILE;
     machine.timeout = Duration::from_secs(60 * 60);
     machine
 }
