@@ -1,14 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Tells a guest that the emulator killed from a guest that died of anything else.
 //!
-//! QEMU's emulation of AMD's virtualisation now and then takes the same #VMEXIT twice. The first one
+//! QEMU's emulation of AMD's virtualisation does two things wrong now and then, mostly while something else wants
+//! the host's processors.
+//!
+//! It takes the same #VMEXIT twice. The first one
 //! saves the guest's state in its VMCB and loads the hypervisor's; the second one saves what the
 //! processor then has, which is the hypervisor's own state behind `VMRUN`, over the guest's. Xen
 //! reads a shutdown from that VMCB, says "Triple fault" and dumps what it believes to be the guest's
 //! registers: the selector of its own code, an address in its own text, its own stack, and in rax
 //! what `VMRUN` takes there, the physical address of the VMCB. No guest and no driver can bring
 //! about such a dump: a guest's code never runs with the hypervisor's selector at its addresses.
+//!
+//! Or a guest goes on without its nested page tables, so that it has no memory where it had some a moment ago. It
+//! faults at its next instruction, at the gate of that fault, at the gate of the double fault, and that is the
+//! end. So `cr2` is the gate of the double fault, the ninth in the table that begins at a page: of a kernel that
+//! is in trouble by itself that can always be read, because it is what the kernel learns of all trouble by.
 
+use std::fmt;
 use std::ops::Range;
 
 /// The selector of Xen's code.
@@ -21,18 +30,41 @@ const XEN_DIRECT_MAP: Range<u64> = 0xffff_8300_0000_0000..0xffff_8800_0000_0000;
 const PHYSICAL: u64 = 1 << 52;
 const PAGE: u64 = 4096;
 
+/// The upper half of the addresses, where a kernel is.
+const GUEST_KERNEL: u64 = 0xffff_8000_0000_0000;
+/// Where the gate of the double fault, number 8, is in the table of gates of 16 bytes.
+const DOUBLE_FAULT_GATE: u64 = 8 * 16;
+
 /// What Xen says when a guest dies so.
 const TRIPLE_FAULT: &str = "Triple fault";
 /// A dump has so many lines before the code and the stack, which do not matter here.
 const DUMP_LINES: usize = 24;
+
+/// What the emulator did wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It took a #VMEXIT twice.
+    ExitTwice,
+    /// It ran the guest without its nested page tables.
+    NoTables,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Fault::ExitTwice => "a #VMEXIT taken twice",
+            Fault::NoTables => "the loss of its nested page tables",
+        })
+    }
+}
 
 /// A guest that died of a triple fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Death<'a> {
     /// Its number; none if the line is torn.
     pub domain: Option<u32>,
-    /// Whether the dump shows that the emulator took a #VMEXIT twice.
-    pub by_emulator: bool,
+    /// What the emulator did wrong, if the dump shows that it did.
+    pub by_emulator: Option<Fault>,
     /// The line that tells of it.
     pub line: &'a str,
 }
@@ -44,7 +76,7 @@ pub fn deaths<'a>(lines: &[&'a str]) -> Vec<Death<'a>> {
     at.map(|(index, line)| {
         let domain = speaker(line);
         let rest = lines.get(index + 1..).unwrap_or_default();
-        let by_emulator = domain.is_some_and(|domain| is_hypervisor(dump(rest, domain)));
+        let by_emulator = domain.and_then(|domain| fault(dump(rest, domain)));
         Death {
             domain,
             by_emulator,
@@ -74,6 +106,25 @@ fn dump<'l, 'a>(rest: &'l [&'a str], domain: u32) -> &'l [&'a str] {
         }
         _ => &[],
     }
+}
+
+/// What the emulator did wrong, according to a dump.
+fn fault(dump: &[&str]) -> Option<Fault> {
+    if is_hypervisor(dump) {
+        return Some(Fault::ExitTwice);
+    }
+    has_no_tables(dump).then_some(Fault::NoTables)
+}
+
+/// Whether a guest's kernel could not read the gate of the double fault.
+fn has_no_tables(dump: &[&str]) -> bool {
+    let (Some((selector, _)), Some(cr2)) = (instruction(dump), register(dump, "cr2:")) else {
+        return false;
+    };
+    dump.iter().any(|line| line.contains("CONTEXT: hvm guest"))
+        && selector != XEN_CODE
+        && cr2 >= GUEST_KERNEL
+        && cr2 % PAGE == DOUBLE_FAULT_GATE
 }
 
 /// Whether all that the dump shows is the hypervisor's state behind `VMRUN`.
@@ -118,7 +169,7 @@ fn hexadecimal(word: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{deaths, Death};
+    use super::{deaths, Death, Fault};
 
     /// What Xen 4.20 prints of such a death.
     const DUMP: &str = "\
@@ -139,7 +190,28 @@ mod tests {
 (XEN) ds: 0000   es: 0000   fs: 0000   gs: 0000   ss: 0000   cs: e008
 ";
 
+    /// What it prints of a guest that goes on without its nested page tables.
+    const BARE: &str = "\
+(XEN) d2v0 Triple fault - invoking HVM shutdown action 1
+(XEN) *** Dumping Dom2 vcpu#0 state: ***
+(XEN) ----[ Xen-4.20.5-pre  x86_64  debug=n  Not tainted ]----
+(XEN) CPU:    0
+(XEN) RIP:    0010:[<ffffffff8132ca7f>]
+(XEN) RFLAGS: 0000000000000046   CONTEXT: hvm guest (d2v0)
+(XEN) rax: 0000000000000000   rbx: 0000000000000000   rcx: 000000000000080b
+(XEN) rdx: 0000000000000000   rsi: 0000000000000000   rdi: ffffc9000064f998
+(XEN) rbp: 0000000000000000   rsp: ffffc90000003fe0   r8:  0000000000000000
+(XEN) r15: 0000000000000000   cr0: 0000000080050033   cr4: 00000000000006f0
+(XEN) cr3: 0000000007522000   cr2: fffffe0000000080
+(XEN) ds: 0000   es: 0000   fs: 0000   gs: 0000   ss: 0018   cs: 0010
+";
+
     fn judged(log: &str) -> Vec<(Option<u32>, bool)> {
+        let judged = |(domain, fault): (_, Option<Fault>)| (domain, fault.is_some());
+        faults(log).into_iter().map(judged).collect()
+    }
+
+    fn faults(log: &str) -> Vec<(Option<u32>, Option<Fault>)> {
         let lines: Vec<&str> = log.lines().collect();
         let found = deaths(&lines).into_iter();
         found
@@ -161,6 +233,44 @@ mod tests {
         // The first processor's stack is in Xen's image.
         let first = DUMP.replace("rsp: ffff83013bdf7f90", "rsp: ffff82d0405f7f90");
         assert_eq!(judged(&first), [(Some(7), true)]);
+    }
+
+    #[test]
+    fn each_fault_has_its_name() {
+        assert_eq!(faults(DUMP), [(Some(7), Some(Fault::ExitTwice))]);
+        assert_eq!(faults(BARE), [(Some(2), Some(Fault::NoTables))]);
+        // Early in the boot the table is elsewhere.
+        let early = BARE.replace("fffffe0000000080", "ffffffff83f71080");
+        assert_eq!(faults(&early), [(Some(2), Some(Fault::NoTables))]);
+    }
+
+    #[test]
+    fn trouble_of_the_guests_own_is_not_the_emulators() {
+        for (what, replaced, by) in [
+            (
+                "a stack that ended",
+                "cr2: fffffe0000000080",
+                "cr2: ffffc90000003ff8",
+            ),
+            (
+                "another gate",
+                "cr2: fffffe0000000080",
+                "cr2: fffffe00000000e0",
+            ),
+            ("nothing", "cr2: fffffe0000000080", "cr2: 0000000000000000"),
+            (
+                "a program's address",
+                "cr2: fffffe0000000080",
+                "cr2: 00007f0000000080",
+            ),
+            ("the hypervisor's selector", "0010:[", "e008:["),
+            ("Xen itself is dumped", "hvm guest", "hypervisor"),
+            ("a dump without cr2", "cr2:", "xr2:"),
+        ] {
+            assert!(BARE.contains(replaced), "{what}");
+            let found = judged(&BARE.replace(replaced, by));
+            assert!(matches!(found[..], [(_, false)]), "{what}: {found:?}");
+        }
     }
 
     #[test]

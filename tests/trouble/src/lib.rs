@@ -73,7 +73,7 @@ pub fn in_honest_kernel(line: &str) -> bool {
 /// emulator is to blame for it.
 pub fn in_xen<'a>(lines: &[&'a str]) -> Vec<&'a str> {
     let deaths = emulator::deaths(lines);
-    let guilty = deaths.iter().filter(|death| !death.by_emulator);
+    let guilty = deaths.iter().filter(|death| death.by_emulator.is_none());
     let mut found: Vec<&str> = guilty.map(|death| death.line).collect();
     let is_sign = |line: &&&str| XEN.iter().any(|sign| line.contains(sign));
     found.extend(lines.iter().filter(is_sign));

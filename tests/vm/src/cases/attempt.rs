@@ -94,12 +94,13 @@ impl Attempt {
         log: &[String],
         is_used: impl Fn(u32) -> bool,
     ) -> Result<()> {
-        let killed = killed_by_emulator(log);
-        for &domain in &killed {
+        let deaths = killed_by_emulator(log);
+        for &(domain, fault) in &deaths {
             self.lost |= is_used(domain);
-            let what = format!("{}: domain {domain}, by a #VMEXIT taken twice", case.name);
+            let what = format!("{}: domain {domain}, by {fault}", case.name);
             context.report.emulator(&what)?;
         }
+        let killed: Vec<u32> = deaths.into_iter().map(|(domain, _)| domain).collect();
         self.take_result(context.give_up(&killed));
         Ok(())
     }
@@ -165,12 +166,12 @@ impl Attempt {
     }
 }
 
-/// The domains that the emulator killed, by what Xen logged.
-fn killed_by_emulator(log: &[String]) -> Vec<u32> {
+/// The domains that the emulator killed, by what Xen logged, and how.
+fn killed_by_emulator(log: &[String]) -> Vec<(u32, emulator::Fault)> {
     let lines: Vec<&str> = log.iter().map(String::as_str).collect();
     let deaths = emulator::deaths(&lines).into_iter();
-    let killed = deaths.filter(|death| death.by_emulator);
-    killed.filter_map(|death| death.domain).collect()
+    let killed = deaths.filter_map(|death| Some((death.domain?, death.by_emulator?)));
+    killed.collect()
 }
 
 #[cfg(test)]
