@@ -105,6 +105,7 @@ pub(crate) const ALL: &[Backend] = &[
     entry("qdisk", "qdisk (QEMU)", Driver::None, Store::Memory, Way::Guest(QDISK), Set::Quick),
     entry("qdisk-direct", "qdisk (QEMU), past dom0's cache", Driver::None, Store::Memory, Way::Direct(QDISK), Set::Full),
     entry("tap-aio", "tap:aio, io_uring", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "uring"), Set::Full),
+    entry("tap-direct", "tap:aio, executed by the kernel", Driver::Ours, Store::Memory, Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
     entry("tap-libaio", "tap:aio, Linux AIO", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "aio"), Set::Full),
     entry("tap-qcow2", "tap:qcow2", Driver::Ours, Store::Image("qcow2"), Way::Tap("qcow2:{}", "uring"), Set::Full),
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", Driver::None, Store::Image("qcow2"), Way::Guest(QDISK_QCOW2), Set::Full),
