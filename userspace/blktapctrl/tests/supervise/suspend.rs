@@ -17,22 +17,32 @@ use std::time::Duration;
 struct Moving {
     bed: Rc<Bed>,
     domains: FakeDomains,
+    /// The image of the guest.
+    image: &'static str,
 }
 
 impl Moving {
     fn new(bed: Rc<Bed>) -> Moving {
+        Moving::with(bed, "a.img")
+    }
+
+    fn with(bed: Rc<Bed>, image: &'static str) -> Moving {
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
         bed.registry().use_store(Some(store));
-        bed.image("a.img", "A");
+        bed.image(image, "A");
         let domains = FakeDomains::default();
         bed.lifecycle.use_domains(Rc::new(domains.clone()));
         tokio::task::spawn_local(bed.lifecycle.clone().watch_suspended());
-        Moving { bed, domains }
+        Moving {
+            bed,
+            domains,
+            image,
+        }
     }
 
     /// The disk of one machine in a domain.
     fn create(&self, domain: u32) -> Create {
-        let mut create = self.bed.create("a.img");
+        let mut create = self.bed.create(self.image);
         let directory = format!("backend/vbd/{domain}/51712");
         let home = format!("/local/domain/{domain}");
         self.bed.store.put(&home, &[("vm", "/vm/a")]);
@@ -87,6 +97,44 @@ impl Moving {
         })
         .await;
     }
+}
+
+/// Another host may have it, and nothing of this one may write it then.
+#[test]
+fn kernel_loses_the_image_of_a_guest_that_is_suspended() {
+    test("suspend-direct", |bed| async move {
+        let host = Moving::with(bed.clone(), "a.dev");
+        let minor = host.made(3).await;
+        let backing = || bed.kernel.nodes.borrow()[&minor].backing;
+        assert!(backing().is_some());
+        host.suspend(3);
+        host.is(minor, State::Inactive).await;
+        assert_eq!(backing(), None);
+        host.resume(3);
+        host.wish(minor);
+        host.is(minor, State::Running).await;
+        host.no_wish(minor);
+        let round = ["inactivate", "remove 0", "add 0 w", "activate again w A"];
+        assert_eq!(bed.log()[3..], round);
+        // Its process dies on the way.
+        host.switch("held", true);
+        host.suspend(3);
+        let process = bed.row(minor).await.pid.expect("a process");
+        until("a question", || async {
+            let record = bed.registry().get(minor)?;
+            let is_asked = record.record.borrow().inactive.is_some();
+            is_asked.then_some(())
+        })
+        .await;
+        kill(process);
+        until("the kernel has let go", || async {
+            backing().is_none().then_some(())
+        })
+        .await;
+        host.switch("held", false);
+        host.is(minor, State::Inactive).await;
+        assert_eq!(backing(), None);
+    });
 }
 
 #[test]
