@@ -66,12 +66,8 @@ impl QueueBackends for BlockDevice {
             |error| ConnectError::Step("there is not enough memory for the queues", error);
         let memory = Memory::new(lease, &sizes).map_err(no_memory)?;
         let pages = memory.backing.table().clone();
-        let bios = Disk::new(
-            pages.clone(),
-            needs.wake_event.clone(),
-            needs.depth,
-        )
-        .map_err(no_memory)?;
+        let bios =
+            Disk::new(pages.clone(), needs.wake_event.clone(), needs.depth).map_err(no_memory)?;
         Ok(Part {
             backend: Phy {
                 bios,

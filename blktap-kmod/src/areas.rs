@@ -149,7 +149,9 @@ impl Areas {
         let offset = self.segment_offset(tag, index)?;
         Some(Segment {
             offset: self.descriptors.read_word(offset)?,
-            len: self.descriptors.read_word(offset.checked_add(size_of::<u32>())?)?,
+            len: self
+                .descriptors
+                .read_word(offset.checked_add(size_of::<u32>())?)?,
         })
     }
 

@@ -4,43 +4,19 @@
 
 use super::direct::Executor;
 use super::disk::{Inner, Share, TapDisk, BATCH};
+use super::place::Place;
 use crate::engine::{Backend, Io, IoKind};
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
-use crate::ring::numbers::{DiskTag, QueueTag};
+use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi::Segment;
 use crate::ring::tap::shadow::{Op, Request};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, AtomicFlag};
 use kernel::sync::Arc;
-
-/// A queue's part of the disk.
-#[derive(Clone, Copy)]
-pub(super) struct Place {
-    /// Number of the queue.
-    pub(super) index: u16,
-    /// Its tags begin here.
-    pub(super) first_tag: u16,
-    /// Its pages of the arena begin here.
-    pub(super) first_page: u16,
-    /// Its tags.
-    pub(super) depth: u16,
-}
-
-impl Place {
-    /// What the disk calls a request of this queue.
-    pub(super) fn disk_tag(self, tag: QueueTag) -> DiskTag {
-        DiskTag::new(self.first_tag.wrapping_add(tag.number()))
-    }
-
-    /// What this queue calls a request of the disk that is its own.
-    pub(super) fn queue_tag(self, tag: DiskTag) -> QueueTag {
-        QueueTag::new(tag.number().wrapping_sub(self.first_tag))
-    }
-}
 
 /// The backend of one queue. Dropping it leaves what the process has to the disk, and forgets the
 /// rest.
@@ -206,7 +182,9 @@ impl Backend for TapQueue {
 
     fn is_bound(&self, _unfinished: u16) -> bool {
         // What the process has the disk keeps.
-        self.executor.as_ref().is_some_and(|executor| executor.is_busy())
+        self.executor
+            .as_ref()
+            .is_some_and(|executor| executor.is_busy())
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {

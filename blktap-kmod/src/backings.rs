@@ -77,7 +77,8 @@ impl TapDisk {
         } = &mut *inner;
         let place = backings.get_mut(number.index()).ok_or(EINVAL)?;
         if let Some(before) = place {
-            let same = before.number() == device.number() && before.is_writable() == backing.writable;
+            let same =
+                before.number() == device.number() && before.is_writable() == backing.writable;
             let known = shadow
                 .map()
                 .as_ref()

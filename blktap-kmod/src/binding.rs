@@ -3,8 +3,9 @@
 //! A disk as the device to which it is bound sees it.
 
 use super::areas::{MAX_SEGMENTS, MIN_SEGMENTS};
-use super::backend::{Place, TapQueue};
+use super::backend::TapQueue;
 use super::disk::TapDisk;
+use super::place::Place;
 use super::registry;
 use crate::backing::{
     Attachment, BackingDisk, Drain, Limits, Needs, Part, QueueBackends, Status, Unavailable,
@@ -156,13 +157,11 @@ impl QueueBackends for Binding {
             first_page,
             depth,
         };
-        let backend =
-            TapQueue::new(self.disk.clone(), needs.wake_event.clone(), place, &own).map_err(
-                |error| match error {
-                    error if error == EBUSY => ConnectError::Step(NOT_READY, error),
-                    error => no_memory(error),
-                },
-            )?;
+        let backend = TapQueue::new(self.disk.clone(), needs.wake_event.clone(), place, &own)
+            .map_err(|error| match error {
+                error if error == EBUSY => ConnectError::Step(NOT_READY, error),
+                error => no_memory(error),
+            })?;
         Ok(Part {
             backend,
             pages: own,

@@ -5,8 +5,8 @@
 //! The data is where it is for a process: in the arena, at the segments that the queue has written before
 //! the request was posted, and which nobody else can write. So a request can go to the process after all.
 
-use super::backend::Place;
 use super::disk::{Backings, Inner, TapDisk, BATCH};
+use super::place::Place;
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Inflight, Operation, Piece};
 use crate::linux::memory::data::DataPages;
@@ -137,7 +137,6 @@ impl Executor {
             }
         }
     }
-
 }
 
 /// A request ends without having been started: the process gets it.

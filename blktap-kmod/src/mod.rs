@@ -21,6 +21,7 @@ mod disk;
 mod exchange;
 mod fence;
 mod node;
+mod place;
 mod registry;
 
 use crate::bus::TapDisks;
