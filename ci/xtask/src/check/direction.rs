@@ -90,10 +90,10 @@ const BLKBACK: &[&[&str]] = &[
 ];
 
 const SUPERVISOR: &[&[&str]] = &[
-    &[
-        "apart", "backoff", "events", "folder", "kernel", "link", "store",
-    ],
-    &["domains", "image", "memory", "nodes", "tenure"],
+    &["apart", "backoff", "events", "folder", "link", "store"],
+    &["image"],
+    &["kernel"],
+    &["domains", "memory", "nodes", "tenure"],
     &["overlay", "record"],
     &["process", "state"],
     &["disk"],
