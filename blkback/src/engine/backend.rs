@@ -66,7 +66,7 @@ pub trait Backend {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>);
 
     /// True if there is something that could not be started before and can be now. Neither sleeps nor takes
-    /// long: it is asked in each pass.
+    /// long: it is asked in each pass, the last time after [`reap`](Self::reap).
     fn can_resume(&self) -> bool {
         false
     }

@@ -67,9 +67,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let waiting = self.parked.is_some() || !self.requests.stalled.is_empty();
         self.count_page_wait();
         let retry = core::mem::replace(&mut self.retry, false);
+        // Whoever has told us of it since it was asked may have done so before the completions were looked
+        // at, which forgets that we were woken.
+        let resumable = self.backend.can_resume();
         Pass {
             notify: self.publish(),
-            again: !self.requests.taken.is_empty() || (now > 0 && waiting) || retry,
+            again: !self.requests.taken.is_empty() || (now > 0 && waiting) || retry || resumable,
             broken: self.ring.is_broken(),
             taken,
             answered,

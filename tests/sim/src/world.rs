@@ -109,6 +109,18 @@ impl<'a> World<'a, TapBackend> {
 }
 
 impl<'a, B: Backend> World<'a, B> {
+    /// Connects an engine to a fresh machine whose disk is behind something else.
+    pub fn behind(
+        storage: &'a mut Storage,
+        setup: Setup,
+        seed: u64,
+        backend: impl FnOnce(FakeDisk) -> B,
+    ) -> Self {
+        let machine = Rc::new(RefCell::new(Machine::new(setup, seed)));
+        let backend = backend(FakeDisk::new(machine.clone()));
+        Self::attach(storage, machine, 0, backend)
+    }
+
     fn attach(storage: &'a mut Storage, machine: Shared, index: u32, backend: B) -> Self {
         let (setup, size) = {
             let mut m = machine.borrow_mut();

@@ -2,8 +2,14 @@
 
 //! Defects that were once found in the engine, each named after its cause.
 
+use std::cell::Cell;
+
+use blkback::engine::{Backend, Io};
 use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_PROD};
+use ring::numbers::QueueTag;
 use ring::request::Limits;
+use ring::response::Status;
+use sim::disk::FakeDisk;
 use sim::machine::Setup;
 use sim::spec::{Expect, Spec};
 use sim::world::{Storage, World};
@@ -123,4 +129,47 @@ fn a_request_that_can_be_neither_mapped_nor_copied_does_not_wait_for_the_end_of_
     let refused = |m: &sim::machine::Machine| m.front.answers.iter().any(|a| a.status == -1);
     assert!(refused(&world.machine.borrow()), "still waiting");
     world.run_clean();
+}
+
+/// A disk that can begin something from the moment on at which it was asked whether it can.
+struct Told {
+    disk: FakeDisk,
+    told: Cell<bool>,
+    begun: bool,
+}
+
+impl Backend for Told {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        self.disk.submit(batch);
+    }
+
+    fn can_resume(&self) -> bool {
+        self.told.replace(true) && !self.begun
+    }
+
+    fn resume(&mut self) {
+        self.begun = true;
+    }
+
+    /// Who has woken the worker before this has woken it for nothing.
+    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
+        self.disk.reap(done);
+    }
+
+    fn now(&self) -> u64 {
+        self.disk.now()
+    }
+}
+
+#[test]
+fn what_can_be_begun_is_not_slept_over() {
+    let setup = Setup::default();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::behind(&mut storage, setup, 1, |disk| Told {
+        disk,
+        told: Cell::new(false),
+        begun: false,
+    });
+    assert!(world.pass().again, "it was told in the middle of the pass");
+    assert!(!world.pass().again, "it has begun it");
 }
