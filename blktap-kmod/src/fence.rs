@@ -86,6 +86,8 @@ impl TapDisk {
                 return false;
             };
             inner.tell(failed.queues);
+            // All that waits is looked at again, and not all of it needs a process.
+            self.announce(&mut inner);
             inner.kick();
             inner.fencing.take()
         };
