@@ -6,6 +6,8 @@
 
 #![cfg(loom)]
 
+#[path = "loom/direct.rs"]
+mod direct;
 #[path = "loom/tap.rs"]
 mod tap;
 
