@@ -8,6 +8,7 @@ use crate::engine::blocks::BLOCK;
 use crate::engine::{Backend, Group, Io, IoKind, PendingRequest, SegmentEntry, Slice};
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Disk, Inflight, Operation, Piece};
+use crate::linux::block::storage::Storage;
 use crate::linux::memory::data::{Backing, DataPages};
 use crate::linux::memory::page_blocks::{Block, Effort};
 use crate::linux::monotonic_ns;
@@ -133,7 +134,10 @@ impl Backend for Phy {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         bio::plugged(|| {
             for io in batch {
-                if let Some(inflight) = self.bios.begin(io.tag, self.device.clone()) {
+                if let Some(inflight) = self
+                    .bios
+                    .begin(io.tag, Storage::Device(self.device.clone()))
+                {
                     start(&inflight, &io);
                 }
             }

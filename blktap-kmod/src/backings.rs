@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The devices behind a disk, and what the process says of them: see `ring::tap::map`.
+//! The devices and files behind a disk, and what the process says of them: see `ring::tap::map`.
 //!
-//! Who administers the host gives a disk its devices, and the process names them by number: so no process
-//! reaches a device that is not its disk's. A device is held as long as something is executed in it.
+//! Who administers the host gives a disk its backings, and the process names them by number: so no process
+//! reaches one that is not its disk's. A backing is held as long as something is executed in it, and with it
+//! the lock that whoever gave it took on it.
 
 use super::disk::{DiskMap, Inner, TapDisk};
 use super::node::invalid;
-use crate::linux::block::bdev::BlockDevice;
+use crate::linux::block::storage::Storage;
 use crate::linux::char::chardev::user_memory;
 use crate::linux::memory::vectors::push;
 use crate::ring::tap::abi::{self, MapOp, Maps};
@@ -16,7 +17,6 @@ use crate::ring::tap::extent::BackingNumber;
 use crate::ring::tap::map::tree::{Leaf, Slot, LEAF};
 use crate::ring::tap::map::{Backing, Map};
 use kernel::prelude::*;
-use kernel::sync::Arc;
 use zerocopy::IntoBytes;
 
 /// Extents that the map of a disk has room for. A raw image is one.
@@ -39,32 +39,31 @@ fn new_map(sectors: u64) -> Result<DiskMap> {
 }
 
 impl TapDisk {
-    /// Gives the disk a device. May sleep, and long if the storage is slow.
+    /// Gives the disk a device or a file. May sleep, and long if the storage is slow.
     ///
     /// # Errors
     ///
     /// `EEXIST` if it has another one of this number.
     pub(super) fn add_backing(&self, new: &NewBacking) -> Result {
         let fd = u32::try_from(new.fd).map_err(|_| EBADF)?;
-        let device = Arc::new(BlockDevice::of_descriptor(fd, new.writable)?, GFP_KERNEL)?;
+        let storage = Storage::of_descriptor(fd, new.writable)?;
         let mut map = new_map(self.sectors())?;
-        let block = device.limits().logical_block / 512;
         let backing = Backing {
-            sectors: device.sectors(),
-            block,
+            sectors: storage.sectors(),
+            block: storage.block(),
             writable: new.writable,
         };
-        let result = self.keep_backing(new.number, &device, backing, &mut map);
-        // Not under the lock: the last reference to a device takes long.
+        let result = self.keep_backing(new.number, &storage, backing, &mut map);
+        // Not under the lock: to let the last one of a storage go takes long.
         drop(map);
-        drop(device);
+        drop(storage);
         result
     }
 
     fn keep_backing(
         &self,
         number: BackingNumber,
-        device: &Arc<BlockDevice>,
+        storage: &Storage,
         backing: Backing,
         map: &mut DiskMap,
     ) -> Result {
@@ -77,8 +76,7 @@ impl TapDisk {
         } = &mut *inner;
         let place = backings.get_mut(number.index()).ok_or(EINVAL)?;
         if let Some(before) = place {
-            let same =
-                before.number() == device.number() && before.is_writable() == backing.writable;
+            let same = before.is_same(storage) && before.is_writable() == backing.writable;
             let known = shadow
                 .map()
                 .as_ref()
@@ -93,17 +91,17 @@ impl TapDisk {
         if !known.add_backing(number, backing) {
             return Err(EEXIST);
         }
-        *place = Some(device.clone());
+        *place = Some(storage.clone());
         Ok(())
     }
 
-    /// Takes a device away. May sleep.
+    /// Takes a device or a file away. May sleep.
     ///
     /// # Errors
     ///
     /// `ENOENT` if there is none, `EBUSY` while something is executed in it; nothing is begun any more.
     pub(super) fn remove_backing(&self, number: BackingNumber) -> Result {
-        let device = {
+        let storage = {
             let mut inner = self.inner.lock();
             if let Some(map) = inner.shadow.map() {
                 // What it does not know it has lost before.
@@ -116,7 +114,7 @@ impl TapDisk {
             let place = inner.backings.get_mut(number.index());
             place.and_then(Option::take).ok_or(ENOENT)?
         };
-        drop(device);
+        drop(storage);
         Ok(())
     }
 
@@ -143,7 +141,7 @@ impl TapDisk {
         Ok(())
     }
 
-    /// The devices may have grown.
+    /// Devices and files may have grown.
     fn follow_sizes(&self, epoch: u64) -> Result {
         let mut inner = self.inner.lock();
         if !inner.shadow.has_claimed(abi::FEATURE_MAPS) {
@@ -157,9 +155,9 @@ impl TapDisk {
             return Ok(());
         };
         let numbers = (0..abi::MAX_BACKINGS).filter_map(BackingNumber::new);
-        for (number, device) in numbers.zip(&*backings) {
-            if let Some(device) = device {
-                map.resize_backing(number, device.sectors());
+        for (number, storage) in numbers.zip(&*backings) {
+            if let Some(storage) = storage {
+                map.resize_backing(number, storage.sectors());
             }
         }
         Ok(())

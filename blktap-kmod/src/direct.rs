@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a queue executes itself, in a block device behind the disk, without the process.
+//! What a queue executes itself, in a block device or a file behind the disk, without the process.
 //!
 //! The data is where it is for a process: in the arena, at the segments that the queue has written before
 //! the request was posted, and which nobody else can write. So a request can go to the process after all.
 
 use super::disk::{Backings, Inner, TapDisk, BATCH};
 use super::place::Place;
-use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Inflight, Operation, Piece};
+use crate::linux::block::storage::Storage;
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::task::wake_event::WakeEvent;
@@ -24,8 +24,8 @@ use kernel::sync::Arc;
 /// Sectors of 512 bytes of a page.
 const SECTORS_OF_PAGE: u64 = (PAGE_SIZE / 512) as u64;
 
-/// A request that the shadow has given to the queue, and where it goes; no device if that is gone.
-type Begun = (QueueTag, Start, Option<Arc<BlockDevice>>);
+/// A request that the shadow has given to the queue, and where it goes; nowhere if that is gone.
+type Begun = (QueueTag, Start, Option<Storage>);
 
 /// What a queue needs to execute requests.
 pub(super) struct Executor {
@@ -78,9 +78,9 @@ impl Executor {
 
     /// Takes what the shadow has given to the queue, at most [`BATCH`] until [`start`](Self::start).
     pub(super) fn take(&mut self, backings: &Backings, tag: QueueTag, start: Start) {
-        let device = backings.get(start.place.backing.index()).cloned();
+        let storage = backings.get(start.place.backing.index()).cloned();
         self.executing = self.executing.wrapping_add(1);
-        if push(&mut self.begun, Some((tag, start, device.flatten()))).is_err() {
+        if push(&mut self.begun, Some((tag, start, storage.flatten()))).is_err() {
             // There is room for a batch, and no more are taken.
             fail(&mut self.ended, tag);
         }
@@ -94,8 +94,8 @@ impl Executor {
         bio::plugged(|| {
             for index in 0..self.begun.len() {
                 let begun = self.begun.get_mut(index).and_then(Option::take);
-                if let Some((tag, start, device)) = begun {
-                    let inflight = device.and_then(|device| self.bios.begin(tag, device));
+                if let Some((tag, start, storage)) = begun {
+                    let inflight = storage.and_then(|storage| self.bios.begin(tag, storage));
                     match inflight {
                         Some(inflight) => start_one(&inflight, disk, place, tag, &start),
                         None => fail(&mut self.ended, tag),

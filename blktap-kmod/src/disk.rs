@@ -6,7 +6,7 @@ use super::areas::Areas;
 use super::commands::Commands;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
-use crate::linux::block::bdev::BlockDevice;
+use crate::linux::block::storage::Storage;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
@@ -56,8 +56,8 @@ pub(crate) struct TapDisk {
 
 /// The map of a disk, from its first backing on.
 pub(super) type DiskMap = Option<KBox<Map<KVVec<Slot>, KVVec<Leaf>>>>;
-/// The devices behind a disk, by their numbers.
-pub(super) type Backings = [Option<Arc<BlockDevice>>; abi::MAX_BACKINGS as usize];
+/// The devices and files behind a disk, by their numbers.
+pub(super) type Backings = [Option<Storage>; abi::MAX_BACKINGS as usize];
 
 /// What the lock of a disk protects. It is a leaf: no other lock of ours is taken under it, and
 /// nothing under it sleeps.

@@ -15,6 +15,7 @@
 #include <linux/pagemap.h>
 #include <linux/pid.h>
 #include <linux/sched.h>
+#include <linux/sched/mm.h>
 #include <linux/sysfs.h>
 #include <xen/events.h>
 #include <xen/grant_table.h>
@@ -27,6 +28,7 @@
 #include "shim.h"
 
 /* Layouts declared in sys.rs. */
+static_assert(IOCB_NOWAIT == 8);
 static_assert(sizeof(struct xenbus_watch) == 48);
 static_assert(offsetof(struct xenbus_watch, node) == 16);
 static_assert(offsetof(struct xenbus_watch, will_handle) == 32);
@@ -167,6 +169,58 @@ void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits)
 int xbr_bdev_invalidate(struct block_device *bdev)
 {
 	return invalidate_inode_pages2(bdev->bd_mapping);
+}
+
+void xbr_file_limits(const struct file *file, struct xbr_file_limits *limits)
+{
+	const struct inode *inode = file_inode(file);
+	const struct super_block *sb = inode->i_sb;
+
+	*limits = (struct xbr_file_limits) {
+		.block = sb->s_bdev ? bdev_logical_block_size(sb->s_bdev) : PAGE_SIZE,
+		.regular = S_ISREG(inode->i_mode),
+		.readable = file->f_op->read_iter && (file->f_mode & FMODE_READ),
+		.writable = file->f_op->write_iter && (file->f_mode & FMODE_WRITE),
+		.direct = (file->f_flags & O_DIRECT) && (file->f_mode & FMODE_CAN_ODIRECT),
+		.nowait = (file->f_mode & FMODE_NOWAIT) != 0,
+		.local = !sb->s_stack_depth && (sb->s_type->fs_flags & FS_REQUIRES_DEV),
+	};
+}
+
+long long xbr_file_size(const struct file *file)
+{
+	return i_size_read(file_inode(file));
+}
+
+int xbr_file_try_start_write(const struct file *file)
+{
+	return sb_start_write_trylock(file_inode(file)->i_sb);
+}
+
+void xbr_file_start_write(const struct file *file)
+{
+	sb_start_write(file_inode(file)->i_sb);
+}
+
+/* For lockdep: another thread may end the write. The half of kiocb_start_write() that does not wait. */
+void xbr_kiocb_started_write(struct kiocb *iocb)
+{
+	__sb_writers_release(file_inode(iocb->ki_filp)->i_sb, SB_FREEZE_WRITE);
+}
+
+void xbr_kiocb_end_write(struct kiocb *iocb)
+{
+	kiocb_end_write(iocb);
+}
+
+unsigned int xbr_noio_save(void)
+{
+	return memalloc_noio_save();
+}
+
+void xbr_noio_restore(unsigned int flags)
+{
+	memalloc_noio_restore(flags);
 }
 
 int xbr_need_resched(void)

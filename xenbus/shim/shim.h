@@ -12,9 +12,11 @@ struct bio;
 struct bio_set;
 struct block_device;
 struct device;
+struct file;
 struct gnttab_map_grant_ref;
 struct gnttab_unmap_grant_ref;
 struct inode;
+struct kiocb;
 struct page;
 struct xenbus_device;
 
@@ -33,6 +35,22 @@ struct xbr_bdev_limits {
 	u8 pad[5];
 };
 static_assert(sizeof(struct xbr_bdev_limits) == 40);
+
+/* What matters of a file to who reads and writes it past the page cache; block in bytes. */
+struct xbr_file_limits {
+	u32 block;
+	u8 regular;
+	u8 readable;
+	u8 writable;
+	/* Past the page cache. */
+	u8 direct;
+	/* It can say that it would have to wait. */
+	u8 nowait;
+	/* On block devices of this host, and on no other file system. */
+	u8 local;
+	u8 pad[2];
+};
+static_assert(sizeof(struct xbr_file_limits) == 12);
 
 #define XBR_ATTR_DEVICE 100
 #define XBR_ATTR_MODE 101
@@ -58,6 +76,14 @@ struct bio *xbr_bio_alloc(struct block_device *bdev, unsigned short vecs,
 unsigned long long xbr_bdev_nr_sectors(struct block_device *bdev);
 void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits);
 int xbr_bdev_invalidate(struct block_device *bdev);
+void xbr_file_limits(const struct file *file, struct xbr_file_limits *limits);
+long long xbr_file_size(const struct file *file);
+int xbr_file_try_start_write(const struct file *file);
+void xbr_file_start_write(const struct file *file);
+void xbr_kiocb_started_write(struct kiocb *iocb);
+void xbr_kiocb_end_write(struct kiocb *iocb);
+unsigned int xbr_noio_save(void);
+void xbr_noio_restore(unsigned int flags);
 int xbr_need_resched(void);
 void xbr_yield_processor(void);
 unsigned long xbr_total_ram_pages(void);

@@ -129,6 +129,20 @@ pub(super) struct BdevLimits {
     pub(super) pad: [u8; 5],
 }
 
+/// `struct xbr_file_limits`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct FileLimits {
+    pub(super) block: u32,
+    pub(super) regular: u8,
+    pub(super) readable: u8,
+    pub(super) writable: u8,
+    pub(super) direct: u8,
+    pub(super) nowait: u8,
+    pub(super) local: u8,
+    pub(super) pad: [u8; 2],
+}
+
 /// `struct io_uring_cmd`, without its end.
 #[repr(C)]
 pub(super) struct UringCmd {
@@ -171,6 +185,7 @@ const _: () = {
     assert!(size_of::<GnttabUnmap>() == 24);
     assert!(offset_of!(GnttabUnmap, handle) == 16);
     assert!(size_of::<BdevLimits>() == 40);
+    assert!(size_of::<FileLimits>() == 12);
     assert!(offset_of!(UringCmd, sqe) == 8);
     assert!(offset_of!(UringCmd, cmd_op) == 16);
     assert!(offset_of!(UringCmd, pdu) == 24);
@@ -201,6 +216,8 @@ pub(super) const TASK_IDLE: c_uint = 0x402;
 pub(super) const BLK_OPEN_READ: c_uint = 1;
 /// `BLK_OPEN_WRITE`.
 pub(super) const BLK_OPEN_WRITE: c_uint = 2;
+/// `IOCB_NOWAIT`.
+pub(super) const IOCB_NOWAIT: c_int = 8;
 /// `IO_URING_F_COMPLETE_DEFER`.
 pub(super) const IO_URING_F_COMPLETE_DEFER: c_uint = 1;
 /// `IO_URING_F_CANCEL`.
@@ -305,6 +322,14 @@ unsafe extern "C" {
     pub(super) fn xbr_bdev_nr_sectors(bdev: *mut bindings::block_device) -> u64;
     pub(super) fn xbr_bdev_limits(bdev: *mut bindings::block_device, limits: *mut BdevLimits);
     pub(super) fn xbr_bdev_invalidate(bdev: *mut bindings::block_device) -> c_int;
+    pub(super) fn xbr_file_limits(file: *const bindings::file, limits: *mut FileLimits);
+    pub(super) fn xbr_file_size(file: *const bindings::file) -> i64;
+    pub(super) fn xbr_file_try_start_write(file: *const bindings::file) -> c_int;
+    pub(super) fn xbr_file_start_write(file: *const bindings::file);
+    pub(super) fn xbr_kiocb_started_write(iocb: *mut bindings::kiocb);
+    pub(super) fn xbr_kiocb_end_write(iocb: *mut bindings::kiocb);
+    pub(super) fn xbr_noio_save() -> c_uint;
+    pub(super) fn xbr_noio_restore(flags: c_uint);
     pub(super) fn local_clock() -> u64;
     pub(super) fn single_task_running() -> bool;
     pub(super) fn xbr_need_resched() -> c_int;

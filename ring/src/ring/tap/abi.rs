@@ -629,8 +629,9 @@ pub mod ioctl {
     /// Control node: fills an [`Info`] whose `minor` names the node; `ENOENT` if there is none.
     /// The lowest node that is not below `minor` is described, so that all can be listed.
     pub const QUERY: u32 = number::<Info>(READ | WRITE, 0x02);
-    /// Control node: [`BackingAdd`]. `EEXIST` if the disk has another one of this number, `ENOTBLK` if it is
-    /// no block device. If the disk has it already nothing happens.
+    /// Control node: [`BackingAdd`]. `EEXIST` if the disk has another one of this number, `EOPNOTSUPP` if it
+    /// is neither a block device nor a file that can be used past the page cache on one. The open file description
+    /// is kept, and with it its locks. If the disk has it already nothing happens.
     pub const BACKING_ADD: u32 = number::<BackingAdd>(WRITE, 0x03);
     /// Control node: [`BackingRemove`]. Nothing new is begun from then on; `EBUSY` while I/O of the kernel
     /// uses it: ask again.

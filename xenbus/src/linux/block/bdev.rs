@@ -2,7 +2,7 @@
 
 //! Block devices.
 //!
-//! Wraps `bdev_file_open_by_dev`, `file_bdev`, `fget` (include/linux/file.h), `bdev_nr_sectors` and the queue's limits
+//! Wraps `bdev_file_open_by_dev`, `file_bdev`, `bdev_nr_sectors` and the queue's limits
 //! (include/linux/blkdev.h), `sync_blockdev`, `invalidate_inode_pages2` (include/linux/pagemap.h), and
 //! `__fput_sync` (include/linux/file.h).
 
@@ -10,8 +10,9 @@ use crate::linux::sys;
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::error::{from_err_ptr, to_result};
-use kernel::fs::LocalFile;
+use kernel::fs::File;
 use kernel::prelude::*;
+use kernel::sync::aref::ARef;
 
 /// What a block device allows. Sizes in bytes; sectors are 512 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub(crate) struct BlockDevice {
     bdev: NonNull<bindings::block_device>,
     number: u32,
     writable: bool,
+    /// What whoever gave the device had opened, whose locks last as long.
+    _opened: Option<ARef<File>>,
 }
 
 // SAFETY: A block device may be used from any thread.
@@ -63,30 +66,18 @@ impl BlockDevice {
     pub(crate) fn open(major: u32, minor: u32, writable: bool) -> Result<Self> {
         // SAFETY: Plain arithmetic.
         let number = unsafe { sys::xbr_mkdev(major, minor) };
-        Self::open_number(number, writable)
+        Self::open_number(number, writable, None)
     }
 
-    /// Opens the device to which a descriptor of the calling process leads. May sleep, as
-    /// [`open`](Self::open).
-    ///
-    /// # Errors
-    ///
-    /// `EBADF` if it is none, `ENOTBLK` if it leads to something else.
-    pub(crate) fn of_descriptor(fd: u32, writable: bool) -> Result<Self> {
-        let file = LocalFile::fget(fd)?;
-        // SAFETY: An open file has an inode, which lives as long as the file; neither what kind it is nor the
-        // number of its device changes.
-        let (mode, number) = unsafe {
-            let inode = (*file.as_ptr()).f_inode;
-            ((*inode).i_mode, (*inode).i_rdev)
-        };
-        if u32::from(mode) & bindings::S_IFMT != bindings::S_IFBLK {
-            return Err(ENOTBLK);
-        }
-        Self::open_number(number, writable)
+    /// Opens the device that a file is, which is kept with it. May sleep, as [`open`](Self::open).
+    pub(super) fn of_file(file: ARef<File>, writable: bool) -> Result<Self> {
+        // SAFETY: An open file has an inode, which lives as long as the file; the number of its device does
+        // not change.
+        let number = unsafe { (*(*file.as_ptr()).f_inode).i_rdev };
+        Self::open_number(number, writable, Some(file))
     }
 
-    fn open_number(number: u32, writable: bool) -> Result<Self> {
+    fn open_number(number: u32, writable: bool, opened: Option<ARef<File>>) -> Result<Self> {
         let mode = if writable {
             sys::BLK_OPEN_READ | sys::BLK_OPEN_WRITE
         } else {
@@ -104,6 +95,7 @@ impl BlockDevice {
             bdev: NonNull::new(bdev).ok_or(ENXIO)?,
             number,
             writable,
+            _opened: opened,
         })
     }
 

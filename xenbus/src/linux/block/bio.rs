@@ -2,20 +2,26 @@
 
 //! Block I/O: bios, their completion in interrupt context, and plugging.
 //!
+//! I/O on a file is built in the same way. Where a bio would be submitted, the file system is called with
+//! its memory instead: `call.rs`.
+//!
 //! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page` (include/linux/bio.h), `submit_bio`
 //! and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
 //! that make a block device; it has no bios for those who use one.
 
+mod call;
 mod transfer;
 
-use super::bdev::BlockDevice;
+use super::storage::Storage;
 use crate::linux::cond_resched;
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::sys;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::QueueTag;
+use call::Framed;
 use core::cell::{Cell, UnsafeCell};
+use core::mem::offset_of;
 use core::pin::Pin;
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -51,6 +57,23 @@ pub(crate) enum Operation {
     Discard,
     /// Erase a range; no data.
     SecureErase,
+}
+
+impl Record {
+    fn first_bio(&self) -> *mut bindings::bio {
+        // SAFETY: Only the address is taken.
+        unsafe { core::ptr::addr_of_mut!((*self.first.get()).bio) }
+    }
+
+    /// Where the I/O goes.
+    ///
+    /// # Safety
+    ///
+    /// The record is taken, and its I/O is not reaped as long as this is used.
+    unsafe fn storage(&self) -> Option<&Storage> {
+        // SAFETY: Until then nobody changes it.
+        unsafe { (*self.storage.get()).as_ref() }
+    }
 }
 
 impl Operation {
@@ -89,20 +112,21 @@ struct Record {
     owner: *const Disk,
     /// Where the I/O goes. Belongs to whoever has taken the record, which until the completion is reaped lets
     /// it be.
-    device: UnsafeCell<Option<Arc<BlockDevice>>>,
-    /// Belongs to whoever builds the I/O, and from submission to completion to the block layer.
-    first: Opaque<bindings::bio>,
+    storage: UnsafeCell<Option<Storage>>,
+    /// Belongs to whoever builds the I/O, and from submission to completion to the block layer or the file
+    /// system.
+    first: Opaque<Framed>,
     vecs: Opaque<[bindings::bio_vec; FIRST_VECS as usize]>,
 }
 
-/// Everything that I/O on block devices needs.
+/// Everything that I/O on block devices and files needs.
 ///
 /// # Invariants
 ///
 /// - `records[n].tag == n` and its owner is this object, which is pinned.
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
 /// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so nobody else
-///   touches it. All that time it has a device, which is that of its bios.
+///   touches it. All that time it has a storage, which is that of its bios.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Disk {
     pages: Arc<DataPages>,
@@ -135,7 +159,7 @@ impl Disk {
                 taken: Atomic::new(0),
                 tag,
                 owner: core::ptr::null(),
-                device: UnsafeCell::new(None),
+                storage: UnsafeCell::new(None),
                 first: Opaque::uninit(),
                 vecs: Opaque::uninit(),
             };
@@ -156,7 +180,12 @@ impl Disk {
                     unsafe { slot.write_bytes(0, 1) };
                     // SAFETY: `slot` is valid for writes and stays pinned.
                     to_result(unsafe {
-                        bindings::bioset_init(slot, RESERVE, 0, bindings::BIOSET_NEED_BVECS as i32)
+                        bindings::bioset_init(
+                            slot,
+                            RESERVE,
+                            offset_of!(Framed, bio) as u32,
+                            bindings::BIOSET_NEED_BVECS as i32,
+                        )
                     })
                 }),
                 records: {
@@ -177,29 +206,32 @@ impl Disk {
     pub(crate) const fn bytes(tags: u16) -> usize {
         let records = (tags as usize).saturating_mul(size_of::<Record>());
         let vecs = (MAX_VECS as usize).saturating_mul(size_of::<bindings::bio_vec>());
-        let bio = vecs.saturating_add(size_of::<bindings::bio>());
+        let bio = vecs.saturating_add(size_of::<Framed>());
         records.saturating_add((RESERVE as usize).saturating_mul(bio))
     }
 
-    /// Starts to build the I/O of a tag on a device. `None` if there is no such tag, or if an earlier I/O of
-    /// it has not been reaped.
-    pub(crate) fn begin(&self, tag: QueueTag, device: Arc<BlockDevice>) -> Option<Inflight<'_>> {
+    /// Starts to build the I/O of a tag. `None` if there is no such tag, or if an earlier I/O of it has not
+    /// been reaped.
+    pub(crate) fn begin(&self, tag: QueueTag, storage: Storage) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
         if record.taken.xchg(1, Full) != 0 {
             return None;
         }
-        let raw = device.as_raw();
+        let device = match &storage {
+            Storage::Device(device) => device.as_raw(),
+            Storage::File(_) => core::ptr::null_mut(),
+        };
         // SAFETY: The record is ours, and no bio of it is left.
-        unsafe { *record.device.get() = Some(device) };
+        unsafe { *record.storage.get() = Some(storage) };
         record.status.store(0, Relaxed);
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
         self.busy.fetch_add(1, Relaxed);
-        // INVARIANT: The record has the device.
+        // INVARIANT: The record has the storage.
         Some(Inflight {
             disk: self,
             record,
-            device: raw,
+            device,
             first_taken: Cell::new(false),
         })
     }
@@ -220,10 +252,10 @@ impl Disk {
                 if let Some(record) = self.records.get(tag) {
                     let status = record.status.load(Relaxed);
                     // SAFETY: Its bit was set, and it is ours until it is given back below.
-                    let device = unsafe { (*record.device.get()).take() };
+                    let storage = unsafe { (*record.storage.get()).take() };
                     // Its bios are gone, and the last of them has seen to its bit.
                     record.taken.store(0, Release);
-                    drop(device);
+                    drop(storage);
                     done(record.tag, status);
                 }
             }
@@ -249,7 +281,7 @@ impl PinnedDrop for Disk {
 ///
 /// # Invariants
 ///
-/// `device` is that of the record.
+/// `device` is that of the record's storage, or null if that is a file.
 pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
@@ -269,8 +301,8 @@ impl Inflight<'_> {
     /// there is no memory until a bio of the reserve comes back; the first one never does.
     fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
         let raw = if self.first_taken.replace(true) {
-            // SAFETY: The device is valid while its record is taken, and so is the set. An allocation from a bio set that may
-            // sleep does not fail.
+            // SAFETY: The device is valid while its record is taken, or there is none, and so is the set. An
+            // allocation from a bio set that may sleep does not fail.
             unsafe {
                 sys::xbr_bio_alloc(
                     self.device,
@@ -280,9 +312,9 @@ impl Inflight<'_> {
                 )
             }
         } else {
-            let first = self.record.first.get();
+            let first = self.record.first_bio();
             // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which has taken
-            // the record, until submission; the device is valid as long.
+            // the record, until submission; the device is valid as long, or there is none.
             unsafe {
                 bindings::bio_init(
                     first,
@@ -344,8 +376,13 @@ impl Bio<'_> {
     fn submit(&mut self) {
         if let Some(raw) = self.raw.take() {
             self.inflight.record.pending.fetch_add(1, Relaxed);
-            // SAFETY: The bio is complete, and from here on it belongs to the block layer.
-            unsafe { bindings::submit_bio(raw.as_ptr()) };
+            if self.inflight.device.is_null() {
+                // SAFETY: The bio is complete and one of this set, and from here on it belongs to the call.
+                unsafe { call::submit(raw.as_ptr()) };
+            } else {
+                // SAFETY: The bio is complete, and from here on it belongs to the block layer.
+                unsafe { bindings::submit_bio(raw.as_ptr()) };
+            }
         }
     }
 }
@@ -364,9 +401,19 @@ extern "C" fn end_io(bio: *mut bindings::bio) {
     // SAFETY: The block layer passes the bio that completed; its record is busy, so valid.
     let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<Record>()) };
     // SAFETY: The bio is complete, and nobody else uses it.
+    unsafe { end(bio, record, u32::from(status)) };
+}
+
+/// A bio is complete, with this `blk_status_t`.
+///
+/// # Safety
+///
+/// It is one of this record, and nobody uses it any more.
+unsafe fn end(bio: *mut bindings::bio, record: &Record, status: u32) {
+    // SAFETY: As the caller says.
     unsafe { free(bio, record) };
     if status != 0 {
-        record.status.store(u32::from(status), Relaxed);
+        record.status.store(status, Relaxed);
     }
     put(record);
 }
@@ -377,7 +424,7 @@ extern "C" fn end_io(bio: *mut bindings::bio) {
 ///
 /// It is one of this record, and nobody uses it any more.
 unsafe fn free(bio: *mut bindings::bio, record: &Record) {
-    if bio == record.first.get() {
+    if bio == record.first_bio() {
         // SAFETY: It was initialised, and nobody uses it.
         unsafe { bindings::bio_uninit(bio) };
     } else {

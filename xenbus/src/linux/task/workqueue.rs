@@ -20,43 +20,84 @@ use kernel::workqueue::{Queue, RawDelayedWorkItem, RawWorkItem};
 static STEPS: Atomic<usize> = Atomic::new(0);
 static STORAGE: Atomic<usize> = Atomic::new(0);
 
-/// Owns a work queue; dropping it finishes all work.
+/// A work queue; dropping it finishes all work.
 ///
 /// # Invariants
 ///
-/// `raw` is a live work queue, and `place` holds its address.
-struct WorkQueue {
+/// `raw` is a live work queue.
+pub(in crate::linux) struct OwnQueue {
     raw: NonNull<bindings::workqueue_struct>,
-    place: &'static Atomic<usize>,
 }
 
 // SAFETY: A work queue may be used and destroyed from any thread.
-unsafe impl Send for WorkQueue {}
-// SAFETY: There is no method that takes `&self`.
-unsafe impl Sync for WorkQueue {}
+unsafe impl Send for OwnQueue {}
+// SAFETY: As above.
+unsafe impl Sync for OwnQueue {}
 
-impl WorkQueue {
-    fn new(name: &'static CStr, place: &'static Atomic<usize>) -> Result<Self> {
+impl OwnQueue {
+    /// Makes a queue that does so many works at once. May sleep.
+    pub(in crate::linux) fn new(name: &'static CStr, most: kernel::ffi::c_int) -> Result<Self> {
         let flags = bindings::wq_flags_WQ_UNBOUND | bindings::wq_flags_WQ_MEM_RECLAIM;
-        // As many workers as the kernel allows: those that wait for storage do it for long.
-        let most = bindings::wq_consts_WQ_MAX_ACTIVE as kernel::ffi::c_int;
         // SAFETY: The format takes one string, which is given.
         let raw = unsafe {
             bindings::alloc_workqueue_noprof(c"%s".as_char_ptr(), flags, most, name.as_char_ptr())
         };
-        let raw = NonNull::new(raw).ok_or(ENOMEM)?;
-        place.store(raw.as_ptr() as usize, Release);
-        // INVARIANT: Just made and stored.
-        Ok(Self { raw, place })
+        // INVARIANT: Just made.
+        NonNull::new(raw).map(|raw| Self { raw }).ok_or(ENOMEM)
+    }
+
+    /// Queues a work; callable from any context.
+    ///
+    /// # Safety
+    ///
+    /// It is initialised, is queued nowhere, and lives until it has run.
+    pub(in crate::linux) unsafe fn enqueue(&self, work: *mut bindings::work_struct) {
+        let any = bindings::wq_misc_consts_WORK_CPU_UNBOUND as kernel::ffi::c_int;
+        // SAFETY: By the type invariant, and the caller keeps the rest.
+        let _first = unsafe { bindings::queue_work_on(any, self.raw.as_ptr(), work) };
     }
 }
 
-impl Drop for WorkQueue {
+impl Drop for OwnQueue {
     fn drop(&mut self) {
-        // SAFETY: By the invariant the queue is live. Work that is still queued runs to its end
-        // here, and what it queues in turn as well, because `place` still points to the queue.
+        // SAFETY: By the invariant the queue is live. Work that is still queued runs to its end here.
         unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };
-        self.place.store(0, Release);
+    }
+}
+
+/// A queue that all of the module can find.
+///
+/// # Invariants
+///
+/// `place` holds its address.
+struct WorkQueue {
+    // First: what its work queues in turn finds it until it is gone.
+    _queue: OwnQueue,
+    _place: Place,
+}
+
+/// The address of a queue, which is taken away with this.
+struct Place(&'static Atomic<usize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.store(0, Release);
+    }
+}
+
+impl WorkQueue {
+    fn new(name: &'static CStr, place: &'static Atomic<usize>) -> Result<Self> {
+        // As many workers as the kernel allows: those that wait for storage do it for long.
+        let queue = OwnQueue::new(
+            name,
+            bindings::wq_consts_WQ_MAX_ACTIVE as kernel::ffi::c_int,
+        )?;
+        place.store(queue.raw.as_ptr() as usize, Release);
+        // INVARIANT: Just stored.
+        Ok(Self {
+            _queue: queue,
+            _place: Place(place),
+        })
     }
 }
 

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! I/O on a file: the file system is called with the memory of a bio that goes nowhere.
+//!
+//! The thread that serves a queue waits for no file system: the call is told to refuse rather than to wait
+//! for a lock, for blocks to be allocated, or for a file system that is frozen. What was refused is called again on
+//! the file's own work queue, where it may wait.
+//!
+//! Wraps `struct kiocb`, `iov_iter_bvec` (include/linux/uio.h), `sb_start_write` and `kiocb_end_write`
+//! (include/linux/fs.h), `memalloc_noio_save` (include/linux/sched/mm.h).
+
+use super::{end, Record, IO_ERROR, NOT_SUPPORTED};
+use crate::linux::block::file::ImageFile;
+use crate::linux::block::storage::Storage;
+use crate::linux::sys;
+use core::mem::offset_of;
+use kernel::bindings;
+use kernel::ffi::{c_int, c_long};
+use kernel::prelude::*;
+use kernel::types::Opaque;
+
+/// What lies in front of each bio of a set.
+#[repr(C)]
+struct Call {
+    iocb: Opaque<bindings::kiocb>,
+    work: Opaque<bindings::work_struct>,
+}
+
+/// A bio with its call.
+#[repr(C)]
+pub(super) struct Framed {
+    call: Call,
+    pub(super) bio: bindings::bio,
+}
+
+/// What is asked of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Flush,
+}
+
+/// A call that is under way.
+///
+/// # Invariants
+///
+/// Its bio was given to [`submit`] and has not ended: its I/O is not reaped, so the record and its storage,
+/// which is a file, are valid.
+#[derive(Clone, Copy)]
+struct Started(*mut Framed);
+
+/// Calls the file system of a bio's file instead of submitting it. The bio ends as if it had been submitted.
+/// May sleep for memory.
+///
+/// # Safety
+///
+/// The bio is one of a set whose bios have a [`Framed`] around them, or a record's first one. It is complete,
+/// belongs to the caller, and its record's storage is a file.
+pub(super) unsafe fn submit(bio: *mut bindings::bio) {
+    // SAFETY: By the requirement.
+    let framed = unsafe { bio.byte_sub(offset_of!(Framed, bio)) }.cast::<Framed>();
+    // INVARIANT: By the requirement.
+    let started = Started(framed);
+    let Some(file) = started.file() else {
+        return started.end(IO_ERROR);
+    };
+    // SAFETY: The call is ours, as the bio is.
+    unsafe {
+        let call = &(*framed).call;
+        call.iocb.get().write(bindings::kiocb::default());
+        bindings::init_work_with_key(
+            call.work.get(),
+            Some(work),
+            false,
+            c"xen_blkback_rs file".as_char_ptr(),
+            kernel::static_lock_class!().as_ptr(),
+        );
+    }
+    match started.kind() {
+        Some(Kind::Read | Kind::Write) if file.can_refuse_to_wait() => {
+            started.call(sys::IOCB_NOWAIT);
+        }
+        Some(_) => started.later(),
+        None => started.end(NOT_SUPPORTED),
+    }
+}
+
+impl Started {
+    fn bio(&self) -> *mut bindings::bio {
+        // SAFETY: Only the address is taken.
+        unsafe { core::ptr::addr_of_mut!((*self.0).bio) }
+    }
+
+    fn record(&self) -> &Record {
+        // SAFETY: By the invariant.
+        unsafe { &*(*self.bio()).bi_private.cast::<Record>() }
+    }
+
+    fn file(&self) -> Option<&ImageFile> {
+        // SAFETY: By the invariant the record is not reaped.
+        match unsafe { self.record().storage() } {
+            Some(Storage::File(file)) => Some(file),
+            _ => None,
+        }
+    }
+
+    /// Bytes of the transfer.
+    fn len(&self) -> u32 {
+        // SAFETY: The bio is ours.
+        unsafe { (*self.bio()).bi_iter.bi_size }
+    }
+
+    /// What is asked of the file; `None` for what a file is not asked in this way.
+    fn kind(&self) -> Option<Kind> {
+        const REQ_OP: u32 = (1 << bindings::REQ_OP_BITS) - 1;
+        const DURABLE: u32 =
+            1 << bindings::req_flag_bits___REQ_PREFLUSH | 1 << bindings::req_flag_bits___REQ_FUA;
+        // SAFETY: The bio is ours.
+        let flags = unsafe { (*self.bio()).bi_opf };
+        let is_plain = flags & DURABLE == 0;
+        match flags & REQ_OP {
+            bindings::req_op_REQ_OP_READ => Some(Kind::Read),
+            bindings::req_op_REQ_OP_WRITE if is_plain => Some(Kind::Write),
+            bindings::req_op_REQ_OP_WRITE if self.len() == 0 => Some(Kind::Flush),
+            _ => None,
+        }
+    }
+
+    fn is_write(&self) -> bool {
+        self.kind() == Some(Kind::Write)
+    }
+
+    fn iocb(&self) -> *mut bindings::kiocb {
+        // SAFETY: The call is initialised, and ours as the bio is.
+        unsafe { (*self.0).call.iocb.get() }
+    }
+
+    /// Makes the call where it may wait; callable from any context.
+    fn later(self) {
+        match self.file() {
+            // SAFETY: The work was initialised, and is not queued: whoever has the call queues it. It lives until
+            // the call has ended.
+            Some(file) => unsafe { file.queue().enqueue((*self.0).call.work.get()) },
+            None => self.end(IO_ERROR),
+        }
+    }
+
+    /// Calls the file system. With `IOCB_NOWAIT` it does not wait.
+    ///
+    /// The file system uses the file until it returns, though the call may have ended by then. So the thread that
+    /// calls must be one for which whoever drops the file waits: that of the queue, which reaps, or one of the file's
+    /// own work queue, which is finished before the file is let go.
+    fn call(self, flags: c_int) {
+        let Some(file) = self.file() else {
+            return self.end(IO_ERROR);
+        };
+        let raw = file.as_raw();
+        // SAFETY: The file is open, and its operations do not change.
+        let (operations, file_flags) = unsafe { (&*(*raw).f_op, (*raw).f_iocb_flags) };
+        let (is_write, iocb) = (self.is_write(), self.iocb());
+        let (transfer, write_flag) = match is_write {
+            true => (operations.write_iter, bindings::IOCB_WRITE),
+            false => (operations.read_iter, 0),
+        };
+        let Some(transfer) = transfer else {
+            return self.end(IO_ERROR);
+        };
+        let mut iter = bindings::iov_iter::default();
+        // SAFETY: The call is ours. The bio's vectors describe memory of `len` bytes, which stays where it is
+        // until the I/O is reaped; their number and place are fields of the bio.
+        unsafe {
+            let bio = &*self.bio();
+            (*iocb).ki_filp = raw;
+            // CAST: the map of the disk has compared it with the size of the file, which fits.
+            (*iocb).ki_pos = bio.bi_iter.bi_sector.wrapping_mul(512) as i64;
+            (*iocb).ki_complete = Some(complete);
+            // CAST: the same bits.
+            (*iocb).ki_flags = (file_flags | write_flag) as c_int | flags;
+            bindings::iov_iter_bvec(
+                &mut iter,
+                u32::from(is_write),
+                bio.bi_io_vec,
+                bio.bi_vcnt.into(),
+                self.len() as usize,
+            );
+        }
+        if is_write && !self.may_write(file, flags) {
+            return self.later();
+        }
+        // SAFETY: A pair around the call, by the same thread. The operation is the file's own.
+        let result = unsafe {
+            let saved = sys::xbr_noio_save();
+            let result = transfer(iocb, &mut iter);
+            sys::xbr_noio_restore(saved);
+            result
+        };
+        if result != EIOCBQUEUED.to_errno() as isize {
+            self.returned(result);
+        }
+    }
+
+    /// Keeps the file system from being frozen until the write has ended; false if that would have to wait.
+    fn may_write(self, file: &ImageFile, flags: c_int) -> bool {
+        // SAFETY: The file is open, and the call is one on it.
+        unsafe {
+            if flags & sys::IOCB_NOWAIT == 0 {
+                sys::xbr_file_start_write(file.as_raw());
+            } else if sys::xbr_file_try_start_write(file.as_raw()) == 0 {
+                return false;
+            }
+            sys::xbr_kiocb_started_write(self.iocb());
+        }
+        true
+    }
+
+    /// The file system has done what it could, and said so.
+    fn returned(self, result: isize) {
+        if self.is_write() {
+            // SAFETY: It was started before the call.
+            unsafe { sys::xbr_kiocb_end_write(self.iocb()) };
+        }
+        // SAFETY: The call is ours again.
+        let could_not_wait = unsafe { (*self.iocb()).ki_flags } & sys::IOCB_NOWAIT != 0;
+        match u32::try_from(result) {
+            Ok(len) if len == self.len() => self.end(0),
+            // A part of it, or nothing, because it would have had to wait: all of it once more.
+            Ok(_) if could_not_wait => self.later(),
+            Err(_) if could_not_wait && result == EAGAIN.to_errno() as isize => self.later(),
+            // Behind the end of the file, or an error.
+            _ => self.end(IO_ERROR),
+        }
+    }
+
+    /// The bio ends, with this `blk_status_t`.
+    fn end(self, status: u32) {
+        let (bio, record) = (self.bio(), core::ptr::from_ref(self.record()));
+        // SAFETY: By the invariant; nobody uses the bio any more, and the record is valid until it is put.
+        unsafe { end(bio, &*record, status) };
+    }
+}
+
+/// The end of a call that went on after it had returned; in any context.
+extern "C" fn complete(iocb: *mut bindings::kiocb, result: c_long) {
+    // The first field of the first field.
+    // INVARIANT: The file system has the pointer from `Started::call`, and calls this once.
+    Started(iocb.cast()).returned(result);
+}
+
+/// A call that may wait.
+extern "C" fn work(work: *mut bindings::work_struct) {
+    let at = offset_of!(Framed, call).wrapping_add(offset_of!(Call, work));
+    // SAFETY: The work lies there in a call.
+    let framed = unsafe { work.byte_sub(at) }.cast::<Framed>();
+    // INVARIANT: It was queued by `Started::later`.
+    let started = Started(framed);
+    if started.kind() != Some(Kind::Flush) {
+        return started.call(0);
+    }
+    match started.file().map(ImageFile::sync) {
+        Some(Ok(())) => started.end(0),
+        _ => started.end(IO_ERROR),
+    }
+}

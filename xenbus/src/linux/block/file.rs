@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Files that are read and written past the page cache.
+//!
+//! Wraps the fields of `struct file`, `i_size_read` (include/linux/fs.h) and `vfs_fsync`.
+
+use crate::linux::sys;
+use crate::linux::task::workqueue::OwnQueue;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::fs::File;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+
+/// Calls of one file that may wait for its file system at the same time.
+const CALLS: i32 = 16;
+
+/// A regular file that is open for direct I/O.
+///
+/// # Invariants
+///
+/// The file was opened for direct I/O and for reading, and for writing if `writable`; its file system has
+/// the operations for that.
+pub(crate) struct ImageFile {
+    // First: its work uses the file.
+    queue: OwnQueue,
+    file: ARef<File>,
+    block: u32,
+    can_refuse_to_wait: bool,
+    writable: bool,
+}
+
+impl ImageFile {
+    /// Takes a file if it is one for this. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` if it is not.
+    pub(super) fn new(file: ARef<File>, writable: bool) -> Result<Self> {
+        let mut limits = sys::FileLimits::default();
+        // SAFETY: The file is open; `limits` is valid for writes.
+        unsafe { sys::xbr_file_limits(file.as_ptr(), &mut limits) };
+        let fits = limits.regular != 0
+            && limits.local != 0
+            && limits.direct != 0
+            && limits.readable != 0
+            && (limits.writable != 0 || !writable);
+        if !fits {
+            return Err(EOPNOTSUPP);
+        }
+        // INVARIANT: Just looked at; none of it changes while the file is open.
+        Ok(Self {
+            // What waits for a file waits for no other one.
+            queue: OwnQueue::new(c"xen-blkback-rs-file", CALLS)?,
+            file,
+            block: limits.block / 512,
+            can_refuse_to_wait: limits.nowait != 0,
+            writable,
+        })
+    }
+
+    pub(super) fn as_raw(&self) -> *mut bindings::file {
+        self.file.as_ptr()
+    }
+
+    /// Where calls are made that may wait.
+    pub(super) fn queue(&self) -> &OwnQueue {
+        &self.queue
+    }
+
+    /// True if a call can be told not to wait.
+    pub(super) fn can_refuse_to_wait(&self) -> bool {
+        self.can_refuse_to_wait
+    }
+
+    /// True if it was opened for writing.
+    pub(super) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Sectors of 512 bytes of which a transfer consists.
+    pub(super) fn block(&self) -> u32 {
+        self.block
+    }
+
+    /// The size in whole sectors of 512 bytes now.
+    pub(super) fn sectors(&self) -> u64 {
+        // SAFETY: The file is open.
+        let size = unsafe { sys::xbr_file_size(self.file.as_ptr()) };
+        u64::try_from(size).unwrap_or(0) / 512
+    }
+
+    /// True if both are the same file, whatever its name was when it was opened.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        // SAFETY: Both files are open, so both inodes live.
+        unsafe { (*self.as_raw()).f_inode == (*other.as_raw()).f_inode }
+    }
+
+    /// Makes what was written durable. May sleep, and long if the storage is slow.
+    pub(super) fn sync(&self) -> Result {
+        // SAFETY: The file is open.
+        to_result(unsafe { bindings::vfs_fsync(self.as_raw(), 1) })
+    }
+}
