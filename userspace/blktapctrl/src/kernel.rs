@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The nodes of the kernel, behind a trait so that a test needs none.
 
-use crate::image::{Identity, Image};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -66,16 +65,12 @@ pub trait Kernel {
     /// As the kernel says.
     fn excuse(&self, node: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// It could serve a disk of this image by itself.
-    fn can_serve(&self, image: &Image) -> bool {
-        matches!(image.identity(), Identity::Device { .. })
-    }
-
-    /// Gives a disk its image, which the kernel may use without a process from then on. If the disk has it
-    /// already, nothing happens.
+    /// Gives a disk its image, which the kernel may use without a process from then on. It keeps the open
+    /// file description, and so the locks of that. If the disk has the image already, nothing happens.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AlreadyExists`] if the disk has another one.
+    /// [`io::ErrorKind::AlreadyExists`] if the disk has another one, [`io::ErrorKind::Unsupported`] if the
+    /// kernel can serve no disk of this.
     fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()>;
 
     /// Takes it away: from then on the kernel begins nothing there.

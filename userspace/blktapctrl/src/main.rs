@@ -49,8 +49,8 @@ struct Cli {
     /// more than once. What is written must be named for the disk all the same: tap-ctl create --files.
     #[arg(long, value_name = "DIR")]
     files: Vec<PathBuf>,
-    /// The kernel may serve disks by itself, beside their process, whose images are block devices: their guests
-    /// are served faster, and also while a process is replaced. direct=yes, or direct=no, in front of a target says it
+    /// The kernel may serve disks by itself, beside their process, whose images are raw (aio:): their guests are
+    /// served faster, and also while a process is replaced. direct=yes, or direct=no, in front of a target says it
     /// for one disk.
     #[arg(
         long,

@@ -75,6 +75,7 @@ impl Failure {
             io::ErrorKind::PermissionDenied => Code::Denied,
             io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Code::Timeout,
             io::ErrorKind::ResourceBusy => Code::Busy,
+            io::ErrorKind::Unsupported => Code::Unsupported,
             io::ErrorKind::BrokenPipe
             | io::ErrorKind::ConnectionReset
             | io::ErrorKind::UnexpectedEof => Code::Gone,

@@ -53,6 +53,10 @@ pub struct Open {
     /// The image may be smaller than the disk that the guest knows.
     #[serde(default)]
     pub may_shrink: bool,
+    /// The kernel has the image and has it locked, whatever becomes of processes: the process locks no more
+    /// than what says when its own I/O is over.
+    #[serde(default)]
+    pub kernel_holds: bool,
     /// Others write the image at the same time: the guest may write nothing smaller than what the
     /// storage writes as a whole, because the rest of that would be written with it, as it was before.
     #[serde(default)]
@@ -100,6 +104,7 @@ impl Open {
             discard: true,
             shared: false,
             may_shrink: false,
+            kernel_holds: false,
             whole_blocks: false,
             on_no_space: OnError::Report,
             on_error: OnError::Report,

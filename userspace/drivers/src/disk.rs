@@ -16,7 +16,7 @@ type Later<'a, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
 trait Any {
     fn activate(&self) -> Later<'_, Shape, Failure>;
     fn fence(&self) -> Fence;
-    fn is_a_device(&self) -> bool;
+    fn is_verbatim(&self) -> bool;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
     fn flush(&self) -> Later<'_, (), Errno>;
@@ -38,8 +38,8 @@ impl<D: Driver> Any for D {
     fn fence(&self) -> Fence {
         Driver::fence(self)
     }
-    fn is_a_device(&self) -> bool {
-        Driver::is_a_device(self)
+    fn is_verbatim(&self) -> bool {
+        Driver::is_verbatim(self)
     }
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno> {
         Box::pin(Driver::read(self, offset, data))
@@ -117,9 +117,9 @@ impl Disk {
         self.0.driver.fence()
     }
 
-    /// See [`Driver::is_a_device`].
-    pub fn is_a_device(&self) -> bool {
-        self.0.driver.is_a_device()
+    /// See [`Driver::is_verbatim`].
+    pub fn is_verbatim(&self) -> bool {
+        self.0.driver.is_verbatim()
     }
 
     /// See [`Driver::read`].

@@ -11,9 +11,9 @@ mod ram;
 mod raw;
 
 pub use disk::Disk;
-pub use diskio::{Bytes, Data, Errno, File, Io, LockKind};
+pub use diskio::{Bytes, Data, Errno, File, Io, LockKind, LockPart};
 pub use driver::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
-pub use lock::lock;
+pub use lock::{lock, lock_part};
 pub use null::Null;
 pub use open::{activate, file, image, missing, open, open_on};
 pub use ram::Ram;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The lock of an image, for which everybody waits who uses one.
 
-use diskio::{File, LockKind};
+use diskio::{File, LockKind, LockPart};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -10,12 +10,17 @@ const WAIT: Duration = Duration::from_secs(5);
 /// Time between two attempts.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Locks an image, which waits a little for the I/O of a process that died. False if somebody has it who
-/// lives.
+/// As [`lock_part`], of all of the image.
 pub async fn lock(file: &File, kind: LockKind) -> io::Result<bool> {
+    lock_part(file, kind, LockPart::Whole).await
+}
+
+/// Locks a part of an image, which waits a little for the I/O of a process that died. False if somebody has it who
+/// lives.
+pub async fn lock_part(file: &File, kind: LockKind, part: LockPart) -> io::Result<bool> {
     let start = Instant::now();
     loop {
-        match file.lock(kind) {
+        match file.lock_part(kind, part) {
             Ok(()) => return Ok(true),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if start.elapsed() > WAIT {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From what is asked for to a disk that can be served.
 
-use crate::{lock, Disk, Null, Ram, Raw, Shape};
+use crate::{lock_part, Disk, Null, Ram, Raw, Shape};
 use control::tapdisk::Open;
 use control::{Code, Driver as Name, Failure};
-use diskio::{File, Io, LockKind};
+use diskio::{File, Io, LockKind, LockPart};
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -91,16 +91,21 @@ pub async fn image(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<File, Fa
         true => LockKind::Read,
         false => LockKind::Write,
     };
-    file(io, fd, kind, !open.shared, &name).await
+    let part = match (open.shared, open.kernel_holds) {
+        (true, _) => None,
+        (false, true) => Some(LockPart::Fence),
+        (false, false) => Some(LockPart::Whole),
+    };
+    file(io, fd, kind, part, &name).await
 }
 
-/// A file for reading or writing, locked for that unless others write it by agreement. `name` is for
-/// messages.
+/// A file for reading or writing, of which this part is locked for that, or nothing where others write it by
+/// agreement. `name` is for messages.
 pub async fn file(
     io: &Io,
     fd: OwnedFd,
     kind: LockKind,
-    is_locked: bool,
+    locked: Option<LockPart>,
     name: &str,
 ) -> Result<File, Failure> {
     let system =
@@ -112,10 +117,10 @@ pub async fn file(
             "{name} is open for reading only: open it for writing, or serve it read-only"
         )));
     }
-    if !is_locked {
+    let Some(part) = locked else {
         return Ok(file);
-    }
-    match lock(&file, kind).await {
+    };
+    match lock_part(&file, kind, part).await {
         Ok(true) => Ok(file),
         Ok(false) => Err(Failure::new(
             Code::Busy,

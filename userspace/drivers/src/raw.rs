@@ -132,9 +132,9 @@ impl Driver for Raw {
         Fence::of(&self.file)
     }
 
-    fn is_a_device(&self) -> bool {
+    fn is_verbatim(&self) -> bool {
         // What cannot be asked goes the way that always works.
-        self.file.is_device() && self.file.is_direct().unwrap_or(false)
+        self.file.is_direct().unwrap_or(false)
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

@@ -4,7 +4,8 @@
 use control::Code;
 use diskio::{Align, Data, File, Runtime};
 use drivers::{Attributes, Disk, Raw, Shape};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 /// What the storage of these tests writes at once.
 const BLOCK: usize = 4096;
@@ -107,12 +108,20 @@ fn direct_image_does_not_grow_by_a_part_of_a_block() {
     assert_eq!(failure.unwrap().unwrap_err().code, Code::Image);
 }
 
-/// What a file system does to a file, such as to move its blocks, the kernel would not notice.
+/// Through the page cache the kernel would write beside what the process has there.
 #[test]
-fn only_a_device_is_one() {
+fn only_what_goes_past_the_page_cache_is_the_image_verbatim() {
     let runtime = Runtime::new();
     let image = image(8 * BLOCK as u64);
     let raw = Raw::new(file(&runtime, &image), false);
-    assert!(!Disk::new(raw).is_a_device());
-    assert!(!Disk::new(drivers::Null::new(8 * BLOCK as u64)).is_a_device());
+    assert!(!Disk::new(raw).is_verbatim());
+    let direct = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(format!("/proc/self/fd/{}", image.as_raw_fd()))
+        .unwrap();
+    let raw = Raw::new(file(&runtime, &direct), false);
+    assert!(Disk::new(raw).is_verbatim());
+    assert!(!Disk::new(drivers::Null::new(8 * BLOCK as u64)).is_verbatim());
 }

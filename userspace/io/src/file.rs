@@ -33,10 +33,33 @@ pub enum LockKind {
     Write,
 }
 
-/// Locks a whole image on this open file description: the lock is over when the last copy of
+/// What of an image is locked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockPart {
+    /// All that a file can have, as others lock it.
+    #[default]
+    Whole,
+    /// All but [`Fence`](Self::Fence): of whoever lets a process have that.
+    Data,
+    /// The last byte that a file can have: of a process, while somebody else has the data locked for it.
+    Fence,
+}
+
+impl LockPart {
+    /// The first byte, and how many; 0 for all.
+    fn range(self) -> (i64, i64) {
+        match self {
+            LockPart::Whole => (0, 0),
+            LockPart::Data => (0, i64::MAX),
+            LockPart::Fence => (i64::MAX, 1),
+        }
+    }
+}
+
+/// Locks an image on this open file description: the lock is over when the last copy of
 /// the descriptor is closed *and* its last I/O is over, in whatever process they are. That is
 /// what proves that a process that died writes no more. `WouldBlock` if somebody has it.
-pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
+pub fn lock_part(fd: BorrowedFd<'_>, kind: LockKind, part: LockPart) -> io::Result<()> {
     // SAFETY: zeroes are valid in all fields.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     // CAST: the constants are small.
@@ -45,6 +68,7 @@ pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
         LockKind::Write => libc::F_WRLCK,
     } as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = part.range();
     let place = &raw const lock;
     // SAFETY: the call reads the structure.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, place) };
@@ -52,6 +76,11 @@ pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// As [`lock_part`], of all of the image.
+pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
+    lock_part(fd, kind, LockPart::Whole)
 }
 
 /// As [`File::is_remote`], of a descriptor that nobody has looked at.
@@ -208,7 +237,12 @@ impl File {
 
     /// As [`lock_whole`].
     pub fn lock(&self, kind: LockKind) -> io::Result<()> {
-        lock_whole(self.fd.as_fd(), kind)
+        self.lock_part(kind, LockPart::Whole)
+    }
+
+    /// As [`lock_part`].
+    pub fn lock_part(&self, kind: LockKind, part: LockPart) -> io::Result<()> {
+        lock_part(self.fd.as_fd(), kind, part)
     }
 
     /// Reads all of `data` from `offset` on. What ends before that is [`Errno::IO`].

@@ -35,7 +35,7 @@ pub use bytes::Bytes;
 pub use data::Data;
 pub use deadline::Deadline;
 pub use exec::{Executor, Runtime};
-pub use file::{is_remote, lock_whole, of_earlier, Align, File, LockKind};
+pub use file::{is_remote, lock_part, lock_whole, of_earlier, Align, File, LockKind, LockPart};
 pub use gate::{Gate, Pass};
 pub use inherited::inherited;
 pub use op::{Engine, Io, Op, Pending};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel may do without this process: read, write and flush an image that is a block device and
-//! the disk byte for byte.
+//! What the kernel may do without this process: read, write and flush an image that is the disk byte for
+//! byte, a block device or a file.
 //!
 //! Nobody else tells the kernel of it. The kernel gets the whole disk or nothing of it: when the disk is
 //! served, and again after what it forgot by itself, the range of each discard that it delivers. It is

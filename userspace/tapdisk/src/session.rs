@@ -493,7 +493,7 @@ impl Session {
 
     /// Lets the kernel serve a disk by itself that it can serve: not one that others write, too.
     fn offer(&self, tap: &Tap, open: &Open, server: &Server) {
-        if open.shared || !server.disk().is_a_device() {
+        if open.shared || !server.disk().is_verbatim() {
             return;
         }
         match tap.mapper() {

@@ -25,7 +25,7 @@ use tapdev::fake::Fake;
 #[derive(Clone)]
 struct Device {
     kernel: Fake,
-    is_a_device: bool,
+    is_verbatim: bool,
     /// What it has when somebody looks again.
     size: u64,
     write_fails: bool,
@@ -41,7 +41,7 @@ impl Device {
         kernel.back(1);
         Self {
             kernel: kernel.clone(),
-            is_a_device: true,
+            is_verbatim: true,
             size: SIZE,
             write_fails: false,
             flush_fails: false,
@@ -126,8 +126,8 @@ impl Driver for Served {
     fn fence(&self) -> Fence {
         Fence::Local
     }
-    fn is_a_device(&self) -> bool {
-        self.device.is_a_device
+    fn is_verbatim(&self) -> bool {
+        self.device.is_verbatim
     }
     async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
         data.fill(0, data.len(), 0);
@@ -222,16 +222,16 @@ fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
 fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
     type Case = (bool, bool, u32);
     const CASES: [Case; 3] = [(false, false, 1), (true, true, 1), (true, false, 2)];
-    for (is_a_device, shared, backings) in CASES {
+    for (is_verbatim, shared, backings) in CASES {
         let kernel = Fake::new(4).unwrap();
         let device = Device {
-            is_a_device,
+            is_verbatim,
             ..Device::new(&kernel)
         };
         kernel.back(backings);
         let process = device.serve(move |open| open.shared = shared);
         assert_eq!(device.request(Op::Discard), Status::Okay);
-        assert_eq!(device.told(), [], "{is_a_device} {shared} {backings}");
+        assert_eq!(device.told(), [], "{is_verbatim} {shared} {backings}");
         process.exit();
         assert_eq!(kernel.map_ops(), []);
     }

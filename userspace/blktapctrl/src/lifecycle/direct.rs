@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The kernel serves a disk by itself whose image is a block device, as far as that needs no decision: the disk's
-//! process says what it may do, and this which device that is.
+//! The kernel serves a disk by itself whose image is the disk byte for byte, as far as that needs no decision: the
+//! disk's process says what it may do, and this which image that is.
 //!
 //! It gets the image before the process is told to open it, so that the process finds it, and loses it when
 //! the image is closed, so that nobody writes it any more. In between it keeps it, whatever becomes of
-//! processes: the guest of one that has died goes on.
+//! processes: the guest of one that has died goes on. What it gets is locked, and stays locked for it: a lock of
+//! the process would be over while the kernel still writes.
 
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
@@ -14,7 +15,9 @@ use crate::kernel::{self, Node};
 use control::supervisor::What;
 use control::tapdisk::Open;
 use control::{Code, Driver, Failure, LeaseKind};
+use diskio::{lock_part, LockKind, LockPart};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,16 +42,19 @@ impl Lifecycle {
         let Some(node) = self.node_of(disk)? else {
             return Ok(());
         };
-        let image = image.filter(|image| self.is_for_kernel(&node, open, image));
+        let image = image.filter(|_| self.is_for_kernel(&node, open));
         let Some(image) = image else {
             return self.take_from_kernel(disk, self.patience.get()).await;
         };
         match self.add_backing(disk, open, image).await {
             Ok(()) => Ok(()),
             Err(failure) => {
-                let why = failure.message;
-                let what = What::NotDirect { why };
-                self.registry.events.add(Some(disk.minor), what);
+                // Of what nobody has asked for nobody has to hear.
+                if open.target.direct().is_some() || failure.code != Code::Unsupported {
+                    let why = failure.message;
+                    let what = What::NotDirect { why };
+                    self.registry.events.add(Some(disk.minor), what);
+                }
                 // What it had before may be another one.
                 self.take_from_kernel(disk, self.patience.get()).await
             }
@@ -56,13 +62,12 @@ impl Lifecycle {
     }
 
     /// Others must not write it, nor a lease end with the process; and somebody may not want it.
-    fn is_for_kernel(&self, node: &Node, open: &Open, image: &Image) -> bool {
+    fn is_for_kernel(&self, node: &Node, open: &Open) -> bool {
         let target = &open.target;
         node.has_maps
             && *target.lease() == LeaseKind::Lock
             && !open.shared
             && target.direct().unwrap_or(self.direct.get())
-            && self.registry.kernel.can_serve(image)
     }
 
     async fn add_backing(
@@ -79,20 +84,63 @@ impl Lifecycle {
                 image.path().display()
             )));
         };
-        let kernel = &self.registry.kernel;
-        let added = match kernel.add_backing(disk.minor, fd, writable) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.take_from_kernel(disk, self.patience.get()).await?;
-                kernel.add_backing(disk.minor, fd, writable)
-            }
-            added => added,
-        };
-        added.map_err(|error| {
+        let refused = |error: io::Error| {
             Failure::system(
                 format!("the kernel does not take {}", image.path().display()),
                 &error,
             )
-        })
+        };
+        let kernel = &self.registry.kernel;
+        if self.kernel_holds(disk)? {
+            // If it is the same one it is locked, though not by this description of it.
+            match kernel.add_backing(disk.minor, fd, writable) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    self.take_from_kernel(disk, self.patience.get()).await?;
+                }
+                added => return added.map_err(refused),
+            }
+        }
+        self.lock_for_kernel(image, fd, writable).await?;
+        kernel
+            .add_backing(disk.minor, fd, writable)
+            .map_err(refused)
+    }
+
+    /// Locks what the kernel is to get. A process that ended may have I/O under way, which its lock outlives.
+    async fn lock_for_kernel(
+        &self,
+        image: &Image,
+        fd: BorrowedFd<'_>,
+        writable: bool,
+    ) -> Result<(), Failure> {
+        let kind = match writable {
+            true => LockKind::Write,
+            false => LockKind::Read,
+        };
+        let locked = || match lock_part(fd, kind, LockPart::Data) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(Failure::system(
+                format!("cannot lock {}", image.path().display()),
+                &error,
+            )),
+        };
+        let late = || {
+            Failure::new(
+                Code::Busy,
+                format!("{} is locked by another process", image.path().display()),
+            )
+        };
+        until(self.patience.get(), locked, late).await
+    }
+
+    /// The kernel has the image of a disk: its process must not lock what is locked for the kernel.
+    pub(super) fn kernel_holds(&self, disk: &Disk) -> Result<bool, Failure> {
+        if !may_have_given(disk) {
+            return Ok(false);
+        }
+        let node = self.node_of(disk)?;
+        Ok(node.is_some_and(|node| node.status.backings != 0))
     }
 
     /// Takes the image of a disk from the kernel, if it has it, and waits until nothing of its I/O is running.
@@ -106,13 +154,7 @@ impl Lifecycle {
         limit: Duration,
     ) -> Result<(), Failure> {
         let minor = disk.minor;
-        if !may_have_given(disk) {
-            return Ok(());
-        }
-        if self
-            .node_of(disk)?
-            .is_none_or(|node| node.status.backings == 0)
-        {
+        if !self.kernel_holds(disk)? {
             return Ok(());
         }
         let removed = || match self.registry.kernel.remove_backing(minor) {

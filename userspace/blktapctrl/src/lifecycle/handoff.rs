@@ -247,7 +247,10 @@ impl Lifecycle {
         let image = self.image(disk).await?;
         self.give_to_kernel(disk, &prepared.open, image.as_ref())
             .await?;
-        let question = Request::Open(prepared.open.clone());
+        let question = Request::Open(Open {
+            kernel_holds: self.kernel_holds(disk)?,
+            ..prepared.open.clone()
+        });
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => Ok(serves),
             reply => Err(unexpected(&reply)),

@@ -229,6 +229,7 @@ impl Lifecycle {
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
         open.may_ask = true;
+        open.kernel_holds = self.kernel_holds(disk)?;
         let given = self.given(disk, &open, image).await?;
         match given.ask(process, &question(open), OPEN).await? {
             Reply::Disk(what) => {

@@ -5,8 +5,12 @@ use super::bed::{kill, test, until, which, Bed, Succession};
 use control::supervisor::{Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, Target};
+use diskio::LockKind;
 use std::fs;
+use std::io;
+use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 fn pause(minor: u32) -> Request {
     Request::Pause {
@@ -110,15 +114,73 @@ async fn not_given(bed: &Rc<Bed>, name: &str, words: &str, mode: Mode) {
 }
 
 #[test]
-fn what_is_no_device_or_not_the_disks_alone_is_served_by_its_process() {
+fn what_the_kernel_cannot_serve_or_is_not_the_disks_alone_is_served_by_its_process() {
     test("direct-not", |bed| async move {
         not_given(&bed, "a.img", "", Mode::Write).await;
-        not_given(&bed, "a.img", "direct=yes,", Mode::Write).await;
         not_given(&bed, "a.qcow2", "", Mode::Write).await;
         not_given(&bed, "a.dev", "", Mode::WriteShared).await;
         not_given(&bed, "a.dev", "lease=record,", Mode::Write).await;
         bed.kernel.is_old.set(true);
         not_given(&bed, "a.dev", "", Mode::Write).await;
+    });
+}
+
+#[test]
+fn who_asked_for_what_the_kernel_cannot_do_hears_of_it() {
+    test("direct-asked", |bed| async move {
+        bed.image("a.img", "A");
+        let mut create = bed.create("a.img");
+        create.open.target = target(&bed, "direct=yes,", "a.img");
+        let minor = bed.made(create).await;
+        assert!(!is_backed(&bed, minor));
+        let told = told(&bed);
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].contains("does not take"), "{told:?}");
+    });
+}
+
+fn open(bed: &Bed, name: &str) -> fs::File {
+    let mut options = fs::File::options();
+    let options = options.read(true).write(true);
+    options.open(bed.dir.join(name)).expect("the image")
+}
+
+/// True if somebody else could lock the image.
+fn is_free(bed: &Bed, name: &str) -> bool {
+    let image = open(bed, name);
+    match diskio::lock_whole(image.as_fd(), LockKind::Write) {
+        Ok(()) => true,
+        Err(error) => {
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            false
+        }
+    }
+}
+
+#[test]
+fn what_the_kernel_has_is_locked_whatever_becomes_of_processes() {
+    test("direct-locked", |bed| async move {
+        bed.image("a.dev", "A");
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert!(!is_free(&bed, "a.dev"));
+        bed.replaced(minor, kill).await;
+        assert!(!is_free(&bed, "a.dev"));
+        bed.destroy(minor).await;
+        assert!(is_free(&bed, "a.dev"));
+    });
+}
+
+#[test]
+fn what_somebody_else_has_locked_the_kernel_does_not_get() {
+    test("direct-foreign-lock", |bed| async move {
+        bed.image("a.dev", "A");
+        let image = open(&bed, "a.dev");
+        diskio::lock_whole(image.as_fd(), LockKind::Read).expect("the lock");
+        bed.lifecycle.patience.set(Duration::from_millis(50));
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert!(!is_backed(&bed, minor));
+        assert_eq!(told(&bed).len(), 1);
+        assert!(told(&bed)[0].contains("is locked by another process"));
     });
 }
 

@@ -2,7 +2,6 @@
 //! A kernel, a xenstore and a tapdisk that are none.
 
 use blktapctrl::domains::Domains;
-use blktapctrl::image::Image;
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
@@ -14,7 +13,7 @@ use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -35,6 +34,8 @@ pub(crate) struct FakeNode {
     pub(crate) committed: u64,
     pub(crate) make: Make,
     pub(crate) backing: Option<Backing>,
+    /// Its open file description, with the locks of that.
+    pub(crate) described: Option<OwnedFd>,
     /// Requests that the kernel has executed by itself.
     pub(crate) direct: u64,
 }
@@ -159,10 +160,6 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn can_serve(&self, image: &Image) -> bool {
-        image.path().extension().is_some_and(|name| name == "dev")
-    }
-
     fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
         self.crash.around(|| self.back(minor, image, writable))
     }
@@ -202,6 +199,10 @@ impl FakeKernel {
         if self.refuses.get() {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", image.as_raw_fd()))?;
+        if path.extension().is_none_or(|name| name != "dev") {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let flags = fcntl_getfl(image)?;
         assert!(flags.contains(OFlags::DIRECT), "it is for no page cache");
         assert_eq!(flags.contains(OFlags::RDWR), writable);
@@ -213,6 +214,7 @@ impl FakeKernel {
             Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
             None => {
                 let busy = 0;
+                node.described = Some(image.try_clone_to_owned()?);
                 node.backing = Some(Backing {
                     ino,
                     writable,
@@ -234,6 +236,7 @@ impl FakeKernel {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         node.backing = None;
+        node.described = None;
         note(&self.dir.borrow(), &format!("remove {minor}"));
         Ok(())
     }

@@ -5,7 +5,7 @@ use super::inactive::copy;
 use super::Session;
 use control::tapdisk::{Needed, Open, Reply, State};
 use control::{Code, Driver, Failure, Target};
-use diskio::{File, LockKind};
+use diskio::{File, LockKind, LockPart};
 use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Base, Below, Kind, Options};
 use std::os::fd::OwnedFd;
@@ -120,12 +120,12 @@ impl Session {
             )));
         };
         let name = format!("the image of {}", open.target);
-        let served = drivers::file(io, served, LockKind::Read, false, &name).await?;
+        let served = drivers::file(io, served, LockKind::Read, None, &name).await?;
         let base = Base::of(from, parent, &served, child).await?;
         let image = image.ok_or_else(|| Failure::invalid("the new image's file is missing"))?;
         let name = format!("the image of {target}");
         // Nobody else knows of it yet, and a lock would be there until the sender has closed it, too.
-        let image = drivers::file(io, image, LockKind::Write, false, &name).await?;
+        let image = drivers::file(io, image, LockKind::Write, None, &name).await?;
         formats::overlay(&image, kind, disk.size, &base).await?;
         Ok(Reply::Done)
     }
@@ -204,7 +204,7 @@ impl formats::Files<File> for Parts<'_> {
             false => (Needed::Parent { path: path.into() }, LockKind::Read),
         };
         let given = self.session.needs.ask(what).await?;
-        let is_locked = given.lock && !self.looks;
+        let locked = (given.lock && !self.looks).then_some(LockPart::Whole);
         // It may be on other storage than the image. What reads a parent can do no harm later.
         if writable {
             let fence = Fence::of_descriptor(&given.fd);
@@ -212,7 +212,7 @@ impl formats::Files<File> for Parts<'_> {
         }
         let name = path.display().to_string();
         let io = &self.session.runtime.io;
-        let mut file = drivers::file(io, given.fd, kind, is_locked, &name).await?;
+        let mut file = drivers::file(io, given.fd, kind, locked, &name).await?;
         if writable {
             // It has as many bytes of the disk as the image says.
             keep_size(&mut file, &name)?;
