@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The kernel serves the block device behind a tap disk by itself: without its process, and as well as with it.
+//! The kernel serves the device or the file behind a tap disk by itself: without its process, and as well as with it.
 
 use super::basic::{flushes_arrive, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
@@ -12,7 +12,11 @@ use crate::guest::Vbd;
 use crate::tap::{self, Served, Supervisor};
 use crate::{sh, sys};
 use anyhow::{ensure, Context as _, Result};
+use diskio::LockKind;
 use ring::tap::abi::STATE_LIVE;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// How long what must happen soon may take in an emulated machine.
@@ -29,19 +33,50 @@ pub(super) fn cases() -> Vec<Case> {
             "direct.serves",
             "the kernel serves a device behind a tap disk: verified, flushed, discarded",
             Pv,
-            serves,
+            |context| serves(context, Place::device),
+        ),
+        case(
+            "direct.serves_file",
+            "the same of a file with holes",
+            Pv,
+            |context| serves(context, Place::file),
         ),
         case(
             "direct.without_process",
             "process and supervisor are gone under load: reads, writes and flushes go on, and then the next process",
             Pv,
-            without_process,
+            |context| without_process(context, Place::device),
+        ),
+        case(
+            "direct.without_process_file",
+            "the same of a file with holes, which are filled without the process",
+            Pv,
+            |context| without_process(context, Place::file),
         ),
         case(
             "direct.pause",
             "paused under load, nothing is executed and the kernel has let go of the device",
             Pv,
-            pause,
+            |context| pause(context, Place::device),
+        ),
+        case(
+            "direct.pause_file",
+            "the same of a file",
+            Pv,
+            |context| pause(context, Place::file),
+        )
+        .nightly(),
+        case(
+            "direct.locked",
+            "nobody else gets an image that the kernel has, though neither process nor supervisor lives",
+            Pv,
+            locked,
+        ),
+        case(
+            "direct.frozen",
+            "the file system of the image is frozen under load: others are served, and it goes on",
+            Pv,
+            frozen,
         ),
         case(
             "direct.hung",
@@ -58,13 +93,43 @@ fn disk(path: &str, vdev: &str) -> String {
     tap::disk(&format!("direct=yes,aio:{path}"), vdev, "w")
 }
 
-/// A device that can all that a guest asks for.
-fn device(context: &mut Context) -> Result<NullBlk> {
-    context.null_blk(16, &[("discard", "1"), ("cache_size", "4")])
+/// Where the file system with the image is mounted.
+const MOUNT: &str = "/run/vmtest-direct";
+
+/// An image that the kernel may serve.
+struct Place {
+    /// A device that can all that a guest asks for.
+    device: NullBlk,
+    image: String,
 }
 
-fn attach(context: &mut Context, device: &NullBlk) -> Result<Served> {
-    let disk = Served::attach(context.pv()?, &disk(&device.path(), VDEV))?;
+/// Makes one for the time of a case.
+type Make = fn(&mut Context) -> Result<Place>;
+
+impl Place {
+    fn device(context: &mut Context) -> Result<Self> {
+        let device = context.null_blk(16, &[("discard", "1"), ("cache_size", "4")])?;
+        let image = device.path();
+        Ok(Self { device, image })
+    }
+
+    /// A file in which nothing is allocated, on a file system that writes past its page cache.
+    fn file(context: &mut Context) -> Result<Self> {
+        let device = context.null_blk(64, &[("discard", "1"), ("cache_size", "4")])?;
+        sh::run(&["mkfs.ext4", "-q", "-F", &device.path()])?;
+        sh::run(&["mkdir", "-p", MOUNT])?;
+        sh::run(&["mount", &device.path(), MOUNT])?;
+        context.at_end("unmount", || {
+            sh::shell(&format!("! mountpoint -q {MOUNT} || umount {MOUNT}")).map(drop)
+        });
+        let image = format!("{MOUNT}/a.img");
+        sh::shell(&format!("truncate -s 16M {image}"))?;
+        Ok(Self { device, image })
+    }
+}
+
+fn attach(context: &mut Context, place: &Place) -> Result<Served> {
+    let disk = Served::attach(context.pv()?, &disk(&place.image, VDEV))?;
     context.check_driver(&disk.vbd)?;
     wait_given(&disk)?;
     Ok(disk)
@@ -86,9 +151,9 @@ fn wait_direct(disk: &Served, count: u64) -> Result<()> {
     .with_context(|| format!("{:?}", disk.info()))
 }
 
-fn serves(context: &mut Context) -> Result<()> {
-    let device = device(context)?;
-    let disk = attach(context, &device)?;
+fn serves(context: &mut Context, place: Make) -> Result<()> {
+    let place = place(context)?;
+    let disk = attach(context, &place)?;
     let guest = context.pv()?;
     let verified = |after: &str| -> Result<()> {
         let before = disk.info()?.direct;
@@ -100,12 +165,12 @@ fn serves(context: &mut Context) -> Result<()> {
             "{after} the kernel has executed {count} requests of 400: {:?}",
             disk.info()
         );
-        same(guest, &device.path(), 16)
+        same(guest, &place.image, 16)
     };
     verified("at first")?;
-    flushes_arrive(guest, &disk.vbd, &device)?;
+    flushes_arrive(guest, &disk.vbd, &place.device)?;
     guest.run(&format!("blkdiscard -o 1M -l 1M {DEVICE}"))?;
-    same(guest, &device.path(), 4)?;
+    same(guest, &place.image, 4)?;
     verified("after a discard")?;
     // The next process says it again.
     disk.replace()?;
@@ -118,9 +183,9 @@ fn serves(context: &mut Context) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-fn without_process(context: &mut Context) -> Result<()> {
-    let device = device(context)?;
-    let disk = attach(context, &device)?;
+fn without_process(context: &mut Context, place: Make) -> Result<()> {
+    let place = place(context)?;
+    let disk = attach(context, &place)?;
     // A discard would be for the process, and the threads of the load wait for theirs.
     let load = start_load_with(context.pv()?, "")?;
     wait_direct(&disk, 50)?;
@@ -133,12 +198,12 @@ fn without_process(context: &mut Context) -> Result<()> {
     for _ in 0..4 {
         wait_direct(&disk, 200)?;
         let guest = context.pv()?;
-        let flushes = device.flushes()?;
+        let flushes = place.device.flushes()?;
         guest.run(&format!(
             "dd if=/dev/zero of={DEVICE} bs=4k count=1 seek=4000 conv=fsync,notrunc"
         ))?;
         ensure!(
-            device.flushes()? > flushes,
+            place.device.flushes()? > flushes,
             "a flush was answered and has not reached the device"
         );
     }
@@ -152,7 +217,7 @@ fn without_process(context: &mut Context) -> Result<()> {
     wait_direct(&disk, 200)?;
     let guest = context.pv()?;
     let told = end_load(guest, load)?;
-    same(guest, &device.path(), 16)?;
+    same(guest, &place.image, 16)?;
     context.note(&format!(
         "{} requests without the process; {told}",
         info.direct
@@ -160,9 +225,9 @@ fn without_process(context: &mut Context) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-fn pause(context: &mut Context) -> Result<()> {
-    let device = device(context)?;
-    let disk = attach(context, &device)?;
+fn pause(context: &mut Context, place: Make) -> Result<()> {
+    let place = place(context)?;
+    let disk = attach(context, &place)?;
     let minor = disk.minor.to_string();
     let load = start_load(context.pv()?)?;
     for _ in 0..3 {
@@ -185,7 +250,63 @@ fn pause(context: &mut Context) -> Result<()> {
     wait_direct(&disk, 50)?;
     let guest = context.pv()?;
     let told = end_load(guest, load)?;
-    same(guest, &device.path(), 16)?;
+    same(guest, &place.image, 16)?;
+    context.note(&told)?;
+    disk.detach(context.pv()?)
+}
+
+/// True if somebody else can lock the image as other programs do.
+fn is_free(image: &str) -> Result<bool> {
+    let file = File::options().read(true).write(true).open(image)?;
+    match diskio::lock_whole(file.as_fd(), LockKind::Write) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn locked(context: &mut Context) -> Result<()> {
+    let place = Place::file(context)?;
+    let disk = attach(context, &place)?;
+    ensure!(!is_free(&place.image)?, "the image of a disk is not locked");
+    context.take_supervisor()?.kill()?;
+    let old = disk.kill()?;
+    sh::wait_for("the end of the process", SOON, || {
+        Ok(disk.info()?.state != STATE_LIVE)
+    })?;
+    ensure!(
+        !is_free(&place.image)?,
+        "an image is not locked in which the kernel writes"
+    );
+    context.supervise(true)?;
+    disk.wait_replaced(old)?;
+    ensure!(
+        !is_free(&place.image)?,
+        "the next process has lost the lock"
+    );
+    disk.detach(context.pv()?)?;
+    sh::wait_for("the end of the lock", SOON, || is_free(&place.image))
+}
+
+fn frozen(context: &mut Context) -> Result<()> {
+    let place = Place::file(context)?;
+    let disk = attach(context, &place)?;
+    let load = start_load(context.pv()?)?;
+    wait_direct(&disk, 50)?;
+    sh::run(&["fsfreeze", "--freeze", MOUNT])?;
+    context.at_end("thaw", || {
+        sh::shell(&format!("fsfreeze --unfreeze {MOUNT} 2>/dev/null || true")).map(drop)
+    });
+    // All threads of the load come to a write sooner or later.
+    sh::wait_for("requests that wait for the file system", SOON, || {
+        Ok(disk.info()?.executing > 0)
+    })?;
+    others_are_served(context, "the file system of an image is frozen")?;
+    sh::run(&["fsfreeze", "--unfreeze", MOUNT])?;
+    wait_direct(&disk, 200)?;
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, &place.image, 16)?;
     context.note(&told)?;
     disk.detach(context.pv()?)
 }
