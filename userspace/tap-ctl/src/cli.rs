@@ -52,9 +52,9 @@ A target is DRIVER:IMAGE or DRIVER:SIZE:
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
 lease=record:/PATH, with the record at a path that all hosts have:
   lease=record,aio:/srv/a.img
-A block device can be served by the kernel itself, beside its process, which is faster and goes on while the process is
-replaced; direct=yes, in front says so:
-  direct=yes,aio:/dev/vg/a
+An image of aio: can be served by the kernel itself, beside its process, which is faster and goes on while the process
+is replaced; direct=yes, in front says so:
+  direct=yes,aio:/srv/a.img
 
 Examples:
   tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor, its process and its size
