@@ -70,6 +70,20 @@ impl Disk {
         Ok(disk)
     }
 
+    /// Its node.
+    pub(crate) fn path(&self) -> &Path {
+        &self.device
+    }
+
+    /// Opens it for reading and writing.
+    pub(crate) fn open(&self) -> Result<fs::File> {
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&self.device);
+        file.with_context(|| format!("cannot open {}", self.device.display()))
+    }
+
     /// Writes all of it, so that it takes no more memory later.
     fn fill(&self) -> Result<()> {
         use std::io::Write;

@@ -55,7 +55,7 @@ pub struct Open {
     pub may_shrink: bool,
     /// The kernel has the image and has it locked, whatever becomes of processes: the process locks no more
     /// than what says when its own I/O is over.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kernel_holds: bool,
     /// Others write the image at the same time: the guest may write nothing smaller than what the
     /// storage writes as a whole, because the rest of that would be written with it, as it was before.

@@ -14,6 +14,7 @@ mod states;
 mod tap_calls;
 mod tap_claims;
 mod tap_life;
+mod tap_maps;
 mod tap_queues;
 mod tap_uring;
 
@@ -74,6 +75,7 @@ fn groups() -> impl Iterator<Item = (Meets, Case)> {
         (Meets::Tap, tap_calls::all()),
         (Meets::Tap, tap_claims::all()),
         (Meets::Tap, tap_life::all()),
+        (Meets::Tap, tap_maps::all()),
         (Meets::Tap, tap_queues::all()),
         (Meets::Tap, tap_uring::all()),
         (Meets::Rings, planted::all()),

@@ -3,6 +3,7 @@
 
 mod disk;
 mod map;
+pub(crate) mod maps;
 mod node;
 pub(crate) mod scene;
 pub(crate) mod server;

@@ -9,8 +9,8 @@ use anyhow::{bail, Context, Result};
 use ring::tap::abi::{self, Completion, Desc};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -51,8 +51,28 @@ pub(crate) struct Orders {
     manner: Manner,
 }
 
-/// Data of a disk, in memory.
+/// Data of a disk, in memory or on a device.
 pub(crate) struct Store(File);
+
+/// Memory for direct I/O.
+#[repr(C, align(4096))]
+struct Aligned([u8; 4096]);
+
+impl Aligned {
+    fn zeroes(len: usize) -> Vec<Aligned> {
+        let pages = len.div_ceil(4096);
+        std::iter::repeat_with(|| Aligned([0; 4096]))
+            .take(pages)
+            .collect()
+    }
+
+    fn bytes(pages: &mut [Aligned], len: usize) -> &mut [u8] {
+        let all = pages.len() * 4096;
+        // SAFETY: The pages lie one behind the other, and are bytes.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(pages.as_mut_ptr().cast(), all) };
+        &mut bytes[..len]
+    }
+}
 
 fn owned(fd: RawFd) -> Result<OwnedFd> {
     if fd < 0 {
@@ -71,19 +91,27 @@ impl Store {
         Ok(Store(file))
     }
 
+    /// A block device, past the page cache.
+    pub(crate) fn on(device: &Path) -> Result<Store> {
+        let mut options = File::options();
+        let options = options.read(true).write(true).custom_flags(libc::O_DIRECT);
+        Ok(Store(options.open(device)?))
+    }
+
     /// Executes a request.
     pub(crate) fn execute(&self, node: &Node, desc: &Desc) -> Result<()> {
         let mut at = desc.sector * 512;
         for segment in node.segments(desc)? {
-            let mut bytes = vec![0u8; segment.len as usize];
+            let mut pages = Aligned::zeroes(segment.len as usize);
+            let bytes = Aligned::bytes(&mut pages, segment.len as usize);
             match desc.op {
                 abi::OP_WRITE => {
-                    node.arena().read(segment.offset as usize, &mut bytes)?;
-                    self.0.write_all_at(&bytes, at)?;
+                    node.arena().read(segment.offset as usize, bytes)?;
+                    self.0.write_all_at(bytes, at)?;
                 }
                 abi::OP_READ => {
-                    self.0.read_exact_at(&mut bytes, at)?;
-                    node.arena().write(segment.offset as usize, &bytes)?;
+                    self.0.read_exact_at(bytes, at)?;
+                    node.arena().write(segment.offset as usize, bytes)?;
                 }
                 op => bail!("operation {op} with data"),
             }

@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What a hostile process says of where the data of its disk is, and what its supervisor may get wrong.
+
+use super::{case, tap_maps, Case};
+use crate::lab::Lab;
+use crate::rng::Rng;
+use crate::session::PLAIN;
+use crate::tap::maps::{add, flush, remove, set, Backed};
+use crate::tap::scene::{while_served, Scene};
+use crate::tap::server::Store;
+use crate::tap::{expect, TapDisk, CLAIMS, SECTORS};
+use anyhow::{ensure, Context, Result};
+use ring::tap::abi::{
+    Claims, MapOp, FEATURE_MAPS, MAP_COLLECT, MAP_NO_BACKING, MAP_READ, MAP_RECALL, MAP_TRACK,
+    MAP_WRITE, MAP_ZERO, MAX_BACKINGS, MAX_MAP_OPS,
+};
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            tap_maps::tap_maps_malformed,
+            "operations that are malformed, out of range, of no backing, or too many"
+        ),
+        case!(
+            tap_maps::tap_maps_refused,
+            "extents that are outside of the backing, stale or not to be written are counted"
+        ),
+        case!(
+            tap_maps::tap_maps_unclaimed,
+            "who has not claimed mappings, or does not serve the disk any more, changes none"
+        ),
+        case!(
+            tap_maps::tap_backings_wrong,
+            "backings that are no storage, of no number, twice, of no disk"
+        ),
+        case!(
+            tap_maps::tap_maps_races,
+            "extents come and go, backings too, and processes, while the guest writes and reads"
+        ),
+    ]
+}
+
+const INVALID: &[i32] = &[libc::EINVAL];
+/// Of what a later kernel may know.
+const MALFORMED: &[i32] = &[libc::EINVAL, libc::EOPNOTSUPP];
+
+fn tap_maps_malformed(lab: &mut Lab) -> Result<()> {
+    let backed = Backed::new(lab)?;
+    let node = &backed.scene.node;
+    let good = set(0, SECTORS, 0);
+    let malformed = [
+        MapOp { op: 0, ..good },
+        MapOp {
+            op: MAP_COLLECT,
+            ..good
+        },
+        MapOp {
+            op: u8::MAX,
+            ..good
+        },
+        MapOp { flags: 0, ..good },
+        MapOp {
+            flags: MAP_WRITE,
+            ..good
+        },
+        MapOp {
+            flags: MAP_READ | MAP_TRACK,
+            ..good
+        },
+        MapOp {
+            flags: MAP_READ | MAP_ZERO,
+            ..good
+        },
+        MapOp {
+            flags: MAP_READ | MAP_WRITE | MAP_ZERO,
+            backing: MAP_NO_BACKING,
+            ..good
+        },
+        MapOp {
+            flags: u8::MAX,
+            ..good
+        },
+        MapOp {
+            backing: MAX_BACKINGS,
+            ..good
+        },
+        MapOp {
+            backing: MAP_NO_BACKING,
+            ..good
+        },
+        MapOp { sectors: 0, ..good },
+        MapOp {
+            sector: u64::MAX,
+            ..good
+        },
+        MapOp { offset: 1, ..good },
+        MapOp {
+            offset: u64::MAX,
+            ..good
+        },
+        MapOp {
+            reserved: [1, 0],
+            ..good
+        },
+        MapOp {
+            reserved: [0, 1 << 63],
+            ..good
+        },
+        MapOp {
+            op: MAP_RECALL,
+            ..MapOp::default()
+        },
+        MapOp {
+            op: MAP_RECALL,
+            flags: MAP_READ,
+            sectors: 1,
+            ..MapOp::default()
+        },
+        MapOp {
+            op: MAP_RECALL,
+            sectors: 1,
+            offset: 512,
+            ..MapOp::default()
+        },
+        MapOp {
+            sectors: 8,
+            ..flush()
+        },
+        MapOp {
+            generation: 1,
+            ..flush()
+        },
+    ];
+    for op in malformed {
+        expect(&format!("{op:?}"), node.maps(&[op]), MALFORMED)?;
+        // What stands before it is done, what stands behind it is not.
+        let before = node.maps(&[])?.refused;
+        let beyond = set(SECTORS, 8, 0);
+        expect(
+            "one in the middle",
+            node.maps(&[beyond, op, beyond]),
+            MALFORMED,
+        )?;
+        let refused = node.maps(&[])?.refused - before;
+        ensure!(
+            refused == 1,
+            "{refused} of the others were looked at: {op:?}"
+        );
+    }
+    let many = vec![good; MAX_MAP_OPS as usize + 1];
+    expect(
+        "too many operations",
+        node.maps(&many),
+        &[libc::EINVAL, libc::E2BIG],
+    )?;
+    node.maps(&many[1..]).context("as many as there may be")?;
+    backed.finish()
+}
+
+fn tap_maps_refused(lab: &mut Lab) -> Result<()> {
+    let backed = Backed::new(lab)?;
+    let node = &backed.scene.node;
+    let mut refused = node.maps(&[])?.refused;
+    let mut is_refused = |what: &str, op: MapOp| -> Result<()> {
+        let maps = node.maps(&[op]).with_context(|| what.to_owned())?;
+        ensure!(maps.refused == refused + 1, "{what} was taken: {maps:?}");
+        refused = maps.refused;
+        Ok(())
+    };
+    let size = backed.sectors() * 512;
+    is_refused("behind the end of the disk", set(SECTORS, 8, 0))?;
+    is_refused("over the end of the disk", set(SECTORS - 8, 16, 0))?;
+    is_refused(
+        "behind the end of the device",
+        MapOp {
+            offset: size,
+            ..set(0, 8, 0)
+        },
+    )?;
+    is_refused(
+        "over the end of the device",
+        MapOp {
+            offset: size - 512,
+            ..set(0, 8, 0)
+        },
+    )?;
+    is_refused(
+        "a backing that is not there",
+        MapOp {
+            backing: 1,
+            ..set(0, 8, 0)
+        },
+    )?;
+    let known = node.maps(&[])?.generation;
+    node.maps(&[set(0, SECTORS, known)])?;
+    let generation = node.maps(&[crate::tap::maps::recall(8, 8)])?.generation;
+    is_refused("what was recalled since", set(8, 8, known))?;
+    node.maps(&[set(8, 8, generation)])?;
+    // A million of them: the kernel forgets, and has bounded memory.
+    let each = |round: u64| (0..u64::from(MAX_MAP_OPS)).map(move |at| (at * 2 + round % 2) * 8);
+    for round in 0..4000 {
+        let ops: Vec<MapOp> = each(round)
+            .map(|sector| set(sector, 8, generation))
+            .collect();
+        node.maps(&ops)?;
+    }
+    backed.finish()
+}
+
+fn tap_maps_unclaimed(lab: &mut Lab) -> Result<()> {
+    let disk = TapDisk::make()?;
+    add(&disk, 0, &lab.disk.open()?, true)?;
+    let node = disk.open()?;
+    node.describe(SECTORS, 0)?;
+    expect(
+        "before claims",
+        node.maps(&[set(0, 8, 0)]),
+        &[libc::EOPNOTSUPP],
+    )?;
+    node.claim(&Claims {
+        features: CLAIMS.features & !FEATURE_MAPS,
+        ..CLAIMS
+    })?;
+    expect(
+        "without the claim",
+        node.maps(&[set(0, 8, 0)]),
+        &[libc::EOPNOTSUPP],
+    )?;
+    node.claim(&CLAIMS)?;
+    expect("before the start", node.maps(&[set(0, 8, 0)]), INVALID)?;
+    node.start_unclaimed()?;
+    node.maps(&[set(0, 8, 0)])?;
+    drop(node);
+    disk.wait("the end of the fence", |info| {
+        info.state == ring::tap::abi::STATE_IDLE
+    })?;
+    disk.destroy()
+}
+
+fn tap_backings_wrong(lab: &mut Lab) -> Result<()> {
+    let disk = TapDisk::make()?;
+    let mut pipe: [RawFd; 2] = [-1; 2];
+    // SAFETY: There is room for two descriptors.
+    ensure!(
+        unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC) } == 0,
+        "no pipe"
+    );
+    let no_storage = [libc::EOPNOTSUPP];
+    for fd in pipe {
+        expect(
+            "a pipe",
+            crate::tap::maps::add_fd(disk.minor, 0, fd, 0),
+            &no_storage,
+        )?;
+        // SAFETY: It is ours, and nobody uses it any more.
+        unsafe { libc::close(fd) };
+    }
+    for path in ["/", "/dev/null", "/proc/self/status", "/sys/kernel/notes"] {
+        let file = File::open(path)?;
+        expect(path, add(&disk, 0, &file, false), &no_storage)?;
+    }
+    for fd in [-1, 1 << 20, i32::MAX] {
+        let added = crate::tap::maps::add_fd(disk.minor, 0, fd, 0);
+        expect("no descriptor", added, &[libc::EBADF, libc::EINVAL])?;
+    }
+    let (device, other) = (lab.disk.open()?, lab.coarse.open()?);
+    let added =
+        |number, flags| crate::tap::maps::add_fd(disk.minor, number, device.as_raw_fd(), flags);
+    for number in [u32::from(MAX_BACKINGS), u32::MAX] {
+        expect("no number", added(number, 0), INVALID)?;
+    }
+    expect("a flag of later", added(0, 2), INVALID)?;
+    let nobody = crate::tap::maps::add_fd(disk.minor + 1000, 0, device.as_raw_fd(), 0);
+    expect("no disk", nobody, &[libc::ENOENT])?;
+    for number in 0..u32::from(MAX_BACKINGS) {
+        expect("none to remove", remove(&disk, number), &[libc::ENOENT])?;
+        add(&disk, number, &device, true)?;
+        add(&disk, number, &device, true).context("the same once more")?;
+        expect(
+            "another access",
+            add(&disk, number, &device, false),
+            &[libc::EEXIST],
+        )?;
+        expect(
+            "another device",
+            add(&disk, number, &other, true),
+            &[libc::EEXIST],
+        )?;
+    }
+    remove(&disk, 3)?;
+    expect("removed twice", remove(&disk, 3), &[libc::ENOENT])?;
+    add(&disk, 3, &other, false)?;
+    // The rest goes with the disk.
+    disk.destroy()
+}
+
+fn tap_maps_races(lab: &mut Lab) -> Result<()> {
+    let disk = TapDisk::make()?;
+    let device = lab.disk.open()?;
+    let mut session = None;
+    for round in 0..6 {
+        add(&disk, 0, &device, true)?;
+        let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+        let mut guest = match session.take() {
+            Some(session) => session,
+            None => lab.session_on_tap(&disk, PLAIN)?,
+        };
+        let over = AtomicBool::new(false);
+        let guest = thread::scope(|scope| -> Result<_> {
+            for seed in 0..2 {
+                let (node, over) = (&node, &over);
+                scope.spawn(move || change_at_random(node, over, round * 2 + seed));
+            }
+            let (disk, device, over) = (&disk, &device, &over);
+            scope.spawn(move || come_and_go(disk, device, over));
+            let done = while_served(&node, &store, || -> Result<_> {
+                for at in 0..24 {
+                    guest.exercise(at * 64, (round * 24 + at) as u32)?;
+                }
+                Ok(guest)
+            });
+            over.store(true, Relaxed);
+            done
+        })?;
+        session = Some(guest);
+        // The next process begins without mappings, while the kernel may be executing.
+        drop(node);
+        disk.wait("the end of the fence", |info| {
+            info.state == ring::tap::abi::STATE_IDLE
+        })?;
+    }
+    let info = disk.info()?;
+    ensure!(info.direct > 0, "the kernel has executed nothing: {info:?}");
+    add(&disk, 0, &device, true)?;
+    let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+    let session = session.context("no session")?;
+    Scene {
+        session,
+        store,
+        node,
+        disk,
+    }
+    .finish()
+}
+
+/// Says at random where the disk is, which is always true, and takes it back.
+fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
+    let mut rng = Rng::new(seed);
+    let mut generation = 0;
+    while !over.load(Relaxed) {
+        let sector = rng.below(SECTORS / 8) * 8;
+        let sectors = (1 + rng.below(256)) * 8;
+        let op = match rng.below(8) {
+            0 => crate::tap::maps::recall(0, u64::MAX),
+            1 | 2 => crate::tap::maps::recall(sector, sectors),
+            3 => flush(),
+            4 => set(0, SECTORS, generation),
+            _ => set(sector, sectors, generation),
+        };
+        // One that reaches over the end, or is stale, is refused.
+        if let Ok(maps) = node.maps(&[op]) {
+            generation = maps.generation;
+        }
+    }
+}
+
+/// Takes the device away and gives it again.
+fn come_and_go(disk: &TapDisk, device: &File, over: &AtomicBool) {
+    while !over.load(Relaxed) {
+        let _busy = remove(disk, 0);
+        let _there = add(disk, 0, device, true);
+        thread::yield_now();
+    }
+}

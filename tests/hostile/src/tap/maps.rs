@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Storage behind a tap disk that the kernel may use, and what a process says of it.
+
+use super::node::call;
+use super::scene::Scene;
+use super::server::Store;
+use super::{control, Node, TapDisk, SECTORS};
+use crate::lab::Lab;
+use crate::session::PLAIN;
+use anyhow::Result;
+use ring::tap::abi::{
+    ioctl, BackingAdd, BackingRemove, Buffer, MapOp, Maps, BACKING_WRITE, MAP_FLUSH, MAP_READ,
+    MAP_RECALL, MAP_SET, MAP_WRITE,
+};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+/// So many sectors of the disk are at the same place in the first backing.
+pub(crate) fn set(sector: u64, sectors: u64, generation: u32) -> MapOp {
+    MapOp {
+        op: MAP_SET,
+        flags: MAP_READ | MAP_WRITE,
+        generation,
+        sector,
+        sectors,
+        offset: sector.wrapping_mul(512),
+        ..MapOp::default()
+    }
+}
+
+/// What was said of a range is not true any longer.
+pub(crate) fn recall(sector: u64, sectors: u64) -> MapOp {
+    MapOp {
+        op: MAP_RECALL,
+        sector,
+        sectors,
+        ..MapOp::default()
+    }
+}
+
+/// Flushes are for the kernel.
+pub(crate) fn flush() -> MapOp {
+    MapOp {
+        op: MAP_FLUSH,
+        ..MapOp::default()
+    }
+}
+
+impl Node {
+    /// Changes mappings, and learns how they are.
+    pub(crate) fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
+        let mut maps = Maps {
+            ops: Buffer {
+                addr: ops.as_ptr().addr() as u64,
+                len: ops.len() as u32,
+                ..Buffer::default()
+            },
+            ..Maps::default()
+        };
+        call(&self.file, ioctl::MAP, &mut maps)?;
+        Ok(maps)
+    }
+}
+
+/// Gives a disk storage, as a supervisor does.
+pub(crate) fn add(disk: &TapDisk, number: u32, file: &File, writable: bool) -> io::Result<()> {
+    let flags = if writable { BACKING_WRITE } else { 0 };
+    add_fd(disk.minor, number, file.as_raw_fd(), flags)
+}
+
+/// The same, of any descriptor.
+pub(crate) fn add_fd(minor: u32, number: u32, fd: RawFd, flags: u32) -> io::Result<()> {
+    let mut argument = BackingAdd {
+        minor,
+        number,
+        fd,
+        flags,
+        ..BackingAdd::default()
+    };
+    let control = control().map_err(io::Error::other)?;
+    call(&control, ioctl::BACKING_ADD, &mut argument).map(drop)
+}
+
+/// Takes it away.
+pub(crate) fn remove(disk: &TapDisk, number: u32) -> io::Result<()> {
+    let mut argument = BackingRemove {
+        minor: disk.minor,
+        number,
+        ..BackingRemove::default()
+    };
+    let control = control().map_err(io::Error::other)?;
+    call(&control, ioctl::BACKING_REMOVE, &mut argument).map(drop)
+}
+
+/// A disk with a backing, its process in this program, which serves it from the same storage, and a frontend.
+pub(crate) struct Backed {
+    pub(crate) scene: Scene,
+    sectors: u64,
+}
+
+impl Backed {
+    pub(crate) fn new(lab: &Lab) -> Result<Backed> {
+        let disk = TapDisk::make()?;
+        add(&disk, 0, &lab.disk.open()?, true)?;
+        let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+        let session = lab.session_on_tap(&disk, PLAIN)?;
+        let scene = Scene {
+            session,
+            store,
+            node,
+            disk,
+        };
+        Ok(Backed {
+            scene,
+            sectors: lab.disk.sectors,
+        })
+    }
+
+    /// Sectors of the backing.
+    pub(crate) fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Right data with all of the disk mapped, then everything is taken apart.
+    pub(crate) fn finish(self) -> Result<()> {
+        let generation = self.scene.node.maps(&[recall(0, u64::MAX)])?.generation;
+        self.scene
+            .node
+            .maps(&[set(0, SECTORS, generation), flush()])?;
+        let before = self.scene.disk.info()?.direct;
+        let mut scene = self.scene;
+        scene.session.exercise(0, 0xd1)?;
+        let after = scene.disk.info()?.direct;
+        anyhow::ensure!(after > before, "the kernel has executed nothing: {after}");
+        scene.finish()
+    }
+}
