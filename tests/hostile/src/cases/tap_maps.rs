@@ -15,7 +15,8 @@ use ring::tap::abi::{
     MAP_WRITE, MAP_ZERO, MAX_BACKINGS, MAX_MAP_OPS,
 };
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
@@ -243,22 +244,10 @@ fn tap_maps_unclaimed(lab: &mut Lab) -> Result<()> {
 
 fn tap_backings_wrong(lab: &mut Lab) -> Result<()> {
     let disk = TapDisk::make()?;
-    let mut pipe: [RawFd; 2] = [-1; 2];
-    // SAFETY: There is room for two descriptors.
-    ensure!(
-        unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC) } == 0,
-        "no pipe"
-    );
     let no_storage = [libc::EOPNOTSUPP];
-    for fd in pipe {
-        expect(
-            "a pipe",
-            crate::tap::maps::add_fd(disk.minor, 0, fd, 0),
-            &no_storage,
-        )?;
-        // SAFETY: It is ours, and nobody uses it any more.
-        unsafe { libc::close(fd) };
-    }
+    let (socket, _other) = UnixStream::pair()?;
+    let added = crate::tap::maps::add_fd(disk.minor, 0, socket.as_raw_fd(), 0);
+    expect("a socket", added, &no_storage)?;
     for path in ["/", "/dev/null", "/proc/self/status", "/sys/kernel/notes"] {
         let file = File::open(path)?;
         expect(path, add(&disk, 0, &file, false), &no_storage)?;
