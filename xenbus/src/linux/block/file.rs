@@ -13,7 +13,7 @@ use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 
 /// Calls of one file that may wait for its file system at the same time.
-const CALLS: i32 = 16;
+const CALLS: u16 = 16;
 
 /// A regular file that is open for direct I/O.
 ///
@@ -51,7 +51,7 @@ impl ImageFile {
         // INVARIANT: Just looked at; none of it changes while the file is open.
         Ok(Self {
             // What waits for a file waits for no other one.
-            queue: OwnQueue::new(c"xen-blkback-rs-file", CALLS)?,
+            queue: OwnQueue::for_files(c"xen-blkback-rs-file", CALLS)?,
             file,
             block: limits.block / 512,
             can_refuse_to_wait: limits.nowait != 0,

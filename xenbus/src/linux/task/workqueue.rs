@@ -5,7 +5,8 @@
 //! All connecting and disconnecting happens there, so that the xenwatch thread, which serves every
 //! backend of the host, is never blocked by one disk. There are two, because a worker that waits
 //! is one less for the others: what may wait for storage runs on a queue of its own, and nothing on
-//! the other one waits for anything but xenstore and the hypervisor.
+//! the other one waits for anything but xenstore and the hypervisor. A file that the kernel serves has one of its
+//! own.
 //!
 //! Wraps `alloc_workqueue`, `destroy_workqueue` and `mod_delayed_work` (include/linux/workqueue.h); what is
 //! queued is of `kernel::workqueue`, which can queue but makes no queues.
@@ -35,9 +36,19 @@ unsafe impl Send for OwnQueue {}
 unsafe impl Sync for OwnQueue {}
 
 impl OwnQueue {
-    /// Makes a queue that does so many works at once. May sleep.
-    pub(in crate::linux) fn new(name: &'static CStr, most: kernel::ffi::c_int) -> Result<Self> {
-        let flags = bindings::wq_flags_WQ_UNBOUND | bindings::wq_flags_WQ_MEM_RECLAIM;
+    /// Makes a queue whose work calls file systems, so many at once. May sleep.
+    ///
+    /// It has no thread of its own for times without memory: a work of a queue that has one must not wait for
+    /// queues that have none, which file systems do (`xfs-sync`). Loop devices have theirs like this.
+    pub(in crate::linux) fn for_files(name: &'static CStr, most: u16) -> Result<Self> {
+        Self::new(name, most.into(), bindings::wq_flags_WQ_UNBOUND)
+    }
+
+    fn new(
+        name: &'static CStr,
+        most: kernel::ffi::c_int,
+        flags: bindings::wq_flags,
+    ) -> Result<Self> {
         // SAFETY: The format takes one string, which is given.
         let raw = unsafe {
             bindings::alloc_workqueue_noprof(c"%s".as_char_ptr(), flags, most, name.as_char_ptr())
@@ -88,10 +99,9 @@ impl Drop for Place {
 impl WorkQueue {
     fn new(name: &'static CStr, place: &'static Atomic<usize>) -> Result<Self> {
         // As many workers as the kernel allows: those that wait for storage do it for long.
-        let queue = OwnQueue::new(
-            name,
-            bindings::wq_consts_WQ_MAX_ACTIVE as kernel::ffi::c_int,
-        )?;
+        let most = bindings::wq_consts_WQ_MAX_ACTIVE as kernel::ffi::c_int;
+        let flags = bindings::wq_flags_WQ_UNBOUND | bindings::wq_flags_WQ_MEM_RECLAIM;
+        let queue = OwnQueue::new(name, most, flags)?;
         place.store(queue.raw.as_ptr() as usize, Release);
         // INVARIANT: Just stored.
         Ok(Self {
