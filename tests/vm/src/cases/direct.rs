@@ -46,7 +46,8 @@ pub(super) fn cases() -> Vec<Case> {
             "process and supervisor are gone under load: reads, writes and flushes go on, and then the next process",
             Pv,
             |context| without_process(context, Place::device),
-        ),
+        )
+        .nightly(),
         case(
             "direct.without_process_file",
             "the same of a file with holes, which are filled without the process",
