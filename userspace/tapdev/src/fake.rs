@@ -50,6 +50,10 @@ struct State {
     features: u64,
     free: Vec<u16>,
     answers: HashMap<u16, Status>,
+    /// What was asked last with each tag.
+    asked: HashMap<u16, Request>,
+    /// See [`Fake::insist`].
+    insists: bool,
     malformed: u64,
     clock: u64,
     mapped: Mapped,
@@ -73,6 +77,26 @@ struct Mapped {
     waiting: u32,
 }
 
+impl State {
+    /// Posts what is asked with a tag, which is free; its data are in place.
+    fn send(&mut self, tag: u16) {
+        let request = self.asked.get(&tag).expect("something is asked");
+        self.clock += 1;
+        self.shadow
+            .post(DiskTag::new(tag), 0, request, self.clock)
+            .expect("a free tag takes a request");
+    }
+
+    fn ask_again(&mut self) {
+        let is_okay = |(_, status): &(&u16, &Status)| **status == Status::Okay;
+        let okay = self.answers.iter().filter(is_okay).map(|(tag, _)| *tag);
+        for tag in okay.collect::<Vec<_>>() {
+            self.answers.remove(&tag);
+            self.send(tag);
+        }
+    }
+}
+
 impl Fake {
     /// A disk with so many tags.
     pub fn new(tags: u16) -> io::Result<Self> {
@@ -88,6 +112,8 @@ impl Fake {
             features: abi::FEATURES & !abi::FEATURE_URING_CMD,
             free: (0..tags).rev().collect(),
             answers: HashMap::new(),
+            asked: HashMap::new(),
+            insists: false,
             malformed: 0,
             clock: 1,
             mapped: Mapped::default(),
@@ -157,6 +183,12 @@ impl Fake {
         }
     }
 
+    /// From now on, or not any more, the guest asks at once again what is answered [`Status::Okay`], with the
+    /// same tag: it is never idle, however slowly its threads and those of the process get on.
+    pub fn insist(&self, insists: bool) {
+        self.lock().insists = insists;
+    }
+
     /// A process opens the node.
     pub fn open(&self) -> io::Result<FakeNode> {
         let epoch = self
@@ -198,6 +230,9 @@ impl Fake {
         shadow.reap(0, usize::MAX, |tag, status| {
             answers.insert(tag.number(), status);
         });
+        if state.insists {
+            state.ask_again();
+        }
     }
 
     /// The disk as the process described it, once it has.
@@ -276,12 +311,8 @@ impl Fake {
         }
         let at = segments_offset_of(tag, self.tags());
         pwrite(&self.0.descriptors, pieces.as_bytes(), at as u64)?;
-        state.clock += 1;
-        let now = state.clock;
-        state
-            .shadow
-            .post(DiskTag::new(tag), 0, &request, now)
-            .expect("a free tag takes a request");
+        state.asked.insert(tag, request);
+        state.send(tag);
         self.signal(&mut state)?;
         Ok(tag)
     }

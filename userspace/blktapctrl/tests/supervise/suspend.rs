@@ -90,6 +90,15 @@ impl Moving {
         .await;
     }
 
+    /// The kernel does not serve the disk by itself any more.
+    async fn gone(&self, minor: u32) {
+        until("the kernel has let go", || async {
+            let nodes = self.bed.kernel.nodes.borrow();
+            nodes[&minor].backing.is_none().then_some(())
+        })
+        .await;
+    }
+
     async fn held(&self, part: &str) {
         until("an event", || async {
             let is_it = |what: &What| matches!(what, What::Held { why } if why.contains(part));
@@ -105,11 +114,10 @@ fn kernel_loses_the_image_of_a_guest_that_is_suspended() {
     test("suspend-direct", |bed| async move {
         let host = Moving::with(bed.clone(), "a.dev");
         let minor = host.made(3).await;
-        let backing = || bed.kernel.nodes.borrow()[&minor].backing;
-        assert!(backing().is_some());
+        assert!(bed.kernel.nodes.borrow()[&minor].backing.is_some());
         host.suspend(3);
         host.is(minor, State::Inactive).await;
-        assert_eq!(backing(), None);
+        host.gone(minor).await;
         host.resume(3);
         host.wish(minor);
         host.is(minor, State::Running).await;
@@ -117,23 +125,18 @@ fn kernel_loses_the_image_of_a_guest_that_is_suspended() {
         let round = ["inactivate", "remove 0", "add 0 w", "activate again w A"];
         assert_eq!(bed.log()[3..], round);
         // Its process dies on the way.
-        host.switch("held", true);
+        host.switch("slow", true);
         host.suspend(3);
-        let process = bed.row(minor).await.pid.expect("a process");
-        until("a question", || async {
-            let record = bed.registry().get(minor)?;
-            let is_asked = record.record.borrow().inactive.is_some();
-            is_asked.then_some(())
+        until("it is asked", || async {
+            (bed.log().len() == 8).then_some(())
         })
         .await;
-        kill(process);
-        until("the kernel has let go", || async {
-            backing().is_none().then_some(())
-        })
-        .await;
-        host.switch("held", false);
+        assert_eq!(bed.log()[7], "inactivate");
+        kill(bed.row(minor).await.pid.expect("a process"));
+        host.gone(minor).await;
+        host.switch("slow", false);
         host.is(minor, State::Inactive).await;
-        assert_eq!(backing(), None);
+        assert!(bed.kernel.nodes.borrow()[&minor].backing.is_none());
     });
 }
 
