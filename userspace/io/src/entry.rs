@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Operations as entries of the submission queue.
 
-use crate::{Data, Op, Region};
+use crate::{Data, Op, Opened, Region};
 use io_uring::squeue::Entry;
 use io_uring::{opcode, types};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
 
 /// `BLOCK_URING_CMD_DISCARD` of the kernel: `_IO(0x12, 0)`.
@@ -85,7 +85,7 @@ impl Entries {
         }
     }
 
-    fn read(&self, file: &OwnedFd, offset: u64, data: &Data, vector: &[libc::iovec]) -> Entry {
+    fn read(&self, file: &Opened, offset: u64, data: &Data, vector: &[libc::iovec]) -> Entry {
         let fd = types::Fd(file.as_raw_fd());
         // CAST: data has at most a few hundred pieces.
         let (pointer, count) = (vector.as_ptr(), vector.len() as u32);
@@ -104,7 +104,7 @@ impl Entries {
 
     fn write(
         &self,
-        file: &OwnedFd,
+        file: &Opened,
         offset: u64,
         data: &Data,
         durable: bool,

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image: transfers of any length at any offset, whatever the file asks for.
 
-use crate::{Bytes, Data, Errno, Gate, Io, Op};
+use crate::{Bytes, Data, Errno, Gate, Io, LockKind, LockPart, Op, Opened};
 use rustix::fs::{
     fcntl_getfl, fcntl_setfl, fstat, fstatfs, ioctl_blkpbszget, ioctl_blksszget, seek, statx,
 };
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 /// Attempts at a transfer that the system asks to repeat.
@@ -22,65 +22,6 @@ pub struct Align {
     pub memory: usize,
     /// Offsets in the file, and lengths of pieces.
     pub offset: usize,
-}
-
-/// What an image is locked against.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LockKind {
-    /// Others may read it, nobody may write it.
-    Read,
-    /// Nobody else may use it.
-    Write,
-}
-
-/// What of an image is locked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LockPart {
-    /// All that a file can have, as others lock it.
-    #[default]
-    Whole,
-    /// All but [`Fence`](Self::Fence): of whoever lets a process have that.
-    Data,
-    /// The last byte that a file can have: of a process, while somebody else has the data locked for it.
-    Fence,
-}
-
-impl LockPart {
-    /// The first byte, and how many; 0 for all.
-    fn range(self) -> (i64, i64) {
-        match self {
-            LockPart::Whole => (0, 0),
-            LockPart::Data => (0, i64::MAX),
-            LockPart::Fence => (i64::MAX, 1),
-        }
-    }
-}
-
-/// Locks an image on this open file description: the lock is over when the last copy of
-/// the descriptor is closed *and* its last I/O is over, in whatever process they are. That is
-/// what proves that a process that died writes no more. `WouldBlock` if somebody has it.
-pub fn lock_part(fd: BorrowedFd<'_>, kind: LockKind, part: LockPart) -> io::Result<()> {
-    // SAFETY: zeroes are valid in all fields.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    // CAST: the constants are small.
-    lock.l_type = match kind {
-        LockKind::Read => libc::F_RDLCK,
-        LockKind::Write => libc::F_WRLCK,
-    } as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
-    (lock.l_start, lock.l_len) = part.range();
-    let place = &raw const lock;
-    // SAFETY: the call reads the structure.
-    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, place) };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// As [`lock_part`], of all of the image.
-pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
-    lock_part(fd, kind, LockPart::Whole)
 }
 
 /// As [`File::is_remote`], of a descriptor that nobody has looked at.
@@ -127,7 +68,7 @@ fn is_here(kind: u64) -> bool {
 #[derive(Clone, Debug)]
 pub struct File {
     io: Io,
-    fd: Rc<OwnedFd>,
+    fd: Rc<Opened>,
     align: Align,
     is_device: bool,
     gate: Gate,
@@ -150,7 +91,7 @@ impl File {
         let align = alignment(&fd, is_device)?;
         Ok(Self {
             io: io.clone(),
-            fd: Rc::new(fd),
+            fd: Rc::new(fd.into()),
             align,
             is_device,
             gate: Gate::default(),
@@ -170,7 +111,7 @@ impl File {
         if self.is_device || self.size()? % self.align.offset as u64 == 0 {
             return Ok(false);
         }
-        fcntl_setfl(&self.fd, fcntl_getfl(&self.fd)? - OFlags::DIRECT)?;
+        fcntl_setfl(&*self.fd, fcntl_getfl(&*self.fd)? - OFlags::DIRECT)?;
         self.align = Align {
             memory: 1,
             offset: 1,
@@ -196,53 +137,53 @@ impl File {
     /// Another machine executes its transfers, or another process of this one: that they have ended
     /// here does not prove that they are over.
     pub fn is_remote(&self) -> io::Result<bool> {
-        is_remote(&self.fd)
+        is_remote(&*self.fd)
     }
 
     /// Transfers go past the page cache.
     pub fn is_direct(&self) -> io::Result<bool> {
-        Ok(fcntl_getfl(&self.fd)?.contains(OFlags::DIRECT))
+        Ok(fcntl_getfl(&*self.fd)?.contains(OFlags::DIRECT))
     }
 
     /// It may be written.
     pub fn is_writable(&self) -> io::Result<bool> {
-        Ok(fcntl_getfl(&self.fd)?.contains(OFlags::RDWR))
+        Ok(fcntl_getfl(&*self.fd)?.contains(OFlags::RDWR))
     }
 
     /// Bytes, now.
     pub fn size(&self) -> io::Result<u64> {
         if self.is_device {
-            return Ok(seek(&self.fd, SeekFrom::End(0))?);
+            return Ok(seek(&*self.fd, SeekFrom::End(0))?);
         }
         // CAST: a size is not negative.
-        Ok(fstat(&self.fd)?.st_size as u64)
+        Ok(fstat(&*self.fd)?.st_size as u64)
     }
 
     /// Bytes that its file system has for it.
     pub fn allocated(&self) -> io::Result<u64> {
         // CAST: a number of blocks is not negative.
-        Ok((fstat(&self.fd)?.st_blocks as u64).saturating_mul(512))
+        Ok((fstat(&*self.fd)?.st_blocks as u64).saturating_mul(512))
     }
 
     /// Bytes of a logical and of a physical block. Those of a file are what its file system uses
     /// for direct I/O; any multiple of 512 can be transferred in any case.
     pub fn blocks(&self) -> io::Result<(u32, u32)> {
         if self.is_device {
-            let logical = ioctl_blksszget(&self.fd)?;
-            return Ok((logical, ioctl_blkpbszget(&self.fd)?.max(logical)));
+            let logical = ioctl_blksszget(&*self.fd)?;
+            return Ok((logical, ioctl_blkpbszget(&*self.fd)?.max(logical)));
         }
         let physical = u32::try_from(self.align.offset).unwrap_or(4096);
         Ok((512, physical.clamp(512, 4096)))
     }
 
-    /// As [`lock_whole`].
+    /// As [`lock_part`](Self::lock_part), of all of it.
     pub fn lock(&self, kind: LockKind) -> io::Result<()> {
         self.lock_part(kind, LockPart::Whole)
     }
 
-    /// As [`lock_part`].
+    /// As [`lock_part`](crate::lock_part), until the last copy of this is dropped and its I/O is over.
     pub fn lock_part(&self, kind: LockKind, part: LockPart) -> io::Result<()> {
-        lock_part(self.fd.as_fd(), kind, part)
+        self.fd.lock(kind, part)
     }
 
     /// Reads all of `data` from `offset` on. What ends before that is [`Errno::IO`].
@@ -281,12 +222,12 @@ impl File {
         if self.is_device {
             return Ok(());
         }
-        let fd = self.fd.try_clone();
-        let fd = fd.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let lent = self.fd.lend();
+        let lent = lent.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         // A write of a part of a block may be making the file longer.
         let _pass = self.gate.shared().await;
         // The file system may have to wait for transfers.
-        let work = move || rustix::fs::ftruncate(fd, size);
+        let work = move || rustix::fs::ftruncate(&lent, size);
         self.io.elsewhere(work).await?
     }
 
@@ -345,16 +286,16 @@ impl File {
         if self.is_device {
             return Ok((len, true));
         }
-        let fd = self.fd.try_clone();
-        let fd = fd.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let lent = self.fd.lend();
+        let lent = lent.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         // The file system may have to read for it.
-        self.io.elsewhere(move || part(&fd, offset, len)).await?
+        self.io.elsewhere(move || part(&lent, offset, len)).await?
     }
 
     /// Keeps nothing of it in dom0's page cache that is written back: who reads it next gets what is
     /// there then.
     pub fn forget(&self) -> Result<(), Errno> {
-        rustix::fs::fadvise(&self.fd, 0, None, rustix::fs::Advice::DontNeed)
+        rustix::fs::fadvise(&*self.fd, 0, None, rustix::fs::Advice::DontNeed)
     }
 
     /// Makes durable what was written.
@@ -505,7 +446,7 @@ pub fn of_earlier(error: Errno) -> Errno {
 }
 
 /// As [`File::part`].
-fn part(fd: &OwnedFd, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+fn part(fd: impl AsFd + Copy, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
     let data = match seek(fd, SeekFrom::Data(offset)) {
         Ok(data) => data,
         // There is none.

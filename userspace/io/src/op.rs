@@ -7,7 +7,7 @@ use crate::pool::Pool;
 use crate::sync;
 use crate::table::Table;
 use crate::uring::Uring;
-use crate::{Bytes, Data, Errno, Region};
+use crate::{Bytes, Data, Errno, Opened, Region};
 use rustix::time::{
     timerfd_create, timerfd_settime, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags,
     Timespec,
@@ -27,7 +27,7 @@ pub enum Op {
     /// Reads at an offset in bytes; the result is the number of bytes.
     Read {
         /// The file.
-        file: Rc<OwnedFd>,
+        file: Rc<Opened>,
         /// Bytes from its beginning.
         offset: u64,
         /// Where to.
@@ -36,7 +36,7 @@ pub enum Op {
     /// Writes at an offset in bytes; the result is the number of bytes.
     Write {
         /// The file.
-        file: Rc<OwnedFd>,
+        file: Rc<Opened>,
         /// Bytes from its beginning.
         offset: u64,
         /// Where from.
@@ -47,12 +47,12 @@ pub enum Op {
     /// Makes what was written durable (`fdatasync`).
     Sync {
         /// The file.
-        file: Rc<OwnedFd>,
+        file: Rc<Opened>,
     },
     /// Makes a range read as zeroes without writing it, and gives its space back if `hole`.
     Zero {
         /// The file.
-        file: Rc<OwnedFd>,
+        file: Rc<Opened>,
         /// Bytes from its beginning.
         offset: u64,
         /// Bytes.
@@ -63,7 +63,7 @@ pub enum Op {
     /// Tells a block device to forget a range.
     Discard {
         /// The device.
-        file: Rc<OwnedFd>,
+        file: Rc<Opened>,
         /// Bytes from its beginning.
         offset: u64,
         /// Bytes.

@@ -18,7 +18,7 @@ use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Stamp, State, Status};
 use control::{Code, Driver, Failure, Target};
-use diskio::{Deadline, Gate, Runtime};
+use diskio::{Deadline, File, Gate, Runtime};
 use drivers::{Fence, Shape};
 use inactive::Inactive;
 use rustix::fs::fstat;
@@ -83,7 +83,7 @@ struct Inner {
     /// What was served last.
     image: Option<Identity>,
     /// The image that is served, to see how it is left.
-    file: Option<OwnedFd>,
+    file: Option<File>,
     /// How the last one was left.
     left: Option<Stamp>,
     /// Nothing is served, and it is told when something is asked for.
@@ -415,15 +415,18 @@ impl Session {
             self.find_kept().await;
         }
         let identity = Identity::of(&open, image.as_ref());
-        let file = inactive::copy(image.as_ref())?;
-        let unchanged = || inactive::check(&open, file.as_ref(), stamp);
         let failed = self.runtime.io.failed();
-        let served = match self.disk(&open, image, unchanged).await {
-            Ok((disk, shape)) => self.serve(&tap, open, engine, identity, disk, shape).await,
-            Err(failure) => Err(failure),
+        let mut file = None;
+        let served = async {
+            file = self.locked(&open, image).await?;
+            inactive::check(&open, file.as_ref(), stamp)?;
+            let (disk, shape) = self.disk(&open, file.clone()).await?;
+            self.serve(&tap, open, engine, identity, disk, shape).await
         };
+        let served = served.await;
         match &served {
             Ok(_) => self.state.borrow_mut().file = file,
+            // Until then it is locked.
             Err(_) => self.retreat(failed).await,
         }
         served

@@ -116,10 +116,10 @@ struct Watched {
 
 /// A write that fails.
 fn broken(io: &Io) {
-    let file = Rc::new(OwnedFd::from(std::fs::File::open("/dev/zero").unwrap()));
+    let file = OwnedFd::from(std::fs::File::open("/dev/zero").unwrap());
     let data = io.buffer(512).unwrap().into();
     drop(io.submit(Op::Write {
-        file,
+        file: Rc::new(file.into()),
         offset: 0,
         data,
         durable: false,

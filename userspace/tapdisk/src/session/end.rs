@@ -77,9 +77,9 @@ impl Session {
             let mut state = self.state.borrow_mut();
             state.server = None;
             state.disk = None;
-            // As long as the server is there, the image is locked, so it is nobody else who changed it.
-            // One more descriptor would keep it so.
-            state.left = state.file.take().and_then(inactive::stamp);
+            // The image is locked as long as the server or this is there, so it is nobody else who changed it.
+            let file = state.file.take();
+            state.left = file.as_ref().and_then(inactive::stamp);
         }
         self.keep(true);
         // Nothing of ours may hold pages of the arena.

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
 
-use super::inactive::copy;
 use super::Session;
 use control::tapdisk::{Needed, Open, Reply, State};
 use control::{Code, Driver, Failure, Target};
@@ -70,23 +69,27 @@ impl Session {
         Ok(Reply::Fit { size: None })
     }
 
-    /// The disk that `open` asks for, when I/O of the process before is over: what is read now must not
-    /// change any more. The kernel knows before when that of this one is. `locked` is called when the image is,
-    /// and before anything of it is read.
-    pub(super) async fn disk(
+    /// The image that came along, locked when I/O of the process before is over: what is read now must not
+    /// change any more. The kernel knows before when that of this one is.
+    pub(super) async fn locked(
         &self,
         open: &Open,
         image: Option<OwnedFd>,
-        locked: impl FnOnce() -> Result<(), Failure>,
-    ) -> Result<(Disk, Shape), Failure> {
-        if let Some(image) = &image {
-            self.reach(open, Fence::of_descriptor(image)).await?;
-        }
-        let file = match image {
-            Some(_) => Some(drivers::image(&self.runtime.io, open, image).await?),
-            None => None,
+    ) -> Result<Option<File>, Failure> {
+        let Some(image) = image else {
+            return Ok(None);
         };
-        locked()?;
+        self.reach(open, Fence::of_descriptor(&image)).await?;
+        let file = drivers::image(&self.runtime.io, open, Some(image)).await?;
+        Ok(Some(file))
+    }
+
+    /// The disk that `open` asks for.
+    pub(super) async fn disk(
+        &self,
+        open: &Open,
+        file: Option<File>,
+    ) -> Result<(Disk, Shape), Failure> {
         let parts = Parts {
             session: self,
             open,
@@ -104,10 +107,9 @@ impl Session {
         let io = &self.runtime.io;
         let (open, disk, served) = {
             let state = self.state.borrow();
-            let served = copy(state.file.as_ref())?;
-            match (&state.open, &state.disk, &state.server, served) {
+            match (&state.open, &state.disk, &state.server, &state.file) {
                 (Some(open), Some(disk), Some(_), Some(served)) => {
-                    (open.clone(), disk.clone(), served)
+                    (open.clone(), disk.clone(), served.clone())
                 }
                 _ => return Err(Failure::new(Code::State, "no image is served")),
             }
@@ -119,8 +121,6 @@ impl Session {
                 "{target} cannot go on from another image: use qcow2 or vhd"
             )));
         };
-        let name = format!("the image of {}", open.target);
-        let served = drivers::file(io, served, LockKind::Read, None, &name).await?;
         let base = Base::of(from, parent, &served, child).await?;
         let image = image.ok_or_else(|| Failure::invalid("the new image's file is missing"))?;
         let name = format!("the image of {target}");

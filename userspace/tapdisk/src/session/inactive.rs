@@ -9,7 +9,7 @@ use crate::told::describe;
 use crate::troubles::wait;
 use control::tapdisk::{Open, Reply, Stamp};
 use control::{Code, Failure};
-use diskio::is_remote;
+use diskio::File;
 use rustix::fs::{fstat, FileType};
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
@@ -106,14 +106,10 @@ impl Session {
 }
 
 /// How an image is now.
-pub(super) fn stamp(image: OwnedFd) -> Option<Stamp> {
-    of(&image)
-}
-
-fn of(image: &OwnedFd) -> Option<Stamp> {
+pub(super) fn stamp(image: &File) -> Option<Stamp> {
     let file = fstat(image).ok()?;
     // A server of files has times of its own, which come when they come.
-    if is_remote(image).unwrap_or(true) {
+    if image.is_remote().unwrap_or(true) {
         return None;
     }
     let is_file = FileType::from_raw_mode(file.st_mode) == FileType::RegularFile;
@@ -125,20 +121,14 @@ fn of(image: &OwnedFd) -> Option<Stamp> {
     })
 }
 
-/// One more descriptor of an image.
-pub(super) fn copy(image: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Failure> {
-    let copy = image.map(OwnedFd::try_clone).transpose();
-    copy.map_err(|error| Failure::system("cannot keep the image", &error))
-}
-
 /// An image that was left by this disk must be as it was.
 pub(super) fn check(
     open: &Open,
-    image: Option<&OwnedFd>,
+    image: Option<&File>,
     stamp: Option<Stamp>,
 ) -> Result<(), Failure> {
     match stamp {
-        Some(stamp) if image.and_then(of) != Some(stamp) => Err(Failure::new(
+        Some(stamp) if image.and_then(self::stamp) != Some(stamp) => Err(Failure::new(
             Code::Image,
             format!(
                 "{} was written while the guest was suspended, and what the guest has of it in memory is old: \
