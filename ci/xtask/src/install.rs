@@ -78,6 +78,10 @@ const WITH_PROGRAMS: &[Packaged] = &[
         "usr/share/xen-blkback-rs/prometheus-alerts.yml",
         "xentap-alerts.yml"
     ),
+    packaged!(
+        "usr/share/xen-blkback-rs/grafana-dashboard.json",
+        "xentap-dashboard.json"
+    ),
     packaged!("usr/lib/udev/rules.d/60-xentap.rules", "60-xentap.rules"),
     packaged!("usr/lib/sysusers.d/xentap.conf", "xentap.sysusers"),
     packaged!("usr/lib/tmpfiles.d/xentap.conf", "xentap.tmpfiles"),

@@ -555,7 +555,8 @@ pub(crate) struct Status {
 
 /// What all disks have counted, with what status says of them.
 ///
-/// xentap-metrics.timer writes it for the textfile collector of node_exporter: nothing listens for it.
+/// xentap-metrics.timer writes it for the textfile collector of node_exporter: nothing listens for it. Alerts and a
+/// dashboard of Grafana are in /usr/share/xen-blkback-rs.
 #[derive(Debug, Args)]
 pub(crate) struct Metrics {
     /// Write to this file instead, which is exchanged as a whole

@@ -57,6 +57,7 @@ fn text(look: &Look, report: &Report) -> String {
     let mut text = Text::default();
     host(&mut text, look, report);
     verdicts(&mut text, report);
+    servers(&mut text, look);
     for (family, value) in DRIVER {
         disks(&mut text, *family, look, |disk| {
             Some(value(disk.vbd.as_ref()?))
@@ -146,6 +147,37 @@ fn verdicts(text: &mut Text, report: &Report) {
             .with("cause", verdict.cause.map(|cause| cause.name().into()));
         text.sample(&labels, 1.0);
     }
+}
+
+/// Who serves each disk.
+fn servers(text: &mut Text, look: &Look) {
+    text.family((
+        "xen_disk_served",
+        "gauge",
+        "1 for the driver of the disk, and for who executes its requests.",
+    ));
+    for disk in &look.disks {
+        let driver = disk.vbd.as_ref().and_then(|vbd| vbd.driver.clone());
+        let labels = labels(disk)
+            .with("driver", driver)
+            .with("by", server(disk).map(str::to_owned));
+        text.sample(&labels, 1.0);
+    }
+}
+
+/// Who executes the requests of a disk, if that is known.
+fn server(disk: &Disk) -> Option<&'static str> {
+    let Some(tap) = &disk.tap else {
+        return (disk.kind == Kind::Phy).then_some("kernel");
+    };
+    let kernel = tap.row.kernel.as_ref();
+    let is_direct = kernel.is_some_and(|kernel| kernel.by_itself().is_some());
+    Some(match (tap.row.pid.is_some(), is_direct) {
+        (true, true) => "kernel and process",
+        (true, false) => "process",
+        (false, true) => "kernel",
+        (false, false) => "nobody",
+    })
 }
 
 /// What a disk is called in all metrics.

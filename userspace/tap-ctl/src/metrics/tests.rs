@@ -6,10 +6,12 @@ use crate::host::made::{block, phy, Made};
 use crate::look::{gather, Look, Supervisor};
 use crate::status::verdict::Limits;
 use crate::status::{fake, report};
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 const ALERTS: &str = include_str!("../../../../ci/packaging/xentap-alerts.yml");
+const DASHBOARD: &str = include_str!("../../../../ci/packaging/xentap-dashboard.json");
 
 /// A host with a disk of each kind.
 fn both() -> Look {
@@ -123,20 +125,105 @@ fn the_text_is_well_formed() {
 }
 
 #[test]
-fn alerts_are_about_metrics_that_are_told() {
+fn who_serves_is_told() {
+    let served = |look: &Look, by: &str| {
+        let start = format!(
+            r#"xen_disk_served{{guest="3",vdev="xvdb",kind="tap",minor="0",driver="xen-blkback-rs",by="{by}"}} 1"#
+        );
+        let text = metrics(look);
+        assert!(text.lines().any(|line| line == start), "{by}: {text}");
+    };
+    let mut look = both();
+    assert!(metrics(&look).contains(r#"kind="phy",driver="xen-blkback-rs",by="kernel"} 1"#));
+    served(&look, "process");
+    let tap = look.disks.last_mut().expect("the tap disk");
+    fake::kernel(tap).backings = 1;
+    served(&look, "kernel and process");
+    let tap = look.disks.last_mut().and_then(|disk| disk.tap.as_mut());
+    tap.expect("the tap disk").row.pid = None;
+    served(&look, "kernel");
+    fake::kernel(look.disks.last_mut().expect("the tap disk")).backings = 0;
+    served(&look, "nobody");
+}
+
+/// The names of metrics in expressions that are no sample of a host with a disk of each kind.
+fn not_told<'a>(expressions: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
     let text = metrics(&both());
-    let told = names(&text);
     let is_part = |byte: char| byte.is_ascii_alphanumeric() || byte == '_';
-    let expressions = ALERTS
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("expr: "));
-    let words = expressions.flat_map(|line| line.split(move |byte| !is_part(byte)));
-    let used: BTreeSet<&str> = words
-        .filter(|word| word.starts_with("xen_"))
-        .map(|word| word.trim_end_matches("_bucket"))
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    let told: BTreeSet<&str> = samples
+        .filter_map(|line| line.split(|byte| !is_part(byte)).next())
         .collect();
+    let words = expressions.flat_map(|line| line.split(move |byte| !is_part(byte)));
+    let used: BTreeSet<&str> = words.filter(|word| word.starts_with("xen_")).collect();
     assert!(used.len() > 3, "{used:?}");
-    assert!(used.is_subset(&told), "{:?}", used.difference(&told));
+    used.into_iter()
+        .filter(|word| !told.contains(word))
+        .collect()
+}
+
+#[test]
+fn alerts_are_about_metrics_that_are_told() {
+    let lines = ALERTS.lines();
+    let expressions = lines.filter_map(|line| line.trim().strip_prefix("expr: "));
+    assert_eq!(not_told(expressions), BTreeSet::new());
+}
+
+/// The objects and lists below a value, and itself.
+fn below(value: &Value) -> Vec<&Value> {
+    let children: Vec<&Value> = match value {
+        Value::Array(list) => list.iter().collect(),
+        Value::Object(map) => map.values().collect(),
+        _ => Vec::new(),
+    };
+    let deeper = children.into_iter().flat_map(below);
+    std::iter::once(value).chain(deeper).collect()
+}
+
+#[test]
+fn the_dashboard_is_about_metrics_that_are_told() {
+    let dashboard: Value = serde_json::from_str(DASHBOARD).expect("it is JSON");
+    let all = below(&dashboard);
+    // Of panels and notes, and of what can be chosen.
+    let expressions = all
+        .iter()
+        .flat_map(|value| [&value["expr"], &value["query"]]);
+    assert_eq!(
+        not_told(expressions.filter_map(Value::as_str)),
+        BTreeSet::new()
+    );
+    let text = metrics(&both());
+    for legend in all
+        .iter()
+        .filter_map(|value| value["legendFormat"].as_str())
+    {
+        for label in legend.split("{{").skip(1) {
+            let label = label.split("}}").next().expect("a part");
+            // Prometheus adds the host.
+            let is_told = label == "instance" || text.contains(&format!("{label}=\""));
+            assert!(is_told, "{label}");
+        }
+    }
+}
+
+/// It works with whatever Prometheus its reader has, and shows each panel.
+#[test]
+fn the_dashboard_can_be_imported() {
+    let dashboard: Value = serde_json::from_str(DASHBOARD).expect("it is JSON");
+    let sources = below(&dashboard);
+    for source in sources.iter().filter_map(|value| value.get("datasource")) {
+        assert_eq!(source["uid"], "${datasource}");
+    }
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let mut seen = (BTreeSet::new(), BTreeSet::new());
+    for panel in panels {
+        let at = &panel["gridPos"];
+        assert!(seen.0.insert(panel["id"].as_u64()), "{panel}");
+        assert!(
+            seen.1.insert((at["x"].as_u64(), at["y"].as_u64())),
+            "{panel}"
+        );
+    }
 }
 
 #[test]
