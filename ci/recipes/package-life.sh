@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only OR MIT
-# The life of the packages in /mnt/a on a Debian tree that is not kept: installed, decided for, changed by an
+# The life of the packages of binaries in /mnt/a on a Debian tree that is not kept: installed, decided for, changed by an
 # administrator, installed again, removed, purged. $1 is the kernel's release.
 set -eu
 release=$1
@@ -21,7 +21,8 @@ files() {
 }
 # There is no image of a kernel here, and no systemd.
 install() {
-	dpkg --force-depends -i /mnt/a/*.deb >/tmp/log 2>&1 || fail "the packages cannot be installed: $(grep -v WARNING /tmp/log | tail -n9)"
+	dpkg --force-depends -i /mnt/a/xen-blkback-rs_*.deb "/mnt/a/xen-blkback-rs-modules-$release"_*.deb >/tmp/log 2>&1 ||
+		fail "the packages cannot be installed: $(grep -v WARNING /tmp/log | tail -n9)"
 }
 
 files >/tmp/before

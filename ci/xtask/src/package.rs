@@ -50,6 +50,7 @@ const DEBIAN: &[(&str, &str)] = &[
 const PROGRAMS: &[&str] = &["blktapctrl", "tapdisk", "tap-ctl", "tapimg"];
 
 const LIFE: &str = include_str!("../../recipes/package-life.sh");
+const BESIDE_XEN: &str = include_str!("../../recipes/package-beside-xen.sh");
 
 /// Builds everything and makes the packages in `out`; returns their paths.
 pub(crate) fn all(out: &Path) -> Result<Vec<PathBuf>> {
@@ -84,10 +85,19 @@ pub(crate) fn judged(out: &Path) -> Result<()> {
 
 /// Installs, changes and removes the packages in `out` on a tree that is gone afterwards.
 pub(crate) fn live(out: &Path) -> Result<()> {
+    tried(out, LIFE)
+}
+
+/// Upgrades and removes Xen's package beside those in `out`, on a tree that is gone afterwards.
+pub(crate) fn beside_xen(out: &Path) -> Result<()> {
+    tried(out, BESIDE_XEN)
+}
+
+fn tried(out: &Path, text: &str) -> Result<()> {
     let release = recipes::release(&recipes::build_root()?)?;
     let root = Root::new(&recipes::package_root()?).bind_read_only(out, "/mnt/a");
     let mut script = root.thrown_away().command("sh");
-    script.args(["-c", LIFE, "package-life", &release]);
+    script.args(["-c", text, "package", &release]);
     run::output(&mut script).map(drop)
 }
 

@@ -5,6 +5,7 @@ use crate::check::{frames, panics};
 use crate::tally::Tally;
 use crate::{build, package, run};
 use anyhow::Result;
+use std::path::Path;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     tally.check("build.programs", build::programs().map(drop));
@@ -23,6 +24,15 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     packages(tally)
 }
 
+/// What must hold of packages in a folder.
+type Holds = fn(&Path) -> Result<()>;
+
+const OF_PACKAGES: &[(&str, Holds)] = &[
+    ("package.lintian", package::judged),
+    ("package.life", package::live),
+    ("package.beside-xen", package::beside_xen),
+];
+
 /// Packages of it can be made, and do what an administrator expects of them.
 fn packages(tally: &mut Tally) -> Result<()> {
     let out = build::repository()?.join("target/packages-tried");
@@ -32,12 +42,12 @@ fn packages(tally: &mut Tally) -> Result<()> {
     let made = package::all(&out);
     let are_made = made.is_ok();
     tally.check("package.made", made.map(drop));
-    if are_made {
-        tally.check("package.lintian", package::judged(&out));
-        tally.check("package.life", package::live(&out));
-    } else {
-        tally.skip("package.lintian", "there are no packages");
-        tally.skip("package.life", "there are no packages");
+    for (name, holds) in OF_PACKAGES {
+        if are_made {
+            tally.check(name, holds(&out));
+        } else {
+            tally.skip(name, "there are no packages");
+        }
     }
     Ok(())
 }
