@@ -63,7 +63,7 @@ enum Task {
         #[arg(long = "lane", value_name = "NAME")]
         lanes: Vec<lanes::Lane>,
         /// Of the lane e2e, run only the tests whose name fits this pattern; of nightly, only this
-        /// part: fuzz, fuzz-tap, deaths.
+        /// part: fuzz, fuzz-tap, deaths, packages, and others.
         #[arg(long, default_value = lanes::ALL, value_name = "PATTERN")]
         only: String,
         /// Where chance begins in the machines, as a run said it, to repeat that; else a new place

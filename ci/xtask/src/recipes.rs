@@ -11,6 +11,7 @@ use std::process::Command;
 
 const BUILD_PACKAGES: &str = include_str!("../../recipes/build-root.packages");
 const PACKAGE_PACKAGES: &str = include_str!("../../recipes/package-root.packages");
+const DKMS_PACKAGES: &str = include_str!("../../recipes/dkms-root.packages");
 const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
 const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
 const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
@@ -55,8 +56,10 @@ pub(crate) fn kernel_tree(build_root: &Path) -> Result<PathBuf> {
     }
     .get(|dir, log| {
         let root = Root::new(build_root).bind(dir, "/mnt/a");
-        run::logged(&mut root.script(KERNEL_TREE), log)?;
-        gates::check(build_root, dir, &release(build_root)?)
+        let release = release(build_root)?;
+        let mut script = root.script(KERNEL_TREE);
+        run::logged(script.args(["kernel-tree", &release, "/mnt/a"]), log)?;
+        gates::check(build_root, dir, &release)
     })
 }
 
@@ -73,6 +76,19 @@ pub(crate) fn package_root() -> Result<PathBuf> {
         debian(dir, log, PACKAGE_PACKAGES, None)?;
         Ok(fs::create_dir(dir.join("mnt/a"))?)
     })
+}
+
+/// A Debian tree as a host that builds the module by itself, with the stock kernel and its headers.
+pub(crate) fn dkms_root() -> Result<PathBuf> {
+    host::prepare()?;
+    let release = kernel::release()?;
+    Artefact {
+        name: "dkms-root",
+        title: "the host that builds the module",
+        about: "1 min",
+        inputs: vec![host::SUITE, DKMS_PACKAGES, KERNEL_HOOK, &release],
+    }
+    .get(|dir, log| debian(dir, log, DKMS_PACKAGES, Some(&release)))
 }
 
 /// A Debian tree with Xen's tools, without a kernel and without a module of ours.

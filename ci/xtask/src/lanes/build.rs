@@ -2,8 +2,9 @@
 //! The module and the programs build, and the module cannot panic or use up the stack.
 
 use crate::check::{frames, panics};
+use crate::package::{self, tried};
 use crate::tally::Tally;
-use crate::{build, package, run};
+use crate::{build, run};
 use anyhow::Result;
 use std::path::Path;
 
@@ -21,20 +22,28 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
             tally.skip("build.module-stack-frames", "there is no module");
         }
     }
-    packages(tally)
+    packages(tally, OF_PACKAGES)
 }
 
 /// What must hold of packages in a folder.
 type Holds = fn(&Path) -> Result<()>;
 
 const OF_PACKAGES: &[(&str, Holds)] = &[
-    ("package.lintian", package::judged),
-    ("package.life", package::live),
-    ("package.beside-xen", package::beside_xen),
+    ("package.lintian", tried::judged),
+    ("package.life", tried::live),
+    ("package.beside-xen", tried::beside_xen),
 ];
 
+/// What takes minutes.
+const OF_PACKAGES_LONG: &[(&str, Holds)] = &[("package.dkms", tried::dkms)];
+
+/// Packages of it can be made, and what takes long holds of them.
+pub(super) fn long(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+    packages(tally, OF_PACKAGES_LONG)
+}
+
 /// Packages of it can be made, and do what an administrator expects of them.
-fn packages(tally: &mut Tally) -> Result<()> {
+fn packages(tally: &mut Tally, hold: &[(&str, Holds)]) -> Result<()> {
     let out = build::repository()?.join("target/packages-tried");
     if out.exists() {
         run::remove_tree(&out)?;
@@ -42,7 +51,7 @@ fn packages(tally: &mut Tally) -> Result<()> {
     let made = package::all(&out);
     let are_made = made.is_ok();
     tally.check("package.made", made.map(drop));
-    for (name, holds) in OF_PACKAGES {
+    for (name, holds) in hold {
         if are_made {
             tally.check(name, holds(&out));
         } else {

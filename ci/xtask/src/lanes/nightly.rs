@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! What takes too long for each change.
 
-use super::e2e;
+use super::{build, e2e};
 use crate::tally::Tally;
 use anyhow::{ensure, Result};
 
@@ -31,6 +31,8 @@ const PARTS: &[(&str, Part)] = &[
     ("moves", Part::Long("migrate.*,handoff.*")),
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
+    // The module is built on a host by itself.
+    ("packages", Part::Own(build::long)),
     // Other shapes, formats, orders and ways in.
     ("variants", Part::Rest),
 ];
