@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The programs of a dom0 that are installed; the others are tests.
-const PROGRAMS: &[&str] = &["tapdisk", "blktapctrl", "tap-ctl", "tapimg"];
+pub(crate) const PROGRAMS: &[&str] = &["tapdisk", "blktapctrl", "tap-ctl", "tapimg"];
 
 /// A file of ci/packaging.
 struct Packaged {

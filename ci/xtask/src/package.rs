@@ -2,6 +2,7 @@
 //! Debian packages of what is built: debhelper makes them of the staged files and `ci/packaging/debian`.
 
 mod commit;
+mod copyright;
 mod debian;
 mod module_source;
 pub(crate) mod tried;

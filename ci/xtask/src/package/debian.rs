@@ -2,7 +2,8 @@
 //! The folder `debian`: what debhelper is told of the packages.
 
 use super::commit::Commit;
-use crate::{build, kernel, recipes, run};
+use super::copyright;
+use crate::{kernel, recipes};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
@@ -14,10 +15,6 @@ const DEBIAN: &[(&str, &str)] = &[
         include_str!("../../../packaging/debian/control.in"),
     ),
     ("rules", include_str!("../../../packaging/debian/rules")),
-    (
-        "copyright",
-        include_str!("../../../packaging/debian/copyright"),
-    ),
     (
         "xen-blkback-rs.install",
         include_str!("../../../packaging/debian/xen-blkback-rs.install"),
@@ -53,9 +50,6 @@ const DEBIAN: &[(&str, &str)] = &[
     ),
 ];
 
-/// Programs whose parts are listed with their licences.
-const PROGRAMS: &[&str] = &["blktapctrl", "tapdisk", "tap-ctl", "tapimg"];
-
 /// Writes the folder `debian`.
 pub(super) fn describe(debian: &Path, commit: &Commit) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
@@ -73,9 +67,7 @@ pub(super) fn describe(debian: &Path, commit: &Commit) -> Result<()> {
         commit.version, commit.author, commit.date
     );
     fs::write(debian.join("changelog"), changelog)?;
-    fs::write(debian.join("xen-blkback-rs.docs"), "debian/crates\n")?;
-    fs::write(debian.join("crates"), crates()?)?;
-    Ok(())
+    Ok(fs::write(debian.join("copyright"), copyright::text()?)?)
 }
 
 /// A text with what is in the place of words such as `@RELEASE@`.
@@ -92,25 +84,6 @@ fn filled(text: &str, release: &str, commit: &Commit) -> String {
             "@SOURCES@",
             &series(|its| format!("linux-source-{its}"), " | "),
         )
-}
-
-/// What the programs contain: each crate with its version and its licence.
-fn crates() -> Result<String> {
-    let mut tree = build::cargo();
-    tree.args(["tree", "--locked", "--edges", "normal", "--prefix", "none"]);
-    tree.args(["--format", "{p} {l}"]);
-    for program in PROGRAMS {
-        tree.args(["--package", program]);
-    }
-    let text = run::output(tree.current_dir(build::repository()?))?;
-    // Of our own the folder is told, which is nobody's business.
-    let mut lines: Vec<&str> = text
-        .lines()
-        .filter(|line| !line.contains(" (/") && !line.ends_with("(*)"))
-        .collect();
-    lines.sort_unstable();
-    lines.dedup();
-    Ok(lines.join("\n") + "\n")
 }
 
 #[cfg(test)]
