@@ -24,6 +24,8 @@ pub(crate) enum Store {
     /// A block device in memory that holds an image of this format, as qemu-img names it. All of the
     /// disk has a place in it.
     Image(&'static str),
+    /// The same that holds this file system with one file. All of that has a place in it.
+    File(&'static str),
 }
 
 /// How the jobs reach the store.
@@ -106,6 +108,8 @@ pub(crate) const ALL: &[Backend] = &[
     entry("qdisk-direct", "qdisk (QEMU), past dom0's cache", Driver::None, Store::Memory, Way::Direct(QDISK), Set::Full),
     entry("tap-aio", "tap:aio, io_uring", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "uring"), Set::Full),
     entry("tap-direct", "tap:aio, executed by the kernel", Driver::Ours, Store::Memory, Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
+    entry("tap-direct-ext4", "tap:aio, a file on ext4, executed by the kernel", Driver::Ours, Store::File("ext4"), Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
+    entry("tap-direct-xfs", "tap:aio, a file on XFS, executed by the kernel", Driver::Ours, Store::File("xfs"), Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
     entry("tap-libaio", "tap:aio, Linux AIO", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "aio"), Set::Full),
     entry("tap-qcow2", "tap:qcow2", Driver::Ours, Store::Image("qcow2"), Way::Tap("qcow2:{}", "uring"), Set::Full),
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", Driver::None, Store::Image("qcow2"), Way::Guest(QDISK_QCOW2), Set::Full),

@@ -8,12 +8,15 @@ use std::path::Path;
 
 /// Room for the file of bonnie++ and what a file system needs beside it.
 const SIZE_MIB: u32 = 256;
-/// The same, and the tables of an image.
-const IMAGE_MIB: u32 = SIZE_MIB + 16;
+/// The same, and the tables of an image or the journal of a file system.
+const IMAGE_MIB: u32 = SIZE_MIB + 128;
 const SMALL_MIB: u32 = 8;
 const NULL_BLK: &str = "/sys/kernel/config/nullb";
 const WASTEFUL: &str = "/t/wasteful.ko";
 const FILE: &str = "/dev/shm/bench.img";
+/// Where a file system is mounted, and its file.
+const MOUNT: &str = "/run/bench";
+const MOUNTED: &str = "/run/bench/bench.img";
 /// The drivers that are compared, as modules.
 const MODULES: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
 /// The drivers must come and go when we say so, not when a disk appears.
@@ -42,7 +45,7 @@ impl Stores {
         } else {
             None
         };
-        let is_image = |store: &Store| matches!(store, Store::Image(_));
+        let is_image = |store: &Store| matches!(store, Store::Image(_) | Store::File(_));
         let image = match wanted.iter().any(is_image) {
             true => Some(null_blk("image", IMAGE_MIB)?),
             false => None,
@@ -62,24 +65,40 @@ impl Stores {
         })
     }
 
-    /// The device node of a store.
+    /// The device node of a store, or its file.
     pub(crate) fn path(&self, store: Store) -> &str {
         match store {
             Store::Memory => &self.memory,
             Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
-            Store::Image(_) => self.image.as_deref().unwrap_or("/dev/image"),
+            Store::Image(_) => self.image(),
+            Store::File(_) => MOUNTED,
         }
+    }
+
+    fn image(&self) -> &str {
+        self.image.as_deref().unwrap_or("/dev/image")
     }
 
     /// Makes a store what it is to hold, before it gets a guest.
     pub(crate) fn prepare(&self, store: Store) -> Result<()> {
-        let Store::Image(format) = store else {
-            return Ok(());
-        };
-        // Without looking for zeroes: all of it is written.
-        let image = self.path(store);
-        let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
-        sh::run(&[&convert[..], &[&self.memory, image]].concat()).map(drop)
+        let image = self.image();
+        match store {
+            Store::Memory | Store::Loop => Ok(()),
+            Store::Image(format) => {
+                unmount()?;
+                // Without looking for zeroes: all of it is written.
+                let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
+                sh::run(&[&convert[..], &[&self.memory, image]].concat()).map(drop)
+            }
+            Store::File(kind) => {
+                unmount()?;
+                sh::run(&["wipefs", "--quiet", "--all", image])?;
+                sh::run(&[&format!("mkfs.{kind}"), "-q", image])?;
+                std::fs::create_dir_all(MOUNT)?;
+                sh::run(&["mount", image, MOUNT])?;
+                fill(MOUNTED, SIZE_MIB)
+            }
+        }
     }
 
     /// The device nodes of the small disks.
@@ -100,6 +119,11 @@ fn null_blk(name: &str, mib: u32) -> Result<String> {
         Ok(Path::new(&node).exists())
     })?;
     Ok(node)
+}
+
+/// The one before may have had a file system there.
+fn unmount() -> Result<()> {
+    sh::shell(&format!("! mountpoint -q {MOUNT} || umount {MOUNT}")).map(drop)
 }
 
 fn loop_device() -> Result<String> {
