@@ -72,6 +72,11 @@ impl Driver {
         matches!(self, Self::Qcow2 | Self::Vmdk)
     }
 
+    /// The kernel may do I/O on the image without its process, as far as that lets it.
+    pub fn may_map(self) -> bool {
+        matches!(self, Self::Aio | Self::Qcow2)
+    }
+
     /// I/O on the image goes past the page cache where its file system can do that.
     pub fn is_direct(self) -> bool {
         self.has_image() && self != Self::Sync
@@ -181,7 +186,7 @@ impl Target {
         Ok(Self { lease, ..self })
     }
 
-    /// The kernel may serve a block device without the process, or not; nothing if that is not said.
+    /// The kernel may serve the disk without the process, or not; nothing if that is not said.
     pub fn direct(&self) -> Option<bool> {
         self.direct
     }
@@ -191,10 +196,10 @@ impl Target {
     /// # Errors
     /// The kernel never serves what this driver has.
     pub fn with_direct(self, direct: bool) -> Result<Self, Failure> {
-        if self.driver != Driver::Aio {
+        if !self.driver.may_map() {
             return Err(Failure::invalid(format!(
-                "{self} is nothing that the kernel could serve without a process, which is a block device and \
-                 aio: leave direct= away"
+                "{self} is nothing that the kernel could serve without a process, which is aio: and qcow2:; leave \
+                 direct= away"
             )));
         }
         Ok(Self {
@@ -481,7 +486,7 @@ mod tests {
             "direct=maybe,aio:/a",
             "direct=,aio:/a",
             "direct=no,direct=no,aio:/a",
-            "direct=no,qcow2:/a",
+            "direct=no,vhd:/a",
             "direct=no,ram:1M",
             "direct=no,/srv/a",
         ] {

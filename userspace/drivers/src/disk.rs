@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Place, Shape};
 use control::Failure;
 use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
@@ -17,6 +17,8 @@ trait Any {
     fn activate(&self) -> Later<'_, Shape, Failure>;
     fn fence(&self) -> Fence;
     fn is_verbatim(&self) -> bool;
+    fn has_places(&self) -> bool;
+    fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<Place>, Errno>;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
     fn flush(&self) -> Later<'_, (), Errno>;
@@ -40,6 +42,12 @@ impl<D: Driver> Any for D {
     }
     fn is_verbatim(&self) -> bool {
         Driver::is_verbatim(self)
+    }
+    fn has_places(&self) -> bool {
+        Driver::has_places(self)
+    }
+    fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<Place>, Errno> {
+        Box::pin(Driver::places(self, offset, len))
     }
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno> {
         Box::pin(Driver::read(self, offset, data))
@@ -120,6 +128,16 @@ impl Disk {
     /// See [`Driver::is_verbatim`].
     pub fn is_verbatim(&self) -> bool {
         self.0.driver.is_verbatim()
+    }
+
+    /// See [`Driver::has_places`].
+    pub fn has_places(&self) -> bool {
+        self.0.driver.has_places()
+    }
+
+    /// See [`Driver::places`].
+    pub async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        self.0.driver.places(offset, len).await
     }
 
     /// See [`Driver::read`].

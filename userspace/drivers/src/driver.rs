@@ -119,6 +119,19 @@ pub enum Content {
     Below,
 }
 
+/// A part of the disk that is a part of the image, byte for byte and past the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Where on the disk, in bytes.
+    pub offset: u64,
+    /// Bytes, not 0.
+    pub len: u64,
+    /// Where in the image.
+    pub at: u64,
+    /// To write there changes nothing else of the image.
+    pub writable: bool,
+}
+
 /// What serves the content of a disk.
 ///
 /// A driver is used by one thread: it needs neither locks nor atomics for its own data. Requests run
@@ -142,6 +155,23 @@ pub trait Driver: 'static {
     /// image itself does what this driver does. Then the kernel may, without this process.
     fn is_verbatim(&self) -> bool {
         false
+    }
+
+    /// Parts of the disk are parts of the image, and [`places`](Self::places) says which: the kernel may read
+    /// and write those without this process, and asks nobody when it does.
+    fn has_places(&self) -> bool {
+        false
+    }
+
+    /// Where a range is in the image, as far as that is known and of use; in order. What is told
+    ///
+    /// - is in the image: the death of this process does not undo it;
+    /// - stays true as long as no request of the guest discards it, or makes it zeroes: no write moves it, nor what
+    ///   is beside it. Where others than the guest change something, the kernel has let go of the disk before;
+    /// - may be written, if it says so, without anything that this driver would have to know of: a flush makes
+    ///   that durable, too.
+    async fn places(&self, _offset: u64, _len: u64) -> Result<Vec<Place>, Errno> {
+        Ok(Vec::new())
     }
 
     /// Reads into all of `data`.

@@ -53,7 +53,7 @@ An image that several hosts reach has lease=record, in front, which lets one hos
 lease=record:/PATH, with the record at a path that all hosts have:
   lease=record,aio:/srv/a.img
 An image of aio: can be served by the kernel itself, beside its process, which is faster and goes on while the process
-is replaced; direct=yes, in front says so:
+is replaced; direct=yes, in front says so, also for what a qcow2 image has already:
   direct=yes,aio:/srv/a.img
 
 Examples:

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel may do without this process: read, write and flush an image that is the disk byte for
-//! byte, a block device or a file.
+//! What the kernel may do without this process: read and write where the image has the disk, a block device or a
+//! file.
 //!
-//! Nobody else tells the kernel of it. The kernel gets the whole disk or nothing of it: when the disk is
-//! served, and again after what it forgot by itself, the range of each discard that it delivers. It is
-//! taken back before the image may be somebody else's, and before others than the guest use the disk
+//! Nobody else tells the kernel of it. Of an image that is the disk byte for byte it gets all, and flushes: when the
+//! disk is served, and again after what it forgot by itself, the range of each discard that it delivers. Of
+//! others it gets [part by part](parts) what was asked of this process. It is taken back before the image may be somebody else's, and before others than the guest use the disk
 //! ([`Ban`]): the kernel knows the order of the guest's requests only. To take it back waits for I/O of the
 //! kernel, in a helper thread, and nothing is given meanwhile.
 
+mod parts;
+
 use control::Failure;
 use diskio::{Gate, Io};
+use parts::Missed;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
@@ -29,6 +32,8 @@ pub(crate) struct Image {
     /// Bytes of the disk.
     pub(crate) size: u64,
     pub(crate) writable: bool,
+    /// It has the disk in parts, and the driver says where.
+    pub(crate) in_parts: bool,
 }
 
 impl Image {
@@ -77,6 +82,10 @@ pub struct Direct {
     bans: Cell<u32>,
     /// Requests under way of which it forgets the range.
     forgets: Cell<u32>,
+    /// Of what it is to be told where that is.
+    missed: Missed,
+    /// Grows when what was looked up before may not be true any more, though the kernel would not know.
+    era: Cell<u64>,
     /// Recalls come one after the other.
     gate: Gate,
 }
@@ -89,6 +98,7 @@ pub(crate) struct Ban(Rc<Direct>);
 impl Ban {
     fn new(direct: &Rc<Direct>) -> Self {
         direct.bans.set(direct.bans.get() + 1);
+        direct.end_era();
         Self(direct.clone())
     }
 }
@@ -113,9 +123,15 @@ impl Drop for Forgets {
 impl Direct {
     /// From now on the kernel may use this image.
     pub(crate) fn offer(&self, image: Image) {
+        self.missed.begin(image.in_parts);
+        self.end_era();
         *self.image.borrow_mut() = Some(image);
         self.is_vain.set(false);
         self.due.set(true);
+    }
+
+    fn end_era(&self) {
+        self.era.set(self.era.get().wrapping_add(1));
     }
 
     /// The disk has another size.
@@ -135,33 +151,42 @@ impl Direct {
 
     /// Tells the kernel where the disk is, if it is time for that. To be called again and again.
     pub(crate) fn turn(&self) {
-        let is_time = self.due.get()
-            && !self.is_vain.get()
-            && self.bans.get() == 0
-            && self.forgets.get() == 0
-            && self.told.get() != Told::Recalled;
-        if !is_time {
+        if !self.due.get() || self.forgets.get() > 0 || !self.may_tell() {
             return;
         }
         self.due.set(false);
-        let Some(image) = self.image.borrow().clone() else {
-            return;
-        };
-        if let Err(error) = self.tell(&image) {
+        let image = self.image.borrow().clone();
+        if let Some(image) = image.filter(|image| !image.in_parts) {
+            self.told_or_vain(self.tell(&image));
+        }
+    }
+
+    /// The kernel may be told where something is.
+    fn may_tell(&self) -> bool {
+        !self.is_vain.get() && self.bans.get() == 0 && self.told.get() != Told::Recalled
+    }
+
+    fn told_or_vain(&self, told: io::Result<()>) {
+        if let Err(error) = told {
             eprintln!("tapdisk: the kernel does not serve the disk by itself: {error}");
             self.is_vain.set(true);
         }
     }
 
     fn tell(&self, image: &Image) -> io::Result<()> {
-        let now = image.mapper.maps(&[])?;
-        if now.backings >> BACKING & 1 == 0 {
-            // Nobody has given it the image.
-            self.is_vain.set(true);
+        let Some(generation) = self.generation(image)? else {
             return Ok(());
-        }
+        };
         self.told.set(Told::Image);
-        image.mapper.maps(&image.ops(now.generation)).map(drop)
+        image.mapper.maps(&image.ops(generation)).map(drop)
+    }
+
+    /// That of the kernel's mappings; nothing if nobody has given it the image.
+    fn generation(&self, image: &Image) -> io::Result<Option<u32>> {
+        let now = image.mapper.maps(&[])?;
+        let has_image = now.backings >> BACKING & 1 != 0;
+        self.is_vain.set(!has_image);
+        Ok(has_image.then_some(now.generation))
     }
 
     /// Waits until the kernel does nothing by itself. It does not until the ban is dropped.
@@ -200,6 +225,7 @@ impl Direct {
     /// The node is given back, and with it all that the kernel was told by this process.
     pub(crate) fn leave(&self) {
         *self.image.borrow_mut() = None;
+        self.end_era();
         self.told.set(Told::Nothing);
     }
 }

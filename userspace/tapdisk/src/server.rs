@@ -213,6 +213,7 @@ impl Server {
         // The guest has to learn of what is lost, and the kernel would not tell it.
         if !self.terms.lost.has_any() {
             self.terms.direct.turn();
+            self.look_for_places();
         }
         if self.is_quiet() {
             for waker in self.quiet.take() {
@@ -225,6 +226,17 @@ impl Server {
             }
         }
         Ok(came)
+    }
+
+    /// Has the kernel know of what was asked of this process, in a task of its own. The disk is not closed meanwhile.
+    fn look_for_places(self: &Rc<Self>) {
+        if self.terms.direct.must_look() {
+            let hold = self.hold();
+            self.runtime.tasks.spawn(async move {
+                let server = &hold.0;
+                server.terms.direct.look(&server.disk).await;
+            });
+        }
     }
 
     /// Serves a request in a task of its own.
@@ -352,6 +364,9 @@ impl Server {
                     return request.returned();
                 }
             }
+        }
+        if result.is_ok() && matches!(request.kind, Kind::Read | Kind::Write) {
+            self.terms.direct.missed(request.offset, request.len);
         }
         self.count(request, result);
         request.done(result)

@@ -496,7 +496,8 @@ impl Session {
 
     /// Lets the kernel serve a disk by itself that it can serve: not one that others write, too.
     fn offer(&self, tap: &Tap, open: &Open, server: &Server) {
-        if open.shared || !server.disk().is_verbatim() {
+        let (disk, in_parts) = (server.disk(), server.disk().has_places());
+        if open.shared || !(in_parts || disk.is_verbatim()) {
             return;
         }
         match tap.mapper() {
@@ -505,6 +506,7 @@ impl Session {
                 mapper,
                 size: server.size(),
                 writable: !open.read_only,
+                in_parts,
             }),
             Ok(None) => {}
             Err(error) => self.note("the kernel does not serve the disk by itself", &error),

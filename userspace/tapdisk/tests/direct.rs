@@ -7,7 +7,7 @@ use common::{Process, SECTORS, SIZE};
 use control::tapdisk::{OnError, Open, Reply, Request, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io};
-use drivers::{Attributes, Disk, Driver, Fence, Shape};
+use drivers::{Attributes, Disk, Driver, Fence, Place, Shape};
 use ring::response::Status;
 use ring::tap::shadow::Op;
 use rustix::event::{eventfd, EventfdFlags};
@@ -29,7 +29,9 @@ struct Device {
     size: u64,
     write_fails: bool,
     flush_fails: bool,
-    /// Discards end when this can be read.
+    /// Where it is in the image, if not byte for byte.
+    places: Option<Vec<Place>>,
+    /// Discards end, and places are found, when this can be read.
     goes_on: Arc<OwnedFd>,
     /// What the kernel was told by the time when the image was let go of.
     told: Arc<Mutex<Vec<MapOp>>>,
@@ -44,8 +46,24 @@ impl Device {
             size: SIZE,
             write_fails: false,
             flush_fails: false,
+            places: None,
             goes_on: Arc::new(eventfd(1, EventfdFlags::CLOEXEC).unwrap()),
             told: Arc::default(),
+        }
+    }
+
+    /// An image that has a part of the disk, of which the kernel may write the half.
+    fn in_parts(kernel: &Fake) -> Self {
+        let place = |offset, at, writable| Place {
+            offset,
+            len: 4096,
+            at,
+            writable,
+        };
+        Self {
+            is_verbatim: false,
+            places: Some(vec![place(0, 8192, true), place(8192, 65536, false)]),
+            ..Self::new(kernel)
         }
     }
 
@@ -127,6 +145,15 @@ impl Driver for Served {
     }
     fn is_verbatim(&self) -> bool {
         self.device.is_verbatim
+    }
+    fn has_places(&self) -> bool {
+        self.device.places.is_some()
+    }
+    async fn places(&self, from: u64, _: u64) -> Result<Vec<Place>, Errno> {
+        let goes_on = Rc::new(self.device.goes_on.try_clone().unwrap());
+        self.io.readable(&goes_on).await?;
+        let all = self.device.places.iter().flatten();
+        Ok(all.filter(|place| place.offset >= from).copied().collect())
     }
     async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
         data.fill(0, data.len(), 0);
@@ -305,6 +332,59 @@ fn everything_is_taken_back_before_the_image_is_let_go_of() {
     }
 }
 
+/// What the kernel is told of [`Device::in_parts`].
+fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
+    let set = |flags, sector, offset| MapOp {
+        op: MAP_SET,
+        flags,
+        generation,
+        sector,
+        sectors: 8,
+        offset,
+        ..MapOp::default()
+    };
+    vec![set(flags, 0, 8192), set(MAP_READ, 16, 65536)]
+}
+
+/// Nothing is told before something is asked, and nothing of flushes, which the driver has something to do for.
+#[test]
+fn an_image_in_parts_is_told_where_something_was_asked() {
+    for read_only in [false, true] {
+        let kernel = Fake::new(4).unwrap();
+        let device = Device::in_parts(&kernel);
+        let mut process = device.serve(move |open| open.read_only = read_only);
+        assert_eq!(device.request(Op::Flush), Status::Okay);
+        assert_eq!(kernel.map_ops(), []);
+        assert_eq!(device.request(Op::Read), Status::Okay);
+        let flags = MAP_READ | if read_only { 0 } else { MAP_WRITE };
+        let told = told_in_parts(0, flags);
+        assert_eq!(kernel.wait_for_map_ops(2), told);
+        assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+        assert_eq!(kernel.map_ops(), [told, vec![recall()]].concat());
+        process.exit();
+    }
+}
+
+/// While somebody else uses the image it may change, and what was found before is not true then.
+#[test]
+fn what_was_found_before_a_ban_is_not_told_after_it() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device {
+        goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
+        ..Device::in_parts(&kernel)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut process = with_nbd(&device, &folder);
+    assert_eq!(device.request(Op::Read), Status::Okay);
+    let mut client = client(&folder);
+    served(&mut client);
+    drop(client);
+    device.go_on();
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    assert_eq!(kernel.map_ops(), []);
+    process.exit();
+}
+
 #[test]
 fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
     let kernel = Fake::new(4).unwrap();
@@ -330,7 +410,9 @@ fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
 fn with_nbd(device: &Device, folder: &tempfile::TempDir) -> Process {
     let listener = UnixListener::bind(folder.path().join("nbd")).unwrap();
     let mut process = device.serve(|_| ());
-    device.kernel.wait_for_map_ops(2);
+    if device.is_verbatim {
+        device.kernel.wait_for_map_ops(2);
+    }
     let nbd = Request::Nbd {
         export: String::new(),
     };

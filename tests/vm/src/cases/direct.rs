@@ -3,6 +3,7 @@
 
 use super::basic::{flushes_arrive, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
+use super::formats::{judge_qcow2, of_guest, qcow2_disk};
 use super::hung::{hangable, host_is_well, others_are_served};
 use super::lifecycle::own_guest;
 use super::tap::{end_load, same, start_load, start_load_with, wait_progress, DEVICE, VDEV};
@@ -40,6 +41,19 @@ pub(super) fn cases() -> Vec<Case> {
             "the same of a file with holes",
             Pv,
             |context| serves(context, Place::file),
+        ),
+        case(
+            "direct.serves_xfs",
+            "the same on XFS",
+            Pv,
+            |context| serves(context, |context| Place::on(context, "xfs", 320)),
+        )
+        .nightly(),
+        case(
+            "direct.qcow2",
+            "the kernel serves what a qcow2 image has already, under verified load while its process dies",
+            Pv,
+            serves_qcow2,
         ),
         case(
             "direct.without_process",
@@ -116,8 +130,13 @@ impl Place {
 
     /// A file in which nothing is allocated, on a file system that writes past its page cache.
     fn file(context: &mut Context) -> Result<Self> {
-        let device = context.null_blk(64, &[("discard", "1"), ("cache_size", "4")])?;
-        sh::run(&["mkfs.ext4", "-q", "-F", &device.path()])?;
+        Self::on(context, "ext4", 64)
+    }
+
+    /// The same on this file system, which takes so much room.
+    fn on(context: &mut Context, kind: &str, mib: u32) -> Result<Self> {
+        let device = context.null_blk(mib, &[("discard", "1"), ("cache_size", "4")])?;
+        sh::run(&[&format!("mkfs.{kind}"), "-q", &device.path()])?;
         sh::run(&["mkdir", "-p", MOUNT])?;
         sh::run(&["mount", &device.path(), MOUNT])?;
         context.at_end("unmount", || {
@@ -182,6 +201,48 @@ fn serves(context: &mut Context, place: Make) -> Result<()> {
         "tap-ctl list does not say that the kernel serves the disk: {shown}"
     );
     disk.detach(context.pv()?)
+}
+
+/// Of an image with tables the kernel is told what was asked of the process.
+fn serves_qcow2(context: &mut Context) -> Result<()> {
+    const DEATHS: u32 = 6;
+    let (path, _) = qcow2_disk(context)?;
+    let specification = tap::disk(&format!("direct=yes,qcow2:{path}"), VDEV, "w");
+    let disk = Served::attach(context.pv()?, &specification)?;
+    context.check_driver(&disk.vbd)?;
+    wait_given(&disk)?;
+    let guest = context.pv()?;
+    let verified = || -> Result<u64> {
+        let before = disk.info()?.direct;
+        guest.run_for(&verify_job(DEVICE, 16, 200, 512), FIO)?;
+        Ok(disk.info()?.direct - before)
+    };
+    let first = verified()?;
+    // Now the image has all of the disk.
+    guest.run(&format!(
+        "dd if=/dev/urandom of={DEVICE} bs=1M count=16 oflag=direct"
+    ))?;
+    let full = verified()?;
+    ensure!(
+        full >= 350,
+        "the kernel has executed {first} and then {full} requests of 400: {:?}",
+        disk.info()
+    );
+    guest.run(&format!("blkdiscard -o 1M -l 4M {DEVICE}"))?;
+    let discarded = verified()?;
+    let load = start_load_with(guest, "")?;
+    for _ in 0..DEATHS {
+        wait_direct(&disk, 30)?;
+        disk.replace()?;
+    }
+    wait_direct(&disk, 30)?;
+    let told = end_load(guest, load)?;
+    let seen = of_guest(guest)?;
+    context.note(&format!(
+        "by the kernel: {first} of 400 at first, {full} of a full disk, {discarded} after a discard; {DEATHS} deaths, {told}"
+    ))?;
+    disk.detach(context.pv()?)?;
+    judge_qcow2(context, &path, &seen)
 }
 
 fn without_process(context: &mut Context, place: Make) -> Result<()> {

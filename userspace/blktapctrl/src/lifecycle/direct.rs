@@ -14,15 +14,12 @@ use crate::image::Image;
 use crate::kernel::{self, Node};
 use control::supervisor::What;
 use control::tapdisk::Open;
-use control::{Code, Driver, Failure, LeaseKind};
+use control::{Code, Failure, LeaseKind};
 use diskio::{lock_part, LockKind, LockPart};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// The driver whose images are the disk byte for byte, past the page cache.
-const DRIVER: Driver = Driver::Aio;
 
 impl Lifecycle {
     /// Lets the kernel have what a process is about to open, or nothing if it is not for the kernel. A disk is
@@ -36,7 +33,7 @@ impl Lifecycle {
         open: &Open,
         image: Option<&Arc<Image>>,
     ) -> Result<(), Failure> {
-        if open.target.driver() != DRIVER {
+        if !open.target.driver().may_map() {
             return Ok(());
         }
         let Some(node) = self.node_of(disk)? else {
@@ -67,7 +64,9 @@ impl Lifecycle {
         node.has_maps
             && *target.lease() == LeaseKind::Lock
             && !open.shared
-            && target.direct().unwrap_or(self.direct.get())
+            && target
+                .direct()
+                .unwrap_or(self.direct.get() && !target.driver().has_format())
     }
 
     async fn add_backing(
@@ -188,7 +187,7 @@ fn may_have_given(disk: &Disk) -> bool {
     let record = disk.record.borrow();
     let next = record.next.as_ref().map(|next| &next.open);
     let mut all = record.open.iter().chain(next);
-    all.any(|open| open.target.driver() == DRIVER)
+    all.any(|open| open.target.driver().may_map())
 }
 
 /// Asks the kernel again and again for something of which it tells nobody when it is so.

@@ -139,6 +139,24 @@ fn who_asked_for_what_the_kernel_cannot_do_hears_of_it() {
     });
 }
 
+/// Of an image with tables the kernel gets what its process finds in them, if somebody wants that.
+#[test]
+fn an_image_with_tables_is_given_to_who_asks_for_it() {
+    test("direct-tables", |bed| async move {
+        bed.image("a.dev", "A");
+        for (words, is_given) in [("", false), ("direct=no,", false), ("direct=yes,", true)] {
+            let text = format!("{words}qcow2:{}", bed.dir.join("a.dev").display());
+            let mut create = bed.create("a.dev");
+            create.open.target = text.parse().expect("a target");
+            let minor = bed.made(create).await;
+            assert_eq!(is_backed(&bed, minor), is_given, "{text}");
+            bed.destroy(minor).await;
+            assert!(is_free(&bed, "a.dev"));
+        }
+        assert_eq!(told(&bed), [""; 0]);
+    });
+}
+
 fn open(bed: &Bed, name: &str) -> fs::File {
     let mut options = fs::File::options();
     let options = options.read(true).write(true);

@@ -352,7 +352,7 @@ fn follows(run: Run, count: u64, next: Run) -> bool {
 
 impl Image<()> {
     /// What a header says of the L1 and refcount tables.
-    pub(crate) fn places(header: &Header) -> (Table, Table) {
+    pub(crate) fn tables_of(header: &Header) -> (Table, Table) {
         let l1 = Table {
             at: header.l1,
             entries: header.l1_entries,

@@ -10,6 +10,7 @@ mod facts;
 mod geometry;
 mod header;
 mod image;
+mod places;
 mod read;
 mod refcounts;
 mod rename;
@@ -36,7 +37,7 @@ use alloc::Allocator;
 use compressed::Unpacked;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
 use header::{CORRUPT, DIRTY};
 use image::Image;
 use slices::Slices;
@@ -203,7 +204,7 @@ impl<S: Storage> Qcow2<S> {
         let data = self.data_file.clone();
         let mut storages = vec![self.file.clone()];
         storages.splice(0..0, data.clone());
-        let (l1, reftable) = Image::places(header);
+        let (l1, reftable) = Image::tables_of(header);
         let budget = self.options.cache;
         Ok(Image {
             name: self.options.name.clone(),
@@ -277,6 +278,18 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     fn fence(&self) -> Fence {
         storage::fence([&self.file].into_iter().chain(&self.data_file))
+    }
+
+    fn has_places(&self) -> bool {
+        // Of another file the kernel does not know.
+        self.data_file.is_none()
+    }
+
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        match self.has_places() {
+            true => self.image()?.places(offset, len).await,
+            false => Ok(Vec::new()),
+        }
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

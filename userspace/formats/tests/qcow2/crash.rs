@@ -11,8 +11,8 @@ use drivers::{Disk, Driver, Ram};
 use formats::qcow2::{create, Backing, Plan, Qcow2};
 use formats::{Options, Parts};
 
-const SECTORS: u64 = 640;
-const SIZE: u64 = SECTORS * 512;
+pub(crate) const SECTORS: u64 = 640;
+pub(crate) const SIZE: u64 = SECTORS * 512;
 /// What the image below has in all its sectors.
 const BELOW: u32 = 0xbebebebe;
 /// Sectors of the image below: fewer than the disk has.
@@ -20,13 +20,13 @@ const BELOW_SECTORS: u64 = 505;
 
 /// An image's layout and whether something is below it.
 #[derive(Clone, Debug)]
-struct Case {
-    name: &'static str,
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
     plan: Plan,
     below: bool,
 }
 
-fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let plan = |cluster: u64| Plan {
         cluster,
         ..Plan::new(SIZE)
@@ -120,7 +120,7 @@ fn options(case: &Case, writable: bool) -> Options {
     }
 }
 
-fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
+pub(crate) fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
     let memory = Memory::new(Vec::new(), 1, false);
     let mut plan = case.plan.clone();
     plan.backing = case.below.then(|| Backing {
@@ -133,7 +133,7 @@ fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
     memory.bytes()
 }
 
-fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: bool) -> Disk {
+pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: bool) -> Disk {
     let (parts, options) = (parts(runtime, case), options(case, writable));
     let disk = Disk::new(Qcow2::new(memory.clone(), parts, options));
     let its = disk.clone();
@@ -145,7 +145,7 @@ fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: bool) -> Di
 }
 
 /// What a disk reads as, from the bytes of its image, in which nothing may be wrong but that space is lost.
-fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
+pub(crate) fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
     let memory = Memory::new(bytes, 1, false);
     let image = Qcow2::new(memory.clone(), parts(runtime, case), options(case, false));
     let found = runtime.block_on(async move {
@@ -164,7 +164,7 @@ fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
     stamps(&all.unwrap().unwrap())
 }
 
-fn first(case: &Case, sector: u64) -> u32 {
+pub(crate) fn first(case: &Case, sector: u64) -> u32 {
     match case.below && sector < BELOW_SECTORS {
         true => BELOW,
         false => 0,

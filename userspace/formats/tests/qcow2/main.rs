@@ -10,4 +10,5 @@ mod flush;
 mod hostile;
 mod memory;
 mod oracle;
+mod places;
 mod rename;
