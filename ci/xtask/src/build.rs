@@ -25,12 +25,15 @@ pub(crate) struct Built {
     pub(crate) module: PathBuf,
     /// The folder with the programs.
     pub(crate) programs: PathBuf,
+    /// The folder with the same programs and what debuggers need.
+    pub(crate) debuggable: PathBuf,
 }
 
 /// Builds everything.
 pub(crate) fn all() -> Result<Built> {
     Ok(Built {
         programs: programs()?,
+        debuggable: debuggable()?,
         module: module()?,
     })
 }
@@ -117,8 +120,25 @@ fn make(source: &Path, objects: &Path) -> Result<Command> {
 }
 
 /// Builds the programs so that they run in dom0 whatever libc the host has: statically linked.
-/// Returns the folder that holds them.
+/// Returns the folder that holds them, without what debuggers need: that is the larger part.
 pub(crate) fn programs() -> Result<PathBuf> {
+    let built = debuggable()?;
+    let stripped = built.with_file_name("stripped");
+    fs::create_dir_all(&stripped)?;
+    let _lock = cache::lock(&stripped.with_extension("lock"))?;
+    for program in program_files(&built)? {
+        let place = stripped.join(program.file_name().context("a program has a name")?);
+        // Somebody may be copying the one that is there.
+        let new = place.with_extension("new");
+        let mut strip = Command::new("strip");
+        run::shown(strip.arg("--strip-debug").arg("-o").args([&new, &program]))?;
+        fs::rename(&new, &place)?;
+    }
+    Ok(stripped)
+}
+
+/// Builds the programs with what debuggers need; returns the folder that holds them.
+fn debuggable() -> Result<PathBuf> {
     let repository = repository()?;
     // A folder of its own: other flags would make cargo build everything again each time.
     let target = repository.join("target/dom0");
@@ -137,10 +157,25 @@ pub(crate) fn programs() -> Result<PathBuf> {
         .args(["--target", TARGET, "--target-dir"])
         .arg(&target);
     cargo
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(&repository)?.join("\x1f"))
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
         .current_dir(&repository);
     run::shown(&mut cargo)?;
     Ok(target.join(TARGET).join("release"))
+}
+
+/// The compiler's flags. Programs are the same wherever they are built, so they tell nothing of where that was.
+fn flags(repository: &Path) -> Result<Vec<String>> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let home = home.context("neither CARGO_HOME nor HOME says where cargo keeps its crates")?;
+    let told = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+    Ok(vec![
+        "-Ctarget-feature=+crt-static".into(),
+        told(&home, "/usr/src/cargo"),
+        // The last one that fits counts.
+        told(repository, "/usr/src/xen-blkback-rs"),
+    ])
 }
 
 /// The cargo that started us, without what it told us about ourselves.

@@ -22,7 +22,7 @@ pub(crate) fn all(out: &Path) -> Result<Vec<PathBuf>> {
         run::remove_tree(&work)?;
     }
     let tree = work.join("tree");
-    install::for_package(&built.module, &built.programs, &tree.join("staged"))?;
+    install::for_package(&built.module, &built.debuggable, &tree.join("staged"))?;
     fs::create_dir_all(tree.join("debian"))?;
     let commit = Commit::checked_out()?;
     module_source::to(&tree.join("staged"), &commit.version)?;

@@ -36,6 +36,14 @@ const DEBIAN: &[(&str, &str)] = &[
         "usr/lib/modules\n",
     ),
     (
+        "xen-blkback-rs-modules-@RELEASE@-dbg.lintian-overrides",
+        include_str!("../../../packaging/debian/modules.lintian-overrides.in"),
+    ),
+    (
+        "xen-blkback-rs-modules-@RELEASE@-dbg.install",
+        "usr/lib/debug\n",
+    ),
+    (
         "xen-blkback-rs-modules-@RELEASE@.postinst",
         include_str!("../../../packaging/debian/modules.postinst.in"),
     ),
