@@ -71,6 +71,8 @@ pub(crate) struct Backend {
     pub(crate) set: Set,
 }
 
+/// The process does all.
+pub(crate) const PROCESS: &str = "direct=no,aio:{}";
 const PHY: &str = "phy:{},xvda,w";
 const QDISK: &str = "format=raw,backendtype=qdisk,vdev=xvda,access=rw,target={}";
 const QDISK_QCOW2: &str = "format=qcow2,backendtype=qdisk,vdev=xvda,access=rw,target={}";
@@ -106,11 +108,11 @@ pub(crate) const ALL: &[Backend] = &[
     entry("c-loop", "C driver over loop", PERSISTENT, Store::Loop, Way::Guest(PHY), Set::Full),
     entry("qdisk", "qdisk (QEMU)", Driver::None, Store::Memory, Way::Guest(QDISK), Set::Quick),
     entry("qdisk-direct", "qdisk (QEMU), past dom0's cache", Driver::None, Store::Memory, Way::Direct(QDISK), Set::Full),
-    entry("tap-aio", "tap:aio, io_uring", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "uring"), Set::Full),
+    entry("tap-aio", "tap:aio, io_uring", Driver::Ours, Store::Memory, Way::Tap(PROCESS, "uring"), Set::Full),
     entry("tap-direct", "tap:aio, executed by the kernel", Driver::Ours, Store::Memory, Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
     entry("tap-direct-ext4", "tap:aio, a file on ext4, executed by the kernel", Driver::Ours, Store::File("ext4"), Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
     entry("tap-direct-xfs", "tap:aio, a file on XFS, executed by the kernel", Driver::Ours, Store::File("xfs"), Way::Tap("direct=yes,aio:{}", "uring"), Set::Full),
-    entry("tap-libaio", "tap:aio, Linux AIO", Driver::Ours, Store::Memory, Way::Tap("aio:{}", "aio"), Set::Full),
+    entry("tap-libaio", "tap:aio, Linux AIO", Driver::Ours, Store::Memory, Way::Tap(PROCESS, "aio"), Set::Full),
     entry("tap-qcow2", "tap:qcow2", Driver::Ours, Store::Image("qcow2"), Way::Tap("qcow2:{}", "uring"), Set::Full),
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", Driver::None, Store::Image("qcow2"), Way::Guest(QDISK_QCOW2), Set::Full),
     entry("tap-vhd", "tap:vhd", Driver::Ours, Store::Image("vpc"), Way::Tap("vhd:{}", "uring"), Set::Full),

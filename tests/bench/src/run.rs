@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A run: in each part each backend in turn, forth and back, as many rounds as wanted.
 
-use crate::backends::{Backend, Driver, Store, Way};
+use crate::backends::{Backend, Driver, Store, Way, PROCESS};
 use crate::disks::{Drivers, Stores};
 use crate::guest::{Guest, Shape};
 use crate::jobs::{self, Job, Setting, Work};
@@ -425,7 +425,7 @@ fn fits(backend: &Backend, job: &Job) -> bool {
     let guest = matches!(backend.way, Way::Guest(_));
     let memory = backend.store == Store::Memory;
     match (job.setting, job.work) {
-        (_, Work::Death | Work::Handoff) => matches!(backend.way, Way::Tap("aio:{}", _)),
+        (_, Work::Death | Work::Handoff) => matches!(backend.way, Way::Tap(PROCESS, _)),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
         // What shares a processor there is dom0 with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,

@@ -7,6 +7,7 @@ use crate::{sh, sys, xs};
 use anyhow::{bail, ensure, Context, Result};
 use ring::tap::abi::{Info, STATE_LIVE};
 use serde_json::Value;
+use std::env;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
@@ -29,6 +30,11 @@ impl Supervisor {
         let log = log_of("blktapctrl")?;
         let child = Command::new("blktapctrl")
             .arg("--foreground")
+            // What the kernel executes by itself a process never sees, and most cases are about what that does.
+            .env(
+                "XENTAP_DIRECT",
+                env::var("XENTAP_DIRECT").unwrap_or("no".into()),
+            )
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

@@ -49,14 +49,14 @@ struct Cli {
     /// more than once. What is written must be named for the disk all the same: tap-ctl create --files.
     #[arg(long, value_name = "DIR")]
     files: Vec<PathBuf>,
-    /// The kernel may serve disks by itself, beside their process, whose images are raw (aio:): their guests are
-    /// served faster, and also while a process is replaced. direct=yes, or direct=no, in front of a target says it
-    /// for one disk.
+    /// The kernel serves disks by itself, beside their process, whose images are raw (aio:) where it can: their guests
+    /// are served faster, and also while a process is replaced. direct=yes, or direct=no, in front of a target says
+    /// it for one disk.
     #[arg(
         long,
         value_name = "yes|no",
         env = "XENTAP_DIRECT",
-        default_value = "no",
+        default_value = "yes",
         action = clap::ArgAction::Set,
         value_parser = control::yes_or_no
     )]

@@ -52,9 +52,10 @@ A target is DRIVER:IMAGE or DRIVER:SIZE:
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
 lease=record:/PATH, with the record at a path that all hosts have:
   lease=record,aio:/srv/a.img
-An image of aio: can be served by the kernel itself, beside its process, which is faster and goes on while the process
-is replaced; direct=yes, in front says so, also for what a qcow2 image has already:
-  direct=yes,aio:/srv/a.img
+An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
+process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of a qcow2 image:
+  direct=no,aio:/srv/a.img
+  direct=yes,qcow2:/srv/a.qcow2
 
 Examples:
   tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor, its process and its size

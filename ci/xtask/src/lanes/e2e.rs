@@ -68,6 +68,22 @@ pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(tally, "mapped", MAPPING, &script)
 }
 
+/// The cases of tap disks, most of which leave all to the process otherwise.
+pub(super) fn direct(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    const CASES: &str = "tap.*,handoff.*,migrate.*,snapshot.*,lease.*,ops.*";
+    // They wait for what only a process does: to have a request, and to count.
+    const NOT: &str =
+        "tap.s05_stuck_storage,tap.gone_means_fenced,tap.s13_hung,tap.supervisor_dies";
+    let script = format!(
+        "export XENTAP_DIRECT=yes\nexec /t/vmtest run --only '{CASES}' --except '{NOT}'{}\n",
+        words(seed)
+    );
+    let payload = with_faulty("direct", &script)?;
+    let outcome = report(tally, "direct", &payload, |_| ());
+    consoles(tally, "direct", outcome);
+    Ok(())
+}
+
 /// The cases that take too long for each change and that the patterns `only` name, but not those
 /// that `except` names.
 pub(super) fn long(

@@ -29,6 +29,8 @@ const PARTS: &[(&str, Part)] = &[
     ),
     // Guests that move, and disks that are handed over.
     ("moves", Part::Long("migrate.*,handoff.*")),
+    // What else there is of disks whose images the kernel may serve by itself.
+    ("direct", Part::Own(e2e::direct)),
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
     // The module is built on a host by itself.
