@@ -205,7 +205,7 @@ fn serves(context: &mut Context, place: Make) -> Result<()> {
 
 /// Of an image with tables the kernel is told what was asked of the process.
 fn serves_qcow2(context: &mut Context) -> Result<()> {
-    const DEATHS: u32 = 6;
+    const DEATHS: u32 = 3;
     let (path, _) = qcow2_disk(context)?;
     let specification = tap::disk(&format!("direct=yes,qcow2:{path}"), VDEV, "w");
     let disk = Served::attach(context.pv()?, &specification)?;
