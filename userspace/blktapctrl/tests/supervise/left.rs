@@ -24,8 +24,13 @@ fn record(host: &Succession) -> PathBuf {
     host.dir.join("run/disks/0.json")
 }
 
+/// Any thread of it is: what the process has open is closed by the last one.
 fn is_alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten();
+    let stats = threads.map(|thread| fs::read_to_string(thread?.path().join("stat")));
+    stats.flatten().any(|stat| !stat.contains(") Z "))
 }
 
 /// Whatever is wrong with its record, a disk is served on, shown, and its image is not free.
