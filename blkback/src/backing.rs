@@ -133,9 +133,6 @@ pub(crate) trait QueueBackends: BackingDisk + Sized {
     /// Carries out the I/O of one queue.
     type Backend: Backend + Send + 'static;
 
-    /// A process serves the disk, and sleeps and wakes up with the queue: looking is worth more.
-    const BY_PROCESS: bool = false;
-
     /// Segments of the largest request that each of so many queues can hold.
     fn max_segments(&self, queues: u32) -> u16;
 

@@ -147,7 +147,7 @@ impl Rivals {
     }
 }
 
-/// How long to look where a process serves the disk: for as long as sleeps are short, whatever else
+/// How long to look where a process executes the requests: for as long as sleeps are short, whatever else
 /// that costs. Requests gather while a queue looks, and the process wakes up once for all of them.
 #[derive(Debug)]
 struct Gathering {
@@ -176,8 +176,9 @@ impl Gathering {
 #[derive(Debug)]
 pub(crate) struct Poller {
     worth: Worth,
-    /// In place of `worth`, where a process serves the disk.
-    gathering: Option<Gathering>,
+    /// In place of `worth`, where a process executes the requests.
+    gathering: Gathering,
+    gathers: bool,
     rivals: Rivals,
 }
 
@@ -186,14 +187,15 @@ impl Poller {
     const FOR_PROCESS: u64 = 5;
 
     /// A queue that has not waited yet.
-    fn new(by_process: bool) -> Self {
+    fn new() -> Self {
         let sleep = params::poll_nanoseconds();
         Self {
             worth: Worth::new(sleep),
-            gathering: by_process.then_some(Gathering {
+            gathering: Gathering {
                 now: 0,
                 most: sleep.saturating_mul(Self::FOR_PROCESS),
-            }),
+            },
+            gathers: false,
             rivals: Rivals::new(),
         }
     }
@@ -201,19 +203,19 @@ impl Poller {
     /// Looks until `ready`, if that is worth it; returns whether it came to be in the time for which
     /// it is.
     pub(crate) fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
-        let limit = match &self.gathering {
-            Some(gathering) => gathering.now,
-            None => self.worth.begin(),
+        let limit = match self.gathers {
+            true => self.gathering.now,
+            false => self.worth.begin(),
         };
         if limit == 0 || self.rivals.are_left_alone() {
             return false;
         }
         let start = linux::local_clock();
         let look = look(limit, &mut self.rivals, ready);
-        if let Some(gathering) = &mut self.gathering {
+        if self.gathers {
             match look {
-                Look::TimedOut => gathering.looked_in_vain(),
-                Look::CpuShared => gathering.now = 0,
+                Look::TimedOut => self.gathering.looked_in_vain(),
+                Look::CpuShared => self.gathering.now = 0,
                 Look::Ready | Look::ReadyWhenBack | Look::CpuWanted => {}
             }
         }
@@ -232,8 +234,8 @@ impl Poller {
         if self.rivals.are_left_alone() {
             return;
         }
-        if let Some(gathering) = &mut self.gathering {
-            gathering.slept(since(start));
+        if self.gathers {
+            self.gathering.slept(since(start));
         }
         // What looking costs where others are is learned by looking only.
         if !self.rivals.are_here() {
@@ -253,11 +255,11 @@ pub(crate) struct Pollers {
 }
 
 impl Pollers {
-    /// For a queue that has not waited yet, and whose disk a process serves or not.
-    pub(crate) fn new(by_process: bool) -> Self {
+    /// For a queue that has not waited yet.
+    pub(crate) fn new() -> Self {
         Self {
-            idle: Poller::new(by_process),
-            busy: Poller::new(by_process),
+            idle: Poller::new(),
+            busy: Poller::new(),
             asleep: None,
         }
     }
@@ -277,8 +279,11 @@ impl Pollers {
         self.asleep = Some(in_flight);
     }
 
-    /// Learns what a sleep was good for: the next pass has taken or answered so many requests.
-    pub(crate) fn passed(&mut self, requests: u32) {
+    /// Learns what a sleep was good for: the next pass has taken or answered so many requests; and whether those are
+    /// for a process now.
+    pub(crate) fn passed(&mut self, requests: u32, gathers: bool) {
+        self.idle.gathers = gathers;
+        self.busy.gathers = gathers;
         if let Some(in_flight) = self.asleep.take() {
             self.of(in_flight).worth.served(requests);
         }

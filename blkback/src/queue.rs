@@ -429,6 +429,10 @@ impl<B: Backend> Backend for Away<'_, B> {
         self.backend.is_bound(unfinished)
     }
 
+    fn gathers(&self) -> bool {
+        self.backend.gathers()
+    }
+
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         self.backend.reap(done);
     }
@@ -475,7 +479,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut active = false;
         let mut hidden = 0u8;
         let mut draining = None;
-        let mut pollers = Pollers::new(D::BY_PROCESS);
+        let mut pollers = Pollers::new();
         let mut keeper = Keeper::new(self.tally);
         loop {
             let command = self.control.command();
@@ -493,7 +497,7 @@ impl<D: QueueBackends> Serving<'_, D> {
                 (1..pass.answered).for_each(|_| self.guest.notify());
             }
             keeper.after_pass(engine);
-            pollers.passed(pass.taken.max(pass.answered));
+            pollers.passed(pass.taken.max(pass.answered), engine.gathers());
             active |= pass.taken > 0;
             if pass.broken && !broken {
                 broken = true;

@@ -34,6 +34,8 @@ pub(crate) struct TapQueue {
     ready: KVec<(QueueTag, Request)>,
     /// What could not be posted; has room for all tags.
     rejected: KVec<QueueTag>,
+    /// Nothing of what was posted last was begun here.
+    is_for_process: bool,
 }
 
 impl TapQueue {
@@ -77,6 +79,7 @@ impl TapQueue {
             place,
             ready,
             rejected,
+            is_for_process: false,
         })
     }
 
@@ -118,6 +121,7 @@ impl TapQueue {
     fn post(&mut self) {
         let now = monotonic_ns();
         let place = self.place;
+        self.is_for_process = true;
         {
             let mut inner = self.disk.inner.lock();
             let Inner {
@@ -131,6 +135,7 @@ impl TapQueue {
                 } else if let Some(executor) = &mut self.executor {
                     if let Some(start) = shadow.begin(disk_tag) {
                         executor.take(backings, *tag, start);
+                        self.is_for_process = false;
                     }
                 }
             }
@@ -185,6 +190,10 @@ impl Backend for TapQueue {
         self.executor
             .as_ref()
             .is_some_and(|executor| executor.is_busy())
+    }
+
+    fn gathers(&self) -> bool {
+        self.is_for_process
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {

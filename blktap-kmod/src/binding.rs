@@ -132,8 +132,6 @@ impl BackingDisk for Binding {
 impl QueueBackends for Binding {
     type Backend = TapQueue;
 
-    const BY_PROCESS: bool = true;
-
     fn max_segments(&self, queues: u32) -> u16 {
         share(self.disk.areas.arena_pages(), queues).min(MAX_SEGMENTS)
     }

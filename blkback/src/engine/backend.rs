@@ -80,6 +80,12 @@ pub trait Backend {
         unfinished > 0
     }
 
+    /// Who executes what was submitted last sleeps and wakes up with the queue: the more requests come at once, the
+    /// less that costs.
+    fn gathers(&self) -> bool {
+        false
+    }
+
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, Status));
 
@@ -127,6 +133,11 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn is_bound(&self, unfinished: u16) -> bool {
         (**self).is_bound(unfinished)
+    }
+
+    #[inline]
+    fn gathers(&self) -> bool {
+        (**self).gathers()
     }
 
     #[inline]

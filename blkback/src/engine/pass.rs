@@ -97,6 +97,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.can_take() && self.ring.is_worth_a_look()
     }
 
+    /// See [`Backend::gathers`].
+    pub fn gathers(&self) -> bool {
+        self.backend.gathers()
+    }
+
     /// Arms the frontend's event and says whether there is work after all; call before sleeping.
     ///
     /// While nothing can be taken no event is asked for: a completion brings the next pass.
