@@ -3,18 +3,21 @@
 
 use super::{case, tap_maps, Case};
 use crate::lab::Lab;
+use crate::queue::ANSWER;
 use crate::rng::Rng;
 use crate::session::PLAIN;
 use crate::tap::maps::{add, flush, remove, set, Backed};
 use crate::tap::scene::{while_served, Scene};
 use crate::tap::server::Store;
 use crate::tap::{expect, TapDisk, CLAIMS, SECTORS};
+use crate::wait::until;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     Claims, MapOp, FEATURE_MAPS, MAP_COLLECT, MAP_NO_BACKING, MAP_READ, MAP_RECALL, MAP_TRACK,
     MAP_WRITE, MAP_ZERO, MAX_BACKINGS, MAX_MAP_OPS,
 };
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -292,7 +295,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
     let device = lab.disk.open()?;
     let mut session = None;
     for round in 0..6 {
-        add(&disk, 0, &device, true)?;
+        give_again(&disk, &device)?;
         let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
         let mut guest = match session.take() {
             Some(session) => session,
@@ -324,7 +327,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
     }
     let info = disk.info()?;
     ensure!(info.direct > 0, "the kernel has executed nothing: {info:?}");
-    add(&disk, 0, &device, true)?;
+    give_again(&disk, &device)?;
     let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
     let session = session.context("no session")?;
     Scene {
@@ -357,7 +360,20 @@ fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
     }
 }
 
-/// Takes the device away and gives it again.
+/// Takes the device away, however often that must be asked for, and gives it again.
+fn give_again(disk: &TapDisk, device: &File) -> Result<()> {
+    until("the end of the kernel's I/O", ANSWER, || {
+        match remove(disk, 0) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(None),
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            Ok(()) | Err(_) => Ok(Some(())),
+        }
+    })?;
+    Ok(add(disk, 0, device, true)?)
+}
+
+/// Takes the device away and gives it again. At the end it may be half gone: refused as busy, but not to be used
+/// any more.
 fn come_and_go(disk: &TapDisk, device: &File, over: &AtomicBool) {
     while !over.load(Relaxed) {
         let _busy = remove(disk, 0);
