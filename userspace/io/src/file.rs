@@ -222,8 +222,7 @@ impl File {
         if self.is_device {
             return Ok(());
         }
-        let lent = self.fd.lend();
-        let lent = lent.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let lent = self.fd.lend()?;
         // A write of a part of a block may be making the file longer.
         let _pass = self.gate.shared().await;
         // The file system may have to wait for transfers.
@@ -286,8 +285,7 @@ impl File {
         if self.is_device {
             return Ok((len, true));
         }
-        let lent = self.fd.lend();
-        let lent = lent.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let lent = self.fd.lend()?;
         // The file system may have to read for it.
         self.io.elsewhere(move || part(&lent, offset, len)).await?
     }

@@ -6,6 +6,7 @@
 //! kernel may keep a transfer that is over for some time yet (a worker of `io_uring`), and whoever is told that
 //! the image is free finds it locked.
 
+use crate::Errno;
 use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -98,9 +99,10 @@ impl Opened {
     }
 
     /// A copy for another thread, which may be at work with it when this is dropped.
-    pub(crate) fn lend(&self) -> io::Result<Lent> {
+    pub(crate) fn lend(&self) -> Result<Lent, Errno> {
+        let fd = self.fd.try_clone();
         Ok(Lent {
-            fd: self.fd.try_clone()?,
+            fd: fd.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?,
             _mark: self.lent.clone(),
         })
     }
