@@ -12,6 +12,7 @@ mod parts;
 
 use control::Failure;
 use diskio::{Gate, Io};
+use drivers::Place;
 use parts::Missed;
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -39,14 +40,15 @@ pub(crate) struct Image {
 impl Image {
     /// What the kernel is told of it, as of a generation of its mappings.
     fn ops(&self, generation: u32) -> Vec<MapOp> {
-        let set = MapOp {
-            op: MAP_SET,
-            flags: MAP_READ | if self.writable { MAP_WRITE } else { 0 },
-            backing: BACKING,
+        let set = self.set(
+            &Place {
+                offset: 0,
+                len: self.size,
+                at: 0,
+                writable: true,
+            },
             generation,
-            sectors: self.size >> 9,
-            ..MapOp::default()
-        };
+        );
         let flush = MapOp {
             op: MAP_FLUSH,
             ..MapOp::default()
@@ -54,6 +56,21 @@ impl Image {
         // Nobody flushes what nobody writes.
         let flush = self.writable.then_some(flush);
         [set].into_iter().chain(flush).collect()
+    }
+
+    /// Where a part of the disk is, as known in a generation.
+    fn set(&self, place: &Place, generation: u32) -> MapOp {
+        let writable = self.writable && place.writable;
+        MapOp {
+            op: MAP_SET,
+            flags: MAP_READ | if writable { MAP_WRITE } else { 0 },
+            backing: BACKING,
+            generation,
+            sector: place.offset >> 9,
+            sectors: place.len >> 9,
+            offset: place.at,
+            ..MapOp::default()
+        }
     }
 }
 

@@ -20,12 +20,6 @@ const BEFORE: u32 = 0x5555_5555;
 /// Bytes around a request that are looked up.
 const WINDOW: u64 = 64 << 10;
 const PIECES: usize = 16;
-const NOTHING: Extent = Extent {
-    range: Sectors::ALL,
-    place: 0,
-    source: Source::Zeroes,
-    access: Access::Read,
-};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -80,7 +74,7 @@ impl Host {
 
     /// Where all of a range is, if the kernel may do that.
     fn hit(&self, range: &Sectors, access: Access) -> Option<Vec<Extent>> {
-        let mut pieces = [NOTHING; PIECES];
+        let mut pieces = [Extent::NOTHING; PIECES];
         let count = self.map.borrow_mut().translate(range, access, &mut pieces);
         Some(pieces[..count.ok()?].to_vec())
     }

@@ -6,18 +6,18 @@
 //! no place that was looked up before. What others do it does not know: they have a [`Ban`](super::Ban), and
 //! what was looked up before one is not told.
 
-use super::{Direct, Image, Told, BACKING};
+use super::{Direct, Image, Told};
 use drivers::{Disk, Place};
 use std::cell::{Cell, RefCell};
 use std::io;
-use tapdev::abi::{MapOp, MAP_READ, MAP_SET, MAP_WRITE};
+use tapdev::abi::MAX_MAP_OPS;
 
 /// Bytes that are looked up at once, from a multiple of them on.
 const WINDOW: u64 = 2 << 20;
 /// Windows that wait to be looked up. What is missed then is missed again.
 const WAITING: usize = 32;
 /// What is told of one window at most: as many as the kernel takes in one call.
-const PLACES: usize = tapdev::abi::MAX_MAP_OPS as usize;
+const PLACES: usize = MAX_MAP_OPS as usize;
 
 /// Of what the kernel is to be told.
 #[derive(Debug, Default)]
@@ -87,7 +87,7 @@ impl Direct {
                 break;
             }
             let found = found.iter().take(PLACES);
-            let told = found.map(|place| set(image, place, generation));
+            let told = found.map(|place| image.set(place, generation));
             self.told.set(Told::Image);
             image.mapper.maps(&told.collect::<Vec<_>>())?;
         }
@@ -98,18 +98,4 @@ impl Direct {
 /// What the driver says. Damage of the image is told to whoever asks for what is there.
 async fn places(disk: &Disk, from: u64, len: u64) -> Vec<Place> {
     disk.places(from, len).await.unwrap_or_default()
-}
-
-fn set(image: &Image, place: &Place, generation: u32) -> MapOp {
-    let writable = place.writable && image.writable;
-    MapOp {
-        op: MAP_SET,
-        flags: MAP_READ | if writable { MAP_WRITE } else { 0 },
-        backing: BACKING,
-        generation,
-        sector: place.offset >> 9,
-        sectors: place.len >> 9,
-        offset: place.at,
-        ..MapOp::default()
-    }
 }
