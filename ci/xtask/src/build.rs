@@ -31,9 +31,10 @@ pub(crate) struct Built {
 
 /// Builds everything.
 pub(crate) fn all() -> Result<Built> {
+    let debuggable = debuggable()?;
     Ok(Built {
-        programs: programs()?,
-        debuggable: debuggable()?,
+        programs: stripped(&debuggable)?,
+        debuggable,
         module: module()?,
     })
 }
@@ -122,11 +123,14 @@ fn make(source: &Path, objects: &Path) -> Result<Command> {
 /// Builds the programs so that they run in dom0 whatever libc the host has: statically linked.
 /// Returns the folder that holds them, without what debuggers need: that is the larger part.
 pub(crate) fn programs() -> Result<PathBuf> {
-    let built = debuggable()?;
+    stripped(&debuggable()?)
+}
+
+fn stripped(built: &Path) -> Result<PathBuf> {
     let stripped = built.with_file_name("stripped");
     fs::create_dir_all(&stripped)?;
     let _lock = cache::lock(&stripped.with_extension("lock"))?;
-    for program in program_files(&built)? {
+    for program in program_files(built)? {
         let place = stripped.join(program.file_name().context("a program has a name")?);
         // Somebody may be copying the one that is there.
         let new = place.with_extension("new");

@@ -78,10 +78,7 @@ pub(super) fn direct(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
         "export XENTAP_DIRECT=yes\nexec /t/vmtest run --only '{CASES}' --except '{NOT}'{}\n",
         words(seed)
     );
-    let payload = with_faulty("direct", &script)?;
-    let outcome = report(tally, "direct", &payload, |_| ());
-    consoles(tally, "direct", outcome);
-    Ok(())
+    cases(tally, "direct", &script)
 }
 
 /// The cases that take too long for each change and that the patterns `only` name, but not those
@@ -97,7 +94,12 @@ pub(super) fn long(
         "exec /t/vmtest run --nightly --only '{only}' --except '{except}'{}\n",
         words(seed)
     );
-    let payload = with_faulty(name, &script)?;
+    cases(tally, name, &script)
+}
+
+/// Cases of `vmtest`, in a machine of their own.
+fn cases(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
+    let payload = with_faulty(name, script)?;
     let outcome = report(tally, name, &payload, |_| ());
     consoles(tally, name, outcome);
     Ok(())
