@@ -72,9 +72,10 @@ impl Driver {
         matches!(self, Self::Qcow2 | Self::Vmdk)
     }
 
-    /// The kernel may do I/O on the image without its process, as far as that lets it.
+    /// The kernel may do I/O on the image without its process, as far as that lets it: past the page cache, as all of
+    /// that is.
     pub fn may_map(self) -> bool {
-        matches!(self, Self::Aio | Self::Qcow2)
+        self.is_direct()
     }
 
     /// I/O on the image goes past the page cache where its file system can do that.
@@ -198,7 +199,7 @@ impl Target {
     pub fn with_direct(self, direct: bool) -> Result<Self, Failure> {
         if !self.driver.may_map() {
             return Err(Failure::invalid(format!(
-                "{self} is nothing that the kernel could serve without a process, which is aio: and qcow2:; leave \
+                "{self} is nothing that the kernel could serve without a process, which is aio:, qcow2:, qcow:, vhd: and vmdk:; leave \
                  direct= away"
             )));
         }
@@ -486,7 +487,7 @@ mod tests {
             "direct=maybe,aio:/a",
             "direct=,aio:/a",
             "direct=no,direct=no,aio:/a",
-            "direct=no,vhd:/a",
+            "direct=no,sync:/a",
             "direct=no,ram:1M",
             "direct=no,/srv/a",
         ] {

@@ -13,7 +13,7 @@ use crate::locks::Locks;
 use crate::tail::Tail;
 use crate::{storage, Storage};
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent};
+use drivers::{Content, Extent, Place};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -39,6 +39,16 @@ pub(crate) struct Packed {
     pub(crate) at: u64,
     pub(crate) len: u64,
     pub(crate) cluster: u64,
+}
+
+/// Adds a place, as a part of the last one if that goes on there: how many are told at once is limited.
+fn add(places: &mut Vec<Place>, place: Place) {
+    match places.last_mut() {
+        Some(last) if (last.offset + last.len, last.at + last.len) == (place.offset, place.at) => {
+            last.len += place.len;
+        }
+        _ => places.push(place),
+    }
 }
 
 /// Where clusters are.
@@ -309,6 +319,37 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
             }
         }
         Ok(())
+    }
+
+    /// See [`Driver::places`](drivers::Driver::places). A cluster that is in the image stays
+    /// where it is: no entry that leads somewhere is ever changed, so that of one whose change failed leads nowhere.
+    pub(crate) async fn places(
+        &self,
+        offset: u64,
+        len: u64,
+        writable: bool,
+    ) -> Result<Vec<Place>, Errno> {
+        self.check(offset, len)?;
+        let mut places = Vec::new();
+        for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
+            let Found::At(begin) = self.find(cluster).await? else {
+                continue;
+            };
+            let begin = begin.checked_add(within).ok_or(Errno::IO)?;
+            // The last cluster may be cut off: what is missing is zero, and nobody can write it there.
+            let end = begin.checked_add(len);
+            // The last cluster may be cut off: what is missing is zero, and nobody can write it there.
+            if end.is_some_and(|end| end <= self.tail.end()) {
+                let place = Place {
+                    offset: self.base + offset + at,
+                    len,
+                    at: begin,
+                    writable,
+                };
+                add(&mut places, place);
+            }
+        }
+        Ok(places)
     }
 
     pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {

@@ -61,6 +61,11 @@ impl Table {
         look(&self.state.borrow().bytes)
     }
 
+    /// The image has what [`see`](Self::see) shows, whatever failed.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.state.borrow().doubtful.is_empty()
+    }
+
     fn is_read(&self) -> bool {
         self.len == self.state.borrow().bytes.len()
     }

@@ -5,6 +5,7 @@
 mod common;
 
 use common::history::{every_cut, number, stamp, Trial};
+use common::places::{told_is_sure, told_stays_true};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
     parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
@@ -668,4 +669,21 @@ fn power_cut_over_a_parent_leaves_old_or_new() {
         &|world| open(world, Kind::Differencing),
         512,
     );
+}
+
+#[test]
+fn what_the_kernel_is_told_stays_true() {
+    for kind in [Kind::Dynamic, Kind::Differencing] {
+        let tried = (0..6).map(|seed| told_stays_true(trial(kind, seed)));
+        let (hits, deaths) = tried.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        println!("vhd {kind:?}: {hits} by the kernel, {deaths} deaths");
+        assert!(hits > 50 && deaths > 20, "{kind:?}: {hits} {deaths}");
+    }
+}
+
+#[test]
+fn what_is_not_sure_is_not_told() {
+    for kind in [Kind::Dynamic, Kind::Differencing] {
+        told_is_sure(|| trial(kind, 1));
+    }
 }

@@ -5,6 +5,7 @@
 mod common;
 
 use common::history::{every_cut, number, stamp, Trial};
+use common::places::{told_is_sure, told_stays_true};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
     parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
@@ -549,4 +550,45 @@ fn power_cut_over_a_parent_leaves_old_or_new() {
         &|world| open(world, true),
         64 << 10,
     );
+}
+
+#[test]
+fn what_the_kernel_is_told_stays_true() {
+    for has_parent in [false, true] {
+        let form = Form::MonolithicSparse;
+        let tried = (0..6).map(|seed| told_stays_true(trial(form, has_parent, seed)));
+        let (hits, deaths) = tried.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        println!("vmdk {has_parent}: {hits} by the kernel, {deaths} deaths");
+        assert!(hits > 50 && deaths > 20, "{has_parent}: {hits} {deaths}");
+    }
+}
+
+/// Whoever compares the image with what it was made from must see that it is another one now.
+#[test]
+fn nothing_is_written_before_the_image_shows_it() {
+    let world = World::new(image(&make(Form::MonolithicSparse, SIZE, false)));
+    let bytes = || Bytes::copied(&stamp(1, 0)).unwrap();
+    let first = open(&world, false);
+    run(async move {
+        first.activate().await.unwrap();
+        first
+            .write(0, bytes(), Attributes::default())
+            .await
+            .unwrap();
+        first.close().await.unwrap();
+    });
+    let disk = open(&world, false);
+    let (before, after) = run(async move {
+        disk.activate().await.unwrap();
+        let before = disk.places(0, SECTOR as u64).await.unwrap();
+        disk.write(0, bytes(), Attributes::default()).await.unwrap();
+        (before, disk.places(0, SECTOR as u64).await.unwrap())
+    });
+    assert_eq!([before.len(), after.len()], [1, 1]);
+    assert!(!before[0].writable && after[0].writable);
+}
+
+#[test]
+fn what_is_not_sure_is_not_told() {
+    told_is_sure(|| trial(Form::MonolithicSparse, false, 1));
 }

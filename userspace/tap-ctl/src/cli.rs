@@ -53,7 +53,7 @@ An image that several hosts reach has lease=record, in front, which lets one hos
 lease=record:/PATH, with the record at a path that all hosts have:
   lease=record,aio:/srv/a.img
 An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
-process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of a qcow2 image:
+process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of another format:
   direct=no,aio:/srv/a.img
   direct=yes,qcow2:/srv/a.qcow2
 

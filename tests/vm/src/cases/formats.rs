@@ -22,28 +22,34 @@ const DEATHS: u32 = 12;
 const TOOL: Duration = Duration::from_secs(60);
 
 /// A format: the name of our driver, QEMU's name, and how an image is made.
-struct Format {
-    driver: &'static str,
+pub(super) struct Format {
+    pub(super) driver: &'static str,
     qemu: &'static str,
     options: &'static [&'static str],
 }
 
-const QCOW2: Format = Format {
+pub(super) const QCOW2: Format = Format {
     driver: "qcow2",
     qemu: "qcow2",
     options: &[],
 };
-const QCOW: Format = Format {
+pub(super) const QCOW: Format = Format {
     driver: "qcow",
     qemu: "qcow",
     options: &[],
 };
-const VHD: Format = Format {
+pub(super) const VHD: Format = Format {
     driver: "vhd",
     qemu: "vpc",
     options: &["-o", "force_size=on"],
 };
-const VMDK: Format = Format {
+/// The disk as it is, and a footer.
+pub(super) const VHD_FIXED: Format = Format {
+    driver: "vhd",
+    qemu: "vpc",
+    options: &["-o", "force_size=on,subformat=fixed"],
+};
+pub(super) const VMDK: Format = Format {
     driver: "vmdk",
     qemu: "vmdk",
     options: &[],
@@ -130,7 +136,7 @@ fn place(context: &mut Context, name: &str) -> Result<String> {
 }
 
 /// An image of a format.
-fn make(context: &mut Context, name: &str, format: &Format) -> Result<String> {
+pub(super) fn make(context: &mut Context, name: &str, format: &Format) -> Result<String> {
     let path = place(context, name)?;
     let flat = path.replace(".vmdk", "-flat.vmdk");
     if format.options.contains(&"subformat=monolithicFlat") {
@@ -166,11 +172,7 @@ pub(super) fn qcow2_disk(context: &mut Context) -> Result<(String, String)> {
 }
 
 /// Nobody serves the image any more: it holds what the guest has read of it, and its tables are right.
-pub(super) fn judge_qcow2(context: &mut Context, path: &str, seen: &str) -> Result<()> {
-    judge(context, &QCOW2, path, seen)
-}
-
-fn judge(context: &mut Context, format: &Format, path: &str, seen: &str) -> Result<()> {
+pub(super) fn judge(context: &mut Context, format: &Format, path: &str, seen: &str) -> Result<()> {
     check(format.qemu, path)?;
     let found = of_image(context, format.qemu, path)?;
     ensure!(
@@ -361,7 +363,7 @@ fn grown(context: &mut Context) -> Result<()> {
     );
     let seen = of_guest(guest)?;
     disk.detach(guest)?;
-    judge_qcow2(context, &path, &seen)?;
+    judge(context, &QCOW2, &path, &seen)?;
     context.note(&told)
 }
 

@@ -153,7 +153,7 @@ fn s29_qcow2(context: &mut Context) -> Result<()> {
     nothing_twice(&disk)?;
     note(context, &pauses, &told)?;
     disk.detach(context.pv()?)?;
-    formats::judge_qcow2(context, &path, &seen)
+    formats::judge(context, &formats::QCOW2, &path, &seen)
 }
 
 /// The programs that fail, and how the command says so.

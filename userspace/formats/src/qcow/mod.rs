@@ -14,7 +14,7 @@ use crate::tail::Tail;
 use crate::{Needs, Options, Parent, Parts, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
 use header::{repaired, Header, LEN, XEN_BIG_ENDIAN, XEN_FLAGS};
 use miniz_oxide::inflate::decompress_to_vec_with_limit;
 use std::cell::RefCell;
@@ -365,6 +365,15 @@ impl<S: Storage> Driver for Qcow<S> {
 
     fn fence(&self) -> Fence {
         self.storage.fence()
+    }
+
+    fn has_places(&self) -> bool {
+        true
+    }
+
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        let writable = self.options.may_write(&*self.storage)?;
+        self.active()?.places(offset, len, writable).await
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

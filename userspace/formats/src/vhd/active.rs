@@ -9,11 +9,11 @@ use super::room::{Room, PAGE};
 use crate::base::{self, Base, Row};
 use crate::field::{counters, failed, part, pieces, refused};
 use crate::locks::Locks;
-use crate::tables::Tables;
+use crate::tables::{Table, Tables};
 use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent};
+use drivers::{Content, Extent, Place};
 use futures::future::join;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -51,7 +51,7 @@ async fn fill(storage: &impl Storage, footer: &Footer, length: u64) -> Result<()
 
 /// A part of a block that exists: its number, where its bitmap is, and which of its bytes.
 #[derive(Clone, Copy)]
-struct Place {
+struct Held {
     block: u32,
     at: u64,
     within: u64,
@@ -116,9 +116,9 @@ impl<S: Storage> Active<S> {
         Ok(pieces(offset, len, self.block).map(|(n, within, at, len)| (n as u32, within, at, len)))
     }
 
-    fn place(&self, block: u32, within: u64, len: u64) -> Option<Place> {
+    fn place(&self, block: u32, within: u64, len: u64) -> Option<Held> {
         let at = self.blocks.place(block)?;
-        Some(Place {
+        Some(Held {
             block,
             at,
             within,
@@ -127,20 +127,23 @@ impl<S: Storage> Active<S> {
     }
 
     /// Where the bytes are.
-    fn data(&self, place: Place) -> u64 {
+    fn data(&self, place: Held) -> u64 {
         place.at + self.bitmap + place.within
     }
 
+    /// The bitmap of the block.
+    async fn bits(&self, place: Held) -> Result<Rc<Table>, Errno> {
+        // CAST: a bitmap is at most 64 KiB.
+        let len = self.bitmap as usize;
+        self.bitmaps.get(&*self.storage, place.at, len).await
+    }
+
     /// The runs of sectors that were written, or were not: bytes of each.
-    async fn runs(&self, place: Place) -> Result<Vec<(u64, bool)>, Errno> {
+    async fn runs(&self, place: Held) -> Result<Vec<(u64, bool)>, Errno> {
         if self.blocks.is_full(place.block) {
             return Ok(vec![(place.len, true)]);
         }
-        // CAST: a bitmap is at most 64 KiB.
-        let table = self
-            .bitmaps
-            .get(&*self.storage, place.at, self.bitmap as usize)
-            .await?;
+        let table = self.bits(place).await?;
         let first = place.within / SECTOR;
         let mut runs: Vec<(u64, bool)> = Vec::new();
         table.see(|bits| {
@@ -166,7 +169,7 @@ impl<S: Storage> Active<S> {
         Ok(())
     }
 
-    async fn read_block(&self, place: Place, offset: u64, data: Data) -> Result<(), Errno> {
+    async fn read_block(&self, place: Held, offset: u64, data: Data) -> Result<(), Errno> {
         let mut done = 0;
         for (len, is_written) in self.runs(place).await? {
             let data = part(&data, done, len);
@@ -260,14 +263,11 @@ impl<S: Storage> Active<S> {
     }
 
     /// Says of sectors that they were written, which they are: those from `offset` on.
-    async fn mark(&self, place: Place, offset: u64) -> Result<(), Errno> {
+    async fn mark(&self, place: Held, offset: u64) -> Result<(), Errno> {
         if self.blocks.is_full(place.block) {
             return Ok(());
         }
-        let table = self
-            .bitmaps
-            .get(&*self.storage, place.at, self.bitmap as usize)
-            .await?;
+        let table = self.bits(place).await?;
         let (first, count) = (place.within / SECTOR, place.len / SECTOR);
         let is_known = table.see(|bits| (first..first + count).all(|sector| bit(bits, sector)));
         if !is_known {
@@ -324,7 +324,7 @@ impl<S: Storage> Active<S> {
     }
 
     /// Makes a whole block of a disk without a parent be no more. Says whether it is one.
-    async fn give_up(&self, place: Place) -> Result<bool, Errno> {
+    async fn give_up(&self, place: Held) -> Result<bool, Errno> {
         if self.parent.is_some() || place.len != self.block {
             return Ok(false);
         }
@@ -358,6 +358,34 @@ impl<S: Storage> Active<S> {
             }
         }
         Ok(row.finish())
+    }
+
+    /// See [`Driver::places`](drivers::Driver::places). A block stays where it is until all of it is discarded, and
+    /// a sector that was written once is never the parent's again.
+    pub(crate) async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        let mut places = Vec::new();
+        for (block, within, at, len) in self.pieces(offset, len)? {
+            let Some(found) = self.place(block, within, len) else {
+                continue;
+            };
+            // To give a block up may have failed halfway.
+            if !self.blocks.is_settled(block) {
+                continue;
+            }
+            let mut done = 0;
+            for (len, is_written) in self.runs(found).await? {
+                if is_written {
+                    places.push(Place {
+                        offset: offset + at + done,
+                        len,
+                        at: self.data(found) + done,
+                        writable: self.is_writable,
+                    });
+                }
+                done += len;
+            }
+        }
+        Ok(places)
     }
 
     /// The size has changed within what the table can hold.

@@ -72,6 +72,12 @@ impl Blocks {
         chunk.change(storage, edit).await
     }
 
+    /// The image says of `block` what [`place`](Self::place) does, whatever failed.
+    pub(crate) fn is_settled(&self, block: u32) -> bool {
+        self.chunk(block)
+            .is_some_and(|(chunk, _)| chunk.is_settled())
+    }
+
     pub(crate) fn is_full(&self, block: u32) -> bool {
         let full = self.full.borrow();
         let word = full.get(block as usize / 64);

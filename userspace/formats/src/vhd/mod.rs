@@ -35,7 +35,7 @@ use crate::{Options, Parts, Storage};
 use active::Active;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
 use fixed::Fixed;
 use image::Image;
 use std::cell::RefCell;
@@ -174,6 +174,21 @@ impl<S: Storage> Driver for Vhd<S> {
 
     fn fence(&self) -> Fence {
         self.storage.fence()
+    }
+
+    fn is_verbatim(&self) -> bool {
+        matches!(self.body(), Ok(Body::Fixed(_)))
+    }
+
+    fn has_places(&self) -> bool {
+        matches!(self.body(), Ok(Body::Blocks(_)))
+    }
+
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        match self.body()? {
+            Body::Fixed(_) => Ok(Vec::new()),
+            Body::Blocks(active) => active.places(offset, len).await,
+        }
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

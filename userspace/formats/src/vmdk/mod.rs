@@ -20,7 +20,7 @@ use crate::{Extent as NeededExtent, Needs, Options, Parent, Parts, Storage};
 use control::Failure;
 use descriptor::{Body, Descriptor, NO_PARENT};
 use diskio::{Bytes, Data, Errno, Gate};
-use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Place, Shape};
 use sparse::{Grains, Header, DIRECTORIES};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -365,6 +365,13 @@ fn flat<S: Storage>(file: &Rc<S>, first: u64, len: u64) -> Result<Held<S>, Failu
 /// A piece of a range in one part of the disk: the part, where in it, where in the range, how long.
 type Piece<'a, S> = (&'a Part<S>, u64, u64, u64);
 
+impl Mark {
+    /// The image shows that its content is another one than before, or cannot.
+    fn is_said(&self) -> bool {
+        self.at.is_none() || self.is_changed.get()
+    }
+}
+
 impl<S: Storage> Active<S> {
     /// The pieces of a range.
     fn pieces(&self, offset: u64, len: u64) -> Result<Vec<Piece<'_, S>>, Errno> {
@@ -424,6 +431,24 @@ impl<S: Storage> Driver for Vmdk<S> {
 
     fn fence(&self) -> Fence {
         storage::fence(self.files().map(|file| &**file))
+    }
+
+    fn has_places(&self) -> bool {
+        // Of other files the kernel does not know.
+        self.extents.is_empty()
+    }
+
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        let active = self.active()?;
+        // The first write has to say that the content is another one.
+        let writable = self.options.may_write(&*self.image)? && active.cid.is_said();
+        match &active.parts[..] {
+            [part] if self.has_places() => match &part.body {
+                Held::Sparse(clusters) => clusters.places(offset, len, writable).await,
+                Held::Flat(..) | Held::Zero => Ok(Vec::new()),
+            },
+            _ => Ok(Vec::new()),
+        }
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {

@@ -166,7 +166,7 @@ impl Trial {
         }
     }
 
-    fn active(&self, world: &World) -> Disk {
+    pub(crate) fn active(&self, world: &World) -> Disk {
         let disk = (self.open)(world);
         let its = disk.clone();
         let shape = Runtime::new()

@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports, reason = "not every test uses everything")]
 
 pub(crate) mod history;
+pub(crate) mod places;
 pub(crate) mod qemu;
 pub(crate) mod tools;
 

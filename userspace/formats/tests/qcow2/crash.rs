@@ -144,8 +144,8 @@ pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: 
     disk
 }
 
-/// What a disk reads as, from the bytes of its image, in which nothing may be wrong but that space is lost.
-pub(crate) fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
+/// The disk of an image, in whose bytes nothing may be wrong but that space is lost.
+pub(crate) fn checked(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Disk {
     let memory = Memory::new(bytes, 1, false);
     let image = Qcow2::new(memory.clone(), parts(runtime, case), options(case, false));
     let found = runtime.block_on(async move {
@@ -159,7 +159,12 @@ pub(crate) fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Opt
         "{}: {found:?}",
         case.name
     );
-    let disk = opened(runtime, &memory, case, false);
+    opened(runtime, &memory, case, false)
+}
+
+/// What that disk reads as.
+fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
+    let disk = checked(runtime, case, bytes);
     let all = runtime.block_on(async move { read_all(&disk, SIZE).await });
     stamps(&all.unwrap().unwrap())
 }

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the kernel is told of places it reads and writes for as long as it likes, beside a process that does the
+//! rest: the disk is the same, and when that process dies, what it told is what the image says.
+
+use super::history::{number, stamp, Trial};
+use super::{Chance, World};
+use diskio::{Bytes, Data, Errno, Runtime};
+use drivers::{Attributes, Disk, Place};
+use formats::Storage;
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::map::tree::{Leaf, Slot};
+use ring::tap::map::{Backing, Map};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+const SECTOR: u64 = super::SECTOR as u64;
+/// Bytes around a request that are looked up.
+const WINDOW: u64 = 64 << 10;
+const PIECES: usize = 16;
+/// Sectors at the beginning, where half of the requests are.
+const HOT: u64 = 2048;
+/// Groups of requests in one life of a process.
+const ROUNDS: u64 = 40;
+
+/// An image that is tried out.
+pub(crate) trait Subject: 'static {
+    type Storage: Storage;
+
+    fn name(&self) -> String;
+    /// What the kernel reads and writes.
+    fn storage(&self) -> Self::Storage;
+    /// What is in the image now.
+    fn there(&self, at: u64, len: u64) -> Vec<u8>;
+    /// The disk as the next process finds it if this one dies now.
+    fn next(&self) -> Disk;
+    /// The bytes of a sector with a number in it.
+    fn sector(&self, number: u32, at: u64) -> Vec<u8>;
+    /// The number in a sector, if it is one as a whole.
+    fn number(&self, bytes: &[u8], at: u64) -> Option<u32>;
+    /// What a sector held before.
+    fn first(&self, at: u64) -> u32;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write(u32),
+    Zeroes,
+    Discard,
+}
+
+/// The kernel, a process with the image, and what the guest may read.
+pub(crate) struct Host<S: Subject> {
+    pub(crate) subject: S,
+    storage: S::Storage,
+    pub(crate) disk: Disk,
+    sectors: u64,
+    map: RefCell<Map<Vec<Slot>, Vec<Leaf>>>,
+    /// What each sector holds; nothing where it was discarded.
+    model: RefCell<Vec<Option<u32>>>,
+    chance: RefCell<Chance>,
+    /// Requests of the kernel, and deaths of the process.
+    pub(crate) hits: Cell<u64>,
+    pub(crate) deaths: Cell<u64>,
+}
+
+impl<S: Subject> Host<S> {
+    /// `disk` is that of the subject, and active.
+    pub(crate) fn new(subject: S, disk: Disk, sectors: u64, seed: u64) -> Rc<Self> {
+        let (slots, leaves) = (vec![Slot::FREE; 8], vec![Leaf::FREE; 8]);
+        let mut map = Map::new(slots, leaves, sectors, true);
+        let backing = Backing {
+            sectors: 0,
+            block: 1,
+            writable: true,
+        };
+        assert!(map.add_backing(BackingNumber::new(0).unwrap(), backing));
+        Rc::new(Self {
+            storage: subject.storage(),
+            map: RefCell::new(map),
+            model: RefCell::new((0..sectors).map(|at| Some(subject.first(at))).collect()),
+            chance: RefCell::new(Chance(seed)),
+            subject,
+            disk,
+            sectors,
+            hits: Cell::new(0),
+            deaths: Cell::new(0),
+        })
+    }
+
+    fn below(&self, most: u64) -> u64 {
+        self.chance.borrow_mut().below(most)
+    }
+
+    /// Where all of a range is, if the kernel may do that.
+    fn hit(&self, range: &Sectors, access: Access) -> Option<Vec<Extent>> {
+        let mut pieces = [Extent::NOTHING; PIECES];
+        let count = self.map.borrow_mut().translate(range, access, &mut pieces);
+        Some(pieces[..count.ok()?].to_vec())
+    }
+
+    async fn request(self: Rc<Self>, range: Sectors, kind: Kind) {
+        let access = match kind {
+            Kind::Read => Access::Read,
+            _ => Access::ReadWrite,
+        };
+        let pieces = match kind {
+            Kind::Read | Kind::Write(_) => self.hit(&range, access),
+            Kind::Zeroes | Kind::Discard => None,
+        };
+        let before = self.model.borrow().clone();
+        match pieces {
+            Some(pieces) => {
+                self.hits.set(self.hits.get() + 1);
+                for piece in pieces {
+                    self.by_kernel(&piece, kind, &before).await;
+                }
+            }
+            None => self.by_process(&range, kind, &before).await,
+        }
+        let new = match kind {
+            Kind::Read => return,
+            Kind::Write(stamp) => Some(stamp),
+            Kind::Zeroes => Some(0),
+            Kind::Discard => None,
+        };
+        self.model.borrow_mut()[range.start() as usize..range.end() as usize].fill(new);
+    }
+
+    /// What is written to a range.
+    fn bytes(&self, range: &Sectors, number: u32) -> Bytes {
+        let sectors = (range.start()..range.end()).map(|at| self.subject.sector(number, at));
+        Bytes::copied(&sectors.collect::<Vec<_>>().concat()).unwrap()
+    }
+
+    async fn by_kernel(&self, piece: &Extent, kind: Kind, model: &[Option<u32>]) {
+        let at = piece.place * SECTOR;
+        match kind {
+            Kind::Write(number) => {
+                let bytes = self.bytes(&piece.range, number);
+                self.storage.write(at, bytes).await.unwrap();
+            }
+            _ => {
+                let data = Data::zeroed((piece.range.count() * SECTOR) as usize).unwrap();
+                self.storage.read_padded(at, data.clone()).await.unwrap();
+                self.judge("the kernel", piece.range.start(), &data.to_vec(), model);
+            }
+        }
+    }
+
+    /// As the kernel delivers it, and takes the answer.
+    async fn by_process(&self, range: &Sectors, kind: Kind, model: &[Option<u32>]) {
+        let changes = || match kind {
+            Kind::Read => {}
+            Kind::Write(_) => self.map.borrow_mut().written(range),
+            Kind::Zeroes | Kind::Discard => self.map.borrow_mut().recall(range),
+        };
+        changes();
+        let (at, len) = (range.start() * SECTOR, range.count() * SECTOR);
+        let how = Attributes::default();
+        match kind {
+            Kind::Read => {
+                let data = Data::zeroed(len as usize).unwrap();
+                self.disk.read(at, data.clone()).await.unwrap();
+                self.judge("the process", range.start(), &data.to_vec(), model);
+            }
+            Kind::Write(number) => {
+                let bytes = self.bytes(range, number);
+                self.disk.write(at, bytes, how).await.unwrap();
+            }
+            Kind::Zeroes => self.disk.write_zeroes(at, len, how).await.unwrap(),
+            Kind::Discard => self.disk.discard(at, len, how).await.unwrap(),
+        }
+        changes();
+    }
+
+    fn judge(&self, who: &str, from: u64, bytes: &[u8], model: &[Option<u32>]) {
+        for (at, bytes) in (from..).zip(bytes.chunks(SECTOR as usize)) {
+            if let Some(wanted) = model[at as usize] {
+                let (name, found) = (self.subject.name(), self.subject.number(bytes, at));
+                assert_eq!(found, Some(wanted), "{name}: {who} reads sector {at}");
+            }
+        }
+    }
+
+    /// The process looks where something is, and tells the kernel.
+    async fn look(self: Rc<Self>, from: u64) {
+        let generation = self.map.borrow().generation();
+        let len = WINDOW.min(self.sectors * SECTOR - from);
+        let places = self.disk.places(from, len).await.unwrap();
+        let sectors = self.storage.size().unwrap() / SECTOR;
+        let mut map = self.map.borrow_mut();
+        map.resize_backing(BackingNumber::new(0).unwrap(), sectors);
+        let told = places
+            .iter()
+            .filter(|place| map.set(&extent(place), generation).is_ok());
+        let told: Vec<Place> = told.copied().collect();
+        drop(map);
+        // A death now: the next process finds the same.
+        if !told.is_empty() && self.below(8) == 0 {
+            self.deaths.set(self.deaths.get() + 1);
+            self.same_after_death(told);
+        }
+    }
+
+    fn same_after_death(&self, told: Vec<Place>) {
+        let disk = self.subject.next();
+        for place in told {
+            let here = self.subject.there(place.at, place.len);
+            let its = disk.clone();
+            let read = async move {
+                let data = Data::zeroed(place.len as usize)?;
+                its.read(place.offset, data.clone()).await?;
+                Ok::<_, Errno>(data.to_vec())
+            };
+            let then = Runtime::new().block_on(read).unwrap().unwrap();
+            assert!(here == then, "{}: {place:?}", self.subject.name());
+        }
+    }
+
+    /// Some requests of which none overlaps another, and looks beside them.
+    fn round(self: &Rc<Self>, runtime: &Runtime, number: &mut u32) {
+        let mut busy: Vec<Sectors> = Vec::new();
+        for _ in 0..1 + self.below(8) {
+            let len = 1 + match self.below(6) {
+                0 => self.below(self.sectors / 2),
+                1 => self.below(64),
+                _ => self.below(8),
+            };
+            let from = match self.below(2) {
+                0 => self.below(self.sectors.min(HOT)),
+                _ => self.below(self.sectors),
+            };
+            let range = Sectors::between(from, (from + len).min(self.sectors)).unwrap();
+            if busy.iter().any(|other| other.common(&range).is_some()) {
+                continue;
+            }
+            busy.push(range);
+            let kind = match self.below(10) {
+                0 => Kind::Zeroes,
+                1 => Kind::Discard,
+                2..5 => Kind::Read,
+                _ => {
+                    *number += 1;
+                    Kind::Write(*number)
+                }
+            };
+            runtime.tasks.spawn(self.clone().request(range, kind));
+            if self.below(3) > 0 {
+                let from = match self.below(2) {
+                    0 => range.start(),
+                    _ => self.below(self.sectors),
+                } * SECTOR;
+                runtime.tasks.spawn(self.clone().look(from));
+            }
+        }
+        runtime.finish().unwrap();
+    }
+
+    /// Many of those, and then all of the disk is looked at.
+    pub(crate) fn rounds(self: &Rc<Self>, runtime: &Runtime) {
+        let mut number = 0x4000_0000;
+        for round in 0..ROUNDS {
+            self.round(runtime, &mut number);
+            if round % 8 == 0 {
+                let disk = self.disk.clone();
+                let flushed = runtime.block_on(async move { disk.flush().await });
+                flushed.unwrap().unwrap();
+            }
+        }
+        let all = Sectors::between(0, self.sectors).unwrap();
+        let (its, model) = (self.clone(), self.model.borrow().clone());
+        let read = async move { its.by_process(&all, Kind::Read, &model).await };
+        runtime.block_on(read).unwrap();
+    }
+}
+
+fn extent(place: &Place) -> Extent {
+    Extent {
+        range: Sectors::new(place.offset / SECTOR, place.len / SECTOR).unwrap(),
+        place: place.at / SECTOR,
+        source: Source::Backing(BackingNumber::new(0).unwrap()),
+        access: match place.writable {
+            true => Access::ReadWrite,
+            false => Access::Read,
+        },
+    }
+}
+
+/// The disk of a trial.
+struct Tried {
+    trial: Trial,
+    world: World,
+}
+
+impl Subject for Tried {
+    type Storage = super::Memory;
+
+    fn name(&self) -> String {
+        self.trial.name.clone()
+    }
+
+    fn storage(&self) -> Self::Storage {
+        self.world.file(0)
+    }
+
+    fn there(&self, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        self.world.files()[0].read(at, &mut bytes);
+        bytes
+    }
+
+    fn next(&self) -> Disk {
+        self.trial.active(&World::new(self.world.files()))
+    }
+
+    fn sector(&self, its: u32, at: u64) -> Vec<u8> {
+        stamp(its, at)
+    }
+
+    fn number(&self, bytes: &[u8], at: u64) -> Option<u32> {
+        number(bytes, at)
+    }
+
+    fn first(&self, at: u64) -> u32 {
+        (self.trial.base)(at)
+    }
+}
+
+/// A change fails and is made all the same, and nothing can be put right afterwards: what is told then is nevertheless
+/// what the image says.
+pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
+    for changes in 0..12 {
+        let trial = trial();
+        let world = World::new(trial.files.clone());
+        let (disk, sectors, unit) = (trial.active(&world), trial.size / SECTOR, trial.unit);
+        let host = Host::new(
+            Tried {
+                trial,
+                world: world.clone(),
+            },
+            disk,
+            sectors,
+            changes,
+        );
+        let (its, failing) = (host.clone(), world.clone());
+        let work = async move {
+            let how = Attributes::default();
+            let range = Sectors::between(0, 2 * unit / SECTOR).unwrap();
+            its.disk.write(0, its.bytes(&range, 1), how).await.unwrap();
+            failing.fail_late();
+            failing.fail_once(changes as usize, Errno::IO);
+            failing.fail_after(Some(changes as usize + 1));
+            let results = [
+                its.disk.discard(0, unit, how).await,
+                its.disk.write_zeroes(unit, unit, how).await,
+                its.disk.write(2 * unit, its.bytes(&range, 2), how).await,
+            ];
+            let places = its.disk.places(0, 4 * unit).await.unwrap();
+            (results.iter().any(Result::is_err), places)
+        };
+        let (has_failed, places) = Runtime::new().block_on(work).unwrap();
+        assert!(has_failed || !world.has_failed());
+        host.same_after_death(places);
+    }
+}
+
+/// Tries out a format whose image is one file, and says how often the kernel did something and a process died.
+pub(crate) fn told_stays_true(trial: Trial) -> (u64, u64) {
+    let runtime = Runtime::new();
+    let world = World::new(trial.files.clone());
+    world.shuffle(trial.seed);
+    let (disk, sectors, seed) = (trial.active(&world), trial.size / SECTOR, trial.seed);
+    let host = Host::new(Tried { trial, world }, disk, sectors, seed);
+    host.rounds(&runtime);
+    (host.hits.get(), host.deaths.get())
+}
