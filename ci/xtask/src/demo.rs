@@ -17,7 +17,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     );
     let payload = lanes::e2e::with_everything("demo", &script, &build::module()?)?;
     let mut machine = Machine::new("demo");
-    machine.timeout = Duration::from_secs(600);
+    machine.timeout = Duration::from_secs(900);
     eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");
     let mut told = false;
     let outcome = machine.run(&recipes::machines()?, &payload, |line| {

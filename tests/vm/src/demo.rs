@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The story of one disk, told to a person: made, used, detached, attached again, compared and measured;
-//! then that of a disk that a process serves, which is killed.
+//! then that of a disk that a process serves, which is killed, and of one that needs none.
 
+mod direct;
 mod tap;
 
 use crate::backing::{self, Lvm, NullBlk};

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The third part of the story: the kernel serves a file by itself, and for a minute there is no process at all.
+
+use super::tap::longest;
+use super::FIO;
+use crate::cases;
+use crate::guest::Guest;
+use crate::report::Report;
+use crate::tap::{disk, Served};
+use crate::{sh, sys};
+use anyhow::{ensure, Context, Result};
+use ring::tap::abi::STATE_LIVE;
+use std::time::{Duration, Instant};
+
+/// The part of the image that is written and compared.
+const USED_MIB: u32 = 8;
+/// How long no process is there.
+const AWAY: Duration = Duration::from_secs(60);
+/// A request that waited for a process would have taken longer.
+const LONGEST_MS: u64 = 20_000;
+
+/// The supervisor, which does nothing until this is dropped.
+struct Halted(u32);
+
+impl Halted {
+    fn new() -> Result<Self> {
+        let pids = sh::run(&["busybox", "pidof", "blktapctrl"])?;
+        let pid = pids.trim().parse();
+        let pid = pid.with_context(|| format!("the supervisor should be one process: {pids}"))?;
+        sys::kill(pid, libc::SIGSTOP).context("cannot stop the supervisor")?;
+        Ok(Self(pid))
+    }
+}
+
+impl Drop for Halted {
+    fn drop(&mut self) {
+        if let Err(error) = sys::kill(self.0, libc::SIGCONT) {
+            eprintln!("the supervisor stays stopped: {error}");
+        }
+    }
+}
+
+pub(super) fn tell(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
+    let specification = disk(&format!("aio:{file}"), "xvdb", "w");
+    let disk = Served::attach(guest, &specification)?;
+    let load = guest.start(&job())?;
+    sh::wait_for("requests that the kernel executes", FIO, || {
+        Ok(disk.info()?.direct > 100)
+    })?;
+    report.say(&format!(
+        "the same file as {specification}: the kernel reads, writes and flushes it by itself, tapdisk {} looks on",
+        disk.pid()?
+    ))?;
+    let supervisor = Halted::new()?;
+    let old = disk.kill()?;
+    sh::wait_for("the end of the process", FIO, || {
+        Ok(disk.info()?.state != STATE_LIVE)
+    })?;
+    let before = disk.info()?;
+    let begun = Instant::now();
+    while begun.elapsed() < AWAY {
+        let executed = disk.info()?.direct;
+        sh::wait_for("requests without a process", FIO, || {
+            let info = disk.info()?;
+            ensure!(info.state != STATE_LIVE, "a process has come: {info:?}");
+            Ok(info.direct > executed)
+        })?;
+    }
+    let count = disk.info()?.direct - before.direct;
+    report.say(&format!(
+        "kill -9 {old}, and nobody starts another one for {} s: the guest's load went on, {count} requests without a process",
+        AWAY.as_secs()
+    ))?;
+    drop(supervisor);
+    let (next, _) = disk.wait_replaced(old)?;
+    guest.run("touch /tmp/stop")?;
+    let done = guest.wait(load, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed in the guest: {}",
+        sh::tail(&done.text, 400)
+    );
+    let longest = longest(&done.text)?;
+    ensure!(
+        longest < LONGEST_MS,
+        "a request waited {longest} ms: for a process"
+    );
+    report.say(&format!(
+        "tapdisk {next} serves now; fio flushed and verified all along: no error; the longest that a request waited was {longest} ms"
+    ))?;
+    cases::compare(guest, "xvdb", file, USED_MIB)?;
+    disk.detach(guest)?;
+    report.say("guest and dom0 read the same from the file")
+}
+
+/// Writes that are flushed and verified, until `/tmp/stop` is there.
+fn job() -> String {
+    format!(
+        "rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do fio --name=v --filename=/dev/xvdb --size={USED_MIB}m --bssplit=4k/60:64k/40 \
+         --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 \
+         --serialize_overlap=1 --fsync=32 --number_ios=120 --output-format=json || exit 1; done"
+    )
+}
