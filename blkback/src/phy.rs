@@ -219,7 +219,7 @@ fn piece(slice: Slice) -> Piece {
     Piece {
         page: slice.page,
         offset: slice.offset,
-        len: slice.len,
+        len: slice.len.into(),
     }
 }
 

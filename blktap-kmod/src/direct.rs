@@ -163,31 +163,23 @@ fn start_one(inflight: &Inflight<'_>, disk: &TapDisk, place: Place, tag: QueueTa
     };
     let tag = place.disk_tag(tag);
     let segments = (0..start.segments).filter_map(|index| disk.areas.segment(tag, index));
-    let pieces = segments.flat_map(|segment| pieces_of(segment, place.first_page));
-    // One for each page, and one for each segment that begins within one.
+    let pieces = segments.map(|segment| piece(&segment, place.first_page));
+    // One for each page, and two for the ends of each segment, which may lie within pages.
     let most = start.sectors / SECTORS_OF_PAGE;
-    let most = most.saturating_add(start.segments.into());
+    let most = most.saturating_add(u64::from(start.segments).saturating_mul(2));
     let most = u16::try_from(most).unwrap_or(u16::MAX);
     inflight.transfer(operation, start.place.sector, most, pieces);
 }
 
-/// A segment page by page, with the numbers that the queue gives its pages.
-fn pieces_of(segment: Segment, first_page: u16) -> impl Iterator<Item = Piece> {
+/// A segment, with the numbers that the queue gives its pages.
+fn piece(segment: &Segment, first_page: u16) -> Piece {
     const PAGE: u32 = PAGE_SIZE as u32;
-    let end = segment.offset.saturating_add(segment.len);
-    let mut at = segment.offset;
-    core::iter::from_fn(move || {
-        let left = end.checked_sub(at).filter(|left| *left > 0)?;
-        let offset = at % PAGE;
-        let len = left.min(PAGE.wrapping_sub(offset));
-        // CAST: an arena has fewer pages than that.
-        let page = (at / PAGE) as u16;
-        at = at.wrapping_add(len);
-        Some(Piece {
-            page: PageIndex::new(page.wrapping_sub(first_page)),
-            // CAST: both are at most a page.
-            offset: offset as u16,
-            len: len as u16,
-        })
-    })
+    // CAST: an arena has fewer pages than that.
+    let page = (segment.offset / PAGE) as u16;
+    Piece {
+        page: PageIndex::new(page.wrapping_sub(first_page)),
+        // CAST: below a page.
+        offset: (segment.offset % PAGE) as u16,
+        len: segment.len,
+    }
 }

@@ -27,6 +27,25 @@ struct Place {
     frame: Atomic<u64>,
 }
 
+impl Place {
+    fn get(&self) -> (*mut bindings::page, u64) {
+        let page = self.page.load(Relaxed) as *mut bindings::page;
+        (page, self.frame.load(Relaxed))
+    }
+}
+
+/// One bit for each page of a block: the next one lies directly behind it, for this kernel and for the machine.
+fn joins(places: &[Place]) -> u32 {
+    let mut bits = 0;
+    let pairs = places.iter().zip(places.iter().skip(1));
+    for (at, (place, next)) in (0..PAGES as u32).zip(pairs) {
+        let ((page, frame), next) = (place.get(), next.get());
+        let adjoins = next == (page.wrapping_add(1), frame.wrapping_add(1));
+        bits |= u32::from(adjoins).wrapping_shl(at);
+    }
+    bits
+}
+
 /// The data pages of a queue.
 ///
 /// # Invariants
@@ -36,8 +55,7 @@ struct Place {
 /// `gnttab_alloc_pages` that nobody has freed.
 pub(crate) struct DataPages {
     places: KVec<Place>,
-    /// For each block of a [`Backing`] one bit for each page: the next page of the block lies
-    /// directly behind it.
+    /// What [`joins`] says of each block of pages.
     joins: KVec<Atomic<u32>>,
     /// 0 where a guest's page cannot be taken away any more.
     mappable: KVec<Atomic<usize>>,
@@ -91,7 +109,7 @@ impl DataPages {
     /// `EINVAL` if the arena has no such pages.
     pub(crate) fn of_arena(arena: &Arc<Pages>, first: u16, count: u16) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
-        let table = Self::new(count, 0, Some(arena.clone()))?;
+        let mut table = Self::new(count, 0, Some(arena.clone()))?;
         for (place, index) in table.places.iter().zip(first..end) {
             let page = arena.raw().get(usize::from(index)).ok_or(EINVAL)?;
             // INVARIANT: The page is the arena's.
@@ -99,6 +117,10 @@ impl DataPages {
             place
                 .frame
                 .store(arena.frame(index).ok_or(EINVAL)?, Relaxed);
+        }
+        table.joins = KVec::with_capacity(usize::from(count).div_ceil(PAGES), GFP_KERNEL)?;
+        for block in table.places.chunks(PAGES) {
+            push(&mut table.joins, Atomic::new(joins(block)))?;
         }
         Ok(table)
     }
@@ -144,10 +166,8 @@ impl DataPages {
 
     #[inline]
     fn place(&self, index: PageIndex) -> Option<(*mut bindings::page, u64)> {
-        let place = self.places.get(index.index())?;
-        let page = place.page.load(Relaxed);
-        let frame = place.frame.load(Relaxed);
-        (page != 0).then_some((page as *mut bindings::page, frame))
+        let (page, frame) = self.places.get(index.index())?.get();
+        (!page.is_null()).then_some((page, frame))
     }
 
     /// The page of an index.
@@ -168,7 +188,7 @@ impl DataPages {
     /// and for the machine: one transfer can go through all of them.
     pub(in crate::linux) fn run(&self, index: PageIndex) -> Option<(*mut bindings::page, u32)> {
         let block = index.index() / PAGES;
-        // Of a page at which a guest's page is mapped nothing is known; an arena has no blocks.
+        // Of a page at which a guest's page is mapped nothing is known.
         let joins = self.joins.get(block).map_or(0, |word| word.load(Relaxed));
         let follow = joins
             .checked_shr(u32::from(index.number()) % PAGES as u32)
@@ -237,19 +257,19 @@ impl Backing {
     /// The block comes back if there is no such place, or if that has memory.
     pub(crate) fn attach(&mut self, index: u16, mut block: KBox<Block>) -> Result<(), KBox<Block>> {
         let places = self.table.places.get(Self::pages(index));
-        let joins = self.table.joins.get(usize::from(index));
+        let word = self.table.joins.get(usize::from(index));
         let slot = self.blocks.get_mut(usize::from(index));
-        let (Some(slot @ None), Some(places), Some(joins)) = (slot, places, joins) else {
+        let (Some(slot @ None), Some(places), Some(word)) = (slot, places, word) else {
             return Err(block);
         };
         block.give_to(self.domain);
-        // INVARIANT: What the pages say.
-        joins.store(block.joins(), Relaxed);
         for (place, page) in places.iter().zip(block.pages()) {
             place.frame.store(Page::frame(page), Relaxed);
             // INVARIANT: The block is in `blocks` from here on.
             place.page.store(page.as_raw().addr(), Relaxed);
         }
+        // INVARIANT: What the pages say.
+        word.store(joins(places), Relaxed);
         *slot = Some(block);
         Ok(())
     }

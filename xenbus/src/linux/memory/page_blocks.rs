@@ -146,19 +146,6 @@ impl Block {
         &self.pages
     }
 
-    /// One bit for each page: the next one lies directly behind it, for this kernel and for the
-    /// machine.
-    pub(in crate::linux) fn joins(&self) -> u32 {
-        let mut bits = 0;
-        let pairs = self.pages.iter().zip(self.pages.iter().skip(1));
-        for (at, (page, next)) in (0..PAGES as u32).zip(pairs) {
-            let adjoin = page.as_raw().wrapping_add(1) == next.as_raw()
-                && page.frame().wrapping_add(1) == next.frame();
-            bits |= u32::from(adjoin).wrapping_shl(at);
-        }
-        bits
-    }
-
     /// From now on data of this domain is in it, and that of no other.
     pub(in crate::linux) fn give_to(&mut self, domain: u16) {
         if self

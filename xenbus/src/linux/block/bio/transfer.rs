@@ -8,7 +8,7 @@ use crate::ring::numbers::PageIndex;
 use kernel::bindings;
 
 impl Inflight<'_> {
-    /// Reads into `count` pieces of data pages, or writes from them, from a 512-byte sector on:
+    /// Reads into pieces of data pages, of at most `count` pages, or writes from them, from a 512-byte sector on:
     /// starts as few bios with as few ranges of memory as the device takes them in. May sleep.
     pub(crate) fn transfer(
         &self,
@@ -24,16 +24,18 @@ impl Inflight<'_> {
             bio: self.bio(operation, sector, count),
         };
         let mut run: Option<Run> = None;
-        for piece in pieces {
+        for mut piece in pieces {
             if run.as_mut().is_some_and(|run| run.join(&piece)) {
                 bios.left = bios.left.wrapping_sub(1);
                 continue;
             }
-            let Some(next) = Run::new(self.disk, &piece) else {
-                return self.fail();
-            };
-            if !run.replace(next).is_none_or(|run| bios.add(&run)) {
-                return self.fail();
+            while piece.len > 0 {
+                let Some(next) = Run::take(self.disk, &mut piece) else {
+                    return self.fail();
+                };
+                if !run.replace(next).is_none_or(|run| bios.add(&run)) {
+                    return self.fail();
+                }
             }
         }
         if run.is_none_or(|run| bios.add(&run)) {
@@ -44,14 +46,28 @@ impl Inflight<'_> {
     }
 }
 
-/// A piece of a data page.
+/// A piece of one data page, or of several that follow one another by their numbers.
 pub(crate) struct Piece {
-    /// The page.
+    /// The first page.
     pub(crate) page: PageIndex,
-    /// Byte offset in the page.
+    /// Byte offset in that page.
     pub(crate) offset: u16,
     /// Bytes.
-    pub(crate) len: u16,
+    pub(crate) len: u32,
+}
+
+impl Piece {
+    /// Leaves out so many bytes, which it has.
+    fn skip(&mut self, len: u32) {
+        const PAGE: u32 = PAGE_SIZE as u32;
+        let end = len.wrapping_add(self.offset.into());
+        // CAST: a piece ends in a page of the table, whose number is one of 16 bits.
+        let page = self.page.number().wrapping_add((end / PAGE) as u16);
+        self.page = PageIndex::new(page);
+        // CAST: below a page.
+        self.offset = (end % PAGE) as u16;
+        self.len = self.len.wrapping_sub(len);
+    }
 }
 
 /// Bytes of data pages without a gap between them.
@@ -70,18 +86,21 @@ struct Run {
 }
 
 impl Run {
-    /// `None` if there is no such page, or not so much of it.
-    fn new(disk: &Disk, piece: &Piece) -> Option<Self> {
+    /// Takes from the beginning of a piece what lies one behind the other. `None` if there is no such page.
+    fn take(disk: &Disk, piece: &mut Piece) -> Option<Self> {
         let (page, room) = disk.pages.run(piece.page)?;
-        let end = u32::from(piece.offset).wrapping_add(piece.len.into());
+        let there = room.checked_sub(piece.offset.into()).filter(|n| *n > 0)?;
+        let len = piece.len.min(there);
         // INVARIANT: The table says so.
-        (end <= room).then_some(Self {
+        let run = Self {
             page,
             room,
             first: piece.page,
             offset: piece.offset,
-            len: piece.len.into(),
-        })
+            len,
+        };
+        piece.skip(len);
+        Some(run)
     }
 
     /// Goes on with `next` if that lies directly behind.
@@ -89,14 +108,14 @@ impl Run {
         const PAGE: u32 = PAGE_SIZE as u32;
         let end = self.len.wrapping_add(self.offset.into());
         let page = u32::from(self.first.number()).wrapping_add(end / PAGE);
-        let new_end = end.wrapping_add(next.len.into());
+        let new_end = end.wrapping_add(next.len);
         let joins = end % PAGE == 0
             && next.offset == 0
             && u32::from(next.page.number()) == page
             && new_end <= self.room;
         if joins {
             // INVARIANT: Just compared.
-            self.len = self.len.wrapping_add(next.len.into());
+            self.len = self.len.wrapping_add(next.len);
         }
         joins
     }
