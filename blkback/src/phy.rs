@@ -8,7 +8,6 @@ use crate::engine::blocks::BLOCK;
 use crate::engine::{Backend, Group, Io, IoKind, PendingRequest, SegmentEntry, Slice};
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Disk, Inflight, Operation, Piece};
-use crate::linux::block::storage::Storage;
 use crate::linux::memory::data::{Backing, DataPages};
 use crate::linux::memory::page_blocks::{Block, Effort};
 use crate::linux::monotonic_ns;
@@ -67,14 +66,11 @@ impl QueueBackends for BlockDevice {
             |error| ConnectError::Step("there is not enough memory for the queues", error);
         let memory = Memory::new(lease, &sizes).map_err(no_memory)?;
         let pages = memory.backing.table().clone();
-        let bios =
-            Disk::new(pages.clone(), needs.wake_event.clone(), needs.depth).map_err(no_memory)?;
+        let device = Some(self.clone());
+        let bios = Disk::new(pages.clone(), needs.wake_event.clone(), device, needs.depth)
+            .map_err(no_memory)?;
         Ok(Part {
-            backend: Phy {
-                bios,
-                device: self.clone(),
-                memory,
-            },
+            backend: Phy { bios, memory },
             pages,
             own_pages: sizes.own,
             rest: sizes.rest,
@@ -126,7 +122,6 @@ impl Memory {
 pub(crate) struct Phy {
     // First: it waits for the last bios, which use the memory.
     bios: Pin<KBox<Disk>>,
-    device: Arc<BlockDevice>,
     memory: Memory,
 }
 
@@ -134,10 +129,7 @@ impl Backend for Phy {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         bio::plugged(|| {
             for io in batch {
-                if let Some(inflight) = self
-                    .bios
-                    .begin(io.tag, Storage::Device(self.device.clone()))
-                {
+                if let Some(inflight) = self.bios.begin(io.tag, None) {
                     start(&inflight, &io);
                 }
             }

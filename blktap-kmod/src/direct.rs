@@ -47,7 +47,7 @@ impl Executor {
         depth: u16,
     ) -> Result<KBox<Self>> {
         let executor = Self {
-            bios: bio::Disk::new(pages, wake_event.clone(), depth)?,
+            bios: bio::Disk::new(pages, wake_event.clone(), None, depth)?,
             begun: KVec::with_capacity(BATCH, GFP_KERNEL)?,
             ended: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
             executing: 0,
@@ -95,7 +95,7 @@ impl Executor {
             for index in 0..self.begun.len() {
                 let begun = self.begun.get_mut(index).and_then(Option::take);
                 if let Some((tag, start, storage)) = begun {
-                    let inflight = storage.and_then(|storage| self.bios.begin(tag, storage));
+                    let inflight = storage.and_then(|storage| self.bios.begin(tag, Some(storage)));
                     match inflight {
                         Some(inflight) => start_one(&inflight, disk, place, tag, &start),
                         None => fail(&mut self.ended, tag),

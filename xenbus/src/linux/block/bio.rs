@@ -12,6 +12,7 @@
 mod call;
 mod transfer;
 
+use super::bdev::BlockDevice;
 use super::storage::Storage;
 use crate::linux::cond_resched;
 use crate::linux::memory::data::DataPages;
@@ -65,7 +66,7 @@ impl Record {
         unsafe { core::ptr::addr_of_mut!((*self.first.get()).bio) }
     }
 
-    /// Where the I/O goes.
+    /// Where the I/O goes, if not to the disk's own device.
     ///
     /// # Safety
     ///
@@ -110,8 +111,8 @@ struct Record {
     taken: Atomic<u32>,
     tag: QueueTag,
     owner: *const Disk,
-    /// Where the I/O goes. Belongs to whoever has taken the record, which until the completion is reaped lets
-    /// it be.
+    /// Where the I/O goes, if not to the disk's own device. Belongs to whoever has taken the record, which until the
+    /// completion is reaped lets it be.
     storage: UnsafeCell<Option<Storage>>,
     /// Belongs to whoever builds the I/O, and from submission to completion to the block layer or the file
     /// system.
@@ -126,11 +127,13 @@ struct Record {
 /// - `records[n].tag == n` and its owner is this object, which is pinned.
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
 /// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so nobody else
-///   touches it. All that time it has a storage, which is that of its bios.
+///   touches it. All that time its bios go to its storage, or without one to `device`.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Disk {
     pages: Arc<DataPages>,
     wake_event: Arc<WakeEvent>,
+    /// Where all I/O goes of which nothing else is said.
+    device: Option<Arc<BlockDevice>>,
     #[pin]
     set: Opaque<bindings::bio_set>,
     records: KVVec<Record>,
@@ -145,10 +148,12 @@ unsafe impl Send for Disk {}
 unsafe impl Sync for Disk {}
 
 impl Disk {
-    /// Reserves what `tags` concurrent I/Os need. Completions wake the thread. May sleep.
+    /// Reserves what `tags` concurrent I/Os need, of which all go to `device` if there is one. Completions wake the
+    /// thread. May sleep.
     pub(crate) fn new(
         pages: Arc<DataPages>,
         wake_event: Arc<WakeEvent>,
+        device: Option<Arc<BlockDevice>>,
         tags: u16,
     ) -> Result<Pin<KBox<Self>>> {
         let mut records = KVVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
@@ -174,6 +179,7 @@ impl Disk {
             try_pin_init!(&this in Self {
                 pages,
                 wake_event,
+                device,
                 set <- Opaque::try_ffi_init(|slot: *mut bindings::bio_set| {
                     // SAFETY: `slot` is valid for writes. `bioset_init` relies on zeroes for the
                     // fields that it does not need.
@@ -210,24 +216,25 @@ impl Disk {
         records.saturating_add((RESERVE as usize).saturating_mul(bio))
     }
 
-    /// Starts to build the I/O of a tag. `None` if there is no such tag, or if an earlier I/O of it has not
-    /// been reaped.
-    pub(crate) fn begin(&self, tag: QueueTag, storage: Storage) -> Option<Inflight<'_>> {
+    /// Starts to build the I/O of a tag, on the disk's own device if no storage is named. `None` if there is no such
+    /// tag or device, or if an earlier I/O of the tag has not been reaped.
+    pub(crate) fn begin(&self, tag: QueueTag, storage: Option<Storage>) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
+        let device = match &storage {
+            None => self.device.as_ref()?.as_raw(),
+            Some(Storage::Device(device)) => device.as_raw(),
+            Some(Storage::File(_)) => core::ptr::null_mut(),
+        };
         if record.taken.xchg(1, Full) != 0 {
             return None;
         }
-        let device = match &storage {
-            Storage::Device(device) => device.as_raw(),
-            Storage::File(_) => core::ptr::null_mut(),
-        };
         // SAFETY: The record is ours, and no bio of it is left.
-        unsafe { *record.storage.get() = Some(storage) };
+        unsafe { *record.storage.get() = storage };
         record.status.store(0, Relaxed);
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
         self.busy.fetch_add(1, Relaxed);
-        // INVARIANT: The record has the storage.
+        // INVARIANT: The record has the storage, or it is the disk's own.
         Some(Inflight {
             disk: self,
             record,
@@ -281,7 +288,7 @@ impl PinnedDrop for Disk {
 ///
 /// # Invariants
 ///
-/// `device` is that of the record's storage, or null if that is a file.
+/// `device` is that of the record's storage, or null if that is a file, or the disk's own if there is none.
 pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,

@@ -99,7 +99,11 @@ impl Run {
             offset: piece.offset,
             len,
         };
-        piece.skip(len);
+        // Most are no longer than a page.
+        match len == piece.len {
+            true => piece.len = 0,
+            false => piece.skip(len),
+        }
         Some(run)
     }
 
