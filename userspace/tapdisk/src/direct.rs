@@ -80,6 +80,8 @@ enum Told {
     /// Nothing that still holds.
     #[default]
     Nothing,
+    /// By this process nothing; what the process before has told may still be under way.
+    Before,
     /// Where the disk is.
     Image,
     /// That this does not hold any more. It may still be using the image.
@@ -143,6 +145,9 @@ impl Direct {
         self.missed.begin(image.in_parts);
         self.end_era();
         *self.image.borrow_mut() = Some(image);
+        if self.told.get() == Told::Nothing {
+            self.told.set(Told::Before);
+        }
         self.is_vain.set(false);
         self.due.set(true);
     }
@@ -217,13 +222,20 @@ impl Direct {
         let Some(image) = image.filter(|_| self.told.get() != Told::Nothing) else {
             return Ok(ban);
         };
+        // One that does not listen, of which was told, has nothing under way.
+        let is_deaf = self.told.get() == Told::Before && self.is_vain.get();
         // If nobody waits for it any more, the recall may come at any time, so nothing is told after this.
         self.told.set(Told::Recalled);
         let mapper = image.mapper;
         let recalled = image.io.elsewhere(move || recall(&*mapper)).await;
         let recalled = recalled.unwrap_or_else(|error| Err(error.into()));
-        recalled
-            .map_err(|error| Failure::system("the kernel does not let go of the image", &error))?;
+        recalled.or_else(|error| match is_deaf {
+            true => Ok(()),
+            false => {
+                let what = "the kernel does not let go of the image";
+                Err(Failure::system(what, &error))
+            }
+        })?;
         self.told.set(Told::Nothing);
         self.due.set(true);
         Ok(ban)

@@ -259,8 +259,28 @@ fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
         assert_eq!(device.request(Op::Discard), Status::Okay);
         assert_eq!(device.told(), [], "{is_verbatim} {shared} {backings}");
         process.exit();
-        assert_eq!(kernel.map_ops(), []);
+        // What it could be told is taken back, whoever has told it.
+        let is_offered = is_verbatim && !shared;
+        let taken = is_offered.then(recall);
+        assert_eq!(kernel.map_ops(), Vec::from_iter(taken));
     }
+}
+
+/// The kernel may be doing what the process before has told it.
+#[test]
+fn who_has_told_nothing_waits_for_the_kernel_too() {
+    let kernel = Fake::new(4).unwrap();
+    let mut process = Device::in_parts(&kernel).serve(|_| ());
+    kernel.stick(true);
+    thread::scope(|scope| {
+        let pause = scope.spawn(|| process.ask(Request::Pause, None));
+        kernel.wait_for_recalls(1);
+        assert!(!pause.is_finished());
+        kernel.stick(false);
+        assert_eq!(pause.join().unwrap(), Ok(Reply::Done));
+    });
+    assert_eq!(kernel.map_ops(), [recall()]);
+    process.exit();
 }
 
 #[test]
@@ -381,7 +401,7 @@ fn what_was_found_before_a_ban_is_not_told_after_it() {
     drop(client);
     device.go_on();
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
-    assert_eq!(kernel.map_ops(), []);
+    assert_eq!(kernel.map_ops(), [recall()]);
     process.exit();
 }
 
