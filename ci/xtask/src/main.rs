@@ -126,7 +126,9 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
         Task::Demo => demo::run(),
         Task::Test { lanes, only, seed } => Ok(exit(lanes::run(&lanes, &only, seed).finish())),
-        Task::Check => Ok(exit(lanes::run(&[lanes::Lane::Check], "", None).finish())),
+        Task::Check => Ok(exit(
+            lanes::run(&[lanes::Lane::Check], lanes::ALL, None).finish(),
+        )),
         Task::Build {
             source: Some(source),
             ..
