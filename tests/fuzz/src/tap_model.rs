@@ -322,7 +322,7 @@ impl Model {
         self.waiting().into_iter().filter(of_queue).collect()
     }
 
-    /// The process gets a request, or answers it.
+    /// The process gets a request, answers it, or is gone with it.
     pub(crate) fn changes(&mut self, sequence: u64) {
         let request = &self.undone[&sequence];
         let range = Sectors::between(request.range().start, request.range().end);

@@ -653,6 +653,11 @@ impl Pair {
         if held > 0 {
             self.model.death = Some((held, self.model.answered));
         }
+        let left = self.model.undone.iter();
+        let left = left.filter(|(_, r)| r.stage == Stage::Delivered);
+        for sequence in left.map(|(sequence, _)| *sequence).collect::<Vec<_>>() {
+            self.model.changes(sequence);
+        }
         let undone = &mut self.model.undone;
         undone.retain(|_, r| !(r.orphan && r.stage == Stage::Delivered));
         let lost = self.lose();

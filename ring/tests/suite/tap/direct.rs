@@ -522,6 +522,42 @@ fn a_change_that_has_no_queue_any_more_is_one_all_the_same() {
     assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
 }
 
+/// A process has found out where something is, discards it, and dies: nobody executes the discard again, and what was
+/// found is not true.
+#[test]
+fn a_discard_that_nobody_answers_takes_back_its_range_too() {
+    let ends: [fn(&mut Disk); 3] = [
+        |disk| {
+            disk.shadow.withdraw(0);
+        },
+        |disk| {
+            assert_eq!(disk.shadow.fail_waiting(8).count, 1);
+        },
+        // Its queue went first.
+        |_| (),
+    ];
+    for (number, end) in ends.into_iter().enumerate() {
+        let mut disk = Disk::mapped(8);
+        disk.post(0, Op::Discard, 64, 64);
+        assert_eq!(disk.tags(), [0]);
+        let between = disk.map().generation();
+        let old = extent(64, 64, Access::ReadWrite);
+        assert_eq!(disk.map().set(&old, between), Ok(()));
+        if number == 2 {
+            assert_eq!(disk.shadow.orphan(0), 1);
+        }
+        disk.die();
+        end(&mut disk);
+        let range = Sectors::new(64, 64).unwrap();
+        let left = disk
+            .map()
+            .extents()
+            .filter(|e| e.range.common(&range).is_some());
+        assert_eq!(left.count(), 0, "{number}");
+        assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+    }
+}
+
 #[test]
 fn what_the_process_gives_back_is_delivered_again() {
     let mut disk = Disk::unmapped(8);

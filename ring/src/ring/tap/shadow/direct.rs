@@ -20,7 +20,7 @@
 //! - Only what moves data of whole blocks is executed so, and what was never given to a process. A flush is
 //!   if the process has said that it is one of the backing.
 //! - The process gets a write or a discard: what the map says of that range may not be true any longer, then
-//!   and when it answers (see [`Map`]). So it is told both times.
+//!   and when it answers or is gone (see [`Map`]). So it is told both times.
 //! - It is begun by the thread of its queue, and it ends there. The death of a process changes nothing of
 //!   it; the start of the next one ends what the last one said, so nothing more is begun.
 //! - If it fails it is not known what it did, so the process gets it as one that is executed again, and says
@@ -388,7 +388,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         list.is_some_and(|list| !list.is_empty())
     }
 
-    /// The process gets a request, or answers it.
+    /// The process gets a request, answers it, or is gone with it.
     pub(super) fn note_change(&mut self, tag: DiskTag) {
         let Some(entry) = self.get(tag).filter(|entry| writes(entry.op)) else {
             return;

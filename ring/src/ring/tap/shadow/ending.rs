@@ -89,7 +89,11 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             entry.waiters = List::EMPTY;
             entry.ordered = true;
             match entry.state {
-                State::Delivered => self.left(node.tag(), &mut failed),
+                State::Delivered => {
+                    // It may have done it, and answers no more.
+                    self.note_change(node.tag());
+                    self.left(node.tag(), &mut failed);
+                }
                 State::Pending | State::Blocked | State::Missed | State::Ready => {
                     self.wait(node.tag(), None);
                 }
