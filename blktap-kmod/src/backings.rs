@@ -76,7 +76,10 @@ impl TapDisk {
         } = &mut *inner;
         let place = backings.get_mut(number.index()).ok_or(EINVAL)?;
         if let Some(before) = place {
-            let same = before.is_same(storage) && before.is_writable() == backing.writable;
+            // What a file takes as a whole grows when it is copied by reference.
+            let same = before.is_same(storage)
+                && before.is_writable() == backing.writable
+                && before.block() == backing.block;
             let known = shadow
                 .map()
                 .as_ref()

@@ -175,13 +175,19 @@ void xbr_file_limits(const struct file *file, struct xbr_file_limits *limits)
 {
 	const struct inode *inode = file_inode(file);
 	const struct super_block *sb = inode->i_sb;
+	unsigned int block = sb->s_bdev ? bdev_logical_block_size(sb->s_bdev) : PAGE_SIZE;
+	struct kstat stat = {};
+	/* What does not say takes pages, as the process thinks, too; 0 says that there is none. */
+	bool says = !vfs_getattr(&file->f_path, &stat, STATX_DIOALIGN, AT_STATX_DONT_SYNC) &&
+		    (stat.result_mask & STATX_DIOALIGN);
+	unsigned int align = says ? stat.dio_offset_align : PAGE_SIZE;
 
 	*limits = (struct xbr_file_limits) {
-		.block = sb->s_bdev ? bdev_logical_block_size(sb->s_bdev) : PAGE_SIZE,
+		.block = max(block, align),
 		.regular = S_ISREG(inode->i_mode),
 		.readable = file->f_op->read_iter && (file->f_mode & FMODE_READ),
 		.writable = file->f_op->write_iter && (file->f_mode & FMODE_WRITE),
-		.direct = (file->f_flags & O_DIRECT) && (file->f_mode & FMODE_CAN_ODIRECT),
+		.direct = align && (file->f_flags & O_DIRECT) && (file->f_mode & FMODE_CAN_ODIRECT),
 		.nowait = (file->f_mode & FMODE_NOWAIT) != 0,
 		.local = !sb->s_stack_depth && (sb->s_type->fs_flags & FS_REQUIRES_DEV),
 	};
