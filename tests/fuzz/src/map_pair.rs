@@ -115,7 +115,11 @@ impl Model {
     fn defects(&self, extent: &Extent, known: Option<usize>) -> Vec<Refused> {
         let range = range(&extent.range);
         let runs = self.runs();
-        let old = |run: &&Extent| overlap(&range, &self::range(&run.range));
+        let old = |run: &&Extent| {
+            let first = run.range.start().max(range.start);
+            let is_part = || run.access == extent.access && said(run, first) == said(extent, first);
+            overlap(&range, &self::range(&run.range)) && !is_part()
+        };
         let writes = extent.access == Access::ReadWrite;
         let elsewhere = |sector: u64| {
             let meant = said(extent, sector);

@@ -200,13 +200,19 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         if !self.recent.is_unchanged(&extent.range, generation) {
             return Err(Refused::Stale);
         }
-        for (count, other) in self.tree.within(&extent.range).enumerate() {
-            if count >= MAX_REPLACED {
+        let mut replaced = 0usize;
+        for other in self.tree.within(&extent.range) {
+            // One that becomes a part of it is not replaced: those that a raw disk is in after discards.
+            if other.same_place(extent) && other.access == extent.access {
+                continue;
+            }
+            if replaced >= MAX_REPLACED {
                 return Err(Refused::Crowded);
             }
             if other.access == Access::ReadWrite && !other.same_place(extent) {
                 return Err(Refused::Writable);
             }
+            replaced = replaced.wrapping_add(1);
         }
         // With what it goes on from and what goes on from it, it is one extent.
         let (start, end) = (extent.range.start(), extent.range.end());
