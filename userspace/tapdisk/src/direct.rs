@@ -95,6 +95,8 @@ pub struct Direct {
     told: Cell<Told>,
     /// It is to be told where the disk is.
     due: Cell<bool>,
+    /// The same, once it has what was answered before: it forgets a range with the answer, too.
+    due_later: Cell<bool>,
     /// It is told nothing more of this image: it cannot use it, or does not listen.
     is_vain: Cell<bool>,
     /// Those who want it to do nothing.
@@ -135,7 +137,7 @@ pub(crate) struct Forgets(Rc<Direct>);
 impl Drop for Forgets {
     fn drop(&mut self) {
         self.0.forgets.set(self.0.forgets.get() - 1);
-        self.0.due.set(true);
+        self.0.due_later.set(true);
     }
 }
 
@@ -169,6 +171,13 @@ impl Direct {
     pub(crate) fn forgets(self: &Rc<Self>) -> Forgets {
         self.forgets.set(self.forgets.get() + 1);
         Forgets(self.clone())
+    }
+
+    /// What was answered before is on its way, and is there when the kernel is told something in the next turn.
+    pub(crate) fn answered(&self) {
+        if self.forgets.get() == 0 && self.due_later.take() {
+            self.due.set(true);
+        }
     }
 
     /// Tells the kernel where the disk is, if it is time for that. To be called again and again.

@@ -197,8 +197,14 @@ impl Server {
     /// Commits what is done and makes tasks of what came; true if something came. An error means
     /// that the kernel does not talk to us: the process has to end.
     pub fn turn(self: &Rc<Self>) -> io::Result<bool> {
+        // A command takes the answers of a turn along when that is over, a call at once.
+        self.tell_kernel();
         let mut tags = self.tags.take();
         self.link.pump(&mut tags)?;
+        self.terms.direct.answered();
+        if !self.link.has_commands() {
+            self.tell_kernel();
+        }
         let came = !tags.is_empty();
         // CAST: there are at most as many as a disk has.
         self.came
@@ -210,9 +216,7 @@ impl Server {
             }
         }
         *self.tags.borrow_mut() = tags;
-        // The guest has to learn of what is lost, and the kernel would not tell it.
         if !self.terms.lost.has_any() {
-            self.terms.direct.turn();
             self.look_for_places();
         }
         if self.is_quiet() {
@@ -226,6 +230,13 @@ impl Server {
             }
         }
         Ok(came)
+    }
+
+    /// Has the kernel know where the disk is. The guest has to learn of what is lost, and the kernel would not tell it.
+    fn tell_kernel(&self) {
+        if !self.terms.lost.has_any() {
+            self.terms.direct.turn();
+        }
     }
 
     /// Has the kernel know of what was asked of this process, in a task of its own. The disk is not closed meanwhile.
