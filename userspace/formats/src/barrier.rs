@@ -19,6 +19,24 @@ pub(crate) struct Barrier<S> {
     failed: Cell<Option<(u64, Errno)>>,
     running: Cell<bool>,
     bell: Bell,
+    owed: Owed,
+}
+
+/// An error of a flush that the guest has not heard of as one of a flush: who wanted it for a write has failed that,
+/// and what others have written and was answered may be lost with it. The storage tells it once.
+#[derive(Debug, Default)]
+pub(crate) struct Owed(Cell<Option<Errno>>);
+
+impl Owed {
+    /// How a flush has ended.
+    pub(crate) fn note(&self, flushed: Result<(), Errno>) -> Result<(), Errno> {
+        flushed.inspect_err(|error| self.0.set(Some(*error)))
+    }
+
+    /// What the guest's flush has to say beside its own result.
+    pub(crate) fn pay(&self) -> Result<(), Errno> {
+        self.0.take().map_or(Ok(()), Err)
+    }
 }
 
 /// The flush is over, even if it was dropped.
@@ -40,7 +58,13 @@ impl<S: Storage> Barrier<S> {
             failed: Cell::new(None),
             running: Cell::new(false),
             bell: Bell::default(),
+            owed: Owed::default(),
         }
+    }
+
+    /// What the guest's flush has to say beside its own result.
+    pub(crate) fn pay(&self) -> Result<(), Errno> {
+        self.owed.pay()
     }
 
     /// The number of the next flush to begin: when it is [`done`](Self::done), what is written by now is
@@ -80,7 +104,7 @@ impl<S: Storage> Barrier<S> {
             let running = Running(self);
             let number = self.next();
             self.begun.set(number);
-            match self.flush_all().await {
+            match self.owed.note(self.flush_all().await) {
                 Ok(()) => self.done.set(number),
                 Err(error) => {
                     // What was written while it ran may be lost too, and the storage tells that once: who

@@ -110,6 +110,11 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         self.map.counts()
     }
 
+    /// What the guest's flush has to say beside its own result.
+    pub(crate) fn pay(&self) -> Result<(), Errno> {
+        self.durable.pay().and(self.tail.pay())
+    }
+
     fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let end = offset.checked_add(len);
         match end.is_some_and(|end| end <= self.size) {

@@ -23,6 +23,8 @@ pub trait Storage: Clone + 'static {
 
     /// The same image, of which no write makes more than what it writes: others may fill their last block.
     fn keep_size(&self) -> Result<Self, Errno>;
+    /// Its transfers go past the page cache.
+    fn is_direct(&self) -> bool;
 
     /// Reads all of `data`. What is behind the end is [`Errno::IO`].
     async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno>;
@@ -80,6 +82,11 @@ impl Storage for File {
 
     fn is_writable(&self) -> Result<bool, Errno> {
         File::is_writable(self).map_err(number)
+    }
+
+    fn is_direct(&self) -> bool {
+        // What cannot be asked goes the way that always works.
+        File::is_direct(self).unwrap_or(false)
     }
 
     fn keep_size(&self) -> Result<Self, Errno> {

@@ -2,6 +2,7 @@
 //! Room at the end of an image that nothing was ever written to: it reads as zeroes, also after the
 //! loss of power, so what is not written of a new cluster shows nobody's bytes.
 
+use crate::barrier::Owed;
 use crate::field::round_up;
 use crate::Storage;
 use diskio::{Errno, Gate};
@@ -20,6 +21,7 @@ pub(crate) struct Tail {
     most: u64,
     /// One makes the image longer, for all.
     gate: Gate,
+    owed: Owed,
 }
 
 impl Tail {
@@ -30,7 +32,13 @@ impl Tail {
             end: Cell::new(size),
             most,
             gate: Gate::default(),
+            owed: Owed::default(),
         }
+    }
+
+    /// What the guest's flush has to say beside its own result.
+    pub(crate) fn pay(&self) -> Result<(), Errno> {
+        self.owed.pay()
     }
 
     /// Where `len` bytes are that begin at a multiple of `align`. They are not given twice.
@@ -74,7 +82,7 @@ impl Tail {
         let end = self.end.get().checked_add(len).ok_or(Errno::FBIG)?;
         let size = round_up(end, CHUNK).map_or(end, |size| size.min(self.most));
         storage.set_size(size).await?;
-        storage.flush().await?;
+        self.owed.note(storage.flush().await)?;
         self.end.set(size);
         Ok(())
     }

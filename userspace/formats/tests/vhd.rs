@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::history::{every_cut, number, stamp, Trial};
+use common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
 use common::places::{told_is_sure, told_stays_true};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
@@ -686,4 +686,9 @@ fn what_is_not_sure_is_not_told() {
     for kind in [Kind::Dynamic, Kind::Differencing] {
         told_is_sure(|| trial(kind, 1));
     }
+}
+
+#[test]
+fn a_flush_that_fails_within_a_write_is_told() {
+    lost_flush_is_told(|| trial(Kind::Differencing, 1));
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::history::{every_cut, number, stamp, Trial};
+use common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
 use common::places::{told_is_sure, told_stays_true};
 use common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
@@ -591,4 +591,9 @@ fn nothing_is_written_before_the_image_shows_it() {
 #[test]
 fn what_is_not_sure_is_not_told() {
     told_is_sure(|| trial(Form::MonolithicSparse, false, 1));
+}
+
+#[test]
+fn a_flush_that_fails_within_a_write_is_told() {
+    lost_flush_is_told(|| trial(Form::MonolithicSparse, true, 1));
 }

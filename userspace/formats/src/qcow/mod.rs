@@ -368,7 +368,7 @@ impl<S: Storage> Driver for Qcow<S> {
     }
 
     fn has_places(&self) -> bool {
-        true
+        self.storage.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
@@ -385,7 +385,8 @@ impl<S: Storage> Driver for Qcow<S> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        self.storage.flush().await
+        let flushed = self.storage.flush().await;
+        flushed.and(self.active()?.pay())
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {

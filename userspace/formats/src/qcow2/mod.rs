@@ -282,7 +282,7 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     fn has_places(&self) -> bool {
         // Of another file the kernel does not know.
-        self.data_file.is_none()
+        self.data_file.is_none() && self.file.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
@@ -302,7 +302,7 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn flush(&self) -> Result<(), Errno> {
         let image = self.image()?;
-        image.flush().await?;
+        image.flush().await.and(image.barrier.pay())?;
         // It is durable, whatever becomes of clusters that are not used any more.
         image.free().await;
         Ok(())

@@ -287,6 +287,11 @@ impl<S: Storage> Active<S> {
         self.room.flush().await
     }
 
+    /// What the guest's flush has to say beside its own result.
+    pub(crate) fn pay(&self) -> Result<(), Errno> {
+        self.room.pay()
+    }
+
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
         for (block, within, _, len) in self.pieces(offset, len)? {
             if let Some(place) = self.place(block, within, len) {

@@ -23,6 +23,11 @@ impl<S: Storage> Fixed<S> {
         }
     }
 
+    /// It goes past the page cache.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.storage.is_direct()
+    }
+
     /// Nothing may reach the footer.
     fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let end = offset.checked_add(len);

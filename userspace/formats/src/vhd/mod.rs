@@ -177,11 +177,14 @@ impl<S: Storage> Driver for Vhd<S> {
     }
 
     fn is_verbatim(&self) -> bool {
-        matches!(self.body(), Ok(Body::Fixed(_)))
+        match self.body() {
+            Ok(Body::Fixed(fixed)) => fixed.is_direct(),
+            _ => false,
+        }
     }
 
     fn has_places(&self) -> bool {
-        matches!(self.body(), Ok(Body::Blocks(_)))
+        matches!(self.body(), Ok(Body::Blocks(_))) && self.storage.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
@@ -208,7 +211,7 @@ impl<S: Storage> Driver for Vhd<S> {
     async fn flush(&self) -> Result<(), Errno> {
         match self.body()? {
             Body::Fixed(_) => self.storage.flush().await,
-            Body::Blocks(active) => active.flush().await,
+            Body::Blocks(active) => active.flush().await.and(active.pay()),
         }
     }
 

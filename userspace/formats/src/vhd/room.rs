@@ -185,6 +185,11 @@ impl<S: Storage> Room<S> {
         flushed
     }
 
+    /// What the guest's flush has to say beside its own result.
+    pub(crate) fn pay(&self) -> Result<(), Errno> {
+        self.durable.pay()
+    }
+
     /// Frees what is durably given up. A flush that failed may have lost the change of the table, and no later
     /// one makes up for that: such a place is not used again.
     fn settle(&self) {

@@ -435,7 +435,7 @@ impl<S: Storage> Driver for Vmdk<S> {
 
     fn has_places(&self) -> bool {
         // Of other files the kernel does not know.
-        self.extents.is_empty()
+        self.extents.is_empty() && self.image.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
@@ -480,7 +480,13 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        self.flush_all().await
+        let flushed = self.flush_all().await;
+        let active = self.active()?;
+        let sparse = active.parts.iter().filter_map(|part| match &part.body {
+            Held::Sparse(clusters) => Some(clusters.pay()),
+            Held::Flat(..) | Held::Zero => None,
+        });
+        sparse.fold(flushed, Result::and)
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {

@@ -3,7 +3,7 @@
 //! the death of the process at any change of the image, and after the loss of power.
 
 use super::{Chance, Content, What, World, SECTOR};
-use diskio::{Bytes, Data, Runtime};
+use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -463,4 +463,34 @@ async fn request(
             .and_then(|told| told.last_mut());
         told.unwrap().end = end;
     }
+}
+
+/// A flush fails that the disk has made for a write of its own accord: what others have written is lost with it, so the
+/// guest hears of it with its next flush, once.
+pub(crate) fn lost_flush_is_told(trial: impl Fn() -> Trial) {
+    let mut lost = 0;
+    for changes in 0..16 {
+        let trial = trial();
+        let world = World::new(trial.files.clone());
+        let (disk, unit, failing) = (trial.active(&world), trial.unit, world.clone());
+        let work = async move {
+            let how = Attributes::default();
+            let data = |at: u64| Bytes::copied(&stamp(7, at / SECTOR as u64)).unwrap();
+            disk.write(0, data(0), how).await.unwrap();
+            failing.fail_once(changes, Errno::IO);
+            let written = disk.write(2 * unit, data(2 * unit), how).await;
+            let is_lost = failing.has_lost_flush();
+            // Whatever was to fail later does not.
+            failing.fail_never();
+            (is_lost, written, disk.flush().await, disk.flush().await)
+        };
+        let (is_lost, written, first, second) = Runtime::new().block_on(work).unwrap();
+        if is_lost {
+            lost += 1;
+            assert_eq!(written, Err(Errno::IO), "{changes}");
+        }
+        assert_eq!(first.is_err(), is_lost, "{}: {changes}", trial.name);
+        assert_eq!(second, Ok(()), "{}: {changes}", trial.name);
+    }
+    assert!(lost > 0, "no flush failed");
 }

@@ -155,6 +155,8 @@ struct Inner {
     left_once: Cell<Option<(usize, Errno)>>,
     /// What fails is in the image nevertheless.
     fails_late: Cell<bool>,
+    /// What failed alone was a flush.
+    lost_flush: Cell<bool>,
 }
 
 impl World {
@@ -178,8 +180,18 @@ impl World {
         self.0.left_once.set(Some((after, error)));
     }
 
+    /// What was to fail alone does not any more.
+    pub(crate) fn fail_never(&self) {
+        self.0.left_once.set(None);
+    }
+
     pub(crate) fn fail_late(&self) {
         self.0.fails_late.set(true);
+    }
+
+    /// It did, and was a flush.
+    pub(crate) fn has_lost_flush(&self) -> bool {
+        self.0.lost_flush.get()
     }
 
     /// The one that was to fail did.
@@ -235,6 +247,7 @@ impl World {
         match self.0.left_once.get() {
             Some((0, error)) => {
                 self.0.left_once.set(None);
+                self.0.lost_flush.set(matches!(what, What::Flush));
                 if self.0.fails_late.get() {
                     self.0.files.borrow_mut()[file].apply(&what);
                     self.0.log.borrow_mut().push((file, what));
@@ -337,6 +350,10 @@ impl Storage for Memory {
         self.world.change(self.number, What::Size(size))?;
         self.world.wait().await;
         Ok(())
+    }
+
+    fn is_direct(&self) -> bool {
+        true
     }
 
     fn is_fixed(&self) -> bool {

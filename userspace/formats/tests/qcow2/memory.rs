@@ -188,6 +188,10 @@ impl Storage for Memory {
         self.event(Event::Size(size)).await
     }
 
+    fn is_direct(&self) -> bool {
+        true
+    }
+
     fn is_fixed(&self) -> bool {
         self.0.fixed.get()
     }
