@@ -264,6 +264,7 @@ impl<S: Storage> Active<S> {
 
     /// Says of sectors that they were written, which they are: those from `offset` on.
     async fn mark(&self, place: Held, offset: u64) -> Result<(), Errno> {
+        self.blocks.settle(&*self.storage, place.block).await?;
         if self.blocks.is_full(place.block) {
             return Ok(());
         }

@@ -78,6 +78,14 @@ impl Blocks {
             .is_some_and(|(chunk, _)| chunk.is_settled())
     }
 
+    /// Has the image say so, after a change that failed.
+    pub(crate) async fn settle(&self, storage: &impl Storage, block: u32) -> Result<(), Errno> {
+        match self.chunk(block) {
+            Some((chunk, _)) if !chunk.is_settled() => chunk.change(storage, |_| ()).await,
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) fn is_full(&self, block: u32) -> bool {
         let full = self.full.borrow();
         let word = full.get(block as usize / 64);

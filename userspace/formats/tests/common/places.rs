@@ -362,6 +362,22 @@ pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
         let (has_failed, places) = Runtime::new().block_on(work).unwrap();
         assert!(has_failed || !world.has_failed());
         host.same_after_death(places);
+        // What is answered from now on is there for the next process, too.
+        world.fail_after(None);
+        world.fail_never();
+        let its = host.clone();
+        let range = Sectors::between(0, 8).unwrap();
+        let written = async move {
+            let bytes = its.bytes(&range, 3);
+            its.disk.write(0, bytes, Attributes::default()).await
+        };
+        Runtime::new().block_on(written).unwrap().unwrap();
+        let (next, data) = (host.subject.next(), Data::zeroed(4096).unwrap());
+        let found = data.clone();
+        let read = async move { next.read(0, data).await };
+        Runtime::new().block_on(read).unwrap().unwrap();
+        let written = host.bytes(&range, 3).to_vec();
+        assert!(found.to_vec() == written, "after {changes} changes");
     }
 }
 
