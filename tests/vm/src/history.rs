@@ -54,6 +54,9 @@ pub(crate) struct Args {
     /// Discard as well.
     #[arg(long)]
     discard: bool,
+    /// What is discarded may also stay as it is, in whole or in part.
+    #[arg(long)]
+    hints: bool,
 }
 
 /// What a request does.
@@ -300,7 +303,8 @@ impl Shared<'_> {
         let issued = self.now();
         let after = self.contents()?;
         let answered = self.now();
-        let problems = explain(before, events, &after, issued, answered);
+        let hints = self.args.hints;
+        let problems = explain(before, events, &after, (issued, answered), hints);
         if !problems.is_empty() {
             for problem in problems.iter().take(TOLD) {
                 println!("history: {problem}");
@@ -315,13 +319,14 @@ impl Shared<'_> {
     }
 }
 
-/// What is wrong with a round.
+/// What is wrong with a round, after which the disk was read within `last`. With `hints` discards may have done
+/// nothing.
 fn explain(
     before: &[Option<u64>],
     mut events: Vec<Event>,
     after: &[Option<u64>],
-    issued: u64,
-    answered: u64,
+    last: (u64, u64),
+    hints: bool,
 ) -> Vec<String> {
     let mut history = History::default();
     for (sector, held) in (0u64..).zip(before) {
@@ -348,7 +353,8 @@ fn explain(
             }
             Op::Read | Op::Flush => continue,
         }
-        history.answered(event.number, event.answered, true);
+        let is_sure = event.op != Op::Discard || !hints;
+        history.answered(event.number, event.answered, is_sure);
     }
     events.sort_unstable_by_key(|event| event.answered);
     let mut problems = Vec::new();
@@ -360,7 +366,7 @@ fn explain(
     });
     let last = (0u64..)
         .zip(after)
-        .map(|(sector, found)| (sector, *found, issued, answered));
+        .map(|(sector, found)| (sector, *found, last.0, last.1));
     for (sector, found, issued, answered) in seen.chain(last) {
         if let Err(problem) = history.read(sector, found, issued, answered) {
             problems.push(problem);
@@ -408,7 +414,7 @@ mod tests {
             event(Op::Write, 2, 10, 20, None),
             event(Op::Read, 0, 30, 40, read),
         ];
-        explain(&[Some(value(1, 0))], events, &[end], 50, 60).len()
+        explain(&[Some(value(1, 0))], events, &[end], (50, 60), false).len()
     }
 
     #[test]
@@ -419,8 +425,25 @@ mod tests {
         assert_eq!(verdict(new, old), 1);
         assert_eq!(verdict(Some(ZERO), new), 1);
         assert_eq!(verdict(None, new), 1);
-        let quiet = explain(&[old], Vec::new(), &[old], 50, 60);
+        let quiet = explain(&[old], Vec::new(), &[old], (50, 60), false);
         assert_eq!(quiet, Vec::<String>::new());
-        assert_eq!(explain(&[old], Vec::new(), &[Some(ZERO)], 50, 60).len(), 1);
+        let quiet = explain(&[old], Vec::new(), &[Some(ZERO)], (50, 60), false);
+        assert_eq!(quiet.len(), 1);
+    }
+
+    #[test]
+    fn a_discard_that_is_a_hint_may_do_nothing() {
+        let (old, new) = (Some(value(1, 0)), Some(value(3, 0)));
+        let wrong = |hints: bool, end: Option<u64>| {
+            let discard = || event(Op::Discard, 2, 10, 20, None);
+            let both = vec![discard(), event(Op::Write, 3, 30, 40, None)];
+            let first = explain(&[old], vec![discard()], &[end], (50, 60), hints);
+            let then = explain(&[old], both, &[end], (50, 60), hints);
+            (first.len(), then.len())
+        };
+        assert_eq!(wrong(false, old), (1, 1));
+        assert_eq!(wrong(true, old), (0, 1));
+        assert_eq!(wrong(true, Some(ZERO)), (0, 1));
+        assert_eq!(wrong(true, new), (1, 0));
     }
 }
