@@ -555,11 +555,7 @@ fn power_cut_over_a_parent_leaves_old_or_new() {
 #[test]
 fn what_the_kernel_is_told_stays_true() {
     for has_parent in [false, true] {
-        let form = Form::MonolithicSparse;
-        let tried = (0..6).map(|seed| told_stays_true(trial(form, has_parent, seed)));
-        let (hits, deaths) = tried.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
-        println!("vmdk {has_parent}: {hits} by the kernel, {deaths} deaths");
-        assert!(hits > 50 && deaths > 20, "{has_parent}: {hits} {deaths}");
+        told_stays_true(|seed| trial(Form::MonolithicSparse, has_parent, seed));
     }
 }
 
