@@ -199,8 +199,8 @@ impl Target {
     pub fn with_direct(self, direct: bool) -> Result<Self, Failure> {
         if !self.driver.may_map() {
             return Err(Failure::invalid(format!(
-                "{self} is nothing that the kernel could serve without a process, which is aio:, qcow2:, qcow:, vhd: and vmdk:; leave \
-                 direct= away"
+                "{self} is nothing that the kernel could serve without a process, which is aio:, \
+                 qcow2:, qcow:, vhd: and vmdk:; leave direct= away"
             )));
         }
         Ok(Self {

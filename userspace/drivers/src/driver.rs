@@ -151,8 +151,8 @@ pub trait Driver: 'static {
     /// not say [`Fence::Local`], or what was written early comes back late.
     fn fence(&self) -> Fence;
 
-    /// The disk is what the image begins with, byte for byte and past the page cache: whoever reads, writes and flushes the
-    /// image itself does what this driver does. Then the kernel may, without this process.
+    /// The disk is what the image begins with, byte for byte and past the page cache: whoever reads, writes and
+    /// flushes the image itself does what this driver does. Then the kernel may, without this process.
     fn is_verbatim(&self) -> bool {
         false
     }

@@ -326,8 +326,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         Ok(())
     }
 
-    /// See [`Driver::places`](drivers::Driver::places). A cluster that is in the image stays
-    /// where it is: no entry that leads somewhere is ever changed, so that of one whose change failed leads nowhere.
+    /// See [`Driver::places`](drivers::Driver::places). A cluster that is in the image stays where it is: no entry that leads somewhere is ever changed, so that of one whose change failed leads nowhere.
     pub(crate) async fn places(
         &self,
         offset: u64,
@@ -341,7 +340,6 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                 continue;
             };
             let begin = begin.checked_add(within).ok_or(Errno::IO)?;
-            // The last cluster may be cut off: what is missing is zero, and nobody can write it there.
             let end = begin.checked_add(len);
             // The last cluster may be cut off: what is missing is zero, and nobody can write it there.
             if end.is_some_and(|end| end <= self.tail.end()) {

@@ -23,6 +23,7 @@ pub trait Storage: Clone + 'static {
 
     /// The same image, of which no write makes more than what it writes: others may fill their last block.
     fn keep_size(&self) -> Result<Self, Errno>;
+
     /// Its transfers go past the page cache.
     fn is_direct(&self) -> bool;
 
