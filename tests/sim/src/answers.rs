@@ -84,10 +84,13 @@ impl Machine {
         self.give_back(&pending);
     }
 
-    /// Before a disk that is fair nobody waits for ever. A discard goes in at most five pieces.
+    /// Before a disk that is fair nobody waits for ever. A discard goes in at most five pieces. Each of them waits
+    /// behind all that a ring can hold, and as much may be done before anybody notices that it has ended; and a
+    /// request may find a full ring before it is taken.
     fn check_wait(&mut self, pending: &Pending) {
+        const RINGS: usize = 2 * 5 + 1;
         let others = self.front.answers.len() - pending.earlier;
-        if self.setup.fifo && others > 8 * self.ring.size() as usize {
+        if self.setup.fifo && others > RINGS * self.ring.size() as usize {
             self.problem(format!(
                 "request {} was overtaken by {others} others: {:?}",
                 pending.number, pending.spec

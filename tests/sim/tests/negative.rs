@@ -204,7 +204,7 @@ fn steady_load(fault: Option<Fault>) -> Vec<String> {
     let mut world = World::new(&mut storage, setup, 1);
     world.machine.borrow_mut().fault = fault.map(|fault| (fault, 0));
     world.send(&vec![Spec::pages(OP_READ, 0, 1); 8]);
-    for _ in 0..300 {
+    for _ in 0..600 {
         world.send(&[Spec::pages(OP_READ, 0, 1)]);
         let _pass = world.pass();
         let mut m = world.machine.borrow_mut();
