@@ -130,7 +130,7 @@ fn extent(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Extent> {
         _ if source == Source::Zeroes => 0,
         0 => u64::from_le_bytes(input.bytes()?),
         1 => u64::MAX - range.start(),
-        2 => range.start() + u64::from(place / 16),
+        2 => range.start().wrapping_add(u64::from(place / 16)),
         other => range.start().wrapping_add(u64::from(other % 3) * 512),
     };
     Some(Extent {
