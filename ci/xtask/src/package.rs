@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Debian packages of what is built: debhelper makes them of the staged files and `ci/packaging/debian`.
 
+pub(crate) mod again;
 mod commit;
 mod copyright;
 mod debian;

@@ -2,7 +2,7 @@
 //! The module and the programs build, and the module cannot panic or use up the stack.
 
 use crate::check::{frames, panics};
-use crate::package::{self, tried};
+use crate::package::{self, again, tried};
 use crate::tally::Tally;
 use crate::{build, run};
 use anyhow::Result;
@@ -35,7 +35,10 @@ const OF_PACKAGES: &[(&str, Holds)] = &[
 ];
 
 /// What takes minutes.
-const OF_PACKAGES_LONG: &[(&str, Holds)] = &[("package.dkms", tried::dkms)];
+const OF_PACKAGES_LONG: &[(&str, Holds)] = &[
+    ("package.dkms", tried::dkms),
+    ("package.made-again", again::made_again),
+];
 
 /// Packages of it can be made, and what takes long holds of them.
 pub(super) fn long(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
