@@ -338,28 +338,33 @@ impl<D: QueueBackends> State<D> {
         let groups = filled(Group::EMPTY, Group::needed(shape.copy)).map_err(no_memory)?;
         let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
         let buffers = usize::from(grants.descriptor_buffers());
-        let state = Self {
-            slots: filled(PendingRequest::FREE, usize::from(depth)).map_err(no_memory)?,
+        let slots = filled(PendingRequest::FREE, usize::from(depth)).map_err(no_memory)?;
+        let fetches = filled(None, buffers).map_err(no_memory)?;
+        let tally = Tally::new(setup.totals).map_err(no_memory)?;
+        let config = Config {
+            protocol: setup.request.protocol,
+            copy_max_segments: params::copy_max_segments(),
+        };
+        // Made where it stays: it is too large to be moved over the stack.
+        let state = init!(Self {
+            slots,
             entries,
-            fetches: filled(None, buffers).map_err(no_memory)?,
+            fetches,
             groups,
             stats: Stats::default(),
             shape,
             memory_kib,
-            config: Config {
-                protocol: setup.request.protocol,
-                copy_max_segments: params::copy_max_segments(),
-            },
+            config,
             limits: *setup.limits,
             grants,
             backend,
             disk: setup.disk.clone(),
             events: setup.events.clone(),
-            tally: Tally::new(setup.totals).map_err(no_memory)?,
+            tally,
             control: control.clone(),
             leads: index == 0,
-        };
-        KBox::new(state, GFP_KERNEL).map_err(|error| no_memory(error.into()))
+        });
+        KBox::init(state, GFP_KERNEL).map_err(no_memory)
     }
 
     /// Serves the ring until told to end, and gives it and the event channel back. Returns how it
