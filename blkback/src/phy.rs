@@ -204,7 +204,12 @@ fn write(preflush: bool, fua: bool) -> Operation {
 }
 
 fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
-    inflight.transfer(operation, io.sector, io.count(), io.slices().map(piece));
+    let place = bio::Place {
+        sector: io.sector,
+        bytes: io.sectors.saturating_mul(512),
+    };
+    let pieces = io.slices().map(piece);
+    inflight.transfer(operation, core::iter::once(place), io.count(), pieces);
 }
 
 fn piece(slice: Slice) -> Piece {

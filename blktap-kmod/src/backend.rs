@@ -13,6 +13,7 @@ use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi::Segment;
+use crate::ring::tap::shadow::direct::Parts;
 use crate::ring::tap::shadow::{Op, Request};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, AtomicFlag};
@@ -32,6 +33,8 @@ pub(crate) struct TapQueue {
     place: Place,
     /// What is to be posted; has room for a batch.
     ready: KVec<(QueueTag, Request)>,
+    /// Where the request is that was begun last. On its own: with it the queue would be too large to be moved.
+    parts: KBox<Parts>,
     /// What could not be posted; has room for all tags.
     rejected: KVec<QueueTag>,
     /// Nothing of what was posted last was begun here.
@@ -61,6 +64,9 @@ impl TapQueue {
         })?;
         let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
         let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
+        let parts = KBox::new(Parts::default(), GFP_KERNEL)?;
+        // From here on nothing may fail but what says that the place is not free: a queue gives it back, and there is
+        // none yet.
         let mut inner = disk.inner.lock();
         if inner.shadow.orphans() > 0 {
             return Err(EBUSY);
@@ -78,6 +84,7 @@ impl TapQueue {
             share,
             place,
             ready,
+            parts,
             rejected,
             is_for_process: false,
         })
@@ -133,8 +140,8 @@ impl TapQueue {
                 if posted.is_err() {
                     reject(&mut self.rejected, *tag);
                 } else if let Some(executor) = &mut self.executor {
-                    if let Some(start) = shadow.begin(disk_tag) {
-                        executor.take(backings, *tag, start);
+                    if let Some(start) = shadow.begin(disk_tag, &mut self.parts) {
+                        executor.take(backings, *tag, start, self.parts.as_slice());
                         self.is_for_process = false;
                     }
                 }

@@ -16,7 +16,7 @@ use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::response::Status;
 use crate::ring::tap::abi::{self, Segment};
-use crate::ring::tap::shadow::direct::Start;
+use crate::ring::tap::shadow::direct::{Part, Start, MAX_PARTS};
 use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -24,15 +24,24 @@ use kernel::sync::Arc;
 /// Sectors of 512 bytes of a page.
 const SECTORS_OF_PAGE: u64 = (PAGE_SIZE / 512) as u64;
 
-/// A request that the shadow has given to the queue, and where it goes; nowhere if that is gone.
-type Begun = (QueueTag, Start, Option<Storage>);
+/// A request that the shadow has given to the queue.
+struct Begun {
+    tag: QueueTag,
+    start: Start,
+    /// How many of the executor's parts are its own.
+    parts: usize,
+    /// Where it goes; nowhere if that is gone.
+    storage: Option<Storage>,
+}
 
 /// What a queue needs to execute requests.
 pub(super) struct Executor {
     // First: it waits for the last bios, which use the pages.
     bios: Pin<KBox<bio::Disk>>,
     /// To be started; has room for a batch.
-    begun: KVec<Option<Begun>>,
+    begun: KVec<Begun>,
+    /// Where the data of those is, in their order; has room for all that they can have.
+    parts: KVec<Part>,
     /// What has ended, and how; has room for all tags.
     ended: KVec<(QueueTag, Status)>,
     /// Requests that were begun and have not ended.
@@ -49,6 +58,7 @@ impl Executor {
         let executor = Self {
             bios: bio::Disk::new(pages, wake_event.clone(), None, depth)?,
             begun: KVec::with_capacity(BATCH, GFP_KERNEL)?,
+            parts: KVec::with_capacity(BATCH.saturating_mul(MAX_PARTS), GFP_KERNEL)?,
             ended: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
             executing: 0,
         };
@@ -67,8 +77,8 @@ impl Executor {
             let Inner {
                 shadow, backings, ..
             } = &mut *inner;
-            shadow.resume(place.index, BATCH, |tag, start| {
-                self.take(backings, place.queue_tag(tag), start);
+            shadow.resume(place.index, BATCH, |tag, start, parts| {
+                self.take(backings, place.queue_tag(tag), start, parts);
             });
             // What is not mapped any more is for the process.
             disk.announce(&mut inner);
@@ -77,11 +87,27 @@ impl Executor {
     }
 
     /// Takes what the shadow has given to the queue, at most [`BATCH`] until [`start`](Self::start).
-    pub(super) fn take(&mut self, backings: &Backings, tag: QueueTag, start: Start) {
-        let storage = backings.get(start.place.backing.index()).cloned();
+    pub(super) fn take(
+        &mut self,
+        backings: &Backings,
+        tag: QueueTag,
+        start: Start,
+        parts: &[Part],
+    ) {
+        let storage = backings.get(start.backing.index()).cloned().flatten();
         self.executing = self.executing.wrapping_add(1);
-        if push(&mut self.begun, Some((tag, start, storage.flatten()))).is_err() {
+        let begun = Begun {
+            tag,
+            start,
+            parts: parts.len(),
+            storage,
+        };
+        let before = self.parts.len();
+        let mut parts = parts.iter();
+        let has_room = parts.all(|part| push(&mut self.parts, *part).is_ok());
+        if !has_room || push(&mut self.begun, begun).is_err() {
             // There is room for a batch, and no more are taken.
+            self.parts.truncate(before);
             fail(&mut self.ended, tag);
         }
     }
@@ -92,18 +118,21 @@ impl Executor {
             return;
         }
         bio::plugged(|| {
-            for index in 0..self.begun.len() {
-                let begun = self.begun.get_mut(index).and_then(Option::take);
-                if let Some((tag, start, storage)) = begun {
-                    let inflight = storage.and_then(|storage| self.bios.begin(tag, Some(storage)));
-                    match inflight {
-                        Some(inflight) => start_one(&inflight, disk, place, tag, &start),
-                        None => fail(&mut self.ended, tag),
-                    }
+            let mut rest = self.parts.as_slice();
+            for begun in &mut self.begun {
+                let (parts, behind) = rest.split_at_checked(begun.parts).unwrap_or_default();
+                rest = behind;
+                let storage = begun.storage.take();
+                let inflight =
+                    storage.and_then(|storage| self.bios.begin(begun.tag, Some(storage)));
+                match inflight {
+                    Some(inflight) => start_one(&inflight, disk, place, begun, parts),
+                    None => fail(&mut self.ended, begun.tag),
                 }
             }
         });
         self.begun.clear();
+        self.parts.clear();
     }
 
     /// Takes note of what has ended: `done` gets those that the process is not to execute now.
@@ -152,7 +181,8 @@ fn result(status: u32) -> Status {
     }
 }
 
-fn start_one(inflight: &Inflight<'_>, disk: &TapDisk, place: Place, tag: QueueTag, start: &Start) {
+fn start_one(inflight: &Inflight<'_>, disk: &TapDisk, place: Place, begun: &Begun, parts: &[Part]) {
+    let start = &begun.start;
     let operation = match start.op {
         abi::OP_READ => Operation::Read,
         abi::OP_WRITE => Operation::Write {
@@ -161,14 +191,20 @@ fn start_one(inflight: &Inflight<'_>, disk: &TapDisk, place: Place, tag: QueueTa
         },
         _ => return inflight.without_data(Operation::Flush, 0, 0),
     };
-    let tag = place.disk_tag(tag);
+    let tag = place.disk_tag(begun.tag);
     let segments = (0..start.segments).filter_map(|index| disk.areas.segment(tag, index));
     let pieces = segments.map(|segment| piece(&segment, place.first_page));
-    // One for each page, and two for the ends of each segment, which may lie within pages.
+    // One for each page, and two for the ends of each segment and each part, which may lie within pages.
     let most = start.sectors / SECTORS_OF_PAGE;
     let most = most.saturating_add(u64::from(start.segments).saturating_mul(2));
+    // CAST: no more than `MAX_PARTS`.
+    let most = most.saturating_add((parts.len() as u64).saturating_mul(2));
     let most = u16::try_from(most).unwrap_or(u16::MAX);
-    inflight.transfer(operation, start.place.sector, most, pieces);
+    let places = parts.iter().map(|part| bio::Place {
+        sector: part.sector,
+        bytes: part.sectors.saturating_mul(512),
+    });
+    inflight.transfer(operation, places, most, pieces);
 }
 
 /// A segment, with the numbers that the queue gives its pages.

@@ -13,7 +13,7 @@ use ring::tap::checked::{Commit, Outcome};
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::tree::{Leaf, Slot};
 use ring::tap::map::{Backing, Map};
-use ring::tap::shadow::direct::Places;
+use ring::tap::shadow::direct::{Parts, Places};
 use ring::tap::shadow::{Committed, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
@@ -152,12 +152,12 @@ impl Shared {
             found = disk
                 .shadow
                 .map()
-                .transfer(&all, Access::ReadWrite)
+                .transfer(&all, Access::ReadWrite, &mut Parts::default())
                 .is_some();
             drop(disk);
             disk = self.lock();
         }
-        let begun = disk.shadow.begin(tag).is_some();
+        let begun = disk.shadow.begin(tag, &mut Parts::default()).is_some();
         drop(disk);
         if begun || found {
             self.transfer();
@@ -246,9 +246,9 @@ fn recall_against_resumption() {
     {
         let mut disk = shared.lock();
         assert_eq!(disk.shadow.post(first, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(first).is_some());
+        assert!(disk.shadow.begin(first, &mut Parts::default()).is_some());
         assert_eq!(disk.shadow.post(second, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(second).is_none());
+        assert!(disk.shadow.begin(second, &mut Parts::default()).is_none());
         shared.announce(&mut disk);
     }
     let queue = shared.clone();
@@ -256,7 +256,9 @@ fn recall_against_resumption() {
         queue.transfer();
         assert_eq!(queue.ended(0), Some(Status::Okay));
         let mut begun = false;
-        queue.lock().shadow.resume(0, 2, |_, _| begun = true);
+        let mut disk = queue.lock();
+        disk.shadow.resume(0, 2, |_, _, _| begun = true);
+        drop(disk);
         if begun {
             queue.transfer();
             assert_eq!(queue.ended(1), Some(Status::Okay));
@@ -280,7 +282,7 @@ fn start_against_execution() {
         let mut disk = shared.lock();
         let tag = DiskTag::new(0);
         assert_eq!(disk.shadow.post(tag, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(tag).is_some());
+        assert!(disk.shadow.begin(tag, &mut Parts::default()).is_some());
         shared.used.store(true, Ordering::Relaxed);
     }
     let queue = shared.clone();
@@ -317,7 +319,7 @@ fn pass_against_commit(careless: bool) {
         let (_, generation) = disk.fetch().expect("nothing is mapped");
         disk.say();
         assert_eq!(disk.shadow.post(second, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(second).is_none());
+        assert!(disk.shadow.begin(second, &mut Parts::default()).is_none());
         shared.announce(&mut disk);
         (disk.epoch, generation)
     };
@@ -341,7 +343,9 @@ fn pass_against_commit(careless: bool) {
     let mut begun = false;
     if shared.resumable.load(Ordering::Relaxed) {
         shared.resumable.swap(false, Ordering::AcqRel);
-        shared.lock().shadow.resume(0, 1, |_, _| begun = true);
+        let mut disk = shared.lock();
+        disk.shadow.resume(0, 1, |_, _, _| begun = true);
+        drop(disk);
     }
     rearm();
     let again = !careless && shared.resumable.load(Ordering::Relaxed);

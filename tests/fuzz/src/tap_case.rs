@@ -212,7 +212,10 @@ fn history(input: &mut Input<'_>) -> Option<Seen> {
         more => Pair::mapped(tags, 64, u16::from(more).div_ceil(2)),
     };
     pair = pair.after(&start);
-    pair.apply(Step::Set(near()?, Access::ReadWrite, 0, 0));
+    pair.apply(match shape & 32 {
+        0 => Step::Set(near()?, Access::ReadWrite, 0, 0),
+        _ => Step::Scatter(0),
+    });
     while step(&mut pair, tags, input).is_some() {}
     Some(pair.drain())
 }
@@ -330,6 +333,7 @@ fn mapped(pair: &mut Pair, tags: u16, [what, value]: [u8; 2], input: &mut Input<
             let ago = u32::from(value / 224);
             Step::Set(range, access, u16::from(value / 16) % 2, ago)
         }
+        29 if value >= 192 => Step::Scatter(u16::from(value) % 2),
         29 => Step::Recall(range(input)?),
         30 => Step::SetFlush,
         31 if value < 32 => Step::Remove(u16::from(value) % 2),

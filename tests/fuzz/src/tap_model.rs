@@ -12,7 +12,7 @@ use ring::tap::checked::{Commit, Fence};
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::tree::{Leaf, Slot};
 use ring::tap::map::Map;
-use ring::tap::shadow::direct::Place;
+use ring::tap::shadow::direct::{Part, MAX_PARTS};
 use ring::tap::shadow::{Op, Request};
 
 /// When requests arrive, in nanoseconds.
@@ -257,8 +257,8 @@ impl Model {
         earlier.find(|r| r.in_the_way_of(later))
     }
 
-    /// Where its queue could execute a request, if nothing is in its way.
-    pub(crate) fn place(&mut self, sequence: u64) -> Option<Place> {
+    /// Where its queue could execute a request, if nothing is in its way: in which backing, and where there.
+    pub(crate) fn place(&mut self, sequence: u64) -> Option<(BackingNumber, Vec<Part>)> {
         let request = &self.undone[&sequence];
         let durable = request.request.fua || request.request.preflush;
         let touched = request.replay || request.deliveries > 0;
@@ -269,19 +269,22 @@ impl Model {
         let access = match request.request.op {
             Op::Read => Access::Read,
             Op::Write => Access::ReadWrite,
-            Op::Flush => return map.flushed().map(|backing| Place { backing, sector: 0 }),
+            Op::Flush => return map.flushed().map(|backing| (backing, Vec::new())),
             _ => return None,
         };
         let range = Sectors::between(request.range().start, request.range().end)?;
-        let mut piece = [Extent::NOTHING];
-        map.translate(&range, access, &mut piece).ok()?;
-        match piece[0].source {
-            Source::Backing(backing) => Some(Place {
-                backing,
-                sector: piece[0].place,
-            }),
-            Source::Zeroes => None,
-        }
+        let mut pieces: Vec<Extent> = Vec::new();
+        let each = |piece: &Extent| pieces.push(*piece);
+        map.translate(&range, access, MAX_PARTS, each).ok()?;
+        let Source::Backing(backing) = pieces[0].source else {
+            return None;
+        };
+        let is_one = pieces.iter().all(|piece| piece.source == pieces[0].source);
+        let part = |piece: &Extent| Part {
+            sector: piece.place,
+            sectors: piece.range.count(),
+        };
+        is_one.then(|| (backing, pieces.iter().map(part).collect()))
     }
 
     /// Finds out whose those are that wait with nothing in their way. While nothing is mapped all is for the

@@ -9,7 +9,7 @@ use ring::tap::checked::{Claimed, Commit, Fence, Outcome};
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::tree::{Leaf, Slot};
 use ring::tap::map::{Backing, Map};
-use ring::tap::shadow::direct::Start;
+use ring::tap::shadow::direct::{Part, Parts, Start};
 use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
@@ -84,6 +84,8 @@ pub enum Step {
     End(u16, Status),
     /// The process says that a range is in a backing; it knows that many changes less than there were.
     Set(Sectors, Access, u16, u32),
+    /// It says that much of what requests are near to is in a backing, but in parts that lie in another order.
+    Scatter(u16),
     /// It says that a flush is one of the backing.
     SetFlush,
     /// It takes a range back.
@@ -132,6 +134,8 @@ pub struct Seen {
     pub lost: u64,
     /// Requests that a queue began at once.
     pub begun: u64,
+    /// Of these, those that were in more than one part.
+    pub begun_in_parts: u64,
     /// Requests that a queue began when they had waited for others.
     pub resumed: u64,
     /// Of those that it was to begin, those that were not mapped any more.
@@ -144,6 +148,19 @@ pub struct Seen {
 
 fn number(backing: u16) -> BackingNumber {
     BackingNumber::new(backing).expect("a small number")
+}
+
+/// Parts of 16 sectors, of which two have changed places.
+fn scatter(map: &mut VecMap, backing: u16) {
+    for part in 0..264 {
+        let extent = Extent {
+            range: Sectors::new(16 * part, 16).expect("it is not empty"),
+            place: 16 * (part ^ 1),
+            source: Source::Backing(number(backing)),
+            access: Access::ReadWrite,
+        };
+        let _taken = map.set(&extent, map.generation());
+    }
 }
 
 fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
@@ -275,9 +292,8 @@ impl Pair {
             }
             Step::Resume(queue, max) => self.resume(queue, max),
             Step::End(tag, status) => self.end(tag, status),
-            Step::Set(..) | Step::SetFlush | Step::Recall(_) | Step::Add(_) | Step::Remove(_) => {
-                self.map(step)
-            }
+            Step::Set(..) | Step::Scatter(_) | Step::SetFlush => self.map(step),
+            Step::Recall(_) | Step::Add(_) | Step::Remove(_) => self.map(step),
         }
         // Once is enough but for very many, of which each call sorts some.
         for _ in 0..=self.model.undone.len() {
@@ -297,22 +313,26 @@ impl Pair {
         let sequence = self.model.sequence_of(tag).filter(waits);
         let free = sequence.filter(|s| self.model.blocker(*s).is_none());
         let expected = free.and_then(|s| self.expect_start(s));
-        let start = self.shadow.begin(DiskTag::new(tag));
-        assert_eq!(start, expected, "{self:?}");
+        let mut parts = Parts::default();
+        let start = self.shadow.begin(DiskTag::new(tag), &mut parts);
+        let got = start.map(|start| (start, parts.as_slice().to_vec()));
+        assert_eq!(got, expected, "{self:?}");
         self.seen.begun += u64::from(start.is_some());
+        self.seen.begun_in_parts += u64::from(start.is_some() && parts.as_slice().len() > 1);
     }
 
     /// What a queue is told of a request with nothing in its way, which it executes from now on if it can.
-    fn expect_start(&mut self, sequence: u64) -> Option<Start> {
-        let place = self.model.place(sequence)?;
+    fn expect_start(&mut self, sequence: u64) -> Option<(Start, Vec<Part>)> {
+        let (backing, parts) = self.model.place(sequence)?;
         let request = self.model.undone.get_mut(&sequence).expect("it waits");
-        request.stage = Stage::Direct(place.backing);
-        Some(Start {
-            place,
+        request.stage = Stage::Direct(backing);
+        let start = Start {
+            backing,
             op: wire(request.request.op),
             sectors: request.range().end - request.range().start,
             segments: request.request.segments,
-        })
+        };
+        Some((start, parts))
     }
 
     fn resume(&mut self, queue: u16, max: usize) {
@@ -323,14 +343,16 @@ impl Pair {
         let max = if missed > 0 { usize::MAX } else { max };
         self.told &= !1u64.wrapping_shl(queue.into());
         let mut got = Vec::new();
-        let each = |tag: DiskTag, start| got.push((tag.number(), start));
+        let each = |tag: DiskTag, start, parts: &[Part]| {
+            got.push((tag.number(), (start, parts.to_vec())));
+        };
         self.shadow.resume(queue, max, each);
         assert_eq!(got.len(), max.min(ready.len() - missed), "{self:?}");
         for (tag, start) in &got {
             let sequence = self.model.sequence_of(*tag).expect("it waits");
             assert!(ready.contains(&sequence), "{self:?}");
             let expected = self.expect_start(sequence);
-            assert_eq!(Some(*start), expected, "{self:?}");
+            assert_eq!(Some(start), expected.as_ref(), "{self:?}");
         }
         if max == usize::MAX {
             for sequence in self.model.ready(queue) {
@@ -387,6 +409,7 @@ impl Pair {
                     let generation = map.generation().wrapping_sub(ago);
                     let _taken = map.set(&extent, generation);
                 }
+                Step::Scatter(backing) => scatter(map, backing),
                 Step::SetFlush => {
                     let _taken = map.set_flush();
                 }

@@ -139,17 +139,19 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         self.recent.generation()
     }
 
-    /// Where a range is, in the order of the disk: how many of `pieces` it takes. Each piece is a part of
-    /// an extent. All of the range allows `access`, or there is nothing.
+    /// Where a range is: `each` gets it piece by piece, in the order of the disk, each a part of an extent. It is
+    /// there only if there are at most `most` pieces, all of which allow `access`; `each` may have had some that count
+    /// for nothing if not.
     pub fn translate(
         &mut self,
         range: &Sectors,
         access: Access,
-        pieces: &mut [Extent],
-    ) -> Result<usize, Miss> {
+        most: usize,
+        mut each: impl FnMut(&Extent),
+    ) -> Result<(), Miss> {
         let mut position = self.tree.find(range.start());
         let mut rest = *range;
-        for (before, place) in pieces.iter_mut().enumerate() {
+        for before in 0..most {
             let extent = self.tree.get_used(position);
             let begun = extent.filter(|extent| extent.range.start() <= rest.start());
             let Some(piece) = begun.and_then(|extent| extent.part(&rest)) else {
@@ -160,10 +162,10 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
                 });
             };
             self.allow(&piece, access)?;
-            *place = piece;
+            each(&piece);
             match Sectors::between(piece.range.end(), rest.end()) {
                 Some(more) => rest = more,
-                None => return Ok(before.wrapping_add(1)),
+                None => return Ok(()),
             }
             position = self.tree.next(position);
         }

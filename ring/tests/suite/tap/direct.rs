@@ -9,7 +9,7 @@ use ring::tap::checked::{Claimed, Fence};
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::tree::{Leaf, Slot};
 use ring::tap::map::{Backing, Map, Refused};
-use ring::tap::shadow::direct::{Place, Start};
+use ring::tap::shadow::direct::{Part, Parts, Start, MAX_PARTS};
 use ring::tap::shadow::{Committed, Op, Request, Shadow, STEPS};
 use ring::tap::table::Entry;
 
@@ -108,7 +108,13 @@ impl Disk {
     }
 
     fn begin(&mut self, tag: u16) -> Option<Start> {
-        self.shadow.begin(DiskTag::new(tag))
+        self.begin_in_parts(tag).map(|(start, _)| start)
+    }
+
+    fn begin_in_parts(&mut self, tag: u16) -> Option<(Start, Vec<Part>)> {
+        let mut parts = Parts::default();
+        let start = self.shadow.begin(DiskTag::new(tag), &mut parts)?;
+        Some((start, parts.as_slice().to_vec()))
     }
 
     /// Posts a write of eight sectors and begins it.
@@ -130,7 +136,7 @@ impl Disk {
 
     fn resume(&mut self, queue: u16) -> Vec<u16> {
         let mut tags = Vec::new();
-        let each = |tag: DiskTag, _| tags.push(tag.number());
+        let each = |tag: DiskTag, _, _: &[Part]| tags.push(tag.number());
         self.shadow.resume(queue, usize::MAX, each);
         tags
     }
@@ -185,23 +191,23 @@ impl Disk {
 fn what_is_mapped_begins_at_once() {
     let mut disk = Disk::mapped(8);
     disk.post(0, Op::Read, 16, 8);
-    let place = Place {
-        backing: number(0),
-        sector: 16 + SHIFT,
-    };
     let start = Start {
-        place,
+        backing: number(0),
         op: abi::OP_READ,
         sectors: 8,
         segments: 1,
     };
     assert_eq!(disk.info().waiting, 1);
-    assert_eq!(disk.begin(0), Some(start));
+    let whole = Part {
+        sector: 16 + SHIFT,
+        sectors: 8,
+    };
+    assert_eq!(disk.begin_in_parts(0), Some((start, vec![whole])));
     assert_eq!(disk.begin(0), None, "once");
     disk.post(1, Op::Write, 32, 16);
-    let write = disk.begin(1).expect("it is mapped");
+    let (write, parts) = disk.begin_in_parts(1).expect("it is mapped");
     assert_eq!((write.op, write.sectors), (abi::OP_WRITE, 16));
-    assert_eq!(write.place.sector, 32 + SHIFT);
+    assert_eq!(parts[0].sector, 32 + SHIFT);
     let info = disk.info();
     assert_eq!((info.waiting, info.executing, info.direct), (0, 2, 0));
     assert_eq!(
@@ -339,6 +345,72 @@ fn what_a_queue_executes_is_in_the_way_of_what_the_process_gets() {
     assert_eq!(disk.tags(), [2]);
 }
 
+/// `count` extents of 16 sectors, from the beginning of the disk on, in the opposite order in the backing.
+fn scattered(count: u64) -> Disk {
+    let mut disk = Disk::unmapped(8);
+    for at in 0..count {
+        let scattered = Extent {
+            place: 16 * (count - 1 - at),
+            ..extent(16 * at, 16, Access::ReadWrite)
+        };
+        let generation = disk.map().generation();
+        assert_eq!(disk.map().set(&scattered, generation), Ok(()));
+    }
+    disk
+}
+
+#[test]
+fn a_request_is_executed_in_parts() {
+    let part = |sector, sectors| Part { sector, sectors };
+    let most = MAX_PARTS as u64;
+    let mut disk = scattered(most + 1);
+    disk.post(0, Op::Write, 8, 32);
+    let (start, parts) = disk.begin_in_parts(0).expect("it is mapped");
+    assert_eq!((start.backing, start.sectors), (number(0), 32));
+    let first = 16 * most;
+    let second = first - 16;
+    assert_eq!(
+        parts,
+        [part(first + 8, 8), part(second, 16), part(second - 16, 8)]
+    );
+    // What overlaps one of them waits for all.
+    disk.post(2, Op::Read, 32, 8);
+    assert_eq!(disk.begin(2), None);
+    assert_eq!(disk.told(), 0);
+    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!((disk.told(), disk.resume(0)), (1, vec![2]));
+    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
+    // As many as there is room for, and one more.
+    disk.post(4, Op::Read, 0, 16 * most);
+    assert_eq!(disk.begin_in_parts(4).expect("just so").1.len(), MAX_PARTS);
+    disk.post(6, Op::Read, 0, 16 * most + 8);
+    assert_eq!(disk.begin(6), None);
+    assert_eq!(disk.tags(), [6]);
+}
+
+#[test]
+fn all_parts_are_in_one_backing() {
+    let mut disk = scattered(2);
+    assert!(disk.map().add_backing(number(1), BACKING));
+    let generation = disk.map().generation();
+    let other = Extent {
+        source: Source::Backing(number(1)),
+        ..extent(32, 8, Access::Read)
+    };
+    assert_eq!(disk.map().set(&other, generation), Ok(()));
+    let zeroes = Extent {
+        source: Source::Zeroes,
+        place: 0,
+        ..extent(40, 8, Access::Read)
+    };
+    assert_eq!(disk.map().set(&zeroes, generation), Ok(()));
+    for (tag, (sector, sectors)) in (0..).zip([(0, 40), (16, 24), (32, 16), (40, 8)]) {
+        disk.post(tag, Op::Read, sector, sectors);
+        assert_eq!(disk.begin(tag), None, "{sector}, {sectors}");
+    }
+    assert_eq!(disk.tags(), [0, 1, 2, 3]);
+}
+
 #[test]
 fn a_queue_is_told_of_all_that_it_has_not_taken() {
     let mut disk = Disk::mapped(16);
@@ -351,7 +423,7 @@ fn a_queue_is_told_of_all_that_it_has_not_taken() {
     let mut got = Vec::new();
     for left in [2, 1, 0] {
         assert_eq!(disk.told(), 1);
-        let each = |tag: DiskTag, _| got.push(tag.number());
+        let each = |tag: DiskTag, _, _: &[Part]| got.push(tag.number());
         disk.shadow.resume(0, 1, each);
         assert_eq!(disk.info().waiting, left);
     }
@@ -442,7 +514,7 @@ fn a_flush_is_one_of_the_only_backing_if_the_process_says_so() {
     assert_eq!(disk.map().set_flush(), Ok(()));
     disk.post(1, Op::Flush, 0, 0);
     let start = disk.begin(1).expect("now it is");
-    assert_eq!((start.op, start.place.backing), (abi::OP_FLUSH, number(0)));
+    assert_eq!((start.op, start.backing), (abi::OP_FLUSH, number(0)));
     assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
     // Also if nothing else is mapped.
     disk.recall(0, SIZE);
@@ -829,7 +901,7 @@ fn what_is_executed_is_known_by_backing() {
     disk.begin_write(0, 64);
     disk.post(1, Op::Read, 80, 8);
     let start = disk.begin(1).expect("it is mapped");
-    assert_eq!(start.place.backing, number(1));
+    assert_eq!(start.backing, number(1));
     assert!(disk.shadow.is_executing_in(number(1)) && !disk.shadow.is_executing_in(number(0)));
     disk.begin_write(2, 0);
     assert!(disk.shadow.is_executing_in(number(0)));
@@ -887,7 +959,7 @@ fn very_many_are_sorted_by_and_by() {
     let mut calls = 0;
     while disk.told() == 1 {
         calls += 1;
-        let each = |tag: DiskTag, _| got.push(tag.number());
+        let each = |tag: DiskTag, _, _: &[Part]| got.push(tag.number());
         disk.shadow.resume(0, usize::MAX, each);
     }
     assert_eq!(got, Vec::from_iter(0..count));
@@ -895,7 +967,8 @@ fn very_many_are_sorted_by_and_by() {
     let mut disk = many(count, |_| 0);
     disk.shadow.sort();
     let mut some = 0;
-    disk.shadow.resume(0, usize::MAX, |_, _| some += 1);
+    let each = |_, _, _: &[Part]| some += 1;
+    disk.shadow.resume(0, usize::MAX, each);
     assert_eq!(some, count, "the queue sorts as well");
 }
 

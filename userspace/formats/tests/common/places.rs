@@ -10,13 +10,13 @@ use formats::Storage;
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::tree::{Leaf, Slot};
 use ring::tap::map::{Backing, Map};
+use ring::tap::shadow::direct::MAX_PARTS;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 const SECTOR: u64 = super::SECTOR as u64;
 /// Bytes around a request that are looked up.
 const WINDOW: u64 = 64 << 10;
-const PIECES: usize = 16;
 /// Sectors at the beginning, where half of the requests are.
 const HOT: u64 = 2048;
 /// Groups of requests in one life of a process.
@@ -94,9 +94,11 @@ impl<S: Subject> Host<S> {
 
     /// Where all of a range is, if the kernel may do that.
     fn hit(&self, range: &Sectors, access: Access) -> Option<Vec<Extent>> {
-        let mut pieces = [Extent::NOTHING; PIECES];
-        let count = self.map.borrow_mut().translate(range, access, &mut pieces);
-        Some(pieces[..count.ok()?].to_vec())
+        let mut pieces = Vec::new();
+        let each = |piece: &Extent| pieces.push(*piece);
+        let mut map = self.map.borrow_mut();
+        map.translate(range, access, MAX_PARTS, each).ok()?;
+        Some(pieces)
     }
 
     async fn request(self: Rc<Self>, range: Sectors, kind: Kind) {

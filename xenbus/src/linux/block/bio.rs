@@ -32,7 +32,7 @@ use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, ordering::Release,
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-pub(crate) use transfer::Piece;
+pub(crate) use transfer::{Piece, Place};
 
 /// Bios beyond the first of an I/O that can be allocated while there is no memory: enough for
 /// progress. Each has room for the most ranges that a bio can have.

@@ -38,20 +38,50 @@ use crate::ring::tap::map::Map;
 use crate::ring::tap::overlap::writes;
 use crate::ring::tap::table::{next, Entry, Link, Node, State};
 
-/// Where a request is to be executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// The backing.
-    pub backing: BackingNumber,
-    /// The first sector of 512 bytes there; 0 and without a meaning for a flush.
+/// Parts that a request is executed in at most: 1 MiB of 64 KiB clusters that lie anywhere, in which neither end of the
+/// request is one of a cluster.
+pub const MAX_PARTS: usize = 17;
+
+/// A part of a request that is in one piece in its backing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// The first sector of 512 bytes there.
     pub sector: u64,
+    /// Sectors of 512 bytes.
+    pub sectors: u64,
 }
 
-/// A request that its queue is to execute.
+/// Where all of a request is, in its own order. A flush has none.
+#[derive(Clone, Debug, Default)]
+pub struct Parts {
+    list: [Part; MAX_PARTS],
+    count: usize,
+}
+
+impl Parts {
+    /// All of them.
+    pub fn as_slice(&self) -> &[Part] {
+        self.list.get(..self.count).unwrap_or(&[])
+    }
+
+    fn clear(&mut self) {
+        self.count = 0;
+    }
+
+    /// Nothing happens if there are [`MAX_PARTS`].
+    fn push(&mut self, part: Part) {
+        if let Some(place) = self.list.get_mut(self.count) {
+            *place = part;
+            self.count = self.count.wrapping_add(1);
+        }
+    }
+}
+
+/// A request that its queue is to execute, where [`Parts`] say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// Where.
-    pub place: Place,
+    /// What they are in.
+    pub backing: BackingNumber,
     /// `OP_READ`, `OP_WRITE` or `OP_FLUSH`.
     pub op: u8,
     /// Sectors of 512 bytes.
@@ -65,11 +95,16 @@ pub trait Places {
     /// False if nothing is anywhere.
     fn is_any(&self) -> bool;
 
-    /// Where a range is, in one piece.
-    fn transfer(&mut self, range: &Sectors, access: Access) -> Option<Place>;
+    /// What a range is in, if it is all in one backing and in few parts. What `parts` held before is overwritten.
+    fn transfer(
+        &mut self,
+        range: &Sectors,
+        access: Access,
+        parts: &mut Parts,
+    ) -> Option<BackingNumber>;
 
     /// What a flush of the disk is a flush of.
-    fn flush(&self) -> Option<Place>;
+    fn flush(&self) -> Option<BackingNumber>;
 
     /// The process gets something that changes the range, or answers it.
     fn changed(&mut self, op: u8, range: &Sectors);
@@ -87,11 +122,16 @@ impl Places for NoMap {
         false
     }
 
-    fn transfer(&mut self, _range: &Sectors, _access: Access) -> Option<Place> {
+    fn transfer(
+        &mut self,
+        _range: &Sectors,
+        _access: Access,
+        _parts: &mut Parts,
+    ) -> Option<BackingNumber> {
         None
     }
 
-    fn flush(&self) -> Option<Place> {
+    fn flush(&self) -> Option<BackingNumber> {
         None
     }
 
@@ -110,22 +150,33 @@ where
         self.as_ref().is_some_and(|map| !map.is_empty())
     }
 
-    fn transfer(&mut self, range: &Sectors, access: Access) -> Option<Place> {
-        let mut piece = [Extent::NOTHING];
-        self.as_mut()?.translate(range, access, &mut piece).ok()?;
-        let [piece] = piece;
-        match piece.source {
-            Source::Backing(backing) => Some(Place {
-                backing,
+    fn transfer(
+        &mut self,
+        range: &Sectors,
+        access: Access,
+        parts: &mut Parts,
+    ) -> Option<BackingNumber> {
+        let mut all_in = None;
+        let mut is_one = true;
+        parts.clear();
+        let each = |piece: &Extent| {
+            let Source::Backing(number) = piece.source else {
+                is_one = false;
+                return;
+            };
+            is_one &= all_in.replace(number).is_none_or(|one| one == number);
+            parts.push(Part {
                 sector: piece.place,
-            }),
-            Source::Zeroes => None,
-        }
+                sectors: piece.range.count(),
+            });
+        };
+        let map = self.as_mut()?;
+        map.translate(range, access, MAX_PARTS, each).ok()?;
+        all_in.filter(|_| is_one)
     }
 
-    fn flush(&self) -> Option<Place> {
-        let backing = self.as_ref()?.flushed()?;
-        Some(Place { backing, sector: 0 })
+    fn flush(&self) -> Option<BackingNumber> {
+        self.as_ref()?.flushed()
     }
 
     fn changed(&mut self, op: u8, range: &Sectors) {
@@ -188,28 +239,35 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// Begins a request that was just posted, if nothing is in its way and it needs no process.
-    pub fn begin(&mut self, tag: DiskTag) -> Option<Start> {
+    /// Begins a request that was just posted, if nothing is in its way and it needs no process. Then `parts` say
+    /// where.
+    pub fn begin(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
         if !self.map.is_any() || self.get(tag)?.state != State::Pending {
             return None;
         }
         let mut steps = STEPS;
         match self.blocker(tag, &mut steps) {
             Some(_) => None,
-            None => self.execute(tag),
+            None => self.execute(tag, parts),
         }
     }
 
     /// Begins what a queue can begin now of what waited for others, at most `max`.
-    pub fn resume(&mut self, queue: u16, max: usize, mut each: impl FnMut(DiskTag, Start)) {
+    pub fn resume(
+        &mut self,
+        queue: u16,
+        max: usize,
+        mut each: impl FnMut(DiskTag, Start, &[Part]),
+    ) {
+        let mut parts = Parts::default();
         self.sort();
         for _ in 0..max {
             let list = self.ready.get(usize::from(queue));
             let Some(node) = list.and_then(|list| list.first()) else {
                 return;
             };
-            match self.execute(node.tag()) {
-                Some(start) => each(node.tag(), start),
+            match self.execute(node.tag(), &mut parts) {
+                Some(start) => each(node.tag(), start, parts.as_slice()),
                 None => self.miss(node.tag()),
             }
         }
@@ -299,42 +357,45 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 /// What the calls are made of.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Turns a request that waits, with nothing in its way, into one that its queue executes.
-    fn execute(&mut self, tag: DiskTag) -> Option<Start> {
-        let place = self.place(tag)?;
+    fn execute(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
+        let backing = self.place(tag, parts)?;
         self.unlist(tag);
         self.waiting = self.waiting.wrapping_sub(1);
         let entry = self.get_mut(tag)?;
         entry.state = State::Direct;
         // CAST: a small number.
-        let backing = place.backing.index() as u8;
-        entry.backing = backing;
+        let number = backing.index() as u8;
+        entry.backing = number;
         let start = Start {
-            place,
+            backing,
             op: entry.op,
             sectors: entry.end.wrapping_sub(entry.sector),
             segments: entry.segments,
         };
-        self.executed.count(backing, 1);
+        self.executed.count(number, 1);
         Some(start)
     }
 
     /// Where a request could be executed without the process.
-    fn place(&mut self, tag: DiskTag) -> Option<Place> {
+    fn place(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<BackingNumber> {
         let fresh = |e: &&Entry| e.flags == 0 && e.deliveries == 0;
         let able = |e: &&Entry| self.executed.able & bit(e.queue) != 0;
         let entry = self.get(tag).filter(fresh).filter(able)?;
         let range = Sectors::between(entry.sector, entry.end);
         match (entry.op, range) {
-            (abi::OP_READ, Some(range)) => self.map.transfer(&range, Access::Read),
-            (abi::OP_WRITE, Some(range)) => self.map.transfer(&range, Access::ReadWrite),
-            (abi::OP_FLUSH, _) => self.map.flush(),
+            (abi::OP_READ, Some(range)) => self.map.transfer(&range, Access::Read, parts),
+            (abi::OP_WRITE, Some(range)) => self.map.transfer(&range, Access::ReadWrite, parts),
+            (abi::OP_FLUSH, _) => {
+                parts.clear();
+                self.map.flush()
+            }
             _ => None,
         }
     }
 
     /// Nothing is in the way of a request that waits: true if its queue is to execute it, which it is told.
     pub(super) fn make_ready(&mut self, tag: DiskTag) -> bool {
-        if !self.map.is_any() || self.place(tag).is_none() {
+        if !self.map.is_any() || self.place(tag, &mut Parts::default()).is_none() {
             return false;
         }
         self.unlist(tag);

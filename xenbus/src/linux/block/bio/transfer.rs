@@ -8,21 +8,27 @@ use crate::ring::numbers::PageIndex;
 use kernel::bindings;
 
 impl Inflight<'_> {
-    /// Reads into pieces of data pages, of at most `count` pages, or writes from them, from a 512-byte sector on:
-    /// starts as few bios with as few ranges of memory as the device takes them in. May sleep.
+    /// Reads into pieces of data pages, or writes from them, in at most `count` ranges of memory: starts as few bios
+    /// with as few ranges as the device takes them in. All pieces together are as long as `places`, and neither is
+    /// none. May sleep.
     pub(crate) fn transfer(
         &self,
         operation: Operation,
-        sector: u64,
+        mut places: impl Iterator<Item = Place>,
         count: u16,
         pieces: impl Iterator<Item = Piece>,
     ) {
+        let Some(first) = places.next() else {
+            return self.fail();
+        };
         let mut bios = Bios {
             operation,
-            sector,
+            sector: first.sector,
             left: count,
-            bio: self.bio(operation, sector, count),
+            bio: self.bio(operation, first.sector, count),
         };
+        // Bytes of the place that no run has. A run has at most as many, so what joins it needs no look.
+        let mut room = first.bytes;
         let mut run: Option<Run> = None;
         for mut piece in pieces {
             if run.as_mut().is_some_and(|run| run.join(&piece)) {
@@ -30,10 +36,21 @@ impl Inflight<'_> {
                 continue;
             }
             while piece.len > 0 {
-                let Some(next) = Run::take(self.disk, &mut piece) else {
-                    return self.fail();
-                };
-                if !run.replace(next).is_none_or(|run| bios.add(&run)) {
+                if let Some(run) = run.take() {
+                    if !bios.add(&run) {
+                        return self.fail();
+                    }
+                    room = room.wrapping_sub(run.len.into());
+                }
+                if room == 0 {
+                    let Some(next) = places.next() else {
+                        return self.fail();
+                    };
+                    bios.go_on(&next);
+                    room = next.bytes;
+                }
+                run = Run::take(self.disk, &mut piece, room);
+                if run.is_none() {
                     return self.fail();
                 }
             }
@@ -44,6 +61,14 @@ impl Inflight<'_> {
             self.fail();
         }
     }
+}
+
+/// Where a part of a transfer goes on the device.
+pub(crate) struct Place {
+    /// The first sector of 512 bytes.
+    pub(crate) sector: u64,
+    /// Whole sectors.
+    pub(crate) bytes: u64,
 }
 
 /// A piece of one data page, or of several that follow one another by their numbers.
@@ -70,7 +95,7 @@ impl Piece {
     }
 }
 
-/// Bytes of data pages without a gap between them.
+/// Bytes of data pages without a gap between them, for one place.
 ///
 /// # Invariants
 ///
@@ -86,12 +111,15 @@ struct Run {
 }
 
 impl Run {
-    /// Takes from the beginning of a piece what lies one behind the other. `None` if there is no such page.
-    fn take(disk: &Disk, piece: &mut Piece) -> Option<Self> {
+    /// Takes from the beginning of a piece what lies one behind the other. With what joins it, it has no more than
+    /// `most` bytes. `None` if there is no such page.
+    fn take(disk: &Disk, piece: &mut Piece, most: u64) -> Option<Self> {
         let (page, room) = disk.pages.run(piece.page)?;
         let there = room.checked_sub(piece.offset.into()).filter(|n| *n > 0)?;
+        let there = u32::try_from(most).map_or(there, |most| most.min(there));
+        let room = there.wrapping_add(piece.offset.into());
         let len = piece.len.min(there);
-        // INVARIANT: The table says so.
+        // INVARIANT: The table says so, of this and of what is behind it.
         let run = Self {
             page,
             room,
@@ -136,15 +164,27 @@ struct Bios<'a> {
 }
 
 impl Bios<'_> {
+    /// What follows goes elsewhere.
+    fn go_on(&mut self, place: &Place) {
+        self.sector = place.sector;
+        // Whole pages, and two that are not. What needs more gets another bio.
+        let pages = (place.bytes / PAGE_SIZE as u64).saturating_add(2);
+        let most = u16::try_from(pages).map_or(self.left, |pages| pages.min(self.left));
+        self.submit(most);
+    }
+
+    /// Submits what there is, and begins the next one, for at most so many ranges of memory.
+    fn submit(&mut self, most: u16) {
+        self.bio.submit();
+        let inflight = self.bio.inflight;
+        self.bio = inflight.bio(self.operation, self.sector, most);
+    }
+
     /// Adds a run. False if the device does not take even that alone.
     fn add(&mut self, run: &Run) -> bool {
         if !self.bio.add(run) {
             // In this order: the next one may have to wait for this one.
-            self.bio.submit();
-            self.bio = self
-                .bio
-                .inflight
-                .bio(self.operation, self.sector, self.left);
+            self.submit(self.left);
             if !self.bio.add(run) {
                 return false;
             }
