@@ -14,25 +14,31 @@ use crate::linux::memory::vectors::push;
 use crate::ring::tap::abi::{self, MapOp, Maps};
 use crate::ring::tap::checked::{MapChange, NewBacking, UserArray};
 use crate::ring::tap::extent::BackingNumber;
-use crate::ring::tap::map::tree::{Leaf, Slot, LEAF};
+use crate::ring::tap::map::tree::{Leaf, Slot};
 use crate::ring::tap::map::{Backing, Map};
+use kernel::alloc::{flags, Flags};
 use kernel::prelude::*;
 use zerocopy::IntoBytes;
 
-/// Extents that the map of a disk has room for. A raw image is one.
-const EXTENTS: usize = 1024;
+/// Leaves that the map of a disk has at first: 1024 extents. A raw image is one.
+const LEAVES: usize = 32;
 /// Changes of the map while the lock is held once.
 const CHANGES: usize = 8;
 
 /// The memory of a map. May sleep.
-fn new_map(sectors: u64) -> Result<DiskMap> {
-    let count = EXTENTS / LEAF;
-    let mut slots = KVVec::with_capacity(count, GFP_KERNEL)?;
-    let mut leaves = KVVec::with_capacity(count, GFP_KERNEL)?;
+fn memory(count: usize, flags: Flags) -> Result<(KVVec<Slot>, KVVec<Leaf>)> {
+    let mut slots = KVVec::with_capacity(count, flags)?;
+    let mut leaves = KVVec::with_capacity(count, flags)?;
     for _ in 0..count {
         push(&mut slots, Slot::FREE)?;
         push(&mut leaves, Leaf::FREE)?;
     }
+    Ok((slots, leaves))
+}
+
+/// A map as it is at first. May sleep.
+fn new_map(sectors: u64) -> Result<DiskMap> {
+    let (slots, leaves) = memory(LEAVES, GFP_KERNEL)?;
     // Guests that may not write are refused before the map is asked.
     let map = Map::new(slots, leaves, sectors, true);
     Ok(Some(KBox::new(map, GFP_KERNEL)?))
@@ -128,7 +134,9 @@ impl TapDisk {
     /// `EOPNOTSUPP` if it has not claimed that, `EINVAL` if it does not serve the disk or at the first
     /// operation that is malformed, `ERESTARTSYS` if a signal came while I/O of a range was waited for.
     pub(super) fn change_maps(&self, epoch: u64, ops: UserArray) -> Result {
-        self.follow_sizes(epoch)?;
+        if let Some(leaves) = self.follow_sizes(epoch)? {
+            self.widen_map(leaves);
+        }
         // CAST: at most `MAX_MAP_OPS`.
         let mut left = ops.len as usize;
         let mut reader = user_memory(ops.addr, left.saturating_mul(size_of::<MapOp>())).reader();
@@ -144,8 +152,8 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Devices and files may have grown.
-    fn follow_sizes(&self, epoch: u64) -> Result {
+    /// Devices and files may have grown. Returns how many leaves the map wants.
+    fn follow_sizes(&self, epoch: u64) -> Result<Option<usize>> {
         let mut inner = self.inner.lock();
         if !inner.shadow.has_claimed(abi::FEATURE_MAPS) {
             return Err(EOPNOTSUPP);
@@ -155,7 +163,7 @@ impl TapDisk {
             shadow, backings, ..
         } = &mut *inner;
         let Some(map) = shadow.map() else {
-            return Ok(());
+            return Ok(None);
         };
         let numbers = (0..abi::MAX_BACKINGS).filter_map(BackingNumber::new);
         for (number, storage) in numbers.zip(&*backings) {
@@ -163,7 +171,23 @@ impl TapDisk {
                 map.resize_backing(number, storage.sectors());
             }
         }
-        Ok(())
+        Ok(map.wants())
+    }
+
+    /// Gives the map so many leaves: it has forgotten, or is about to forget, for want of them. The process pays, which
+    /// is what the limit of its cgroup is for; without memory the map goes on with what it has.
+    fn widen_map(&self, count: usize) {
+        let flags = flags::GFP_KERNEL_ACCOUNT | flags::__GFP_NOWARN;
+        if let Ok((slots, leaves)) = memory(count, flags) {
+            let mut inner = self.inner.lock();
+            let rest = match inner.shadow.map() {
+                Some(map) => map.grow(slots, leaves),
+                None => (slots, leaves),
+            };
+            drop(inner);
+            // Not under the lock.
+            drop(rest);
+        }
     }
 
     fn change_map(&self, epoch: u64, change: &MapChange) -> Result {

@@ -161,7 +161,7 @@ fn random_processes_map_as_the_model_does() {
         }
     }
     println!("{seen:?}");
-    let kinds = 9 + 5 + 2 + 1;
+    let kinds = 9 + 5 + 2 + 2;
     assert_eq!(seen.len(), kinds, "something never came up");
     assert!(seen.values().all(|count| *count > 10), "something is rare");
 }

@@ -71,6 +71,7 @@ fn step(pair: &mut Pair, input: &mut Input<'_>) -> Option<()> {
             pair.apply(Step::Translate(range, access(what / 32), room));
         }
         29 if value < 64 => pair.apply(Step::Clear),
+        29 if value < 128 => pair.apply(Step::Grow(usize::from(value % 32))),
         29 => pair.apply(Step::Resize(LARGEST - u64::from(value) * 2)),
         30 => pair.apply(Step::Remove(u16::from(value) % 24)),
         _ => {

@@ -32,6 +32,8 @@ pub enum Step {
     Remove(u16),
     /// The disk has another size.
     Resize(u64),
+    /// The map gets memory for so many leaves.
+    Grow(usize),
     /// A guest wants to do something with a range, in at most so many pieces.
     Translate(Sectors, Access, usize),
 }
@@ -310,6 +312,16 @@ impl Pair {
                 self.map.resize(sectors);
                 self.model.sectors = sectors;
                 self.change(sectors..u64::MAX);
+            }
+            Step::Grow(leaves) => {
+                let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+                let all: Vec<Extent> = self.map.extents().copied().collect();
+                let rest = self.map.grow(memory.0, memory.1);
+                let (less, more) = (leaves.min(self.leaves), leaves.max(self.leaves));
+                assert_eq!((rest.0.len(), rest.1.len()), (less, less));
+                assert!(self.map.extents().eq(&all));
+                self.leaves = more;
+                self.saw("memory".into());
             }
             Step::Translate(range, access, room) => self.translate(&range, access, room),
         }

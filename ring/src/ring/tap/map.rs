@@ -15,8 +15,8 @@
 //! - A write that the process executes may move what it writes (copy on write), and a discard may do
 //!   anything. Both change the range twice, when the process gets them and when it answers them
 //!   ([`Map::written`], [`Map::recall`]): what it finds out of the range in between may be old or new.
-//! - Any extent may be forgotten at any time. So the map has a fixed size, what is easier to do by
-//!   forgetting is done so, and no call fails for want of memory.
+//! - Any extent may be forgotten at any time. So the map has the memory that it was given and needs no more, what is
+//!   easier to do by forgetting is done so, and no call fails for want of memory.
 //!
 //! Two ranges may be at the same place: whether that is right the process alone can know.
 //!
@@ -127,6 +127,17 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     /// All extents, in the order of the disk.
     pub fn extents(&self) -> impl Iterator<Item = &Extent> {
         self.tree.within(&Sectors::ALL)
+    }
+
+    /// How many leaves it should have to forget less, if all are in use and there may be more.
+    pub fn wants(&self) -> Option<usize> {
+        let more = self.tree.capacity().saturating_mul(4);
+        (self.tree.is_full() && more <= tree::MAX_LEAVES).then_some(more)
+    }
+
+    /// Goes on in larger memory, with all that is known. What is not needed is given back, to be freed.
+    pub fn grow(&mut self, slots: S, leaves: L) -> (S, L) {
+        self.tree.grow(slots, leaves)
     }
 
     /// How many were forgotten because there was no room.

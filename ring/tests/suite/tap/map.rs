@@ -446,3 +446,38 @@ fn the_size_is_fixed_whatever_the_process_says() {
         assert_eq!(map.extents().count(), 0);
     }
 }
+
+#[test]
+fn with_more_memory_nothing_is_forgotten() {
+    const COUNT: u64 = 40 * LEAF as u64;
+    // As whoever has memory: before each change.
+    let filled = |grows: bool| {
+        let mut map = with(4, BACKING);
+        for at in 0..COUNT {
+            if let Some(leaves) = map.wants().filter(|_| grows) {
+                let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+                let rest = map.grow(memory.0, memory.1);
+                assert!(rest.1.len() < leaves);
+            }
+            comb(&mut map, at..at + 1);
+        }
+        (map.extents().count() as u64, map.evicted())
+    };
+    assert_eq!(filled(true), (COUNT, 0));
+    let (left, evicted) = filled(false);
+    assert!(left <= 4 * LEAF as u64 && left + evicted == COUNT);
+}
+
+#[test]
+fn a_map_does_not_want_more_than_there_may_be() {
+    for (leaves, wanted) in [(1, Some(4)), (128, Some(512)), (129, None), (512, None)] {
+        let mut map = with(leaves, BACKING);
+        assert_eq!(map.wants(), None);
+        let mut at = 0;
+        while map.evicted() == 0 {
+            comb(&mut map, at..at + 1);
+            at += 1;
+        }
+        assert_eq!(map.wants(), wanted, "{leaves}");
+    }
+}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Extents in the order of the disk, in memory of a fixed size.
+//! Extents in the order of the disk, in memory that the caller gives.
 //!
 //! Extents are in leaves of [`LEAF`], and the leaves are found by a directory: a slot for each, in the
 //! order of the disk, so a search halves twice. The first `live` slots have a leaf in use, the others
@@ -98,6 +98,35 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     /// True if there is none.
     pub(super) fn is_empty(&self) -> bool {
         self.live == 0
+    }
+
+    /// True if all leaves are in use: what needs another one will take that of others.
+    pub(super) fn is_full(&self) -> bool {
+        self.live == self.capacity
+    }
+
+    /// How many leaves there are.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Goes on in larger memory, and gives back what it does not need: what it had, or that if it is not larger.
+    pub(super) fn grow(&mut self, slots: S, leaves: L) -> (S, L) {
+        let mut larger = Self::new(slots, leaves);
+        if larger.capacity > self.capacity {
+            // The slots that there were have all leaves that there were, in some order.
+            let slots = larger.slots.iter_mut().zip(self.slots.iter());
+            slots.take(self.capacity).for_each(|(new, old)| *new = *old);
+            let leaves = larger.leaves.iter_mut().zip(self.leaves.iter());
+            leaves
+                .take(self.capacity)
+                .for_each(|(new, old)| *new = *old);
+            larger.live = self.live;
+            larger.hand = self.hand;
+            larger.evicted = self.evicted;
+            core::mem::swap(self, &mut larger);
+        }
+        (larger.slots, larger.leaves)
     }
 
     /// Extents that were forgotten because others needed their place.
