@@ -59,6 +59,12 @@ pub(super) fn cases() -> Vec<Case> {
             serves_format(context, &QCOW)
         })
         .nightly(),
+        case(
+            "direct.many_places",
+            "of an image in four thousand places the kernel knows all when it was told of all",
+            Pv,
+            many_places,
+        ),
         case("direct.vhd", "the same of a dynamic VHD", Pv, |context| {
             serves_format(context, &VHD)
         }),
@@ -263,6 +269,34 @@ fn serves_format(context: &mut Context, format: &Format) -> Result<()> {
     ))?;
     disk.detach(context.pv()?)?;
     judge(context, format, &path, &seen)
+}
+
+fn many_places(context: &mut Context) -> Result<()> {
+    let path = make(context, "a.qcow", &QCOW)?;
+    let specification = tap::disk(&format!("direct=yes,qcow:{path}"), VDEV, "w");
+    let disk = Served::attach(context.pv()?, &specification)?;
+    context.check_driver(&disk.vbd)?;
+    wait_given(&disk)?;
+    let guest = context.pv()?;
+    let job = |what: &str| {
+        format!(
+            "fio --name=many --filename={DEVICE} --size=16m --direct=1 --ioengine=libaio --iodepth=16 --bs=4k {what} \
+             --output-format=terse"
+        )
+    };
+    // The clusters of such an image have 4 KiB: they lie in the order in which they were first written.
+    guest.run_for(&job("--rw=randwrite"), FIO)?;
+    guest.run_for(&job("--rw=read"), FIO)?;
+    let before = disk.info()?.direct;
+    guest.run_for(&job("--rw=randread --number_ios=1000"), FIO)?;
+    let hits = disk.info()?.direct - before;
+    context.note(&format!("by the kernel: {hits} of 1000 reads"))?;
+    ensure!(
+        hits >= 950,
+        "the kernel has executed {hits} of 1000 reads: {:?}",
+        disk.info()
+    );
+    disk.detach(context.pv()?)
 }
 
 fn without_process(context: &mut Context, place: Make) -> Result<()> {

@@ -16,7 +16,7 @@ use tapdev::abi::MAX_MAP_OPS;
 const WINDOW: u64 = 2 << 20;
 /// Windows that wait to be looked up. What is missed then is missed again.
 const WAITING: usize = 32;
-/// What is told of one window at most: as many as the kernel takes in one call.
+/// What is told in one call: as much as the kernel takes.
 const PLACES: usize = MAX_MAP_OPS as usize;
 
 /// Of what the kernel is to be told.
@@ -86,10 +86,11 @@ impl Direct {
             if self.era.get() != era || !self.may_tell() {
                 break;
             }
-            let found = found.iter().take(PLACES);
-            let told = found.map(|place| image.set(place, generation));
             self.told.set(Told::Image);
-            image.mapper.maps(&told.collect::<Vec<_>>())?;
+            for some in found.chunks(PLACES) {
+                let told = some.iter().map(|place| image.set(place, generation));
+                image.mapper.maps(&told.collect::<Vec<_>>())?;
+            }
         }
         Ok(())
     }
