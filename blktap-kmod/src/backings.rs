@@ -11,7 +11,7 @@ use super::node::invalid;
 use crate::linux::block::storage::Storage;
 use crate::linux::char::chardev::user_memory;
 use crate::linux::memory::vectors::push;
-use crate::ring::tap::abi::{self, MapOp, Maps};
+use crate::ring::tap::abi::{self, MapOp, Mapped, Maps};
 use crate::ring::tap::checked::{MapChange, NewBacking, UserArray};
 use crate::ring::tap::extent::BackingNumber;
 use crate::ring::tap::map::tree::{Leaf, Slot};
@@ -215,6 +215,7 @@ impl TapDisk {
         *sets_refused = sets_refused.wrapping_add(u64::from(!taken));
         self.announce(&mut inner);
         if let MapChange::Recall { range } = change {
+            inner.recalls = inner.recalls.wrapping_add(1);
             inner.recallers = inner.recallers.wrapping_add(1);
             let mut result = Ok(());
             while inner.shadow.is_executing(range) && result.is_ok() {
@@ -235,6 +236,19 @@ impl TapDisk {
         let map = inner.shadow.map().as_ref();
         maps.generation = map.map_or(0, |map| map.generation());
         maps.backings = map.map_or(0, |map| map.backings());
+    }
+
+    /// Says how the mappings serve the disk.
+    pub(super) fn describe_mapped(&self, mapped: &mut Mapped) {
+        let mut inner = self.inner.lock();
+        mapped.missed = inner.shadow.missed();
+        mapped.refused = inner.sets_refused;
+        mapped.recalled = inner.recalls;
+        if let Some(map) = inner.shadow.map() {
+            mapped.evicted = map.evicted();
+            // CAST: there are at most `MAX_LEAVES`.
+            mapped.room = map.room() as u32;
+        }
     }
 }
 

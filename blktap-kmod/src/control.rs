@@ -5,7 +5,7 @@
 use super::node::{invalid, read_user, write_user};
 use super::registry;
 use crate::linux::char::chardev::{may_administer, CharDevice};
-use crate::ring::tap::abi::{ioctl, BackingAdd, BackingRemove, Create, Destroy, Info};
+use crate::ring::tap::abi::{ioctl, BackingAdd, BackingRemove, Create, Destroy, Info, Mapped};
 use kernel::ffi::c_int;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -61,6 +61,19 @@ fn remove_backing(address: u64) -> Result<c_int> {
     Ok(0)
 }
 
+#[inline(never)]
+fn mapped(address: u64) -> Result<c_int> {
+    let minor = read_user::<Mapped>(address)?.check().map_err(invalid)?;
+    let disk = registry::find(minor).ok_or(ENOENT)?;
+    let mut mapped = Mapped {
+        minor,
+        ..Mapped::default()
+    };
+    disk.describe_mapped(&mut mapped);
+    write_user(address, &mapped)?;
+    Ok(0)
+}
+
 impl CharDevice for Control {
     fn open(_minor: u32, _nonblocking: bool) -> Result<Arc<Self>> {
         super::shared(Self)
@@ -72,6 +85,7 @@ impl CharDevice for Control {
         let address = argument as u64;
         match command {
             ioctl::QUERY => query(address),
+            ioctl::MAPPED => mapped(address),
             ioctl::CREATE | ioctl::DESTROY | ioctl::BACKING_ADD | ioctl::BACKING_REMOVE
                 if !may_administer() =>
             {

@@ -67,6 +67,8 @@ pub(crate) struct Inner {
     pub(super) backings: Backings,
     /// `MAP_SET`s that were not taken.
     pub(super) sets_refused: u64,
+    /// `MAP_RECALL`s.
+    pub(super) recalls: u64,
     /// Processes that wait until nothing of a range is executed.
     pub(super) recallers: u32,
     pub(super) params: Option<Params>,
@@ -140,6 +142,7 @@ impl TapDisk {
                         shadow: Shadow::with_map(entries, None),
                         backings: [const { None }; abi::MAX_BACKINGS as usize],
                         sets_refused: 0,
+                        recalls: 0,
                         recallers: 0,
                         params: None,
                         pid: 0,

@@ -225,6 +225,26 @@ struct xentap_backing_remove {
 	uint64_t reserved;
 };
 
+#define XENTAP_MISS_UNMAPPED 0
+#define XENTAP_MISS_PARTIAL 1
+#define XENTAP_MISS_READ_ONLY 2
+#define XENTAP_MISS_UNALIGNED 3
+#define XENTAP_MISS_PIECES 4
+#define XENTAP_MISS_BACKINGS 5
+#define XENTAP_MISS_NEVER 6
+#define XENTAP_MISS_QUEUE 7
+#define XENTAP_MISSES 8
+
+struct xentap_mapped {
+	uint32_t minor;
+	uint32_t room;
+	uint64_t missed[XENTAP_MISSES];
+	uint64_t evicted;
+	uint64_t refused;
+	uint64_t recalled;
+	uint64_t reserved[4];
+};
+
 /* Kept for later: refused with EOPNOTSUPP. */
 #define XENTAP_OP_MAP_MISS 32
 #define XENTAP_OP_RECALLED 33
@@ -243,6 +263,7 @@ struct xentap_backing_remove {
 #define XENTAP_QUERY _IOWR('x', 0x02, struct xentap_info)
 #define XENTAP_BACKING_ADD _IOW('x', 0x03, struct xentap_backing_add)
 #define XENTAP_BACKING_REMOVE _IOW('x', 0x04, struct xentap_backing_remove)
+#define XENTAP_MAPPED _IOWR('x', 0x05, struct xentap_mapped)
 #define XENTAP_INFO _IOR('x', 0x10, struct xentap_info)
 #define XENTAP_SET_PARAMS _IOW('x', 0x11, struct xentap_buffer)
 #define XENTAP_START _IO('x', 0x12)

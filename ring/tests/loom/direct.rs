@@ -153,7 +153,7 @@ impl Shared {
                 .shadow
                 .map()
                 .transfer(&all, Access::ReadWrite, &mut Parts::default())
-                .is_some();
+                .is_ok();
             drop(disk);
             disk = self.lock();
         }

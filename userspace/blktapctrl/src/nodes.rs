@@ -2,6 +2,7 @@
 //! The nodes of the running kernel.
 
 use crate::kernel::{Kernel, Make, Node};
+use control::stats::{Mapped, Missed};
 use control::supervisor::{self, Poison};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -31,7 +32,10 @@ impl Kernel for Driver {
 
     fn query(&self, from: u32) -> io::Result<Option<Node>> {
         match Control::open() {
-            Ok(control) => Ok(control.query(from)?.map(node)),
+            Ok(control) => control
+                .query(from)?
+                .map(|info| node(&control, info))
+                .transpose(),
             // Without the driver there are no nodes. With it there may be some, though their files are
             // not where they should be.
             Err(error) if error.kind() == io::ErrorKind::NotFound && !is_loaded()? => Ok(None),
@@ -80,7 +84,15 @@ fn is_loaded() -> io::Result<bool> {
     Path::new("/sys/module/xen_blkback_rs").try_exists()
 }
 
-fn node(info: Info) -> Node {
+fn node(control: &Control, info: Info) -> io::Result<Node> {
+    let mapped = match info.backings {
+        0 => None,
+        _ => match control.mapped(info.minor) {
+            // It went meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            other => other?.map(mapped),
+        },
+    };
     let state = match info.state {
         abi::STATE_IDLE => "idle",
         abi::STATE_OPEN => "open",
@@ -89,7 +101,7 @@ fn node(info: Info) -> Node {
         abi::STATE_RECOVERING => "recovering",
         _ => "unknown",
     };
-    Node {
+    Ok(Node {
         minor: info.minor,
         status: supervisor::Kernel {
             state: state.into(),
@@ -106,8 +118,29 @@ fn node(info: Info) -> Node {
             backings: info.backings.count_ones(),
             direct: info.direct,
             executing: info.executing,
+            mapped,
         },
         bound: (info.domain != u32::MAX).then_some((info.domain, info.device)),
         has_maps: info.features & abi::FEATURE_MAPS != 0,
+    })
+}
+
+fn mapped(mapped: abi::Mapped) -> Mapped {
+    let missed = |reason: u8| mapped.missed.get(usize::from(reason)).copied().unwrap_or(0);
+    Mapped {
+        missed: Missed {
+            unmapped: missed(abi::MISS_UNMAPPED),
+            partial: missed(abi::MISS_PARTIAL),
+            read_only: missed(abi::MISS_READ_ONLY),
+            unaligned: missed(abi::MISS_UNALIGNED),
+            pieces: missed(abi::MISS_PIECES),
+            backings: missed(abi::MISS_BACKINGS),
+            never: missed(abi::MISS_NEVER),
+            queue: missed(abi::MISS_QUEUE),
+        },
+        room: mapped.room,
+        evicted: mapped.evicted,
+        refused: mapped.refused,
+        recalled: mapped.recalled,
     }
 }

@@ -94,6 +94,63 @@ pub struct Direct {
     pub executed: u64,
     /// Requests that it executes so now.
     pub executing: u32,
+    /// What it makes of what the process has said of the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapped: Option<Mapped>,
+}
+
+/// How the mappings serve a disk, since it was made. A driver of an earlier version does not count that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Mapped {
+    /// Requests that the process got, by the reason.
+    pub missed: Missed,
+    /// Extents that there is room for now.
+    pub room: u32,
+    /// Extents that were forgotten because others needed their place.
+    pub evicted: u64,
+    /// Extents that the process told and the kernel did not take.
+    pub refused: u64,
+    /// Ranges that the process has taken back.
+    pub recalled: u64,
+}
+
+/// Why the kernel has left requests to the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Missed {
+    /// It knew nothing of where they begin.
+    pub unmapped: u64,
+    /// It knew nothing of a later part.
+    pub partial: u64,
+    /// They write what it may only read.
+    pub read_only: u64,
+    /// They are not whole blocks of the image's storage.
+    pub unaligned: u64,
+    /// They are in too many pieces.
+    pub pieces: u64,
+    /// They are in several files.
+    pub backings: u64,
+    /// Only a process executes what they ask for, or executes them again.
+    pub never: u64,
+    /// They came by a queue that was connected before the disk had a backing.
+    pub queue: u64,
+}
+
+impl Missed {
+    /// The numbers with the names of their reasons.
+    pub fn by_reason(&self) -> [(&'static str, u64); 8] {
+        [
+            ("unmapped", self.unmapped),
+            ("partial", self.partial),
+            ("read-only", self.read_only),
+            ("unaligned", self.unaligned),
+            ("pieces", self.pieces),
+            ("backings", self.backings),
+            ("never", self.never),
+            ("queue", self.queue),
+        ]
+    }
 }
 
 /// Everything a tapdisk counts. Unless said otherwise, since the image was opened first: processes that

@@ -4,7 +4,7 @@
 //! Two sets of verbs: [`Request::Create`] and [`Request::Destroy`] do all that a disk needs; the
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
 
-use crate::stats::{Direct, Stats};
+use crate::stats::{Direct, Mapped, Stats};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
 use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
@@ -530,6 +530,9 @@ pub struct Kernel {
     pub direct: u64,
     /// Requests that it executes so now.
     pub executing: u32,
+    /// How its mappings serve the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mapped: Option<Mapped>,
 }
 
 impl Kernel {
@@ -538,6 +541,7 @@ impl Kernel {
         (self.backings > 0).then_some(Direct {
             executed: self.direct,
             executing: self.executing,
+            mapped: self.mapped,
         })
     }
 }

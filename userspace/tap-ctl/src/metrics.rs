@@ -73,6 +73,7 @@ fn text(look: &Look, report: &Report) -> String {
         let kernel = |disk: &Disk| disk.tap.as_ref()?.row.kernel.clone();
         disks(&mut text, *family, look, |disk| Some(value(&kernel(disk)?)));
     }
+    missed(&mut text, look);
     process(&mut text, look);
     text.done()
 }
@@ -373,6 +374,33 @@ const KERNEL: Table<Kernel> = &[
         |kernel| f64::from(kernel.poisoned),
     ),
 ];
+
+/// What the kernel leaves to the process of a tap disk that it serves by itself.
+fn missed(text: &mut Text, look: &Look) {
+    let mapped = |disk: &Disk| disk.tap.as_ref()?.row.kernel.as_ref()?.by_itself()?.mapped;
+    text.family((
+        "xen_tap_missed_total",
+        "counter",
+        "Requests that the kernel could not execute by itself, by the reason.",
+    ));
+    for disk in &look.disks {
+        let reasons = mapped(disk).map(|mapped| mapped.missed.by_reason());
+        for (reason, count) in reasons.into_iter().flatten() {
+            let labels = labels(disk).with("reason", Some(reason.into()));
+            text.sample(&labels, count as f64);
+        }
+    }
+    disks(
+        text,
+        (
+            "xen_tap_evicted_total",
+            "counter",
+            "Extents that the kernel has forgotten for want of room.",
+        ),
+        look,
+        |disk| Some(mapped(disk)?.evicted as f64),
+    );
+}
 
 /// What the process of a tap disk counts, and what is counted of processes.
 fn process(text: &mut Text, look: &Look) {

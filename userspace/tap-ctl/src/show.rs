@@ -2,7 +2,7 @@
 //! What people see.
 
 use crate::time::utc;
-use control::stats::{Counter, Direct, Stats};
+use control::stats::{Counter, Direct, Mapped, Stats};
 use control::supervisor::{Event, HandedOff, Reply, Row, Snapshot, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
@@ -170,9 +170,27 @@ pub(crate) fn by_itself(direct: Direct) -> String {
     let Direct {
         executed,
         executing,
+        ..
     } = direct;
     format!(
         "direct: the kernel has served {executed} requests by itself, and serves {executing} now"
+    )
+}
+
+/// Why the process had the others, and how the map of the disk is.
+fn by_process(mapped: &Mapped) -> String {
+    let reasons = mapped.missed.by_reason();
+    let reasons = reasons.map(|(reason, count)| format!("{reason}={count}"));
+    let Mapped {
+        room,
+        evicted,
+        refused,
+        recalled,
+        ..
+    } = mapped;
+    format!(
+        "left to the process: {}\nmap: room={room} evicted={evicted} refused={refused} recalled={recalled}",
+        reasons.join(" ")
     )
 }
 
@@ -207,6 +225,9 @@ fn stats(stats: &Stats) -> String {
     );
     if let Some(direct) = stats.direct {
         let _ = writeln!(text, "{}", by_itself(direct));
+        if let Some(mapped) = &direct.mapped {
+            let _ = writeln!(text, "{}", by_process(mapped));
+        }
     }
     if let Some(scrub) = &stats.scrub {
         let state = if scrub.running { "at" } else { "ended at" };
@@ -320,7 +341,7 @@ fn trouble(what: &What) -> String {
 #[cfg(test)]
 mod tests {
     use super::{row, stats, table};
-    use control::stats::Stats;
+    use control::stats::{Direct, Mapped, Missed, Stats};
     use control::supervisor::{Kernel, Mode, Row};
     use control::tapdisk::State;
 
@@ -377,6 +398,25 @@ mod tests {
         assert!(!stats(&counted).contains("direct"));
         counted.direct = direct.kernel.and_then(|kernel| kernel.by_itself());
         assert!(stats(&counted).contains(said));
+        assert!(!stats(&counted).contains("left to"), "an older driver");
+        let missed = Missed {
+            partial: 3,
+            ..Missed::default()
+        };
+        let mapped = Mapped {
+            missed,
+            room: 1024,
+            evicted: 7,
+            ..Mapped::default()
+        };
+        counted.direct = counted.direct.map(|direct| Direct {
+            mapped: Some(mapped),
+            ..direct
+        });
+        let text = stats(&counted);
+        let left = "left to the process: unmapped=0 partial=3 read-only=0 ";
+        assert!(text.contains(left), "{text}");
+        assert!(text.contains("map: room=1024 evicted=7 "), "{text}");
         let json = serde_json::to_value(&counted).expect("numbers");
         assert_eq!(json["direct"]["executed"], 4711);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The control node, `/dev/xentap/control`.
 
-use ring::tap::abi::{ioctl as numbers, BackingAdd, BackingRemove, Create, Destroy, Info};
+use ring::tap::abi::{ioctl as numbers, BackingAdd, BackingRemove, Create, Destroy, Info, Mapped};
 use ring::tap::abi::{BACKING_WRITE, VERSION};
 use rustix::fs::{Mode, OFlags};
 use rustix::ioctl::{ioctl, NoArg, Setter, Updater};
@@ -103,6 +103,25 @@ impl Control {
         let argument = unsafe { Setter::<{ numbers::BACKING_REMOVE }, _>::new(remove) };
         // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
         Ok(unsafe { ioctl(&self.fd, argument) }?)
+    }
+
+    /// How the mappings of a disk serve it; nothing if the driver is of a time before it counted that.
+    ///
+    /// # Errors
+    /// As the kernel says: [`io::ErrorKind::NotFound`] if there is no such node.
+    pub fn mapped(&self, minor: u32) -> io::Result<Option<Mapped>> {
+        let mut mapped = Mapped {
+            minor,
+            ..Mapped::default()
+        };
+        // SAFETY: MAPPED reads and writes a `Mapped`, as its number encodes, and nothing else.
+        let argument = unsafe { Updater::<{ numbers::MAPPED }, _>::new(&mut mapped) };
+        // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
+        match unsafe { ioctl(&self.fd, argument) } {
+            Ok(()) => Ok(Some(mapped)),
+            Err(rustix::io::Errno::NOTTY) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The lowest node whose number is at least `from`; nothing if there is none.

@@ -622,7 +622,7 @@ pub mod ioctl {
     }
 
     /// Control node: [`Create`]. Needs `CAP_SYS_ADMIN`, as all ioctls of the control node but
-    /// [`QUERY`].
+    /// [`QUERY`] and [`MAPPED`].
     pub const CREATE: u32 = number::<Create>(READ | WRITE, 0x00);
     /// Control node: [`Destroy`].
     pub const DESTROY: u32 = number::<Destroy>(WRITE, 0x01);
@@ -636,6 +636,9 @@ pub mod ioctl {
     /// Control node: [`BackingRemove`]. Nothing new is begun from then on; `EBUSY` while I/O of the kernel
     /// uses it: ask again.
     pub const BACKING_REMOVE: u32 = number::<BackingRemove>(WRITE, 0x04);
+
+    /// Control node: fills a [`Mapped`] of the node that its `minor` names; `ENOENT` if there is none.
+    pub const MAPPED: u32 = number::<Mapped>(READ | WRITE, 0x05);
 
     /// Disk node: fills an [`Info`].
     pub const INFO: u32 = number::<Info>(READ, 0x10);

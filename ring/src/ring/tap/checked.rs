@@ -413,6 +413,14 @@ impl abi::BackingRemove {
     }
 }
 
+impl abi::Mapped {
+    /// Checks what is asked for, and returns the number of the node.
+    pub fn check(&self) -> Result<u32, Malformed> {
+        zero(self.reserved)?;
+        Ok(self.minor)
+    }
+}
+
 fn backing_number(number: u32) -> Result<BackingNumber, Malformed> {
     let small = u16::try_from(number).ok();
     small.and_then(BackingNumber::new).ok_or(Malformed::Range)

@@ -77,18 +77,26 @@ pub enum Refused {
 }
 
 /// Why a range is not to be had from the map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Miss {
     /// Nothing is known of its beginning.
-    Unmapped,
+    #[default]
+    Unmapped = abi::MISS_UNMAPPED,
     /// Nothing is known of a later part.
-    Partial,
+    Partial = abi::MISS_PARTIAL,
     /// A part may only be read.
-    ReadOnly,
+    ReadOnly = abi::MISS_READ_ONLY,
     /// A part is not whole blocks of its backing.
-    Unaligned,
+    Unaligned = abi::MISS_UNALIGNED,
     /// It is in more pieces than there is room for.
-    Pieces,
+    Pieces = abi::MISS_PIECES,
+    /// It is not all in the same backing.
+    Backings = abi::MISS_BACKINGS,
+    /// It is nothing that is looked up: another operation, or one that is executed again.
+    Never = abi::MISS_NEVER,
+    /// Its queue executes nothing.
+    Queue = abi::MISS_QUEUE,
 }
 
 /// The map of one disk. `S` and `L` are the memory: as many slots as leaves.
@@ -138,6 +146,11 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     /// Goes on in larger memory, with all that is known. What is not needed is given back, to be freed.
     pub fn grow(&mut self, slots: S, leaves: L) -> (S, L) {
         self.tree.grow(slots, leaves)
+    }
+
+    /// Extents that there is room for.
+    pub fn room(&self) -> usize {
+        self.tree.capacity().saturating_mul(tree::LEAF)
     }
 
     /// How many were forgotten because there was no room.

@@ -45,6 +45,7 @@ use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
 use crate::ring::tap::checked::{Claimed, Commit, Outcome};
+use crate::ring::tap::map::Miss;
 use crate::ring::tap::overlap::{writes, Overlap};
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State, Suspicion};
 use direct::{Executed, NoMap, Places};
@@ -501,6 +502,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         entry.op = request.op.wire();
         entry.flags = flag(request.fua, abi::DESC_FUA) | flag(request.preflush, abi::DESC_PREFLUSH);
         entry.deliveries = 0;
+        entry.miss = Miss::Unmapped;
         entry.ordered = ordered;
         entry.orphan = false;
         entry.suspicion = Suspicion::NONE;
@@ -726,6 +728,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         entry.delivered_ns = now;
         entry.generation = entry.generation.wrapping_add(1);
         let again = entry.flags & abi::DESC_REPLAY != 0;
+        let miss = entry.miss;
         entry.deliveries = entry.deliveries.saturating_add(1);
         let desc = abi::Desc {
             op: entry.op,
@@ -743,6 +746,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         };
         self.delivered
             .push_back(&mut self.entries, Node::new(tag, Link::State));
+        if desc.deliveries == 1 {
+            self.executed.count_miss(miss);
+        }
         self.waiting = self.waiting.wrapping_sub(1);
         self.held = self.held.wrapping_add(1);
         self.replayed = self.replayed.wrapping_add(u64::from(again));

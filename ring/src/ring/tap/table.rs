@@ -7,6 +7,7 @@
 
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
+use crate::ring::tap::map::Miss;
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +124,8 @@ pub struct Entry {
     pub(super) status: Status,
     /// Number of the backing in which it is executed.
     pub(super) backing: u8,
+    /// Why it is for the process; while nothing at all is mapped that is not asked.
+    pub(super) miss: Miss,
     /// How often it was delivered.
     pub(super) deliveries: u32,
     /// If it flushes, it waits for every earlier write.
@@ -155,6 +158,7 @@ impl Entry {
         state: State::Free,
         status: Status::Error,
         backing: 0,
+        miss: Miss::Unmapped,
         deliveries: 0,
         ordered: false,
         orphan: false,

@@ -104,6 +104,7 @@ fn what_is_kept_for_later() {
         ioctl::EXCHANGE,
         ioctl::BACKING_ADD,
         ioctl::BACKING_REMOVE,
+        ioctl::MAPPED,
         ioctl::MAP,
     ];
     assert!(!used.into_iter().any(ioctl::is_kept));

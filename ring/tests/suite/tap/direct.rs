@@ -257,7 +257,14 @@ fn what_is_not_mapped_is_for_the_process() {
         assert_eq!(disk.begin(tag), None, "{request:?}");
     }
     assert_eq!(disk.told(), 0);
+    assert_eq!(
+        disk.shadow.missed(),
+        [0; abi::MISSES as usize],
+        "nobody has them"
+    );
     assert_eq!(disk.tags(), [0, 1, 2, 3, 4, 5, 6, 7]);
+    // A flush is the process's until it says otherwise, and so is what has no place.
+    assert_eq!(disk.shadow.missed(), [1, 1, 1, 2, 0, 1, 2, 0]);
     for tag in 0..8 {
         disk.done(tag);
     }
@@ -284,6 +291,7 @@ fn a_queue_that_cannot_gets_nothing() {
     assert_eq!(disk.told(), 0);
     assert_eq!(disk.resume(1), []);
     assert_eq!(disk.tags(), [1, 3]);
+    assert_eq!(disk.shadow.missed()[usize::from(abi::MISS_QUEUE)], 2);
 }
 
 #[test]
@@ -386,6 +394,7 @@ fn a_request_is_executed_in_parts() {
     disk.post(6, Op::Read, 0, 16 * most + 8);
     assert_eq!(disk.begin(6), None);
     assert_eq!(disk.tags(), [6]);
+    assert_eq!(disk.shadow.missed()[usize::from(abi::MISS_PIECES)], 1);
 }
 
 #[test]

@@ -154,6 +154,15 @@ void layout(void)
 	FIELD(backing_remove, number);
 	FIELD(backing_remove, reserved);
 
+	SIZE(mapped);
+	FIELD(mapped, minor);
+	FIELD(mapped, room);
+	FIELD(mapped, missed);
+	FIELD(mapped, evicted);
+	FIELD(mapped, refused);
+	FIELD(mapped, recalled);
+	FIELD(mapped, reserved);
+
 	NUMBER(VERSION);
 	NUMBER(MAX_TAGS);
 	NUMBER(NO_TAG);
@@ -217,12 +226,22 @@ void layout(void)
 	NUMBER(MAP_NO_BACKING);
 	NUMBER(MAX_MAP_OPS);
 	NUMBER(BACKING_WRITE);
+	NUMBER(MISS_UNMAPPED);
+	NUMBER(MISS_PARTIAL);
+	NUMBER(MISS_READ_ONLY);
+	NUMBER(MISS_UNALIGNED);
+	NUMBER(MISS_PIECES);
+	NUMBER(MISS_BACKINGS);
+	NUMBER(MISS_NEVER);
+	NUMBER(MISS_QUEUE);
+	NUMBER(MISSES);
 
 	NUMBER(CREATE);
 	NUMBER(DESTROY);
 	NUMBER(QUERY);
 	NUMBER(BACKING_ADD);
 	NUMBER(BACKING_REMOVE);
+	NUMBER(MAPPED);
 	NUMBER(INFO);
 	NUMBER(SET_PARAMS);
 	NUMBER(START);

@@ -129,6 +129,7 @@ fn ours() -> BTreeMap<String, i64> {
         reserved
     );
     structure!(all, backing_remove, BackingRemove, minor, number, reserved);
+    structure!(all, mapped, Mapped, minor, room, missed, evicted, refused, recalled, reserved);
     numbers!(
         all,
         abi,
@@ -143,7 +144,16 @@ fn ours() -> BTreeMap<String, i64> {
         MAP_TRACK,
         MAP_NO_BACKING,
         MAX_MAP_OPS,
-        BACKING_WRITE
+        BACKING_WRITE,
+        MISS_UNMAPPED,
+        MISS_PARTIAL,
+        MISS_READ_ONLY,
+        MISS_UNALIGNED,
+        MISS_PIECES,
+        MISS_BACKINGS,
+        MISS_NEVER,
+        MISS_QUEUE,
+        MISSES
     );
     numbers!(
         all,
@@ -210,6 +220,7 @@ fn ours() -> BTreeMap<String, i64> {
         QUERY,
         BACKING_ADD,
         BACKING_REMOVE,
+        MAPPED,
         INFO,
         SET_PARAMS,
         START,

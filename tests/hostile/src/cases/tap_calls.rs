@@ -167,15 +167,21 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
         .node
         .call_nowhere(ioctl::EXCHANGE ^ 0x40, Nowhere::Null);
     expect("an unknown number", unknown, &not_known)?;
-    for number in [ioctl::CREATE, ioctl::BACKING_ADD, ioctl::BACKING_REMOVE] {
+    let of_control = [
+        ioctl::CREATE,
+        ioctl::BACKING_ADD,
+        ioctl::BACKING_REMOVE,
+        ioctl::MAPPED,
+    ];
+    for number in of_control {
         let unknown = scene.node.call_nowhere(number, Nowhere::Null);
         expect("a number of the control node", unknown, &not_known)?;
     }
     let control = crate::tap::control()?;
-    for number in [ioctl::BACKING_ADD, ioctl::BACKING_REMOVE] {
+    for number in [ioctl::BACKING_ADD, ioctl::BACKING_REMOVE, ioctl::MAPPED] {
         for place in Nowhere::ALL {
             let nowhere = crate::tap::call_nowhere(&control, number, place);
-            expect("a backing nowhere", nowhere, &fault)?;
+            expect("an argument nowhere", nowhere, &fault)?;
         }
     }
     // Tags that cannot be written are not lost.

@@ -296,6 +296,17 @@ fn many_places(context: &mut Context) -> Result<()> {
         "the kernel has executed {hits} of 1000 reads: {:?}",
         disk.info()
     );
+    let stats = tap::ctl_json(&["stats", "-m", &disk.minor.to_string()])?;
+    let mapped = &stats["direct"]["mapped"];
+    context.note(&format!("its map: {mapped}"))?;
+    let room = mapped["room"].as_u64().context("no room is told")?;
+    ensure!(room >= 4096, "the map has grown to {room} extents only");
+    // All that was written in clusters that the image did not have.
+    let unmapped = mapped["missed"]["unmapped"].as_u64();
+    ensure!(
+        unmapped.is_some_and(|count| count >= 4096),
+        "{unmapped:?} requests were not mapped"
+    );
     disk.detach(context.pv()?)
 }
 

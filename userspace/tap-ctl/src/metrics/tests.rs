@@ -57,6 +57,16 @@ fn both() -> Look {
     look
 }
 
+/// The same, but that the kernel may serve the tap disk by itself, and that the process has had two requests of it.
+fn direct() -> Look {
+    let mut look = both();
+    let kernel = fake::kernel(look.disks.last_mut().expect("the tap disk"));
+    kernel.backings = 1;
+    let mapped = kernel.mapped.get_or_insert_default();
+    (mapped.missed.pieces, mapped.evicted) = (2, 5);
+    look
+}
+
 fn metrics(look: &Look) -> String {
     let limits = Limits {
         slow: Duration::from_millis(100),
@@ -146,9 +156,23 @@ fn who_serves_is_told() {
     served(&look, "nobody");
 }
 
+#[test]
+fn what_is_left_to_the_process_is_told_by_the_reason() {
+    let disk = r#"guest="3",vdev="xvdb",kind="tap",minor="0""#;
+    let text = metrics(&direct());
+    for line in [
+        format!(r#"xen_tap_missed_total{{{disk},reason="pieces"}} 2"#),
+        format!(r#"xen_tap_missed_total{{{disk},reason="unmapped"}} 0"#),
+        format!("xen_tap_evicted_total{{{disk}}} 5"),
+    ] {
+        assert!(text.lines().any(|its| its == line), "{line}: {text}");
+    }
+    assert!(!metrics(&both()).contains("xen_tap_missed_total{"));
+}
+
 /// The names of metrics in expressions that are no sample of a host with a disk of each kind.
 fn not_told<'a>(expressions: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
-    let text = metrics(&both());
+    let text = metrics(&direct());
     let is_part = |byte: char| byte.is_ascii_alphanumeric() || byte == '_';
     let samples = text.lines().filter(|line| !line.starts_with('#'));
     let told: BTreeSet<&str> = samples
@@ -192,7 +216,7 @@ fn the_dashboard_is_about_metrics_that_are_told() {
         not_told(expressions.filter_map(Value::as_str)),
         BTreeSet::new()
     );
-    let text = metrics(&both());
+    let text = metrics(&direct());
     for legend in all
         .iter()
         .filter_map(|value| value["legendFormat"].as_str())

@@ -113,6 +113,57 @@ pub struct Maps {
     pub reserved: [u64; 2],
 }
 
+/// The process got a request because nothing was known of its beginning: an index of [`Mapped::missed`].
+pub const MISS_UNMAPPED: u8 = 0;
+/// Because nothing was known of a later part.
+pub const MISS_PARTIAL: u8 = 1;
+/// Because a part of what it writes may only be read.
+pub const MISS_READ_ONLY: u8 = 2;
+/// Because a part is not whole blocks of its backing.
+pub const MISS_UNALIGNED: u8 = 3;
+/// Because it is in too many pieces.
+pub const MISS_PIECES: u8 = 4;
+/// Because it is in several backings.
+pub const MISS_BACKINGS: u8 = 5;
+/// Because only a process executes what it asks for, or executes it again.
+pub const MISS_NEVER: u8 = 6;
+/// Because it came by a queue that was connected before the disk had a backing.
+pub const MISS_QUEUE: u8 = 7;
+/// Reasons that there is room for.
+pub const MISSES: u32 = 8;
+
+/// How the mappings of a disk serve it: the argument of [`ioctl::MAPPED`](super::ioctl::MAPPED). All is counted since
+/// the disk was made.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zd::FromBytes,
+    zd::IntoBytes,
+    zd::KnownLayout,
+    zd::Immutable,
+)]
+#[repr(C)]
+pub struct Mapped {
+    /// Number of the node.
+    pub minor: u32,
+    /// Out: extents that there is room for now; 0 if the disk never had a backing.
+    pub room: u32,
+    /// Out: requests that a process got, by `MISS_*`.
+    pub missed: [u64; MISSES as usize],
+    /// Out: extents that were forgotten because others needed their place.
+    pub evicted: u64,
+    /// Out: [`MAP_SET`]s that were not taken.
+    pub refused: u64,
+    /// Out: [`MAP_RECALL`]s.
+    pub recalled: u64,
+    /// Zero.
+    pub reserved: [u64; 4],
+}
+
 /// The kernel may write it.
 pub const BACKING_WRITE: u32 = 1;
 
@@ -171,4 +222,5 @@ const _: () = {
     assert!(size_of::<Maps>() == 48);
     assert!(size_of::<BackingAdd>() == 32);
     assert!(size_of::<BackingRemove>() == 16);
+    assert!(size_of::<Mapped>() == 128);
 };

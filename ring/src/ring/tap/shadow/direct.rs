@@ -34,7 +34,7 @@ use crate::ring::response::Status;
 use crate::ring::tap::abi;
 use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use crate::ring::tap::map::tree::{Leaf, Slot};
-use crate::ring::tap::map::Map;
+use crate::ring::tap::map::{Map, Miss};
 use crate::ring::tap::overlap::writes;
 use crate::ring::tap::table::{next, Entry, Link, Node, State};
 
@@ -101,7 +101,7 @@ pub trait Places {
         range: &Sectors,
         access: Access,
         parts: &mut Parts,
-    ) -> Option<BackingNumber>;
+    ) -> Result<BackingNumber, Miss>;
 
     /// What a flush of the disk is a flush of.
     fn flush(&self) -> Option<BackingNumber>;
@@ -127,8 +127,8 @@ impl Places for NoMap {
         _range: &Sectors,
         _access: Access,
         _parts: &mut Parts,
-    ) -> Option<BackingNumber> {
-        None
+    ) -> Result<BackingNumber, Miss> {
+        Err(Miss::Unmapped)
     }
 
     fn flush(&self) -> Option<BackingNumber> {
@@ -155,7 +155,7 @@ where
         range: &Sectors,
         access: Access,
         parts: &mut Parts,
-    ) -> Option<BackingNumber> {
+    ) -> Result<BackingNumber, Miss> {
         let mut all_in = None;
         let mut is_one = true;
         parts.clear();
@@ -170,9 +170,9 @@ where
                 sectors: piece.range.count(),
             });
         };
-        let map = self.as_mut()?;
-        map.translate(range, access, MAX_PARTS, each).ok()?;
-        all_in.filter(|_| is_one)
+        let map = self.as_mut().ok_or(Miss::Unmapped)?;
+        map.translate(range, access, MAX_PARTS, each)?;
+        all_in.filter(|_| is_one).ok_or(Miss::Backings)
     }
 
     fn flush(&self) -> Option<BackingNumber> {
@@ -204,6 +204,8 @@ pub(super) struct Executed {
     executing: u32,
     /// Requests that were executed.
     done: u64,
+    /// Requests that a process got, by `MISS_*`.
+    missed: [u64; abi::MISSES as usize],
     /// One bit for each queue that has something to resume.
     resumable: u64,
     /// One bit for each queue that can execute requests.
@@ -214,6 +216,14 @@ impl Executed {
     pub(super) fn describe(&self, info: &mut abi::Info) {
         info.direct = self.done;
         info.executing = self.executing;
+    }
+
+    /// A process gets a request for the first time.
+    pub(super) fn count_miss(&mut self, miss: Miss) {
+        // CAST: an index below `MISSES`.
+        if let Some(missed) = self.missed.get_mut(miss as usize) {
+            *missed = missed.wrapping_add(1);
+        }
     }
 
     fn count(&mut self, backing: u8, by: u32) {
@@ -328,6 +338,11 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.executed.executing
     }
 
+    /// Requests that a process got, by the reason: an index is one of `abi::MISS_*`.
+    pub fn missed(&self) -> [u64; abi::MISSES as usize] {
+        self.executed.missed
+    }
+
     /// True if one is executed in this backing.
     pub fn is_executing_in(&self, backing: BackingNumber) -> bool {
         let now = self.executed.now.get(backing.index());
@@ -376,20 +391,31 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         Some(start)
     }
 
-    /// Where a request could be executed without the process.
+    /// Where a request could be executed without the process. The entry has the reason if it cannot.
     fn place(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<BackingNumber> {
+        let place = self.look_up(tag, parts);
+        if let (Err(miss), Some(entry)) = (place, self.get_mut(tag)) {
+            entry.miss = miss;
+        }
+        place.ok()
+    }
+
+    fn look_up(&mut self, tag: DiskTag, parts: &mut Parts) -> Result<BackingNumber, Miss> {
         let fresh = |e: &&Entry| e.flags == 0 && e.deliveries == 0;
         let able = |e: &&Entry| self.executed.able & bit(e.queue) != 0;
-        let entry = self.get(tag).filter(fresh).filter(able)?;
+        let entry = self.get(tag).filter(fresh).ok_or(Miss::Never)?;
+        if !able(&entry) {
+            return Err(Miss::Queue);
+        }
         let range = Sectors::between(entry.sector, entry.end);
         match (entry.op, range) {
             (abi::OP_READ, Some(range)) => self.map.transfer(&range, Access::Read, parts),
             (abi::OP_WRITE, Some(range)) => self.map.transfer(&range, Access::ReadWrite, parts),
             (abi::OP_FLUSH, _) => {
                 parts.clear();
-                self.map.flush()
+                self.map.flush().ok_or(Miss::Never)
             }
-            _ => None,
+            _ => Err(Miss::Never),
         }
     }
 
