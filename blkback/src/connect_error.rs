@@ -2,7 +2,7 @@
 
 //! Why a frontend could not be connected, in words for the administrator.
 
-use crate::proto::frontend::KeyError;
+use crate::proto::frontend::{Fault, KeyError};
 use kernel::prelude::*;
 use kernel::str::CString;
 
@@ -12,6 +12,8 @@ pub(crate) enum ConnectError {
     Key(KeyError),
     /// A step failed.
     Step(&'static str, Error),
+    /// A step failed that may go well in a while, although nobody does anything.
+    Later(&'static str, Error),
 }
 
 impl From<KeyError> for ConnectError {
@@ -21,18 +23,32 @@ impl From<KeyError> for ConnectError {
 }
 
 impl ConnectError {
+    /// True if it may go well in a while, although nobody does anything.
+    pub(crate) fn passes(&self) -> bool {
+        match self {
+            Self::Key(error) => error.fault == Fault::Unread,
+            Self::Step(..) => false,
+            Self::Later(..) => true,
+        }
+    }
+
     /// What to tell the administrator.
     pub(crate) fn describe(&self) -> (Error, Result<CString>) {
         match self {
             Self::Key(error) => (
-                EINVAL,
+                match error.fault {
+                    Fault::Unread => EAGAIN,
+                    Fault::Missing | Fault::Malformed | Fault::OutOfRange => EINVAL,
+                },
                 CString::try_from_fmt(fmt!(
                     "the frontend's key {} {}",
                     error.key.as_str(),
                     error.text()
                 )),
             ),
-            Self::Step(step, error) => (*error, CString::try_from_fmt(fmt!("{step}"))),
+            Self::Step(step, error) | Self::Later(step, error) => {
+                (*error, CString::try_from_fmt(fmt!("{step}")))
+            }
         }
     }
 }

@@ -68,6 +68,8 @@ pub(crate) struct Bad {
     pub(crate) name: Name,
     pub(crate) error: Error,
     pub(crate) text: Result<CString>,
+    /// It may go well in a while, although nobody does anything: there was no memory, or xenstore did not answer.
+    pub(crate) passes: bool,
 }
 
 impl Bad {
@@ -76,6 +78,7 @@ impl Bad {
             name,
             error,
             text: CString::try_from_fmt(text),
+            passes: error == ENOMEM,
         }
     }
 }
@@ -85,9 +88,14 @@ impl Disk {
     pub(crate) fn open(opener: &Opener, name: Name) -> Result<Self, Bad> {
         let device = &*opener.device;
         let mut mode = [0; 8];
-        let Ok(len) = store::read(device.nodename(), c"mode", &mut mode) else {
-            return Err(Bad::new(name, ENOENT, fmt!("the key mode is missing")));
-        };
+        let read = store::read(device.nodename(), c"mode", &mut mode);
+        let len = read.map_err(|error| match error == ENOENT {
+            true => Bad::new(name, error, fmt!("the key mode is missing")),
+            false => Bad {
+                passes: true,
+                ..Bad::new(name, error, fmt!("the key mode cannot be read"))
+            },
+        })?;
         let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
         let backing = match name {
             Name::Nonsense => {
@@ -179,29 +187,30 @@ pub(crate) fn is_ours(device: &Device) -> Result<bool> {
     }
 }
 
-/// Which disk the script names, if it names one. May sleep.
-pub(crate) fn named(device: &Device) -> Result<Option<Name>, Bad> {
+/// Which disk the script names, if it names one that can be. May sleep.
+///
+/// # Errors
+/// Xenstore does not answer, which does not mean that the script has named none.
+pub(crate) fn named(device: &Device) -> Result<Result<Option<Name>, Bad>> {
     let dir = device.nodename();
+    let nonsense = |text| Err(Bad::new(Name::Nonsense, EINVAL, text));
     let mut value = [0; 32];
-    if let Ok(len) = store::read(dir, TAP_KEY, &mut value) {
-        return match value.get(..len).and_then(parse_u32) {
-            Some(minor) => Ok(Some(Name::Tap(minor))),
-            None => Err(Bad::new(
-                Name::Nonsense,
-                EINVAL,
-                fmt!("tap-minor is not a decimal number"),
-            )),
-        };
+    match store::read(dir, TAP_KEY, &mut value) {
+        Ok(len) => {
+            return Ok(match value.get(..len).and_then(parse_u32) {
+                Some(minor) => Ok(Some(Name::Tap(minor))),
+                None => nonsense(fmt!("tap-minor is not a decimal number")),
+            })
+        }
+        Err(error) if error == ENOENT => {}
+        Err(error) => return Err(error),
     }
-    let Ok(len) = store::read(dir, BLOCK_KEY, &mut value) else {
-        return Ok(None);
-    };
-    match value.get(..len).and_then(parse_device) {
-        Some((major, minor)) => Ok(Some(Name::Block(major, minor))),
-        None => Err(Bad::new(
-            Name::Nonsense,
-            EINVAL,
-            fmt!("physical-device is not MAJOR:MINOR in hexadecimal"),
-        )),
+    match store::read(dir, BLOCK_KEY, &mut value) {
+        Ok(len) => Ok(match value.get(..len).and_then(parse_device) {
+            Some((major, minor)) => Ok(Some(Name::Block(major, minor))),
+            None => nonsense(fmt!("physical-device is not MAJOR:MINOR in hexadecimal")),
+        }),
+        Err(error) if error == ENOENT => Ok(Ok(None)),
+        Err(error) => Err(error),
     }
 }

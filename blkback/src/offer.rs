@@ -55,20 +55,20 @@ pub(crate) struct Features {
 
 impl Features {
     /// Reads what the toolstack says about the disk. May sleep.
-    pub(crate) fn read(device: &Device, disk: &(impl BackingDisk + ?Sized)) -> Self {
+    pub(crate) fn read(device: &Device, disk: &(impl BackingDisk + ?Sized)) -> Result<Self> {
         let limits = disk.limits();
         let read_only = !disk.is_writable() || limits.read_only;
         // The toolstack's own copy: that of the frontend is the guest's to write.
-        let cdrom = value_is(device, c"device-type", b"cdrom");
+        let cdrom = value_is(device, c"device-type", b"cdrom")?;
         let discard = !read_only
             && limits.discard_granularity.is_some()
-            && !value_is(device, c"discard-enable", b"0");
-        Self {
+            && !value_is(device, c"discard-enable", b"0")?;
+        Ok(Self {
             device: limits,
             read_only,
             cdrom,
             discard,
-        }
+        })
     }
 
     /// The same as limits for the engine.
@@ -203,8 +203,12 @@ fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) ->
 }
 
 /// True if a key of the backend's directory has this value.
-fn value_is(device: &Device, key: &CStr, wanted: &[u8]) -> bool {
+fn value_is(device: &Device, key: &CStr, wanted: &[u8]) -> Result<bool> {
     let mut value = [0; 16];
-    store::read(device.nodename(), key, &mut value)
-        .is_ok_and(|len| value.get(..len) == Some(wanted))
+    match store::read(device.nodename(), key, &mut value) {
+        Ok(len) => Ok(value.get(..len) == Some(wanted)),
+        Err(error) if error == ENOENT => Ok(false),
+        // What cannot be read now says nothing.
+        Err(error) => Err(error),
+    }
 }

@@ -2,7 +2,7 @@
 
 //! Getting the disk, connecting the frontend to it, and what follows when its queues are through.
 
-use super::{Life, Next, Vbd, ERRAND};
+use super::{Life, Next, Vbd, ASK_AGAIN, ERRAND};
 use crate::connect_error::ConnectError;
 use crate::connection::Peer;
 use crate::disk::{self, Opener};
@@ -12,7 +12,9 @@ use crate::offer::Features;
 use crate::proto::state::State;
 use crate::storage::{Errand, Job, Outcome};
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Relaxed};
+use kernel::sync::atomic::{
+    ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release,
+};
 use kernel::sync::Arc;
 
 impl Vbd {
@@ -58,8 +60,13 @@ impl Vbd {
             return;
         }
         match disk::named(&self.device) {
-            Ok(None) => {}
-            Ok(Some(name)) => {
+            Err(error) => {
+                self.device
+                    .report(error, c"what names the disk cannot be read");
+                self.name_again();
+            }
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(name))) => {
                 let opener = Opener {
                     device: self.device.clone(),
                     events: self.clone(),
@@ -67,8 +74,14 @@ impl Vbd {
                 };
                 self.send(life, Job::Open(opener, name));
             }
-            Err(bad) => self.disk_is_bad(life, &bad),
+            Ok(Err(bad)) => self.disk_is_bad(life, &bad),
         }
+    }
+
+    /// What names the disk is looked at again in a while: nobody writes it a second time.
+    pub(super) fn name_again(self: &Arc<Self>) {
+        self.disk_moved.store(true, Release);
+        self.kick_after(ASK_AGAIN);
     }
 
     /// True if disk and frontend are ours alone. Otherwise the device was ours before, and its life then
@@ -78,7 +91,10 @@ impl Vbd {
             let frontend = (self.device.otherend_id(), self.device.number());
             match Claim::new(frontend, self.clone()) {
                 Ok(claim) => life.claim = claim,
-                Err(error) => self.device.report(error, c"the frontend cannot be claimed"),
+                Err(error) => {
+                    self.device.report(error, c"the frontend cannot be claimed");
+                    self.kick_after(ASK_AGAIN);
+                }
             }
         }
         life.claim.is_some()
@@ -108,6 +124,13 @@ impl Vbd {
                 life.failures = life.failures.saturating_sub(1);
                 life.state.set(State::Connected, true);
             }
+            Err(error) if error.passes() => {
+                // The frontend has done nothing that it should do better.
+                self.report_why(&error);
+                life.note_failure();
+                self.kick_after(ASK_AGAIN);
+                return Next::Rest;
+            }
             Err(error) => self.refuse(life, &error),
         }
         Next::Look
@@ -117,7 +140,8 @@ impl Vbd {
         let Some(disk) = &mut life.disk else {
             return Err(ConnectError::Step("the disk is not open", ENODEV));
         };
-        let features = Features::read(&self.device, &*disk.backing);
+        let features = Features::read(&self.device, &*disk.backing)
+            .map_err(|error| ConnectError::Later("the disk's settings cannot be read", error))?;
         let limits = features.limits();
         let connection = disk.backing.clone().connect(&Peer {
             events: self.clone(),

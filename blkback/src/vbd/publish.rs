@@ -65,25 +65,35 @@ impl Vbd {
         life.state.said
     }
 
-    /// Says why the frontend cannot be connected; it has to move before that is tried again.
-    pub(super) fn refuse(self: &Arc<Self>, life: &mut Life, error: &ConnectError) {
+    /// Says why the frontend cannot be connected.
+    pub(super) fn report_why(&self, error: &ConnectError) {
         let (code, text) = error.describe();
         let fallback = c"the frontend cannot be connected";
         self.device
             .report(code, text.as_deref().unwrap_or(fallback));
+    }
+
+    /// Says why the frontend cannot be connected; it has to move before that is tried again.
+    pub(super) fn refuse(self: &Arc<Self>, life: &mut Life, error: &ConnectError) {
+        self.report_why(error);
         life.note_failure();
         life.refused = true;
         self.publish(life, State::Closing);
     }
 
     pub(super) fn disk_is_bad(self: &Arc<Self>, life: &mut Life, bad: &disk::Bad) {
-        if life.bad_disk == Some(bad.name) || life.leaving || self.unbound.load(Acquire) {
+        let is_known = life.bad_disk == Some(bad.name) && !bad.passes;
+        if is_known || life.leaving || self.unbound.load(Acquire) {
             return;
         }
-        life.bad_disk = Some(bad.name);
         let fallback = c"the disk cannot be opened";
         self.device
             .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
+        if bad.passes {
+            self.name_again();
+            return;
+        }
+        life.bad_disk = Some(bad.name);
         self.publish(life, State::Closing);
     }
 

@@ -85,8 +85,10 @@ impl Vbd {
             Ok(action) => action,
             Err(error) => {
                 // Xenstore does not answer (a shutdown, no memory): nothing is decided now.
-                self.device
-                    .report(error, c"the frontend's state cannot be read");
+                self.device.report(
+                    error,
+                    c"what the frontend or the toolstack wants cannot be read",
+                );
                 self.kick_after(ASK_AGAIN);
                 return Next::Rest;
             }
@@ -156,10 +158,14 @@ impl Vbd {
             }
             Action::Offer => {
                 let offered = offer::publish_offer(&self.device, life.state.now());
+                if let Some(error) = offered.err().filter(|error| *error != ENOENT) {
+                    self.device.report(error, c"the offer cannot be published");
+                    self.kick_after(ASK_AGAIN);
+                    return Next::Rest;
+                }
                 self.published(life, State::InitWait, offered);
                 if offered.is_err() {
                     self.publish(life, State::Closing);
-                    // Said already. Trying again at once would spin while xenstore goes on failing.
                     return Next::Rest;
                 }
             }

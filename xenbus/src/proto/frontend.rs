@@ -17,9 +17,18 @@ pub const VALUE_SIZE: usize = 64;
 /// The frontend's directory.
 pub trait Directory {
     /// Reads a key into `value` and returns its length, which is more than `VALUE_SIZE` if the
-    /// value is longer than that; `None` if the key is absent or unreadable.
-    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize>;
+    /// value is longer than that; `None` if the key is absent, or the frontend has made it unreadable for us.
+    ///
+    /// # Errors
+    ///
+    /// Whether it is there cannot be told now. That must not be taken for its absence: a frontend whose `protocol`
+    /// is overlooked is served in the layout of another.
+    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Result<Option<usize>, Unread>;
 }
+
+/// Xenstore does not answer: no memory, or a shutdown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unread;
 
 /// What this backend allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +72,8 @@ pub enum Fault {
     Malformed,
     /// It is larger than what was advertised, or zero where it may not be.
     OutOfRange,
+    /// Xenstore has not said what it is.
+    Unread,
 }
 
 /// A key that keeps the frontend from being connected.
@@ -81,6 +92,7 @@ impl KeyError {
             Fault::Missing => "is missing",
             Fault::Malformed => "is not a number or name this backend knows",
             Fault::OutOfRange => "is outside what this backend offers",
+            Fault::Unread => "cannot be read now: there is no memory, or xenstore does not answer",
         }
     }
 }
@@ -89,9 +101,19 @@ fn key(name: &str) -> Name {
     Name::new(format_args!("{name}"))
 }
 
+fn read(
+    dir: &impl Directory,
+    key: Name,
+    value: &mut [u8; VALUE_SIZE],
+) -> Result<Option<usize>, KeyError> {
+    let fault = Fault::Unread;
+    dir.read(&key, value)
+        .map_err(|Unread| KeyError { key, fault })
+}
+
 fn read_u32(dir: &impl Directory, key: Name) -> Result<Option<u32>, KeyError> {
     let mut value = [0; VALUE_SIZE];
-    let Some(len) = dir.read(&key, &mut value) else {
+    let Some(len) = read(dir, key, &mut value)? else {
         return Ok(None);
     };
     let malformed = KeyError {
@@ -113,7 +135,7 @@ fn need_u32(dir: &impl Directory, key: Name) -> Result<u32, KeyError> {
 fn protocol(dir: &impl Directory, offer: &Offer) -> Result<Protocol, KeyError> {
     let key = key("protocol");
     let mut value = [0; VALUE_SIZE];
-    let Some(len) = dir.read(&key, &mut value) else {
+    let Some(len) = read(dir, key, &mut value)? else {
         return Ok(offer.default_protocol);
     };
     match value.get(..len) {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use xenbus::proto::frontend::{
-    Directory, Fault, KeyError, Offer, Request, Ring, MAX_RING_PAGES, VALUE_SIZE,
+    Directory, Fault, KeyError, Offer, Request, Ring, Unread, MAX_RING_PAGES, VALUE_SIZE,
 };
 use xenbus::proto::text::Name;
 use xenbus::ring::abi::Protocol;
@@ -17,6 +17,8 @@ use xenbus::ring::abi::Protocol;
 struct Fake {
     keys: BTreeMap<String, Vec<u8>>,
     reads: RefCell<BTreeMap<String, u32>>,
+    /// The key that xenstore does not tell.
+    unread: Option<String>,
 }
 
 impl Fake {
@@ -87,17 +89,22 @@ impl Fake {
 }
 
 impl Directory for Fake {
-    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize> {
+    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Result<Option<usize>, Unread> {
         *self
             .reads
             .borrow_mut()
             .entry(key.as_str().into())
             .or_default() += 1;
-        let bytes = self.keys.get(key.as_str())?;
+        if self.unread.as_deref() == Some(key.as_str()) {
+            return Err(Unread);
+        }
+        let Some(bytes) = self.keys.get(key.as_str()) else {
+            return Ok(None);
+        };
         for (to, from) in value.iter_mut().zip(bytes) {
             *to = *from;
         }
-        Some(bytes.len())
+        Ok(Some(bytes.len()))
     }
 }
 
@@ -381,5 +388,34 @@ proptest! {
             prop_assert!(rings.iter().all(|ring| ring.refs[request.pages()..].iter().all(|gref| *gref == 0)));
         }
         fake.assert_read_once();
+    }
+}
+
+/// A key that cannot be read is not absent: who says 32 bits must not be served as the default has it.
+#[test]
+fn a_key_that_cannot_be_read_is_not_absent() {
+    let shapes = [
+        Fake::plain(),
+        Fake::plain().with("ring-page-order", "0"),
+        Fake::new(&[
+            ("protocol", "x86_32-abi"),
+            ("multi-queue-num-queues", "2"),
+            ("ring-page-order", "1"),
+            ("queue-0/ring-ref0", "8"),
+            ("queue-0/ring-ref1", "9"),
+            ("queue-0/event-channel", "15"),
+            ("queue-1/ring-ref0", "10"),
+            ("queue-1/ring-ref1", "11"),
+            ("queue-1/event-channel", "16"),
+        ]),
+    ];
+    for mut fake in shapes {
+        let _connected = fake.accepted();
+        let keys: Vec<String> = fake.reads.borrow().keys().cloned().collect();
+        assert!(keys.len() >= 5, "{keys:?}");
+        for key in keys {
+            fake.unread = Some(key.clone());
+            assert_eq!(fake.refusal(), (key, Fault::Unread));
+        }
     }
 }

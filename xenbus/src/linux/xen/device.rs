@@ -8,7 +8,7 @@
 use super::store;
 use super::watch::InXenwatch;
 use crate::linux::sys;
-use crate::proto::frontend::{Directory, VALUE_SIZE};
+use crate::proto::frontend::{Directory, Unread, VALUE_SIZE};
 use crate::proto::state::State;
 use crate::proto::text::{parse_u32, Name};
 use core::ptr::NonNull;
@@ -171,14 +171,17 @@ impl Device {
 
 /// The frontend's directory.
 impl Directory for Device {
-    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Option<usize> {
+    fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Result<Option<usize>, Unread> {
         let mut name = [0u8; Name::CAPACITY + 1];
         for (to, from) in name.iter_mut().zip(key.as_bytes()) {
             *to = *from;
         }
-        let name = CStr::from_bytes_until_nul(&name).ok()?;
-        // A frontend can make a key unreadable for us; that is the same as not having it.
-        store::read(self.otherend(), name, value).ok()
+        let name = CStr::from_bytes_until_nul(&name).map_err(|_| Unread)?;
+        match store::read(self.otherend(), name, value) {
+            // A frontend can make a key unreadable for us; that is the same as not having it.
+            Err(error) if error == ENOENT || error == EACCES => Ok(None),
+            other => other.map(Some).map_err(|_| Unread),
+        }
     }
 }
 
