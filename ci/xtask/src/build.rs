@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Building the kernel module and the programs.
 
+use crate::kernel::Kernel;
 use crate::root::Root;
 use crate::{cache, recipes, run};
 use anyhow::{Context, Result};
@@ -41,12 +42,21 @@ pub(crate) fn all() -> Result<Built> {
 
 /// Builds the kernel module and returns the path of the .ko. The compiler's messages are shown.
 pub(crate) fn module() -> Result<PathBuf> {
-    module_of(&repository()?)
+    module_for(Kernel::Stock)
+}
+
+/// As [`module`], for this kernel.
+pub(crate) fn module_for(kernel: Kernel) -> Result<PathBuf> {
+    let name = match kernel {
+        Kernel::Stock => "module",
+        Kernel::Checked => "module-checked",
+    };
+    compile(name, &repository()?, kernel, &[])
 }
 
 /// As [`module`], from the Kbuild in `source`.
 pub(crate) fn module_of(source: &Path) -> Result<PathBuf> {
-    compile("module", source, &[])
+    compile("module", source, Kernel::Stock, &[])
 }
 
 /// The build of the checkout that wastes what the driver saves; only the gate of the bench uses it.
@@ -62,14 +72,14 @@ pub(crate) fn faulty_module() -> Result<PathBuf> {
 /// A build of the checkout that is never shipped, with this cfg.
 fn planted(name: &str, cfg: &str) -> Result<PathBuf> {
     let flag = format!("RUSTFLAGS_MODULE=--cfg={cfg}");
-    compile(name, &repository()?, &[&flag])
+    compile(name, &repository()?, Kernel::Stock, &[&flag])
 }
 
 /// Builds the module of `source` in the folder of objects `name`, with more words for make.
-fn compile(name: &str, source: &Path, flags: &[&str]) -> Result<PathBuf> {
-    let objects = objects(name, source)?;
+fn compile(name: &str, source: &Path, kernel: Kernel, flags: &[&str]) -> Result<PathBuf> {
+    let objects = objects(name, source, kernel)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
-    run::shown(make(source, &objects)?.args(flags))?;
+    run::shown(make(source, &objects, kernel)?.args(flags))?;
     let module = objects.join("xen-blkback-rs.ko");
     anyhow::ensure!(
         module.exists(),
@@ -82,12 +92,14 @@ fn compile(name: &str, source: &Path, flags: &[&str]) -> Result<PathBuf> {
 /// made, so the result is never loaded.
 pub(crate) fn clippy_messages() -> Result<String> {
     let source = repository()?;
-    let objects = objects("module-clippy", &source)?;
+    let objects = objects("module-clippy", &source, Kernel::Stock)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
     // What is up to date would not be looked at, and its warnings would be lost.
     run::remove_tree(&objects)?;
     fs::create_dir_all(&objects)?;
-    let out = make(&source, &objects)?.arg("CLIPPY=1").output()?;
+    let out = make(&source, &objects, Kernel::Stock)?
+        .arg("CLIPPY=1")
+        .output()?;
     let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).replace("/mnt/b/", "");
     anyhow::ensure!(
         out.status.success(),
@@ -98,8 +110,8 @@ pub(crate) fn clippy_messages() -> Result<String> {
 
 /// The folder for the objects of a build: they depend on where the checkout is and on the tree
 /// they are built against.
-fn objects(name: &str, source: &Path) -> Result<PathBuf> {
-    let tree = recipes::kernel_tree(&recipes::build_root()?)?;
+fn objects(name: &str, source: &Path, kernel: Kernel) -> Result<PathBuf> {
+    let tree = recipes::kernel_tree(&recipes::build_root()?, kernel)?;
     let key = cache::key(&[&source.to_string_lossy(), &tree.to_string_lossy()]);
     let objects = cache::dir()?.join(format!("{name}-{key}"));
     fs::create_dir_all(&objects)?;
@@ -107,10 +119,10 @@ fn objects(name: &str, source: &Path) -> Result<PathBuf> {
 }
 
 /// The make that builds the module of `source` into `objects`.
-fn make(source: &Path, objects: &Path) -> Result<Command> {
+fn make(source: &Path, objects: &Path, kernel: Kernel) -> Result<Command> {
     let build_root = recipes::build_root()?;
     let root = Root::new(&build_root)
-        .bind_read_only(&recipes::kernel_tree(&build_root)?, "/mnt/a")
+        .bind_read_only(&recipes::kernel_tree(&build_root, kernel)?, "/mnt/a")
         .bind_read_only(source, "/mnt/b")
         .bind(objects, "/mnt/c");
     let mut make = root.command("/mnt/a/kmake");

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! `cargo xtask demo`: the driver at work, told by `vmtest demo` in a Xen machine.
 
+use crate::kernel::Kernel;
 use crate::machine::Machine;
-use crate::{build, lanes, recipes};
+use crate::{lanes, recipes};
 use anyhow::Result;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,12 +16,12 @@ pub(crate) fn run() -> Result<ExitCode> {
     let script = format!(
         "/t/vmtest demo 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
     );
-    let payload = lanes::e2e::with_everything("demo", &script, &build::module()?)?;
+    let payload = lanes::e2e::with_everything("demo", &script, Kernel::Stock)?;
     let mut machine = Machine::new("demo");
     machine.timeout = Duration::from_secs(900);
     eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");
     let mut told = false;
-    let outcome = machine.run(&recipes::machines()?, &payload, |line| {
+    let outcome = machine.run(&recipes::machines(Kernel::Stock)?, &payload, |line| {
         if line == TOLD {
             told = true;
         } else {

@@ -17,6 +17,16 @@ use std::sync::OnceLock;
 /// between them is in `xenbus/src/linux/versions.rs`; the top-level Kbuild has the same list.
 pub(crate) const SERIES: &[&str] = &["7.3", "7.2"];
 
+/// A kernel of the target suite, as dom0 has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// As the archive has it.
+    Stock,
+    /// Made of the same source, with the kernel's own checks (`ci/recipes/kernel-checked.config`). It has the same
+    /// release.
+    Checked,
+}
+
 /// What `--kernel` said; empty for the default.
 static REQUEST: OnceLock<String> = OnceLock::new();
 

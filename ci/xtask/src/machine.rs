@@ -20,9 +20,10 @@ use std::time::{Duration, Instant};
 /// Turns silent trouble in dom0's kernel into a crash. Not for measuring.
 const CHECKS: &str = "kfence.sample_interval=50 slab_debug=FZPU panic_on_warn=1 oops=panic hung_task_panic=1 panic=-1";
 
-/// dom0's share of the machine's memory; guests get the rest.
-const DOM0_MEMORY: &str = "1536M";
-const MEMORY: &str = "4096";
+/// MiB that dom0 needs with a kernel that keeps books on all its memory.
+pub(crate) const CHECKED_MEMORY: u32 = 3072;
+/// MiB for guests, and for Xen itself.
+const GUESTS_MEMORY: u32 = 2560;
 
 /// What to boot, and how.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub(crate) struct Machine {
     pub(crate) name: String,
     /// Processors.
     pub(crate) smp: u32,
+    /// dom0's memory in MiB.
+    pub(crate) dom0_memory: u32,
     /// Time is counted in instructions, so that figures repeat on any host.
     pub(crate) icount: bool,
     /// More words for Xen's command line.
@@ -108,6 +111,7 @@ impl Machine {
         Machine {
             name: name.into(),
             smp: 2,
+            dom0_memory: 1536,
             icount: false,
             xen_args: String::new(),
             dom0_args: String::new(),
@@ -265,7 +269,7 @@ impl Machine {
             "-M",
             "q35",
             "-m",
-            MEMORY,
+            &self.dom0_memory.saturating_add(GUESTS_MEMORY).to_string(),
             "-smp",
             &self.smp.to_string(),
             "-display",
@@ -319,9 +323,9 @@ impl Machine {
 
     fn xen_command_line(&self) -> String {
         // Xen's log must keep all that one test brings: grants are counted by having them printed.
-        let mut line = format!(
-            "console=com1 com1=115200,8n1 conring_size=1M dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY}"
-        );
+        let dom0 = self.dom0_memory;
+        let mut line =
+            format!("console=com1 com1=115200,8n1 conring_size=1M dom0_mem={dom0}M,max:{dom0}M");
         if self.icount {
             line.push_str(" bootscrub=off");
         }

@@ -57,12 +57,12 @@ enum Task {
     Demo,
     /// Run the tests; the last line has the sums.
     ///
-    /// Without --lane: all but nightly. The logs of the machine are in target/vm/e2e.
+    /// Without --lane: all but debug and nightly. The logs of the machine are in target/vm/e2e.
     Test {
         /// Run only this lane; may be given more than once.
         #[arg(long = "lane", value_name = "NAME")]
         lanes: Vec<lanes::Lane>,
-        /// Of the lane e2e, run only the tests whose name fits this pattern; of nightly, only this
+        /// Of the lanes e2e and debug, run only the tests whose name fits this pattern; of nightly, only this
         /// part: fuzz, fuzz-tap, deaths, packages, and others.
         #[arg(long, default_value = lanes::ALL, value_name = "PATTERN")]
         only: String,

@@ -46,7 +46,7 @@ pub(crate) fn add_installed(
 ) -> Result<()> {
     let overlay = payload.join("overlay");
     install::to(module, programs, &overlay)?;
-    let root = Root::new(&machines.build_root).bind(&overlay, "/mnt/a");
+    let root = machines.root()?.bind(&overlay, "/mnt/a");
     run::shown(&mut root.script(DEPMOD)).context("cannot index the modules of the payload")
 }
 
@@ -66,7 +66,7 @@ pub(crate) fn add_program(payload: &Path, program: &Path) -> Result<()> {
 pub(crate) fn add_guest(payload: &Path, machines: &Machines, agent: &Path) -> Result<()> {
     let guest = payload.join("guest");
     fs::create_dir_all(&guest)?;
-    fs::copy(machines.dom0.join("vmlinuz"), guest.join("vmlinuz"))?;
+    fs::copy(&machines.guest_kernel, guest.join("vmlinuz"))?;
     let added = guest.join("added");
     fs::create_dir_all(&added)?;
     fs::copy(agent, added.join("agent"))?;

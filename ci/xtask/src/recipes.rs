@@ -2,6 +2,7 @@
 //! The artefacts: the build root, the kernel tree, and the disks and initramfs of the machines.
 
 use crate::cache::Artefact;
+use crate::kernel::Kernel;
 use crate::root::Root;
 use crate::{gates, host, kernel, run};
 use anyhow::{Context, Result};
@@ -15,6 +16,8 @@ const DKMS_PACKAGES: &str = include_str!("../../recipes/dkms-root.packages");
 const DOM0_PACKAGES: &str = include_str!("../../recipes/dom0.packages");
 const KERNEL_HOOK: &str = include_str!("../../recipes/kernel-image.hook");
 const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
+const CHECKED_KERNEL: &str = include_str!("../../recipes/kernel-checked.sh");
+const CHECKED_CONFIG: &str = include_str!("../../recipes/kernel-checked.config");
 const INITRAMFS: &str = include_str!("../../recipes/initramfs.sh");
 const DOM0_INIT: &str = include_str!("../../recipes/dom0-init.sh");
 const DOM0_INITRAMFS_INIT: &str = include_str!("../../recipes/dom0-initramfs-init.sh");
@@ -46,7 +49,14 @@ pub(crate) fn build_root() -> Result<PathBuf> {
 }
 
 /// The tree that a Rust module is compiled against: `source`, `build` and `kmake`.
-pub(crate) fn kernel_tree(build_root: &Path) -> Result<PathBuf> {
+pub(crate) fn kernel_tree(build_root: &Path, kernel: Kernel) -> Result<PathBuf> {
+    match kernel {
+        Kernel::Stock => stock_tree(build_root),
+        Kernel::Checked => checked_kernel(build_root),
+    }
+}
+
+fn stock_tree(build_root: &Path) -> Result<PathBuf> {
     let id = folder_name(build_root)?;
     Artefact {
         name: "kernel-tree",
@@ -60,6 +70,24 @@ pub(crate) fn kernel_tree(build_root: &Path) -> Result<PathBuf> {
         let mut script = root.script(KERNEL_TREE);
         run::logged(script.args(["kernel-tree", &release, "/mnt/a"]), log)?;
         gates::check(build_root, dir, &release)
+    })
+}
+
+/// The kernel with all checks: what [`kernel_tree`] has, and `vmlinuz` and its modules in `installed`.
+fn checked_kernel(build_root: &Path) -> Result<PathBuf> {
+    let id = folder_name(build_root)?;
+    Artefact {
+        name: "kernel-checked",
+        title: "the kernel with all checks",
+        about: "12 min",
+        inputs: vec![&id, CHECKED_KERNEL, CHECKED_CONFIG],
+    }
+    .get(|dir, log| {
+        fs::write(dir.join("config"), CHECKED_CONFIG)?;
+        let root = Root::new(build_root).bind(dir, "/mnt/a");
+        let mut script = root.script(CHECKED_KERNEL);
+        script.args(["kernel-checked", &release(build_root)?, "/mnt/a"]);
+        run::logged(&mut script, log)
     })
 }
 
@@ -110,16 +138,77 @@ pub(crate) struct Machines {
     pub(crate) build_root: PathBuf,
     /// Holds `xen`, `vmlinuz`, `dom0.cpio`, `dom0.img`.
     pub(crate) dom0: PathBuf,
-    /// Holds `guest.cpio`, the base of the guests' initramfs; their kernel is dom0's `vmlinuz`.
+    /// Holds `guest.cpio`, the base of the guests' initramfs.
     pub(crate) guest: PathBuf,
+    /// The guests' kernel: the stock one.
+    pub(crate) guest_kernel: PathBuf,
+    /// Which kernel dom0 has.
+    pub(crate) kernel: Kernel,
+    /// The folder of dom0's modules, if they are not those of the build root.
+    modules: Option<PathBuf>,
+}
+
+impl Machines {
+    /// The build root, with the modules of dom0's kernel.
+    pub(crate) fn root(&self) -> Result<Root> {
+        with_modules(&self.build_root, self.modules.as_deref())
+    }
+}
+
+/// The build root, with these modules in the place of the stock kernel's: they have the same release.
+fn with_modules(build_root: &Path, modules: Option<&Path>) -> Result<Root> {
+    let root = Root::new(build_root);
+    Ok(match modules {
+        Some(modules) => root.bind_read_only(modules, &modules_folder(build_root)?),
+        None => root,
+    })
+}
+
+fn modules_folder(build_root: &Path) -> Result<String> {
+    Ok(format!("/usr/lib/modules/{}", release(build_root)?))
 }
 
 /// Builds what is missing of the machines, and the kernel tree, for who boots also builds: dom0's
 /// tree is made while the compilers are busy with the kernel's.
-pub(crate) fn machines() -> Result<Machines> {
+pub(crate) fn machines(kernel: Kernel) -> Result<Machines> {
+    let stock = stock_machines()?;
+    match kernel {
+        Kernel::Stock => Ok(stock),
+        Kernel::Checked => checked_machines(stock),
+    }
+}
+
+/// The machines with another kernel in dom0.
+fn checked_machines(stock: Machines) -> Result<Machines> {
+    let made = checked_kernel(&stock.build_root)?;
+    let dom0_root = dom0_root()?;
+    let modules = made
+        .join("installed/lib/modules")
+        .join(release(&stock.build_root)?);
+    let inputs = [folder_name(&made)?, folder_name(&dom0_root)?];
+    let kernel = Made {
+        image: Some(made.join("vmlinuz")),
+        modules: Some(modules),
+    };
+    let dom0 = Artefact {
+        name: "dom0-image-checked",
+        title: "dom0's disk for the kernel with all checks",
+        about: "20 s",
+        inputs: [DOM0_INPUTS, &[&inputs[0], &inputs[1]]].concat(),
+    }
+    .get(|dir, log| dom0_image(dir, log, &stock.build_root, &dom0_root, &kernel))?;
+    Ok(Machines {
+        dom0,
+        kernel: Kernel::Checked,
+        modules: kernel.modules,
+        ..stock
+    })
+}
+
+fn stock_machines() -> Result<Machines> {
     let (build_root, dom0_root) = std::thread::scope(|scope| {
         let other = scope.spawn(dom0_root);
-        let build_root = build_root().and_then(|root| kernel_tree(&root).map(|_| root));
+        let build_root = build_root().and_then(|root| stock_tree(&root).map(|_| root));
         (build_root, other.join())
     });
     let build_root = build_root?;
@@ -129,17 +218,9 @@ pub(crate) fn machines() -> Result<Machines> {
         name: "dom0-image",
         title: "dom0's disk",
         about: "20 s",
-        inputs: vec![
-            &ids.0,
-            &ids.1,
-            DOM0_INIT,
-            DOM0_INITRAMFS_INIT,
-            INITRAMFS,
-            DOM0_MODULES,
-            DOM0_SIZE,
-        ],
+        inputs: [&[ids.0.as_str(), &ids.1], DOM0_INPUTS].concat(),
     }
-    .get(|dir, log| dom0_image(dir, log, &build_root, &dom0_root))?;
+    .get(|dir, log| dom0_image(dir, log, &build_root, &dom0_root, &Made::default()))?;
     let guest = Artefact {
         name: "guest-initramfs",
         title: "the guests' initramfs",
@@ -161,12 +242,16 @@ pub(crate) fn machines() -> Result<Machines> {
             programs: GUEST_PROGRAMS,
             shells: GUEST_SHELLS,
         };
-        initramfs(dir, "guest.cpio", log, &build_root, &dom0_root, init)
+        let root = Root::new(&build_root);
+        initramfs(dir, "guest.cpio", log, root, &dom0_root, init)
     })?;
     Ok(Machines {
         build_root,
+        guest_kernel: dom0.join("vmlinuz"),
         dom0,
         guest,
+        kernel: Kernel::Stock,
+        modules: None,
     })
 }
 
@@ -209,10 +294,32 @@ fn debian(dir: &Path, log: &Path, packages: &str, release: Option<&str>) -> Resu
     run::logged(command.stdin(std::process::Stdio::null()), log)
 }
 
-fn dom0_image(dir: &Path, log: &Path, build_root: &Path, dom0_root: &Path) -> Result<()> {
+/// What dom0's disk is made of beside programs.
+const DOM0_INPUTS: &[&str] = &[
+    DOM0_INIT,
+    DOM0_INITRAMFS_INIT,
+    INITRAMFS,
+    DOM0_MODULES,
+    DOM0_SIZE,
+];
+
+/// A kernel that was made here; what there is not is of the stock kernel.
+#[derive(Default)]
+struct Made {
+    image: Option<PathBuf>,
+    modules: Option<PathBuf>,
+}
+
+fn dom0_image(
+    dir: &Path,
+    log: &Path,
+    build_root: &Path,
+    dom0_root: &Path,
+    kernel: &Made,
+) -> Result<()> {
     let release = release(build_root)?;
     let tree = dir.join("tree");
-    let modules = format!("usr/lib/modules/{release}");
+    let stock = build_root.join(format!("usr/lib/modules/{release}"));
     run::logged(
         Command::new("cp")
             .args(["-a", "--reflink=auto"])
@@ -221,11 +328,10 @@ fn dom0_image(dir: &Path, log: &Path, build_root: &Path, dom0_root: &Path) -> Re
         log,
     )?;
     fs::create_dir_all(tree.join("usr/lib/modules"))?;
-    let from = build_root.join(&modules);
     run::logged(
         Command::new("cp")
             .arg("-a")
-            .arg(from)
+            .arg(kernel.modules.as_deref().unwrap_or(&stock))
             .arg(tree.join("usr/lib/modules/")),
         log,
     )?;
@@ -238,10 +344,14 @@ fn dom0_image(dir: &Path, log: &Path, build_root: &Path, dom0_root: &Path) -> Re
     fs::write(&init, DOM0_INIT)?;
     run::shown(Command::new("chmod").arg("+x").arg(&init))?;
 
+    if let Some(image) = &kernel.image {
+        fs::copy(image, dir.join("vmlinuz"))?;
+    }
     let root = Root::new(build_root).bind(dir, "/mnt/a");
     let script = format!(
         "gunzip -c /mnt/a/tree/boot/xen-4.20-amd64.gz >/mnt/a/xen
-         cp $(ls /boot/vmlinuz-{release} /usr/lib/modules/{release}/vmlinuz 2>/dev/null | head -n1) /mnt/a/vmlinuz
+         [ -e /mnt/a/vmlinuz ] ||
+             cp $(ls /boot/vmlinuz-{release} /usr/lib/modules/{release}/vmlinuz 2>/dev/null | head -n1) /mnt/a/vmlinuz
          rm -f /mnt/a/tree/usr/lib/modules/{release}/vmlinuz
          truncate -s {DOM0_SIZE} /mnt/a/dom0.img
          mkfs.ext4 -q -E lazy_itable_init=0 -d /mnt/a/tree /mnt/a/dom0.img"
@@ -254,7 +364,8 @@ fn dom0_image(dir: &Path, log: &Path, build_root: &Path, dom0_root: &Path) -> Re
         programs: "",
         shells: "",
     };
-    initramfs(dir, "dom0.cpio", log, build_root, dom0_root, init)
+    let root = with_modules(build_root, kernel.modules.as_deref())?;
+    initramfs(dir, "dom0.cpio", log, root, dom0_root, init)
 }
 
 /// What an initramfs holds beside busybox.
@@ -270,14 +381,12 @@ fn initramfs(
     dir: &Path,
     out: &str,
     log: &Path,
-    build_root: &Path,
+    root: Root,
     dom0_root: &Path,
     what: Initramfs,
 ) -> Result<()> {
     fs::write(dir.join("init"), what.init)?;
-    let root = Root::new(build_root)
-        .bind(dir, "/mnt/a")
-        .bind_read_only(dom0_root, "/mnt/b");
+    let root = root.bind(dir, "/mnt/a").bind_read_only(dom0_root, "/mnt/b");
     let mut command = root.script(INITRAMFS);
     command.args([
         "initramfs",

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! `cargo xtask vm`: a dom0 to work in, with what a package would install.
 
-use crate::machine::Machine;
+use crate::kernel::Kernel;
+use crate::machine::{Machine, CHECKED_MEMORY};
 use crate::recipes::Machines;
 use crate::{build, payload, recipes};
 use anyhow::{Context, Result};
@@ -33,6 +34,9 @@ pub(crate) struct Args {
         allow_hyphen_values = true
     )]
     dom0_args: String,
+    /// Give dom0 a kernel with lockdep and kmemleak, and memory for that; it is built first (12 min).
+    #[arg(long, conflicts_with_all = ["stock", "module"])]
+    checked_kernel: bool,
     /// Do not install our module and programs: the C driver serves the disks.
     #[arg(long)]
     stock: bool,
@@ -58,9 +62,16 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
         once(&args.command.join(" "))
     };
     let payload = payload::new("vm", &script)?;
-    let machines = recipes::machines()?;
+    let kernel = match args.checked_kernel {
+        true => Kernel::Checked,
+        false => Kernel::Stock,
+    };
+    let machines = recipes::machines(kernel)?;
     fill(args, &payload, &machines)?;
     let mut machine = Machine::new("vm");
+    if kernel == Kernel::Checked {
+        machine.dom0_memory = CHECKED_MEMORY;
+    }
     machine.smp = args.smp;
     machine.xen_args.clone_from(&args.xen_args);
     machine.dom0_args.clone_from(&args.dom0_args);
@@ -95,7 +106,7 @@ fn fill(args: &Args, payload: &Path, machines: &Machines) -> Result<()> {
     if !args.stock {
         let module = match &args.module {
             Some(module) => module.canonicalize()?,
-            None => build::module()?,
+            None => build::module_for(machines.kernel)?,
         };
         payload::add_installed(payload, machines, &module, programs.as_deref())?;
     }

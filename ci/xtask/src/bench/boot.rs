@@ -4,6 +4,7 @@
 use super::collect::Collector;
 use super::result::{Results, WASTEFUL};
 use super::{counts, Args};
+use crate::kernel::Kernel;
 use crate::machine::Machine;
 use crate::recipes::{self, Machines};
 use crate::root::Root;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// Boots the machine and collects.
 pub(super) fn measure(args: &Args) -> Result<Results> {
-    let machines = recipes::machines()?;
+    let machines = recipes::machines(Kernel::Stock)?;
     let mut machine = Machine::new("bench");
     machine.icount = true;
     machine.checks = false;

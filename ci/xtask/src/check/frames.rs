@@ -3,6 +3,7 @@
 //! stack: so no function of the module may take much of it. How much each one takes is in the
 //! tables by which the kernel unwinds the stack, made by objtool from the code itself.
 
+use crate::kernel::Kernel;
 use crate::root::Root;
 use crate::{recipes, run};
 use anyhow::{Context, Result};
@@ -22,7 +23,7 @@ pub(crate) fn check(module: &Path) -> Result<()> {
     let file = format!("/mnt/c/{name}");
     let build_root = recipes::build_root()?;
     let root = Root::new(&build_root)
-        .bind_read_only(&recipes::kernel_tree(&build_root)?, "/mnt/a")
+        .bind_read_only(&recipes::kernel_tree(&build_root, Kernel::Stock)?, "/mnt/a")
         .bind_read_only(folder, "/mnt/c");
     let symbols = run::output(root.command("objdump").args(["--syms", &file]))?;
     let unwinding = run::output(root.command("env").args([

@@ -2,8 +2,9 @@
 //! The tests that run in a Xen machine: one boot, many tests.
 
 use crate::build;
+use crate::kernel::Kernel;
 use crate::ktap;
-use crate::machine::{Machine, Outcome};
+use crate::machine::{Machine, Outcome, CHECKED_MEMORY};
 use crate::tally::Tally;
 use crate::{payload, recipes};
 use anyhow::{Context, Result};
@@ -23,7 +24,7 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     let script = format!("exec /t/vmtest run --only '{only}'{}\n", words(seed));
     let payload = with_faulty("e2e", &script)?;
     let mut planted = false;
-    let mut outcome = report(tally, "e2e", &payload, |line| {
+    let mut outcome = report(tally, machine("e2e"), Kernel::Stock, &payload, |line| {
         planted |= line.starts_with("ok ") && line.ends_with(PLANTED.0);
     });
     if let (true, Ok(outcome)) = (planted, &mut outcome) {
@@ -100,18 +101,38 @@ pub(super) fn long(
 /// Cases of `vmtest`, in a machine of their own.
 fn cases(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
     let payload = with_faulty(name, script)?;
-    let outcome = report(tally, name, &payload, |_| ());
+    let outcome = report(tally, machine(name), Kernel::Stock, &payload, |_| ());
     consoles(tally, name, outcome);
     Ok(())
 }
 
 /// A payload for `vmtest`, with the module that has planted faults as well.
 fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
-    let payload = with_everything(name, script, &build::module()?)?;
+    let payload = with_everything(name, script, Kernel::Stock)?;
     let faulty = payload.join("faulty");
     fs::create_dir_all(&faulty)?;
     fs::copy(build::faulty_module()?, faulty.join("xen-blkback-rs.ko"))?;
     Ok(payload)
+}
+
+/// Honest guests and a malicious frontend, on a dom0 whose kernel checks locks, memory and leaks by itself.
+pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
+    let (only, seed) = (only.replace('\'', ""), words(seed));
+    // First the malicious ones: what has been lost is looked for at the end.
+    let mut script = String::new();
+    if only == super::ALL {
+        script = format!(
+            "/t/hostile run{seed}
+             [ $? -lt 2 ] || echo 'Bail out! hostile has broken off' >\"$REPORT\"\n"
+        );
+    }
+    script += &format!(
+        "exec /t/vmtest run --checked-kernel --only '{only}' --except 'planted.*'{seed}\n"
+    );
+    let payload = with_everything("debug", &script, Kernel::Checked)?;
+    let outcome = report(tally, roomy("debug"), Kernel::Checked, &payload, |_| ());
+    consoles(tally, "debug", outcome);
+    Ok(())
 }
 
 /// Random requests of a malicious frontend; each run says its seed.
@@ -141,11 +162,11 @@ fn words(seed: Option<u64>) -> String {
 
 /// `options` are those of the module.
 fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()> {
-    let payload = with_everything(name, script, &build::module()?)?;
+    let payload = with_everything(name, script, Kernel::Stock)?;
     let conf = payload.join("overlay/usr/lib/modprobe.d/test.conf");
     fs::write(&conf, format!("options xen-blkback-rs {options}\n"))
         .with_context(|| format!("cannot write {}", conf.display()))?;
-    let outcome = report(tally, name, &payload, |_| ());
+    let outcome = report(tally, machine(name), Kernel::Stock, &payload, |_| ());
     consoles(tally, name, outcome);
     Ok(())
 }
@@ -153,12 +174,13 @@ fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()
 /// Boots with this payload, and counts what is reported; each line goes to `on_line` as well.
 fn report(
     tally: &mut Tally,
-    name: &str,
+    machine: Machine,
+    kernel: Kernel,
     payload: &Path,
     mut on_line: impl FnMut(&str),
 ) -> Result<Outcome> {
     let mut reader = ktap::Reader::default();
-    let outcome = machine(name).run(&recipes::machines()?, payload, |line| {
+    let outcome = machine.run(&recipes::machines(kernel)?, payload, |line| {
         on_line(line);
         reader.line(line, tally);
     });
@@ -174,18 +196,27 @@ fn consoles(tally: &mut Tally, name: &str, outcome: Result<Outcome>) {
     );
 }
 
+/// A machine for a kernel that keeps books on all its memory.
+fn roomy(name: &str) -> Machine {
+    let mut machine = machine(name);
+    machine.dom0_memory = CHECKED_MEMORY;
+    machine.timeout = Duration::from_secs(4 * 60 * 60);
+    machine
+}
+
 fn machine(name: &str) -> Machine {
     let mut machine = Machine::new(name);
     machine.timeout = Duration::from_secs(60 * 60);
     machine
 }
 
-/// A payload with this module installed, the programs and a guest.
-pub(crate) fn with_everything(name: &str, script: &str, module: &Path) -> Result<PathBuf> {
+/// A payload with the module for this kernel installed, the programs and a guest.
+pub(crate) fn with_everything(name: &str, script: &str, kernel: Kernel) -> Result<PathBuf> {
     let payload = payload::new(name, script)?;
-    let machines = recipes::machines()?;
+    let machines = recipes::machines(kernel)?;
     let programs = build::programs()?;
-    payload::add_installed(&payload, &machines, module, Some(&programs))?;
+    let module = build::module_for(kernel)?;
+    payload::add_installed(&payload, &machines, &module, Some(&programs))?;
     for program in build::program_files(&programs)? {
         payload::add_program(&payload, &program)?;
     }

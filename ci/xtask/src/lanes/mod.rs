@@ -6,6 +6,7 @@ pub(crate) mod e2e;
 mod host;
 mod nightly;
 
+use crate::kernel::Kernel;
 use crate::tally::Tally;
 use anyhow::anyhow;
 use std::thread;
@@ -24,6 +25,9 @@ pub(crate) enum Lane {
     E2e,
     /// A malicious frontend against the driver, in a Xen machine.
     Hostile,
+    /// Honest guests and a malicious frontend on a kernel with lockdep, kmemleak and failing allocations; it is
+    /// built first.
+    Debug,
     /// Instructions per I/O against recorded bounds, in a Xen machine.
     Bench,
     /// What takes too long for each change: random malicious requests, a hundred deaths of a
@@ -54,7 +58,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
     let start = Instant::now();
     if lanes.contains(&Lane::E2e) {
         // All artefacts at once is quicker than each when it is first needed.
-        if let Err(error) = crate::recipes::machines() {
+        if let Err(error) = crate::recipes::machines(Kernel::Stock) {
             tally.fail("the test machines", &format!("{error:#}"));
         }
     }
@@ -69,7 +73,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
         }
         tally
     };
-    let first = [Lane::Host, Lane::Check, Lane::Build, Lane::E2e];
+    let first = [Lane::Host, Lane::Check, Lane::Build, Lane::E2e, Lane::Debug];
     tally.join(each(of(&first)));
     thread::scope(|scope| {
         let counted = of(&[Lane::Bench]);
@@ -90,8 +94,9 @@ fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut Tally) {
     let done = match lane {
         Lane::E2e => e2e::tests(tally, only, seed),
         Lane::Nightly => nightly::tests(tally, only, seed),
+        Lane::Debug => e2e::debug(tally, only, seed),
         _ if only != ALL => Err(anyhow!(
-            "--only names tests of the lanes e2e and nightly; for some of the attacks: cargo xtask vm -- '/t/hostile run --only WORD'"
+            "--only names tests of the lanes e2e, debug and nightly; for some of the attacks: cargo xtask vm -- '/t/hostile run --only WORD'"
         )),
         Lane::Host => host::tests(tally),
         Lane::Check => crate::check::run(tally),

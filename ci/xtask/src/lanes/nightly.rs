@@ -33,6 +33,11 @@ const PARTS: &[(&str, Part)] = &[
     ("direct", Part::Own(e2e::direct)),
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
+    // On a kernel with its own checks.
+    (
+        "debug",
+        Part::Own(|tally, seed| e2e::debug(tally, super::ALL, seed)),
+    ),
     // The module is built on a host by itself.
     ("packages", Part::Own(build::long)),
     // Other shapes, formats, orders and ways in.

@@ -239,16 +239,22 @@ fn rebind_verified(context: &mut Context) -> Result<()> {
 
 /// A loop device over `below`, with so few requests in flight that a queue soon waits for one of them.
 fn narrow_loop(context: &mut Context, below: &str) -> Result<String> {
+    let path = loop_device(context, below, &["--direct-io=on"])?;
+    let name = path.trim_start_matches("/dev/");
+    sh::put(format!("/sys/block/{name}/queue/scheduler"), "none")?;
+    sh::put(format!("/sys/block/{name}/queue/nr_requests"), "4")?;
+    Ok(path)
+}
+
+/// A loop device over `below` for the time of the case.
+pub(super) fn loop_device(context: &mut Context, below: &str, options: &[&str]) -> Result<String> {
     sh::modprobe("loop", &[])?;
-    let loops = ["losetup", "--find", "--show", "--direct-io=on", below];
+    let loops = [&["losetup", "--find", "--show", below], options].concat();
     let path = sh::run(&loops)?.trim().to_owned();
     let theirs = path.clone();
     context.at_end(format!("remove {path}"), move || {
         sh::run(&["losetup", "--detach", &theirs]).map(drop)
     });
-    let name = path.trim_start_matches("/dev/");
-    sh::put(format!("/sys/block/{name}/queue/scheduler"), "none")?;
-    sh::put(format!("/sys/block/{name}/queue/nr_requests"), "4")?;
     Ok(path)
 }
 

@@ -5,6 +5,7 @@ mod attempt;
 mod basic;
 mod beside;
 mod boot;
+mod checked;
 mod death;
 mod direct;
 mod faults;
@@ -80,6 +81,8 @@ pub(crate) struct Case {
     pub(crate) supervised: bool,
     /// Whether it is about the module with planted faults.
     pub(crate) faulty: bool,
+    /// Whether it needs a kernel with its own checks.
+    pub(crate) checked: bool,
     /// What must be found in the problems of the case, which then holds; nothing for most cases.
     pub(crate) finds: &'static [&'static str],
     /// The case itself.
@@ -105,6 +108,7 @@ impl Case {
             nightly: false,
             supervised: false,
             faulty: false,
+            checked: false,
             finds: &[],
             run: Box::new(run),
         }
@@ -444,6 +448,7 @@ pub(crate) fn all() -> Vec<Case> {
         tap_life::cases(),
         direct::cases(),
         boot::cases(),
+        checked::cases(),
         // Last: after the module with planted faults nothing is worth judging.
         planted::cases(),
     ];
@@ -455,6 +460,7 @@ pub(crate) fn run(selection: &Selection, driver: Driver) -> Result<ExitCode> {
     let cases: Vec<Case> = all()
         .into_iter()
         .filter(|case| selection.means(&case.name, case.nightly))
+        .filter(|case| !case.checked || selection.checked_kernel)
         .collect();
     if cases.is_empty() {
         let only = selection.only();

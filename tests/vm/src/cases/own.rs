@@ -100,8 +100,16 @@ impl Disks {
                     Ok(state.is_none_or(|state| state == "6"))
                 })?;
             }
+        }
+        self.forget()
+    }
+
+    /// Removes the keys of all disks.
+    pub(super) fn forget(&self) -> Result<()> {
+        for id in &self.0 {
             xs::remove(&format!("/local/domain/0/device/vbd/{id}"))?;
             xs::remove(&format!("/local/domain/0/backend/vbd/0/{id}"))?;
+            xs::remove(&format!("/local/domain/0/error/backend/vbd/0/{id}"))?;
             let devices = [sysfs(id), format!("/sys/bus/xen/devices/vbd-{id}")];
             sh::wait_for("the removal of both devices", LIMIT, || {
                 Ok(devices.iter().all(|device| fs::metadata(device).is_err()))

@@ -14,6 +14,9 @@ pub(crate) struct Selection {
     /// Run the cases that take too long for each change, and no others.
     #[arg(long)]
     nightly: bool,
+    /// Of those, run also the cases that need a kernel with its own checks: dom0 has one.
+    #[arg(long)]
+    pub(super) checked_kernel: bool,
 }
 
 impl Selection {
@@ -66,6 +69,7 @@ mod tests {
             only: only.into(),
             except: except.into(),
             nightly,
+            checked_kernel: false,
         };
         let cases = [("a", false), ("b", false), ("c", true), ("d", true)];
         let meant = cases

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What only a kernel with its own checks can show (`ci/recipes/kernel-checked.config`): that nothing is lost or
+//! left behind when the module gets no memory, and that all memory that it ever took can still be reached.
+
+use super::basic::{attach_own, detach_own, verify_job, FIO};
+use super::hung::loop_device;
+use super::own::{self, Disks};
+use super::tap::{image, DEVICE, VDEV};
+use super::{Case, Context, Needs};
+use crate::tap::{self, Served};
+use crate::{hotplug, seed, sh, xs};
+use anyhow::{ensure, Context as _, Result};
+use sim::rng::Rng;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// How long a disk may take to connect, or to say why not.
+const SETTLED: Duration = Duration::from_secs(60);
+/// Disks that are connected while an allocation fails.
+const ATTEMPTS: usize = 40;
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Nothing, Pv};
+    let case = |name: &str, about: &str, needs, run: fn(&mut Context) -> Result<()>| Case {
+        ours: true,
+        checked: true,
+        ..Case::new(name, about, needs, run)
+    };
+    vec![
+        case(
+            "checked.connect",
+            "a disk connects or says why not when an allocation fails, and leaves nothing",
+            Nothing,
+            connect,
+        )
+        .no_leaks(),
+        case(
+            "checked.load",
+            "under load every third allocation of the module fails, and no request does",
+            Pv,
+            load,
+        ),
+        case(
+            "checked.tap",
+            "the same of a tap disk whose process dies meanwhile",
+            Pv,
+            tap_load,
+        )
+        .supervised(),
+        // After all others.
+        case(
+            "checked.no_lost_memory",
+            "the kernel finds a way to all memory that the module has taken",
+            Nothing,
+            no_lost_memory,
+        ),
+    ]
+}
+
+/// Disks that got no driver, because that had no memory to begin with.
+static UNBOUND: AtomicUsize = AtomicUsize::new(0);
+
+/// Allocations that the module, or what it calls, asks for fail until this is dropped.
+struct Failing;
+
+/// What the kernel can let fail: objects, and pages.
+const OBJECTS: &str = "/sys/kernel/debug/failslab";
+const PAGES: &str = "/sys/kernel/debug/fail_page_alloc";
+const KINDS: [&str; 2] = [OBJECTS, PAGES];
+
+impl Failing {
+    /// So many of a hundred allocations fail: of each kind `times`, or any number if that is -1.
+    fn begin(percent: u32, times: i32) -> Result<Failing> {
+        let (start, end) = code()?;
+        let failing = Failing;
+        for kind in KINDS {
+            for (name, value) in [
+                ("verbose", "0".into()),
+                ("ignore-gfp-wait", "N".into()),
+                ("stacktrace-depth", "32".into()),
+                ("require-start", format!("{start:#x}")),
+                ("require-end", format!("{end:#x}")),
+                ("times", times.to_string()),
+                ("probability", percent.to_string()),
+            ] {
+                sh::put(format!("{kind}/{name}"), &value)?;
+            }
+        }
+        sh::put(format!("{PAGES}/min-order"), "0")?;
+        Ok(failing)
+    }
+
+    /// True if one of the only failures of each kind has happened.
+    fn has_happened() -> Result<bool> {
+        let is_used_up = |kind| Ok(sh::get(format!("{kind}/times"))? == "0");
+        let used_up = KINDS
+            .map(is_used_up)
+            .into_iter()
+            .collect::<Result<Vec<_>>>()?;
+        Ok(used_up.contains(&true))
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        for kind in KINDS {
+            if let Err(error) = sh::put(format!("{kind}/probability"), "0") {
+                eprintln!("allocations go on to fail: {error:#}");
+            }
+        }
+    }
+}
+
+/// Where the module's code is.
+fn code() -> Result<(u64, u64)> {
+    let symbols = sh::shell("grep -i ' t .*\\[xen_blkback_rs\\]' /proc/kallsyms")?;
+    let numbers = symbols
+        .lines()
+        .filter_map(|line| u64::from_str_radix(line.split(' ').next()?, 16).ok());
+    let (start, end) = numbers.fold((u64::MAX, 0), |(start, end), at| {
+        (start.min(at), end.max(at))
+    });
+    ensure!(
+        0 < start && start < end,
+        "/proc/kallsyms does not say where the module is"
+    );
+    // The last function is not longer.
+    Ok((start, end + 4096))
+}
+
+fn connect(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = context.null_blk(16, &[])?;
+    let mut rng = Rng::new(seed::get());
+    let (mut failed, mut refused) = (0, 0);
+    for _ in 0..ATTEMPTS {
+        let percent = rng.pick(&[1, 2, 3, 5, 10, 30, 100]);
+        let failing = Failing::begin(percent, 1)?;
+        let disks = Disks::connect(&device.path(), 1)?;
+        let id = &disks.0[0];
+        let connected = settled(id).with_context(|| format!("{percent} %"))?;
+        let happened = Failing::has_happened()?;
+        drop(failing);
+        ensure!(
+            connected || happened,
+            "a disk did not connect, and no allocation failed"
+        );
+        failed += u32::from(happened);
+        refused += u32::from(!connected);
+        let said = xs::read(&format!("/local/domain/0/error/backend/vbd/0/{id}/error"))?;
+        // Where the bus says so, it has no driver, or will not have it in a moment.
+        let bound = !said
+            .as_ref()
+            .is_some_and(|said| said.contains("xenbus_dev_probe"));
+        if !bound {
+            UNBOUND.fetch_add(1, Ordering::Relaxed);
+        }
+        match bound {
+            true => disks
+                .disconnect()
+                .with_context(|| format!("it said {said:?}"))?,
+            // There is nobody who could close it.
+            false => disks.forget()?,
+        }
+    }
+    let unbound = UNBOUND.load(Ordering::Relaxed);
+    context.note(&format!(
+        "of {ATTEMPTS} disks an allocation failed for {failed}, {refused} said so, and {unbound} got no driver"
+    ))?;
+    ensure!(failed >= 10, "an allocation failed for {failed} disks only");
+    ensure!(refused >= 3, "{refused} disks did not connect");
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    sh::shell("dd if=/dev/zero of=/dev/xvdk bs=1M count=4 oflag=direct status=none")?;
+    detach_own(&vbd)
+}
+
+/// Waits until a disk of dom0 has connected (true), or has said why it has not.
+fn settled(id: &str) -> Result<bool> {
+    let error = format!("/local/domain/0/error/backend/vbd/0/{id}/error");
+    let state = format!("/local/domain/0/backend/vbd/0/{id}/state");
+    let mut connected = false;
+    sh::wait_for("a disk or a reason", SETTLED, || {
+        connected = xs::read(&state)?.is_some_and(|state| state == "4");
+        Ok(connected || xs::read(&error)?.is_some())
+    })
+    .with_context(|| {
+        let bound = Path::new(&own::sysfs(id)).join("driver").exists();
+        let theirs = xs::read(&format!("/local/domain/0/device/vbd/{id}/state"));
+        format!(
+            "states {:?} and {theirs:?}, bound: {bound}",
+            xs::read(&state)
+        )
+    })?;
+    Ok(connected)
+}
+
+fn load(context: &mut Context) -> Result<()> {
+    // Not a null_blk: that asks for memory for each write, in the same call.
+    let file = image(context, "checked.img", 32)?;
+    let device = loop_device(context, &file, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device, "xvda", "w")?)?;
+    let job = guest.start(&verify_job("/dev/xvda", 16, 400, 512))?;
+    let failing = Failing::begin(33, -1)?;
+    let done = guest.wait(job, FIO)?;
+    drop(failing);
+    ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
+    guest.detach(&vbd)
+}
+
+fn tap_load(context: &mut Context) -> Result<()> {
+    let path = image(context, "checked.img", 16)?;
+    let specification = tap::disk(&format!("aio:{path}"), VDEV, "w");
+    let disk = Served::attach(context.pv()?, &specification)?;
+    let guest = context.pv()?;
+    let job = guest.start(&verify_job(DEVICE, 16, 400, 512))?;
+    let pid = disk.pid()?;
+    // So few that a process comes through in the end.
+    let failing = Failing::begin(33, 20)?;
+    disk.signal(pid, libc::SIGKILL)?;
+    let done = guest.wait(job, FIO)?;
+    drop(failing);
+    ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
+    disk.detach(context.pv()?)
+}
+
+const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+/// Of memory that is younger than five seconds nothing is said: its address may be in a register still.
+const AGE: Duration = Duration::from_secs(6);
+
+fn no_lost_memory(context: &mut Context) -> Result<()> {
+    // What is found has to look lost twice.
+    for _ in 0..3 {
+        std::thread::sleep(AGE);
+        sh::put(KMEMLEAK, "scan")?;
+    }
+    let text = sh::get(KMEMLEAK)?;
+    let (of_xenbus, lost) = lost(&text);
+    for record in &lost {
+        context.note(&record.replace('\n', " | "))?;
+    }
+    ensure!(lost.is_empty(), "{} objects are lost", lost.len());
+    // Linux loses the name of the other end of each disk whose driver does not want it.
+    let unbound = UNBOUND.load(Ordering::Relaxed);
+    ensure!(
+        of_xenbus <= unbound,
+        "{of_xenbus} names of other ends are lost, and {unbound} disks got no driver"
+    );
+    Ok(())
+}
+
+/// How many of kmemleak's records are names of other ends that xenbus has read, and the other records.
+fn lost(text: &str) -> (usize, Vec<&str>) {
+    // The first line of a dump has 16 bytes.
+    let is_name =
+        |record: &&str| record.contains("xenbus_thread") && record.contains("  /local/domain/");
+    let records = text.split("unreferenced object").skip(1).map(str::trim);
+    let (names, others): (Vec<&str>, Vec<&str>) = records.partition(is_name);
+    (names.len(), others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lost;
+
+    #[test]
+    fn all_but_names_of_other_ends_is_judged() {
+        let one = "unreferenced object 0xffff888003a3d0c0 (size 192):\n  backtrace (crc 3):\n    f+0x2/0x4\n";
+        let name = "unreferenced object 0xffff88810f807240 (size 64):\n  hex dump (first 32 bytes):\n    \
+            2f 6c 6f 63 61 6c 2f 64 6f 6d 61 69 6e 2f 30 2f  /local/domain/0/\n  backtrace (crc 4b40a279):\n    \
+            __kmalloc_noprof+0x5bd/0x7f0\n    xenbus_thread+0xab/0x9f0\n";
+        assert_eq!(lost(""), (0, vec![]));
+        let all = format!("{one}{name}{one}{name}");
+        let (names, others) = lost(&all);
+        assert_eq!((names, others.len()), (2, 2));
+        assert!(others[0].starts_with("0xffff888003a3d0c0"));
+        let other = name.replace("/local/domain/0/", "1234567890123456");
+        assert_eq!(lost(&other).1.len(), 1, "another answer of xenstore");
+    }
+}
