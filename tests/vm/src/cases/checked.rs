@@ -3,6 +3,7 @@
 //! left behind when the module gets no memory, and that all memory that it ever took can still be reached.
 
 use super::basic::{attach_own, detach_own, verify_job, FIO};
+use super::direct::{attach_scattered, hits_all, mapped, scattered, PLACES};
 use super::hung::loop_device;
 use super::own::{self, Disks};
 use super::tap::{image, DEVICE, VDEV};
@@ -19,6 +20,14 @@ use std::time::Duration;
 const SETTLED: Duration = Duration::from_secs(60);
 /// Disks that are connected while an allocation fails.
 const ATTEMPTS: usize = 40;
+
+/// Parts of what a disk says that goes on by itself.
+const ASKED_AGAIN: &[&str] = &[
+    "cannot be read",
+    "cannot be claimed",
+    "cannot be opened",
+    "the offer cannot be published",
+];
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
@@ -49,6 +58,13 @@ pub(super) fn cases() -> Vec<Case> {
             tap_load,
         )
         .supervised(),
+        case(
+            "checked.map",
+            "the map of a disk goes on with what it has while it gets no memory, and grows when it does",
+            Pv,
+            map,
+        )
+        .supervised(),
         // After all others.
         case(
             "checked.no_lost_memory",
@@ -63,18 +79,23 @@ pub(super) fn cases() -> Vec<Case> {
 static UNBOUND: AtomicUsize = AtomicUsize::new(0);
 
 /// Allocations that the module, or what it calls, asks for fail until this is dropped.
-struct Failing;
+struct Failing {
+    /// Of each kind at most.
+    times: i32,
+}
 
+/// More failures than there will be.
+const MANY: i32 = 1 << 30;
 /// What the kernel can let fail: objects, and pages.
 const OBJECTS: &str = "/sys/kernel/debug/failslab";
 const PAGES: &str = "/sys/kernel/debug/fail_page_alloc";
 const KINDS: [&str; 2] = [OBJECTS, PAGES];
 
 impl Failing {
-    /// So many of a hundred allocations fail: of each kind `times`, or any number if that is -1.
+    /// So many of a hundred allocations fail: of each kind at most `times`.
     fn begin(percent: u32, times: i32) -> Result<Failing> {
-        let (start, end) = code()?;
-        let failing = Failing;
+        let ((start, end), spared) = (code()?, function(SPARED)?);
+        let failing = Failing { times };
         for kind in KINDS {
             for (name, value) in [
                 ("verbose", "0".into()),
@@ -82,6 +103,8 @@ impl Failing {
                 ("stacktrace-depth", "32".into()),
                 ("require-start", format!("{start:#x}")),
                 ("require-end", format!("{end:#x}")),
+                ("reject-start", format!("{:#x}", spared.0)),
+                ("reject-end", format!("{:#x}", spared.1)),
                 ("times", times.to_string()),
                 ("probability", percent.to_string()),
             ] {
@@ -89,17 +112,15 @@ impl Failing {
             }
         }
         sh::put(format!("{PAGES}/min-order"), "0")?;
+        sh::put(format!("{PAGES}/ignore-gfp-highmem"), "N")?;
         Ok(failing)
     }
 
-    /// True if one of the only failures of each kind has happened.
-    fn has_happened() -> Result<bool> {
-        let is_used_up = |kind| Ok(sh::get(format!("{kind}/times"))? == "0");
-        let used_up = KINDS
-            .map(is_used_up)
-            .into_iter()
-            .collect::<Result<Vec<_>>>()?;
-        Ok(used_up.contains(&true))
+    /// How many have failed.
+    fn count(&self) -> Result<i32> {
+        let left = |kind| Ok(sh::get(format!("{kind}/times"))?.parse::<i32>()?);
+        let left = KINDS.map(left).into_iter().collect::<Result<Vec<_>>>()?;
+        Ok(left.iter().map(|left| self.times - left).sum())
     }
 }
 
@@ -111,6 +132,20 @@ impl Drop for Failing {
             }
         }
     }
+}
+
+/// Linux does not notice that it could not make a file of /proc for an interrupt, and warns when it removes it.
+const SPARED: &str = "__proc_create";
+
+/// Where a function of the kernel is.
+fn function(name: &str) -> Result<(u64, u64)> {
+    let symbols = sh::get("/proc/kallsyms")?;
+    let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
+    let its = |line: &&str| line.split(' ').nth(2) == Some(name);
+    let start = symbols.lines().find(its).and_then(address);
+    let start = start.with_context(|| format!("the kernel has no {name}"))?;
+    let behind = symbols.lines().filter_map(address).filter(|at| *at > start);
+    Ok((start, behind.min().unwrap_or(u64::MAX)))
 }
 
 /// Where the module's code is.
@@ -134,14 +169,14 @@ fn connect(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let device = context.null_blk(16, &[])?;
     let mut rng = Rng::new(seed::get());
-    let (mut failed, mut refused) = (0, 0);
+    let (mut failed, mut refused, mut again) = (0, 0, 0);
     for _ in 0..ATTEMPTS {
         let percent = rng.pick(&[1, 2, 3, 5, 10, 30, 100]);
         let failing = Failing::begin(percent, 1)?;
         let disks = Disks::connect(&device.path(), 1)?;
         let id = &disks.0[0];
         let connected = settled(id).with_context(|| format!("{percent} %"))?;
-        let happened = Failing::has_happened()?;
+        let happened = failing.count()? > 0;
         drop(failing);
         ensure!(
             connected || happened,
@@ -157,6 +192,12 @@ fn connect(context: &mut Context) -> Result<()> {
         if !bound {
             UNBOUND.fetch_add(1, Ordering::Relaxed);
         }
+        // What xenstore did not answer is asked again.
+        let asked_again = |said: &String| ASKED_AGAIN.iter().any(|what| said.contains(what));
+        if said.as_ref().is_some_and(asked_again) {
+            again += 1;
+            disks.wait("4")?;
+        }
         match bound {
             true => disks
                 .disconnect()
@@ -167,7 +208,7 @@ fn connect(context: &mut Context) -> Result<()> {
     }
     let unbound = UNBOUND.load(Ordering::Relaxed);
     context.note(&format!(
-        "of {ATTEMPTS} disks an allocation failed for {failed}, {refused} said so, and {unbound} got no driver"
+        "of {ATTEMPTS} disks an allocation failed for {failed}, {refused} said so, of which {unbound} got no driver and {again} connected later"
     ))?;
     ensure!(failed >= 10, "an allocation failed for {failed} disks only");
     ensure!(refused >= 3, "{refused} disks did not connect");
@@ -202,12 +243,17 @@ fn load(context: &mut Context) -> Result<()> {
     let device = loop_device(context, &file, &[])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device, "xvda", "w")?)?;
+    // Before it borrows the memory for its first requests.
+    let failing = Failing::begin(33, MANY)?;
     let job = guest.start(&verify_job("/dev/xvda", 16, 400, 512))?;
-    let failing = Failing::begin(33, -1)?;
     let done = guest.wait(job, FIO)?;
+    let failed = failing.count()?;
     drop(failing);
     ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
-    guest.detach(&vbd)
+    guest.detach(&vbd)?;
+    context.note(&format!("{failed} allocations failed"))?;
+    ensure!(failed > 0, "no allocation failed");
+    Ok(())
 }
 
 fn tap_load(context: &mut Context) -> Result<()> {
@@ -221,8 +267,35 @@ fn tap_load(context: &mut Context) -> Result<()> {
     let failing = Failing::begin(33, 20)?;
     disk.signal(pid, libc::SIGKILL)?;
     let done = guest.wait(job, FIO)?;
+    let failed = failing.count()?;
     drop(failing);
     ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
+    disk.detach(context.pv()?)?;
+    context.note(&format!("{failed} allocations failed"))?;
+    ensure!(failed > 0, "no allocation failed");
+    Ok(())
+}
+
+fn map(context: &mut Context) -> Result<()> {
+    let disk = attach_scattered(context)?;
+    let room = |disk: &Served| mapped(disk)?["room"].as_u64().context("no room is told");
+    let before = room(&disk)?;
+    let guest = context.pv()?;
+    let failing = Failing::begin(100, MANY)?;
+    let written = guest.run_for(&scattered("--rw=randwrite"), FIO);
+    let read = guest.run_for(&scattered("--rw=read"), FIO);
+    drop(failing);
+    written.and(read)?;
+    let (same, mapped) = (room(&disk)?, mapped(&disk)?);
+    ensure!(same == before && before < PLACES, "{before}, and {mapped}");
+    let evicted = mapped["evicted"].as_u64();
+    ensure!(evicted > Some(0), "nothing was forgotten: {mapped}");
+    // It grows step by step, when something else is told.
+    for _ in 0..3 {
+        context.pv()?.run_for(&scattered("--rw=read"), FIO)?;
+    }
+    hits_all(context, &disk)?;
+    ensure!(room(&disk)? >= PLACES, "the map has not grown");
     disk.detach(context.pv()?)
 }
 

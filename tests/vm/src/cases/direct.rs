@@ -59,12 +59,6 @@ pub(super) fn cases() -> Vec<Case> {
             serves_format(context, &QCOW)
         })
         .nightly(),
-        case(
-            "direct.many_places",
-            "of an image in four thousand places the kernel knows all when it was told of all",
-            Pv,
-            many_places,
-        ),
         case("direct.vhd", "the same of a dynamic VHD", Pv, |context| {
             serves_format(context, &VHD)
         }),
@@ -79,6 +73,12 @@ pub(super) fn cases() -> Vec<Case> {
             serves_format(context, &VMDK)
         })
         .nightly(),
+        case(
+            "direct.many_places",
+            "of an image in four thousand places the kernel knows all when it was told of all",
+            Pv,
+            many_places,
+        ),
         case(
             "direct.without_process",
             "process and supervisor are gone under load: reads, writes and flushes go on, and then the next process",
@@ -272,23 +272,56 @@ fn serves_format(context: &mut Context, format: &Format) -> Result<()> {
 }
 
 fn many_places(context: &mut Context) -> Result<()> {
+    let disk = attach_scattered(context)?;
+    let guest = context.pv()?;
+    guest.run_for(&scattered("--rw=randwrite"), FIO)?;
+    guest.run_for(&scattered("--rw=read"), FIO)?;
+    hits_all(context, &disk)?;
+    let mapped = mapped(&disk)?;
+    context.note(&format!("its map: {mapped}"))?;
+    let room = mapped["room"].as_u64().context("no room is told")?;
+    ensure!(room >= PLACES, "the map has grown to {room} extents only");
+    // All that was written in clusters that the image did not have.
+    let unmapped = mapped["missed"]["unmapped"].as_u64();
+    ensure!(
+        unmapped.is_some_and(|count| count >= PLACES),
+        "{unmapped:?} requests were not mapped"
+    );
+    disk.detach(context.pv()?)
+}
+
+/// Clusters of the image that [`attach_scattered`] makes.
+pub(super) const PLACES: u64 = 4096;
+
+/// A job on all of such an image, a cluster at a time.
+pub(super) fn scattered(what: &str) -> String {
+    format!(
+        "fio --name=many --filename={DEVICE} --size=16m --direct=1 --ioengine=libaio --iodepth=16 --bs=4k {what} \
+         --output-format=terse"
+    )
+}
+
+/// A disk whose clusters have 4 KiB and lie in the order in which they are first written.
+pub(super) fn attach_scattered(context: &mut Context) -> Result<Served> {
     let path = make(context, "a.qcow", &QCOW)?;
     let specification = tap::disk(&format!("direct=yes,qcow:{path}"), VDEV, "w");
     let disk = Served::attach(context.pv()?, &specification)?;
     context.check_driver(&disk.vbd)?;
     wait_given(&disk)?;
-    let guest = context.pv()?;
-    let job = |what: &str| {
-        format!(
-            "fio --name=many --filename={DEVICE} --size=16m --direct=1 --ioengine=libaio --iodepth=16 --bs=4k {what} \
-             --output-format=terse"
-        )
-    };
-    // The clusters of such an image have 4 KiB: they lie in the order in which they were first written.
-    guest.run_for(&job("--rw=randwrite"), FIO)?;
-    guest.run_for(&job("--rw=read"), FIO)?;
+    Ok(disk)
+}
+
+/// How the map of a disk serves it.
+pub(super) fn mapped(disk: &Served) -> Result<serde_json::Value> {
+    let mut stats = tap::ctl_json(&["stats", "-m", &disk.minor.to_string()])?;
+    Ok(stats["direct"]["mapped"].take())
+}
+
+/// Nearly all reads are the kernel's.
+pub(super) fn hits_all(context: &mut Context, disk: &Served) -> Result<()> {
     let before = disk.info()?.direct;
-    guest.run_for(&job("--rw=randread --number_ios=1000"), FIO)?;
+    let job = scattered("--rw=randread --number_ios=1000");
+    context.pv()?.run_for(&job, FIO)?;
     let hits = disk.info()?.direct - before;
     context.note(&format!("by the kernel: {hits} of 1000 reads"))?;
     ensure!(
@@ -296,18 +329,7 @@ fn many_places(context: &mut Context) -> Result<()> {
         "the kernel has executed {hits} of 1000 reads: {:?}",
         disk.info()
     );
-    let stats = tap::ctl_json(&["stats", "-m", &disk.minor.to_string()])?;
-    let mapped = &stats["direct"]["mapped"];
-    context.note(&format!("its map: {mapped}"))?;
-    let room = mapped["room"].as_u64().context("no room is told")?;
-    ensure!(room >= 4096, "the map has grown to {room} extents only");
-    // All that was written in clusters that the image did not have.
-    let unmapped = mapped["missed"]["unmapped"].as_u64();
-    ensure!(
-        unmapped.is_some_and(|count| count >= 4096),
-        "{unmapped:?} requests were not mapped"
-    );
-    disk.detach(context.pv()?)
+    Ok(())
 }
 
 fn without_process(context: &mut Context, place: Make) -> Result<()> {
