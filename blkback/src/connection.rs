@@ -213,7 +213,9 @@ impl WorkItem for Connection {
 /// The C driver's thread name without the queue: domain and virtual device.
 fn thread_name(device: &Device) -> crate::proto::text::Name {
     let mut dev = [0u8; 16];
-    let len = store::read(device.nodename(), c"dev", &mut dev).unwrap_or(0);
-    let dev = core::str::from_utf8(dev.get(..len).unwrap_or(&[])).unwrap_or("");
+    // Threads have names for people to read: without the key it is a shorter one.
+    let len = store::read(device.nodename(), c"dev", &mut dev).unwrap_or(None);
+    let dev = len.and_then(|len| dev.get(..len)).unwrap_or_default();
+    let dev = core::str::from_utf8(dev).unwrap_or_default();
     crate::proto::text::Name::new(format_args!("{}.{}", device.otherend_id(), dev))
 }

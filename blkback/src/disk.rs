@@ -81,6 +81,14 @@ impl Bad {
             passes: error == ENOMEM,
         }
     }
+
+    /// Xenstore does not answer, which says nothing about the disk.
+    fn unread(name: Name, error: Error, text: kernel::fmt::Arguments<'_>) -> Self {
+        Self {
+            passes: true,
+            ..Self::new(name, error, text)
+        }
+    }
 }
 
 impl Disk {
@@ -88,14 +96,9 @@ impl Disk {
     pub(crate) fn open(opener: &Opener, name: Name) -> Result<Self, Bad> {
         let device = &*opener.device;
         let mut mode = [0; 8];
-        let read = store::read(device.nodename(), c"mode", &mut mode);
-        let len = read.map_err(|error| match error == ENOENT {
-            true => Bad::new(name, error, fmt!("the key mode is missing")),
-            false => Bad {
-                passes: true,
-                ..Bad::new(name, error, fmt!("the key mode cannot be read"))
-            },
-        })?;
+        let len = store::read(device.nodename(), c"mode", &mut mode)
+            .map_err(|error| Bad::unread(name, error, fmt!("the key mode cannot be read")))?
+            .ok_or_else(|| Bad::new(name, ENOENT, fmt!("the key mode is missing")))?;
         let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
         let backing = match name {
             Name::Nonsense => {
@@ -176,41 +179,38 @@ pub(crate) fn is_ours(device: &Device) -> Result<bool> {
     }
     let dir = device.nodename();
     let mut value = [0; 32];
-    match store::read(dir, SERVER_KEY, &mut value) {
-        Ok(len) => Ok(value.get(..len) == Some(SERVER)),
-        Err(error) if error == ENOENT => match store::read(dir, TAP_KEY, &mut value) {
-            Ok(_) => Ok(true),
-            Err(error) if error == ENOENT => Ok(false),
-            Err(error) => Err(error),
-        },
-        Err(error) => Err(error),
+    match store::read(dir, SERVER_KEY, &mut value)? {
+        Some(len) => Ok(value.get(..len) == Some(SERVER)),
+        None => Ok(store::read(dir, TAP_KEY, &mut value)?.is_some()),
     }
 }
 
-/// Which disk the script names, if it names one that can be. May sleep.
-///
-/// # Errors
-/// Xenstore does not answer, which does not mean that the script has named none.
-pub(crate) fn named(device: &Device) -> Result<Result<Option<Name>, Bad>> {
-    let dir = device.nodename();
-    let nonsense = |text| Err(Bad::new(Name::Nonsense, EINVAL, text));
+/// Which disk the script names; `None` if it has named none. May sleep.
+pub(crate) fn named(device: &Device) -> Result<Option<Name>, Bad> {
+    let nonsense = |text| Bad::new(Name::Nonsense, EINVAL, text);
     let mut value = [0; 32];
-    match store::read(dir, TAP_KEY, &mut value) {
-        Ok(len) => {
-            return Ok(match value.get(..len).and_then(parse_u32) {
-                Some(minor) => Ok(Some(Name::Tap(minor))),
-                None => nonsense(fmt!("tap-minor is not a decimal number")),
-            })
-        }
-        Err(error) if error == ENOENT => {}
-        Err(error) => return Err(error),
+    if let Some(value) = naming(device, TAP_KEY, &mut value)? {
+        let minor =
+            parse_u32(value).ok_or_else(|| nonsense(fmt!("tap-minor is not a decimal number")))?;
+        return Ok(Some(Name::Tap(minor)));
     }
-    match store::read(dir, BLOCK_KEY, &mut value) {
-        Ok(len) => Ok(match value.get(..len).and_then(parse_device) {
-            Some((major, minor)) => Ok(Some(Name::Block(major, minor))),
-            None => nonsense(fmt!("physical-device is not MAJOR:MINOR in hexadecimal")),
-        }),
-        Err(error) if error == ENOENT => Ok(Ok(None)),
-        Err(error) => Err(error),
-    }
+    let Some(value) = naming(device, BLOCK_KEY, &mut value)? else {
+        return Ok(None);
+    };
+    let (major, minor) = parse_device(value)
+        .ok_or_else(|| nonsense(fmt!("physical-device is not MAJOR:MINOR in hexadecimal")))?;
+    Ok(Some(Name::Block(major, minor)))
+}
+
+/// Reads a key that may name the disk. A value that does not fit is no name, and reads as nothing.
+fn naming<'value>(
+    device: &Device,
+    key: &CStr,
+    value: &'value mut [u8],
+) -> Result<Option<&'value [u8]>, Bad> {
+    let len = store::read(device.nodename(), key, value).map_err(|error| {
+        let text = fmt!("what names the disk cannot be read");
+        Bad::unread(Name::Nonsense, error, text)
+    })?;
+    Ok(len.map(|len| value.get(..len).unwrap_or_default()))
 }

@@ -205,10 +205,6 @@ fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) ->
 /// True if a key of the backend's directory has this value.
 fn value_is(device: &Device, key: &CStr, wanted: &[u8]) -> Result<bool> {
     let mut value = [0; 16];
-    match store::read(device.nodename(), key, &mut value) {
-        Ok(len) => Ok(value.get(..len) == Some(wanted)),
-        Err(error) if error == ENOENT => Ok(false),
-        // What cannot be read now says nothing.
-        Err(error) => Err(error),
-    }
+    let len = store::read(device.nodename(), key, &mut value)?;
+    Ok(len.and_then(|len| value.get(..len)) == Some(wanted))
 }

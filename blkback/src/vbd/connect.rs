@@ -12,9 +12,7 @@ use crate::offer::Features;
 use crate::proto::state::State;
 use crate::storage::{Errand, Job, Outcome};
 use kernel::prelude::*;
-use kernel::sync::atomic::{
-    ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release,
-};
+use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Relaxed};
 use kernel::sync::Arc;
 
 impl Vbd {
@@ -60,13 +58,8 @@ impl Vbd {
             return;
         }
         match disk::named(&self.device) {
-            Err(error) => {
-                self.device
-                    .report(error, c"what names the disk cannot be read");
-                self.name_again();
-            }
-            Ok(Ok(None)) => {}
-            Ok(Ok(Some(name))) => {
+            Ok(None) => {}
+            Ok(Some(name)) => {
                 let opener = Opener {
                     device: self.device.clone(),
                     events: self.clone(),
@@ -74,14 +67,8 @@ impl Vbd {
                 };
                 self.send(life, Job::Open(opener, name));
             }
-            Ok(Err(bad)) => self.disk_is_bad(life, &bad),
+            Err(bad) => self.disk_is_bad(life, &bad),
         }
-    }
-
-    /// What names the disk is looked at again in a while: nobody writes it a second time.
-    pub(super) fn name_again(self: &Arc<Self>) {
-        self.disk_moved.store(true, Release);
-        self.kick_after(ASK_AGAIN);
     }
 
     /// True if disk and frontend are ours alone. Otherwise the device was ours before, and its life then

@@ -8,7 +8,7 @@ use crate::disk;
 use crate::offer;
 use crate::proto::state::State;
 use kernel::prelude::*;
-use kernel::sync::atomic::ordering::Acquire;
+use kernel::sync::atomic::{ordering::Acquire, ordering::Release};
 use kernel::sync::Arc;
 
 /// Our state, and whether it is written.
@@ -90,7 +90,9 @@ impl Vbd {
         self.device
             .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
         if bad.passes {
-            self.name_again();
+            // Nobody writes what names it a second time.
+            self.disk_moved.store(true, Release);
+            self.kick_after(ASK_AGAIN);
             return;
         }
         life.bad_disk = Some(bad.name);

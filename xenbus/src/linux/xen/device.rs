@@ -179,8 +179,8 @@ impl Directory for Device {
         let name = CStr::from_bytes_until_nul(&name).map_err(|_| Unread)?;
         match store::read(self.otherend(), name, value) {
             // A frontend can make a key unreadable for us; that is the same as not having it.
-            Err(error) if error == ENOENT || error == EACCES => Ok(None),
-            other => other.map(Some).map_err(|_| Unread),
+            Err(error) if error == EACCES => Ok(None),
+            other => other.map_err(|_| Unread),
         }
     }
 }

@@ -39,19 +39,20 @@ fn read_in(
     Ok(len)
 }
 
-/// Reads a key into `value` and returns its length, which may be more than fits.
-pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<usize> {
-    read_in(NONE, dir, key, value)
+/// Reads a key into `value` and returns its length, which may be more than fits; `None` if there is no such key.
+/// An error says nothing about the key.
+pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<Option<usize>> {
+    match read_in(NONE, dir, key, value) {
+        Err(error) if error == ENOENT => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 /// Reads a decimal number; `None` if there is none.
 pub(crate) fn read_number(dir: &CStr, key: &CStr) -> Result<Option<u32>> {
     let mut value = [0; 16];
-    match read(dir, key, &mut value) {
-        Ok(len) => Ok(value.get(..len).and_then(parse_u32)),
-        Err(error) if error == ENOENT => Ok(None),
-        Err(error) => Err(error),
-    }
+    let len = read(dir, key, &mut value)?;
+    Ok(len.and_then(|len| value.get(..len)).and_then(parse_u32))
 }
 
 fn read_state_in(transaction: sys::XenbusTransaction, dir: &CStr) -> Result<State> {
