@@ -158,7 +158,7 @@ impl Guest {
         .with_context(|| {
             format!("the disk did not appear in the guest; the logs say: {}", logs())
         })?;
-        sh::run(&["udevadm", "settle"]).map(drop)
+        dom0::udev::settle()
     }
 
     /// Makes QEMU open the store of a disk once more, past dom0's page cache. Xen's word for that,
@@ -212,7 +212,7 @@ impl Guest {
         })?;
         self.run("n=0; while [ -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done")
             .context("the disk did not go away in the guest")?;
-        sh::run(&["udevadm", "settle"]).map(drop)
+        dom0::udev::settle()
     }
 
     /// What it is made of.
@@ -223,7 +223,7 @@ impl Guest {
     /// Ends the guest.
     pub(crate) fn destroy(&self) -> Result<()> {
         sh::run(&["xl", "destroy", &self.domid])?;
-        sh::run(&["udevadm", "settle"]).map(drop)
+        dom0::udev::settle()
     }
 }
 

@@ -188,7 +188,7 @@ impl Disks {
             words.extend(backs.map(|number| format!("{}/{number}", self.backends())));
             run(&words)?;
         }
-        sh::run(&["udevadm", "settle"]).map(drop)
+        dom0::udev::settle()
     }
 
     fn write_states(&self, state: &str, both: bool) -> Result<()> {

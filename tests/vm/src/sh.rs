@@ -59,22 +59,6 @@ pub(crate) fn shell(line: &str) -> Result<String> {
     run(&["sh", "-c", line])
 }
 
-/// Waits until udev has done what it was told of. Its daemon hangs up now and then instead of answering,
-/// which says nothing: it is asked again.
-pub(crate) fn settle_udev() -> Result<()> {
-    const ASKED: usize = 3;
-    let mut answer = run(&["udevadm", "settle"]);
-    for _ in 1..ASKED {
-        match answer {
-            Err(error) if format!("{error:#}").contains("Broken pipe") => {
-                answer = run(&["udevadm", "settle"]);
-            }
-            other => return other.map(drop),
-        }
-    }
-    answer.map(drop)
-}
-
 /// Loads a module with its dependencies.
 pub(crate) fn modprobe(module: &str, args: &[&str]) -> Result<()> {
     let mut argv = vec!["modprobe", module];

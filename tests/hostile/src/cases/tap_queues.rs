@@ -14,7 +14,6 @@ use anyhow::{ensure, Context, Result};
 use ring::abi::{Protocol, OP_READ, OP_WRITE};
 use ring::tap::abi::STATE_IDLE;
 use std::fs;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -202,9 +201,7 @@ fn tap_come_and_go(lab: &mut Lab) -> Result<()> {
     let rounds = rounds.load(Relaxed);
     ensure!(rounds >= 5, "only {rounds} disks were made and destroyed");
     // What udev has still to hear of all the nodes is memory that is not free.
-    let settled = Command::new("udevadm").arg("settle").status()?;
-    ensure!(settled.success(), "udev does not settle: {settled}");
-    Ok(())
+    dom0::udev::settle()
 }
 
 /// Free memory in KiB.

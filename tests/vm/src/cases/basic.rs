@@ -232,7 +232,7 @@ pub(super) fn attach_own(context: &mut Context, device: &str, vdev: &str) -> Res
 
 /// Detaches a disk of dom0. Udev may have opened it for a moment, which makes xl fail.
 pub(super) fn detach_own(vbd: &Vbd) -> Result<()> {
-    sh::settle_udev()?;
+    dom0::udev::settle()?;
     sh::run(&["xl", "block-detach", "0", &vbd.vdev])?;
     vbd.wait_gone()
 }

@@ -333,7 +333,7 @@ pub(super) fn keeps_memory(
 /// Memory in KiB that the kernel itself holds: not that of programs or files, such as xenstored's
 /// heap and the logs, which grow with every cycle.
 fn kernel_memory() -> Result<u64> {
-    sh::settle_udev()?;
+    dom0::udev::settle()?;
     sh::put("/proc/sys/vm/drop_caches", "3")?;
     let mut held = memory::field("MemTotal:")?;
     for other in ["MemFree:", "Buffers:", "Cached:", "AnonPages:"] {

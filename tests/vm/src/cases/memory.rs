@@ -227,7 +227,7 @@ fn many(context: &mut Context, count: u32) -> Result<()> {
 /// All disks connect, the last one works, and all take little when they are idle.
 fn all_work(disks: &Disks) -> Result<(u64, u64)> {
     disks.wait("4")?;
-    sh::settle_udev()?;
+    dom0::udev::settle()?;
     for id in disks.0.first().into_iter().chain(disks.0.last()) {
         own::write(id, 8)?;
     }
