@@ -5,6 +5,7 @@
 //! the device named by $REPORT comes out here line by line; the consoles go to a log of their own,
 //! and a trace of a sick kernel in there fails the run whatever was reported.
 
+use crate::kernel::Kernel;
 use crate::recipes::Machines;
 use crate::root::Root;
 use crate::{build, cache, run};
@@ -20,8 +21,15 @@ use std::time::{Duration, Instant};
 /// Turns silent trouble in dom0's kernel into a crash. Not for measuring.
 const CHECKS: &str = "kfence.sample_interval=50 slab_debug=FZPU panic_on_warn=1 oops=panic hung_task_panic=1 panic=-1";
 
-/// MiB that dom0 needs with a kernel that keeps books on all its memory.
-pub(crate) const CHECKED_MEMORY: u32 = 3072;
+/// MiB of dom0's memory.
+const fn dom0_memory(kernel: Kernel) -> u32 {
+    match kernel {
+        Kernel::Stock => 1536,
+        // It keeps books on all its memory.
+        Kernel::Checked => 3072,
+    }
+}
+
 /// MiB for guests, and for Xen itself.
 const GUESTS_MEMORY: u32 = 2560;
 
@@ -32,8 +40,6 @@ pub(crate) struct Machine {
     pub(crate) name: String,
     /// Processors.
     pub(crate) smp: u32,
-    /// dom0's memory in MiB.
-    pub(crate) dom0_memory: u32,
     /// Time is counted in instructions, so that figures repeat on any host.
     pub(crate) icount: bool,
     /// More words for Xen's command line.
@@ -111,7 +117,6 @@ impl Machine {
         Machine {
             name: name.into(),
             smp: 2,
-            dom0_memory: 1536,
             icount: false,
             xen_args: String::new(),
             dom0_args: String::new(),
@@ -262,6 +267,7 @@ impl Machine {
             ));
         }
         let mut qemu = root.command("chrt");
+        let memory = dom0_memory(machines.kernel) + GUESTS_MEMORY;
         // Counted time does not pass while others run: they come first.
         let class = if self.icount { "--idle" } else { "--other" };
         qemu.args([class, "0", "qemu-system-x86_64"]);
@@ -269,7 +275,7 @@ impl Machine {
             "-M",
             "q35",
             "-m",
-            &self.dom0_memory.saturating_add(GUESTS_MEMORY).to_string(),
+            &memory.to_string(),
             "-smp",
             &self.smp.to_string(),
             "-display",
@@ -288,7 +294,12 @@ impl Machine {
         } else {
             qemu.args(["-accel", "tcg,thread=multi,tb-size=512"]);
         }
-        qemu.args(["-kernel", "/mnt/a/xen", "-append", &self.xen_command_line()]);
+        qemu.args([
+            "-kernel",
+            "/mnt/a/xen",
+            "-append",
+            &self.xen_command_line(machines.kernel),
+        ]);
         let dom0 = format!(
             "/mnt/a/vmlinuz {},/mnt/a/dom0.cpio",
             self.dom0_command_line()
@@ -321,9 +332,9 @@ impl Machine {
         qemu
     }
 
-    fn xen_command_line(&self) -> String {
+    fn xen_command_line(&self, kernel: Kernel) -> String {
         // Xen's log must keep all that one test brings: grants are counted by having them printed.
-        let dom0 = self.dom0_memory;
+        let dom0 = dom0_memory(kernel);
         let mut line =
             format!("console=com1 com1=115200,8n1 conring_size=1M dom0_mem={dom0}M,max:{dom0}M");
         if self.icount {

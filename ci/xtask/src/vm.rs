@@ -2,7 +2,7 @@
 //! `cargo xtask vm`: a dom0 to work in, with what a package would install.
 
 use crate::kernel::Kernel;
-use crate::machine::{Machine, CHECKED_MEMORY};
+use crate::machine::Machine;
 use crate::recipes::Machines;
 use crate::{build, payload, recipes};
 use anyhow::{Context, Result};
@@ -69,9 +69,6 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
     let machines = recipes::machines(kernel)?;
     fill(args, &payload, &machines)?;
     let mut machine = Machine::new("vm");
-    if kernel == Kernel::Checked {
-        machine.dom0_memory = CHECKED_MEMORY;
-    }
     machine.smp = args.smp;
     machine.xen_args.clone_from(&args.xen_args);
     machine.dom0_args.clone_from(&args.dom0_args);

@@ -4,7 +4,7 @@
 use crate::build;
 use crate::kernel::Kernel;
 use crate::ktap;
-use crate::machine::{Machine, Outcome, CHECKED_MEMORY};
+use crate::machine::{Machine, Outcome};
 use crate::tally::Tally;
 use crate::{payload, recipes};
 use anyhow::{Context, Result};
@@ -130,7 +130,9 @@ pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
         "exec /t/vmtest run --checked-kernel --only '{only}' --except 'planted.*'{seed}\n"
     );
     let payload = with_everything("debug", &script, Kernel::Checked)?;
-    let outcome = report(tally, roomy("debug"), Kernel::Checked, &payload, |_| ());
+    let mut machine = machine("debug");
+    machine.timeout = Duration::from_secs(4 * 60 * 60);
+    let outcome = report(tally, machine, Kernel::Checked, &payload, |_| ());
     consoles(tally, "debug", outcome);
     Ok(())
 }
@@ -194,14 +196,6 @@ fn consoles(tally: &mut Tally, name: &str, outcome: Result<Outcome>) {
         &format!("{name}.consoles-are-clean"),
         outcome.and_then(|outcome| outcome.verdict()),
     );
-}
-
-/// A machine for a kernel that keeps books on all its memory.
-fn roomy(name: &str) -> Machine {
-    let mut machine = machine(name);
-    machine.dom0_memory = CHECKED_MEMORY;
-    machine.timeout = Duration::from_secs(4 * 60 * 60);
-    machine
 }
 
 fn machine(name: &str) -> Machine {
