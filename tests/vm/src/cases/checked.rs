@@ -8,6 +8,8 @@ use super::hung::loop_device;
 use super::own::{self, Disks};
 use super::tap::{image, DEVICE, VDEV};
 use super::{Case, Context, Needs};
+use crate::console::Job;
+use crate::guest::{Guest, Vbd};
 use crate::tap::{self, Served};
 use crate::{hotplug, seed, sh, xs};
 use anyhow::{ensure, Context as _, Result};
@@ -45,6 +47,13 @@ pub(super) fn cases() -> Vec<Case> {
             connect,
         )
         .no_leaks(),
+        case(
+            "checked.reconnect",
+            "a tap disk whose guest reconnects while an allocation fails can be connected after it",
+            Pv,
+            reconnect,
+        )
+        .supervised(),
         case(
             "checked.load",
             "under load every third allocation of the module fails, and no request does",
@@ -94,7 +103,8 @@ const KINDS: [&str; 2] = [OBJECTS, PAGES];
 impl Failing {
     /// So many of a hundred allocations fail: of each kind at most `times`.
     fn begin(percent: u32, times: i32) -> Result<Failing> {
-        let ((start, end), spared) = (code()?, function(SPARED)?);
+        let (start, end) = code("the module", |name| name.ends_with("[xen_blkback_rs]"))?;
+        let spared = code(SPARED, |name| name == SPARED)?;
         let failing = Failing { times };
         for kind in KINDS {
             for (name, value) in [
@@ -122,6 +132,16 @@ impl Failing {
         let left = KINDS.map(left).into_iter().collect::<Result<Vec<_>>>()?;
         Ok(left.iter().map(|left| self.times - left).sum())
     }
+
+    /// Lets allocations succeed again; says whether one had failed. Where none has, a disk must have connected.
+    fn end(self, connected: bool) -> Result<bool> {
+        let happened = self.count()? > 0;
+        ensure!(
+            connected || happened,
+            "a disk did not connect, and no allocation failed"
+        );
+        Ok(happened)
+    }
 }
 
 impl Drop for Failing {
@@ -137,32 +157,31 @@ impl Drop for Failing {
 /// Linux does not notice that it could not make a file of /proc for an interrupt, and warns when it removes it.
 const SPARED: &str = "__proc_create";
 
-/// Where a function of the kernel is.
-fn function(name: &str) -> Result<(u64, u64)> {
-    let symbols = sh::get("/proc/kallsyms")?;
-    let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
-    let its = |line: &&str| line.split(' ').nth(2) == Some(name);
-    let start = symbols.lines().find(its).and_then(address);
-    let start = start.with_context(|| format!("the kernel has no {name}"))?;
-    let behind = symbols.lines().filter_map(address).filter(|at| *at > start);
-    Ok((start, behind.min().unwrap_or(u64::MAX)))
+/// What the kernel can call, with addresses.
+fn functions(kallsyms: &str) -> impl Iterator<Item = (u64, &str)> + Clone {
+    kallsyms.lines().filter_map(|line| {
+        let (address, rest) = line.split_once(' ')?;
+        let (kind, name) = rest.split_once(' ')?;
+        let address = u64::from_str_radix(address, 16).ok()?;
+        kind.eq_ignore_ascii_case("t").then_some((address, name))
+    })
 }
 
-/// Where the module's code is.
-fn code() -> Result<(u64, u64)> {
-    let symbols = sh::shell("grep -i ' t .*\\[xen_blkback_rs\\]' /proc/kallsyms")?;
-    let numbers = symbols
-        .lines()
-        .filter_map(|line| u64::from_str_radix(line.split(' ').next()?, 16).ok());
-    let (start, end) = numbers.fold((u64::MAX, 0), |(start, end), at| {
-        (start.min(at), end.max(at))
+/// Where the functions are that `ours` wants: from the first to what follows the last.
+fn code(what: &str, ours: impl Fn(&str) -> bool) -> Result<(u64, u64)> {
+    let text = sh::get("/proc/kallsyms")?;
+    let all = functions(&text);
+    let found = all.clone().filter(|(_, name)| ours(name));
+    let (start, last) = found.fold((u64::MAX, 0), |(start, last), (at, _)| {
+        (start.min(at), last.max(at))
     });
     ensure!(
-        0 < start && start < end,
-        "/proc/kallsyms does not say where the module is"
+        0 < start && start <= last,
+        "/proc/kallsyms does not say where {what} is"
     );
-    // The last function is not longer.
-    Ok((start, end + 4096))
+    let behind = all.map(|(at, _)| at).filter(|at| *at > last).min();
+    // Behind the last function of all there are no others.
+    Ok((start, behind.unwrap_or(u64::MAX)))
 }
 
 fn connect(context: &mut Context) -> Result<()> {
@@ -175,16 +194,15 @@ fn connect(context: &mut Context) -> Result<()> {
         let failing = Failing::begin(percent, 1)?;
         let disks = Disks::connect(&device.path(), 1)?;
         let id = &disks.0[0];
-        let connected = settled(id).with_context(|| format!("{percent} %"))?;
-        let happened = failing.count()? > 0;
-        drop(failing);
-        ensure!(
-            connected || happened,
-            "a disk did not connect, and no allocation failed"
-        );
+        let backend = format!("/local/domain/0/backend/vbd/0/{id}");
+        let connected = settled(&backend).with_context(|| {
+            let bound = Path::new(&own::sysfs(id)).join("driver").exists();
+            format!("{percent} %; bound: {bound}")
+        })?;
+        let happened = failing.end(connected)?;
         failed += u32::from(happened);
         refused += u32::from(!connected);
-        let said = xs::read(&format!("/local/domain/0/error/backend/vbd/0/{id}/error"))?;
+        let said = xs::read(&error_of(&backend))?;
         // Where the bus says so, it has no driver, or will not have it in a moment.
         let bound = !said
             .as_ref()
@@ -217,24 +235,77 @@ fn connect(context: &mut Context) -> Result<()> {
     detach_own(&vbd)
 }
 
-/// Waits until a disk of dom0 has connected (true), or has said why it has not.
-fn settled(id: &str) -> Result<bool> {
-    let error = format!("/local/domain/0/error/backend/vbd/0/{id}/error");
-    let state = format!("/local/domain/0/backend/vbd/0/{id}/state");
+/// Where it is told what is wrong with a backend.
+fn error_of(backend: &str) -> String {
+    let error = backend.replace("/backend/", "/error/backend/");
+    format!("{error}/error")
+}
+
+/// Waits until a disk has connected (true), or has said why it has not.
+fn settled(backend: &str) -> Result<bool> {
+    let (state, error) = (format!("{backend}/state"), error_of(backend));
     let mut connected = false;
     sh::wait_for("a disk or a reason", SETTLED, || {
         connected = xs::read(&state)?.is_some_and(|state| state == "4");
         Ok(connected || xs::read(&error)?.is_some())
     })
-    .with_context(|| {
-        let bound = Path::new(&own::sysfs(id)).join("driver").exists();
-        let theirs = xs::read(&format!("/local/domain/0/device/vbd/{id}/state"));
-        format!(
-            "states {:?} and {theirs:?}, bound: {bound}",
-            xs::read(&state)
-        )
-    })?;
+    .with_context(|| format!("state {:?}", xs::read(&state)))?;
     Ok(connected)
+}
+
+/// Times that a guest reconnects to a tap disk.
+const RECONNECTS: usize = 30;
+
+fn reconnect(context: &mut Context) -> Result<()> {
+    let path = image(context, "checked.img", 16)?;
+    let specification = tap::disk(&format!("aio:{path}"), VDEV, "w");
+    let disk = Served::attach(context.pv()?, &specification)?;
+    let vbd = &disk.vbd;
+    let mut rng = Rng::new(seed::get());
+    let (mut failed, mut refused) = (0, 0);
+    for _ in 0..RECONNECTS {
+        close(context.pv()?, vbd)?;
+        let failing = Failing::begin(rng.pick(&[3, 10, 30, 100]), 1)?;
+        begin_again(vbd)?;
+        let connected = settled(&vbd.backend)?;
+        failed += u32::from(failing.end(connected)?);
+        if connected {
+            continue;
+        }
+        refused += 1;
+        let state = || xs::must_read(&format!("{}/state", vbd.backend));
+        sh::wait_for("a disk that is connected or closed", SETTLED, || {
+            Ok(["4", "6"].contains(&&*state()?))
+        })
+        .with_context(|| format!("state {:?}", state()))?;
+        if state()? == "6" {
+            begin_again(vbd)?;
+            xs::wait_value(&format!("{}/state", vbd.backend), "4", SETTLED)
+                .with_context(|| format!("{:?}", xs::read(&error_of(&vbd.backend))))?;
+        }
+    }
+    context.note(&format!(
+        "of {RECONNECTS} connections an allocation failed for {failed}, {refused} said so"
+    ))?;
+    ensure!(failed >= 10, "an allocation failed {failed} times only");
+    ensure!(refused >= 3, "{refused} connections failed");
+    let guest = context.pv()?;
+    guest.run_for(&verify_job(DEVICE, 4, 60, 512), FIO)?;
+    disk.detach(guest)
+}
+
+/// The guest lets go of a disk that it has.
+fn close(guest: &Guest, vbd: &Vbd) -> Result<()> {
+    let name = vbd.frontend.rsplit('/').next().unwrap_or_default();
+    guest.run(&format!("echo vbd-{name} >/sys/bus/xen/drivers/vbd/unbind"))?;
+    xs::wait_value(&format!("{}/state", vbd.backend), "6", SETTLED)
+}
+
+/// The guest finds a disk that it had let go of: Linux looks for it anew when a toolstack has reset its state. Its
+/// driver cannot be bound again to one that is closed.
+fn begin_again(vbd: &Vbd) -> Result<()> {
+    xs::remove(&error_of(&vbd.backend))?;
+    xs::write(&[(&format!("{}/state", vbd.frontend), "1")])
 }
 
 fn load(context: &mut Context) -> Result<()> {
@@ -246,31 +317,29 @@ fn load(context: &mut Context) -> Result<()> {
     // Before it borrows the memory for its first requests.
     let failing = Failing::begin(33, MANY)?;
     let job = guest.start(&verify_job("/dev/xvda", 16, 400, 512))?;
-    let done = guest.wait(job, FIO)?;
-    let failed = failing.count()?;
-    drop(failing);
-    ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
-    guest.detach(&vbd)?;
-    context.note(&format!("{failed} allocations failed"))?;
-    ensure!(failed > 0, "no allocation failed");
-    Ok(())
+    goes_on(context, job, failing)?;
+    context.pv()?.detach(&vbd)
 }
 
 fn tap_load(context: &mut Context) -> Result<()> {
     let path = image(context, "checked.img", 16)?;
     let specification = tap::disk(&format!("aio:{path}"), VDEV, "w");
     let disk = Served::attach(context.pv()?, &specification)?;
-    let guest = context.pv()?;
-    let job = guest.start(&verify_job(DEVICE, 16, 400, 512))?;
+    let job = context.pv()?.start(&verify_job(DEVICE, 16, 400, 512))?;
     let pid = disk.pid()?;
     // So few that a process comes through in the end.
     let failing = Failing::begin(33, 20)?;
     disk.signal(pid, libc::SIGKILL)?;
-    let done = guest.wait(job, FIO)?;
+    goes_on(context, job, failing)?;
+    disk.detach(context.pv()?)
+}
+
+/// A guest's load comes to its end without an error, although allocations failed meanwhile.
+fn goes_on(context: &mut Context, job: Job, failing: Failing) -> Result<()> {
+    let done = context.pv()?.wait(job, FIO)?;
     let failed = failing.count()?;
     drop(failing);
     ensure!(done.rc == 0, "{}", sh::tail(&done.text, 400));
-    disk.detach(context.pv()?)?;
     context.note(&format!("{failed} allocations failed"))?;
     ensure!(failed > 0, "no allocation failed");
     Ok(())
