@@ -29,6 +29,8 @@ trait Any {
     fn inactivate(&self) -> Later<'_, (), Errno>;
     fn resize(&self) -> Later<'_, u64, Failure>;
     fn grow(&self, size: u64) -> Later<'_, (), Failure>;
+    fn goes_on(&self) -> Later<'_, bool, Failure>;
+    fn stand_alone(&self) -> Later<'_, (), Failure>;
     fn stats(&self) -> BTreeMap<String, u64>;
     fn close(&self) -> Later<'_, (), Errno>;
 }
@@ -78,6 +80,12 @@ impl<D: Driver> Any for D {
     }
     fn grow(&self, size: u64) -> Later<'_, (), Failure> {
         Box::pin(Driver::grow(self, size))
+    }
+    fn goes_on(&self) -> Later<'_, bool, Failure> {
+        Box::pin(Driver::goes_on(self))
+    }
+    fn stand_alone(&self) -> Later<'_, (), Failure> {
+        Box::pin(Driver::stand_alone(self))
     }
     fn stats(&self) -> BTreeMap<String, u64> {
         Driver::stats(self)
@@ -252,6 +260,16 @@ impl Disk {
     /// See [`Driver::grow`].
     pub async fn grow(&self, size: u64) -> Result<(), Failure> {
         self.0.driver.grow(size).await
+    }
+
+    /// See [`Driver::goes_on`].
+    pub async fn goes_on(&self) -> Result<bool, Failure> {
+        self.0.driver.goes_on().await
+    }
+
+    /// See [`Driver::stand_alone`].
+    pub async fn stand_alone(&self) -> Result<(), Failure> {
+        self.0.driver.stand_alone().await
     }
 
     /// See [`Driver::stats`].

@@ -234,6 +234,22 @@ pub trait Driver: 'static {
         ))
     }
 
+    /// It goes on from another image, and could do without that once it holds itself what it has of it: where
+    /// [`layer`](Self::layer) says [`Content::Below`], and there is something. That is then written, and
+    /// [`stand_alone`](Self::stand_alone) called. False if there is no other image.
+    ///
+    /// # Errors
+    /// There is, and this image has to keep it.
+    async fn goes_on(&self) -> Result<bool, Failure> {
+        Ok(false)
+    }
+
+    /// The image needs no other one from now on. What it shows is in itself. Nothing else is asked meanwhile but
+    /// for flushes. It is durable when this returns; if that fails, all is as before.
+    async fn stand_alone(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// Facts for the administrator, such as the number of clusters in use.
     fn stats(&self) -> BTreeMap<String, u64> {
         BTreeMap::new()

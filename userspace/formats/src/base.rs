@@ -62,6 +62,17 @@ impl Base {
     }
 }
 
+/// False if an image goes on from nothing; a failure if it does, as its format has to keep that.
+pub(crate) fn must_stay(parent: Option<&Base>, what: &str) -> Result<bool, Failure> {
+    match parent {
+        None => Ok(false),
+        Some(_) => Err(Failure::unsupported(format!(
+            "{what} keeps the image below it as long as it is served: detach the disk and make one image of both \
+             with tapimg convert, or use qcow2"
+        ))),
+    }
+}
+
 /// Lets go of what an image goes on from, if there is such.
 pub(crate) async fn inactivate(parent: Option<&Base>) -> Result<(), Errno> {
     match parent {

@@ -13,7 +13,7 @@ use crate::base::Base;
 use crate::locks::Locks;
 use crate::Storage;
 use diskio::{Errno, Gate};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 /// A table of 8-byte entries.
@@ -37,7 +37,7 @@ pub(crate) struct Image<S> {
     pub(crate) file: S,
     /// The clusters: the same file, or another one.
     pub(crate) data: S,
-    pub(crate) below: Option<Rc<Base>>,
+    pub(crate) below: RefCell<Option<Rc<Base>>>,
     pub(crate) l1: Cell<Table>,
     pub(crate) reftable: Cell<Table>,
     /// Autoclear features that the image still has.
@@ -240,11 +240,15 @@ impl<S: Storage> Image<S> {
         (run, count)
     }
 
+    /// The image below, as long as there is one.
+    pub(crate) fn below(&self) -> Option<Rc<Base>> {
+        self.below.borrow().clone()
+    }
+
     /// True for what reads as zeroes because nothing is below it.
     pub(crate) fn is_bare(&self, guest: u64) -> bool {
-        self.below
-            .as_ref()
-            .is_none_or(|below| guest >= below.size())
+        let below = self.below.borrow();
+        below.as_ref().is_none_or(|below| guest >= below.size())
     }
 
     /// A place where data may be written: no L2 entry of a sound image leads into the tables that

@@ -2,6 +2,7 @@
 //! qcow2, versions 2 and 3.
 
 mod alloc;
+mod alone;
 mod check;
 mod compressed;
 mod create;
@@ -53,7 +54,7 @@ const ZEROES: u64 = 1 << 30;
 pub struct Qcow2<S: Storage> {
     file: S,
     /// The image below it, as its header names it.
-    below: Option<Rc<Base>>,
+    below: RefCell<Option<Rc<Base>>>,
     /// The file with its data, if its header says that there is one.
     data_file: Option<S>,
     /// How many files were given for that.
@@ -111,7 +112,7 @@ impl<S: Storage> Qcow2<S> {
     pub fn new(file: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             file,
-            below: parts.parent.map(|disk| Rc::new(Base::new(disk))),
+            below: RefCell::new(parts.parent.map(|disk| Rc::new(Base::new(disk)))),
             extents: parts.extents.len(),
             data_file: parts.extents.into_iter().next(),
             options,
@@ -133,7 +134,7 @@ impl<S: Storage> Qcow2<S> {
         if self.options.writable && self.options.snapshot.is_some() {
             return Err(refused("a snapshot cannot be written: serve it read-only"));
         }
-        let given = self.below.is_some();
+        let given = self.below.borrow().is_some();
         match &header.backing {
             Some(backing) if !given => {
                 let name = &backing.name;
@@ -164,10 +165,11 @@ impl<S: Storage> Qcow2<S> {
 
     /// The image below is active; nothing if there is none.
     async fn active_below(&self) -> Result<Option<Rc<Base>>, Failure> {
-        if let Some(below) = &self.below {
+        let below = self.below.borrow().clone();
+        if let Some(below) = &below {
             below.activate().await?;
         }
-        Ok(self.below.clone())
+        Ok(below)
     }
 
     async fn open(&self) -> Result<Image<S>, Failure> {
@@ -215,7 +217,7 @@ impl<S: Storage> Qcow2<S> {
             discard: self.options.discard,
             file: self.file.clone(),
             data: data.unwrap_or_else(|| self.file.clone()),
-            below: self.active_below().await?,
+            below: RefCell::new(self.active_below().await?),
             l1: Cell::new(l1),
             reftable: Cell::new(reftable),
             autoclear: Cell::new(header.autoclear & !header::RAW_EXTERNAL),
@@ -348,6 +350,22 @@ impl<S: Storage> Driver for Qcow2<S> {
         image.grow(size).await
     }
 
+    async fn goes_on(&self) -> Result<bool, Failure> {
+        self.may_stand_alone().await
+    }
+
+    async fn stand_alone(&self) -> Result<(), Failure> {
+        let failed = |error: Errno| {
+            let what = format!("{}: cannot forget the image below", self.options.name);
+            Failure::system(what, &error.into())
+        };
+        let image = self.image().map_err(failed)?;
+        image.forget_below().await.map_err(failed)?;
+        // Who reads it still has it open.
+        self.below.replace(None);
+        Ok(())
+    }
+
     fn stats(&self) -> BTreeMap<String, u64> {
         let Ok(image) = self.image() else {
             return BTreeMap::new();
@@ -368,7 +386,8 @@ impl<S: Storage> Driver for Qcow2<S> {
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
         // Whatever came of that, somebody else may change it before it is active again.
-        let below = base::inactivate(self.below.as_deref()).await;
+        let below = self.below.borrow().clone();
+        let below = base::inactivate(below.as_deref()).await;
         let mut forgotten = Ok(());
         for file in [&self.file].into_iter().chain(&self.data_file) {
             forgotten = forgotten.and(file.forget());
@@ -378,7 +397,8 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn close(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        let below = base::close(self.below.as_deref()).await;
+        let below = self.below.borrow().clone();
+        let below = base::close(below.as_deref()).await;
         finished.and(below)
     }
 }

@@ -51,7 +51,7 @@ impl<S: Storage> Image<S> {
         match run {
             Run::Zero => data.fill(0, data.len(), 0),
             Run::Data { at, .. } => self.data.read_padded(at, data).await?,
-            Run::Below => base::read(self.below.as_deref(), guest, data).await?,
+            Run::Below => base::read(self.below().as_deref(), guest, data).await?,
             Run::Packed { at, len, skip } => {
                 let content = self.unpacked(at, len).await?;
                 // CAST: it is inside of a cluster.
@@ -96,7 +96,7 @@ impl<S: Storage> Image<S> {
             Run::Data { .. } | Run::Packed { .. } => Content::Data,
             Run::Zero => Content::Hole,
             Run::Below if !resolve => Content::Below,
-            Run::Below => match &self.below {
+            Run::Below => match self.below() {
                 Some(below) => return below.extents(guest, len).await,
                 None => Content::Hole,
             },

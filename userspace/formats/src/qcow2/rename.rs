@@ -10,7 +10,7 @@ use control::Failure;
 use diskio::Bytes;
 
 /// Where the name of the image below is, and how long it is.
-const AT_NAME: usize = 8;
+pub(super) const AT_NAME: usize = 8;
 
 /// Says in the header that the image goes on from another one, or from none. The content of the image is not
 /// looked at, nor is the other one. Nobody may use the image meanwhile.

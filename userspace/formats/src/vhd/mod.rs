@@ -258,6 +258,10 @@ impl<S: Storage> Driver for Vhd<S> {
         }
     }
 
+    async fn goes_on(&self) -> Result<bool, Failure> {
+        base::must_stay(self.parent.as_deref(), "a VHD")
+    }
+
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
         // Whatever came of that, nothing may be left in memory.

@@ -2,6 +2,7 @@
 //! qcow2: against QEMU's tools, against a disk in memory, through deaths and power cuts, and against images
 //! that want to do harm.
 
+mod alone;
 #[path = "../common/mod.rs"]
 mod common;
 mod crash;
