@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a tapdisk has counted.
 
+use crate::Target;
 use serde::{Deserialize, Serialize};
 
 /// Number of classes of a [`Histogram`].
@@ -85,6 +86,48 @@ pub struct Scrub {
     pub read: u64,
     /// Pieces that could not be read.
     pub errors: u64,
+}
+
+/// How far what an image shows of those below it is copied into it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stream {
+    /// Whether it is over.
+    pub state: Streaming,
+    /// Where on the disk it is, in bytes.
+    pub offset: u64,
+    /// Bytes that were copied, by this process.
+    pub copied: u64,
+}
+
+/// What has become of that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Streaming {
+    /// It is not over.
+    #[default]
+    Running,
+    /// The image needs no other one.
+    Done,
+    /// Somebody ended it, or the image is not served any more.
+    Ended,
+    /// It could not go on. What was copied is the image's own all the same.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+impl Streaming {
+    /// What it means for an image, in words.
+    pub fn told(&self, image: &Target) -> String {
+        match self {
+            Self::Done => format!("{image} needs no image below it any more"),
+            Self::Failed { why } => format!("{image} needs the image below it as before: {why}"),
+            Self::Running | Self::Ended => {
+                format!("{image} needs the image below it as before: it is not served any more")
+            }
+        }
+    }
 }
 
 /// What the kernel does for a disk by itself, beside its process.
@@ -184,6 +227,9 @@ pub struct Stats {
     pub nbd: u64,
     /// The scrub that runs, or the last one.
     pub scrub: Option<Scrub>,
+    /// The stream that runs, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<Stream>,
     /// What the kernel does by itself, if it may: of that the process knows nothing, so the supervisor says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct: Option<Direct>,

@@ -11,7 +11,7 @@
 //! It has the node, nothing of the image, and tells ([`Request::Wanted`]) when something is asked of it;
 //! [`Request::Activate`] is the way back.
 
-use crate::stats::Stats;
+use crate::stats::{Stats, Stream};
 use crate::{Driver, Failure, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -170,6 +170,13 @@ pub enum Request {
         /// Bytes in a second at most; 0 to end it.
         rate: u64,
     },
+    /// Copies into the image what it shows of those below it, and then forgets them: it needs them no more.
+    /// Answered with [`Reply::Stream`] at once: who wants to know how it ends asks again, which begins one only
+    /// where none runs and there is something to copy. A failure is told once.
+    Stream {
+        /// Bytes in a second at most; 0 to end it.
+        rate: u64,
+    },
     /// Could an image be opened, asks who is about to let another process go for this one. The
     /// descriptor is as for [`Request::Open`], and somebody else serves the image: nothing of it is locked,
     /// written or kept. Without a node. Answered with [`Reply::Fit`].
@@ -279,6 +286,8 @@ pub enum Reply {
     Status(Status),
     /// What was counted.
     Stats(Box<Stats>),
+    /// How far a stream is.
+    Stream(Stream),
     /// What failed.
     Troubles(Troubles),
     /// What is needed and not provided yet.

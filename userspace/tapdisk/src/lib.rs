@@ -13,6 +13,7 @@
 
 mod direct;
 mod inside;
+mod jobs;
 mod kept;
 mod link;
 pub mod listen;
@@ -21,7 +22,6 @@ pub mod nbd;
 mod needs;
 mod ranges;
 pub mod sandbox;
-mod scrub;
 mod server;
 mod session;
 mod told;

@@ -8,10 +8,10 @@ mod inactive;
 mod size;
 
 use crate::direct::{self, Direct};
+use crate::jobs::{scrub, stream, Jobs};
 use crate::kept::Kept;
 use crate::link::Link;
 use crate::lost::Lost;
-use crate::scrub::{self, Scrub};
 use crate::told::{describe, described, fence, node, params, UNFIT};
 use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Troubles};
@@ -54,7 +54,7 @@ pub struct Session {
     needs: Needs,
     /// What the next process learns of what this one has counted.
     kept: RefCell<Option<Rc<Kept>>>,
-    scrub: Scrub,
+    jobs: Jobs,
     turns: Cell<u64>,
     /// Number of the image that is served: another one has another, also after a close.
     images: Cell<u64>,
@@ -122,7 +122,7 @@ impl Session {
             direct: Rc::default(),
             needs: Needs::default(),
             kept: RefCell::default(),
-            scrub: Scrub::default(),
+            jobs: Jobs::default(),
             turns: Cell::new(0),
             images: Cell::new(0),
             waiting: RefCell::default(),
@@ -257,6 +257,7 @@ impl Session {
                 }
                 _ => Err(Failure::new(Code::State, "the disk does not run")),
             },
+            Request::Stream { rate } => stream::ask(self, rate).await.map(Reply::Stream),
             Request::Prepare(open) => {
                 let _alone = self.gate.alone().await;
                 self.prepare(open, fd).await
@@ -363,8 +364,12 @@ impl Session {
         &self.lost
     }
 
-    pub(crate) fn scrub(&self) -> &Scrub {
-        &self.scrub
+    pub(crate) fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    pub(crate) fn state(&self) -> State {
+        self.status().state
     }
 
     pub(crate) fn count_nbd(&self) {
@@ -682,7 +687,8 @@ impl Session {
         (stats.calls, stats.sleeps) = self.runtime.io.counts();
         stats.version = env!("CARGO_PKG_VERSION").into();
         stats.turns = self.turns.get();
-        stats.scrub = self.scrub.progress();
+        stats.scrub = self.jobs.scrub.progress().clone();
+        stats.stream = self.jobs.stream.progress().clone();
         if let Some(server) = &self.state.borrow().server {
             stats.in_flight = server.in_flight();
             stats.driver = server.disk().stats();

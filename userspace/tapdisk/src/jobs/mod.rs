@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Work on all of a disk, from its beginning to its end, beside its guest and at a rate. It goes on over a pause,
+//! and ends with the image: when that is closed for good, or another one takes its place.
+
+pub(crate) mod scrub;
+pub(crate) mod stream;
+
+use crate::{Server, Session};
+use control::Failure;
+use diskio::Errno;
+use scrub::Scrub;
+use std::cell::{Cell, Ref, RefCell};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+use stream::Stream;
+
+/// Bytes that are worked on at once, and that others may have to wait for.
+const PIECE: u64 = 1 << 20;
+/// A change of the rate is noticed after this time.
+const NOTICE: Duration = Duration::from_millis(200);
+
+/// The jobs of a session: at most one of each kind.
+#[derive(Debug, Default)]
+pub(crate) struct Jobs {
+    pub(crate) scrub: Job<Scrub>,
+    pub(crate) stream: Job<Stream>,
+}
+
+/// A job, and how far it is. There may be none.
+#[derive(Debug)]
+pub(crate) struct Job<P> {
+    /// Bytes in a second; 0 to end it.
+    rate: Cell<u64>,
+    /// Number of the one that runs, or ran last, and the image that it works on.
+    number: Cell<u64>,
+    image: Cell<u64>,
+    runs: Cell<bool>,
+    /// Of that one.
+    progress: RefCell<Option<P>>,
+}
+
+impl<P> Default for Job<P> {
+    fn default() -> Self {
+        Self {
+            rate: Cell::default(),
+            number: Cell::default(),
+            image: Cell::default(),
+            runs: Cell::default(),
+            progress: RefCell::default(),
+        }
+    }
+}
+
+impl<P> Job<P> {
+    /// How far it is.
+    pub(crate) fn progress(&self) -> Ref<'_, Option<P>> {
+        self.progress.borrow()
+    }
+
+    /// It works on this image, or has.
+    fn is_of(&self, image: u64) -> bool {
+        self.progress.borrow().is_some() && self.image.get() == image
+    }
+
+    fn runs_on(&self, image: u64) -> bool {
+        self.runs.get() && self.is_of(image)
+    }
+}
+
+/// A piece of the disk: how long it is, and how much work it was, in bytes.
+struct Piece {
+    len: u64,
+    work: u64,
+}
+
+/// How a walk over the disk ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// At the end of the disk.
+    Through,
+    /// It was to.
+    Stopped,
+    /// The image is not served any more.
+    Closed,
+}
+
+/// Who does a job.
+struct Worker<P> {
+    session: Rc<Session>,
+    job: fn(&Jobs) -> &Job<P>,
+    number: u64,
+    image: u64,
+}
+
+impl<P: Clone + 'static> Worker<P> {
+    /// For a new job on the image that is served, which is there from now on, in place of the last one.
+    fn begin(session: &Rc<Session>, job: fn(&Jobs) -> &Job<P>, progress: P) -> Self {
+        let (its, image) = (job(session.jobs()), session.image());
+        its.number.set(its.number.get().wrapping_add(1));
+        its.image.set(image);
+        its.runs.set(true);
+        its.progress.replace(Some(progress));
+        Self {
+            session: session.clone(),
+            job,
+            number: its.number.get(),
+            image,
+        }
+    }
+
+    fn job(&self) -> &Job<P> {
+        (self.job)(self.session.jobs())
+    }
+
+    /// Changes what is told, unless that is of a later one.
+    fn update(&self, change: impl FnOnce(&mut P)) {
+        let job = self.job();
+        if job.number.get() != self.number {
+            return;
+        }
+        if let Some(progress) = job.progress.borrow_mut().as_mut() {
+            change(progress);
+        }
+    }
+
+    /// It is over.
+    fn end(&self, change: impl FnOnce(&mut P)) {
+        self.update(change);
+        let job = self.job();
+        if job.number.get() == self.number {
+            job.runs.set(false);
+        }
+    }
+
+    /// Goes over the disk piece by piece. `step` gets a place and the bytes behind it, and says how long the piece
+    /// is that it has done.
+    async fn walk(
+        &self,
+        mut step: impl AsyncFnMut(&Rc<Server>, u64, u64) -> Result<Piece, Failure>,
+    ) -> Result<End, Failure> {
+        let mut at = 0;
+        loop {
+            let start = Instant::now();
+            let Some(server) = self.session.running_from(self.image).await else {
+                return Ok(End::Closed);
+            };
+            // Until it is dropped the image stays open.
+            let hold = server.hold();
+            let left = server.size().saturating_sub(at);
+            if left == 0 {
+                return Ok(End::Through);
+            }
+            let piece = step(&server, at, left).await?;
+            drop((hold, server));
+            at += piece.len;
+            if piece.work == 0 {
+                // There may be many of them in a row.
+                others_first().await;
+            }
+            if let Some(end) = self.keep_rate(start, piece.work).await? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Waits until `bytes`, whose work began at `start`, have taken the time that they should. Says if the job
+    /// is to end.
+    async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<Option<End>, Failure> {
+        loop {
+            let rate = self.job().rate.get();
+            if rate == 0 {
+                return Ok(Some(End::Stopped));
+            }
+            if self.session.image() != self.image {
+                return Ok(Some(End::Closed));
+            }
+            let time = Duration::try_from_secs_f64(bytes as f64 / rate as f64);
+            let left = time
+                .unwrap_or(Duration::MAX)
+                .saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let slept = self.session.runtime().io.sleep(left.min(NOTICE)).await;
+            slept.map_err(|error| failed("cannot wait", error))?;
+        }
+    }
+}
+
+/// Bytes of a piece from `at` on: pieces end where large blocks do, wherever what is done begins.
+fn piece(at: u64, left: u64) -> u64 {
+    (PIECE - at % PIECE).min(left)
+}
+
+fn failed(what: impl std::fmt::Display, error: Errno) -> Failure {
+    Failure::system(what, &error.into())
+}
+
+/// Lets everything else that is ready run once.
+async fn others_first() {
+    let mut is_over = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut is_over, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}

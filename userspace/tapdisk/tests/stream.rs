@@ -1,0 +1,496 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The image of a disk takes over what is below it, beside its guest and whatever becomes of its process.
+
+mod common;
+
+use common::guest::{Guest, Step};
+use common::images::{answered, file, steps, Folder, Served, SIZE};
+use common::Process;
+use control::stats::{Stream, Streaming};
+use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
+use control::{Channel, Code, Failure};
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Shape};
+use ring::response::Status as Answer;
+use ring::tap::shadow::Op;
+use std::cell::RefCell;
+use std::fs::{self, File};
+use std::future::poll_fn;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::Arc;
+use std::task::Poll;
+use std::thread;
+use std::time::{Duration, Instant};
+use tapdev::fake::Fake;
+
+fn stream(process: &mut Process, rate: u64) -> Result<Stream, Failure> {
+    match process.ask(Request::Stream { rate }, None)? {
+        Reply::Stream(stream) => Ok(stream),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Asks until it is as is said; nothing takes so long as the limit.
+fn until(process: &mut Process, rate: u64, is_so: impl Fn(&Stream) -> bool) -> Stream {
+    let start = Instant::now();
+    loop {
+        let found = stream(process, rate).expect("a stream");
+        if is_so(&found) {
+            return found;
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "{found:?}");
+        thread::yield_now();
+    }
+}
+
+fn over(stream: &Stream) -> bool {
+    stream.state != Streaming::Running
+}
+
+/// A raw image, one over that with something of its own, and one over both without anything: and what they hold.
+fn chain(folder: &Folder, options: &str) -> (Served, Vec<u8>) {
+    let mut model = folder.raw("base.img", 9);
+    let create = |name: &str, below: &str, format: &str| {
+        folder.img(&[
+            "create", "-f", "qcow2", "-o", options, "-b", below, "-F", format, name,
+        ]);
+    };
+    create("mid.qcow2", "base.img", "raw");
+    let mid = Served {
+        path: folder.path("mid.qcow2"),
+        driver: "qcow2",
+        files: 1,
+    };
+    let fake = Fake::new(4).expect("a node");
+    let (process, _) = mid.start(&fake);
+    for (sector, byte) in [(1, 1), (700, 2), (2500, 3), (8000, 4)] {
+        answered(&fake, Op::Write, sector, &[byte; 4096]);
+        model[sector as usize * 512..][..4096].fill(byte);
+    }
+    process.exit();
+    create("leaf.qcow2", "mid.qcow2", "qcow2");
+    let leaf = Served {
+        path: folder.path("leaf.qcow2"),
+        driver: "qcow2",
+        files: 2,
+    };
+    (leaf, model)
+}
+
+/// Whether the header of an image still names another one.
+fn goes_on(folder: &Folder, name: &str) -> bool {
+    folder
+        .img(&["info", "-f", "qcow2", "-U", name])
+        .contains("backing file:")
+}
+
+/// A guest works on an image over two others that takes over what they have, while its process is killed again and
+/// again. Whenever that is, the image is whole; at the end it is alone.
+fn endure(test: &str, options: &str) {
+    let Some(folder) = Folder::new(test) else {
+        return;
+    };
+    let (mut served, model) = chain(&folder, options);
+    let below = ["base.img", "mid.qcow2"].map(|name| fs::read(folder.path(name)).expect("read"));
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, _) = served.start(&fake);
+    let mut guest = Guest::new(&fake, model, 8);
+    // All of it takes longer than a second, in pieces that are as long as clusters at least.
+    let mut rate = 4 << 20;
+    stream(&mut process, rate).expect("a stream");
+    let mut deaths = 0;
+    for step in steps() {
+        if matches!(step, Step::Kill) {
+            deaths += 1;
+            if deaths % 2 == 0 {
+                until(&mut process, rate, |stream| {
+                    over(stream) || stream.copied > 0
+                });
+            }
+            if deaths == 5 {
+                // It is done while the guest works.
+                rate = u64::MAX;
+            }
+            process.kill();
+            folder.check("qcow2", "leaf.qcow2", true);
+            if !goes_on(&folder, "leaf.qcow2") {
+                served.files = 0;
+            }
+            process = served.start(&fake).0;
+            stream(&mut process, rate).expect("a stream");
+        }
+        guest.send(&step);
+    }
+    guest.finish();
+    let ended = until(&mut process, u64::MAX, over);
+    assert_eq!(ended.state, Streaming::Done);
+    assert!(!goes_on(&folder, "leaf.qcow2"));
+    // What asks for it once more has nothing to do.
+    assert_eq!(
+        stream(&mut process, 1).expect("a stream").state,
+        Streaming::Done
+    );
+    // Nobody needs them, the process that is killed next neither.
+    for (name, before) in ["base.img", "mid.qcow2"].into_iter().zip(below) {
+        assert!(
+            fs::read(folder.path(name)).expect("read") == before,
+            "{name}"
+        );
+        fs::remove_file(folder.path(name)).expect("remove");
+    }
+    served.files = 0;
+    for step in steps().iter().take(50) {
+        guest.send(step);
+    }
+    process.kill();
+    folder.check("qcow2", "leaf.qcow2", true);
+    let (process, _) = served.start(&fake);
+    guest.finish();
+    process.exit();
+    folder.img(&["check", "-r", "leaks", "leaf.qcow2"]);
+    folder.check("qcow2", "leaf.qcow2", false);
+    assert!(folder.content("qcow2", "leaf.qcow2") == guest.model);
+    // It can go on from another image again, and grow.
+    folder.raw("other.img", 1);
+    folder.img(&[
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "other.img",
+        "-F",
+        "raw",
+        "leaf.qcow2",
+    ]);
+    assert!(goes_on(&folder, "leaf.qcow2"));
+}
+
+#[test]
+fn image_takes_over_what_is_below_it() {
+    endure("image_takes_over_what_is_below_it", "compat=1.1");
+}
+
+#[test]
+fn image_of_version_2_takes_over_what_is_below_it() {
+    endure("image_of_version_2_takes_over", "compat=0.10");
+}
+
+#[test]
+fn image_with_subclusters_takes_over_what_is_below_it() {
+    let options = "extended_l2=on,cluster_size=128k";
+    endure("image_with_subclusters_takes_over", options);
+}
+
+#[test]
+fn rate_is_kept_and_a_pause_and_an_end_are_heeded() {
+    let Some(folder) = Folder::new("rate_is_kept_and_a_pause") else {
+        return;
+    };
+    let (served, model) = chain(&folder, "compat=1.1");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = served.start(&fake);
+    // A piece takes days.
+    stream(&mut process, 1).expect("a stream");
+    let first = until(&mut process, 1, |stream| stream.copied > 0);
+    assert_eq!((first.copied, first.offset), (1 << 20, 1 << 20));
+    answered(&fake, Op::Write, 4000, &[7; 512]);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let (reply, _) = served.ask(&mut process, Request::Unpause(served.question()));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    assert_eq!(stream(&mut process, 1).expect("a stream"), first);
+    // Two seconds of it.
+    let begun = Instant::now();
+    let second = until(&mut process, 2 << 20, |stream| stream.copied > 3 << 20);
+    assert!(begun.elapsed() > Duration::from_millis(900), "too fast");
+    assert_eq!(second.state, Streaming::Running);
+    until(&mut process, 0, over);
+    assert!(goes_on(&folder, "leaf.qcow2"));
+    // What it has by now it has for itself, and the next stream finds the rest.
+    let rest = until(&mut process, u64::MAX, over);
+    assert_eq!(rest.state, Streaming::Done);
+    assert!(
+        rest.copied <= SIZE - second.copied,
+        "{rest:?} after {second:?}"
+    );
+    let Ok(Reply::Stats(stats)) = process.ask(Request::Stats, None) else {
+        panic!("no statistics");
+    };
+    assert_eq!(stats.stream, Some(rest));
+    process.exit();
+    let mut expected = model;
+    expected[4000 * 512..][..512].fill(7);
+    assert!(folder.content("qcow2", "leaf.qcow2") == expected);
+}
+
+#[test]
+fn image_that_has_nothing_below_it_is_done_and_one_that_must_keep_it_is_refused() {
+    let Some(folder) = Folder::new("image_that_has_nothing_below") else {
+        return;
+    };
+    folder.raw("base.img", 1);
+    let fake = Fake::new(4).expect("a node");
+    let raw = Served {
+        path: folder.path("base.img"),
+        driver: "aio",
+        files: 0,
+    };
+    let (mut process, _) = raw.start(&fake);
+    assert_eq!(
+        stream(&mut process, 1).expect("done").state,
+        Streaming::Done
+    );
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let paused = stream(&mut process, 1).expect_err("it is paused");
+    assert_eq!(paused.code, Code::State);
+    process.exit();
+    let create = [
+        "create", "-f", "qcow2", "-b", "base.img", "-F", "raw", "a.qcow2",
+    ];
+    folder.img(&create);
+    folder.img(&["snapshot", "-c", "kept", "a.qcow2"]);
+    let kept = Served {
+        path: folder.path("a.qcow2"),
+        driver: "qcow2",
+        files: 1,
+    };
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = kept.start(&fake);
+    let refused = stream(&mut process, 1).expect_err("it has a snapshot");
+    assert_eq!(refused.code, Code::Image, "{refused}");
+    assert!(refused.message.contains("snapshot -d"), "{refused}");
+    process.exit();
+    assert!(goes_on(&folder, "a.qcow2"));
+    let fake = Fake::new(4).expect("a node");
+    let mut process = Process::start(&fake);
+    let open = Open {
+        read_only: true,
+        ..kept.question()
+    };
+    let (reply, _) = kept.ask(&mut process, Request::Open(open));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let refused = stream(&mut process, 1).expect_err("it is read-only");
+    assert!(refused.message.contains("read-only"), "{refused}");
+    process.exit();
+}
+
+/// Gives what is asked for, and what is below such that it cannot be read.
+fn give_unreadable(channel: &mut Channel) {
+    let mut known = 0;
+    loop {
+        let question = Request::Needs { after: known };
+        let Ok(Reply::Needs { needs }) = channel.ask(question, &[]) else {
+            return;
+        };
+        for need in needs {
+            known = need.number;
+            let number = need.number;
+            let (fd, provided) = match &need.what {
+                Needed::Parent { path } => (Some(unreadable(path)), Provided::Shared),
+                _ => {
+                    let why = Failure::new(Code::Denied, "it is not for a test");
+                    (None, Provided::Refused(why))
+                }
+            };
+            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+            let answer = channel.ask(&Request::Provide { number, provided }, &fds);
+            assert_eq!(answer, Ok(Reply::Done));
+            if fd.is_some() {
+                return;
+            }
+        }
+    }
+}
+
+fn unreadable(path: &Path) -> File {
+    File::options().write(true).open(path).expect("a file")
+}
+
+#[test]
+fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
+    let Some(folder) = Folder::new("what_cannot_be_read_ends_it") else {
+        return;
+    };
+    let model = folder.raw("base.img", 3);
+    let create = [
+        "create", "-f", "qcow2", "-b", "base.img", "-F", "raw", "a.qcow2",
+    ];
+    folder.img(&create);
+    let served = Served {
+        path: folder.path("a.qcow2"),
+        driver: "qcow2",
+        files: 1,
+    };
+    let fake = Fake::new(4).expect("a node");
+    let mut process = Process::start(&fake);
+    let image = file(&served.path, true);
+    let open = Request::Open(served.question());
+    let reply = process.ask_and_give(open, image.as_fd(), give_unreadable);
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    // A guest that has written there is not asked for what was there.
+    answered(&fake, Op::Write, 0, &[7; 65536]);
+    for _ in 0..2 {
+        let failed = until(&mut process, u64::MAX, over);
+        let Streaming::Failed { why } = failed.state else {
+            panic!("{failed:?}");
+        };
+        assert!(why.contains("cannot read"), "{why}");
+    }
+    let Ok(Reply::Troubles(troubles)) = process.ask(Request::Troubles { after: None }, None) else {
+        panic!("no troubles");
+    };
+    assert_eq!(troubles.last.map(|last| last.what), Some(Call::Read));
+    assert!(!troubles.is_stopped);
+    assert!(goes_on(&folder, "a.qcow2"));
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let (reply, _) = served.ask(&mut process, Request::Unpause(served.question()));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    assert_eq!(until(&mut process, u64::MAX, over).state, Streaming::Done);
+    process.exit();
+    let mut expected = model;
+    expected[..65536].fill(7);
+    assert!(folder.content("qcow2", "a.qcow2") == expected);
+    folder.check("qcow2", "a.qcow2", false);
+}
+
+/// A disk over another one, in blocks: a write of the guest takes as long as is wanted.
+struct Slow {
+    own: RefCell<Vec<Option<u8>>>,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    begun: AtomicBool,
+    go_on: AtomicBool,
+    looked: AtomicBool,
+    alone: AtomicBool,
+    /// Blocks that the stream has written, and not the guest.
+    copied: AtomicUsize,
+}
+
+const BLOCK: u64 = 4096;
+const SLOW_SIZE: u64 = 64 * BLOCK;
+/// What the image below has everywhere.
+const BELOW: u8 = 0xbb;
+
+impl Driver for Slow {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        Ok(Shape {
+            size: SLOW_SIZE,
+            ..common::shape(false)
+        })
+    }
+    fn fence(&self) -> Fence {
+        Fence::Local
+    }
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let own = self.own.borrow();
+        for at in (0..data.len()).step_by(512) {
+            let block = own[((offset + at as u64) / BLOCK) as usize];
+            data.fill(at, 512, block.unwrap_or(BELOW));
+        }
+        Ok(())
+    }
+    async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
+        if how.sequence.is_some() {
+            self.state.begun.store(true, SeqCst);
+            poll_fn(|cx| match self.state.go_on.load(SeqCst) {
+                true => Poll::Ready(()),
+                false => {
+                    cx.waker().wake_by_ref();
+                    Poll::Pending
+                }
+            })
+            .await;
+        }
+        let bytes = data.to_vec();
+        if how.sequence.is_none() {
+            let blocks = bytes.len() / BLOCK as usize;
+            self.state.copied.fetch_add(blocks, SeqCst);
+        }
+        let mut own = self.own.borrow_mut();
+        for at in (0..bytes.len()).step_by(BLOCK as usize) {
+            own[((offset + at as u64) / BLOCK) as usize] = Some(bytes[at]);
+        }
+        Ok(())
+    }
+    async fn flush(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+    async fn extents(&self, _: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let content = Content::Data;
+        Ok(vec![Extent { len, content }])
+    }
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.state.looked.store(true, SeqCst);
+        let own = self.own.borrow();
+        let first = (offset / BLOCK) as usize;
+        let blocks = own[first..][..(len / BLOCK) as usize].iter();
+        let alike = blocks.take_while(|block| block.is_some() == own[first].is_some());
+        let content = match own[first] {
+            Some(_) => Content::Data,
+            None => Content::Below,
+        };
+        let len = alike.count() as u64 * BLOCK;
+        Ok(vec![Extent { len, content }])
+    }
+    async fn goes_on(&self) -> Result<bool, Failure> {
+        Ok(true)
+    }
+    async fn stand_alone(&self) -> Result<(), Failure> {
+        assert!(self.own.borrow().iter().all(Option::is_some));
+        self.state.alone.store(true, SeqCst);
+        Ok(())
+    }
+}
+
+/// What was below when it was looked at is not written over what the guest wrote meanwhile.
+#[test]
+fn a_write_of_the_guest_is_not_overtaken() {
+    let fake = Fake::new(4).expect("a node");
+    let state = Arc::new(State::default());
+    let its = state.clone();
+    let mut process = Process::start_with(&fake, |session| {
+        let serves = session.clone();
+        let slow = Slow {
+            own: RefCell::new(vec![None; (SLOW_SIZE / BLOCK) as usize]),
+            state: its,
+        };
+        session.runtime().tasks.spawn(async move {
+            let disk = Disk::new(slow);
+            let shape = disk.activate().await.expect("active");
+            let open = Open::new("null:8M".parse().expect("a target"));
+            let served = serves.serve_disk(open, disk, shape).await;
+            served.expect("served");
+        });
+    });
+    fake.wait_for_params();
+    let wait = |flag: &AtomicBool| {
+        while !flag.load(SeqCst) {
+            thread::yield_now();
+        }
+    };
+    let block = [0x11; BLOCK as usize];
+    let tag = fake.send(Op::Write, 8, &block, false).expect("a request");
+    wait(&state.begun);
+    stream(&mut process, u64::MAX).expect("a stream");
+    wait(&state.looked);
+    state.go_on.store(true, SeqCst);
+    assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
+    let ended = until(&mut process, u64::MAX, over);
+    assert_eq!(ended.state, Streaming::Done);
+    assert!(state.alone.load(SeqCst));
+    // To write anew what the guest has by now would race with the kernel, which may write there by itself.
+    let others = (SLOW_SIZE / BLOCK) as usize - 1;
+    assert_eq!(state.copied.load(SeqCst), others);
+    let all = answered(&fake, Op::Read, 0, &[0; 4 * BLOCK as usize]);
+    let expected: Vec<u8> = [BELOW, 0x11, BELOW, BELOW]
+        .into_iter()
+        .flat_map(|byte| [byte; BLOCK as usize])
+        .collect();
+    assert!(all == expected);
+    process.exit();
+}
