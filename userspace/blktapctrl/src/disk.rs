@@ -7,6 +7,7 @@ use crate::process::Process;
 use crate::record::{Known, Record, Want};
 use crate::state::State;
 use crate::tenure::Tenure;
+use control::stats::Stream;
 use control::supervisor::{Doing, Row};
 use control::tapdisk::{self, Open};
 use control::{Code, Failure};
@@ -61,6 +62,10 @@ pub struct Disk {
     pub answered_before: Cell<u64>,
     /// Its last process died of something that it did itself, and the next one does not serve yet.
     pub crashed: Cell<bool>,
+    /// What is known of how far its image has taken over what is below it.
+    pub streamed: RefCell<Option<Stream>>,
+    /// Someone sees to that.
+    pub streams: Cell<bool>,
     /// Someone is replacing its process.
     pub reviving: Cell<bool>,
     /// The request for which it was reported as hung is not answered yet.
@@ -91,6 +96,8 @@ impl Disk {
             backoff: RefCell::default(),
             answered_before: Cell::default(),
             crashed: Cell::default(),
+            streamed: RefCell::default(),
+            streams: Cell::default(),
             reviving: Cell::default(),
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),

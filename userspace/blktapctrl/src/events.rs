@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What happened, for who asks later and for who listens.
 
+use control::stats::Streaming;
 use control::supervisor::{Event, What};
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -130,6 +131,10 @@ fn log(minor: Option<u32>, what: &What) {
         What::SnapshotUndone { why } => {
             tracing::warn!("{disk}: goes on in the image that it has: {why}");
         }
+        What::Streamed { target, outcome } => match outcome {
+            Streaming::Failed { .. } => tracing::warn!("{disk}: {}", outcome.told(target)),
+            _ => tracing::info!("{disk}: {}", outcome.told(target)),
+        },
         What::Hung {
             pid,
             for_ms,

@@ -5,6 +5,7 @@ use crate::folder::{self, Folder};
 use crate::image::Identity;
 use control::supervisor::{Doing, Mode, Policy};
 use control::tapdisk::{Open, Stamp};
+use control::Target;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::{self, File};
@@ -116,6 +117,15 @@ pub struct Overlay {
     pub born: Option<u64>,
 }
 
+/// An image that is to take over what it shows of those below it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streamed {
+    /// What is served.
+    pub target: Target,
+    /// Bytes in a second.
+    pub rate: u64,
+}
+
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
@@ -185,6 +195,9 @@ pub struct Record {
     /// What a snapshot leads to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
+    /// What its image is to do beside its guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<Streamed>,
     /// Its process.
     pub process: Option<Known>,
     /// What its processes run, if that is not what the supervisor starts by default.
@@ -226,6 +239,7 @@ impl Record {
             doing: None,
             next: None,
             overlay: None,
+            stream: None,
             process: None,
             program: None,
             handoff: None,

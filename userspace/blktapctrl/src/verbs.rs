@@ -105,6 +105,14 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let process = registry.find(&which)?.serving()?;
             process.scrub(rate).await.map(done)
         }
+        Request::Stream { which, rate } => {
+            let disk = registry.find(&which)?;
+            let stream = match rate {
+                Some(rate) => lifecycle.stream(&disk, rate).await,
+                None => lifecycle.streamed(&disk),
+            };
+            stream.map(Reply::Stream)
+        }
         Request::Stats(which) => {
             let disk = registry.find(&which)?;
             let mut stats = disk.serving()?.stats(SOON).await?;

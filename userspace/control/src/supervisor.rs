@@ -4,7 +4,7 @@
 //! Two sets of verbs: [`Request::Create`] and [`Request::Destroy`] do all that a disk needs; the
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
 
-use crate::stats::{Direct, Mapped, Stats};
+use crate::stats::{Direct, Mapped, Stats, Stream, Streaming};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
 use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
@@ -296,6 +296,15 @@ pub enum Request {
         /// Bytes in a second at most; 0 ends one that runs.
         rate: u64,
     },
+    /// Has the image of a disk take over what it shows of those below it, while its guest goes on; then it needs
+    /// them no more: [`Reply::Stream`] when it has begun. An event tells of its end.
+    Stream {
+        /// The disk.
+        which: Which,
+        /// Bytes in a second at most; 0 ends one that runs. Nothing asks how far it is, or how the last one has
+        /// ended.
+        rate: Option<u64>,
+    },
     /// What was counted: [`Reply::Stats`].
     Stats(Which),
     /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk
@@ -409,6 +418,8 @@ pub enum Reply {
         /// One for each.
         disks: Vec<Row>,
     },
+    /// How far an image is that takes over what is below it.
+    Stream(Stream),
     /// What one disk counted.
     Stats(Box<Stats>),
     /// What all disks counted.
@@ -664,6 +675,13 @@ pub enum What {
     SnapshotUndone {
         /// Why.
         why: String,
+    },
+    /// The image of a disk was to take over what is below it, and that is over.
+    Streamed {
+        /// The image.
+        target: Target,
+        /// What has become of it.
+        outcome: Streaming,
     },
     /// A disk was paused.
     Paused,

@@ -66,6 +66,7 @@ Examples:
   tap-ctl top                           # who is doing how much
   tap-ctl events                        # what happens
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
+  tap-ctl stream -m 0 --wait            # then it needs that one no more
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
@@ -121,6 +122,9 @@ pub(crate) enum Verb {
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
     /// say how far it is
     Scrub(Scrub),
+    /// Have the image of a disk take over what it shows of those below it, such as after snapshots, so that it
+    /// needs them no more, while its guest goes on
+    Stream(Stream),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
@@ -290,6 +294,30 @@ pub(crate) struct Scrub {
     /// At most so many MiB in a second; 0 ends one that runs, another number changes its rate
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub(crate) rate: u32,
+}
+
+/// Taking over what is below.
+///
+/// What is below an image (`qemu-img info --backing-chain`, `tapimg info`) is copied into it, as far as it shows
+/// through: then the others may be removed, if no other image goes on from them. It goes on when the disk's process
+/// or blktapctrl is replaced. Whenever it ends, the disk is the same: what was copied stays, and the next stream
+/// finds the rest. For qcow2 without internal snapshots.
+#[derive(Debug, Args)]
+pub(crate) struct Stream {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// At most so many MiB in a second; another number changes the rate of one that runs
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: u32,
+    /// Begin it, and wait until it is over: the exit status says whether it was done
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// End the one that runs
+    #[arg(long, conflicts_with_all = ["wait", "rate"])]
+    pub(crate) cancel: bool,
+    /// Say how far it is, or how the last one has ended, and change nothing
+    #[arg(long, conflicts_with_all = ["wait", "rate", "cancel"])]
+    pub(crate) show: bool,
 }
 
 /// A disk, also by what it was made for.

@@ -12,6 +12,7 @@ mod look;
 mod metrics;
 mod show;
 mod status;
+mod stream;
 mod time;
 mod top;
 
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Verb::Events(events) => follow(&cli, events),
         Verb::Lease { verb } => about_lease(&cli, verb),
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
+        Verb::Stream(asked) => stream::run(&cli, asked),
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
@@ -171,6 +173,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Resize(_)
         | Request::Grow { .. }
         | Request::Scrub { .. }
+        | Request::Stream { .. }
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
         | Request::Pause { .. }
@@ -276,6 +279,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             which: named(&scrub.which),
             rate: u64::from(scrub.rate) << 20,
         },
+        Verb::Stream(asked) => stream::request(asked),
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {

@@ -2,7 +2,7 @@
 //! What people see.
 
 use crate::time::utc;
-use control::stats::{Counter, Direct, Mapped, Stats};
+use control::stats::{Counter, Direct, Mapped, Stats, Stream, Streaming};
 use control::supervisor::{Event, HandedOff, Reply, Row, Snapshot, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
@@ -20,6 +20,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         }
         Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
         Reply::Snapshot(taken) => told(taken),
+        Reply::Stream(stream) => format!("{}\n", self::stream(stream)),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.
@@ -194,6 +195,26 @@ fn by_process(mapped: &Mapped) -> String {
     )
 }
 
+/// How far an image is that takes over what is below it.
+pub(crate) fn stream(stream: &Stream) -> String {
+    let Stream {
+        state,
+        offset,
+        copied,
+    } = stream;
+    let state = match state {
+        Streaming::Running => "running",
+        Streaming::Done => "done",
+        Streaming::Ended => "ended",
+        Streaming::Failed { .. } => "failed",
+    };
+    let why = match &stream.state {
+        Streaming::Failed { why } => format!(" why={why}"),
+        _ => String::new(),
+    };
+    format!("stream={state} offset={offset} copied={copied}{why}")
+}
+
 fn stats(stats: &Stats) -> String {
     let mut text = format!(
         "{:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
@@ -236,6 +257,9 @@ fn stats(stats: &Stats) -> String {
             "scrub {state} {}: read={} errors={}",
             scrub.offset, scrub.read, scrub.errors
         );
+    }
+    if let Some(stream) = &stats.stream {
+        let _ = writeln!(text, "{}", self::stream(stream));
     }
     for (name, number) in &stats.driver {
         let _ = writeln!(text, "{name}={number}");
@@ -291,6 +315,7 @@ pub(crate) fn event(event: &Event) -> String {
         }
         What::Snapshot(taken) => format!("goes on in a new image: {}", snapshot(taken)),
         What::SnapshotUndone { why } => format!("goes on in the image that it has: {why}"),
+        What::Streamed { target, outcome } => outcome.told(target),
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Inactive => "has let go of its image: the guest is suspended".into(),

@@ -22,8 +22,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(super) fn cases() -> Vec<Case> {
     let about =
         "two snapshots under load that is judged, a death, and each image keeps what it was";
-    let case = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
-    vec![case.supervised().no_leaks()]
+    let load = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
+    let about = "an image takes over what is below it under load that is judged, its process dies, and then it is alone";
+    let stream = Case::new("snapshot.stream", about, Needs::Pv, stream);
+    vec![load.supervised().no_leaks(), stream.supervised().no_leaks()]
 }
 
 /// The guest writes a number, and has the answer when this returns.
@@ -56,6 +58,51 @@ fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
     let convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw"];
     sh::run_for(&[&convert[..], &[path, &raw]].concat(), LIMIT)?;
     Ok(raw)
+}
+
+/// A qcow2 image over a raw one with something everywhere, which nobody may write: their paths.
+fn chain(context: &mut Context) -> Result<[String; 2]> {
+    let base = image(context, "base.img", SIZE)?;
+    let fill = format!("dd if=/dev/urandom of={base} bs=1M count={SIZE} conv=notrunc status=none");
+    sh::shell(&format!("{fill} && chmod a-w {base}"))?;
+    let top = image(context, "top.qcow2", 1)?;
+    let words = ["qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b"];
+    sh::run_for(&[&words[..], &[&base, &top]].concat(), LIMIT)?;
+    Ok([base, top])
+}
+
+fn stream(context: &mut Context) -> Result<()> {
+    let [base, top] = chain(context)?;
+    // What it has the kernel writes by itself, beside the stream.
+    let target = format!("direct=yes,qcow2:{top}");
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let minor = disk.minor.to_string();
+    let ask = |words: &[&str]| tap::ctl_json(&[&["stream", "-m", &minor], words].concat());
+    let load = start_load_with(guest, "")?;
+    wait_progress(&disk, 40)?;
+    ask(&["--rate", "1"])?;
+    let copied = || Ok::<_, anyhow::Error>(ask(&["--show"])?["copied"].as_u64() > Some(0));
+    sh::wait_for("something that is copied", LIMIT, copied)?;
+    disk.replace()?;
+    let told = ask(&["--rate", "64", "--wait"])?;
+    ensure!(told["state"] == "done", "tap-ctl stream says {told}");
+    wait_progress(&disk, 40)?;
+    let info = sh::run(&["qemu-img", "info", "-U", "-f", "qcow2", &top])?;
+    ensure!(!info.contains("backing file:"), "it says: {info}");
+    // Nobody needs it, the next process neither.
+    let away = format!("{base}.away");
+    fs::rename(&base, &away)?;
+    disk.replace()?;
+    wait_progress(&disk, 40)?;
+    let told = end_load(guest, load)?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    check("qcow2", &top)?;
+    let found = sum(&content(context, &top, "top.raw")?)?;
+    ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
+    fs::rename(&away, &base)?;
+    context.note(&told)
 }
 
 /// Has the disk go on in a new image; returns for how many microseconds nobody served it.

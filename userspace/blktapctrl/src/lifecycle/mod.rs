@@ -17,6 +17,7 @@ mod open;
 mod pause;
 mod serve;
 mod snapshot;
+mod stream;
 mod suspend;
 mod trouble;
 

@@ -5,6 +5,7 @@ use blktapctrl::domains::Domains;
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
+use control::stats::{Stream, Streaming};
 use control::tapdisk::{
     Disk, Engine, Need, Needed, Open, Provided, Reply, Request, Stamp, State, Status, Troubles,
 };
@@ -652,6 +653,8 @@ struct Served {
     /// It says when something is asked of it.
     inactive: Option<Open>,
     nbd: Option<OwnedFd>,
+    /// The rate of a stream.
+    stream: Option<u64>,
 }
 
 fn note(dir: &Path, line: &str) {
@@ -814,6 +817,29 @@ impl Served {
             Request::Scrub { rate } => {
                 note(dir, &format!("scrub {rate}"));
                 Ok(Reply::Done)
+            }
+            Request::Stream { rate } => {
+                if self.stream != Some(rate) {
+                    note(dir, &format!("stream {rate}"));
+                }
+                self.stream = Some(rate);
+                let says = std::fs::read_to_string(dir.join("stream")).expect("what to say");
+                let state = match &*says {
+                    "refused" => return Err(Failure::unsupported("it keeps what is below")),
+                    "done" => {
+                        // It names no parent any more.
+                        if let Some((_, Some(image))) = &self.open {
+                            rustix::fs::ftruncate(image, 0).expect("shorter");
+                        }
+                        Streaming::Done
+                    }
+                    "running" => Streaming::Running,
+                    why => Streaming::Failed { why: why.into() },
+                };
+                Ok(Reply::Stream(Stream {
+                    state,
+                    ..Stream::default()
+                }))
             }
             Request::Nbd { .. } => {
                 self.nbd = fds.pop();

@@ -16,6 +16,7 @@ mod sharing;
 mod snapshot;
 mod start;
 mod steps;
+mod stream;
 mod suspend;
 mod troubles;
 
