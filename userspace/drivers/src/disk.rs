@@ -262,6 +262,12 @@ impl Disk {
         self.0.driver.grow(size).await
     }
 
+    /// Bytes of the units in which the image has the disk, such as clusters; 1 before it is active.
+    pub fn unit(&self) -> u64 {
+        let shape = self.0.shape.get();
+        shape.map_or(1, |shape| shape.limits.align.max(1).into())
+    }
+
     /// See [`Driver::goes_on`].
     pub async fn goes_on(&self) -> Result<bool, Failure> {
         self.0.driver.goes_on().await

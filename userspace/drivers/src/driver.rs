@@ -245,7 +245,10 @@ pub trait Driver: 'static {
     }
 
     /// The image needs no other one from now on. What it shows is in itself. Nothing else is asked meanwhile but
-    /// for flushes. It is durable when this returns; if that fails, all is as before.
+    /// for flushes. It is durable when this returns.
+    ///
+    /// # Errors
+    /// The other image may still be needed, and this one is as good as before.
     async fn stand_alone(&self) -> Result<(), Failure> {
         Ok(())
     }

@@ -6,7 +6,7 @@ use super::rename::AT_NAME;
 use super::{header, Qcow2};
 use crate::field::refused;
 use crate::Storage;
-use control::Failure;
+use control::{Code, Failure};
 use diskio::Errno;
 
 impl<S: Storage> Qcow2<S> {
@@ -34,17 +34,57 @@ impl<S: Storage> Qcow2<S> {
 impl<S: Storage> Image<S> {
     /// The header names no image below from now on, which takes one write of one sector. A format that it names
     /// stays, and means nothing without a name.
-    pub(super) async fn forget_below(&self) -> Result<(), Errno> {
-        // What makes it possible is durable before.
-        self.flush().await?;
-        let (header, _) = self.slices.at(0).await?;
-        header.set_number(AT_NAME, 0);
-        // Its length shares a number with the size of a cluster.
-        let rest = header.number(AT_NAME + 8) & u64::from(u32::MAX);
-        header.set_number(AT_NAME + 8, rest);
-        self.slices.settle(&header).await?;
-        self.flush().await?;
+    pub(super) async fn forget_below(&self) -> Result<(), Failure> {
+        let failed = |error: Errno| {
+            let what = format!("{}: cannot forget the image below", self.name);
+            Failure::system(what, &error.into())
+        };
+        self.can_be_trusted()?;
+        self.hide_rest().await.map_err(failed)?;
+        // What the tables in memory say must be in the image: the write of one may have failed before.
+        self.slices.settle_all().await.map_err(failed)?;
+        self.flush().await.map_err(failed)?;
+        self.can_be_trusted()?;
+        let unnamed = self.unname().await;
+        unnamed.and(self.flush().await).map_err(failed)?;
         self.below.replace(None);
         Ok(())
+    }
+
+    /// What is in memory may be more than the image has if a flush has failed since it was opened.
+    fn can_be_trusted(&self) -> Result<(), Failure> {
+        match self.barrier.lost() {
+            0 => Ok(()),
+            _ => Err(Failure::new(
+                Code::System,
+                format!(
+                    "{}: a flush has failed since it was opened, so it may lack what was copied: see to its storage, \
+                     pause the disk and unpause it, and begin again",
+                    self.name
+                ),
+            )),
+        }
+    }
+
+    /// What is below and behind the end of the disk, and was copied with its last cluster, is not seen when that
+    /// grows.
+    async fn hide_rest(&self) -> Result<(), Errno> {
+        let size = self.size.get();
+        let end = size.next_multiple_of(self.geometry.cluster());
+        self.hide_below(size, end).await
+    }
+
+    async fn unname(&self) -> Result<(), Errno> {
+        let (header, _) = self.slices.at(0).await?;
+        let before = [header.number(AT_NAME), header.number(AT_NAME + 8)];
+        header.set_number(AT_NAME, 0);
+        // Its length shares a number with the size of a cluster.
+        header.set_number(AT_NAME + 8, before[1] & u64::from(u32::MAX));
+        let settled = self.slices.settle(&header).await;
+        if settled.is_err() {
+            header.set_number(AT_NAME, before[0]);
+            header.set_number(AT_NAME + 8, before[1]);
+        }
+        settled
     }
 }

@@ -355,12 +355,13 @@ impl<S: Storage> Driver for Qcow2<S> {
     }
 
     async fn stand_alone(&self) -> Result<(), Failure> {
-        let failed = |error: Errno| {
-            let what = format!("{}: cannot forget the image below", self.options.name);
+        // Somebody may have made one while the disk was paused.
+        self.may_stand_alone().await?;
+        let image = self.image().map_err(|error| {
+            let what = format!("{}: there is no image", self.options.name);
             Failure::system(what, &error.into())
-        };
-        let image = self.image().map_err(failed)?;
-        image.forget_below().await.map_err(failed)?;
+        })?;
+        image.forget_below().await?;
         // Who reads it still has it open.
         self.below.replace(None);
         Ok(())

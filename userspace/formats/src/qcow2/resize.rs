@@ -43,7 +43,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// What is below and was behind the end of the disk reads as zeroes.
-    async fn hide_below(&self, old: u64, size: u64) -> Result<(), Errno> {
+    pub(super) async fn hide_below(&self, old: u64, size: u64) -> Result<(), Errno> {
         let end = self.below().map_or(0, |below| below.size().min(size));
         let mut at = old;
         while at < end {

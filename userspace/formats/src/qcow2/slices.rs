@@ -212,6 +212,19 @@ impl<S: Storage> Slices<S> {
             .retain(|offset| known.contains_key(offset));
     }
 
+    /// The same of all slices, also of those whose write has failed before.
+    pub(crate) async fn settle_all(&self) -> Result<(), Errno> {
+        let unsettled = |slice: &&Rc<Slice>| !slice.is_settled();
+        let all: Vec<Rc<Slice>> = {
+            let known = self.known.borrow();
+            known.values().filter(unsettled).cloned().collect()
+        };
+        for slice in all {
+            self.settle(&slice).await?;
+        }
+        Ok(())
+    }
+
     /// Returns when the image has what the slice holds now. No death of this process undoes it then.
     pub(crate) async fn settle(&self, slice: &Slice) -> Result<(), Errno> {
         let wanted = slice.version.get();

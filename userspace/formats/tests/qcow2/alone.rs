@@ -2,8 +2,9 @@
 //! An image comes to need the one below it no more, whenever power fails.
 
 use crate::crash::{cases, fresh, opened, SIZE};
-use crate::memory::{apply, Event, Memory};
-use diskio::Runtime;
+use crate::memory::{apply, sector, Event, Memory};
+use diskio::{Bytes, Errno, Runtime};
+use drivers::Attributes;
 use formats::qcow2::{header, Header};
 
 fn header_of(runtime: &Runtime, bytes: &[u8]) -> Header {
@@ -67,4 +68,48 @@ fn every_prefix_has_the_image_below_or_needs_none() {
         );
     }
     assert!(tried > 4, "{tried} of them go on from another image");
+}
+
+/// What is in memory and not in the image would be lost with the image below.
+#[test]
+fn what_a_write_or_a_flush_has_failed_to_bring_is_brought_first_or_it_is_refused() {
+    let runtime = Runtime::new();
+    let all = cases();
+    let case = all.iter().find(|case| case.name == "overlay").unwrap();
+    let first = fresh(&runtime, case);
+    let memory = Memory::new(first, 1, false);
+    let disk = opened(&runtime, &memory, case, true);
+    // Tables are written in parts of this size, and data is not; the header could be.
+    let refused =
+        |event: &Event| matches!(event, Event::Write(at, data) if *at > 0 && data.len() == 4096);
+    memory.refuse(refused);
+    let its = disk.clone();
+    let bytes = Bytes::copied(&sector(7)).unwrap();
+    let work = async move { its.write(512, bytes, Attributes::default()).await };
+    assert_eq!(runtime.block_on(work).unwrap(), Err(Errno::IO));
+    let its = disk.clone();
+    let failed = runtime.block_on(async move { its.stand_alone().await });
+    assert!(failed.unwrap().is_err(), "it has forgotten what is below");
+    assert!(header_of(&runtime, &memory.bytes()).backing.is_some());
+    memory.refuse(|event| matches!(event, Event::FlushEnd(_)));
+    let its = disk.clone();
+    let failed = runtime.block_on(async move { its.flush().await });
+    assert_eq!(failed.unwrap(), Err(Errno::IO));
+    memory.refuse(|_| false);
+    let its = disk.clone();
+    let refused = runtime.block_on(async move { its.stand_alone().await });
+    let refused = refused.unwrap().unwrap_err();
+    assert!(refused.message.contains("a flush has failed"), "{refused}");
+    assert!(header_of(&runtime, &memory.bytes()).backing.is_some());
+    // Opened anew it is what the image has.
+    let its = disk.clone();
+    let again = async move {
+        its.inactivate().await?;
+        its.activate().await.map(drop).map_err(|_| Errno::IO)
+    };
+    runtime.block_on(again).unwrap().unwrap();
+    let its = disk.clone();
+    let alone = runtime.block_on(async move { its.stand_alone().await });
+    alone.unwrap().unwrap();
+    assert!(header_of(&runtime, &memory.bytes()).backing.is_none());
 }
