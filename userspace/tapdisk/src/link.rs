@@ -19,6 +19,9 @@ use std::task::{Poll, Waker};
 use tapdev::abi::Completion;
 use tapdev::{Command, Tap};
 
+/// Turns of the loop from a result that is there to one that is handed back.
+const TURNS: u32 = 3;
+
 /// Tags fetched by one ioctl at most.
 const BATCH: usize = 256;
 
@@ -170,6 +173,22 @@ impl Link {
             && self.fetched.borrow().is_empty()
             && (self.with_commands.get() || self.waiting.borrow().is_none())
             && self.commits.get() == 0
+    }
+
+    /// What came by now is handed back: for who is about to end the command that waits, with which nobody would learn
+    /// any more what it has brought.
+    pub(crate) async fn settle(&self) {
+        let mut turns = 0;
+        poll_fn(|cx| {
+            // In each turn results are taken, and what came is handed back.
+            turns += 1;
+            if turns > TURNS && self.is_calm() {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Hands over results and appends the tags that came to `tags`.

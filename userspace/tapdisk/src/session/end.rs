@@ -104,6 +104,10 @@ impl Session {
         }
         self.stop_watching().await;
         let link = self.state.borrow().link.clone();
+        if let Some(link) = link.as_ref().filter(|link| link.is_parked()) {
+            link.settle().await;
+        }
+        // Nothing may be waited for from here on.
         if link.is_some_and(|link| link.is_parked()) {
             // The node is not given back as long as a command waits there.
             self.runtime
