@@ -7,7 +7,7 @@ use crate::process::Process;
 use crate::record::{Known, Record, Want};
 use crate::state::State;
 use crate::tenure::Tenure;
-use control::stats::Stream;
+use control::stats::{Mirror, Stream};
 use control::supervisor::{Doing, Row};
 use control::tapdisk::{self, Open};
 use control::{Code, Failure};
@@ -66,6 +66,10 @@ pub struct Disk {
     pub streamed: RefCell<Option<Stream>>,
     /// Someone sees to that.
     pub streams: Cell<bool>,
+    /// What is known of how far it is copied to another image.
+    pub mirrored: RefCell<Option<Mirror>>,
+    /// Someone sees to that.
+    pub mirrors: Cell<bool>,
     /// Someone is replacing its process.
     pub reviving: Cell<bool>,
     /// The request for which it was reported as hung is not answered yet.
@@ -98,6 +102,8 @@ impl Disk {
             crashed: Cell::default(),
             streamed: RefCell::default(),
             streams: Cell::default(),
+            mirrored: RefCell::default(),
+            mirrors: Cell::default(),
             reviving: Cell::default(),
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),

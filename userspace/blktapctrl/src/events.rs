@@ -135,6 +135,10 @@ fn log(minor: Option<u32>, what: &What) {
             Streaming::Failed { .. } => tracing::warn!("{disk}: {}", outcome.told(target)),
             _ => tracing::info!("{disk}: {}", outcome.told(target)),
         },
+        What::Moved(moved) => tracing::info!("{disk}: {}", moved.told()),
+        What::Mirrored { target, outcome } => {
+            tracing::warn!("{disk}: {}", outcome.told(target));
+        }
         What::Hung {
             pid,
             for_ms,

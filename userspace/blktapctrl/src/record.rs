@@ -64,6 +64,8 @@ pub enum Role {
     Extent,
     /// A server listens there.
     Socket,
+    /// What the disk is copied to.
+    Mirror,
 }
 
 impl std::fmt::Display for Role {
@@ -72,6 +74,7 @@ impl std::fmt::Display for Role {
             Role::Parent => "parent",
             Role::Extent => "extent",
             Role::Socket => "server",
+            Role::Mirror => "mirror",
         })
     }
 }
@@ -122,6 +125,15 @@ pub struct Overlay {
 pub struct Streamed {
     /// What is served.
     pub target: Target,
+    /// Bytes in a second.
+    pub rate: u64,
+}
+
+/// An image that a disk is copied to, which is one of its parts, and then served from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mirrored {
+    /// What is to be served.
+    pub open: Open,
     /// Bytes in a second.
     pub rate: u64,
 }
@@ -198,6 +210,9 @@ pub struct Record {
     /// What its image is to do beside its guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<Streamed>,
+    /// What it is copied to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirrored>,
     /// Its process.
     pub process: Option<Known>,
     /// What its processes run, if that is not what the supervisor starts by default.
@@ -240,6 +255,7 @@ impl Record {
             next: None,
             overlay: None,
             stream: None,
+            mirror: None,
             process: None,
             program: None,
             handoff: None,

@@ -113,6 +113,18 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             };
             stream.map(Reply::Stream)
         }
+        Request::Mirror { which, to } => {
+            let disk = registry.find(&which)?;
+            let mirror = match to {
+                Some(to) => lifecycle.mirror(&disk, to.target, to.rate).await,
+                None => lifecycle.mirrored(&disk),
+            };
+            mirror.map(Reply::Mirror)
+        }
+        Request::EndMirror(which) => {
+            let disk = registry.find(&which)?;
+            lifecycle.end_mirror(&disk).await.map(Reply::Mirror)
+        }
         Request::Stats(which) => {
             let disk = registry.find(&which)?;
             let mut stats = disk.serving()?.stats(SOON).await?;

@@ -117,6 +117,50 @@ pub enum Streaming {
     },
 }
 
+/// How far a disk is copied to another image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mirror {
+    /// Whether it is over.
+    pub state: Mirroring,
+    /// What is before this is the same on both, in bytes.
+    pub offset: u64,
+    /// Bytes that were copied; the others hold no data.
+    pub copied: u64,
+}
+
+/// What has become of that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mirroring {
+    /// The disk is being copied.
+    #[default]
+    Copying,
+    /// Both are the same, and what is written goes to both.
+    Same,
+    /// Both are the same and durable, and neither is used; or the disk is served from the other one.
+    Complete,
+    /// It ended before that.
+    Ended,
+    /// The other image is of no use.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+impl Mirroring {
+    /// What it means for an image that a disk was to be copied to, in words.
+    pub fn told(&self, image: &Target) -> String {
+        match self {
+            Self::Complete => format!("the disk is served from {image}"),
+            Self::Failed { why } => format!("the disk does not go on in {image}: {why}"),
+            Self::Copying | Self::Same | Self::Ended => {
+                format!("the disk does not go on in {image}: another image is served by now")
+            }
+        }
+    }
+}
+
 impl Streaming {
     /// What it means for an image, in words.
     pub fn told(&self, image: &Target) -> String {
@@ -230,6 +274,9 @@ pub struct Stats {
     /// The stream that runs, or the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<Stream>,
+    /// The mirror that there is, or was last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
     /// What the kernel does by itself, if it may: of that the process knows nothing, so the supervisor says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct: Option<Direct>,

@@ -4,7 +4,7 @@
 //! Two sets of verbs: [`Request::Create`] and [`Request::Destroy`] do all that a disk needs; the
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
 
-use crate::stats::{Direct, Mapped, Stats, Stream, Streaming};
+use crate::stats::{Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
 use crate::{Failure, Target};
 use serde::{Deserialize, Serialize};
@@ -73,6 +73,8 @@ pub enum Doing {
     Handoff,
     /// It goes on in a new image over the one that it had.
     Snapshot,
+    /// It goes on in an image that it was copied to.
+    Mirror,
     /// It is taken away.
     Destroy,
 }
@@ -87,6 +89,7 @@ impl fmt::Display for Doing {
             Self::Unpause => "unpause",
             Self::Handoff => "handoff",
             Self::Snapshot => "snapshot",
+            Self::Mirror => "mirror",
             Self::Destroy => "destroy",
         })
     }
@@ -305,6 +308,16 @@ pub enum Request {
         /// ended.
         rate: Option<u64>,
     },
+    /// Has a disk copied to another image while its guest goes on, and then served from that: [`Reply::Mirror`]
+    /// when it has begun. An event tells of its end. The same question again changes nothing.
+    Mirror {
+        /// The disk.
+        which: Which,
+        /// The image. Nothing asks how far it is, or how the last one has ended.
+        to: Option<MirrorTo>,
+    },
+    /// Ends that: [`Reply::Mirror`] when nothing more is done to the other image.
+    EndMirror(Which),
     /// What was counted: [`Reply::Stats`].
     Stats(Which),
     /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk
@@ -340,6 +353,15 @@ pub enum Request {
         /// Number of the last event that is known; 0 for all that are kept.
         after: u64,
     },
+}
+
+/// Where a disk is copied to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorTo {
+    /// The image, which is there. What it holds is lost.
+    pub target: Target,
+    /// Bytes in a second at most.
+    pub rate: u64,
 }
 
 /// Names a disk: at least one of the three.
@@ -420,6 +442,8 @@ pub enum Reply {
     },
     /// How far an image is that takes over what is below it.
     Stream(Stream),
+    /// How far a disk is copied to another image.
+    Mirror(Mirror),
     /// What one disk counted.
     Stats(Box<Stats>),
     /// What all disks counted.
@@ -461,6 +485,32 @@ pub struct Snapshot {
     /// Microseconds in which nobody served: what the guest asked for then waited. Nothing if that was not
     /// seen: an earlier question did it, or an earlier supervisor had begun.
     pub pause_us: Option<u64>,
+}
+
+/// A disk that was copied to another image, and is served from that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    /// The image that it had, which is not the disk any more.
+    pub from: Target,
+    /// The one that it has. Whoever configures the disk must name this one from now on.
+    pub to: Target,
+    /// The old one was marked as one that nobody writes (`chmod a-w`); a device cannot be.
+    pub marked: bool,
+    /// Microseconds in which nobody served: what the guest asked for then waited. Nothing if that was not seen.
+    pub pause_us: Option<u64>,
+}
+
+impl Moved {
+    /// What it means, in words.
+    pub fn told(&self) -> String {
+        let Self {
+            from, to, marked, ..
+        } = self;
+        let mark = if *marked { "" } else { " NOT" };
+        format!(
+            "served from {to} now, which its configuration must name; {from} is what the disk was, and is{mark} marked as read-only"
+        )
+    }
 }
 
 /// What a process runs.
@@ -682,6 +732,15 @@ pub enum What {
         target: Target,
         /// What has become of it.
         outcome: Streaming,
+    },
+    /// A disk was copied to another image, and is served from that.
+    Moved(Moved),
+    /// A disk was to be copied to another image, and that has ended before.
+    Mirrored {
+        /// The image, which is of no use.
+        target: Target,
+        /// What has become of it.
+        outcome: Mirroring,
     },
     /// A disk was paused.
     Paused,

@@ -172,9 +172,21 @@ pub enum Request {
     },
     /// Copies into the image what it shows of those below it, and then forgets them: it needs them no more.
     /// Answered with [`Reply::Stream`] at once: who wants to know how it ends asks again, which begins one only
-    /// where none runs and there is something to copy. A failure is told once.
+    /// where none runs and there is something to copy.
     Stream {
         /// Bytes in a second at most; 0 to end it.
+        rate: u64,
+        /// One that has failed begins once more; else it is told again that it has.
+        #[serde(default)]
+        anew: bool,
+    },
+    /// Copies the disk to another image, and writes there, too, what is written to the disk. When it is paused, both
+    /// are the same, if they were before: [`Reply::Stats`] says so. Answered with [`Reply::Done`] when it has
+    /// begun. The descriptor is as for [`Request::Open`].
+    Mirror {
+        /// The other image. It needs no others.
+        open: Open,
+        /// Bytes in a second at most.
         rate: u64,
     },
     /// Could an image be opened, asks who is about to let another process go for this one. The

@@ -67,6 +67,7 @@ Examples:
   tap-ctl events                        # what happens
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
   tap-ctl stream -m 0 --wait            # then it needs that one no more
+  tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # goes on there, wherever it was before
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
@@ -125,6 +126,9 @@ pub(crate) enum Verb {
     /// Have the image of a disk take over what it shows of those below it, such as after snapshots, so that it
     /// needs them no more, while its guest goes on
     Stream(Stream),
+    /// Have a disk copied to another image, of any format and in any place, and then served from that, while its
+    /// guest goes on
+    Mirror(Mirror),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
@@ -317,6 +321,34 @@ pub(crate) struct Stream {
     pub(crate) cancel: bool,
     /// Say how far it is, or how the last one has ended, and change nothing
     #[arg(long, conflicts_with_all = ["wait", "rate", "cancel"])]
+    pub(crate) show: bool,
+}
+
+/// Copying a disk.
+///
+/// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. What it holds
+/// is lost. What the guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on
+/// in the new one; the old one keeps what the disk was, and is marked as read-only (chmod a-w). Then the disk's
+/// configuration must name the new one. If something goes wrong, the disk stays with the image that it has, and its
+/// guest does not notice. When the disk's process is replaced, copying begins anew.
+#[derive(Debug, Args)]
+pub(crate) struct Mirror {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The other image, such as qcow2:/srv/b.qcow2
+    #[arg(required_unless_present_any = ["cancel", "show"])]
+    pub(crate) target: Option<Target>,
+    /// At most so many MiB in a second
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: u32,
+    /// Begin it, and wait until it is over: the exit status says whether it was done
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// End the one that runs
+    #[arg(long, conflicts_with_all = ["wait", "rate", "target"])]
+    pub(crate) cancel: bool,
+    /// Say how far it is, or how the last one has ended, and change nothing
+    #[arg(long, conflicts_with_all = ["wait", "rate", "target", "cancel"])]
     pub(crate) show: bool,
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl stream`: an image takes over what is below it.
+//! `tap-ctl stream` and `tap-ctl mirror`: what is done to a whole disk while its guest goes on.
 
 use crate::cli::{self, Cli};
 use crate::{ask, named, print, show, Error};
-use control::stats::{Stream, Streaming};
-use control::supervisor::{Reply, Request};
+use control::stats::{Mirroring, Streaming};
+use control::supervisor::{MirrorTo, Reply, Request, Which};
 use control::{Code, Failure};
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use std::time::Duration;
 const STEP: Duration = Duration::from_secs(1);
 
 /// What is asked first.
-pub(crate) fn request(asked: &cli::Stream) -> Request {
+pub(crate) fn stream_request(asked: &cli::Stream) -> Request {
     Request::Stream {
         which: named(&asked.which),
         rate: match (asked.show, asked.cancel) {
@@ -24,48 +24,95 @@ pub(crate) fn request(asked: &cli::Stream) -> Request {
     }
 }
 
-pub(crate) fn run(cli: &Cli, asked: &cli::Stream) -> Result<(), Error> {
-    let mut stream = answer(cli, &request(asked))?;
-    if asked.wait {
-        let question = Request::Stream {
-            which: named(&asked.which),
-            rate: None,
-        };
-        while stream.state == Streaming::Running {
-            progress(cli, &stream)?;
-            std::thread::sleep(STEP);
-            stream = answer(cli, &question)?;
-        }
+/// What is asked first.
+pub(crate) fn mirror_request(asked: &cli::Mirror) -> Request {
+    let which = named(&asked.which);
+    if asked.cancel {
+        return Request::EndMirror(which);
     }
-    match cli.json {
-        true => print(&Reply::Stream(stream.clone()))?,
-        false => writeln!(io::stdout(), "{}", show::stream(&stream))?,
-    }
-    match &stream.state {
-        Streaming::Failed { why } => Err(Failure::new(Code::System, why.clone()).into()),
-        Streaming::Ended if asked.wait => {
-            let why = "it was ended before it was done";
-            Err(Failure::new(Code::State, why).into())
-        }
-        _ => Ok(()),
-    }
+    let to = asked.target.clone().map(|target| MirrorTo {
+        target,
+        rate: u64::from(asked.rate) << 20,
+    });
+    Request::Mirror { which, to }
 }
 
-fn answer(cli: &Cli, question: &Request) -> Result<Stream, Error> {
-    match ask(cli, question)? {
-        Reply::Stream(stream) => Ok(stream),
+pub(crate) fn stream(cli: &Cli, asked: &cli::Stream) -> Result<(), Error> {
+    let again = |which| Request::Stream { which, rate: None };
+    let which = asked.wait.then(|| named(&asked.which));
+    run(cli, &stream_request(asked), which.map(again))
+}
+
+pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror) -> Result<(), Error> {
+    let again = |which: Which| Request::Mirror { which, to: None };
+    let which = asked.wait.then(|| named(&asked.which));
+    run(cli, &mirror_request(asked), which.map(again))
+}
+
+/// How far a job is.
+enum State {
+    /// Where on the disk, and how many bytes were copied.
+    Runs(u64, u64),
+    Done,
+    Ended,
+    Failed(String),
+}
+
+fn state(reply: &Reply) -> Result<State, Failure> {
+    Ok(match reply {
+        Reply::Stream(stream) => match &stream.state {
+            Streaming::Running => State::Runs(stream.offset, stream.copied),
+            Streaming::Done => State::Done,
+            Streaming::Ended => State::Ended,
+            Streaming::Failed { why } => State::Failed(why.clone()),
+        },
+        Reply::Mirror(mirror) => match &mirror.state {
+            Mirroring::Copying | Mirroring::Same => State::Runs(mirror.offset, mirror.copied),
+            Mirroring::Complete => State::Done,
+            Mirroring::Ended => State::Ended,
+            Mirroring::Failed { why } => State::Failed(why.clone()),
+        },
         other => {
             let what = format!("an answer to something else: {other:?}");
-            Err(Failure::new(Code::Other, what).into())
+            return Err(Failure::new(Code::Other, what));
         }
+    })
+}
+
+/// Asks, and asks again until it is over if there is a question for that.
+fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> {
+    let mut reply = ask(cli, first)?;
+    let waits = again.is_some();
+    let begins = match first {
+        Request::Stream { rate, .. } => rate.is_some_and(|rate| rate > 0),
+        Request::Mirror { to, .. } => to.is_some(),
+        _ => false,
+    };
+    if let Some(again) = again {
+        while let State::Runs(offset, copied) = state(&reply)? {
+            progress(cli, offset, copied)?;
+            std::thread::sleep(STEP);
+            reply = ask(cli, &again)?;
+        }
+    }
+    // How the last one has ended says nothing of who only asks for that.
+    let failure = match state(&reply)? {
+        State::Failed(why) if begins => Some(Failure::new(Code::System, why)),
+        State::Ended if waits => Some(Failure::new(Code::State, "it was ended before it was done")),
+        _ => None,
+    };
+    match failure {
+        Some(failure) => Err(failure.into()),
+        None if cli.json => print(&reply),
+        None => Ok(write!(io::stdout(), "{}", show::reply(&reply))?),
     }
 }
 
 /// For people who wait.
-fn progress(cli: &Cli, stream: &Stream) -> Result<(), Error> {
+fn progress(cli: &Cli, offset: u64, copied: u64) -> Result<(), Error> {
     let mut to = io::stderr();
     if !cli.json && to.is_terminal() {
-        let (at, copied) = (stream.offset >> 20, stream.copied >> 20);
+        let (at, copied) = (offset >> 20, copied >> 20);
         write!(to, "\r{at} MiB of the disk, {copied} MiB copied ")?;
     }
     Ok(())

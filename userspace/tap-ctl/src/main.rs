@@ -7,12 +7,12 @@ mod doctor;
 mod figures;
 mod handoff;
 mod host;
+mod jobs;
 mod lease;
 mod look;
 mod metrics;
 mod show;
 mod status;
-mod stream;
 mod time;
 mod top;
 
@@ -43,7 +43,8 @@ fn main() -> ExitCode {
         Verb::Events(events) => follow(&cli, events),
         Verb::Lease { verb } => about_lease(&cli, verb),
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
-        Verb::Stream(asked) => stream::run(&cli, asked),
+        Verb::Stream(asked) => jobs::stream(&cli, asked),
+        Verb::Mirror(asked) => jobs::mirror(&cli, asked),
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
@@ -174,6 +175,8 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Grow { .. }
         | Request::Scrub { .. }
         | Request::Stream { .. }
+        | Request::Mirror { .. }
+        | Request::EndMirror(_)
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
         | Request::Pause { .. }
@@ -279,7 +282,8 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             which: named(&scrub.which),
             rate: u64::from(scrub.rate) << 20,
         },
-        Verb::Stream(asked) => stream::request(asked),
+        Verb::Stream(asked) => jobs::stream_request(asked),
+        Verb::Mirror(asked) => jobs::mirror_request(asked),
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {

@@ -2,7 +2,7 @@
 //! What people see.
 
 use crate::time::utc;
-use control::stats::{Counter, Direct, Mapped, Stats, Stream, Streaming};
+use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use control::supervisor::{Event, HandedOff, Reply, Row, Snapshot, What};
 use control::tapdisk::Disk;
 use std::fmt::Write;
@@ -21,6 +21,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
         Reply::Snapshot(taken) => told(taken),
         Reply::Stream(stream) => format!("{}\n", self::stream(stream)),
+        Reply::Mirror(mirror) => format!("{}\n", self::mirror(mirror)),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.
@@ -196,23 +197,32 @@ fn by_process(mapped: &Mapped) -> String {
 }
 
 /// How far an image is that takes over what is below it.
-pub(crate) fn stream(stream: &Stream) -> String {
-    let Stream {
-        state,
-        offset,
-        copied,
-    } = stream;
-    let state = match state {
-        Streaming::Running => "running",
-        Streaming::Done => "done",
-        Streaming::Ended => "ended",
-        Streaming::Failed { .. } => "failed",
+fn stream(stream: &Stream) -> String {
+    let (state, why) = match &stream.state {
+        Streaming::Running => ("running", String::new()),
+        Streaming::Done => ("done", String::new()),
+        Streaming::Ended => ("ended", String::new()),
+        Streaming::Failed { why } => ("failed", format!(" why={why}")),
     };
-    let why = match &stream.state {
-        Streaming::Failed { why } => format!(" why={why}"),
-        _ => String::new(),
+    format!(
+        "stream={state} offset={} copied={}{why}",
+        stream.offset, stream.copied
+    )
+}
+
+/// How far a disk is copied to another image.
+fn mirror(mirror: &Mirror) -> String {
+    let (state, why) = match &mirror.state {
+        Mirroring::Copying => ("copying", String::new()),
+        Mirroring::Same => ("same", String::new()),
+        Mirroring::Complete => ("complete", String::new()),
+        Mirroring::Ended => ("ended", String::new()),
+        Mirroring::Failed { why } => ("failed", format!(" why={why}")),
     };
-    format!("stream={state} offset={offset} copied={copied}{why}")
+    format!(
+        "mirror={state} offset={} copied={}{why}",
+        mirror.offset, mirror.copied
+    )
 }
 
 fn stats(stats: &Stats) -> String {
@@ -260,6 +270,9 @@ fn stats(stats: &Stats) -> String {
     }
     if let Some(stream) = &stats.stream {
         let _ = writeln!(text, "{}", self::stream(stream));
+    }
+    if let Some(mirror) = &stats.mirror {
+        let _ = writeln!(text, "{}", self::mirror(mirror));
     }
     for (name, number) in &stats.driver {
         let _ = writeln!(text, "{name}={number}");
@@ -316,6 +329,8 @@ pub(crate) fn event(event: &Event) -> String {
         What::Snapshot(taken) => format!("goes on in a new image: {}", snapshot(taken)),
         What::SnapshotUndone { why } => format!("goes on in the image that it has: {why}"),
         What::Streamed { target, outcome } => outcome.told(target),
+        What::Moved(moved) => moved.told(),
+        What::Mirrored { target, outcome } => outcome.told(target),
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Inactive => "has let go of its image: the guest is suspended".into(),

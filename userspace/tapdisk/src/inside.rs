@@ -64,10 +64,10 @@ impl Request {
         let work = async {
             match &self.work {
                 Work::Read(data) => disk.read(offset, data.clone()).await,
-                Work::Write(data) => disk.write(offset, data.clone(), how).await,
+                Work::Write(data) => server.write(offset, data.clone(), how).await,
                 Work::Flush => Ok(()),
-                Work::Discard => disk.discard(offset, len, how).await,
-                Work::WriteZeroes => disk.write_zeroes(offset, len, how).await,
+                Work::Discard => server.discard(offset, len, how).await,
+                Work::WriteZeroes => server.write_zeroes(offset, len, how).await,
             }
         };
         server.changing(by, how.fua, work).await

@@ -26,6 +26,7 @@ mod server;
 mod session;
 mod told;
 mod troubles;
+mod twin;
 
 pub use direct::Direct;
 pub use lost::{Lost, Seen};

@@ -5,12 +5,14 @@ use crate::direct::Direct;
 use crate::link::Link;
 use crate::lost::{Lost, Seen};
 use crate::ranges::{Claim, Range, Ranges, Source};
+use crate::twin::Twin;
 use crate::Troubles;
 use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Trouble};
 use control::{Code, Failure};
-use diskio::{Errno, Runtime};
+use diskio::{Bytes, Errno, Runtime};
 use drivers::{Attributes, Disk, Shape};
+use futures::future::join;
 use rustix::time::{clock_gettime, ClockId};
 use std::cell::{Cell, RefCell};
 use std::future::{poll_fn, Future};
@@ -88,6 +90,8 @@ pub struct Server {
     came: Cell<u64>,
     /// Those that had come when a drain began.
     drains: Cell<Option<u64>>,
+    /// What the disk is copied to.
+    twin: RefCell<Option<Rc<Twin>>>,
 }
 
 /// A guest that is suspended has no more requests than its rings hold.
@@ -138,6 +142,7 @@ impl Server {
             calm: RefCell::default(),
             came: Cell::new(0),
             drains: Cell::new(None),
+            twin: RefCell::default(),
         })
     }
 
@@ -324,6 +329,11 @@ impl Server {
         }
     }
 
+    /// It is about to have nothing under way.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.drains.get().is_some()
+    }
+
     /// More came since a drain began than a suspended guest can have.
     fn goes_on(&self) -> bool {
         let first = self.drains.get();
@@ -466,16 +476,72 @@ impl Server {
             let data = || request.data.clone().ok_or(Errno::INVAL);
             match request.kind {
                 Kind::Read => self.disk.read(offset, data()?).await,
-                Kind::Write => self.disk.write(offset, data()?, how).await,
+                Kind::Write => self.write(offset, data()?.into(), how).await,
                 Kind::Flush => Ok(()),
-                Kind::Discard { .. } => self.disk.discard(offset, len, how).await,
-                Kind::WriteZeroes => self.disk.write_zeroes(offset, len, how).await,
+                Kind::Discard { .. } => self.discard(offset, len, how).await,
+                Kind::WriteZeroes => self.write_zeroes(offset, len, how).await,
             }
         };
         match request.kind {
             Kind::Flush => self.flush(guest).await,
             _ => self.changing(guest, how.fua, work).await,
         }
+    }
+
+    /// What the disk is copied to, if it is.
+    pub(crate) fn twin(&self) -> Option<Rc<Twin>> {
+        self.twin.borrow().clone()
+    }
+
+    pub(crate) fn set_twin(&self, twin: Option<Rc<Twin>>) {
+        self.twin.replace(twin);
+    }
+
+    /// Writes a range that is claimed.
+    pub(crate) async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+        how: Attributes,
+    ) -> Result<(), Errno> {
+        let Some(twin) = self.twin() else {
+            return self.disk.write(offset, data, how).await;
+        };
+        let own = self.disk.write(offset, data.clone(), how);
+        join(own, twin.write(offset, data)).await.0
+    }
+
+    /// Makes zeroes of a range that is claimed.
+    pub(crate) async fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        how: Attributes,
+    ) -> Result<(), Errno> {
+        let own = self.disk.write_zeroes(offset, len, how);
+        let Some(twin) = self.twin() else {
+            return own.await;
+        };
+        let (zeroed, ()) = join(own, twin.write_zeroes(offset, len)).await;
+        if zeroed == Err(Errno::OPNOTSUPP) {
+            twin.copy_again(&self.disk, offset, len).await;
+        }
+        zeroed
+    }
+
+    /// Forgets a range that is claimed.
+    pub(crate) async fn discard(
+        &self,
+        offset: u64,
+        len: u64,
+        how: Attributes,
+    ) -> Result<(), Errno> {
+        let discarded = self.disk.discard(offset, len, how).await;
+        // What there is now only this disk knows, also if it failed.
+        if let Some(twin) = self.twin().filter(|_| discarded != Err(Errno::OPNOTSUPP)) {
+            twin.copy_again(&self.disk, offset, len).await;
+        }
+        discarded
     }
 
     /// Does `work`, which makes durable what it does if `fua`.

@@ -5,6 +5,7 @@ mod counts;
 mod end;
 mod image;
 mod inactive;
+mod mirror;
 mod size;
 
 use crate::direct::{self, Direct};
@@ -58,6 +59,8 @@ pub struct Session {
     turns: Cell<u64>,
     /// Number of the image that is served: another one has another, also after a close.
     images: Cell<u64>,
+    /// How often one was opened to be served: in between, somebody else may have changed it.
+    serves: Cell<u64>,
     /// Who waits for the disk to run.
     waiting: RefCell<Vec<Waker>>,
     /// There is an NBD server.
@@ -125,6 +128,7 @@ impl Session {
             jobs: Jobs::default(),
             turns: Cell::new(0),
             images: Cell::new(0),
+            serves: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
             ended: Cell::new(false),
@@ -257,7 +261,13 @@ impl Session {
                 }
                 _ => Err(Failure::new(Code::State, "the disk does not run")),
             },
-            Request::Stream { rate } => stream::ask(self, rate).await.map(Reply::Stream),
+            Request::Mirror { open, rate } => {
+                let _alone = self.gate.alone().await;
+                self.mirror(open, fd, rate).await
+            }
+            Request::Stream { rate, anew } => {
+                stream::ask(self, rate, anew).await.map(Reply::Stream)
+            }
             Request::Prepare(open) => {
                 let _alone = self.gate.alone().await;
                 self.prepare(open, fd).await
@@ -347,6 +357,11 @@ impl Session {
         self.images.get()
     }
 
+    /// Number of the time that it is served.
+    pub(crate) fn serves(&self) -> u64 {
+        self.serves.get()
+    }
+
     /// From now on it is another image, or none.
     fn change_image(&self, image: Option<Identity>) {
         self.state.borrow_mut().image = image;
@@ -364,12 +379,12 @@ impl Session {
         &self.lost
     }
 
-    pub(crate) fn jobs(&self) -> &Jobs {
-        &self.jobs
+    pub(crate) fn server(&self) -> Option<Rc<Server>> {
+        self.state.borrow().server.clone()
     }
 
-    pub(crate) fn state(&self) -> State {
-        self.status().state
+    pub(crate) fn jobs(&self) -> &Jobs {
+        &self.jobs
     }
 
     pub(crate) fn count_nbd(&self) {
@@ -481,6 +496,7 @@ impl Session {
             direct: self.direct.clone(),
         };
         self.troubles.go_on();
+        self.serves.set(self.serves.get().wrapping_add(1));
         let (runtime, stats) = (&self.runtime, &self.stats);
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
         self.offer(tap, &open, &server);
@@ -689,6 +705,7 @@ impl Session {
         stats.turns = self.turns.get();
         stats.scrub = self.jobs.scrub.progress().clone();
         stats.stream = self.jobs.stream.progress().clone();
+        stats.mirror = self.jobs.mirror.progress().as_ref().map(|twin| twin.told());
         if let Some(server) = &self.state.borrow().server {
             stats.in_flight = server.in_flight();
             stats.driver = server.disk().stats();

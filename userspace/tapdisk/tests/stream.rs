@@ -10,13 +10,14 @@ use control::stats::{Stream, Streaming};
 use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Shape};
+use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
 use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::future::poll_fn;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
 fn stream(process: &mut Process, rate: u64) -> Result<Stream, Failure> {
-    match process.ask(Request::Stream { rate }, None)? {
+    match process.ask(Request::Stream { rate, anew: false }, None)? {
         Reply::Stream(stream) => Ok(stream),
         other => panic!("{other:?}"),
     }
@@ -49,15 +50,53 @@ fn over(stream: &Stream) -> bool {
     stream.state != Streaming::Running
 }
 
+/// What is below all others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Base {
+    /// As long as the disk, with something everywhere.
+    Full,
+    /// Longer than the disk, with holes that end within clusters, and something behind the disk's end.
+    Sparse,
+}
+
+impl Base {
+    /// Makes it; says what the disk shows of it.
+    fn make(self, folder: &Folder) -> Vec<u8> {
+        let all = folder.raw("base.img", 9);
+        if self == Base::Full {
+            return all;
+        }
+        let file = File::create(folder.path("base.img")).expect("a file");
+        file.set_len(SIZE + (3 << 20)).expect("a size");
+        let mut model = vec![0; all.len()];
+        for at in (0..all.len()).step_by(300 << 10) {
+            let end = all.len().min(at + (100 << 10));
+            file.write_all_at(&all[at..end], at as u64)
+                .expect("written");
+            model[at..end].copy_from_slice(&all[at..end]);
+        }
+        // This shows when the disk grows, if nobody sees to it.
+        file.write_all_at(&all[..1 << 20], SIZE - 4096)
+            .expect("written");
+        model[all.len() - 4096..].copy_from_slice(&all[..4096]);
+        model
+    }
+}
+
 /// A raw image, one over that with something of its own, and one over both without anything: and what they hold.
-fn chain(folder: &Folder, options: &str) -> (Served, Vec<u8>) {
-    let mut model = folder.raw("base.img", 9);
-    let create = |name: &str, below: &str, format: &str| {
+fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
+    let mut model = base.make(folder);
+    let below = match base {
+        Base::Full => SIZE,
+        Base::Sparse => SIZE + (3 << 20),
+    };
+    let create = |name: &str, below: &str, format: &str, size: u64| {
+        let size = size.to_string();
         folder.img(&[
-            "create", "-f", "qcow2", "-o", options, "-b", below, "-F", format, name,
+            "create", "-f", "qcow2", "-o", options, "-b", below, "-F", format, name, &size,
         ]);
     };
-    create("mid.qcow2", "base.img", "raw");
+    create("mid.qcow2", "base.img", "raw", below);
     let mid = Served {
         path: folder.path("mid.qcow2"),
         driver: "qcow2",
@@ -70,7 +109,7 @@ fn chain(folder: &Folder, options: &str) -> (Served, Vec<u8>) {
         model[sector as usize * 512..][..4096].fill(byte);
     }
     process.exit();
-    create("leaf.qcow2", "mid.qcow2", "qcow2");
+    create("leaf.qcow2", "mid.qcow2", "qcow2", SIZE);
     let leaf = Served {
         path: folder.path("leaf.qcow2"),
         driver: "qcow2",
@@ -88,11 +127,11 @@ fn goes_on(folder: &Folder, name: &str) -> bool {
 
 /// A guest works on an image over two others that takes over what they have, while its process is killed again and
 /// again. Whenever that is, the image is whole; at the end it is alone.
-fn endure(test: &str, options: &str) {
+fn endure(test: &str, options: &str, base: Base) {
     let Some(folder) = Folder::new(test) else {
         return;
     };
-    let (mut served, model) = chain(&folder, options);
+    let (mut served, model) = chain(&folder, options, base);
     let below = ["base.img", "mid.qcow2"].map(|name| fs::read(folder.path(name)).expect("read"));
     let fake = Fake::new(16).expect("a node");
     let (mut process, _) = served.start(&fake);
@@ -146,11 +185,16 @@ fn endure(test: &str, options: &str) {
     }
     process.kill();
     folder.check("qcow2", "leaf.qcow2", true);
-    let (process, _) = served.start(&fake);
+    let (mut process, _) = served.start(&fake);
     guest.finish();
+    // Nothing of what was below comes to light behind the old end.
+    let size = SIZE + (4 << 20);
+    let grown = process.ask(Request::Grow { size }, None);
+    assert!(matches!(grown, Ok(Reply::Disk(_))), "{grown:?}");
     process.exit();
     folder.img(&["check", "-r", "leaks", "leaf.qcow2"]);
     folder.check("qcow2", "leaf.qcow2", false);
+    guest.model.resize(size as usize, 0);
     assert!(folder.content("qcow2", "leaf.qcow2") == guest.model);
     // It can go on from another image again, and grow.
     folder.raw("other.img", 1);
@@ -170,18 +214,31 @@ fn endure(test: &str, options: &str) {
 
 #[test]
 fn image_takes_over_what_is_below_it() {
-    endure("image_takes_over_what_is_below_it", "compat=1.1");
+    endure("takes_over", "compat=1.1", Base::Full);
+}
+
+#[test]
+fn image_takes_over_what_is_longer_and_sparse() {
+    endure("takes_over_sparse", "compat=1.1", Base::Sparse);
+}
+
+#[test]
+fn image_with_large_clusters_takes_over_what_is_below_it() {
+    endure("takes_over_large", "cluster_size=2M", Base::Full);
+    endure("takes_over_large_sparse", "cluster_size=2M", Base::Sparse);
 }
 
 #[test]
 fn image_of_version_2_takes_over_what_is_below_it() {
-    endure("image_of_version_2_takes_over", "compat=0.10");
+    endure("version_2_takes_over", "compat=0.10", Base::Full);
+    endure("version_2_takes_over_sparse", "compat=0.10", Base::Sparse);
 }
 
 #[test]
 fn image_with_subclusters_takes_over_what_is_below_it() {
     let options = "extended_l2=on,cluster_size=128k";
-    endure("image_with_subclusters_takes_over", options);
+    endure("subclusters_take_over", options, Base::Full);
+    endure("subclusters_take_over_sparse", options, Base::Sparse);
 }
 
 #[test]
@@ -189,7 +246,7 @@ fn rate_is_kept_and_a_pause_and_an_end_are_heeded() {
     let Some(folder) = Folder::new("rate_is_kept_and_a_pause") else {
         return;
     };
-    let (served, model) = chain(&folder, "compat=1.1");
+    let (served, model) = chain(&folder, "compat=1.1", Base::Full);
     let fake = Fake::new(4).expect("a node");
     let (mut process, _) = served.start(&fake);
     // A piece takes days.
@@ -200,10 +257,12 @@ fn rate_is_kept_and_a_pause_and_an_end_are_heeded() {
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let (reply, _) = served.ask(&mut process, Request::Unpause(served.question()));
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-    assert_eq!(stream(&mut process, 1).expect("a stream"), first);
-    // Two seconds of it.
+    // Somebody else may have had the image meanwhile: all of it is looked at anew.
+    let anew = until(&mut process, 1, |stream| stream.copied > 0);
+    assert!(anew.offset > 1 << 20 && anew.copied <= 1 << 20, "{anew:?}");
+    // A second of it.
     let begun = Instant::now();
-    let second = until(&mut process, 2 << 20, |stream| stream.copied > 3 << 20);
+    let second = until(&mut process, 2 << 20, |stream| stream.copied > 2 << 20);
     assert!(begun.elapsed() > Duration::from_millis(900), "too fast");
     assert_eq!(second.state, Streaming::Running);
     until(&mut process, 0, over);
@@ -331,12 +390,24 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
     // A guest that has written there is not asked for what was there.
     answered(&fake, Op::Write, 0, &[7; 65536]);
-    for _ in 0..2 {
-        let failed = until(&mut process, u64::MAX, over);
-        let Streaming::Failed { why } = failed.state else {
-            panic!("{failed:?}");
+    for anew in [false, true] {
+        let question = Request::Stream {
+            rate: u64::MAX,
+            anew,
         };
-        assert!(why.contains("cannot read"), "{why}");
+        let begun = process.ask(question, None).expect("it begins");
+        let Reply::Stream(Stream { state, .. }) = begun else {
+            panic!("{begun:?}");
+        };
+        assert_eq!(state, Streaming::Running);
+        // It is told as often as somebody asks.
+        for _ in 0..2 {
+            let failed = until(&mut process, u64::MAX, over);
+            let Streaming::Failed { why } = failed.state else {
+                panic!("{failed:?}");
+            };
+            assert!(why.contains("cannot read"), "{why}");
+        }
     }
     let Ok(Reply::Troubles(troubles)) = process.ask(Request::Troubles { after: None }, None) else {
         panic!("no troubles");
@@ -359,6 +430,8 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
 struct Slow {
     own: RefCell<Vec<Option<u8>>>,
     state: Arc<State>,
+    /// Bytes of a cluster.
+    unit: u32,
 }
 
 #[derive(Default)]
@@ -369,6 +442,8 @@ struct State {
     alone: AtomicBool,
     /// Blocks that the stream has written, and not the guest.
     copied: AtomicUsize,
+    /// It did so while the guest wrote.
+    beside: AtomicBool,
 }
 
 const BLOCK: u64 = 4096;
@@ -380,6 +455,10 @@ impl Driver for Slow {
     async fn activate(&self) -> Result<Shape, Failure> {
         Ok(Shape {
             size: SLOW_SIZE,
+            limits: Limits {
+                align: self.unit,
+                ..Limits::default()
+            },
             ..common::shape(false)
         })
     }
@@ -408,6 +487,8 @@ impl Driver for Slow {
         }
         let bytes = data.to_vec();
         if how.sequence.is_none() {
+            let guest_writes = self.state.begun.load(SeqCst) && !self.state.go_on.load(SeqCst);
+            self.state.beside.fetch_or(guest_writes, SeqCst);
             let blocks = bytes.len() / BLOCK as usize;
             self.state.copied.fetch_add(blocks, SeqCst);
         }
@@ -447,18 +528,19 @@ impl Driver for Slow {
     }
 }
 
-/// What was below when it was looked at is not written over what the guest wrote meanwhile.
-#[test]
-fn a_write_of_the_guest_is_not_overtaken() {
-    let fake = Fake::new(4).expect("a node");
-    let state = Arc::new(State::default());
-    let its = state.clone();
-    let mut process = Process::start_with(&fake, |session| {
+/// A process that serves a slow disk, with these blocks of its own.
+fn slow(fake: &Fake, state: &Arc<State>, own: &[usize], unit: u32) -> Process {
+    let mut blocks = vec![None; (SLOW_SIZE / BLOCK) as usize];
+    for number in own {
+        blocks[*number] = Some(0x22);
+    }
+    let slow = Slow {
+        own: RefCell::new(blocks),
+        state: state.clone(),
+        unit,
+    };
+    let process = Process::start_with(fake, |session| {
         let serves = session.clone();
-        let slow = Slow {
-            own: RefCell::new(vec![None; (SLOW_SIZE / BLOCK) as usize]),
-            state: its,
-        };
         session.runtime().tasks.spawn(async move {
             let disk = Disk::new(slow);
             let shape = disk.activate().await.expect("active");
@@ -468,11 +550,21 @@ fn a_write_of_the_guest_is_not_overtaken() {
         });
     });
     fake.wait_for_params();
-    let wait = |flag: &AtomicBool| {
-        while !flag.load(SeqCst) {
-            thread::yield_now();
-        }
-    };
+    process
+}
+
+fn wait(flag: &AtomicBool) {
+    while !flag.load(SeqCst) {
+        thread::yield_now();
+    }
+}
+
+/// What was below when it was looked at is not written over what the guest wrote meanwhile.
+#[test]
+fn a_write_of_the_guest_is_not_overtaken() {
+    let fake = Fake::new(4).expect("a node");
+    let state = Arc::new(State::default());
+    let mut process = slow(&fake, &state, &[], 1);
     let block = [0x11; BLOCK as usize];
     let tag = fake.send(Op::Write, 8, &block, false).expect("a request");
     wait(&state.begun);
@@ -492,5 +584,31 @@ fn a_write_of_the_guest_is_not_overtaken() {
         .flat_map(|byte| [byte; BLOCK as usize])
         .collect();
     assert!(all == expected);
+    process.exit();
+}
+
+/// A write makes a whole cluster the image's own, of which the kernel may write the rest by itself from then on.
+#[test]
+fn a_cluster_is_not_copied_while_the_guest_writes_a_part_of_it() {
+    let fake = Fake::new(4).expect("a node");
+    let state = Arc::new(State::default());
+    // What is missing is in two parts of one cluster.
+    let mut process = slow(&fake, &state, &[10], 64 * 4096);
+    let block = [0x11; BLOCK as usize];
+    let tag = fake
+        .send(Op::Write, 40 * 8, &block, false)
+        .expect("a request");
+    wait(&state.begun);
+    stream(&mut process, u64::MAX).expect("a stream");
+    wait(&state.looked);
+    // Each question is a turn in which it could go on.
+    for _ in 0..100 {
+        stream(&mut process, u64::MAX).expect("a stream");
+    }
+    state.go_on.store(true, SeqCst);
+    assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
+    let ended = until(&mut process, u64::MAX, over);
+    assert_eq!(ended.state, Streaming::Done);
+    assert!(!state.beside.load(SeqCst), "it was copied beside a write");
     process.exit();
 }

@@ -17,6 +17,7 @@ mod lease;
 mod lifecycle;
 mod memory;
 mod migrate;
+mod mirror;
 mod ops;
 mod own;
 mod permission;
@@ -442,6 +443,7 @@ pub(crate) fn all() -> Vec<Case> {
         death::cases(),
         handoff::cases(),
         snapshot::cases(),
+        mirror::cases(),
         lease::cases(),
         images::cases(),
         permission::cases(),

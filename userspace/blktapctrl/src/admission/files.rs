@@ -156,7 +156,7 @@ impl Admission {
         let opens = match record.doing {
             Some(Doing::Create | Doing::Open | Doing::Unpause) => true,
             // Before that the image is served from which the new one is to go on.
-            Some(Doing::Snapshot) => record.next.is_some(),
+            Some(Doing::Snapshot | Doing::Mirror) => record.next.is_some(),
             _ => false,
         };
         let parts = record
@@ -286,6 +286,8 @@ fn check_driver(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
         Role::Parent => driver.has_format(),
         Role::Extent => driver.has_extents(),
         Role::Socket => true,
+        // No process asks for it.
+        Role::Mirror => false,
     });
     match (may, driver) {
         (true, _) => Ok(()),
@@ -353,7 +355,7 @@ fn mode(role: Role, disk: Mode) -> Mode {
     match role {
         Role::Parent if disk.is_shared() => Mode::ReadShared,
         Role::Parent => Mode::Read,
-        Role::Extent | Role::Socket => disk,
+        Role::Extent | Role::Socket | Role::Mirror => disk,
     }
 }
 

@@ -12,6 +12,7 @@ mod destroy;
 mod direct;
 mod handoff;
 mod lease;
+mod mirror;
 mod needs;
 mod open;
 mod pause;
@@ -87,6 +88,7 @@ impl Lifecycle {
             Doing::Unpause => self.finish_unpause(disk).await.map(drop),
             Doing::Handoff => self.finish_handoff(disk).await,
             Doing::Snapshot => self.finish_snapshot(disk).await,
+            Doing::Mirror => self.finish_mirror(disk).await,
             Doing::Destroy => {
                 self.destroy_later(disk);
                 Ok(())

@@ -100,6 +100,11 @@ impl Lifecycle {
                 "{target} cannot go on from another image: use qcow2 or vhd"
             )));
         }
+        self.check_followed(disk, target)
+    }
+
+    /// The disk alone has its image, and may go on in another one.
+    pub(super) fn check_followed(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
         let record = disk.record.borrow();
         let Some(open) = &record.open else {
             return Ok(());
@@ -111,7 +116,7 @@ impl Lifecycle {
         if open.target.path().is_none() {
             return refuse(
                 Code::Unsupported,
-                "that is no image, so none goes on from it",
+                "that is no image, so no other one can follow it",
             );
         }
         if record.mode != Mode::Write {
@@ -119,7 +124,7 @@ impl Lifecycle {
             return refuse(Code::Unsupported, why);
         }
         if *open.target.lease() != LeaseKind::Lock || *target.lease() != LeaseKind::Lock {
-            let why = "its lease is of that image, which other hosts could write once it is given up: detach the disk, use tapimg snapshot, and attach the new image with a lease of its own";
+            let why = "its lease is of that image, which other hosts could write once it is given up: detach the disk, use tapimg, and attach the new image with a lease of its own";
             return refuse(Code::Unsupported, why);
         }
         let same = |other: &&Rc<Disk>| {
@@ -230,7 +235,7 @@ impl Lifecycle {
 
     /// Has the new image served, which is on the record. If it is not, it leaves the record again, unless
     /// something was answered from it.
-    async fn switch(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+    pub(super) async fn switch(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let Some(next) = disk.record.borrow().next.clone() else {
             return Ok(());
         };
@@ -252,14 +257,7 @@ impl Lifecycle {
 
     /// The disk goes on in the new image: nobody may write the one below it.
     async fn complete(&self, disk: &Disk, pause: Option<Duration>) -> Result<Snapshot, Failure> {
-        let marked = match self.image(disk).await {
-            Ok(Some(parent)) => mark(parent).await,
-            Ok(None) => Ok(false),
-            Err(failure) => Err(failure),
-        };
-        if let Err(failure) = &marked {
-            tracing::warn!("disk {}: {failure}", disk.minor);
-        }
+        let marked = self.mark_old(disk).await;
         let parent = disk.open()?.target;
         self.take_next(disk);
         disk.record.borrow_mut().overlay = None;
@@ -269,12 +267,25 @@ impl Lifecycle {
             minor: disk.minor,
             target: disk.open()?.target,
             parent: parent.path().unwrap_or(Path::new("/")).into(),
-            marked: marked.unwrap_or(false),
+            marked,
             pause_us: pause.map(micros),
         };
         let what = What::Snapshot(taken.clone());
         self.registry.events.add(Some(disk.minor), what);
         Ok(taken)
+    }
+
+    /// Nobody is to write the image that a disk had from now on. True if it is marked so.
+    pub(super) async fn mark_old(&self, disk: &Disk) -> bool {
+        let marked = match self.image(disk).await {
+            Ok(Some(image)) => mark(image).await,
+            Ok(None) => Ok(false),
+            Err(failure) => Err(failure),
+        };
+        marked.unwrap_or_else(|failure| {
+            tracing::warn!("disk {}: {failure}", disk.minor);
+            false
+        })
     }
 
     /// The disk is served from the image that it has, and nothing is left of the new one.

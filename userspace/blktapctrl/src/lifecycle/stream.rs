@@ -7,9 +7,9 @@
 
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
-use crate::link::unexpected;
+use crate::link::{unexpected, EVER};
 use crate::process::{Process, SOON};
-use crate::record::{Role, Streamed, Want};
+use crate::record::{Part, Record, Role, Streamed, Want};
 use control::stats::{Stream, Streaming};
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request};
@@ -32,17 +32,19 @@ impl Lifecycle {
         }
         let process = disk.serving()?;
         let target = disk.open()?.target;
-        let wanted = Some(Streamed { target, rate });
+        let before = disk.record.borrow().stream.clone();
+        let wanted = Streamed { target, rate };
         self.registry
-            .change(disk, |record| record.stream = wanted)?;
-        match ask(&process, rate).await {
-            Ok(stream) => note(disk, &stream),
+            .change(disk, |record| record.stream = Some(wanted.clone()))?;
+        match ask(&process, rate, true).await {
+            Ok(stream) => note(disk, &wanted, &stream),
             // The next one is asked as well.
             Err(failure) if matches!(failure.code, Code::Gone | Code::Timeout) => {
-                note(disk, &Stream::default());
+                note(disk, &wanted, &Stream::default());
             }
             Err(failure) => {
-                self.registry.change(disk, |record| record.stream = None)?;
+                self.registry
+                    .change(disk, |record| record.stream = before)?;
                 return Err(failure);
             }
         }
@@ -52,16 +54,20 @@ impl Lifecycle {
 
     async fn end_stream(&self, disk: &Disk) -> Result<Stream, Failure> {
         // Nobody begins it anew.
-        self.registry.change(disk, |record| record.stream = None)?;
-        if let Ok(process) = disk.serving() {
-            ask(&process, 0).await?;
-        }
-        let mut ended = disk.streamed.borrow().clone().unwrap_or_default();
-        if ended.state == Streaming::Running {
-            ended.state = Streaming::Ended;
-        }
-        disk.streamed.replace(Some(ended.clone()));
-        Ok(ended)
+        let ended = self.registry.change(disk, |record| record.stream = None);
+        ended?;
+        let asked = match disk.serving() {
+            Ok(process) => ask(&process, 0, false).await,
+            Err(_) => Ok(Stream::default()),
+        };
+        let mut told = disk.streamed.borrow().clone().unwrap_or_default();
+        // The moment in which it was ended may have been the last one.
+        told.state = match asked?.state {
+            Streaming::Done => Streaming::Done,
+            _ => Streaming::Ended,
+        };
+        disk.streamed.replace(Some(told.clone()));
+        Ok(told)
     }
 
     /// How far it is, or how the last one has ended, as far as this supervisor knows.
@@ -70,10 +76,16 @@ impl Lifecycle {
     /// There was none.
     pub fn streamed(&self, disk: &Disk) -> Result<Stream, Failure> {
         let known = disk.streamed.borrow().clone();
-        match (known, &disk.record.borrow().stream) {
-            (Some(stream), _) => Ok(stream),
-            (None, Some(_)) => Ok(Stream::default()),
-            (None, None) => Err(Failure::new(
+        // Who sees to it has not told yet how it has ended.
+        let runs = disk.record.borrow().stream.is_some() || disk.streams.get();
+        match known {
+            Some(stream) if !runs && stream.state == Streaming::Running => Ok(Stream {
+                state: Streaming::Ended,
+                ..stream
+            }),
+            Some(stream) => Ok(stream),
+            None if runs => Ok(Stream::default()),
+            None => Err(Failure::new(
                 Code::State,
                 format!(
                     "disk {} does not take over what is below its image",
@@ -95,7 +107,11 @@ impl Lifecycle {
                     break;
                 };
                 if let Some(outcome) = look(&disk, &wanted).await {
-                    lifecycle.note_outcome(&disk, &wanted, outcome).await;
+                    let ended = lifecycle.note_outcome(&disk, &wanted, outcome);
+                    // It comes again.
+                    if let Err(failure) = disk.unless_doomed(ended).await {
+                        tracing::warn!("disk {}: {failure}", disk.minor);
+                    }
                 }
                 tokio::time::sleep(STEP).await;
             }
@@ -103,25 +119,29 @@ impl Lifecycle {
         });
     }
 
-    /// A stream is over, and leaves the record; should that not be written, this comes again.
-    async fn note_outcome(&self, disk: &Disk, wanted: &Streamed, outcome: Streaming) {
-        let Ok(_turn) = disk.turn().await else {
-            return;
-        };
-        if disk.record.borrow().stream.as_ref() != Some(wanted) {
-            return;
+    /// A stream is over, and leaves the record.
+    async fn note_outcome(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        wanted: &Streamed,
+        outcome: Streaming,
+    ) -> Result<(), Failure> {
+        let _turn = disk.turn().await?;
+        let rests = disk.record.borrow().doing.is_some();
+        if rests || disk.record.borrow().stream.as_ref() != Some(wanted) {
+            return Ok(());
         }
-        let is_served = serves(disk, wanted);
-        let written = self.registry.change(disk, |record| {
-            record.stream = None;
-            // What the image needs no more may be others'.
-            if is_served && outcome == Streaming::Done {
-                record.parts.retain(|part| part.role != Role::Parent);
-            }
-        });
-        if let Err(failure) = written {
-            tracing::warn!("disk {}: {failure}", disk.minor);
-            return;
+        let is_parent = |part: &Part| part.role == Role::Parent;
+        let has_parents = disk.record.borrow().parts.iter().any(is_parent);
+        if serves(disk, wanted) && outcome == Streaming::Done && has_parents {
+            // Its process has them open, whatever it says.
+            self.renew(disk, |record| {
+                record.stream = None;
+                record.parts.retain(|part| !is_parent(part));
+            })
+            .await?;
+        } else {
+            self.registry.change(disk, |record| record.stream = None)?;
         }
         let mut ended = disk.streamed.borrow().clone().unwrap_or_default();
         ended.state = outcome.clone();
@@ -129,15 +149,43 @@ impl Lifecycle {
         let target = wanted.target.clone();
         let what = What::Streamed { target, outcome };
         self.registry.events.add(Some(disk.minor), what);
+        Ok(())
+    }
+
+    /// A new process serves the disk, which was given nothing that leaves the record by this change. The caller has
+    /// the turn.
+    ///
+    /// # Errors
+    /// The record is as it was; the disk is served, or will be.
+    pub(super) async fn renew(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(), Failure> {
+        let changed = match self.close_image(disk, EVER).await? {
+            // The guest learns of that from this process alone.
+            Some(lost) => Err(lost),
+            None => {
+                self.end_process(disk).await?;
+                self.registry.change(disk, change)
+            }
+        };
+        if disk.record.borrow().want == Want::Served {
+            let served = self.serve_again(disk).await;
+            self.or_revive(disk, served).await;
+        }
+        changed
     }
 }
 
-/// How far it is. That it is over is told when all of it is.
-fn note(disk: &Disk, stream: &Stream) {
-    disk.streamed.replace(Some(Stream {
-        state: Streaming::Running,
-        ..stream.clone()
-    }));
+/// How far it is, if it is still wanted. That it is over is told when all of it is.
+fn note(disk: &Disk, wanted: &Streamed, stream: &Stream) {
+    if disk.record.borrow().stream.as_ref() == Some(wanted) {
+        disk.streamed.replace(Some(Stream {
+            state: Streaming::Running,
+            ..stream.clone()
+        }));
+    }
 }
 
 /// The disk has the image for which it is wanted.
@@ -154,37 +202,34 @@ async fn look(disk: &Disk, wanted: &Streamed) -> Option<Streaming> {
     if !serves(disk, wanted) {
         return Some(Streaming::Ended);
     }
-    let (want, inactive) = {
+    let rests = {
         let record = disk.record.borrow();
-        (record.want, record.inactive.is_some())
+        record.want != Want::Served || record.inactive.is_some() || record.doing.is_some()
     };
     let process = disk.serving().ok()?;
-    if want != Want::Served || inactive {
+    if rests {
         return None;
     }
-    match ask(&process, wanted.rate).await {
+    match ask(&process, wanted.rate, false).await {
         Ok(stream) => {
-            note(disk, &stream);
+            note(disk, wanted, &stream);
             match stream.state {
                 // Its image was closed: the next question begins one anew.
                 Streaming::Running | Streaming::Ended => None,
                 over => Some(over),
             }
         }
-        Err(failure) if may_pass(&failure) => None,
+        // It says nothing of the image.
+        Err(failure) if matches!(failure.code, Code::Gone | Code::State | Code::Timeout) => None,
         Err(failure) => Some(Streaming::Failed {
             why: failure.message,
         }),
     }
 }
 
-/// It says nothing of the image.
-fn may_pass(failure: &Failure) -> bool {
-    matches!(failure.code, Code::Gone | Code::State | Code::Timeout)
-}
-
-async fn ask(process: &Process, rate: u64) -> Result<Stream, Failure> {
-    match process.ask(&Request::Stream { rate }, &[], SOON).await? {
+async fn ask(process: &Process, rate: u64, anew: bool) -> Result<Stream, Failure> {
+    let question = Request::Stream { rate, anew };
+    match process.ask(&question, &[], SOON).await? {
         Reply::Stream(stream) => Ok(stream),
         reply => Err(unexpected(&reply)),
     }

@@ -5,7 +5,7 @@ use blktapctrl::domains::Domains;
 use blktapctrl::kernel::{Kernel, Make, Node};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
-use control::stats::{Stream, Streaming};
+use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};
 use control::tapdisk::{
     Disk, Engine, Need, Needed, Open, Provided, Reply, Request, Stamp, State, Status, Troubles,
 };
@@ -655,6 +655,15 @@ struct Served {
     nbd: Option<OwnedFd>,
     /// The rate of a stream.
     stream: Option<u64>,
+    /// What the disk is copied to.
+    twin: Option<OwnedFd>,
+    /// It was the same when both were closed.
+    was_same: bool,
+}
+
+/// What the process is to say of a job.
+fn says(dir: &Path, job: &str) -> String {
+    std::fs::read_to_string(dir.join(job)).unwrap_or_default()
 }
 
 fn note(dir: &Path, line: &str) {
@@ -746,6 +755,7 @@ impl Served {
                 note(dir, "pause");
                 wait_while(&dir.join("slow"));
                 (self.paused, self.open) = (true, None);
+                self.was_same = self.twin.take().is_some() && says(dir, "mirror") == "same";
                 Ok(Reply::Done)
             }
             Request::Close => {
@@ -807,7 +817,22 @@ impl Served {
                 let (open, _) = self.open.as_ref().expect("open");
                 Ok(Reply::Disk(disk(dir, open)))
             }
-            Request::Stats => Ok(Reply::Stats(Box::default())),
+            Request::Stats => Ok(Reply::Stats(Box::new(Stats {
+                mirror: self.mirror(dir),
+                ..Stats::default()
+            }))),
+            Request::Mirror { open, rate } => {
+                let (content, fd) = text(fds.remove(0));
+                note(
+                    dir,
+                    &format!("mirror {rate} {} {content}", open.target.driver()),
+                );
+                if says(dir, "mirror") == "refused" {
+                    return Err(Failure::new(Code::Image, "it is too small"));
+                }
+                self.twin = Some(fd);
+                Ok(Reply::Done)
+            }
             Request::Term { until } => {
                 if until.is_some_and(|until| lease::now() >= until) {
                     super::bed::kill(std::process::id());
@@ -818,13 +843,12 @@ impl Served {
                 note(dir, &format!("scrub {rate}"));
                 Ok(Reply::Done)
             }
-            Request::Stream { rate } => {
+            Request::Stream { rate, .. } => {
                 if self.stream != Some(rate) {
                     note(dir, &format!("stream {rate}"));
                 }
                 self.stream = Some(rate);
-                let says = std::fs::read_to_string(dir.join("stream")).expect("what to say");
-                let state = match &*says {
+                let state = match &*says(dir, "stream") {
                     "refused" => return Err(Failure::unsupported("it keeps what is below")),
                     "done" => {
                         // It names no parent any more.
@@ -855,6 +879,20 @@ impl Served {
             | Request::Provide { .. }
             | Request::Wanted => Err(Failure::unsupported("answered elsewhere")),
         }
+    }
+
+    fn mirror(&self, dir: &Path) -> Option<Mirror> {
+        let state = match (&self.twin, &*says(dir, "mirror")) {
+            (None, _) if self.was_same => Mirroring::Complete,
+            (None, _) => return None,
+            (_, "same") => Mirroring::Same,
+            (_, "copying") => Mirroring::Copying,
+            (_, why) => Mirroring::Failed { why: why.into() },
+        };
+        Some(Mirror {
+            state,
+            ..Mirror::default()
+        })
     }
 
     fn open(

@@ -10,6 +10,7 @@ mod handoff;
 mod lease;
 mod left;
 mod memory;
+mod mirror;
 mod needs;
 mod nodes;
 mod sharing;

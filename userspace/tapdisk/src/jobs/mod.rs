@@ -2,9 +2,11 @@
 //! Work on all of a disk, from its beginning to its end, beside its guest and at a rate. It goes on over a pause,
 //! and ends with the image: when that is closed for good, or another one takes its place.
 
+pub(crate) mod mirror;
 pub(crate) mod scrub;
 pub(crate) mod stream;
 
+use crate::twin::Twin;
 use crate::{Server, Session};
 use control::Failure;
 use diskio::Errno;
@@ -17,7 +19,7 @@ use std::time::{Duration, Instant};
 use stream::Stream;
 
 /// Bytes that are worked on at once, and that others may have to wait for.
-const PIECE: u64 = 1 << 20;
+const PIECE: u64 = crate::twin::PIECE;
 /// A change of the rate is noticed after this time.
 const NOTICE: Duration = Duration::from_millis(200);
 
@@ -26,6 +28,7 @@ const NOTICE: Duration = Duration::from_millis(200);
 pub(crate) struct Jobs {
     pub(crate) scrub: Job<Scrub>,
     pub(crate) stream: Job<Stream>,
+    pub(crate) mirror: Job<Rc<Twin>>,
 }
 
 /// A job, and how far it is. There may be none.
@@ -36,6 +39,8 @@ pub(crate) struct Job<P> {
     /// Number of the one that runs, or ran last, and the image that it works on.
     number: Cell<u64>,
     image: Cell<u64>,
+    /// Number of the time that this was served when it began.
+    serve: Cell<u64>,
     runs: Cell<bool>,
     /// Of that one.
     progress: RefCell<Option<P>>,
@@ -47,6 +52,7 @@ impl<P> Default for Job<P> {
             rate: Cell::default(),
             number: Cell::default(),
             image: Cell::default(),
+            serve: Cell::default(),
             runs: Cell::default(),
             progress: RefCell::default(),
         }
@@ -59,13 +65,14 @@ impl<P> Job<P> {
         self.progress.borrow()
     }
 
-    /// It works on this image, or has.
-    fn is_of(&self, image: u64) -> bool {
-        self.progress.borrow().is_some() && self.image.get() == image
+    /// It works on this image.
+    fn runs_on(&self, image: u64) -> bool {
+        self.runs.get() && self.image.get() == image
     }
 
-    fn runs_on(&self, image: u64) -> bool {
-        self.runs.get() && self.is_of(image)
+    /// It works on the image as that is served now, or has.
+    fn is_of(&self, session: &Session) -> bool {
+        self.progress.borrow().is_some() && self.serve.get() == session.serves()
     }
 }
 
@@ -100,6 +107,7 @@ impl<P: Clone + 'static> Worker<P> {
         let (its, image) = (job(session.jobs()), session.image());
         its.number.set(its.number.get().wrapping_add(1));
         its.image.set(image);
+        its.serve.set(session.serves());
         its.runs.set(true);
         its.progress.replace(Some(progress));
         Self {
@@ -143,6 +151,10 @@ impl<P: Clone + 'static> Worker<P> {
         let mut at = 0;
         loop {
             let start = Instant::now();
+            // Nothing of it may be under way then.
+            while self.server().is_some_and(|server| server.is_draining()) {
+                self.rest(NOTICE).await?;
+            }
             let Some(server) = self.session.running_from(self.image).await else {
                 return Ok(End::Closed);
             };
@@ -151,6 +163,9 @@ impl<P: Clone + 'static> Worker<P> {
             let left = server.size().saturating_sub(at);
             if left == 0 {
                 return Ok(End::Through);
+            }
+            if self.is_to_end() {
+                return Ok(End::Stopped);
             }
             let piece = step(&server, at, left).await?;
             drop((hold, server));
@@ -169,10 +184,10 @@ impl<P: Clone + 'static> Worker<P> {
     /// is to end.
     async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<Option<End>, Failure> {
         loop {
-            let rate = self.job().rate.get();
-            if rate == 0 {
+            if self.is_to_end() {
                 return Ok(Some(End::Stopped));
             }
+            let rate = self.job().rate.get();
             if self.session.image() != self.image {
                 return Ok(Some(End::Closed));
             }
@@ -183,9 +198,22 @@ impl<P: Clone + 'static> Worker<P> {
             if left.is_zero() {
                 return Ok(None);
             }
-            let slept = self.session.runtime().io.sleep(left.min(NOTICE)).await;
-            slept.map_err(|error| failed("cannot wait", error))?;
+            self.rest(left.min(NOTICE)).await?;
         }
+    }
+
+    async fn rest(&self, time: Duration) -> Result<(), Failure> {
+        let slept = self.session.runtime().io.sleep(time).await;
+        slept.map_err(|error| failed("cannot wait", error))
+    }
+
+    fn server(&self) -> Option<Rc<Server>> {
+        self.session.server()
+    }
+
+    /// Somebody wants it to end.
+    fn is_to_end(&self) -> bool {
+        self.job().rate.get() == 0
     }
 }
 

@@ -5,54 +5,54 @@
 //! that is copied is claimed as a write of the guest is, so neither overtakes the other.
 
 use super::{failed, piece, End, Piece, Worker, PIECE};
+use crate::twin::first;
 use crate::{Seen, Server, Session};
 pub(crate) use control::stats::{Stream, Streaming};
-use control::tapdisk::{Call, State};
+use control::tapdisk::Call;
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Content, Disk, Extent};
+use drivers::{Attributes, Content, Disk};
 use std::rc::Rc;
 
 /// Has the image stream with `rate` bytes in a second; 0 ends that. Says how far it is, so that who asks again and
-/// again learns of the end. To ask again after a failure, which is told once, begins anew.
-pub(crate) async fn ask(session: &Rc<Session>, rate: u64) -> Result<Stream, Failure> {
+/// again learns of the end. One that has failed begins once more if it is to begin `anew`.
+pub(crate) async fn ask(session: &Rc<Session>, rate: u64, anew: bool) -> Result<Stream, Failure> {
     let job = &session.jobs().stream;
     job.rate.set(rate);
-    let image = session.image();
-    if rate == 0 || job.runs_on(image) {
-        return Ok(job.progress().clone().unwrap_or_default());
-    }
-    if job.is_of(image) {
-        let ended = job.progress().clone().unwrap_or_default();
-        match ended.state {
-            Streaming::Done => return Ok(ended),
-            Streaming::Failed { .. } => {
-                job.progress.replace(None);
-                return Ok(ended);
-            }
-            Streaming::Running | Streaming::Ended => {}
+    if job.is_of(session) {
+        let now = job.progress().clone().unwrap_or_default();
+        match now.state {
+            Streaming::Running | Streaming::Done => return Ok(now),
+            Streaming::Failed { .. } if !anew => return Ok(now),
+            Streaming::Failed { .. } | Streaming::Ended => {}
         }
     }
-    if session.state() != State::Running {
-        return Err(Failure::new(Code::State, "the disk does not run"));
+    if rate == 0 {
+        return Ok(Stream {
+            state: Streaming::Ended,
+            ..Stream::default()
+        });
     }
-    begin(session, image).await
+    begin(session).await
 }
 
-async fn begin(session: &Rc<Session>, image: u64) -> Result<Stream, Failure> {
-    let gone = || Failure::new(Code::State, "the disk does not run");
-    let server = session.running_from(image).await.ok_or_else(gone)?;
-    let hold = server.hold();
+async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
+    // One that has stopped is not waited for: who lets it go on has to be heard.
+    let server = session.server().filter(|server| server.is_fetching());
+    let stopped = || Failure::new(Code::State, "the disk does not run");
+    let server = server.ok_or_else(stopped)?;
+    let _hold = server.hold();
     if !server.disk().goes_on().await? {
         return Ok(Stream {
             state: Streaming::Done,
             ..Stream::default()
         });
     }
-    drop(hold);
-    // Somebody may have begun it meanwhile, or the image may be another one.
+    // Somebody may have begun it meanwhile.
     let job = &session.jobs().stream;
-    if !job.runs_on(session.image()) {
+    let runs = |progress: &Stream| progress.state == Streaming::Running;
+    let is_there = job.is_of(session) && job.progress().as_ref().is_some_and(runs);
+    if !is_there {
         let worker = Worker::begin(session, |jobs| &jobs.stream, Stream::default());
         let tasks = session.runtime().clone().tasks;
         tasks.spawn(async move {
@@ -72,11 +72,18 @@ async fn begin(session: &Rc<Session>, image: u64) -> Result<Stream, Failure> {
 async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
     // What could not be made durable before is not its own.
     let seen = worker.session.lost().newcomer();
+    let serve = worker.session.serves();
     // CAST: it is small.
     let buffer = Data::zeroed(PIECE as usize).map_err(|error| failed("no memory", error))?;
     loop {
         let mut copied = 0;
+        let mut was_paused = false;
         let step = async |server: &Rc<Server>, at, left| {
+            // Whoever had the image meanwhile may have changed it: what was passed over is looked at again.
+            was_paused |= worker.session.serves() != serve;
+            if was_paused {
+                return Ok(Piece { len: left, work: 0 });
+            }
             let piece = copy(server, &seen, &buffer, at, left).await?;
             copied += piece.work;
             worker.update(|progress| {
@@ -86,12 +93,15 @@ async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
             Ok(piece)
         };
         let end = worker.walk(step).await?;
+        if was_paused {
+            return Ok(End::Closed);
+        }
         if end != End::Through {
             return Ok(end);
         }
         // Nothing of an image becomes another one's again; should a format do so, it is found here.
         if copied == 0 {
-            return stand_alone(worker, &seen).await;
+            return stand_alone(worker, serve, &seen).await;
         }
     }
 }
@@ -104,7 +114,8 @@ async fn copy(
     at: u64,
     left: u64,
 ) -> Result<Piece, Failure> {
-    let told = |call: Call, at, len, error: Errno| {
+    let told = |call: Call, at, len: u64, error: Errno| {
+        let len = len.min(PIECE);
         server.tell(call, at, len, error, false);
         failed(
             format!("cannot {call} {len} bytes at {at} of the disk"),
@@ -121,8 +132,12 @@ async fn copy(
         });
     }
     let len = piece(at, part.len);
-    let _claim = server.claim(at, len, true).await;
-    let mut done = 0;
+    // Whole clusters: of one that the guest has written a part of meanwhile, the kernel may write the rest by itself.
+    let unit = disk.unit();
+    let from = at - at % unit;
+    let claimed = (at + len).next_multiple_of(unit) - from;
+    let _claim = server.claim(from, claimed, true).await;
+    let (mut done, mut copied) = (0, 0);
     while done < len {
         let from = at + done;
         // What the guest has written meanwhile the kernel may write by itself from now on.
@@ -136,10 +151,11 @@ async fn copy(
             let written = disk.write(from, Bytes::from(data), Attributes::default());
             let written = server.changing(seen, false, written).await;
             written.map_err(|why| told(Call::Write, from, part.len, why.error))?;
+            copied += part.len;
         }
         done += part.len;
     }
-    Ok(Piece { len, work: len })
+    Ok(Piece { len, work: copied })
 }
 
 /// A part of the disk that is alike.
@@ -160,10 +176,9 @@ async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
         return Ok(here(own.len));
     }
     // The images below may each have something of it.
-    let end = own.len.min(PIECE);
-    let mut data = 0;
+    let (mut data, end) = (0, own.len.min(PIECE));
     while data < end {
-        let there = first(disk.extents(at + data, end - data).await)?;
+        let there = first(disk.extents(at + data, own.len - data).await)?;
         match there.content {
             Content::Hole if data == 0 => return Ok(here(there.len)),
             Content::Hole => break,
@@ -171,28 +186,25 @@ async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
         }
     }
     Ok(Part {
-        len: data,
+        len: data.min(end),
         is_missing: true,
     })
 }
 
-fn first(found: Result<Vec<Extent>, Errno>) -> Result<Extent, Errno> {
-    found?.first().copied().ok_or(Errno::IO)
-}
-
 /// Has the image forget those below it, while nobody asks for anything.
-async fn stand_alone(worker: &Worker<Stream>, seen: &Seen) -> Result<End, Failure> {
+async fn stand_alone(worker: &Worker<Stream>, serve: u64, seen: &Seen) -> Result<End, Failure> {
     let Some(server) = worker.session.running_from(worker.image).await else {
         return Ok(End::Closed);
     };
     let _hold = server.hold();
     let _all = server.claim(0, u64::MAX, true).await;
+    if worker.is_to_end() {
+        return Ok(End::Stopped);
+    }
+    if worker.session.serves() != serve {
+        return Ok(End::Closed);
+    }
     let flushed = server.flush(seen).await;
     flushed.map_err(|why| failed("what was copied cannot be made durable", why.error))?;
-    let alone = server.disk().stand_alone().await;
-    if alone.is_err() {
-        // Perhaps a flush failed, of which the guest has to learn.
-        worker.session.lost().add(Errno::IO);
-    }
-    alone.map(|()| End::Through)
+    server.disk().stand_alone().await.map(|()| End::Through)
 }

@@ -28,6 +28,9 @@ impl Session {
             true => Ok(()),
             false => server.disk().flush().await,
         };
+        if let Some(twin) = server.twin() {
+            twin.flush().await;
+        }
         server.take_back().await?;
         server.quiesce().await;
         self.let_go(server, early).await.map(|()| Reply::Done)
@@ -69,6 +72,9 @@ impl Session {
     async fn stop(&self, server: Rc<Server>) -> Result<(), Failure> {
         let taken_back = server.take_back().await;
         server.quiesce().await;
+        if let Some(twin) = server.twin() {
+            twin.close().await;
+        }
         let closed = server.disk().close().await;
         if let Err(error) = closed {
             self.lost.add(error);

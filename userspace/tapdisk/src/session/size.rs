@@ -3,6 +3,7 @@
 
 use super::Session;
 use crate::told::described;
+use control::stats::Mirroring;
 use control::tapdisk::{self, Reply};
 use control::{Code, Failure};
 use tapdev::Params;
@@ -46,6 +47,10 @@ impl Session {
             (tap.clone(), server.clone(), params, disk)
         };
         let size = server.disk().resize().await?;
+        if let Some(twin) = server.twin().filter(|_| size != server.size()) {
+            // What there is behind the old end nobody has compared.
+            twin.end(Mirroring::Ended);
+        }
         // The kernel must not use what is not there any more, until it is told what is.
         let _ban = match size < server.size() {
             true => Some(self.direct.forbid().await?),

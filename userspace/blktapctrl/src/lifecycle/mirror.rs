@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk is copied to another image while its guest works, and then goes on there.
+//!
+//! *Wanted*: it is on the record, with the other image as a part of the disk that nobody else gets. The disk's process
+//! is asked again and again how far it is, and begins anew where another one has ended. *Same*: what is written goes
+//! to both. *Switched*: the process closes both, and says that they are the same; then the other one is on the
+//! record as what comes next, as after an unpause with another image. Whoever finds it before that has the disk
+//! served from the image that it had.
+
+use super::handoff::check_served;
+use super::Lifecycle;
+use crate::admission::{with_mode, Beside};
+use crate::disk::{Disk, Fate};
+use crate::image::{self, not_the_same, Image};
+use crate::link::EVER;
+use crate::process::{Process, OPEN, SOON};
+use crate::record::{Mirrored, Next, Part, Role, Want};
+use control::stats::{Mirror, Mirroring};
+use control::supervisor::{Doing, Mode, Moved, What};
+use control::tapdisk::{Open, Request};
+use control::{Code, Driver, Failure, Target};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Time between two questions.
+const STEP: Duration = Duration::from_secs(1);
+
+impl Lifecycle {
+    /// Has a disk copied to an image that is there, with `rate` bytes in a second, and then served from that.
+    ///
+    /// # Errors
+    /// It cannot be.
+    pub async fn mirror(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        target: Target,
+        rate: u64,
+    ) -> Result<Mirror, Failure> {
+        let _turn = disk.turn().await?;
+        self.end_pending(disk).await?;
+        check_served(disk)?;
+        if let Some(mirror) = disk.record.borrow().mirror.as_ref() {
+            if mirror.open.target == target {
+                return self.mirrored(disk);
+            }
+            let what = &mirror.open.target;
+            let why = format!(
+                "disk {} is being copied to {what}: end that with tap-ctl mirror --cancel",
+                disk.minor
+            );
+            return Err(Failure::new(Code::State, why));
+        }
+        self.check_sole(disk, &target)?;
+        let mirror = Mirrored {
+            open: with_mode(
+                Open {
+                    target,
+                    ..disk.open()?
+                },
+                Mode::Write,
+            )?,
+            rate,
+        };
+        let image = self.take_beside(disk, &mirror).await?;
+        let process = disk.serving()?;
+        if let Err(failure) = self.begin_mirror(disk, &process, &mirror, image).await {
+            // It may have begun all the same, and has the other image open.
+            self.let_mirror_go(disk).await?;
+            return Err(failure);
+        }
+        disk.mirrored.replace(Some(Mirror::default()));
+        self.follow_mirror(disk);
+        self.mirrored(disk)
+    }
+
+    /// Makes the other image a part of the disk, which nobody else uses.
+    async fn take_beside(&self, disk: &Disk, mirror: &Mirrored) -> Result<Arc<Image>, Failure> {
+        let image = image::of(&mirror.open).await?.ok_or_else(|| {
+            Failure::invalid(format!(
+                "{} is no image that a disk could be copied to: make one with tapimg create",
+                mirror.open.target
+            ))
+        })?;
+        if disk.record.borrow().identity == Some(image.identity()) {
+            let why = format!("{} is what the disk is served from", mirror.open.target);
+            return Err(Failure::new(Code::Busy, why));
+        }
+        let part = Part {
+            role: Role::Mirror,
+            path: image.path().into(),
+            identity: Some(image.identity()),
+            born: image.born(),
+            mode: Mode::Write,
+            locked: true,
+        };
+        let vbd = disk.record.borrow().vbd.clone();
+        let work = |beside| {
+            if beside == Beside::Shared {
+                let why = format!("{} is used by another disk, too", mirror.open.target);
+                return Err(Failure::new(Code::Busy, why));
+            }
+            self.registry.change(disk, |record| {
+                record.mirror = Some(mirror.clone());
+                record.parts.push(part);
+            })
+        };
+        let (vbd, minor) = (vbd.as_deref(), Some(disk.minor));
+        let admission = &self.admission;
+        let admitted = admission.admit(Some(&image), Mode::Write, vbd, minor, work);
+        admitted.await.map(|()| image)
+    }
+
+    async fn begin_mirror(
+        &self,
+        disk: &Disk,
+        process: &Process,
+        mirror: &Mirrored,
+        image: Arc<Image>,
+    ) -> Result<(), Failure> {
+        let given = self.given(disk, &mirror.open, Some(image)).await?;
+        let question = Request::Mirror {
+            open: mirror.open.clone(),
+            rate: mirror.rate,
+        };
+        given.ask(process, &question, OPEN).await.map(drop)
+    }
+
+    /// The other image is not the disk's any more, nor has its process got it.
+    async fn let_mirror_go(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        self.renew(disk, |record| {
+            record.mirror = None;
+            record.parts.retain(|part| part.role != Role::Mirror);
+        })
+        .await
+    }
+
+    /// Ends the mirror of a disk. Nothing is done to the other image after this: the process that had it has ended.
+    ///
+    /// # Errors
+    /// The disk has it still.
+    pub async fn end_mirror(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Mirror, Failure> {
+        let _turn = disk.turn().await?;
+        self.end_pending(disk).await?;
+        if disk.record.borrow().mirror.is_some() {
+            let let_go = self.let_mirror_go(disk);
+            disk.unless_doomed(let_go).await?;
+            over(disk, Mirroring::Ended);
+        }
+        self.mirrored(disk)
+    }
+
+    /// How far it is, or how the last one has ended, as far as this supervisor knows.
+    ///
+    /// # Errors
+    /// There was none.
+    pub fn mirrored(&self, disk: &Disk) -> Result<Mirror, Failure> {
+        let known = disk.mirrored.borrow().clone();
+        // Who sees to it has not told yet how it has ended.
+        let runs = disk.record.borrow().mirror.is_some() || disk.mirrors.get();
+        let is_over =
+            |mirror: &Mirror| !matches!(mirror.state, Mirroring::Copying | Mirroring::Same);
+        match known {
+            Some(mirror) if runs || is_over(&mirror) => Ok(mirror),
+            Some(mirror) => Ok(Mirror {
+                state: Mirroring::Ended,
+                ..mirror
+            }),
+            None if runs => Ok(Mirror::default()),
+            None => Err(Failure::new(
+                Code::State,
+                format!("disk {} is not copied to another image", disk.minor),
+            )),
+        }
+    }
+
+    /// Sees to the mirror that is on record, until it is over.
+    pub fn follow_mirror(self: &Rc<Self>, disk: &Rc<Disk>) {
+        if disk.record.borrow().mirror.is_none() || disk.mirrors.replace(true) {
+            return;
+        }
+        let (lifecycle, disk) = (self.clone(), disk.clone());
+        tokio::task::spawn_local(async move {
+            while disk.fate() == Fate::Stays && disk.record.borrow().mirror.is_some() {
+                let looked = disk.unless_doomed(lifecycle.look_at_mirror(&disk)).await;
+                if let Err(failure) = looked {
+                    tracing::warn!("disk {}: {failure}", disk.minor);
+                }
+                tokio::time::sleep(STEP).await;
+            }
+            disk.mirrors.set(false);
+        });
+    }
+
+    /// Does what is to be done about a mirror now.
+    async fn look_at_mirror(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let _turn = disk.turn().await?;
+        let (mirror, want, rests, part) = {
+            let record = disk.record.borrow();
+            let rests = record.inactive.is_some() || record.doing.is_some();
+            let mut parts = record.parts.iter();
+            let part = parts.find(|part| part.role == Role::Mirror).cloned();
+            (record.mirror.clone(), record.want, rests, part)
+        };
+        let (Some(mirror), Want::Served, false) = (mirror, want, rests) else {
+            return Ok(());
+        };
+        let Some(part) = part else {
+            // Another image is served by now.
+            return self.mirror_is_over(disk, Mirroring::Ended).await;
+        };
+        let Ok(process) = disk.serving() else {
+            return Ok(());
+        };
+        let now = match process.stats(SOON).await {
+            Ok(stats) => stats.mirror,
+            // One that does not answer in time may do so later.
+            Err(_) => return Ok(()),
+        };
+        let state = now.as_ref().map(|now| now.state.clone());
+        match state {
+            Some(Mirroring::Copying) => {
+                disk.mirrored.replace(now);
+                Ok(())
+            }
+            Some(Mirroring::Same) => self.move_to(disk, &mirror, &part).await,
+            Some(over @ Mirroring::Failed { .. }) => self.mirror_is_over(disk, over).await,
+            // It has another process, or was paused.
+            None | Some(Mirroring::Ended | Mirroring::Complete) => {
+                self.mirror_again(disk, &process, &mirror, &part).await
+            }
+        }
+    }
+
+    async fn mirror_again(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        process: &Process,
+        mirror: &Mirrored,
+        part: &Part,
+    ) -> Result<(), Failure> {
+        let begun = async {
+            let image = image_of(mirror, part).await?;
+            self.begin_mirror(disk, process, mirror, image).await
+        };
+        match begun.await {
+            Ok(()) => Ok(()),
+            // It says nothing of the image.
+            Err(failure) if matches!(failure.code, Code::Gone | Code::State | Code::Timeout) => {
+                Ok(())
+            }
+            Err(failure) => {
+                let why = failure.message;
+                self.mirror_is_over(disk, Mirroring::Failed { why }).await
+            }
+        }
+    }
+
+    /// It leaves the record when nothing more is done to the other image; should that not be so, this comes again.
+    async fn mirror_is_over(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        outcome: Mirroring,
+    ) -> Result<(), Failure> {
+        let mirror = disk.record.borrow().mirror.clone();
+        self.let_mirror_go(disk).await?;
+        over(disk, outcome.clone());
+        if let Some(mirror) = mirror {
+            let target = mirror.open.target;
+            let what = What::Mirrored { target, outcome };
+            self.registry.events.add(Some(disk.minor), what);
+        }
+        Ok(())
+    }
+
+    /// Both are the same: the disk goes on in the other one.
+    async fn move_to(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        mirror: &Mirrored,
+        part: &Part,
+    ) -> Result<(), Failure> {
+        let image = image_of(mirror, part).await?;
+        self.begin(disk, Doing::Mirror)?;
+        let begun = Instant::now();
+        match self.close_both(disk, mirror, image).await {
+            Ok(()) => self.moved(disk, Some(begun.elapsed())).await,
+            Err(failure) if disk.record.borrow().next.is_some() => {
+                // Who finds out whether it is served from that: a process that comes.
+                self.revive_later(disk);
+                Err(failure)
+            }
+            Err(failure) => self.stay(disk, &failure).await,
+        }
+    }
+
+    /// Has both images closed, and the other one served.
+    async fn close_both(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        mirror: &Mirrored,
+        image: Arc<Image>,
+    ) -> Result<(), Failure> {
+        if let Some(lost) = self.close_image(disk, EVER).await? {
+            return Err(lost);
+        }
+        let told = disk.serving()?.stats(SOON).await?.mirror;
+        if told.is_none_or(|told| told.state != Mirroring::Complete) {
+            let why = "the other image was not the same when the disk was closed";
+            return Err(Failure::new(Code::State, why));
+        }
+        // What belongs to the image that is served no more leaves the record with it.
+        let others = |part: &Part| part.role != Role::Mirror;
+        let has_parts = disk.record.borrow().parts.iter().any(others);
+        if has_parts || disk.serving().is_err() {
+            self.end_process(disk).await?;
+        }
+        let next = Next {
+            open: mirror.open.clone(),
+            identity: Some(image.identity()),
+            born: image.born(),
+            parts: Vec::new(),
+            files: disk.record.borrow().files.clone(),
+            committed: self.registry.executed(disk),
+        };
+        self.registry
+            .change(disk, |record| record.next = Some(next))?;
+        disk.next_image.replace(Some(image));
+        self.switch(disk).await
+    }
+
+    /// The disk goes on in the other image: nobody is to write the one that it had.
+    async fn moved(&self, disk: &Disk, pause: Option<Duration>) -> Result<(), Failure> {
+        let marked = self.mark_old(disk).await;
+        let from = disk.open()?.target;
+        self.take_next(disk);
+        disk.record.borrow_mut().mirror = None;
+        self.end_of_verb(disk, Want::Served);
+        over(disk, Mirroring::Complete);
+        let micros = |pause: Duration| pause.as_micros().try_into().unwrap_or(u64::MAX);
+        let what = What::Moved(Moved {
+            from,
+            to: disk.open()?.target,
+            marked,
+            pause_us: pause.map(micros),
+        });
+        self.registry.events.add(Some(disk.minor), what);
+        Ok(())
+    }
+
+    /// The disk is served from the image that it has, and the other one is not its own any more.
+    async fn stay(self: &Rc<Self>, disk: &Rc<Disk>, why: &Failure) -> Result<(), Failure> {
+        disk.drop_next();
+        let outcome = Mirroring::Failed {
+            why: why.message.clone(),
+        };
+        // Whatever is served now, it has a new process afterwards.
+        let told = self.mirror_is_over(disk, outcome).await;
+        self.end_of_verb(disk, Want::Served);
+        told
+    }
+
+    /// Finishes what had begun when both were the same, or undoes it.
+    pub(super) async fn finish_mirror(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let why = if disk.record.borrow().next.is_some() {
+            match self.switch(disk).await {
+                Ok(()) => return self.moved(disk, None).await,
+                Err(failure) if disk.record.borrow().next.is_some() => return Err(failure),
+                Err(failure) => failure,
+            }
+        } else {
+            // A question of an earlier supervisor may be on its way, so what it led to must be over.
+            self.close_image(disk, EVER).await?;
+            let why = "the supervisor ended before the other image was served";
+            Failure::new(Code::Gone, why)
+        };
+        self.stay(disk, &why).await
+    }
+
+    /// What has begun and is not done is over: then it is known from what the disk is served.
+    async fn end_pending(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let patience = self.patience.get();
+        disk.unless_doomed(self.finish(disk, patience)).await
+    }
+
+    /// The disk alone has its image, and what it is copied to could be a disk's.
+    fn check_sole(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
+        if matches!(target.driver(), Driver::Ram | Driver::Null) {
+            return Err(Failure::invalid(format!(
+                "{target} does not outlive the disk: give an image"
+            )));
+        }
+        self.check_followed(disk, target)
+    }
+}
+
+/// The other image, which is the one that it was.
+async fn image_of(mirror: &Mirrored, part: &Part) -> Result<Arc<Image>, Failure> {
+    let image = image::of(&mirror.open).await?;
+    let image = image.ok_or_else(|| Failure::invalid("there is no image"))?;
+    match image.is(part.identity, part.born) {
+        true => Ok(image),
+        false => Err(not_the_same(&image)),
+    }
+}
+
+/// What is told of it from now on.
+fn over(disk: &Disk, state: Mirroring) {
+    let mut told = disk.mirrored.borrow().clone().unwrap_or_default();
+    told.state = state;
+    disk.mirrored.replace(Some(told));
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Copies the disk to another image, which from then on gets what the guest writes, until the disk is paused: then
+//! both are the same, and the supervisor may serve the other one.
+
+use super::{failed, End, Piece, Worker, PIECE};
+use crate::twin::{first, Twin};
+use crate::{Server, Session};
+use control::stats::Mirroring;
+use control::{Code, Failure};
+use diskio::Data;
+use drivers::Content;
+use std::rc::Rc;
+
+/// Bytes without data that are looked at at once, and that others may have to wait for.
+const HOLE: u64 = 64 << 20;
+
+/// Begins to make `twin` what the disk is, with `rate` bytes in a second.
+pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate: u64) {
+    let twin = Rc::new(twin);
+    server.set_twin(Some(twin.clone()));
+    session.jobs().mirror.rate.set(rate);
+    let worker = Worker::begin(session, |jobs| &jobs.mirror, twin.clone());
+    session.runtime().clone().tasks.spawn(async move {
+        match run(&worker, &twin).await {
+            Ok(End::Through) => twin.is_same(),
+            Ok(End::Stopped | End::Closed) => twin.end(Mirroring::Ended),
+            Err(failure) => twin.end(Mirroring::Failed {
+                why: failure.message,
+            }),
+        }
+        worker.end(|_| ());
+    });
+}
+
+async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure> {
+    // CAST: it is small.
+    let buffer = Data::zeroed(PIECE as usize).map_err(|error| failed("no memory", error))?;
+    let step = async |server: &Rc<Server>, at, left| {
+        let disk = server.disk();
+        let found = first(disk.extents(at, left).await);
+        let what = "cannot look at the disk";
+        let extent = found.map_err(|error| failed(what, error))?;
+        let most = match extent.content {
+            Content::Hole => HOLE,
+            Content::Data | Content::Below => PIECE,
+        };
+        let len = extent.len.min(most);
+        // Reading is all that is done to the disk, so the guest may read meanwhile.
+        let _claim = server.claim(at, len, false).await;
+        let work = twin.copy(disk, &buffer, at, len).await;
+        // One that has failed, or was paused, is over.
+        match twin.is_active() {
+            true => Ok(Piece { len, work }),
+            false => Err(Failure::new(Code::State, "the mirror is over")),
+        }
+    };
+    worker.walk(step).await
+}

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The disk is copied to another image, which then takes its place.
+
+use super::Session;
+use crate::jobs::mirror;
+use crate::told::{params, UNFIT};
+use crate::twin::Twin;
+use control::tapdisk::{Open, Reply};
+use control::{Code, Failure};
+use drivers::{Disk, Shape};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+impl Session {
+    /// Begins to copy the disk to the image that came along.
+    pub(super) async fn mirror(
+        self: &Rc<Self>,
+        open: Open,
+        image: Option<OwnedFd>,
+        rate: u64,
+    ) -> Result<Reply, Failure> {
+        let server = self.state.borrow().server.clone();
+        let Some(server) = server.filter(|server| server.is_fetching()) else {
+            return Err(Failure::new(Code::State, "the disk does not run"));
+        };
+        if server.is_read_only() || open.read_only || rate == 0 {
+            return Err(Failure::invalid(
+                "a mirror is of a disk that is written, to an image that may be, at some rate",
+            ));
+        }
+        if server.twin().is_some_and(|twin| twin.is_active()) {
+            let why = "the disk has a mirror already";
+            return Err(Failure::new(Code::State, why));
+        }
+        // Others would have to be asked for, and belong to the image that is served.
+        let open = Open {
+            may_ask: false,
+            kernel_holds: false,
+            ..open
+        };
+        let file = self.locked(&open, image).await?;
+        let (disk, shape) = self.disk(&open, file).await?;
+        if let Err(failure) = self.may_follow(&open, &shape, server.size()) {
+            close(disk).await;
+            return Err(failure);
+        }
+        let ban = match self.direct.forbid().await {
+            Ok(ban) => ban,
+            Err(failure) => {
+                close(disk).await;
+                return Err(failure);
+            }
+        };
+        mirror::begin(self, &server, Twin::new(disk, ban), rate);
+        Ok(Reply::Done)
+    }
+
+    /// An image may take the place of the one that is served.
+    fn may_follow(&self, open: &Open, shape: &Shape, size: u64) -> Result<(), Failure> {
+        if shape.size < size {
+            return Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{} has {} bytes, and the disk {size}: make it larger",
+                    open.target, shape.size
+                ),
+            ));
+        }
+        let known = self.state.borrow().params;
+        let params = params(shape, open);
+        match known.is_some_and(|known| known.succeeded_by(&params).is_err()) {
+            false => Ok(()),
+            true => Err(Failure::new(
+                Code::Image,
+                format!(
+                    "{} cannot take the place of the image that the guest knows: {UNFIT}",
+                    open.target
+                ),
+            )),
+        }
+    }
+}
+
+/// It was not used; that it cannot be closed in order harms nobody.
+async fn close(disk: Disk) {
+    if let Err(error) = disk.close().await {
+        eprintln!("tapdisk: the other image was not closed: {error}");
+    }
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk is copied to another image while its guest works, and goes on there.
+
+mod common;
+
+use common::guest::{Guest, Step};
+use common::images::{answered, file, steps, Folder, Served, SIZE};
+use common::Process;
+use control::stats::{Mirror, Mirroring};
+use control::tapdisk::{Disk, Open, Reply, Request};
+use control::{Code, Failure};
+use ring::response::Status as Answer;
+use ring::tap::shadow::Op;
+use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags};
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+use tapdev::fake::Fake;
+
+fn told(process: &mut Process) -> Option<Mirror> {
+    match process.ask(Request::Stats, None) {
+        Ok(Reply::Stats(stats)) => stats.mirror,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Asks until it is as is said; nothing takes so long as the limit.
+fn until(process: &mut Process, is_so: impl Fn(&Mirror) -> bool) -> Mirror {
+    let start = Instant::now();
+    loop {
+        let found = told(process).expect("a mirror");
+        if is_so(&found) {
+            return found;
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "{found:?}");
+        thread::yield_now();
+    }
+}
+
+fn begin(
+    process: &mut Process,
+    open: Open,
+    image: BorrowedFd<'_>,
+    rate: u64,
+) -> Result<Reply, Failure> {
+    process.ask_with(Request::Mirror { open, rate }, image)
+}
+
+fn mirror(process: &mut Process, to: &Served, rate: u64) -> Result<Reply, Failure> {
+    let image = file(&to.path, true);
+    begin(process, to.question(), image.as_fd(), rate)
+}
+
+fn is_same(mirror: &Mirror) -> bool {
+    mirror.state == Mirroring::Same
+}
+
+fn served(folder: &Folder, name: &str, driver: &'static str) -> Served {
+    Served {
+        path: folder.path(name),
+        driver,
+        files: 0,
+    }
+}
+
+/// A guest works on an image that is copied to another one, while its process is killed, and goes on there. What was
+/// in the other one before is not seen again.
+fn moves(test: &str, from: (&'static str, &str), to: (&'static str, &str)) {
+    let Some(folder) = Folder::new(test) else {
+        return;
+    };
+    let size = SIZE.to_string();
+    let model = match from.0 {
+        "aio" => folder.raw("from", 5),
+        _ => {
+            folder.img(&["create", "-f", from.1, "from", &size]);
+            vec![0; SIZE as usize]
+        }
+    };
+    match to.0 {
+        "aio" => drop(folder.raw("to", 77)),
+        _ => drop(folder.img(&["create", "-f", to.1, "to", &size])),
+    }
+    let (from, to) = (
+        (served(&folder, "from", from.0), from.1),
+        (served(&folder, "to", to.0), to.1),
+    );
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, _) = from.0.start(&fake);
+    let mut guest = Guest::new(&fake, model, 8);
+    let (mut steps, mut deaths) = (steps().into_iter(), 0);
+    let rate = 8 << 20;
+    mirror(&mut process, &to.0, rate).expect("a mirror");
+    for step in steps.by_ref().take(200) {
+        if matches!(step, Step::Kill) {
+            deaths += 1;
+            if deaths % 2 == 0 {
+                until(&mut process, |mirror| mirror.offset > 0);
+            }
+            process.kill();
+            process = from.0.start(&fake).0;
+            mirror(&mut process, &to.0, rate).expect("a mirror");
+        }
+        guest.send(&step);
+    }
+    until(&mut process, is_same);
+    // From now on what is written goes to both.
+    for step in steps
+        .by_ref()
+        .take(60)
+        .filter(|step| !matches!(step, Step::Kill))
+    {
+        guest.send(&step);
+    }
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let last = told(&mut process).expect("a mirror");
+    assert_eq!(last.state, Mirroring::Complete, "{last:?}");
+    if to.1 != "raw" {
+        folder.check(to.1, "to", true);
+    }
+    assert!(folder.content(from.1, "from") == folder.content(to.1, "to"));
+    let before = fs::read(&from.0.path).expect("read");
+    let (reply, _) = to.0.ask(&mut process, Request::Unpause(to.0.question()));
+    assert!(
+        matches!(reply, Ok(Reply::Disk(Disk { size: SIZE, .. }))),
+        "{reply:?}"
+    );
+    for step in steps.filter(|step| !matches!(step, Step::Kill)) {
+        guest.send(&step);
+    }
+    guest.finish();
+    process.exit();
+    assert!(folder.content(to.1, "to") == guest.model);
+    assert!(fs::read(&from.0.path).expect("read") == before);
+}
+
+#[test]
+fn raw_image_becomes_a_qcow2_image() {
+    moves("raw_becomes_qcow2", ("aio", "raw"), ("qcow2", "qcow2"));
+}
+
+#[test]
+fn qcow2_image_becomes_a_raw_image_that_held_something() {
+    moves("qcow2_becomes_raw", ("qcow2", "qcow2"), ("aio", "raw"));
+}
+
+#[test]
+fn raw_image_becomes_a_vmdk() {
+    moves("raw_becomes_vmdk", ("aio", "raw"), ("vmdk", "vmdk"));
+}
+
+#[test]
+fn one_that_is_paused_or_ended_is_over_and_another_one_begins() {
+    let Some(folder) = Folder::new("one_that_is_paused") else {
+        return;
+    };
+    let model = folder.raw("from", 5);
+    folder.raw("to", 9);
+    let (from, to) = (served(&folder, "from", "aio"), served(&folder, "to", "aio"));
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = from.start(&fake);
+    assert_eq!(told(&mut process), None);
+    // A piece takes days.
+    mirror(&mut process, &to, 1).expect("a mirror");
+    let again = mirror(&mut process, &to, 1).expect_err("there is one");
+    // Its own lock is in the way, or it says so itself.
+    assert!(matches!(again.code, Code::State | Code::Busy), "{again}");
+    until(&mut process, |mirror| mirror.offset > 0);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let ended = told(&mut process).expect("a mirror");
+    assert_eq!(ended.state, Mirroring::Ended);
+    let (reply, _) = from.ask(&mut process, Request::Unpause(from.question()));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let before = fs::read(&to.path).expect("read");
+    answered(&fake, Op::Write, 0, &[7; 4096]);
+    assert!(
+        fs::read(&to.path).expect("read") == before,
+        "it was written"
+    );
+    mirror(&mut process, &to, u64::MAX).expect("a mirror");
+    until(&mut process, is_same);
+    process.exit();
+    let mut expected = model;
+    expected[..4096].fill(7);
+    assert!(fs::read(&to.path).expect("read") == expected);
+}
+
+#[test]
+fn what_cannot_be_the_disk_is_refused() {
+    let Some(folder) = Folder::new("what_cannot_be_the_disk") else {
+        return;
+    };
+    folder.raw("from", 5);
+    let from = served(&folder, "from", "aio");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = from.start(&fake);
+    let small = (SIZE - 4096).to_string();
+    folder.img(&["create", "-f", "qcow2", "small", &small]);
+    let to = served(&folder, "small", "qcow2");
+    let failure = mirror(&mut process, &to, 1).expect_err("it is too small");
+    assert_eq!(failure.code, Code::Image, "{failure}");
+    assert!(failure.message.contains("make it larger"), "{failure}");
+    // It is free again.
+    folder.img(&["resize", "-f", "qcow2", "small", &SIZE.to_string()]);
+    mirror(&mut process, &to, u64::MAX).expect("a mirror");
+    until(&mut process, is_same);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let (reply, _) = from.ask(&mut process, Request::Unpause(from.question()));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    folder.img(&["create", "-f", "qcow2", "-b", "from", "-F", "raw", "child"]);
+    let to = served(&folder, "child", "qcow2");
+    let failure = mirror(&mut process, &to, 1).expect_err("it needs another one");
+    assert_eq!(failure.code, Code::Unsupported, "{failure}");
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let failure = mirror(&mut process, &to, 1).expect_err("it is paused");
+    assert_eq!(failure.code, Code::State);
+    process.exit();
+}
+
+/// The other image fails, and the guest learns nothing of it.
+#[test]
+fn a_mirror_that_fails_is_not_the_guests() {
+    let Some(folder) = Folder::new("a_mirror_that_fails") else {
+        return;
+    };
+    folder.raw("from", 5);
+    let from = served(&folder, "from", "aio");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = from.start(&fake);
+    let memory = memfd_create("to", MemfdFlags::ALLOW_SEALING).expect("memory");
+    ftruncate(&memory, SIZE).expect("a size");
+    let open = Open::new("sync:/memory".parse().expect("a target"));
+    begin(&mut process, open, memory.as_fd(), u64::MAX).expect("a mirror");
+    until(&mut process, is_same);
+    answered(&fake, Op::Write, 8, &[7; 512]);
+    // From now on it cannot be written.
+    fcntl_add_seals(&memory, SealFlags::FUTURE_WRITE | SealFlags::WRITE).expect("sealed");
+    let tag = fake
+        .send(Op::Write, 9, &[8; 512], false)
+        .expect("a request");
+    assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
+    let failed = told(&mut process).expect("a mirror");
+    let Mirroring::Failed { why } = failed.state else {
+        panic!("{failed:?}");
+    };
+    assert!(why.contains("cannot write the other image"), "{why}");
+    let read = answered(&fake, Op::Read, 8, &[0; 1024]);
+    assert_eq!(read, [[7; 512], [8; 512]].concat());
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let still = told(&mut process).expect("a mirror");
+    assert!(matches!(still.state, Mirroring::Failed { .. }), "{still:?}");
+    process.exit();
+}
