@@ -490,6 +490,27 @@ impl Vbd {
             .into_owned())
     }
 
+    /// What both ends and the backend's counters say of it, for a message.
+    pub(crate) fn describe(&self) -> String {
+        let state = |dir: &str| match xs::read(&format!("{dir}/state")) {
+            Ok(state) => state.unwrap_or_else(|| "none".into()),
+            Err(error) => format!("{error:#}"),
+        };
+        let mut text = format!(
+            "{}: state {}, its frontend's {}",
+            self.vdev,
+            state(&self.backend),
+            state(&self.frontend)
+        );
+        for name in ["rd_req", "rd_done", "wr_req", "wr_done", "f_req", "f_done"] {
+            match self.statistic(name) {
+                Ok(number) => text += &format!(", {name} {number}"),
+                Err(error) => return format!("{text}, {error:#}"),
+            }
+        }
+        text
+    }
+
     /// A number of the backend's statistics.
     pub(crate) fn statistic(&self, name: &str) -> Result<u64> {
         let text = sh::get(self.sysfs().join("statistics").join(name))?;

@@ -159,7 +159,10 @@ pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
 
 /// Waits for a job that was running when its guest was saved.
 pub(super) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
-    let done = guest.wait(job, FIO)?;
+    let done = guest.wait(job, FIO).with_context(|| {
+        let vbd = Vbd::of(guest.domid, "xvda");
+        vbd.map_or_else(|error| format!("{error:#}"), |vbd| vbd.describe())
+    })?;
     ensure!(
         done.rc == 0,
         "fio failed across the save of its guest: {}",
