@@ -481,4 +481,8 @@ pub struct Status {
     pub open: Option<Open>,
     /// The disk, if it runs or is inactive.
     pub disk: Option<Disk>,
+    /// Something that was answered could not be made durable, and the guest learns of it with its next flush: from
+    /// this process, so that no other one may take its place before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub owes: bool,
 }

@@ -31,6 +31,11 @@ impl Lost {
         Seen(self.count.clone())
     }
 
+    /// The guest has not been told of all that was lost.
+    pub(crate) fn is_owed(&self) -> bool {
+        self.guest.0.get() != self.count.get()
+    }
+
     /// Something was lost since the process was started.
     pub(crate) fn has_any(&self) -> bool {
         self.last.get().is_some()

@@ -507,8 +507,10 @@ impl Server {
         let Some(twin) = self.twin() else {
             return self.disk.write(offset, data, how).await;
         };
+        let len = data.len() as u64;
         let own = self.disk.write(offset, data.clone(), how);
-        join(own, twin.write(offset, data)).await.0
+        let (written, ()) = join(own, twin.write(offset, data)).await;
+        self.after(&twin, written, offset, len).await
     }
 
     /// Makes zeroes of a range that is claimed.
@@ -523,10 +525,21 @@ impl Server {
             return own.await;
         };
         let (zeroed, ()) = join(own, twin.write_zeroes(offset, len)).await;
-        if zeroed == Err(Errno::OPNOTSUPP) {
+        self.after(&twin, zeroed, offset, len).await
+    }
+
+    /// What was done to both: if it failed here, what there is now only this disk knows.
+    async fn after(
+        &self,
+        twin: &Twin,
+        done: Result<(), Errno>,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
+        if done.is_err() {
             twin.copy_again(&self.disk, offset, len).await;
         }
-        zeroed
+        done
     }
 
     /// Forgets a range that is claimed.

@@ -694,6 +694,7 @@ impl Session {
             node: state.tap.as_ref().map(|tap| node(tap.info())),
             open: state.open.clone(),
             disk: state.disk.clone(),
+            owes: self.lost.is_owed(),
         }
     }
 

@@ -18,6 +18,8 @@ pub(crate) const PIECE: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Twin {
     disk: RefCell<Option<Disk>>,
+    /// Bytes that it has; the disk has no more.
+    size: u64,
     /// What is before this is the same on both.
     position: Cell<u64>,
     told: RefCell<Mirror>,
@@ -26,9 +28,10 @@ pub(crate) struct Twin {
 }
 
 impl Twin {
-    pub(crate) fn new(disk: Disk, ban: Ban) -> Self {
+    pub(crate) fn new(disk: Disk, size: u64, ban: Ban) -> Self {
         Self {
             disk: RefCell::new(Some(disk)),
+            size,
             position: Cell::new(0),
             told: RefCell::default(),
             ban: RefCell::new(Some(ban)),
@@ -131,6 +134,35 @@ impl Twin {
         }
     }
 
+    /// Bytes from a place on that hold no data there either, of a range that is a hole of the disk. Of them nothing is
+    /// to be done, and more can be looked at once.
+    pub(crate) async fn hole(&self, at: u64, len: u64) -> u64 {
+        let Some(disk) = self.active() else {
+            return 0;
+        };
+        match first(disk.extents(at, len).await) {
+            Ok(there) if there.content == Content::Hole => there.len,
+            // Who copies finds out.
+            _ => 0,
+        }
+    }
+
+    /// What is behind the disk's end is zeroes: the guest sees it when it is served from here.
+    pub(crate) async fn clear_rest(&self, from: u64) {
+        let mut at = from;
+        while let Some(disk) = self.active().filter(|_| at < self.size) {
+            let len = (self.size - at).min(PIECE);
+            let there = self.hole(at, len).await;
+            if there == 0 {
+                let how = Attributes::default();
+                if let Err(error) = disk.write_zeroes(at, len, how).await {
+                    self.failed("zero", at, error);
+                }
+            }
+            at += if there == 0 { len } else { there };
+        }
+    }
+
     /// Makes durable what is there by now.
     pub(crate) async fn flush(&self) {
         if let Some(disk) = self.active() {
@@ -155,7 +187,7 @@ impl Twin {
     }
 }
 
-/// Makes a range of `to` read as that of `from`; says how many bytes were copied.
+/// Makes a range of `to` read as that of `from`; says how many bytes were written.
 async fn copy(from: &Disk, to: &Disk, buffer: &Data, at: u64, len: u64) -> Result<u64, Errno> {
     let (mut done, mut copied) = (0, 0);
     while done < len {
@@ -166,6 +198,7 @@ async fn copy(from: &Disk, to: &Disk, buffer: &Data, at: u64, len: u64) -> Resul
             if there.content != Content::Hole {
                 to.write_zeroes(place, there.len, Attributes::default())
                     .await?;
+                copied += there.len;
             }
             done += there.len;
             continue;

@@ -252,3 +252,24 @@ fn a_mirror_that_fails_is_not_the_guests() {
     assert!(matches!(still.state, Mirroring::Failed { .. }), "{still:?}");
     process.exit();
 }
+
+/// The guest sees what is behind the old end when the disk is served from there.
+#[test]
+fn what_a_larger_image_held_behind_the_disks_end_is_not_seen() {
+    let Some(folder) = Folder::new("what_a_larger_image_held") else {
+        return;
+    };
+    let model = folder.raw("from", 5);
+    let from = served(&folder, "from", "aio");
+    let to = served(&folder, "to", "aio");
+    fs::write(&to.path, vec![0x77; SIZE as usize + (3 << 20)]).expect("write");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = from.start(&fake);
+    mirror(&mut process, &to, u64::MAX).expect("a mirror");
+    until(&mut process, is_same);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    process.exit();
+    let found = fs::read(&to.path).expect("read");
+    assert!(found[..SIZE as usize] == model);
+    assert!(found[SIZE as usize..].iter().all(|byte| *byte == 0));
+}

@@ -143,7 +143,11 @@ impl Admission {
             Some((image, seen)) => {
                 let ours = self.users(except, &machines);
                 let domain = vbd.and_then(domain_of);
-                decide(image, mode, domain, &ours, &seen)?
+                let beside = decide(image, mode, domain, &ours, &seen)?;
+                if beside != Beside::Nobody {
+                    self.check_stays(image, &seen.images)?;
+                }
+                beside
             }
             None => Beside::Nobody,
         };
@@ -201,6 +205,27 @@ impl Admission {
         let left = self.registry.left_alone();
         let left = left.into_iter().filter_map(|disk| disk.peek.vbd);
         ours.chain(left).find(|vbd| wanted(vbd))
+    }
+
+    /// An image that somebody is to use beside a disk must be what that disk stays with.
+    fn check_stays(&self, image: &Image, images: &[Identity]) -> Result<(), Failure> {
+        let leaves = |disk: &&Rc<Disk>| {
+            let record = disk.record.borrow();
+            record.mirror.is_some() && record.identity.is_some_and(|its| images.contains(&its))
+        };
+        match self.registry.all().iter().find(leaves) {
+            None => Ok(()),
+            Some(disk) => Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "{} is not free: {} is being copied to another image and goes on there: wait for that, or end it \
+                     with tap-ctl mirror -m {} --cancel",
+                    image.path().display(),
+                    disk.name(),
+                    disk.minor
+                ),
+            )),
+        }
     }
 
     /// A backend's directory has one disk.

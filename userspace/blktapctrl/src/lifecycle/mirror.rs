@@ -8,6 +8,7 @@
 //! served from the image that it had.
 
 use super::handoff::check_served;
+use super::stream::{owes_nothing, AGAIN};
 use super::Lifecycle;
 use crate::admission::{with_mode, Beside};
 use crate::disk::{Disk, Fate};
@@ -63,14 +64,18 @@ impl Lifecycle {
             rate,
         };
         let image = self.take_beside(disk, &mirror).await?;
+        disk.mirrored.replace(Some(Mirror::default()));
+        // From now on somebody sees to it, whatever becomes of this.
+        self.follow_mirror(disk);
         let process = disk.serving()?;
-        if let Err(failure) = self.begin_mirror(disk, &process, &mirror, image).await {
+        let begun = self.begin_mirror(disk, &process, &mirror, image);
+        if let Err(failure) = disk.unless_doomed(begun).await {
             // It may have begun all the same, and has the other image open.
-            self.let_mirror_go(disk).await?;
+            disk.unless_doomed(self.let_mirror_go(disk)).await?;
+            let why = failure.message.clone();
+            over(disk, Mirroring::Failed { why });
             return Err(failure);
         }
-        disk.mirrored.replace(Some(Mirror::default()));
-        self.follow_mirror(disk);
         self.mirrored(disk)
     }
 
@@ -94,7 +99,6 @@ impl Lifecycle {
             mode: Mode::Write,
             locked: true,
         };
-        let vbd = disk.record.borrow().vbd.clone();
         let work = |beside| {
             if beside == Beside::Shared {
                 let why = format!("{} is used by another disk, too", mirror.open.target);
@@ -105,9 +109,9 @@ impl Lifecycle {
                 record.parts.push(part);
             })
         };
-        let (vbd, minor) = (vbd.as_deref(), Some(disk.minor));
+        // As for a new disk of nobody: it must not be what this disk has either, under whatever name.
         let admission = &self.admission;
-        let admitted = admission.admit(Some(&image), Mode::Write, vbd, minor, work);
+        let admitted = admission.admit(Some(&image), Mode::Write, None, None, work);
         admitted.await.map(|()| image)
     }
 
@@ -183,10 +187,14 @@ impl Lifecycle {
         tokio::task::spawn_local(async move {
             while disk.fate() == Fate::Stays && disk.record.borrow().mirror.is_some() {
                 let looked = disk.unless_doomed(lifecycle.look_at_mirror(&disk)).await;
-                if let Err(failure) = looked {
-                    tracing::warn!("disk {}: {failure}", disk.minor);
-                }
-                tokio::time::sleep(STEP).await;
+                let pause = match looked {
+                    Ok(()) => STEP,
+                    Err(failure) => {
+                        tracing::warn!("disk {}: {failure}", disk.minor);
+                        AGAIN
+                    }
+                };
+                tokio::time::sleep(pause).await;
             }
             disk.mirrors.set(false);
         });
@@ -281,6 +289,9 @@ impl Lifecycle {
         part: &Part,
     ) -> Result<(), Failure> {
         let image = image_of(mirror, part).await?;
+        // Somebody may have come to use the image that it had: a guest that moves, which goes on there.
+        owes_nothing(disk).await?;
+        self.check_followed(disk, &mirror.open.target)?;
         self.begin(disk, Doing::Mirror)?;
         let begun = Instant::now();
         match self.close_both(disk, mirror, image).await {
@@ -301,20 +312,14 @@ impl Lifecycle {
         mirror: &Mirrored,
         image: Arc<Image>,
     ) -> Result<(), Failure> {
-        if let Some(lost) = self.close_image(disk, EVER).await? {
-            return Err(lost);
-        }
+        let lost = self.close_image(disk, EVER).await?;
         let told = disk.serving()?.stats(SOON).await?.mirror;
         if told.is_none_or(|told| told.state != Mirroring::Complete) {
             let why = "the other image was not the same when the disk was closed";
-            return Err(Failure::new(Code::State, why));
+            return Err(lost.unwrap_or_else(|| Failure::new(Code::State, why)));
         }
-        // What belongs to the image that is served no more leaves the record with it.
-        let others = |part: &Part| part.role != Role::Mirror;
-        let has_parts = disk.record.borrow().parts.iter().any(others);
-        if has_parts || disk.serving().is_err() {
-            self.end_process(disk).await?;
-        }
+        // What the one that it had has lost is in the other one, and durable.
+        self.end_process(disk).await?;
         let next = Next {
             open: mirror.open.clone(),
             identity: Some(image.identity()),

@@ -242,9 +242,11 @@ impl Lifecycle {
         let Err(failure) = self.serve_next(disk, &next).await else {
             return Ok(());
         };
-        // Who was asked may still do it.
+        // Who was asked may still do it, and the kernel by itself.
         self.end_process(disk).await?;
-        if self.registry.executed(disk) > next.committed {
+        self.take_from_kernel(disk, EVER).await?;
+        // If the kernel does not say, it may have been: going on there loses nothing.
+        if self.registry.executed(disk) != next.committed {
             tracing::warn!("disk {}: {failure}", disk.minor);
             self.revive_later(disk);
             return Ok(());

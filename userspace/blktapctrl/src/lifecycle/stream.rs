@@ -7,7 +7,7 @@
 
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
-use crate::link::{unexpected, EVER};
+use crate::link::unexpected;
 use crate::process::{Process, SOON};
 use crate::record::{Part, Record, Role, Streamed, Want};
 use control::stats::{Stream, Streaming};
@@ -19,6 +19,10 @@ use std::time::Duration;
 
 /// Time between two questions.
 const STEP: Duration = Duration::from_secs(1);
+/// Time until something is tried again for which a guest has to wait.
+pub(super) const AGAIN: Duration = Duration::from_secs(30);
+/// How long a process may take to close its images before it is killed.
+const PAUSE: Duration = Duration::from_secs(30);
 
 impl Lifecycle {
     /// Has the image of a disk take over what is below it, with `rate` bytes in a second; 0 ends that.
@@ -106,14 +110,16 @@ impl Lifecycle {
                 let Some(wanted) = disk.record.borrow().stream.clone() else {
                     break;
                 };
+                let mut pause = STEP;
                 if let Some(outcome) = look(&disk, &wanted).await {
                     let ended = lifecycle.note_outcome(&disk, &wanted, outcome);
                     // It comes again.
                     if let Err(failure) = disk.unless_doomed(ended).await {
                         tracing::warn!("disk {}: {failure}", disk.minor);
+                        pause = AGAIN;
                     }
                 }
-                tokio::time::sleep(STEP).await;
+                tokio::time::sleep(pause).await;
             }
             disk.streams.set(false);
         });
@@ -162,19 +168,49 @@ impl Lifecycle {
         disk: &Rc<Disk>,
         change: impl FnOnce(&mut Record),
     ) -> Result<(), Failure> {
-        let changed = match self.close_image(disk, EVER).await? {
-            // The guest learns of that from this process alone.
-            Some(lost) => Err(lost),
-            None => {
-                self.end_process(disk).await?;
-                self.registry.change(disk, change)
-            }
+        let changed = match self.let_process_go(disk).await {
+            Ok(()) => self.registry.change(disk, change),
+            Err(failure) => Err(failure),
         };
+        // Whatever has become of that.
         if disk.record.borrow().want == Want::Served {
             let served = self.serve_again(disk).await;
             self.or_revive(disk, served).await;
         }
         changed
+    }
+}
+
+impl Lifecycle {
+    /// The process of a disk ends, and what it had is over.
+    async fn let_process_go(&self, disk: &Disk) -> Result<(), Failure> {
+        // What cannot be written afterwards would be done again and again.
+        self.registry.change(disk, |_| ())?;
+        owes_nothing(disk).await?;
+        match self.close_image(disk, PAUSE).await {
+            Ok(Some(lost)) => return Err(lost),
+            Ok(None) => owes_nothing(disk).await?,
+            // Storage hangs. It is killed, and what it had is executed again when that is over.
+            Err(failure) if failure.code == Code::Timeout => {}
+            Err(failure) => return Err(failure),
+        }
+        self.end_process(disk).await?;
+        self.take_from_kernel(disk, PAUSE).await
+    }
+}
+
+/// What the guest is still to be told of, it learns from this process alone.
+pub(super) async fn owes_nothing(disk: &Disk) -> Result<(), Failure> {
+    let Ok(process) = disk.serving() else {
+        return Ok(());
+    };
+    match process.status().await?.owes {
+        false => Ok(()),
+        true => Err(Failure::new(
+            Code::State,
+            "something that was written could not be made durable, and the guest has not asked yet: its process \
+             stays until it has",
+        )),
     }
 }
 

@@ -805,6 +805,7 @@ impl Served {
                 node: None,
                 open: self.open.as_ref().map(|(open, _)| open.clone()),
                 disk: self.open.as_ref().map(|(open, _)| disk(dir, open)),
+                owes: dir.join("owes").exists(),
             })),
             Request::Grow { .. } => {
                 note(dir, "grow");

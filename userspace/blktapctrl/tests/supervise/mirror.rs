@@ -12,6 +12,7 @@ use control::{Code, Failure, Target};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::rc::Rc;
 
 fn target(dir: &Path, name: &str) -> Target {
     let text = format!("sync:{}", dir.join(name).display());
@@ -116,15 +117,19 @@ fn a_disk_goes_on_in_the_image_that_it_was_copied_to() {
         assert_eq!(until_over(&bed).await, Mirroring::Complete);
         let row = bed.row(0).await;
         assert!(is_served_from(&row, "b.img"), "{row:?}");
-        assert_eq!(row.pid, pid);
-        let expected = [
-            "attach 0",
-            "open w A",
-            "mirror 1000 sync B",
-            "pause",
-            "unpause w B",
-        ];
-        assert_eq!(bed.log(), expected);
+        // The one that had the old image has ended.
+        assert_ne!(row.pid, pid);
+        assert_eq!(
+            bed.log(),
+            [
+                "attach 0",
+                "open w A",
+                "mirror 1000 sync B",
+                "pause",
+                "attach 0",
+                "open w B"
+            ]
+        );
         assert!(is_marked(&bed.dir.join("a.img")));
         let moved = |what: &What| match what {
             What::Moved(moved) => Some(moved.clone()),
@@ -198,6 +203,14 @@ fn one_that_fails_or_is_ended_leaves_the_disk_where_it_is() {
         assert!(bed.events().iter().any(told), "{:?}", bed.events());
         says(&bed.dir, "copying");
         mirror(&bed, "b.img").await.expect("it begins");
+        // What the guest is to be told of it learns from this process.
+        fs::write(bed.dir.join("owes"), "").expect("write");
+        let pid = bed.row(0).await.pid;
+        let owes = asked(&bed, Request::EndMirror(which(0))).await;
+        let owes = owes.expect_err("the guest has not been told");
+        assert!(owes.message.contains("made durable"), "{owes}");
+        assert!(has_part(&bed) && bed.row(0).await.pid == pid);
+        fs::remove_file(bed.dir.join("owes")).expect("remove");
         let ended = asked(&bed, Request::EndMirror(which(0))).await;
         assert_eq!(ended.expect("it ends").state, Mirroring::Ended);
         assert!(!has_part(&bed));
@@ -318,4 +331,37 @@ fn a_move_that_is_interrupted_comes_to_an_end() {
         );
         assert!(steps >= 1, "{steps} steps");
     }
+}
+
+/// Who shares the image would go on in the old one.
+#[test]
+fn an_image_that_is_shared_is_not_left_and_one_that_is_left_not_shared() {
+    test("mirror-stub", |bed| async move {
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.registry().use_store(Some(store));
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+        bed.store
+            .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
+        let of = |domain: u32| {
+            let mut create = bed.create("a.img");
+            let directory = format!("backend/vbd/{domain}/51712");
+            bed.store.put(&directory, &[("frontend", "f")]);
+            create.vbd = Some(directory);
+            create
+        };
+        bed.made(of(4)).await;
+        says(&bed.dir, "copying");
+        mirror(&bed, "b.img").await.expect("it begins");
+        let second = bed.ask(Request::Create(Box::new(of(3)))).await;
+        let second = second.expect_err("it would be left behind");
+        assert!(second.message.contains("is being copied"), "{second}");
+        let ended = asked(&bed, Request::EndMirror(which(0))).await;
+        assert_eq!(ended.expect("it ends").state, Mirroring::Ended);
+        bed.made(of(3)).await;
+        let shared = mirror(&bed, "b.img").await.expect_err("it is shared");
+        assert_eq!(shared.code, Code::Busy, "{shared}");
+        assert!(!has_part(&bed));
+    });
 }

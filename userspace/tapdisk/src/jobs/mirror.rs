@@ -22,7 +22,7 @@ pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate
     let worker = Worker::begin(session, |jobs| &jobs.mirror, twin.clone());
     session.runtime().clone().tasks.spawn(async move {
         match run(&worker, &twin).await {
-            Ok(End::Through) => twin.is_same(),
+            Ok(End::Through) => {}
             Ok(End::Stopped | End::Closed) => twin.end(Mirroring::Ended),
             Err(failure) => twin.end(Mirroring::Failed {
                 why: failure.message,
@@ -40,10 +40,11 @@ async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure>
         let found = first(disk.extents(at, left).await);
         let what = "cannot look at the disk";
         let extent = found.map_err(|error| failed(what, error))?;
-        let most = match extent.content {
-            Content::Hole => HOLE,
-            Content::Data | Content::Below => PIECE,
+        let empty = match extent.content {
+            Content::Hole => twin.hole(at, extent.len.min(HOLE)).await,
+            Content::Data | Content::Below => 0,
         };
+        let most = if empty > 0 { empty } else { PIECE };
         let len = extent.len.min(most);
         // Reading is all that is done to the disk, so the guest may read meanwhile.
         let _claim = server.claim(at, len, false).await;
@@ -54,5 +55,10 @@ async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure>
             false => Err(Failure::new(Code::State, "the mirror is over")),
         }
     };
-    worker.walk(step).await
+    let end = worker.walk(step).await?;
+    if end == End::Through {
+        twin.clear_rest(worker.size()).await;
+        twin.is_same();
+    }
+    Ok(end)
 }

@@ -211,6 +211,11 @@ impl<P: Clone + 'static> Worker<P> {
         self.session.server()
     }
 
+    /// Bytes of the disk.
+    fn size(&self) -> u64 {
+        self.server().map_or(0, |server| server.size())
+    }
+
     /// Somebody wants it to end.
     fn is_to_end(&self) -> bool {
         self.job().rate.get() == 0

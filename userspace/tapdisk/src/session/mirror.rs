@@ -51,7 +51,7 @@ impl Session {
                 return Err(failure);
             }
         };
-        mirror::begin(self, &server, Twin::new(disk, ban), rate);
+        mirror::begin(self, &server, Twin::new(disk, shape.size, ban), rate);
         Ok(Reply::Done)
     }
 
