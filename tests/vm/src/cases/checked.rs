@@ -264,10 +264,12 @@ fn reconnect(context: &mut Context) -> Result<()> {
     let mut rng = Rng::new(seed::get());
     let (mut failed, mut refused) = (0, 0);
     for _ in 0..RECONNECTS {
-        close(context.pv()?, vbd)?;
+        let guest = context.pv()?;
+        close(guest, vbd)?;
+        offer_again(guest, vbd)?;
         let failing = Failing::begin(rng.pick(&[3, 10, 30, 100]), 1)?;
-        begin_again(vbd)?;
-        let connected = settled(&vbd.backend)?;
+        probe(guest, vbd)?;
+        let connected = settled(&vbd.backend).with_context(|| vbd.describe())?;
         failed += u32::from(failing.end(connected)?);
         if connected {
             continue;
@@ -277,11 +279,17 @@ fn reconnect(context: &mut Context) -> Result<()> {
         sh::wait_for("a disk that is connected or closed", SETTLED, || {
             Ok(["4", "6"].contains(&&*state()?))
         })
-        .with_context(|| format!("state {:?}", state()))?;
+        .with_context(|| vbd.describe())?;
         if state()? == "6" {
-            begin_again(vbd)?;
-            xs::wait_value(&format!("{}/state", vbd.backend), "4", SETTLED)
-                .with_context(|| format!("{:?}", xs::read(&error_of(&vbd.backend))))?;
+            offer_again(guest, vbd)?;
+            probe(guest, vbd)?;
+            xs::wait_value(&format!("{}/state", vbd.backend), "4", SETTLED).with_context(|| {
+                format!(
+                    "{}: {:?}",
+                    vbd.describe(),
+                    xs::read(&error_of(&vbd.backend))
+                )
+            })?;
         }
     }
     context.note(&format!(
@@ -290,22 +298,44 @@ fn reconnect(context: &mut Context) -> Result<()> {
     ensure!(failed >= 10, "an allocation failed {failed} times only");
     ensure!(refused >= 3, "{refused} connections failed");
     let guest = context.pv()?;
+    guest.run("echo 1 >/sys/bus/xen/drivers_autoprobe")?;
     guest.run_for(&verify_job(DEVICE, 4, 60, 512), FIO)?;
     disk.detach(guest)
 }
 
+/// The guest's name of a disk on its bus.
+fn on_bus(vbd: &Vbd) -> String {
+    let number = vbd.frontend.rsplit('/').next().unwrap_or_default();
+    format!("vbd-{number}")
+}
+
 /// The guest lets go of a disk that it has.
 fn close(guest: &Guest, vbd: &Vbd) -> Result<()> {
-    let name = vbd.frontend.rsplit('/').next().unwrap_or_default();
-    guest.run(&format!("echo vbd-{name} >/sys/bus/xen/drivers/vbd/unbind"))?;
+    let name = on_bus(vbd);
+    guest.run(&format!("echo {name} >/sys/bus/xen/drivers/vbd/unbind"))?;
     xs::wait_value(&format!("{}/state", vbd.backend), "6", SETTLED)
 }
 
-/// The guest finds a disk that it had let go of: Linux looks for it anew when a toolstack has reset its state. Its
-/// driver cannot be bound again to one that is closed.
-fn begin_again(vbd: &Vbd) -> Result<()> {
+/// The disk is offered to a guest anew that has let go of it: Linux makes its device anew when a toolstack has reset
+/// its state. Its driver cannot be bound again to one that is closed, and must not find the backend closed.
+fn offer_again(guest: &Guest, vbd: &Vbd) -> Result<()> {
+    let name = on_bus(vbd);
     xs::remove(&error_of(&vbd.backend))?;
-    xs::write(&[(&format!("{}/state", vbd.frontend), "1")])
+    guest.run("echo 0 >/sys/bus/xen/drivers_autoprobe")?;
+    let number = format!("stat -c %i /sys/bus/xen/devices/{name}/");
+    let before = guest.run(&number)?;
+    xs::write(&[(&format!("{}/state", vbd.frontend), "1")])?;
+    xs::wait_value(&format!("{}/state", vbd.backend), "2", SETTLED)?;
+    sh::wait_for("a new device in the guest", SETTLED, || {
+        Ok(guest.run(&format!("{number} 2>/dev/null || true"))? != before)
+    })
+}
+
+/// The guest's driver takes a disk that is offered.
+fn probe(guest: &Guest, vbd: &Vbd) -> Result<()> {
+    let name = on_bus(vbd);
+    guest.run(&format!("echo {name} >/sys/bus/xen/drivers_probe"))?;
+    Ok(())
 }
 
 fn load(context: &mut Context) -> Result<()> {
