@@ -115,8 +115,25 @@ pub(crate) enum Verb {
     /// Go on, perhaps with another image
     Unpause(Unpause),
     /// Have a disk served by a new process, such as one of a newer program, while the guest goes on
+    ///
+    /// The new process is started and looks at the image while the old one serves. Then the old one finishes
+    /// what it has, the new one takes the disk, and the old one ends when that serves. The guest waits
+    /// in between, and sees no error. If the new process fails at anything, the old one serves on.
     Handoff(Handoff),
     /// Have a disk go on in a new image over the one that it has, which keeps what the disk is now
+    ///
+    /// What the guest has written until then is made durable in the image that it has, which becomes the
+    /// read-only parent of the new one; what it writes from then on is in the new one only. It waits
+    /// meanwhile, and sees no error. If the new image cannot be made or served, the disk is served from the
+    /// old one as before, and nothing of the new one is left.
+    ///
+    /// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest is
+    /// started anew, or its disk is what it was at this moment. So that nobody writes the old image, it is
+    /// marked as read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may
+    /// not, and a block device cannot be marked. With that mark, and in the same folder, it may be had by
+    /// whoever is served the new image; otherwise name it with --files.
+    ///
+    /// Not for disks with the mode r, r! or w!, or with a lease.
     Snapshot(Snapshot),
     /// Make a disk larger, or look at its image's size again, while its guest goes on
     Resize(Resize),
@@ -125,9 +142,20 @@ pub(crate) enum Verb {
     Scrub(Scrub),
     /// Have the image of a disk take over what it shows of those below it, such as after snapshots, so that it
     /// needs them no more, while its guest goes on
+    ///
+    /// What is below an image (`qemu-img info --backing-chain`, `tapimg info`) is copied into it, as far as it shows
+    /// through: then the others may be removed, if no other image goes on from them. It goes on when the disk's process
+    /// or blktapctrl is replaced. Whenever it ends, the disk is the same: what was copied stays, and the next stream
+    /// finds the rest. For qcow2 without internal snapshots.
     Stream(Stream),
-    /// Have a disk copied to another image, of any format and in any place, and then served from that, while its
-    /// guest goes on
+    /// Have a disk copied to another image, of any format and on any local storage, and then served from that,
+    /// while its guest goes on
+    ///
+    /// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. What it holds
+    /// is lost. What the guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on
+    /// in the new one; the old one keeps what the disk was, and is marked as read-only (chmod a-w). Then the disk's
+    /// configuration must name the new one. If something goes wrong, the disk stays with the image that it has, and its
+    /// guest does not notice. When the disk's process is replaced, copying begins anew.
     Mirror(Mirror),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
@@ -162,9 +190,17 @@ pub(crate) enum Verb {
     /// all is well, 1 if somebody should look at something, 2 if disks cannot be served
     Doctor,
     /// Print what all disks have counted for Prometheus, those of the kernel (phy) too
+    ///
+    /// xentap-metrics.timer writes it for the textfile collector of node_exporter: nothing listens for it. Alerts and a
+    /// dashboard of Grafana are in /usr/share/xen-blkback-rs.
     Metrics(Metrics),
     /// Show what all disks are doing, those of the kernel (phy) too, again and again: the busiest first, with
     /// the figures since the last picture
+    ///
+    /// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them to
+    /// the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on the
+    /// block device of a phy disk, whoever they are from; of a tap disk 99 of 100 requests took less than 99%us. WAIT is
+    /// what waits for its process, BUSY what that or, of a phy disk, the driver has.
     Top(Top),
     /// Print what happens, from now on
     Events(Events),
@@ -301,11 +337,6 @@ pub(crate) struct Scrub {
 }
 
 /// Taking over what is below.
-///
-/// What is below an image (`qemu-img info --backing-chain`, `tapimg info`) is copied into it, as far as it shows
-/// through: then the others may be removed, if no other image goes on from them. It goes on when the disk's process
-/// or blktapctrl is replaced. Whenever it ends, the disk is the same: what was copied stays, and the next stream
-/// finds the rest. For qcow2 without internal snapshots.
 #[derive(Debug, Args)]
 pub(crate) struct Stream {
     #[command(flatten)]
@@ -325,12 +356,6 @@ pub(crate) struct Stream {
 }
 
 /// Copying a disk.
-///
-/// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. What it holds
-/// is lost. What the guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on
-/// in the new one; the old one keeps what the disk was, and is marked as read-only (chmod a-w). Then the disk's
-/// configuration must name the new one. If something goes wrong, the disk stays with the image that it has, and its
-/// guest does not notice. When the disk's process is replaced, copying begins anew.
 #[derive(Debug, Args)]
 pub(crate) struct Mirror {
     #[command(flatten)]
@@ -480,10 +505,6 @@ pub(crate) struct Unpause {
 }
 
 /// A disk, or all of them, for new processes.
-///
-/// The new process is started and looks at the image while the old one serves. Then the old one finishes
-/// what it has, the new one takes the disk, and the old one ends when that serves. The guest waits
-/// in between, and sees no error. If the new process fails at anything, the old one serves on.
 #[derive(Debug, Args)]
 #[group(id = "disks", required = true, multiple = true)]
 pub(crate) struct Handoff {
@@ -512,19 +533,6 @@ pub(crate) struct Handoff {
 }
 
 /// A disk that goes on in a new image.
-///
-/// What the guest has written until then is made durable in the image that it has, which becomes the
-/// read-only parent of the new one; what it writes from then on is in the new one only. It waits
-/// meanwhile, and sees no error. If the new image cannot be made or served, the disk is served from the
-/// old one as before, and nothing of the new one is left.
-///
-/// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest is
-/// started anew, or its disk is what it was at this moment. So that nobody writes the old image, it is
-/// marked as read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may
-/// not, and a block device cannot be marked. With that mark, and in the same folder, it may be had by
-/// whoever is served the new image; otherwise name it with --files.
-///
-/// Not for disks with the mode r, r! or w!, or with a lease.
 #[derive(Debug, Args)]
 pub(crate) struct Snapshot {
     /// Minor number of the disk
@@ -615,9 +623,6 @@ pub(crate) struct Status {
 }
 
 /// What all disks have counted, with what status says of them.
-///
-/// xentap-metrics.timer writes it for the textfile collector of node_exporter: nothing listens for it. Alerts and a
-/// dashboard of Grafana are in /usr/share/xen-blkback-rs.
 #[derive(Debug, Args)]
 pub(crate) struct Metrics {
     /// Write to this file instead, which is exchanged as a whole
@@ -658,11 +663,6 @@ How long requests wait in the ring nobody can count, so no disk is called slow f
 was full. A disk of the C driver, which counts no times, is judged by its block device, which others may use as well.";
 
 /// A display.
-///
-/// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them to
-/// the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on the
-/// block device of a phy disk, whoever they are from; of a tap disk 99 of 100 requests took less than 99%us. WAIT is
-/// what waits for its process, BUSY what that or, of a phy disk, the driver has.
 #[derive(Debug, Args)]
 pub(crate) struct Top {
     /// Seconds between two pictures

@@ -40,13 +40,16 @@ pub(crate) fn mirror_request(asked: &cli::Mirror) -> Request {
 pub(crate) fn stream(cli: &Cli, asked: &cli::Stream) -> Result<(), Error> {
     let again = |which| Request::Stream { which, rate: None };
     let which = asked.wait.then(|| named(&asked.which));
-    run(cli, &stream_request(asked), which.map(again))
+    run(cli, &stream_request(asked), which.map(again), None)
 }
 
 pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror) -> Result<(), Error> {
     let again = |which: Which| Request::Mirror { which, to: None };
     let which = asked.wait.then(|| named(&asked.which));
-    run(cli, &mirror_request(asked), which.map(again))
+    let told = asked.target.as_ref().map(|target| {
+        format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}.\n")
+    });
+    run(cli, &mirror_request(asked), which.map(again), told)
 }
 
 /// How far a job is.
@@ -79,8 +82,13 @@ fn state(reply: &Reply) -> Result<State, Failure> {
     })
 }
 
-/// Asks, and asks again until it is over if there is a question for that.
-fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> {
+/// Asks, and asks again until it is over if there is a question for that. `told` is for people when it is done.
+fn run(
+    cli: &Cli,
+    first: &Request,
+    again: Option<Request>,
+    told: Option<String>,
+) -> Result<(), Error> {
     let mut reply = ask(cli, first)?;
     let waits = again.is_some();
     let begins = match first {
@@ -104,7 +112,11 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
     match failure {
         Some(failure) => Err(failure.into()),
         None if cli.json => print(&reply),
-        None => Ok(write!(io::stdout(), "{}", show::reply(&reply))?),
+        None => {
+            let told = told.filter(|_| matches!(state(&reply), Ok(State::Done)));
+            let text = show::reply(&reply) + &told.unwrap_or_default();
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        }
     }
 }
 

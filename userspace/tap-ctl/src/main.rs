@@ -538,4 +538,24 @@ mod tests {
         assert_eq!(create.policy.hung, Hung::Kill);
         assert_eq!(create.policy.max_deaths, 5);
     }
+
+    #[test]
+    fn help_says_what_a_verb_does_to_a_disk() {
+        let mut command = Cli::command();
+        for (verb, words) in [
+            ("handoff", "the old one serves on"),
+            (
+                "snapshot",
+                "THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE",
+            ),
+            ("stream", "without internal snapshots"),
+            ("mirror", "the disk stays with the image that it has"),
+            ("metrics", "the textfile collector"),
+            ("top", "the mean times of the guest's reads"),
+        ] {
+            let verb = command.find_subcommand_mut(verb).expect("a verb");
+            let text = verb.render_long_help().to_string();
+            assert!(text.contains(words), "{text}");
+        }
+    }
 }
