@@ -13,7 +13,7 @@ use crate::jobs::{scrub, stream, Jobs};
 use crate::kept::Kept;
 use crate::link::Link;
 use crate::lost::Lost;
-use crate::told::{describe, described, fence, node, params, UNFIT};
+use crate::told::{describe, described, fence, node, params, succeeds};
 use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Troubles};
 use control::stats::Stats;
@@ -623,15 +623,7 @@ impl Session {
         known: Option<Params>,
         params: Params,
     ) -> Result<(), Failure> {
-        if known.is_some_and(|known| known.succeeded_by(&params).is_err()) {
-            return Err(Failure::new(
-                Code::Image,
-                format!(
-                    "{} cannot take the place of the image that the guest knows: {UNFIT}",
-                    open.target
-                ),
-            ));
-        }
+        succeeds(open, known, &params)?;
         if known != Some(params) {
             tap.describe(&params)
                 .map_err(|error| described(open, &error))?;

@@ -8,7 +8,21 @@ use std::io;
 use tapdev::{Discard, Params};
 
 /// Why an image cannot be served in place of another one.
-pub(crate) const UNFIT: &str = "its blocks are larger, it is smaller (`unpause --shrink` allows that), only one of the two is read-only, or only the new one has a volatile cache";
+const UNFIT: &str = "its blocks are larger, it is smaller (`unpause --shrink` allows that), only one of the two is read-only, or only the new one has a volatile cache";
+
+/// An image may take the place of the one that the guest knows, if it knows one.
+pub(crate) fn succeeds(open: &Open, known: Option<Params>, params: &Params) -> Result<(), Failure> {
+    match known.is_some_and(|known| known.succeeded_by(params).is_err()) {
+        false => Ok(()),
+        true => Err(Failure::new(
+            Code::Image,
+            format!(
+                "{} cannot take the place of the image that the guest knows: {UNFIT}",
+                open.target
+            ),
+        )),
+    }
+}
 
 /// What the kernel's refusal of an image means.
 pub(crate) fn described(open: &Open, error: &io::Error) -> Failure {

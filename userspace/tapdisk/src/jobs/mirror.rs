@@ -28,7 +28,6 @@ pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate
                 why: failure.message,
             }),
         }
-        worker.end(|_| ());
     });
 }
 

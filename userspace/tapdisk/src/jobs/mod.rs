@@ -41,7 +41,6 @@ pub(crate) struct Job<P> {
     image: Cell<u64>,
     /// Number of the time that this was served when it began.
     serve: Cell<u64>,
-    runs: Cell<bool>,
     /// Of that one.
     progress: RefCell<Option<P>>,
 }
@@ -53,7 +52,6 @@ impl<P> Default for Job<P> {
             number: Cell::default(),
             image: Cell::default(),
             serve: Cell::default(),
-            runs: Cell::default(),
             progress: RefCell::default(),
         }
     }
@@ -63,11 +61,6 @@ impl<P> Job<P> {
     /// How far it is.
     pub(crate) fn progress(&self) -> Ref<'_, Option<P>> {
         self.progress.borrow()
-    }
-
-    /// It works on this image.
-    fn runs_on(&self, image: u64) -> bool {
-        self.runs.get() && self.image.get() == image
     }
 
     /// It works on the image as that is served now, or has.
@@ -108,7 +101,6 @@ impl<P: Clone + 'static> Worker<P> {
         its.number.set(its.number.get().wrapping_add(1));
         its.image.set(image);
         its.serve.set(session.serves());
-        its.runs.set(true);
         its.progress.replace(Some(progress));
         Self {
             session: session.clone(),
@@ -130,15 +122,6 @@ impl<P: Clone + 'static> Worker<P> {
         }
         if let Some(progress) = job.progress.borrow_mut().as_mut() {
             change(progress);
-        }
-    }
-
-    /// It is over.
-    fn end(&self, change: impl FnOnce(&mut P)) {
-        self.update(change);
-        let job = self.job();
-        if job.number.get() == self.number {
-            job.runs.set(false);
         }
     }
 

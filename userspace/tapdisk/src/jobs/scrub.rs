@@ -5,6 +5,7 @@
 
 use super::{failed, piece, End, Piece, Worker, PIECE};
 use crate::inside::{Request, Work};
+use crate::twin::first;
 use crate::{Seen, Server, Session};
 pub(crate) use control::stats::Scrub;
 use control::tapdisk::Call;
@@ -18,7 +19,8 @@ use std::rc::Rc;
 pub(crate) fn start(session: &Rc<Session>, rate: u64) {
     let scrub = &session.jobs().scrub;
     scrub.rate.set(rate);
-    if rate == 0 || scrub.runs_on(session.image()) {
+    let runs = scrub.progress().as_ref().is_some_and(|now| now.running);
+    if rate == 0 || runs && scrub.image.get() == session.image() {
         return;
     }
     let progress = Scrub {
@@ -34,7 +36,7 @@ pub(crate) fn start(session: &Rc<Session>, rate: u64) {
             }
             Err(failure) => eprintln!("tapdisk: the scrub is not finished: {failure}"),
         }
-        worker.end(|progress| progress.running = false);
+        worker.update(|progress| progress.running = false);
     });
 }
 
@@ -65,8 +67,7 @@ async fn look(
         server.tell(Call::Read, at, len, error, false);
         worker.update(|progress| progress.errors += 1);
     };
-    let found = server.disk().extents(at, left).await;
-    let extent = match found.and_then(|all| all.first().copied().ok_or(Errno::IO)) {
+    let extent = match first(server.disk().extents(at, left).await) {
         Ok(extent) => extent,
         Err(error) => {
             // Nobody knows what is there. It takes the time of a piece that is read: of a disk that is

@@ -63,7 +63,7 @@ async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
                     why: failure.message,
                 },
             };
-            worker.end(|progress| progress.state = state);
+            worker.update(|progress| progress.state = state);
         });
     }
     Ok(job.progress().clone().unwrap_or_default())

@@ -20,7 +20,7 @@ impl Session {
             self.stop_watching().await;
             return Ok(Reply::Done);
         }
-        let Some(server) = self.state.borrow().server.clone() else {
+        let Some(server) = self.server() else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
         // The guest still goes on: it waits only for what it writes meanwhile.
@@ -100,7 +100,7 @@ impl Session {
 
     /// Ends serving and gives the node back, whatever the state.
     pub(super) async fn close(&self) -> Result<Reply, Failure> {
-        let server = self.state.borrow().server.clone();
+        let server = self.server();
         let stopped = match server {
             Some(server) => self.stop(server).await,
             None => Ok(()),

@@ -3,7 +3,7 @@
 
 use super::Session;
 use crate::jobs::mirror;
-use crate::told::{params, UNFIT};
+use crate::told::{params, succeeds};
 use crate::twin::Twin;
 use control::tapdisk::{Open, Reply};
 use control::{Code, Failure};
@@ -19,7 +19,7 @@ impl Session {
         image: Option<OwnedFd>,
         rate: u64,
     ) -> Result<Reply, Failure> {
-        let server = self.state.borrow().server.clone();
+        let server = self.server();
         let Some(server) = server.filter(|server| server.is_fetching()) else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
@@ -67,17 +67,7 @@ impl Session {
             ));
         }
         let known = self.state.borrow().params;
-        let params = params(shape, open);
-        match known.is_some_and(|known| known.succeeded_by(&params).is_err()) {
-            false => Ok(()),
-            true => Err(Failure::new(
-                Code::Image,
-                format!(
-                    "{} cannot take the place of the image that the guest knows: {UNFIT}",
-                    open.target
-                ),
-            )),
-        }
+        succeeds(open, known, &params(shape, open))
     }
 }
 

@@ -11,8 +11,7 @@ use tapdev::Params;
 impl Session {
     /// Makes the image larger, and tells the guest.
     pub(super) async fn grow(&self, size: u64) -> Result<Reply, Failure> {
-        let server = self.state.borrow().server.clone();
-        let Some(server) = server else {
+        let Some(server) = self.server() else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
         let old = server.size();
