@@ -8,7 +8,7 @@
 //! served from the image that it had.
 
 use super::handoff::check_served;
-use super::stream::{owes_nothing, AGAIN};
+use super::renew::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
 use crate::admission::{with_mode, Beside};
 use crate::disk::{Disk, Fate};
@@ -23,9 +23,6 @@ use control::{Code, Driver, Failure, Target};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Time between two questions.
-const STEP: Duration = Duration::from_secs(1);
 
 impl Lifecycle {
     /// Has a disk copied to an image that is there, with `rate` bytes in a second, and then served from that.
@@ -203,14 +200,13 @@ impl Lifecycle {
     /// Does what is to be done about a mirror now.
     async fn look_at_mirror(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let _turn = disk.turn().await?;
-        let (mirror, want, rests, part) = {
+        let (mirror, part) = {
             let record = disk.record.borrow();
-            let rests = record.inactive.is_some() || record.doing.is_some();
             let mut parts = record.parts.iter();
             let part = parts.find(|part| part.role == Role::Mirror).cloned();
-            (record.mirror.clone(), record.want, rests, part)
+            (record.mirror.clone(), part)
         };
-        let (Some(mirror), Want::Served, false) = (mirror, want, rests) else {
+        let Some(mirror) = mirror.filter(|_| is_just_served(disk)) else {
             return Ok(());
         };
         let Some(part) = part else {
@@ -253,10 +249,7 @@ impl Lifecycle {
         };
         match begun.await {
             Ok(()) => Ok(()),
-            // It says nothing of the image.
-            Err(failure) if matches!(failure.code, Code::Gone | Code::State | Code::Timeout) => {
-                Ok(())
-            }
+            Err(failure) if says_nothing(&failure) => Ok(()),
             Err(failure) => {
                 let why = failure.message;
                 self.mirror_is_over(disk, Mirroring::Failed { why }).await
@@ -289,8 +282,8 @@ impl Lifecycle {
         part: &Part,
     ) -> Result<(), Failure> {
         let image = image_of(mirror, part).await?;
-        // Somebody may have come to use the image that it had: a guest that moves, which goes on there.
         owes_nothing(disk).await?;
+        // Somebody may have come to use the image that it had: a guest that moves, which goes on there.
         self.check_followed(disk, &mirror.open.target)?;
         self.begin(disk, Doing::Mirror)?;
         let begun = Instant::now();

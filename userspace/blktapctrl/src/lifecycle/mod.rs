@@ -16,6 +16,7 @@ mod mirror;
 mod needs;
 mod open;
 mod pause;
+mod renew;
 mod serve;
 mod snapshot;
 mod stream;

@@ -5,24 +5,17 @@
 //! It is on the record that this is wanted, and the disk's process is asked for it again and again: each one goes on
 //! where another one has ended, and says in its answers how far it is.
 
+use super::renew::{is_just_served, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::link::unexpected;
 use crate::process::{Process, SOON};
-use crate::record::{Part, Record, Role, Streamed, Want};
+use crate::record::{Part, Role, Streamed};
 use control::stats::{Stream, Streaming};
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request};
 use control::{Code, Failure};
 use std::rc::Rc;
-use std::time::Duration;
-
-/// Time between two questions.
-const STEP: Duration = Duration::from_secs(1);
-/// Time until something is tried again for which a guest has to wait.
-pub(super) const AGAIN: Duration = Duration::from_secs(30);
-/// How long a process may take to close its images before it is killed.
-const PAUSE: Duration = Duration::from_secs(30);
 
 impl Lifecycle {
     /// Has the image of a disk take over what is below it, with `rate` bytes in a second; 0 ends that.
@@ -58,8 +51,7 @@ impl Lifecycle {
 
     async fn end_stream(&self, disk: &Disk) -> Result<Stream, Failure> {
         // Nobody begins it anew.
-        let ended = self.registry.change(disk, |record| record.stream = None);
-        ended?;
+        self.registry.change(disk, |record| record.stream = None)?;
         let asked = match disk.serving() {
             Ok(process) => ask(&process, 0, false).await,
             Err(_) => Ok(Stream::default()),
@@ -157,61 +149,6 @@ impl Lifecycle {
         self.registry.events.add(Some(disk.minor), what);
         Ok(())
     }
-
-    /// A new process serves the disk, which was given nothing that leaves the record by this change. The caller has
-    /// the turn.
-    ///
-    /// # Errors
-    /// The record is as it was; the disk is served, or will be.
-    pub(super) async fn renew(
-        self: &Rc<Self>,
-        disk: &Rc<Disk>,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<(), Failure> {
-        let changed = match self.let_process_go(disk).await {
-            Ok(()) => self.registry.change(disk, change),
-            Err(failure) => Err(failure),
-        };
-        // Whatever has become of that.
-        if disk.record.borrow().want == Want::Served {
-            let served = self.serve_again(disk).await;
-            self.or_revive(disk, served).await;
-        }
-        changed
-    }
-}
-
-impl Lifecycle {
-    /// The process of a disk ends, and what it had is over.
-    async fn let_process_go(&self, disk: &Disk) -> Result<(), Failure> {
-        // What cannot be written afterwards would be done again and again.
-        self.registry.change(disk, |_| ())?;
-        owes_nothing(disk).await?;
-        match self.close_image(disk, PAUSE).await {
-            Ok(Some(lost)) => return Err(lost),
-            Ok(None) => owes_nothing(disk).await?,
-            // Storage hangs. It is killed, and what it had is executed again when that is over.
-            Err(failure) if failure.code == Code::Timeout => {}
-            Err(failure) => return Err(failure),
-        }
-        self.end_process(disk).await?;
-        self.take_from_kernel(disk, PAUSE).await
-    }
-}
-
-/// What the guest is still to be told of, it learns from this process alone.
-pub(super) async fn owes_nothing(disk: &Disk) -> Result<(), Failure> {
-    let Ok(process) = disk.serving() else {
-        return Ok(());
-    };
-    match process.status().await?.owes {
-        false => Ok(()),
-        true => Err(Failure::new(
-            Code::State,
-            "something that was written could not be made durable, and the guest has not asked yet: its process \
-             stays until it has",
-        )),
-    }
 }
 
 /// How far it is, if it is still wanted. That it is over is told when all of it is.
@@ -238,12 +175,8 @@ async fn look(disk: &Disk, wanted: &Streamed) -> Option<Streaming> {
     if !serves(disk, wanted) {
         return Some(Streaming::Ended);
     }
-    let rests = {
-        let record = disk.record.borrow();
-        record.want != Want::Served || record.inactive.is_some() || record.doing.is_some()
-    };
     let process = disk.serving().ok()?;
-    if rests {
+    if !is_just_served(disk) {
         return None;
     }
     match ask(&process, wanted.rate, false).await {
@@ -255,8 +188,7 @@ async fn look(disk: &Disk, wanted: &Streamed) -> Option<Streaming> {
                 over => Some(over),
             }
         }
-        // It says nothing of the image.
-        Err(failure) if matches!(failure.code, Code::Gone | Code::State | Code::Timeout) => None,
+        Err(failure) if says_nothing(&failure) => None,
         Err(failure) => Some(Streaming::Failed {
             why: failure.message,
         }),

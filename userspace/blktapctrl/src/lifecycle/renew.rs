@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What jobs on a whole disk have in common: when they are looked at, and how a process makes way for another one, so
+//! that what it was given can leave the record.
+
+use super::Lifecycle;
+use crate::disk::Disk;
+use crate::record::{Record, Want};
+use control::{Code, Failure};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Time between two looks at a job.
+pub(super) const STEP: Duration = Duration::from_secs(1);
+/// Time until something is tried again for which a guest has to wait.
+pub(super) const AGAIN: Duration = Duration::from_secs(30);
+/// How long a process may take to close its images before it is killed.
+const PAUSE: Duration = Duration::from_secs(30);
+
+/// The disk is served, and nothing has begun with it.
+pub(super) fn is_just_served(disk: &Disk) -> bool {
+    let record = disk.record.borrow();
+    record.want == Want::Served && record.inactive.is_none() && record.doing.is_none()
+}
+
+/// What a process did not do says nothing of its images: it has ended, was paused, or is slow.
+pub(super) fn says_nothing(failure: &Failure) -> bool {
+    matches!(failure.code, Code::Gone | Code::State | Code::Timeout)
+}
+
+impl Lifecycle {
+    /// A new process serves the disk, which was given nothing that leaves the record by this change. The caller has
+    /// the turn.
+    ///
+    /// # Errors
+    /// The record is as it was; the disk is served, or will be.
+    pub(super) async fn renew(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(), Failure> {
+        let changed = match self.let_process_go(disk).await {
+            Ok(()) => self.registry.change(disk, change),
+            Err(failure) => Err(failure),
+        };
+        // Whatever has become of that.
+        if disk.record.borrow().want == Want::Served {
+            let served = self.serve_again(disk).await;
+            self.or_revive(disk, served).await;
+        }
+        changed
+    }
+
+    /// The process of a disk ends, and what it had is over.
+    async fn let_process_go(&self, disk: &Disk) -> Result<(), Failure> {
+        // What cannot be written afterwards would be done again and again.
+        self.registry.change(disk, |_| ())?;
+        owes_nothing(disk).await?;
+        match self.close_image(disk, PAUSE).await {
+            Ok(Some(lost)) => return Err(lost),
+            Ok(None) => owes_nothing(disk).await?,
+            // Storage hangs. It is killed, and what it had is executed again when that is over.
+            Err(failure) if failure.code == Code::Timeout => {}
+            Err(failure) => return Err(failure),
+        }
+        self.end_process(disk).await?;
+        self.take_from_kernel(disk, PAUSE).await
+    }
+}
+
+/// What the guest is still to be told of, it learns from this process alone.
+pub(super) async fn owes_nothing(disk: &Disk) -> Result<(), Failure> {
+    let Ok(process) = disk.serving() else {
+        return Ok(());
+    };
+    match process.status().await?.owes {
+        false => Ok(()),
+        true => Err(Failure::new(
+            Code::State,
+            "something that was written could not be made durable, and the guest has not asked yet: its process \
+             stays until it has",
+        )),
+    }
+}
