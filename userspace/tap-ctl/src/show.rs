@@ -198,31 +198,34 @@ fn by_process(mapped: &Mapped) -> String {
 
 /// How far an image is that takes over what is below it.
 fn stream(stream: &Stream) -> String {
-    let (state, why) = match &stream.state {
-        Streaming::Running => ("running", String::new()),
-        Streaming::Done => ("done", String::new()),
-        Streaming::Ended => ("ended", String::new()),
-        Streaming::Failed { why } => ("failed", format!(" why={why}")),
+    let state = match &stream.state {
+        Streaming::Running => Ok("running"),
+        Streaming::Done => Ok("done"),
+        Streaming::Ended => Ok("ended"),
+        Streaming::Failed { why } => Err(why),
     };
-    format!(
-        "stream={state} offset={} copied={}{why}",
-        stream.offset, stream.copied
-    )
+    job("stream", state, stream.offset, stream.copied)
 }
 
 /// How far a disk is copied to another image.
 fn mirror(mirror: &Mirror) -> String {
-    let (state, why) = match &mirror.state {
-        Mirroring::Copying => ("copying", String::new()),
-        Mirroring::Same => ("same", String::new()),
-        Mirroring::Complete => ("complete", String::new()),
-        Mirroring::Ended => ("ended", String::new()),
-        Mirroring::Failed { why } => ("failed", format!(" why={why}")),
+    let state = match &mirror.state {
+        Mirroring::Copying => Ok("copying"),
+        Mirroring::Same => Ok("same"),
+        Mirroring::Complete => Ok("complete"),
+        Mirroring::Ended => Ok("ended"),
+        Mirroring::Failed { why } => Err(why),
     };
-    format!(
-        "mirror={state} offset={} copied={}{why}",
-        mirror.offset, mirror.copied
-    )
+    job("mirror", state, mirror.offset, mirror.copied)
+}
+
+/// A job on a whole disk: its state, or why it has failed.
+fn job(name: &str, state: Result<&str, &String>, offset: u64, copied: u64) -> String {
+    let (state, why) = match state {
+        Ok(state) => (state, String::new()),
+        Err(why) => ("failed", format!(" why={why}")),
+    };
+    format!("{name}={state} offset={offset} copied={copied}{why}")
 }
 
 fn stats(stats: &Stats) -> String {
