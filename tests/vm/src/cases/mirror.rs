@@ -2,7 +2,8 @@
 //! A disk is copied to another image while its guest works, and goes on there.
 
 use super::formats::{check, of_guest};
-use super::tap::{end_load, image, start_load_with, wait_progress, VDEV};
+use super::snapshot::{as_configured, sum};
+use super::tap::{end_load, full_image, image, start_load_with, wait_progress, VDEV};
 use super::{Case, Context, Needs};
 use crate::sh;
 use crate::tap::{self, Served};
@@ -20,16 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![case.supervised().no_leaks()]
 }
 
-/// A raw image with something everywhere.
-fn full(context: &mut Context, name: &str) -> Result<String> {
-    let path = image(context, name, SIZE)?;
-    sh::shell(&format!(
-        "dd if=/dev/urandom of={path} bs=1M count={SIZE} conv=notrunc status=none"
-    ))?;
-    Ok(path)
-}
-
-/// Has the disk go on in this image; says how long nobody served it, in microseconds.
+/// Has the disk go on in this image.
 fn go_on(disk: &Served, target: &str) -> Result<()> {
     let minor = disk.minor.to_string();
     let told = tap::ctl_json(&["mirror", "-m", &minor, target, "--wait"])?;
@@ -40,7 +32,10 @@ fn go_on(disk: &Served, target: &str) -> Result<()> {
 }
 
 fn t34_load(context: &mut Context) -> Result<()> {
-    let (first, last) = (full(context, "a.img")?, full(context, "c.img")?);
+    let (first, last) = (
+        full_image(context, "a.img", SIZE)?,
+        full_image(context, "c.img", SIZE)?,
+    );
     let between = image(context, "b.qcow2", 1)?;
     let size = format!("{SIZE}M");
     let create = ["qemu-img", "create", "-f", "qcow2", &between, &size];
@@ -60,7 +55,7 @@ fn t34_load(context: &mut Context) -> Result<()> {
     // The next process begins anew.
     disk.replace()?;
     go_on(&disk, &target)?;
-    check_old(&first)?;
+    as_configured(&first)?;
     disk.replace()?;
     wait_progress(&disk, 40)?;
     go_on(&disk, &format!("aio:{last}"))?;
@@ -68,22 +63,7 @@ fn t34_load(context: &mut Context) -> Result<()> {
     let seen = of_guest(guest)?;
     disk.detach(guest)?;
     check("qcow2", &between)?;
-    let sum = sh::run_for(&["sha256sum", &last], LIMIT)?;
-    ensure!(
-        sum.starts_with(&seen),
-        "the guest read {seen}, dom0 reads {sum}"
-    );
+    let found = sum(&last)?;
+    ensure!(seen == found, "the guest read {seen}, dom0 reads {found}");
     context.note(&told)
-}
-
-/// A configuration that was not changed does not write what the disk was.
-fn check_old(path: &str) -> Result<()> {
-    let target = format!("aio:{path}");
-    let refusal = sh::status(&["tap-ctl", "create", "-a", &target], LIMIT)?;
-    ensure!(
-        refusal.rc != 0,
-        "the old image is served for writing: {}",
-        refusal.text
-    );
-    Ok(())
 }

@@ -2,7 +2,7 @@
 //! A disk goes on in a new image while its guest works, and the one that it had keeps what it was.
 
 use super::formats::{check, of_guest};
-use super::tap::{end_load, image, start_load_with, wait_progress, DEVICE, VDEV};
+use super::tap::{end_load, full_image, image, start_load_with, wait_progress, DEVICE, VDEV};
 use super::{Case, Context, Needs};
 use crate::guest::Guest;
 use crate::sh;
@@ -46,7 +46,7 @@ fn marked(raw: &str) -> Result<u8> {
 }
 
 /// Of a whole file.
-fn sum(path: &str) -> Result<String> {
+pub(super) fn sum(path: &str) -> Result<String> {
     let text = sh::run_for(&["sha256sum", path], LIMIT)?;
     let sum = text.split_whitespace().next();
     Ok(sum.context("no checksum")?.to_owned())
@@ -62,9 +62,8 @@ fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
 
 /// A qcow2 image over a raw one with something everywhere, which nobody may write: their paths.
 fn chain(context: &mut Context) -> Result<[String; 2]> {
-    let base = image(context, "base.img", SIZE)?;
-    let fill = format!("dd if=/dev/urandom of={base} bs=1M count={SIZE} conv=notrunc status=none");
-    sh::shell(&format!("{fill} && chmod a-w {base}"))?;
+    let base = full_image(context, "base.img", SIZE)?;
+    sh::run(&["chmod", "a-w", &base])?;
     let top = image(context, "top.qcow2", 1)?;
     let words = ["qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b"];
     sh::run_for(&[&words[..], &[&base, &top]].concat(), LIMIT)?;
@@ -175,7 +174,7 @@ fn judge(context: &mut Context, images: &[String], sums: &[String], seen: &str) 
 }
 
 /// A configuration that was not changed does not write what others go on from.
-fn as_configured(base: &str) -> Result<()> {
+pub(super) fn as_configured(base: &str) -> Result<()> {
     let target = format!("aio:{base}");
     let refusal = sh::status(&["tap-ctl", "create", "-a", &target], LIMIT)?;
     ensure!(

@@ -105,6 +105,15 @@ pub(super) fn image(context: &mut Context, name: &str, mib: u32) -> Result<Strin
     Ok(path)
 }
 
+/// The same with something everywhere.
+pub(super) fn full_image(context: &mut Context, name: &str, mib: u32) -> Result<String> {
+    let path = image(context, name, mib)?;
+    sh::shell(&format!(
+        "dd if=/dev/urandom of={path} bs=1M count={mib} conv=notrunc status=none"
+    ))?;
+    Ok(path)
+}
+
 /// The guest reads the same as dom0 finds in the image.
 pub(super) fn same(guest: &Guest, image: &str, mib: u32) -> Result<()> {
     compare(guest, VDEV, image, mib)
@@ -478,10 +487,7 @@ pub(super) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
 }
 
 fn nbd(context: &mut Context) -> Result<()> {
-    let image = image(context, "a.img", 8)?;
-    sh::shell(&format!(
-        "dd if=/dev/urandom of={image} bs=1M count=8 conv=notrunc status=none"
-    ))?;
+    let image = full_image(context, "a.img", 8)?;
     let target = format!("aio:{image}");
     let minor = tap::ctl(&["create", "--minor-only", "--nbd", "-a", &target])?;
     let minor = minor.trim();

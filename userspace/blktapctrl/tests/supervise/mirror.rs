@@ -2,7 +2,8 @@
 //! Disks that are copied to another image and go on there, and what may happen on the way.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
-use super::steps::{at_each_step, create, one};
+use super::sharing::stubbed;
+use super::steps::{at_each_step, create, one, pause, unpause};
 use blktapctrl::adopt;
 use blktapctrl::record::Role;
 use control::stats::{Mirror, Mirroring};
@@ -12,7 +13,6 @@ use control::{Code, Failure, Target};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::rc::Rc;
 
 fn target(dir: &Path, name: &str) -> Target {
     let text = format!("sync:{}", dir.join(name).display());
@@ -162,19 +162,9 @@ fn a_new_process_begins_anew_and_a_pause_is_no_end() {
             (begun(&bed) == 2).then_some(())
         })
         .await;
-        let pause = Request::Pause {
-            which: which(0),
-            timeout_s: 0,
-        };
-        assert_eq!(bed.ask(pause).await, Ok(Reply::Done));
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
         assert!(has_part(&bed));
-        let unpause = Request::Unpause {
-            which: which(0),
-            target: None,
-            may_shrink: false,
-            files: Vec::new(),
-        };
-        assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
+        assert!(matches!(bed.ask(unpause(None)).await, Ok(Reply::Opened(_))));
         until("the next one", || async {
             (begun(&bed) == 3).then_some(())
         })
@@ -337,20 +327,8 @@ fn a_move_that_is_interrupted_comes_to_an_end() {
 #[test]
 fn an_image_that_is_shared_is_not_left_and_one_that_is_left_not_shared() {
     test("mirror-stub", |bed| async move {
-        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        bed.registry().use_store(Some(store));
-        bed.image("a.img", "A");
+        let of = stubbed(&bed);
         bed.image("b.img", "B");
-        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
-        bed.store
-            .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
-        let of = |domain: u32| {
-            let mut create = bed.create("a.img");
-            let directory = format!("backend/vbd/{domain}/51712");
-            bed.store.put(&directory, &[("frontend", "f")]);
-            create.vbd = Some(directory);
-            create
-        };
         bed.made(of(4)).await;
         says(&bed.dir, "copying");
         mirror(&bed, "b.img").await.expect("it begins");

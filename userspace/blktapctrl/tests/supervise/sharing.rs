@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Who else uses an image.
 
-use super::bed::{test, which};
+use super::bed::{test, which, Bed};
 use control::supervisor::{Check, Create, Mode, Request};
 use control::tapdisk::State;
 use control::Code;
@@ -43,23 +43,28 @@ fn an_image_has_one_writer() {
     });
 }
 
+/// An image, a guest and its stub domain, 3 and 4: what makes its disk for a domain.
+pub(crate) fn stubbed(bed: &Bed) -> impl Fn(u32) -> Create + '_ {
+    let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+    bed.registry().use_store(Some(store));
+    bed.image("a.img", "A");
+    bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
+    bed.store
+        .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
+    move |domain: u32| {
+        let mut create = bed.create("a.img");
+        let directory = format!("backend/vbd/{domain}/51712");
+        bed.store.put(&directory, &[("frontend", "f")]);
+        create.vbd = Some(directory);
+        create
+    }
+}
+
 #[test]
 fn a_guest_and_its_stub_domain_use_one_image() {
     test("stub", |bed| async move {
-        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
-        bed.registry().use_store(Some(store));
-        bed.image("a.img", "A");
-        bed.store.put("/local/domain/3", &[("vm", "/vm/a")]);
-        bed.store
-            .put("/local/domain/4", &[("vm", "/vm/b"), ("target", "3")]);
+        let of = stubbed(&bed);
         bed.store.put("/local/domain/5", &[("vm", "/vm/c")]);
-        let of = |domain: u32| {
-            let mut create = bed.create("a.img");
-            let directory = format!("backend/vbd/{domain}/51712");
-            bed.store.put(&directory, &[("frontend", "f")]);
-            create.vbd = Some(directory);
-            create
-        };
         bed.made(of(4)).await;
         // Without a lock: the other one has it.
         bed.made(of(3)).await;

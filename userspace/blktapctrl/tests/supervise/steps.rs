@@ -12,7 +12,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-fn pause(timeout_s: u32) -> Request {
+pub(crate) fn pause(timeout_s: u32) -> Request {
     Request::Pause {
         which: which(0),
         timeout_s,
@@ -24,7 +24,7 @@ fn target(dir: &Path, name: &str) -> Target {
     text.parse().expect("a target")
 }
 
-fn unpause(target: Option<Target>) -> Request {
+pub(crate) fn unpause(target: Option<Target>) -> Request {
     Request::Unpause {
         which: which(0),
         target,

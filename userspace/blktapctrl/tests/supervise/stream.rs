@@ -2,6 +2,7 @@
 //! Images that take over what is below them, and what may happen on the way.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::steps::{pause, unpause};
 use blktapctrl::adopt;
 use blktapctrl::record::Role;
 use control::stats::{Stream, Streaming};
@@ -145,18 +146,8 @@ fn it_waits_for_a_disk_that_is_paused_and_ends_with_its_image() {
         let first = over(&bed).await;
         says(&bed, "running");
         stream(&bed, Some(1000)).await.expect("it begins");
-        let pause = Request::Pause {
-            which: which(0),
-            timeout_s: 0,
-        };
-        assert_eq!(bed.ask(pause).await, Ok(Reply::Done));
-        let unpause = Request::Unpause {
-            which: which(0),
-            target: None,
-            may_shrink: false,
-            files: Vec::new(),
-        };
-        assert!(matches!(bed.ask(unpause).await, Ok(Reply::Opened(_))));
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        assert!(matches!(bed.ask(unpause(None)).await, Ok(Reply::Opened(_))));
         assert_eq!(
             stream(&bed, None).await.expect("runs").state,
             Streaming::Running

@@ -3,28 +3,9 @@
 
 use crate::crash::{cases, fresh, opened, SIZE};
 use crate::memory::{apply, sector, Event, Memory};
+use crate::rename::{header_of, torn};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::Attributes;
-use formats::qcow2::{header, Header};
-
-fn header_of(runtime: &Runtime, bytes: &[u8]) -> Header {
-    let file = Memory::new(bytes.to_vec(), 1, false);
-    let work = async move { header(&file).await };
-    runtime.block_on(work).unwrap().unwrap()
-}
-
-/// The image after an event of which only some sectors were done.
-fn torn(before: &[u8], event: &Event) -> Vec<Vec<u8>> {
-    let mut all = vec![before.to_vec()];
-    if let Event::Write(at, data) = event {
-        for end in (512..data.len()).step_by(512) {
-            let mut bytes = before.to_vec();
-            apply(&mut bytes, &Event::Write(*at, data[..end].to_vec()));
-            all.push(bytes);
-        }
-    }
-    all
-}
 
 #[test]
 fn every_prefix_has_the_image_below_or_needs_none() {
@@ -51,7 +32,8 @@ fn every_prefix_has_the_image_below_or_needs_none() {
         assert!(!runtime.block_on(work).unwrap().unwrap(), "{}", case.name);
         let mut bytes = first;
         for (number, event) in memory.log().iter().enumerate() {
-            for state in torn(&bytes, event) {
+            let whole = bytes.clone();
+            for state in torn(&bytes, event).into_iter().chain([whole]) {
                 let found = header_of(&runtime, &state);
                 let known = found.backing.is_none() || found.backing == before.backing;
                 assert!(known, "{}: {found:?}", case.name);

@@ -24,7 +24,7 @@ fn names() -> Vec<Option<Backing>> {
     ]
 }
 
-fn header_of(runtime: &Runtime, bytes: &[u8]) -> Header {
+pub(crate) fn header_of(runtime: &Runtime, bytes: &[u8]) -> Header {
     let file = Memory::new(bytes.to_vec(), 1, false);
     runtime
         .block_on(async move { header(&file).await })
@@ -41,7 +41,7 @@ fn made(runtime: &Runtime, plan: &Plan) -> Vec<u8> {
 }
 
 /// The image after a write of which only the first bytes, whole sectors, were done.
-fn torn(before: &[u8], event: &Event) -> Vec<Vec<u8>> {
+pub(crate) fn torn(before: &[u8], event: &Event) -> Vec<Vec<u8>> {
     let Event::Write(at, data) = event else {
         return Vec::new();
     };
