@@ -22,7 +22,7 @@ pub(super) struct Attempt {
     trouble: Vec<String>,
     /// Why the case could not run.
     skipped: Option<String>,
-    /// Whether the emulator killed a guest that the case used.
+    /// Whether the emulator killed a guest by which the case is judged.
     lost: bool,
 }
 
@@ -40,13 +40,14 @@ impl Attempt {
             .start_shared(case.needs)
             .and_then(|()| context.load_faulty(case.faulty))
             .and_then(|()| context.supervise(case.supervised));
-        let uses = context.shared(case.needs).map(|guest| guest.domid);
+        // All shared guests are judged after each case, whether it uses them or not.
+        let judged = context.shared_domains();
         let result = prepared.and_then(|()| {
             baseline = case.leaks.then(|| Leaks::now(context.driver)).transpose()?;
             (case.run)(context)
         });
         attempt.take_result(result);
-        let is_used = |domain| uses == Some(domain) || domain > newest;
+        let is_used = |domain| judged.contains(&domain) || domain > newest;
         let lines = xen::take_log()?;
         attempt.take_deaths(case, context, &lines, is_used)?;
         log.extend(lines);
@@ -192,7 +193,7 @@ mod tests {
     #[test]
     fn only_the_loss_of_its_guest_excuses_a_case() {
         assert!(attempt(&["the guest went away"], &[], true).is_excused());
-        // Another guest was lost, or none.
+        // A guest that is not judged was lost, or none.
         assert!(!attempt(&["the guest went away"], &[], false).is_excused());
         // It held nevertheless.
         assert!(!attempt(&[], &[], true).is_excused());

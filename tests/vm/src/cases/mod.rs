@@ -403,6 +403,12 @@ impl Context {
         }
     }
 
+    /// The domains of the shared guests that there are.
+    fn shared_domains(&self) -> Vec<u32> {
+        let guests = [&self.pv, &self.wide, &self.pvh];
+        guests.into_iter().flatten().map(|g| g.domid).collect()
+    }
+
     /// Ends the shared guests among these domains.
     fn give_up(&mut self, domains: &[u32]) -> Result<()> {
         for slot in [&mut self.pv, &mut self.wide, &mut self.pvh] {
