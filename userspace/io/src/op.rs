@@ -231,13 +231,17 @@ impl Io {
     }
 
     /// Closes the `io_uring`, which is the only way to end an [`Op::Command`] that waits at a
-    /// device: the device is let go of. Fails if I/O is under way.
+    /// device: the device is let go of. What one has brought until then is its result. Fails if I/O is under way.
     pub fn close_uring(&self) -> io::Result<()> {
         let mut table = self.0.table.borrow_mut();
         if table.transfers() > 0 {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
-        drop(self.0.uring.borrow_mut().take());
+        let mut uring = self.0.uring.borrow_mut().take();
+        if let Some(uring) = uring.as_mut().filter(|_| self.engine() == Engine::Uring) {
+            uring.cancel_all(&mut table)?;
+        }
+        drop(uring);
         if self.engine() == Engine::Uring {
             table.end_commands();
             table.queue_all_ready();

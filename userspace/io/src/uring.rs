@@ -162,19 +162,22 @@ impl Uring {
         }
     }
 
-    /// Ends everything that is under way but commands, of which there are none: for a change of the
-    /// engine.
+    /// Ends everything that is under way but commands: for a change of the engine. What is not told after
+    /// this are commands that wait, and they bring nothing any more as long as the ring is not entered.
     pub(crate) fn cancel_all(&mut self, table: &mut Table) -> io::Result<()> {
         let waiting: Vec<usize> = table.waiting().map(|(index, _, _)| index).collect();
         self.reap(table);
-        // The completions are not told to the table: what waits is begun again elsewhere.
         for index in waiting {
             self.push_entry(cancellation(index))?;
         }
-        while self.entered > 0 {
+        while self.entered > self.commands.len() {
             self.ring.submitter().submit_and_wait(1)?;
-            let count = self.ring.completion().count();
-            self.entered -= count.min(self.entered);
+            // What waits for a descriptor is begun again elsewhere, so its end is not told.
+            self.take(|index, result, is_command| {
+                if is_command {
+                    table.finish(index, result);
+                }
+            });
         }
         Ok(())
     }
@@ -230,16 +233,22 @@ impl Uring {
     }
 
     fn reap(&mut self, table: &mut Table) {
+        self.take(|index, result, _| table.finish(index, result));
+    }
+
+    /// Takes completions: of which slot, with which result, and whether it was a command.
+    fn take(&mut self, mut done: impl FnMut(usize, i32, bool)) {
         let (entered, commands) = (&mut self.entered, &mut self.commands);
         self.ring.completion().for_each(|entry: cqueue::Entry| {
             *entered = entered.saturating_sub(1);
             if entry.user_data() != NOBODY {
                 // CAST: it was made from an index.
                 let index = entry.user_data() as usize;
-                if let Some(at) = commands.iter().position(|(slot, _)| *slot == index) {
+                let command = commands.iter().position(|(slot, _)| *slot == index);
+                if let Some(at) = command {
                     commands.swap_remove(at);
                 }
-                table.finish(index, entry.result());
+                done(index, entry.result(), command.is_some());
             }
         });
     }

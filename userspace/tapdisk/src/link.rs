@@ -175,9 +175,9 @@ impl Link {
             && self.commits.get() == 0
     }
 
-    /// What came by now is handed back: for who is about to end the command that waits, with which nobody would learn
-    /// any more what it has brought.
-    pub(crate) async fn settle(&self) {
+    /// The ring of the commands was closed: what they have brought is handed back, by calls.
+    pub(crate) async fn commands_ended(&self) {
+        self.with_commands.set(false);
         let mut turns = 0;
         poll_fn(|cx| {
             // In each turn results are taken, and what came is handed back.

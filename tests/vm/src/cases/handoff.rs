@@ -29,8 +29,15 @@ pub(super) fn cases() -> Vec<Case> {
             "handoff.s29_load",
             "a disk goes from process to process under load that is judged: nothing is lost",
             Pv,
-            s29_load,
+            |context| s29_load(context, TIMES),
         ),
+        case(
+            "handoff.s29_many",
+            "the same so often that a request comes at each moment of it",
+            Pv,
+            |context| s29_load(context, 300),
+        )
+        .nightly(),
         case(
             "handoff.s29_qcow2",
             "the same for a qcow2 image, whose tables are right afterwards",
@@ -127,13 +134,13 @@ fn note(context: &mut Context, pauses: &[u64], told: &str) -> Result<()> {
     ))
 }
 
-fn s29_load(context: &mut Context) -> Result<()> {
+fn s29_load(context: &mut Context, times: u32) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let program = upgrade(context, "tapdisk-2")?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
-    let pauses = back_and_forth(&disk, &program, TIMES)?;
+    let pauses = back_and_forth(&disk, &program, times)?;
     let told = end_load(guest, load)?;
     same(guest, &image, 16)?;
     nothing_twice(&disk)?;

@@ -111,15 +111,12 @@ impl Session {
         self.stop_watching().await;
         let link = self.state.borrow().link.clone();
         if let Some(link) = link.as_ref().filter(|link| link.is_parked()) {
-            link.settle().await;
-        }
-        // Nothing may be waited for from here on.
-        if link.is_some_and(|link| link.is_parked()) {
             // The node is not given back as long as a command waits there.
             self.runtime
                 .io
                 .close_uring()
                 .map_err(|error| Failure::system("cannot close the ring", &error))?;
+            link.commands_ended().await;
         }
         *self.state.borrow_mut() = Inner::default();
         self.direct.leave();
