@@ -62,11 +62,16 @@ pub enum Fence {
     None,
 }
 
-/// How long a server of files may execute what a machine sent that has given it up: the time after which
+/// How long a server may execute what a machine sent that has given it up: the time after which
 /// an NFS client sends a request again, which so is long enough for one that is on its way.
-const SETTLE_MS: u32 = 60_000;
+pub(crate) const SETTLE_MS: u32 = 60_000;
 
 impl Fence {
+    /// For a driver that sends its I/O to a server.
+    pub const NETWORK: Self = Fence::Session {
+        settle_ms: SETTLE_MS,
+    };
+
     /// For a driver whose I/O is that of a file.
     pub fn of(file: &File) -> Self {
         Self::of_descriptor(file)
@@ -77,9 +82,7 @@ impl Fence {
         // A file system that does not say what it is may be anywhere.
         match is_remote(fd) {
             Ok(false) => Fence::Local,
-            _ => Fence::Session {
-                settle_ms: SETTLE_MS,
-            },
+            _ => Fence::NETWORK,
         }
     }
 }

@@ -5,6 +5,7 @@
 mod disk;
 mod driver;
 mod lock;
+pub mod nbd;
 mod null;
 mod open;
 mod ram;

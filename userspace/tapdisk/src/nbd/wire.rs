@@ -1,61 +1,23 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The bytes of the NBD protocol: what a client sends, checked, and what it is answered.
 //!
-//! The description is `doc/proto.md` of the nbd project; numbers are big endian.
+//! Its numbers are in `drivers::nbd::proto`.
 
-use bitflags::bitflags;
 use diskio::Errno;
+use drivers::nbd::proto::{
+    self, chunk, command, info, number, option, option_reply, CommandFlags, Handshake,
+    Transmission, ALLOCATION, REQUEST,
+};
 use drivers::{Content, Extent};
-
-bitflags! {
-    /// How both ends shake hands; a client's are 32 bits of these.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Handshake: u32 {
-        /// Options are answered in a way that a client can skip.
-        const FIXED_NEWSTYLE = 1 << 0;
-        /// No zeroes follow the answer to `ExportName`.
-        const NO_ZEROES = 1 << 1;
-    }
-
-    /// What an export can do.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Transmission: u16 {
-        /// The others count.
-        const HAS_FLAGS = 1 << 0;
-        const READ_ONLY = 1 << 1;
-        const SEND_FLUSH = 1 << 2;
-        const SEND_FUA = 1 << 3;
-        const SEND_TRIM = 1 << 5;
-        const SEND_WRITE_ZEROES = 1 << 6;
-        /// What one connection has flushed is durable for all.
-        const CAN_MULTI_CONN = 1 << 8;
-    }
-
-    /// How a command is to be done.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct CommandFlags: u16 {
-        const FUA = 1 << 0;
-        /// One extent is enough.
-        const REQ_ONE = 1 << 3;
-    }
-}
 
 /// The first bytes of a server that speaks the fixed newstyle, and all flags of [`Handshake`].
 pub(super) const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03";
 /// Bytes of the head of an option.
 pub(super) const OPTION_HEAD: usize = 16;
-/// Bytes of a request.
-pub(super) const REQUEST: usize = 28;
 /// Data of an option at most: a name of 4096 bytes and some more.
 const MAX_OPTION: u32 = 8192;
 /// Bytes that a request may read or write.
 pub(super) const MAX_DATA: u32 = 2 << 20;
-
-const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
-const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const REPLY_MAGIC: u32 = 0x6744_6698;
-const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 /// Flags of a client: `FIXED_NEWSTYLE` must be among them, `NO_ZEROES` may. Says whether the zeroes
 /// are left out.
@@ -91,14 +53,14 @@ pub(super) enum Choice {
 impl Choice {
     fn number(self) -> u32 {
         match self {
-            Self::ExportName => 1,
-            Self::Abort => 2,
-            Self::List => 3,
-            Self::Info => 6,
-            Self::Go => 7,
-            Self::StructuredReply => 8,
-            Self::ListMetaContext => 9,
-            Self::SetMetaContext => 10,
+            Self::ExportName => option::EXPORT_NAME,
+            Self::Abort => option::ABORT,
+            Self::List => option::LIST,
+            Self::Info => option::INFO,
+            Self::Go => option::GO,
+            Self::StructuredReply => option::STRUCTURED_REPLY,
+            Self::ListMetaContext => option::LIST_META_CONTEXT,
+            Self::SetMetaContext => option::SET_META_CONTEXT,
             Self::Unknown(number) => number,
         }
     }
@@ -110,18 +72,18 @@ pub(super) fn option(head: [u8; OPTION_HEAD]) -> Option<(Choice, usize)> {
         |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
     let magic = u64::from(number(0)) << 32 | u64::from(number(4));
     let len = number(12);
-    if magic != OPTION_MAGIC || len > MAX_OPTION {
+    if magic != proto::OPTION_MAGIC || len > MAX_OPTION {
         return None;
     }
     let choice = match number(8) {
-        1 => Choice::ExportName,
-        2 => Choice::Abort,
-        3 => Choice::List,
-        6 => Choice::Info,
-        7 => Choice::Go,
-        8 => Choice::StructuredReply,
-        9 => Choice::ListMetaContext,
-        10 => Choice::SetMetaContext,
+        option::EXPORT_NAME => Choice::ExportName,
+        option::ABORT => Choice::Abort,
+        option::LIST => Choice::List,
+        option::INFO => Choice::Info,
+        option::GO => Choice::Go,
+        option::STRUCTURED_REPLY => Choice::StructuredReply,
+        option::LIST_META_CONTEXT => Choice::ListMetaContext,
+        option::SET_META_CONTEXT => Choice::SetMetaContext,
         number => Choice::Unknown(number),
     };
     // CAST: bounded above.
@@ -136,9 +98,7 @@ pub(super) fn export_name(data: &[u8]) -> Option<&[u8]> {
     (wanted.len() == usize::from(u16::from_be_bytes(*count)) * 2).then_some(name)
 }
 
-/// What is told of extents: which are holes.
-pub(super) const ALLOCATION: &[u8] = b"base:allocation";
-/// Its number, and that in an answer before it is chosen.
+/// The number of what is told of extents, and that in an answer before it is chosen.
 pub(super) const CONTEXT: u32 = 1;
 
 /// The name of the export in the data of `ListMetaContext` or `SetMetaContext`, and whether
@@ -184,15 +144,15 @@ pub(super) enum OptionReply {
 /// An answer to an option.
 pub(super) fn option_reply(choice: Choice, reply: OptionReply, data: &[u8]) -> Vec<u8> {
     let kind: u32 = match reply {
-        OptionReply::Ack => 1,
-        OptionReply::Server => 2,
-        OptionReply::Info => 3,
-        OptionReply::MetaContext => 4,
-        OptionReply::Unsupported => 1 << 31 | 1,
-        OptionReply::Invalid => 1 << 31 | 3,
-        OptionReply::UnknownExport => 1 << 31 | 6,
+        OptionReply::Ack => option_reply::ACK,
+        OptionReply::Server => option_reply::SERVER,
+        OptionReply::Info => option_reply::INFO,
+        OptionReply::MetaContext => option_reply::META_CONTEXT,
+        OptionReply::Unsupported => option_reply::UNSUPPORTED,
+        OptionReply::Invalid => option_reply::INVALID,
+        OptionReply::UnknownExport => option_reply::UNKNOWN_EXPORT,
     };
-    let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+    let mut bytes = proto::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
     bytes.extend(choice.number().to_be_bytes());
     bytes.extend(kind.to_be_bytes());
     // CAST: what we send is short.
@@ -228,12 +188,12 @@ impl Export {
 
     /// `INFO_EXPORT`.
     pub(super) fn info(&self) -> Vec<u8> {
-        [&[0, 0], self.brief().as_slice()].concat()
+        [&info::EXPORT.to_be_bytes(), self.brief().as_slice()].concat()
     }
 
     /// `INFO_BLOCK_SIZE`: smallest, best and largest transfer.
     pub(super) fn blocks(&self) -> Vec<u8> {
-        let mut bytes = vec![0, 3];
+        let mut bytes = info::BLOCK_SIZE.to_be_bytes().to_vec();
         for size in [self.block, self.block.max(4096), MAX_DATA] {
             bytes.extend(size.to_be_bytes());
         }
@@ -275,17 +235,17 @@ pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
     let (cookie, rest) = rest.split_first_chunk::<8>()?;
     let (offset, rest) = rest.split_first_chunk::<8>()?;
     let (len, _) = rest.split_first_chunk::<4>()?;
-    if u32::from_be_bytes(*magic) != REQUEST_MAGIC {
+    if u32::from_be_bytes(*magic) != proto::REQUEST_MAGIC {
         return None;
     }
     let command = match u16::from_be_bytes(*kind) {
-        0 => Command::Read,
-        1 => Command::Write,
-        2 => Command::Disconnect,
-        3 => Command::Flush,
-        4 => Command::Trim,
-        6 => Command::WriteZeroes,
-        7 => Command::BlockStatus,
+        command::READ => Command::Read,
+        command::WRITE => Command::Write,
+        command::DISCONNECT => Command::Disconnect,
+        command::FLUSH => Command::Flush,
+        command::TRIM => Command::Trim,
+        command::WRITE_ZEROES => Command::WriteZeroes,
+        command::BLOCK_STATUS => Command::BlockStatus,
         _ => Command::Unknown,
     };
     let flags = CommandFlags::from_bits_retain(u16::from_be_bytes(*flags));
@@ -306,7 +266,7 @@ pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
 /// The head of a simple answer; data of a read follows it.
 pub(super) fn reply(cookie: [u8; 8], result: Result<(), Errno>) -> Vec<u8> {
     let code = result.map_or_else(number, |()| 0);
-    let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
+    let mut bytes = proto::REPLY_MAGIC.to_be_bytes().to_vec();
     bytes.extend(code.to_be_bytes());
     bytes.extend(cookie);
     bytes
@@ -323,51 +283,37 @@ pub(super) enum Chunk<'a> {
 }
 
 /// An answer as a chunk.
-pub(super) fn chunk(cookie: [u8; 8], chunk: &Chunk<'_>) -> Vec<u8> {
-    let (kind, follows, content) = match chunk {
-        Chunk::Data { offset, len } => (1_u16, *len, offset.to_be_bytes().to_vec()),
+pub(super) fn chunk(cookie: [u8; 8], content: &Chunk<'_>) -> Vec<u8> {
+    let (kind, follows, content) = match content {
+        Chunk::Data { offset, len } => (chunk::DATA, *len, offset.to_be_bytes().to_vec()),
         Chunk::BlockStatus(extents) => {
             let mut content = CONTEXT.to_be_bytes().to_vec();
             for extent in *extents {
                 // CAST: none is longer than the request, whose length has as many bits.
                 content.extend((extent.len as u32).to_be_bytes());
-                // `STATE_HOLE | STATE_ZERO`.
-                let state: u32 = match extent.content {
+                let state = match extent.content {
                     Content::Data | Content::Below => 0,
-                    Content::Hole => 3,
+                    Content::Hole => proto::STATE_HOLE | proto::STATE_ZERO,
                 };
                 content.extend(state.to_be_bytes());
             }
-            (5, 0, content)
+            (chunk::BLOCK_STATUS, 0, content)
         }
         Chunk::Error(error) => {
             let mut content = number(*error).to_be_bytes().to_vec();
             // No text.
             content.extend([0, 0]);
-            (1 << 15 | 1, 0, content)
+            (chunk::FAILED, 0, content)
         }
     };
-    let mut bytes = CHUNK_MAGIC.to_be_bytes().to_vec();
-    // `DONE`.
-    bytes.extend(1_u16.to_be_bytes());
+    let mut bytes = proto::CHUNK_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(chunk::DONE.to_be_bytes());
     bytes.extend(kind.to_be_bytes());
     bytes.extend(cookie);
     // CAST: what we send is short.
     bytes.extend((content.len() as u32 + follows).to_be_bytes());
     bytes.extend(content);
     bytes
-}
-
-/// An error as the protocol has it.
-fn number(error: Errno) -> u32 {
-    match error {
-        Errno::PERM | Errno::ROFS => 1,
-        Errno::NOMEM => 12,
-        Errno::INVAL => 22,
-        Errno::NOSPC => 28,
-        Errno::OPNOTSUPP => 95,
-        _ => 5,
-    }
 }
 
 #[cfg(test)]
@@ -445,7 +391,7 @@ mod tests {
     #[test]
     fn write_that_is_too_long_is_refused() {
         let mut bytes = [0; REQUEST];
-        bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        bytes[..4].copy_from_slice(&proto::REQUEST_MAGIC.to_be_bytes());
         bytes[7] = 1;
         bytes[24..].copy_from_slice(&MAX_DATA.to_be_bytes());
         assert_eq!(

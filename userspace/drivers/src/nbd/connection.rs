@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One connection: requests go out as they come, and answers find who waits for them.
+
+use super::handshake::About;
+use super::proto::{self, chunk, command, CommandFlags};
+use super::stream::{send_all, Cover, Incoming};
+use diskio::{Data, Errno, Gate, Io};
+use rustix::net::{shutdown, Shutdown};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+
+/// Bytes of a chunk that holds no data of a read, at most.
+const MOST_CHUNK: usize = 64 << 10;
+/// Extents that an answer tells of at most.
+const MOST_TOLD: usize = 64 << 10;
+
+/// A request, which may have to be sent more than once.
+#[derive(Clone, Debug)]
+pub(super) struct Request {
+    pub(super) command: u16,
+    pub(super) flags: CommandFlags,
+    pub(super) offset: u64,
+    /// Bytes of the export, those of the data if there are any.
+    pub(super) len: u32,
+    /// What is written, if it is a write.
+    pub(super) payload: Rc<[u8]>,
+}
+
+impl Request {
+    /// One without data.
+    pub(super) fn plain(command: u16, offset: u64, len: u32) -> Self {
+        Self {
+            command,
+            flags: CommandFlags::empty(),
+            offset,
+            len,
+            payload: Rc::new([]),
+        }
+    }
+
+    /// It changes what is on the export.
+    pub(super) fn changes(&self) -> bool {
+        matches!(
+            self.command,
+            command::WRITE | command::TRIM | command::WRITE_ZEROES
+        )
+    }
+
+    fn head(&self, cookie: u64) -> [u8; proto::REQUEST] {
+        let mut head = [0; proto::REQUEST];
+        head[..4].copy_from_slice(&proto::REQUEST_MAGIC.to_be_bytes());
+        head[4..6].copy_from_slice(&self.flags.bits().to_be_bytes());
+        head[6..8].copy_from_slice(&self.command.to_be_bytes());
+        head[8..16].copy_from_slice(&cookie.to_be_bytes());
+        head[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        head[24..].copy_from_slice(&self.len.to_be_bytes());
+        head
+    }
+}
+
+/// An extent as a server tells of it: bytes, and whether they are zeroes.
+pub(super) type Told = (u32, bool);
+
+/// Why there is no good answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unanswered {
+    /// The server says that it failed.
+    Failed(Errno),
+    /// The connection is gone, and nobody knows what became of the request.
+    Lost,
+}
+
+/// Who waits for an answer.
+#[derive(Debug)]
+struct Waiting {
+    command: u16,
+    offset: u64,
+    /// Where the data of a read goes; nothing any more if nobody waits.
+    data: Option<Data>,
+    len: u32,
+    changes: bool,
+    cover: Cover,
+    told: Vec<Told>,
+    error: Option<Errno>,
+    answer: Option<Result<Vec<Told>, Unanswered>>,
+    waker: Option<Waker>,
+    /// Nobody waits any more.
+    is_withdrawn: bool,
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Loss {
+    /// The server has closed it, or is not there any more: it takes nothing more from it.
+    pub(super) by_server: bool,
+    /// Something was to be changed, and nobody knows whether and when it is.
+    pub(super) unsure: bool,
+}
+
+/// A connection that is agreed about.
+#[derive(Debug)]
+pub(super) struct Connection {
+    io: Io,
+    socket: Rc<OwnedFd>,
+    about: About,
+    /// Whole requests are sent one after the other.
+    sends: Gate,
+    last: Cell<u64>,
+    waiting: RefCell<HashMap<u64, Waiting>>,
+    loss: Cell<Option<Loss>>,
+}
+
+impl Connection {
+    /// After the handshake; [`receive`](Self::receive) must run.
+    pub(super) fn new(io: &Io, socket: Rc<OwnedFd>, about: About) -> Rc<Self> {
+        Rc::new(Self {
+            io: io.clone(),
+            socket,
+            about,
+            sends: Gate::default(),
+            last: Cell::new(0),
+            waiting: RefCell::default(),
+            loss: Cell::new(None),
+        })
+    }
+
+    pub(super) fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn loss(&self) -> Option<Loss> {
+        self.loss.get()
+    }
+
+    /// Executes a request. A read brings where its data goes.
+    pub(super) async fn call(
+        &self,
+        request: &Request,
+        data: Option<Data>,
+    ) -> Result<Vec<Told>, Unanswered> {
+        if self.loss.get().is_some() {
+            return Err(Unanswered::Lost);
+        }
+        let cookie = self.last.get().wrapping_add(1);
+        self.last.set(cookie);
+        let waiting = Waiting {
+            command: request.command,
+            offset: request.offset,
+            data,
+            len: request.len,
+            changes: request.changes(),
+            cover: Cover::default(),
+            told: Vec::new(),
+            error: None,
+            answer: None,
+            waker: None,
+            is_withdrawn: false,
+        };
+        self.waiting.borrow_mut().insert(cookie, waiting);
+        let mut asked = Asked {
+            connection: self,
+            cookie,
+            is_sent: false,
+        };
+        if let Err(error) = self.send(request, cookie).await {
+            self.end(error);
+        }
+        asked.is_sent = true;
+        poll_fn(|cx| self.poll(cookie, cx.waker())).await
+    }
+
+    async fn send(&self, request: &Request, cookie: u64) -> Result<(), Errno> {
+        let _alone = self.sends.alone().await;
+        let more = !request.payload.is_empty();
+        send_all(&self.io, &self.socket, &request.head(cookie), more).await?;
+        send_all(&self.io, &self.socket, &request.payload, false).await
+    }
+
+    fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<Told>, Unanswered>> {
+        let mut all = self.waiting.borrow_mut();
+        let Some(waiting) = all.get_mut(&cookie) else {
+            return Poll::Ready(Err(Unanswered::Lost));
+        };
+        match waiting.answer.take() {
+            Some(answer) => {
+                all.remove(&cookie);
+                Poll::Ready(answer)
+            }
+            None => {
+                waiting.waker = Some(waker.clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Takes answers until the connection ends.
+    pub(super) async fn receive(self: Rc<Self>, mut incoming: Incoming) {
+        loop {
+            if let Err(error) = self.receive_one(&mut incoming).await {
+                return self.end(error);
+            }
+        }
+    }
+
+    async fn receive_one(&self, incoming: &mut Incoming) -> Result<(), Errno> {
+        match u32::from_be_bytes(incoming.array().await?) {
+            proto::REPLY_MAGIC => {
+                let error = u32::from_be_bytes(incoming.array().await?);
+                let cookie = u64::from_be_bytes(incoming.array().await?);
+                self.simple(incoming, cookie, error).await
+            }
+            proto::CHUNK_MAGIC if self.about.has_chunks => {
+                let flags = u16::from_be_bytes(incoming.array().await?);
+                let kind = u16::from_be_bytes(incoming.array().await?);
+                let cookie = u64::from_be_bytes(incoming.array().await?);
+                let len = u32::from_be_bytes(incoming.array().await?);
+                self.chunk(incoming, cookie, kind, len).await?;
+                match flags & chunk::DONE {
+                    0 => Ok(()),
+                    _ => self.finish(cookie),
+                }
+            }
+            _ => Err(Errno::PROTO),
+        }
+    }
+
+    async fn simple(&self, incoming: &mut Incoming, cookie: u64, error: u32) -> Result<(), Errno> {
+        let (asked, len) = self.with(cookie, |waiting| Ok((waiting.command, waiting.len)))?;
+        if error != 0 {
+            self.with(cookie, |waiting| {
+                waiting.error = Some(proto::error(error));
+                Ok(())
+            })?;
+        } else if asked == command::READ {
+            if self.about.has_chunks {
+                return Err(Errno::PROTO);
+            }
+            self.data(incoming, cookie, 0, len as usize).await?;
+        }
+        self.finish(cookie)
+    }
+
+    async fn chunk(
+        &self,
+        incoming: &mut Incoming,
+        cookie: u64,
+        kind: u16,
+        len: u32,
+    ) -> Result<(), Errno> {
+        let (asked, from) = self.with(cookie, |waiting| Ok((waiting.command, waiting.offset)))?;
+        let place = |offset: [u8; 8]| {
+            let at = u64::from_be_bytes(offset).checked_sub(from);
+            at.and_then(|at| usize::try_from(at).ok())
+                .ok_or(Errno::PROTO)
+        };
+        match (kind, asked) {
+            (chunk::NONE, _) if len == 0 => Ok(()),
+            (chunk::DATA, command::READ) if len > 8 => {
+                let at = place(incoming.array().await?)?;
+                self.data(incoming, cookie, at, len as usize - 8).await
+            }
+            (chunk::HOLE, command::READ) if len == 12 => {
+                let at = place(incoming.array().await?)?;
+                let len = u32::from_be_bytes(incoming.array().await?) as usize;
+                self.with(cookie, |waiting| {
+                    waiting.claim(at, len)?;
+                    if let Some(data) = &waiting.data {
+                        data.fill(at, len, 0);
+                    }
+                    Ok(())
+                })
+            }
+            (chunk::BLOCK_STATUS, command::BLOCK_STATUS) => {
+                let bytes = incoming.vec(len, MOST_CHUNK).await?;
+                let told = told(&bytes, self.about.context).ok_or(Errno::PROTO)?;
+                self.with(cookie, |waiting| {
+                    waiting.told.extend(told);
+                    match waiting.told.len() <= MOST_TOLD {
+                        true => Ok(()),
+                        false => Err(Errno::PROTO),
+                    }
+                })
+            }
+            (kind, _) if kind & chunk::ERROR != 0 => {
+                let bytes = incoming.vec(len, MOST_CHUNK).await?;
+                let (number, _) = bytes.split_first_chunk::<4>().ok_or(Errno::PROTO)?;
+                let error = proto::error(u32::from_be_bytes(*number));
+                self.with(cookie, |waiting| {
+                    waiting.error.get_or_insert(error);
+                    Ok(())
+                })
+            }
+            _ => Err(Errno::PROTO),
+        }
+    }
+
+    /// Data of a read comes, from `at` on within what is read.
+    async fn data(
+        &self,
+        incoming: &mut Incoming,
+        cookie: u64,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Errno> {
+        self.with(cookie, |waiting| waiting.claim(at, len))?;
+        let pass = |from: usize, bytes: &[u8]| {
+            // Who does not wait any more may have given the memory away.
+            let all = self.waiting.borrow();
+            if let Some(data) = all.get(&cookie).and_then(|waiting| waiting.data.as_ref()) {
+                data.write(at + from, bytes);
+            }
+        };
+        incoming.pass(len, pass).await
+    }
+
+    /// All of an answer has come.
+    fn finish(&self, cookie: u64) -> Result<(), Errno> {
+        self.with(cookie, |waiting| {
+            let is_whole =
+                waiting.command != command::READ || waiting.cover.is_whole(waiting.len as usize);
+            waiting.answer = Some(match waiting.error {
+                Some(error) => Err(Unanswered::Failed(error)),
+                // What did not come would be what was in the memory before.
+                None if !is_whole => return Err(Errno::PROTO),
+                None => Ok(std::mem::take(&mut waiting.told)),
+            });
+            if let Some(waker) = waiting.waker.take() {
+                waker.wake();
+            }
+            Ok(())
+        })?;
+        self.forget_withdrawn();
+        Ok(())
+    }
+
+    /// What is known of a request that was sent and has no answer yet.
+    fn with<T>(
+        &self,
+        cookie: u64,
+        work: impl FnOnce(&mut Waiting) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let mut all = self.waiting.borrow_mut();
+        let waiting = all.get_mut(&cookie).filter(|w| w.answer.is_none());
+        work(waiting.ok_or(Errno::PROTO)?)
+    }
+
+    /// Nothing more comes of it.
+    pub(super) fn end(&self, error: Errno) {
+        if self.loss.get().is_some() {
+            return;
+        }
+        // It is gone for the server, too; where it is gone already there is nothing to say.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        let mut all = self.waiting.borrow_mut();
+        let mut open = all.values().filter(|waiting| waiting.answer.is_none());
+        self.loss.set(Some(Loss {
+            by_server: matches!(error, Errno::CONNRESET | Errno::PIPE),
+            unsure: open.any(|waiting| waiting.changes),
+        }));
+        for waiting in all.values_mut().filter(|waiting| waiting.answer.is_none()) {
+            waiting.answer = Some(Err(Unanswered::Lost));
+            if let Some(waker) = waiting.waker.take() {
+                waker.wake();
+            }
+        }
+        drop(all);
+        self.forget_withdrawn();
+    }
+
+    /// Lets go of answers that nobody takes.
+    fn forget_withdrawn(&self) {
+        let mut all = self.waiting.borrow_mut();
+        all.retain(|_, waiting| !waiting.is_withdrawn || waiting.answer.is_none());
+    }
+
+    /// Tells the server that nothing more comes.
+    pub(super) async fn disconnect(&self) {
+        let request = Request::plain(command::DISCONNECT, 0, 0);
+        if self.loss.get().is_none() {
+            // A server that does not hear it sees the end of the connection.
+            let _ = self.send(&request, 0).await;
+        }
+        self.end(Errno::CONNRESET);
+    }
+}
+
+impl Waiting {
+    /// Bytes of a read that were not there before.
+    fn claim(&mut self, at: usize, len: usize) -> Result<(), Errno> {
+        let end = at.checked_add(len).ok_or(Errno::PROTO)?;
+        let is_inside = end <= self.len as usize;
+        let new = is_inside.then(|| self.cover.add(at, len)).flatten();
+        new.ok_or(Errno::PROTO)
+    }
+}
+
+/// A request that somebody waits for. Dropping it ends the wait.
+struct Asked<'a> {
+    connection: &'a Connection,
+    cookie: u64,
+    is_sent: bool,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        let mut all = self.connection.waiting.borrow_mut();
+        if let Some(waiting) = all.get_mut(&self.cookie) {
+            // Its answer comes all the same.
+            waiting.is_withdrawn = true;
+            waiting.data = None;
+        }
+        drop(all);
+        if !self.is_sent {
+            // What follows would be taken for the rest of it.
+            self.connection.end(Errno::CANCELED);
+        }
+    }
+}
+
+/// What a chunk tells of extents.
+fn told(bytes: &[u8], context: Option<u32>) -> Option<Vec<Told>> {
+    let (number, rest) = bytes.split_first_chunk::<4>()?;
+    if Some(u32::from_be_bytes(*number)) != context {
+        return None;
+    }
+    let mut all = Vec::new();
+    let mut rest = rest;
+    while let Some((len, behind)) = rest.split_first_chunk::<4>() {
+        let (state, behind) = behind.split_first_chunk::<4>()?;
+        let is_zero = u32::from_be_bytes(*state) & proto::STATE_ZERO != 0;
+        all.push((u32::from_be_bytes(*len), is_zero));
+        rest = behind;
+    }
+    rest.is_empty().then_some(all)
+}

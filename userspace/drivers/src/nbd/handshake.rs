@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is agreed upon before a server serves.
+
+use super::proto::{self, info, option, option_reply, Handshake, Transmission};
+use super::stream::{send_all, Incoming};
+use control::{Code, Failure};
+use diskio::{Errno, Io};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Bytes of an answer to an option at most.
+const MOST_REPLY: usize = 64 << 10;
+/// Answers to one option at most.
+const MOST_REPLIES: u32 = 256;
+/// What a server takes that says nothing of it.
+const TRANSFER: u32 = 32 << 20;
+/// Characters of a server's own message that are shown.
+const SHOWN: usize = 200;
+
+/// An export, as its server describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct About {
+    /// Bytes.
+    pub(super) size: u64,
+    pub(super) flags: Transmission,
+    /// Bytes of the smallest transfer.
+    pub(super) smallest: u32,
+    /// Bytes that are best transferred at once.
+    pub(super) best: u32,
+    /// Bytes of the largest transfer.
+    pub(super) largest: u32,
+    /// Number of what it tells of extents, if it does.
+    pub(super) context: Option<u32>,
+    /// Answers of reads are chunks.
+    pub(super) has_chunks: bool,
+}
+
+/// Why there is no export to be used.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// The connection.
+    Io(Errno),
+    /// The server does not give it.
+    Failure(Failure),
+}
+
+impl From<Errno> for Refused {
+    fn from(error: Errno) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// An answer to an option.
+struct Reply {
+    kind: u32,
+    data: Vec<u8>,
+}
+
+/// Who talks about it.
+pub(super) struct Talk<'a> {
+    pub(super) io: &'a Io,
+    pub(super) socket: &'a Rc<OwnedFd>,
+    pub(super) incoming: &'a mut Incoming,
+}
+
+impl Talk<'_> {
+    /// Agrees about an export; what comes after this are answers to requests.
+    pub(super) async fn agree(&mut self, export: &str) -> Result<About, Refused> {
+        self.greet().await?;
+        self.ask(option::STRUCTURED_REPLY, &[]).await?;
+        let has_chunks = self.reply(option::STRUCTURED_REPLY).await?.kind == option_reply::ACK;
+        let context = match has_chunks {
+            true => self.context(export).await?,
+            false => None,
+        };
+        let about = self.go(export).await?;
+        Ok(About {
+            context,
+            has_chunks,
+            ..about
+        })
+    }
+
+    async fn greet(&mut self) -> Result<(), Refused> {
+        let magic: [u8; 16] = self.incoming.array().await?;
+        let old = || {
+            Refused::Failure(Failure::unsupported(
+                "what listens there is no NBD server of the newstyle protocol: see to the address",
+            ))
+        };
+        if magic != *proto::MAGIC {
+            return Err(old());
+        }
+        let flags = u16::from_be_bytes(self.incoming.array().await?);
+        let flags = Handshake::from_bits_truncate(flags.into());
+        if !flags.contains(Handshake::FIXED_NEWSTYLE) {
+            return Err(old());
+        }
+        let ours = flags & (Handshake::FIXED_NEWSTYLE | Handshake::NO_ZEROES);
+        self.send(&ours.bits().to_be_bytes()).await
+    }
+
+    /// What the server tells of holes gets a number, if it knows about them.
+    async fn context(&mut self, export: &str) -> Result<Option<u32>, Refused> {
+        let mut data = text(export);
+        data.extend(1_u32.to_be_bytes());
+        data.extend(counted(proto::ALLOCATION));
+        self.ask(option::SET_META_CONTEXT, &data).await?;
+        let mut found = None;
+        for _ in 0..MOST_REPLIES {
+            let reply = self.reply(option::SET_META_CONTEXT).await?;
+            match (reply.kind, reply.data.split_first_chunk::<4>()) {
+                (option_reply::META_CONTEXT, Some((number, name))) if name == proto::ALLOCATION => {
+                    found = Some(u32::from_be_bytes(*number));
+                }
+                (option_reply::META_CONTEXT, _) => {}
+                (option_reply::ACK, _) => return Ok(found),
+                // It knows nothing of that, which is no reason not to use it.
+                (kind, _) if kind & option_reply::ERROR != 0 => return Ok(None),
+                _ => return Err(Errno::PROTO.into()),
+            }
+        }
+        Err(Errno::PROTO.into())
+    }
+
+    async fn go(&mut self, export: &str) -> Result<About, Refused> {
+        let mut data = text(export);
+        data.extend(1_u16.to_be_bytes());
+        data.extend(info::BLOCK_SIZE.to_be_bytes());
+        self.ask(option::GO, &data).await?;
+        let (mut brief, mut sizes) = (None, None);
+        for _ in 0..MOST_REPLIES {
+            let reply = self.reply(option::GO).await?;
+            match reply.kind {
+                option_reply::INFO => match known(&reply.data) {
+                    Some(Info::Export { size, flags }) => brief = Some((size, flags)),
+                    Some(Info::Blocks(blocks)) => sizes = Some(blocks),
+                    None => {}
+                },
+                option_reply::ACK => {
+                    let (size, flags) = brief.ok_or(Errno::PROTO)?;
+                    let [smallest, best, largest] = sizes.unwrap_or([1, 4096, TRANSFER]);
+                    return Ok(About {
+                        size,
+                        flags,
+                        smallest,
+                        best,
+                        largest,
+                        context: None,
+                        has_chunks: false,
+                    });
+                }
+                kind => return Err(Refused::Failure(refused(export, kind, &reply.data))),
+            }
+        }
+        Err(Errno::PROTO.into())
+    }
+
+    async fn ask(&mut self, option: u32, data: &[u8]) -> Result<(), Refused> {
+        let mut bytes = proto::OPTION_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(option.to_be_bytes());
+        bytes.extend(counted(data));
+        self.send(&bytes).await
+    }
+
+    async fn reply(&mut self, option: u32) -> Result<Reply, Refused> {
+        let magic = u64::from_be_bytes(self.incoming.array().await?);
+        let of = u32::from_be_bytes(self.incoming.array().await?);
+        let kind = u32::from_be_bytes(self.incoming.array().await?);
+        let len = u32::from_be_bytes(self.incoming.array().await?);
+        if (magic, of) != (proto::OPTION_REPLY_MAGIC, option) {
+            return Err(Errno::PROTO.into());
+        }
+        let data = self.incoming.vec(len, MOST_REPLY).await?;
+        Ok(Reply { kind, data })
+    }
+
+    async fn send(&self, bytes: &[u8]) -> Result<(), Refused> {
+        Ok(send_all(self.io, self.socket, bytes, false).await?)
+    }
+}
+
+/// Something about an export.
+enum Info {
+    Export { size: u64, flags: Transmission },
+    Blocks([u32; 3]),
+}
+
+/// What is known of what a server tells.
+fn known(data: &[u8]) -> Option<Info> {
+    let (kind, rest) = data.split_first_chunk::<2>()?;
+    match u16::from_be_bytes(*kind) {
+        info::EXPORT => {
+            let (size, rest) = rest.split_first_chunk::<8>()?;
+            let (flags, _) = rest.split_first_chunk::<2>()?;
+            Some(Info::Export {
+                size: u64::from_be_bytes(*size),
+                flags: Transmission::from_bits_truncate(u16::from_be_bytes(*flags)),
+            })
+        }
+        info::BLOCK_SIZE => {
+            let (smallest, rest) = rest.split_first_chunk::<4>()?;
+            let (best, rest) = rest.split_first_chunk::<4>()?;
+            let (largest, _) = rest.split_first_chunk::<4>()?;
+            Some(Info::Blocks(
+                [smallest, best, largest].map(|bytes| u32::from_be_bytes(*bytes)),
+            ))
+        }
+        _ => None,
+    }
+}
+
+/// Why a server does not serve an export.
+fn refused(export: &str, kind: u32, said: &[u8]) -> Failure {
+    let (code, why) = match kind {
+        option_reply::UNKNOWN_EXPORT => (
+            Code::NotFound,
+            "it has none of that name: nbdinfo --list shows those that it has",
+        ),
+        option_reply::TLS_REQUIRED => (
+            Code::Unsupported,
+            "it serves with TLS only, which tapdisk does not speak: lead the connection through a tunnel such as \
+             stunnel or WireGuard",
+        ),
+        option_reply::POLICY => (Code::Denied, "it does not allow it"),
+        option_reply::UNSUPPORTED => (
+            Code::Unsupported,
+            "it is too old: it does not know the option GO",
+        ),
+        _ => (Code::Image, "it refuses"),
+    };
+    let said: String = String::from_utf8_lossy(said)
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(SHOWN)
+        .collect();
+    let said = match said.is_empty() {
+        true => said,
+        false => format!(" ({said})"),
+    };
+    Failure::new(
+        code,
+        format!("the server does not serve the export {export:?}: {why}{said}"),
+    )
+}
+
+/// A name in the data of an option.
+fn text(name: &str) -> Vec<u8> {
+    counted(name.as_bytes())
+}
+
+/// Bytes with their number before them.
+fn counted(bytes: &[u8]) -> Vec<u8> {
+    // CAST: a name is short, see `control::Export`.
+    let mut all = (bytes.len() as u32).to_be_bytes().to_vec();
+    all.extend(bytes);
+    all
+}

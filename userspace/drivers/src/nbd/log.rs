@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a server has answered and may still lose: it was changed, and not flushed since.
+
+use super::connection::Request;
+use std::collections::VecDeque;
+
+/// Bytes of data that are kept at most, before they are flushed whether the guest wants it or not.
+const MOST: usize = 16 << 20;
+/// Bytes that a request counts beside its data.
+const HEAD: usize = 128;
+
+/// A place in a [`Log`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Mark(u64);
+
+/// Requests, in the order in which they were answered.
+#[derive(Debug, Default)]
+pub(super) struct Log {
+    requests: VecDeque<Request>,
+    /// Those that were taken out.
+    before: u64,
+    bytes: usize,
+}
+
+impl Log {
+    /// A request was answered, which changed something. What is durable already is kept, too, behind what is not:
+    /// executed again, the earlier one would undo it.
+    pub(super) fn note(&mut self, request: &Request, is_durable: bool) {
+        if !is_durable || !self.requests.is_empty() {
+            self.bytes += HEAD + request.payload.len();
+            self.requests.push_back(request.clone());
+        }
+    }
+
+    /// Everything until now.
+    pub(super) fn mark(&self) -> Mark {
+        // CAST: they are in memory.
+        Mark(self.before + self.requests.len() as u64)
+    }
+
+    /// What was answered before is durable.
+    pub(super) fn forget(&mut self, mark: Mark) {
+        while Mark(self.before) < mark {
+            let Some(request) = self.requests.pop_front() else {
+                return;
+            };
+            self.bytes -= HEAD + request.payload.len();
+            self.before += 1;
+        }
+    }
+
+    /// It is time to flush.
+    pub(super) fn is_full(&self) -> bool {
+        self.bytes > MOST
+    }
+
+    /// Those to execute again, in order.
+    pub(super) fn all(&self) -> Vec<Request> {
+        self.requests.iter().cloned().collect()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}

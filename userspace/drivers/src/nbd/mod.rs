@@ -1,0 +1,481 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `nbd`: an export of an NBD server.
+//!
+//! A connection that ends is replaced by another one, and nothing is lost by that: what was not answered is sent
+//! again, and before it what was answered and not flushed ([`log`]), because the server may have forgotten it. What
+//! nobody knows the end of could still be executed late, so that is waited for first.
+
+mod connection;
+mod handshake;
+mod log;
+pub mod proto;
+mod stream;
+
+use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use connection::{Connection, Loss, Request, Told, Unanswered};
+use control::{Code, Failure};
+use diskio::{of_earlier, Bytes, Data, Errno, Gate, Runtime};
+use handshake::{About, Refused, Talk};
+use log::Log;
+use proto::{command, CommandFlags, Transmission};
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+use stream::Incoming;
+
+/// How long a handshake may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a server that has closed its connection may go on with what it took from it.
+const CLOSED: Duration = Duration::from_secs(10);
+/// The same for one that was given up: what it was sent may still be on its way.
+const GIVEN_UP: Duration = Duration::from_millis(crate::driver::SETTLE_MS as u64);
+/// Time between attempts to connect, the first and the longest one.
+const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
+/// Bytes of a request at most, whatever the server takes.
+const TRANSFER: u32 = 4 << 20;
+/// Bytes that are zeroed or discarded at once: servers may take long for it.
+const ZEROES: u32 = 256 << 20;
+/// Bytes of a logical block at most.
+const MAX_BLOCK: u32 = 4096;
+
+/// Makes connections to the server: sockets that do not block, after no word was said.
+pub trait Connect: 'static {
+    /// Another one. It may take its time, and it is asked again if it fails.
+    fn connect(&self) -> impl std::future::Future<Output = Result<OwnedFd, Failure>>;
+}
+
+/// What is wanted of an export.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its name.
+    pub export: String,
+    /// What to call it in messages.
+    pub name: String,
+    /// It is to be written.
+    pub writable: bool,
+    /// How long is waited for what may be executed late: for tests.
+    pub settle: Settle,
+}
+
+/// How long is waited until a lost connection is replaced, if it is not known what became of a change.
+#[derive(Clone, Copy, Debug)]
+pub struct Settle {
+    /// Where the server has closed it.
+    pub closed: Duration,
+    /// Where it was given up.
+    pub given_up: Duration,
+}
+
+impl Default for Settle {
+    fn default() -> Self {
+        Self {
+            closed: CLOSED,
+            given_up: GIVEN_UP,
+        }
+    }
+}
+
+/// An export.
+#[derive(Debug)]
+pub struct Nbd<C> {
+    runtime: Runtime,
+    connector: C,
+    options: Options,
+    connection: RefCell<Option<Rc<Connection>>>,
+    /// Who replaces the connection is alone.
+    renewing: Gate,
+    /// What the guest knows.
+    about: OnceCell<About>,
+    log: RefCell<Log>,
+    /// Who flushes because of the log is alone.
+    flushing: Gate,
+    connected: Cell<u64>,
+    replayed: Cell<u64>,
+}
+
+impl<C: Connect> Nbd<C> {
+    /// An export that is reached by `connector`.
+    pub fn new(runtime: &Runtime, connector: C, options: Options) -> Self {
+        Self {
+            runtime: runtime.clone(),
+            connector,
+            options,
+            connection: RefCell::default(),
+            renewing: Gate::default(),
+            about: OnceCell::new(),
+            log: RefCell::default(),
+            flushing: Gate::default(),
+            connected: Cell::new(0),
+            replayed: Cell::new(0),
+        }
+    }
+
+    /// A connection after its handshake.
+    async fn connect(&self) -> Result<Rc<Connection>, Failure> {
+        let io = &self.runtime.io;
+        let socket = Rc::new(self.connector.connect().await?);
+        let mut incoming = Incoming::new(io, &socket);
+        let agreed = async {
+            let mut talk = Talk {
+                io,
+                socket: &socket,
+                incoming: &mut incoming,
+            };
+            // What is refused is no error of the connection.
+            match talk.agree(&self.options.export).await {
+                Ok(about) => Ok(Ok(about)),
+                Err(Refused::Failure(failure)) => Ok(Err(failure)),
+                Err(Refused::Io(error)) => Err(error),
+            }
+        };
+        let agreed = io.within(PATIENCE, agreed).await;
+        let about = agreed.map_err(|error| {
+            Failure::system(
+                "the NBD server does not say what it serves",
+                &std::io::Error::from(error),
+            )
+        })??;
+        self.check(&about)?;
+        let connection = Connection::new(io, socket, about);
+        let receiving = connection.clone().receive(incoming);
+        self.runtime.tasks.spawn(receiving);
+        self.connected.set(self.connected.get() + 1);
+        Ok(connection)
+    }
+
+    /// The export is what the disk can be, and still what the guest knows.
+    fn check(&self, about: &About) -> Result<(), Failure> {
+        let image = |why: String| Err(Failure::new(Code::Image, why));
+        let name = &self.options.name;
+        if self.options.writable && about.flags.contains(Transmission::READ_ONLY) {
+            return image(format!(
+                "{name} is read-only on its server: use the mode r, or have the server allow writing"
+            ));
+        }
+        if !about.smallest.is_power_of_two() || about.smallest > MAX_BLOCK {
+            return image(format!(
+                "{name} transfers {} bytes at least, and a guest's blocks have 512 to {MAX_BLOCK}",
+                about.smallest
+            ));
+        }
+        if about.largest < MAX_BLOCK {
+            return image(format!(
+                "{name} transfers {} bytes at most, which is less than a page",
+                about.largest
+            ));
+        }
+        let block = u64::from(block(about));
+        if about.size == 0 || about.size % block != 0 {
+            return image(format!(
+                "{name} has {} bytes, which are no whole blocks of {block}: see to the server's image",
+                about.size
+            ));
+        }
+        match self.about.get().filter(|known| !is_same(known, about)) {
+            None => Ok(()),
+            Some(known) => image(format!(
+                "{name} is another one since its server is back ({} bytes, and it had {}, or it can do less): if it is \
+                 the right one, pause the disk and unpause it",
+                about.size, known.size
+            )),
+        }
+    }
+
+    /// The connection, a new one if the last one is lost. That takes as long as it takes, as a disk's
+    /// cable does that is pulled.
+    async fn connection(&self) -> Result<Rc<Connection>, Errno> {
+        loop {
+            let current = self.connection.borrow().clone();
+            let Some(current) = current else {
+                return Err(Errno::NOTCONN);
+            };
+            let Some(loss) = current.loss() else {
+                return Ok(current);
+            };
+            let _alone = self.renewing.alone().await;
+            let is_newest = |now: &Rc<Connection>| Rc::ptr_eq(now, &current);
+            if !self.connection.borrow().as_ref().is_some_and(is_newest) {
+                continue;
+            }
+            let next = self.renew(loss).await?;
+            self.connection.replace(Some(next));
+        }
+    }
+
+    /// Another connection instead of a lost one, to a server that knows what the last one was told.
+    async fn renew(&self, loss: Loss) -> Result<Rc<Connection>, Errno> {
+        let mut loss = loss;
+        let mut told = None;
+        let [mut pause, longest] = PAUSES;
+        loop {
+            self.settle(loss).await?;
+            match self.connect().await {
+                Ok(connection) => match self.replay(&connection).await {
+                    Ok(()) => {
+                        eprintln!("{} is connected again", self.options.name);
+                        return Ok(connection);
+                    }
+                    Err(Unanswered::Lost) => loss = connection.loss().unwrap_or(loss),
+                    Err(Unanswered::Failed(error)) => {
+                        connection.disconnect().await;
+                        self.tell(&mut told, format!("does not take what it had: {error}"));
+                        loss.unsure = false;
+                    }
+                },
+                Err(failure) => {
+                    self.tell(&mut told, failure.message);
+                    loss.unsure = false;
+                }
+            }
+            self.runtime.io.sleep(pause).await?;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
+    /// Says what is wrong, once as long as it stays the same.
+    fn tell(&self, told: &mut Option<String>, what: String) {
+        if told.as_ref() != Some(&what) {
+            eprintln!(
+                "{} is not connected, and its requests wait: {what}",
+                self.options.name
+            );
+            *told = Some(what);
+        }
+    }
+
+    /// Waits until what was lost cannot be executed any more.
+    async fn settle(&self, loss: Loss) -> Result<(), Errno> {
+        let settle = self.options.settle;
+        match loss {
+            Loss { unsure: false, .. } => Ok(()),
+            Loss {
+                by_server: true, ..
+            } => self.runtime.io.sleep(settle.closed).await,
+            Loss { .. } => self.runtime.io.sleep(settle.given_up).await,
+        }
+    }
+
+    /// Brings a server to where the last connection was. One request after the other: they may overlap.
+    async fn replay(&self, connection: &Rc<Connection>) -> Result<(), Unanswered> {
+        let (all, mark) = {
+            let log = self.log.borrow();
+            (log.all(), log.mark())
+        };
+        if all.is_empty() {
+            return Ok(());
+        }
+        for request in &all {
+            connection.call(request, None).await?;
+            self.replayed.set(self.replayed.get() + 1);
+        }
+        let flush = Request::plain(command::FLUSH, 0, 0);
+        connection.call(&flush, None).await?;
+        self.log.borrow_mut().forget(mark);
+        Ok(())
+    }
+
+    /// Executes a request, as often as connections are lost meanwhile.
+    async fn perform(&self, request: &Request, data: Option<Data>) -> Result<Vec<Told>, Errno> {
+        loop {
+            let connection = self.connection().await?;
+            match connection.call(request, data.clone()).await {
+                Ok(told) => return Ok(told),
+                Err(Unanswered::Lost) => {}
+                // It ends, and another one takes its place.
+                Err(Unanswered::Failed(Errno::SHUTDOWN)) => connection.end(Errno::CONNRESET),
+                Err(Unanswered::Failed(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Executes a request that changes something, in parts that the server takes.
+    async fn change(&self, mut request: Request, how: Attributes) -> Result<(), Errno> {
+        let is_durable = how.fua && self.can(Transmission::SEND_FUA);
+        if is_durable {
+            request.flags |= CommandFlags::FUA;
+        }
+        self.perform(&request, None).await?;
+        if !self.can(Transmission::SEND_FLUSH) {
+            return Ok(());
+        }
+        self.log.borrow_mut().note(&request, is_durable);
+        if self.log.borrow().is_full() {
+            let _alone = self.flushing.alone().await;
+            if self.log.borrow().is_full() {
+                self.flush().await.map_err(of_earlier)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn can(&self, what: Transmission) -> bool {
+        self.about.get().is_some_and(|it| it.flags.contains(what))
+    }
+}
+
+/// Bytes of a logical block.
+fn block(about: &About) -> u32 {
+    about.smallest.max(512)
+}
+
+/// What the guest knows is true of it.
+fn is_same(known: &About, now: &About) -> bool {
+    let needed = known.flags - Transmission::CAN_MULTI_CONN;
+    let is_transferred = now.smallest <= block(known) && now.largest >= limit(known);
+    known.size == now.size && now.flags.contains(needed) && is_transferred
+}
+
+/// Bytes of a request at most.
+fn limit(about: &About) -> u32 {
+    about.largest.min(TRANSFER) / MAX_BLOCK * MAX_BLOCK
+}
+
+/// A length as the protocol has it; requests are cut before, see [`Limits`].
+fn length(len: u64) -> Result<u32, Errno> {
+    u32::try_from(len).map_err(|_| Errno::INVAL)
+}
+
+impl<C: Connect> Driver for Nbd<C> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let connection = self.connect().await?;
+        let about = *connection.about();
+        self.about.get_or_init(|| about);
+        self.connection.replace(Some(connection));
+        let block = block(&about);
+        let best = match about.best.is_power_of_two() {
+            true => about.best.clamp(block, MAX_BLOCK),
+            false => block,
+        };
+        let can = |what| about.flags.contains(what);
+        Ok(Shape {
+            size: about.size,
+            logical_block: block,
+            physical_block: best,
+            discard: can(Transmission::SEND_TRIM).then_some(best),
+            write_cache: can(Transmission::SEND_FLUSH),
+            fua: can(Transmission::SEND_FUA),
+            limits: Limits {
+                transfer: limit(&about).into(),
+                zeroes: ZEROES.into(),
+                align: best,
+            },
+        })
+    }
+
+    fn fence(&self) -> Fence {
+        Fence::NETWORK
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let len = length(data.len() as u64)?;
+        let request = Request::plain(command::READ, offset, len);
+        self.perform(&request, Some(data)).await.map(drop)
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
+        let mut payload = vec![0; data.len()];
+        data.read(0, &mut payload);
+        let request = Request {
+            payload: payload.into(),
+            ..Request::plain(command::WRITE, offset, length(data.len() as u64)?)
+        };
+        self.change(request, how).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        if !self.can(Transmission::SEND_FLUSH) {
+            return Ok(());
+        }
+        let mark = self.log.borrow().mark();
+        let flush = Request::plain(command::FLUSH, 0, 0);
+        self.perform(&flush, None).await?;
+        self.log.borrow_mut().forget(mark);
+        Ok(())
+    }
+
+    async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        if !self.can(Transmission::SEND_TRIM) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let request = Request::plain(command::TRIM, offset, length(len)?);
+        self.change(request, how).await
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        if self.can(Transmission::SEND_WRITE_ZEROES) {
+            let request = Request::plain(command::WRITE_ZEROES, offset, length(len)?);
+            return self.change(request, how).await;
+        }
+        let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
+        let most = self.about.get().map_or(MAX_BLOCK, limit);
+        let mut at = offset;
+        while at < end {
+            let count = (end - at).min(most.into());
+            // CAST: at most `most`.
+            let request = Request {
+                payload: vec![0; count as usize].into(),
+                ..Request::plain(command::WRITE, at, length(count)?)
+            };
+            self.change(request, how).await?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        let data = || Extent {
+            len,
+            content: Content::Data,
+        };
+        if self.about.get().is_none_or(|about| about.context.is_none()) {
+            return Ok(vec![data()]);
+        }
+        let asked = len.min(ZEROES.into());
+        let request = Request::plain(command::BLOCK_STATUS, offset, length(asked)?);
+        let told = self.perform(&request, None).await?;
+        let mut left = len;
+        let extents = told.into_iter().map_while(|(bytes, is_zero)| {
+            let len = left.min(bytes.into());
+            left -= len;
+            let content = match is_zero {
+                true => Content::Hole,
+                false => Content::Data,
+            };
+            (len > 0).then_some(Extent { len, content })
+        });
+        let extents: Vec<Extent> = extents.collect();
+        Ok(match extents.is_empty() {
+            true => vec![data()],
+            false => extents,
+        })
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        if self.options.writable {
+            self.flush().await?;
+        }
+        self.close().await
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let log = self.log.borrow();
+        [
+            ("nbd_connections", self.connected.get()),
+            ("nbd_executed_again", self.replayed.get()),
+            // CAST: it is in memory.
+            ("nbd_unflushed_bytes", log.bytes() as u64),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        let connection = self.connection.borrow_mut().take();
+        if let Some(connection) = connection {
+            connection.disconnect().await;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The bytes of a connection.
+
+use diskio::{Errno, Io};
+use rustix::net::{recv, send, RecvFlags, SendFlags};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Bytes that are taken from the socket at once.
+const BUFFER: usize = 64 << 10;
+
+/// What comes, with one system call for many answers.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    io: Io,
+    socket: Rc<OwnedFd>,
+    buffer: Vec<u8>,
+    /// Those of the buffer that were not taken yet.
+    from: usize,
+    to: usize,
+}
+
+impl Incoming {
+    /// Of a socket that does not block.
+    pub(super) fn new(io: &Io, socket: &Rc<OwnedFd>) -> Self {
+        Self {
+            io: io.clone(),
+            socket: socket.clone(),
+            buffer: vec![0; BUFFER],
+            from: 0,
+            to: 0,
+        }
+    }
+
+    /// Bytes that are there, up to `most`, one at least.
+    async fn some(&mut self, most: usize) -> Result<&[u8], Errno> {
+        while self.from == self.to {
+            match recv(&self.socket, &mut *self.buffer, RecvFlags::empty()) {
+                Ok((_, 0)) => return Err(Errno::CONNRESET),
+                Ok((_, count)) => (self.from, self.to) = (0, count),
+                Err(Errno::AGAIN) => self.io.readable(&self.socket).await?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let from = self.from;
+        self.from = self.to.min(from.saturating_add(most));
+        Ok(&self.buffer[from..self.from])
+    }
+
+    /// The next bytes.
+    pub(super) async fn array<const N: usize>(&mut self) -> Result<[u8; N], Errno> {
+        let mut bytes = [0; N];
+        self.fill(&mut bytes).await?;
+        Ok(bytes)
+    }
+
+    /// The next `len` bytes, of which `most` are taken to be too many.
+    pub(super) async fn vec(&mut self, len: u32, most: usize) -> Result<Vec<u8>, Errno> {
+        let len = usize::try_from(len).map_err(|_| Errno::PROTO)?;
+        if len > most {
+            return Err(Errno::PROTO);
+        }
+        let mut bytes = vec![0; len];
+        self.fill(&mut bytes).await?;
+        Ok(bytes)
+    }
+
+    async fn fill(&mut self, mut bytes: &mut [u8]) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            let some = self.some(bytes.len()).await?;
+            let (head, rest) = bytes.split_at_mut(some.len());
+            head.copy_from_slice(some);
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Passes the next `len` bytes to `to`, which is told where they are among them.
+    pub(super) async fn pass(
+        &mut self,
+        len: usize,
+        mut to: impl FnMut(usize, &[u8]),
+    ) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < len {
+            let some = self.some(len - done).await?;
+            to(done, some);
+            done += some.len();
+        }
+        Ok(())
+    }
+}
+
+/// Sends bytes; with `more`, others follow at once.
+pub(super) async fn send_all(
+    io: &Io,
+    socket: &Rc<OwnedFd>,
+    mut bytes: &[u8],
+    more: bool,
+) -> Result<(), Errno> {
+    let flags = match more {
+        true => SendFlags::NOSIGNAL | SendFlags::MORE,
+        false => SendFlags::NOSIGNAL,
+    };
+    while !bytes.is_empty() {
+        match send(socket, bytes, flags) {
+            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            Err(Errno::AGAIN) => io.writable(socket).await?,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Which bytes of a read have come.
+#[derive(Debug, Default)]
+pub(super) struct Cover {
+    /// Ranges that do not touch, in order.
+    parts: Vec<(usize, usize)>,
+}
+
+/// Pieces in which an answer may be while it comes.
+const MOST_PARTS: usize = 1024;
+
+impl Cover {
+    /// A range has come; nothing if that makes no sense: it has come before, or they are too many.
+    pub(super) fn add(&mut self, from: usize, len: usize) -> Option<()> {
+        let to = from.checked_add(len).filter(|_| len > 0)?;
+        let at = self.parts.partition_point(|part| part.1 < from);
+        let (mut from, mut to) = (from, to);
+        let mut end = at;
+        while let Some(&part) = self.parts.get(end).filter(|part| part.0 <= to) {
+            let touches = part.1 == from || part.0 == to;
+            if !touches {
+                return None;
+            }
+            (from, to) = (from.min(part.0), to.max(part.1));
+            end += 1;
+        }
+        self.parts.splice(at..end, [(from, to)]);
+        (self.parts.len() <= MOST_PARTS).then_some(())
+    }
+
+    /// All of `len` bytes have come.
+    pub(super) fn is_whole(&self, len: usize) -> bool {
+        self.parts == [(0, len)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cover;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// As a map of all bytes has it.
+        #[test]
+        fn what_has_come_is_what_was_added(ranges in prop::collection::vec((0..40_usize, 0..12_usize), 0..12)) {
+            let mut cover = Cover::default();
+            let mut bytes = [false; 64];
+            for (from, len) in ranges {
+                let range = &mut bytes[from..from + len];
+                let is_new = len > 0 && range.iter().all(|byte| !byte);
+                prop_assert_eq!(cover.add(from, len).is_some(), is_new);
+                if !is_new {
+                    break;
+                }
+                range.fill(true);
+                let end = bytes.iter().rposition(|byte| *byte).unwrap() + 1;
+                let whole = bytes[..end].iter().all(|byte| *byte);
+                prop_assert_eq!(cover.is_whole(end), whole);
+            }
+        }
+    }
+}

@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Exports of NBD servers, of one that dies in all ways, and of QEMU's.
+
+mod server;
+
+use control::Failure;
+use diskio::{Data, Errno, Runtime};
+use drivers::nbd::proto::{self, chunk, option_reply, Transmission};
+use drivers::nbd::{Connect, Nbd, Options, Settle};
+use drivers::{Attributes, Content, Disk, Shape};
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use server::{piece, End, Kind, Server, LATE};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+const SIZE: usize = 64 << 10;
+const PLAIN: Attributes = Attributes {
+    fua: false,
+    replay: false,
+    sequence: None,
+};
+const DURABLE: Attributes = Attributes { fua: true, ..PLAIN };
+/// Longer than anything is late.
+const SETTLE: Settle = Settle {
+    closed: Duration::from_millis(LATE.as_millis() as u64 * 3),
+    given_up: Duration::from_millis(LATE.as_millis() as u64 * 4),
+};
+
+struct Socket(PathBuf);
+
+impl Connect for Socket {
+    async fn connect(&self) -> Result<OwnedFd, Failure> {
+        let connected = UnixStream::connect(&self.0);
+        let stream = connected.map_err(|error| Failure::system("cannot connect", &error))?;
+        stream.set_nonblocking(true).unwrap();
+        Ok(stream.into())
+    }
+}
+
+/// A disk of a server's export.
+struct Bed {
+    runtime: Runtime,
+    disk: Disk,
+    shape: Result<Shape, Failure>,
+}
+
+impl Bed {
+    fn new(path: &Path, settle: Settle, writable: bool) -> Self {
+        let runtime = Runtime::new();
+        let options = Options {
+            export: String::new(),
+            name: "the export".into(),
+            writable,
+            settle,
+        };
+        let disk = Disk::new(Nbd::new(&runtime, Socket(path.into()), options));
+        let its = disk.clone();
+        let shape = runtime.block_on(async move { its.activate().await });
+        Self {
+            runtime,
+            disk,
+            shape: shape.unwrap(),
+        }
+    }
+
+    fn write(&self, at: usize, bytes: &[u8], how: Attributes) -> Result<(), Errno> {
+        let (disk, data) = (self.disk.clone(), Data::copied(bytes).unwrap());
+        let done = self
+            .runtime
+            .block_on(async move { disk.write(at as u64, data, how).await });
+        done.unwrap()
+    }
+
+    fn read(&self, at: usize, len: usize) -> Result<Vec<u8>, Errno> {
+        let disk = self.disk.clone();
+        let data = Data::copied(&vec![0xee; len]).unwrap();
+        let target = data.clone();
+        let done = self
+            .runtime
+            .block_on(async move { disk.read(at as u64, target).await });
+        done.unwrap().map(|()| data.to_vec())
+    }
+
+    fn flush(&self) -> Result<(), Errno> {
+        let disk = self.disk.clone();
+        self.runtime
+            .block_on(async move { disk.flush().await })
+            .unwrap()
+    }
+
+    fn zero(&self, at: usize, len: usize, discard: bool) -> Result<(), Errno> {
+        let (disk, at, len) = (self.disk.clone(), at as u64, len as u64);
+        let done = self.runtime.block_on(async move {
+            match discard {
+                true => disk.discard(at, len, PLAIN).await,
+                false => disk.write_zeroes(at, len, PLAIN).await,
+            }
+        });
+        done.unwrap()
+    }
+
+    fn stat(&self, name: &str) -> u64 {
+        self.disk.stats()[name]
+    }
+}
+
+fn served(kind: Kind, settle: Settle) -> (tempfile::TempDir, Server, Bed) {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::new(folder.path(), kind);
+    let bed = Bed::new(server.path(), settle, true);
+    (folder, server, bed)
+}
+
+/// Random requests against servers of all kinds that die all the time: what was answered is there, always.
+#[test]
+fn nothing_is_lost_with_a_server() {
+    let seed: [u8; 32] = std::array::from_fn(|at| match at {
+        0..4 => std::process::id().to_ne_bytes()[at],
+        _ => 7,
+    });
+    println!("seed {}", std::process::id());
+    let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut random = move |below: usize| {
+        use proptest::prelude::RngCore;
+        rng.next_u64() as usize % below
+    };
+    let (mut deaths, mut lost, mut again) = (0, 0, 0);
+    for round in 0..8 {
+        let kind = Kind {
+            chunks: [None, Some(1 + random(9000))][round % 2],
+            flags: match round % 3 {
+                0 => Kind::new(SIZE).flags - Transmission::SEND_FUA,
+                1 => Kind::new(SIZE).flags - Transmission::SEND_WRITE_ZEROES,
+                _ => Kind::new(SIZE).flags,
+            },
+            ..Kind::new(SIZE)
+        };
+        let (_folder, server, bed) = served(kind, SETTLE);
+        let mut model = vec![0; SIZE];
+        for step in 0..120_u32 {
+            if server.state().ends.is_none() && random(10) == 0 {
+                let end = [End::Before, End::After, End::Late, End::Power][random(4)];
+                server.ends(random(6) as u32, end);
+            }
+            let at = random(SIZE / 512) * 512;
+            let len = (512 * (1 + random(16))).min(SIZE - at);
+            match random(10) {
+                0..5 => {
+                    let bytes: Vec<u8> = (0..len).map(|i| (step as usize * 31 + i) as u8).collect();
+                    let how = if random(4) == 0 { DURABLE } else { PLAIN };
+                    bed.write(at, &bytes, how).unwrap();
+                    model[at..at + len].copy_from_slice(&bytes);
+                }
+                5..8 => assert!(
+                    bed.read(at, len).unwrap() == model[at..at + len],
+                    "round {round}, step {step}: {len} bytes at {at} are not what was written"
+                ),
+                8 => {
+                    bed.zero(at, len, random(2) == 0).unwrap();
+                    model[at..at + len].fill(0);
+                }
+                _ => bed.flush().unwrap(),
+            }
+        }
+        server.state().ends = None;
+        std::thread::sleep(LATE * 2);
+        assert!(
+            bed.read(0, SIZE).unwrap() == model,
+            "round {round}: at the end"
+        );
+        bed.flush().unwrap();
+        assert!(
+            server.state().durable == model,
+            "round {round}: flushed, and not durable"
+        );
+        deaths += server.state().deaths;
+        lost += server.state().lost;
+        again += bed.stat("nbd_executed_again");
+    }
+    // They did die, and forgot what was kept for them.
+    assert!(
+        deaths > 20 && lost > 0 && again > 0,
+        "{deaths} {lost} {again}"
+    );
+}
+
+/// A write that its server has when the connection ends is executed late, over what is written then.
+fn late_write(settle: Settle) -> Vec<u8> {
+    let (_folder, server, bed) = served(Kind::new(SIZE), settle);
+    server.ends(0, End::Late);
+    bed.write(0, &[1; 512], PLAIN).unwrap();
+    bed.write(0, &[2; 512], PLAIN).unwrap();
+    std::thread::sleep(LATE * 2);
+    bed.read(0, 512).unwrap()
+}
+
+#[test]
+fn late_write_of_a_lost_connection_does_no_harm() {
+    assert_eq!(late_write(SETTLE), [2; 512]);
+}
+
+/// The same without the wait: it must be seen.
+#[test]
+fn late_write_is_found_where_nobody_waits() {
+    let none = Settle {
+        closed: Duration::ZERO,
+        given_up: Duration::ZERO,
+    };
+    assert_eq!(late_write(none), [1; 512]);
+}
+
+/// What is sent again is in front of what is durable already and newer.
+#[test]
+fn durable_write_is_not_undone_by_what_is_executed_again() {
+    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    bed.write(0, &[1; 1024], PLAIN).unwrap();
+    bed.write(512, &[2; 512], DURABLE).unwrap();
+    server.ends(0, End::Power);
+    let found = bed.read(0, 1024).unwrap();
+    assert_eq!(found[..512], [1; 512]);
+    assert_eq!(found[512..], [2; 512]);
+    assert_eq!(bed.stat("nbd_executed_again"), 2);
+    assert_eq!(bed.stat("nbd_unflushed_bytes"), 0);
+}
+
+/// What is kept for a server that could forget it is bounded.
+#[test]
+fn what_is_kept_is_flushed_before_it_is_too_much() {
+    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    let bytes = vec![5; SIZE];
+    for _ in 0..300 {
+        bed.write(0, &bytes, PLAIN).unwrap();
+        assert!(bed.stat("nbd_unflushed_bytes") <= 17 << 20);
+    }
+    assert!(server.state().durable == bytes);
+}
+
+/// An answer that makes no sense ends the connection, and nothing of it is taken for data.
+#[test]
+fn wrong_answers_end_the_connection_and_the_request_is_sent_again() {
+    let ours = [0xcc; 8];
+    let simple = |error: u32, cookie: [u8; 8], data: &[u8]| {
+        let magic = proto::REPLY_MAGIC.to_be_bytes();
+        [&magic, &error.to_be_bytes()[..], &cookie, data].concat()
+    };
+    let data = |from: u64, bytes: &[u8]| [&from.to_be_bytes()[..], bytes].concat();
+    let hole = |from: u64, len: u32| [&from.to_be_bytes()[..], &len.to_be_bytes()].concat();
+    let half = |flags| piece(flags, chunk::DATA, ours, &data(4096, &[9; 256]));
+    let last = piece(chunk::DONE, chunk::NONE, ours, &[]);
+    for (what, wrong) in [
+        (
+            "no answer at all",
+            b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(),
+        ),
+        ("a simple answer with data", simple(0, ours, &[9; 512])),
+        ("for nobody", simple(5, [1; 8], &[])),
+        ("half of the data", half(chunk::DONE)),
+        (
+            "half of the data, twice",
+            [half(0), half(chunk::DONE)].concat(),
+        ),
+        ("nothing", last.clone()),
+        (
+            "before the range",
+            piece(1, chunk::DATA, ours, &data(0, &[9; 512])),
+        ),
+        (
+            "behind the range",
+            piece(1, chunk::DATA, ours, &data(4097, &[9; 512])),
+        ),
+        (
+            "far behind",
+            piece(1, chunk::DATA, ours, &data(u64::MAX, &[9; 512])),
+        ),
+        (
+            "too large a hole",
+            piece(1, chunk::HOLE, ours, &hole(4096, u32::MAX)),
+        ),
+        ("an empty hole", piece(1, chunk::HOLE, ours, &hole(4096, 0))),
+        ("extents", piece(1, chunk::BLOCK_STATUS, ours, &[0; 12])),
+        ("an unknown chunk", piece(1, 77, ours, &[0; 12])),
+        (
+            "an error without a number",
+            piece(1, chunk::FAILED, ours, &[0; 2]),
+        ),
+        ("after its end", [last.clone(), last].concat()),
+    ] {
+        let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+        let content: Vec<u8> = (0..SIZE).map(|at| (at / 512) as u8).collect();
+        server.state().content = content.clone();
+        server.state().wrong = wrong;
+        server.ends(0, End::Wrong);
+        assert!(
+            bed.read(4096, 512).unwrap() == content[4096..4608],
+            "{what}"
+        );
+        assert_eq!(bed.stat("nbd_connections"), 2, "{what}");
+    }
+}
+
+#[test]
+fn error_of_a_server_is_the_guests() {
+    for structured in [true, false] {
+        let kind = Kind {
+            chunks: structured.then_some(4096),
+            ..Kind::new(SIZE)
+        };
+        let (_folder, server, bed) = served(kind, SETTLE);
+        let no_space = 28_u32.to_be_bytes();
+        server.state().wrong = match structured {
+            true => piece(
+                1,
+                chunk::FAILED,
+                [0xcc; 8],
+                &[&no_space[..], &[0; 2]].concat(),
+            ),
+            false => [&proto::REPLY_MAGIC.to_be_bytes(), &no_space[..], &[0xcc; 8]].concat(),
+        };
+        server.ends(0, End::Wrong);
+        assert_eq!(bed.write(0, &[1; 512], PLAIN), Err(Errno::NOSPC));
+        // The connection is as good as before.
+        assert_eq!(bed.stat("nbd_connections"), 1);
+    }
+}
+
+#[test]
+fn export_that_cannot_be_the_disk_is_refused() {
+    let good = || Kind::new(SIZE);
+    let read_only = Transmission::HAS_FLAGS | Transmission::READ_ONLY;
+    let refuses = |reply: u32| Kind {
+        refuses: Some(reply),
+        ..good()
+    };
+    let blocks = |blocks| Kind {
+        blocks: Some(blocks),
+        ..good()
+    };
+    for (kind, why) in [
+        (
+            Kind {
+                flags: read_only,
+                ..good()
+            },
+            "use the mode r",
+        ),
+        (Kind { size: 0, ..good() }, "0 bytes"),
+        (
+            Kind {
+                size: SIZE + 100,
+                ..good()
+            },
+            "no whole blocks",
+        ),
+        (blocks([8192, 8192, 1 << 20]), "8192 bytes at least"),
+        (blocks([0, 4096, 1 << 20]), "0 bytes at least"),
+        (blocks([1, 4096, 512]), "at most"),
+        (refuses(option_reply::UNKNOWN_EXPORT), "nbdinfo --list"),
+        (refuses(option_reply::TLS_REQUIRED), "TLS"),
+        (refuses(option_reply::POLICY), "(says theserver)"),
+    ] {
+        let (_folder, _server, bed) = served(kind.clone(), SETTLE);
+        let failure = bed.shape.unwrap_err();
+        assert!(failure.message.contains(why), "{kind:?}: {failure}");
+    }
+    let (folder, server, bed) = served(blocks([4096, 65536, 1 << 20]), SETTLE);
+    let shape = bed.shape.unwrap();
+    assert_eq!((shape.logical_block, shape.physical_block), (4096, 4096));
+    assert_eq!(shape.limits.transfer, 1 << 20);
+    drop((folder, server));
+}
+
+/// A server that comes back with another disk gets no request.
+#[test]
+fn another_export_behind_the_same_name_is_waited_out() {
+    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    bed.write(0, &[1; 512], PLAIN).unwrap();
+    bed.flush().unwrap();
+    server.ends(0, End::Before);
+    server.state().kind.size = SIZE / 2;
+    let (disk, runtime) = (bed.disk.clone(), bed.runtime.clone());
+    let data = Data::zeroed(512).unwrap();
+    let read = bed.runtime.block_on(async move {
+        let io = runtime.io.clone();
+        io.within(Duration::from_millis(700), disk.read(0, data))
+            .await
+    });
+    assert_eq!(read.unwrap(), Err(Errno::TIMEDOUT));
+    server.state().kind.size = SIZE;
+    assert_eq!(bed.read(0, 512).unwrap(), [1; 512]);
+}
+
+/// Who waits no more gets nothing into memory that is somebody else's by then.
+#[test]
+fn dropped_read_leaves_its_memory_alone() {
+    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    server.state().content.fill(3);
+    let data = Data::copied(&[0xee; 4096]).unwrap();
+    let (disk, target, runtime) = (bed.disk.clone(), data.clone(), bed.runtime.clone());
+    let read = bed.runtime.block_on(async move {
+        let io = runtime.io.clone();
+        io.within(Duration::from_nanos(1), disk.read(0, target))
+            .await
+    });
+    // The timer may be the later one.
+    if read.unwrap().is_err() {
+        assert_eq!(bed.read(8192, 512).unwrap(), [3; 512]);
+        assert_eq!(data.to_vec(), [0xee; 4096]);
+    }
+}
+
+/// QEMU's server, which is killed and started again.
+struct Qemu {
+    child: Child,
+    socket: PathBuf,
+    image: PathBuf,
+}
+
+impl Qemu {
+    fn start(folder: &Path, image: &Path) -> Self {
+        let socket = folder.join("qemu.sock");
+        Self {
+            child: Self::spawn(&socket, image),
+            socket,
+            image: image.into(),
+        }
+    }
+
+    fn spawn(socket: &Path, image: &Path) -> Child {
+        // What a dead one left is in the way.
+        let _ = std::fs::remove_file(socket);
+        let child = Command::new("qemu-nbd")
+            .args([
+                "--persistent",
+                "--shared=4",
+                "--format=raw",
+                "--discard=unmap",
+                "--socket",
+            ])
+            .arg(socket)
+            .arg(image)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("qemu-nbd, of the package qemu-utils");
+        while UnixStream::connect(socket).is_err() {
+            std::thread::yield_now();
+        }
+        child
+    }
+
+    fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = Self::spawn(&self.socket, &self.image);
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn server_of_qemu() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("a.img");
+    let size = 4 << 20;
+    std::fs::write(&image, vec![0; size]).unwrap();
+    let mut qemu = Qemu::start(folder.path(), &image);
+    let bed = Bed::new(&qemu.socket, SETTLE, true);
+    let shape = bed.shape.clone().unwrap();
+    assert_eq!(
+        (shape.size, shape.write_cache, shape.fua),
+        (size as u64, true, true)
+    );
+    let mut model = vec![0; size];
+    for step in 0..60_usize {
+        let at = step * 7919 % (size / 512 - 256) * 512;
+        let bytes: Vec<u8> = (0..512 * (1 + step))
+            .map(|i| (i / 512 + step) as u8)
+            .collect();
+        let how = if step % 5 == 0 { DURABLE } else { PLAIN };
+        bed.write(at, &bytes, how).unwrap();
+        model[at..at + bytes.len()].copy_from_slice(&bytes);
+        match step {
+            20 => {
+                bed.zero(0, 1 << 20, false).unwrap();
+                model[..1 << 20].fill(0);
+            }
+            10 | 30 | 40 => qemu.restart(),
+            50 => bed.flush().unwrap(),
+            _ => {}
+        }
+        assert!(bed.read(at, bytes.len()).unwrap() == bytes);
+    }
+    bed.zero(2 << 20, 1 << 20, false).unwrap();
+    model[2 << 20..3 << 20].fill(0);
+    bed.flush().unwrap();
+    assert!(bed.read(0, size).unwrap() == model);
+    assert!(std::fs::read(&image).unwrap() == model);
+    assert!(bed.stat("nbd_connections") >= 4);
+    let disk = bed.disk.clone();
+    let extents = bed
+        .runtime
+        .block_on(async move { disk.extents(2 << 20, 1 << 20).await });
+    assert_eq!(extents.unwrap().unwrap()[0].content, Content::Hole);
+    let disk = bed.disk.clone();
+    bed.runtime
+        .block_on(async move { disk.close().await })
+        .unwrap()
+        .unwrap();
+}

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An NBD server that does what the protocol allows, and dies in the ways that servers do.
+
+use drivers::nbd::proto::{
+    self, chunk, command, info, option, option_reply, CommandFlags, Handshake, Transmission,
+};
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+/// How late something is executed that a dead server had.
+pub(crate) const LATE: Duration = Duration::from_millis(60);
+
+/// What a server is like.
+#[derive(Clone, Debug)]
+pub(crate) struct Kind {
+    pub(crate) size: usize,
+    pub(crate) flags: Transmission,
+    /// Answers of reads are chunks, each of so many bytes at most; nothing for simple answers.
+    pub(crate) chunks: Option<usize>,
+    pub(crate) blocks: Option<[u32; 3]>,
+    /// Instead of the answer to GO.
+    pub(crate) refuses: Option<u32>,
+}
+
+impl Kind {
+    pub(crate) fn new(size: usize) -> Self {
+        use Transmission as T;
+        Self {
+            size,
+            flags: T::HAS_FLAGS | T::SEND_FLUSH | T::SEND_FUA | T::SEND_TRIM | T::SEND_WRITE_ZEROES,
+            chunks: Some(5000),
+            blocks: None,
+            refuses: None,
+        }
+    }
+}
+
+/// How a server ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The request in hand is not executed.
+    Before,
+    /// It is executed, and nobody hears of it.
+    After,
+    /// It is executed when the connection is long gone.
+    Late,
+    /// Its machine loses power: what was not flushed is gone.
+    Power,
+    /// It says something that makes no sense, see [`Server::wrong`].
+    Wrong,
+}
+
+/// What the server has, and what is to happen.
+pub(crate) struct State {
+    /// What survives the loss of power.
+    pub(crate) durable: Vec<u8>,
+    /// What is read.
+    pub(crate) content: Vec<u8>,
+    /// Requests until an end.
+    pub(crate) ends: Option<(u32, End)>,
+    /// What is sent instead of an answer.
+    pub(crate) wrong: Vec<u8>,
+    /// Bytes that were lost with the power.
+    pub(crate) lost: usize,
+    /// Times that it ended.
+    pub(crate) deaths: u32,
+    pub(crate) kind: Kind,
+    /// It accepts nobody.
+    pub(crate) is_away: bool,
+}
+
+/// A server at a socket.
+pub(crate) struct Server {
+    state: Arc<Mutex<State>>,
+    path: PathBuf,
+}
+
+impl Server {
+    pub(crate) fn new(folder: &Path, kind: Kind) -> Self {
+        let path = folder.join("nbd.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let state = Arc::new(Mutex::new(State {
+            durable: vec![0; kind.size],
+            content: vec![0; kind.size],
+            ends: None,
+            wrong: Vec::new(),
+            lost: 0,
+            deaths: 0,
+            kind,
+            is_away: false,
+        }));
+        let its = state.clone();
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let (its, client) = (its.clone(), client.unwrap());
+                if its.lock().unwrap().is_away {
+                    continue;
+                }
+                // However it ends: the client sees it.
+                thread::spawn(move || {
+                    drop(
+                        Client {
+                            stream: client,
+                            state: its,
+                        }
+                        .serve(),
+                    )
+                });
+            }
+        });
+        Self { state, path }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// It ends so with the request after `requests` others.
+    pub(crate) fn ends(&self, requests: u32, end: End) {
+        self.state().ends = Some((requests, end));
+    }
+}
+
+struct Client {
+    stream: UnixStream,
+    state: Arc<Mutex<State>>,
+}
+
+impl Client {
+    fn serve(mut self) -> io::Result<()> {
+        if !self.shake_hands()? {
+            return Ok(());
+        }
+        while self.request()? {}
+        Ok(())
+    }
+
+    fn array<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn u32(&mut self) -> io::Result<u32> {
+        Ok(u32::from_be_bytes(self.array()?))
+    }
+
+    fn kind(&self) -> Kind {
+        self.state.lock().unwrap().kind.clone()
+    }
+
+    fn shake_hands(&mut self) -> io::Result<bool> {
+        let kind = self.kind();
+        self.stream.write_all(proto::MAGIC)?;
+        let flags = Handshake::all().bits() as u16;
+        self.stream.write_all(&flags.to_be_bytes())?;
+        assert_eq!(self.u32()?, Handshake::all().bits());
+        loop {
+            assert_eq!(self.array()?, proto::OPTION_MAGIC.to_be_bytes());
+            let asked = self.u32()?;
+            let mut data = vec![0; self.u32()? as usize];
+            self.stream.read_exact(&mut data)?;
+            match asked {
+                option::STRUCTURED_REPLY if kind.chunks.is_some() => {
+                    self.reply(asked, option_reply::ACK, &[])?;
+                }
+                option::SET_META_CONTEXT if kind.chunks.is_some() => {
+                    let context = [&7_u32.to_be_bytes(), proto::ALLOCATION].concat();
+                    self.reply(asked, option_reply::META_CONTEXT, &context)?;
+                    self.reply(asked, option_reply::ACK, &[])?;
+                }
+                option::GO => {
+                    if let Some(kind) = kind.refuses {
+                        self.reply(asked, kind, b"says the\nserver")?;
+                        continue;
+                    }
+                    let mut brief = info::EXPORT.to_be_bytes().to_vec();
+                    brief.extend((kind.size as u64).to_be_bytes());
+                    brief.extend(kind.flags.bits().to_be_bytes());
+                    self.reply(asked, option_reply::INFO, &brief)?;
+                    if let Some(blocks) = kind.blocks {
+                        let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
+                        blocks.iter().for_each(|b| sizes.extend(b.to_be_bytes()));
+                        self.reply(asked, option_reply::INFO, &sizes)?;
+                    }
+                    self.reply(asked, option_reply::ACK, &[])?;
+                    return Ok(true);
+                }
+                _ => self.reply(asked, option_reply::UNSUPPORTED, &[])?,
+            }
+        }
+    }
+
+    fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
+        let mut bytes = proto::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(option.to_be_bytes());
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend((data.len() as u32).to_be_bytes());
+        bytes.extend(data);
+        self.stream.write_all(&bytes)
+    }
+
+    /// One request; false if it was the last one.
+    fn request(&mut self) -> io::Result<bool> {
+        assert_eq!(self.u32()?, proto::REQUEST_MAGIC);
+        let flags = CommandFlags::from_bits_retain(u16::from_be_bytes(self.array()?));
+        let asked = u16::from_be_bytes(self.array()?);
+        let cookie: [u8; 8] = self.array()?;
+        let offset = u64::from_be_bytes(self.array()?) as usize;
+        let len = self.u32()? as usize;
+        let mut payload = vec![0; if asked == command::WRITE { len } else { 0 }];
+        self.stream.read_exact(&mut payload)?;
+        let request = Asked {
+            command: asked,
+            is_durable: flags.contains(CommandFlags::FUA),
+            offset,
+            len,
+            payload,
+        };
+        if asked == command::DISCONNECT {
+            return Ok(false);
+        }
+        let end = {
+            let mut state = self.state.lock().unwrap();
+            match &mut state.ends {
+                Some((0, end)) => {
+                    let end = *end;
+                    state.ends = None;
+                    state.deaths += 1;
+                    Some(end)
+                }
+                Some((left, _)) => {
+                    *left -= 1;
+                    None
+                }
+                None => None,
+            }
+        };
+        if let Some(end) = end {
+            self.end(end, request, cookie)?;
+            return Ok(false);
+        }
+        let read = self.state.lock().unwrap().execute(&request);
+        self.answer(&request, cookie, &read)?;
+        Ok(true)
+    }
+
+    fn end(&mut self, end: End, request: Asked, cookie: [u8; 8]) -> io::Result<()> {
+        match end {
+            End::Before => {}
+            End::After => drop(self.state.lock().unwrap().execute(&request)),
+            End::Late => {
+                let state = self.state.clone();
+                thread::spawn(move || {
+                    thread::sleep(LATE);
+                    state.lock().unwrap().execute(&request);
+                });
+            }
+            End::Power => {
+                let mut state = self.state.lock().unwrap();
+                let pairs = state.content.iter().zip(&state.durable);
+                state.lost += pairs.filter(|(a, b)| a != b).count();
+                state.content = state.durable.clone();
+            }
+            End::Wrong => {
+                let wrong = self.state.lock().unwrap().wrong.clone();
+                // The client may be gone when it has seen the first bytes.
+                let _ = self.stream.write_all(&patched(&wrong, cookie));
+                // It is the client that must end it.
+                let _ = self.stream.read(&mut [0; 1]);
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, request: &Asked, cookie: [u8; 8], read: &[u8]) -> io::Result<()> {
+        let Some(most) = self.kind().chunks else {
+            let mut bytes = proto::REPLY_MAGIC.to_be_bytes().to_vec();
+            bytes.extend([0; 4]);
+            bytes.extend(cookie);
+            bytes.extend(read);
+            return self.stream.write_all(&bytes);
+        };
+        let mut chunks: Vec<(u16, Vec<u8>)> = Vec::new();
+        match request.command {
+            command::READ => {
+                for (at, piece) in read.chunks(most).enumerate() {
+                    let offset = ((request.offset + at * most) as u64).to_be_bytes();
+                    chunks.push(match piece.iter().all(|byte| *byte == 0) {
+                        true => {
+                            let len = (piece.len() as u32).to_be_bytes();
+                            (chunk::HOLE, [&offset[..], &len].concat())
+                        }
+                        false => (chunk::DATA, [&offset[..], piece].concat()),
+                    });
+                }
+                // In any order.
+                chunks.reverse();
+            }
+            command::BLOCK_STATUS => {
+                let state = self.state.lock().unwrap();
+                let range = &state.content[request.offset..][..request.len];
+                let mut content = 7_u32.to_be_bytes().to_vec();
+                for block in range.chunks(512) {
+                    let state = match block.iter().all(|byte| *byte == 0) {
+                        true => proto::STATE_ZERO | proto::STATE_HOLE,
+                        false => 0,
+                    };
+                    content.extend((block.len() as u32).to_be_bytes());
+                    content.extend(state.to_be_bytes());
+                }
+                chunks.push((chunk::BLOCK_STATUS, content));
+            }
+            _ => chunks.push((chunk::NONE, Vec::new())),
+        }
+        let last = chunks.len() - 1;
+        for (index, (kind, content)) in chunks.iter().enumerate() {
+            let flags = if index == last { chunk::DONE } else { 0 };
+            self.stream
+                .write_all(&piece(flags, *kind, cookie, content))?;
+        }
+        Ok(())
+    }
+}
+
+/// The cookie of a request in what is sent instead of its answer: 8 bytes of 0xcc.
+fn patched(wrong: &[u8], cookie: [u8; 8]) -> Vec<u8> {
+    let mut bytes = wrong.to_vec();
+    if let Some(at) = bytes.windows(8).position(|part| part == [0xcc; 8]) {
+        bytes[at..at + 8].copy_from_slice(&cookie);
+    }
+    bytes
+}
+
+/// A chunk.
+pub(crate) fn piece(flags: u16, kind: u16, cookie: [u8; 8], content: &[u8]) -> Vec<u8> {
+    let mut bytes = proto::CHUNK_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie);
+    bytes.extend((content.len() as u32).to_be_bytes());
+    bytes.extend(content);
+    bytes
+}
+
+struct Asked {
+    command: u16,
+    is_durable: bool,
+    offset: usize,
+    len: usize,
+    payload: Vec<u8>,
+}
+
+impl State {
+    fn execute(&mut self, request: &Asked) -> Vec<u8> {
+        let range = request.offset..request.offset + request.len;
+        match request.command {
+            command::READ => return self.content[range].to_vec(),
+            command::WRITE => self.content[range.clone()].copy_from_slice(&request.payload),
+            command::WRITE_ZEROES | command::TRIM => self.content[range.clone()].fill(0),
+            command::FLUSH => self.durable = self.content.clone(),
+            _ => {}
+        }
+        if request.is_durable {
+            self.durable[range.clone()].copy_from_slice(&self.content[range]);
+        }
+        Vec::new()
+    }
+}
