@@ -3,7 +3,7 @@
 
 use crate::apart::{apart, let_go, LIMIT};
 use control::tapdisk::Open;
-use control::{Code, Failure};
+use control::{Code, Export, Failure};
 use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -27,6 +27,11 @@ pub enum Identity {
         /// Its number.
         rdev: u64,
     },
+    /// An export of a server.
+    Export {
+        /// Of its address: the same for the same one.
+        digest: u64,
+    },
 }
 
 impl Identity {
@@ -36,6 +41,15 @@ impl Identity {
             ino: stat.st_ino,
         }
     }
+
+    /// FNV-1a, which the next supervisor has, too: two exports are taken for one if they have the same, and only
+    /// one of them is served then.
+    fn export(address: &str) -> Identity {
+        let digest = address.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+            (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        Identity::Export { digest }
+    }
 }
 
 /// An image that exists. It is held by a descriptor that allows no I/O and counts for no lock, so
@@ -43,7 +57,8 @@ impl Identity {
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
-    held: OwnedFd,
+    /// Nothing for an export, of which only its server has something.
+    held: Option<OwnedFd>,
     identity: Identity,
     born: Option<u64>,
     /// The permission bits of the file.
@@ -91,7 +106,7 @@ impl Image {
         Ok(Image {
             path: path.into(),
             born: born(&held),
-            held,
+            held: Some(held),
             identity,
             permissions: stat.st_mode & 0o7777,
         })
@@ -106,13 +121,39 @@ impl Image {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Socket => Ok(Image {
                 path: path.into(),
-                held,
+                held: Some(held),
                 identity: Identity::file(&stat),
                 born: None,
                 permissions: stat.st_mode & 0o7777,
             }),
             _ => Err(not_a(path, "no socket")),
         }
+    }
+
+    /// An export, whether or not its server is there. A socket has one address, whatever the name of its folder.
+    ///
+    /// # Errors
+    /// There is no such folder.
+    pub fn export(export: &Export) -> Result<Image, Failure> {
+        let place = PathBuf::from(export.to_string());
+        let address = match export.socket() {
+            Some(socket) => real(socket)?,
+            None => None,
+        };
+        let address = address.map_or(export.clone(), |socket| export.clone().at(socket));
+        Ok(Image {
+            identity: Identity::export(&address.to_string()),
+            path: place,
+            held: None,
+            born: None,
+            permissions: 0o600,
+        })
+    }
+
+    /// It is an export of a server.
+    #[must_use]
+    pub fn is_export(&self) -> bool {
+        self.held.is_none()
     }
 
     /// What it is.
@@ -146,6 +187,9 @@ impl Image {
     /// # Errors
     /// The system does not say.
     pub fn place(&self) -> Result<PathBuf, Failure> {
+        if self.is_export() {
+            return Ok(self.path.clone());
+        }
         std::fs::read_link(self.again()).map_err(|error| {
             Failure::system(
                 format!("cannot see where {} is", self.path.display()),
@@ -157,14 +201,20 @@ impl Image {
     /// It is a file that is marked as one that nobody writes. It is looked at again each time.
     #[must_use]
     pub fn is_unwritable(&self) -> bool {
-        let mode = rustix::fs::fstat(&self.held).map(|stat| stat.st_mode);
+        let Some(held) = &self.held else {
+            return false;
+        };
+        let mode = rustix::fs::fstat(held).map(|stat| stat.st_mode);
         matches!(self.identity, Identity::File { .. }) && mode.is_ok_and(|mode| mode & 0o222 == 0)
     }
 
-    /// A path that leads to it and to nothing else, as long as it is held.
+    /// A path that leads to it and to nothing else, as long as it is held. To an export no path leads.
     #[must_use]
     pub fn again(&self) -> String {
-        format!("/proc/self/fd/{}", self.held.as_raw_fd())
+        match &self.held {
+            Some(held) => format!("/proc/self/fd/{}", held.as_raw_fd()),
+            None => self.path.display().to_string(),
+        }
     }
 
     /// It is a block device that dom0's kernel has promised to somebody: a file system, an array, a
@@ -188,13 +238,14 @@ impl Image {
     /// The number of the mount through which it was found.
     #[must_use]
     pub fn mount(&self) -> Option<u64> {
-        let info = format!("/proc/self/fdinfo/{}", self.held.as_raw_fd());
+        let info = format!("/proc/self/fdinfo/{}", self.held.as_ref()?.as_raw_fd());
         let text = std::fs::read_to_string(info).ok()?;
         let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
         number.trim().parse().ok()
     }
 
-    /// Opens it once more; without the page cache if `direct` and if its file system can.
+    /// Opens it once more; without the page cache if `direct` and if its file system can. An export is nothing that
+    /// could be opened: its process asks for a connection.
     ///
     /// # Errors
     /// The system refuses to, or the file is marked as one that is not to be written.
@@ -209,6 +260,10 @@ impl Image {
                     self.path.display()
                 ),
             ));
+        }
+        if self.is_export() {
+            let (fd, direct) = (None, true);
+            return Ok(Opened { fd, direct });
         }
         let again = self.again();
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
@@ -249,15 +304,35 @@ pub async fn find(path: &Path) -> Result<Arc<Image>, Failure> {
     Ok(Arc::new(image))
 }
 
-/// Finds the image of a target, if its driver has one.
+/// Finds the image of a target, if its driver has one, or the export.
 ///
 /// # Errors
 /// There is none at the path.
 pub async fn of(open: &Open) -> Result<Option<Arc<Image>>, Failure> {
-    match open.target.path() {
-        Some(path) => find(path).await.map(Some),
-        None => Ok(None),
+    match (open.target.path(), open.target.export()) {
+        (Some(path), _) => find(path).await.map(Some),
+        (None, Some(export)) => {
+            let wanted = export.clone();
+            let place = export.socket().unwrap_or(Path::new("/"));
+            let image = apart(place, LIMIT, move || Image::export(&wanted)).await?;
+            Ok(Some(Arc::new(image)))
+        }
+        (None, None) => Ok(None),
     }
+}
+
+/// Where a socket is, or would be, without links in the names of its folders.
+fn real(socket: &Path) -> Result<Option<PathBuf>, Failure> {
+    let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Ok(None);
+    };
+    let folder = std::fs::canonicalize(folder).map_err(|error| {
+        Failure::system(
+            format!("cannot find the folder of the socket {}", socket.display()),
+            &error,
+        )
+    })?;
+    Ok(Some(folder.join(name)))
 }
 
 /// Another image is where that of a disk was.

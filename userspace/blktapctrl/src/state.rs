@@ -71,6 +71,7 @@ impl Whose {
             None => "none".into(),
             Some(Identity::File { dev, ino }) => format!("file-{dev:x}-{ino:x}"),
             Some(Identity::Device { rdev }) => format!("device-{rdev:x}"),
+            Some(Identity::Export { digest }) => format!("export-{digest:x}"),
         };
         let born = self.born.unwrap_or_default();
         format!("xentap-state-{}-{image}-{born:x}", self.minor)

@@ -34,6 +34,7 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod export;
 mod failure;
 mod lease;
 pub mod socket;
@@ -44,6 +45,7 @@ mod target;
 pub mod wire;
 
 pub use channel::Channel;
+pub use export::{Export, Listener};
 pub use failure::{Code, Failure};
 pub use lease::LeaseKind;
 pub use target::{size, typed_size, yes_or_no, Driver, Target};

@@ -338,6 +338,11 @@ pub enum Needed {
         /// Its absolute path.
         path: PathBuf,
     },
+    /// A connection to the server of the [export](Target::export) that is served, or is to be.
+    Server {
+        /// What that is.
+        target: Target,
+    },
     /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last
     /// process left. A process that waits in vain for a while does without. Its size cannot change. What is
     /// in it is the processes' own affair: who does not
@@ -356,7 +361,7 @@ impl Needed {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Parent { path } | Self::Extent { path } | Self::Socket { path } => Some(path),
-            Self::State { .. } | Self::Other => None,
+            Self::Server { .. } | Self::State { .. } | Self::Other => None,
         }
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
-use crate::{Failure, LeaseKind};
+use crate::{Export, Failure, LeaseKind};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -28,17 +28,20 @@ pub enum Driver {
     Vhd,
     /// An image of the format VMDK.
     Vmdk,
+    /// An export of an NBD server.
+    Nbd,
 }
 
 impl Driver {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Aio,
         Self::Sync,
         Self::Qcow2,
         Self::Qcow,
         Self::Vhd,
         Self::Vmdk,
+        Self::Nbd,
         Self::Ram,
         Self::Null,
     ];
@@ -54,12 +57,13 @@ impl Driver {
             Self::Qcow => "qcow",
             Self::Vhd => "vhd",
             Self::Vmdk => "vmdk",
+            Self::Nbd => "nbd",
         }
     }
 
-    /// True if the argument is the path of an image; otherwise it is a size.
+    /// True if the argument is the path of an image; otherwise it is a size, or an [`Export`].
     pub fn has_image(self) -> bool {
-        !matches!(self, Self::Ram | Self::Null)
+        !matches!(self, Self::Ram | Self::Null | Self::Nbd)
     }
 
     /// The image is not the disk byte for byte: it has tables of its own, which one process writes.
@@ -98,6 +102,8 @@ impl FromStr for Driver {
             // What configurations of xl and of blktap say of a raw file, and QEMU of a VHD.
             "file" | "raw" => "aio",
             "vpc" => "vhd",
+            // The address of a socket, see `Export`.
+            "nbd+unix" => "nbd",
             name => name,
         };
         Self::ALL
@@ -131,6 +137,7 @@ pub struct Target {
 enum Argument {
     Image(PathBuf),
     Size(u64),
+    Export(Export),
 }
 
 impl Target {
@@ -213,14 +220,22 @@ impl Target {
     pub fn path(&self) -> Option<&Path> {
         match &self.argument {
             Argument::Image(path) => Some(path),
-            Argument::Size(_) => None,
+            Argument::Size(_) | Argument::Export(_) => None,
+        }
+    }
+
+    /// The export of an NBD server, if it is one.
+    pub fn export(&self) -> Option<&Export> {
+        match &self.argument {
+            Argument::Export(export) => Some(export),
+            Argument::Image(_) | Argument::Size(_) => None,
         }
     }
 
     /// The disk's size in bytes, if it is said here and not found in the image.
     pub fn size(&self) -> Option<u64> {
         match &self.argument {
-            Argument::Image(_) => None,
+            Argument::Image(_) | Argument::Export(_) => None,
             Argument::Size(bytes) => Some(*bytes),
         }
     }
@@ -235,6 +250,8 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
             )));
         }
         Argument::Image(path)
+    } else if driver == Driver::Nbd {
+        Argument::Export(Export::parse(argument)?)
     } else {
         Argument::Size(size(argument).ok_or_else(|| {
             Failure::invalid(format!(
@@ -348,6 +365,7 @@ impl fmt::Display for Target {
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
             Argument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
+            Argument::Export(export) => export.fmt(f),
         }
     }
 }
@@ -413,6 +431,9 @@ mod tests {
             ("vhd:/srv/a.vhd", "vhd:/srv/a.vhd"),
             ("aio:qcow2:/srv/a.qcow2", "qcow2:/srv/a.qcow2"),
             ("tap:vmdk:/srv/a.vmdk", "vmdk:/srv/a.vmdk"),
+            ("aio:nbd:host:99:exportname=a", "nbd://host:99/a"),
+            ("nbd+unix:///a?socket=/run/s", "nbd+unix:///a?socket=/run/s"),
+            ("tap:nbd:unix:/run/s", "nbd+unix:///?socket=/run/s"),
         ] {
             assert_eq!(Target::from_params(params).unwrap().to_string(), target);
         }
@@ -427,7 +448,11 @@ mod tests {
             assert_eq!(driver.name().parse(), Ok(driver));
             let text = serde_json::to_string(&driver).unwrap();
             assert_eq!(text, format!("\"{driver}\""));
-            let argument = if driver.has_image() { "/srv/a" } else { "512" };
+            let argument = match driver {
+                Driver::Nbd => "//host/a",
+                driver if driver.has_image() => "/srv/a",
+                _ => "512",
+            };
             let target: Target = format!("tap:{driver}:{argument}").parse().unwrap();
             assert_eq!(target.driver(), driver);
         }

@@ -27,6 +27,11 @@ pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), F
         (Name::Aio | Name::Sync, _, None) | (Name::Ram, Some(_), None) => {
             return Err(missing(open))
         }
+        (Name::Nbd, _, _) => {
+            return Err(Failure::unsupported(
+                "an export is opened by who has a connection to its server: use tapdisk",
+            ))
+        }
         (name @ (Name::Ram | Name::Null), None, _) => {
             return Err(Failure::invalid(format!(
                 "the driver {name} needs a size, such as {name}:64M"

@@ -43,10 +43,11 @@ pub(crate) struct Cli {
 }
 
 const HELP: &str = "\
-A target is DRIVER:IMAGE or DRIVER:SIZE:
+A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
   aio:/srv/a.img      a raw file or block device, past the page cache
   sync:/srv/a.img     the same, on file systems that cannot do that
   qcow2:/srv/a.qcow2  an image of that format; so are qcow:, vhd: and vmdk:
+  nbd://host/disk     an export of an NBD server; nbd+unix:///disk?socket=/run/a.sock is one of this host
   ram:64M             memory of dom0; the content is there until the disk is destroyed
   null:64M            zeroes; writes are forgotten
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does

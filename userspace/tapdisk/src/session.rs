@@ -52,7 +52,7 @@ pub struct Session {
     /// What the kernel may do by itself.
     direct: Rc<Direct>,
     /// What the supervisor is asked for.
-    needs: Needs,
+    needs: Rc<Needs>,
     /// What the next process learns of what this one has counted.
     kept: RefCell<Option<Rc<Kept>>>,
     jobs: Jobs,
@@ -123,7 +123,7 @@ impl Session {
             troubles: Rc::default(),
             lost: Rc::default(),
             direct: Rc::default(),
-            needs: Needs::default(),
+            needs: Rc::default(),
             kept: RefCell::default(),
             jobs: Jobs::default(),
             turns: Cell::new(0),

@@ -8,6 +8,7 @@ mod boot;
 mod checked;
 mod death;
 mod direct;
+mod export;
 mod faults;
 mod formats;
 mod handoff;
@@ -450,6 +451,7 @@ pub(crate) fn all() -> Vec<Case> {
         handoff::cases(),
         snapshot::cases(),
         mirror::cases(),
+        export::cases(),
         lease::cases(),
         images::cases(),
         permission::cases(),

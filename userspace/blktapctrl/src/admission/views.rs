@@ -55,7 +55,7 @@ pub(super) fn identity(path: &Path) -> Option<Identity> {
 pub(super) fn device_node(path: &Path) -> Option<u64> {
     match identity(path.starts_with("/dev").then_some(path)?)? {
         Identity::Device { rdev } => Some(rdev),
-        Identity::File { .. } => None,
+        Identity::File { .. } | Identity::Export { .. } => None,
     }
 }
 

@@ -388,6 +388,12 @@ impl Lifecycle {
                 "{target} does not outlive the disk: give an image"
             )));
         }
+        if target.driver() == Driver::Nbd {
+            return Err(Failure::unsupported(format!(
+                "{target} is an export of a server, to which no disk is copied yet: copy it while it is paused, with \
+                 tapimg convert or qemu-img convert -n"
+            )));
+        }
         self.check_followed(disk, target)
     }
 }

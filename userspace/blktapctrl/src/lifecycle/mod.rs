@@ -18,6 +18,7 @@ mod open;
 mod pause;
 mod renew;
 mod serve;
+mod server;
 mod snapshot;
 mod stream;
 mod suspend;

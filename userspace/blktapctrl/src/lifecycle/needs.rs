@@ -2,10 +2,10 @@
 //! Processes ask for what they cannot open themselves; what is decided is sent back.
 
 use super::trouble::{until_end, Rate};
-use super::Lifecycle;
+use super::{server, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
-use crate::image::{Image, Opened};
+use crate::image::Opened;
 use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Role;
@@ -13,19 +13,13 @@ use crate::registry::Registry;
 use crate::state::{State, Whose};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
-use control::{Code, Failure};
-use rustix::io::ioctl_fionbio;
-use rustix::net::sockopt::{set_socket_timeout, Timeout};
-use rustix::net::{socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use control::{Code, Failure, Target};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a server may take to accept a connection.
-const CONNECT: Duration = Duration::from_secs(10);
 /// Answers of a process, and to it, that do not wait.
 const BURST: u64 = 256;
 /// Time between any more, so that a process that asks all the time does not keep the supervisor busy.
@@ -43,6 +37,8 @@ struct Heard {
     messages: u64,
     refused: Rate,
     reconnected: Rate,
+    /// It has been given a connection to the server of its disk.
+    is_connected: bool,
 }
 
 impl Heard {
@@ -51,6 +47,7 @@ impl Heard {
             messages: 0,
             refused: Rate::new(),
             reconnected: Rate::new(),
+            is_connected: false,
         }
     }
 
@@ -81,6 +78,13 @@ impl Heard {
                 _,
             )) => {
                 let path = path.clone();
+                (&mut self.reconnected, What::Reconnected { path })
+            }
+            Ok((Given::Export { place, .. }, _)) => {
+                if !std::mem::replace(&mut self.is_connected, true) {
+                    return;
+                }
+                let path = place.clone();
                 (&mut self.reconnected, What::Reconnected { path })
             }
             Ok(_) => return,
@@ -131,6 +135,11 @@ enum Given {
         /// Not the first one to this socket.
         again: Option<PathBuf>,
     },
+    /// A connection to the server of an export.
+    Export {
+        stream: OwnedFd,
+        place: PathBuf,
+    },
     /// Memory.
     State(OwnedFd),
 }
@@ -139,7 +148,9 @@ impl Given {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Given::File(opened) => opened.fd(),
-            Given::Server { stream: fd, .. } | Given::State(fd) => Some(fd.as_fd()),
+            Given::Server { stream: fd, .. }
+            | Given::Export { stream: fd, .. }
+            | Given::State(fd) => Some(fd.as_fd()),
         }
     }
 }
@@ -174,6 +185,7 @@ impl Lifecycle {
             Needed::Parent { path } => self.file(&disk, Role::Parent, path).await,
             Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
             Needed::Socket { path } => self.connect(&disk, path).await,
+            Needed::Server { target } => self.server(&disk, target).await,
             Needed::Other => Err(Failure::unsupported(
                 "this blktapctrl does not know what is asked for: install the one of the tapdisk",
             )),
@@ -186,11 +198,12 @@ impl Lifecycle {
             Needed::Parent { .. } => Some(Role::Parent),
             Needed::Extent { .. } => Some(Role::Extent),
             Needed::Socket { .. } => Some(Role::Socket),
-            Needed::State { .. } | Needed::Other => None,
+            Needed::Server { .. } | Needed::State { .. } | Needed::Other => None,
         };
         let disk = self.registry.of_process(process);
-        let is_its = disk.is_some_and(|disk| match (role, what.path()) {
-            (Some(role), Some(path)) => self.admission.known(&disk, role, path).is_some(),
+        let is_its = disk.is_some_and(|disk| match (role, what.path(), what) {
+            (Some(role), Some(path), _) => self.admission.known(&disk, role, path).is_some(),
+            (_, _, Needed::Server { target }) => serves(&disk, target),
             _ => true,
         });
         match is_its && !process.is_dismissed() {
@@ -220,39 +233,34 @@ impl Lifecycle {
         Ok((Given::File(opened), provided))
     }
 
+    /// A connection to the server of an export, which whoever made the disk has named.
+    async fn server(&self, disk: &Disk, target: &Target) -> Result<(Given, Provided), Failure> {
+        let export = target.export().filter(|_| serves(disk, target));
+        let export = export.ok_or_else(|| {
+            Failure::new(
+                Code::Denied,
+                format!("disk {} is not served from {target}", disk.minor),
+            )
+        })?;
+        let place = PathBuf::from(export.to_string());
+        let stream = server::connect(export.clone(), self.registry.folder.root()).await?;
+        Ok((Given::Export { stream, place }, Provided::Shared))
+    }
+
     async fn connect(&self, disk: &Disk, path: &Path) -> Result<(Given, Provided), Failure> {
         let (socket, again) = self.admission.socket(disk, path).await?;
-        let stream = connect(socket, path).await?;
+        let stream = server::connect_to(socket, path).await?;
         let again = again.then(|| path.to_path_buf());
         Ok((Given::Server { stream, again }, Provided::Shared))
     }
 }
 
-/// Connects to the socket that was looked at, whatever the path leads to by now. A server that is slow to
-/// accept is waited for, which only a call that blocks does.
-async fn connect(socket: Arc<Image>, path: &Path) -> Result<OwnedFd, Failure> {
-    let place = path.to_path_buf();
-    apart(path, LIMIT, move || {
-        connect_within(&socket.again(), CONNECT).map_err(|error| {
-            let what = format!(
-                "cannot connect to {}: see whether its server runs and accepts",
-                place.display()
-            );
-            Failure::system(what, &error.into())
-        })
-    })
-    .await
-}
-
-fn connect_within(place: &str, limit: Duration) -> rustix::io::Result<OwnedFd> {
-    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
-    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
-    // It holds for connecting, too.
-    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(place)?)?;
-    set_socket_timeout(&socket, Timeout::Send, None)?;
-    ioctl_fionbio(&socket, true)?;
-    Ok(socket)
+/// What a disk is served from, or is about to be.
+fn serves(disk: &Disk, target: &Target) -> bool {
+    let record = disk.record.borrow();
+    let next = record.next.as_ref().map(|next| &next.open);
+    let mut all = record.open.iter().chain(next);
+    all.any(|open| open.target == *target)
 }
 
 /// The state that is the disk's, or a new one.
@@ -264,32 +272,4 @@ fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided),
     };
     let fd = State::give(&mut place.borrow_mut(), whose, size, process.known())?;
     Ok((Given::State(fd), Provided::Shared))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::connect_within;
-    use rustix::io::Errno;
-    use std::os::unix::net::UnixListener;
-    use std::time::Duration;
-
-    #[test]
-    fn a_server_that_is_slow_to_accept_is_waited_for() {
-        let place = std::env::temp_dir().join(format!("slow-{}.sock", std::process::id()));
-        let name = place.to_str().expect("a name").to_owned();
-        let (long, short) = (Duration::from_secs(20), Duration::from_millis(10));
-        let listener = UnixListener::bind(&place).expect("a socket");
-        rustix::net::listen(&listener, 0).expect("a short queue");
-        let _first = connect_within(&name, long).expect("there is room");
-        assert_eq!(
-            connect_within(&name, short).expect_err("none"),
-            Errno::AGAIN
-        );
-        let second = std::thread::spawn(move || connect_within(&name, long).map(drop));
-        for _ in 0..2 {
-            listener.accept().expect("a client");
-        }
-        assert_eq!(second.join().expect("a thread"), Ok(()));
-        std::fs::remove_file(place).expect("remove");
-    }
 }

@@ -606,7 +606,7 @@ impl Needs {
 /// Uses what was given.
 fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd) {
     match what {
-        Needed::Socket { .. } => {
+        Needed::Socket { .. } | Needed::Server { .. } => {
             let stream = UnixStream::from(fd);
             stream.set_nonblocking(false).expect("a socket");
             io::Write::write_all(&mut &stream, b"hello").expect("a server");

@@ -4,7 +4,7 @@
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Request, What};
-use control::tapdisk::Needed;
+use control::tapdisk::{Needed, Open};
 use control::{Code, Target};
 use std::fs;
 use std::io::Read;
@@ -12,6 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 /// What the next process will ask for.
@@ -400,14 +401,6 @@ fn a_server_is_connected_to_again() {
         let folder = bed.dir.join("servers");
         fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join("server");
-        let hello = |listener: UnixListener| {
-            std::thread::spawn(move || {
-                let (mut stream, _) = listener.accept().expect("a client");
-                let mut text = [0; 5];
-                stream.read_exact(&mut text).expect("a client");
-                text
-            })
-        };
         let server = hello(UnixListener::bind(&path).expect("a socket"));
         let socket = Needed::Socket { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&socket));
@@ -442,6 +435,112 @@ fn a_server_is_connected_to_again() {
             .skip(before)
             .any(|line| line == "connected"));
         bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// A server that one client says something to.
+fn hello(listener: UnixListener) -> JoinHandle<[u8; 5]> {
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        let mut text = [0; 5];
+        stream.read_exact(&mut text).expect("a client");
+        text
+    })
+}
+
+#[test]
+fn an_export_is_reached_by_its_disk_alone() {
+    test("needs-export", |bed| async move {
+        let path = bed.dir.join("nbd.sock");
+        let target = |place: &Path, name: &str| -> Target {
+            let text = format!("nbd:unix:{}:exportname={name}", place.display());
+            text.parse().expect("a target")
+        };
+        let create = |target: &Target, mode: Mode| Create {
+            open: Open::new(target.clone()),
+            mode,
+            ..bed.create("a.img")
+        };
+        let first = target(&path, "a");
+        let need = |target: &Target| Needed::Server {
+            target: target.clone(),
+        };
+        let server = hello(UnixListener::bind(&path).expect("a socket"));
+        ask(&bed, "ask", &[need(&first)]);
+        let minor = bed.made(create(&first, Mode::Write)).await;
+        assert_eq!(server.join().expect("a server"), *b"hello");
+        // Another disk does not get it, whatever the name of the socket's folder.
+        let folder = bed.dir.join("other-name");
+        std::os::unix::fs::symlink(&bed.dir, &folder).expect("a link");
+        for place in [&path, &folder.join("nbd.sock")] {
+            let why = refused(&bed, create(&target(place, "a"), Mode::Read)).await;
+            assert!(why.contains(&format!("tap disk {minor}")), "{why}");
+        }
+        // Nor what its process likes to have.
+        let other = target(&path, "b");
+        ask(&bed, "ask", &[need(&first)]);
+        let why = refused(&bed, create(&other, Mode::Write)).await;
+        assert!(why.contains("is not served from nbd+unix"), "{why}");
+        // Readers share it. A server that is away is said.
+        fs::remove_file(&path).expect("remove");
+        ask(&bed, "ask", &[need(&other)]);
+        let why = refused(&bed, create(&other, Mode::Read)).await;
+        assert!(why.contains("nbd.sock"), "{why}");
+        ask(&bed, "ask", &[]);
+        for _ in 0..2 {
+            bed.made(create(&other, Mode::Read)).await;
+        }
+        // It comes back, and is connected to again.
+        let server = hello(UnixListener::bind(&path).expect("a socket"));
+        ask(&bed, "ask-later", &[need(&first)]);
+        let resize = bed.ask(Request::Resize(which(minor)));
+        resize.await.expect("connected");
+        assert_eq!(server.join().expect("a server"), *b"hello");
+        let again = |what: &What| matches!(what, What::Reconnected { path } if path.starts_with("nbd+unix:"));
+        assert!(bed.events().iter().any(again));
+        // The disks' own sockets are no way around the rules.
+        let own = bed.registry().folder.root().join("own");
+        let _listener = UnixListener::bind(&own).expect("a socket");
+        let own = target(&own, "");
+        ask(&bed, "ask", &[need(&own)]);
+        let why = refused(&bed, create(&own, Mode::Write)).await;
+        assert!(why.contains("the supervisor's own"), "{why}");
+        for minor in 0..3 {
+            bed.destroy(minor).await;
+        }
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn a_server_on_a_network_is_connected_to() {
+    test("needs-network", |bed| async move {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let target: Target = format!("nbd:localhost:{port}:exportname=a")
+            .parse()
+            .expect("a target");
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let mut text = [0; 5];
+            stream.read_exact(&mut text).expect("a client");
+            text
+        });
+        let need = Needed::Server {
+            target: target.clone(),
+        };
+        ask(&bed, "ask", std::slice::from_ref(&need));
+        let create = Create {
+            open: Open::new(target),
+            ..bed.create("a.img")
+        };
+        let minor = bed.made(create.clone()).await;
+        assert_eq!(server.join().expect("a server"), *b"hello");
+        bed.destroy(minor).await;
+        // Nobody listens there any more.
+        let why = refused(&bed, create).await;
+        assert!(why.contains("see whether its server runs"), "{why}");
         bed.assert_nothing_left().await;
     });
 }

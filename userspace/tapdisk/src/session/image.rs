@@ -2,13 +2,16 @@
 //! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
 
 use super::Session;
+use crate::Needs;
 use control::tapdisk::{Needed, Open, Reply, State};
-use control::{Code, Driver, Failure, Target};
+use control::{Code, Driver, Export, Failure, Target};
 use diskio::{File, LockKind, LockPart};
+use drivers::nbd::{self, Nbd};
 use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Base, Below, Kind, Options};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::rc::Rc;
 
 /// The format of a driver's images, if they have one.
 fn kind(driver: Driver) -> Option<Kind> {
@@ -17,7 +20,7 @@ fn kind(driver: Driver) -> Option<Kind> {
         Driver::Qcow => Some(Kind::Qcow),
         Driver::Vhd => Some(Kind::Vhd),
         Driver::Vmdk => Some(Kind::Vmdk),
-        Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null => None,
+        Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null | Driver::Nbd => None,
     }
 }
 
@@ -58,6 +61,10 @@ impl Session {
         };
         let io = &self.runtime.io;
         let Some(kind) = kind(open.target.driver()) else {
+            if open.target.export().is_some() {
+                // Its server may take one client only.
+                return Ok(Reply::Fit { size: None });
+            }
             let (disk, shape) = drivers::open(io, &open, image).await?;
             let closed = disk.close().await;
             closed.map_err(|error| Failure::system("cannot let go of the image", &error.into()))?;
@@ -77,6 +84,9 @@ impl Session {
         image: Option<OwnedFd>,
     ) -> Result<Option<File>, Failure> {
         let Some(image) = image else {
+            if open.target.export().is_some() {
+                self.reach(open, Fence::NETWORK).await?;
+            }
             return Ok(None);
         };
         self.reach(open, Fence::of_descriptor(&image)).await?;
@@ -170,6 +180,9 @@ impl Parts<'_> {
     /// The disk in an image.
     async fn disk(&self, file: Option<File>) -> Result<(Disk, Shape), Failure> {
         let open = self.open;
+        if let Some(export) = open.target.export() {
+            return self.export(export).await;
+        }
         let (Some(kind), Some(path)) = (kind(open.target.driver()), open.target.path()) else {
             return drivers::open_on(open, file).await;
         };
@@ -187,6 +200,45 @@ impl Parts<'_> {
         };
         let disk = formats::open_chain(kind, file, path, options, self).await?;
         drivers::activate(disk, open).await
+    }
+}
+
+impl Parts<'_> {
+    /// The disk that a server has.
+    async fn export(&self, export: &Export) -> Result<(Disk, Shape), Failure> {
+        let open = self.open;
+        if !open.may_ask {
+            return Err(Failure::unsupported(format!(
+                "{export} is behind a connection, which only a supervisor makes: let blktapctrl serve it"
+            )));
+        }
+        let server = Server {
+            needs: self.session.needs.clone(),
+            target: open.target.clone(),
+        };
+        let options = nbd::Options {
+            export: export.name().to_owned(),
+            name: export.to_string(),
+            writable: !open.read_only && !self.looks,
+            settle: nbd::Settle::default(),
+        };
+        let disk = Nbd::new(&self.session.runtime, server, options);
+        drivers::activate(Disk::new(disk), open).await
+    }
+}
+
+/// Who asks for connections to a server.
+#[derive(Debug)]
+struct Server {
+    needs: Rc<Needs>,
+    target: Target,
+}
+
+impl nbd::Connect for Server {
+    async fn connect(&self) -> Result<OwnedFd, Failure> {
+        let target = self.target.clone();
+        let given = self.needs.ask(Needed::Server { target }).await?;
+        Ok(given.fd)
     }
 }
 

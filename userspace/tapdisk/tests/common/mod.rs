@@ -171,6 +171,16 @@ impl Process {
         fd: BorrowedFd<'_>,
         give: impl FnOnce(&mut Channel) + Send,
     ) -> Result<Reply, Failure> {
+        self.ask_giving(question, &[fd], give)
+    }
+
+    /// The same with any number of descriptors.
+    pub(crate) fn ask_giving(
+        &mut self,
+        question: Request,
+        fds: &[BorrowedFd<'_>],
+        give: impl FnOnce(&mut Channel) + Send,
+    ) -> Result<Reply, Failure> {
         let (idle, _other) = UnixStream::pair().unwrap();
         let mut channel = std::mem::replace(&mut self.needs, Channel::new(idle));
         let (reply, channel) = thread::scope(|scope| {
@@ -178,7 +188,7 @@ impl Process {
                 give(&mut channel);
                 channel
             });
-            let reply = self.ask_with(question, fd);
+            let reply = self.control.ask(question, fds);
             (reply, giver.join().unwrap())
         });
         self.needs = channel;
