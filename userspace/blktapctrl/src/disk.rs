@@ -204,6 +204,7 @@ impl Disk {
         })?;
         open.on_no_space = record.policy.on_no_space;
         open.on_error = record.policy.on_error;
+        open.limits = record.policy.limits;
         Ok(open)
     }
 

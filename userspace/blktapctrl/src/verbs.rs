@@ -101,6 +101,10 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let grown = lifecycle.grow(&which, &how, OPEN);
             grown.await.map(Reply::Opened)
         }
+        Request::Set { which, changes } => {
+            let policy = lifecycle.set(&which, &changes).await?;
+            Ok(Reply::Policy(policy))
+        }
         Request::Scrub { which, rate } => {
             let process = registry.find(&which)?.serving()?;
             process.scrub(rate).await.map(done)

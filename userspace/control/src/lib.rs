@@ -37,6 +37,7 @@ mod channel;
 mod export;
 mod failure;
 mod lease;
+mod limits;
 pub mod socket;
 pub mod stats;
 pub mod supervisor;
@@ -48,7 +49,8 @@ pub use channel::Channel;
 pub use export::{Export, Listener};
 pub use failure::{Code, Failure};
 pub use lease::LeaseKind;
-pub use target::{size, typed_size, yes_or_no, Driver, Target};
+pub use limits::Limits;
+pub use target::{size, typed_rate, typed_size, yes_or_no, Driver, Target};
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a tapdisk has counted.
 
-use crate::Target;
+use crate::{Limits, Target};
 use serde::{Deserialize, Serialize};
 
 /// Number of classes of a [`Histogram`].
@@ -259,6 +259,13 @@ pub struct Stats {
     pub zeroes: Counter,
     /// Requests that an earlier process may have executed already.
     pub replayed: u64,
+    /// Requests that waited because of the disk's limits.
+    pub held: u64,
+    /// Nanoseconds that they waited, together.
+    pub held_ns: u64,
+    /// The limits, if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// Requests that are executed now.
     pub in_flight: u64,
     /// Turns of the loop that serves requests, of this process.

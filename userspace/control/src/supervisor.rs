@@ -6,7 +6,7 @@
 
 use crate::stats::{Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
-use crate::{Failure, Target};
+use crate::{Failure, Limits, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -39,6 +39,49 @@ pub struct Policy {
     pub on_no_space: OnError,
     /// What is done when I/O on the image fails for another reason.
     pub on_error: OnError,
+    /// How much the guest may do.
+    #[serde(skip_serializing_if = "Limits::is_default")]
+    pub limits: Limits,
+}
+
+/// What is to be different in a [`Policy`]. The rest stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Changes {
+    /// As [`Policy::hung_after_s`].
+    pub hung_after_s: Option<u32>,
+    /// As [`Policy::hung`].
+    pub hung: Option<Hung>,
+    /// As [`Policy::on_no_space`].
+    pub on_no_space: Option<OnError>,
+    /// As [`Policy::on_error`].
+    pub on_error: Option<OnError>,
+    /// As [`Limits::bytes`].
+    pub bytes: Option<u64>,
+    /// As [`Limits::requests`].
+    pub requests: Option<u32>,
+    /// As [`Limits::burst_s`].
+    pub burst_s: Option<u32>,
+}
+
+impl Policy {
+    /// The policy with these changes.
+    #[must_use]
+    pub fn with(&self, changes: &Changes) -> Policy {
+        let limits = self.limits;
+        Policy {
+            hung_after_s: changes.hung_after_s.unwrap_or(self.hung_after_s),
+            hung: changes.hung.unwrap_or(self.hung),
+            on_no_space: changes.on_no_space.unwrap_or(self.on_no_space),
+            on_error: changes.on_error.unwrap_or(self.on_error),
+            limits: Limits {
+                bytes: changes.bytes.unwrap_or(limits.bytes),
+                requests: changes.requests.unwrap_or(limits.requests),
+                burst_s: changes.burst_s.unwrap_or(limits.burst_s),
+            },
+            ..self.clone()
+        }
+    }
 }
 
 impl Default for Policy {
@@ -50,6 +93,7 @@ impl Default for Policy {
             hung: Hung::Report,
             on_no_space: OnError::Stop,
             on_error: OnError::Report,
+            limits: Limits::default(),
         }
     }
 }
@@ -291,6 +335,14 @@ pub enum Request {
         /// Bytes of the disk: whole blocks, and no fewer than it has.
         size: u64,
     },
+    /// Changes what a disk does when things go wrong, and how much its guest may do, while it is served:
+    /// [`Reply::Policy`].
+    Set {
+        /// The disk.
+        which: Which,
+        /// What is to be different.
+        changes: Changes,
+    },
     /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
     /// found is an event; how far it is, is among what was counted.
     Scrub {
@@ -420,6 +472,8 @@ pub enum Reply {
         /// Its number.
         pid: u32,
     },
+    /// What a disk does when things go wrong, and how much its guest may do.
+    Policy(Policy),
     /// An image that was opened.
     Opened(Disk),
     /// A disk that was made.

@@ -12,7 +12,7 @@
 //! [`Request::Activate`] is the way back.
 
 use crate::stats::{Stats, Stream};
-use crate::{Driver, Failure, Target};
+use crate::{Driver, Failure, Limits, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -71,6 +71,9 @@ pub struct Open {
     /// image. Without this such an image is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parents: Option<Driver>,
+    /// How much the guest may do.
+    #[serde(default, skip_serializing_if = "Limits::is_default")]
+    pub limits: Limits,
     /// Who asks this answers [`Request::Needs`] too: the process may ask for what comes to light while
     /// it opens the image.
     #[serde(default)]
@@ -88,6 +91,17 @@ pub enum OnError {
     /// unpaused: the guest waits. But the guest is told if something that was answered before may be lost:
     /// of a flush that failed, and of a write that was to be durable unless it had no room.
     Stop,
+}
+
+/// What may be changed while a disk is served, see [`Open`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rules {
+    /// As [`Open::on_no_space`].
+    pub on_no_space: OnError,
+    /// As [`Open::on_error`].
+    pub on_error: OnError,
+    /// As [`Open::limits`].
+    pub limits: Limits,
 }
 
 fn yes() -> bool {
@@ -109,6 +123,7 @@ impl Open {
             on_no_space: OnError::Report,
             on_error: OnError::Report,
             parents: None,
+            limits: Limits::default(),
             may_ask: false,
         }
     }
@@ -155,6 +170,9 @@ pub enum Request {
     /// Waits until the disk is inactive and something is asked of it. Answered with [`Reply::Done`]. On a
     /// connection of its own: others are answered meanwhile.
     Wanted,
+    /// From now on this is done with requests that fail, and with those that are too many. Answered with
+    /// [`Reply::Done`].
+    Set(Rules),
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
     Resize,
     /// Makes the image larger, and tells the guest; requests wait meanwhile. Answered with

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
-use crate::{Export, Failure, LeaseKind};
+use crate::{Export, Failure, LeaseKind, Limits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -122,7 +122,8 @@ impl FromStr for Driver {
 /// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes:
 /// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first
 /// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
-/// may serve it without the process: `direct=no,aio:/dev/vg/a`.
+/// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
+/// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -131,6 +132,8 @@ pub struct Target {
     lease: LeaseKind,
     /// What is said of the kernel, if anything is.
     direct: Option<bool>,
+    /// What is said of how much a guest may do.
+    limits: Option<Limits>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -216,6 +219,16 @@ impl Target {
         })
     }
 
+    /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
+    pub fn take_limits(&mut self) -> Option<Limits> {
+        self.limits.take()
+    }
+
+    /// How much a guest may do, if that is said.
+    pub fn limits(&self) -> Option<&Limits> {
+        self.limits.as_ref()
+    }
+
     /// The image's absolute path, if the driver has one.
     pub fn path(&self) -> Option<&Path> {
         match &self.argument {
@@ -264,6 +277,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         argument,
         lease: LeaseKind::default(),
         direct: None,
+        limits: None,
     })
 }
 
@@ -272,6 +286,8 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
 struct Words {
     lease: Option<LeaseKind>,
     direct: Option<bool>,
+    bytes: Option<u64>,
+    requests: Option<u32>,
 }
 
 impl Words {
@@ -280,17 +296,19 @@ impl Words {
         let mut rest = text.strip_prefix("tap:").unwrap_or(text);
         loop {
             let (name, behind) = match rest.split_once('=') {
-                Some((name @ ("lease" | "direct"), behind)) => (name, behind),
+                Some((name @ ("lease" | "direct" | "bps" | "iops"), behind)) => (name, behind),
                 _ => return Ok(rest),
             };
             let (value, target) = behind.split_once(',').ok_or_else(|| {
                 Failure::invalid(format!(
                     "{text:?} ends after {name}=: write {name}=VALUE,DRIVER:IMAGE, such as \
-                     lease=record,aio:/srv/a.img or direct=no,aio:/dev/vg/a"
+                     lease=record,aio:/srv/a.img, direct=no,aio:/dev/vg/a or bps=20M,iops=500,aio:/srv/a.img"
                 ))
             })?;
             let twice = match name {
                 "lease" => self.lease.replace(value.parse()?).is_some(),
+                "bps" => self.bytes.replace(rate(value)?).is_some(),
+                "iops" => self.requests.replace(count(value)?).is_some(),
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
             };
             if twice {
@@ -308,10 +326,50 @@ impl Words {
             Some(lease) => target.with_lease(lease)?,
             None => target,
         };
-        match self.direct {
-            Some(direct) => target.with_direct(direct),
-            None => Ok(target),
+        let target = match self.direct {
+            Some(direct) => target.with_direct(direct)?,
+            None => target,
+        };
+        if self.bytes.is_none() && self.requests.is_none() {
+            return Ok(target);
         }
+        let limits = Limits {
+            bytes: self.bytes.unwrap_or(0),
+            requests: self.requests.unwrap_or(0),
+            ..Limits::default()
+        };
+        limits.check()?;
+        Ok(Target {
+            limits: Some(limits),
+            ..target
+        })
+    }
+}
+
+/// Bytes in a second as somebody types it.
+fn rate(text: &str) -> Result<u64, Failure> {
+    typed_rate(text).map_err(|why| Failure::invalid(format!("bps={text}: {why}")))
+}
+
+/// Requests in a second as somebody types it.
+fn count(text: &str) -> Result<u32, Failure> {
+    text.parse().map_err(|_| {
+        Failure::invalid(format!(
+            "iops={text}: write a number of requests, such as 500"
+        ))
+    })
+}
+
+/// Bytes in a second as somebody types it; 0 for as many as there are.
+///
+/// # Errors
+/// Says how it is written.
+pub fn typed_rate(text: &str) -> Result<u64, String> {
+    match text {
+        "0" => Ok(0),
+        _ => size(text).ok_or_else(|| {
+            "write a number of bytes in a second that are whole sectors of 512, such as 20M".into()
+        }),
     }
 }
 
@@ -361,6 +419,9 @@ impl fmt::Display for Target {
         }
         if let Some(direct) = self.direct {
             write!(f, "direct={},", if direct { "yes" } else { "no" })?;
+        }
+        if let Some(limits) = self.limits {
+            write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
         }
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
@@ -465,6 +526,26 @@ mod tests {
         }
         let unknown = "vhdx".parse::<Driver>().unwrap_err();
         assert!(unknown.message.contains("qcow2, qcow, vhd"), "{unknown}");
+    }
+
+    #[test]
+    fn what_a_guest_may_do_is_said_before_the_driver() {
+        let mut target: Target = "bps=20M,tap:iops=500,direct=no,aio:/srv/a".parse().unwrap();
+        let text = "direct=no,bps=20971520,iops=500,aio:/srv/a";
+        assert_eq!(target.to_string(), text);
+        assert_eq!(text.parse(), Ok(target.clone()));
+        let limits = target.take_limits().unwrap();
+        assert_eq!((limits.bytes, limits.requests), (20 << 20, 500));
+        assert_eq!(target, "direct=no,aio:/srv/a".parse().unwrap());
+        for wrong in [
+            "bps=x,aio:/a",
+            "bps=1K,aio:/a",
+            "iops=1,aio:/a",
+            "iops=-1,aio:/a",
+            "bps=1M,bps=1M,aio:/a",
+        ] {
+            assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::supervisor::Mode;
+use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
 use control::{Driver, Target};
 use manual::Generated;
@@ -65,6 +65,7 @@ Examples:
   tap-ctl unpause -m 0 -a aio:/srv/b.img
   tap-ctl status                        # how every disk is, why, and what to do
   tap-ctl top                           # who is doing how much
+  tap-ctl set -m 0 --bps 20M --iops 500 # no more than that in a second
   tap-ctl events                        # what happens
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
   tap-ctl stream -m 0 --wait            # then it needs that one no more
@@ -138,6 +139,15 @@ pub(crate) enum Verb {
     Snapshot(Snapshot),
     /// Make a disk larger, or look at its image's size again, while its guest goes on
     Resize(Resize),
+    /// Change how much a guest may do, and what is done when things go wrong, while the guest works
+    ///
+    /// A guest that asks for more than it may waits; nothing fails by that. With a limit every request goes through the
+    /// disk's process: the kernel, which would execute many by itself, knows none. What is set stays until the disk is
+    /// destroyed. For a disk of a guest's configuration it is said there, before the driver:
+    /// target=bps=20M,iops=500,aio:/srv/a.img
+    ///
+    /// Prints what holds then. `tap-ctl stats` says how many requests waited for their limit, and how long.
+    Set(Set),
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
     /// say how far it is
     Scrub(Scrub),
@@ -271,6 +281,69 @@ pub(crate) struct Policy {
     /// What to do when I/O on the image fails for another reason
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = ErrorName::Report)]
     pub(crate) on_error: ErrorName,
+    /// Let the guest read and write no more bytes than this in a second, such as 20M; 0 for as many as there are
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = control::typed_rate)]
+    pub(crate) bps: u64,
+    /// Execute no more of its requests than this in a second; 0 for as many as there are
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) iops: u32,
+    /// After a rest, let it do at once what it may do in so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 1)]
+    pub(crate) burst: u32,
+}
+
+/// What is to be different. What is not said stays.
+#[derive(Debug, Args)]
+pub(crate) struct Set {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) what: Changed,
+}
+
+/// At least one of them is said.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Changed {
+    /// Let the guest read and write no more bytes than this in a second, such as 20M; 0 for as many as there are
+    #[arg(long, value_name = "BYTES", value_parser = control::typed_rate)]
+    pub(crate) bps: Option<u64>,
+    /// Execute no more of its requests than this in a second; 0 for as many as there are
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) iops: Option<u32>,
+    /// After a rest, let it do at once what it may do in so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) burst: Option<u32>,
+    /// What to do when the image has no room for a write
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) on_no_space: Option<ErrorName>,
+    /// What to do when I/O on the image fails for another reason
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) on_error: Option<ErrorName>,
+    /// Call a process hung that answers nothing for so many seconds; 0 for never
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) hung_after: Option<u32>,
+    /// Kill a process that is hung, so that it is replaced, or only tell of it
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) hung: Option<HungName>,
+}
+
+/// What is done with a process that is hung.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum HungName {
+    /// An event tells
+    Report,
+    /// It is killed, and the next one executes what it had
+    Kill,
+}
+
+impl From<HungName> for Hung {
+    fn from(name: HungName) -> Hung {
+        match name {
+            HungName::Report => Hung::Report,
+            HungName::Kill => Hung::Kill,
+        }
+    }
 }
 
 /// What is done when I/O on an image fails. An event tells about it in any case.

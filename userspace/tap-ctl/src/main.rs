@@ -22,7 +22,7 @@ use control::supervisor::{
     self, Allocate, Create, Event, Filter, Hung, Mode, Reply, Request, What, Which,
 };
 use control::tapdisk::Open;
-use control::{Channel, Code, Failure, Target};
+use control::{Channel, Code, Failure, Limits, Target};
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -172,6 +172,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Top
         | Request::Check(_)
         | Request::Resize(_)
+        | Request::Set { .. }
         | Request::Grow { .. }
         | Request::Scrub { .. }
         | Request::Stream { .. }
@@ -278,6 +279,10 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             },
             None => Request::Resize(named(&resize.which)),
         },
+        Verb::Set(set) => Request::Set {
+            which: named(&set.which),
+            changes: changes(&set.what),
+        },
         Verb::Scrub(scrub) => Request::Scrub {
             which: named(&scrub.which),
             rate: u64::from(scrub.rate) << 20,
@@ -363,7 +368,24 @@ fn allocate(node: &cli::Allocate) -> Allocate {
             },
             on_no_space: node.policy.on_no_space.into(),
             on_error: node.policy.on_error.into(),
+            limits: Limits {
+                bytes: node.policy.bps,
+                requests: node.policy.iops,
+                burst_s: node.policy.burst,
+            },
         },
+    }
+}
+
+fn changes(said: &cli::Changed) -> supervisor::Changes {
+    supervisor::Changes {
+        hung_after_s: said.hung_after,
+        hung: said.hung.map(Into::into),
+        on_no_space: said.on_no_space.map(Into::into),
+        on_error: said.on_error.map(Into::into),
+        bytes: said.bps,
+        requests: said.iops,
+        burst_s: said.burst,
     }
 }
 

@@ -426,6 +426,27 @@ fn process(text: &mut Text, look: &Look) {
         look,
         |disk| Some(disk.tap.as_ref()?.resident? as f64),
     );
+    let stats = |disk: &Disk| disk.tap.as_ref()?.stats.clone();
+    disks(
+        text,
+        (
+            "xen_tap_held_total",
+            "counter",
+            "Requests that waited because of the disk's limits.",
+        ),
+        look,
+        |disk| Some(stats(disk)?.held as f64),
+    );
+    disks(
+        text,
+        (
+            "xen_tap_held_seconds_total",
+            "counter",
+            "How long those waited, added up.",
+        ),
+        look,
+        |disk| Some(stats(disk)?.held_ns as f64 / 1e9),
+    );
     text.family((
         "xen_tap_errors_total",
         "counter",

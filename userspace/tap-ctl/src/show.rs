@@ -3,8 +3,8 @@
 
 use crate::time::utc;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
-use control::supervisor::{Event, HandedOff, Reply, Row, Snapshot, What};
-use control::tapdisk::Disk;
+use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Row, Snapshot, What};
+use control::tapdisk::{Disk, OnError};
 use std::fmt::Write;
 
 /// An answer as text; empty where there is nothing to say.
@@ -15,6 +15,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Minor { minor } => format!("{minor}\n"),
         Reply::Pid { pid } => format!("{pid}\n"),
         Reply::Opened(disk) => format!("{}\n", self::disk(disk)),
+        Reply::Policy(policy) => format!("{}\n", self::policy(policy)),
         Reply::Created { minor, pid, disk } => {
             format!("minor={minor} pid={pid} {}\n", self::disk(disk))
         }
@@ -228,6 +229,26 @@ fn job(name: &str, state: Result<&str, &String>, offset: u64, copied: u64) -> St
     format!("{name}={state} offset={offset} copied={copied}{why}")
 }
 
+fn policy(policy: &Policy) -> String {
+    let on = |what| match what {
+        OnError::Report => "report",
+        OnError::Stop => "stop",
+    };
+    let hung = match policy.hung {
+        Hung::Report => "report",
+        Hung::Kill => "kill",
+    };
+    format!(
+        "limits={{{}}} on-no-space={} on-error={} hung={hung} hung-after={} fail-after={} max-deaths={}",
+        policy.limits,
+        on(policy.on_no_space),
+        on(policy.on_error),
+        policy.hung_after_s,
+        policy.fail_after_s,
+        policy.max_deaths
+    )
+}
+
 fn stats(stats: &Stats) -> String {
     let mut text = format!(
         "{:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
@@ -257,6 +278,11 @@ fn stats(stats: &Stats) -> String {
         stats.calls,
         stats.nbd
     );
+    if stats.limits.is_some() || stats.held > 0 {
+        let limits = stats.limits.unwrap_or_default();
+        let ms = stats.held_ns / 1_000_000;
+        let _ = writeln!(text, "limits {limits}: held={} held-ms={ms}", stats.held);
+    }
     if let Some(direct) = stats.direct {
         let _ = writeln!(text, "{}", by_itself(direct));
         if let Some(mapped) = &direct.mapped {

@@ -5,10 +5,11 @@ use crate::direct::Direct;
 use crate::link::Link;
 use crate::lost::{Lost, Seen};
 use crate::ranges::{Claim, Range, Ranges, Source};
+use crate::throttle::{Throttle, Wanted};
 use crate::twin::Twin;
 use crate::Troubles;
 use control::stats::{Counter, Stats};
-use control::tapdisk::{Call, OnError, Trouble};
+use control::tapdisk::{Call, OnError, Rules, Trouble};
 use control::{Code, Failure};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::{Attributes, Disk, Shape};
@@ -28,10 +29,10 @@ use tapdev::{Kind, Request, Tap};
 pub struct Terms {
     /// Guests may not write.
     pub read_only: bool,
-    /// What is done when there is no room for a write.
-    pub on_no_space: OnError,
-    /// What is done when something else fails.
-    pub on_error: OnError,
+    /// What is done with requests that fail. It may change.
+    pub rules: Rc<Cell<Rules>>,
+    /// Holds the guest's requests back.
+    pub throttle: Rc<Throttle>,
     /// Where it is written down.
     pub troubles: Rc<Troubles>,
     /// What could not be made durable, and who knows.
@@ -287,6 +288,7 @@ impl Server {
         // What the kernel executes is not seen here. It goes on if the guest does.
         let _ban = self.terms.direct.forbid().await?;
         self.drains.set(Some(self.came.get()));
+        self.terms.throttle.look_again();
         let drained = self.until_calm().await;
         self.drains.set(None);
         drained?;
@@ -344,6 +346,7 @@ impl Server {
     /// what comes.
     pub async fn quiesce(&self) {
         self.link.stop();
+        self.terms.throttle.look_again();
         poll_fn(|cx| match self.is_quiet() {
             true => Poll::Ready(()),
             false => {
@@ -370,6 +373,9 @@ impl Server {
     /// Executes a request; returns what is to be said of it.
     async fn serve(&self, request: &Request) -> Completion {
         let mut result = self.check(request);
+        if result.is_ok() && !self.may_begin(request).await {
+            return request.returned();
+        }
         if result.is_ok() {
             let executed = self.execute(request).await;
             result = executed.map_err(|failed| failed.error);
@@ -393,20 +399,39 @@ impl Server {
         request.done(result)
     }
 
+    /// Waits until the guest may have this done; false if it is not to be done here any more.
+    async fn may_begin(&self, request: &Request) -> bool {
+        let bytes = match request.kind {
+            // What was allowed to be written is allowed to be safe.
+            Kind::Flush => return true,
+            Kind::Read | Kind::Write => request.len,
+            Kind::Discard { .. } | Kind::WriteZeroes => 0,
+        };
+        let is_wanted = || match (self.is_draining(), self.is_fetching()) {
+            (true, _) => Wanted::Now,
+            (false, true) => Wanted::InTime,
+            (false, false) => Wanted::NoMore,
+        };
+        let throttle = &self.terms.throttle;
+        throttle.pass(&self.runtime, bytes, is_wanted).await
+    }
+
     /// Something failed on the image. True if the request is to be kept: nothing is served any more
     /// until the disk was paused and unpaused.
     pub(crate) fn failed(&self, what: Call, offset: u64, len: u64, failed: Failed) -> bool {
         let Failed { error, is_final } = failed;
+        let rules = self.terms.rules.get();
         let policy = match error {
             // What the image cannot do at all is no failure of its storage.
             Errno::OPNOTSUPP => return false,
-            Errno::NOSPC | Errno::DQUOT => self.terms.on_no_space,
-            _ => self.terms.on_error,
+            Errno::NOSPC | Errno::DQUOT => rules.on_no_space,
+            _ => rules.on_error,
         };
         let stops = policy == OnError::Stop && !is_final;
         self.tell(what, offset, len, error, stops);
         if stops {
             self.link.stop();
+            self.terms.throttle.look_again();
             self.stop_kernel();
             for waker in self.calm.take() {
                 waker.wake();
@@ -594,6 +619,9 @@ impl Server {
 
     fn count(&self, request: &Request, result: Result<(), Errno>) {
         let mut stats = self.stats.borrow_mut();
+        let (held, held_ns) = self.terms.throttle.take_held();
+        stats.held += held;
+        stats.held_ns = stats.held_ns.saturating_add(held_ns);
         stats.replayed += u64::from(request.replay);
         let counter: &mut Counter = match request.kind {
             Kind::Read => &mut stats.read,
@@ -624,7 +652,7 @@ impl Drop for Hold {
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`.
-fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     // CAST: neither is negative.
     (now.tv_sec as u64)

@@ -8,17 +8,17 @@ mod inactive;
 mod mirror;
 mod size;
 
-use crate::direct::{self, Direct};
+use crate::direct::{self, Ban, Direct};
 use crate::jobs::{scrub, stream, Jobs};
 use crate::kept::Kept;
 use crate::link::Link;
 use crate::lost::Lost;
 use crate::told::{describe, described, fence, node, params, succeeds};
 use crate::troubles::wait;
-use crate::{nbd, Needs, Server, Terms, Troubles};
+use crate::{nbd, Needs, Server, Terms, Throttle, Troubles};
 use control::stats::Stats;
-use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Stamp, State, Status};
-use control::{Code, Driver, Failure, Target};
+use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Rules, Stamp, State, Status};
+use control::{Code, Driver, Failure, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
 use drivers::{Fence, Shape};
 use inactive::Inactive;
@@ -51,6 +51,12 @@ pub struct Session {
     lost: Rc<Lost>,
     /// What the kernel may do by itself.
     direct: Rc<Direct>,
+    /// What is done with requests that fail.
+    rules: Rc<Cell<Rules>>,
+    /// Holds the guest's requests back.
+    throttle: Rc<Throttle>,
+    /// The kernel executes nothing by itself as long as they are held back: it knows no limits.
+    limited: RefCell<Option<Ban>>,
     /// What the supervisor is asked for.
     needs: Rc<Needs>,
     /// What the next process learns of what this one has counted.
@@ -123,6 +129,9 @@ impl Session {
             troubles: Rc::default(),
             lost: Rc::default(),
             direct: Rc::default(),
+            rules: Rc::default(),
+            throttle: Rc::default(),
+            limited: RefCell::default(),
             needs: Rc::default(),
             kept: RefCell::default(),
             jobs: Jobs::default(),
@@ -245,6 +254,10 @@ impl Session {
             Request::Pause => {
                 let _alone = self.gate.alone().await;
                 self.pause().await
+            }
+            Request::Set(rules) => {
+                let _alone = self.gate.alone().await;
+                self.set(rules).await.map(|()| Reply::Done)
             }
             Request::Resize => {
                 let _alone = self.gate.alone().await;
@@ -486,11 +499,14 @@ impl Session {
         shape: Shape,
     ) -> Result<Reply, Failure> {
         self.tell_kernel(tap, &open, &shape, disk.fence()).await?;
+        self.offer(tap, &open, &disk, shape.size);
+        self.set(rules(&open)).await?;
+        // Nothing is waited for from here until the server is the session's: what comes is for it.
         let link = self.link(tap);
         let terms = Terms {
             read_only: open.read_only,
-            on_no_space: open.on_no_space,
-            on_error: open.on_error,
+            rules: self.rules.clone(),
+            throttle: self.throttle.clone(),
             troubles: self.troubles.clone(),
             lost: self.lost.clone(),
             direct: self.direct.clone(),
@@ -499,7 +515,6 @@ impl Session {
         self.serves.set(self.serves.get().wrapping_add(1));
         let (runtime, stats) = (&self.runtime, &self.stats);
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
-        self.offer(tap, &open, &server);
         let disk = describe(&shape, &open, engine);
         if self.state.borrow().image.as_ref() != Some(&identity) {
             self.change_image(Some(identity));
@@ -515,9 +530,26 @@ impl Session {
         Ok(Reply::Disk(disk))
     }
 
+    /// What is done with requests that fail, and with those that are too many.
+    async fn set(&self, rules: Rules) -> Result<(), Failure> {
+        rules.limits.check()?;
+        if rules.limits.any() {
+            let ban = self.direct.forbid().await?;
+            self.limited.replace(Some(ban));
+        }
+        if self.throttle.limits() != rules.limits {
+            self.throttle.set(rules.limits);
+        }
+        if !rules.limits.any() {
+            self.limited.replace(None);
+        }
+        self.rules.set(rules);
+        Ok(())
+    }
+
     /// Lets the kernel serve a disk by itself that it can serve: not one that others write, too.
-    fn offer(&self, tap: &Tap, open: &Open, server: &Server) {
-        let (disk, in_parts) = (server.disk(), server.disk().has_places());
+    fn offer(&self, tap: &Tap, open: &Open, disk: &drivers::Disk, size: u64) {
+        let in_parts = disk.has_places();
         if open.shared || !(in_parts || disk.is_verbatim()) {
             return;
         }
@@ -525,7 +557,7 @@ impl Session {
             Ok(Some(mapper)) => self.direct.offer(direct::Image {
                 io: self.runtime.io.clone(),
                 mapper,
-                size: server.size(),
+                size,
                 writable: !open.read_only,
                 in_parts,
             }),
@@ -696,6 +728,7 @@ impl Session {
         (stats.calls, stats.sleeps) = self.runtime.io.counts();
         stats.version = env!("CARGO_PKG_VERSION").into();
         stats.turns = self.turns.get();
+        stats.limits = Some(self.throttle.limits()).filter(Limits::any);
         stats.scrub = self.jobs.scrub.progress().clone();
         stats.stream = self.jobs.stream.progress().clone();
         stats.mirror = self.jobs.mirror.progress().as_ref().map(|twin| twin.told());
@@ -709,6 +742,14 @@ impl Session {
     /// Something that an administrator may want to know, and that changes nothing.
     fn note(&self, what: &str, error: &io::Error) {
         eprintln!("tapdisk: {what}: {error}");
+    }
+}
+
+fn rules(open: &Open) -> Rules {
+    Rules {
+        on_no_space: open.on_no_space,
+        on_error: open.on_error,
+        limits: open.limits,
     }
 }
 

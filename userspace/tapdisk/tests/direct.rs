@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Process, SECTORS, SIZE};
-use control::tapdisk::{OnError, Open, Reply, Request, State};
+use control::tapdisk::{OnError, Open, Reply, Request, Rules, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io};
 use drivers::{Attributes, Disk, Driver, Fence, Place, Shape};
@@ -549,6 +549,39 @@ fn a_disk_that_stops_is_not_served_by_the_kernel_either() {
     assert_eq!(told, [given(), vec![recall()]].concat());
     process.exit();
     assert_eq!(kernel.map_ops(), told);
+}
+
+/// The kernel knows no limits.
+#[test]
+fn with_a_limit_the_kernel_does_nothing() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device::new(&kernel);
+    let limits = control::Limits {
+        requests: 100,
+        ..control::Limits::default()
+    };
+    let limited = Request::Set(Rules {
+        limits,
+        ..Rules::default()
+    });
+    let mut process = device.serve(|_| ());
+    kernel.wait_for_map_ops(2);
+    assert_eq!(process.ask(limited, None), Ok(Reply::Done));
+    let taken = [given(), vec![recall()]].concat();
+    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.told(), taken);
+    let unlimited = Request::Set(Rules::default());
+    assert_eq!(process.ask(unlimited, None), Ok(Reply::Done));
+    assert_eq!(device.request(Op::Read), Status::Okay);
+    assert_eq!(kernel.wait_for_map_ops(5), given_again());
+    process.exit();
+    // What the process before has told is taken back before anything is served.
+    let kernel = Fake::new(4).unwrap();
+    let device = Device::new(&kernel);
+    let process = device.serve(move |open| open.limits = limits);
+    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.told(), [recall()]);
+    process.exit();
 }
 
 /// The process tells the guest of what is lost with its next flush; the kernel would not.

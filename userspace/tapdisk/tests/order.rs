@@ -2,7 +2,7 @@
 //! What a driver is called for, in which order, and when that is answered.
 
 use control::stats::Stats;
-use control::tapdisk::{Call, OnError, Trouble, Troubles as Told};
+use control::tapdisk::{Call, OnError, Rules, Trouble, Troubles as Told};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
@@ -118,6 +118,15 @@ struct Lab {
     driver: Slow,
 }
 
+/// What is done when there is no room, and when something else fails.
+fn rules(on_no_space: OnError, on_error: OnError) -> Rc<Cell<Rules>> {
+    Rc::new(Cell::new(Rules {
+        on_no_space,
+        on_error,
+        ..Rules::default()
+    }))
+}
+
 impl Lab {
     fn new() -> Self {
         Self::with(Terms::default())
@@ -126,7 +135,7 @@ impl Lab {
     /// The storage is full, and the disk waits for room.
     fn full() -> Self {
         let lab = Self::with(Terms {
-            on_no_space: OnError::Stop,
+            rules: rules(OnError::Stop, OnError::Report),
             ..Terms::default()
         });
         lab.driver.0.write_fails.set(Some(Errno::NOSPC));
@@ -306,8 +315,7 @@ fn flush_that_failed_is_never_tried_again() {
             (Request { fua: true, ..write }, 2),
         ] {
             let lab = Lab::with(Terms {
-                on_no_space: OnError::Stop,
-                on_error: OnError::Stop,
+                rules: rules(OnError::Stop, OnError::Stop),
                 ..Terms::default()
             });
             lab.driver.0.flush_fails.set(Some(error));
@@ -495,7 +503,7 @@ fn failure_is_told_and_what_is_not_possible_is_none() {
         (Errno::OPNOTSUPP, OnError::Stop, 0, false),
     ] {
         let lab = Lab::with(Terms {
-            on_error: policy,
+            rules: rules(OnError::Report, policy),
             ..Terms::default()
         });
         lab.driver.0.write_fails.set(Some(error));

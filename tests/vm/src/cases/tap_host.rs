@@ -9,8 +9,9 @@ use crate::tap::{self, Served};
 use crate::{leaks, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+const LIMIT: Duration = Duration::from_secs(60);
 /// Where storage is mounted that dies.
 const DEAD: &str = "/mnt/dead";
 
@@ -39,7 +40,47 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             supervisor_away,
         ),
+        case(
+            "tap.limited",
+            "a guest does no more with its disk than it may, until it may do more",
+            Pv,
+            limited,
+        ),
     ]
+}
+
+/// 8 MiB, past all caches of the guest.
+const WRITES: &str = "dd if=/dev/zero of=/dev/xvdb bs=64k count=128 oflag=direct status=none";
+
+fn limited(context: &mut Context) -> Result<()> {
+    let image = image(context, "a.img", 16)?;
+    let guest = context.pv()?;
+    let target = format!("bps=2M,aio:{image}");
+    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let minor = disk.minor.to_string();
+    let begun = Instant::now();
+    guest.run(WRITES)?;
+    let time = begun.elapsed();
+    // 2 MiB at once, the others in 3 seconds.
+    ensure!(time >= Duration::from_millis(2900), "8 MiB took {time:?}");
+    let stats = tap::ctl_json(&["stats", "-m", &minor])?;
+    ensure!(
+        stats["held"].as_u64() > Some(0) && stats["limits"]["bytes"] == 2 << 20,
+        "after a limit that was reached: {stats}"
+    );
+    let direct = disk.info()?.direct;
+    ensure!(
+        direct == 0,
+        "the kernel has executed {direct} requests by itself"
+    );
+    tap::ctl(&["set", "-m", &minor, "--bps", "0"])?;
+    let by_kernel = || {
+        guest.run(WRITES)?;
+        Ok(disk.info()?.direct > 0)
+    };
+    sh::wait_for("the kernel, which is to execute requests", LIMIT, by_kernel)?;
+    context.note(&format!("8 MiB at 2 MiB/s took {} ms", time.as_millis()))?;
+    disk.detach(context.pv()?)
 }
 
 /// What tap-ctl says about an image: its exit code and its words.

@@ -74,6 +74,12 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
             open.target
         )));
     }
+    if open.target.limits().is_some() {
+        return Err(Failure::invalid(format!(
+            "{}: how much a guest may do is said when a disk is made, or with tap-ctl set; leave bps= and iops= away",
+            open.target
+        )));
+    }
     open.read_only = mode.is_read_only();
     open.shared = mode.is_shared();
     open.whole_blocks = mode.is_shared() && !mode.is_read_only();
@@ -159,7 +165,9 @@ impl Admission {
     /// # Errors
     /// Says who uses it.
     pub async fn check(&self, check: Check) -> Result<(), Failure> {
-        let open = with_mode(Open::new(check.target), check.mode)?;
+        let mut target = check.target;
+        target.take_limits();
+        let open = with_mode(Open::new(target), check.mode)?;
         let vbd = check.vbd.as_deref().map(relative);
         if self.registry.made_before(vbd, &open, check.mode).is_some() {
             return Ok(());

@@ -31,7 +31,10 @@ impl Lifecycle {
             self.admission.check_directory(vbd).await?;
         }
         check_files(&create.files)?;
-        let open = with_mode(create.open, create.mode)?;
+        let (mut open, mut policy) = (create.open, create.policy);
+        policy.limits = open.target.take_limits().unwrap_or(policy.limits);
+        policy.limits.check()?;
+        let open = with_mode(open, create.mode)?;
         if let Some(disk) = self
             .registry
             .made_before(vbd.as_deref(), &open, create.mode)
@@ -42,7 +45,7 @@ impl Lifecycle {
             };
         }
         let image = image::of(&open).await?;
-        let mut record = Record::new(0, create.policy);
+        let mut record = Record::new(0, policy);
         record.identity = image.as_ref().map(|image| image.identity());
         record.born = image.as_ref().and_then(|image| image.born());
         record.mode = create.mode;

@@ -19,6 +19,7 @@ mod pause;
 mod renew;
 mod serve;
 mod server;
+mod set;
 mod snapshot;
 mod stream;
 mod suspend;

@@ -709,6 +709,13 @@ impl Served {
                 needs.ask_all(dir, "ask")?;
                 self.open(dir, "unpause", open, fds, needs)
             }
+            Request::Set(rules) => {
+                if dir.join("refuse-rules").exists() {
+                    return Err(Failure::unsupported("it knows no rules"));
+                }
+                note(dir, &format!("rules {} {:?}", rules.limits, rules.on_error));
+                Ok(Reply::Done)
+            }
             Request::Open(_) | Request::Unpause(_) => {
                 Err(Failure::new(Code::State, "not in this state"))
             }
@@ -935,6 +942,8 @@ impl Served {
         let text = content.as_ref().map_or("", |(text, _)| text);
         let policy = format!("{:?} {:?}", open.on_no_space, open.on_error);
         std::fs::write(dir.join("policy"), policy).expect("write");
+        let limits = open.limits.to_string();
+        std::fs::write(dir.join("limits"), limits).expect("write");
         let mode = if open.read_only { "r" } else { "w" };
         let shared = if open.shared { "!" } else { "" };
         note(dir, &format!("{word} {mode}{shared} {text}"));

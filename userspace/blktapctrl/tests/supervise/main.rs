@@ -13,6 +13,7 @@ mod memory;
 mod mirror;
 mod needs;
 mod nodes;
+mod rules;
 mod sharing;
 mod snapshot;
 mod start;

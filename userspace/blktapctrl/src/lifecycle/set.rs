@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a disk does when things go wrong, and how much its guest may do, is changed while it is served.
+
+use super::Lifecycle;
+use crate::disk::Disk;
+use crate::link::unexpected;
+use crate::process::SOON;
+use control::supervisor::{Changes, Policy, Which};
+use control::tapdisk::{Reply, Request, Rules};
+use control::Failure;
+
+impl Lifecycle {
+    /// Changes the policy of a disk: that of its next process, and of the one that serves it.
+    ///
+    /// # Errors
+    /// It makes no sense, or cannot be written down, and nothing has changed; or the process does not do it, which
+    /// its message says.
+    pub async fn set(&self, which: &Which, changes: &Changes) -> Result<Policy, Failure> {
+        let disk = self.registry.find(which)?;
+        let _turn = disk.turn().await?;
+        let policy = disk.record.borrow().policy.with(changes);
+        policy.limits.check()?;
+        self.registry
+            .change(&disk, |record| record.policy = policy.clone())?;
+        let told = disk.unless_doomed(tell(&disk, &policy)).await;
+        told.map_err(|failure| {
+            let message = format!(
+                "it is written down, and the next process does it; the one that serves the disk now does not: {}",
+                failure.message
+            );
+            Failure::new(failure.code, message)
+        })?;
+        Ok(policy)
+    }
+}
+
+/// Tells the process that serves a disk. One that serves none yet is told when it does.
+async fn tell(disk: &Disk, policy: &Policy) -> Result<(), Failure> {
+    let process = disk.process.borrow().clone();
+    let Some(process) = process else {
+        return Ok(());
+    };
+    let rules = Rules {
+        on_no_space: policy.on_no_space,
+        on_error: policy.on_error,
+        limits: policy.limits,
+    };
+    match process.ask(&Request::Set(rules), &[], SOON).await {
+        Ok(Reply::Done) => Ok(()),
+        Ok(reply) => Err(unexpected(&reply)),
+        Err(failure) => Err(failure),
+    }
+}
