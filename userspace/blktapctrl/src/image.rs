@@ -326,6 +326,10 @@ fn real(socket: &Path) -> Result<Option<PathBuf>, Failure> {
     let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Ok(None);
     };
+    // A link leads to the socket of another name.
+    if let Ok(place) = std::fs::canonicalize(socket) {
+        return Ok(Some(place));
+    }
     let folder = std::fs::canonicalize(folder).map_err(|error| {
         Failure::system(
             format!("cannot find the folder of the socket {}", socket.display()),

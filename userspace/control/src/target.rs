@@ -71,6 +71,12 @@ impl Driver {
         matches!(self, Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vmdk)
     }
 
+    /// Who writes it keeps something of its own about it, of which another writer would not learn: tables, or what an
+    /// export's server has not made durable yet.
+    pub fn has_one_writer(self) -> bool {
+        self.has_format() || self == Self::Nbd
+    }
+
     /// An image may have its content in further files, which are written with it.
     pub fn has_extents(self) -> bool {
         matches!(self, Self::Qcow2 | Self::Vmdk)

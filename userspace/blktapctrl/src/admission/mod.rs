@@ -60,9 +60,9 @@ pub struct Admission {
 /// # Errors
 /// The driver cannot do that.
 pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
-    if mode == Mode::WriteShared && open.target.driver().has_format() {
+    if mode == Mode::WriteShared && open.target.driver().has_one_writer() {
         return Err(Failure::unsupported(format!(
-            "{} cannot be used with the mode w!: who writes an image of this format changes its tables, of \
+            "{} cannot be used with the mode w!: who writes it changes tables, or keeps what is not durable yet, of \
              which another writer would not learn; use the mode w, or a raw image",
             open.target
         )));
@@ -92,12 +92,13 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
 /// The driver cannot do that.
 pub(crate) fn beside_others(mut open: Open, beside: Beside) -> Result<Open, Failure> {
     let shares = beside == Beside::Shared;
-    if shares && open.target.driver().has_format() {
+    if shares && open.target.driver().has_one_writer() {
         return Err(Failure::new(
             Code::Busy,
             format!(
-                "{} is in use by another disk, too, and one of the two writes it: the tables of an image of this \
-                 format would be wrong for the other; detach it there, or use a raw image",
+                "{} is in use by another disk, too, and one of the two writes it: what the one \
+                 that writes has in memory of it, such as tables, would be wrong for the other; detach it there, or use \
+                 a raw image",
                 open.target
             ),
         ));

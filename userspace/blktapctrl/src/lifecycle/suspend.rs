@@ -199,6 +199,10 @@ impl Lifecycle {
         check_not_passed_on(disk)?;
         let process = disk.serving()?;
         let (open, image) = (disk.open()?, self.image(disk).await?);
+        // A file has a lock, which orders those who come and go.
+        if image.as_ref().is_some_and(|image| image.is_export()) {
+            self.check_rivals_rest(disk)?;
+        }
         let stamp = match disk.record.borrow().inactive {
             Some(Inactive::Suspended { stamp }) => stamp,
             _ => None,
@@ -223,6 +227,27 @@ impl Lifecycle {
         };
         self.became_active(disk);
         Ok(what)
+    }
+
+    /// Nobody else of this host is active on what a disk is about to be served from.
+    fn check_rivals_rest(&self, disk: &Disk) -> Result<(), Failure> {
+        let reads = |disk: &Disk| disk.record.borrow().mode.is_read_only();
+        let is_active = |other: &Rc<Disk>| {
+            let record = other.record.borrow();
+            record.inactive.is_none() && record.want == Want::Served
+        };
+        let is_in_the_way = |other: &Rc<Disk>| is_active(other) && !(reads(other) && reads(disk));
+        match self.rivals(disk).into_iter().find(is_in_the_way) {
+            None => Ok(()),
+            Some(other) => Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "disk {} waits for {}, which has not let go of its export yet",
+                    disk.minor,
+                    other.name()
+                ),
+            )),
+        }
     }
 
     /// A disk has its image. One whose guest has arrived is the one from now on: those that had the image

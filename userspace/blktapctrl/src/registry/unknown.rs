@@ -186,7 +186,8 @@ impl Registry {
                 let place = image.path().to_path_buf();
                 let running = status.state == State::Running;
                 let holds = apart(&place, LIMIT, move || Ok(holds(pid, identity))).await?;
-                if running && !holds {
+                // Of an export a process has a connection, which says nothing.
+                if running && !holds && !image.is_export() {
                     return Err(image::not_the_same(&image));
                 }
                 (record.identity, record.born) = (Some(identity), image.born());

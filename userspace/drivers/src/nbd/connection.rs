@@ -14,9 +14,9 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 
 /// Bytes of a chunk that holds no data of a read, at most.
-const MOST_CHUNK: usize = 64 << 10;
-/// Extents that an answer tells of at most.
-const MOST_TOLD: usize = 64 << 10;
+const MOST_CHUNK: usize = (1 << 20) + 64;
+/// Extents that an answer tells of at most: QEMU's server sends 128 Ki of them.
+const MOST_TOLD: usize = 256 << 10;
 
 /// A request, which may have to be sent more than once.
 #[derive(Clone, Debug)]

@@ -37,6 +37,9 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5
 const TRANSFER: u32 = 4 << 20;
 /// Bytes that are zeroed or discarded at once: servers may take long for it.
 const ZEROES: u32 = 256 << 20;
+/// Bytes of which is asked what is there at once: an answer has less than what is accepted, if each sector is an
+/// extent of its own.
+const STATUS: u32 = 32 << 20;
 /// Bytes of a logical block at most.
 const MAX_BLOCK: u32 = 4096;
 
@@ -68,6 +71,16 @@ pub struct Settle {
     pub given_up: Duration,
 }
 
+impl Settle {
+    /// For a server behind a network: who closes a connection may be something in between.
+    pub fn network() -> Self {
+        Self {
+            closed: GIVEN_UP,
+            given_up: GIVEN_UP,
+        }
+    }
+}
+
 impl Default for Settle {
     fn default() -> Self {
         Self {
@@ -91,8 +104,19 @@ pub struct Nbd<C> {
     log: RefCell<Log>,
     /// Who flushes because of the log is alone.
     flushing: Gate,
+    /// How long is waited before the next connection is replaced: it grows with each that answered nothing.
+    pause: Cell<Duration>,
     connected: Cell<u64>,
     replayed: Cell<u64>,
+}
+
+impl<C> Drop for Nbd<C> {
+    fn drop(&mut self) {
+        // Who was not closed in order has a server that may take one client only.
+        if let Some(connection) = self.connection.get_mut().take() {
+            connection.end(Errno::CANCELED);
+        }
+    }
 }
 
 impl<C: Connect> Nbd<C> {
@@ -107,6 +131,7 @@ impl<C: Connect> Nbd<C> {
             about: OnceCell::new(),
             log: RefCell::default(),
             flushing: Gate::default(),
+            pause: Cell::new(Duration::ZERO),
             connected: Cell::new(0),
             replayed: Cell::new(0),
         }
@@ -177,7 +202,7 @@ impl<C: Connect> Nbd<C> {
             None => Ok(()),
             Some(known) => image(format!(
                 "{name} is another one since its server is back ({} bytes, and it had {}, or it can do less): if it is \
-                 the right one, pause the disk and unpause it",
+                 the right one, kill the tapdisk that waits for it (tap-ctl list), and the next one takes it as it is",
                 about.size, known.size
             )),
         }
@@ -208,9 +233,9 @@ impl<C: Connect> Nbd<C> {
     async fn renew(&self, loss: Loss) -> Result<Rc<Connection>, Errno> {
         let mut loss = loss;
         let mut told = None;
-        let [mut pause, longest] = PAUSES;
         loop {
             self.settle(loss).await?;
+            self.rest().await?;
             match self.connect().await {
                 Ok(connection) => match self.replay(&connection).await {
                     Ok(()) => {
@@ -229,8 +254,17 @@ impl<C: Connect> Nbd<C> {
                     loss.unsure = false;
                 }
             }
-            self.runtime.io.sleep(pause).await?;
-            pause = (pause * 2).min(longest);
+        }
+    }
+
+    /// Waits for a while before the server is asked again, longer each time until it has answered something.
+    async fn rest(&self) -> Result<(), Errno> {
+        let [first, longest] = PAUSES;
+        let pause = self.pause.get();
+        self.pause.set((pause * 2).clamp(first, longest));
+        match pause {
+            Duration::ZERO => Ok(()),
+            pause => self.runtime.io.sleep(pause).await,
         }
     }
 
@@ -267,7 +301,11 @@ impl<C: Connect> Nbd<C> {
             return Ok(());
         }
         for request in &all {
-            connection.call(request, None).await?;
+            match connection.call(request, None).await {
+                // A hint, which may be ignored.
+                Err(Unanswered::Failed(_)) if request.command == command::TRIM => {}
+                result => drop(result?),
+            }
             self.replayed.set(self.replayed.get() + 1);
         }
         let flush = Request::plain(command::FLUSH, 0, 0);
@@ -281,11 +319,17 @@ impl<C: Connect> Nbd<C> {
         loop {
             let connection = self.connection().await?;
             match connection.call(request, data.clone()).await {
-                Ok(told) => return Ok(told),
+                Ok(told) => {
+                    self.pause.set(Duration::ZERO);
+                    return Ok(told);
+                }
                 Err(Unanswered::Lost) => {}
                 // It ends, and another one takes its place.
-                Err(Unanswered::Failed(Errno::SHUTDOWN)) => connection.end(Errno::CONNRESET),
-                Err(Unanswered::Failed(error)) => return Err(error),
+                Err(Unanswered::Failed(Errno::SHUTDOWN)) => connection.end(Errno::SHUTDOWN),
+                Err(Unanswered::Failed(error)) => {
+                    self.pause.set(Duration::ZERO);
+                    return Err(error);
+                }
             }
         }
     }
@@ -296,16 +340,21 @@ impl<C: Connect> Nbd<C> {
         if is_durable {
             request.flags |= CommandFlags::FUA;
         }
-        self.perform(&request, None).await?;
-        if !self.can(Transmission::SEND_FLUSH) {
-            return Ok(());
-        }
-        self.log.borrow_mut().note(&request, is_durable);
+        // What cannot be flushed is not added to.
         if self.log.borrow().is_full() {
             let _alone = self.flushing.alone().await;
             if self.log.borrow().is_full() {
                 self.flush().await.map_err(of_earlier)?;
             }
+        }
+        let done = self.perform(&request, None).await;
+        done.map_err(|error| match is_durable {
+            // It may do that by a flush.
+            true => of_earlier(error),
+            false => error,
+        })?;
+        if self.can(Transmission::SEND_FLUSH) {
+            self.log.borrow_mut().note(&request, is_durable);
         }
         Ok(())
     }
@@ -322,9 +371,12 @@ fn block(about: &About) -> u32 {
 
 /// What the guest knows is true of it.
 fn is_same(known: &About, now: &About) -> bool {
-    let needed = known.flags - Transmission::CAN_MULTI_CONN;
+    let needed = known.flags - Transmission::CAN_MULTI_CONN - Transmission::READ_ONLY;
     let is_transferred = now.smallest <= block(known) && now.largest >= limit(known);
-    known.size == now.size && now.flags.contains(needed) && is_transferred
+    // The guest knows whether it has to flush.
+    let has_cache = |about: &About| about.flags.contains(Transmission::SEND_FLUSH);
+    let is_cached = has_cache(known) == has_cache(now);
+    known.size == now.size && now.flags.contains(needed) && is_transferred && is_cached
 }
 
 /// Bytes of a request at most.
@@ -429,12 +481,13 @@ impl<C: Connect> Driver for Nbd<C> {
             len,
             content: Content::Data,
         };
-        if self.about.get().is_none_or(|about| about.context.is_none()) {
+        if self.connection().await?.about().context.is_none() {
             return Ok(vec![data()]);
         }
-        let asked = len.min(ZEROES.into());
+        let asked = len.min(STATUS.into());
         let request = Request::plain(command::BLOCK_STATUS, offset, length(asked)?);
-        let told = self.perform(&request, None).await?;
+        // Another server may be there by now, which knows nothing of that.
+        let told = self.perform(&request, None).await.unwrap_or_default();
         let mut left = len;
         let extents = told.into_iter().map_while(|(bytes, is_zero)| {
             let len = left.min(bytes.into());

@@ -220,7 +220,10 @@ impl Parts<'_> {
             export: export.name().to_owned(),
             name: export.to_string(),
             writable: !open.read_only && !self.looks,
-            settle: nbd::Settle::default(),
+            settle: match export.socket() {
+                Some(_) => nbd::Settle::default(),
+                None => nbd::Settle::network(),
+            },
         };
         let disk = Nbd::new(&self.session.runtime, server, options);
         drivers::activate(Disk::new(disk), open).await
