@@ -202,9 +202,7 @@ impl Disk {
                 format!("disk {} has no image: open one", self.minor),
             )
         })?;
-        open.on_no_space = record.policy.on_no_space;
-        open.on_error = record.policy.on_error;
-        open.limits = record.policy.limits;
+        record.rule(&mut open);
         Ok(open)
     }
 

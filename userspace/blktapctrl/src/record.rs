@@ -265,6 +265,14 @@ impl Record {
         }
     }
 
+    /// What the disk does now when things go wrong, and how much its guest may do, whatever was written down when a
+    /// verb began.
+    pub fn rule(&self, open: &mut Open) {
+        open.on_no_space = self.policy.on_no_space;
+        open.on_error = self.policy.on_error;
+        open.limits = self.policy.limits;
+    }
+
     /// Who was to take the disk over has it.
     pub fn take_over(&mut self, process: Known) {
         if let Some(handoff) = self.handoff.take() {

@@ -25,13 +25,14 @@ pub async fn watch(registry: Rc<Registry>) {
 }
 
 /// For how long requests have waited while none was answered: a process that is stopped does not even
-/// fetch them.
-fn idle_with_work(disk: &Disk, status: &Kernel) -> Duration {
+/// fetch them. With limits it holds back those that it has fetched.
+fn idle_with_work(disk: &Disk, status: &Kernel, has_limits: bool) -> Duration {
     let (answered, since) = disk.progress.get();
     let works = {
         let record = disk.record.borrow();
         // Without its image it answers nobody.
-        record.want == Want::Served && record.inactive.is_none() && status.waiting > 0
+        let waits = status.waiting > 0 || (has_limits && status.delivered > 0);
+        record.want == Want::Served && record.inactive.is_none() && waits
     };
     if works && answered == status.committed {
         return since.elapsed();
@@ -54,7 +55,13 @@ pub fn look(registry: &Registry, disk: &Disk) {
             return;
         }
     };
-    let since = Duration::from_nanos(node.status.oldest_ns).max(idle_with_work(disk, &node.status));
+    let has_limits = policy.limits.any();
+    let idle = idle_with_work(disk, &node.status, has_limits);
+    let since = match has_limits {
+        // The oldest one may wait for its turn for long.
+        true => idle,
+        false => idle.max(Duration::from_nanos(node.status.oldest_ns)),
+    };
     if since < Duration::from_secs(policy.hung_after_s.into()) {
         disk.hung.set(false);
     } else if !disk.hung.replace(true) {

@@ -171,7 +171,13 @@ impl Uring {
             self.push_entry(cancellation(index))?;
         }
         while self.entered > self.commands.len() {
-            self.ring.submitter().submit_and_wait(1)?;
+            match self.ring.submitter().submit_and_wait(1) {
+                Ok(_) => {}
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                    _ => return Err(error),
+                },
+            }
             // What waits for a descriptor is begun again elsewhere, so its end is not told.
             self.take(|index, result, is_command| {
                 if is_command {

@@ -127,7 +127,7 @@ fn own(stats: Stats) -> Option<Stats> {
         requests.all(fits) && rest.iter().all(fits) && counter.bytes < NUMBERS
     };
     let is_own = counters.into_iter().all(own);
-    let others = [stats.replayed, stats.nbd, stats.held, stats.held_ns];
+    let others = [stats.replayed, stats.nbd];
     if !is_own || others.iter().any(|count| *count >= NUMBERS) {
         return None;
     }
@@ -139,8 +139,8 @@ fn own(stats: Stats) -> Option<Stats> {
         zeroes: stats.zeroes,
         replayed: stats.replayed,
         nbd: stats.nbd,
-        held: stats.held,
-        held_ns: stats.held_ns,
+        held: stats.held.min(NUMBERS),
+        held_ns: stats.held_ns.min(NUMBERS),
         ..Stats::default()
     })
 }

@@ -252,6 +252,7 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         shared: args.shared,
         whole_blocks: args.shared && !args.read_only,
         discard: !args.no_discard,
+        limits: target.clone().take_limits().unwrap_or_default(),
         engine: match args.engine {
             EngineName::Auto => Engine::Auto,
             EngineName::Uring => Engine::Uring,

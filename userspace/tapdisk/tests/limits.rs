@@ -54,9 +54,9 @@ fn more_than_a_disk_may_do_waits() {
     for tag in write(&fake) {
         fake.answer(tag, 0).unwrap();
     }
-    // 40 at once, and 24 more.
+    // 41 at once, and 23 more.
     let time = begun.elapsed();
-    assert!(time >= Duration::from_millis(580), "{time:?}");
+    assert!(time >= Duration::from_millis(550), "{time:?}");
     let counted = stats(&mut process);
     assert_eq!(counted.limits, Some(rules(40).limits));
     assert!(
@@ -69,11 +69,14 @@ fn more_than_a_disk_may_do_waits() {
         Ok(Reply::Done)
     );
     let begun = Instant::now();
-    for tag in write(&fake).into_iter().chain(write(&fake)) {
-        fake.answer(tag, 0).unwrap();
+    for _ in 0..2 {
+        for tag in write(&fake) {
+            fake.answer(tag, 0).unwrap();
+        }
     }
+    // With the limit that would be more than 3 seconds.
     let time = begun.elapsed();
-    assert!(time < Duration::from_millis(500), "{time:?}");
+    assert!(time < Duration::from_millis(2500), "{time:?}");
     assert_eq!(stats(&mut process).limits, None);
     let failure = process.ask(Request::Set(rules(1)), None).unwrap_err();
     assert!(failure.message.contains("too few"), "{failure}");

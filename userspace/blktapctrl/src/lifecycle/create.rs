@@ -32,7 +32,18 @@ impl Lifecycle {
         }
         check_files(&create.files)?;
         let (mut open, mut policy) = (create.open, create.policy);
-        policy.limits = open.target.take_limits().unwrap_or(policy.limits);
+        if let Some(said) = open.target.take_limits() {
+            let other = policy.limits;
+            let is_twice = (said.bytes != 0 && other.bytes != 0)
+                || (said.requests != 0 && other.requests != 0);
+            if is_twice {
+                return Err(Failure::invalid(
+                    "how much the guest may do is said twice, in the target and beside it: leave one away",
+                ));
+            }
+            policy.limits.bytes |= said.bytes;
+            policy.limits.requests |= said.requests;
+        }
         policy.limits.check()?;
         let open = with_mode(open, create.mode)?;
         if let Some(disk) = self
@@ -117,6 +128,7 @@ impl Lifecycle {
     /// # Errors
     /// The system refuses to.
     pub fn allocate(&self, allocate: &Allocate) -> Result<u32, Failure> {
+        allocate.policy.limits.check()?;
         let record = Record::new(0, allocate.policy.clone());
         let disk = self
             .registry

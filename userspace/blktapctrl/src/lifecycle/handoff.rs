@@ -247,10 +247,12 @@ impl Lifecycle {
         let image = self.image(disk).await?;
         self.give_to_kernel(disk, &prepared.open, image.as_ref())
             .await?;
-        let question = Request::Open(Open {
+        let mut open = Open {
             kernel_holds: self.kernel_holds(disk)?,
             ..prepared.open.clone()
-        });
+        };
+        disk.record.borrow().rule(&mut open);
+        let question = Request::Open(open);
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => Ok(serves),
             reply => Err(unexpected(&reply)),

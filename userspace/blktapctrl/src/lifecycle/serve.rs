@@ -228,6 +228,7 @@ impl Lifecycle {
         image: Option<Arc<Image>>,
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
+        disk.record.borrow().rule(&mut open);
         open.may_ask = true;
         open.kernel_holds = self.kernel_holds(disk)?;
         let given = self.given(disk, &open, image).await?;

@@ -7,7 +7,7 @@ use crate::figures::Figures;
 use crate::host::task::Task;
 use crate::look::{Disk, Supervisor};
 use control::supervisor::{Kernel, TopRow};
-use control::tapdisk;
+use control::{tapdisk, Limits};
 use std::time::Duration;
 
 /// Judges a disk by two looks at it.
@@ -135,7 +135,7 @@ fn running(
         .or_else(|| kernel_hangs(now, tap, kernel, around))
         .or_else(|| poisoned(kernel))
         .or_else(|| phy::failing(&figures))
-        .or_else(|| slow(now, &figures, around))
+        .or_else(|| slow(before, now, &figures, around))
         .or_else(|| around.starved(&figures))
         .or_else(|| around.short_of_pages(&figures))
         .unwrap_or_else(|| at_rest(now))
@@ -149,7 +149,9 @@ fn hung(
     around: &Surroundings,
 ) -> Option<Verdict> {
     let oldest = Duration::from_nanos(kernel.oldest_ns);
-    if kernel.delivered > 0 && oldest >= around.limits.hung {
+    // What waits for a limit may be old, though others are answered.
+    let is_held = limits(now).is_some() && goes_on(before, kernel);
+    if kernel.delivered > 0 && oldest >= around.limits.hung && !is_held {
         let verdict = who_hangs(now, tap, kernel);
         return Some(verdict.since(Oldest::Seconds(oldest.as_secs_f64())));
     }
@@ -278,10 +280,40 @@ fn poisoned(kernel: &Kernel) -> Option<Verdict> {
     Some(failing.remedy("tap-ctl events --after 0, and the log of blktapctrl"))
 }
 
-fn slow(now: &Disk, figures: &Figures, around: &Surroundings) -> Option<Verdict> {
+/// How much its guest may do.
+fn limits(disk: &Disk) -> Option<Limits> {
+    disk.tap.as_ref()?.stats.as_ref()?.limits
+}
+
+/// Requests that waited for that.
+fn held(disk: &Disk) -> u64 {
+    let stats = disk.tap.as_ref().and_then(|tap| tap.stats.as_ref());
+    stats.map_or(0, |stats| stats.held)
+}
+
+fn minor(disk: &Disk) -> u32 {
+    let row = disk.tap.as_ref().map(|tap| &tap.row);
+    row.and_then(|row| row.minor).unwrap_or(0)
+}
+
+/// Something was answered since.
+fn goes_on(before: &Disk, now: &Kernel) -> bool {
+    let old = before.tap.as_ref().and_then(|tap| tap.row.kernel.as_ref());
+    old.is_some_and(|old| old.committed != now.committed)
+}
+
+fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> Option<Verdict> {
     let half = Duration::from_micros(figures.half_above_us?);
     if half < around.limits.slow {
         return None;
+    }
+    if let Some(limits) = limits(now).filter(|_| held(now) > held(before)) {
+        let why = format!("its guest asks for more than it may have: {limits}");
+        let (slow, minor) = (Verdict::new(State::Slow, why), minor(now));
+        let slow = slow.because(Cause::Administrator);
+        return Some(slow.remedy(format!(
+            "tap-ctl set -m {minor} --bps 0 --iops 0, if it may have more"
+        )));
     }
     if let Some(starved) = around.starved(figures) {
         return Some(starved);

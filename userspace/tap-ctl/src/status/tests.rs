@@ -526,14 +526,16 @@ fn states_of_a_disk_without_work() {
 
 #[test]
 fn a_slow_tap_disk_is_its_storage_unless_a_processor_is_short() {
-    let slow = |ran_ms: u64, waited_ms: u64| {
+    let slow_with = |held: u64, ran_ms: u64, waited_ms: u64| {
         let mut before = look(&Made::new());
         let mut disk = fake::tap(0);
+        fake::stats(&mut disk).limits = Some(control::Limits::default());
         disk.process = Some(Task::default());
         before.disks = vec![disk.clone()];
         for _ in 0..10 {
             fake::stats(&mut disk).read.latency.add(300_000_000);
         }
+        fake::stats(&mut disk).held += held;
         disk.process = Some(Task {
             ran: Duration::from_millis(ran_ms),
             waited: Duration::from_millis(waited_ms),
@@ -543,6 +545,8 @@ fn a_slow_tap_disk_is_its_storage_unless_a_processor_is_short() {
         now.disks = vec![disk];
         said(&after(1, &before, &now)).1
     };
+    let slow = |ran_ms, waited_ms| slow_with(0, ran_ms, waited_ms);
+    assert_eq!(slow_with(1, 10, 10), Some(Cause::Administrator));
     assert_eq!(slow(10, 10), Some(Cause::Storage));
     assert_eq!(slow(990, 10), Some(Cause::Process));
     assert_eq!(slow(500, 400), Some(Cause::HostCpu));
