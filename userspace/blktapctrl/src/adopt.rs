@@ -107,6 +107,10 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
         // while it lives.
         Err(failure) => {
             disk.attached.set(true);
+            // Its end is watched for.
+            if matches!(&process, Some(process) if process.has_died(&failure).await) {
+                return;
+            }
             let why = format!("its process does not say what it does: {failure}");
             lifecycle
                 .registry

@@ -138,19 +138,16 @@ impl Process {
     /// # Errors
     /// Somebody does, and does not say who.
     pub async fn find(socket: &Path, limit: Duration) -> Result<Option<Process>, Failure> {
-        let mut link = match Link::connect(socket).await {
-            Ok(link) => link,
-            Err(error) if is_gone(&error) => return Ok(None),
-            Err(error) => {
-                return Err(Failure::system(
-                    format!("cannot connect to {}", socket.display()),
-                    &error,
-                ))
-            }
+        let Some(mut link) = connect(socket).await? else {
+            return Ok(None);
         };
         let pid = match link.ask(&Request::Ping, &[], limit).await {
             Ok(Reply::Process(process)) => process.pid,
             Ok(reply) => return Err(unexpected(&reply)),
+            // Where nobody listens any more, it was about to end.
+            Err(failure) if failure.code == Code::Gone && connect(socket).await?.is_none() => {
+                return Ok(None);
+            }
             Err(failure) => return Err(failure),
         };
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
@@ -484,6 +481,18 @@ fn listen(socket: &Path) -> Result<UnixListener, Failure> {
 fn tidy(socket: &Path) {
     if let Err(error) = folder::remove(socket) {
         tracing::warn!("cannot remove {}: {error}", socket.display());
+    }
+}
+
+/// A connection to who listens. Nothing if nobody does.
+async fn connect(socket: &Path) -> Result<Option<Link>, Failure> {
+    match Link::connect(socket).await {
+        Ok(link) => Ok(Some(link)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(Failure::system(
+            format!("cannot connect to {}", socket.display()),
+            &error,
+        )),
     }
 }
 
