@@ -12,6 +12,8 @@ pub(crate) enum ConnectError {
     Key(KeyError),
     /// A step failed.
     Step(&'static str, Error),
+    /// The toolstack is taking the device away.
+    TakenAway,
     /// A step failed that may go well in a while, although nobody does anything.
     Later(&'static str, Error),
 }
@@ -27,7 +29,7 @@ impl ConnectError {
     pub(crate) fn passes(&self) -> bool {
         match self {
             Self::Key(error) => error.fault == Fault::Unread,
-            Self::Step(..) => false,
+            Self::Step(..) | Self::TakenAway => false,
             Self::Later(..) => true,
         }
     }
@@ -45,6 +47,10 @@ impl ConnectError {
                     error.key.as_str(),
                     error.text()
                 )),
+            ),
+            Self::TakenAway => (
+                ESHUTDOWN,
+                CString::try_from_fmt(fmt!("the toolstack is taking the disk away")),
             ),
             Self::Step(step, error) | Self::Later(step, error) => {
                 (*error, CString::try_from_fmt(fmt!("{step}")))

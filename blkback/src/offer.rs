@@ -7,7 +7,7 @@ use crate::linux::xen::device::Device;
 use crate::linux::xen::store::{self, Transaction};
 use crate::params;
 use crate::proto::frontend::Offer;
-use crate::proto::state::State;
+use crate::proto::state::{publishing, Publishing, State};
 use crate::ring::request::Limits;
 use kernel::prelude::*;
 
@@ -127,6 +127,9 @@ impl Features {
     }
 }
 
+/// Nothing was published, because the toolstack has written Closing: that is the state now.
+pub(crate) const TAKEN_AWAY: Error = ESHUTDOWN;
+
 /// Publishes a new size. Writing the state Connected again makes the frontend look; it is left alone if
 /// it is another one by now, because the toolstack, which takes the device away, has written it. May sleep.
 pub(crate) fn publish_size(device: &Device, sectors: u64) -> Result {
@@ -172,7 +175,7 @@ pub(crate) fn publish_state(device: &Device, before: State, now: State) -> Resul
 
 /// Publishes what `body` writes and the state `now` after `before`, or nothing of both. That is the
 /// bus's `xenbus_switch_state` in one transaction with what belongs to the state. ENOENT if our
-/// directory is gone, or is that of a new device already. May sleep.
+/// directory is gone, or is that of a new device already; [`TAKEN_AWAY`]. May sleep.
 fn publish_with_state(
     device: &Device,
     before: State,
@@ -183,15 +186,21 @@ fn publish_with_state(
         return Err(ENOENT);
     }
     let dir = device.nodename();
-    store::transaction(|t| {
-        if t.read_state(dir)? == State::Initialising && before != State::Initialising {
-            return Err(ENOENT);
+    let published = store::transaction(|t| {
+        match publishing(before, t.read_state(dir)?, now) {
+            Publishing::Written => {}
+            Publishing::Gone => return Err(ENOENT),
+            Publishing::TakenAway => return Err(TAKEN_AWAY),
         }
         body(t)?;
         t.write_number(dir, c"state", now.number().into())
-    })?;
-    device.note_state(now);
-    Ok(())
+    });
+    match published {
+        Ok(()) => device.note_state(now),
+        Err(error) if error == TAKEN_AWAY => device.note_state(State::Closing),
+        Err(_) => {}
+    }
+    published
 }
 
 /// A transaction in our directory, if that is still there: a write must not bring it back.

@@ -8,7 +8,7 @@ use crate::connection::Peer;
 use crate::disk::{self, Opener};
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::Claim;
-use crate::offer::Features;
+use crate::offer::{Features, TAKEN_AWAY};
 use crate::proto::state::State;
 use crate::storage::{Errand, Job, Outcome};
 use kernel::prelude::*;
@@ -111,6 +111,7 @@ impl Vbd {
                 life.failures = life.failures.saturating_sub(1);
                 life.state.set(State::Connected, true);
             }
+            Err(ConnectError::TakenAway) => life.state.set(State::Closing, true),
             Err(error) if error.passes() => {
                 // The frontend has done nothing that it should do better.
                 self.report_why(&error);
@@ -144,7 +145,12 @@ impl Vbd {
             life.draining = true;
         }
         life.connection = Some(connection);
-        published.map_err(|error| ConnectError::Step("the disk cannot be published", error))
+        published.map_err(|error| {
+            if error == TAKEN_AWAY {
+                return ConnectError::TakenAway;
+            }
+            ConnectError::Step("the disk cannot be published", error)
+        })
     }
 
     pub(super) fn end_draining(&self, life: &mut Life) {

@@ -158,6 +158,10 @@ impl Vbd {
             }
             Action::Offer => {
                 let offered = offer::publish_offer(&self.device, life.state.now());
+                if offered == Err(offer::TAKEN_AWAY) {
+                    life.state.set(State::Closing, true);
+                    return Next::Look;
+                }
                 if let Some(error) = offered.err().filter(|error| *error != ENOENT) {
                     self.device.report(error, c"the offer cannot be published");
                     self.kick_after(ASK_AGAIN);

@@ -192,6 +192,29 @@ pub fn step_asking<E>(view: View, online: impl FnOnce() -> Result<Online, E>) ->
     online().map(with)
 }
 
+/// What becomes of a state that is to be published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publishing {
+    /// It is written.
+    Written,
+    /// The directory is that of a new device already.
+    Gone,
+    /// The toolstack is taking the device away, and has written so: that is our state now.
+    TakenAway,
+}
+
+/// Whether `now` may be written after `before`, which is what we published last, where the directory
+/// holds `there`. To be asked in the transaction that writes it.
+pub fn publishing(before: State, there: State, now: State) -> Publishing {
+    let closes = |state| matches!(state, State::Closing | State::Closed);
+    match there {
+        State::Initialising if before != State::Initialising => Publishing::Gone,
+        // The frontend would never hear of it.
+        _ if closes(there) && !closes(before) && !closes(now) => Publishing::TakenAway,
+        _ => Publishing::Written,
+    }
+}
+
 /// A frontend is in Initialising, and we are past InitWait: what it had before is closed.
 fn start_again(view: &View) -> Action {
     match view.ours {

@@ -3,7 +3,7 @@
 //! A driver and its surroundings without Xen: it carries out what the state machine says, and
 //! checks at each step what a guest or a toolstack may see of it.
 
-use xenbus::proto::state::{step, Action, Online, Rings, State, View};
+use xenbus::proto::state::{publishing, step, Action, Online, Publishing, Rings, State, View};
 
 /// The steps that the driver's work takes before it queues itself again; coming to rest must never
 /// need as many.
@@ -24,6 +24,10 @@ pub(crate) struct World {
     pub(crate) reports: u32,
     /// Times that the frontend's directory was read to connect.
     pub(crate) attempts: u32,
+    /// What the directory holds.
+    pub(crate) there: State,
+    /// The toolstack takes the device away while the driver is about to publish what comes next.
+    pub(crate) detach_in_between: bool,
 }
 
 impl World {
@@ -49,6 +53,8 @@ impl World {
             published: Vec::new(),
             reports: 0,
             attempts: 0,
+            there: view.ours,
+            detach_in_between: false,
         }
     }
 
@@ -63,6 +69,12 @@ impl World {
     /// The toolstack wants the device to stay, or not.
     pub(crate) fn set_online(&mut self, online: Online) {
         self.view.online = online;
+    }
+
+    /// The toolstack takes the device away: it writes our state, too.
+    pub(crate) fn detach(&mut self) {
+        self.set_online(Online::No);
+        self.there = State::Closing;
     }
 
     /// The hotplug script names a disk that can be opened.
@@ -138,6 +150,16 @@ impl World {
     }
 
     fn publish(&mut self, state: State) {
+        if std::mem::take(&mut self.detach_in_between) {
+            self.detach();
+        }
+        if publishing(self.view.ours, self.there, state) == Publishing::TakenAway {
+            self.view.ours = State::Closing;
+            if self.view.rings == Rings::Served {
+                self.view.rings = Rings::Draining;
+            }
+            return;
+        }
         if state == State::Closed {
             assert_eq!(self.view.rings, Rings::None, "Closed while rings are held");
             let seen = matches!(self.view.ours, State::Closing | State::Closed);
@@ -148,7 +170,7 @@ impl World {
                 self.published
             );
         }
-        self.view.ours = state;
+        (self.view.ours, self.there) = (state, state);
         self.published.push(state);
     }
 

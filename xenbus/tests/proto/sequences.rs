@@ -106,6 +106,30 @@ fn detach_by_the_toolstack() {
     }
 }
 
+/// Between what the driver saw and what it writes there is a moment.
+#[test]
+fn a_detach_is_not_written_over() {
+    let about_to_offer = World::new();
+    let mut about_to_connect = World::new();
+    about_to_connect.settle();
+    about_to_connect.disk_comes();
+    for (mut world, theirs) in [
+        (about_to_offer, Initialising),
+        (about_to_connect, Initialised),
+    ] {
+        world.detach_in_between = true;
+        sees(&mut world, theirs);
+        assert!(!world.detach_in_between, "nothing was to be published");
+        assert_eq!(world.view.rings, Rings::None);
+        if !world.left {
+            assert_eq!(world.there, Closing, "the frontend does not hear of it");
+            sees(&mut world, Closing);
+            sees(&mut world, Closed);
+        }
+        assert!(world.left);
+    }
+}
+
 #[test]
 fn rings_are_served_until_the_frontend_has_closed() {
     let mut world = connected();
