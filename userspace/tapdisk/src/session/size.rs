@@ -18,7 +18,7 @@ impl Session {
         if size < old {
             return Err(Failure::invalid(format!(
                 "the disk has {old} bytes, and {size} are fewer: a disk that is served does not become smaller; \
-                 pause it, use tapimg resize --shrink, and unpause it with --may-shrink"
+                 pause it, use tapimg resize --shrink, and unpause it with --shrink"
             )));
         }
         if server.is_read_only() {
