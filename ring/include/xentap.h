@@ -103,7 +103,8 @@ struct xentap_info {
 	uint64_t direct;
 	uint32_t backings;
 	uint32_t executing;
-	uint64_t reserved;
+	uint32_t failed_flushes;
+	uint32_t reserved;
 };
 
 #define XENTAP_FENCE_LOCAL 1

@@ -157,6 +157,8 @@ pub(crate) struct Model {
     pub(crate) able: u64,
     /// Requests that queues have executed.
     pub(crate) executed: u64,
+    /// Flushes of them that failed.
+    pub(crate) failed_flushes: u32,
 }
 
 /// What a process has claimed: if nothing, that its I/O is of this machine.

@@ -374,6 +374,7 @@ impl Pair {
         if status == Status::Okay || request.request.op == Op::Flush {
             self.model.undone.remove(&sequence);
             self.model.executed += 1;
+            self.model.failed_flushes += u32::from(status != Status::Okay);
             self.seen.executed += 1;
             return assert_eq!(result, Some(status), "{self:?}");
         }
@@ -781,6 +782,7 @@ impl Pair {
             poisoned: model.poisoned.len() as u32,
             executing: model.executing(|_, _| true),
             direct: model.executed,
+            failed_flushes: model.failed_flushes,
             ..Default::default()
         };
         let last = model.poisoned.last().cloned();

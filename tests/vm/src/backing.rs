@@ -119,6 +119,15 @@ pub(crate) fn delayed(below: &str, sectors: u64, milliseconds: u32) -> Result<St
     Ok(format!("0 {sectors} delay {below} 0 {milliseconds}"))
 }
 
+/// The same, of a device on which nothing can be written or flushed.
+pub(crate) fn unwritable(below: &str, sectors: u64) -> Result<String> {
+    sh::modprobe("dm-flakey", &[])?;
+    // It is well for no second, and bad for an hour.
+    Ok(format!(
+        "0 {sectors} flakey {below} 0 0 3600 1 error_writes"
+    ))
+}
+
 /// A device mapper device.
 #[derive(Clone)]
 pub(crate) struct Dm {

@@ -114,6 +114,7 @@ fn node(control: &Control, info: Info) -> io::Result<Node> {
             isolated: info.isolated,
             poisoned: info.poisoned,
             poison: poison(&info),
+            failed_flushes: info.failed_flushes,
             memory_kib: info.memory_kib,
             backings: info.backings.count_ones(),
             direct: info.direct,

@@ -226,6 +226,9 @@ pub struct Record {
     /// Requests that failed because processes died of them, of which was told.
     #[serde(default)]
     pub poisoned: u32,
+    /// Flushes that failed in the kernel, of which was told.
+    #[serde(default)]
+    pub failed_flushes: u32,
     /// What a newer supervisor wrote, which finds it again.
     #[serde(flatten)]
     other: Map<String, Value>,
@@ -261,6 +264,7 @@ impl Record {
             handoff: None,
             restarts: 0,
             poisoned: 0,
+            failed_flushes: 0,
             other: Map::new(),
         }
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Looks now and then whether processes answer.
+//! Looks now and then whether processes answer, and at what the kernel did without them.
 
 use crate::disk::Disk;
 use crate::kernel;
+use crate::lifecycle::trouble;
 use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::{Hung, Kernel, What};
@@ -48,13 +49,17 @@ pub fn look(registry: &Registry, disk: &Disk) {
         return;
     };
     let node = match kernel::node(&*registry.kernel, disk.minor) {
-        Ok(Some(node)) if policy.hung_after_s > 0 => node,
-        Ok(_) => return,
+        Ok(Some(node)) => node,
+        Ok(None) => return,
         Err(error) => {
             tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
             return;
         }
     };
+    trouble::tell_of_kernel(registry, disk, &node.status);
+    if policy.hung_after_s == 0 {
+        return;
+    }
     let has_limits = policy.limits.any();
     let idle = idle_with_work(disk, &node.status, has_limits);
     let since = match has_limits {

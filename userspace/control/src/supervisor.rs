@@ -637,6 +637,9 @@ pub struct Kernel {
     pub poisoned: u32,
     /// The last of them.
     pub poison: Option<Poison>,
+    /// Flushes that the kernel has executed without the process, and that failed.
+    #[serde(default)]
+    pub failed_flushes: u32,
     /// Memory of the kernel that the disk holds, in KiB.
     pub memory_kib: u32,
     /// Block devices that the kernel may use without the process.

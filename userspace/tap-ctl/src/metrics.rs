@@ -373,6 +373,14 @@ const KERNEL: Table<Kernel> = &[
         ),
         |kernel| f64::from(kernel.poisoned),
     ),
+    (
+        (
+            "xen_tap_failed_flushes_total",
+            "counter",
+            "Flushes that the kernel executed without the process, and that failed.",
+        ),
+        |kernel| f64::from(kernel.failed_flushes),
+    ),
 ];
 
 /// What the kernel leaves to the process of a tap disk that it serves by itself.

@@ -112,6 +112,7 @@ fn row(row: &Row) -> String {
         let some = |number: u32| (number > 0).then(|| number.to_string());
         add("isolated", some(kernel.isolated));
         add("poisoned", some(kernel.poisoned));
+        add("failed_flushes", some(kernel.failed_flushes));
         add("memory_kib", some(kernel.memory_kib));
         let direct = kernel.by_itself();
         add("direct", direct.map(|direct| direct.executed.to_string()));

@@ -234,6 +234,7 @@ const INFO: Info = Info {
     direct: 0,
     backings: 0,
     executing: 0,
+    failed_flushes: 0,
     reserved: 0,
 };
 

@@ -255,8 +255,11 @@ pub struct Info {
     pub backings: u32,
     /// Requests that the kernel executes now.
     pub executing: u32,
+    /// Flushes that the kernel has executed and that failed: what was written before may be lost. 0 if the kernel does
+    /// not count them.
+    pub failed_flushes: u32,
     /// Zero.
-    pub reserved: u64,
+    pub reserved: u32,
 }
 
 /// `uring_cmd` is understood.

@@ -76,6 +76,7 @@ void layout(void)
 	FIELD(info, direct);
 	FIELD(info, backings);
 	FIELD(info, executing);
+	FIELD(info, failed_flushes);
 	FIELD(info, reserved);
 
 	SIZE(claims);

@@ -76,6 +76,7 @@ fn ours() -> BTreeMap<String, i64> {
         direct,
         backings,
         executing,
+        failed_flushes,
         reserved
     );
     structure!(all, claims, Claims, size, fence, operations, features, settle_ms, reserved);

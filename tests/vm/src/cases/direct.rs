@@ -8,9 +8,9 @@ use super::hung::{hangable, host_is_well, others_are_served};
 use super::lifecycle::own_guest;
 use super::tap::{end_load, same, start_load, start_load_with, wait_progress, DEVICE, VDEV};
 use super::{Case, Context, Needs};
-use crate::backing::NullBlk;
+use crate::backing::{linear, unwritable, Dm, NullBlk};
 use crate::guest::Vbd;
-use crate::tap::{self, Served, Supervisor};
+use crate::tap::{self, EventLog, Served, Supervisor};
 use crate::{sh, sys};
 use anyhow::{ensure, Context as _, Result};
 use diskio::LockKind;
@@ -78,6 +78,12 @@ pub(super) fn cases() -> Vec<Case> {
             "of an image in four thousand places the kernel knows all when it was told of all",
             Pv,
             many_places,
+        ),
+        case(
+            "direct.failed_flush",
+            "the administrator hears of a flush that fails in the kernel",
+            Pv,
+            failed_flush,
         ),
         case(
             "direct.without_process",
@@ -224,6 +230,46 @@ fn serves(context: &mut Context, place: Make) -> Result<()> {
         shown.to_string().contains("\"direct\""),
         "tap-ctl list does not say that the kernel serves the disk: {shown}"
     );
+    disk.detach(context.pv()?)
+}
+
+fn failed_flush(context: &mut Context) -> Result<()> {
+    const SECTORS: u64 = 32768;
+    const FLUSH: &str = "dd if=/dev/zero of=/dev/xvdb count=0 conv=fsync,notrunc";
+    let below = context.null_blk(16, &[("cache_size", "4")])?;
+    let well = linear(&below.path(), SECTORS);
+    let storage = Dm::create("vmtest-flush", &well)?;
+    let theirs = storage.clone();
+    context.at_end("remove the mapped device", move || theirs.remove());
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &disk(&storage.path(), VDEV))?;
+    wait_given(&disk)?;
+    sh::wait_for("a flush that the kernel executes", SOON, || {
+        let before = disk.info()?.direct;
+        guest.run(FLUSH)?;
+        Ok(disk.info()?.direct > before)
+    })?;
+    ensure!(
+        disk.info()?.failed_flushes == 0,
+        "a flush failed: {:?}",
+        disk.info()
+    );
+    let events = EventLog::follow()?;
+    storage.replace(&unwritable(&below.path(), SECTORS)?)?;
+    // Linux takes an error of a flush for one that is not supported, and says that all is well.
+    guest.run(FLUSH)?;
+    let info = disk.info()?;
+    ensure!(
+        info.failed_flushes == 1,
+        "it was not the kernel's: {info:?}"
+    );
+    let told = events.wait_for("trouble", disk.minor, SOON)?;
+    ensure!(
+        told["trouble"]["what"] == "flush",
+        "of something else: {told}"
+    );
+    storage.replace(&well)?;
+    guest.run(FLUSH)?;
     disk.detach(context.pv()?)
 }
 

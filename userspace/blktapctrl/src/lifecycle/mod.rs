@@ -23,7 +23,7 @@ mod set;
 mod snapshot;
 mod stream;
 mod suspend;
-mod trouble;
+pub(crate) mod trouble;
 
 use crate::admission::Admission;
 use crate::disk::Disk;

@@ -7,8 +7,8 @@ use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Want;
 use crate::registry::Registry;
-use control::supervisor::What;
-use control::tapdisk::{Reply, Request, Troubles};
+use control::supervisor::{Kernel, What};
+use control::tapdisk::{Call, Reply, Request, Trouble, Troubles};
 use control::{Code, Failure};
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -138,9 +138,30 @@ async fn ask(link: &mut Link, after: Option<u64>) -> Result<Troubles, Failure> {
 }
 
 fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
-    let Some(trouble) = told.last.clone() else {
+    if let Some(trouble) = told.last.clone() {
+        add(registry, disk, trouble, more, told.is_stopped);
+    }
+}
+
+/// Tells of flushes that the kernel executed by itself and that failed, which it only counts. The guest was told.
+pub(crate) fn tell_of_kernel(registry: &Registry, disk: &Disk, status: &Kernel) {
+    let told = disk.record.borrow().failed_flushes;
+    let new = status.failed_flushes.saturating_sub(told);
+    if new == 0 {
         return;
+    }
+    disk.record.borrow_mut().failed_flushes = status.failed_flushes;
+    registry.note(disk);
+    let trouble = Trouble {
+        what: Call::Flush,
+        offset: 0,
+        len: 0,
+        errno: rustix::io::Errno::IO.raw_os_error(),
     };
+    add(registry, disk, trouble, u64::from(new) - 1, false);
+}
+
+fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: bool) {
     let target = disk
         .record
         .borrow()
@@ -153,7 +174,7 @@ fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
         target,
         error,
         more,
-        stopped: told.is_stopped,
+        stopped,
     };
     registry.events.add(Some(disk.minor), what);
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes that die or hang, and supervisors that do.
 
-use super::bed::{block_on, kill, test, until, which, Succession};
+use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use blktapctrl::{adopt, watchdog};
 use control::supervisor::{Hung, Reply, Request, What, Which};
-use control::tapdisk::State;
+use control::tapdisk::{Call, State};
 use control::Code;
 use std::fs;
 use std::time::{Duration, Instant};
@@ -232,6 +232,44 @@ fn who_hangs_is_reported_or_killed() {
         .await;
         assert_ne!(bed.row(killed).await.pid, first);
         assert_eq!(bed.row(reported).await.restarts, 0);
+    });
+}
+
+/// The kernel only counts them.
+#[test]
+fn flushes_that_failed_in_the_kernel_are_told_once() {
+    let host = Succession::new("flushes");
+    let told = |bed: &Bed, count| {
+        let mut nodes = bed.kernel.nodes.borrow_mut();
+        nodes.get_mut(&0).expect("the node").failed_flushes = count;
+        drop(nodes);
+        let disk = bed.registry().all().remove(0);
+        watchdog::look(bed.registry(), &disk);
+        watchdog::look(bed.registry(), &disk);
+        let more = bed.events().into_iter().filter_map(|what| match what {
+            What::Trouble { trouble, more, .. } if trouble.what == Call::Flush => Some(more),
+            _ => None,
+        });
+        more.collect::<Vec<u64>>()
+    };
+    block_on(async {
+        let bed = host.bed();
+        bed.image("a.img", "A");
+        let mut create = bed.create("a.img");
+        // Whether somebody looks for processes that hang or not.
+        create.policy.hung_after_s = 0;
+        bed.made(create).await;
+        assert_eq!(told(&bed, 0), [0; 0]);
+        assert_eq!(told(&bed, 1), [0]);
+        assert_eq!(told(&bed, 4), [0, 2]);
+    });
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
+        assert_eq!(told(&bed, 4), [0; 0]);
+        assert_eq!(told(&bed, 5), [0]);
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
     });
 }
 

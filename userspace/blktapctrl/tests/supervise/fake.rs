@@ -32,6 +32,7 @@ pub(crate) struct FakeNode {
     /// I/O of its last process is running.
     pub(crate) fencing: bool,
     pub(crate) poisoned: u32,
+    pub(crate) failed_flushes: u32,
     pub(crate) committed: u64,
     pub(crate) make: Make,
     pub(crate) backing: Option<Backing>,
@@ -255,6 +256,7 @@ impl FakeKernel {
                 committed: node.committed,
                 oldest_ns: node.oldest_ns,
                 poisoned: node.poisoned,
+                failed_flushes: node.failed_flushes,
                 backings: node.backing.is_some().into(),
                 direct: node.direct,
                 poison: (node.poisoned > 0).then(|| supervisor::Poison {

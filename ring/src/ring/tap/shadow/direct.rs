@@ -204,6 +204,8 @@ pub(super) struct Executed {
     executing: u32,
     /// Requests that were executed.
     done: u64,
+    /// Flushes of them that failed.
+    failed_flushes: u32,
     /// Requests that a process got, by `MISS_*`.
     missed: [u64; abi::MISSES as usize],
     /// One bit for each queue that has something to resume.
@@ -216,6 +218,7 @@ impl Executed {
     pub(super) fn describe(&self, info: &mut abi::Info) {
         info.direct = self.done;
         info.executing = self.executing;
+        info.failed_flushes = self.failed_flushes;
     }
 
     /// A process gets a request for the first time.
@@ -294,6 +297,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.executed.count(backing, u32::MAX);
         if status == Status::Okay || op == abi::OP_FLUSH {
             self.executed.done = self.executed.done.wrapping_add(1);
+            let failed = u32::from(status != Status::Okay);
+            self.executed.failed_flushes = self.executed.failed_flushes.wrapping_add(failed);
             self.forget(tag);
             self.free(tag);
             return Some(status);
