@@ -31,7 +31,6 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             guest_log,
         )
-        .nightly()
         .finds(&["BUG: planted"]),
         Case::new(
             "planted.guest_panic",
@@ -62,7 +61,6 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             wrong_driver,
         )
-        .nightly()
         .finds(&["the driver `vbd` serves"]),
         Case::new(
             "planted.early_flush",
@@ -70,7 +68,6 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             flush,
         )
-        .nightly()
         .faulty()
         .finds(&["flushes reached the device"]),
         Case::new(
@@ -87,7 +84,6 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             s05_late_write,
         )
-        .nightly()
         .tap()
         .faulty()
         .finds(&[NOT_FENCED]),

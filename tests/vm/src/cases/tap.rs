@@ -131,6 +131,12 @@ fn file(context: &mut Context) -> Result<()> {
         "a tap disk has a block device"
     );
     check_process(disk.pid()?)?;
+    // What blktap-kmod/README.md says.
+    let held = disk.info()?.memory_kib;
+    ensure!(
+        (1..=2765).contains(&held),
+        "the kernel holds {held} KiB for a disk of two queues, which are to be 2.7 MiB"
+    );
     let guest = context.pv()?;
     let before = (
         disk.vbd.statistic("wr_req")?,
