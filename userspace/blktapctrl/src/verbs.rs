@@ -101,6 +101,12 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let grown = lifecycle.grow(&which, &how, OPEN);
             grown.await.map(Reply::Opened)
         }
+        Request::Snapshots { disks } => {
+            let find = |(which, target)| Ok((registry.find(&which)?, target));
+            let wanted: Result<Vec<_>, Failure> = disks.into_iter().map(find).collect();
+            let taken = lifecycle.snapshots(wanted?).await?;
+            Ok(Reply::Snapshots { taken })
+        }
         Request::Set { which, changes } => {
             let policy = lifecycle.set(&which, &changes).await?;
             Ok(Reply::Policy(policy))

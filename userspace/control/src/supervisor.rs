@@ -326,6 +326,11 @@ pub enum Request {
         /// The new image: what it is to be, and a path where nothing is.
         target: Target,
     },
+    /// The same of several disks at one instant: [`Reply::Snapshots`].
+    Snapshots {
+        /// Each with its new image.
+        disks: Vec<(Which, Target)>,
+    },
     /// Looks at the image's size again: [`Reply::Opened`].
     Resize(Which),
     /// Makes the image larger, and tells the guest: [`Reply::Opened`].
@@ -489,6 +494,11 @@ pub enum Reply {
     HandedOff(HandedOff),
     /// A disk that is served from a new image.
     Snapshot(Snapshot),
+    /// Disks that are served from new images, by their numbers.
+    Snapshots {
+        /// What was done.
+        taken: Vec<Snapshot>,
+    },
     /// Disks.
     Disks {
         /// One for each.

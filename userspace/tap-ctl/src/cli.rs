@@ -68,6 +68,7 @@ Examples:
   tap-ctl set -m 0 --bps 20M --iops 500 # no more than that in a second
   tap-ctl events                        # what happens
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
+  tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2   # both at one instant
   tap-ctl stream -m 0 --wait            # then it needs that one no more
   tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # goes on there, wherever it was before
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
@@ -134,6 +135,9 @@ pub(crate) enum Verb {
     /// marked as read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may
     /// not, and a block device cannot be marked. With that mark, and in the same folder, it may be had by
     /// whoever is served the new image; otherwise name it with --files.
+    ///
+    /// Several disks, such as those of a guest, go on at one instant if all are named: none is served from its new
+    /// image before all have let go of their old ones, and if one cannot, all are served as before.
     ///
     /// Not for disks with the mode r, r! or w!, or with a lease.
     Snapshot(Snapshot),
@@ -614,7 +618,10 @@ pub(crate) struct Snapshot {
     /// Where the new image is to be, best in the folder of the one that the disk has; nothing may be there
     #[arg(value_name = "NEW")]
     pub(crate) image: PathBuf,
-    /// What the new image is to be; a VHD only over a VHD or a raw image
+    /// More disks of the same instant, each as its minor number and its new image
+    #[arg(value_name = "MINOR NEW")]
+    pub(crate) others: Vec<PathBuf>,
+    /// What the new images are to be; a VHD only over a VHD or a raw image
     #[arg(long, value_enum, default_value_t)]
     pub(crate) format: OverlayFormat,
 }

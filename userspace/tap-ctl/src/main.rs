@@ -180,6 +180,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::EndMirror(_)
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
+        | Request::Snapshots { .. }
         | Request::Pause { .. }
         | Request::Close { .. }
         | Request::Destroy { .. } => true,
@@ -265,13 +266,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             program: handoff.to.clone(),
             timeout_s: handoff.timeout,
         },
-        Verb::Snapshot(snapshot) => Request::Snapshot {
-            which: Which {
-                minor: Some(snapshot.minor),
-                ..Which::default()
-            },
-            target: new_image(snapshot)?,
-        },
+        Verb::Snapshot(snapshot) => self::snapshot(snapshot)?,
         Verb::Resize(resize) => match resize.size {
             Some(size) => Request::Grow {
                 which: named(&resize.which),
@@ -316,14 +311,38 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
     })
 }
 
-fn new_image(snapshot: &cli::Snapshot) -> Result<Target, Failure> {
-    let path = std::path::absolute(&snapshot.image)
+/// One disk, or several at one instant.
+fn snapshot(asked: &cli::Snapshot) -> Result<Request, Failure> {
+    let which = |minor| Which {
+        minor: Some(minor),
+        ..Which::default()
+    };
+    let first = (which(asked.minor), new_image(&asked.image, asked.format)?);
+    if asked.others.is_empty() {
+        let (which, target) = first;
+        return Ok(Request::Snapshot { which, target });
+    }
+    let mut disks = vec![first];
+    for pair in asked.others.chunks(2) {
+        let minor = pair.first().and_then(|text| text.to_str()?.parse().ok());
+        let (Some(minor), Some(image)) = (minor, pair.get(1)) else {
+            return Err(Failure::invalid(
+                "name each disk with its new image: tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2",
+            ));
+        };
+        disks.push((which(minor), new_image(image, asked.format)?));
+    }
+    Ok(Request::Snapshots { disks })
+}
+
+fn new_image(image: &std::path::Path, format: cli::OverlayFormat) -> Result<Target, Failure> {
+    let path = std::path::absolute(image)
         .map_err(|error| Failure::system("cannot find the new image's folder", &error))?;
     let path = path.to_str().ok_or_else(|| {
         let path = path.display();
         Failure::invalid(format!("the name {path} is not UTF-8: choose another one"))
     })?;
-    format!("{}:{path}", snapshot.format).parse()
+    format!("{format}:{path}").parse()
 }
 
 fn named(which: &cli::Which) -> Which {
@@ -495,6 +514,22 @@ mod tests {
         assert_eq!(one, (Some(3), "qcow2:/srv/b.qcow2".into()));
         let other = target("tap-ctl snapshot 3 --format vhd b:c.vhd");
         assert!(other.1.starts_with("vhd:/") && other.1.ends_with("/b:c.vhd"));
+        let Ok(Request::Snapshots { disks }) =
+            parse("tap-ctl snapshot 3 /a 1 /b --format vhd 2 /c")
+        else {
+            panic!("not together");
+        };
+        let disks: Vec<String> = disks
+            .iter()
+            .map(|(which, target)| format!("{:?} {target}", which.minor))
+            .collect();
+        assert_eq!(
+            disks,
+            ["Some(3) vhd:/a", "Some(1) vhd:/b", "Some(2) vhd:/c"]
+        );
+        for wrong in ["tap-ctl snapshot 3 /a 1", "tap-ctl snapshot 3 /a /b 1"] {
+            assert_eq!(parse(wrong), Err(Code::Invalid));
+        }
         let wrong = "tap-ctl snapshot 3 --format aio /srv/b";
         assert_eq!(parse(wrong), Err(Code::Other));
     }

@@ -21,6 +21,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         }
         Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
         Reply::Snapshot(taken) => told(taken),
+        Reply::Snapshots { taken } => taken.iter().map(told).collect(),
         Reply::Stream(stream) => format!("{}\n", self::stream(stream)),
         Reply::Mirror(mirror) => format!("{}\n", self::mirror(mirror)),
         Reply::Disks { disks } => disks.iter().map(row).collect(),

@@ -25,7 +25,87 @@ pub(super) fn cases() -> Vec<Case> {
     let load = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
     let about = "an image takes over what is below it under load that is judged, its process dies, and then it is alone";
     let stream = Case::new("snapshot.stream", about, Needs::Pv, stream);
-    vec![load.supervised().no_leaks(), stream.supervised().no_leaks()]
+    let about = "two disks of a guest at one instant, again and again: what was written to the second one is not newer than what was written to the first before";
+    let group = Case::new("snapshot.group", about, Needs::Pv, group);
+    let all = [load, stream, group];
+    all.map(|case| case.supervised().no_leaks()).into()
+}
+
+/// The guest writes a number to one disk and then to the other, and then the next number.
+const COUNT: &str =
+    "n=0; while [ ! -e /tmp/counted ]; do n=$((n+1)); for d in b c; do printf %08d $n | \
+    dd of=/dev/xvd$d bs=512 conv=sync,notrunc oflag=direct status=none || exit 1; done; done";
+/// Snapshots of both.
+const ROUNDS: u32 = 5;
+
+/// The number that an image has.
+fn number(context: &mut Context, path: &str) -> Result<u32> {
+    let raw = match path.ends_with(".qcow2") {
+        true => content(context, path, &format!("{}.raw", path.replace('/', "-")))?,
+        false => path.to_owned(),
+    };
+    let mut digits = [0; 8];
+    File::open(&raw)?.read_exact_at(&mut digits, 0)?;
+    let text = std::str::from_utf8(&digits)?;
+    text.parse()
+        .with_context(|| format!("{path} begins with {text:?}"))
+}
+
+fn group(context: &mut Context) -> Result<()> {
+    let mut rounds = Vec::new();
+    for round in 0..=ROUNDS {
+        let mut pair = |name: &str| -> Result<String> {
+            if round == 0 {
+                return image(context, &format!("{name}.img"), 4);
+            }
+            let path = image(context, &format!("{name}{round}.qcow2"), 1)?;
+            fs::remove_file(&path)?;
+            Ok(path)
+        };
+        rounds.push([pair("a")?, pair("b")?]);
+    }
+    let guest = context.pv()?;
+    let attach =
+        |path: &str, vdev| Served::attach(guest, &tap::disk(&format!("aio:{path}"), vdev, "w"));
+    let [first, second] = &rounds[0];
+    let disks = [attach(first, VDEV)?, attach(second, "xvdc")?];
+    let [one, two] = [&disks[0], &disks[1]].map(|disk| disk.minor.to_string());
+    let job = guest.start(COUNT)?;
+    let counts = || -> Result<()> {
+        let slow = match disks.iter().try_for_each(|disk| wait_progress(disk, 5)) {
+            Err(slow) => slow,
+            Ok(()) => return Ok(()),
+        };
+        Err(match guest.wait(job, Duration::ZERO) {
+            Ok(done) => slow.context(format!("the guest ended with {}: {}", done.rc, done.text)),
+            Err(_) => slow,
+        })
+    };
+    for [first, second] in rounds.iter().skip(1) {
+        counts()?;
+        tap::ctl(&["snapshot", &one, first, &two, second])?;
+    }
+    counts()?;
+    guest.run("touch /tmp/counted")?;
+    let done = guest.wait(job, LIMIT)?;
+    guest.run("rm /tmp/counted")?;
+    ensure!(done.rc == 0, "the guest could not write: {}", done.text);
+    for disk in disks {
+        disk.detach(context.pv()?)?;
+    }
+    let mut told = Vec::new();
+    // The last ones went on.
+    rounds.truncate(ROUNDS as usize);
+    for (round, [first, second]) in rounds.iter().enumerate() {
+        let first = number(context, first)?;
+        let second = number(context, second)?;
+        ensure!(
+            first == second || first == second + 1,
+            "of snapshot {round} one disk has number {first} and the other {second}"
+        );
+        told.push(first);
+    }
+    context.note(&format!("the instants were at {told:?}"))
 }
 
 /// The guest writes a number, and has the answer when this returns.

@@ -23,6 +23,7 @@ mod set;
 mod snapshot;
 mod stream;
 mod suspend;
+mod together;
 pub(crate) mod trouble;
 
 use crate::admission::Admission;

@@ -13,6 +13,7 @@
 //! no request was answered from it: then it is taken back, on the record first.
 
 use super::handoff::check_served;
+use super::together::Together;
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
@@ -40,18 +41,34 @@ impl Lifecycle {
         target: Target,
     ) -> Result<Snapshot, Failure> {
         let _turn = disk.turn().await?;
+        match taken_before(disk, &target).await {
+            Some(taken) if disk.doing().is_none() => Ok(taken),
+            _ => self.take_snapshot(disk, target, None).await,
+        }
+    }
+
+    /// The same, perhaps together with others. The caller has the turn.
+    pub(super) async fn take_snapshot(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        target: Target,
+        others: Option<&Together>,
+    ) -> Result<Snapshot, Failure> {
         if disk.doing().is_some() {
             // One that was not finished, too: then it is known from what the disk is served.
             let patience = self.patience.get();
             disk.unless_doomed(self.finish(disk, patience)).await?;
-        }
-        if let Some(taken) = taken_before(disk, &target).await {
-            return Ok(taken);
+            if let Some(taken) = taken_before(disk, &target)
+                .await
+                .filter(|_| others.is_none())
+            {
+                return Ok(taken);
+            }
         }
         check_served(disk)?;
         self.check_image(disk, &target)?;
         let made = self.begin_snapshot(disk, target).await?;
-        let taken = disk.unless_doomed(self.go_on_in(disk, &made)).await;
+        let taken = disk.unless_doomed(self.go_on_in(disk, &made, others)).await;
         match taken {
             Ok(taken) => Ok(taken),
             Err(failure) if disk.record.borrow().next.is_some() => {
@@ -193,12 +210,16 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         made: &Overlay,
+        others: Option<&Together>,
     ) -> Result<Snapshot, Failure> {
         self.fill(disk, made).await?;
         let begun = Instant::now();
         // However long that takes: what the guest waits for then, it waits for in any case.
         if let Some(lost) = self.close_image(disk, EVER).await? {
             return Err(lost);
+        }
+        if let Some(others) = others {
+            others.arrive().await?;
         }
         // What belongs to the image that is served no more leaves the record with it. And one that has ended makes
         // way for the next.
@@ -332,7 +353,7 @@ async fn take_away(made: &Overlay) {
 }
 
 /// The disk is served from the new image already, over the one that it goes on from.
-async fn taken_before(disk: &Disk, target: &Target) -> Option<Snapshot> {
+pub(super) async fn taken_before(disk: &Disk, target: &Target) -> Option<Snapshot> {
     let parent = {
         let record = disk.record.borrow();
         record.open.as_ref().filter(|open| open.target == *target)?;

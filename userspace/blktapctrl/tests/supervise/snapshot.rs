@@ -51,6 +51,88 @@ fn is_served_from(row: &Row, name: &str) -> bool {
     row.state == Some(State::Running) && path.is_some_and(|path| path.ends_with(name))
 }
 
+/// Disks 0 and 1, of a.img and b.img, in new images at one instant.
+fn both(dir: &Path, names: [&str; 2]) -> Request {
+    let disks = [1, 0].map(|minor| (which(minor), target(dir, names[minor as usize])));
+    Request::Snapshots {
+        disks: disks.into(),
+    }
+}
+
+#[test]
+fn disks_go_on_at_one_instant() {
+    test("snapshots", |bed| async move {
+        for (name, content) in [("a.img", "A"), ("b.img", "B")] {
+            bed.image(name, content);
+            bed.made(bed.create(name)).await;
+        }
+        let before = bed.log().len();
+        let ask = || bed.ask(both(&bed.dir, ["c.qcow2", "d.qcow2"]));
+        let Ok(Reply::Snapshots { taken }) = ask().await else {
+            panic!("not taken");
+        };
+        let minors: Vec<u32> = taken.iter().map(|taken| taken.minor).collect();
+        assert_eq!(minors, [0, 1]);
+        // None was served again before none was served any more.
+        let log = bed.log().split_off(before);
+        let last_end = log.iter().rposition(|line| line.starts_with("pause"));
+        let first_begin = log
+            .iter()
+            .position(|line| line.contains("open w") || line.contains("unpause w"));
+        assert!(last_end.is_some() && last_end < first_begin, "{log:?}");
+        for (minor, name) in [(0, "c.qcow2"), (1, "d.qcow2")] {
+            assert!(is_served_from(&bed.row(minor).await, name));
+        }
+        // The answer got lost.
+        let Ok(Reply::Snapshots { taken: again }) = ask().await else {
+            panic!("not taken");
+        };
+        assert_eq!(again.len(), taken.len());
+    });
+}
+
+#[test]
+fn disks_are_served_as_before_if_one_cannot_go_on() {
+    test("snapshots-fail", |bed| async move {
+        for (name, content) in [("a.img", "A"), ("b.img", "B")] {
+            bed.image(name, content);
+            bed.made(bed.create(name)).await;
+        }
+        // There is something already where one of the new images is to be.
+        bed.image("there.qcow2", "x");
+        for names in [["c.qcow2", "there.qcow2"], ["there.qcow2", "c.qcow2"]] {
+            bed.ask(both(&bed.dir, names)).await.expect_err("refused");
+            for (minor, name) in [(0, "a.img"), (1, "b.img")] {
+                until("it is served as before", || async {
+                    let row = bed.row(minor).await;
+                    (row.doing.is_none() && is_served_from(&row, name)).then_some(())
+                })
+                .await;
+            }
+            assert!(!bed.dir.join("c.qcow2").exists(), "a new image is left");
+        }
+        // A name twice, and a disk that is not there.
+        let failure = bed.ask(both(&bed.dir, ["c.qcow2", "c.qcow2"])).await;
+        assert_eq!(failure.expect_err("refused").code, Code::Invalid);
+        let disks = vec![
+            (which(0), target(&bed.dir, "c.qcow2")),
+            (which(7), target(&bed.dir, "d.qcow2")),
+        ];
+        let failure = bed.ask(Request::Snapshots { disks }).await;
+        assert_eq!(failure.expect_err("refused").code, Code::NotFound);
+        // One that is paused.
+        let (which, timeout_s) = (which(1), 0);
+        bed.ask(Request::Pause { which, timeout_s })
+            .await
+            .expect("paused");
+        bed.ask(both(&bed.dir, ["c.qcow2", "d.qcow2"]))
+            .await
+            .expect_err("refused");
+        assert!(is_served_from(&bed.row(0).await, "a.img"));
+        assert!(!bed.dir.join("c.qcow2").exists() && !bed.dir.join("d.qcow2").exists());
+    });
+}
+
 /// The disk is as if nobody had asked.
 async fn assert_as_before(bed: &Bed) {
     until("it is served again", || async {

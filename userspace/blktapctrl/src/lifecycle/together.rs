@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks that go on in new images at one instant: none of them is served from its new image before none is served
+//! from its old one any more. So what one of them has, and was made durable before something that another has, is
+//! not missing: a database with its log on another disk comes back from the old images as from a loss of power.
+//!
+//! Until that instant the failure of one is that of all, and all are served as before. After it each is by itself: a
+//! new image that cannot be served leaves that disk with its old one, and the others with their new ones, which is
+//! said. So it is with a supervisor that ends: the next one finishes or undoes each disk as its record says.
+
+use super::Lifecycle;
+use crate::disk::Disk;
+use control::supervisor::Snapshot;
+use control::{Code, Failure, Target};
+use futures::future::join_all;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::{MutexGuard, Notify};
+
+/// Disks of one instant at most.
+const MOST: usize = 256;
+/// How long disks wait for the one that comes last: its guest is not the only one that would have to.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The instant.
+pub(super) struct Together {
+    /// Disks that are still served.
+    absent: Cell<usize>,
+    /// Why it does not come.
+    failed: RefCell<Option<Failure>>,
+    changed: Notify,
+}
+
+impl Together {
+    fn new(disks: usize) -> Self {
+        Self {
+            absent: Cell::new(disks),
+            failed: RefCell::new(None),
+            changed: Notify::new(),
+        }
+    }
+
+    /// One is served no more: waits until none is.
+    ///
+    /// # Errors
+    /// Another one cannot be, or takes too long.
+    pub(super) async fn arrive(&self) -> Result<(), Failure> {
+        if self.failed.borrow().is_none() {
+            self.absent.set(self.absent.get().saturating_sub(1));
+        }
+        self.changed.notify_waiters();
+        let all = tokio::time::timeout(LIMIT, self.decided());
+        all.await.unwrap_or_else(|_| {
+            let late = Failure::new(
+                Code::Timeout,
+                format!("another disk is still served after {} s", LIMIT.as_secs()),
+            );
+            self.fail(&late);
+            Err(late)
+        })
+    }
+
+    async fn decided(&self) -> Result<(), Failure> {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(failure) = &*self.failed.borrow() {
+                return Err(failure.clone());
+            }
+            if self.absent.get() == 0 {
+                return Ok(());
+            }
+            changed.await;
+        }
+    }
+
+    /// It does not come, unless it has.
+    fn fail(&self, why: &Failure) {
+        if self.absent.get() > 0 {
+            self.failed.borrow_mut().get_or_insert_with(|| why.clone());
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+impl Lifecycle {
+    /// Has disks go on in new images at one instant.
+    ///
+    /// # Errors
+    /// They are served as before; or some are not, which the message says.
+    pub async fn snapshots(
+        self: &Rc<Self>,
+        mut wanted: Vec<(Rc<Disk>, Target)>,
+    ) -> Result<Vec<Snapshot>, Failure> {
+        check(&wanted)?;
+        // In one order, so that two of these do not wait for each other.
+        wanted.sort_by_key(|(disk, _)| disk.minor);
+        let turns = turns(&wanted).await?;
+        let before = wanted
+            .iter()
+            .map(|(disk, target)| super::snapshot::taken_before(disk, target));
+        let before: Option<Vec<Snapshot>> = join_all(before).await.into_iter().collect();
+        if let Some(taken) = before {
+            return Ok(taken);
+        }
+        let together = Together::new(wanted.len());
+        let each = wanted.iter().zip(turns).map(|((disk, target), turn)| {
+            let together = &together;
+            async move {
+                // What happens to this disk is not to wait for another one that hangs.
+                let _turn = turn;
+                let taken = self.take_snapshot(disk, target.clone(), Some(together));
+                taken.await.inspect_err(|failure| together.fail(failure))
+            }
+        });
+        let results = join_all(each).await;
+        let failed = together.failed.borrow().clone();
+        match failed {
+            Some(failure) => Err(failure),
+            None => all_or_said(results),
+        }
+    }
+}
+
+/// The turns of all. Nobody may do anything with any of them until the last one is there, so that is not waited for
+/// long.
+async fn turns(wanted: &[(Rc<Disk>, Target)]) -> Result<Vec<MutexGuard<'_, ()>>, Failure> {
+    let all = async {
+        let mut turns = Vec::new();
+        for (disk, _) in wanted {
+            turns.push(disk.turn().await?);
+        }
+        Ok(turns)
+    };
+    match tokio::time::timeout(LIMIT, all).await {
+        Ok(turns) => turns,
+        Err(_) => Err(Failure::new(
+            Code::Busy,
+            "something else is being done to one of the disks: see tap-ctl list, and ask again",
+        )),
+    }
+}
+
+/// What was taken; an error if something was not, with what was.
+fn all_or_said(results: Vec<Result<Snapshot, Failure>>) -> Result<Vec<Snapshot>, Failure> {
+    let (taken, failed): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    let taken: Vec<Snapshot> = taken.into_iter().flatten().collect();
+    let Some(Err(failure)) = failed.into_iter().next() else {
+        return Ok(taken);
+    };
+    let on: Vec<String> = taken.iter().map(|taken| taken.minor.to_string()).collect();
+    Err(Failure::new(
+        failure.code,
+        format!(
+            "not all disks go on in new images, so the old ones are of no instant; those that do, and whose \
+             configuration must name the new one: {}; {}",
+            on.join(", "),
+            failure.message
+        ),
+    ))
+}
+
+fn check(wanted: &[(Rc<Disk>, Target)]) -> Result<(), Failure> {
+    if wanted.is_empty() || wanted.len() > MOST {
+        return Err(Failure::invalid(format!(
+            "{} disks cannot go on in new images at one instant: 1 to {MOST}",
+            wanted.len()
+        )));
+    }
+    let disks: BTreeSet<u32> = wanted.iter().map(|(disk, _)| disk.minor).collect();
+    let images: BTreeSet<String> = wanted
+        .iter()
+        .map(|(_, target)| target.to_string())
+        .collect();
+    if disks.len() != wanted.len() || images.len() != wanted.len() {
+        return Err(Failure::invalid(
+            "a disk or a new image is named twice: name each once",
+        ));
+    }
+    Ok(())
+}
