@@ -11,7 +11,7 @@ use common::tools::{
     parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
     try_wrong, whole, PARENT_SIZE,
 };
-use common::{run, Chance, Content, World, SECTOR};
+use common::{run, seeds, Chance, Content, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, Runtime};
 use drivers::{Attributes, Disk};
@@ -72,7 +72,7 @@ fn trial(has_parent: bool, seed: u64) -> Trial {
 #[test]
 fn nothing_is_lost_and_nothing_stale_is_shown() {
     for has_parent in [false, true] {
-        for seed in 0..4 {
+        for seed in seeds(4) {
             trial(has_parent, seed).run(12);
         }
     }

@@ -11,7 +11,7 @@ use common::tools::{
     parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
     try_wrong, whole, PARENT_SIZE,
 };
-use common::{run, Chance, Content, World, SECTOR};
+use common::{run, seeds, Chance, Content, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk};
@@ -86,7 +86,7 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
         (Form::MonolithicFlat, false),
         (Form::TwoGbMaxExtentFlat, false),
     ] {
-        for seed in 0..4 {
+        for seed in seeds(4) {
             trial(form, has_parent, seed).run(20);
         }
     }

@@ -3,7 +3,7 @@
 //! rest: the disk is the same, and when that process dies, what it told is what the image says.
 
 use super::history::{number, stamp, Trial};
-use super::{Chance, World};
+use super::{seeds, Chance, World};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Place};
 use formats::Storage;
@@ -386,7 +386,7 @@ pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
 /// Tries out a format whose image is one file, with several seeds.
 pub(crate) fn told_stays_true(trial: impl Fn(u64) -> Trial) {
     let (mut name, mut hits, mut deaths) = (String::new(), 0, 0);
-    for seed in 0..6 {
+    for seed in seeds(6) {
         let (runtime, trial) = (Runtime::new(), trial(seed));
         let world = World::new(trial.files.clone());
         world.shuffle(seed);

@@ -2,6 +2,7 @@
 //! A process may die, and power may fail, between any two writes to an image: what was answered is there,
 //! what was flushed is there, and nothing is read that was never written there.
 
+use crate::common::seeds;
 use crate::common::tools::{command, folder, has_qemu};
 use crate::memory::{
     allowed, apply, exercise, read_all, sector, stamps, Chance, Event, History, Memory,
@@ -327,19 +328,11 @@ fn run(case: &Case, seed: u64, steps: u64, has_qemu: bool) {
     qemu(&memory.bytes(), false, log.len());
 }
 
-fn seeds() -> std::ops::Range<u64> {
-    // More with SEEDS=1000.
-    let count = std::env::var("SEEDS")
-        .ok()
-        .and_then(|count| count.parse().ok());
-    1..1 + count.unwrap_or(3)
-}
-
 #[test]
 fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
     let has_qemu = has_qemu("every_prefix_of_the_writes_is_an_image_that_shows_what_it_must");
     for case in cases() {
-        for seed in seeds() {
+        for seed in seeds(3) {
             run(&case, seed, 40, has_qemu);
         }
     }
@@ -349,7 +342,7 @@ fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
 #[test]
 fn a_disk_without_room_loses_nothing() {
     for case in cases() {
-        for seed in seeds() {
+        for seed in seeds(3) {
             let runtime = Runtime::new();
             let memory = Memory::new(fresh(&runtime, &case), seed, true);
             let disk = opened(&runtime, &memory, &case, true);
@@ -401,7 +394,7 @@ fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
     };
     // Sectors of a subcluster.
     const PART: u64 = 4;
-    for seed in 1..101 {
+    for seed in seeds(100) {
         let runtime = Runtime::new();
         let memory = Memory::new(fresh(&runtime, &case), seed, true);
         let disk = opened(&runtime, &memory, &case, true);

@@ -2,6 +2,7 @@
 //! Images that want to do harm: whatever they say, nothing panics, nothing goes on for ever, and no more
 //! memory is used than is allowed.
 
+use crate::common::seeds;
 use crate::memory::{read_all, sector, Chance, Memory};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
@@ -100,15 +101,11 @@ fn damaged_metadata_does_no_harm() {
             ..small(4096)
         },
     ];
-    let count = std::env::var("SEEDS")
-        .ok()
-        .and_then(|count| count.parse().ok())
-        .unwrap_or(300);
     for plan in plans {
         let image = sound(plan.clone());
         let metadata = metadata(&image, plan.cluster as usize);
-        for seed in 0..count {
-            let chance = Chance::new(seed + 1);
+        for seed in seeds(300) {
+            let chance = Chance::new(seed);
             let mut bytes = image.clone();
             for _ in 0..1 + chance.below(4) {
                 let at = match chance.below(3) {

@@ -2,6 +2,7 @@
 //! What the kernel is told of places stays true; what others have too is not told.
 
 use crate::common::places::{Host, Subject};
+use crate::common::seeds;
 use crate::common::tools::{folder, has_qemu, tool_in};
 use crate::crash::{cases, checked, first, fresh, opened, Case, SECTORS, SIZE};
 use crate::memory::{read_all, sector, stamps, Memory, SECTOR};
@@ -80,7 +81,7 @@ fn what_is_told_stays_true() {
     let runtime = Runtime::new();
     for case in cases() {
         let (mut hits, mut deaths) = (0, 0);
-        for seed in 0..24 {
+        for seed in seeds(24) {
             let host = host(&runtime, &case, fresh(&runtime, &case), seed, first);
             host.rounds(&runtime);
             hits += host.hits.get();
@@ -128,7 +129,7 @@ fn clusters_of_a_snapshot_are_not_told() {
     }
     let (runtime, image) = (Runtime::new(), with_snapshot());
     let case = &cases()[0];
-    for seed in 0..8 {
+    for seed in seeds(8) {
         let host = host(&runtime, case, image.clone(), seed, |_, _| BEFORE);
         let disk = host.disk.clone();
         let places = runtime.block_on(async move { disk.places(0, SIZE).await });
