@@ -49,7 +49,7 @@ impl ConnectError {
                 )),
             ),
             Self::TakenAway => (
-                ESHUTDOWN,
+                EPIPE,
                 CString::try_from_fmt(fmt!("the toolstack is taking the disk away")),
             ),
             Self::Step(step, error) | Self::Later(step, error) => {

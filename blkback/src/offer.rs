@@ -128,7 +128,7 @@ impl Features {
 }
 
 /// Nothing was published, because the toolstack has written Closing: that is the state now.
-pub(crate) const TAKEN_AWAY: Error = ESHUTDOWN;
+pub(crate) const TAKEN_AWAY: Error = EPIPE;
 
 /// Publishes a new size. Writing the state Connected again makes the frontend look; it is left alone if
 /// it is another one by now, because the toolstack, which takes the device away, has written it. May sleep.

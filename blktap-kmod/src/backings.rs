@@ -11,6 +11,7 @@ use super::node::invalid;
 use crate::linux::block::storage::Storage;
 use crate::linux::char::chardev::user_memory;
 use crate::linux::memory::vectors::push;
+use crate::linux::versions::not_supported;
 use crate::ring::tap::abi::{self, MapOp, Mapped, Maps};
 use crate::ring::tap::checked::{MapChange, NewBacking, UserArray};
 use crate::ring::tap::extent::BackingNumber;
@@ -156,7 +157,7 @@ impl TapDisk {
     fn follow_sizes(&self, epoch: u64) -> Result<Option<usize>> {
         let mut inner = self.inner.lock();
         if !inner.shadow.has_claimed(abi::FEATURE_MAPS) {
-            return Err(EOPNOTSUPP);
+            return Err(not_supported());
         }
         inner.must_be_served_by(epoch)?;
         let Inner {

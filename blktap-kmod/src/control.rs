@@ -5,6 +5,7 @@
 use super::node::{invalid, read_user, write_user};
 use super::registry;
 use crate::linux::char::chardev::{may_administer, CharDevice};
+use crate::linux::versions::not_supported;
 use crate::ring::tap::abi::{ioctl, BackingAdd, BackingRemove, Create, Destroy, Info, Mapped};
 use kernel::ffi::c_int;
 use kernel::prelude::*;
@@ -95,7 +96,7 @@ impl CharDevice for Control {
             ioctl::DESTROY => destroy(address),
             ioctl::BACKING_ADD => add_backing(address),
             ioctl::BACKING_REMOVE => remove_backing(address),
-            number if ioctl::is_kept(number) => Err(EOPNOTSUPP),
+            number if ioctl::is_kept(number) => Err(not_supported()),
             _ => Err(ENOTTY),
         }
     }

@@ -9,6 +9,7 @@ use crate::linux::char::chardev::{
     current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE,
 };
 use crate::linux::char::uring::{Identity, Issued, Outcome, Parked, Woken};
+use crate::linux::versions::not_supported;
 use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info, Maps};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
 use crate::ring::tap::params::{ParamError, Params};
@@ -47,7 +48,7 @@ pub(super) fn write_user<T: IntoBytes + Immutable>(address: u64, value: &T) -> R
 /// What is not understood is refused.
 pub(super) fn invalid(why: Malformed) -> Error {
     match why {
-        Malformed::Unknown => EOPNOTSUPP,
+        Malformed::Unknown => not_supported(),
         Malformed::Larger => E2BIG,
         _ => EINVAL,
     }
@@ -99,7 +100,7 @@ impl Opener {
             .reader()
             .read_slice(bytes)?;
         let params = Params::parse(bytes).map_err(|why| match why {
-            ParamError::Kept(_) => EOPNOTSUPP,
+            ParamError::Kept(_) => not_supported(),
             _ => EINVAL,
         })?;
         self.disk.describe(params)?;
@@ -132,7 +133,7 @@ impl Opener {
         }
         let failed = inner.shadow.started(self.epoch).map_err(|why| match why {
             StartError::NotOpen => EINVAL,
-            StartError::Lacks(_) => EOPNOTSUPP,
+            StartError::Lacks(_) => not_supported(),
         })?;
         inner.tell(failed.queues);
         inner.pid = current_process();
@@ -155,7 +156,7 @@ impl Opener {
         {
             let inner = self.disk.inner.lock();
             if !inner.shadow.has_claimed(feature) {
-                return Err(EOPNOTSUPP);
+                return Err(not_supported());
             }
             if !inner.is_live() {
                 return Err(EINVAL);
@@ -272,7 +273,7 @@ impl CharDevice for Opener {
             ioctl::START => self.start(),
             ioctl::EXCHANGE => self.exchange(address),
             ioctl::MAP => self.change_maps(address),
-            number if ioctl::is_kept(number) => Err(EOPNOTSUPP),
+            number if ioctl::is_kept(number) => Err(not_supported()),
             _ => Err(ENOTTY),
         }
     }

@@ -5,6 +5,7 @@
 
 use core::borrow::Borrow;
 use kernel::bindings;
+use kernel::error::Error;
 
 /// The module itself, as an owner of what C code calls: 7.2 names it `crate::THIS_MODULE`, 7.3 a
 /// constant of `LocalModule`. Both are the address of what modpost makes.
@@ -15,6 +16,12 @@ pub(super) const fn this_module() -> *mut bindings::module {
 /// The value of a module parameter: 7.2 gives a reference to it, 7.3 a copy.
 pub(crate) fn parameter(value: impl Borrow<u32>) -> u32 {
     *value.borrow()
+}
+
+/// `EOPNOTSUPP`, which 7.2 has no name for.
+pub(crate) fn not_supported() -> Error {
+    // CAST: it is 95.
+    Error::from_errno(-(bindings::EOPNOTSUPP as i32))
 }
 
 // 7.2 has a function for each barrier, 7.3 one function with the kind as its argument.

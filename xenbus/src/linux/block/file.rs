@@ -6,6 +6,7 @@
 
 use crate::linux::sys;
 use crate::linux::task::workqueue::OwnQueue;
+use crate::linux::versions::not_supported;
 use kernel::bindings;
 use kernel::error::to_result;
 use kernel::fs::File;
@@ -46,7 +47,7 @@ impl ImageFile {
             && limits.readable != 0
             && (limits.writable != 0 || !writable);
         if !fits {
-            return Err(EOPNOTSUPP);
+            return Err(not_supported());
         }
         // INVARIANT: Just looked at; none of it changes while the file is open.
         Ok(Self {
