@@ -77,6 +77,13 @@ impl Lifecycle {
                 Err(failure)
             }
             Err(failure) => {
+                // The others do not wait for what comes now.
+                if let Some(others) = others {
+                    others.fail(&Failure::new(
+                        failure.code,
+                        format!("disk {}: {failure}", disk.minor),
+                    ));
+                }
                 let undone = self.undo_snapshot(disk, &failure);
                 disk.unless_doomed(undone).await?;
                 let why = format!("disk {} is served as before: {failure}", disk.minor);
@@ -213,13 +220,16 @@ impl Lifecycle {
         others: Option<&Together>,
     ) -> Result<Snapshot, Failure> {
         self.fill(disk, made).await?;
+        if let Some(others) = others {
+            others.ready(disk.minor).await?;
+        }
         let begun = Instant::now();
         // However long that takes: what the guest waits for then, it waits for in any case.
         if let Some(lost) = self.close_image(disk, EVER).await? {
             return Err(lost);
         }
         if let Some(others) = others {
-            others.arrive().await?;
+            others.arrive(disk.minor).await?;
         }
         // What belongs to the image that is served no more leaves the record with it. And one that has ended makes
         // way for the next.

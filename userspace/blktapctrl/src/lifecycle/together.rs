@@ -12,7 +12,7 @@ use crate::disk::Disk;
 use control::supervisor::Snapshot;
 use control::{Code, Failure, Target};
 use futures::future::join_all;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
@@ -20,54 +20,81 @@ use tokio::sync::{MutexGuard, Notify};
 
 /// Disks of one instant at most.
 const MOST: usize = 256;
+/// How long disks wait, as long as they are served, until all have their new images.
+const READY: Duration = Duration::from_secs(180);
 /// How long disks wait for the one that comes last: its guest is not the only one that would have to.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// The instant.
+/// The instant, and the moment before it in which all are ready for that.
 pub(super) struct Together {
+    /// Disks that are not ready.
+    unready: RefCell<BTreeSet<u32>>,
     /// Disks that are still served.
-    absent: Cell<usize>,
+    served: RefCell<BTreeSet<u32>>,
     /// Why it does not come.
     failed: RefCell<Option<Failure>>,
     changed: Notify,
 }
 
 impl Together {
-    fn new(disks: usize) -> Self {
+    fn new(disks: impl Iterator<Item = u32>) -> Self {
+        let all: BTreeSet<u32> = disks.collect();
         Self {
-            absent: Cell::new(disks),
+            unready: RefCell::new(all.clone()),
+            served: RefCell::new(all),
             failed: RefCell::new(None),
             changed: Notify::new(),
         }
+    }
+
+    /// One has its new image, and is served: waits until all have. What is refused is refused before a guest has to
+    /// wait.
+    ///
+    /// # Errors
+    /// Another one cannot have one, or takes too long.
+    pub(super) async fn ready(&self, minor: u32) -> Result<(), Failure> {
+        self.wait(&self.unready, minor, READY, "is not ready").await
     }
 
     /// One is served no more: waits until none is.
     ///
     /// # Errors
     /// Another one cannot be, or takes too long.
-    pub(super) async fn arrive(&self) -> Result<(), Failure> {
+    pub(super) async fn arrive(&self, minor: u32) -> Result<(), Failure> {
+        let what = "has not let go of its image";
+        self.wait(&self.served, minor, LIMIT, what).await
+    }
+
+    async fn wait(
+        &self,
+        absent: &RefCell<BTreeSet<u32>>,
+        minor: u32,
+        limit: Duration,
+        what: &str,
+    ) -> Result<(), Failure> {
         if self.failed.borrow().is_none() {
-            self.absent.set(self.absent.get().saturating_sub(1));
+            absent.borrow_mut().remove(&minor);
         }
         self.changed.notify_waiters();
-        let all = tokio::time::timeout(LIMIT, self.decided());
+        let all = tokio::time::timeout(limit, self.decided(absent));
         all.await.unwrap_or_else(|_| {
+            let who = absent.borrow().first().copied().unwrap_or_default();
             let late = Failure::new(
                 Code::Timeout,
-                format!("another disk is still served after {} s", LIMIT.as_secs()),
+                format!("disk {who} {what} after {} s", limit.as_secs()),
             );
             self.fail(&late);
             Err(late)
         })
     }
 
-    async fn decided(&self) -> Result<(), Failure> {
+    async fn decided(&self, absent: &RefCell<BTreeSet<u32>>) -> Result<(), Failure> {
         loop {
             let changed = self.changed.notified();
             if let Some(failure) = &*self.failed.borrow() {
                 return Err(failure.clone());
             }
-            if self.absent.get() == 0 {
+            if absent.borrow().is_empty() {
                 return Ok(());
             }
             changed.await;
@@ -75,8 +102,8 @@ impl Together {
     }
 
     /// It does not come, unless it has.
-    fn fail(&self, why: &Failure) {
-        if self.absent.get() > 0 {
+    pub(super) fn fail(&self, why: &Failure) {
+        if !self.served.borrow().is_empty() {
             self.failed.borrow_mut().get_or_insert_with(|| why.clone());
             self.changed.notify_waiters();
         }
@@ -103,7 +130,7 @@ impl Lifecycle {
         if let Some(taken) = before {
             return Ok(taken);
         }
-        let together = Together::new(wanted.len());
+        let together = Together::new(wanted.iter().map(|(disk, _)| disk.minor));
         let each = wanted.iter().zip(turns).map(|((disk, target), turn)| {
             let together = &together;
             async move {
@@ -115,10 +142,15 @@ impl Lifecycle {
         });
         let results = join_all(each).await;
         let failed = together.failed.borrow().clone();
-        match failed {
+        let said = match failed {
             Some(failure) => Err(failure),
             None => all_or_said(results),
-        }
+        };
+        // To whoever asks, that a process has gone would be that we have.
+        said.map_err(|failure| match failure.code {
+            Code::Gone => Failure::new(Code::System, failure.message),
+            _ => failure,
+        })
     }
 }
 
@@ -148,6 +180,9 @@ fn all_or_said(results: Vec<Result<Snapshot, Failure>>) -> Result<Vec<Snapshot>,
     let Some(Err(failure)) = failed.into_iter().next() else {
         return Ok(taken);
     };
+    if taken.is_empty() {
+        return Err(failure);
+    }
     let on: Vec<String> = taken.iter().map(|taken| taken.minor.to_string()).collect();
     Err(Failure::new(
         failure.code,

@@ -100,6 +100,7 @@ fn disks_are_served_as_before_if_one_cannot_go_on() {
         }
         // There is something already where one of the new images is to be.
         bed.image("there.qcow2", "x");
+        let before = bed.log().len();
         for names in [["c.qcow2", "there.qcow2"], ["there.qcow2", "c.qcow2"]] {
             bed.ask(both(&bed.dir, names)).await.expect_err("refused");
             for (minor, name) in [(0, "a.img"), (1, "b.img")] {
@@ -111,6 +112,9 @@ fn disks_are_served_as_before_if_one_cannot_go_on() {
             }
             assert!(!bed.dir.join("c.qcow2").exists(), "a new image is left");
         }
+        // Nobody had to wait for what was refused.
+        let log = bed.log().split_off(before);
+        assert!(!log.iter().any(|line| line.starts_with("pause")), "{log:?}");
         // A name twice, and a disk that is not there.
         let failure = bed.ask(both(&bed.dir, ["c.qcow2", "c.qcow2"])).await;
         assert_eq!(failure.expect_err("refused").code, Code::Invalid);
