@@ -77,6 +77,8 @@ pub struct Disk {
     /// Requests answered when the watchdog saw that number first, and when that was.
     pub progress: Cell<(u64, Instant)>,
     turn: Mutex<()>,
+    /// Why it comes to its end, if that is not what somebody asked for.
+    ends_for: RefCell<Option<Failure>>,
     fate: watch::Sender<Fate>,
 }
 
@@ -108,6 +110,7 @@ impl Disk {
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),
             turn: Mutex::new(()),
+            ends_for: RefCell::default(),
             fate: watch::Sender::new(Fate::Stays),
         })
     }
@@ -143,10 +146,18 @@ impl Disk {
     }
 
     fn doomed(&self) -> Failure {
-        Failure::new(
-            Code::State,
-            format!("disk {} is being taken away", self.minor),
-        )
+        let why = self.ends_for.borrow().clone();
+        why.unwrap_or_else(|| {
+            Failure::new(
+                Code::State,
+                format!("disk {} is being taken away", self.minor),
+            )
+        })
+    }
+
+    /// It is about to be taken away for this: who waits for it is told so.
+    pub fn ends_for(&self, why: &Failure) {
+        self.ends_for.replace(Some(why.clone()));
     }
 
     /// How far its end has come.

@@ -80,6 +80,7 @@ impl Lifecycle {
                 // A process that serves nothing is of no use.
                 self.give_up_process(disk).await;
                 if created {
+                    disk.ends_for(&failure);
                     self.destroy_later(disk);
                 } else {
                     self.take_from_kernel(disk, self.patience.get()).await?;

@@ -8,6 +8,7 @@ use control::tapdisk::State;
 use control::{Code, LeaseKind};
 use lease::{Claim, Lease, View};
 use std::fs;
+use std::rc::Rc;
 use std::time::Duration;
 
 /// A disk with a lease, of an image that is there.
@@ -82,6 +83,24 @@ fn a_lease_is_held_while_the_image_is_open_and_no_longer() {
         other.take(Duration::ZERO).expect("it is free");
         let create = Request::Create(Box::new(leased(&bed)));
         assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
+        bed.assert_nothing_left().await;
+        // Nor is one for which is asked twice, as a script does: who waits for it hears why.
+        let directory = "backend/vbd/1/51712".to_owned();
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        bed.registry().use_store(Some(store));
+        bed.store.put(&directory, &[("frontend", "f")]);
+        let mut create = leased(&bed);
+        create.vbd = Some(directory);
+        let again = Request::Create(Box::new(create.clone()));
+        create.no_wait = true;
+        let begun = bed.ask(Request::Create(Box::new(create))).await;
+        assert!(matches!(begun, Ok(Reply::Minor { .. })), "{begun:?}");
+        until("a process", || async {
+            bed.rows().await.first().and_then(|row| row.pid)
+        })
+        .await;
+        let why = bed.ask(again).await.expect_err("it is beta's");
+        assert!(why.message.contains("host beta"), "{why}");
         bed.assert_nothing_left().await;
         let mut shared = leased(&bed);
         shared.mode = Mode::WriteShared;
