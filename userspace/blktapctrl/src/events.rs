@@ -3,6 +3,7 @@
 
 use control::stats::Streaming;
 use control::supervisor::{Event, What};
+use control::tapdisk::Call;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -95,6 +96,10 @@ fn log(minor: Option<u32>, what: &What) {
             let then = match stopped {
                 true => {
                     "; the guest waits: see to the image's storage, then let the disk go on with tap-ctl unpause"
+                }
+                false if trouble.what == Call::Flush => {
+                    "; what was written before may be lost, and a Linux guest takes this for a disk that cannot flush, and \
+                     flushes no more: see to the storage, then detach and attach the disk, or restart the guest"
                 }
                 false => "; the guest was told",
             };

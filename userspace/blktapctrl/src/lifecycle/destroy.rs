@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The end of a disk.
 
+use super::trouble::tell_of_kernel;
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::folder;
@@ -112,6 +113,10 @@ impl Lifecycle {
             }
         }
         disk.forget_process();
+        // The guest's last flush may have failed.
+        if let Ok(Some(node)) = kernel::node(&*self.registry.kernel, disk.minor) {
+            tell_of_kernel(&self.registry, disk, &node.status);
+        }
         self.free_node(disk.minor).await;
         self.give_lease_up(disk).await;
         for path in [

@@ -146,7 +146,7 @@ fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
 /// Tells of flushes that the kernel executed by itself and that failed, which it only counts. The guest was told.
 pub(crate) fn tell_of_kernel(registry: &Registry, disk: &Disk, status: &Kernel) {
     let told = disk.record.borrow().failed_flushes;
-    let new = status.failed_flushes.saturating_sub(told);
+    let new = status.failed_flushes.wrapping_sub(told);
     if new == 0 {
         return;
     }
