@@ -7,7 +7,7 @@ use crate::linux::xen::device::Device;
 use crate::linux::xen::store::{self, Transaction};
 use crate::params;
 use crate::proto::frontend::Offer;
-use crate::proto::state::{publishing, Publishing, State};
+use crate::proto::state::{publishing, Online, Publishing, State};
 use crate::ring::request::Limits;
 use kernel::prelude::*;
 
@@ -127,7 +127,7 @@ impl Features {
     }
 }
 
-/// Nothing was published, because the toolstack has written Closing: that is the state now.
+/// Nothing was published, because the toolstack is taking the device away.
 pub(crate) const TAKEN_AWAY: Error = EPIPE;
 
 /// Publishes a new size. Writing the state Connected again makes the frontend look; it is left alone if
@@ -142,6 +142,11 @@ pub(crate) fn publish_size(device: &Device, sectors: u64) -> Result {
             _ => Ok(()),
         }
     })
+}
+
+/// Our state, as the directory has it. May sleep.
+pub(crate) fn state(device: &Device) -> Result<State> {
+    store::read_state(device.nodename())
 }
 
 /// Publishes how a disk is served. May sleep.
@@ -187,7 +192,8 @@ fn publish_with_state(
     }
     let dir = device.nodename();
     let published = store::transaction(|t| {
-        match publishing(before, t.read_state(dir)?, now) {
+        let online = Online::of(t.read_number(dir, c"online")?);
+        match publishing(before, t.read_state(dir)?, online, now) {
             Publishing::Written => {}
             Publishing::Gone => return Err(ENOENT),
             Publishing::TakenAway => return Err(TAKEN_AWAY),
@@ -195,10 +201,8 @@ fn publish_with_state(
         body(t)?;
         t.write_number(dir, c"state", now.number().into())
     });
-    match published {
-        Ok(()) => device.note_state(now),
-        Err(error) if error == TAKEN_AWAY => device.note_state(State::Closing),
-        Err(_) => {}
+    if published.is_ok() {
+        device.note_state(now);
     }
     published
 }

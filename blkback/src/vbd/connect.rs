@@ -111,7 +111,7 @@ impl Vbd {
                 life.failures = life.failures.saturating_sub(1);
                 life.state.set(State::Connected, true);
             }
-            Err(ConnectError::TakenAway) => life.state.set(State::Closing, true),
+            Err(ConnectError::TakenAway) => self.taken_away(life),
             Err(error) if error.passes() => {
                 // The frontend has done nothing that it should do better.
                 self.report_why(&error);

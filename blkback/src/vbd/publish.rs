@@ -54,6 +54,15 @@ impl Vbd {
         }
     }
 
+    /// The toolstack has written our state: it takes the device away. Nothing is tried before the frontend moves.
+    pub(super) fn taken_away(&self, life: &mut Life) {
+        // What cannot be read is what it writes.
+        let there = offer::state(&self.device).unwrap_or(State::Closing);
+        life.state.set(there, true);
+        self.device.note_state(there);
+        life.refused = true;
+    }
+
     /// Writes our state if that could not be done before; false if it still cannot. The other end waits
     /// for it, so no event may ever come.
     pub(super) fn say(self: &Arc<Self>, life: &mut Life) -> bool {

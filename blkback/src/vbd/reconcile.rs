@@ -130,12 +130,7 @@ impl Vbd {
 
     /// Whether the toolstack wants the device to stay.
     fn online(&self) -> Result<Online> {
-        match store::read_number(self.device.nodename(), c"online") {
-            Ok(Some(0)) => Ok(Online::No),
-            Ok(Some(_)) => Ok(Online::Yes),
-            Ok(None) => Ok(Online::Unsaid),
-            Err(error) => Err(error),
-        }
+        store::read_number(self.device.nodename(), c"online").map(Online::of)
     }
 
     /// The frontend's state, read anew; a node that is gone or hidden from us, or that holds no
@@ -159,7 +154,7 @@ impl Vbd {
             Action::Offer => {
                 let offered = offer::publish_offer(&self.device, life.state.now());
                 if offered == Err(offer::TAKEN_AWAY) {
-                    life.state.set(State::Closing, true);
+                    self.taken_away(life);
                     return Next::Look;
                 }
                 if let Some(error) = offered.err().filter(|error| *error != ENOENT) {

@@ -82,6 +82,15 @@ pub enum Online {
 }
 
 impl Online {
+    /// What a key of this number says.
+    pub fn of(number: Option<u32>) -> Self {
+        match number {
+            Some(0) => Online::No,
+            Some(_) => Online::Yes,
+            None => Online::Unsaid,
+        }
+    }
+
     /// Every answer.
     pub const ALL: [Online; 3] = [Online::Yes, Online::No, Online::Unsaid];
 }
@@ -199,18 +208,22 @@ pub enum Publishing {
     Written,
     /// The directory is that of a new device already.
     Gone,
-    /// The toolstack is taking the device away, and has written so: that is our state now.
+    /// The toolstack is taking the device away, and has written so: our state is what it says there.
     TakenAway,
 }
 
 /// Whether `now` may be written after `before`, which is what we published last, where the directory
 /// holds `there`. To be asked in the transaction that writes it.
-pub fn publishing(before: State, there: State, now: State) -> Publishing {
+///
+/// A toolstack that takes a device away writes Closing and `online` in one transaction. The frontend would never hear
+/// of that if it were written over.
+pub fn publishing(before: State, there: State, online: Online, now: State) -> Publishing {
     let closes = |state| matches!(state, State::Closing | State::Closed);
-    match there {
-        State::Initialising if before != State::Initialising => Publishing::Gone,
-        // The frontend would never hear of it.
-        _ if closes(there) && !closes(before) && !closes(now) => Publishing::TakenAway,
+    match (there, now) {
+        (State::Initialising, _) if before != State::Initialising => Publishing::Gone,
+        (State::Closing, _) if !closes(before) && !closes(now) => Publishing::TakenAway,
+        // Closing and Closed may be our own.
+        (_, State::Connected) if online == Online::No => Publishing::TakenAway,
         _ => Publishing::Written,
     }
 }

@@ -153,8 +153,10 @@ impl World {
         if std::mem::take(&mut self.detach_in_between) {
             self.detach();
         }
-        if publishing(self.view.ours, self.there, state) == Publishing::TakenAway {
-            self.view.ours = State::Closing;
+        if publishing(self.view.ours, self.there, self.view.online, state) == Publishing::TakenAway
+        {
+            self.view.ours = self.there;
+            self.view.refused = true;
             if self.view.rings == Rings::Served {
                 self.view.rings = Rings::Draining;
             }

@@ -113,9 +113,13 @@ fn a_detach_is_not_written_over() {
     let mut about_to_connect = World::new();
     about_to_connect.settle();
     about_to_connect.disk_comes();
+    // Our state is Closing already.
+    let mut about_to_connect_again = connected();
+    sees(&mut about_to_connect_again, Reconfigured);
     for (mut world, theirs) in [
         (about_to_offer, Initialising),
         (about_to_connect, Initialised),
+        (about_to_connect_again, Initialised),
     ] {
         world.detach_in_between = true;
         sees(&mut world, theirs);

@@ -42,7 +42,16 @@ fn read_in(
 /// Reads a key into `value` and returns its length, which may be more than fits; `None` if there is no such key.
 /// An error says nothing about the key.
 pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<Option<usize>> {
-    match read_in(NONE, dir, key, value) {
+    read_if_there(NONE, dir, key, value)
+}
+
+fn read_if_there(
+    transaction: sys::XenbusTransaction,
+    dir: &CStr,
+    key: &CStr,
+    value: &mut [u8],
+) -> Result<Option<usize>> {
+    match read_in(transaction, dir, key, value) {
         Err(error) if error == ENOENT => Ok(None),
         other => other.map(Some),
     }
@@ -50,8 +59,16 @@ pub(crate) fn read(dir: &CStr, key: &CStr, value: &mut [u8]) -> Result<Option<us
 
 /// Reads a decimal number; `None` if there is none.
 pub(crate) fn read_number(dir: &CStr, key: &CStr) -> Result<Option<u32>> {
+    read_number_in(NONE, dir, key)
+}
+
+fn read_number_in(
+    transaction: sys::XenbusTransaction,
+    dir: &CStr,
+    key: &CStr,
+) -> Result<Option<u32>> {
     let mut value = [0; 16];
-    let len = read(dir, key, &mut value)?;
+    let len = read_if_there(transaction, dir, key, &mut value)?;
     Ok(len.and_then(|len| value.get(..len)).and_then(parse_u32))
 }
 
@@ -85,6 +102,11 @@ impl Transaction {
     /// Reads the state of a device's directory; a value that is no state is Unknown.
     pub(crate) fn read_state(&self, dir: &CStr) -> Result<State> {
         read_state_in(self.0, dir)
+    }
+
+    /// Reads a decimal number; `None` if there is none.
+    pub(crate) fn read_number(&self, dir: &CStr, key: &CStr) -> Result<Option<u32>> {
+        read_number_in(self.0, dir, key)
     }
 
     /// Writes a key.
