@@ -45,8 +45,10 @@ impl<S: Storage> Image<S> {
         self.slices.settle_all().await.map_err(failed)?;
         self.flush().await.map_err(failed)?;
         self.can_be_trusted()?;
-        let unnamed = self.unname().await;
-        unnamed.and(self.flush().await).map_err(failed)?;
+        // Where the name is, and its length.
+        self.change_header(AT_NAME, &[0; 12])
+            .await
+            .map_err(failed)?;
         self.below.replace(None);
         Ok(())
     }
@@ -72,19 +74,5 @@ impl<S: Storage> Image<S> {
         let size = self.size.get();
         let end = size.next_multiple_of(self.geometry.cluster());
         self.hide_below(size, end).await
-    }
-
-    async fn unname(&self) -> Result<(), Errno> {
-        let (header, _) = self.slices.at(0).await?;
-        let before = [header.number(AT_NAME), header.number(AT_NAME + 8)];
-        header.set_number(AT_NAME, 0);
-        // Its length shares a number with the size of a cluster.
-        header.set_number(AT_NAME + 8, before[1] & u64::from(u32::MAX));
-        let settled = self.slices.settle(&header).await;
-        if settled.is_err() {
-            header.set_number(AT_NAME, before[0]);
-            header.set_number(AT_NAME + 8, before[1]);
-        }
-        settled
     }
 }

@@ -211,9 +211,9 @@ impl<S: Storage> Image<S> {
         let findings = self.check(others, true).await?;
         self.flush().await?;
         let (header, _) = self.slices.at(0).await?;
-        header.set_number(AT_INCOMPATIBLE, header.number(AT_INCOMPATIBLE) & !DIRTY);
-        self.slices.settle(&header).await?;
-        self.flush().await?;
+        let clean = header.number(AT_INCOMPATIBLE) & !DIRTY;
+        self.change_header(AT_INCOMPATIBLE, &clean.to_be_bytes())
+            .await?;
         Ok(findings)
     }
 
@@ -231,7 +231,7 @@ impl<S: Storage> Image<S> {
                 self.prepare_range(block, cluster).await?;
                 self.flush().await?;
                 slice.set_number(at, block);
-                self.slices.settle(&slice).await?;
+                self.slices.settle_first(&slice).await?;
             }
         }
         Ok(())
@@ -265,7 +265,7 @@ impl<S: Storage> Image<S> {
         self.prepare_range(block, cluster).await?;
         self.flush().await?;
         slice.set_number(at, block);
-        self.slices.settle(&slice).await?;
+        self.slices.settle_first(&slice).await?;
         window.add(cluster, block..block + cluster);
         Ok(())
     }

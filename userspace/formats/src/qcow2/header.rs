@@ -10,12 +10,13 @@ pub(crate) const MAGIC: u32 = 0x5146_49fb;
 pub(crate) const V2: usize = 72;
 pub(crate) const V3: usize = 104;
 
-/// Offsets of the fields that change.
+/// Offsets of the fields that change. The place of the L1 table is behind its number of entries, and the refcount
+/// table's number of clusters behind its place.
 pub(crate) const AT_SIZE: usize = 24;
 pub(crate) const AT_L1_ENTRIES: usize = 36;
-pub(crate) const AT_L1: usize = 40;
+const AT_L1: usize = 40;
 pub(crate) const AT_REFTABLE: usize = 48;
-pub(crate) const AT_REFTABLE_CLUSTERS: usize = 56;
+const AT_REFTABLE_CLUSTERS: usize = 56;
 pub(crate) const AT_INCOMPATIBLE: usize = 72;
 pub(crate) const AT_AUTOCLEAR: usize = 88;
 pub(crate) const AT_HEADER_LEN: usize = 100;

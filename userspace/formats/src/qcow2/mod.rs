@@ -9,6 +9,7 @@ mod create;
 mod entry;
 mod facts;
 mod geometry;
+mod head;
 mod header;
 mod image;
 mod places;

@@ -2,7 +2,7 @@
 //! How often clusters of an image are used.
 
 use super::geometry::MAX_OFFSET;
-use super::header::{AT_REFTABLE, AT_REFTABLE_CLUSTERS};
+use super::header::AT_REFTABLE;
 use super::image::{Image, Table};
 use super::slices::Slice;
 use crate::Storage;
@@ -107,7 +107,8 @@ impl<S: Storage> Image<S> {
         self.flush().await?;
         let (slice, slot) = self.slot(self.reftable.get(), number).await?;
         slice.set_number(slot, at);
-        self.slices.settle(&slice).await
+        // Who uses the block relies on this.
+        self.slices.settle_first(&slice).await
     }
 
     /// The first `count` refcounts of a fresh block become one.
@@ -147,6 +148,9 @@ impl<S: Storage> Image<S> {
         if clusters * cluster > MAX_TABLE || end > MAX_OFFSET {
             return Err(Errno::FBIG);
         }
+        // After an attempt that failed the image may lead there, until this is said.
+        self.slices.pay().await?;
+        self.flush().await?;
         self.prepare_range(start * cluster, end - start * cluster)
             .await?;
         let new = Table {
@@ -162,7 +166,6 @@ impl<S: Storage> Image<S> {
         self.copy_reftable(old, new, start, blocks).await?;
         self.flush().await?;
         self.switch_reftable(new).await?;
-        self.flush().await?;
         self.reftable.set(new);
         self.release(old.at / cluster, old.entries / per_cluster);
         Ok(())
@@ -195,15 +198,11 @@ impl<S: Storage> Image<S> {
 
     /// The header names another refcount table, at once.
     async fn switch_reftable(&self, new: Table) -> Result<(), Errno> {
-        let (header, _) = self.slices.at(0).await?;
-        let clusters = new.entries * 8 / self.geometry.cluster();
-        header.change(|bytes| {
-            bytes[AT_REFTABLE..AT_REFTABLE + 8].copy_from_slice(&new.at.to_be_bytes());
-            // CAST: the table has at most 8 MiB.
-            let clusters = (clusters as u32).to_be_bytes();
-            bytes[AT_REFTABLE_CLUSTERS..AT_REFTABLE_CLUSTERS + 4].copy_from_slice(&clusters);
-        });
-        self.slices.settle(&header).await
+        // CAST: the table has at most 8 MiB.
+        let clusters = (new.entries * 8 / self.geometry.cluster()) as u32;
+        let mut place = new.at.to_be_bytes().to_vec();
+        place.extend(clusters.to_be_bytes());
+        self.change_header(AT_REFTABLE, &place).await
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Larger disks.
 
-use super::header::{AT_L1, AT_L1_ENTRIES, AT_SIZE};
+use super::header::{AT_L1_ENTRIES, AT_SIZE};
 use super::image::{Image, Table};
 use crate::field::refused;
 use crate::Storage;
@@ -73,16 +73,11 @@ impl<S: Storage> Image<S> {
             }
         }
         self.flush().await?;
-        let (header, _) = self.slices.at(0).await?;
-        header.change(|bytes| {
-            bytes[AT_L1..AT_L1 + 8].copy_from_slice(&at.to_be_bytes());
-            // CAST: at most 4 Mi.
-            let entries = (entries as u32).to_be_bytes();
-            bytes[AT_L1_ENTRIES..AT_L1_ENTRIES + 4].copy_from_slice(&entries);
-        });
-        self.slices.settle(&header).await?;
+        // CAST: at most 4 Mi.
+        let mut place = (entries as u32).to_be_bytes().to_vec();
+        place.extend(at.to_be_bytes());
+        self.change_header(AT_L1_ENTRIES, &place).await?;
         self.l1.set(new);
-        self.flush().await?;
         self.release(old.at / cluster, (old.entries * 8).div_ceil(cluster));
         Ok(())
     }
@@ -108,10 +103,7 @@ impl<S: Storage> Image<S> {
     }
 
     async fn set_size(&self, size: u64) -> Result<(), Errno> {
-        let (header, _) = self.slices.at(0).await?;
-        header.set_number(AT_SIZE, size);
-        self.slices.settle(&header).await?;
-        self.flush().await?;
+        self.change_header(AT_SIZE, &size.to_be_bytes()).await?;
         self.size.set(size);
         Ok(())
     }

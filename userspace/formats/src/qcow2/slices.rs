@@ -61,7 +61,12 @@ impl Slice {
 
     /// Changes a big-endian number, in memory. There must be one.
     pub(crate) fn set_number(&self, at: usize, number: u64) {
-        self.change(|bytes| bytes[at..at + 8].copy_from_slice(&number.to_be_bytes()));
+        self.put(at, &number.to_be_bytes());
+    }
+
+    /// Changes bytes from `at` on, in memory. They must be there.
+    pub(crate) fn put(&self, at: usize, new: &[u8]) {
+        self.change(|bytes| bytes[at..at + new.len()].copy_from_slice(new));
     }
 
     /// The image has all of it.
@@ -81,6 +86,8 @@ pub(crate) struct Slices<S> {
     queue: RefCell<VecDeque<u64>>,
     loading: RefCell<HashSet<u64>>,
     loaded: Bell,
+    /// Those that others rely on and that the image may not have as they are: they are written before any other.
+    owed: RefCell<Vec<Rc<Slice>>>,
     pub(crate) misses: Cell<u64>,
     pub(crate) writes: Cell<u64>,
 }
@@ -117,6 +124,7 @@ impl<S: Storage> Slices<S> {
             queue: RefCell::default(),
             loading: RefCell::default(),
             loaded: Bell::default(),
+            owed: RefCell::default(),
             misses: Cell::new(0),
             writes: Cell::new(0),
         }
@@ -210,6 +218,9 @@ impl<S: Storage> Slices<S> {
         self.queue
             .borrow_mut()
             .retain(|offset| known.contains_key(offset));
+        self.owed
+            .borrow_mut()
+            .retain(|slice| !range.contains(&slice.offset));
     }
 
     /// The same of all slices, also of those whose write has failed before.
@@ -227,6 +238,36 @@ impl<S: Storage> Slices<S> {
 
     /// Returns when the image has what the slice holds now. No death of this process undoes it then.
     pub(crate) async fn settle(&self, slice: &Slice) -> Result<(), Errno> {
+        self.pay().await?;
+        self.write_out(slice).await
+    }
+
+    /// The same of a slice that says where tables are: who relies on those does not settle it himself. As long as
+    /// this has not succeeded, nothing else is settled.
+    pub(crate) async fn settle_first(&self, slice: &Rc<Slice>) -> Result<(), Errno> {
+        self.owe(slice);
+        self.pay().await
+    }
+
+    /// The slice is written before any other.
+    pub(crate) fn owe(&self, slice: &Rc<Slice>) {
+        let mut owed = self.owed.borrow_mut();
+        if !owed.iter().any(|other| Rc::ptr_eq(other, slice)) {
+            owed.push(slice.clone());
+        }
+    }
+
+    /// Writes what goes before any other.
+    pub(crate) async fn pay(&self) -> Result<(), Errno> {
+        loop {
+            let next = self.owed.borrow().first().cloned();
+            let Some(slice) = next else { return Ok(()) };
+            self.write_out(&slice).await?;
+            self.owed.borrow_mut().retain(|slice| !slice.is_settled());
+        }
+    }
+
+    async fn write_out(&self, slice: &Slice) -> Result<(), Errno> {
         let wanted = slice.version.get();
         while slice.written.get() < wanted {
             if slice.writing.get() {

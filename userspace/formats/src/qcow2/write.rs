@@ -348,9 +348,8 @@ impl<S: Storage> Image<S> {
         }
         let (header, _) = self.slices.at(0).await?;
         let kept = header.number(super::header::AT_AUTOCLEAR) & super::header::RAW_EXTERNAL;
-        header.set_number(super::header::AT_AUTOCLEAR, kept);
-        self.slices.settle(&header).await?;
-        self.flush().await?;
+        self.change_header(super::header::AT_AUTOCLEAR, &kept.to_be_bytes())
+            .await?;
         self.autoclear.set(0);
         Ok(())
     }

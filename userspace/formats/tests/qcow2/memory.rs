@@ -55,7 +55,7 @@ struct Inner {
     flushes: Cell<u64>,
     chance: Chance,
     delay: bool,
-    /// Writes and flushes fail with this chance in a thousand.
+    /// Writes and flushes fail with this chance in a thousand; what a write that fails was to do may be done.
     failing: Cell<u64>,
     /// What fails always.
     refused: Cell<fn(&Event) -> bool>,
@@ -160,6 +160,11 @@ impl Memory {
     async fn event(&self, event: Event) -> Result<(), Errno> {
         self.later().await;
         if self.0.chance.below(1000) < self.0.failing.get() {
+            let may_be_done = !matches!(event, Event::FlushEnd(_));
+            if may_be_done && self.0.chance.below(3) == 0 {
+                apply(&mut self.0.bytes.borrow_mut(), &event);
+                self.0.log.borrow_mut().push(event);
+            }
             return Err(Errno::NOSPC);
         }
         if self.0.refused.get()(&event) {
@@ -301,6 +306,14 @@ pub(crate) struct History {
     pub(crate) flushes: Vec<(usize, usize)>,
 }
 
+impl History {
+    /// Changes that failed.
+    pub(crate) fn failed(&self) -> usize {
+        let failed = |change: &&Change| change.answered == usize::MAX;
+        self.changes.iter().filter(failed).count()
+    }
+}
+
 /// The content of a sector that was written with a stamp. 0 is zeroes.
 pub(crate) fn sector(stamp: u32) -> Vec<u8> {
     stamp.to_le_bytes().repeat(SECTOR as usize / 4)
@@ -359,7 +372,8 @@ pub(crate) fn exercise(
     now: impl Fn() -> usize + Clone + 'static,
 ) -> History {
     let history = Rc::new(RefCell::new(History::default()));
-    let mut stamp = 1;
+    // Others than those of another call.
+    let mut stamp = (chance.below(1 << 20) as u32 + 1) << 8;
     let mut step = 0;
     while step < steps {
         let mut busy: Vec<std::ops::Range<u64>> = Vec::new();

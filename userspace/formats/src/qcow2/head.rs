@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Changes of an active image's header.
+
+use super::image::Image;
+use super::slices::{Slice, Slices};
+use crate::Storage;
+use diskio::Errno;
+use std::rc::Rc;
+
+/// A part of the header has been changed in memory. Unless that is taken, it becomes again what it was, and is
+/// written before anything else: the image may have either.
+struct Changed<'i, S: Storage> {
+    slices: &'i Slices<S>,
+    header: Rc<Slice>,
+    at: usize,
+    old: Vec<u8>,
+    is_taken: bool,
+}
+
+impl<S: Storage> Drop for Changed<'_, S> {
+    fn drop(&mut self) {
+        if !self.is_taken {
+            self.header.put(self.at, &self.old);
+            self.slices.owe(&self.header);
+        }
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// The header has `new` at a byte: it is durable when this returns. If that fails, it counts as not having
+    /// happened.
+    pub(crate) async fn change_header(&self, at: usize, new: &[u8]) -> Result<(), Errno> {
+        let (header, _) = self.slices.at(0).await?;
+        let old = header.look(|bytes| bytes[at..at + new.len()].to_vec());
+        header.put(at, new);
+        let mut changed = Changed {
+            slices: &self.slices,
+            header,
+            at,
+            old,
+            is_taken: false,
+        };
+        self.slices.settle_first(&changed.header).await?;
+        self.flush().await?;
+        changed.is_taken = true;
+        Ok(())
+    }
+}
