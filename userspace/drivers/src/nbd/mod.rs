@@ -119,6 +119,42 @@ impl<C> Drop for Nbd<C> {
     }
 }
 
+/// A connection whose server does not know yet what the last one was told. If that does not come to its end, or nobody
+/// waits for it any more, what it was sent may be executed late: its loss counts from then on.
+struct Fresh<'a, C> {
+    nbd: &'a Nbd<C>,
+    connection: Rc<Connection>,
+    is_taken: bool,
+}
+
+impl<'a, C> Fresh<'a, C> {
+    fn new(nbd: &'a Nbd<C>, connection: Rc<Connection>) -> Self {
+        Self {
+            nbd,
+            connection,
+            is_taken: false,
+        }
+    }
+
+    fn taken(mut self) -> Rc<Connection> {
+        self.is_taken = true;
+        self.connection.clone()
+    }
+}
+
+impl<C> Drop for Fresh<'_, C> {
+    fn drop(&mut self) {
+        if !self.is_taken {
+            self.connection.end(Errno::CANCELED);
+            let mut current = self.nbd.connection.borrow_mut();
+            // Unless it was closed meanwhile.
+            if current.is_some() {
+                current.replace(self.connection.clone());
+            }
+        }
+    }
+}
+
 impl<C: Connect> Nbd<C> {
     /// An export that is reached by `connector`.
     pub fn new(runtime: &Runtime, connector: C, options: Options) -> Self {
@@ -237,18 +273,22 @@ impl<C: Connect> Nbd<C> {
             self.settle(loss).await?;
             self.rest().await?;
             match self.connect().await {
-                Ok(connection) => match self.replay(&connection).await {
-                    Ok(()) => {
-                        eprintln!("{} is connected again", self.options.name);
-                        return Ok(connection);
+                Ok(connection) => {
+                    let fresh = Fresh::new(self, connection);
+                    let connection = &fresh.connection;
+                    match self.replay(connection).await {
+                        Ok(()) => {
+                            eprintln!("{} is connected again", self.options.name);
+                            return Ok(fresh.taken());
+                        }
+                        Err(Unanswered::Lost) => loss = connection.loss().unwrap_or(loss),
+                        Err(Unanswered::Failed(error)) => {
+                            connection.disconnect().await;
+                            self.tell(&mut told, format!("does not take what it had: {error}"));
+                            loss.unsure = false;
+                        }
                     }
-                    Err(Unanswered::Lost) => loss = connection.loss().unwrap_or(loss),
-                    Err(Unanswered::Failed(error)) => {
-                        connection.disconnect().await;
-                        self.tell(&mut told, format!("does not take what it had: {error}"));
-                        loss.unsure = false;
-                    }
-                },
+                }
                 Err(failure) => {
                     self.tell(&mut told, failure.message);
                     loss.unsure = false;

@@ -10,10 +10,12 @@ use drivers::nbd::{Connect, Nbd, Options, Settle};
 use drivers::{Attributes, Content, Disk, Shape};
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use server::{piece, End, Kind, Server, LATE};
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
 use std::time::Duration;
 
 const SIZE: usize = 64 << 10;
@@ -27,6 +29,12 @@ const DURABLE: Attributes = Attributes { fua: true, ..PLAIN };
 const SETTLE: Settle = Settle {
     closed: Duration::from_millis(LATE.as_millis() as u64 * 3),
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 4),
+};
+
+/// The same on a machine that is busy with something else.
+const PATIENT: Settle = Settle {
+    closed: Duration::from_millis(LATE.as_millis() as u64 * 12),
+    given_up: Duration::from_millis(LATE.as_millis() as u64 * 12),
 };
 
 struct Socket(PathBuf);
@@ -390,6 +398,87 @@ fn another_export_behind_the_same_name_is_waited_out() {
     assert_eq!(read.unwrap(), Err(Errno::TIMEDOUT));
     server.state().kind.size = SIZE;
     assert_eq!(bed.read(0, 512).unwrap(), [1; 512]);
+}
+
+/// Nobody waits any more for a connection whose server is about to learn what it has forgotten. What that was sent may be
+/// executed late, and must not come behind what is newer.
+#[test]
+fn replay_that_is_dropped_does_no_harm() {
+    let (_folder, server, bed) = served(Kind::new(SIZE), PATIENT);
+    bed.write(0, &[1; 512], PLAIN).unwrap();
+    bed.write(0, &[2; 512], PLAIN).unwrap();
+    let impatient = |millis| {
+        let (disk, runtime) = (bed.disk.clone(), bed.runtime.clone());
+        let data = Data::zeroed(512).unwrap();
+        let read = bed.runtime.block_on(async move {
+            let io = runtime.io.clone();
+            io.within(Duration::from_millis(millis), disk.read(0, data))
+                .await
+        });
+        assert_eq!(read.unwrap(), Err(Errno::TIMEDOUT));
+    };
+    server.ends(0, End::Before);
+    server.state().is_away = true;
+    impatient(120);
+    server.state().is_away = false;
+    server.ends(0, End::Stalled);
+    // It takes a while until the next attempt.
+    impatient(3000);
+    assert_eq!(bed.read(0, 512).unwrap(), [2; 512]);
+    std::thread::sleep(LATE * 2);
+    assert_eq!(server.state().given_up, 1, "the connection is still there");
+    assert_eq!(bed.read(0, 512).unwrap(), [2; 512]);
+}
+
+/// Many requests at once, and a server that dies all the time.
+#[test]
+fn nothing_is_lost_of_many_requests_at_once() {
+    const TASKS: usize = 8;
+    const SHARE: usize = SIZE / TASKS;
+    let (_folder, server, bed) = served(Kind::new(SIZE), PATIENT);
+    for round in 0..12_u8 {
+        let end = [End::Before, End::After, End::Late, End::Power][round as usize % 4];
+        // Somewhere among them.
+        server.ends(u32::from(round) % 7 + 3, end);
+        let (disk, tasks) = (bed.disk.clone(), bed.runtime.tasks.clone());
+        let done = Rc::new(Cell::new(0));
+        let left = done.clone();
+        let begun = bed.runtime.block_on(async move {
+            for task in 0..TASKS {
+                let (disk, done) = (disk.clone(), done.clone());
+                tasks.spawn(async move {
+                    for step in 0..6_u8 {
+                        let bytes = [round * 16 + step; 512];
+                        let at = (task * SHARE + usize::from(step % 3) * 512) as u64;
+                        let data = Data::copied(&bytes).unwrap();
+                        disk.write(at, data, PLAIN).await.unwrap();
+                        let back = Data::zeroed(512).unwrap();
+                        disk.read(at, back.clone()).await.unwrap();
+                        assert_eq!(back.to_vec(), bytes, "task {task}, step {step}");
+                    }
+                    done.set(done.get() + 1);
+                });
+            }
+        });
+        begun.unwrap();
+        while left.get() < TASKS {
+            let io = bed.runtime.io.clone();
+            let pause = async move { io.sleep(Duration::from_millis(5)).await };
+            bed.runtime.block_on(pause).unwrap().unwrap();
+        }
+        bed.flush().unwrap();
+        let state = server.state();
+        for task in 0..TASKS {
+            for block in 0..3 {
+                let at = task * SHARE + block * 512;
+                let wanted = round * 16 + 3 + block as u8;
+                assert_eq!(state.durable[at..at + 512], [wanted; 512], "round {round}");
+            }
+        }
+        drop(state);
+    }
+    assert_eq!(server.state().deaths, 12);
+    assert!(bed.stat("nbd_executed_again") > 0);
 }
 
 /// Who waits no more gets nothing into memory that is somebody else's by then.

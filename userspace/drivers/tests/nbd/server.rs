@@ -48,6 +48,8 @@ pub(crate) enum End {
     After,
     /// It is executed when the connection is long gone.
     Late,
+    /// It does not answer, and executes it some time after the client has given it up.
+    Stalled,
     /// Its machine loses power: what was not flushed is gone.
     Power,
     /// It says something that makes no sense, see [`Server::wrong`].
@@ -68,6 +70,8 @@ pub(crate) struct State {
     pub(crate) lost: usize,
     /// Times that it ended.
     pub(crate) deaths: u32,
+    /// Times that a client has given it up.
+    pub(crate) given_up: u32,
     pub(crate) kind: Kind,
     /// It accepts nobody.
     pub(crate) is_away: bool,
@@ -90,6 +94,7 @@ impl Server {
             wrong: Vec::new(),
             lost: 0,
             deaths: 0,
+            given_up: 0,
             kind,
             is_away: false,
         }));
@@ -263,6 +268,13 @@ impl Client {
                     thread::sleep(LATE);
                     state.lock().unwrap().execute(&request);
                 });
+            }
+            End::Stalled => {
+                let _end = self.stream.read(&mut [0; 1]);
+                thread::sleep(LATE);
+                let mut state = self.state.lock().unwrap();
+                state.execute(&request);
+                state.given_up += 1;
             }
             End::Power => {
                 let mut state = self.state.lock().unwrap();
