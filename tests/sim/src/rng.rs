@@ -9,6 +9,19 @@ pub fn fresh_seed() -> u64 {
     RandomState::new().build_hasher().finish() >> 24
 }
 
+/// So many seeds of a test that tells its own when it fails: new ones, or the one of `SIM_SEED`.
+///
+/// # Panics
+/// `SIM_SEED` is no number.
+pub fn seeds(count: u64) -> std::ops::Range<u64> {
+    let one = std::env::var("SIM_SEED").ok().map(|text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("SIM_SEED={text} is not a number"))
+    });
+    let (first, count) = one.map_or_else(|| (fresh_seed(), count), |seed: u64| (seed, 1));
+    first..first + count
+}
+
 /// A splitmix64 generator.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
