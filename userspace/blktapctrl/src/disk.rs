@@ -76,6 +76,8 @@ pub struct Disk {
     pub hung: Cell<bool>,
     /// Requests answered when the watchdog saw that number first, and when that was.
     pub progress: Cell<(u64, Instant)>,
+    /// What its guest asks for waits for other disks, and for nothing that its process does.
+    pub waits_for_others: Cell<bool>,
     turn: Mutex<()>,
     /// Why it comes to its end, if that is not what somebody asked for.
     ends_for: RefCell<Option<Failure>>,
@@ -109,6 +111,7 @@ impl Disk {
             reviving: Cell::default(),
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),
+            waits_for_others: Cell::default(),
             turn: Mutex::new(()),
             ends_for: RefCell::default(),
             fate: watch::Sender::new(Fate::Stays),
@@ -142,6 +145,17 @@ impl Disk {
             biased;
             _ = fate.wait_for(|fate| *fate != Fate::Stays) => Err(self.doomed()),
             result = work => result,
+        }
+    }
+
+    /// It is not being taken away.
+    ///
+    /// # Errors
+    /// It is.
+    pub fn stays(&self) -> Result<(), Failure> {
+        match self.fate() {
+            Fate::Stays => Ok(()),
+            _ => Err(self.doomed()),
         }
     }
 

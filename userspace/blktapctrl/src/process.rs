@@ -414,13 +414,17 @@ impl Process {
         let limit = Duration::from_secs(5);
         match tokio::time::timeout(limit, self.ended()).await {
             Ok(_) => Ok(()),
-            Err(_) => Err(Failure::new(
-                Code::Timeout,
-                format!(
-                    "tapdisk {} was killed and does not end: its storage does not answer the kernel",
-                    self.pid()
-                ),
-            )),
+            Err(_) => {
+                // Nobody waits for that any more, so whoever sees it later has to do something about it.
+                self.dismissed.set(false);
+                Err(Failure::new(
+                    Code::Timeout,
+                    format!(
+                        "tapdisk {} was killed and does not end: its storage does not answer the kernel",
+                        self.pid()
+                    ),
+                ))
+            }
         }
     }
 

@@ -2,7 +2,6 @@
 //! Looks now and then whether processes answer, and at what the kernel did without them.
 
 use crate::disk::Disk;
-use crate::kernel;
 use crate::lifecycle::trouble;
 use crate::record::Want;
 use crate::registry::Registry;
@@ -44,28 +43,24 @@ fn idle_with_work(disk: &Disk, status: &Kernel, has_limits: bool) -> Duration {
 
 /// Looks at one disk.
 pub fn look(registry: &Registry, disk: &Disk) {
+    // Of a disk that nobody serves, too: the kernel writes by itself.
+    let Some(status) = registry.status(disk) else {
+        return;
+    };
+    trouble::tell_of_kernel(registry, disk, &status);
     let policy = disk.record.borrow().policy.clone();
     let Ok(process) = disk.serving() else {
         return;
     };
-    let node = match kernel::node(&*registry.kernel, disk.minor) {
-        Ok(Some(node)) => node,
-        Ok(None) => return,
-        Err(error) => {
-            tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
-            return;
-        }
-    };
-    trouble::tell_of_kernel(registry, disk, &node.status);
-    if policy.hung_after_s == 0 {
+    if policy.hung_after_s == 0 || disk.waits_for_others.get() {
         return;
     }
     let has_limits = policy.limits.any();
-    let idle = idle_with_work(disk, &node.status, has_limits);
+    let idle = idle_with_work(disk, &status, has_limits);
     let since = match has_limits {
         // The oldest one may wait for its turn for long.
         true => idle,
-        false => idle.max(Duration::from_nanos(node.status.oldest_ns)),
+        false => idle.max(Duration::from_nanos(status.oldest_ns)),
     };
     if since < Duration::from_secs(policy.hung_after_s.into()) {
         disk.hung.set(false);

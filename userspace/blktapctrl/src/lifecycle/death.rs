@@ -181,6 +181,13 @@ impl Lifecycle {
     pub(super) async fn end_process(&self, disk: &Disk) -> Result<(), Failure> {
         let process = disk.process.borrow().clone();
         if let Some(process) = process {
+            if process.has_ended() && !process.is_dismissed() {
+                // Who watches it has not come to that yet, and finds no disk of it any more.
+                let (pid, how) = (process.pid(), process.ended().await);
+                disk.crashed.set(process.has_crashed());
+                let died = What::Died { pid, how };
+                self.registry.events.add(Some(disk.minor), died);
+            }
             process.end(Duration::ZERO).await?;
             disk.forget_process();
             self.registry.note(disk);

@@ -113,9 +113,10 @@ impl Lifecycle {
             }
         }
         disk.forget_process();
+        self.take_unserved_away(disk).await;
         // The guest's last flush may have failed.
-        if let Ok(Some(node)) = kernel::node(&*self.registry.kernel, disk.minor) {
-            tell_of_kernel(&self.registry, disk, &node.status);
+        if let Some(status) = self.registry.status(disk) {
+            tell_of_kernel(&self.registry, disk, &status);
         }
         self.free_node(disk.minor).await;
         self.give_lease_up(disk).await;

@@ -12,7 +12,7 @@
 //! gives a node back has no I/O any more.
 
 use super::serve::Given;
-use super::Lifecycle;
+use super::{of_a_process, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::link::{unexpected, EVER};
@@ -80,11 +80,7 @@ impl Lifecycle {
     ) -> Result<HandedOff, Failure> {
         check_program(program.as_deref()).await?;
         let _turn = disk.turn().await?;
-        if disk.doing().is_some() {
-            // One that was not finished, too: then it is known who serves.
-            let patience = self.patience.get();
-            disk.unless_doomed(self.finish(disk, patience)).await?;
-        }
+        self.finish_before(disk).await?;
         check_served(disk)?;
         self.registry.change(disk, |record| {
             record.doing = Some(Doing::Handoff);
@@ -100,12 +96,7 @@ impl Lifecycle {
             Err(failure) => {
                 disk.unless_doomed(self.take_back(disk, &failure)).await?;
                 let why = format!("disk {} is not handed over: {failure}", disk.minor);
-                // To whoever asks, that a process has gone would be that we have.
-                let code = match failure.code {
-                    Code::Gone => Code::System,
-                    code => code,
-                };
-                Err(Failure::new(code, why))
+                Err(of_a_process(Failure::new(failure.code, why)))
             }
         }
     }

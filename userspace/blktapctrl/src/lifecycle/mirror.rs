@@ -319,7 +319,7 @@ impl Lifecycle {
             born: image.born(),
             parts: Vec::new(),
             files: disk.record.borrow().files.clone(),
-            committed: self.registry.executed(disk),
+            committed: self.registry.executed(disk)?,
         };
         self.registry
             .change(disk, |record| record.next = Some(next))?;

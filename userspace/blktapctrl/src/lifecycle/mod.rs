@@ -33,7 +33,7 @@ use crate::process::{Program, OPEN};
 use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::Doing;
-use control::Failure;
+use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -61,6 +61,14 @@ pub struct Lifecycle {
     pub patience: Cell<Duration>,
 }
 
+/// What happened to a disk's process, for whoever asks: to them, that it has gone would be that we have.
+fn of_a_process(failure: Failure) -> Failure {
+    match failure.code {
+        Code::Gone => Failure::new(Code::System, failure.message),
+        _ => failure,
+    }
+}
+
 impl Lifecycle {
     /// Supervises the disks of a registry. What a disk needs beside its image may be in `folders`.
     #[must_use]
@@ -75,6 +83,16 @@ impl Lifecycle {
             direct: Cell::new(true),
             patience: Cell::new(OPEN),
         })
+    }
+
+    /// Finishes what was begun with a disk and was not finished: then it is known who serves it, and
+    /// from what. The caller has the turn.
+    async fn finish_before(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        if disk.doing().is_none() {
+            return Ok(());
+        }
+        let patience = self.patience.get();
+        disk.unless_doomed(self.finish(disk, patience)).await
     }
 
     /// Does what has begun with a disk and is not done. The caller has the turn.

@@ -2,6 +2,7 @@
 //! A disk stops being served, and goes on, perhaps with another image.
 
 use super::direct::until;
+use super::renew::owes_nothing;
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
@@ -187,7 +188,7 @@ impl Lifecycle {
         if !disk.record.borrow().parts.is_empty() {
             disk.unless_doomed(self.end_process(disk)).await?;
         }
-        let committed = self.registry.executed(disk);
+        let committed = self.registry.executed(disk)?;
         let work = |beside| {
             let next = Next {
                 open: beside_others(open, beside)?,
@@ -227,36 +228,70 @@ impl Lifecycle {
                 Ok(what)
             }
             Err(failure) if is_open_question(&failure, disk) => Err(failure),
-            // It was served, and what the guest wrote then is in the new image.
-            Err(failure)
-                if next.is_some_and(|next| self.registry.executed(disk) > next.committed) =>
-            {
-                self.take_next(disk);
-                disk.allow_shrinking(false);
-                self.end_of_verb(disk, Want::Served);
-                self.registry.events.add(Some(disk.minor), What::Unpaused);
-                self.revive_later(disk);
-                Err(failure)
-            }
-            Err(failure) => {
-                let parts = disk
-                    .record
-                    .borrow()
-                    .next
-                    .as_ref()
-                    .map(|next| next.parts.len());
-                if parts.is_some_and(|parts| parts > 0) {
-                    self.end_process(disk).await?;
-                }
-                disk.record.borrow_mut().next = None;
-                disk.drop_next();
-                disk.allow_shrinking(false);
-                self.take_from_kernel(disk, self.patience.get()).await?;
-                self.give_lease_up(disk).await;
-                self.end_of_verb(disk, Want::Paused);
-                Err(failure)
-            }
+            Err(failure) => self.end_unpause(disk, next, failure).await,
         }
+    }
+
+    /// The disk is not served: it is paused again, with the image that it had.
+    async fn end_unpause(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        next: Option<Next>,
+        failure: Failure,
+    ) -> Result<tapdisk::Disk, Failure> {
+        if let Ok(process) = disk.serving() {
+            // One that has just died counts as living for a moment.
+            process.has_died(&failure).await;
+        }
+        let rests = async {
+            let limit = self.patience.get();
+            let Some(next) = next else {
+                self.take_from_kernel(disk, limit).await?;
+                return Ok(false);
+            };
+            // An earlier question may be on its way, and it would serve the other image yet. But what the guest is
+            // still to be told of it learns from this process alone.
+            let owes = matches!(owes_nothing(disk).await, Err(owes) if owes.code == Code::State);
+            if !owes {
+                self.end_process(disk).await?;
+            }
+            let was_served = self.was_served(disk, &next, limit).await?;
+            if was_served {
+                self.end_process(disk).await?;
+            }
+            Ok(was_served)
+        };
+        let was_served = rests.await.inspect_err(|_: &Failure| {
+            tracing::warn!("disk {}: {failure}", disk.minor);
+        })?;
+        if was_served {
+            // What the guest wrote then is in the new image.
+            self.take_next(disk);
+            disk.allow_shrinking(false);
+            self.end_of_verb(disk, Want::Served);
+            self.registry.events.add(Some(disk.minor), What::Unpaused);
+            self.revive_later(disk);
+        } else {
+            disk.record.borrow_mut().next = None;
+            disk.drop_next();
+            disk.allow_shrinking(false);
+            self.give_lease_up(disk).await;
+            self.end_of_verb(disk, Want::Paused);
+        }
+        Err(failure)
+    }
+
+    /// Whether something may have been answered from the next image of a disk, which no process serves any more.
+    /// It is asked when the kernel does nothing there either.
+    pub(super) async fn was_served(
+        &self,
+        disk: &Disk,
+        next: &Next,
+        limit: Duration,
+    ) -> Result<bool, Failure> {
+        self.take_from_kernel(disk, limit).await?;
+        // If the kernel does not say, it may have been: going on there loses nothing.
+        Ok(self.registry.executed(disk).ok() != Some(next.committed))
     }
 
     pub(super) async fn serve_next(

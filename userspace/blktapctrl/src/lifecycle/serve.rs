@@ -164,13 +164,8 @@ impl Lifecycle {
 
     /// Tells of a request that failed when the process was started, because earlier ones died of it.
     fn report_poison(&self, disk: &Disk) {
-        let status = match kernel::node(&*self.registry.kernel, disk.minor) {
-            Ok(Some(node)) => node.status,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
-                return;
-            }
+        let Some(status) = self.registry.status(disk) else {
+            return;
         };
         let told = std::mem::replace(&mut disk.record.borrow_mut().poisoned, status.poisoned);
         if told != status.poisoned {

@@ -13,8 +13,9 @@
 //! no request was answered from it: then it is taken back, on the record first.
 
 use super::handoff::check_served;
+use super::renew::owes_nothing;
 use super::together::Together;
-use super::Lifecycle;
+use super::{of_a_process, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
@@ -41,30 +42,20 @@ impl Lifecycle {
         target: Target,
     ) -> Result<Snapshot, Failure> {
         let _turn = disk.turn().await?;
+        self.finish_before(disk).await?;
         match taken_before(disk, &target).await {
-            Some(taken) if disk.doing().is_none() => Ok(taken),
-            _ => self.take_snapshot(disk, target, None).await,
+            Some(taken) => Ok(taken),
+            None => self.take_snapshot(disk, target, None).await,
         }
     }
 
-    /// The same, perhaps together with others. The caller has the turn.
+    /// The same, perhaps together with others. The caller has the turn, and has finished what was begun before.
     pub(super) async fn take_snapshot(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         target: Target,
         others: Option<&Together>,
     ) -> Result<Snapshot, Failure> {
-        if disk.doing().is_some() {
-            // One that was not finished, too: then it is known from what the disk is served.
-            let patience = self.patience.get();
-            disk.unless_doomed(self.finish(disk, patience)).await?;
-            if let Some(taken) = taken_before(disk, &target)
-                .await
-                .filter(|_| others.is_none())
-            {
-                return Ok(taken);
-            }
-        }
         check_served(disk)?;
         self.check_image(disk, &target)?;
         let made = self.begin_snapshot(disk, target).await?;
@@ -87,12 +78,7 @@ impl Lifecycle {
                 let undone = self.undo_snapshot(disk, &failure);
                 disk.unless_doomed(undone).await?;
                 let why = format!("disk {} is served as before: {failure}", disk.minor);
-                // To whoever asks, that a process has gone would be that we have.
-                let code = match failure.code {
-                    Code::Gone => Code::System,
-                    code => code,
-                };
-                Err(Failure::new(code, why))
+                Err(of_a_process(Failure::new(failure.code, why)))
             }
         }
     }
@@ -197,6 +183,8 @@ impl Lifecycle {
         };
         let vbd = disk.record.borrow().vbd.clone();
         let work = |_| {
+            // Who takes it away meanwhile has written that down.
+            disk.stays()?;
             self.registry.change(disk, |record| {
                 record.doing = Some(Doing::Snapshot);
                 record.overlay = Some(made.clone());
@@ -219,6 +207,7 @@ impl Lifecycle {
         made: &Overlay,
         others: Option<&Together>,
     ) -> Result<Snapshot, Failure> {
+        owes_nothing(disk).await?;
         self.fill(disk, made).await?;
         if let Some(others) = others {
             others.ready(disk.minor).await?;
@@ -228,9 +217,12 @@ impl Lifecycle {
         if let Some(lost) = self.close_image(disk, EVER).await? {
             return Err(lost);
         }
-        if let Some(others) = others {
-            others.arrive(disk.minor).await?;
-        }
+        // It may have learnt that only now.
+        owes_nothing(disk).await?;
+        let _waits = match others {
+            Some(others) => Some(others.arrive(disk).await?),
+            None => None,
+        };
         // What belongs to the image that is served no more leaves the record with it. And one that has ended makes
         // way for the next.
         if !disk.record.borrow().parts.is_empty() || disk.serving().is_err() {
@@ -242,7 +234,7 @@ impl Lifecycle {
             born: made.born,
             parts: Vec::new(),
             files: disk.record.borrow().files.clone(),
-            committed: self.registry.executed(disk),
+            committed: self.registry.executed(disk)?,
         };
         self.registry
             .change(disk, |record| record.next = Some(next))?;
@@ -275,9 +267,7 @@ impl Lifecycle {
         };
         // Who was asked may still do it, and the kernel by itself.
         self.end_process(disk).await?;
-        self.take_from_kernel(disk, EVER).await?;
-        // If the kernel does not say, it may have been: going on there loses nothing.
-        if self.registry.executed(disk) != next.committed {
+        if self.was_served(disk, &next, EVER).await? {
             tracing::warn!("disk {}: {failure}", disk.minor);
             self.revive_later(disk);
             return Ok(());
@@ -321,15 +311,25 @@ impl Lifecycle {
         })
     }
 
+    /// Takes the new image away that was made for a disk, unless that may have been served from it.
+    pub(super) async fn take_unserved_away(&self, disk: &Disk) {
+        let made = {
+            let mut record = disk.record.borrow_mut();
+            match record.next {
+                Some(_) => None,
+                None => record.overlay.take(),
+            }
+        };
+        if let Some(made) = made {
+            take_away(&made).await;
+        }
+    }
+
     /// The disk is served from the image that it has, and nothing is left of the new one.
     async fn undo_snapshot(self: &Rc<Self>, disk: &Rc<Disk>, why: &Failure) -> Result<(), Failure> {
         let served = self.serve_again(disk).await;
         disk.drop_next();
-        let made = disk.record.borrow().overlay.clone();
-        if let Some(made) = made {
-            take_away(&made).await;
-        }
-        disk.record.borrow_mut().overlay = None;
+        self.take_unserved_away(disk).await;
         self.end_of_verb(disk, Want::Served);
         let why = why.message.clone();
         let what = What::SnapshotUndone { why };

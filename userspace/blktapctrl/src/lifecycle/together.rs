@@ -7,7 +7,7 @@
 //! new image that cannot be served leaves that disk with its old one, and the others with their new ones, which is
 //! said. So it is with a supervisor that ends: the next one finishes or undoes each disk as its record says.
 
-use super::Lifecycle;
+use super::{of_a_process, Lifecycle};
 use crate::disk::Disk;
 use control::supervisor::Snapshot;
 use control::{Code, Failure, Target};
@@ -15,7 +15,7 @@ use futures::future::join_all;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{MutexGuard, Notify};
 
 /// Disks of one instant at most.
@@ -60,9 +60,11 @@ impl Together {
     ///
     /// # Errors
     /// Another one cannot be, or takes too long.
-    pub(super) async fn arrive(&self, minor: u32) -> Result<(), Failure> {
+    pub(super) async fn arrive<'a>(&self, disk: &'a Disk) -> Result<Waits<'a>, Failure> {
+        let waits = Waits::of(disk);
         let what = "has not let go of its image";
-        self.wait(&self.served, minor, LIMIT, what).await
+        self.wait(&self.served, disk.minor, LIMIT, what).await?;
+        Ok(waits)
     }
 
     async fn wait(
@@ -110,6 +112,25 @@ impl Together {
     }
 }
 
+/// As long as this is there a disk waits for others, or is not served again after that, and its process is not to be
+/// blamed for it.
+pub(super) struct Waits<'a>(&'a Disk);
+
+impl<'a> Waits<'a> {
+    fn of(disk: &'a Disk) -> Self {
+        disk.waits_for_others.set(true);
+        Self(disk)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.waits_for_others.set(false);
+        let (answered, _) = self.0.progress.get();
+        self.0.progress.set((answered, Instant::now()));
+    }
+}
+
 impl Lifecycle {
     /// Has disks go on in new images at one instant.
     ///
@@ -122,13 +143,30 @@ impl Lifecycle {
         check(&wanted)?;
         // In one order, so that two of these do not wait for each other.
         wanted.sort_by_key(|(disk, _)| disk.minor);
+        // Each in its own turn, and all to the end: what hangs on one keeps nobody from the others.
+        let finished = join_all(wanted.iter().map(|(disk, _)| self.finish_alone(disk))).await;
+        finished.into_iter().collect::<Result<(), Failure>>()?;
         let turns = turns(&wanted).await?;
+        if let Some((disk, _)) = wanted.iter().find(|(disk, _)| disk.doing().is_some()) {
+            return Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "something else has begun with disk {}: ask again",
+                    disk.minor
+                ),
+            ));
+        }
         let before = wanted
             .iter()
             .map(|(disk, target)| super::snapshot::taken_before(disk, target));
-        let before: Option<Vec<Snapshot>> = join_all(before).await.into_iter().collect();
-        if let Some(taken) = before {
-            return Ok(taken);
+        let before: Vec<Snapshot> = join_all(before).await.into_iter().flatten().collect();
+        if before.len() == wanted.len() {
+            return Ok(before);
+        }
+        if !before.is_empty() {
+            // Somebody ended between two of them, or has asked for one alone.
+            let rest = "the others are served as before: name new images for all";
+            return Err(of_no_instant(&before, Code::State, rest));
         }
         let together = Together::new(wanted.iter().map(|(disk, _)| disk.minor));
         let each = wanted.iter().zip(turns).map(|((disk, target), turn)| {
@@ -146,11 +184,14 @@ impl Lifecycle {
             Some(failure) => Err(failure),
             None => all_or_said(results),
         };
-        // To whoever asks, that a process has gone would be that we have.
-        said.map_err(|failure| match failure.code {
-            Code::Gone => Failure::new(Code::System, failure.message),
-            _ => failure,
-        })
+        said.map_err(of_a_process)
+    }
+}
+
+impl Lifecycle {
+    async fn finish_alone(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let _turn = disk.turn().await?;
+        self.finish_before(disk).await
     }
 }
 
@@ -183,16 +224,20 @@ fn all_or_said(results: Vec<Result<Snapshot, Failure>>) -> Result<Vec<Snapshot>,
     if taken.is_empty() {
         return Err(failure);
     }
+    Err(of_no_instant(&taken, failure.code, &failure.message))
+}
+
+/// Only these were taken.
+fn of_no_instant(taken: &[Snapshot], code: Code, rest: &str) -> Failure {
     let on: Vec<String> = taken.iter().map(|taken| taken.minor.to_string()).collect();
-    Err(Failure::new(
-        failure.code,
+    Failure::new(
+        code,
         format!(
             "not all disks go on in new images, so the old ones are of no instant; those that do, and whose \
-             configuration must name the new one: {}; {}",
+             configuration must name the new one: {}; {rest}",
             on.join(", "),
-            failure.message
         ),
-    ))
+    )
 }
 
 fn check(wanted: &[(Rc<Disk>, Target)]) -> Result<(), Failure> {

@@ -13,7 +13,7 @@ use crate::kernel::{self, Kernel};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
-use control::supervisor::{Mode, What, Which};
+use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 use std::cell::RefCell;
@@ -175,6 +175,10 @@ impl Registry {
         }
         let mut record = disk.record.borrow().clone();
         change(&mut record);
+        if disk.fate() != Fate::Stays {
+            // The next supervisor goes on with its end, whatever was begun meanwhile.
+            record.doing = Some(Doing::Destroy);
+        }
         self.records
             .write(&record)
             .map_err(|error| unwritten(disk.minor, &error))?;
@@ -188,17 +192,34 @@ impl Registry {
     }
 
     /// The same, with those that the kernel has executed by itself: what its guest knows to be done.
-    pub fn executed(&self, disk: &Disk) -> u64 {
-        let counted = self.counted(disk);
-        counted.committed.saturating_add(counted.direct)
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn executed(&self, disk: &Disk) -> Result<u64, Failure> {
+        let status = self.status(disk).ok_or_else(|| {
+            let why = format!(
+                "the kernel does not say what of disk {} is done",
+                disk.minor
+            );
+            Failure::new(Code::System, why)
+        })?;
+        Ok(status.committed.saturating_add(status.direct))
     }
 
-    /// What the kernel says of a disk; nothing if it does not.
+    /// What the kernel has counted for a disk; nothing if it does not say.
     pub fn counted(&self, disk: &Disk) -> control::supervisor::Kernel {
-        let node = kernel::node(&*self.kernel, disk.minor);
-        node.ok()
-            .flatten()
-            .map_or_else(Default::default, |node| node.status)
+        self.status(disk).unwrap_or_default()
+    }
+
+    /// What the kernel says of a disk, if it has a node and can be asked: that it cannot is told.
+    pub fn status(&self, disk: &Disk) -> Option<control::supervisor::Kernel> {
+        match kernel::node(&*self.kernel, disk.minor) {
+            Ok(node) => Some(node?.status),
+            Err(error) => {
+                tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
+                None
+            }
+        }
     }
 
     /// The disk that a directory has, if it is the one that is asked for: who asks again lost the

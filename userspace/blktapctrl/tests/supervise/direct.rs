@@ -151,7 +151,7 @@ fn an_image_with_tables_is_given_to_who_asks_for_it() {
             let minor = bed.made(create).await;
             assert_eq!(is_backed(&bed, minor), is_given, "{text}");
             bed.destroy(minor).await;
-            assert!(is_free(&bed, "a.dev"));
+            free(&bed, "a.dev").await;
         }
         assert_eq!(told(&bed), [""; 0]);
     });
@@ -175,6 +175,11 @@ fn is_free(bed: &Bed, name: &str) -> bool {
     }
 }
 
+/// Other tests start processes, each of which has a copy of all files for a moment.
+async fn free(bed: &Bed, name: &str) {
+    until("a lock", || async { is_free(bed, name).then_some(()) }).await;
+}
+
 #[test]
 fn what_the_kernel_has_is_locked_whatever_becomes_of_processes() {
     test("direct-locked", |bed| async move {
@@ -184,7 +189,7 @@ fn what_the_kernel_has_is_locked_whatever_becomes_of_processes() {
         bed.replaced(minor, kill).await;
         assert!(!is_free(&bed, "a.dev"));
         bed.destroy(minor).await;
-        assert!(is_free(&bed, "a.dev"));
+        free(&bed, "a.dev").await;
     });
 }
 
@@ -263,6 +268,39 @@ fn another_image_takes_the_place_of_the_one_that_the_kernel_has() {
             log(&bed)[2..],
             ["pause", "remove 0", "remove 0", "add 0 w", "unpause w B"]
         );
+    });
+}
+
+/// The process died when it had opened the other image, and the kernel goes on there for a moment.
+#[test]
+fn an_image_into_which_the_kernel_wrote_last_is_the_disks() {
+    test("direct-moment", |bed| async move {
+        bed.image("a.dev", "A");
+        bed.image("b.dev", "B");
+        let minor = bed.made(bed.create("a.dev")).await;
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        let pid = bed.row(minor).await.pid.expect("a process");
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let asked = bed.ask(unpause(minor, Some(target(&bed, "", "b.dev"))));
+        let death = async {
+            until("the image in the kernel", || async {
+                is_backed(&bed, minor).then_some(())
+            })
+            .await;
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            let backing = &mut nodes.get_mut(&minor).expect("the node").backing;
+            backing.as_mut().expect("it has the image").busy = 1;
+            drop(nodes);
+            kill(pid);
+            fs::remove_file(bed.dir.join("hang")).expect("remove");
+        };
+        let (answer, ()) = futures::future::join(asked, death).await;
+        assert!(answer.is_err(), "{answer:?}");
+        until("it is served", || async {
+            (bed.row(minor).await.state == Some(State::Running)).then_some(())
+        })
+        .await;
+        assert_eq!(log(&bed).last().map(String::as_str), Some("open w B"));
     });
 }
 

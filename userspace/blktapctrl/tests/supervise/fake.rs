@@ -234,7 +234,9 @@ impl FakeKernel {
         let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
         let backing = node.backing.as_mut().ok_or(io::ErrorKind::NotFound)?;
         if backing.busy > 0 {
+            // What was running is done, and the guest knows it.
             backing.busy -= 1;
+            node.direct += 1;
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         node.backing = None;
@@ -763,6 +765,9 @@ impl Served {
             Request::Pause => {
                 note(dir, "pause");
                 wait_while(&dir.join("slow"));
+                if let Some((minor, _)) = &self.node {
+                    wait_while(&dir.join(format!("slow-{minor}")));
+                }
                 (self.paused, self.open) = (true, None);
                 self.was_same = self.twin.take().is_some() && says(dir, "mirror") == "same";
                 Ok(Reply::Done)
@@ -814,7 +819,8 @@ impl Served {
                 node: None,
                 open: self.open.as_ref().map(|(open, _)| open.clone()),
                 disk: self.open.as_ref().map(|(open, _)| disk(dir, open)),
-                owes: dir.join("owes").exists(),
+                owes: dir.join("owes").exists()
+                    || (self.paused && dir.join("owes-closed").exists()),
             })),
             Request::Grow { .. } => {
                 note(dir, "grow");

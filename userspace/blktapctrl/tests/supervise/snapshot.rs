@@ -3,6 +3,8 @@
 
 use super::bed::{kill, test, until, which, Bed};
 use super::steps::{at_each_step, create, one};
+use blktapctrl::disk::Disk;
+use blktapctrl::watchdog;
 use control::supervisor::{Create, Mode, Reply, Request, Row, Snapshot, What};
 use control::tapdisk::{Open, State};
 use control::{Code, Failure, Target};
@@ -51,6 +53,13 @@ fn is_served_from(row: &Row, name: &str) -> bool {
     row.state == Some(State::Running) && path.is_some_and(|path| path.ends_with(name))
 }
 
+async fn make_both(bed: &Bed) {
+    for (name, content) in [("a.img", "A"), ("b.img", "B")] {
+        bed.image(name, content);
+        bed.made(bed.create(name)).await;
+    }
+}
+
 /// Disks 0 and 1, of a.img and b.img, in new images at one instant.
 fn both(dir: &Path, names: [&str; 2]) -> Request {
     let disks = [1, 0].map(|minor| (which(minor), target(dir, names[minor as usize])));
@@ -62,10 +71,7 @@ fn both(dir: &Path, names: [&str; 2]) -> Request {
 #[test]
 fn disks_go_on_at_one_instant() {
     test("snapshots", |bed| async move {
-        for (name, content) in [("a.img", "A"), ("b.img", "B")] {
-            bed.image(name, content);
-            bed.made(bed.create(name)).await;
-        }
+        make_both(&bed).await;
         let before = bed.log().len();
         let ask = || bed.ask(both(&bed.dir, ["c.qcow2", "d.qcow2"]));
         let Ok(Reply::Snapshots { taken }) = ask().await else {
@@ -94,10 +100,7 @@ fn disks_go_on_at_one_instant() {
 #[test]
 fn disks_are_served_as_before_if_one_cannot_go_on() {
     test("snapshots-fail", |bed| async move {
-        for (name, content) in [("a.img", "A"), ("b.img", "B")] {
-            bed.image(name, content);
-            bed.made(bed.create(name)).await;
-        }
+        make_both(&bed).await;
         // There is something already where one of the new images is to be.
         bed.image("there.qcow2", "x");
         let before = bed.log().len();
@@ -134,6 +137,93 @@ fn disks_are_served_as_before_if_one_cannot_go_on() {
             .expect_err("refused");
         assert!(is_served_from(&bed.row(0).await, "a.img"));
         assert!(!bed.dir.join("c.qcow2").exists() && !bed.dir.join("d.qcow2").exists());
+    });
+}
+
+#[test]
+fn a_group_of_which_one_was_taken_before_is_told_apart() {
+    test("snapshots-partly", |bed| async move {
+        make_both(&bed).await;
+        taken(&bed, "c.qcow2").await;
+        let partly = bed.ask(both(&bed.dir, ["c.qcow2", "d.qcow2"])).await;
+        let partly = partly.expect_err("refused");
+        assert_eq!(partly.code, Code::State);
+        assert!(partly.message.contains("new one: 0;"), "{partly}");
+        assert!(is_served_from(&bed.row(1).await, "b.img"));
+        assert!(!bed.dir.join("d.qcow2").exists());
+    });
+}
+
+#[test]
+fn a_disk_that_waits_for_others_is_not_taken_for_hung() {
+    test("snapshots-wait", |bed| async move {
+        make_both(&bed).await;
+        fs::write(bed.dir.join("slow-1"), "").expect("write");
+        let disks = [0, 1].map(|minor| {
+            let disks = bed.registry().all();
+            let disk = disks.into_iter().find(|disk| disk.minor == minor);
+            disk.expect("a disk")
+        });
+        let asked = bed.ask(both(&bed.dir, ["c.qcow2", "d.qcow2"]));
+        let look = async {
+            until("one waits for the other", || async {
+                disks[0].waits_for_others.get().then_some(())
+            })
+            .await;
+            for node in bed.kernel.nodes.borrow_mut().values_mut() {
+                node.oldest_ns = 31_000_000_000;
+            }
+            for disk in &disks {
+                watchdog::look(bed.registry(), disk);
+            }
+            let hung = |disk: &Disk| disk.hung.get();
+            assert!(!hung(&disks[0]) && hung(&disks[1]));
+            fs::remove_file(bed.dir.join("slow-1")).expect("remove");
+        };
+        let (taken, ()) = futures::future::join(asked, look).await;
+        assert!(matches!(taken, Ok(Reply::Snapshots { .. })), "{taken:?}");
+        assert!(!disks[0].waits_for_others.get());
+    });
+}
+
+/// It has failed to write something that the guest still has to hear of: no other process knows that.
+#[test]
+fn a_process_that_owes_its_guest_an_error_stays() {
+    test("snapshot-owes", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let pid = bed.row(0).await.pid;
+        // Known at once, or only when it has closed its image.
+        for name in ["owes", "owes-closed"] {
+            fs::write(bed.dir.join(name), "").expect("write");
+            let owes = refused(&bed, "b.qcow2").await;
+            assert!(owes.message.contains("made durable"), "{owes}");
+            fs::remove_file(bed.dir.join(name)).expect("remove");
+            assert_as_before(&bed).await;
+            assert_eq!(bed.row(0).await.pid, pid);
+        }
+        taken(&bed, "b.qcow2").await;
+    });
+}
+
+#[test]
+fn a_disk_that_is_taken_away_leaves_no_new_image() {
+    test("snapshot-destroyed", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        fs::write(bed.dir.join("slow-overlay"), "").expect("write");
+        let asked = bed.ask(snapshot(&bed.dir, "b.qcow2"));
+        let end = async {
+            until("a new image", || async {
+                bed.dir.join("b.qcow2").exists().then_some(())
+            })
+            .await;
+            bed.destroy(0).await;
+        };
+        let (taken, ()) = futures::future::join(asked, end).await;
+        assert_eq!(taken.expect_err("it is gone").code, Code::State);
+        assert!(!bed.dir.join("b.qcow2").exists(), "it is left");
+        bed.assert_nothing_left().await;
     });
 }
 

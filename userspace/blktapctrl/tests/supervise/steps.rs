@@ -5,7 +5,7 @@
 use super::bed::{block_on, kill, test, until, which, Bed};
 use super::fake::FakeKernel;
 use blktapctrl::adopt;
-use control::supervisor::{Reply, Request, Row, What};
+use control::supervisor::{Doing, Reply, Request, Row, What};
 use control::tapdisk::State;
 use control::{Code, Target};
 use std::fs;
@@ -256,7 +256,8 @@ fn an_unpause_that_failed_can_be_repeated_and_keeps_the_old_image() {
             let failure = bed.ask(other()).await.expect_err("refused");
             assert_eq!(failure.code, Code::Image);
             let row = bed.row(0).await;
-            assert_eq!((row.state, row.doing), (Some(State::Paused), None));
+            // Who was given the other image has ended.
+            assert_eq!((row.state, row.doing), (None, None));
             let path = row.target.as_ref().and_then(Target::path);
             assert!(path.expect("a target").ends_with("a.img"));
             assert!(bed.ask(unpause(None)).await.is_err());
@@ -274,6 +275,85 @@ fn an_unpause_that_failed_can_be_repeated_and_keeps_the_old_image() {
         // The image that was refused is free.
         let create = bed.create("b.img");
         bed.made(create).await;
+    });
+}
+
+/// A verb that waited for something writes down what it has begun, and the end of the disk stays there.
+#[test]
+fn the_end_of_a_disk_is_not_written_over() {
+    test("end-stays", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        let disk = bed.registry().all().remove(0);
+        bed.lifecycle.destroy_later(&disk);
+        let begun = bed.registry().change(&disk, |record| {
+            record.doing = Some(Doing::Unpause);
+        });
+        begun.expect("written");
+        assert_eq!(disk.doing(), Some(Doing::Destroy));
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// Whoever sees it first: that it died, and that it was by itself, is known.
+#[test]
+fn a_death_on_the_way_to_another_image_is_told_once() {
+    test("death-told", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        let first = bed.row(0).await.pid.expect("a process");
+        fs::write(bed.dir.join("die"), "").expect("write");
+        let died = bed.ask(unpause(Some(target(&bed.dir, "b.img")))).await;
+        died.expect_err("it died");
+        let disk = bed.registry().all().remove(0);
+        assert!(disk.crashed.get());
+        let told = |what: &What| matches!(what, What::Died { pid, .. } if *pid == first);
+        let told = bed.events().iter().filter(|what| told(what)).count();
+        assert_eq!(told, 1, "{:?}", bed.events());
+    });
+}
+
+/// The disk was told that it may shrink for this one image and moment.
+#[test]
+fn an_image_that_was_served_for_a_moment_may_not_shrink_later() {
+    test("moment-shrink", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
+        let pid = bed.row(0).await.pid.expect("a process");
+        fs::write(bed.dir.join("hang"), "").expect("write");
+        let asked = bed.ask(Request::Unpause {
+            which: which(0),
+            target: Some(target(&bed.dir, "b.img")),
+            may_shrink: true,
+            files: Vec::new(),
+        });
+        let death = async {
+            until("the beginning", || async {
+                let doing = bed.row(0).await.doing;
+                (doing == Some(Doing::Unpause)).then_some(())
+            })
+            .await;
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&0).expect("the node").committed += 1;
+            drop(nodes);
+            kill(pid);
+            fs::remove_file(bed.dir.join("hang")).expect("remove");
+        };
+        let (answer, ()) = futures::future::join(asked, death).await;
+        assert!(answer.is_err(), "{answer:?}");
+        let disk = bed.registry().all().remove(0);
+        until("it is served", || async {
+            (bed.row(0).await.state == Some(State::Running)).then_some(())
+        })
+        .await;
+        let open = disk.record.borrow().open.clone().expect("an image");
+        assert!(open.target.path().expect("a path").ends_with("b.img"));
+        assert!(!open.may_shrink, "it may shrink for ever");
     });
 }
 
