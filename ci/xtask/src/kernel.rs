@@ -6,7 +6,7 @@
 //! archive has moved on.
 
 use crate::cache::Artefact;
-use crate::{host, run};
+use crate::{build, host, run};
 use anyhow::{bail, Context, Result};
 use std::fs;
 use std::path::Path;
@@ -51,10 +51,19 @@ fn check(version: &str) -> Result<()> {
 }
 
 /// True if `version` is `series` or one of its versions.
-fn is_of(version: &str, series: &str) -> bool {
+pub(crate) fn is_of(version: &str, series: &str) -> bool {
     version
         .strip_prefix(series)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// True if the archive has something of a stock kernel of this series now.
+pub(crate) fn offered(series: &str) -> Result<bool> {
+    let dir = build::repository()?.join("target/kernels-offered");
+    run::remove_tree(&dir)?;
+    fs::create_dir_all(&dir)?;
+    let names = archive(&dir, &dir.join("log"))?;
+    Ok(has_series(&names, series))
 }
 
 /// The release of the stock kernel, such as `7.3.4+deb13-amd64`. The first call asks the archive.
@@ -111,6 +120,15 @@ fn archive(dir: &Path, log: &Path) -> Result<String> {
         }
     }
     Ok(String::from_utf8(out.stdout)?)
+}
+
+/// True if there are headers of the series. Where the rest is missing that is for [`choose`] to say.
+fn has_series(names: &str, series: &str) -> bool {
+    let mut releases = names
+        .lines()
+        .filter_map(|name| name.strip_prefix("linux-headers-"))
+        .filter(|release| release.ends_with("-amd64") && !flavoured(release));
+    releases.any(|release| is_of(release, series))
 }
 
 /// The newest release of what is asked for that has headers, an image and its source.
@@ -189,6 +207,12 @@ linux-headers-7.4.1+deb13-amd64\nlinux-binary-7.4.1+deb13-amd64\nlinux-headers-a
         assert_eq!(choose(ARCHIVE, "7.2.9").unwrap(), "7.2.9+deb13-amd64");
         // 7.3.5 has no image yet, and 7.4 is unknown.
         assert_eq!(choose(ARCHIVE, "").unwrap(), "7.3.4+deb13-amd64");
+    }
+
+    #[test]
+    fn a_series_that_is_not_complete_is_there_all_the_same() {
+        assert!(has_series(ARCHIVE, "7.2") && has_series(ARCHIVE, "7.4"));
+        assert!(!has_series(ARCHIVE, "7.1") && !has_series(ARCHIVE, "6.12"));
     }
 
     #[test]

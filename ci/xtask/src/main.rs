@@ -73,8 +73,8 @@ enum Task {
     },
     /// Check the sources without running them.
     ///
-    /// Formatting, lints of the workspace and of the module, licences, dependency direction, and
-    /// where unsafe code is. The same as `cargo xtask test --lane check`.
+    /// Formatting, lints of the workspace and of the module, licences, dependency direction, where
+    /// unsafe code is, and that the module cannot panic or use up the stack. The same as `cargo xtask test --lane check`.
     Check,
     /// Build the kernel module and the programs; the last line is the path of the .ko.
     ///

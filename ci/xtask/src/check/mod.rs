@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! `cargo xtask check`: what can be said about the sources without running them.
+//! `cargo xtask check`: what can be said about the sources, and the module that is made of them, without running it.
 
 mod circles;
 mod direction;
@@ -11,6 +11,7 @@ pub(crate) mod panics;
 mod source;
 mod unsafe_code;
 
+use crate::build;
 use crate::tally::Tally;
 use anyhow::{bail, Result};
 
@@ -28,6 +29,13 @@ pub(crate) fn run(tally: &mut Tally) -> Result<()> {
     tally.check("check.dependencies", licences::dependencies());
     lints::workspace(tally);
     tally.check("check.clippy-module", lints::module());
+    match build::module() {
+        Ok(module) => {
+            tally.check("check.module-cannot-panic", panics::check(&module));
+            tally.check("check.module-stack-frames", frames::check(&module));
+        }
+        Err(error) => tally.fail("check.module", &format!("{error:#}")),
+    }
     Ok(())
 }
 

@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The module and the programs build, and the module cannot panic or use up the stack.
+//! The module and the programs build, and packages are made of them.
 
-use crate::check::{frames, panics};
 use crate::package::{self, again, tried};
 use crate::tally::Tally;
-use crate::{build, run};
+use crate::{build, kernel, run};
 use anyhow::Result;
 use std::path::Path;
+use std::process::Command;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     tally.check("build.programs", build::programs().map(drop));
-    match build::module() {
-        Ok(module) => {
-            tally.pass("build.module");
-            tally.check("build.module-cannot-panic", panics::check(&module));
-            tally.check("build.module-stack-frames", frames::check(&module));
-        }
-        Err(error) => {
-            tally.fail("build.module", &format!("{error:#}"));
-            tally.skip("build.module-cannot-panic", "there is no module");
-            tally.skip("build.module-stack-frames", "there is no module");
-        }
-    }
+    tally.check("build.module", build::module().map(drop));
     packages(tally, OF_PACKAGES)
 }
 
@@ -43,6 +32,44 @@ const OF_PACKAGES_LONG: &[(&str, Holds)] = &[
 /// Packages of it can be made, and what takes long holds of them.
 pub(super) fn long(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     packages(tally, OF_PACKAGES_LONG)
+}
+
+/// What is run of the lane e2e on each other kernel: I/O in the kernel and through a process, and the module comes
+/// and goes.
+const ON_OTHERS: &str = "phy.pv.fio_verify,tap.file,lifecycle.reload";
+
+/// The module is built for the other kernels that are known, and serves disks there.
+pub(super) fn other_kernels(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    let release = kernel::release()?;
+    let others = kernel::SERIES
+        .iter()
+        .filter(|series| !kernel::is_of(&release, series));
+    for series in others {
+        let name = format!("kernels.{series}");
+        match kernel::offered(series) {
+            Ok(true) => tally.check(&name, on_kernel(series, seed)),
+            Ok(false) => tally.skip(&name, "the archive has no stock kernel of it any more"),
+            Err(error) => tally.fail(&name, &format!("{error:#}")),
+        }
+    }
+    Ok(())
+}
+
+/// A command is for one kernel, so another one of ours does this.
+fn on_kernel(series: &str, seed: Option<u64>) -> Result<()> {
+    let command = || -> Result<Command> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["--kernel", series]);
+        Ok(command)
+    };
+    let source = build::repository()?;
+    run::shown(command()?.args(["build", "--source"]).arg(source))?;
+    let mut test = command()?;
+    test.args(["test", "--lane", "e2e", "--only", ON_OTHERS]);
+    if let Some(seed) = seed {
+        test.args(["--seed", &seed.to_string()]);
+    }
+    run::shown(&mut test)
 }
 
 /// Packages of it can be made, and do what an administrator expects of them.

@@ -17,9 +17,9 @@ use std::time::Instant;
 pub(crate) enum Lane {
     /// Unit and property tests, without a machine (cargo test).
     Host,
-    /// Formatting, lints, licences, dependency direction, unsafe code.
+    /// Formatting, lints, licences, dependency direction, unsafe code; the module cannot panic.
     Check,
-    /// The module and the programs build; the module cannot panic.
+    /// The module and the programs build, and packages are made of them.
     Build,
     /// The tests that run in a Xen machine.
     E2e,

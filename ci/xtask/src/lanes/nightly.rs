@@ -38,6 +38,8 @@ const PARTS: &[(&str, Part)] = &[
         "debug",
         Part::Own(|tally, seed| e2e::debug(tally, super::ALL, seed)),
     ),
+    // What is known to work is seen to.
+    ("kernels", Part::Own(build::other_kernels)),
     // The module is built on a host by itself.
     ("packages", Part::Own(build::long)),
     // Other shapes, formats, orders and ways in.
