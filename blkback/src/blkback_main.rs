@@ -123,7 +123,7 @@ impl kernel::InPlaceModule for Blkback {
             queues: WorkQueues::new()?,
             tap: tap::Tap::new()?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),
-            nodes: tap::Nodes::new()?,
+            nodes: tap::Nodes::new().inspect(|_| params::tell())?,
         })
     }
 }

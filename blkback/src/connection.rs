@@ -13,6 +13,7 @@ use crate::linux::xen::store;
 use crate::offer;
 use crate::proto::frontend;
 use crate::queue::{Ending, Prepared, Queue, Setup};
+use crate::ring::abi::Protocol;
 use crate::ring::request::Limits;
 use crate::totals::Totals;
 use kernel::prelude::*;
@@ -51,6 +52,7 @@ impl<D: QueueBackends> Connect for D {
 pub(crate) struct Connection {
     queues: KVec<Queue>,
     threads: Arc<Threads>,
+    asked: frontend::Request,
     limits: Limits,
     #[pin]
     work: Work<Connection>,
@@ -128,7 +130,7 @@ impl Connection {
             let queue = Prepared::new(&setup, &ring, index)?;
             push(&mut prepared, queue).map_err(no_memory)?;
         }
-        Self::start(peer.device, prepared, limits)
+        Self::start(peer.device, prepared, request, limits)
             .map_err(|error| ConnectError::Step("the queues' threads cannot be started", error))
     }
 
@@ -136,6 +138,7 @@ impl Connection {
     fn start<D: QueueBackends>(
         device: &Device,
         prepared: KVec<Prepared<D>>,
+        asked: frontend::Request,
         limits: Limits,
     ) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
@@ -155,6 +158,7 @@ impl Connection {
             pin_init!(Self {
                 queues,
                 threads,
+                asked,
                 limits,
                 work <- new_work!("Connection::work"),
                 _module: module,
@@ -178,6 +182,20 @@ impl Connection {
     /// True once nothing of the guest is mapped or bound any more.
     pub(crate) fn is_detached(&self) -> bool {
         self.queues.iter().all(Queue::is_detached)
+    }
+
+    /// What the frontend asked for, in words.
+    pub(crate) fn summary(&self) -> Result<CString> {
+        let layout = match self.asked.protocol {
+            Protocol::Abi32 => "x86_32-abi",
+            Protocol::Abi64 => "x86_64-abi",
+        };
+        CString::try_from_fmt(fmt!(
+            "connected: queues {}, ring pages {}, {layout}, indirect segments {}",
+            self.asked.queues,
+            self.asked.pages(),
+            self.limits.max_indirect_segments
+        ))
     }
 
     /// What the guest may do.

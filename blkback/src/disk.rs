@@ -52,6 +52,7 @@ pub(crate) struct Opener {
 
 /// The open disk of a device, and what was published of it.
 pub(crate) struct Disk {
+    pub(crate) name: Name,
     pub(crate) backing: Arc<dyn Connect>,
     /// Size in sectors of 512 bytes.
     pub(crate) sectors: u64,
@@ -119,6 +120,7 @@ impl Disk {
             }
         };
         Ok(Self {
+            name,
             sectors: backing.sectors(),
             backing,
             status: None,

@@ -192,7 +192,11 @@ fn publish_with_state(
     }
     let dir = device.nodename();
     let published = store::transaction(|t| {
-        let online = Online::of(t.read_number(dir, c"online")?);
+        // Only what is about to be served is held against it.
+        let online = match now {
+            State::Connected => Online::of(t.read_number(dir, c"online")?),
+            _ => Online::Unsaid,
+        };
         match publishing(before, t.read_state(dir)?, online, now) {
             Publishing::Written => {}
             Publishing::Gone => return Err(ENOENT),

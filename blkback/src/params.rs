@@ -5,6 +5,7 @@
 use crate::linux::versions::parameter;
 use crate::module_parameters;
 use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
+use kernel::prelude::*;
 
 /// Queues that a frontend may have at most, whatever the parameter says.
 const QUEUES: u32 = 64;
@@ -52,6 +53,18 @@ pub(crate) fn default_protocol() -> Protocol {
     } else {
         Protocol::Abi64
     }
+}
+
+/// Writes into the kernel's log what the parameters come to: what is too large counts as the largest.
+pub(crate) fn tell() {
+    pr_info!(
+        "loaded: max_queues {}, max_ring_page_order {}, max_indirect_segments {}, copy_max_segments {}, poll_us {}\n",
+        max_queues(),
+        max_ring_order(),
+        max_indirect_segments(),
+        copy_max_segments(),
+        parameter(module_parameters::poll_us.value())
+    );
 }
 
 /// A build that is never shipped: it looks for requests whatever that costs and notifies for each,

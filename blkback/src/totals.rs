@@ -9,11 +9,21 @@ use crate::engine::{Flight, Stats, Times};
 use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
 use kernel::prelude::*;
+use kernel::str::CString;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 use kernel::sync::{new_mutex, Arc, Mutex};
 
 /// Number of counters; their order is that of the shim's attributes.
 const COUNTERS: usize = 23;
+// Places of some.
+const READS: u32 = 1;
+const WRITES: u32 = 2;
+const FLUSHES: u32 = 3;
+const DISCARDS: u32 = 4;
+const SECTORS_READ: u32 = 5;
+const SECTORS_WRITTEN: u32 = 6;
+const REFUSED: u32 = 7;
+const FAILED: u32 = 8;
 // What follows them there, which is no counter.
 const MEMORY_KIB: usize = COUNTERS;
 const IN_FLIGHT: usize = COUNTERS + 1;
@@ -107,6 +117,22 @@ impl Totals {
     /// Records the memory that the queues always have, in KiB.
     pub(crate) fn set_memory(&self, kib: u64) {
         self.memory.store(kib, Relaxed);
+    }
+
+    /// What the device has done, in words.
+    pub(crate) fn summary(&self) -> Result<CString> {
+        let of = |index| self.value(index);
+        CString::try_from_fmt(fmt!(
+            "disconnected: reads {} of {} sectors, writes {} of {} sectors, flushes {}, discards {}, failed {}, refused {}",
+            of(READS),
+            of(SECTORS_READ),
+            of(WRITES),
+            of(SECTORS_WRITTEN),
+            of(FLUSHES),
+            of(DISCARDS),
+            of(FAILED),
+            of(REFUSED),
+        ))
     }
 
     /// The value of an attribute; 0 if there is no such.

@@ -286,6 +286,11 @@ void xbr_dev_err_ratelimited(struct device *dev, const char *text)
 	dev_err_ratelimited(dev, "%s\n", text);
 }
 
+void xbr_dev_info_ratelimited(struct device *dev, const char *text)
+{
+	dev_info_ratelimited(dev, "%s\n", text);
+}
+
 /* The sysfs attributes of a vbd, with the names of the C driver (xentop reads them). */
 
 static xbr_attr_fn *attr_fn;

@@ -92,6 +92,7 @@ unsigned int xbr_host_memory_mib(void);
 void xbr_set_memory_kib(unsigned int kib);
 void xbr_cond_resched(void);
 void xbr_dev_err_ratelimited(struct device *dev, const char *text);
+void xbr_dev_info_ratelimited(struct device *dev, const char *text);
 void xbr_set_attr_fn(xbr_attr_fn *fn);
 const struct attribute_group **xbr_attr_groups(void);
 u32 xbr_mkdev(u32 major, u32 minor);

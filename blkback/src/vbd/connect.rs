@@ -5,14 +5,16 @@
 use super::{Life, Next, Vbd, ASK_AGAIN, ERRAND};
 use crate::connect_error::ConnectError;
 use crate::connection::Peer;
-use crate::disk::{self, Opener};
+use crate::disk::{self, Name, Opener};
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::Claim;
 use crate::offer::{Features, TAKEN_AWAY};
 use crate::proto::state::State;
 use crate::storage::{Errand, Job, Outcome};
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Relaxed};
+use kernel::sync::atomic::{
+    ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release,
+};
 use kernel::sync::Arc;
 
 impl Vbd {
@@ -51,7 +53,11 @@ impl Vbd {
     /// Has the disk opened once the hotplug script has said which it is.
     pub(super) fn open_disk(self: &Arc<Self>, life: &mut Life) {
         // Only when the key was written: opening a device that is gone asks for its driver.
-        if life.disk.is_some() || life.errand.is_busy() || !self.disk_moved.load(Acquire) {
+        if life.errand.is_busy() || !self.disk_moved.load(Acquire) {
+            return;
+        }
+        if let Some(disk) = &life.disk {
+            self.compare_name(disk.name);
             return;
         }
         if !self.claim(life) || !self.disk_moved.xchg(false, Full) {
@@ -68,6 +74,26 @@ impl Vbd {
                 self.send(life, Job::Open(opener, name));
             }
             Err(bad) => self.disk_is_bad(life, &bad),
+        }
+    }
+
+    /// A disk that is open stays: who names another one is told so.
+    fn compare_name(self: &Arc<Self>, open: Name) {
+        self.disk_moved.store(false, Release);
+        let is_other = match disk::named(&self.device) {
+            Ok(name) => name.is_some_and(|name| name != open),
+            Err(bad) if bad.passes => {
+                self.disk_moved.store(true, Release);
+                self.kick_after(ASK_AGAIN);
+                false
+            }
+            Err(_) => true,
+        };
+        if is_other {
+            self.device.report(
+                EBUSY,
+                c"another disk is named, and the one that is open is served on: detach the disk and attach it again",
+            );
         }
     }
 
@@ -144,6 +170,9 @@ impl Vbd {
             connection.drain();
             life.draining = true;
         }
+        if let (Ok(()), Ok(text)) = (published, connection.summary()) {
+            self.device.tell(&text);
+        }
         life.connection = Some(connection);
         published.map_err(|error| {
             if error == TAKEN_AWAY {
@@ -170,6 +199,9 @@ impl Vbd {
         }
         life.draining = false;
         self.totals.set_memory(0);
+        if let Ok(text) = self.totals.summary() {
+            self.device.tell(&text);
+        }
         connection.release_deferred();
         true
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Lies in the frontend's directory.
 
-use super::{case, keys, Case};
+use super::{case, keys, states, Case};
 use crate::evtchn::EventChannel;
 use crate::lab::Lab;
 use crate::queue::{Queue, ANSWER};
 use crate::session::{self, Session, Shape, PLAIN, WIDE};
 use crate::vbd::{state, Mode, Vbd};
+use crate::wire::{Request, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Context, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,6 +37,14 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             keys::h43_half_good_queues,
             "a bad second queue leaves nothing of the first"
+        ),
+        case!(
+            keys::other_disk_is_named,
+            "a disk that is open stays, whatever the toolstack names then, and that is told"
+        ),
+        case!(
+            keys::discard_is_switched_off,
+            "a disk that can discard does not, if the toolstack does not want it"
         ),
         case!(
             keys::h50_bad_ports,
@@ -273,4 +282,54 @@ fn h50_bad_ports(lab: &mut Lab) -> Result<()> {
     channel.close()?;
     session.reconnect(WIDE)?;
     lab.finish_healthy(session)
+}
+
+fn other_disk_is_named(lab: &mut Lab) -> Result<()> {
+    let mut session = lab.session()?;
+    session.exercise(0, 38)?;
+    let Vbd { store, back, .. } = &session.vbd;
+    let node = session.vbd.error_node();
+    let (key, value) = lab.disk.key()?;
+    let key = format!("{back}/{key}");
+    // The same again is nothing new.
+    store.write(&key, value.as_bytes())?;
+    states::settled()?;
+    let (_, other) = lab.slow.key()?;
+    for name in [other.as_str(), "nonsense"] {
+        ensure!(session.vbd.error()?.is_none(), "an error before {name}");
+        store.write(&key, name.as_bytes())?;
+        let told = store.wait(&node, "an error", ANSWER, |value| value.is_some())?;
+        let told = told.unwrap_or_default();
+        ensure!(told.contains("another disk is named"), "{told}");
+        states::settled()?;
+        store.remove(&node)?;
+    }
+    store.write(&key, value.as_bytes())?;
+    states::settled()?;
+    ensure!(session.vbd.error()?.is_none(), "an error at the right name");
+    session.exercise(64, 39)?;
+    lab.finish_healthy(session)
+}
+
+fn discard_is_switched_off(lab: &mut Lab) -> Result<()> {
+    for (enable, status) in [("1", OKAY), ("0", UNSUPPORTED)] {
+        let (vbd, queues) = (lab.attach()?, session::queues(WIDE)?);
+        let key = format!("{}/discard-enable", vbd.back);
+        vbd.store.write(&key, enable.as_bytes())?;
+        let mut session = Session::connect(vbd, lab.disk.sectors, WIDE, queues)?;
+        let offered = session.vbd.offered("feature-discard")?;
+        ensure!(
+            offered == enable.parse().ok(),
+            "with discard-enable={enable} it is offered: {offered:?}"
+        );
+        let request = Request::Discard {
+            flag: 0,
+            id: 1,
+            sector: 0,
+            sectors: 64,
+        };
+        session.expect(&request, status)?;
+        lab.finish_healthy(session)?;
+    }
+    Ok(())
 }

@@ -6,7 +6,8 @@ use crate::lab::Lab;
 use crate::rng::Rng;
 use crate::session::{self, Session, WIDE};
 use crate::vbd::{state, Vbd, SOON};
-use anyhow::{Context, Result};
+use anyhow::{bail, ensure, Context, Result};
+use std::fs;
 use std::time::{Duration, Instant};
 
 pub(super) fn all() -> Vec<Case> {
@@ -18,6 +19,10 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             states::h37_junk_states,
             "junk for states ends the device and nothing else"
+        ),
+        case!(
+            states::h37_nobody_asks,
+            "whatever state a frontend stays in, xenstore is not asked again and again"
         ),
         case!(
             states::h38_again_without_closing,
@@ -78,6 +83,69 @@ fn h37_junk_states(lab: &mut Lab) -> Result<()> {
     let Session { vbd, .. } = &session;
     vbd.set_state(state::CLOSED)?;
     session.vbd.destroy()
+}
+
+/// One write of a guest must not have dom0 ask xenstore for as long as nothing changes.
+fn h37_nobody_asks(lab: &mut Lab) -> Result<()> {
+    let states: [&[u8]; 9] = [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8", b"junk"];
+    for value in states {
+        let before = messages()?;
+        let vbd = lab.attach()?;
+        vbd.store.write(&format!("{}/state", vbd.front), value)?;
+        let shown = String::from_utf8_lossy(value);
+        ensure!(messages()? > before, "an attach cost no message");
+        quiet().with_context(|| format!("after the state {shown}, without any keys"))?;
+        vbd.destroy()?;
+    }
+    // Refused once it had keys.
+    let (vbd, queues) = (lab.attach()?, session::queues(WIDE)?);
+    let keys = session::keys(WIDE, &queues);
+    vbd.store.write_all(&vbd.front, &keys)?;
+    let path = format!("{}/queue-1/ring-ref", vbd.front);
+    vbd.store.write(&path, b"65535")?;
+    vbd.set_state(state::INITIALISED)?;
+    vbd.wait_back("a refusal", &[state::CLOSING])?;
+    quiet().context("after a refusal")?;
+    vbd.destroy()
+}
+
+/// Waits until the kernel asks xenstore for nothing, to speak of, and looks whether that lasts for longer than its
+/// driver waits until it asks again.
+fn quiet() -> Result<()> {
+    const WINDOW: Duration = Duration::from_secs(4);
+    settled()?;
+    let before = messages()?;
+    std::thread::sleep(WINDOW);
+    let count = messages()? - before;
+    ensure!(count <= 2, "{count} messages of xenstore in {WINDOW:?}");
+    Ok(())
+}
+
+/// Waits until what was written is seen to: no message of xenstore comes for a moment.
+pub(super) fn settled() -> Result<()> {
+    const WINDOW: Duration = Duration::from_millis(500);
+    const WINDOWS: usize = 10;
+    let mut counts = Vec::new();
+    while counts.len() < WINDOWS {
+        let before = messages()?;
+        std::thread::sleep(WINDOW);
+        let count = messages()? - before;
+        if count == 0 {
+            return Ok(());
+        }
+        counts.push(count);
+    }
+    bail!("messages of xenstore in each half second: {counts:?}")
+}
+
+/// Interrupts by which xenstore has told this kernel of an answer or of a watch. What this program asks goes another
+/// way.
+fn messages() -> Result<u64> {
+    let text = fs::read_to_string("/proc/interrupts")?;
+    let line = text.lines().find(|line| line.ends_with(" xenbus"));
+    let line = line.context("/proc/interrupts has no line of xenbus")?;
+    let columns = line.split_whitespace().skip(1);
+    Ok(columns.map_while(|count| count.parse::<u64>().ok()).sum())
 }
 
 fn h38_again_without_closing(lab: &mut Lab) -> Result<()> {

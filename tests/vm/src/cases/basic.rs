@@ -7,6 +7,7 @@ use crate::guest::{Guest, Vbd};
 use crate::hotplug;
 use crate::{seed, sh, xs};
 use anyhow::{ensure, Context as _, Result};
+use dom0::kmsg::Kmsg;
 use std::path::Path;
 use std::time::Duration;
 
@@ -94,6 +95,12 @@ pub(super) fn cases() -> Vec<Case> {
             "the statistics in sysfs count what was done",
             Pv,
             statistics,
+        ),
+        Case::new(
+            "phy.pv.log",
+            "the kernel's log says who connects, and what was done when they leave",
+            Pv,
+            log,
         ),
         Case::new(
             "phy.pv.resize",
@@ -470,6 +477,35 @@ fn statistics(context: &mut Context) -> Result<()> {
         "{names:?} grew by {grown:?} for 16 reads of 8 KiB and 8 writes of 4 KiB"
     );
     guest.detach(&vbd)
+}
+
+/// What the log says of a disk: with whom and how it was connected, and what was done when that ended.
+fn log(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    // All guests share a few lines a second, which others may have used up.
+    let mut seen = Vec::new();
+    for _ in 0..5 {
+        let mut kmsg = Kmsg::from_now()?;
+        let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+        let name = vbd.sysfs();
+        let name = name.file_name().context("a device has a name")?;
+        let name = name.to_string_lossy().into_owned();
+        guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=8 oflag=direct")?;
+        guest.detach(&vbd)?;
+        let messages = kmsg.take()?;
+        let line = |words: &[&str]| {
+            let has = |line: &&String| words.iter().all(|word| line.contains(word));
+            messages.iter().any(|line| has(&line))
+        };
+        if line(&[&name, "connected: queues ", "x86_64-abi"])
+            && line(&[&name, "disconnected: reads ", "writes 8 of 64 sectors"])
+        {
+            return Ok(());
+        }
+        seen.extend(messages);
+    }
+    anyhow::bail!("the log says neither who connects nor what was done: {seen:#?}")
 }
 
 /// A volume that can grow, and the disk of the guest on it.

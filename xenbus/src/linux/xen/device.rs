@@ -144,6 +144,12 @@ impl Device {
         }
     }
 
+    /// Writes into the kernel's log what has become of the device; a guest cannot fill it so.
+    pub(crate) fn tell(&self, text: &CStr) {
+        // SAFETY: By the type invariant; the text is a C string.
+        unsafe { sys::xbr_dev_info_ratelimited(self.device(), text.as_char_ptr()) };
+    }
+
     /// Removes an earlier report from xenstore. May sleep.
     pub(crate) fn clear_report(&self) {
         if let Ok(dir) = CString::try_from_fmt(fmt!("error/{}", self.nodename())) {
