@@ -14,7 +14,7 @@ use crate::fuzz::reported;
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::rng::Rng;
-use crate::session::{Session, PLAIN};
+use crate::session::{Session, WIDE};
 use crate::tap::server::Store;
 use crate::tap::TapDisk;
 use anyhow::{bail, ensure, Context, Result};
@@ -28,8 +28,8 @@ use std::time::Instant;
 const CHECK_EVERY: u32 = 100;
 /// Where the honest test of each batch writes: behind the places of the random requests.
 const HONEST_SECTOR: u64 = 8192;
-/// Requests of that test.
-const HONEST_REQUESTS: u64 = 3;
+/// Requests of that test: three through each queue.
+const HONEST_REQUESTS: u64 = 3 * WIDE.queues as u64;
 
 /// Runs so many batches; true when all went well.
 pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<bool> {
@@ -76,7 +76,7 @@ impl Fuzz {
         let mut process = Process::open(&disk)?;
         process.seen = seen;
         process.start()?;
-        let session = lab.session_on_tap(&disk, PLAIN)?;
+        let session = lab.session_on_tap(&disk, WIDE)?;
         Ok(Fuzz {
             session,
             store: Store::new()?,
@@ -107,7 +107,7 @@ impl Fuzz {
             let late = begun.elapsed() > ANSWER;
             ensure!(!late, "not delivered: {:?}", ledger.open());
         }
-        let answers = self.session.queue().wait(count, ANSWER)?;
+        let answers = self.session.answers(count)?;
         self.ledger.judge(&self.session, &answers)?;
         self.exercise(rng)?;
         let (process, _, ledger) = self.parts()?;

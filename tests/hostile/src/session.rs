@@ -3,9 +3,9 @@
 
 use crate::disk::Disk;
 use crate::grants::{Access, GrantPages};
-use crate::queue::Queue;
+use crate::queue::{Queue, ANSWER};
 use crate::vbd::{state, Mode, Vbd};
-use crate::wire::{flush, rw, Request, Seg, OKAY};
+use crate::wire::{flush, rw, Answer, Request, Seg, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{Protocol, OP_READ, OP_WRITE, PAGE_SIZE};
 use std::sync::atomic::Ordering::Relaxed;
@@ -39,7 +39,7 @@ pub(crate) const PLAIN: Shape = Shape {
 };
 
 /// Two such queues, as ordinary guests have them: an attack through one of them must not harm the
-/// other one, which the tests of health use as well.
+/// other one, which the tests of health use as well. Those of a process get their requests through both.
 pub(crate) const WIDE: Shape = Shape { queues: 2, ..PLAIN };
 
 /// A connected frontend. The fields are dropped in this order: the backend lets go first.
@@ -143,6 +143,40 @@ impl Session {
     /// The first queue.
     pub(crate) fn queue(&mut self) -> &mut Queue {
         &mut self.queues[0]
+    }
+
+    /// Sends requests, in turn through each queue.
+    pub(crate) fn spread(&mut self, requests: &[Request]) -> Result<()> {
+        let queues = self.queues.len();
+        for (at, request) in requests.iter().enumerate() {
+            self.queues[at % queues].push(request);
+        }
+        let mut used = self.queues.iter().take(requests.len());
+        used.try_for_each(Queue::publish)
+    }
+
+    /// Waits for all answers that are still to come, which are so many.
+    pub(crate) fn answers(&mut self, count: usize) -> Result<Vec<Answer>> {
+        let mut answers = Vec::new();
+        for queue in &mut self.queues {
+            let pending = queue.pending() as usize;
+            answers.extend(queue.wait(pending, ANSWER)?);
+        }
+        ensure!(
+            answers.len() == count,
+            "{} answers, not {count}",
+            answers.len()
+        );
+        Ok(answers)
+    }
+
+    /// No queue has an answer.
+    pub(crate) fn is_silent(&mut self) -> Result<bool> {
+        let mut silent = true;
+        for queue in &mut self.queues {
+            silent &= queue.take()?.is_empty();
+        }
+        Ok(silent)
     }
 
     /// A data page as a whole segment.

@@ -186,10 +186,8 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
     }
     // Tags that cannot be written are not lost.
     let segs = scene.session.segs(1);
-    for id in 0..8 {
-        scene.session.queue().push(&rw(OP_WRITE, id, id * 8, &segs));
-    }
-    scene.session.queue().publish()?;
+    let writes: Vec<_> = (0..8).map(|id| rw(OP_WRITE, id, id * 8, &segs)).collect();
+    scene.session.spread(&writes)?;
     scene
         .disk
         .wait("requests that wait", |info| info.waiting == 8)?;

@@ -4,7 +4,7 @@
 use super::{case, tap_claims, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::PLAIN;
+use crate::session::WIDE;
 use crate::tap::scene::{wait_status, Scene};
 use crate::tap::server::{answer, done, Pipe, Store};
 use crate::tap::uring::{Memory, Ring};
@@ -244,7 +244,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         );
     }
     drop(scene.node);
-    for answer in scene.session.queue().wait(4, ANSWER)? {
+    for answer in scene.session.answers(4)? {
         ensure!(answer.status == ERROR, "it was not refused: {answer:?}");
     }
     // The disk is as good as ever for the next one.
@@ -300,11 +300,9 @@ fn tap_starts_again(lab: &mut Lab) -> Result<()> {
     drop(scene.node);
     // From now on each of those is delivered alone, and what overlaps them waits.
     let segs = scene.session.segs(1);
-    for id in WRITES..2 * WRITES {
-        let request = rw(OP_WRITE, id, (id - WRITES) * 8, &segs);
-        scene.session.queue().push(&request);
-    }
-    scene.session.queue().publish()?;
+    let write = |id| rw(OP_WRITE, id, (id - WRITES) * 8, &segs);
+    let writes: Vec<_> = (WRITES..2 * WRITES).map(write).collect();
+    scene.session.spread(&writes)?;
     let all = 2 * WRITES as u32;
     scene
         .disk
@@ -424,7 +422,7 @@ impl Before {
 fn tap_before_claims(lab: &mut Lab) -> Result<()> {
     let (disk, store) = (TapDisk::make()?, Store::new()?);
     let before = Before::start(&disk)?;
-    let mut session = lab.session_on_tap(&disk, PLAIN)?;
+    let mut session = lab.session_on_tap(&disk, WIDE)?;
     let serve = |before: &Before, session: &mut crate::session::Session, seed| -> Result<()> {
         thread::scope(|scope| {
             let guest = scope.spawn(|| session.exercise(u64::from(seed) * 64, seed));

@@ -4,7 +4,7 @@
 use super::{case, tap_life, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Session, PLAIN};
+use crate::session::{Session, WIDE};
 use crate::tap::scene::wait_status;
 use crate::tap::server::{answer, Manner, Pipe, Server, Store};
 use crate::tap::{expect, query, Node, TapDisk};
@@ -101,7 +101,7 @@ impl Scene {
         let disk = TapDisk::make()?;
         let (store, pipe) = (Store::new()?, Pipe::new()?);
         let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-        let session = lab.session_on_tap(&disk, PLAIN)?;
+        let session = lab.session_on_tap(&disk, WIDE)?;
         server.kill()?;
         Ok(Scene {
             session,
@@ -117,18 +117,18 @@ impl Scene {
 
     /// Sends one-page writes from sector 0 on, whose pages hold `mark`.
     fn send(&mut self, count: usize, mark: u32) -> Result<()> {
-        for page in 0..count {
+        let write = |page: usize| {
             self.session.data.page(page)[0].store(mark + page as u32, Relaxed);
             let seg = self.session.seg(page);
-            let request = rw(OP_WRITE, page as u64, page as u64 * 8, &[seg]);
-            self.session.queue().push(&request);
-        }
-        self.session.queue().publish()
+            rw(OP_WRITE, page as u64, page as u64 * 8, &[seg])
+        };
+        let requests: Vec<_> = (0..count).map(write).collect();
+        self.session.spread(&requests)
     }
 
     /// The answers of those, and that the disk holds what they wrote.
     fn verify(&mut self, count: usize, mark: u32) -> Result<()> {
-        for answer in self.session.queue().wait(count, ANSWER)? {
+        for answer in self.session.answers(count)? {
             ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
         }
         self.session.data.fill(0xee);
@@ -201,10 +201,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
             scene.session.data.page(page)[0].store(0xbad, Relaxed);
         }
         wait_status(&scene.session, "recovering")?;
-        ensure!(
-            scene.session.queue().take()?.is_empty(),
-            "answers without a process"
-        );
+        ensure!(scene.session.is_silent()?, "answers without a process");
         let server = scene.serve(Manner::Honest)?;
         scene.verify(16, mark)?;
         let after = scene.disk.info()?;
@@ -251,7 +248,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
     let opened = sleeper.join().map_err(|_| anyhow::anyhow!("it died"))?;
     opened.context("after the pages were let go of")?;
     let server = scene.serve(Manner::Honest)?;
-    let flushed = scene.session.queue().wait(5, ANSWER)?;
+    let flushed = scene.session.answers(5)?;
     ensure!(
         flushed.iter().all(|answer| answer.status == OKAY),
         "{flushed:?}"
@@ -319,10 +316,10 @@ fn tap_orphans(lab: &mut Lab) -> Result<()> {
         Ok((tags.len() == 4).then_some(()))
     })?;
     close_in_time(&scene.session.vbd, "with four requests in the process")?;
-    scene.session.queues = crate::session::queues(PLAIN)?;
+    scene.session.queues = crate::session::queues(WIDE)?;
     scene.session.vbd.reopen()?;
     scene.session.vbd.write_front(&[])?;
-    let keys = crate::session::keys(PLAIN, &scene.session.queues);
+    let keys = crate::session::keys(WIDE, &scene.session.queues);
     let vbd = &scene.session.vbd;
     vbd.store.write_all(&vbd.front, &keys)?;
     vbd.set_state(state::INITIALISED)?;
@@ -339,7 +336,7 @@ fn tap_orphans(lab: &mut Lab) -> Result<()> {
     vbd.wait_back("Connected after the last answer", &[state::CONNECTED])?;
     vbd.set_state(state::CONNECTED)?;
     ensure!(
-        scene.session.queue().take()?.is_empty(),
+        scene.session.is_silent()?,
         "an answer to a request of the last connection"
     );
     drop(node);
@@ -368,21 +365,24 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
                 let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
                 server.kill()?;
                 let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-                let queues = crate::session::queues(PLAIN)?;
-                let mut session = Session::connect(vbd, crate::tap::SECTORS, PLAIN, queues)?;
+                let queues = crate::session::queues(WIDE)?;
+                let mut session = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues)?;
                 session.exercise(64, 5)?;
                 server.kill()?;
                 session
             }
             None => {
                 let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-                let mut session = lab.session_on_tap(&disk, PLAIN)?;
+                let mut session = lab.session_on_tap(&disk, WIDE)?;
                 session.exercise(64, 5)?;
                 server.kill()?;
                 session
             }
         };
-        session.queue().forget();
+        session
+            .queues
+            .iter_mut()
+            .for_each(crate::queue::Queue::forget);
         session.vbd.destroy()?;
         disk.destroy()?;
     }
@@ -412,8 +412,8 @@ fn tap_bound_once(lab: &mut Lab) -> Result<()> {
     } = scene;
     session.finish()?;
     let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-    let queues = crate::session::queues(PLAIN)?;
-    let mut session = Session::connect(other, crate::tap::SECTORS, PLAIN, queues)
+    let queues = crate::session::queues(WIDE)?;
+    let mut session = Session::connect(other, crate::tap::SECTORS, WIDE, queues)
         .context("the second device after the first one let go")?;
     session.exercise(8, 8)?;
     session.finish()?;
@@ -440,9 +440,9 @@ fn tap_bound_once(lab: &mut Lab) -> Result<()> {
 fn tap_described_late(lab: &mut Lab) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
     let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
-    let queues = crate::session::queues(PLAIN)?;
+    let queues = crate::session::queues(WIDE)?;
     vbd.store
-        .write_all(&vbd.front, &crate::session::keys(PLAIN, &queues))?;
+        .write_all(&vbd.front, &crate::session::keys(WIDE, &queues))?;
     vbd.set_state(state::INITIALISED)?;
     disk.wait("the bond", |info| info.domain == 0)?;
     let node = disk.open()?;
@@ -465,8 +465,8 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
     node.describe(crate::tap::SECTORS, GEOMETRY_READ_ONLY)?;
     node.start()?;
     let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
-    let queues = crate::session::queues(PLAIN)?;
-    let refused = Session::connect(vbd, crate::tap::SECTORS, PLAIN, queues);
+    let queues = crate::session::queues(WIDE)?;
+    let refused = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues);
     ensure!(
         refused.is_err(),
         "a device that may write got a read-only disk"
@@ -474,8 +474,8 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
     drop(refused);
     disk.wait("the end of the bond", |info| info.domain == u32::MAX)?;
     let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadOnly)?;
-    let queues = crate::session::queues(PLAIN)?;
-    let mut session = Session::connect(vbd, crate::tap::SECTORS, PLAIN, queues)?;
+    let queues = crate::session::queues(WIDE)?;
+    let mut session = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues)?;
     ensure!(
         session.vbd.offered("info")? == Some(4),
         "not offered as read-only"
@@ -494,7 +494,7 @@ const AFTER: u32 = 3;
 fn impatient(lab: &Lab, manner: Manner) -> Result<(Scene, Server)> {
     let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, Store::new()?, Pipe::new()?);
     let server = Server::start(&disk, &store, &pipe, manner)?;
-    let session = lab.session_on_tap(&disk, PLAIN)?;
+    let session = lab.session_on_tap(&disk, WIDE)?;
     let scene = Scene {
         session,
         store,
@@ -510,7 +510,7 @@ fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
     scene.disk.wait("delivery", |info| info.delivered == 8)?;
     let start = Instant::now();
     server.kill()?;
-    let failed = scene.session.queue().wait(8, ANSWER)?;
+    let failed = scene.session.answers(8)?;
     let took = start.elapsed();
     ensure!(
         failed.iter().all(|answer| answer.status == ERROR),
@@ -549,7 +549,7 @@ fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
     );
     let mut pages = vec![0u8; 2 * PAGE_SIZE];
     scene.pipe.read.read_exact(&mut pages)?;
-    let failed = scene.session.queue().wait(4, ANSWER)?;
+    let failed = scene.session.answers(4)?;
     ensure!(
         failed.iter().all(|answer| answer.status == ERROR),
         "{failed:?}"
@@ -597,7 +597,7 @@ fn tap_stopped(lab: &mut Lab) -> Result<()> {
     scene
         .disk
         .wait("requests", |info| info.waiting + info.delivered == 16)?;
-    ensure!(scene.session.queue().take()?.is_empty(), "who answers?");
+    ensure!(scene.session.is_silent()?, "who answers?");
     // It is published a little later than it changes.
     wait_status(&scene.session, "live")?;
     server.pause(false)?;

@@ -5,7 +5,7 @@ use super::{case, tap_maps, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::rng::Rng;
-use crate::session::PLAIN;
+use crate::session::WIDE;
 use crate::tap::maps::{add, flush, remove, set, Backed};
 use crate::tap::scene::{while_served, Scene};
 use crate::tap::server::Store;
@@ -299,7 +299,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
         let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
         let mut guest = match session.take() {
             Some(session) => session,
-            None => lab.session_on_tap(&disk, PLAIN)?,
+            None => lab.session_on_tap(&disk, WIDE)?,
         };
         let over = AtomicBool::new(false);
         let guest = thread::scope(|scope| -> Result<_> {

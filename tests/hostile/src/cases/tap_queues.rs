@@ -4,7 +4,7 @@
 use super::{case, tap_queues, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{self, Session, Shape, PLAIN};
+use crate::session::{self, Session, Shape, WIDE};
 use crate::tap::server::{Manner, Pipe, Server, Store};
 use crate::tap::{query, Node, TapDisk, SECTORS};
 use crate::vbd::{state, Mode, Vbd};
@@ -94,9 +94,9 @@ fn tap_other_type(lab: &mut Lab) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
     let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
     let vbd = Vbd::attach_as("vbd3", lab.devid(), disk.key(), Mode::ReadWrite)?;
-    let mut session = Session::connect(vbd, SECTORS, PLAIN, session::queues(PLAIN)?)?;
+    let mut session = Session::connect(vbd, SECTORS, WIDE, session::queues(WIDE)?)?;
     session.exercise(64, 3)?;
-    session.reconnect(PLAIN)?;
+    session.reconnect(WIDE)?;
     session.exercise(128, 4)?;
     session.finish()?;
     server.kill()?;

@@ -4,7 +4,7 @@
 use super::{case, tap_uring, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::PLAIN;
+use crate::session::WIDE;
 use crate::tap::scene::Scene;
 use crate::tap::server::{answer, done, Manner, Pipe, Server, Store};
 use crate::tap::uring::{Memory, Ring};
@@ -65,7 +65,7 @@ fn tap_rings_serve(lab: &mut Lab) -> Result<()> {
 fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
     let server = Server::start(&disk, &store, &pipe, manner)?;
-    let mut session = lab.session_on_tap(&disk, PLAIN)?;
+    let mut session = lab.session_on_tap(&disk, WIDE)?;
     session.exercise(0, 1)?;
     let mut server = Some(server);
     for round in 0..12u32 {
@@ -74,16 +74,14 @@ fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
             server.kill()?;
         }
         let segs = session.segs(1);
-        for id in 0..16 {
-            let request = rw(OP_WRITE, id, id * 8, &segs);
-            session.queue().push(&request);
-        }
-        session.queue().publish()?;
+        let write = |id| rw(OP_WRITE, id, id * 8, &segs);
+        let writes: Vec<_> = (0..16).map(write).collect();
+        session.spread(&writes)?;
         if round % 2 == 0 {
             drop(Server::start(&disk, &store, &pipe, manner)?);
         }
         server = Some(Server::start(&disk, &store, &pipe, manner)?);
-        let answers = session.queue().wait(16, ANSWER)?;
+        let answers = session.answers(16)?;
         ensure!(answers.iter().all(|a| a.status == OKAY), "{answers:?}");
         session.exercise(200, round)?;
     }

@@ -84,6 +84,8 @@ impl Ledger {
         self.asked.clear();
         self.died = false;
         let count = 1 + rng.below(REQUESTS);
+        // All through one queue: their order says which is which.
+        let queue = rng.below(session.queues.len() as u64) as usize;
         let mut page = FIRST_PAGE;
         for id in 0..count {
             let length = 1 + rng.below(PAGES as u64) as usize;
@@ -109,7 +111,7 @@ impl Ledger {
                 // A read must not find its answer there already.
                 word.store(if op == abi::OP_READ { !value } else { value }, Relaxed);
             }
-            session.queue().push(&request);
+            session.queues[queue].push(&request);
             self.asked.push(Asked {
                 request,
                 op,
@@ -120,7 +122,7 @@ impl Ledger {
                 replay: false,
             });
         }
-        session.queue().publish()?;
+        session.queues[queue].publish()?;
         Ok(self.asked.len())
     }
 

@@ -5,7 +5,7 @@ use super::server::{answer, Store};
 use super::{Node, TapDisk};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Session, PLAIN};
+use crate::session::{Session, WIDE};
 use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{bail, ensure, Context, Result};
@@ -31,7 +31,7 @@ impl Scene {
     /// The same to a disk that was made already.
     pub(crate) fn on(lab: &Lab, disk: TapDisk) -> Result<Scene> {
         let (node, store) = (disk.start()?, Store::new()?);
-        let session = lab.session_on_tap(&disk, PLAIN)?;
+        let session = lab.session_on_tap(&disk, WIDE)?;
         Ok(Scene {
             session,
             store,
@@ -43,11 +43,9 @@ impl Scene {
     /// Sends writes of the frontend.
     pub(crate) fn send(&mut self, count: u64) -> Result<()> {
         let segs = self.session.segs(1);
-        for id in 0..count {
-            let request = rw(OP_WRITE, id, id * 8, &segs);
-            self.session.queue().push(&request);
-        }
-        self.session.queue().publish()
+        let write = |id| rw(OP_WRITE, id, id * 8, &segs);
+        let requests: Vec<_> = (0..count).map(write).collect();
+        self.session.spread(&requests)
     }
 
     /// The same, and waits until the process has them all.
@@ -64,7 +62,7 @@ impl Scene {
 
     /// Waits for the answers of the frontend's requests.
     pub(crate) fn answered(&mut self, count: usize) -> Result<()> {
-        for answer in self.session.queue().wait(count, ANSWER)? {
+        for answer in self.session.answers(count)? {
             ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
         }
         Ok(())
