@@ -28,6 +28,12 @@ pub(super) fn cases() -> Vec<Case> {
             claimed,
         ),
         case(
+            "tap.claimed_in_parts",
+            "an array and a file system on several devices are users of each of them",
+            Nothing,
+            claimed_in_parts,
+        ),
+        case(
             "tap.dead_mount",
             "an image whose file system does not answer keeps nobody else from attaching",
             Pv,
@@ -146,6 +152,48 @@ fn claimed(context: &mut Context) -> Result<()> {
     refused(&target, "w", DEAD)?;
     sh::run(&["umount", DEAD])?;
     free(&target, "w")
+}
+
+fn claimed_in_parts(context: &mut Context) -> Result<()> {
+    const ARRAY: &str = "/dev/md/vmtest";
+    // The smallest that Btrfs takes.
+    let device = |context: &mut Context| context.null_blk(128, &[("memory_backed", "1")]);
+    let devices = [device(context)?.path(), device(context)?.path()];
+    let targets = devices.each_ref().map(|device| format!("aio:{device}"));
+    let both = devices.join(" ");
+    sh::shell(&format!(
+        "mdadm --create {ARRAY} --run --level=1 --raid-devices=2 --metadata=1.2 {both} && udevadm settle"
+    ))?;
+    context.at_end("stop the array", move || {
+        sh::shell(&format!("! [ -e {ARRAY} ] || mdadm --stop {ARRAY}")).map(drop)
+    });
+    for target in &targets {
+        refused(target, "w", "md")?;
+        refused(target, "r", "md")?;
+    }
+    free(&format!("aio:{ARRAY}"), "w")?;
+    sh::shell(&format!(
+        "mdadm --stop {ARRAY} && mdadm --zero-superblock {both} && udevadm settle"
+    ))?;
+    for target in &targets {
+        free(target, "w")?;
+    }
+    // It is mounted from one of them, with a device number that is neither's.
+    sh::shell(&format!("mkfs.btrfs -q -f {both}"))?;
+    sh::run(&["mkdir", "-p", DEAD])?;
+    sh::run(&["mount", &devices[0], DEAD])?;
+    context.at_end("unmount", || {
+        sh::shell(&format!("! mountpoint -q {DEAD} || umount {DEAD}")).map(drop)
+    });
+    for target in &targets {
+        refused(target, "w", DEAD)?;
+        refused(target, "r", DEAD)?;
+    }
+    sh::run(&["umount", DEAD])?;
+    for target in &targets {
+        free(target, "w")?;
+    }
+    Ok(())
 }
 
 /// Starts xl, and waits until its script asks the supervisor.
