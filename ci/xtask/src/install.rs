@@ -8,7 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The programs of a dom0 that are installed; the others are tests.
-pub(crate) const PROGRAMS: &[&str] = &["tapdisk", "blktapctrl", "tap-ctl", "tapimg"];
+pub(crate) const PROGRAMS: &[&str] = &[
+    "tapdisk",
+    "blktapctrl",
+    "tap-ctl",
+    "tapimg",
+    "xen-blkback-takeover",
+];
 
 /// A file of ci/packaging.
 struct Packaged {
@@ -92,7 +98,7 @@ const WITH_PROGRAMS: &[Packaged] = &[
 ];
 
 /// The programs that say themselves what their command lines are.
-const TELLING: &[&str] = &["tap-ctl", "tapimg"];
+const TELLING: &[&str] = &["tap-ctl", "tapimg", "xen-blkback-takeover"];
 
 /// What they say, and where it goes.
 fn generated(program: &str) -> [(&'static str, String); 4] {

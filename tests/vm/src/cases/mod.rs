@@ -27,6 +27,7 @@ mod played;
 mod rings;
 mod selection;
 mod snapshot;
+mod takeover;
 mod tap;
 mod tap_host;
 mod tap_life;
@@ -439,6 +440,7 @@ pub(crate) fn all() -> Vec<Case> {
         formats::cases(),
         xenstore::cases(),
         lifecycle::cases(),
+        takeover::cases(),
         migrate::cases(),
         hung::cases(),
         ops::cases(),

@@ -179,7 +179,9 @@ fn claimed_in_parts(context: &mut Context) -> Result<()> {
         free(target, "w")?;
     }
     // It is mounted from one of them, with a device number that is neither's.
-    sh::shell(&format!("mkfs.btrfs -q -f {both}"))?;
+    sh::shell(&format!(
+        "mkfs.btrfs -q -f {both} && modprobe btrfs && btrfs device scan {both}"
+    ))?;
     sh::run(&["mkdir", "-p", DEAD])?;
     sh::run(&["mount", &devices[0], DEAD])?;
     context.at_end("unmount", || {

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Disks of guests that run get another driver.
+
+use super::basic::{compare, verify_job, FIO};
+use super::faults::wait_load;
+use super::hung::hangable;
+use super::{Case, Context, Needs};
+use crate::guest::{Guest, Vbd};
+use crate::{hotplug, seed, sh, Driver};
+use anyhow::{ensure, Context as _, Result};
+use sim::rng::Rng;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const PROGRAM: &str = "xen-blkback-takeover";
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    use Needs::{Pv, PvWide, Pvh};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run)
+    };
+    vec![
+        case(
+            "takeover.load",
+            "disks of a guest go to the C driver and back while it verifies, and it sees pauses",
+            PvWide,
+            |context| there_and_back(context, PvWide),
+        ),
+        case(
+            "takeover.pvh",
+            "the same with a PVH guest",
+            Pvh,
+            |context| there_and_back(context, Pvh),
+        )
+        .nightly(),
+        case(
+            "takeover.hung",
+            "a disk whose storage does not answer keeps its driver, and its guest goes on",
+            Pv,
+            hung,
+        ),
+        case(
+            "takeover.killed",
+            "whenever the program is killed, asked again it puts everything right",
+            Pv,
+            killed,
+        )
+        .nightly(),
+    ]
+}
+
+/// Both drivers are loaded for the time of a case, and only ours afterwards.
+fn with_both(context: &mut Context) -> Result<()> {
+    // As many queues as ours takes.
+    sh::run(&[
+        "modprobe",
+        "--ignore-install",
+        Driver::C.module(),
+        "max_queues=4",
+    ])?;
+    context.at_end("unload the C driver", || {
+        let loaded = std::path::Path::new("/sys/module").join(Driver::C.sys_module());
+        match loaded.exists() {
+            true => sh::run(&["rmmod", Driver::C.module()]).map(drop),
+            false => Ok(()),
+        }
+    });
+    Ok(())
+}
+
+/// Asks for a driver, and says what came of it and for how long the guest was paused.
+fn take_over(guest: &Guest, to: Driver, more: &[&str]) -> Result<(i32, serde_json::Value)> {
+    let domid = guest.domid.to_string();
+    let asked = [
+        &[PROGRAM, "--json", "--to", to.module(), "--domain", &domid],
+        more,
+    ]
+    .concat();
+    let done = sh::status(&asked, LIMIT)?;
+    let line = done.text.lines().find(|line| line.starts_with('{'));
+    let line = line.with_context(|| format!("{PROGRAM} says: {}", done.text))?;
+    Ok((done.rc, serde_json::from_str(line)?))
+}
+
+fn is_served_by(vbd: &Vbd, driver: Driver) -> Result<()> {
+    let serving = vbd.driver()?;
+    ensure!(
+        serving == driver.bus_name(),
+        "{} is served by {serving}, not by {}",
+        vbd.backend,
+        driver.bus_name()
+    );
+    Ok(())
+}
+
+fn load(device: &str, mib: u32) -> String {
+    let job = verify_job(device, mib, 200, 512);
+    format!("rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do {job} || exit 1; done")
+}
+
+fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
+    const ROUNDS: usize = 3;
+    let (device, idle) = (context.null_blk(32, &[])?, context.null_blk(16, &[])?);
+    with_both(context)?;
+    let guest = match needs {
+        Needs::Pvh => context.pvh()?,
+        _ => context.wide()?,
+    };
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let other = guest.attach(&hotplug::disk(&idle.path(), "xvdb", "w")?)?;
+    let job = guest.start(&load("/dev/xvda", 8))?;
+    let mut pauses = Vec::new();
+    for to in [Driver::C, Driver::Rs].repeat(ROUNDS) {
+        wait_load(&vbd)?;
+        let (rc, said) = take_over(guest, to, &[])?;
+        ensure!(rc == 0, "to {}: {said}", to.module());
+        pauses.extend(said["paused_ms"].as_u64());
+        for vbd in [&vbd, &other] {
+            is_served_by(vbd, to)?;
+        }
+    }
+    wait_load(&vbd)?;
+    guest.run("touch /tmp/stop")?;
+    let done = guest.wait(job, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed over disks that changed their driver: {}",
+        sh::tail(&done.text, 400)
+    );
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.run("dd if=/dev/xvdb of=/dev/null bs=1M count=1 iflag=direct")?;
+    guest.detach(&vbd)?;
+    guest.detach(&other)?;
+    context.note(&format!("paused for {pauses:?} ms"))
+}
+
+fn hung(context: &mut Context) -> Result<()> {
+    let disk = hangable(context)?;
+    with_both(context)?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&disk.path(), "xvda", "w")?)?;
+    let before = vbd.statistic("wr_req")?;
+    disk.suspend()?;
+    let job = guest.start(&verify_job("/dev/xvda", 8, 100, 512))?;
+    sh::wait_for("writes that hang", Duration::from_secs(60), || {
+        Ok(vbd.statistic("wr_req")? > before)
+    })?;
+    let (rc, said) = take_over(guest, Driver::C, &["--patience", "1"])?;
+    let why = said["left"][0]["why"].as_str().unwrap_or_default();
+    ensure!(
+        rc == 1 && why.contains("are not answered"),
+        "exit code {rc}: {said}"
+    );
+    is_served_by(&vbd, Driver::Rs)?;
+    disk.resume()?;
+    let guest = context.pv()?;
+    let done = guest.wait(job, FIO)?;
+    ensure!(done.rc == 0, "fio failed: {}", sh::tail(&done.text, 400));
+    let (rc, said) = take_over(guest, Driver::C, &[])?;
+    ensure!(rc == 0, "after the storage came back: {said}");
+    compare(guest, "xvda", &disk.path(), 8)?;
+    let (rc, said) = take_over(guest, Driver::Rs, &[])?;
+    ensure!(rc == 0, "and back: {said}");
+    guest.detach(&vbd)
+}
+
+fn killed(context: &mut Context) -> Result<()> {
+    const ROUNDS: usize = 16;
+    let device = context.null_blk(32, &[])?;
+    with_both(context)?;
+    let guest = context.pv()?;
+    let domid = guest.domid.to_string();
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let job = guest.start(&load("/dev/xvda", 8))?;
+    let mut rng = Rng::new(seed::get());
+    for to in [Driver::C, Driver::Rs].repeat(ROUNDS / 2) {
+        wait_load(&vbd)?;
+        let mut child = Command::new(PROGRAM)
+            .args(["--to", to.module(), "--domain", &domid])
+            .stdout(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start {PROGRAM}"))?;
+        // Anywhere on its way, which takes so long here.
+        std::thread::sleep(Duration::from_millis(rng.below(700)));
+        child.kill()?;
+        child.wait()?;
+        // What is done already is not done again.
+        let asked = [PROGRAM, "--to", to.module(), "--domain", &domid];
+        let done = sh::status(&asked, LIMIT)?;
+        ensure!(done.rc == 0, "asked again: {}", done.text);
+        is_served_by(&vbd, to)?;
+    }
+    wait_load(&vbd)?;
+    guest.run("touch /tmp/stop")?;
+    let done = guest.wait(job, FIO)?;
+    ensure!(done.rc == 0, "fio failed: {}", sh::tail(&done.text, 400));
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)
+}

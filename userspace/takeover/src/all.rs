@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The disks of all guests, or of some, change their driver.
+
+use crate::disk::{Device, Keys, Refused};
+use crate::host::{Begun, Host};
+use crate::swap::{self, Outcome, Plan};
+use std::collections::BTreeMap;
+use std::io;
+
+/// Gives the disks of guests to another driver, one guest after the other; all of them if `only` names none. `tell`
+/// hears of each.
+///
+/// # Errors
+/// Nothing could be begun.
+pub fn take_over<H: Host>(
+    host: &H,
+    plan: Plan,
+    only: &[u16],
+    mut tell: impl FnMut(&Outcome),
+) -> io::Result<Vec<Outcome>> {
+    if let Some(begun) = host.remembered()? {
+        put_right(host, &begun)?;
+    }
+    if !plan.dry_run {
+        host.load(plan.to)?;
+    }
+    let mut guests: BTreeMap<u16, Vec<Device>> = BTreeMap::new();
+    for (device, driver) in host.devices()? {
+        let is_wanted = only.is_empty() || only.contains(&device.domid);
+        if is_wanted && driver == Some(plan.from) {
+            guests.entry(device.domid).or_default().push(device);
+        }
+    }
+    let mut outcomes = Vec::new();
+    for (domid, mut devices) in guests {
+        if host.is_interrupted() {
+            break;
+        }
+        devices.sort();
+        let outcome = swap::guest(host, plan, domid, &devices);
+        tell(&outcome);
+        let is_unfinished = outcome.is_unfinished;
+        outcomes.push(outcome);
+        if is_unfinished {
+            // What is remembered must not be written over.
+            break;
+        }
+    }
+    Ok(outcomes)
+}
+
+/// Unloads the driver that serves nobody any more, so that disks that come get the other one. False if it serves
+/// somebody.
+///
+/// # Errors
+/// It serves nobody and cannot be unloaded.
+pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<bool> {
+    let serves = |driver| Ok::<_, io::Error>(host.devices()?.iter().any(|(_, its)| *its == driver));
+    if serves(Some(plan.from))? {
+        return Ok(false);
+    }
+    host.unload(plan.from)?;
+    // One that came to it in between has none now.
+    for (device, driver) in host.devices()? {
+        if driver.is_none() {
+            host.bind(plan.to, &device)?;
+        }
+    }
+    Ok(true)
+}
+
+/// Gives disks that an earlier attempt has left without a driver to one, and lets the guest go on.
+///
+/// # Errors
+/// That did not succeed; it stays remembered.
+pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
+    let failed = |device: &Device, why: Refused| {
+        io::Error::other(format!(
+            "an earlier attempt left {} without a driver, and it cannot be given to one: {}",
+            device.name, why.0
+        ))
+    };
+    let mut loaded = false;
+    for (device, driver) in host.devices()? {
+        if driver.is_some() || !begun.disks.contains(&device.name) {
+            continue;
+        }
+        if !loaded {
+            host.load(begun.from)?;
+            loaded = true;
+        }
+        let keys = Keys::read(host, &device).map_err(|why| failed(&device, why))?;
+        // Loading it may have done that.
+        if host.driver(&device)?.is_none() {
+            swap::give(host, begun.from, &device, &keys).map_err(|why| failed(&device, why))?;
+        }
+    }
+    // It may go on already.
+    if let Err(error) = host.unpause(begun.domid) {
+        eprintln!(
+            "xen-blkback-takeover: domain {}, which an earlier attempt has paused: {error}",
+            begun.domid
+        );
+    }
+    host.remember(None)
+}

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk of a guest as the bus and xenstore show it, and whether another driver may take it.
+
+use crate::host::{Driver, Host};
+use std::io;
+
+/// Queues at most that are looked at: more than any driver takes.
+const QUEUES: u64 = 64;
+
+/// States of XenBus that matter here.
+pub(crate) const CONNECTED: u64 = 4;
+const CLOSING: u64 = 5;
+
+/// A device of the bus of backends.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Device {
+    /// The guest.
+    pub domid: u16,
+    /// Its name for the disk, as a number.
+    pub handle: u32,
+    /// As the bus has it, such as `vbd-3-51712`.
+    pub name: String,
+}
+
+impl Device {
+    /// The device with a name of the bus, if it is a disk that both drivers could serve.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Device> {
+        let (domid, handle) = name.strip_prefix("vbd-")?.split_once('-')?;
+        Some(Device {
+            domid: domid.parse().ok()?,
+            handle: handle.parse().ok()?,
+            name: name.to_owned(),
+        })
+    }
+
+    /// The directory of the backend.
+    #[must_use]
+    pub fn back(&self, key: &str) -> String {
+        format!("backend/vbd/{}/{}/{key}", self.domid, self.handle)
+    }
+}
+
+/// What both ends say of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Keys {
+    front: String,
+    /// What the guest calls it, such as `xvda`.
+    pub(crate) vdev: String,
+    state: u64,
+    front_state: u64,
+    is_online: bool,
+    is_tap: bool,
+    queues: u64,
+    ring_order: u64,
+    segments: u64,
+}
+
+/// Why a disk stays with the driver that it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused(pub String);
+
+impl From<io::Error> for Refused {
+    fn from(error: io::Error) -> Self {
+        Refused(error.to_string())
+    }
+}
+
+impl Keys {
+    pub(crate) fn read(host: &impl Host, device: &Device) -> Result<Keys, Refused> {
+        let number = |path: &str, absent: u64| -> Result<u64, Refused> {
+            let Some(text) = host.read(path)? else {
+                return Ok(absent);
+            };
+            let parsed = text.trim().parse();
+            parsed.map_err(|_| Refused(format!("{path} is `{text}`, which is no number")))
+        };
+        let back = |key: &str| device.back(key);
+        let front = host.read(&back("frontend"))?;
+        let front = front.ok_or_else(|| Refused(format!("{} is missing", back("frontend"))))?;
+        let dev = host.read(&back("dev"))?;
+        Ok(Keys {
+            vdev: dev.unwrap_or_else(|| device.handle.to_string()),
+            state: number(&back("state"), 0)?,
+            front_state: number(&format!("{front}/state"), 0)?,
+            is_online: number(&back("online"), 1)? != 0,
+            is_tap: host.read(&back("tap-minor"))?.is_some(),
+            queues: number(&format!("{front}/multi-queue-num-queues"), 1)?,
+            ring_order: number(&format!("{front}/ring-page-order"), 0)?,
+            segments: number(&back("feature-max-indirect-segments"), 0)?,
+            front,
+        })
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.front_state == CONNECTED || self.state == CONNECTED
+    }
+
+    /// It may be served by `to`, as far as that can be said without looking at its rings.
+    pub(crate) fn check(&self, limits: Limits, to: Driver) -> Result<(), Refused> {
+        let no = |why: String| Err(Refused(why));
+        if self.is_tap && to == Driver::C {
+            return no("it is a tap disk, which only xen-blkback-rs can serve".into());
+        }
+        if !self.is_online || self.state == CLOSING || self.front_state == CLOSING {
+            return no("it is being detached: ask again when that is over".into());
+        }
+        if !self.is_connected() {
+            return Ok(());
+        }
+        if self.state != CONNECTED || self.front_state != CONNECTED {
+            return no(format!(
+                "it is neither connected nor not (states {} and {}): ask again",
+                self.state, self.front_state
+            ));
+        }
+        let used = [
+            ("queues", self.queues, limits.queues),
+            ("as order of a ring", self.ring_order, limits.ring_order),
+            ("indirect segments", self.segments, limits.segments),
+        ];
+        for (what, has, may) in used {
+            if may.is_some_and(|may| has > may) {
+                return no(format!(
+                    "its guest uses {has} {what}, and {} takes {}: load that with other parameters",
+                    to.module(),
+                    may.unwrap_or_default(),
+                ));
+            }
+        }
+        match self.queues > QUEUES {
+            true => no(format!("its guest says that it has {} queues", self.queues)),
+            false => Ok(()),
+        }
+    }
+
+    /// The first page of each ring.
+    pub(crate) fn rings(&self, host: &impl Host) -> Result<Vec<u32>, Refused> {
+        let mut rings = Vec::new();
+        for queue in 0..self.queues.min(QUEUES) {
+            let dir = match self.queues {
+                1 => self.front.clone(),
+                _ => format!("{}/queue-{queue}", self.front),
+            };
+            let mut found = None;
+            for key in ["ring-ref0", "ring-ref"] {
+                found = found.or(host.read(&format!("{dir}/{key}"))?);
+            }
+            let found = found.and_then(|text| text.trim().parse().ok());
+            rings.push(found.ok_or_else(|| Refused(format!("{dir} names no ring")))?);
+        }
+        Ok(rings)
+    }
+
+    /// Where the guest says whether it wants its pages kept mapped.
+    pub(crate) fn persistent(&self) -> String {
+        format!("{}/feature-persistent", self.front)
+    }
+}
+
+/// What a driver takes, as far as it says so before it serves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Queues of a disk.
+    pub queues: Option<u64>,
+    /// Pages of a ring, as a power of two.
+    pub ring_order: Option<u64>,
+    /// Segments of an indirect request.
+    pub segments: Option<u64>,
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is asked of a host: behind a trait, so that tests need no Xen.
+
+use crate::disk::{Device, Limits};
+use crate::rings::Head;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::time::Duration;
+
+/// A driver that serves disks of guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Driver {
+    /// `xen-blkback-rs`.
+    #[serde(rename = "xen-blkback-rs")]
+    Rs,
+    /// The C driver, `xen-blkback`.
+    #[serde(rename = "xen-blkback")]
+    C,
+}
+
+impl Driver {
+    /// Both.
+    pub const ALL: [Driver; 2] = [Driver::Rs, Driver::C];
+
+    /// The name of its module.
+    #[must_use]
+    pub fn module(self) -> &'static str {
+        match self {
+            Driver::Rs => "xen-blkback-rs",
+            Driver::C => "xen-blkback",
+        }
+    }
+
+    /// Its name on the bus.
+    #[must_use]
+    pub fn bus_name(self) -> &'static str {
+        match self {
+            Driver::Rs => "xen-blkback-rs",
+            Driver::C => "vbd",
+        }
+    }
+
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Driver {
+        match self {
+            Driver::Rs => Driver::C,
+            Driver::C => Driver::Rs,
+        }
+    }
+}
+
+/// A guest that is being taken over: what has to be put right if we do not come to that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begun {
+    /// The guest. It is paused once more than it was.
+    pub domid: u16,
+    /// Its disks, by their names on the bus.
+    pub disks: Vec<String>,
+    /// Who served them.
+    pub from: Driver,
+}
+
+/// The host.
+pub trait Host {
+    /// All disks of guests, and who serves them: nothing if nobody does, or somebody else.
+    fn devices(&self) -> io::Result<Vec<(Device, Option<Driver>)>>;
+    /// Who serves a disk now.
+    fn driver(&self, device: &Device) -> io::Result<Option<Driver>>;
+    /// The value of a key of xenstore, relative to our domain or absolute; nothing if there is no such key.
+    fn read(&self, key: &str) -> io::Result<Option<String>>;
+    /// Writes a key of xenstore.
+    fn write(&self, key: &str, value: &str) -> io::Result<()>;
+    /// The state of a disk becomes one that says of no driver that it serves, unless the toolstack is taking the disk
+    /// away: false then.
+    fn renew(&self, device: &Device) -> io::Result<bool>;
+    /// Loads a driver's module, whatever the host's settings say of it.
+    fn load(&self, driver: Driver) -> io::Result<()>;
+    /// Unloads a driver's module, which must serve nobody.
+    fn unload(&self, driver: Driver) -> io::Result<()>;
+    /// What a driver takes.
+    fn limits(&self, driver: Driver) -> Limits;
+    /// Stops the processors of a guest. Such calls add up; one that fails has done nothing.
+    fn pause(&self, domid: u16) -> io::Result<()>;
+    /// Takes one of those back, or has done nothing if it fails.
+    fn unpause(&self, domid: u16) -> io::Result<()>;
+    /// The head of a ring of a guest.
+    fn ring(&self, domid: u16, reference: u32) -> io::Result<Head>;
+    /// Takes a disk from its driver. It fails if that takes long; then it may happen later.
+    fn unbind(&self, driver: Driver, device: &Device) -> io::Result<()>;
+    /// Gives a disk that has no driver to one.
+    fn bind(&self, driver: Driver, device: &Device) -> io::Result<()>;
+    /// Remembers what has begun, in place of what it remembered before.
+    fn remember(&self, begun: Option<&Begun>) -> io::Result<()>;
+    /// What was remembered, also by one who has ended since.
+    fn remembered(&self) -> io::Result<Option<Begun>>;
+    /// Waits for a moment.
+    fn sleep(&self, time: Duration);
+    /// Time that only grows.
+    fn now(&self) -> Duration;
+    /// Somebody wants this to end.
+    fn is_interrupted(&self) -> bool;
+}

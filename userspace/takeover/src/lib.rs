@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Another driver serves the disks of guests that run, and the guests see a pause.
+
+mod all;
+mod disk;
+mod host;
+pub mod rings;
+mod swap;
+
+pub use all::{put_right, retire, take_over};
+pub use disk::{Device, Limits, Refused};
+pub use host::{Begun, Driver, Host};
+pub use swap::{Left, Outcome, Plan};

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! xen-blkback-takeover: see `--help`.
+#![forbid(unsafe_code)]
+
+mod real;
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use manual::Generated;
+use real::Real;
+use std::io;
+use std::process::ExitCode;
+use std::time::Duration;
+use takeover::{retire, take_over, Driver, Outcome, Plan};
+
+/// Have the other driver serve the disks of guests that run.
+///
+/// Guest after guest is paused, what it has asked of its disks is waited for, its disks are given to the other
+/// driver, and it goes on. It sees a pause, and its disks as they were. A disk for which that would not be safe
+/// stays with the driver that it has, and why is said. When the other driver serves all, the first one is unloaded.
+///
+/// This changes who serves now. Who serves after the next boot is decided by xen-blkback-rs enable | disable.
+#[derive(Debug, Parser)]
+#[command(name = "xen-blkback-takeover", version, after_long_help = HELP)]
+struct Cli {
+    /// The driver that shall serve
+    #[arg(long, value_enum, default_value = "xen-blkback-rs")]
+    to: To,
+    /// Only the disks of this guest, by its number; may be said several times
+    #[arg(long, value_name = "DOMID")]
+    domain: Vec<u16>,
+    /// Seconds to wait until all that a guest has asked for is answered; it is paused meanwhile
+    #[arg(long, value_name = "SECONDS", default_value = "5")]
+    patience: f64,
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON, for programs: a line for each guest
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Print what is made from this description
+    #[command(hide = true)]
+    Generate {
+        /// What
+        what: Generated,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum To {
+    /// This one
+    XenBlkbackRs,
+    /// The C driver
+    XenBlkback,
+}
+
+const HELP: &str = "\
+Examples:
+  xen-blkback-rs takeover --dry-run            # which disks would change, and which would not
+  xen-blkback-rs takeover                      # from the C driver to xen-blkback-rs
+  xen-blkback-rs takeover --domain 3           # the disks of one guest
+  xen-blkback-rs takeover --to xen-blkback     # back
+
+A new version of the module: take over to xen-blkback, which unloads the old one, and back.
+
+Disks stay as they are whose guest is domain 0, which cannot be paused, that are being detached, whose storage
+does not answer, and tap disks, which only xen-blkback-rs can serve.
+
+If this is killed in the middle, a guest may be left paused and a disk without a driver: asked again, it first
+puts that right.
+
+Exit status: 0 if all are served by the driver that is wanted, 1 if some are not, 2 for a wrong command line,
+6 if nothing could be begun.";
+
+/// Other manual pages.
+const SEE_ALSO: &str = "xen-blkback-rs(8), xl(1)";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Some(Verb::Generate { what }) = cli.verb {
+        return match manual::write(Cli::command(), what, SEE_ALSO, &mut io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        };
+    }
+    match run(&cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &io::Error) -> ExitCode {
+    eprintln!("xen-blkback-takeover: {error}");
+    ExitCode::from(6)
+}
+
+/// True if no disk was left.
+fn run(cli: &Cli) -> io::Result<bool> {
+    let to = match cli.to {
+        To::XenBlkbackRs => Driver::Rs,
+        To::XenBlkback => Driver::C,
+    };
+    let patience = Duration::try_from_secs_f64(cli.patience)
+        .map_err(|error| io::Error::other(format!("--patience: {error}")))?;
+    let plan = Plan {
+        from: to.other(),
+        to,
+        patience,
+        dry_run: cli.dry_run,
+    };
+    let host = Real::new()?;
+    let outcomes = take_over(&host, plan, &cli.domain, |outcome| {
+        show(outcome, plan, cli.json);
+    })?;
+    let all = outcomes.iter().all(|outcome| outcome.left.is_empty());
+    if cli.dry_run || !all || !cli.domain.is_empty() {
+        return Ok(all);
+    }
+    let is_retired = retire(&host, plan)?;
+    if !cli.json {
+        let (from, to) = (plan.from.module(), to.module());
+        match is_retired {
+            true => println!("{to} serves all disks; {from} is unloaded"),
+            false => println!("{from} still serves disks: ask again"),
+        }
+    }
+    Ok(is_retired)
+}
+
+fn show(outcome: &Outcome, plan: Plan, json: bool) {
+    if json {
+        match serde_json::to_string(outcome) {
+            Ok(line) => println!("{line}"),
+            Err(error) => eprintln!("xen-blkback-takeover: {error}"),
+        }
+        return;
+    }
+    let domid = outcome.domid;
+    if !outcome.moved.is_empty() {
+        let (disks, to) = (outcome.moved.join(", "), plan.to.module());
+        match outcome.paused_ms {
+            Some(paused) => {
+                println!("guest {domid}: {disks} served by {to} (paused for {paused} ms)")
+            }
+            None => println!("guest {domid}: {disks} would be served by {to}"),
+        }
+    }
+    for left in &outcome.left {
+        let from = plan.from.module();
+        println!(
+            "guest {domid}: {} stays with {from}: {}",
+            left.disk, left.why
+        );
+    }
+}

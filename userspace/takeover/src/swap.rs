@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The disks of one guest change their driver.
+//!
+//! The guest is paused, so that it asks for nothing more, and what it has asked for is waited for: then its rings
+//! say that all is answered, and another driver that takes them finds nothing that is half done. Each disk goes
+//! to the other driver, which finds the guest's side as it was and goes on with the same rings. The guest has seen
+//! a pause, and nothing else.
+//!
+//! Whatever fails, each disk is given back to the driver that it had, and the guest goes on. What has begun is
+//! remembered, so that the next one puts right what this one did not come to.
+
+use crate::disk::{Device, Keys, Refused};
+use crate::host::{Begun, Driver, Host};
+use serde::Serialize;
+use std::io;
+use std::time::Duration;
+
+/// Time for a driver to serve a disk that it was given.
+const SERVE: Duration = Duration::from_secs(10);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// What became of a guest's disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    /// The guest.
+    pub domid: u16,
+    /// Disks that have the other driver now, by the guest's names.
+    pub moved: Vec<String>,
+    /// Disks that have not, and why.
+    pub left: Vec<Left>,
+    /// How long the guest was paused, in milliseconds; nothing if it was not.
+    pub paused_ms: Option<u64>,
+    /// It could not be let go on, or a disk has no driver: asked again, this puts it right.
+    pub is_unfinished: bool,
+}
+
+/// A disk that stays with the driver that it has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Left {
+    /// By the guest's name.
+    pub disk: String,
+    /// Why.
+    pub why: String,
+}
+
+/// How it is to be done.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Who serves.
+    pub from: Driver,
+    /// Who shall.
+    pub to: Driver,
+    /// Time for a guest's requests to be answered.
+    pub patience: Duration,
+    /// Only says what it would do.
+    pub dry_run: bool,
+}
+
+/// Gives the disks of one guest to another driver.
+pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device]) -> Outcome {
+    let mut outcome = Outcome {
+        domid,
+        moved: Vec::new(),
+        left: Vec::new(),
+        paused_ms: None,
+        is_unfinished: false,
+    };
+    let mut ready = Vec::new();
+    for device in devices {
+        match look(host, plan, device) {
+            Ok(keys) => ready.push((device, keys)),
+            Err(why) => outcome.leave(&device.handle.to_string(), why),
+        }
+    }
+    if plan.dry_run || ready.is_empty() {
+        let names = ready.into_iter().map(|(_, keys)| keys.vdev);
+        outcome.moved = names.collect();
+        return outcome;
+    }
+    let begun = Begun {
+        domid,
+        disks: ready
+            .iter()
+            .map(|(device, _)| device.name.clone())
+            .collect(),
+        from: plan.from,
+    };
+    let all = |outcome: &mut Outcome, why: Refused| {
+        for (_, keys) in &ready {
+            outcome.leave(&keys.vdev, why.clone());
+        }
+    };
+    if let Err(error) = host.remember(Some(&begun)) {
+        all(
+            &mut outcome,
+            Refused(format!("what begins cannot be remembered: {error}")),
+        );
+        return outcome;
+    }
+    let since = host.now();
+    match host.pause(domid) {
+        Ok(()) => {
+            move_paused(host, plan, &ready, &mut outcome);
+            end_pause(host, domid, &mut outcome);
+            outcome.paused_ms = u64::try_from((host.now() - since).as_millis()).ok();
+        }
+        Err(error) => all(
+            &mut outcome,
+            Refused(format!("its guest cannot be paused: {error}")),
+        ),
+    }
+    // One that is not there any more needs no driver.
+    let is_left = |device: &Device| match host.devices() {
+        Ok(all) => all.contains(&(device.clone(), None)),
+        Err(_) => true,
+    };
+    outcome.is_unfinished |= ready.iter().any(|(device, _)| is_left(device));
+    if !outcome.is_unfinished {
+        if let Err(error) = host.remember(None) {
+            let why = format!("that it has ended cannot be remembered: {error}");
+            outcome.leave("all", Refused(why));
+        }
+    }
+    outcome
+}
+
+impl Outcome {
+    fn leave(&mut self, disk: &str, why: Refused) {
+        self.left.push(Left {
+            disk: disk.to_owned(),
+            why: why.0,
+        });
+    }
+}
+
+fn look<H: Host>(host: &H, plan: Plan, device: &Device) -> Result<Keys, Refused> {
+    if device.domid == 0 {
+        return Err(Refused(
+            "domain 0 has it itself and cannot be paused: detach it, and attach it again afterwards".into(),
+        ));
+    }
+    let keys = Keys::read(host, device)?;
+    keys.check(host.limits(plan.to), plan.to)?;
+    Ok(keys)
+}
+
+fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut Outcome) {
+    // One that fails now may succeed at once: a guest must not stay so.
+    let tried = (0..3).any(|_| {
+        let done = host.unpause(domid);
+        if done.is_err() {
+            host.sleep(LOOK);
+        }
+        done.is_ok()
+    });
+    let has_gone = || {
+        let all = host.devices()?;
+        Ok::<_, io::Error>(!all.iter().any(|(device, _)| device.domid == domid))
+    };
+    if !tried && !has_gone().unwrap_or(false) {
+        outcome.is_unfinished = true;
+        let why = format!("its guest is still paused: ask again, or xl unpause {domid}");
+        outcome.leave("all", Refused(why));
+    }
+}
+
+/// The guest is paused: drains its rings, and moves its disks.
+fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
+    let until = host.now() + plan.patience;
+    let mut drained = Vec::new();
+    for (device, keys) in ready {
+        // It may have gone on until it was paused.
+        let now = look(host, plan, device).and_then(|keys| {
+            drain(host, device, &keys, until)?;
+            Ok(keys)
+        });
+        match now {
+            Ok(keys) => drained.push((*device, keys)),
+            Err(why) => outcome.leave(&keys.vdev, why),
+        }
+    }
+    for (device, keys) in drained {
+        match swap(host, plan, device, &keys) {
+            Ok(()) => outcome.moved.push(keys.vdev),
+            Err(why) => outcome.leave(&keys.vdev, why),
+        }
+    }
+}
+
+/// Waits until all that a disk was asked for is answered.
+fn drain<H: Host>(host: &H, device: &Device, keys: &Keys, until: Duration) -> Result<(), Refused> {
+    if !keys.is_connected() {
+        return Ok(());
+    }
+    let rings = keys.rings(host)?;
+    loop {
+        let mut waiting = 0;
+        for ring in &rings {
+            let head = host
+                .ring(device.domid, *ring)
+                .map_err(|error| Refused(format!("its ring cannot be looked at: {error}")))?;
+            if !head.is_drained() {
+                waiting += u64::from(head.requested.wrapping_sub(head.answered));
+            }
+        }
+        if waiting == 0 {
+            return Ok(());
+        }
+        if host.is_interrupted() {
+            return Err(Refused("a signal came".into()));
+        }
+        if host.now() >= until {
+            return Err(Refused(format!(
+                "{waiting} of its requests are not answered: see to its storage, or give it more time (--patience)"
+            )));
+        }
+        host.sleep(LOOK);
+    }
+}
+
+/// A disk whose rings are drained goes to the other driver, or back.
+fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(), Refused> {
+    if keys.is_connected() && plan.to == Driver::C {
+        // The guest does not expect that its pages are kept mapped: nobody has told it so when it connected.
+        host.write(&keys.persistent(), "0")?;
+    }
+    if let Err(error) = host.unbind(plan.from, device) {
+        // Whether it has a driver shows; one that is on its way out is the next one's to see to.
+        return Err(Refused(format!(
+            "{} does not let go of it: {error}",
+            plan.from.module()
+        )));
+    }
+    let taken = give(host, plan.to, device, keys);
+    taken.or_else(|why| {
+        if host.driver(device)? == Some(plan.to) {
+            host.unbind(plan.to, device)?;
+        }
+        give(host, plan.from, device, keys).map_err(|back| {
+            Refused(format!(
+                "{}; and {} does not take it back: {}: ask again",
+                why.0,
+                plan.from.module(),
+                back.0
+            ))
+        })?;
+        Err(why)
+    })
+}
+
+/// A driver gets a disk, and serves it if it was served before.
+pub(crate) fn give<H: Host>(
+    host: &H,
+    driver: Driver,
+    device: &Device,
+    keys: &Keys,
+) -> Result<(), Refused> {
+    let name = driver.module();
+    let state = device.back("state");
+    // What the one before has left there says nothing of this one.
+    if !host.renew(device)? {
+        return Err(Refused("it is being detached".into()));
+    }
+    host.bind(driver, device)
+        .map_err(|error| Refused(format!("{name} does not take it: {error}")))?;
+    if !keys.is_connected() {
+        return Ok(());
+    }
+    let until = host.now() + SERVE;
+    loop {
+        let now = host.read(&state)?;
+        match now.as_deref().map(str::trim) {
+            Some("4") => return Ok(()),
+            Some("5" | "6") => {
+                let error = host.read(&format!("error/{}", device.back("error")))?;
+                let error = error.unwrap_or_else(|| "see the kernel's log".into());
+                return Err(Refused(format!("{name} does not serve it: {error}")));
+            }
+            _ => {}
+        }
+        if host.now() >= until {
+            return Err(Refused(format!("{name} has not connected it in {SERVE:?}")));
+        }
+        host.sleep(LOOK);
+    }
+}
