@@ -3,12 +3,13 @@
 
 use super::basic::{compare, verify_job, FIO};
 use super::faults::wait_load;
-use super::hung::hangable;
-use super::{Case, Context, Needs};
+use super::hung::{hangable, host_is_well};
+use super::{load_driver, Case, Context, Needs};
 use crate::guest::{Guest, Vbd};
 use crate::{hotplug, seed, sh, Driver};
 use anyhow::{ensure, Context as _, Result};
 use sim::rng::Rng;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -36,6 +37,12 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .nightly(),
         case(
+            "takeover.module",
+            "the module is exchanged while a guest verifies: it sees two pauses",
+            Pv,
+            module,
+        ),
+        case(
             "takeover.hung",
             "a disk whose storage does not answer keeps its driver, and its guest goes on",
             Pv,
@@ -61,7 +68,7 @@ fn with_both(context: &mut Context) -> Result<()> {
         "max_queues=4",
     ])?;
     context.at_end("unload the C driver", || {
-        let loaded = std::path::Path::new("/sys/module").join(Driver::C.sys_module());
+        let loaded = Path::new("/sys/module").join(Driver::C.sys_module());
         match loaded.exists() {
             true => sh::run(&["rmmod", Driver::C.module()]).map(drop),
             false => Ok(()),
@@ -136,6 +143,35 @@ fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
     context.note(&format!("paused for {pauses:?} ms"))
 }
 
+/// To the C driver and back, each of which unloads the other one.
+fn module(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let job = guest.start(&load("/dev/xvda", 8))?;
+    let loaded = |driver: Driver| Path::new("/sys/module").join(driver.sys_module()).exists();
+    for to in [Driver::C, Driver::Rs] {
+        wait_load(&vbd)?;
+        let done = sh::status(&[PROGRAM, "--to", to.module()], LIMIT)?;
+        ensure!(done.rc == 0, "to {}: {}", to.module(), done.text);
+        ensure!(
+            loaded(to) && !loaded(to.other()),
+            "not {} alone is loaded: {}",
+            to.module(),
+            done.text
+        );
+        is_served_by(&vbd, to)?;
+    }
+    wait_load(&vbd)?;
+    guest.run("touch /tmp/stop")?;
+    let done = guest.wait(job, FIO)?;
+    ensure!(done.rc == 0, "fio failed: {}", sh::tail(&done.text, 400));
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)?;
+    // With what other cases need.
+    load_driver(Driver::Rs)
+}
+
 fn hung(context: &mut Context) -> Result<()> {
     let disk = hangable(context)?;
     with_both(context)?;
@@ -147,6 +183,20 @@ fn hung(context: &mut Context) -> Result<()> {
     sh::wait_for("writes that hang", Duration::from_secs(60), || {
         Ok(vbd.statistic("wr_req")? > before)
     })?;
+    let domid = guest.domid.to_string();
+    let mut child = Command::new(PROGRAM)
+        .args(["--to", Driver::C.module(), "--domain", &domid])
+        .args(["--patience", "15"])
+        .stdout(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start {PROGRAM}"))?;
+    sh::wait_for("a guest that is paused", LIMIT, || {
+        Ok(sh::run(&["xl", "list", &domid])?.contains("--p---"))
+    })?;
+    host_is_well(context, "a guest is paused whose storage does not answer")?;
+    let ended = child.wait()?;
+    ensure!(ended.code() == Some(1), "it was not refused: {ended}");
+    let guest = context.pv()?;
     let (rc, said) = take_over(guest, Driver::C, &["--patience", "1"])?;
     let why = said["left"][0]["why"].as_str().unwrap_or_default();
     ensure!(
