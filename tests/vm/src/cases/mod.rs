@@ -570,12 +570,17 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
         // Loaded at boot, as an administrator does it, with its own defaults.
         sh::run(&["rmmod", driver.sys_module()])?;
     }
-    sh::modprobe(driver.module(), &[QUEUES])?;
+    start_driver(driver, &[QUEUES])
+}
+
+/// Loads a driver, none of which is there, with these parameters.
+pub(crate) fn start_driver(driver: Driver, parameters: &[&str]) -> Result<()> {
+    sh::modprobe(driver.module(), parameters)?;
     wait_registered(driver)
 }
 
 /// The default is one queue for each CPU of dom0, which may be too few for the ring cases.
-const QUEUES: &str = "max_queues=4";
+pub(crate) const QUEUES: &str = "max_queues=4";
 
 /// The module with planted faults, in the payload of the machine.
 const FAULTY: &str = "/t/faulty/xen-blkback-rs.ko";

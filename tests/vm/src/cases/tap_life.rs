@@ -5,7 +5,7 @@ use super::basic::{verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::{detach_used, own_guest, refuses_to_go, save, wait_saved};
 use super::tap::{image, same, wait_progress, DEVICE, VDEV};
-use super::{compare, Case, Context, Needs};
+use super::{compare, start_driver, Case, Context, Needs, QUEUES};
 use crate::console::Job;
 use crate::guest::{Guest, Vbd};
 use crate::hotplug;
@@ -28,6 +28,13 @@ pub(super) fn cases() -> Vec<Case> {
             "one phy and two tap disks: saved and restored while all of them are verified",
             Pv,
             save_restore,
+        )
+        .nightly(),
+        case(
+            "tap.s28_other_host",
+            "saved and restored where the driver has fewer features and smaller rings, and back, while all is verified",
+            Pv,
+            other_host,
         )
         .nightly(),
         case(
@@ -72,49 +79,80 @@ fn endless_verify(guest: &Guest, device: &str) -> Result<Job> {
 }
 
 fn save_restore(context: &mut Context) -> Result<()> {
+    saved_and_restored(context, &[None])
+}
+
+/// What a driver of another host may not have: several queues, rings of several pages, indirect requests.
+const LITTLE: &[&str] = &[
+    "max_queues=1",
+    "max_ring_page_order=0",
+    "max_indirect_segments=0",
+];
+
+fn other_host(context: &mut Context) -> Result<()> {
+    saved_and_restored(context, &[Some(LITTLE), Some(&[QUEUES])])
+}
+
+/// A guest is saved and restored several times, each time perhaps to a driver that is loaded anew.
+fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let images = [image(context, "a.img", 8)?, image(context, "b.img", 8)?];
     let guest = context.pv()?;
     guest.run("rm -f /tmp/stop")?;
     guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
-    let first = Served::attach(guest, &tap::disk(&format!("aio:{}", images[0]), VDEV, "w"))?;
-    let second = Served::attach(
-        guest,
-        &tap::disk(&format!("aio:{}", images[1]), "xvdc", "w"),
-    )?;
+    for (vdev, image) in TAPS.into_iter().zip(&images) {
+        Served::attach(guest, &tap::disk(&format!("aio:{image}"), vdev, "w"))?;
+    }
     let devices = ["/dev/xvda", DEVICE, "/dev/xvdc"];
     let jobs = devices.map(|device| endless_verify(guest, device));
     let jobs = jobs.into_iter().collect::<Result<Vec<Job>>>()?;
-    for disk in [&first, &second] {
-        wait_progress(disk, 50)?;
+    for host in hosts {
+        progress(context.pv()?)?;
+        move_to(context, *host, &jobs)?;
     }
-    let saved = save(context, "tap")?;
-    first.wait_gone()?;
-    second.wait_gone()?;
-    ensure!(
-        leaks::processes("tapdisk")? == 0,
-        "a process serves a guest that was saved"
-    );
-    let guest = saved.restore(&jobs)?;
-    let ended = after_restore(&guest, &jobs);
-    context.give_pv(guest);
-    ended?;
     let guest = context.pv()?;
+    progress(guest)?;
+    guest.run("touch /tmp/stop")?;
+    jobs.iter().try_for_each(|&job| wait_saved(guest, job))?;
     compare(guest, "xvda", &device.path(), 4)?;
-    for (vdev, image) in [VDEV, "xvdc"].into_iter().zip(&images) {
+    for (vdev, image) in TAPS.into_iter().zip(&images) {
         compare(guest, vdev, image, 4)?;
         Served::of(Vbd::of(guest.domid, vdev)?)?.detach(guest)?;
     }
     guest.detach(&Vbd::of(guest.domid, "xvda")?)
 }
 
-/// The jobs go on after the guest is back, and end well.
-fn after_restore(guest: &Guest, jobs: &[Job]) -> Result<()> {
-    for vdev in [VDEV, "xvdc"] {
-        wait_progress(&Served::of(Vbd::of(guest.domid, vdev)?)?, 50)?;
+/// The tap disks of that guest.
+const TAPS: [&str; 2] = [VDEV, "xvdc"];
+
+/// Its jobs go on.
+fn progress(guest: &Guest) -> Result<()> {
+    TAPS.into_iter()
+        .try_for_each(|vdev| wait_progress(&Served::of(Vbd::of(guest.domid, vdev)?)?, 50))
+}
+
+/// Saves the guest, loads the driver anew if there are parameters for it, and restores the guest.
+fn move_to(context: &mut Context, parameters: Option<&[&str]>, jobs: &[Job]) -> Result<()> {
+    let domid = context.pv()?.domid;
+    let disks = TAPS.map(|vdev| Served::of(Vbd::of(domid, vdev)?));
+    let saved = save(context, &format!("tap-{domid}"))?;
+    for disk in disks {
+        disk?.wait_gone()?;
     }
-    guest.run("touch /tmp/stop")?;
-    jobs.iter().try_for_each(|&job| wait_saved(guest, job))
+    ensure!(
+        leaks::processes("tapdisk")? == 0,
+        "a process serves a guest that was saved"
+    );
+    if let Some(parameters) = parameters {
+        let driver = context.driver;
+        context.supervise(false)?;
+        sh::run(&["rmmod", driver.module()])?;
+        start_driver(driver, parameters)?;
+        context.supervise(true)?;
+    }
+    let guest = saved.restore(jobs)?;
+    context.give_pv(guest);
+    Ok(())
 }
 
 fn detach_under_load(context: &mut Context) -> Result<()> {
