@@ -355,11 +355,18 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         Ok(places)
     }
 
-    pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+    /// What a range has: of this image alone, if `whole` does not say with those below it.
+    pub(crate) async fn extents(
+        &self,
+        offset: u64,
+        len: u64,
+        whole: bool,
+    ) -> Result<Vec<Extent>, Errno> {
         self.check(offset, len)?;
         let mut row = Row::default();
         for (cluster, _, at, len) in pieces(offset, len, self.map.cluster()) {
             match self.find(cluster).await? {
+                Found::Missing if self.parent.is_some() && !whole => row.push(len, Content::Below),
                 Found::Missing => {
                     row.push_missing(self.parent.as_deref(), self.base + offset + at, len)
                         .await?;

@@ -398,7 +398,11 @@ impl<S: Storage> Driver for Qcow<S> {
     }
 
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
-        self.active()?.extents(offset, len).await
+        self.active()?.extents(offset, len, true).await
+    }
+
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.active()?.extents(offset, len, false).await
     }
 
     fn stats(&self) -> BTreeMap<String, u64> {

@@ -344,7 +344,13 @@ impl<S: Storage> Active<S> {
         Ok(true)
     }
 
-    pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+    /// What a range has: of this image alone, if `whole` does not say with those below it.
+    pub(crate) async fn extents(
+        &self,
+        offset: u64,
+        len: u64,
+        whole: bool,
+    ) -> Result<Vec<Extent>, Errno> {
         let mut row = Row::default();
         for (block, within, at, len) in self.pieces(offset, len)? {
             let mut place = offset + at;
@@ -353,9 +359,10 @@ impl<S: Storage> Active<S> {
                 None => vec![(len, false)],
             };
             for (len, is_written) in runs {
-                match is_written {
-                    true => row.push(len, Content::Data),
-                    false => row.push_missing(self.parent.as_deref(), place, len).await?,
+                match (is_written, self.parent.as_deref()) {
+                    (true, _) => row.push(len, Content::Data),
+                    (false, Some(_)) if !whole => row.push(len, Content::Below),
+                    (false, parent) => row.push_missing(parent, place, len).await?,
                 }
                 place += len;
             }

@@ -232,7 +232,14 @@ impl<S: Storage> Driver for Vhd<S> {
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.body()? {
             Body::Fixed(fixed) => fixed.extents(offset, len).await,
-            Body::Blocks(active) => active.extents(offset, len).await,
+            Body::Blocks(active) => active.extents(offset, len, true).await,
+        }
+    }
+
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        match self.body()? {
+            Body::Fixed(fixed) => fixed.extents(offset, len).await,
+            Body::Blocks(active) => active.extents(offset, len, false).await,
         }
     }
 

@@ -421,6 +421,27 @@ impl<S: Storage> Active<S> {
         self.cid.is_changed.set(true);
         Ok(())
     }
+
+    /// What the beginning of a range has: of this image alone, if `whole` does not say with those below it.
+    async fn runs(&self, offset: u64, len: u64, whole: bool) -> Result<Vec<Extent>, Errno> {
+        let pieces = self.pieces(offset, len)?;
+        let (part, within, _, len) = pieces.first().ok_or(Errno::INVAL)?;
+        match &part.body {
+            Held::Flat(file, first) => {
+                let (len, is_data) = file.part(first + within, *len).await?;
+                let content = match is_data {
+                    true => Content::Data,
+                    false => Content::Hole,
+                };
+                Ok(vec![Extent { len, content }])
+            }
+            Held::Sparse(clusters) => clusters.extents(*within, *len, whole).await,
+            Held::Zero => Ok(vec![Extent {
+                len: *len,
+                content: Content::Hole,
+            }]),
+        }
+    }
 }
 
 impl<S: Storage> Driver for Vmdk<S> {
@@ -518,26 +539,12 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
-        let active = self.active()?;
-        let pieces = active.pieces(offset, len)?;
-        let (part, within, _, len) = pieces.first().ok_or(Errno::INVAL)?;
-        match &part.body {
-            Held::Flat(file, first) => {
-                let (len, is_data) = file.part(first + within, *len).await?;
-                let content = match is_data {
-                    true => Content::Data,
-                    false => Content::Hole,
-                };
-                Ok(vec![Extent { len, content }])
-            }
-            Held::Sparse(clusters) => clusters.extents(*within, *len).await,
-            Held::Zero => Ok(vec![Extent {
-                len: *len,
-                content: Content::Hole,
-            }]),
-        }
+        self.active()?.runs(offset, len, true).await
     }
 
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.active()?.runs(offset, len, false).await
+    }
     fn stats(&self) -> BTreeMap<String, u64> {
         let Ok(active) = self.active() else {
             return BTreeMap::new();

@@ -75,6 +75,48 @@ fn a_longer_disk_is_the_same_if_the_rest_is_zeroes() {
     assert_eq!(verdict["first_difference"], (5 << 20) + 7, "{verdict}");
 }
 
+/// Of each kind: what an image has itself is told apart from what is below it.
+#[test]
+fn a_map_of_a_layer_is_of_that_alone() {
+    for (kind, below) in [
+        ("qcow2", "aio"),
+        ("qcow", "aio"),
+        ("vhd", "aio"),
+        ("vhd", "vhd"),
+        ("vmdk", "vmdk"),
+    ] {
+        let bench = Bench::new();
+        let map = |layer: &str| {
+            let map = bench.json(&format!("map --parents {below} {layer} {kind}:top"));
+            let rows = map["extents"].as_array().unwrap().clone();
+            let of = |row: &serde_json::Value, key: &str| row[key].as_u64().unwrap();
+            let row = |row: &serde_json::Value| {
+                let content = row["content"].as_str().unwrap().to_owned();
+                (of(row, "offset"), of(row, "length"), content)
+            };
+            rows.iter().map(row).collect::<Vec<_>>()
+        };
+        let found = |offset: u64, len: u64, content: &str| (offset, len, content.to_owned());
+        bench.sparse("raw", 8 << 20, &[(0, 2 << 20)], 3);
+        bench.good(&format!("convert aio:raw {below}:base"));
+        bench.good(&format!("create {kind}:top 8M --parent {below}:base"));
+        assert_eq!(map("--layer"), [found(0, 8 << 20, "below")], "{kind}");
+        let all = [found(0, 2 << 20, "data"), found(2 << 20, 6 << 20, "hole")];
+        assert_eq!(map(""), all, "{kind}");
+        // A block of each kind, where there is nothing below.
+        bench.sparse("raw", 8 << 20, &[(0, 2 << 20), (4 << 20, 2 << 20)], 3);
+        bench.good(&format!(
+            "convert --parents {below} aio:raw {kind}:top --force --parent {below}:base"
+        ));
+        let own = [
+            found(0, 4 << 20, "below"),
+            found(4 << 20, 2 << 20, "data"),
+            found(6 << 20, 2 << 20, "below"),
+        ];
+        assert_eq!(map("--layer"), own, "{kind}");
+    }
+}
+
 #[test]
 fn a_map_is_that_of_qemu() {
     if !has_qemu("a_map_is_that_of_qemu") {
