@@ -15,7 +15,7 @@ use common::{run, seeds, Chance, Content, What, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::vhd::{create, grow, id, look, spelled, Create, Kind, ParentOf, Vhd};
+use formats::vhd::{create, grow, id, look, set_parent, spelled, Create, Kind, ParentOf, Vhd};
 use formats::{Options, Parts};
 use std::rc::Rc;
 
@@ -398,6 +398,76 @@ fn growing_can_be_interrupted_at_any_change() {
         sizes.dedup();
         assert_eq!(sizes, [SIZE, large], "{kind:?}");
     }
+}
+
+/// Whenever that is interrupted, the image goes on from the one or from the other, and has what it had itself.
+#[test]
+fn another_parent_is_named_at_once() {
+    let kind = Kind::Differencing;
+    let world = World::new(image(make(kind, SIZE, 0)));
+    let (its, storage) = (open(&world, kind), world.file(0));
+    run(async move {
+        its.activate().await.unwrap();
+        let bytes = Bytes::copied(&[5; 512]).unwrap();
+        let how = Attributes::default();
+        its.write(3 << 20, bytes, how).await.unwrap();
+        its.inactivate().await.unwrap();
+    });
+    let (mut files, from) = (world.files(), world.changes());
+    // Longer and shorter than the one before, and raw.
+    let parents = [("../other/a longer name.vhd", [8; 16]), ("b", [0; 16])];
+    run(async move {
+        for (path, id) in parents {
+            let path = path.into();
+            let named = set_parent(&storage, &ParentOf { path, id }).await;
+            named.unwrap();
+        }
+    });
+    let mut seen = Vec::new();
+    for count in from..=world.changes() {
+        if count > from {
+            let (file, what) = &world.log()[count - 1];
+            files[*file].apply(what);
+        }
+        let now = World::new(files.clone());
+        let (file, disk) = (now.file(0), open(&now, kind));
+        seen.push(run(async move {
+            let data = Data::zeroed(512).unwrap();
+            disk.activate().await.unwrap();
+            disk.read(3 << 20, data.clone()).await.unwrap();
+            assert_eq!(data.to_vec(), [5; 512]);
+            let parent = look(&file).await.unwrap().1.parent.unwrap();
+            (parent.names, parent.id)
+        }));
+    }
+    seen.dedup();
+    let named = |names: &[&str], id: Option<u8>| {
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        (names, id.map(|byte| spelled([byte; 16])))
+    };
+    assert_eq!(
+        seen,
+        [
+            named(&["./base.vhd", "base.vhd"], Some(9)),
+            named(
+                &[
+                    "../other/a longer name.vhd",
+                    "./../other/a longer name.vhd",
+                    "a longer name.vhd"
+                ],
+                Some(8)
+            ),
+            named(&["./b", "b"], None),
+        ]
+    );
+    let alone = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let storage = alone.file(0);
+    let refused = run(async move {
+        let (path, id) = ("b".into(), [0; 16]);
+        set_parent(&storage, &ParentOf { path, id }).await
+    });
+    assert_eq!(refused.unwrap_err().code, Code::Image);
+    assert_eq!(alone.changes(), 0, "nothing is written into it");
 }
 
 #[test]

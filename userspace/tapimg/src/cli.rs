@@ -258,9 +258,10 @@ pub(crate) struct Resize {
 What the image shows of the chain below it, and the new one does not have, is written into the image first. If
 that ends early, the image is as it was, but for space, and goes on from what it did.
 With --unsafe only the name in the header changes: for an image below that was moved or converted. If that holds
-something else, so does the disk.")]
+something else, so does the disk.
+A VHD goes on from a VHD or a raw image, and from one it must go on before.")]
 pub(crate) struct Rebase {
-    /// The image, qcow2:PATH
+    /// The image, qcow2:PATH or vhd:PATH
     pub(crate) image: Named,
     /// What it goes on from, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE", required_unless_present = "no_parent")]

@@ -13,7 +13,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
 use drivers::{Content, Disk};
-use formats::{backing, qcow2, Below, Kind, Options};
+use formats::{backing, fits, qcow2, vhd, Base, Below, Kind, Options};
 use serde::Serialize;
 use std::cell::Cell;
 
@@ -54,12 +54,7 @@ struct Own<'o> {
 /// Rebases.
 pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Result<Done, Failure> {
     let image = &args.image;
-    if image.kind != Below::Format(Kind::Qcow2) {
-        return Err(Failure::invalid(format!(
-            "{image}: only qcow2 images are put over other ones where they are: make a new image with \
-             tapimg convert {image} NEW --parent OTHER"
-        )));
-    }
+    let kind = can_be(args)?;
     let parent = args.parent.as_ref();
     if let Some(parent) = parent {
         refuse_loop(opener, image, parent).await?;
@@ -68,24 +63,71 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
         refuse_damage(opener, image).await?;
     }
     let file = opener.file(&image.path, Use::Write).await?;
-    refuse_snapshots(image, &file).await?;
+    if kind == Kind::Qcow2 {
+        refuse_snapshots(image, &file).await?;
+    }
     let written = match args.name_only {
         true => None,
         false => Some(make_own(opener, stop, args, &file).await?),
     };
+    // What it has by now of the old chain is durable.
+    let named = match kind {
+        Kind::Vhd => name_in_vhd(opener, image, &file, parent).await,
+        _ => name_in_qcow2(image, &file, parent).await,
+    };
+    Ok(Done {
+        image: image.to_string(),
+        parent: named.map_err(|failure| image.said(failure))?,
+        written,
+    })
+}
+
+/// The kind of an image that can be put over another one, or over none, where it is.
+fn can_be(args: &Rebase) -> Result<Kind, Failure> {
+    let image = &args.image;
+    match (image.kind, &args.parent) {
+        (Below::Format(Kind::Qcow2), _) => Ok(Kind::Qcow2),
+        (Below::Format(Kind::Vhd), Some(parent)) => {
+            let fits = fits(Kind::Vhd, parent.kind);
+            fits.map(|()| Kind::Vhd).map_err(|failure| image.said(failure))
+        }
+        (Below::Format(Kind::Vhd), None) => Err(Failure::invalid(format!(
+            "{image}: a VHD that goes on from another image stays one: make a new image with tapimg convert {image} NEW"
+        ))),
+        _ => Err(Failure::invalid(format!(
+            "{image}: only qcow2 images and VHDs are put over other ones where they are: make a new image with \
+             tapimg convert {image} NEW --parent OTHER"
+        ))),
+    }
+}
+
+/// Says how the parent is named from now on.
+async fn name_in_qcow2(
+    image: &Named,
+    file: &File,
+    parent: Option<&Named>,
+) -> Result<Option<String>, Failure> {
     let backing = match parent {
         Some(parent) => Some(backing(parent.kind, &parent.path, &image.path)?),
         None => None,
     };
-    // What it has by now of the old chain is durable.
-    qcow2::set_backing(&file, backing.as_ref())
-        .await
-        .map_err(|failure| image.said(failure))?;
-    Ok(Done {
-        image: image.to_string(),
-        parent: backing.map(|backing| backing.name),
-        written,
-    })
+    qcow2::set_backing(file, backing.as_ref()).await?;
+    Ok(backing.map(|backing| backing.name))
+}
+
+async fn name_in_vhd(
+    opener: &Opener,
+    image: &Named,
+    file: &File,
+    parent: Option<&Named>,
+) -> Result<Option<String>, Failure> {
+    let Some(parent) = parent else {
+        return Ok(None);
+    };
+    let its = opener.file(&parent.path, opener.reading).await?;
+    let base = Base::of(parent.kind, &parent.path, &its, &image.path).await?;
+    vhd::set_parent(file, &base.of_vhd()).await?;
+    Ok(Some(base.name().to_owned()))
 }
 
 /// What a snapshot does not have itself would be that of the other image.

@@ -143,7 +143,7 @@ pub(crate) fn empty_table(count: u32) -> Vec<u8> {
 }
 
 /// Adds the parent's path in three spellings to what goes to `begin`, each in sectors of its own.
-fn locators(path: &str, begin: u64, bytes: &mut Vec<u8>) -> Vec<Locator> {
+pub(super) fn locators(path: &str, begin: u64, bytes: &mut Vec<u8>) -> Vec<Locator> {
     let first = bytes.len() as u64;
     let spellings = [locator::URL, locator::ABSOLUTE, locator::RELATIVE];
     let path = match path.starts_with('/') || path.starts_with("../") || path.starts_with("./") {

@@ -127,7 +127,7 @@ impl Header {
         self.seal();
     }
 
-    /// Names the parent: its identity, its file name, and where its paths are.
+    /// Names the parent, in the place of what was named before: its identity, its file name, and where its paths are.
     pub(crate) fn set_parent(&mut self, id: [u8; 16], path: &str, locators: Vec<Locator>) {
         put(&mut self.bytes, 40, &id);
         let time = timestamp(SystemTime::now());
@@ -136,6 +136,7 @@ impl Header {
         name.resize(NAME.1, 0);
         put(&mut self.bytes, NAME.0, &name);
         let (begin, len, most) = LOCATORS;
+        put(&mut self.bytes, begin, &vec![0; len * most]);
         for (number, locator) in locators.iter().take(most).enumerate() {
             let at = begin + number * len;
             // Bytes and not sectors, as Windows and tapdisk have it.

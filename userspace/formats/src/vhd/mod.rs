@@ -21,12 +21,14 @@ mod footer;
 mod header;
 mod image;
 mod locator;
+mod rename;
 mod resize;
 mod room;
 
 pub use create::{create, Create, ParentOf};
 pub use footer::Kind;
 pub use image::{id, look, spelled};
+pub use rename::set_parent;
 pub use resize::grow;
 
 use crate::base::{self, Base};

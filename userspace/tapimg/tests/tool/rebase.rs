@@ -86,6 +86,39 @@ fn a_rebased_image_holds_the_same() {
 }
 
 #[test]
+fn a_rebased_vhd_holds_the_same() {
+    for (seed, old, new) in [
+        (1, ("aio", SIZE), ("vhd", SIZE)),
+        (2, ("vhd", SIZE), ("aio", SIZE)),
+        (3, ("vhd", SIZE / 3), ("vhd", SIZE / 2)),
+    ] {
+        let bench = Bench::new();
+        bench.sparse("old.raw", old.1, &places(seed, old.1, 30), seed);
+        bench.sparse("new.raw", new.1, &places(seed + 6, new.1, 20), seed);
+        bench.sparse("want", SIZE, &places(seed + 1, SIZE, 20), seed + 1);
+        bench.good(&format!("convert aio:old.raw {}:old", old.0));
+        bench.good(&format!("convert aio:new.raw {}:new", new.0));
+        bench.good(&format!("convert aio:want vhd:top --parent {}:old", old.0));
+        let done = bench.json(&format!("rebase vhd:top --parent {}:new", new.0));
+        assert_eq!(done["parent"], "new", "{done}");
+        assert!(done["written"].as_u64().unwrap() > 0, "{done}");
+        // Nothing of the old one is needed.
+        std::fs::remove_file(bench.path("old")).unwrap();
+        bench.good("check vhd:top");
+        bench.good("compare --strict aio:want vhd:top");
+        // And one that was moved.
+        std::fs::create_dir(bench.path("elsewhere")).unwrap();
+        std::fs::rename(bench.path("new"), bench.path("elsewhere/new")).unwrap();
+        bench.bad(4, "compare --strict aio:want vhd:top");
+        bench.good(&format!(
+            "rebase vhd:top --unsafe --parent {}:elsewhere/new",
+            new.0
+        ));
+        bench.good("compare --strict aio:want vhd:top");
+    }
+}
+
+#[test]
 fn what_is_the_same_is_not_written() {
     let bench = Bench::new();
     bench.sparse("base", SIZE, &places(7, SIZE, 30), 7);
@@ -122,7 +155,9 @@ fn what_cannot_be_rebased_is_named() {
     bench.good("create qcow2:b --parent qcow2:a");
     bench.good("create vhd:c --parent aio:base");
     for (line, why) in [
-        ("rebase vhd:c --parent aio:base", "tapimg convert"),
+        ("rebase vhd:c --no-parent", "tapimg convert"),
+        ("rebase vhd:c --parent qcow2:a", "use qcow2"),
+        ("rebase vmdk:c --parent aio:base", "tapimg convert"),
         ("rebase qcow2:a --parent qcow2:a", "name another image"),
         ("rebase qcow2:a --parent qcow2:b", "name another image"),
         (

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A differencing VHD goes on from another image than before.
+
+use super::create::locators;
+use super::footer::Kind;
+use super::image::Image;
+use super::ParentOf;
+use crate::field::{failed, refused};
+use crate::Storage;
+use control::Failure;
+use diskio::{Bytes, Errno};
+
+/// Names another parent. Nobody may use the image meanwhile. What it has itself stays, so it holds the same disk only
+/// if the new parent holds what the old one does wherever the image has nothing.
+///
+/// The paths are durable behind everything else before the header, which is one write, leads to them.
+///
+/// # Errors
+/// The image has no parent, there is no room for the paths, or the storage fails.
+pub async fn set_parent(storage: &impl Storage, parent: &ParentOf) -> Result<(), Failure> {
+    let Image { footer, header } = Image::read(storage).await?;
+    let Some(mut header) = header.filter(|_| footer.kind == Kind::Differencing) else {
+        return Err(refused(
+            "the VHD goes on from no other image, and cannot come to do so: make one that does with tapimg create --parent",
+        ));
+    };
+    if parent.path.is_empty() {
+        return Err(Failure::invalid("the parent's name is empty"));
+    }
+    if storage.is_fixed() {
+        return Err(refused(
+            "a VHD on a device has no room for other names: copy it with tapimg convert --parent",
+        ));
+    }
+    let work = async {
+        let at = storage.size()?.next_multiple_of(4096);
+        let mut bytes = Vec::new();
+        let paths = locators(&parent.path, at, &mut bytes);
+        bytes.extend(footer.bytes());
+        storage.write(at, Bytes::copied(&bytes)?).await?;
+        storage.flush().await?;
+        header.set_parent(parent.id, &parent.path, paths);
+        let head = Bytes::copied(header.bytes())?;
+        storage.write(footer.header, head).await?;
+        storage.flush().await
+    };
+    let done: Result<(), Errno> = work.await;
+    done.map_err(failed("cannot name the VHD's parent"))
+}
