@@ -49,24 +49,36 @@ pub fn take_over<H: Host>(
     Ok(outcomes)
 }
 
-/// Unloads the driver that serves nobody any more, so that disks that come get the other one. False if it serves
-/// somebody.
+/// What became of the driver that is to serve nobody.
+#[derive(Debug)]
+pub enum Retired {
+    /// It is unloaded.
+    Unloaded,
+    /// It serves disks.
+    Serves,
+    /// It serves none, and cannot be unloaded: somebody else uses its module.
+    Stays(io::Error),
+}
+
+/// Unloads the driver that serves nobody any more, so that disks that come get the other one.
 ///
 /// # Errors
-/// It serves nobody and cannot be unloaded.
-pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<bool> {
+/// Who serves cannot be seen, or a disk has no driver.
+pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<Retired> {
     let serves = |driver| Ok::<_, io::Error>(host.devices()?.iter().any(|(_, its)| *its == driver));
     if serves(Some(plan.from))? {
-        return Ok(false);
+        return Ok(Retired::Serves);
     }
-    host.unload(plan.from)?;
+    if let Err(error) = host.unload(plan.from) {
+        return Ok(Retired::Stays(error));
+    }
     // One that came to it in between has none now.
     for (device, driver) in host.devices()? {
         if driver.is_none() {
             host.bind(plan.to, &device)?;
         }
     }
-    Ok(true)
+    Ok(Retired::Unloaded)
 }
 
 /// Gives disks that an earlier attempt has left without a driver to one, and lets the guest go on.

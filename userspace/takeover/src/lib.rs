@@ -7,7 +7,7 @@ mod host;
 pub mod rings;
 mod swap;
 
-pub use all::{put_right, retire, take_over};
+pub use all::{put_right, retire, take_over, Retired};
 pub use disk::{Device, Limits, Refused};
 pub use host::{Begun, Driver, Host};
 pub use swap::{Left, Outcome, Plan};

@@ -10,7 +10,7 @@ use real::Real;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
-use takeover::{retire, take_over, Driver, Outcome, Plan};
+use takeover::{retire, take_over, Driver, Outcome, Plan, Retired};
 
 /// Have the other driver serve the disks of guests that run.
 ///
@@ -66,7 +66,8 @@ Examples:
   xen-blkback-rs takeover --domain 3           # the disks of one guest
   xen-blkback-rs takeover --to xen-blkback     # back
 
-A new version of the module: take over to xen-blkback, which unloads the old one, and back.
+A new version of the module: take over to xen-blkback, which unloads the old one, and back. The supervisor of tap disks
+keeps the module in use: stop it before, and start it afterwards (blktapctrl.socket, blktapctrl.service).
 
 Disks stay as they are whose guest is domain 0, which cannot be paused, that are being detached, whose storage
 does not answer, and tap disks, which only xen-blkback-rs can serve.
@@ -74,7 +75,7 @@ does not answer, and tap disks, which only xen-blkback-rs can serve.
 If this is killed in the middle, a guest may be left paused and a disk without a driver: asked again, it first
 puts that right.
 
-Exit status: 0 if all are served by the driver that is wanted, 1 if some are not, 2 for a wrong command line,
+Exit status: 0 if all are served by the driver that is wanted, 1 if some are not or the other one stays loaded, 2 for a wrong command line,
 6 if nothing could be begun.";
 
 /// Other manual pages.
@@ -122,13 +123,25 @@ fn run(cli: &Cli) -> io::Result<bool> {
     if cli.dry_run || !all || !cli.domain.is_empty() {
         return Ok(all);
     }
-    let is_retired = retire(&host, plan)?;
-    if !cli.json {
-        let (from, to) = (plan.from.module(), to.module());
-        match is_retired {
-            true => println!("{to} serves all disks; {from} is unloaded"),
-            false => println!("{from} still serves disks: ask again"),
-        }
+    let (from, to) = (plan.from.module(), to.module());
+    let (is_retired, said) = match retire(&host, plan)? {
+        Retired::Unloaded => (true, format!("{to} serves all disks; {from} is unloaded")),
+        Retired::Serves => (
+            false,
+            format!("{from} serves a disk that came meanwhile: ask again"),
+        ),
+        Retired::Stays(error) => (
+            false,
+            format!(
+                "{to} serves all disks, and {from} is still loaded, so that new ones may get it: {error}; what uses it \
+                 may be the supervisor of tap disks: systemctl stop blktapctrl.socket blktapctrl.service, and ask again"
+            ),
+        ),
+    };
+    match cli.json {
+        false => println!("{said}"),
+        true if !is_retired => eprintln!("xen-blkback-takeover: {said}"),
+        true => {}
     }
     Ok(is_retired)
 }

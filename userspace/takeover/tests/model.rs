@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 use takeover::rings::Head;
-use takeover::{retire, take_over, Begun, Device, Driver, Host, Limits, Outcome, Plan};
+use takeover::{retire, take_over, Begun, Device, Driver, Host, Limits, Outcome, Plan, Retired};
 
 #[derive(Clone, Debug)]
 struct Vbd {
@@ -393,7 +393,12 @@ fn all_disks_go_to_the_other_driver_which_alone_stays() {
         );
         assert_eq!(fake.served_by(to), 4);
         fake.assert_sound("after all");
-        assert!(retire(&fake, fake.plan(to)).unwrap());
+        // Somebody uses it yet.
+        fake.fault.set(Some((fake.calls.get(), Fault::Before)));
+        let retired = retire(&fake, fake.plan(to)).unwrap();
+        assert!(matches!(retired, Retired::Stays(_)), "{retired:?}");
+        let retired = retire(&fake, fake.plan(to)).unwrap();
+        assert!(matches!(retired, Retired::Unloaded), "{retired:?}");
         assert_eq!(*fake.loaded.borrow(), [to]);
     });
 }
@@ -415,7 +420,8 @@ fn storage_that_does_not_answer_keeps_its_disk_where_it_is() {
         );
         assert_eq!(fake.served_by(to), 3);
         fake.assert_sound("after all");
-        assert!(!retire(&fake, fake.plan(to)).unwrap(), "it serves yet");
+        let retired = retire(&fake, fake.plan(to)).unwrap();
+        assert!(matches!(retired, Retired::Serves), "{retired:?}");
         assert_eq!(fake.loaded.borrow().len(), 2);
     });
 }
