@@ -29,6 +29,11 @@ pub(crate) struct Done {
 }
 
 impl Done {
+    /// Bytes that the image below got.
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
     pub(crate) fn text(&self) -> String {
         let Self { image, parent, .. } = self;
         let mark = match self.marked {

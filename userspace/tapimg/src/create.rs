@@ -80,6 +80,9 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
     if kind != Some(Kind::Vhd) && layout.fixed {
         return refuse("only a VHD is fixed or not", "vhd");
     }
+    if kind != Some(Kind::Vhd) && layout.reserve.is_some() {
+        return refuse("only a VHD has a table that room is left in", "vhd");
+    }
     if layout.fixed && layout.parent.is_some() {
         return refuse("a fixed VHD has no parent", "a dynamic one");
     }
@@ -176,7 +179,7 @@ fn of_vhd(size: u64, layout: &Layout, base: Option<&Base>) -> Result<vhd::Create
         size,
         id: random()?,
         parent: base.map(Base::of_vhd),
-        reserve: 0,
+        reserve: layout.reserve.map_or(0, |size| size.0),
     })
 }
 

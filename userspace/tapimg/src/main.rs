@@ -12,6 +12,7 @@ mod create;
 mod info;
 mod map;
 mod named;
+mod old;
 mod open;
 mod progress;
 mod rebase;
@@ -33,7 +34,7 @@ use std::process::ExitCode;
 use stop::Stop;
 
 /// Threads for what would keep the others waiting, such as to unpack clusters.
-const HELPERS: usize = 2;
+pub(crate) const HELPERS: usize = 2;
 /// Other manual pages.
 const SEE_ALSO: &str = "tap-ctl(8), tapdisk(8), qemu-img(1)";
 
@@ -68,6 +69,12 @@ enum Outcome {
 }
 
 fn main() -> ExitCode {
+    if let Some(done) = std::env::args_os()
+        .next()
+        .and_then(|name| old::by_name(&name))
+    {
+        return done;
+    }
     let cli = Cli::parse();
     let json = cli.json;
     match run(cli) {

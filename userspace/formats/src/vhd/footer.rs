@@ -12,6 +12,7 @@ const COOKIE: &[u8; 8] = b"conectix";
 /// In the place of the cookie while `vhd-util` changes the size.
 const POISON: &[u8; 8] = b"v_poison";
 const CHECKSUM: usize = 64;
+const HIDDEN: usize = 85;
 const VERSION: u32 = 0x0001_0000;
 /// Tapdisk, whose images may have a batmap; and its version that always has one.
 const TAPDISK: &[u8; 4] = b"tap\0";
@@ -132,6 +133,21 @@ impl Footer {
         self.size = size;
         put(&mut self.bytes, 48, &size.to_be_bytes());
         put(&mut self.bytes, 56, &geometry(size));
+        self.seal();
+    }
+
+    /// It is marked as one that no guest has: of Xen's tools alone.
+    pub(crate) fn is_hidden(&self) -> bool {
+        self.bytes[HIDDEN] != 0
+    }
+
+    /// Marks it so, or not.
+    pub(crate) fn hide(&mut self, hidden: bool) {
+        self.bytes[HIDDEN] = u8::from(hidden);
+        self.seal();
+    }
+
+    fn seal(&mut self) {
         let sum = checksum(&self.bytes, CHECKSUM);
         put(&mut self.bytes, CHECKSUM, &sum.to_be_bytes());
     }
@@ -159,7 +175,7 @@ fn has_checksum(bytes: &[u8; LEN]) -> bool {
     }
     // Early versions of tapdisk hid an image without a new checksum.
     let mut shown = *bytes;
-    shown[85] = 0;
+    shown[HIDDEN] = 0;
     let is_early = matches!(be32(bytes, 32), 1 | 0x0001_0001) && bytes[28..31] == *b"tap";
     is_early && found == checksum(&shown, CHECKSUM)
 }

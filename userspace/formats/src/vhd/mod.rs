@@ -16,6 +16,7 @@ mod active;
 mod batmap;
 mod blocks;
 mod create;
+mod facts;
 mod fixed;
 mod footer;
 mod header;
@@ -26,6 +27,7 @@ mod resize;
 mod room;
 
 pub use create::{create, Create, ParentOf};
+pub use facts::{facts, hide, Facts};
 pub use footer::Kind;
 pub use image::{id, look, spelled};
 pub use rename::set_parent;

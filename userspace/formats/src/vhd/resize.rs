@@ -96,9 +96,14 @@ async fn move_table(
     storage.flush().await
 }
 
-/// Changes the size in both footers, that at the beginning last: it counts.
+/// Changes the size in both footers.
 async fn say(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<(), Errno> {
     footer.resize(size);
+    put_footers(storage, &footer).await
+}
+
+/// Puts a footer into both places, that at the beginning last: it counts.
+pub(super) async fn put_footers(storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
     let last = storage.size()?.saturating_sub(footer::LEN as u64);
     storage.write(last, Bytes::copied(footer.bytes())?).await?;
     storage.flush().await?;

@@ -58,6 +58,19 @@ impl Bench {
         said
     }
 
+    /// Runs it under another name, whatever comes of it.
+    pub(crate) fn named(&self, name: &str, line: &str) -> Said {
+        let link = self.path(&format!(".bin-{name}")).join(name);
+        if !link.exists() {
+            fs::create_dir(link.parent().unwrap()).unwrap();
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tapimg"), &link).unwrap();
+        }
+        let program = link.to_str().unwrap();
+        let said = said(self.command(program, line).output().unwrap());
+        assert!(!said.err.contains("panicked"), "{name} {line}: {said:?}");
+        said
+    }
+
     /// Runs tapimg, which must succeed, and returns what it prints.
     pub(crate) fn good(&self, line: &str) -> String {
         let said = self.run(line);

@@ -6,6 +6,7 @@ mod commit;
 mod convert;
 mod create;
 mod look;
+mod old;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
 mod rebase;
