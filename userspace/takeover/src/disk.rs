@@ -134,6 +134,17 @@ impl Keys {
         }
     }
 
+    /// The guest, which does not ask again, may send what it could send before.
+    pub(crate) fn offers_as_much(&self, before: &Keys) -> Result<(), Refused> {
+        let (now, was) = (self.segments, before.segments);
+        match !before.is_connected() || now >= was {
+            true => Ok(()),
+            false => Err(Refused(format!(
+                "its guest may send {was} indirect segments, and the driver takes {now}: load that with other parameters"
+            ))),
+        }
+    }
+
     /// The first page of each ring.
     pub(crate) fn rings(&self, host: &impl Host) -> Result<Vec<u32>, Refused> {
         let mut rings = Vec::new();

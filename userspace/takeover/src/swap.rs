@@ -232,7 +232,10 @@ fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(
             plan.from.module()
         )));
     }
-    let taken = give(host, plan.to, device, keys);
+    let taken = give(host, plan.to, device, keys).and_then(|()| {
+        // It was not asked anything yet, and says only now what it takes.
+        Keys::read(host, device)?.offers_as_much(keys)
+    });
     taken.or_else(|why| {
         if host.driver(device)? == Some(plan.to) {
             host.unbind(plan.to, device)?;

@@ -39,6 +39,8 @@ struct Fake {
     loaded: RefCell<Vec<Driver>>,
     begun: RefCell<Option<Begun>>,
     refuses: Cell<Option<Driver>>,
+    /// It serves with smaller requests than the other one.
+    is_small: Cell<Option<Driver>>,
     /// The guest is destroyed when its first disk has no driver.
     vanishes: Cell<bool>,
     /// Calls until the fault.
@@ -82,6 +84,7 @@ impl Fake {
         self.set(&device.back("frontend"), &front);
         self.set(&device.back("state"), state);
         self.set(&device.back("online"), "1");
+        self.set(&device.back("feature-max-indirect-segments"), "256");
         self.set(&device.back("dev"), &format!("xvd{handle}"));
         self.set(
             &format!("{front}/state"),
@@ -347,6 +350,11 @@ impl Host for Fake {
                 (false, false) => "4",
             };
             self.set(&device.back("state"), state);
+            let segments = match self.is_small.get() == Some(driver) {
+                true => "16",
+                false => "256",
+            };
+            self.set(&device.back("feature-max-indirect-segments"), segments);
             Ok(())
         })
     }
@@ -423,6 +431,19 @@ fn storage_that_does_not_answer_keeps_its_disk_where_it_is() {
         let retired = retire(&fake, fake.plan(to)).unwrap();
         assert!(matches!(retired, Retired::Serves), "{retired:?}");
         assert_eq!(fake.loaded.borrow().len(), 2);
+    });
+}
+
+#[test]
+fn a_driver_that_takes_less_than_the_guest_may_send_gives_them_back() {
+    both(|to| {
+        let fake = Fake::new(to.other());
+        fake.is_small.set(Some(to));
+        let outcomes = fake.run(to).unwrap();
+        assert_eq!(fake.served_by(to), 1, "the one that is not connected");
+        let left = &outcomes[0].left[0].why;
+        assert!(left.contains("256 indirect segments"), "{left}");
+        fake.assert_sound("after all");
     });
 }
 
