@@ -146,12 +146,16 @@ fn saved_file(context: &mut Context, name: &str) -> String {
     let file = format!("{RUN_DIR}/{name}");
     let theirs = file.clone();
     context.at_end("remove the saved guest", move || {
-        Ok(std::fs::remove_file(theirs)?)
+        match std::fs::remove_file(theirs) {
+            // It had that name before, too.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            done => Ok(done?),
+        }
     });
     file
 }
 
-/// Saves the shared PV guest to a file that goes with the case.
+/// Saves the shared PV guest to a file that goes with the case; there is room for one.
 pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
     let file = saved_file(context, &format!("{name}.save"));
     context.take_pv()?.save(&file)

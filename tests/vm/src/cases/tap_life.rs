@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
         .nightly(),
         case(
             "tap.s28_other_host",
-            "saved and restored where the driver has fewer features and smaller rings, and back, while all is verified",
+            "saved and restored where the driver has one queue and small rings, and back, while all is verified",
             Pv,
             other_host,
         )
@@ -82,12 +82,10 @@ fn save_restore(context: &mut Context) -> Result<()> {
     saved_and_restored(context, &[None])
 }
 
-/// What a driver of another host may not have: several queues, rings of several pages, indirect requests.
-const LITTLE: &[&str] = &[
-    "max_queues=1",
-    "max_ring_page_order=0",
-    "max_indirect_segments=0",
-];
+/// What a driver of another host may not have: several queues, and rings of several pages. It must have indirect
+/// requests, of no fewer segments: Linux's own driver stops its guest (`BUG_ON` in `blkif_queue_rw_req`, seen with 7.3)
+/// if it has a larger request in a queue when it arrives.
+const LITTLE: &[&str] = &["max_queues=1", "max_ring_page_order=0"];
 
 fn other_host(context: &mut Context) -> Result<()> {
     saved_and_restored(context, &[Some(LITTLE), Some(&[QUEUES])])
@@ -135,7 +133,7 @@ fn progress(guest: &Guest) -> Result<()> {
 fn move_to(context: &mut Context, parameters: Option<&[&str]>, jobs: &[Job]) -> Result<()> {
     let domid = context.pv()?.domid;
     let disks = TAPS.map(|vdev| Served::of(Vbd::of(domid, vdev)?));
-    let saved = save(context, &format!("tap-{domid}"))?;
+    let saved = save(context, "tap")?;
     for disk in disks {
         disk?.wait_gone()?;
     }
