@@ -86,46 +86,52 @@ pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device
             .collect(),
         from: plan.from,
     };
-    let all = |outcome: &mut Outcome, why: Refused| {
-        for (_, keys) in &ready {
-            outcome.leave(&keys.vdev, why.clone());
-        }
-    };
     if let Err(error) = host.remember(Some(&begun)) {
-        all(
-            &mut outcome,
-            Refused(format!("what begins cannot be remembered: {error}")),
-        );
+        let why = format!("what begins cannot be remembered: {error}");
+        outcome.leave_all(&ready, &why);
         return outcome;
     }
-    let since = host.now();
-    match host.pause(domid) {
-        Ok(()) => {
-            move_paused(host, plan, &ready, &mut outcome);
-            end_pause(host, domid, &mut outcome);
-            outcome.paused_ms = u64::try_from((host.now() - since).as_millis()).ok();
-        }
-        Err(error) => all(
-            &mut outcome,
-            Refused(format!("its guest cannot be paused: {error}")),
-        ),
+    with_pause(host, plan, &ready, &mut outcome);
+    finish(host, &ready, &mut outcome);
+    outcome
+}
+
+/// The guest is paused while its disks are moved.
+fn with_pause<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
+    let (since, domid) = (host.now(), outcome.domid);
+    if let Err(error) = host.pause(domid) {
+        let why = format!("its guest cannot be paused: {error}");
+        return outcome.leave_all(ready, &why);
     }
+    move_paused(host, plan, ready, outcome);
+    end_pause(host, domid, outcome);
+    outcome.paused_ms = u64::try_from((host.now() - since).as_millis()).ok();
+}
+
+/// What has begun is over, unless a disk has no driver or the guest is paused: that stays remembered.
+fn finish<H: Host>(host: &H, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
     // One that is not there any more needs no driver.
     let is_left = |device: &Device| match host.devices() {
         Ok(all) => all.contains(&(device.clone(), None)),
         Err(_) => true,
     };
     outcome.is_unfinished |= ready.iter().any(|(device, _)| is_left(device));
-    if !outcome.is_unfinished {
-        if let Err(error) = host.remember(None) {
-            let why = format!("that it has ended cannot be remembered: {error}");
-            outcome.leave("all", Refused(why));
-        }
+    if outcome.is_unfinished {
+        return;
     }
-    outcome
+    if let Err(error) = host.remember(None) {
+        let why = format!("that it has ended cannot be remembered: {error}");
+        outcome.leave("all", Refused(why));
+    }
 }
 
 impl Outcome {
+    fn leave_all(&mut self, ready: &[(&Device, Keys)], why: &str) {
+        for (_, keys) in ready {
+            self.leave(&keys.vdev, Refused(why.to_owned()));
+        }
+    }
+
     fn leave(&mut self, disk: &str, why: Refused) {
         self.left.push(Left {
             disk: disk.to_owned(),
