@@ -134,16 +134,21 @@ impl Row {
         }
     }
 
-    /// What an image does not hold.
+    /// What an image does not hold: what its parent has there, if `whole` says so, or that it is the parent's.
     pub(crate) async fn push_missing(
         &mut self,
         parent: Option<&Base>,
         offset: u64,
         len: u64,
+        whole: bool,
     ) -> Result<(), Errno> {
-        let Some(parent) = parent else {
-            self.push(len, Content::Hole);
-            return Ok(());
+        let parent = match parent {
+            Some(parent) if whole => parent,
+            other => {
+                let content = other.map_or(Content::Hole, |_| Content::Below);
+                self.push(len, content);
+                return Ok(());
+            }
         };
         let mut done = 0;
         while done < len {

@@ -366,9 +366,8 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         let mut row = Row::default();
         for (cluster, _, at, len) in pieces(offset, len, self.map.cluster()) {
             match self.find(cluster).await? {
-                Found::Missing if self.parent.is_some() && !whole => row.push(len, Content::Below),
                 Found::Missing => {
-                    row.push_missing(self.parent.as_deref(), self.base + offset + at, len)
+                    row.push_missing(self.parent.as_deref(), self.base + offset + at, len, whole)
                         .await?;
                 }
                 Found::Zeroes => row.push(len, Content::Hole),

@@ -33,8 +33,6 @@ use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 use stop::Stop;
 
-/// Threads for what would keep the others waiting, such as to unpack clusters.
-pub(crate) const HELPERS: usize = 2;
 /// Other manual pages.
 const SEE_ALSO: &str = "tap-ctl(8), tapdisk(8), qemu-img(1)";
 
@@ -117,17 +115,11 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         Verb::Convert(_) | Verb::Rebase(_) | Verb::Commit(_) => Stop::listen(&runtime)?,
         _ => Stop::default(),
     };
-    let starting = |error| Failure::system("cannot start", &error);
-    runtime.io.start_helpers(HELPERS).map_err(starting)?;
-    open::select_engine(&runtime.io);
-    let opener = Opener {
-        io: runtime.io.clone(),
-        reading: match &cli.verb {
-            Verb::Info(info) if info.unlocked => Use::Look,
-            _ => Use::Read,
-        },
-        parents: cli.parents.map(|kind| kind.0),
+    let reading = match &cli.verb {
+        Verb::Info(info) if info.unlocked => Use::Look,
+        _ => Use::Read,
     };
+    let opener = Opener::start(&runtime, reading, cli.parents.map(|kind| kind.0))?;
     let work = async move { verb(&cli, &opener, &stop).await };
     runtime
         .block_on(work)

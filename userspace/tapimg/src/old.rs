@@ -4,8 +4,7 @@
 
 mod vhd_util;
 
-use crate::open::{select_engine, Opener, Use};
-use crate::HELPERS;
+use crate::open::{Opener, Use};
 use clap::Parser;
 use control::{Code, Failure};
 use diskio::Runtime;
@@ -38,14 +37,7 @@ fn run<F: Future<Output = Result<String, Failure>> + 'static>(
     work: impl FnOnce(Opener) -> F,
 ) -> Result<String, Failure> {
     let runtime = Runtime::new();
-    let starting = |error| Failure::system("cannot start", &error);
-    runtime.io.start_helpers(HELPERS).map_err(starting)?;
-    select_engine(&runtime.io);
-    let opener = Opener {
-        io: runtime.io.clone(),
-        reading: Use::Read,
-        parents: None,
-    };
+    let opener = Opener::start(&runtime, Use::Read, None)?;
     runtime
         .block_on(work(opener))
         .map_err(|error| Failure::system("cannot wait for I/O", &error))?

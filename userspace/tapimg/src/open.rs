@@ -3,7 +3,7 @@
 
 use crate::named::Named;
 use control::{Code, Failure};
-use diskio::{Engine, Errno, File, Io, LockKind};
+use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
 use drivers::{lock, Disk, Raw, Shape};
 use formats::{open_chain, Below, Files, Kind, Options};
 use rustix::fs::OFlags;
@@ -33,8 +33,11 @@ pub(crate) struct Opener {
     pub(crate) parents: Option<Below>,
 }
 
+/// Threads for what would keep the others waiting, such as to unpack clusters.
+const HELPERS: usize = 2;
+
 /// Makes I/O as quick as it can be here.
-pub(crate) fn select_engine(io: &Io) {
+fn select_engine(io: &Io) {
     for engine in [Engine::Uring, Engine::Aio] {
         if io.select(engine).is_ok() {
             return;
@@ -68,6 +71,23 @@ impl With for Failure {
 }
 
 impl Opener {
+    /// Begins to do I/O on this thread, and with helpers.
+    pub(crate) fn start(
+        runtime: &Runtime,
+        reading: Use,
+        parents: Option<Below>,
+    ) -> Result<Self, Failure> {
+        let io = runtime.io.clone();
+        let starting = |error| Failure::system("cannot start", &error);
+        io.start_helpers(HELPERS).map_err(starting)?;
+        select_engine(&io);
+        Ok(Self {
+            io,
+            reading,
+            parents,
+        })
+    }
+
     /// The file at `path`, locked.
     pub(crate) async fn file(&self, path: &Path, how: Use) -> Result<File, Failure> {
         let tried = |error: &io::Error| {

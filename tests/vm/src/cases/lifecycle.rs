@@ -161,15 +161,15 @@ pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
     context.take_pv()?.save(&file)
 }
 
-/// A load that is verified again and again until it is [stopped](end_saved): one that ends by itself may do so while
+/// A load that is verified again and again until it is [stopped](end_job): one that ends by itself may do so while
 /// its guest is saved, when nobody hears it.
-fn long_job(mib: u32) -> String {
+pub(super) fn long_job(mib: u32) -> String {
     let job = verify_job("/dev/xvda", mib, 200, 512);
     format!("rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do {job} || exit 1; done")
 }
 
-/// The load of a guest that was saved goes on, and ends without an error when it is to.
-fn end_saved(guest: &Guest, vbd: &Vbd, job: Job) -> Result<()> {
+/// The load of a guest that was saved, or of a disk that changed its driver, goes on, and ends without an error when it is to.
+pub(super) fn end_job(guest: &Guest, vbd: &Vbd, job: Job) -> Result<()> {
     wait_load(vbd).with_context(|| vbd.describe())?;
     guest.run("touch /tmp/stop")?;
     wait_saved(guest, job)
@@ -183,7 +183,7 @@ pub(super) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
     })?;
     ensure!(
         done.rc == 0,
-        "fio failed across the save of its guest: {}",
+        "fio failed across what was done to its guest: {}",
         sh::tail(&done.text, 400)
     );
     Ok(())
@@ -199,7 +199,7 @@ fn save_restore(context: &mut Context) -> Result<()> {
     vbd.wait_gone()?;
     let guest = saved.restore(&[job])?;
     let vbd = Vbd::of(guest.domid, "xvda")?;
-    let ended = end_saved(&guest, &vbd, job);
+    let ended = end_job(&guest, &vbd, job);
     context.give_pv(guest);
     ended?;
     context.check_driver(&vbd)?;
@@ -218,7 +218,7 @@ fn checkpoint(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let id = guest.domid.to_string();
     sh::run_for(&["xl", "save", "-c", &id, &file], Duration::from_secs(240))?;
-    end_saved(guest, &vbd, job)?;
+    end_job(guest, &vbd, job)?;
     compare(guest, "xvda", &device.path(), 4)?;
     guest.detach(&vbd)
 }

@@ -4,13 +4,14 @@
 use super::basic::{compare, verify_job, FIO};
 use super::faults::wait_load;
 use super::hung::{hangable, host_is_well};
+use super::lifecycle::{end_job, long_job};
 use super::{load_driver, Case, Context, Needs};
 use crate::guest::{Guest, Vbd};
 use crate::{hotplug, seed, sh, Driver};
 use anyhow::{ensure, Context as _, Result};
 use sim::rng::Rng;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 const PROGRAM: &str = "xen-blkback-takeover";
@@ -102,9 +103,14 @@ fn is_served_by(vbd: &Vbd, driver: Driver) -> Result<()> {
     Ok(())
 }
 
-fn load(device: &str, mib: u32) -> String {
-    let job = verify_job(device, mib, 200, 512);
-    format!("rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do {job} || exit 1; done")
+/// Starts the program and does not wait for it.
+fn start(domid: &str, to: Driver, more: &[&str]) -> Result<Child> {
+    Command::new(PROGRAM)
+        .args(["--to", to.module(), "--domain", domid])
+        .args(more)
+        .stdout(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start {PROGRAM}"))
 }
 
 fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
@@ -117,7 +123,7 @@ fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
     };
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let other = guest.attach(&hotplug::disk(&idle.path(), "xvdb", "w")?)?;
-    let job = guest.start(&load("/dev/xvda", 8))?;
+    let job = guest.start(&long_job(8))?;
     let mut pauses = Vec::new();
     for to in [Driver::C, Driver::Rs].repeat(ROUNDS) {
         wait_load(&vbd)?;
@@ -128,14 +134,7 @@ fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
             is_served_by(vbd, to)?;
         }
     }
-    wait_load(&vbd)?;
-    guest.run("touch /tmp/stop")?;
-    let done = guest.wait(job, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed over disks that changed their driver: {}",
-        sh::tail(&done.text, 400)
-    );
+    end_job(guest, &vbd, job)?;
     compare(guest, "xvda", &device.path(), 8)?;
     guest.run("dd if=/dev/xvdb of=/dev/null bs=1M count=1 iflag=direct")?;
     guest.detach(&vbd)?;
@@ -148,7 +147,7 @@ fn module(context: &mut Context) -> Result<()> {
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
-    let job = guest.start(&load("/dev/xvda", 8))?;
+    let job = guest.start(&long_job(8))?;
     let loaded = |driver: Driver| Path::new("/sys/module").join(driver.sys_module()).exists();
     for to in [Driver::C, Driver::Rs] {
         wait_load(&vbd)?;
@@ -162,10 +161,7 @@ fn module(context: &mut Context) -> Result<()> {
         );
         is_served_by(&vbd, to)?;
     }
-    wait_load(&vbd)?;
-    guest.run("touch /tmp/stop")?;
-    let done = guest.wait(job, FIO)?;
-    ensure!(done.rc == 0, "fio failed: {}", sh::tail(&done.text, 400));
+    end_job(guest, &vbd, job)?;
     compare(guest, "xvda", &device.path(), 8)?;
     guest.detach(&vbd)?;
     // With what other cases need.
@@ -184,12 +180,7 @@ fn hung(context: &mut Context) -> Result<()> {
         Ok(vbd.statistic("wr_req")? > before)
     })?;
     let domid = guest.domid.to_string();
-    let mut child = Command::new(PROGRAM)
-        .args(["--to", Driver::C.module(), "--domain", &domid])
-        .args(["--patience", "15"])
-        .stdout(Stdio::null())
-        .spawn()
-        .with_context(|| format!("cannot start {PROGRAM}"))?;
+    let mut child = start(&domid, Driver::C, &["--patience", "15"])?;
     sh::wait_for("a guest that is paused", LIMIT, || {
         Ok(sh::run(&["xl", "list", &domid])?.contains("--p---"))
     })?;
@@ -223,15 +214,11 @@ fn killed(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let domid = guest.domid.to_string();
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
-    let job = guest.start(&load("/dev/xvda", 8))?;
+    let job = guest.start(&long_job(8))?;
     let mut rng = Rng::new(seed::get());
     for to in [Driver::C, Driver::Rs].repeat(ROUNDS / 2) {
         wait_load(&vbd)?;
-        let mut child = Command::new(PROGRAM)
-            .args(["--to", to.module(), "--domain", &domid])
-            .stdout(Stdio::null())
-            .spawn()
-            .with_context(|| format!("cannot start {PROGRAM}"))?;
+        let mut child = start(&domid, to, &[])?;
         // Anywhere on its way, which takes so long here.
         std::thread::sleep(Duration::from_millis(rng.below(700)));
         child.kill()?;
@@ -242,10 +229,7 @@ fn killed(context: &mut Context) -> Result<()> {
         ensure!(done.rc == 0, "asked again: {}", done.text);
         is_served_by(&vbd, to)?;
     }
-    wait_load(&vbd)?;
-    guest.run("touch /tmp/stop")?;
-    let done = guest.wait(job, FIO)?;
-    ensure!(done.rc == 0, "fio failed: {}", sh::tail(&done.text, 400));
+    end_job(guest, &vbd, job)?;
     compare(guest, "xvda", &device.path(), 8)?;
     guest.detach(&vbd)
 }

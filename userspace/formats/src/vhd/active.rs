@@ -359,10 +359,10 @@ impl<S: Storage> Active<S> {
                 None => vec![(len, false)],
             };
             for (len, is_written) in runs {
-                match (is_written, self.parent.as_deref()) {
-                    (true, _) => row.push(len, Content::Data),
-                    (false, Some(_)) if !whole => row.push(len, Content::Below),
-                    (false, parent) => row.push_missing(parent, place, len).await?,
+                let parent = self.parent.as_deref();
+                match is_written {
+                    true => row.push(len, Content::Data),
+                    false => row.push_missing(parent, place, len, whole).await?,
                 }
                 place += len;
             }

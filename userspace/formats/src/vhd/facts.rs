@@ -2,13 +2,12 @@
 //! What Xen's tools ask of a VHD, and the mark that they put on one.
 
 use super::blocks::Blocks;
-use super::footer::{self, Kind};
+use super::footer::Kind;
 use super::image::Image;
 use super::resize::put_footers;
 use crate::field::failed;
 use crate::Storage;
 use control::Failure;
-use diskio::Bytes;
 
 /// What there is to say of an image alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,16 +54,8 @@ pub async fn facts(storage: &impl Storage) -> Result<Facts, Failure> {
 /// # Errors
 /// It is none, or cannot be written.
 pub async fn hide(storage: &impl Storage, hidden: bool) -> Result<(), Failure> {
-    let Image { mut footer, header } = Image::read(storage).await?;
+    let Image { mut footer, .. } = Image::read(storage).await?;
     footer.hide(hidden);
-    let work = async {
-        if header.is_some() {
-            return put_footers(storage, &footer).await;
-        }
-        // What is at the beginning of a fixed one is the guest's.
-        let last = storage.size()?.saturating_sub(footer::LEN as u64);
-        storage.write(last, Bytes::copied(footer.bytes())?).await?;
-        storage.flush().await
-    };
-    work.await.map_err(failed("cannot mark the VHD"))
+    let done = put_footers(storage, &footer).await;
+    done.map_err(failed("cannot mark the VHD"))
 }

@@ -2,7 +2,7 @@
 //! A VHD becomes larger. After each step it is a whole image, of the old size or of the new one.
 
 use super::batmap;
-use super::footer::{self, Footer};
+use super::footer::{self, Footer, Kind};
 use super::header::{table_len, Header, MOST_BLOCKS};
 use super::image::Image;
 use super::MOST;
@@ -63,9 +63,7 @@ async fn fixed(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<
     storage.write_zeroes(old, size - old).await?;
     storage.flush().await?;
     footer.resize(size);
-    let last = storage.size()?.saturating_sub(footer::LEN as u64);
-    storage.write(last, Bytes::copied(footer.bytes())?).await?;
-    storage.flush().await
+    put_footers(storage, &footer).await
 }
 
 /// Puts a copy of the table that has `count` entries behind everything else.
@@ -102,11 +100,14 @@ async fn say(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<()
     put_footers(storage, &footer).await
 }
 
-/// Puts a footer into both places, that at the beginning last: it counts.
+/// Puts a footer into both places, that at the beginning last: it counts. What is there in a fixed one is the guest's.
 pub(super) async fn put_footers(storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
     let last = storage.size()?.saturating_sub(footer::LEN as u64);
     storage.write(last, Bytes::copied(footer.bytes())?).await?;
     storage.flush().await?;
+    if footer.kind == Kind::Fixed {
+        return Ok(());
+    }
     storage.write(0, Bytes::copied(footer.bytes())?).await?;
     storage.flush().await
 }
