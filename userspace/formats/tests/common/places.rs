@@ -58,6 +58,8 @@ pub(crate) struct Host<S: Subject> {
     map: RefCell<Map<Vec<Slot>, Vec<Leaf>>>,
     /// What each sector holds; nothing where it was discarded.
     model: RefCell<Vec<Option<u32>>>,
+    /// What the process is making zeroes of, or forgets.
+    going: RefCell<Vec<Sectors>>,
     chance: RefCell<Chance>,
     /// Requests of the kernel, and deaths of the process.
     pub(crate) hits: Cell<u64>,
@@ -79,6 +81,7 @@ impl<S: Subject> Host<S> {
             storage: subject.storage(),
             map: RefCell::new(map),
             model: RefCell::new((0..sectors).map(|at| Some(subject.first(at))).collect()),
+            going: RefCell::default(),
             chance: RefCell::new(Chance(seed)),
             subject,
             disk,
@@ -170,8 +173,15 @@ impl<S: Subject> Host<S> {
                 let bytes = self.bytes(range, number);
                 self.disk.write(at, bytes, how).await.unwrap();
             }
-            Kind::Zeroes => self.disk.write_zeroes(at, len, how).await.unwrap(),
-            Kind::Discard => self.disk.discard(at, len, how).await.unwrap(),
+            Kind::Zeroes | Kind::Discard => {
+                self.going.borrow_mut().push(*range);
+                let gone = match kind {
+                    Kind::Zeroes => self.disk.write_zeroes(at, len, how).await,
+                    _ => self.disk.discard(at, len, how).await,
+                };
+                gone.unwrap();
+                self.going.borrow_mut().retain(|going| going != range);
+            }
         }
         changes();
     }
@@ -198,6 +208,16 @@ impl<S: Subject> Host<S> {
             .filter(|place| map.set(&extent(place), generation).is_ok());
         let told: Vec<Place> = told.copied().collect();
         drop(map);
+        // The image may say already that this is gone, and the kernel hears of it with the answer: until then the
+        // guest has no use for what is there, and the next process is told nothing of what this one said.
+        let is_going = |place: &Place| {
+            let its = extent(place).range;
+            self.going
+                .borrow()
+                .iter()
+                .any(|range| range.common(&its).is_some())
+        };
+        let told: Vec<Place> = told.into_iter().filter(|place| !is_going(place)).collect();
         // A death now: the next process finds the same.
         if !told.is_empty() && self.below(8) == 0 {
             self.deaths.set(self.deaths.get() + 1);
