@@ -54,6 +54,8 @@ pub(crate) struct Keys {
     queues: u64,
     ring_order: u64,
     segments: u64,
+    /// Whoever served it when its guest connected keeps mapped what the guest keeps granted, and has said so.
+    pub(crate) keeps_grants: bool,
 }
 
 /// Why a disk stays with the driver that it has.
@@ -88,6 +90,7 @@ impl Keys {
             queues: number(&format!("{front}/multi-queue-num-queues"), 1)?,
             ring_order: number(&format!("{front}/ring-page-order"), 0)?,
             segments: number(&back("feature-max-indirect-segments"), 0)?,
+            keeps_grants: number(&back("feature-persistent"), 0)? != 0,
             front,
         })
     }

@@ -227,8 +227,8 @@ fn drain<H: Host>(host: &H, device: &Device, keys: &Keys, until: Duration) -> Re
 
 /// A disk whose rings are drained goes to the other driver, or back.
 fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(), Refused> {
-    if keys.is_connected() && plan.to == Driver::C {
-        // The guest does not expect that its pages are kept mapped: nobody has told it so when it connected.
+    if keys.is_connected() && !keys.keeps_grants {
+        // The guest does not expect that its pages stay mapped: nobody has told it so when it connected.
         host.write(&keys.persistent(), "0")?;
     }
     if let Err(error) = host.unbind(plan.from, device) {

@@ -12,8 +12,8 @@ use takeover::{retire, take_over, Begun, Device, Driver, Host, Limits, Outcome, 
 #[derive(Clone, Debug)]
 struct Vbd {
     driver: Option<Driver>,
-    /// What its guest was told when it connected.
-    connected_to: Driver,
+    /// Its guest was told, when it connected, that its pages stay mapped.
+    is_told: bool,
     /// Indexes of its rings.
     rings: Vec<Head>,
     /// Its storage does not answer.
@@ -74,9 +74,11 @@ impl Fake {
             requested: 40,
             answered: 30,
         };
+        // This driver did not say so in its first versions.
+        let is_told = from == Driver::C || domid == 2;
         let vbd = Vbd {
             driver: Some(from),
-            connected_to: from,
+            is_told,
             rings: (0..queues).map(head).collect(),
             hangs: false,
         };
@@ -91,6 +93,9 @@ impl Fake {
             if queues > 0 { "4" } else { "1" },
         );
         self.set(&format!("{front}/feature-persistent"), "1");
+        if is_told {
+            self.set(&device.back("feature-persistent"), "1");
+        }
         if queues > 1 {
             self.set(
                 &format!("{front}/multi-queue-num-queues"),
@@ -339,10 +344,15 @@ impl Host for Fake {
                 return Err(io::ErrorKind::NotFound.into());
             }
             let keeps = self.front(device, "feature-persistent").as_deref() != Some("0");
-            let is_told = vbd.rings.is_empty() || vbd.connected_to == Driver::C;
-            if driver == Driver::C && keeps && !is_told {
-                self.wrong(format!("pages of {} stay mapped", device.name));
+            if keeps != vbd.is_told && !vbd.rings.is_empty() {
+                let told = vbd.is_told;
+                self.wrong(format!(
+                    "{}: pages stay mapped: {keeps}, told: {told}",
+                    device.name
+                ));
             }
+            // For who connects from now on.
+            self.set(&device.back("feature-persistent"), "1");
             vbd.driver = Some(driver);
             let state = match (vbd.rings.is_empty(), self.refuses.get() == Some(driver)) {
                 (true, _) => "2",
