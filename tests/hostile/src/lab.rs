@@ -3,7 +3,7 @@
 
 use crate::disk::{self, Disk};
 use crate::leaks::Leaks;
-use crate::session::{Session, Shape, WIDE};
+use crate::session::{Session, Shape, KEEPS_GRANTS, WIDE};
 use crate::tap::{self, TapDisk};
 use crate::vbd::{Mode, Vbd};
 use anyhow::{ensure, Context, Result};
@@ -11,6 +11,7 @@ use dom0::kmsg::{Kmsg, LOST};
 use dom0::xen;
 use std::cell::Cell;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 /// The bystander's device number.
@@ -63,8 +64,11 @@ impl Lab {
         let coarse = make("hostile-coarse", 4096, Duration::ZERO)?;
         let slow = make("hostile-slow", 512, Duration::from_millis(20))?;
         let other = make("hostile-other", 512, Duration::ZERO)?;
+        // Nothing of it is mapped while others are looked at.
+        let keeps = KEEPS_GRANTS.swap(false, Relaxed);
         let bystander = Session::start(BYSTANDER, &other, Mode::ReadWrite, WIDE)
             .context("an honest frontend cannot connect")?;
+        KEEPS_GRANTS.store(keeps, Relaxed);
         Ok(Lab {
             disk,
             coarse,

@@ -30,6 +30,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// A malicious frontend against the block backend of this dom0.
 #[derive(Parser)]
@@ -38,6 +39,9 @@ struct Cli {
     /// Attack this block device in place of a new null_blk device; its content is destroyed.
     #[arg(long, global = true, value_name = "DEVICE")]
     device: Option<PathBuf>,
+    /// Offer that pages stay granted, as most guests do.
+    #[arg(long, global = true)]
+    keeps_grants: bool,
     #[command(subcommand)]
     face: Face,
 }
@@ -105,6 +109,7 @@ fn main() -> ExitCode {
 fn start() -> Result<bool> {
     let cli = Cli::parse();
     let device = cli.device.as_ref();
+    session::KEEPS_GRANTS.store(cli.keeps_grants, Relaxed);
     match cli.face {
         Face::Run { list: true, .. } => {
             for case in cases::all() {
@@ -132,7 +137,9 @@ fn start() -> Result<bool> {
         Face::TapServe(orders) => tap::server::run(&orders).map(|()| true),
         Face::TapLeave => tap::leave().map(|()| true),
         Face::Fuzz { seed, cases } => {
-            fuzz::run(seed.unwrap_or_else(rng::fresh_seed), cases, device)
+            let seed = seed.unwrap_or_else(rng::fresh_seed);
+            session::KEEPS_GRANTS.fetch_or(seed % 2 == 0, Relaxed);
+            fuzz::run(seed, cases, device)
         }
         Face::FuzzTap { seed, cases } => {
             fuzz_tap::run(seed.unwrap_or_else(rng::fresh_seed), cases, device)

@@ -8,7 +8,7 @@ use crate::vbd::{state, Mode, Vbd};
 use crate::wire::{flush, rw, Answer, Request, Seg, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{Protocol, OP_READ, OP_WRITE, PAGE_SIZE};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::Arc;
 
 /// Pages for data of a session.
@@ -17,7 +17,8 @@ pub(crate) const DATA_PAGES: usize = 48;
 /// The page of them that holds descriptors.
 pub(crate) const DESCRIPTOR_PAGE: usize = DATA_PAGES - 1;
 /// Segments of an indirect request that the backend copies with its own parameters, and maps where it
-/// is told to copy fewer than 17 (`copy_max_segments`): the attacks run both ways.
+/// is told to copy fewer than 17 (`copy_max_segments`), and keeps mapped of a frontend that offers that: the attacks run
+/// all ways.
 pub(crate) const MAPPED: usize = 32;
 
 /// What a frontend asks for.
@@ -61,6 +62,9 @@ pub(crate) fn queues(shape: Shape) -> Result<Vec<Queue>> {
         .collect()
 }
 
+/// Frontends offer that pages stay granted.
+pub(crate) static KEEPS_GRANTS: AtomicBool = AtomicBool::new(false);
+
 /// The keys of an honest frontend for these queues.
 pub(crate) fn keys(shape: Shape, queues: &[Queue]) -> Vec<(String, String)> {
     let protocol = match shape.protocol {
@@ -68,6 +72,9 @@ pub(crate) fn keys(shape: Shape, queues: &[Queue]) -> Vec<(String, String)> {
         Protocol::Abi32 => "x86_32-abi",
     };
     let mut keys = vec![("protocol".to_owned(), protocol.to_owned())];
+    if KEEPS_GRANTS.load(Relaxed) {
+        keys.push(("feature-persistent".into(), "1".into()));
+    }
     if shape.order > 0 {
         keys.push(("ring-page-order".into(), shape.order.to_string()));
     }
@@ -190,6 +197,13 @@ impl Session {
         self.queues = queues(shape)?;
         self.vbd.reopen()?;
         self.publish_keys(shape)
+    }
+
+    /// Connects anew as a frontend that keeps its pages granted.
+    pub(crate) fn keep_grants(&mut self) -> Result<()> {
+        let key = ("feature-persistent".to_owned(), "1".to_owned());
+        self.vbd.store.write_all(&self.vbd.front, &[key])?;
+        self.reconnect(WIDE)
     }
 
     /// Closes and detaches.

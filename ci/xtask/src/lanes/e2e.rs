@@ -47,13 +47,14 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
 /// Batches of random requests in the usual lane; each run has others.
 const SOME_FUZZ: u32 = 100;
 
-/// The tests of what a malicious frontend does: all with the parameters that are shipped, then the other
-/// way those that are about the pages of requests.
+/// The tests of what a malicious frontend does: all with the parameters that are shipped, then those that are about
+/// the pages of requests in the other ways, kept and mapped.
 pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let seed = words(seed);
     // blktapctrl uses the module.
     let script = format!(
         "/t/hostile run{seed}
+         /t/hostile run --pages --keeps-grants --label kept{seed}
          busybox killall blktapctrl
          while busybox pidof blktapctrl >/dev/null; do sleep 0.1; done
          rmmod xen-blkback-rs && modprobe xen-blkback-rs {MAPPING} || exit 1

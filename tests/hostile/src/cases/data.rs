@@ -38,6 +38,14 @@ pub(super) fn all() -> Vec<Case> {
             data::h26_one_grant_everywhere,
             "one reference in all segments of all requests"
         ),
+        case!(
+            data::h27_more_than_can_be_kept,
+            "ever new references of a frontend that keeps its pages granted"
+        ),
+        case!(
+            data::h28_taken_back_while_kept,
+            "grants taken back that the backend keeps mapped"
+        ),
         case!(data::h31_ring_page_as_data, "a read over the ring itself"),
     ]
 }
@@ -208,6 +216,68 @@ fn h26_one_grant_everywhere(lab: &mut Lab) -> Result<()> {
     let request = session.indirect(OP_READ, 0, &segs);
     expect_all_okay(&mut session, &vec![request; 32])
         .context("pages of requests with one page many times are lost")?;
+    lab.finish_healthy(session)
+}
+
+/// More pages than the backend keeps of a queue, which are 1024.
+const NEW_PAGES: usize = 1536;
+
+fn h27_more_than_can_be_kept(lab: &mut Lab) -> Result<()> {
+    // What one process may grant.
+    std::fs::write("/sys/module/xen_gntalloc/parameters/limit", "4096")
+        .context("the number of pages that may be granted cannot be changed")?;
+    let mut session = lab.session()?;
+    session.keep_grants()?;
+    let pages = GrantPages::new(NEW_PAGES, Access::ReadWrite)?;
+    // Twice: some are known then, and others were never kept.
+    for round in 0..2 {
+        for (at, word) in pages.words().iter().enumerate() {
+            word.store((at as u32).wrapping_mul(0x9e37_79b9) ^ round, Relaxed);
+        }
+        let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
+        for op in [OP_WRITE, OP_READ] {
+            let requests: Vec<Request> = (0u64..)
+                .zip(segs.chunks(8))
+                .map(|(id, segs)| rw(op, id, id * 64, segs))
+                .collect();
+            for some in requests.chunks(32) {
+                expect_all_okay(&mut session, some)?;
+            }
+            if op == OP_WRITE {
+                pages.fill(0x11);
+            }
+        }
+        let words = pages.words().iter().enumerate();
+        let wrong = words.filter(|(at, word)| {
+            word.load(Relaxed) != (*at as u32).wrapping_mul(0x9e37_79b9) ^ round
+        });
+        let count = wrong.count();
+        ensure!(count == 0, "{count} words are not what was written");
+    }
+    lab.finish_healthy(session)
+}
+
+fn h28_taken_back_while_kept(lab: &mut Lab) -> Result<()> {
+    let mut session = lab.session()?;
+    session.keep_grants()?;
+    for op in [OP_READ, OP_WRITE] {
+        let pages = GrantPages::new(11, Access::ReadWrite)?;
+        let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
+        session.expect(&rw(op, 1, 2048, &segs), OKAY)?;
+        pages.revoke()?;
+        drop(pages);
+        // The pages are still there, but nobody has promised that.
+        for _ in 0..3 {
+            let queue = session.queue();
+            queue.push(&rw(op, 2, 2048, &segs));
+            queue.publish()?;
+            queue.wait(1, ANSWER)?;
+        }
+    }
+    // Nor does it count that the frontend takes back what it has said.
+    let key = format!("{}/feature-persistent", session.vbd.front);
+    session.vbd.store.remove(&key)?;
+    session.reconnect(WIDE)?;
     lab.finish_healthy(session)
 }
 
