@@ -88,6 +88,11 @@ pub(crate) trait BackingDisk: Send + Sync + 'static {
         true
     }
 
+    /// Guests may keep their pages granted: data goes from these to the disk without a copy.
+    fn keeps_grants(&self) -> bool {
+        false
+    }
+
     /// How it is served, if that can change.
     fn status(&self) -> Option<Status> {
         None
@@ -107,6 +112,8 @@ pub(crate) struct Needs<'a> {
     pub(crate) queues: u32,
     /// Slots of its ring: requests in flight at most.
     pub(crate) depth: u16,
+    /// The guest keeps its pages granted, and knows that they stay mapped.
+    pub(crate) keeps_grants: bool,
     /// Where its thread sleeps; a completion wakes it.
     pub(crate) wake_event: &'a Arc<WakeEvent>,
 }

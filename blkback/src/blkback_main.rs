@@ -86,7 +86,7 @@ module! {
             description: "Most pages of each queue at which guest pages are mapped",
         },
         domain_mappings: u32 {
-            default: 16384,
+            default: 65536,
             description: "Pages of one guest that its queues may map in all; beyond it they copy",
         },
         poll_us: u32 {

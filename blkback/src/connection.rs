@@ -32,6 +32,8 @@ pub(crate) struct Peer<'a> {
     pub(crate) device: &'a Arc<Device>,
     /// What the guest may do.
     pub(crate) limits: &'a Limits,
+    /// A guest that keeps its pages granted is told that they stay mapped.
+    pub(crate) keeps_grants: bool,
 }
 
 /// A disk to which a device can connect, whatever serves it. This is the last indirect call: the
@@ -121,6 +123,7 @@ impl Connection {
             request: &request,
             disk,
             limits: &limits,
+            keeps_grants: peer.keeps_grants && request.keeps_grants,
         };
         let no_memory = |_| ConnectError::Step("not enough memory for the queues", ENOMEM);
         let mut prepared = KVec::with_capacity(request.queues as usize, GFP_KERNEL)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! When a queue gives back the memory that it has borrowed.
+//! When a queue gives back the memory that it has borrowed, and lets go of pages of its guest.
 
 use crate::engine::{Backend, Engine, Grants};
 use crate::linux::local_clock;
@@ -10,6 +10,8 @@ use crate::totals::Tally;
 /// What was not used for so long is given back, in nanoseconds. A little less than a thread sleeps
 /// that has borrowed something.
 const UNUSED_NS: u64 = 3_000_000_000;
+/// A guest's page that was not used for one to two of these is unmapped, in nanoseconds.
+const KEPT_NS: u64 = 15_000_000_000;
 /// Passes after which a thread that does not sleep looks whether it owes something.
 const PASSES: u32 = 4096;
 
@@ -18,18 +20,21 @@ pub(crate) struct Keeper<'a> {
     tally: &'a Tally,
     /// What the statistics say.
     borrowed: u16,
-    /// When it was looked last what is not used.
+    /// When it was looked last what is not used, of memory and of what is kept mapped.
     looked: u64,
+    swept: u64,
     passes: u32,
 }
 
 impl<'a> Keeper<'a> {
     /// For a queue that has borrowed nothing.
     pub(crate) fn new(tally: &'a Tally) -> Self {
+        let now = local_clock();
         Self {
             tally,
             borrowed: 0,
-            looked: local_clock(),
+            looked: now,
+            swept: now,
             passes: 0,
         }
     }
@@ -41,15 +46,20 @@ impl<'a> Keeper<'a> {
         engine: &mut Engine<'_, R, G, B>,
     ) {
         let borrowed = engine.borrowed();
-        if borrowed == 0 && self.borrowed == 0 {
+        if borrowed == 0 && self.borrowed == 0 && engine.kept() == 0 {
             return;
         }
         self.passes = self.passes.wrapping_add(1);
-        engine.settle(self.passes % PASSES == 0);
+        let is_turn = self.passes % PASSES == 0;
+        if is_turn {
+            // It may never sleep.
+            self.sweep(engine, local_clock());
+        }
+        engine.settle(is_turn);
         self.note(engine.borrowed());
     }
 
-    /// Gives back what was not used for a while. Returns whether something is still borrowed, so
+    /// Gives back what was not used for a while. Returns whether something is still borrowed or kept, so
     /// that the thread must not sleep for ever.
     pub(crate) fn before_sleep<R: SharedRing, G: Grants, B: Backend>(
         &mut self,
@@ -61,7 +71,20 @@ impl<'a> Keeper<'a> {
             let left = engine.tidy();
             self.note(left);
         }
-        engine.borrowed() > 0
+        self.sweep(engine, now);
+        engine.borrowed() > 0 || engine.kept() > 0
+    }
+
+    /// Has pages of the guest unmapped that it has not used for a while.
+    fn sweep<R: SharedRing, G: Grants, B: Backend>(
+        &mut self,
+        engine: &mut Engine<'_, R, G, B>,
+        now: u64,
+    ) {
+        if engine.kept() > 0 && now.wrapping_sub(self.swept) > KEPT_NS {
+            self.swept = now;
+            let _left = engine.sweep(false);
+        }
     }
 
     fn note(&mut self, now: u16) {

@@ -18,6 +18,8 @@ const INFO_REMOVABLE: u64 = 2;
 /// `VDISK_READONLY`.
 const INFO_READONLY: u64 = 4;
 
+/// Pages that the frontend keeps granted stay mapped.
+const PERSISTENT_KEY: &CStr = c"feature-persistent";
 /// Segments of an indirect request.
 const SEGMENTS_KEY: &CStr = c"feature-max-indirect-segments";
 
@@ -51,6 +53,10 @@ pub(crate) struct Features {
     read_only: bool,
     cdrom: bool,
     discard: bool,
+    /// The disk makes use of pages that stay mapped.
+    keeps_grants: bool,
+    /// The frontend is told that they do.
+    persistent: bool,
 }
 
 impl Features {
@@ -68,7 +74,14 @@ impl Features {
             read_only,
             cdrom,
             discard,
+            keeps_grants: disk.keeps_grants(),
+            persistent: is_told_persistent(device, disk.keeps_grants())?,
         })
+    }
+
+    /// A guest that keeps its pages granted knows that they stay mapped, and they do.
+    pub(crate) fn keeps_grants(&self) -> bool {
+        self.keeps_grants && self.persistent
     }
 
     /// The same as limits for the engine.
@@ -103,7 +116,7 @@ impl Features {
             if limits.max_indirect_segments > 0 {
                 number(SEGMENTS_KEY, limits.max_indirect_segments.into())?;
             }
-            number(c"feature-persistent", 0)?;
+            number(PERSISTENT_KEY, self.persistent.into())?;
             number(c"sectors", self.device.sectors)?;
             number(c"info", self.info())?;
             number(c"sector-size", self.device.logical_block.into())?;
@@ -217,6 +230,19 @@ fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) ->
         t.read_state(device.nodename())?;
         body(t)
     })
+}
+
+/// What the frontend is told of pages that it keeps granted, of a disk for which that is `wanted`. One that is
+/// connected, to whoever had the device before, does not look again, and fails if a page that it did not expect so
+/// stays mapped.
+fn is_told_persistent(device: &Device, wanted: bool) -> Result<bool> {
+    match store::read_state(device.otherend()) {
+        Ok(State::Connected) => value_is(device, PERSISTENT_KEY, b"1"),
+        Ok(_) => Ok(wanted),
+        // It is gone, which others will see.
+        Err(error) if error == ENOENT => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// True if a key of the backend's directory has this value.

@@ -2,6 +2,7 @@
 
 //! Module parameters, clamped to what the protocol and the memory allow.
 
+use crate::linux::bounds;
 use crate::linux::versions::parameter;
 use crate::module_parameters;
 use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
@@ -45,6 +46,12 @@ pub(crate) fn copy_max_segments() -> u16 {
     parameter(module_parameters::copy_max_segments.value()).min(u32::from(u16::MAX)) as u16
 }
 
+/// Pages of guests that keep them granted stay mapped.
+pub(crate) fn keeps_grants() -> bool {
+    // Elsewhere nobody has measured it.
+    crate::linux::is_pv_domain() && bounds::feature_persistent()
+}
+
 /// The layout of a frontend that does not name its own.
 pub(crate) fn default_protocol() -> Protocol {
     // The C driver takes 32 bits on x86, against the header; frontends rely on it.
@@ -58,11 +65,12 @@ pub(crate) fn default_protocol() -> Protocol {
 /// Writes into the kernel's log what the parameters come to: what is too large counts as the largest.
 pub(crate) fn tell() {
     pr_info!(
-        "loaded: max_queues {}, max_ring_page_order {}, max_indirect_segments {}, copy_max_segments {}, poll_us {}\n",
+        "loaded: max_queues {}, max_ring_page_order {}, max_indirect_segments {}, copy_max_segments {}, feature_persistent {}, poll_us {}\n",
         max_queues(),
         max_ring_order(),
         max_indirect_segments(),
         copy_max_segments(),
+        u32::from(keeps_grants()),
         parameter(module_parameters::poll_us.value())
     );
 }
@@ -110,12 +118,12 @@ impl PoolSizes {
     }
 }
 
-/// Data pages of a queue whose ring has so many slots.
+/// Data pages of a queue whose ring has so many slots, of a guest that keeps its pages granted or does not.
 ///
 /// Each pool that is used can hold the largest request; beyond that each slot can have as many pages
 /// as the requests have that Linux guests send by default: 32 segments at most. All but a few of
 /// them are borrowed while they are needed.
-pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
+pub(crate) fn pool_sizes(slots: u32, keeps_grants: bool) -> PoolSizes {
     let largest = u32::from(max_indirect_segments()).max(11);
     let size = |per_slot: u32, most: u32| {
         let pages = slots.saturating_mul(per_slot).min(most.min(PAGES));
@@ -125,14 +133,14 @@ pub(crate) fn pool_sizes(slots: u32) -> PoolSizes {
     let most = parameter(module_parameters::copy_pages.value());
     let copies_all = u32::from(copy_max_segments()) >= largest;
     PoolSizes {
-        copy: size(if copies_all { 32 } else { 4 }, most),
+        copy: size(if copies_all || keeps_grants { 32 } else { 4 }, most),
         // CAST: 16.
         own: OWN as u16,
         rest: largest as u16,
-        map: if copies_all {
-            0
-        } else {
-            size(16, parameter(module_parameters::map_pages.value()))
+        map: match parameter(module_parameters::map_pages.value()) {
+            most if keeps_grants => size(32, most),
+            most if !copies_all => size(16, most),
+            _ => 0,
         },
     }
 }

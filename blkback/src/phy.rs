@@ -5,7 +5,7 @@
 use crate::backing::{BackingDisk, Drain, Limits, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
-use crate::engine::{Backend, Group, Io, IoKind, PendingRequest, SegmentEntry, Slice};
+use crate::engine::{Backend, Group, Io, IoKind, Mapping, PendingRequest, SegmentEntry, Slice};
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Disk, Inflight, Operation, Piece};
 use crate::linux::memory::data::{Backing, DataPages};
@@ -39,6 +39,10 @@ impl BackingDisk for BlockDevice {
         BlockDevice::number(self)
     }
 
+    fn keeps_grants(&self) -> bool {
+        params::keeps_grants()
+    }
+
     fn prepare(&self) -> Result<(), ConnectError> {
         // What this domain's page cache holds may be older than what the guest writes.
         self.drop_cache().map_err(|error| {
@@ -56,7 +60,7 @@ impl QueueBackends for BlockDevice {
     }
 
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
-        let mut sizes = params::pool_sizes(needs.depth.into());
+        let mut sizes = params::pool_sizes(needs.depth.into(), needs.keeps_grants);
         let mut lease = Lease::new(needs.domain, bytes(&sizes, needs.depth))?;
         // Mappings are a matter of speed: without room for them everything is copied.
         if !lease.reserve_mappings(sizes.map.into(), params::domain_mappings()) {
@@ -89,11 +93,13 @@ fn bytes(sizes: &PoolSizes, depth: u16) -> usize {
     let slots = usize::from(depth).saturating_mul(size_of::<PendingRequest>());
     let entries = sizes.entries().saturating_mul(size_of::<SegmentEntry>());
     let groups = Group::needed(sizes.copy).saturating_mul(size_of::<Group>());
+    let mappings = usize::from(sizes.map).saturating_mul(size_of::<Mapping>());
     usize::from(sizes.own)
         .saturating_mul(PAGE_SIZE)
         .saturating_add(slots)
         .saturating_add(entries)
         .saturating_add(groups)
+        .saturating_add(mappings)
         .saturating_add(DataPages::bytes(sizes.copy))
         .saturating_add(Disk::bytes(depth))
         .saturating_add(GuestGrants::bytes(sizes.map))

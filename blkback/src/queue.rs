@@ -11,8 +11,8 @@
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Io, Pass, PendingRequest, Rest, SegmentEntry,
-    Shape, Stats,
+    Backend, Config, Engine, Fetch, Grants, Group, Io, Mapping, Pass, PendingRequest, Rest,
+    SegmentEntry, Shape, Stats, Tables,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
@@ -105,6 +105,8 @@ pub(crate) struct Setup<'a, D> {
     pub(crate) disk: &'a Arc<D>,
     /// What the disk allows.
     pub(crate) limits: &'a Limits,
+    /// The guest keeps its pages granted, and knows that they stay mapped.
+    pub(crate) keeps_grants: bool,
 }
 
 /// Passes in a row of which one shows what was counted; so does each before a sleep.
@@ -250,6 +252,7 @@ struct State<D: QueueBackends> {
     slots: KVec<PendingRequest>,
     entries: KVec<SegmentEntry>,
     groups: KVec<Group>,
+    mappings: KVec<Mapping>,
     fetches: KVec<Option<Fetch>>,
     stats: Stats,
     shape: Shape,
@@ -324,6 +327,7 @@ impl<D: QueueBackends> State<D> {
             index,
             queues: setup.request.queues,
             depth: slots,
+            keeps_grants: setup.keeps_grants,
             wake_event: &control.wake_event,
         })?;
         let shape = Shape {
@@ -336,6 +340,7 @@ impl<D: QueueBackends> State<D> {
             .fold(0, |sum, part| usize::from(part).wrapping_add(sum));
         let entries = filled(SegmentEntry::EMPTY, entries).map_err(no_memory)?;
         let groups = filled(Group::EMPTY, Group::needed(shape.copy)).map_err(no_memory)?;
+        let mappings = filled(Mapping::FREE, usize::from(shape.map)).map_err(no_memory)?;
         let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
         let buffers = usize::from(grants.descriptor_buffers());
         let slots = filled(PendingRequest::FREE, usize::from(depth)).map_err(no_memory)?;
@@ -344,6 +349,7 @@ impl<D: QueueBackends> State<D> {
         let config = Config {
             protocol: setup.request.protocol,
             copy_max_segments: params::copy_max_segments(),
+            keeps_grants: setup.keeps_grants && shape.map > 0,
         };
         // Made where it stays: it is too large to be moved over the stack.
         let state = init!(Self {
@@ -351,6 +357,7 @@ impl<D: QueueBackends> State<D> {
             entries,
             fetches,
             groups,
+            mappings,
             stats: Stats::default(),
             shape,
             memory_kib,
@@ -389,11 +396,14 @@ impl<D: QueueBackends> State<D> {
                 backend: &mut self.backend,
                 guest,
             },
-            &mut self.slots,
-            &mut self.entries,
-            &mut self.groups,
-            &mut self.fetches,
-            &mut self.stats,
+            Tables {
+                slots: &mut self.slots,
+                entries: &mut self.entries,
+                groups: &mut self.groups,
+                mappings: &mut self.mappings,
+                fetches: &mut self.fetches,
+                stats: &mut self.stats,
+            },
             self.shape,
             self.config,
             self.limits,
@@ -523,10 +533,10 @@ impl<D: QueueBackends> Serving<'_, D> {
                 cond_resched();
                 continue;
             }
-            self.tally.show(engine.stats(), engine.flight());
-            self.end_event(broken, &mut active);
             let start = local_clock();
             let borrows = keeper.before_sleep(engine, start);
+            self.tally.show(engine.stats(), engine.flight());
+            self.end_event(broken, &mut active);
             if let Some(left) = left {
                 self.control.wake_event.wait_for(left);
             } else if self.leads || borrows {

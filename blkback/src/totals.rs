@@ -28,6 +28,7 @@ const FAILED: u32 = 8;
 const MEMORY_KIB: usize = COUNTERS;
 const IN_FLIGHT: usize = COUNTERS + 1;
 const OLDEST_NS: usize = COUNTERS + 2;
+const KEPT_PAGES: usize = COUNTERS + 3;
 
 fn values(stats: &Stats) -> [u64; COUNTERS] {
     let Times {
@@ -69,6 +70,8 @@ struct Counters {
     in_flight: Atomic<u64>,
     /// When the oldest one was given to the disk; 0 if the disk has none.
     oldest: Atomic<u64>,
+    /// Pages of the guest that stay mapped.
+    kept: Atomic<u64>,
 }
 
 impl Counters {
@@ -78,6 +81,7 @@ impl Counters {
             counters: [const { Atomic::new(0) }; COUNTERS],
             in_flight: Atomic::new(0),
             oldest: Atomic::new(0),
+            kept: Atomic::new(0),
         }
     }
 }
@@ -149,6 +153,7 @@ impl Totals {
                 let borrowed = self.borrowed.load(Relaxed).wrapping_mul(4);
                 self.memory.load(Relaxed).wrapping_add(borrowed)
             }
+            (None, KEPT_PAGES) => now.map(|queue| &queue.kept).fold(0, sum),
             (None, IN_FLIGHT) => now.map(|queue| &queue.in_flight).fold(0, sum),
             (None, OLDEST_NS) => {
                 let starts = now.map(|queue| queue.oldest.load(Relaxed));
@@ -193,6 +198,7 @@ impl Tally {
         }
         shown.in_flight.store(flight.requests.into(), Relaxed);
         shown.oldest.store(flight.oldest.unwrap_or(0), Relaxed);
+        shown.kept.store(flight.kept.into(), Relaxed);
     }
 
     /// Records that the queue has borrowed so many pages, after it had so many.

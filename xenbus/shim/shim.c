@@ -257,6 +257,10 @@ static unsigned int host_memory_mib;
 module_param(host_memory_mib, uint, 0644);
 MODULE_PARM_DESC(host_memory_mib, "Memory in MiB for the disks of all guests (0: a quarter of this domain's memory) (uint)");
 
+static bool feature_persistent = true;
+module_param(feature_persistent, bool, 0644);
+MODULE_PARM_DESC(feature_persistent, "Pages of guests that keep them granted stay mapped, of disks that connect from now on (bool)");
+
 static unsigned int memory_kib;
 module_param(memory_kib, uint, 0444);
 MODULE_PARM_DESC(memory_kib, "Shows the memory in KiB that the disks of all guests have now (uint)");
@@ -269,6 +273,11 @@ unsigned int xbr_domain_memory_mib(void)
 unsigned int xbr_host_memory_mib(void)
 {
 	return READ_ONCE(host_memory_mib);
+}
+
+unsigned int xbr_feature_persistent(void)
+{
+	return READ_ONCE(feature_persistent);
 }
 
 void xbr_set_memory_kib(unsigned int kib)
@@ -308,7 +317,7 @@ void xbr_set_attr_fn(xbr_attr_fn *fn)
 	STAT(rd_done) STAT(rd_ns) STAT(wr_done) STAT(wr_ns)			\
 	STAT(f_done) STAT(f_ns) STAT(ds_done) STAT(ds_ns)			\
 	STAT(page_wait_ns) STAT(pieces) STAT(ring_full)				\
-	STAT(memory_kib) STAT(in_flight) STAT(oldest_ns)
+	STAT(memory_kib) STAT(in_flight) STAT(oldest_ns) STAT(kept_pages)
 
 #define XBR_STAT_INDEX(name) XBR_STAT_##name,
 enum xbr_stat { XBR_STATS(XBR_STAT_INDEX) XBR_STAT_COUNT };

@@ -89,6 +89,7 @@ void xbr_yield_processor(void);
 unsigned long xbr_total_ram_pages(void);
 unsigned int xbr_domain_memory_mib(void);
 unsigned int xbr_host_memory_mib(void);
+unsigned int xbr_feature_persistent(void);
 void xbr_set_memory_kib(unsigned int kib);
 void xbr_cond_resched(void);
 void xbr_dev_err_ratelimited(struct device *dev, const char *text);

@@ -4,9 +4,10 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
-use crate::engine::requests::List;
+use crate::engine::requests::{List, PendingRequest};
 use crate::engine::segments::Pool;
 use crate::ring::grants::{CopyDirection, Grants};
+use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 use crate::ring::response::Status;
 
@@ -32,16 +33,38 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 transfers.copy(requests, tag, &request, CopyDirection::FromGuest);
             }
         }
-        if copies {
-            transfers.run_copies(&mut requests.slots);
-        }
         if maps {
             transfers.run_maps(requests);
-            self.stall_unmappable();
+            copies |= self.copy_unmappable();
+        }
+        if copies {
+            self.transfers.run_copies(&mut self.requests.slots);
         }
     }
 
-    /// Sets requests aside for whose pages the hypervisor has no room: they are copied instead.
+    /// Requests for whose pages there is no room are copied instead, at once if there are pages for that.
+    /// True if something is to be copied now.
+    fn copy_unmappable(&mut self) -> bool {
+        self.stall_unmappable();
+        let Some(first) = self.resume_stalled() else {
+            return false;
+        };
+        let mut at = Some(first);
+        let mut copies = false;
+        while let Some(tag) = at {
+            at = self.requests.after(tag);
+            let request = self.requests.get(tag).copied();
+            if let Some(request) = request.filter(PendingRequest::copies_in) {
+                copies = true;
+                let direction = CopyDirection::FromGuest;
+                self.transfers
+                    .copy(&mut self.requests, tag, &request, direction);
+            }
+        }
+        copies
+    }
+
+    /// Sets requests aside for whose pages there is no room.
     fn stall_unmappable(&mut self) {
         let requests = &mut self.requests;
         let mut keep = List::EMPTY;
@@ -63,23 +86,26 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 self.transfers.unmap(&mut requests.segments, &request);
             }
         }
-        self.transfers.run_unmaps(&mut requests.segments);
+        self.transfers.run_unmaps();
         self.retry = true;
     }
 
-    /// Moves stalled requests to copy pages, in order, as far as there are any.
-    pub(super) fn resume_stalled(&mut self) {
+    /// Moves stalled requests to copy pages, in order, as far as there are any. Returns the first of them, behind
+    /// which the others are.
+    pub(super) fn resume_stalled(&mut self) -> Option<QueueTag> {
+        let mut first = None;
         while let Some(tag) = self.requests.stalled.first() {
             let Some(request) = self.requests.get(tag).copied() else {
-                return;
+                break;
             };
             let chain = self.room(Pool::Copy, request.count, true);
             if chain.is_none() && self.requests.segments.most(Pool::Copy) >= request.count {
-                return;
+                break;
             }
             let Some(handle) = self.requests.pop_stalled() else {
-                return;
+                break;
             };
+            first = first.or(Some(tag));
             // Or a later failure to map something else would stall it once more.
             self.requests.of_mut(&handle).unmappable = false;
             if let Some(chain) = chain {
@@ -97,5 +123,6 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             }
             self.requests.push_taken(handle.resume());
         }
+        first
     }
 }

@@ -34,7 +34,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         if unmaps {
             // Before the answer: afterwards the guest may use its pages for something else.
-            transfers.run_unmaps(&mut requests.segments);
+            transfers.run_unmaps();
         }
     }
 }

@@ -5,6 +5,7 @@
 use crate::engine::backend::Backend;
 use crate::engine::blocks::Group;
 use crate::engine::clock::PassClock;
+use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, Shape};
@@ -23,6 +24,25 @@ pub struct Config {
     pub protocol: Protocol,
     /// Largest number of segments for which data is copied; larger requests are mapped.
     pub copy_max_segments: u16,
+    /// The guest keeps its pages granted: as far as there is room all are mapped, and stay so.
+    pub keeps_grants: bool,
+}
+
+/// The memory of an engine, made by who connects it.
+#[derive(Debug)]
+pub struct Tables<'a> {
+    /// One for each slot of the ring.
+    pub slots: &'a mut [PendingRequest],
+    /// One for each data page, and as many more as the largest request has segments where pages come and go.
+    pub entries: &'a mut [SegmentEntry],
+    /// One for each 512 pages that can have memory.
+    pub groups: &'a mut [Group],
+    /// One for each page at which guest pages are mapped.
+    pub mappings: &'a mut [Mapping],
+    /// One for each descriptor buffer that is to be used, at least one.
+    pub fetches: &'a mut [Option<Fetch>],
+    /// Where it counts, from zero.
+    pub stats: &'a mut Stats,
 }
 
 /// The data path of one queue.
@@ -51,34 +71,25 @@ pub struct Engine<'a, R, G, B> {
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     /// Makes the engine of an attached ring.
     ///
-    /// `slots` has one entry for each slot of the ring. `entries` has one for each data page of
-    /// `shape`, and `groups` one for each 512 pages that can have memory. `fetches` has one for
-    /// each descriptor buffer that is to be used, at least one. `stats` is where it counts, from zero. The larger of both pools must be
-    /// able to hold the largest request that `limits` allows; one that fits neither pool is
-    /// answered with an error. Where pages come and go, at least [`Self::OWN`] are there for ever,
-    /// and `entries` has as many more as the largest request has segments.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "called once, by the connect path"
-    )]
+    /// The tables are for the pages of `shape`. The larger of both pools must be able to hold the largest
+    /// request that `limits` allows; one that fits neither pool is answered with an error. Where pages come and
+    /// go, at least [`Self::OWN`] are there for ever.
     pub fn new(
         ring: BackRing<R>,
         grants: G,
         backend: B,
-        slots: &'a mut [PendingRequest],
-        entries: &'a mut [SegmentEntry],
-        groups: &'a mut [Group],
-        fetches: &'a mut [Option<Fetch>],
-        stats: &'a mut Stats,
+        tables: Tables<'a>,
         shape: Shape,
         config: Config,
         limits: Limits,
     ) -> Self {
-        *stats = Stats::default();
+        let segments = Segments::new(tables.entries, tables.groups, shape);
+        let mappings = Mappings::new(tables.mappings, shape.copy, config.keeps_grants);
+        *tables.stats = Stats::default();
         Self {
             ring,
-            requests: Requests::new(slots, Segments::new(entries, groups, shape)),
-            transfers: Transfers::new(grants, fetches),
+            requests: Requests::new(tables.slots, segments),
+            transfers: Transfers::new(grants, mappings, tables.fetches),
             backend,
             config,
             limits,
@@ -88,7 +99,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             closing: false,
             clock: PassClock::default(),
             short_since: None,
-            stats,
+            stats: tables.stats,
         }
     }
 
@@ -109,6 +120,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         Flight {
             requests: self.in_flight(),
             oldest: self.requests.oldest_start(),
+            kept: self.kept(),
         }
     }
 

@@ -224,6 +224,23 @@ impl Slots<'_> {
         }
     }
 
+    /// There is no room for a mapping of a page of it, which is a reason to copy it instead.
+    pub(crate) fn fail_to_map(&mut self, tag: QueueTag) {
+        self.fail(tag);
+        if let Some(request) = self.get_mut(tag) {
+            request.unmappable = !request.refused;
+        }
+    }
+
+    /// A page of it cannot be mapped because the grant is no good.
+    pub(crate) fn refuse_to_map(&mut self, tag: QueueTag) {
+        self.fail(tag);
+        if let Some(request) = self.get_mut(tag) {
+            request.refused = true;
+            request.unmappable = false;
+        }
+    }
+
     /// Appends a slot that is in no list.
     #[inline]
     fn append<S>(&mut self, list: &mut List<S>, tag: QueueTag) {

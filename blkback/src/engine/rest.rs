@@ -53,8 +53,8 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
                 self.transfers.unmap(&mut requests.segments, &request);
             }
         }
-        // Before the pages are free: one that cannot be unmapped never is.
-        self.transfers.run_unmaps(&mut requests.segments);
+        // Also what no request uses: the guest's domain stays as long as anything of it is mapped.
+        self.transfers.sweep(true);
         while let Some(handle) = requests.pop_completed() {
             let _nobody_reads_it = requests.end(handle);
         }

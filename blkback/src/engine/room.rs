@@ -23,10 +23,32 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Pages that a queue must have for ever, if it has not all that it can have.
     pub const OWN: u16 = PIECE;
 
-    /// Free pages of both pools and free entries without a page, for tests.
+    /// Free pages with memory, pages for mappings that are not in use, and free entries without a page, for tests.
     pub fn free_pages(&self) -> (u16, u16, u16) {
-        let free = |pool| self.requests.segments.free(pool);
-        (free(Pool::Copy), free(Pool::Map), free(Pool::Rest))
+        let (segments, mappings) = (&self.requests.segments, &self.transfers.mappings);
+        let named = segments
+            .most(Pool::Map)
+            .saturating_sub(segments.free(Pool::Map));
+        let unnamed = mappings.sound().saturating_sub(named);
+        (
+            segments.free(Pool::Copy),
+            mappings.unused().min(unnamed),
+            segments.free(Pool::Rest),
+        )
+    }
+
+    /// Guest pages that stay mapped, in use or not.
+    pub fn kept(&self) -> u16 {
+        self.transfers.mappings.kept()
+    }
+
+    /// Unmaps the guest pages that were not used since the last call, or `all` that are not in use. Returns how
+    /// many are left.
+    pub fn sweep(&mut self, all: bool) -> u16 {
+        if self.kept() > 0 {
+            self.transfers.sweep(all);
+        }
+        self.kept()
     }
 
     /// Pages with memory now.

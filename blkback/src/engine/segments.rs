@@ -2,10 +2,10 @@
 
 //! The segment table: one entry for each data page of a queue, and some more.
 //!
-//! A request owns a chain of entries, one for each of its segments; entry and page have the same
-//! index. The table has three pools: pages with memory of our own, into which data is copied;
-//! pages without memory, at which guest pages are mapped; and entries without a page, which keep
-//! the segments of a request that is done piece by piece.
+//! A request owns a chain of entries, one for each of its segments. The table has three pools: entries
+//! of pages with memory of our own, into which data is copied, each of which has the index of its page;
+//! entries for guest pages that are mapped, which get a page when it is known where that is
+//! (`mappings`); and entries without a page, which keep the segments of a request that is done piece by piece.
 //!
 //! Pages with memory come and go in blocks of eight neighbours (`blocks`). Nothing is allocated
 //! here: a request that finds too little waits, or is done in pieces.
@@ -22,7 +22,7 @@ const END: u16 = u16::MAX;
 pub enum Pool {
     /// Pages with memory: data is copied.
     Copy,
-    /// Pages without memory: guest pages are mapped.
+    /// Guest pages are mapped: the entries get their pages later.
     Map,
     /// No pages: what is left of a request that is done in pieces.
     Rest,
@@ -43,19 +43,17 @@ pub struct Shape {
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentEntry {
     segment: Option<Segment>,
-    handle: Option<u32>,
     next: u16,
-    /// A guest's page is at its page for ever: it could not be unmapped.
-    lost: bool,
+    /// Where its data is.
+    page: u16,
 }
 
 impl SegmentEntry {
     /// An entry that belongs to nobody.
     pub const EMPTY: Self = Self {
         segment: None,
-        handle: None,
         next: END,
-        lost: false,
+        page: END,
     };
 }
 
@@ -70,8 +68,6 @@ pub struct Slice {
     pub offset: u16,
     /// Bytes, at most `4096 - offset`.
     pub len: u16,
-    /// The mapping's handle, if the guest's page is mapped there.
-    pub handle: Option<u32>,
 }
 
 /// Entries for one request: a chain of `count` with pages, and of `left` without behind it.
@@ -101,8 +97,6 @@ struct Free {
     head: u16,
     count: u16,
     capacity: u16,
-    /// Entries that are lost and still in the chain of a request.
-    lost: u16,
 }
 
 impl<'a> Segments<'a> {
@@ -112,7 +106,6 @@ impl<'a> Segments<'a> {
             head: END,
             count: 0,
             capacity: 0,
-            lost: 0,
         };
         let total = u16::try_from(entries.len())
             .unwrap_or(END)
@@ -127,7 +120,10 @@ impl<'a> Segments<'a> {
         // Backwards, so that the first allocation gets the lowest pages.
         for index in (0..total).rev() {
             if let Some(entry) = table.entries.get_mut(usize::from(index)) {
-                *entry = SegmentEntry::EMPTY;
+                *entry = SegmentEntry {
+                    page: if index < copy { index } else { END },
+                    ..SegmentEntry::EMPTY
+                };
             }
             let pool = match index {
                 _ if index < copy => continue,
@@ -231,34 +227,32 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Records or forgets the mapping at a page.
-    pub fn set_handle(&mut self, page: PageIndex, handle: Option<u32>) {
-        if let Some(entry) = self.entries.get_mut(page.index()) {
-            entry.handle = handle;
+    /// The grant reference of an entry's segment, if it has one.
+    pub(crate) fn gref(&self, index: u16) -> Option<u32> {
+        Some(self.entries.get(usize::from(index))?.segment?.gref())
+    }
+
+    /// The page of an entry, if it has one.
+    pub(crate) fn page(&self, index: u16) -> Option<PageIndex> {
+        let page = self.entries.get(usize::from(index))?.page;
+        (page != END).then_some(PageIndex::new(page))
+    }
+
+    /// Says where the data of an entry of [`Pool::Map`] is and returns the next entry of the chain.
+    pub(crate) fn put_at(&mut self, index: u16, page: Option<PageIndex>) -> u16 {
+        match self.entries.get_mut(usize::from(index)) {
+            Some(entry) => {
+                entry.page = page.map_or(END, PageIndex::number);
+                entry.next
+            }
+            None => END,
         }
     }
 
-    /// The mapping at a page, if there is one.
-    pub fn handle(&self, page: PageIndex) -> Option<u32> {
-        self.entries.get(page.index())?.handle
-    }
-
-    /// A guest's page cannot be taken from this page: it leaves the pool when its request gives its
-    /// chain back.
-    pub fn lose(&mut self, page: PageIndex) {
-        let Some(entry) = self.entries.get_mut(page.index()) else {
-            return;
-        };
-        if !core::mem::replace(&mut entry.lost, true) {
-            self.map.lost = self.map.lost.saturating_add(1);
-            self.map.capacity = self.map.capacity.saturating_sub(1);
-        }
-    }
-
-    /// The entry behind `page` in its chain.
-    pub fn after(&self, page: u16) -> u16 {
+    /// The entry behind `index` in its chain.
+    pub fn after(&self, index: u16) -> u16 {
         self.entries
-            .get(usize::from(page))
+            .get(usize::from(index))
             .map_or(END, |entry| entry.next)
     }
 
@@ -289,17 +283,15 @@ impl<'a> Segments<'a> {
     pub fn slices(&self, head: u16, count: u16) -> impl Iterator<Item = Slice> + '_ {
         let mut index = head;
         (0..count).filter_map(move |_| {
-            let page = index;
-            let entry = self.entries.get(usize::from(page))?;
+            let entry = self.entries.get(usize::from(index))?;
             index = entry.next;
             let segment = entry.segment?;
             Some(Slice {
-                page: PageIndex::new(page),
+                page: PageIndex::new(entry.page),
                 gref: segment.gref(),
                 // CAST: both are at most 4096 by the type's invariant.
                 offset: segment.offset() as u16,
                 len: segment.len() as u16,
-                handle: entry.handle,
             })
         })
     }
@@ -366,9 +358,6 @@ fn alloc_listed(entries: &mut [SegmentEntry], free: &mut Free, count: u16) -> Op
 }
 
 fn release_listed(entries: &mut [SegmentEntry], free: &mut Free, head: u16, count: u16) {
-    if free.lost > 0 {
-        return release_sound(entries, free, head, count);
-    }
     let mut last = head;
     for _ in 1..count {
         let Some(entry) = entries.get(usize::from(last)) else {
@@ -380,24 +369,5 @@ fn release_listed(entries: &mut [SegmentEntry], free: &mut Free, head: u16, coun
         entry.next = free.head;
         free.head = head;
         free.count = free.count.wrapping_add(count);
-    }
-}
-
-/// The same entry by entry, without those that are lost.
-#[cold]
-fn release_sound(entries: &mut [SegmentEntry], free: &mut Free, head: u16, count: u16) {
-    let mut index = head;
-    for _ in 0..count {
-        let Some(entry) = entries.get_mut(usize::from(index)) else {
-            return;
-        };
-        let next = entry.next;
-        if entry.lost {
-            free.lost = free.lost.saturating_sub(1);
-        } else {
-            entry.next = core::mem::replace(&mut free.head, index);
-            free.count = free.count.wrapping_add(1);
-        }
-        index = next;
     }
 }

@@ -51,4 +51,6 @@ pub struct Flight {
     pub requests: u16,
     /// When the oldest one that the backend has was given to it.
     pub oldest: Option<u64>,
+    /// Pages of the guest that stay mapped, in use or not.
+    pub kept: u16,
 }

@@ -18,7 +18,7 @@ use crate::ring::response::{Response, Status};
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Gives requests that waited for pages another chance.
     pub(super) fn take_waiting(&mut self) {
-        self.resume_stalled();
+        let _first = self.resume_stalled();
         if let Some(Parked { request, .. }) = self.parked.take() {
             if let Err(why) = self.admit(&request) {
                 self.parked = Some(Parked { request, why });
@@ -185,7 +185,8 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// With a chain of `request.count` pages; one that can never get them has failed.
     fn with_pages(&mut self, mut request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
-        let wanted = if request.count <= self.config.copy_max_segments {
+        let keeps = self.transfers.mappings.keeps();
+        let wanted = if !keeps && request.count <= self.config.copy_max_segments {
             [Pool::Copy, Pool::Map]
         } else {
             [Pool::Map, Pool::Copy]
@@ -196,11 +197,16 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             request.status = Status::Error;
             return self.without_pages(request);
         };
-        request.pool = pool;
         // A barrier or a flush is the first of its queue's I/O, or is for the whole request.
         let may_split = matches!(request.kind, IoKind::Read | IoKind::Write);
-        let room = self.room(pool, request.count, may_split);
-        let chain = room.ok_or(NoRoom::Pages)?;
+        let mut room = |pool| Some((pool, self.room(pool, request.count, may_split)?));
+        let found = match room(pool) {
+            // What is kept is for speed: nothing waits for that.
+            None if keeps && pool == Pool::Map => room(Pool::Copy),
+            found => found,
+        };
+        let (pool, chain) = found.ok_or(NoRoom::Pages)?;
+        request.pool = pool;
         request.set_chain(chain);
         self.requests.take(request).ok_or_else(|| {
             self.requests.release(&request);

@@ -4,8 +4,9 @@
 //! copies of the descriptors of indirect requests.
 
 use crate::engine::backend::IoKind;
+use crate::engine::mappings::{Mappings, Unused};
 use crate::engine::requests::{PendingRequest, Requests, Slots};
-use crate::engine::segments::{Pool, Segments, Slice};
+use crate::engine::segments::{Pool, Segments};
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::request::Indirect;
@@ -22,14 +23,16 @@ pub struct Fetch {
 #[derive(Debug)]
 pub(crate) struct Transfers<'a, G> {
     grants: G,
+    pub(super) mappings: Mappings<'a>,
     fetches: &'a mut [Option<Fetch>],
     fetching: usize,
 }
 
 impl<'a, G: Grants> Transfers<'a, G> {
-    pub(super) fn new(grants: G, fetches: &'a mut [Option<Fetch>]) -> Self {
+    pub(super) fn new(grants: G, mappings: Mappings<'a>, fetches: &'a mut [Option<Fetch>]) -> Self {
         Self {
             grants,
+            mappings,
             fetches,
             fetching: 0,
         }
@@ -128,65 +131,120 @@ impl<'a, G: Grants> Transfers<'a, G> {
         self.grants.run_copies(|tag| slots.fail(tag));
     }
 
-    /// Queues the maps of a request's pages.
+    /// Gives each segment of a request the page at which the guest's page is, or will be by the next
+    /// [`run_maps`](Self::run_maps).
     pub(super) fn map(
         &mut self,
         requests: &mut Requests<'_>,
         tag: QueueTag,
         request: &PendingRequest,
     ) {
-        let read_only = request.kind != IoKind::Read;
+        // What is kept serves the next request, which may be of the other kind.
+        let read_only = request.kind != IoKind::Read && !self.mappings.keeps();
         let mut at = request.head;
         for _ in 0..request.count {
-            let Some(Slice { page, gref, .. }) = requests.segments.slices(at, 1).next() else {
+            let Some(gref) = requests.segments.gref(at) else {
                 return;
             };
-            at = requests.segments.after(at);
-            if !self.grants.queue_map(tag, page, gref, read_only) {
-                self.run_maps(requests);
-                if !self.grants.queue_map(tag, page, gref, read_only) {
-                    requests.slots.fail(tag);
-                }
-            }
+            let known = if self.mappings.keeps() {
+                self.mappings.find(gref)
+            } else {
+                None
+            };
+            let page = known.or_else(|| self.map_one(requests, tag, gref, read_only));
+            let Some(page) = page else {
+                requests.slots.fail_to_map(tag);
+                return;
+            };
+            at = requests.segments.put_at(at, Some(page));
         }
     }
 
+    /// Queues the map of one guest page. Nothing if there is no room for it.
+    #[cold]
+    fn map_one(
+        &mut self,
+        requests: &mut Requests<'_>,
+        tag: QueueTag,
+        gref: u32,
+        read_only: bool,
+    ) -> Option<PageIndex> {
+        let page = self.mappings.reserve(gref)?;
+        if !self.grants.queue_map(tag, page, gref, read_only) {
+            self.run_maps(requests);
+            if !self.grants.queue_map(tag, page, gref, read_only) {
+                self.mappings.unreserve(page);
+                return None;
+            }
+        }
+        Some(page)
+    }
+
     pub(super) fn run_maps(&mut self, requests: &mut Requests<'_>) {
-        let (slots, segments) = (&mut requests.slots, &mut requests.segments);
+        let (slots, mappings) = (&mut requests.slots, &mut self.mappings);
         self.grants.run_maps(|tag, page, outcome| {
             if let MapOutcome::Mapped(handle) = outcome {
-                segments.set_handle(page, Some(handle));
+                mappings.mapped(page, handle);
                 return;
             }
-            slots.fail(tag);
-            if let Some(request) = slots.get_mut(tag) {
-                request.refused |= outcome == MapOutcome::Refused;
-                request.unmappable = !request.refused;
+            mappings.failed(page, outcome == MapOutcome::NoSpace);
+            // A copy needs less of a grant than a mapping that is kept.
+            if outcome == MapOutcome::NoSpace || mappings.keeps() {
+                slots.fail_to_map(tag);
+            } else {
+                slots.refuse_to_map(tag);
             }
         });
     }
 
-    /// Queues the unmaps of what is mapped of a request's pages.
+    /// Takes a request's pages from it, and queues the unmaps of those that are not kept.
     pub(super) fn unmap(&mut self, segments: &mut Segments<'_>, request: &PendingRequest) {
         if request.pool != Pool::Map {
             return;
         }
         let mut at = request.head;
         for _ in 0..request.count {
-            let page = PageIndex::new(at);
-            at = segments.after(at);
-            if let Some(handle) = segments.handle(page) {
-                if !self.grants.queue_unmap(page, handle) {
-                    self.run_unmaps(segments);
-                    // The batch is empty now, so it takes the operation.
-                    let _queued = self.grants.queue_unmap(page, handle);
-                }
-                segments.set_handle(page, None);
+            let page = segments.page(at);
+            at = segments.put_at(at, None);
+            let Some(page) = page else { continue };
+            if let Some(handle) = self.mappings.release(page) {
+                self.queue_unmap(page, handle);
             }
         }
     }
 
-    pub(super) fn run_unmaps(&mut self, segments: &mut Segments<'_>) {
-        self.grants.run_unmaps(|page| segments.lose(page));
+    /// Unmaps what is kept and was not used for a while, or `all` that is kept and not in use.
+    pub(super) fn sweep(&mut self, all: bool) {
+        self.mappings.begin_sweep();
+        let mut from = 0;
+        while let Some(Unused { page, handle, next }) = self.mappings.next_unused(from, all) {
+            self.queue_unmap(page, handle);
+            from = next;
+        }
+        self.run_unmaps();
+        if self.mappings.is_empty() {
+            self.grants.nothing_is_mapped();
+        }
+    }
+
+    fn queue_unmap(&mut self, page: PageIndex, handle: u32) {
+        if self.grants.queue_unmap(page, handle) {
+            return;
+        }
+        self.carry_out_unmaps();
+        // The batch is empty now, so it takes the operation.
+        if !self.grants.queue_unmap(page, handle) {
+            self.mappings.lost(page);
+        }
+    }
+
+    fn carry_out_unmaps(&mut self) {
+        let mappings = &mut self.mappings;
+        self.grants.run_unmaps(|page| mappings.lost(page));
+    }
+
+    pub(super) fn run_unmaps(&mut self) {
+        self.carry_out_unmaps();
+        self.mappings.unmapped();
     }
 }

@@ -162,6 +162,7 @@ impl Vbd {
             totals: &self.totals,
             device: &self.device,
             limits: &limits,
+            keeps_grants: features.keeps_grants(),
         })?;
         disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());

@@ -82,6 +82,10 @@ pub trait Grants {
     /// page is still there, so nothing may be put there again. No other page of them is the guest's
     /// afterwards.
     fn run_unmaps(&mut self, lost: impl FnMut(PageIndex));
+
+    /// Nothing is mapped, nor was it for a while: what there is for that may go, and comes again. May sleep, but not
+    /// for I/O.
+    fn nothing_is_mapped(&mut self) {}
 }
 
 impl<G: Grants> Grants for &mut G {
@@ -123,5 +127,9 @@ impl<G: Grants> Grants for &mut G {
     #[inline]
     fn run_unmaps(&mut self, lost: impl FnMut(PageIndex)) {
         (**self).run_unmaps(lost);
+    }
+
+    fn nothing_is_mapped(&mut self) {
+        (**self).nothing_is_mapped();
     }
 }

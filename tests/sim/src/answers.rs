@@ -181,7 +181,7 @@ impl Machine {
             let gref = gref_of(*index);
             let left = self.front.lent(gref).saturating_sub(1);
             self.front.by_gref.insert(gref, left);
-            if left == 0 && self.host.mapped(gref) > 0 {
+            if left == 0 && !self.setup.keeps_grants && self.host.mapped(gref) > 0 {
                 self.problem(format!("grant {gref} is mapped although all is answered"));
             }
             self.front.pages[*index].fill(FREE);

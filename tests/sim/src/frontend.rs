@@ -201,15 +201,20 @@ impl Frontend {
         gref
     }
 
+    fn add_page(&mut self) {
+        self.free.push(self.pages.len());
+        self.pages.push(page(FREE));
+        self.grants.push(Grant {
+            valid: false,
+            read_only: false,
+        });
+    }
+
     fn take_page(&mut self) -> usize {
-        let index = self.free.pop().unwrap_or(self.pages.len());
-        if index == self.pages.len() {
-            self.pages.push(page(FREE));
-            self.grants.push(Grant {
-                valid: false,
-                read_only: false,
-            });
+        if self.free.is_empty() {
+            self.add_page();
         }
+        let index = self.free.pop().expect("one was added");
         self.grants[index] = Grant {
             valid: true,
             read_only: false,
@@ -300,6 +305,20 @@ impl Machine {
         index
     }
 
+    /// The next page is one that is not mapped: of another one a grant cannot be ended.
+    fn choose_unmapped(&mut self) {
+        let mappings = self.host.mappings.values();
+        let mapped: Vec<_> = mappings.map(|mapping| mapping.target).collect();
+        let is_free = |page: &usize| !mapped.contains(&Target::Page(*page));
+        match self.front.free.iter().rposition(is_free) {
+            Some(at) => {
+                let page = self.front.free.remove(at);
+                self.front.free.push(page);
+            }
+            None => self.front.add_page(),
+        }
+    }
+
     /// Gives each segment its page and fills those of writes.
     fn lay_out(&mut self, pending: &mut Pending, descriptor: Option<usize>) -> Vec<WireSegment> {
         let spec = pending.spec.clone();
@@ -308,7 +327,11 @@ impl Machine {
         for (gref, first, last) in &spec.segments {
             let earlier = |i: usize, p: &Pending| p.segments.get(i).and_then(|s| s.0);
             let index = match gref {
-                Gref::Fresh | Gref::ReadOnly | Gref::Revoked => Some(self.page_for(pending, EMPTY)),
+                Gref::Fresh => Some(self.page_for(pending, EMPTY)),
+                Gref::ReadOnly | Gref::Revoked => {
+                    self.choose_unmapped();
+                    Some(self.page_for(pending, EMPTY))
+                }
                 Gref::Same(i) => earlier(*i, pending),
                 Gref::Descriptor => descriptor,
                 Gref::Raw(_) => None,

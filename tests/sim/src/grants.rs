@@ -231,6 +231,7 @@ impl Machine {
     }
 
     fn map(&mut self, page: u16, gref: u32, read_only: bool) -> MapOutcome {
+        self.accesses.maps += 1;
         let usable = self.setup.copy_pages..self.setup.copy_pages + self.setup.map_pages;
         if !usable.contains(&page) {
             self.problem(format!("map at page {page}, which has memory of its own"));

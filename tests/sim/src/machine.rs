@@ -112,6 +112,8 @@ pub struct Setup {
     pub map_pages: u16,
     /// Largest number of segments that are copied.
     pub copy_max_segments: u16,
+    /// The guest keeps its pages granted.
+    pub keeps_grants: bool,
     /// What the disk allows.
     pub limits: Limits,
     /// Descriptor buffers of the grant port.
@@ -153,6 +155,7 @@ impl Default for Setup {
             fickle: 10,
             map_pages: 512,
             copy_max_segments: 11,
+            keeps_grants: false,
             limits: Limits {
                 sectors: 4096,
                 block_sectors: 1,

@@ -72,6 +72,8 @@ pub struct Accesses {
     pub published: u64,
     /// Batches of copies from and to the guest's pages.
     pub copies: u64,
+    /// Maps of the guest's pages that were tried.
+    pub maps: u64,
 }
 
 /// The engine's port to the ring.

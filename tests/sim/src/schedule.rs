@@ -22,6 +22,7 @@ fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
     setup.copy_pages = largest.next_multiple_of(8) + 8 * rng.below(20) as u16;
     setup.own_pages = rng.pick(&[16u16, 16, 24, 32]).min(setup.copy_pages);
     setup.map_pages = rng.pick(&[0, 0, largest]);
+    setup.keeps_grants &= setup.map_pages > 0;
     setup.lendable = rng.pick(&[0, 8, 40, setup.copy_pages, setup.copy_pages]);
     setup.fickle = rng.pick(&[0u64, 2, 20]);
 }
@@ -57,6 +58,8 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         fickle: 0,
         map_pages,
         copy_max_segments: rng.pick(&[0u16, 11, 255, u16::MAX]),
+        // What cannot be kept is copied.
+        keeps_grants: map_pages > 0 && copy_pages >= largest && rng.percent(60),
         limits: Limits {
             sectors,
             block_sectors,
@@ -358,6 +361,7 @@ fn served_setup(rng: &mut Rng) -> Setup {
         fickle: 0,
         map_pages: 0,
         copy_max_segments: u16::MAX,
+        keeps_grants: false,
         limits: Limits {
             sectors: match rng.below(16) {
                 // Room for discards that the shadow takes for wide; slow.

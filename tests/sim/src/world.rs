@@ -6,7 +6,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blkback::engine::{
-    Backend, Config, Engine, Fetch, Group, Pass, PendingRequest, SegmentEntry, Shape, Stats,
+    Backend, Config, Engine, Fetch, Group, Mapping, Pass, PendingRequest, SegmentEntry, Shape,
+    Stats, Tables,
 };
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
@@ -26,6 +27,7 @@ pub struct Storage {
     slots: Vec<PendingRequest>,
     entries: Vec<SegmentEntry>,
     groups: Vec<Group>,
+    mappings: Vec<Mapping>,
     fetches: Vec<Option<Fetch>>,
     stats: Stats,
 }
@@ -39,6 +41,7 @@ impl Storage {
             slots: vec![PendingRequest::FREE; size as usize],
             entries: vec![SegmentEntry::EMPTY; usize::from(pages)],
             groups: vec![Group::EMPTY; Group::needed(setup.copy_pages)],
+            mappings: vec![Mapping::FREE; usize::from(setup.map_pages)],
             fetches: vec![None; usize::from(setup.descriptor_buffers)],
             stats: Stats::default(),
         }
@@ -140,11 +143,14 @@ impl<'a, B: Backend> World<'a, B> {
             ring,
             FakeGrants::new(machine.clone()),
             backend,
-            &mut storage.slots,
-            &mut storage.entries,
-            &mut storage.groups,
-            &mut storage.fetches,
-            &mut storage.stats,
+            Tables {
+                slots: &mut storage.slots,
+                entries: &mut storage.entries,
+                groups: &mut storage.groups,
+                mappings: &mut storage.mappings,
+                fetches: &mut storage.fetches,
+                stats: &mut storage.stats,
+            },
             Shape {
                 copy: setup.copy_pages,
                 own: setup.own_pages,
@@ -153,6 +159,7 @@ impl<'a, B: Backend> World<'a, B> {
             Config {
                 protocol: setup.protocol,
                 copy_max_segments: setup.copy_max_segments,
+                keeps_grants: setup.keeps_grants,
             },
             setup.limits,
         );
@@ -204,6 +211,10 @@ impl<'a, B: Backend> World<'a, B> {
 
     /// Now and then the worker gives back what it has borrowed and does not use.
     fn give_back(&mut self) {
+        if self.engine.kept() > 0 && self.machine.borrow_mut().rng.percent(3) {
+            let all = self.machine.borrow_mut().rng.percent(50);
+            let _left = self.engine.sweep(all);
+        }
         let (unused, asked) = {
             let mut m = self.machine.borrow_mut();
             if m.setup.own_pages >= m.setup.copy_pages {
@@ -334,8 +345,26 @@ impl<'a, B: Backend> World<'a, B> {
         std::mem::take(&mut m.problems)
     }
 
+    /// What is mapped when the queue is idle is what it keeps, and it can let go of that.
+    fn check_kept(&mut self) {
+        let (kept, mapped, closing) = {
+            let m = self.machine.borrow();
+            let mapped = m.host.mappings.len() - usize::from(m.host.lost());
+            (usize::from(self.engine.kept()), mapped, m.closing)
+        };
+        if kept != mapped {
+            let what = format!("{mapped} pages are mapped, and {kept} of them kept");
+            self.machine.borrow_mut().problem(what);
+        }
+        if closing || kept == 0 {
+            let _none = self.engine.sweep(true);
+            self.machine.borrow_mut().check_mappings();
+        }
+    }
+
     /// What must hold when the queue is idle; then all problems, which should be none.
     pub fn verdict(&mut self) -> Vec<String> {
+        self.check_kept();
         let free = self.engine.free_pages();
         let in_flight = self.engine.in_flight();
         let mut m = self.machine.borrow_mut();
@@ -348,7 +377,6 @@ impl<'a, B: Backend> World<'a, B> {
         if in_flight != 0 {
             m.problem(format!("{in_flight} slots are in use"));
         }
-        m.check_mappings();
         m.check_free_pages();
         if !m.setup.limits.flush {
             let now = m.clock;

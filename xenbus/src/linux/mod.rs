@@ -72,6 +72,12 @@ pub(crate) mod bounds {
         unsafe { sys::xbr_host_memory_mib() }
     }
 
+    /// `feature_persistent`.
+    pub(crate) fn feature_persistent() -> bool {
+        // SAFETY: Reads a variable.
+        unsafe { sys::xbr_feature_persistent() != 0 }
+    }
+
     /// Shows how much memory is held, in `memory_kib`.
     pub(crate) fn set_memory_kib(kib: u32) {
         // SAFETY: Writes a variable.

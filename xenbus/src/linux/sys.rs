@@ -337,6 +337,7 @@ unsafe extern "C" {
     pub(super) fn xbr_total_ram_pages() -> c_ulong;
     pub(super) fn xbr_domain_memory_mib() -> c_uint;
     pub(super) fn xbr_host_memory_mib() -> c_uint;
+    pub(super) fn xbr_feature_persistent() -> c_uint;
     pub(super) fn xbr_set_memory_kib(kib: c_uint);
     pub(super) fn xbr_cond_resched();
     pub(super) fn xbr_dev_err_ratelimited(dev: *mut bindings::device, text: *const c_char);

@@ -50,6 +50,8 @@ pub struct Request {
     pub queues: u32,
     /// Ring order, 0 to the advertised maximum.
     pub order: u8,
+    /// It keeps pages granted, and expects that they stay mapped.
+    pub keeps_grants: bool,
     /// True if the references are in `ring-refN`, as announced by `ring-page-order`.
     numbered: bool,
 }
@@ -170,8 +172,10 @@ impl Request {
                 fault: Fault::OutOfRange,
             });
         }
+        let keeps_grants = read_u32(dir, key("feature-persistent"))?.unwrap_or(0) != 0;
         Ok(Self {
             protocol,
+            keeps_grants,
             queues,
             // CAST: at most `MAX_RING_ORDER`.
             order: order.unwrap_or(0) as u8,

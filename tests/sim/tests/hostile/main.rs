@@ -17,10 +17,11 @@ use sim::world::{Storage, World};
 /// Runs a case on every layout and data path.
 fn each(change: impl Fn(&mut Setup), case: impl Fn(&mut World<'_>)) {
     for protocol in [Protocol::Abi64, Protocol::Abi32] {
-        for copy_max_segments in [0, u16::MAX] {
+        for (copy_max_segments, keeps_grants) in [(0, false), (u16::MAX, false), (u16::MAX, true)] {
             let mut setup = Setup {
                 protocol,
                 copy_max_segments,
+                keeps_grants,
                 ..Setup::default()
             };
             change(&mut setup);

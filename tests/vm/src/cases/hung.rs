@@ -5,6 +5,7 @@
 use super::basic::{compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::own_guest;
+use super::memory::Parameter;
 use super::own::{self, Disks};
 use super::{Case, Context, Needs};
 use crate::backing::{linear, Dm};
@@ -19,12 +20,13 @@ use std::time::{Duration, Instant};
 pub(super) fn cases() -> Vec<Case> {
     use Needs::{Nothing, Pv};
     use Step::{Bind, Destroy, Return, Unbind};
-    let order = |name: &str, about: &str, steps: &'static [Step]| {
+    let ordered = |name: &str, about: &str, steps: &'static [Step], pages| {
         Case::new(name, about, Nothing, move |context| {
-            in_order(context, steps)
+            in_order(context, steps, pages)
         })
         .no_leaks()
     };
+    let order = |name: &str, about: &str, steps| ordered(name, about, steps, Pages::Copied);
     vec![
         order(
             "hung.destroy",
@@ -49,6 +51,12 @@ pub(super) fn cases() -> Vec<Case> {
             &[Unbind, Return, Destroy],
         )
         .nightly(),
+        ordered(
+            "hung.kept",
+            "the same with pages of the guest that stay mapped: until the disk comes back, and no longer",
+            &[Unbind, Destroy, Return],
+            Pages::Kept,
+        ),
         Case::new(
             "hung.rebind_verified",
             "a hung disk is unbound and bound, and comes back before or after that: nothing is lost or done twice",
@@ -82,6 +90,15 @@ enum Step {
     Bind,
     Destroy,
     Return,
+}
+
+/// What becomes of the guest's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// Nothing of the guest is in the hands of the device.
+    Copied,
+    /// The device has them as long as it has the I/O.
+    Kept,
 }
 
 /// How long what must not wait for storage, which hangs until the case says otherwise, may take in an
@@ -161,8 +178,10 @@ pub(super) fn others_are_served(context: &mut Context, after: &str) -> Result<()
     look(context).with_context(|| format!("after {after}"))
 }
 
-fn in_order(context: &mut Context, steps: &[Step]) -> Result<()> {
+fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
+    let copies = || Parameter::set("feature_persistent", "N");
+    let _copies = (pages == Pages::Copied).then(copies).transpose()?;
     let disk = hangable(context)?;
     let guest = own_guest(2, vec![hotplug::disk(&disk.path(), "xvda", "w")?])?;
     let vbd = Vbd::of(guest.domid, "xvda")?;
@@ -174,10 +193,16 @@ fn in_order(context: &mut Context, steps: &[Step]) -> Result<()> {
         match step {
             Step::Unbind => bus(context, &vbd, "unbind")?,
             Step::Bind => bus(context, &vbd, "bind")?,
-            // The domain vanishes, pages and all, although the device still has its I/O.
-            Step::Destroy => match guest.take() {
-                Some(guest) => guest.destroy()?,
-                None => bail!("the guest is destroyed twice"),
+            Step::Destroy => match (guest.take(), pages) {
+                (None, _) => bail!("the guest is destroyed twice"),
+                // The domain vanishes, pages and all, although the device still has its I/O.
+                (Some(guest), Pages::Copied) => guest.destroy()?,
+                (Some(its), Pages::Kept) => {
+                    let id = its.domid.to_string();
+                    let code = quickly("xl destroy", &["xl", "destroy", &id])?;
+                    ensure!(code == 0, "`xl destroy` ended with status {code}");
+                    guest = Some(its);
+                }
             },
             Step::Return => disk.resume()?,
         }
@@ -191,6 +216,14 @@ fn in_order(context: &mut Context, steps: &[Step]) -> Result<()> {
         } else {
             host_is_well(context, &after)?;
         }
+    }
+    if let Some(guest) = guest {
+        // Its pages have come back with the device.
+        let id = guest.domid.to_string();
+        sh::wait_for("the end of the domain", QUICK, || {
+            Ok(sh::status(&["xl", "list", &id], QUICK)?.rc != 0)
+        })?;
+        guest.give_up()?;
     }
     vbd.wait_gone()
 }
@@ -270,6 +303,7 @@ fn wait_for_sleeper(vbd: &Vbd) -> Result<()> {
 
 fn no_tags(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
+    let _copies = Parameter::set("feature_persistent", "N")?;
     let disk = hangable(context)?;
     let path = narrow_loop(context, &disk.path())?;
     let guest = own_guest(2, vec![hotplug::disk(&path, "xvda", "w")?])?;

@@ -3,6 +3,7 @@
 
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
+use super::memory::Parameter;
 use super::{load_driver, Case, Context, Needs};
 use crate::backing::{linear, Dm};
 use crate::console::Job;
@@ -42,7 +43,7 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::new(
             "lifecycle.rebind",
-            "the driver leaves a live disk and comes back",
+            "the driver leaves a live disk and comes back, and its guest finds mapped what it was told",
             Pv,
             rebind,
         ),
@@ -225,8 +226,26 @@ fn checkpoint(context: &mut Context) -> Result<()> {
 
 fn rebind(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
+    let path = device.path();
+    // A guest that connects to a driver that copies does not expect that the next one keeps its pages.
+    let copies = Parameter::set("feature_persistent", "N")?;
+    let vbd = context.pv()?.attach(&hotplug::disk(&path, "xvda", "w")?)?;
+    drop(copies);
+    rebind_told(context, &vbd, "0")?;
+    ensure!(vbd.statistic("mapped")? == 0, "pages were mapped");
+    compare(context.pv()?, "xvda", &path, 4)?;
+    context.pv()?.detach(&vbd)?;
+    let vbd = context.pv()?.attach(&hotplug::disk(&path, "xvda", "w")?)?;
+    rebind_told(context, &vbd, "1")?;
+    ensure!(vbd.statistic("mapped")? > 0, "no pages were mapped");
+    compare(context.pv()?, "xvda", &path, 4)?;
+    context.pv()?.detach(&vbd)
+}
+
+/// The driver leaves a disk whose guest was told that of its pages, and comes back.
+fn rebind_told(context: &mut Context, vbd: &Vbd, persistent: &str) -> Result<()> {
+    let key = format!("{}/feature-persistent", vbd.backend);
     let guest = context.pv()?;
-    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
     let directory = format!("/sys/bus/xen-backend/drivers/{}", context.driver.bus_name());
     let name = vbd
@@ -235,7 +254,7 @@ fn rebind(context: &mut Context) -> Result<()> {
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
-    for _ in 0..3 {
+    for _ in 0..2 {
         sh::put(format!("{directory}/unbind"), &name)?;
         sh::put(format!("{directory}/bind"), &name)?;
         xs::wait_value(
@@ -243,10 +262,12 @@ fn rebind(context: &mut Context) -> Result<()> {
             "4",
             Duration::from_secs(30),
         )?;
+        let told = xs::must_read(&key)?;
+        ensure!(told == persistent, "{key} became `{told}`");
+        let guest = context.pv()?;
         guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
     }
-    compare(guest, "xvda", &device.path(), 4)?;
-    guest.detach(&vbd)
+    Ok(())
 }
 
 fn no_online(context: &mut Context) -> Result<()> {

@@ -62,6 +62,12 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .nightly(),
         case(
+            "memory.kept",
+            "pages of a guest stay mapped while it uses them, and not for long when it is idle",
+            Pv,
+            kept,
+        ),
+        case(
             "memory.refused",
             "a disk for which there is no memory says so, and connects when there is some",
             Nothing,
@@ -94,6 +100,8 @@ fn wait_idle(vbd: &Vbd) -> Result<()> {
 }
 
 fn idle(context: &mut Context) -> Result<()> {
+    // What is copied needs memory.
+    let _copies = Parameter::set("feature_persistent", "N")?;
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
@@ -122,6 +130,34 @@ fn idle(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
+/// How long pages stay mapped that are not used.
+const LETS_GO: Duration = Duration::from_secs(60);
+
+fn kept(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let load = guest.start(&endless_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    let mut pages = 0;
+    sh::wait_for("pages that stay mapped", GIVES_BACK, || {
+        pages = vbd.statistic("kept_pages")?;
+        Ok(pages >= 32)
+    })
+    .with_context(|| format!("they are {pages}"))?;
+    // Nothing is lent for what is not copied.
+    wait_idle(&vbd)?;
+    guest.run("killall fio")?;
+    let _ended = guest.wait(load, Duration::from_secs(60))?;
+    sh::wait_for("the end of all mappings", LETS_GO, || {
+        Ok(vbd.statistic("kept_pages")? == 0)
+    })?;
+    guest.run_for(&verify_job("/dev/xvda", 8, 120, 512), FIO)?;
+    compare(guest, "xvda", &device.path(), 8)?;
+    let guest = context.pv()?;
+    guest.detach(&vbd)
+}
+
 /// A parameter of the module that has another value until this is dropped.
 pub(super) struct Parameter {
     path: String,
@@ -146,6 +182,8 @@ impl Drop for Parameter {
 }
 
 fn bounds(context: &mut Context) -> Result<()> {
+    // What is copied needs memory.
+    let _copies = Parameter::set("feature_persistent", "N")?;
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
@@ -187,6 +225,8 @@ fn bounds(context: &mut Context) -> Result<()> {
 }
 
 fn pressure(context: &mut Context) -> Result<()> {
+    // What is copied needs memory.
+    let _copies = Parameter::set("feature_persistent", "N")?;
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;

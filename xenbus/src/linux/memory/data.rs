@@ -5,18 +5,15 @@
 //! Pages that have memory come first, then those at which guest pages are mapped. Memory comes and
 //! goes in blocks while the queue is served: one thread changes the table, the same one that looks
 //! things up in it for grant operations and bios.
-//!
-//! Wraps `gnttab_alloc_pages` and `gnttab_free_pages` (include/xen/grant_table.h).
 
+use super::mappable::Mappable;
 use super::page_blocks::{Block, Page, PAGES};
 use super::pages::Pages;
-use super::vectors::{filled, push};
-use crate::linux::sys;
+use super::vectors::push;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
 use core::ops::Range;
 use kernel::bindings;
-use kernel::error::to_result;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 use kernel::sync::Arc;
@@ -51,14 +48,12 @@ fn joins(places: &[Place]) -> u32 {
 /// # Invariants
 ///
 /// A page in `places` is valid as long as it is there: it belongs to `_arena`, or to the block that
-/// the table's [`Backing`] has for it, which `joins` describes. `mappable` are pages of
-/// `gnttab_alloc_pages` that nobody has freed.
+/// the table's [`Backing`] has for it, which `joins` describes.
 pub(crate) struct DataPages {
     places: KVec<Place>,
     /// What [`joins`] says of each block of pages.
     joins: KVec<Atomic<u32>>,
-    /// 0 where a guest's page cannot be taken away any more.
-    mappable: KVec<Atomic<usize>>,
+    mappable: Option<Arc<Mappable>>,
     _arena: Option<Arc<Pages>>,
 }
 
@@ -68,8 +63,8 @@ unsafe impl Send for DataPages {}
 unsafe impl Sync for DataPages {}
 
 impl DataPages {
-    /// A table for up to `with_memory` pages, which has none yet, and `mappable` pages without
-    /// memory. May sleep.
+    /// A table for up to `with_memory` pages and `mappable` pages without memory, which has none yet of
+    /// either. May sleep.
     fn new(with_memory: u16, mappable: u16, arena: Option<Arc<Pages>>) -> Result<Self> {
         let count = usize::from(with_memory);
         let mut places = KVec::with_capacity(count, GFP_KERNEL)?;
@@ -80,24 +75,13 @@ impl DataPages {
             };
             push(&mut places, place)?;
         }
-        let mut table = Self {
+        let mappable = (mappable > 0).then(|| Mappable::new(mappable));
+        Ok(Self {
             places,
             joins: KVec::new(),
-            mappable: KVec::new(),
+            mappable: mappable.transpose()?,
             _arena: arena,
-        };
-        if mappable > 0 {
-            let mut raw = filled(core::ptr::null_mut(), usize::from(mappable))?;
-            // Before there are pages, which nobody would give back.
-            table.mappable = KVec::with_capacity(raw.len(), GFP_KERNEL)?;
-            // SAFETY: `raw` has room for so many pointers.
-            to_result(unsafe { sys::gnttab_alloc_pages(mappable.into(), raw.as_mut_ptr()) })?;
-            for page in raw {
-                // INVARIANT: Just allocated. There is room for all of them.
-                push(&mut table.mappable, Atomic::new(page.addr()))?;
-            }
-        }
-        Ok(table)
+        })
     }
 
     /// Pages of an arena from `first` on, as those of a queue that maps nothing. The arena lives
@@ -140,8 +124,7 @@ impl DataPages {
 
     /// Pages at which guest pages can be mapped.
     pub(crate) fn mappable(&self) -> u16 {
-        // CAST: the constructor takes the number as one of 16 bits.
-        self.mappable.len() as u16
+        self.mappable.as_ref().map_or(0, |pages| pages.count())
     }
 
     /// The number of a page among those at which guest pages can be mapped.
@@ -150,17 +133,37 @@ impl DataPages {
         (at < self.mappable()).then_some(usize::from(at))
     }
 
-    /// The page at which a guest page can be mapped.
+    /// The page at which a guest page can be mapped, if it is there now.
+    #[inline]
     pub(in crate::linux) fn map_page(&self, index: PageIndex) -> Option<*mut bindings::page> {
-        let page = self.mappable.get(self.map_index(index)?)?.load(Relaxed);
-        (page != 0).then_some(page as *mut bindings::page)
+        let at = index.number().checked_sub(self.with_memory())?;
+        self.mappable.as_ref()?.get(usize::from(at))
+    }
+
+    /// Has the pages made at which guest pages can be mapped, if they are not there. Does not sleep.
+    pub(in crate::linux) fn want_mappable(&self) {
+        if let Some(pages) = &self.mappable {
+            pages.want();
+        }
+    }
+
+    /// Frees the pages at which guest pages can be mapped.
+    ///
+    /// # Safety
+    ///
+    /// Nothing is mapped at one of them that was not lost, and nobody uses one before
+    /// [`map_page`](Self::map_page) gives it again.
+    pub(in crate::linux) unsafe fn free_mappable(&self) {
+        if let Some(pages) = &self.mappable {
+            // SAFETY: The caller's promise.
+            unsafe { pages.free() };
+        }
     }
 
     /// A guest's page cannot be taken from this page: it is nobody's any more.
     pub(in crate::linux) fn lose(&self, index: PageIndex) {
-        let page = self.map_index(index).and_then(|at| self.mappable.get(at));
-        if let Some(page) = page {
-            page.store(0, Relaxed);
+        if let (Some(at), Some(pages)) = (self.map_index(index), &self.mappable) {
+            pages.lose(at);
         }
     }
 
@@ -168,14 +171,6 @@ impl DataPages {
     fn place(&self, index: PageIndex) -> Option<(*mut bindings::page, u64)> {
         let (page, frame) = self.places.get(index.index())?.get();
         (!page.is_null()).then_some((page, frame))
-    }
-
-    /// The page of an index.
-    pub(in crate::linux) fn page(&self, index: PageIndex) -> Option<*mut bindings::page> {
-        match self.map_page(index) {
-            Some(page) => Some(page),
-            None => Some(self.place(index)?.0),
-        }
     }
 
     /// The frame number of a page with memory.
@@ -186,29 +181,19 @@ impl DataPages {
 
     /// A page, and how many bytes from its beginning on lie one behind the other, for this kernel
     /// and for the machine: one transfer can go through all of them.
+    #[inline]
     pub(in crate::linux) fn run(&self, index: PageIndex) -> Option<(*mut bindings::page, u32)> {
+        let Some((page, _)) = self.place(index) else {
+            // Of a page at which a guest's page is mapped nothing is known.
+            return Some((self.map_page(index)?, PAGE_SIZE as u32));
+        };
         let block = index.index() / PAGES;
-        // Of a page at which a guest's page is mapped nothing is known.
         let joins = self.joins.get(block).map_or(0, |word| word.load(Relaxed));
         let follow = joins
             .checked_shr(u32::from(index.number()) % PAGES as u32)
             .map_or(0, u32::trailing_ones);
         let pages = follow.wrapping_add(1);
-        Some((self.page(index)?, pages.wrapping_mul(PAGE_SIZE as u32)))
-    }
-}
-
-impl Drop for DataPages {
-    fn drop(&mut self) {
-        for page in &self.mappable {
-            let mut raw = page.load(Relaxed) as *mut bindings::page;
-            if !raw.is_null() {
-                // SAFETY: By the type invariant it came from `gnttab_alloc_pages`. Nothing is mapped
-                // there any more: `GuestGrants`, which maps, unmaps before it lets go, and takes out
-                // what it cannot unmap.
-                unsafe { sys::gnttab_free_pages(1, &mut raw) };
-            }
-        }
+        Some((page, pages.wrapping_mul(PAGE_SIZE as u32)))
     }
 }
 

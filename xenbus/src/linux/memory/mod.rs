@@ -3,6 +3,7 @@
 //! Pages of ours: where they come from, where they are, and how they go back.
 
 pub(crate) mod data;
+mod mappable;
 pub(crate) mod page_blocks;
 pub(crate) mod pages;
 pub(crate) mod pool;

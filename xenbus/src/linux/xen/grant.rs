@@ -17,6 +17,8 @@ use kernel::sync::Arc;
 
 /// Operations of one hypercall at most.
 const BATCH: usize = 512;
+/// Maps or unmaps of one hypercall at most.
+const MAPS: usize = 128;
 /// Descriptor buffers: requests whose descriptors are fetched by one hypercall.
 const DESCRIPTORS: u8 = 8;
 
@@ -82,7 +84,7 @@ impl GuestGrants {
     /// Reserves what the batches need. May sleep.
     pub(crate) fn new(domain: u16, pages: Arc<DataPages>) -> Result<KBox<Self>> {
         let mappable = usize::from(pages.mappable());
-        let maps = BATCH.min(mappable);
+        let maps = MAPS.min(mappable);
         let grants = Self {
             domain,
             pages,
@@ -100,10 +102,10 @@ impl GuestGrants {
     /// Bytes that this takes where so many pages can be mapped.
     pub(crate) const fn bytes(mappable: u16) -> usize {
         let page = size_of::<*mut kernel::bindings::page>();
-        let most = if (mappable as usize) < BATCH {
+        let most = if (mappable as usize) < MAPS {
             mappable as usize
         } else {
-            BATCH
+            MAPS
         };
         (DESCRIPTORS as usize)
             .saturating_mul(PAGE_SIZE)
@@ -196,6 +198,7 @@ impl Grants for GuestGrants {
             return false;
         }
         let Some(raw) = self.pages.map_page(page) else {
+            self.pages.want_mappable();
             return false;
         };
         let flags = if read_only {
@@ -310,6 +313,22 @@ impl Grants for GuestGrants {
         }
         self.unmaps.clear();
         self.unmap_pages.clear();
+    }
+
+    fn nothing_is_mapped(&mut self) {
+        self.free_pages();
+    }
+}
+
+impl GuestGrants {
+    /// Frees the pages for mappings, unless something is mapped.
+    fn free_pages(&mut self) {
+        let is_unused = |handle: &u32| matches!(*handle, FREE | LOST);
+        if self.handles.iter().all(is_unused) {
+            // SAFETY: Just looked: `handles` knows of each page what is there. Nothing is queued either, nor is I/O
+            // under way, which has pages that are mapped.
+            unsafe { self.pages.free_mappable() };
+        }
     }
 }
 

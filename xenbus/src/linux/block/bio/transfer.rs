@@ -139,12 +139,12 @@ impl Run {
     fn join(&mut self, next: &Piece) -> bool {
         const PAGE: u32 = PAGE_SIZE as u32;
         let end = self.len.wrapping_add(self.offset.into());
+        // First, because a page that is mapped is full with what it has.
+        if end.wrapping_add(next.len) > self.room {
+            return false;
+        }
         let page = u32::from(self.first.number()).wrapping_add(end / PAGE);
-        let new_end = end.wrapping_add(next.len);
-        let joins = end % PAGE == 0
-            && next.offset == 0
-            && u32::from(next.page.number()) == page
-            && new_end <= self.room;
+        let joins = end % PAGE == 0 && next.offset == 0 && u32::from(next.page.number()) == page;
         if joins {
             // INVARIANT: Just compared.
             self.len = self.len.wrapping_add(next.len);

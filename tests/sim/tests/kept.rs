@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Guests that keep their pages granted: what is mapped stays so, and for how long.
+
+use ring::abi::{OP_READ, OP_WRITE};
+use sim::machine::Setup;
+use sim::spec::{Gref, Spec};
+use sim::world::{Storage, World};
+
+fn keeping(map_pages: u16) -> Setup {
+    Setup {
+        map_pages,
+        copy_max_segments: u16::MAX,
+        keeps_grants: true,
+        ..Setup::default()
+    }
+}
+
+fn each(map_pages: u16, case: impl Fn(&mut World<'_>)) {
+    for seed in 0..8 {
+        let setup = keeping(map_pages);
+        let mut storage = Storage::new(&setup);
+        let mut world = World::new(&mut storage, setup, seed);
+        case(&mut world);
+        world.close();
+        let problems = world.verdict();
+        assert!(problems.is_empty(), "{problems:#?}");
+    }
+}
+
+/// Runs without a sweep, which the worker makes only now and then.
+fn serve(world: &mut World<'_>, specs: &[Spec]) {
+    world.send(specs);
+    while world.engine.in_flight() > 0 || world.engine.has_requests() {
+        let _pass = world.engine.pass();
+        world.machine.borrow_mut().backend_step();
+    }
+    world.machine.borrow_mut().consume();
+}
+
+fn counts(world: &World<'_>) -> (u64, u64) {
+    let accesses = world.machine.borrow().accesses;
+    (accesses.copies, accesses.maps)
+}
+
+#[test]
+fn a_page_that_is_known_is_neither_mapped_nor_copied() {
+    each(512, |world| {
+        let some = [Spec::pages(OP_WRITE, 0, 11), Spec::pages(OP_READ, 0, 11)];
+        serve(world, &some);
+        // A read needs what a write had mapped, so nothing is mapped read-only.
+        let first = counts(world);
+        assert_eq!(first, (0, 22));
+        for _ in 0..20 {
+            serve(world, &some);
+        }
+        assert_eq!(counts(world), first);
+        assert_eq!(world.engine.kept(), 22);
+    });
+}
+
+#[test]
+fn what_is_not_used_goes_with_the_second_sweep() {
+    each(512, |world| {
+        serve(world, &[Spec::pages(OP_WRITE, 0, 11)]);
+        assert_eq!(world.engine.sweep(false), 11);
+        // One of them is used again.
+        serve(world, &[Spec::pages(OP_WRITE, 0, 1)]);
+        assert_eq!(world.engine.sweep(false), 1);
+        assert_eq!(world.engine.sweep(false), 0);
+        assert!(world.machine.borrow().host.mappings.is_empty());
+    });
+}
+
+#[test]
+fn what_a_request_uses_stays_whatever_is_swept() {
+    each(512, |world| {
+        world.send(&[Spec::pages(OP_WRITE, 0, 11)]);
+        let _pass = world.engine.pass();
+        assert_eq!(world.engine.sweep(true), 11);
+        serve(world, &[Spec::pages(OP_READ, 512, 3)]);
+        assert_eq!(world.engine.sweep(true), 0);
+    });
+}
+
+#[test]
+fn pages_beyond_the_last_place_are_copied() {
+    each(16, |world| {
+        let many = vec![
+            Spec::indirect(OP_WRITE, 0, 64),
+            Spec::pages(OP_WRITE, 1024, 11),
+        ];
+        for _ in 0..3 {
+            serve(world, &many);
+            assert!(world.engine.kept() <= 16);
+        }
+        // Nothing is tried again before the next sweep.
+        let (_, maps) = counts(world);
+        serve(world, &many);
+        assert_eq!(counts(world).1, maps);
+        assert!(counts(world).0 > 0);
+    });
+}
+
+#[test]
+fn references_that_collide_are_looked_for_no_further_than_a_few() {
+    const PAGES: u16 = 64;
+    each(PAGES, |world| {
+        let colliding: Vec<u32> = {
+            let mut m = world.machine.borrow_mut();
+            let grefs: Vec<u32> = (0..2500).map(|_| m.front.hold_page()).collect();
+            let bucket =
+                |gref: &u32| (u64::from(gref.wrapping_mul(0x9e37_79b1)) * u64::from(PAGES)) >> 32;
+            let wanted = bucket(&grefs[0]);
+            grefs
+                .into_iter()
+                .filter(|gref| bucket(gref) == wanted)
+                .collect()
+        };
+        assert!(colliding.len() > 20, "{}", colliding.len());
+        for operation in [OP_WRITE, OP_READ] {
+            for gref in &colliding {
+                let one = Spec {
+                    wild: true,
+                    ..Spec::new(operation, 0).with(&[(Gref::Raw(*gref), 0, 7)])
+                };
+                serve(world, &[one]);
+            }
+        }
+        assert_eq!(world.engine.kept(), 16);
+        assert_eq!(world.engine.stats().failed, 0);
+        // Those that are not kept are unmapped with their request.
+        assert_eq!(world.machine.borrow().host.mappings.len(), 16);
+    });
+}
