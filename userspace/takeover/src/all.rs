@@ -18,8 +18,15 @@ pub fn take_over<H: Host>(
     only: &[u16],
     mut tell: impl FnMut(&Outcome),
 ) -> io::Result<Vec<Outcome>> {
-    if let Some(begun) = host.remembered()? {
-        put_right(host, &begun)?;
+    let mut outcomes = Vec::new();
+    match host.remembered()? {
+        Some(begun) if plan.dry_run => {
+            let outcome = Outcome::cut_off(&begun);
+            tell(&outcome);
+            outcomes.push(outcome);
+        }
+        Some(begun) => put_right(host, &begun)?,
+        None => {}
     }
     if !plan.dry_run {
         host.load(plan.to)?;
@@ -31,7 +38,6 @@ pub fn take_over<H: Host>(
             guests.entry(device.domid).or_default().push(device);
         }
     }
-    let mut outcomes = Vec::new();
     for (domid, mut devices) in guests {
         if host.is_interrupted() {
             break;

@@ -126,6 +126,21 @@ fn finish<H: Host>(host: &H, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
 }
 
 impl Outcome {
+    /// Of a guest with which an earlier attempt was not through, which is only said.
+    pub(crate) fn cut_off(begun: &Begun) -> Outcome {
+        let left = begun.disks.iter().map(|disk| Left {
+            disk: disk.clone(),
+            why: "an earlier attempt was not through with it: without --dry-run that is put right first".into(),
+        });
+        Outcome {
+            domid: begun.domid,
+            moved: Vec::new(),
+            left: left.collect(),
+            paused_ms: None,
+            is_unfinished: true,
+        }
+    }
+
     fn leave_all(&mut self, ready: &[(&Device, Keys)], why: &str) {
         for (_, keys) in ready {
             self.leave(&keys.vdev, Refused(why.to_owned()));

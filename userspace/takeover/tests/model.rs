@@ -191,6 +191,22 @@ impl Fake {
         take_over(self, self.plan(to), &[], |_| ())
     }
 
+    /// Asked for words only, nothing is done, and it is said which disks an earlier attempt has left.
+    fn only_says(&self, to: Driver, when: &str) {
+        let state = || format!("{:?} {:?}", self.keys, self.paused);
+        let (before, begun) = (state(), self.begun.borrow().clone());
+        let plan = Plan {
+            dry_run: true,
+            ..self.plan(to)
+        };
+        let said = take_over(self, plan, &[], |_| ()).unwrap();
+        let unfinished = said.iter().filter(|outcome| outcome.is_unfinished);
+        let left: Vec<_> = unfinished.map(|outcome| outcome.left.len()).collect();
+        let wanted: Vec<_> = begun.iter().map(|begun| begun.disks.len()).collect();
+        assert_eq!(left, wanted, "{when}");
+        assert_eq!((state(), &*self.begun.borrow()), (before, &begun), "{when}");
+    }
+
     fn served_by(&self, driver: Driver) -> usize {
         let vbds = self.vbds.borrow();
         vbds.values()
@@ -566,6 +582,7 @@ fn whatever_fails_each_disk_has_a_driver_and_no_guest_is_paused() {
                 // The next one puts right what is left.
                 fake.is_dead.set(false);
                 fake.fault.set(None);
+                fake.only_says(to, &when);
                 let second = fake.run(to);
                 let second = second.unwrap_or_else(|error| panic!("{when}: {error}"));
                 assert!(
