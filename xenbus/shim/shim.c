@@ -38,6 +38,8 @@ static_assert(offsetof(struct xenbus_driver, driver) == 72);
 static_assert(sizeof(struct xenbus_driver) == 72 + sizeof(struct device_driver) + 24);
 static_assert(sizeof(struct xenbus_device_id) == 32);
 static_assert(sizeof(struct xenbus_transaction) == 4);
+/* It holds a work, whose size depends on the kernel's configuration. */
+static_assert(sizeof(struct gntab_unmap_queue_data) <= XBR_UNMAP_DATA);
 static_assert(sizeof(struct gnttab_copy) == 40);
 static_assert(offsetof(struct gnttab_copy, dest) == 16);
 static_assert(offsetof(struct gnttab_copy, len) == 32);
@@ -127,16 +129,15 @@ void xbr_set_unmap_op(struct gnttab_unmap_grant_ref *op, struct page *page,
 			    GNTMAP_host_map, handle);
 }
 
-int xbr_unmap_refs_sync(struct gnttab_unmap_grant_ref *ops, struct page **pages,
-			unsigned int count)
+int xbr_unmap_refs_sync(struct gntab_unmap_queue_data *data, struct gnttab_unmap_grant_ref *ops,
+			struct page **pages, unsigned int count)
 {
-	struct gntab_unmap_queue_data data = {
+	*data = (struct gntab_unmap_queue_data) {
 		.unmap_ops = ops,
 		.pages = pages,
 		.count = count,
 	};
-
-	return gnttab_unmap_refs_sync(&data);
+	return gnttab_unmap_refs_sync(data);
 }
 
 struct bio *xbr_bio_alloc(struct block_device *bdev, unsigned short vecs,

@@ -69,7 +69,9 @@ void xbr_set_map_op(struct gnttab_map_grant_ref *op, struct page *page,
 		    unsigned int flags, unsigned int gref, unsigned short domid);
 void xbr_set_unmap_op(struct gnttab_unmap_grant_ref *op, struct page *page,
 		      unsigned int handle);
-int xbr_unmap_refs_sync(struct gnttab_unmap_grant_ref *ops, struct page **pages,
+#define XBR_UNMAP_DATA 512
+int xbr_unmap_refs_sync(struct gntab_unmap_queue_data *data, struct gnttab_unmap_grant_ref *ops,
+			struct page **pages,
 			unsigned int count);
 struct bio *xbr_bio_alloc(struct block_device *bdev, unsigned short vecs,
 			  unsigned int opf, struct bio_set *set);

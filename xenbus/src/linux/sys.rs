@@ -112,6 +112,10 @@ pub(super) struct GnttabUnmap {
     pub(super) status: i16,
 }
 
+/// `struct gntab_unmap_queue_data`, which is no larger (`XBR_UNMAP_DATA`).
+#[repr(C, align(8))]
+pub(super) struct UnmapData([u8; 512]);
+
 /// `struct xbr_bdev_limits`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -309,6 +313,7 @@ unsafe extern "C" {
     );
     pub(super) fn xbr_set_unmap_op(op: *mut GnttabUnmap, page: *mut bindings::page, handle: c_uint);
     pub(super) fn xbr_unmap_refs_sync(
+        data: *mut UnmapData,
         ops: *mut GnttabUnmap,
         pages: *mut *mut bindings::page,
         count: c_uint,

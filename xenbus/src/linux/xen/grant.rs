@@ -12,6 +12,7 @@ use crate::linux::sys;
 use crate::ring::abi::{RawSegment, PAGE_SIZE, SEGMENTS_PER_INDIRECT_PAGE};
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::ring::numbers::{PageIndex, QueueTag};
+use core::mem::MaybeUninit;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
@@ -72,6 +73,8 @@ pub(crate) struct GuestGrants {
     map_pages: KVec<*mut kernel::bindings::page>,
     unmaps: Batch<sys::GnttabUnmap, PageIndex>,
     unmap_pages: KVec<*mut kernel::bindings::page>,
+    /// Not on the stack: the kernel puts a work in it.
+    unmap_data: KBox<MaybeUninit<sys::UnmapData>>,
     /// The handle of what is mapped at each page of `pages` that is for that, [`FREE`], [`QUEUED`]
     /// or [`LOST`].
     handles: KVec<u32>,
@@ -94,6 +97,7 @@ impl GuestGrants {
             map_pages: KVec::with_capacity(maps, GFP_KERNEL)?,
             unmaps: Batch::new(maps)?,
             unmap_pages: KVec::with_capacity(maps, GFP_KERNEL)?,
+            unmap_data: KBox::new_uninit(GFP_KERNEL)?,
             handles: filled(FREE, mappable)?,
         };
         Ok(KBox::new(grants, GFP_KERNEL)?)
@@ -286,9 +290,11 @@ impl Grants for GuestGrants {
             return;
         }
         // SAFETY: Each operation names a mapping that `run_maps` has made and that is unmapped once,
-        // which `queue_unmap` has looked at. The call waits until nobody else holds a page (network storage may).
+        // which `queue_unmap` has looked at. The data is used by this call only, which waits until nobody else holds a
+        // page (network storage may).
         let result = unsafe {
             sys::xbr_unmap_refs_sync(
+                self.unmap_data.as_mut_ptr(),
                 ops.as_mut_ptr(),
                 self.unmap_pages.as_mut_ptr(),
                 ops.len() as u32,
