@@ -202,7 +202,7 @@ impl Poller {
 
     /// Looks until `ready`, if that is worth it; returns whether it came to be in the time for which
     /// it is.
-    pub(crate) fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
+    fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
         let limit = match self.gathers {
             true => self.gathering.now,
             false => self.worth.begin(),
@@ -250,8 +250,9 @@ impl Poller {
 pub(crate) struct Pollers {
     idle: Poller,
     busy: Poller,
-    /// The requests in flight at a sleep that has ended since the last pass.
-    asleep: Option<u16>,
+    /// Of the last sleep, if nothing was waited for since: the requests in flight when it began, and those that were
+    /// taken or answered when it was over.
+    asleep: Option<(u16, u32)>,
 }
 
 impl Pollers {
@@ -264,8 +265,16 @@ impl Pollers {
         }
     }
 
+    /// Looks with so many requests in flight, as [`Poller::wait`] does.
+    pub(crate) fn wait(&mut self, in_flight: u16, ready: impl FnMut() -> bool) -> bool {
+        if let Some((in_flight, requests)) = self.asleep.take() {
+            self.of(in_flight).worth.served(requests);
+        }
+        self.of(in_flight).wait(ready)
+    }
+
     /// The one for so many requests in flight.
-    pub(crate) fn of(&mut self, in_flight: u16) -> &mut Poller {
+    fn of(&mut self, in_flight: u16) -> &mut Poller {
         if in_flight == 0 {
             &mut self.idle
         } else {
@@ -276,16 +285,16 @@ impl Pollers {
     /// Learns from a sleep that began at `start`, with so many requests in flight.
     pub(crate) fn slept(&mut self, in_flight: u16, start: u64) {
         self.of(in_flight).slept(start);
-        self.asleep = Some(in_flight);
+        self.asleep = Some((in_flight, 0));
     }
 
-    /// Learns what a sleep was good for: the next pass has taken or answered so many requests; and whether those are
+    /// Learns what a sleep was good for: a pass has taken or answered so many requests; and whether those are
     /// for a process now.
     pub(crate) fn passed(&mut self, requests: u32, gathers: bool) {
         self.idle.gathers = gathers;
         self.busy.gathers = gathers;
-        if let Some(in_flight) = self.asleep.take() {
-            self.of(in_flight).worth.served(requests);
+        if let Some((_, all)) = &mut self.asleep {
+            *all = all.saturating_add(requests);
         }
     }
 }

@@ -577,8 +577,10 @@ impl<D: QueueBackends> Serving<'_, D> {
         if command != Command::Serve {
             return false;
         }
-        let (wake_event, poller) = (&self.control.wake_event, pollers.of(engine.in_flight()));
-        if poller.wait(|| wake_event.is_notified() || engine.has_requests()) {
+        let (wake_event, in_flight) = (&self.control.wake_event, engine.in_flight());
+        if pollers.wait(in_flight, || {
+            wake_event.is_notified() || engine.has_requests()
+        }) {
             return true;
         }
         engine.must_stay_awake()
