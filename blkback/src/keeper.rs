@@ -46,7 +46,7 @@ impl<'a> Keeper<'a> {
         engine: &mut Engine<'_, R, G, B>,
     ) {
         let borrowed = engine.borrowed();
-        if borrowed == 0 && self.borrowed == 0 && engine.kept() == 0 {
+        if borrowed == 0 && self.borrowed == 0 && !engine.wants_sweep() {
             return;
         }
         self.passes = self.passes.wrapping_add(1);
@@ -75,13 +75,13 @@ impl<'a> Keeper<'a> {
         engine.borrowed() > 0 || engine.kept() > 0
     }
 
-    /// Has pages of the guest unmapped that it has not used for a while.
+    /// Has pages of the guest unmapped that it has not used for a while, and tries again to map others.
     fn sweep<R: SharedRing, G: Grants, B: Backend>(
         &mut self,
         engine: &mut Engine<'_, R, G, B>,
         now: u64,
     ) {
-        if engine.kept() > 0 && now.wrapping_sub(self.swept) > KEPT_NS {
+        if engine.wants_sweep() && now.wrapping_sub(self.swept) > KEPT_NS {
             self.swept = now;
             let _left = engine.sweep(false);
         }

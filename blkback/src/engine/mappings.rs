@@ -130,6 +130,11 @@ impl<'a> Mappings<'a> {
         self.kept
     }
 
+    /// A sweep may find something to unmap, or have what there was no room for tried once more.
+    pub(crate) fn wants_sweep(&self) -> bool {
+        self.kept > 0 || self.short
+    }
+
     /// Nothing is mapped, but for what is lost.
     pub(crate) fn is_empty(&self) -> bool {
         let is_empty = |at: &Mapping| matches!(at.state, State::Free | State::Lost);

@@ -42,10 +42,15 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.transfers.mappings.kept()
     }
 
-    /// Unmaps the guest pages that were not used since the last call, or `all` that are not in use. Returns how
-    /// many are left.
+    /// There is something for [`sweep`](Self::sweep) to do now and then.
+    pub fn wants_sweep(&self) -> bool {
+        self.transfers.mappings.wants_sweep()
+    }
+
+    /// Unmaps the guest pages that were not used since the last call, or `all` that are not in use, and has what
+    /// there was no room to map tried once more. Returns how many are left.
     pub fn sweep(&mut self, all: bool) -> u16 {
-        if self.kept() > 0 {
+        if self.wants_sweep() {
             self.transfers.sweep(all);
         }
         self.kept()

@@ -103,6 +103,23 @@ fn pages_beyond_the_last_place_are_copied() {
 }
 
 #[test]
+fn what_there_was_no_room_to_map_is_tried_again() {
+    each(512, |world| {
+        let some = [Spec::pages(OP_WRITE, 0, 11), Spec::pages(OP_READ, 0, 11)];
+        world.machine.borrow_mut().setup.maptrack = 0;
+        serve(world, &some);
+        let (_, tried) = counts(world);
+        serve(world, &some);
+        assert_eq!((counts(world).1, world.engine.kept()), (tried, 0));
+        world.machine.borrow_mut().setup.maptrack = 4096;
+        assert!(world.engine.wants_sweep());
+        let _none = world.engine.sweep(false);
+        serve(world, &some);
+        assert!(world.engine.kept() >= 11);
+    });
+}
+
+#[test]
 fn references_that_collide_are_looked_for_no_further_than_a_few() {
     const PAGES: u16 = 64;
     each(PAGES, |world| {
