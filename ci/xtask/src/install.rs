@@ -305,13 +305,19 @@ mod parameters {
     fn of_shim(source: &str) -> BTreeMap<&str, &str> {
         let writable = source.lines().filter_map(|line| {
             let rest = line.strip_prefix("module_param(")?;
-            rest.strip_suffix(", uint, 0644);")
+            let name = |kind| rest.strip_suffix(kind);
+            name(", uint, 0644);").or(name(", bool, 0644);"))
         });
         let default = |name: &str| {
             source.lines().find_map(|line| {
-                let rest = line.strip_prefix("static unsigned int ")?;
+                let kinds = ["static unsigned int ", "static bool "];
+                let rest = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;
                 let rest = rest.strip_prefix(name)?.trim_end_matches(';');
-                Some(rest.strip_prefix(" = ").unwrap_or("0"))
+                // As it is shown when it is read.
+                Some(match rest.strip_prefix(" = ").unwrap_or("0") {
+                    "true" => "Y",
+                    number => number,
+                })
             })
         };
         writable

@@ -219,7 +219,10 @@ fn slow(context: &mut Context) -> Result<()> {
     let storage = Dm::create("vmtest-slow", &linear(&below.path(), SECTORS))?;
     let theirs = storage.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
+    // What is copied needs pages, which it will lack.
+    let copies = Parameter::set("feature_persistent", "N")?;
     let vbd = attach_own(context, &storage.path(), "xvdk")?;
+    drop(copies);
 
     storage.replace(&delayed(&below.path(), SECTORS, 300)?)?;
     let load = Load::start("/dev/xvdk", "4k", &vbd)?;
