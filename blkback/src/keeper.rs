@@ -39,14 +39,14 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// Gives back what others have a right to.
+    /// Gives back what others have a right to, and what was not used for a while by a queue that never sleeps.
     #[inline]
     pub(crate) fn after_pass<R: SharedRing, G: Grants, B: Backend>(
         &mut self,
         engine: &mut Engine<'_, R, G, B>,
     ) {
-        let borrowed = engine.borrowed();
-        if borrowed == 0 && self.borrowed == 0 && !engine.wants_sweep() {
+        let borrows = engine.borrowed() > 0 || self.borrowed > 0;
+        if !borrows && !engine.wants_sweep() {
             return;
         }
         self.passes = self.passes.wrapping_add(1);
@@ -55,8 +55,10 @@ impl<'a> Keeper<'a> {
             // It may never sleep.
             self.sweep(engine, local_clock());
         }
-        engine.settle(is_turn);
-        self.note(engine.borrowed());
+        if borrows {
+            engine.settle(is_turn);
+            self.note(engine.borrowed());
+        }
     }
 
     /// Gives back what was not used for a while. Returns whether something is still borrowed or kept, so

@@ -69,13 +69,14 @@ impl Features {
         let discard = !read_only
             && limits.discard_granularity.is_some()
             && !value_is(device, c"discard-enable", b"0")?;
+        let keeps_grants = disk.keeps_grants();
         Ok(Self {
             device: limits,
             read_only,
             cdrom,
             discard,
-            keeps_grants: disk.keeps_grants(),
-            persistent: is_told_persistent(device, disk.keeps_grants())?,
+            keeps_grants,
+            persistent: is_told_persistent(device, keeps_grants)?,
         })
     }
 

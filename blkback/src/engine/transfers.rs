@@ -146,11 +146,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
             let Some(gref) = requests.segments.gref(at) else {
                 return;
             };
-            let known = if self.mappings.keeps() {
-                self.mappings.find(gref)
-            } else {
-                None
-            };
+            let known = self.mappings.find(gref);
             let page = known.or_else(|| self.map_one(requests, tag, gref, read_only));
             let Some(page) = page else {
                 requests.slots.fail_to_map(tag);

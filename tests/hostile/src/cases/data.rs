@@ -231,8 +231,9 @@ fn h27_more_than_can_be_kept(lab: &mut Lab) -> Result<()> {
     let pages = GrantPages::new(NEW_PAGES, Access::ReadWrite)?;
     // Twice: some are known then, and others were never kept.
     for round in 0..2 {
+        let pattern = |at: usize| (at as u32).wrapping_mul(0x9e37_79b9) ^ round;
         for (at, word) in pages.words().iter().enumerate() {
-            word.store((at as u32).wrapping_mul(0x9e37_79b9) ^ round, Relaxed);
+            word.store(pattern(at), Relaxed);
         }
         let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
         for op in [OP_WRITE, OP_READ] {
@@ -248,9 +249,7 @@ fn h27_more_than_can_be_kept(lab: &mut Lab) -> Result<()> {
             }
         }
         let words = pages.words().iter().enumerate();
-        let wrong = words.filter(|(at, word)| {
-            word.load(Relaxed) != (*at as u32).wrapping_mul(0x9e37_79b9) ^ round
-        });
+        let wrong = words.filter(|(at, word)| word.load(Relaxed) != pattern(*at));
         let count = wrong.count();
         ensure!(count == 0, "{count} words are not what was written");
     }

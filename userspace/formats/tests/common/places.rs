@@ -203,11 +203,6 @@ impl<S: Subject> Host<S> {
         let sectors = self.storage.size().unwrap() / SECTOR;
         let mut map = self.map.borrow_mut();
         map.resize_backing(BackingNumber::new(0).unwrap(), sectors);
-        let told = places
-            .iter()
-            .filter(|place| map.set(&extent(place), generation).is_ok());
-        let told: Vec<Place> = told.copied().collect();
-        drop(map);
         // The image may say already that this is gone, and the kernel hears of it with the answer: until then the
         // guest has no use for what is there, and the next process is told nothing of what this one said.
         let is_going = |place: &Place| {
@@ -217,7 +212,12 @@ impl<S: Subject> Host<S> {
                 .iter()
                 .any(|range| range.common(&its).is_some())
         };
-        let told: Vec<Place> = told.into_iter().filter(|place| !is_going(place)).collect();
+        let told = places
+            .iter()
+            .filter(|place| map.set(&extent(place), generation).is_ok())
+            .filter(|place| !is_going(place));
+        let told: Vec<Place> = told.copied().collect();
+        drop(map);
         // A death now: the next process finds the same.
         if !told.is_empty() && self.below(8) == 0 {
             self.deaths.set(self.deaths.get() + 1);
