@@ -16,9 +16,9 @@ use trouble::emulator;
 #[derive(Default)]
 pub(super) struct Attempt {
     /// What a guest that died can be the cause of: the case's error, guests that do not answer,
-    /// what could not be undone.
+    /// what could not be undone, counters that are not what they were, which counted the guest too.
     failed: Vec<String>,
-    /// What nothing excuses: trouble in a log, something left behind.
+    /// What nothing excuses: trouble in a log.
     trouble: Vec<String>,
     /// Why the case could not run.
     skipped: Option<String>,
@@ -60,7 +60,7 @@ impl Attempt {
         attempt.trouble.extend(guest::take_trouble());
         if let (Some(baseline), false) = (baseline, attempt.has_problems()) {
             let same = baseline.wait_same(context.driver, Duration::from_secs(15));
-            same.unwrap_or_else(|error| attempt.trouble.push(format!("{error:#}")));
+            attempt.take_result(same);
         }
         let messages = kmsg.take()?;
         let messages = messages.iter().map(String::as_str);
