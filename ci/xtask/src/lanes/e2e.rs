@@ -116,6 +116,10 @@ fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
     Ok(payload)
 }
 
+/// What cannot run there: planted faults stop such a kernel, and so does the C driver, from which a disk is taken over,
+/// because it has a work item on its stack that it does not tell the kernel's checks of.
+const NOT_CHECKED: &str = "planted.*,takeover.*";
+
 /// Honest guests and a malicious frontend, on a dom0 whose kernel checks locks, memory and leaks by itself.
 pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
     let (only, seed) = (only.replace('\'', ""), words(seed));
@@ -128,7 +132,7 @@ pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
         );
     }
     script += &format!(
-        "exec /t/vmtest run --checked-kernel --only '{only}' --except 'planted.*'{seed}\n"
+        "exec /t/vmtest run --checked-kernel --only '{only}' --except '{NOT_CHECKED}'{seed}\n"
     );
     let payload = with_everything("debug", &script, Kernel::Checked)?;
     let mut machine = machine("debug");
