@@ -82,11 +82,11 @@ module! {
             description: "Most data pages of each queue; all but a few are borrowed while it is busy",
         },
         map_pages: u32 {
-            default: 1024,
+            default: 1056,
             description: "Most pages of each queue at which guest pages are mapped",
         },
         domain_mappings: u32 {
-            default: 65536,
+            default: 67584,
             description: "Pages of one guest that its queues may map in all; beyond it they copy",
         },
         poll_us: u32 {

@@ -138,7 +138,8 @@ pub(crate) fn pool_sizes(slots: u32, keeps_grants: bool) -> PoolSizes {
         own: OWN as u16,
         rest: largest as u16,
         map: match parameter(module_parameters::map_pages.value()) {
-            most if keeps_grants => size(32, most),
+            // Linux lends the pages for its data and those for the descriptors of its large requests from one stock.
+            most if keeps_grants => size(33, most),
             most if !copies_all => size(16, most),
             _ => 0,
         },

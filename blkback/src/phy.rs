@@ -210,11 +210,14 @@ fn write(preflush: bool, fua: bool) -> Operation {
 }
 
 fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
+    let pieces = io.slices().map(piece);
+    if io.is_mapped() {
+        return inflight.scatter(operation, io.sector, io.count(), pieces);
+    }
     let place = bio::Place {
         sector: io.sector,
         bytes: io.sectors.saturating_mul(512),
     };
-    let pieces = io.slices().map(piece);
     inflight.transfer(operation, core::iter::once(place), io.count(), pieces);
 }
 

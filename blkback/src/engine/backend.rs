@@ -5,7 +5,7 @@
 //! `phy` implements it with bios; a disk served by a process implements it with a character
 //! device. Everything in front of it (ring, validation, grants, responses, statistics) is common.
 
-use crate::engine::segments::{Segments, Slice};
+use crate::engine::segments::{Pool, Segments, Slice};
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 
@@ -41,6 +41,7 @@ pub struct Io<'b> {
     /// Number of 512-byte sectors.
     pub sectors: u64,
     pub(crate) segments: &'b Segments<'b>,
+    pub(crate) pool: Pool,
     pub(crate) head: u16,
     pub(crate) count: u16,
 }
@@ -49,6 +50,11 @@ impl Io<'_> {
     /// The pieces of pages that hold the data, in disk order; empty for flush and discard.
     pub fn slices(&self) -> impl Iterator<Item = Slice> + '_ {
         self.segments.slices(self.head, self.count)
+    }
+
+    /// The data is in pages at which guest pages are mapped, each piece in one of its own.
+    pub fn is_mapped(&self) -> bool {
+        self.pool == Pool::Map
     }
 
     /// Number of pieces.

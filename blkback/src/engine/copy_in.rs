@@ -18,7 +18,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let (mut copies, mut maps) = (false, false);
         while let Some(tag) = at {
             at = requests.after(tag);
-            let Some(request) = requests.get(tag).copied() else {
+            let Some(request) = requests.get(tag) else {
                 break;
             };
             if request.status != Status::Okay || request.count == 0 {
@@ -27,10 +27,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             if request.pool == Pool::Map {
                 self.stats.mapped = self.stats.mapped.wrapping_add(1);
                 maps = true;
-                transfers.map(requests, tag, &request);
+                transfers.map(requests, tag);
             } else if request.copies_in() {
                 copies = true;
-                transfers.copy(requests, tag, &request, CopyDirection::FromGuest);
+                transfers.copy(requests, tag, CopyDirection::FromGuest);
             }
         }
         if maps {
@@ -53,12 +53,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let mut copies = false;
         while let Some(tag) = at {
             at = self.requests.after(tag);
-            let request = self.requests.get(tag).copied();
-            if let Some(request) = request.filter(PendingRequest::copies_in) {
+            let request = self.requests.get(tag);
+            if request.is_some_and(PendingRequest::copies_in) {
                 copies = true;
                 let direction = CopyDirection::FromGuest;
-                self.transfers
-                    .copy(&mut self.requests, tag, &request, direction);
+                self.transfers.copy(&mut self.requests, tag, direction);
             }
         }
         copies
@@ -82,9 +81,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let mut at = requests.stalled.first();
         while let Some(tag) = at {
             at = requests.after(tag);
-            if let Some(request) = requests.get(tag).copied() {
-                self.transfers.unmap(&mut requests.segments, &request);
-            }
+            self.transfers.unmap(requests, tag);
         }
         self.transfers.run_unmaps();
         self.retry = true;

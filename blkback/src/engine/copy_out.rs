@@ -15,7 +15,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let (mut copies, mut unmaps) = (false, false);
         while let Some(tag) = at {
             at = requests.after(tag);
-            let Some(request) = requests.get(tag).copied() else {
+            let Some(request) = requests.get(tag) else {
                 break;
             };
             if request.count == 0 {
@@ -23,10 +23,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             }
             if request.pool == Pool::Map {
                 unmaps = true;
-                transfers.unmap(&mut requests.segments, &request);
+                transfers.unmap(requests, tag);
             } else if request.copies_out() {
                 copies = true;
-                transfers.copy(requests, tag, &request, CopyDirection::ToGuest);
+                transfers.copy(requests, tag, CopyDirection::ToGuest);
             }
         }
         if copies {

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
 //! Fetch: copy the descriptors of indirect requests in, and check the segments in them.
+//!
+//! They are copied by the hypervisor, for many requests at once. Where their page is one that stays mapped
+//! (`mappings`) they are read there instead, at once.
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
-use crate::engine::transfers::Fetch;
 use crate::ring::grants::Grants;
+use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
-use crate::ring::request::Limits;
+use crate::ring::request::{Indirect, Limits};
 use crate::ring::response::Status;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
@@ -19,23 +22,35 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let (limits, refused) = (&self.limits, &mut self.stats.refused);
         self.transfers
             .run_fetches(&mut self.requests, |requests, fetch, grants, buffer| {
-                if !fill(requests, fetch, grants, buffer, limits) {
+                if !fill(requests, fetch.tag, &fetch.request, grants, buffer, limits) {
                     *refused = refused.wrapping_add(1);
                 }
             });
+    }
+
+    /// Brings the segments of a request in, now or in the next [`fetch`](Self::fetch).
+    pub(super) fn fetch_soon(&mut self, tag: QueueTag, request: &Indirect) {
+        let Some(buffer) = self.transfers.read_kept(request) else {
+            return self.transfers.fetch(&mut self.requests.slots, tag, request);
+        };
+        let (requests, grants) = (&mut self.requests, &self.transfers.grants);
+        if !fill(requests, tag, request, grants, buffer, &self.limits) {
+            self.stats.refused = self.stats.refused.wrapping_add(1);
+        }
     }
 }
 
 /// Gives a request its segments; false if one of them is not well-formed.
 fn fill<G: Grants>(
     requests: &mut Requests<'_>,
-    fetch: &Fetch,
+    tag: QueueTag,
+    indirect: &Indirect,
     grants: &G,
     buffer: u8,
     limits: &Limits,
 ) -> bool {
     let segments = &mut requests.segments;
-    let Some(request) = requests.slots.get_mut(fetch.tag) else {
+    let Some(request) = requests.slots.get_mut(tag) else {
         return true;
     };
     if request.status != Status::Okay {
@@ -43,7 +58,7 @@ fn fill<G: Grants>(
     }
     let (mut at, mut sectors, mut now) = (request.head, 0u64, request.count);
     let raw = grants.descriptor(buffer).iter().copied();
-    let checked = fetch.request.check_segments(raw, limits, |segment| {
+    let checked = indirect.check_segments(raw, limits, |segment| {
         if now > 0 {
             now = now.wrapping_sub(1);
             sectors = sectors.wrapping_add(u64::from(segment.sectors()));

@@ -217,6 +217,11 @@ impl Slots<'_> {
         self.slots.get_mut(tag.index())
     }
 
+    #[inline]
+    fn of<S>(&self, handle: &Handle<S>) -> &PendingRequest {
+        self.get(handle.0).unwrap_or(&self.nobody)
+    }
+
     /// A part of a request's data cannot be moved.
     pub(crate) fn fail(&mut self, tag: QueueTag) {
         if let Some(request) = self.get_mut(tag) {
@@ -288,6 +293,13 @@ impl Slots<'_> {
     }
 }
 
+/// Gives the pages of a request back.
+#[inline]
+fn release(segments: &mut Segments<'_>, request: &PendingRequest) {
+    segments.release(request.pool, request.head, request.count);
+    segments.release(Pool::Rest, request.rest, request.left);
+}
+
 /// The requests of a queue.
 ///
 /// # Invariants
@@ -347,7 +359,7 @@ impl<'a> Requests<'a> {
     /// The request of a handle.
     #[inline]
     pub(crate) fn of<S>(&self, handle: &Handle<S>) -> &PendingRequest {
-        self.slots.get(handle.0).unwrap_or(&self.slots.nobody)
+        self.slots.of(handle)
     }
 
     /// The same, to change it.
@@ -415,28 +427,21 @@ impl<'a> Requests<'a> {
     #[inline]
     #[must_use]
     pub(crate) fn end(&mut self, handle: Handle<Completed>) -> Response {
-        let request = *self.of(&handle);
-        self.release(&request);
-        let tag = handle.put_down();
-        if let Some(slot) = self.slots.get_mut(tag) {
-            *slot = PendingRequest::FREE;
-        }
-        self.slots.append(&mut self.free, tag);
-        self.used = self.used.wrapping_sub(1);
-        Response {
+        let request = self.slots.of(&handle);
+        let response = Response {
             id: request.id,
             operation: request.operation,
             status: request.status,
-        }
+        };
+        release(&mut self.segments, request);
+        self.slots.append(&mut self.free, handle.put_down());
+        self.used = self.used.wrapping_sub(1);
+        response
     }
 
-    /// Gives the pages of a request back.
-    #[inline]
+    /// Gives the pages back of a request that has got no number.
     pub(crate) fn release(&mut self, request: &PendingRequest) {
-        self.segments
-            .release(request.pool, request.head, request.count);
-        self.segments
-            .release(Pool::Rest, request.rest, request.left);
+        release(&mut self.segments, request);
     }
 
     /// Appends a request to a list that is not one of ours.

@@ -49,9 +49,7 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
         let mut at = requests.completed.first();
         while let Some(tag) = at {
             at = requests.after(tag);
-            if let Some(request) = requests.get(tag).copied() {
-                self.transfers.unmap(&mut requests.segments, &request);
-            }
+            self.transfers.unmap(requests, tag);
         }
         // Also what no request uses: the guest's domain stays as long as anything of it is mapped.
         self.transfers.sweep(true);

@@ -232,20 +232,26 @@ impl<'a> Segments<'a> {
         Some(self.entries.get(usize::from(index))?.segment?.gref())
     }
 
-    /// The page of an entry, if it has one.
-    pub(crate) fn page(&self, index: u16) -> Option<PageIndex> {
-        let page = self.entries.get(usize::from(index))?.page;
-        (page != END).then_some(PageIndex::new(page))
-    }
-
     /// Says where the data of an entry of [`Pool::Map`] is and returns the next entry of the chain.
-    pub(crate) fn put_at(&mut self, index: u16, page: Option<PageIndex>) -> u16 {
+    pub(crate) fn put_at(&mut self, index: u16, page: PageIndex) -> u16 {
         match self.entries.get_mut(usize::from(index)) {
             Some(entry) => {
-                entry.page = page.map_or(END, PageIndex::number);
+                entry.page = page.number();
                 entry.next
             }
             None => END,
+        }
+    }
+
+    /// Takes the page of an entry of [`Pool::Map`] away, and returns the next entry of the chain as well.
+    #[inline]
+    pub(crate) fn take_page(&mut self, index: u16) -> (Option<PageIndex>, u16) {
+        match self.entries.get_mut(usize::from(index)) {
+            Some(entry) => {
+                let page = core::mem::replace(&mut entry.page, END);
+                ((page != END).then_some(PageIndex::new(page)), entry.next)
+            }
+            None => (None, END),
         }
     }
 

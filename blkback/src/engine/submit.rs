@@ -41,6 +41,7 @@ impl<R, G, B: Backend> Engine<'_, R, G, B> {
                 sector: request.sector,
                 sectors: request.piece(),
                 segments: &requests.segments,
+                pool: request.pool,
                 head: request.head,
                 count: request.count,
             })

@@ -172,8 +172,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             ..PendingRequest::FREE
         })?;
         if self.requests.of(&handle).status == Status::Okay {
-            let slots = &mut self.requests.slots;
-            self.transfers.fetch(slots, handle.tag(), indirect);
+            self.fetch_soon(handle.tag(), indirect);
         }
         self.requests.push_taken(handle);
         Ok(())

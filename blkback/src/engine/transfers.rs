@@ -6,23 +6,26 @@
 use crate::engine::backend::IoKind;
 use crate::engine::mappings::{Mappings, Unused};
 use crate::engine::requests::{PendingRequest, Requests, Slots};
-use crate::engine::segments::{Pool, Segments};
+use crate::engine::segments::Pool;
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::request::Indirect;
+use crate::ring::response::Status;
 
 /// An indirect request whose segments are being fetched.
 #[derive(Clone, Copy, Debug)]
 pub struct Fetch {
     pub(super) tag: QueueTag,
     pub(super) request: Indirect,
+    /// Where the guest's page with the descriptors is mapped, so that it is known the next time.
+    page: Option<PageIndex>,
 }
 
 /// The transfers of a queue. An operation is queued, and carried out at the latest by the next `run_*`;
 /// one that fails fails its request.
 #[derive(Debug)]
 pub(crate) struct Transfers<'a, G> {
-    grants: G,
+    pub(super) grants: G,
     pub(super) mappings: Mappings<'a>,
     fetches: &'a mut [Option<Fetch>],
     fetching: usize,
@@ -43,7 +46,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
         self.fetching > 0
     }
 
-    /// True if nothing can be queued by [`Self::fetch`] before [`Self::run_fetches`].
+    /// True if nothing can be queued by [`Self::fetch`], nor read by [`Self::read_kept`], before [`Self::run_fetches`].
     pub(super) fn is_full(&self) -> bool {
         let room = usize::from(self.grants.descriptor_buffers()).min(self.fetches.len());
         self.fetching >= room
@@ -69,6 +72,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
             *fetch = Some(Fetch {
                 tag,
                 request: *request,
+                page: None,
             });
             self.fetching = self.fetching.wrapping_add(1);
         }
@@ -81,13 +85,64 @@ impl<'a, G: Grants> Transfers<'a, G> {
         mut each: impl FnMut(&mut Requests<'_>, &Fetch, &G, u8),
     ) {
         self.run_copies(&mut requests.slots);
-        let fetches = self.fetches.iter_mut().take(self.fetching);
+        let fetches = self.fetches.iter().take(self.fetching).flatten();
         for (buffer, fetch) in (0..=u8::MAX).zip(fetches) {
-            if let Some(fetch) = fetch.take() {
-                each(requests, &fetch, &self.grants, buffer);
-            }
+            each(requests, fetch, &self.grants, buffer);
+        }
+        if self.mappings.keeps() {
+            self.keep_descriptors(&requests.slots);
         }
         self.fetching = 0;
+    }
+
+    /// Has the pages of the descriptors stay mapped that were fetched: in a page that is known they need no copy.
+    #[cold]
+    fn keep_descriptors(&mut self, slots: &Slots<'_>) {
+        let (grants, mappings) = (&mut self.grants, &mut self.mappings);
+        for fetch in self.fetches.iter_mut().take(self.fetching).flatten() {
+            let is_well = slots
+                .get(fetch.tag)
+                .is_some_and(|request| request.status == Status::Okay);
+            let descriptor = fetch.request.descriptors().next();
+            let Some((gref, _)) = descriptor.filter(|_| is_well) else {
+                continue;
+            };
+            let Some(page) = mappings.reserve(gref) else {
+                break;
+            };
+            if !grants.queue_map(fetch.tag, page, gref, false) {
+                mappings.unreserve(page);
+                break;
+            }
+            fetch.page = Some(page);
+        }
+        // Nothing else is queued: the maps of data come when all descriptors are there.
+        grants.run_maps(|_, page, outcome| match outcome {
+            MapOutcome::Mapped(handle) => mappings.mapped(page, handle),
+            MapOutcome::NoSpace | MapOutcome::Refused => {
+                mappings.failed(page, outcome == MapOutcome::NoSpace);
+            }
+        });
+        for at in 0..self.fetching {
+            if let Some(Some(Fetch {
+                page: Some(page), ..
+            })) = self.fetches.get(at).copied()
+            {
+                self.let_go(page);
+            }
+        }
+    }
+
+    /// Reads the descriptors of a request at once, if their page is known; says in which buffer they are until
+    /// others are fetched.
+    pub(super) fn read_kept(&mut self, request: &Indirect) -> Option<u8> {
+        let (gref, len) = request.descriptors().next()?;
+        let page = self.mappings.find(gref)?;
+        // CAST: below the number of descriptor buffers; at most 4096.
+        let (buffer, len) = (self.fetching as u8, len as u16);
+        let is_read = self.grants.read_mapped(page, buffer, len);
+        self.let_go(page);
+        is_read.then_some(buffer)
     }
 
     /// Queues the copies of a request's data.
@@ -95,11 +150,13 @@ impl<'a, G: Grants> Transfers<'a, G> {
         &mut self,
         requests: &mut Requests<'_>,
         tag: QueueTag,
-        request: &PendingRequest,
         direction: CopyDirection,
     ) {
         let (slots, segments) = (&mut requests.slots, &requests.segments);
-        for slice in segments.slices(request.head, request.count) {
+        let Some(&PendingRequest { head, count, .. }) = slots.get(tag) else {
+            return;
+        };
+        for slice in segments.slices(head, count) {
             let copy = Copy {
                 tag,
                 gref: slice.gref,
@@ -133,16 +190,14 @@ impl<'a, G: Grants> Transfers<'a, G> {
 
     /// Gives each segment of a request the page at which the guest's page is, or will be by the next
     /// [`run_maps`](Self::run_maps).
-    pub(super) fn map(
-        &mut self,
-        requests: &mut Requests<'_>,
-        tag: QueueTag,
-        request: &PendingRequest,
-    ) {
+    pub(super) fn map(&mut self, requests: &mut Requests<'_>, tag: QueueTag) {
+        let Some(request) = requests.get(tag) else {
+            return;
+        };
         // What is kept serves the next request, which may be of the other kind.
         let read_only = request.kind != IoKind::Read && !self.mappings.keeps();
-        let mut at = request.head;
-        for _ in 0..request.count {
+        let (mut at, count) = (request.head, request.count);
+        for _ in 0..count {
             let Some(gref) = requests.segments.gref(at) else {
                 return;
             };
@@ -152,7 +207,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
                 requests.slots.fail_to_map(tag);
                 return;
             };
-            at = requests.segments.put_at(at, Some(page));
+            at = requests.segments.put_at(at, page);
         }
     }
 
@@ -194,18 +249,26 @@ impl<'a, G: Grants> Transfers<'a, G> {
     }
 
     /// Takes a request's pages from it, and queues the unmaps of those that are not kept.
-    pub(super) fn unmap(&mut self, segments: &mut Segments<'_>, request: &PendingRequest) {
-        if request.pool != Pool::Map {
-            return;
-        }
-        let mut at = request.head;
-        for _ in 0..request.count {
-            let page = segments.page(at);
-            at = segments.put_at(at, None);
-            let Some(page) = page else { continue };
-            if let Some(handle) = self.mappings.release(page) {
-                self.queue_unmap(page, handle);
+    pub(super) fn unmap(&mut self, requests: &mut Requests<'_>, tag: QueueTag) {
+        let (slots, segments) = (&requests.slots, &mut requests.segments);
+        let (mut at, count) = match slots.get(tag) {
+            Some(request) if request.pool == Pool::Map => (request.head, request.count),
+            _ => return,
+        };
+        for _ in 0..count {
+            let (page, next) = segments.take_page(at);
+            at = next;
+            if let Some(page) = page {
+                self.let_go(page);
             }
+        }
+    }
+
+    /// A segment is done with a page, or whoever has read descriptors there.
+    #[inline]
+    fn let_go(&mut self, page: PageIndex) {
+        if let Some(handle) = self.mappings.release(page) {
+            self.queue_unmap(page, handle);
         }
     }
 

@@ -60,7 +60,7 @@ pub trait Grants {
     /// Number of descriptor buffers, at least one.
     fn descriptor_buffers(&self) -> u8;
 
-    /// The segments in a descriptor buffer: private memory, filled by the last copy into it.
+    /// The segments in a descriptor buffer: private memory, filled by what was last copied into it.
     fn descriptor(&self, buffer: u8) -> &[RawSegment];
 
     /// Queues a copy. Returns `false` and does nothing if the batch is full.
@@ -74,6 +74,11 @@ pub trait Grants {
 
     /// Carries out the queued maps and tells the outcome of each (request, page, outcome).
     fn run_maps(&mut self, outcome: impl FnMut(QueueTag, PageIndex, MapOutcome));
+
+    /// Copies so many bytes, whole words of eight, from the beginning of the guest's page that is mapped at `page`
+    /// into a descriptor buffer. Each word is read once: the guest may write to the page. `false` if nothing is
+    /// mapped there.
+    fn read_mapped(&mut self, page: PageIndex, buffer: u8, len: u16) -> bool;
 
     /// Queues an unmap. Returns `false` if the batch is full.
     fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool;
@@ -117,6 +122,11 @@ impl<G: Grants> Grants for &mut G {
     #[inline]
     fn run_maps(&mut self, outcome: impl FnMut(QueueTag, PageIndex, MapOutcome)) {
         (**self).run_maps(outcome);
+    }
+
+    #[inline]
+    fn read_mapped(&mut self, page: PageIndex, buffer: u8, len: u16) -> bool {
+        (**self).read_mapped(page, buffer, len)
     }
 
     #[inline]

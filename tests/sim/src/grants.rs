@@ -127,20 +127,24 @@ impl FakeGrants {
             m.problem(format!("not a copy of descriptors: {c:?}"));
             return false;
         }
-        let scribble = m.setup.scribble;
-        let Some(from) = m.target(target) else {
-            return false;
-        };
-        let from = &mut from[..usize::from(c.len)];
-        for (to, raw) in to.iter_mut().zip(from.chunks_exact(8)) {
-            *to = RawSegment::read_from_bytes(raw).expect("8 bytes");
-        }
-        if scribble {
-            // Another CPU of the guest changes the descriptors right after the copy.
-            from.iter_mut().for_each(|b| *b = !*b);
-        }
-        true
+        take_descriptors(m, to, usize::from(c.len), target)
     }
+}
+
+fn take_descriptors(m: &mut Machine, to: &mut [RawSegment], len: usize, target: Target) -> bool {
+    let scribble = m.setup.scribble;
+    let Some(from) = m.target(target) else {
+        return false;
+    };
+    let from = &mut from[..len];
+    for (to, raw) in to.iter_mut().zip(from.chunks_exact(8)) {
+        *to = RawSegment::read_from_bytes(raw).expect("8 bytes");
+    }
+    if scribble {
+        // Another CPU of the guest changes the descriptors right after the copy.
+        from.iter_mut().for_each(|b| *b = !*b);
+    }
+    true
 }
 
 fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
@@ -334,6 +338,17 @@ impl Grants for FakeGrants {
             let result = m.map(page.number(), gref, read_only);
             outcome(tag, page, result);
         }
+    }
+
+    fn read_mapped(&mut self, page: PageIndex, buffer: u8, len: u16) -> bool {
+        let mut m = self.machine.borrow_mut();
+        let to = self.descriptors.get_mut(usize::from(buffer));
+        let mapping = m.host.mappings.get(&page.number()).copied();
+        let (Some(to), Some(mapping)) = (to, mapping.filter(|mapping| !mapping.lost)) else {
+            m.problem(format!("nothing to read at {page:?} for buffer {buffer}"));
+            return false;
+        };
+        take_descriptors(&mut m, to, usize::from(len), mapping.target)
     }
 
     fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool {

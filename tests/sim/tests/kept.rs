@@ -60,6 +60,25 @@ fn a_page_that_is_known_is_neither_mapped_nor_copied() {
 }
 
 #[test]
+fn descriptors_in_a_page_that_is_known_are_not_copied() {
+    each(512, |world| {
+        let some = [
+            Spec::indirect(OP_WRITE, 0, 64),
+            Spec::indirect(OP_READ, 0, 64),
+        ];
+        serve(world, &some);
+        // One batch of copies of both requests' descriptors, and the maps of 2 pages for those and 128 for data.
+        let first = counts(world);
+        assert_eq!(first, (1, 130));
+        for _ in 0..20 {
+            serve(world, &some);
+        }
+        assert_eq!(counts(world), first);
+        assert_eq!(world.engine.kept(), 130);
+    });
+}
+
+#[test]
 fn what_is_not_used_goes_with_the_second_sweep() {
     each(512, |world| {
         serve(world, &[Spec::pages(OP_WRITE, 0, 11)]);

@@ -5,7 +5,7 @@
 //! I/O on a file is built in the same way. Where a bio would be submitted, the file system is called with
 //! its memory instead: `call.rs`.
 //!
-//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page` (include/linux/bio.h), `submit_bio`
+//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page`, `__bio_add_page` (include/linux/bio.h), `submit_bio`
 //! and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
 //! that make a block device; it has no bios for those who use one.
 
@@ -34,7 +34,7 @@ use kernel::types::Opaque;
 
 pub(crate) use transfer::{Piece, Place};
 
-/// Bios beyond the first of an I/O that can be allocated while there is no memory: enough for
+/// Bios beyond the record's own that can be allocated while there is no memory: enough for
 /// progress. Each has room for the most ranges that a bio can have.
 const RESERVE: u32 = 2;
 /// Ranges of memory of one bio at most (`BIO_MAX_VECS`).
@@ -98,7 +98,7 @@ impl Operation {
     }
 }
 
-/// Ranges of memory of an I/O's first bio.
+/// Ranges of memory of the bio that each record has.
 const FIRST_VECS: u16 = 8;
 
 /// The part of an I/O that its bios share, and the first of them: most I/Os need no other.
@@ -304,10 +304,10 @@ impl Inflight<'_> {
         bio.submit();
     }
 
-    /// Makes a bio of this I/O with room for `vecs` ranges of memory, or for a few. Sleeps when
-    /// there is no memory until a bio of the reserve comes back; the first one never does.
+    /// Makes a bio of this I/O with room for `vecs` ranges of memory. Sleeps when there is no memory until a bio
+    /// of the reserve comes back; the first one of few ranges never does.
     fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
-        let raw = if self.first_taken.replace(true) {
+        let raw = if vecs > FIRST_VECS || self.first_taken.replace(true) {
             // SAFETY: The device is valid while its record is taken, or there is none, and so is the set. An
             // allocation from a bio set that may sleep does not fail.
             unsafe {

@@ -143,7 +143,7 @@ impl Grants for GuestGrants {
         const _: () = assert!(SEGMENTS_PER_INDIRECT_PAGE as usize * 8 == PAGE_SIZE);
         match self.descriptors.bytes(u16::from(buffer)) {
             // SAFETY: The page holds so many segments, any bytes are valid ones, and nothing
-            // writes to it but `run_copies`, which needs `&mut self`.
+            // writes to it but `run_copies` and `read_mapped`, which need `&mut self`.
             Some(bytes) => unsafe {
                 core::slice::from_raw_parts(bytes.cast(), SEGMENTS_PER_INDIRECT_PAGE as usize)
             },
@@ -261,6 +261,25 @@ impl Grants for GuestGrants {
         }
         self.maps.clear();
         self.map_pages.clear();
+    }
+
+    fn read_mapped(&mut self, page: PageIndex, buffer: u8, len: u16) -> bool {
+        let is_mapped = self.handle(page).is_some_and(|handle| *handle < LOST);
+        let from = self.pages.map_page(page).filter(|_| is_mapped);
+        let to = self.descriptors.bytes(u16::from(buffer));
+        let (Some(from), Some(to), true) = (from, to, usize::from(len) <= PAGE_SIZE) else {
+            return false;
+        };
+        // SAFETY: The page is one of ours, and a guest's page is mapped at it, so it has an address.
+        let from = unsafe { sys::xbr_page_address(from) }.cast::<u64>();
+        let to = to.cast_mut().cast::<u64>();
+        for word in 0..usize::from(len) / 8 {
+            // SAFETY: Both pages have so many words. The guest may write to its page at the same time: a volatile
+            // access of one aligned word is never torn. Nothing else uses the other page while `self` is borrowed
+            // mutably.
+            unsafe { to.add(word).write(from.add(word).read_volatile()) };
+        }
+        true
     }
 
     fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool {

@@ -2,7 +2,7 @@
 
 //! A transfer as bios: as few of them, with as few ranges of memory, as the device takes it in.
 
-use super::{Bio, Disk, Inflight, Operation};
+use super::{Bio, Disk, Inflight, Operation, FIRST_VECS};
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
 use kernel::bindings;
@@ -25,7 +25,8 @@ impl Inflight<'_> {
             operation,
             sector: first.sector,
             left: count,
-            bio: self.bio(operation, first.sector, count),
+            // Most transfers have no more ranges, because pages follow one another.
+            bio: self.bio(operation, first.sector, count.min(FIRST_VECS)),
         };
         // Bytes of the place that no run has. A run has at most as many, so what joins it needs no look.
         let mut room = first.bytes;
@@ -60,6 +61,29 @@ impl Inflight<'_> {
         } else {
             self.fail();
         }
+    }
+
+    /// The same for `count` pieces of pages at which guest pages are mapped, which all go to one place, beginning at
+    /// `sector`. Of such a page nobody knows what lies behind it, so each is a range of its own. May sleep.
+    pub(crate) fn scatter(
+        &self,
+        operation: Operation,
+        sector: u64,
+        count: u16,
+        pieces: impl Iterator<Item = Piece>,
+    ) {
+        let mut bios = Bios {
+            operation,
+            sector,
+            left: count,
+            bio: self.bio(operation, sector, count),
+        };
+        for piece in pieces {
+            if !bios.add_mapped(&piece) {
+                return self.fail();
+            }
+        }
+        bios.bio.submit();
     }
 }
 
@@ -193,6 +217,17 @@ impl Bios<'_> {
         self.sector = self.sector.wrapping_add(u64::from(run.len / 512));
         true
     }
+
+    /// Adds a piece of a page at which a guest's page is mapped. False if there is no such page.
+    #[inline]
+    fn add_mapped(&mut self, piece: &Piece) -> bool {
+        if self.bio.add_mapped(piece) {
+            return true;
+        }
+        self.sector = self.bio.end();
+        self.submit(self.left);
+        self.bio.add_mapped(piece)
+    }
 }
 
 impl Bio<'_> {
@@ -206,5 +241,31 @@ impl Bio<'_> {
         let added =
             unsafe { bindings::bio_add_page(raw.as_ptr(), run.page, run.len, run.offset.into()) };
         u32::try_from(added) == Ok(run.len)
+    }
+    /// The sector behind what it has.
+    fn end(&self) -> u64 {
+        // SAFETY: The bio is ours.
+        self.raw.map_or(0, |raw| unsafe {
+            let iter = &(*raw.as_ptr()).bi_iter;
+            iter.bi_sector.wrapping_add(u64::from(iter.bi_size / 512))
+        })
+    }
+
+    /// Adds a piece of a page at which a guest's page is mapped, without a look whether it lies behind the last one,
+    /// which such pages do not. False if there is no such page, or if it is full.
+    fn add_mapped(&mut self, piece: &Piece) -> bool {
+        let end = piece.len.saturating_add(piece.offset.into());
+        let page = self.inflight.disk.pages.map_page(piece.page);
+        let (Some(raw), Some(page), true) = (self.raw, page, end <= PAGE_SIZE as u32) else {
+            return false;
+        };
+        // SAFETY: The bio is ours.
+        if unsafe { (*raw.as_ptr()).bi_vcnt >= (*raw.as_ptr()).bi_max_vecs } {
+            return false;
+        }
+        // SAFETY: The bio is ours, and has room for one more range. The bytes are in the page, which stays where it
+        // is while a request has it.
+        unsafe { bindings::__bio_add_page(raw.as_ptr(), page, piece.len, piece.offset.into()) };
+        true
     }
 }
