@@ -5,8 +5,8 @@
 //! I/O on a file is built in the same way. Where a bio would be submitted, the file system is called with
 //! its memory instead: `call.rs`.
 //!
-//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page`, `__bio_add_page` (include/linux/bio.h), `submit_bio`
-//! and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
+//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page`, `__bio_add_page`
+//! (include/linux/bio.h), `submit_bio` and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
 //! that make a block device; it has no bios for those who use one.
 
 mod call;

@@ -224,6 +224,9 @@ impl Bios<'_> {
         if self.bio.add_mapped(piece) {
             return true;
         }
+        if !self.bio.is_full() {
+            return false;
+        }
         self.sector = self.bio.end();
         self.submit(self.left);
         self.bio.add_mapped(piece)
@@ -242,6 +245,16 @@ impl Bio<'_> {
             unsafe { bindings::bio_add_page(raw.as_ptr(), run.page, run.len, run.offset.into()) };
         u32::try_from(added) == Ok(run.len)
     }
+
+    /// Whether it has as many ranges of memory as there is room for.
+    fn is_full(&self) -> bool {
+        let Some(raw) = self.raw else {
+            return false;
+        };
+        // SAFETY: The bio is ours.
+        unsafe { (*raw.as_ptr()).bi_vcnt >= (*raw.as_ptr()).bi_max_vecs }
+    }
+
     /// The sector behind what it has.
     fn end(&self) -> u64 {
         // SAFETY: The bio is ours.
@@ -259,8 +272,7 @@ impl Bio<'_> {
         let (Some(raw), Some(page), true) = (self.raw, page, end <= PAGE_SIZE as u32) else {
             return false;
         };
-        // SAFETY: The bio is ours.
-        if unsafe { (*raw.as_ptr()).bi_vcnt >= (*raw.as_ptr()).bi_max_vecs } {
+        if self.is_full() {
             return false;
         }
         // SAFETY: The bio is ours, and has room for one more range. The bytes are in the page, which stays where it
