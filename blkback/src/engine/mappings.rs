@@ -16,6 +16,7 @@
 //!  +----------------+-------------------------------------------- unmapped ---------+
 //! ```
 
+use crate::ring::grants::MapOutcome;
 use crate::ring::numbers::PageIndex;
 
 /// The end of a list.
@@ -243,8 +244,17 @@ impl<'a> Mappings<'a> {
         self.set_free(self.index(page));
     }
 
+    /// What came of the map of a guest's page there.
+    pub(crate) fn told(&mut self, page: PageIndex, outcome: MapOutcome) {
+        match outcome {
+            MapOutcome::Mapped(handle) => self.mapped(page, handle),
+            MapOutcome::NoSpace => self.failed(page, true),
+            MapOutcome::Refused => self.failed(page, false),
+        }
+    }
+
     /// A guest's page is there now.
-    pub(crate) fn mapped(&mut self, page: PageIndex, handle: u32) {
+    fn mapped(&mut self, page: PageIndex, handle: u32) {
         let at = self.index(page);
         let Some(mapping) = self.get_mut(at) else {
             return;
@@ -311,7 +321,7 @@ impl<'a> Mappings<'a> {
     }
 
     /// A guest's page could not be mapped.
-    pub(crate) fn failed(&mut self, page: PageIndex, is_full: bool) {
+    fn failed(&mut self, page: PageIndex, is_full: bool) {
         self.short |= is_full;
         let at = self.index(page);
         match self.get_mut(at) {

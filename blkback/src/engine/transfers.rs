@@ -117,12 +117,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
             fetch.page = Some(page);
         }
         // Nothing else is queued: the maps of data come when all descriptors are there.
-        grants.run_maps(|_, page, outcome| match outcome {
-            MapOutcome::Mapped(handle) => mappings.mapped(page, handle),
-            MapOutcome::NoSpace | MapOutcome::Refused => {
-                mappings.failed(page, outcome == MapOutcome::NoSpace);
-            }
-        });
+        grants.run_maps(|_, page, outcome| mappings.told(page, outcome));
         for at in 0..self.fetching {
             if let Some(Some(Fetch {
                 page: Some(page), ..
@@ -234,11 +229,10 @@ impl<'a, G: Grants> Transfers<'a, G> {
     pub(super) fn run_maps(&mut self, requests: &mut Requests<'_>) {
         let (slots, mappings) = (&mut requests.slots, &mut self.mappings);
         self.grants.run_maps(|tag, page, outcome| {
-            if let MapOutcome::Mapped(handle) = outcome {
-                mappings.mapped(page, handle);
+            mappings.told(page, outcome);
+            if let MapOutcome::Mapped(_) = outcome {
                 return;
             }
-            mappings.failed(page, outcome == MapOutcome::NoSpace);
             // A copy needs less of a grant than a mapping that is kept.
             if outcome == MapOutcome::NoSpace || mappings.keeps() {
                 slots.fail_to_map(tag);
