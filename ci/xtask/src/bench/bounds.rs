@@ -49,7 +49,30 @@ pub(super) fn crossed(results: &Results) -> Result<BTreeMap<String, String>> {
     against(results, &parse(BOUNDS)?)
 }
 
-/// The same for a wasteful build of our driver, of which only the telling jobs are measured.
+/// Of bounds that were crossed, those that these results cross as well, of which they have only some jobs.
+pub(super) fn still_crossed(
+    results: &Results,
+    before: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, String>> {
+    let mut bounds = parse(BOUNDS)?;
+    for (backend, jobs) in &mut bounds {
+        for (job, parts) in jobs.iter_mut() {
+            parts.retain(|part, _| before.contains_key(&name(backend, job, part)));
+        }
+    }
+    against(results, &bounds)
+}
+
+/// Backend and job of the name of a bound.
+pub(super) fn backend_and_job(bound: &str) -> (&str, &str) {
+    let mut parts = bound.split('.');
+    (
+        parts.next().unwrap_or_default(),
+        parts.next().unwrap_or_default(),
+    )
+}
+
+/// What [`crossed`] says, for a wasteful build of our driver, of which only the telling jobs are measured.
 pub(super) fn crossed_by_waste(results: &Results) -> Result<BTreeMap<String, String>> {
     let mut jobs = parse(BOUNDS)?.remove(OURS).unwrap_or_default();
     jobs.retain(|job, _| TELLING.contains(&job.as_str()));
@@ -167,6 +190,19 @@ mod tests {
         let of_dom0 = |bound| against(&measured, &bounds("phy", "j", "dom0", bound)).unwrap();
         assert!(of_dom0(9_000.0).is_empty());
         assert!(!of_dom0(1_000.0).is_empty());
+    }
+
+    #[test]
+    fn what_is_not_crossed_again_was_the_boot() {
+        let names = ["phy.rr4k-qd32.driver", "phy.rr4k-qd32.dom0"];
+        let before = names.map(|name| (name.to_string(), String::new())).into();
+        let mut measured = with_driver(1e9);
+        measured.rows[0].job = "rr4k-qd32".into();
+        let figure = Figure::of(&[1.0]).unwrap();
+        measured.rows[0].instructions.insert(DOM0.into(), figure);
+        let again = still_crossed(&measured, &before).unwrap();
+        assert_eq!(again.keys().collect::<Vec<_>>(), [names[0]]);
+        assert_eq!(backend_and_job(names[0]), ("phy", "rr4k-qd32"));
     }
 
     #[test]

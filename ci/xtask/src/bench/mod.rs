@@ -19,6 +19,7 @@ use crate::build;
 use crate::tally::Tally;
 use anyhow::{bail, Result};
 use result::{Results, WASTEFUL};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
@@ -141,10 +142,8 @@ pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
         bail!("the measuring broke off: {reason}");
     }
     println!("measured: {}", bounds::measured(&results)?);
-    let (crossed, caught) = (
-        bounds::crossed(&results)?,
-        bounds::crossed_by_waste(&results)?,
-    );
+    let crossed = confirmed(bounds::crossed(&results)?)?;
+    let caught = bounds::crossed_by_waste(&results)?;
     for bound in bounds::names()? {
         match crossed.get(&bound) {
             None => tally.pass(&format!("bench.{bound}")),
@@ -162,6 +161,38 @@ pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What is crossed in another boot as well. How the guest and dom0 fall into step differs from boot to boot, and with it
+/// how long a queue looks for work: dom0's part of 4 KiB reads was seen 9 % apart in two boots of one module. What a
+/// change costs is there each time.
+fn confirmed(crossed: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
+    if crossed.is_empty() {
+        return Ok(crossed);
+    }
+    for (bound, why) in &crossed {
+        println!("measured once more, in another boot: {bound}: {why}");
+    }
+    let results = boot::measure(&again(&crossed))?;
+    if let Some(reason) = &results.failed {
+        bail!("the measuring broke off: {reason}");
+    }
+    bounds::still_crossed(&results, &crossed)
+}
+
+/// Measures the jobs whose bounds these are.
+fn again(crossed: &BTreeMap<String, String>) -> Args {
+    let names = crossed.keys().map(|bound| bounds::backend_and_job(bound));
+    let (backends, jobs): (BTreeSet<_>, BTreeSet<_>) = names
+        .map(|(backend, job)| (backend, format!("{backend}:{job}")))
+        .unzip();
+    let list = |names: Vec<&str>| Some(names.join(","));
+    Args {
+        backends: list(backends.into_iter().collect()),
+        jobs: list(jobs.iter().map(String::as_str).collect()),
+        quick: true,
+        ..Args::default()
+    }
 }
 
 impl Args {
