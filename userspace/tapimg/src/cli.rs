@@ -52,7 +52,8 @@ An image is locked while it is used, as tapdisk does: what is written may be use
 read may be written by nobody. To work on the image of a guest that runs: tap-ctl pause, and afterwards
 tap-ctl unpause. A file that was replaced (--force) is another one: name it again with unpause -a.
 
-Under the name vhd-util, as a link, this program takes the options of blktap's: see vhd-util --help.
+Under the names vhd-util, qcow-create, img2qcow and qcow2raw, as links, this program takes the options of
+blktap's: see vhd-util --help.
 
 A new image has the name PATH.unfinished until it is whole and durable. Whatever ends the work earlier,
 there is no part of an image under its own name, and a file that was to be replaced (--force) is as it was.

@@ -2,45 +2,89 @@
 //! Programs of Xen's tools and of XCP-ng that this one is, too, under their names: it takes their options, and answers
 //! as they do.
 
+mod qcow;
 mod vhd_util;
 
+use crate::cli;
+use crate::named::Named;
 use crate::open::{Opener, Use};
 use clap::Parser;
 use control::{Code, Failure};
 use diskio::Runtime;
+use formats::Below;
 use std::ffi::OsStr;
 use std::future::Future;
 use std::path::Path;
 use std::process::ExitCode;
 
+const MIB: u64 = 1 << 20;
+
 /// Does what the program of that name does; nothing if it is none of them.
 pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
-    let name = Path::new(program).file_name()?;
-    (name == "vhd-util").then(vhd_util)
-}
-
-fn vhd_util() -> ExitCode {
-    let cli = vhd_util::Cli::parse();
-    match run(|opener| async move { vhd_util::verb(&cli, &opener).await }) {
+    let name = Path::new(program).file_name()?.to_str()?;
+    let done = match name {
+        "vhd-util" => {
+            let cli = vhd_util::Cli::parse();
+            run(
+                None,
+                |opener| async move { vhd_util::verb(&cli, &opener).await },
+            )
+        }
+        "qcow-create" => {
+            let cli = qcow::Make::parse();
+            run(
+                cli.parents(),
+                |opener| async move { cli.run(&opener).await },
+            )
+        }
+        "img2qcow" => {
+            let cli = qcow::FromRaw::parse();
+            run(None, |opener| async move { cli.run(&opener).await })
+        }
+        "qcow2raw" => {
+            let cli = qcow::ToRaw::parse();
+            run(
+                cli.parents(),
+                |opener| async move { cli.run(&opener).await },
+            )
+        }
+        _ => return None,
+    };
+    Some(match done {
         Ok(text) => {
             print!("{text}");
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            eprintln!("vhd-util: {failure}");
+            eprintln!("{name}: {failure}");
             ExitCode::from(number(failure.code))
         }
-    }
+    })
 }
 
 fn run<F: Future<Output = Result<String, Failure>> + 'static>(
+    parents: Option<Below>,
     work: impl FnOnce(Opener) -> F,
 ) -> Result<String, Failure> {
     let runtime = Runtime::new();
-    let opener = Opener::start(&runtime, Use::Read, None)?;
+    let opener = Opener::start(&runtime, Use::Read, parents)?;
     runtime
         .block_on(work(opener))
         .map_err(|error| Failure::system("cannot wait for I/O", &error))?
+}
+
+/// An image of a kind that its program is for.
+fn named(path: &Path, kind: Below) -> Result<Named, Failure> {
+    let path = std::path::absolute(path)
+        .map_err(|error| Failure::system(format!("cannot find {}", path.display()), &error))?;
+    Ok(Named { kind, path })
+}
+
+/// A size of so many MiB.
+fn mib(count: impl Into<u64>) -> Result<cli::Size, Failure> {
+    let count = count.into();
+    let size = count.checked_mul(MIB).map(cli::Size);
+    size.ok_or_else(|| Failure::invalid(format!("{count} MiB are too many")))
 }
 
 /// Those programs end with the number of an error.

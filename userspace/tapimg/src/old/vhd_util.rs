@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `vhd-util`, as the storage manager of XCP-ng and scripts call it.
 
+use super::{mib, MIB};
 use crate::chain::below;
 use crate::cli;
 use crate::named::Named;
@@ -15,8 +16,6 @@ use formats::{look, Below, Kind, Needs, LAYERS};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-
-const MIB: u64 = 1 << 20;
 
 /// Makes and changes VHDs, with the options of blktap's program of this name.
 ///
@@ -268,20 +267,13 @@ impl Name {
 }
 
 fn named(path: &Path, is_raw: bool) -> Result<Named, Failure> {
-    let kind = match is_raw {
-        true => Below::Raw,
-        false => Below::Format(Kind::Vhd),
-    };
-    let path = std::path::absolute(path)
-        .map_err(|error| Failure::system(format!("cannot find {}", path.display()), &error))?;
-    Ok(Named { kind, path })
-}
-
-/// A size of so many MiB.
-fn mib(count: impl Into<u64>) -> Result<cli::Size, Failure> {
-    let count = count.into();
-    let size = count.checked_mul(MIB).map(cli::Size);
-    size.ok_or_else(|| Failure::invalid(format!("{count} MiB are too many")))
+    super::named(
+        path,
+        match is_raw {
+            true => Below::Raw,
+            false => Below::Format(Kind::Vhd),
+        },
+    )
 }
 
 /// What is there is replaced, as with the other program, unless it is used.

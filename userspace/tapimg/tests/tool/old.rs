@@ -150,3 +150,47 @@ fn errors_are_told_by_their_number() {
     assert!(said.status == Some(16), "{said:?}");
     assert_eq!(good(&bench, "query -f -n a"), "hidden: 0\n");
 }
+
+#[test]
+fn blktaps_tools_for_qcow_are_there() {
+    let bench = Bench::new();
+    let good = |program: &str, line: &str| {
+        let said = bench.named(program, line);
+        assert_eq!(said.status, Some(0), "{program} {line}: {said:?}");
+    };
+    bench.sparse("raw", 24 * MIB, &places(3, 24 * MIB, 10), 3);
+    good("img2qcow", "a raw");
+    bench.good("compare --strict aio:raw qcow:a");
+    // A child of a raw image, which need not be named, and one of a qcow image, which must.
+    good("qcow-create", "24 b raw");
+    good("qcow-create", "-r -f qcow 24 c a");
+    for (child, options) in [("b", ""), ("c", "-f qcow")] {
+        good("qcow2raw", &format!("{options} out {child}"));
+        bench.good("compare --strict aio:raw aio:out");
+    }
+    if has_qemu("blktaps_tools_for_qcow_are_there") {
+        bench.qemu("qemu-img compare -f raw -F qcow raw a");
+        let info = bench.qemu("qemu-img info -f qcow b");
+        assert!(
+            info.contains("virtual size: 24 MiB") && info.contains("backing file: "),
+            "{info}"
+        );
+    }
+    // What is said to be raw is not looked into: the table of `a` is data then.
+    good("qcow2raw", "out c");
+    bench.bad(1, "compare aio:raw aio:out");
+    for (program, line, number, why) in [
+        ("img2qcow", "d gone", 2, "gone"),
+        ("qcow2raw", "out raw", 22, "raw"),
+        ("qcow-create", "1 a a", 22, "same file"),
+        ("qcow-create", "18446744073709551615 d", 22, "too many"),
+    ] {
+        let said = bench.named(program, line);
+        assert_eq!(said.status, Some(number), "{program} {line}: {said:?}");
+        assert!(said.err.contains(why), "{program} {line}: {said:?}");
+    }
+    // An image that a guest has is not replaced.
+    let _held = lock(&bench, "a", LockKind::Read);
+    let said = bench.named("img2qcow", "a raw");
+    assert_eq!(said.status, Some(16), "{said:?}");
+}
