@@ -9,7 +9,7 @@ use super::memory::Parameter;
 use super::own::{self, Disks};
 use super::{Case, Context, Needs};
 use crate::backing::{linear, Dm};
-use crate::guest::Vbd;
+use crate::guest::{Guest, Vbd};
 use crate::{hotplug, sh, xs};
 use anyhow::{bail, ensure, Context as _, Result};
 use std::fs::File;
@@ -70,6 +70,22 @@ pub(super) fn cases() -> Vec<Case> {
             "a guest is destroyed while its queues sleep in the block layer for want of tags",
             Nothing,
             no_tags,
+        )
+        .nightly()
+        .no_leaks(),
+        Case::new(
+            "hung.no_tags_kept",
+            "the same in the middle of large requests from pages that stay mapped: until the disk comes back",
+            Nothing,
+            no_tags_kept,
+        )
+        .nightly()
+        .no_leaks(),
+        Case::new(
+            "hung.kept_swept",
+            "pages that nobody uses are unmapped while a disk hangs, and those of what hangs are not",
+            Pv,
+            kept_swept,
         )
         .nightly()
         .no_leaks(),
@@ -198,9 +214,7 @@ fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
                 // The domain vanishes, pages and all, although the device still has its I/O.
                 (Some(guest), Pages::Copied) => guest.destroy()?,
                 (Some(its), Pages::Kept) => {
-                    let id = its.domid.to_string();
-                    let code = quickly("xl destroy", &["xl", "destroy", &id])?;
-                    ensure!(code == 0, "`xl destroy` ended with status {code}");
+                    destroy_quickly(&its)?;
                     guest = Some(its);
                 }
             },
@@ -218,14 +232,26 @@ fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
         }
     }
     if let Some(guest) = guest {
-        // Its pages have come back with the device.
-        let id = guest.domid.to_string();
-        sh::wait_for("the end of the domain", QUICK, || {
-            Ok(sh::status(&["xl", "list", &id], QUICK)?.rc != 0)
-        })?;
-        guest.give_up()?;
+        wait_vanished(guest)?;
     }
     vbd.wait_gone()
+}
+
+/// Destroys a guest whose pages a device still has: it does not vanish before they come back.
+fn destroy_quickly(guest: &Guest) -> Result<()> {
+    let id = guest.domid.to_string();
+    let code = quickly("xl destroy", &["xl", "destroy", &id])?;
+    ensure!(code == 0, "`xl destroy` ended with status {code}");
+    Ok(())
+}
+
+/// Its pages have come back with the device.
+fn wait_vanished(guest: Guest) -> Result<()> {
+    let id = guest.domid.to_string();
+    sh::wait_for("the end of the domain", QUICK, || {
+        Ok(sh::status(&["xl", "list", &id], QUICK)?.rc != 0)
+    })?;
+    guest.give_up()
 }
 
 fn rebind_verified(context: &mut Context) -> Result<()> {
@@ -317,6 +343,72 @@ fn no_tags(context: &mut Context) -> Result<()> {
     host_is_well(context, "a guest was destroyed whose queue sleeps")?;
     disk.resume()?;
     vbd.wait_gone()
+}
+
+/// Large requests, each with a page of descriptors, that end at the first error only.
+fn large_load(device: &str) -> String {
+    format!(
+        "fio --name=large --filename={device} --direct=1 --ioengine=libaio --iodepth=8 --rw=randrw --bs=1m --size=8m \
+         --time_based --runtime=600 --output-format=terse"
+    )
+}
+
+fn no_tags_kept(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let disk = hangable(context)?;
+    let path = narrow_loop(context, &disk.path())?;
+    let guest = own_guest(2, vec![hotplug::disk(&path, "xvda", "w")?])?;
+    let vbd = Vbd::of(guest.domid, "xvda")?;
+    guest.start(&large_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    let kept = vbd.statistic("kept_pages")?;
+    ensure!(kept >= 256, "only {kept} pages stay mapped");
+    disk.suspend()?;
+    wait_for_sleeper(&vbd)?;
+    destroy_quickly(&guest)?;
+    host_is_well(context, "a guest was destroyed whose queue sleeps")?;
+    disk.resume()?;
+    wait_vanished(guest)?;
+    vbd.wait_gone()
+}
+
+fn kept_swept(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let disk = hangable(context)?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&disk.path(), "xvda", "w")?)?;
+    let load = guest.start(&large_load("/dev/xvda"))?;
+    wait_load(&vbd)?;
+    guest.run("killall fio")?;
+    let _ended = guest.wait(load, QUICK)?;
+    let many = vbd.statistic("kept_pages")?;
+    let before = vbd.statistic("wr_req")?;
+    // Few pages, of those that are mapped already.
+    let job = guest.start(
+        "fio --name=few --filename=/dev/xvda --size=4m --direct=1 --ioengine=libaio --iodepth=4 --rw=randwrite --bs=4k \
+         --number_ios=2000 --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse",
+    )?;
+    sh::wait_for("writes", QUICK, || {
+        Ok(vbd.statistic("wr_req")? > before + 100)
+    })?;
+    disk.suspend()?;
+    let mut kept = many;
+    let swept = sh::wait_for("a sweep of what nobody uses", 2 * QUICK, || {
+        kept = vbd.statistic("kept_pages")?;
+        Ok(kept * 4 < many)
+    });
+    disk.resume()?;
+    swept.with_context(|| format!("{kept} of {many} pages are mapped"))?;
+    ensure!(kept > 0, "what hangs has no page any more");
+    let done = context.pv()?.wait(job, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed over a disk that hung: {}",
+        sh::tail(&done.text, 400)
+    );
+    let guest = context.pv()?;
+    compare(guest, "xvda", &disk.path(), 4)?;
+    guest.detach(&vbd)
 }
 
 fn write_back(context: &mut Context) -> Result<()> {
