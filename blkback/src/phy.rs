@@ -40,7 +40,7 @@ impl BackingDisk for BlockDevice {
     }
 
     fn keeps_grants(&self) -> bool {
-        params::keeps_grants()
+        params::keeps_grants() && !BlockDevice::limits(self).stable_writes
     }
 
     fn prepare(&self) -> Result<(), ConnectError> {
@@ -62,8 +62,12 @@ impl QueueBackends for BlockDevice {
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
         let mut sizes = params::pool_sizes(needs.depth.into(), needs.keeps_grants);
         let mut lease = Lease::new(needs.domain, bytes(&sizes, needs.depth))?;
-        // Mappings are a matter of speed: without room for them everything is copied.
-        if !lease.reserve_mappings(sizes.map.into(), params::domain_mappings()) {
+        // A guest can change its pages while the device has them. Where that is more than its own loss, because a
+        // checksum that is wrong ends a connection that other disks have, too, everything is copied. Mappings are a
+        // matter of speed: without room for them everything is copied as well.
+        if BlockDevice::limits(self).stable_writes
+            || !lease.reserve_mappings(sizes.map.into(), params::domain_mappings())
+        {
             sizes.map = 0;
         }
         let no_memory =

@@ -93,6 +93,8 @@ impl BackingDisk for Binding {
             read_only: params.is_none_or(|params| params.read_only),
             removable: false,
             cdrom: false,
+            // Its requests are copied, whatever serves them.
+            stable_writes: false,
         }
     }
 

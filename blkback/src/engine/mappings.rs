@@ -390,13 +390,20 @@ impl<'a> Mappings<'a> {
 
     /// The next page of a sweep, from that entry on, that is kept and was not used since the last sweep, or that no
     /// request uses if `all` of those are meant. It is to be unmapped, as one that [`release`](Self::release) names.
-    pub(crate) fn next_unused(&mut self, from: u16, all: bool) -> Option<Unused> {
+    /// One that `is_held` by others is left for another sweep.
+    pub(crate) fn next_unused(
+        &mut self,
+        from: u16,
+        all: bool,
+        is_held: impl Fn(PageIndex) -> bool,
+    ) -> Option<Unused> {
         let mut at = from;
         loop {
+            let page = self.page(at);
             let mapping = self.get_mut(at)?;
             if mapping.state == State::Kept && mapping.users == 0 {
                 let used = core::mem::replace(&mut mapping.used, false);
-                if all || !used {
+                if (all || !used) && !is_held(page) {
                     break;
                 }
             }

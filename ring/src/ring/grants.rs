@@ -88,6 +88,10 @@ pub trait Grants {
     /// afterwards.
     fn run_unmaps(&mut self, lost: impl FnMut(PageIndex));
 
+    /// Whether somebody else holds a page at which a guest's page is mapped, so that an unmap would wait: network
+    /// storage may, for as long as a connection is not given up, although the I/O is done.
+    fn is_held(&self, page: PageIndex) -> bool;
+
     /// Nothing is mapped, nor was it for a while: what there is for that may go, and comes again. May sleep, but not
     /// for I/O.
     fn nothing_is_mapped(&mut self) {}
@@ -137,6 +141,11 @@ impl<G: Grants> Grants for &mut G {
     #[inline]
     fn run_unmaps(&mut self, lost: impl FnMut(PageIndex)) {
         (**self).run_unmaps(lost);
+    }
+
+    #[inline]
+    fn is_held(&self, page: PageIndex) -> bool {
+        (**self).is_held(page)
     }
 
     fn nothing_is_mapped(&mut self) {

@@ -40,6 +40,8 @@ pub struct Host {
     pub(crate) lendable: u16,
     /// Mappings by data page.
     pub mappings: BTreeMap<u16, Mapping>,
+    /// Data pages that somebody else holds, such as the connection of network storage.
+    pub held: BTreeSet<u16>,
     next_handle: u32,
     late: Option<(Target, usize)>,
 }
@@ -53,6 +55,7 @@ impl Host {
             lent: 0,
             lendable: setup.lendable,
             mappings: BTreeMap::new(),
+            held: BTreeSet::new(),
             next_handle: 7,
             late: None,
         }
@@ -349,6 +352,10 @@ impl Grants for FakeGrants {
             return false;
         };
         take_descriptors(&mut m, to, usize::from(len), mapping.target)
+    }
+
+    fn is_held(&self, page: PageIndex) -> bool {
+        self.machine.borrow().host.held.contains(&page.number())
     }
 
     fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool {

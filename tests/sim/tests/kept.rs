@@ -74,6 +74,28 @@ fn descriptors_in_a_page_that_is_known_are_not_copied() {
 }
 
 #[test]
+fn a_page_that_others_hold_is_left_for_another_sweep() {
+    each(512, |world| {
+        serve(world, &[Spec::pages(OP_WRITE, 0, 11)]);
+        let (page, _) = world
+            .machine
+            .borrow()
+            .host
+            .mappings
+            .iter()
+            .next()
+            .map(|(page, at)| (*page, *at))
+            .unwrap();
+        world.machine.borrow_mut().host.held.insert(page);
+        // An unmap would wait for as long as it is held.
+        assert_eq!(world.engine.sweep(true), 1);
+        serve(world, &[Spec::pages(OP_READ, 0, 11)]);
+        world.machine.borrow_mut().host.held.clear();
+        assert_eq!(world.engine.sweep(true), 0);
+    });
+}
+
+#[test]
 fn what_is_not_used_goes_with_the_second_sweep() {
     each(512, |world| {
         serve(world, &[Spec::pages(OP_WRITE, 0, 11)]);

@@ -68,6 +68,12 @@ pub(super) fn cases() -> Vec<Case> {
             kept,
         ),
         case(
+            "memory.kept_stable",
+            "a device that needs stable pages gets copies: nothing of its guest stays mapped",
+            Pv,
+            stable,
+        ),
+        case(
             "memory.refused",
             "a disk for which there is no memory says so, and connects when there is some",
             Nothing,
@@ -153,6 +159,26 @@ fn kept(context: &mut Context) -> Result<()> {
         Ok(vbd.statistic("kept_pages")? == 0)
     })?;
     guest.run_for(&verify_job("/dev/xvda", 8, 120, 512), FIO)?;
+    compare(guest, "xvda", &device.path(), 8)?;
+    let guest = context.pv()?;
+    guest.detach(&vbd)
+}
+
+fn stable(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    // As Ceph and others say it of themselves.
+    sh::put(
+        format!("/sys/block/{}/queue/stable_writes", device.name()),
+        "1",
+    )?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    guest.run_for(&verify_job("/dev/xvda", 8, 120, 512), FIO)?;
+    let kept = vbd.statistic("kept_pages")?;
+    ensure!(kept == 0, "{kept} pages of the guest stay mapped");
+    let key = format!("{}/feature-persistent", vbd.backend);
+    let told = xs::read(&key)?.unwrap_or_default();
+    ensure!(told != "1", "the guest is told that its pages stay mapped");
     compare(guest, "xvda", &device.path(), 8)?;
     let guest = context.pv()?;
     guest.detach(&vbd)

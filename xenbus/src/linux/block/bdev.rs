@@ -37,6 +37,9 @@ pub(crate) struct Limits {
     pub(crate) removable: bool,
     /// True if it is a CD-ROM drive.
     pub(crate) cdrom: bool,
+    /// True if what is being written must not change: the device, or the network behind it, has a checksum of it, or
+    /// reads it twice.
+    pub(crate) stable_writes: bool,
 }
 
 /// An open block device; dropping it releases it before the drop returns.
@@ -138,6 +141,7 @@ impl BlockDevice {
             read_only: raw.read_only != 0,
             removable: raw.removable != 0,
             cdrom: raw.cdrom != 0,
+            stable_writes: raw.stable_writes != 0,
         }
     }
 

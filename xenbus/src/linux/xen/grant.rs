@@ -340,6 +340,16 @@ impl Grants for GuestGrants {
         self.unmap_pages.clear();
     }
 
+    fn is_held(&self, page: PageIndex) -> bool {
+        let Some(page) = self.pages.map_page(page) else {
+            return false;
+        };
+        // SAFETY: The page is one of ours.
+        let count = unsafe { sys::xbr_page_count(page) };
+        // One reference is ours. `gnttab_unmap_refs_sync` waits for the end of any other.
+        count > 1
+    }
+
     fn nothing_is_mapped(&mut self) {
         self.free_pages();
     }

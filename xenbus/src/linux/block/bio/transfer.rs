@@ -228,6 +228,7 @@ impl Bios<'_> {
             return false;
         }
         self.sector = self.bio.end();
+        self.left = self.left.saturating_sub(self.bio.ranges());
         self.submit(self.left);
         self.bio.add_mapped(piece)
     }
@@ -253,6 +254,12 @@ impl Bio<'_> {
         };
         // SAFETY: The bio is ours.
         unsafe { (*raw.as_ptr()).bi_vcnt >= (*raw.as_ptr()).bi_max_vecs }
+    }
+
+    /// Ranges of memory that it has.
+    fn ranges(&self) -> u16 {
+        // SAFETY: The bio is ours.
+        self.raw.map_or(0, |raw| unsafe { (*raw.as_ptr()).bi_vcnt })
     }
 
     /// The sector behind what it has.
