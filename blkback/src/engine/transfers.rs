@@ -4,7 +4,7 @@
 //! copies of the descriptors of indirect requests.
 
 use crate::engine::backend::IoKind;
-use crate::engine::mappings::Mappings;
+use crate::engine::mappings::{Mappings, Unused};
 use crate::engine::requests::{PendingRequest, Requests, Slots};
 use crate::engine::segments::Pool;
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
@@ -272,14 +272,11 @@ impl<'a, G: Grants> Transfers<'a, G> {
     pub(super) fn sweep(&mut self, all: bool) {
         self.mappings.begin_sweep();
         let mut from = 0;
-        loop {
-            let grants = &self.grants;
-            let is_held = |page| grants.is_held(page);
-            let Some(unused) = self.mappings.next_unused(from, all, is_held) else {
-                break;
-            };
-            self.queue_unmap(unused.page, unused.handle);
-            from = unused.next;
+        while let Some(Unused { page, handle, next }) =
+            (self.mappings).next_unused(from, all, |page| self.grants.is_held(page))
+        {
+            self.queue_unmap(page, handle);
+            from = next;
         }
         self.run_unmaps();
         if self.mappings.is_empty() {
