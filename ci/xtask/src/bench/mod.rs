@@ -113,12 +113,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 /// Measures what has bounds.
 fn bounded() -> Result<Args> {
     let (backends, jobs) = bounds::wanted()?;
-    Ok(Args {
-        backends: Some(backends),
-        jobs: Some(jobs),
-        quick: true,
-        ..Args::default()
-    })
+    Ok(quick(backends, jobs))
 }
 
 /// The same, and a wasteful build of our driver.
@@ -127,12 +122,7 @@ fn bounded_and_wasteful() -> Result<Args> {
     for job in bounds::TELLING {
         jobs.push_str(&format!(",{WASTEFUL}:{job}"));
     }
-    Ok(Args {
-        backends: Some(format!("{backends},{WASTEFUL}")),
-        jobs: Some(jobs),
-        quick: true,
-        ..Args::default()
-    })
+    Ok(quick(format!("{backends},{WASTEFUL}"), jobs))
 }
 
 /// The lane of the gate: the bounds are kept, and not by a wasteful build of our driver.
@@ -186,10 +176,16 @@ fn again(crossed: &BTreeMap<String, String>) -> Args {
     let (backends, jobs): (BTreeSet<_>, BTreeSet<_>) = names
         .map(|(backend, job)| (backend, format!("{backend}:{job}")))
         .unzip();
-    let list = |names: Vec<&str>| Some(names.join(","));
+    quick(
+        Vec::from_iter(backends).join(","),
+        Vec::from_iter(jobs).join(","),
+    )
+}
+
+fn quick(backends: String, jobs: String) -> Args {
     Args {
-        backends: list(backends.into_iter().collect()),
-        jobs: list(jobs.iter().map(String::as_str).collect()),
+        backends: Some(backends),
+        jobs: Some(jobs),
         quick: true,
         ..Args::default()
     }
