@@ -2,7 +2,7 @@
 //! The dom0 end of a guest's console: sends commands to the agent, keeps everything that the guest says.
 
 use crate::sh;
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -21,6 +21,14 @@ pub(crate) struct Done {
     pub(crate) rc: i32,
     /// Its standard output and standard error.
     pub(crate) text: String,
+}
+
+impl Done {
+    /// It must have succeeded; if not, `what` is what that means.
+    pub(crate) fn succeeded(&self, what: &str) -> Result<()> {
+        ensure!(self.rc == 0, "{what}: {}", sh::tail(&self.text, 400));
+        Ok(())
+    }
 }
 
 #[derive(Default)]

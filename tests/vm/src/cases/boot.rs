@@ -182,11 +182,7 @@ fn hvm(context: &mut Context) -> Result<()> {
     wait_progress(&disk, 50)?;
     let pause = disk.replace()?;
     let done = guest.wait(load, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "the guest saw the death of its tapdisk: {}",
-        sh::tail(&done.text, 400)
-    );
+    done.succeeded("the guest saw the death of its tapdisk")?;
     context.note(&format!(
         "QEMU asked the second tapdisk {asked} times until the guest had its own driver; its death took {} ms",
         pause.as_millis()

@@ -3,7 +3,7 @@
 //! to that disk meanwhile.
 
 use super::basic::{compare, detach_own, verify_job, FIO};
-use super::faults::{endless_load, wait_load};
+use super::faults::{endless, endless_load, wait_load};
 use super::lifecycle::own_guest;
 use super::memory::Parameter;
 use super::own::{self, Disks};
@@ -286,11 +286,7 @@ fn rebind_verified(context: &mut Context) -> Result<()> {
         xs::wait_value(&state, "4", QUICK)?;
         let guest = context.pv()?;
         let done = guest.wait(job, FIO)?;
-        ensure!(
-            done.rc == 0,
-            "fio failed over a disk that was unbound and bound: {}",
-            sh::tail(&done.text, 400)
-        );
+        done.succeeded("fio failed over a disk that was unbound and bound")?;
         compare(guest, "xvda", &disk.path(), 8)?;
     }
     context.pv()?.detach(&vbd)
@@ -347,10 +343,7 @@ fn no_tags(context: &mut Context) -> Result<()> {
 
 /// Large requests, each with a page of descriptors, that end at the first error only.
 fn large_load(device: &str) -> String {
-    format!(
-        "fio --name=large --filename={device} --direct=1 --ioengine=libaio --iodepth=8 --rw=randrw --bs=1m --size=8m \
-         --time_based --runtime=600 --output-format=terse"
-    )
+    endless(device, "1m", 8)
 }
 
 fn no_tags_kept(context: &mut Context) -> Result<()> {
@@ -401,11 +394,7 @@ fn kept_swept(context: &mut Context) -> Result<()> {
     swept.with_context(|| format!("{kept} of {many} pages are mapped"))?;
     ensure!(kept > 0, "what hangs has no page any more");
     let done = context.pv()?.wait(job, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed over a disk that hung: {}",
-        sh::tail(&done.text, 400)
-    );
+    done.succeeded("fio failed over a disk that hung")?;
     let guest = context.pv()?;
     compare(guest, "xvda", &disk.path(), 4)?;
     guest.detach(&vbd)

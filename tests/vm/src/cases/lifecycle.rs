@@ -182,11 +182,7 @@ pub(super) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
         let vbd = Vbd::of(guest.domid, "xvda");
         vbd.map_or_else(|error| format!("{error:#}"), |vbd| vbd.describe())
     })?;
-    ensure!(
-        done.rc == 0,
-        "fio failed across what was done to its guest: {}",
-        sh::tail(&done.text, 400)
-    );
+    done.succeeded("fio failed across what was done to its guest")?;
     Ok(())
 }
 

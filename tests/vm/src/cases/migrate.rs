@@ -158,11 +158,7 @@ fn s19_slow_writes(context: &mut Context) -> Result<()> {
     events.wait_for("active", there.minor, SOON)?;
     let guest = context.pvh()?;
     let done = guest.wait(job, MOVE)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed across the move of its guest: {}",
-        sh::tail(&done.text, 400)
-    );
+    done.succeeded("fio failed across the move of its guest")?;
     same(guest, &slow.path(), 8)?;
     there.detach(guest)
 }

@@ -198,7 +198,7 @@ fn hung(context: &mut Context) -> Result<()> {
     disk.resume()?;
     let guest = context.pv()?;
     let done = guest.wait(job, FIO)?;
-    ensure!(done.rc == 0, "fio failed: {}", sh::tail(&done.text, 400));
+    done.succeeded("fio failed")?;
     let (rc, said) = take_over(guest, Driver::C, &[])?;
     ensure!(rc == 0, "after the storage came back: {said}");
     compare(guest, "xvda", &disk.path(), 8)?;
