@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The memory of `ram:` disks: a file for each of them, in a file system in memory that is ours. So it
+//! The memory of `ram:` and `cow:` disks: a file for each of them, in a file system in memory that is ours. So it
 //! outlives every process, the supervisor's too, and goes with the disk, or with the host.
 
 use crate::folder::{self, Folder};
-use control::{Code, Failure};
+use control::{Code, Failure, Target};
 use rustix::mount::{mount, MountFlags};
 use std::fs::{self, File};
 use std::io;
@@ -25,11 +25,15 @@ pub fn mount_folder(folder: &Folder) -> io::Result<()> {
     Ok(mount("xentap", &place, "tmpfs", flags, c"mode=0700")?)
 }
 
-/// Makes the memory of a disk, or keeps what it has; it may grow.
+/// Makes the memory that a disk of this target needs, if it needs some, or keeps what it has. That of a `ram:` disk is
+/// the disk, and may grow; that of a `cow:` disk holds what is written, and its process decides how.
 ///
 /// # Errors
 /// The system refuses to, or it would lose what is beyond its end.
-pub fn prepare(folder: &Folder, minor: u32, size: u64) -> Result<(), Failure> {
+pub fn prepare(folder: &Folder, minor: u32, target: &Target) -> Result<(), Failure> {
+    if !target.driver().has_memory() {
+        return Ok(());
+    }
     let refused =
         |error| Failure::system(format!("cannot make the memory of disk {minor}"), &error);
     let file = File::options()
@@ -39,6 +43,9 @@ pub fn prepare(folder: &Folder, minor: u32, size: u64) -> Result<(), Failure> {
         .mode(0o600)
         .open(folder.memory_of(minor))
         .map_err(refused)?;
+    let Some(size) = target.size() else {
+        return Ok(());
+    };
     let found = file.metadata().map_err(refused)?.len();
     if found > size {
         return Err(Failure::new(

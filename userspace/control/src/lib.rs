@@ -50,7 +50,7 @@ pub use export::{Export, Listener};
 pub use failure::{Code, Failure};
 pub use lease::LeaseKind;
 pub use limits::Limits;
-pub use target::{size, typed_rate, typed_size, yes_or_no, Driver, Target};
+pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, Target};
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

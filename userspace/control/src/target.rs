@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
+mod words;
+
 use crate::{Export, Failure, LeaseKind, Limits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use words::Words;
+
+/// Bytes of memory that a guest may fill if nothing is said of it.
+const ROOM: u64 = 1 << 30;
+/// The least: the tables of an image that is empty, and of some of what is written.
+const LEAST_ROOM: u64 = 1 << 20;
 
 /// The drivers that tapdisk has. The format of an image is always said, never guessed from its
 /// content: the guest writes the content.
@@ -30,11 +38,13 @@ pub enum Driver {
     Vmdk,
     /// An export of an NBD server.
     Nbd,
+    /// An image that stays as it is; what a guest writes is in memory, which ends with the disk.
+    Cow,
 }
 
 impl Driver {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Aio,
         Self::Sync,
         Self::Qcow2,
@@ -42,6 +52,7 @@ impl Driver {
         Self::Vhd,
         Self::Vmdk,
         Self::Nbd,
+        Self::Cow,
         Self::Ram,
         Self::Null,
     ];
@@ -58,12 +69,18 @@ impl Driver {
             Self::Vhd => "vhd",
             Self::Vmdk => "vmdk",
             Self::Nbd => "nbd",
+            Self::Cow => "cow",
         }
     }
 
-    /// True if the argument is the path of an image; otherwise it is a size, or an [`Export`].
+    /// True if the argument is the path of an image; otherwise it is a size, an [`Export`] or a [`Below`].
     pub fn has_image(self) -> bool {
-        !matches!(self, Self::Ram | Self::Null | Self::Nbd)
+        !matches!(self, Self::Ram | Self::Null | Self::Nbd | Self::Cow)
+    }
+
+    /// What a guest writes is in memory that the supervisor keeps for the disk, and ends with that.
+    pub fn has_memory(self) -> bool {
+        matches!(self, Self::Ram | Self::Cow)
     }
 
     /// The image is not the disk byte for byte: it has tables of its own, which one process writes.
@@ -74,7 +91,7 @@ impl Driver {
     /// Who writes it keeps something of its own about it, of which another writer would not learn: tables, or what an
     /// export's server has not made durable yet.
     pub fn has_one_writer(self) -> bool {
-        self.has_format() || self == Self::Nbd
+        self.has_format() || matches!(self, Self::Nbd | Self::Cow)
     }
 
     /// An image may have its content in further files, which are written with it.
@@ -129,7 +146,8 @@ impl FromStr for Driver {
 /// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first
 /// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
 /// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
-/// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`.
+/// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, and how much memory it may fill if that is where its
+/// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -140,6 +158,8 @@ pub struct Target {
     direct: Option<bool>,
     /// What is said of how much a guest may do.
     limits: Option<Limits>,
+    /// What is said of how much memory a guest may fill.
+    room: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -147,6 +167,17 @@ enum Argument {
     Image(PathBuf),
     Size(u64),
     Export(Export),
+    Below(Below),
+}
+
+/// The image that a disk shows which keeps in memory what is written. Written `DRIVER:IMAGE`, or the path alone
+/// of a raw one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Below {
+    /// Its driver, which [has an image](Driver::has_image).
+    pub driver: Driver,
+    /// Its absolute path.
+    pub path: PathBuf,
 }
 
 impl Target {
@@ -225,6 +256,27 @@ impl Target {
         })
     }
 
+    /// The same, with something said of how much memory a guest may fill.
+    ///
+    /// # Errors
+    /// What it writes is not in memory, or that is nothing to speak of.
+    pub fn with_room(self, room: u64) -> Result<Self, Failure> {
+        if self.driver != Driver::Cow {
+            return Err(Failure::invalid(format!(
+                "{self} does not keep in memory what is written over an image: leave room= away"
+            )));
+        }
+        if room < LEAST_ROOM {
+            return Err(Failure::invalid(format!(
+                "room={room}: tables need some of it, so give 1M at least"
+            )));
+        }
+        Ok(Self {
+            room: Some(room),
+            ..self
+        })
+    }
+
     /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
     pub fn take_limits(&mut self) -> Option<Limits> {
         self.limits.take()
@@ -239,22 +291,35 @@ impl Target {
     pub fn path(&self) -> Option<&Path> {
         match &self.argument {
             Argument::Image(path) => Some(path),
-            Argument::Size(_) | Argument::Export(_) => None,
+            Argument::Size(_) | Argument::Export(_) | Argument::Below(_) => None,
         }
+    }
+
+    /// The image that is shown and never written, if the disk keeps in memory what is written.
+    pub fn below(&self) -> Option<&Below> {
+        match &self.argument {
+            Argument::Below(below) => Some(below),
+            Argument::Image(_) | Argument::Size(_) | Argument::Export(_) => None,
+        }
+    }
+
+    /// Bytes of memory that such a disk may fill, with its tables.
+    pub fn room(&self) -> u64 {
+        self.room.unwrap_or(ROOM)
     }
 
     /// The export of an NBD server, if it is one.
     pub fn export(&self) -> Option<&Export> {
         match &self.argument {
             Argument::Export(export) => Some(export),
-            Argument::Image(_) | Argument::Size(_) => None,
+            Argument::Image(_) | Argument::Size(_) | Argument::Below(_) => None,
         }
     }
 
     /// The disk's size in bytes, if it is said here and not found in the image.
     pub fn size(&self) -> Option<u64> {
         match &self.argument {
-            Argument::Image(_) | Argument::Export(_) => None,
+            Argument::Image(_) | Argument::Export(_) | Argument::Below(_) => None,
             Argument::Size(bytes) => Some(*bytes),
         }
     }
@@ -271,6 +336,8 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         Argument::Image(path)
     } else if driver == Driver::Nbd {
         Argument::Export(Export::parse(argument)?)
+    } else if driver == Driver::Cow {
+        Argument::Below(below(argument)?)
     } else {
         Argument::Size(size(argument).ok_or_else(|| {
             Failure::invalid(format!(
@@ -284,86 +351,25 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         lease: LeaseKind::default(),
         direct: None,
         limits: None,
+        room: None,
     })
 }
 
-/// What is said before the driver: words with a value, in any order.
-#[derive(Debug, Default)]
-struct Words {
-    lease: Option<LeaseKind>,
-    direct: Option<bool>,
-    bytes: Option<u64>,
-    requests: Option<u32>,
-}
-
-impl Words {
-    /// Takes the words from the beginning of `text`, and returns what is behind them.
-    fn take<'t>(&mut self, text: &'t str) -> Result<&'t str, Failure> {
-        let mut rest = text.strip_prefix("tap:").unwrap_or(text);
-        loop {
-            let (name, behind) = match rest.split_once('=') {
-                Some((name @ ("lease" | "direct" | "bps" | "iops"), behind)) => (name, behind),
-                _ => return Ok(rest),
-            };
-            let (value, target) = behind.split_once(',').ok_or_else(|| {
-                Failure::invalid(format!(
-                    "{text:?} ends after {name}=: write {name}=VALUE,DRIVER:IMAGE, such as \
-                     lease=record,aio:/srv/a.img, direct=no,aio:/dev/vg/a or bps=20M,iops=500,aio:/srv/a.img"
-                ))
-            })?;
-            let twice = match name {
-                "lease" => self.lease.replace(value.parse()?).is_some(),
-                "bps" => self.bytes.replace(rate(value)?).is_some(),
-                "iops" => self.requests.replace(count(value)?).is_some(),
-                _ => self.direct.replace(yes_or_no(value)?).is_some(),
-            };
-            if twice {
-                return Err(Failure::invalid(format!(
-                    "{text:?} says {name}= twice: leave one away"
-                )));
-            }
-            rest = target.strip_prefix("tap:").unwrap_or(target);
-        }
+fn below(argument: &str) -> Result<Below, Failure> {
+    let (driver, path) = match argument.split_once(':') {
+        Some((name, path)) if !argument.starts_with('/') => (name.parse()?, path),
+        _ => (Driver::Aio, argument),
+    };
+    if !driver.has_image() {
+        return Err(Failure::invalid(format!(
+            "cow:{argument:?} names no image that could stay as it is: write cow:DRIVER:IMAGE with the driver of an \
+             image, such as cow:qcow2:/srv/a.qcow2"
+        )));
     }
-
-    /// The target with all that was said of it.
-    fn apply(self, target: Target) -> Result<Target, Failure> {
-        let target = match self.lease {
-            Some(lease) => target.with_lease(lease)?,
-            None => target,
-        };
-        let target = match self.direct {
-            Some(direct) => target.with_direct(direct)?,
-            None => target,
-        };
-        if self.bytes.is_none() && self.requests.is_none() {
-            return Ok(target);
-        }
-        let limits = Limits {
-            bytes: self.bytes.unwrap_or(0),
-            requests: self.requests.unwrap_or(0),
-            ..Limits::default()
-        };
-        limits.check()?;
-        Ok(Target {
-            limits: Some(limits),
-            ..target
-        })
+    match parse(driver, path)?.argument {
+        Argument::Image(path) => Ok(Below { driver, path }),
+        _ => Err(Failure::invalid(format!("cow:{argument:?} names no image"))),
     }
-}
-
-/// Bytes in a second as somebody types it.
-fn rate(text: &str) -> Result<u64, Failure> {
-    typed_rate(text).map_err(|why| Failure::invalid(format!("bps={text}: {why}")))
-}
-
-/// Requests in a second as somebody types it.
-fn count(text: &str) -> Result<u32, Failure> {
-    text.parse().map_err(|_| {
-        Failure::invalid(format!(
-            "iops={text}: write a number of requests, such as 500"
-        ))
-    })
 }
 
 /// Bytes in a second as somebody types it; 0 for as many as there are.
@@ -426,6 +432,9 @@ impl fmt::Display for Target {
         if let Some(direct) = self.direct {
             write!(f, "direct={},", if direct { "yes" } else { "no" })?;
         }
+        if let Some(room) = self.room {
+            write!(f, "room={room},")?;
+        }
         if let Some(limits) = self.limits {
             write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
         }
@@ -433,6 +442,9 @@ impl fmt::Display for Target {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
             Argument::Size(bytes) => write!(f, "{}:{bytes}", self.driver),
             Argument::Export(export) => export.fmt(f),
+            Argument::Below(Below { driver, path }) => {
+                write!(f, "{}:{driver}:{}", self.driver, path.display())
+            }
         }
     }
 }
@@ -517,6 +529,7 @@ mod tests {
             assert_eq!(text, format!("\"{driver}\""));
             let argument = match driver {
                 Driver::Nbd => "//host/a",
+                Driver::Cow => "vhd:/srv/a",
                 driver if driver.has_image() => "/srv/a",
                 _ => "512",
             };
@@ -549,6 +562,36 @@ mod tests {
             "iops=1,aio:/a",
             "iops=-1,aio:/a",
             "bps=1M,bps=1M,aio:/a",
+        ] {
+            assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_image_stays_as_it_is_below_memory() {
+        let target: Target = "room=2M,tap:cow:qcow2:/srv/a:b".parse().unwrap();
+        let below = target.below().unwrap();
+        assert_eq!((below.driver, target.room()), (Driver::Qcow2, 2 << 20));
+        assert_eq!(below.path, Path::new("/srv/a:b"));
+        assert_eq!(target.to_string(), "room=2097152,cow:qcow2:/srv/a:b");
+        assert_eq!(target.to_string().parse(), Ok(target));
+        let raw = Target::from_params("aio:cow:/srv/a:b").unwrap();
+        assert_eq!(raw, "cow:file:/srv/a:b".parse().unwrap());
+        assert_eq!((raw.path(), raw.size()), (None, None));
+        assert_eq!(raw.room(), 1 << 30);
+        for wrong in [
+            "cow:",
+            "cow:a.img",
+            "cow:qcow2:a",
+            "cow:ram:1M",
+            "cow:cow:/a",
+            "cow:nbd://host/a",
+            "room=1K,cow:/a",
+            "room=x,cow:/a",
+            "room=2M,aio:/a",
+            "room=2M,room=2M,cow:/a",
+            "direct=yes,cow:/a",
+            "lease=record,cow:/a",
         ] {
             assert!(wrong.parse::<Target>().is_err(), "{wrong}");
         }

@@ -72,6 +72,8 @@ pub struct File {
     align: Align,
     is_device: bool,
     gate: Gate,
+    /// Where everything that is written ends.
+    most: u64,
 }
 
 impl File {
@@ -95,6 +97,7 @@ impl File {
             align,
             is_device,
             gate: Gate::default(),
+            most: u64::MAX,
         })
     }
 
@@ -102,6 +105,14 @@ impl File {
     #[must_use]
     pub fn with_align(mut self, align: Align) -> Self {
         self.align = align;
+        self
+    }
+
+    /// From now on nothing is written behind this many bytes: that fails with [`Errno::NOSPC`], as on storage that is
+    /// full. A hole may reach further.
+    #[must_use]
+    pub fn with_room(mut self, bytes: u64) -> Self {
+        self.most = bytes;
         self
     }
 
@@ -254,6 +265,7 @@ impl File {
     }
 
     async fn write_as(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), Errno> {
+        self.check_room(offset, data.len() as u64)?;
         if self.align.offset <= 512 && self.is_aligned(offset, data.data()) {
             return self.write_all(offset, data, durable).await;
         }
@@ -334,6 +346,7 @@ impl File {
 
     /// Makes a range read as zeroes, with as little writing as the file system allows.
     pub async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.check_room(offset, len)?;
         let pass = self.gate.shared().await;
         let quick = self.repeat(|| Op::Zero {
             file: self.fd.clone(),
@@ -357,6 +370,14 @@ impl File {
             at += count as u64;
         }
         Ok(())
+    }
+
+    fn check_room(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.most => Ok(()),
+            Some(_) => Err(Errno::NOSPC),
+            None => Err(Errno::INVAL),
+        }
     }
 
     fn is_aligned(&self, offset: u64, data: &Data) -> bool {

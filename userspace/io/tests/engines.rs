@@ -276,6 +276,33 @@ fn write_beyond_what_files_can_have_is_told() {
     }
 }
 
+#[test]
+fn nothing_is_written_behind_the_room_of_a_file() {
+    for engine in ENGINES {
+        let runtime = runtime(engine);
+        let fd = open(&[1; 4096], O_DIRECT);
+        let file = File::new(&runtime.io, fd).unwrap().with_room(8192);
+        let (done, file) = runtime
+            .block_on(async move {
+                let data = || Data::zeroed(4096).unwrap();
+                let done = [
+                    file.write(4096, data()).await,
+                    file.write(4608, data()).await,
+                    file.write_durable(8192, data()).await,
+                    file.write_zeroes(4096, 8192).await,
+                    file.write_zeroes(0, 8192).await,
+                    file.write(u64::MAX, data()).await,
+                ];
+                (done, file)
+            })
+            .unwrap();
+        let full = Err(Errno::NOSPC);
+        let expected = [Ok(()), full, full, full, Ok(()), Err(Errno::INVAL)];
+        assert_eq!(done, expected, "{engine:?}");
+        assert_eq!(file.size().unwrap(), 8192);
+    }
+}
+
 fn write_at(engine: Engine, fd: OwnedFd, offset: u64) -> Result<u32, Errno> {
     let runtime = runtime(engine);
     let op = Op::Write {

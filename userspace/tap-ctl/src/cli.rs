@@ -48,6 +48,8 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
   sync:/srv/a.img     the same, on file systems that cannot do that
   qcow2:/srv/a.qcow2  an image of that format; so are qcow:, vhd: and vmdk:
   nbd://host/disk     an export of an NBD server; nbd+unix:///disk?socket=/run/a.sock is one of this host
+  cow:qcow2:/srv/a.qcow2   an image that stays as it is; what is written is in memory until the disk is destroyed,
+                      1G at most, or what room= in front says: room=4G,cow:qcow2:/srv/a.qcow2
   ram:64M             memory of dom0; the content is there until the disk is destroyed
   null:64M            zeroes; writes are forgotten
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does

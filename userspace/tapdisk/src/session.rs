@@ -2,6 +2,7 @@
 //! A disk in all its states, as the supervisor sees it.
 
 mod counts;
+mod cow;
 mod end;
 mod image;
 mod inactive;

@@ -15,11 +15,11 @@ use std::path::Path;
 use std::time::Duration;
 
 /// MiB of a disk.
-const SIZE: u32 = 16;
+pub(super) const SIZE: u32 = 16;
 /// How often a process is killed.
 const DEATHS: u32 = 12;
 /// How long QEMU's tools may take.
-const TOOL: Duration = Duration::from_secs(60);
+pub(super) const TOOL: Duration = Duration::from_secs(60);
 
 /// A format: the name of our driver, QEMU's name, and how an image is made.
 pub(super) struct Format {
@@ -156,7 +156,7 @@ pub(super) fn make(context: &mut Context, name: &str, format: &Format) -> Result
 }
 
 /// An image of qcow2 over another one.
-fn over(context: &mut Context, name: &str, below: &str, format: &str) -> Result<String> {
+pub(super) fn over(context: &mut Context, name: &str, below: &str, format: &str) -> Result<String> {
     let path = place(context, name)?;
     qemu_img(&[
         "create", "-q", "-f", "qcow2", "-b", below, "-F", format, &path,
@@ -184,8 +184,13 @@ pub(super) fn judge(context: &mut Context, format: &Format, path: &str, seen: &s
 
 /// What the guest reads of its disk.
 pub(super) fn of_guest(guest: &Guest) -> Result<String> {
+    sum_of(guest, DEVICE)
+}
+
+/// The same of another disk of the same size.
+pub(super) fn sum_of(guest: &Guest, device: &str) -> Result<String> {
     let text = guest.run(&format!(
-        "dd if={DEVICE} bs=1M count={SIZE} iflag=direct 2>/dev/null | sha256sum"
+        "dd if={device} bs=1M count={SIZE} iflag=direct 2>/dev/null | sha256sum"
     ))?;
     let sum = text.split_whitespace().next();
     Ok(sum.context("no checksum from the guest")?.to_owned())
@@ -215,7 +220,7 @@ pub(super) fn check(format: &str, path: &str) -> Result<()> {
 }
 
 /// A guest works on a disk while its process is killed again and again.
-fn load_and_deaths(context: &mut Context, disk: &Served) -> Result<()> {
+pub(super) fn load_and_deaths(context: &mut Context, disk: &Served) -> Result<()> {
     let guest = context.pv()?;
     let load = start_load_with(guest, "")?;
     for _ in 0..DEATHS {
@@ -259,7 +264,7 @@ fn endures(context: &mut Context, format: &Format) -> Result<()> {
 }
 
 /// A raw image with something in it.
-fn base(context: &mut Context) -> Result<String> {
+pub(super) fn base(context: &mut Context) -> Result<String> {
     let path = image(context, "base.img", SIZE)?;
     sh::run(&[
         "dd",

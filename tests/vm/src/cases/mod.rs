@@ -6,6 +6,7 @@ mod basic;
 mod beside;
 mod boot;
 mod checked;
+mod cow;
 mod death;
 mod direct;
 mod export;
@@ -438,6 +439,7 @@ pub(crate) fn all() -> Vec<Case> {
         rings::cases(),
         faults::cases(),
         formats::cases(),
+        cow::cases(),
         xenstore::cases(),
         lifecycle::cases(),
         takeover::cases(),

@@ -6,7 +6,7 @@
 //! - It is decided before anything is looked at: what may not be given is not even there for who asks.
 //! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
-//! - It is what the administrator named for the disk, or is in a folder that he named, or in one that the
+//! - It is what the administrator named for the disk, as the image of `cow:` is, or is in a folder that he named, or in one that the
 //!   supervisor was started with (`--files`). What is written must be named for the disk itself.
 //! - The image's own folder is not enough, because the images of others are there, too; but what is beside
 //!   the image may be had if nobody may write it (`chmod a-w`: so it is no other guest's disk), and if its
@@ -18,9 +18,10 @@ use super::{Admission, Beside};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
-use crate::record::{Part, Role};
+use crate::record::{Part, Record, Role};
 use control::supervisor::{Doing, Mode};
-use control::{Code, Failure};
+use control::tapdisk::Open;
+use control::{Code, Driver, Failure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -188,7 +189,10 @@ impl Admission {
         if !writes {
             named.extend(self.folders.iter().cloned());
         }
-        let image = image_of(disk);
+        let image = match below(disk) {
+            Some(below) => Some(image::find(&below).await?),
+            None => image_of(disk),
+        };
         let ours = self.registry.folder.root().to_path_buf();
         let below = |place: &Path, folder: &Path| {
             std::fs::canonicalize(folder).is_ok_and(|folder| place.starts_with(folder))
@@ -277,13 +281,9 @@ fn image_of(disk: &Disk) -> Option<Arc<Image>> {
 /// Whether images of the disk's driver name such files at all.
 fn check_driver(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
     let record = disk.record.borrow();
-    let open = match &record.next {
-        Some(next) => Some(&next.open),
-        None => record.open.as_ref(),
-    };
-    let driver = open.map(|open| open.target.driver());
+    let driver = opened_as(&record).map(|open| open.target.driver());
     let may = driver.is_some_and(|driver| match role {
-        Role::Parent => driver.has_format(),
+        Role::Parent => driver.has_format() || driver == Driver::Cow,
         Role::Extent => driver.has_extents(),
         Role::Socket => true,
         // No process asks for it.
@@ -308,9 +308,28 @@ fn opened(disk: &Disk) -> Option<Identity> {
 
 /// What the administrator has named for a disk.
 fn named(disk: &Disk) -> Vec<PathBuf> {
+    let mut named = {
+        let record = disk.record.borrow();
+        let next = record.next.as_ref();
+        next.map_or(&record.files, |next| &next.files).clone()
+    };
+    named.extend(below(disk));
+    named
+}
+
+/// The image that a disk shows which keeps in memory what is written.
+fn below(disk: &Disk) -> Option<PathBuf> {
     let record = disk.record.borrow();
-    let next = record.next.as_ref();
-    next.map_or(&record.files, |next| &next.files).clone()
+    let below = opened_as(&record)?.target.below()?;
+    Some(below.path.clone())
+}
+
+/// How the image is served, or is about to be.
+fn opened_as(record: &Record) -> Option<&Open> {
+    match &record.next {
+        Some(next) => Some(&next.open),
+        None => record.open.as_ref(),
+    }
 }
 
 /// What a process names is shown and looked at only if it is a path, and could be an image's: nobody writes

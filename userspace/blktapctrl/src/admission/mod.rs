@@ -67,6 +67,14 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
             open.target
         )));
     }
+    if let Some(below) = open.target.below().filter(|_| mode.is_read_only()) {
+        return Err(Failure::invalid(format!(
+            "{} keeps what a guest writes, and with the mode {mode} it writes nothing: use {}:{}",
+            open.target,
+            below.driver,
+            below.path.display()
+        )));
+    }
     if *open.target.lease() != LeaseKind::Lock && mode == Mode::WriteShared {
         return Err(Failure::invalid(format!(
             "{} cannot be used with the mode w!: a lease lets one host write, and that mode several; leave one \

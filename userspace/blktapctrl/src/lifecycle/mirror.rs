@@ -383,7 +383,7 @@ impl Lifecycle {
 
     /// The disk alone has its image, and what it is copied to could be a disk's.
     fn check_sole(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
-        if matches!(target.driver(), Driver::Ram | Driver::Null) {
+        if target.driver().has_memory() || target.driver() == Driver::Null {
             return Err(Failure::invalid(format!(
                 "{target} does not outlive the disk: give an image"
             )));

@@ -311,10 +311,7 @@ impl Lifecycle {
             }
         };
         disk.next_image.replace(image.clone());
-        let target = &next.open.target;
-        if let (control::Driver::Ram, Some(size)) = (target.driver(), target.size()) {
-            memory::prepare(&self.registry.folder, disk.minor, size)?;
-        }
+        memory::prepare(&self.registry.folder, disk.minor, &next.open.target)?;
         let served = self.bring_up(disk, &next.open, image).await?;
         self.started(disk).await;
         Ok(served)

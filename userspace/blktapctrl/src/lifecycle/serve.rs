@@ -183,13 +183,7 @@ impl Lifecycle {
     /// # Errors
     /// The system refuses to.
     pub fn prepare_memory(&self, disk: &Disk) -> Result<(), Failure> {
-        let target = disk.open()?.target;
-        match (target.driver(), target.size()) {
-            (control::Driver::Ram, Some(size)) => {
-                memory::prepare(&self.registry.folder, disk.minor, size)
-            }
-            _ => Ok(()),
-        }
+        memory::prepare(&self.registry.folder, disk.minor, &disk.open()?.target)
     }
 
     /// The image of a disk, if its driver has one. A supervisor that was started anew finds it by its
@@ -259,13 +253,10 @@ impl Lifecycle {
             }
             None => None,
         };
-        let memory = match open.target.driver() {
-            control::Driver::Ram => Some(memory::open(
-                &self.registry.folder,
-                disk.minor,
-                !open.read_only,
-            )?),
-            _ => None,
+        let folder = &self.registry.folder;
+        let memory = match open.target.driver().has_memory() {
+            true => Some(memory::open(folder, disk.minor, !open.read_only)?),
+            false => None,
         };
         Ok(Given {
             image: opened,

@@ -29,6 +29,12 @@ impl Lifecycle {
         }
         let process = disk.serving()?;
         let target = disk.open()?.target;
+        if target.below().is_some() {
+            return Err(Failure::unsupported(format!(
+                "{target} keeps in memory what is written, and would have all of the image there: it needs that until \
+                 the disk ends"
+            )));
+        }
         let before = disk.record.borrow().stream.clone();
         let wanted = Streamed { target, rate };
         self.registry

@@ -73,6 +73,68 @@ fn a_parent_is_given_and_counts_as_used() {
     });
 }
 
+/// A golden image: several guests have it at once and write into memory of their own.
+#[test]
+fn an_image_below_memory_is_shared_and_stays() {
+    test("needs-cow", |bed| async move {
+        let golden = bed.image("golden.qcow2", "golden");
+        let (beside, another) = (bed.image("root.img", "root"), bed.image("a.img", "another"));
+        let of = |mode| Create {
+            open: Open::new(
+                format!("cow:qcow2:{}", golden.display())
+                    .parse()
+                    .expect("a target"),
+            ),
+            mode,
+            ..bed.create("none")
+        };
+        fs::set_permissions(&beside, fs::Permissions::from_mode(0o444)).expect("chmod");
+        // It is named by what is served, and what it goes on from is where it is.
+        ask(&bed, "ask", &[parent(&golden), parent(&beside)]);
+        let first = bed.made(of(Mode::Write)).await;
+        let second = bed.made(of(Mode::Write)).await;
+        let given = ["given golden Locked", "given root Locked", "open w "];
+        assert_eq!(bed.log()[1..4], given);
+        for wrong in [
+            parent(&another),
+            Needed::Extent {
+                path: golden.clone(),
+            },
+        ] {
+            ask(&bed, "ask", &[wrong]);
+            let why = refused(&bed, of(Mode::Write)).await;
+            assert!(why.contains("may not have"), "{why}");
+        }
+        ask(&bed, "ask", &[]);
+        let why = refused(&bed, bed.create("golden.qcow2")).await;
+        assert!(why.contains(&format!("tap disk {first}")), "{why}");
+        let why = refused(&bed, of(Mode::Read)).await;
+        assert!(why.contains("use qcow2:/"), "{why}");
+        let why = refused(&bed, of(Mode::WriteShared)).await;
+        assert!(why.contains("w!"), "{why}");
+        let stream = Request::Stream {
+            which: which(first),
+            rate: Some(1000),
+        };
+        let why = bed.ask(stream).await.expect_err("it may not").message;
+        assert!(why.contains("until the disk ends"), "{why}");
+        // The next process has the same memory and the same image.
+        let memory = bed.dir.join("run/ram").join(first.to_string());
+        fs::write(&memory, "written").expect("write");
+        bed.replaced(first, kill).await;
+        assert!(bed.log().iter().any(|line| line == "open w written"));
+        bed.destroy(first).await;
+        assert!(!memory.exists());
+        bed.destroy(second).await;
+        let minor = bed.made(bed.create("golden.qcow2")).await;
+        ask(&bed, "ask", &[parent(&golden)]);
+        let why = refused(&bed, of(Mode::Write)).await;
+        assert!(why.contains("golden.qcow2 is not free"), "{why}");
+        bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
 #[test]
 fn an_extent_belongs_to_one_disk() {
     test("needs-extent", |bed| async move {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
 
+use super::cow::MEMORY;
 use super::Session;
 use crate::Needs;
 use control::tapdisk::{Needed, Open, Reply, State};
@@ -14,9 +15,10 @@ use std::path::Path;
 use std::rc::Rc;
 
 /// The format of a driver's images, if they have one.
-fn kind(driver: Driver) -> Option<Kind> {
+pub(super) fn kind(driver: Driver) -> Option<Kind> {
     match driver {
-        Driver::Qcow2 => Some(Kind::Qcow2),
+        // Its image is the memory.
+        Driver::Qcow2 | Driver::Cow => Some(Kind::Qcow2),
         Driver::Qcow => Some(Kind::Qcow),
         Driver::Vhd => Some(Kind::Vhd),
         Driver::Vmdk => Some(Kind::Vmdk),
@@ -25,11 +27,11 @@ fn kind(driver: Driver) -> Option<Kind> {
 }
 
 /// What a driver's images are as parents.
-fn below(driver: Driver) -> Result<Below, Failure> {
+pub(super) fn below(driver: Driver) -> Result<Below, Failure> {
     match (kind(driver), driver.has_image()) {
-        (Some(kind), _) => Ok(Below::Format(kind)),
+        (Some(kind), true) => Ok(Below::Format(kind)),
         (None, true) => Ok(Below::Raw),
-        (None, false) => Err(Failure::invalid(format!(
+        (_, false) => Err(Failure::invalid(format!(
             "{driver} has no images, so none can be a parent: use aio for a raw one"
         ))),
     }
@@ -169,11 +171,11 @@ impl Session {
 }
 
 /// The files that an image names.
-struct Parts<'s> {
+pub(super) struct Parts<'s> {
     session: &'s Session,
-    open: &'s Open,
+    pub(super) open: &'s Open,
     /// Somebody else may be using the image: nothing is locked or written.
-    looks: bool,
+    pub(super) looks: bool,
 }
 
 impl Parts<'_> {
@@ -183,23 +185,33 @@ impl Parts<'_> {
         if let Some(export) = open.target.export() {
             return self.export(export).await;
         }
-        let (Some(kind), Some(path)) = (kind(open.target.driver()), open.target.path()) else {
+        let Some(kind) = kind(open.target.driver()) else {
             return drivers::open_on(open, file).await;
         };
         let mut file = file.ok_or_else(|| drivers::missing(open))?;
+        if let Some(below) = open.target.below() {
+            file = self.over(below, file).await?;
+        }
         let writable = !open.read_only && !self.looks;
         if kind == Kind::Vmdk && writable {
             // It may be a text, which ends where its last line does.
             keep_size(&mut file, &format!("the image of {}", open.target))?;
         }
+        let path = open.target.path().unwrap_or(Path::new(MEMORY));
         let options = Options {
             writable,
             discard: open.discard && !open.read_only,
-            parents: open.parents.map(below).transpose()?,
-            ..Options::new(path.display().to_string())
+            ..self.options(path)?
         };
         let disk = formats::open_chain(kind, file, path, options, self).await?;
         drivers::activate(disk, open).await
+    }
+
+    pub(super) fn options(&self, path: &Path) -> Result<Options, Failure> {
+        Ok(Options {
+            parents: self.open.parents.map(below).transpose()?,
+            ..Options::new(path.display().to_string())
+        })
     }
 }
 

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is said of a target before its driver: words with a value, in any order.
+
+use super::{typed_rate, typed_size, yes_or_no, Target};
+use crate::{Failure, LeaseKind, Limits};
+
+/// What was said.
+#[derive(Debug, Default)]
+pub(super) struct Words {
+    lease: Option<LeaseKind>,
+    direct: Option<bool>,
+    bytes: Option<u64>,
+    requests: Option<u32>,
+    room: Option<u64>,
+}
+
+impl Words {
+    /// Takes the words from the beginning of `text`, and returns what is behind them.
+    pub(super) fn take<'t>(&mut self, text: &'t str) -> Result<&'t str, Failure> {
+        let mut rest = text.strip_prefix("tap:").unwrap_or(text);
+        loop {
+            let (name, behind) = match rest.split_once('=') {
+                Some((name @ ("lease" | "direct" | "bps" | "iops" | "room"), behind)) => {
+                    (name, behind)
+                }
+                _ => return Ok(rest),
+            };
+            let (value, target) = behind.split_once(',').ok_or_else(|| {
+                Failure::invalid(format!(
+                    "{text:?} ends after {name}=: write {name}=VALUE,DRIVER:IMAGE, such as \
+                     lease=record,aio:/srv/a.img, direct=no,aio:/dev/vg/a or bps=20M,iops=500,aio:/srv/a.img"
+                ))
+            })?;
+            let twice = match name {
+                "lease" => self.lease.replace(value.parse()?).is_some(),
+                "bps" => self.bytes.replace(rate(value)?).is_some(),
+                "room" => self.room.replace(bytes(value)?).is_some(),
+                "iops" => self.requests.replace(count(value)?).is_some(),
+                _ => self.direct.replace(yes_or_no(value)?).is_some(),
+            };
+            if twice {
+                return Err(Failure::invalid(format!(
+                    "{text:?} says {name}= twice: leave one away"
+                )));
+            }
+            rest = target.strip_prefix("tap:").unwrap_or(target);
+        }
+    }
+
+    /// The target with all that was said of it.
+    pub(super) fn apply(self, target: Target) -> Result<Target, Failure> {
+        let target = match self.lease {
+            Some(lease) => target.with_lease(lease)?,
+            None => target,
+        };
+        let target = match self.direct {
+            Some(direct) => target.with_direct(direct)?,
+            None => target,
+        };
+        let target = match self.room {
+            Some(room) => target.with_room(room)?,
+            None => target,
+        };
+        if self.bytes.is_none() && self.requests.is_none() {
+            return Ok(target);
+        }
+        let limits = Limits {
+            bytes: self.bytes.unwrap_or(0),
+            requests: self.requests.unwrap_or(0),
+            ..Limits::default()
+        };
+        limits.check()?;
+        Ok(Target {
+            limits: Some(limits),
+            ..target
+        })
+    }
+}
+
+/// Bytes in a second as somebody types it.
+fn rate(text: &str) -> Result<u64, Failure> {
+    typed_rate(text).map_err(|why| Failure::invalid(format!("bps={text}: {why}")))
+}
+
+/// Memory as somebody types it.
+fn bytes(text: &str) -> Result<u64, Failure> {
+    typed_size(text).map_err(|why| Failure::invalid(format!("room={text}: {why}")))
+}
+
+/// Requests in a second as somebody types it.
+fn count(text: &str) -> Result<u32, Failure> {
+    text.parse().map_err(|_| {
+        Failure::invalid(format!(
+            "iops={text}: write a number of requests, such as 500"
+        ))
+    })
+}

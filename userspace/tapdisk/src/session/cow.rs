@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A disk whose guest writes into memory, over an image that stays as it is. The memory holds an image of its own,
+//! which goes on from the one below: so a process that dies leaves the next one all that it had.
+
+use super::image::{below, kind, Parts};
+use control::{Below, Code, Failure};
+use diskio::{Errno, File};
+use formats::{Base, Files, Kind, Options};
+use std::path::Path;
+
+/// What stands for the name of the memory.
+pub(super) const MEMORY: &str = "/memory";
+/// Bytes of an image that say whether there is one: they are written last.
+const MAGIC: usize = 4;
+
+impl Parts<'_> {
+    /// The image in the memory, which is made if nothing is there yet.
+    pub(super) async fn over(&self, image: &Below, memory: File) -> Result<File, Failure> {
+        let memory = memory.with_room(self.open.target.room());
+        if !is_empty(&memory).await.map_err(unreadable)? {
+            check_goes_on(image, &memory).await?;
+            return Ok(memory);
+        }
+        if self.looks {
+            // It would be another disk than the one that somebody else serves.
+            return Err(Failure::new(
+                Code::State,
+                format!("{} has written nothing yet", self.open.target),
+            ));
+        }
+        let file = self.open(&image.path, false).await?;
+        let kind_below = below(image.driver)?;
+        let base = Base::of(kind_below, &image.path, &file, Path::new(MEMORY)).await?;
+        let size = self.size_of(image, file).await?;
+        formats::overlay(&memory, Kind::Qcow2, size, &base).await?;
+        Ok(memory)
+    }
+
+    /// Bytes of the disk in an image, with all that it goes on from.
+    async fn size_of(&self, image: &Below, file: File) -> Result<u64, Failure> {
+        let disk = match kind(image.driver) {
+            None => self.raw(file),
+            Some(kind) => {
+                let options = Options {
+                    writable: false,
+                    ..self.options(&image.path)?
+                };
+                formats::open_chain(kind, file, &image.path, options, self).await?
+            }
+        };
+        let size = disk.activate().await?.size;
+        let closed = disk.close().await;
+        closed.map_err(|error| Failure::system("cannot let go of the image", &error.into()))?;
+        Ok(size)
+    }
+}
+
+/// Nothing was made there, or that was not finished.
+async fn is_empty(memory: &File) -> Result<bool, Errno> {
+    let head = memory.io().buffer(MAGIC)?;
+    memory.read_padded(0, head.clone()).await?;
+    Ok(head.to_vec().iter().all(|&byte| byte == 0))
+}
+
+/// What was written over one image is nonsense over another one.
+async fn check_goes_on(image: &Below, memory: &File) -> Result<(), Failure> {
+    let needs = formats::look(Kind::Qcow2, memory).await?;
+    let parent = needs.parent.unwrap_or_default();
+    let name = parent.names.first().map_or("", String::as_str);
+    let driver = parent.driver.as_deref().unwrap_or_default();
+    let is_same = formats::resolve(name, Path::new(MEMORY)).is_ok_and(|path| path == image.path);
+    if is_same && driver.parse() == below(image.driver) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Image,
+        format!(
+            "what the guest has written lies over {driver}:{name}, and over no other image: give that one, or make \
+             another disk for {}",
+            image.path.display()
+        ),
+    ))
+}
+
+fn unreadable(error: Errno) -> Failure {
+    Failure::system("cannot read the memory of the disk", &error.into())
+}
