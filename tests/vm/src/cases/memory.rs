@@ -44,7 +44,13 @@ pub(super) fn cases() -> Vec<Case> {
             "memory.255_disks",
             "255 disks of one guest connect and work",
             Nothing,
-            |context| many(context, 255),
+            |context| {
+                // dom0 has the frontends as well, and one that keeps its pages granted takes 4 MiB of them for each
+                // disk: 1 GiB, which this machine has not got. What the driver takes for such a frontend is the
+                // business of `memory.many_disks`.
+                let _unkept = Parameter::set("feature_persistent", "N")?;
+                many(context, 255)
+            },
         )
         .no_leaks()
         .nightly(),
