@@ -107,9 +107,26 @@ pub(crate) fn mark(image: &Image) -> Result<bool, Failure> {
     Ok(true)
 }
 
+/// Takes the mark away again, for who owns the image.
+///
+/// # Errors
+/// The system refuses to.
+pub(crate) fn unmark(image: &Image) -> Result<(), Failure> {
+    let unmark = || {
+        let place = image.again();
+        let rights = fs::metadata(&place)?.permissions().mode() | 0o200;
+        fs::set_permissions(&place, PermissionsExt::from_mode(rights & 0o7777))
+    };
+    let unmarked = unmark();
+    unmarked.map_err(|error| {
+        let path = image.path().display();
+        Failure::system(format!("cannot mark {path} as writable"), &error)
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{keep, make, mark, remove};
+    use super::{keep, make, mark, remove, unmark};
     use crate::image::Image;
     use control::Code;
     use std::fs;
@@ -142,6 +159,8 @@ mod tests {
         assert_eq!(mark(&parent), Ok(true));
         assert_eq!(rights(&old), 0o440);
         assert!(parent.is_unwritable());
+        assert_eq!(unmark(&parent), Ok(()));
+        assert_eq!(rights(&old), 0o640);
         fs::remove_dir_all(dir).expect("remove");
     }
 }

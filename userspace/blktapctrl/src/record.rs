@@ -136,6 +136,12 @@ pub struct Mirrored {
     pub open: Open,
     /// Bytes in a second.
     pub rate: u64,
+    /// It is the image below the one that the disk has.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub below: bool,
+    /// It was marked as one that nobody writes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub marked: bool,
 }
 
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.

@@ -131,6 +131,10 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             };
             mirror.map(Reply::Mirror)
         }
+        Request::Commit { which, rate } => {
+            let disk = registry.find(&which)?;
+            lifecycle.commit_image(&disk, rate).await.map(Reply::Mirror)
+        }
         Request::EndMirror(which) => {
             let disk = registry.find(&which)?;
             lifecycle.end_mirror(&disk).await.map(Reply::Mirror)

@@ -124,8 +124,11 @@ pub struct Mirror {
     pub state: Mirroring,
     /// What is before this is the same on both, in bytes.
     pub offset: u64,
-    /// Bytes that were copied; the others hold no data.
+    /// Bytes that were copied; the others hold no data, or are there already.
     pub copied: u64,
+    /// The other image, where the supervisor says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Target>,
 }
 
 /// What has become of that.

@@ -373,6 +373,14 @@ pub enum Request {
         /// The image. Nothing asks how far it is, or how the last one has ended.
         to: Option<MirrorTo>,
     },
+    /// Has the image below that of a disk take over what that has itself, while its guest goes on, and then serves the
+    /// disk from that one: as [`Request::Mirror`], which also tells how far it is.
+    Commit {
+        /// The disk.
+        which: Which,
+        /// Bytes in a second at most.
+        rate: u64,
+    },
     /// Ends that: [`Reply::Mirror`] when nothing more is done to the other image.
     EndMirror(Which),
     /// What was counted: [`Reply::Stats`].

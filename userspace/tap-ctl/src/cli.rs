@@ -72,6 +72,7 @@ Examples:
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
   tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2   # both at one instant
   tap-ctl stream -m 0 --wait            # then it needs that one no more
+  tap-ctl commit -m 0 --wait            # or gives that one what it has, and goes on there
   tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # goes on there, wherever it was before
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
@@ -174,6 +175,16 @@ pub(crate) enum Verb {
     /// configuration must name the new one. If something goes wrong, the disk stays with the image that it has, and its
     /// guest does not notice. When the disk's process is replaced, copying begins anew.
     Mirror(Mirror),
+    /// Have the image below that of a disk take over what that has itself, and the disk then served from that one, while
+    /// its guest goes on
+    ///
+    /// That is how a snapshot ends which nobody needs any more: the chain is one image shorter, and only what was written
+    /// since then is copied. No other disk may have the image below, and no other image may go on from it: what it shows
+    /// changes from the first byte on. Then the disk's configuration must name the image below; the one above is marked as
+    /// read-only (chmod a-w), and can be removed. If something goes wrong, the disk stays with the image that it has, and
+    /// its guest does not notice. When the disk's process is replaced, it begins anew. For qcow2 over an image of any
+    /// format that is as large.
+    Commit(Commit),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
@@ -454,6 +465,25 @@ pub(crate) struct Mirror {
     pub(crate) cancel: bool,
     /// Say how far it is, or how the last one has ended, and change nothing
     #[arg(long, conflicts_with_all = ["wait", "rate", "target", "cancel"])]
+    pub(crate) show: bool,
+}
+
+/// Giving what an image has to the one below it.
+#[derive(Debug, Args)]
+pub(crate) struct Commit {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// At most so many MiB in a second
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: u32,
+    /// Begin it, and wait until it is over: the exit status says whether it was done
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// End the one that runs
+    #[arg(long, conflicts_with_all = ["wait", "rate"])]
+    pub(crate) cancel: bool,
+    /// Say how far it is, or how the last one has ended, and change nothing
+    #[arg(long, conflicts_with_all = ["wait", "rate", "cancel"])]
     pub(crate) show: bool,
 }
 

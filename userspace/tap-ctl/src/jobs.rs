@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl stream` and `tap-ctl mirror`: what is done to a whole disk while its guest goes on.
+//! `tap-ctl stream`, `mirror` and `commit`: what is done to a whole disk while its guest goes on.
 
 use crate::cli::{self, Cli};
 use crate::{ask, named, print, show, Error};
@@ -37,19 +37,35 @@ pub(crate) fn mirror_request(asked: &cli::Mirror) -> Request {
     Request::Mirror { which, to }
 }
 
+/// What is asked first.
+pub(crate) fn commit_request(asked: &cli::Commit) -> Request {
+    let which = named(&asked.which);
+    match (asked.show, asked.cancel) {
+        (true, _) => Request::Mirror { which, to: None },
+        (_, true) => Request::EndMirror(which),
+        _ => Request::Commit {
+            which,
+            rate: u64::from(asked.rate) << 20,
+        },
+    }
+}
+
 pub(crate) fn stream(cli: &Cli, asked: &cli::Stream) -> Result<(), Error> {
     let again = |which| Request::Stream { which, rate: None };
     let which = asked.wait.then(|| named(&asked.which));
-    run(cli, &stream_request(asked), which.map(again), None)
+    run(cli, &stream_request(asked), which.map(again))
 }
 
 pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror) -> Result<(), Error> {
     let again = |which: Which| Request::Mirror { which, to: None };
     let which = asked.wait.then(|| named(&asked.which));
-    let told = asked.target.as_ref().map(|target| {
-        format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}.\n")
-    });
-    run(cli, &mirror_request(asked), which.map(again), told)
+    run(cli, &mirror_request(asked), which.map(again))
+}
+
+pub(crate) fn commit(cli: &Cli, asked: &cli::Commit) -> Result<(), Error> {
+    let again = |which: Which| Request::Mirror { which, to: None };
+    let which = asked.wait.then(|| named(&asked.which));
+    run(cli, &commit_request(asked), which.map(again))
 }
 
 /// How far a job is.
@@ -82,18 +98,27 @@ fn state(reply: &Reply) -> Result<State, Failure> {
     })
 }
 
-/// Asks, and asks again until it is over if there is a question for that. `told` is for people when it is done.
-fn run(
-    cli: &Cli,
-    first: &Request,
-    again: Option<Request>,
-    told: Option<String>,
-) -> Result<(), Error> {
+/// What people have to do when it is done.
+fn remedy(reply: &Reply) -> String {
+    match reply {
+        Reply::Mirror(mirror) if mirror.state == Mirroring::Complete => match &mirror.to {
+            Some(target) => {
+                format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}.\n")
+            }
+            None => String::new(),
+        },
+        _ => String::new(),
+    }
+}
+
+/// Asks, and asks again until it is over if there is a question for that.
+fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> {
     let mut reply = ask(cli, first)?;
     let waits = again.is_some();
     let begins = match first {
         Request::Stream { rate, .. } => rate.is_some_and(|rate| rate > 0),
         Request::Mirror { to, .. } => to.is_some(),
+        Request::Commit { .. } => true,
         _ => false,
     };
     if let Some(again) = again {
@@ -113,8 +138,7 @@ fn run(
         Some(failure) => Err(failure.into()),
         None if cli.json => print(&reply),
         None => {
-            let told = told.filter(|_| matches!(state(&reply), Ok(State::Done)));
-            let text = show::reply(&reply) + &told.unwrap_or_default();
+            let text = show::reply(&reply) + &remedy(&reply);
             Ok(io::stdout().write_all(text.as_bytes())?)
         }
     }

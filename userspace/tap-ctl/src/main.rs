@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
         Verb::Stream(asked) => jobs::stream(&cli, asked),
         Verb::Mirror(asked) => jobs::mirror(&cli, asked),
+        Verb::Commit(asked) => jobs::commit(&cli, asked),
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
@@ -177,6 +178,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Scrub { .. }
         | Request::Stream { .. }
         | Request::Mirror { .. }
+        | Request::Commit { .. }
         | Request::EndMirror(_)
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
@@ -284,6 +286,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         },
         Verb::Stream(asked) => jobs::stream_request(asked),
         Verb::Mirror(asked) => jobs::mirror_request(asked),
+        Verb::Commit(asked) => jobs::commit_request(asked),
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {
@@ -606,6 +609,7 @@ mod tests {
                 "THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE",
             ),
             ("stream", "without internal snapshots"),
+            ("commit", "the chain is one image shorter"),
             ("mirror", "the disk stays with the image that it has"),
             ("metrics", "the textfile collector"),
             ("top", "the mean times of the guest's reads"),

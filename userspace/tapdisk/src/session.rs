@@ -275,9 +275,14 @@ impl Session {
                 }
                 _ => Err(Failure::new(Code::State, "the disk does not run")),
             },
-            Request::Mirror { open, rate } => {
+            Request::Mirror { open, rate, below } => {
                 let _alone = self.gate.alone().await;
-                self.mirror(open, fd, rate).await
+                self.mirror(open, fd, rate, below).await
+            }
+            Request::Below => {
+                let _alone = self.gate.alone().await;
+                let target = self.below().await?;
+                Ok(Reply::Below { target })
             }
             Request::Stream { rate, anew } => {
                 stream::ask(self, rate, anew).await.map(Reply::Stream)

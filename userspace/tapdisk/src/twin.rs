@@ -20,6 +20,8 @@ pub(crate) struct Twin {
     disk: RefCell<Option<Disk>>,
     /// Bytes that it has; the disk has no more.
     size: u64,
+    /// The disk goes on from it: what the disk's image has not itself is there already.
+    is_below: bool,
     /// What is before this is the same on both.
     position: Cell<u64>,
     told: RefCell<Mirror>,
@@ -28,10 +30,11 @@ pub(crate) struct Twin {
 }
 
 impl Twin {
-    pub(crate) fn new(disk: Disk, size: u64, ban: Ban) -> Self {
+    pub(crate) fn new(disk: Disk, size: u64, is_below: bool, ban: Ban) -> Self {
         Self {
             disk: RefCell::new(Some(disk)),
             size,
+            is_below,
             position: Cell::new(0),
             told: RefCell::default(),
             ban: RefCell::new(Some(ban)),
@@ -41,6 +44,16 @@ impl Twin {
     /// How far it is.
     pub(crate) fn told(&self) -> Mirror {
         self.told.borrow().clone()
+    }
+
+    /// The disk goes on from it.
+    pub(crate) fn is_below(&self) -> bool {
+        self.is_below
+    }
+
+    /// What is at the beginning of a range of the disk.
+    pub(crate) async fn look(&self, disk: &Disk, at: u64, len: u64) -> Result<Extent, Errno> {
+        look(self.is_below, disk, at, len).await
     }
 
     /// It is still to become what the disk is, or to stay so.
@@ -108,7 +121,8 @@ impl Twin {
         let work = async |to: Disk| {
             // CAST: it is small.
             let buffer = Data::zeroed(PIECE as usize)?;
-            copy(from, &to, &buffer, at, len).await.map(drop)
+            let copied = copy(self.is_below, from, &to, &buffer, at, len).await;
+            copied.map(drop)
         };
         self.follow("copy to", at, work).await;
     }
@@ -119,7 +133,7 @@ impl Twin {
         let Some(to) = self.active() else {
             return 0;
         };
-        match copy(from, &to, buffer, at, len).await {
+        match copy(self.is_below, from, &to, buffer, at, len).await {
             Ok(copied) => {
                 self.position.set(at + len);
                 let mut told = self.told.borrow_mut();
@@ -187,12 +201,32 @@ impl Twin {
     }
 }
 
-/// Makes a range of `to` read as that of `from`; says how many bytes were written.
-async fn copy(from: &Disk, to: &Disk, buffer: &Data, at: u64, len: u64) -> Result<u64, Errno> {
+/// What is at the beginning of a range of `from`; of one that goes on from another image, what it has itself.
+async fn look(is_below: bool, from: &Disk, at: u64, len: u64) -> Result<Extent, Errno> {
+    first(match is_below {
+        true => from.layer(at, len).await,
+        false => from.extents(at, len).await,
+    })
+}
+
+/// Makes a range of `to`, from which `from` goes on if it `is_below`, read as that of `from`; says how many bytes were
+/// written.
+async fn copy(
+    is_below: bool,
+    from: &Disk,
+    to: &Disk,
+    buffer: &Data,
+    at: u64,
+    len: u64,
+) -> Result<u64, Errno> {
     let (mut done, mut copied) = (0, 0);
     while done < len {
         let place = at + done;
-        let here = first(from.extents(place, len - done).await)?;
+        let here = look(is_below, from, place, len - done).await?;
+        if is_below && here.content == Content::Below {
+            done += here.len;
+            continue;
+        }
         if here.content == Content::Hole {
             let there = first(to.extents(place, here.len).await)?;
             if there.content != Content::Hole {

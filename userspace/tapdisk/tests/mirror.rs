@@ -44,7 +44,8 @@ fn begin(
     image: BorrowedFd<'_>,
     rate: u64,
 ) -> Result<Reply, Failure> {
-    process.ask_with(Request::Mirror { open, rate }, image)
+    let below = false;
+    process.ask_with(Request::Mirror { open, rate, below }, image)
 }
 
 fn mirror(process: &mut Process, to: &Served, rate: u64) -> Result<Reply, Failure> {

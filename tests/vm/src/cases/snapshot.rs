@@ -25,9 +25,11 @@ pub(super) fn cases() -> Vec<Case> {
     let load = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
     let about = "an image takes over what is below it under load that is judged, its process dies, and then it is alone";
     let stream = Case::new("snapshot.stream", about, Needs::Pv, stream);
+    let about = "a snapshot ends under load that is judged: the image below takes over what the one above has, a process dies, and the disk goes on there";
+    let commit = Case::new("snapshot.commit", about, Needs::Pv, commit);
     let about = "two disks of a guest at one instant, again and again: what was written to the second one is not newer than what was written to the first before";
     let group = Case::new("snapshot.group", about, Needs::Pv, group);
-    let all = [load, stream, group];
+    let all = [load, stream, commit, group];
     all.map(|case| case.supervised().no_leaks()).into()
 }
 
@@ -181,6 +183,51 @@ fn stream(context: &mut Context) -> Result<()> {
     let found = sum(&content(context, &top, "top.raw")?)?;
     ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
     fs::rename(&away, &base)?;
+    context.note(&told)
+}
+
+fn commit(context: &mut Context) -> Result<()> {
+    let base = image(context, "a.img", SIZE)?;
+    let top = image(context, "s1.qcow2", 1)?;
+    fs::remove_file(&top)?;
+    let guest = context.pv()?;
+    // What it has the kernel writes by itself, until the image below is to be written as well.
+    let target = format!("direct=yes,aio:{base}");
+    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let minor = disk.minor.to_string();
+    let load = start_load_with(guest, "--discard")?;
+    wait_progress(&disk, 40)?;
+    snapshot(&disk, &top, &base)?;
+    wait_progress(&disk, 40)?;
+    let ask = |words: &[&str]| tap::ctl_json(&[&["commit", "-m", &minor], words].concat());
+    ask(&["--rate", "1"])?;
+    let copied = || Ok::<_, anyhow::Error>(ask(&["--show"])?["copied"].as_u64() > Some(0));
+    sh::wait_for("something that is copied", LIMIT, copied)?;
+    // What is below is another disk by now, and so it stays if it is ended there.
+    ask(&["--cancel"])?;
+    wait_progress(&disk, 40)?;
+    ask(&["--rate", "1"])?;
+    disk.replace()?;
+    wait_progress(&disk, 40)?;
+    ask(&["--cancel"])?;
+    let told = ask(&["--rate", "64", "--wait"])?;
+    let to = told["to"].as_str().unwrap_or_default();
+    ensure!(
+        told["state"] == "complete" && to == format!("aio:{base}"),
+        "tap-ctl commit says {told}"
+    );
+    // Nobody needs it, the next process neither.
+    let away = format!("{top}.away");
+    fs::rename(&top, &away)?;
+    wait_progress(&disk, 40)?;
+    disk.replace()?;
+    wait_progress(&disk, 40)?;
+    let told = end_load(guest, load)?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    let found = sum(&base)?;
+    ensure!(seen == found, "the guest read {seen}, {base} has {found}");
+    fs::rename(&away, &top)?;
     context.note(&told)
 }
 

@@ -7,6 +7,7 @@
 //! record as what comes next, as after an unpause with another image. Whoever finds it before that has the disk
 //! served from the image that it had.
 
+use super::commit::{mark_again, writable};
 use super::handoff::check_served;
 use super::renew::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
@@ -38,8 +39,19 @@ impl Lifecycle {
         let _turn = disk.turn().await?;
         self.end_pending(disk).await?;
         check_served(disk)?;
+        self.copy_to(disk, target, rate, false).await
+    }
+
+    /// Begins to make an image what the disk is; if it is `below` the one of the disk, of what that has itself.
+    pub(super) async fn copy_to(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        target: Target,
+        rate: u64,
+        below: bool,
+    ) -> Result<Mirror, Failure> {
         if let Some(mirror) = disk.record.borrow().mirror.as_ref() {
-            if mirror.open.target == target {
+            if mirror.open.target == target && mirror.below == below {
                 return self.mirrored(disk);
             }
             let what = &mirror.open.target;
@@ -50,7 +62,7 @@ impl Lifecycle {
             return Err(Failure::new(Code::State, why));
         }
         self.check_sole(disk, &target)?;
-        let mirror = Mirrored {
+        let mut mirror = Mirrored {
             open: with_mode(
                 Open {
                     target,
@@ -59,9 +71,11 @@ impl Lifecycle {
                 Mode::Write,
             )?,
             rate,
+            below,
+            marked: false,
         };
-        let image = self.take_beside(disk, &mirror).await?;
-        disk.mirrored.replace(Some(Mirror::default()));
+        let image = self.take_beside(disk, &mut mirror).await?;
+        tell(disk, &mirror, Mirror::default());
         // From now on somebody sees to it, whatever becomes of this.
         self.follow_mirror(disk);
         let process = disk.serving()?;
@@ -77,7 +91,7 @@ impl Lifecycle {
     }
 
     /// Makes the other image a part of the disk, which nobody else uses.
-    async fn take_beside(&self, disk: &Disk, mirror: &Mirrored) -> Result<Arc<Image>, Failure> {
+    async fn take_beside(&self, disk: &Disk, mirror: &mut Mirrored) -> Result<Arc<Image>, Failure> {
         let image = image::of(&mirror.open).await?.ok_or_else(|| {
             Failure::invalid(format!(
                 "{} is no image that a disk could be copied to: make one with tapimg create",
@@ -88,6 +102,7 @@ impl Lifecycle {
             let why = format!("{} is what the disk is served from", mirror.open.target);
             return Err(Failure::new(Code::Busy, why));
         }
+        mirror.marked = mirror.below && image.is_unwritable();
         let part = Part {
             role: Role::Mirror,
             path: image.path().into(),
@@ -106,9 +121,11 @@ impl Lifecycle {
                 record.parts.push(part);
             })
         };
-        // As for a new disk of nobody: it must not be what this disk has either, under whatever name.
+        // As for a new disk of nobody: it must not be what this disk has either, under whatever name, unless it goes
+        // on from it.
+        let except = mirror.below.then_some(disk.minor);
         let admission = &self.admission;
-        let admitted = admission.admit(Some(&image), Mode::Write, None, None, work);
+        let admitted = admission.admit(Some(&image), Mode::Write, None, except, work);
         admitted.await.map(|()| image)
     }
 
@@ -119,21 +136,31 @@ impl Lifecycle {
         mirror: &Mirrored,
         image: Arc<Image>,
     ) -> Result<(), Failure> {
+        let image = match mirror.below {
+            true => writable(image).await?,
+            false => image,
+        };
         let given = self.given(disk, &mirror.open, Some(image)).await?;
         let question = Request::Mirror {
             open: mirror.open.clone(),
             rate: mirror.rate,
+            below: mirror.below,
         };
         given.ask(process, &question, OPEN).await.map(drop)
     }
 
     /// The other image is not the disk's any more, nor has its process got it.
     async fn let_mirror_go(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+        let mirror = disk.record.borrow().mirror.clone();
         self.renew(disk, |record| {
             record.mirror = None;
             record.parts.retain(|part| part.role != Role::Mirror);
         })
-        .await
+        .await?;
+        if let Some(mirror) = mirror {
+            mark_again(disk, &mirror).await;
+        }
+        Ok(())
     }
 
     /// Ends the mirror of a disk. Nothing is done to the other image after this: the process that had it has ended.
@@ -224,7 +251,7 @@ impl Lifecycle {
         let state = now.as_ref().map(|now| now.state.clone());
         match state {
             Some(Mirroring::Copying) => {
-                disk.mirrored.replace(now);
+                tell(disk, &mirror, now.unwrap_or_default());
                 Ok(())
             }
             Some(Mirroring::Same) => self.move_to(disk, &mirror, &part).await,
@@ -332,8 +359,12 @@ impl Lifecycle {
         let marked = self.mark_old(disk).await;
         let from = disk.open()?.target;
         self.take_next(disk);
-        disk.record.borrow_mut().mirror = None;
+        let mirror = disk.record.borrow_mut().mirror.take();
         self.end_of_verb(disk, Want::Served);
+        if let Some(mirror) = mirror {
+            let told = disk.mirrored.borrow().clone().unwrap_or_default();
+            tell(disk, &mirror, told);
+        }
         over(disk, Mirroring::Complete);
         let micros = |pause: Duration| pause.as_micros().try_into().unwrap_or(u64::MAX);
         let what = What::Moved(Moved {
@@ -376,7 +407,7 @@ impl Lifecycle {
     }
 
     /// What has begun and is not done is over: then it is known from what the disk is served.
-    async fn end_pending(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+    pub(super) async fn end_pending(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let patience = self.patience.get();
         disk.unless_doomed(self.finish(disk, patience)).await
     }
@@ -406,6 +437,14 @@ async fn image_of(mirror: &Mirrored, part: &Part) -> Result<Arc<Image>, Failure>
         true => Ok(image),
         false => Err(not_the_same(&image)),
     }
+}
+
+/// How far it is.
+fn tell(disk: &Disk, mirror: &Mirrored, now: Mirror) {
+    disk.mirrored.replace(Some(Mirror {
+        to: Some(mirror.open.target.clone()),
+        ..now
+    }));
 }
 
 /// What is told of it from now on.

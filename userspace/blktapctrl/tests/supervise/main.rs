@@ -2,6 +2,7 @@
 //! The supervisor with a fake kernel, a fake xenstore and real processes that fake a tapdisk.
 
 mod bed;
+mod commit;
 mod death;
 mod direct;
 mod disks;

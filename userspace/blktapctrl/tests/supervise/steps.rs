@@ -101,8 +101,12 @@ pub(crate) fn one(rows: &[Row]) -> &Row {
 }
 
 pub(crate) fn create(dir: &Path) -> Request {
+    create_of(target(dir, "a.img"))
+}
+
+pub(crate) fn create_of(target: Target) -> Request {
     Request::Create(Box::new(control::supervisor::Create {
-        open: control::tapdisk::Open::new(target(dir, "a.img")),
+        open: control::tapdisk::Open::new(target),
         mode: control::supervisor::Mode::Write,
         minor: None,
         policy: control::supervisor::Policy::default(),

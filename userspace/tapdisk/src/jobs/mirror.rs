@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Copies the disk to another image, which from then on gets what the guest writes, until the disk is paused: then
-//! both are the same, and the supervisor may serve the other one.
+//! both are the same, and the supervisor may serve the other one. If that is the image below, only what the disk's
+//! image has itself is copied.
 
 use super::{failed, End, Piece, Worker, PIECE};
-use crate::twin::{first, Twin};
+use crate::twin::Twin;
 use crate::{Server, Session};
 use control::stats::Mirroring;
 use control::{Code, Failure};
@@ -36,11 +37,12 @@ async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure>
     let buffer = Data::zeroed(PIECE as usize).map_err(|error| failed("no memory", error))?;
     let step = async |server: &Rc<Server>, at, left| {
         let disk = server.disk();
-        let found = first(disk.extents(at, left).await);
+        let found = twin.look(disk, at, left).await;
         let what = "cannot look at the disk";
         let extent = found.map_err(|error| failed(what, error))?;
         let empty = match extent.content {
             Content::Hole => twin.hole(at, extent.len.min(HOLE)).await,
+            Content::Below if twin.is_below() => extent.len.min(HOLE),
             Content::Data | Content::Below => 0,
         };
         let most = if empty > 0 { empty } else { PIECE };

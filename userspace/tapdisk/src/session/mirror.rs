@@ -6,8 +6,9 @@ use crate::jobs::mirror;
 use crate::told::{params, succeeds};
 use crate::twin::Twin;
 use control::tapdisk::{Open, Reply};
-use control::{Code, Failure};
+use control::{Code, Driver, Failure, Target};
 use drivers::{Disk, Shape};
+use formats::{Below, Kind};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -18,6 +19,7 @@ impl Session {
         open: Open,
         image: Option<OwnedFd>,
         rate: u64,
+        below: bool,
     ) -> Result<Reply, Failure> {
         let server = self.server();
         let Some(server) = server.filter(|server| server.is_fetching()) else {
@@ -32,10 +34,18 @@ impl Session {
             let why = "the disk has a mirror already";
             return Err(Failure::new(Code::State, why));
         }
-        // Others would have to be asked for, and belong to the image that is served.
+        if below && self.below().await? != open.target {
+            return Err(Failure::invalid(format!(
+                "{} is not what the image goes on from that is served",
+                open.target
+            )));
+        }
         let open = Open {
-            may_ask: false,
+            // Others would have to be asked for, and belong to the image that is served.
+            may_ask: below,
             kernel_holds: false,
+            // Who reads what is below has it locked already, against everybody who would write it.
+            shared: below,
             ..open
         };
         let file = self.locked(&open, image).await?;
@@ -51,8 +61,43 @@ impl Session {
                 return Err(failure);
             }
         };
-        mirror::begin(self, &server, Twin::new(disk, shape.size, ban), rate);
+        let twin = Twin::new(disk, shape.size, below, ban);
+        mirror::begin(self, &server, twin, rate);
         Ok(Reply::Done)
+    }
+
+    /// The image that the one goes on from that is served.
+    pub(super) async fn below(&self) -> Result<Target, Failure> {
+        let (open, file) = {
+            let state = self.state.borrow();
+            match (&state.open, &state.file) {
+                (Some(open), Some(file)) => (open.clone(), file.clone()),
+                _ => return Err(Failure::new(Code::State, "no image is served")),
+            }
+        };
+        let (Driver::Qcow2, Some(path)) = (open.target.driver(), open.target.path()) else {
+            return Err(Failure::unsupported(format!(
+                "{} is no qcow2 image: of others nothing is committed while they are served",
+                open.target
+            )));
+        };
+        let needs = formats::look(Kind::Qcow2, &file).await?;
+        let (Some(name), Some(driver)) = needs.parent.as_ref().map_or((None, None), |parent| {
+            (parent.names.first(), parent.driver.as_deref())
+        }) else {
+            return Err(Failure::new(
+                Code::State,
+                format!(
+                    "{} names no image below it and that one's format: there is nothing to commit it to",
+                    open.target
+                ),
+            ));
+        };
+        let driver = match driver.parse()? {
+            Below::Raw => Driver::Aio,
+            Below::Format(kind) => kind.name().parse()?,
+        };
+        Target::image(driver, formats::resolve(name, path)?)
     }
 
     /// An image may take the place of the one that is served.

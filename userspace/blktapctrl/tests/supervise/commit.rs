@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks that go on in the image below their own, which has taken over what that had, and what may happen on the way.
+
+use super::bed::{kill, test, until, which, Bed};
+use super::steps::{at_each_step, create_of, one};
+use control::stats::{Mirror, Mirroring};
+use control::supervisor::{Create, Reply, Request, Row, What};
+use control::tapdisk::{Needed, State};
+use control::{Code, Failure, Target};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+fn commit(minor: u32) -> Request {
+    Request::Commit {
+        which: which(minor),
+        rate: 1000,
+    }
+}
+
+async fn asked(bed: &Bed, question: Request) -> Result<Mirror, Failure> {
+    match bed.ask(question).await? {
+        Reply::Mirror(mirror) => Ok(mirror),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn mark(path: &Path) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o440)).expect("chmod");
+}
+
+fn is_marked(path: &Path) -> bool {
+    let rights = fs::metadata(path).expect("stat").permissions().mode();
+    rights & 0o222 == 0
+}
+
+/// What a process says of its copy.
+fn says(dir: &Path, what: &str) {
+    fs::write(dir.join("mirror"), what).expect("write");
+}
+
+/// An image that goes on from `a.img`, for which its process asks.
+fn over(dir: &Path, name: &str) {
+    let path = dir.join("a.img");
+    let parent = serde_json::to_string(&Needed::Parent { path }).expect("text");
+    fs::write(dir.join(name), parent).expect("write");
+}
+
+/// An image over a raw one, as after a snapshot.
+fn images(dir: &Path) {
+    fs::write(dir.join("a.img"), "A").expect("write");
+    mark(&dir.join("a.img"));
+    over(dir, "b.qcow2");
+    let below = format!("sync:{}", dir.join("a.img").display());
+    fs::write(dir.join("below"), below).expect("write");
+}
+
+async fn snapshot(bed: &Bed) -> u32 {
+    images(&bed.dir);
+    bed.made(bed.create("b.qcow2")).await
+}
+
+fn is_served_from(row: &Row, name: &str) -> bool {
+    let path = row.target.as_ref().and_then(Target::path);
+    row.state == Some(State::Running) && path.is_some_and(|path| path.ends_with(name))
+}
+
+async fn until_over(bed: &Bed) -> Mirror {
+    let question = || Request::Mirror {
+        which: which(0),
+        to: None,
+    };
+    until("its end", || async {
+        let now = asked(bed, question()).await.expect("a commit");
+        (!matches!(now.state, Mirroring::Copying | Mirroring::Same)).then_some(now)
+    })
+    .await
+}
+
+#[test]
+fn a_snapshot_ends_in_the_image_below() {
+    test("commit", |bed| async move {
+        snapshot(&bed).await;
+        says(&bed.dir, "copying");
+        let begins = asked(&bed, commit(0)).await.expect("it begins");
+        assert_eq!(begins.state, Mirroring::Copying);
+        let base = bed.dir.join("a.img");
+        assert!(!is_marked(&base));
+        // Who asks once more changes nothing, and nobody else has what is below.
+        asked(&bed, commit(0)).await.expect("it runs");
+        let mut reader = Create {
+            minor: Some(1),
+            ..bed.create("a.img")
+        };
+        reader.mode = control::supervisor::Mode::Read;
+        let busy = bed.ask(Request::Create(Box::new(reader))).await;
+        let busy = busy.expect_err("it changes").message;
+        assert!(busy.contains("tap disk 0"), "{busy}");
+        // Another process begins anew.
+        bed.replaced(0, kill).await;
+        let begun = || {
+            bed.log()
+                .iter()
+                .filter(|l| l.starts_with("commit "))
+                .count()
+        };
+        until("the next one", || async { (begun() == 2).then_some(()) }).await;
+        says(&bed.dir, "same");
+        let over = until_over(&bed).await;
+        assert_eq!(over.state, Mirroring::Complete, "{over:?}");
+        let path = over.to.as_ref().and_then(Target::path);
+        assert_eq!(path, Some(&*base));
+        assert!(is_served_from(&bed.row(0).await, "a.img"));
+        // Its configuration must name that one: the other one is refused.
+        assert!(!is_marked(&base) && is_marked(&bed.dir.join("b.qcow2")));
+        let disk = bed.registry().get(0).expect("a disk");
+        assert!(disk.record.borrow().parts.is_empty());
+        bed.destroy(0).await;
+        let old = bed.ask(Request::Create(Box::new(bed.create("b.qcow2"))));
+        assert_eq!(old.await.expect_err("it is old").code, Code::Denied);
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn one_that_fails_or_is_ended_leaves_the_chain_as_it_was() {
+    test("commit-fails", |bed| async move {
+        snapshot(&bed).await;
+        let base = bed.dir.join("a.img");
+        says(&bed.dir, "refused");
+        asked(&bed, commit(0)).await.expect_err("it is too small");
+        assert!(is_marked(&base));
+        says(&bed.dir, "copying");
+        asked(&bed, commit(0)).await.expect("it begins");
+        says(&bed.dir, "no room");
+        let over = until_over(&bed).await;
+        assert!(matches!(over.state, Mirroring::Failed { .. }), "{over:?}");
+        let told = |what: &What| matches!(what, What::Mirrored { .. });
+        assert!(bed.events().iter().any(told), "{:?}", bed.events());
+        assert!(is_marked(&base));
+        says(&bed.dir, "copying");
+        asked(&bed, commit(0)).await.expect("it begins");
+        let ended = asked(&bed, Request::EndMirror(which(0))).await;
+        assert_eq!(ended.expect("it ends").state, Mirroring::Ended);
+        assert!(is_marked(&base));
+        assert!(is_served_from(&bed.row(0).await, "b.qcow2"));
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn what_others_have_below_their_disks_stays() {
+    test("commit-shared", |bed| async move {
+        snapshot(&bed).await;
+        over(&bed.dir, "c.qcow2");
+        let other = bed.made(bed.create("c.qcow2")).await;
+        says(&bed.dir, "copying");
+        let shared = asked(&bed, commit(0)).await.expect_err("it is shared");
+        assert_eq!(shared.code, Code::Busy, "{shared}");
+        assert!(shared.message.contains(&format!("tap disk {other}")));
+        assert!(is_marked(&bed.dir.join("a.img")));
+        bed.destroy(other).await;
+        asked(&bed, commit(0)).await.expect("it begins");
+        // Nobody goes on from it now either, whatever an administrator has named.
+        let other = Create {
+            files: vec![bed.dir.join("a.img")],
+            ..bed.create("c.qcow2")
+        };
+        let other = bed.ask(Request::Create(Box::new(other)));
+        let refused = other.await.expect_err("it changes").message;
+        assert!(refused.contains("tap disk 0"), "{refused}");
+        bed.destroy(0).await;
+        // There is nothing below.
+        bed.image("d.img", "D");
+        fs::remove_file(bed.dir.join("below")).expect("remove");
+        let alone = bed.made(bed.create("d.img")).await;
+        let none = asked(&bed, commit(alone)).await.expect_err("nothing");
+        assert_eq!(none.code, Code::State, "{none}");
+        bed.destroy(alone).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// The supervisor ends at any step: the disk is served from one of the two, and only that one may be written.
+#[test]
+fn a_commit_that_is_interrupted_comes_to_an_end() {
+    for last in ["copying", "same"] {
+        let steps = at_each_step(
+            &format!("commit-{last}"),
+            |dir| {
+                says(dir, last);
+                images(dir);
+                let target = format!("qcow2:{}", dir.join("b.qcow2").display());
+                vec![create_of(target.parse().expect("a target"))]
+            },
+            |_| commit(0),
+            |rows, _| {
+                let row = one(rows);
+                let path = row.target.as_ref().and_then(Target::path);
+                let dir = path.and_then(Path::parent).expect("a folder");
+                // The next supervisor finishes what is on the record.
+                says(dir, "same");
+                is_served_from(row, "a.img") && is_marked(&dir.join("b.qcow2"))
+                    || is_served_from(row, "b.qcow2") && !is_marked(&dir.join("b.qcow2"))
+            },
+        );
+        assert!(steps >= 1, "{steps} steps");
+    }
+}

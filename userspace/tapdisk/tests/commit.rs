@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The image below takes over what the one of the disk has itself, while the guest works, and the disk goes on there.
+
+mod common;
+
+use common::guest::{Guest, Step};
+use common::images::{answered, file, give, steps, Folder, Served, SIZE};
+use common::Process;
+use control::stats::{Mirror, Mirroring};
+use control::tapdisk::{Disk, Reply, Request};
+use control::{Channel, Code, Failure};
+use ring::response::Status as Answer;
+use ring::tap::shadow::Op;
+use std::fs;
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
+use tapdev::fake::Fake;
+
+fn told(process: &mut Process) -> Option<Mirror> {
+    match process.ask(Request::Stats, None) {
+        Ok(Reply::Stats(stats)) => stats.mirror,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Asks until both are the same; nothing takes so long as the limit.
+fn until_same(process: &mut Process) -> Mirror {
+    let start = Instant::now();
+    loop {
+        let found = told(process).expect("a commit");
+        match found.state {
+            Mirroring::Same => return found,
+            Mirroring::Copying => {}
+            _ => panic!("{found:?}"),
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "{found:?}");
+        thread::yield_now();
+    }
+}
+
+/// Has `below`, which goes on from so many files itself, take over what the served image has.
+fn commit(process: &mut Process, below: &Served) -> Result<Reply, Failure> {
+    let image = file(&below.path, true);
+    let question = Request::Mirror {
+        open: below.question(),
+        rate: 8 << 20,
+        below: true,
+    };
+    if below.files == 0 {
+        return process.ask_with(question, image.as_fd());
+    }
+    let give = |channel: &mut Channel| drop(give(channel, below.files - 1));
+    process.ask_and_give(question, image.as_fd(), give)
+}
+
+/// A disk in `a.qcow2` over an image `base` of a format, over a raw one.
+struct Chain {
+    folder: Folder,
+    top: Served,
+    below: Served,
+    model: Vec<u8>,
+}
+
+impl Chain {
+    fn new(test: &str, format: &str) -> Option<Self> {
+        let folder = Folder::new(test)?;
+        let (model, files) = match format {
+            "raw" => (folder.raw("base", 5), 0),
+            _ => {
+                let model = folder.raw("root.img", 5);
+                folder.img(&[
+                    "create", "-f", "qcow2", "-b", "root.img", "-F", "raw", "base",
+                ]);
+                (model, 1)
+            }
+        };
+        // Smaller clusters than the other one has.
+        folder.img(&[
+            "create",
+            "-f",
+            "qcow2",
+            "-o",
+            "cluster_size=4k",
+            "-b",
+            "base",
+            "-F",
+            format,
+            "a.qcow2",
+        ]);
+        let driver = if format == "raw" { "aio" } else { "qcow2" };
+        Some(Self {
+            top: Served {
+                path: folder.path("a.qcow2"),
+                driver: "qcow2",
+                files: files + 1,
+            },
+            below: Served {
+                path: folder.path("base"),
+                driver,
+                files,
+            },
+            folder,
+            model,
+        })
+    }
+}
+
+/// A guest works while its process is killed, and goes on in the image below.
+fn ends_a_snapshot(test: &str, format: &str) {
+    let Some(chain) = Chain::new(test, format) else {
+        return;
+    };
+    let (folder, top, below) = (chain.folder, chain.top, chain.below);
+    let root = (format != "raw").then(|| fs::read(folder.path("root.img")).expect("read"));
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, _) = top.start(&fake);
+    let mut guest = Guest::new(&fake, chain.model, 8);
+    let mut steps = steps().into_iter();
+    for step in steps.by_ref().take(40) {
+        guest.send(&step);
+    }
+    let Ok(Reply::Below { target }) = process.ask(Request::Below, None) else {
+        panic!("nothing is below");
+    };
+    assert_eq!(target, below.question().target);
+    commit(&mut process, &below).expect("it begins");
+    for step in steps.by_ref().take(160) {
+        if matches!(step, Step::Kill) {
+            process.kill();
+            process = top.start(&fake).0;
+            commit(&mut process, &below).expect("it begins anew");
+        }
+        guest.send(&step);
+    }
+    let same = until_same(&mut process);
+    assert_eq!(same.offset, SIZE);
+    // From now on what is written goes to both.
+    let lives = |step: &Step| !matches!(step, Step::Kill);
+    for step in steps.by_ref().take(60).filter(lives) {
+        guest.send(&step);
+    }
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let last = told(&mut process).expect("a commit");
+    assert_eq!(last.state, Mirroring::Complete, "{last:?}");
+    folder.check("qcow2", "a.qcow2", true);
+    if format != "raw" {
+        folder.check(format, "base", true);
+    }
+    assert!(folder.content("qcow2", "a.qcow2") == folder.content(format, "base"));
+    process.exit();
+    fs::remove_file(&top.path).expect("nobody needs it");
+    let (process, disk) = below.start(&fake);
+    assert!(matches!(disk, Disk { size: SIZE, .. }));
+    for step in steps.filter(lives) {
+        guest.send(&step);
+    }
+    guest.finish();
+    process.exit();
+    assert!(folder.content(format, "base") == guest.model);
+    if let Some(root) = root {
+        assert!(fs::read(folder.path("root.img")).expect("read") == root);
+    }
+}
+
+#[test]
+fn snapshot_over_a_raw_image_ends_in_that() {
+    ends_a_snapshot("snapshot_over_a_raw_image", "raw");
+}
+
+#[test]
+fn snapshot_in_a_chain_ends_in_the_image_below() {
+    ends_a_snapshot("snapshot_in_a_chain", "qcow2");
+}
+
+/// Only what the image has itself is copied, and whenever it ends the disk is what it was.
+#[test]
+fn one_that_is_ended_leaves_the_disk_as_it_is() {
+    let Some(chain) = Chain::new("one_that_is_ended", "raw") else {
+        return;
+    };
+    let (folder, top, below) = (chain.folder, chain.top, chain.below);
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = top.start(&fake);
+    let mut model = chain.model;
+    let mut write = |fake: &Fake, at: usize, byte: u8| {
+        answered(fake, Op::Write, at as u64 / 512, &[byte; 8192]);
+        model[at..at + 8192].fill(byte);
+    };
+    for at in [0, 1 << 20, (3 << 20) + 4096] {
+        write(&fake, at, 7);
+    }
+    commit(&mut process, &below).expect("it begins");
+    let same = until_same(&mut process);
+    assert_eq!(same.copied, 3 * 8192, "{same:?}");
+    write(&fake, 2 << 20, 8);
+    // What is discarded must not become what was below, and is another one's by now.
+    let tag = fake.send_range(Op::Discard, 0, 16).expect("a request");
+    assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
+    model[..8192].fill(0);
+    process.kill();
+    folder.check("qcow2", "a.qcow2", true);
+    assert!(folder.content("qcow2", "a.qcow2") == model);
+    let (process, _) = top.start(&fake);
+    process.exit();
+    assert!(folder.content("qcow2", "a.qcow2") == model);
+    assert!(fs::read(&below.path).expect("read")[..8192] == [0; 8192]);
+}
+
+#[test]
+fn what_is_not_below_is_no_place_for_it() {
+    let Some(chain) = Chain::new("what_is_not_below", "raw") else {
+        return;
+    };
+    let (folder, top, below) = (chain.folder, chain.top, chain.below);
+    folder.raw("other", 9);
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = top.start(&fake);
+    let other = Served {
+        path: folder.path("other"),
+        driver: "aio",
+        files: 0,
+    };
+    let as_qcow2 = Served {
+        path: below.path.clone(),
+        driver: "qcow2",
+        files: 0,
+    };
+    for wrong in [&other, &as_qcow2] {
+        let failure = commit(&mut process, wrong).expect_err("it is not below");
+        assert_eq!(failure.code, Code::Invalid, "{failure}");
+    }
+    process.exit();
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = below.start(&fake);
+    let failure = process.ask(Request::Below, None).expect_err("it is raw");
+    assert_eq!(failure.code, Code::Unsupported, "{failure}");
+    process.exit();
+}
