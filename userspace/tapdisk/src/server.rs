@@ -574,13 +574,6 @@ impl Server {
         len: u64,
         how: Attributes,
     ) -> Result<(), Errno> {
-        if self
-            .twin()
-            .is_some_and(|twin| twin.is_active() && twin.is_below())
-        {
-            // What the image has not itself any more would be what is below, which is another one's by now.
-            return self.write_zeroes(offset, len, how).await;
-        }
         let discarded = self.disk.discard(offset, len, how).await;
         // What there is now only this disk knows, also if it failed.
         if let Some(twin) = self.twin().filter(|_| discarded != Err(Errno::OPNOTSUPP)) {

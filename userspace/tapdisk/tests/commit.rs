@@ -194,7 +194,7 @@ fn one_that_is_ended_leaves_the_disk_as_it_is() {
     let same = until_same(&mut process);
     assert_eq!(same.copied, 3 * 8192, "{same:?}");
     write(&fake, 2 << 20, 8);
-    // What is discarded must not become what was below, and is another one's by now.
+    // What is discarded does not become what was below, and is another disk's by now.
     let tag = fake.send_range(Op::Discard, 0, 16).expect("a request");
     assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
     model[..8192].fill(0);
