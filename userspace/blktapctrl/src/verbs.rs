@@ -126,14 +126,14 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
         Request::Mirror { which, to } => {
             let disk = registry.find(&which)?;
             let mirror = match to {
-                Some(to) => lifecycle.mirror(&disk, to.target, to.rate).await,
+                Some(to) => lifecycle.mirror(&disk, to, false).await,
                 None => lifecycle.mirrored(&disk),
             };
             mirror.map(Reply::Mirror)
         }
-        Request::Commit { which, rate } => {
+        Request::Commit { which, to } => {
             let disk = registry.find(&which)?;
-            lifecycle.commit_image(&disk, rate).await.map(Reply::Mirror)
+            lifecycle.mirror(&disk, to, true).await.map(Reply::Mirror)
         }
         Request::EndMirror(which) => {
             let disk = registry.find(&which)?;

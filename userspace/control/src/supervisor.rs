@@ -378,8 +378,8 @@ pub enum Request {
     Commit {
         /// The disk.
         which: Which,
-        /// Bytes in a second at most.
-        rate: u64,
+        /// The image below.
+        to: MirrorTo,
     },
     /// Ends that: [`Reply::Mirror`] when nothing more is done to the other image.
     EndMirror(Which),

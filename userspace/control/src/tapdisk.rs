@@ -206,13 +206,11 @@ pub enum Request {
         open: Open,
         /// Bytes in a second at most.
         rate: u64,
-        /// It is what the image goes on from ([`Request::Below`]), and what that shows needs no copy. What it needs
-        /// the process has already, and asks for once more.
+        /// It is what the image goes on from, and what that shows needs no copy. What it needs the process has
+        /// already, and asks for once more.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         below: bool,
     },
-    /// Which image does the one go on from that is served? Answered with [`Reply::Below`].
-    Below,
     /// Could an image be opened, asks who is about to let another process go for this one. The
     /// descriptor is as for [`Request::Open`], and somebody else serves the image: nothing of it is locked,
     /// written or kept. Without a node. Answered with [`Reply::Fit`].
@@ -324,11 +322,6 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// How far a stream is.
     Stream(Stream),
-    /// What an image goes on from.
-    Below {
-        /// The image below.
-        target: Target,
-    },
     /// What failed.
     Troubles(Troubles),
     /// What is needed and not provided yet.

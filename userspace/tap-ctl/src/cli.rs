@@ -72,7 +72,7 @@ Examples:
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
   tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2   # both at one instant
   tap-ctl stream -m 0 --wait            # then it needs that one no more
-  tap-ctl commit -m 0 --wait            # or gives that one what it has, and goes on there
+  tap-ctl commit -m 0 aio:/srv/a.img --wait   # or gives that one what it has, and goes on there
   tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # goes on there, wherever it was before
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
@@ -184,7 +184,7 @@ pub(crate) enum Verb {
     /// read-only (chmod a-w), and can be removed. If something goes wrong, the disk stays with the image that it has, and
     /// its guest does not notice. When the disk's process is replaced, it begins anew. For qcow2 over an image of any
     /// format that is as large.
-    Commit(Commit),
+    Commit(Mirror),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
@@ -451,7 +451,7 @@ pub(crate) struct Stream {
 pub(crate) struct Mirror {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// The other image, such as qcow2:/srv/b.qcow2
+    /// The image in which the disk goes on, such as qcow2:/srv/b.qcow2
     #[arg(required_unless_present_any = ["cancel", "show"])]
     pub(crate) target: Option<Target>,
     /// At most so many MiB in a second
@@ -465,25 +465,6 @@ pub(crate) struct Mirror {
     pub(crate) cancel: bool,
     /// Say how far it is, or how the last one has ended, and change nothing
     #[arg(long, conflicts_with_all = ["wait", "rate", "target", "cancel"])]
-    pub(crate) show: bool,
-}
-
-/// Giving what an image has to the one below it.
-#[derive(Debug, Args)]
-pub(crate) struct Commit {
-    #[command(flatten)]
-    pub(crate) which: Which,
-    /// At most so many MiB in a second
-    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) rate: u32,
-    /// Begin it, and wait until it is over: the exit status says whether it was done
-    #[arg(long)]
-    pub(crate) wait: bool,
-    /// End the one that runs
-    #[arg(long, conflicts_with_all = ["wait", "rate"])]
-    pub(crate) cancel: bool,
-    /// Say how far it is, or how the last one has ended, and change nothing
-    #[arg(long, conflicts_with_all = ["wait", "rate", "cancel"])]
     pub(crate) show: bool,
 }
 

@@ -24,8 +24,8 @@ pub(crate) fn stream_request(asked: &cli::Stream) -> Request {
     }
 }
 
-/// What is asked first.
-pub(crate) fn mirror_request(asked: &cli::Mirror) -> Request {
+/// What is asked first; `below` of an image that the disk goes on from.
+pub(crate) fn mirror_request(asked: &cli::Mirror, below: bool) -> Request {
     let which = named(&asked.which);
     if asked.cancel {
         return Request::EndMirror(which);
@@ -34,19 +34,9 @@ pub(crate) fn mirror_request(asked: &cli::Mirror) -> Request {
         target,
         rate: u64::from(asked.rate) << 20,
     });
-    Request::Mirror { which, to }
-}
-
-/// What is asked first.
-pub(crate) fn commit_request(asked: &cli::Commit) -> Request {
-    let which = named(&asked.which);
-    match (asked.show, asked.cancel) {
-        (true, _) => Request::Mirror { which, to: None },
-        (_, true) => Request::EndMirror(which),
-        _ => Request::Commit {
-            which,
-            rate: u64::from(asked.rate) << 20,
-        },
+    match to {
+        Some(to) if below => Request::Commit { which, to },
+        to => Request::Mirror { which, to },
     }
 }
 
@@ -56,16 +46,10 @@ pub(crate) fn stream(cli: &Cli, asked: &cli::Stream) -> Result<(), Error> {
     run(cli, &stream_request(asked), which.map(again))
 }
 
-pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror) -> Result<(), Error> {
+pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror, below: bool) -> Result<(), Error> {
     let again = |which: Which| Request::Mirror { which, to: None };
     let which = asked.wait.then(|| named(&asked.which));
-    run(cli, &mirror_request(asked), which.map(again))
-}
-
-pub(crate) fn commit(cli: &Cli, asked: &cli::Commit) -> Result<(), Error> {
-    let again = |which: Which| Request::Mirror { which, to: None };
-    let which = asked.wait.then(|| named(&asked.which));
-    run(cli, &commit_request(asked), which.map(again))
+    run(cli, &mirror_request(asked, below), which.map(again))
 }
 
 /// How far a job is.

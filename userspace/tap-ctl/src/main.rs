@@ -44,8 +44,8 @@ fn main() -> ExitCode {
         Verb::Lease { verb } => about_lease(&cli, verb),
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
         Verb::Stream(asked) => jobs::stream(&cli, asked),
-        Verb::Mirror(asked) => jobs::mirror(&cli, asked),
-        Verb::Commit(asked) => jobs::commit(&cli, asked),
+        Verb::Mirror(asked) => jobs::mirror(&cli, asked, false),
+        Verb::Commit(asked) => jobs::mirror(&cli, asked, true),
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
@@ -285,8 +285,8 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             rate: u64::from(scrub.rate) << 20,
         },
         Verb::Stream(asked) => jobs::stream_request(asked),
-        Verb::Mirror(asked) => jobs::mirror_request(asked),
-        Verb::Commit(asked) => jobs::commit_request(asked),
+        Verb::Mirror(asked) => jobs::mirror_request(asked, false),
+        Verb::Commit(asked) => jobs::mirror_request(asked, true),
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {

@@ -279,11 +279,6 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.mirror(open, fd, rate, below).await
             }
-            Request::Below => {
-                let _alone = self.gate.alone().await;
-                let target = self.below().await?;
-                Ok(Reply::Below { target })
-            }
             Request::Stream { rate, anew } => {
                 stream::ask(self, rate, anew).await.map(Reply::Stream)
             }

@@ -200,20 +200,21 @@ fn commit(context: &mut Context) -> Result<()> {
     snapshot(&disk, &top, &base)?;
     wait_progress(&disk, 40)?;
     let ask = |words: &[&str]| tap::ctl_json(&[&["commit", "-m", &minor], words].concat());
-    ask(&["--rate", "1"])?;
+    let below = format!("aio:{base}");
+    ask(&[&below, "--rate", "1"])?;
     let copied = || Ok::<_, anyhow::Error>(ask(&["--show"])?["copied"].as_u64() > Some(0));
     sh::wait_for("something that is copied", LIMIT, copied)?;
     // What is below is another disk by now, and so it stays if it is ended there.
     ask(&["--cancel"])?;
     wait_progress(&disk, 40)?;
-    ask(&["--rate", "1"])?;
+    ask(&[&below, "--rate", "1"])?;
     disk.replace()?;
     wait_progress(&disk, 40)?;
     ask(&["--cancel"])?;
-    let told = ask(&["--rate", "64", "--wait"])?;
+    let told = ask(&[&below, "--rate", "64", "--wait"])?;
     let to = told["to"].as_str().unwrap_or_default();
     ensure!(
-        told["state"] == "complete" && to == format!("aio:{base}"),
+        told["state"] == "complete" && to == below,
         "tap-ctl commit says {told}"
     );
     // Nobody needs it, the next process neither.

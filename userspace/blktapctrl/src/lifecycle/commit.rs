@@ -7,45 +7,28 @@
 //! disk is the same in the image that it has. What was below is another disk from the first byte on, so no other disk
 //! may have it, and it is marked again as one that nobody writes if it does not become the disk.
 
-use super::handoff::check_served;
-use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
-use crate::link::unexpected;
 use crate::overlay;
-use crate::process::SOON;
-use crate::record::Mirrored;
-use control::stats::Mirror;
-use control::tapdisk::{Reply, Request};
+use crate::record::{Mirrored, Role};
 use control::Failure;
-use std::rc::Rc;
 use std::sync::Arc;
 
-impl Lifecycle {
-    /// Has the image below that of a disk take over what that has itself, with `rate` bytes in a second, and the disk
-    /// then served from that one.
-    ///
-    /// # Errors
-    /// It cannot be.
-    pub async fn commit_image(
-        self: &Rc<Self>,
-        disk: &Rc<Disk>,
-        rate: u64,
-    ) -> Result<Mirror, Failure> {
-        let _turn = disk.turn().await?;
-        self.end_pending(disk).await?;
-        check_served(disk)?;
-        let runs = |mirror: &Mirrored| mirror.below;
-        if disk.record.borrow().mirror.as_ref().is_some_and(runs) {
-            return self.mirrored(disk);
-        }
-        let asked = disk.serving()?.ask(&Request::Below, &[], SOON).await?;
-        let Reply::Below { target } = asked else {
-            return Err(unexpected(&asked));
-        };
-        self.copy_to(disk, target, rate, true).await
+/// An image may be written that is below a disk: it is on the record as that, whatever the disk's process says. What
+/// becomes of it is decided by who has named it.
+pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
+    let record = disk.record.borrow();
+    let mut parents = record.parts.iter().filter(|part| part.role == Role::Parent);
+    if parents.any(|part| image.is(part.identity, part.born)) {
+        return Ok(());
     }
+    Err(Failure::invalid(format!(
+        "disk {} does not go on from {}: name the image below its own, as tap-ctl snapshot said it, or see tapimg \
+         info --chain",
+        disk.minor,
+        image.path().display()
+    )))
 }
 
 /// An image below a disk, which may be written from now on.

@@ -7,7 +7,7 @@
 //! record as what comes next, as after an unpause with another image. Whoever finds it before that has the disk
 //! served from the image that it had.
 
-use super::commit::{mark_again, writable};
+use super::commit::{check_below, mark_again, writable};
 use super::handoff::check_served;
 use super::renew::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
@@ -18,7 +18,7 @@ use crate::link::EVER;
 use crate::process::{Process, OPEN, SOON};
 use crate::record::{Mirrored, Next, Part, Role, Want};
 use control::stats::{Mirror, Mirroring};
-use control::supervisor::{Doing, Mode, Moved, What};
+use control::supervisor::{Doing, MirrorTo, Mode, Moved, What};
 use control::tapdisk::{Open, Request};
 use control::{Code, Driver, Failure, Target};
 use std::rc::Rc;
@@ -26,30 +26,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 impl Lifecycle {
-    /// Has a disk copied to an image that is there, with `rate` bytes in a second, and then served from that.
+    /// Has a disk copied to an image that is there, and then served from that; if it is `below` the one of the disk,
+    /// only of what that has itself.
     ///
     /// # Errors
     /// It cannot be.
     pub async fn mirror(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        target: Target,
-        rate: u64,
+        to: MirrorTo,
+        below: bool,
     ) -> Result<Mirror, Failure> {
+        let MirrorTo { target, rate } = to;
         let _turn = disk.turn().await?;
         self.end_pending(disk).await?;
         check_served(disk)?;
-        self.copy_to(disk, target, rate, false).await
-    }
-
-    /// Begins to make an image what the disk is; if it is `below` the one of the disk, of what that has itself.
-    pub(super) async fn copy_to(
-        self: &Rc<Self>,
-        disk: &Rc<Disk>,
-        target: Target,
-        rate: u64,
-        below: bool,
-    ) -> Result<Mirror, Failure> {
         if let Some(mirror) = disk.record.borrow().mirror.as_ref() {
             if mirror.open.target == target && mirror.below == below {
                 return self.mirrored(disk);
@@ -102,7 +93,10 @@ impl Lifecycle {
             let why = format!("{} is what the disk is served from", mirror.open.target);
             return Err(Failure::new(Code::Busy, why));
         }
-        mirror.marked = mirror.below && image.is_unwritable();
+        if mirror.below {
+            check_below(disk, &image)?;
+            mirror.marked = image.is_unwritable();
+        }
         let part = Part {
             role: Role::Mirror,
             path: image.path().into(),
@@ -407,7 +401,7 @@ impl Lifecycle {
     }
 
     /// What has begun and is not done is over: then it is known from what the disk is served.
-    pub(super) async fn end_pending(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
+    async fn end_pending(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let patience = self.patience.get();
         disk.unless_doomed(self.finish(disk, patience)).await
     }

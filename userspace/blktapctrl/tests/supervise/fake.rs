@@ -837,12 +837,6 @@ impl Served {
                 mirror: self.mirror(dir),
                 ..Stats::default()
             }))),
-            Request::Below => {
-                let target = std::fs::read_to_string(dir.join("below"));
-                let target = target.map_err(|_| Failure::new(Code::State, "nothing is below"))?;
-                let target = target.parse()?;
-                Ok(Reply::Below { target })
-            }
             Request::Mirror { open, rate, below } => {
                 let (content, fd) = text(fds.remove(0));
                 let word = if below { "commit" } else { "mirror" };

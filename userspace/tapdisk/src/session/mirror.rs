@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk is copied to another image, which then takes its place.
 
+use super::image::below;
 use super::Session;
 use crate::jobs::mirror;
 use crate::told::{params, succeeds};
@@ -8,7 +9,7 @@ use crate::twin::Twin;
 use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
 use drivers::{Disk, Shape};
-use formats::{Below, Kind};
+use formats::Kind;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -19,7 +20,7 @@ impl Session {
         open: Open,
         image: Option<OwnedFd>,
         rate: u64,
-        below: bool,
+        is_below: bool,
     ) -> Result<Reply, Failure> {
         let server = self.server();
         let Some(server) = server.filter(|server| server.is_fetching()) else {
@@ -34,18 +35,18 @@ impl Session {
             let why = "the disk has a mirror already";
             return Err(Failure::new(Code::State, why));
         }
-        if below && self.below().await? != open.target {
+        if is_below && !self.is_below(&open.target).await? {
             return Err(Failure::invalid(format!(
-                "{} is not what the image goes on from that is served",
+                "{} is not what the image that is served says is below it, by name and format (see tapimg info)",
                 open.target
             )));
         }
         let open = Open {
             // Others would have to be asked for, and belong to the image that is served.
-            may_ask: below,
+            may_ask: is_below,
             kernel_holds: false,
             // Who reads what is below has it locked already, against everybody who would write it.
-            shared: below,
+            shared: is_below,
             ..open
         };
         let file = self.locked(&open, image).await?;
@@ -61,13 +62,13 @@ impl Session {
                 return Err(failure);
             }
         };
-        let twin = Twin::new(disk, shape.size, below, ban);
+        let twin = Twin::new(disk, shape.size, is_below, ban);
         mirror::begin(self, &server, twin, rate);
         Ok(Reply::Done)
     }
 
-    /// The image that the one goes on from that is served.
-    pub(super) async fn below(&self) -> Result<Target, Failure> {
+    /// What is served goes on from this one, by its header.
+    async fn is_below(&self, target: &Target) -> Result<bool, Failure> {
         let (open, file) = {
             let state = self.state.borrow();
             match (&state.open, &state.file) {
@@ -81,23 +82,13 @@ impl Session {
                 open.target
             )));
         };
-        let needs = formats::look(Kind::Qcow2, &file).await?;
-        let (Some(name), Some(driver)) = needs.parent.as_ref().map_or((None, None), |parent| {
-            (parent.names.first(), parent.driver.as_deref())
-        }) else {
-            return Err(Failure::new(
-                Code::State,
-                format!(
-                    "{} names no image below it and that one's format: there is nothing to commit it to",
-                    open.target
-                ),
-            ));
+        let parent = formats::look(Kind::Qcow2, &file).await?.parent;
+        let parent = parent.unwrap_or_default();
+        let (Some(name), Some(driver)) = (parent.names.first(), parent.driver) else {
+            return Ok(false);
         };
-        let driver = match driver.parse()? {
-            Below::Raw => Driver::Aio,
-            Below::Format(kind) => kind.name().parse()?,
-        };
-        Target::image(driver, formats::resolve(name, path)?)
+        let place = formats::resolve(name, path)?;
+        Ok(target.path() == Some(&*place) && driver.parse() == below(target.driver()))
     }
 
     /// An image may take the place of the one that is served.
