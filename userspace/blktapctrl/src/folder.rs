@@ -105,6 +105,12 @@ impl Folder {
         self.memory().join(minor.to_string())
     }
 
+    /// What the guest of a disk has written over an image: never what another target of it takes for the disk.
+    #[must_use]
+    pub fn written_of(&self, minor: u32) -> PathBuf {
+        self.memory().join(format!("{minor}.cow"))
+    }
+
     /// The folder of the records.
     #[must_use]
     pub fn disks(&self) -> PathBuf {

@@ -176,6 +176,23 @@ impl Image {
         identity == Some(self.identity) && same_age
     }
 
+    /// The same one, to be written though it is marked as one that nobody writes.
+    ///
+    /// # Errors
+    /// The system refuses to.
+    pub fn in_spite_of_its_mark(&self) -> Result<Image, Failure> {
+        let again = self.held.as_ref().map(OwnedFd::try_clone).transpose();
+        let held = again.map_err(|error| {
+            Failure::system(format!("cannot hold {}", self.path.display()), &error)
+        })?;
+        Ok(Image {
+            path: self.path.clone(),
+            held,
+            permissions: self.permissions | 0o200,
+            ..*self
+        })
+    }
+
     /// Where it was found.
     #[must_use]
     pub fn path(&self) -> &Path {

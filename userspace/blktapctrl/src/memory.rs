@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
 
 /// Mounts the file system, unless an earlier supervisor did. Its limit is tmpfs' own, half of dom0's
 /// memory: without room a guest waits, and dom0 lives.
@@ -41,7 +42,7 @@ pub fn prepare(folder: &Folder, minor: u32, target: &Target) -> Result<(), Failu
         .truncate(false)
         .write(true)
         .mode(0o600)
-        .open(folder.memory_of(minor))
+        .open(place(folder, minor, target))
         .map_err(refused)?;
     let Some(size) = target.size() else {
         return Ok(());
@@ -60,8 +61,8 @@ pub fn prepare(folder: &Folder, minor: u32, target: &Target) -> Result<(), Failu
 ///
 /// # Errors
 /// It has none any more: what was in it is lost, which its guest must not take for zeroes.
-pub fn open(folder: &Folder, minor: u32, write: bool) -> Result<OwnedFd, Failure> {
-    let path = folder.memory_of(minor);
+pub fn open(folder: &Folder, minor: u32, target: &Target, write: bool) -> Result<OwnedFd, Failure> {
+    let path = place(folder, minor, target);
     let file = File::options().read(true).write(write).open(&path);
     match file {
         Ok(file) => Ok(file.into()),
@@ -84,5 +85,13 @@ pub fn open(folder: &Folder, minor: u32, write: bool) -> Result<OwnedFd, Failure
 /// # Errors
 /// The system refuses to.
 pub fn remove(folder: &Folder, minor: u32) -> io::Result<()> {
-    folder::remove(&folder.memory_of(minor))
+    folder::remove(&folder.memory_of(minor))?;
+    folder::remove(&folder.written_of(minor))
+}
+
+fn place(folder: &Folder, minor: u32, target: &Target) -> PathBuf {
+    match target.below() {
+        Some(_) => folder.written_of(minor),
+        None => folder.memory_of(minor),
+    }
 }

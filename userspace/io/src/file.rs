@@ -192,6 +192,11 @@ impl File {
         self.lock_part(kind, LockPart::Whole)
     }
 
+    /// Gives back what is locked of it. Others may change it from now on, whoever goes on reading.
+    pub fn unlock(&self) -> io::Result<()> {
+        self.fd.unlock()
+    }
+
     /// As [`lock_part`](crate::lock_part), until the last copy of this is dropped and its I/O is over.
     pub fn lock_part(&self, kind: LockKind, part: LockPart) -> io::Result<()> {
         self.fd.lock(kind, part)

@@ -98,6 +98,14 @@ impl Opened {
         Ok(())
     }
 
+    /// What is locked of it is free, though its transfers may go on.
+    pub(crate) fn unlock(&self) -> io::Result<()> {
+        match self.locked.take() {
+            Some(part) => set(self.fd.as_fd(), libc::F_UNLCK, part),
+            None => Ok(()),
+        }
+    }
+
     /// A copy for another thread, which may be at work with it when this is dropped.
     pub(crate) fn lend(&self) -> Result<Lent, Errno> {
         let fd = self.fd.try_clone();

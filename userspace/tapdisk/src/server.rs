@@ -522,7 +522,7 @@ impl Server {
         self.twin.replace(twin);
     }
 
-    /// Writes a range that is claimed.
+    /// Writes a range that is claimed. What is below changes only where the image over it has something itself.
     pub(crate) async fn write(
         &self,
         offset: u64,
@@ -534,6 +534,11 @@ impl Server {
         };
         let len = data.len() as u64;
         let own = self.disk.write(offset, data.clone(), how);
+        if twin.is_below() {
+            own.await?;
+            twin.write(offset, data).await;
+            return Ok(());
+        }
         let (written, ()) = join(own, twin.write(offset, data)).await;
         self.after(&twin, written, offset, len).await
     }
@@ -549,6 +554,11 @@ impl Server {
         let Some(twin) = self.twin() else {
             return own.await;
         };
+        if twin.is_below() {
+            own.await?;
+            twin.write_zeroes(offset, len).await;
+            return Ok(());
+        }
         let (zeroed, ()) = join(own, twin.write_zeroes(offset, len)).await;
         self.after(&twin, zeroed, offset, len).await
     }

@@ -28,6 +28,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -94,6 +95,8 @@ struct Inner {
     image: Option<Identity>,
     /// The image that is served, to see how it is left.
     file: Option<File>,
+    /// What is below it, by its path: read, and locked for that.
+    parents: Vec<(PathBuf, File)>,
     /// How the last one was left.
     left: Option<Stamp>,
     /// Nothing is served, and it is told when something is asked for.
@@ -461,7 +464,10 @@ impl Session {
         match &served {
             Ok(_) => self.state.borrow_mut().file = file,
             // Until then it is locked.
-            Err(_) => self.retreat(failed).await,
+            Err(_) => {
+                self.state.borrow_mut().parents.clear();
+                self.retreat(failed).await;
+            }
         }
         served
     }

@@ -54,6 +54,16 @@ fn commit(process: &mut Process, below: &Served) -> Result<Reply, Failure> {
     process.ask_and_give(question, image.as_fd(), give)
 }
 
+/// What an image is made with if nothing is said.
+const PLAIN: &str = "compat=1.1";
+
+/// Makes an image over another one.
+fn over(folder: &Folder, name: &str, option: &str, below: (&str, &str)) {
+    let what = ["create", "-f", "qcow2", "-o", option];
+    let over = ["-b", below.0, "-F", below.1, name];
+    folder.img(&[&what[..], &over].concat());
+}
+
 /// A disk in `a.qcow2` over an image `base` of a format, over a raw one.
 struct Chain {
     folder: Folder,
@@ -63,31 +73,17 @@ struct Chain {
 }
 
 impl Chain {
-    fn new(test: &str, format: &str) -> Option<Self> {
+    fn new(test: &str, format: &str, top: &str) -> Option<Self> {
         let folder = Folder::new(test)?;
         let (model, files) = match format {
             "raw" => (folder.raw("base", 5), 0),
             _ => {
                 let model = folder.raw("root.img", 5);
-                folder.img(&[
-                    "create", "-f", "qcow2", "-b", "root.img", "-F", "raw", "base",
-                ]);
+                over(&folder, "base", "cluster_size=4k", ("root.img", "raw"));
                 (model, 1)
             }
         };
-        // Smaller clusters than the other one has.
-        folder.img(&[
-            "create",
-            "-f",
-            "qcow2",
-            "-o",
-            "cluster_size=4k",
-            "-b",
-            "base",
-            "-F",
-            format,
-            "a.qcow2",
-        ]);
+        over(&folder, "a.qcow2", top, ("base", format));
         let driver = if format == "raw" { "aio" } else { "qcow2" };
         Some(Self {
             top: Served {
@@ -108,7 +104,7 @@ impl Chain {
 
 /// A guest works while its process is killed, and goes on in the image below.
 fn ends_a_snapshot(test: &str, format: &str) {
-    let Some(chain) = Chain::new(test, format) else {
+    let Some(chain) = Chain::new(test, format, PLAIN) else {
         return;
     };
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
@@ -172,7 +168,7 @@ fn snapshot_in_a_chain_ends_in_the_image_below() {
 /// Only what the image has itself is copied, and whenever it ends the disk is what it was.
 #[test]
 fn one_that_is_ended_leaves_the_disk_as_it_is() {
-    let Some(chain) = Chain::new("one_that_is_ended", "raw") else {
+    let Some(chain) = Chain::new("one_that_is_ended", "raw", "cluster_size=4k") else {
         return;
     };
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
@@ -205,7 +201,7 @@ fn one_that_is_ended_leaves_the_disk_as_it_is() {
 
 #[test]
 fn what_is_not_below_is_no_place_for_it() {
-    let Some(chain) = Chain::new("what_is_not_below", "raw") else {
+    let Some(chain) = Chain::new("what_is_not_below", "raw", PLAIN) else {
         return;
     };
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
@@ -230,6 +226,60 @@ fn what_is_not_below_is_no_place_for_it() {
     let fake = Fake::new(4).expect("a node");
     let (mut process, _) = below.start(&fake);
     let failure = commit(&mut process, &other).expect_err("it is raw");
-    assert_eq!(failure.code, Code::Unsupported, "{failure}");
+    assert_eq!(failure.code, Code::Invalid, "{failure}");
+    process.exit();
+}
+
+/// Of a cluster below that is larger, a part could be moved which somebody else reads.
+#[test]
+fn one_with_smaller_clusters_is_refused() {
+    for smaller in ["cluster_size=2k", "cluster_size=64k,extended_l2=on"] {
+        let Some(chain) = Chain::new("smaller_clusters", "qcow2", smaller) else {
+            return;
+        };
+        let fake = Fake::new(4).expect("a node");
+        let (mut process, _) = chain.top.start(&fake);
+        let failure = commit(&mut process, &chain.below).expect_err("they are smaller");
+        assert_eq!(failure.code, Code::Unsupported, "{failure}");
+        assert!(failure.message.contains("larger clusters"), "{failure}");
+        process.exit();
+    }
+}
+
+/// A snapshot inside of the image shows what is below it, too.
+#[test]
+fn one_with_internal_snapshots_is_refused() {
+    let Some(chain) = Chain::new("internal_snapshots", "raw", PLAIN) else {
+        return;
+    };
+    chain.folder.img(&["snapshot", "-c", "s1", "a.qcow2"]);
+    let before = fs::read(&chain.below.path).expect("read");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = chain.top.start(&fake);
+    let failure = commit(&mut process, &chain.below).expect_err("it has a snapshot");
+    assert!(failure.message.contains("snapshots"), "{failure}");
+    process.exit();
+    assert!(fs::read(&chain.below.path).expect("read") == before);
+}
+
+/// Who reads what is below would see it change.
+#[test]
+fn one_that_somebody_else_reads_is_refused() {
+    let Some(chain) = Chain::new("somebody_reads", "raw", PLAIN) else {
+        return;
+    };
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = chain.top.start(&fake);
+    let reader = file(&chain.below.path, false);
+    diskio::lock_whole(reader.as_fd(), diskio::LockKind::Read).expect("it may be read");
+    let failure = commit(&mut process, &chain.below).expect_err("somebody reads it");
+    assert_eq!(failure.code, Code::Busy, "{failure}");
+    drop(reader);
+    commit(&mut process, &chain.below).expect("nobody does");
+    // Now nobody may.
+    let reader = file(&chain.below.path, false);
+    let locked = diskio::lock_whole(reader.as_fd(), diskio::LockKind::Read);
+    locked.expect_err("it is written");
+    until_same(&mut process);
     process.exit();
 }

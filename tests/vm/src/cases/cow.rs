@@ -52,7 +52,7 @@ fn cow(context: &mut Context) -> Result<()> {
         "what disks go on from can be written: {}",
         writer.text
     );
-    let memory = format!("/run/xentap/ram/{}", worked.minor);
+    let memory = format!("/run/xentap/ram/{}.cow", worked.minor);
     idle.detach(guest)?;
     worked.detach(guest)?;
     ensure!(

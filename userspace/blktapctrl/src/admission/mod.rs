@@ -16,6 +16,7 @@ mod views;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
+use crate::record::{Part, Role};
 use crate::registry::Registry;
 use crate::store::{directory, relative};
 use control::supervisor::{Check, Mode};
@@ -228,15 +229,20 @@ impl Admission {
     fn check_stays(&self, image: &Image, images: &[Identity]) -> Result<(), Failure> {
         let leaves = |disk: &&Rc<Disk>| {
             let record = disk.record.borrow();
-            record.mirror.is_some() && record.identity.is_some_and(|its| images.contains(&its))
+            let mut parts = record.parts.iter();
+            let goes_to = |part: &Part| {
+                part.role == Role::Mirror && part.identity.is_some_and(|its| images.contains(&its))
+            };
+            let is_left = record.identity.is_some_and(|its| images.contains(&its));
+            record.mirror.is_some() && (is_left || parts.any(goes_to))
         };
         match self.registry.all().iter().find(leaves) {
             None => Ok(()),
             Some(disk) => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "{} is not free: {} is being copied to another image and goes on there: wait for that, or end it \
-                     with tap-ctl mirror -m {} --cancel",
+                    "{} is not free: {} is being copied to another image and goes on there, and this is one of the two: \
+                     wait for that, or end it with tap-ctl mirror -m {} --cancel",
                     image.path().display(),
                     disk.name(),
                     disk.minor

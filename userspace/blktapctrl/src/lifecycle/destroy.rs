@@ -6,6 +6,7 @@ use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::folder;
 use crate::kernel;
+use crate::memory;
 use crate::process::SOON;
 use control::supervisor::{Doing, What, Which};
 use control::{Code, Failure};
@@ -120,13 +121,12 @@ impl Lifecycle {
         }
         self.free_node(disk.minor).await;
         self.give_lease_up(disk).await;
-        for path in [
-            self.registry.folder.nbd(disk.minor),
-            self.registry.folder.memory_of(disk.minor),
-        ] {
-            if let Err(error) = folder::remove(&path) {
-                tracing::error!("cannot remove {}: {error}", path.display());
-            }
+        let socket = self.registry.folder.nbd(disk.minor);
+        if let Err(error) = folder::remove(&socket) {
+            tracing::error!("cannot remove {}: {error}", socket.display());
+        }
+        if let Err(error) = memory::remove(&self.registry.folder, disk.minor) {
+            tracing::error!("cannot remove the memory of disk {}: {error}", disk.minor);
         }
         self.registry.remove(disk);
     }

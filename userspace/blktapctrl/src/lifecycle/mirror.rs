@@ -7,7 +7,7 @@
 //! record as what comes next, as after an unpause with another image. Whoever finds it before that has the disk
 //! served from the image that it had.
 
-use super::commit::{check_below, mark_again, writable};
+use super::commit::{check_below, check_top};
 use super::handoff::check_served;
 use super::renew::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
@@ -53,6 +53,9 @@ impl Lifecycle {
             return Err(Failure::new(Code::State, why));
         }
         self.check_sole(disk, &target)?;
+        if below {
+            check_top(disk)?;
+        }
         let mut mirror = Mirrored {
             open: with_mode(
                 Open {
@@ -131,7 +134,7 @@ impl Lifecycle {
         image: Arc<Image>,
     ) -> Result<(), Failure> {
         let image = match mirror.below {
-            true => writable(image).await?,
+            true => Arc::new(image.in_spite_of_its_mark()?),
             false => image,
         };
         let given = self.given(disk, &mirror.open, Some(image)).await?;
@@ -145,16 +148,11 @@ impl Lifecycle {
 
     /// The other image is not the disk's any more, nor has its process got it.
     async fn let_mirror_go(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
-        let mirror = disk.record.borrow().mirror.clone();
         self.renew(disk, |record| {
             record.mirror = None;
             record.parts.retain(|part| part.role != Role::Mirror);
         })
-        .await?;
-        if let Some(mirror) = mirror {
-            mark_again(disk, &mirror).await;
-        }
-        Ok(())
+        .await
     }
 
     /// Ends the mirror of a disk. Nothing is done to the other image after this: the process that had it has ended.
@@ -345,6 +343,7 @@ impl Lifecycle {
         self.registry
             .change(disk, |record| record.next = Some(next))?;
         disk.next_image.replace(Some(image));
+        self.unmark_below(disk).await?;
         self.switch(disk).await
     }
 
@@ -373,6 +372,7 @@ impl Lifecycle {
 
     /// The disk is served from the image that it has, and the other one is not its own any more.
     async fn stay(self: &Rc<Self>, disk: &Rc<Disk>, why: &Failure) -> Result<(), Failure> {
+        self.mark_below(disk).await;
         disk.drop_next();
         let outcome = Mirroring::Failed {
             why: why.message.clone(),
@@ -386,7 +386,11 @@ impl Lifecycle {
     /// Finishes what had begun when both were the same, or undoes it.
     pub(super) async fn finish_mirror(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let why = if disk.record.borrow().next.is_some() {
-            match self.switch(disk).await {
+            let switched = match self.unmark_below(disk).await {
+                Ok(()) => self.switch(disk).await,
+                Err(failure) => Err(failure),
+            };
+            match switched {
                 Ok(()) => return self.moved(disk, None).await,
                 Err(failure) if disk.record.borrow().next.is_some() => return Err(failure),
                 Err(failure) => failure,

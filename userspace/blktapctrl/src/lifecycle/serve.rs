@@ -255,7 +255,12 @@ impl Lifecycle {
         };
         let folder = &self.registry.folder;
         let memory = match open.target.driver().has_memory() {
-            true => Some(memory::open(folder, disk.minor, !open.read_only)?),
+            true => Some(memory::open(
+                folder,
+                disk.minor,
+                &open.target,
+                !open.read_only,
+            )?),
             false => None,
         };
         Ok(Given {

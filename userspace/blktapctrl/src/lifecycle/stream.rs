@@ -10,7 +10,7 @@ use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::link::unexpected;
 use crate::process::{Process, SOON};
-use crate::record::{Part, Role, Streamed};
+use crate::record::{Mirrored, Part, Role, Streamed};
 use control::stats::{Stream, Streaming};
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request};
@@ -34,6 +34,16 @@ impl Lifecycle {
                 "{target} keeps in memory what is written, and would have all of the image there: it needs that until \
                  the disk ends"
             )));
+        }
+        let commits = |mirror: &Mirrored| mirror.below;
+        if disk.record.borrow().mirror.as_ref().is_some_and(commits) {
+            return Err(Failure::new(
+                Code::State,
+                format!(
+                    "disk {} gives what it has to the image below: end that with tap-ctl commit --cancel",
+                    disk.minor
+                ),
+            ));
         }
         let before = disk.record.borrow().stream.clone();
         let wanted = Streamed { target, rate };

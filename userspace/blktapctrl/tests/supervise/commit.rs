@@ -90,8 +90,15 @@ fn a_snapshot_ends_in_the_image_below() {
         says(&bed.dir, "copying");
         let begins = asked(&bed, commit(&bed)).await.expect("it begins");
         assert_eq!(begins.state, Mirroring::Copying);
+        // It keeps its mark until it is the disk: nothing but that says to others what it is.
         let base = bed.dir.join("a.img");
-        assert!(!is_marked(&base));
+        assert!(is_marked(&base));
+        let stream = Request::Stream {
+            which: which(0),
+            rate: Some(1),
+        };
+        let both = bed.ask(stream).await.expect_err("one of the two");
+        assert!(both.message.contains("commit --cancel"), "{both}");
         // Who asks once more changes nothing, and nobody else has what is below.
         asked(&bed, commit(&bed)).await.expect("it runs");
         let mut reader = Create {
@@ -99,9 +106,13 @@ fn a_snapshot_ends_in_the_image_below() {
             ..bed.create("a.img")
         };
         reader.mode = control::supervisor::Mode::Read;
-        let busy = bed.ask(Request::Create(Box::new(reader))).await;
+        let busy = bed.ask(Request::Create(Box::new(reader.clone()))).await;
         let busy = busy.expect_err("it changes").message;
         assert!(busy.contains("tap disk 0"), "{busy}");
+        reader.mode = control::supervisor::Mode::ReadShared;
+        let busy = bed.ask(Request::Create(Box::new(reader))).await;
+        let busy = busy.expect_err("it changes").message;
+        assert!(busy.contains("one of the two"), "{busy}");
         // Another process begins anew.
         bed.replaced(0, kill).await;
         let begun = || {

@@ -119,7 +119,7 @@ fn an_image_below_memory_is_shared_and_stays() {
         let why = bed.ask(stream).await.expect_err("it may not").message;
         assert!(why.contains("until the disk ends"), "{why}");
         // The next process has the same memory and the same image.
-        let memory = bed.dir.join("run/ram").join(first.to_string());
+        let memory = bed.dir.join("run/ram").join(format!("{first}.cow"));
         fs::write(&memory, "written").expect("write");
         bed.replaced(first, kill).await;
         assert!(bed.log().iter().any(|line| line == "open w written"));

@@ -85,6 +85,7 @@ impl Session {
             state.disk = None;
             // The image is locked as long as the server or this is there, so it is nobody else who changed it.
             let file = state.file.take();
+            state.parents.clear();
             state.left = file.as_ref().and_then(inactive::stamp);
         }
         self.keep(true);

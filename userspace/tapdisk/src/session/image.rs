@@ -283,6 +283,9 @@ impl formats::Files<File> for Parts<'_> {
         if writable {
             // It has as many bytes of the disk as the image says.
             keep_size(&mut file, &name)?;
+        } else if locked.is_some() {
+            let mut state = self.session.state.borrow_mut();
+            state.parents.push((path.into(), file.clone()));
         }
         Ok(file)
     }

@@ -8,10 +8,15 @@ use crate::told::{params, succeeds};
 use crate::twin::Twin;
 use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
+use diskio::{File, LockKind};
 use drivers::{Disk, Shape};
-use formats::Kind;
+use formats::{qcow2, Kind};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+
+/// Parts of a cluster of a qcow2 image that has such.
+const SUBCLUSTERS: u64 = 32;
 
 impl Session {
     /// Begins to copy the disk to the image that came along.
@@ -35,23 +40,39 @@ impl Session {
             let why = "the disk has a mirror already";
             return Err(Failure::new(Code::State, why));
         }
-        if is_below && !self.is_below(&open.target).await? {
+        let parts = match is_below {
+            true if server.disk().goes_on().await? => self.parts_over(&open.target).await?,
+            true => None,
+            false => Some(1),
+        };
+        let Some(parts) = parts else {
             return Err(Failure::invalid(format!(
                 "{} is not what the image that is served says is below it, by name and format (see tapimg info)",
                 open.target
             )));
-        }
+        };
         let open = Open {
             // Others would have to be asked for, and belong to the image that is served.
             may_ask: is_below,
             kernel_holds: false,
-            // Who reads what is below has it locked already, against everybody who would write it.
+            // The lock of who reads it is in the way.
             shared: is_below,
             ..open
         };
         let file = self.locked(&open, image).await?;
+        if let Some(file) = file.as_ref().filter(|_| is_below) {
+            self.take_lock(&open.target, file)?;
+        }
         let (disk, shape) = self.disk(&open, file).await?;
-        if let Err(failure) = self.may_follow(&open, &shape, server.size()) {
+        let may = self.may_follow(&open, &shape, server.size());
+        let may = may.and_then(|()| match is_below && may_move(&open) && parts % disk.unit() != 0 {
+            false => Ok(()),
+            true => Err(Failure::unsupported(format!(
+                "{} has larger clusters than the image over it: commit that with tapimg, while the disk is detached",
+                open.target
+            ))),
+        });
+        if let Err(failure) = may {
             close(disk).await;
             return Err(failure);
         }
@@ -67,8 +88,9 @@ impl Session {
         Ok(Reply::Done)
     }
 
-    /// What is served goes on from this one, by its header.
-    async fn is_below(&self, target: &Target) -> Result<bool, Failure> {
+    /// Bytes of the parts of the disk that the image that is served has itself or not; nothing if that does not go on
+    /// from this one, by its header.
+    async fn parts_over(&self, target: &Target) -> Result<Option<u64>, Failure> {
         let (open, file) = {
             let state = self.state.borrow();
             match (&state.open, &state.file) {
@@ -85,10 +107,46 @@ impl Session {
         let parent = formats::look(Kind::Qcow2, &file).await?.parent;
         let parent = parent.unwrap_or_default();
         let (Some(name), Some(driver)) = (parent.names.first(), parent.driver) else {
-            return Ok(false);
+            return Ok(None);
         };
         let place = formats::resolve(name, path)?;
-        Ok(target.path() == Some(&*place) && driver.parse() == below(target.driver()))
+        if target.path() != Some(&*place) || driver.parse() != below(target.driver()) {
+            return Ok(None);
+        }
+        let header = qcow2::header(&file).await?;
+        let parts = if header.has_subclusters() {
+            SUBCLUSTERS
+        } else {
+            1
+        };
+        Ok(Some(header.cluster() / parts))
+    }
+
+    /// Locks for writing what is below, in place of the lock of who reads it there: that others read it would be as
+    /// wrong as that they write it.
+    fn take_lock(&self, target: &Target, file: &File) -> Result<(), Failure> {
+        let state = self.state.borrow();
+        let mut parents = state.parents.iter();
+        let view = parents.find(|(path, _)| Some(&**path) == target.path());
+        let (_, view) = view.ok_or_else(|| {
+            Failure::new(
+                Code::State,
+                format!("{target} was not locked by this process"),
+            )
+        })?;
+        let failed = |error| Failure::system(format!("cannot lock {target}"), &error);
+        view.unlock().map_err(failed)?;
+        let Err(error) = file.lock(LockKind::Write) else {
+            return Ok(());
+        };
+        view.lock(LockKind::Read).map_err(failed)?;
+        match error.kind() {
+            io::ErrorKind::WouldBlock => Err(Failure::new(
+                Code::Busy,
+                format!("somebody else reads {target}, and would see it change: end that, on other hosts too"),
+            )),
+            _ => Err(failed(error)),
+        }
     }
 
     /// An image may take the place of the one that is served.
@@ -105,6 +163,15 @@ impl Session {
         let known = self.state.borrow().params;
         succeeds(open, known, &params(shape, open))
     }
+}
+
+/// A write of a part of a cluster may move the rest of it, which who reads it there does not learn. Nobody does where
+/// the image over it has all of the cluster itself.
+fn may_move(below: &Open) -> bool {
+    matches!(
+        below.target.driver(),
+        Driver::Qcow2 | Driver::Qcow | Driver::Vmdk
+    )
 }
 
 /// It was not used; that it cannot be closed in order harms nobody.
