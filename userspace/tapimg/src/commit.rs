@@ -11,7 +11,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
 use drivers::{Content, Disk};
-use formats::{look, Below, Kind, Options};
+use formats::{look, qcow2, Below, Kind, Options};
 use serde::Serialize;
 use std::cell::Cell;
 use std::fs;
@@ -114,6 +114,17 @@ async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named,
         }
         Below::Format(kind) => kind,
     };
+    if kind == Kind::Qcow2 {
+        let found = qcow2::snapshots(file).await;
+        let found = found.map_err(|failure| image.said(failure))?;
+        if !found.is_empty() {
+            return Err(Failure::invalid(format!(
+                "{image} has {} snapshots, which show what is below it as it is now: delete them with qemu-img \
+                 snapshot -d, or make a new image of both with tapimg convert",
+                found.len()
+            )));
+        }
+    }
     let needs = look(kind, file).await;
     let needs = needs.map_err(|failure| image.said(failure))?;
     if needs.parent.is_none() {

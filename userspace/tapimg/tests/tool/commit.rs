@@ -101,6 +101,14 @@ fn what_cannot_be_committed_is_named() {
         let said = bench.bad(status, line);
         assert!(said.contains(why), "{line}: {said}");
     }
+    if has_qemu("what_cannot_be_committed_is_named") {
+        bench.good("create qcow2:s --parent aio:base");
+        bench.qemu("qemu-img snapshot -c one s");
+        let before = bench.bytes("base");
+        let said = bench.bad(2, "commit qcow2:s");
+        assert!(said.contains("1 snapshots"), "{said}");
+        assert!(bench.bytes("base") == before, "it was written");
+    }
     // Somebody else goes on from it, and is in use.
     let _held = lock(&bench, "base", LockKind::Read);
     let said = bench.bad(3, "commit qcow2:a");
