@@ -11,7 +11,7 @@ use std::time::Duration;
 /// Where the payload of the tests lies in dom0.
 pub(crate) const PAYLOAD: &str = "/t/guest";
 /// The kernel's command line. What goes wrong in a guest ends it, with its reason on the console.
-pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=4 panic=1 oops=panic panic_on_warn=1";
+pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=5 panic=1 oops=panic panic_on_warn=1";
 /// Where configurations, logs and saved guests go.
 pub(crate) const RUN_DIR: &str = "/run/vmtest";
 /// A boot takes a few seconds; on a loaded host many times that.
