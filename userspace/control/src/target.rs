@@ -6,6 +6,7 @@ mod words;
 use crate::{Export, Failure, LeaseKind, Limits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use words::Words;
@@ -14,6 +15,9 @@ use words::Words;
 const ROOM: u64 = 1 << 30;
 /// The least: the tables of an image that is empty, and of some of what is written.
 const LEAST_ROOM: u64 = 1 << 20;
+
+/// Memory for tables that can be asked for: enough for requests to go on, and no more than is of use.
+const CACHE: RangeInclusive<u64> = 1 << 20..=1 << 30;
 
 /// The drivers that tapdisk has. The format of an image is always said, never guessed from its
 /// content: the guest writes the content.
@@ -147,7 +151,8 @@ impl FromStr for Driver {
 /// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
 /// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
 /// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, and how much memory it may fill if that is where its
-/// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`.
+/// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
+/// `cache=64M,qcow2:/srv/a.qcow2`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -160,6 +165,8 @@ pub struct Target {
     limits: Option<Limits>,
     /// What is said of how much memory a guest may fill.
     room: Option<u64>,
+    /// What is said of the memory for an image's tables.
+    cache: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -277,6 +284,32 @@ impl Target {
         })
     }
 
+    /// Bytes of an image's tables that are kept in memory at most, if that is said.
+    pub fn cache(&self) -> Option<u64> {
+        self.cache
+    }
+
+    /// The same, with something said of the memory for tables.
+    ///
+    /// # Errors
+    /// It has none, or that is too little to work with or more than a disk may have of the host.
+    pub fn with_cache(self, cache: u64) -> Result<Self, Failure> {
+        if !self.driver.has_format() && self.driver != Driver::Cow {
+            return Err(Failure::invalid(format!(
+                "{self} has no tables that memory could keep: leave cache= away"
+            )));
+        }
+        if !CACHE.contains(&cache) {
+            return Err(Failure::invalid(format!(
+                "cache={cache}: give 1M to 1G of memory for tables; without it there are 32M"
+            )));
+        }
+        Ok(Self {
+            cache: Some(cache),
+            ..self
+        })
+    }
+
     /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
     pub fn take_limits(&mut self) -> Option<Limits> {
         self.limits.take()
@@ -352,6 +385,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         direct: None,
         limits: None,
         room: None,
+        cache: None,
     })
 }
 
@@ -434,6 +468,9 @@ impl fmt::Display for Target {
         }
         if let Some(room) = self.room {
             write!(f, "room={room},")?;
+        }
+        if let Some(cache) = self.cache {
+            write!(f, "cache={cache},")?;
         }
         if let Some(limits) = self.limits {
             write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
@@ -592,6 +629,27 @@ mod tests {
             "room=2M,room=2M,cow:/a",
             "direct=yes,cow:/a",
             "lease=record,cow:/a",
+        ] {
+            assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn memory_for_tables_is_said_before_the_driver() {
+        let target: Target = "cache=64M,direct=yes,qcow2:/srv/a".parse().unwrap();
+        assert_eq!(target.cache(), Some(64 << 20));
+        let text = "direct=yes,cache=67108864,qcow2:/srv/a";
+        assert_eq!(target.to_string(), text);
+        assert_eq!(text.parse(), Ok(target));
+        let cow: Target = "cache=1M,cow:/srv/a".parse().unwrap();
+        assert_eq!(cow.cache(), Some(1 << 20));
+        for wrong in [
+            "cache=512K,qcow2:/a",
+            "cache=2G,qcow2:/a",
+            "cache=64M,aio:/a",
+            "cache=64M,nbd://host/a",
+            "cache=x,vhd:/a",
+            "cache=2M,cache=2M,vhd:/a",
         ] {
             assert!(wrong.parse::<Target>().is_err(), "{wrong}");
         }

@@ -52,6 +52,7 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
                       1G at most, or what room= in front says: room=4G,cow:qcow2:/srv/a.qcow2
   ram:64M             memory of dom0; the content is there until the disk is destroyed
   null:64M            zeroes; writes are forgotten
+Of the tables of an image 32M at most are kept in memory; cache=128M, in front says another number.
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
 lease=record:/PATH, with the record at a path that all hosts have:
   lease=record,aio:/srv/a.img

@@ -328,3 +328,34 @@ fn a_qcow2_disk_grows_below_its_guest() {
     process.exit();
     folder.check("qcow2", "a.qcow2", true);
 }
+
+/// What a configuration says of the memory for tables is what they get.
+#[test]
+fn tables_take_no_more_memory_than_is_said() {
+    let Some(folder) = Folder::new("tables_take_no_more_memory") else {
+        return;
+    };
+    // 2 MiB of tables, and refcounts.
+    let options = "cluster_size=512,preallocation=metadata";
+    folder.img(&["create", "-f", "qcow2", "-o", options, "a.qcow2", "128M"]);
+    let mut used = Vec::new();
+    for driver in ["qcow2", "cache=1M,qcow2"] {
+        let served = Served {
+            path: folder.path("a.qcow2"),
+            driver,
+            files: 0,
+        };
+        let fake = Fake::new(4).expect("a node");
+        let (mut process, disk) = served.start(&fake);
+        for at in (0..disk.size).step_by(16 << 10) {
+            answered(&fake, Op::Read, at / 512, &[0; 512]);
+        }
+        let Ok(Reply::Stats(stats)) = process.ask(Request::Stats, None) else {
+            panic!("no statistics");
+        };
+        used.push(stats.driver["metadata_bytes"]);
+        process.exit();
+    }
+    assert!(used[0] > 3 << 19, "{used:?}");
+    assert!(used[1] <= 1 << 20, "{used:?}");
+}

@@ -12,6 +12,7 @@ pub(super) struct Words {
     bytes: Option<u64>,
     requests: Option<u32>,
     room: Option<u64>,
+    cache: Option<u64>,
 }
 
 impl Words {
@@ -20,7 +21,7 @@ impl Words {
         let mut rest = text.strip_prefix("tap:").unwrap_or(text);
         loop {
             let (name, behind) = match rest.split_once('=') {
-                Some((name @ ("lease" | "direct" | "bps" | "iops" | "room"), behind)) => {
+                Some((name @ ("lease" | "direct" | "bps" | "iops" | "room" | "cache"), behind)) => {
                     (name, behind)
                 }
                 _ => return Ok(rest),
@@ -34,7 +35,8 @@ impl Words {
             let twice = match name {
                 "lease" => self.lease.replace(value.parse()?).is_some(),
                 "bps" => self.bytes.replace(rate(value)?).is_some(),
-                "room" => self.room.replace(bytes(value)?).is_some(),
+                "room" => self.room.replace(bytes(name, value)?).is_some(),
+                "cache" => self.cache.replace(bytes(name, value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
             };
@@ -61,6 +63,10 @@ impl Words {
             Some(room) => target.with_room(room)?,
             None => target,
         };
+        let target = match self.cache {
+            Some(cache) => target.with_cache(cache)?,
+            None => target,
+        };
         if self.bytes.is_none() && self.requests.is_none() {
             return Ok(target);
         }
@@ -83,8 +89,8 @@ fn rate(text: &str) -> Result<u64, Failure> {
 }
 
 /// Memory as somebody types it.
-fn bytes(text: &str) -> Result<u64, Failure> {
-    typed_size(text).map_err(|why| Failure::invalid(format!("room={text}: {why}")))
+fn bytes(name: &str, text: &str) -> Result<u64, Failure> {
+    typed_size(text).map_err(|why| Failure::invalid(format!("{name}={text}: {why}")))
 }
 
 /// Requests in a second as somebody types it.

@@ -198,11 +198,14 @@ impl Parts<'_> {
             keep_size(&mut file, &format!("the image of {}", open.target))?;
         }
         let path = open.target.path().unwrap_or(Path::new(MEMORY));
-        let options = Options {
+        let mut options = Options {
             writable,
             discard: open.discard && !open.read_only,
             ..self.options(path)?
         };
+        if let Some(cache) = open.target.cache() {
+            options.cache = usize::try_from(cache).unwrap_or(usize::MAX);
+        }
         let disk = formats::open_chain(kind, file, path, options, self).await?;
         drivers::activate(disk, open).await
     }
