@@ -7,12 +7,12 @@
 //! disk is the same in the image that it has. What was below is another disk from the first byte on, so no other disk
 //! may have it; and it keeps its mark as one that nobody writes until it becomes the disk.
 
-use super::Lifecycle;
+use super::mirror::image_of;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::overlay;
-use crate::record::{Next, Role};
+use crate::record::{Mirrored, Role};
 use control::{Code, Driver, Failure};
 use std::sync::Arc;
 
@@ -52,54 +52,41 @@ pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
     )))
 }
 
-impl Lifecycle {
-    /// The image below is what the disk goes on in: it may be written. Who finds that on the record does it once more.
-    ///
-    /// # Errors
-    /// The system refuses to.
-    pub(super) async fn unmark_below(&self, disk: &Disk) -> Result<(), Failure> {
-        let next = disk.record.borrow().next.clone();
-        let (Some(next), true) = (next, is_marked(disk)) else {
-            return Ok(());
-        };
-        let image = found(&next).await?;
-        if image.is_unwritable() {
-            let path = image.path().to_path_buf();
-            apart(&path, LIMIT, move || overlay::unmark(&image)).await?;
-        }
-        disk.next_image.replace(Some(found(&next).await?));
-        Ok(())
+/// The image below is to be what the disk goes on in: it may be written.
+///
+/// # Errors
+/// The system refuses to, or it is another one by now.
+pub(super) async fn unmark(mirror: &Mirrored, image: Arc<Image>) -> Result<Arc<Image>, Failure> {
+    if !mirror.marked {
+        return Ok(image);
     }
-
-    /// It stays what is below the disk, and nobody is to write it.
-    pub(super) async fn mark_below(&self, disk: &Disk) {
-        let next = disk.record.borrow().next.clone();
-        let (Some(next), true) = (next, is_marked(disk)) else {
-            return;
-        };
-        let marked = async {
-            let image = found(&next).await?;
-            let path = image.path().to_path_buf();
-            apart(&path, LIMIT, move || overlay::mark(&image)).await
-        };
-        if let Err(failure) = marked.await {
-            tracing::warn!("disk {}: {failure}", disk.minor);
-        }
-    }
-}
-
-/// The image below was marked when its taking over began.
-fn is_marked(disk: &Disk) -> bool {
-    let record = disk.record.borrow();
-    record.mirror.as_ref().is_some_and(|mirror| mirror.marked)
-}
-
-/// What the disk goes on in, which is the one that it was.
-async fn found(next: &Next) -> Result<Arc<Image>, Failure> {
-    let image = image::of(&next.open).await?;
-    let image = image.ok_or_else(|| Failure::invalid("there is no image"))?;
-    match image.is(next.identity, next.born) {
-        true => Ok(image),
+    let (path, theirs) = (image.path().to_path_buf(), image.clone());
+    apart(&path, LIMIT, move || overlay::unmark(&theirs)).await?;
+    let found = image::find(&path).await?;
+    match found.is(Some(image.identity()), image.born()) {
+        true => Ok(found),
         false => Err(image::not_the_same(&image)),
+    }
+}
+
+/// It stays what is below the disk, and nobody is to write it.
+pub(super) async fn mark_again(disk: &Disk) {
+    let (mirror, part) = {
+        let record = disk.record.borrow();
+        let mut parts = record.parts.iter();
+        let part = parts.find(|part| part.role == Role::Mirror).cloned();
+        let marked = record.mirror.as_ref().filter(|mirror| mirror.marked);
+        (marked.cloned(), part)
+    };
+    let (Some(mirror), Some(part)) = (mirror, part) else {
+        return;
+    };
+    let marked = async {
+        let image = image_of(&mirror, &part).await?;
+        let path = image.path().to_path_buf();
+        apart(&path, LIMIT, move || overlay::mark(&image)).await
+    };
+    if let Err(failure) = marked.await {
+        tracing::warn!("disk {}: {failure}", disk.minor);
     }
 }

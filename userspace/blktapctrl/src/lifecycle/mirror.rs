@@ -7,7 +7,7 @@
 //! record as what comes next, as after an unpause with another image. Whoever finds it before that has the disk
 //! served from the image that it had.
 
-use super::commit::{check_below, check_top};
+use super::commit::{check_below, check_top, mark_again, unmark};
 use super::handoff::check_served;
 use super::renew::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
@@ -330,6 +330,7 @@ impl Lifecycle {
             let why = "the other image was not the same when the disk was closed";
             return Err(lost.unwrap_or_else(|| Failure::new(Code::State, why)));
         }
+        let image = unmark(mirror, image).await?;
         // What the one that it had has lost is in the other one, and durable.
         self.end_process(disk).await?;
         let next = Next {
@@ -343,7 +344,6 @@ impl Lifecycle {
         self.registry
             .change(disk, |record| record.next = Some(next))?;
         disk.next_image.replace(Some(image));
-        self.unmark_below(disk).await?;
         self.switch(disk).await
     }
 
@@ -372,7 +372,7 @@ impl Lifecycle {
 
     /// The disk is served from the image that it has, and the other one is not its own any more.
     async fn stay(self: &Rc<Self>, disk: &Rc<Disk>, why: &Failure) -> Result<(), Failure> {
-        self.mark_below(disk).await;
+        mark_again(disk).await;
         disk.drop_next();
         let outcome = Mirroring::Failed {
             why: why.message.clone(),
@@ -386,11 +386,7 @@ impl Lifecycle {
     /// Finishes what had begun when both were the same, or undoes it.
     pub(super) async fn finish_mirror(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let why = if disk.record.borrow().next.is_some() {
-            let switched = match self.unmark_below(disk).await {
-                Ok(()) => self.switch(disk).await,
-                Err(failure) => Err(failure),
-            };
-            match switched {
+            match self.switch(disk).await {
                 Ok(()) => return self.moved(disk, None).await,
                 Err(failure) if disk.record.borrow().next.is_some() => return Err(failure),
                 Err(failure) => failure,
@@ -428,7 +424,7 @@ impl Lifecycle {
 }
 
 /// The other image, which is the one that it was.
-async fn image_of(mirror: &Mirrored, part: &Part) -> Result<Arc<Image>, Failure> {
+pub(super) async fn image_of(mirror: &Mirrored, part: &Part) -> Result<Arc<Image>, Failure> {
     let image = image::of(&mirror.open).await?;
     let image = image.ok_or_else(|| Failure::invalid("there is no image"))?;
     match image.is(part.identity, part.born) {
