@@ -183,8 +183,9 @@ pub(crate) enum Verb {
     /// since then is copied. No other disk may have the image below, and no other image may go on from it: what it shows
     /// changes from the first byte on. Then the disk's configuration must name the image below; the one above is marked as
     /// read-only (chmod a-w), and can be removed. If something goes wrong, the disk stays with the image that it has, and
-    /// its guest does not notice. When the disk's process is replaced, it begins anew. For qcow2 over an image of any
-    /// format that is as large.
+    /// its guest does not notice; what is below keeps its mark as read-only then, and is of use only below it. When the disk's
+    /// process is replaced, it begins anew. For qcow2 without internal snapshots, over an image of any format that is as
+    /// large and has no larger clusters.
     Commit(Mirror),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
@@ -452,7 +453,7 @@ pub(crate) struct Stream {
 pub(crate) struct Mirror {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// The image in which the disk goes on, such as qcow2:/srv/b.qcow2
+    /// The image in which the disk goes on, such as qcow2:/srv/b.qcow2; for commit the one below
     #[arg(required_unless_present_any = ["cancel", "show"])]
     pub(crate) target: Option<Target>,
     /// At most so many MiB in a second
