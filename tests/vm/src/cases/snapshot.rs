@@ -195,7 +195,7 @@ fn commit(context: &mut Context) -> Result<()> {
     let target = format!("direct=yes,aio:{base}");
     let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
-    let load = start_load_with(guest, "--discard")?;
+    let load = start_load_with(guest, "--discard --hints")?;
     wait_progress(&disk, 40)?;
     snapshot(&disk, &top, &base)?;
     wait_progress(&disk, 40)?;
