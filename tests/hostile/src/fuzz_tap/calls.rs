@@ -551,7 +551,8 @@ fn create(file: &File, ours: u32, rng: &mut Rng) -> Result<()> {
         ..Create::default()
     };
     if rng.below(8) == 0 {
-        create.reserved[rng.below(4) as usize] = 1 << rng.below(64);
+        let at = rng.below(create.reserved.len() as u64);
+        create.reserved[at as usize] = 1 << rng.below(64);
     }
     let wanted = match create.check() {
         Err(_) => libc::EINVAL,
