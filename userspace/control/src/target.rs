@@ -92,10 +92,15 @@ impl Driver {
         matches!(self, Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vmdk)
     }
 
+    /// It is made of tables, be they in an image or in memory.
+    pub fn has_tables(self) -> bool {
+        self.has_format() || self == Self::Cow
+    }
+
     /// Who writes it keeps something of its own about it, of which another writer would not learn: tables, or what an
     /// export's server has not made durable yet.
     pub fn has_one_writer(self) -> bool {
-        self.has_format() || matches!(self, Self::Nbd | Self::Cow)
+        self.has_tables() || self == Self::Nbd
     }
 
     /// An image may have its content in further files, which are written with it.
@@ -294,7 +299,7 @@ impl Target {
     /// # Errors
     /// It has none, or that is too little to work with or more than a disk may have of the host.
     pub fn with_cache(self, cache: u64) -> Result<Self, Failure> {
-        if !self.driver.has_format() && self.driver != Driver::Cow {
+        if !self.driver.has_tables() {
             return Err(Failure::invalid(format!(
                 "{self} has no tables that memory could keep: leave cache= away"
             )));

@@ -3,7 +3,7 @@
 
 use crate::cli::{self, Cli};
 use crate::{ask, named, print, show, Error};
-use control::stats::{Mirroring, Streaming};
+use control::stats::{Mirror, Mirroring, Streaming};
 use control::supervisor::{MirrorTo, Reply, Request, Which};
 use control::{Code, Failure};
 use std::io::{self, IsTerminal, Write};
@@ -85,12 +85,13 @@ fn state(reply: &Reply) -> Result<State, Failure> {
 /// What people have to do when it is done.
 fn remedy(reply: &Reply) -> String {
     match reply {
-        Reply::Mirror(mirror) if mirror.state == Mirroring::Complete => match &mirror.to {
-            Some(target) => {
-                format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}.\n")
-            }
-            None => String::new(),
-        },
+        Reply::Mirror(Mirror {
+            state: Mirroring::Complete,
+            to: Some(target),
+            ..
+        }) => {
+            format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}.\n")
+        }
         _ => String::new(),
     }
 }

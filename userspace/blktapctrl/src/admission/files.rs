@@ -6,8 +6,8 @@
 //! - It is decided before anything is looked at: what may not be given is not even there for who asks.
 //! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
-//! - It is what the administrator named for the disk, as the image of `cow:` is, or is in a folder that he named, or in one that the
-//!   supervisor was started with (`--files`). What is written must be named for the disk itself.
+//! - It is what the administrator named for the disk, as the image of `cow:` is, or is in a folder that he named, or
+//!   in one that the supervisor was started with (`--files`). What is written must be named for the disk itself.
 //! - The image's own folder is not enough, because the images of others are there, too; but what is beside
 //!   the image may be had if nobody may write it (`chmod a-w`: so it is no other guest's disk), and if its
 //!   name says that it is a part of this image ([`is_extent_of`]).
@@ -21,7 +21,7 @@ use crate::image::{self, Identity, Image};
 use crate::record::{Part, Record, Role};
 use control::supervisor::{Doing, Mode};
 use control::tapdisk::Open;
-use control::{Code, Driver, Failure};
+use control::{Code, Failure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -283,7 +283,7 @@ fn check_driver(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
     let record = disk.record.borrow();
     let driver = opened_as(&record).map(|open| open.target.driver());
     let may = driver.is_some_and(|driver| match role {
-        Role::Parent => driver.has_format() || driver == Driver::Cow,
+        Role::Parent => driver.has_tables(),
         Role::Extent => driver.has_extents(),
         Role::Socket => true,
         // No process asks for it.

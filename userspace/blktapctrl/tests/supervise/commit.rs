@@ -2,11 +2,12 @@
 //! Disks that go on in the image below their own, which has taken over what that had, and what may happen on the way.
 
 use super::bed::{kill, test, until, which, Bed};
+use super::mirror::{asked, is_marked, is_served_from, says, until_over};
 use super::steps::{at_each_step, create_of, one};
-use control::stats::{Mirror, Mirroring};
-use control::supervisor::{Create, MirrorTo, Reply, Request, Row, What};
-use control::tapdisk::{Needed, State};
-use control::{Code, Failure, Target};
+use control::stats::Mirroring;
+use control::supervisor::{Create, MirrorTo, Request, What};
+use control::tapdisk::Needed;
+use control::{Code, Target};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -26,25 +27,8 @@ fn commit(bed: &Bed) -> Request {
     commit_to(&bed.dir, "a.img")
 }
 
-async fn asked(bed: &Bed, question: Request) -> Result<Mirror, Failure> {
-    match bed.ask(question).await? {
-        Reply::Mirror(mirror) => Ok(mirror),
-        other => panic!("{other:?}"),
-    }
-}
-
 fn mark(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o440)).expect("chmod");
-}
-
-fn is_marked(path: &Path) -> bool {
-    let rights = fs::metadata(path).expect("stat").permissions().mode();
-    rights & 0o222 == 0
-}
-
-/// What a process says of its copy.
-fn says(dir: &Path, what: &str) {
-    fs::write(dir.join("mirror"), what).expect("write");
 }
 
 /// An image that goes on from `a.img`, for which its process asks.
@@ -64,23 +48,6 @@ fn images(dir: &Path) {
 async fn snapshot(bed: &Bed) -> u32 {
     images(&bed.dir);
     bed.made(bed.create("b.qcow2")).await
-}
-
-fn is_served_from(row: &Row, name: &str) -> bool {
-    let path = row.target.as_ref().and_then(Target::path);
-    row.state == Some(State::Running) && path.is_some_and(|path| path.ends_with(name))
-}
-
-async fn until_over(bed: &Bed) -> Mirror {
-    let question = || Request::Mirror {
-        which: which(0),
-        to: None,
-    };
-    until("its end", || async {
-        let now = asked(bed, question()).await.expect("a commit");
-        (!matches!(now.state, Mirroring::Copying | Mirroring::Same)).then_some(now)
-    })
-    .await
 }
 
 #[test]
@@ -123,8 +90,12 @@ fn a_snapshot_ends_in_the_image_below() {
         };
         until("the next one", || async { (begun() == 2).then_some(()) }).await;
         says(&bed.dir, "same");
-        let over = until_over(&bed).await;
-        assert_eq!(over.state, Mirroring::Complete, "{over:?}");
+        assert_eq!(until_over(&bed).await, Mirroring::Complete);
+        let over = Request::Mirror {
+            which: which(0),
+            to: None,
+        };
+        let over = asked(&bed, over).await.expect("a commit");
         let path = over.to.as_ref().and_then(Target::path);
         assert_eq!(path, Some(&*base));
         assert!(is_served_from(&bed.row(0).await, "a.img"));
@@ -153,7 +124,7 @@ fn one_that_fails_or_is_ended_leaves_the_chain_as_it_was() {
         asked(&bed, commit(&bed)).await.expect("it begins");
         says(&bed.dir, "no room");
         let over = until_over(&bed).await;
-        assert!(matches!(over.state, Mirroring::Failed { .. }), "{over:?}");
+        assert!(matches!(over, Mirroring::Failed { .. }), "{over:?}");
         let told = |what: &What| matches!(what, What::Mirrored { .. });
         assert!(bed.events().iter().any(told), "{:?}", bed.events());
         assert!(is_marked(&base));

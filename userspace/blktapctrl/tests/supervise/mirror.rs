@@ -30,7 +30,7 @@ fn question(dir: &Path, name: &str) -> Request {
     }
 }
 
-async fn asked(bed: &Bed, question: Request) -> Result<Mirror, Failure> {
+pub(crate) async fn asked(bed: &Bed, question: Request) -> Result<Mirror, Failure> {
     match bed.ask(question).await? {
         Reply::Mirror(mirror) => Ok(mirror),
         other => panic!("{other:?}"),
@@ -58,11 +58,11 @@ async fn two(bed: &Bed) {
 }
 
 /// What a process says of its mirror.
-fn says(dir: &Path, what: &str) {
+pub(crate) fn says(dir: &Path, what: &str) {
     fs::write(dir.join("mirror"), what).expect("write");
 }
 
-fn is_served_from(row: &Row, name: &str) -> bool {
+pub(crate) fn is_served_from(row: &Row, name: &str) -> bool {
     let path = row.target.as_ref().and_then(Target::path);
     row.state == Some(State::Running) && path.is_some_and(|path| path.ends_with(name))
 }
@@ -76,12 +76,12 @@ fn has_part(bed: &Bed) -> bool {
     has
 }
 
-fn is_marked(path: &Path) -> bool {
+pub(crate) fn is_marked(path: &Path) -> bool {
     let rights = fs::metadata(path).expect("stat").permissions().mode();
     rights & 0o222 == 0
 }
 
-async fn until_over(bed: &Bed) -> Mirroring {
+pub(crate) async fn until_over(bed: &Bed) -> Mirroring {
     until("its end", || async {
         let now = now(bed).await;
         (!matches!(now, Mirroring::Copying | Mirroring::Same)).then_some(now)

@@ -51,22 +51,10 @@ impl Words {
 
     /// The target with all that was said of it.
     pub(super) fn apply(self, target: Target) -> Result<Target, Failure> {
-        let target = match self.lease {
-            Some(lease) => target.with_lease(lease)?,
-            None => target,
-        };
-        let target = match self.direct {
-            Some(direct) => target.with_direct(direct)?,
-            None => target,
-        };
-        let target = match self.room {
-            Some(room) => target.with_room(room)?,
-            None => target,
-        };
-        let target = match self.cache {
-            Some(cache) => target.with_cache(cache)?,
-            None => target,
-        };
+        let target = with(target, self.lease, Target::with_lease)?;
+        let target = with(target, self.direct, Target::with_direct)?;
+        let target = with(target, self.room, Target::with_room)?;
+        let target = with(target, self.cache, Target::with_cache)?;
         if self.bytes.is_none() && self.requests.is_none() {
             return Ok(target);
         }
@@ -80,6 +68,18 @@ impl Words {
             limits: Some(limits),
             ..target
         })
+    }
+}
+
+/// The target with what was said, if it was.
+fn with<V>(
+    target: Target,
+    said: Option<V>,
+    how: impl FnOnce(Target, V) -> Result<Target, Failure>,
+) -> Result<Target, Failure> {
+    match said {
+        Some(value) => how(target, value),
+        None => Ok(target),
     }
 }
 

@@ -183,6 +183,15 @@ pub(crate) fn steps() -> Vec<Step> {
     steps
 }
 
+/// The guest reads all of its disk, which must be this.
+pub(crate) fn holds(fake: &Fake, model: &[u8]) {
+    let bytes = vec![0; 1 << 16];
+    for (at, expected) in (0..).step_by(1 << 16).zip(model.chunks(1 << 16)) {
+        let read = answered(fake, Op::Read, at / 512, &bytes[..expected.len()]);
+        assert!(read == expected, "at {at}");
+    }
+}
+
 /// Has a request done, which must be; returns what it has read.
 pub(crate) fn answered(fake: &Fake, op: Op, sector: u64, bytes: &[u8]) -> Vec<u8> {
     let len = if op == Op::Read { bytes.len() } else { 0 };
