@@ -246,7 +246,10 @@ impl Lifecycle {
                 tell(disk, &mirror, now.unwrap_or_default());
                 Ok(())
             }
-            Some(Mirroring::Same) => self.move_to(disk, &mirror, &part).await,
+            Some(Mirroring::Same) => {
+                tell(disk, &mirror, now.unwrap_or_default());
+                self.move_to(disk, &mirror, &part).await
+            }
             Some(over @ Mirroring::Failed { .. }) => self.mirror_is_over(disk, over).await,
             // It has another process, or was paused.
             None | Some(Mirroring::Ended | Mirroring::Complete) => {

@@ -98,6 +98,7 @@ fn a_snapshot_ends_in_the_image_below() {
         let over = asked(&bed, over).await.expect("a commit");
         let path = over.to.as_ref().and_then(Target::path);
         assert_eq!(path, Some(&*base));
+        assert_eq!(over.copied, 4096, "as far as it was at its end");
         assert!(is_served_from(&bed.row(0).await, "a.img"));
         // Its configuration must name that one: the other one is refused.
         assert!(!is_marked(&base) && is_marked(&bed.dir.join("b.qcow2")));

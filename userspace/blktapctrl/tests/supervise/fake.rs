@@ -907,6 +907,7 @@ impl Served {
             (_, why) => Mirroring::Failed { why: why.into() },
         };
         Some(Mirror {
+            copied: if state == Mirroring::Same { 4096 } else { 0 },
             state,
             ..Mirror::default()
         })
