@@ -144,6 +144,7 @@ fn log(minor: Option<u32>, what: &What) {
         What::Mirrored { target, outcome } => {
             tracing::warn!("{disk}: {}", outcome.told(target));
         }
+        What::Unmarked { why } => tracing::warn!("{disk}: {why}: its marks are gone"),
         What::Hung {
             pid,
             for_ms,

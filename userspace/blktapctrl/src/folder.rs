@@ -111,6 +111,12 @@ impl Folder {
         self.memory().join(format!("{minor}.cow"))
     }
 
+    /// Where the guest of a disk has written since its mark of this number.
+    #[must_use]
+    pub fn notes_of(&self, minor: u32, number: u64) -> PathBuf {
+        self.memory().join(format!("{minor}.{number}.notes"))
+    }
+
     /// The folder of the records.
     #[must_use]
     pub fn disks(&self) -> PathBuf {

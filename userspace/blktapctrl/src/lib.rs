@@ -21,6 +21,7 @@ pub mod lifecycle;
 pub mod link;
 pub mod memory;
 pub mod nodes;
+pub mod notes;
 mod overlay;
 pub mod process;
 pub mod record;

@@ -3,6 +3,7 @@
 //! outlives every process, the supervisor's too, and goes with the disk, or with the host.
 
 use crate::folder::{self, Folder};
+use crate::notes;
 use control::{Code, Failure, Target};
 use rustix::mount::{mount, MountFlags};
 use std::fs::{self, File};
@@ -86,7 +87,8 @@ pub fn open(folder: &Folder, minor: u32, target: &Target, write: bool) -> Result
 /// The system refuses to.
 pub fn remove(folder: &Folder, minor: u32) -> io::Result<()> {
     folder::remove(&folder.memory_of(minor))?;
-    folder::remove(&folder.written_of(minor))
+    folder::remove(&folder.written_of(minor))?;
+    notes::remove_all(folder, minor)
 }
 
 fn place(folder: &Folder, minor: u32, target: &Target) -> PathBuf {

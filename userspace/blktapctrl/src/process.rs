@@ -366,7 +366,7 @@ impl Process {
     /// It says nothing, or something else.
     pub async fn status(&self) -> Result<Status, Failure> {
         match self.ask(&Request::Status, &[], SOON).await? {
-            Reply::Status(status) => Ok(status),
+            Reply::Status(status) => Ok(*status),
             reply => Err(unexpected(&reply)),
         }
     }

@@ -5,7 +5,7 @@ use crate::folder::{self, Folder};
 use crate::image::Identity;
 use control::supervisor::{Doing, Mode, Policy};
 use control::tapdisk::{Open, Stamp};
-use control::Target;
+use control::{MarkName, Target};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::{self, File};
@@ -15,8 +15,10 @@ use std::path::{Path, PathBuf};
 
 /// Version of the files. Who reads one with a higher number may misunderstand it; a field that may be
 /// passed over does not raise it.
-const VERSION: u32 = 2;
-/// The version of a record without parts. Who does not know of parts gives them to others.
+const VERSION: u32 = 3;
+/// The version of a record without marks. Who does not know of marks has the disk written without noting it.
+const WITHOUT_MARKS: u32 = 2;
+/// The version of a record without parts, too. Who does not know of parts gives them to others.
 const WITHOUT_PARTS: u32 = 1;
 
 /// What the supervisor wants of a disk.
@@ -144,6 +146,21 @@ pub struct Mirrored {
     pub marked: bool,
 }
 
+/// A moment from which on it is noted where the guest writes, until the next one, in a [map](crate::notes) of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Noted {
+    /// Which map; a later one has a higher number.
+    pub number: u64,
+    /// Nothing if nobody asks for it any more: who asks for an older one needs its map all the same.
+    pub name: Option<MarkName>,
+    /// In milliseconds since 1970.
+    pub at_ms: u64,
+    /// Bytes that are told apart.
+    pub unit: u64,
+    /// The disk's process has said that it notes there. Before that it is no mark.
+    pub is_set: bool,
+}
+
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
@@ -219,6 +236,9 @@ pub struct Record {
     /// What it is copied to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirrored>,
+    /// From when on it is noted where its guest writes, the oldest first. Its process notes in the last one's map.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub marks: Vec<Noted>,
     /// Its process.
     pub process: Option<Known>,
     /// What its processes run, if that is not what the supervisor starts by default.
@@ -265,6 +285,7 @@ impl Record {
             overlay: None,
             stream: None,
             mirror: None,
+            marks: Vec::new(),
             process: None,
             program: None,
             handoff: None,
@@ -275,12 +296,13 @@ impl Record {
         }
     }
 
-    /// What the disk does now when things go wrong, and how much its guest may do, whatever was written down when a
-    /// verb began.
+    /// What the disk does now when things go wrong, how much its guest may do, and what is noted, whatever was written
+    /// down when a verb began.
     pub fn rule(&self, open: &mut Open) {
         open.on_no_space = self.policy.on_no_space;
         open.on_error = self.policy.on_error;
         open.limits = self.policy.limits;
+        open.notes = self.marks.last().map(|mark| mark.unit);
     }
 
     /// Who was to take the disk over has it.
@@ -317,7 +339,8 @@ impl Record {
             .open(path)?;
         let next = self.next.iter().flat_map(|next| &next.parts);
         let version = match self.parts.iter().chain(next).next() {
-            Some(_) => VERSION,
+            _ if !self.marks.is_empty() => VERSION,
+            Some(_) => WITHOUT_MARKS,
             None => WITHOUT_PARTS,
         };
         let record = Record {
@@ -524,7 +547,7 @@ impl Records for Files {
 
 #[cfg(test)]
 mod tests {
-    use super::{Known, Part, Record, Role, Want};
+    use super::{Known, Noted, Part, Record, Role, Want};
     use crate::image::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
@@ -558,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn a_supervisor_that_knows_of_no_parts_leaves_their_disk_alone() {
+    fn a_supervisor_that_knows_of_no_parts_or_marks_leaves_their_disk_alone() {
         let path = place("parts");
         let version = || {
             let text = fs::read(&path).expect("read");
@@ -571,6 +594,16 @@ mod tests {
         record.parts.push(part(8));
         record.write(&path).expect("write");
         assert_eq!(version(), 2);
+        assert_eq!(Record::read(&path).expect("read"), record);
+        record.marks.push(Noted {
+            number: 1,
+            name: "a".parse().ok(),
+            at_ms: 5,
+            unit: 65536,
+            is_set: true,
+        });
+        record.write(&path).expect("write");
+        assert_eq!(version(), 3);
         assert_eq!(Record::read(&path).expect("read"), record);
         fs::remove_dir_all(path.parent().expect("a folder")).expect("remove");
     }
@@ -610,7 +643,7 @@ mod tests {
         let again: Value = serde_json::from_slice(&text).expect("json");
         assert_eq!(again["colour"], "green");
         assert_eq!(again["restarts"], 5);
-        value["version"] = 3.into();
+        value["version"] = 4.into();
         value["policy"] = "strict".into();
         let mut other = serde_json::to_value(part(1)).expect("json");
         other["role"] = "shadow".into();

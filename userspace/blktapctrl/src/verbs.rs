@@ -139,6 +139,25 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let disk = registry.find(&which)?;
             lifecycle.end_mirror(&disk).await.map(Reply::Mirror)
         }
+        Request::Mark { which, name } => {
+            let disk = registry.find(&which)?;
+            let marks = lifecycle.mark(&disk, name).await?;
+            Ok(Reply::Marks { marks })
+        }
+        Request::Unmark { which, name } => {
+            let disk = registry.find(&which)?;
+            let marks = lifecycle.unmark(&disk, &name).await?;
+            Ok(Reply::Marks { marks })
+        }
+        Request::Marks(which) => {
+            let marks = lifecycle.marks(&*registry.find(&which)?);
+            Ok(Reply::Marks { marks })
+        }
+        Request::Changed { which, since, from } => {
+            let disk = registry.find(&which)?;
+            let changed = lifecycle.changed(&disk, &since, from).await;
+            changed.map(Reply::Changed)
+        }
         Request::Stats(which) => {
             let disk = registry.find(&which)?;
             let mut stats = disk.serving()?.stats(SOON).await?;

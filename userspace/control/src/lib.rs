@@ -33,6 +33,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod changed;
 mod channel;
 mod export;
 mod failure;
@@ -45,6 +46,7 @@ pub mod tapdisk;
 mod target;
 pub mod wire;
 
+pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
 pub use channel::Channel;
 pub use export::{Export, Listener};
 pub use failure::{Code, Failure};

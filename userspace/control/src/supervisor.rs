@@ -6,7 +6,7 @@
 
 use crate::stats::{Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
-use crate::{Failure, Limits, Target};
+use crate::{Changed, Failure, Limits, Mark, MarkName, Target};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -383,6 +383,32 @@ pub enum Request {
     },
     /// Ends that: [`Reply::Mirror`] when nothing more is done to the other image.
     EndMirror(Which),
+    /// From now on it is noted where the guest writes: [`Reply::Marks`].
+    Mark {
+        /// The disk.
+        which: Which,
+        /// How this moment is called.
+        name: MarkName,
+    },
+    /// A mark is of no use any more: [`Reply::Marks`].
+    Unmark {
+        /// The disk.
+        which: Which,
+        /// Its name.
+        name: MarkName,
+    },
+    /// The marks of a disk: [`Reply::Marks`].
+    Marks(Which),
+    /// Where the guest has written since a mark: [`Reply::Changed`].
+    Changed {
+        /// The disk.
+        which: Which,
+        /// The mark.
+        since: MarkName,
+        /// Where on the disk to begin, in bytes: an answer has so many parts at most.
+        #[serde(default)]
+        from: u64,
+    },
     /// What was counted: [`Reply::Stats`].
     Stats(Which),
     /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk
@@ -516,6 +542,13 @@ pub enum Reply {
     Stream(Stream),
     /// How far a disk is copied to another image.
     Mirror(Mirror),
+    /// The marks of a disk, the oldest first.
+    Marks {
+        /// Each of them.
+        marks: Vec<Mark>,
+    },
+    /// Where a guest has written.
+    Changed(Changed),
     /// What one disk counted.
     Stats(Box<Stats>),
     /// What all disks counted.
@@ -816,6 +849,11 @@ pub enum What {
         target: Target,
         /// What has become of it.
         outcome: Mirroring,
+    },
+    /// Where the guest has written since its marks is not known any more: they are gone.
+    Unmarked {
+        /// Why.
+        why: String,
     },
     /// A disk was paused.
     Paused,

@@ -78,6 +78,9 @@ pub struct Open {
     /// it opens the image.
     #[serde(default)]
     pub may_ask: bool,
+    /// Where the guest writes is noted, in [`Needed::Notes`], with one bit for so many bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notes: Option<u64>,
 }
 
 /// What is done with a request that failed on the image. It is told to the supervisor in any case.
@@ -125,6 +128,7 @@ impl Open {
             parents: None,
             limits: Limits::default(),
             may_ask: false,
+            notes: None,
         }
     }
 }
@@ -173,6 +177,12 @@ pub enum Request {
     /// From now on this is done with requests that fail, and with those that are too many. Answered with
     /// [`Reply::Done`].
     Set(Rules),
+    /// From now on it is noted where the disk is written, in what comes along; what is being written is noted there,
+    /// too. Answered with [`Reply::Done`]. One descriptor, as [`Needed::Notes`] is answered, if it is to be noted.
+    Note {
+        /// As [`Open::notes`].
+        unit: Option<u64>,
+    },
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
     Resize,
     /// Makes the image larger, and tells the guest; requests wait meanwhile. Answered with
@@ -317,7 +327,7 @@ pub enum Reply {
         stamp: Option<Stamp>,
     },
     /// What is served.
-    Status(Status),
+    Status(Box<Status>),
     /// What was counted.
     Stats(Box<Stats>),
     /// How far a stream is.
@@ -373,6 +383,9 @@ pub enum Needed {
         /// Bytes.
         size: u64,
     },
+    /// Memory with a bit for each [unit](Open::notes) of the disk. One that is set says that there may be something
+    /// else than was there when the memory was made.
+    Notes,
     /// Something of a newer program, which is refused.
     #[serde(other)]
     Other,
@@ -383,7 +396,7 @@ impl Needed {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Parent { path } | Self::Extent { path } | Self::Socket { path } => Some(path),
-            Self::Server { .. } | Self::State { .. } | Self::Other => None,
+            Self::Server { .. } | Self::State { .. } | Self::Notes | Self::Other => None,
         }
     }
 }
@@ -495,6 +508,9 @@ pub struct Disk {
     pub discard: bool,
     /// How I/O is done; never [`Engine::Auto`].
     pub engine: Engine,
+    /// Where it is written is noted, as [`Open::notes`] says. An older process does not know of that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub notes: bool,
 }
 
 /// What is served.

@@ -4,7 +4,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
-use control::{Driver, Target};
+use control::{Driver, MarkName, Target};
 use manual::Generated;
 use std::path::PathBuf;
 
@@ -187,6 +187,25 @@ pub(crate) enum Verb {
     /// process is replaced, it begins anew. For qcow2 without internal snapshots, over an image of any format that is as
     /// large and has no larger clusters.
     Commit(Mirror),
+    /// Note where a guest writes from a moment on, and say what has changed since: for copies of which each one takes only
+    /// that
+    ///
+    /// A copy that misses nothing, and after which the next one is as short:
+    ///
+    /// First set a mark, such as --mark monday. Then take a snapshot (tap-ctl snapshot): the image that the disk had does
+    /// not change any more. From that copy all that --since says of the mark of the copy before, or, the first time, all
+    /// of it. Then forget the mark before. What the guest writes between the mark and the snapshot is in this copy and in
+    /// the next one.
+    ///
+    /// --since prints a line for each part that may be different: its offset and its length, in bytes. It says rather too
+    /// much than too little, and a part that it does not name is the same as it was at the mark. Marks outlive the disk's
+    /// process and blktapctrl, snapshots, and a move to another image (mirror, commit). They are gone with the disk, with
+    /// the host, and when the disk goes on by tap-ctl unpause, because anybody may have written its image before that: without
+    /// its mark a copy takes all. With marks every request goes through the disk's process, and none is executed by the
+    /// kernel alone.
+    ///
+    /// Without --mark, --since or --forget it lists the marks of the disk. For disks with the mode w.
+    Dirty(Dirty),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
@@ -468,6 +487,22 @@ pub(crate) struct Mirror {
     /// Say how far it is, or how the last one has ended, and change nothing
     #[arg(long, conflicts_with_all = ["wait", "rate", "target", "cancel"])]
     pub(crate) show: bool,
+}
+
+/// What has changed.
+#[derive(Debug, Args)]
+pub(crate) struct Dirty {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Set a mark: 1 to 64 letters, digits, dots, dashes and underscores. A disk has eight at most
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["since", "forget"])]
+    pub(crate) mark: Option<MarkName>,
+    /// Say where the guest has written since this mark
+    #[arg(long, value_name = "NAME", conflicts_with = "forget")]
+    pub(crate) since: Option<MarkName>,
+    /// Take a mark away. With the last one nothing is noted any more
+    #[arg(long, value_name = "NAME")]
+    pub(crate) forget: Option<MarkName>,
 }
 
 /// A disk, also by what it was made for.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod dirty;
 mod doctor;
 mod figures;
 mod handoff;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         Verb::Stream(asked) => jobs::stream(&cli, asked),
         Verb::Mirror(asked) => jobs::mirror(&cli, asked, false),
         Verb::Commit(asked) => jobs::mirror(&cli, asked, true),
+        Verb::Dirty(asked) => dirty::run(&cli, asked),
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
@@ -180,6 +182,8 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Mirror { .. }
         | Request::Commit { .. }
         | Request::EndMirror(_)
+        | Request::Marks(_)
+        | Request::Changed { .. }
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
         | Request::Snapshots { .. }
@@ -287,6 +291,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Stream(asked) => jobs::stream_request(asked),
         Verb::Mirror(asked) => jobs::mirror_request(asked, false),
         Verb::Commit(asked) => jobs::mirror_request(asked, true),
+        Verb::Dirty(asked) => dirty::request(asked),
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {

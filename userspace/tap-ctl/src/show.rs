@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What people see.
 
+use crate::dirty;
 use crate::time::utc;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Row, Snapshot, What};
@@ -24,6 +25,8 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Snapshots { taken } => taken.iter().map(told).collect(),
         Reply::Stream(stream) => format!("{}\n", self::stream(stream)),
         Reply::Mirror(mirror) => format!("{}\n", self::mirror(mirror)),
+        Reply::Marks { marks } => dirty::marks(marks),
+        Reply::Changed(changed) => changed.extents.iter().map(dirty::line).collect(),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.
@@ -362,6 +365,7 @@ pub(crate) fn event(event: &Event) -> String {
         What::Streamed { target, outcome } => outcome.told(target),
         What::Moved(moved) => moved.told(),
         What::Mirrored { target, outcome } => outcome.told(target),
+        What::Unmarked { why } => format!("its marks are gone: {why}"),
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Inactive => "has let go of its image: the guest is suspended".into(),

@@ -20,6 +20,7 @@ pub mod listen;
 mod lost;
 pub mod nbd;
 mod needs;
+mod notes;
 mod ranges;
 pub mod sandbox;
 mod server;

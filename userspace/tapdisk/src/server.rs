@@ -4,6 +4,7 @@
 use crate::direct::Direct;
 use crate::link::Link;
 use crate::lost::{Lost, Seen};
+use crate::notes::Notes;
 use crate::ranges::{Claim, Range, Ranges, Source};
 use crate::throttle::{Throttle, Wanted};
 use crate::twin::Twin;
@@ -93,6 +94,8 @@ pub struct Server {
     drains: Cell<Option<u64>>,
     /// What the disk is copied to.
     twin: RefCell<Option<Rc<Twin>>>,
+    /// Where it is written.
+    notes: RefCell<Option<Rc<Notes>>>,
 }
 
 /// A guest that is suspended has no more requests than its rings hold.
@@ -144,6 +147,7 @@ impl Server {
             came: Cell::new(0),
             drains: Cell::new(None),
             twin: RefCell::default(),
+            notes: RefCell::default(),
         })
     }
 
@@ -522,6 +526,19 @@ impl Server {
         self.twin.replace(twin);
     }
 
+    /// From now on it is noted there where the disk is written.
+    pub(crate) fn set_notes(&self, notes: Option<Rc<Notes>>) {
+        self.notes.replace(notes);
+    }
+
+    /// Notes that a range is about to be written. Without a note it is not.
+    fn note(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let notes = self.notes.borrow();
+        notes
+            .as_ref()
+            .map_or(Ok(()), |notes| notes.add(offset, len))
+    }
+
     /// Writes a range that is claimed. What is below changes only where the image over it has something itself.
     pub(crate) async fn write(
         &self,
@@ -529,10 +546,11 @@ impl Server {
         data: Bytes,
         how: Attributes,
     ) -> Result<(), Errno> {
+        let len = data.len() as u64;
+        self.note(offset, len)?;
         let Some(twin) = self.twin() else {
             return self.disk.write(offset, data, how).await;
         };
-        let len = data.len() as u64;
         let own = self.disk.write(offset, data.clone(), how);
         if twin.is_below() {
             own.await?;
@@ -550,6 +568,7 @@ impl Server {
         len: u64,
         how: Attributes,
     ) -> Result<(), Errno> {
+        self.note(offset, len)?;
         let own = self.disk.write_zeroes(offset, len, how);
         let Some(twin) = self.twin() else {
             return own.await;
@@ -584,6 +603,7 @@ impl Server {
         len: u64,
         how: Attributes,
     ) -> Result<(), Errno> {
+        self.note(offset, len)?;
         let discarded = self.disk.discard(offset, len, how).await;
         // What there is now only this disk knows, also if it failed.
         if let Some(twin) = self.twin().filter(|_| discarded != Err(Errno::OPNOTSUPP)) {

@@ -7,6 +7,7 @@ mod end;
 mod image;
 mod inactive;
 mod mirror;
+mod note;
 mod size;
 
 use crate::direct::{self, Ban, Direct};
@@ -59,6 +60,8 @@ pub struct Session {
     throttle: Rc<Throttle>,
     /// The kernel executes nothing by itself as long as they are held back: it knows no limits.
     limited: RefCell<Option<Ban>>,
+    /// The same as long as it is noted where the disk is written: it notes nothing.
+    noted: RefCell<Option<Ban>>,
     /// What the supervisor is asked for.
     needs: Rc<Needs>,
     /// What the next process learns of what this one has counted.
@@ -136,6 +139,7 @@ impl Session {
             rules: Rc::default(),
             throttle: Rc::default(),
             limited: RefCell::default(),
+            noted: RefCell::default(),
             needs: Rc::default(),
             kept: RefCell::default(),
             jobs: Jobs::default(),
@@ -213,7 +217,7 @@ impl Session {
         };
         match question {
             Request::Ping => Ok(Reply::Process(process())),
-            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::Stats => Ok(Reply::Stats(Box::new(self.stats()))),
             Request::Attach => {
                 let fd = fd.ok_or_else(|| Failure::invalid("the node's descriptor is missing"))?;
@@ -262,6 +266,10 @@ impl Session {
             Request::Set(rules) => {
                 let _alone = self.gate.alone().await;
                 self.set(rules).await.map(|()| Reply::Done)
+            }
+            Request::Note { unit } => {
+                let _alone = self.gate.alone().await;
+                self.set_notes(unit, fd).await
             }
             Request::Resize => {
                 let _alone = self.gate.alone().await;
@@ -505,9 +513,11 @@ impl Session {
         disk: drivers::Disk,
         shape: Shape,
     ) -> Result<Reply, Failure> {
+        let notes = self.find_notes(&open).await?;
         self.tell_kernel(tap, &open, &shape, disk.fence()).await?;
         self.offer(tap, &open, &disk, shape.size);
         self.set(rules(&open)).await?;
+        self.ban_for(notes.as_ref()).await?;
         // Nothing is waited for from here until the server is the session's: what comes is for it.
         let link = self.link(tap);
         let terms = Terms {
@@ -522,6 +532,7 @@ impl Session {
         self.serves.set(self.serves.get().wrapping_add(1));
         let (runtime, stats) = (&self.runtime, &self.stats);
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
+        server.set_notes(notes);
         let disk = describe(&shape, &open, engine);
         if self.state.borrow().image.as_ref() != Some(&identity) {
             self.change_image(Some(identity));

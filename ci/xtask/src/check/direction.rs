@@ -91,7 +91,7 @@ const BLKBACK: &[&[&str]] = &[
 
 const SUPERVISOR: &[&[&str]] = &[
     &["apart", "backoff", "events", "folder", "link", "store"],
-    &["image"],
+    &["image", "notes"],
     &["kernel"],
     &["domains", "memory", "nodes", "tenure"],
     &["overlay", "record"],

@@ -9,6 +9,7 @@ mod checked;
 mod cow;
 mod death;
 mod direct;
+mod dirty;
 mod export;
 mod faults;
 mod formats;
@@ -461,6 +462,7 @@ pub(crate) fn all() -> Vec<Case> {
         permission::cases(),
         tap_life::cases(),
         direct::cases(),
+        dirty::cases(),
         boot::cases(),
         checked::cases(),
         // Last: after the module with planted faults nothing is worth judging.

@@ -135,7 +135,7 @@ pub(super) fn sum(path: &str) -> Result<String> {
 }
 
 /// What QEMU reads of an image, as a raw one.
-fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
+pub(super) fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
     let raw = image(context, name, 1)?;
     let convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw"];
     sh::run_for(&[&convert[..], &[path, &raw]].concat(), LIMIT)?;
@@ -245,7 +245,7 @@ fn commit(context: &mut Context) -> Result<()> {
 }
 
 /// Has the disk go on in a new image; returns for how many microseconds nobody served it.
-fn snapshot(disk: &Served, new: &str, old: &str) -> Result<u64> {
+pub(super) fn snapshot(disk: &Served, new: &str, old: &str) -> Result<u64> {
     let minor = disk.minor.to_string();
     let told = tap::ctl_json(&["snapshot", &minor, new])?;
     ensure!(

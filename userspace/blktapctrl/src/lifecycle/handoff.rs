@@ -245,7 +245,10 @@ impl Lifecycle {
         disk.record.borrow().rule(&mut open);
         let question = Request::Open(open);
         match prepared.given.ask(process, &question, EVER).await? {
-            Reply::Disk(serves) => Ok(serves),
+            Reply::Disk(serves) => {
+                self.notes_or_loses(disk, &serves);
+                Ok(serves)
+            }
             reply => Err(unexpected(&reply)),
         }
     }

@@ -13,6 +13,7 @@ mod destroy;
 mod direct;
 mod handoff;
 mod lease;
+mod mark;
 mod mirror;
 mod needs;
 mod open;

@@ -182,6 +182,7 @@ impl Lifecycle {
         })?;
         match what {
             Needed::State { size } => state(&disk, process, *size),
+            Needed::Notes => self.notes(&disk),
             Needed::Parent { path } => self.file(&disk, Role::Parent, path).await,
             Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
             Needed::Socket { path } => self.connect(&disk, path).await,
@@ -198,7 +199,7 @@ impl Lifecycle {
             Needed::Parent { .. } => Some(Role::Parent),
             Needed::Extent { .. } => Some(Role::Extent),
             Needed::Socket { .. } => Some(Role::Socket),
-            Needed::Server { .. } | Needed::State { .. } | Needed::Other => None,
+            Needed::Server { .. } | Needed::State { .. } | Needed::Notes | Needed::Other => None,
         };
         let disk = self.registry.of_process(process);
         let is_its = disk.is_some_and(|disk| match (role, what.path(), what) {
@@ -231,6 +232,12 @@ impl Lifecycle {
             false => Provided::Shared,
         };
         Ok((Given::File(opened), provided))
+    }
+
+    /// Where the process notes what it writes.
+    fn notes(&self, disk: &Disk) -> Result<(Given, Provided), Failure> {
+        let map = self.open_notes(disk)?;
+        Ok((Given::State(map), Provided::Shared))
     }
 
     /// A connection to the server of an export, which whoever made the disk has named.

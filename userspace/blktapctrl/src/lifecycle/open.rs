@@ -40,6 +40,7 @@ impl Lifecycle {
                 ),
             ));
         }
+        self.lose_marks(disk, "the disk has another image")?;
         let open = with_mode(open, mode)?;
         let image = image::of(&open).await?;
         let vbd = disk.record.borrow().vbd.clone();

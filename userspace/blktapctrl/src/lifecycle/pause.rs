@@ -135,6 +135,10 @@ impl Lifecycle {
                 return disk.unless_doomed(self.finish_unpause(disk)).await;
             }
         }
+        self.lose_marks(
+            disk,
+            "the disk was paused, and anybody may have written its image",
+        )?;
         if target.is_none() && disk.record.borrow().inactive.is_some() {
             return self.take_anyway(disk).await;
         }

@@ -223,6 +223,7 @@ impl Lifecycle {
         let given = self.given(disk, &open, image).await?;
         match given.ask(process, &question(open), OPEN).await? {
             Reply::Disk(what) => {
+                self.notes_or_loses(disk, &what);
                 disk.serves.replace(Some(what.clone()));
                 Ok(what)
             }

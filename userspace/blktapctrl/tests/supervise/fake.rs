@@ -720,6 +720,17 @@ impl Served {
                 note(dir, &format!("rules {} {:?}", rules.limits, rules.on_error));
                 Ok(Reply::Done)
             }
+            Request::Note { unit } => {
+                if let Ok(why) = std::fs::read_to_string(dir.join("no-notes")) {
+                    return Err(Failure::unsupported(why));
+                }
+                if std::fs::remove_file(dir.join("die-noting")).is_ok() {
+                    std::process::exit(3);
+                }
+                assert_eq!(unit.is_some(), !fds.is_empty());
+                note(dir, &format!("note {}", unit.unwrap_or_default()));
+                Ok(Reply::Done)
+            }
             Request::Open(_) | Request::Unpause(_) => {
                 Err(Failure::new(Code::State, "not in this state"))
             }
@@ -808,7 +819,7 @@ impl Served {
                 note(dir, "exit");
                 Ok(Reply::Done)
             }
-            Request::Status => Ok(Reply::Status(Status {
+            Request::Status => Ok(Reply::Status(Box::new(Status {
                 state: match (&self.node, &self.open) {
                     (None, _) => State::Idle,
                     _ if self.inactive.is_some() => State::Inactive,
@@ -821,7 +832,7 @@ impl Served {
                 disk: self.open.as_ref().map(|(open, _)| disk(dir, open)),
                 owes: dir.join("owes").exists()
                     || (self.paused && dir.join("owes-closed").exists()),
-            })),
+            }))),
             Request::Grow { .. } => {
                 note(dir, "grow");
                 wait_while(&dir.join("hang"));
@@ -948,6 +959,13 @@ impl Served {
             }
         }
         wait_while(&dir.join("hang"));
+        if let Some(unit) = open.notes.filter(|_| !dir.join("old").exists()) {
+            match needs.ask(Needed::Notes) {
+                (Provided::Refused(failure), _) => return Err(failure),
+                (_, fds) => assert_eq!(fds.len(), 1),
+            }
+            note(dir, &format!("goes on noting {unit}"));
+        }
 
         let text = content.as_ref().map_or("", |(text, _)| text);
         let policy = format!("{:?} {:?}", open.on_no_space, open.on_error);
@@ -982,5 +1000,6 @@ fn disk(dir: &Path, open: &Open) -> Disk {
         read_only: open.read_only,
         discard: open.discard,
         engine: Engine::Sync,
+        notes: open.notes.is_some() && !dir.join("old").exists(),
     }
 }

@@ -10,6 +10,7 @@ mod fake;
 mod handoff;
 mod lease;
 mod left;
+mod mark;
 mod memory;
 mod mirror;
 mod needs;

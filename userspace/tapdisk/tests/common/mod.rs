@@ -205,7 +205,7 @@ impl Process {
 
     pub(crate) fn status(&mut self) -> Status {
         match self.ask(Request::Status, None) {
-            Ok(Reply::Status(status)) => status,
+            Ok(Reply::Status(status)) => *status,
             other => panic!("{other:?}"),
         }
     }

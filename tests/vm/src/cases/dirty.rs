@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A disk is copied again and again while its guest works, each time only what has changed.
+
+use super::snapshot::{content, snapshot, sum};
+use super::tap::{end_load, full_image, image, start_load_with, wait_progress, VDEV};
+use super::{Case, Context, Needs};
+use crate::sh;
+use crate::tap::{self, Served};
+use anyhow::{ensure, Context as _, Result};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+
+/// MiB of the disk. The load is in the first ten.
+const SIZE: u32 = 16;
+/// Copies, the first of which is of all.
+const ROUNDS: usize = 3;
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let about = "three copies of a disk under load, of which each but the first takes only what has changed, over a death and a hand-off";
+    let copies = Case::new("dirty.copies", about, Needs::Pv, copies);
+    vec![copies.supervised().no_leaks()]
+}
+
+/// What may have changed since a mark, in bytes of the disk: where, and how much.
+fn changed(minor: &str, since: &str) -> Result<Vec<(u64, u64)>> {
+    let told = tap::ctl(&["dirty", "-m", minor, "--since", since])?;
+    let part = |line: &str| {
+        let words = line.split_once(' ').context("two words")?;
+        Ok((words.0.parse()?, words.1.parse()?))
+    };
+    told.lines().map(part).collect()
+}
+
+/// Copies parts of what is in one file to another one; returns how many bytes that were.
+fn copy(from: &str, to: &str, parts: &[(u64, u64)]) -> Result<u64> {
+    let (from, to) = (File::open(from)?, File::options().write(true).open(to)?);
+    let mut copied = 0;
+    for &(offset, length) in parts {
+        let mut bytes = vec![0; usize::try_from(length)?];
+        from.read_exact_at(&mut bytes, offset)?;
+        to.write_all_at(&bytes, offset)?;
+        copied += length;
+    }
+    Ok(copied)
+}
+
+fn copies(context: &mut Context) -> Result<()> {
+    let base = full_image(context, "a.img", SIZE)?;
+    let backup = image(context, "backup.img", SIZE)?;
+    let mut frozen = base.clone();
+    let mut images = Vec::new();
+    for round in 0..ROUNDS {
+        // Its name is free, and the file that comes there is taken away afterwards.
+        let path = image(context, &format!("s{round}.qcow2"), 1)?;
+        fs::remove_file(&path)?;
+        images.push(path);
+    }
+    let guest = context.pv()?;
+    // What it may the kernel writes by itself, until there is a mark.
+    let target = format!("direct=yes,aio:{base}");
+    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let minor = disk.minor.to_string();
+    let load = start_load_with(guest, "")?;
+    let mut copied = Vec::new();
+    for (round, next) in images.iter().enumerate() {
+        wait_progress(&disk, 40)?;
+        let (mark, before) = (format!("copy-{round}"), round.checked_sub(1));
+        tap::ctl(&["dirty", "-m", &minor, "--mark", &mark])?;
+        wait_progress(&disk, 10)?;
+        snapshot(&disk, next, &frozen)?;
+        let parts = match before {
+            Some(before) => changed(&minor, &format!("copy-{before}"))?,
+            None => vec![(0, u64::from(SIZE) << 20)],
+        };
+        let raw = match frozen.ends_with(".qcow2") {
+            true => content(context, &frozen, &format!("{round}.raw"))?,
+            false => frozen.clone(),
+        };
+        copied.push(copy(&raw, &backup, &parts)?);
+        let (is, wanted) = (sum(&backup)?, sum(&raw)?);
+        ensure!(is == wanted, "copy {round} is not what the disk was");
+        if let Some(before) = before {
+            tap::ctl(&["dirty", "-m", &minor, "--forget", &format!("copy-{before}")])?;
+        }
+        match round {
+            0 => drop(disk.replace()?),
+            _ => drop(tap::ctl(&["handoff", "-m", &minor])?),
+        }
+        frozen.clone_from(next);
+    }
+    ensure!(
+        copied[1..].iter().all(|&some| some > 0 && some < copied[0]),
+        "so many bytes were copied: {copied:?}"
+    );
+    let told = end_load(context.pv()?, load)?;
+    let left = sh::run(&["ls", "/run/xentap/ram"])?;
+    ensure!(left.lines().count() == 1, "there is one mark, and {left}");
+    disk.detach(context.pv()?)?;
+    let left = sh::run(&["ls", "/run/xentap/ram"])?;
+    ensure!(
+        left.trim().is_empty(),
+        "the disk is gone, and has left {left}"
+    );
+    context.note(&format!("copied {copied:?} bytes; {told}"))
+}

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where the guests of disks write: for each mark of a disk a map, a file in the file system in memory that is ours. So
+//! it outlives processes and supervisors, and goes with the disk, or with the host.
+//!
+//! A map is written by the disk's process, which is not believed: it can say more or less than what is so, and nothing
+//! else. What is not there of a map counts as written.
+
+use crate::folder::{self, Folder};
+use control::{Changed, Extent, Failure};
+use rustix::fs::{fallocate, FallocateFlags};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Bytes of the disk that are told apart, unless that makes the map too large.
+const UNIT: u64 = 64 << 10;
+/// Bytes of the map of a disk as it is when its first mark is set.
+const LARGEST: u64 = 1 << 20;
+/// Parts in an answer.
+const PARTS: usize = 8192;
+
+/// Bytes that are told apart of a disk of so many.
+#[must_use]
+pub fn unit(size: u64) -> u64 {
+    let mut unit = UNIT;
+    while bytes(size, unit) > LARGEST {
+        unit *= 2;
+    }
+    unit
+}
+
+/// Bytes of a map.
+fn bytes(size: u64, unit: u64) -> u64 {
+    size.div_ceil(unit).div_ceil(8)
+}
+
+/// Makes the map of a disk of this size. Its memory is there from now on: a guest cannot be held up by the lack of it.
+///
+/// # Errors
+/// The system refuses to.
+pub fn make(path: &Path, size: u64, unit: u64) -> Result<(), Failure> {
+    let made = || -> io::Result<()> {
+        let mut options = File::options();
+        let file = options
+            .create_new(true)
+            .write(true)
+            .mode(0o600)
+            .open(path)?;
+        let none = FallocateFlags::empty();
+        let filled = fallocate(&file, none, 0, bytes(size, unit).max(1));
+        filled.map_err(io::Error::from).inspect_err(|_| {
+            // What is there of it is in nobody's way.
+            let _ = folder::remove(path);
+        })
+    };
+    made().map_err(|error| {
+        Failure::system(
+            format!(
+                "cannot make memory for where the guest writes ({})",
+                path.display()
+            ),
+            &error,
+        )
+    })
+}
+
+/// Opens the map for the process that writes it.
+///
+/// # Errors
+/// It is gone, or the system refuses to.
+pub fn open(path: &Path) -> Result<OwnedFd, Failure> {
+    let file = File::options().read(true).write(true).open(path);
+    file.map(OwnedFd::from)
+        .map_err(|error| unread(path, &error))
+}
+
+/// Removes all maps of a disk.
+///
+/// # Errors
+/// The system refuses to.
+pub fn remove_all(folder: &Folder, minor: u32) -> io::Result<()> {
+    for path in folder::files(&folder.memory(), "notes")? {
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with(&format!("{minor}."))) {
+            folder::remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn unread(path: &Path, error: &io::Error) -> Failure {
+    let what = format!(
+        "cannot read where the guest has written ({})",
+        path.display()
+    );
+    Failure::system(what, error)
+}
+
+/// What is in a map, no more than belongs there.
+fn read(path: &Path, size: u64, unit: u64) -> Result<Vec<u8>, Failure> {
+    let mut bits = Vec::new();
+    let file = File::open(path).map_err(|error| unread(path, &error))?;
+    let wanted = file.take(bytes(size, unit)).read_to_end(&mut bits);
+    wanted.map_err(|error| unread(path, &error))?;
+    Ok(bits)
+}
+
+/// Puts what is in one map into an older one, which nobody writes.
+///
+/// # Errors
+/// One of them cannot be read or written.
+pub fn merge(from: &Path, into: &Path, size: u64, unit: u64) -> Result<(), Failure> {
+    let (newer, mut older) = (read(from, size, unit)?, read(into, size, unit)?);
+    for (at, byte) in older.iter_mut().enumerate() {
+        *byte |= newer.get(at).copied().unwrap_or(u8::MAX);
+    }
+    let written = File::options()
+        .write(true)
+        .open(into)
+        .and_then(|file| file.write_all_at(&older, 0));
+    written.map_err(|error| {
+        let what = format!(
+            "cannot write where the guest has written ({})",
+            into.display()
+        );
+        Failure::system(what, &error)
+    })
+}
+
+/// What one of the maps says of a disk from a place on.
+///
+/// # Errors
+/// One of them cannot be read.
+pub fn look(maps: &[PathBuf], size: u64, unit: u64, from: u64) -> Result<Changed, Failure> {
+    let maps = maps.iter().map(|path| read(path, size, unit));
+    let maps = maps.collect::<Result<Vec<_>, _>>()?;
+    // Of no map it says nothing.
+    let length = maps.iter().map(Vec::len).min().unwrap_or(0);
+    let byte = |at: usize| match at < length {
+        true => maps.iter().fold(0, |all, map| all | map[at]),
+        false => u8::MAX,
+    };
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut number = from / unit;
+    while number * unit < size {
+        let place = usize::try_from(number / 8).unwrap_or(usize::MAX);
+        let found = byte(place);
+        if found == 0 {
+            number = (number / 8 + 1) * 8;
+            continue;
+        }
+        if place >= length {
+            // Nothing is known of the rest.
+            add(&mut extents, number * unit, size - number * unit);
+            break;
+        }
+        if found & 1 << (number % 8) != 0 {
+            let offset = number * unit;
+            add(&mut extents, offset, unit.min(size - offset));
+        }
+        if extents.len() > PARTS {
+            extents.pop();
+            let next = extents.last().map(|last| last.offset + last.length);
+            return Ok(Changed {
+                size,
+                extents,
+                next,
+            });
+        }
+        number += 1;
+    }
+    Ok(Changed {
+        size,
+        extents,
+        next: None,
+    })
+}
+
+/// Adds a part, to the last one if it follows on that.
+fn add(extents: &mut Vec<Extent>, offset: u64, length: u64) {
+    match extents.last_mut() {
+        Some(last) if last.offset + last.length == offset => last.length += length,
+        _ => extents.push(Extent { offset, length }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{bytes, look, make, merge, unit, LARGEST, PARTS, UNIT};
+    use control::Extent;
+    use std::fs;
+    use std::path::PathBuf;
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("notes-{}-{name}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        folder
+    }
+
+    /// Units of a disk as parts.
+    fn units(wanted: &[(u64, u64)]) -> Vec<Extent> {
+        let part = |&(from, count): &(u64, u64)| Extent {
+            offset: from * UNIT,
+            length: count * UNIT,
+        };
+        wanted.iter().map(part).collect()
+    }
+
+    #[test]
+    fn a_map_is_small_however_large_the_disk_is() {
+        assert_eq!(unit(1), UNIT);
+        assert_eq!(unit(512 << 30), UNIT);
+        assert_eq!(unit((512 << 30) + 1), 2 * UNIT);
+        for size in [1, 1 << 40, 64 << 40, u64::MAX >> 1] {
+            assert!(bytes(size, unit(size)) <= LARGEST, "{size}");
+        }
+    }
+
+    #[test]
+    fn all_maps_together_say_what_was_written() {
+        let folder = folder("all");
+        let [older, newer] = ["0.1.notes", "0.2.notes"].map(|name| folder.join(name));
+        let size = 40 * UNIT + 512;
+        for map in [&older, &newer] {
+            make(map, size, UNIT).expect("a map");
+            assert!(make(map, size, UNIT).is_err(), "there is one");
+        }
+        let both = [older.clone(), newer.clone()];
+        let found = look(&both, size, UNIT, 0).expect("both");
+        assert!(found.extents.is_empty() && found.next.is_none());
+        // The last unit is not whole.
+        fs::write(&older, [0b1000_0001, 0, 0, 0, 0, 1]).expect("write");
+        fs::write(&newer, [0b0000_0011, 0b0000_0001, 0, 0, 0, 0]).expect("write");
+        let mut wanted = units(&[(0, 2), (7, 2)]);
+        wanted.push(Extent {
+            offset: 40 * UNIT,
+            length: 512,
+        });
+        assert_eq!(look(&both, size, UNIT, 0).expect("both").extents, wanted);
+        assert_eq!(
+            look(&both[1..], size, UNIT, 0).expect("the newer").extents,
+            units(&[(0, 2), (8, 1)])
+        );
+        assert_eq!(
+            look(&both, size, UNIT, 7 * UNIT).expect("both").extents,
+            wanted[1..]
+        );
+        merge(&newer, &older, size, UNIT).expect("merge");
+        assert_eq!(
+            look(&both[..1], size, UNIT, 0).expect("one").extents,
+            wanted
+        );
+        fs::remove_dir_all(folder).expect("remove");
+    }
+
+    /// A process may have made it shorter, or the disk has grown.
+    #[test]
+    fn what_is_not_there_counts_as_written() {
+        let folder = folder("short");
+        let [short, whole] = ["0.1.notes", "0.2.notes"].map(|name| folder.join(name));
+        fs::write(&short, [0b10]).expect("write");
+        fs::write(&whole, [0, 0b1000_0000, 0]).expect("write");
+        let size = 24 * UNIT;
+        let both = [short.clone(), whole.clone()];
+        let found = look(&both, size, UNIT, 0).expect("both").extents;
+        assert_eq!(found, units(&[(1, 1), (8, 16)]));
+        merge(&short, &whole, size, UNIT).expect("merge");
+        let found = look(&both[1..], size, UNIT, 0).expect("one").extents;
+        assert_eq!(found, units(&[(1, 1), (8, 16)]));
+        assert!(look(&[folder.join("none")], size, UNIT, 0).is_err());
+        fs::remove_dir_all(folder).expect("remove");
+    }
+
+    #[test]
+    fn a_long_answer_is_in_pieces() {
+        let folder = folder("long");
+        let map = folder.join("0.1.notes");
+        let count = PARTS as u64 + 100;
+        fs::write(&map, vec![0b0101_0101; PARTS / 4 + 25]).expect("write");
+        let (maps, size) = ([map], 2 * count * UNIT);
+        let (mut from, mut all, mut answers) = (0, Vec::new(), 0);
+        loop {
+            let found = look(&maps, size, UNIT, from).expect("the map");
+            assert!(found.extents.len() <= PARTS);
+            all.extend(found.extents);
+            answers += 1;
+            match found.next {
+                Some(next) => from = next,
+                None => break,
+            }
+        }
+        let wanted: Vec<_> = (0..count).map(|number| (2 * number, 1)).collect();
+        assert_eq!((all, answers), (units(&wanted), 2));
+        fs::remove_dir_all(folder).expect("remove");
+    }
+}

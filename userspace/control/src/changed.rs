@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where the guest of a disk has written since a moment that has a name.
+
+use crate::Failure;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Marks that a disk has at most.
+pub const MAX_MARKS: usize = 8;
+
+/// The name of a mark, which is chosen by who sets it: 1 to 64 letters, digits, dots, dashes and underscores.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MarkName(String);
+
+impl MarkName {
+    /// Bytes of one at most.
+    const LONGEST: usize = 64;
+}
+
+impl FromStr for MarkName {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        let is_of_names = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        if (1..=Self::LONGEST).contains(&text.len()) && text.chars().all(is_of_names) {
+            return Ok(Self(text.into()));
+        }
+        Err(Failure::invalid(format!(
+            "{text:?} is no name of a mark: use 1 to {} letters, digits, dots, dashes and underscores",
+            Self::LONGEST
+        )))
+    }
+}
+
+impl TryFrom<String> for MarkName {
+    type Error = Failure;
+
+    fn try_from(text: String) -> Result<Self, Failure> {
+        text.parse()
+    }
+}
+
+impl From<MarkName> for String {
+    fn from(name: MarkName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for MarkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A moment from which on it is noted where a guest writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// Its name.
+    pub name: MarkName,
+    /// When it was, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// Bytes of the disk that are told apart.
+    pub unit: u64,
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Where it begins, in bytes.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// What may be different from what it was at a mark, in ascending order, and apart from each other. The rest is not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// The parts.
+    pub extents: Vec<Extent>,
+    /// These are not all: from where to ask for more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MarkName;
+
+    #[test]
+    fn a_name_is_one_word() {
+        for good in ["a", "2026-11-25_full.1", &"x".repeat(64)] {
+            assert_eq!(good.parse::<MarkName>().expect("a name").to_string(), good);
+        }
+        for bad in ["", "a b", "a/b", "ä", "a\n", &"x".repeat(65)] {
+            let failure = bad.parse::<MarkName>().expect_err("no name");
+            assert!(failure.message.contains("letters"), "{failure}");
+            assert!(serde_json::from_value::<MarkName>(bad.into()).is_err());
+        }
+    }
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl dirty`: marks, and what has changed since.
+
+use crate::cli::{self, Cli};
+use crate::time::utc;
+use crate::{ask, named, print, Error};
+use control::supervisor::{Reply, Request, Which};
+use control::{Changed, Code, Extent, Failure, Mark, MarkName};
+use std::io::{self, Write};
+
+/// What is asked first.
+pub(crate) fn request(asked: &cli::Dirty) -> Request {
+    let which = named(&asked.which);
+    match (&asked.mark, &asked.forget, &asked.since) {
+        (Some(name), _, _) => Request::Mark {
+            which,
+            name: name.clone(),
+        },
+        (_, Some(name), _) => Request::Unmark {
+            which,
+            name: name.clone(),
+        },
+        (_, _, Some(since)) => since_from(which, since, 0),
+        (None, None, None) => Request::Marks(which),
+    }
+}
+
+fn since_from(which: Which, since: &MarkName, from: u64) -> Request {
+    Request::Changed {
+        which,
+        since: since.clone(),
+        from,
+    }
+}
+
+pub(crate) fn run(cli: &Cli, asked: &cli::Dirty) -> Result<(), Error> {
+    let reply = match ask(cli, &request(asked))? {
+        Reply::Changed(first) => Reply::Changed(rest(cli, asked, first)?),
+        reply => reply,
+    };
+    match (&reply, cli.json) {
+        (_, true) => print(&reply),
+        (Reply::Marks { marks }, _) => Ok(io::stdout().write_all(self::marks(marks).as_bytes())?),
+        (Reply::Changed(changed), _) => {
+            let text: String = changed.extents.iter().map(line).collect();
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        }
+        (other, _) => Err(something_else(other).into()),
+    }
+}
+
+/// An answer has so many parts at most; all of them are one.
+fn rest(cli: &Cli, asked: &cli::Dirty, mut all: Changed) -> Result<Changed, Error> {
+    while let (Some(from), Some(since)) = (all.next.take(), &asked.since) {
+        match ask(cli, &since_from(named(&asked.which), since, from))? {
+            Reply::Changed(more) => {
+                all.extents.extend(more.extents);
+                (all.size, all.next) = (more.size, more.next);
+            }
+            other => return Err(something_else(&other).into()),
+        }
+    }
+    Ok(all)
+}
+
+fn something_else(reply: &Reply) -> Failure {
+    let what = format!("an answer to something else: {reply:?}");
+    Failure::new(Code::Other, what)
+}
+
+/// Marks as lines of words `name=value`.
+pub(crate) fn marks(marks: &[Mark]) -> String {
+    let line = |mark: &Mark| {
+        let at = utc(mark.at_ms);
+        format!("mark={} at={at} unit={}\n", mark.name, mark.unit)
+    };
+    marks.iter().map(line).collect()
+}
+
+/// For loops of a shell: where a part begins, and how long it is, in bytes.
+pub(crate) fn line(extent: &Extent) -> String {
+    format!("{} {}\n", extent.offset, extent.length)
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where the disk is written is noted, in memory that outlives this process: a bit for each unit of the disk.
+//!
+//! A bit is set before what it stands for is written. So whatever becomes of this process, nothing has changed where no
+//! bit is set. Most writes find their bits set, and cost nothing more than to look.
+
+use control::{Code, Failure};
+use diskio::Errno;
+use rustix::fs::fstat;
+use rustix::io::{pread, pwrite};
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
+
+/// Bytes that are read at once.
+const PIECE: usize = 1 << 20;
+/// Bytes of the largest map that is taken.
+const LARGEST: u64 = 64 << 20;
+
+/// The notes.
+#[derive(Debug)]
+pub(crate) struct Notes {
+    memory: OwnedFd,
+    /// Bytes of the disk that a bit stands for.
+    unit: u64,
+    /// What the memory has. What is behind its end needs no note: the disk was not so large.
+    bits: RefCell<Vec<u8>>,
+}
+
+impl Notes {
+    /// Goes on with what is noted already.
+    ///
+    /// # Errors
+    /// It cannot be read, or makes no sense.
+    pub(crate) fn new(memory: OwnedFd, unit: u64) -> Result<Self, Failure> {
+        if unit == 0 || unit % 512 != 0 {
+            let why = format!("notes of units of {unit} bytes: whole sectors of 512 are wanted");
+            return Err(Failure::invalid(why));
+        }
+        let refused = |error: Errno| {
+            let what = "cannot read the notes of where the disk was written";
+            Failure::system(what, &error.into())
+        };
+        let size = fstat(&memory).map_err(refused)?.st_size;
+        let size = u64::try_from(size).unwrap_or(u64::MAX);
+        if size > LARGEST {
+            return Err(Failure::new(
+                Code::Invalid,
+                format!("notes of {size} bytes: {LARGEST} are the most"),
+            ));
+        }
+        // CAST: it is not larger than that.
+        let bits = read(&memory, size as usize).map_err(refused)?;
+        Ok(Self {
+            memory,
+            unit,
+            bits: RefCell::new(bits),
+        })
+    }
+
+    /// Notes that a range of the disk is about to be written.
+    pub(crate) fn add(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        if len == 0 {
+            return Ok(());
+        }
+        let end = offset.saturating_add(len - 1);
+        let (first, last) = (offset / self.unit, end / self.unit);
+        let place = |unit: u64| usize::try_from(unit / 8).unwrap_or(usize::MAX);
+        let mut bits = self.bits.borrow_mut();
+        let behind = place(last).saturating_add(1).min(bits.len());
+        let from = place(first);
+        let Some(old) = bits.get_mut(from..behind) else {
+            return Ok(());
+        };
+        // CAST: both are places in the map.
+        let wanted = |index: usize| within((from + index) as u64, first, last);
+        let mut pairs = old.iter().enumerate();
+        if pairs.all(|(index, byte)| byte | wanted(index) == *byte) {
+            return Ok(());
+        }
+        let new = old.iter().enumerate();
+        let new: Vec<u8> = new.map(|(index, byte)| byte | wanted(index)).collect();
+        write(&self.memory, &new, from as u64)?;
+        old.copy_from_slice(&new);
+        Ok(())
+    }
+}
+
+/// The bits of a byte of the map that stand for the units from `first` to `last`.
+fn within(index: u64, first: u64, last: u64) -> u8 {
+    let bit = |number: u64| (first..=last).contains(&(index * 8 + number));
+    (0..8)
+        .filter(|&number| bit(number))
+        .fold(0, |byte, number| byte | 1 << number)
+}
+
+fn read(memory: &OwnedFd, size: usize) -> Result<Vec<u8>, Errno> {
+    let mut bits = vec![0; size];
+    let mut done = 0;
+    while done < size {
+        let end = size.min(done + PIECE);
+        match pread(memory, &mut bits[done..end], done as u64)? {
+            0 => break,
+            count => done += count,
+        }
+    }
+    Ok(bits)
+}
+
+fn write(memory: &OwnedFd, mut bits: &[u8], mut at: u64) -> Result<(), Errno> {
+    while !bits.is_empty() {
+        let count = match pwrite(memory, bits, at)? {
+            0 => return Err(Errno::IO),
+            count => count,
+        };
+        (bits, at) = (&bits[count..], at + count as u64);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{read, Notes};
+    use proptest::prelude::*;
+    use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+    use std::os::fd::OwnedFd;
+
+    const UNIT: u64 = 4096;
+
+    fn memory(bytes: u64) -> OwnedFd {
+        let memory = memfd_create("notes", MemfdFlags::CLOEXEC).expect("memory");
+        ftruncate(&memory, bytes).expect("truncate");
+        memory
+    }
+
+    fn notes(memory: &OwnedFd) -> Notes {
+        Notes::new(memory.try_clone().expect("dup"), UNIT).expect("notes")
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for unit in [0, 1, 4097] {
+            assert!(Notes::new(memory(8), unit).is_err(), "{unit}");
+        }
+        assert!(Notes::new(memory(super::LARGEST + 1), UNIT).is_err());
+    }
+
+    proptest! {
+        /// Of any writes, over deaths, exactly those units have a bit that were touched, and only where there is one.
+        #[test]
+        fn each_unit_that_is_touched_has_its_bit(
+            writes in prop::collection::vec((0u64..200 * UNIT, 0u64..9 * UNIT, any::<bool>()), 0..40),
+            bytes in 0u64..24,
+        ) {
+            let memory = memory(bytes);
+            let mut now = notes(&memory);
+            let mut wanted = vec![0u8; usize::try_from(bytes).expect("small")];
+            for (offset, len, dies) in writes {
+                if dies {
+                    now = notes(&memory);
+                }
+                now.add(offset, len).expect("a note");
+                for at in offset..offset + len {
+                    let unit = at / UNIT;
+                    if let Some(byte) = wanted.get_mut(usize::try_from(unit / 8).expect("small")) {
+                        *byte |= 1 << (unit % 8);
+                    }
+                }
+                let found = read(&memory, wanted.len()).expect("read");
+                prop_assert_eq!(&found, &wanted);
+            }
+        }
+    }
+}

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where a guest writes is noted, over deaths of its process.
+
+mod common;
+
+use common::guest::{Guest, Step};
+use common::images::{answered, file, steps, Folder, SIZE};
+use common::{needs, Image, Process};
+use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
+use control::{Channel, Code, Failure};
+use ring::tap::shadow::Op;
+use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+use rustix::io::pread;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
+use tapdev::fake::Fake;
+
+/// Bytes that are told apart.
+const UNIT: u64 = 4096;
+
+/// The memory of a mark, which outlives processes.
+struct Map(OwnedFd);
+
+impl Map {
+    fn new() -> Self {
+        let memory = memfd_create("map", MemfdFlags::CLOEXEC).expect("memory");
+        ftruncate(&memory, SIZE.div_ceil(UNIT).div_ceil(8)).expect("truncate");
+        Self(memory)
+    }
+
+    /// The units that are noted.
+    fn units(&self) -> Vec<u64> {
+        let mut bits = vec![0; 4096];
+        let count = pread(&self.0, &mut bits, 0).expect("read");
+        let is_set = |unit: &u64| bits[..count][(unit / 8) as usize] & 1 << (unit % 8) != 0;
+        (0..SIZE.div_ceil(UNIT)).filter(is_set).collect()
+    }
+
+    /// From now on a process notes here.
+    fn given_to(&self, process: &mut Process) {
+        let question = Request::Note { unit: Some(UNIT) };
+        let reply = process.ask_with(question, self.0.as_fd());
+        assert_eq!(reply, Ok(Reply::Done));
+    }
+}
+
+/// A raw image in a folder.
+struct Raw(PathBuf);
+
+impl Raw {
+    fn open(&self, notes: Option<u64>) -> Open {
+        let target = format!("aio:{}", self.0.display());
+        Open {
+            may_ask: true,
+            notes,
+            ..Open::new(target.parse().expect("a target"))
+        }
+    }
+
+    /// A process that serves it, and notes in a map if there is one.
+    fn start(&self, fake: &Fake, map: Option<&Map>) -> Process {
+        let mut process = Process::start(fake);
+        let question = Request::Open(self.open(map.map(|_| UNIT)));
+        let image = file(&self.0, true);
+        let give = |channel: &mut Channel| give(channel, map);
+        let reply = process.ask_and_give(question, image.as_fd(), give);
+        match reply {
+            Ok(Reply::Disk(disk)) => assert_eq!(disk.notes, map.is_some()),
+            other => panic!("{other:?}"),
+        }
+        process
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        fs::read(&self.0).expect("read")
+    }
+}
+
+/// Answers what a process asks for when it opens the image: what it could leave to the next one it does without.
+fn give(channel: &mut Channel, map: Option<&Map>) {
+    let mut known = 0;
+    for _ in 0..1 + usize::from(map.is_some()) {
+        let all = needs(channel, known);
+        let need = all.first().expect("a need");
+        known = need.number;
+        let map = map.filter(|_| need.what == Needed::Notes);
+        let provided = match map {
+            Some(_) => Provided::Shared,
+            None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
+        };
+        let number = need.number;
+        let question = Request::Provide { number, provided };
+        let fds: Vec<_> = map.iter().map(|map| map.0.as_fd()).collect();
+        assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
+    }
+}
+
+/// Units in which two states of an image differ.
+fn differ(one: &[u8], other: &[u8]) -> Vec<u64> {
+    let pairs = one.chunks(UNIT as usize).zip(other.chunks(UNIT as usize));
+    let pairs = (0..).zip(pairs);
+    pairs
+        .filter(|(_, (a, b))| a != b)
+        .map(|(unit, _)| unit)
+        .collect()
+}
+
+/// Units that a guest writes with these steps.
+fn touched(steps: &[Step]) -> Vec<u64> {
+    let mut units: Vec<u64> = Vec::new();
+    for step in steps {
+        let (at, sectors) = match *step {
+            Step::Write(at, len, ..) => (at, len as u64 / 512),
+            Step::Zeroes(at, sectors) => (at, sectors),
+            _ => continue,
+        };
+        units.extend(at * 512 / UNIT..=((at + sectors) * 512 - 1) / UNIT);
+    }
+    units.sort_unstable();
+    units.dedup();
+    units
+}
+
+#[test]
+fn nothing_changes_that_is_not_noted() {
+    let Some(folder) = Folder::new("nothing_changes") else {
+        return;
+    };
+    let model = folder.raw("a.img", 5);
+    let image = Raw(folder.path("a.img"));
+    let fake = Fake::new(16).expect("a node");
+    let mut process = image.start(&fake, None);
+    let mut guest = Guest::new(&fake, model, 8);
+    let maps = [Map::new(), Map::new()];
+    let mut states: Vec<Vec<u8>> = Vec::new();
+    let steps = steps();
+    for (number, step) in steps.iter().enumerate() {
+        // Requests are under way at these moments.
+        if number % 60 == 40 && states.len() < maps.len() {
+            maps[states.len()].given_to(&mut process);
+            states.push(image.bytes());
+        }
+        if matches!(step, Step::Kill) {
+            process.kill();
+            process = image.start(&fake, states.len().checked_sub(1).map(|last| &maps[last]));
+        }
+        guest.send(step);
+    }
+    guest.finish();
+    process.exit();
+    let end = image.bytes();
+    assert!(end == guest.model);
+    let [first, second] = maps.map(|map| map.units());
+    let known = |units: &[u64], unit: &u64| units.binary_search(unit).is_ok();
+    for unit in differ(&states[0], &end) {
+        assert!(known(&first, &unit) || known(&second, &unit), "unit {unit}");
+    }
+    for unit in differ(&states[1], &end) {
+        assert!(known(&second, &unit), "unit {unit} since the second");
+    }
+    // Not more than can be: at most eight requests were under way when the first mark was set.
+    let (before, between) = (touched(&steps[32..100]), touched(&steps[32..]));
+    assert!(first.iter().all(|unit| known(&before, unit)), "{first:?}");
+    assert!(
+        second.iter().all(|unit| known(&between, unit)),
+        "{second:?}"
+    );
+    assert!(!first.is_empty() && first.len() < 1000 && !second.is_empty());
+}
+
+#[test]
+fn notes_end_and_are_refused_without_a_map() {
+    let Some(folder) = Folder::new("notes_end") else {
+        return;
+    };
+    folder.raw("a.img", 5);
+    let image = Raw(folder.path("a.img"));
+    let fake = Fake::new(16).expect("a node");
+    let map = Map::new();
+    let mut process = image.start(&fake, Some(&map));
+    answered(&fake, Op::Write, 8, &[7; 512]);
+    assert_eq!(map.units(), [1]);
+    let alone = process.ask(Request::Note { unit: Some(UNIT) }, None);
+    assert_eq!(alone.expect_err("no map").code, Code::Invalid);
+    assert_eq!(
+        process.ask(Request::Note { unit: None }, None),
+        Ok(Reply::Done)
+    );
+    answered(&fake, Op::Write, 16, &[7; 512]);
+    assert_eq!(map.units(), [1]);
+    process.exit();
+    // Nobody writes what nobody notes.
+    let mut process = Process::start(&fake);
+    let question = Request::Open(image.open(Some(UNIT)));
+    let refuse = |channel: &mut Channel| {
+        for _ in 0..2 {
+            let known = needs(channel, 0)[0].number;
+            let provided = Provided::Refused(Failure::new(Code::Denied, "no"));
+            let question = Request::Provide {
+                number: known,
+                provided,
+            };
+            assert_eq!(channel.ask(&question, &[]), Ok(Reply::Done));
+        }
+    };
+    let opened = process.ask_and_give(question, file(&image.0, true).as_fd(), refuse);
+    assert_eq!(opened.expect_err("refused").code, Code::Denied);
+    process.exit();
+}
+
+/// The kernel would write without a note.
+#[test]
+fn the_kernel_writes_nothing_by_itself_meanwhile() {
+    let (fake, image) = (Fake::new(16).expect("a node"), Image::new(common::SIZE));
+    fake.back(1);
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    fake.wait_for_map_ops(2);
+    let map = Map::new();
+    map.given_to(&mut process);
+    answered(&fake, Op::Write, 0, &[7; 512]);
+    let ops: Vec<u8> = fake.map_ops().iter().map(|op| op.op).collect();
+    assert_eq!(ops, [MAP_SET, MAP_FLUSH, MAP_RECALL]);
+    assert_eq!(
+        process.ask(Request::Note { unit: None }, None),
+        Ok(Reply::Done)
+    );
+    fake.wait_for_map_ops(5);
+    process.exit();
+}
