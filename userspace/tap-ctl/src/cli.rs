@@ -238,6 +238,13 @@ pub(crate) enum Verb {
     /// Say whether this host has what serving disks needs, and what to do if not. The exit status is 0 if
     /// all is well, 1 if somebody should look at something, 2 if disks cannot be served
     Doctor,
+    /// Print what somebody needs who is to say what is wrong with this host: what doctor and status say, all disks with what
+    /// they have counted and what is written down of them, the driver's parameters, Xen's view, and the kernel's and
+    /// blktapctrl's messages
+    ///
+    /// It names disks, images, guests and this host, and holds nothing of what is on the disks. Nothing is changed. What
+    /// hangs is waited for no longer than 20 seconds.
+    Report(Report),
     /// Print what all disks have counted for Prometheus, those of the kernel (phy) too
     ///
     /// xentap-metrics.timer writes it for the textfile collector of node_exporter: nothing listens for it. Alerts and a
@@ -749,6 +756,16 @@ pub(crate) struct Status {
     /// Show the figures behind each verdict, and what no counter tells
     #[arg(short = 'x', long)]
     pub(crate) extended: bool,
+    #[command(flatten)]
+    pub(crate) watch: Watch,
+}
+
+/// What is wrong with this host.
+#[derive(Debug, Args)]
+pub(crate) struct Report {
+    /// Write to this new file instead, which nobody but you may read
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) watch: Watch,
 }

@@ -12,6 +12,7 @@ mod jobs;
 mod lease;
 mod look;
 mod metrics;
+mod report;
 mod show;
 mod status;
 mod time;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Verb::Mirror(asked) => jobs::mirror(&cli, asked, false),
         Verb::Commit(asked) => jobs::mirror(&cli, asked, true),
         Verb::Dirty(asked) => dirty::run(&cli, asked),
+        Verb::Report(asked) => report::run(&cli, asked),
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
@@ -311,6 +313,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Forget { minor } => Request::Forget { minor: *minor },
         Verb::Status(_)
         | Verb::Doctor
+        | Verb::Report(_)
         | Verb::Metrics(_)
         | Verb::Top(_)
         | Verb::Events(_)

@@ -76,6 +76,23 @@ fn write(device: &str, vbd: &Vbd) -> Result<Child> {
     Ok(child)
 }
 
+/// What is collected for who is to help does not wait for a disk that hangs, and names it.
+fn report(served: &tap::Served) -> Result<()> {
+    let words = ["tap-ctl", "report", "--hung", HUNG];
+    let told = sh::run_for(&words, LIMIT)?;
+    for wanted in [
+        "dmsetup resume vmtest-slow",
+        "/sys/module/xen_blkback_rs/parameters/max_queues",
+        "xen_version",
+        "backend/vbd/0/",
+        &format!("== blktapctrl: statistics of disk {}", served.minor),
+        &format!("== /run/xentap/disks/{}.json", served.minor),
+    ] {
+        ensure!(told.contains(wanted), "`{wanted}` is not in {told}");
+    }
+    Ok(())
+}
+
 fn status(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let below = context.null_blk(16, &[])?;
@@ -131,6 +148,8 @@ fn status(context: &mut Context) -> Result<()> {
             "`{line}` is not in {metrics}"
         );
     }
+
+    report(&served)?;
 
     storage.resume()?;
     ensure!(writer.wait()?.success(), "the write failed that had hung");

@@ -107,6 +107,11 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
     Ok(ExitCode::from(report.grade.exit_code()))
 }
 
+/// What was found, as people read it.
+pub(crate) fn told(cli: &Cli) -> String {
+    text(&report(&Host::at(&cli.root), || ask(&cli.socket)))
+}
+
 /// Who blktapctrl is.
 fn ask(socket: &Path) -> Result<String, Failure> {
     let mut channel = Channel::connect(socket)?;

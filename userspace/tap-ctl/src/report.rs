@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl report`: what somebody needs who is to say what is wrong with this host, in one text.
+//!
+//! Nothing waits for something that hangs: programs have a limit, and what cannot be had is said in its place.
+
+use crate::host::Host;
+use crate::status::Watch;
+use crate::time::utc;
+use crate::{cli, doctor, Cli, Error};
+use control::supervisor::{Filter, Reply, Request, Which};
+use control::{Channel, Failure};
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Seconds that a program may take.
+const LIMIT: &str = "20";
+/// How long blktapctrl may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What it begins with.
+const HEAD: &str = "\
+This is what tap-ctl report has found. It names disks, images, guests and this host, and holds nothing of what is on the
+disks. Read it before you give it to others.
+";
+
+/// Files of the host, with all that is in a folder.
+const FILES: &[&str] = &[
+    "/proc/sys/kernel/osrelease",
+    "/proc/cmdline",
+    "/proc/meminfo",
+    "/proc/loadavg",
+    "/proc/pressure/io",
+    "/proc/pressure/memory",
+    "/proc/pressure/cpu",
+    "/sys/hypervisor/type",
+    "/sys/hypervisor/version",
+    "/sys/module/xen_blkback_rs/version",
+    "/sys/module/xen_blkback_rs/parameters",
+    "/sys/module/xen_blkback/parameters",
+    "/etc/modprobe.d/xen-blkback-rs.conf",
+    "/etc/default/xentap",
+    "/run/xentap/disks",
+];
+
+/// Programs that know more, and what is asked of them.
+const PROGRAMS: &[&[&str]] = &[
+    &["xl", "info"],
+    &["xl", "list", "-v"],
+    &["xenstore-ls", "-f", "backend/vbd"],
+    &["xenstore-ls", "-f", "backend/vbd3"],
+    &["lsblk", "-t"],
+    &["losetup", "--list"],
+    &[
+        "journalctl",
+        "--no-pager",
+        "-b",
+        "-n",
+        "2000",
+        "-u",
+        "blktapctrl",
+    ],
+    &["journalctl", "--no-pager", "-b", "-n", "2000", "-k"],
+];
+
+/// Writes it, and says what is looked at meanwhile.
+pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
+    let mut parts = Parts {
+        to: String::from(HEAD),
+        tells: true,
+    };
+    let host = Host::at(&cli.root);
+    parts.add("tap-ctl", || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let ms = now.unwrap_or(Duration::ZERO).as_millis();
+        let now = utc(u64::try_from(ms).unwrap_or(u64::MAX));
+        format!("tap-ctl {} at {now}", env!("CARGO_PKG_VERSION"))
+    });
+    parts.add("tap-ctl doctor", || doctor::told(cli));
+    parts.add("tap-ctl status --json", || {
+        let watch = Watch::new(cli, &asked.watch);
+        let (before, now) = watch.looks();
+        json(&watch.report(&before, &now))
+    });
+    supervisor(&mut parts, &cli.socket);
+    files(&mut parts, &host);
+    // What they say is of the host that runs, wherever its files were looked for.
+    if cli.root == Path::new("/") {
+        for words in PROGRAMS {
+            parts.add(&words.join(" "), || program(words));
+        }
+    }
+    match &asked.output {
+        None => Ok(io::stdout().write_all(parts.to.as_bytes())?),
+        Some(path) => {
+            // Others need not know what this host serves.
+            let mut options = File::options();
+            let file = options.write(true).create_new(true).mode(0o600).open(path);
+            let written = file.and_then(|mut file| file.write_all(parts.to.as_bytes()));
+            written.map_err(|error| {
+                Failure::system(format!("cannot write {}", path.display()), &error)
+            })?;
+            Ok(writeln!(
+                io::stderr(),
+                "tap-ctl: written to {}",
+                path.display()
+            )?)
+        }
+    }
+}
+
+/// What has been found.
+struct Parts {
+    to: String,
+    /// For people who wait.
+    tells: bool,
+}
+
+impl Parts {
+    fn add(&mut self, title: &str, look: impl FnOnce() -> String) {
+        if self.tells {
+            eprintln!("tap-ctl: {title}");
+        }
+        // Writing to a string cannot fail.
+        let _ = write!(self.to, "\n== {title}\n{}\n", look().trim_end());
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_else(|error| error.to_string())
+}
+
+/// What blktapctrl says of itself and of all disks.
+fn supervisor(parts: &mut Parts, socket: &Path) {
+    let ask = |request: Request| -> Result<Reply, Failure> {
+        let mut channel = Channel::connect(socket)?;
+        channel.set_timeout(Some(PATIENCE))?;
+        channel.ask(request, &[])
+    };
+    let told = |answer: Result<Reply, Failure>| {
+        answer.map_or_else(|no| no.to_string(), |reply| json(&reply))
+    };
+    parts.add("blktapctrl", || told(ask(Request::Ping)));
+    let disks = ask(Request::List(Filter::default()));
+    let minors: Vec<u32> = match &disks {
+        Ok(Reply::Disks { disks }) => disks.iter().filter_map(|disk| disk.minor).collect(),
+        _ => Vec::new(),
+    };
+    parts.add("blktapctrl: disks", || told(disks));
+    for minor in minors {
+        let which = || Which {
+            minor: Some(minor),
+            ..Which::default()
+        };
+        parts.add(&format!("blktapctrl: statistics of disk {minor}"), || {
+            told(ask(Request::Stats(which())))
+        });
+        parts.add(&format!("blktapctrl: marks of disk {minor}"), || {
+            told(ask(Request::Marks(which())))
+        });
+    }
+}
+
+fn files(parts: &mut Parts, host: &Host) {
+    for path in FILES {
+        let here = host.path(path);
+        if !here.is_dir() {
+            parts.add(path, || {
+                host.optional(&here)
+                    .unwrap_or_else(|| "it is not there".into())
+            });
+            continue;
+        }
+        for name in host.names(&here) {
+            let text = || host.optional(&here.join(&name)).unwrap_or_default();
+            parts.add(&format!("{path}/{name}"), text);
+        }
+    }
+    let unread = host.take_unread();
+    if !unread.is_empty() {
+        parts.add("what could not be read", || json(&unread));
+    }
+}
+
+/// What a program says, whatever that is.
+fn program(words: &[&str]) -> String {
+    // Of the coreutils, which every host has; it ends what hangs.
+    let said = Command::new("timeout")
+        .args(["-k", "5", LIMIT])
+        .args(words)
+        .output();
+    match said {
+        Ok(said) => {
+            let (text, errors) = (
+                String::from_utf8_lossy(&said.stdout),
+                String::from_utf8_lossy(&said.stderr),
+            );
+            let end = if said.status.success() {
+                String::new()
+            } else {
+                format!("\n{}", said.status)
+            };
+            format!("{text}{errors}{end}")
+        }
+        Err(error) => format!("cannot run {}: {error}", words[0]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{files, program, supervisor, Parts, FILES, HEAD};
+    use crate::host::made::Made;
+    use std::path::Path;
+
+    fn parts() -> Parts {
+        Parts {
+            to: String::from(HEAD),
+            tells: false,
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_told_and_what_is_not_too() {
+        let made = Made::new();
+        made.file("/proc/sys/kernel/osrelease", "7.3-amd64\n");
+        made.file("/sys/module/xen_blkback_rs/parameters/max_queues", "4\n");
+        made.file("/run/xentap/disks/0.json", "{\"minor\":0}\n");
+        let mut found = parts();
+        files(&mut found, &made.host());
+        for wanted in [
+            "== /proc/sys/kernel/osrelease\n7.3-amd64\n",
+            "== /sys/module/xen_blkback_rs/parameters/max_queues\n4\n",
+            "== /run/xentap/disks/0.json\n{\"minor\":0}\n",
+            "== /proc/cmdline\nit is not there\n",
+        ] {
+            assert!(found.to.contains(wanted), "{wanted} of {}", found.to);
+        }
+        assert!(FILES.iter().all(|path| path.starts_with('/')));
+    }
+
+    /// A host on which nothing answers is the one of which somebody wants to know.
+    #[test]
+    fn what_does_not_answer_is_told_in_its_place() {
+        let mut found = parts();
+        supervisor(&mut found, Path::new("/nowhere/control.sock"));
+        assert!(found.to.contains("== blktapctrl\n"), "{}", found.to);
+        assert!(found.to.contains("/nowhere/control.sock"), "{}", found.to);
+        assert!(program(&["false"]).contains("exit status: 1"));
+        assert!(program(&["no-such-program-here"]).contains("no-such-program-here"));
+        assert_eq!(program(&["echo", "hello"]).trim(), "hello");
+    }
+}
