@@ -53,6 +53,7 @@ const PROGRAMS: &[&[&str]] = &[
     &["xl", "list", "-v"],
     &["xenstore-ls", "-f", "backend/vbd"],
     &["xenstore-ls", "-f", "backend/vbd3"],
+    &["dmesg"],
     &["lsblk", "-t"],
     &["losetup", "--list"],
     &[

@@ -82,7 +82,7 @@ fn report(served: &tap::Served) -> Result<()> {
     let told = sh::run_for(&words, LIMIT)?;
     for wanted in [
         "dmsetup resume vmtest-slow",
-        "/sys/module/xen_blkback_rs/parameters/max_queues",
+        "/sys/module/xen_blkback_rs/parameters/host_memory_mib",
         "xen_version",
         "backend/vbd/0/",
         &format!("== blktapctrl: statistics of disk {}", served.minor),

@@ -135,7 +135,7 @@ pub(super) fn sum(path: &str) -> Result<String> {
 }
 
 /// What QEMU reads of an image, as a raw one.
-pub(super) fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
+fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
     let raw = image(context, name, 1)?;
     let convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw"];
     sh::run_for(&[&convert[..], &[path, &raw]].concat(), LIMIT)?;
