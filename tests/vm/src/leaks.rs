@@ -95,7 +95,7 @@ fn backend_keys() -> Result<u64> {
 /// Everything of disks that is left below the run-time folder of the tap: sockets and records.
 fn tap_files() -> Result<u64> {
     let mut count = 0;
-    for folder in ["tapdisk", "nbd", "disks"] {
+    for folder in ["tapdisk", "nbd", "disks", "notes"] {
         match std::fs::read_dir(format!("/run/xentap/{folder}")) {
             Ok(entries) => count += entries.count() as u64,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => (),

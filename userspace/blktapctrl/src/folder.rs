@@ -27,6 +27,7 @@ impl Folder {
             ("nbd", 0o711),
             ("disks", 0o700),
             ("ram", 0o700),
+            ("notes", 0o700),
         ] {
             let place = folder.root.join(name);
             let made = DirBuilder::new().recursive(true).mode(mode).create(&place);
@@ -111,10 +112,16 @@ impl Folder {
         self.memory().join(format!("{minor}.cow"))
     }
 
+    /// The folder of where guests have written.
+    #[must_use]
+    pub fn notes(&self) -> PathBuf {
+        self.root.join("notes")
+    }
+
     /// Where the guest of a disk has written since its mark of this number.
     #[must_use]
     pub fn notes_of(&self, minor: u32, number: u64) -> PathBuf {
-        self.memory().join(format!("{minor}.{number}.notes"))
+        self.notes().join(format!("{minor}.{number}.map"))
     }
 
     /// The folder of the records.

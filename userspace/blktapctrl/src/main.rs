@@ -117,7 +117,7 @@ async fn run(cli: &Cli) -> Result<()> {
     let place = cli.folder.display();
     let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
-    if let Err(error) = memory::mount_folder(&folder) {
+    if let Err(error) = memory::mount_folders(&folder) {
         let place = folder.memory();
         tracing::warn!(
             "disks of memory are in {} itself, because nothing can be mounted there: {error}",

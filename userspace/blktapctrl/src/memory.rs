@@ -6,25 +6,31 @@ use crate::folder::{self, Folder};
 use crate::notes;
 use control::{Code, Failure, Target};
 use rustix::mount::{mount, MountFlags};
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Mounts the file system, unless an earlier supervisor did. Its limit is tmpfs' own, half of dom0's
-/// memory: without room a guest waits, and dom0 lives.
+/// Mounts the file systems, unless an earlier supervisor did: one for the memory of disks, and one for where guests have
+/// written, so that neither takes the room of the other. The limit of the first one is tmpfs' own, half of dom0's memory:
+/// without room a guest waits, and dom0 lives.
 ///
 /// # Errors
 /// The system refuses to.
-pub fn mount_folder(folder: &Folder) -> io::Result<()> {
-    let place = folder.memory();
-    let above = place.parent().unwrap_or(&place);
-    if fs::metadata(&place)?.dev() != fs::metadata(above)?.dev() {
+pub fn mount_folders(folder: &Folder) -> io::Result<()> {
+    mount_at(&folder.memory(), c"mode=0700")?;
+    mount_at(&folder.notes(), c"mode=0700,size=10%")
+}
+
+fn mount_at(place: &Path, options: &CStr) -> io::Result<()> {
+    let above = place.parent().unwrap_or(place);
+    if fs::metadata(place)?.dev() != fs::metadata(above)?.dev() {
         return Ok(());
     }
     let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
-    Ok(mount("xentap", &place, "tmpfs", flags, c"mode=0700")?)
+    Ok(mount("xentap", place, "tmpfs", flags, options)?)
 }
 
 /// Makes the memory that a disk of this target needs, if it needs some, or keeps what it has. That of a `ram:` disk is

@@ -6,7 +6,7 @@
 //! else. What is not there of a map counts as written.
 
 use crate::folder::{self, Folder};
-use control::{Changed, Extent, Failure};
+use control::{Extent, Failure};
 use rustix::fs::{fallocate, FallocateFlags};
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,8 +16,11 @@ use std::path::{Path, PathBuf};
 
 /// Bytes of the disk that are told apart, unless that makes the map too large.
 const UNIT: u64 = 64 << 10;
-/// Bytes of the map of a disk as it is when its first mark is set.
+/// Bytes of the map of a disk when its first mark is set.
 const LARGEST: u64 = 1 << 20;
+/// Bytes of any map: what is behind them counts as written. A process says how large a disk is, and could make its map
+/// larger.
+const MOST: u64 = 4 << 20;
 /// Parts in an answer.
 const PARTS: usize = 8192;
 
@@ -41,6 +44,11 @@ fn bytes(size: u64, unit: u64) -> u64 {
 /// # Errors
 /// The system refuses to.
 pub fn make(path: &Path, size: u64, unit: u64) -> Result<(), Failure> {
+    if bytes(size, unit) > MOST {
+        return Err(Failure::invalid(format!(
+            "a disk of {size} bytes has too many parts of {unit}: forget all of its marks, and the next one has larger parts"
+        )));
+    }
     let made = || -> io::Result<()> {
         let mut options = File::options();
         let file = options
@@ -81,7 +89,7 @@ pub fn open(path: &Path) -> Result<OwnedFd, Failure> {
 /// # Errors
 /// The system refuses to.
 pub fn remove_all(folder: &Folder, minor: u32) -> io::Result<()> {
-    for path in folder::files(&folder.memory(), "notes")? {
+    for path in folder::files(&folder.notes(), "map")? {
         let name = path.file_name().and_then(|name| name.to_str());
         if name.is_some_and(|name| name.starts_with(&format!("{minor}."))) {
             folder::remove(&path)?;
@@ -99,11 +107,11 @@ fn unread(path: &Path, error: &io::Error) -> Failure {
 }
 
 /// What is in a map, no more than belongs there.
-fn read(path: &Path, size: u64, unit: u64) -> Result<Vec<u8>, Failure> {
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     let mut bits = Vec::new();
     let file = File::open(path).map_err(|error| unread(path, &error))?;
-    let wanted = file.take(bytes(size, unit)).read_to_end(&mut bits);
-    wanted.map_err(|error| unread(path, &error))?;
+    let read = file.take(MOST).read_to_end(&mut bits);
+    read.map_err(|error| unread(path, &error))?;
     Ok(bits)
 }
 
@@ -111,15 +119,13 @@ fn read(path: &Path, size: u64, unit: u64) -> Result<Vec<u8>, Failure> {
 ///
 /// # Errors
 /// One of them cannot be read or written.
-pub fn merge(from: &Path, into: &Path, size: u64, unit: u64) -> Result<(), Failure> {
-    let (newer, mut older) = (read(from, size, unit)?, read(into, size, unit)?);
+pub fn merge(from: &Path, into: &Path) -> Result<(), Failure> {
+    let (newer, mut older) = (read(from)?, read(into)?);
     for (at, byte) in older.iter_mut().enumerate() {
         *byte |= newer.get(at).copied().unwrap_or(u8::MAX);
     }
-    let written = File::options()
-        .write(true)
-        .open(into)
-        .and_then(|file| file.write_all_at(&older, 0));
+    let file = File::options().write(true).open(into);
+    let written = file.and_then(|file| file.write_all_at(&older, 0));
     written.map_err(|error| {
         let what = format!(
             "cannot write where the guest has written ({})",
@@ -129,53 +135,56 @@ pub fn merge(from: &Path, into: &Path, size: u64, unit: u64) -> Result<(), Failu
     })
 }
 
-/// What one of the maps says of a disk from a place on.
+/// What one of the maps says of a disk of `size` bytes from a place on, each with the bytes that the disk had when it was
+/// made: the parts, and from where on there are more.
 ///
 /// # Errors
 /// One of them cannot be read.
-pub fn look(maps: &[PathBuf], size: u64, unit: u64, from: u64) -> Result<Changed, Failure> {
-    let maps = maps.iter().map(|path| read(path, size, unit));
-    let maps = maps.collect::<Result<Vec<_>, _>>()?;
-    // Of no map it says nothing.
-    let length = maps.iter().map(Vec::len).min().unwrap_or(0);
-    let byte = |at: usize| match at < length {
-        true => maps.iter().fold(0, |all, map| all | map[at]),
-        false => u8::MAX,
+pub fn look(
+    maps: &[(PathBuf, u64)],
+    size: u64,
+    unit: u64,
+    from: u64,
+) -> Result<(Vec<Extent>, Option<u64>), Failure> {
+    let found = maps.iter().map(|(path, _)| read(path));
+    let found = found.collect::<Result<Vec<_>, _>>()?;
+    let known = known(maps, &found, size, unit);
+    let is_set = |number: u64| {
+        let place = usize::try_from(number / 8).unwrap_or(usize::MAX);
+        let mut bytes = found.iter().map(|map| map.get(place));
+        bytes.any(|byte| byte.is_none_or(|byte| byte & 1 << (number % 8) != 0))
     };
     let mut extents: Vec<Extent> = Vec::new();
-    let mut number = from / unit;
-    while number * unit < size {
-        let place = usize::try_from(number / 8).unwrap_or(usize::MAX);
-        let found = byte(place);
-        if found == 0 {
-            number = (number / 8 + 1) * 8;
-            continue;
-        }
-        if place >= length {
-            // Nothing is known of the rest.
-            add(&mut extents, number * unit, size - number * unit);
-            break;
-        }
-        if found & 1 << (number % 8) != 0 {
+    for number in from / unit..known {
+        if is_set(number) {
             let offset = number * unit;
             add(&mut extents, offset, unit.min(size - offset));
         }
         if extents.len() > PARTS {
             extents.pop();
             let next = extents.last().map(|last| last.offset + last.length);
-            return Ok(Changed {
-                size,
-                extents,
-                next,
-            });
+            return Ok((extents, next));
         }
-        number += 1;
     }
-    Ok(Changed {
-        size,
-        extents,
-        next: None,
-    })
+    let rest = known.saturating_mul(unit).max(from);
+    if rest < size {
+        add(&mut extents, rest, size - rest);
+    }
+    Ok((extents, None))
+}
+
+/// Units of the disk of which all maps say something.
+fn known(maps: &[(PathBuf, u64)], found: &[Vec<u8>], size: u64, unit: u64) -> u64 {
+    let all = maps.iter().zip(found).map(|((_, was), map)| {
+        // What is behind an end that was in the middle of a unit is not in that unit's bit.
+        let units = if *was >= size {
+            size.div_ceil(unit)
+        } else {
+            was / unit
+        };
+        units.min(map.len() as u64 * 8)
+    });
+    all.min().unwrap_or(0)
 }
 
 /// Adds a part, to the last one if it follows on that.
@@ -188,7 +197,7 @@ fn add(extents: &mut Vec<Extent>, offset: u64, length: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::{bytes, look, make, merge, unit, LARGEST, PARTS, UNIT};
+    use super::{bytes, look, make, merge, unit, LARGEST, MOST, PARTS, UNIT};
     use control::Extent;
     use std::fs;
     use std::path::PathBuf;
@@ -218,18 +227,25 @@ mod tests {
         }
     }
 
+    /// What some maps say, all of which are of a disk of `was` bytes.
+    fn of(maps: &[&PathBuf], was: u64, size: u64, from: u64) -> Vec<Extent> {
+        let maps: Vec<_> = maps.iter().map(|path| ((*path).clone(), was)).collect();
+        let (extents, next) = look(&maps, size, UNIT, from).expect("maps");
+        assert_eq!(next, None);
+        extents
+    }
+
     #[test]
     fn all_maps_together_say_what_was_written() {
         let folder = folder("all");
-        let [older, newer] = ["0.1.notes", "0.2.notes"].map(|name| folder.join(name));
+        let [older, newer] = ["0.1.map", "0.2.map"].map(|name| folder.join(name));
         let size = 40 * UNIT + 512;
         for map in [&older, &newer] {
             make(map, size, UNIT).expect("a map");
             assert!(make(map, size, UNIT).is_err(), "there is one");
         }
-        let both = [older.clone(), newer.clone()];
-        let found = look(&both, size, UNIT, 0).expect("both");
-        assert!(found.extents.is_empty() && found.next.is_none());
+        let both = [&older, &newer];
+        assert!(of(&both, size, size, 0).is_empty());
         // The last unit is not whole.
         fs::write(&older, [0b1000_0001, 0, 0, 0, 0, 1]).expect("write");
         fs::write(&newer, [0b0000_0011, 0b0000_0001, 0, 0, 0, 0]).expect("write");
@@ -238,55 +254,72 @@ mod tests {
             offset: 40 * UNIT,
             length: 512,
         });
-        assert_eq!(look(&both, size, UNIT, 0).expect("both").extents, wanted);
-        assert_eq!(
-            look(&both[1..], size, UNIT, 0).expect("the newer").extents,
-            units(&[(0, 2), (8, 1)])
-        );
-        assert_eq!(
-            look(&both, size, UNIT, 7 * UNIT).expect("both").extents,
-            wanted[1..]
-        );
-        merge(&newer, &older, size, UNIT).expect("merge");
-        assert_eq!(
-            look(&both[..1], size, UNIT, 0).expect("one").extents,
-            wanted
-        );
+        assert_eq!(of(&both, size, size, 0), wanted);
+        assert_eq!(of(&both[1..], size, size, 0), units(&[(0, 2), (8, 1)]));
+        assert_eq!(of(&both, size, size, 7 * UNIT), wanted[1..]);
+        merge(&newer, &older).expect("merge");
+        assert_eq!(of(&both[..1], size, size, 0), wanted);
         fs::remove_dir_all(folder).expect("remove");
     }
 
-    /// A process may have made it shorter, or the disk has grown.
+    /// A process may have made it shorter, or the disk has grown, which may have an odd end.
     #[test]
-    fn what_is_not_there_counts_as_written() {
+    fn what_is_not_known_counts_as_written() {
         let folder = folder("short");
-        let [short, whole] = ["0.1.notes", "0.2.notes"].map(|name| folder.join(name));
+        let [short, whole] = ["0.1.map", "0.2.map"].map(|name| folder.join(name));
         fs::write(&short, [0b10]).expect("write");
         fs::write(&whole, [0, 0b1000_0000, 0]).expect("write");
         let size = 24 * UNIT;
-        let both = [short.clone(), whole.clone()];
-        let found = look(&both, size, UNIT, 0).expect("both").extents;
-        assert_eq!(found, units(&[(1, 1), (8, 16)]));
-        merge(&short, &whole, size, UNIT).expect("merge");
-        let found = look(&both[1..], size, UNIT, 0).expect("one").extents;
-        assert_eq!(found, units(&[(1, 1), (8, 16)]));
-        assert!(look(&[folder.join("none")], size, UNIT, 0).is_err());
+        assert_eq!(
+            of(&[&short, &whole], size, size, 0),
+            units(&[(1, 1), (8, 16)])
+        );
+        let grown = of(&[&whole], 17 * UNIT, size, 0);
+        assert_eq!(grown, units(&[(15, 1), (17, 7)]));
+        let odd = of(&[&whole], 17 * UNIT + 512, size, 0);
+        assert_eq!(odd, units(&[(15, 1), (17, 7)]));
+        assert_eq!(of(&[&whole], size, 9 * UNIT, 0), []);
+        merge(&short, &whole).expect("merge");
+        assert_eq!(of(&[&whole], size, size, 0), units(&[(1, 1), (8, 16)]));
+        let none = (folder.join("none"), size);
+        assert!(look(&[none], size, UNIT, 0).is_err());
+        let large = make(&folder.join("0.3.map"), u64::MAX, UNIT).expect_err("too large");
+        assert!(large.message.contains("forget all of its marks"), "{large}");
+        fs::remove_dir_all(folder).expect("remove");
+    }
+
+    /// Whatever a process says of the size, and has put into the map.
+    #[test]
+    fn no_size_and_no_map_is_too_large() {
+        let folder = folder("large");
+        let map = folder.join("0.1.map");
+        let file = fs::File::create(&map).expect("create");
+        file.set_len(1 << 40).expect("a hole");
+        let known = MOST * 8 * UNIT;
+        let found = of(&[&map], u64::MAX, u64::MAX, 0);
+        let rest = Extent {
+            offset: known,
+            length: u64::MAX - known,
+        };
+        assert_eq!(found, [rest]);
         fs::remove_dir_all(folder).expect("remove");
     }
 
     #[test]
     fn a_long_answer_is_in_pieces() {
         let folder = folder("long");
-        let map = folder.join("0.1.notes");
+        let map = folder.join("0.1.map");
         let count = PARTS as u64 + 100;
         fs::write(&map, vec![0b0101_0101; PARTS / 4 + 25]).expect("write");
-        let (maps, size) = ([map], 2 * count * UNIT);
+        let size = 2 * count * UNIT;
+        let maps = [(map, size)];
         let (mut from, mut all, mut answers) = (0, Vec::new(), 0);
         loop {
-            let found = look(&maps, size, UNIT, from).expect("the map");
-            assert!(found.extents.len() <= PARTS);
-            all.extend(found.extents);
+            let (extents, next) = look(&maps, size, UNIT, from).expect("the map");
+            assert!(extents.len() <= PARTS);
+            all.extend(extents);
             answers += 1;
-            match found.next {
+            match next {
                 Some(next) => from = next,
                 None => break,
             }

@@ -155,6 +155,8 @@ pub struct Noted {
     pub name: Option<MarkName>,
     /// In milliseconds since 1970.
     pub at_ms: u64,
+    /// Bytes of the disk by then.
+    pub size: u64,
     /// Bytes that are told apart.
     pub unit: u64,
     /// The disk's process has said that it notes there. Before that it is no mark.
@@ -599,6 +601,7 @@ mod tests {
             number: 1,
             name: "a".parse().ok(),
             at_ms: 5,
+            size: 1 << 20,
             unit: 65536,
             is_set: true,
         });

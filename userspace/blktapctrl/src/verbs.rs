@@ -31,6 +31,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             pid: std::process::id(),
             program: format!("blktapctrl {}", env!("CARGO_PKG_VERSION")),
             abi: tapdev::ABI_VERSION,
+            notes: true,
         })),
         Request::List(filter) => registry.rows(&filter).map(|disks| Reply::Disks { disks }),
         Request::Allocate(allocate) => {

@@ -77,6 +77,8 @@ pub struct Extent {
 /// What may be different from what it was at a mark, in ascending order, and apart from each other. The rest is not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changed {
+    /// Number of the mark: another one of the same name has another.
+    pub mark: u64,
     /// Bytes of the disk.
     pub size: u64,
     /// The parts.

@@ -478,6 +478,9 @@ pub struct Process {
     pub program: String,
     /// Version of the kernel's interface that it was made for.
     pub abi: u32,
+    /// It notes where the disk is written, if [`Open::notes`] says so. An older one does not know of that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub notes: bool,
 }
 
 /// A node, as the kernel describes it.
@@ -508,9 +511,6 @@ pub struct Disk {
     pub discard: bool,
     /// How I/O is done; never [`Engine::Auto`].
     pub engine: Engine,
-    /// Where it is written is noted, as [`Open::notes`] says. An older process does not know of that.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub notes: bool,
 }
 
 /// What is served.

@@ -200,8 +200,8 @@ pub(crate) enum Verb {
     /// --since prints a line for each part that may be different: its offset and its length, in bytes. It says rather too
     /// much than too little, and a part that it does not name is the same as it was at the mark. Marks outlive the disk's
     /// process and blktapctrl, snapshots, and a move to another image (mirror, commit). They are gone with the disk, with
-    /// the host, and when the disk goes on by tap-ctl unpause, because anybody may have written its image before that: without
-    /// its mark a copy takes all. With marks every request goes through the disk's process, and none is executed by the
+    /// the host, when the disk goes on by tap-ctl unpause, because anybody may have written its image before that, and when it
+    /// becomes smaller: events tell. Without its mark a copy takes all. With marks every request goes through the disk's process, and none is executed by the
     /// kernel alone.
     ///
     /// Without --mark, --since or --forget it lists the marks of the disk. For disks with the mode w.

@@ -53,6 +53,10 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Dirty) -> Result<(), Error> {
 fn rest(cli: &Cli, asked: &cli::Dirty, mut all: Changed) -> Result<Changed, Error> {
     while let (Some(from), Some(since)) = (all.next.take(), &asked.since) {
         match ask(cli, &since_from(named(&asked.which), since, from))? {
+            Reply::Changed(more) if more.mark != all.mark => {
+                let why = format!("the mark {since} was set anew in the middle of this: ask again");
+                return Err(Failure::new(Code::State, why).into());
+            }
             Reply::Changed(more) => {
                 all.extents.extend(more.extents);
                 (all.size, all.next) = (more.size, more.next);

@@ -776,6 +776,7 @@ fn process() -> Process {
         pid: std::process::id(),
         program: env!("CARGO_PKG_VERSION").to_string(),
         abi: tapdev::ABI_VERSION,
+        notes: true,
     }
 }
 

@@ -88,6 +88,5 @@ pub(crate) fn describe(shape: &Shape, open: &Open, engine: Engine) -> tapdisk::D
         read_only: open.read_only,
         discard: shape.discard.is_some(),
         engine,
-        notes: open.notes.is_some(),
     }
 }

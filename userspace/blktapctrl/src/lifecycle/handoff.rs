@@ -242,11 +242,12 @@ impl Lifecycle {
             kernel_holds: self.kernel_holds(disk)?,
             ..prepared.open.clone()
         };
+        self.check_marks(disk, process).await?;
         disk.record.borrow().rule(&mut open);
         let question = Request::Open(open);
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => {
-                self.notes_or_loses(disk, &serves);
+                self.note_size(disk, &serves);
                 Ok(serves)
             }
             reply => Err(unexpected(&reply)),

@@ -3,7 +3,8 @@
 //!
 //! Each mark has a [map](crate::notes) of what was written from then until the next one. It is on the record before the
 //! disk's process is asked to note there, so that each process after this one does; and it is set when the process says
-//! so, having finished what was under way. Whoever asks what has changed since a mark hears all maps from that one on.
+//! so, having finished what was under way. Who asks what has changed since a mark hears all maps from that one on, those
+//! of marks that were never set included: so it does not matter in which of them a process notes.
 //!
 //! A map says too much rather than too little. Where that cannot be had, the marks are gone, and a copy begins anew.
 
@@ -14,20 +15,24 @@ use crate::disk::Disk;
 use crate::folder;
 use crate::link::unexpected;
 use crate::notes;
-use crate::process::SOON;
+use crate::process::{Process, SOON};
 use crate::record::Noted;
 use control::supervisor::{Mode, What};
 use control::tapdisk::{self, Reply, Request};
 use control::{Changed, Code, Failure, Mark, MarkName, MAX_MARKS};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Maps that a disk has at most, those that nobody asks for any more included.
+const MAX_MAPS: usize = 2 * MAX_MARKS;
 
 impl Lifecycle {
     /// Sets a mark.
     ///
     /// # Errors
-    /// It cannot be; or it is not known whether it is, and the same question again finds out.
+    /// It cannot be; or it is not known whether it is, and then it is none: it is to be set once more.
     pub async fn mark(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -36,115 +41,72 @@ impl Lifecycle {
         let _turn = disk.turn().await?;
         self.finish_before(disk).await?;
         check_served(disk)?;
-        let is_pending = disk.record.borrow().marks.last().is_some_and(is_open);
-        self.settle_marks(disk).await?;
-        if let Some(found) = find(disk, &name) {
-            if is_pending && disk.record.borrow().marks.last() == Some(&found) {
-                return Ok(self.marks(disk));
-            }
-            return Err(Failure::new(
-                Code::Exists,
-                format!(
-                    "disk {} has a mark {name} already: choose another name, or take that one away with tap-ctl dirty \
-                     --forget {name}",
-                    disk.minor
-                ),
-            ));
+        let process = disk.serving()?;
+        if !process.introduce(SOON).await?.notes {
+            return Err(Failure::unsupported(format!(
+                "the process of disk {} is older, and does not note where the guest writes: let a new one have the disk \
+                 with tap-ctl handoff",
+                disk.minor
+            )));
         }
-        let wanted = self.next_mark(disk, name)?;
-        if disk.record.borrow().marks.is_empty() {
-            // What a supervisor that has ended may have left.
-            self.remove_maps(disk);
-        }
-        let path = self.registry.folder.notes_of(disk.minor, wanted.number);
-        notes::make(&path, size(disk)?, wanted.unit)?;
-        let added = |record: &mut crate::record::Record| record.marks.push(wanted);
-        if let Err(failure) = self.registry.change(disk, added) {
+        let wanted = next_mark(disk, name)?;
+        let path = self.map(disk, &wanted);
+        // What a supervisor has left that ended before it was on record.
+        self.remove_map(&path);
+        notes::make(&path, wanted.size, wanted.unit)?;
+        let number = wanted.number;
+        let added = self.registry.change(disk, |record| {
+            // Whoever has asked for those was told that they are none.
+            let open = record.marks.iter_mut().filter(|mark| !mark.is_set);
+            open.for_each(|mark| mark.name = None);
+            record.marks.push(wanted);
+        });
+        if let Err(failure) = added {
             self.remove_map(&path);
             return Err(failure);
         }
-        match self.settle_marks(disk).await {
-            Ok(()) => Ok(self.marks(disk)),
-            // The next question finds out.
-            Err(failure) if matches!(failure.code, Code::Gone | Code::Timeout) => Err(failure),
+        let map = self.open_notes(disk);
+        let asked = async { have_noted(disk, &process, Some(map?)).await };
+        match disk.unless_doomed(asked).await {
+            Ok(()) => {}
+            Err(failure) if matches!(failure.code, Code::Gone | Code::Timeout) => {
+                let minor = disk.minor;
+                return Err(Failure::new(
+                    Code::System,
+                    format!("it is not known whether disk {minor} has this mark, so it is none, set it again: {failure}"),
+                ));
+            }
             Err(failure) => {
                 // It notes where it did, or nowhere.
-                self.registry
-                    .change(disk, |record| drop(record.marks.pop()))?;
+                self.registry.change(disk, |record| {
+                    record.marks.retain(|mark| mark.number != number)
+                })?;
                 self.remove_map(&path);
-                Err(failure)
+                return Err(failure);
             }
         }
-    }
-
-    /// A mark that this disk may have.
-    fn next_mark(&self, disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
-        let record = disk.record.borrow();
-        let minor = disk.minor;
-        if record.mode != Mode::Write {
-            return Err(Failure::invalid(format!(
-                "disk {minor} has the mode {}: only of a disk that its guest alone writes is known what has changed",
-                record.mode
-            )));
-        }
-        if record.marks.len() >= MAX_MARKS {
-            return Err(Failure::new(
-                Code::State,
-                format!(
-                    "disk {minor} has {MAX_MARKS} marks, and no more are kept: take one away with tap-ctl dirty --forget"
-                ),
-            ));
-        }
-        let last = record.marks.last();
-        let unit = match last {
-            Some(last) => last.unit,
-            None => notes::unit(size(disk)?),
-        };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        Ok(Noted {
-            number: last.map_or(1, |last| last.number + 1),
-            name: Some(name),
-            at_ms: u64::try_from(now.unwrap_or(Duration::ZERO).as_millis()).unwrap_or(u64::MAX),
-            unit,
-            is_set: false,
-        })
-    }
-
-    /// Has the disk's process note in the last map, if it was not heard to. The caller has the turn.
-    async fn settle_marks(&self, disk: &Disk) -> Result<(), Failure> {
-        if !disk.record.borrow().marks.last().is_some_and(is_open) {
-            return Ok(());
-        }
-        let map = self.open_notes(disk)?;
-        disk.unless_doomed(self.have_noted(disk, Some(map))).await?;
         self.registry.change(disk, |record| {
             if let Some(last) = record.marks.last_mut() {
-                last.is_set = true;
+                (last.is_set, last.at_ms) = (true, now_ms());
             }
         })?;
-        self.tidy_marks(disk).await
+        self.tidy_marks(disk).await;
+        Ok(self.marks(disk))
+    }
+
+    /// The map of a mark.
+    fn map(&self, disk: &Disk, mark: &Noted) -> PathBuf {
+        self.registry.folder.notes_of(disk.minor, mark.number)
     }
 
     /// The map in which the disk's process is to note.
     pub(super) fn open_notes(&self, disk: &Disk) -> Result<OwnedFd, Failure> {
-        let number = disk.record.borrow().marks.last().map(|mark| mark.number);
-        let number = number.ok_or_else(|| {
+        let last = disk.record.borrow().marks.last().cloned();
+        let last = last.ok_or_else(|| {
             let why = format!("disk {} has no mark", disk.minor);
             Failure::new(Code::NotFound, why)
         })?;
-        notes::open(&self.registry.folder.notes_of(disk.minor, number))
-    }
-
-    async fn have_noted(&self, disk: &Disk, map: Option<OwnedFd>) -> Result<(), Failure> {
-        let unit = disk.record.borrow().marks.last().map(|mark| mark.unit);
-        let question = Request::Note {
-            unit: unit.filter(|_| map.is_some()),
-        };
-        let fds: Vec<_> = map.iter().map(AsFd::as_fd).collect();
-        match disk.serving()?.ask(&question, &fds, SOON).await? {
-            Reply::Done => Ok(()),
-            reply => Err(unexpected(&reply)),
-        }
+        notes::open(&self.map(disk, &last))
     }
 
     /// Takes a mark away. Its map stays as long as an older mark needs it.
@@ -157,12 +119,13 @@ impl Lifecycle {
         name: &MarkName,
     ) -> Result<Vec<Mark>, Failure> {
         let _turn = disk.turn().await?;
-        let found = find(disk, name).ok_or_else(|| no_mark(disk, name))?;
+        let named = |mark: &Noted| mark.name.as_ref() == Some(name);
+        if !disk.record.borrow().marks.iter().any(named) {
+            return Err(no_mark(disk, name));
+        }
         self.registry.change(disk, |record| {
-            for mark in &mut record.marks {
-                if mark.number == found.number {
-                    mark.name = None;
-                }
+            for mark in record.marks.iter_mut().filter(|mark| named(mark)) {
+                mark.name = None;
             }
             if record.marks.iter().all(|mark| mark.name.is_none()) {
                 record.marks.clear();
@@ -171,7 +134,7 @@ impl Lifecycle {
         if disk.record.borrow().marks.is_empty() {
             self.end_notes(disk).await;
         } else {
-            self.tidy_marks(disk).await?;
+            self.tidy_marks(disk).await;
         }
         Ok(self.marks(disk))
     }
@@ -179,43 +142,47 @@ impl Lifecycle {
     /// Nobody wants to know any more where the guest writes. A process that is not told notes on, for nobody, and until
     /// its end.
     async fn end_notes(&self, disk: &Disk) {
-        let told = disk.unless_doomed(self.have_noted(disk, None)).await;
-        if let Err(failure) = told.or_else(|failure| match failure.code {
-            // Nobody serves it.
-            Code::Gone | Code::State => Ok(()),
-            _ => Err(failure),
-        }) {
-            tracing::warn!(
-                "disk {}: its process notes on where its guest writes: {failure}",
-                disk.minor
-            );
+        if let Ok(process) = disk.serving() {
+            let told = disk.unless_doomed(have_noted(disk, &process, None)).await;
+            if let Err(failure) = told {
+                tracing::warn!(
+                    "disk {}: its process notes on where its guest writes: {failure}",
+                    disk.minor
+                );
+            }
         }
         self.remove_maps(disk);
     }
 
-    /// Maps that nobody asks for become one with the one before, or go. The last one is being written, and stays.
-    async fn tidy_marks(&self, disk: &Disk) -> Result<(), Failure> {
+    /// Maps that nobody asks for become one with the one before, or go. What stays for now is in nobody's way.
+    async fn tidy_marks(&self, disk: &Disk) {
+        if let Err(failure) = self.try_to_tidy(disk).await {
+            tracing::warn!(
+                "disk {}: a map of what its guest wrote stays: {failure}",
+                disk.minor
+            );
+        }
+    }
+
+    async fn try_to_tidy(&self, disk: &Disk) -> Result<(), Failure> {
         loop {
             let marks = disk.record.borrow().marks.clone();
-            let but_last = marks.len().saturating_sub(1);
-            let mut unnamed = marks.iter().take(but_last).enumerate();
-            let Some((place, mark)) = unnamed.find(|(_, mark)| mark.name.is_none()) else {
+            // The process notes in that of the last mark that is set, or in a later one.
+            let written = marks.iter().rposition(|mark| mark.is_set).unwrap_or(0);
+            let mut still = marks.iter().take(written).enumerate();
+            let Some((place, mark)) = still.find(|(_, mark)| mark.name.is_none()) else {
                 return Ok(());
             };
-            let path = |mark: &Noted| self.registry.folder.notes_of(disk.minor, mark.number);
+            let from = self.map(disk, mark);
             if let Some(before) = place.checked_sub(1) {
-                let (from, into) = (path(mark), path(&marks[before]));
-                let (size, unit) = (size(disk)?, mark.unit);
+                let (theirs, into) = (from.clone(), self.map(disk, &marks[before]));
                 let place = into.clone();
-                apart(&place, LIMIT, move || {
-                    notes::merge(&from, &into, size, unit)
-                })
-                .await?;
+                apart(&place, LIMIT, move || notes::merge(&theirs, &into)).await?;
             }
             self.registry.change(disk, |record| {
                 record.marks.retain(|m| m.number != mark.number)
             })?;
-            self.remove_map(&path(mark));
+            self.remove_map(&from);
         }
     }
 
@@ -247,37 +214,71 @@ impl Lifecycle {
         let _turn = disk.turn().await?;
         self.finish_before(disk).await?;
         check_served(disk)?;
-        // What is noted by nobody must not be missing.
-        self.settle_marks(disk).await?;
         let found = find(disk, since).ok_or_else(|| no_mark(disk, since))?;
+        let status = disk.unless_doomed(disk.serving()?.status()).await?;
+        if status.open.is_none_or(|open| open.notes.is_none()) {
+            self.lose_marks(
+                disk,
+                "its process says that it does not note where the guest writes",
+            )?;
+            return Err(no_mark(disk, since));
+        }
+        let size = status.disk.map(|serves| serves.size).unwrap_or_default();
         let maps: Vec<_> = {
             let record = disk.record.borrow();
             let marks = record.marks.iter();
             let since = marks.filter(|mark| mark.number >= found.number);
             since
-                .map(|mark| self.registry.folder.notes_of(disk.minor, mark.number))
+                .map(|mark| (self.map(disk, mark), mark.size))
                 .collect()
         };
-        let (size, folder) = (size(disk)?, self.registry.folder.memory());
-        apart(&folder, LIMIT, move || {
-            notes::look(&maps, size, found.unit, from)
+        let folder = self.registry.folder.notes();
+        let look = move || notes::look(&maps, size, found.unit, from);
+        let (extents, next) = apart(&folder, LIMIT, look).await?;
+        Ok(Changed {
+            mark: found.number,
+            size,
+            extents,
+            next,
         })
-        .await
     }
 
-    /// A process serves the disk: if there are marks, it says that it notes. Older ones do not know of that.
-    pub(super) fn notes_or_loses(&self, disk: &Disk, serves: &tapdisk::Disk) {
-        if serves.notes {
-            return;
+    /// To be called before a process is to open the image of a disk. One that does not know of marks writes without
+    /// noting it; and without its map a disk could not be served any more.
+    pub(super) async fn check_marks(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
+        let Some(last) = disk.record.borrow().marks.last().cloned() else {
+            return Ok(());
+        };
+        if !process.introduce(SOON).await?.notes {
+            return self.lose_marks(
+                disk,
+                "its process is older, and does not note where the guest writes",
+            );
         }
-        if let Err(failure) = self.lose_marks(
-            disk,
-            "its process is older, and does not note where the guest writes",
-        ) {
-            // Nobody is told of what was not noted: without the maps nothing is.
-            tracing::error!("disk {}: {failure}", disk.minor);
-            disk.record.borrow_mut().marks.clear();
-            self.remove_maps(disk);
+        match self.map(disk, &last).exists() {
+            true => Ok(()),
+            false => self.lose_marks(
+                disk,
+                "where the guest has written was in a file that is gone",
+            ),
+        }
+    }
+
+    /// A disk is as large as its process says. What was behind the end of a smaller one nobody has noted.
+    pub(super) fn note_size(&self, disk: &Disk, serves: &tapdisk::Disk) {
+        let was = disk
+            .record
+            .borrow()
+            .marks
+            .iter()
+            .map(|mark| mark.size)
+            .max();
+        if was.is_some_and(|was| was > serves.size) {
+            if let Err(failure) = self.lose_marks(disk, "the disk has become smaller") {
+                tracing::error!("disk {}: {failure}", disk.minor);
+                disk.record.borrow_mut().marks.clear();
+                self.remove_maps(disk);
+            }
         }
     }
 
@@ -304,21 +305,80 @@ impl Lifecycle {
         }
     }
 
-    fn remove_map(&self, path: &std::path::Path) {
+    fn remove_map(&self, path: &Path) {
         if let Err(error) = folder::remove(path) {
             tracing::error!("cannot remove {}: {error}", path.display());
         }
     }
 }
 
-/// No process was heard to note there.
-fn is_open(mark: &Noted) -> bool {
-    !mark.is_set
+/// Has a process note in a map, or nowhere.
+async fn have_noted(disk: &Disk, process: &Process, map: Option<OwnedFd>) -> Result<(), Failure> {
+    let unit = disk.record.borrow().marks.last().map(|mark| mark.unit);
+    let question = Request::Note {
+        unit: unit.filter(|_| map.is_some()),
+    };
+    let fds: Vec<_> = map.iter().map(AsFd::as_fd).collect();
+    match process.ask(&question, &fds, SOON).await? {
+        Reply::Done => Ok(()),
+        reply => Err(unexpected(&reply)),
+    }
 }
 
+/// A mark that this disk may have.
+fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
+    if find(disk, &name).is_some() {
+        return Err(Failure::new(
+            Code::Exists,
+            format!(
+                "disk {} has a mark {name} already: choose another name, or take that one away with tap-ctl dirty \
+                 --forget {name}",
+                disk.minor
+            ),
+        ));
+    }
+    let record = disk.record.borrow();
+    let minor = disk.minor;
+    if record.mode != Mode::Write {
+        return Err(Failure::invalid(format!(
+            "disk {minor} has the mode {}: only of a disk that its guest alone writes is known what has changed",
+            record.mode
+        )));
+    }
+    let named = record
+        .marks
+        .iter()
+        .filter(|mark| mark.is_set && mark.name.is_some());
+    if named.count() >= MAX_MARKS || record.marks.len() >= MAX_MAPS {
+        return Err(Failure::new(
+            Code::State,
+            format!(
+                "disk {minor} has {MAX_MARKS} marks, or what was left of as many, and no more are kept: take some away \
+                 with tap-ctl dirty --forget"
+            ),
+        ));
+    }
+    let size = disk.serves.borrow().as_ref().map(|serves| serves.size);
+    let size = size.ok_or_else(|| {
+        let why = format!("it is not known how large disk {minor} is: nobody serves it");
+        Failure::new(Code::State, why)
+    })?;
+    let (last, now) = (record.marks.last(), now_ms());
+    Ok(Noted {
+        // So a map never has the name of one that was lost.
+        number: last.map_or(now, |last| now.max(last.number + 1)),
+        name: Some(name),
+        at_ms: now,
+        size,
+        unit: last.map_or_else(|| notes::unit(size), |last| last.unit),
+        is_set: false,
+    })
+}
+
+/// A mark that is set.
 fn find(disk: &Disk, name: &MarkName) -> Option<Noted> {
     let record = disk.record.borrow();
-    let mut marks = record.marks.iter();
+    let mut marks = record.marks.iter().filter(|mark| mark.is_set);
     marks.find(|mark| mark.name.as_ref() == Some(name)).cloned()
 }
 
@@ -333,14 +393,8 @@ fn no_mark(disk: &Disk, name: &MarkName) -> Failure {
     )
 }
 
-/// Bytes of the disk.
-fn size(disk: &Disk) -> Result<u64, Failure> {
-    let size = disk.serves.borrow().as_ref().map(|serves| serves.size);
-    size.ok_or_else(|| {
-        let why = format!(
-            "it is not known how large disk {} is: nobody serves it",
-            disk.minor
-        );
-        Failure::new(Code::State, why)
-    })
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or(Duration::ZERO).as_millis();
+    u64::try_from(now).unwrap_or(u64::MAX)
 }

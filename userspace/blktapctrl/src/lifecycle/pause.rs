@@ -135,11 +135,9 @@ impl Lifecycle {
                 return disk.unless_doomed(self.finish_unpause(disk)).await;
             }
         }
-        self.lose_marks(
-            disk,
-            "the disk was paused, and anybody may have written its image",
-        )?;
+        let others = "it did not have its image for a while, and anybody may have written that";
         if target.is_none() && disk.record.borrow().inactive.is_some() {
+            self.lose_marks(disk, others)?;
             return self.take_anyway(disk).await;
         }
         if disk.record.borrow().want != Want::Paused {
@@ -148,6 +146,7 @@ impl Lifecycle {
                 format!("disk {} is not paused", disk.minor),
             ));
         }
+        self.lose_marks(disk, others)?;
         match target {
             Some(target) => self.begin_with(disk, target, files, may_shrink).await?,
             None => self.registry.change(disk, |record| {

@@ -217,13 +217,14 @@ impl Lifecycle {
         image: Option<Arc<Image>>,
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
+        self.check_marks(disk, process).await?;
         disk.record.borrow().rule(&mut open);
         open.may_ask = true;
         open.kernel_holds = self.kernel_holds(disk)?;
         let given = self.given(disk, &open, image).await?;
         match given.ask(process, &question(open), OPEN).await? {
             Reply::Disk(what) => {
-                self.notes_or_loses(disk, &what);
+                self.note_size(disk, &what);
                 disk.serves.replace(Some(what.clone()));
                 Ok(what)
             }

@@ -207,6 +207,10 @@ impl Lifecycle {
             Some(Inactive::Suspended { stamp }) => stamp,
             _ => None,
         };
+        if stamp.is_none() {
+            let why = "whether its image was written while the guest was suspended cannot be told";
+            self.lose_marks(disk, why)?;
+        }
         self.lease(disk, &open, &process).await?;
         self.give_to_kernel(disk, &open, image.as_ref()).await?;
         let question = |open| Request::Activate { open, stamp };

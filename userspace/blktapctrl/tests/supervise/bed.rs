@@ -161,7 +161,7 @@ impl Bed {
     /// The processes, sockets and records that there are.
     pub(crate) async fn assert_nothing_left(&self) {
         assert_eq!(self.rows().await, []);
-        for folder in ["disks", "tapdisk", "nbd", "ram"] {
+        for folder in ["disks", "tapdisk", "nbd", "ram", "notes"] {
             let left: Vec<_> = fs::read_dir(self.dir.join("run").join(folder))
                 .expect("a folder")
                 .collect();

@@ -729,6 +729,9 @@ impl Served {
                 }
                 assert_eq!(unit.is_some(), !fds.is_empty());
                 note(dir, &format!("note {}", unit.unwrap_or_default()));
+                if let Some((open, _)) = &mut self.open {
+                    open.notes = unit;
+                }
                 Ok(Reply::Done)
             }
             Request::Open(_) | Request::Unpause(_) => {
@@ -901,6 +904,7 @@ impl Served {
                 pid: std::process::id(),
                 program: "fake".into(),
                 abi: number(dir, "abi").map_or(1, |abi| u32::try_from(abi).expect("small")),
+                notes: !dir.join("old").exists(),
             })),
             Request::Troubles { .. }
             | Request::Needs { .. }
@@ -959,7 +963,7 @@ impl Served {
             }
         }
         wait_while(&dir.join("hang"));
-        if let Some(unit) = open.notes.filter(|_| !dir.join("old").exists()) {
+        if let Some(unit) = open.notes {
             match needs.ask(Needed::Notes) {
                 (Provided::Refused(failure), _) => return Err(failure),
                 (_, fds) => assert_eq!(fds.len(), 1),
@@ -1000,6 +1004,5 @@ fn disk(dir: &Path, open: &Open) -> Disk {
         read_only: open.read_only,
         discard: open.discard,
         engine: Engine::Sync,
-        notes: open.notes.is_some() && !dir.join("old").exists(),
     }
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where a guest has written since its marks, and what may happen to those.
 
-use super::bed::{kill, test, which, Bed};
+use super::bed::{block_on, kill, test, until, which, Bed};
+use super::fake::FakeKernel;
 use super::steps::{at_each_step, create, one, pause, unpause};
+use blktapctrl::adopt;
 use control::supervisor::{Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Changed, Code, Extent, Failure, MarkName, MAX_MARKS};
@@ -32,6 +34,10 @@ fn forget(text: &str) -> Request {
     }
 }
 
+fn list() -> Request {
+    Request::Marks(which(0))
+}
+
 /// The names of the marks that there are then.
 async fn marks(bed: &Bed, request: Request) -> Result<Vec<String>, Failure> {
     match bed.ask(request).await? {
@@ -51,6 +57,7 @@ async fn since(bed: &Bed, text: &str) -> Result<Vec<u64>, Failure> {
         size,
         extents,
         next: None,
+        ..
     }) = bed.ask(request).await?
     else {
         panic!("no answer to that");
@@ -60,19 +67,23 @@ async fn since(bed: &Bed, text: &str) -> Result<Vec<u64>, Failure> {
     Ok(extents.iter().flat_map(all).collect())
 }
 
-fn map(bed: &Bed, number: u64) -> PathBuf {
-    bed.registry().folder.notes_of(0, number)
+/// The maps that there are, the oldest first.
+fn maps(bed: &Bed) -> Vec<PathBuf> {
+    let folder = fs::read_dir(bed.registry().folder.notes()).expect("a folder");
+    let mut maps: Vec<_> = folder.map(|entry| entry.expect("a file").path()).collect();
+    maps.sort();
+    maps
 }
 
-/// A process notes that it has written these units.
-fn write(bed: &Bed, number: u64, units: &[u64]) {
-    let path = map(bed, number);
-    let mut bits = fs::read(&path).expect("a map");
+/// A process notes in the map of a number that it has written these units.
+fn write(bed: &Bed, number: usize, units: &[u64]) {
+    let path = &maps(bed)[number];
+    let mut bits = fs::read(path).expect("a map");
     assert_eq!(bits.len(), 2, "16 units");
     for unit in units {
         bits[usize::try_from(unit / 8).expect("small")] |= 1 << (unit % 8);
     }
-    fs::write(&path, bits).expect("write");
+    fs::write(path, bits).expect("write");
 }
 
 async fn disk(bed: &Bed) {
@@ -84,32 +95,26 @@ async fn disk(bed: &Bed) {
 fn what_has_changed_since_each_mark_is_known() {
     test("marks", |bed| async move {
         disk(&bed).await;
-        assert!(marks(&bed, Request::Marks(which(0)))
-            .await
-            .expect("none")
-            .is_empty());
+        assert!(marks(&bed, list()).await.expect("none").is_empty());
         let none = since(&bed, "a").await.expect_err("no mark");
         assert_eq!(none.code, Code::NotFound);
         assert!(none.message.contains("copy all of it"), "{none}");
         assert_eq!(marks(&bed, mark("a")).await.expect("set"), ["a"]);
-        assert!(
-            bed.log().contains(&format!("note {UNIT}")),
-            "{:?}",
-            bed.log()
-        );
+        let noted = format!("note {UNIT}");
+        assert!(bed.log().contains(&noted), "{:?}", bed.log());
         assert!(since(&bed, "a").await.expect("a mark").is_empty());
-        write(&bed, 1, &[1, 15]);
+        write(&bed, 0, &[1, 15]);
         assert_eq!(marks(&bed, mark("b")).await.expect("set"), ["a", "b"]);
-        write(&bed, 2, &[2]);
+        write(&bed, 1, &[2]);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 15]);
         assert_eq!(since(&bed, "b").await.expect("a mark"), [2]);
         let twice = marks(&bed, mark("a")).await.expect_err("there is one");
         assert_eq!(twice.code, Code::Exists);
         marks(&bed, mark("c")).await.expect("set");
-        write(&bed, 3, &[3]);
+        write(&bed, 2, &[3]);
         // What an older one needs of it stays.
         assert_eq!(marks(&bed, forget("b")).await.expect("gone"), ["a", "c"]);
-        assert!(!map(&bed, 2).exists());
+        assert_eq!(maps(&bed).len(), 2);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3, 15]);
         assert_eq!(since(&bed, "c").await.expect("a mark"), [3]);
         assert_eq!(
@@ -118,16 +123,17 @@ fn what_has_changed_since_each_mark_is_known() {
         );
         // It is being written, and stays until it is not.
         assert_eq!(marks(&bed, forget("c")).await.expect("gone"), ["a"]);
-        write(&bed, 3, &[4]);
+        write(&bed, 1, &[4]);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3, 4, 15]);
         marks(&bed, mark("d")).await.expect("set");
-        assert!(!map(&bed, 3).exists() && map(&bed, 4).exists());
+        assert_eq!(maps(&bed).len(), 2);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3, 4, 15]);
+        assert!(since(&bed, "d").await.expect("a mark").is_empty());
         marks(&bed, forget("a")).await.expect("gone");
-        assert!(!map(&bed, 1).exists());
+        assert_eq!(maps(&bed).len(), 1);
         assert!(marks(&bed, forget("d")).await.expect("gone").is_empty());
         assert_eq!(bed.log().last().map(String::as_str), Some("note 0"));
-        assert!(!map(&bed, 4).exists());
+        assert!(maps(&bed).is_empty());
         bed.destroy(0).await;
         bed.assert_nothing_left().await;
     });
@@ -138,33 +144,33 @@ fn each_process_goes_on_noting() {
     test("marks-deaths", |bed| async move {
         disk(&bed).await;
         marks(&bed, mark("a")).await.expect("set");
-        write(&bed, 1, &[1]);
+        write(&bed, 0, &[1]);
         bed.replaced(0, kill).await;
         let goes_on = || {
-            bed.log()
-                .iter()
-                .filter(|line| line.starts_with("goes on"))
-                .count()
+            let goes_on = |line: &&String| line.starts_with("goes on");
+            bed.log().iter().filter(goes_on).count()
         };
         assert_eq!(goes_on(), 1);
-        let handoff = Request::Handoff {
+        let handoff = || Request::Handoff {
             which: which(0),
             program: None,
             timeout_s: 0,
         };
-        bed.ask(handoff).await.expect("another process");
+        bed.ask(handoff()).await.expect("another process");
         assert_eq!(goes_on(), 2);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1]);
         // A program that does not know of marks: what it writes nobody notes.
         fs::write(bed.dir.join("old"), "").expect("write");
-        bed.replaced(0, kill).await;
+        bed.ask(handoff()).await.expect("an older process");
         assert_eq!(
             since(&bed, "a").await.expect_err("gone").code,
             Code::NotFound
         );
         let told = |what: &What| matches!(what, What::Unmarked { why } if why.contains("older"));
         assert!(bed.events().iter().any(told), "{:?}", bed.events());
-        assert!(!map(&bed, 1).exists());
+        assert!(maps(&bed).is_empty());
+        let older = marks(&bed, mark("a")).await.expect_err("it does not know");
+        assert!(older.message.contains("tap-ctl handoff"), "{older}");
         bed.destroy(0).await;
         bed.assert_nothing_left().await;
     });
@@ -174,33 +180,42 @@ fn each_process_goes_on_noting() {
 fn a_mark_that_no_process_knows_of_is_none() {
     test("marks-refused", |bed| async move {
         disk(&bed).await;
-        fs::write(bed.dir.join("no-notes"), "it knows no notes").expect("write");
+        fs::write(bed.dir.join("no-notes"), "it has no room").expect("write");
         let refused = marks(&bed, mark("a")).await.expect_err("refused");
-        assert!(refused.message.contains("it knows no notes"), "{refused}");
-        assert!(!map(&bed, 1).exists());
-        assert!(marks(&bed, Request::Marks(which(0)))
-            .await
-            .expect("none")
-            .is_empty());
+        assert!(refused.message.contains("it has no room"), "{refused}");
+        assert!(maps(&bed).is_empty());
+        assert!(marks(&bed, list()).await.expect("none").is_empty());
         fs::remove_file(bed.dir.join("no-notes")).expect("remove");
         marks(&bed, mark("a")).await.expect("set");
-        write(&bed, 1, &[1]);
-        // Nobody knows whether it was heard: who asks again, or asks what has changed, finds out.
+        write(&bed, 0, &[1]);
+        // Nobody knows whether it was heard, so it is none.
         fs::write(bed.dir.join("die-noting"), "").expect("write");
-        marks(&bed, mark("b")).await.expect_err("it died");
-        assert_eq!(
-            marks(&bed, Request::Marks(which(0))).await.expect("one"),
-            ["a"]
-        );
-        super::bed::until("the next process", || async {
+        let unknown = marks(&bed, mark("b")).await.expect_err("it died");
+        assert!(unknown.message.contains("set it again"), "{unknown}");
+        assert_eq!(marks(&bed, list()).await.expect("one"), ["a"]);
+        until("the next process", || async {
             let row = bed.row(0).await;
             (row.state == Some(State::Running) && row.restarts == 1).then_some(())
         })
         .await;
+        // Wherever the next one notes, it is told.
+        write(&bed, 1, &[2]);
+        assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2]);
+        assert_eq!(
+            since(&bed, "b").await.expect_err("none").code,
+            Code::NotFound
+        );
         assert_eq!(marks(&bed, mark("b")).await.expect("set"), ["a", "b"]);
-        assert_eq!(since(&bed, "a").await.expect("a mark"), [1]);
+        assert_eq!(
+            maps(&bed).len(),
+            2,
+            "what was left of the first one is in a's"
+        );
+        assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2]);
+        assert!(since(&bed, "b").await.expect("a mark").is_empty());
         for number in 2..MAX_MARKS {
-            marks(&bed, mark(&format!("m{number}"))).await.expect("set");
+            let next = mark(&format!("m{number}"));
+            marks(&bed, next).await.expect("set");
         }
         let many = marks(&bed, mark("more")).await.expect_err("too many");
         assert!(many.message.contains("--forget"), "{many}");
@@ -214,6 +229,8 @@ fn marks_are_gone_when_others_may_have_written() {
     test("marks-paused", |bed| async move {
         disk(&bed).await;
         marks(&bed, mark("a")).await.expect("set");
+        bed.ask(unpause(None)).await.expect_err("it is not paused");
+        assert_eq!(marks(&bed, list()).await.expect("a mark"), ["a"]);
         bed.ask(pause(0)).await.expect("paused");
         let paused = since(&bed, "a").await.expect_err("paused");
         assert_eq!(paused.code, Code::State);
@@ -222,7 +239,17 @@ fn marks_are_gone_when_others_may_have_written() {
             since(&bed, "a").await.expect_err("gone").code,
             Code::NotFound
         );
-        assert!(!map(&bed, 1).exists());
+        assert!(maps(&bed).is_empty());
+        // A file that is gone holds nobody up.
+        marks(&bed, mark("a")).await.expect("set");
+        fs::remove_file(&maps(&bed)[0]).expect("remove");
+        bed.replaced(0, kill).await;
+        assert!(marks(&bed, list()).await.expect("none").is_empty());
+        // What was behind the end of a smaller disk nobody has noted.
+        marks(&bed, mark("a")).await.expect("set");
+        fs::write(bed.dir.join("size"), (SIZE / 2).to_string()).expect("write");
+        bed.ask(Request::Resize(which(0))).await.expect("smaller");
+        assert!(marks(&bed, list()).await.expect("none").is_empty());
         bed.destroy(0).await;
         let mut shared = bed.create("a.img");
         shared.mode = Mode::WriteShared;
@@ -242,4 +269,55 @@ fn a_mark_that_is_interrupted_does_no_harm() {
         |rows, pid| one(rows).state == Some(State::Running) && one(rows).pid == pid,
     );
     assert!(steps >= 2, "{steps} steps");
+}
+
+/// The supervisor ends at any step of a second mark; then the first one, or the second, is forgotten or set again.
+#[test]
+fn what_an_older_mark_knows_is_not_lost_by_the_next_one() {
+    for step in 0..6 {
+        let place = format!("supervise-{}-second-mark-{step}", std::process::id());
+        let dir = std::env::temp_dir().join(place);
+        fs::create_dir_all(&dir).expect("a folder");
+        let kernel = FakeKernel::default();
+        block_on(async {
+            let bed = Bed::new(&dir, &kernel);
+            disk(&bed).await;
+            for text in ["a", "b"] {
+                marks(&bed, mark(text)).await.expect("set");
+            }
+            write(&bed, 0, &[1]);
+            write(&bed, 1, &[2]);
+            kernel.crash.left.set(Some(step));
+            let next = bed.clone();
+            let asked = tokio::task::spawn_local(async move { next.ask(mark("c")).await });
+            until("the end of the verb or of the supervisor", || async {
+                (asked.is_finished() || kernel.crash.happened.get()).then_some(())
+            })
+            .await;
+        });
+        kernel.crash.left.set(None);
+        kernel.crash.happened.set(false);
+        block_on(async {
+            let bed = Bed::new(&dir, &kernel);
+            adopt::disks(&bed.lifecycle).await;
+            // The process notes in the map that it was given last, or in the one before.
+            let heard = |line: &&String| line.starts_with("note ");
+            let noted = bed.log().iter().filter(heard).count();
+            write(&bed, noted - 1, &[3]);
+            assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3]);
+            marks(&bed, forget("b")).await.expect("gone");
+            let file = maps(&bed).len().min(noted) - 1;
+            write(&bed, file, &[4]);
+            assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3, 4]);
+            match marks(&bed, list()).await.expect("marks").len() {
+                2 => assert_eq!(noted, 3),
+                _ => drop(marks(&bed, mark("c")).await.expect("set")),
+            }
+            assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3, 4]);
+            assert_eq!(marks(&bed, list()).await.expect("marks"), ["a", "c"]);
+            bed.destroy(0).await;
+            bed.assert_nothing_left().await;
+        });
+        fs::remove_dir_all(&dir).expect("remove");
+    }
 }

@@ -74,6 +74,8 @@ fn questions_wait_while_the_supervisor_is_started_anew() {
         assert!(path.exists());
     }
     // Run by root, it has mounted the folder of disks of memory, which outlives it.
-    while unmount(folder.join("ram"), UnmountFlags::DETACH).is_ok() {}
+    for name in ["ram", "notes"] {
+        while unmount(folder.join(name), UnmountFlags::DETACH).is_ok() {}
+    }
     fs::remove_dir_all(&dir).expect("remove");
 }

@@ -19,15 +19,13 @@ impl Session {
         Ok(Some(Rc::new(Notes::new(given.fd, unit)?)))
     }
 
-    /// The kernel executes nothing by itself as long as there are notes.
+    /// The kernel executes nothing by itself as long as there are notes, whatever another process has told it.
     pub(super) async fn ban_for(&self, notes: Option<&Rc<Notes>>) -> Result<(), Failure> {
-        let has_ban = self.noted.borrow().is_some();
-        if notes.is_none() {
-            self.noted.replace(None);
-        } else if !has_ban {
-            let ban = self.direct.forbid().await?;
-            self.noted.replace(Some(ban));
-        }
+        let ban = match notes {
+            Some(_) => Some(self.direct.forbid().await?),
+            None => None,
+        };
+        self.noted.replace(ban);
         Ok(())
     }
 
@@ -42,23 +40,25 @@ impl Session {
         let Some(server) = server.filter(|server| server.is_fetching()) else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
-        let notes = match (unit, memory) {
-            (Some(unit), Some(memory)) => Some(Rc::new(Notes::new(memory, unit)?)),
+        let given = match (unit, memory) {
+            (Some(unit), Some(memory)) => Some((unit, memory)),
             (None, None) => None,
             _ => return Err(Failure::invalid("notes are a descriptor and its unit")),
         };
-        if notes.is_some() {
-            self.ban_for(notes.as_ref()).await?;
-        }
+        let ban = match given {
+            Some(_) => Some(self.direct.forbid().await?),
+            None => None,
+        };
         let all = server.claim(0, u64::MAX, true).await;
+        // Not before that: it may be what is noted in already, until now.
+        let notes = given.map(|(unit, memory)| Notes::new(memory, unit));
+        let notes = notes.transpose()?.map(Rc::new);
         if let Some(open) = &mut self.state.borrow_mut().open {
             open.notes = unit;
         }
-        server.set_notes(notes.clone());
+        server.set_notes(notes);
         drop(all);
-        if notes.is_none() {
-            self.ban_for(None).await?;
-        }
+        self.noted.replace(ban);
         Ok(Reply::Done)
     }
 }
