@@ -18,7 +18,7 @@ use crate::notes;
 use crate::process::{Process, SOON};
 use crate::record::Noted;
 use control::supervisor::{Mode, What};
-use control::tapdisk::{self, Reply, Request};
+use control::tapdisk::{self, Reply, Request, State};
 use control::{Changed, Code, Failure, Mark, MarkName, MAX_MARKS};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -216,14 +216,16 @@ impl Lifecycle {
         check_served(disk)?;
         let found = find(disk, since).ok_or_else(|| no_mark(disk, since))?;
         let status = disk.unless_doomed(disk.serving()?.status()).await?;
+        let running = status.disk.filter(|_| status.state == State::Running);
+        let size = running.map(|serves| serves.size).ok_or_else(|| {
+            let why = format!("disk {} is not served at the moment: ask again", disk.minor);
+            Failure::new(Code::State, why)
+        })?;
         if status.open.is_none_or(|open| open.notes.is_none()) {
-            self.lose_marks(
-                disk,
-                "its process says that it does not note where the guest writes",
-            )?;
+            let why = "its process says that it does not note where the guest writes";
+            self.lose_marks(disk, why)?;
             return Err(no_mark(disk, since));
         }
-        let size = status.disk.map(|serves| serves.size).unwrap_or_default();
         let maps: Vec<_> = {
             let record = disk.record.borrow();
             let marks = record.marks.iter();
