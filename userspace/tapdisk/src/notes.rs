@@ -7,19 +7,19 @@
 use control::{Code, Failure};
 use diskio::Errno;
 use rustix::fs::fstat;
-use rustix::io::{pread, pwrite};
 use std::cell::RefCell;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 
-/// Bytes that are read at once.
-const PIECE: usize = 1 << 20;
+const UNREAD: &str = "cannot read the notes of where the disk was written";
 /// Bytes of the largest map that is taken.
 const LARGEST: u64 = 64 << 20;
 
 /// The notes.
 #[derive(Debug)]
 pub(crate) struct Notes {
-    memory: OwnedFd,
+    memory: File,
     /// Bytes of the disk that a bit stands for.
     unit: u64,
     /// What the memory has. What is behind its end needs no note: the disk was not so large.
@@ -36,11 +36,8 @@ impl Notes {
             let why = format!("notes of units of {unit} bytes: whole sectors of 512 are wanted");
             return Err(Failure::invalid(why));
         }
-        let refused = |error: Errno| {
-            let what = "cannot read the notes of where the disk was written";
-            Failure::system(what, &error.into())
-        };
-        let size = fstat(&memory).map_err(refused)?.st_size;
+        let size = fstat(&memory).map_err(|error| Failure::system(UNREAD, &error.into()))?;
+        let size = size.st_size;
         let size = u64::try_from(size).unwrap_or(u64::MAX);
         if size > LARGEST {
             return Err(Failure::new(
@@ -49,7 +46,10 @@ impl Notes {
             ));
         }
         // CAST: it is not larger than that.
-        let bits = read(&memory, size as usize).map_err(refused)?;
+        let mut bits = vec![0; size as usize];
+        let memory = File::from(memory);
+        let read = memory.read_exact_at(&mut bits, 0);
+        read.map_err(|error| Failure::system(UNREAD, &error))?;
         Ok(Self {
             memory,
             unit,
@@ -79,7 +79,8 @@ impl Notes {
         }
         let new = old.iter().enumerate();
         let new: Vec<u8> = new.map(|(index, byte)| byte | wanted(index)).collect();
-        write(&self.memory, &new, from as u64)?;
+        let written = self.memory.write_all_at(&new, from as u64);
+        written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         old.copy_from_slice(&new);
         Ok(())
     }
@@ -93,35 +94,12 @@ fn within(index: u64, first: u64, last: u64) -> u8 {
         .fold(0, |byte, number| byte | 1 << number)
 }
 
-fn read(memory: &OwnedFd, size: usize) -> Result<Vec<u8>, Errno> {
-    let mut bits = vec![0; size];
-    let mut done = 0;
-    while done < size {
-        let end = size.min(done + PIECE);
-        match pread(memory, &mut bits[done..end], done as u64)? {
-            0 => break,
-            count => done += count,
-        }
-    }
-    Ok(bits)
-}
-
-fn write(memory: &OwnedFd, mut bits: &[u8], mut at: u64) -> Result<(), Errno> {
-    while !bits.is_empty() {
-        let count = match pwrite(memory, bits, at)? {
-            0 => return Err(Errno::IO),
-            count => count,
-        };
-        (bits, at) = (&bits[count..], at + count as u64);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{read, Notes};
+    use super::Notes;
     use proptest::prelude::*;
     use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+    use rustix::io::pread;
     use std::os::fd::OwnedFd;
 
     const UNIT: u64 = 4096;
@@ -165,7 +143,9 @@ mod tests {
                         *byte |= 1 << (unit % 8);
                     }
                 }
-                let found = read(&memory, wanted.len()).expect("read");
+                let mut found = vec![0; wanted.len()];
+                let count = pread(&memory, &mut found, 0).expect("read");
+                prop_assert_eq!(count, wanted.len());
                 prop_assert_eq!(&found, &wanted);
             }
         }

@@ -517,7 +517,8 @@ impl Session {
         self.tell_kernel(tap, &open, &shape, disk.fence()).await?;
         self.offer(tap, &open, &disk, shape.size);
         self.set(rules(&open)).await?;
-        self.ban_for(notes.as_ref()).await?;
+        let ban = self.ban_for(notes.is_some()).await?;
+        self.noted.replace(ban);
         // Nothing is waited for from here until the server is the session's: what comes is for it.
         let link = self.link(tap);
         let terms = Terms {

@@ -2,6 +2,7 @@
 //! It is noted where the disk is written, as long as somebody wants to know.
 
 use super::Session;
+use crate::direct::Ban;
 use crate::notes::Notes;
 use control::tapdisk::{Needed, Open, Reply};
 use control::{Code, Failure};
@@ -20,13 +21,11 @@ impl Session {
     }
 
     /// The kernel executes nothing by itself as long as there are notes, whatever another process has told it.
-    pub(super) async fn ban_for(&self, notes: Option<&Rc<Notes>>) -> Result<(), Failure> {
-        let ban = match notes {
-            Some(_) => Some(self.direct.forbid().await?),
-            None => None,
-        };
-        self.noted.replace(ban);
-        Ok(())
+    pub(super) async fn ban_for(&self, notes: bool) -> Result<Option<Ban>, Failure> {
+        match notes {
+            true => self.direct.forbid().await.map(Some),
+            false => Ok(None),
+        }
     }
 
     /// From now on what is written is noted in `memory`, and nowhere without one. What is under way is over then, and
@@ -45,10 +44,7 @@ impl Session {
             (None, None) => None,
             _ => return Err(Failure::invalid("notes are a descriptor and its unit")),
         };
-        let ban = match given {
-            Some(_) => Some(self.direct.forbid().await?),
-            None => None,
-        };
+        let ban = self.ban_for(given.is_some()).await?;
         let all = server.claim(0, u64::MAX, true).await;
         // Not before that: it may be what is noted in already, until now.
         let notes = given.map(|(unit, memory)| Notes::new(memory, unit));
