@@ -238,12 +238,8 @@ impl Lifecycle {
         let image = self.image(disk).await?;
         self.give_to_kernel(disk, &prepared.open, image.as_ref())
             .await?;
-        let mut open = Open {
-            kernel_holds: self.kernel_holds(disk)?,
-            ..prepared.open.clone()
-        };
-        self.check_marks(disk, process).await?;
-        disk.record.borrow().rule(&mut open);
+        let mut open = prepared.open.clone();
+        self.rule(disk, process, &mut open).await?;
         let question = Request::Open(open);
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => {

@@ -208,6 +208,19 @@ impl Lifecycle {
         Ok(image)
     }
 
+    /// What holds for a process that is to open the image of its disk now, whatever was said when a verb began.
+    pub(super) async fn rule(
+        &self,
+        disk: &Disk,
+        process: &Process,
+        open: &mut Open,
+    ) -> Result<(), Failure> {
+        self.check_marks(disk, process).await?;
+        disk.record.borrow().rule(open);
+        open.kernel_holds = self.kernel_holds(disk)?;
+        Ok(())
+    }
+
     /// Asks a process to open the image of its disk.
     pub async fn open_with(
         &self,
@@ -217,10 +230,8 @@ impl Lifecycle {
         image: Option<Arc<Image>>,
         question: impl FnOnce(Open) -> Request,
     ) -> Result<tapdisk::Disk, Failure> {
-        self.check_marks(disk, process).await?;
-        disk.record.borrow().rule(&mut open);
+        self.rule(disk, process, &mut open).await?;
         open.may_ask = true;
-        open.kernel_holds = self.kernel_holds(disk)?;
         let given = self.given(disk, &open, image).await?;
         match given.ask(process, &question(open), OPEN).await? {
             Reply::Disk(what) => {
