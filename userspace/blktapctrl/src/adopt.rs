@@ -79,7 +79,8 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
         None => Ok(tapdisk::State::Idle),
     };
     let node = kernel::node(&*lifecycle.registry.kernel, minor);
-    if matches!((&node, &recognised), (Ok(None), Ok(tapdisk::State::Idle))) {
+    let is_parked = lifecycle.found_parked(&disk);
+    if !is_parked && matches!((&node, &recognised), (Ok(None), Ok(tapdisk::State::Idle))) {
         tracing::warn!("disk {minor}: its node is gone, as after a restart of the lifecycle");
         lifecycle.destroy_later(&disk);
         return;
@@ -99,6 +100,9 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
         lifecycle.lease_again(&disk, process);
     }
     lifecycle.registry.note(&disk);
+    if is_parked {
+        return;
+    }
     lifecycle.follow_stream(&disk);
     lifecycle.follow_mirror(&disk);
     match recognised {

@@ -212,6 +212,9 @@ pub struct Record {
     pub vbd: Option<String>,
     /// It speaks NBD too.
     pub nbd: bool,
+    /// KiB of its node's arena; 0 for the default.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub arena_kib: u32,
     /// What is wanted.
     pub want: Want,
     /// Which lease of its image is this disk's: whoever has this goes on with it.
@@ -262,6 +265,12 @@ pub struct Record {
     other: Map<String, Value>,
 }
 
+// By reference: that is how serde asks.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
 impl Record {
     /// A node without anything.
     #[must_use]
@@ -278,6 +287,7 @@ impl Record {
             policy,
             vbd: None,
             nbd: false,
+            arena_kib: 0,
             want: Want::Idle,
             lease: None,
             inactive: None,

@@ -170,6 +170,14 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             adopt::to_end(lifecycle, &which).await?;
             lifecycle.end(&which, timeout_s).await.map(done)
         }
+        Request::Park { timeout_s } => {
+            let minors = lifecycle.park(limit(timeout_s)).await?;
+            Ok(Reply::Parked { minors })
+        }
+        Request::Unpark => {
+            let minors = lifecycle.unpark().await?;
+            Ok(Reply::Parked { minors })
+        }
         Request::Adopt { minor } => adopt::unknown(lifecycle, minor).await.map(done),
         Request::Forget { minor } => registry.forget(minor).map(done),
         Request::Check(check) => lifecycle.admission.check(check).await.map(done),

@@ -119,6 +119,9 @@ pub enum Doing {
     Snapshot,
     /// It goes on in an image that it was copied to.
     Mirror,
+    /// It has neither a process nor a node while the kernel's module is exchanged. This is over when somebody asks for
+    /// that.
+    Park,
     /// It is taken away.
     Destroy,
 }
@@ -134,6 +137,7 @@ impl fmt::Display for Doing {
             Self::Handoff => "handoff",
             Self::Snapshot => "snapshot",
             Self::Mirror => "mirror",
+            Self::Park => "park",
             Self::Destroy => "destroy",
         })
     }
@@ -422,6 +426,14 @@ pub enum Request {
         #[serde(default)]
         timeout_s: u32,
     },
+    /// Has all disks let go of the kernel's module, so that it can be exchanged: [`Reply::Parked`]. None is attached to a
+    /// guest then. If one cannot, all are served as before.
+    Park {
+        /// Seconds that a disk gets; 0 for the default.
+        timeout_s: u32,
+    },
+    /// Has all disks go on that are parked: [`Reply::Parked`].
+    Unpark,
     /// Takes over a disk that is listed as unknown: what was written down of it is made anew from
     /// what the kernel and its process say.
     Adopt {
@@ -532,6 +544,11 @@ pub enum Reply {
     Snapshots {
         /// What was done.
         taken: Vec<Snapshot>,
+    },
+    /// Disks that let go of the kernel's module, or go on with the next one.
+    Parked {
+        /// Their numbers.
+        minors: Vec<u32>,
     },
     /// Disks.
     Disks {

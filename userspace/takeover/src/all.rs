@@ -2,6 +2,7 @@
 //! The disks of all guests, or of some, change their driver.
 
 use crate::disk::{Device, Keys, Refused};
+use crate::exchange;
 use crate::host::{Begun, Host};
 use crate::swap::{self, Outcome, Plan};
 use std::collections::BTreeMap;
@@ -92,6 +93,9 @@ pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<Retired> {
 /// # Errors
 /// That did not succeed; it stays remembered.
 pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
+    if begun.exchange {
+        return exchange::put_right(host, begun);
+    }
     let failed = |device: &Device, why: Refused| {
         io::Error::other(format!(
             "an earlier attempt left {} without a driver, and it cannot be given to one: {}",
@@ -113,12 +117,11 @@ pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
             swap::give(host, begun.from, &device, &keys).map_err(|why| failed(&device, why))?;
         }
     }
-    // It may go on already.
-    if let Err(error) = host.unpause(begun.domid) {
-        eprintln!(
-            "xen-blkback-takeover: domain {}, which an earlier attempt has paused: {error}",
-            begun.domid
-        );
+    for domid in &begun.guests {
+        // It may go on already.
+        if let Err(error) = host.unpause(*domid) {
+            eprintln!("xen-blkback-takeover: domain {domid}, which an earlier attempt has paused: {error}");
+        }
     }
     host.remember(None)
 }

@@ -50,7 +50,7 @@ pub(crate) struct Keys {
     state: u64,
     front_state: u64,
     is_online: bool,
-    is_tap: bool,
+    pub(crate) is_tap: bool,
     queues: u64,
     ring_order: u64,
     segments: u64,
@@ -99,13 +99,18 @@ impl Keys {
         self.front_state == CONNECTED || self.state == CONNECTED
     }
 
+    /// It is being taken away.
+    pub(crate) fn is_going(&self) -> bool {
+        !self.is_online || self.state == CLOSING || self.front_state == CLOSING
+    }
+
     /// It may be served by `to`, as far as that can be said without looking at its rings.
     pub(crate) fn check(&self, limits: Limits, to: Driver) -> Result<(), Refused> {
         let no = |why: String| Err(Refused(why));
         if self.is_tap && to == Driver::C {
             return no("it is a tap disk, which only xen-blkback-rs can serve".into());
         }
-        if !self.is_online || self.state == CLOSING || self.front_state == CLOSING {
+        if self.is_going() {
             return no("it is being detached: ask again when that is over".into());
         }
         if !self.is_connected() {

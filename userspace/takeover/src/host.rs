@@ -2,6 +2,7 @@
 //! What is asked of a host: behind a trait, so that tests need no Xen.
 
 use crate::disk::{Device, Limits};
+use crate::exchange::Modules;
 use crate::rings::Head;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -50,15 +51,18 @@ impl Driver {
     }
 }
 
-/// A guest that is being taken over: what has to be put right if we do not come to that.
+/// What has to be put right if we do not come to that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Begun {
-    /// The guest. It is paused once more than it was.
-    pub domid: u16,
-    /// Its disks, by their names on the bus.
+    /// Guests. Each is paused once more than it was, or about to be.
+    pub guests: Vec<u16>,
+    /// Their disks, by their names on the bus.
     pub disks: Vec<String>,
     /// Who served them.
     pub from: Driver,
+    /// Its module is exchanged.
+    #[serde(default)]
+    pub exchange: bool,
 }
 
 /// The host.
@@ -78,6 +82,22 @@ pub trait Host {
     fn load(&self, driver: Driver) -> io::Result<()>;
     /// Unloads a driver's module, which must serve nobody.
     fn unload(&self, driver: Driver) -> io::Result<()>;
+    /// A driver's module is loaded.
+    fn is_loaded(&self, driver: Driver) -> io::Result<bool>;
+    /// What is installed and what is loaded.
+    fn modules(&self) -> io::Result<Modules>;
+    /// A copy was kept of another module than the one that is loaded.
+    fn has_other_copy(&self) -> bool;
+    /// Loads the copy of the module that was there before.
+    fn load_back(&self) -> io::Result<()>;
+    /// A driver that comes gets the devices that have none by itself, or not.
+    fn set_autoprobe(&self, is_on: bool) -> io::Result<()>;
+    /// The supervisor of tap disks answers, or there are none.
+    fn ask_supervisor(&self) -> io::Result<()>;
+    /// Has all tap disks let go of the module, if there are any.
+    fn park(&self) -> io::Result<()>;
+    /// Has them go on, if there are any.
+    fn unpark(&self) -> io::Result<()>;
     /// What a driver takes.
     fn limits(&self, driver: Driver) -> Limits;
     /// Stops the processors of a guest. Such calls add up; one that fails has done nothing.

@@ -3,11 +3,13 @@
 
 mod all;
 mod disk;
+mod exchange;
 mod host;
 pub mod rings;
 mod swap;
 
 pub use all::{put_right, retire, take_over, Retired};
 pub use disk::{Device, Limits, Refused};
+pub use exchange::{exchange, Exchange, Exchanged, Modules};
 pub use host::{Begun, Driver, Host};
 pub use swap::{Left, Outcome, Plan};

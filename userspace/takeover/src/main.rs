@@ -2,6 +2,7 @@
 //! xen-blkback-takeover: see `--help`.
 #![forbid(unsafe_code)]
 
+mod modules;
 mod real;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
@@ -10,7 +11,7 @@ use real::Real;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
-use takeover::{retire, take_over, Driver, Outcome, Plan, Retired};
+use takeover::{exchange, retire, take_over, Driver, Exchange, Outcome, Plan, Retired};
 
 /// Have the other driver serve the disks of guests that run.
 ///
@@ -29,13 +30,13 @@ struct Cli {
     #[arg(long, value_name = "DOMID")]
     domain: Vec<u16>,
     /// Seconds to wait until all that a guest has asked for is answered; it is paused meanwhile
-    #[arg(long, value_name = "SECONDS", default_value = "5")]
+    #[arg(long, value_name = "SECONDS", default_value = "5", global = true)]
     patience: f64,
     /// Only say what would be done
-    #[arg(long)]
+    #[arg(long, global = true)]
     dry_run: bool,
     /// Print JSON, for programs: a line for each guest
-    #[arg(long)]
+    #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
     verb: Option<Verb>,
@@ -43,6 +44,23 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Exchange the module for the one that is installed, below all disks at once, tap disks too
+    ///
+    /// All guests that have disks of xen-blkback-rs are paused, what they have asked for is waited for, their disks are
+    /// taken from the driver, the module is exchanged, and they go on: a pause of a second or a few. It is all or nothing.
+    /// If the installed module cannot be loaded, or does not serve a disk as the one before has, that one takes its place
+    /// again, from the copy that an upgrade of the package keeps (/run/xen-blkback-rs/loaded.ko).
+    ///
+    /// Processes of tap disks are ended in order and started anew; clients of their NBD sockets have to connect again.
+    /// blktapctrl has to run.
+    Exchange {
+        /// Also if the installed module is the one that is loaded, such as for other parameters (/etc/modprobe.d)
+        #[arg(long)]
+        again: bool,
+        /// Also if no copy of the module that is loaded was kept: then nothing serves if the installed one cannot
+        #[arg(long)]
+        no_way_back: bool,
+    },
     /// Print what is made from this description
     #[command(hide = true)]
     Generate {
@@ -66,8 +84,10 @@ Examples:
   xen-blkback-rs takeover --domain 3           # the disks of one guest
   xen-blkback-rs takeover --to xen-blkback     # back
 
-A new version of the module: take over to xen-blkback, which unloads the old one, and back. The supervisor of tap disks
-keeps the module in use: stop it before, and start it afterwards (blktapctrl.socket, blktapctrl.service).
+  xen-blkback-rs exchange                      # a new version of the module, below all disks, tap disks too
+
+If no guest may be paused at the same time as others, a new version also comes by a takeover to xen-blkback, which unloads
+the old one, and back: guest after guest, but not below tap disks.
 
 Disks stay as they are whose guest is domain 0, which cannot be paused, that are being detached, whose storage
 does not answer, and tap disks, which only xen-blkback-rs can serve.
@@ -89,7 +109,11 @@ fn main() -> ExitCode {
             Err(error) => failed(&error),
         };
     }
-    match run(&cli) {
+    let done = match cli.verb {
+        Some(Verb::Exchange { again, no_way_back }) => run_exchange(&cli, again, no_way_back),
+        _ => run(&cli),
+    };
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => failed(&error),
@@ -101,14 +125,58 @@ fn failed(error: &io::Error) -> ExitCode {
     ExitCode::from(6)
 }
 
+fn patience(cli: &Cli) -> io::Result<Duration> {
+    Duration::try_from_secs_f64(cli.patience)
+        .map_err(|error| io::Error::other(format!("--patience: {error}")))
+}
+
+/// True if the installed module serves.
+fn run_exchange(cli: &Cli, again: bool, no_way_back: bool) -> io::Result<bool> {
+    let plan = Exchange {
+        patience: patience(cli)?,
+        again,
+        no_way_back,
+        dry_run: cli.dry_run,
+    };
+    let outcome = exchange(&Real::new()?, plan)?;
+    if cli.json {
+        println!("{}", serde_json::to_string(&outcome)?);
+        return Ok(outcome.is_done);
+    }
+    for left in &outcome.left {
+        println!("{}: {}", left.disk, left.why);
+    }
+    let module = Driver::Rs.module();
+    let pause = match outcome.paused_ms {
+        Some(paused) => format!(" (guests were paused for {paused} ms)"),
+        None => String::new(),
+    };
+    let would = cli.dry_run && outcome.left.is_empty() && outcome.why.is_none();
+    let why = outcome.why.map_or(String::new(), |why| format!(": {why}"));
+    let disks = match outcome.disks.len() {
+        0 => "no disks".into(),
+        _ => outcome.disks.join(", "),
+    };
+    println!(
+        "{}",
+        match (outcome.is_done, outcome.is_as_before) {
+            (true, _) if outcome.paused_ms.is_none() && !why.is_empty() => format!("{module}{why}"),
+            (true, _) => format!("{module} was exchanged below {disks}{pause}"),
+            (false, true) => format!("{module} was not exchanged{why}{pause}"),
+            (false, false) if would => format!("{module} would be exchanged below {disks}"),
+            (false, false) => format!("{module}: not all is well{why}{pause}"),
+        }
+    );
+    Ok(outcome.is_done || would)
+}
+
 /// True if no disk was left.
 fn run(cli: &Cli) -> io::Result<bool> {
     let to = match cli.to {
         To::XenBlkbackRs => Driver::Rs,
         To::XenBlkback => Driver::C,
     };
-    let patience = Duration::try_from_secs_f64(cli.patience)
-        .map_err(|error| io::Error::other(format!("--patience: {error}")))?;
+    let patience = patience(cli)?;
     let plan = Plan {
         from: to.other(),
         to,

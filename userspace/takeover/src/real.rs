@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The running host: sysfs, xenstore, xl, and the devices of Xen.
 
+use crate::modules;
 use rustix::fs::{flock, FlockOperation};
 use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
@@ -13,7 +14,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 use takeover::rings::{Grants, Head};
-use takeover::{Begun, Device, Driver, Host, Limits};
+use takeover::{Begun, Device, Driver, Host, Limits, Modules};
 use xenstore_rs::unix::XsUnix;
 use xenstore_rs::Xs;
 
@@ -23,6 +24,9 @@ const BUS: &str = "/sys/bus/xen-backend";
 const FOLDER: &str = "/run/xen-blkback-rs";
 /// Pages that guests have granted.
 const GRANTS: &str = "/dev/xen/gntdev";
+/// Nodes of tap disks, and what their supervisor writes down.
+const NODES: &str = "/dev/xentap";
+const DISKS: &str = "/run/xentap/disks";
 /// Time for a driver to let go of a disk, of which nothing is under way.
 const LET_GO: Duration = Duration::from_secs(10);
 
@@ -31,6 +35,8 @@ pub(crate) struct Real {
     store: XsUnix,
     grants: RefCell<Option<Grants>>,
     begun: PathBuf,
+    /// A copy of the module that was loaded before the installed one was.
+    copy: PathBuf,
     signals: OwnedFd,
     interrupted: Cell<bool>,
     start: Instant,
@@ -54,6 +60,7 @@ impl Real {
             store: XsUnix::new().map_err(named("xenstore"))?,
             grants: RefCell::default(),
             begun: Path::new(FOLDER).join("takeover.json"),
+            copy: Path::new(FOLDER).join("loaded.ko"),
             signals,
             interrupted: Cell::new(false),
             start: Instant::now(),
@@ -79,6 +86,21 @@ impl Real {
     }
 }
 
+/// There is a node, or what is written down of a disk, which has none while it is parked.
+fn has_tap_disks() -> io::Result<bool> {
+    for folder in [NODES, DISKS] {
+        let Some(entries) = or_none(fs::read_dir(folder))? else {
+            continue;
+        };
+        for entry in entries {
+            if entry?.file_name() != "control" {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// That there is no such thing is no error.
 fn or_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
@@ -89,6 +111,11 @@ fn or_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 fn run(program: &str, arguments: &[&str]) -> io::Result<()> {
+    output(program, arguments).map(drop)
+}
+
+/// Runs a program, and returns what it prints.
+pub(crate) fn output(program: &str, arguments: &[&str]) -> io::Result<String> {
     let mut command = Command::new(program);
     // A key that is pressed to end us must not end it.
     command.args(arguments).process_group(0);
@@ -96,7 +123,7 @@ fn run(program: &str, arguments: &[&str]) -> io::Result<()> {
     let output =
         output.map_err(|error| io::Error::new(error.kind(), format!("{program}: {error}")))?;
     match output.status.success() {
-        true => Ok(()),
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         false => Err(io::Error::other(format!(
             "{program} {}: {}",
             arguments.join(" "),
@@ -162,6 +189,53 @@ impl Host for Real {
 
     fn unload(&self, driver: Driver) -> io::Result<()> {
         run("rmmod", &[driver.module()])
+    }
+
+    fn is_loaded(&self, driver: Driver) -> io::Result<bool> {
+        modules::is_loaded(driver)
+    }
+
+    fn modules(&self) -> io::Result<Modules> {
+        modules::compare(&self.copy)
+    }
+
+    fn has_other_copy(&self) -> bool {
+        modules::is_another(&self.copy)
+    }
+
+    fn load_back(&self) -> io::Result<()> {
+        let installed = modules::installed()?;
+        let mut arguments = vec![self.copy.to_string_lossy().into_owned()];
+        arguments.extend(installed.parameters);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        run("insmod", &arguments)
+    }
+
+    fn set_autoprobe(&self, is_on: bool) -> io::Result<()> {
+        let path = format!("{BUS}/drivers_autoprobe");
+        let set = fs::write(&path, if is_on { "1" } else { "0" });
+        set.map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))
+    }
+
+    fn ask_supervisor(&self) -> io::Result<()> {
+        match has_tap_disks()? {
+            true => run("tap-ctl", &["list"]),
+            false => Ok(()),
+        }
+    }
+
+    fn park(&self) -> io::Result<()> {
+        match has_tap_disks()? {
+            true => run("tap-ctl", &["park"]),
+            false => Ok(()),
+        }
+    }
+
+    fn unpark(&self) -> io::Result<()> {
+        match has_tap_disks()? {
+            true => run("tap-ctl", &["unpark"]),
+            false => Ok(()),
+        }
     }
 
     fn limits(&self, driver: Driver) -> Limits {

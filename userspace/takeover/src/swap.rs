@@ -44,6 +44,15 @@ pub struct Left {
     pub why: String,
 }
 
+impl Left {
+    pub(crate) fn new(disk: &str, why: Refused) -> Left {
+        Left {
+            disk: disk.to_owned(),
+            why: why.0,
+        }
+    }
+}
+
 /// How it is to be done.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -68,7 +77,7 @@ pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device
     };
     let mut ready = Vec::new();
     for device in devices {
-        match look(host, plan, device) {
+        match look(host, plan.to, device) {
             Ok(keys) => ready.push((device, keys)),
             Err(why) => outcome.leave(&device.handle.to_string(), why),
         }
@@ -79,12 +88,13 @@ pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device
         return outcome;
     }
     let begun = Begun {
-        domid,
+        guests: vec![domid],
         disks: ready
             .iter()
             .map(|(device, _)| device.name.clone())
             .collect(),
         from: plan.from,
+        exchange: false,
     };
     if let Err(error) = host.remember(Some(&begun)) {
         let why = format!("what begins cannot be remembered: {error}");
@@ -133,7 +143,7 @@ impl Outcome {
             why: "an earlier attempt was not through with it: without --dry-run that is put right first".into(),
         });
         Outcome {
-            domid: begun.domid,
+            domid: begun.guests.first().copied().unwrap_or_default(),
             moved: Vec::new(),
             left: left.collect(),
             paused_ms: None,
@@ -148,25 +158,24 @@ impl Outcome {
     }
 
     fn leave(&mut self, disk: &str, why: Refused) {
-        self.left.push(Left {
-            disk: disk.to_owned(),
-            why: why.0,
-        });
+        self.left.push(Left::new(disk, why));
     }
 }
 
-fn look<H: Host>(host: &H, plan: Plan, device: &Device) -> Result<Keys, Refused> {
+/// A disk may be served by another driver, or another module of its own.
+pub(crate) fn look<H: Host>(host: &H, to: Driver, device: &Device) -> Result<Keys, Refused> {
     if device.domid == 0 {
         return Err(Refused(
             "domain 0 has it itself and cannot be paused: detach it, and attach it again afterwards".into(),
         ));
     }
     let keys = Keys::read(host, device)?;
-    keys.check(host.limits(plan.to), plan.to)?;
+    keys.check(host.limits(to), to)?;
     Ok(keys)
 }
 
-fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut Outcome) {
+/// Lets a guest go on. False if it is there and does not.
+pub(crate) fn unpause<H: Host>(host: &H, domid: u16) -> bool {
     // One that fails now may succeed at once: a guest must not stay so.
     let tried = (0..3).any(|_| {
         let done = host.unpause(domid);
@@ -179,7 +188,11 @@ fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut Outcome) {
         let all = host.devices()?;
         Ok::<_, io::Error>(!all.iter().any(|(device, _)| device.domid == domid))
     };
-    if !tried && !has_gone().unwrap_or(false) {
+    tried || has_gone().unwrap_or(false)
+}
+
+fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut Outcome) {
+    if !unpause(host, domid) {
         outcome.is_unfinished = true;
         let why = format!("its guest is still paused: ask again, or xl unpause {domid}");
         outcome.leave("all", Refused(why));
@@ -192,7 +205,7 @@ fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome
     let mut drained = Vec::new();
     for (device, keys) in ready {
         // It may have gone on until it was paused.
-        let now = look(host, plan, device).and_then(|keys| {
+        let now = look(host, plan.to, device).and_then(|keys| {
             drain(host, device, &keys, until)?;
             Ok(keys)
         });
@@ -210,7 +223,12 @@ fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome
 }
 
 /// Waits until all that a disk was asked for is answered.
-fn drain<H: Host>(host: &H, device: &Device, keys: &Keys, until: Duration) -> Result<(), Refused> {
+pub(crate) fn drain<H: Host>(
+    host: &H,
+    device: &Device,
+    keys: &Keys,
+    until: Duration,
+) -> Result<(), Refused> {
     if !keys.is_connected() {
         return Ok(());
     }
@@ -240,19 +258,25 @@ fn drain<H: Host>(host: &H, device: &Device, keys: &Keys, until: Duration) -> Re
     }
 }
 
-/// A disk whose rings are drained goes to the other driver, or back.
-fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(), Refused> {
+/// Takes a disk whose rings are drained from its driver.
+pub(crate) fn take<H: Host>(
+    host: &H,
+    from: Driver,
+    device: &Device,
+    keys: &Keys,
+) -> Result<(), Refused> {
     if keys.is_connected() && !keys.keeps_grants {
         // The guest does not expect that its pages stay mapped: nobody has told it so when it connected.
         host.write(&keys.persistent(), "0")?;
     }
-    if let Err(error) = host.unbind(plan.from, device) {
-        // Whether it has a driver shows; one that is on its way out is the next one's to see to.
-        return Err(Refused(format!(
-            "{} does not let go of it: {error}",
-            plan.from.module()
-        )));
-    }
+    // Whether it has a driver shows; one that is on its way out is the next one's to see to.
+    host.unbind(from, device)
+        .map_err(|error| Refused(format!("{} does not let go of it: {error}", from.module())))
+}
+
+/// A disk whose rings are drained goes to the other driver, or back.
+fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(), Refused> {
+    take(host, plan.from, device, keys)?;
     let taken = give(host, plan.to, device, keys).and_then(|()| {
         // It was not asked anything yet, and says only now what it takes.
         Keys::read(host, device)?.offers_as_much(keys)

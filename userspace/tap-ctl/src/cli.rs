@@ -214,6 +214,17 @@ pub(crate) enum Verb {
     Destroy(Destroy),
     /// Say whether an image can be found and may be used; change nothing
     Check(Check),
+    /// Have all disks let go of the kernel's module, so that it can be exchanged: xen-blkback-rs exchange does that
+    ///
+    /// No guest may be attached to one. Their processes end in order, and their nodes go; their images, their memory and
+    /// their numbers stay theirs. If one cannot, all are served as before. Disks that are to be made wait a while.
+    Park {
+        /// Seconds that a disk gets
+        #[arg(long, default_value_t = 5)]
+        timeout: u32,
+    },
+    /// Have all disks go on that are parked, with the module that is loaded now
+    Unpark,
     /// Take over a disk that is listed as unknown: what was written down of it is made anew
     Adopt {
         /// The node

@@ -190,6 +190,8 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Snapshot { .. }
         | Request::Snapshots { .. }
         | Request::Pause { .. }
+        | Request::Park { .. }
+        | Request::Unpark
         | Request::Close { .. }
         | Request::Destroy { .. } => true,
         _ => false,
@@ -309,6 +311,10 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             mode: check.mode,
             vbd: check.vbd.clone(),
         }),
+        Verb::Park { timeout } => Request::Park {
+            timeout_s: *timeout,
+        },
+        Verb::Unpark => Request::Unpark,
         Verb::Adopt { minor } => Request::Adopt { minor: *minor },
         Verb::Forget { minor } => Request::Forget { minor: *minor },
         Verb::Status(_)

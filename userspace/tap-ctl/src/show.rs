@@ -27,6 +27,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Mirror(mirror) => format!("{}\n", self::mirror(mirror)),
         Reply::Marks { marks } => dirty::marks(marks),
         Reply::Changed(changed) => changed.extents.iter().map(dirty::line).collect(),
+        Reply::Parked { minors } => minors.iter().map(|minor| format!("{minor}\n")).collect(),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.

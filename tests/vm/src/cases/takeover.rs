@@ -5,8 +5,10 @@ use super::basic::{compare, verify_job, FIO};
 use super::faults::wait_load;
 use super::hung::{hangable, host_is_well};
 use super::lifecycle::{end_job, long_job};
-use super::{load_driver, Case, Context, Needs};
+use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
+use super::{load_driver, Case, Context, Needs, QUEUES};
 use crate::guest::{Guest, Vbd};
+use crate::tap::{self, Served};
 use crate::{hotplug, seed, sh, Driver};
 use anyhow::{ensure, Context as _, Result};
 use sim::rng::Rng;
@@ -14,6 +16,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+/// Where a package's upgrade keeps the module that is loaded.
+const COPY: &str = "/run/xen-blkback-rs/loaded.ko";
 const PROGRAM: &str = "xen-blkback-takeover";
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -43,6 +47,13 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             module,
         ),
+        case(
+            "takeover.exchange",
+            "the module is exchanged below phy and tap disks while their guest verifies; one that cannot be loaded gives way",
+            Pv,
+            exchange,
+        )
+        .supervised(),
         case(
             "takeover.hung",
             "a disk whose storage does not answer keeps its driver, and its guest goes on",
@@ -165,6 +176,140 @@ fn module(context: &mut Context) -> Result<()> {
     compare(guest, "xvda", &device.path(), 8)?;
     guest.detach(&vbd)?;
     // With what other cases need.
+    load_driver(Driver::Rs)
+}
+
+/// The module that is loaded, as Linux and the files of modules name it.
+fn build_id() -> Result<Vec<u8>> {
+    let path = "/sys/module/xen_blkback_rs/notes/.note.gnu.build-id";
+    let note = std::fs::read(path).with_context(|| format!("cannot read {path}"))?;
+    let at = note.len().checked_sub(20).context("a short note")?;
+    Ok(note[at..].to_vec())
+}
+
+/// The same module as another build.
+fn another_build(module: &[u8]) -> Result<Vec<u8>> {
+    let id = build_id()?;
+    let mut other = module.to_vec();
+    let mut places =
+        (0..other.len().saturating_sub(id.len())).filter(|at| module[*at..].starts_with(&id));
+    let at = places
+        .next()
+        .context("the installed module is not the one that is loaded")?;
+    ensure!(places.next().is_none(), "the identifier is there twice");
+    other[at] ^= 0xff;
+    Ok(other)
+}
+
+/// The file that modprobe loads; what it holds comes back at the end of the case.
+fn installed_module(context: &mut Context) -> Result<(String, Vec<u8>)> {
+    let said = sh::run(&[
+        "modprobe",
+        "--ignore-install",
+        "--show-depends",
+        Driver::Rs.module(),
+    ])?;
+    let path = said
+        .split_whitespace()
+        .find(|word| word.contains("xen-blkback-rs.ko"));
+    let path = path
+        .with_context(|| format!("modprobe says: {said}"))?
+        .to_owned();
+    let (content, theirs) = (std::fs::read(&path)?, path.clone());
+    let back = content.clone();
+    context.at_end("the installed module", move || {
+        Ok(std::fs::write(theirs, back)?)
+    });
+    Ok((path, content))
+}
+
+/// As many queues as the cases load it with, from the host's settings: nobody says it on a command line.
+fn with_settings(context: &mut Context) -> Result<()> {
+    const SETTINGS: &str = "/etc/modprobe.d/exchange.conf";
+    std::fs::write(SETTINGS, format!("options xen-blkback-rs {QUEUES}\n"))?;
+    context.at_end("the module's settings", || {
+        Ok(std::fs::remove_file(SETTINGS)?)
+    });
+    context.at_end("the copy of the module", || {
+        std::fs::remove_file(COPY).or_else(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error.into()),
+        })
+    });
+    Ok(())
+}
+
+/// Exchanges the module; returns the exit code and what is said.
+fn exchanged() -> Result<(i32, serde_json::Value)> {
+    let done = sh::status(&[PROGRAM, "--json", "exchange"], LIMIT)?;
+    let line = done.text.lines().find(|line| line.starts_with('{'));
+    let line = line.with_context(|| format!("{PROGRAM} says: {}", done.text))?;
+    Ok((done.rc, serde_json::from_str(line)?))
+}
+
+fn exchange(context: &mut Context) -> Result<()> {
+    const ROUNDS: usize = 4;
+    let device = context.null_blk(32, &[])?;
+    let image = image(context, "exchange.img", 16)?;
+    let (path, original) = installed_module(context)?;
+    with_settings(context)?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let job = guest.start(&long_job(8))?;
+    let load = start_load(guest)?;
+    let (rc, said) = exchanged()?;
+    ensure!(
+        rc == 0 && said["paused_ms"].is_null(),
+        "it is the installed one: {said}"
+    );
+    let other = another_build(&original)?;
+    std::fs::write(&path, &other)?;
+    let (rc, said) = exchanged()?;
+    let why = said["why"].as_str().unwrap_or_default();
+    ensure!(
+        rc == 1 && why.contains("no way back"),
+        "without a copy: {said}"
+    );
+    let mut pauses = Vec::new();
+    for (next, before) in [(&other, &original), (&original, &other)].repeat(ROUNDS / 2) {
+        wait_load(&vbd)?;
+        wait_progress(&disk, 40)?;
+        std::fs::write(COPY, before)?;
+        std::fs::write(&path, next)?;
+        let (id, pid) = (build_id()?, disk.pid()?);
+        let (rc, said) = exchanged()?;
+        ensure!(
+            rc == 0 && said["is_done"] == true,
+            "it was not exchanged: {said}"
+        );
+        ensure!(build_id()? != id, "the same module is loaded: {said}");
+        ensure!(disk.pid()? != pid, "the process was not: {said}");
+        pauses.extend(said["paused_ms"].as_u64());
+        is_served_by(&vbd, Driver::Rs)?;
+    }
+    std::fs::write(COPY, &original)?;
+    std::fs::write(&path, "this is no module")?;
+    let (rc, said) = exchanged()?;
+    ensure!(
+        rc == 1 && said["is_as_before"] == true,
+        "it cannot be loaded: {said}"
+    );
+    is_served_by(&vbd, Driver::Rs)?;
+    std::fs::write(&path, &original)?;
+    wait_load(&vbd)?;
+    wait_progress(&disk, 40)?;
+    context.note(&format!(
+        "paused for {pauses:?} ms, and to no avail for {} ms",
+        said["paused_ms"]
+    ))?;
+    let guest = context.pv()?;
+    end_load(guest, load)?;
+    end_job(guest, &vbd, job)?;
+    compare(guest, "xvda", &device.path(), 8)?;
+    same(guest, &image, 16)?;
+    guest.detach(&vbd)?;
+    disk.detach(guest)?;
     load_driver(Driver::Rs)
 }
 

@@ -26,6 +26,7 @@ impl Lifecycle {
     /// # Errors
     /// Its image is in use, or it cannot be served: nothing is left of it.
     pub async fn create(self: &Rc<Self>, create: Create) -> Result<Made, Failure> {
+        self.until_unparked().await?;
         let vbd = create.vbd.as_deref().map(relative).map(str::to_owned);
         if let Some(vbd) = &vbd {
             self.admission.check_directory(vbd).await?;

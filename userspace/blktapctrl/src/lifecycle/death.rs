@@ -5,7 +5,7 @@ use super::{needs, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::process::{self, Process, Program, OPEN};
 use crate::record::Want;
-use control::supervisor::What;
+use control::supervisor::{Doing, What};
 use control::Failure;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -119,6 +119,9 @@ impl Lifecycle {
                 return;
             };
             if disk.process.borrow().is_some() {
+                return;
+            }
+            if disk.doing() == Some(Doing::Park) {
                 return;
             }
             if disk.doing().is_some() {

@@ -176,7 +176,7 @@ impl Lifecycle {
         until(limit, removed, late).await
     }
 
-    fn node_of(&self, disk: &Disk) -> Result<Option<Node>, Failure> {
+    pub(super) fn node_of(&self, disk: &Disk) -> Result<Option<Node>, Failure> {
         kernel::node(&*self.registry.kernel, disk.minor)
             .map_err(|error| Failure::system("cannot ask the kernel", &error))
     }

@@ -17,6 +17,7 @@ mod mark;
 mod mirror;
 mod needs;
 mod open;
+mod park;
 mod pause;
 mod renew;
 mod serve;
@@ -40,7 +41,7 @@ use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{watch, Notify};
 
 /// The life of all disks.
 pub struct Lifecycle {
@@ -61,6 +62,8 @@ pub struct Lifecycle {
     /// How long is waited for what should not take long: a node that somebody has open, a verb that is
     /// finished by itself.
     pub patience: Cell<Duration>,
+    /// Disks are parked, or about to be: no new ones are made.
+    parked: watch::Sender<bool>,
 }
 
 /// What happened to a disk's process, for whoever asks: to them, that it has gone would be that we have.
@@ -84,6 +87,7 @@ impl Lifecycle {
             patience_for_images: Cell::new(Duration::from_secs(30)),
             direct: Cell::new(true),
             patience: Cell::new(OPEN),
+            parked: watch::Sender::new(false),
         })
     }
 
@@ -113,6 +117,7 @@ impl Lifecycle {
             Doing::Handoff => self.finish_handoff(disk).await,
             Doing::Snapshot => self.finish_snapshot(disk).await,
             Doing::Mirror => self.finish_mirror(disk).await,
+            Doing::Park => Err(Self::is_parked()),
             Doing::Destroy => {
                 self.destroy_later(disk);
                 Ok(())

@@ -38,7 +38,7 @@ impl Lifecycle {
         disk: &Rc<Disk>,
         change: impl FnOnce(&mut Record),
     ) -> Result<(), Failure> {
-        let changed = match self.let_process_go(disk).await {
+        let changed = match self.let_process_go(disk, PAUSE).await {
             Ok(()) => self.registry.change(disk, change),
             Err(failure) => Err(failure),
         };
@@ -50,12 +50,16 @@ impl Lifecycle {
         changed
     }
 
-    /// The process of a disk ends, and what it had is over.
-    async fn let_process_go(&self, disk: &Disk) -> Result<(), Failure> {
+    /// The process of a disk ends, and what it had is over and durable. One that does not close its image within the
+    /// limit is killed.
+    ///
+    /// # Errors
+    /// The guest is still to be told of something by this process, which stays.
+    pub(super) async fn let_process_go(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
         // What cannot be written afterwards would be done again and again.
         self.registry.change(disk, |_| ())?;
         owes_nothing(disk).await?;
-        match self.close_image(disk, PAUSE).await {
+        match self.close_image(disk, limit).await {
             Ok(Some(lost)) => return Err(lost),
             Ok(None) => owes_nothing(disk).await?,
             // Storage hangs. It is killed, and what it had is executed again when that is over.
@@ -63,7 +67,7 @@ impl Lifecycle {
             Err(failure) => return Err(failure),
         }
         self.end_process(disk).await?;
-        self.take_from_kernel(disk, PAUSE).await
+        self.take_from_kernel(disk, limit).await
     }
 }
 

@@ -16,6 +16,7 @@ use crate::store::{relative, Store};
 use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
+pub(crate) use nodes::unmade;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;

@@ -33,6 +33,7 @@ impl Registry {
             if let Err(error) = memory::remove(&self.folder, record.minor) {
                 tracing::error!("cannot remove the memory of disk {}: {error}", record.minor);
             }
+            record.arena_kib = arena_kib;
             let disk = Disk::new(record.clone());
             self.change(&disk, |_| {})?;
             let make = Make {
@@ -74,7 +75,8 @@ impl Registry {
     }
 }
 
-fn unmade(minor: u32, error: &io::Error) -> Failure {
+/// Why a node was not made.
+pub(crate) fn unmade(minor: u32, error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::NotFound => Failure::new(
             Code::System,

@@ -15,6 +15,7 @@ mod memory;
 mod mirror;
 mod needs;
 mod nodes;
+mod park;
 mod rules;
 mod sharing;
 mod snapshot;

@@ -6,7 +6,7 @@ use super::verdict::{Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::Figures;
 use crate::host::task::Task;
 use crate::look::{Disk, Supervisor};
-use control::supervisor::{Kernel, TopRow};
+use control::supervisor::{Doing, Kernel, TopRow};
 use control::{tapdisk, Limits};
 use std::time::Duration;
 
@@ -70,6 +70,12 @@ fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
         return Verdict::new(State::Fencing, why)
             .because(Cause::Storage)
             .remedy("see to the storage of its image");
+    }
+    if tap.row.doing == Some(Doing::Park) {
+        let why = "the kernel's module is being exchanged, and it has no node until then";
+        return Verdict::new(State::Paused, why)
+            .because(Cause::Administrator)
+            .remedy("tap-ctl unpark, if nobody is at that any more");
     }
     if tap.row.target.is_none() && kernel.waiting == 0 {
         let closed = Verdict::new(State::Closed, "a node that nobody serves");

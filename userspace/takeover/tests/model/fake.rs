@@ -1,28 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Whatever fails, and whenever it ends: each disk has a driver, no guest stays paused, and no driver gets a ring on
-//! which something is half done.
+//! A host that is none, at which each call may fail.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 use takeover::rings::Head;
-use takeover::{retire, take_over, Begun, Device, Driver, Host, Limits, Outcome, Plan, Retired};
+use takeover::{take_over, Begun, Device, Driver, Host, Limits, Modules, Outcome, Plan};
 
 #[derive(Clone, Debug)]
-struct Vbd {
-    driver: Option<Driver>,
+pub(crate) struct Vbd {
+    pub(crate) driver: Option<Driver>,
     /// Its guest was told, when it connected, that its pages stay mapped.
-    is_told: bool,
+    pub(crate) is_told: bool,
     /// Indexes of its rings.
-    rings: Vec<Head>,
+    pub(crate) rings: Vec<Head>,
     /// Its storage does not answer.
-    hangs: bool,
+    pub(crate) hangs: bool,
 }
 
 /// What goes wrong at a call of the host that changes something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
+pub(crate) enum Fault {
     /// It fails, and nothing has happened.
     Before,
     /// It fails, and has happened.
@@ -32,32 +31,59 @@ enum Fault {
 }
 
 #[derive(Default)]
-struct Fake {
-    vbds: RefCell<BTreeMap<Device, Vbd>>,
-    keys: RefCell<BTreeMap<String, String>>,
-    paused: RefCell<BTreeMap<u16, i32>>,
-    loaded: RefCell<Vec<Driver>>,
-    begun: RefCell<Option<Begun>>,
-    refuses: Cell<Option<Driver>>,
+pub(crate) struct Fake {
+    pub(crate) vbds: RefCell<BTreeMap<Device, Vbd>>,
+    pub(crate) keys: RefCell<BTreeMap<String, String>>,
+    pub(crate) paused: RefCell<BTreeMap<u16, i32>>,
+    pub(crate) loaded: RefCell<Vec<Driver>>,
+    pub(crate) begun: RefCell<Option<Begun>>,
+    pub(crate) refuses: Cell<Option<Driver>>,
     /// It serves with smaller requests than the other one.
-    is_small: Cell<Option<Driver>>,
+    pub(crate) is_small: Cell<Option<Driver>>,
     /// The guest is destroyed when its first disk has no driver.
-    vanishes: Cell<bool>,
+    pub(crate) vanishes: Cell<bool>,
     /// Calls until the fault.
-    fault: Cell<Option<(usize, Fault)>>,
-    calls: Cell<usize>,
-    is_dead: Cell<bool>,
-    now: Cell<Duration>,
-    wrong: RefCell<Vec<String>>,
+    pub(crate) fault: Cell<Option<(usize, Fault)>>,
+    pub(crate) calls: Cell<usize>,
+    pub(crate) is_dead: Cell<bool>,
+    pub(crate) now: Cell<Duration>,
+    pub(crate) wrong: RefCell<Vec<String>>,
+    /// The module of this driver that is loaded, if it is.
+    pub(crate) version: Cell<Version>,
+    /// What is installed.
+    pub(crate) installed: Cell<Version>,
+    /// What cannot be loaded.
+    pub(crate) unloadable: Cell<Option<Version>>,
+    /// What takes smaller requests than its guests send.
+    pub(crate) weak: Cell<Option<Version>>,
+    /// A copy of the module from before is there.
+    pub(crate) has_copy: Cell<bool>,
+    pub(crate) no_autoprobe: Cell<bool>,
+    /// Tap disks have nodes, and those hold the module.
+    pub(crate) nodes: Cell<bool>,
+    /// There are tap disks.
+    pub(crate) has_taps: Cell<bool>,
+    /// The supervisor of tap disks does not answer.
+    pub(crate) is_silent: Cell<bool>,
+    /// A guest that is made while no module is there.
+    pub(crate) newcomer: Cell<bool>,
 }
 
-fn device(domid: u16, handle: u32) -> Device {
+/// A module.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Version {
+    #[default]
+    Old,
+    New,
+}
+
+pub(crate) fn device(domid: u16, handle: u32) -> Device {
     Device::named(&format!("vbd-{domid}-{handle}")).unwrap()
 }
 
 impl Fake {
     /// Guests 1 and 2 have two disks each, of which one has two queues and one is not connected.
-    fn new(from: Driver) -> Fake {
+    pub(crate) fn new(from: Driver) -> Fake {
         let fake = Fake::default();
         fake.loaded.borrow_mut().push(from);
         for (domid, handle, queues) in [(1, 51712, 1), (1, 51728, 2), (2, 51712, 2), (2, 51728, 0)]
@@ -67,7 +93,7 @@ impl Fake {
         fake
     }
 
-    fn add(&self, from: Driver, domid: u16, handle: u32, queues: u32) {
+    pub(crate) fn add(&self, from: Driver, domid: u16, handle: u32, queues: u32) {
         let device = device(domid, handle);
         let front = format!("/local/domain/{domid}/device/vbd/{handle}");
         let head = |_| Head {
@@ -111,18 +137,18 @@ impl Fake {
         self.vbds.borrow_mut().insert(device, vbd);
     }
 
-    fn set(&self, key: &str, value: &str) {
+    pub(crate) fn set(&self, key: &str, value: &str) {
         self.keys.borrow_mut().insert(key.into(), value.into());
     }
 
-    fn front(&self, device: &Device, key: &str) -> Option<String> {
+    pub(crate) fn front(&self, device: &Device, key: &str) -> Option<String> {
         let keys = self.keys.borrow();
         let front = keys.get(&device.back("frontend"))?;
         keys.get(&format!("{front}/{key}")).cloned()
     }
 
     /// Guests that are not paused ask for more, and what was asked is answered.
-    fn live(&self) {
+    pub(crate) fn live(&self) {
         for (device, vbd) in self.vbds.borrow_mut().iter_mut() {
             let is_paused = self
                 .paused
@@ -141,12 +167,12 @@ impl Fake {
     }
 
     /// A call that changes something.
-    fn call<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    pub(crate) fn call<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         self.call_that(true, work)
     }
 
     /// The same; `may_be_done` if it may have happened although it fails.
-    fn call_that<T>(
+    pub(crate) fn call_that<T>(
         &self,
         may_be_done: bool,
         work: impl FnOnce() -> io::Result<T>,
@@ -167,18 +193,18 @@ impl Fake {
         }
     }
 
-    fn alive(&self) -> io::Result<()> {
+    pub(crate) fn alive(&self) -> io::Result<()> {
         match self.is_dead.get() {
             true => Err(io::Error::other("dead")),
             false => Ok(()),
         }
     }
 
-    fn wrong(&self, what: String) {
+    pub(crate) fn wrong(&self, what: String) {
         self.wrong.borrow_mut().push(what);
     }
 
-    fn plan(&self, to: Driver) -> Plan {
+    pub(crate) fn plan(&self, to: Driver) -> Plan {
         Plan {
             from: to.other(),
             to,
@@ -187,12 +213,12 @@ impl Fake {
         }
     }
 
-    fn run(&self, to: Driver) -> io::Result<Vec<Outcome>> {
+    pub(crate) fn run(&self, to: Driver) -> io::Result<Vec<Outcome>> {
         take_over(self, self.plan(to), &[], |_| ())
     }
 
     /// Asked for words only, nothing is done, and it is said which disks an earlier attempt has left.
-    fn only_says(&self, to: Driver, when: &str) {
+    pub(crate) fn only_says(&self, to: Driver, when: &str) {
         let state = || format!("{:?} {:?}", self.keys, self.paused);
         let (before, begun) = (state(), self.begun.borrow().clone());
         let plan = Plan {
@@ -207,14 +233,14 @@ impl Fake {
         assert_eq!((state(), &*self.begun.borrow()), (before, &begun), "{when}");
     }
 
-    fn served_by(&self, driver: Driver) -> usize {
+    pub(crate) fn served_by(&self, driver: Driver) -> usize {
         let vbds = self.vbds.borrow();
         vbds.values()
             .filter(|vbd| vbd.driver == Some(driver))
             .count()
     }
 
-    fn assert_sound(&self, when: &str) {
+    pub(crate) fn assert_sound(&self, when: &str) {
         assert_eq!(*self.wrong.borrow(), [""; 0], "{when}");
         for (device, vbd) in self.vbds.borrow().iter() {
             assert!(
@@ -232,6 +258,20 @@ impl Fake {
             "{when}: {paused:?}"
         );
         assert_eq!(*self.begun.borrow(), None, "{when}");
+        assert!(!self.no_autoprobe.get(), "{when}");
+        assert_eq!(self.nodes.get(), self.has_taps.get(), "{when}: tap disks");
+    }
+
+    /// A module is loaded.
+    fn insert(&self, version: Version) -> io::Result<()> {
+        if self.unloadable.get() == Some(version) {
+            return Err(io::Error::other("invalid module format"));
+        }
+        if !self.no_autoprobe.get() && self.vbds.borrow().values().any(|vbd| vbd.driver.is_none()) {
+            self.wrong("a module comes that takes all devices by itself".into());
+        }
+        self.version.set(version);
+        Ok(())
     }
 }
 
@@ -276,8 +316,79 @@ impl Host for Fake {
     fn load(&self, driver: Driver) -> io::Result<()> {
         self.call(|| {
             if !self.loaded.borrow().contains(&driver) {
+                if driver == Driver::Rs {
+                    self.insert(self.installed.get())?;
+                }
                 self.loaded.borrow_mut().push(driver);
             }
+            Ok(())
+        })
+    }
+
+    fn is_loaded(&self, driver: Driver) -> io::Result<bool> {
+        self.alive()?;
+        Ok(self.loaded.borrow().contains(&driver))
+    }
+
+    fn modules(&self) -> io::Result<Modules> {
+        self.alive()?;
+        Ok(
+            match (
+                self.version.get() == self.installed.get(),
+                self.has_copy.get(),
+            ) {
+                (true, _) => Modules::Same,
+                (false, true) => Modules::WayBack,
+                (false, false) => Modules::NoWayBack("there".into()),
+            },
+        )
+    }
+
+    fn has_other_copy(&self) -> bool {
+        self.has_copy.get() && self.version.get() != Version::Old
+    }
+
+    fn load_back(&self) -> io::Result<()> {
+        self.call(|| {
+            if !self.has_copy.get() {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            self.insert(Version::Old)?;
+            self.loaded.borrow_mut().push(Driver::Rs);
+            Ok(())
+        })
+    }
+
+    fn set_autoprobe(&self, is_on: bool) -> io::Result<()> {
+        self.call(|| {
+            self.no_autoprobe.set(!is_on);
+            Ok(())
+        })
+    }
+
+    fn ask_supervisor(&self) -> io::Result<()> {
+        match self.is_silent.get() {
+            true => Err(io::Error::other("it does not answer")),
+            false => self.alive(),
+        }
+    }
+
+    fn park(&self) -> io::Result<()> {
+        self.call(|| {
+            if self.served_by(Driver::Rs) > 0 {
+                return Err(io::Error::other("a guest is attached"));
+            }
+            self.nodes.set(false);
+            Ok(())
+        })
+    }
+
+    fn unpark(&self) -> io::Result<()> {
+        self.call(|| {
+            if !self.loaded.borrow().contains(&Driver::Rs) {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            self.nodes.set(self.has_taps.get());
             Ok(())
         })
     }
@@ -287,7 +398,15 @@ impl Host for Fake {
             if self.served_by(driver) > 0 {
                 self.wrong(format!("{driver:?} is unloaded and serves"));
             }
+            if driver == Driver::Rs && self.nodes.get() {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
             self.loaded.borrow_mut().retain(|other| *other != driver);
+            if self.newcomer.take() {
+                self.add(driver, 5, 51712, 0);
+                let mut vbds = self.vbds.borrow_mut();
+                vbds.get_mut(&device(5, 51712)).unwrap().driver = None;
+            }
             Ok(())
         })
     }
@@ -359,6 +478,10 @@ impl Host for Fake {
             if vbd.driver.is_some() {
                 return Err(io::ErrorKind::NotFound.into());
             }
+            let is_tap = self.keys.borrow().contains_key(&device.back("tap-minor"));
+            if is_tap && !self.nodes.get() {
+                self.wrong(format!("{} comes before the tap disks", device.name));
+            }
             let keeps = self.front(device, "feature-persistent").as_deref() != Some("0");
             if keeps != vbd.is_told && !vbd.rings.is_empty() {
                 let told = vbd.is_told;
@@ -376,7 +499,8 @@ impl Host for Fake {
                 (false, false) => "4",
             };
             self.set(&device.back("state"), state);
-            let segments = match self.is_small.get() == Some(driver) {
+            let is_weak = driver == Driver::Rs && self.weak.get() == Some(self.version.get());
+            let segments = match self.is_small.get() == Some(driver) || is_weak {
                 true => "16",
                 false => "256",
             };
@@ -409,189 +533,4 @@ impl Host for Fake {
     fn is_interrupted(&self) -> bool {
         false
     }
-}
-
-fn both(test: impl Fn(Driver)) {
-    Driver::ALL.into_iter().for_each(test);
-}
-
-#[test]
-fn all_disks_go_to_the_other_driver_which_alone_stays() {
-    both(|to| {
-        let fake = Fake::new(to.other());
-        let outcomes = fake.run(to).unwrap();
-        assert_eq!(outcomes.len(), 2);
-        assert!(
-            outcomes.iter().all(|outcome| outcome.left.is_empty()),
-            "{outcomes:?}"
-        );
-        assert_eq!(fake.served_by(to), 4);
-        fake.assert_sound("after all");
-        // Somebody uses it yet.
-        fake.fault.set(Some((fake.calls.get(), Fault::Before)));
-        let retired = retire(&fake, fake.plan(to)).unwrap();
-        assert!(matches!(retired, Retired::Stays(_)), "{retired:?}");
-        let retired = retire(&fake, fake.plan(to)).unwrap();
-        assert!(matches!(retired, Retired::Unloaded), "{retired:?}");
-        assert_eq!(*fake.loaded.borrow(), [to]);
-    });
-}
-
-#[test]
-fn storage_that_does_not_answer_keeps_its_disk_where_it_is() {
-    both(|to| {
-        let fake = Fake::new(to.other());
-        fake.vbds
-            .borrow_mut()
-            .get_mut(&device(1, 51728))
-            .unwrap()
-            .hangs = true;
-        let outcomes = fake.run(to).unwrap();
-        assert_eq!((outcomes[0].moved.len(), outcomes[0].left.len()), (1, 1));
-        assert!(
-            outcomes[0].left[0].why.contains("are not answered"),
-            "{outcomes:?}"
-        );
-        assert_eq!(fake.served_by(to), 3);
-        fake.assert_sound("after all");
-        let retired = retire(&fake, fake.plan(to)).unwrap();
-        assert!(matches!(retired, Retired::Serves), "{retired:?}");
-        assert_eq!(fake.loaded.borrow().len(), 2);
-    });
-}
-
-#[test]
-fn a_driver_that_takes_less_than_the_guest_may_send_gives_them_back() {
-    both(|to| {
-        let fake = Fake::new(to.other());
-        fake.is_small.set(Some(to));
-        let outcomes = fake.run(to).unwrap();
-        assert_eq!(fake.served_by(to), 1, "the one that is not connected");
-        let left = &outcomes[0].left[0].why;
-        assert!(left.contains("256 indirect segments"), "{left}");
-        fake.assert_sound("after all");
-    });
-}
-
-#[test]
-fn a_guest_that_is_destroyed_meanwhile_leaves_nothing_to_do() {
-    both(|to| {
-        let fake = Fake::new(to.other());
-        fake.vanishes.set(true);
-        let outcomes = fake.run(to).unwrap();
-        assert!(outcomes[0].moved.is_empty() && outcomes[0].left.len() >= 2);
-        assert_eq!(fake.vbds.borrow().len(), 0, "{outcomes:?}");
-        fake.run(to).unwrap();
-        fake.assert_sound("asked again");
-    });
-}
-
-#[test]
-fn a_driver_that_refuses_gives_them_back() {
-    both(|to| {
-        let fake = Fake::new(to.other());
-        fake.refuses.set(Some(to));
-        let outcomes = fake.run(to).unwrap();
-        assert_eq!(fake.served_by(to), 1, "the one that is not connected");
-        assert!(outcomes.iter().any(|outcome| outcome.left.len() == 2));
-        fake.assert_sound("after all");
-    });
-}
-
-#[test]
-fn what_is_not_safe_is_refused_by_its_reason() {
-    let refused = |to: Driver, prepare: fn(&Fake), words: &str| {
-        let fake = Fake::new(to.other());
-        prepare(&fake);
-        let outcomes = fake.run(to).unwrap();
-        let left: Vec<_> = outcomes.iter().flat_map(|outcome| &outcome.left).collect();
-        assert!(
-            left.len() == 1 && left[0].why.contains(words),
-            "{words}: {left:?}"
-        );
-        assert_eq!(*fake.wrong.borrow(), [""; 0]);
-    };
-    refused(
-        Driver::C,
-        |fake| fake.set(&device(1, 51712).back("tap-minor"), "3"),
-        "tap disk",
-    );
-    both(|to| {
-        refused(
-            to,
-            |fake| fake.set(&device(1, 51712).back("online"), "0"),
-            "detached",
-        );
-        refused(
-            to,
-            |fake| fake.set("/local/domain/1/device/vbd/51712/ring-page-order", "9"),
-            "takes 4",
-        );
-        refused(
-            to,
-            |fake| {
-                fake.set(
-                    "/local/domain/1/device/vbd/51728/multi-queue-num-queues",
-                    "4000000000",
-                )
-            },
-            "takes 4",
-        );
-        refused(
-            to,
-            |fake| fake.set("/local/domain/1/device/vbd/51712/state", "pear"),
-            "no number",
-        );
-        refused(
-            to,
-            |fake| fake.set("/local/domain/1/device/vbd/51712/ring-ref", "pear"),
-            "names no ring",
-        );
-        refused(
-            to,
-            |fake| {
-                let from = fake.loaded.borrow()[0];
-                fake.add(from, 0, 51712, 1);
-            },
-            "domain 0",
-        );
-    });
-}
-
-#[test]
-fn whatever_fails_each_disk_has_a_driver_and_no_guest_is_paused() {
-    both(|to| {
-        let calls = {
-            let fake = Fake::new(to.other());
-            fake.run(to).unwrap();
-            fake.calls.get()
-        };
-        assert!(calls > 20, "{calls}");
-        for at in 0..calls + 5 {
-            for fault in [Fault::Before, Fault::After, Fault::Killed] {
-                let when = format!("to {to:?}, {fault:?} at {at}");
-                let fake = Fake::new(to.other());
-                fake.fault.set(Some((at, fault)));
-                let first = fake.run(to);
-                let is_finished = first
-                    .as_ref()
-                    .is_ok_and(|outcomes| outcomes.iter().all(|outcome| !outcome.is_unfinished));
-                if !fake.is_dead.get() && is_finished && fake.begun.borrow().is_none() {
-                    fake.assert_sound(&when);
-                }
-                // The next one puts right what is left.
-                fake.is_dead.set(false);
-                fake.fault.set(None);
-                fake.only_says(to, &when);
-                let second = fake.run(to);
-                let second = second.unwrap_or_else(|error| panic!("{when}: {error}"));
-                assert!(
-                    second.iter().all(|outcome| outcome.left.is_empty()),
-                    "{when}: {second:?}"
-                );
-                fake.assert_sound(&when);
-                assert_eq!(fake.served_by(to), 4, "{when}");
-            }
-        }
-    });
 }

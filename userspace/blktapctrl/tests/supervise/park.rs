@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Disks let go of the kernel's module, and go on with the next one.
+
+use super::bed::{block_on, test, until, which, Bed, Succession};
+use blktapctrl::adopt;
+use blktapctrl::kernel::{Kernel, Make};
+use control::supervisor::{Doing, Reply, Request, What};
+use control::tapdisk::State;
+use control::{Code, Failure};
+use std::fs;
+use std::rc::Rc;
+
+const PARK: Request = Request::Park { timeout_s: 5 };
+
+async fn parked(bed: &Bed) -> Vec<u32> {
+    minors(bed.ask(PARK).await)
+}
+
+fn minors(reply: Result<Reply, Failure>) -> Vec<u32> {
+    match reply {
+        Ok(Reply::Parked { minors }) => minors,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Another module is loaded: nothing of the one before is left.
+fn assert_unloaded(bed: &Bed) {
+    let nodes = bed.kernel.nodes.borrow();
+    assert!(nodes.is_empty(), "{:?}", nodes.keys());
+}
+
+async fn is_served(bed: &Bed, minor: u32) {
+    until("a disk that is served", || async {
+        let row = bed.row(minor).await;
+        (row.state == Some(State::Running) && row.doing.is_none()).then_some(())
+    })
+    .await;
+}
+
+fn bind(bed: &Bed, minor: u32, to: Option<(u32, u32)>) {
+    let mut nodes = bed.kernel.nodes.borrow_mut();
+    nodes.get_mut(&minor).expect("the node").bound = to;
+}
+
+#[test]
+fn disks_go_on_with_the_next_module_as_they_were() {
+    test("park", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        let mut first = bed.create("a.img");
+        (first.minor, first.arena_kib) = (Some(3), 2048);
+        bed.made(first).await;
+        bed.made(bed.create("b.img")).await;
+        let pause = Request::Pause {
+            which: which(0),
+            timeout_s: 5,
+        };
+        assert_eq!(bed.ask(pause).await, Ok(Reply::Done));
+        let before = bed.row(3).await;
+        assert_eq!(parked(&bed).await, [0, 3]);
+        assert_unloaded(&bed);
+        for minor in [0, 3] {
+            let row = bed.row(minor).await;
+            assert_eq!((row.pid, row.doing), (None, Some(Doing::Park)));
+        }
+        assert_eq!(parked(&bed).await, [0, 3], "it is done already");
+        let refused = bed.ask(Request::Unpause {
+            which: which(0),
+            target: None,
+            may_shrink: false,
+            files: Vec::new(),
+        });
+        let failure = refused.await.expect_err("it has no node");
+        assert!(failure.message.contains("being exchanged"), "{failure}");
+        assert_eq!(minors(bed.ask(Request::Unpark).await), [0, 3]);
+        let after = bed.row(3).await;
+        assert_eq!((after.state, after.doing), (Some(State::Running), None));
+        assert_ne!(after.pid, before.pid);
+        assert_eq!(bed.kernel.nodes.borrow()[&3].make.arena_kib, 2048);
+        let paused = bed.row(0).await;
+        assert_eq!((paused.pid, paused.doing), (None, None), "it is paused yet");
+        assert_eq!(minors(bed.ask(Request::Unpark).await), [0; 0]);
+        let died = |what: &What| matches!(what, What::Died { .. } | What::Failed { .. });
+        assert!(!bed.events().iter().any(died), "{:?}", bed.events());
+    });
+}
+
+#[test]
+fn all_are_served_as_before_if_one_cannot_let_go() {
+    test("park-refused", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        let first = bed.made(bed.create("a.img")).await;
+        let second = bed.made(bed.create("b.img")).await;
+        bind(&bed, second, Some((7, 51712)));
+        let failure = bed.ask(PARK).await.expect_err("a guest has it");
+        assert!(failure.message.contains("domain 7"), "{failure}");
+        is_served(&bed, first).await;
+        is_served(&bed, second).await;
+        bind(&bed, second, None);
+        // Somebody else's.
+        let node = bed.kernel.create(Make::default()).expect("a node");
+        let failure = bed.ask(PARK).await.expect_err("a node is left");
+        assert!(failure.message.contains("tap-ctl free"), "{failure}");
+        is_served(&bed, first).await;
+        is_served(&bed, second).await;
+        bed.kernel.destroy(node).expect("free");
+        assert_eq!(parked(&bed).await, [first, second]);
+        bed.ask(Request::Unpark).await.expect("unparked");
+    });
+}
+
+/// What a dead process has under way may still reach the image: the module must not go.
+#[test]
+fn a_node_that_is_not_free_keeps_the_module() {
+    test("park-fencing", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        bed.fencing(minor, true);
+        let asked = Request::Park { timeout_s: 1 };
+        let failure = bed.ask(asked).await.expect_err("its node is in use");
+        assert_eq!(failure.code, Code::Timeout, "{failure}");
+        let row = bed.row(minor).await;
+        assert_eq!((row.pid, row.doing), (None, None));
+        bed.fencing(minor, false);
+        is_served(&bed, minor).await;
+    });
+}
+
+/// What could not be made durable the guest learns of from this process alone.
+#[test]
+fn a_process_that_owes_its_guest_an_error_stays() {
+    test("park-owes", |bed| async move {
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        let pid = bed.row(minor).await.pid;
+        for name in ["owes", "owes-closed"] {
+            let path = bed.dir.join(name);
+            fs::write(&path, "").expect("write");
+            let failure = bed.ask(PARK).await.expect_err("the guest has not asked");
+            assert!(
+                failure.message.contains("made durable"),
+                "{name}: {failure}"
+            );
+            is_served(&bed, minor).await;
+            assert_eq!(bed.row(minor).await.pid, pid, "{name}");
+            fs::remove_file(path).expect("remove");
+        }
+        assert_eq!(parked(&bed).await, [minor]);
+        bed.ask(Request::Unpark).await.expect("unparked");
+    });
+}
+
+#[test]
+fn a_disk_that_is_made_meanwhile_waits_for_the_next_module() {
+    test("park-create", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        parked(&bed).await;
+        let create = Request::Create(Box::new(bed.create("b.img")));
+        let waits = tokio::task::spawn_local({
+            let bed = bed.clone();
+            async move { bed.ask(create).await }
+        });
+        bed.destroy(0).await;
+        assert_unloaded(&bed);
+        assert!(!waits.is_finished());
+        bed.ask(Request::Unpark).await.expect("unparked");
+        let made = waits.await.expect("a task");
+        assert!(matches!(made, Ok(Reply::Created { .. })), "{made:?}");
+        assert_eq!(bed.rows().await.len(), 1);
+    });
+}
+
+#[test]
+fn the_next_supervisor_knows_what_is_parked() {
+    let host = Succession::new("park-again");
+    block_on(async {
+        let bed = host.bed();
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        parked(&bed).await;
+    });
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
+        let row = bed.row(0).await;
+        assert_eq!((row.pid, row.doing), (None, Some(Doing::Park)));
+        bed.ask(Request::Unpark).await.expect("unparked");
+        is_served(&bed, 0).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// A disk with a process, and one without.
+async fn two_disks(bed: &Rc<Bed>) {
+    bed.image("a.img", "A");
+    bed.image("b.img", "B");
+    bed.made(bed.create("a.img")).await;
+    bed.made(bed.create("b.img")).await;
+    let paused = bed.ask(Request::Pause {
+        which: which(1),
+        timeout_s: 5,
+    });
+    paused.await.expect("paused");
+}
+
+/// The supervisor ends before and after each of its steps; whoever comes next is asked once more.
+#[test]
+fn a_supervisor_that_ends_in_the_middle_is_followed_by_one_that_goes_on() {
+    for step in 0.. {
+        let host = Succession::new(&format!("park-step-{step}"));
+        block_on(async {
+            let bed = host.bed();
+            two_disks(&bed).await;
+            host.kernel.crash.left.set(Some(step));
+            let asked = {
+                let bed = bed.clone();
+                tokio::task::spawn_local(async move {
+                    parked(&bed).await;
+                    bed.ask(Request::Unpark).await.expect("unparked");
+                })
+            };
+            until("the end of the verbs or of the supervisor", || async {
+                (asked.is_finished() || host.kernel.crash.happened.get()).then_some(())
+            })
+            .await;
+        });
+        let is_through = !host.kernel.crash.happened.get();
+        host.kernel.crash.left.set(None);
+        host.kernel.crash.happened.set(false);
+        block_on(async {
+            let bed = host.bed();
+            adopt::disks(&bed.lifecycle).await;
+            assert_eq!(parked(&bed).await, [0, 1], "step {step}");
+            assert_unloaded(&bed);
+            bed.ask(Request::Unpark).await.expect("unparked");
+            is_served(&bed, 0).await;
+            let paused = bed.row(1).await;
+            assert_eq!(paused.doing, None, "step {step}");
+            let goes_on = bed.ask(Request::Unpause {
+                which: which(1),
+                target: None,
+                may_shrink: false,
+                files: Vec::new(),
+            });
+            goes_on.await.expect("unpaused");
+            is_served(&bed, 1).await;
+            bed.lifecycle.destroy_all(bed.registry().all()).await;
+            bed.assert_nothing_left().await;
+        });
+        if is_through {
+            assert!(step > 8, "{step} steps");
+            break;
+        }
+    }
+}
