@@ -11,10 +11,29 @@ use std::time::Duration;
 /// The last line of the report when the story was told to its end.
 const TOLD: &str = "xtask: told";
 
+/// What is told.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Story {
+    /// A guest's disks: a volume, one whose process is killed, one that needs no process for a minute
+    Disks,
+    /// A guest that moves while its disk gets another process, another image and another module
+    Migrate,
+}
+
+impl Story {
+    fn name(self) -> &'static str {
+        match self {
+            Story::Disks => "disks",
+            Story::Migrate => "migrate",
+        }
+    }
+}
+
 /// Boots the machine and prints what the story says, as it comes; the consoles go to a log.
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run(story: Story) -> Result<ExitCode> {
+    let story = story.name();
     let script = format!(
-        "/t/vmtest demo 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
+        "/t/vmtest demo --story {story} 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
     );
     let payload = lanes::e2e::with_everything("demo", &script, Kernel::Stock)?;
     let mut machine = Machine::new("demo");

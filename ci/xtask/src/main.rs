@@ -54,7 +54,11 @@ enum Task {
     ///
     /// Boots Xen and a dom0 in QEMU, starts a guest, and tells what happens to one of its disks.
     /// It needs nothing of the host but root, and takes a few minutes the first time.
-    Demo,
+    Demo {
+        /// Which story
+        #[arg(long, value_enum, default_value = "disks")]
+        story: demo::Story,
+    },
     /// Run the tests; the last line has the sums.
     ///
     /// Without --lane: all but debug and nightly. The logs of the machine are in target/vm/e2e.
@@ -124,7 +128,7 @@ enum Task {
 
 fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
-        Task::Demo => demo::run(),
+        Task::Demo { story } => demo::run(story),
         Task::Test { lanes, only, seed } => Ok(exit(lanes::run(&lanes, &only, seed).finish())),
         Task::Check => Ok(exit(
             lanes::run(&[lanes::Lane::Check], lanes::ALL, None).finish(),

@@ -13,6 +13,7 @@ mod many;
 mod mark;
 mod memory;
 mod monitor;
+mod pause;
 mod plan;
 mod report;
 mod run;

@@ -3,6 +3,7 @@
 //! then that of a disk that a process serves, which is killed, and of one that needs none.
 
 mod direct;
+mod migrate;
 mod tap;
 
 use crate::backing::{self, Lvm, NullBlk};
@@ -11,6 +12,7 @@ use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::report::Report;
 use crate::{sh, splat, Driver};
 use anyhow::{bail, ensure, Context, Result};
+use clap::ValueEnum;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -21,23 +23,28 @@ const FIO: Duration = Duration::from_secs(180);
 const TREE_SUM: &str =
     "find . -type f ! -name fio.dat | sort | xargs sha256sum | sha256sum | cut -c1-64";
 
-/// Tells the story with the given driver.
-pub(crate) fn run(driver: Driver) -> Result<ExitCode> {
+/// What is told.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Story {
+    /// A disk from its volume to a table of figures, and one that a process serves.
+    Disks,
+    /// A guest that moves, and whose disk gets another process, another image and another module.
+    Migrate,
+}
+
+/// Tells a story with the given driver.
+pub(crate) fn run(driver: Driver, story: Story) -> Result<ExitCode> {
     let mut report = Report::open()?;
     load_driver(driver)?;
     let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
-    let device = NullBlk::create(DEVICE_MIB, &[])?;
-    let result = with_device(&mut report, driver, &device.path());
-    let removed = device.remove();
+    let result = match story {
+        Story::Disks => disks(&mut report, driver),
+        Story::Migrate => migrate::tell(&mut report),
+    };
     let messages = kmsg.take()?;
     let bad = splat::in_kernel("dom0", messages.iter().map(String::as_str));
-    for problem in result
-        .err()
-        .into_iter()
-        .chain(removed.err())
-        .map(|error| format!("{error:#}"))
-        .chain(bad)
-    {
+    let failed = result.err().map(|error| format!("{error:#}"));
+    for problem in failed.into_iter().chain(bad) {
         report.say(&format!("PROBLEM: {problem}"))?;
         report.problem();
     }
@@ -52,6 +59,13 @@ pub(crate) fn run(driver: Driver) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn disks(report: &mut Report, driver: Driver) -> Result<()> {
+    let device = NullBlk::create(DEVICE_MIB, &[])?;
+    let result = with_device(report, driver, &device.path());
+    let removed = device.remove();
+    result.and(removed)
 }
 
 fn with_device(report: &mut Report, driver: Driver, device: &str) -> Result<()> {

@@ -54,8 +54,11 @@ enum Face {
         #[arg(long)]
         list: bool,
     },
-    /// Tell the story of one disk, from its volume to a table of figures.
+    /// Tell a story.
     Demo {
+        /// Which.
+        #[arg(long, value_enum, default_value = "disks")]
+        story: demo::Story,
         /// The driver that must serve the disk.
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
@@ -153,7 +156,7 @@ fn start() -> Result<ExitCode> {
             seed::begin(seed);
             cases::run(&selection, driver)
         }
-        Face::Demo { driver } => demo::run(driver),
+        Face::Demo { driver, story } => demo::run(driver, story),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
     }

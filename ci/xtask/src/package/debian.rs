@@ -44,6 +44,10 @@ const DEBIAN: &[(&str, &str)] = &[
         "usr/lib/debug\n",
     ),
     (
+        "xen-blkback-rs-modules-@RELEASE@.preinst",
+        include_str!("../../../packaging/debian/modules.preinst.in"),
+    ),
+    (
         "xen-blkback-rs-modules-@RELEASE@.postinst",
         include_str!("../../../packaging/debian/modules.postinst.in"),
     ),

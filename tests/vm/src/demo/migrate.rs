@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The story of a guest that never stops: it moves to another domain, its disk's process is upgraded, its disk goes on in
+//! another image, and the kernel's module is exchanged, all while it writes and verifies what it has written.
+
+use super::tap::longest;
+use super::FIO;
+use crate::cases;
+use crate::console::Job;
+use crate::guest::{Config, Guest, Kind, Vbd};
+use crate::report::Report;
+use crate::sh;
+use crate::tap::{self, disk, image, wait_supervisor, EventLog, Served};
+use anyhow::{ensure, Context, Result};
+use std::time::{Duration, Instant};
+
+const IMAGE_MIB: u32 = 32;
+/// The part of the image that is written and compared.
+const USED_MIB: u32 = 8;
+/// For what takes as long as an emulated machine does.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Tells it to the end, and leaves nothing behind.
+pub(super) fn tell(report: &mut Report) -> Result<()> {
+    wait_supervisor()?;
+    let (first, second) = (image("moving.img", IMAGE_MIB)?, image("moving.qcow2", 1)?);
+    let size = format!("{IMAGE_MIB}M");
+    sh::run_for(
+        &[
+            "tapimg",
+            "create",
+            "--force",
+            &format!("qcow2:{second}"),
+            &size,
+        ],
+        LIMIT,
+    )?;
+    let result = with_images(report, &first, &second);
+    for file in [first, second] {
+        std::fs::remove_file(&file).with_context(|| format!("cannot remove {file}"))?;
+    }
+    result
+}
+
+fn with_images(report: &mut Report, first: &str, second: &str) -> Result<()> {
+    let guest = Guest::create(Config::new("moving", Kind::Pvh, 2))?;
+    let specification = disk(&format!("aio:{first}"), "xvdb", "w");
+    let source = Served::attach(&guest, &specification)?;
+    report.say(&format!(
+        "a PVH guest, domain {}, has {specification}; it writes, flushes and verifies from now on",
+        guest.domid
+    ))?;
+    let job = guest.start(&job())?;
+    let (guest, disk) = moves(report, guest, &source, job)?;
+    is_upgraded(report, &disk)?;
+    goes_on_elsewhere(report, &disk, second)?;
+    gets_another_module(report, &disk)?;
+    guest.run("touch /tmp/stop")?;
+    let done = guest.wait(job, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed in the guest: {}",
+        sh::tail(&done.text, 400)
+    );
+    report.say(&format!(
+        "the guest's load has seen no error and found all that it wrote; the longest that one of its requests waited was {} ms",
+        longest(&done.text)?
+    ))?;
+    let seen = guest.run(&format!(
+        "dd if=/dev/xvdb bs=1M count={USED_MIB} iflag=direct 2>/dev/null | sha256sum"
+    ))?;
+    disk.detach(&guest)?;
+    let raw = format!("{second}.raw");
+    sh::run_for(
+        &[
+            "tapimg",
+            "convert",
+            &format!("qcow2:{second}"),
+            &format!("aio:{raw}"),
+        ],
+        LIMIT,
+    )?;
+    let found = sh::run(&[
+        "sh",
+        "-c",
+        &format!("head -c {USED_MIB}M {raw} | sha256sum"),
+    ])?;
+    std::fs::remove_file(&raw).context("cannot remove the copy")?;
+    ensure!(
+        seen == found,
+        "the guest read {seen}, the image holds {found}"
+    );
+    report.say("guest and dom0 read the same from the image")?;
+    guest.destroy()
+}
+
+/// Writes that are flushed and verified, until `/tmp/stop` is there.
+fn job() -> String {
+    format!(
+        "rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do fio --name=v --filename=/dev/xvdb --size={USED_MIB}m --bssplit=4k/60:64k/40 \
+         --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 \
+         --serialize_overlap=1 --fsync=32 --number_ios=120 --output-format=json || exit 1; done"
+    )
+}
+
+/// What tap-ctl says in a number.
+fn number(told: &serde_json::Value, name: &str) -> Result<u64> {
+    let number = told[name].as_u64();
+    number.with_context(|| format!("{name} is missing in {told}"))
+}
+
+fn moves(report: &mut Report, guest: Guest, source: &Served, job: Job) -> Result<(Guest, Served)> {
+    at_work(source)?;
+    let events = EventLog::follow()?;
+    let (before, begun) = (guest.domid, Instant::now());
+    let guest = guest.migrate(&[job])?;
+    let took = begun.elapsed();
+    events.wait_for("inactive", source.minor, LIMIT)?;
+    let there = Served::of(Vbd::of(guest.domid, "xvdb")?)?;
+    events.wait_for("active", there.minor, LIMIT)?;
+    source.wait_gone()?;
+    at_work(&there)?;
+    report.say(&format!(
+        "xl migrate: domain {before} goes on as domain {}, after {} s; one side after the other had the image",
+        guest.domid,
+        took.as_secs()
+    ))?;
+    Ok((guest, there))
+}
+
+fn is_upgraded(report: &mut Report, disk: &Served) -> Result<()> {
+    let told = tap::ctl_json(&["handoff", &disk.minor.to_string()])?;
+    report.say(&format!(
+        "tap-ctl handoff, as after an upgrade: tapdisk {} took the disk from {}; for {} us nobody served it",
+        number(&told, "to")?,
+        number(&told, "from")?,
+        number(&told, "pause_us")?
+    ))?;
+    at_work(disk)
+}
+
+fn goes_on_elsewhere(report: &mut Report, disk: &Served, file: &str) -> Result<()> {
+    let (minor, target) = (disk.minor.to_string(), format!("qcow2:{file}"));
+    let told = tap::ctl_json(&["mirror", "-m", &minor, &target, "--wait"])?;
+    ensure!(told["state"] == "complete", "tap-ctl mirror says {told}");
+    report.say(&format!(
+        "tap-ctl mirror: the disk was copied to {target}, and goes on there"
+    ))?;
+    at_work(disk)
+}
+
+fn gets_another_module(report: &mut Report, disk: &Served) -> Result<()> {
+    let done = sh::status(
+        &["xen-blkback-takeover", "exchange", "--again", "--json"],
+        LIMIT,
+    )?;
+    let line = done.text.lines().find(|line| line.starts_with('{'));
+    let line = line.with_context(|| format!("the exchange says: {}", done.text))?;
+    let told: serde_json::Value = serde_json::from_str(line)?;
+    ensure!(told["is_done"] == true, "the exchange says {told}");
+    report.say(&format!(
+        "xen-blkback-rs exchange: the module was unloaded and loaded below the disk; the guest was paused for {} ms",
+        number(&told, "paused_ms")?
+    ))?;
+    at_work(disk)
+}
+
+/// The guest's requests are answered.
+fn at_work(disk: &Served) -> Result<()> {
+    let answered = || disk.info().map(|info| info.committed + info.direct);
+    let before = answered()?;
+    sh::wait_for(
+        "requests that are answered",
+        Duration::from_secs(60),
+        || Ok(answered()? >= before + 40),
+    )
+}
