@@ -166,7 +166,12 @@ async fn try_name<S: Storage>(
     };
     if let Some(wanted) = &parent.id {
         let said = |failure| named(path.display(), failure);
-        if id(kind, &file).await.map_err(said)?.as_ref() != Some(wanted) {
+        let found = id(kind, &file).await.map_err(said)?;
+        let is_meant = |id: &String| found.as_ref() == Some(id);
+        if !std::iter::once(wanted)
+            .chain(&parent.other_id)
+            .any(is_meant)
+        {
             return Err(refused(format!(
                 "{} is not the parent that is meant, {wanted}: it was changed or replaced",
                 path.display()

@@ -18,6 +18,7 @@ mod storage;
 mod tables;
 mod tail;
 pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 pub use chain::{open_chain, resolve, Files, LAYERS};

@@ -22,6 +22,8 @@ pub struct Parent {
     pub driver: Option<String>,
     /// What the parent calls itself, if the image knows: another one has other content.
     pub id: Option<String>,
+    /// Another name that it may have instead: the child was being merged into it.
+    pub other_id: Option<String>,
 }
 
 /// A file that holds a part of the disk.

@@ -4,8 +4,9 @@
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
 use crate::vhd::Vhd;
+use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
-use crate::{qcow, qcow2, vhd, vmdk, Needs, Storage};
+use crate::{qcow, qcow2, vhd, vhdx, vmdk, Needs, Storage};
 use control::Failure;
 use drivers::Disk;
 use std::fmt;
@@ -20,13 +21,15 @@ pub enum Kind {
     Qcow,
     /// VHD.
     Vhd,
+    /// VHDX, which is only read.
+    Vhdx,
     /// VMDK.
     Vmdk,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Qcow2, Self::Qcow, Self::Vhd, Self::Vmdk];
+    pub const ALL: [Self; 5] = [Self::Qcow2, Self::Qcow, Self::Vhd, Self::Vhdx, Self::Vmdk];
 
     /// The name in a configuration.
     pub fn name(self) -> &'static str {
@@ -34,6 +37,7 @@ impl Kind {
             Self::Qcow2 => "qcow2",
             Self::Qcow => "qcow",
             Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
             Self::Vmdk => "vmdk",
         }
     }
@@ -161,6 +165,7 @@ pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
         Kind::Qcow2 => qcow2::look(image).await,
         Kind::Qcow => qcow::look(image).await,
         Kind::Vhd => Ok(vhd::look(image).await?.1),
+        Kind::Vhdx => vhdx::look(image).await,
         Kind::Vmdk => vmdk::look(image).await,
     }
 }
@@ -171,6 +176,7 @@ pub(crate) async fn id<S: Storage>(kind: Kind, image: &S) -> Result<Option<Strin
     match kind {
         Kind::Qcow2 | Kind::Qcow => Ok(None),
         Kind::Vhd => Ok(Some(vhd::spelled(vhd::id(image).await?))),
+        Kind::Vhdx => Ok(Some(vhdx::id(image).await?)),
         Kind::Vmdk => Ok(Some(vmdk::id(image).await?)),
     }
 }
@@ -181,6 +187,7 @@ pub fn open<S: Storage>(kind: Kind, image: S, parts: Parts<S>, options: Options)
         Kind::Qcow2 => Disk::new(Qcow2::new(image, parts, options)),
         Kind::Qcow => Disk::new(Qcow::new(image, parts, options)),
         Kind::Vhd => Disk::new(Vhd::new(image, parts, options)),
+        Kind::Vhdx => Disk::new(Vhdx::new(image, parts, options)),
         Kind::Vmdk => Disk::new(Vmdk::new(image, parts, options)),
     }
 }

@@ -123,6 +123,7 @@ pub fn fits(kind: Kind, below: Below) -> Result<(), Failure> {
         (Kind::Vmdk, _) => Err(Failure::invalid(
             "the parent of a VMDK is a VMDK: use qcow2",
         )),
+        (Kind::Vhdx, _) => Err(Failure::invalid("a VHDX is read and not made: use qcow2")),
     }
 }
 
@@ -156,9 +157,9 @@ pub async fn overlay<S: Storage>(
             };
             vhd::create(file, &what).await?;
         }
-        // The one does not say what lies below it, and the other is served with the number of the parent's
-        // content, which changes when that is written.
-        Kind::Qcow | Kind::Vmdk => {
+        // The first does not say what lies below it, the second is served with the number of the parent's
+        // content, which changes when that is written, and the third is never made.
+        Kind::Qcow | Kind::Vmdk | Kind::Vhdx => {
             return Err(Failure::unsupported(format!(
                 "a disk that is served does not go on in a {kind} image: use qcow2 or vhd"
             )))

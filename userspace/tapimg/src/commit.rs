@@ -106,8 +106,9 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
 /// The image below, which must be one that may change below `image`.
 async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named, Failure> {
     let kind = match image.kind {
-        // Its parent's number changes with the first write, and then it is not its parent any more.
-        Below::Raw | Below::Format(Kind::Vmdk) => {
+        // The number of a VMDK's parent changes with the first write, and then it is not its parent any more. That of
+        // a VHDX is only read.
+        Below::Raw | Below::Format(Kind::Vmdk | Kind::Vhdx) => {
             return Err(Failure::invalid(format!(
                 "{image}: only qcow2, qcow and VHD images are committed: make a new image with tapimg convert {image} NEW"
             )))

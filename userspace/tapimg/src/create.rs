@@ -63,6 +63,9 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
         Below::Raw => None,
         Below::Format(kind) => Some(kind),
     };
+    if kind == Some(Kind::Vhdx) {
+        return Err(read_only(image));
+    }
     if kind != Some(Kind::Qcow2) && (layout.cluster_size.is_some() || layout.subclusters) {
         return refuse(
             "only qcow2 images are made with clusters of any size",
@@ -156,6 +159,7 @@ pub(crate) async fn make(
             qcow::create(file, &qcow::Create { size, parent }).await
         }
         Kind::Vhd => vhd::create(file, &of_vhd(size, layout, base)?).await,
+        Kind::Vhdx => Err(read_only(image)),
         Kind::Vmdk => {
             let what = vmdk::Create {
                 form: vmdk::Form::MonolithicSparse,
@@ -167,6 +171,13 @@ pub(crate) async fn make(
             vmdk::create(file, &[], &what).await
         }
     }
+}
+
+/// What is said of an image of a kind that is never written.
+fn read_only(image: &Named) -> Failure {
+    Failure::invalid(format!(
+        "{image}: a VHDX is read and not made: make a qcow2 image or a VHD"
+    ))
 }
 
 fn of_vhd(size: u64, layout: &Layout, base: Option<&Base>) -> Result<vhd::Create, Failure> {

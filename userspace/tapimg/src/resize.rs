@@ -90,9 +90,9 @@ async fn grow(
             let grown = vhd::grow(file, size).await;
             grown.map_err(|failure| image.said(failure))
         }
-        Below::Format(kind @ (Kind::Qcow | Kind::Vmdk)) => Err(Failure::invalid(format!(
-            "{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"
-        ))),
+        Below::Format(kind @ (Kind::Qcow | Kind::Vmdk | Kind::Vhdx)) => Err(Failure::invalid(
+            format!("{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"),
+        )),
     }
 }
 

@@ -79,7 +79,7 @@ pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
     let parent = header.backing.map(|backing| Parent {
         names: vec![backing.name],
         driver: backing.format,
-        id: None,
+        ..Parent::default()
     });
     let extents = match (header.geometry.external, header.data_file) {
         (false, _) => Vec::new(),

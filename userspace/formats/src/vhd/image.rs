@@ -124,6 +124,7 @@ async fn parent(storage: &impl Storage, header: &Header) -> Result<Parent, Failu
         names,
         driver: Some(if is_raw { "aio" } else { "vhd" }.into()),
         id: (!is_raw).then(|| spelled(id)),
+        other_id: None,
     })
 }
 

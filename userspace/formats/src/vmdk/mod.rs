@@ -123,6 +123,7 @@ pub async fn look(image: &impl Storage) -> Result<Needs, Failure> {
         names: descriptor.parent.clone().into_iter().collect(),
         driver: Some("vmdk".into()),
         id: Some(format!("{:08x}", descriptor.parent_cid)),
+        other_id: None,
     });
     let extents = match header {
         Some(_) => Vec::new(),

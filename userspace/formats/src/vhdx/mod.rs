@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! VHDX, as Hyper-V and QEMU write it, to read: fixed, dynamic and differencing.
+//!
+//! An image that was not closed has changes of its tables in a log. They are laid over the file in memory, and
+//! everything is read through that, so an image is shown as its last writer left it and never written.
+//!
+//! The order in which it is read is that of the format: the header that counts, the log, the table of regions, the
+//! metadata, and of the block allocation table what a request needs.
+
+mod blocks;
+mod entry;
+mod guid;
+mod header;
+mod image;
+mod locator;
+mod log;
+mod metadata;
+mod region;
+mod replayed;
+mod sum;
+
+pub use image::{id, look, unreplayed};
+
+use crate::base::{self, Base, Row};
+use crate::field::{counters, no_extents, part, refused};
+use crate::{Options, Parts, Storage};
+use blocks::{Block, Blocks};
+use control::Failure;
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use image::Image;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// A disk in a VHDX, which is only read.
+#[derive(Debug)]
+pub struct Vhdx<S> {
+    storage: S,
+    parent: Option<Rc<Base>>,
+    /// Other files that were given: there must be none.
+    extents: usize,
+    options: Options,
+    active: RefCell<Option<Rc<Blocks<S>>>>,
+}
+
+impl<S: Storage> Vhdx<S> {
+    /// The disk in `storage`, which goes on from a parent if it is a differencing one. A disk that may be written is
+    /// refused when it is activated.
+    pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
+        Self {
+            storage,
+            parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
+            extents: parts.extents.len(),
+            options,
+            active: RefCell::new(None),
+        }
+    }
+
+    fn active(&self) -> Result<Rc<Blocks<S>>, Errno> {
+        self.active.borrow().clone().ok_or(Errno::NXIO)
+    }
+
+    async fn check_parent(&self, has_parent: bool) -> Result<(), Failure> {
+        no_extents("VHDX", self.extents)?;
+        match (has_parent, &self.parent) {
+            (true, Some(parent)) => parent.activate().await,
+            (true, None) => Err(refused(
+                "the VHDX is a differencing one and its parent was not given: open that too",
+            )),
+            (false, Some(_)) => Err(refused(
+                "a parent was given for a VHDX that is not a differencing one: leave that out",
+            )),
+            (false, None) => Ok(()),
+        }
+    }
+
+    async fn start(&self) -> Result<Shape, Failure> {
+        if self.options.writable {
+            return Err(Failure::unsupported(
+                "a VHDX is only read: serve it read-only, make a qcow2 image of it with tapimg convert, or put one \
+                 over it (tapimg create --parent, or cow: for changes that end with the disk)",
+            ));
+        }
+        let image = Image::read(&self.storage).await?;
+        self.check_parent(image.metadata.locator.is_some()).await?;
+        let blocks = Blocks::new(image, self.options.cache)?;
+        let metadata = &blocks.metadata;
+        let shape = Shape {
+            size: metadata.size,
+            logical_block: metadata.logical,
+            physical_block: metadata.physical.max(metadata.logical),
+            discard: None,
+            write_cache: false,
+            fua: false,
+            limits: Limits {
+                align: metadata.block,
+                ..Limits::default()
+            },
+        };
+        *self.active.borrow_mut() = Some(Rc::new(blocks));
+        Ok(shape)
+    }
+
+    /// Reads a part of a block of which some sectors are the parent's.
+    async fn read_partly(
+        &self,
+        blocks: &Blocks<S>,
+        (block, within, at): (u64, u64, u64),
+        offset: u64,
+        data: Data,
+    ) -> Result<(), Errno> {
+        let mut done = 0;
+        for (len, is_own) in blocks.runs(block, within, data.len() as u64).await? {
+            let piece = part(&data, done, len);
+            match is_own {
+                true => {
+                    blocks
+                        .storage()
+                        .read_exact(at + within + done, piece)
+                        .await?
+                }
+                false => base::read(self.parent.as_deref(), offset + done, piece).await?,
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// What a range has: of this image alone, if `whole` does not say with those below it.
+    async fn row(&self, offset: u64, len: u64, whole: bool) -> Result<Vec<Extent>, Errno> {
+        let blocks = self.active()?;
+        let mut row = Row::default();
+        for (block, within, from, len) in blocks.pieces(offset, len)? {
+            let (parent, from) = (self.parent.as_deref(), offset + from);
+            match blocks.find(block).await? {
+                Block::Missing => row.push_missing(parent, from, len, whole).await?,
+                Block::Zeroes => row.push(len, Content::Hole),
+                Block::At(at) => push_own(&blocks, at + within, len, &mut row).await?,
+                Block::Partly(at) => {
+                    let mut done = 0;
+                    for (len, is_own) in blocks.runs(block, within, len).await? {
+                        match is_own {
+                            true => push_own(&blocks, at + within + done, len, &mut row).await?,
+                            false => row.push_missing(parent, from + done, len, whole).await?,
+                        }
+                        done += len;
+                        if row.is_full() {
+                            return Ok(row.finish());
+                        }
+                    }
+                }
+            }
+            if row.is_full() {
+                break;
+            }
+        }
+        Ok(row.finish())
+    }
+}
+
+/// What the image has itself. The blocks of a fixed one are all there, and may be holes of its file.
+async fn push_own<S: Storage>(
+    blocks: &Blocks<S>,
+    at: u64,
+    len: u64,
+    row: &mut Row,
+) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < len {
+        let (count, is_data) = blocks.storage().part(at + done, len - done).await?;
+        let content = match is_data {
+            true => Content::Data,
+            false => Content::Hole,
+        };
+        let count = count.min(len - done);
+        if count == 0 {
+            return Err(Errno::IO);
+        }
+        row.push(count, content);
+        done += count;
+    }
+    Ok(())
+}
+
+impl<S: Storage> Driver for Vhdx<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let shape = self.start().await;
+        shape.map_err(|failure| self.options.named(failure))
+    }
+
+    fn fence(&self) -> Fence {
+        self.storage.fence()
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        let blocks = self.active()?;
+        for (block, within, from, len) in blocks.pieces(offset, data.len() as u64)? {
+            let (data, from) = (part(&data, from, len), offset + from);
+            match blocks.find(block).await? {
+                Block::Missing => base::read(self.parent.as_deref(), from, data).await?,
+                Block::Zeroes => data.fill(0, data.len(), 0),
+                Block::At(at) => blocks.storage().read_exact(at + within, data).await?,
+                Block::Partly(at) => {
+                    let place = (block, within, at);
+                    self.read_partly(&blocks, place, from, data).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, _offset: u64, _data: Bytes, _how: Attributes) -> Result<(), Errno> {
+        Err(Errno::ROFS)
+    }
+
+    async fn write_zeroes(&self, _offset: u64, _len: u64, _how: Attributes) -> Result<(), Errno> {
+        Err(Errno::ROFS)
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.row(offset, len, true).await
+    }
+
+    async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        self.row(offset, len, false).await
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let Ok(blocks) = self.active() else {
+            return BTreeMap::new();
+        };
+        let (bytes, hits, misses) = blocks.counts();
+        counters([
+            ("log_changes", blocks.storage().count() as u64),
+            ("cache_bytes", bytes),
+            ("cache_hits", hits),
+            ("cache_misses", misses),
+        ])
+    }
+
+    async fn goes_on(&self) -> Result<bool, Failure> {
+        base::must_stay(self.parent.as_deref(), "a VHDX")
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        *self.active.borrow_mut() = None;
+        // Nothing may be left in memory.
+        let parent = base::inactivate(self.parent.as_deref()).await;
+        parent.and(self.storage.forget())
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        *self.active.borrow_mut() = None;
+        base::close(self.parent.as_deref()).await
+    }
+}
