@@ -29,6 +29,7 @@ Kinds of images:
   qcow2   versions 2 and 3
   qcow    the first version
   vhd     fixed, dynamic, differencing (also: vpc)
+  vhdx    fixed, dynamic, differencing; only read
   vmdk    sparse or flat; made with one sparse file
 
 Examples:

@@ -8,7 +8,7 @@ use crate::open::Opener;
 use crate::progress::bytes;
 use control::{Code, Failure};
 use diskio::File;
-use formats::{look, qcow2, Below, Kind, Needs, LAYERS};
+use formats::{look, qcow2, vhdx, Below, Kind, Needs, LAYERS};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -216,6 +216,14 @@ async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), F
         kind: parent.driver.clone(),
         id: parent.id.clone(),
     });
+    if kind == Kind::Vhdx {
+        let changes = vhdx::unreplayed(&file).await;
+        if changes.map_err(|failure| image.said(failure))? > 0 {
+            facts.notes.push(
+                "it was not closed: what its log has is shown, and the image stays as it is".into(),
+            );
+        }
+    }
     if kind == Kind::Qcow2 {
         if let Err(failure) = add_qcow2(&file, &mut facts).await {
             facts.problems.push(failure.message);

@@ -67,6 +67,9 @@ fn what_qemu_makes_is_read() {
         ("qcow", ""),
         ("vhd", "-o force_size=on"),
         ("vhd", "-o subformat=fixed,force_size=on"),
+        ("vhdx", ""),
+        ("vhdx", "-o subformat=fixed"),
+        ("vhdx", "-o block_size=1M,log_size=2M"),
         ("vmdk", ""),
         ("vmdk", "-o subformat=streamOptimized"),
         ("vmdk", "-o subformat=twoGbMaxExtentSparse"),
@@ -79,6 +82,7 @@ fn what_qemu_makes_is_read() {
         let info = bench.json(&format!("info {kind}:a.{kind}"));
         assert_eq!(info[0]["size"], SIZE, "{kind} {options}: {info}");
         bench.good(&format!("compare --strict aio:first {kind}:a.{kind}"));
+        bench.good(&format!("check --data {kind}:a.{kind}"));
         bench.good(&format!("convert {kind}:a.{kind} aio:back --force"));
         assert!(
             bench.bytes("back") == bench.bytes("first"),

@@ -87,7 +87,7 @@ fn what_is_not_there_is_named() {
 fn an_image_of_another_kind_is_refused() {
     let bench = Bench::new();
     bench.sparse("a", 1 << 20, &[(0, 1 << 20)], 1);
-    for kind in ["qcow2", "qcow", "vhd", "vmdk"] {
+    for kind in ["qcow2", "qcow", "vhd", "vhdx", "vmdk"] {
         let said = bench.bad(1, &format!("info {kind}:a"));
         assert!(said.contains("cannot be served"), "{said}");
         let said = bench.bad(6, &format!("convert {kind}:a aio:b"));
@@ -211,4 +211,79 @@ fn damaged_images_are_errors() {
             }
         }
     }
+}
+
+/// What is only read says what can be done instead, and is as it was.
+#[test]
+fn a_vhdx_is_only_read() {
+    if !has_qemu("a_vhdx_is_only_read") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse("raw", 4 << 20, &places(3, 4 << 20, 9), 3);
+    bench.qemu("qemu-img convert -f raw -O vhdx raw a");
+    bench.good("create qcow2:over --parent vhdx:a");
+    bench.good("compare --strict aio:raw qcow2:over");
+    let before = bench.bytes("a");
+    for (status, line, why) in [
+        (2, "create vhdx:b 1M", "make a qcow2 image"),
+        (2, "create vhdx:b --parent vhdx:a", "make a qcow2 image"),
+        (2, "convert aio:raw vhdx:b", "make a qcow2 image"),
+        (2, "convert aio:raw vhdx:a --force", "make a qcow2 image"),
+        (2, "snapshot vhdx:a vhdx:b", "make a qcow2 image"),
+        (2, "create vhd:b --parent vhdx:a", "use qcow2"),
+        (2, "resize vhdx:a 8M", "convert it to qcow2"),
+        (2, "commit vhdx:a", "only qcow2, qcow and VHD"),
+        (2, "rebase vhdx:a --no-parent", "tapimg convert"),
+        (2, "check --repair vhdx:a", "leave --repair out"),
+        (6, "commit qcow2:over", "a VHDX is only read"),
+    ] {
+        let said = bench.bad(status, line);
+        assert!(said.contains(why), "{line}: {said}");
+        assert!(bench.bytes("a") == before, "{line}");
+        assert!(!bench.path("b").exists(), "{line}");
+    }
+    // It was cut off, or its tables are damaged.
+    for part in [0, 100, 70_000, 300_000, before.len() / 2] {
+        std::fs::write(bench.path("c"), &before[..part]).unwrap();
+        bench.bad(1, "check --data vhdx:c");
+        bench.bad(6, "convert vhdx:c aio:d");
+        assert!(!bench.path("d").exists(), "{part}");
+    }
+}
+
+/// What the log of an image has is shown, and told.
+#[test]
+fn a_vhdx_that_was_not_closed_is_shown_as_it_would_be() {
+    if !has_qemu("a_vhdx_that_was_not_closed_is_shown_as_it_would_be") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.qemu("qemu-img create -q -f vhdx -o block_size=1M a 8M");
+    let info = bench.json("info vhdx:a");
+    assert!(info[0]["notes"].is_null(), "{info}");
+    // QEMU cannot write the table, which is behind its log.
+    let image = r#"json:{"driver":"vhdx","file":{"driver":"blkdebug",
+        "image":{"driver":"file","filename":"a"},
+        "inject-error":[{"event":"none","iotype":"write","sector":4096}]}}"#;
+    let output = std::process::Command::new("qemu-io")
+        .args(["-c", "write -P 7 3M 64k", image])
+        .current_dir(bench.path(""))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned()
+        + &String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("write failed"), "{said}");
+    let info = bench.json("info vhdx:a");
+    let note = info[0]["notes"][0].as_str().unwrap();
+    assert!(note.contains("was not closed"), "{info}");
+    let before = bench.bytes("a");
+    bench.good("convert vhdx:a aio:b");
+    assert!(bench.bytes("a") == before, "it was written");
+    let mut wanted = vec![0; 8 << 20];
+    wanted[3 << 20..][..65536].fill(7);
+    assert!(bench.bytes("b") == wanted);
+    bench.qemu("qemu-img check -q -f vhdx -r all a");
+    bench.good("compare --strict vhdx:a aio:b");
+    assert!(bench.json("info vhdx:a")[0]["notes"].is_null());
 }
