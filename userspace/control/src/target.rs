@@ -38,6 +38,8 @@ pub enum Driver {
     Qcow,
     /// An image of the format VHD.
     Vhd,
+    /// An image of the format VHDX, which is only read.
+    Vhdx,
     /// An image of the format VMDK.
     Vmdk,
     /// An export of an NBD server.
@@ -48,12 +50,13 @@ pub enum Driver {
 
 impl Driver {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Aio,
         Self::Sync,
         Self::Qcow2,
         Self::Qcow,
         Self::Vhd,
+        Self::Vhdx,
         Self::Vmdk,
         Self::Nbd,
         Self::Cow,
@@ -71,6 +74,7 @@ impl Driver {
             Self::Qcow2 => "qcow2",
             Self::Qcow => "qcow",
             Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
             Self::Vmdk => "vmdk",
             Self::Nbd => "nbd",
             Self::Cow => "cow",
@@ -89,7 +93,10 @@ impl Driver {
 
     /// The image is not the disk byte for byte: it has tables of its own, which one process writes.
     pub fn has_format(self) -> bool {
-        matches!(self, Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vmdk)
+        matches!(
+            self,
+            Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vhdx | Self::Vmdk
+        )
     }
 
     /// It is made of tables, be they in an image or in memory.
@@ -111,7 +118,7 @@ impl Driver {
     /// The kernel may do I/O on the image without its process, as far as that lets it: past the page cache, as all of
     /// that is.
     pub fn may_map(self) -> bool {
-        self.is_direct()
+        self.is_direct() && self != Self::Vhdx
     }
 
     /// I/O on the image goes past the page cache where its file system can do that.
@@ -551,6 +558,7 @@ mod tests {
             // libxl's own word for `format=vhd,backendtype=tap`.
             ("vhd:/srv/a.vhd", "vhd:/srv/a.vhd"),
             ("aio:qcow2:/srv/a.qcow2", "qcow2:/srv/a.qcow2"),
+            ("tap:vhdx:/srv/a.vhdx", "vhdx:/srv/a.vhdx"),
             ("tap:vmdk:/srv/a.vmdk", "vmdk:/srv/a.vmdk"),
             ("aio:nbd:host:99:exportname=a", "nbd://host:99/a"),
             ("nbd+unix:///a?socket=/run/s", "nbd+unix:///a?socket=/run/s"),
@@ -558,7 +566,7 @@ mod tests {
         ] {
             assert_eq!(Target::from_params(params).unwrap().to_string(), target);
         }
-        for params in ["", "a.img", "aio:", "aio:a.img", "vhdx:/a", "aio:aio:a"] {
+        for params in ["", "a.img", "aio:", "aio:a.img", "vdi:/a", "aio:aio:a"] {
             assert!(Target::from_params(params).is_err(), "{params:?}");
         }
     }
@@ -585,7 +593,7 @@ mod tests {
         ] {
             assert_eq!(name.parse(), Ok(driver));
         }
-        let unknown = "vhdx".parse::<Driver>().unwrap_err();
+        let unknown = "vdi".parse::<Driver>().unwrap_err();
         assert!(unknown.message.contains("qcow2, qcow, vhd"), "{unknown}");
     }
 

@@ -37,7 +37,11 @@ pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), F
                 "the driver {name} needs a size, such as {name}:64M"
             )))
         }
-        (name @ (Name::Cow | Name::Qcow2 | Name::Qcow | Name::Vhd | Name::Vmdk), _, _) => {
+        (
+            name @ (Name::Cow | Name::Qcow2 | Name::Qcow | Name::Vhd | Name::Vhdx | Name::Vmdk),
+            _,
+            _,
+        ) => {
             return Err(Failure::unsupported(format!(
                 "this program does not know the format {name}: use tapdisk"
             )))

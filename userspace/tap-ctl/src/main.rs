@@ -518,7 +518,7 @@ mod tests {
         ] {
             assert_eq!(parse(line), Err(Code::Other), "{line}");
         }
-        assert_eq!(parse("tap-ctl create -a vhdx:/a"), Err(Code::Invalid));
+        assert_eq!(parse("tap-ctl create -a vdi:/a"), Err(Code::Invalid));
     }
 
     #[test]

@@ -98,7 +98,7 @@ const HELP: &str = "\
 Drivers:
   aio:IMAGE    a raw file or block device, past the page cache
   sync:IMAGE   the same, on file systems that cannot do that
-  qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: the same
+  qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: the same, and vhdx: to be read only
   nbd:EXPORT   an export of an NBD server, such as nbd://host/disk; blktapctrl makes the connection
   ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one
   null:SIZE    zeroes; writes are forgotten

@@ -130,6 +130,26 @@ fn guest_writes_into_memory_over_a_chain() {
     works(&folder, &cow, &["base.qcow2", "root.img"], model);
 }
 
+/// That is how a guest writes to a disk whose format is only read.
+#[test]
+fn guest_writes_into_memory_over_a_vhdx() {
+    let Some(folder) = Folder::new("guest_writes_into_memory_over_a_vhdx") else {
+        return;
+    };
+    let model = folder.raw("root.img", 4);
+    folder.img(&[
+        "convert",
+        "-O",
+        "vhdx",
+        "-f",
+        "raw",
+        "root.img",
+        "base.vhdx",
+    ]);
+    let cow = Cow::over("vhdx", &folder.path("base.vhdx"), 1);
+    works(&folder, &cow, &["base.vhdx"], model);
+}
+
 /// A process died while it made the image in the memory.
 #[test]
 fn memory_that_was_not_finished_is_made_anew() {

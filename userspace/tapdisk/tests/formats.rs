@@ -158,6 +158,37 @@ fn vmdk_with_a_flat_file() {
 }
 
 #[test]
+fn vhdx_is_only_read() {
+    let Some(folder) = Folder::new("vhdx_is_only_read") else {
+        return;
+    };
+    let model = folder.raw("raw.img", 6);
+    folder.img(&["convert", "-O", "vhdx", "-f", "raw", "raw.img", "a.vhdx"]);
+    let served = Served {
+        path: folder.path("a.vhdx"),
+        driver: "vhdx",
+        files: 0,
+    };
+    let before = fs::read(&served.path).expect("read");
+    let fake = Fake::new(4).expect("a node");
+    let mut process = Process::start(&fake);
+    let (reply, _) = served.ask(&mut process, Request::Open(served.question()));
+    let failure = reply.expect_err("it is to be written");
+    assert_eq!(failure.code, Code::Unsupported, "{failure}");
+    assert!(failure.message.contains("tapimg convert"), "{failure}");
+    let read_only = Open {
+        read_only: true,
+        ..served.question()
+    };
+    let (reply, _) = served.ask(&mut process, Request::Open(read_only));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let found = answered(&fake, Op::Read, 9, &[0; 2048]);
+    assert!(found == model[9 * 512..][..2048]);
+    process.exit();
+    assert!(fs::read(&served.path).expect("read") == before);
+}
+
+#[test]
 fn image_that_is_none_or_lacks_something_is_refused() {
     let Some(folder) = Folder::new("image_that_is_none_or_lacks_something_is_refused") else {
         return;
@@ -171,7 +202,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     ]);
     let fake = Fake::new(4).expect("a node");
     let mut process = Process::start(&fake);
-    for driver in ["qcow2", "qcow", "vhd", "vmdk"] {
+    for driver in ["qcow2", "qcow", "vhd", "vhdx", "vmdk"] {
         let served = Served {
             path: folder.path("raw.img"),
             driver,

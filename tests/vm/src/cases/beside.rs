@@ -111,7 +111,7 @@ fn beside(context: &mut Context) -> Result<()> {
             "another script",
             &[("script", "/etc/xen/scripts/other"), ("params", "aio:/a")],
         ),
-        ("no format of ours", &[("params", "vhdx:/srv/a.vhdx")]),
+        ("no format of ours", &[("params", "vdi:/srv/a.vdi")]),
         (
             "another server, in our words",
             &[("params", "aio:/srv/a.img"), ("tap-server", "other")],

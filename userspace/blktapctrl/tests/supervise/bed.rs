@@ -62,7 +62,7 @@ impl Bed {
 
     pub(crate) fn create(&self, name: &str) -> Create {
         let driver = match name.rsplit_once('.') {
-            Some((_, format @ ("qcow2" | "qcow" | "vhd" | "vmdk"))) => format,
+            Some((_, format @ ("qcow2" | "qcow" | "vhd" | "vhdx" | "vmdk"))) => format,
             // What the fake kernel takes for a block device.
             Some((_, "dev")) => "aio",
             _ => "sync",

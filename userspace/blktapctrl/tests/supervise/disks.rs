@@ -290,7 +290,7 @@ fn vbd3_of_others_is_left_alone() {
         let params = format!("aio:sync:{}", bed.image("a.img", "A").display());
         let theirs: [&[(&str, &str)]; 4] = [
             &[("script", "/etc/xen/scripts/other"), ("params", &params)],
-            &[("params", "vhdx:/srv/a.vhdx")],
+            &[("params", "vdi:/srv/a.vdi")],
             &[("tap-server", "other"), ("params", &params)],
             // Xen's script may have made one at somebody else's tap-ctl.
             &[("tap-server", "other"), ("minor", "0")],

@@ -21,6 +21,7 @@ pub(super) fn kind(driver: Driver) -> Option<Kind> {
         Driver::Qcow2 | Driver::Cow => Some(Kind::Qcow2),
         Driver::Qcow => Some(Kind::Qcow),
         Driver::Vhd => Some(Kind::Vhd),
+        Driver::Vhdx => Some(Kind::Vhdx),
         Driver::Vmdk => Some(Kind::Vmdk),
         Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null | Driver::Nbd => None,
     }
