@@ -286,7 +286,9 @@ fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io
     // Those that came until then.
     for (device, driver) in host.devices()? {
         if driver.is_none() && !begun.disks.contains(&device.name) {
-            left.extend(give(host, &device, None, true));
+            let served =
+                begin(host, &device, true).and_then(|keys| serves(host, &device, keys, None));
+            left.extend(served.err().map(|why| Left::new(&device.name, why)));
         }
     }
     begun.guests.retain(|domid| !swap::unpause(host, *domid));
@@ -307,12 +309,18 @@ fn serve_all<H: Host>(host: &H, ready: &[(&Device, Keys)]) -> io::Result<Vec<Lef
     if let Err(error) = &unparked {
         left.push(Left::new("all tap disks", Refused(error.to_string())));
     }
+    let mut begun = Vec::new();
     for (device, driver) in host.devices()? {
         if driver.is_none() {
-            let before = ready.iter().find(|(other, _)| **other == device);
-            let before = before.map(|(_, keys)| keys);
-            left.extend(give(host, &device, before, unparked.is_ok()));
+            begun.push((begin(host, &device, unparked.is_ok()), device));
         }
+    }
+    // All are on their way by now: guests wait for the slowest alone.
+    for (keys, device) in begun {
+        let before = ready.iter().find(|(other, _)| **other == device);
+        let served =
+            keys.and_then(|keys| serves(host, &device, keys, before.map(|(_, keys)| keys)));
+        left.extend(served.err().map(|why| Left::new(&device.name, why)));
     }
     Ok(left)
 }
@@ -328,22 +336,32 @@ fn unpark<H: Host>(host: &H) -> io::Result<()> {
     host.unpark()
 }
 
-/// A disk gets the driver, unless it is on its way out. Returns it if it is not served, or not as before.
-fn give<H: Host>(host: &H, device: &Device, before: Option<&Keys>, unparked: bool) -> Option<Left> {
-    let given = Keys::read(host, device).and_then(|keys| {
-        if keys.is_going() {
-            return Ok(());
-        }
-        if keys.is_tap && !unparked {
-            return Err(Refused("its tap disk does not go on".into()));
-        }
-        swap::give(host, RS, device, &keys)?;
-        match before {
-            Some(before) => Keys::read(host, device)?.offers_as_much(before),
-            None => Ok(()),
-        }
-    });
-    given.err().map(|why| Left::new(&device.name, why))
+/// A disk gets the driver, unless it is on its way out.
+fn begin<H: Host>(host: &H, device: &Device, unparked: bool) -> Result<Option<Keys>, Refused> {
+    let keys = Keys::read(host, device)?;
+    if keys.is_going() {
+        return Ok(None);
+    }
+    if keys.is_tap && !unparked {
+        return Err(Refused("its tap disk does not go on".into()));
+    }
+    swap::begin(host, RS, device)?;
+    Ok(Some(keys))
+}
+
+/// It is served, as before.
+fn serves<H: Host>(
+    host: &H,
+    device: &Device,
+    keys: Option<Keys>,
+    before: Option<&Keys>,
+) -> Result<(), Refused> {
+    let Some(keys) = keys else { return Ok(()) };
+    swap::served(host, RS, device, &keys)?;
+    match before {
+        Some(before) => Keys::read(host, device)?.offers_as_much(before),
+        None => Ok(()),
+    }
 }
 
 /// The module that was there before takes the place of one that does not serve what that did. True if it is loaded.

@@ -304,17 +304,31 @@ pub(crate) fn give<H: Host>(
     device: &Device,
     keys: &Keys,
 ) -> Result<(), Refused> {
-    let name = driver.module();
-    let state = device.back("state");
+    begin(host, driver, device)?;
+    served(host, driver, device, keys)
+}
+
+/// A driver gets a disk. Whether it serves that shows later.
+pub(crate) fn begin<H: Host>(host: &H, driver: Driver, device: &Device) -> Result<(), Refused> {
     // What the one before has left there says nothing of this one.
     if !host.renew(device)? {
         return Err(Refused("it is being detached".into()));
     }
     host.bind(driver, device)
-        .map_err(|error| Refused(format!("{name} does not take it: {error}")))?;
+        .map_err(|error| Refused(format!("{} does not take it: {error}", driver.module())))
+}
+
+/// Waits until a driver serves a disk that it has got, if that was served before.
+pub(crate) fn served<H: Host>(
+    host: &H,
+    driver: Driver,
+    device: &Device,
+    keys: &Keys,
+) -> Result<(), Refused> {
     if !keys.is_connected() {
         return Ok(());
     }
+    let (name, state) = (driver.module(), device.back("state"));
     let until = host.now() + SERVE;
     loop {
         let now = host.read(&state)?;

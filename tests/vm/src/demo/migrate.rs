@@ -4,7 +4,6 @@
 
 use super::tap::longest;
 use super::FIO;
-use crate::cases;
 use crate::console::Job;
 use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::report::Report;
