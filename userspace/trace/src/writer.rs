@@ -8,8 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Bytes that wait to be written at most, and that are kept for what comes next.
+/// Bytes that wait to be written at most.
 const WAITING: usize = 64 << 10;
+/// Bytes of memory that are kept for what comes next: a usual request has room.
+const KEPT: usize = 256 << 10;
 
 /// A trace that is written.
 ///
@@ -135,7 +137,7 @@ impl Writer {
         self.file.write_all_at(&self.waiting, place)?;
         self.at += self.waiting.len();
         self.waiting.clear();
-        self.waiting.shrink_to(WAITING);
+        self.waiting.shrink_to(KEPT);
         Ok(())
     }
 

@@ -221,6 +221,27 @@ proptest! {
     }
 }
 
+/// What a request costs, for people:
+/// `cargo test --release -p trace --test ring -- --ignored --nocapture`.
+#[test]
+#[ignore = "it measures"]
+fn cost_of_a_request() {
+    for bytes in [0, 4096, 65536] {
+        let file = create(&header(4 << 20, 16));
+        let mut writer = writer(file.path());
+        let data = vec![7; bytes];
+        let count = 20_000;
+        let begun = std::time::Instant::now();
+        for sector in 0..count {
+            let entry = entry(Operation::Write, sector, bytes);
+            let number = writer.begin(entry, 0, bytes, |to| to.copy_from_slice(&data));
+            writer.end(number.expect("write"), 0, 0).expect("write");
+        }
+        let each = begun.elapsed().as_nanos() / u128::from(count);
+        println!("a request with {bytes} bytes of data: {each} ns");
+    }
+}
+
 /// What a guest has written to its disk is taken for no record, wherever it comes to lie.
 #[test]
 fn a_guest_forges_nothing() {
