@@ -105,6 +105,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     }
     lifecycle.follow_stream(&disk);
     lifecycle.follow_mirror(&disk);
+    lifecycle.settle_trace_later(&disk);
     match recognised {
         Ok(state) => go_on(lifecycle, &disk, state, known.map_or(0, |known| known.pid)),
         // It may only be slow: its storage does not answer. It has the node, and is not replaced

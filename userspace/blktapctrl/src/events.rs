@@ -145,6 +145,9 @@ fn log(minor: Option<u32>, what: &What) {
             tracing::warn!("{disk}: {}", outcome.told(target));
         }
         What::Unmarked { why } => tracing::warn!("{disk}: {why}: its marks are gone"),
+        What::Untraced { path, why } => {
+            tracing::warn!("{disk}: its trace in {} has ended: {why}", path.display());
+        }
         What::Hung {
             pid,
             for_ms,

@@ -30,6 +30,7 @@ pub mod server;
 pub mod state;
 pub mod store;
 pub mod tenure;
+pub mod traces;
 pub mod verbs;
 pub mod watch;
 pub mod watchdog;

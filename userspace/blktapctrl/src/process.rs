@@ -387,7 +387,21 @@ impl Process {
     /// # Errors
     /// It says nothing, or it does not serve a disk.
     pub async fn scrub(&self, rate: u64) -> Result<(), Failure> {
-        match self.ask(&Request::Scrub { rate }, &[], SOON).await? {
+        self.tell(&Request::Scrub { rate }, None, SOON).await
+    }
+
+    /// Has it do something, perhaps with a descriptor.
+    ///
+    /// # Errors
+    /// It does not, or does not say so in time.
+    pub async fn tell(
+        &self,
+        what: &Request,
+        fd: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        let fds: Vec<_> = fd.into_iter().collect();
+        match self.ask(what, &fds, limit).await? {
             Reply::Done => Ok(()),
             reply => Err(unexpected(&reply)),
         }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is written down of each disk, for the next supervisor and for people.
 
-use crate::folder::{self, Folder};
+mod files;
+mod peek;
+
+use crate::folder;
 use crate::image::Identity;
 use control::supervisor::{Doing, Mode, Policy};
 use control::tapdisk::{Open, Stamp};
@@ -13,10 +16,15 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+pub use files::{Files, Records};
+pub use peek::{Peek, PeekNext, Unread};
+
 /// Version of the files. Who reads one with a higher number may misunderstand it; a field that may be
 /// passed over does not raise it.
-const VERSION: u32 = 3;
-/// The version of a record without marks. Who does not know of marks has the disk written without noting it.
+const VERSION: u32 = 4;
+/// The version of a record without a trace. Who does not know of traces has requests missing in them.
+const WITHOUT_TRACE: u32 = 3;
+/// The version of a record without marks, too. Who does not know of marks has the disk written without noting it.
 const WITHOUT_MARKS: u32 = 2;
 /// The version of a record without parts, too. Who does not know of parts gives them to others.
 const WITHOUT_PARTS: u32 = 1;
@@ -163,6 +171,24 @@ pub struct Noted {
     pub is_set: bool,
 }
 
+/// The [file](crate::traces) in which it is written down what a guest asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traced {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is.
+    pub identity: Identity,
+    /// When it was made, as of an image.
+    #[serde(default)]
+    pub born: Option<u64>,
+    /// What is written to the disk is there, too.
+    pub data: bool,
+    /// Bytes of it.
+    pub size: u64,
+    /// In milliseconds since 1970.
+    pub at_ms: u64,
+}
+
 /// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
@@ -244,6 +270,9 @@ pub struct Record {
     /// From when on it is noted where its guest writes, the oldest first. Its process notes in the last one's map.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Noted>,
+    /// Where it is written down what its guest asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Traced>,
     /// Its process.
     pub process: Option<Known>,
     /// What its processes run, if that is not what the supervisor starts by default.
@@ -298,6 +327,7 @@ impl Record {
             stream: None,
             mirror: None,
             marks: Vec::new(),
+            trace: None,
             process: None,
             program: None,
             handoff: None,
@@ -315,6 +345,7 @@ impl Record {
         open.on_error = self.policy.on_error;
         open.limits = self.policy.limits;
         open.notes = self.marks.last().map(|mark| mark.unit);
+        open.trace = self.trace.is_some();
     }
 
     /// Who was to take the disk over has it.
@@ -351,7 +382,8 @@ impl Record {
             .open(path)?;
         let next = self.next.iter().flat_map(|next| &next.parts);
         let version = match self.parts.iter().chain(next).next() {
-            _ if !self.marks.is_empty() => VERSION,
+            _ if self.trace.is_some() => VERSION,
+            _ if !self.marks.is_empty() => WITHOUT_TRACE,
             Some(_) => WITHOUT_MARKS,
             None => WITHOUT_PARTS,
         };
@@ -401,165 +433,9 @@ impl Record {
     }
 }
 
-/// A record that is not understood.
-#[derive(Clone, Debug)]
-pub struct Unread {
-    /// The disk that its name says.
-    pub minor: Option<u32>,
-    /// Why.
-    pub why: String,
-    /// What can be understood of it.
-    pub peek: Box<Peek>,
-}
-
-/// What can be understood of a record that as a whole cannot.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct Peek {
-    /// As in a record.
-    pub open: Option<Open>,
-    /// As in a record.
-    pub identity: Option<Identity>,
-    /// As in a record; of what is not understood, what it is.
-    pub parts: Vec<Part>,
-    /// As in a record.
-    pub files: Vec<PathBuf>,
-    /// As in a record, and what its image is though the rest is not understood.
-    pub next: Option<PeekNext>,
-    /// As in a record.
-    pub mode: Option<Mode>,
-    /// As in a record.
-    pub policy: Option<Policy>,
-    /// As in a record.
-    pub vbd: Option<String>,
-    /// As in a record.
-    pub process: Option<Known>,
-}
-
-/// What can be understood of what an unpause leads to.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct PeekNext {
-    /// As in a record.
-    pub open: Option<Open>,
-    /// As in a record.
-    pub identity: Option<Identity>,
-    /// As in a record.
-    pub parts: Vec<Part>,
-    /// As in a record.
-    pub files: Vec<PathBuf>,
-}
-
-impl From<Next> for PeekNext {
-    fn from(next: Next) -> PeekNext {
-        PeekNext {
-            open: Some(next.open),
-            identity: next.identity,
-            parts: next.parts,
-            files: next.files,
-        }
-    }
-}
-
-/// The parts that a record or what it leads to says. One that is not understood is taken for written, and
-/// is given to nobody.
-fn parts(value: &Value) -> Vec<Part> {
-    let part = |value: &Value| {
-        let unknown = || Part {
-            role: Role::Extent,
-            path: PathBuf::new(),
-            identity: value
-                .get("identity")
-                .and_then(|identity| serde_json::from_value(identity.clone()).ok()),
-            born: None,
-            mode: Mode::Write,
-            locked: false,
-        };
-        serde_json::from_value(value.clone()).unwrap_or_else(|_| unknown())
-    };
-    let all = value.get("parts").and_then(Value::as_array);
-    all.into_iter().flatten().map(part).collect()
-}
-
-impl Peek {
-    /// All that its process may have beside the image.
-    pub fn all_parts(&self) -> impl Iterator<Item = &Part> {
-        let next = self.next.iter().flat_map(|next| &next.parts);
-        self.parts.iter().chain(next)
-    }
-
-    fn of(value: &Value) -> Peek {
-        fn field<T: serde::de::DeserializeOwned>(value: &Value, name: &str) -> Option<T> {
-            serde_json::from_value(value.get(name)?.clone()).ok()
-        }
-        Peek {
-            open: field(value, "open"),
-            identity: field(value, "identity"),
-            parts: parts(value),
-            files: field(value, "files").unwrap_or_default(),
-            next: value
-                .get("next")
-                .filter(|next| next.is_object())
-                .map(|next| PeekNext {
-                    open: field(next, "open"),
-                    identity: field(next, "identity"),
-                    parts: parts(next),
-                    files: field(next, "files").unwrap_or_default(),
-                }),
-            mode: field(value, "mode"),
-            policy: field(value, "policy"),
-            vbd: field(value, "vbd"),
-            process: field(value, "process"),
-        }
-    }
-}
-
-/// Where records are. Behind a trait so that a test can let it fail.
-pub trait Records {
-    /// Writes the record of a disk.
-    ///
-    /// # Errors
-    /// It cannot be; the earlier one is still there.
-    fn write(&self, record: &Record) -> io::Result<()>;
-
-    /// Removes the record of a disk; success if there is none.
-    ///
-    /// # Errors
-    /// It cannot be.
-    fn remove(&self, minor: u32) -> io::Result<()>;
-
-    /// All of them.
-    ///
-    /// # Errors
-    /// It cannot be said which there are.
-    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>>;
-}
-
-/// Records as files of the folder.
-#[derive(Clone, Debug)]
-pub struct Files(pub Folder);
-
-impl Records for Files {
-    fn write(&self, record: &Record) -> io::Result<()> {
-        record.write(&self.0.disk(record.minor))
-    }
-
-    fn remove(&self, minor: u32) -> io::Result<()> {
-        folder::remove(&self.0.disk(minor))
-    }
-
-    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>> {
-        let files = folder::files(&self.0.disks(), "json")?;
-        Ok(files
-            .iter()
-            .map(|path: &PathBuf| Record::read(path))
-            .collect())
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Known, Noted, Part, Record, Role, Want};
+    use super::{Known, Noted, Part, Record, Role, Traced, Want};
     use crate::image::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
@@ -593,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn a_supervisor_that_knows_of_no_parts_or_marks_leaves_their_disk_alone() {
+    fn a_supervisor_that_does_not_know_of_something_leaves_its_disk_alone() {
         let path = place("parts");
         let version = || {
             let text = fs::read(&path).expect("read");
@@ -617,6 +493,17 @@ mod tests {
         });
         record.write(&path).expect("write");
         assert_eq!(version(), 3);
+        assert_eq!(Record::read(&path).expect("read"), record);
+        record.trace = Some(Traced {
+            path: "/srv/t".into(),
+            identity: Identity::File { dev: 3, ino: 10 },
+            born: None,
+            data: true,
+            size: 1 << 24,
+            at_ms: 5,
+        });
+        record.write(&path).expect("write");
+        assert_eq!(version(), 4);
         assert_eq!(Record::read(&path).expect("read"), record);
         fs::remove_dir_all(path.parent().expect("a folder")).expect("remove");
     }
@@ -656,7 +543,7 @@ mod tests {
         let again: Value = serde_json::from_slice(&text).expect("json");
         assert_eq!(again["colour"], "green");
         assert_eq!(again["restarts"], 5);
-        value["version"] = 4.into();
+        value["version"] = 5.into();
         value["policy"] = "strict".into();
         let mut other = serde_json::to_value(part(1)).expect("json");
         other["role"] = "shadow".into();

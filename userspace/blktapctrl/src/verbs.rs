@@ -32,6 +32,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             program: format!("blktapctrl {}", env!("CARGO_PKG_VERSION")),
             abi: tapdev::ABI_VERSION,
             notes: true,
+            traces: true,
         })),
         Request::List(filter) => registry.rows(&filter).map(|disks| Reply::Disks { disks }),
         Request::Allocate(allocate) => {
@@ -158,6 +159,18 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let disk = registry.find(&which)?;
             let changed = lifecycle.changed(&disk, &since, from).await;
             changed.map(Reply::Changed)
+        }
+        Request::Trace { which, to } => {
+            let disk = registry.find(&which)?;
+            if let Some(to) = to {
+                lifecycle.trace(&disk, to).await?;
+            }
+            let trace = lifecycle.traced(&disk).await?;
+            Ok(Reply::Trace { trace })
+        }
+        Request::EndTrace(which) => {
+            lifecycle.end_trace(&registry.find(&which)?).await?;
+            Ok(Reply::Trace { trace: None })
         }
         Request::Stats(which) => {
             let disk = registry.find(&which)?;

@@ -44,6 +44,7 @@ pub mod stats;
 pub mod supervisor;
 pub mod tapdisk;
 mod target;
+mod trace;
 pub mod wire;
 
 pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
@@ -53,6 +54,7 @@ pub use failure::{Code, Failure};
 pub use lease::LeaseKind;
 pub use limits::Limits;
 pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, Target};
+pub use trace::{TraceTo, Tracing};
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

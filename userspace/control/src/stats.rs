@@ -269,6 +269,8 @@ pub struct Stats {
     /// The limits, if there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+    /// Traces of what the guest asks for that ended because they could not be written.
+    pub failed_traces: u64,
     /// Requests that are executed now.
     pub in_flight: u64,
     /// Turns of the loop that serves requests, of this process.

@@ -6,7 +6,7 @@
 
 use crate::stats::{Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use crate::tapdisk::{Disk, OnError, Open, State, Trouble};
-use crate::{Changed, Failure, Limits, Mark, MarkName, Target};
+use crate::{Changed, Failure, Limits, Mark, MarkName, Target, TraceTo, Tracing};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -413,6 +413,15 @@ pub enum Request {
         #[serde(default)]
         from: u64,
     },
+    /// Writes down what the guest of a disk asks for from now on: [`Reply::Trace`].
+    Trace {
+        /// The disk.
+        which: Which,
+        /// Where. Nothing asks whether that is done.
+        to: Option<TraceTo>,
+    },
+    /// Ends that: [`Reply::Trace`].
+    EndTrace(Which),
     /// What was counted: [`Reply::Stats`].
     Stats(Which),
     /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk
@@ -566,6 +575,11 @@ pub enum Reply {
     },
     /// Where a guest has written.
     Changed(Changed),
+    /// Where it is written down what a guest asks for.
+    Trace {
+        /// Nothing if it is not.
+        trace: Option<Tracing>,
+    },
     /// What one disk counted.
     Stats(Box<Stats>),
     /// What all disks counted.
@@ -869,6 +883,13 @@ pub enum What {
     },
     /// Where the guest has written since its marks is not known any more: they are gone.
     Unmarked {
+        /// Why.
+        why: String,
+    },
+    /// It is not written down any more what the guest asks for, and nobody has ended that.
+    Untraced {
+        /// The file, which has what was asked for until then.
+        path: PathBuf,
         /// Why.
         why: String,
     },

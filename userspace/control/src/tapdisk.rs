@@ -81,6 +81,9 @@ pub struct Open {
     /// Where the guest writes is noted, in [`Needed::Notes`], with one bit for so many bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notes: Option<u64>,
+    /// What the guest asks for is written down, in [`Needed::Trace`]. A process that does not get that serves all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub trace: bool,
 }
 
 /// What is done with a request that failed on the image. It is told to the supervisor in any case.
@@ -129,6 +132,7 @@ impl Open {
             limits: Limits::default(),
             may_ask: false,
             notes: None,
+            trace: false,
         }
     }
 }
@@ -183,6 +187,15 @@ pub enum Request {
         /// As [`Open::notes`].
         unit: Option<u64>,
     },
+    /// From now on it is written down what the guest asks for, in what comes along, or nowhere. What is under way is over
+    /// then. Answered with [`Reply::Done`]. One descriptor, as [`Needed::Trace`] is answered, if it is to be written down.
+    Trace {
+        /// As [`Open::trace`].
+        on: bool,
+    },
+    /// Waits until a trace has ended by itself, and tells it until the next [`Request::Trace`]. Answered with
+    /// [`Reply::Untraced`]. On a connection of its own: others are answered meanwhile.
+    Untraced,
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
     Resize,
     /// Makes the image larger, and tells the guest; requests wait meanwhile. Answered with
@@ -330,6 +343,11 @@ pub enum Reply {
     Status(Box<Status>),
     /// What was counted.
     Stats(Box<Stats>),
+    /// A trace has ended by itself.
+    Untraced {
+        /// Why.
+        why: String,
+    },
     /// How far a stream is.
     Stream(Stream),
     /// What failed.
@@ -386,6 +404,8 @@ pub enum Needed {
     /// Memory with a bit for each [unit](Open::notes) of the disk. One that is set says that there may be something
     /// else than was there when the memory was made.
     Notes,
+    /// The file of a trace, open for reading and writing, as the process before has left it.
+    Trace,
     /// Something of a newer program, which is refused.
     #[serde(other)]
     Other,
@@ -396,7 +416,9 @@ impl Needed {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Parent { path } | Self::Extent { path } | Self::Socket { path } => Some(path),
-            Self::Server { .. } | Self::State { .. } | Self::Notes | Self::Other => None,
+            Self::Server { .. } | Self::State { .. } | Self::Notes | Self::Trace | Self::Other => {
+                None
+            }
         }
     }
 }
@@ -481,6 +503,9 @@ pub struct Process {
     /// It notes where the disk is written, if [`Open::notes`] says so. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub notes: bool,
+    /// It writes down what the guest asks for, if [`Open::trace`] says so. An older one does not know of that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub traces: bool,
 }
 
 /// A node, as the kernel describes it.

@@ -206,6 +206,24 @@ pub(crate) enum Verb {
     ///
     /// Without --mark, --since or --forget it lists the marks of the disk. For disks with the mode w.
     Dirty(Dirty),
+    /// Write down what the guest of a disk asks for, to see how what is on the disk came to be there
+    ///
+    /// The file is a ring: it keeps its size, and the oldest requests are lost. Each request is there with its number, the
+    /// time since the trace began, what it asks for and where, and what became of it; with --data also what it writes. tapimg
+    /// replay lists them, and does them again on a copy of the disk: any part, up to any request.
+    ///
+    /// A trace begins when nothing is under way, outlives the disk's process and blktapctrl, and goes on over hand-offs,
+    /// pauses, snapshots, and moves to another image (mirror, commit). It ends with --end, with the disk, and by itself when
+    /// its file cannot be written or is gone: events tell, and the disk goes on. The file stays, and is root's. It has the room
+    /// that it needs from the beginning, where its file system can do that. It need not survive a crash of the host.
+    ///
+    /// With a trace every request goes through the disk's process, none is executed by the kernel alone, and each costs one
+    /// more call of the system, and with --data two more copies of what is written. Requests wait for the storage of the
+    /// file only if the host has no room for pages that are to be written: use storage that is as fast as the disk, or
+    /// memory (/dev/shm), and not the storage of the disk.
+    ///
+    /// Without --to and --end it says what is on.
+    Trace(Trace),
     /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
@@ -521,6 +539,25 @@ pub(crate) struct Dirty {
     /// Take a mark away. With the last one nothing is noted any more
     #[arg(long, value_name = "NAME")]
     pub(crate) forget: Option<MarkName>,
+}
+
+/// What is to be written down.
+#[derive(Debug, Args)]
+pub(crate) struct Trace {
+    /// Minor number of the disk
+    pub(crate) minor: u32,
+    /// Begin, in this file, where nothing may be
+    #[arg(long, value_name = "FILE", conflicts_with = "end")]
+    pub(crate) to: Option<PathBuf>,
+    /// What is written, too: then it can be done again
+    #[arg(long, requires = "to")]
+    pub(crate) data: bool,
+    /// Bytes of the file, 16M to 64G
+    #[arg(long, default_value = "64M", requires = "to", value_parser = control::typed_size)]
+    pub(crate) size: u64,
+    /// End
+    #[arg(long)]
+    pub(crate) end: bool,
 }
 
 /// A disk, also by what it was made for.

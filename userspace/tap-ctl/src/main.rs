@@ -17,6 +17,7 @@ mod show;
 mod status;
 mod time;
 mod top;
+mod trace;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Image, Verb};
@@ -186,6 +187,7 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::EndMirror(_)
         | Request::Marks(_)
         | Request::Changed { .. }
+        | Request::Trace { to: None, .. }
         | Request::Handoff { .. }
         | Request::Snapshot { .. }
         | Request::Snapshots { .. }
@@ -296,6 +298,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Mirror(asked) => jobs::mirror_request(asked, false),
         Verb::Commit(asked) => jobs::mirror_request(asked, true),
         Verb::Dirty(asked) => dirty::request(asked),
+        Verb::Trace(asked) => trace::request(asked)?,
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
         Verb::Destroy(end) => Request::Destroy {

@@ -3,6 +3,7 @@
 
 use crate::dirty;
 use crate::time::utc;
+use crate::trace;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Row, Snapshot, What};
 use control::tapdisk::{Disk, OnError};
@@ -28,6 +29,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Marks { marks } => dirty::marks(marks),
         Reply::Changed(changed) => changed.extents.iter().map(dirty::line).collect(),
         Reply::Parked { minors } => minors.iter().map(|minor| format!("{minor}\n")).collect(),
+        Reply::Trace { trace } => trace::show(trace.as_ref()),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.
@@ -289,6 +291,9 @@ fn stats(stats: &Stats) -> String {
         let ms = stats.held_ns / 1_000_000;
         let _ = writeln!(text, "limits {limits}: held={} held-ms={ms}", stats.held);
     }
+    if stats.failed_traces > 0 {
+        let _ = writeln!(text, "traces failed={}", stats.failed_traces);
+    }
     if let Some(direct) = stats.direct {
         let _ = writeln!(text, "{}", by_itself(direct));
         if let Some(mapped) = &direct.mapped {
@@ -367,6 +372,9 @@ pub(crate) fn event(event: &Event) -> String {
         What::Moved(moved) => moved.told(),
         What::Mirrored { target, outcome } => outcome.told(target),
         What::Unmarked { why } => format!("its marks are gone: {why}"),
+        What::Untraced { path, why } => {
+            format!("its trace in {} has ended: {why}", path.display())
+        }
         What::Paused => "paused".into(),
         What::Unpaused => "goes on".into(),
         What::Inactive => "has let go of its image: the guest is suspended".into(),

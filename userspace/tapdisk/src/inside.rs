@@ -5,11 +5,13 @@
 //! arrival; while the disk is paused they wait.
 
 use crate::server::Failed;
+use crate::tracer::Asked;
 use crate::{Seen, Server, Session};
 use control::tapdisk::Call;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Extent};
 use std::rc::Rc;
+use trace::{Flags, Operation};
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -51,12 +53,24 @@ impl Request {
 
     /// Executes it once, on a server that is held.
     pub(crate) async fn execute(&self, server: &Rc<Server>, by: &Seen) -> Result<(), Failed> {
+        let _claim = match self.work {
+            Work::Flush => None,
+            _ => {
+                let claim = server.claim(self.offset, self.len, self.changes());
+                Some(claim.await)
+            }
+        };
+        let work = self.execute_alone(server, by);
+        server.tracing.around(|| self.asked(), work).await
+    }
+
+    /// Executes it. Nothing that overlaps is in its way.
+    async fn execute_alone(&self, server: &Rc<Server>, by: &Seen) -> Result<(), Failed> {
         if matches!(self.work, Work::Flush) {
             return server.flush(by).await;
         }
         let (offset, len) = (self.offset, self.len);
         let disk = server.disk();
-        let _claim = server.claim(offset, len, self.changes()).await;
         let how = Attributes {
             fua: self.fua,
             ..Attributes::default()
@@ -90,6 +104,28 @@ impl Request {
             self.work,
             Work::Write(_) | Work::Discard | Work::WriteZeroes
         )
+    }
+
+    /// To be written down.
+    fn asked(&self) -> Asked {
+        let (operation, data) = match &self.work {
+            Work::Read(_) => (Operation::Read, None),
+            Work::Write(data) => (Operation::Write, Some(data.clone())),
+            Work::Flush => (Operation::Flush, None),
+            Work::Discard => (Operation::Discard, None),
+            Work::WriteZeroes => (Operation::Zeroes, None),
+        };
+        Asked {
+            operation,
+            offset: self.offset,
+            len: self.len,
+            flags: Flags {
+                fua: self.fua,
+                client: true,
+                ..Flags::default()
+            },
+            data,
+        }
     }
 
     pub(crate) fn call(&self) -> Call {

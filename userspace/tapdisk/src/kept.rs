@@ -141,6 +141,7 @@ fn own(stats: Stats) -> Option<Stats> {
         nbd: stats.nbd,
         held: stats.held.min(NUMBERS),
         held_ns: stats.held_ns.min(NUMBERS),
+        failed_traces: stats.failed_traces.min(NUMBERS),
         ..Stats::default()
     })
 }

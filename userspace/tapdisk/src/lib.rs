@@ -27,6 +27,7 @@ mod server;
 mod session;
 mod throttle;
 mod told;
+mod tracer;
 mod troubles;
 mod twin;
 

@@ -83,7 +83,10 @@ async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Fai
                 let is_last = question.body == Request::Exit;
                 let only_waits = matches!(
                     question.body,
-                    Request::Troubles { .. } | Request::Needs { .. } | Request::Wanted
+                    Request::Troubles { .. }
+                        | Request::Needs { .. }
+                        | Request::Wanted
+                        | Request::Untraced
                 );
                 let answer = session.handle(question.body, fds);
                 let answer = match only_waits {

@@ -7,6 +7,7 @@ use crate::lost::{Lost, Seen};
 use crate::notes::Notes;
 use crate::ranges::{Claim, Range, Ranges, Source};
 use crate::throttle::{Throttle, Wanted};
+use crate::tracer::{Asked, Tracing};
 use crate::twin::Twin;
 use crate::Troubles;
 use control::stats::{Counter, Stats};
@@ -24,6 +25,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 use tapdev::abi::Completion;
 use tapdev::{Kind, Request, Tap};
+use trace::{Flags, Operation};
 
 /// How requests are served, whatever the disk is.
 #[derive(Clone, Debug, Default)]
@@ -96,6 +98,8 @@ pub struct Server {
     twin: RefCell<Option<Rc<Twin>>>,
     /// Where it is written.
     notes: RefCell<Option<Rc<Notes>>>,
+    /// What is asked of it.
+    pub(crate) tracing: Tracing,
 }
 
 /// A guest that is suspended has no more requests than its rings hold.
@@ -148,6 +152,7 @@ impl Server {
             drains: Cell::new(None),
             twin: RefCell::default(),
             notes: RefCell::default(),
+            tracing: Tracing::default(),
         })
     }
 
@@ -359,6 +364,7 @@ impl Server {
             }
         })
         .await;
+        self.tracing.settle();
     }
 
     /// Requests are wanted: the disk is not about to be closed.
@@ -377,6 +383,11 @@ impl Server {
     /// Executes a request; returns what is to be said of it.
     async fn serve(&self, request: &Request) -> Completion {
         let mut result = self.check(request);
+        if let Err(error) = result {
+            let refused = async { Err(Failed::alone(error)) };
+            let told = self.tracing.around(|| asked(request), refused).await;
+            result = told.map_err(|failed| failed.error);
+        }
         if result.is_ok() && !self.may_begin(request).await {
             return request.returned();
         }
@@ -491,6 +502,14 @@ impl Server {
                 Some(claim.await)
             }
         };
+        let asked = || asked(request);
+        self.tracing
+            .around(asked, self.execute_alone(request))
+            .await
+    }
+
+    /// Executes a request. Nothing that overlaps is in its way.
+    async fn execute_alone(&self, request: &Request) -> Result<(), Failed> {
         let guest = self.terms.lost.guest();
         if request.preflush {
             self.flush(guest).await?;
@@ -668,6 +687,29 @@ impl Server {
         counter
             .latency
             .add(now_ns().saturating_sub(request.arrived_ns));
+    }
+}
+
+/// A request of the guest, to be written down.
+fn asked(request: &Request) -> Asked {
+    let (operation, writes) = match request.kind {
+        Kind::Read => (Operation::Read, false),
+        Kind::Write => (Operation::Write, true),
+        Kind::Flush => (Operation::Flush, false),
+        Kind::Discard { .. } => (Operation::Discard, false),
+        Kind::WriteZeroes => (Operation::Zeroes, false),
+    };
+    Asked {
+        operation,
+        offset: request.offset,
+        len: request.len,
+        flags: Flags {
+            fua: request.fua,
+            preflush: request.preflush,
+            replay: request.replay,
+            client: false,
+        },
+        data: request.data.clone().filter(|_| writes).map(Bytes::from),
     }
 }
 

@@ -9,6 +9,8 @@ mod inactive;
 mod mirror;
 mod note;
 mod size;
+mod still;
+mod trace;
 
 use crate::direct::{self, Ban, Direct};
 use crate::jobs::{scrub, stream, Jobs};
@@ -16,6 +18,7 @@ use crate::kept::Kept;
 use crate::link::Link;
 use crate::lost::Lost;
 use crate::told::{describe, described, fence, node, params, succeeds};
+use crate::tracer::Ended;
 use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Throttle, Troubles};
 use control::stats::Stats;
@@ -62,6 +65,10 @@ pub struct Session {
     limited: RefCell<Option<Ban>>,
     /// The same as long as it is noted where the disk is written: it notes nothing.
     noted: RefCell<Option<Ban>>,
+    /// The same as long as it is written down what is asked of the disk.
+    traced: RefCell<Option<Ban>>,
+    /// Traces that have ended by themselves.
+    untraced: Rc<Ended>,
     /// What the supervisor is asked for.
     needs: Rc<Needs>,
     /// What the next process learns of what this one has counted.
@@ -128,11 +135,13 @@ impl Identity {
 impl Session {
     /// Without a node.
     pub fn new(runtime: &Runtime) -> Rc<Self> {
+        let stats = Rc::default();
         Rc::new(Self {
             runtime: runtime.clone(),
             gate: Gate::default(),
             state: RefCell::default(),
-            stats: Rc::default(),
+            untraced: Ended::new(&stats),
+            stats,
             troubles: Rc::default(),
             lost: Rc::default(),
             direct: Rc::default(),
@@ -140,6 +149,7 @@ impl Session {
             throttle: Rc::default(),
             limited: RefCell::default(),
             noted: RefCell::default(),
+            traced: RefCell::default(),
             needs: Rc::default(),
             kept: RefCell::default(),
             jobs: Jobs::default(),
@@ -180,6 +190,9 @@ impl Session {
             self.keep(false);
         }
         let wait = !self.ended.get() && !self.runtime.tasks.is_ready();
+        if let Some(server) = self.server().filter(|_| wait) {
+            server.tracing.settle();
+        }
         self.runtime.io.enter(wait)
     }
 
@@ -270,6 +283,14 @@ impl Session {
             Request::Note { unit } => {
                 let _alone = self.gate.alone().await;
                 self.set_notes(unit, fd).await
+            }
+            Request::Trace { on } => {
+                let _alone = self.gate.alone().await;
+                self.set_trace(on, fd).await
+            }
+            Request::Untraced => {
+                let why = self.untraced.why().await;
+                Ok(Reply::Untraced { why })
             }
             Request::Resize => {
                 let _alone = self.gate.alone().await;
@@ -514,11 +535,14 @@ impl Session {
         shape: Shape,
     ) -> Result<Reply, Failure> {
         let notes = self.find_notes(&open).await?;
+        let tracer = self.find_tracer(&open, shape.size).await;
         self.tell_kernel(tap, &open, &shape, disk.fence()).await?;
         self.offer(tap, &open, &disk, shape.size);
         self.set(rules(&open)).await?;
-        let ban = self.ban_for(notes.is_some()).await?;
+        let ban = self.ban_if(notes.is_some()).await?;
         self.noted.replace(ban);
+        let ban = self.ban_if(tracer.is_some()).await?;
+        self.traced.replace(ban);
         // Nothing is waited for from here until the server is the session's: what comes is for it.
         let link = self.link(tap);
         let terms = Terms {
@@ -534,6 +558,7 @@ impl Session {
         let (runtime, stats) = (&self.runtime, &self.stats);
         let server = Server::on_link(runtime, tap, link, disk, &shape, terms, stats);
         server.set_notes(notes);
+        server.tracing.set(tracer);
         let disk = describe(&shape, &open, engine);
         if self.state.borrow().image.as_ref() != Some(&identity) {
             self.change_image(Some(identity));
@@ -726,6 +751,11 @@ impl Session {
 
     fn status(&self) -> Status {
         let state = self.state.borrow();
+        let traces = |server: &Rc<Server>| server.tracing.is_on();
+        let open = state.open.clone().map(|open| Open {
+            trace: state.server.as_ref().is_some_and(traces),
+            ..open
+        });
         Status {
             state: match (&state.tap, &state.server, state.started) {
                 (None, _, _) => State::Idle,
@@ -735,7 +765,7 @@ impl Session {
                 (_, _, false) => State::Attached,
             },
             node: state.tap.as_ref().map(|tap| node(tap.info())),
-            open: state.open.clone(),
+            open,
             disk: state.disk.clone(),
             owes: self.lost.is_owed(),
         }
@@ -778,6 +808,7 @@ fn process() -> Process {
         program: env!("CARGO_PKG_VERSION").to_string(),
         abi: tapdev::ABI_VERSION,
         notes: true,
+        traces: true,
     }
 }
 

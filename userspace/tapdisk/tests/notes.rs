@@ -5,15 +5,14 @@ mod common;
 
 use common::guest::{Guest, Step};
 use common::images::{answered, file, steps, Folder, SIZE};
+use common::watched::{Raw, Watched};
 use common::{needs, Image, Process};
-use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
+use control::tapdisk::{Engine, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::pread;
-use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
 use tapdev::fake::Fake;
 
@@ -28,6 +27,13 @@ impl Map {
         let memory = memfd_create("map", MemfdFlags::CLOEXEC).expect("memory");
         ftruncate(&memory, SIZE.div_ceil(UNIT).div_ceil(8)).expect("truncate");
         Self(memory)
+    }
+
+    fn watched(&self) -> Watched<'_> {
+        Watched {
+            notes: Some((UNIT, self.0.as_fd())),
+            ..Watched::default()
+        }
     }
 
     /// The units that are noted.
@@ -45,59 +51,6 @@ impl Map {
         assert_eq!(reply, Ok(Reply::Done));
         let open = process.status().open.expect("an image");
         assert_eq!(open.notes, Some(UNIT));
-    }
-}
-
-/// A raw image in a folder.
-struct Raw(PathBuf);
-
-impl Raw {
-    fn open(&self, notes: Option<u64>) -> Open {
-        let target = format!("aio:{}", self.0.display());
-        Open {
-            may_ask: true,
-            notes,
-            ..Open::new(target.parse().expect("a target"))
-        }
-    }
-
-    /// A process that serves it, and notes in a map if there is one.
-    fn start(&self, fake: &Fake, map: Option<&Map>) -> Process {
-        let mut process = Process::start(fake);
-        let question = Request::Open(self.open(map.map(|_| UNIT)));
-        let image = file(&self.0, true);
-        let give = |channel: &mut Channel| give(channel, map);
-        let reply = process.ask_and_give(question, image.as_fd(), give);
-        match reply {
-            Ok(Reply::Disk(_)) => {}
-            other => panic!("{other:?}"),
-        }
-        let open = process.status().open.expect("an image");
-        assert_eq!(open.notes.is_some(), map.is_some());
-        process
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        fs::read(&self.0).expect("read")
-    }
-}
-
-/// Answers what a process asks for when it opens the image: what it could leave to the next one it does without.
-fn give(channel: &mut Channel, map: Option<&Map>) {
-    let mut known = 0;
-    for _ in 0..1 + usize::from(map.is_some()) {
-        let all = needs(channel, known);
-        let need = all.first().expect("a need");
-        known = need.number;
-        let map = map.filter(|_| need.what == Needed::Notes);
-        let provided = match map {
-            Some(_) => Provided::Shared,
-            None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
-        };
-        let number = need.number;
-        let question = Request::Provide { number, provided };
-        let fds: Vec<_> = map.iter().map(|map| map.0.as_fd()).collect();
-        assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
     }
 }
 
@@ -135,7 +88,7 @@ fn nothing_changes_that_is_not_noted() {
     let model = folder.raw("a.img", 5);
     let image = Raw(folder.path("a.img"));
     let fake = Fake::new(16).expect("a node");
-    let mut process = image.start(&fake, None);
+    let mut process = image.start(&fake, Watched::default());
     let mut guest = Guest::new(&fake, model, 8);
     let maps = [Map::new(), Map::new()];
     let mut states: Vec<Vec<u8>> = Vec::new();
@@ -154,7 +107,8 @@ fn nothing_changes_that_is_not_noted() {
         }
         if matches!(step, Step::Kill) {
             process.kill();
-            process = image.start(&fake, states.len().checked_sub(1).map(|last| &maps[last]));
+            let last = states.len().checked_sub(1).map(|last| maps[last].watched());
+            process = image.start(&fake, last.unwrap_or_default());
         }
         guest.send(step);
     }
@@ -189,7 +143,7 @@ fn notes_end_and_are_refused_without_a_map() {
     let image = Raw(folder.path("a.img"));
     let fake = Fake::new(16).expect("a node");
     let map = Map::new();
-    let mut process = image.start(&fake, Some(&map));
+    let mut process = image.start(&fake, map.watched());
     answered(&fake, Op::Write, 8, &[7; 512]);
     assert_eq!(map.units(), [1]);
     let alone = process.ask(Request::Note { unit: Some(UNIT) }, None);
@@ -203,7 +157,7 @@ fn notes_end_and_are_refused_without_a_map() {
     process.exit();
     // Nobody writes what nobody notes.
     let mut process = Process::start(&fake);
-    let question = Request::Open(image.open(Some(UNIT)));
+    let question = Request::Open(image.open(&map.watched()));
     let refuse = |channel: &mut Channel| {
         for _ in 0..2 {
             let known = needs(channel, 0)[0].number;

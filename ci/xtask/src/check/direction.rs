@@ -95,6 +95,7 @@ const SUPERVISOR: &[&[&str]] = &[
     &["kernel"],
     &["domains", "memory", "nodes", "tenure"],
     &["overlay", "record"],
+    &["traces"],
     &["process", "state"],
     &["disk"],
     &["registry"],

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes are started, watched, and replaced when they have died.
 
-use super::{needs, trouble, Lifecycle};
+use super::{needs, trace, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::process::{self, Process, Program, OPEN};
 use crate::record::Want;
@@ -56,6 +56,7 @@ impl Lifecycle {
     pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
         tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(needs::watch(self.clone(), process.clone()));
+        tokio::task::spawn_local(trace::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(meet(process.clone()));
         let lifecycle = self.clone();
         tokio::task::spawn_local(async move {

@@ -13,12 +13,11 @@ use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
-use crate::link::unexpected;
 use crate::notes;
 use crate::process::{Process, SOON};
 use crate::record::Noted;
 use control::supervisor::{Mode, What};
-use control::tapdisk::{self, Reply, Request, State};
+use control::tapdisk::{self, Request, State};
 use control::{Changed, Code, Failure, Mark, MarkName, MAX_MARKS};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -39,10 +38,8 @@ impl Lifecycle {
         name: MarkName,
     ) -> Result<Vec<Mark>, Failure> {
         let _turn = disk.turn().await?;
-        self.finish_before(disk).await?;
-        check_served(disk)?;
-        let process = disk.serving()?;
-        if !process.introduce(SOON).await?.notes {
+        let (process, says) = self.introduced(disk).await?;
+        if !says.notes {
             return Err(Failure::unsupported(format!(
                 "the process of disk {} is older, and does not note where the guest writes: let a new one have the disk \
                  with tap-ctl handoff",
@@ -320,11 +317,8 @@ async fn have_noted(disk: &Disk, process: &Process, map: Option<OwnedFd>) -> Res
     let question = Request::Note {
         unit: unit.filter(|_| map.is_some()),
     };
-    let fds: Vec<_> = map.iter().map(AsFd::as_fd).collect();
-    match process.ask(&question, &fds, SOON).await? {
-        Reply::Done => Ok(()),
-        reply => Err(unexpected(&reply)),
-    }
+    let map = map.as_ref().map(AsFd::as_fd);
+    process.tell(&question, map, SOON).await
 }
 
 /// A mark that this disk may have.

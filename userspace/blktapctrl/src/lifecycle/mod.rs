@@ -27,15 +27,17 @@ mod snapshot;
 mod stream;
 mod suspend;
 mod together;
+mod trace;
 pub(crate) mod trouble;
 
 use crate::admission::Admission;
 use crate::disk::Disk;
 use crate::domains::{Domains, Xl};
-use crate::process::{Program, OPEN};
+use crate::process::{Process, Program, OPEN, SOON};
 use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::Doing;
+use control::tapdisk;
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
@@ -99,6 +101,21 @@ impl Lifecycle {
         }
         let patience = self.patience.get();
         disk.unless_doomed(self.finish(disk, patience)).await
+    }
+
+    /// The process that serves a disk, and what it says of itself. The caller has the turn.
+    ///
+    /// # Errors
+    /// The disk is not served.
+    async fn introduced(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+    ) -> Result<(Rc<Process>, tapdisk::Process), Failure> {
+        self.finish_before(disk).await?;
+        handoff::check_served(disk)?;
+        let process = disk.serving()?;
+        let says = process.introduce(SOON).await?;
+        Ok((process, says))
     }
 
     /// Does what has begun with a disk and is not done. The caller has the turn.

@@ -183,6 +183,10 @@ impl Lifecycle {
         match what {
             Needed::State { size } => state(&disk, process, *size),
             Needed::Notes => self.notes(&disk),
+            Needed::Trace => {
+                let file = self.open_trace(&disk).await?;
+                Ok((Given::File(file), Provided::Shared))
+            }
             Needed::Parent { path } => self.file(&disk, Role::Parent, path).await,
             Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
             Needed::Socket { path } => self.connect(&disk, path).await,
@@ -199,7 +203,11 @@ impl Lifecycle {
             Needed::Parent { .. } => Some(Role::Parent),
             Needed::Extent { .. } => Some(Role::Extent),
             Needed::Socket { .. } => Some(Role::Socket),
-            Needed::Server { .. } | Needed::State { .. } | Needed::Notes | Needed::Other => None,
+            Needed::Server { .. }
+            | Needed::State { .. }
+            | Needed::Notes
+            | Needed::Trace
+            | Needed::Other => None,
         };
         let disk = self.registry.of_process(process);
         let is_its = disk.is_some_and(|disk| match (role, what.path(), what) {

@@ -40,7 +40,9 @@ impl Lifecycle {
                 ),
             ));
         }
-        self.lose_marks(disk, "the disk has another image")?;
+        let why = "the disk has another image";
+        self.lose_marks(disk, why)?;
+        self.lose_trace(disk, why)?;
         let open = with_mode(open, mode)?;
         let image = image::of(&open).await?;
         let vbd = disk.record.borrow().vbd.clone();

@@ -216,6 +216,7 @@ impl Lifecycle {
         open: &mut Open,
     ) -> Result<(), Failure> {
         self.check_marks(disk, process).await?;
+        self.check_trace(disk, process).await?;
         disk.record.borrow().rule(open);
         open.kernel_holds = self.kernel_holds(disk)?;
         Ok(())

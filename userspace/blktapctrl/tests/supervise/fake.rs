@@ -482,6 +482,17 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
                 }
                 Ok(Reply::Done)
             }
+            Request::Untraced => {
+                // The file `untraced` says why.
+                let why = loop {
+                    match std::fs::read_to_string(dir.join("untraced")) {
+                        Ok(why) => break why,
+                        Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                    }
+                };
+                served.lock().expect("nobody panics").traces(false);
+                Ok(Reply::Untraced { why })
+            }
             Request::Provide { .. } if std::fs::remove_file(dir.join("deaf")).is_ok() => return,
             Request::Provide { number, provided } => {
                 needs.provide(number, provided, fds);
@@ -665,6 +676,12 @@ struct Served {
     was_same: bool,
 }
 
+/// Goes on with a trace.
+fn trace(file: OwnedFd) {
+    let mut writer = trace::Writer::resume(file.into()).expect("a trace");
+    writer.opened(2048, u64::MAX).expect("write");
+}
+
 /// What the process is to say of a job.
 fn says(dir: &Path, job: &str) -> String {
     std::fs::read_to_string(dir.join(job)).unwrap_or_default()
@@ -732,6 +749,21 @@ impl Served {
                 if let Some((open, _)) = &mut self.open {
                     open.notes = unit;
                 }
+                Ok(Reply::Done)
+            }
+            Request::Trace { on } => {
+                if let Ok(why) = std::fs::read_to_string(dir.join("no-trace")) {
+                    return Err(Failure::unsupported(why));
+                }
+                if on && std::fs::remove_file(dir.join("die-tracing")).is_ok() {
+                    std::process::exit(3);
+                }
+                // Nobody has to hear of the last one any more.
+                let _ = std::fs::remove_file(dir.join("untraced"));
+                note(dir, if on { "trace on" } else { "trace off" });
+                assert_eq!(on, !fds.is_empty());
+                fds.pop().into_iter().for_each(trace);
+                self.traces(on);
                 Ok(Reply::Done)
             }
             Request::Open(_) | Request::Unpause(_) => {
@@ -905,11 +937,19 @@ impl Served {
                 program: "fake".into(),
                 abi: number(dir, "abi").map_or(1, |abi| u32::try_from(abi).expect("small")),
                 notes: !dir.join("old").exists(),
+                traces: !dir.join("old").exists(),
             })),
             Request::Troubles { .. }
             | Request::Needs { .. }
             | Request::Provide { .. }
+            | Request::Untraced
             | Request::Wanted => Err(Failure::unsupported("answered elsewhere")),
+        }
+    }
+
+    fn traces(&mut self, on: bool) {
+        if let Some((open, _)) = &mut self.open {
+            open.trace = on;
         }
     }
 
@@ -932,7 +972,7 @@ impl Served {
         &mut self,
         dir: &Path,
         word: &str,
-        open: Open,
+        mut open: Open,
         mut fds: Vec<OwnedFd>,
         needs: &Needs,
     ) -> Result<Reply, Failure> {
@@ -969,6 +1009,15 @@ impl Served {
                 (_, fds) => assert_eq!(fds.len(), 1),
             }
             note(dir, &format!("goes on noting {unit}"));
+        }
+        if open.trace {
+            match needs.ask(Needed::Trace) {
+                (Provided::Refused(failure), _) => {
+                    open.trace = false;
+                    std::fs::write(dir.join("untraced"), failure.message).expect("write");
+                }
+                (_, fds) => fds.into_iter().for_each(trace),
+            }
         }
 
         let text = content.as_ref().map_or("", |(text, _)| text);

@@ -23,6 +23,7 @@ mod start;
 mod steps;
 mod stream;
 mod suspend;
+mod trace;
 mod troubles;
 
 /// Not a test: what runs as a tapdisk.

@@ -6,6 +6,7 @@
 
 pub(crate) mod guest;
 pub(crate) mod images;
+pub(crate) mod watched;
 
 use control::tapdisk::{Engine, Need, Open, Reply, Request, Status};
 use control::{Channel, Failure};

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Records that are not understood: what can be understood of them, so that nobody else gets what is theirs.
+
+use super::{Known, Next, Part, Role};
+use crate::image::Identity;
+use control::supervisor::{Mode, Policy};
+use control::tapdisk::Open;
+use serde::Deserialize;
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// A record that is not understood.
+#[derive(Clone, Debug)]
+pub struct Unread {
+    /// The disk that its name says.
+    pub minor: Option<u32>,
+    /// Why.
+    pub why: String,
+    /// What can be understood of it.
+    pub peek: Box<Peek>,
+}
+
+/// What can be understood of a record that as a whole cannot.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Peek {
+    /// As in a record.
+    pub open: Option<Open>,
+    /// As in a record.
+    pub identity: Option<Identity>,
+    /// As in a record; of what is not understood, what it is.
+    pub parts: Vec<Part>,
+    /// As in a record.
+    pub files: Vec<PathBuf>,
+    /// As in a record, and what its image is though the rest is not understood.
+    pub next: Option<PeekNext>,
+    /// As in a record.
+    pub mode: Option<Mode>,
+    /// As in a record.
+    pub policy: Option<Policy>,
+    /// As in a record.
+    pub vbd: Option<String>,
+    /// As in a record.
+    pub process: Option<Known>,
+}
+
+/// What can be understood of what an unpause leads to.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PeekNext {
+    /// As in a record.
+    pub open: Option<Open>,
+    /// As in a record.
+    pub identity: Option<Identity>,
+    /// As in a record.
+    pub parts: Vec<Part>,
+    /// As in a record.
+    pub files: Vec<PathBuf>,
+}
+
+impl From<Next> for PeekNext {
+    fn from(next: Next) -> PeekNext {
+        PeekNext {
+            open: Some(next.open),
+            identity: next.identity,
+            parts: next.parts,
+            files: next.files,
+        }
+    }
+}
+
+/// The parts that a record or what it leads to says. One that is not understood is taken for written, and
+/// is given to nobody.
+fn parts(value: &Value) -> Vec<Part> {
+    let part = |value: &Value| {
+        let unknown = || Part {
+            role: Role::Extent,
+            path: PathBuf::new(),
+            identity: value
+                .get("identity")
+                .and_then(|identity| serde_json::from_value(identity.clone()).ok()),
+            born: None,
+            mode: Mode::Write,
+            locked: false,
+        };
+        serde_json::from_value(value.clone()).unwrap_or_else(|_| unknown())
+    };
+    let all = value.get("parts").and_then(Value::as_array);
+    all.into_iter().flatten().map(part).collect()
+}
+
+impl Peek {
+    /// All that its process may have beside the image.
+    pub fn all_parts(&self) -> impl Iterator<Item = &Part> {
+        let next = self.next.iter().flat_map(|next| &next.parts);
+        self.parts.iter().chain(next)
+    }
+
+    pub(super) fn of(value: &Value) -> Peek {
+        fn field<T: serde::de::DeserializeOwned>(value: &Value, name: &str) -> Option<T> {
+            serde_json::from_value(value.get(name)?.clone()).ok()
+        }
+        Peek {
+            open: field(value, "open"),
+            identity: field(value, "identity"),
+            parts: parts(value),
+            files: field(value, "files").unwrap_or_default(),
+            next: value
+                .get("next")
+                .filter(|next| next.is_object())
+                .map(|next| PeekNext {
+                    open: field(next, "open"),
+                    identity: field(next, "identity"),
+                    parts: parts(next),
+                    files: field(next, "files").unwrap_or_default(),
+                }),
+            mode: field(value, "mode"),
+            policy: field(value, "policy"),
+            vbd: field(value, "vbd"),
+            process: field(value, "process"),
+        }
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl trace`: it is written down what a guest asks for.
+
+use crate::cli;
+use crate::time::utc;
+use control::supervisor::{Request, Which};
+use control::{Failure, TraceTo, Tracing};
+
+pub(crate) fn request(asked: &cli::Trace) -> Result<Request, Failure> {
+    let which = Which {
+        minor: Some(asked.minor),
+        ..Which::default()
+    };
+    if asked.end {
+        return Ok(Request::EndTrace(which));
+    }
+    let to = asked.to.as_ref().map(|file| {
+        let path = std::path::absolute(file)
+            .map_err(|error| Failure::system(format!("cannot find {}", file.display()), &error))?;
+        Ok(TraceTo {
+            path,
+            data: asked.data,
+            size: asked.size,
+        })
+    });
+    let to = to.transpose()?;
+    Ok(Request::Trace { which, to })
+}
+
+/// A trace as words `name=value`.
+pub(crate) fn show(trace: Option<&Tracing>) -> String {
+    let Some(trace) = trace else {
+        return "trace=none\n".into();
+    };
+    format!(
+        "trace={} data={} size={} since={}\n",
+        trace.path.display(),
+        if trace.data { "yes" } else { "no" },
+        trace.size,
+        utc(trace.at_ms)
+    )
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is to see all requests from a moment on begins when none is under way.
+
+use super::Session;
+use crate::direct::Ban;
+use crate::Server;
+use control::tapdisk::{Open, Reply};
+use control::{Code, Failure};
+use std::cell::RefCell;
+
+impl Session {
+    /// The kernel executes nothing by itself as long as somebody is to see all requests, whatever another process has
+    /// told it.
+    pub(super) async fn ban_if(&self, is_wanted: bool) -> Result<Option<Ban>, Failure> {
+        match is_wanted {
+            true => self.direct.forbid().await.map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// Does `change` while nothing is under way, and bans the kernel from then on, or does so no more.
+    pub(super) async fn while_still(
+        &self,
+        banned: &RefCell<Option<Ban>>,
+        is_wanted: bool,
+        change: impl FnOnce(&Server, &mut Open) -> Result<(), Failure>,
+    ) -> Result<Reply, Failure> {
+        let server = self.server();
+        let Some(server) = server.filter(|server| server.is_fetching()) else {
+            return Err(Failure::new(Code::State, "the disk does not run"));
+        };
+        let ban = self.ban_if(is_wanted).await?;
+        let all = server.claim(0, u64::MAX, true).await;
+        if let Some(open) = &mut self.state.borrow_mut().open {
+            change(&server, open)?;
+        }
+        drop(all);
+        banned.replace(ban);
+        Ok(Reply::Done)
+    }
+}

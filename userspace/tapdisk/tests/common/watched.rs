@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A raw image, and processes that serve it and write down what is asked of it.
+
+use super::images::file;
+use super::{needs, Process};
+use control::tapdisk::{Needed, Open, Provided, Reply, Request};
+use control::{Channel, Code, Failure};
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use tapdev::fake::Fake;
+
+/// Where a process writes down what is asked of the disk.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Watched<'a> {
+    /// Where it is written, with one bit for so many bytes.
+    pub(crate) notes: Option<(u64, BorrowedFd<'a>)>,
+    /// The file of a trace.
+    pub(crate) trace: Option<BorrowedFd<'a>>,
+}
+
+/// A raw image in a folder.
+pub(crate) struct Raw(pub(crate) PathBuf);
+
+impl Raw {
+    pub(crate) fn open(&self, watched: &Watched<'_>) -> Open {
+        let target = format!("aio:{}", self.0.display());
+        Open {
+            may_ask: true,
+            notes: watched.notes.map(|(unit, _)| unit),
+            trace: watched.trace.is_some(),
+            ..Open::new(target.parse().expect("a target"))
+        }
+    }
+
+    /// A process that serves it.
+    pub(crate) fn start(&self, fake: &Fake, watched: Watched<'_>) -> Process {
+        let mut process = Process::start(fake);
+        let question = Request::Open(self.open(&watched));
+        let image = file(&self.0, true);
+        let give = |channel: &mut Channel| give(channel, &watched);
+        let reply = process.ask_and_give(question, image.as_fd(), give);
+        match reply {
+            Ok(Reply::Disk(_)) => {}
+            other => panic!("{other:?}"),
+        }
+        let open = process.status().open.expect("an image");
+        assert_eq!(open.notes.is_some(), watched.notes.is_some());
+        assert_eq!(open.trace, watched.trace.is_some());
+        process
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        fs::read(&self.0).expect("read")
+    }
+}
+
+/// Answers what a process asks for when it opens the image: what it could leave to the next one it does without.
+pub(crate) fn give(channel: &mut Channel, watched: &Watched<'_>) {
+    let asked = usize::from(watched.notes.is_some()) + usize::from(watched.trace.is_some());
+    let mut known = 0;
+    for _ in 0..1 + asked {
+        let all = needs(channel, known);
+        let need = all.first().expect("a need");
+        known = need.number;
+        let given = match need.what {
+            Needed::Notes => watched.notes.map(|(_, map)| map),
+            Needed::Trace => watched.trace,
+            _ => None,
+        };
+        let provided = match given {
+            Some(_) => Provided::Shared,
+            None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
+        };
+        let number = need.number;
+        let question = Request::Provide { number, provided };
+        let fds: Vec<_> = given.into_iter().collect();
+        assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
+    }
+}
