@@ -2,11 +2,13 @@
 //! The command line.
 
 use crate::named::Named;
+use crate::replay::Point;
 use clap::{Args, Parser, Subcommand};
 use manual::Generated;
+use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Make, convert, check, compare, resize, rebase and commit the images of tap disks.
+/// Make, convert, check, compare, resize, rebase and commit the images of tap disks, and replay what was done to them.
 ///
 /// An image is named KIND:PATH, as in the configuration of a guest. The kind is what you say, never what the
 /// file looks like: a guest writes what is in it.
@@ -48,6 +50,8 @@ Examples:
                                                     # c.qcow2 goes on from a.qcow2
   tapimg commit qcow2:/srv/c.qcow2                  # a.qcow2 gets what c.qcow2 has, and is the disk then
   tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all that it shows, and stands alone
+  tapimg replay guest.trace aio:/srv/copy.img --to 120
+                                                    # what a guest did (tap-ctl trace), up to request 120
 
 An image is locked while it is used, as tapdisk does: what is written may be used by nobody else, what is
 read may be written by nobody. To work on the image of a guest that runs: tap-ctl pause, and afterwards
@@ -86,6 +90,8 @@ pub(crate) enum Verb {
     Commit(Commit),
     /// Make an image that goes on from another one, or list the snapshots in one
     Snapshot(Snapshot),
+    /// Do again what a guest has done to its disk, on a copy of that, up to any moment; or list it
+    Replay(Replay),
     /// Print a completion script or the manual page
     #[command(hide = true)]
     Generate {
@@ -310,4 +316,31 @@ pub(crate) struct Snapshot {
     pub(crate) image: Named,
     /// The image that goes on from it, KIND:PATH; without it the snapshots in IMAGE are listed
     pub(crate) overlay: Option<Named>,
+}
+
+/// What to do again.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The trace is a file of tap-ctl trace, which may still be written. IMAGE is a copy of the disk as it was when the trace
+began, or at --from; one from later is right, too, as long as it was made before the end of the window. It must be in
+use by nobody. Requests are done in the order in which they took effect. What had failed is left out; what has no
+result, because a process died with it, is done. What was discarded reads as zeroes.
+What the disk was after a crash at a flush, for any of them (--list --json names them):
+  cp before.img try.img && tapimg replay guest.trace aio:try.img --to 1042
+Go on from there with --from 1043 --to another one. If a window is not all there, nothing is written.")]
+pub(crate) struct Replay {
+    /// The file
+    pub(crate) trace: PathBuf,
+    /// The image to do it on, KIND:PATH
+    #[arg(required_unless_present = "list", conflicts_with = "list")]
+    pub(crate) image: Option<Named>,
+    /// The first request, by its number or by the time since the trace began, such as 1500ms
+    #[arg(long, value_name = "NUMBER|TIME")]
+    pub(crate) from: Option<Point>,
+    /// The last request, in the same way
+    #[arg(long, value_name = "NUMBER|TIME")]
+    pub(crate) to: Option<Point>,
+    /// Print the requests instead: number, seconds since the trace began, what was asked for, and what became of it
+    #[arg(long)]
+    pub(crate) list: bool,
 }

@@ -16,6 +16,7 @@ mod old;
 mod open;
 mod progress;
 mod rebase;
+mod replay;
 mod resize;
 mod runs;
 mod snapshot;
@@ -177,6 +178,16 @@ async fn verb(cli: &Cli, opener: &Opener, stop: &Stop) -> Result<Outcome, Error>
             print(cli, &mut out, &answer, &answer.text())?;
             true
         }
+        Verb::Replay(args) => {
+            match &args.image {
+                Some(image) => {
+                    let done = replay::replay(opener, args, image).await?;
+                    print(cli, &mut out, &done, &done.text())?;
+                }
+                None => replay::list(args, cli.json, &mut out)?,
+            }
+            true
+        }
         Verb::Generate { .. } => true,
     };
     Ok(if good { Outcome::Good } else { Outcome::Bad })
@@ -221,6 +232,8 @@ mod tests {
             "tapimg rebase qcow2:/a --no-parent --progress",
             "tapimg snapshot qcow2:/a vhd:/b",
             "tapimg commit vhd:/b --progress",
+            "tapimg replay /a.trace aio:/b --from 5 --to 2s",
+            "tapimg replay /a.trace --list --json",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
@@ -234,6 +247,9 @@ mod tests {
             "tapimg map --parents png qcow:/a",
             "tapimg resize aio:/a 10G --lose-data",
             "tapimg rebase qcow2:/a",
+            "tapimg replay /a.trace",
+            "tapimg replay /a.trace aio:/b --list",
+            "tapimg replay /a.trace aio:/b --from yesterday",
             "tapimg rebase qcow2:/a --parent aio:/b --no-parent",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");

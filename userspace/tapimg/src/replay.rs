@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tapimg replay`: what a guest has asked for, listed, or done again to a copy of its disk.
+
+mod window;
+
+use crate::chain::refuse_damage;
+use crate::cli::Replay;
+use crate::named::Named;
+use crate::open::{failed, Opener, Use};
+use crate::progress::bytes;
+use crate::Error;
+use control::{Code, Failure};
+use diskio::{Bytes, Errno};
+use drivers::{Attributes, Content, Disk};
+use formats::Options;
+use serde::Serialize;
+use serde_json::json;
+use std::fs;
+use std::io::Write;
+use trace::{Entry, Operation, Record, What, BLOCK};
+pub(crate) use window::Point;
+use window::{Outcome, Window};
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Done {
+    image: String,
+    /// Numbers of the first and the last request.
+    from: u64,
+    to: u64,
+    writes: u64,
+    discards: u64,
+    zeroes: u64,
+    flushes: u64,
+    /// Bytes that were written.
+    written: u64,
+    /// Requests that failed and were left out.
+    failed: u64,
+    /// Requests that were done again though nobody knows whether they were done.
+    unknown: u64,
+}
+
+impl Done {
+    pub(crate) fn text(&self) -> String {
+        let Self {
+            image, from, to, ..
+        } = self;
+        let mut text = format!(
+            "{image} got requests {from} to {to}: {} writes of {}, {} discards, {} of zeroes, {} flushes\n",
+            self.writes,
+            bytes(self.written),
+            self.discards,
+            self.zeroes,
+            self.flushes
+        );
+        if self.failed > 0 {
+            text += &format!("{} that had failed were left out\n", self.failed);
+        }
+        if self.unknown > 0 {
+            text += &format!(
+                "{} of which nobody knows whether they were done were done: a process died, or the trace ended before\n",
+                self.unknown
+            );
+        }
+        text
+    }
+}
+
+/// Does a window of a trace again.
+pub(crate) async fn replay(opener: &Opener, args: &Replay, image: &Named) -> Result<Done, Failure> {
+    let window = Window::open(&args.trace, args.from, args.to)?;
+    refuse_marked(image)?;
+    refuse_damage(opener, image).await?;
+    let file = opener.file(&image.path, Use::Write).await?;
+    let options = Options::new(image.path.display().to_string());
+    let (disk, shape) = opener.disk_of(image, file, options).await?;
+    // Nothing is written unless all of it can be.
+    window.check(shape.size)?;
+    let (from, to) = window.holds.unwrap_or_default();
+    let mut done = Done {
+        image: image.to_string(),
+        from,
+        to,
+        ..Done::default()
+    };
+    let replayed = all(&window, image, &disk, &mut done).await;
+    let last = disk.inactivate().await;
+    replayed?;
+    last.map_err(|error| failed("make durable", image, 0, error))?;
+    Ok(done)
+}
+
+/// An image that others go on from, as a snapshot leaves it, is written by nobody.
+fn refuse_marked(image: &Named) -> Result<(), Failure> {
+    let data = fs::metadata(&image.path)
+        .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))?;
+    match data.permissions().readonly() {
+        true => Err(Failure::new(
+            Code::Denied,
+            format!("{image} is marked as read-only: replay onto a copy, after chmod u+w"),
+        )),
+        false => Ok(()),
+    }
+}
+
+async fn all(window: &Window, image: &Named, disk: &Disk, done: &mut Done) -> Result<(), Failure> {
+    for number in window.trace.segments() {
+        let segment = window.segment(*number)?;
+        for record in segment.records() {
+            let What::Request(entry) = record.what else {
+                continue;
+            };
+            if !window.holds(record) {
+                continue;
+            }
+            match window.outcome(record.number) {
+                Outcome::Failed(_) => {
+                    done.failed += 1;
+                    continue;
+                }
+                Outcome::Unknown => done.unknown += 1,
+                Outcome::Done => {}
+            }
+            let data = segment.data(record);
+            let applied = apply(disk, &entry, data, done).await;
+            let what = format!("do request {} again on", record.number);
+            applied.map_err(|error| failed(&what, image, entry.sector * BLOCK, error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Does one request, of which it is known that the disk has such a place.
+async fn apply(disk: &Disk, entry: &Entry, data: &[u8], done: &mut Done) -> Result<(), Errno> {
+    let how = Attributes::default();
+    let (offset, len) = (
+        entry.sector.saturating_mul(BLOCK),
+        entry.sectors.saturating_mul(BLOCK),
+    );
+    match entry.operation {
+        Operation::Read => {}
+        // No guest asks for that, but who says that a guest has written the trace?
+        _ if len == 0 && entry.operation != Operation::Flush => {}
+        Operation::Write => {
+            done.writes += 1;
+            done.written += len;
+            disk.write(offset, Bytes::copied(data)?, how).await?;
+        }
+        Operation::Flush => {
+            done.flushes += 1;
+            disk.flush().await?;
+        }
+        Operation::Discard => {
+            done.discards += 1;
+            discard(disk, offset, len).await?;
+        }
+        Operation::Zeroes => {
+            done.zeroes += 1;
+            disk.write_zeroes(offset, len, how).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Forgets a range. It may read as anything then; here it reads as zeroes, whatever the image is, so that each replay gives
+/// the same.
+async fn discard(disk: &Disk, offset: u64, len: u64) -> Result<(), Errno> {
+    let how = Attributes::default();
+    match disk.discard(offset, len, how).await {
+        Ok(()) | Err(Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error),
+    }
+    let (mut at, end) = (offset, offset.saturating_add(len));
+    while at < end {
+        for extent in disk.extents(at, end - at).await? {
+            if extent.content == Content::Data {
+                disk.write_zeroes(at, extent.len, how).await?;
+            }
+            at = at.saturating_add(extent.len);
+        }
+    }
+    Ok(())
+}
+
+/// Writes what is in a window, as it is found: it may be long.
+pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(), Error> {
+    let window = Window::open(&args.trace, args.from, args.to)?;
+    let header = window.trace.header();
+    if json {
+        let (first, last) = window.has.unzip();
+        let begin = json!({
+            "trace": args.trace, "minor": header.minor, "sectors": header.sectors, "started_ms": header.started_ms,
+            "data": header.data, "first": first, "last": last,
+        });
+        // The requests follow in the same object.
+        let begin = begin.to_string();
+        write!(out, "{},\"requests\":[", begin.trim_end_matches('}'))?;
+    }
+    let mut is_first = true;
+    for number in window.trace.segments() {
+        for record in window.segment(*number)?.records() {
+            let What::Request(entry) = record.what else {
+                continue;
+            };
+            if !window.holds(record) {
+                continue;
+            }
+            let outcome = window.outcome(record.number);
+            if json {
+                let comma = if is_first { "" } else { "," };
+                write!(out, "{comma}{}", row(record, &entry, outcome))?;
+            } else {
+                out.write_all(line(record, &entry, outcome).as_bytes())?;
+            }
+            is_first = false;
+        }
+    }
+    if json {
+        writeln!(out, "]}}")?;
+    }
+    Ok(out.flush()?)
+}
+
+fn row(record: &Record, entry: &Entry, outcome: Outcome) -> serde_json::Value {
+    let flags: Vec<_> = entry.flags.names().collect();
+    json!({
+        "number": record.number, "time_ns": record.time_ns, "operation": entry.operation.to_string(),
+        "sector": entry.sector, "sectors": entry.sectors, "flags": flags, "result": outcome.to_string(),
+        "data": record.data.len(),
+    })
+}
+
+fn line(record: &Record, entry: &Entry, outcome: Outcome) -> String {
+    let flags: Vec<_> = entry.flags.names().collect();
+    let flags = match flags.is_empty() {
+        true => "-".to_owned(),
+        false => flags.join(","),
+    };
+    format!(
+        "number={} time={}.{:09} op={} sector={} sectors={} flags={flags} result={outcome} data={}\n",
+        record.number,
+        record.time_ns / 1_000_000_000,
+        record.time_ns % 1_000_000_000,
+        entry.operation,
+        entry.sector,
+        entry.sectors,
+        record.data.len()
+    )
+}
