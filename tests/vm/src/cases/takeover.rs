@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// Where a package's upgrade keeps the module that is loaded.
 const COPY: &str = "/run/xen-blkback-rs/loaded.ko";
+/// The host's settings while a module is exchanged.
+const SETTINGS: &str = "/etc/modprobe.d/exchange.conf";
 const PROGRAM: &str = "xen-blkback-takeover";
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -225,17 +227,16 @@ fn installed_module(context: &mut Context) -> Result<(String, Vec<u8>)> {
 
 /// As many queues as the cases load it with, from the host's settings: nobody says it on a command line.
 fn with_settings(context: &mut Context) -> Result<()> {
-    const SETTINGS: &str = "/etc/modprobe.d/exchange.conf";
     std::fs::write(SETTINGS, format!("options xen-blkback-rs {QUEUES}\n"))?;
-    context.at_end("the module's settings", || {
-        Ok(std::fs::remove_file(SETTINGS)?)
-    });
-    context.at_end("the copy of the module", || {
-        std::fs::remove_file(COPY).or_else(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Ok(()),
-            _ => Err(error.into()),
-        })
-    });
+    for file in [SETTINGS, COPY] {
+        context.at_end(
+            format!("remove {file}"),
+            move || match std::fs::remove_file(file) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+                _ => Ok(()),
+            },
+        );
+    }
     Ok(())
 }
 
@@ -310,6 +311,8 @@ fn exchange(context: &mut Context) -> Result<()> {
     same(guest, &image, 16)?;
     guest.detach(&vbd)?;
     disk.detach(guest)?;
+    // Said twice it would be refused.
+    std::fs::remove_file(SETTINGS)?;
     load_driver(Driver::Rs)
 }
 
