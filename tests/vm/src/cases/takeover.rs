@@ -4,7 +4,7 @@
 use super::basic::{compare, verify_job, FIO};
 use super::faults::wait_load;
 use super::hung::{hangable, host_is_well};
-use super::lifecycle::{end_job, long_job};
+use super::lifecycle::{end_job, long_job, wait_saved};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
 use super::{load_driver, Case, Context, Needs, QUEUES};
 use crate::guest::{Guest, Vbd};
@@ -305,8 +305,9 @@ fn exchange(context: &mut Context) -> Result<()> {
         said["paused_ms"]
     ))?;
     let guest = context.pv()?;
+    // Both loads end with that.
     end_load(guest, load)?;
-    end_job(guest, &vbd, job)?;
+    wait_saved(guest, job)?;
     compare(guest, "xvda", &device.path(), 8)?;
     same(guest, &image, 16)?;
     guest.detach(&vbd)?;
