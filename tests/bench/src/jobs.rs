@@ -21,8 +21,6 @@ pub(crate) enum Work {
     Death,
     /// The disk is handed to a new process under load, `count` times.
     Handoff,
-    /// The module is exchanged below the disk under load, `count` times.
-    Exchange,
 }
 
 /// The guest and the disks that a job needs.
@@ -105,7 +103,7 @@ const fn entry(
 }
 
 use Setting::{Disks, Plain, Queues, Shared};
-use Work::{Attach, Bonnie, Death, Detach, Exchange, Fio, Handoff, Idle};
+use Work::{Attach, Bonnie, Death, Detach, Fio, Handoff, Idle};
 
 /// All jobs.
 #[rustfmt::skip]
@@ -141,7 +139,6 @@ pub(crate) const ALL: &[Job] = &[
     entry("idle16", "16 disks that nobody uses", Idle, 10, Disks(16), Set::Full),
     entry("death", "the process of the disk is killed, until the next one has answered", Death, 2, Plain, Set::Full),
     entry("handoff", "the disk is handed to a new process, longest time without an answer", Handoff, 4, Plain, Set::Full),
-    entry("exchange", "the module is exchanged below the disk, longest time without an answer", Exchange, 2, Plain, Set::Named),
 ];
 
 impl Job {
@@ -160,7 +157,7 @@ impl Job {
             Attach | Detach => 3,
             // From one to the next it takes 16 to 22 ms.
             Death => 20,
-            Handoff | Exchange => 3,
+            Handoff => 3,
             // Our queues look for the next request before they sleep, and when depends on the attach.
             Fio(words, _) if words.ends_with("--iodepth=1") => 3,
             // Where others do the I/O, who batches how much hangs on who comes first: 12 % from visit
@@ -191,7 +188,6 @@ impl Job {
             Idle => "disk and second",
             Death => "death",
             Handoff => "hand-off",
-            Exchange => "exchange",
         }
     }
 

@@ -13,7 +13,6 @@ mod many;
 mod mark;
 mod memory;
 mod monitor;
-mod pause;
 mod plan;
 mod report;
 mod run;

@@ -12,7 +12,7 @@ use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
 use crate::tap::{self, Supervisor};
-use crate::{bonnie, pause, sh, trace};
+use crate::{bonnie, sh, trace};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -125,15 +125,12 @@ fn versions() -> Result<BTreeMap<&'static str, String>> {
 const PARTS: [fn(&Job) -> bool; 6] = [
     |job| {
         job.setting == Setting::Plain
-            && !matches!(
-                job.work,
-                Work::Bonnie | Work::Death | Work::Handoff | Work::Exchange
-            )
+            && !matches!(job.work, Work::Bonnie | Work::Death | Work::Handoff)
     },
     |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
-    |job| matches!(job.work, Work::Death | Work::Handoff | Work::Exchange),
+    |job| matches!(job.work, Work::Death | Work::Handoff),
     |job| job.work == Work::Bonnie,
 ];
 
@@ -285,12 +282,7 @@ impl Bench<'_> {
                     bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
                 }
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
-                Work::Handoff => {
-                    pause::measure(&mut place, XVDA, job, self.marks, &pause::HANDOFF)?
-                }
-                Work::Exchange => {
-                    pause::measure(&mut place, XVDA, job, self.marks, &pause::EXCHANGE)?
-                }
+                Work::Handoff => tap::measure_handoff(&mut place, XVDA, job, self.marks)?,
                 _ => {
                     let short = self.shorts.get(job.name).cloned();
                     let sample = sample::fio(&mut place, job, &devices, self.marks, short)?;
@@ -434,7 +426,6 @@ fn fits(backend: &Backend, job: &Job) -> bool {
     let memory = backend.store == Store::Memory;
     match (job.setting, job.work) {
         (_, Work::Death | Work::Handoff) => matches!(backend.way, Way::Tap(PROCESS, _)),
-        (_, Work::Exchange) => matches!(backend.driver, Driver::Ours),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
         // What shares a processor there is dom0 with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,
