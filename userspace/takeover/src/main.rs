@@ -139,9 +139,10 @@ fn run_exchange(cli: &Cli, again: bool, no_way_back: bool) -> io::Result<bool> {
         dry_run: cli.dry_run,
     };
     let outcome = exchange(&Real::new()?, plan)?;
+    let would = cli.dry_run && outcome.left.is_empty() && outcome.why.is_none();
     if cli.json {
         println!("{}", serde_json::to_string(&outcome)?);
-        return Ok(outcome.is_done);
+        return Ok(outcome.is_done || would);
     }
     for left in &outcome.left {
         println!("{}: {}", left.disk, left.why);
@@ -151,7 +152,6 @@ fn run_exchange(cli: &Cli, again: bool, no_way_back: bool) -> io::Result<bool> {
         Some(paused) => format!(" (guests were paused for {paused} ms)"),
         None => String::new(),
     };
-    let would = cli.dry_run && outcome.left.is_empty() && outcome.why.is_none();
     let why = outcome.why.map_or(String::new(), |why| format!(": {why}"));
     let disks = match outcome.disks.len() {
         0 => "no disks".into(),
