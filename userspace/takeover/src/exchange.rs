@@ -284,13 +284,8 @@ fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io
     }
     host.set_autoprobe(true)?;
     // Those that came until then.
-    for (device, driver) in host.devices()? {
-        if driver.is_none() && !begun.disks.contains(&device.name) {
-            let served =
-                begin(host, &device, true).and_then(|keys| serves(host, &device, keys, None));
-            left.extend(served.err().map(|why| Left::new(&device.name, why)));
-        }
-    }
+    let came = |device: &Device| !begun.disks.contains(&device.name);
+    left.extend(give_all(host, &[], true, came)?);
     begun.guests.retain(|domid| !swap::unpause(host, *domid));
     let paused = begun.guests.clone();
     let is_whole = left.is_empty() && paused.is_empty();
@@ -309,12 +304,24 @@ fn serve_all<H: Host>(host: &H, ready: &[(&Device, Keys)]) -> io::Result<Vec<Lef
     if let Err(error) = &unparked {
         left.push(Left::new("all tap disks", Refused(error.to_string())));
     }
+    left.extend(give_all(host, ready, unparked.is_ok(), |_| true)?);
+    Ok(left)
+}
+
+/// Each disk that has no driver gets it, of those that are meant. Returns those that are not served, or not as before.
+fn give_all<H: Host>(
+    host: &H,
+    ready: &[(&Device, Keys)],
+    unparked: bool,
+    is_meant: impl Fn(&Device) -> bool,
+) -> io::Result<Vec<Left>> {
     let mut begun = Vec::new();
     for (device, driver) in host.devices()? {
-        if driver.is_none() {
-            begun.push((begin(host, &device, unparked.is_ok()), device));
+        if driver.is_none() && is_meant(&device) {
+            begun.push((begin(host, &device, unparked), device));
         }
     }
+    let mut left = Vec::new();
     // All are on their way by now: guests wait for the slowest alone.
     for (keys, device) in begun {
         let before = ready.iter().find(|(other, _)| **other == device);
