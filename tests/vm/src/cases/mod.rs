@@ -48,6 +48,7 @@ use std::fmt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+pub(crate) use tap::wait_progress;
 
 /// The shared guest that a case uses; it is started before the case and stays for the next one.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -482,7 +482,7 @@ fn pause(context: &mut Context) -> Result<()> {
 }
 
 /// Waits until so many more requests were answered, by whomever.
-pub(super) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
+pub(crate) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
     let answered = || disk.info().map(|info| info.committed + info.direct);
     let before = answered()?;
     sh::wait_for(

@@ -4,6 +4,7 @@
 use super::tap::longest;
 use super::FIO;
 use crate::cases;
+use crate::console::Job;
 use crate::guest::Guest;
 use crate::report::Report;
 use crate::tap::{disk, Served};
@@ -13,7 +14,7 @@ use ring::tap::abi::STATE_LIVE;
 use std::time::{Duration, Instant};
 
 /// The part of the image that is written and compared.
-const USED_MIB: u32 = 8;
+pub(super) const USED_MIB: u32 = 8;
 /// How long no process is there.
 const AWAY: Duration = Duration::from_secs(60);
 /// A request that waited for a process would have taken longer.
@@ -73,14 +74,7 @@ pub(super) fn tell(report: &mut Report, guest: &Guest, file: &str) -> Result<()>
     ))?;
     drop(supervisor);
     let (next, _) = disk.wait_replaced(old)?;
-    guest.run("touch /tmp/stop")?;
-    let done = guest.wait(load, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed in the guest: {}",
-        sh::tail(&done.text, 400)
-    );
-    let longest = longest(&done.text)?;
+    let longest = end(guest, load)?;
     ensure!(
         longest < LONGEST_MS,
         "a request waited {longest} ms: for a process"
@@ -93,8 +87,20 @@ pub(super) fn tell(report: &mut Report, guest: &Guest, file: &str) -> Result<()>
     report.say("guest and dom0 read the same from the file")
 }
 
+/// Ends that load, which must have seen no error; returns the milliseconds that its slowest request took.
+pub(super) fn end(guest: &Guest, load: Job) -> Result<u64> {
+    guest.run("touch /tmp/stop")?;
+    let done = guest.wait(load, FIO)?;
+    ensure!(
+        done.rc == 0,
+        "fio failed in the guest: {}",
+        sh::tail(&done.text, 400)
+    );
+    longest(&done.text)
+}
+
 /// Writes that are flushed and verified, until `/tmp/stop` is there.
-fn job() -> String {
+pub(super) fn job() -> String {
     format!(
         "rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do fio --name=v --filename=/dev/xvdb --size={USED_MIB}m --bssplit=4k/60:64k/40 \
          --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 \

@@ -2,8 +2,8 @@
 //! The story of a guest that never stops: it moves to another domain, its disk's process is upgraded, its disk goes on in
 //! another image, and the kernel's module is exchanged, all while it writes and verifies what it has written.
 
-use super::tap::longest;
-use super::FIO;
+use super::direct::{end, job, USED_MIB};
+use crate::cases::wait_progress;
 use crate::console::Job;
 use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::report::Report;
@@ -13,8 +13,8 @@ use anyhow::{ensure, Context, Result};
 use std::time::{Duration, Instant};
 
 const IMAGE_MIB: u32 = 32;
-/// The part of the image that is written and compared.
-const USED_MIB: u32 = 8;
+/// Requests that are answered when the load goes on.
+const AT_WORK: u64 = 40;
 /// For what takes as long as an emulated machine does.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -53,16 +53,9 @@ fn with_images(report: &mut Report, first: &str, second: &str) -> Result<()> {
     is_upgraded(report, &disk)?;
     goes_on_elsewhere(report, &disk, second)?;
     gets_another_module(report, &disk)?;
-    guest.run("touch /tmp/stop")?;
-    let done = guest.wait(job, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed in the guest: {}",
-        sh::tail(&done.text, 400)
-    );
+    let longest = end(&guest, job)?;
     report.say(&format!(
-        "the guest's load has seen no error and found all that it wrote; the longest that one of its requests waited was {} ms",
-        longest(&done.text)?
+        "the guest's load has seen no error and found all that it wrote; the longest that one of its requests waited was {longest} ms"
     ))?;
     let seen = guest.run(&format!(
         "dd if=/dev/xvdb bs=1M count={USED_MIB} iflag=direct 2>/dev/null | sha256sum"
@@ -92,15 +85,6 @@ fn with_images(report: &mut Report, first: &str, second: &str) -> Result<()> {
     guest.destroy()
 }
 
-/// Writes that are flushed and verified, until `/tmp/stop` is there.
-fn job() -> String {
-    format!(
-        "rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do fio --name=v --filename=/dev/xvdb --size={USED_MIB}m --bssplit=4k/60:64k/40 \
-         --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 \
-         --serialize_overlap=1 --fsync=32 --number_ios=120 --output-format=json || exit 1; done"
-    )
-}
-
 /// What tap-ctl says in a number.
 fn number(told: &serde_json::Value, name: &str) -> Result<u64> {
     let number = told[name].as_u64();
@@ -108,7 +92,7 @@ fn number(told: &serde_json::Value, name: &str) -> Result<u64> {
 }
 
 fn moves(report: &mut Report, guest: Guest, source: &Served, job: Job) -> Result<(Guest, Served)> {
-    at_work(source)?;
+    wait_progress(source, AT_WORK)?;
     let events = EventLog::follow()?;
     let (before, begun) = (guest.domid, Instant::now());
     let guest = guest.migrate(&[job])?;
@@ -117,7 +101,7 @@ fn moves(report: &mut Report, guest: Guest, source: &Served, job: Job) -> Result
     let there = Served::of(Vbd::of(guest.domid, "xvdb")?)?;
     events.wait_for("active", there.minor, LIMIT)?;
     source.wait_gone()?;
-    at_work(&there)?;
+    wait_progress(&there, AT_WORK)?;
     report.say(&format!(
         "xl migrate: domain {before} goes on as domain {}, after {} s; one side after the other had the image",
         guest.domid,
@@ -134,7 +118,7 @@ fn is_upgraded(report: &mut Report, disk: &Served) -> Result<()> {
         number(&told, "from")?,
         number(&told, "pause_us")?
     ))?;
-    at_work(disk)
+    wait_progress(disk, AT_WORK)
 }
 
 fn goes_on_elsewhere(report: &mut Report, disk: &Served, file: &str) -> Result<()> {
@@ -144,7 +128,7 @@ fn goes_on_elsewhere(report: &mut Report, disk: &Served, file: &str) -> Result<(
     report.say(&format!(
         "tap-ctl mirror: the disk was copied to {target}, and goes on there"
     ))?;
-    at_work(disk)
+    wait_progress(disk, AT_WORK)
 }
 
 fn gets_another_module(report: &mut Report, disk: &Served) -> Result<()> {
@@ -160,16 +144,5 @@ fn gets_another_module(report: &mut Report, disk: &Served) -> Result<()> {
         "xen-blkback-rs exchange: the module was unloaded and loaded below the disk; the guest was paused for {} ms",
         number(&told, "paused_ms")?
     ))?;
-    at_work(disk)
-}
-
-/// The guest's requests are answered.
-fn at_work(disk: &Served) -> Result<()> {
-    let answered = || disk.info().map(|info| info.committed + info.direct);
-    let before = answered()?;
-    sh::wait_for(
-        "requests that are answered",
-        Duration::from_secs(60),
-        || Ok(answered()? >= before + 40),
-    )
+    wait_progress(disk, AT_WORK)
 }
