@@ -18,6 +18,7 @@ mod leaks;
 mod node;
 mod process;
 mod report;
+mod reserved;
 mod seed;
 mod sh;
 mod splat;

@@ -15,6 +15,8 @@ pub enum LeaseKind {
     Lock,
     /// By a record, in a file beside the image or at another place that all hosts reach by this path.
     Record(Option<PathBuf>),
+    /// By a persistent reservation of the disk that the image is: its storage refuses all others' writes.
+    Reservation,
 }
 
 impl fmt::Display for LeaseKind {
@@ -22,6 +24,7 @@ impl fmt::Display for LeaseKind {
         match self {
             Self::Lock => f.write_str("lock"),
             Self::Record(None) => f.write_str("record"),
+            Self::Reservation => f.write_str("reservation"),
             Self::Record(Some(path)) => write!(f, "record:{}", path.display()),
         }
     }
@@ -34,11 +37,12 @@ impl FromStr for LeaseKind {
         match text.split_once(':') {
             None if text == "lock" => Ok(Self::Lock),
             None if text == "record" => Ok(Self::Record(None)),
+            None if text == "reservation" => Ok(Self::Reservation),
             Some(("record", path)) if path.starts_with('/') && !path.contains(['\0', ',']) => {
                 Ok(Self::Record(Some(path.into())))
             }
             _ => Err(Failure::invalid(format!(
-                "'{text}' is no lease: use lock, record or record:/PATH"
+                "'{text}' is no lease: use lock, record, record:/PATH or reservation"
             ))),
         }
     }
@@ -50,10 +54,10 @@ mod tests {
 
     #[test]
     fn a_kind_is_read_as_it_is_written() {
-        for text in ["lock", "record", "record:/srv/leases/a"] {
+        for text in ["lock", "record", "record:/srv/leases/a", "reservation"] {
             assert_eq!(text.parse::<LeaseKind>().unwrap().to_string(), text);
         }
-        for text in ["", "none", "record:", "record:a", "record:/a,b", "lock:/a"] {
+        for text in ["", "none", "record:", "record:a", "record:/a,b", "lock:/a", "reservation:/a"] {
             let error = text.parse::<LeaseKind>().unwrap_err();
             assert!(error.message.contains("use lock, record"), "{error}");
         }

@@ -243,11 +243,17 @@ impl Target {
     /// The same, with another lease.
     ///
     /// # Errors
-    /// There is no image.
+    /// There is no image, or none that this lease could be of.
     pub fn with_lease(self, lease: LeaseKind) -> Result<Self, Failure> {
         if lease != LeaseKind::Lock && !self.driver.has_image() {
             return Err(Failure::invalid(format!(
                 "{self} has no image that other hosts could reach: leave lease={lease} away"
+            )));
+        }
+        if lease == LeaseKind::Reservation && self.driver != Driver::Aio {
+            return Err(Failure::invalid(format!(
+                "{self} is not a disk that a guest writes byte for byte and past the page cache, of which a reservation \
+                 would be: use aio:, or lease=record"
             )));
         }
         Ok(Self { lease, ..self })

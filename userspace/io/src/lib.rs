@@ -27,6 +27,7 @@ mod lock;
 mod op;
 mod pool;
 mod region;
+pub mod reservation;
 mod signal;
 mod sync;
 mod table;

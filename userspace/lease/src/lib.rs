@@ -22,7 +22,8 @@
 //! # Drivers
 //!
 //! [`Kind::Record`] is a small file beside the image ([`mod@record`] says by which rules, and what they
-//! rest on). [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
+//! rest on). [`Kind::Reservation`] is one of the storage itself ([`mod@reservation`]): its term has no end, because what
+//! a holder does that has lost it the storage refuses. [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
 //! file system's locks are between hosts.
 #![forbid(unsafe_code)]
 
@@ -32,6 +33,9 @@ mod keeper;
 mod lock;
 mod place;
 pub mod record;
+pub mod reservation;
+#[cfg(test)]
+mod sim;
 mod term;
 
 pub use control::LeaseKind as Kind;
@@ -49,7 +53,7 @@ use std::time::Duration;
 /// Who has a lease, as far as can be seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Holder {
-    /// The name of its host.
+    /// The name of its host; an `id-` of five digits where that is all that is known.
     pub host: String,
     /// Its host's `/etc/machine-id`; zeroes if the driver does not know.
     pub machine: String,
@@ -61,6 +65,9 @@ pub struct Holder {
     pub since_ms: u64,
     /// It is this very host, since the same boot.
     pub is_here: bool,
+    /// The key under which the storage has it, if it has one. The generation is the same number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
 }
 
 /// What a lease is like.
@@ -93,7 +100,8 @@ pub struct Grant {
 /// can reach the storage any more for another reason. No program can know that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HolderIsDead {
-    /// The generation of the holder that is meant: what was true of one is not of who came after it.
+    /// The generation of the holder that is meant, or its key as a number: what was true of one is not of who came
+    /// after it.
     pub generation: u64,
 }
 
@@ -133,8 +141,8 @@ pub trait Lease: Send + fmt::Debug {
     /// It may still be this host's: try again. [`Gone`](control::Code::Gone): it was lost before.
     fn give_up(&mut self) -> Result<(), Failure>;
 
-    /// Takes it away from a holder who is dead, and leaves it free. Watches for a while whether he is, and
-    /// returns who it was.
+    /// Takes it away from a holder who is dead, and leaves it free. Watches for a while whether he is, or has the
+    /// storage end what he has under way, and returns who it was.
     ///
     /// # Errors
     /// [`Busy`](control::Code::Busy): he lives.

@@ -90,6 +90,7 @@ impl Lock {
             generation: 0,
             since_ms: 0,
             is_here,
+            key: None,
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::lock::Lock;
 use crate::record::Recorded;
-use crate::{Claim, Lease};
+use crate::{reservation, Claim, Lease};
 use control::{Failure, LeaseKind};
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ pub struct Place {
 #[must_use]
 pub fn place(kind: &LeaseKind, image: &Path) -> Place {
     let record = match kind {
-        LeaseKind::Lock => None,
+        LeaseKind::Lock | LeaseKind::Reservation => None,
         LeaseKind::Record(Some(path)) => Some(path.clone()),
         LeaseKind::Record(None) => {
             let mut name = image.as_os_str().to_owned();
@@ -40,6 +40,9 @@ pub fn place(kind: &LeaseKind, image: &Path) -> Place {
 /// It cannot be opened.
 pub fn open(kind: &LeaseKind, image: &Path, claim: Claim) -> Result<Box<dyn Lease>, Failure> {
     let place = place(kind, image);
+    if *kind == LeaseKind::Reservation {
+        return reservation::open(image, claim);
+    }
     match place.record {
         None => Ok(Box::new(Lock::open(&place.image, claim)?)),
         Some(record) => Ok(Box::new(Recorded::open(&record, &place.image, claim)?)),
@@ -62,5 +65,6 @@ mod tests {
             Path::new("/srv/b")
         );
         assert_eq!(place(&LeaseKind::Lock, image).record, None);
+        assert_eq!(place(&LeaseKind::Reservation, image).record, None);
     }
 }

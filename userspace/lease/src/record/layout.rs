@@ -87,6 +87,7 @@ impl Record {
             generation: self.generation,
             since_ms: self.since_ms,
             is_here: host.machine == other.machine && host.boot == other.boot,
+            key: None,
         }
     }
 }

@@ -2,14 +2,15 @@
 //! Random schedules of three hosts that want one image, with clocks of different rates, pauses at every step,
 //! storage that is slow or fails, and writes that a dead host had under way and that land long afterwards.
 
-mod sim;
+mod host;
 
 use super::complete;
 use super::layout::{Area, Cell, Record, State};
 use super::rules::{patience, Party, Refusal, Rules, World, BEAT, CLAIM};
 use crate::host::{Claim, Host as Name};
 use control::Failure;
-use sim::{latency, Dice, Host, Mood, Sim};
+use crate::sim::{latency, Dice, Sim};
+use host::{Host, Mood};
 use std::cell::{Cell as Var, RefCell};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::rc::Rc;

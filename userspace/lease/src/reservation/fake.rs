@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A storage with reservations in memory, which several hosts reach, as SPC-5 and NVMe say what one does.
+
+use super::rules::Storage;
+use super::Reserved;
+use crate::{Claim, Lease};
+use control::Failure;
+use diskio::reservation::{Answer, Reservation, ReservationKind};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The storage. Copies are the same one.
+#[derive(Clone, Debug)]
+pub struct Target {
+    state: Arc<Mutex<State>>,
+    kind: ReservationKind,
+}
+
+/// Who asks: an initiator, which is one of a host.
+pub type Initiator = u8;
+
+#[derive(Debug, Default)]
+struct State {
+    keys: BTreeMap<Initiator, u64>,
+    changes: u32,
+    holder: Option<Initiator>,
+    /// What is under way, by number: of whom, and whether it was ended.
+    writes: BTreeMap<u64, (Initiator, bool)>,
+    count: u64,
+}
+
+impl Default for Target {
+    fn default() -> Self {
+        Target::of_kind(ReservationKind::WriteExclusive)
+    }
+}
+
+impl Target {
+    /// One whose reservations are all of a kind.
+    #[must_use]
+    pub fn of_kind(kind: ReservationKind) -> Target {
+        Target {
+            state: Arc::default(),
+            kind,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lease of this storage, as an initiator has it.
+    #[must_use]
+    pub fn lease(&self, initiator: Initiator, image: &Path, claim: Claim) -> Box<dyn Lease> {
+        let storage = Way {
+            target: self.clone(),
+            initiator,
+        };
+        Box::new(Reserved::new(image, storage, claim))
+    }
+
+    /// Makes `new` the key of an initiator that is registered as `old`.
+    pub fn register(&self, by: Initiator, old: u64, new: u64) -> Answer {
+        let mut state = self.state();
+        if state.keys.get(&by).copied().unwrap_or(0) != old {
+            return Answer::Conflict;
+        }
+        state.changes += 1;
+        match new {
+            0 => state.forget(by),
+            new => drop(state.keys.insert(by, new)),
+        }
+        Answer::Done
+    }
+
+    /// Reserves for an initiator that is registered with `key`.
+    pub fn reserve(&self, by: Initiator, key: u64) -> Answer {
+        let mut state = self.state();
+        let is_registered = state.keys.get(&by) == Some(&key);
+        if !is_registered || state.holder.is_some_and(|holder| holder != by) {
+            return Answer::Conflict;
+        }
+        state.holder = Some(by);
+        Answer::Done
+    }
+
+    /// Takes away what all have that are registered as `victim`; what they have under way ends first, if `aborts`.
+    pub fn preempt(&self, by: Initiator, own: u64, victim: u64, aborts: bool) -> Answer {
+        let mut state = self.state();
+        if state.keys.get(&by) != Some(&own) || !state.keys.values().any(|key| *key == victim) {
+            return Answer::Conflict;
+        }
+        let is_victim = |state: &State, who: &Initiator| state.keys.get(who) == Some(&victim);
+        let held_by_victim = state.holder.is_some_and(|holder| is_victim(&state, &holder));
+        let victims: Vec<_> = state.keys.keys().copied().collect();
+        for who in victims {
+            if who != by && is_victim(&state, &who) {
+                state.forget(who);
+                let writes = state.writes.values_mut();
+                for (_, is_ended) in writes.filter(|(of, _)| aborts && *of == who) {
+                    *is_ended = true;
+                }
+            }
+        }
+        state.changes += 1;
+        if held_by_victim {
+            state.holder = Some(by);
+        }
+        Answer::Done
+    }
+
+    /// Who is registered, and how often that has changed.
+    #[must_use]
+    pub fn keys(&self) -> (u32, Vec<u64>) {
+        let state = self.state();
+        (state.changes, state.keys.values().copied().collect())
+    }
+
+    /// What is reserved.
+    #[must_use]
+    pub fn reservation(&self) -> Option<Reservation> {
+        let state = self.state();
+        let key = *state.keys.get(&state.holder?)?;
+        let kind = self.kind;
+        Some(Reservation { key, kind })
+    }
+
+    /// Begins a write; nothing if the storage refuses it.
+    #[must_use]
+    pub fn begin(&self, by: Initiator) -> Option<u64> {
+        let mut state = self.state();
+        let may = match (state.holder, self.kind) {
+            (Some(_), ReservationKind::WriteExclusiveRegistrants) => state.keys.contains_key(&by),
+            (Some(holder), _) => holder == by,
+            (None, _) => true,
+        };
+        if !may {
+            return None;
+        }
+        state.count += 1;
+        let number = state.count;
+        state.writes.insert(number, (by, false));
+        Some(number)
+    }
+
+    /// A write that was begun lands; false if it was ended before.
+    #[must_use]
+    pub fn land(&self, number: u64) -> bool {
+        let write = self.state().writes.remove(&number);
+        write.is_some_and(|(_, is_ended)| !is_ended)
+    }
+}
+
+impl State {
+    /// An initiator is registered no longer, and has nothing reserved.
+    fn forget(&mut self, who: Initiator) {
+        self.keys.remove(&who);
+        self.holder = self.holder.filter(|holder| *holder != who);
+    }
+}
+
+/// The way of an initiator to the storage.
+#[derive(Debug)]
+struct Way {
+    target: Target,
+    initiator: Initiator,
+}
+
+impl Storage for Way {
+    fn now(&self) -> Duration {
+        crate::now()
+    }
+
+    async fn sleep(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure> {
+        Ok(self.target.register(self.initiator, old, new))
+    }
+
+    async fn reserve(&self, key: u64) -> Result<Answer, Failure> {
+        Ok(self.target.reserve(self.initiator, key))
+    }
+
+    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<Answer, Failure> {
+        Ok(self.target.preempt(self.initiator, own, victim, aborts))
+    }
+
+    async fn keys(&self) -> Result<(u32, Vec<u64>), Failure> {
+        Ok(self.target.keys())
+    }
+
+    async fn reservation(&self) -> Result<Option<Reservation>, Failure> {
+        Ok(self.target.reservation())
+    }
+}

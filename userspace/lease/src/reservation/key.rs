@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The key under which a host is registered: the eight bytes that the storage keeps of it, and shows to all.
+//!
+//! They are made of the host, its boot, how often the registrations had changed, and the disk:
+//!
+//! ```text
+//! hhhhh bbb gg dddddd
+//! ```
+//!
+//! Each part is a sum of what it names, so two hosts may have the same: that is only ever a reason to look
+//! further, because what a key entitles to is decided by the storage, which knows from whom a command comes.
+
+use crate::{Claim, Host};
+use std::fmt;
+
+/// The part of the disk in the key of who breaks a reservation: no I/O is ever done under it.
+const BREAKER: u64 = 0;
+
+/// A key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Key(pub(crate) u64);
+
+impl Key {
+    /// For a claim, when the registrations had changed so often.
+    pub(super) fn new(claim: &Claim, changes: u32) -> Key {
+        // Zero is another part.
+        let disk = sum(&[&claim.host.boot, &claim.token], 24).max(1);
+        Key::of(&claim.host, changes, disk)
+    }
+
+    /// For who breaks a reservation, and has no disk.
+    pub(super) fn of_breaker(host: &Host, changes: u32) -> Key {
+        Key::of(host, changes, BREAKER)
+    }
+
+    fn of(host: &Host, changes: u32, disk: u64) -> Key {
+        let changes = u64::from(changes) & 0xff;
+        Key(machine(host) << 44 | boot(host) << 32 | changes << 24 | disk)
+    }
+
+    /// Which host it is, as it is shown.
+    pub(super) fn host_id(self) -> String {
+        format!("id-{:05x}", self.0 >> 44)
+    }
+
+    /// It is of this machine, in whichever boot.
+    pub(super) fn is_of_machine(self, host: &Host) -> bool {
+        self.0 >> 44 == machine(host)
+    }
+
+    /// It is of this machine since it was booted.
+    pub(super) fn is_of_boot(self, host: &Host) -> bool {
+        self.0 >> 32 == machine(host) << 12 | boot(host)
+    }
+
+    /// It is of this very disk.
+    pub(super) fn is_of(self, claim: &Claim) -> bool {
+        // The disk's part is of all but how often the registrations had changed.
+        let own = Key::new(claim, 0);
+        self.0 & !(0xff << 24) == own.0
+    }
+
+    /// A break of this machine's was not finished.
+    pub(super) fn is_of_breaker(self) -> bool {
+        self.0 & 0xff_ffff == BREAKER
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#018x}", self.0)
+    }
+}
+
+fn machine(host: &Host) -> u64 {
+    sum(&[&host.machine], 20).max(1)
+}
+
+fn boot(host: &Host) -> u64 {
+    sum(&[&host.machine, &host.boot], 12)
+}
+
+/// So many bits of a checksum.
+fn sum(parts: &[&[u8]], bits: u32) -> u64 {
+    let mut sum = crc32fast::Hasher::new();
+    for part in parts {
+        sum.update(part);
+    }
+    u64::from(sum.finalize() >> (32 - bits))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Key;
+    use crate::{Claim, Host};
+
+    fn claim(machine: u8, boot: u8, disk: u8) -> Claim {
+        Claim {
+            host: Host {
+                name: "a".into(),
+                machine: [machine; 16],
+                boot: [boot; 16],
+            },
+            disk: "a disk".into(),
+            token: [disk; 16],
+        }
+    }
+
+    #[test]
+    fn a_key_says_whose_it_is() {
+        let own = claim(1, 2, 3);
+        let key = Key::new(&own, 0x1234_5678);
+        assert!(key.is_of(&own) && key.is_of_boot(&own.host) && key.is_of_machine(&own.host));
+        assert_eq!(key.0 >> 24 & 0xff, 0x78);
+        assert_ne!(key, Key::new(&own, 0x79));
+        assert!(!key.is_of_breaker());
+        let (disk, boot, host) = (claim(1, 2, 4), claim(1, 4, 3), claim(4, 2, 3));
+        assert!(!key.is_of(&disk) && key.is_of_boot(&disk.host));
+        assert!(!key.is_of(&boot) && !key.is_of_boot(&boot.host));
+        assert!(key.is_of_machine(&boot.host));
+        assert!(!key.is_of(&host) && !key.is_of_machine(&host.host));
+        let breaker = Key::of_breaker(&own.host, 7);
+        assert!(breaker.is_of_breaker() && breaker.is_of_boot(&own.host) && !breaker.is_of(&own));
+        assert_eq!(key.to_string().len(), 18);
+        assert_eq!(key.host_id(), format!("id-{}", &key.to_string()[2..7]));
+    }
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The lease that is a persistent reservation of SCSI or NVMe: the storage itself refuses the writes of all others.
+//!
+//! The holder registers a [key](key::Key) and reserves Write Exclusive, so that others may read. Of a disk that one
+//! path leads to it is that: nobody writes but who has reserved, not even another who is registered. Of a map of
+//! dm-multipath it is Write Exclusive - Registrants Only, because a reservation is one path's, and writes go over all
+//! paths of the host, which are all registered. There nobody else is to be registered, so who does not get the
+//! reservation does not stay registered.
+//!
+//! | rule (`rules.rs`) | without it |
+//! |---|---|
+//! | who breaks it has the storage end first what the holder has under way (PREEMPT AND ABORT) | a write that the dead host had under way lands after those of the next holder |
+//! | who does not get the reservation is registered no longer | of a map of dm-multipath, a host writes that has lost the lease |
+//! | of this host's keys only one that nobody writes under is replaced | two disks of one host, which are one to the storage, both have it |
+//! | it is given up when no I/O is under way | a write lands after those of the next holder, if the storage allows it to who reserves again |
+//!
+//! There is no term that ends by itself, nor a wait for who might still be about to write: what a holder does that has
+//! lost it, the storage refuses. A heartbeat looks whether it is lost, so that the disk stops also if its guest only
+//! reads. What is refused meanwhile fails with EBADE, and the process that is told so stops (`tapdisk`).
+//!
+//! It rests on this: the storage keeps to SPC-5 (5.14) or to NVMe (Reservations), also when it loses its power; this
+//! host's kernel tells of each command whether it was done; and a host that was booted has nothing under way of what
+//! it asked for before, which the loss of its connection to the storage has ended.
+
+mod device;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+mod key;
+mod rules;
+
+#[cfg(test)]
+mod model;
+
+use crate::{Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
+use control::{Code, Failure};
+use device::Device;
+use diskio::reservation::Reservation;
+use key::Key;
+use rules::{Party, Refusal, Rules, Storage};
+use std::fmt;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+/// Time between two looks.
+const BEAT: Duration = Duration::from_secs(2);
+
+/// A lease that is a reservation.
+#[derive(Debug)]
+pub(crate) struct Reserved<S> {
+    image: PathBuf,
+    party: Party,
+    storage: S,
+    key: Option<Key>,
+    term: Term,
+}
+
+/// The reservation of the device at `image`.
+pub(crate) fn open(image: &Path, claim: Claim) -> Result<Box<dyn Lease>, Failure> {
+    Ok(Box::new(Reserved::new(image, Device::open(image)?, claim)))
+}
+
+impl<S: Storage> Reserved<S> {
+    fn new(image: &Path, storage: S, claim: Claim) -> Reserved<S> {
+        Reserved {
+            image: image.into(),
+            party: Party {
+                claim,
+                rules: Rules::ALL,
+            },
+            storage,
+            key: None,
+            term: Term::default(),
+        }
+    }
+
+    fn granted(&mut self, key: Key) -> Grant {
+        self.key = Some(key);
+        // It ends when the storage says so.
+        self.term.set(Duration::MAX);
+        Grant {
+            generation: key.0,
+            term: self.term.clone(),
+        }
+    }
+
+    fn held(&self) -> Result<Key, Failure> {
+        self.key.ok_or_else(|| {
+            Failure::new(
+                Code::Gone,
+                format!("{} is not reserved", self.image.display()),
+            )
+        })
+    }
+
+    /// Of a key only this is known.
+    fn holder(&self, key: Key) -> Holder {
+        let own = &self.party.claim.host;
+        let is_here = key.is_of_boot(own);
+        Holder {
+            host: match is_here {
+                true => own.name.clone(),
+                false => key.host_id(),
+            },
+            machine: String::new(),
+            disk: String::new(),
+            generation: key.0,
+            since_ms: 0,
+            is_here,
+            key: Some(key.to_string()),
+        }
+    }
+
+    /// Who it is, for people.
+    fn describe(&self, key: u64) -> String {
+        let key = Key(key);
+        match key.is_of_boot(&self.party.claim.host) {
+            true => format!("this host (key {key})"),
+            false => format!("host {} (key {key})", key.host_id()),
+        }
+    }
+
+    fn now_has_it(&self, held: Option<Reservation>) -> String {
+        held.map_or("nobody".into(), |held| self.describe(held.key))
+    }
+
+    fn explain(&self, refusal: Refusal) -> Failure {
+        let place = self.image.display();
+        let busy = |message| Failure::new(Code::Busy, message);
+        match refusal {
+            Refusal::Failed(failure) => failure,
+            Refusal::Busy(held) => {
+                let (who, key) = (self.describe(held.key), Key(held.key));
+                let remedy = match key.is_of_boot(&self.party.claim.host) {
+                    true => "end that disk".into(),
+                    false => format!(
+                        "end its disk there (tap-ctl lease show says `here` on that host), or if that host is dead, use tap-ctl lease break --holder-is-dead {key}"
+                    ),
+                };
+                busy(format!("{place} is reserved by {who}: {remedy}"))
+            }
+            Refusal::Registered(keys) => {
+                let keys: Vec<_> = keys.iter().map(|key| Key(*key).to_string()).collect();
+                let keys = match keys.is_empty() {
+                    true => "a key".into(),
+                    false => keys.join(", "),
+                };
+                busy(format!(
+                    "{place} has this host registered with {keys} for another disk or program: end that, or, if there is none, unregister it with sg_persist or nvme resv-register"
+                ))
+            }
+            Refusal::Other(held) => busy(format!(
+                "{} has the reservation of {place}, which is not the holder that was said to be dead: look again with tap-ctl lease show",
+                self.now_has_it(held)
+            )),
+            Refusal::Here(key) => busy(format!(
+                "this host itself has {place} reserved (key {key}): end that disk, or, if the host was booted since, attach it again"
+            )),
+            Refusal::Lost(held) => Failure::new(
+                Code::Gone,
+                format!(
+                    "the reservation of {place} is lost, {} has it now: see whether another host writes it; if so destroy this disk, if not, let it go on with tap-ctl unpause",
+                    self.now_has_it(held)
+                ),
+            ),
+        }
+    }
+
+    /// It is over when the storage says that it is not this disk's.
+    fn ended(&mut self, refusal: Refusal) -> Failure {
+        if matches!(refusal, Refusal::Lost(_)) {
+            self.key = None;
+            self.term.end();
+        }
+        self.explain(refusal)
+    }
+}
+
+impl<S: Storage + Send + fmt::Debug> Lease for Reserved<S> {
+    fn inspect(&mut self) -> Result<View, Failure> {
+        let held = complete(async { Ok(self.storage.reservation().await?) });
+        match held {
+            Ok(Some(held)) => Ok(View::Held(self.holder(Key(held.key)))),
+            Ok(None) => Ok(View::Free {
+                generation: 0,
+                last: None,
+            }),
+            Err(refusal) => Err(self.explain(refusal)),
+        }
+    }
+
+    fn take(&mut self, wait: Duration) -> Result<Grant, Failure> {
+        match complete(self.party.take(&self.storage, wait)) {
+            Ok(key) => Ok(self.granted(key)),
+            Err(refusal) => Err(self.explain(refusal)),
+        }
+    }
+
+    fn resume(&mut self, _generation: u64) -> Result<Grant, Failure> {
+        match complete(self.party.resume(&self.storage)) {
+            Ok(key) => Ok(self.granted(key)),
+            Err(refusal) => Err(self.explain(refusal)),
+        }
+    }
+
+    fn keep(&mut self) -> Result<(), Failure> {
+        let key = self.held()?;
+        complete(self.party.keep(&self.storage, key)).map_err(|refusal| self.ended(refusal))
+    }
+
+    fn beat(&self) -> Option<Duration> {
+        Some(BEAT)
+    }
+
+    fn give_up(&mut self) -> Result<(), Failure> {
+        let key = self.held()?;
+        self.term.end();
+        match complete(self.party.give_up(&self.storage, key)) {
+            Ok(()) => {
+                self.key = None;
+                Ok(())
+            }
+            Err(refusal) => Err(self.ended(refusal)),
+        }
+    }
+
+    fn break_off(&mut self, confirmed: HolderIsDead) -> Result<Option<Holder>, Failure> {
+        let dead = Key(confirmed.generation);
+        match complete(self.party.break_off(&self.storage, dead)) {
+            Ok(true) => Ok(Some(self.holder(dead))),
+            Ok(false) => Ok(None),
+            Err(refusal) => Err(self.explain(refusal)),
+        }
+    }
+}
+
+/// The result of what never waits but by blocking.
+fn complete<T>(work: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
+    match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => result,
+        Poll::Pending => Err(Refusal::Failed(Failure::new(
+            Code::System,
+            "a reservation waits for something that does not block",
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

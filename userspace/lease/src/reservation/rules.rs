@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! By which rules a host registers, reserves, looks, gives up and preempts, whatever the storage is.
+
+use super::key::Key;
+use crate::Claim;
+use control::Failure;
+use diskio::reservation::{Answer, Reservation};
+use std::time::Duration;
+
+/// Time between two attempts to get what somebody else has.
+const POLL: Duration = Duration::from_millis(100);
+
+/// One way to the storage, that of a host: each call is one command, and the storage does one after the other.
+pub(crate) trait Storage {
+    /// Time that never goes back.
+    fn now(&self) -> Duration;
+    async fn sleep(&self, time: Duration);
+    /// Makes `new` the key of this host, which is registered as `old`; 0 is none. Who has reserved and is registered no
+    /// longer has reserved nothing.
+    async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure>;
+    /// Reserves for the key under which this host is registered: nobody else may write from now on.
+    async fn reserve(&self, key: u64) -> Result<Answer, Failure>;
+    /// Takes away what `victim` has, its registration too, and reserves for this host's key `own`; ends first what
+    /// `victim` has under way, if `aborts`.
+    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<Answer, Failure>;
+    /// Who is registered, and how often that has changed.
+    async fn keys(&self) -> Result<(u32, Vec<u64>), Failure>;
+    /// What is reserved.
+    async fn reservation(&self) -> Result<Option<Reservation>, Failure>;
+}
+
+/// Rules that tests switch off, to see that they are needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rules {
+    /// What a holder that is preempted has under way is ended first.
+    pub(super) aborts: bool,
+    /// Who does not get the reservation is registered no longer.
+    pub(super) leaves: bool,
+    /// The key of another disk of this host is not replaced.
+    pub(super) respects: bool,
+}
+
+impl Rules {
+    pub(super) const ALL: Self = Self {
+        aborts: true,
+        leaves: true,
+        respects: true,
+    };
+}
+
+/// Why something was not done.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// It is reserved for somebody else.
+    Busy(Reservation),
+    /// This host is registered already, for another disk, or by a program that is none of ours.
+    Registered(Vec<u64>),
+    /// It is to be broken, but this is who has it.
+    Other(Option<Reservation>),
+    /// It is to be broken, but this host has it.
+    Here(Key),
+    /// It is not this disk's any more.
+    Lost(Option<Reservation>),
+    /// A command failed.
+    Failed(Failure),
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Refusal {
+        Refusal::Failed(failure)
+    }
+}
+
+/// Who acts.
+#[derive(Debug)]
+pub(super) struct Party {
+    pub(super) claim: Claim,
+    pub(super) rules: Rules,
+}
+
+impl Party {
+    /// Reserves; waits so long for who has it.
+    pub(super) async fn take(
+        &self,
+        storage: &impl Storage,
+        wait: Duration,
+    ) -> Result<Key, Refusal> {
+        let start = storage.now();
+        loop {
+            match self.attempt(storage).await {
+                Err(Refusal::Busy(_) | Refusal::Registered(_))
+                    if storage.now().saturating_sub(start) < wait =>
+                {
+                    storage.sleep(POLL).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn attempt(&self, storage: &impl Storage) -> Result<Key, Refusal> {
+        match storage.reservation().await? {
+            Some(held) => self.inherit(storage, held).await,
+            None => self.reserve(storage).await,
+        }
+    }
+
+    /// What is reserved already may be this disk's, or may have been left by this host.
+    async fn inherit(&self, storage: &impl Storage, held: Reservation) -> Result<Key, Refusal> {
+        let key = Key(held.key);
+        if key.is_of(&self.claim) {
+            return Ok(key);
+        }
+        if !self.is_left_over(key) {
+            return Err(Refusal::Busy(held));
+        }
+        let (changes, _) = storage.keys().await?;
+        let new = Key::new(&self.claim, changes);
+        // The storage refuses it to all who are not registered so, whatever host the key seems to be of.
+        match storage.register(held.key, new.0).await? {
+            Answer::Done => match storage.reservation().await? {
+                Some(held) if held.key == new.0 => Ok(new),
+                Some(held) => Err(Refusal::Busy(held)),
+                None => self.reserve_as(storage, new).await,
+            },
+            Answer::Conflict => Err(Refusal::Busy(held)),
+        }
+    }
+
+    /// Nobody does I/O under this key, which this host left behind when it died or when a command failed.
+    fn is_left_over(&self, key: Key) -> bool {
+        let host = &self.claim.host;
+        let is_of_earlier_boot = !key.is_of_boot(host) || key.is_of_breaker();
+        key.is_of_machine(host) && (is_of_earlier_boot || !self.rules.respects)
+    }
+
+    async fn reserve(&self, storage: &impl Storage) -> Result<Key, Refusal> {
+        let (changes, keys) = storage.keys().await?;
+        let new = Key::new(&self.claim, changes);
+        self.register(storage, &keys, new, None).await?;
+        self.reserve_as(storage, new).await
+    }
+
+    /// Reserves for a key that is registered, which it is no longer if that fails: it would entitle to writes as
+    /// far as the storage allows them to all who are registered.
+    async fn reserve_as(&self, storage: &impl Storage, key: Key) -> Result<Key, Refusal> {
+        let refused = match storage.reserve(key.0).await {
+            Ok(Answer::Done) => return Ok(key),
+            Ok(Answer::Conflict) => None,
+            Err(failure) => Some(failure),
+        };
+        if self.rules.leaves {
+            storage.register(key.0, 0).await?;
+        }
+        match (refused, storage.reservation().await?) {
+            (Some(failure), _) => Err(failure.into()),
+            (None, Some(held)) => Err(Refusal::Busy(held)),
+            // It was given up since, so the next attempt gets it.
+            (None, None) => Err(Refusal::Registered(Vec::new())),
+        }
+    }
+
+    /// Registers a new key in place of none, or of one that was left over, but not of `except`.
+    async fn register(
+        &self,
+        storage: &impl Storage,
+        keys: &[u64],
+        new: Key,
+        except: Option<u64>,
+    ) -> Result<(), Refusal> {
+        if storage.register(0, new.0).await? == Answer::Done {
+            return Ok(());
+        }
+        let own = |key: &&u64| {
+            let left_over = Key(**key).is_of(&self.claim) || self.is_left_over(Key(**key));
+            left_over && Some(**key) != except
+        };
+        for old in keys.iter().filter(own) {
+            if storage.register(*old, new.0).await? == Answer::Done {
+                return Ok(());
+            }
+        }
+        let host = &self.claim.host;
+        let here = keys.iter().filter(|key| Key(**key).is_of_machine(host));
+        Err(Refusal::Registered(here.copied().collect()))
+    }
+
+    /// Goes on with what an earlier supervisor reserved for the same disk.
+    pub(super) async fn resume(&self, storage: &impl Storage) -> Result<Key, Refusal> {
+        match storage.reservation().await? {
+            Some(held) if Key(held.key).is_of(&self.claim) => Ok(Key(held.key)),
+            held => Err(Refusal::Lost(held)),
+        }
+    }
+
+    /// A heartbeat: looks whether it is still reserved for this disk.
+    pub(super) async fn keep(&self, storage: &impl Storage, key: Key) -> Result<(), Refusal> {
+        match storage.reservation().await? {
+            Some(held) if held.key == key.0 => Ok(()),
+            held => Err(Refusal::Lost(held)),
+        }
+    }
+
+    /// Gives it up. No I/O is under way, and none follows.
+    pub(super) async fn give_up(&self, storage: &impl Storage, key: Key) -> Result<(), Refusal> {
+        // Who has reserved and is registered no longer has reserved nothing.
+        if storage.register(key.0, 0).await? == Answer::Done {
+            return Ok(());
+        }
+        match storage.reservation().await? {
+            // It was done, but the answer was lost.
+            None => Ok(()),
+            held => Err(Refusal::Lost(held)),
+        }
+    }
+
+    /// Takes it away from the holder with the key `dead`, and leaves it free. True if there was something to be taken.
+    pub(super) async fn break_off(
+        &self,
+        storage: &impl Storage,
+        dead: Key,
+    ) -> Result<bool, Refusal> {
+        let (changes, keys) = storage.keys().await?;
+        let held = storage.reservation().await?;
+        match held {
+            None if !keys.contains(&dead.0) => return Ok(false),
+            Some(held) if held.key != dead.0 => return Err(Refusal::Other(Some(held))),
+            _ => {}
+        }
+        let own = Key::of_breaker(&self.claim.host, changes);
+        match self.register(storage, &keys, own, Some(dead.0)).await {
+            Err(Refusal::Registered(here)) if here.contains(&dead.0) => {
+                return Err(Refusal::Here(dead))
+            }
+            registered => registered?,
+        }
+        let preempted = storage.preempt(own.0, dead.0, self.rules.aborts).await;
+        // Who has reserved and is registered no longer has reserved nothing.
+        storage.register(own.0, 0).await?;
+        match preempted? {
+            Answer::Done => Ok(true),
+            Answer::Conflict => Err(Refusal::Other(storage.reservation().await?)),
+        }
+    }
+}
