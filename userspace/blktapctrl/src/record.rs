@@ -246,6 +246,9 @@ pub struct Record {
     /// Which lease of its image is this disk's: whoever has this goes on with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<String>,
+    /// The storage has its image reserved for this disk, as far as is known. A disk that finds it has not stops.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reserved: bool,
     /// The image is somebody else's for the time being: whoever replaces the process does not take it.
     #[serde(default)]
     pub inactive: Option<Inactive>,
@@ -319,6 +322,7 @@ impl Record {
             arena_kib: 0,
             want: Want::Idle,
             lease: None,
+            reserved: false,
             inactive: None,
             passed_on: None,
             doing: None,

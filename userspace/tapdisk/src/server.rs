@@ -32,6 +32,8 @@ use trace::{Flags, Operation};
 pub struct Terms {
     /// Guests may not write.
     pub read_only: bool,
+    /// The disk's lease is a reservation, so what its storage refuses was another host's to write.
+    pub reserved: bool,
     /// What is done with requests that fail. It may change.
     pub rules: Rc<Cell<Rules>>,
     /// Holds the guest's requests back.
@@ -442,7 +444,7 @@ impl Server {
             Errno::NOSPC | Errno::DQUOT => rules.on_no_space,
             _ => rules.on_error,
         };
-        let stops = policy == OnError::Stop && !is_final;
+        let stops = self.is_lost_lease(error) || (policy == OnError::Stop && !is_final);
         self.tell(what, offset, len, error, stops);
         if stops {
             self.link.stop();
@@ -453,6 +455,13 @@ impl Server {
             }
         }
         stops
+    }
+
+    /// The storage has refused something because it is reserved for another host. The guest learns nothing of it,
+    /// whatever it is to learn of failures: its requests wait until the disk has the lease again. Nothing was lost by it
+    /// either, because a disk with a reservation has nothing in the page cache.
+    pub(crate) fn is_lost_lease(&self, error: Errno) -> bool {
+        self.terms.reserved && error == Errno::BADE
     }
 
     /// Nothing is served any more, by the kernel either.
@@ -645,6 +654,7 @@ impl Server {
         work.await.map_err(|error| match error {
             // Of the work itself, see `Attributes::fua`.
             Errno::NOSPC | Errno::DQUOT | Errno::OPNOTSUPP => Failed::alone(error),
+            _ if self.is_lost_lease(error) => Failed::alone(error),
             _ if fua => {
                 lost.tell(by, error);
                 Failed::for_good(error)
@@ -661,6 +671,9 @@ impl Server {
             return Ok(());
         }
         self.disk.flush().await.map_err(|error| {
+            if self.is_lost_lease(error) {
+                return Failed::alone(error);
+            }
             lost.tell(by, error);
             Failed::for_good(error)
         })

@@ -23,7 +23,7 @@ use crate::troubles::wait;
 use crate::{nbd, Needs, Server, Terms, Throttle, Troubles};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Rules, Stamp, State, Status};
-use control::{Code, Driver, Failure, Limits, Target};
+use control::{Code, Driver, Failure, LeaseKind, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
 use drivers::{Fence, Shape};
 use inactive::Inactive;
@@ -547,6 +547,7 @@ impl Session {
         let link = self.link(tap);
         let terms = Terms {
             read_only: open.read_only,
+            reserved: *open.target.lease() == LeaseKind::Reservation,
             rules: self.rules.clone(),
             throttle: self.throttle.clone(),
             troubles: self.troubles.clone(),

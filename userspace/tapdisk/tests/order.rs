@@ -228,6 +228,18 @@ impl Lab {
         self.fake.post(request, &[1; 512]).unwrap()
     }
 
+    fn flush(&self) -> u16 {
+        let request = Request {
+            op: Op::Flush,
+            preflush: false,
+            fua: false,
+            sector: 0,
+            sectors: 0,
+            segments: 0,
+        };
+        self.fake.post(request, &[]).unwrap()
+    }
+
     /// Lets the driver's calls end one after the other; after each, the calls so far and what was
     /// answered.
     fn steps(&self, calls: usize) -> Vec<(Vec<&'static str>, u64)> {
@@ -513,5 +525,45 @@ fn failure_is_told_and_what_is_not_possible_is_none() {
         let told = lab.told();
         assert_eq!((told.count, told.is_stopped), (count, waits), "{error}");
         assert_eq!(lab.fake.info().committed, u64::from(!waits), "{error}");
+    }
+}
+
+#[test]
+fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
+    for (what, flushes) in [("a write", false), ("a durable one", false), ("a flush", true)] {
+        for is_reserved in [true, false] {
+            let mut lab = Lab::with(Terms {
+                rules: rules(OnError::Report, OnError::Report),
+                reserved: is_reserved,
+                ..Terms::default()
+            });
+            let fails = match flushes {
+                true => &lab.driver.0.flush_fails,
+                false => &lab.driver.0.write_fails,
+            };
+            fails.set(Some(Errno::BADE));
+            let tag = match flushes {
+                true => lab.flush(),
+                false => lab.write(false, what == "a durable one"),
+            };
+            lab.driver.allow(10);
+            lab.settle();
+            let told = lab.told();
+            let stops = (told.count, told.is_stopped);
+            assert_eq!(stops, (1, is_reserved), "{what}");
+            if !is_reserved {
+                assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error, "{what}");
+                continue;
+            }
+            assert_eq!(lab.fake.info().committed, 0, "{what}");
+            // The lease is here again: it is done, and no flush fails for what was refused.
+            fails.set(None);
+            lab.go_on();
+            lab.settle();
+            assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay, "{what}");
+            let flush = lab.flush();
+            lab.settle();
+            assert_eq!(lab.fake.answer(flush, 0).unwrap().0, Status::Okay, "{what}");
+        }
     }
 }

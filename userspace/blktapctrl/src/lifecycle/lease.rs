@@ -5,8 +5,12 @@
 //! and a timer of the kernel ends a process that is told nothing more. So what ends the heartbeats ends the
 //! I/O: a storage that does not answer, a supervisor that is not there, another host that has the lease. The
 //! guest's requests wait in the kernel until the lease is here again.
+//!
+//! A reservation needs no such end: the storage refuses what its holder must not do any more. But whoever broke it leaves
+//! it free, and the image may have been written before it is reserved again. So it is on record that a disk has it, and
+//! one that finds that it has not is paused: somebody has to look before it goes on.
 
-use super::trouble::Rate;
+use super::trouble::{pause_for_good, Rate};
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
@@ -17,7 +21,7 @@ use crate::tenure::Tenure;
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
 use control::{Code, Failure, LeaseKind};
-use lease::{Claim, Keeper, News};
+use lease::{Claim, Grant, Keeper, Lease, News};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -91,13 +95,7 @@ impl Lifecycle {
             self.registry
                 .change(disk, |record| record.lease = Some(token))?;
         }
-        let (kind, place) = (open.target.lease().clone(), image.clone());
-        let (lease, grant) = apart(&image, LIMIT, move || {
-            let mut lease = lease::open(&kind, &place, claim)?;
-            let grant = lease.take(WAIT)?;
-            Ok((lease, grant))
-        })
-        .await?;
+        let (lease, grant) = self.reserve(disk, open, &image, claim).await?;
         let (sender, news) = unbounded_channel();
         // Nobody listens any more to what has been given up.
         let keeper = Keeper::start(lease, &grant, move |told| drop(sender.send(told)))
@@ -109,6 +107,39 @@ impl Lifecycle {
         disk.lease.replace(Some(tenure.clone()));
         tokio::task::spawn_local(follow(self.clone(), disk.clone(), news));
         Ok(tenure)
+    }
+
+    /// Takes a lease, or goes on with a reservation that the disk has.
+    async fn reserve(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        open: &Open,
+        image: &Path,
+        claim: Claim,
+    ) -> Result<(Box<dyn Lease>, Grant), Failure> {
+        let (kind, place) = (open.target.lease().clone(), image.to_owned());
+        let is_reservation = kind == LeaseKind::Reservation;
+        let has_it = disk.record.borrow().reserved;
+        let how = self.leases.borrow().clone();
+        let taken = apart(image, LIMIT, move || {
+            let mut lease = how(&kind, &place, claim)?;
+            let grant = match has_it {
+                true => lease.resume(0)?,
+                false => lease.take(WAIT)?,
+            };
+            Ok((lease, grant))
+        });
+        match taken.await {
+            Ok(taken) if is_reservation && !has_it => {
+                self.registry.change(disk, |record| record.reserved = true)?;
+                Ok(taken)
+            }
+            Err(failure) if has_it && failure.code == Code::Gone => {
+                pause_for_good(self, disk);
+                Err(failure)
+            }
+            taken => taken,
+        }
     }
 
     /// Takes the lease of a disk again whose process serves it, as the next supervisor does.
@@ -132,7 +163,7 @@ impl Lifecycle {
     /// Gives the lease of a disk up, whose image is closed: nothing of its I/O is under way.
     pub(super) async fn give_lease_up(&self, disk: &Disk) {
         let Some(tenure) = disk.lease.take() else {
-            return;
+            return self.give_reservation_up(disk).await;
         };
         // Of a process that was killed.
         if let Err(failure) = self.fenced(disk, LIMIT).await {
@@ -149,6 +180,12 @@ impl Lifecycle {
                 tracing::warn!("disk {}: {failure}", disk.minor);
             }
         }
+        // The next one who finds the reservation knows it by its key, should this not be finished.
+        disk.record.borrow_mut().reserved = false;
+        self.registry.note(disk);
+        if tenure.keeper.has_ended() {
+            return;
+        }
         let image = tenure.image.clone();
         if let Err(failure) = apart(&image, LIMIT, move || tenure.keeper.give_up()).await {
             let message = format!(
@@ -161,6 +198,39 @@ impl Lifecycle {
             };
             self.registry.events.add(Some(disk.minor), what);
         }
+    }
+
+    /// Gives up what an earlier supervisor reserved for a disk, which this one has not needed.
+    async fn give_reservation_up(&self, disk: &Disk) {
+        if !disk.record.borrow().reserved {
+            return;
+        }
+        let given_up = async {
+            self.fenced(disk, LIMIT).await?;
+            let (open, token) = (disk.open()?, disk.record.borrow().lease.clone());
+            let (Some(image), Some(token)) = (image_of(&open), token) else {
+                return Ok(());
+            };
+            let claim = Claim::new("")?.again(&token)?;
+            let (how, place) = (self.leases.borrow().clone(), image.clone());
+            apart(&image, LIMIT, move || {
+                let mut lease = how(open.target.lease(), &place, claim)?;
+                lease.resume(0)?;
+                lease.give_up()
+            })
+            .await
+        };
+        match given_up.await {
+            // It was lost before.
+            Err(failure) if failure.code != Code::Gone => {
+                let message = format!("the reservation of disk {} is not given up: {failure}", disk.minor);
+                let what = What::Failed { message, retry_ms: 0 };
+                self.registry.events.add(Some(disk.minor), what);
+            }
+            _ => {}
+        }
+        disk.record.borrow_mut().reserved = false;
+        self.registry.note(disk);
     }
 }
 
@@ -185,6 +255,9 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
                 let (message, retry_ms) = (failure.message.clone(), 0);
                 let what = What::Failed { message, retry_ms };
                 lifecycle.registry.events.add(Some(disk.minor), what);
+                if disk.record.borrow().reserved {
+                    pause_for_good(&lifecycle, &disk);
+                }
                 Duration::ZERO
             }
         };

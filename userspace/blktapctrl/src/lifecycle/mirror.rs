@@ -20,7 +20,7 @@ use crate::record::{Mirrored, Next, Part, Role, Want};
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Doing, MirrorTo, Mode, Moved, What};
 use control::tapdisk::{Open, Request};
-use control::{Code, Driver, Failure, Target};
+use control::{Code, Driver, Failure, LeaseKind, Target};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -52,6 +52,8 @@ impl Lifecycle {
             );
             return Err(Failure::new(Code::State, why));
         }
+        check_not_reserved(&disk.open()?.target)?;
+        check_not_reserved(&target)?;
         self.check_sole(disk, &target)?;
         if below {
             check_top(disk)?;
@@ -449,4 +451,15 @@ fn over(disk: &Disk, state: Mirroring) {
     let mut told = disk.mirrored.borrow().clone().unwrap_or_default();
     told.state = state;
     disk.mirrored.replace(Some(told));
+}
+
+/// A reservation is of one image, and a disk that goes on in another one would have both, or none, in between.
+fn check_not_reserved(target: &Target) -> Result<(), Failure> {
+    match *target.lease() == LeaseKind::Reservation {
+        false => Ok(()),
+        true => Err(Failure::unsupported(format!(
+            "{target} has a reservation, which a copy does not take along: detach the disk, use tapimg, and attach the \
+             other image with a lease of its own"
+        ))),
+    }
 }

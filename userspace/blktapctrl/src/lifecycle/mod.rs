@@ -38,10 +38,12 @@ use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::Doing;
 use control::tapdisk;
-use control::{Code, Failure};
+use control::{Code, Failure, LeaseKind};
+use ::lease::{Claim, Lease};
 use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{watch, Notify};
 
@@ -57,6 +59,8 @@ pub struct Lifecycle {
     domains: RefCell<Rc<dyn Domains>>,
     /// A guest may be.
     released: Notify,
+    /// How the lease of an image is opened.
+    leases: RefCell<OpenLease>,
     /// How long an inactive disk waits for its image before that is told.
     pub patience_for_images: Cell<Duration>,
     /// The kernel may serve disks by itself of which nothing else is said.
@@ -67,6 +71,10 @@ pub struct Lifecycle {
     /// Disks are parked, or about to be: no new ones are made.
     parked: watch::Sender<bool>,
 }
+
+/// Opens the lease of an image; it may hang as storage does.
+pub type OpenLease =
+    Arc<dyn Fn(&LeaseKind, &Path, Claim) -> Result<Box<dyn Lease>, Failure> + Send + Sync>;
 
 /// What happened to a disk's process, for whoever asks: to them, that it has gone would be that we have.
 fn of_a_process(failure: Failure) -> Failure {
@@ -86,11 +94,17 @@ impl Lifecycle {
             program,
             domains: RefCell::new(Rc::new(Xl)),
             released: Notify::new(),
+            leases: RefCell::new(Arc::new(::lease::open)),
             patience_for_images: Cell::new(Duration::from_secs(30)),
             direct: Cell::new(true),
             patience: Cell::new(OPEN),
             parked: watch::Sender::new(false),
         })
+    }
+
+    /// Opens leases so.
+    pub fn use_leases(&self, open: OpenLease) {
+        self.leases.replace(open);
     }
 
     /// Finishes what was begun with a disk and was not finished: then it is known who serves it, and

@@ -2,14 +2,14 @@
 //! Listens to what goes wrong on the images of disks, tells about it, and pauses those that stopped.
 
 use super::Lifecycle;
-use crate::disk::Disk;
+use crate::disk::{Disk, Fate};
 use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Want;
 use crate::registry::Registry;
 use control::supervisor::{Kernel, What};
 use control::tapdisk::{Call, Reply, Request, Trouble, Troubles};
-use control::{Code, Failure};
+use control::{Code, Failure, LeaseKind};
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -168,7 +168,11 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
         .open
         .as_ref()
         .map(|open| open.target.clone());
-    let error = std::io::Error::from_raw_os_error(trouble.errno).to_string();
+    let is_reserved = matches!(&target, Some(target) if *target.lease() == LeaseKind::Reservation);
+    let error = match trouble.errno == rustix::io::Errno::BADE.raw_os_error() && is_reserved {
+        true => "the storage refuses it, because the reservation is lost: see tap-ctl lease show".into(),
+        false => std::io::Error::from_raw_os_error(trouble.errno).to_string(),
+    };
     let what = What::Trouble {
         trouble,
         target,
@@ -177,6 +181,20 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
         stopped,
     };
     registry.events.add(Some(disk.minor), what);
+}
+
+/// Pauses a disk that must not go on before somebody has looked at it, without waiting for that.
+pub(super) fn pause_for_good(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>) {
+    let (lifecycle, disk) = (lifecycle.clone(), disk.clone());
+    tokio::task::spawn_local(async move {
+        while disk.fate() == Fate::Stays && disk.record.borrow().want == Want::Served {
+            match lifecycle.pause(&disk, PAUSE).await {
+                Ok(()) => return,
+                Err(failure) => tracing::warn!("disk {} is not paused: {failure}", disk.minor),
+            }
+            tokio::time::sleep(STEP).await;
+        }
+    });
 }
 
 /// Makes a disk that serves nothing any more one that is paused, so that it can be unpaused.

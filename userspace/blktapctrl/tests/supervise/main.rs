@@ -16,6 +16,7 @@ mod mirror;
 mod needs;
 mod nodes;
 mod park;
+mod reservation;
 mod rules;
 mod sharing;
 mod snapshot;

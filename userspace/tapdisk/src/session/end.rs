@@ -49,13 +49,21 @@ impl Session {
             _ => inactive,
         };
         if let Err(error) = inactive {
-            self.lost.add(error);
+            self.lose(&server, error);
         }
         let closed = self.stop(server).await;
         inactive.map_err(|error| {
             Failure::system("not all of the image could be made durable", &error.into())
         })?;
         closed
+    }
+
+    /// Not all could be made durable, which the guest learns with its next flush. If that was because another host has
+    /// the lease, that flush finds out by itself.
+    fn lose(&self, server: &Server, error: Errno) {
+        if !server.is_lost_lease(error) {
+            self.lost.add(error);
+        }
     }
 
     /// Gives the node back, and the image, all of which is durable: most of that while the guest goes on.
@@ -77,7 +85,7 @@ impl Session {
         }
         let closed = server.disk().close().await;
         if let Err(error) = closed {
-            self.lost.add(error);
+            self.lose(&server, error);
         }
         {
             let mut state = self.state.borrow_mut();
