@@ -2,7 +2,7 @@
 //! Storage with persistent reservations, which this machine reaches as two hosts do: one medium behind a target of the
 //! kernel's own, and two disks that are two initiators to it.
 
-use crate::backing::{self, NullBlk};
+use crate::backing::NullBlk;
 use crate::sh;
 use anyhow::{bail, ensure, Context, Result};
 use std::fs;
@@ -142,10 +142,15 @@ fn loopback(store: &Path, number: u32, which: u32, made: &mut Making) -> Result<
     let folder = format!("/sys/class/scsi_device/{address}:0/device/block");
     let mut disk = None;
     sh::wait_for("a SCSI disk of the target", APPEARS, || {
-        disk = only_entry(&folder)?.filter(|disk| Path::new(disk).exists());
+        disk = only_entry(&folder)?.filter(|disk| is_there(disk));
         Ok(disk.is_some())
     })?;
     disk.context("no disk")
+}
+
+/// A node appears a moment before it can be opened.
+fn is_there(device: &str) -> bool {
+    fs::File::open(device).is_ok()
 }
 
 /// `/dev/` and the name of what is in a folder of sysfs.
@@ -211,7 +216,7 @@ fn host(name: &str, which: u32, made: &mut Making) -> Result<String> {
         for entry in fs::read_dir(&control)? {
             let name = entry?.file_name().to_string_lossy().into_owned();
             let device = format!("/dev/{name}");
-            if name.starts_with("nvme") && name.contains('n') && Path::new(&device).exists() {
+            if name.starts_with("nvme") && is_there(&device) {
                 disk = Some(device);
             }
         }
@@ -221,9 +226,4 @@ fn host(name: &str, which: u32, made: &mut Making) -> Result<String> {
         Some(disk) => Ok(disk),
         None => bail!("no disk"),
     }
-}
-
-/// What is on the medium, past all initiators.
-pub(crate) fn sum(storage: &Reserved, mib: u32) -> Result<String> {
-    backing::sha256(&storage.medium.path(), mib)
 }

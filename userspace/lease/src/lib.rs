@@ -135,6 +135,11 @@ pub trait Lease: Send + fmt::Debug {
     /// Time between two heartbeats; nothing if it needs none.
     fn beat(&self) -> Option<Duration>;
 
+    /// Who breaks it watches first, for some seconds, whether its holder lives.
+    fn watches(&self) -> bool {
+        false
+    }
+
     /// Gives it up. The term is over before anybody can take it.
     ///
     /// # Errors

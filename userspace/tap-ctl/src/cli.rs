@@ -54,8 +54,10 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
   null:64M            zeroes; writes are forgotten
 Of the tables of an image 32M at most are kept in memory; cache=128M, in front says another number.
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
-lease=record:/PATH, with the record at a path that all hosts have:
+lease=record:/PATH, with the record at a path that all hosts have. Of a whole SCSI disk, an NVMe namespace or a map of
+dm-multipath lease=reservation, has the storage itself refuse what all others write:
   lease=record,aio:/srv/a.img
+  lease=reservation,aio:/dev/disk/by-id/wwn-0x5000c500a1b2c3d4
 An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
 process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of another format:
   direct=no,aio:/srv/a.img
@@ -79,6 +81,7 @@ Examples:
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
   tap-ctl lease break /srv/a.img --holder-is-dead 7
+  tap-ctl lease break /dev/mapper/lun7 --holder-is-dead 0x3fa2c00107abcdef
 
 A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
@@ -297,24 +300,35 @@ pub(crate) enum Verb {
     },
 }
 
-/// The lease of an image: `lease=record` of a target. This asks the storage, not blktapctrl.
+/// The lease of an image: `lease=record` or `lease=reservation` of a target. This asks the storage, not blktapctrl.
 #[derive(Debug, Subcommand)]
 pub(crate) enum LeaseVerb {
-    /// Say who has it
+    /// Say who has it: of a reservation its key, the host if it is this one, else a part of its number
     Show {
         /// A target, or the absolute path of an image
         image: String,
     },
-    /// Take it away from a holder whose host is dead, which no program can know: watches for 13 seconds
-    /// whether the holder is silent, and leaves it free
+    /// Take it away from a holder whose host is dead, which no program can know, and leave it free
+    ///
+    /// A record is watched for 13 seconds: its holder must be silent. Of a reservation the storage first ends what its
+    /// holder has under way, and refuses from then on what it writes: should it live, its disk stops.
     Break {
         /// A target, or the absolute path of an image
         image: String,
-        /// You say that the holder of this generation (see show) is dead: its host was powered off, and
-        /// nothing of its I/O can reach the storage any more
-        #[arg(long, value_name = "GENERATION")]
+        /// You say that the holder of this generation, or of this key (see show), is dead: its host was powered
+        /// off, and nothing of its I/O can reach the storage any more
+        #[arg(long, value_name = "GENERATION|KEY", value_parser = number)]
         holder_is_dead: u64,
     },
+}
+
+/// A number as `lease show` shows it: a generation, or a key.
+fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| "write what tap-ctl lease show says: a number, or a key with its 0x".into())
 }
 
 /// Which disks to list: those that fit all that is said.

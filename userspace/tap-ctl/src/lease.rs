@@ -5,6 +5,7 @@ use crate::cli::LeaseVerb;
 use control::{Failure, LeaseKind, Target};
 use lease::{date, Claim, Holder, HolderIsDead, Lease, View};
 use serde_json::{json, Value};
+use std::path::Path;
 
 /// What is to be printed, for people and for programs.
 pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
@@ -19,7 +20,9 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
             holder_is_dead,
         } => {
             let mut lease = find(image)?;
-            eprintln!("tap-ctl: watching for 13 seconds whether the holder is silent");
+            if lease.watches() {
+                eprintln!("tap-ctl: watching for 13 seconds whether the holder is silent");
+            }
             let generation = *holder_is_dead;
             let broken = lease.break_off(HolderIsDead { generation })?;
             let text = match &broken {
@@ -31,7 +34,8 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
     }
 }
 
-/// The lease of a target, or of the image at a path: the record beside it if there is one, else its lock.
+/// The lease of a target, or of the image at a path: the record beside it if there is one, else what its storage has
+/// reserved, else its lock.
 fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
     let target = Target::from_params(text)?;
     let image = target.path().ok_or_else(|| {
@@ -43,11 +47,22 @@ fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
     let has_record = lease::place(&beside, image)
         .record
         .is_some_and(|record| record.exists());
-    let kind = match target.lease() {
-        LeaseKind::Lock if has_record => &beside,
-        kind => kind,
-    };
-    lease::open(kind, image, Claim::new("tap-ctl")?)
+    let claim = Claim::new("tap-ctl")?;
+    match target.lease() {
+        LeaseKind::Lock if has_record => lease::open(&beside, image, claim),
+        LeaseKind::Lock => match reservation(image, &claim) {
+            Some(reserved) => Ok(reserved),
+            None => lease::open(&LeaseKind::Lock, image, claim),
+        },
+        kind => lease::open(kind, image, claim),
+    }
+}
+
+/// What the storage of an image has reserved. Most have nothing, and cannot.
+fn reservation(image: &Path, claim: &Claim) -> Option<Box<dyn Lease>> {
+    let mut lease = lease::open(&LeaseKind::Reservation, image, claim.clone()).ok()?;
+    let is_held = matches!(lease.inspect(), Ok(View::Held(_)));
+    is_held.then_some(lease)
 }
 
 fn show(view: &View) -> String {
@@ -64,18 +79,21 @@ fn show(view: &View) -> String {
     }
 }
 
-/// Words `name=value`; a lock does not say who has it.
+/// Words `name=value`; a lock does not say who has it, and of a reservation little more is known than its key.
 fn holder(who: &Holder) -> String {
     if who.host.is_empty() {
         return "host=unknown".into();
     }
+    let here = if who.is_here { " here" } else { "" };
+    if let Some(key) = &who.key {
+        return format!("host={} key={key}{here}", who.host);
+    }
     format!(
-        "host={} generation={} since={:?} disk={:?}{}",
+        "host={} generation={} since={:?} disk={:?}{here}",
         who.host,
         who.generation,
         date(who.since_ms),
         who.disk,
-        if who.is_here { " here" } else { "" }
     )
 }
 
@@ -133,5 +151,37 @@ mod tests {
     fn a_break_needs_the_operators_word() {
         let without = "tap-ctl lease break /srv/a.img".split(' ');
         assert!(Cli::try_parse_from(without).is_err());
+        for (text, number) in [("7", 7), ("0x3fa2c00107abcdef", 0x3fa2_c001_07ab_cdef)] {
+            let line = format!("tap-ctl lease break /srv/a.img --holder-is-dead {text}");
+            match verb(&line) {
+                LeaseVerb::Break { holder_is_dead, .. } => assert_eq!(holder_is_dead, number),
+                LeaseVerb::Show { .. } => panic!("{line}"),
+            }
+        }
+        let wrong = "tap-ctl lease break /srv/a.img --holder-is-dead 3fa2c".split(' ');
+        assert!(Cli::try_parse_from(wrong).is_err());
+    }
+
+    #[test]
+    fn a_reservation_is_shown_with_its_key() {
+        let target = lease::reservation::fake::Target::default();
+        let image = std::path::Path::new("/dev/sdx");
+        let own = Claim::new("a disk").unwrap();
+        let mut lease = target.lease(1, image, own.clone());
+        assert_eq!(super::show(&lease.inspect().unwrap()), "state=free generation=0\n");
+        lease.take(Duration::ZERO).unwrap();
+        let view = lease.inspect().unwrap();
+        let shown = super::show(&view);
+        let begin = format!("state=held host={} key=0x", own.host.name);
+        assert!(shown.starts_with(&begin) && shown.ends_with(" here\n"), "{shown}");
+        let mut other = own;
+        (other.host.machine, other.host.boot) = ([7; 16], [7; 16]);
+        let seen = target.lease(2, image, other).inspect().unwrap();
+        assert!(super::show(&seen).starts_with("state=held host=id-"), "{seen:?}");
+        let json = serde_json::json!(view);
+        assert!(shown.contains(json["key"].as_str().unwrap()), "{json}");
+        // A file has none.
+        let refused = run(&verb("tap-ctl lease show lease=reservation,aio:/etc/passwd"));
+        assert_eq!(refused.unwrap_err().code, Code::Unsupported);
     }
 }

@@ -35,7 +35,6 @@ pub(super) fn cases() -> Vec<Case> {
             "another host's image is refused, taken away from a dead one only, and lost by who comes back",
             other_host,
         ),
-        case("lease.reservation_facts", "what the kernel and its targets do", facts),
     ]
 }
 
@@ -96,7 +95,7 @@ fn kept(context: &mut Context) -> Result<()> {
 }
 
 /// As another host asks for an image.
-fn alpha() -> Result<Claim> {
+pub(super) fn alpha() -> Result<Claim> {
     let mut claim = Claim::new("guest 3, xvda")?;
     claim.host.name = "alpha".into();
     claim.host.machine = [0xa1; 16];
@@ -168,72 +167,5 @@ fn other_host(context: &mut Context) -> Result<()> {
         matches!(free, View::Free { .. }),
         "the lease is not free: {free:?}"
     );
-    Ok(())
-}
-
-fn facts(context: &mut Context) -> Result<()> {
-    use crate::reserved::Reserved;
-    use diskio::reservation as pr;
-    use std::os::fd::AsFd;
-    for nvme in [false, true] {
-        let made = if nvme { Reserved::nvme(64) } else { Reserved::scsi(64) };
-        let storage = match made {
-            Ok(storage) => storage,
-            Err(error) => {
-                context.note(&format!("nvme {nvme}: cannot make it: {error:#}"))?;
-                continue;
-            }
-        };
-        context.note(&format!("disks {:?}", storage.disks))?;
-        let open = |at: usize| std::fs::File::open(&storage.disks[at]);
-        let (a, b) = (open(0)?, open(1)?);
-        let (a, b) = (a.as_fd(), b.as_fd());
-        let kind = pr::ReservationKind::WriteExclusive;
-        let mut say = |what: &str, text: String| context.note(&format!("{what}: {text}"));
-        say("sysfs", sh::shell(&format!("for d in {}; do n=${{d#/dev/}}; m=$(cat /sys/block/$n/dev); readlink -f /sys/dev/block/$m/device; readlink -f /sys/dev/block/$m/device/subsystem; cat /sys/dev/block/$m/device/type; done; true", storage.disks.join(" ")))?)?;
-        say("keys", format!("{:?}", pr::keys(a)))?;
-        say("reservation", format!("{:?}", pr::reservation(a)))?;
-        say("a registers", format!("{:?}", pr::register(a, 0, 0xa1)))?;
-        say("a registers again", format!("{:?}", pr::register(a, 0, 0xa2)))?;
-        say("a registers same", format!("{:?}", pr::register(a, 0xa1, 0xa1)))?;
-        say("a registers wrong old", format!("{:?}", pr::register(a, 0xa7, 0xa2)))?;
-        say("b registers wrong old", format!("{:?}", pr::register(b, 0xa1, 0xb1)))?;
-        say("b reserves unregistered", format!("{:?}", pr::reserve(b, 0xb1, kind)))?;
-        say("a reserves", format!("{:?}", pr::reserve(a, 0xa1, kind)))?;
-        say("a reserves again", format!("{:?}", pr::reserve(a, 0xa1, kind)))?;
-        say("reservation by b", format!("{:?}", pr::reservation(b)))?;
-        say("keys by b", format!("{:?}", pr::keys(b)))?;
-        let dd = |disk: &str| sh::status(&["dd", "if=/dev/zero", &format!("of={disk}"), "bs=4096", "count=1", "oflag=direct", "conv=fsync"], LONG).map(|o| format!("{} {}", o.rc, o.text));
-        say("a writes", dd(&storage.disks[0])?)?;
-        say("b writes", dd(&storage.disks[1])?)?;
-        say("b reads", sh::status(&["dd", &format!("if={}", storage.disks[1]), "of=/dev/null", "bs=4096", "count=1", "iflag=direct"], LONG)?.text)?;
-        say("b registers", format!("{:?}", pr::register(b, 0, 0xb1)))?;
-        say("b reserves", format!("{:?}", pr::reserve(b, 0xb1, kind)))?;
-        say("b writes registered", dd(&storage.disks[1])?)?;
-        say("a changes key while holding", format!("{:?} {:?}", pr::register(a, 0xa1, 0xa3), pr::reservation(a)))?;
-        say("b releases a's", format!("{:?} {:?}", pr::release(b, 0xb1, kind), pr::reservation(a)))?;
-        say("b preempts wrong", format!("{:?}", pr::preempt_and_abort(b, 0xdead, 0xb1, kind)))?;
-        say("b preempts", format!("{:?}", pr::preempt_and_abort(b, 0xa3, 0xb1, kind)))?;
-        say("reservation", format!("{:?} {:?}", pr::reservation(a), pr::keys(a)))?;
-        say("a writes", dd(&storage.disks[0])?)?;
-        say("a flush", sh::status(&["dd", "if=/dev/null", &format!("of={}", storage.disks[0]), "count=0", "conv=notrunc,fsync"], LONG)?.text)?;
-        say("a releases", format!("{:?}", pr::release(a, 0xa3, kind)))?;
-        say("a unregisters", format!("{:?}", pr::register(a, 0xa3, 0)))?;
-        say("b releases", format!("{:?}", pr::release(b, 0xb1, kind)))?;
-        say("b releases again", format!("{:?}", pr::release(b, 0xb1, kind)))?;
-        say("b unregisters", format!("{:?}", pr::register(b, 0xb1, 0)))?;
-        say("left", format!("{:?} {:?}", pr::reservation(a), pr::keys(a)))?;
-        // Write exclusive, registrants only.
-        let kind = pr::ReservationKind::WriteExclusiveRegistrants;
-        say("wero", format!("{:?} {:?} {:?}", pr::register(a, 0, 0xa1), pr::reserve(a, 0xa1, kind), pr::reservation(b)))?;
-        say("b writes", dd(&storage.disks[1])?)?;
-        say("b registers", format!("{:?}", pr::register(b, 0, 0xb1)))?;
-        say("b writes registered", dd(&storage.disks[1])?)?;
-        say("b preempts", format!("{:?} {:?} {:?}", pr::preempt_and_abort(b, 0xa1, 0xb1, kind), pr::reservation(a), pr::keys(a)))?;
-        say("b unregisters holding", format!("{:?} {:?} {:?}", pr::register(b, 0xb1, 0), pr::reservation(a), pr::keys(a)))?;
-        let removed = storage.remove();
-        context.note(&format!("removed: {removed:?}"))?;
-    }
-    let _ = sh::shell("dmesg | grep -i -e resv -e pr_ -e reserv -e target -e nvme | tail -40").map(|t| context.note(&t));
     Ok(())
 }

@@ -26,6 +26,7 @@ mod own;
 mod permission;
 mod planted;
 mod played;
+mod reservation;
 mod rings;
 mod selection;
 mod snapshot;
@@ -459,6 +460,7 @@ pub(crate) fn all() -> Vec<Case> {
         mirror::cases(),
         export::cases(),
         lease::cases(),
+        reservation::cases(),
         images::cases(),
         permission::cases(),
         tap_life::cases(),

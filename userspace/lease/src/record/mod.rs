@@ -252,6 +252,10 @@ impl Lease for Recorded {
         Some(BEAT)
     }
 
+    fn watches(&self) -> bool {
+        true
+    }
+
     fn give_up(&mut self) -> Result<(), Failure> {
         let generation = self.held()?;
         self.term.end();
