@@ -53,12 +53,10 @@ impl Making {
 fn undo(done: Vec<Undo>) -> Result<()> {
     for step in done.into_iter().rev() {
         match step {
-            Undo::Remove(path) => {
-                fs::remove_dir(&path).with_context(|| format!("cannot remove {}", path.display()))?
-            }
-            Undo::Unlink(path) => {
-                fs::remove_file(&path).with_context(|| format!("cannot unlink {}", path.display()))?
-            }
+            Undo::Remove(path) => fs::remove_dir(&path)
+                .with_context(|| format!("cannot remove {}", path.display()))?,
+            Undo::Unlink(path) => fs::remove_file(&path)
+                .with_context(|| format!("cannot unlink {}", path.display()))?,
             Undo::Write(path, value) => sh::put(path, value)?,
         }
     }
@@ -104,7 +102,12 @@ impl Reserved {
 }
 
 fn scsi(medium: &NullBlk, made: &mut Making) -> Result<[String; 2]> {
-    for module in ["target_core_mod", "target_core_iblock", "tcm_loop", "sd_mod"] {
+    for module in [
+        "target_core_mod",
+        "target_core_iblock",
+        "tcm_loop",
+        "sd_mod",
+    ] {
         sh::modprobe(module, &[])?;
     }
     // Where the target writes down who is registered; without, it refuses to register anybody.
@@ -113,9 +116,15 @@ fn scsi(medium: &NullBlk, made: &mut Making) -> Result<[String; 2]> {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let adapter = made.folder(format!("{SCSI}/core/iblock_{number}"))?;
     let store = made.folder(adapter.join("vmtest"))?;
-    sh::put(store.join("control"), &format!("udev_path={}", medium.path()))?;
+    sh::put(
+        store.join("control"),
+        &format!("udev_path={}", medium.path()),
+    )?;
     sh::put(store.join("enable"), "1")?;
-    sh::put(store.join("wwn/vpd_unit_serial"), &format!("vmtest{number}"))?;
+    sh::put(
+        store.join("wwn/vpd_unit_serial"),
+        &format!("vmtest{number}"),
+    )?;
     let fabric = Path::new(SCSI).join("loopback");
     if !fabric.exists() {
         made.folder(&fabric)?;

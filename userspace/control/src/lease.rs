@@ -57,7 +57,15 @@ mod tests {
         for text in ["lock", "record", "record:/srv/leases/a", "reservation"] {
             assert_eq!(text.parse::<LeaseKind>().unwrap().to_string(), text);
         }
-        for text in ["", "none", "record:", "record:a", "record:/a,b", "lock:/a", "reservation:/a"] {
+        for text in [
+            "",
+            "none",
+            "record:",
+            "record:a",
+            "record:/a,b",
+            "lock:/a",
+            "reservation:/a",
+        ] {
             let error = text.parse::<LeaseKind>().unwrap_err();
             assert!(error.message.contains("use lock, record"), "{error}");
         }

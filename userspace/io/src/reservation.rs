@@ -317,8 +317,14 @@ mod tests {
     fn what_has_no_reservations_says_so() {
         let file = tempfile::tempfile().unwrap();
         let refused = |error: std::io::Error| Errno::from_io_error(&error).unwrap();
-        assert_eq!(refused(register(file.as_fd(), 0, 1).unwrap_err()), Errno::NOTTY);
+        assert_eq!(
+            refused(register(file.as_fd(), 0, 1).unwrap_err()),
+            Errno::NOTTY
+        );
         assert_eq!(refused(keys(file.as_fd()).unwrap_err()), Errno::NOTTY);
-        assert_eq!(refused(reservation(file.as_fd()).unwrap_err()), Errno::NOTTY);
+        assert_eq!(
+            refused(reservation(file.as_fd()).unwrap_err()),
+            Errno::NOTTY
+        );
     }
 }

@@ -168,20 +168,31 @@ mod tests {
         let image = std::path::Path::new("/dev/sdx");
         let own = Claim::new("a disk").unwrap();
         let mut lease = target.lease(1, image, own.clone());
-        assert_eq!(super::show(&lease.inspect().unwrap()), "state=free generation=0\n");
+        assert_eq!(
+            super::show(&lease.inspect().unwrap()),
+            "state=free generation=0\n"
+        );
         lease.take(Duration::ZERO).unwrap();
         let view = lease.inspect().unwrap();
         let shown = super::show(&view);
         let begin = format!("state=held host={} key=0x", own.host.name);
-        assert!(shown.starts_with(&begin) && shown.ends_with(" here\n"), "{shown}");
+        assert!(
+            shown.starts_with(&begin) && shown.ends_with(" here\n"),
+            "{shown}"
+        );
         let mut other = own;
         (other.host.machine, other.host.boot) = ([7; 16], [7; 16]);
         let seen = target.lease(2, image, other).inspect().unwrap();
-        assert!(super::show(&seen).starts_with("state=held host=id-"), "{seen:?}");
+        assert!(
+            super::show(&seen).starts_with("state=held host=id-"),
+            "{seen:?}"
+        );
         let json = serde_json::json!(view);
         assert!(shown.contains(json["key"].as_str().unwrap()), "{json}");
         // A file has none.
-        let refused = run(&verb("tap-ctl lease show lease=reservation,aio:/etc/passwd"));
+        let refused = run(&verb(
+            "tap-ctl lease show lease=reservation,aio:/etc/passwd",
+        ));
         assert_eq!(refused.unwrap_err().code, Code::Unsupported);
     }
 }

@@ -530,7 +530,11 @@ fn failure_is_told_and_what_is_not_possible_is_none() {
 
 #[test]
 fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
-    for (what, flushes) in [("a write", false), ("a durable one", false), ("a flush", true)] {
+    for (what, flushes) in [
+        ("a write", false),
+        ("a durable one", false),
+        ("a flush", true),
+    ] {
         for is_reserved in [true, false] {
             let mut lab = Lab::with(Terms {
                 rules: rules(OnError::Report, OnError::Report),

@@ -26,16 +26,15 @@ pub(super) fn cases() -> Vec<Case> {
             .nightly()
     };
     vec![
-        case("lease.reservation_facts", "what the kernel and its targets do", facts),
         case(
-            "lease.reservation_scsi",
-            "a SCSI disk is reserved: others' writes are refused, a break stops the disk, and nothing lands afterwards",
-            |context| reserved(context, Reserved::scsi(MIB)?),
+            "lease.reservation",
+            "an NVMe namespace is reserved: others' writes are refused, a break stops the disk, nothing lands afterwards",
+            nvme,
         ),
         case(
-            "lease.reservation_nvme",
-            "the same of an NVMe namespace",
-            |context| reserved(context, Reserved::nvme(MIB)?),
+            "lease.reservation_scsi",
+            "a SCSI disk is reserved for one initiator after the other",
+            scsi,
         ),
     ]
 }
@@ -49,7 +48,14 @@ fn key(disk: &str) -> Result<Option<String>> {
 /// Writes zeroes to a block of a disk, past the page cache; says what came of it.
 fn zero(disk: &str) -> Result<sh::Output> {
     let to = format!("of={disk}");
-    let line = ["dd", "if=/dev/zero", &to, "bs=4k", "count=1", "oflag=direct"];
+    let line = [
+        "dd",
+        "if=/dev/zero",
+        &to,
+        "bs=4k",
+        "count=1",
+        "oflag=direct",
+    ];
     sh::status(&line, LONG)
 }
 
@@ -62,23 +68,58 @@ fn copy(from: &str, to: &str) -> Result<()> {
     sh::run(&[&line[..], &flags[..]].concat()).map(drop)
 }
 
-fn reserved(context: &mut Context, storage: Reserved) -> Result<()> {
+/// A disk on storage that is taken down with the case, in use by its guest.
+fn attach(context: &mut Context, storage: Reserved) -> Result<(Served, [crate::console::Job; 2])> {
     let [own, other] = storage.disks.clone();
-    let medium = storage.medium.path();
-    context.at_end(format!("take {own} and {other} down"), move || storage.remove());
-    let target = format!("lease=reservation,aio:{own}");
+    context.at_end(format!("take {own} and {other} down"), move || {
+        storage.remove()
+    });
     let guest = context.pv()?;
+    let target = format!("lease=reservation,aio:{own}");
     let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 50)?;
+    Ok((disk, load))
+}
+
+/// The guest has seen no error, and the disk is what it wrote.
+fn finish(
+    context: &mut Context,
+    disk: Served,
+    load: [crate::console::Job; 2],
+    medium: &str,
+) -> Result<()> {
+    let guest = context.pv()?;
+    let told = end_load(guest, load)?;
+    same(guest, medium, MIB)?;
+    disk.detach(guest)?;
+    context.note(&told)
+}
+
+fn nvme(context: &mut Context) -> Result<()> {
+    let storage = Reserved::nvme(MIB)?;
+    let ([own, other], medium) = (storage.disks.clone(), storage.medium.path());
+    let (disk, load) = attach(context, storage)?;
     let held = key(&own)?.context("nothing is reserved")?;
     disk.replace()?;
     wait_progress(&disk, 50)?;
-    ensure!(key(&other)? == Some(held.clone()), "another process has another key");
+    ensure!(
+        key(&other)? == Some(held.clone()),
+        "another process has another key"
+    );
     refused(&other)?;
-
     let events = EventLog::follow()?;
-    let broken = sh::status(&["tap-ctl", "lease", "break", &other, "--holder-is-dead", &held], LONG)?;
+    let broken = sh::status(
+        &[
+            "tap-ctl",
+            "lease",
+            "break",
+            &other,
+            "--holder-is-dead",
+            &held,
+        ],
+        LONG,
+    )?;
     ensure!(
         broken.rc == 0 && broken.text.contains("state=free was=host="),
         "the reservation was not broken: {}",
@@ -87,7 +128,6 @@ fn reserved(context: &mut Context, storage: Reserved) -> Result<()> {
     let mut theirs = ::lease::open(&Kind::Reservation, Path::new(&other), alpha()?)?;
     theirs.take(Duration::ZERO)?;
     while_another_has_it(&disk, &events, &medium, &other)?;
-
     let minor = disk.minor.to_string();
     let busy = sh::status(&["tap-ctl", "unpause", "-m", &minor], LONG)?;
     ensure!(
@@ -98,13 +138,37 @@ fn reserved(context: &mut Context, storage: Reserved) -> Result<()> {
     theirs.give_up()?;
     tap::ctl(&["unpause", "-m", &minor])?;
     wait_progress(&disk, 50)?;
-    ensure!(key(&own)?.is_some_and(|key| key != held), "the key is that of before");
-    let guest = context.pv()?;
-    let told = end_load(guest, load)?;
-    same(guest, &medium, MIB)?;
-    disk.detach(guest)?;
+    ensure!(
+        key(&own)?.is_some_and(|key| key != held),
+        "the key is that of before"
+    );
+    finish(context, disk, load, &medium)?;
     ensure!(key(&own)?.is_none(), "what is reserved outlives the disk");
-    context.note(&told)
+    Ok(())
+}
+
+/// Without a break: the kernel's target waits for itself when a command that came by its loopback preempts and aborts
+/// (`core_tmr_lun_reset` flushes the work that executes it).
+fn scsi(context: &mut Context) -> Result<()> {
+    let storage = Reserved::scsi(MIB)?;
+    let ([own, other], medium) = (storage.disks.clone(), storage.medium.path());
+    let (disk, load) = attach(context, storage)?;
+    let held = key(&own)?.context("nothing is reserved")?;
+    refused(&other)?;
+    let minor = disk.minor.to_string();
+    tap::ctl(&["pause", "-m", &minor])?;
+    ensure!(
+        key(&other)?.is_none(),
+        "a disk that is paused has it reserved"
+    );
+    refused(&other)?;
+    tap::ctl(&["unpause", "-m", &minor])?;
+    wait_progress(&disk, 50)?;
+    ensure!(
+        key(&other)?.is_some_and(|key| key != held),
+        "the key is that of before"
+    );
+    finish(context, disk, load, &medium)
 }
 
 /// The storage lets nobody else write, and everybody read.
@@ -119,85 +183,28 @@ fn refused(other: &str) -> Result<()> {
 }
 
 /// What the guest asked for waits, and nothing of it lands on what the other host writes meanwhile.
-fn while_another_has_it(
-    disk: &Served,
-    events: &EventLog,
-    medium: &str,
-    other: &str,
-) -> Result<()> {
+fn while_another_has_it(disk: &Served, events: &EventLog, medium: &str, other: &str) -> Result<()> {
     let saved = "/srv/vmtest/reserved.saved";
     std::fs::create_dir_all("/srv/vmtest")?;
-    sh::run(&["dd", &format!("if={medium}"), &format!("of={saved}"), "bs=1M", "iflag=direct"])?;
+    sh::run(&[
+        "dd",
+        &format!("if={medium}"),
+        &format!("of={saved}"),
+        "bs=1M",
+        "iflag=direct",
+    ])?;
     copy("/dev/zero", other)?;
     events.wait_for("paused", disk.minor, LONG)?;
     sh::wait_for("requests that wait", LONG, || Ok(disk.info()?.waiting > 0))?;
-    sh::run(&["cmp", "-n", &format!("{}", u64::from(MIB) << 20), medium, "/dev/zero"])
-        .context("something landed after another host had the disk")?;
+    sh::run(&[
+        "cmp",
+        "-n",
+        &format!("{}", u64::from(MIB) << 20),
+        medium,
+        "/dev/zero",
+    ])
+    .context("something landed after another host had the disk")?;
     copy(saved, other)?;
     std::fs::remove_file(saved)?;
-    Ok(())
-}
-
-fn facts(context: &mut Context) -> Result<()> {
-    use crate::reserved::Reserved;
-    use diskio::reservation as pr;
-    use std::os::fd::AsFd;
-    for nvme in [false, true] {
-        let made = if nvme { Reserved::nvme(64) } else { Reserved::scsi(64) };
-        let storage = match made {
-            Ok(storage) => storage,
-            Err(error) => {
-                context.note(&format!("nvme {nvme}: cannot make it: {error:#}"))?;
-                continue;
-            }
-        };
-        context.note(&format!("disks {:?}", storage.disks))?;
-        let open = |at: usize| std::fs::File::open(&storage.disks[at]);
-        let (a, b) = (open(0)?, open(1)?);
-        let (a, b) = (a.as_fd(), b.as_fd());
-        let kind = pr::ReservationKind::WriteExclusive;
-        let mut say = |what: &str, text: String| context.note(&format!("{what}: {text}"));
-        say("sysfs", sh::shell(&format!("for d in {}; do n=${{d#/dev/}}; m=$(cat /sys/block/$n/dev); readlink -f /sys/dev/block/$m/device; readlink -f /sys/dev/block/$m/device/subsystem; cat /sys/dev/block/$m/device/type; done; true", storage.disks.join(" ")))?)?;
-        say("keys", format!("{:?}", pr::keys(a)))?;
-        say("reservation", format!("{:?}", pr::reservation(a)))?;
-        say("a registers", format!("{:?}", pr::register(a, 0, 0xa1)))?;
-        say("a registers again", format!("{:?}", pr::register(a, 0, 0xa2)))?;
-        say("a registers same", format!("{:?}", pr::register(a, 0xa1, 0xa1)))?;
-        say("a registers wrong old", format!("{:?}", pr::register(a, 0xa7, 0xa2)))?;
-        say("b registers wrong old", format!("{:?}", pr::register(b, 0xa1, 0xb1)))?;
-        say("b reserves unregistered", format!("{:?}", pr::reserve(b, 0xb1, kind)))?;
-        say("a reserves", format!("{:?}", pr::reserve(a, 0xa1, kind)))?;
-        say("a reserves again", format!("{:?}", pr::reserve(a, 0xa1, kind)))?;
-        say("reservation by b", format!("{:?}", pr::reservation(b)))?;
-        say("keys by b", format!("{:?}", pr::keys(b)))?;
-        let dd = |disk: &str| sh::status(&["dd", "if=/dev/zero", &format!("of={disk}"), "bs=4096", "count=1", "oflag=direct", "conv=fsync"], LONG).map(|o| format!("{} {}", o.rc, o.text));
-        say("a writes", dd(&storage.disks[0])?)?;
-        say("b writes", dd(&storage.disks[1])?)?;
-        say("b reads", sh::status(&["dd", &format!("if={}", storage.disks[1]), "of=/dev/null", "bs=4096", "count=1", "iflag=direct"], LONG)?.text)?;
-        say("b registers", format!("{:?}", pr::register(b, 0, 0xb1)))?;
-        say("b reserves", format!("{:?}", pr::reserve(b, 0xb1, kind)))?;
-        say("b writes registered", dd(&storage.disks[1])?)?;
-        say("a changes key while holding", format!("{:?} {:?}", pr::register(a, 0xa1, 0xa3), pr::reservation(a)))?;
-        say("b preempts wrong", format!("{:?}", pr::preempt_and_abort(b, 0xb1, 0xdead, kind)))?;
-        say("b preempts", format!("{:?}", pr::preempt_and_abort(b, 0xb1, 0xa3, kind)))?;
-        say("reservation", format!("{:?} {:?}", pr::reservation(a), pr::keys(a)))?;
-        say("a writes", dd(&storage.disks[0])?)?;
-        say("a flush", sh::status(&["dd", "if=/dev/null", &format!("of={}", storage.disks[0]), "count=0", "conv=notrunc,fsync"], LONG)?.text)?;
-        say("a unregisters", format!("{:?}", pr::register(a, 0xa3, 0)))?;
-        let gone = |fd, key| if nvme { pr::unregister_from_nvme(fd, key) } else { pr::register(fd, key, 0) };
-        say("b unregisters holding", format!("{:?}", gone(b, 0xb1)))?;
-        say("left", format!("{:?} {:?}", pr::reservation(a), pr::keys(a)))?;
-        // Write exclusive, registrants only.
-        let kind = pr::ReservationKind::WriteExclusiveRegistrants;
-        say("wero", format!("{:?} {:?} {:?}", pr::register(a, 0, 0xa1), pr::reserve(a, 0xa1, kind), pr::reservation(b)))?;
-        say("b writes", dd(&storage.disks[1])?)?;
-        say("b registers", format!("{:?}", pr::register(b, 0, 0xb1)))?;
-        say("b writes registered", dd(&storage.disks[1])?)?;
-        say("b preempts", format!("{:?} {:?} {:?}", pr::preempt_and_abort(b, 0xb1, 0xa1, kind), pr::reservation(a), pr::keys(a)))?;
-        say("b unregisters holding", format!("{:?} {:?} {:?}", gone(b, 0xb1), pr::reservation(a), pr::keys(a)))?;
-        let removed = storage.remove();
-        context.note(&format!("removed: {removed:?}"))?;
-    }
-    let _ = sh::shell("dmesg | grep -i -e resv -e pr_ -e reserv -e target -e nvme | tail -40").map(|t| context.note(&t));
     Ok(())
 }

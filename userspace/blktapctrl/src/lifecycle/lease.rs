@@ -119,6 +119,9 @@ impl Lifecycle {
     ) -> Result<(Box<dyn Lease>, Grant), Failure> {
         let (kind, place) = (open.target.lease().clone(), image.to_owned());
         let is_reservation = kind == LeaseKind::Reservation;
+        if is_reservation {
+            self.check_not_reserved_here(disk, image)?;
+        }
         let has_it = disk.record.borrow().reserved;
         let how = self.leases.borrow().clone();
         let taken = apart(image, LIMIT, move || {
@@ -131,7 +134,8 @@ impl Lifecycle {
         });
         match taken.await {
             Ok(taken) if is_reservation && !has_it => {
-                self.registry.change(disk, |record| record.reserved = true)?;
+                self.registry
+                    .change(disk, |record| record.reserved = true)?;
                 Ok(taken)
             }
             Err(failure) if has_it && failure.code == Code::Gone => {
@@ -139,6 +143,23 @@ impl Lifecycle {
                 Err(failure)
             }
             taken => taken,
+        }
+    }
+
+    /// All disks of a host are one to the storage: it would take what another one of them writes that has lost the
+    /// reservation and does not know yet.
+    fn check_not_reserved_here(&self, disk: &Disk, image: &Path) -> Result<(), Failure> {
+        let has_it = |other: &Rc<Disk>| other.record.borrow().reserved;
+        match self.rivals(disk).into_iter().find(has_it) {
+            None => Ok(()),
+            Some(other) => Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "{} is reserved for {}, which has not let go of it yet",
+                    image.display(),
+                    other.name()
+                ),
+            )),
         }
     }
 
@@ -223,8 +244,14 @@ impl Lifecycle {
         match given_up.await {
             // It was lost before.
             Err(failure) if failure.code != Code::Gone => {
-                let message = format!("the reservation of disk {} is not given up: {failure}", disk.minor);
-                let what = What::Failed { message, retry_ms: 0 };
+                let message = format!(
+                    "the reservation of disk {} is not given up: {failure}",
+                    disk.minor
+                );
+                let what = What::Failed {
+                    message,
+                    retry_ms: 0,
+                };
                 self.registry.events.add(Some(disk.minor), what);
             }
             _ => {}

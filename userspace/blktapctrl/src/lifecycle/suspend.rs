@@ -276,7 +276,7 @@ impl Lifecycle {
     }
 
     /// Other disks with the same image, of which one at a time may be active.
-    fn rivals(&self, disk: &Disk) -> Vec<Rc<Disk>> {
+    pub(super) fn rivals(&self, disk: &Disk) -> Vec<Rc<Disk>> {
         let exclusive = |disk: &Disk| {
             let record = disk.record.borrow();
             let open = record.open.as_ref().filter(|open| !open.shared);

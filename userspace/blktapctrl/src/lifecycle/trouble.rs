@@ -170,7 +170,9 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
         .map(|open| open.target.clone());
     let is_reserved = matches!(&target, Some(target) if *target.lease() == LeaseKind::Reservation);
     let error = match trouble.errno == rustix::io::Errno::BADE.raw_os_error() && is_reserved {
-        true => "the storage refuses it, because the reservation is lost: see tap-ctl lease show".into(),
+        true => {
+            "the storage refuses it, because the reservation is lost: see tap-ctl lease show".into()
+        }
         false => std::io::Error::from_raw_os_error(trouble.errno).to_string(),
     };
     let what = What::Trouble {

@@ -290,7 +290,11 @@ mod tests {
         }
         if let Some(bus) = bus {
             fs::create_dir_all(dir.path().join("device")).unwrap();
-            symlink(format!("/sys/bus/{bus}"), dir.path().join("device/subsystem")).unwrap();
+            symlink(
+                format!("/sys/bus/{bus}"),
+                dir.path().join("device/subsystem"),
+            )
+            .unwrap();
         }
         dir
     }
@@ -308,19 +312,32 @@ mod tests {
         assert_eq!(said(&[], Some("scsi")), Ok(Kind::Scsi));
         assert_eq!(said(&[], Some("nvme")), Ok(Kind::Nvme));
         assert_eq!(said(&[], Some("nvme-subsystem")), Ok(Kind::Nvme));
-        assert_eq!(
-            said(&[("dm/uuid", "mpath-3600\n")], None),
-            Ok(Kind::Map)
-        );
+        assert_eq!(said(&[("dm/uuid", "mpath-3600\n")], None), Ok(Kind::Map));
         let path_of_a_map = [
             ("holders/dm-0/dm/uuid", "mpath-3600\n"),
             ("holders/dm-0/dm/name", "lun7\n"),
         ];
         for (files, bus, words) in [
-            (&[("partition", "1\n")][..], None, ["is a partition", "whole disk"]),
-            (&[("dm/uuid", "LVM-abc\n")], None, ["device mapper", "lease=record:/PATH"]),
-            (&path_of_a_map, Some("scsi"), ["one path", "/dev/mapper/lun7"]),
-            (&[], Some("virtio"), ["neither a SCSI disk", "lease=record:/PATH"]),
+            (
+                &[("partition", "1\n")][..],
+                None,
+                ["is a partition", "whole disk"],
+            ),
+            (
+                &[("dm/uuid", "LVM-abc\n")],
+                None,
+                ["device mapper", "lease=record:/PATH"],
+            ),
+            (
+                &path_of_a_map,
+                Some("scsi"),
+                ["one path", "/dev/mapper/lun7"],
+            ),
+            (
+                &[],
+                Some("virtio"),
+                ["neither a SCSI disk", "lease=record:/PATH"],
+            ),
             (&[], None, ["neither a SCSI disk", "lease=record:/PATH"]),
         ] {
             let refused = said(files, bus).unwrap_err();

@@ -93,7 +93,9 @@ impl Target {
             return Answer::Conflict;
         }
         let is_victim = |state: &State, who: &Initiator| state.keys.get(who) == Some(&victim);
-        let held_by_victim = state.holder.is_some_and(|holder| is_victim(&state, &holder));
+        let held_by_victim = state
+            .holder
+            .is_some_and(|holder| is_victim(&state, &holder));
         let victims: Vec<_> = state.keys.keys().copied().collect();
         for who in victims {
             if who != by && is_victim(&state, &who) {
@@ -125,6 +127,20 @@ impl Target {
         let key = *state.keys.get(&state.holder?)?;
         let kind = self.kind;
         Some(Reservation { key, kind })
+    }
+
+    /// Who has it reserved.
+    #[must_use]
+    pub fn holder(&self) -> Option<Initiator> {
+        self.state().holder
+    }
+
+    /// An initiator is there anew, as after a boot: what it had under way is ended, and it stays registered.
+    pub fn disconnect(&self, by: Initiator) {
+        let mut state = self.state();
+        for (_, is_ended) in state.writes.values_mut().filter(|(of, _)| *of == by) {
+            *is_ended = true;
+        }
     }
 
     /// Begins a write; nothing if the storage refuses it.

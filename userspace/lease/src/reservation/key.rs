@@ -13,8 +13,8 @@
 use crate::{Claim, Host};
 use std::fmt;
 
-/// The part of the disk in the key of who breaks a reservation: no I/O is ever done under it.
-const BREAKER: u64 = 0;
+/// The part of the disk in a key under which no I/O is ever done.
+const NOBODY: u64 = 0;
 
 /// A key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,14 +28,20 @@ impl Key {
         Key::of(&claim.host, changes, disk)
     }
 
-    /// For who breaks a reservation, and has no disk.
-    pub(super) fn of_breaker(host: &Host, changes: u32) -> Key {
-        Key::of(host, changes, BREAKER)
+    /// For a host that keeps what is reserved for whoever takes it next, and has no disk.
+    pub(super) fn of_nobody(host: &Host, changes: u32) -> Key {
+        Key::of(host, changes, NOBODY)
     }
 
     fn of(host: &Host, changes: u32, disk: u64) -> Key {
         let changes = u64::from(changes) & 0xff;
         Key(machine(host) << 44 | boot(host) << 32 | changes << 24 | disk)
+    }
+
+    /// How often the registrations had changed, as far as it is part of the key.
+    pub(super) fn changes(self) -> u32 {
+        // CAST: one byte.
+        (self.0 >> 24 & 0xff) as u32
     }
 
     /// Which host it is, as it is shown.
@@ -60,9 +66,9 @@ impl Key {
         self.0 & !(0xff << 24) == own.0
     }
 
-    /// A break of this machine's was not finished.
-    pub(super) fn is_of_breaker(self) -> bool {
-        self.0 & 0xff_ffff == BREAKER
+    /// Nobody writes under it, whichever host it is of.
+    pub(super) fn is_of_nobody(self) -> bool {
+        self.0 & 0xff_ffff == NOBODY
     }
 }
 
@@ -113,14 +119,14 @@ mod tests {
         assert!(key.is_of(&own) && key.is_of_boot(&own.host) && key.is_of_machine(&own.host));
         assert_eq!(key.0 >> 24 & 0xff, 0x78);
         assert_ne!(key, Key::new(&own, 0x79));
-        assert!(!key.is_of_breaker());
+        assert!(!key.is_of_nobody());
         let (disk, boot, host) = (claim(1, 2, 4), claim(1, 4, 3), claim(4, 2, 3));
         assert!(!key.is_of(&disk) && key.is_of_boot(&disk.host));
         assert!(!key.is_of(&boot) && !key.is_of_boot(&boot.host));
         assert!(key.is_of_machine(&boot.host));
         assert!(!key.is_of(&host) && !key.is_of_machine(&host.host));
-        let breaker = Key::of_breaker(&own.host, 7);
-        assert!(breaker.is_of_breaker() && breaker.is_of_boot(&own.host) && !breaker.is_of(&own));
+        let idle = Key::of_nobody(&own.host, 7);
+        assert!(idle.is_of_nobody() && idle.is_of_boot(&own.host) && !idle.is_of(&own));
         assert_eq!(key.to_string().len(), 18);
         assert_eq!(key.host_id(), format!("id-{}", &key.to_string()[2..7]));
     }

@@ -11,7 +11,8 @@
 //! |---|---|
 //! | who breaks it has the storage end first what the holder has under way (PREEMPT AND ABORT) | a write that the dead host had under way lands after those of the next holder |
 //! | who does not get the reservation is registered no longer | of a map of dm-multipath, a host writes that has lost the lease |
-//! | of this host's keys only one that nobody writes under is replaced | two disks of one host, which are one to the storage, both have it |
+//! | of this host's keys only one that nobody writes under is replaced | a disk takes away what another one of its host has, which is one to the storage |
+//! | what is given up or broken stays reserved, for a key that nobody writes under, and the next holder preempts that | a host that has lost it and does not know yet writes when it is free, and that lands after the writes of the next holder |
 //! | it is given up when no I/O is under way | a write lands after those of the next holder, if the storage allows it to who reserves again |
 //!
 //! There is no term that ends by itself, nor a wait for who might still be about to write: what a holder does that has
@@ -123,7 +124,10 @@ impl<S: Storage> Reserved<S> {
     }
 
     fn now_has_it(&self, held: Option<Reservation>) -> String {
-        held.map_or("nobody".into(), |held| self.describe(held.key))
+        match held {
+            Some(held) if !Key(held.key).is_of_nobody() => self.describe(held.key),
+            _ => "nobody".into(),
+        }
     }
 
     fn explain(&self, refusal: Refusal) -> Failure {
@@ -182,8 +186,10 @@ impl<S: Storage + Send + fmt::Debug> Lease for Reserved<S> {
     fn inspect(&mut self) -> Result<View, Failure> {
         let held = complete(async { Ok(self.storage.reservation().await?) });
         match held {
-            Ok(Some(held)) => Ok(View::Held(self.holder(Key(held.key)))),
-            Ok(None) => Ok(View::Free {
+            Ok(Some(held)) if !Key(held.key).is_of_nobody() => {
+                Ok(View::Held(self.holder(Key(held.key))))
+            }
+            Ok(_) => Ok(View::Free {
                 generation: 0,
                 last: None,
             }),

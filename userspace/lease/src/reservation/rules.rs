@@ -38,6 +38,8 @@ pub(super) struct Rules {
     pub(super) leaves: bool,
     /// The key of another disk of this host is not replaced.
     pub(super) respects: bool,
+    /// What is given up or broken stays reserved, for nobody.
+    pub(super) idles: bool,
 }
 
 impl Rules {
@@ -45,6 +47,7 @@ impl Rules {
         aborts: true,
         leaves: true,
         respects: true,
+        idles: true,
     };
 }
 
@@ -111,27 +114,38 @@ impl Party {
         if key.is_of(&self.claim) {
             return Ok(key);
         }
-        if !self.is_left_over(key) {
-            return Err(Refusal::Busy(held));
-        }
-        let (changes, _) = storage.keys().await?;
+        let (changes, keys) = storage.keys().await?;
         let new = Key::new(&self.claim, changes);
         // The storage refuses it to all who are not registered so, whatever host the key seems to be of.
-        match storage.register(held.key, new.0).await? {
-            Answer::Done => match storage.reservation().await? {
+        if self.is_left_over(key) && storage.register(held.key, new.0).await? == Answer::Done {
+            return match storage.reservation().await? {
                 Some(held) if held.key == new.0 => Ok(new),
                 Some(held) => Err(Refusal::Busy(held)),
                 None => self.reserve_as(storage, new).await,
-            },
+            };
+        }
+        if !key.is_of_nobody() {
+            return Err(Refusal::Busy(held));
+        }
+        self.register(storage, &keys, new, None).await?;
+        match self.preempt(storage, key, new).await? {
+            Answer::Done => Ok(new),
+            // Somebody else was faster.
             Answer::Conflict => Err(Refusal::Busy(held)),
         }
+    }
+
+    /// Takes away what `old` has.
+    async fn preempt(&self, storage: &impl Storage, old: Key, new: Key) -> Result<Answer, Refusal> {
+        let preempted = storage.preempt(new.0, old.0, self.rules.aborts).await;
+        self.settle(storage, new, preempted).await
     }
 
     /// Nobody does I/O under this key, which this host left behind when it died or when a command failed.
     fn is_left_over(&self, key: Key) -> bool {
         let host = &self.claim.host;
-        let is_of_earlier_boot = !key.is_of_boot(host) || key.is_of_breaker();
-        key.is_of_machine(host) && (is_of_earlier_boot || !self.rules.respects)
+        let is_idle = !key.is_of_boot(host) || key.is_of_nobody();
+        key.is_of_machine(host) && (is_idle || !self.rules.respects)
     }
 
     async fn reserve(&self, storage: &impl Storage) -> Result<Key, Refusal> {
@@ -141,23 +155,38 @@ impl Party {
         self.reserve_as(storage, new).await
     }
 
-    /// Reserves for a key that is registered, which it is no longer if that fails: it would entitle to writes as
-    /// far as the storage allows them to all who are registered.
+    /// Reserves for a key that is registered.
     async fn reserve_as(&self, storage: &impl Storage, key: Key) -> Result<Key, Refusal> {
-        let refused = match storage.reserve(key.0).await {
-            Ok(Answer::Done) => return Ok(key),
-            Ok(Answer::Conflict) => None,
-            Err(failure) => Some(failure),
-        };
+        let reserved = storage.reserve(key.0).await;
+        match self.settle(storage, key, reserved).await? {
+            Answer::Done => Ok(key),
+            Answer::Conflict => match storage.reservation().await? {
+                Some(held) => Err(Refusal::Busy(held)),
+                // It was given up since, so the next attempt gets it.
+                None => Err(Refusal::Registered(Vec::new())),
+            },
+        }
+    }
+
+    /// What came of a command that was to reserve for this key, whose answer may be lost. Who has not got it is
+    /// registered no longer: that would entitle to writes as far as the storage allows them to all who are registered.
+    async fn settle(
+        &self,
+        storage: &impl Storage,
+        key: Key,
+        answer: Result<Answer, Failure>,
+    ) -> Result<Answer, Refusal> {
+        if matches!(answer, Ok(Answer::Done)) {
+            return Ok(Answer::Done);
+        }
+        // To unregister what has been reserved would make it free.
+        if matches!(storage.reservation().await?, Some(held) if held.key == key.0) {
+            return Ok(Answer::Done);
+        }
         if self.rules.leaves {
             storage.register(key.0, 0).await?;
         }
-        match (refused, storage.reservation().await?) {
-            (Some(failure), _) => Err(failure.into()),
-            (None, Some(held)) => Err(Refusal::Busy(held)),
-            // It was given up since, so the next attempt gets it.
-            (None, None) => Err(Refusal::Registered(Vec::new())),
-        }
+        Ok(answer?)
     }
 
     /// Registers a new key in place of none, or of one that was left over, but not of `except`.
@@ -202,19 +231,26 @@ impl Party {
     }
 
     /// Gives it up. No I/O is under way, and none follows.
+    ///
+    /// The storage keeps it reserved, for nobody: were it free, it would take what a host writes that has lost it before
+    /// and has not noticed.
     pub(super) async fn give_up(&self, storage: &impl Storage, key: Key) -> Result<(), Refusal> {
-        // Who has reserved and is registered no longer has reserved nothing.
-        if storage.register(key.0, 0).await? == Answer::Done {
+        let idle = match self.rules.idles {
+            true => Key::of_nobody(&self.claim.host, key.changes()),
+            false => Key(0),
+        };
+        if storage.register(key.0, idle.0).await? == Answer::Done {
             return Ok(());
         }
         match storage.reservation().await? {
             // It was done, but the answer was lost.
-            None => Ok(()),
+            Some(held) if held.key == idle.0 => Ok(()),
             held => Err(Refusal::Lost(held)),
         }
     }
 
-    /// Takes it away from the holder with the key `dead`, and leaves it free. True if there was something to be taken.
+    /// Takes it away from the holder with the key `dead`, and keeps it reserved for nobody. True if there was something
+    /// to be taken.
     pub(super) async fn break_off(
         &self,
         storage: &impl Storage,
@@ -223,23 +259,25 @@ impl Party {
         let (changes, keys) = storage.keys().await?;
         let held = storage.reservation().await?;
         match held {
-            None if !keys.contains(&dead.0) => return Ok(false),
+            Some(held) if Key(held.key).is_of_nobody() => return Ok(false),
             Some(held) if held.key != dead.0 => return Err(Refusal::Other(Some(held))),
+            None if !keys.contains(&dead.0) => return Ok(false),
             _ => {}
         }
-        let own = Key::of_breaker(&self.claim.host, changes);
-        match self.register(storage, &keys, own, Some(dead.0)).await {
+        let idle = Key::of_nobody(&self.claim.host, changes);
+        match self.register(storage, &keys, idle, Some(dead.0)).await {
             Err(Refusal::Registered(here)) if here.contains(&dead.0) => {
                 return Err(Refusal::Here(dead))
             }
             registered => registered?,
         }
-        let preempted = storage.preempt(own.0, dead.0, self.rules.aborts).await;
-        // Who has reserved and is registered no longer has reserved nothing.
-        storage.register(own.0, 0).await?;
-        match preempted? {
-            Answer::Done => Ok(true),
-            Answer::Conflict => Err(Refusal::Other(storage.reservation().await?)),
+        if self.preempt(storage, dead, idle).await? == Answer::Conflict {
+            return Err(Refusal::Other(storage.reservation().await?));
         }
+        // Of who was registered and had nothing reserved nothing is left.
+        if held.is_none() || !self.rules.idles {
+            storage.register(idle.0, 0).await?;
+        }
+        Ok(true)
     }
 }
