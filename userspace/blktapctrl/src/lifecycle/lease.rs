@@ -282,9 +282,6 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
                 let (message, retry_ms) = (failure.message.clone(), 0);
                 let what = What::Failed { message, retry_ms };
                 lifecycle.registry.events.add(Some(disk.minor), what);
-                if disk.record.borrow().reserved {
-                    pause_for_good(&lifecycle, &disk);
-                }
                 Duration::ZERO
             }
         };
@@ -304,6 +301,10 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
             }
         }
         links = told;
+        // Not before its process has been told to end: who lets the disk go on must not find that one.
+        if until.is_zero() && disk.record.borrow().reserved {
+            pause_for_good(&lifecycle, &disk);
+        }
     }
 }
 

@@ -144,10 +144,8 @@ fn a_disk_that_has_lost_its_reservation_waits_for_somebody() {
         assert_eq!(key(&bed, &target), None);
         let row = bed.row(minor).await;
         assert_ne!(row.state, Some(State::Running));
-        assert!(matches!(
-            bed.ask(unpause(minor)).await,
-            Ok(Reply::Opened(_))
-        ));
+        let served = bed.ask(unpause(minor)).await;
+        assert!(matches!(served, Ok(Reply::Opened(_))), "{served:?}");
         assert!(key(&bed, &target).is_some());
         bed.destroy(minor).await;
         assert!(is_nobodys(&bed, &target));

@@ -117,18 +117,25 @@ impl Party {
         let (changes, keys) = storage.keys().await?;
         let new = Key::new(&self.claim, changes);
         // The storage refuses it to all who are not registered so, whatever host the key seems to be of.
-        if self.is_left_over(key) && storage.register(held.key, new.0).await? == Answer::Done {
-            return match storage.reservation().await? {
-                Some(held) if held.key == new.0 => Ok(new),
-                Some(held) => Err(Refusal::Busy(held)),
-                None => self.reserve_as(storage, new).await,
-            };
-        }
-        if !key.is_of_nobody() {
+        let may_replace = self.is_left_over(key) || key.is_of_nobody();
+        let replaced = may_replace && storage.register(held.key, new.0).await? == Answer::Done;
+        if replaced {
+            match storage.reservation().await? {
+                Some(held) if held.key == new.0 => return Ok(new),
+                Some(_) => {}
+                None => return self.reserve_as(storage, new).await,
+            }
+        } else if key.is_of_nobody() {
+            self.register(storage, &keys, new, None).await?;
+        } else {
             return Err(Refusal::Busy(held));
         }
-        self.register(storage, &keys, new, None).await?;
-        match self.preempt(storage, key, new).await? {
+        let taken = match key.is_of_nobody() {
+            true => self.preempt(storage, key, new).await?,
+            // Of a map, a path that was not registered is now, and another host has it.
+            false => self.settle(storage, new, Ok(Answer::Conflict)).await?,
+        };
+        match taken {
             Answer::Done => Ok(new),
             // Somebody else was faster.
             Answer::Conflict => Err(Refusal::Busy(held)),
