@@ -442,6 +442,8 @@ impl Server {
             // What the image cannot do at all is no failure of its storage.
             Errno::OPNOTSUPP => return false,
             Errno::NOSPC | Errno::DQUOT => rules.on_no_space,
+            // Who takes the reservation away ends what is under way, by whatever error its driver has for that.
+            _ if self.terms.reserved => OnError::Stop,
             _ => rules.on_error,
         };
         let stops = self.is_lost_lease(error) || (policy == OnError::Stop && !is_final);

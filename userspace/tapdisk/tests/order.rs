@@ -571,3 +571,23 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
         }
     }
 }
+
+/// Who takes a reservation away ends what is under way, which may fail by any error.
+#[test]
+fn what_fails_on_a_disk_that_is_reserved_waits() {
+    let mut lab = Lab::with(Terms {
+        rules: rules(OnError::Report, OnError::Report),
+        reserved: true,
+        ..Terms::default()
+    });
+    lab.driver.0.write_fails.set(Some(Errno::IO));
+    let tag = lab.write(false, false);
+    lab.driver.allow(10);
+    lab.settle();
+    assert!(lab.told().is_stopped);
+    assert_eq!(lab.fake.info().committed, 0);
+    lab.driver.0.write_fails.set(None);
+    lab.go_on();
+    lab.settle();
+    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+}
