@@ -237,11 +237,18 @@ impl Disk {
         while all.setup.drains && self.under_way.get() > 0 {
             way.sleep(Duration::from_millis(10)).await;
         }
-        while all.setup.has_lease {
-            match self.party.give_up(way, key).await {
-                Ok(()) | Err(Refusal::Lost(_)) => break,
-                Err(_) => way.sleep(Duration::from_millis(500)).await,
+        if all.setup.has_lease {
+            self.give_up(key).await;
+        }
+    }
+
+    /// Until the storage has taken it back.
+    async fn give_up(&self, key: Key) {
+        while let Err(refusal) = self.party.give_up(&self.way, key).await {
+            if matches!(refusal, Refusal::Lost(_)) {
+                return;
             }
+            self.way.sleep(Duration::from_millis(500)).await;
         }
     }
 
