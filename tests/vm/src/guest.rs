@@ -56,6 +56,8 @@ pub(crate) struct Config {
     pub(crate) cmdline: String,
     /// Disks in xl's syntax.
     pub(crate) disks: Vec<String>,
+    /// Whether it serves disks of other guests.
+    pub(crate) is_driver_domain: bool,
 }
 
 impl Config {
@@ -68,6 +70,7 @@ impl Config {
             vcpus,
             cmdline: String::new(),
             disks: Vec::new(),
+            is_driver_domain: false,
         }
     }
 
@@ -86,8 +89,8 @@ impl Config {
         format!(
             "name = '{}'\ntype = '{kind}'\n{}memory = 384\nvcpus = {}\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\ndisk = [{disks}]\nvif = []\n\
-             tsc_mode = 'native'\n",
-            self.name, self.boot_text(), self.vcpus
+             tsc_mode = 'native'\ndriver_domain = {}\n",
+            self.name, self.boot_text(), self.vcpus, u8::from(self.is_driver_domain)
         )
     }
 
@@ -446,8 +449,13 @@ pub(crate) struct Vbd {
 }
 
 impl Vbd {
-    /// Finds the disk that xl made from a specification.
+    /// Finds the disk that xl made from a specification, with its backend in dom0.
     pub(crate) fn of(domid: u32, disk: &str) -> Result<Vbd> {
+        Vbd::of_backend(0, domid, disk)
+    }
+
+    /// The same, with its backend in the domain `back`.
+    pub(crate) fn of_backend(back: u32, domid: u32, disk: &str) -> Result<Vbd> {
         let vdev = disk.split(',').find_map(|part| {
             part.trim()
                 .strip_prefix("vdev=")
@@ -457,7 +465,7 @@ impl Vbd {
             .with_context(|| format!("`{disk}` names no xvd device"))?
             .to_owned();
         for kind in KINDS {
-            let base = format!("/local/domain/0/backend/{kind}/{domid}");
+            let base = format!("/local/domain/{back}/backend/{kind}/{domid}");
             for devid in xs::list(&base)? {
                 if xs::read(&format!("{base}/{devid}/dev"))?.as_deref() == Some(&vdev) {
                     let frontend = format!("/local/domain/{domid}/device/vbd/{devid}");

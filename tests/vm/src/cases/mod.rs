@@ -10,6 +10,7 @@ mod cow;
 mod death;
 mod direct;
 mod dirty;
+mod domain;
 mod export;
 mod faults;
 mod formats;
@@ -467,6 +468,7 @@ pub(crate) fn all() -> Vec<Case> {
         direct::cases(),
         dirty::cases(),
         boot::cases(),
+        domain::cases(),
         checked::cases(),
         // Last: after the module with planted faults nothing is worth judging.
         planted::cases(),

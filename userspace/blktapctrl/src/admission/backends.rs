@@ -24,13 +24,20 @@ enum Key {
     Params,
 }
 
-/// The virtual machines of a domain: its own, and the one that it is the stub domain of.
+/// The virtual machines of a domain: its own, and the one that it is the stub domain of. Xenstore shows those of others
+/// to dom0 alone; anywhere else, in a driver domain, each domain is a machine.
 ///
 /// # Errors
 /// Xenstore does not answer.
 pub(super) async fn machines(store: &dyn Store, domain: &str) -> io::Result<Machines> {
     let mut machines = Machines::new();
-    machines.extend(store.read(&format!("/local/domain/{domain}/vm")).await?);
+    match store.read(&format!("/local/domain/{domain}/vm")).await {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            machines.insert(format!("domain {domain}"));
+            return Ok(machines);
+        }
+        own => machines.extend(own?),
+    }
     let target = store
         .read(&format!("/local/domain/{domain}/target"))
         .await?;

@@ -297,6 +297,8 @@ type Watch = (String, mpsc::UnboundedSender<String>);
 pub(crate) struct FakeStore {
     keys: Rc<RefCell<BTreeMap<String, String>>>,
     watches: Rc<RefCell<Vec<Watch>>>,
+    /// What paths begin with that may not be read.
+    hidden: Rc<RefCell<Option<String>>>,
 }
 
 impl FakeStore {
@@ -307,6 +309,11 @@ impl FakeStore {
             self.keys.borrow_mut().insert(path.clone(), (*value).into());
             self.tell(&path);
         }
+    }
+
+    /// Lets nobody read what begins with this.
+    pub(crate) fn hide(&self, begin: &str) {
+        self.hidden.replace(Some(begin.into()));
     }
 
     /// Removes a directory.
@@ -345,7 +352,14 @@ impl FakeStore {
 
 impl Store for FakeStore {
     fn read<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Option<String>>> {
-        Box::pin(async move { Ok(self.get(path)) })
+        Box::pin(async move {
+            match &*self.hidden.borrow() {
+                Some(begin) if path.starts_with(begin) => {
+                    Err(io::ErrorKind::PermissionDenied.into())
+                }
+                _ => Ok(self.get(path)),
+            }
+        })
     }
 
     fn list<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Vec<String>>> {

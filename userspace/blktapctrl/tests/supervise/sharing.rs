@@ -43,6 +43,21 @@ fn an_image_has_one_writer() {
     });
 }
 
+/// In a driver domain, which may not see what machine a domain is.
+#[test]
+fn where_machines_are_hidden_each_domain_is_one() {
+    test("hidden", |bed| async move {
+        let of = stubbed(&bed);
+        bed.store.hide("/local/domain/");
+        let first = bed.made(of(3)).await;
+        let stranger = Request::Create(Box::new(of(4)));
+        let failure = bed.ask(stranger).await.expect_err("in use");
+        assert_eq!(failure.code, Code::Busy, "{failure}");
+        bed.destroy(first).await;
+        bed.made(of(4)).await;
+    });
+}
+
 /// An image, a guest and its stub domain, 3 and 4: what makes its disk for a domain.
 pub(crate) fn stubbed(bed: &Bed) -> impl Fn(u32) -> Create + '_ {
     let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
