@@ -246,8 +246,13 @@ impl Guest {
     pub(crate) fn attach(&self, disk: &str) -> Result<Vbd> {
         sh::run_for(&["xl", "block-attach", &self.domid.to_string(), disk], XL)?;
         let vbd = Vbd::of(self.domid, disk)?;
-        self.run(&format!("n=0; while [ ! -b /dev/{0} ]; do n=$((n+1)); [ $n -le 300 ] || {{ echo /dev/{0} did not appear; exit 1; }}; usleep 50000; done", vbd.vdev))?;
+        self.wait_disk(&vbd.vdev)?;
         Ok(vbd)
+    }
+
+    /// Waits until the guest has a disk.
+    pub(crate) fn wait_disk(&self, vdev: &str) -> Result<()> {
+        self.run(&format!("n=0; while [ ! -b /dev/{0} ]; do n=$((n+1)); [ $n -le 300 ] || {{ echo /dev/{0} did not appear; exit 1; }}; usleep 50000; done", vdev)).map(drop)
     }
 
     /// Detaches a disk in the orderly way and waits until nothing of it is left.

@@ -21,7 +21,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Nothing, run).no_leaks()
+        Case::new(name, about, Needs::Nothing, run)
+            .no_leaks()
+            .nightly()
     };
     vec![
         case(
@@ -173,6 +175,7 @@ fn served(context: &mut Context, domain: &DriverDomain) -> Result<()> {
     )?;
     let tap = Vbd::of_backend(domain.guest.domid, guest.domid, "xvdb")?;
     domain.check_driver(&tap)?;
+    guest.wait_disk("xvdb")?;
     let load = start_load(&guest)?;
     for _ in 0..3 {
         domain.wait_load(&tap)?;

@@ -87,6 +87,12 @@ pub(super) fn cases() -> Vec<Case> {
         })
         .nightly(),
         case(
+            "formats.vhdx",
+            "a VHDX is read and not written, and a guest writes over it",
+            vhdx,
+        )
+        .nightly(),
+        case(
             "formats.extents",
             "the same for a VMDK whose content is in a file of its own",
             |context| endures(context, &VMDK_FLAT),
@@ -238,6 +244,35 @@ pub(super) fn load_and_deaths(context: &mut Context, disk: &Served) -> Result<()
         "{DEATHS} deaths, {} requests executed again; {told}",
         info.replayed
     ))
+}
+
+fn vhdx(context: &mut Context) -> Result<()> {
+    let (root, path) = (base(context)?, place(context, "a.vhdx")?);
+    qemu_img(&["convert", "-f", "raw", "-O", "vhdx", &root, &path])?;
+    let expected = backing::sha256(&root, SIZE)?;
+    let sums = || sh::run(&["sha256sum", &path]);
+    let before = sums()?;
+    let target = format!("vhdx:{path}");
+    let writer = sh::status(&["tap-ctl", "create", "-a", &target], TOOL)?;
+    ensure!(
+        writer.rc != 0 && writer.text.contains("tapimg convert"),
+        "a VHDX can be written: {}",
+        writer.text
+    );
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "r"))?;
+    ensure!(
+        of_guest(guest)? == expected,
+        "the guest does not read what is in the image"
+    );
+    disk.detach(guest)?;
+    let over = Served::attach(guest, &tap::disk(&format!("cow:{target}"), VDEV, "w"))?;
+    load_and_deaths(context, &over)?;
+    let guest = context.pv()?;
+    ensure!(of_guest(guest)? != expected, "the load has written nothing");
+    over.detach(guest)?;
+    ensure!(sums()? == before, "the image was written");
+    Ok(())
 }
 
 fn endures(context: &mut Context, format: &Format) -> Result<()> {

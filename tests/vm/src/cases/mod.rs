@@ -35,6 +35,7 @@ mod takeover;
 mod tap;
 mod tap_host;
 mod tap_life;
+mod trace;
 mod xenstore;
 
 use crate::guest::{Config, Guest, Kind};
@@ -467,6 +468,7 @@ pub(crate) fn all() -> Vec<Case> {
         tap_life::cases(),
         direct::cases(),
         dirty::cases(),
+        trace::cases(),
         boot::cases(),
         domain::cases(),
         checked::cases(),
