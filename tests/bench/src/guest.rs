@@ -72,6 +72,11 @@ impl Guest {
         let path = format!("{DIR}/guest.cfg");
         sh::put(&path, &config)?;
         sh::run(&["xl", "create", &path])?;
+        Guest::connect(shape, 1)
+    }
+
+    /// Talks to the domain that has the name now; `next` is the number of the next command.
+    fn connect(shape: Shape, next: u64) -> Result<Guest> {
         let domid = sh::run(&["xl", "domid", NAME])?.trim().to_owned();
         let key = format!("/local/domain/{domid}/console/tty");
         let mut tty = String::new();
@@ -92,7 +97,7 @@ impl Guest {
             domid,
             tty,
             lines,
-            next: 1,
+            next,
         };
         guest.wait_agent()?;
         Ok(guest)
@@ -213,6 +218,12 @@ impl Guest {
         self.run("n=0; while [ -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done")
             .context("the disk did not go away in the guest")?;
         dom0::udev::settle()
+    }
+
+    /// Goes on with the domain to which the guest was moved.
+    pub(crate) fn follow(&mut self) -> Result<()> {
+        *self = Guest::connect(self.shape, self.next)?;
+        Ok(())
     }
 
     /// What it is made of.

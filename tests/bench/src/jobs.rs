@@ -21,6 +21,10 @@ pub(crate) enum Work {
     Death,
     /// The disk is handed to a new process under load, `count` times.
     Handoff,
+    /// The disk goes to the C driver and back under load, `count` times.
+    Takeover,
+    /// The guest is moved to another domain of the host under load, `count` times.
+    Move,
 }
 
 /// The guest and the disks that a job needs.
@@ -103,7 +107,7 @@ const fn entry(
 }
 
 use Setting::{Disks, Plain, Queues, Shared};
-use Work::{Attach, Bonnie, Death, Detach, Fio, Handoff, Idle};
+use Work::{Attach, Bonnie, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 
 /// All jobs.
 #[rustfmt::skip]
@@ -139,6 +143,8 @@ pub(crate) const ALL: &[Job] = &[
     entry("idle16", "16 disks that nobody uses", Idle, 10, Disks(16), Set::Full),
     entry("death", "the process of the disk is killed, until the next one has answered", Death, 2, Plain, Set::Full),
     entry("handoff", "the disk is handed to a new process, longest time without an answer", Handoff, 4, Plain, Set::Full),
+    entry("takeover", "the disk goes to the C driver and back, longest time without an answer", Takeover, 2, Plain, Set::Full),
+    entry("move", "the guest is moved to another domain of the host, longest time without an answer", Move, 1, Plain, Set::Named),
 ];
 
 impl Job {
@@ -157,7 +163,7 @@ impl Job {
             Attach | Detach => 3,
             // From one to the next it takes 16 to 22 ms.
             Death => 20,
-            Handoff => 3,
+            Handoff | Takeover => 3,
             // Our queues look for the next request before they sleep, and when depends on the attach.
             Fio(words, _) if words.ends_with("--iodepth=1") => 3,
             // Where others do the I/O, who batches how much hangs on who comes first: 12 % from visit
@@ -188,6 +194,8 @@ impl Job {
             Idle => "disk and second",
             Death => "death",
             Handoff => "hand-off",
+            Takeover => "way there and back",
+            Move => "move",
         }
     }
 
@@ -203,6 +211,11 @@ impl Job {
             _ => 1,
         };
         u64::from(processes) * u64::from(count) * u64::from(self.setting.disks())
+    }
+
+    /// Whether somebody else serves the disk afterwards.
+    pub(crate) fn is_change(&self) -> bool {
+        matches!(self.work, Death | Handoff | Takeover | Move)
     }
 
     /// The command that does `count` I/Os a process on each of `devices`.

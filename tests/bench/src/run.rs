@@ -8,6 +8,7 @@ use crate::jobs::{self, Job, Setting, Work};
 use crate::many::Disks;
 use crate::mark::Marks;
 use crate::memory::Memory;
+use crate::pauses;
 use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
@@ -123,14 +124,11 @@ fn versions() -> Result<BTreeMap<&'static str, String>> {
 
 /// Jobs that are measured one after the other with a guest of their own, the most important first.
 const PARTS: [fn(&Job) -> bool; 6] = [
-    |job| {
-        job.setting == Setting::Plain
-            && !matches!(job.work, Work::Bonnie | Work::Death | Work::Handoff)
-    },
+    |job| job.setting == Setting::Plain && job.work != Work::Bonnie && !job.is_change(),
     |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
-    |job| matches!(job.work, Work::Death | Work::Handoff),
+    Job::is_change,
     |job| job.work == Work::Bonnie,
 ];
 
@@ -282,7 +280,9 @@ impl Bench<'_> {
                     bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
                 }
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
-                Work::Handoff => tap::measure_handoff(&mut place, XVDA, job, self.marks)?,
+                Work::Handoff | Work::Takeover | Work::Move => {
+                    pauses::measure(&mut place, XVDA, job, self.marks)?
+                }
                 _ => {
                     let short = self.shorts.get(job.name).cloned();
                     let sample = sample::fio(&mut place, job, &devices, self.marks, short)?;
@@ -424,8 +424,12 @@ impl Bench<'_> {
 fn fits(backend: &Backend, job: &Job) -> bool {
     let guest = matches!(backend.way, Way::Guest(_));
     let memory = backend.store == Store::Memory;
+    let process = matches!(backend.way, Way::Tap(PROCESS, _));
     match (job.setting, job.work) {
-        (_, Work::Death | Work::Handoff) => matches!(backend.way, Way::Tap(PROCESS, _)),
+        (_, Work::Death | Work::Handoff) => process,
+        (_, Work::Takeover) => memory && guest && backend.driver == Driver::Ours,
+        // Xen does not log the dirty pages of PV guests here.
+        (_, Work::Move) => matches!(backend.way, Way::Pvh(_)),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
         // What shares a processor there is dom0 with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,

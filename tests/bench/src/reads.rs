@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A guest that reads one block after the other, and when it was answered last.
+
+use crate::guest::Guest;
+use crate::sh;
+use anyhow::{bail, Context, Result};
+use std::cell::Cell;
+use std::fs::{self, File};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// How often is looked whether a request was answered. The death of a process takes less than 20 ms as a whole.
+pub(crate) const LOOK: Duration = Duration::from_micros(250);
+/// What a command complains of.
+pub(crate) const ERRORS: &str = "/tmp/bench.err";
+const DEVICES: &str = "/sys/bus/xen-backend/devices";
+
+/// The reads of one disk.
+pub(crate) struct Reads {
+    number: u32,
+    /// The domain that does them.
+    domain: Cell<u32>,
+}
+
+/// How far the reads are: the domain, and what its driver has counted.
+pub(crate) type Count = (u32, u64);
+
+impl Reads {
+    /// Has the guest begin, on the disk of this number.
+    pub(crate) fn start(guest: &mut Guest, number: u32) -> Result<Reads> {
+        guest.run(
+            "fio --name=load --filename=/dev/xvda --direct=1 --rw=randread --bs=4k --ioengine=libaio \
+             --iodepth=1 --time_based --runtime=3600 >/tmp/load 2>&1 & echo $! >/tmp/load.pid",
+        )?;
+        let domain = guest.domid().parse().context("a domain has a number")?;
+        Ok(Reads {
+            number,
+            domain: Cell::new(domain),
+        })
+    }
+
+    /// Ends them; the guest must not have seen an error.
+    pub(crate) fn end(self, guest: &mut Guest) -> Result<()> {
+        // fio says how many errors it saw when it is ended.
+        guest
+            .run(
+                "kill -TERM $(cat /tmp/load.pid); until grep -q 'err=' /tmp/load; do usleep 10000; done; \
+                 grep -q 'err= 0' /tmp/load || { cat /tmp/load; false; }",
+            )
+            .context("the guest saw that another one serves its disk")?;
+        Ok(())
+    }
+
+    /// Waits until so many more reads were answered than now.
+    pub(crate) fn wait(&self, more: u64) -> Result<()> {
+        let mut wanted = None;
+        sh::wait_every(LOOK, "answers to the guest", || {
+            let Some((_, count)) = self.now()? else {
+                return Ok(false);
+            };
+            Ok(count >= *wanted.get_or_insert(count + more))
+        })
+    }
+
+    /// The longest time without an answer from before a command until after it, in seconds, and its output.
+    pub(crate) fn longest_silence(&self, command: &mut Command) -> Result<(f64, Output)> {
+        self.silence(command, || Ok(()))
+    }
+
+    /// The same for a command that moves the guest to another domain, which is looked for too.
+    pub(crate) fn longest_silence_of_move(&self, command: &mut Command) -> Result<(f64, Output)> {
+        self.silence(command, || self.find_domain())
+    }
+
+    fn silence(
+        &self,
+        command: &mut Command,
+        follow: impl Fn() -> Result<()>,
+    ) -> Result<(f64, Output)> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(ERRORS)?)
+            .spawn()
+            .with_context(|| format!("cannot start {command:?}: is it installed?"))?;
+        let (mut last, mut longest) = (self.now()?, Duration::ZERO);
+        let (begun, mut since) = (Instant::now(), Instant::now());
+        loop {
+            let ended = child.try_wait()?.is_some();
+            follow()?;
+            let now = self.now()?;
+            let is_answered = now.is_some() && now != last;
+            if is_answered {
+                longest = longest.max(since.elapsed());
+                (last, since) = (now, Instant::now());
+            }
+            if ended && is_answered {
+                return Ok((longest.as_secs_f64(), child.wait_with_output()?));
+            }
+            if begun.elapsed() > sh::LIMIT {
+                // An error of that is of no use: what matters is that no answer comes.
+                drop(child.kill());
+                bail!("{command:?} did not end, or the guest got no answer after it");
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Goes on with the newest domain that has the disk.
+    fn find_domain(&self) -> Result<()> {
+        for entry in fs::read_dir(DEVICES).context("the kernel has no backends")? {
+            let name = entry?.file_name();
+            let found = name.to_str().and_then(|name| self.domain_of(name));
+            self.domain.set(self.domain.get().max(found.unwrap_or(0)));
+        }
+        Ok(())
+    }
+
+    /// What the driver has counted; nothing if none serves the disk. Whoever begins anew, another domain or driver,
+    /// has answered a read when the guest asks for the second one.
+    fn now(&self) -> Result<Option<Count>> {
+        let domain = self.domain.get();
+        let file = format!("{DEVICES}/vbd-{domain}-{}/statistics/rd_req", self.number);
+        let Ok(text) = fs::read_to_string(&file) else {
+            return Ok(None);
+        };
+        let count: u64 = text
+            .trim()
+            .parse()
+            .with_context(|| format!("the driver counts `{text}` reads"))?;
+        Ok((count >= 2).then_some((domain, count)))
+    }
+
+    /// The domain of a device `vbd-DOMAIN-NUMBER`, if it is this disk.
+    fn domain_of(&self, device: &str) -> Option<u32> {
+        let (domain, number) = device.strip_prefix("vbd-")?.split_once('-')?;
+        (number.parse() == Ok(self.number)).then(|| domain.parse().ok())?
+    }
+}
