@@ -27,6 +27,11 @@ pub(crate) struct Supervisor(Child);
 impl Supervisor {
     /// Starts it and waits until it answers.
     pub(crate) fn start() -> Result<Supervisor> {
+        Supervisor::start_with(&[])
+    }
+
+    /// The same with more settings: names of its environment, and their values.
+    pub(crate) fn start_with(settings: &[(&str, &str)]) -> Result<Supervisor> {
         let log = log_of("blktapctrl")?;
         let child = Command::new("blktapctrl")
             .arg("--foreground")
@@ -35,6 +40,7 @@ impl Supervisor {
                 "XENTAP_DIRECT",
                 env::var("XENTAP_DIRECT").unwrap_or("no".into()),
             )
+            .envs(settings.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

@@ -6,6 +6,7 @@ use crate::image::Image;
 use crate::process::Process;
 use crate::record::{Known, Record, Want};
 use crate::state::State;
+use crate::store;
 use crate::tenure::Tenure;
 use control::stats::{Mirror, Stream};
 use control::supervisor::{Doing, Row};
@@ -197,6 +198,12 @@ impl Disk {
             .subscribe()
             .wait_for(|fate| *fate == Fate::Gone)
             .await;
+    }
+
+    /// The domain of its guest.
+    #[must_use]
+    pub fn domain(&self) -> Option<u32> {
+        store::domain(self.record.borrow().vbd.as_deref()?)
     }
 
     /// The process that serves, if there is one.

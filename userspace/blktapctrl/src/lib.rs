@@ -15,6 +15,7 @@ pub mod disk;
 pub mod domains;
 pub mod events;
 pub mod folder;
+pub mod groups;
 pub mod image;
 pub mod kernel;
 pub mod lifecycle;

@@ -3,6 +3,7 @@
 
 use anyhow::{bail, Context, Result};
 use blktapctrl::folder::Folder;
+use blktapctrl::groups::{Groups, Template};
 use blktapctrl::lifecycle::Lifecycle;
 use blktapctrl::process::{user_in, Program};
 use blktapctrl::record::Files;
@@ -61,9 +62,25 @@ struct Cli {
         value_parser = control::yes_or_no
     )]
     direct: bool,
+    /// Give each guest a control group (cgroup v2) here, in which what does the I/O of its disks is, phy disks too: a
+    /// path that ends with a name in which %d stands for the number of the domain. Then io.max and io.weight of that
+    /// group hold for the guest.
+    #[arg(long, value_name = "PATH", env = "XENTAP_CGROUP", value_parser = place_of_groups)]
+    cgroup: Option<PlaceOfGroups>,
     /// Log more.
     #[arg(long, short)]
     verbose: bool,
+}
+
+/// Where the groups of guests are. A setting that is empty says nothing.
+#[derive(Clone)]
+struct PlaceOfGroups(Option<Template>);
+
+fn place_of_groups(text: &str) -> Result<PlaceOfGroups, String> {
+    match text {
+        "" => Ok(PlaceOfGroups(None)),
+        text => text.parse().map(|place| PlaceOfGroups(Some(place))),
+    }
 }
 
 fn main() -> ExitCode {
@@ -128,6 +145,9 @@ async fn run(cli: &Cli) -> Result<()> {
     let registry = Registry::new(folder, records, Box::new(nodes::Driver));
     let lifecycle = Lifecycle::new(registry.clone(), program, folders);
     lifecycle.direct.set(cli.direct);
+    if let Some(PlaceOfGroups(Some(template))) = &cli.cgroup {
+        lifecycle.use_groups(Groups::new(template.clone()));
+    }
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();
     adopt::disks(&lifecycle).await;

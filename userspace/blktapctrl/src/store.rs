@@ -118,9 +118,22 @@ pub fn directory(path: &str) -> Option<&str> {
     }
 }
 
+/// The domain of the frontend of a backend's directory.
+#[must_use]
+pub fn domain(directory: &str) -> Option<u32> {
+    relative(directory).split('/').nth(2)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{directory, relative};
+    use super::{directory, domain, relative};
+
+    #[test]
+    fn a_directory_names_its_domain() {
+        assert_eq!(domain("backend/vbd/3/51712"), Some(3));
+        assert_eq!(domain("/local/domain/0/backend/vbd3/12/51712"), Some(12));
+        assert_eq!(domain("backend/vbd"), None);
+    }
 
     #[test]
     fn directories_of_backends() {

@@ -11,6 +11,7 @@
 //! when the driver has offered the disk.
 
 use crate::disk::Disk;
+use crate::groups::Groups;
 use crate::lifecycle::Lifecycle;
 use crate::registry::Registry;
 use crate::store::{self, Store, Xenstore};
@@ -92,29 +93,78 @@ pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Resu
             match store::directory(&path) {
                 Some(directory) => drop(directories.insert(directory.to_owned())),
                 // Something above: of a whole domain, or the first event of the watch.
-                None => directories.extend(all(&lifecycle.registry, &*store).await?),
+                None => directories.extend(all(lifecycle, &*store).await?),
             }
         }
+        let domains: BTreeSet<u32> = directories
+            .iter()
+            .filter_map(|directory| store::domain(directory))
+            .collect();
         for directory in directories {
             look(lifecycle, &store, &directory).await?;
+        }
+        if let Some(groups) = lifecycle.groups() {
+            for domain in domains {
+                group(lifecycle, &groups, &*store, domain).await?;
+            }
         }
     }
     Ok(())
 }
 
-/// All directories that matter: those of our disks, and those that are to have one.
-async fn all(registry: &Registry, store: &dyn Store) -> io::Result<Vec<String>> {
-    let ours = registry.all();
+/// All directories that matter: those of our disks, and those that are to have one; with groups of guests those of other
+/// disks, too.
+async fn all(lifecycle: &Lifecycle, store: &dyn Store) -> io::Result<Vec<String>> {
+    let ours = lifecycle.registry.all();
     let mut all: Vec<String> = ours
         .iter()
         .filter_map(|disk| disk.record.borrow().vbd.clone())
         .collect();
-    for domain in store.list(TAP).await? {
-        for device in store.list(&format!("{TAP}/{domain}")).await? {
-            all.push(format!("{TAP}/{domain}/{device}"));
+    let kinds = match lifecycle.groups() {
+        Some(_) => &[TAP, VBD][..],
+        None => &[TAP],
+    };
+    for kind in kinds {
+        for domain in store.list(kind).await? {
+            for device in store.list(&format!("{kind}/{domain}")).await? {
+                all.push(format!("{kind}/{domain}/{device}"));
+            }
         }
     }
     Ok(all)
+}
+
+/// Who is in a group is still ending when its last disk goes: so often is tried to remove it, and after such a time.
+const TRIES: u32 = 20;
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Puts who does the I/O of a domain's disks into its group, or removes that after the last disk.
+async fn group(
+    lifecycle: &Lifecycle,
+    groups: &Rc<Groups>,
+    store: &dyn Store,
+    domain: u32,
+) -> io::Result<()> {
+    let mut disks = store.list(&format!("{VBD}/{domain}")).await?;
+    disks.extend(store.list(&format!("{TAP}/{domain}")).await?);
+    if disks.is_empty() {
+        let groups = groups.clone();
+        tokio::task::spawn_local(async move {
+            for _ in 0..TRIES {
+                if groups.remove(domain) {
+                    return;
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        });
+        return Ok(());
+    }
+    let disks = lifecycle.registry.all();
+    let of_domain = disks.iter().filter(|disk| disk.domain() == Some(domain));
+    let processes = of_domain.filter_map(|disk| disk.serving().ok());
+    let processes: Vec<u32> = processes.map(|process| process.pid()).collect();
+    groups.place(domain, &processes);
+    Ok(())
 }
 
 /// Looks at one directory.

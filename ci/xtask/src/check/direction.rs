@@ -90,7 +90,9 @@ const BLKBACK: &[&[&str]] = &[
 ];
 
 const SUPERVISOR: &[&[&str]] = &[
-    &["apart", "backoff", "events", "folder", "link", "store"],
+    &[
+        "apart", "backoff", "events", "folder", "groups", "link", "store",
+    ],
     &["image", "notes"],
     &["kernel"],
     &["domains", "memory", "nodes", "tenure"],

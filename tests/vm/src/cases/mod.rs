@@ -14,6 +14,7 @@ mod domain;
 mod export;
 mod faults;
 mod formats;
+mod groups;
 mod handoff;
 mod hung;
 mod images;
@@ -331,6 +332,11 @@ impl Context {
             .context("the case did not ask for the supervisor")
     }
 
+    /// Takes care of a supervisor that a case has started.
+    pub(crate) fn give_supervisor(&mut self, supervisor: Supervisor) {
+        self.supervisor = Some(supervisor);
+    }
+
     /// Makes the supervisor run, or not: it keeps the module in use.
     pub(crate) fn supervise(&mut self, wanted: bool) -> Result<()> {
         let running = match &mut self.supervisor {
@@ -451,6 +457,7 @@ pub(crate) fn all() -> Vec<Case> {
         migrate::cases(),
         hung::cases(),
         ops::cases(),
+        groups::cases(),
         memory::cases(),
         played::cases(),
         tap::cases(),

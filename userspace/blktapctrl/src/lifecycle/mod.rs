@@ -33,6 +33,7 @@ pub(crate) mod trouble;
 use crate::admission::Admission;
 use crate::disk::Disk;
 use crate::domains::{Domains, Xl};
+use crate::groups::Groups;
 use crate::process::{Process, Program, OPEN, SOON};
 use crate::record::Want;
 use crate::registry::Registry;
@@ -70,6 +71,8 @@ pub struct Lifecycle {
     pub patience: Cell<Duration>,
     /// Disks are parked, or about to be: no new ones are made.
     parked: watch::Sender<bool>,
+    /// The control groups of guests, if they have any.
+    groups: RefCell<Option<Rc<Groups>>>,
 }
 
 /// Opens the lease of an image; it may hang as storage does.
@@ -99,7 +102,18 @@ impl Lifecycle {
             direct: Cell::new(true),
             patience: Cell::new(OPEN),
             parked: watch::Sender::new(false),
+            groups: RefCell::default(),
         })
+    }
+
+    /// Guests have these control groups.
+    pub fn use_groups(&self, groups: Groups) {
+        self.groups.replace(Some(Rc::new(groups)));
+    }
+
+    /// The control groups of guests, if they have any.
+    pub fn groups(&self) -> Option<Rc<Groups>> {
+        self.groups.borrow().clone()
     }
 
     /// Opens leases so.

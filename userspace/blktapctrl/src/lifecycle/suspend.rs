@@ -58,7 +58,8 @@ impl Lifecycle {
                     continue;
                 }
             };
-            for disk in active.filter(|disk| domain(disk).is_some_and(|d| suspended.contains(&d))) {
+            for disk in active.filter(|disk| disk.domain().is_some_and(|d| suspended.contains(&d)))
+            {
                 let (lifecycle, disk) = (self.clone(), disk.clone());
                 tokio::task::spawn_local(async move {
                     if let Err(failure) = lifecycle.inactivate(&disk).await {
@@ -329,10 +330,4 @@ pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
 fn is_active(disk: &Disk) -> bool {
     let record = disk.record.borrow();
     record.want == Want::Served && record.doing.is_none() && record.inactive.is_none()
-}
-
-/// The domain of a disk's guest.
-fn domain(disk: &Disk) -> Option<u32> {
-    let record = disk.record.borrow();
-    record.vbd.as_deref()?.split('/').nth(2)?.parse().ok()
 }

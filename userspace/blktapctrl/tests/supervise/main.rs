@@ -7,6 +7,7 @@ mod death;
 mod direct;
 mod disks;
 mod fake;
+mod groups;
 mod handoff;
 mod lease;
 mod left;

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The control group (cgroup v2) of a guest: what does the I/O of its disks is in there, so that limits and weights of
+//! that group hold for the guest (`io.max`, `io.weight`).
+//!
+//! Who does the I/O are the threads of the kernel that serve the rings, of any driver and of phy disks too, and the
+//! processes of tap disks. Both come and go as frontends connect and processes die, so they are placed whenever
+//! xenstore tells of either.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// What stands for the number of a domain.
+const NUMBER: &str = "%d";
+/// The flag of a thread of the kernel in `/proc/PID/stat` (`PF_KTHREAD`, include/linux/sched.h).
+const KERNEL_THREAD: u64 = 0x0020_0000;
+
+/// Where the group of a guest is: a path that ends with a name in which `%d` stands for the domain's number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template {
+    parent: PathBuf,
+    name: String,
+}
+
+impl FromStr for Template {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let path = Path::new(text);
+        let name = path.file_name().and_then(|name| name.to_str());
+        match (path.parent(), name) {
+            (Some(parent), Some(name))
+                if parent.is_absolute()
+                    && name.matches('%').count() == 1
+                    && name.contains(NUMBER) =>
+            {
+                Ok(Template {
+                    parent: parent.into(),
+                    name: name.into(),
+                })
+            }
+            _ => Err(format!(
+                "`{text}` is no place for the groups of guests: write an absolute path that ends with a name in which \
+                 {NUMBER} stands for the number of the domain, such as /sys/fs/cgroup/guests/guest-%d"
+            )),
+        }
+    }
+}
+
+impl Template {
+    fn of(&self, domain: u32) -> PathBuf {
+        self.parent
+            .join(self.name.replace(NUMBER, &domain.to_string()))
+    }
+}
+
+/// The groups of guests.
+#[derive(Debug)]
+pub struct Groups {
+    template: Template,
+    /// The kernel's view of processes.
+    proc: PathBuf,
+    /// Those that are ours to remove.
+    made: RefCell<BTreeSet<u32>>,
+    /// It was said that one cannot be used.
+    is_told: Cell<bool>,
+}
+
+impl Groups {
+    /// Groups at `template`.
+    #[must_use]
+    pub fn new(template: Template) -> Groups {
+        Groups::seen_in(template, Path::new("/proc"))
+    }
+
+    /// The same with another view of processes.
+    #[must_use]
+    pub fn seen_in(template: Template, proc: &Path) -> Groups {
+        Groups {
+            template,
+            proc: proc.into(),
+            made: RefCell::default(),
+            is_told: Cell::default(),
+        }
+    }
+
+    /// Puts the kernel's threads of a domain into its group, and these processes. What has ended meanwhile is no
+    /// failure; what fails is said once, and disks are served all the same.
+    pub fn place(&self, domain: u32, processes: &[u32]) {
+        let threads = match self.threads(domain) {
+            Ok(threads) => threads,
+            Err(error) => return self.tell(&self.proc, &error),
+        };
+        if threads.is_empty() && processes.is_empty() {
+            return;
+        }
+        let group = self.template.of(domain);
+        if let Err(error) = self.make(domain, &group) {
+            return self.tell(&group, &error);
+        }
+        for pid in threads.iter().chain(processes) {
+            match fs::write(group.join("cgroup.procs"), pid.to_string()) {
+                Ok(()) => {}
+                // No such process (ESRCH).
+                Err(error) if error.raw_os_error() == Some(3) => {}
+                Err(error) => self.tell(&group, &error),
+            }
+        }
+    }
+
+    /// Removes the group of a domain that has no disks any more; true if it is gone, or not ours. It cannot go as long
+    /// as somebody is in it.
+    pub fn remove(&self, domain: u32) -> bool {
+        if !self.made.borrow().contains(&domain) {
+            return true;
+        }
+        match fs::remove_dir(self.template.of(domain)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => false,
+            _ => {
+                self.made.borrow_mut().remove(&domain);
+                true
+            }
+        }
+    }
+
+    fn make(&self, domain: u32, group: &Path) -> io::Result<()> {
+        match fs::create_dir(group) {
+            Ok(()) => {
+                self.made.borrow_mut().insert(domain);
+                // Without it the files io.max and io.weight are not there.
+                fs::write(self.template.parent.join("cgroup.subtree_control"), "+io")
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The threads of the kernel that serve the rings of a domain: a driver calls them `DOMAIN.DISK-QUEUE`.
+    fn threads(&self, domain: u32) -> io::Result<Vec<u32>> {
+        let begin = format!("({domain}.");
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.proc)? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            // It may have ended.
+            let Ok(stat) = fs::read_to_string(self.proc.join(&name).join("stat")) else {
+                continue;
+            };
+            let is_ours = stat
+                .split_once(' ')
+                .is_some_and(|(_, rest)| rest.starts_with(&begin));
+            if is_ours && is_kernel_thread(&stat) {
+                found.push(pid);
+            }
+        }
+        Ok(found)
+    }
+
+    fn tell(&self, place: &Path, error: &io::Error) {
+        if !self.is_told.replace(true) {
+            tracing::warn!(
+                "the I/O of guests is in no group of theirs, so no limit of one holds: {}: {error}: is it in a tree of \
+                 cgroup v2 that was delegated to blktapctrl, and is no process in {} itself?",
+                place.display(),
+                self.template.parent.display()
+            );
+        }
+    }
+}
+
+/// Whether a line of `/proc/PID/stat` is that of a thread of the kernel. A name may have any character in it, so the
+/// words are counted behind its last bracket.
+fn is_kernel_thread(stat: &str) -> bool {
+    let flags = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(6));
+    flags
+        .and_then(|flags| flags.parse::<u64>().ok())
+        .is_some_and(|flags| flags & KERNEL_THREAD != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Groups, Template};
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    /// A tree of groups and of processes in files.
+    struct Host(PathBuf);
+
+    impl Host {
+        fn new(name: &str) -> Host {
+            let dir = std::env::temp_dir().join(format!("groups-{name}-{}", std::process::id()));
+            fs::create_dir_all(dir.join("proc")).unwrap();
+            fs::create_dir_all(dir.join("cgroup")).unwrap();
+            Host(dir)
+        }
+
+        fn process(&self, pid: u32, name: &str, flags: u64) {
+            let dir = self.0.join("proc").join(pid.to_string());
+            fs::create_dir_all(&dir).unwrap();
+            let stat = format!("{pid} ({name}) S 2 0 0 0 -1 {flags} 0 0");
+            fs::write(dir.join("stat"), stat).unwrap();
+        }
+
+        fn groups(&self) -> Groups {
+            let template = self.0.join("cgroup/guest-%d");
+            let template: Template = template.to_str().unwrap().parse().unwrap();
+            Groups::seen_in(template, &self.0.join("proc"))
+        }
+
+        fn last_in(&self, group: &str) -> Option<String> {
+            fs::read_to_string(self.0.join("cgroup").join(group).join("cgroup.procs")).ok()
+        }
+    }
+
+    impl Drop for Host {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_place_names_the_domain() {
+        let template: Template = "/sys/fs/cgroup/xen/guest-%d".parse().unwrap();
+        assert_eq!(template.of(7), Path::new("/sys/fs/cgroup/xen/guest-7"));
+        for bad in [
+            "guest-%d",
+            "/sys/fs/cgroup/xen",
+            "/%d/x",
+            "/a/%d%d",
+            "/a/%n-%d",
+            "/",
+        ] {
+            assert!(bad.parse::<Template>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn threads_of_the_kernel_and_processes_are_placed_and_no_others() {
+        let host = Host::new("placed");
+        let groups = host.groups();
+        // Somebody's program with such a name, another domain's thread, and a name with a bracket.
+        host.process(10, "3.xvda-0", 0);
+        host.process(11, "33.xvda-0", super::KERNEL_THREAD);
+        host.process(12, ") 3.xvda-0", super::KERNEL_THREAD);
+        groups.place(3, &[]);
+        assert_eq!(host.last_in("guest-3"), None);
+        host.process(13, "3.xvda-0", super::KERNEL_THREAD | 0x40);
+        groups.place(3, &[]);
+        assert_eq!(host.last_in("guest-3").as_deref(), Some("13"));
+        assert_eq!(
+            fs::read_to_string(host.0.join("cgroup/cgroup.subtree_control")).unwrap(),
+            "+io"
+        );
+        groups.place(33, &[99]);
+        assert_eq!(host.last_in("guest-33").as_deref(), Some("99"));
+    }
+
+    #[test]
+    fn what_was_there_is_not_removed() {
+        let host = Host::new("removed");
+        let groups = host.groups();
+        fs::create_dir(host.0.join("cgroup/guest-4")).unwrap();
+        groups.place(4, &[1]);
+        groups.place(5, &[1]);
+        // A real group is empty when nobody is in it.
+        for group in ["guest-4", "guest-5"] {
+            fs::remove_file(host.0.join("cgroup").join(group).join("cgroup.procs")).unwrap();
+        }
+        assert!(groups.remove(4) && groups.remove(5));
+        assert!(host.0.join("cgroup/guest-4").exists());
+        assert!(!host.0.join("cgroup/guest-5").exists());
+    }
+
+    #[test]
+    fn who_is_in_it_keeps_it() {
+        let host = Host::new("kept");
+        let groups = host.groups();
+        groups.place(5, &[1]);
+        assert!(!groups.remove(5));
+        fs::remove_file(host.0.join("cgroup/guest-5/cgroup.procs")).unwrap();
+        assert!(groups.remove(5));
+    }
+}
