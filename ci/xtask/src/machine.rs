@@ -50,12 +50,51 @@ pub(crate) struct Machine {
     pub(crate) checks: bool,
     /// More disks (raw images); they are vdc, vdd, ...
     pub(crate) disks: Vec<PathBuf>,
+    /// Which of two hosts it is, if another one runs beside it.
+    pub(crate) host: Option<Host>,
     /// A plugin for QEMU; what it writes is `plugin.out` beside the console log.
     pub(crate) plugin: Option<PathBuf>,
     /// More arguments for the plugin.
     pub(crate) plugin_args: String,
     /// After this long the machine is killed, and the run fails.
     pub(crate) timeout: Duration,
+}
+
+/// What the network between two hosts is, in the folder of their first disk.
+pub(crate) const CABLE: &str = "cable";
+
+/// One of two hosts with a network between them, and disks that both have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Host {
+    /// The one that is there from the begin to the end.
+    First,
+    /// The one that goes down and comes back.
+    Second,
+}
+
+impl Host {
+    /// How dom0 learns which one it is.
+    fn word(self) -> &'static str {
+        match self {
+            Host::First => "host=first",
+            Host::Second => "host=second",
+        }
+    }
+
+    fn network(self) -> String {
+        let server = match self {
+            Host::First => "on",
+            Host::Second => "off",
+        };
+        format!("stream,id=net,server={server},addr.type=unix,addr.path=/mnt/c/{CABLE}")
+    }
+
+    fn card(self) -> &'static str {
+        match self {
+            Host::First => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01",
+            Host::Second => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:02",
+        }
+    }
 }
 
 /// How a run went.
@@ -122,6 +161,7 @@ impl Machine {
             dom0_args: String::new(),
             checks: true,
             disks: Vec::new(),
+            host: None,
             plugin: None,
             plugin_args: String::new(),
             timeout: Duration::from_secs(600),
@@ -219,7 +259,7 @@ impl Machine {
 
     /// Makes the folder of the run, with the payload as a disk; it is nobody else's until the lock is
     /// given up.
-    fn prepare(&self, payload: &Path) -> Result<(PathBuf, Flock<File>)> {
+    pub(crate) fn prepare(&self, payload: &Path) -> Result<(PathBuf, Flock<File>)> {
         ensure!(
             self.disks.len() <= 2,
             "a machine takes two more disks at most"
@@ -248,7 +288,7 @@ impl Machine {
         Ok((dir, lock))
     }
 
-    fn qemu(&self, machines: &Machines, dir: &Path) -> Command {
+    pub(crate) fn qemu(&self, machines: &Machines, dir: &Path) -> Command {
         let mut root = Root::new(&machines.build_root)
             .bind_read_only(&machines.dom0, "/mnt/a")
             .bind(dir, "/mnt/b");
@@ -262,8 +302,12 @@ impl Machine {
                 .to_string_lossy()
                 .into_owned();
             root = root.bind(folder, place);
+            let sharing = match self.host {
+                Some(_) => ",file.locking=off",
+                None => "",
+            };
             disks.push(format!(
-                "file={place}/{name},if=virtio,format=raw,cache=unsafe"
+                "file={place}/{name},if=virtio,format=raw,cache=unsafe{sharing}"
             ));
         }
         let mut qemu = root.command("chrt");
@@ -319,6 +363,9 @@ impl Machine {
         for disk in &disks {
             qemu.args(["-drive", disk]);
         }
+        if let Some(host) = self.host {
+            qemu.args(["-netdev", &host.network(), "-device", host.card()]);
+        }
         if self.plugin.is_some() {
             let mut plugin = String::from("/mnt/b/plugin.so,out=/mnt/b/plugin.out");
             if !self.plugin_args.is_empty() {
@@ -349,6 +396,7 @@ impl Machine {
     fn dom0_command_line(&self) -> String {
         let line = String::from("console=hvc0 root=/dev/vda");
         let line = join(line, if self.checks { CHECKS } else { "panic=-1" });
+        let line = join(line, self.host.map_or("", Host::word));
         join(line, &self.dom0_args)
     }
 }

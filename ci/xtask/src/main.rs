@@ -18,6 +18,7 @@ mod payload;
 mod recipes;
 mod root;
 mod run;
+mod second;
 mod tally;
 mod vm;
 

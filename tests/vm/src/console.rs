@@ -71,6 +71,11 @@ impl Console {
     pub(crate) fn open(tty: &str, log: &Path, first_job: u64) -> Result<Console> {
         let file = OpenOptions::new().read(true).write(true).open(tty);
         let file = file.with_context(|| format!("cannot open the guest's console {tty}"))?;
+        Console::over(file, log, first_job)
+    }
+
+    /// The same over what leads to the terminal.
+    pub(crate) fn over(file: File, log: &Path, first_job: u64) -> Result<Console> {
         let log = OpenOptions::new().append(true).create(true).open(log);
         let log = log.context("cannot open the log of the guest's console")?;
         let shared = Arc::new(Shared::default());

@@ -54,6 +54,8 @@ pub(crate) struct Config {
     pub(crate) vcpus: u32,
     /// More words for the kernel's command line, such as `xen_blkfront.max_queues=2`.
     pub(crate) cmdline: String,
+    /// Its memory, in MiB.
+    pub(crate) memory: u32,
     /// Disks in xl's syntax.
     pub(crate) disks: Vec<String>,
     /// Whether it serves disks of other guests.
@@ -69,6 +71,7 @@ impl Config {
             boot: Boot::Payload,
             vcpus,
             cmdline: String::new(),
+            memory: 384,
             disks: Vec::new(),
             is_driver_domain: false,
         }
@@ -87,10 +90,10 @@ impl Config {
             .collect::<Vec<_>>()
             .join(", ");
         format!(
-            "name = '{}'\ntype = '{kind}'\n{}memory = 384\nvcpus = {}\n\
+            "name = '{}'\ntype = '{kind}'\n{}memory = {}\nvcpus = {}\n\
              on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\ndisk = [{disks}]\nvif = []\n\
              tsc_mode = 'native'\ndriver_domain = {}\n",
-            self.name, self.boot_text(), self.vcpus, u8::from(self.is_driver_domain)
+            self.name, self.boot_text(), self.memory, self.vcpus, u8::from(self.is_driver_domain)
         )
     }
 
@@ -388,18 +391,29 @@ impl Guest {
         })
     }
 
+    /// Forgets the guest, which has left this host: what it is made of, and the number of its next command.
+    pub(crate) fn left(mut self) -> (Config, u64) {
+        self.keep_trouble();
+        self.alive = false;
+        (self.config.clone(), self.console.next_job())
+    }
+
+    /// Finds a guest that has come from another host; `jobs` are commands that run.
+    pub(crate) fn arrived(config: Config, next_job: u64, jobs: &[Job]) -> Result<Guest> {
+        let guest = Guest::connect(config, next_job)?;
+        jobs.iter().for_each(|&job| guest.console.adopt(job));
+        Ok(guest)
+    }
+
     /// Moves the guest to another domain of this host, as to another host; `jobs` are commands that run.
-    pub(crate) fn migrate(mut self, jobs: &[Job]) -> Result<Guest> {
+    pub(crate) fn migrate(self, jobs: &[Job]) -> Result<Guest> {
         let id = self.domid.to_string();
         sh::run_for(
             &["xl", "migrate", "-s", "", &id, "xl migrate-receive"],
             Duration::from_secs(240),
         )?;
-        self.keep_trouble();
-        self.alive = false;
-        let guest = Guest::connect(self.config.clone(), self.console.next_job())?;
-        jobs.iter().for_each(|&job| guest.console.adopt(job));
-        Ok(guest)
+        let (config, next_job) = self.left();
+        Guest::arrived(config, next_job, jobs)
     }
 }
 
@@ -422,9 +436,7 @@ impl Saved {
     /// Brings the guest back; `jobs` are commands that were running when it was saved.
     pub(crate) fn restore(self, jobs: &[Job]) -> Result<Guest> {
         sh::run_for(&["xl", "restore", &self.path], Duration::from_secs(240))?;
-        let guest = Guest::connect(self.config, self.next_job)?;
-        jobs.iter().for_each(|&job| guest.console.adopt(job));
-        Ok(guest)
+        Guest::arrived(self.config, self.next_job, jobs)
     }
 }
 

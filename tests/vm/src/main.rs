@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! End to end tests that run inside a Xen machine.
 //!
-//! One static binary with four faces: `run` executes the cases in dom0, `agent` executes commands in
+//! One static binary with several faces: `run` executes the cases in dom0, `agent` executes commands in
 //! the guests that the cases start, `history` loads a disk there and judges what it reads, `demo` tells
-//! the whole story of one disk to a person.
+//! the whole story of one disk to a person, `peer` and `reach` are a second host and the way to it.
 
 mod agent;
 mod backing;
@@ -16,6 +16,7 @@ mod history;
 mod hotplug;
 mod leaks;
 mod node;
+mod peer;
 mod process;
 mod report;
 mod reserved;
@@ -68,6 +69,16 @@ enum Face {
     History(history::Args),
     /// Execute commands from the console; this is what a guest runs as its first process.
     Agent,
+    /// Be the second of two hosts: execute the commands of the first one.
+    Peer,
+    /// Execute a command on the other host, with this standard input and output.
+    Reach {
+        /// Its address.
+        address: String,
+        /// The command.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<std::ffi::OsString>,
+    },
 }
 
 /// The backend driver under test.
@@ -160,5 +171,9 @@ fn start() -> Result<ExitCode> {
         Face::Demo { driver, story } => demo::run(driver, story),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
+        Face::Peer => peer::main().map(|()| ExitCode::SUCCESS),
+        Face::Reach { address, command } => {
+            peer::reach(&address, &command).map(|()| ExitCode::SUCCESS)
+        }
     }
 }

@@ -4,12 +4,14 @@
 use crate::build;
 use crate::kernel::Kernel;
 use crate::ktap;
-use crate::machine::{Machine, Outcome};
+use crate::machine::{Host, Machine, Outcome};
 use crate::tally::Tally;
-use crate::{payload, recipes};
+use crate::{payload, recipes, run, second};
 use anyhow::{Context, Result};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::Duration;
 
 /// By default all requests are copied. With this the large ones are mapped.
@@ -140,6 +142,48 @@ pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     machine.timeout = Duration::from_secs(4 * 60 * 60);
     let outcome = report(tally, machine, Kernel::Checked, &payload, |_| ());
     consoles(tally, "debug", outcome);
+    Ok(())
+}
+
+/// The size of a disk that two hosts share: 64 MiB.
+const SHARED: u64 = 64 << 20;
+
+/// What two hosts do with one disk, on a network with nothing else.
+pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    let script = format!(
+        "case \" $(cat /proc/cmdline) \" in *\" host=second \"*) exec /t/vmtest peer ;; esac\n\
+         exec /t/vmtest run --hosts --nightly{}\n",
+        words(seed)
+    );
+    let payload = with_everything("hosts", &script, Kernel::Stock)?;
+    let folder = build::repository()?.join("target/vm/hosts.shared");
+    run::remove_tree(&folder)?;
+    fs::create_dir_all(&folder)?;
+    // The image, and the record of its lease.
+    let disks = ["disk.raw", "lease.raw"].map(|name| folder.join(name));
+    for disk in &disks {
+        File::create(disk)?.set_len(SHARED)?;
+    }
+    let host = |name, host| {
+        let mut machine = machine(name);
+        machine.disks = disks.to_vec();
+        machine.host = Some(host);
+        machine
+    };
+    let machines = recipes::machines(Kernel::Stock)?;
+    let second = host("hosts-second", Host::Second);
+    let (ended, end) = channel();
+    let (outcome, second) = thread::scope(|scope| {
+        let second = scope.spawn(|| second::keep(&second, &machines, &payload, &{ end }));
+        let first = host("hosts", Host::First);
+        let outcome = report(tally, first, Kernel::Stock, &payload, |_| ());
+        drop(ended);
+        (outcome, second.join())
+    });
+    consoles(tally, "hosts", outcome);
+    let second =
+        second.unwrap_or_else(|_| Err(anyhow::anyhow!("the second host's thread panicked")));
+    tally.check("hosts.second-console-is-clean", second);
     Ok(())
 }
 

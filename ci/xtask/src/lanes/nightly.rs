@@ -33,6 +33,8 @@ const PARTS: &[(&str, Part)] = &[
     ("direct", Part::Own(e2e::direct)),
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
+    // Two machines at once.
+    ("hosts", Part::Own(e2e::hosts)),
     // On a kernel with its own checks.
     (
         "debug",

@@ -16,6 +16,7 @@ mod faults;
 mod formats;
 mod groups;
 mod handoff;
+mod hosts;
 mod hung;
 mod images;
 mod lease;
@@ -44,7 +45,7 @@ pub(crate) use basic::{compare, verify_job};
 
 use crate::report::{Report, Verdict};
 use crate::tap::Supervisor;
-use crate::{guest, seed, sh, xs, Driver};
+use crate::{guest, peer, seed, sh, xs, Driver};
 use anyhow::{bail, ensure, Context as _, Result};
 use attempt::Attempt;
 pub(crate) use selection::Selection;
@@ -93,6 +94,8 @@ pub(crate) struct Case {
     pub(crate) faulty: bool,
     /// Whether it needs a kernel with its own checks.
     pub(crate) checked: bool,
+    /// Whether it needs a second host.
+    pub(crate) hosts: bool,
     /// What must be found in the problems of the case, which then holds; nothing for most cases.
     pub(crate) finds: &'static [&'static str],
     /// The case itself.
@@ -119,6 +122,7 @@ impl Case {
             supervised: false,
             faulty: false,
             checked: false,
+            hosts: false,
             finds: &[],
             run: Box::new(run),
         }
@@ -150,6 +154,14 @@ impl Case {
     fn faulty(self) -> Case {
         Case {
             faulty: true,
+            ..self
+        }
+    }
+
+    /// The same case, which needs a second host.
+    fn hosts(self) -> Case {
+        Case {
+            hosts: true,
             ..self
         }
     }
@@ -469,6 +481,7 @@ pub(crate) fn all() -> Vec<Case> {
         mirror::cases(),
         export::cases(),
         lease::cases(),
+        hosts::cases(),
         reservation::cases(),
         images::cases(),
         permission::cases(),
@@ -491,6 +504,7 @@ pub(crate) fn run(selection: &Selection, driver: Driver) -> Result<ExitCode> {
         .into_iter()
         .filter(|case| selection.means(&case.name, case.nightly))
         .filter(|case| !case.checked || selection.checked_kernel)
+        .filter(|case| case.hosts == selection.hosts)
         .collect();
     if cases.is_empty() {
         let only = selection.only();
@@ -520,6 +534,9 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
     if context.driver == Driver::Rs {
         crate::tap::end_supervisor()?;
     }
+    if cases.iter().any(|case| case.hosts) {
+        begin_hosts()?;
+    }
     load_driver(context.driver)?;
     for (index, case) in cases.iter().enumerate() {
         context
@@ -546,6 +563,17 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Makes this machine the first of two hosts, which executes what the second one asks for.
+fn begin_hosts() -> Result<()> {
+    let listener = peer::Host::First.become_this()?;
+    std::thread::spawn(move || {
+        if let Err(error) = peer::serve(&listener) {
+            eprintln!("vmtest: {error:#}");
+        }
+    });
+    Ok(())
 }
 
 /// A case whose guest the emulator kills runs at most so often. Most machines never kill one, but two

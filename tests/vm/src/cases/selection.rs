@@ -17,6 +17,9 @@ pub(crate) struct Selection {
     /// Of those, run also the cases that need a kernel with its own checks: dom0 has one.
     #[arg(long)]
     pub(super) checked_kernel: bool,
+    /// Run the cases that need a second host, and no others: there is one.
+    #[arg(long)]
+    pub(super) hosts: bool,
 }
 
 impl Selection {
@@ -70,6 +73,7 @@ mod tests {
             except: except.into(),
             nightly,
             checked_kernel: false,
+            hosts: false,
         };
         let cases = [("a", false), ("b", false), ("c", true), ("d", true)];
         let meant = cases

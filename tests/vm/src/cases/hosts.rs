@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Two hosts with one disk between them, and a record of who writes it: guests move from one to the other, and hosts
+//! die on the way.
+//!
+//! A guest moves as `xl save` to a pipe whose other end is `xl restore` on the other host. `xl migrate` is the same with
+//! the pages copied twice, which Xen does for PVH guests only here; and those the emulator loses when two machines share
+//! its processors.
+
+use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
+use super::{Case, Context, Needs};
+use crate::console::{Console, Job};
+use crate::guest::{log_path, Config, Guest, Kind, Vbd};
+use crate::peer::{self, Host};
+use crate::sh;
+use crate::tap::{self, Served};
+use anyhow::{ensure, Context as _, Result};
+use serde_json::Value;
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The image, and the record of its lease: two disks that both hosts have.
+const IMAGE: &str = "/dev/vdc";
+const RECORD: &str = "/dev/vdd";
+/// How much of it the guest uses, in MiB.
+const MIB: u32 = 16;
+/// How long xl may take to move a guest, while two machines share the processors.
+const MOVE: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(200);
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name, about, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, Needs::Nothing, run)
+            .supervised()
+            .no_leaks()
+            .nightly()
+            .hosts()
+    };
+    vec![
+        case(
+            "hosts.there_and_back",
+            "a guest moves to another host and back under verified load; one host at a time has the image",
+            there_and_back,
+        ),
+        case(
+            "hosts.destination_dies",
+            "the destination dies in the middle of a move: the guest goes on where it was",
+            destination_dies,
+        ),
+        case(
+            "hosts.source_dies",
+            "a host dies with the guest that has moved to it: its lease is broken, and what was flushed is there",
+            source_dies,
+        ),
+    ]
+}
+
+fn target() -> String {
+    format!("lease=record:{RECORD},aio:{IMAGE}")
+}
+
+/// Whose lease it is.
+fn holder() -> Result<Value> {
+    tap::ctl_json(&["lease", "show", &target()])
+}
+
+/// All of its memory is sent, so there is little of it.
+fn config(name: &str) -> Config {
+    Config {
+        memory: 192,
+        ..Config::new(name, Kind::Pv, 1)
+    }
+}
+
+/// A guest with the disk, which works on it.
+fn working_guest() -> Result<(Guest, Served, [Job; 2])> {
+    peer::wait_up()?;
+    let guest = Guest::create(config("moves"))?;
+    let disk = Served::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
+    let load = start_load_with(&guest, "")?;
+    wait_progress(&disk, 50)?;
+    Ok((guest, disk, load))
+}
+
+/// A guest on the second host.
+struct Away {
+    config: Config,
+    console: Console,
+}
+
+impl Away {
+    /// Moves a guest there.
+    fn to(guest: Guest) -> Result<Away> {
+        let domid = guest.domid.to_string();
+        sh::run_for(&["bash", "-c", &moving(&domid, Host::Second)], MOVE)?;
+        let (config, next) = guest.left();
+        wait_arrived(&config.name, |line| {
+            peer::status(line).map(|(rc, _)| rc == "0")
+        })?;
+        let tty = peer::run(&format!(
+            "xenstore-read /local/domain/$(xl domid {})/console/tty",
+            config.name
+        ))?;
+        let bridge = format!("exec 3<>{}; cat <&3 & exec cat >&3", tty.trim());
+        let stream: TcpStream = peer::connect(Host::Second.address(), &bridge)?;
+        let console = Console::over(OwnedFd::from(stream).into(), &log_path(&config.name), next)?;
+        console.wait_agent(LIMIT)?;
+        Ok(Away { config, console })
+    }
+
+    /// Moves it back.
+    fn back(self, jobs: &[Job]) -> Result<Guest> {
+        peer::run(&moving(&self.config.name, Host::First))?;
+        wait_arrived(&self.config.name, |line| {
+            Ok(sh::status(&["bash", "-c", line], LIMIT)?.rc == 0)
+        })?;
+        let next = self.console.next_job();
+        Guest::arrived(self.config, next, jobs)
+    }
+
+    fn run(&self, command: &str) -> Result<()> {
+        let job = self.console.start(command)?;
+        self.console.wait(job, LIMIT)?.succeeded(command)
+    }
+}
+
+/// What moves a guest to the other host, as a line of shell. Fails if it is not sent, and then it goes on where it was.
+fn moving(guest: &str, to: Host) -> String {
+    let address = to.address();
+    // xl opens its input by a name, which a socket has not.
+    let restore = "'cat | xl restore /dev/stdin'";
+    format!("xl save {guest} >(/t/vmtest reach {address} {restore} >/dev/null)")
+}
+
+/// Waits until a guest runs on a host on which `is_true` executes a line of shell.
+fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()> {
+    let line = format!("xl list {name} | grep -q -- ' [r-][b-]---- '");
+    sh::wait_for("the guest on the other host", LIMIT, || is_true(&line))
+}
+
+/// What the second host's driver has answered.
+fn answered_there() -> Result<u64> {
+    let all = peer::run("cat /sys/bus/xen-backend/devices/vbd-*/statistics/wr_done")?;
+    Ok(all
+        .lines()
+        .filter_map(|line| line.parse::<u64>().ok())
+        .sum())
+}
+
+fn wait_progress_there() -> Result<()> {
+    let before = answered_there()?;
+    sh::wait_for("answers of the second host", LIMIT, || {
+        Ok(answered_there()? > before + 50)
+    })
+}
+
+fn there_and_back(context: &mut Context) -> Result<()> {
+    let (guest, disk, load) = working_guest()?;
+    let mine = holder()?;
+    ensure!(
+        mine["is_here"] == true,
+        "this host has not the lease: {mine}"
+    );
+    let away = Away::to(guest)?;
+    disk.wait_gone()?;
+    wait_progress_there()?;
+    let theirs = holder()?;
+    ensure!(
+        theirs["is_here"] == false && theirs["host"] == "second",
+        "the second host has not the lease: {theirs}"
+    );
+    refused("second")?;
+    let guest = away.back(&load)?;
+    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    wait_progress(&disk, 50)?;
+    let told = end_load(&guest, load)?;
+    same(&guest, IMAGE, MIB)?;
+    disk.detach(&guest)?;
+    guest.destroy()?;
+    context.note(&told)
+}
+
+/// Another disk of the same image is refused, with the name of who has it.
+fn refused(name: &str) -> Result<()> {
+    let asked = sh::status(&["tap-ctl", "create", "-a", &target()], LIMIT)?;
+    ensure!(
+        asked.rc != 0 && asked.text.contains(name),
+        "an image of host {name} was not refused: {}",
+        asked.text
+    );
+    Ok(())
+}
+
+fn destination_dies(context: &mut Context) -> Result<()> {
+    let (guest, disk, load) = working_guest()?;
+    let domid = guest.domid.to_string();
+    let name = guest.config.name.clone();
+    let line = moving(&domid, Host::Second);
+    let mover = thread::spawn(move || sh::status(&["bash", "-c", &line], MOVE));
+    let incoming = sh::wait_for("the guest on the second host", LIMIT, || {
+        let (rc, text) = peer::status("xl list")?;
+        Ok(rc == "0" && text.contains(&name))
+    });
+    peer::cut_power()?;
+    let moved = mover
+        .join()
+        .map_err(|_| anyhow::anyhow!("the move panicked"))??;
+    incoming?;
+    ensure!(moved.rc != 0, "a guest has moved to a host that is dead");
+    wait_progress(&disk, 50)?;
+    let mine = holder()?;
+    ensure!(
+        mine["is_here"] == true,
+        "this host has not the lease: {mine}"
+    );
+    let told = end_load(&guest, load)?;
+    same(&guest, IMAGE, MIB)?;
+    disk.detach(&guest)?;
+    guest.destroy()?;
+    context.note(&told)
+}
+
+/// What the guest writes last before its host dies, behind what the load uses.
+const MARK: &str = "the last word";
+
+fn source_dies(context: &mut Context) -> Result<()> {
+    let (guest, disk, _load) = working_guest()?;
+    let away = Away::to(guest)?;
+    disk.wait_gone()?;
+    wait_progress_there()?;
+    away.run(&format!(
+        "echo {MARK} >/tmp/mark && dd if=/tmp/mark of=/dev/xvdb bs=1M seek=15 conv=sync,fsync"
+    ))?;
+    let theirs = holder()?;
+    let generation = theirs["generation"]
+        .as_u64()
+        .context("no generation")?
+        .to_string();
+    let image = target();
+    let force = [
+        "tap-ctl",
+        "lease",
+        "break",
+        &image,
+        "--holder-is-dead",
+        &generation,
+    ];
+    let alive = sh::status(&force, LIMIT)?;
+    ensure!(
+        alive.rc != 0 && alive.text.contains("second"),
+        "the lease of a host that lives was broken: {}",
+        alive.text
+    );
+    peer::cut_power()?;
+    let cut = Instant::now();
+    refused("second")?;
+    let broken = sh::status(&force, LIMIT)?;
+    ensure!(
+        broken.rc == 0,
+        "the lease of a dead host was not broken: {}",
+        broken.text
+    );
+    let guest = Guest::create(config("again"))?;
+    let disk = Served::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
+    let again = cut.elapsed();
+    let said = guest.run("dd if=/dev/xvdb bs=1M skip=15 count=1 2>/dev/null | head -n 1")?;
+    ensure!(
+        said.trim() == MARK,
+        "what the guest had flushed is gone: {said:?}"
+    );
+    disk.detach(&guest)?;
+    guest.destroy()?;
+    context.note(&format!(
+        "served {} s after the host had died",
+        again.as_secs()
+    ))
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Two hosts on a network with nothing else: how the first one has the second one execute commands, and how guests get
+//! from one to the other. A command is a line over TCP; what follows is its standard input, what comes back its output.
+
+use crate::{sh, tap};
+use anyhow::{bail, ensure, Context, Result};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The port on which a host executes commands.
+const PORT: u16 = 7;
+/// What a command of the other host ends with: its status.
+const STATUS: &str = "vmtest: the command ended with ";
+/// How long the other host may take to come up: two machines share the processors.
+const UP: Duration = Duration::from_secs(300);
+
+/// One of the two hosts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Host {
+    /// The one where the cases run.
+    First,
+    /// The other one.
+    Second,
+}
+
+impl Host {
+    fn name(self) -> &'static str {
+        match self {
+            Host::First => "first",
+            Host::Second => "second",
+        }
+    }
+
+    /// Its address.
+    pub(crate) fn address(self) -> &'static str {
+        match self {
+            Host::First => "10.0.0.1",
+            Host::Second => "10.0.0.2",
+        }
+    }
+
+    /// Gives this machine its name and address, restarts the supervisor under that name, and executes commands from now
+    /// on.
+    pub(crate) fn become_this(self) -> Result<TcpListener> {
+        sh::run(&["hostname", self.name()])?;
+        sh::modprobe("virtio_net", &[])?;
+        // It gets another name as soon as it is there.
+        sh::run(&["udevadm", "settle"])?;
+        let names = fs::read_dir("/sys/class/net")?;
+        let mut names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let card = names.find(|name| name != "lo");
+        let card = card.context("there is no network card")?;
+        let address = format!("{}/24", self.address());
+        sh::run(&["ip", "addr", "add", &address, "dev", &card])?;
+        sh::run(&["ip", "link", "set", &card, "up"])?;
+        TcpListener::bind((self.address(), PORT)).context("cannot listen to the other host")
+    }
+}
+
+/// The second host, until it is told to go down.
+pub(crate) fn main() -> Result<()> {
+    let listener = Host::Second.become_this()?;
+    tap::end_supervisor()?;
+    let _supervisor = tap::Supervisor::start()?;
+    serve(&listener)
+}
+
+/// Executes commands of the other host.
+pub(crate) fn serve(listener: &TcpListener) -> Result<()> {
+    for stream in listener.incoming() {
+        let stream = stream.context("cannot hear the other host")?;
+        thread::spawn(move || {
+            if let Err(error) = execute(stream) {
+                eprintln!("vmtest: {error:#}");
+            }
+        });
+    }
+    bail!("the listener ended")
+}
+
+fn execute(mut stream: TcpStream) -> Result<()> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    // Byte by byte: what comes after the line is the command's.
+    while stream.read(&mut byte)? == 1 && byte != *b"\n" {
+        line.push(byte[0]);
+    }
+    let line = String::from_utf8(line).context("a command is no text")?;
+    let end = |stream: &TcpStream| -> io::Result<OwnedFd> { Ok(stream.try_clone()?.into()) };
+    let mut child = Command::new("bash")
+        .args(["-c", &line])
+        .stdin(Stdio::from(end(&stream)?))
+        .stdout(Stdio::from(end(&stream)?))
+        .spawn()
+        .context("cannot start bash")?;
+    child.wait()?;
+    // Whoever the command has left behind does not keep the other side waiting.
+    stream.shutdown(Shutdown::Both).ok();
+    Ok(())
+}
+
+/// What stands in for ssh: `xl migrate -s` calls it with an address and a command.
+pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
+    let words: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
+    let mut stream = connect(address, &words.join(" "))?;
+    let mut back = stream.try_clone()?;
+    let there = thread::spawn(move || -> io::Result<()> {
+        io::copy(&mut io::stdin(), &mut stream)?;
+        stream.shutdown(Shutdown::Write)
+    });
+    let mut out = io::stdout();
+    let mut buffer = [0; 1 << 16];
+    loop {
+        let count = back.read(&mut buffer).context("the other host is gone")?;
+        if count == 0 {
+            break;
+        }
+        out.write_all(&buffer[..count])?;
+        out.flush()?;
+    }
+    // The command has ended; who still writes to it learns that from the pipe.
+    drop(there);
+    Ok(())
+}
+
+/// Starts a command there; what it reads and prints goes over the stream.
+pub(crate) fn connect(address: &str, command: &str) -> Result<TcpStream> {
+    let to = (address, PORT);
+    let mut stream = TcpStream::connect(to).with_context(|| format!("cannot reach {address}"))?;
+    stream.write_all(command.as_bytes())?;
+    stream.write_all(b"\n")?;
+    Ok(stream)
+}
+
+/// Runs a command on the second host that must succeed, and returns what it prints.
+pub(crate) fn run(command: &str) -> Result<String> {
+    let (rc, text) = status(command)?;
+    ensure!(
+        rc == "0",
+        "`{command}` failed on the second host with status {rc}: {}",
+        sh::tail(&text, 600)
+    );
+    Ok(text)
+}
+
+/// Runs a command on the second host; its status, and what it prints.
+pub(crate) fn status(command: &str) -> Result<(String, String)> {
+    let command = format!("( {command} ) </dev/null 2>&1; echo \"{STATUS}$?\"");
+    let mut stream = connect(Host::Second.address(), &command)?;
+    stream.set_read_timeout(Some(UP))?;
+    let mut text = String::new();
+    stream
+        .read_to_string(&mut text)
+        .context("the second host does not answer any more")?;
+    let (said, rc) = text
+        .rsplit_once(STATUS)
+        .with_context(|| format!("the second host went down in `{command}`: {text}"))?;
+    Ok((rc.trim().to_owned(), said.to_owned()))
+}
+
+/// Waits until the second host executes commands and has a supervisor.
+pub(crate) fn wait_up() -> Result<()> {
+    sh::wait_for("the second host", UP, || {
+        let asked = status("tap-ctl list");
+        Ok(matches!(asked, Ok((rc, _)) if rc == "0"))
+    })
+}
+
+/// Resets the second host as a power cut does, and waits until it is gone.
+pub(crate) fn cut_power() -> Result<()> {
+    let begun = Instant::now();
+    // It does not answer this.
+    let _gone = status("busybox reboot -f");
+    while TcpStream::connect((Host::Second.address(), PORT)).is_ok() {
+        ensure!(begun.elapsed() < UP, "the second host does not go down");
+    }
+    Ok(())
+}
