@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The hosts: who has the image when, and what each of them knows of it.
+
+use crate::common::{Chance, Content, Memory, World};
+use crate::guest::{Guest, Request};
+use diskio::{Errno, Runtime};
+use drivers::Disk;
+use std::future::poll_fn;
+use std::io;
+use std::task::Poll;
+
+/// What hosts that share an image keep to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    /// A host reads nothing of the image that it relies on before the other one has let go of it.
+    pub(crate) waits: bool,
+    /// A host lets go of the image when nothing of its guest is under way.
+    pub(crate) drains: bool,
+    /// A host that gets the image back looks at it as if for the first time.
+    pub(crate) forgets: bool,
+}
+
+impl Rules {
+    pub(crate) const ALL: Self = Self {
+        waits: true,
+        drains: true,
+        forgets: true,
+    };
+}
+
+type Open = dyn Fn(Memory, bool) -> Disk;
+
+/// What the image is.
+pub(crate) struct Format {
+    pub(crate) name: &'static str,
+    /// Bytes of the disk.
+    pub(crate) size: u64,
+    /// Bytes of what is allocated at once.
+    pub(crate) unit: u64,
+    pub(crate) files: Vec<Content>,
+    /// The disk in the image, and whether it may be written.
+    pub(crate) open: Box<Open>,
+    /// The number in a sector that was not written.
+    pub(crate) base: fn(u64) -> u32,
+    /// Whether an image that nobody uses is as it must be.
+    pub(crate) is_sound: fn(Memory) -> Result<(), String>,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    /// Guests that went on on the other host, and that stayed after all.
+    pub(crate) moved: u64,
+    pub(crate) stayed: u64,
+    /// Writes that were asked for, and requests that were asked for again on the other side.
+    pub(crate) written: u64,
+    pub(crate) again: u64,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.moved += other.moved;
+        self.stayed += other.stayed;
+        self.written += other.written;
+        self.again += other.again;
+    }
+}
+
+struct Story<'f> {
+    format: &'f Format,
+    rules: Rules,
+    world: World,
+    runtime: Runtime,
+    chance: Chance,
+    guest: Guest,
+    counts: Counts,
+    /// What each host has opened and not given up.
+    hosts: [Option<Disk>; 2],
+    /// Where the guest runs.
+    here: usize,
+}
+
+/// The guest works, is suspended, and goes on here or there, again and again.
+pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Counts, String> {
+    let mut chance = Chance(seed);
+    let world = World::new(format.files.clone());
+    world.shuffle(chance.next());
+    let mut story = Story {
+        rules,
+        runtime: Runtime::new(),
+        chance,
+        guest: Guest::new(format.base),
+        counts: Counts::default(),
+        hosts: [Some((format.open)(world.file(0), true)), None],
+        here: 0,
+        world,
+        format,
+    };
+    story.activate(0)?;
+    for _ in 0..6 {
+        for _ in 0..story.chance.below(4) {
+            let group = story.group();
+            story.begin(&group, &[]);
+            story.end()?;
+        }
+        story.suspend()?;
+    }
+    story.look_back()?;
+    Ok(story.counts)
+}
+
+impl Story<'_> {
+    fn disk(&self, host: usize) -> Disk {
+        self.hosts[host].clone().expect("it has opened the image")
+    }
+
+    fn group(&mut self) -> Vec<Request> {
+        let (sectors, unit) = (self.format.size / 512, self.format.unit / 512);
+        let group = self.guest.group(&mut self.chance, sectors, unit);
+        self.counts.written += group.iter().filter(|request| request.is_write()).count() as u64;
+        group
+    }
+
+    /// The guest asks for these at its host; the answers to those that are `lost` it does not hear.
+    fn begin(&mut self, group: &[Request], lost: &[bool]) {
+        for (at, request) in group.iter().enumerate() {
+            self.guest.ask(*request);
+            let hears = !lost.get(at).copied().unwrap_or(false);
+            let send = self
+                .guest
+                .clone()
+                .send(self.disk(self.here), *request, hears);
+            // Storage that is slow, where that matters.
+            let turns = if self.rules.drains {
+                0
+            } else {
+                self.chance.below(400)
+            };
+            self.runtime.tasks.spawn(async move {
+                pass(turns).await;
+                send.await;
+            });
+        }
+    }
+
+    /// All that is under way ends.
+    fn end(&self) -> Result<(), String> {
+        self.runtime.finish().map_err(|error| error.to_string())?;
+        self.guest.verdict()
+    }
+
+    fn activate(&self, host: usize) -> Result<(), String> {
+        let disk = self.disk(host);
+        let active = self.runtime.block_on(async move { disk.activate().await });
+        match active.map_err(|error| error.to_string())? {
+            Ok(shape) if shape.size == self.format.size => Ok(()),
+            other => Err(format!("it cannot be used: {other:?}")),
+        }
+    }
+
+    /// A host that is to be the next one learns how large the disk is, as tapdisk does: from a copy that is
+    /// only read, and that is gone afterwards.
+    fn look(&self) {
+        let mut file = self.world.file(0);
+        file.read_only = true;
+        let disk = (self.format.open)(file, false);
+        let (guest, size) = (self.guest.clone(), self.format.size);
+        self.runtime.tasks.spawn(async move {
+            match disk.activate().await {
+                Ok(shape) if shape.size == size => {}
+                other => guest.complain(format!("the size cannot be seen: {other:?}")),
+            }
+            if let Err(error) = disk.close().await {
+                guest.complain(format!("what was only read cannot be closed: {error}"));
+            }
+        });
+    }
+
+    /// The other host opens the image, perhaps earlier than it may. True if it takes it that it knows the image.
+    fn open_there(&mut self, group: &[Request]) -> bool {
+        let there = 1 - self.here;
+        self.look();
+        if !self.rules.forgets && self.hosts[there].is_some() {
+            return true;
+        }
+        let disk = (self.format.open)(self.world.file(0), true);
+        self.hosts[there] = Some(disk.clone());
+        if !self.rules.waits {
+            // And looks at what somebody there wants to know, such as partitions.
+            let (guest, group) = (self.guest.clone(), group.to_vec());
+            self.runtime.tasks.spawn(async move {
+                match disk.activate().await {
+                    Ok(_) => Guest::peek(disk, group).await,
+                    Err(failure) => guest.complain(format!("it cannot be used: {failure}")),
+                }
+            });
+        }
+        false
+    }
+
+    /// The guest is suspended with requests under way, and goes on here or there.
+    fn suspend(&mut self) -> Result<(), String> {
+        let group = self.group();
+        // Whoever does not wait for them cannot hear of them.
+        let all = !self.rules.drains;
+        let lost: Vec<bool> = group
+            .iter()
+            .map(|_| all || self.chance.below(3) == 0)
+            .collect();
+        let knows = self.open_there(&group);
+        self.begin(&group, &lost);
+        let again = group.iter().zip(&lost).filter(|(_, lost)| **lost);
+        let again: Vec<Request> = again.map(|(request, _)| *request).collect();
+        if self.rules.drains {
+            self.end()?;
+            self.let_go()?;
+            if self.chance.below(3) == 0 {
+                return self.stay(&again, knows);
+            }
+        }
+        self.here = 1 - self.here;
+        if self.rules.waits && !knows {
+            self.activate(self.here)?;
+        }
+        self.counts.moved += 1;
+        // Where it has arrived it asks again for what it has heard nothing of.
+        self.counts.again += again.len() as u64;
+        self.ask(again)?;
+        if !self.rules.drains {
+            // What is old and what is new is under way at the same time.
+            let over = self.guest.over(&group);
+            self.ask(over)?;
+            let more = self.group();
+            self.begin(&more, &[]);
+        }
+        self.end()
+    }
+
+    /// The guest was not moved after all, and goes on with its ring: the answers are in it.
+    fn stay(&mut self, unheard: &[Request], other_knows: bool) -> Result<(), String> {
+        if self.rules.forgets {
+            self.activate(self.here)?;
+        }
+        if !other_knows {
+            self.hosts[1 - self.here] = None;
+        }
+        for request in unheard {
+            self.guest.hear_late(*request);
+        }
+        self.counts.stayed += 1;
+        self.guest.verdict()
+    }
+
+    /// The guest asks for these, one after the other, and waits for the answers.
+    fn ask(&mut self, requests: Vec<Request>) -> Result<(), String> {
+        let (guest, disk) = (self.guest.clone(), self.disk(self.here));
+        let work = async move {
+            for request in requests {
+                guest.ask(request);
+                guest.clone().send(disk.clone(), request, true).await;
+            }
+        };
+        let done = self.runtime.block_on(work);
+        done.map_err(|error| error.to_string())?;
+        self.guest.verdict()
+    }
+
+    /// The host of the guest lets go of the image.
+    fn let_go(&mut self) -> Result<(), String> {
+        let disk = self.disk(self.here);
+        if self.rules.forgets {
+            let let_go = self
+                .runtime
+                .block_on(async move { disk.inactivate().await });
+            left(let_go)?;
+            if self.chance.below(2) == 0 {
+                self.hosts[self.here] = Some((self.format.open)(self.world.file(0), true));
+            }
+            return Ok(());
+        }
+        // It has written everything, and takes it that it knows the image.
+        left(self.runtime.block_on(async move { disk.flush().await }))
+    }
+
+    /// Everything is there in the end, in an image that is sound.
+    fn look_back(&mut self) -> Result<(), String> {
+        let disk = self.disk(self.here);
+        let closed = self.runtime.block_on(async move { disk.close().await });
+        left(closed)?;
+        self.hosts = [None, None];
+        let disk = (self.format.open)(self.world.file(0), true);
+        self.hosts[self.here] = Some(disk.clone());
+        self.activate(self.here)?;
+        self.runtime
+            .tasks
+            .spawn(self.guest.clone().look_at_all(disk));
+        self.end()?;
+        (self.format.is_sound)(self.world.file(0))
+    }
+}
+
+fn left(result: io::Result<Result<(), Errno>>) -> Result<(), String> {
+    let result = result.map_err(|error| error.to_string())?;
+    result.map_err(|error| format!("the image cannot be left: {error}"))
+}
+
+/// Lets others go on for so many turns.
+async fn pass(mut turns: u64) {
+    poll_fn(move |cx| {
+        if turns == 0 {
+            return Poll::Ready(());
+        }
+        turns -= 1;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A guest that moves between two hosts over one image: whoever goes on with it finds all that the other one has
+//! written, and nothing older. By random schedules, in which each rule can be switched off and must then be missed.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod guest;
+mod hosts;
+
+use common::tools::{parent, parent_number, PARENT_SIZE};
+use common::{run, seeds, Content, Memory, World};
+use drivers::Disk;
+use formats::{qcow2, vhd, Options, Parts};
+use hosts::{move_about, Counts, Format, Rules};
+use std::future::Future;
+
+const SIZE: u64 = (9 << 20) + 3 * 512;
+/// Schedules of each format that must go well.
+const JOURNEYS: u64 = 200;
+/// Schedules in which a rule that is switched off must be missed.
+const SCHEDULES: u64 = 40;
+
+/// The files of a new image.
+fn made<F: Future<Output = ()> + 'static>(make: impl FnOnce(Memory) -> F) -> Vec<Content> {
+    let world = World::new(vec![Content::default()]);
+    run(make(world.file(0)));
+    world.files()
+}
+
+fn nothing(_sector: u64) -> u32 {
+    0
+}
+
+fn base(sector: u64) -> u32 {
+    match sector * 512 < PARENT_SIZE {
+        true => parent_number(sector),
+        false => 0,
+    }
+}
+
+fn parts(below: bool) -> Parts<Memory> {
+    Parts {
+        parent: below.then(parent),
+        ..Parts::default()
+    }
+}
+
+fn options(writable: bool) -> Options {
+    Options {
+        writable,
+        // Few tables, so that they come and go.
+        cache: 2048,
+        ..Options::new("image")
+    }
+}
+
+fn qcow2(cluster: u64, below: bool) -> Format {
+    let plan = qcow2::Plan {
+        cluster,
+        backing: below.then(|| qcow2::Backing {
+            name: "base".into(),
+            format: Some("raw".into()),
+        }),
+        ..qcow2::Plan::new(SIZE)
+    };
+    Format {
+        name: "qcow2",
+        size: SIZE,
+        unit: cluster,
+        files: made(move |file| async move { qcow2::create(&file, &plan).await.unwrap() }),
+        open: Box::new(move |file, writable| {
+            Disk::new(qcow2::Qcow2::new(file, parts(below), options(writable)))
+        }),
+        base: if below { base } else { nothing },
+        is_sound: |file| {
+            run(async move {
+                match qcow2::check(&file, "image", false).await {
+                    Ok(found) if found == qcow2::Findings::default() => Ok(()),
+                    found => Err(format!("in the end: {found:?}")),
+                }
+            })
+        },
+    }
+}
+
+fn vhd(kind: vhd::Kind) -> Format {
+    let below = kind == vhd::Kind::Differencing;
+    let what = vhd::Create {
+        kind,
+        size: SIZE,
+        id: [7; 16],
+        parent: below.then(|| vhd::ParentOf {
+            path: "base.vhd".into(),
+            id: [9; 16],
+        }),
+        reserve: 0,
+    };
+    Format {
+        name: "vhd",
+        size: SIZE,
+        unit: 2 << 20,
+        files: made(move |file| async move { vhd::create(&file, &what).await.unwrap() }),
+        open: Box::new(move |file, writable| {
+            Disk::new(vhd::Vhd::new(file, parts(below), options(writable)))
+        }),
+        base: if below { base } else { nothing },
+        is_sound: |_| Ok(()),
+    }
+}
+
+fn formats() -> Vec<Format> {
+    vec![
+        qcow2(4096, false),
+        qcow2(512, true),
+        qcow2(65536, true),
+        vhd(vhd::Kind::Dynamic),
+        vhd(vhd::Kind::Differencing),
+    ]
+}
+
+#[test]
+fn s27_whoever_goes_on_finds_what_was_written() {
+    let (mut all, mut schedules) = (Counts::default(), 0);
+    for format in formats() {
+        for seed in seeds(JOURNEYS) {
+            schedules += 1;
+            let counts = move_about(&format, Rules::ALL, seed);
+            let counts =
+                counts.unwrap_or_else(|what| panic!("{}, seed {seed}: {what}", format.name));
+            all.add(&counts);
+        }
+    }
+    println!("{schedules} schedules: {all:?}");
+    // A guest that neither moves nor writes shows nothing.
+    assert!(
+        all.moved > 3 * schedules && all.stayed > schedules,
+        "{all:?}"
+    );
+    assert!(
+        all.written > 15 * schedules && all.again > 3 * schedules,
+        "{all:?}"
+    );
+}
+
+/// Without a rule the guest is shown something wrong in a tenth of the schedules at least, with an image of every
+/// format.
+fn is_needed(rules: Rules) {
+    for format in formats() {
+        let what = format!("{} of {}", format.name, format.unit);
+        let wrong = (0..SCHEDULES).filter_map(|seed| move_about(&format, rules, seed).err());
+        let (shown, other): (Vec<_>, Vec<_>) = wrong.partition(|wrong| wrong.starts_with("sector"));
+        println!(
+            "{what}: {} of {SCHEDULES} and {} others, first {:?}",
+            shown.len(),
+            other.len(),
+            shown.first()
+        );
+        assert!(
+            shown.len() as u64 >= SCHEDULES / 10,
+            "{what}: {rules:?} does harm in {} of {SCHEDULES} schedules",
+            shown.len()
+        );
+    }
+}
+
+#[test]
+fn h7_tables_that_were_read_before_the_other_host_let_go_are_found() {
+    is_needed(Rules {
+        waits: false,
+        ..Rules::ALL
+    });
+}
+
+#[test]
+fn h7_tables_that_are_kept_for_the_guest_that_comes_back_are_found() {
+    is_needed(Rules {
+        forgets: false,
+        ..Rules::ALL
+    });
+}
+
+#[test]
+fn h1_an_image_that_is_given_up_with_io_under_way_is_found() {
+    is_needed(Rules {
+        drains: false,
+        ..Rules::ALL
+    });
+}
