@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE_BARRIER};
 
-use crate::frontend::{gref_of, Answer, Pending, FREE};
+use crate::frontend::{gref_of, Answer, Pending};
+use crate::heard::Unheard;
 use crate::history::{decode, SECTOR};
 use crate::machine::{Fault, Machine, Page};
 use crate::spec::{Expect, Gref};
@@ -51,7 +52,7 @@ impl Machine {
                 .position(|p| p.spec.operation == answer.operation)?;
             queue.remove(at)
         });
-        let Some(pending) = found else {
+        let Some(mut pending) = found else {
             if !self.hosed {
                 self.problem(format!(
                     "answer to {:#x}, operation {}, that nobody waits for",
@@ -65,7 +66,7 @@ impl Machine {
         self.check_status(&pending, answer.status);
         self.check_wait(&pending);
         let okay = answer.status == 0;
-        self.history.answered(pending.number, time, okay);
+        self.is_answered(pending.number, time, okay);
         if !self.hosed {
             self.check_pages(&pending, okay, time);
         }
@@ -81,7 +82,12 @@ impl Machine {
             let own = own.filter(|s| (pending.spec.sector..end).contains(s));
             self.check_durable_at(own.collect(), time + 1);
         }
-        self.give_back(&pending);
+        self.give_back(&mut pending);
+        self.front.unheard.push_back(Unheard {
+            id: answer.id,
+            okay,
+            pending,
+        });
     }
 
     /// Before a disk that is fair nobody waits for ever. A discard goes in at most five pieces. Each of them waits
@@ -175,30 +181,16 @@ impl Machine {
         }
     }
 
-    /// The pages are the guest's own again.
-    fn give_back(&mut self, pending: &Pending) {
-        for index in &pending.pages {
+    /// The pages are the guest's own again, which looks at them when it hears of it.
+    fn give_back(&mut self, pending: &mut Pending) {
+        for (index, data) in pending.pages.iter().zip(&mut pending.before) {
             let gref = gref_of(*index);
             let left = self.front.lent(gref).saturating_sub(1);
             self.front.by_gref.insert(gref, left);
             if left == 0 && !self.setup.keeps_grants && self.host.mapped(gref) > 0 {
                 self.problem(format!("grant {gref} is mapped although all is answered"));
             }
-            self.front.pages[*index].fill(FREE);
-        }
-        self.front.to_free.push_back(pending.pages.clone());
-    }
-
-    /// What must hold when the engine has gone.
-    pub fn check_free_pages(&mut self) {
-        if self.hosed {
-            return;
-        }
-        for index in 0..self.front.pages.len() {
-            let free = self.front.lent(gref_of(index)) == 0;
-            if free && self.front.pages[index].iter().any(|b| *b != FREE) {
-                self.problem(format!("guest page {index} was changed after the answer"));
-            }
+            data.copy_from_slice(&self.front.pages[*index][..]);
         }
     }
 }

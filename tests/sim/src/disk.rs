@@ -26,6 +26,16 @@ pub(crate) struct Running {
     flushes: Vec<u64>,
 }
 
+/// What a disk has of one queue.
+#[derive(Debug, Default)]
+pub(crate) struct Lane {
+    running: Vec<Running>,
+    done: Vec<(QueueTag, Status)>,
+    pages: BTreeMap<QueueTag, Vec<u16>>,
+    again: Option<QueueTag>,
+    wake: bool,
+}
+
 /// The disk.
 #[derive(Debug, Default)]
 pub struct Disk {
@@ -39,6 +49,8 @@ pub struct Disk {
     /// Pages of I/Os that the engine has not reaped.
     pages: BTreeMap<QueueTag, Vec<u16>>,
     again: Option<QueueTag>,
+    /// Writes that a host has left behind, and that end at some time.
+    strays: Vec<(u64, Bytes)>,
     /// Completions came and the worker was woken.
     pub wake: bool,
     /// I/Os completed.
@@ -65,6 +77,30 @@ impl Disk {
         let running = self.running.iter().flat_map(|io| &io.slices);
         self.pages.values().flatten().any(|p| *p == page)
             || running.into_iter().any(|slice| slice.page.number() == page)
+    }
+
+    /// Looks at another queue.
+    pub(crate) fn exchange(&mut self, lane: &mut Lane) {
+        std::mem::swap(&mut self.running, &mut lane.running);
+        std::mem::swap(&mut self.done, &mut lane.done);
+        std::mem::swap(&mut self.pages, &mut lane.pages);
+        std::mem::swap(&mut self.again, &mut lane.again);
+        std::mem::swap(&mut self.wake, &mut lane.wake);
+    }
+
+    /// What is under way is given up, and nobody is told.
+    pub(crate) fn give_up(&mut self) {
+        self.running.clear();
+    }
+
+    /// True if a host has left writes behind.
+    pub(crate) fn has_strays(&self) -> bool {
+        !self.strays.is_empty()
+    }
+
+    /// The content as it is now.
+    pub(crate) fn image(&self) -> BTreeMap<u64, Bytes> {
+        self.content.clone()
     }
 
     fn uses_tag(&self, tag: QueueTag) -> bool {
@@ -239,6 +275,55 @@ impl Machine {
         self.target(mapping.target)
     }
 
+    /// The host is gone with I/O under way. What was to be written comes later.
+    pub(crate) fn leave_running(&mut self) {
+        for io in std::mem::take(&mut self.disk.running) {
+            if matches!(
+                io.kind,
+                IoKind::Write | IoKind::PreFlushWrite | IoKind::BarrierWrite
+            ) {
+                let data = self.data(&io);
+                self.disk.strays.extend(data);
+            }
+        }
+    }
+
+    /// Some of what a host has left behind comes now.
+    pub(crate) fn land_stray(&mut self) {
+        if self.disk.has_strays() && self.rng.percent(20) {
+            let at = self.rng.index(self.disk.strays.len());
+            let (sector, bytes) = self.disk.strays.swap_remove(at);
+            self.disk.put(sector, bytes, self.setup.limits.flush);
+        }
+    }
+
+    /// What an I/O is to write.
+    fn data(&mut self, io: &Running) -> Vec<(u64, Bytes)> {
+        let mut data: Vec<(u64, Bytes)> = Vec::new();
+        for slice in &io.slices {
+            for at in 0..usize::from(slice.len) / SECTOR {
+                let start = usize::from(slice.offset) + at * SECTOR;
+                if let Some(memory) = self.memory(slice, false) {
+                    let bytes = memory[start..start + SECTOR].try_into().expect("a sector");
+                    data.push((io.sector + data.len() as u64, bytes));
+                }
+            }
+        }
+        data
+    }
+
+    /// True if data is to be written through a mapping after the answer, which nobody sees.
+    fn delays(&mut self, slice: &Slice, start: usize, bytes: &Bytes) -> bool {
+        let mapping = self.host.mappings.get(&slice.page.number()).copied();
+        match mapping {
+            Some(mapping) if self.commit(Fault::CopyLater) => {
+                self.host.delay(mapping.target, start, bytes, false);
+                true
+            }
+            _ => false,
+        }
+    }
+
     fn read(&mut self, io: &Running, fails: bool) {
         let mut sector = io.sector;
         let mut tear = self.commit(Fault::TearRead);
@@ -255,6 +340,10 @@ impl Machine {
                     return;
                 }
                 let start = usize::from(slice.offset) + at * SECTOR;
+                sector += 1;
+                if self.delays(slice, start, &bytes) {
+                    continue;
+                }
                 let len = if tear { SECTOR / 2 } else { SECTOR };
                 if let Some(memory) = self.memory(slice, true) {
                     memory[start..start + len].copy_from_slice(&bytes[..len]);
@@ -263,22 +352,12 @@ impl Machine {
                     }
                 }
                 tear = false;
-                sector += 1;
             }
         }
     }
 
     fn write(&mut self, io: &Running, fails: bool, volatile: bool) {
-        let mut data: Vec<(u64, Bytes)> = Vec::new();
-        for slice in &io.slices {
-            for at in 0..usize::from(slice.len) / SECTOR {
-                let start = usize::from(slice.offset) + at * SECTOR;
-                if let Some(memory) = self.memory(slice, false) {
-                    let bytes = memory[start..start + SECTOR].try_into().expect("a sector");
-                    data.push((io.sector + data.len() as u64, bytes));
-                }
-            }
-        }
+        let mut data = self.data(io);
         if fails {
             let keep = self.rng.below(data.len() as u64 + 1) as usize;
             data.truncate(keep);

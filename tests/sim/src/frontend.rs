@@ -6,8 +6,10 @@ use std::collections::{HashMap, VecDeque};
 
 use ring::abi::{OP_DISCARD, OP_INDIRECT, OP_READ, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 
+use crate::heard::{Kept, Unheard};
 use crate::history::{encode, value, SECTOR};
 use crate::machine::{page, Fault, Machine, Page};
+use crate::passes::Passes;
 use crate::spec::{Expect, Gref, Spec};
 use crate::wire::{segment_bytes, Tail, Wire, WireSegment};
 
@@ -24,8 +26,8 @@ pub(crate) const FREE: u8 = 0x5a;
 const EMPTY: u8 = 0xa5;
 
 #[derive(Clone, Copy, Debug)]
-struct Grant {
-    valid: bool,
+pub(crate) struct Grant {
+    pub(crate) valid: bool,
     read_only: bool,
 }
 
@@ -37,11 +39,13 @@ pub(crate) struct Pending {
     pub(crate) issued: u64,
     /// Answers that had come when it was made.
     pub(crate) earlier: usize,
+    /// Where in the ring it is.
+    pub(crate) index: u32,
     /// Page (if it is ours), first and last sector.
     pub(crate) segments: Vec<(Option<usize>, u8, u8)>,
     /// Every page that it uses, once.
     pub(crate) pages: Vec<usize>,
-    /// Content of the pages at the time of the request.
+    /// Content of the pages at the time of the request; once it is answered, at that time.
     pub(crate) before: Vec<Page>,
 }
 
@@ -78,9 +82,14 @@ pub struct Frontend {
     /// The backend sent an event.
     pub interrupt: bool,
     pub(crate) pages: Vec<Page>,
-    grants: Vec<Grant>,
-    free: Vec<usize>,
-    pub(crate) to_free: VecDeque<Vec<usize>>,
+    pub(crate) grants: Vec<Grant>,
+    pub(crate) free: Vec<usize>,
+    /// Answered, and not heard of.
+    pub(crate) unheard: VecDeque<Unheard>,
+    /// What the guest keeps of what it has read.
+    pub(crate) kept: VecDeque<Kept>,
+    /// Its memory, on its way to another host.
+    pub(crate) passes: Option<Passes>,
     pub(crate) pending: HashMap<u64, VecDeque<Pending>>,
     pub(crate) by_gref: HashMap<u32, u32>,
     pub(crate) outstanding: u32,
@@ -102,7 +111,9 @@ impl Frontend {
             pages: Vec::new(),
             grants: Vec::new(),
             free: Vec::new(),
-            to_free: VecDeque::new(),
+            unheard: VecDeque::new(),
+            kept: VecDeque::new(),
+            passes: None,
             pending: HashMap::new(),
             by_gref: HashMap::new(),
             outstanding: 0,
@@ -111,11 +122,23 @@ impl Frontend {
         }
     }
 
-    /// A guest that comes after this one; the numbers of its requests go on.
-    pub(crate) fn next_guest(&self) -> Self {
+    /// A guest that comes after this one, at a ring of `size` slots; the numbers of its requests go on.
+    pub(crate) fn next_guest(&self, size: u32) -> Self {
         Self {
             next: self.next,
-            ..Self::new(self.size)
+            ..Self::new(size)
+        }
+    }
+
+    /// The numbers of requests of all queues are different.
+    pub(crate) fn count_on(&mut self, other: &mut Self) {
+        std::mem::swap(&mut self.next, &mut other.next);
+    }
+
+    /// Another host does not have this page as it is now, as far as one is told.
+    pub(crate) fn mark(&mut self, page: usize) {
+        if let Some(passes) = &mut self.passes {
+            passes.mark(page);
         }
     }
 
@@ -140,6 +163,11 @@ impl Frontend {
     /// Requests published.
     pub fn pushed(&self) -> u32 {
         self.pushed
+    }
+
+    /// Responses of which the guest has heard.
+    pub(crate) fn heard(&self) -> u32 {
+        self.rsp_cons
     }
 
     /// True if another request fits into the ring.
@@ -169,6 +197,7 @@ impl Frontend {
         };
         let invert = |page: &mut Page| page[range.clone()].iter_mut().for_each(|b| *b = !*b);
         invert(&mut self.pages[index]);
+        self.mark(index);
         for pending in self.pending.values_mut().flatten() {
             let pages = pending.pages.iter().zip(&mut pending.before);
             pages
@@ -210,7 +239,7 @@ impl Frontend {
         });
     }
 
-    fn take_page(&mut self) -> usize {
+    pub(crate) fn take_page(&mut self) -> usize {
         if self.free.is_empty() {
             self.add_page();
         }
@@ -246,22 +275,47 @@ impl Machine {
         let time = self.tick();
         let number = self.front.next;
         self.front.next += 1;
-        let id = spec
-            .id
-            .unwrap_or_else(|| u64::from(number).wrapping_mul(0x9e37_79b9_0000_0001));
-        let mut pending = Pending {
+        let id = spec.id.unwrap_or_else(|| self.identifier(number));
+        let pending = self.pending(spec, number, time);
+        self.note(&pending);
+        if self.habits.travels {
+            self.asked.add(&pending);
+        }
+        self.enter(pending, id, &[]);
+        id
+    }
+
+    /// A new request has one of the first few identifiers, or one that no other request ever has.
+    fn identifier(&self, number: u32) -> u64 {
+        if !self.habits.small_ids {
+            return u64::from(number).wrapping_mul(0x9e37_79b9_0000_0001);
+        }
+        let unheard = |id: &u64| self.front.unheard.iter().any(|unheard| unheard.id == *id);
+        let mut ids = 0..;
+        let free = ids.find(|id| !self.front.is_pending(*id) && !unheard(id));
+        free.expect("there are more of them than slots")
+    }
+
+    pub(crate) fn pending(&self, spec: &Spec, number: u32, issued: u64) -> Pending {
+        Pending {
             spec: spec.clone(),
             number,
-            issued: time,
+            issued,
             earlier: self.front.answers.len(),
+            index: self.front.req_prod,
             segments: Vec::new(),
             pages: Vec::new(),
             before: Vec::new(),
-        };
+        }
+    }
+
+    /// Puts a request into the next slot. Its segments have the data `known`, if there is any; if not, the guest
+    /// makes some.
+    pub(crate) fn enter(&mut self, mut pending: Pending, id: u64, known: &[Page]) {
+        let spec = pending.spec.clone();
         let descriptor = spec.indirect.then(|| self.page_for(&mut pending, FREE));
-        let wire_segments = self.lay_out(&mut pending, descriptor);
-        let tail = self.tail(spec, &wire_segments, descriptor);
-        self.note(&pending);
+        let wire_segments = self.lay_out(&mut pending, descriptor, known);
+        let tail = self.tail(&spec, &wire_segments, descriptor);
         for index in &pending.pages {
             pending.before.push(self.front.pages[*index].clone());
         }
@@ -289,7 +343,6 @@ impl Machine {
         self.front.req_prod = index.wrapping_add(1);
         self.front.outstanding += 1;
         self.front.pending.entry(id).or_default().push_back(pending);
-        id
     }
 
     fn page_for(&mut self, pending: &mut Pending, fill: u8) -> usize {
@@ -300,13 +353,14 @@ impl Machine {
             ));
         }
         self.front.pages[index].fill(fill);
+        self.front.mark(index);
         *self.front.by_gref.entry(gref_of(index)).or_default() += 1;
         pending.pages.push(index);
         index
     }
 
     /// The next page is one that is not mapped: of another one a grant cannot be ended.
-    fn choose_unmapped(&mut self) {
+    pub(crate) fn choose_unmapped(&mut self) {
         let mappings = self.host.mappings.values();
         let mapped: Vec<_> = mappings.map(|mapping| mapping.target).collect();
         let is_free = |page: &usize| !mapped.contains(&Target::Page(*page));
@@ -320,11 +374,16 @@ impl Machine {
     }
 
     /// Gives each segment its page and fills those of writes.
-    fn lay_out(&mut self, pending: &mut Pending, descriptor: Option<usize>) -> Vec<WireSegment> {
+    fn lay_out(
+        &mut self,
+        pending: &mut Pending,
+        descriptor: Option<usize>,
+        known: &[Page],
+    ) -> Vec<WireSegment> {
         let spec = pending.spec.clone();
         let mut sector = spec.sector;
         let mut wire = Vec::new();
-        for (gref, first, last) in &spec.segments {
+        for (at, (gref, first, last)) in spec.segments.iter().enumerate() {
             let earlier = |i: usize, p: &Pending| p.segments.get(i).and_then(|s| s.0);
             let index = match gref {
                 Gref::Fresh => Some(self.page_for(pending, EMPTY)),
@@ -340,8 +399,12 @@ impl Machine {
                 self.front.grants[index].valid = *gref != Gref::Revoked;
                 self.front.grants[index].read_only = true;
             }
+            if let (Some(known), Some(index)) = (known.get(at), index) {
+                self.front.pages[index].copy_from_slice(&known[..]);
+            }
+            let makes = spec.operation != OP_READ && known.is_empty();
             for at in *first..=(*last).min(7) {
-                if let (true, Some(index)) = (spec.operation != OP_READ, index) {
+                if let (true, Some(index)) = (makes, index) {
                     let start = usize::from(at) * SECTOR;
                     let bytes = &mut self.front.pages[index][start..start + SECTOR];
                     encode(value(pending.number, sector), bytes);
@@ -462,6 +525,9 @@ impl Machine {
 
     /// Consumes all responses and arms the next event (`RING_FINAL_CHECK_FOR_RESPONSES`).
     pub fn consume(&mut self) {
+        if self.suspended {
+            return;
+        }
         self.front.interrupt = false;
         while self.front.rsp_cons != self.seen_rsp_prod() {
             if self.front.rsp_cons == self.front.published {
@@ -469,8 +535,8 @@ impl Machine {
                 return;
             }
             self.front.rsp_cons = self.front.rsp_cons.wrapping_add(1);
-            if let Some(pages) = self.front.to_free.pop_front() {
-                self.front.free.extend(pages);
+            if let Some(unheard) = self.front.unheard.pop_front() {
+                self.hear(unheard);
             }
         }
         // A lazy guest asks to be told only when several more are answered.

@@ -3,6 +3,7 @@
 //! The grant table: copies, maps and unmaps, and the checks of their contract.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use blkback::engine::Grants;
 use ring::abi::{RawSegment, PAGE_SIZE};
@@ -44,6 +45,8 @@ pub struct Host {
     pub held: BTreeSet<u16>,
     next_handle: u32,
     late: Option<(Target, usize)>,
+    /// Data that gets into the guest's pages later than it should.
+    later: Vec<Late>,
 }
 
 impl Host {
@@ -58,7 +61,23 @@ impl Host {
             held: BTreeSet::new(),
             next_handle: 7,
             late: None,
+            later: Vec::new(),
         }
+    }
+
+    /// True if data is not yet where it should be.
+    pub(crate) fn is_late(&self) -> bool {
+        !self.later.is_empty()
+    }
+
+    /// Data gets into a page of the guest later than it should.
+    pub(crate) fn delay(&mut self, target: Target, start: usize, data: &[u8], is_marked: bool) {
+        self.later.push(Late {
+            target,
+            start,
+            data: data.to_vec(),
+            is_marked,
+        });
     }
 
     /// Mappings of a grant.
@@ -71,6 +90,15 @@ impl Host {
     pub fn lost(&self) -> u16 {
         self.mappings.values().filter(|m| m.lost).count() as u16
     }
+}
+
+#[derive(Debug)]
+struct Late {
+    target: Target,
+    start: usize,
+    data: Vec<u8>,
+    /// That the page has changed is written down then.
+    is_marked: bool,
 }
 
 /// The engine's port to the grant table.
@@ -170,7 +198,7 @@ fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
         return false;
     };
     match c.direction {
-        CopyDirection::ToGuest => guest[range.clone()].copy_from_slice(&local[range.clone()]),
+        CopyDirection::ToGuest => m.copy_out(target, range.clone(), &local[range.clone()]),
         CopyDirection::FromGuest => {
             local[range.clone()].copy_from_slice(&guest[range.clone()]);
             m.host.pages[usize::from(page)] = local;
@@ -183,6 +211,35 @@ fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
 }
 
 impl Machine {
+    /// Data gets into a page of the guest, and that it has changed is written down.
+    fn copy_out(&mut self, target: Target, range: Range<usize>, data: &[u8]) {
+        if self.commit(Fault::CopyLater) {
+            return self.host.delay(target, range.start, data, true);
+        }
+        let early = self.commit(Fault::MarkEarly);
+        if let (true, Target::Page(page)) = (early, target) {
+            self.pass_by(page);
+        }
+        if let Some(guest) = self.target(target) {
+            guest[range].copy_from_slice(data);
+        }
+        if let (false, Target::Page(page)) = (early, target) {
+            self.front.mark(page);
+        }
+    }
+
+    /// Data gets there that should have been there before.
+    pub(crate) fn copy_later(&mut self) {
+        for late in std::mem::take(&mut self.host.later) {
+            if let Some(guest) = self.target(late.target) {
+                guest[late.start..late.start + late.data.len()].copy_from_slice(&late.data);
+            }
+            if let (true, Target::Page(page)) = (late.is_marked, late.target) {
+                self.front.mark(page);
+            }
+        }
+    }
+
     /// What the grant table does behind everybody's back: nothing unless it is faulty.
     pub fn late_copy(&mut self) {
         if let Some((target, at)) = self.host.late.take() {
@@ -281,6 +338,18 @@ impl Machine {
             return true;
         }
         let stays = self.rng.percent(self.setup.stuck);
+        let mapping = self.host.mappings.get(&page).copied();
+        if let Some(Mapping {
+            target: Target::Page(page),
+            read_only: false,
+            ..
+        }) = mapping
+        {
+            // What was written through a mapping is known with its end.
+            if !stays && !self.commit(Fault::LateUnmap) {
+                self.front.mark(page);
+            }
+        }
         match self.host.mappings.remove(&page) {
             Some(mapping) if mapping.handle == handle && !mapping.lost => {
                 if stays {

@@ -7,6 +7,7 @@
 //! the requests which respects that an answered request comes before one issued later.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// The value of a sector that was never written or was discarded.
 pub const ZERO: u64 = 0;
@@ -158,6 +159,20 @@ impl History {
         if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
             write.answered = time;
             write.okay = okay;
+        }
+    }
+
+    /// Nobody has heard of the answer to a request that was issued then, so it says nothing; a read of these
+    /// sectors was none.
+    pub fn unheard(&mut self, number: u32, issued: u64, sectors: Range<u64>) {
+        if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
+            write.answered = NEVER;
+            write.okay = false;
+        }
+        for sector in sectors {
+            if let Some(seen) = self.seen.get_mut(&sector) {
+                seen.retain(|seen| seen.issued != issued);
+            }
         }
     }
 
@@ -354,6 +369,23 @@ mod tests {
         }
         assert!(history.explain(5, Some(value(3, 5)), 61, 70).is_ok());
         assert!(history.explain(5, Some(value(4, 5)), 61, 70).is_ok());
+        assert!(history.explain(5, Some(value(1, 5)), 61, 70).is_err());
+    }
+
+    #[test]
+    fn what_nobody_has_heard_of_says_nothing() {
+        let mut history = two_writes();
+        history.write(3, 41, 5, 1, false);
+        history.answered(3, 50, true);
+        assert!(history.read(5, Some(value(3, 5)), 51, 60).is_ok());
+        assert!(history.explain(5, Some(value(2, 5)), 61, 70).is_err());
+        history.unheard(3, 41, 0..0);
+        // Somebody has seen it.
+        assert!(history.explain(5, Some(value(2, 5)), 61, 70).is_err());
+        history.unheard(9, 51, 5..6);
+        for number in [2, 3] {
+            assert!(history.explain(5, Some(value(number, 5)), 61, 70).is_ok());
+        }
         assert!(history.explain(5, Some(value(1, 5)), 61, 70).is_err());
     }
 

@@ -10,14 +10,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod again;
 pub mod answers;
 pub mod disk;
 pub(crate) mod ending;
 pub mod frontend;
 pub mod grants;
+pub(crate) mod heard;
 pub mod history;
 pub mod machine;
+pub mod moves;
+pub(crate) mod passes;
 pub mod process;
+pub(crate) mod queues;
 pub mod ring;
 pub mod rng;
 pub mod schedule;

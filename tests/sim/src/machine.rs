@@ -3,12 +3,14 @@
 //! The machine around the engine: guest, ring, grant table and disk in one place.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use ring::abi::{Protocol, PAGE_SIZE};
 use ring::request::Limits;
 
-use crate::disk::Disk;
+use crate::again::{Again, Asked};
+use crate::disk::{Disk, Lane};
 use crate::frontend::Frontend;
 use crate::grants::Host;
 use crate::history::History;
@@ -91,6 +93,18 @@ pub enum Fault {
     ForgetOrphans,
     /// The host says that it has lent pages and has not.
     LendNothing,
+    /// What is under way when a guest is suspended is given up.
+    AbortAtSuspend,
+    /// The image is given up with I/O under way, which ends later.
+    LeaveRunning,
+    /// A frontend that has arrived forgets one of its requests.
+    ForgetReplay,
+    /// A copy to the guest's page is written down as a change of it before it is made.
+    MarkEarly,
+    /// A request is answered before its data is in the guest's page.
+    CopyLater,
+    /// A page is unmapped later than the answer, and later than it was copied to another host.
+    LateUnmap,
 }
 
 /// What is fixed for a case.
@@ -142,6 +156,31 @@ pub struct Setup {
     pub bad_sectors: std::ops::Range<u64>,
     /// What the ring holds where nothing was written.
     pub junk: u8,
+}
+
+/// What the guest is like, whatever host it is on.
+#[derive(Clone, Copy, Debug)]
+pub struct Habits {
+    /// It may come to be on another host: it reads nothing that is being written, because a write that is asked
+    /// for again may be executed again.
+    pub travels: bool,
+    /// Identifiers are places in a table.
+    pub small_ids: bool,
+    /// Answers of reads whose data it keeps where it is.
+    pub keeps_data: usize,
+    /// What it has read it copies away from pages that stay granted.
+    pub bounces: bool,
+}
+
+impl Default for Habits {
+    fn default() -> Self {
+        Self {
+            travels: false,
+            small_ids: false,
+            keeps_data: 0,
+            bounces: true,
+        }
+    }
 }
 
 impl Default for Setup {
@@ -253,6 +292,16 @@ pub struct Machine {
     pub gone: bool,
     /// The queue is being closed: a discard may end early.
     pub closing: bool,
+    /// What the guest is like.
+    pub habits: Habits,
+    /// The guest is suspended: it neither asks for anything nor hears of anything.
+    pub suspended: bool,
+    /// What the guest has asked for and not heard of, as far as it may come to be on another host.
+    pub(crate) asked: Asked,
+    /// Pages that were copied to other hosts.
+    pub(crate) copied: u64,
+    /// What a guest that has arrived is to ask for again.
+    pub(crate) again: VecDeque<Again>,
     /// Requests that a random frontend has yet to make.
     pub plan: u32,
     /// An event came from the frontend.
@@ -288,6 +337,11 @@ impl Machine {
             goes_in_submit: false,
             gone: false,
             closing: false,
+            habits: Habits::default(),
+            suspended: false,
+            asked: Asked::default(),
+            copied: 0,
+            again: VecDeque::new(),
             plan: 0,
             event: false,
             fault: None,
@@ -299,10 +353,24 @@ impl Machine {
     /// Another guest comes to the same disk.
     pub fn reconnect(&mut self) {
         self.ring = RingMemory::new(self.setup.protocol, self.setup.order, self.setup.junk);
-        self.front = self.front.next_guest();
+        self.front = self.front.next_guest(self.ring.size());
         self.accesses = Accesses::default();
         self.event = false;
         self.closing = false;
+    }
+
+    /// The guest comes to be on another host, with the same disk.
+    pub(crate) fn arrive(&mut self, setup: Setup) {
+        self.setup = setup;
+        self.host = Host::new(&self.setup);
+        self.disk.exchange(&mut Lane::default());
+        self.reconnect();
+        self.suspended = false;
+        if !self.setup.limits.flush {
+            // It says that nothing is volatile, so it has seen to that.
+            let dirty = self.disk.dirty();
+            self.disk.flush(&dirty);
+        }
     }
 
     /// The next point in time.
@@ -335,6 +403,8 @@ impl Machine {
                     Fault::IgnoreFlush | Fault::StarveFirst | Fault::HideRanges => 0,
                     // What a process has sent does harm only if much comes after it.
                     Fault::ForgetClass => 0,
+                    // What matters is the last moment before a move.
+                    Fault::MarkEarly | Fault::CopyLater | Fault::LateUnmap => 0,
                     _ => 2,
                 };
                 due

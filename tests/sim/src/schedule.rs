@@ -17,7 +17,7 @@ use crate::world::{Storage, World};
 const INSTALLED: u64 = 256;
 
 /// Lets the queue have few pages of its own, and borrow the others.
-fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
+pub(crate) fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
     let largest = setup.limits.max_indirect_segments.max(16);
     setup.copy_pages = largest.next_multiple_of(8) + 8 * rng.below(20) as u16;
     setup.own_pages = rng.pick(&[16u16, 16, 24, 32]).min(setup.copy_pages);
@@ -88,11 +88,21 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
 
 /// The guest makes some of its requests and publishes them.
 pub fn post_some(m: &mut Machine) {
+    if m.suspended {
+        return;
+    }
     let most = m.rng.pick(&[1u64, 2, 8, 64, 600]);
     let most = if m.tap.plan.patient { 2 } else { most };
     let count = m.rng.range(1, most);
     for _ in 0..count {
-        if m.plan == 0 || !m.front.has_room() {
+        if !m.front.has_room() {
+            break;
+        }
+        if let Some(again) = m.again.pop_front() {
+            m.post_again(again);
+            continue;
+        }
+        if m.plan == 0 {
             break;
         }
         m.plan -= 1;
@@ -102,6 +112,9 @@ pub fn post_some(m: &mut Machine) {
         } else {
             honest_spec(m)
         };
+        if m.habits.travels && m.asked.meets(&spec) {
+            continue;
+        }
         m.post(&spec);
     }
     m.push();
@@ -337,7 +350,7 @@ pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
 }
 
 /// Data before the guest comes, what the guest will do, and the planted fault.
-fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
+pub(crate) fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
     let installed = INSTALLED.min(m.setup.limits.sectors);
     m.install(0xffff_fff0, 0, installed);
     m.plan = rng.pick(&[10u32, 60, 150, 300]);
@@ -349,7 +362,7 @@ fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
 }
 
 /// A setup of a disk that a process serves: everything is copied, and requests meet often.
-fn served_setup(rng: &mut Rng) -> Setup {
+pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
     let setup = random_setup(rng);
     let indirect = setup.limits.max_indirect_segments.min(32);
     let largest = indirect.max(11);

@@ -175,6 +175,23 @@ pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)>
 }
 
 impl Machine {
+    /// The disk of a guest that has arrived has a process of its own here.
+    pub(crate) fn serve_here(&mut self, queue: u16, plan: Plan) {
+        let counts = self.tap.counts;
+        self.tap = Tap::new(self.ring.size(), queue, plan);
+        self.tap.counts = counts;
+        if let Some(ordered) = &mut self.tap.ordered {
+            *ordered = self.disk.image();
+        }
+    }
+
+    /// The process gives up what it has.
+    pub(crate) fn give_up_jobs(&mut self) {
+        if let Some(process) = &mut self.tap.process {
+            process.jobs.clear();
+        }
+    }
+
     /// The queue is gone. Returns how many requests the process has.
     pub(crate) fn orphan(&mut self) -> u32 {
         let queue = self.tap.queue;
@@ -291,9 +308,13 @@ impl Machine {
 
     /// When everything is answered, what the store holds is what a last read of it would find.
     pub fn check_content(&mut self) {
-        if !self.tap.plan.enabled || self.front.outstanding() > 0 {
-            return;
+        if self.tap.plan.enabled && self.front.outstanding() == 0 {
+            self.look_at_content();
         }
+    }
+
+    /// What the store holds is what a last read of it would find.
+    pub(crate) fn look_at_content(&mut self) {
         let (from, to) = (self.tick(), self.tick());
         let mut sectors = self.history.sectors();
         sectors.sort_unstable();

@@ -124,7 +124,13 @@ impl<'a, B: Backend> World<'a, B> {
         Self::attach(storage, machine, 0, backend)
     }
 
-    fn attach(storage: &'a mut Storage, machine: Shared, index: u32, backend: B) -> Self {
+    /// Connects an engine to the ring of a machine, which is new there.
+    pub(crate) fn attach(
+        storage: &'a mut Storage,
+        machine: Shared,
+        index: u32,
+        backend: B,
+    ) -> Self {
         let (setup, size) = {
             let mut m = machine.borrow_mut();
             // The rings of a guest that breaks the rules before it is served are refused.
@@ -249,6 +255,9 @@ impl<'a, B: Backend> World<'a, B> {
             m.front.interrupt = true;
         }
         m.late_copy();
+        if m.host.is_late() && m.rng.percent(20) {
+            m.copy_later();
+        }
     }
 
     /// Runs until nothing is left to do; problems are noted in the machine.
@@ -264,28 +273,38 @@ impl<'a, B: Backend> World<'a, B> {
     /// Runs for so many steps; true if nothing is left to do or something is wrong.
     pub fn run_for(&mut self, steps: u32) -> bool {
         for _ in 0..steps {
-            if self.awake {
-                let _pass = self.pass();
-                self.elsewhere();
-                continue;
-            }
-            let mut m = self.machine.borrow_mut();
-            if m.event || m.disk.wake {
-                m.event = false;
-                m.disk.wake = false;
-                self.awake = true;
-                continue;
-            }
-            asleep_is_right(&mut m, self.engine.in_flight(), self.last.broken);
-            if !step(&mut m) {
-                at_rest(&mut m, self.last.broken);
+            if !self.turn() {
+                self.rest();
                 return true;
             }
-            if !m.problems.is_empty() {
+            if !self.awake && !self.machine.borrow().problems.is_empty() {
                 return true;
             }
         }
         false
+    }
+
+    /// What comes next; false if nothing is left to do.
+    pub(crate) fn turn(&mut self) -> bool {
+        if self.awake {
+            let _pass = self.pass();
+            self.elsewhere();
+            return true;
+        }
+        let mut m = self.machine.borrow_mut();
+        if m.event || m.disk.wake {
+            m.event = false;
+            m.disk.wake = false;
+            self.awake = true;
+            return true;
+        }
+        asleep_is_right(&mut m, self.engine.in_flight(), self.last.broken);
+        step(&mut m)
+    }
+
+    /// What must hold when nothing is left to do.
+    pub(crate) fn rest(&mut self) {
+        at_rest(&mut self.machine.borrow_mut(), self.last.broken);
     }
 
     /// Other CPUs go on while the worker is awake.
@@ -433,7 +452,8 @@ fn at_rest(m: &mut Machine, broken: bool) {
 
 /// Complains if the worker sleeps with work left and nothing on its way to wake it.
 fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
-    if m.backend_busy() || broken || m.hosed || m.is_misleading() {
+    // A guest that is suspended misses nothing.
+    if m.backend_busy() || broken || m.hosed || m.is_misleading() || m.suspended {
         return;
     }
     let waiting = m.front.pushed().wrapping_sub(m.taken);
@@ -447,7 +467,7 @@ fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
 /// Something happens outside of the worker; false if there is nothing that can.
 fn step(m: &mut Machine) -> bool {
     let lawless = m.setup.lawless > 0;
-    let mut choices = [0u8; 4];
+    let mut choices = [0u8; 6];
     let mut n = 0;
     let mut choice = |possible: bool, what: u8| {
         if possible {
@@ -456,9 +476,13 @@ fn step(m: &mut Machine) -> bool {
         }
     };
     choice(m.backend_busy(), 0);
-    choice(m.front.interrupt || (lawless && m.front.unseen() > 0), 1);
-    choice(m.plan > 0 && m.front.has_room() && !m.waits(), 2);
+    let told = m.front.interrupt || (lawless && m.front.unseen() > 0);
+    choice(told && !m.suspended, 1);
+    let wants = !m.again.is_empty() || (m.plan > 0 && !m.waits());
+    choice(wants && m.front.has_room() && !m.suspended, 2);
     choice(lawless && m.is_misleading(), 3);
+    choice(m.is_copying(), 4);
+    choice(m.disk.has_strays() && !m.suspended, 5);
     if n == 0 {
         return false;
     }
@@ -466,7 +490,9 @@ fn step(m: &mut Machine) -> bool {
         0 => m.backend_step(),
         1 => m.consume(),
         2 => schedule::post_some(m),
-        _ => m.set_right(),
+        3 => m.set_right(),
+        4 => m.copied += m.copy_some(),
+        _ => m.land_stray(),
     }
     true
 }

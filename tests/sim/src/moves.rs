@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A guest that is suspended in the middle of its work, and goes on where it was or on another host: with another
+//! backend, another ring and other queues, over the same disk.
+//!
+//! What hosts do is what they do under Xen: the memory of the guest is copied while it runs (see [`crate::passes`]);
+//! when it is suspended the backend that it has ends what is under way and answers into the ring, which nobody may
+//! ever look at; and only then another one begins. Each host has an engine of its own, the real one.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blkback::engine::Backend;
+use ring::request::Limits;
+
+use crate::again::{Again, Age};
+use crate::disk::FakeDisk;
+use crate::machine::{Fault, Habits, Machine, Setup, Shared};
+use crate::process::Plan;
+use crate::queues::Queues;
+use crate::rng::Rng;
+use crate::schedule::{borrow_pages, prepare, random_setup, served_setup};
+use crate::tap::TapBackend;
+use crate::world::{Storage, World};
+
+/// Steps after which something should have come to its end.
+const BOUND: u32 = 200_000;
+
+/// What becomes of a guest that is suspended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It goes on with the same ring: the suspend was cancelled, or it was a checkpoint.
+    Cancelled,
+    /// It goes on on another host.
+    Moved,
+    /// One or the other.
+    Either,
+}
+
+/// How data gets from and to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// As chance has it.
+    Any,
+    /// It is copied.
+    Copied,
+    /// Pages are mapped for each request.
+    Mapped,
+    /// Pages are mapped and stay so.
+    Kept,
+}
+
+/// What happens to a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Journey {
+    /// Times that it is suspended.
+    pub suspends: u32,
+    /// What becomes of it then.
+    pub end: End,
+    /// What its frontend is like: one of these.
+    pub ages: &'static [Age],
+    /// How data gets from and to it.
+    pub way: Way,
+    /// Hosts have other rings, queues and limits than those before.
+    pub others: bool,
+    /// Its memory is copied while it runs.
+    pub passes: bool,
+    /// It copies what it has read away from pages that stay granted.
+    pub bounces: bool,
+    /// A process serves the disk.
+    pub served: Option<Plan>,
+}
+
+impl Default for Journey {
+    fn default() -> Self {
+        Self {
+            suspends: 3,
+            end: End::Either,
+            ages: &[Age::Old, Age::OldTable, Age::New],
+            way: Way::Any,
+            others: true,
+            passes: false,
+            bounces: true,
+            served: None,
+        }
+    }
+}
+
+/// What happened, to show that something did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Guests that went on on another host.
+    pub moved: u64,
+    /// Guests that went on where they were.
+    pub cancelled: u64,
+    /// Requests of which a guest had heard nothing when it was moved.
+    pub unheard: u64,
+    /// Requests that were made of them.
+    pub again: u64,
+    /// Requests that were under way when a guest was suspended.
+    pub under_way: u64,
+    /// Pages that were copied to other hosts.
+    pub copied: u64,
+    /// Hosts that a guest came to that offer less than the one before: segments, discards, barriers or flushes.
+    pub poorer: u64,
+    /// Hosts with another number of queues than the one before, or with other rings.
+    pub rings: u64,
+    /// Processes that died.
+    pub deaths: u64,
+}
+
+impl Counts {
+    /// Adds what happened in another case.
+    pub fn add(&mut self, other: &Self) {
+        self.moved += other.moved;
+        self.cancelled += other.cancelled;
+        self.unheard += other.unheard;
+        self.again += other.again;
+        self.under_way += other.under_way;
+        self.copied += other.copied;
+        self.poorer += other.poorer;
+        self.rings += other.rings;
+        self.deaths += other.deaths;
+    }
+}
+
+struct Trip<'j> {
+    journey: &'j Journey,
+    fault: Option<Fault>,
+    machine: Shared,
+    rng: Rng,
+    age: Age,
+    queues: usize,
+    left: u32,
+    counts: Counts,
+}
+
+/// Runs the case of a seed, with a planted fault if there is one. Returns what is wrong, and what happened.
+pub fn run_journey(seed: u64, journey: &Journey, fault: Option<Fault>) -> (Vec<String>, Counts) {
+    let mut rng = Rng::new(seed);
+    let age = rng.pick(journey.ages);
+    let (setup, queues) = host(&mut rng, journey, age, None);
+    let mut machine = Machine::new(setup, rng.bits());
+    machine.habits = Habits {
+        travels: true,
+        small_ids: age != Age::New,
+        keeps_data: if journey.passes { 8 } else { 0 },
+        bounces: journey.bounces,
+    };
+    prepare(&mut machine, &mut rng, None);
+    machine.plan = 0;
+    let mut trip = Trip {
+        journey,
+        fault,
+        machine: Rc::new(RefCell::new(machine)),
+        rng,
+        age,
+        queues,
+        left: journey.suspends,
+        counts: Counts::default(),
+    };
+    loop {
+        let again = match journey.served {
+            Some(plan) => {
+                trip.serve(plan);
+                trip.stay(TapBackend::new)
+            }
+            None => trip.stay(FakeDisk::new),
+        };
+        match again {
+            Some(again) => trip.arrive(again),
+            None => break,
+        }
+    }
+    let mut m = trip.machine.borrow_mut();
+    m.look_at_content();
+    let left = m.asked.left();
+    if left > 0 {
+        m.problem(format!("nothing was ever heard of {left} requests"));
+    }
+    trip.counts.copied = m.copied;
+    trip.counts.deaths = m.tap.counts.deaths;
+    (std::mem::take(&mut m.problems), trip.counts)
+}
+
+/// A host as chance has it, with the same disk as another one, and how many queues the guest has there.
+fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (Setup, usize) {
+    let served = journey.served.is_some();
+    let mut setup = match served {
+        true => served_setup(rng),
+        false => random_setup(rng),
+    };
+    if !served && journey.way == Way::Any && rng.percent(40) {
+        borrow_pages(&mut setup, rng);
+    }
+    let like = before.unwrap_or(&setup).clone();
+    setup = Setup {
+        protocol: like.protocol,
+        limits: Limits {
+            sectors: like.limits.sectors.min(4096),
+            block_sectors: like.limits.block_sectors,
+            read_only: false,
+            ..setup.limits
+        },
+        maptrack: 4096,
+        no_space: 0,
+        stuck: 0,
+        hostile: 0,
+        lawless: 0,
+        scribble: false,
+        bad_sectors: 0..0,
+        ..setup
+    };
+    go(journey.way, &mut setup);
+    let mut queues = rng.range(1, if served { 1 } else { 4 }) as usize;
+    if age != Age::New {
+        // It knows neither of these.
+        setup.order = 0;
+        setup.limits.max_indirect_segments = 0;
+        setup.keeps_grants = false;
+        queues = 1;
+    }
+    (setup, queues)
+}
+
+fn go(way: Way, setup: &mut Setup) {
+    let pages = |setup: &mut Setup, copied: u16, keeps: bool| {
+        setup.copy_pages = 352;
+        setup.own_pages = u16::MAX;
+        setup.lendable = 0;
+        setup.map_pages = 512;
+        setup.copy_max_segments = copied;
+        setup.keeps_grants = keeps;
+    };
+    match way {
+        Way::Any => {}
+        Way::Copied => {
+            pages(setup, u16::MAX, false);
+            setup.map_pages = 0;
+        }
+        Way::Mapped => pages(setup, 0, false),
+        Way::Kept => pages(setup, u16::MAX, true),
+    }
+}
+
+impl Trip<'_> {
+    fn serve(&mut self, plan: Plan) {
+        let plan = Plan {
+            enabled: true,
+            fetch: self.rng.pick(&[1usize, 4, 32]),
+            ..plan
+        };
+        let queue = self.rng.below(3) as u16;
+        self.machine.borrow_mut().serve_here(queue, plan);
+    }
+
+    /// The guest is on a host, and is suspended there until it is moved. Returns what it has to ask for again, or
+    /// nothing when it has come to its end.
+    fn stay<B: Backend>(&mut self, backend: fn(Shared) -> B) -> Option<Vec<Again>> {
+        let setup = self.machine.borrow().setup.clone();
+        let mut storages: Vec<Storage> = (0..self.queues).map(|_| Storage::new(&setup)).collect();
+        let mut queues = Queues::new(self.machine.clone(), self.queues);
+        let mut worlds = Vec::new();
+        for (at, storage) in storages.iter_mut().enumerate() {
+            queues.look_at(at);
+            // Some rings wrap.
+            let index = 0u32.wrapping_sub(self.rng.below(64) as u32);
+            let backend = backend(self.machine.clone());
+            worlds.push(World::attach(storage, self.machine.clone(), index, backend));
+        }
+        queues.look_at(0);
+        self.replay();
+        while self.left > 0 && self.is_well() {
+            self.left -= 1;
+            self.work(&mut queues, &mut worlds);
+            self.suspend(&mut queues);
+            if self.is_cancelled() {
+                self.counts.cancelled += 1;
+                self.cancel(&mut queues, &mut worlds);
+            } else {
+                self.counts.moved += 1;
+                return Some(self.leave(queues, worlds));
+            }
+        }
+        self.finish(&mut queues, &mut worlds);
+        None
+    }
+
+    /// Something that was found ends the case, unless it is about what the checker makes of it.
+    fn is_well(&self) -> bool {
+        self.fault.is_some() || self.machine.borrow().problems.is_empty()
+    }
+
+    fn is_cancelled(&mut self) -> bool {
+        match self.journey.end {
+            End::Cancelled => true,
+            End::Moved => false,
+            End::Either => self.rng.percent(50),
+        }
+    }
+
+    /// A frontend of another time puts everything into the ring at once.
+    fn replay(&mut self) {
+        if self.age == Age::New {
+            return;
+        }
+        let mut m = self.machine.borrow_mut();
+        while m.front.has_room() {
+            let Some(again) = m.again.pop_front() else {
+                break;
+            };
+            m.post_again(again);
+        }
+        m.push();
+    }
+
+    /// One step, in any of the queues; false if nothing is left to do in that one.
+    fn turn<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) -> bool {
+        let at = self.rng.index(worlds.len());
+        queues.look_at(at);
+        worlds[at].turn()
+    }
+
+    /// The guest works, and its memory is copied.
+    fn work<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+        self.machine.borrow_mut().plan += self.rng.pick(&[10u32, 60, 150]);
+        let steps = self.rng.pick(&[10u64, 100, 400]);
+        let begin = self.rng.below(steps / 2);
+        let armed = match self.fault {
+            // All the time, but it does harm only where a pass has been.
+            Some(Fault::MarkEarly | Fault::LateUnmap) => begin,
+            _ => steps - steps / 4,
+        };
+        for step in 0..steps {
+            if step == begin && self.journey.passes {
+                self.each(queues, Machine::begin_passes);
+            }
+            if step == armed {
+                self.machine.borrow_mut().fault = self.fault.map(|fault| (fault, 0));
+            }
+            let _idle = self.turn(queues, worlds);
+        }
+    }
+
+    fn each(&self, queues: &mut Queues, what: fn(&mut Machine)) {
+        for at in 0..queues.len() {
+            queues.look_at(at);
+            what(&mut self.machine.borrow_mut());
+        }
+    }
+
+    fn suspend(&mut self, queues: &mut Queues) {
+        {
+            let mut m = self.machine.borrow_mut();
+            m.suspended = true;
+            m.fault = self.fault.map(|fault| (fault, 0));
+        }
+        self.each(queues, |m| {
+            if let Some(passes) = &mut m.front.passes {
+                passes.finish();
+            }
+            if m.commit(Fault::AbortAtSuspend) {
+                m.disk.give_up();
+                m.give_up_jobs();
+            }
+        });
+        for at in 0..queues.len() {
+            queues.look_at(at);
+            self.counts.under_way += u64::from(self.machine.borrow().front.outstanding());
+        }
+    }
+
+    /// All queues go on until nothing is left to do.
+    fn rest<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+        for _ in 0..BOUND {
+            if self.turn(queues, worlds) {
+                continue;
+            }
+            let mut rests = true;
+            for (at, world) in worlds.iter_mut().enumerate() {
+                queues.look_at(at);
+                rests &= !world.turn();
+            }
+            if rests {
+                return;
+            }
+        }
+        let what = format!("no end after {BOUND} steps");
+        self.machine.borrow_mut().problem(what);
+    }
+
+    /// The guest goes on with its rings, perhaps before everything has ended that was under way.
+    fn cancel<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+        if self.rng.percent(50) {
+            self.rest(queues, worlds);
+        } else {
+            for _ in 0..self.rng.below(20) {
+                let _idle = self.turn(queues, worlds);
+            }
+        }
+        self.each(queues, |m| m.front.passes = None);
+        let mut m = self.machine.borrow_mut();
+        m.suspended = false;
+        m.fault = None;
+    }
+
+    /// The host is left. Returns what the guest has heard nothing of.
+    fn leave<B: Backend>(
+        &mut self,
+        mut queues: Queues,
+        mut worlds: Vec<World<'_, B>>,
+    ) -> Vec<Again> {
+        let leaves = self.fault == Some(Fault::LeaveRunning);
+        if leaves {
+            self.each(&mut queues, Machine::leave_running);
+        }
+        // The memory is copied to its end, and what is under way ends.
+        self.rest(&mut queues, &mut worlds);
+        self.each(&mut queues, Machine::copy_later);
+        let mut again = Vec::new();
+        for (at, world) in worlds.into_iter().enumerate() {
+            queues.look_at(at);
+            self.machine.borrow_mut().check_passes();
+            // Nothing is under way that somebody would have to wait for, unless it was given up.
+            let left = world.engine.in_flight();
+            drop(world.engine.detach());
+            let mut m = self.machine.borrow_mut();
+            if left > 0 && self.fault.is_none() {
+                m.problem(format!(
+                    "{left} requests are under way when the image is given up"
+                ));
+            }
+            if self.journey.served.is_some() {
+                let _left = m.orphan();
+            }
+            again.extend(m.unheard_of());
+        }
+        // What the guest had yet to ask for again.
+        again.extend(self.machine.borrow_mut().again.drain(..));
+        self.counts.unheard += again.len() as u64;
+        again
+    }
+
+    /// The guest comes to be on another host.
+    fn arrive(&mut self, again: Vec<Again>) {
+        let before = self.machine.borrow().setup.clone();
+        let (setup, queues) = match self.journey.others {
+            true => host(&mut self.rng, self.journey, self.age, Some(&before)),
+            false => (before.clone(), self.queues),
+        };
+        let (old, new) = (before.limits, setup.limits);
+        let less = |old: bool, new: bool| old && !new;
+        let poorer = new.max_indirect_segments < old.max_indirect_segments
+            || less(old.flush, new.flush)
+            || less(old.barrier, new.barrier)
+            || less(old.discard, new.discard);
+        self.counts.poorer += u64::from(poorer);
+        self.counts.rings += u64::from(queues != self.queues || setup.order != before.order);
+        self.queues = queues;
+        let mut m = self.machine.borrow_mut();
+        m.arrive(setup);
+        m.fault = self.fault.map(|fault| (fault, 0));
+        self.counts.again += m.ask_again(again, self.age);
+        m.fault = None;
+    }
+
+    /// The guest comes to the end of its work.
+    fn finish<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+        self.rest(queues, worlds);
+        for (at, world) in worlds.iter_mut().enumerate() {
+            queues.look_at(at);
+            world.rest();
+            world.close();
+            let problems = world.verdict();
+            self.machine.borrow_mut().problems.extend(problems);
+        }
+    }
+}

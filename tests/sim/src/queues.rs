@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Several queues of one guest: each has a ring, requests and pages of its own, and all of them one disk. The machine
+//! shows one at a time.
+
+use crate::disk::Lane;
+use crate::frontend::Frontend;
+use crate::grants::Host;
+use crate::machine::{Machine, Setup, Shared};
+use crate::ring::{Accesses, RingMemory};
+
+/// A queue that is not looked at.
+#[derive(Debug)]
+struct Queue {
+    ring: RingMemory,
+    front: Frontend,
+    host: Host,
+    accesses: Accesses,
+    taken: u32,
+    event: bool,
+    lane: Lane,
+}
+
+impl Queue {
+    fn new(setup: &Setup) -> Self {
+        let ring = RingMemory::new(setup.protocol, setup.order, setup.junk);
+        Self {
+            front: Frontend::new(ring.size()),
+            ring,
+            host: Host::new(setup),
+            accesses: Accesses::default(),
+            taken: 0,
+            event: false,
+            lane: Lane::default(),
+        }
+    }
+
+    fn exchange(&mut self, m: &mut Machine) {
+        std::mem::swap(&mut self.ring, &mut m.ring);
+        std::mem::swap(&mut self.front, &mut m.front);
+        std::mem::swap(&mut self.host, &mut m.host);
+        std::mem::swap(&mut self.accesses, &mut m.accesses);
+        std::mem::swap(&mut self.taken, &mut m.taken);
+        std::mem::swap(&mut self.event, &mut m.event);
+        m.disk.exchange(&mut self.lane);
+        // What is swapped back: requests of all queues have one numbering.
+        m.front.count_on(&mut self.front);
+    }
+}
+
+/// The queues of a machine.
+#[derive(Debug)]
+pub(crate) struct Queues {
+    machine: Shared,
+    /// All but the one that is looked at.
+    others: Vec<Option<Queue>>,
+    here: usize,
+}
+
+impl Queues {
+    /// So many queues, of which the first one is looked at.
+    pub(crate) fn new(machine: Shared, count: usize) -> Self {
+        let setup = machine.borrow().setup.clone();
+        let other = |at: usize| (at > 0).then(|| Queue::new(&setup));
+        Self {
+            others: (0..count).map(other).collect(),
+            machine,
+            here: 0,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.others.len()
+    }
+
+    /// Looks at another queue.
+    pub(crate) fn look_at(&mut self, at: usize) {
+        let Some(mut queue) = self.others[at].take() else {
+            return;
+        };
+        queue.exchange(&mut self.machine.borrow_mut());
+        self.others[self.here] = Some(queue);
+        self.here = at;
+    }
+}

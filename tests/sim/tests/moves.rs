@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Guests that are suspended in the middle of their work, and go on where they were or on another host: the cases S20,
+//! S23, S25, S26 and S28, as far as the engine and the shadow have to do with them, and frontends of different age.
+//!
+//! `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that is run. What shows that
+//! something would be found is in `moves_negative.rs`.
+
+use std::time::{Duration, Instant};
+
+use sim::again::Age;
+use sim::moves::{run_journey, Counts, End, Journey, Way};
+use sim::process::{Moment, Plan};
+use sim::rng::fresh_seed;
+
+const DEFAULT_TIME: Duration = Duration::from_secs(3);
+const LEAST_CASES: u64 = 100;
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+    )
+}
+
+fn check(seed: u64, journey: &Journey) -> Counts {
+    let run = std::panic::catch_unwind(|| run_journey(seed, journey, None));
+    let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
+    assert!(
+        problems.is_empty(),
+        "replay it with SIM_SEED={seed}: {problems:#?}"
+    );
+    counts
+}
+
+/// Runs the schedules of a journey; `enough` says of the sums whether they show anything.
+fn run(journey: Journey, enough: impl Fn(&Counts, u64) -> bool) {
+    if let Some(seed) = number("SIM_SEED") {
+        println!("{:?}", check(seed, &journey));
+        return;
+    }
+    let wanted = number("SIM_CASES");
+    let begin = Instant::now();
+    let mut sum = Counts::default();
+    let (first, mut cases) = (fresh_seed(), 0);
+    while match wanted {
+        Some(wanted) => cases < wanted,
+        None => cases < LEAST_CASES || begin.elapsed() < DEFAULT_TIME,
+    } {
+        sum.add(&check(first.wrapping_add(cases), &journey));
+        cases += 1;
+    }
+    println!("{cases} cases from the seed {first} on: {sum:?}");
+    // A run that exercises nothing proves nothing.
+    assert!(sum.under_way > 3 * cases, "{sum:?}");
+    assert!(enough(&sum, cases), "{sum:?}");
+}
+
+fn served() -> Option<Plan> {
+    Some(Plan::default())
+}
+
+fn dying() -> Option<Plan> {
+    Some(Plan {
+        deaths: 8,
+        moment: Moment::Any,
+        death: 5,
+        sessions: 25,
+        ..Plan::default()
+    })
+}
+
+fn only_moved(sum: &Counts, cases: u64) -> bool {
+    sum.moved == 3 * cases && sum.again > 3 * cases
+}
+
+#[test]
+fn s20_h12_a_guest_that_goes_on_with_its_ring_loses_nothing() {
+    let journey = Journey {
+        suspends: 8,
+        end: End::Cancelled,
+        ..Journey::default()
+    };
+    run(journey, |sum, cases| sum.cancelled == 8 * cases);
+}
+
+#[test]
+fn s20_h12_a_guest_of_a_tap_disk_that_goes_on_with_its_ring_loses_nothing() {
+    for plan in [served(), dying()] {
+        let journey = Journey {
+            suspends: 8,
+            end: End::Cancelled,
+            served: plan,
+            ..Journey::default()
+        };
+        run(journey, |sum, cases| sum.cancelled == 8 * cases);
+    }
+}
+
+#[test]
+fn s25_an_old_frontend_puts_its_table_into_the_new_ring() {
+    for age in [&[Age::Old], &[Age::OldTable]] {
+        let journey = Journey {
+            end: End::Moved,
+            ages: age,
+            ..Journey::default()
+        };
+        run(journey, only_moved);
+    }
+}
+
+#[test]
+fn s25_an_old_frontend_of_a_tap_disk_puts_its_table_into_the_new_ring() {
+    for age in [&[Age::Old], &[Age::OldTable]] {
+        let journey = Journey {
+            end: End::Moved,
+            ages: age,
+            served: served(),
+            ..Journey::default()
+        };
+        run(journey, only_moved);
+    }
+}
+
+#[test]
+fn s25_s26_s28_a_new_frontend_makes_other_requests_for_another_host() {
+    let journey = Journey {
+        end: End::Moved,
+        ages: &[Age::New],
+        ..Journey::default()
+    };
+    run(journey, |sum, cases| {
+        let others = sum.rings > cases && sum.poorer > cases;
+        only_moved(sum, cases) && sum.again > sum.unheard && others
+    });
+}
+
+#[test]
+fn s25_s26_s28_a_new_frontend_makes_other_requests_for_another_tap_disk() {
+    let journey = Journey {
+        end: End::Moved,
+        ages: &[Age::New],
+        served: served(),
+        ..Journey::default()
+    };
+    run(journey, |sum, cases| {
+        let others = sum.rings > cases / 4 && sum.poorer > cases;
+        only_moved(sum, cases) && sum.again > sum.unheard && others
+    });
+}
+
+#[test]
+fn s25_s36_processes_die_while_guests_come_and_go() {
+    let journey = Journey {
+        suspends: 6,
+        served: dying(),
+        ..Journey::default()
+    };
+    run(journey, |sum, cases| {
+        sum.moved > 2 * cases && sum.cancelled > 2 * cases && sum.deaths > 2 * cases
+    });
+}
+
+fn copied_while_it_runs(way: Way, served: Option<Plan>) {
+    let journey = Journey {
+        way,
+        served,
+        passes: true,
+        ages: &[Age::New],
+        ..Journey::default()
+    };
+    run(journey, |sum, cases| {
+        sum.moved > cases && sum.copied > 100 * cases
+    });
+}
+
+#[test]
+fn s23_h10_what_is_copied_to_the_guest_arrives_with_it() {
+    copied_while_it_runs(Way::Copied, None);
+}
+
+#[test]
+fn s23_h10_what_is_written_through_a_mapping_arrives_with_the_guest() {
+    copied_while_it_runs(Way::Mapped, None);
+}
+
+#[test]
+fn s23_h10_what_is_written_to_pages_that_stay_granted_arrives_with_the_guest() {
+    copied_while_it_runs(Way::Kept, None);
+}
+
+#[test]
+fn s23_h10_what_a_tap_disk_answers_arrives_with_the_guest() {
+    copied_while_it_runs(Way::Copied, served());
+}

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Negative controls of guests that move: a rule of the hosts or of the guest is switched off, and the checker must
+//! find what comes of that. H1, H10 and H12 are the hazards of moving.
+
+use sim::again::Age;
+use sim::machine::Fault;
+use sim::moves::{run_journey, End, Journey, Way};
+use sim::process::Plan;
+
+const CASES: u64 = 60;
+
+fn served() -> Option<Plan> {
+    Some(Plan::default())
+}
+
+/// Cases in which something was reported, and all reports.
+fn found(journey: &Journey, fault: Option<Fault>) -> (u64, Vec<String>) {
+    let mut found = 0;
+    let mut reports = Vec::new();
+    for seed in 0..CASES {
+        let (problems, _) = run_journey(seed, journey, fault);
+        found += u64::from(!problems.is_empty());
+        reports.extend(problems);
+    }
+    (found, reports)
+}
+
+/// The fault is found in so many cases at least, and reported in these words in one of them.
+#[track_caller]
+fn must_find(journey: Journey, fault: Option<Fault>, least: u64, words: &str) {
+    let (found, reports) = found(&journey, fault);
+    println!("{fault:?} found in {found} of {CASES} cases");
+    let report = reports.iter().find(|report| report.contains(words));
+    let first: Vec<_> = reports.iter().take(5).collect();
+    println!(
+        "    {}",
+        report.unwrap_or_else(|| panic!("{words}: {first:#?}"))
+    );
+    assert!(
+        found >= least,
+        "{fault:?} found in {found} of {CASES} cases"
+    );
+}
+
+#[track_caller]
+fn finds_nothing(journey: Journey, fault: Option<Fault>) {
+    let (found, reports) = found(&journey, fault);
+    assert_eq!(found, 0, "{reports:#?}");
+}
+
+fn moved() -> Journey {
+    Journey {
+        end: End::Moved,
+        ..Journey::default()
+    }
+}
+
+fn cancelled() -> Journey {
+    Journey {
+        end: End::Cancelled,
+        ..Journey::default()
+    }
+}
+
+/// A guest that is copied while it runs, and always moved.
+fn copied(way: Way) -> Journey {
+    Journey {
+        way,
+        passes: true,
+        ages: &[Age::New],
+        ..moved()
+    }
+}
+
+#[test]
+fn without_a_fault_nothing_is_reported() {
+    for journey in [moved(), cancelled(), copied(Way::Any), copied(Way::Kept)] {
+        finds_nothing(journey, None);
+        let served = Journey {
+            served: served(),
+            ..journey
+        };
+        if journey.way == Way::Any {
+            finds_nothing(served, None);
+        }
+    }
+}
+
+/// What the guest has heard of holds on any host.
+#[test]
+fn what_is_lost_before_a_move_is_found() {
+    let words = "which no order of the writes explains";
+    must_find(moved(), Some(Fault::DropWrite), CASES / 4, words);
+    must_find(moved(), Some(Fault::IgnoreFlush), CASES / 10, "power cut");
+    let served = Journey {
+        served: served(),
+        ..moved()
+    };
+    must_find(served, Some(Fault::PrivateCache), CASES / 8, words);
+}
+
+#[test]
+fn h1_a_host_that_is_left_with_io_under_way_is_found() {
+    let words = "which no order of the writes explains";
+    must_find(moved(), Some(Fault::LeaveRunning), CASES / 10, words);
+}
+
+#[test]
+fn h12_what_is_given_up_is_found_when_the_guest_goes_on_with_its_ring() {
+    for plan in [None, served()] {
+        let journey = Journey {
+            served: plan,
+            ..cancelled()
+        };
+        must_find(
+            journey,
+            Some(Fault::AbortAtSuspend),
+            CASES / 2,
+            "were never answered",
+        );
+    }
+}
+
+/// That is why nobody misses it before a suspend is cancelled.
+#[test]
+fn h12_what_is_given_up_is_asked_for_again_by_a_guest_that_is_moved() {
+    for plan in [None, served()] {
+        let journey = Journey {
+            served: plan,
+            ..moved()
+        };
+        finds_nothing(journey, Some(Fault::AbortAtSuspend));
+    }
+}
+
+#[test]
+fn s25_a_frontend_that_forgets_a_request_is_found() {
+    let words = "nothing was ever heard of";
+    for plan in [None, served()] {
+        let journey = Journey {
+            served: plan,
+            ..moved()
+        };
+        must_find(journey, Some(Fault::ForgetReplay), CASES / 2, words);
+    }
+}
+
+const OTHER_DATA: &str = "the other host has other data";
+
+#[test]
+fn h10_a_change_that_is_written_down_before_it_is_made_is_found() {
+    let fault = Some(Fault::MarkEarly);
+    must_find(copied(Way::Copied), fault, CASES / 4, OTHER_DATA);
+    let served = Journey {
+        served: served(),
+        ..copied(Way::Copied)
+    };
+    must_find(served, fault, CASES / 4, OTHER_DATA);
+}
+
+#[test]
+fn h10_an_answer_before_its_data_is_there_is_found() {
+    let fault = Some(Fault::CopyLater);
+    for way in [Way::Copied, Way::Mapped, Way::Kept] {
+        must_find(copied(way), fault, CASES / 4, OTHER_DATA);
+    }
+    let served = Journey {
+        served: served(),
+        ..copied(Way::Copied)
+    };
+    must_find(served, fault, CASES / 4, OTHER_DATA);
+}
+
+#[test]
+fn h10_a_page_that_is_unmapped_late_is_found() {
+    let fault = Some(Fault::LateUnmap);
+    must_find(copied(Way::Mapped), fault, CASES / 4, OTHER_DATA);
+}
+
+#[test]
+fn h10_a_guest_that_leaves_its_data_in_pages_that_stay_mapped_is_found() {
+    let journey = Journey {
+        bounces: false,
+        ..copied(Way::Kept)
+    };
+    must_find(journey, None, CASES / 4, OTHER_DATA);
+}
