@@ -208,6 +208,10 @@ impl Story<'_> {
             .map(|_| all || self.chance.below(3) == 0)
             .collect();
         let knows = self.open_there(&group);
+        if !self.rules.waits && self.chance.below(2) == 0 {
+            // Before the last requests, or beside them.
+            self.end()?;
+        }
         self.begin(&group, &lost);
         let again = group.iter().zip(&lost).filter(|(_, lost)| **lost);
         let again: Vec<Request> = again.map(|(request, _)| *request).collect();

@@ -10,13 +10,13 @@ mod hosts;
 use common::tools::{parent, parent_number, PARENT_SIZE};
 use common::{run, seeds, Content, Memory, World};
 use drivers::Disk;
-use formats::{qcow2, vhd, Options, Parts};
+use formats::{qcow, qcow2, vhd, vmdk, Options, Parts};
 use hosts::{move_about, Counts, Format, Rules};
 use std::future::Future;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
 /// Schedules of each format that must go well.
-const JOURNEYS: u64 = 200;
+const JOURNEYS: u64 = 80;
 /// Schedules in which a rule that is switched off must be missed.
 const SCHEDULES: u64 = 40;
 
@@ -54,9 +54,10 @@ fn options(writable: bool) -> Options {
     }
 }
 
-fn qcow2(cluster: u64, below: bool) -> Format {
+fn qcow2(cluster: u64, extended: bool, below: bool) -> Format {
     let plan = qcow2::Plan {
         cluster,
+        extended,
         backing: below.then(|| qcow2::Backing {
             name: "base".into(),
             format: Some("raw".into()),
@@ -108,13 +109,56 @@ fn vhd(kind: vhd::Kind) -> Format {
     }
 }
 
+fn qcow(below: bool) -> Format {
+    let what = qcow::Create {
+        size: SIZE,
+        parent: below.then(|| "base".into()),
+    };
+    Format {
+        name: "qcow",
+        size: SIZE,
+        unit: 4096,
+        files: made(move |file| async move { qcow::create(&file, &what).await.unwrap() }),
+        open: Box::new(move |file, writable| {
+            Disk::new(qcow::Qcow::new(file, parts(below), options(writable)))
+        }),
+        base: if below { base } else { nothing },
+        is_sound: |_| Ok(()),
+    }
+}
+
+fn vmdk(below: bool) -> Format {
+    let what = vmdk::Create {
+        form: vmdk::Form::MonolithicSparse,
+        size: SIZE,
+        name: "image".into(),
+        parent: below.then(|| ("base.vmdk".into(), 0xabcd)),
+        cid: 0x1234_5678,
+    };
+    Format {
+        name: "vmdk",
+        size: SIZE,
+        unit: 64 << 10,
+        files: made(move |file| async move { vmdk::create(&file, &[], &what).await.unwrap() }),
+        open: Box::new(move |file, writable| {
+            Disk::new(vmdk::Vmdk::new(file, parts(below), options(writable)))
+        }),
+        base: if below { base } else { nothing },
+        is_sound: |_| Ok(()),
+    }
+}
+
 fn formats() -> Vec<Format> {
     vec![
-        qcow2(4096, false),
-        qcow2(512, true),
-        qcow2(65536, true),
+        qcow2(4096, false, false),
+        qcow2(512, false, true),
+        qcow2(65536, false, true),
+        qcow2(16384, true, true),
         vhd(vhd::Kind::Dynamic),
         vhd(vhd::Kind::Differencing),
+        qcow(true),
+        vmdk(false),
+        vmdk(true),
     ]
 }
 
