@@ -35,6 +35,13 @@ pub(crate) struct Sent {
     until: Option<u64>,
 }
 
+impl Ghost {
+    /// The queue whose pages it holds.
+    pub(crate) fn queue(&self) -> u16 {
+        self.job.desc.queue
+    }
+}
+
 fn changes(desc: &Desc) -> bool {
     desc.op != OP_READ && desc.op != OP_FLUSH
 }

@@ -212,7 +212,9 @@ fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (
         ..setup
     };
     go(journey.way, &mut setup);
-    let mut queues = rng.range(1, if served { 1 } else { 4 }) as usize;
+    // What fails or comes back after a death wakes one queue of the fakes.
+    let one = journey.served.is_some_and(|plan| plan.deaths > 0);
+    let mut queues = rng.range(1, if one { 1 } else { 4 }) as usize;
     if age != Age::New {
         // It knows neither of these.
         setup.order = 0;
@@ -250,8 +252,9 @@ impl Trip<'_> {
             fetch: self.rng.pick(&[1usize, 4, 32]),
             ..plan
         };
-        let queue = self.rng.below(3) as u16;
-        self.machine.borrow_mut().serve_here(queue, plan);
+        let first = self.rng.below(3) as u16;
+        let mut m = self.machine.borrow_mut();
+        m.serve_here(first, self.queues, plan);
     }
 
     /// The guest is on a host, and is suspended there until it is moved. Returns what it has to ask for again, or
@@ -429,9 +432,6 @@ impl Trip<'_> {
                 m.problem(format!(
                     "{left} requests are under way when the image is given up"
                 ));
-            }
-            if self.journey.served.is_some() {
-                let _left = m.orphan();
             }
             again.extend(m.unheard_of());
         }

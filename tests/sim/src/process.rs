@@ -12,6 +12,7 @@ use ring::tap::abi::{
 use ring::tap::checked::Fence;
 use ring::tap::shadow::{Committed, Op};
 
+use crate::ending::Ghost;
 use crate::history::SECTOR;
 use crate::machine::{Fault, Machine};
 use crate::tap::Bytes;
@@ -192,6 +193,7 @@ impl Machine {
     pub fn backend_step(&mut self) {
         if self.tap.plan.enabled {
             let mut acts = self.acts();
+            acts.retain(|act| self.is_here(*act));
             // What is late is later than most.
             let prompt = acts.iter().any(|act| !act.is_late());
             if prompt && self.rng.percent(90) {
@@ -204,6 +206,19 @@ impl Machine {
         } else {
             self.disk_step();
         }
+    }
+
+    /// It has nothing to do with the pages of a queue that is not looked at.
+    fn is_here(&self, act: Act) -> bool {
+        let jobs = self.tap.process.iter().flat_map(|process| &process.jobs);
+        let queue = match act {
+            Act::Begin(at) | Act::Land(at) | Act::Commit(at) | Act::Return(at) => {
+                jobs.map(|job| job.desc.queue).nth(at)
+            }
+            Act::Haunt(at) | Act::Exorcise(at) => self.tap.ghosts.get(at).map(Ghost::queue),
+            _ => None,
+        };
+        queue.is_none_or(|queue| self.tap.is_at(queue))
     }
 
     /// What a process does of its own will, and what happens to it.

@@ -8,6 +8,7 @@ use crate::frontend::Frontend;
 use crate::grants::Host;
 use crate::machine::{Machine, Setup, Shared};
 use crate::ring::{Accesses, RingMemory};
+use crate::tap::Place;
 
 /// A queue that is not looked at.
 #[derive(Debug)]
@@ -19,19 +20,25 @@ struct Queue {
     taken: u32,
     event: bool,
     lane: Lane,
+    at: Place,
 }
 
 impl Queue {
-    fn new(setup: &Setup) -> Self {
+    fn new(setup: &Setup, number: u16) -> Self {
         let ring = RingMemory::new(setup.protocol, setup.order, setup.junk);
+        let size = ring.size();
         Self {
-            front: Frontend::new(ring.size()),
+            front: Frontend::new(size),
             ring,
             host: Host::new(setup),
             accesses: Accesses::default(),
             taken: 0,
             event: false,
             lane: Lane::default(),
+            at: Place {
+                queue: number,
+                base: number * size as u16,
+            },
         }
     }
 
@@ -42,6 +49,7 @@ impl Queue {
         std::mem::swap(&mut self.accesses, &mut m.accesses);
         std::mem::swap(&mut self.taken, &mut m.taken);
         std::mem::swap(&mut self.event, &mut m.event);
+        std::mem::swap(&mut self.at, &mut m.tap.at);
         m.disk.exchange(&mut self.lane);
         // What is swapped back: requests of all queues have one numbering.
         m.front.count_on(&mut self.front);
@@ -61,7 +69,8 @@ impl Queues {
     /// So many queues, of which the first one is looked at.
     pub(crate) fn new(machine: Shared, count: usize) -> Self {
         let setup = machine.borrow().setup.clone();
-        let other = |at: usize| (at > 0).then(|| Queue::new(&setup));
+        let first = machine.borrow().tap.at.queue;
+        let other = |at: usize| (at > 0).then(|| Queue::new(&setup, first + at as u16));
         Self {
             others: (0..count).map(other).collect(),
             machine,

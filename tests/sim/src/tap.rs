@@ -93,13 +93,19 @@ impl Counts {
     }
 }
 
+/// Which queue it is that is looked at, and its first tag.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Place {
+    pub(crate) queue: u16,
+    pub(crate) base: u16,
+}
+
 /// A disk that a process serves.
 #[derive(Debug)]
 pub struct Tap {
     /// The shadow.
     pub shadow: Shadow<Vec<Entry>>,
-    queue: u16,
-    base: u16,
+    pub(crate) at: Place,
     descs: Vec<Desc>,
     pub(crate) segments: Vec<Vec<Segment>>,
     pub(crate) posted: BTreeMap<u16, Posted>,
@@ -130,12 +136,18 @@ impl Default for Tap {
 impl Tap {
     /// A disk of a ring of `size` slots, which is the frontend's queue number `queue`.
     pub fn new(size: u32, queue: u16, plan: Plan) -> Self {
-        let base = queue * size as u16;
-        let tags = usize::from(base) + size as usize;
+        let at = Place {
+            queue,
+            base: queue * size as u16,
+        };
+        Self::at(at, usize::from(at.base) + size as usize, plan)
+    }
+
+    /// The same for that queue, of several that have so many tags together.
+    fn at(at: Place, tags: usize, plan: Plan) -> Self {
         Self {
             shadow: Shadow::new(vec![Entry::FREE; tags]),
-            queue,
-            base,
+            at,
             descs: vec![Desc::default(); tags],
             segments: vec![Vec::new(); tags],
             posted: BTreeMap::new(),
@@ -152,7 +164,12 @@ impl Tap {
 
     /// True if there are results to reap.
     pub fn has_results(&self) -> bool {
-        self.shadow.has_results(self.queue)
+        self.shadow.has_results(self.at.queue)
+    }
+
+    /// True if this is the queue that is looked at.
+    pub(crate) fn is_at(&self, queue: u16) -> bool {
+        self.at.queue == queue
     }
 
     /// True if requests may have failed for want of a process, or of one whose I/O has an end.
@@ -175,10 +192,17 @@ pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)>
 }
 
 impl Machine {
-    /// The disk of a guest that has arrived has a process of its own here.
-    pub(crate) fn serve_here(&mut self, queue: u16, plan: Plan) {
+    /// The disk of a guest that has arrived has a process of its own here, for so many queues, of which the first
+    /// one is `first`.
+    pub(crate) fn serve_here(&mut self, first: u16, queues: usize, plan: Plan) {
         let counts = self.tap.counts;
-        self.tap = Tap::new(self.ring.size(), queue, plan);
+        let size = self.ring.size();
+        let at = Place {
+            queue: first,
+            base: first * size as u16,
+        };
+        let tags = (usize::from(first) + queues) * size as usize;
+        self.tap = Tap::at(at, tags, plan);
         self.tap.counts = counts;
         if let Some(ordered) = &mut self.tap.ordered {
             *ordered = self.disk.image();
@@ -194,7 +218,7 @@ impl Machine {
 
     /// The queue is gone. Returns how many requests the process has.
     pub(crate) fn orphan(&mut self) -> u32 {
-        let queue = self.tap.queue;
+        let queue = self.tap.at.queue;
         let orphans = self.tap.shadow.orphan(queue);
         if orphans != self.tap.shadow.delivered() || self.tap.shadow.waiting() > 0 {
             self.problem(format!("{orphans} orphans, but {:?}", self.tap.shadow));
@@ -231,7 +255,7 @@ impl Machine {
     /// Takes one I/O of the engine.
     fn post_io(&mut self, io: &Io<'_>) {
         let request = request_of(io);
-        let tag = self.tap.base + io.tag.number();
+        let tag = self.tap.at.base + io.tag.number();
         let slices: Vec<Slice> = io.slices().collect();
         let segments = slices.iter().map(|slice| Segment {
             offset: u32::from(slice.page.number()) * PAGE_SIZE as u32 + u32::from(slice.offset),
@@ -251,7 +275,7 @@ impl Machine {
             shown.sector = (1 << 40) + (u64::from(tag) << 22);
         }
         let now = self.tick();
-        let queue = self.tap.queue;
+        let queue = self.tap.at.queue;
         if let Err(why) = self.tap.shadow.post(DiskTag::new(tag), queue, &shown, now) {
             self.problem(format!("tag {tag} cannot be posted: {why:?}"));
         }
@@ -421,7 +445,7 @@ impl Backend for TapBackend {
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
         let mut m = self.machine.borrow_mut();
-        let (base, queue) = (m.tap.base, m.tap.queue);
+        let Place { base, queue } = m.tap.at;
         loop {
             let mut results = Vec::new();
             let count = m.tap.shadow.reap(queue, BATCH, |tag, status| {
