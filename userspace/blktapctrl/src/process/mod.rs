@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk: started by us, or by the supervisor before us.
 
+mod system;
+
 use crate::folder::{self, Folder};
 use crate::link::{unexpected, Link};
 use crate::record::Known;
@@ -9,7 +11,7 @@ use control::supervisor::Binary;
 use control::tapdisk::{self, Reply, Request, Status};
 use control::{Code, Failure};
 use rustix::io::Errno;
-use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use rustix::process::{pidfd_send_signal, Signal};
 use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
 use std::fs;
@@ -17,10 +19,11 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+pub use system::user_in;
+use system::{how, is_crash, is_gone, open_pid, started};
 use tokio::net::unix::pipe;
 use tokio::sync::Mutex;
 
@@ -518,75 +521,11 @@ fn unwatched(pid: u32, error: &io::Error) -> Failure {
     Failure::system(format!("cannot watch tapdisk {pid}"), error)
 }
 
-/// There is no such process, or nobody listens. Any other error says nothing about that.
-fn is_gone(error: &io::Error) -> bool {
-    let gone = [Errno::SRCH, Errno::NOENT, Errno::CONNREFUSED];
-    gone.iter()
-        .any(|gone| error.raw_os_error() == Some(gone.raw_os_error()))
-}
-
-fn open_pid(pid: u32) -> io::Result<OwnedFd> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
-}
-
-/// When a process was started, in clock ticks since the host was.
-fn started(pid: u32) -> io::Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    parse_started(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// The 22nd word; the second one is the name in parentheses, and may be anything.
-fn parse_started(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
-}
-
-fn how(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("ended with the exit code {code}"),
-        (None, Some(signal)) if status.core_dumped() => {
-            format!("was killed by signal {signal} and left a core")
-        }
-        (None, Some(signal)) => format!("was killed by signal {signal}"),
-        (None, None) => "ended".into(),
-    }
-}
-
-fn is_crash(status: ExitStatus) -> bool {
-    let wishes = [Signal::KILL, Signal::TERM, Signal::INT, Signal::HUP];
-    match status.signal() {
-        Some(signal) => wishes.iter().all(|wish| wish.as_raw() != signal),
-        None => !status.success(),
-    }
-}
-
-/// User and group of a name in the file of users. Read by hand: a program that is linked statically
-/// cannot ask the name service.
-#[must_use]
-pub fn user_in(passwd: &str, name: &str) -> Option<(u32, u32)> {
-    passwd.lines().find_map(|line| {
-        let mut words = line.split(':');
-        (words.next() == Some(name)).then_some(())?;
-        let uid = words.nth(1)?.parse().ok()?;
-        Some((uid, words.next()?.parse().ok()?))
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{parse_started, started, user_in, Process};
+    use super::{started, Process};
     use crate::record::Known;
     use std::path::Path;
-
-    #[test]
-    fn start_of_a_process_with_an_odd_name() {
-        let stat = "12 (a) b (c) S 1 12 12 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 1 2";
-        assert_eq!(parse_started(stat), Some(98765));
-        assert_eq!(parse_started("12 (a) S 1"), None);
-        assert!(started(std::process::id()).expect("we run") > 0);
-    }
 
     #[test]
     fn another_process_with_the_same_number_is_not_taken_over() {
@@ -605,14 +544,5 @@ mod tests {
         assert!(adopt(u32::MAX >> 1, ours).is_none());
         // That nobody listens there does not mean that it is gone.
         assert!(adopt(pid, ours).is_some());
-    }
-
-    #[test]
-    fn user_is_found_by_the_whole_name() {
-        let passwd =
-            "root:x:0:0:root:/root:/bin/sh\nxentap2:x:7:8::/:\nxentap:x:990:991::/:\nbad:x\n";
-        assert_eq!(user_in(passwd, "xentap"), Some((990, 991)));
-        assert_eq!(user_in(passwd, "xent"), None);
-        assert_eq!(user_in(passwd, "bad"), None);
     }
 }
