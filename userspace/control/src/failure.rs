@@ -45,6 +45,9 @@ pub struct Failure {
     pub code: Code,
     /// Names the thing and, where there is one, the remedy.
     pub message: String,
+    /// The number of the system's error, if a call failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub errno: Option<i32>,
 }
 
 impl Failure {
@@ -53,6 +56,7 @@ impl Failure {
         Self {
             code,
             message: message.into(),
+            errno: None,
         }
     }
 
@@ -81,7 +85,10 @@ impl Failure {
             | io::ErrorKind::UnexpectedEof => Code::Gone,
             _ => Code::System,
         };
-        Self::new(code, format!("{what}: {error}"))
+        Self {
+            errno: error.raw_os_error(),
+            ..Self::new(code, format!("{what}: {error}"))
+        }
     }
 }
 
@@ -92,3 +99,22 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::{Code, Failure};
+    use std::io;
+
+    #[test]
+    fn a_failure_of_the_system_keeps_its_number_on_the_wire() {
+        let full = io::Error::from_raw_os_error(28);
+        let failure = Failure::system("cannot write /srv/a", &full);
+        assert_eq!((failure.code, failure.errno), (Code::System, Some(28)));
+        let sent = serde_json::to_string(&failure).unwrap();
+        assert_eq!(serde_json::from_str::<Failure>(&sent).unwrap(), failure);
+        // What others send has none, and they get none that means nothing.
+        let sent = serde_json::to_string(&Failure::new(Code::Busy, "no")).unwrap();
+        assert_eq!(sent, r#"{"code":"busy","message":"no"}"#);
+        assert_eq!(serde_json::from_str::<Failure>(&sent).unwrap().errno, None);
+    }
+}
