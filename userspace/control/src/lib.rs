@@ -45,6 +45,7 @@ pub mod supervisor;
 pub mod tapdisk;
 mod target;
 mod trace;
+mod vdev;
 pub mod wire;
 
 pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
@@ -55,6 +56,7 @@ pub use lease::LeaseKind;
 pub use limits::Limits;
 pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, Target};
 pub use trace::{TraceTo, Tracing};
+pub use vdev::vdev;
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

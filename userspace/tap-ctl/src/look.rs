@@ -65,7 +65,7 @@ impl Disk {
     /// Its name in the guest.
     pub(crate) fn vdev(&self) -> Option<String> {
         let told = || {
-            Some(vbd::vdev(
+            Some(control::vdev(
                 self.told_path()?.rsplit('/').next()?.parse().ok()?,
             ))
         };
