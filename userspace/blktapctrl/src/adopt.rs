@@ -7,6 +7,7 @@ use crate::disk::Disk;
 use crate::folder;
 use crate::kernel;
 use crate::lifecycle::Lifecycle;
+use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{Peek, PeekNext, Record, Unread, Want};
 use crate::registry::Registry;
@@ -81,7 +82,11 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     let node = kernel::node(&*lifecycle.registry.kernel, minor);
     let is_parked = lifecycle.found_parked(&disk);
     if !is_parked && matches!((&node, &recognised), (Ok(None), Ok(tapdisk::State::Idle))) {
-        tracing::warn!("disk {minor}: its node is gone, as after a restart of the lifecycle");
+        tell!(
+            warn,
+            disk.about(),
+            "disk {minor}: its node is gone, as after a restart of the lifecycle"
+        );
         lifecycle.destroy_later(&disk);
         return;
     }
@@ -94,10 +99,15 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     }
     // The process goes on with what it has open.
     if let Err(failure) = lifecycle.image(&disk).await {
-        tracing::error!("disk {minor}: {failure}");
+        tell!(
+            error,
+            disk.about().failed(&failure),
+            "disk {minor}: {failure}"
+        );
     }
     if let (Some(process), Ok(tapdisk::State::Running)) = (&process, &recognised) {
         lifecycle.lease_again(&disk, process);
+        lifecycle.count(&disk);
     }
     lifecycle.registry.note(&disk);
     if is_parked {
@@ -210,7 +220,7 @@ async fn keep_state(disk: &Disk, process: &Process) {
             // By then the number may have been another process'.
             Ok(_) if process.has_ended() => {}
             Ok(state) => drop(place.replace(state)),
-            Err(failure) => tracing::warn!("{failure}"),
+            Err(failure) => tell!(warn, disk.about().failed(&failure), "{failure}"),
         }
     }
 }
@@ -220,7 +230,9 @@ async fn recognise(disk: &Disk, process: &Process) -> Result<tapdisk::State, Fai
     let status = process.status().await?;
     disk.attached.set(status.state != tapdisk::State::Idle);
     disk.serves.replace(status.disk);
-    tracing::info!(
+    tell!(
+        info,
+        disk.about(),
         "disk {}: taken over with tapdisk {}, which is {:?}",
         disk.minor,
         process.pid(),

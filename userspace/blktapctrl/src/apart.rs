@@ -2,6 +2,7 @@
 //! What may hang, on a thread of its own: a file system on a network may not answer, and nothing else
 //! must wait for that.
 
+use crate::log::{tell, About};
 use control::{Code, Failure};
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
@@ -67,7 +68,11 @@ pub fn let_go<T: Send + 'static>(value: T) {
     let value = ManuallyDrop::new(value);
     let thread = std::thread::Builder::new().stack_size(STACK);
     if let Err(error) = thread.spawn(move || drop(ManuallyDrop::into_inner(value))) {
-        tracing::error!("cannot start a thread, so a file stays open: {error}");
+        tell!(
+            error,
+            About::default().because(&error),
+            "cannot start a thread, so a file stays open: {error}"
+        );
     }
 }
 

@@ -3,16 +3,20 @@
 
 use crate::backoff::Backoff;
 use crate::image::Image;
+use crate::log::About;
 use crate::process::Process;
 use crate::record::{Known, Record, Want};
+use crate::slow::Slow;
 use crate::state::State;
 use crate::store;
+use crate::tally::Tally;
 use crate::tenure::Tenure;
 use control::stats::{Mirror, Stream};
 use control::supervisor::{Doing, Row};
 use control::tapdisk::{self, Open};
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -30,11 +34,16 @@ pub enum Fate {
     Gone,
 }
 
+/// Disks by their numbers.
+pub type Disks = RefCell<BTreeMap<u32, Rc<Disk>>>;
+
 /// A disk.
 #[derive(Debug)]
 pub struct Disk {
     /// The node.
     pub minor: u32,
+    /// The name of its guest, once xenstore has said it.
+    pub guest: RefCell<Option<String>>,
     /// What is written down of it.
     pub record: RefCell<Record>,
     /// The image that it serves, if its driver has one.
@@ -77,6 +86,10 @@ pub struct Disk {
     pub hung: Cell<bool>,
     /// Requests answered when the watchdog saw that number first, and when that was.
     pub progress: Cell<(u64, Instant)>,
+    /// The request that takes long.
+    pub slow: Slow,
+    /// What had been counted when its process began.
+    pub tally: Tally,
     /// What its guest asks for waits for other disks, and for nothing that its process does.
     pub waits_for_others: Cell<bool>,
     turn: Mutex<()>,
@@ -91,6 +104,7 @@ impl Disk {
     pub fn new(record: Record) -> Rc<Disk> {
         Rc::new(Disk {
             minor: record.minor,
+            guest: RefCell::default(),
             record: RefCell::new(record),
             image: RefCell::default(),
             next_image: RefCell::default(),
@@ -112,11 +126,33 @@ impl Disk {
             reviving: Cell::default(),
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),
+            slow: Slow::default(),
+            tally: Tally::default(),
             waits_for_others: Cell::default(),
             turn: Mutex::new(()),
             ends_for: RefCell::default(),
             fate: watch::Sender::new(Fate::Stays),
         })
+    }
+
+    /// What a line about the disk is about. A line is no reason to fail: what somebody is about to change is left out.
+    #[must_use]
+    pub fn about(&self) -> About {
+        let mut about = About::disk(self.minor);
+        if let Ok(record) = self.record.try_borrow() {
+            if let Some(vbd) = &record.vbd {
+                about = about.at(vbd);
+            }
+            about.target = record.open.as_ref().map(|open| open.target.to_string());
+            about.pid = record.process.map(|process| process.pid);
+        }
+        if let Ok(process) = self.process.try_borrow() {
+            about.pid = process.as_ref().map(|process| process.pid()).or(about.pid);
+        }
+        if let Ok(guest) = self.guest.try_borrow() {
+            about.guest.clone_from(&guest);
+        }
+        about
     }
 
     /// Waits for its turn to change the disk. One at a time may.

@@ -5,6 +5,7 @@ use anyhow::{bail, Context, Result};
 use blktapctrl::folder::Folder;
 use blktapctrl::groups::{Groups, Template};
 use blktapctrl::lifecycle::Lifecycle;
+use blktapctrl::log::{self, Limit};
 use blktapctrl::process::{user_in, Program};
 use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
@@ -18,6 +19,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{signal, SignalKind};
 
@@ -85,12 +87,12 @@ fn place_of_groups(text: &str) -> Result<PlaceOfGroups, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log(cli.verbose);
+    let limit = log::start(cli.verbose);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let result = runtime.context("cannot start").and_then(|runtime| {
-        let result = tokio::task::LocalSet::new().block_on(&runtime, run(&cli));
+        let result = tokio::task::LocalSet::new().block_on(&runtime, run(&cli, limit));
         // A thread may be stuck in a file system that does not answer.
         runtime.shutdown_background();
         result
@@ -104,23 +106,27 @@ fn main() -> ExitCode {
     }
 }
 
-fn log(verbose: bool) {
-    let level = if verbose {
-        tracing::Level::DEBUG
-    } else {
-        tracing::Level::INFO
-    };
-    // The journal knows the time itself.
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .without_time()
-        .init();
+/// Says who begins, and with which settings.
+fn introduce(cli: &Cli) {
+    let folders = cli.files.iter().map(|folder| folder.display().to_string());
+    let folders = folders.collect::<Vec<_>>().join(" ");
+    let word = |is: bool| if is { "yes" } else { "no" };
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(
+        version,
+        "blktapctrl {version} begins: tapdisk={} user={} folder={} files={} direct={} stop-all={} verbose={}",
+        cli.tapdisk.display(),
+        cli.user,
+        cli.folder.display(),
+        if folders.is_empty() { "-" } else { &folders },
+        word(cli.direct),
+        word(cli.stop_all),
+        word(cli.verbose)
+    );
 }
 
-async fn run(cli: &Cli) -> Result<()> {
+async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
+    introduce(cli);
     let program = Program {
         path: cli.tapdisk.clone(),
         user: user(&cli.user)?,
@@ -143,6 +149,8 @@ async fn run(cli: &Cli) -> Result<()> {
     }
     let records = Box::new(Files(folder.clone()));
     let registry = Registry::new(folder, records, Box::new(nodes::Driver));
+    // It is set once.
+    let _ = registry.limit.set(limit);
     let lifecycle = Lifecycle::new(registry.clone(), program, folders);
     lifecycle.direct.set(cli.direct);
     if let Some(PlaceOfGroups(Some(template))) = &cli.cgroup {
@@ -199,6 +207,7 @@ async fn stop(cli: &Cli, lifecycle: &Rc<Lifecycle>, given: bool) -> Result<()> {
     if left > 0 {
         tracing::info!("{left} disks go on without supervision");
     }
+    watchdog::tell_left_out(registry, true);
     if given {
         return Ok(());
     }

@@ -2,6 +2,7 @@
 //! The socket on which tap-ctl asks.
 
 use crate::lifecycle::Lifecycle;
+use crate::log::{tell, About};
 use crate::registry::Registry;
 use crate::verbs;
 use control::socket;
@@ -30,14 +31,22 @@ pub async fn serve(lifecycle: Rc<Lifecycle>, listener: UnixListener) {
                 let lifecycle = lifecycle.clone();
                 tokio::task::spawn_local(async move {
                     if let Err(failure) = converse(&lifecycle, stream).await {
-                        tracing::debug!("a connection ended: {failure}");
+                        tell!(
+                            debug,
+                            About::default().failed(&failure),
+                            "a connection ended: {failure}"
+                        );
                     }
                     drop(place);
                 });
             }
             // Such as too many open files: others close theirs.
             Err(error) => {
-                tracing::error!("cannot take a connection: {error}");
+                tell!(
+                    error,
+                    About::default().because(&error),
+                    "cannot take a connection: {error}"
+                );
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             }
         }

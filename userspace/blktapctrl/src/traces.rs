@@ -3,6 +3,7 @@
 
 use crate::folder;
 use crate::image::{Image, Opened};
+use crate::log::{tell, About};
 use crate::record::Traced;
 use control::{Code, Failure, TraceTo};
 use rustix::fs::{fallocate, FallocateFlags};
@@ -51,7 +52,12 @@ pub fn make(to: &TraceTo, minor: u32, size: u64) -> Result<Traced, Failure> {
     made().inspect_err(|_| {
         // It is what was there a moment ago, and empty.
         if let Err(error) = folder::remove(path) {
-            tracing::error!("cannot remove {}: {error}", path.display());
+            tell!(
+                error,
+                About::disk(minor).because(&error),
+                "cannot remove {}: {error}",
+                path.display()
+            );
         }
     })
 }

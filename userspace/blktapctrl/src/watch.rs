@@ -13,6 +13,7 @@
 use crate::disk::Disk;
 use crate::groups::Groups;
 use crate::lifecycle::Lifecycle;
+use crate::log::{tell, About};
 use crate::registry::Registry;
 use crate::store::{self, Store, Xenstore};
 use control::supervisor::{Create, Policy, Which};
@@ -52,12 +53,20 @@ pub async fn keep(lifecycle: Rc<Lifecycle>, first: Option<Xenstore>) {
         lifecycle.registry.use_store(None);
         match result {
             Ok(()) => {
-                tracing::warn!("the connection to xenstore has ended: connecting again");
+                tell!(
+                    warn,
+                    About::default(),
+                    "the connection to xenstore has ended: connecting again"
+                );
                 told = false;
             }
             Err(error) if !told => {
                 told = true;
-                tracing::warn!("cannot use xenstore: {error}: trying again");
+                tell!(
+                    warn,
+                    About::default().because(&error),
+                    "cannot use xenstore: {error}: trying again"
+                );
             }
             Err(_) => {}
         }
@@ -76,7 +85,7 @@ pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Resu
         Ok(released) => released,
         // Disks are served all the same.
         Err(error) => {
-            tracing::error!("it is not known when guests are suspended, so a guest that moves waits for the end of the domain that it leaves: {RELEASED} cannot be watched: {error}");
+            tell!(error, About::default().because(&error), "it is not known when guests are suspended, so a guest that moves waits for the end of the domain that it leaves: {RELEASED} cannot be watched: {error}");
             Box::pin(futures::stream::pending())
         }
     };
@@ -184,19 +193,40 @@ async fn look(lifecycle: &Rc<Lifecycle>, store: &Rc<dyn Store>, directory: &str)
             let lifecycle = lifecycle.clone();
             tokio::task::spawn_local(async move {
                 if let Err(failure) = lifecycle.destroy(&disk).await {
-                    tracing::warn!("{failure}");
+                    tell!(warn, disk.about().failed(&failure), "{failure}");
                 }
             });
         }
-    } else if disks.is_empty() {
+    } else if !disks.is_empty() {
+        name_guest(&disks, &**store, directory).await?;
+    } else {
         // Opening an image takes long; others must not wait for it.
         let (lifecycle, store, directory) =
             (lifecycle.clone(), store.clone(), directory.to_owned());
         tokio::task::spawn_local(async move {
             if let Err(error) = offer_or_tell(&lifecycle, &*store, &directory).await {
-                tracing::warn!("{directory}: xenstore does not answer: {error}");
+                tell!(
+                    warn,
+                    About::default().at(&directory).because(&error),
+                    "{directory}: xenstore does not answer: {error}"
+                );
             }
         });
+    }
+    Ok(())
+}
+
+/// Learns the name of the guest that disks belong to, for the log.
+async fn name_guest(disks: &[Rc<Disk>], store: &dyn Store, directory: &str) -> io::Result<()> {
+    let Some(domid) = About::default().at(directory).domid else {
+        return Ok(());
+    };
+    if disks.iter().all(|disk| disk.guest.borrow().is_some()) {
+        return Ok(());
+    }
+    let name = store.read(&format!("/local/domain/{domid}/name")).await?;
+    for disk in disks {
+        disk.guest.replace(name.clone());
     }
     Ok(())
 }
@@ -212,7 +242,11 @@ async fn offer_or_tell(
         Err(failure) if failure.code == Code::Exists => Ok(()),
         Err(failure) => {
             let message = failure.message;
-            tracing::warn!("{directory}: {message}");
+            tell!(
+                warn,
+                About::default().at(directory),
+                "{directory}: {message}"
+            );
             put(store, directory, "hotplug-error", &message).await?;
             put(store, directory, "hotplug-status", "error").await
         }

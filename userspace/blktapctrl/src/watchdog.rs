@@ -3,8 +3,10 @@
 
 use crate::disk::Disk;
 use crate::lifecycle::trouble;
+use crate::log::{tell, About};
 use crate::record::Want;
 use crate::registry::Registry;
+use crate::slow::News;
 use control::supervisor::{Hung, Kernel, What};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -21,6 +23,7 @@ pub async fn watch(registry: Rc<Registry>) {
         for disk in registry.all() {
             look(&registry, &disk);
         }
+        tell_left_out(&registry, false);
     }
 }
 
@@ -48,6 +51,7 @@ pub fn look(registry: &Registry, disk: &Disk) {
         return;
     };
     trouble::tell_of_kernel(registry, disk, &status);
+    tell_slow(disk, &status);
     let policy = disk.record.borrow().policy.clone();
     let Ok(process) = disk.serving() else {
         return;
@@ -76,5 +80,65 @@ pub fn look(registry: &Registry, disk: &Disk) {
             // Its end is noticed as any other, and it is replaced.
             process.kill();
         }
+    }
+}
+
+/// Says what is new of the oldest request of a disk.
+fn tell_slow(disk: &Disk, status: &Kernel) {
+    let pid = disk.process.borrow().as_ref().map(|process| process.pid());
+    let minor = disk.minor;
+    for news in disk.slow.look(pid, status) {
+        match news {
+            News::Takes { pid, age } => {
+                let why = match disk.record.borrow().policy.limits.any() {
+                    true => "it may wait for the disk's limits, or its storage does not answer",
+                    false => "its storage may not answer: see tap-ctl status",
+                };
+                tell!(
+                    warn,
+                    disk.about().of(pid),
+                    seconds = age.as_secs(),
+                    "disk {minor}: tapdisk {pid} has had a request for {} s and has not answered it: {why}",
+                    age.as_secs()
+                );
+            }
+            News::Answered { pid, age } => tell!(
+                info,
+                disk.about().of(pid),
+                seconds = age.as_secs(),
+                "disk {minor}: the request that tapdisk {pid} has had for {} s or a little more is answered",
+                age.as_secs()
+            ),
+            News::Returned { pid, age } => tell!(
+                warn,
+                disk.about().of(pid),
+                seconds = age.as_secs(),
+                "disk {minor}: tapdisk {pid} has given back or lost the request that it had for {} s: whoever serves the disk next gets it",
+                age.as_secs()
+            ),
+        }
+    }
+}
+
+/// Says how many lines about each disk were left out, where there is room for a line again; at the end, wherever any
+/// were.
+pub fn tell_left_out(registry: &Registry, is_end: bool) {
+    let Some(limit) = registry.limit.get() else {
+        return;
+    };
+    for (minor, count) in limit.left_out(Instant::now(), is_end) {
+        let disk = minor.and_then(|minor| registry.get(minor));
+        let about = match (disk, minor) {
+            (Some(disk), _) => disk.about(),
+            (None, Some(minor)) => About::disk(minor),
+            (None, None) => About::default(),
+        };
+        let of = minor.map_or("no disk".into(), |minor| format!("disk {minor}"));
+        tell!(
+            warn,
+            about,
+            suppressed = count,
+            "{of}: {count} lines about it were left out of the log, because there were too many; tap-ctl events has what happened"
+        );
     }
 }

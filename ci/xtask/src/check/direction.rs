@@ -90,8 +90,9 @@ const BLKBACK: &[&[&str]] = &[
 ];
 
 const SUPERVISOR: &[&[&str]] = &[
+    &["log"],
     &[
-        "apart", "backoff", "events", "folder", "groups", "link", "store",
+        "apart", "backoff", "folder", "groups", "link", "slow", "store", "tally",
     ],
     &["image", "notes"],
     &["kernel"],
@@ -100,6 +101,7 @@ const SUPERVISOR: &[&[&str]] = &[
     &["traces"],
     &["process", "state"],
     &["disk"],
+    &["events"],
     &["registry"],
     &["admission"],
     &["lifecycle"],

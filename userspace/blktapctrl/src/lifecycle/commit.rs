@@ -11,6 +11,7 @@ use super::mirror::image_of;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
+use crate::log::tell;
 use crate::overlay;
 use crate::record::{Mirrored, Role};
 use control::{Code, Driver, Failure};
@@ -87,6 +88,11 @@ pub(super) async fn mark_again(disk: &Disk) {
         apart(&path, LIMIT, move || overlay::mark(&image)).await
     };
     if let Err(failure) = marked.await {
-        tracing::warn!("disk {}: {failure}", disk.minor);
+        tell!(
+            warn,
+            disk.about().failed(&failure),
+            "disk {}: {failure}",
+            disk.minor
+        );
     }
 }

@@ -5,6 +5,7 @@ use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode, Beside};
 use crate::disk::{Disk, Fate};
 use crate::image;
+use crate::log::tell;
 use crate::record::{Inactive, Record};
 use crate::store::relative;
 use control::supervisor::{Allocate, Create, Doing, What};
@@ -98,7 +99,7 @@ impl Lifecycle {
         let started = self.try_to_start(disk).await;
         if started.is_err() && disk.fate() != Fate::Stays {
             if let Err(also) = self.destroy(disk).await {
-                tracing::error!("{also}");
+                tell!(error, disk.about().failed(&also), "{also}");
             }
         }
         started

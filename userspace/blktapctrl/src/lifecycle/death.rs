@@ -3,6 +3,7 @@
 
 use super::{needs, trace, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
+use crate::log::tell;
 use crate::process::{self, Process, Program, OPEN};
 use crate::record::Want;
 use control::supervisor::{Doing, What};
@@ -57,7 +58,7 @@ impl Lifecycle {
         tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(needs::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(trace::watch(self.clone(), process.clone()));
-        tokio::task::spawn_local(meet(process.clone()));
+        tokio::task::spawn_local(meet(self.clone(), process.clone()));
         let lifecycle = self.clone();
         tokio::task::spawn_local(async move {
             let how = process.ended().await;
@@ -81,6 +82,7 @@ impl Lifecycle {
 
     /// The process of a disk has ended.
     async fn died(self: &Rc<Self>, disk: Rc<Disk>, process: &Process, how: String) {
+        self.tell_totals(&disk, process.pid());
         disk.forget_process();
         self.registry.note(&disk);
         disk.crashed.set(process.has_crashed());
@@ -129,7 +131,12 @@ impl Lifecycle {
                 // What waited for the process that is dead goes on without it, and the disk after that.
                 let finished = self.finish(disk, self.patience.get());
                 if let Err(failure) = disk.unless_doomed(finished).await {
-                    tracing::warn!("disk {}: {failure}", disk.minor);
+                    tell!(
+                        warn,
+                        disk.about().failed(&failure),
+                        "disk {}: {failure}",
+                        disk.minor
+                    );
                     pause = disk.backoff.borrow_mut().died(Duration::ZERO, false);
                 }
                 continue;
@@ -192,6 +199,7 @@ impl Lifecycle {
                 let died = What::Died { pid, how };
                 self.registry.events.add(Some(disk.minor), died);
             }
+            self.tell_totals(disk, process.pid());
             process.end(Duration::ZERO).await?;
             disk.forget_process();
             self.registry.note(disk);
@@ -203,8 +211,9 @@ impl Lifecycle {
     pub async fn give_up_process(&self, disk: &Disk) {
         let process = disk.process.borrow().clone();
         if let Some(process) = process {
+            self.tell_totals(disk, process.pid());
             if let Err(failure) = process.end(Duration::ZERO).await {
-                tracing::error!("{failure}");
+                tell!(error, disk.about().failed(&failure), "{failure}");
             }
             disk.forget_process();
             self.registry.note(disk);
@@ -213,11 +222,16 @@ impl Lifecycle {
 }
 
 /// Learns which version a process is, for who looks at a list.
-async fn meet(process: Rc<Process>) {
+async fn meet(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
     if let Err(failure) = process.introduce(OPEN).await {
         if !process.has_died(&failure).await {
             let pid = process.pid();
-            tracing::warn!("tapdisk {pid} does not say which version it is: {failure}");
+            let about = lifecycle.registry.about(&process).failed(&failure);
+            tell!(
+                warn,
+                about,
+                "tapdisk {pid} does not say which version it is: {failure}"
+            );
         }
     }
 }

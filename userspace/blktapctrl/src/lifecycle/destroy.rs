@@ -6,6 +6,7 @@ use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::folder;
 use crate::kernel;
+use crate::log::{tell, About};
 use crate::memory;
 use crate::process::SOON;
 use control::supervisor::{Doing, What, Which};
@@ -109,9 +110,15 @@ impl Lifecycle {
         let process = disk.process.borrow().clone();
         if let Some(process) = process {
             if let Err(failure) = process.end(PATIENCE).await {
-                tracing::error!("disk {}: {failure}", disk.minor);
+                tell!(
+                    error,
+                    disk.about().failed(&failure),
+                    "disk {}: {failure}",
+                    disk.minor
+                );
                 process.ended().await;
             }
+            self.tell_totals(disk, process.pid());
         }
         disk.forget_process();
         self.take_unserved_away(disk).await;
@@ -123,10 +130,20 @@ impl Lifecycle {
         self.give_lease_up(disk).await;
         let socket = self.registry.folder.nbd(disk.minor);
         if let Err(error) = folder::remove(&socket) {
-            tracing::error!("cannot remove {}: {error}", socket.display());
+            tell!(
+                error,
+                disk.about().because(&error),
+                "cannot remove {}: {error}",
+                socket.display()
+            );
         }
         if let Err(error) = memory::remove(&self.registry.folder, disk.minor) {
-            tracing::error!("cannot remove the memory of disk {}: {error}", disk.minor);
+            tell!(
+                error,
+                disk.about().because(&error),
+                "cannot remove the memory of disk {}: {error}",
+                disk.minor
+            );
         }
         self.registry.remove(disk);
     }
@@ -139,7 +156,11 @@ impl Lifecycle {
                 Ok(()) => return,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return,
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
-                Err(error) => tracing::error!("cannot take the node {minor} away: {error}"),
+                Err(error) => tell!(
+                    error,
+                    About::disk(minor).because(&error),
+                    "cannot take the node {minor} away: {error}"
+                ),
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
@@ -150,7 +171,7 @@ impl Lifecycle {
     pub async fn destroy_all(self: &Rc<Self>, disks: Vec<Rc<Disk>>) {
         let ends = disks.iter().map(|disk| async move {
             if let Err(failure) = self.destroy(disk).await {
-                tracing::error!("{failure}");
+                tell!(error, disk.about().failed(&failure), "{failure}");
             }
         });
         futures::future::join_all(ends).await;

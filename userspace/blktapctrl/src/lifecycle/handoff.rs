@@ -16,6 +16,7 @@ use super::{of_a_process, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::link::{unexpected, EVER};
+use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{Handoff, Want};
 use control::supervisor::{Doing, HandedOff, What};
@@ -261,6 +262,7 @@ impl Lifecycle {
         new.rename_socket(&self.registry.folder.tapdisk(disk.minor))?;
         let old = disk.process.replace(Some(new.clone()));
         if let Some(old) = &old {
+            self.tell_totals(disk, old.pid());
             old.dismiss();
             old.forget_socket();
         }
@@ -271,7 +273,12 @@ impl Lifecycle {
         // Before it leaves the record, where the next supervisor would find it.
         if let Some(old) = old {
             if let Err(failure) = old.end(SOON).await {
-                tracing::error!("disk {}: {failure}", disk.minor);
+                tell!(
+                    error,
+                    disk.about().failed(&failure),
+                    "disk {}: {failure}",
+                    disk.minor
+                );
             }
         }
         disk.record.borrow_mut().take_over(new.known());
@@ -297,7 +304,12 @@ impl Lifecycle {
     /// A disk that could not be served again gets another process, as soon as one can.
     pub(super) async fn or_revive(self: &Rc<Self>, disk: &Rc<Disk>, served: Result<(), Failure>) {
         if let Err(failure) = served {
-            tracing::error!("disk {}: {failure}", disk.minor);
+            tell!(
+                error,
+                disk.about().failed(&failure),
+                "disk {}: {failure}",
+                disk.minor
+            );
             self.give_up_process(disk).await;
             self.revive_later(disk);
         }
@@ -326,7 +338,12 @@ impl Lifecycle {
         let successor = disk.successor.borrow().clone();
         let Some(new) = successor else { return };
         if let Err(failure) = new.end(Duration::ZERO).await {
-            tracing::error!("disk {}: {failure}", disk.minor);
+            tell!(
+                error,
+                disk.about().failed(&failure),
+                "disk {}: {failure}",
+                disk.minor
+            );
             new.ended().await;
         }
         new.tidy();
@@ -342,7 +359,9 @@ async fn fits(disk: &Disk, new: &Process, given: &Given, open: &Open) -> Result<
         Ok(Reply::Fit { size }) => size,
         Ok(reply) => return Err(unexpected(&reply)),
         Err(failure) if matches!(failure.code, Code::Invalid | Code::Unsupported) => {
-            tracing::info!(
+            tell!(
+                info,
+                disk.about().failed(&failure),
                 "disk {}: tapdisk {} does not look at an image in advance: {failure}",
                 disk.minor,
                 new.pid()

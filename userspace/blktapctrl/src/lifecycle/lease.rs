@@ -15,6 +15,7 @@ use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::link::Link;
+use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::Known;
 use crate::tenure::Tenure;
@@ -198,7 +199,12 @@ impl Lifecycle {
         if let Some(process) = process.filter(|process| !process.has_ended()) {
             let never = Request::Term { until: None };
             if let Err(failure) = process.ask(&never, &[], SOON).await {
-                tracing::warn!("disk {}: {failure}", disk.minor);
+                tell!(
+                    warn,
+                    disk.about().failed(&failure),
+                    "disk {}: {failure}",
+                    disk.minor
+                );
             }
         }
         // The next one who finds the reservation knows it by its key, should this not be finished.
@@ -272,13 +278,23 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
             News::Missed(failure) => {
                 if rate.is_due() {
                     rate.told();
-                    tracing::warn!("disk {}: no heartbeat of its lease: {failure}", disk.minor);
+                    tell!(
+                        warn,
+                        disk.about().failed(failure),
+                        "disk {}: no heartbeat of its lease: {failure}",
+                        disk.minor
+                    );
                 }
                 continue;
             }
             // It has been over since somebody else got it.
             News::Lost(failure) => {
-                tracing::error!("disk {}: {failure}", disk.minor);
+                tell!(
+                    error,
+                    disk.about().failed(failure),
+                    "disk {}: {failure}",
+                    disk.minor
+                );
                 let (message, retry_ms) = (failure.message.clone(), 0);
                 let what = What::Failed { message, retry_ms };
                 lifecycle.registry.events.add(Some(disk.minor), what);
@@ -292,7 +308,9 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
                 Err(failure) => {
                     if !process.has_died(&failure).await && rate.is_due() {
                         rate.told();
-                        tracing::warn!(
+                        tell!(
+                            warn,
+                            disk.about().failed(&failure),
                             "disk {}: its process is not told of its lease: {failure}",
                             disk.minor
                         );

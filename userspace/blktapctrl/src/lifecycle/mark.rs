@@ -13,6 +13,7 @@ use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
+use crate::log::tell;
 use crate::notes;
 use crate::process::{Process, SOON};
 use crate::record::Noted;
@@ -49,7 +50,7 @@ impl Lifecycle {
         let wanted = next_mark(disk, name)?;
         let path = self.map(disk, &wanted);
         // What a supervisor has left that ended before it was on record.
-        self.remove_map(&path);
+        remove_map(disk, &path);
         notes::make(&path, wanted.size, wanted.unit)?;
         let number = wanted.number;
         let added = self.registry.change(disk, |record| {
@@ -59,7 +60,7 @@ impl Lifecycle {
             record.marks.push(wanted);
         });
         if let Err(failure) = added {
-            self.remove_map(&path);
+            remove_map(disk, &path);
             return Err(failure);
         }
         let map = self.open_notes(disk);
@@ -78,7 +79,7 @@ impl Lifecycle {
                 self.registry.change(disk, |record| {
                     record.marks.retain(|mark| mark.number != number)
                 })?;
-                self.remove_map(&path);
+                remove_map(disk, &path);
                 return Err(failure);
             }
         }
@@ -142,7 +143,9 @@ impl Lifecycle {
         if let Ok(process) = disk.serving() {
             let told = disk.unless_doomed(have_noted(disk, &process, None)).await;
             if let Err(failure) = told {
-                tracing::warn!(
+                tell!(
+                    warn,
+                    disk.about().failed(&failure),
                     "disk {}: its process notes on where its guest writes: {failure}",
                     disk.minor
                 );
@@ -154,7 +157,9 @@ impl Lifecycle {
     /// Maps that nobody asks for become one with the one before, or go. What stays for now is in nobody's way.
     async fn tidy_marks(&self, disk: &Disk) {
         if let Err(failure) = self.try_to_tidy(disk).await {
-            tracing::warn!(
+            tell!(
+                warn,
+                disk.about().failed(&failure),
                 "disk {}: a map of what its guest wrote stays: {failure}",
                 disk.minor
             );
@@ -179,7 +184,7 @@ impl Lifecycle {
             self.registry.change(disk, |record| {
                 record.marks.retain(|m| m.number != mark.number)
             })?;
-            self.remove_map(&from);
+            remove_map(disk, &from);
         }
     }
 
@@ -274,7 +279,12 @@ impl Lifecycle {
             .max();
         if was.is_some_and(|was| was > serves.size) {
             if let Err(failure) = self.lose_marks(disk, "the disk has become smaller") {
-                tracing::error!("disk {}: {failure}", disk.minor);
+                tell!(
+                    error,
+                    disk.about().failed(&failure),
+                    "disk {}: {failure}",
+                    disk.minor
+                );
                 disk.record.borrow_mut().marks.clear();
                 self.remove_maps(disk);
             }
@@ -297,17 +307,24 @@ impl Lifecycle {
 
     fn remove_maps(&self, disk: &Disk) {
         if let Err(error) = notes::remove_all(&self.registry.folder, disk.minor) {
-            tracing::error!(
+            tell!(
+                error,
+                disk.about().because(&error),
                 "cannot remove where the guest of disk {} wrote: {error}",
                 disk.minor
             );
         }
     }
+}
 
-    fn remove_map(&self, path: &Path) {
-        if let Err(error) = folder::remove(path) {
-            tracing::error!("cannot remove {}: {error}", path.display());
-        }
+fn remove_map(disk: &Disk, path: &Path) {
+    if let Err(error) = folder::remove(path) {
+        tell!(
+            error,
+            disk.about().because(&error),
+            "cannot remove {}: {error}",
+            path.display()
+        );
     }
 }
 

@@ -15,6 +15,7 @@ use crate::admission::{with_mode, Beside};
 use crate::disk::{Disk, Fate};
 use crate::image::{self, not_the_same, Image};
 use crate::link::EVER;
+use crate::log::tell;
 use crate::process::{Process, OPEN, SOON};
 use crate::record::{Mirrored, Next, Part, Role, Want};
 use control::stats::{Mirror, Mirroring};
@@ -208,7 +209,12 @@ impl Lifecycle {
                 let pause = match looked {
                     Ok(()) => STEP,
                     Err(failure) => {
-                        tracing::warn!("disk {}: {failure}", disk.minor);
+                        tell!(
+                            warn,
+                            disk.about().failed(&failure),
+                            "disk {}: {failure}",
+                            disk.minor
+                        );
                         AGAIN
                     }
                 };

@@ -27,6 +27,7 @@ mod snapshot;
 mod stream;
 mod suspend;
 mod together;
+mod totals;
 mod trace;
 pub(crate) mod trouble;
 

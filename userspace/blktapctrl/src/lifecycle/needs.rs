@@ -29,7 +29,7 @@ const STEP: Duration = Duration::from_millis(10);
 pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
     let mut heard = Heard::new();
     let listen = async || listen(&lifecycle, &process, &mut heard).await;
-    until_end(&process, "say what it needs", listen).await;
+    until_end(&lifecycle, &process, "say what it needs", listen).await;
 }
 
 /// What is known of a process, over all connections to it.

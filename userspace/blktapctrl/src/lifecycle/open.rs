@@ -255,6 +255,7 @@ impl Lifecycle {
             ));
         }
         let process = disk.serving()?;
+        self.tell_totals(&disk, process.pid());
         process.end(SOON).await?;
         disk.forget_process();
         self.registry.note(&disk);

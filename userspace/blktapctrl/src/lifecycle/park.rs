@@ -10,6 +10,7 @@ use super::direct::until;
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::kernel::Make;
+use crate::log::tell;
 use crate::record::Want;
 use control::supervisor::Doing;
 use control::{Code, Failure};
@@ -181,7 +182,12 @@ impl Lifecycle {
             lifecycle.follow_mirror(&again);
         });
         if tokio::time::timeout(SERVE, served).await.is_err() {
-            tracing::warn!("disk {}: it is not served yet", disk.minor);
+            tell!(
+                warn,
+                disk.about(),
+                "disk {}: it is not served yet",
+                disk.minor
+            );
         }
     }
 

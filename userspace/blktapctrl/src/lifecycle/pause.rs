@@ -7,6 +7,7 @@ use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::image::{self, not_the_same};
+use crate::log::tell;
 use crate::memory;
 use crate::record::{Next, Want};
 use control::supervisor::{Doing, What};
@@ -265,7 +266,12 @@ impl Lifecycle {
             Ok(was_served)
         };
         let was_served = rests.await.inspect_err(|_: &Failure| {
-            tracing::warn!("disk {}: {failure}", disk.minor);
+            tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {}: {failure}",
+                disk.minor
+            );
         })?;
         if was_served {
             // What the guest wrote then is in the new image.

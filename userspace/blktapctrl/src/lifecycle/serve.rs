@@ -8,6 +8,7 @@ use crate::folder;
 use crate::image::{self, not_the_same, Image, Opened};
 use crate::kernel;
 use crate::link::unexpected;
+use crate::log::tell;
 use crate::memory;
 use crate::process::{Process, OPEN, SOON};
 use control::socket::listen_at;
@@ -159,6 +160,7 @@ impl Lifecycle {
             self.registry
                 .events
                 .add(Some(disk.minor), What::Started { pid });
+            self.count(disk);
         }
     }
 
@@ -257,11 +259,9 @@ impl Lifecycle {
                 let (again, write) = (image.clone(), !open.read_only);
                 let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
                 if direct && !opened.direct {
-                    tracing::warn!(
-                        "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
+                    tell!(warn, disk.about(), "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
                         disk.minor,
-                        image.path().display()
-                    );
+                        image.path().display());
                 }
                 Some(opened)
             }
@@ -303,9 +303,19 @@ impl Lifecycle {
             )),
         };
         if let Err(failure) = result {
-            tracing::warn!("disk {} is not served by NBD: {failure}", disk.minor);
+            tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {} is not served by NBD: {failure}",
+                disk.minor
+            );
             if let Err(error) = folder::remove(&path) {
-                tracing::warn!("cannot remove {}: {error}", path.display());
+                tell!(
+                    warn,
+                    disk.about().because(&error),
+                    "cannot remove {}: {error}",
+                    path.display()
+                );
             }
         }
     }

@@ -20,6 +20,7 @@ use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::link::EVER;
+use crate::log::tell;
 use crate::overlay;
 use crate::process::OPEN;
 use crate::record::{Next, Overlay, Role, Want};
@@ -194,7 +195,7 @@ impl Lifecycle {
         let admission = &self.admission;
         let begun = admission.admit(Some(&image), Mode::Write, vbd.as_deref(), minor, work);
         if let Err(failure) = begun.await {
-            take_away(&made).await;
+            take_away(disk, &made).await;
             return Err(failure);
         }
         disk.next_image.replace(Some(image));
@@ -268,7 +269,12 @@ impl Lifecycle {
         // Who was asked may still do it, and the kernel by itself.
         self.end_process(disk).await?;
         if self.was_served(disk, &next, EVER).await? {
-            tracing::warn!("disk {}: {failure}", disk.minor);
+            tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {}: {failure}",
+                disk.minor
+            );
             self.revive_later(disk);
             return Ok(());
         }
@@ -306,7 +312,12 @@ impl Lifecycle {
             Err(failure) => Err(failure),
         };
         marked.unwrap_or_else(|failure| {
-            tracing::warn!("disk {}: {failure}", disk.minor);
+            tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {}: {failure}",
+                disk.minor
+            );
             false
         })
     }
@@ -321,7 +332,7 @@ impl Lifecycle {
             }
         };
         if let Some(made) = made {
-            take_away(&made).await;
+            take_away(disk, &made).await;
         }
     }
 
@@ -349,7 +360,7 @@ async fn mark(image: Arc<Image>) -> Result<bool, Failure> {
 }
 
 /// Takes a file away that was made, and is not served. That it stays harms nobody.
-async fn take_away(made: &Overlay) {
+async fn take_away(disk: &Disk, made: &Overlay) {
     let Some(path) = place(&made.open) else {
         return;
     };
@@ -358,7 +369,7 @@ async fn take_away(made: &Overlay) {
         overlay::remove(&theirs, identity, born)
     });
     if let Err(failure) = removed.await {
-        tracing::warn!("{failure}");
+        tell!(warn, disk.about().failed(&failure), "{failure}");
     }
 }
 

@@ -9,6 +9,7 @@ use super::renew::{is_just_served, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::link::unexpected;
+use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{Mirrored, Part, Role, Streamed};
 use control::stats::{Stream, Streaming};
@@ -123,7 +124,12 @@ impl Lifecycle {
                     let ended = lifecycle.note_outcome(&disk, &wanted, outcome);
                     // It comes again.
                     if let Err(failure) = disk.unless_doomed(ended).await {
-                        tracing::warn!("disk {}: {failure}", disk.minor);
+                        tell!(
+                            warn,
+                            disk.about().failed(&failure),
+                            "disk {}: {failure}",
+                            disk.minor
+                        );
                         pause = AGAIN;
                     }
                 }

@@ -11,6 +11,7 @@ use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::domains::Domains;
 use crate::link::{unexpected, EVER};
+use crate::log::{tell, About};
 use crate::process::Process;
 use crate::record::{Inactive, Want};
 use control::supervisor::What;
@@ -53,7 +54,7 @@ impl Lifecycle {
                 Err(failure) => {
                     if rate.is_due() {
                         rate.told();
-                        tracing::warn!("it is not known whether guests are suspended, so their images stay in use: {failure}");
+                        tell!(warn, About::default().failed(&failure), "it is not known whether guests are suspended, so their images stay in use: {failure}");
                     }
                     continue;
                 }
@@ -63,7 +64,12 @@ impl Lifecycle {
                 let (lifecycle, disk) = (self.clone(), disk.clone());
                 tokio::task::spawn_local(async move {
                     if let Err(failure) = lifecycle.inactivate(&disk).await {
-                        tracing::warn!("disk {}: {failure}", disk.minor);
+                        tell!(
+                            warn,
+                            disk.about().failed(&failure),
+                            "disk {}: {failure}",
+                            disk.minor
+                        );
                     }
                 });
             }
@@ -148,7 +154,13 @@ impl Lifecycle {
                     }
                 }
             };
-            until_end(&process, "say whether its disk is wanted", listen).await;
+            until_end(
+                &lifecycle,
+                &process,
+                "say whether its disk is wanted",
+                listen,
+            )
+            .await;
         });
     }
 

@@ -10,6 +10,7 @@ use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::Opened;
 use crate::link::{unexpected, EVER};
+use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::traces;
 use control::supervisor::What;
@@ -27,7 +28,13 @@ const MOMENT: Duration = Duration::from_secs(1);
 /// Hears of traces of a process that end by themselves, until it ends.
 pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
     let listen = async || listen(&lifecycle, &process).await;
-    until_end(&process, "say whether a trace has ended", listen).await;
+    until_end(
+        &lifecycle,
+        &process,
+        "say whether a trace has ended",
+        listen,
+    )
+    .await;
 }
 
 async fn listen(lifecycle: &Rc<Lifecycle>, process: &Rc<Process>) -> Result<Infallible, Failure> {
@@ -104,7 +111,11 @@ impl Lifecycle {
             self.tell_end(disk, &process).await;
             let kept = apart(&path, LIMIT, move || traces::remove(&traced)).await;
             if let Err(failure) = kept {
-                tracing::error!("disk {minor}: {failure}");
+                tell!(
+                    error,
+                    disk.about().failed(&failure),
+                    "disk {minor}: {failure}"
+                );
             }
         }
         begun
@@ -197,7 +208,12 @@ impl Lifecycle {
                 lifecycle.settle_trace(&disk).await
             };
             if let Err(failure) = settled.await {
-                tracing::warn!("disk {}: {failure}", disk.minor);
+                tell!(
+                    warn,
+                    disk.about().failed(&failure),
+                    "disk {}: {failure}",
+                    disk.minor
+                );
             }
         });
     }
@@ -229,7 +245,11 @@ impl Lifecycle {
             .await;
         if let Err(failure) = told {
             let minor = disk.minor;
-            tracing::warn!("disk {minor}: its process was not told that its trace ends: {failure}");
+            tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {minor}: its process was not told that its trace ends: {failure}"
+            );
         }
     }
 

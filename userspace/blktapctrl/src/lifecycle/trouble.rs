@@ -4,6 +4,7 @@
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::link::{unexpected, Link, EVER};
+use crate::log::tell;
 use crate::process::Process;
 use crate::record::Want;
 use crate::registry::Registry;
@@ -60,12 +61,13 @@ pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
     // Of one that an earlier supervisor has started, the past was told.
     let mut known = process.is_child().then_some(0);
     let listen = async || listen(&lifecycle, &process, &mut known).await;
-    until_end(&process, "tell what goes wrong", listen).await;
+    until_end(&lifecycle, &process, "tell what goes wrong", listen).await;
 }
 
 /// Listens to a process again and again: a moment in which it does not answer, or has no room for a
 /// connection, must not be the end of it. Who does not know the question is asked no more.
 pub(super) async fn until_end(
+    lifecycle: &Lifecycle,
     process: &Process,
     what: &str,
     mut listen: impl AsyncFnMut() -> Result<Infallible, Failure>,
@@ -80,7 +82,8 @@ pub(super) async fn until_end(
         if is_deaf || rate.is_due() {
             rate.told();
             let pid = process.pid();
-            tracing::warn!("tapdisk {pid} does not {what}: {failure}");
+            let about = lifecycle.registry.about(process).failed(&failure);
+            tell!(warn, about, "tapdisk {pid} does not {what}: {failure}");
         }
         if is_deaf {
             return;
@@ -204,7 +207,12 @@ async fn pause(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, process: &Process) {
     while !process.has_ended() && disk.record.borrow().want != Want::Paused {
         match lifecycle.pause(disk, PAUSE).await {
             Ok(_) => return,
-            Err(failure) => tracing::warn!("disk {} is not paused: {failure}", disk.minor),
+            Err(failure) => tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {} is not paused: {failure}",
+                disk.minor
+            ),
         }
         tokio::time::sleep(STEP).await;
     }

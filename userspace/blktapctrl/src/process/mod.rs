@@ -5,6 +5,7 @@ mod system;
 
 use crate::folder::{self, Folder};
 use crate::link::{unexpected, Link};
+use crate::log::{tell, About};
 use crate::record::Known;
 use control::stats::Stats;
 use control::supervisor::Binary;
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 pub use system::user_in;
-use system::{how, is_crash, is_gone, open_pid, started};
+use system::{how, is_crash, is_gone, minor_of, open_pid, started};
 use tokio::net::unix::pipe;
 use tokio::sync::Mutex;
 
@@ -106,7 +107,12 @@ impl Process {
             Err(failure) => {
                 // It is our child and was not waited for, so the number is still its own.
                 if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
-                    tracing::warn!("cannot end tapdisk {}: {error}", child.id());
+                    tell!(
+                        warn,
+                        About::process(child.id()).because(&error),
+                        "cannot end tapdisk {}: {error}",
+                        child.id()
+                    );
                 }
                 tidy(socket);
                 Err(failure)
@@ -188,6 +194,16 @@ impl Process {
         self.known.pid
     }
 
+    /// What a line about it is about: the disk that its socket is named after, too.
+    #[must_use]
+    pub fn about(&self) -> About {
+        let socket = self.socket.borrow();
+        About {
+            minor: socket.as_deref().and_then(minor_of),
+            ..About::process(self.pid())
+        }
+    }
+
     /// How to recognise it.
     #[must_use]
     pub fn known(&self) -> Known {
@@ -242,7 +258,12 @@ impl Process {
                 break;
             }
             if !std::mem::replace(&mut complained, true) {
-                tracing::error!("tapdisk {} is looked at now and then: {error}", self.pid());
+                tell!(
+                    error,
+                    self.about().because(&error),
+                    "tapdisk {} is looked at now and then: {error}",
+                    self.pid()
+                );
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -287,7 +308,12 @@ impl Process {
     pub fn kill(&self) {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) | Err(Errno::SRCH) => {}
-            Err(error) => tracing::error!("cannot kill tapdisk {}: {error}", self.pid()),
+            Err(error) => tell!(
+                error,
+                self.about().because(&error.into()),
+                "cannot kill tapdisk {}: {error}",
+                self.pid()
+            ),
         }
     }
 
@@ -421,7 +447,12 @@ impl Process {
             // Whatever it says: what counts is that it ends.
             if let Err(failure) = self.ask(&Request::Exit, &[], patience).await {
                 if failure.code != Code::Gone {
-                    tracing::warn!("tapdisk {} does not leave: {failure}", self.pid());
+                    tell!(
+                        warn,
+                        self.about().failed(&failure),
+                        "tapdisk {} does not leave: {failure}",
+                        self.pid()
+                    );
                 }
             } else if tokio::time::timeout(patience, self.ended()).await.is_ok() {
                 return Ok(());
@@ -501,7 +532,12 @@ fn listen(socket: &Path) -> Result<UnixListener, Failure> {
 
 fn tidy(socket: &Path) {
     if let Err(error) = folder::remove(socket) {
-        tracing::warn!("cannot remove {}: {error}", socket.display());
+        let about = About {
+            minor: minor_of(socket),
+            errno: error.raw_os_error(),
+            ..About::default()
+        };
+        tell!(warn, about, "cannot remove {}: {error}", socket.display());
     }
 }
 

@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::ExitStatus;
 
 /// There is no such process, or nobody listens. Any other error says nothing about that.
@@ -53,6 +54,17 @@ pub(super) fn is_crash(status: ExitStatus) -> bool {
     }
 }
 
+/// The disk that a socket of a process is named after (`Folder`).
+pub(super) fn minor_of(socket: &Path) -> Option<u32> {
+    socket
+        .file_name()?
+        .to_str()?
+        .split('.')
+        .next()?
+        .parse()
+        .ok()
+}
+
 /// User and group of a name in the file of users. Read by hand: a program that is linked statically
 /// cannot ask the name service.
 #[must_use]
@@ -67,7 +79,7 @@ pub fn user_in(passwd: &str, name: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_started, started, user_in};
+    use super::{minor_of, parse_started, started, user_in};
 
     #[test]
     fn start_of_a_process_with_an_odd_name() {
@@ -75,6 +87,14 @@ mod tests {
         assert_eq!(parse_started(stat), Some(98765));
         assert_eq!(parse_started("12 (a) S 1"), None);
         assert!(started(std::process::id()).expect("we run") > 0);
+    }
+
+    #[test]
+    fn a_socket_names_its_disk() {
+        let minor = |name: &str| minor_of(name.as_ref());
+        assert_eq!(minor("/run/xentap/tapdisk/3.sock"), Some(3));
+        assert_eq!(minor("/run/xentap/tapdisk/12.next.sock"), Some(12));
+        assert_eq!(minor("/run/xentap/tapdisk/new-1-2.sock"), None);
     }
 
     #[test]

@@ -6,10 +6,11 @@ mod list;
 mod nodes;
 pub mod unknown;
 
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, Disks, Fate};
 use crate::events::Events;
 use crate::folder::Folder;
 use crate::kernel::{self, Kernel};
+use crate::log::{tell, About, Limit};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
@@ -17,10 +18,11 @@ use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 pub(crate) use nodes::unmade;
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use unknown::Unknown;
 
 /// The disks of this host.
@@ -33,8 +35,10 @@ pub struct Registry {
     pub kernel: Box<dyn Kernel>,
     /// What happened.
     pub events: Events,
+    /// What the log has room for.
+    pub limit: OnceCell<Arc<Limit>>,
     store: RefCell<Option<Rc<dyn Store>>>,
-    disks: RefCell<BTreeMap<u32, Rc<Disk>>>,
+    disks: Rc<Disks>,
     unknown: RefCell<BTreeMap<u32, Unknown>>,
     /// Processes without a disk.
     idle: RefCell<BTreeMap<u32, Rc<Process>>>,
@@ -44,13 +48,15 @@ impl Registry {
     /// A registry without disks.
     #[must_use]
     pub fn new(folder: Folder, records: Box<dyn Records>, kernel: Box<dyn Kernel>) -> Rc<Registry> {
+        let disks = Rc::<Disks>::default();
         Rc::new(Registry {
             folder,
             records,
             kernel,
-            events: Events::default(),
+            events: Events::new(disks.clone()),
+            limit: OnceCell::new(),
             store: RefCell::default(),
-            disks: RefCell::default(),
+            disks,
             unknown: RefCell::default(),
             idle: RefCell::default(),
         })
@@ -83,6 +89,14 @@ impl Registry {
         self.all().into_iter().find(is_its)
     }
 
+    /// What a line about a process is about: its disk, too, if it has one.
+    pub fn about(&self, process: &Process) -> About {
+        match self.of_process(process) {
+            Some(disk) => disk.about().of(process.pid()),
+            None => process.about(),
+        }
+    }
+
     /// Adds a disk that is written down already.
     pub fn add(&self, disk: &Rc<Disk>) {
         self.disks.borrow_mut().insert(disk.minor, disk.clone());
@@ -91,11 +105,17 @@ impl Registry {
     /// Nothing is left of a disk.
     pub fn remove(&self, disk: &Disk) {
         if let Err(error) = self.records.remove(disk.minor) {
-            tracing::error!("cannot remove the record of disk {}: {error}", disk.minor);
+            tell!(
+                error,
+                disk.about().because(&error),
+                "cannot remove the record of disk {}: {error}",
+                disk.minor
+            );
         }
         disk.advance(Fate::Gone);
-        self.disks.borrow_mut().remove(&disk.minor);
+        // It says which one it was.
         self.events.add(Some(disk.minor), What::Destroyed);
+        self.disks.borrow_mut().remove(&disk.minor);
     }
 
     /// A process waits for a disk.
@@ -217,7 +237,12 @@ impl Registry {
         match kernel::node(&*self.kernel, disk.minor) {
             Ok(node) => Some(node?.status),
             Err(error) => {
-                tracing::warn!("cannot ask the kernel about disk {}: {error}", disk.minor);
+                tell!(
+                    warn,
+                    disk.about().because(&error),
+                    "cannot ask the kernel about disk {}: {error}",
+                    disk.minor
+                );
                 None
             }
         }

@@ -4,6 +4,7 @@
 use super::Registry;
 use crate::disk::Disk;
 use crate::kernel::{self, Make};
+use crate::log::{tell, About};
 use crate::memory;
 use crate::record::Record;
 use control::{Code, Failure};
@@ -31,7 +32,12 @@ impl Registry {
             }
             // What an earlier disk of that number may have left is not for this one.
             if let Err(error) = memory::remove(&self.folder, record.minor) {
-                tracing::error!("cannot remove the memory of disk {}: {error}", record.minor);
+                tell!(
+                    error,
+                    About::disk(record.minor).because(&error),
+                    "cannot remove the memory of disk {}: {error}",
+                    record.minor
+                );
             }
             record.arena_kib = arena_kib;
             let disk = Disk::new(record.clone());
@@ -50,7 +56,12 @@ impl Registry {
                 Err(error) => error,
             };
             if let Err(error) = self.records.remove(record.minor) {
-                tracing::error!("cannot remove the record of disk {}: {error}", record.minor);
+                tell!(
+                    error,
+                    About::disk(record.minor).because(&error),
+                    "cannot remove the record of disk {}: {error}",
+                    record.minor
+                );
             }
             // Somebody else makes nodes, too.
             if minor.is_some() || error.kind() != io::ErrorKind::AlreadyExists {

@@ -8,6 +8,7 @@ use crate::apart::{apart, LIMIT};
 use crate::folder;
 use crate::image::{self, Identity};
 use crate::kernel;
+use crate::log::{tell, About};
 use crate::process::{Process, SOON};
 use crate::record::{Peek, Record, Unread, Want};
 use control::supervisor::{Mode, Row, What};
@@ -73,7 +74,12 @@ impl Registry {
             // Who listened there is dead.
             let socket = self.folder.tapdisk(minor);
             if let Err(error) = folder::remove(&socket) {
-                tracing::warn!("cannot remove {}: {error}", socket.display());
+                tell!(
+                    warn,
+                    About::disk(minor).because(&error),
+                    "cannot remove {}: {error}",
+                    socket.display()
+                );
             }
             unknown.peek.process = None;
         }

@@ -11,6 +11,7 @@ mod groups;
 mod handoff;
 mod lease;
 mod left;
+mod log;
 mod mark;
 mod memory;
 mod mirror;

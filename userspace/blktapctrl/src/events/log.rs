@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Events as lines of the log.
+
+use crate::log::{tell, About};
+use control::stats::Streaming;
+use control::supervisor::What;
+use control::tapdisk::Call;
+
+/// What a line about an event is about: what the event says goes before what is known of the disk by now.
+pub(super) fn with(about: About, what: &What) -> About {
+    let pid = match what {
+        What::Died { pid, .. } | What::Hung { pid, .. } | What::Started { pid } => Some(*pid),
+        What::Kept { pid, .. } => *pid,
+        What::HandedOff(handed) => Some(handed.to),
+        _ => None,
+    };
+    let errno = match what {
+        What::Trouble { trouble, .. } => Some(trouble.errno),
+        _ => None,
+    };
+    About {
+        pid: pid.or(about.pid),
+        errno: errno.or(about.errno),
+        event: name(what),
+        ..about
+    }
+}
+
+/// The name of an event in the protocol.
+fn name(what: &What) -> Option<String> {
+    let value = serde_json::to_value(what).ok()?;
+    Some(value.get("event")?.as_str()?.to_owned())
+}
+
+/// Writes a line about an event.
+pub(super) fn write(about: &About, what: &What) {
+    let disk = about
+        .minor
+        .map_or_else(|| "a process".to_owned(), |minor| format!("disk {minor}"));
+    match what {
+        What::Died { pid, how } => tell!(warn, about, "{disk}: tapdisk {pid} {how}"),
+        What::Trouble {
+            trouble,
+            target,
+            error,
+            more,
+            stopped,
+        } => {
+            let image = target
+                .as_ref()
+                .map_or("its image".into(), ToString::to_string);
+            let then = match stopped {
+                true => {
+                    "; the guest waits: see to the image's storage, then let the disk go on with tap-ctl unpause"
+                }
+                false if trouble.what == Call::Flush => {
+                    "; what was written before may be lost, and a Linux guest takes this for a disk that cannot flush, and \
+                     flushes no more: see to the storage, then detach and attach the disk, or restart the guest"
+                }
+                false => "; the guest was told",
+            };
+            tell!(error, about, "{disk}: {} of {} bytes at {} of {image} failed: {error}; {more} more failed since the last report{then}",
+                trouble.what,
+                trouble.len,
+                trouble.offset
+            );
+        }
+        What::Failed { message, retry_ms } => {
+            tell!(
+                warn,
+                about,
+                "{disk}: {message}; the next attempt is in {retry_ms} ms"
+            );
+        }
+        What::HandedOff(handed) => tell!(
+            info,
+            about,
+            "{disk}: served by tapdisk {} of {} now; nobody served for {} us",
+            handed.to,
+            handed.program.display(),
+            handed.pause_us
+        ),
+        What::Kept {
+            pid: Some(pid),
+            why,
+        } => {
+            tell!(
+                warn,
+                about,
+                "{disk}: tapdisk {pid} serves on, and no new one: {why}"
+            );
+        }
+        What::Kept { pid: None, why } => {
+            tell!(warn, about, "{disk}: not handed to a new process: {why}");
+        }
+        What::Snapshot(taken) => tell!(
+            info,
+            about,
+            "{disk}: goes on in {} over {}, which its configuration must name from now on",
+            taken.target,
+            taken.parent.display()
+        ),
+        What::SnapshotUndone { why } => {
+            tell!(
+                warn,
+                about,
+                "{disk}: goes on in the image that it has: {why}"
+            );
+        }
+        What::Streamed { target, outcome } => match outcome {
+            Streaming::Failed { .. } => tell!(warn, about, "{disk}: {}", outcome.told(target)),
+            _ => tell!(info, about, "{disk}: {}", outcome.told(target)),
+        },
+        What::Moved(moved) => tell!(info, about, "{disk}: {}", moved.told()),
+        What::Mirrored { target, outcome } => {
+            tell!(warn, about, "{disk}: {}", outcome.told(target));
+        }
+        What::Unmarked { why } => tell!(warn, about, "{disk}: {why}: its marks are gone"),
+        What::Untraced { path, why } => {
+            tell!(
+                warn,
+                about,
+                "{disk}: its trace in {} has ended: {why}",
+                path.display()
+            );
+        }
+        What::Hung {
+            pid,
+            for_ms,
+            killed,
+        } => {
+            let then = if *killed { "killed" } else { "left alone" };
+            tell!(
+                warn,
+                about,
+                "{disk}: tapdisk {pid} has not answered for {for_ms} ms: {then}"
+            );
+        }
+        What::Poisoned { request, count } => {
+            let request = request
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            tell!(error, about, "{disk}: its processes die of a request ({request}): it failed, the guest was told; {count} so far"
+            );
+        }
+        What::Created {
+            target: Some(target),
+        } => tell!(info, about, "{disk}: made for {target}"),
+        What::Created { target: None } => tell!(info, about, "{disk}: made"),
+        What::Started { pid } => tell!(info, about, "{disk}: served by tapdisk {pid}"),
+        What::Paused => tell!(info, about, "{disk}: paused"),
+        What::Unpaused => tell!(info, about, "{disk}: goes on"),
+        What::Inactive => tell!(
+            info,
+            about,
+            "{disk}: has let go of its image: the guest is suspended"
+        ),
+        What::Active => tell!(info, about, "{disk}: has its image and goes on"),
+        What::Held { why } => tell!(error, about, "{disk}: the guest waits: {why}"),
+        What::Resized { size } => tell!(info, about, "{disk}: now has {size} bytes"),
+        What::Unknown { why } => tell!(error, about, "{disk}: left alone: {why}"),
+        What::Refused { why } => tell!(warn, about, "{why}"),
+        What::NotDirect { why } => {
+            tell!(
+                warn,
+                about,
+                "{disk}: its process serves it, and not the kernel by itself: {why}"
+            );
+        }
+        What::Reconnected { path } => {
+            tell!(warn, about, "{disk}: connected to {} again", path.display())
+        }
+        What::Destroyed => tell!(info, about, "{disk}: gone"),
+        What::Lost { .. } | What::Other => {}
+    }
+}

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! No disk can flood the log: of each, so many lines are written at once, and then a few in a minute. What is left out
+//! is counted, and said later.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::layer::{Context, Layer};
+
+/// Lines about a disk at once.
+const BURST: u32 = 50;
+/// Time until there may be one more.
+const EACH: Duration = Duration::from_secs(6);
+
+/// What each disk may still write, and what is about no disk together.
+#[derive(Debug, Default)]
+pub struct Limit {
+    shares: Mutex<BTreeMap<Option<u32>, Share>>,
+    suppressed: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Share {
+    /// Lines that may be written at `since`.
+    left: u32,
+    since: Instant,
+    /// Lines that were left out and not told of.
+    suppressed: u64,
+}
+
+impl Share {
+    fn new(now: Instant) -> Share {
+        Share {
+            left: BURST,
+            since: now,
+            suppressed: 0,
+        }
+    }
+
+    /// Adds what has come to it by now.
+    fn refill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.since).as_secs();
+        let more = u32::try_from(passed / EACH.as_secs()).unwrap_or(u32::MAX);
+        self.left = self.left.saturating_add(more);
+        self.since += EACH * more.min(BURST);
+        if self.left >= BURST {
+            (self.left, self.since) = (BURST, now);
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        self.refill(now);
+        let is_left = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        is_left
+    }
+}
+
+impl Limit {
+    /// How many lines were left out.
+    #[must_use]
+    pub fn suppressed(&self) -> u64 {
+        self.suppressed.load(Ordering::Relaxed)
+    }
+
+    /// A line about a disk may be written. If not, it is counted.
+    fn admits(&self, minor: Option<u32>, now: Instant) -> bool {
+        let mut shares = self.shares();
+        let share = shares.entry(minor).or_insert_with(|| Share::new(now));
+        let is_admitted = share.take(now);
+        if !is_admitted {
+            share.suppressed = share.suppressed.saturating_add(1);
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
+        }
+        is_admitted
+    }
+
+    /// How many lines were left out since that was told last, of the disks for which there is room to tell it; of all
+    /// of them at the end. The line that tells is one of those that a disk may write.
+    pub fn left_out(&self, now: Instant, is_end: bool) -> Vec<(Option<u32>, u64)> {
+        let mut shares = self.shares();
+        let mut told = Vec::new();
+        for (minor, share) in &mut *shares {
+            if share.suppressed > 0 && (share.take(now) || is_end) {
+                told.push((*minor, std::mem::take(&mut share.suppressed)));
+            }
+        }
+        // Disks come and go.
+        shares.retain(|_, share| {
+            share.refill(now);
+            share.suppressed > 0 || share.left < BURST
+        });
+        told
+    }
+
+    fn shares(&self) -> MutexGuard<'_, BTreeMap<Option<u32>, Share>> {
+        // What a panic has left of it is as good as any.
+        self.shares.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The part of a subscriber that keeps to it.
+    pub fn layer<S: Subscriber>(self: &Arc<Self>) -> impl Layer<S> + Send + Sync + 'static {
+        Gate(self.clone())
+    }
+}
+
+struct Gate(Arc<Limit>);
+
+impl<S: Subscriber> Layer<S> for Gate {
+    fn event_enabled(&self, event: &Event<'_>, _context: Context<'_, S>) -> bool {
+        // What was left out was counted among what the disk may write.
+        let tells = event.metadata().fields().field("suppressed").is_some();
+        let mut minor = Minor(None);
+        event.record(&mut minor);
+        tells || self.0.admits(minor.0, Instant::now())
+    }
+}
+
+/// The disk that a line is about.
+struct Minor(Option<u32>);
+
+impl Visit for Minor {
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        if field.name() == "minor" {
+            self.0 = u32::try_from(value).ok();
+        }
+    }
+
+    fn record_debug(&mut self, _field: &Field, _value: &dyn std::fmt::Debug) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Limit, BURST, EACH};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn one_disk_does_not_take_the_lines_of_another() {
+        let limit = Limit::default();
+        let now = Instant::now();
+        let admitted = (0..1000).filter(|_| limit.admits(Some(3), now)).count();
+        assert_eq!(admitted, BURST as usize);
+        assert!(limit.admits(Some(4), now) && limit.admits(None, now));
+        assert_eq!(limit.suppressed(), 1000 - u64::from(BURST));
+    }
+
+    #[test]
+    fn what_was_left_out_is_told_once_when_there_is_room() {
+        let limit = Limit::default();
+        let now = Instant::now();
+        for _ in 0..BURST + 7 {
+            limit.admits(Some(3), now);
+        }
+        assert_eq!(limit.left_out(now, false), []);
+        let later = now + EACH;
+        assert_eq!(limit.left_out(later, false), [(Some(3), 7)]);
+        // Telling it was the line that the disk may write by then.
+        assert!(!limit.admits(Some(3), later));
+        assert_eq!(limit.left_out(later, true), [(Some(3), 1)]);
+        assert_eq!(limit.left_out(later, true), []);
+    }
+
+    #[test]
+    fn a_disk_that_is_quiet_gets_all_its_lines_again_and_no_more() {
+        let limit = Limit::default();
+        let now = Instant::now();
+        while limit.admits(Some(3), now) {}
+        let _ = limit.left_out(now, true);
+        let later = now + EACH * 3 + Duration::from_secs(1);
+        assert_eq!((0..9).filter(|_| limit.admits(Some(3), later)).count(), 3);
+        let _ = limit.left_out(later, true);
+        let much_later = later + EACH * 10_000_000;
+        assert_eq!(limit.left_out(much_later, false), []);
+        assert!(limit.shares().is_empty(), "nothing is kept of a quiet disk");
+        let admitted = (0..1000).filter(|_| limit.admits(Some(3), much_later));
+        assert_eq!(admitted.count(), BURST as usize);
+    }
+}
