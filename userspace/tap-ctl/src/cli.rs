@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line.
 
+use crate::events::Events;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
@@ -881,12 +882,4 @@ pub(crate) struct Top {
     /// Show so many pictures, then end
     #[arg(short = 'n', long)]
     pub(crate) iterations: Option<u32>,
-}
-
-/// Events.
-#[derive(Debug, Args)]
-pub(crate) struct Events {
-    /// Begin after the event with this number; 0 for all that are kept
-    #[arg(long, value_name = "NUMBER")]
-    pub(crate) after: Option<u64>,
 }

@@ -5,6 +5,7 @@
 mod cli;
 mod dirty;
 mod doctor;
+mod events;
 mod figures;
 mod handoff;
 mod host;
@@ -21,9 +22,7 @@ mod trace;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Image, Verb};
-use control::supervisor::{
-    self, Allocate, Create, Event, Filter, Hung, Mode, Reply, Request, What, Which,
-};
+use control::supervisor::{self, Allocate, Create, Filter, Hung, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
 use control::{Channel, Code, Failure, Limits, Target};
 use std::io::{self, IsTerminal, Write};
@@ -43,7 +42,7 @@ fn main() -> ExitCode {
         }
         Verb::Metrics(asked) => metrics::run(&cli, asked),
         Verb::Top(asked) => top::run(&cli, asked),
-        Verb::Events(events) => follow(&cli, events),
+        Verb::Events(asked) => events::follow(&cli, asked),
         Verb::Lease { verb } => about_lease(&cli, verb),
         Verb::Handoff(all) if all.all.is_some() => handoff::all(&cli, all),
         Verb::Stream(asked) => jobs::stream(&cli, asked),
@@ -450,30 +449,6 @@ fn create(create: &cli::Create) -> Result<Create, Failure> {
         no_wait: create.no_wait,
         files: create.image.files.clone(),
     })
-}
-
-fn follow(cli: &Cli, events: &cli::Events) -> Result<(), Error> {
-    let mut channel = connect(cli, patience(cli))?;
-    // Without a number only what is to come is wanted: what is kept is passed over.
-    let since = match events.after {
-        Some(_) => 0,
-        None => std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |since| since.as_millis()),
-    };
-    let after = events.after.unwrap_or(0);
-    let _: Reply = channel.ask(Request::Subscribe { after }, &[])?;
-    while let Some((event, _)) = channel.receive::<Event>()? {
-        if u128::from(event.body.at_ms) < since {
-            continue;
-        }
-        if cli.json {
-            print(&event.body)?;
-        } else if event.body.what != What::Other {
-            writeln!(io::stdout(), "{}", show::event(&event.body))?;
-        }
-    }
-    Err(Failure::new(Code::Gone, "blktapctrl has ended").into())
 }
 
 #[cfg(test)]
