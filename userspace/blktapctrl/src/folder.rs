@@ -124,6 +124,12 @@ impl Folder {
         self.notes().join(format!("{minor}.{number}.map"))
     }
 
+    /// The newest events.
+    #[must_use]
+    pub fn events(&self) -> PathBuf {
+        self.root.join("events")
+    }
+
     /// The folder of the records.
     #[must_use]
     pub fn disks(&self) -> PathBuf {

@@ -12,6 +12,7 @@ use blktapctrl::registry::Registry;
 use blktapctrl::store::Xenstore;
 use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
+use control::supervisor::What;
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
 use std::os::fd::AsFd;
@@ -151,6 +152,11 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     let registry = Registry::new(folder, records, Box::new(nodes::Driver));
     // It is set once.
     let _ = registry.limit.set(limit);
+    let began = What::Began {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+    };
+    registry.events.add(None, began);
     let lifecycle = Lifecycle::new(registry.clone(), program, folders);
     lifecycle.direct.set(cli.direct);
     if let Some(PlaceOfGroups(Some(template))) = &cli.cgroup {

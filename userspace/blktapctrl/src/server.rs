@@ -66,9 +66,9 @@ async fn converse(lifecycle: &Rc<Lifecycle>, stream: UnixStream) -> Result<(), F
     loop {
         match decoder.message::<Request>() {
             Ok(Some((question, _))) => match question.body {
-                Request::Subscribe { after } => {
+                Request::Subscribe { after, series } => {
                     send(&stream, question.id, Outcome::Ok(Reply::Done)).await?;
-                    return follow(&lifecycle.registry, &stream, after).await;
+                    return follow(&lifecycle.registry, &stream, (after, series)).await;
                 }
                 request => {
                     let answer = verbs::answer(lifecycle, request).await;
@@ -98,12 +98,17 @@ async fn converse(lifecycle: &Rc<Lifecycle>, stream: UnixStream) -> Result<(), F
 }
 
 /// Sends events until the peer is gone.
-async fn follow(registry: &Registry, stream: &UnixStream, mut after: u64) -> Result<(), Failure> {
+async fn follow(
+    registry: &Registry,
+    stream: &UnixStream,
+    mut known: (u64, Option<u32>),
+) -> Result<(), Failure> {
     let mut news = registry.events.subscribe();
     loop {
         news.borrow_and_update();
-        for event in registry.events.after(after) {
-            after = event.number;
+        let (after, series) = known;
+        for event in registry.events.since(after, series) {
+            known = (event.number, None);
             send(stream, 0, event).await?;
         }
         let left = stream.async_io(Interest::READABLE, || socket::receive(stream));

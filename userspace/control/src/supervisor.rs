@@ -465,8 +465,12 @@ pub enum Request {
     /// Events from the one after `after` on (those that are kept, then those to come) follow the
     /// answer on this connection, as messages with id 0 and an [`Event`].
     Subscribe {
-        /// Number of the last event that is known; 0 for all that are kept.
+        /// Number of the last event that is known; 0 for all that are kept. What has happened since and is not kept any
+        /// more is counted in an event ([`What::Lost`], [`What::Renumbered`]).
         after: u64,
+        /// The series of that event ([`Event::series`]); nothing if it is not known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        series: Option<u32>,
     },
 }
 

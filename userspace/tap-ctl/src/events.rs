@@ -13,6 +13,9 @@ pub(crate) struct Events {
     /// Begin after the event with this number; 0 for all that are kept
     #[arg(long, value_name = "NUMBER")]
     pub(crate) after: Option<u64>,
+    /// The series of that event, as --json prints it: if the numbers have begun anew since, as after a boot, that is said
+    #[arg(long, value_name = "SERIES", requires = "after")]
+    pub(crate) series: Option<u32>,
 }
 
 /// Prints events until blktapctrl ends.
@@ -26,7 +29,8 @@ pub(crate) fn follow(cli: &Cli, events: &Events) -> Result<(), Error> {
             .map_or(0, |since| since.as_millis()),
     };
     let after = events.after.unwrap_or(0);
-    let _: Reply = channel.ask(Request::Subscribe { after }, &[])?;
+    let series = events.series;
+    let _: Reply = channel.ask(Request::Subscribe { after, series }, &[])?;
     while let Some((event, _)) = channel.receive::<Event>()? {
         if u128::from(event.body.at_ms) < since {
             continue;

@@ -386,7 +386,9 @@ pub(crate) fn event(event: &Event) -> String {
         What::NotDirect { why } => format!("not served by the kernel itself: {why}"),
         What::Reconnected { path } => format!("connected to {} again", path.display()),
         What::Destroyed => "gone".into(),
+        What::Began { version, pid } => format!("blktapctrl {version} begins, as process {pid}"),
         What::Lost { count } => format!("{count} events were not kept"),
+        What::Renumbered => "the numbers begin anew: what happened before is not known".into(),
         What::Other => "something that a newer tap-ctl knows".into(),
     };
     let at = utc(event.at_ms);

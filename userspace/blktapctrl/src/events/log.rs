@@ -172,6 +172,7 @@ pub(super) fn write(about: &About, what: &What) {
             tell!(warn, about, "{disk}: connected to {} again", path.display())
         }
         What::Destroyed => tell!(info, about, "{disk}: gone"),
-        What::Lost { .. } | What::Other => {}
+        // It says itself with which settings it begins.
+        What::Began { .. } | What::Lost { .. } | What::Renumbered | What::Other => {}
     }
 }

@@ -50,10 +50,10 @@ impl Registry {
     pub fn new(folder: Folder, records: Box<dyn Records>, kernel: Box<dyn Kernel>) -> Rc<Registry> {
         let disks = Rc::<Disks>::default();
         Rc::new(Registry {
+            events: Events::new(disks.clone(), Some(&folder.events())),
             folder,
             records,
             kernel,
-            events: Events::new(disks.clone()),
             limit: OnceCell::new(),
             store: RefCell::default(),
             disks,

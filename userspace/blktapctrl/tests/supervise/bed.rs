@@ -22,16 +22,20 @@ pub(crate) struct Bed {
     pub(crate) kernel: FakeKernel,
     pub(crate) store: FakeStore,
     pub(crate) lifecycle: Rc<Lifecycle>,
+    /// The last event of the supervisors before it.
+    began_after: u64,
 }
 
 impl Bed {
     /// A supervisor that was just started.
     pub(crate) fn new(dir: &Path, kernel: &FakeKernel) -> Rc<Bed> {
+        let lifecycle = Bed::lifecycle(dir, kernel);
         Rc::new(Bed {
             dir: dir.into(),
             kernel: kernel.clone(),
             store: FakeStore::default(),
-            lifecycle: Bed::lifecycle(dir, kernel),
+            began_after: lifecycle.registry.events.last(),
+            lifecycle,
         })
     }
 
@@ -138,8 +142,9 @@ impl Bed {
         text.lines().map(str::to_owned).collect()
     }
 
+    /// What has happened since this supervisor began.
     pub(crate) fn events(&self) -> Vec<What> {
-        let events = self.registry().events.after(0);
+        let events = self.registry().events.after(self.began_after);
         events.into_iter().map(|event| event.what).collect()
     }
 

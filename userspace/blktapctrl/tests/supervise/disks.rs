@@ -350,7 +350,10 @@ fn questions_over_the_socket() {
                 matches!(reply, Reply::Created { minor: 0, .. }),
                 "{reply:?}"
             );
-            let subscribe = Request::Subscribe { after: 0 };
+            let subscribe = Request::Subscribe {
+                after: 0,
+                series: None,
+            };
             let reply: Reply = channel.ask(subscribe, &[]).expect("events");
             assert_eq!(reply, Reply::Done);
             let mut event = || {

@@ -6,6 +6,7 @@ mod commit;
 mod death;
 mod direct;
 mod disks;
+mod events;
 mod fake;
 mod groups;
 mod handoff;

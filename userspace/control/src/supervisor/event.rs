@@ -11,8 +11,12 @@ use std::path::PathBuf;
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Numbers events without a gap, from 1.
+    /// Numbers events without a gap, from 1. The next supervisor goes on with the numbers.
     pub number: u64,
+    /// Which numbers these are: a random one, another one when they begin anew, as after a boot. 0 of a supervisor whose
+    /// numbers end with it.
+    #[serde(default)]
+    pub series: u32,
     /// Milliseconds since 1970.
     pub at_ms: u64,
     /// The disk.
@@ -162,11 +166,21 @@ pub enum What {
     },
     /// The disk is gone.
     Destroyed,
-    /// Events were lost for a subscriber that was too slow.
+    /// A supervisor has begun.
+    Began {
+        /// Its version.
+        version: String,
+        /// Its process.
+        pid: u32,
+    },
+    /// Events are not kept any more that a subscriber does not know.
     Lost {
         /// How many.
         count: u64,
     },
+    /// What a subscriber knows is of another series: the numbers have begun anew, and it is not known what happened
+    /// before.
+    Renumbered,
     /// An event of a newer program.
     #[serde(other)]
     Other,
