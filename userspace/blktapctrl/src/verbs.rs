@@ -224,5 +224,6 @@ async fn top(lifecycle: &Lifecycle) -> Result<Reply, Failure> {
     };
     let rows = registry.rows(&Filter::default())?;
     let rows = futures::future::join_all(rows.into_iter().map(one)).await;
-    Ok(Reply::Top { rows })
+    let counted = Some(registry.counts());
+    Ok(Reply::Top { rows, counted })
 }

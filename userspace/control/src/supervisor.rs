@@ -9,7 +9,7 @@ mod event;
 use crate::stats::{Direct, Mapped, Mirror, Stats, Stream};
 use crate::tapdisk::{Disk, OnError, Open, State};
 use crate::{Changed, Failure, Limits, Mark, MarkName, Target, TraceTo, Tracing};
-pub use event::{Event, What};
+pub use event::{Counted, Event, What};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -593,6 +593,9 @@ pub enum Reply {
     Top {
         /// One for each disk.
         rows: Vec<TopRow>,
+        /// What the supervisor counted; an older one says nothing of that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        counted: Option<Counted>,
     },
 }
 

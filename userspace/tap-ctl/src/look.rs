@@ -6,7 +6,7 @@ use crate::host::block::Block;
 use crate::host::task::{self, Task};
 use crate::host::vbd::{self, Vbd};
 use crate::host::{Host, Memory, Processors, Unread};
-use control::supervisor::{Reply, Request, TopRow};
+use control::supervisor::{Counted, Reply, Request, TopRow};
 use control::{Channel, Code, Failure};
 use serde::Serialize;
 use std::path::Path;
@@ -108,6 +108,8 @@ pub(crate) struct Look {
     pub(crate) disks: Vec<Disk>,
     /// Whether blktapctrl answers.
     pub(crate) supervisor: Supervisor,
+    /// What it has counted of itself, if it says so.
+    pub(crate) counted: Option<Counted>,
     /// The memory of the disks, if our driver is loaded.
     pub(crate) memory: Option<Memory>,
     /// The processors of this domain.
@@ -117,22 +119,25 @@ pub(crate) struct Look {
 }
 
 /// Asks blktapctrl for all disks, once: what cannot be had is told, not waited for.
-fn rows(socket: &Path) -> Result<Vec<TopRow>, Failure> {
+fn rows(socket: &Path) -> Result<(Vec<TopRow>, Option<Counted>), Failure> {
     let mut channel = Channel::connect(socket)?;
     channel.set_timeout(Some(PATIENCE))?;
     match channel.ask(Request::Top, &[])? {
-        Reply::Top { rows } => Ok(rows),
+        Reply::Top { rows, counted } => Ok((rows, counted)),
         _ => Err(Failure::invalid("blktapctrl answered something else")),
     }
 }
 
 /// Looks at everything.
 pub(crate) fn look(host: &Host, socket: &Path) -> Look {
-    let (rows, supervisor) = match rows(socket) {
-        Ok(rows) => (rows, Supervisor::Answers),
-        Err(failure) => (Vec::new(), Supervisor::Silent(reason(&failure))),
+    let ((rows, counted), supervisor) = match rows(socket) {
+        Ok(said) => (said, Supervisor::Answers),
+        Err(failure) => (Default::default(), Supervisor::Silent(reason(&failure))),
     };
-    gather(host, rows, supervisor)
+    Look {
+        counted,
+        ..gather(host, rows, supervisor)
+    }
 }
 
 fn reason(failure: &Failure) -> String {
@@ -169,6 +174,7 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
         at: Instant::now(),
         disks,
         supervisor,
+        counted: None,
         memory: Memory::read(host),
         processors: Processors::read(host),
         unread: host.take_unread(),

@@ -6,6 +6,7 @@
 //! prometheus-client writes, and of which it would lose the types of counters.
 
 mod exposition;
+mod supervisor;
 mod times;
 
 use crate::figures::counters;
@@ -56,6 +57,7 @@ fn replace(path: &Path, text: &str) -> io::Result<()> {
 fn text(look: &Look, report: &Report) -> String {
     let mut text = Text::default();
     host(&mut text, look, report);
+    supervisor::tell(&mut text, look);
     verdicts(&mut text, report);
     servers(&mut text, look);
     for (family, value) in DRIVER {

@@ -33,7 +33,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
         // It is asked for pictures only.
-        Reply::Top { rows } => rows.iter().map(|top| row(&top.row)).collect(),
+        Reply::Top { rows, .. } => rows.iter().map(|top| row(&top.row)).collect(),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::log::{tell, About, Limit};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
-use control::supervisor::{Doing, Mode, What, Which};
+use control::supervisor::{Counted, Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
 pub(crate) use nodes::unmade;
@@ -94,6 +94,15 @@ impl Registry {
         match self.of_process(process) {
             Some(disk) => disk.about().of(process.pid()),
             None => process.about(),
+        }
+    }
+
+    /// What the supervisor has counted of itself.
+    pub fn counts(&self) -> Counted {
+        Counted {
+            events_lost: self.events.lost(),
+            traces_failed: self.events.untraced(),
+            lines_suppressed: self.limit.get().map_or(0, |limit| limit.suppressed()),
         }
     }
 

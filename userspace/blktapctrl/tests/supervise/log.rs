@@ -4,7 +4,7 @@
 use super::bed::{kill, test, until, Bed};
 use blktapctrl::log::Limit;
 use blktapctrl::{watch, watchdog};
-use control::supervisor::What;
+use control::supervisor::{Counted, Reply, Request, What};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::fs::{self, File};
@@ -231,6 +231,21 @@ fn one_disk_cannot_flood_the_log() {
         let told = lines.one_with("were left out of the log");
         let count = left_out.to_string();
         told.assert_has(&[("minor", "3"), ("suppressed", &count)]);
+        let path = bed.dir.join("trace");
+        let why = "it is full".into();
+        bed.registry()
+            .events
+            .add(Some(3), What::Untraced { path, why });
+        let Ok(Reply::Top { counted, .. }) = bed.ask(Request::Top).await else {
+            panic!("no picture");
+        };
+        let expected = Counted {
+            events_lost: 0,
+            traces_failed: 1,
+            // The trace's line, too: it is the same disk.
+            lines_suppressed: left_out + 1,
+        };
+        assert_eq!(counted, Some(expected));
     });
 }
 

@@ -185,3 +185,15 @@ pub enum What {
     #[serde(other)]
     Other,
 }
+
+/// What a supervisor has counted since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counted {
+    /// Events that a subscriber did not get, because they were not kept for so long.
+    pub events_lost: u64,
+    /// Traces of disks that have ended by themselves ([`What::Untraced`]).
+    pub traces_failed: u64,
+    /// Lines of the log that were left out, because there were too many.
+    pub lines_suppressed: u64,
+}

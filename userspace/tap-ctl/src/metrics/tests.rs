@@ -6,6 +6,7 @@ use crate::host::made::{block, phy, Made};
 use crate::look::{gather, Look, Supervisor};
 use crate::status::verdict::Limits;
 use crate::status::{fake, report};
+use control::supervisor::Counted;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -98,6 +99,26 @@ fn disks_of_both_kinds_are_told() {
         "xen_disk_memory_limit_bytes 9437184",
         "xen_disk_supervisor_up 1",
     ] {
+        assert!(text.lines().any(|its| its == line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn what_the_supervisor_could_not_tell_is_counted_if_it_counts() {
+    let mut look = both();
+    let names = ["events_lost", "traces_failed", "log_lines_suppressed"];
+    let text = metrics(&look);
+    for name in names {
+        assert!(!text.contains(name), "an older one counts nothing: {text}");
+    }
+    look.counted = Some(Counted {
+        events_lost: 1,
+        traces_failed: 2,
+        lines_suppressed: 3,
+    });
+    let text = metrics(&look);
+    for (name, count) in names.into_iter().zip(1..) {
+        let line = format!("xen_disk_{name}_total {count}");
         assert!(text.lines().any(|its| its == line), "{line}: {text}");
     }
 }

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What blktapctrl has counted of itself since it began: what it could not tell or keep.
+
+use super::exposition::{Labels, Text};
+use super::Table;
+use crate::look::Look;
+use control::supervisor::Counted;
+
+const COUNTED: Table<Counted> = &[
+    (
+        (
+            "xen_disk_events_lost_total",
+            "counter",
+            "Events that a subscriber did not get, because they were not kept for so long.",
+        ),
+        |counted| counted.events_lost as f64,
+    ),
+    (
+        (
+            "xen_disk_traces_failed_total",
+            "counter",
+            "Traces of disks that have ended by themselves.",
+        ),
+        |counted| counted.traces_failed as f64,
+    ),
+    (
+        (
+            "xen_disk_log_lines_suppressed_total",
+            "counter",
+            "Lines that blktapctrl left out of its log, because there were too many.",
+        ),
+        |counted| counted.lines_suppressed as f64,
+    ),
+];
+
+/// Tells it, if it was said.
+pub(super) fn tell(text: &mut Text, look: &Look) {
+    let Some(counted) = &look.counted else {
+        return;
+    };
+    for (family, value) in COUNTED {
+        text.family(*family);
+        text.sample(&Labels::default(), value(counted));
+    }
+}
