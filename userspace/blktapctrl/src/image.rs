@@ -82,6 +82,16 @@ impl Opened {
     }
 }
 
+/// A file that is no image, through the page cache.
+impl From<OwnedFd> for Opened {
+    fn from(fd: OwnedFd) -> Self {
+        Self {
+            fd: Some(fd),
+            direct: false,
+        }
+    }
+}
+
 /// Its file system may not answer when it is closed.
 impl Drop for Opened {
     fn drop(&mut self) {

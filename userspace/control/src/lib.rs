@@ -44,6 +44,7 @@ pub mod stats;
 pub mod supervisor;
 pub mod tapdisk;
 mod target;
+mod tls;
 mod trace;
 mod vdev;
 pub mod wire;
@@ -55,6 +56,7 @@ pub use failure::{Code, Failure};
 pub use lease::LeaseKind;
 pub use limits::Limits;
 pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, Target};
+pub use tls::{Tls, TlsFile};
 pub use trace::{TraceTo, Tracing};
 pub use vdev::vdev;
 

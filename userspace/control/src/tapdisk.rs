@@ -12,7 +12,7 @@
 //! [`Request::Activate`] is the way back.
 
 use crate::stats::{Stats, Stream};
-use crate::{Driver, Failure, Limits, Target};
+use crate::{Driver, Failure, Limits, Target, TlsFile};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -393,6 +393,14 @@ pub enum Needed {
         /// What that is.
         target: Target,
     },
+    /// A file of the [encryption](Target::tls) of a connection to that server, for reading. It is asked for with each
+    /// connection, so that what was renewed counts from the next one on.
+    Credential {
+        /// What is served, or is to be.
+        target: Target,
+        /// Which of the files.
+        file: TlsFile,
+    },
     /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last
     /// process left. A process that waits in vain for a while does without. Its size cannot change. What is
     /// in it is the processes' own affair: who does not
@@ -416,9 +424,12 @@ impl Needed {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Parent { path } | Self::Extent { path } | Self::Socket { path } => Some(path),
-            Self::Server { .. } | Self::State { .. } | Self::Notes | Self::Trace | Self::Other => {
-                None
-            }
+            Self::Server { .. }
+            | Self::Credential { .. }
+            | Self::State { .. }
+            | Self::Notes
+            | Self::Trace
+            | Self::Other => None,
         }
     }
 }

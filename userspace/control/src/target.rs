@@ -3,7 +3,7 @@
 
 mod words;
 
-use crate::{Export, Failure, LeaseKind, Limits};
+use crate::{Export, Failure, LeaseKind, Limits, Tls};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -143,6 +143,12 @@ impl FromStr for Driver {
             "vpc" => "vhd",
             // The address of a socket, see `Export`.
             "nbd+unix" => "nbd",
+            "nbds" => {
+                return Err(Failure::invalid(
+                    "nbds: does not say whom to believe: write tls-ca=/etc/xentap/ca.pem,nbd://host/name with the \
+                     certificate of the authority that has signed the server's",
+                ))
+            }
             name => name,
         };
         Self::ALL
@@ -164,7 +170,8 @@ impl FromStr for Driver {
 /// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
 /// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, and how much memory it may fill if that is where its
 /// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
-/// `cache=64M,qcow2:/srv/a.qcow2`.
+/// `cache=64M,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
+/// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -179,6 +186,8 @@ pub struct Target {
     room: Option<u64>,
     /// What is said of the memory for an image's tables.
     cache: Option<u64>,
+    /// What is said of encryption.
+    tls: Option<Tls>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -328,6 +337,31 @@ impl Target {
         })
     }
 
+    /// How the connection to the export's server is encrypted; nothing if it is not.
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
+    }
+
+    /// The same, encrypted.
+    ///
+    /// # Errors
+    /// It is no export over a network.
+    pub fn with_tls(self, tls: Tls) -> Result<Self, Failure> {
+        match self.export().map(Export::socket) {
+            Some(None) => Ok(Self {
+                tls: Some(tls),
+                ..self
+            }),
+            Some(Some(_)) => Err(Failure::invalid(format!(
+                "{self} is reached by a socket of this host, where nobody listens: leave tls-ca= and its like away"
+            ))),
+            None => Err(Failure::invalid(format!(
+                "{self} is no export of a server, to which a connection could be encrypted: leave tls-ca= and its \
+                 like away"
+            ))),
+        }
+    }
+
     /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
     pub fn take_limits(&mut self) -> Option<Limits> {
         self.limits.take()
@@ -404,6 +438,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         limits: None,
         room: None,
         cache: None,
+        tls: None,
     })
 }
 
@@ -490,6 +525,9 @@ impl fmt::Display for Target {
         if let Some(cache) = self.cache {
             write!(f, "cache={cache},")?;
         }
+        if let Some(tls) = &self.tls {
+            tls.fmt(f)?;
+        }
         if let Some(limits) = self.limits {
             write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
         }
@@ -536,6 +574,7 @@ impl From<Target> for String {
 #[cfg(test)]
 mod tests {
     use super::{Driver, Target};
+    use crate::TlsFile;
     use std::path::Path;
 
     #[test]
@@ -671,6 +710,47 @@ mod tests {
             "cache=2M,cache=2M,vhd:/a",
         ] {
             assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn encryption_is_said_before_the_driver() {
+        for text in [
+            "tls-ca=/etc/ca.pem,nbd://host:10809/a",
+            "tls-ca=/etc/ca.pem,tls-cert=/etc/c=1.pem,tls-key=/etc/k,nbd://host:10809/a",
+            "tls-ca=/etc/ca.pem,bps=1048576,iops=0,nbd://host:10809/a",
+        ] {
+            let target: Target = text.parse().unwrap();
+            assert_eq!(target.to_string(), text);
+            assert_eq!(Target::from_params(&format!("aio:{text}")), Ok(target));
+        }
+        let target: Target = "tls-key=/k,tap:tls-ca=/a,tls-cert=/c,nbd:host"
+            .parse()
+            .unwrap();
+        let tls = target.tls().unwrap();
+        let paths = TlsFile::ALL.map(|file| tls.path(file).and_then(Path::to_str));
+        assert_eq!(paths, [Some("/a"), Some("/c"), Some("/k")]);
+        assert!(tls.has_own());
+        // The same export, reached in another way.
+        let plain: Target = "nbd:host".parse().unwrap();
+        assert_eq!((plain.tls(), plain.export()), (None, target.export()));
+        assert_ne!(plain, target);
+        for (wrong, remedy) in [
+            ("tls-ca=/a,aio:/a", "leave tls-ca="),
+            ("tls-ca=/a,cow:/a", "leave tls-ca="),
+            ("tls-ca=/a,nbd:unix:/run/s", "leave tls-ca="),
+            ("tls-ca=a,nbd:host", "absolute path"),
+            ("tls-ca=,nbd:host", "absolute path"),
+            ("tls-ca=/a\n,nbd:host", "absolute path"),
+            ("tls-ca=/a,tls-ca=/a,nbd:host", "twice"),
+            ("tls-cert=/a,tls-key=/b,nbd:host", "tls-ca=FILE"),
+            ("tls-ca=/a,tls-key=/b,nbd:host", "say both"),
+            ("tls-ca=/a,tls-cert=/b,nbd:host", "say both"),
+            ("tls-ca=/a", "ends after tls-ca="),
+            ("nbds://host/a", "tls-ca="),
+        ] {
+            let failure = wrong.parse::<Target>().unwrap_err();
+            assert!(failure.message.contains(remedy), "{wrong}: {failure}");
         }
     }
 

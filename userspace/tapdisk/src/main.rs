@@ -99,7 +99,8 @@ Drivers:
   aio:IMAGE    a raw file or block device, past the page cache
   sync:IMAGE   the same, on file systems that cannot do that
   qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: the same, and vhdx: to be read only
-  nbd:EXPORT   an export of an NBD server, such as nbd://host/disk; blktapctrl makes the connection
+  nbd:EXPORT   an export of an NBD server, such as nbd://host/disk; blktapctrl makes the connection;
+               tls-ca=FILE, in front: with TLS, and a certificate that an authority in FILE has signed
   ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one
   null:SIZE    zeroes; writes are forgotten
 

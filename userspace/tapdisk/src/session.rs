@@ -4,6 +4,7 @@
 mod counts;
 mod cow;
 mod end;
+mod export;
 mod image;
 mod inactive;
 mod mirror;

@@ -7,7 +7,8 @@ use common::Process;
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
 use ring::tap::shadow::Op;
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,19 +20,47 @@ const SIZE: usize = 1 << 20;
 struct Server {
     child: Child,
     folder: tempfile::TempDir,
+    more: Vec<String>,
 }
 
 impl Server {
     fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("a.img"), vec![0; SIZE]).unwrap();
-        let child = Self::spawn(folder.path());
-        Self { child, folder }
+        Self::start_in(tempfile::tempdir().unwrap(), &[])
     }
 
-    fn spawn(folder: &Path) -> Child {
-        let child = Command::new("qemu-nbd")
+    /// One that encrypts, and wants to know who its client is.
+    fn encrypting() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for (from, to) in [
+            ("ca.pem", "ca-cert.pem"),
+            ("server.pem", "server-cert.pem"),
+            ("server.key", "server-key.pem"),
+        ] {
+            std::fs::copy(certificate(from), folder.path().join(to)).unwrap();
+        }
+        let credentials = format!(
+            "tls-creds-x509,id=tls,endpoint=server,verify-peer=yes,dir={}",
+            folder.path().display()
+        );
+        Self::start_in(folder, &["--object", &credentials, "--tls-creds=tls"])
+    }
+
+    fn start_in(folder: tempfile::TempDir, more: &[&str]) -> Self {
+        let image = File::create(folder.path().join("a.img")).unwrap();
+        image.set_len(SIZE as u64).unwrap();
+        let more: Vec<String> = more.iter().map(|word| (*word).to_owned()).collect();
+        let child = Self::spawn(folder.path(), &more);
+        Self {
+            child,
+            folder,
+            more,
+        }
+    }
+
+    fn spawn(folder: &Path, more: &[String]) -> Child {
+        let mut child = Command::new("qemu-nbd")
             .args(["--persistent", "--shared=4", "--format=raw"])
+            .args(more)
             .args(["--export-name=disk", "--socket"])
             .arg(folder.join("s"))
             .arg(folder.join("a.img"))
@@ -39,6 +68,7 @@ impl Server {
             .spawn()
             .expect("qemu-nbd, of the package qemu-utils");
         while UnixStream::connect(folder.join("s")).is_err() {
+            assert_eq!(child.try_wait().unwrap(), None, "it does not start");
             std::thread::yield_now();
         }
         child
@@ -60,7 +90,7 @@ impl Server {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         std::fs::remove_file(self.socket()).unwrap();
-        self.child = Self::spawn(self.folder.path());
+        self.child = Self::spawn(self.folder.path(), &self.more);
     }
 
     fn image(&self) -> Vec<u8> {
@@ -75,28 +105,46 @@ impl Drop for Server {
     }
 }
 
+/// A file of the tests of the driver.
+fn certificate(name: &str) -> PathBuf {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../drivers/tests/nbd/certs");
+    PathBuf::from(folder).join(name)
+}
+
+/// What a supervisor gives for a need, if it gives it.
+fn given(what: &Needed, socket: &Path) -> Option<OwnedFd> {
+    match what {
+        Needed::Server { .. } => {
+            let stream = UnixStream::connect(socket).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            Some(stream.into())
+        }
+        Needed::Credential { target, file } => {
+            let path = target.tls().and_then(|tls| tls.path(*file)).unwrap();
+            Some(File::open(path).unwrap().into())
+        }
+        _ => None,
+    }
+}
+
 /// Answers what a process asks for until it has asked for a connection, so often.
 fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
     let mut known = 0;
     while times > 0 {
         for need in common::needs(channel, known) {
             known = known.max(need.number);
-            let is_server = matches!(need.what, Needed::Server { .. });
-            let stream = is_server.then(|| UnixStream::connect(socket).unwrap());
-            let provided = match &stream {
-                Some(stream) => {
-                    stream.set_nonblocking(true).unwrap();
-                    Provided::Shared
-                }
+            let given = given(&need.what, socket);
+            let provided = match &given {
+                Some(_) => Provided::Shared,
                 None => Provided::Refused(control::Failure::unsupported("no memory")),
             };
             let question = Request::Provide {
                 number: need.number,
                 provided,
             };
-            let fds: Vec<_> = stream.iter().map(AsFd::as_fd).collect();
+            let fds: Vec<_> = given.iter().map(AsFd::as_fd).collect();
             assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
-            times -= u32::from(is_server);
+            times -= u32::from(matches!(need.what, Needed::Server { .. }));
         }
     }
 }
@@ -150,5 +198,56 @@ fn export_that_its_server_does_not_have() {
     assert!(failure.message.contains("let blktapctrl"), "{failure}");
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    process.exit();
+}
+
+/// It is served from within the sandbox, by descriptors that the supervisor has opened.
+#[test]
+fn export_is_reached_with_tls() {
+    let (fake, mut server) = (Fake::new(4).unwrap(), Server::encrypting());
+    let confine = |_: &_| {
+        tapdisk::sandbox::confine(None).unwrap();
+    };
+    let mut process = Process::start_with(&fake, confine);
+    let open = |host: &str, files: [&str; 3]| {
+        let [ca, own, key] = files.map(|name| certificate(name).display().to_string());
+        let target = format!("tls-ca={ca},tls-cert={own},tls-key={key},nbd://{host}/disk");
+        Open {
+            may_ask: true,
+            ..Open::new(target.parse().unwrap())
+        }
+    };
+    let good = ["ca.pem", "client.pem", "client.key"];
+    let host = "server.example";
+    for (host, files, why) in [
+        ("other.example", good, "not for other.example"),
+        (
+            host,
+            ["other-ca.pem", good[1], good[2]],
+            "in the file of tls-ca=",
+        ),
+    ] {
+        let failure = serve(&mut process, open(host, files), &server.socket()).unwrap_err();
+        assert_eq!(failure.code, Code::Denied);
+        let is_told = failure.message.contains(why) && failure.message.contains("nbd://");
+        assert!(is_told, "{failure}");
+    }
+    let reply = serve(&mut process, open(host, good), &server.socket());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let write = |sector: u64, byte: u8| {
+        let tag = fake.send(Op::Write, sector, &[byte; 4096], false).unwrap();
+        fake.answer(tag, 0).unwrap();
+    };
+    write(0, 1);
+    let tag = fake.send(Op::Flush, 0, &[], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    server.restart();
+    std::thread::scope(|scope| {
+        scope.spawn(|| give(&mut process.needs, &server.socket(), 1));
+        write(8, 2);
+    });
+    let image = server.image();
+    assert_eq!(image[..4096], [1; 4096]);
+    assert_eq!(image[4096..8192], [2; 4096]);
     process.exit();
 }

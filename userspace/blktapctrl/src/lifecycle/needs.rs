@@ -13,7 +13,7 @@ use crate::registry::Registry;
 use crate::state::{State, Whose};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
-use control::{Code, Failure, Target};
+use control::{Code, Failure, Target, TlsFile};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -191,6 +191,7 @@ impl Lifecycle {
             Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
             Needed::Socket { path } => self.connect(&disk, path).await,
             Needed::Server { target } => self.server(&disk, target).await,
+            Needed::Credential { target, file } => credential(&disk, target, *file).await,
             Needed::Other => Err(Failure::unsupported(
                 "this blktapctrl does not know what is asked for: install the one of the tapdisk",
             )),
@@ -204,6 +205,7 @@ impl Lifecycle {
             Needed::Extent { .. } => Some(Role::Extent),
             Needed::Socket { .. } => Some(Role::Socket),
             Needed::Server { .. }
+            | Needed::Credential { .. }
             | Needed::State { .. }
             | Needed::Notes
             | Needed::Trace
@@ -212,7 +214,9 @@ impl Lifecycle {
         let disk = self.registry.of_process(process);
         let is_its = disk.is_some_and(|disk| match (role, what.path(), what) {
             (Some(role), Some(path), _) => self.admission.known(&disk, role, path).is_some(),
-            (_, _, Needed::Server { target }) => serves(&disk, target),
+            (_, _, Needed::Server { target } | Needed::Credential { target, .. }) => {
+                serves(&disk, target)
+            }
             _ => true,
         });
         match is_its && !process.is_dismissed() {
@@ -251,12 +255,7 @@ impl Lifecycle {
     /// A connection to the server of an export, which whoever made the disk has named.
     async fn server(&self, disk: &Disk, target: &Target) -> Result<(Given, Provided), Failure> {
         let export = target.export().filter(|_| serves(disk, target));
-        let export = export.ok_or_else(|| {
-            Failure::new(
-                Code::Denied,
-                format!("disk {} is not served from {target}", disk.minor),
-            )
-        })?;
+        let export = export.ok_or_else(|| not_its(disk, target))?;
         let place = PathBuf::from(export.to_string());
         let stream = server::connect(export.clone(), self.registry.folder.root()).await?;
         Ok((Given::Export { stream, place }, Provided::Shared))
@@ -268,6 +267,26 @@ impl Lifecycle {
         let again = again.then(|| path.to_path_buf());
         Ok((Given::Server { stream, again }, Provided::Shared))
     }
+}
+
+/// A file that proves who is at one end of that connection.
+async fn credential(
+    disk: &Disk,
+    target: &Target,
+    file: TlsFile,
+) -> Result<(Given, Provided), Failure> {
+    if !serves(disk, target) {
+        return Err(not_its(disk, target));
+    }
+    let opened = server::credential(target, file).await?;
+    Ok((Given::File(opened), Provided::Shared))
+}
+
+fn not_its(disk: &Disk, target: &Target) -> Failure {
+    Failure::new(
+        Code::Denied,
+        format!("disk {} is not served from {target}", disk.minor),
+    )
 }
 
 /// What a disk is served from, or is about to be.

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Connections to servers, which processes cannot make themselves.
+//! Connections to servers, which processes cannot make themselves, and the files that prove who both ends are.
 
 use crate::apart::{apart, LIMIT};
-use crate::image::Image;
-use control::{Code, Export, Failure, Listener};
+use crate::image::{Image, Opened};
+use control::{Code, Export, Failure, Listener, Target, TlsFile};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::ioctl_fionbio;
 use rustix::net::sockopt::{
     set_socket_keepalive, set_socket_timeout, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
@@ -50,6 +51,38 @@ pub(super) async fn connect(export: Export, ours: &Path) -> Result<OwnedFd, Fail
             .await
         }
     }
+}
+
+/// Opens a file of the encryption that `target` says, for reading.
+///
+/// # Errors
+/// It says none, or there is none.
+pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened, Failure> {
+    let path = target.tls().and_then(|tls| tls.path(file));
+    let path = path.ok_or_else(|| {
+        Failure::new(
+            Code::Denied,
+            format!("{target} does not say {}=, so there is none", file.word()),
+        )
+    })?;
+    let place = path.to_path_buf();
+    apart(path, LIMIT, move || {
+        let what = format!(
+            "cannot use {}, which {}= names",
+            place.display(),
+            file.word()
+        );
+        // A pipe would be waited for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let opened = rustix::fs::open(&place, flags, Mode::empty());
+        let fd = opened.map_err(|error| Failure::system(&what, &error.into()))?;
+        let stat = rustix::fs::fstat(&fd).map_err(|error| Failure::system(&what, &error.into()))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Ok(Opened::from(fd)),
+            _ => Err(Failure::invalid(format!("{what}: it is no regular file"))),
+        }
+    })
+    .await
 }
 
 /// The socket at a path, unless it is one of the supervisor's own: a disk that is served from another disk's NBD

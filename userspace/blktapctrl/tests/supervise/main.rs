@@ -27,6 +27,7 @@ mod start;
 mod steps;
 mod stream;
 mod suspend;
+mod tls;
 mod trace;
 mod troubles;
 

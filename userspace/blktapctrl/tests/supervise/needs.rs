@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 /// What the next process will ask for.
-fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
+pub(crate) fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
     let lines = needs
         .iter()
         .map(|need| serde_json::to_string(need).expect("text") + "\n");
@@ -27,7 +27,7 @@ fn parent(path: &Path) -> Needed {
     Needed::Parent { path: path.into() }
 }
 
-async fn refused(bed: &Bed, create: Create) -> String {
+pub(crate) async fn refused(bed: &Bed, create: Create) -> String {
     let asked = bed.ask(Request::Create(Box::new(create))).await;
     asked.expect_err("it may not").message
 }

@@ -2,6 +2,7 @@
 //! What is said of a target before its driver: words with a value, in any order.
 
 use super::{typed_rate, typed_size, yes_or_no, Target};
+use crate::tls::Said;
 use crate::{Failure, LeaseKind, Limits};
 
 /// What was said.
@@ -13,6 +14,7 @@ pub(super) struct Words {
     requests: Option<u32>,
     room: Option<u64>,
     cache: Option<u64>,
+    tls: Said,
 }
 
 impl Words {
@@ -24,6 +26,7 @@ impl Words {
                 Some((name @ ("lease" | "direct" | "bps" | "iops" | "room" | "cache"), behind)) => {
                     (name, behind)
                 }
+                Some((name, behind)) if Said::knows(name) => (name, behind),
                 _ => return Ok(rest),
             };
             let (value, target) = behind.split_once(',').ok_or_else(|| {
@@ -38,6 +41,7 @@ impl Words {
                 "room" => self.room.replace(bytes(name, value)?).is_some(),
                 "cache" => self.cache.replace(bytes(name, value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
+                name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
             };
             if twice {
@@ -55,6 +59,7 @@ impl Words {
         let target = with(target, self.direct, Target::with_direct)?;
         let target = with(target, self.room, Target::with_room)?;
         let target = with(target, self.cache, Target::with_cache)?;
+        let target = with(target, self.tls.whole()?, Target::with_tls)?;
         if self.bytes.is_none() && self.requests.is_none() {
             return Ok(target);
         }

@@ -3,13 +3,12 @@
 
 use super::handshake::About;
 use super::proto::{self, chunk, command, CommandFlags};
-use super::stream::{send_all, Cover, Incoming};
-use diskio::{Data, Errno, Gate, Io};
-use rustix::net::{shutdown, Shutdown};
+use super::stream::{Cover, Incoming};
+use super::wire::Wire;
+use diskio::{Data, Errno, Gate};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
@@ -104,8 +103,7 @@ pub(super) struct Loss {
 /// A connection that is agreed about.
 #[derive(Debug)]
 pub(super) struct Connection {
-    io: Io,
-    socket: Rc<OwnedFd>,
+    wire: Rc<Wire>,
     about: About,
     /// Whole requests are sent one after the other.
     sends: Gate,
@@ -116,10 +114,9 @@ pub(super) struct Connection {
 
 impl Connection {
     /// After the handshake; [`receive`](Self::receive) must run.
-    pub(super) fn new(io: &Io, socket: Rc<OwnedFd>, about: About) -> Rc<Self> {
+    pub(super) fn new(wire: Rc<Wire>, about: About) -> Rc<Self> {
         Rc::new(Self {
-            io: io.clone(),
-            socket,
+            wire,
             about,
             sends: Gate::default(),
             last: Cell::new(0),
@@ -177,8 +174,8 @@ impl Connection {
     async fn send(&self, request: &Request, cookie: u64) -> Result<(), Errno> {
         let _alone = self.sends.alone().await;
         let more = !request.payload.is_empty();
-        send_all(&self.io, &self.socket, &request.head(cookie), more).await?;
-        send_all(&self.io, &self.socket, &request.payload, false).await
+        self.wire.send_all(&request.head(cookie), more).await?;
+        self.wire.send_all(&request.payload, false).await
     }
 
     fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<Told>, Unanswered>> {
@@ -354,8 +351,7 @@ impl Connection {
         if self.loss.get().is_some() {
             return;
         }
-        // It is gone for the server, too; where it is gone already there is nothing to say.
-        let _ = shutdown(&self.socket, Shutdown::Both);
+        self.wire.shutdown();
         let mut all = self.waiting.borrow_mut();
         let mut open = all.values().filter(|waiting| waiting.answer.is_none());
         self.loss.set(Some(Loss {
@@ -384,6 +380,7 @@ impl Connection {
         if self.loss.get().is_none() {
             // A server that does not hear it sees the end of the connection.
             let _ = self.send(&request, 0).await;
+            self.wire.say_end();
         }
         self.end(Errno::CONNRESET);
     }

@@ -2,11 +2,11 @@
 //! What is agreed upon before a server serves.
 
 use super::proto::{self, info, option, option_reply, Handshake, Transmission};
-use super::stream::{send_all, Incoming};
+use super::stream::Incoming;
+use super::wire::Wire;
 use control::{Code, Failure};
-use diskio::{Errno, Io};
-use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use diskio::Errno;
+use rustls::ClientConnection;
 
 /// Bytes of an answer to an option at most.
 const MOST_REPLY: usize = 64 << 10;
@@ -58,15 +58,24 @@ struct Reply {
 
 /// Who talks about it.
 pub(super) struct Talk<'a> {
-    pub(super) io: &'a Io,
-    pub(super) socket: &'a Rc<OwnedFd>,
+    pub(super) wire: &'a Wire,
     pub(super) incoming: &'a mut Incoming,
+    /// What the export is called in messages.
+    pub(super) name: &'a str,
 }
 
 impl Talk<'_> {
-    /// Agrees about an export; what comes after this are answers to requests.
-    pub(super) async fn agree(&mut self, export: &str) -> Result<About, Refused> {
+    /// Agrees about an export; what comes after this are answers to requests. With `tls` it is encrypted before
+    /// anything is said of it.
+    pub(super) async fn agree(
+        &mut self,
+        export: &str,
+        tls: Option<ClientConnection>,
+    ) -> Result<About, Refused> {
         self.greet().await?;
+        if let Some(tls) = tls {
+            self.encrypt(tls).await?;
+        }
         self.ask(option::STRUCTURED_REPLY, &[]).await?;
         let has_chunks = self.reply(option::STRUCTURED_REPLY).await?.kind == option_reply::ACK;
         let context = match has_chunks {
@@ -98,6 +107,40 @@ impl Talk<'_> {
         }
         let ours = flags & (Handshake::FIXED_NEWSTYLE | Handshake::NO_ZEROES);
         self.send(&ours.bits().to_be_bytes()).await
+    }
+
+    /// Encrypts what follows, or ends: nothing is said without it.
+    async fn encrypt(&mut self, tls: ClientConnection) -> Result<(), Refused> {
+        self.ask(option::STARTTLS, &[]).await?;
+        let reply = self.reply(option::STARTTLS).await?;
+        if reply.kind != option_reply::ACK {
+            let what = format!(
+                "the server of {} does not encrypt, and was told nothing",
+                self.name
+            );
+            let failure = match reply.kind {
+                option_reply::UNSUPPORTED | option_reply::POLICY => Failure::unsupported(format!(
+                    "{what}: give it certificates (qemu-nbd --tls-creds, nbdkit --tls), or leave tls-ca= away if \
+                     whoever is between here and there may read and change the disk{}",
+                    shown(&reply.data)
+                )),
+                _ => Failure::new(Code::Image, format!("{what}{}", shown(&reply.data))),
+            };
+            return Err(Refused::Failure(failure));
+        }
+        // The server waits for us now. Who speaks all the same is somebody on the way, and what that said must not be
+        // taken for what comes encrypted.
+        if !self.incoming.is_empty() {
+            return Err(Refused::Failure(Failure::new(
+                Code::Denied,
+                format!(
+                    "somebody has said something for the server of {} before the encryption began: see what is \
+                     between this host and it",
+                    self.name
+                ),
+            )));
+        }
+        Ok(self.wire.encrypt(tls).await?)
     }
 
     /// What the server tells of holes gets a number, if it knows about them.
@@ -176,7 +219,7 @@ impl Talk<'_> {
     }
 
     async fn send(&self, bytes: &[u8]) -> Result<(), Refused> {
-        Ok(send_all(self.io, self.socket, bytes, false).await?)
+        Ok(self.wire.send_all(bytes, false).await?)
     }
 }
 
@@ -219,8 +262,7 @@ fn refused(export: &str, kind: u32, said: &[u8]) -> Failure {
         ),
         option_reply::TLS_REQUIRED => (
             Code::Unsupported,
-            "it serves with TLS only, which tapdisk does not speak: lead the connection through a tunnel such as \
-             stunnel or WireGuard",
+            "it serves with TLS only: say who has signed its certificate, with tls-ca=FILE, before nbd:",
         ),
         option_reply::POLICY => (Code::Denied, "it does not allow it"),
         option_reply::UNSUPPORTED => (
@@ -229,19 +271,24 @@ fn refused(export: &str, kind: u32, said: &[u8]) -> Failure {
         ),
         _ => (Code::Image, "it refuses"),
     };
+    let said = shown(said);
+    Failure::new(
+        code,
+        format!("the server does not serve the export {export:?}: {why}{said}"),
+    )
+}
+
+/// A server's own message, as far as it can be shown.
+fn shown(said: &[u8]) -> String {
     let said: String = String::from_utf8_lossy(said)
         .chars()
         .filter(|c| !c.is_control())
         .take(SHOWN)
         .collect();
-    let said = match said.is_empty() {
+    match said.is_empty() {
         true => said,
         false => format!(" ({said})"),
-    };
-    Failure::new(
-        code,
-        format!("the server does not serve the export {export:?}: {why}{said}"),
-    )
+    }
 }
 
 /// A name in the data of an option.

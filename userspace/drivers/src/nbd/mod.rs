@@ -8,8 +8,11 @@
 mod connection;
 mod handshake;
 mod log;
+mod options;
 pub mod proto;
 mod stream;
+mod tls;
+mod wire;
 
 use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use connection::{Connection, Loss, Request, Told, Unanswered};
@@ -17,6 +20,7 @@ use control::{Code, Failure};
 use diskio::{of_earlier, Bytes, Data, Errno, Gate, Runtime};
 use handshake::{About, Refused, Talk};
 use log::Log;
+pub use options::{Options, Settle};
 use proto::{command, CommandFlags, Transmission};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -24,13 +28,11 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 use stream::Incoming;
+pub use tls::Credentials;
+use wire::Wire;
 
 /// How long a handshake may take.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long a server that has closed its connection may go on with what it took from it.
-const CLOSED: Duration = Duration::from_secs(10);
-/// The same for one that was given up: what it was sent may still be on its way.
-const GIVEN_UP: Duration = Duration::from_millis(crate::driver::SETTLE_MS as u64);
 /// Time between attempts to connect, the first and the longest one.
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 /// Bytes of a request at most, whatever the server takes.
@@ -47,46 +49,10 @@ const MAX_BLOCK: u32 = 4096;
 pub trait Connect: 'static {
     /// Another one. It may take its time, and it is asked again if it fails.
     fn connect(&self) -> impl std::future::Future<Output = Result<OwnedFd, Failure>>;
-}
 
-/// What is wanted of an export.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Its name.
-    pub export: String,
-    /// What to call it in messages.
-    pub name: String,
-    /// It is to be written.
-    pub writable: bool,
-    /// How long is waited for what may be executed late: for tests.
-    pub settle: Settle,
-}
-
-/// How long is waited until a lost connection is replaced, if it is not known what became of a change.
-#[derive(Clone, Copy, Debug)]
-pub struct Settle {
-    /// Where the server has closed it.
-    pub closed: Duration,
-    /// Where it was given up.
-    pub given_up: Duration,
-}
-
-impl Settle {
-    /// For a server behind a network: who closes a connection may be something in between.
-    pub fn network() -> Self {
-        Self {
-            closed: GIVEN_UP,
-            given_up: GIVEN_UP,
-        }
-    }
-}
-
-impl Default for Settle {
-    fn default() -> Self {
-        Self {
-            closed: CLOSED,
-            given_up: GIVEN_UP,
-        }
+    /// What is believed and shown where the connection is [encrypted](Options::tls). It is asked for with each.
+    fn credentials(&self) -> impl std::future::Future<Output = Result<Credentials, Failure>> {
+        async { Err(Failure::unsupported("there are no certificates here")) }
     }
 }
 
@@ -176,34 +142,60 @@ impl<C: Connect> Nbd<C> {
     /// A connection after its handshake.
     async fn connect(&self) -> Result<Rc<Connection>, Failure> {
         let io = &self.runtime.io;
-        let socket = Rc::new(self.connector.connect().await?);
-        let mut incoming = Incoming::new(io, &socket);
+        // Before there is a server that would have to wait for it.
+        let tls = match &self.options.tls {
+            Some(host) => {
+                let credentials = self.connector.credentials().await?;
+                Some(tls::client(&credentials, host, &self.options.name)?)
+            }
+            None => None,
+        };
+        let wire = Wire::new(io, self.connector.connect().await?);
+        let mut incoming = Incoming::new(&wire);
         let agreed = async {
             let mut talk = Talk {
-                io,
-                socket: &socket,
+                wire: &wire,
                 incoming: &mut incoming,
+                name: &self.options.name,
             };
             // What is refused is no error of the connection.
-            match talk.agree(&self.options.export).await {
+            match talk.agree(&self.options.export, tls).await {
                 Ok(about) => Ok(Ok(about)),
                 Err(Refused::Failure(failure)) => Ok(Err(failure)),
                 Err(Refused::Io(error)) => Err(error),
             }
         };
         let agreed = io.within(PATIENCE, agreed).await;
-        let about = agreed.map_err(|error| {
-            Failure::system(
-                "the NBD server does not say what it serves",
-                &std::io::Error::from(error),
-            )
-        })??;
+        let about = agreed.map_err(|error| self.unsaid(&wire, error))??;
         self.check(&about)?;
-        let connection = Connection::new(io, socket, about);
+        let connection = Connection::new(wire, about);
         let receiving = connection.clone().receive(incoming);
         self.runtime.tasks.spawn(receiving);
         self.connected.set(self.connected.get() + 1);
         Ok(connection)
+    }
+
+    /// Why a connection has ended before it was agreed about it.
+    fn unsaid(&self, wire: &Wire, error: Errno) -> Failure {
+        let Options { name, tls, .. } = &self.options;
+        let host = tls.as_deref().unwrap_or_default();
+        if let Some(fault) = wire.fault() {
+            return tls::refused(name, host, &fault);
+        }
+        let what = match (tls, wire.is_encrypted()) {
+            (None, _) => format!("the NBD server of {name} does not say what it serves"),
+            (Some(_), false) => {
+                format!(
+                    "the NBD server of {name} has not proved who it is: see its log, it may be too old for TLS 1.3"
+                )
+            }
+            // Its reason may be lost with the connection.
+            (Some(_), true) => format!(
+                "the NBD server of {name} does not say what it serves: it may want a certificate of its client \
+                 (tls-cert= and tls-key=), or another one"
+            ),
+        };
+        Failure::system(what, &std::io::Error::from(error))
     }
 
     /// The export is what the disk can be, and still what the guest knows.

@@ -70,6 +70,8 @@ pub mod option {
     pub const ABORT: u32 = 2;
     /// Which exports are there?
     pub const LIST: u32 = 3;
+    /// Encrypt all that follows.
+    pub const STARTTLS: u32 = 5;
     /// What is the export like?
     pub const INFO: u32 = 6;
     /// Serve the export.

@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The bytes of a connection.
+//! The bytes that come, and which of them have.
 
-use diskio::{Errno, Io};
-use rustix::net::{recv, send, RecvFlags, SendFlags};
-use std::os::fd::OwnedFd;
+use super::wire::Wire;
+use diskio::Errno;
 use std::rc::Rc;
 
-/// Bytes that are taken from the socket at once.
+/// Bytes that are taken from the connection at once.
 const BUFFER: usize = 64 << 10;
 
 /// What comes, with one system call for many answers.
 #[derive(Debug)]
 pub(super) struct Incoming {
-    io: Io,
-    socket: Rc<OwnedFd>,
+    wire: Rc<Wire>,
     buffer: Vec<u8>,
     /// Those of the buffer that were not taken yet.
     from: usize,
@@ -21,27 +19,25 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
-    /// Of a socket that does not block.
-    pub(super) fn new(io: &Io, socket: &Rc<OwnedFd>) -> Self {
+    pub(super) fn new(wire: &Rc<Wire>) -> Self {
         Self {
-            io: io.clone(),
-            socket: socket.clone(),
+            wire: wire.clone(),
             buffer: vec![0; BUFFER],
             from: 0,
             to: 0,
         }
     }
 
+    /// All that has come was taken.
+    pub(super) fn is_empty(&self) -> bool {
+        self.from == self.to
+    }
+
     /// Bytes that are there, up to `most`, one at least.
     async fn some(&mut self, most: usize) -> Result<&[u8], Errno> {
-        while self.from == self.to {
-            match recv(&self.socket, &mut *self.buffer, RecvFlags::empty()) {
-                Ok((_, 0)) => return Err(Errno::CONNRESET),
-                Ok((_, count)) => (self.from, self.to) = (0, count),
-                Err(Errno::AGAIN) => self.io.readable(&self.socket).await?,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
-            }
+        if self.from == self.to {
+            let count = self.wire.receive(&mut self.buffer).await?;
+            (self.from, self.to) = (0, count);
         }
         let from = self.from;
         self.from = self.to.min(from.saturating_add(most));
@@ -90,28 +86,6 @@ impl Incoming {
         }
         Ok(())
     }
-}
-
-/// Sends bytes; with `more`, others follow at once.
-pub(super) async fn send_all(
-    io: &Io,
-    socket: &Rc<OwnedFd>,
-    mut bytes: &[u8],
-    more: bool,
-) -> Result<(), Errno> {
-    let flags = match more {
-        true => SendFlags::NOSIGNAL | SendFlags::MORE,
-        false => SendFlags::NOSIGNAL,
-    };
-    while !bytes.is_empty() {
-        match send(socket, bytes, flags) {
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            Err(Errno::AGAIN) => io.writable(socket).await?,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Which bytes of a read have come.

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Exports of NBD servers, of one that dies in all ways, and of QEMU's.
 
+mod secure;
 mod server;
+mod tls;
 
 use control::Failure;
 use diskio::{Data, Errno, Runtime};
 use drivers::nbd::proto::{self, chunk, option_reply, Transmission};
-use drivers::nbd::{Connect, Nbd, Options, Settle};
+use drivers::nbd::{Connect, Credentials, Nbd, Options, Settle};
 use drivers::{Attributes, Content, Disk, Shape};
 use proptest::test_runner::{RngAlgorithm, TestRng};
+use secure::How;
 use server::{piece, End, Kind, Server, LATE};
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
@@ -37,11 +40,18 @@ const PATIENT: Settle = Settle {
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 12),
 };
 
-struct Socket(PathBuf);
+struct Socket {
+    path: PathBuf,
+    credentials: Option<Credentials>,
+}
 
 impl Connect for Socket {
+    async fn credentials(&self) -> Result<Credentials, Failure> {
+        Ok(self.credentials.clone().expect("it is encrypted"))
+    }
+
     async fn connect(&self) -> Result<OwnedFd, Failure> {
-        let connected = UnixStream::connect(&self.0);
+        let connected = UnixStream::connect(&self.path);
         let stream = connected.map_err(|error| Failure::system("cannot connect", &error))?;
         stream.set_nonblocking(true).unwrap();
         Ok(stream.into())
@@ -57,14 +67,25 @@ struct Bed {
 
 impl Bed {
     fn new(path: &Path, settle: Settle, writable: bool) -> Self {
+        Self::with(path, settle, writable, None)
+    }
+
+    /// Encrypted, if it is said whom to believe and who the server has to be.
+    fn with(path: &Path, settle: Settle, writable: bool, tls: Option<(Credentials, &str)>) -> Self {
         let runtime = Runtime::new();
+        let (credentials, host) = tls.map(|(c, host)| (c, host.to_owned())).unzip();
         let options = Options {
             export: String::new(),
             name: "the export".into(),
             writable,
+            tls: host,
             settle,
         };
-        let disk = Disk::new(Nbd::new(&runtime, Socket(path.into()), options));
+        let socket = Socket {
+            path: path.into(),
+            credentials,
+        };
+        let disk = Disk::new(Nbd::new(&runtime, socket, options));
         let its = disk.clone();
         let shape = runtime.block_on(async move { its.activate().await });
         Self {
@@ -110,6 +131,18 @@ impl Bed {
         done.unwrap()
     }
 
+    /// A read is not answered in this time.
+    fn is_waiting(&self, millis: u64) -> bool {
+        let (disk, runtime) = (self.disk.clone(), self.runtime.clone());
+        let data = Data::zeroed(512).unwrap();
+        let read = self.runtime.block_on(async move {
+            let io = runtime.io.clone();
+            let limit = Duration::from_millis(millis);
+            io.within(limit, disk.read(0, data)).await
+        });
+        read.unwrap() == Err(Errno::TIMEDOUT)
+    }
+
     fn stat(&self, name: &str) -> u64 {
         self.disk.stats()[name]
     }
@@ -117,8 +150,9 @@ impl Bed {
 
 fn served(kind: Kind, settle: Settle) -> (tempfile::TempDir, Server, Bed) {
     let folder = tempfile::tempdir().unwrap();
+    let tls = kind.tls.is_some().then(secure::believed);
     let server = Server::new(folder.path(), kind);
-    let bed = Bed::new(server.path(), settle, true);
+    let bed = Bed::with(server.path(), settle, true, tls);
     (folder, server, bed)
 }
 
@@ -144,6 +178,7 @@ fn nothing_is_lost_with_a_server() {
                 1 => Kind::new(SIZE).flags - Transmission::SEND_WRITE_ZEROES,
                 _ => Kind::new(SIZE).flags,
             },
+            tls: (round >= 5).then(|| secure::server("server", How::Well)),
             ..Kind::new(SIZE)
         };
         let (_folder, server, bed) = served(kind, SETTLE);
@@ -388,14 +423,7 @@ fn another_export_behind_the_same_name_is_waited_out() {
     bed.flush().unwrap();
     server.ends(0, End::Before);
     server.state().kind.size = SIZE / 2;
-    let (disk, runtime) = (bed.disk.clone(), bed.runtime.clone());
-    let data = Data::zeroed(512).unwrap();
-    let read = bed.runtime.block_on(async move {
-        let io = runtime.io.clone();
-        io.within(Duration::from_millis(700), disk.read(0, data))
-            .await
-    });
-    assert_eq!(read.unwrap(), Err(Errno::TIMEDOUT));
+    assert!(bed.is_waiting(700));
     server.state().kind.size = SIZE;
     assert_eq!(bed.read(0, 512).unwrap(), [1; 512]);
 }
@@ -407,16 +435,7 @@ fn replay_that_is_dropped_does_no_harm() {
     let (_folder, server, bed) = served(Kind::new(SIZE), PATIENT);
     bed.write(0, &[1; 512], PLAIN).unwrap();
     bed.write(0, &[2; 512], PLAIN).unwrap();
-    let impatient = |millis| {
-        let (disk, runtime) = (bed.disk.clone(), bed.runtime.clone());
-        let data = Data::zeroed(512).unwrap();
-        let read = bed.runtime.block_on(async move {
-            let io = runtime.io.clone();
-            io.within(Duration::from_millis(millis), disk.read(0, data))
-                .await
-        });
-        assert_eq!(read.unwrap(), Err(Errno::TIMEDOUT));
-    };
+    let impatient = |millis| assert!(bed.is_waiting(millis));
     server.ends(0, End::Before);
     server.state().is_away = true;
     impatient(120);
@@ -505,22 +524,28 @@ struct Qemu {
     child: Child,
     socket: PathBuf,
     image: PathBuf,
+    more: Vec<String>,
 }
 
 impl Qemu {
     fn start(folder: &Path, image: &Path) -> Self {
+        Self::start_with(folder, image, &[])
+    }
+
+    fn start_with(folder: &Path, image: &Path, more: &[String]) -> Self {
         let socket = folder.join("qemu.sock");
         Self {
-            child: Self::spawn(&socket, image),
+            child: Self::spawn(&socket, image, more),
             socket,
             image: image.into(),
+            more: more.into(),
         }
     }
 
-    fn spawn(socket: &Path, image: &Path) -> Child {
+    fn spawn(socket: &Path, image: &Path, more: &[String]) -> Child {
         // What a dead one left is in the way.
         let _ = std::fs::remove_file(socket);
-        let child = Command::new("qemu-nbd")
+        let mut child = Command::new("qemu-nbd")
             .args([
                 "--persistent",
                 "--shared=4",
@@ -529,11 +554,13 @@ impl Qemu {
                 "--socket",
             ])
             .arg(socket)
+            .args(more)
             .arg(image)
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-nbd, of the package qemu-utils");
         while UnixStream::connect(socket).is_err() {
+            assert_eq!(child.try_wait().unwrap(), None, "it does not start");
             std::thread::yield_now();
         }
         child
@@ -542,7 +569,7 @@ impl Qemu {
     fn restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = Self::spawn(&self.socket, &self.image);
+        self.child = Self::spawn(&self.socket, &self.image, &self.more);
     }
 }
 

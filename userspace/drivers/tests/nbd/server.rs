@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An NBD server that does what the protocol allows, and dies in the ways that servers do.
 
+use crate::secure::{How, Secure, Stream};
 use drivers::nbd::proto::{
     self, chunk, command, info, option, option_reply, CommandFlags, Handshake, Transmission,
 };
 use std::io::{self, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -24,6 +25,8 @@ pub(crate) struct Kind {
     pub(crate) blocks: Option<[u32; 3]>,
     /// Instead of the answer to GO.
     pub(crate) refuses: Option<u32>,
+    /// It wants everything encrypted.
+    pub(crate) tls: Option<Secure>,
 }
 
 impl Kind {
@@ -35,6 +38,7 @@ impl Kind {
             chunks: Some(5000),
             blocks: None,
             refuses: None,
+            tls: None,
         }
     }
 }
@@ -54,6 +58,10 @@ pub(crate) enum End {
     Power,
     /// It says something that makes no sense, see [`Server::wrong`].
     Wrong,
+    /// The same below the encryption.
+    Raw,
+    /// And then it closes the connection.
+    Cut,
 }
 
 /// What the server has, and what is to happen.
@@ -75,6 +83,8 @@ pub(crate) struct State {
     pub(crate) kind: Kind,
     /// It accepts nobody.
     pub(crate) is_away: bool,
+    /// Options that came without encryption, but for the one that asks for it.
+    pub(crate) plain: u32,
 }
 
 /// A server at a socket.
@@ -97,6 +107,7 @@ impl Server {
             given_up: 0,
             kind,
             is_away: false,
+            plain: 0,
         }));
         let its = state.clone();
         thread::spawn(move || {
@@ -109,7 +120,7 @@ impl Server {
                 thread::spawn(move || {
                     drop(
                         Client {
-                            stream: client,
+                            stream: Stream::Plain(client),
                             state: its,
                         }
                         .serve(),
@@ -135,7 +146,7 @@ impl Server {
 }
 
 struct Client {
-    stream: UnixStream,
+    stream: Stream,
     state: Arc<Mutex<State>>,
 }
 
@@ -173,7 +184,19 @@ impl Client {
             let asked = self.u32()?;
             let mut data = vec![0; self.u32()? as usize];
             self.stream.read_exact(&mut data)?;
+            if matches!(self.stream, Stream::Plain(_)) && asked != option::STARTTLS {
+                self.state.lock().unwrap().plain += 1;
+                if kind.tls.is_some() {
+                    self.reply(asked, option_reply::TLS_REQUIRED, &[])?;
+                    continue;
+                }
+            }
             match asked {
+                option::STARTTLS if kind.tls.is_some() => {
+                    if !self.encrypt(&kind.tls.clone().unwrap())? {
+                        return Ok(false);
+                    }
+                }
                 option::STRUCTURED_REPLY if kind.chunks.is_some() => {
                     self.reply(asked, option_reply::ACK, &[])?;
                 }
@@ -204,13 +227,27 @@ impl Client {
         }
     }
 
+    /// False if the client sees no more of it.
+    fn encrypt(&mut self, secure: &Secure) -> io::Result<bool> {
+        let (asked, ack) = (option::STARTTLS, option_reply::ACK);
+        match secure.how {
+            How::Refuses(kind) => {
+                self.reply(asked, kind, b"")?;
+                return Ok(true);
+            }
+            How::Early => {
+                let early = option_reply::UNSUPPORTED;
+                let mut bytes = reply(asked, ack, &[]);
+                bytes.extend(reply(option::STRUCTURED_REPLY, early, &[]));
+                self.stream.write_all(&bytes)?;
+            }
+            _ => self.reply(asked, ack, &[])?,
+        }
+        self.stream.encrypt(secure)
+    }
+
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
-        let mut bytes = proto::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
-        bytes.extend(option.to_be_bytes());
-        bytes.extend(kind.to_be_bytes());
-        bytes.extend((data.len() as u32).to_be_bytes());
-        bytes.extend(data);
-        self.stream.write_all(&bytes)
+        self.stream.write_all(&reply(option, kind, data))
     }
 
     /// One request; false if it was the last one.
@@ -289,6 +326,15 @@ impl Client {
                 // It is the client that must end it.
                 let _ = self.stream.read(&mut [0; 1]);
             }
+            End::Raw | End::Cut => {
+                let wrong = self.state.lock().unwrap().wrong.clone();
+                let socket = self.stream.raw();
+                let _ = socket.write_all(&wrong);
+                if end == End::Raw {
+                    // It is the client that must end it.
+                    let _ = socket.read_to_end(&mut Vec::new());
+                }
+            }
         }
         Ok(())
     }
@@ -341,6 +387,16 @@ impl Client {
         }
         Ok(())
     }
+}
+
+/// An answer to an option.
+fn reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = proto::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(option.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes
 }
 
 /// The cookie of a request in what is sent instead of its answer: 8 bytes of 0xcc.

@@ -3,16 +3,13 @@
 
 use super::cow::MEMORY;
 use super::Session;
-use crate::Needs;
 use control::tapdisk::{Needed, Open, Reply, State};
-use control::{Code, Driver, Export, Failure, Target};
+use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind, LockPart};
-use drivers::nbd::{self, Nbd};
 use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Base, Below, Kind, Options};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::rc::Rc;
 
 /// The format of a driver's images, if they have one.
 pub(super) fn kind(driver: Driver) -> Option<Kind> {
@@ -173,7 +170,7 @@ impl Session {
 
 /// The files that an image names.
 pub(super) struct Parts<'s> {
-    session: &'s Session,
+    pub(super) session: &'s Session,
     pub(super) open: &'s Open,
     /// Somebody else may be using the image: nothing is locked or written.
     pub(super) looks: bool,
@@ -216,48 +213,6 @@ impl Parts<'_> {
             parents: self.open.parents.map(below).transpose()?,
             ..Options::new(path.display().to_string())
         })
-    }
-}
-
-impl Parts<'_> {
-    /// The disk that a server has.
-    async fn export(&self, export: &Export) -> Result<(Disk, Shape), Failure> {
-        let open = self.open;
-        if !open.may_ask {
-            return Err(Failure::unsupported(format!(
-                "{export} is behind a connection, which only a supervisor makes: let blktapctrl serve it"
-            )));
-        }
-        let server = Server {
-            needs: self.session.needs.clone(),
-            target: open.target.clone(),
-        };
-        let options = nbd::Options {
-            export: export.name().to_owned(),
-            name: export.to_string(),
-            writable: !open.read_only && !self.looks,
-            settle: match export.socket() {
-                Some(_) => nbd::Settle::default(),
-                None => nbd::Settle::network(),
-            },
-        };
-        let disk = Nbd::new(&self.session.runtime, server, options);
-        drivers::activate(Disk::new(disk), open).await
-    }
-}
-
-/// Who asks for connections to a server.
-#[derive(Debug)]
-struct Server {
-    needs: Rc<Needs>,
-    target: Target,
-}
-
-impl nbd::Connect for Server {
-    async fn connect(&self) -> Result<OwnedFd, Failure> {
-        let target = self.target.clone();
-        let given = self.needs.ask(Needed::Server { target }).await?;
-        Ok(given.fd)
     }
 }
 

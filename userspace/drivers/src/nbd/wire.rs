@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A socket, and what encrypts it if anything does.
+
+use diskio::{Errno, Io};
+use rustix::net::{
+    recv, send, sendmsg, shutdown, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown,
+};
+use rustls::ClientConnection;
+use std::cell::RefCell;
+use std::fmt;
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Bytes that are taken from the socket at once.
+const BUFFER: usize = 64 << 10;
+
+/// Both directions of a connection. One sends at a time, and one receives.
+#[derive(Debug)]
+pub(super) struct Wire {
+    io: Io,
+    /// It does not block.
+    socket: Rc<OwnedFd>,
+    tls: RefCell<Option<Tls>>,
+}
+
+impl Wire {
+    /// Without encryption.
+    pub(super) fn new(io: &Io, socket: OwnedFd) -> Rc<Self> {
+        Rc::new(Self {
+            io: io.clone(),
+            socket: Rc::new(socket),
+            tls: RefCell::default(),
+        })
+    }
+
+    /// Encrypts all that follows, when both ends have proved who they are.
+    pub(super) async fn encrypt(&self, connection: ClientConnection) -> Result<(), Errno> {
+        self.tls.replace(Some(Tls::new(connection)));
+        loop {
+            self.when_writable(Self::send_left).await?;
+            if !self.with_tls(|tls, _| Ok(tls.connection.is_handshaking()))? {
+                return Ok(());
+            }
+            self.when_readable(|wire| wire.with_tls(Tls::take)).await?;
+        }
+    }
+
+    /// What was wrong with the encryption, if that is why the connection ended.
+    pub(super) fn fault(&self) -> Option<rustls::Error> {
+        self.tls.borrow().as_ref().and_then(|tls| tls.fault.clone())
+    }
+
+    /// Both ends have proved who they are.
+    pub(super) fn is_encrypted(&self) -> bool {
+        let tls = self.tls.borrow();
+        tls.as_ref()
+            .is_some_and(|tls| !tls.connection.is_handshaking())
+    }
+
+    /// The next bytes into `buffer`, one at least.
+    pub(super) async fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        loop {
+            match self.receive_now(buffer) {
+                Err(Errno::AGAIN) => self.io.readable(&self.socket).await?,
+                Err(Errno::INTR) => {}
+                Ok(0) => return Err(Errno::CONNRESET),
+                done => return done,
+            }
+        }
+    }
+
+    fn receive_now(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        match &mut *self.tls.borrow_mut() {
+            Some(tls) => tls.receive(&self.socket, buffer),
+            None => recv(&self.socket, buffer, RecvFlags::empty()).map(|(_, count)| count),
+        }
+    }
+
+    /// Sends bytes; with `more`, others follow at once.
+    pub(super) async fn send_all(&self, bytes: &[u8], more: bool) -> Result<(), Errno> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let count = self
+                .when_writable(|wire| wire.send_some(rest, more))
+                .await?;
+            rest = rest.get(count..).unwrap_or_default();
+        }
+        match more {
+            true => Ok(()),
+            false => self.when_writable(Self::send_left).await,
+        }
+    }
+
+    fn send_some(&self, bytes: &[u8], more: bool) -> Result<usize, Errno> {
+        let flags = match more {
+            true => SendFlags::NOSIGNAL | SendFlags::MORE,
+            false => SendFlags::NOSIGNAL,
+        };
+        match &mut *self.tls.borrow_mut() {
+            Some(tls) => tls.put(&self.socket, bytes),
+            None => send(&self.socket, bytes, flags),
+        }
+    }
+
+    /// Sends what is encrypted and has not been sent.
+    fn send_left(&self) -> Result<(), Errno> {
+        match &mut *self.tls.borrow_mut() {
+            Some(tls) => tls.send(&self.socket),
+            None => Ok(()),
+        }
+    }
+
+    /// Says that nothing follows, as far as that can be said at once: otherwise the other end could not tell it from a
+    /// connection that somebody has cut.
+    pub(super) fn say_end(&self) {
+        if let Some(tls) = &mut *self.tls.borrow_mut() {
+            tls.connection.send_close_notify();
+            // Whoever does not hear it sees the end of the connection.
+            let _ = tls.send(&self.socket);
+        }
+    }
+
+    /// It is gone for the server, too.
+    pub(super) fn shutdown(&self) {
+        // Where it is gone already there is nothing to say.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
+
+    fn with_tls<T>(
+        &self,
+        work: impl FnOnce(&mut Tls, &OwnedFd) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let mut tls = self.tls.borrow_mut();
+        work(tls.as_mut().ok_or(Errno::NOTCONN)?, &self.socket)
+    }
+
+    async fn when_readable<T>(&self, work: impl Fn(&Self) -> Result<T, Errno>) -> Result<T, Errno> {
+        loop {
+            match work(self) {
+                Err(Errno::AGAIN) => self.io.readable(&self.socket).await?,
+                Err(Errno::INTR) => {}
+                done => return done,
+            }
+        }
+    }
+
+    async fn when_writable<T>(&self, work: impl Fn(&Self) -> Result<T, Errno>) -> Result<T, Errno> {
+        loop {
+            match work(self) {
+                Err(Errno::AGAIN) => self.io.writable(&self.socket).await?,
+                Err(Errno::INTR) => {}
+                done => return done,
+            }
+        }
+    }
+}
+
+/// The encryption. All that is sent goes through its queue, whoever sends: so it arrives in the order in which it was
+/// encrypted.
+struct Tls {
+    connection: ClientConnection,
+    /// What has come and is not decrypted yet.
+    buffer: Vec<u8>,
+    from: usize,
+    to: usize,
+    fault: Option<rustls::Error>,
+}
+
+impl Tls {
+    fn new(connection: ClientConnection) -> Self {
+        Self {
+            connection,
+            buffer: vec![0; BUFFER],
+            from: 0,
+            to: 0,
+            fault: None,
+        }
+    }
+
+    /// What is decrypted, or can be; none if the other end has said that nothing follows.
+    fn receive(&mut self, socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+        loop {
+            match self.connection.reader().read(buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.take(socket)?,
+                Ok(count) => return Ok(count),
+                Err(_) => return Err(Errno::CONNRESET),
+            }
+        }
+    }
+
+    /// Takes some of what has come. What is decrypted must have been read before.
+    fn take(&mut self, socket: &OwnedFd) -> Result<(), Errno> {
+        if self.from == self.to {
+            match recv(socket, &mut *self.buffer, RecvFlags::empty())? {
+                (_, 0) => return Err(Errno::CONNRESET),
+                (_, count) => (self.from, self.to) = (0, count),
+            }
+        }
+        let mut new = self.buffer.get(self.from..self.to).unwrap_or_default();
+        match self.connection.read_tls(&mut new) {
+            Ok(0) => return Err(Errno::CONNRESET),
+            Ok(count) => self.from += count,
+            Err(_) => return Err(Errno::PROTO),
+        }
+        let done = self.connection.process_new_packets();
+        // What it answers, or says of what is wrong. Not all of it may be sent now: nobody waits for that.
+        let _ = self.send(socket);
+        done.map(drop).map_err(|fault| {
+            self.fault.get_or_insert(fault);
+            Errno::PROTO
+        })
+    }
+
+    /// Encrypts some bytes, one at least.
+    fn put(&mut self, socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+        loop {
+            match self.connection.writer().write(bytes) {
+                // There is too much that is not sent.
+                Ok(0) => self.send(socket)?,
+                Ok(count) => return Ok(count),
+                Err(_) => return Err(Errno::PROTO),
+            }
+        }
+    }
+
+    /// Sends what is encrypted.
+    fn send(&mut self, socket: &OwnedFd) -> Result<(), Errno> {
+        while self.connection.wants_write() {
+            self.connection
+                .write_tls(&mut Outgoing(socket))
+                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        }
+        Ok(())
+    }
+}
+
+/// Nothing of the keys.
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tls")
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The socket as the encryption writes to it: many records with one system call.
+struct Outgoing<'s>(&'s OwnedFd);
+
+impl Write for Outgoing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(self.0, bytes, SendFlags::NOSIGNAL)?)
+    }
+
+    fn write_vectored(&mut self, all: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut nothing = SendAncillaryBuffer::default();
+        Ok(sendmsg(self.0, all, &mut nothing, SendFlags::NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
