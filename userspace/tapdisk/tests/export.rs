@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
 const SIZE: usize = 1 << 20;
@@ -249,5 +250,37 @@ fn export_is_reached_with_tls() {
     let image = server.image();
     assert_eq!(image[..4096], [1; 4096]);
     assert_eq!(image[4096..8192], [2; 4096]);
+    process.exit();
+}
+
+/// What the server says are holes is neither read nor copied.
+#[test]
+fn holes_of_an_export_are_not_read() {
+    let (fake, server) = (Fake::new(4).unwrap(), Server::start());
+    let mut process = Process::start(&fake);
+    let reply = serve(&mut process, server.open("disk"), &server.socket());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    for (sector, op) in [(64, Op::Write), (1024, Op::Write), (0, Op::Flush)] {
+        let data = match op {
+            Op::Write => vec![3; 8192],
+            _ => Vec::new(),
+        };
+        let tag = fake.send(op, sector, &data, false).unwrap();
+        fake.answer(tag, 0).unwrap();
+    }
+    let reply = process.ask(Request::Scrub { rate: u64::MAX }, None);
+    assert_eq!(reply, Ok(Reply::Done));
+    let start = Instant::now();
+    let scrub = loop {
+        let Ok(Reply::Stats(stats)) = process.ask(Request::Stats, None) else {
+            panic!("no statistics");
+        };
+        match stats.scrub {
+            Some(scrub) if !scrub.running => break scrub,
+            _ => std::thread::yield_now(),
+        }
+        assert!(start.elapsed() < Duration::from_secs(30), "it does not end");
+    };
+    assert_eq!((scrub.offset, scrub.read), (SIZE as u64, 2 * 8192));
     process.exit();
 }
