@@ -60,9 +60,6 @@ pub(crate) struct Machine {
     pub(crate) timeout: Duration,
 }
 
-/// What the network between two hosts is, in the folder of their first disk.
-pub(crate) const CABLE: &str = "cable";
-
 /// One of two hosts with a network between them, and disks that both have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Host {
@@ -73,6 +70,10 @@ pub(crate) enum Host {
 }
 
 impl Host {
+    /// The sockets of the cable, in the folder of their first disk.
+    pub(crate) const FIRST: &str = "first";
+    const SECOND: &str = "second";
+
     /// How dom0 learns which one it is.
     fn word(self) -> &'static str {
         match self {
@@ -81,12 +82,15 @@ impl Host {
         }
     }
 
+    /// The cable between them. Either end may come and go.
     fn network(self) -> String {
-        let server = match self {
-            Host::First => "on",
-            Host::Second => "off",
+        let (own, other) = match self {
+            Host::First => (Host::FIRST, Host::SECOND),
+            Host::Second => (Host::SECOND, Host::FIRST),
         };
-        format!("stream,id=net,server={server},addr.type=unix,addr.path=/mnt/c/{CABLE}")
+        format!(
+            "dgram,id=net,local.type=unix,local.path=/mnt/c/{own},remote.type=unix,remote.path=/mnt/c/{other}"
+        )
     }
 
     fn card(self) -> &'static str {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A second host beside the one that is tested: it goes down when the tests want it to, and comes back.
 
-use crate::machine::{Host, Machine, CABLE};
+use crate::machine::{Host, Machine};
 use crate::recipes::Machines;
 use crate::run;
 use anyhow::{bail, ensure, Context, Result};
@@ -30,9 +30,12 @@ pub(crate) fn keep(
     );
     let (dir, _folder) = machine.prepare(payload)?;
     let console = dir.join("console.log");
-    let disk = machine.disks.first().context("the hosts share no disk")?;
-    // The first host makes it.
-    while !disk.with_file_name(CABLE).exists() {
+    let disk = machine.disks.first();
+    let first = disk
+        .context("the hosts share no disk")?
+        .with_file_name(Host::FIRST);
+    // It waits for its turn, and this one would have the processors meanwhile.
+    while !first.exists() {
         match end.recv_timeout(LOOK) {
             Err(RecvTimeoutError::Timeout) => (),
             Ok(()) | Err(RecvTimeoutError::Disconnected) => bail!("the first host never came up"),

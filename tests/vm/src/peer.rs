@@ -19,6 +19,8 @@ const PORT: u16 = 7;
 const STATUS: &str = "vmtest: the command ended with ";
 /// How long the other host may take to come up: two machines share the processors.
 const UP: Duration = Duration::from_secs(300);
+/// A host that takes nothing for so long is dead.
+const SILENT: Duration = Duration::from_secs(60);
 
 /// One of the two hosts.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -110,9 +112,15 @@ pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
     let words: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
     let mut stream = connect(address, &words.join(" "))?;
     let mut back = stream.try_clone()?;
-    let there = thread::spawn(move || -> io::Result<()> {
-        io::copy(&mut io::stdin(), &mut stream)?;
-        stream.shutdown(Shutdown::Write)
+    let there = thread::spawn(move || {
+        let sent = io::copy(&mut io::stdin(), &mut stream);
+        // Nothing comes back from a host that takes nothing any more.
+        let how = if sent.is_ok() {
+            Shutdown::Write
+        } else {
+            Shutdown::Both
+        };
+        sent.and(stream.shutdown(how))
     });
     let mut out = io::stdout();
     let mut buffer = [0; 1 << 16];
@@ -124,8 +132,12 @@ pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
         out.write_all(&buffer[..count])?;
         out.flush()?;
     }
-    // The command has ended; who still writes to it learns that from the pipe.
-    drop(there);
+    // Where the command has ended, who still writes to it learns that from the pipe.
+    if there.is_finished() {
+        let sent = there.join();
+        sent.unwrap_or_else(|_| Err(io::Error::other("a thread has panicked")))
+            .context("the other host takes nothing any more")?;
+    }
     Ok(())
 }
 
@@ -133,6 +145,7 @@ pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
 pub(crate) fn connect(address: &str, command: &str) -> Result<TcpStream> {
     let to = (address, PORT);
     let mut stream = TcpStream::connect(to).with_context(|| format!("cannot reach {address}"))?;
+    stream.set_write_timeout(Some(SILENT))?;
     stream.write_all(command.as_bytes())?;
     stream.write_all(b"\n")?;
     Ok(stream)
