@@ -262,6 +262,30 @@ mod tests {
         }
     }
 
+    /// A line that has no room before the end leaves some there, where older ones are than those that it is written over.
+    #[test]
+    fn nothing_is_kept_that_is_older_than_what_was_written_over() {
+        let folder = Folder::new("wrap");
+        let (mut history, _) = open(&folder.file());
+        let mut number = 0;
+        while number < 8000 || history.at < SIZE - 5000 {
+            number += 1;
+            write(&mut history, [number]);
+        }
+        let mut long = event(number + 1);
+        let message = "x".repeat(10_000);
+        long.what = What::Failed {
+            message,
+            retry_ms: 1,
+        };
+        history.add(&long).expect("room");
+        assert!(history.at < 11_000, "it is at the beginning");
+        let (_, found) = History::open(&folder.file()).expect("a history");
+        let numbers: Vec<u64> = found.iter().map(|event| event.number).collect();
+        let first = numbers.first().copied().unwrap_or(0);
+        assert_eq!(numbers, (first..=number + 1).collect::<Vec<u64>>());
+    }
+
     #[test]
     fn what_is_no_history_is_none() {
         let folder = Folder::new("foreign");

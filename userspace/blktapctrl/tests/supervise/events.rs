@@ -7,6 +7,7 @@ use control::supervisor::{Event, Reply, Request, What};
 use control::Channel;
 use std::fs;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// What somebody gets at once who knows an event, over the socket.
 async fn heard(bed: &Rc<Bed>, after: u64, series: Option<u32>, count: usize) -> Vec<Event> {
@@ -16,6 +17,8 @@ async fn heard(bed: &Rc<Bed>, after: u64, series: Option<u32>, count: usize) -> 
     let serving = tokio::task::spawn_local(server::serve(bed.lifecycle.clone(), listener));
     let client = tokio::task::spawn_blocking(move || {
         let mut channel = Channel::connect(&path).expect("a connection");
+        let limit = Some(Duration::from_secs(20));
+        channel.set_timeout(limit).expect("a limit");
         let subscribe = Request::Subscribe { after, series };
         let reply: Reply = channel.ask(subscribe, &[]).expect("events");
         assert_eq!(reply, Reply::Done);
