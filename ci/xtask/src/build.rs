@@ -172,7 +172,10 @@ fn debuggable() -> Result<PathBuf> {
     cargo
         .args(["--target", TARGET, "--target-dir"])
         .arg(&target);
+    // What is C in a crate, with what debuggers need of it, is not to tell that either.
+    let of_c = format!("-ffile-prefix-map={}={CRATES}", home()?.display());
     cargo
+        .env("CFLAGS", of_c)
         .env("CARGO_ENCODED_RUSTFLAGS", flags(&repository)?.join("\x1f"))
         .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
         .current_dir(&repository);
@@ -180,15 +183,22 @@ fn debuggable() -> Result<PathBuf> {
     Ok(target.join(TARGET).join("release"))
 }
 
-/// The compiler's flags. Programs are the same wherever they are built, so they tell nothing of where that was.
-fn flags(repository: &Path) -> Result<Vec<String>> {
+/// Where the crates of others are, as the programs have it.
+const CRATES: &str = "/usr/src/cargo";
+
+/// Where they are.
+fn home() -> Result<PathBuf> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
-    let home = home.context("neither CARGO_HOME nor HOME says where cargo keeps its crates")?;
+    home.context("neither CARGO_HOME nor HOME says where cargo keeps its crates")
+}
+
+/// The compiler's flags. Programs are the same wherever they are built, so they tell nothing of where that was.
+fn flags(repository: &Path) -> Result<Vec<String>> {
     let told = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
     Ok(vec![
         "-Ctarget-feature=+crt-static".into(),
-        told(&home, "/usr/src/cargo"),
+        told(&home()?, CRATES),
         // The last one that fits counts.
         told(repository, "/usr/src/xen-blkback-rs"),
     ])
