@@ -159,11 +159,16 @@ impl<S: Storage> Qcow<S> {
     }
 
     /// The first table, whose numbers all lead into the image. That of an early blktap is put right.
-    async fn first(&self, header: &Header, length: u64) -> Result<Pinned, Failure> {
+    async fn first(&self, header: &Header) -> Result<Pinned, Failure> {
         let reading = failed("cannot read the first table of the image");
         // CAST: it was checked to be small.
         let bytes = storage::bytes(&*self.storage, header.first, header.first_len() as usize).await;
         let mut bytes = bytes.map_err(reading)?;
+        // Afterwards: who only looks does so while another host makes the image longer, and then has tables there.
+        let length = self
+            .storage
+            .size()
+            .map_err(failed("cannot see the image's size"))?;
         if let Some(fixed) = repaired(&bytes, header, length)? {
             bytes = fixed;
             let is_writable = self
@@ -207,7 +212,7 @@ impl<S: Storage> Qcow<S> {
             cluster_bits: header.cluster_bits,
             table_bits: header.table_bits,
             begin: header.first + header.first_len(),
-            first: self.first(&header, length).await?,
+            first: self.first(&header).await?,
             tables: Tables::new(self.options.cache),
             locks: Locks::default(),
         };

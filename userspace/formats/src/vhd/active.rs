@@ -66,11 +66,12 @@ impl<S: Storage> Active<S> {
         parent: Option<Rc<Base>>,
         options: &Options,
     ) -> Result<Self, Failure> {
+        let blocks = Blocks::read(&*storage, &header).await;
+        let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
+        // Afterwards: who only looks does so while another host makes the image longer, and then has blocks there.
         let length = storage
             .size()
             .map_err(failed("cannot see the image's size"))?;
-        let blocks = Blocks::read(&*storage, &header).await;
-        let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
         let batmap = Batmap::read(&*storage, &footer, &header, &blocks, length).await?;
         let (block, bitmap) = (u64::from(header.block), header.bitmap());
         let len = bitmap + block;

@@ -221,7 +221,7 @@ impl<S: Storage> Vmdk<S> {
             ))
         })?;
         let length = file.size().map_err(failed("cannot see the image's size"))?;
-        let grains = Grains::read(&**file, &header, length, share.cache).await?;
+        let grains = Grains::read(&**file, &header, share.cache).await?;
         let tail = Tail::new(length, MOST);
         let clusters = Clusters::new(file.clone(), grains, place, tail, self.parent.clone());
         Ok(Held::Sparse(Box::new(clusters)))

@@ -265,12 +265,15 @@ async fn directory(
     storage: &impl Storage,
     header: &Header,
     sector: u64,
-    length: u64,
 ) -> Result<Pinned, Failure> {
     // CAST: it was checked to be small.
     let len = header.directory_len() as usize;
     let directory = Pinned::read(storage, sector * SECTOR, len).await;
     let directory = directory.map_err(failed("cannot read the VMDK's directory"))?;
+    // Afterwards: who only looks does so while another host makes the image longer, and then has tables there.
+    let length = storage
+        .size()
+        .map_err(failed("cannot see the image's size"))?;
     let places = header.places();
     for number in 0..len / 4 {
         let table = u64::from(directory.see(number * 4, |bytes| le32(bytes, 0))) * SECTOR;
@@ -295,12 +298,11 @@ impl Grains {
     pub(crate) async fn read(
         storage: &impl Storage,
         header: &Header,
-        length: u64,
         cache: usize,
     ) -> Result<Self, Failure> {
-        let directory = directory(storage, header, header.directory, length).await?;
+        let directory = directory(storage, header, header.directory).await?;
         let redundant = match header.has_redundant() {
-            true => Some(self::directory(storage, header, header.redundant, length).await?),
+            true => Some(self::directory(storage, header, header.redundant).await?),
             false => None,
         };
         Ok(Self {

@@ -80,12 +80,11 @@ struct Story<'f> {
     here: usize,
 }
 
-/// The guest works, is suspended, and goes on here or there, again and again.
-pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Counts, String> {
+fn begin(format: &Format, rules: Rules, seed: u64) -> Result<Story<'_>, String> {
     let mut chance = Chance(seed);
     let world = World::new(format.files.clone());
     world.shuffle(chance.next());
-    let mut story = Story {
+    let story = Story {
         rules,
         runtime: Runtime::new(),
         chance,
@@ -97,6 +96,23 @@ pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Cou
         format,
     };
     story.activate(0)?;
+    Ok(story)
+}
+
+/// Other hosts look at the size again and again, while the first requests of a guest make the image longer.
+pub(crate) fn look_while_it_grows(format: &Format, seed: u64) -> Result<(), String> {
+    let mut story = begin(format, Rules::ALL, seed)?;
+    let group = story.group();
+    story.begin(&group, &[]);
+    for turns in 0..60 {
+        story.look(turns);
+    }
+    story.end()
+}
+
+/// The guest works, is suspended, and goes on here or there, again and again.
+pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Counts, String> {
+    let mut story = begin(format, rules, seed)?;
     for _ in 0..6 {
         for _ in 0..story.chance.below(4) {
             let group = story.group();
@@ -159,13 +175,14 @@ impl Story<'_> {
     }
 
     /// A host that is to be the next one learns how large the disk is, as tapdisk does: from a copy that is
-    /// only read, and that is gone afterwards.
-    fn look(&self) {
+    /// only read, and that is gone afterwards. It begins after so many turns.
+    fn look(&self, turns: u64) {
         let mut file = self.world.file(0);
         file.read_only = true;
         let disk = (self.format.open)(file, false);
         let (guest, size) = (self.guest.clone(), self.format.size);
         self.runtime.tasks.spawn(async move {
+            pass(turns).await;
             match disk.activate().await {
                 Ok(shape) if shape.size == size => {}
                 other => guest.complain(format!("the size cannot be seen: {other:?}")),
@@ -179,7 +196,7 @@ impl Story<'_> {
     /// The other host opens the image, perhaps earlier than it may. True if it takes it that it knows the image.
     fn open_there(&mut self, group: &[Request]) -> bool {
         let there = 1 - self.here;
-        self.look();
+        self.look(0);
         if !self.rules.forgets && self.hosts[there].is_some() {
             return true;
         }

@@ -11,7 +11,7 @@ use common::tools::{parent, parent_number, PARENT_SIZE};
 use common::{run, seeds, Content, Memory, World};
 use drivers::Disk;
 use formats::{qcow, qcow2, vhd, vmdk, Options, Parts};
-use hosts::{move_about, Counts, Format, Rules};
+use hosts::{look_while_it_grows, move_about, Counts, Format, Rules};
 use std::future::Future;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
@@ -184,6 +184,22 @@ fn s27_whoever_goes_on_finds_what_was_written() {
         all.written > 15 * schedules && all.again > 3 * schedules,
         "{all:?}"
     );
+}
+
+#[test]
+fn s27_the_size_is_seen_while_the_image_grows() {
+    let mut wrong = Vec::new();
+    for format in formats() {
+        for seed in 0..SCHEDULES {
+            let looked = look_while_it_grows(&format, seed);
+            wrong.extend(
+                looked
+                    .map_err(|what| format!("{}, seed {seed}: {what}", format.name))
+                    .err(),
+            );
+        }
+    }
+    assert!(wrong.is_empty(), "{}: {wrong:#?}", wrong.len());
 }
 
 /// Without a rule the guest is shown something wrong in a tenth of the schedules at least, with an image of every
