@@ -242,7 +242,7 @@ fn late_write(settle: Settle) -> Vec<u8> {
 
 #[test]
 fn late_write_of_a_lost_connection_does_no_harm() {
-    assert_eq!(late_write(SETTLE), [2; 512]);
+    assert_eq!(late_write(PATIENT), [2; 512]);
 }
 
 /// The same without the wait: it must be seen.
