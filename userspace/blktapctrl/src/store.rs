@@ -118,6 +118,13 @@ pub fn directory(path: &str) -> Option<&str> {
     }
 }
 
+/// Whether a key cannot be read because it is another domain's: xenstore shows those to dom0 alone, and not to a driver
+/// domain.
+#[must_use]
+pub fn is_hidden(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
 /// The domain of the frontend of a backend's directory.
 #[must_use]
 pub fn domain(directory: &str) -> Option<u32> {

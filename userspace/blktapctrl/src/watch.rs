@@ -224,7 +224,10 @@ async fn name_guest(disks: &[Rc<Disk>], store: &dyn Store, directory: &str) -> i
     if disks.iter().all(|disk| disk.guest.borrow().is_some()) {
         return Ok(());
     }
-    let name = store.read(&format!("/local/domain/{domid}/name")).await?;
+    let name = match store.read(&format!("/local/domain/{domid}/name")).await {
+        Err(error) if store::is_hidden(&error) => return Ok(()),
+        name => name?,
+    };
     for disk in disks {
         disk.guest.replace(name.clone());
     }

@@ -5,7 +5,7 @@ use super::sharing::{Machines, User};
 use super::views::{device_number, identity, GLANCE};
 use crate::apart::apart;
 use crate::image::Identity;
-use crate::store::Store;
+use crate::store::{is_hidden, Store};
 use control::supervisor::Mode;
 use std::io;
 use std::path::Path;
@@ -24,15 +24,15 @@ enum Key {
     Params,
 }
 
-/// The virtual machines of a domain: its own, and the one that it is the stub domain of. Xenstore shows those of others
-/// to dom0 alone; anywhere else, in a driver domain, each domain is a machine.
+/// The virtual machines of a domain: its own, and the one that it is the stub domain of. Where those are
+/// hidden, in a driver domain, each domain is a machine.
 ///
 /// # Errors
 /// Xenstore does not answer.
 pub(super) async fn machines(store: &dyn Store, domain: &str) -> io::Result<Machines> {
     let mut machines = Machines::new();
     match store.read(&format!("/local/domain/{domain}/vm")).await {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+        Err(error) if is_hidden(&error) => {
             machines.insert(format!("domain {domain}"));
             return Ok(machines);
         }

@@ -210,6 +210,41 @@ fn a_disk_goes_with_its_directory() {
     });
 }
 
+/// In a driver domain, which may not read the name of a guest.
+#[test]
+fn a_disk_goes_with_its_directory_where_the_guest_is_hidden() {
+    test("hidden-guest", |bed| async move {
+        let lifecycle = bed.lifecycle.clone();
+        bed.store.hide("/local/domain/");
+        let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+        let following =
+            tokio::task::spawn_local(async move { watch::follow(&lifecycle, store).await });
+        until("a connection", || async {
+            bed.registry().store().map(drop)
+        })
+        .await;
+        bed.image("a.img", "A");
+        let directory = "backend/vbd/3/51712";
+        bed.store.put(directory, &[("frontend", "f")]);
+        let mut create = bed.create("a.img");
+        create.vbd = Some(directory.into());
+        bed.made(create).await;
+        let before = bed.store.refused();
+        bed.store.put(directory, &[("state", "4")]);
+        until("a look for the name of the guest", || async {
+            (bed.store.refused() > before).then_some(())
+        })
+        .await;
+        bed.store.drop("backend/vbd/3");
+        until("the end of the disk", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
+        assert!(!following.is_finished(), "nothing is followed any more");
+        bed.assert_nothing_left().await;
+    });
+}
+
 #[test]
 fn vbd3_is_served_without_a_script() {
     test("vbd3", |bed| async move {

@@ -299,6 +299,8 @@ pub(crate) struct FakeStore {
     watches: Rc<RefCell<Vec<Watch>>>,
     /// What paths begin with that may not be read.
     hidden: Rc<RefCell<Option<String>>>,
+    /// How often that was tried.
+    refused: Rc<Cell<u32>>,
 }
 
 impl FakeStore {
@@ -314,6 +316,11 @@ impl FakeStore {
     /// Lets nobody read what begins with this.
     pub(crate) fn hide(&self, begin: &str) {
         self.hidden.replace(Some(begin.into()));
+    }
+
+    /// How often somebody has tried to.
+    pub(crate) fn refused(&self) -> u32 {
+        self.refused.get()
     }
 
     /// Removes a directory.
@@ -355,6 +362,7 @@ impl Store for FakeStore {
         Box::pin(async move {
             match &*self.hidden.borrow() {
                 Some(begin) if path.starts_with(begin) => {
+                    self.refused.set(self.refused.get() + 1);
                     Err(io::ErrorKind::PermissionDenied.into())
                 }
                 _ => Ok(self.get(path)),
