@@ -27,6 +27,7 @@
 //! file system's locks are between hosts.
 #![forbid(unsafe_code)]
 
+mod complete;
 mod date;
 mod host;
 mod keeper;

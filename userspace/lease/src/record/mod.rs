@@ -37,15 +37,13 @@ mod store;
 #[cfg(test)]
 mod model;
 
+use crate::complete::complete;
 use crate::host::hex;
 use crate::{Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
 use control::{Code, Failure};
 use layout::{Area, Record, State};
 use rules::{Party, Refusal, Rules, BEAT};
-use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use store::Store;
 
@@ -276,17 +274,6 @@ impl Lease for Recorded {
             Ok(record) => Ok(record.map(|record| record.holder(&self.party.claim))),
             Err(refusal) => Err(self.explain(refusal)),
         }
-    }
-}
-
-/// The result of what never waits but by blocking.
-fn complete<T>(work: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
-    match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(result) => result,
-        Poll::Pending => Err(Refusal::Failed(Failure::new(
-            Code::System,
-            "a lease waits for something that does not block",
-        ))),
     }
 }
 

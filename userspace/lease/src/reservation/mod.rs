@@ -32,6 +32,7 @@ mod rules;
 #[cfg(test)]
 mod model;
 
+use crate::complete::complete;
 use crate::{Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
 use control::{Code, Failure};
 use device::Device;
@@ -39,10 +40,7 @@ use diskio::reservation::Reservation;
 use key::Key;
 use rules::{Party, Refusal, Rules, Storage};
 use std::fmt;
-use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 /// Time between two looks.
@@ -239,17 +237,6 @@ impl<S: Storage + Send + fmt::Debug> Lease for Reserved<S> {
             Ok(false) => Ok(None),
             Err(refusal) => Err(self.explain(refusal)),
         }
-    }
-}
-
-/// The result of what never waits but by blocking.
-fn complete<T>(work: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
-    match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(result) => result,
-        Poll::Pending => Err(Refusal::Failed(Failure::new(
-            Code::System,
-            "a reservation waits for something that does not block",
-        ))),
     }
 }
 

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Work that is written to wait, for the models of hosts, and that never does so but by blocking.
+
+use control::{Code, Failure};
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+/// The result of such work.
+pub(crate) fn complete<T, E: From<Failure>>(
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => result,
+        Poll::Pending => Err(E::from(Failure::new(
+            Code::System,
+            "a lease waits for something that does not block",
+        ))),
+    }
+}
