@@ -7,7 +7,7 @@
 //! xenstore tells of either.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -87,13 +87,19 @@ impl Groups {
         }
     }
 
-    /// Puts the kernel's threads of a domain into its group, and these processes. What has ended meanwhile is no
+    /// Puts the kernel's threads of domains into their groups, and these processes. What has ended meanwhile is no
     /// failure; what fails is said once, and disks are served all the same.
-    pub fn place(&self, domain: u32, processes: &[u32]) {
-        let threads = match self.threads(domain) {
-            Ok(threads) => threads,
-            Err(error) => return self.tell(&self.proc, &error),
-        };
+    pub fn place(&self, domains: &[(u32, Vec<u32>)]) {
+        match self.threads() {
+            Ok(threads) => domains.iter().for_each(|(domain, processes)| {
+                let threads = threads.get(domain).map_or(&[][..], Vec::as_slice);
+                self.place_in(*domain, threads, processes);
+            }),
+            Err(error) => self.tell(&self.proc, &error),
+        }
+    }
+
+    fn place_in(&self, domain: u32, threads: &[u32], processes: &[u32]) {
         if threads.is_empty() && processes.is_empty() {
             return;
         }
@@ -138,10 +144,9 @@ impl Groups {
         }
     }
 
-    /// The threads of the kernel that serve the rings of a domain: a driver calls them `DOMAIN.DISK-QUEUE`.
-    fn threads(&self, domain: u32) -> io::Result<Vec<u32>> {
-        let begin = format!("({domain}.");
-        let mut found = Vec::new();
+    /// The threads of the kernel that serve the rings of each domain: a driver calls them `DOMAIN.DISK-QUEUE`.
+    fn threads(&self) -> io::Result<BTreeMap<u32, Vec<u32>>> {
+        let mut found: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for entry in fs::read_dir(&self.proc)? {
             let name = entry?.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
@@ -151,11 +156,8 @@ impl Groups {
             let Ok(stat) = fs::read_to_string(self.proc.join(&name).join("stat")) else {
                 continue;
             };
-            let is_ours = stat
-                .split_once(' ')
-                .is_some_and(|(_, rest)| rest.starts_with(&begin));
-            if is_ours && is_kernel_thread(&stat) {
-                found.push(pid);
+            if let Some(domain) = domain_of(&stat).filter(|_| is_kernel_thread(&stat)) {
+                found.entry(domain).or_default().push(pid);
             }
         }
         Ok(found)
@@ -171,6 +173,13 @@ impl Groups {
             );
         }
     }
+}
+
+/// The domain that a line of `/proc/PID/stat` has before a dot, at the begin of the name.
+fn domain_of(stat: &str) -> Option<u32> {
+    let (_, name) = stat.split_once(" (")?;
+    let (domain, _) = name.split_once('.')?;
+    domain.parse().ok()
 }
 
 /// Whether a line of `/proc/PID/stat` is that of a thread of the kernel. A name may have any character in it, so the
@@ -249,16 +258,16 @@ mod tests {
         host.process(10, "3.xvda-0", 0);
         host.process(11, "33.xvda-0", super::KERNEL_THREAD);
         host.process(12, ") 3.xvda-0", super::KERNEL_THREAD);
-        groups.place(3, &[]);
+        groups.place(&[(3, vec![])]);
         assert_eq!(host.last_in("guest-3"), None);
         host.process(13, "3.xvda-0", super::KERNEL_THREAD | 0x40);
-        groups.place(3, &[]);
+        groups.place(&[(3, vec![])]);
         assert_eq!(host.last_in("guest-3").as_deref(), Some("13"));
         assert_eq!(
             fs::read_to_string(host.0.join("cgroup/cgroup.subtree_control")).unwrap(),
             "+io"
         );
-        groups.place(33, &[99]);
+        groups.place(&[(33, vec![99])]);
         assert_eq!(host.last_in("guest-33").as_deref(), Some("99"));
     }
 
@@ -267,8 +276,8 @@ mod tests {
         let host = Host::new("removed");
         let groups = host.groups();
         fs::create_dir(host.0.join("cgroup/guest-4")).unwrap();
-        groups.place(4, &[1]);
-        groups.place(5, &[1]);
+        groups.place(&[(4, vec![1])]);
+        groups.place(&[(5, vec![1])]);
         // A real group is empty when nobody is in it.
         for group in ["guest-4", "guest-5"] {
             fs::remove_file(host.0.join("cgroup").join(group).join("cgroup.procs")).unwrap();
@@ -282,7 +291,7 @@ mod tests {
     fn who_is_in_it_keeps_it() {
         let host = Host::new("kept");
         let groups = host.groups();
-        groups.place(5, &[1]);
+        groups.place(&[(5, vec![1])]);
         assert!(!groups.remove(5));
         fs::remove_file(host.0.join("cgroup/guest-5/cgroup.procs")).unwrap();
         assert!(groups.remove(5));

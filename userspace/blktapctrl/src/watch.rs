@@ -113,9 +113,7 @@ pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Resu
             look(lifecycle, &store, &directory).await?;
         }
         if let Some(groups) = lifecycle.groups() {
-            for domain in domains {
-                group(lifecycle, &groups, &*store, domain).await?;
-            }
+            group(lifecycle, &groups, &*store, domains).await?;
         }
     }
     Ok(())
@@ -147,33 +145,44 @@ async fn all(lifecycle: &Lifecycle, store: &dyn Store) -> io::Result<Vec<String>
 const TRIES: u32 = 20;
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Puts who does the I/O of a domain's disks into its group, or removes that after the last disk.
+/// Puts who does the I/O of domains' disks into their groups, and removes those of domains without disks.
 async fn group(
     lifecycle: &Lifecycle,
     groups: &Rc<Groups>,
     store: &dyn Store,
-    domain: u32,
+    domains: BTreeSet<u32>,
 ) -> io::Result<()> {
-    let mut disks = store.list(&format!("{VBD}/{domain}")).await?;
-    disks.extend(store.list(&format!("{TAP}/{domain}")).await?);
-    if disks.is_empty() {
-        let groups = groups.clone();
-        tokio::task::spawn_local(async move {
-            for _ in 0..TRIES {
-                if groups.remove(domain) {
-                    return;
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
-        });
-        return Ok(());
+    let mut served = Vec::new();
+    for domain in domains {
+        let mut disks = store.list(&format!("{VBD}/{domain}")).await?;
+        disks.extend(store.list(&format!("{TAP}/{domain}")).await?);
+        if disks.is_empty() {
+            tokio::task::spawn_local(remove(groups.clone(), domain));
+        } else {
+            served.push((domain, processes(lifecycle, domain)));
+        }
     }
+    if !served.is_empty() {
+        groups.place(&served);
+    }
+    Ok(())
+}
+
+/// The tapdisks of a domain.
+fn processes(lifecycle: &Lifecycle, domain: u32) -> Vec<u32> {
     let disks = lifecycle.registry.all();
     let of_domain = disks.iter().filter(|disk| disk.domain() == Some(domain));
     let processes = of_domain.filter_map(|disk| disk.serving().ok());
-    let processes: Vec<u32> = processes.map(|process| process.pid()).collect();
-    groups.place(domain, &processes);
-    Ok(())
+    processes.map(|process| process.pid()).collect()
+}
+
+async fn remove(groups: Rc<Groups>, domain: u32) {
+    for _ in 0..TRIES {
+        if groups.remove(domain) {
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
 }
 
 /// Looks at one directory.
