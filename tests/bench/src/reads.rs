@@ -23,7 +23,7 @@ pub(crate) struct Reads {
 }
 
 /// How far the reads are: the domain, and what its driver has counted.
-pub(crate) type Count = (u32, u64);
+type Count = (u32, u64);
 
 impl Reads {
     /// Has the guest begin, on the disk of this number.
