@@ -6,6 +6,7 @@
 //! the pages copied twice, which Xen does for PVH guests only here; and those the emulator loses when two machines share
 //! its processors.
 
+use super::lease::break_lease;
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
 use super::{Case, Context, Needs};
 use crate::console::{Console, Job};
@@ -64,6 +65,15 @@ fn target() -> String {
 /// Whose lease it is.
 fn holder() -> Result<Value> {
     tap::ctl_json(&["lease", "show", &target()])
+}
+
+fn lease_is_here() -> Result<()> {
+    let mine = holder()?;
+    ensure!(
+        mine["is_here"] == true,
+        "this host has not the lease: {mine}"
+    );
+    Ok(())
 }
 
 /// All of its memory is sent, so there is little of it.
@@ -158,11 +168,7 @@ fn wait_progress_there() -> Result<()> {
 
 fn there_and_back(context: &mut Context) -> Result<()> {
     let (guest, disk, load) = working_guest()?;
-    let mine = holder()?;
-    ensure!(
-        mine["is_here"] == true,
-        "this host has not the lease: {mine}"
-    );
+    lease_is_here()?;
     let away = Away::to(guest)?;
     disk.wait_gone()?;
     wait_progress_there()?;
@@ -210,11 +216,7 @@ fn destination_dies(context: &mut Context) -> Result<()> {
     incoming?;
     ensure!(moved.rc != 0, "a guest has moved to a host that is dead");
     wait_progress(&disk, 50)?;
-    let mine = holder()?;
-    ensure!(
-        mine["is_here"] == true,
-        "this host has not the lease: {mine}"
-    );
+    lease_is_here()?;
     let told = end_load(&guest, load)?;
     same(&guest, IMAGE, MIB)?;
     disk.detach(&guest)?;
@@ -238,16 +240,7 @@ fn source_dies(context: &mut Context) -> Result<()> {
         .as_u64()
         .context("no generation")?
         .to_string();
-    let image = target();
-    let force = [
-        "tap-ctl",
-        "lease",
-        "break",
-        &image,
-        "--holder-is-dead",
-        &generation,
-    ];
-    let alive = sh::status(&force, LIMIT)?;
+    let alive = break_lease(&target(), &generation, LIMIT)?;
     ensure!(
         alive.rc != 0 && alive.text.contains("second"),
         "the lease of a host that lives was broken: {}",
@@ -256,7 +249,7 @@ fn source_dies(context: &mut Context) -> Result<()> {
     peer::cut_power()?;
     let cut = Instant::now();
     refused("second")?;
-    let broken = sh::status(&force, LIMIT)?;
+    let broken = break_lease(&target(), &generation, LIMIT)?;
     ensure!(
         broken.rc == 0,
         "the lease of a dead host was not broken: {}",

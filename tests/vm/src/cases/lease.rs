@@ -94,6 +94,19 @@ fn kept(context: &mut Context) -> Result<()> {
     ))
 }
 
+/// Has a lease broken, of an image or a target, by the generation or the key of its holder.
+pub(super) fn break_lease(image: &str, holder: &str, limit: Duration) -> Result<sh::Output> {
+    let line = [
+        "tap-ctl",
+        "lease",
+        "break",
+        image,
+        "--holder-is-dead",
+        holder,
+    ];
+    sh::status(&line, limit)
+}
+
 /// As another host asks for an image.
 pub(super) fn alpha() -> Result<Claim> {
     let mut claim = Claim::new("guest 3, xvda")?;
@@ -125,15 +138,7 @@ fn other_host(context: &mut Context) -> Result<()> {
     forget_refused(&domid, VDEV)?;
 
     let named = grant.generation.to_string();
-    let force = [
-        "tap-ctl",
-        "lease",
-        "break",
-        &image,
-        "--holder-is-dead",
-        &named,
-    ];
-    let alive = sh::status(&force, LONG)?;
+    let alive = break_lease(&image, &named, LONG)?;
     ensure!(
         alive.rc != 0 && alive.text.contains("alpha"),
         "the lease of a host that lives was broken: {}",
@@ -141,7 +146,7 @@ fn other_host(context: &mut Context) -> Result<()> {
     );
     // The host dies: nobody gives anything up.
     drop(keeper);
-    let broken = sh::status(&force, LONG)?;
+    let broken = break_lease(&image, &named, LONG)?;
     ensure!(
         broken.rc == 0 && broken.text.contains("state=free was=host=alpha"),
         "the lease of a dead host was not broken: {}",

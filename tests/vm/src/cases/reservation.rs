@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A disk whose storage refuses the writes of all hosts but one: `lease=reservation`.
 
-use super::lease::alpha;
+use super::lease::{alpha, break_lease};
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
 use super::{Case, Context, Needs};
 use crate::reserved::Reserved;
@@ -109,17 +109,7 @@ fn nvme(context: &mut Context) -> Result<()> {
     );
     refused(&other)?;
     let events = EventLog::follow()?;
-    let broken = sh::status(
-        &[
-            "tap-ctl",
-            "lease",
-            "break",
-            &other,
-            "--holder-is-dead",
-            &held,
-        ],
-        LONG,
-    )?;
+    let broken = break_lease(&other, &held, LONG)?;
     ensure!(
         broken.rc == 0 && broken.text.contains("state=free was=host="),
         "the reservation was not broken: {}",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The third part of the story: the kernel serves a file by itself, and for a minute there is no process at all.
 
-use super::tap::longest;
+use super::tap::slowest;
 use super::FIO;
 use crate::cases;
 use crate::console::Job;
@@ -90,13 +90,7 @@ pub(super) fn tell(report: &mut Report, guest: &Guest, file: &str) -> Result<()>
 /// Ends that load, which must have seen no error; returns the milliseconds that its slowest request took.
 pub(super) fn end(guest: &Guest, load: Job) -> Result<u64> {
     guest.run("touch /tmp/stop")?;
-    let done = guest.wait(load, FIO)?;
-    ensure!(
-        done.rc == 0,
-        "fio failed in the guest: {}",
-        sh::tail(&done.text, 400)
-    );
-    longest(&done.text)
+    slowest(guest, load)
 }
 
 /// Writes that are flushed and verified, until `/tmp/stop` is there.

@@ -3,6 +3,7 @@
 
 use super::{direct, FIO};
 use crate::cases;
+use crate::console::Job;
 use crate::guest::Guest;
 use crate::report::Report;
 use crate::tap::{disk, image, wait_supervisor, Served};
@@ -73,6 +74,11 @@ fn load(report: &mut Report, guest: &Guest, disk: &Served) -> Result<u64> {
             took.as_millis()
         ))?;
     }
+    slowest(guest, job)
+}
+
+/// Waits for a load, which must have seen no error; milliseconds of its slowest request.
+pub(super) fn slowest(guest: &Guest, job: Job) -> Result<u64> {
     let done = guest.wait(job, FIO)?;
     ensure!(
         done.rc == 0,
@@ -83,7 +89,7 @@ fn load(report: &mut Report, guest: &Guest, disk: &Served) -> Result<u64> {
 }
 
 /// Milliseconds of the slowest request in the JSON of one fio, or of several.
-pub(super) fn longest(text: &str) -> Result<u64> {
+fn longest(text: &str) -> Result<u64> {
     let json = text
         .find('{')
         .map(|at| &text[at..])
