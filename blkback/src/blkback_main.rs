@@ -48,6 +48,7 @@ mod vbd;
 mod worth;
 
 use kernel::prelude::*;
+use linux::debug::Debug;
 use linux::task::workqueue::WorkQueues;
 use linux::xen::claims::Claims;
 use linux::xen::driver::Adapter;
@@ -106,6 +107,7 @@ module! {
 struct Blkback {
     #[pin]
     driver: kernel::driver::Registration<Adapter<bus::VbdDriver<tap::Tap>>>,
+    debug: Debug,
     nodes: tap::Nodes,
     tap: tap::Tap,
     queues: WorkQueues,
@@ -120,6 +122,7 @@ impl kernel::InPlaceModule for Blkback {
             // What comes before the driver is used by a device, which may be probed at once.
             memory: linux::needs_xen().and_then(|()| Memory::new())?,
             claims: Claims::new()?,
+            debug: Debug::new()?,
             queues: WorkQueues::new()?,
             tap: tap::Tap::new()?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),

@@ -11,14 +11,15 @@
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Io, Mapping, Pass, PendingRequest, Rest,
-    SegmentEntry, Shape, Stats, Tables,
+    Backend, Config, Engine, Fetch, Grants, Group, Io, Latencies, Mapping, Pass, PendingRequest,
+    Rest, SegmentEntry, Shape, Stats, Tables,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
 use crate::linux::task::wake_event::WakeEvent;
+use crate::linux::trace;
 use crate::linux::xen::device::Device;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
 use crate::linux::xen::grant::GuestGrants;
@@ -153,7 +154,13 @@ impl<D: QueueBackends> Prepared<D> {
         let control =
             Arc::new(control, GFP_KERNEL).map_err(|error| step(NO_MEMORY, error.into()))?;
         let (ring, map) = back.replace(());
-        let (guest, taker) = Held::new(channel, map).map_err(|error| step(NO_MEMORY, error))?;
+        let traced = trace::Queue {
+            domain: setup.device.otherend_id(),
+            device: setup.device.number(),
+            index,
+        };
+        let (guest, taker) =
+            Held::new(channel, map, traced).map_err(|error| step(NO_MEMORY, error))?;
         let state = State::new(setup, index, depth, &control)?;
         Ok(Self {
             memory_kib: state.memory_kib,
@@ -255,6 +262,7 @@ struct State<D: QueueBackends> {
     mappings: KVec<Mapping>,
     fetches: KVec<Option<Fetch>>,
     stats: Stats,
+    latencies: Latencies,
     shape: Shape,
     /// Memory that the queue always has, in KiB.
     memory_kib: u64,
@@ -359,6 +367,7 @@ impl<D: QueueBackends> State<D> {
             groups,
             mappings,
             stats: Stats::default(),
+            latencies: Latencies::OFF,
             shape,
             memory_kib,
             config,
@@ -403,13 +412,14 @@ impl<D: QueueBackends> State<D> {
                 mappings: &mut self.mappings,
                 fetches: &mut self.fetches,
                 stats: &mut self.stats,
+                latencies: &mut self.latencies,
             },
             self.shape,
             self.config,
             self.limits,
         );
         let command = server.serve(&mut engine);
-        server.tally.show(engine.stats(), engine.flight());
+        server.show(&mut engine);
         let left = engine.detach();
         // The owner may publish state Closed only when ring and event channel are gone.
         guest.let_go();
@@ -429,6 +439,11 @@ struct Away<'a, B> {
 
 impl<B: Backend> Backend for Away<'_, B> {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let traced = self.guest.traced();
+        let batch = batch.inspect(|io| {
+            let sectors = io.sectors;
+            traced.submit(io.tag.number(), io.kind.number(), io.sector, sectors);
+        });
         self.guest.away(|| self.backend.submit(batch));
     }
 
@@ -448,8 +463,12 @@ impl<B: Backend> Backend for Away<'_, B> {
         self.backend.gathers()
     }
 
-    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
-        self.backend.reap(done);
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+        let traced = self.guest.traced();
+        self.backend.reap(|tag, status| {
+            traced.complete(tag.number(), status.to_wire());
+            done(tag, status);
+        });
     }
 
     fn now(&self) -> u64 {
@@ -500,6 +519,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
             sectors = self.limits_changed(engine, sectors);
+            engine.latencies().switch(self.tally.measures());
             let pass = match command {
                 Command::Wait | Command::Serve => engine.pass(),
                 Command::Drain => engine.drain_pass(),
@@ -511,6 +531,8 @@ impl<D: QueueBackends> Serving<'_, D> {
             if params::WASTEFUL {
                 (1..pass.answered).for_each(|_| self.guest.notify());
             }
+            let traced = self.guest.traced();
+            traced.pass(pass.taken, pass.answered, pass.notify);
             keeper.after_pass(engine);
             pollers.passed(pass.taken.max(pass.answered), engine.gathers());
             active |= pass.taken > 0;
@@ -528,14 +550,14 @@ impl<D: QueueBackends> Serving<'_, D> {
             if self.must_go_on(command, &pass, engine, &mut pollers) {
                 hidden = hidden.wrapping_add(1);
                 if hidden % HIDDEN == 0 {
-                    self.tally.show(engine.stats(), engine.flight());
+                    self.show(engine);
                 }
                 cond_resched();
                 continue;
             }
             let start = local_clock();
             let borrows = keeper.before_sleep(engine, start);
-            self.tally.show(engine.stats(), engine.flight());
+            self.show(engine);
             self.end_event(broken, &mut active);
             if let Some(left) = left {
                 self.control.wake_event.wait_for(left);
@@ -547,6 +569,14 @@ impl<D: QueueBackends> Serving<'_, D> {
                 self.control.wake_event.wait();
             }
             pollers.slept(engine.in_flight(), start);
+        }
+    }
+
+    /// Shows what was counted until now.
+    fn show<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) {
+        self.tally.show(engine.stats(), engine.flight());
+        if engine.latencies().is_on() {
+            self.tally.show_latencies(engine.latencies());
         }
     }
 

@@ -5,14 +5,17 @@
 //! They belong to the device, not to a connection: reading them never meets a queue that is being
 //! freed, and they never go backwards.
 
-use crate::engine::{Flight, Stats, Times};
-use crate::linux::memory::vectors::push;
+use crate::engine::latency::{OPERATIONS, STEPS};
+use crate::engine::{Flight, Latencies, Stats, Times};
+use crate::linux::memory::vectors::{filled, push};
 use crate::linux::monotonic_ns;
 use kernel::prelude::*;
 use kernel::str::CString;
-use kernel::sync::atomic::{ordering::Relaxed, Atomic};
+use kernel::sync::atomic::{ordering::Relaxed, Atomic, AtomicFlag};
 use kernel::sync::{new_mutex, Arc, Mutex};
 
+/// Number of counts of latencies: a histogram for each operation.
+const LATENCIES: usize = OPERATIONS * STEPS;
 /// Number of counters; their order is that of the shim's attributes.
 const COUNTERS: usize = 23;
 // Places of some.
@@ -24,6 +27,10 @@ const SECTORS_READ: u32 = 5;
 const SECTORS_WRITTEN: u32 = 6;
 const REFUSED: u32 = 7;
 const FAILED: u32 = 8;
+const PASSES: u32 = 10;
+const NOTIFIED: u32 = 11;
+const PAGE_WAIT: u32 = 20;
+const RING_FULL: u32 = 22;
 // What follows them there, which is no counter.
 const MEMORY_KIB: usize = COUNTERS;
 const IN_FLIGHT: usize = COUNTERS + 1;
@@ -72,24 +79,73 @@ struct Counters {
     oldest: Atomic<u64>,
     /// Pages of the guest that stay mapped.
     kept: Atomic<u64>,
+    /// By operation, then by step.
+    latencies: KVec<Atomic<u64>>,
 }
 
 impl Counters {
     /// Of a queue that has counted nothing.
-    fn new() -> Self {
-        Self {
+    fn new() -> Result<Self> {
+        let mut latencies = KVec::with_capacity(LATENCIES, GFP_KERNEL)?;
+        for _ in 0..LATENCIES {
+            push(&mut latencies, Atomic::new(0))?;
+        }
+        Ok(Self {
             counters: [const { Atomic::new(0) }; COUNTERS],
             in_flight: Atomic::new(0),
             oldest: Atomic::new(0),
             kept: Atomic::new(0),
+            latencies,
+        })
+    }
+}
+
+/// What a queue has counted, and what it has at this moment.
+pub(crate) struct QueueView {
+    /// Reads, writes, flushes, and discards that it was asked for.
+    pub(crate) asked: [u64; 4],
+    /// Passes over the ring, those that found it full, and events that the guest was sent.
+    pub(crate) passes: u64,
+    pub(crate) ring_full: u64,
+    pub(crate) notified: u64,
+    /// Requests that are taken and not answered.
+    pub(crate) in_flight: u64,
+    /// Nanoseconds for which the disk has had the oldest of them; 0 if it has none.
+    pub(crate) oldest_ns: u64,
+    /// Nanoseconds for which requests waited for pages.
+    pub(crate) page_wait_ns: u64,
+    /// Pages of the guest that stay mapped.
+    pub(crate) kept: u64,
+}
+
+impl Counters {
+    fn value(&self, index: u32) -> u64 {
+        let counter = self.counters.get(index as usize);
+        counter.map_or(0, |counter| counter.load(Relaxed))
+    }
+
+    fn view(&self) -> QueueView {
+        let oldest = self.oldest.load(Relaxed);
+        let waits = |start| monotonic_ns().saturating_sub(start);
+        QueueView {
+            asked: [READS, WRITES, FLUSHES, DISCARDS].map(|index| self.value(index)),
+            passes: self.value(PASSES),
+            ring_full: self.value(RING_FULL),
+            notified: self.value(NOTIFIED),
+            in_flight: self.in_flight.load(Relaxed),
+            oldest_ns: if oldest == 0 { 0 } else { waits(oldest) },
+            page_wait_ns: self.value(PAGE_WAIT),
+            kept: self.kept.load(Relaxed),
         }
     }
+
 }
 
 /// The queues of a device, and the sums of those that it had before.
 struct Queues {
     now: KVec<Arc<Counters>>,
     past: [u64; COUNTERS],
+    past_latencies: KVec<u64>,
 }
 
 /// Sums over all queues that the device ever had. They are made by who reads them.
@@ -101,6 +157,8 @@ pub(crate) struct Totals {
     memory: Atomic<u64>,
     /// Pages that they have borrowed.
     borrowed: Atomic<u64>,
+    /// Whether it is counted how long I/O takes.
+    measures: AtomicFlag,
 }
 
 impl Totals {
@@ -109,13 +167,50 @@ impl Totals {
         let none = Queues {
             now: KVec::new(),
             past: [0; COUNTERS],
+            past_latencies: filled(0, LATENCIES)?,
         };
         let totals = pin_init!(Self {
             queues <- new_mutex!(none, "Totals::queues"),
             memory: Atomic::new(0),
             borrowed: Atomic::new(0),
+            measures: AtomicFlag::new(false),
         });
         Arc::pin_init(totals, GFP_KERNEL)
+    }
+
+    /// Whether it is counted how long I/O takes.
+    pub(crate) fn measures(&self) -> bool {
+        self.measures.load(Relaxed)
+    }
+
+    /// Has it counted from now on, or no more.
+    pub(crate) fn measure(&self, on: bool) {
+        self.measures.store(on, Relaxed);
+    }
+
+    /// How many I/O of each operation took as long as this step says, while that was counted.
+    pub(crate) fn latencies(&self, step: usize) -> [u64; OPERATIONS] {
+        let queues = self.queues.lock();
+        let mut sums = [0; OPERATIONS];
+        for (operation, sum) in sums.iter_mut().enumerate() {
+            let place = operation.wrapping_mul(STEPS).wrapping_add(step);
+            let past = queues.past_latencies.get(place).copied();
+            let now = queues.now.iter();
+            let now = now.filter_map(|queue| queue.latencies.get(place));
+            let add = |sum: u64, count: &Atomic<u64>| sum.wrapping_add(count.load(Relaxed));
+            *sum = now.fold(past.unwrap_or(0), add);
+        }
+        sums
+    }
+
+    /// Hands the counters of each queue, in their order, to `tell` until that fails.
+    pub(crate) fn each_queue<E>(
+        &self,
+        mut tell: impl FnMut(QueueView) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let queues = self.queues.lock();
+        let mut views = queues.now.iter().map(|queue| queue.view());
+        views.try_for_each(|view| tell(view))
     }
 
     /// Records the memory that the queues always have, in KiB.
@@ -174,7 +269,7 @@ pub(crate) struct Tally {
 impl Tally {
     /// Of a queue that has counted nothing. May sleep.
     pub(crate) fn new(totals: &Arc<Totals>) -> Result<Self> {
-        let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
+        let counters = Arc::new(Counters::new()?, GFP_KERNEL)?;
         let mut queues = totals.queues.lock();
         let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
         for queue in &queues.now {
@@ -201,6 +296,21 @@ impl Tally {
         shown.kept.store(flight.kept.into(), Relaxed);
     }
 
+    /// Whether it is to be counted how long I/O takes.
+    #[inline]
+    pub(crate) fn measures(&self) -> bool {
+        self.totals.measures()
+    }
+
+    /// Shows how long I/O took until now.
+    #[inline(never)]
+    pub(crate) fn show_latencies(&self, latencies: &Latencies) {
+        let counts = latencies.counts().iter().flatten();
+        for (counter, now) in self.counters.latencies.iter().zip(counts) {
+            counter.store(*now, Relaxed);
+        }
+    }
+
     /// Records that the queue has borrowed so many pages, after it had so many.
     pub(crate) fn borrowed(&self, before: u16, now: u16) {
         if before != now {
@@ -218,6 +328,10 @@ impl Drop for Tally {
         let place = (0..queues.now.len()).find(|at| queues.now.get(*at).is_some_and(ours));
         let _removed = place.map(|at| queues.now.remove(at));
         for (past, counter) in queues.past.iter_mut().zip(&self.counters.counters) {
+            *past = past.wrapping_add(counter.load(Relaxed));
+        }
+        let latencies = self.counters.latencies.iter();
+        for (past, counter) in queues.past_latencies.iter_mut().zip(latencies) {
             *past = past.wrapping_add(counter.load(Relaxed));
         }
     }

@@ -29,6 +29,20 @@ pub enum IoKind {
     },
 }
 
+impl IoKind {
+    /// Its number in traces.
+    pub const fn number(self) -> u8 {
+        match self {
+            IoKind::Read => 0,
+            IoKind::Write => 1,
+            IoKind::Flush => 2,
+            IoKind::PreFlushWrite => 3,
+            IoKind::BarrierWrite => 4,
+            IoKind::Discard { .. } => 5,
+        }
+    }
+}
+
 /// One I/O of a batch.
 #[derive(Debug)]
 pub struct Io<'b> {

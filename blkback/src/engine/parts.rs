@@ -5,6 +5,7 @@
 use crate::engine::backend::Backend;
 use crate::engine::blocks::Group;
 use crate::engine::clock::PassClock;
+use crate::engine::latency::Latencies;
 use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
@@ -43,6 +44,8 @@ pub struct Tables<'a> {
     pub fetches: &'a mut [Option<Fetch>],
     /// Where it counts, from zero.
     pub stats: &'a mut Stats,
+    /// Where it counts how long I/O takes, while that is switched on.
+    pub latencies: &'a mut Latencies,
 }
 
 /// The data path of one queue.
@@ -66,6 +69,7 @@ pub struct Engine<'a, R, G, B> {
     /// Until when the time is counted for which a request has been waiting for pages, if one has.
     pub(super) short_since: Option<u64>,
     pub(super) stats: &'a mut Stats,
+    pub(super) latencies: &'a mut Latencies,
 }
 
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
@@ -100,12 +104,18 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             clock: PassClock::default(),
             short_since: None,
             stats: tables.stats,
+            latencies: tables.latencies,
         }
     }
 
     /// The counters.
     pub fn stats(&self) -> &Stats {
         self.stats
+    }
+
+    /// How long I/O took, as far as it was to be counted.
+    pub fn latencies(&mut self) -> &mut Latencies {
+        self.latencies
     }
 
     /// Requests taken and not answered.

@@ -27,6 +27,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 
     /// Answers one request, or goes on with it.
     fn finish(&mut self, handle: Handle<Completed>) {
+        self.note_latency(&handle);
         let request = self.requests.of_mut(&handle);
         if matches!(request.kind, IoKind::Discard { .. }) && request.status == Status::Okay {
             let piece = request.piece();

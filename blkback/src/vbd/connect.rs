@@ -103,7 +103,12 @@ impl Vbd {
         if life.claim.is_none() {
             let frontend = (self.device.otherend_id(), self.device.number());
             match Claim::new(frontend, self.clone()) {
-                Ok(claim) => life.claim = claim,
+                Ok(claim) => {
+                    life.claim = claim;
+                    if life.claim.is_some() {
+                        self.show_in_debugfs();
+                    }
+                }
                 Err(error) => {
                     self.device.report(error, c"the frontend cannot be claimed");
                     self.kick_after(ASK_AGAIN);

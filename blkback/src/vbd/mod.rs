@@ -11,12 +11,14 @@
 //! only leaves a note (`unbind`), and the work gives everything back (`part`).
 //!
 //! Here is what a device is, and what tells it that it is to look; `reconcile` looks and acts, `connect`
-//! gets the disk and the queues, `publish` says what came of it.
+//! gets the disk and the queues, `publish` says what came of it, `debug` shows what it counts.
 
 mod connect;
+mod debug;
 mod publish;
 mod reconcile;
 
+use self::debug::Folder;
 use self::publish::OurState;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
@@ -100,6 +102,8 @@ impl_has_delayed_work! {
 /// waits for anything.
 struct Hold {
     watches: KVec<Pin<KBox<Watch<Vbd>>>>,
+    /// What is seen of the device in debugfs.
+    debug: Option<Pin<KBox<Folder>>>,
     /// The bus has one while the device is bound; this is for what follows.
     module: Option<ModuleReference>,
 }
@@ -203,7 +207,7 @@ impl Vbd {
                 gone: AtomicFlag::new(false),
                 unbound: AtomicFlag::new(false),
                 life <- new_mutex!(Life::NEW, "Vbd::life"),
-                hold <- new_mutex!(Hold { watches, module: None }, "Vbd::hold"),
+                hold <- new_mutex!(Hold { watches, debug: None, module: None }, "Vbd::hold"),
                 look <- new_work!("Vbd::look"),
                 later <- new_delayed_work!("Vbd::later"),
                 errand <- new_work!("Vbd::errand"),
@@ -215,6 +219,14 @@ impl Vbd {
     /// Keeps a watch of this device until its life is over.
     pub(crate) fn keep_watch(&self, watch: Pin<KBox<Watch<Self>>>) -> Result {
         push(&mut self.hold.lock().watches, watch)
+    }
+
+    /// Shows the device in debugfs. It serves as well without.
+    fn show_in_debugfs(&self) {
+        let folder = Folder::new(&self.device, &self.totals);
+        if let Ok(folder) = folder {
+            self.hold.lock().debug = Some(folder);
+        }
     }
 
     /// Has the work look at the device again; callable from any context.

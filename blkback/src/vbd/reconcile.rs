@@ -237,12 +237,16 @@ impl Vbd {
             return;
         }
         life.over = true;
-        life.claim = None;
+        let claim = life.claim.take();
         drop(life);
-        let (watches, module) = {
+        let (watches, debug, module) = {
             let mut hold = self.hold.lock();
-            (core::mem::take(&mut hold.watches), hold.module.take())
+            let watches = core::mem::take(&mut hold.watches);
+            (watches, hold.debug.take(), hold.module.take())
         };
+        // This waits for who reads there at the moment. The next device of this name may have the claim after that.
+        drop(debug);
+        drop(claim);
         // This waits for xenwatch, which waits for nothing of ours.
         drop(watches);
         workqueue::hasten::<_, LATER>(self.clone());

@@ -6,8 +6,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blkback::engine::{
-    Backend, Config, Engine, Fetch, Group, Mapping, Pass, PendingRequest, SegmentEntry, Shape,
-    Stats, Tables,
+    Backend, Config, Engine, Fetch, Group, Latencies, Mapping, Pass, PendingRequest, SegmentEntry,
+    Shape, Stats, Tables,
 };
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
@@ -30,6 +30,7 @@ pub struct Storage {
     mappings: Vec<Mapping>,
     fetches: Vec<Option<Fetch>>,
     stats: Stats,
+    latencies: Latencies,
 }
 
 impl Storage {
@@ -44,6 +45,7 @@ impl Storage {
             mappings: vec![Mapping::FREE; usize::from(setup.map_pages)],
             fetches: vec![None; usize::from(setup.descriptor_buffers)],
             stats: Stats::default(),
+            latencies: Latencies::OFF,
         }
     }
 }
@@ -156,6 +158,7 @@ impl<'a, B: Backend> World<'a, B> {
                 mappings: &mut storage.mappings,
                 fetches: &mut storage.fetches,
                 stats: &mut storage.stats,
+                latencies: &mut storage.latencies,
             },
             Shape {
                 copy: setup.copy_pages,

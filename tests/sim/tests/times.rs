@@ -86,6 +86,35 @@ fn flushes_and_discards_are_told_apart() {
 }
 
 #[test]
+fn latencies_are_counted_while_that_is_switched_on() {
+    let setup = slow();
+    let mut storage = Storage::new(&setup);
+    let mut world = World::new(&mut storage, setup, 1);
+    let mut now = 1_000;
+    for (on, took, write) in [
+        (false, 5_000, false),
+        (true, 5_000, false),
+        (true, 7_000, false),
+        (true, 100_000, true),
+        (false, 100_000, true),
+    ] {
+        world.engine.latencies().switch(on);
+        let operation = if write { OP_WRITE } else { OP_READ };
+        world.send(&[Spec::pages(operation, 8, 1)]);
+        at(&world, now);
+        let _pass = world.pass();
+        now += took;
+        at(&world, now);
+        end_one(&mut world);
+    }
+    let counts = *world.engine.latencies().counts();
+    let all: u64 = counts.iter().flatten().sum();
+    // Both reads took 4 to 8 us, the write 64 to 128.
+    assert_eq!((counts[0][3], counts[1][7], all), (2, 1, 3));
+    world.run_clean();
+}
+
+#[test]
 fn a_clock_that_is_near_its_end_does_no_harm() {
     let setup = slow();
     let mut storage = Storage::new(&setup);

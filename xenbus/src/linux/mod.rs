@@ -10,10 +10,12 @@ use kernel::error::{code::ENODEV, Result};
 
 pub(crate) mod block;
 pub(crate) mod char;
+pub(crate) mod debug;
 pub(crate) mod memory;
 pub(crate) mod module;
 mod sys;
 pub(crate) mod task;
+pub(crate) mod trace;
 pub(crate) mod versions;
 pub(crate) mod xen;
 

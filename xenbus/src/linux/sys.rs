@@ -241,6 +241,35 @@ pub(super) type AttrFn = unsafe extern "C" fn(*mut bindings::device, c_uint) -> 
 // The types of the kernel's bindings that have no fields in this configuration are only pointed to.
 #[allow(improper_ctypes)]
 unsafe extern "C" {
+    // The trace points of xenbus/shim/trace.h.
+    pub(super) static __tracepoint_xbr_submit: bindings::tracepoint;
+    pub(super) static __tracepoint_xbr_complete: bindings::tracepoint;
+    pub(super) static __tracepoint_xbr_pass: bindings::tracepoint;
+    pub(super) fn rust_do_trace_xbr_submit(
+        domain: c_uint,
+        device: c_uint,
+        queue: c_uint,
+        tag: c_uint,
+        operation: c_uint,
+        sector: u64,
+        sectors: u64,
+    );
+    pub(super) fn rust_do_trace_xbr_complete(
+        domain: c_uint,
+        device: c_uint,
+        queue: c_uint,
+        tag: c_uint,
+        status: c_int,
+    );
+    pub(super) fn rust_do_trace_xbr_pass(
+        domain: c_uint,
+        device: c_uint,
+        queue: c_uint,
+        taken: c_uint,
+        answered: c_uint,
+        notify: bool,
+    );
+
     pub(super) fn __xenbus_register_backend(
         driver: *mut XenbusDriver,
         owner: *mut bindings::module,

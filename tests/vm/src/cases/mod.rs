@@ -19,6 +19,7 @@ mod handoff;
 mod hosts;
 mod hung;
 mod images;
+mod insight;
 mod lease;
 mod lifecycle;
 mod memory;
@@ -470,6 +471,7 @@ pub(crate) fn all() -> Vec<Case> {
         hung::cases(),
         ops::cases(),
         groups::cases(),
+        insight::cases(),
         memory::cases(),
         played::cases(),
         tap::cases(),

@@ -11,6 +11,7 @@
 use super::evtchn::{Activity, EventChannel};
 use super::ring_map::RingMap;
 use crate::ring::abi::MAX_SLOT_SIZE;
+use crate::linux::trace;
 use crate::ring::ports::SharedRing;
 use core::cell::{Cell, UnsafeCell};
 use kernel::prelude::*;
@@ -35,6 +36,7 @@ struct GuestSide {
 struct Shared {
     state: Atomic<u32>,
     side: UnsafeCell<Option<GuestSide>>,
+    traced: trace::Queue,
 }
 
 // SAFETY: By the type invariant `side` is used by one thread at a time, and both of its parts may be
@@ -57,11 +59,16 @@ pub(crate) struct Taker(Arc<Shared>);
 
 impl Held {
     /// Both ends of a guest's side. May sleep.
-    pub(crate) fn new(channel: EventChannel, ring: RingMap) -> Result<(Self, Taker)> {
+    pub(crate) fn new(
+        channel: EventChannel,
+        ring: RingMap,
+        traced: trace::Queue,
+    ) -> Result<(Self, Taker)> {
         let shared = Arc::new(
             Shared {
                 state: Atomic::new(0),
                 side: UnsafeCell::new(Some(GuestSide { channel, ring })),
+                traced,
             },
             GFP_KERNEL,
         )?;
@@ -72,6 +79,12 @@ impl Held {
             away: Cell::new(false),
         };
         Ok((held, taker))
+    }
+
+    /// Whose it is, for trace points.
+    #[inline(always)]
+    pub(crate) fn traced(&self) -> &trace::Queue {
+        &self.shared.traced
     }
 
     /// Runs `body` with the guest's side; `body` is one of those below, which do nothing else.
