@@ -20,6 +20,10 @@ const DEBIAN: &[(&str, &str)] = &[
         include_str!("../../../packaging/debian/xen-blkback-rs.install"),
     ),
     (
+        "xen-blkback-rs.postinst",
+        include_str!("../../../packaging/debian/xen-blkback-rs.postinst"),
+    ),
+    (
         "xen-blkback-rs.prerm",
         include_str!("../../../packaging/debian/xen-blkback-rs.prerm"),
     ),
