@@ -38,7 +38,9 @@ for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd; do
 done
 grep -q noblkback /proc/cmdline || modprobe xen-blkback
 bin=$(echo /usr/lib/xen-4*/bin)
-"$bin/oxenstored" --pid-file=/run/xenstored.pid
+store=oxenstored
+grep -q xenstored=c /proc/cmdline && store=xenstored
+"$bin/$store" --pid-file=/run/xenstored.pid
 i=0
 while ! xenstore-ls / >/dev/null 2>&1 && [ $i -lt 600 ]; do
 	sleep 0.1

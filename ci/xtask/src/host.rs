@@ -133,6 +133,11 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 
 /// The lines of a sources.list for the target suite, from the mirrors that this host uses.
 pub(crate) fn sources() -> Result<String> {
+    sources_of(SUITE, &["", "-updates", "-backports"])
+}
+
+/// The same for these variants of another suite, and its security updates.
+pub(crate) fn sources_of(suite: &str, variants: &[&str]) -> Result<String> {
     let mut text = String::new();
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(dir) = fs::read_dir("/etc/apt/sources.list.d") {
@@ -153,12 +158,12 @@ pub(crate) fn sources() -> Result<String> {
     )?;
     let line =
         |mirror: &str, suite: String| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n");
-    let mut lines: String = ["", "-updates", "-backports"]
+    let mut lines: String = variants
         .iter()
-        .map(|suffix| line(&main, format!("{SUITE}{suffix}")))
+        .map(|suffix| line(&main, format!("{suite}{suffix}")))
         .collect();
     if let Some(security) = security {
-        lines.push_str(&line(&security, format!("{SUITE}-security")));
+        lines.push_str(&line(&security, format!("{suite}-security")));
     }
     Ok(lines)
 }

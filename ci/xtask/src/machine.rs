@@ -50,6 +50,8 @@ pub(crate) struct Machine {
     pub(crate) checks: bool,
     /// More disks (raw images); they are vdc, vdd, ...
     pub(crate) disks: Vec<PathBuf>,
+    /// The disk of its root, in the place of one whose changes are thrown away.
+    pub(crate) root: Option<PathBuf>,
     /// Which of two hosts it is, if another one runs beside it.
     pub(crate) host: Option<Host>,
     /// A plugin for QEMU; what it writes is `plugin.out` beside the console log.
@@ -165,6 +167,7 @@ impl Machine {
             dom0_args: String::new(),
             checks: true,
             disks: Vec::new(),
+            root: None,
             host: None,
             plugin: None,
             plugin_args: String::new(),
@@ -265,8 +268,8 @@ impl Machine {
     /// given up.
     pub(crate) fn prepare(&self, payload: &Path) -> Result<(PathBuf, Flock<File>)> {
         ensure!(
-            self.disks.len() <= 2,
-            "a machine takes two more disks at most"
+            self.disks.len() + usize::from(self.root.is_some()) <= 2,
+            "a machine takes two more disks at most, its root among them"
         );
         let all = build::repository()?.join("target/vm");
         fs::create_dir_all(&all)?;
@@ -297,23 +300,23 @@ impl Machine {
             .bind_read_only(&machines.dom0, "/mnt/a")
             .bind(dir, "/mnt/b");
         // There are two places left in the build root for folders of disks.
-        let mut disks = Vec::new();
-        for (disk, place) in self.disks.iter().zip(["/mnt/c", "/mnt/d"]) {
+        let mut places = ["/mnt/c", "/mnt/d"].into_iter();
+        let sharing = match self.host {
+            Some(_) => ",file.locking=off",
+            None => "",
+        };
+        let mut shown = |disk: &Path| {
+            let place = places.next().unwrap_or_default();
+            let name = disk.file_name().unwrap_or_default().to_string_lossy();
             let folder = disk.parent().unwrap_or(Path::new("/"));
-            let name = disk
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            root = root.bind(folder, place);
-            let sharing = match self.host {
-                Some(_) => ",file.locking=off",
-                None => "",
-            };
-            disks.push(format!(
-                "file={place}/{name},if=virtio,format=raw,cache=unsafe{sharing}"
-            ));
-        }
+            root = root.clone().bind(folder, place);
+            format!("file={place}/{name},if=virtio,format=raw,cache=unsafe{sharing}")
+        };
+        let first = match &self.root {
+            Some(root) => shown(root),
+            None => "file=/mnt/a/dom0.img,if=virtio,format=raw,cache=unsafe,snapshot=on".into(),
+        };
+        let disks: Vec<String> = self.disks.iter().map(|disk| shown(disk)).collect();
         let mut qemu = root.command("chrt");
         let memory = dom0_memory(machines.kernel) + GUESTS_MEMORY;
         // Counted time does not pass while others run: they come first.
@@ -356,10 +359,7 @@ impl Machine {
             self.dom0_command_line()
         );
         qemu.args(["-initrd", &dom0]);
-        qemu.args([
-            "-drive",
-            "file=/mnt/a/dom0.img,if=virtio,format=raw,cache=unsafe,snapshot=on",
-        ]);
+        qemu.args(["-drive", &first]);
         qemu.args([
             "-drive",
             "file=/mnt/b/payload.tar,if=virtio,format=raw,readonly=on",

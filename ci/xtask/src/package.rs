@@ -10,30 +10,75 @@ pub(crate) mod tried;
 
 use crate::root::Root;
 use crate::{build, install, recipes, run};
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use commit::Commit;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Builds everything and makes the packages in `out`; returns their paths.
 pub(crate) fn all(out: &Path) -> Result<Vec<PathBuf>> {
+    made("package", &Commit::checked_out()?, out, |_| Ok(()))
+}
+
+/// The same as a newer version, whose module is another build: what a host is upgraded to in tests.
+pub(crate) fn next(out: &Path) -> Result<Vec<PathBuf>> {
+    let mut commit = Commit::checked_out()?;
+    commit.version.push_str("+next");
+    made("package-next", &commit, out, |staged| {
+        let release = recipes::release(&recipes::build_root()?)?;
+        let module = format!("usr/lib/modules/{release}/updates/xen-blkback-rs.ko");
+        as_another_build(&staged.join(module))
+    })
+}
+
+/// What is in front of the identifier of a build: sizes, a type, and the name `GNU`.
+const IDENTIFIER: &[u8] = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
+
+/// Gives a module the identifier of another build.
+fn as_another_build(module: &Path) -> Result<()> {
+    let mut bytes = fs::read(module)?;
+    let mut notes = bytes
+        .windows(IDENTIFIER.len())
+        .enumerate()
+        .filter(|(_, at)| *at == IDENTIFIER);
+    let (note, _) = notes.next().context("the module has no identifier")?;
+    ensure!(notes.next().is_none(), "the module has two identifiers");
+    let first = bytes.get_mut(note + IDENTIFIER.len());
+    *first.context("the identifier is cut off")? ^= 0xff;
+    fs::write(module, bytes).with_context(|| format!("cannot write {}", module.display()))
+}
+
+/// Makes packages of what is built, after `change` has seen their files.
+fn made(
+    name: &str,
+    commit: &Commit,
+    out: &Path,
+    change: impl FnOnce(&Path) -> Result<()>,
+) -> Result<Vec<PathBuf>> {
     let built = build::all()?;
-    let work = build::repository()?.join("target/package");
+    let work = build::repository()?.join("target").join(name);
     if work.exists() {
         run::remove_tree(&work)?;
     }
     let tree = work.join("tree");
     install::for_package(&built.module, &built.debuggable, &tree.join("staged"))?;
+    change(&tree.join("staged"))?;
     fs::create_dir_all(tree.join("debian"))?;
-    let commit = Commit::checked_out()?;
     module_source::to(&tree.join("staged"), &commit.version)?;
-    debian::describe(&tree.join("debian"), &commit)?;
+    debian::describe(&tree.join("debian"), commit)?;
     let mut make = Root::new(&recipes::package_root()?)
         .bind(&work, "/mnt/a")
         .script("cd /mnt/a/tree && debian/rules binary");
     make.env("SOURCE_DATE_EPOCH", &commit.seconds);
     run::logged(&mut make, &work.join("log"))?;
     collect(&work, out)
+}
+
+/// Makes a folder one that apt installs from.
+pub(crate) fn index(packages: &Path) -> Result<()> {
+    let root = Root::new(&recipes::package_root()?).bind(packages, "/mnt/a");
+    let mut scan = root.script("cd /mnt/a && dpkg-scanpackages --multiversion . >Packages");
+    run::logged(&mut scan, &packages.with_extension("log"))
 }
 
 /// Moves the packages from where debhelper leaves them.

@@ -19,6 +19,10 @@ const KERNEL_TREE: &str = include_str!("../../recipes/kernel-tree.sh");
 const CHECKED_KERNEL: &str = include_str!("../../recipes/kernel-checked.sh");
 const CHECKED_CONFIG: &str = include_str!("../../recipes/kernel-checked.config");
 const INITRAMFS: &str = include_str!("../../recipes/initramfs.sh");
+const HOST_PACKAGES: &str = include_str!("../../recipes/host.packages");
+const HOST_HOOK: &str = include_str!("../../recipes/host.hook");
+const HOST_TEST: &str = include_str!("../../recipes/host-test.sh");
+const HOST_SERVICE: &str = include_str!("../../recipes/host-test.service");
 const DOM0_INIT: &str = include_str!("../../recipes/dom0-init.sh");
 const DOM0_INITRAMFS_INIT: &str = include_str!("../../recipes/dom0-initramfs-init.sh");
 const GUEST_INIT: &str = include_str!("../../recipes/guest-init.sh");
@@ -32,8 +36,19 @@ const GUEST_PROGRAMS: &str = "/usr/bin/fio /usr/sbin/bonnie++ /usr/sbin/mkfs.ext
 /// Libraries of fio's that are replaced by empty shells, see the recipe.
 const GUEST_SHELLS: &str = "librbd.so.1 librados.so.2";
 
+/// Takes kernel and modules out of a tree in which packages are unpacked only.
+const GUEST_KERNEL: &str = "cd /mnt/a
+    release=$(ls tree/usr/lib/modules 2>/dev/null || ls tree/lib/modules)
+    [ -d \"tree/usr/lib/modules/$release\" ] || { mkdir -p tree/usr/lib && mv tree/lib/modules tree/usr/lib/; }
+    [ -e tree/lib/modules ] || { mkdir -p tree/lib && ln -s ../usr/lib/modules tree/lib/modules; }
+    depmod -b tree \"$release\"
+    mv \"tree/usr/lib/modules/$release\" modules
+    mv \"tree/boot/vmlinuz-$release\" vmlinuz
+    echo \"$release\" >release";
 /// The size of dom0's root file system; it is sparse.
 const DOM0_SIZE: &str = "1600M";
+/// The same of a host's, on which packages are installed.
+const HOST_SIZE: &str = "2500M";
 
 /// A Debian tree with the compilers, the kernel packages and QEMU.
 pub(crate) fn build_root() -> Result<PathBuf> {
@@ -45,7 +60,7 @@ pub(crate) fn build_root() -> Result<PathBuf> {
         about: "1 min",
         inputs: vec![host::SUITE, BUILD_PACKAGES, KERNEL_HOOK, &release],
     }
-    .get(|dir, log| debian(dir, log, BUILD_PACKAGES, Some(&release)))
+    .get(|dir, log| with_kernel(dir, log, BUILD_PACKAGES, &release))
 }
 
 /// The tree that a Rust module is compiled against: `source`, `build` and `kmake`.
@@ -116,7 +131,7 @@ pub(crate) fn dkms_root() -> Result<PathBuf> {
         about: "1 min",
         inputs: vec![host::SUITE, DKMS_PACKAGES, KERNEL_HOOK, &release],
     }
-    .get(|dir, log| debian(dir, log, DKMS_PACKAGES, Some(&release)))
+    .get(|dir, log| with_kernel(dir, log, DKMS_PACKAGES, &release))
 }
 
 /// A Debian tree with Xen's tools, without a kernel and without a module of ours.
@@ -129,6 +144,18 @@ fn dom0_root() -> Result<PathBuf> {
         inputs: vec![host::SUITE, DOM0_PACKAGES],
     }
     .get(|dir, log| debian(dir, log, DOM0_PACKAGES, None))
+}
+
+/// A Debian tree as a host with systemd, on which packages are installed by apt.
+fn host_root(release: &str) -> Result<PathBuf> {
+    host::prepare()?;
+    Artefact {
+        name: "host-root",
+        title: "the root of a host with systemd",
+        about: "1 min",
+        inputs: vec![host::SUITE, HOST_PACKAGES, HOST_HOOK, release],
+    }
+    .get(|dir, log| debian(dir, log, HOST_PACKAGES, Some((HOST_HOOK, release))))
 }
 
 /// All that is needed to boot machines.
@@ -196,12 +223,94 @@ fn checked_machines(stock: Machines) -> Result<Machines> {
         about: "20 s",
         inputs: [DOM0_INPUTS, &[&inputs[0], &inputs[1]]].concat(),
     }
-    .get(|dir, log| dom0_image(dir, log, &stock.build_root, &dom0_root, &kernel))?;
+    .get(|dir, log| {
+        let image = Image::of_tests(&dom0_root);
+        dom0_image(dir, log, &stock.build_root, &image, &kernel)
+    })?;
     Ok(Machines {
         dom0,
         kernel: Kernel::Checked,
         modules: kernel.modules,
         ..stock
+    })
+}
+
+/// The same machines with a dom0 whose first process is systemd, and that has no module and no program of ours.
+pub(crate) fn hosts() -> Result<Machines> {
+    let stock = stock_machines()?;
+    let root = host_root(&release(&stock.build_root)?)?;
+    let ids = (folder_name(&stock.build_root)?, folder_name(&root)?);
+    let dom0 = Artefact {
+        name: "host-image",
+        title: "the disk of a host with systemd",
+        about: "20 s",
+        inputs: vec![
+            &ids.0,
+            &ids.1,
+            HOST_TEST,
+            HOST_SERVICE,
+            DOM0_INITRAMFS_INIT,
+            INITRAMFS,
+            DOM0_MODULES,
+            FEWER_MODULES,
+            HOST_SIZE,
+        ],
+    }
+    .get(|dir, log| {
+        let image = Image {
+            tree: &root,
+            first: Process::Systemd,
+            size: HOST_SIZE,
+        };
+        dom0_image(dir, log, &stock.build_root, &image, &Made::default())
+    })?;
+    Ok(Machines { dom0, ..stock })
+}
+
+/// The same machines with guests that have the stock kernel of another suite.
+pub(crate) fn with_guests_of(suite: &'static str) -> Result<Machines> {
+    let stock = stock_machines()?;
+    let dom0_root = dom0_root()?;
+    let kernel = guest_kernel(suite)?;
+    let ids = (folder_name(&kernel)?, folder_name(&dom0_root)?);
+    let guest = Artefact {
+        name: "guest-initramfs-other",
+        title: "the guests' initramfs for another kernel",
+        about: "3 s",
+        inputs: [&[ids.0.as_str(), &ids.1], GUEST_INPUTS].concat(),
+    }
+    .get(|dir, log| {
+        let modules = kernel.join("modules");
+        let root = with_modules(&stock.build_root, Some(&modules))?;
+        initramfs(dir, "guest.cpio", log, root, &dom0_root, GUEST)
+    })?;
+    Ok(Machines {
+        guest,
+        guest_kernel: kernel.join("vmlinuz"),
+        ..stock
+    })
+}
+
+/// The stock kernel of a suite, as guests have it: `vmlinuz` and `modules`.
+fn guest_kernel(suite: &'static str) -> Result<PathBuf> {
+    host::prepare()?;
+    let build_root = build_root()?;
+    Artefact {
+        name: "guest-kernel",
+        title: "another kernel for guests",
+        about: "30 s",
+        inputs: vec![suite, GUEST_KERNEL],
+    }
+    .get(|dir, log| {
+        let sources = dir.with_extension("list");
+        fs::write(&sources, host::sources_of(suite, &[""])?)?;
+        let mut command = Command::new("mmdebstrap");
+        command.args(["--variant=extract", "--include=linux-image-amd64", suite]);
+        command.arg(dir.join("tree")).arg(&sources);
+        run::logged(command.stdin(std::process::Stdio::null()), log)?;
+        let root = Root::new(&build_root).bind(dir, "/mnt/a");
+        run::logged(&mut root.script(GUEST_KERNEL), log)?;
+        run::remove_tree(&dir.join("tree"))
     })
 }
 
@@ -220,30 +329,19 @@ fn stock_machines() -> Result<Machines> {
         about: "20 s",
         inputs: [&[ids.0.as_str(), &ids.1], DOM0_INPUTS].concat(),
     }
-    .get(|dir, log| dom0_image(dir, log, &build_root, &dom0_root, &Made::default()))?;
+    .get(|dir, log| {
+        let image = Image::of_tests(&dom0_root);
+        dom0_image(dir, log, &build_root, &image, &Made::default())
+    })?;
     let guest = Artefact {
         name: "guest-initramfs",
         title: "the guests' initramfs",
         about: "3 s",
-        inputs: vec![
-            &ids.0,
-            &ids.1,
-            GUEST_INIT,
-            INITRAMFS,
-            GUEST_MODULES,
-            GUEST_PROGRAMS,
-            GUEST_SHELLS,
-        ],
+        inputs: [&[ids.0.as_str(), &ids.1], GUEST_INPUTS].concat(),
     }
     .get(|dir, log| {
-        let init = Initramfs {
-            init: GUEST_INIT,
-            modules: GUEST_MODULES,
-            programs: GUEST_PROGRAMS,
-            shells: GUEST_SHELLS,
-        };
         let root = Root::new(&build_root);
-        initramfs(dir, "guest.cpio", log, root, &dom0_root, init)
+        initramfs(dir, "guest.cpio", log, root, &dom0_root, GUEST)
     })?;
     Ok(Machines {
         build_root,
@@ -270,25 +368,29 @@ fn folder_name(path: &Path) -> Result<String> {
         .into_owned())
 }
 
-/// Makes a Debian tree of the target suite in `dir`, with the stock kernel of this release if there
-/// is one.
-fn debian(dir: &Path, log: &Path, packages: &str, release: Option<&str>) -> Result<()> {
+/// Makes a Debian tree with the stock kernel of this release and its headers.
+fn with_kernel(dir: &Path, log: &Path, packages: &str, release: &str) -> Result<()> {
+    let packages = format!("{packages}\nlinux-headers-{release}");
+    debian(dir, log, &packages, Some((KERNEL_HOOK, release)))
+}
+
+/// Makes a Debian tree of the target suite in `dir`. A hook is given the tree and a kernel's release.
+fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<(&str, &str)>) -> Result<()> {
     let sources = dir.with_extension("list");
     fs::write(&sources, host::sources()?)?;
-    let mut packages: Vec<String> = packages
+    let packages: Vec<&str> = packages
         .lines()
         .filter(|line| !line.starts_with('#'))
         .flat_map(str::split_whitespace)
-        .map(str::to_string)
         .collect();
-    packages.extend(release.map(|release| format!("linux-headers-{release}")));
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
     command.arg(format!("--include={}", packages.join(",")));
-    if release.is_some() {
-        let hook = dir.with_extension("hook");
-        fs::write(&hook, KERNEL_HOOK)?;
-        command.arg(format!("--customize-hook=sh {} \"$1\"", hook.display()));
+    if let Some((text, release)) = hook {
+        let file = dir.with_extension("hook");
+        fs::write(&file, text)?;
+        let call = format!("sh {} \"$1\" {release}", file.display());
+        command.arg(format!("--customize-hook={call}"));
     }
     command.arg(host::SUITE).arg(dir).arg(&sources);
     run::logged(command.stdin(std::process::Stdio::null()), log)
@@ -310,11 +412,66 @@ struct Made {
     modules: Option<PathBuf>,
 }
 
+/// Who is the first process of a dom0.
+enum Process {
+    /// A script that does what the tests need, and nothing else.
+    Script,
+    /// systemd, which starts what packages have, and then the test.
+    Systemd,
+}
+
+/// What a dom0's disk is made of.
+struct Image<'a> {
+    tree: &'a Path,
+    first: Process,
+    size: &'static str,
+}
+
+impl Image<'_> {
+    fn of_tests(tree: &Path) -> Image<'_> {
+        Image {
+            tree,
+            first: Process::Script,
+            size: DOM0_SIZE,
+        }
+    }
+}
+
+/// A package of a module has all modules indexed, which takes minutes in emulation: a machine has no other devices.
+const FEWER_MODULES: &str = "cd /mnt/a/tree/usr/lib/modules/RELEASE/kernel
+    rm -r sound net
+    find drivers -mindepth 1 -maxdepth 1 ! -name block ! -name char ! -name md ! -name virtio ! -name xen \
+        -exec rm -r {} +
+    depmod -b /mnt/a/tree RELEASE";
+
+/// Puts what runs the test into a dom0's tree.
+fn with_test(tree: &Path, first: &Process) -> Result<()> {
+    let program = match first {
+        Process::Script => {
+            let init = tree.join("usr/sbin/init");
+            // A package's init is a link to a program elsewhere: replace the link, not the program.
+            if init.symlink_metadata().is_ok() {
+                fs::remove_file(&init)?;
+            }
+            fs::write(&init, DOM0_INIT)?;
+            init
+        }
+        Process::Systemd => {
+            let unit = tree.join("etc/systemd/system/host-test.service");
+            fs::write(unit, HOST_SERVICE)?;
+            let program = tree.join("usr/local/sbin/host-test");
+            fs::write(&program, HOST_TEST)?;
+            program
+        }
+    };
+    run::shown(Command::new("chmod").arg("+x").arg(&program))
+}
+
 fn dom0_image(
     dir: &Path,
     log: &Path,
     build_root: &Path,
-    dom0_root: &Path,
+    image: &Image<'_>,
     kernel: &Made,
 ) -> Result<()> {
     let release = release(build_root)?;
@@ -323,7 +480,7 @@ fn dom0_image(
     run::logged(
         Command::new("cp")
             .args(["-a", "--reflink=auto"])
-            .arg(dom0_root)
+            .arg(image.tree)
             .arg(&tree),
         log,
     )?;
@@ -336,25 +493,23 @@ fn dom0_image(
         log,
     )?;
     fs::write(tree.join("etc/fstab"), "")?;
-    let init = tree.join("usr/sbin/init");
-    // A package's init is a link to a program elsewhere: replace the link, not the program.
-    if init.symlink_metadata().is_ok() {
-        fs::remove_file(&init)?;
-    }
-    fs::write(&init, DOM0_INIT)?;
-    run::shown(Command::new("chmod").arg("+x").arg(&init))?;
-
-    if let Some(image) = &kernel.image {
-        fs::copy(image, dir.join("vmlinuz"))?;
+    with_test(&tree, &image.first)?;
+    if let Some(kernel) = &kernel.image {
+        fs::copy(kernel, dir.join("vmlinuz"))?;
     }
     let root = Root::new(build_root).bind(dir, "/mnt/a");
+    if matches!(image.first, Process::Systemd) {
+        let script = FEWER_MODULES.replace("RELEASE", &release);
+        run::logged(&mut root.script(&script), log)?;
+    }
     let script = format!(
         "gunzip -c /mnt/a/tree/boot/xen-4.20-amd64.gz >/mnt/a/xen
          [ -e /mnt/a/vmlinuz ] ||
              cp $(ls /boot/vmlinuz-{release} /usr/lib/modules/{release}/vmlinuz 2>/dev/null | head -n1) /mnt/a/vmlinuz
          rm -f /mnt/a/tree/usr/lib/modules/{release}/vmlinuz
-         truncate -s {DOM0_SIZE} /mnt/a/dom0.img
-         mkfs.ext4 -q -E lazy_itable_init=0 -d /mnt/a/tree /mnt/a/dom0.img"
+         truncate -s {} /mnt/a/dom0.img
+         mkfs.ext4 -q -E lazy_itable_init=0 -d /mnt/a/tree /mnt/a/dom0.img",
+        image.size
     );
     run::logged(&mut root.script(&script), log)?;
     run::remove_tree(&tree)?;
@@ -365,8 +520,25 @@ fn dom0_image(
         shells: "",
     };
     let root = with_modules(build_root, kernel.modules.as_deref())?;
-    initramfs(dir, "dom0.cpio", log, root, dom0_root, init)
+    initramfs(dir, "dom0.cpio", log, root, image.tree, init)
 }
+
+/// What a guest's initramfs is made of beside programs.
+const GUEST_INPUTS: &[&str] = &[
+    GUEST_INIT,
+    INITRAMFS,
+    GUEST_MODULES,
+    GUEST_PROGRAMS,
+    GUEST_SHELLS,
+];
+
+/// What it holds.
+const GUEST: Initramfs = Initramfs {
+    init: GUEST_INIT,
+    modules: GUEST_MODULES,
+    programs: GUEST_PROGRAMS,
+    shells: GUEST_SHELLS,
+};
 
 /// What an initramfs holds beside busybox.
 struct Initramfs {

@@ -15,6 +15,7 @@ mod guest;
 mod history;
 mod hotplug;
 mod leaks;
+mod life;
 mod node;
 mod peer;
 mod process;
@@ -64,6 +65,12 @@ enum Face {
         /// The driver that must serve the disk.
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
+    },
+    /// On a host with systemd: a part of the life of the packages.
+    Life {
+        /// Which.
+        #[arg(value_enum)]
+        part: life::Part,
     },
     /// In a guest: read and write a disk at random and judge what was read.
     History(history::Args),
@@ -169,6 +176,7 @@ fn start() -> Result<ExitCode> {
             cases::run(&selection, driver)
         }
         Face::Demo { driver, story } => demo::run(driver, story),
+        Face::Life { part } => life::run(part),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
         Face::Peer => peer::main().map(|()| ExitCode::SUCCESS),

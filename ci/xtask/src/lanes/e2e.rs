@@ -6,10 +6,11 @@ use crate::kernel::Kernel;
 use crate::ktap;
 use crate::machine::{Host, Machine, Outcome};
 use crate::tally::Tally;
-use crate::{payload, recipes, run, second};
+use crate::{package, payload, recipes, run, second};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
@@ -101,11 +102,51 @@ pub(super) fn long(
     cases(tally, name, &script)
 }
 
+/// The cases that are about xenstore, with the other one of Xen's two daemons.
+pub(super) fn xenstored(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    const CASES: &str = "xenstore.*,lifecycle.*,migrate.*,takeover.*,tap.file,tap.supervisor_dies";
+    let script = format!(
+        "busybox pidof xenstored >/dev/null || {{ echo 'Bail out! it does not run' >\"$REPORT\"; exit 1; }}
+         exec /t/vmtest run --only '{CASES}'{}\n",
+        words(seed)
+    );
+    let mut machine = machine("xenstored");
+    machine.dom0_args = "xenstored=c".into();
+    cases_on(tally, machine, &script)
+}
+
+/// The suites whose stock kernels guests are tried with: Linux 6.1 and 6.12.
+const GUESTS: &[&str] = &["bookworm", "trixie"];
+
+/// Guests with older kernels: what they ask for and leave out, and what is done below them.
+pub(super) fn guests(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    const CASES: &str =
+        "phy.pv.*,phy.pvh.*,rings.*,tap.file,lifecycle.save_restore,takeover.load,handoff.s29_load";
+    for suite in GUESTS {
+        let name = format!("guests-{suite}");
+        let script = format!("exec /t/vmtest run --only '{CASES}'{}\n", words(seed));
+        let payload = with_faulty(&name, &script)?;
+        let machines = recipes::with_guests_of(suite)?;
+        run::remove_tree(&payload.join("guest"))?;
+        payload::add_guest(&payload, &machines, &build::programs()?.join("vmtest"))?;
+        let mut reader = ktap::Reader::default();
+        let outcome = machine(&name).run(&machines, &payload, |line| reader.line(line, tally));
+        reader.finish(tally);
+        consoles(tally, &name, outcome);
+    }
+    Ok(())
+}
+
 /// Cases of `vmtest`, in a machine of their own.
 fn cases(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
-    let payload = with_faulty(name, script)?;
-    let outcome = report(tally, machine(name), Kernel::Stock, &payload, |_| ());
-    consoles(tally, name, outcome);
+    cases_on(tally, machine(name), script)
+}
+
+fn cases_on(tally: &mut Tally, machine: Machine, script: &str) -> Result<()> {
+    let name = machine.name.clone();
+    let payload = with_faulty(&name, script)?;
+    let outcome = report(tally, machine, Kernel::Stock, &payload, |_| ());
+    consoles(tally, &name, outcome);
     Ok(())
 }
 
@@ -185,6 +226,50 @@ pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
         second.unwrap_or_else(|_| Err(anyhow::anyhow!("the second host's thread panicked")));
     tally.check("hosts.second-console-is-clean", second);
     Ok(())
+}
+
+/// The life of the packages on a host with systemd, a part of it for each time it is booted.
+const LIFE: &[&str] = &["installed", "upgraded", "removed"];
+
+/// Packages are installed, upgraded under load, downgraded and removed on a host that keeps its disk.
+pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+    // As the kernel's command line says.
+    const SCRIPT: &str =
+        "exec /t/vmtest life \"$(sed -n 's/.*\\blife=\\([a-z]*\\).*/\\1/p' /proc/cmdline)\"\n";
+    let machines = recipes::hosts()?;
+    let payload = payload::new("life", SCRIPT)?;
+    let repository = payload.join("repository");
+    for made in [package::all, package::next] {
+        made(&repository)?;
+    }
+    package::index(&repository)?;
+    let programs = build::programs()?;
+    payload::add_program(&payload, &programs.join("vmtest"))?;
+    payload::add_guest(&payload, &machines, &programs.join("vmtest"))?;
+    let disk = build::repository()?.join("target/vm/life.disk");
+    run::remove_tree(&disk)?;
+    fs::create_dir_all(&disk)?;
+    let root = disk.join("root.img");
+    let mut copy = Command::new("cp");
+    copy.args(["--sparse=always", "--reflink=auto"]);
+    run::shown(copy.arg(machines.dom0.join("dom0.img")).arg(&root))?;
+    let before = tally.failed;
+    for part in LIFE {
+        let name = format!("life-{part}");
+        let mut machine = machine(&name);
+        machine.root = Some(root.clone());
+        // Each line on a console of Xen takes its time.
+        machine.dom0_args = format!("life={part} systemd.show_status=no");
+        let mut reader = ktap::Reader::default();
+        let outcome = machine.run(&machines, &payload, |line| reader.line(line, tally));
+        reader.finish(tally);
+        consoles(tally, &name, outcome);
+        if tally.failed > before {
+            // The parts that follow build on it.
+            break;
+        }
+    }
+    run::remove_tree(&disk)
 }
 
 /// Random requests of a malicious frontend; each run says its seed.

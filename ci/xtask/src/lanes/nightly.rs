@@ -33,6 +33,12 @@ const PARTS: &[(&str, Part)] = &[
     ("direct", Part::Own(e2e::direct)),
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
+    // Guests with other kernels than dom0's.
+    ("guests", Part::Own(e2e::guests)),
+    // The daemon of xenstore in C; all others have the one in OCaml.
+    ("xenstored", Part::Own(e2e::xenstored)),
+    // Packages on a host with systemd.
+    ("life", Part::Own(e2e::life)),
     // Two machines at once.
     ("hosts", Part::Own(e2e::hosts)),
     // On a kernel with its own checks.

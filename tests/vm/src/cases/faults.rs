@@ -152,7 +152,7 @@ pub(super) fn endless(device: &str, size: &str, depth: u32) -> String {
 }
 
 /// Waits until requests flow through the backend.
-pub(super) fn wait_load(vbd: &crate::guest::Vbd) -> Result<()> {
+pub(crate) fn wait_load(vbd: &crate::guest::Vbd) -> Result<()> {
     let before = vbd.statistic("wr_req")?;
     sh::wait_for("a load on the disk", Duration::from_secs(60), || {
         Ok(vbd.statistic("wr_req")? > before + 100)

@@ -177,7 +177,7 @@ pub(super) fn end_job(guest: &Guest, vbd: &Vbd, job: Job) -> Result<()> {
 }
 
 /// Waits for a job that was running when its guest was saved.
-pub(super) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
+pub(crate) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
     let done = guest.wait(job, FIO).with_context(|| {
         let vbd = Vbd::of(guest.domid, "xvda");
         vbd.map_or_else(|error| format!("{error:#}"), |vbd| vbd.describe())

@@ -43,6 +43,14 @@ mod xenstore;
 
 use crate::guest::{Config, Guest, Kind};
 pub(crate) use basic::{compare, verify_job};
+/// What guests do while something happens below them.
+pub(crate) mod load {
+    pub(crate) use super::basic::compare;
+    pub(crate) use super::faults::wait_load;
+    pub(crate) use super::lifecycle::wait_saved as wait_ended;
+    pub(crate) use super::tap::{wait_progress, VDEV};
+}
+pub(crate) use takeover::build_id;
 
 use crate::report::{Report, Verdict};
 use crate::tap::Supervisor;

@@ -182,7 +182,7 @@ fn module(context: &mut Context) -> Result<()> {
 }
 
 /// The module that is loaded, as Linux and the files of modules name it.
-fn build_id() -> Result<Vec<u8>> {
+pub(crate) fn build_id() -> Result<Vec<u8>> {
     let path = "/sys/module/xen_blkback_rs/notes/.note.gnu.build-id";
     let note = std::fs::read(path).with_context(|| format!("cannot read {path}"))?;
     let at = note.len().checked_sub(20).context("a short note")?;

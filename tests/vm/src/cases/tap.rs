@@ -13,7 +13,7 @@ use anyhow::{ensure, Context as _, Result};
 use std::path::Path;
 use std::time::Duration;
 
-pub(super) const VDEV: &str = "xvdb";
+pub(crate) const VDEV: &str = "xvdb";
 pub(super) const DEVICE: &str = "/dev/xvdb";
 
 /// The cases of this file.

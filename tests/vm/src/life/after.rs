@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The packages are gone, and the host has booted since.
+
+use super::working::Working;
+use super::{host, Chapter, Story};
+use crate::Driver;
+use anyhow::{ensure, Result};
+
+pub(super) fn chapters() -> Vec<Chapter> {
+    vec![Chapter {
+        name: "life.after",
+        about: "the C driver serves as if nothing had been",
+        tell: after,
+    }]
+}
+
+fn after(_: &mut Story) -> Result<()> {
+    host::is_up()?;
+    let working = Working::begin()?;
+    working.is_served_by(Driver::C)?;
+    ensure!(!host::is_loaded(Driver::Rs), "our module is loaded");
+    working.end()
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The host has Xen's own driver, and gets ours.
+
+use super::working::Working;
+use super::{host, Chapter, Story};
+use crate::{sh, Driver};
+use anyhow::{ensure, Context, Result};
+
+pub(super) fn chapters() -> Vec<Chapter> {
+    vec![
+        Chapter {
+            name: "life.before",
+            about: "a guest works on a disk of the C driver",
+            tell: before,
+        },
+        Chapter {
+            name: "life.installed",
+            about: "the packages are installed, and the guest goes on with the C driver",
+            tell: installed,
+        },
+        Chapter {
+            name: "life.decided_for",
+            about: "ours is decided for, takes the disk over, and serves a tap disk at once",
+            tell: decided_for,
+        },
+    ]
+}
+
+fn before(story: &mut Story) -> Result<()> {
+    host::is_up()?;
+    let working = Working::begin()?;
+    working.is_served_by(Driver::C)?;
+    story.working = Some(working);
+    Ok(())
+}
+
+fn installed(story: &mut Story) -> Result<()> {
+    let [version, _] = host::versions()?;
+    host::apt_does(&["update"])?;
+    let [programs, module] = host::both(&version)?;
+    host::apt_does(&["install", &programs, &module])?;
+    let working = story.working()?;
+    working.is_served_by(Driver::C)?;
+    working.goes_on()?;
+    ensure!(
+        !host::is_loaded(Driver::Rs),
+        "installing has loaded our module"
+    );
+    ensure!(
+        !host::is_active("blktapctrl.service")?,
+        "installing has started a supervisor on a host that has not decided for it"
+    );
+    host::nothing_failed()
+}
+
+fn decided_for(story: &mut Story) -> Result<()> {
+    let said = sh::run(&["xen-blkback-rs", "enable"])?;
+    ensure!(
+        said.contains("xen-blkback-rs takeover"),
+        "it is not said how to change at once: {said}"
+    );
+    sh::run(&["xen-blkback-rs", "takeover"])?;
+    let working = story.working()?;
+    working.is_served_by(Driver::Rs)?;
+    working.goes_on()?;
+    working.add_tap()?;
+    host::nothing_failed()?;
+    let working = story.working.take().context("nobody works")?;
+    working.end()
+}

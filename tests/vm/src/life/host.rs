@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The host as its administrator sees it: apt, systemd, and which driver serves.
+
+use crate::sh::{self, Output};
+use crate::Driver;
+use anyhow::{ensure, Context, Result};
+use std::path::Path;
+use std::time::Duration;
+
+/// A boot, and what apt does, take long in emulation.
+const LONG: Duration = Duration::from_secs(600);
+/// The folder that apt installs from, as it is indexed.
+const INDEX: &str = "/t/repository/Packages";
+/// The package of the programs.
+const PROGRAMS: &str = "xen-blkback-rs";
+
+/// The package of the module.
+fn of_module() -> Result<String> {
+    let release = sh::run(&["uname", "-r"])?;
+    Ok(format!("{PROGRAMS}-modules-{}", release.trim()))
+}
+
+/// The two versions that there are: this one and the next.
+pub(super) fn versions() -> Result<[String; 2]> {
+    let index = sh::get(INDEX)?;
+    let of_programs = index.split("\n\n").filter(|its| {
+        its.lines()
+            .any(|line| line == format!("Package: {PROGRAMS}"))
+    });
+    let mut versions: Vec<String> = of_programs
+        .filter_map(|its| its.lines().find_map(|line| line.strip_prefix("Version: ")))
+        .map(str::to_owned)
+        .collect();
+    versions.sort();
+    let count = versions.len();
+    <[String; 2]>::try_from(versions)
+        .ok()
+        .with_context(|| format!("{INDEX} has {count} versions of {PROGRAMS}"))
+}
+
+/// Runs apt-get as nobody who can answer does.
+pub(super) fn apt(arguments: &[&str]) -> Result<Output> {
+    const APT: &[&str] = &[
+        "env",
+        "DEBIAN_FRONTEND=noninteractive",
+        "apt-get",
+        "--yes",
+        "--quiet",
+        "-o",
+        "Dpkg::Use-Pty=0",
+    ];
+    sh::status(&[APT, arguments].concat(), LONG)
+}
+
+/// The same, which must succeed; returns what is said.
+pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
+    let done = apt(arguments)?;
+    ensure!(
+        done.rc == 0,
+        "apt-get {} failed: {}",
+        arguments.join(" "),
+        sh::tail(&done.text, 2000)
+    );
+    Ok(done.text)
+}
+
+/// What is asked of apt to have both packages in a version.
+pub(super) fn both(version: &str) -> Result<[String; 2]> {
+    Ok([PROGRAMS.to_owned(), of_module()?].map(|package| format!("{package}={version}")))
+}
+
+/// The names of both packages.
+pub(super) fn packages() -> Result<[String; 2]> {
+    Ok([PROGRAMS.to_owned(), of_module()?])
+}
+
+/// Waits until systemd has started all, none of which may have failed.
+pub(super) fn is_up() -> Result<()> {
+    sh::wait_for("the end of the boot", LONG, || {
+        let state = sh::status(&["systemctl", "is-system-running"], LONG)?;
+        Ok(matches!(state.stdout.trim(), "running" | "degraded"))
+    })?;
+    nothing_failed()
+}
+
+/// No unit of systemd has failed.
+pub(super) fn nothing_failed() -> Result<()> {
+    let failed = sh::run(&[
+        "systemctl",
+        "list-units",
+        "--failed",
+        "--plain",
+        "--no-legend",
+    ])?;
+    let first = failed.split_whitespace().next();
+    let Some(unit) = first else {
+        return Ok(());
+    };
+    let said = sh::run(&["journalctl", "--no-pager", "-n", "20", "-u", unit])?;
+    anyhow::bail!("units have failed: {failed}: {}", sh::tail(&said, 1000))
+}
+
+/// What systemd says of a unit.
+pub(super) fn property(unit: &str, name: &str) -> Result<String> {
+    let said = sh::run(&["systemctl", "show", "--value", "-p", name, unit])?;
+    Ok(said.trim().to_owned())
+}
+
+/// Whether a unit is active.
+pub(super) fn is_active(unit: &str) -> Result<bool> {
+    Ok(property(unit, "ActiveState")? == "active")
+}
+
+/// The process of the supervisor.
+pub(super) fn supervisor() -> Result<u32> {
+    let pid = property("blktapctrl.service", "MainPID")?;
+    let pid = pid.parse().ok().filter(|pid| *pid != 0);
+    pid.context("systemd runs no blktapctrl.service")
+}
+
+/// Whether the module of a driver is loaded.
+pub(super) fn is_loaded(driver: Driver) -> bool {
+    Path::new("/sys/module").join(driver.sys_module()).exists()
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! The life of the packages on a host with systemd: installed while the C driver serves, upgraded and downgraded under
+//! load, removed. The host's disk outlives its boots. Each boot is a part of the life, and each chapter of a part
+//! builds on those before it.
+
+mod after;
+mod before;
+mod host;
+mod serving;
+mod working;
+
+use crate::report::{Report, Verdict};
+use crate::splat;
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use std::process::ExitCode;
+use std::time::Instant;
+use working::Working;
+
+/// What is done in one boot.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// The C driver serves, the packages are installed, and it is decided for ours.
+    Installed,
+    /// Ours serves, is upgraded and downgraded below guests that work, and removed.
+    Upgraded,
+    /// The C driver serves again.
+    Removed,
+}
+
+impl Part {
+    fn chapters(self) -> Vec<Chapter> {
+        match self {
+            Part::Installed => before::chapters(),
+            Part::Upgraded => serving::chapters(),
+            Part::Removed => after::chapters(),
+        }
+    }
+}
+
+/// A piece of a part, and what it shows in one line.
+struct Chapter {
+    name: &'static str,
+    about: &'static str,
+    tell: fn(&mut Story) -> Result<()>,
+}
+
+/// What goes from one chapter to the next.
+struct Story {
+    report: Report,
+    working: Option<Working>,
+}
+
+impl Story {
+    fn working(&mut self) -> Result<&mut Working> {
+        self.working.as_mut().context("nobody works")
+    }
+}
+
+/// Tells one part.
+pub(crate) fn run(part: Part) -> Result<ExitCode> {
+    let mut story = Story {
+        report: Report::open()?,
+        working: None,
+    };
+    let chapters = part.chapters();
+    story.report.plan(chapters.len())?;
+    for chapter in chapters {
+        let about = format!("{}: {}", chapter.name, chapter.about);
+        story.report.note(&about)?;
+        let begun = Instant::now();
+        let verdict = match judged(&mut story, chapter.tell) {
+            Ok(()) => Verdict::Pass,
+            Err(error) => Verdict::Fail(format!("{error:#}")),
+        };
+        let seconds = begun.elapsed().as_secs_f64();
+        story.report.verdict(chapter.name, seconds, &verdict)?;
+        if story.report.problems() > 0 {
+            let why = "the chapters that follow build on this one";
+            story.report.bail_out(why)?;
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    story.report.finish()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tells a chapter, and looks whether dom0's kernel is well.
+fn judged(story: &mut Story, tell: fn(&mut Story) -> Result<()>) -> Result<()> {
+    let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
+    tell(story)?;
+    let messages = kmsg.take()?;
+    let bad = splat::in_kernel("dom0", messages.iter().map(String::as_str));
+    anyhow::ensure!(bad.is_empty(), "{}", bad.join("; "));
+    Ok(())
+}
