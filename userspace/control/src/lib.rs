@@ -53,7 +53,7 @@ pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
 pub use channel::Channel;
 pub use export::{Export, Listener};
 pub use failure::{Code, Failure};
-pub use lease::LeaseKind;
+pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;
 pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, Target};
 pub use tls::{Tls, TlsFile};

@@ -265,6 +265,13 @@ impl Target {
                  would be: use aio:, or lease=record"
             )));
         }
+        // What is in there is written when the process is gone, and another host has the lease.
+        if matches!(lease, LeaseKind::Sanlock(_)) && !self.driver.is_direct() {
+            return Err(Failure::invalid(format!(
+                "{self} is written through the page cache, which nothing ends when sanlock takes the lease away: use \
+                 aio:, or lease=record"
+            )));
+        }
         Ok(Self { lease, ..self })
     }
 
@@ -759,6 +766,7 @@ mod tests {
         for text in [
             "lease=record,aio:/srv/a,b.img",
             "lease=record:/srv/leases/a,qcow2:/srv/a.qcow2",
+            "lease=sanlock:vms:a:/srv/leases:1048576,qcow2:/srv/a.qcow2",
         ] {
             let target: Target = text.parse().unwrap();
             assert_eq!(target.to_string(), text);
@@ -774,6 +782,7 @@ mod tests {
             "lease=record,ram:1M",
             "lease=record,lease=lock,aio:/a",
             "lease=record,/srv/a",
+            "lease=sanlock:vms:a:/srv/leases:0,sync:/a",
         ] {
             assert!(text.parse::<Target>().is_err(), "{text:?}");
         }

@@ -23,7 +23,7 @@
 //!
 //! [`Kind::Record`] is a small file beside the image ([`mod@record`] says by which rules, and what they
 //! rest on). [`Kind::Reservation`] is one of the storage itself ([`mod@reservation`]): its term has no end, because what
-//! a holder does that has lost it the storage refuses. [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
+//! a holder does that has lost it the storage refuses. [`Kind::Sanlock`] is a resource of sanlock ([`mod@sanlock`]). [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
 //! file system's locks are between hosts.
 #![forbid(unsafe_code)]
 
@@ -35,6 +35,7 @@ mod lock;
 mod place;
 pub mod record;
 pub mod reservation;
+pub mod sanlock;
 #[cfg(test)]
 mod sim;
 mod term;
@@ -69,6 +70,20 @@ pub struct Holder {
     /// The key under which the storage has it, if it has one. The generation is the same number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// The host as sanlock knows it, if it is of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sanlock: Option<Owner>,
+}
+
+/// A host of a lockspace of sanlock's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Owner {
+    /// Its number there.
+    pub host_id: u64,
+    /// How often a host had joined under this number when it took the lease.
+    pub generation: u64,
+    /// `live`, `failing`, `dead`, `gone` (it has left, or joined anew) or `unknown`, as this host sees it.
+    pub state: String,
 }
 
 /// What a lease is like.
@@ -146,6 +161,15 @@ pub trait Lease: Send + fmt::Debug {
     /// # Errors
     /// It may still be this host's: try again. [`Gone`](control::Code::Gone): it was lost before.
     fn give_up(&mut self) -> Result<(), Failure>;
+
+    /// Lets go of what is left of a lease that is lost: its holder has stopped, and nothing of its I/O is under way. Until
+    /// then sanlock takes the host for one that writes, and has it reset.
+    ///
+    /// # Errors
+    /// It is not let go of: try again.
+    fn settle(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
 
     /// Takes it away from a holder who is dead, and leaves it free. Watches for a while whether he is, or has the
     /// storage end what he has under way, and returns who it was.

@@ -91,6 +91,7 @@ impl Lock {
             since_ms: 0,
             is_here,
             key: None,
+            sanlock: None,
         }
     }
 }

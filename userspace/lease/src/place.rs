@@ -3,7 +3,7 @@
 
 use crate::lock::Lock;
 use crate::record::Recorded;
-use crate::{reservation, Claim, Lease};
+use crate::{reservation, sanlock, Claim, Lease};
 use control::{Failure, LeaseKind};
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ pub struct Place {
 #[must_use]
 pub fn place(kind: &LeaseKind, image: &Path) -> Place {
     let record = match kind {
-        LeaseKind::Lock | LeaseKind::Reservation => None,
+        LeaseKind::Lock | LeaseKind::Reservation | LeaseKind::Sanlock(_) => None,
         LeaseKind::Record(Some(path)) => Some(path.clone()),
         LeaseKind::Record(None) => {
             let mut name = image.as_os_str().to_owned();
@@ -40,8 +40,10 @@ pub fn place(kind: &LeaseKind, image: &Path) -> Place {
 /// It cannot be opened.
 pub fn open(kind: &LeaseKind, image: &Path, claim: Claim) -> Result<Box<dyn Lease>, Failure> {
     let place = place(kind, image);
-    if *kind == LeaseKind::Reservation {
-        return reservation::open(image, claim);
+    match kind {
+        LeaseKind::Reservation => return reservation::open(image, claim),
+        LeaseKind::Sanlock(resource) => return Ok(sanlock::open(resource, image, claim)),
+        LeaseKind::Lock | LeaseKind::Record(_) => {}
     }
     match place.record {
         None => Ok(Box::new(Lock::open(&place.image, claim)?)),

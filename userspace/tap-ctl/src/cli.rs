@@ -57,8 +57,10 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
 Of the tables of an image 32M at most are kept in memory; cache=128M, in front says another number.
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
 lease=record:/PATH, with the record at a path that all hosts have. Of a whole SCSI disk, an NVMe namespace or a map of
-dm-multipath lease=reservation, has the storage itself refuse what all others write:
+dm-multipath lease=reservation, has the storage itself refuse what all others write. Where sanlock orders the storage,
+lease=sanlock:LOCKSPACE:RESOURCE:/PATH:OFFSET, takes a resource of it, which is made once with sanlock direct init -r:
   lease=record,aio:/srv/a.img
+  lease=sanlock:vms:a:/dev/vg/leases:1048576,aio:/dev/vg/a
   lease=reservation,aio:/dev/disk/by-id/wwn-0x5000c500a1b2c3d4
 An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
 process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of another format:
@@ -302,10 +304,12 @@ pub(crate) enum Verb {
     },
 }
 
-/// The lease of an image: `lease=record` or `lease=reservation` of a target. This asks the storage, not blktapctrl.
+/// The lease of an image: `lease=record`, `lease=reservation` or `lease=sanlock` of a target. This asks the storage or
+/// sanlock, not blktapctrl.
 #[derive(Debug, Subcommand)]
 pub(crate) enum LeaseVerb {
-    /// Say who has it: of a reservation its key, the host if it is this one, else a part of its number
+    /// Say who has it: of a reservation its key, the host if it is this one, else a part of its number; of a lease of
+    /// sanlock's the host's number in the lockspace, and whether it lives
     Show {
         /// A target, or the absolute path of an image
         image: String,
@@ -313,7 +317,8 @@ pub(crate) enum LeaseVerb {
     /// Take it away from a holder whose host is dead, which no program can know, and leave it free
     ///
     /// A record is watched for 13 seconds: its holder must be silent. Of a reservation the storage first ends what its
-    /// holder has under way, and refuses from then on what it writes: should it live, its disk stops.
+    /// holder has under way, and refuses from then on what it writes: should it live, its disk stops. A lease of sanlock's
+    /// is not broken: sanlock gives it to the next host by itself, once a watchdog has reset the dead one.
     Break {
         /// A target, or the absolute path of an image
         image: String,

@@ -79,7 +79,8 @@ fn show(view: &View) -> String {
     }
 }
 
-/// Words `name=value`; a lock does not say who has it, and of a reservation little more is known than its key.
+/// Words `name=value`; a lock does not say who has it, of a reservation little more is known than its key, and of a lease
+/// of sanlock's the host, not its disk.
 fn holder(who: &Holder) -> String {
     if who.host.is_empty() {
         return "host=unknown".into();
@@ -87,6 +88,16 @@ fn holder(who: &Holder) -> String {
     let here = if who.is_here { " here" } else { "" };
     if let Some(key) = &who.key {
         return format!("host={} key={key}{here}", who.host);
+    }
+    if let Some(owner) = &who.sanlock {
+        let since = match who.since_ms {
+            0 => "unknown".into(),
+            ms => format!("{:?}", date(ms)),
+        };
+        return format!(
+            "host={} host-id={} host-generation={} host-state={} generation={} since={since}{here}",
+            who.host, owner.host_id, owner.generation, owner.state, who.generation,
+        );
     }
     format!(
         "host={} generation={} since={:?} disk={:?}{here}",
@@ -160,6 +171,32 @@ mod tests {
         }
         let wrong = "tap-ctl lease break /srv/a.img --holder-is-dead 3fa2c".split(' ');
         assert!(Cli::try_parse_from(wrong).is_err());
+    }
+
+    #[test]
+    fn a_lease_of_sanlock_is_shown_with_its_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = lease::sanlock::fake::Storage::default();
+        let [here, there] = [1, 2].map(|number| storage.node(dir.path(), number).unwrap());
+        let text = "sanlock:vms:a:/srv/leases";
+        let Ok(control::LeaseKind::Sanlock(resource)) = text.parse() else {
+            panic!("{text}");
+        };
+        let image = std::path::Path::new("/srv/a.img");
+        let mut open = [&here, &there].map(|node| {
+            let claim = Claim::new("tap-ctl").unwrap();
+            node.lease(&resource, image, claim)
+        });
+        let free = open[1].inspect().unwrap();
+        assert_eq!(super::show(&free), "state=free generation=0\n");
+        open[0].take(Duration::ZERO).unwrap();
+        let view = open[1].inspect().unwrap();
+        let shown = super::show(&view);
+        let begin = "state=held host=alpha host-id=1 host-generation=1 host-state=live generation=1 since=\"2";
+        assert!(shown.starts_with(begin), "{shown}");
+        assert_eq!(serde_json::json!(view)["sanlock"]["host_id"], 1);
+        let shown = super::show(&open[0].inspect().unwrap());
+        assert!(shown.ends_with(" here\n"), "{shown}");
     }
 
     #[test]

@@ -88,6 +88,7 @@ impl Record {
             since_ms: self.since_ms,
             is_here: host.machine == other.machine && host.boot == other.boot,
             key: None,
+            sanlock: None,
         }
     }
 }

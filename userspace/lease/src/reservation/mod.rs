@@ -109,6 +109,7 @@ impl<S: Storage> Reserved<S> {
             since_ms: 0,
             is_here,
             key: Some(key.to_string()),
+            sanlock: None,
         }
     }
 
