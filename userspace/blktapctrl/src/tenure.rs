@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The lease of an image that this host has.
 
-use lease::Keeper;
+use lease::{Keeper, Kind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,4 +12,6 @@ pub struct Tenure {
     pub keeper: Arc<Keeper>,
     /// What it is of.
     pub image: PathBuf,
+    /// How hosts agree about it.
+    pub kind: Kind,
 }

@@ -9,6 +9,9 @@
 //! A reservation needs no such end: the storage refuses what its holder must not do any more. But whoever broke it leaves
 //! it free, and the image may have been written before it is reserved again. So it is on record that a disk has it, and
 //! one that finds that it has not is paused: somebody has to look before it goes on.
+//!
+//! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end of
+//! the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
 
 use super::trouble::{pause_for_good, Rate};
 use super::Lifecycle;
@@ -56,7 +59,13 @@ impl Lifecycle {
         let held = held.filter(|tenure| tenure.image == image && !tenure.keeper.has_ended());
         let tenure = match held {
             Some(tenure) => tenure,
-            None => self.take_lease(disk, open, image).await?,
+            None => match self.take_lease(disk, open, image).await {
+                Ok(tenure) => tenure,
+                Err(failure) => {
+                    self.end_if_lost(disk, open, process, &failure).await;
+                    return Err(failure);
+                }
+            },
         };
         let term = tenure.keeper.term();
         if term.is_over() {
@@ -74,6 +83,27 @@ impl Lifecycle {
             .ask(&Request::Term { until }, &[], SOON)
             .await
             .map(drop)
+    }
+
+    /// A process that serves a disk, as an earlier supervisor left it, ends when the lease of that is lost.
+    async fn end_if_lost(&self, disk: &Disk, open: &Open, process: &Process, why: &Failure) {
+        let is_lost = why.code == Code::Gone && disk.record.borrow().reserved;
+        if !is_lost || !is_sanlocked(open.target.lease()) {
+            return;
+        }
+        let over = Request::Term {
+            until: Some(Duration::ZERO),
+        };
+        if let Err(failure) = process.ask(&over, &[], SOON).await {
+            if !process.has_died(&failure).await {
+                tell!(
+                    warn,
+                    disk.about().failed(&failure),
+                    "disk {}: its process is not told that its lease is lost: {failure}",
+                    disk.minor
+                );
+            }
+        }
     }
 
     async fn take_lease(
@@ -104,13 +134,14 @@ impl Lifecycle {
         let tenure = Tenure {
             keeper: Arc::new(keeper),
             image,
+            kind: open.target.lease().clone(),
         };
         disk.lease.replace(Some(tenure.clone()));
         tokio::task::spawn_local(follow(self.clone(), disk.clone(), news));
         Ok(tenure)
     }
 
-    /// Takes a lease, or goes on with a reservation that the disk has.
+    /// Takes a lease, or goes on with what the host has for the disk.
     async fn reserve(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -119,9 +150,9 @@ impl Lifecycle {
         claim: Claim,
     ) -> Result<(Box<dyn Lease>, Grant), Failure> {
         let (kind, place) = (open.target.lease().clone(), image.to_owned());
-        let is_reservation = kind == LeaseKind::Reservation;
-        if is_reservation {
-            self.check_not_reserved_here(disk, image)?;
+        let is_of_host = kind.is_of_host();
+        if is_of_host {
+            self.check_not_reserved_here(disk, &kind, image)?;
         }
         let has_it = disk.record.borrow().reserved;
         let how = self.leases.borrow().clone();
@@ -134,7 +165,7 @@ impl Lifecycle {
             Ok((lease, grant))
         });
         match taken.await {
-            Ok(taken) if is_reservation && !has_it => {
+            Ok(taken) if is_of_host && !has_it => {
                 self.registry
                     .change(disk, |record| record.reserved = true)?;
                 Ok(taken)
@@ -149,14 +180,25 @@ impl Lifecycle {
 
     /// All disks of a host are one to the storage: it would take what another one of them writes that has lost the
     /// reservation and does not know yet.
-    fn check_not_reserved_here(&self, disk: &Disk, image: &Path) -> Result<(), Failure> {
-        let has_it = |other: &Rc<Disk>| other.record.borrow().reserved;
-        match self.rivals(disk).into_iter().find(has_it) {
+    fn check_not_reserved_here(
+        &self,
+        disk: &Disk,
+        kind: &LeaseKind,
+        image: &Path,
+    ) -> Result<(), Failure> {
+        let rivals: Vec<u32> = self.rivals(disk).iter().map(|disk| disk.minor).collect();
+        let is_its = |open: &Open| is_one_resource(open.target.lease(), kind);
+        let has_it = |other: &Rc<Disk>| {
+            let record = other.record.borrow();
+            let is_one = rivals.contains(&other.minor) || record.open.as_ref().is_some_and(is_its);
+            record.reserved && is_one && other.minor != disk.minor
+        };
+        match self.registry.all().into_iter().find(has_it) {
             None => Ok(()),
             Some(other) => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "{} is reserved for {}, which has not let go of it yet",
+                    "the lease of {} is that of {}, which has not let go of it yet",
                     image.display(),
                     other.name()
                 ),
@@ -207,14 +249,26 @@ impl Lifecycle {
                 );
             }
         }
-        // The next one who finds the reservation knows it by its key, should this not be finished.
-        disk.record.borrow_mut().reserved = false;
-        self.registry.note(disk);
-        if tenure.keeper.has_ended() {
-            return;
+        // The next one who finds a reservation knows it by its key, should this not be finished; of sanlock's nobody is
+        // known but the host.
+        let is_sanlocked = is_sanlocked(&tenure.kind);
+        if !is_sanlocked {
+            self.note_reserved_no_more(disk);
         }
         let image = tenure.image.clone();
-        if let Err(failure) = apart(&image, LIMIT, move || tenure.keeper.give_up()).await {
+        let given_up = match (tenure.keeper.has_ended(), is_sanlocked) {
+            (true, false) => return,
+            (true, true) => {
+                self.give_left_over_up(disk, tenure.kind, image.clone())
+                    .await
+            }
+            (false, _) => apart(&image, LIMIT, move || tenure.keeper.give_up()).await,
+        };
+        let is_over = matches!(&given_up, Err(failure) if failure.code == Code::Gone);
+        if is_sanlocked && (given_up.is_ok() || is_over) {
+            self.note_reserved_no_more(disk);
+        }
+        if let Err(failure) = given_up {
             let message = format!(
                 "the lease of {} is not given up: {failure}",
                 image.display()
@@ -227,31 +281,32 @@ impl Lifecycle {
         }
     }
 
-    /// Gives up what an earlier supervisor reserved for a disk, which this one has not needed.
+    fn note_reserved_no_more(&self, disk: &Disk) {
+        disk.record.borrow_mut().reserved = false;
+        self.registry.note(disk);
+    }
+
+    /// Gives up what an earlier supervisor had for a disk, which this one has not needed.
     async fn give_reservation_up(&self, disk: &Disk) {
         if !disk.record.borrow().reserved {
             return;
         }
         let given_up = async {
             self.fenced(disk, LIMIT).await?;
-            let (open, token) = (disk.open()?, disk.record.borrow().lease.clone());
-            let (Some(image), Some(token)) = (image_of(&open), token) else {
-                return Ok(());
-            };
-            let claim = Claim::new("")?.again(&token)?;
-            let (how, place) = (self.leases.borrow().clone(), image.clone());
-            apart(&image, LIMIT, move || {
-                let mut lease = how(open.target.lease(), &place, claim)?;
-                lease.resume(0)?;
-                lease.give_up()
-            })
-            .await
+            let open = disk.open()?;
+            match image_of(&open) {
+                Some(image) => {
+                    let kind = open.target.lease().clone();
+                    self.give_left_over_up(disk, kind, image).await
+                }
+                None => Ok(()),
+            }
         };
         match given_up.await {
             // It was lost before.
             Err(failure) if failure.code != Code::Gone => {
                 let message = format!(
-                    "the reservation of disk {} is not given up: {failure}",
+                    "what disk {} has reserved is not given up: {failure}",
                     disk.minor
                 );
                 let what = What::Failed {
@@ -259,12 +314,54 @@ impl Lifecycle {
                     retry_ms: 0,
                 };
                 self.registry.events.add(Some(disk.minor), what);
+                // Nobody else on this host gives that up.
+                if disk
+                    .open()
+                    .is_ok_and(|open| is_sanlocked(open.target.lease()))
+                {
+                    return;
+                }
             }
             _ => {}
         }
-        disk.record.borrow_mut().reserved = false;
-        self.registry.note(disk);
+        self.note_reserved_no_more(disk);
     }
+
+    /// Gives up what the host has for a disk and nobody keeps, or lets go of what is left of it when it is lost. Nothing
+    /// of its I/O is under way.
+    async fn give_left_over_up(
+        &self,
+        disk: &Disk,
+        kind: LeaseKind,
+        image: PathBuf,
+    ) -> Result<(), Failure> {
+        let Some(token) = disk.record.borrow().lease.clone() else {
+            return Ok(());
+        };
+        let claim = Claim::new("")?.again(&token)?;
+        let (how, place) = (self.leases.borrow().clone(), image.clone());
+        apart(&image, LIMIT, move || {
+            let mut lease = how(&kind, &place, claim)?;
+            match lease.resume(0) {
+                Ok(_) => lease.give_up(),
+                Err(lost) if lost.code == Code::Gone => lease.settle(),
+                Err(failure) => Err(failure),
+            }
+        })
+        .await
+    }
+}
+
+/// Both are the same resource of sanlock, whatever they are of, and wherever it is said to be.
+fn is_one_resource(one: &LeaseKind, other: &LeaseKind) -> bool {
+    let (LeaseKind::Sanlock(one), LeaseKind::Sanlock(other)) = (one, other) else {
+        return false;
+    };
+    (&one.lockspace, &one.name) == (&other.lockspace, &other.name)
+}
+
+fn is_sanlocked(kind: &LeaseKind) -> bool {
+    matches!(kind, LeaseKind::Sanlock(_))
 }
 
 /// Passes on what becomes of a lease, until it is given up or lost.

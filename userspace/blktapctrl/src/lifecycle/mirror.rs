@@ -21,7 +21,7 @@ use crate::record::{Mirrored, Next, Part, Role, Want};
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Doing, MirrorTo, Mode, Moved, What};
 use control::tapdisk::{Open, Request};
-use control::{Code, Driver, Failure, LeaseKind, Target};
+use control::{Code, Driver, Failure, Target};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -461,10 +461,10 @@ fn over(disk: &Disk, state: Mirroring) {
 
 /// A reservation is of one image, and a disk that goes on in another one would have both, or none, in between.
 fn check_not_reserved(target: &Target) -> Result<(), Failure> {
-    match *target.lease() == LeaseKind::Reservation {
+    match target.lease().is_of_host() {
         false => Ok(()),
         true => Err(Failure::unsupported(format!(
-            "{target} has a reservation, which a copy does not take along: detach the disk, use tapimg, and attach the \
+            "{target} has a reservation or a lease of sanlock's, which a copy does not take along: detach the disk, use tapimg, and attach the \
              other image with a lease of its own"
         ))),
     }

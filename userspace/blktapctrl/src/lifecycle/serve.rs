@@ -14,7 +14,7 @@ use crate::process::{Process, OPEN, SOON};
 use control::socket::listen_at;
 use control::supervisor::What;
 use control::tapdisk::{self, Open, Reply, Request, State, Status};
-use control::{Code, Failure};
+use control::{Code, Failure, LeaseKind};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -258,6 +258,13 @@ impl Lifecycle {
                 let direct = open.target.driver().is_direct();
                 let (again, write) = (image.clone(), !open.read_only);
                 let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
+                if !opened.direct && matches!(open.target.lease(), LeaseKind::Sanlock(_)) {
+                    return Err(Failure::unsupported(format!(
+                        "the file system of {} has no direct I/O, and what is in the page cache is written when sanlock \
+                         has given the lease to another host: use lease=record",
+                        image.path().display()
+                    )));
+                }
                 if direct && !opened.direct {
                     tell!(warn, disk.about(), "disk {}: the file system of {} has no direct I/O, so dom0's page cache holds its data",
                         disk.minor,

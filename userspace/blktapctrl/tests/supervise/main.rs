@@ -21,6 +21,7 @@ mod nodes;
 mod park;
 mod reservation;
 mod rules;
+mod sanlock;
 mod sharing;
 mod snapshot;
 mod start;
