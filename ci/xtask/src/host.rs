@@ -59,9 +59,19 @@ const TEST_NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/qemu-img", "qemu-utils"),
 ];
 
+/// Where what is not to be installed is unpacked, in the folder `target`. The tests look there.
+const UNPACKED: &str = "target/host-tools";
+/// The daemon of sanlock there, and the packages that it is in. Installed they would run it on this machine, and a watchdog
+/// that resets a machine which ends it.
+const SANLOCK: (&str, &str) = ("usr/sbin/sanlock", "sanlock libsanlock1");
+
 /// Installs what the tests on the host compare with, when we are root; otherwise those tests skip
 /// themselves and say why.
 pub(crate) fn for_tests() -> Result<()> {
+    if let Err(error) = unpack(SANLOCK) {
+        // Its tests say so, and the others run.
+        eprintln!("{error:#}");
+    }
     let missing: Vec<&str> = TEST_NEEDS
         .iter()
         .filter(|(file, _)| !Path::new(file).exists())
@@ -71,6 +81,28 @@ pub(crate) fn for_tests() -> Result<()> {
         return Ok(());
     }
     install(&missing.join(" "))
+}
+
+/// Unpacks packages in which there is a program, if that is not there yet.
+fn unpack((program, packages): (&str, &str)) -> Result<()> {
+    let folder = crate::build::repository()?.join(UNPACKED);
+    if folder.join(program).exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    eprintln!("unpacking {packages} in {} ...", folder.display());
+    // Lists of packages may be old, or not there; whoever is not root has to do with that.
+    let script = format!(
+        "rm -f *.deb; apt-get download -qq {packages} || {{ apt-get update -qq && apt-get download -qq {packages}; }} || exit; \
+         for file in *.deb; do dpkg-deb -x \"$file\" . || exit; done; rm -f *.deb"
+    );
+    crate::run::shown(
+        Command::new("sh")
+            .current_dir(&folder)
+            .args(["-c", &script])
+            .stdin(std::process::Stdio::null()),
+    )
+    .with_context(|| format!("the host has no {packages} and apt-get did not fetch them"))
 }
 
 /// Two artefacts are built at once, and apt-get does not wait for itself.
