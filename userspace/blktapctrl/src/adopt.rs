@@ -74,6 +74,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     let recognised = match &process {
         Some(process) => {
             keep_state(&disk, process).await;
+            lifecycle.adopt_share(&disk, process);
             lifecycle.watch(process.clone());
             recognise(&disk, process).await
         }

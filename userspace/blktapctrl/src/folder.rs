@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The folder of a running host, `/run/xentap`.
 
+use control::GroupName;
 use rustix::fs::{flock, FlockOperation};
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -28,6 +29,7 @@ impl Folder {
             ("disks", 0o700),
             ("ram", 0o700),
             ("notes", 0o700),
+            ("groups", 0o700),
         ] {
             let place = folder.root.join(name);
             let made = DirBuilder::new().recursive(true).mode(mode).create(&place);
@@ -122,6 +124,18 @@ impl Folder {
     #[must_use]
     pub fn notes_of(&self, minor: u32, number: u64) -> PathBuf {
         self.notes().join(format!("{minor}.{number}.map"))
+    }
+
+    /// The folder of the groups of disks that share limits.
+    #[must_use]
+    pub fn groups(&self) -> PathBuf {
+        self.root.join("groups")
+    }
+
+    /// What is written down of a group.
+    #[must_use]
+    pub fn group(&self, name: &GroupName) -> PathBuf {
+        self.groups().join(format!("{name}.json"))
     }
 
     /// The newest events.

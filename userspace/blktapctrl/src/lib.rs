@@ -26,6 +26,7 @@ pub mod nodes;
 pub mod notes;
 mod overlay;
 pub mod process;
+pub mod quota;
 pub mod record;
 pub mod registry;
 pub mod server;

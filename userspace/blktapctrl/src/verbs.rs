@@ -33,6 +33,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             abi: tapdev::ABI_VERSION,
             notes: true,
             traces: true,
+            shares: true,
         })),
         Request::List(filter) => registry.rows(&filter).map(|disks| Reply::Disks { disks }),
         Request::Allocate(allocate) => {
@@ -112,6 +113,19 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
         Request::Set { which, changes } => {
             let policy = lifecycle.set(&which, &changes).await?;
             Ok(Reply::Policy(policy))
+        }
+        Request::SetGroup { name, changes } => {
+            let group = lifecycle.set_group(&name, &changes)?;
+            let groups = vec![group];
+            Ok(Reply::Groups { groups })
+        }
+        Request::RemoveGroup { name } => lifecycle.remove_group(&name).map(done),
+        Request::Groups { name } => {
+            let groups = match name {
+                Some(name) => vec![lifecycle.tell_group(&name)?],
+                None => lifecycle.tell_groups(),
+            };
+            Ok(Reply::Groups { groups })
         }
         Request::Scrub { which, rate } => {
             let process = registry.find(&which)?.serving()?;
@@ -225,5 +239,10 @@ async fn top(lifecycle: &Lifecycle) -> Result<Reply, Failure> {
     let rows = registry.rows(&Filter::default())?;
     let rows = futures::future::join_all(rows.into_iter().map(one)).await;
     let counted = Some(registry.counts());
-    Ok(Reply::Top { rows, counted })
+    let groups = lifecycle.tell_groups();
+    Ok(Reply::Top {
+        rows,
+        counted,
+        groups,
+    })
 }

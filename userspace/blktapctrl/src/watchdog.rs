@@ -44,6 +44,12 @@ fn idle_with_work(disk: &Disk, status: &Kernel, has_limits: bool) -> Duration {
     Duration::ZERO
 }
 
+/// Requests may wait because they are too many: for the disk, or for its group.
+fn has_limits(disk: &Disk) -> bool {
+    let policy = &disk.record.borrow().policy;
+    policy.limits.any() || policy.group.is_some()
+}
+
 /// Looks at one disk.
 pub fn look(registry: &Registry, disk: &Disk) {
     // Of a disk that nobody serves, too: the kernel writes by itself.
@@ -59,7 +65,7 @@ pub fn look(registry: &Registry, disk: &Disk) {
     if policy.hung_after_s == 0 || disk.waits_for_others.get() {
         return;
     }
-    let has_limits = policy.limits.any();
+    let has_limits = has_limits(disk);
     let idle = idle_with_work(disk, &status, has_limits);
     let since = match has_limits {
         // The oldest one may wait for its turn for long.
@@ -90,8 +96,8 @@ fn tell_slow(disk: &Disk, status: &Kernel) {
     for news in disk.slow.look(pid, status) {
         match news {
             News::Takes { pid, age } => {
-                let why = match disk.record.borrow().policy.limits.any() {
-                    true => "it may wait for the disk's limits, or its storage does not answer",
+                let why = match has_limits(disk) {
+                    true => "it may wait for the disk's limits or those of its group, or its storage does not answer",
                     false => "its storage may not answer: see tap-ctl status",
                 };
                 tell!(

@@ -5,11 +5,15 @@
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
 
 mod event;
+mod group;
 
 use crate::stats::{Direct, Mapped, Mirror, Stats, Stream};
 use crate::tapdisk::{Disk, OnError, Open, State};
-use crate::{Changed, Failure, Limits, Mark, MarkName, Target, TraceTo, Tracing};
+use crate::{
+    Changed, Failure, GroupName, InGroup, Limits, Mark, MarkName, Target, TraceTo, Tracing,
+};
 pub use event::{Counted, Event, What};
+pub use group::{Group, GroupChanges, Member};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -45,10 +49,13 @@ pub struct Policy {
     /// How much the guest may do.
     #[serde(skip_serializing_if = "Limits::is_default")]
     pub limits: Limits,
+    /// The group with which it shares limits, too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupName>,
 }
 
 /// What is to be different in a [`Policy`]. The rest stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Changes {
     /// As [`Policy::hung_after_s`].
@@ -65,6 +72,9 @@ pub struct Changes {
     pub requests: Option<u32>,
     /// As [`Limits::burst_s`].
     pub burst_s: Option<u32>,
+    /// As [`Policy::group`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<InGroup>,
 }
 
 impl Policy {
@@ -82,6 +92,11 @@ impl Policy {
                 requests: changes.requests.unwrap_or(limits.requests),
                 burst_s: changes.burst_s.unwrap_or(limits.burst_s),
             },
+            group: match &changes.group {
+                None => self.group.clone(),
+                Some(InGroup::None) => None,
+                Some(InGroup::Named(name)) => Some(name.clone()),
+            },
             ..self.clone()
         }
     }
@@ -97,6 +112,7 @@ impl Default for Policy {
             on_no_space: OnError::Stop,
             on_error: OnError::Report,
             limits: Limits::default(),
+            group: None,
         }
     }
 }
@@ -355,6 +371,23 @@ pub enum Request {
         /// What is to be different.
         changes: Changes,
     },
+    /// Makes a group of disks that share limits, or changes one while they are served: [`Reply::Groups`], of it.
+    SetGroup {
+        /// Its name.
+        name: GroupName,
+        /// What is to be different. A new one needs a limit.
+        changes: GroupChanges,
+    },
+    /// Takes away a group without disks.
+    RemoveGroup {
+        /// Its name.
+        name: GroupName,
+    },
+    /// The groups, or one of them: [`Reply::Groups`].
+    Groups {
+        /// Its name; nothing for all.
+        name: Option<GroupName>,
+    },
     /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
     /// found is an event; how far it is, is among what was counted.
     Scrub {
@@ -541,6 +574,11 @@ pub enum Reply {
     },
     /// What a disk does when things go wrong, and how much its guest may do.
     Policy(Policy),
+    /// Groups of disks that share limits.
+    Groups {
+        /// Each of them.
+        groups: Vec<Group>,
+    },
     /// An image that was opened.
     Opened(Disk),
     /// A disk that was made.
@@ -596,6 +634,9 @@ pub enum Reply {
         /// What the supervisor counted; an older one says nothing of that.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         counted: Option<Counted>,
+        /// The groups of disks that share limits.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        groups: Vec<Group>,
     },
 }
 

@@ -12,7 +12,7 @@
 //! [`Request::Activate`] is the way back.
 
 use crate::stats::{Stats, Stream};
-use crate::{Driver, Failure, Limits, Target, TlsFile};
+use crate::{Driver, Failure, Limits, Share, Target, TlsFile, Used};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -74,6 +74,9 @@ pub struct Open {
     /// How much the guest may do.
     #[serde(default, skip_serializing_if = "Limits::is_default")]
     pub limits: Limits,
+    /// What it may do of what its group may, if it is in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
     /// Who asks this answers [`Request::Needs`] too: the process may ask for what comes to light while
     /// it opens the image.
     #[serde(default)]
@@ -108,6 +111,9 @@ pub struct Rules {
     pub on_error: OnError,
     /// As [`Open::limits`].
     pub limits: Limits,
+    /// As [`Open::share`]. Nothing takes the disk out of its group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
 }
 
 fn yes() -> bool {
@@ -130,6 +136,7 @@ impl Open {
             on_error: OnError::Report,
             parents: None,
             limits: Limits::default(),
+            share: None,
             may_ask: false,
             notes: None,
             trace: false,
@@ -181,6 +188,15 @@ pub enum Request {
     /// From now on this is done with requests that fail, and with those that are too many. Answered with
     /// [`Reply::Done`].
     Set(Rules),
+    /// From now on this is what the disk may do of what its group may. Of a disk in a group. Answered with
+    /// [`Reply::Used`] at once, whatever else is being done.
+    Share(Share),
+    /// Waits until more requests have come than these, as [`Used::came`] counts them. Answered with [`Reply::Done`]. On a
+    /// connection of its own: others are answered meanwhile.
+    Busy {
+        /// Requests that are known.
+        came: u64,
+    },
     /// From now on it is noted where the disk is written, in what comes along; what is being written is noted there,
     /// too. Answered with [`Reply::Done`]. One descriptor, as [`Needed::Notes`] is answered, if it is to be noted.
     Note {
@@ -343,6 +359,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// What was counted.
     Stats(Box<Stats>),
+    /// What was done of the shares of a group.
+    Used(Used),
     /// A trace has ended by itself.
     Untraced {
         /// Why.
@@ -517,6 +535,9 @@ pub struct Process {
     /// It writes down what the guest asks for, if [`Open::trace`] says so. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub traces: bool,
+    /// It knows of [shares](Open::share). An older one does as much as it likes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shares: bool,
 }
 
 /// A node, as the kernel describes it.

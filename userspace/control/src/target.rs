@@ -3,7 +3,7 @@
 
 mod words;
 
-use crate::{Export, Failure, LeaseKind, Limits, Tls};
+use crate::{Export, Failure, GroupName, LeaseKind, Limits, Tls};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -168,7 +168,8 @@ impl FromStr for Driver {
 /// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first
 /// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
 /// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
-/// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, and how much memory it may fill if that is where its
+/// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, or which group of disks it is in that share such limits,
+/// `group=customer-7,aio:/srv/a.img`; and how much memory it may fill if that is where its
 /// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
 /// `cache=64M,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
 /// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`.
@@ -182,6 +183,8 @@ pub struct Target {
     direct: Option<bool>,
     /// What is said of how much a guest may do.
     limits: Option<Limits>,
+    /// With which others it shares limits, if that is said.
+    group: Option<GroupName>,
     /// What is said of how much memory a guest may fill.
     room: Option<u64>,
     /// What is said of the memory for an image's tables.
@@ -374,6 +377,16 @@ impl Target {
         self.limits.take()
     }
 
+    /// Takes out what is said of a group, which is the disk's, too.
+    pub fn take_group(&mut self) -> Option<GroupName> {
+        self.group.take()
+    }
+
+    /// The group of the disk, if that is said.
+    pub fn group(&self) -> Option<&GroupName> {
+        self.group.as_ref()
+    }
+
     /// How much a guest may do, if that is said.
     pub fn limits(&self) -> Option<&Limits> {
         self.limits.as_ref()
@@ -443,6 +456,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         lease: LeaseKind::default(),
         direct: None,
         limits: None,
+        group: None,
         room: None,
         cache: None,
         tls: None,
@@ -537,6 +551,9 @@ impl fmt::Display for Target {
         }
         if let Some(limits) = self.limits {
             write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
+        }
+        if let Some(group) = &self.group {
+            write!(f, "group={group},")?;
         }
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),
@@ -658,7 +675,16 @@ mod tests {
         let limits = target.take_limits().unwrap();
         assert_eq!((limits.bytes, limits.requests), (20 << 20, 500));
         assert_eq!(target, "direct=no,aio:/srv/a".parse().unwrap());
+        let mut target: Target = "iops=500,group=all.7,aio:/srv/a".parse().unwrap();
+        let text = "bps=0,iops=500,group=all.7,aio:/srv/a";
+        assert_eq!(target.to_string(), text);
+        assert_eq!(text.parse(), Ok(target.clone()));
+        assert_eq!(target.take_group().unwrap().to_string(), "all.7");
+        assert_eq!(target.group(), None);
         for wrong in [
+            "group=,aio:/a",
+            "group=none,aio:/a",
+            "group=a,group=a,aio:/a",
             "bps=x,aio:/a",
             "bps=1K,aio:/a",
             "iops=1,aio:/a",

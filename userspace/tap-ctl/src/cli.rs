@@ -2,10 +2,11 @@
 //! The command line.
 
 use crate::events::Events;
+use crate::group::GroupVerb;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
-use control::{Driver, MarkName, Target};
+use control::{Driver, GroupName, InGroup, MarkName, Target};
 use manual::Generated;
 use std::path::PathBuf;
 
@@ -75,6 +76,8 @@ Examples:
   tap-ctl status                        # how every disk is, why, and what to do
   tap-ctl top                           # who is doing how much
   tap-ctl set -m 0 --bps 20M --iops 500 # no more than that in a second
+  tap-ctl group set customer-7 --bps 100M # no more than that for all disks that are in it:
+  tap-ctl set -m 0 --group customer-7   # or group=customer-7, before the driver of a target
   tap-ctl events                        # what happens
   tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
   tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2   # both at one instant
@@ -161,8 +164,24 @@ pub(crate) enum Verb {
     /// destroyed. For a disk of a guest's configuration it is said there, before the driver:
     /// target=bps=20M,iops=500,aio:/srv/a.img
     ///
+    /// With --group a disk shares limits with others, beside its own: `tap-ctl group`.
+    ///
     /// Prints what holds then. `tap-ctl stats` says how many requests waited for their limit, and how long.
     Set(Set),
+    /// Limits that several disks share, such as all disks of a guest or of a customer
+    ///
+    /// A disk is in a group from the beginning if that is said before the driver, target=group=NAME,aio:/srv/a.img, and
+    /// comes into one or leaves it while its guest works with tap-ctl set --group. What the group may do is divided among its
+    /// disks several times in a second: who asks for little gets that, and the others equal parts of the rest. A disk that
+    /// begins to work has its part within a second. A burst is divided in the same way. While blktapctrl is not running
+    /// each disk has an equal part.
+    ///
+    /// A group is there until it is taken away or the host boots again: make it before its guests are started.
+    Group {
+        /// What about it
+        #[command(subcommand)]
+        verb: GroupVerb,
+    },
     /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
     /// say how far it is
     Scrub(Scrub),
@@ -385,6 +404,9 @@ pub(crate) struct Policy {
     /// After a rest, let it do at once what it may do in so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1)]
     pub(crate) burst: u32,
+    /// Let it share the limits of a group, too (tap-ctl group)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) group: Option<GroupName>,
 }
 
 /// What is to be different. What is not said stays.
@@ -409,6 +431,9 @@ pub(crate) struct Changed {
     /// After a rest, let it do at once what it may do in so many seconds
     #[arg(long, value_name = "SECONDS")]
     pub(crate) burst: Option<u32>,
+    /// Let it share the limits of a group, too (tap-ctl group), or take it out of its group with none
+    #[arg(long, value_name = "NAME|none")]
+    pub(crate) group: Option<InGroup>,
     /// What to do when the image has no room for a write
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) on_no_space: Option<ErrorName>,

@@ -6,7 +6,7 @@ use crate::host::block::Block;
 use crate::host::task::{self, Task};
 use crate::host::vbd::{self, Vbd};
 use crate::host::{Host, Memory, Processors, Unread};
-use control::supervisor::{Counted, Reply, Request, TopRow};
+use control::supervisor::{Counted, Group, Reply, Request, TopRow};
 use control::{Channel, Code, Failure};
 use serde::Serialize;
 use std::path::Path;
@@ -110,6 +110,8 @@ pub(crate) struct Look {
     pub(crate) supervisor: Supervisor,
     /// What it has counted of itself, if it says so.
     pub(crate) counted: Option<Counted>,
+    /// The groups of disks that share limits.
+    pub(crate) groups: Vec<Group>,
     /// The memory of the disks, if our driver is loaded.
     pub(crate) memory: Option<Memory>,
     /// The processors of this domain.
@@ -118,24 +120,32 @@ pub(crate) struct Look {
     pub(crate) unread: Vec<Unread>,
 }
 
+/// The disks, and what it says beside them.
+type Said = (Vec<TopRow>, Option<Counted>, Vec<Group>);
+
 /// Asks blktapctrl for all disks, once: what cannot be had is told, not waited for.
-fn rows(socket: &Path) -> Result<(Vec<TopRow>, Option<Counted>), Failure> {
+fn rows(socket: &Path) -> Result<Said, Failure> {
     let mut channel = Channel::connect(socket)?;
     channel.set_timeout(Some(PATIENCE))?;
     match channel.ask(Request::Top, &[])? {
-        Reply::Top { rows, counted } => Ok((rows, counted)),
+        Reply::Top {
+            rows,
+            counted,
+            groups,
+        } => Ok((rows, counted, groups)),
         _ => Err(Failure::invalid("blktapctrl answered something else")),
     }
 }
 
 /// Looks at everything.
 pub(crate) fn look(host: &Host, socket: &Path) -> Look {
-    let ((rows, counted), supervisor) = match rows(socket) {
+    let ((rows, counted, groups), supervisor) = match rows(socket) {
         Ok(said) => (said, Supervisor::Answers),
         Err(failure) => (Default::default(), Supervisor::Silent(reason(&failure))),
     };
     Look {
         counted,
+        groups,
         ..gather(host, rows, supervisor)
     }
 }
@@ -175,6 +185,7 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
         disks,
         supervisor,
         counted: None,
+        groups: Vec::new(),
         memory: Memory::read(host),
         processors: Processors::read(host),
         unread: host.take_unread(),

@@ -7,6 +7,7 @@ mod dirty;
 mod doctor;
 mod events;
 mod figures;
+mod group;
 mod handoff;
 mod host;
 mod jobs;
@@ -178,6 +179,8 @@ fn may_be_repeated(request: &Request) -> bool {
         | Request::Check(_)
         | Request::Resize(_)
         | Request::Set { .. }
+        | Request::SetGroup { .. }
+        | Request::Groups { .. }
         | Request::Grow { .. }
         | Request::Scrub { .. }
         | Request::Stream { .. }
@@ -222,6 +225,9 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
     let text = match (verb, &reply) {
         (Verb::Create(create), Reply::Created { minor, .. }) if create.minor_only => {
             format!("{minor}\n")
+        }
+        (Verb::Group { verb }, Reply::Groups { groups }) => {
+            group::show(groups, matches!(verb, group::GroupVerb::Show { .. }))
         }
         // Programs read the lines through a pipe, such as Xen's scripts.
         (_, Reply::Disks { disks }) if io::stdout().is_terminal() => show::table(disks),
@@ -289,6 +295,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             which: named(&set.which),
             changes: changes(&set.what),
         },
+        Verb::Group { verb } => group::request(verb),
         Verb::Scrub(scrub) => Request::Scrub {
             which: named(&scrub.which),
             rate: u64::from(scrub.rate) << 20,
@@ -411,6 +418,7 @@ fn allocate(node: &cli::Allocate) -> Allocate {
                 requests: node.policy.iops,
                 burst_s: node.policy.burst,
             },
+            group: node.policy.group.clone(),
         },
     }
 }
@@ -424,6 +432,7 @@ fn changes(said: &cli::Changed) -> supervisor::Changes {
         bytes: said.bps,
         requests: said.iops,
         burst_s: said.burst,
+        group: said.group.clone(),
     }
 }
 
@@ -589,6 +598,44 @@ mod tests {
         assert_eq!(create.policy.hung_after_s, 9);
         assert_eq!(create.policy.hung, Hung::Kill);
         assert_eq!(create.policy.max_deaths, 5);
+    }
+
+    #[test]
+    fn groups_are_made_and_joined() {
+        let name = || "all.7".parse::<control::GroupName>().expect("a name");
+        let line = "tap-ctl group set all.7 --bytes-per-second 20M --iops 500 --burst 2";
+        let Ok(Request::SetGroup { name: its, changes }) = parse(line) else {
+            panic!("{line}");
+        };
+        assert_eq!((its, changes.bytes), (name(), Some(20 << 20)));
+        assert_eq!((changes.requests, changes.burst_s), (Some(500), Some(2)));
+        let all = Request::Groups { name: None };
+        assert_eq!(parse("tap-ctl group list"), Ok(all));
+        let one = Request::Groups { name: Some(name()) };
+        assert_eq!(parse("tap-ctl group show all.7"), Ok(one));
+        let gone = Request::RemoveGroup { name: name() };
+        assert_eq!(parse("tap-ctl group remove all.7"), Ok(gone));
+        for (said, group) in [
+            ("all.7", control::InGroup::Named(name())),
+            ("none", control::InGroup::None),
+        ] {
+            let line = format!("tap-ctl set -m 3 --group {said}");
+            assert!(
+                matches!(parse(&line), Ok(Request::Set { changes, .. }) if changes.group == Some(group))
+            );
+        }
+        let line = "tap-ctl create -a ram:1M --group all.7";
+        assert!(
+            matches!(parse(line), Ok(Request::Create(create)) if create.policy.group == Some(name()))
+        );
+        for wrong in [
+            "tap-ctl group set all.7",
+            "tap-ctl group set a/b --bps 1M",
+            "tap-ctl group show none",
+            "tap-ctl create -a ram:1M --group none",
+        ] {
+            assert_eq!(parse(wrong), Err(Code::Other), "{wrong}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! prometheus-client writes, and of which it would lose the types of counters.
 
 mod exposition;
+mod groups;
 mod supervisor;
 mod times;
 
@@ -58,6 +59,7 @@ fn text(look: &Look, report: &Report) -> String {
     let mut text = Text::default();
     host(&mut text, look, report);
     supervisor::tell(&mut text, look);
+    groups::tell(&mut text, look);
     verdicts(&mut text, report);
     servers(&mut text, look);
     for (family, value) in DRIVER {

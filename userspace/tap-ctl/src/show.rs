@@ -2,6 +2,7 @@
 //! What people see.
 
 use crate::dirty;
+use crate::group;
 use crate::time::utc;
 use crate::trace;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
@@ -24,6 +25,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::HandedOff(handed) => format!("{}\n", handed_off(handed)),
         Reply::Snapshot(taken) => told(taken),
         Reply::Snapshots { taken } => taken.iter().map(told).collect(),
+        Reply::Groups { groups } => group::show(groups, true),
         Reply::Stream(stream) => format!("{}\n", self::stream(stream)),
         Reply::Mirror(mirror) => format!("{}\n", self::mirror(mirror)),
         Reply::Marks { marks } => dirty::marks(marks),
@@ -247,8 +249,9 @@ fn policy(policy: &Policy) -> String {
         Hung::Kill => "kill",
     };
     format!(
-        "limits={{{}}} on-no-space={} on-error={} hung={hung} hung-after={} fail-after={} max-deaths={}",
+        "limits={{{}}} group={} on-no-space={} on-error={} hung={hung} hung-after={} fail-after={} max-deaths={}",
         policy.limits,
+        policy.group.as_ref().map_or("none".into(), ToString::to_string),
         on(policy.on_no_space),
         on(policy.on_error),
         policy.hung_after_s,

@@ -87,6 +87,7 @@ async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Fai
                         | Request::Needs { .. }
                         | Request::Wanted
                         | Request::Untraced
+                        | Request::Busy { .. }
                 );
                 let answer = session.handle(question.body, fds);
                 let answer = match only_waits {

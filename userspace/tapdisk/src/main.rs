@@ -233,6 +233,10 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         *target.lease() == control::LeaseKind::Lock,
         "{target} has a lease, which only a supervisor keeps: let blktapctrl serve it"
     );
+    anyhow::ensure!(
+        target.group().is_none(),
+        "{target} is in a group, whose limits only a supervisor divides: let blktapctrl serve it"
+    );
     let direct = target.driver().is_direct() && !args.buffered;
     let image = target.path().map(|path| {
         open(path, direct, args.read_only).with_context(|| {

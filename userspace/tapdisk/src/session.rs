@@ -281,6 +281,11 @@ impl Session {
                 let _alone = self.gate.alone().await;
                 self.set(rules).await.map(|()| Reply::Done)
             }
+            Request::Share(share) => self.throttle.change_share(share).map(Reply::Used),
+            Request::Busy { came } => {
+                self.throttle.came_after(came).await;
+                Ok(Reply::Done)
+            }
             Request::Note { unit } => {
                 let _alone = self.gate.alone().await;
                 self.set_notes(unit, fd).await
@@ -579,14 +584,12 @@ impl Session {
     /// What is done with requests that fail, and with those that are too many.
     async fn set(&self, rules: Rules) -> Result<(), Failure> {
         rules.limits.check()?;
-        if rules.limits.any() {
+        if Throttle::any(&rules) {
             let ban = self.direct.forbid().await?;
             self.limited.replace(Some(ban));
         }
-        if self.throttle.limits() != rules.limits {
-            self.throttle.set(rules.limits);
-        }
-        if !rules.limits.any() {
+        self.throttle.set(&rules);
+        if !Throttle::any(&rules) {
             self.limited.replace(None);
         }
         self.rules.set(rules);
@@ -801,6 +804,7 @@ fn rules(open: &Open) -> Rules {
         on_no_space: open.on_no_space,
         on_error: open.on_error,
         limits: open.limits,
+        share: open.share,
     }
 }
 
@@ -811,6 +815,7 @@ fn process() -> Process {
         abi: tapdev::ABI_VERSION,
         notes: true,
         traces: true,
+        shares: true,
     }
 }
 

@@ -3,11 +3,18 @@
 //!
 //! For bytes and for requests there is a time at which what was let through so far would be over at the rate that is
 //! allowed. A request may begin if that time is no further ahead than a burst. So a disk that did nothing may do much
-//! at once, a large request pays for itself afterwards, and nothing has to be added up in between.
+//! at once, a large request pays for itself afterwards, and nothing has to be added up in between. A disk that is in a
+//! group has, beside its own limits, a [share](share) of that one's, of which the supervisor says again and again how
+//! large it is.
+
+mod share;
 
 use crate::server::now_ns;
-use control::Limits;
+use crate::troubles;
+use control::tapdisk::Rules;
+use control::{Code, Failure, Limits, Share, Used};
 use diskio::{Errno, Gate, Runtime};
+use share::Allotment;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
@@ -57,6 +64,11 @@ pub struct Throttle {
     changes: Cell<u64>,
     held: Cell<u64>,
     held_ns: Cell<u64>,
+    /// What it has of the limits of its group, if it is in one.
+    share: Cell<Option<Allotment>>,
+    used: Cell<Used>,
+    /// Who waits for the next request.
+    listening: RefCell<Vec<Waker>>,
 }
 
 impl Throttle {
@@ -65,13 +77,76 @@ impl Throttle {
         self.limits.get()
     }
 
+    /// Something is limited: its own, or by its group.
+    pub(crate) fn any(rules: &Rules) -> bool {
+        rules.limits.any() || rules.share.is_some()
+    }
+
     /// From now on there are these.
-    pub(crate) fn set(&self, limits: Limits) {
+    pub(crate) fn set(&self, rules: &Rules) {
+        if self.limits.get() != rules.limits {
+            self.set_limits(rules.limits);
+        }
+        let now = now_ns();
+        let share = rules.share.map(|share| match self.share.get() {
+            Some(mut known) => {
+                known.change(share, now);
+                known
+            }
+            None => Allotment::new(share, now),
+        });
+        self.share.set(share);
+        self.look_again();
+    }
+
+    fn set_limits(&self, limits: Limits) {
         self.limits.set(limits);
         // What was let through under another limit counts no more than a burst of the new one.
         self.bytes.take();
         self.requests.take();
+    }
+
+    /// Another share of the group that it is in, and what was done of those that it had.
+    ///
+    /// # Errors
+    /// It is in none: this was meant for the time before.
+    pub(crate) fn change_share(&self, share: Share) -> Result<Used, Failure> {
+        let mut known = self.share.get().ok_or_else(|| {
+            let why = "the disk is in no group, of whose limits it could have a share";
+            Failure::new(Code::State, why)
+        })?;
+        known.change(share, now_ns());
+        self.share.set(Some(known));
         self.look_again();
+        let used = self.used.get();
+        self.used.set(Used {
+            lacks_bytes: false,
+            lacks_requests: false,
+            ..used
+        });
+        Ok(used)
+    }
+
+    /// Waits until more requests have come.
+    pub(crate) async fn came_after(&self, came: u64) {
+        poll_fn(|cx| match self.used.get().came > came {
+            true => Poll::Ready(()),
+            false => {
+                troubles::wait(&mut self.listening.borrow_mut(), cx.waker());
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// A request has come.
+    fn came(&self) {
+        let mut used = self.used.get();
+        used.came += 1;
+        self.used.set(used);
+        for waker in self.listening.take() {
+            waker.wake();
+        }
     }
 
     /// Something has changed for those who wait.
@@ -94,7 +169,9 @@ impl Throttle {
         bytes: u64,
         is_wanted: impl Fn() -> Wanted,
     ) -> bool {
-        if !self.limits.get().any() {
+        if self.share.get().is_some() {
+            self.came();
+        } else if !self.limits.get().any() {
             return true;
         }
         let begun = now_ns();
@@ -108,7 +185,7 @@ impl Throttle {
                 Wanted::NoMore => return false,
                 Wanted::InTime => {}
             }
-            let wait = self.wait(now, &limits);
+            let wait = self.wait(now, &limits).max(self.wait_for_group(now));
             if wait == 0 {
                 break;
             }
@@ -125,6 +202,7 @@ impl Throttle {
         each.take(now, 1, limits.requests.into());
         self.bytes.set(all);
         self.requests.set(each);
+        self.take_of_group(now, bytes);
         let waited = now.saturating_sub(begun);
         if waited >= NOTICED {
             self.held.set(self.held.get() + 1);
@@ -140,12 +218,38 @@ impl Throttle {
         bytes.max(self.requests.get().wait(now, requests, burst))
     }
 
+    /// How long its group has it wait now.
+    fn wait_for_group(&self, now: u64) -> u64 {
+        let Some(mut share) = self.share.get() else {
+            return 0;
+        };
+        let waits = share.wait(now);
+        self.share.set(Some(share));
+        let mut used = self.used.get();
+        used.lacks_bytes |= waits.bytes > 0;
+        used.lacks_requests |= waits.requests > 0;
+        self.used.set(used);
+        waits.longest()
+    }
+
+    fn take_of_group(&self, now: u64, bytes: u64) {
+        let Some(mut share) = self.share.get() else {
+            return;
+        };
+        share.take(now, bytes);
+        self.share.set(Some(share));
+        let mut used = self.used.get();
+        used.requests += 1;
+        used.bytes = used.bytes.saturating_add(bytes);
+        self.used.set(used);
+    }
+
     /// Sleeps for so long, or until something changes.
     async fn sleep(&self, runtime: &Runtime, time: Duration) -> Result<(), Errno> {
         let before = self.changes.get();
         let changed = poll_fn(|cx| match self.changes.get() == before {
             true => {
-                crate::troubles::wait(&mut self.waiting.borrow_mut(), cx.waker());
+                troubles::wait(&mut self.waiting.borrow_mut(), cx.waker());
                 Poll::Pending
             }
             false => Poll::Ready(Ok(())),
@@ -171,7 +275,8 @@ pub(crate) enum Wanted {
 #[cfg(test)]
 mod tests {
     use super::{Bucket, Throttle, Wanted, SECOND};
-    use control::Limits;
+    use control::tapdisk::Rules;
+    use control::{Limits, Pace, Share};
     use diskio::Runtime;
     use proptest::prelude::*;
     use std::cell::RefCell;
@@ -207,10 +312,28 @@ mod tests {
         }
     }
 
-    fn limits(requests: u32) -> Limits {
-        Limits {
-            requests,
-            ..Limits::default()
+    fn limits(requests: u32) -> Rules {
+        Rules {
+            limits: Limits {
+                requests,
+                ..Limits::default()
+            },
+            ..Rules::default()
+        }
+    }
+
+    /// So many requests in a second, for an hour, of all that a group may.
+    fn share(requests: u64) -> Share {
+        let pace = Pace {
+            bytes: None,
+            milli_requests: Some(requests * 1000),
+        };
+        Share {
+            pace,
+            until: Duration::from_nanos(super::now_ns()) + Duration::from_secs(3600),
+            after: pace,
+            from: Duration::ZERO,
+            burst_s: 1,
         }
     }
 
@@ -233,7 +356,7 @@ mod tests {
     #[test]
     fn what_is_too_much_waits_in_its_order() {
         let throttle = Rc::new(Throttle::default());
-        throttle.set(limits(100));
+        throttle.set(&limits(100));
         // A burst, and half a second more.
         let (order, time) = pass(&throttle, 150, Wanted::InTime);
         assert_eq!(order, (0..150).collect::<Vec<_>>());
@@ -246,7 +369,7 @@ mod tests {
     #[test]
     fn who_waits_for_quiet_does_not_wait_for_a_limit() {
         let throttle = Rc::new(Throttle::default());
-        throttle.set(limits(10));
+        throttle.set(&limits(10));
         pass(&throttle, 11, Wanted::InTime);
         let (order, time) = pass(&throttle, 200, Wanted::Now);
         assert_eq!(order.len(), 200);
@@ -261,9 +384,12 @@ mod tests {
     #[test]
     fn limit_that_is_taken_away_is_heard_by_who_waits() {
         let throttle = Rc::new(Throttle::default());
-        throttle.set(Limits {
-            bytes: 1 << 20,
-            ..Limits::default()
+        throttle.set(&Rules {
+            limits: Limits {
+                bytes: 1 << 20,
+                ..Limits::default()
+            },
+            ..Rules::default()
         });
         let (runtime, its) = (Runtime::new(), throttle.clone());
         let again = runtime.clone();
@@ -277,7 +403,62 @@ mod tests {
         let (its, again) = (throttle.clone(), runtime.clone());
         runtime.tasks.spawn(async move {
             again.io.sleep(Duration::from_millis(50)).await.unwrap();
-            its.set(Limits::default());
+            its.set(&Rules::default());
+        });
+        let begun = Instant::now();
+        runtime.finish().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn share_of_a_group_holds_beside_the_limits() {
+        let throttle = Rc::new(Throttle::default());
+        assert!(throttle.change_share(share(50)).is_err());
+        throttle.set(&Rules {
+            share: Some(share(50)),
+            ..limits(1000)
+        });
+        // Nothing was saved up, so this takes half a second.
+        let (order, time) = pass(&throttle, 26, Wanted::InTime);
+        assert_eq!(order.len(), 26);
+        assert!(time >= Duration::from_millis(480), "{time:?}");
+        let used = throttle.change_share(share(5000)).expect("used");
+        assert_eq!((used.came, used.requests, used.bytes), (26, 26, 26 * 512));
+        assert!(used.lacks_requests && !used.lacks_bytes, "{used:?}");
+        // That is told once, and a larger share is heard by who waits.
+        let used = throttle.change_share(share(5000)).expect("used");
+        assert!(!used.lacks_requests, "{used:?}");
+        let begun = Instant::now();
+        let (_, time) = pass(&throttle, 100, Wanted::InTime);
+        assert!(time < Duration::from_secs(1), "{time:?}");
+        throttle.set(&Rules::default());
+        assert!(throttle.change_share(share(50)).is_err());
+        pass(&throttle, 1000, Wanted::InTime);
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn larger_share_is_heard_by_who_waits() {
+        let throttle = Rc::new(Throttle::default());
+        throttle.set(&Rules {
+            share: Some(share(0)),
+            ..Rules::default()
+        });
+        let runtime = Runtime::new();
+        let (its, again) = (throttle.clone(), runtime.clone());
+        runtime.tasks.spawn(async move {
+            for _ in 0..2 {
+                its.pass(&again, 512, || Wanted::InTime).await;
+            }
+        });
+        let (its, again) = (throttle.clone(), runtime.clone());
+        runtime.tasks.spawn(async move {
+            // The first one is owed, and the second one has come.
+            its.came_after(1).await;
+            again.io.sleep(Duration::from_millis(20)).await.unwrap();
+            let used = its.change_share(share(1000)).unwrap();
+            assert_eq!((used.came, used.requests), (2, 1));
+            assert!(used.lacks_requests);
         });
         let begun = Instant::now();
         runtime.finish().unwrap();

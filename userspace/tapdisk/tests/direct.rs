@@ -551,19 +551,35 @@ fn a_disk_that_stops_is_not_served_by_the_kernel_either() {
     assert_eq!(kernel.map_ops(), told);
 }
 
-/// The kernel knows no limits.
+/// The kernel knows no limits, neither the disk's own nor those of its group.
 #[test]
 fn with_a_limit_the_kernel_does_nothing() {
-    let kernel = Fake::new(4).unwrap();
-    let device = Device::new(&kernel);
     let limits = control::Limits {
         requests: 100,
         ..control::Limits::default()
     };
-    let limited = Request::Set(Rules {
+    let pace = control::Pace::of(&limits);
+    let share = control::Share {
+        pace,
+        until: std::time::Duration::ZERO,
+        after: pace,
+        from: std::time::Duration::ZERO,
+        burst_s: 1,
+    };
+    kernel_does_nothing_with(Rules {
         limits,
         ..Rules::default()
     });
+    kernel_does_nothing_with(Rules {
+        share: Some(share),
+        ..Rules::default()
+    });
+}
+
+fn kernel_does_nothing_with(rules: Rules) {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device::new(&kernel);
+    let limited = Request::Set(rules);
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
     assert_eq!(process.ask(limited, None), Ok(Reply::Done));
@@ -578,7 +594,7 @@ fn with_a_limit_the_kernel_does_nothing() {
     // What the process before has told is taken back before anything is served.
     let kernel = Fake::new(4).unwrap();
     let device = Device::new(&kernel);
-    let process = device.serve(move |open| open.limits = limits);
+    let process = device.serve(move |open| (open.limits, open.share) = (rules.limits, rules.share));
     assert_eq!(device.request(Op::Discard), Status::Okay);
     assert_eq!(device.told(), [recall()]);
     process.exit();

@@ -6,7 +6,7 @@ mod common;
 use common::{Image, Process, SIZE};
 use control::stats::Stats;
 use control::tapdisk::{Engine, Open, Reply, Request, Rules, State};
-use control::Limits;
+use control::{Code, Limits, Pace, Share, Used};
 use ring::tap::shadow::Op;
 use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
@@ -108,5 +108,84 @@ fn pause_does_not_wait_for_a_limit() {
         image.bytes()[..512 * usize::from(TAGS)],
         [7; 512 * TAGS as usize]
     );
+    process.exit();
+}
+
+/// So many requests in a second until then, and so many afterwards.
+fn share(at_first: u32, time: Duration, after: u32) -> Share {
+    let pace = |requests| {
+        Pace::of(&Limits {
+            requests,
+            ..Limits::default()
+        })
+    };
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.try_into().unwrap());
+    Share {
+        pace: pace(at_first),
+        until: now + time,
+        after: pace(after),
+        from: now + time,
+        burst_s: 1,
+    }
+}
+
+fn used(process: &mut Process, share: Share) -> Used {
+    match process.ask(Request::Share(share), None) {
+        Ok(Reply::Used(used)) => used,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A disk does what it has of its group's limits, of which it is told again and again, and what it was told for the time
+/// in which nobody tells it anything any more.
+#[test]
+fn share_of_a_group_holds_and_ends() {
+    let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
+    let mut process = Process::start(&fake);
+    let long = Duration::from_secs(3600);
+    let shared = Open {
+        share: Some(share(40, long, 40)),
+        ..image.open(Engine::Auto)
+    };
+    let opened = process.ask(Request::Open(shared), Some(&image));
+    assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
+    let begun = Instant::now();
+    let tags = write(&fake);
+    assert_eq!(
+        process.ask(Request::Busy { came: 0 }, None),
+        Ok(Reply::Done)
+    );
+    for tag in tags {
+        fake.answer(tag, 0).unwrap();
+    }
+    // Nothing was saved up: one at once, and 63 more.
+    let time = begun.elapsed();
+    assert!(time >= Duration::from_millis(1550), "{time:?}");
+    let told = used(&mut process, share(100_000, long, 40));
+    assert_eq!((told.came, told.requests, told.bytes), (64, 64, 64 * 512));
+    assert!(told.lacks_requests && !told.lacks_bytes, "{told:?}");
+    let begun = Instant::now();
+    for tag in write(&fake) {
+        fake.answer(tag, 0).unwrap();
+    }
+    let time = begun.elapsed();
+    assert!(time < Duration::from_millis(1500), "{time:?}");
+    // Nothing more is told: that share ends, and the disk goes on with what it has then.
+    let short = share(10, Duration::from_millis(200), 1000);
+    let told = used(&mut process, short);
+    assert_eq!(told.requests, 128);
+    let begun = Instant::now();
+    for tag in write(&fake) {
+        fake.answer(tag, 0).unwrap();
+    }
+    let time = begun.elapsed();
+    assert!(time < Duration::from_millis(3000), "{time:?}");
+    assert_eq!(
+        process.ask(Request::Set(Rules::default()), None),
+        Ok(Reply::Done)
+    );
+    let refused = process.ask(Request::Share(short), None).unwrap_err();
+    assert_eq!(refused.code, Code::State);
     process.exit();
 }

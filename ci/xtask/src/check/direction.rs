@@ -94,7 +94,7 @@ const SUPERVISOR: &[&[&str]] = &[
     &[
         "apart", "backoff", "folder", "groups", "link", "slow", "store", "tally",
     ],
-    &["image", "notes"],
+    &["image", "notes", "quota"],
     &["kernel"],
     &["domains", "memory", "nodes", "tenure"],
     &["overlay", "record"],

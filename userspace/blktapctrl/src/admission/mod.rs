@@ -89,6 +89,12 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
             open.target
         )));
     }
+    if let Some(group) = open.target.group() {
+        return Err(Failure::invalid(format!(
+            "{}: the group of a disk is said when it is made, or with tap-ctl set; leave group={group} away",
+            open.target
+        )));
+    }
     open.read_only = mode.is_read_only();
     open.shared = mode.is_shared();
     open.whole_blocks = mode.is_shared() && !mode.is_read_only();
@@ -177,6 +183,7 @@ impl Admission {
     pub async fn check(&self, check: Check) -> Result<(), Failure> {
         let mut target = check.target;
         target.take_limits();
+        target.take_group();
         let open = with_mode(Open::new(target), check.mode)?;
         let vbd = check.vbd.as_deref().map(relative);
         if self.registry.made_before(vbd, &open, check.mode).is_some() {

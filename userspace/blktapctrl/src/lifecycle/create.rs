@@ -47,6 +47,14 @@ impl Lifecycle {
             policy.limits.requests |= said.requests;
         }
         policy.limits.check()?;
+        if let Some(said) = open.target.take_group() {
+            if policy.group.as_ref().is_some_and(|other| *other != said) {
+                return Err(Failure::invalid(
+                    "two groups are named, in the target and beside it: leave one away",
+                ));
+            }
+            policy.group = Some(said);
+        }
         let open = with_mode(open, create.mode)?;
         if let Some(disk) = self
             .registry
@@ -56,6 +64,9 @@ impl Lifecycle {
                 true => Ok(begun(&disk)),
                 false => self.start(&disk).await,
             };
+        }
+        if let Some(name) = &policy.group {
+            self.check_group(name)?;
         }
         let image = image::of(&open).await?;
         let mut record = Record::new(0, policy);
@@ -131,6 +142,9 @@ impl Lifecycle {
     /// The system refuses to.
     pub fn allocate(&self, allocate: &Allocate) -> Result<u32, Failure> {
         allocate.policy.limits.check()?;
+        if let Some(name) = &allocate.policy.group {
+            self.check_group(name)?;
+        }
         let record = Record::new(0, allocate.policy.clone());
         let disk = self
             .registry

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes are started, watched, and replaced when they have died.
 
-use super::{needs, trace, trouble, Lifecycle};
+use super::{group, needs, trace, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::log::tell;
 use crate::process::{self, Process, Program, OPEN};
@@ -58,6 +58,7 @@ impl Lifecycle {
         tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(needs::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(trace::watch(self.clone(), process.clone()));
+        tokio::task::spawn_local(group::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(meet(self.clone(), process.clone()));
         let lifecycle = self.clone();
         tokio::task::spawn_local(async move {

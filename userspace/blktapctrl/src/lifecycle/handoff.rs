@@ -187,6 +187,11 @@ impl Lifecycle {
     /// The new process must speak as we do, and understand the kernel as the old one does.
     async fn compare(&self, disk: &Disk, new: &Process) -> Result<String, Failure> {
         let theirs = new.introduce(EVER).await?;
+        if disk.record.borrow().policy.group.is_some() && !theirs.shares {
+            return Err(Failure::unsupported(
+                "it is older than groups, and would do as much as it likes: take the disk out of its group first",
+            ));
+        }
         let ours = match disk.serving() {
             Ok(old) => old.introduce(SOON).await.map(|old| old.abi),
             Err(failure) => Err(failure),

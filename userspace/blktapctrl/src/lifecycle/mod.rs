@@ -11,6 +11,7 @@ pub mod create;
 mod death;
 mod destroy;
 mod direct;
+mod group;
 mod handoff;
 mod lease;
 mod mark;
@@ -36,6 +37,7 @@ use crate::disk::Disk;
 use crate::domains::{Domains, Xl};
 use crate::groups::Groups;
 use crate::process::{Process, Program, OPEN, SOON};
+use crate::quota::Quota;
 use crate::record::Want;
 use crate::registry::Registry;
 use ::lease::{Claim, Lease};
@@ -74,6 +76,8 @@ pub struct Lifecycle {
     parked: watch::Sender<bool>,
     /// The control groups of guests, if they have any.
     groups: RefCell<Option<Rc<Groups>>>,
+    /// The groups of disks that share limits.
+    quota: Quota,
 }
 
 /// Opens the lease of an image; it may hang as storage does.
@@ -93,6 +97,7 @@ impl Lifecycle {
     #[must_use]
     pub fn new(registry: Rc<Registry>, program: Program, folders: Vec<PathBuf>) -> Rc<Lifecycle> {
         Rc::new(Lifecycle {
+            quota: Quota::open(&registry.folder),
             admission: Admission::new(registry.clone(), folders),
             registry,
             program,

@@ -220,6 +220,10 @@ impl Lifecycle {
         self.check_marks(disk, process).await?;
         self.check_trace(disk, process).await?;
         disk.record.borrow().rule(open);
+        if disk.record.borrow().policy.group.is_some() {
+            self.check_shares(disk, process).await?;
+        }
+        open.share = self.share(disk, process);
         open.kernel_holds = self.kernel_holds(disk)?;
         Ok(())
     }

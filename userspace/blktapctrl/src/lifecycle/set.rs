@@ -20,9 +20,11 @@ impl Lifecycle {
         let _turn = disk.turn().await?;
         let policy = disk.record.borrow().policy.with(changes);
         policy.limits.check()?;
+        self.check_new_group(&disk, &policy).await?;
         self.registry
             .change(&disk, |record| record.policy = policy.clone())?;
-        let told = disk.unless_doomed(tell(&disk, &policy)).await;
+        let told = disk.unless_doomed(self.tell(&disk, &policy)).await;
+        self.quota.changed();
         told.map_err(|failure| {
             let message = format!(
                 "it is written down, and the next process does it; the one that serves the disk now does not: {}",
@@ -32,22 +34,41 @@ impl Lifecycle {
         })?;
         Ok(policy)
     }
-}
 
-/// Tells the process that serves a disk. One that serves none yet is told when it does.
-async fn tell(disk: &Disk, policy: &Policy) -> Result<(), Failure> {
-    let process = disk.process.borrow().clone();
-    let Some(process) = process else {
-        return Ok(());
-    };
-    let rules = Rules {
-        on_no_space: policy.on_no_space,
-        on_error: policy.on_error,
-        limits: policy.limits,
-    };
-    match process.ask(&Request::Set(rules), &[], SOON).await {
-        Ok(Reply::Done) => Ok(()),
-        Ok(reply) => Err(unexpected(&reply)),
-        Err(failure) => Err(failure),
+    /// A group that a disk is to come into is there, and its process understands that.
+    async fn check_new_group(&self, disk: &Disk, policy: &Policy) -> Result<(), Failure> {
+        let before = disk.record.borrow().policy.group.clone();
+        let Some(name) = policy
+            .group
+            .as_ref()
+            .filter(|name| before.as_ref() != Some(*name))
+        else {
+            return Ok(());
+        };
+        self.check_group(name)?;
+        let process = disk.process.borrow().clone();
+        match process {
+            Some(process) => self.check_shares(disk, &process).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the process that serves a disk. One that serves none yet is told when it does.
+    async fn tell(&self, disk: &Disk, policy: &Policy) -> Result<(), Failure> {
+        let process = disk.process.borrow().clone();
+        let Some(process) = process else {
+            return Ok(());
+        };
+        let rules = Rules {
+            on_no_space: policy.on_no_space,
+            on_error: policy.on_error,
+            limits: policy.limits,
+            share: self.share(disk, &process),
+        };
+        match process.ask(&Request::Set(rules), &[], SOON).await {
+            Ok(Reply::Done) => Ok(()),
+            Ok(reply) => Err(unexpected(&reply)),
+            Err(failure) => Err(failure),
+        }
     }
 }

@@ -9,7 +9,7 @@ use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};
 use control::tapdisk::{
     Disk, Engine, Need, Needed, Open, Provided, Reply, Request, Stamp, State, Status, Troubles,
 };
-use control::{supervisor, Channel, Code, Failure, Target};
+use control::{supervisor, Channel, Code, Failure, Share, Target, Used};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -515,6 +515,13 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
                 served.lock().expect("nobody panics").traces(false);
                 Ok(Reply::Untraced { why })
             }
+            // The file `busy` lets it say that there was more.
+            Request::Busy { came } => {
+                while served.lock().expect("nobody panics").came(dir) <= came {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Ok(Reply::Done)
+            }
             Request::Provide { .. } if std::fs::remove_file(dir.join("deaf")).is_ok() => return,
             Request::Provide { number, provided } => {
                 needs.provide(number, provided, fds);
@@ -696,6 +703,8 @@ struct Served {
     twin: Option<OwnedFd>,
     /// It was the same when both were closed.
     was_same: bool,
+    /// What it has of its group.
+    share: Option<Share>,
 }
 
 /// Goes on with a trace.
@@ -757,6 +766,7 @@ impl Served {
                     return Err(Failure::unsupported("it knows no rules"));
                 }
                 note(dir, &format!("rules {} {:?}", rules.limits, rules.on_error));
+                self.share(dir, rules.share);
                 Ok(Reply::Done)
             }
             Request::Note { unit } => {
@@ -960,13 +970,50 @@ impl Served {
                 abi: number(dir, "abi").map_or(1, |abi| u32::try_from(abi).expect("small")),
                 notes: !dir.join("old").exists(),
                 traces: !dir.join("old").exists(),
+                shares: !dir.join("old").exists(),
             })),
+            Request::Share(_) if self.share.is_none() => {
+                Err(Failure::new(Code::State, "in no group"))
+            }
+            Request::Share(share) => {
+                self.share(dir, Some(share));
+                wait_while(&self.file(dir, "hangs"));
+                Ok(Reply::Used(Used {
+                    came: self.came(dir),
+                    // It would do more.
+                    lacks_bytes: self.file(dir, "lacks").exists(),
+                    ..Used::default()
+                }))
+            }
             Request::Troubles { .. }
             | Request::Needs { .. }
             | Request::Provide { .. }
+            | Request::Busy { .. }
             | Request::Untraced
             | Request::Wanted => Err(Failure::unsupported("answered elsewhere")),
         }
+    }
+
+    /// A file that says something to the process of a disk.
+    fn file(&self, dir: &Path, name: &str) -> std::path::PathBuf {
+        let minor = self.node.as_ref().map_or(0, |(minor, _)| *minor);
+        dir.join(format!("{name}-{minor}"))
+    }
+
+    /// Requests that have come.
+    fn came(&self, dir: &Path) -> u64 {
+        let path = self.file(dir, "came");
+        let name = path.file_name().and_then(std::ffi::OsStr::to_str);
+        number(dir, name.expect("a name")).unwrap_or_default()
+    }
+
+    /// The file `share-MINOR` says what it has of its group.
+    fn share(&mut self, dir: &Path, share: Option<Share>) {
+        self.share = share;
+        let (path, text) = (self.file(dir, "share"), serde_json::to_string(&share));
+        let beside = path.with_extension("new");
+        std::fs::write(&beside, text.expect("json")).expect("write");
+        std::fs::rename(&beside, &path).expect("rename");
     }
 
     fn traces(&mut self, on: bool) {
@@ -1047,6 +1094,7 @@ impl Served {
         std::fs::write(dir.join("policy"), policy).expect("write");
         let limits = open.limits.to_string();
         std::fs::write(dir.join("limits"), limits).expect("write");
+        self.share(dir, open.share);
         let mode = if open.read_only { "r" } else { "w" };
         let shared = if open.shared { "!" } else { "" };
         note(dir, &format!("{word} {mode}{shared} {text}"));

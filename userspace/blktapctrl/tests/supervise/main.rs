@@ -19,6 +19,7 @@ mod mirror;
 mod needs;
 mod nodes;
 mod park;
+mod quota;
 mod reservation;
 mod rules;
 mod sanlock;

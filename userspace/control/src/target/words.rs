@@ -3,7 +3,7 @@
 
 use super::{typed_rate, typed_size, yes_or_no, Target};
 use crate::tls::Said;
-use crate::{Failure, LeaseKind, Limits};
+use crate::{Failure, GroupName, LeaseKind, Limits};
 
 /// What was said.
 #[derive(Debug, Default)]
@@ -12,6 +12,7 @@ pub(super) struct Words {
     direct: Option<bool>,
     bytes: Option<u64>,
     requests: Option<u32>,
+    group: Option<GroupName>,
     room: Option<u64>,
     cache: Option<u64>,
     tls: Said,
@@ -23,9 +24,10 @@ impl Words {
         let mut rest = text.strip_prefix("tap:").unwrap_or(text);
         loop {
             let (name, behind) = match rest.split_once('=') {
-                Some((name @ ("lease" | "direct" | "bps" | "iops" | "room" | "cache"), behind)) => {
-                    (name, behind)
-                }
+                Some((
+                    name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"),
+                    behind,
+                )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) => (name, behind),
                 _ => return Ok(rest),
             };
@@ -38,6 +40,7 @@ impl Words {
             let twice = match name {
                 "lease" => self.lease.replace(value.parse()?).is_some(),
                 "bps" => self.bytes.replace(rate(value)?).is_some(),
+                "group" => self.group.replace(value.parse()?).is_some(),
                 "room" => self.room.replace(bytes(name, value)?).is_some(),
                 "cache" => self.cache.replace(bytes(name, value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
@@ -60,6 +63,10 @@ impl Words {
         let target = with(target, self.room, Target::with_room)?;
         let target = with(target, self.cache, Target::with_cache)?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
+        let target = Target {
+            group: self.group,
+            ..target
+        };
         if self.bytes.is_none() && self.requests.is_none() {
             return Ok(target);
         }

@@ -6,7 +6,7 @@ use crate::host::made::{block, phy, Made};
 use crate::look::{gather, Look, Supervisor};
 use crate::status::verdict::Limits;
 use crate::status::{fake, report};
-use control::supervisor::Counted;
+use control::supervisor::{Counted, Group};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -119,6 +119,30 @@ fn what_the_supervisor_could_not_tell_is_counted_if_it_counts() {
     let text = metrics(&look);
     for (name, count) in names.into_iter().zip(1..) {
         let line = format!("xen_disk_{name}_total {count}");
+        assert!(text.lines().any(|its| its == line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn groups_are_told_of_if_there_are_any() {
+    let mut look = both();
+    assert!(!metrics(&look).contains("xen_disk_group"));
+    look.groups = vec![Group {
+        name: "all.7".parse().expect("a name"),
+        limits: control::Limits {
+            bytes: 1 << 20,
+            ..control::Limits::default()
+        },
+        members: Vec::new(),
+        bytes: 12,
+        requests: 2,
+    }];
+    let text = metrics(&look);
+    for line in [
+        r#"xen_disk_group_disks{group="all.7"} 0"#,
+        r#"xen_disk_group_limit_bytes_per_second{group="all.7"} 1048576"#,
+        r#"xen_disk_group_bytes_total{group="all.7"} 12"#,
+    ] {
         assert!(text.lines().any(|its| its == line), "{line}: {text}");
     }
 }

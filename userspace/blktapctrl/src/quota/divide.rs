@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How what a group may do is divided among its disks.
+
+/// Who wants nothing has this part of an equal one all the same, so that it can begin with something.
+const IDLE: u64 = 32;
+/// What is wanted by who would do more if it could.
+pub(super) const ALL: u64 = u64::MAX;
+
+/// Parts of `total` for those who want so much: what is wanted or an equal part of what the others leave, whichever is
+/// less. What nobody wants is everybody's. The sum is never more than `total`.
+pub(super) fn divide(total: u64, wants: &[u64]) -> Vec<u64> {
+    let count = wants.len() as u64;
+    if count == 0 {
+        return Vec::new();
+    }
+    let least = total / count / IDLE;
+    let mut modest: Vec<(u64, usize)> = wants.iter().copied().zip(0..).collect();
+    modest.sort_unstable();
+    let (mut left, mut others) = (total, count);
+    let mut parts = Vec::with_capacity(wants.len());
+    for (want, index) in modest {
+        let part = want.max(least).min(left / others);
+        left -= part;
+        others -= 1;
+        parts.push((index, part));
+    }
+    parts.sort_unstable();
+    let more = left / count;
+    parts.into_iter().map(|(_, part)| part + more).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{divide, ALL, IDLE};
+
+    #[test]
+    fn who_wants_much_gets_what_others_leave() {
+        assert_eq!(divide(100, &[]), Vec::<u64>::new());
+        assert_eq!(divide(1000, &[ALL]), [1000]);
+        assert_eq!(divide(900, &[ALL, ALL, ALL]), [300, 300, 300]);
+        assert_eq!(divide(900, &[100, ALL, 100]), [100, 700, 100]);
+        assert_eq!(divide(900, &[ALL, 500, 100]), [400, 400, 100]);
+        // Nobody lacks anything: what is left is everybody's.
+        assert_eq!(divide(900, &[100, 200, 0]), [297, 397, 206]);
+        // Who wants nothing can begin.
+        assert_eq!(divide(64_000, &[0, ALL]), [1000, 63_000]);
+    }
+
+    /// Numbers that look like chance, the same each time.
+    struct Chance(u64);
+
+    impl Chance {
+        fn below(&mut self, limit: u64) -> u64 {
+            self.0 = self
+                .0
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (self.0 >> 33) % limit
+        }
+    }
+
+    #[test]
+    fn no_division_is_unfair_or_wasteful() {
+        let mut chance = Chance(7);
+        for _ in 0..20_000 {
+            let total = chance.below(1 << 20) + 64;
+            let count = chance.below(12) + 1;
+            let wants: Vec<u64> = (0..count)
+                .map(|_| match chance.below(3) {
+                    0 => ALL,
+                    1 => 0,
+                    _ => chance.below(1 << 19),
+                })
+                .collect();
+            let parts = divide(total, &wants);
+            let sum: u64 = parts.iter().sum();
+            assert!(sum <= total, "{total} {wants:?} {parts:?}");
+            // Nothing is left but what cannot be divided.
+            assert!(total - sum <= count, "{total} {wants:?} {parts:?}");
+            let equal = total / count;
+            for (want, part) in wants.iter().zip(&parts) {
+                assert!(part >= want.min(&equal), "{total} {wants:?} {parts:?}");
+                assert!(*part >= equal / IDLE, "{total} {wants:?} {parts:?}");
+            }
+            // Who would do more leaves nothing but that to who would not.
+            if wants.contains(&ALL) {
+                for (want, part) in wants.iter().zip(&parts) {
+                    let most = (*want).max(equal / IDLE).saturating_add(1);
+                    assert!(*part <= most, "{total} {wants:?} {parts:?}");
+                }
+            }
+        }
+    }
+}
