@@ -210,8 +210,8 @@ pub(crate) enum Verb {
     /// changes from the first byte on. Then the disk's configuration must name the image below; the one above is marked as
     /// read-only (chmod a-w), and can be removed. If something goes wrong, the disk stays with the image that it has, and
     /// its guest does not notice; what is below keeps its mark as read-only then, and is of use only below it. When the disk's
-    /// process is replaced, it begins anew. For qcow2 without internal snapshots, over an image of any format that is as
-    /// large and has no larger clusters.
+    /// process is replaced, it begins anew. For VHD, and for qcow2 without internal snapshots, over an image of any format
+    /// that is as large and has no larger clusters.
     Commit(Mirror),
     /// Note where a guest writes from a moment on, and say what has changed since: for copies of which each one takes only
     /// that

@@ -4,7 +4,7 @@
 mod common;
 
 use common::guest::{Guest, Step};
-use common::images::{answered, file, give, steps, Folder, Served, SIZE};
+use common::images::{answered, file, give, holds, steps, Folder, Served, SIZE};
 use common::Process;
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Reply, Request};
@@ -153,6 +153,207 @@ fn ends_a_snapshot(test: &str, format: &str) {
     if let Some(root) = root {
         assert!(fs::read(folder.path("root.img")).expect("read") == root);
     }
+}
+
+/// What is below a VHD that was made as a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum UnderVhd {
+    Raw,
+    Dynamic,
+    /// Another snapshot, of a raw image.
+    Differencing,
+}
+
+/// A VHD over another image, made as `tap-ctl snapshot` has it made.
+fn vhd_over(folder: &Folder, name: &str, below: &Served) -> Served {
+    let child = Served {
+        path: folder.path(name),
+        driver: "vhd",
+        files: below.files + 1,
+    };
+    fs::File::create_new(&child.path).expect("a new file");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = below.start(&fake);
+    let target = child.question().target;
+    let image = file(&child.path, true);
+    let made = process.ask_with(Request::Overlay { target }, image.as_fd());
+    assert_eq!(made, Ok(Reply::Done));
+    process.exit();
+    child
+}
+
+/// A disk in a VHD over another image.
+fn vhd_chain(test: &str, under: UnderVhd) -> Option<Chain> {
+    let folder = Folder::new(test)?;
+    let model = folder.raw("base.img", 5);
+    let raw = Served {
+        path: folder.path("base.img"),
+        driver: "aio",
+        files: 0,
+    };
+    let below = match under {
+        UnderVhd::Raw => raw,
+        UnderVhd::Dynamic => {
+            // The size as it is, not as a number of cylinders.
+            let options = "subformat=dynamic,force_size=on";
+            let convert = ["convert", "-f", "raw", "-O", "vpc", "-o", options];
+            folder.img(&[&convert[..], &["base.img", "base.vhd"]].concat());
+            Served {
+                path: folder.path("base.vhd"),
+                driver: "vhd",
+                files: 0,
+            }
+        }
+        UnderVhd::Differencing => vhd_over(&folder, "base.vhd", &raw),
+    };
+    Some(Chain {
+        top: vhd_over(&folder, "a.vhd", &below),
+        below,
+        folder,
+        model,
+    })
+}
+
+/// The image holds this disk: to QEMU, if that can read it, and to us.
+fn image_holds(folder: &Folder, image: &Served, model: &[u8]) {
+    let name = image.path.file_name().and_then(|name| name.to_str());
+    let name = name.expect("a name");
+    match (image.driver, image.files) {
+        ("aio", _) => assert!(folder.content("raw", name) == model, "{name}"),
+        ("vhd", 0) => assert!(folder.content("vpc", name) == model, "{name}"),
+        // It has no differencing ones.
+        _ => {}
+    }
+    let fake = Fake::new(4).expect("a node");
+    let (process, disk) = image.start(&fake);
+    assert_eq!(disk.size, SIZE);
+    holds(&fake, model);
+    process.exit();
+}
+
+/// A guest works on a VHD while its process is killed, and goes on in the image below.
+fn vhd_ends_in(test: &str, under: UnderVhd) {
+    let Some(chain) = vhd_chain(test, under) else {
+        return;
+    };
+    let (folder, top, below) = (chain.folder, chain.top, chain.below);
+    let root = fs::read(folder.path("base.img")).expect("read");
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, _) = top.start(&fake);
+    let mut guest = Guest::new(&fake, chain.model, 8);
+    let mut steps = steps().into_iter();
+    for step in steps.by_ref().take(40) {
+        guest.send(&step);
+    }
+    commit(&mut process, &below).expect("it begins");
+    for step in steps.by_ref().take(160) {
+        if matches!(step, Step::Kill) {
+            process.kill();
+            process = top.start(&fake).0;
+            commit(&mut process, &below).expect("it begins anew");
+        }
+        guest.send(&step);
+    }
+    let same = until_same(&mut process);
+    assert_eq!(same.offset, SIZE);
+    // From now on what is written goes to both.
+    let lives = |step: &Step| !matches!(step, Step::Kill);
+    for step in steps.by_ref().take(60).filter(lives) {
+        guest.send(&step);
+    }
+    guest.finish();
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let last = told(&mut process).expect("a commit");
+    assert_eq!(last.state, Mirroring::Complete, "{last:?}");
+    process.exit();
+    // The one above is the same disk as long as it is there.
+    image_holds(&folder, &below, &guest.model);
+    image_holds(&folder, &top, &guest.model);
+    fs::remove_file(&top.path).expect("nobody needs it");
+    let (process, _) = below.start(&fake);
+    for step in steps.filter(lives) {
+        guest.send(&step);
+    }
+    guest.finish();
+    process.exit();
+    image_holds(&folder, &below, &guest.model);
+    if under != UnderVhd::Raw {
+        assert!(fs::read(folder.path("base.img")).expect("read") == root);
+    }
+}
+
+#[test]
+fn vhd_over_a_raw_image_ends_in_that() {
+    vhd_ends_in("vhd_over_a_raw_image", UnderVhd::Raw);
+}
+
+#[test]
+fn vhd_over_a_dynamic_one_ends_in_that() {
+    vhd_ends_in("vhd_over_a_dynamic_one", UnderVhd::Dynamic);
+}
+
+#[test]
+fn vhd_in_a_chain_ends_in_the_one_below() {
+    vhd_ends_in("vhd_in_a_chain", UnderVhd::Differencing);
+}
+
+/// Whenever it ends, the disk in the VHD is what it was: also where zeroes were written, or something was given up.
+#[test]
+fn vhd_whose_commit_is_ended_is_the_disk_as_before() {
+    for under in [UnderVhd::Raw, UnderVhd::Dynamic, UnderVhd::Differencing] {
+        let Some(chain) = vhd_chain("vhd_whose_commit_is_ended", under) else {
+            return;
+        };
+        let (folder, top, below) = (chain.folder, chain.top, chain.below);
+        let fake = Fake::new(4).expect("a node");
+        let (mut process, _) = top.start(&fake);
+        let mut model = chain.model;
+        let mut write = |fake: &Fake, at: usize, byte: u8| {
+            answered(fake, Op::Write, at as u64 / 512, &[byte; 1536]);
+            model[at..at + 1536].fill(byte);
+        };
+        for at in [512, 1 << 20, (3 << 20) + 4096] {
+            write(&fake, at, 7);
+        }
+        commit(&mut process, &below).expect("it begins");
+        let same = until_same(&mut process);
+        assert_eq!(same.copied, 3 * 1536, "{under:?} {same:?}");
+        write(&fake, 2 << 20, 8);
+        write(&fake, 1536, 9);
+        let tag = fake.send_range(Op::WriteZeroes, 2, 4).expect("a request");
+        assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
+        model[1024..3072].fill(0);
+        process.kill();
+        image_holds(&folder, &top, &model);
+        // What was there until then is below, too, and what the guest never wrote is as it was.
+        image_holds(&folder, &below, &model);
+    }
+}
+
+/// A VHD names what is below it in several ways. What counts is where that was found, not what is deeper.
+#[test]
+fn vhd_is_committed_to_what_is_right_below_it() {
+    let Some(chain) = vhd_chain("vhd_right_below", UnderVhd::Differencing) else {
+        return;
+    };
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = chain.top.start(&fake);
+    let deeper = Served {
+        path: chain.folder.path("base.img"),
+        driver: "aio",
+        files: 0,
+    };
+    let as_raw = Served {
+        path: chain.below.path.clone(),
+        ..deeper
+    };
+    let before = fs::read(&deeper.path).expect("read");
+    for wrong in [&deeper, &as_raw] {
+        let failure = commit(&mut process, wrong).expect_err("it is not below");
+        assert_eq!(failure.code, Code::Invalid, "{failure}");
+    }
+    process.exit();
+    assert!(fs::read(&deeper.path).expect("read") == before);
 }
 
 #[test]

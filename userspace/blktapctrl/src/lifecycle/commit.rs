@@ -20,9 +20,9 @@ use std::sync::Arc;
 /// What the disk has may be given to what is below it.
 pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
     let target = disk.open()?.target;
-    if target.driver() != Driver::Qcow2 {
+    if !matches!(target.driver(), Driver::Qcow2 | Driver::Vhd) {
         return Err(Failure::unsupported(format!(
-            "{target} is no qcow2 image: of others nothing is committed while they are served"
+            "{target} is no qcow2 image and no VHD: of others nothing is committed while they are served"
         )));
     }
     match disk.record.borrow().stream.is_some() {

@@ -39,15 +39,37 @@ fn over(dir: &Path, name: &str) {
 }
 
 /// An image over a raw one, as after a snapshot.
-fn images(dir: &Path) {
+fn images(dir: &Path, top: &str) {
     fs::write(dir.join("a.img"), "A").expect("write");
     mark(&dir.join("a.img"));
-    over(dir, "b.qcow2");
+    over(dir, top);
 }
 
 async fn snapshot(bed: &Bed) -> u32 {
-    images(&bed.dir);
+    images(&bed.dir, "b.qcow2");
     bed.made(bed.create("b.qcow2")).await
+}
+
+#[test]
+fn a_vhd_over_an_image_ends_in_that() {
+    test("commit-vhd", |bed| async move {
+        images(&bed.dir, "b.vhd");
+        bed.made(bed.create("b.vhd")).await;
+        says(&bed.dir, "same");
+        asked(&bed, commit(&bed)).await.expect("it begins");
+        assert_eq!(until_over(&bed).await, Mirroring::Complete);
+        assert!(is_served_from(&bed.row(0).await, "a.img"));
+        assert!(is_marked(&bed.dir.join("b.vhd")) && !is_marked(&bed.dir.join("a.img")));
+    });
+    test("commit-qcow", |bed| async move {
+        images(&bed.dir, "b.qcow");
+        bed.made(bed.create("b.qcow")).await;
+        let failure = asked(&bed, commit(&bed))
+            .await
+            .expect_err("of no such image");
+        assert_eq!(failure.code, Code::Unsupported, "{failure}");
+        assert!(is_marked(&bed.dir.join("a.img")));
+    });
 }
 
 #[test]
@@ -183,7 +205,7 @@ fn a_commit_that_is_interrupted_comes_to_an_end() {
             &format!("commit-{last}"),
             |dir| {
                 says(dir, last);
-                images(dir);
+                images(dir, "b.qcow2");
                 let target = format!("qcow2:{}", dir.join("b.qcow2").display());
                 vec![create_of(target.parse().expect("a target"))]
             },

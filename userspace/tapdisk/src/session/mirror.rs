@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk is copied to another image, which then takes its place.
 
-use super::image::below;
+use super::image::{below, kind};
 use super::Session;
 use crate::jobs::mirror;
 use crate::told::{params, succeeds};
@@ -10,13 +10,16 @@ use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind};
 use drivers::{Disk, Shape};
-use formats::{qcow2, Kind};
+use formats::{qcow2, vhd, Kind, Parent};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// Parts of a cluster of a qcow2 image that has such.
 const SUBCLUSTERS: u64 = 32;
+/// Bytes of which a VHD says that it has them itself.
+const SECTOR: u64 = 512;
 
 impl Session {
     /// Begins to copy the disk to the image that came along.
@@ -41,8 +44,7 @@ impl Session {
             return Err(Failure::new(Code::State, why));
         }
         let parts = match is_below {
-            true if server.disk().goes_on().await? => self.parts_over(&open.target).await?,
-            true => None,
+            true => self.parts_over(server.disk(), &open.target).await?,
             false => Some(1),
         };
         let Some(parts) = parts else {
@@ -90,7 +92,10 @@ impl Session {
 
     /// Bytes of the parts of the disk that the image that is served has itself or not; nothing if that does not go on
     /// from this one, by its header.
-    async fn parts_over(&self, target: &Target) -> Result<Option<u64>, Failure> {
+    ///
+    /// # Errors
+    /// It keeps something else that shows what is below, or is of another format.
+    async fn parts_over(&self, disk: &Disk, target: &Target) -> Result<Option<u64>, Failure> {
         let (open, file) = {
             let state = self.state.borrow();
             match (&state.open, &state.file) {
@@ -98,20 +103,27 @@ impl Session {
                 _ => return Err(Failure::new(Code::State, "no image is served")),
             }
         };
-        let (Driver::Qcow2, Some(path)) = (open.target.driver(), open.target.path()) else {
+        let kind = kind(open.target.driver());
+        // A VHD has nothing inside that could be in the way; a qcow2 image may have snapshots.
+        if kind != Some(Kind::Vhd) && !disk.goes_on().await? {
+            return Ok(None);
+        }
+        let (Some(kind @ (Kind::Qcow2 | Kind::Vhd)), Some(path)) = (kind, open.target.path())
+        else {
             return Err(Failure::unsupported(format!(
-                "{} is no qcow2 image: of others nothing is committed while they are served",
+                "{} is no qcow2 image and no VHD: of others nothing is committed while they are served",
                 open.target
             )));
         };
-        let parent = formats::look(Kind::Qcow2, &file).await?.parent;
+        let parent = formats::look(kind, &file).await?.parent;
         let parent = parent.unwrap_or_default();
-        let (Some(name), Some(driver)) = (parent.names.first(), parent.driver) else {
+        let place = self.place_of(&parent, path).await?;
+        let what = parent.driver.map(|driver| driver.parse());
+        if target.path() != place.as_deref() || what != Some(below(target.driver())) {
             return Ok(None);
-        };
-        let place = formats::resolve(name, path)?;
-        if target.path() != Some(&*place) || driver.parse() != below(target.driver()) {
-            return Ok(None);
+        }
+        if kind == Kind::Vhd {
+            return Ok(Some(SECTOR));
         }
         let header = qcow2::header(&file).await?;
         let parts = if header.has_subclusters() {
@@ -120,6 +132,31 @@ impl Session {
             1
         };
         Ok(Some(header.cluster() / parts))
+    }
+
+    /// Where what is below the image at `child` was found when that was opened. It may have several names, of which the
+    /// first counts that leads to what is meant: another one may be of something deeper in the chain.
+    async fn place_of(&self, parent: &Parent, child: &Path) -> Result<Option<PathBuf>, Failure> {
+        for name in &parent.names {
+            let place = formats::resolve(name, child)?;
+            let file = {
+                let state = self.state.borrow();
+                let mut parents = state.parents.iter();
+                let its = parents.find(|(path, _)| **path == *place);
+                its.map(|(_, file)| file.clone())
+            };
+            let Some(file) = file else {
+                continue;
+            };
+            let is_meant = match &parent.id {
+                Some(id) => vhd::spelled(vhd::id(&file).await?) == *id,
+                None => true,
+            };
+            if is_meant {
+                return Ok(Some(place));
+            }
+        }
+        Ok(None)
     }
 
     /// Locks for writing what is below, in place of the lock of who reads it there: that others read it would be as
