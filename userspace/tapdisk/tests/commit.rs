@@ -356,6 +356,41 @@ fn vhd_is_committed_to_what_is_right_below_it() {
     assert!(fs::read(&deeper.path).expect("read") == before);
 }
 
+/// One of its names leads to what is deeper, which is passed over when the chain is opened: it has another number.
+#[test]
+fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
+    let Some(chain) = vhd_chain("vhd_other_name", UnderVhd::Dynamic) else {
+        return;
+    };
+    let folder = chain.folder;
+    let root = Served {
+        path: folder.path("root.vhd"),
+        ..chain.below
+    };
+    fs::rename(&chain.below.path, &root.path).expect("rename");
+    let base = vhd_over(&folder, "base.vhd", &root);
+    let mut top = vhd_over(&folder, "b.vhd", &base);
+    let mut bytes = fs::read(&top.path).expect("read");
+    // The first name is a URL; the others are in UTF-16.
+    let at = bytes.windows(8).position(|name| name == b"base.vhd");
+    let at = at.expect("a name in a locator");
+    bytes[at..at + 8].copy_from_slice(b"root.vhd");
+    fs::write(&top.path, bytes).expect("write");
+    // It asks for that one, too, in vain.
+    top.files += 1;
+    let before = fs::read(&root.path).expect("read");
+    let fake = Fake::new(4).expect("a node");
+    let (mut process, _) = top.start(&fake);
+    holds(&fake, &chain.model);
+    let deeper = Served { files: 0, ..root };
+    let failure = commit(&mut process, &deeper).expect_err("it is deeper");
+    assert_eq!(failure.code, Code::Invalid, "{failure}");
+    commit(&mut process, &base).expect("it is right below");
+    until_same(&mut process);
+    process.exit();
+    assert!(fs::read(&deeper.path).expect("read") == before);
+}
+
 #[test]
 fn snapshot_over_a_raw_image_ends_in_that() {
     ends_a_snapshot("snapshot_over_a_raw_image", "raw");
