@@ -21,6 +21,14 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     count(tally, "the loom models", loom)
 }
 
+/// The tests of sanlock's daemons that wait for what takes these a minute.
+pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+    host::for_tests()?;
+    let mut tests = cargo_test();
+    tests.args(["-p", "lease", "--lib", "--", "--ignored", "sanlock"]);
+    count(tally, "the tests of sanlock", tests)
+}
+
 fn cargo_test() -> Command {
     let mut cargo = build::cargo();
     cargo.args(["test", "--locked"]);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! What takes too long for each change.
 
-use super::{build, e2e};
+use super::{build, e2e, host};
 use crate::tally::Tally;
 use anyhow::{ensure, Result};
 
@@ -33,6 +33,8 @@ const PARTS: &[(&str, Part)] = &[
     ("direct", Part::Own(e2e::direct)),
     // Kept by the clock.
     ("leases", Part::Long("lease.*")),
+    // Its daemons, which take their time.
+    ("sanlock", Part::Own(host::sanlock)),
     // Guests with other kernels than dom0's.
     ("guests", Part::Own(e2e::guests)),
     // The daemon of xenstore in C; all others have the one in OCaml.

@@ -254,6 +254,7 @@ fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
 }
 
 #[test]
+#[ignore = "it waits for more than a minute: cargo xtask test --lane nightly --only sanlock"]
 fn sanlock_gives_it_to_another_host_when_the_watchdog_has_reset_the_first() {
     let bed = Bed::new();
     let [alpha, beta] = bed.hosts(["alpha", "beta"]);
