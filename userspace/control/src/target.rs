@@ -182,9 +182,9 @@ pub struct Target {
     /// What is said of the kernel, if anything is.
     direct: Option<bool>,
     /// What is said of how much a guest may do.
-    limits: Option<Limits>,
+    limits: Option<Box<Limits>>,
     /// With which others it shares limits, if that is said.
-    group: Option<GroupName>,
+    group: Option<Box<GroupName>>,
     /// What is said of how much memory a guest may fill.
     room: Option<u64>,
     /// What is said of the memory for an image's tables.
@@ -374,22 +374,22 @@ impl Target {
 
     /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
     pub fn take_limits(&mut self) -> Option<Limits> {
-        self.limits.take()
+        self.limits.take().map(|limits| *limits)
     }
 
     /// Takes out what is said of a group, which is the disk's, too.
     pub fn take_group(&mut self) -> Option<GroupName> {
-        self.group.take()
+        self.group.take().map(|group| *group)
     }
 
     /// The group of the disk, if that is said.
     pub fn group(&self) -> Option<&GroupName> {
-        self.group.as_ref()
+        self.group.as_deref()
     }
 
     /// How much a guest may do, if that is said.
     pub fn limits(&self) -> Option<&Limits> {
-        self.limits.as_ref()
+        self.limits.as_deref()
     }
 
     /// The image's absolute path, if the driver has one.
@@ -549,7 +549,7 @@ impl fmt::Display for Target {
         if let Some(tls) = &self.tls {
             tls.fmt(f)?;
         }
-        if let Some(limits) = self.limits {
+        if let Some(limits) = &self.limits {
             write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
         }
         if let Some(group) = &self.group {

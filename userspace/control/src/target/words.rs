@@ -64,7 +64,7 @@ impl Words {
         let target = with(target, self.cache, Target::with_cache)?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let target = Target {
-            group: self.group,
+            group: self.group.map(Box::new),
             ..target
         };
         if self.bytes.is_none() && self.requests.is_none() {
@@ -77,7 +77,7 @@ impl Words {
         };
         limits.check()?;
         Ok(Target {
-            limits: Some(limits),
+            limits: Some(Box::new(limits)),
             ..target
         })
     }
