@@ -23,7 +23,7 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
 
 /// The tests of sanlock's daemons that wait for what takes these a minute.
 pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
-    host::for_tests()?;
+    host::for_sanlock()?;
     let mut tests = cargo_test();
     tests.args(["-p", "lease", "--lib", "--", "--ignored", "sanlock"]);
     count(tally, "the tests of sanlock", tests)
