@@ -138,7 +138,6 @@ impl Counters {
             kept: self.kept.load(Relaxed),
         }
     }
-
 }
 
 /// The queues of a device, and the sums of those that it had before.
@@ -206,11 +205,11 @@ impl Totals {
     /// Hands the counters of each queue, in their order, to `tell` until that fails.
     pub(crate) fn each_queue<E>(
         &self,
-        mut tell: impl FnMut(QueueView) -> Result<(), E>,
+        tell: impl FnMut(QueueView) -> Result<(), E>,
     ) -> Result<(), E> {
         let queues = self.queues.lock();
         let mut views = queues.now.iter().map(|queue| queue.view());
-        views.try_for_each(|view| tell(view))
+        views.try_for_each(tell)
     }
 
     /// Records the memory that the queues always have, in KiB.

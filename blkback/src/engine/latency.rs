@@ -3,10 +3,7 @@
 //! How long each I/O took, as histograms, while somebody wants to know: [`Times`](crate::engine::Times) has
 //! the sums at any time.
 
-use crate::engine::backend::{Backend, IoKind};
-use crate::engine::parts::Engine;
-use crate::engine::requests::{Completed, Handle};
-use crate::ring::response::Status;
+use crate::engine::backend::IoKind;
 
 /// Operations that are told apart, in the order of their histograms: reads, writes, flushes with what flushes, discards.
 pub const OPERATIONS: usize = 4;
@@ -44,7 +41,7 @@ impl Latencies {
         self.on = on;
     }
 
-    fn add(&mut self, kind: IoKind, ns: u64) {
+    pub(super) fn add(&mut self, kind: IoKind, ns: u64) {
         let operation = match kind {
             IoKind::Read => 0,
             IoKind::Write => 1,
@@ -63,23 +60,6 @@ fn step(ns: u64) -> usize {
     let steps = u64::BITS.wrapping_sub((ns / FIRST_STEP_NS).leading_zeros());
     // CAST: at most 64.
     (steps as usize).min(STEPS - 1)
-}
-
-impl<R, G, B: Backend> Engine<'_, R, G, B> {
-    /// Counts how long an I/O took, if that is wanted. What has failed is not counted: it may never have begun.
-    #[inline]
-    pub(super) fn note_latency(&mut self, handle: &Handle<Completed>) {
-        if !self.latencies.on {
-            return;
-        }
-        let request = self.requests.of(handle);
-        let (kind, status, started) = (request.kind, request.status, request.started);
-        if status == Status::Okay {
-            // Looked at when it was found to be complete.
-            let now = self.clock.last(&self.backend);
-            self.latencies.add(kind, now.saturating_sub(started));
-        }
-    }
 }
 
 #[cfg(test)]

@@ -54,6 +54,21 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.answer(&response);
     }
 
+    /// Counts how long an I/O took, if that is wanted. What has failed is not counted: it may never have begun.
+    #[inline]
+    fn note_latency(&mut self, handle: &Handle<Completed>) {
+        if !self.latencies.is_on() {
+            return;
+        }
+        let request = self.requests.of(handle);
+        let (kind, status, started) = (request.kind, request.status, request.started);
+        if status == Status::Okay {
+            // Looked at when it was found to be complete.
+            let now = self.clock.last(&self.backend);
+            self.latencies.add(kind, now.saturating_sub(started));
+        }
+    }
+
     /// Answers a request that is not well-formed.
     pub(super) fn refuse(&mut self, reject: &Reject) {
         self.stats.refused = self.stats.refused.wrapping_add(1);

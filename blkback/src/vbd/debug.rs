@@ -68,16 +68,16 @@ fn queues(totals: &Arc<Totals>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
 /// has what took longer, too.
 fn latency(totals: &Arc<Totals>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
     let counts = if totals.measures() { "on" } else { "off" };
-    fmt::Write::write_fmt(out, fmt!("counting {counts}\nbelow_us reads writes flushes discards\n"))?;
+    fmt::Write::write_fmt(
+        out,
+        fmt!("counting {counts}\nbelow_us reads writes flushes discards\n"),
+    )?;
     let mut below_ns = FIRST_STEP_NS;
     for step in 0..STEPS {
         let [reads, writes, flushes, discards] = totals.latencies(step);
         if reads | writes | flushes | discards != 0 {
             let below = below_ns / 1000;
-            fmt::Write::write_fmt(
-                out,
-                fmt!("{below} {reads} {writes} {flushes} {discards}\n"),
-            )?;
+            fmt::Write::write_fmt(out, fmt!("{below} {reads} {writes} {flushes} {discards}\n"))?;
         }
         below_ns = below_ns.wrapping_mul(2);
     }

@@ -10,8 +10,8 @@
 
 use super::evtchn::{Activity, EventChannel};
 use super::ring_map::RingMap;
-use crate::ring::abi::MAX_SLOT_SIZE;
 use crate::linux::trace;
+use crate::ring::abi::MAX_SLOT_SIZE;
 use crate::ring::ports::SharedRing;
 use core::cell::{Cell, UnsafeCell};
 use kernel::prelude::*;
