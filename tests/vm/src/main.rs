@@ -114,6 +114,11 @@ impl Driver {
         }
     }
 
+    /// Whether its module is loaded.
+    pub(crate) fn is_loaded(self) -> bool {
+        Path::new("/sys/module").join(self.sys_module()).exists()
+    }
+
     /// The name on the xen-backend bus.
     pub(crate) fn bus_name(self) -> &'static str {
         match self {

@@ -5,6 +5,7 @@ use crate::build;
 use crate::kernel::Kernel;
 use crate::ktap;
 use crate::machine::{Host, Machine, Outcome};
+use crate::recipes::Machines;
 use crate::tally::Tally;
 use crate::{package, payload, recipes, run, second};
 use anyhow::{Context, Result};
@@ -125,13 +126,9 @@ pub(super) fn guests(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     for suite in GUESTS {
         let name = format!("guests-{suite}");
         let script = format!("exec /t/vmtest run --only '{CASES}'{}\n", words(seed));
-        let payload = with_faulty(&name, &script)?;
         let machines = recipes::with_guests_of(suite)?;
-        run::remove_tree(&payload.join("guest"))?;
-        payload::add_guest(&payload, &machines, &build::programs()?.join("vmtest"))?;
-        let mut reader = ktap::Reader::default();
-        let outcome = machine(&name).run(&machines, &payload, |line| reader.line(line, tally));
-        reader.finish(tally);
+        let payload = everything(&name, &script, &machines)?;
+        let outcome = report_on(tally, machine(&name), &machines, &payload, |_| ());
         consoles(tally, &name, outcome);
     }
     Ok(())
@@ -260,9 +257,7 @@ pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
         machine.root = Some(root.clone());
         // Each line on a console of Xen takes its time.
         machine.dom0_args = format!("life={part} systemd.show_status=no");
-        let mut reader = ktap::Reader::default();
-        let outcome = machine.run(&machines, &payload, |line| reader.line(line, tally));
-        reader.finish(tally);
+        let outcome = report_on(tally, machine, &machines, &payload, |_| ());
         consoles(tally, &name, outcome);
         if tally.failed > before {
             // The parts that follow build on it.
@@ -314,10 +309,22 @@ fn report(
     machine: Machine,
     kernel: Kernel,
     payload: &Path,
+    on_line: impl FnMut(&str),
+) -> Result<Outcome> {
+    let machines = recipes::machines(kernel)?;
+    report_on(tally, machine, &machines, payload, on_line)
+}
+
+/// The same on these machines.
+fn report_on(
+    tally: &mut Tally,
+    machine: Machine,
+    machines: &Machines,
+    payload: &Path,
     mut on_line: impl FnMut(&str),
 ) -> Result<Outcome> {
     let mut reader = ktap::Reader::default();
-    let outcome = machine.run(&recipes::machines(kernel)?, payload, |line| {
+    let outcome = machine.run(machines, payload, |line| {
         on_line(line);
         reader.line(line, tally);
     });
@@ -341,14 +348,18 @@ fn machine(name: &str) -> Machine {
 
 /// A payload with the module for this kernel installed, the programs and a guest.
 pub(crate) fn with_everything(name: &str, script: &str, kernel: Kernel) -> Result<PathBuf> {
+    everything(name, script, &recipes::machines(kernel)?)
+}
+
+/// The same for these machines.
+fn everything(name: &str, script: &str, machines: &Machines) -> Result<PathBuf> {
     let payload = payload::new(name, script)?;
-    let machines = recipes::machines(kernel)?;
     let programs = build::programs()?;
-    let module = build::module_for(kernel)?;
-    payload::add_installed(&payload, &machines, &module, Some(&programs))?;
+    let module = build::module_for(machines.kernel)?;
+    payload::add_installed(&payload, machines, &module, Some(&programs))?;
     for program in build::program_files(&programs)? {
         payload::add_program(&payload, &program)?;
     }
-    payload::add_guest(&payload, &machines, &programs.join("vmtest"))?;
+    payload::add_guest(&payload, machines, &programs.join("vmtest"))?;
     Ok(payload)
 }

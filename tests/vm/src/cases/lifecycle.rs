@@ -430,20 +430,22 @@ impl Drop for Hidden {
 
 fn falls_back(context: &mut Context) -> Result<()> {
     let driver = context.driver;
-    let loaded = |driver: Driver| Path::new("/sys/module").join(driver.sys_module()).exists();
     sh::run(&["rmmod", driver.sys_module()])?;
     let hidden = Hidden::new(driver)?;
     sh::modprobe(driver.other().module(), &[])?;
-    ensure!(loaded(driver.other()), "there is no driver at all");
-    ensure!(!loaded(driver), "the module was found after all");
+    ensure!(driver.other().is_loaded(), "there is no driver at all");
+    ensure!(!driver.is_loaded(), "the module was found after all");
     sh::run(&["rmmod", driver.other().sys_module()])?;
     drop(hidden);
     // By its name, as Xen's scripts ask, and by that of a device, as the kernel does.
     for name in [driver.other().module(), "xen-backend:vbd"] {
         sh::run(&["rmmod", driver.sys_module()])?;
         sh::modprobe(name, &[])?;
-        ensure!(loaded(driver), "{name} does not bring this driver");
-        ensure!(!loaded(driver.other()), "{name} brings the C driver too");
+        ensure!(driver.is_loaded(), "{name} does not bring this driver");
+        ensure!(
+            !driver.other().is_loaded(),
+            "{name} brings the C driver too"
+        );
     }
     load_driver(driver)
 }

@@ -618,11 +618,10 @@ fn detach_own_disks() -> Result<()> {
 
 /// Loads the driver under test and puts the other one away.
 pub(crate) fn load_driver(driver: Driver) -> Result<()> {
-    let loaded = |other: Driver| Path::new("/sys/module").join(other.sys_module()).exists();
-    if loaded(driver.other()) {
+    if driver.other().is_loaded() {
         sh::run(&["rmmod", driver.other().sys_module()])?;
     }
-    if loaded(driver) {
+    if driver.is_loaded() {
         // Loaded at boot, as an administrator does it, with its own defaults.
         sh::run(&["rmmod", driver.sys_module()])?;
     }

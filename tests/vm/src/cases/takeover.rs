@@ -12,7 +12,6 @@ use crate::tap::{self, Served};
 use crate::{hotplug, seed, sh, Driver};
 use anyhow::{ensure, Context as _, Result};
 use sim::rng::Rng;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -81,12 +80,9 @@ fn with_both(context: &mut Context) -> Result<()> {
         Driver::C.module(),
         "max_queues=4",
     ])?;
-    context.at_end("unload the C driver", || {
-        let loaded = Path::new("/sys/module").join(Driver::C.sys_module());
-        match loaded.exists() {
-            true => sh::run(&["rmmod", Driver::C.module()]).map(drop),
-            false => Ok(()),
-        }
+    context.at_end("unload the C driver", || match Driver::C.is_loaded() {
+        true => sh::run(&["rmmod", Driver::C.module()]).map(drop),
+        false => Ok(()),
     });
     Ok(())
 }
@@ -161,13 +157,12 @@ fn module(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&long_job(8))?;
-    let loaded = |driver: Driver| Path::new("/sys/module").join(driver.sys_module()).exists();
     for to in [Driver::C, Driver::Rs] {
         wait_load(&vbd)?;
         let done = sh::status(&[PROGRAM, "--to", to.module()], LIMIT)?;
         ensure!(done.rc == 0, "to {}: {}", to.module(), done.text);
         ensure!(
-            loaded(to) && !loaded(to.other()),
+            to.is_loaded() && !to.other().is_loaded(),
             "not {} alone is loaded: {}",
             to.module(),
             done.text

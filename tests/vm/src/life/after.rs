@@ -18,6 +18,6 @@ fn after(_: &mut Story) -> Result<()> {
     host::is_up()?;
     let working = Working::begin()?;
     working.is_served_by(Driver::C)?;
-    ensure!(!host::is_loaded(Driver::Rs), "our module is loaded");
+    ensure!(!Driver::Rs.is_loaded(), "our module is loaded");
     working.end()
 }

@@ -42,10 +42,7 @@ fn installed(story: &mut Story) -> Result<()> {
     let working = story.working()?;
     working.is_served_by(Driver::C)?;
     working.goes_on()?;
-    ensure!(
-        !host::is_loaded(Driver::Rs),
-        "installing has loaded our module"
-    );
+    ensure!(!Driver::Rs.is_loaded(), "installing has loaded our module");
     ensure!(
         !host::is_active("blktapctrl.service")?,
         "installing has started a supervisor on a host that has not decided for it"

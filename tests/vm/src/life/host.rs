@@ -2,9 +2,7 @@
 //! The host as its administrator sees it: apt, systemd, and which driver serves.
 
 use crate::sh::{self, Output};
-use crate::Driver;
 use anyhow::{ensure, Context, Result};
-use std::path::Path;
 use std::time::Duration;
 
 /// A boot, and what apt does, take long in emulation.
@@ -66,7 +64,7 @@ pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
 
 /// What is asked of apt to have both packages in a version.
 pub(super) fn both(version: &str) -> Result<[String; 2]> {
-    Ok([PROGRAMS.to_owned(), of_module()?].map(|package| format!("{package}={version}")))
+    Ok(packages()?.map(|package| format!("{package}={version}")))
 }
 
 /// The names of both packages.
@@ -116,9 +114,4 @@ pub(super) fn supervisor() -> Result<u32> {
     let pid = property("blktapctrl.service", "MainPID")?;
     let pid = pid.parse().ok().filter(|pid| *pid != 0);
     pid.context("systemd runs no blktapctrl.service")
-}
-
-/// Whether the module of a driver is loaded.
-pub(super) fn is_loaded(driver: Driver) -> bool {
-    Path::new("/sys/module").join(driver.sys_module()).exists()
 }

@@ -57,7 +57,7 @@ fn booted(story: &mut Story) -> Result<()> {
     );
     let mut working = Working::begin()?;
     working.is_served_by(Driver::Rs)?;
-    ensure!(!host::is_loaded(Driver::C), "the C driver is loaded, too");
+    ensure!(!Driver::C.is_loaded(), "the C driver is loaded, too");
     working.add_tap()?;
     story.working = Some(working);
     host::nothing_failed()
