@@ -23,6 +23,7 @@ mod linux;
 #[path = "../../blktap-kmod/src/mod.rs"]
 mod tap;
 
+mod away;
 mod backing;
 mod bus;
 mod connect_error;

@@ -8,11 +8,12 @@
 //! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
 //! only where requests are mapped instead of copied.
 
+use crate::away::Away;
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Io, Latencies, Mapping, Pass, PendingRequest,
-    Rest, SegmentEntry, Shape, Stats, Tables,
+    Backend, Config, Engine, Fetch, Grants, Group, Latencies, Mapping, Pass, PendingRequest, Rest,
+    SegmentEntry, Shape, Stats, Tables,
 };
 use crate::events::DeviceEvents;
 use crate::keeper::Keeper;
@@ -30,9 +31,7 @@ use crate::params;
 use crate::poll::Pollers;
 use crate::proto::frontend;
 use crate::ring::index::BackRing;
-use crate::ring::numbers::QueueTag;
 use crate::ring::request::Limits;
-use crate::ring::response::Status;
 use crate::totals::{Tally, Totals};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic, AtomicFlag};
@@ -429,68 +428,6 @@ impl<D: QueueBackends> State<D> {
 
 /// What is left of a queue that has let go of its guest.
 type Left<'a, D> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <D as QueueBackends>::Backend>>;
-
-/// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
-/// can be given back without its thread.
-struct Away<'a, B> {
-    backend: B,
-    guest: &'a Held,
-}
-
-impl<B: Backend> Backend for Away<'_, B> {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        let traced = self.guest.traced();
-        let batch = batch.inspect(|io| {
-            let sectors = io.sectors;
-            traced.submit(io.tag.number(), io.kind.number(), io.sector, sectors);
-        });
-        self.guest.away(|| self.backend.submit(batch));
-    }
-
-    fn can_resume(&self) -> bool {
-        self.backend.can_resume()
-    }
-
-    fn resume(&mut self) {
-        self.guest.away(|| self.backend.resume());
-    }
-
-    fn is_bound(&self, unfinished: u16) -> bool {
-        self.backend.is_bound(unfinished)
-    }
-
-    fn gathers(&self) -> bool {
-        self.backend.gathers()
-    }
-
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
-        let traced = self.guest.traced();
-        self.backend.reap(|tag, status| {
-            traced.complete(tag.number(), status.to_wire());
-            done(tag, status);
-        });
-    }
-
-    fn now(&self) -> u64 {
-        self.backend.now()
-    }
-
-    fn attach(&mut self, block: u16) -> bool {
-        self.backend.attach(block)
-    }
-
-    fn detach(&mut self, block: u16) {
-        self.backend.detach(block);
-    }
-
-    fn owed(&mut self, thorough: bool) -> u16 {
-        self.backend.owed(thorough)
-    }
-
-    fn is_content(&mut self) {
-        self.backend.is_content();
-    }
-}
 
 /// The thread's view of its surroundings while the engine has the rest.
 struct Serving<'a, D> {

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A queue's backend, by way of its guest's side and the trace points.
+
+use crate::engine::{Backend, Io};
+use crate::linux::xen::guest_side::Held;
+use crate::ring::numbers::QueueTag;
+use crate::ring::response::Status;
+
+/// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
+/// can be given back without its thread.
+pub(crate) struct Away<'a, B> {
+    pub(crate) backend: B,
+    pub(crate) guest: &'a Held,
+}
+
+impl<B: Backend> Backend for Away<'_, B> {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let traced = self.guest.traced();
+        let batch = batch.inspect(|io| {
+            traced.submit(io.tag.number(), io.kind.number(), io.sector, io.sectors);
+        });
+        self.guest.away(|| self.backend.submit(batch));
+    }
+
+    fn can_resume(&self) -> bool {
+        self.backend.can_resume()
+    }
+
+    fn resume(&mut self) {
+        self.guest.away(|| self.backend.resume());
+    }
+
+    fn is_bound(&self, unfinished: u16) -> bool {
+        self.backend.is_bound(unfinished)
+    }
+
+    fn gathers(&self) -> bool {
+        self.backend.gathers()
+    }
+
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+        let traced = self.guest.traced();
+        self.backend.reap(|tag, status| {
+            traced.complete(tag.number(), status.to_wire());
+            done(tag, status);
+        });
+    }
+
+    fn now(&self) -> u64 {
+        self.backend.now()
+    }
+
+    fn attach(&mut self, block: u16) -> bool {
+        self.backend.attach(block)
+    }
+
+    fn detach(&mut self, block: u16) {
+        self.backend.detach(block);
+    }
+
+    fn owed(&mut self, thorough: bool) -> u16 {
+        self.backend.owed(thorough)
+    }
+
+    fn is_content(&mut self) {
+        self.backend.is_content();
+    }
+}
