@@ -289,18 +289,27 @@ fn written(dir: &Path, journal: &UnixDatagram, child: &mut Child) -> (Vec<u8>, S
     };
     while !is_ready(&datagrams, &text) {
         assert!(std::time::Instant::now() < limit, "it is not ready: {text}");
-        let mut datagram = vec![0; 1 << 16];
-        if let Ok(len) = journal.recv(&mut datagram) {
-            datagrams.extend_from_slice(&datagram[..len]);
-            datagrams.push(b'\n');
-        }
+        receive(journal, &mut datagrams);
         text.clear();
         let mut file = File::open(dir.join("stderr")).expect("a file");
         file.read_to_string(&mut text).expect("text");
     }
     child.kill().expect("kill");
     child.wait().expect("its end");
+    // What it said since is not the next one's.
+    while receive(journal, &mut datagrams) {}
     (datagrams, text)
+}
+
+/// Receives what a program has said to the journal; false if it has said nothing for a moment.
+fn receive(journal: &UnixDatagram, datagrams: &mut Vec<u8>) -> bool {
+    let mut datagram = vec![0; 1 << 16];
+    let Ok(len) = journal.recv(&mut datagram) else {
+        return false;
+    };
+    datagrams.extend_from_slice(&datagram[..len]);
+    datagrams.push(b'\n');
+    true
 }
 
 /// A field as the journal gets it: its name, and its value after the length of that.
