@@ -4,8 +4,8 @@
 use control::GroupName;
 use rustix::fs::{flock, FlockOperation};
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Where everything of the running host is. What is in there belongs to root.
@@ -171,6 +171,30 @@ pub fn files(folder: &Path, extension: &str) -> io::Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Writes a file for root alone: after a crash at any time there is the old or the new one.
+///
+/// # Errors
+/// The system refuses to; the old one is still there.
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    let written = write(&beside, content).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // What is there of it takes room, which may be what is missing.
+        let _ = remove(&beside);
+    }
+    written
+}
+
+fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = File::options()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(content)
 }
 
 /// Removes a file that may be gone already.

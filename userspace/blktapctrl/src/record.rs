@@ -11,9 +11,8 @@ use control::tapdisk::{Open, Stamp};
 use control::{MarkName, Target};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 pub use files::{Files, Records};
@@ -366,24 +365,6 @@ impl Record {
     /// # Errors
     /// The system refuses to; the old one is still there.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        let beside = path.with_extension("new");
-        let written = self
-            .write_to(&beside)
-            .and_then(|()| fs::rename(&beside, path));
-        if written.is_err() {
-            // What is there of it takes room, which may be what is missing.
-            let _ = folder::remove(&beside);
-        }
-        written
-    }
-
-    fn write_to(&self, path: &Path) -> io::Result<()> {
-        let mut file = File::options()
-            .create(true)
-            .write(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(path)?;
         let next = self.next.iter().flat_map(|next| &next.parts);
         let version = match self.parts.iter().chain(next).next() {
             _ if self.trace.is_some() => VERSION,
@@ -397,7 +378,7 @@ impl Record {
         };
         let mut text = serde_json::to_vec_pretty(&record)?;
         text.push(b'\n');
-        file.write_all(&text)
+        folder::replace(path, &text)
     }
 
     /// Reads one.

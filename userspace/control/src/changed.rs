@@ -9,27 +9,30 @@ use std::str::FromStr;
 /// Marks that a disk has at most.
 pub const MAX_MARKS: usize = 8;
 
+/// Bytes of a name that somebody has chosen, at most.
+pub(crate) const LONGEST_NAME: usize = 64;
+
+/// Whether a text can be such a name: letters, digits, dots, dashes and underscores.
+pub(crate) fn is_name(text: &str) -> bool {
+    let is_of_names = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    (1..=LONGEST_NAME).contains(&text.len()) && text.chars().all(is_of_names)
+}
+
 /// The name of a mark, which is chosen by who sets it: 1 to 64 letters, digits, dots, dashes and underscores.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MarkName(String);
 
-impl MarkName {
-    /// Bytes of one at most.
-    const LONGEST: usize = 64;
-}
-
 impl FromStr for MarkName {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
-        let is_of_names = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-        if (1..=Self::LONGEST).contains(&text.len()) && text.chars().all(is_of_names) {
+        if is_name(text) {
             return Ok(Self(text.into()));
         }
         Err(Failure::invalid(format!(
             "{text:?} is no name of a mark: use 1 to {} letters, digits, dots, dashes and underscores",
-            Self::LONGEST
+            LONGEST_NAME
         )))
     }
 }

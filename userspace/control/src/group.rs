@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Limits that several disks share: a group, and the part of its limits that a disk has for a while.
 
+use crate::changed::{is_name, LONGEST_NAME};
 use crate::{Failure, Limits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -13,26 +14,16 @@ use std::time::Duration;
 #[serde(try_from = "String", into = "String")]
 pub struct GroupName(String);
 
-impl GroupName {
-    /// Bytes of one at most.
-    const LONGEST: usize = 64;
-}
-
 impl FromStr for GroupName {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
-        let is_of_names = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-        let is_name = (1..=Self::LONGEST).contains(&text.len())
-            && text.chars().all(is_of_names)
-            && !text.starts_with('.')
-            && text != InGroup::NONE;
-        match is_name {
+        match is_name(text) && !text.starts_with('.') && text != InGroup::NONE {
             true => Ok(Self(text.into())),
             false => Err(Failure::invalid(format!(
                 "{text:?} is no name of a group: use 1 to {} letters, digits, dots, dashes and underscores, not \
                  '{}', and no dot in front",
-                Self::LONGEST,
+                LONGEST_NAME,
                 InGroup::NONE
             ))),
         }

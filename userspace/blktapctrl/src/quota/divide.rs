@@ -31,6 +31,7 @@ pub(super) fn divide(total: u64, wants: &[u64]) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::chance::Chance;
     use super::{divide, ALL, IDLE};
 
     #[test]
@@ -44,19 +45,6 @@ mod tests {
         assert_eq!(divide(900, &[100, 200, 0]), [297, 397, 206]);
         // Who wants nothing can begin.
         assert_eq!(divide(64_000, &[0, ALL]), [1000, 63_000]);
-    }
-
-    /// Numbers that look like chance, the same each time.
-    struct Chance(u64);
-
-    impl Chance {
-        fn below(&mut self, limit: u64) -> u64 {
-            self.0 = self
-                .0
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            (self.0 >> 33) % limit
-        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //! Groups of disks that share limits. A group is written down until it is taken away, or the host boots again; which
 //! disks it has is on their records.
 
+#[cfg(test)]
+mod chance;
 mod divide;
 pub mod ledger;
 
@@ -14,9 +16,8 @@ use rustix::time::{clock_gettime, ClockId};
 use serde::{Deserialize, Serialize};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -295,26 +296,10 @@ fn fits(name: &GroupName, limits: Limits, disks: usize) -> Result<(), Failure> {
 }
 
 fn write(path: &Path, name: &GroupName, limits: Limits) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    let written = write_to(&beside, name, limits).and_then(|()| fs::rename(&beside, path));
-    if written.is_err() {
-        // What is there of it takes room, which may be what is missing.
-        let _ = folder::remove(&beside);
-    }
-    written
-}
-
-fn write_to(path: &Path, name: &GroupName, limits: Limits) -> io::Result<()> {
-    let mut file = File::options()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
     let name = name.clone();
     let mut text = serde_json::to_vec_pretty(&Written { name, limits })?;
     text.push(b'\n');
-    file.write_all(&text)
+    folder::replace(path, &text)
 }
 
 /// A group that is written down. What cannot be understood is told, and left where it is.

@@ -2,6 +2,7 @@
 //! Disks whose images several hosts reach.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::reservation::unpause;
 use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::State;
@@ -34,15 +35,6 @@ pub(crate) fn generation(lease: &mut dyn Lease) -> Option<u64> {
     match lease.inspect().expect("a lease") {
         View::Held(holder) => Some(holder.generation),
         _ => None,
-    }
-}
-
-fn unpause(minor: u32) -> Request {
-    Request::Unpause {
-        which: which(minor),
-        target: None,
-        may_shrink: false,
-        files: Vec::new(),
     }
 }
 

@@ -63,14 +63,14 @@ fn broken(bed: &Bed, target: &Target) {
     assert_eq!(target.begin(HERE), None);
 }
 
-fn pause(minor: u32) -> Request {
+pub(crate) fn pause(minor: u32) -> Request {
     Request::Pause {
         which: which(minor),
         timeout_s: 0,
     }
 }
 
-fn unpause(minor: u32) -> Request {
+pub(crate) fn unpause(minor: u32) -> Request {
     Request::Unpause {
         which: which(minor),
         target: None,
@@ -79,8 +79,8 @@ fn unpause(minor: u32) -> Request {
     }
 }
 
-/// Waits until a disk is paused because its reservation is lost, which is told.
-async fn wait_stopped(bed: &Bed) {
+/// Waits until a disk is paused because its lease is lost, which is told.
+pub(crate) async fn wait_stopped(bed: &Bed) {
     until("the pause", || async {
         bed.events().contains(&What::Paused).then_some(())
     })

@@ -2,6 +2,7 @@
 //! Disks whose lease is a resource of sanlock.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::reservation::{pause, unpause, wait_stopped};
 use blktapctrl::adopt;
 use control::supervisor::{Create, MirrorTo, Reply, Request, What};
 use control::tapdisk::State;
@@ -52,33 +53,6 @@ fn leased(bed: &Bed, name: &str) -> Create {
 fn elsewhere(there: &Node) -> Box<dyn Lease> {
     let claim = Claim::new("its disk").expect("a host");
     there.lease(&resource(), Path::new("/dev/a"), claim)
-}
-
-fn pause(minor: u32) -> Request {
-    Request::Pause {
-        which: which(minor),
-        timeout_s: 0,
-    }
-}
-
-fn unpause(minor: u32) -> Request {
-    Request::Unpause {
-        which: which(minor),
-        target: None,
-        may_shrink: false,
-        files: Vec::new(),
-    }
-}
-
-/// Waits until a disk is paused because its lease is lost, which is told.
-async fn wait_stopped(bed: &Bed) {
-    until("the pause", || async {
-        bed.events().contains(&What::Paused).then_some(())
-    })
-    .await;
-    let lost =
-        |what: &What| matches!(what, What::Failed { message, .. } if message.contains("is lost"));
-    assert!(bed.events().iter().any(lost), "{:?}", bed.events());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Groups of processes that are late, hang, die and are replaced, beside supervisors that end: second by second.
 
+use super::super::chance::Chance;
 use super::{Ledger, SETTLED, SILENT};
 use control::{Limits, Pace, Share, Used};
 use std::time::Duration;
@@ -8,23 +9,6 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_millis(10);
 /// What the group may do in a second.
 const ALL: u64 = 64 << 20;
-
-/// Numbers that look like chance, the same each time.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-
-    fn ms(&mut self, limit: u64) -> Duration {
-        Duration::from_millis(self.below(limit))
-    }
-}
 
 /// What a disk's guest asks for in a second.
 const NOTHING: u64 = 0;
