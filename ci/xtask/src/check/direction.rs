@@ -80,7 +80,7 @@ const BLKBACK: &[&[&str]] = &[
         "worth",
     ],
     &["backing", "memory", "poll", "totals"],
-    &["keeper", "offer", "phy"],
+    &["away", "keeper", "offer", "phy"],
     &["queue"],
     &["connection"],
     &["disk"],
