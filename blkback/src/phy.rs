@@ -219,7 +219,7 @@ fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
         return inflight.scatter(operation, io.sector, io.count(), pieces);
     }
     let place = bio::Place {
-        sector: io.sector,
+        sector: Some(io.sector),
         bytes: io.sectors.saturating_mul(512),
     };
     inflight.transfer(operation, core::iter::once(place), io.count(), pieces);

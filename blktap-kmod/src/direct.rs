@@ -16,6 +16,7 @@ use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::response::Status;
 use crate::ring::tap::abi::{self, Segment};
+use crate::ring::tap::extent::BackingNumber;
 use crate::ring::tap::shadow::direct::{Part, Start, MAX_PARTS};
 use core::pin::Pin;
 use kernel::prelude::*;
@@ -30,7 +31,7 @@ struct Begun {
     start: Start,
     /// How many of the executor's parts are its own.
     parts: usize,
-    /// Where it goes; nowhere if that is gone.
+    /// Where it goes; nowhere if that is gone, or if all of it reads as zeroes.
     storage: Option<Storage>,
 }
 
@@ -94,7 +95,8 @@ impl Executor {
         start: Start,
         parts: &[Part],
     ) {
-        let storage = backings.get(start.backing.index()).cloned().flatten();
+        let number = start.backing.map(BackingNumber::index);
+        let storage = number.and_then(|number| backings.get(number).cloned().flatten());
         self.executing = self.executing.wrapping_add(1);
         let begun = Begun {
             tag,
@@ -122,9 +124,11 @@ impl Executor {
             for begun in &mut self.begun {
                 let (parts, behind) = rest.split_at_checked(begun.parts).unwrap_or_default();
                 rest = behind;
-                let storage = begun.storage.take();
-                let inflight =
-                    storage.and_then(|storage| self.bios.begin(begun.tag, Some(storage)));
+                let inflight = match begun.storage.take() {
+                    Some(storage) => self.bios.begin(begun.tag, Some(storage)),
+                    None if begun.start.backing.is_none() => self.bios.begin_nowhere(begun.tag),
+                    None => None,
+                };
                 match inflight {
                     Some(inflight) => start_one(&inflight, disk, place, begun, parts),
                     None => fail(&mut self.ended, begun.tag),

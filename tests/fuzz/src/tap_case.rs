@@ -13,7 +13,7 @@ use ring::tap::shadow::{Op, Request};
 
 use crate::input::Input;
 use crate::tap_oracle;
-use crate::tap_pair::{Pair, Seen, Step, OVER, QUEUES};
+use crate::tap_pair::{Pair, Seen, Step, OVER, QUEUES, ZEROES};
 
 /// What became of an input.
 #[derive(Clone, Copy, Debug)]
@@ -212,9 +212,10 @@ fn history(input: &mut Input<'_>) -> Option<Seen> {
         more => Pair::mapped(tags, 64, u16::from(more).div_ceil(2)),
     };
     pair = pair.after(&start);
-    pair.apply(match shape & 32 {
-        0 => Step::Set(near()?, Access::ReadWrite, 0, 0),
-        _ => Step::Scatter(0),
+    pair.apply(match shape & 48 {
+        0 | 16 => Step::Set(near()?, Access::ReadWrite, 0, 0),
+        32 => Step::Scatter(0),
+        _ => Step::Set(near()?, Access::Read, ZEROES, 0),
     });
     while step(&mut pair, tags, input).is_some() {}
     Some(pair.drain())
@@ -329,9 +330,12 @@ fn mapped(pair: &mut Pair, tags: u16, [what, value]: [u8; 2], input: &mut Input<
         }
         24..=28 => {
             let range = if value < 128 { near()? } else { range(input)? };
-            let access = [Access::Read, Access::ReadWrite][usize::from(value) % 2];
-            let ago = u32::from(value / 224);
-            Step::Set(range, access, u16::from(value / 16) % 2, ago)
+            let (backing, ago) = (u16::from(value / 16) % (ZEROES + 1), u32::from(value / 224));
+            let access = match value % 2 {
+                1 if backing != ZEROES => Access::ReadWrite,
+                _ => Access::Read,
+            };
+            Step::Set(range, access, backing, ago)
         }
         29 if value >= 192 => Step::Scatter(u16::from(value) % 2),
         29 => Step::Recall(range(input)?),

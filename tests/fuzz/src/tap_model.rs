@@ -22,8 +22,8 @@ pub(crate) const ARRIVED: u64 = 7;
 pub(crate) enum Stage {
     Waiting,
     Delivered,
-    /// Its queue executes it, there.
-    Direct(BackingNumber),
+    /// Its queue executes it, there; nowhere if it reads as zeroes.
+    Direct(Option<BackingNumber>),
 }
 
 /// Whose a request is that waits, with nothing in its way.
@@ -260,7 +260,7 @@ impl Model {
     }
 
     /// Where its queue could execute a request, if nothing is in its way: in which backing, and where there.
-    pub(crate) fn place(&mut self, sequence: u64) -> Option<(BackingNumber, Vec<Part>)> {
+    pub(crate) fn place(&mut self, sequence: u64) -> Option<(Option<BackingNumber>, Vec<Part>)> {
         let request = &self.undone[&sequence];
         let durable = request.request.fua || request.request.preflush;
         let touched = request.replay || request.deliveries > 0;
@@ -271,22 +271,25 @@ impl Model {
         let access = match request.request.op {
             Op::Read => Access::Read,
             Op::Write => Access::ReadWrite,
-            Op::Flush => return map.flushed().map(|backing| (backing, Vec::new())),
+            Op::Flush => return map.flushed().map(|backing| (Some(backing), Vec::new())),
             _ => return None,
         };
         let range = Sectors::between(request.range().start, request.range().end)?;
         let mut pieces: Vec<Extent> = Vec::new();
         let each = |piece: &Extent| pieces.push(*piece);
         map.translate(&range, access, MAX_PARTS, each).ok()?;
-        let Source::Backing(backing) = pieces[0].source else {
-            return None;
+        let number = |piece: &Extent| match piece.source {
+            Source::Backing(number) => Some(number),
+            Source::Zeroes => None,
         };
-        let is_one = pieces.iter().all(|piece| piece.source == pieces[0].source);
+        let mut backings: Vec<_> = pieces.iter().filter_map(number).collect();
+        backings.dedup();
         let part = |piece: &Extent| Part {
-            sector: piece.place,
+            sector: number(piece).map(|_| piece.place),
             sectors: piece.range.count(),
         };
-        is_one.then(|| (backing, pieces.iter().map(part).collect()))
+        let backing = backings.first().copied();
+        (backings.len() < 2).then(|| (backing, pieces.iter().map(part).collect()))
     }
 
     /// Finds out whose those are that wait with nothing in their way. While nothing is mapped all is for the
@@ -341,7 +344,7 @@ impl Model {
         }
     }
 
-    pub(crate) fn executing(&self, which: impl Fn(BackingNumber, &Undone) -> bool) -> u32 {
+    pub(crate) fn executing(&self, which: impl Fn(Option<BackingNumber>, &Undone) -> bool) -> u32 {
         let executes = |r: &&Undone| match r.stage {
             Stage::Direct(backing) => which(backing, r),
             _ => false,

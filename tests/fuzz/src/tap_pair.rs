@@ -82,7 +82,7 @@ pub enum Step {
     Resume(u16, usize),
     /// A queue has executed a tag, with this result.
     End(u16, Status),
-    /// The process says that a range is in a backing; it knows that many changes less than there were.
+    /// The process says that a range is in a backing, or [`ZEROES`]; it knows that many changes less than there were.
     Set(Sectors, Access, u16, u32),
     /// It says that much of what requests are near to is in a backing, but in parts that lie in another order.
     Scatter(u16),
@@ -136,6 +136,8 @@ pub struct Seen {
     pub begun: u64,
     /// Of these, those that were in more than one part.
     pub begun_in_parts: u64,
+    /// Of those that were begun, those that read zeroes.
+    pub begun_with_zeroes: u64,
     /// Requests that a queue began when they had waited for others.
     pub resumed: u64,
     /// Of those that it was to begin, those that were not mapped any more.
@@ -145,6 +147,9 @@ pub struct Seen {
     /// Requests that failed there.
     pub redone: u64,
 }
+
+/// Takes the place of a backing's number where there is none, but zeroes.
+pub const ZEROES: u16 = BACKINGS.len() as u16;
 
 fn number(backing: u16) -> BackingNumber {
     BackingNumber::new(backing).expect("a small number")
@@ -319,6 +324,8 @@ impl Pair {
         assert_eq!(got, expected, "{self:?}");
         self.seen.begun += u64::from(start.is_some());
         self.seen.begun_in_parts += u64::from(start.is_some() && parts.as_slice().len() > 1);
+        let reads_zeroes = parts.as_slice().iter().any(|part| part.sector.is_none());
+        self.seen.begun_with_zeroes += u64::from(start.is_some() && reads_zeroes);
     }
 
     /// What a queue is told of a request with nothing in its way, which it executes from now on if it can.
@@ -403,8 +410,14 @@ impl Pair {
                 Step::Set(range, access, backing, ago) => {
                     let extent = Extent {
                         range,
-                        place: range.start(),
-                        source: Source::Backing(number(backing)),
+                        place: match backing {
+                            ZEROES => 0,
+                            _ => range.start(),
+                        },
+                        source: match backing {
+                            ZEROES => Source::Zeroes,
+                            _ => Source::Backing(number(backing)),
+                        },
                         access,
                     };
                     let generation = map.generation().wrapping_sub(ago);
@@ -813,7 +826,7 @@ impl Pair {
         assert_eq!(known.flushed(), expected.flushed(), "{self:?}");
         assert_eq!(known.evicted() + expected.evicted(), 0, "too few leaves");
         for backing in (0..).take(BACKINGS.len()).map(number) {
-            let executing = model.executing(|of, _| of == backing) > 0;
+            let executing = model.executing(|of, _| of == Some(backing)) > 0;
             assert_eq!(self.shadow.is_executing_in(backing), executing, "{self:?}");
         }
         let any = model.executing(|_, _| true) > 0;

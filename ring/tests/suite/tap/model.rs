@@ -8,7 +8,7 @@ use ring::tap::checked::{Fence, Outcome};
 use ring::tap::extent::{Access, Sectors};
 use ring::tap::shadow::{Op, Request};
 
-use crate::tap_pair::{Pair, Step, OVER, QUEUES};
+use crate::tap_pair::{Pair, Step, OVER, QUEUES, ZEROES};
 
 fn requests() -> impl Strategy<Value = Request> {
     let op = prop_oneof![
@@ -103,7 +103,7 @@ fn mapped_steps(tags: u16) -> impl Strategy<Value = Step> {
         .prop_map(|(start, bits)| Sectors::new(start, 1 << bits).expect("not empty"));
     let access = prop_oneof![1 => Just(Access::Read), 3 => Just(Access::ReadWrite)];
     let beside = prop_oneof![6 => Just(0u32), 1 => Just(1)];
-    let set = (prop_oneof![range(), whole], access, 0..2u16, beside);
+    let set = (prop_oneof![range(), whole], access, 0..=ZEROES, beside);
     prop_oneof![
         12 => steps(tags),
         12 => (tag(), queue(), requests()).prop_map(|(tag, queue, r)| Step::Begin(tag, queue, r)),

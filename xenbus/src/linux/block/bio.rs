@@ -219,12 +219,27 @@ impl Disk {
     /// Starts to build the I/O of a tag, on the disk's own device if no storage is named. `None` if there is no such
     /// tag or device, or if an earlier I/O of the tag has not been reaped.
     pub(crate) fn begin(&self, tag: QueueTag, storage: Option<Storage>) -> Option<Inflight<'_>> {
-        let record = self.records.get(tag.index())?;
         let device = match &storage {
             None => self.device.as_ref()?.as_raw(),
             Some(Storage::Device(device)) => device.as_raw(),
             Some(Storage::File(_)) => core::ptr::null_mut(),
         };
+        self.begin_at(tag, storage, device)
+    }
+
+    /// The same for an I/O that goes nowhere, because all of it reads as zeroes.
+    pub(crate) fn begin_nowhere(&self, tag: QueueTag) -> Option<Inflight<'_>> {
+        // A bio without a device is for the record's file, of which there is none: it would fail.
+        self.begin_at(tag, None, core::ptr::null_mut())
+    }
+
+    fn begin_at(
+        &self,
+        tag: QueueTag,
+        storage: Option<Storage>,
+        device: *mut bindings::block_device,
+    ) -> Option<Inflight<'_>> {
+        let record = self.records.get(tag.index())?;
         if record.taken.xchg(1, Full) != 0 {
             return None;
         }
@@ -234,7 +249,7 @@ impl Disk {
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
         self.busy.fetch_add(1, Relaxed);
-        // INVARIANT: The record has the storage, or it is the disk's own.
+        // INVARIANT: The record has the storage, or it is the disk's own, or there is none.
         Some(Inflight {
             disk: self,
             record,
@@ -288,7 +303,8 @@ impl PinnedDrop for Disk {
 ///
 /// # Invariants
 ///
-/// `device` is that of the record's storage, or null if that is a file, or the disk's own if there is none.
+/// `device` is that of the record's storage, or null if that is a file. Without a storage it is the disk's own, or null
+/// if the I/O goes nowhere.
 pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
@@ -384,7 +400,8 @@ impl Bio<'_> {
         if let Some(raw) = self.raw.take() {
             self.inflight.record.pending.fetch_add(1, Relaxed);
             if self.inflight.device.is_null() {
-                // SAFETY: The bio is complete and one of this set, and from here on it belongs to the call.
+                // SAFETY: The bio is complete and one of this set, and from here on it belongs to the call, which
+                // ends it if there is no file.
                 unsafe { call::submit(raw.as_ptr()) };
             } else {
                 // SAFETY: The bio is complete, and from here on it belongs to the block layer.

@@ -42,14 +42,17 @@ use crate::ring::tap::table::{next, Entry, Link, Node, State};
 /// request is one of a cluster.
 pub const MAX_PARTS: usize = 17;
 
-/// A part of a request that is in one piece in its backing.
+/// A part of a request that is in one piece in its backing, or nowhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Part {
-    /// The first sector of 512 bytes there.
-    pub sector: u64,
+    /// The first sector of 512 bytes there; `None` if it reads as zeroes.
+    pub sector: Option<u64>,
     /// Sectors of 512 bytes.
     pub sectors: u64,
 }
+
+/// The backing of a request that is in none. There is none of this number.
+const NO_BACKING: u8 = u8::MAX;
 
 /// Where all of a request is, in its own order. A flush has none.
 #[derive(Clone, Debug, Default)]
@@ -80,8 +83,8 @@ impl Parts {
 /// A request that its queue is to execute, where [`Parts`] say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// What they are in.
-    pub backing: BackingNumber,
+    /// What those are in that do not read as zeroes; `None` if there are none.
+    pub backing: Option<BackingNumber>,
     /// `OP_READ`, `OP_WRITE` or `OP_FLUSH`.
     pub op: u8,
     /// Sectors of 512 bytes.
@@ -95,13 +98,13 @@ pub trait Places {
     /// False if nothing is anywhere.
     fn is_any(&self) -> bool;
 
-    /// What a range is in, if it is all in one backing and in few parts. What `parts` held before is overwritten.
+    /// What a range is in, if it is in one backing at most and in few parts. What `parts` held before is overwritten.
     fn transfer(
         &mut self,
         range: &Sectors,
         access: Access,
         parts: &mut Parts,
-    ) -> Result<BackingNumber, Miss>;
+    ) -> Result<Option<BackingNumber>, Miss>;
 
     /// What a flush of the disk is a flush of.
     fn flush(&self) -> Option<BackingNumber>;
@@ -127,7 +130,7 @@ impl Places for NoMap {
         _range: &Sectors,
         _access: Access,
         _parts: &mut Parts,
-    ) -> Result<BackingNumber, Miss> {
+    ) -> Result<Option<BackingNumber>, Miss> {
         Err(Miss::Unmapped)
     }
 
@@ -155,24 +158,26 @@ where
         range: &Sectors,
         access: Access,
         parts: &mut Parts,
-    ) -> Result<BackingNumber, Miss> {
+    ) -> Result<Option<BackingNumber>, Miss> {
         let mut all_in = None;
         let mut is_one = true;
         parts.clear();
         let each = |piece: &Extent| {
-            let Source::Backing(number) = piece.source else {
-                is_one = false;
-                return;
+            let is_in = match piece.source {
+                Source::Backing(number) => Some(number),
+                Source::Zeroes => None,
             };
-            is_one &= all_in.replace(number).is_none_or(|one| one == number);
+            if let Some(number) = is_in {
+                is_one &= all_in.replace(number).is_none_or(|one| one == number);
+            }
             parts.push(Part {
-                sector: piece.place,
+                sector: is_in.map(|_| piece.place),
                 sectors: piece.range.count(),
             });
         };
         let map = self.as_mut().ok_or(Miss::Unmapped)?;
         map.translate(range, access, MAX_PARTS, each)?;
-        all_in.filter(|_| is_one).ok_or(Miss::Backings)
+        is_one.then_some(all_in).ok_or(Miss::Backings)
     }
 
     fn flush(&self) -> Option<BackingNumber> {
@@ -229,6 +234,7 @@ impl Executed {
         }
     }
 
+    /// One more, or with `u32::MAX` one less, in a backing or in [`NO_BACKING`].
     fn count(&mut self, backing: u8, by: u32) {
         self.executing = self.executing.wrapping_add(by);
         if let Some(now) = self.now.get_mut(usize::from(backing)) {
@@ -384,7 +390,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let entry = self.get_mut(tag)?;
         entry.state = State::Direct;
         // CAST: a small number.
-        let number = backing.index() as u8;
+        let number = backing.map_or(NO_BACKING, |backing| backing.index() as u8);
         entry.backing = number;
         let start = Start {
             backing,
@@ -397,7 +403,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// Where a request could be executed without the process. The entry has the reason if it cannot.
-    fn place(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<BackingNumber> {
+    fn place(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Option<BackingNumber>> {
         let place = self.look_up(tag, parts);
         if let (Err(miss), Some(entry)) = (place, self.get_mut(tag)) {
             entry.miss = miss;
@@ -405,7 +411,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         place.ok()
     }
 
-    fn look_up(&mut self, tag: DiskTag, parts: &mut Parts) -> Result<BackingNumber, Miss> {
+    fn look_up(&mut self, tag: DiskTag, parts: &mut Parts) -> Result<Option<BackingNumber>, Miss> {
         let fresh = |e: &&Entry| e.flags == 0 && e.deliveries == 0;
         let able = |e: &&Entry| self.executed.able & bit(e.queue) != 0;
         let entry = self.get(tag).filter(fresh).ok_or(Miss::Never)?;
@@ -418,7 +424,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             (abi::OP_WRITE, Some(range)) => self.map.transfer(&range, Access::ReadWrite, parts),
             (abi::OP_FLUSH, _) => {
                 parts.clear();
-                self.map.flush().ok_or(Miss::Never)
+                self.map.flush().map(Some).ok_or(Miss::Never)
             }
             _ => Err(Miss::Never),
         }

@@ -46,7 +46,7 @@ enum Kind {
 /// # Invariants
 ///
 /// Its bio was given to [`submit`] and has not ended: its I/O is not reaped, so the record and its storage,
-/// which is a file, are valid.
+/// which is a file if there is one, are valid.
 #[derive(Clone, Copy)]
 struct Started(*mut Framed);
 
@@ -56,7 +56,7 @@ struct Started(*mut Framed);
 /// # Safety
 ///
 /// The bio is one of a set whose bios have a [`Framed`] around them, or a record's first one. It is complete,
-/// belongs to the caller, and its record's storage is a file.
+/// belongs to the caller, and its record's storage is a file, or there is none: then it fails.
 pub(super) unsafe fn submit(bio: *mut bindings::bio) {
     // SAFETY: By the requirement.
     let framed = unsafe { bio.byte_sub(offset_of!(Framed, bio)) }.cast::<Framed>();

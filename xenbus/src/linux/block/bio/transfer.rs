@@ -3,14 +3,15 @@
 //! A transfer as bios: as few of them, with as few ranges of memory, as the device takes it in.
 
 use super::{Bio, Disk, Inflight, Operation, FIRST_VECS};
+use crate::linux::sys;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
 use kernel::bindings;
 
 impl Inflight<'_> {
     /// Reads into pieces of data pages, or writes from them, in at most `count` ranges of memory: starts as few bios
-    /// with as few ranges as the device takes them in. All pieces together are as long as `places`, and neither is
-    /// none. May sleep.
+    /// with as few ranges as the device takes them in. What reads as zeroes is filled with them at once. All pieces
+    /// together are as long as `places`, and neither is none. May sleep.
     pub(crate) fn transfer(
         &self,
         operation: Operation,
@@ -26,7 +27,7 @@ impl Inflight<'_> {
             sector: first.sector,
             left: count,
             // Most transfers have no more ranges, because pages follow one another.
-            bio: self.bio(operation, first.sector, count.min(FIRST_VECS)),
+            bio: self.bio_in(operation, first.sector, count.min(FIRST_VECS)),
         };
         // Bytes of the place that no run has. A run has at most as many, so what joins it needs no look.
         let mut room = first.bytes;
@@ -74,7 +75,7 @@ impl Inflight<'_> {
     ) {
         let mut bios = Bios {
             operation,
-            sector,
+            sector: Some(sector),
             left: count,
             bio: self.bio(operation, sector, count),
         };
@@ -85,12 +86,23 @@ impl Inflight<'_> {
         }
         bios.bio.submit();
     }
+
+    /// A bio for what begins there, which is none for what reads as zeroes.
+    fn bio_in(&self, operation: Operation, sector: Option<u64>, vecs: u16) -> Bio<'_> {
+        match sector {
+            Some(sector) => self.bio(operation, sector, vecs),
+            None => Bio {
+                raw: None,
+                inflight: self,
+            },
+        }
+    }
 }
 
 /// Where a part of a transfer goes on the device.
 pub(crate) struct Place {
-    /// The first sector of 512 bytes.
-    pub(crate) sector: u64,
+    /// The first sector of 512 bytes; `None` if it is nowhere and reads as zeroes.
+    pub(crate) sector: Option<u64>,
     /// Whole sectors.
     pub(crate) bytes: u64,
 }
@@ -175,13 +187,25 @@ impl Run {
         }
         joins
     }
+
+    /// Fills it with zeroes.
+    fn clear(&self) {
+        // SAFETY: By the type invariant the bytes are in data pages that follow one another, so this kernel has them at
+        // addresses that do, too. A page stays where it is while a request has it, which is to be filled now.
+        unsafe {
+            sys::xbr_page_address(self.page)
+                .cast::<u8>()
+                .add(self.offset.into())
+                .write_bytes(0, self.len as usize);
+        }
+    }
 }
 
 /// The bios of an I/O, of which the last one is being built.
 struct Bios<'a> {
     operation: Operation,
-    /// Where the next run goes.
-    sector: u64,
+    /// Where the next run goes; nowhere if it reads as zeroes.
+    sector: Option<u64>,
     /// Ranges of memory that are left, at most.
     left: u16,
     bio: Bio<'a>,
@@ -201,11 +225,18 @@ impl Bios<'_> {
     fn submit(&mut self, most: u16) {
         self.bio.submit();
         let inflight = self.bio.inflight;
-        self.bio = inflight.bio(self.operation, self.sector, most);
+        self.bio = inflight.bio_in(self.operation, self.sector, most);
     }
 
     /// Adds a run. False if the device does not take even that alone.
     fn add(&mut self, run: &Run) -> bool {
+        let Some(sector) = self.sector else {
+            let reads = self.operation == Operation::Read;
+            if reads {
+                run.clear();
+            }
+            return reads;
+        };
         if !self.bio.add(run) {
             // In this order: the next one may have to wait for this one.
             self.submit(self.left);
@@ -214,7 +245,7 @@ impl Bios<'_> {
             }
         }
         self.left = self.left.wrapping_sub(1);
-        self.sector = self.sector.wrapping_add(u64::from(run.len / 512));
+        self.sector = Some(sector.wrapping_add(u64::from(run.len / 512)));
         true
     }
 
@@ -227,7 +258,7 @@ impl Bios<'_> {
         if !self.bio.is_full() {
             return false;
         }
-        self.sector = self.bio.end();
+        self.sector = Some(self.bio.end());
         self.left = self.left.saturating_sub(self.bio.ranges());
         self.submit(self.left);
         self.bio.add_mapped(piece)
