@@ -4,6 +4,9 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+/// The number of the backing that is the image of a disk. Its process knows it by this.
+pub const IMAGE: u16 = 0;
+
 /// What a node says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -15,6 +18,8 @@ pub struct Node {
     pub bound: Option<(u32, u32)>,
     /// The kernel can serve a disk by itself.
     pub has_maps: bool,
+    /// What it has to do so, one bit for each number.
+    pub backings: u32,
 }
 
 /// A node to make.
@@ -65,20 +70,27 @@ pub trait Kernel {
     /// As the kernel says.
     fn excuse(&self, node: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// Gives a disk its image, which the kernel may use without a process from then on. It keeps the open
-    /// file description, and so the locks of that. If the disk has the image already, nothing happens.
+    /// Gives a disk its image, by the number [`IMAGE`], or a file below that, which the kernel may use without a process
+    /// from then on. It keeps the open file description, and so the locks of that. If the disk has it already, nothing
+    /// happens.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AlreadyExists`] if the disk has another one, [`io::ErrorKind::Unsupported`] if the
-    /// kernel can serve no disk of this.
-    fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()>;
+    /// [`io::ErrorKind::AlreadyExists`] if the disk has another one of this number, [`io::ErrorKind::Unsupported`] if
+    /// the kernel can serve no disk of this.
+    fn add_backing(
+        &self,
+        minor: u32,
+        number: u16,
+        file: BorrowedFd<'_>,
+        writable: bool,
+    ) -> io::Result<()>;
 
     /// Takes it away: from then on the kernel begins nothing there.
     ///
     /// # Errors
     /// [`io::ErrorKind::ResourceBusy`] while I/O of the kernel is running there,
-    /// [`io::ErrorKind::NotFound`] if the disk has none.
-    fn remove_backing(&self, minor: u32) -> io::Result<()>;
+    /// [`io::ErrorKind::NotFound`] if the disk has none of this number.
+    fn remove_backing(&self, minor: u32, number: u16) -> io::Result<()>;
 }
 
 /// One node.

@@ -51,17 +51,20 @@ impl Kernel for Driver {
         excuse(node)
     }
 
-    fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
-        Control::open()?.add_backing(minor, BACKING, image, writable)
+    fn add_backing(
+        &self,
+        minor: u32,
+        number: u16,
+        file: BorrowedFd<'_>,
+        writable: bool,
+    ) -> io::Result<()> {
+        Control::open()?.add_backing(minor, number.into(), file, writable)
     }
 
-    fn remove_backing(&self, minor: u32) -> io::Result<()> {
-        Control::open()?.remove_backing(minor, BACKING)
+    fn remove_backing(&self, minor: u32, number: u16) -> io::Result<()> {
+        Control::open()?.remove_backing(minor, number.into())
     }
 }
-
-/// The number of the backing that is the image of a disk. Its process knows it by this.
-const BACKING: u32 = 0;
 
 /// The last request that failed because processes died of it.
 fn poison(info: &Info) -> Option<Poison> {
@@ -123,6 +126,7 @@ fn node(control: &Control, info: Info) -> io::Result<Node> {
         },
         bound: (info.domain != u32::MAX).then_some((info.domain, info.device)),
         has_maps: info.features & abi::FEATURE_MAPS != 0,
+        backings: info.backings,
     })
 }
 

@@ -106,6 +106,16 @@ pub struct Part {
     pub locked: bool,
 }
 
+/// A file below the image, as the kernel knows it: its place in the list says by which number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lent {
+    /// What it is.
+    pub identity: Identity,
+    /// When it was made, as of an image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub born: Option<u64>,
+}
+
 /// A process that is to take a disk over from the one that serves it. Until it has, the disk's process is
 /// the old one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,6 +239,9 @@ pub struct Record {
     /// What else it may be given, as the administrator has named it.
     #[serde(default)]
     pub files: Vec<PathBuf>,
+    /// What the kernel had, or was to have, of the files below its images. Nothing ever leaves this list.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lent: Vec<Lent>,
     /// Who may share the image.
     pub mode: Mode,
     /// What to do when things go wrong.
@@ -303,6 +316,13 @@ fn is_zero(number: &u32) -> bool {
 }
 
 impl Record {
+    /// What is beside the image that is served, or is about to be instead.
+    #[must_use]
+    pub fn its_parts(&self) -> &[Part] {
+        let next = self.next.as_ref();
+        next.map_or(&self.parts, |next| &next.parts)
+    }
+
     /// A node without anything.
     #[must_use]
     pub fn new(minor: u32, policy: Policy) -> Record {
@@ -314,6 +334,7 @@ impl Record {
             born: None,
             parts: Vec::new(),
             files: Vec::new(),
+            lent: Vec::new(),
             mode: Mode::default(),
             policy,
             vbd: None,

@@ -294,6 +294,9 @@ pub enum Request {
         number: u64,
         /// What was decided.
         provided: Provided,
+        /// The number by which the kernel knows a file below the image, and no other one of this disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backing: Option<u16>,
     },
     /// Serves NBD clients too. One descriptor: a listening unix socket. Answered with
     /// [`Reply::Done`]. Once for each process.

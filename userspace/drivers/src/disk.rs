@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Place, Shape};
+use crate::{Attributes, Content, Driver, Extent, Fence, Holder, Limits, Place, Shape};
 use control::Failure;
 use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
@@ -103,6 +103,8 @@ pub struct Disk(Rc<Inner<dyn Any>>);
 struct Inner<D: ?Sized> {
     /// What the driver said of itself.
     shape: Cell<Option<Shape>>,
+    /// The kernel has the image by this number.
+    backing: Cell<Option<u16>>,
     driver: D,
 }
 
@@ -117,8 +119,14 @@ impl Disk {
     pub fn new(driver: impl Driver) -> Self {
         Self(Rc::new(Inner {
             shape: Cell::new(None),
+            backing: Cell::new(None),
             driver,
         }))
+    }
+
+    /// The kernel has the image by this number, and will have no other one by it.
+    pub fn set_backing(&self, backing: Option<u16>) {
+        self.0.backing.set(backing);
     }
 
     /// See [`Driver::activate`].
@@ -136,6 +144,31 @@ impl Disk {
     /// See [`Driver::is_verbatim`].
     pub fn is_verbatim(&self) -> bool {
         self.0.driver.is_verbatim()
+    }
+
+    /// Where a range is, as whoever goes on from this disk tells it: nothing is the disk's own image. See
+    /// [`Driver::places`].
+    pub async fn places_below(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        let holder = self.0.backing.get().map(Holder::Below);
+        let mut places = match (self.is_verbatim(), holder) {
+            (true, Some(holder)) => vec![Place {
+                offset,
+                len,
+                holder,
+                at: offset,
+                writable: false,
+            }],
+            (true, None) => Vec::new(),
+            (false, _) => self.places(offset, len).await?,
+        };
+        places.retain_mut(|place| {
+            if place.holder == Holder::Image {
+                place.holder = holder.unwrap_or(Holder::Image);
+            }
+            place.writable = false;
+            place.holder != Holder::Image
+        });
+        Ok(places)
     }
 
     /// See [`Driver::has_places`].

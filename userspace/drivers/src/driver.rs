@@ -122,17 +122,40 @@ pub enum Content {
     Below,
 }
 
-/// A part of the disk that is a part of the image, byte for byte and past the page cache.
+/// What holds a part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// The image itself.
+    Image,
+    /// A file below it, which is only read: the kernel has it by this number.
+    Below(u16),
+    /// Nothing: it reads as zeroes.
+    Nothing,
+}
+
+/// A part of the disk that is a part of a file, byte for byte and past the page cache, or nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Where on the disk, in bytes.
     pub offset: u64,
     /// Bytes, not 0.
     pub len: u64,
-    /// Where in the image.
+    /// What holds it.
+    pub holder: Holder,
+    /// Where in that; 0 if it is nowhere.
     pub at: u64,
-    /// To write there changes nothing else of the image.
+    /// To write there changes nothing else of the image. Only of the image itself.
     pub writable: bool,
+}
+
+impl Place {
+    /// The place directly behind it goes on in the same way.
+    #[must_use]
+    pub fn is_continued_by(&self, next: &Place) -> bool {
+        let goes_on = self.holder == Holder::Nothing || self.at + self.len == next.at;
+        let alike = (self.holder, self.writable) == (next.holder, next.writable);
+        alike && goes_on && self.offset + self.len == next.offset
+    }
 }
 
 /// What serves the content of a disk.
@@ -166,11 +189,12 @@ pub trait Driver: 'static {
         false
     }
 
-    /// Where a range is in the image, as far as that is known and of use; in order. What is told
+    /// Where a range is, as far as that is known and of use; in order. What is told
     ///
     /// - is in the image: the death of this process does not undo it;
     /// - stays true as long as no request of the guest discards it, or makes it zeroes: no write moves it, nor what
-    ///   is beside it. Where others than the guest change something, the kernel has let go of the disk before;
+    ///   is beside it. What is not in the image itself stays true until it is written: to write beside it changes
+    ///   nothing. Where others than the guest change something, the kernel has let go of the disk before;
     /// - may be written, if it says so, without anything that this driver would have to know of: a flush makes
     ///   that durable, too.
     async fn places(&self, _offset: u64, _len: u64) -> Result<Vec<Place>, Errno> {

@@ -13,7 +13,7 @@ mod raw;
 
 pub use disk::Disk;
 pub use diskio::{Bytes, Data, Errno, File, Io, LockKind, LockPart};
-pub use driver::{Attributes, Content, Driver, Extent, Fence, Limits, Place, Shape};
+pub use driver::{Attributes, Content, Driver, Extent, Fence, Holder, Limits, Place, Shape};
 pub use lock::{lock, lock_part};
 pub use null::Null;
 pub use open::{activate, file, image, missing, open, open_on};

@@ -3,7 +3,7 @@
 
 use control::Failure;
 use diskio::{Data, Errno};
-use drivers::{Content, Disk, Extent};
+use drivers::{Content, Disk, Extent, Holder, Place};
 use std::cell::Cell;
 
 /// Extents that are told at once.
@@ -48,6 +48,19 @@ impl Base {
             data.fill(there as usize, (len - there) as usize, 0);
         }
         Ok(())
+    }
+
+    /// Where a range is, of what the kernel has; behind the end it is nowhere.
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        let there = self.size.get().saturating_sub(offset).min(len);
+        let mut places = match there {
+            0 => Vec::new(),
+            there => self.disk.places_below(offset, there).await?,
+        };
+        if there < len {
+            places.push(zeroes(offset + there, len - there));
+        }
+        Ok(places)
     }
 
     /// What is in a range; behind its end there is nothing.
@@ -98,6 +111,40 @@ pub(crate) async fn read(parent: Option<&Base>, offset: u64, data: Data) -> Resu
             Ok(())
         }
     }
+}
+
+/// A part that is nowhere.
+pub(crate) fn zeroes(offset: u64, len: u64) -> Place {
+    Place {
+        offset,
+        len,
+        holder: Holder::Nothing,
+        at: 0,
+        writable: false,
+    }
+}
+
+/// Adds a place, as a part of the last one if that goes on there: how many are told at once is limited.
+pub(crate) fn add_place(places: &mut Vec<Place>, place: Place) {
+    match places.last_mut() {
+        Some(last) if last.is_continued_by(&place) => last.len += place.len,
+        _ => places.push(place),
+    }
+}
+
+/// Adds where a range is that an image does not hold. `offset` is that of the disk; both have it at the same one.
+pub(crate) async fn add_places(
+    parent: Option<&Base>,
+    offset: u64,
+    len: u64,
+    places: &mut Vec<Place>,
+) -> Result<(), Errno> {
+    let more = match parent {
+        Some(parent) => parent.places(offset, len).await?,
+        None => vec![zeroes(offset, len)],
+    };
+    more.into_iter().for_each(|place| add_place(places, place));
+    Ok(())
 }
 
 /// Nothing but zeroes would be read there.

@@ -21,6 +21,11 @@ pub trait Files<S> {
     /// The file at `path`, which is absolute, locked: for writing, as the image itself, or only to be read.
     async fn open(&self, path: &Path, writable: bool) -> Result<S, Failure>;
 
+    /// The number by which the kernel knows the file at `path`, which was opened to be read.
+    fn backing(&self, _path: &Path) -> Option<u16> {
+        None
+    }
+
     /// The disk that a raw file is, which is only read.
     fn raw(&self, file: S) -> Disk;
 }
@@ -93,7 +98,11 @@ pub async fn open_chain<S: Storage>(
             parent: disk,
             extents: layer.extents,
         };
-        disk = Some(open(layer.kind, layer.image, parts, own));
+        let opened = open(layer.kind, layer.image, parts, own);
+        if !layers.is_empty() {
+            opened.set_backing(files.backing(&layer.path));
+        }
+        disk = Some(opened);
     }
     disk.ok_or_else(|| Failure::invalid("there is no image"))
 }
@@ -162,7 +171,9 @@ async fn try_name<S: Storage>(
     let path = resolve(name, child)?;
     let file = files.open(&path, false).await?;
     let Below::Format(kind) = what else {
-        return Ok(Found::Raw(files.raw(file)));
+        let disk = files.raw(file);
+        disk.set_backing(files.backing(&path));
+        return Ok(Found::Raw(disk));
     };
     if let Some(wanted) = &parent.id {
         let said = |failure| named(path.display(), failure);

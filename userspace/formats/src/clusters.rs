@@ -13,7 +13,7 @@ use crate::locks::Locks;
 use crate::tail::Tail;
 use crate::{storage, Storage};
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent, Place};
+use drivers::{Content, Extent, Holder, Place};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -41,16 +41,6 @@ pub(crate) struct Packed {
     pub(crate) cluster: u64,
 }
 
-/// Adds a place, as a part of the last one if that goes on there: how many are told at once is limited.
-fn add(places: &mut Vec<Place>, place: Place) {
-    match places.last_mut() {
-        Some(last) if (last.offset + last.len, last.at + last.len) == (place.offset, place.at) => {
-            last.len += place.len;
-        }
-        _ => places.push(place),
-    }
-}
-
 /// Where clusters are.
 #[allow(async_fn_in_trait, reason = "everything is in one thread")]
 pub(crate) trait Map<S>: 'static {
@@ -59,6 +49,8 @@ pub(crate) trait Map<S>: 'static {
     /// What must not be touched ends here.
     fn begin(&self) -> u64;
     async fn find(&self, storage: &S, cluster: u64) -> Result<Found, Errno>;
+    /// The image says of a cluster what [`find`](Self::find) does, whatever failed.
+    async fn is_settled(&self, storage: &S, cluster: u64) -> Result<bool, Errno>;
     /// Lets the map point to a cluster that is in the image. New tables come from `tail`.
     async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno>;
     /// Says that a cluster is zero; false if that cannot be said.
@@ -336,20 +328,33 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         self.check(offset, len)?;
         let mut places = Vec::new();
         for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
-            let Found::At(begin) = self.find(cluster).await? else {
-                continue;
+            let from = self.base + offset + at;
+            let found = self.find(cluster).await?;
+            let is_settled = self.map.is_settled(&self.storage, cluster).await?;
+            let begin = match found {
+                Found::At(begin) => begin,
+                Found::Zeroes if is_settled => {
+                    base::add_place(&mut places, base::zeroes(from, len));
+                    continue;
+                }
+                Found::Missing if is_settled => {
+                    base::add_places(self.parent.as_deref(), from, len, &mut places).await?;
+                    continue;
+                }
+                Found::Zeroes | Found::Missing | Found::Packed(_) => continue,
             };
             let begin = begin.checked_add(within).ok_or(Errno::IO)?;
             let end = begin.checked_add(len);
             // The last cluster may be cut off: what is missing is zero, and nobody can write it there.
             if end.is_some_and(|end| end <= self.tail.end()) {
                 let place = Place {
-                    offset: self.base + offset + at,
+                    offset: from,
                     len,
+                    holder: Holder::Image,
                     at: begin,
                     writable,
                 };
-                add(&mut places, place);
+                base::add_place(&mut places, place);
             }
         }
         Ok(places)

@@ -387,7 +387,7 @@ fn power_cut_over_a_parent_leaves_old_or_new() {
 #[test]
 fn what_the_kernel_is_told_stays_true() {
     for has_parent in [false, true] {
-        told_stays_true(|seed| trial(has_parent, seed));
+        told_stays_true(has_parent, |seed| trial(has_parent, seed));
     }
 }
 

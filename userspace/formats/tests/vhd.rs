@@ -744,7 +744,7 @@ fn power_cut_over_a_parent_leaves_old_or_new() {
 #[test]
 fn what_the_kernel_is_told_stays_true() {
     for kind in [Kind::Dynamic, Kind::Differencing] {
-        told_stays_true(|seed| trial(kind, seed));
+        told_stays_true(kind == Kind::Differencing, |seed| trial(kind, seed));
     }
 }
 

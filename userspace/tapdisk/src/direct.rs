@@ -12,13 +12,15 @@ mod parts;
 
 use control::Failure;
 use diskio::{Gate, Io};
-use drivers::Place;
+use drivers::{Holder, Place};
 use parts::Missed;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use tapdev::abi::{MapOp, MAP_FLUSH, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE};
+use tapdev::abi::{
+    MapOp, MAP_FLUSH, MAP_NO_BACKING, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE, MAP_ZERO,
+};
 use tapdev::Mapper;
 
 /// The number of the backing that is the image; the supervisor gives it to the kernel.
@@ -44,6 +46,7 @@ impl Image {
             &Place {
                 offset: 0,
                 len: self.size,
+                holder: Holder::Image,
                 at: 0,
                 writable: true,
             },
@@ -60,11 +63,16 @@ impl Image {
 
     /// Where a part of the disk is, as known in a generation.
     fn set(&self, place: &Place, generation: u32) -> MapOp {
-        let writable = self.writable && place.writable;
+        let (backing, flags) = match place.holder {
+            Holder::Image if self.writable && place.writable => (BACKING, MAP_WRITE),
+            Holder::Image => (BACKING, 0),
+            Holder::Below(number) => (number, 0),
+            Holder::Nothing => (MAP_NO_BACKING, MAP_ZERO),
+        };
         MapOp {
             op: MAP_SET,
-            flags: MAP_READ | if writable { MAP_WRITE } else { 0 },
-            backing: BACKING,
+            flags: MAP_READ | flags,
+            backing,
             generation,
             sector: place.offset >> 9,
             sectors: place.len >> 9,
@@ -205,19 +213,19 @@ impl Direct {
     }
 
     fn tell(&self, image: &Image) -> io::Result<()> {
-        let Some(generation) = self.generation(image)? else {
+        let Some((generation, _)) = self.generation(image)? else {
             return Ok(());
         };
         self.told.set(Told::Image);
         image.mapper.maps(&image.ops(generation)).map(drop)
     }
 
-    /// That of the kernel's mappings; nothing if nobody has given it the image.
-    fn generation(&self, image: &Image) -> io::Result<Option<u32>> {
+    /// That of the kernel's mappings, and one bit for each backing; nothing if nobody has given it the image.
+    fn generation(&self, image: &Image) -> io::Result<Option<(u32, u32)>> {
         let now = image.mapper.maps(&[])?;
         let has_image = now.backings >> BACKING & 1 != 0;
         self.is_vain.set(!has_image);
-        Ok(has_image.then_some(now.generation))
+        Ok(has_image.then_some((now.generation, now.backings)))
     }
 
     /// Waits until the kernel does nothing by itself. It does not until the ban is dropped.

@@ -16,6 +16,8 @@ pub struct Given {
     pub fd: OwnedFd,
     /// It is to be locked, as the image is.
     pub lock: bool,
+    /// The number by which the kernel knows it.
+    pub backing: Option<u16>,
 }
 
 /// One that is asked for.
@@ -106,18 +108,20 @@ impl Needs {
         number: u64,
         provided: Provided,
         fd: Option<OwnedFd>,
+        backing: Option<u16>,
     ) -> Result<(), Failure> {
         let missing = || Failure::invalid("the descriptor of what is provided is missing");
+        let given = |fd: Option<OwnedFd>, lock| {
+            Ok(Given {
+                fd: fd.ok_or_else(missing)?,
+                lock,
+                backing,
+            })
+        };
         let answer = match provided {
             Provided::Refused(failure) => Err(failure),
-            Provided::Locked => Ok(Given {
-                fd: fd.ok_or_else(missing)?,
-                lock: true,
-            }),
-            Provided::Shared => Ok(Given {
-                fd: fd.ok_or_else(missing)?,
-                lock: false,
-            }),
+            Provided::Locked => Ok(given(fd, true)?),
+            Provided::Shared => Ok(given(fd, false)?),
         };
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);

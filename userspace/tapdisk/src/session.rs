@@ -341,8 +341,12 @@ impl Session {
             Request::Needs { after } => Ok(Reply::Needs {
                 needs: self.needs.after(after).await,
             }),
-            Request::Provide { number, provided } => {
-                self.needs.provide(number, provided, fd)?;
+            Request::Provide {
+                number,
+                provided,
+                backing,
+            } => {
+                self.needs.provide(number, provided, fd, backing)?;
                 Ok(Reply::Done)
             }
             Request::Nbd { export } => {

@@ -7,7 +7,7 @@ use common::{Process, SECTORS, SIZE};
 use control::tapdisk::{OnError, Open, Reply, Request, Rules, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io};
-use drivers::{Attributes, Disk, Driver, Fence, Place, Shape};
+use drivers::{Attributes, Disk, Driver, Fence, Holder, Place, Shape};
 use ring::response::Status;
 use ring::tap::shadow::Op;
 use rustix::event::{eventfd, EventfdFlags};
@@ -17,7 +17,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use tapdev::abi::{MapOp, MAP_FLUSH, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE};
+use tapdev::abi::{
+    MapOp, MAP_FLUSH, MAP_NO_BACKING, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE, MAP_ZERO,
+};
 use tapdev::fake::Fake;
 
 /// A device, as far as the kernel can tell.
@@ -57,6 +59,7 @@ impl Device {
         let place = |offset, at, writable| Place {
             offset,
             len: 4096,
+            holder: Holder::Image,
             at,
             writable,
         };
@@ -383,6 +386,45 @@ fn an_image_in_parts_is_told_where_something_was_asked() {
         assert_eq!(kernel.map_ops(), [told, vec![recall()]].concat());
         process.exit();
     }
+}
+
+/// Of a file that the kernel does not have it is told nothing.
+#[test]
+fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
+    let kernel = Fake::new(4).unwrap();
+    let place = |offset, holder, at| Place {
+        offset,
+        len: 4096,
+        holder,
+        at,
+        writable: false,
+    };
+    let device = Device {
+        places: Some(vec![
+            place(0, Holder::Below(2), 4096),
+            place(4096, Holder::Below(3), 4096),
+            place(8192, Holder::Nothing, 0),
+        ]),
+        ..Device::in_parts(&kernel)
+    };
+    kernel.back(1 | 1 << 2);
+    let process = device.serve(|_| ());
+    assert_eq!(device.request(Op::Read), Status::Okay);
+    let set = |flags, backing, sector, offset| MapOp {
+        op: MAP_SET,
+        flags,
+        backing,
+        sector,
+        sectors: 8,
+        offset,
+        ..MapOp::default()
+    };
+    let told = [
+        set(MAP_READ, 2, 0, 4096),
+        set(MAP_READ | MAP_ZERO, MAP_NO_BACKING, 16, 0),
+    ];
+    assert_eq!(kernel.wait_for_map_ops(2), told);
+    process.exit();
 }
 
 /// While somebody else uses the image it may change, and what was found before is not true then.

@@ -142,6 +142,7 @@ fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
             let question = Request::Provide {
                 number: need.number,
                 provided,
+                backing: None,
             };
             let fds: Vec<_> = given.iter().map(AsFd::as_fd).collect();
             assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));

@@ -214,7 +214,14 @@ fn alone(process: &mut Process, question: Request, fd: impl AsFd) -> Result<Repl
         assert!(matches!(asked[0].what, Needed::State { .. }), "{asked:?}");
         let provided = Provided::Refused(Failure::unsupported("not here"));
         let number = asked[0].number;
-        let told = channel.ask(Request::Provide { number, provided }, &[]);
+        let told = channel.ask(
+            Request::Provide {
+                number,
+                provided,
+                backing: None,
+            },
+            &[],
+        );
         assert_eq!(told, Ok(Reply::Done));
     };
     process.ask_and_give(question, fd.as_fd(), refuse)

@@ -42,6 +42,7 @@ fn give_memory(channel: &mut Channel, memory: &OwnedFd) {
     let question = Request::Provide {
         number: need.number,
         provided: Provided::Shared,
+        backing: None,
     };
     // Without the descriptor it is no answer, and the need stands.
     let refused = channel.ask::<_, Reply>(&question, &[]);
@@ -145,6 +146,7 @@ fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
     let question = Request::Provide {
         number,
         provided: Provided::Shared,
+        backing: None,
     };
     let reply = process.ask_with(question, memory.as_fd());
     assert_eq!(reply, Ok(Reply::Done));
@@ -162,6 +164,7 @@ fn a_disk_is_served_without_what_it_can_do_without() {
             let question = Request::Provide {
                 number: need.number,
                 provided: refused.clone(),
+                backing: None,
             };
             assert_eq!(channel.ask(question, &[]), Ok(Reply::Done));
         }

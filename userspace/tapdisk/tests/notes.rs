@@ -165,6 +165,7 @@ fn notes_end_and_are_refused_without_a_map() {
             let question = Request::Provide {
                 number: known,
                 provided,
+                backing: None,
             };
             assert_eq!(channel.ask(&question, &[]), Ok(Reply::Done));
         }

@@ -354,7 +354,14 @@ fn give_unreadable(channel: &mut Channel) {
                 }
             };
             let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-            let answer = channel.ask(&Request::Provide { number, provided }, &fds);
+            let answer = channel.ask(
+                &Request::Provide {
+                    number,
+                    provided,
+                    backing: None,
+                },
+                &fds,
+            );
             assert_eq!(answer, Ok(Reply::Done));
             if fd.is_some() {
                 return;

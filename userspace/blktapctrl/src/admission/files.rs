@@ -135,11 +135,7 @@ impl Admission {
     /// What is on the record of it.
     pub(crate) fn known(&self, disk: &Disk, role: Role, path: &Path) -> Option<Part> {
         let record = disk.record.borrow();
-        let parts = record
-            .next
-            .as_ref()
-            .map_or(&record.parts, |next| &next.parts);
-        let mut parts = parts.iter();
+        let mut parts = record.its_parts().iter();
         parts
             .find(|part| part.role == role && part.path == path)
             .cloned()
@@ -160,10 +156,7 @@ impl Admission {
             Some(Doing::Snapshot | Doing::Mirror) => record.next.is_some(),
             _ => false,
         };
-        let parts = record
-            .next
-            .as_ref()
-            .map_or(&record.parts, |next| &next.parts);
+        let parts = record.its_parts();
         if !opens {
             let why = "it is not on the disk's record, and nothing new is given to a disk that is served: pause the disk and unpause it";
             return Err(refused(disk, role, path, why));

@@ -11,7 +11,7 @@ use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::Image;
-use crate::kernel::{self, Node};
+use crate::kernel::{self, Node, IMAGE};
 use control::supervisor::What;
 use control::tapdisk::Open;
 use control::{Code, Failure, LeaseKind};
@@ -20,6 +20,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use tapdev::abi::MAX_BACKINGS;
 
 impl Lifecycle {
     /// Lets the kernel have what a process is about to open, or nothing if it is not for the kernel. A disk is
@@ -44,7 +45,10 @@ impl Lifecycle {
             return self.take_from_kernel(disk, self.patience.get()).await;
         };
         match self.add_backing(disk, open, image).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.lend_again(disk, open).await;
+                Ok(())
+            }
             Err(failure) => {
                 // Of what nobody has asked for nobody has to hear.
                 if open.target.direct().is_some() || failure.code != Code::Unsupported {
@@ -59,7 +63,7 @@ impl Lifecycle {
     }
 
     /// Others must not write it, nor a lease end with the process; and somebody may not want it.
-    fn is_for_kernel(&self, node: &Node, open: &Open) -> bool {
+    pub(super) fn is_for_kernel(&self, node: &Node, open: &Open) -> bool {
         let target = &open.target;
         node.has_maps
             && *target.lease() == LeaseKind::Lock
@@ -92,7 +96,7 @@ impl Lifecycle {
         let kernel = &self.registry.kernel;
         if self.kernel_holds(disk)? {
             // If it is the same one it is locked, though not by this description of it.
-            match kernel.add_backing(disk.minor, fd, writable) {
+            match kernel.add_backing(disk.minor, IMAGE, fd, writable) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     self.take_from_kernel(disk, self.patience.get()).await?;
                 }
@@ -101,7 +105,7 @@ impl Lifecycle {
         }
         self.lock_for_kernel(image, fd, writable).await?;
         kernel
-            .add_backing(disk.minor, fd, writable)
+            .add_backing(disk.minor, IMAGE, fd, writable)
             .map_err(refused)
     }
 
@@ -135,15 +139,21 @@ impl Lifecycle {
 
     /// The kernel has the image of a disk: its process must not lock what is locked for the kernel.
     pub(super) fn kernel_holds(&self, disk: &Disk) -> Result<bool, Failure> {
-        if !may_have_given(disk) {
-            return Ok(false);
-        }
-        let node = self.node_of(disk)?;
-        Ok(node.is_some_and(|node| node.status.backings != 0))
+        Ok(self.held(disk)?.contains(&IMAGE))
     }
 
-    /// Takes the image of a disk from the kernel, if it has it, and waits until nothing of its I/O is running.
-    /// The caller has the turn of the disk, and nothing that others wait for.
+    /// The numbers of what the kernel has of a disk.
+    fn held(&self, disk: &Disk) -> Result<Vec<u16>, Failure> {
+        if !may_have_given(disk) {
+            return Ok(Vec::new());
+        }
+        let bits = self.node_of(disk)?.map_or(0, |node| node.backings);
+        let numbers = 0..MAX_BACKINGS;
+        Ok(numbers.filter(|number| bits >> number & 1 != 0).collect())
+    }
+
+    /// Takes the image of a disk from the kernel, if it has it, with what it has below, and waits until nothing of its
+    /// I/O is running. The caller has the turn of the disk, and nothing that others wait for.
     ///
     /// # Errors
     /// It takes longer than `limit`, or the kernel refuses.
@@ -152,11 +162,27 @@ impl Lifecycle {
         disk: &Disk,
         limit: Duration,
     ) -> Result<(), Failure> {
+        self.take_numbers(disk, &self.held(disk)?, limit).await
+    }
+
+    /// The same for what is below the image alone.
+    pub(super) async fn take_below(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
+        let mut below = self.held(disk)?;
+        below.retain(|number| *number != IMAGE);
+        self.take_numbers(disk, &below, limit).await
+    }
+
+    async fn take_numbers(
+        &self,
+        disk: &Disk,
+        numbers: &[u16],
+        limit: Duration,
+    ) -> Result<(), Failure> {
         let minor = disk.minor;
-        if !self.kernel_holds(disk)? {
+        if numbers.is_empty() {
             return Ok(());
         }
-        let removed = || match self.registry.kernel.remove_backing(minor) {
+        let remove = |number| match self.registry.kernel.remove_backing(minor, number) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(false),
@@ -164,6 +190,11 @@ impl Lifecycle {
                 format!("cannot take the image of disk {minor} from the kernel"),
                 &error,
             )),
+        };
+        // Nothing is begun in any of them while one is waited for.
+        let removed = || {
+            let mut all = numbers.iter().map(|number| remove(*number));
+            all.try_fold(true, |all, is_removed| Ok(all & is_removed?))
         };
         let late = || {
             Failure::new(

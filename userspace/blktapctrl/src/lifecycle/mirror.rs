@@ -136,6 +136,10 @@ impl Lifecycle {
         mirror: &Mirrored,
         image: Arc<Image>,
     ) -> Result<(), Failure> {
+        if mirror.below {
+            // The kernel has it locked, so that nobody writes it.
+            self.take_below(disk, self.patience.get()).await?;
+        }
         let image = match mirror.below {
             true => Arc::new(image.in_spite_of_its_mark()?),
             false => image,

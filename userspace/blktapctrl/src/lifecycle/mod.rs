@@ -6,6 +6,7 @@
 //! twice, and written off at the end. Who finds one that is not done, the next supervisor included,
 //! finishes it. What certainly cannot be finished is undone: the disk is as it was.
 
+mod below;
 mod commit;
 pub mod create;
 mod death;

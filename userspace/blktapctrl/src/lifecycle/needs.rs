@@ -129,6 +129,8 @@ async fn listen(
 /// What is sent along.
 enum Given {
     File(Opened),
+    /// A file below the image, and the number by which the kernel knows it.
+    Parent(Opened, Option<u16>),
     /// A connection. Closing it waits for nobody.
     Server {
         stream: OwnedFd,
@@ -147,7 +149,7 @@ enum Given {
 impl Given {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Given::File(opened) => opened.fd(),
+            Given::File(opened) | Given::Parent(opened, _) => opened.fd(),
             Given::Server { stream: fd, .. }
             | Given::Export { stream: fd, .. }
             | Given::State(fd) => Some(fd.as_fd()),
@@ -165,7 +167,15 @@ async fn send(
         Err(failure) => (None, Provided::Refused(failure)),
     };
     let fds: Vec<_> = given.iter().filter_map(Given::fd).collect();
-    let question = Request::Provide { number, provided };
+    let backing = match &given {
+        Some(Given::Parent(_, backing)) => *backing,
+        _ => None,
+    };
+    let question = Request::Provide {
+        number,
+        provided,
+        backing,
+    };
     // However long that takes: who does not hear the answer waits for it.
     link.ask(&question, &fds, EVER).await.map(drop)
 }
@@ -238,12 +248,17 @@ impl Lifecycle {
         let open = self.leads_to(disk)?;
         let direct = open.target.driver().is_direct();
         let write = !part.mode.is_read_only();
-        let opened = apart(path, LIMIT, move || file.open(write, direct)).await?;
+        let again = file.clone();
+        let opened = apart(path, LIMIT, move || again.open(write, direct)).await?;
         let provided = match part.locked {
             true => Provided::Locked,
             false => Provided::Shared,
         };
-        Ok((Given::File(opened), provided))
+        let given = match role {
+            Role::Parent => Given::Parent(opened, self.lend(disk, &open, &part, &file).await),
+            _ => Given::File(opened),
+        };
+        Ok((given, provided))
     }
 
     /// Where the process notes what it writes.

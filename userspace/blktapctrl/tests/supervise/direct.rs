@@ -2,10 +2,10 @@
 //! Which disks the kernel may serve by itself, and when it gets and loses their image.
 
 use super::bed::{kill, test, until, which, Bed, Succession};
-use control::supervisor::{Mode, Reply, Request, What};
-use control::tapdisk::State;
+use control::supervisor::{Create, Mode, Reply, Request, What};
+use control::tapdisk::{Needed, State};
 use control::{Code, Target};
-use diskio::LockKind;
+use diskio::{LockKind, LockPart};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -85,6 +85,94 @@ fn the_kernel_has_a_device_from_before_it_is_opened_until_it_is_closed() {
         assert_eq!(bed.ask(close).await, Ok(Reply::Done));
         assert!(!is_backed(&bed, minor));
         assert_eq!(told(&bed), [""; 0]);
+    });
+}
+
+/// An image that goes on from another one.
+fn child(bed: &Bed) -> Create {
+    bed.image("a.dev", "A");
+    let below = bed.image("below.img", "B");
+    let what = Needed::Parent {
+        path: below.clone(),
+    };
+    super::needs::ask(bed, "ask", &[what]);
+    let path = bed.dir.join("a.dev");
+    let mut create = bed.create("a.dev");
+    let target = format!("direct=yes,qcow2:{}", path.display());
+    create.open.target = target.parse().expect("a target");
+    create.files = vec![below];
+    create
+}
+
+#[test]
+fn the_kernel_has_what_is_below_an_image_as_long_as_the_image() {
+    test("direct-below", |bed| async move {
+        let minor = bed.made(child(&bed)).await;
+        let opened = ["add 0 below 1", "told 1", "given B Locked", "open w A"];
+        assert_eq!(log(&bed)[0], "add 0 w");
+        assert_eq!(log(&bed)[1..], opened);
+        // The next process knows it by the same number, and the kernel keeps it.
+        bed.replaced(minor, kill).await;
+        assert_eq!(log(&bed)[5..], ["told 1", "given B Locked", "open w A"]);
+        let before = log(&bed).len();
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        let paused = ["pause", "remove 0", "remove 0 below 1"];
+        assert_eq!(log(&bed)[before..], paused);
+        // Then somebody may write it, and the kernel gets it when that is over.
+        let below = bed.dir.join("below.img");
+        let other = fs::File::options().write(true).open(&below);
+        let other = other.expect("the file");
+        let kind = LockKind::Write;
+        diskio::lock_part(other.as_fd(), kind, LockPart::Whole).expect("nobody has it");
+        let before = log(&bed).len();
+        assert!(bed.ask(unpause(minor, None)).await.is_ok());
+        let log_then = log(&bed);
+        assert_eq!(log_then[before], "add 0 w");
+        assert!(!log_then[before..]
+            .iter()
+            .any(|line| line.starts_with("add 0 below")));
+        let why = told(&bed);
+        assert!(
+            why.iter()
+                .all(|why| why.contains("is locked by another process")),
+            "{why:?}"
+        );
+        assert!(!why.is_empty());
+        drop(other);
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert!(bed.ask(unpause(minor, None)).await.is_ok());
+        assert!(
+            log(&bed)
+                .iter()
+                .filter(|line| *line == "add 0 below 1")
+                .count()
+                == 2
+        );
+        // Nobody writes it while the kernel reads it, whoever lives.
+        let other = fs::File::options()
+            .write(true)
+            .open(&below)
+            .expect("the file");
+        let locked = diskio::lock_part(other.as_fd(), kind, LockPart::Whole);
+        let locked = locked.map_err(|error| error.kind());
+        assert_eq!(locked, Err(io::ErrorKind::WouldBlock));
+        bed.destroy(minor).await;
+        diskio::lock_part(other.as_fd(), kind, LockPart::Whole).expect("nobody has it");
+    });
+}
+
+#[test]
+fn what_is_below_an_image_that_the_kernel_does_not_serve_is_not_for_it() {
+    test("direct-below-not", |bed| async move {
+        let mut create = child(&bed);
+        create.open.target = target(&bed, "", "a.dev")
+            .to_string()
+            .replace("aio:", "qcow2:")
+            .parse()
+            .expect("a target");
+        let minor = bed.made(create).await;
+        assert_eq!(log(&bed), ["given B Locked", "open w A"]);
+        bed.destroy(minor).await;
     });
 }
 

@@ -2,7 +2,7 @@
 //! A kernel, a xenstore and a tapdisk that are none.
 
 use blktapctrl::domains::Domains;
-use blktapctrl::kernel::{Kernel, Make, Node};
+use blktapctrl::kernel::{Kernel, Make, Node, IMAGE};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use blktapctrl::store::{Changes, Later, Store};
 use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};
@@ -38,6 +38,8 @@ pub(crate) struct FakeNode {
     pub(crate) backing: Option<Backing>,
     /// Its open file description, with the locks of that.
     pub(crate) described: Option<OwnedFd>,
+    /// Files below the image, by their numbers.
+    pub(crate) below: BTreeMap<u16, OwnedFd>,
     /// Requests that the kernel has executed by itself.
     pub(crate) direct: u64,
 }
@@ -162,12 +164,24 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn add_backing(&self, minor: u32, image: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
-        self.crash.around(|| self.back(minor, image, writable))
+    fn add_backing(
+        &self,
+        minor: u32,
+        number: u16,
+        file: BorrowedFd<'_>,
+        writable: bool,
+    ) -> io::Result<()> {
+        self.crash.around(|| match number {
+            IMAGE => self.back(minor, file, writable),
+            _ => self.back_below(minor, number, file, writable),
+        })
     }
 
-    fn remove_backing(&self, minor: u32) -> io::Result<()> {
-        self.crash.around(|| self.forget_backing(minor))
+    fn remove_backing(&self, minor: u32, number: u16) -> io::Result<()> {
+        self.crash.around(|| match number {
+            IMAGE => self.forget_backing(minor),
+            _ => self.forget_below(minor, number),
+        })
     }
 }
 
@@ -245,6 +259,41 @@ impl FakeKernel {
         Ok(())
     }
 
+    fn back_below(
+        &self,
+        minor: u32,
+        number: u16,
+        file: BorrowedFd<'_>,
+        writable: bool,
+    ) -> io::Result<()> {
+        let flags = fcntl_getfl(file)?;
+        assert!(flags.contains(OFlags::DIRECT), "it is for no page cache");
+        assert!(!writable && !flags.contains(OFlags::RDWR));
+        let ino = |file: BorrowedFd<'_>| rustix::fs::fstat(file).map(|stat| stat.st_ino);
+        let mut nodes = self.nodes.borrow_mut();
+        let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
+        match node.below.get(&number) {
+            Some(before) if ino(before.as_fd())? == ino(file)? => Ok(()),
+            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            None => {
+                node.below.insert(number, file.try_clone_to_owned()?);
+                note(&self.dir.borrow(), &format!("add {minor} below {number}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn forget_below(&self, minor: u32, number: u16) -> io::Result<()> {
+        let mut nodes = self.nodes.borrow_mut();
+        let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
+        node.below.remove(&number).ok_or(io::ErrorKind::NotFound)?;
+        note(
+            &self.dir.borrow(),
+            &format!("remove {minor} below {number}"),
+        );
+        Ok(())
+    }
+
     fn describe(&self, from: u32) -> io::Result<Option<Node>> {
         let nodes = self.nodes.borrow();
         Ok(nodes.range(from..).next().map(|(minor, node)| Node {
@@ -270,6 +319,10 @@ impl FakeKernel {
             },
             bound: node.bound,
             has_maps: !self.is_old.get(),
+            backings: {
+                let below = node.below.keys().map(|number| 1 << number);
+                u32::from(node.backing.is_some()) + below.sum::<u32>()
+            },
         }))
     }
 
@@ -523,7 +576,14 @@ fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Ne
                 Ok(Reply::Done)
             }
             Request::Provide { .. } if std::fs::remove_file(dir.join("deaf")).is_ok() => return,
-            Request::Provide { number, provided } => {
+            Request::Provide {
+                number,
+                provided,
+                backing,
+            } => {
+                if let Some(backing) = backing {
+                    note(dir, &format!("told {backing}"));
+                }
                 needs.provide(number, provided, fds);
                 Ok(Reply::Done)
             }

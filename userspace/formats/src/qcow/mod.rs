@@ -331,6 +331,13 @@ impl<S: Storage> Map<S> for Entries {
         }))
     }
 
+    async fn is_settled(&self, storage: &S, cluster: u64) -> Result<bool, Errno> {
+        let (first, _) = self.split(cluster)?;
+        // A table that the first one may have after all has no entries.
+        let table = self.table(storage, first).await?;
+        Ok(table.is_none_or(|table| table.is_settled()))
+    }
+
     async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno> {
         let (first, place) = self.split(cluster)?;
         let table = self.table_made(storage, tail, first).await?;

@@ -13,7 +13,7 @@ use crate::tables::{Table, Tables};
 use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent, Place};
+use drivers::{Content, Extent, Holder, Place};
 use futures::future::join;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -378,23 +378,30 @@ impl<S: Storage> Active<S> {
     /// a sector that was written once is never the parent's again.
     pub(crate) async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         let mut places = Vec::new();
+        let parent = self.parent.as_deref();
         for (block, within, at, len) in self.pieces(offset, len)? {
-            let Some(found) = self.place(block, within, len) else {
-                continue;
-            };
             // To give a block up may have failed halfway.
             if !self.blocks.is_settled(block) {
                 continue;
             }
+            let Some(found) = self.place(block, within, len) else {
+                base::add_places(parent, offset + at, len, &mut places).await?;
+                continue;
+            };
             let mut done = 0;
             for (len, is_written) in self.runs(found).await? {
+                let from = offset + at + done;
                 if is_written {
-                    places.push(Place {
-                        offset: offset + at + done,
+                    let place = Place {
+                        offset: from,
                         len,
+                        holder: Holder::Image,
                         at: self.data(found) + done,
                         writable: self.is_writable,
-                    });
+                    };
+                    base::add_place(&mut places, place);
+                } else {
+                    base::add_places(parent, from, len, &mut places).await?;
                 }
                 done += len;
             }

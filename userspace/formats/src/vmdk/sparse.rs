@@ -418,6 +418,13 @@ impl<S: Storage> Map<S> for Grains {
         })
     }
 
+    async fn is_settled(&self, storage: &S, cluster: u64) -> Result<bool, Errno> {
+        let (number, _) = Self::split(cluster)?;
+        // A table that the directory may have after all has no entries.
+        let table = self.table(storage, &self.directory, number).await?;
+        Ok(table.is_none_or(|table| table.is_settled()))
+    }
+
     async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno> {
         let sector = u32::try_from(at / SECTOR).map_err(|_| Errno::FBIG)?;
         self.put(storage, tail, cluster, sector).await

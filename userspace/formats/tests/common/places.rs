@@ -3,9 +3,10 @@
 //! rest: the disk is the same, and when that process dies, what it told is what the image says.
 
 use super::history::{number, stamp, Trial};
+use super::tools::{parent, PARENT_BACKING};
 use super::{seeds, Chance, World};
 use diskio::{Bytes, Data, Errno, Runtime};
-use drivers::{Attributes, Disk, Place};
+use drivers::{Attributes, Disk, Holder, Place};
 use formats::Storage;
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::tree::{Leaf, Slot};
@@ -31,6 +32,8 @@ pub(crate) trait Subject: 'static {
     fn storage(&self) -> Self::Storage;
     /// What is in the image now.
     fn there(&self, at: u64, len: u64) -> Vec<u8>;
+    /// What is below it, which the kernel has by this number; active.
+    fn below(&self) -> Option<(u16, Disk)>;
     /// The disk as the next process finds it if this one dies now.
     fn next(&self) -> Disk;
     /// The bytes of a sector with a number in it.
@@ -63,6 +66,9 @@ pub(crate) struct Host<S: Subject> {
     chance: RefCell<Chance>,
     /// Requests of the kernel, and deaths of the process.
     pub(crate) hits: Cell<u64>,
+    /// Parts that the kernel read as zeroes, and below the image.
+    pub(crate) zeroes: Cell<u64>,
+    pub(crate) below: Cell<u64>,
     pub(crate) deaths: Cell<u64>,
 }
 
@@ -77,6 +83,15 @@ impl<S: Subject> Host<S> {
             writable: true,
         };
         assert!(map.add_backing(BackingNumber::new(0).unwrap(), backing));
+        if let Some((number, _)) = subject.below() {
+            let backing = Backing {
+                // Of what is behind its end nothing may be told.
+                sectors: u64::MAX,
+                writable: false,
+                ..backing
+            };
+            assert!(map.add_backing(BackingNumber::new(number).unwrap(), backing));
+        }
         Rc::new(Self {
             storage: subject.storage(),
             map: RefCell::new(map),
@@ -87,6 +102,8 @@ impl<S: Subject> Host<S> {
             disk,
             sectors,
             hits: Cell::new(0),
+            zeroes: Cell::new(0),
+            below: Cell::new(0),
             deaths: Cell::new(0),
         })
     }
@@ -147,7 +164,17 @@ impl<S: Subject> Host<S> {
             }
             _ => {
                 let data = Data::zeroed((piece.range.count() * SECTOR) as usize).unwrap();
-                self.storage.read_padded(at, data.clone()).await.unwrap();
+                match piece.source {
+                    Source::Zeroes => self.zeroes.set(self.zeroes.get() + 1),
+                    Source::Backing(number) if number.index() == 0 => {
+                        self.storage.read_padded(at, data.clone()).await.unwrap();
+                    }
+                    Source::Backing(_) => {
+                        self.below.set(self.below.get() + 1);
+                        let (_, below) = self.subject.below().unwrap();
+                        below.read(at, data.clone()).await.unwrap();
+                    }
+                }
                 self.judge("the kernel", piece.range.start(), &data.to_vec(), model);
             }
         }
@@ -228,14 +255,15 @@ impl<S: Subject> Host<S> {
     fn same_after_death(&self, told: Vec<Place>) {
         let disk = self.subject.next();
         for place in told {
-            let here = self.subject.there(place.at, place.len);
-            let its = disk.clone();
-            let read = async move {
-                let data = Data::zeroed(place.len as usize)?;
-                its.read(place.offset, data.clone()).await?;
-                Ok::<_, Errno>(data.to_vec())
+            let here = match place.holder {
+                Holder::Image => self.subject.there(place.at, place.len),
+                Holder::Nothing => vec![0; place.len as usize],
+                Holder::Below(_) => {
+                    let (_, below) = self.subject.below().unwrap();
+                    read(&below, place.at, place.len)
+                }
             };
-            let then = Runtime::new().block_on(read).unwrap().unwrap();
+            let then = read(&disk, place.offset, place.len);
             assert!(here == then, "{}: {place:?}", self.subject.name());
         }
     }
@@ -297,11 +325,27 @@ impl<S: Subject> Host<S> {
     }
 }
 
+/// What a disk has in a range.
+fn read(disk: &Disk, at: u64, len: u64) -> Vec<u8> {
+    let its = disk.clone();
+    let read = async move {
+        let data = Data::zeroed(len as usize)?;
+        its.read(at, data.clone()).await?;
+        Ok::<_, Errno>(data.to_vec())
+    };
+    Runtime::new().block_on(read).unwrap().unwrap()
+}
+
 fn extent(place: &Place) -> Extent {
+    let number = |number| Source::Backing(BackingNumber::new(number).unwrap());
     Extent {
         range: Sectors::new(place.offset / SECTOR, place.len / SECTOR).unwrap(),
         place: place.at / SECTOR,
-        source: Source::Backing(BackingNumber::new(0).unwrap()),
+        source: match place.holder {
+            Holder::Image => number(0),
+            Holder::Below(backing) => number(backing),
+            Holder::Nothing => Source::Zeroes,
+        },
         access: match place.writable {
             true => Access::ReadWrite,
             false => Access::Read,
@@ -330,6 +374,11 @@ impl Subject for Tried {
         let mut bytes = vec![0; len as usize];
         self.world.files()[0].read(at, &mut bytes);
         bytes
+    }
+
+    fn below(&self) -> Option<(u16, Disk)> {
+        // An image without a parent never says so.
+        Some((PARENT_BACKING, parent()))
     }
 
     fn next(&self) -> Disk {
@@ -404,8 +453,9 @@ pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
 }
 
 /// Tries out a format whose image is one file, with several seeds.
-pub(crate) fn told_stays_true(trial: impl Fn(u64) -> Trial) {
+pub(crate) fn told_stays_true(has_parent: bool, trial: impl Fn(u64) -> Trial) {
     let (mut name, mut hits, mut deaths) = (String::new(), 0, 0);
+    let (mut zeroes, mut below) = (0, 0);
     for seed in seeds(6) {
         let (runtime, trial) = (Runtime::new(), trial(seed));
         let world = World::new(trial.files.clone());
@@ -416,7 +466,13 @@ pub(crate) fn told_stays_true(trial: impl Fn(u64) -> Trial) {
         host.rounds(&runtime);
         hits += host.hits.get();
         deaths += host.deaths.get();
+        zeroes += host.zeroes.get();
+        below += host.below.get();
     }
-    println!("{name}: {hits} by the kernel, {deaths} deaths");
-    assert!(hits > 50 && deaths > 20, "{name}: {hits} {deaths}");
+    let what = format!(
+        "{name}: {hits} by the kernel, with {zeroes} zeroes and {below} from below, {deaths} deaths"
+    );
+    println!("{what}");
+    assert!(hits > 50 && deaths > 20, "{what}");
+    assert!(below > 10 || !has_parent, "{what}");
 }

@@ -152,6 +152,8 @@ pub(crate) async fn scribble(
 pub(crate) struct Pattern {
     pub(crate) size: u64,
     pub(crate) number: fn(u64) -> u32,
+    /// The bytes of a sector with a number in it.
+    pub(crate) sector: fn(u32, u64) -> Vec<u8>,
 }
 
 impl Driver for Pattern {
@@ -171,6 +173,10 @@ impl Driver for Pattern {
         Fence::Local
     }
 
+    fn is_verbatim(&self) -> bool {
+        true
+    }
+
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let first = offset / SECTOR as u64;
         assert!(
@@ -179,7 +185,7 @@ impl Driver for Pattern {
         );
         for at in 0..data.len() / SECTOR {
             let sector = first + at as u64;
-            data.write(at * SECTOR, &stamp((self.number)(sector), sector));
+            data.write(at * SECTOR, &(self.sector)((self.number)(sector), sector));
         }
         Ok(())
     }
@@ -220,11 +226,17 @@ pub(crate) fn parent_number(sector: u64) -> u32 {
 const PARENT_SECTORS: u64 = PARENT_SIZE / 512;
 
 pub(crate) fn parent() -> Disk {
-    Disk::new(Pattern {
+    let parent = Disk::new(Pattern {
         size: PARENT_SIZE,
         number: parent_number,
-    })
+        sector: stamp,
+    });
+    parent.set_backing(Some(PARENT_BACKING));
+    parent
 }
+
+/// The number by which the kernel has the parent.
+pub(crate) const PARENT_BACKING: u16 = 3;
 
 /// Opens an image whose bytes are wrong, and if that succeeds reads and writes it. Nothing may panic, nor
 /// take long; says whether it was opened.

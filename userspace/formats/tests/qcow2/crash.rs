@@ -3,12 +3,12 @@
 //! what was flushed is there, and nothing is read that was never written there.
 
 use crate::common::seeds;
-use crate::common::tools::{command, folder, has_qemu};
+use crate::common::tools::{command, folder, has_qemu, Pattern, PARENT_BACKING};
 use crate::memory::{
     allowed, apply, exercise, read_all, sector, stamps, Chance, Event, History, Memory,
 };
 use diskio::Runtime;
-use drivers::{Disk, Driver, Ram};
+use drivers::{Disk, Driver};
 use formats::qcow2::{create, Backing, Plan, Qcow2};
 use formats::{Options, Parts};
 
@@ -24,7 +24,7 @@ const BELOW_SECTORS: u64 = 505;
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     plan: Plan,
-    below: bool,
+    pub(crate) below: bool,
 }
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -96,18 +96,20 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The image below: in memory of its own.
-fn below(runtime: &Runtime) -> Disk {
-    let file = tempfile::tempfile().unwrap();
-    let bytes = sector(BELOW).repeat(BELOW_SECTORS as usize);
-    std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
-    let file = diskio::File::new(&runtime.io, file.into()).unwrap();
-    Disk::new(Ram::new(file, BELOW_SECTORS * 512))
+/// The image below.
+pub(crate) fn below() -> Disk {
+    let below = Disk::new(Pattern {
+        size: BELOW_SECTORS * 512,
+        number: |_| BELOW,
+        sector: |number, _| sector(number),
+    });
+    below.set_backing(Some(PARENT_BACKING));
+    below
 }
 
-fn parts(runtime: &Runtime, case: &Case) -> Parts<Memory> {
+fn parts(case: &Case) -> Parts<Memory> {
     Parts {
-        parent: case.below.then(|| below(runtime)),
+        parent: case.below.then(below),
         ..Parts::default()
     }
 }
@@ -135,7 +137,7 @@ pub(crate) fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
 }
 
 pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: bool) -> Disk {
-    let (parts, options) = (parts(runtime, case), options(case, writable));
+    let (parts, options) = (parts(case), options(case, writable));
     let disk = Disk::new(Qcow2::new(memory.clone(), parts, options));
     let its = disk.clone();
     let shape = runtime
@@ -149,7 +151,7 @@ pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: 
 /// The disk of an image, in whose bytes nothing may be wrong but that space is lost.
 pub(crate) fn checked(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Disk {
     let memory = Memory::new(bytes, 1, false);
-    let image = Qcow2::new(memory.clone(), parts(runtime, case), options(case, false));
+    let image = Qcow2::new(memory.clone(), parts(case), options(case, false));
     let found = runtime.block_on(async move {
         image.activate().await.unwrap();
         image.findings().await.unwrap()

@@ -3,8 +3,8 @@
 
 use crate::common::places::{Host, Subject};
 use crate::common::seeds;
-use crate::common::tools::{folder, has_qemu, tool_in};
-use crate::crash::{cases, checked, first, fresh, opened, Case, SECTORS, SIZE};
+use crate::common::tools::{folder, has_qemu, tool_in, PARENT_BACKING};
+use crate::crash::{below, cases, checked, first, fresh, opened, Case, SECTORS, SIZE};
 use crate::memory::{read_all, sector, stamps, Memory, SECTOR};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
@@ -35,6 +35,14 @@ impl Subject for Tried {
 
     fn there(&self, at: u64, len: u64) -> Vec<u8> {
         self.memory.bytes()[at as usize..][..len as usize].to_vec()
+    }
+
+    fn below(&self) -> Option<(u16, Disk)> {
+        let below = self.case.below.then(below)?;
+        let its = below.clone();
+        let active = Runtime::new().block_on(async move { its.activate().await });
+        active.unwrap().unwrap();
+        Some((PARENT_BACKING, below))
     }
 
     fn next(&self) -> Disk {
@@ -81,14 +89,25 @@ fn what_is_told_stays_true() {
     let runtime = Runtime::new();
     for case in cases() {
         let (mut hits, mut deaths) = (0, 0);
+        let (mut zeroes, mut from_below) = (0, 0);
         for seed in seeds(24) {
             let host = host(&runtime, &case, fresh(&runtime, &case), seed, first);
             host.rounds(&runtime);
             hits += host.hits.get();
             deaths += host.deaths.get();
+            zeroes += host.zeroes.get();
+            from_below += host.below.get();
         }
-        println!("{}: {hits} by the kernel, {deaths} deaths", case.name);
-        assert!(hits > 100 && deaths > 20, "{}: {hits} {deaths}", case.name);
+        let what = format!(
+            "{}: {hits} by the kernel, with {zeroes} zeroes and {from_below} from below, {deaths} deaths",
+            case.name
+        );
+        println!("{what}");
+        assert!(
+            hits > 100 && deaths > 20 && zeroes + from_below > 20,
+            "{what}"
+        );
+        assert!(from_below > 10 || !case.below, "{what}");
     }
 }
 

@@ -7,7 +7,7 @@
 //! what was looked up before one is not told.
 
 use super::{Direct, Image, Told};
-use drivers::{Disk, Place};
+use drivers::{Disk, Holder, Place};
 use std::cell::{Cell, RefCell};
 use std::io;
 use tapdev::abi::MAX_MAP_OPS;
@@ -79,10 +79,14 @@ impl Direct {
             if len == 0 || places(disk, from, len).await.is_empty() {
                 continue;
             }
-            let Some(generation) = self.generation(image)? else {
+            let Some((generation, backings)) = self.generation(image)? else {
                 break;
             };
-            let found = places(disk, from, len).await;
+            let mut found = places(disk, from, len).await;
+            found.retain(|place| match place.holder {
+                Holder::Below(number) => backings.checked_shr(number.into()).unwrap_or(0) & 1 != 0,
+                Holder::Image | Holder::Nothing => true,
+            });
             if self.era.get() != era || !self.may_tell() {
                 break;
             }

@@ -8,8 +8,10 @@ use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind, LockPart};
 use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Base, Below, Kind, Options};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The format of a driver's images, if they have one.
 pub(super) fn kind(driver: Driver) -> Option<Kind> {
@@ -104,6 +106,7 @@ impl Session {
             session: self,
             open,
             looks: false,
+            backings: RefCell::default(),
         };
         parts.disk(file).await
     }
@@ -159,6 +162,7 @@ impl Session {
             session: self,
             open,
             looks: true,
+            backings: RefCell::default(),
         };
         let (disk, shape) = parts.disk(file).await?;
         let fence = disk.fence();
@@ -174,6 +178,8 @@ pub(super) struct Parts<'s> {
     pub(super) open: &'s Open,
     /// Somebody else may be using the image: nothing is locked or written.
     pub(super) looks: bool,
+    /// The numbers by which the kernel knows files below.
+    pub(super) backings: RefCell<BTreeMap<PathBuf, u16>>,
 }
 
 impl Parts<'_> {
@@ -230,6 +236,9 @@ impl formats::Files<File> for Parts<'_> {
             false => (Needed::Parent { path: path.into() }, LockKind::Read),
         };
         let given = self.session.needs.ask(what).await?;
+        if let Some(backing) = given.backing.filter(|_| !writable) {
+            self.backings.borrow_mut().insert(path.into(), backing);
+        }
         let locked = (given.lock && !self.looks).then_some(LockPart::Whole);
         // It may be on other storage than the image. What reads a parent can do no harm later.
         if writable {
@@ -247,6 +256,10 @@ impl formats::Files<File> for Parts<'_> {
             state.parents.push((path.into(), file.clone()));
         }
         Ok(file)
+    }
+
+    fn backing(&self, path: &Path) -> Option<u16> {
+        self.backings.borrow().get(path).copied()
     }
 
     fn raw(&self, file: File) -> Disk {

@@ -119,7 +119,11 @@ pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
                 None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
             };
             let number = need.number;
-            let question = Request::Provide { number, provided };
+            let question = Request::Provide {
+                number,
+                provided,
+                backing: None,
+            };
             let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
             assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
             asked.push(need.what);

@@ -73,7 +73,11 @@ pub(crate) fn give(channel: &mut Channel, watched: &Watched<'_>) {
             None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
         };
         let number = need.number;
-        let question = Request::Provide { number, provided };
+        let question = Request::Provide {
+            number,
+            provided,
+            backing: None,
+        };
         let fds: Vec<_> = given.into_iter().collect();
         assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
     }

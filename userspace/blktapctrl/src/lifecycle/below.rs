@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where the kernel serves a disk by itself it also reads what is below the image: its process says which parts of the
+//! disk are there.
+//!
+//! A file below has a number with the kernel that no other file of the disk ever gets. So what a process was told of
+//! it stays true, whatever becomes of the image meanwhile: a snapshot, a commit, a process that takes the disk over.
+//! There are 15 numbers; a disk that had more files below it leaves the rest to its process. The kernel gets a file when
+//! the process does, and again with the image; it loses all of them with the image. A disk is served without that,
+//! too.
+
+use super::Lifecycle;
+use crate::apart::{apart, LIMIT};
+use crate::disk::Disk;
+use crate::image::{self, Image};
+use crate::record::{Lent, Part, Role};
+use control::supervisor::What;
+use control::tapdisk::Open;
+use control::{Code, Failure};
+use diskio::{lock_part, LockKind, LockPart};
+use std::io;
+use std::sync::Arc;
+use tapdev::abi::MAX_BACKINGS;
+
+/// The first number of a file below: those before it are the image's.
+const FIRST: u16 = 1;
+
+impl Lifecycle {
+    /// The number by which the kernel knows a file below the image that a process is given; nothing if it is not for
+    /// the kernel.
+    pub(super) async fn lend(
+        &self,
+        disk: &Disk,
+        open: &Open,
+        part: &Part,
+        file: &Arc<Image>,
+    ) -> Option<u16> {
+        let lent = async {
+            let Some(number) = self.number(disk, open, part)? else {
+                return Ok(None);
+            };
+            // A new image is not served yet, and gets what is below it with that.
+            let is_next = disk.record.borrow().next.is_some();
+            if !is_next && !is_written(disk) && self.kernel_holds(disk)? {
+                self.add_below(disk, number, file).await?;
+            }
+            Ok(Some(number))
+        };
+        let lent = lent.await;
+        self.or_tell(disk, open, lent).flatten()
+    }
+
+    /// The kernel has got the image of a disk: it gets what its process has below that, too.
+    pub(super) async fn lend_again(&self, disk: &Disk, open: &Open) {
+        if is_written(disk) {
+            return;
+        }
+        let parents: Vec<Part> = {
+            let record = disk.record.borrow();
+            let parts = record.its_parts().iter();
+            parts
+                .filter(|part| part.role == Role::Parent)
+                .cloned()
+                .collect()
+        };
+        for part in parents {
+            let lent = async {
+                let Some(number) = self.number(disk, open, &part)? else {
+                    return Ok(());
+                };
+                let file = image::find(&part.path).await?;
+                if !file.is(part.identity, part.born) {
+                    return Err(image::not_the_same(&file));
+                }
+                self.add_below(disk, number, &file).await
+            };
+            let lent = lent.await;
+            self.or_tell(disk, open, lent);
+        }
+    }
+
+    /// Of what nobody has asked for nobody has to hear.
+    fn or_tell<T>(&self, disk: &Disk, open: &Open, lent: Result<T, Failure>) -> Option<T> {
+        let told = lent.map_err(|failure| {
+            if open.target.direct().is_some() {
+                let why = failure.message;
+                let what = What::NotDirect { why };
+                self.registry.events.add(Some(disk.minor), what);
+            }
+        });
+        told.ok()
+    }
+
+    fn number(&self, disk: &Disk, open: &Open, part: &Part) -> Result<Option<u16>, Failure> {
+        let node = self.node_of(disk)?;
+        let is_for_kernel = node.is_some_and(|node| self.is_for_kernel(&node, open));
+        let Some(identity) = part.identity.filter(|_| is_for_kernel && part.locked) else {
+            return Ok(None);
+        };
+        let lent = Lent {
+            identity,
+            born: part.born,
+        };
+        let place = |all: &[Lent]| all.iter().position(|one| *one == lent);
+        let known = place(&disk.record.borrow().lent);
+        let place = match known {
+            Some(place) => place,
+            None => {
+                let count = disk.record.borrow().lent.len();
+                if count >= usize::from(MAX_BACKINGS - FIRST) {
+                    return Ok(None);
+                }
+                self.registry
+                    .change(disk, |record| record.lent.push(lent))?;
+                count
+            }
+        };
+        // CAST: less than the most.
+        Ok(Some(FIRST + place as u16))
+    }
+
+    /// Nobody is to write it while the kernel may read it.
+    async fn add_below(&self, disk: &Disk, number: u16, file: &Arc<Image>) -> Result<(), Failure> {
+        let again = file.clone();
+        let opened = apart(file.path(), LIMIT, move || again.open(false, true)).await?;
+        let path = file.path().display();
+        let Some(fd) = opened.fd().filter(|_| opened.direct) else {
+            return Err(Failure::unsupported(format!("{path} has no direct I/O")));
+        };
+        lock_part(fd, LockKind::Read, LockPart::Data).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                Failure::new(Code::Busy, format!("{path} is locked by another process"))
+            }
+            _ => Failure::system(format!("cannot lock {path}"), &error),
+        })?;
+        let added = self
+            .registry
+            .kernel
+            .add_backing(disk.minor, number, fd, false);
+        added.map_err(|error| Failure::system(format!("the kernel does not take {path}"), &error))
+    }
+}
+
+/// What is below the disk's image is about to be written.
+fn is_written(disk: &Disk) -> bool {
+    let record = disk.record.borrow();
+    record.mirror.as_ref().is_some_and(|mirror| mirror.below)
+}
