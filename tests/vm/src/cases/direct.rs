@@ -3,10 +3,12 @@
 
 use super::basic::{flushes_arrive, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
-use super::formats::{judge, make, of_guest, Format, QCOW, QCOW2, VHD, VHD_FIXED, VMDK};
+use super::formats::{judge, make, of_guest, over, Format, QCOW, QCOW2, VHD, VHD_FIXED, VMDK};
 use super::hung::{hangable, host_is_well, others_are_served};
 use super::lifecycle::own_guest;
-use super::tap::{end_load, same, start_load, start_load_with, wait_progress, DEVICE, VDEV};
+use super::tap::{
+    end_load, full_image, same, start_load, start_load_with, wait_progress, DEVICE, VDEV,
+};
 use super::{Case, Context, Needs};
 use crate::backing::{linear, unwritable, Dm, NullBlk};
 use crate::guest::Vbd;
@@ -54,6 +56,12 @@ pub(super) fn cases() -> Vec<Case> {
             "the kernel serves what a qcow2 image has already, under verified load while its process dies",
             Pv,
             |context| serves_format(context, &QCOW2),
+        ),
+        case(
+            "direct.clone",
+            "of a clone the kernel reads what is in the image below it and what is nowhere, without its process too",
+            Pv,
+            clone,
         ),
         case("direct.qcow", "the same of a qcow image", Pv, |context| {
             serves_format(context, &QCOW)
@@ -315,6 +323,68 @@ fn serves_format(context: &mut Context, format: &Format) -> Result<()> {
     ))?;
     disk.detach(context.pv()?)?;
     judge(context, format, &path, &seen)
+}
+
+/// A clone of an image that is shorter than it.
+fn clone(context: &mut Context) -> Result<()> {
+    let below = full_image(context, "base.img", 8)?;
+    sh::run(&["chmod", "a-w", &below])?;
+    let path = over(context, "clone.qcow2", &below, "raw")?;
+    sh::run(&["qemu-img", "resize", "-q", &path, "16M"])?;
+    let sum = sh::shell(&format!(
+        "{{ cat {below}; head -c 8M /dev/zero; }} | sha256sum"
+    ))?;
+    let expected = sum.split_whitespace().next().context("no checksum")?;
+    let before = sh::run(&["sha256sum", &below])?;
+    let specification = tap::disk(&format!("direct=yes,qcow2:{path}"), VDEV, "w");
+    let disk = Served::attach(context.pv()?, &specification)?;
+    context.check_driver(&disk.vbd)?;
+    sh::wait_for(
+        "the image and the one below it with the kernel",
+        SOON,
+        || Ok(disk.info()?.backings == 0b11),
+    )?;
+    // What is asked of the process it tells the kernel of, soon.
+    for _ in 0..2 {
+        ensure!(
+            of_guest(context.pv()?)? == expected,
+            "the guest does not read what is below"
+        );
+    }
+    let supervisor: Supervisor = context.take_supervisor()?;
+    supervisor.kill()?;
+    let old = disk.kill()?;
+    sh::wait_for("the end of the process", SOON, || {
+        Ok(disk.info()?.state != STATE_LIVE)
+    })?;
+    let guest = context.pv()?;
+    ensure!(
+        of_guest(guest)? == expected,
+        "without the process the guest does not read what is below"
+    );
+    ensure!(
+        !is_free(&below)?,
+        "somebody could write {below}, which the kernel reads"
+    );
+    context.supervise(true)?;
+    disk.wait_replaced(old)?;
+    let guest = context.pv()?;
+    guest.run_for(&verify_job(DEVICE, 16, 200, 512), FIO)?;
+    let load = start_load_with(guest, "--discard --hints")?;
+    wait_progress(&disk, 30)?;
+    disk.replace()?;
+    wait_progress(&disk, 30)?;
+    let told = end_load(guest, load)?;
+    let seen = of_guest(guest)?;
+    let mapped = mapped(&disk)?;
+    context.note(&format!("{told}; {mapped}"))?;
+    disk.detach(context.pv()?)?;
+    judge(context, &QCOW2, &path, &seen)?;
+    ensure!(
+        sh::run(&["sha256sum", &below])? == before,
+        "the image below was written"
+    );
+    Ok(())
 }
 
 fn many_places(context: &mut Context) -> Result<()> {
