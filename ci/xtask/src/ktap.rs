@@ -27,6 +27,8 @@ impl Reader {
         if line.starts_with(char::is_whitespace) {
             let time = line.trim().strip_prefix("seconds: ");
             if let Some(seconds) = time.and_then(|time| time.parse().ok()) {
+                // A run that is ended from outside has no list of what took long.
+                println!("        {seconds} s");
                 self.times.push((seconds, self.last.clone()));
             }
             if let Some((_, why)) = &mut self.failing {

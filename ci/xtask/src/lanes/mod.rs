@@ -69,6 +69,10 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
     let each = |lanes: Vec<Lane>| {
         let mut tally = Tally::default();
         for lane in lanes {
+            println!(
+                "== {lane:?}, {} s after the start",
+                start.elapsed().as_secs()
+            );
             run_one(lane, only, seed, &mut tally);
         }
         tally
@@ -90,7 +94,6 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
 
 fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut Tally) {
     let start = Instant::now();
-    println!("== {lane:?}");
     let done = match lane {
         Lane::E2e => e2e::tests(tally, only, seed),
         Lane::Nightly => nightly::tests(tally, only, seed),
