@@ -91,7 +91,10 @@ impl Lifecycle {
     }
 
     fn number(&self, disk: &Disk, open: &Open, part: &Part) -> Result<Option<u16>, Failure> {
-        let node = self.node_of(disk)?;
+        let node = match open.target.driver().may_map() {
+            true => self.node_of(disk)?,
+            false => None,
+        };
         let is_for_kernel = node.is_some_and(|node| self.is_for_kernel(&node, open));
         let Some(identity) = part.identity.filter(|_| is_for_kernel && part.locked) else {
             return Ok(None);
@@ -132,10 +135,14 @@ impl Lifecycle {
             }
             _ => Failure::system(format!("cannot lock {path}"), &error),
         })?;
-        let added = self
-            .registry
-            .kernel
-            .add_backing(disk.minor, number, fd, false);
+        let kernel = &self.registry.kernel;
+        let mut added = kernel.add_backing(disk.minor, number, fd, false);
+        if matches!(&added, Err(error) if error.kind() == io::ErrorKind::AlreadyExists) {
+            // A supervisor that knew nothing of numbers has left another file there.
+            self.take_numbers(disk, &[number], self.patience.get())
+                .await?;
+            added = kernel.add_backing(disk.minor, number, fd, false);
+        }
         added.map_err(|error| Failure::system(format!("the kernel does not take {path}"), &error))
     }
 }

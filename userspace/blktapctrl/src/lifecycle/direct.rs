@@ -172,7 +172,7 @@ impl Lifecycle {
         self.take_numbers(disk, &below, limit).await
     }
 
-    async fn take_numbers(
+    pub(super) async fn take_numbers(
         &self,
         disk: &Disk,
         numbers: &[u16],

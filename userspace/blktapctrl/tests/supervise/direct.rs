@@ -161,6 +161,31 @@ fn the_kernel_has_what_is_below_an_image_as_long_as_the_image() {
     });
 }
 
+/// As a supervisor leaves it that does not know what numbers are.
+#[test]
+fn a_number_leads_to_what_a_process_is_told_of_it() {
+    test("direct-below-other", |bed| async move {
+        let minor = bed.made(child(&bed)).await;
+        let other = fs::File::open(bed.image("other.img", "C")).expect("the file");
+        let mut nodes = bed.kernel.nodes.borrow_mut();
+        let below = &mut nodes.get_mut(&minor).expect("the node").below;
+        below.insert(1, other.into());
+        drop(nodes);
+        let before = log(&bed).len();
+        bed.replaced(minor, kill).await;
+        let taken = ["remove 0 below 1", "add 0 below 1", "told 1"];
+        assert!(log(&bed)[before..].ends_with(&["given B Locked".into(), "open w A".into()]));
+        let log = log(&bed);
+        assert!(
+            taken
+                .iter()
+                .all(|line| log[before..].iter().any(|one| one == line)),
+            "{log:?}"
+        );
+        bed.destroy(minor).await;
+    });
+}
+
 #[test]
 fn what_is_below_an_image_that_the_kernel_does_not_serve_is_not_for_it() {
     test("direct-below-not", |bed| async move {
