@@ -19,6 +19,7 @@ pub mod grants;
 pub(crate) mod heard;
 pub mod history;
 pub mod machine;
+pub mod mapped;
 pub mod moves;
 pub(crate) mod passes;
 pub mod process;

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The queue's thread and its I/O: begun in one step, executed sector by sector in any order, ended later.
+
+use ring::numbers::DiskTag;
+use ring::response::Status;
+use ring::tap::abi::OP_READ;
+use ring::tap::extent::{Access, Extent, Sectors, Source};
+use ring::tap::shadow::direct::{Part, Parts, Start, MAX_PARTS};
+use ring::tap::shadow::{Op, Request};
+
+use super::image::{BASE, FIRST, FOREIGN};
+use super::{Fault, Scene};
+
+/// What a queue executes.
+#[derive(Clone, Debug)]
+pub(super) struct Running {
+    pub(super) tag: u16,
+    pub(super) range: Sectors,
+    /// The shadow does not know of it: a planted fault.
+    pub(super) beside: bool,
+    /// Much else happens meanwhile.
+    is_slow: bool,
+    work: Work,
+}
+
+#[derive(Clone, Debug)]
+enum Work {
+    Flush(u16),
+    /// Sectors of a store, or of zeroes, and the places of their data.
+    Transfer {
+        reads: bool,
+        left: Vec<(Option<(u16, u64)>, usize)>,
+    },
+}
+
+impl Scene {
+    /// Begins what was just posted, if it needs no process and nothing is in its way.
+    pub(super) fn begin(&mut self, tag: u16) {
+        let mut parts = Parts::default();
+        if let Some(start) = self.shadow.begin(DiskTag::new(tag), &mut parts) {
+            self.run(tag, &start, parts.as_slice());
+        }
+    }
+
+    /// The thread of the queue looks at what it was told of.
+    pub(super) fn resume(&mut self) {
+        if !std::mem::replace(&mut self.told, false) {
+            return;
+        }
+        let most = self.rng.pick(&[1, 2, usize::MAX]);
+        let mut begun = Vec::new();
+        let each = |tag: DiskTag, start, parts: &[Part]| begun.push((tag, start, parts.to_vec()));
+        self.shadow.resume(0, most, each);
+        self.counts.resumed += begun.len() as u64;
+        for (tag, start, parts) in begun {
+            self.run(tag.number(), &start, &parts);
+        }
+        self.announce();
+    }
+
+    fn run(&mut self, tag: u16, start: &Start, parts: &[Part]) {
+        // CAST: the number of one of a few backings.
+        let store = start
+            .backing
+            .map_or(FOREIGN, |number| number.index() as u16);
+        let sectors = |part: &Part| {
+            let first = part.sector.map(|sector| (store, sector));
+            (0..part.sectors).map(move |more| first.map(|(store, sector)| (store, sector + more)))
+        };
+        let left = parts.iter().flat_map(sectors).zip(0..);
+        let request = self.guest.posted[&tag].request;
+        let work = match request.op {
+            Op::Flush => Work::Flush(store),
+            _ => Work::Transfer {
+                reads: start.op == OP_READ,
+                left: left.collect(),
+            },
+        };
+        self.push(tag, &request, false, work);
+    }
+
+    fn push(&mut self, tag: u16, request: &Request, beside: bool, work: Work) {
+        let is_slow = self.rng.percent(self.plan.slow);
+        self.running.push(Running {
+            tag,
+            range: range(request),
+            beside,
+            is_slow,
+            work,
+        });
+    }
+
+    /// A planted fault: the queue begins something that the shadow does not know of.
+    pub(super) fn begin_beside(&mut self, tag: u16, queue: u16, request: &Request) -> bool {
+        let work = match request.op {
+            _ if queue != 0 => None,
+            Op::Flush if self.commits(Fault::FlushOne) && self.plan.grows => {
+                Some(Work::Flush(FIRST))
+            }
+            Op::Read | Op::Write if self.commits(Fault::IgnoreOverlap) => self.found(request),
+            _ => None,
+        };
+        let Some(work) = work else {
+            return false;
+        };
+        self.push(tag, request, true, work);
+        true
+    }
+
+    /// Where the map has a request.
+    fn found(&mut self, request: &Request) -> Option<Work> {
+        let reads = request.op == Op::Read;
+        let access = if reads {
+            Access::Read
+        } else {
+            Access::ReadWrite
+        };
+        let mut pieces = Vec::new();
+        let each = |piece: &Extent| pieces.push(*piece);
+        let found = self
+            .map()
+            .translate(&range(request), access, MAX_PARTS, each);
+        found.ok()?;
+        let mut left = Vec::new();
+        for piece in pieces {
+            for more in 0..piece.range.count() {
+                let there = match piece.source {
+                    // CAST: the number of one of a few backings.
+                    Source::Backing(store) => Some((store.index() as u16, piece.place + more)),
+                    Source::Zeroes => None,
+                };
+                left.push((there, left.len()));
+            }
+        }
+        Some(Work::Transfer { reads, left })
+    }
+
+    /// Some I/O comes a step further.
+    pub(super) fn execute_some(&mut self) {
+        if self.running.is_empty() {
+            return;
+        }
+        let at = self.rng.index(self.running.len());
+        if self.running[at].is_slow && !self.rng.percent(4) {
+            return;
+        }
+        let mut running = self.running.swap_remove(at);
+        let is_over = match &mut running.work {
+            Work::Flush(store) => {
+                self.image.flush(*store);
+                true
+            }
+            Work::Transfer { reads, left } => {
+                let next = self.rng.index(left.len().max(1));
+                let next = (next < left.len()).then(|| left.swap_remove(next));
+                if let Some(next) = next {
+                    self.transfer(running.tag, *reads, next);
+                }
+                left.is_empty()
+            }
+        };
+        if is_over {
+            self.end(&running);
+        } else {
+            self.running.push(running);
+        }
+    }
+
+    fn transfer(&mut self, tag: u16, reads: bool, (place, at): (Option<(u16, u64)>, usize)) {
+        let there = place.map_or(Some(0), |(store, sector)| self.image.read(store, sector));
+        let Some(there) = there else {
+            return self.problem(format!("the kernel uses {place:?}, where no sector is"));
+        };
+        let posted = self.guest.posted.get_mut(&tag);
+        let Some(data) = posted.and_then(|posted| posted.data.get_mut(at)) else {
+            return self.problem(format!("tag {tag} has its result, and is still executed"));
+        };
+        let may = match place {
+            Some((BASE, _)) | None => reads,
+            Some((store, _)) => store != FOREIGN,
+        };
+        match place {
+            _ if reads => *data = there,
+            Some((store, sector)) if may => self.image.write(store, sector, *data),
+            _ => {}
+        }
+        if !may {
+            self.problem(format!("the kernel uses {place:?}, which it may not"));
+        }
+    }
+
+    fn end(&mut self, running: &Running) {
+        let is_flush = matches!(running.work, Work::Flush(_));
+        self.counts.flushed += u64::from(is_flush);
+        self.counts.executed += 1;
+        if running.beside {
+            return self.answer(running.tag, Status::Okay);
+        }
+        let fails = !is_flush && self.rng.percent(self.plan.failing);
+        let status = if fails { Status::Error } else { Status::Okay };
+        let ended = self.shadow.ended(DiskTag::new(running.tag), status);
+        self.counts.redone += u64::from(fails);
+        match ended {
+            Some(status) => self.answer(running.tag, status),
+            None if fails => {}
+            None if self.commits(Fault::GiveAway) => {}
+            None => self.problem(format!("tag {} has ended twice", running.tag)),
+        }
+        self.announce();
+    }
+}
+
+/// What a request has to do with; all of the disk is that of a flush.
+fn range(request: &Request) -> Sectors {
+    Sectors::new(request.sector, request.sectors).unwrap_or(Sectors::ALL)
+}

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A disk whose process tells the kernel where it is, and goes on changing that: the real shadow and the real map
+//! between guests, a kernel that executes with delays, and processes that copy, move and free clusters, and die.
+//!
+//! The oracle is the order of arrival, as for every disk that a process serves: each read finds what the requests
+//! before it have left, whoever has executed these. After a flush a power cut loses nothing that was answered before
+//! it. A process that lies harms its own disk alone.
+
+mod guest;
+mod image;
+mod kernel;
+mod process;
+
+use ring::numbers::DiskTag;
+use ring::response::Status;
+use ring::tap::extent::{BackingNumber, Sectors};
+use ring::tap::map::tree::{Leaf, Slot};
+use ring::tap::map::{Backing, Map};
+use ring::tap::shadow::Shadow;
+use ring::tap::table::Entry;
+
+use crate::rng::Rng;
+use guest::Guest;
+use image::{Image, BASE, CLUSTERS, FIRST, SECOND, SECTORS};
+use kernel::Running;
+use process::Process;
+
+/// Clusters where most requests are, and most that is moved and looked up.
+const HOT: u64 = 6;
+/// Tags of the queue that executes what is mapped, and of one that does not.
+const ABLE: std::ops::Range<u16> = 0..8;
+const UNABLE: std::ops::Range<u16> = 8..11;
+/// Steps after which a case that has not ended never will.
+const PATIENCE: u32 = 200_000;
+
+type DiskMap = Option<Box<Map<Vec<Slot>, Vec<Leaf>>>>;
+
+/// A fault of what is around the shadow and the map, or in how their rules are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A recall returns while what it takes back is used.
+    RecallAtOnce,
+    /// What the process gets, answers or leaves changes nothing that is known.
+    ForgetChanges,
+    /// A process begins with what the last one has said.
+    KeepAtStart,
+    /// What a queue executes is given to the next process as well.
+    GiveAway,
+    /// A queue executes what is mapped, whatever is in its way.
+    IgnoreOverlap,
+    /// What was found out before a change counts after it.
+    IgnoreGeneration,
+    /// The process says where a cluster is before the image does.
+    TellEarly,
+    /// A flush of the disk is one of its first store alone.
+    FlushOne,
+}
+
+/// What may happen; chances are in a hundred.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Requests of the guest.
+    pub requests: u32,
+    /// Processes that die.
+    pub deaths: u32,
+    /// Chance of a death in each step.
+    pub death: u64,
+    /// A part of the disk is in a store that it shares.
+    pub base: bool,
+    /// Flushes are for the kernel, and another store comes later.
+    pub grows: bool,
+    /// Clusters are moved in so many of the steps of a process.
+    pub moves: u64,
+    /// What a queue executes fails.
+    pub failing: u64,
+    /// It takes long.
+    pub slow: u64,
+    /// Chance that the process says what is not true.
+    pub lies: u64,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            requests: 150,
+            deaths: 3,
+            death: 1,
+            base: true,
+            grows: false,
+            moves: 10,
+            failing: 5,
+            slow: 10,
+            lies: 0,
+        }
+    }
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Requests that queues executed.
+    pub executed: u64,
+    /// Those of them that failed there.
+    pub redone: u64,
+    /// Requests that queues began when they had waited for others.
+    pub resumed: u64,
+    /// Requests that processes executed.
+    pub served: u64,
+    /// Clusters that were copied for a write.
+    pub copied: u64,
+    /// Clusters that were moved.
+    pub moved: u64,
+    /// Clusters that were discarded.
+    pub freed: u64,
+    /// Recalls that had to wait.
+    pub waited: u64,
+    /// What processes said that was refused.
+    pub refused: u64,
+    /// Processes that began while queues executed something.
+    pub begun_beside: u64,
+    /// Processes that died.
+    pub deaths: u64,
+    /// Flushes that queues executed.
+    pub flushed: u64,
+    /// Flushes that processes executed.
+    pub synced: u64,
+    /// Extents that were forgotten for want of room.
+    pub evicted: u64,
+}
+
+impl Counts {
+    /// Adds what happened in another case.
+    pub fn add(&mut self, other: &Self) {
+        self.executed += other.executed;
+        self.redone += other.redone;
+        self.resumed += other.resumed;
+        self.served += other.served;
+        self.copied += other.copied;
+        self.moved += other.moved;
+        self.freed += other.freed;
+        self.waited += other.waited;
+        self.refused += other.refused;
+        self.begun_beside += other.begun_beside;
+        self.deaths += other.deaths;
+        self.flushed += other.flushed;
+        self.synced += other.synced;
+        self.evicted += other.evicted;
+    }
+}
+
+/// All of it.
+struct Scene {
+    rng: Rng,
+    plan: Plan,
+    fault: Option<Fault>,
+    shadow: Shadow<Vec<Entry>, DiskMap>,
+    image: Image,
+    guest: Guest,
+    /// What queues execute.
+    running: Vec<Running>,
+    /// The queue was told that it can begin something.
+    told: bool,
+    process: Option<Process>,
+    deaths: u32,
+    problems: Vec<String>,
+    counts: Counts,
+}
+
+/// Runs the case of a seed. Returns what was wrong, and what happened.
+pub fn run_mapped(seed: u64, plan: &Plan, fault: Option<Fault>) -> (Vec<String>, Counts) {
+    let mut scene = Scene::new(seed, plan, fault);
+    for _ in 0..PATIENCE {
+        if !scene.problems.is_empty() || scene.is_over() {
+            break;
+        }
+        scene.step();
+    }
+    scene.judge_the_end();
+    scene.counts.evicted = scene.map().evicted();
+    (scene.problems, scene.counts)
+}
+
+fn number(store: u16) -> BackingNumber {
+    BackingNumber::new(store).expect("a small number")
+}
+
+impl Scene {
+    fn new(seed: u64, plan: &Plan, fault: Option<Fault>) -> Self {
+        // So few leaves that some is forgotten.
+        let memory = (vec![Slot::FREE; 1], vec![Leaf::FREE; 1]);
+        let map = Map::new(memory.0, memory.1, SECTORS, true);
+        let tags = usize::from(UNABLE.end);
+        let mut shadow = Shadow::with_map(vec![Entry::FREE; tags], Some(Box::new(map)));
+        shadow.set_able(0, true);
+        let image = Image::new(plan.base);
+        let mut scene = Self {
+            rng: Rng::new(seed),
+            plan: *plan,
+            fault,
+            shadow,
+            guest: Guest::new(&image, plan.requests),
+            image,
+            running: Vec::new(),
+            told: false,
+            process: None,
+            deaths: plan.deaths,
+            problems: Vec::new(),
+            counts: Counts::default(),
+        };
+        scene.add_backing(FIRST);
+        if plan.base {
+            scene.add_backing(BASE);
+        }
+        scene
+    }
+
+    /// What the supervisor does.
+    fn add_backing(&mut self, store: u16) {
+        let backing = Backing {
+            sectors: self.image.sectors_of(store),
+            block: 1,
+            writable: store != BASE,
+        };
+        assert!(self.map().add_backing(number(store), backing));
+    }
+
+    fn map(&mut self) -> &mut Map<Vec<Slot>, Vec<Leaf>> {
+        self.shadow.map().as_mut().expect("it has one")
+    }
+
+    fn cluster(&mut self) -> u64 {
+        let most = if self.rng.percent(75) { HOT } else { CLUSTERS };
+        self.rng.below(most)
+    }
+
+    fn commits(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+
+    fn problem(&mut self, what: String) {
+        self.problems.push(what);
+    }
+
+    /// Does something of which what is known is to know nothing, if the fault is planted.
+    fn unnoticed<T>(&mut self, fault: Fault, change: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.commits(fault).then(|| self.shadow.map().clone());
+        let result = change(self);
+        if let Some(before) = before {
+            *self.shadow.map() = before;
+        }
+        result
+    }
+
+    /// After each change of what waits, or of what is known.
+    fn announce(&mut self) {
+        self.shadow.sort();
+        self.told |= self.shadow.take_resumable() & 1 != 0;
+    }
+
+    fn is_over(&self) -> bool {
+        self.guest.left == 0 && self.guest.posted.is_empty()
+    }
+
+    fn step(&mut self) {
+        match self.rng.below(100) {
+            0..12 => self.post(),
+            12..24 => self.execute_some(),
+            24..30 => self.resume(),
+            30..36 => self.reap(),
+            36 if self.plan.grows && self.rng.percent(10) => self.grow(),
+            _ => self.run_process(),
+        }
+    }
+
+    fn grow(&mut self) {
+        if !self.map().has_backing(number(SECOND)) {
+            self.add_backing(SECOND);
+        }
+    }
+
+    fn run_process(&mut self) {
+        if self.process.is_none() {
+            return self.begin_process();
+        }
+        // It dies most likely while queues execute something.
+        let death = self.plan.death * if self.running.is_empty() { 1 } else { 4 };
+        if self.deaths > 0 && self.rng.percent(death) {
+            self.deaths -= 1;
+            return self.kill();
+        }
+        self.step_process();
+    }
+
+    fn begin_process(&mut self) {
+        // A guest is not always without one for long.
+        if !self.rng.percent(20) {
+            return;
+        }
+        let epoch = self.shadow.opened().expect("nobody has it");
+        self.counts.begun_beside += u64::from(!self.running.is_empty());
+        let started = self.unnoticed(Fault::KeepAtStart, |scene| scene.shadow.started(epoch));
+        if let Ok(failed) = started {
+            assert_eq!(failed.count, 0, "there is no limit of deaths");
+        } else {
+            self.problem(format!("a process cannot start: {started:?}"));
+        }
+        self.announce();
+        self.process = Some(Process::new(epoch, &self.image, self.plan.grows));
+    }
+
+    fn kill(&mut self) {
+        self.process = None;
+        self.counts.deaths += 1;
+        self.shadow.closed();
+        let failed = self.unnoticed(Fault::ForgetChanges, |scene| scene.shadow.quiet(0));
+        assert_eq!(failed.map(|failed| failed.count), Some(0), "all is local");
+        if self.commits(Fault::GiveAway) {
+            for running in &self.running {
+                let _given = self.shadow.ended(DiskTag::new(running.tag), Status::Error);
+            }
+        }
+        self.announce();
+    }
+
+    /// True if something of a range is being executed.
+    fn is_executing(&self, range: &Sectors) -> bool {
+        let beside = |running: &Running| running.beside && running.range.common(range).is_some();
+        self.shadow.is_executing(range) || self.running.iter().any(beside)
+    }
+
+    fn judge_the_end(&mut self) {
+        if !self.problems.is_empty() {
+            return;
+        }
+        if !self.is_over() {
+            let what = format!("never answered: {:?}", self.guest.posted);
+            return self.problem(what);
+        }
+        if self.image.is_foreign_written() {
+            self.problem("a store was written that is not the disk's to write".into());
+        }
+        if self.plan.lies > 0 {
+            return;
+        }
+        for sector in 0..SECTORS {
+            let (found, expected) = (self.image.sector(sector), self.guest.ordered(sector));
+            if found != expected {
+                return self.problem(format!(
+                    "sector {sector} is {found:x} in the end, in arrival order {expected:x}"
+                ));
+            }
+        }
+    }
+}

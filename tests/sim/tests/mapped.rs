@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A disk of which its process tells the kernel where it is, copies, moves and frees clusters, and dies.
+//!
+//! Each case is a plan with its own random schedules. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed
+//! in each test that is run.
+
+use sim::mapped::{run_mapped, Counts, Plan};
+use sim::rng::seeds;
+
+fn cases() -> u64 {
+    let text = std::env::var("SIM_CASES").ok();
+    text.map_or(300, |text| text.parse().expect("SIM_CASES is a number"))
+}
+
+/// Runs the schedules of a plan; `enough` says of the sums whether they show anything.
+fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
+    let (mut sum, mut count) = (Counts::default(), 0);
+    for seed in seeds(cases()) {
+        let run = std::panic::catch_unwind(|| run_mapped(seed, plan, None));
+        let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
+        assert!(
+            problems.is_empty(),
+            "replay it with SIM_SEED={seed}: {problems:#?}"
+        );
+        sum.add(&counts);
+        count += 1;
+    }
+    println!("{count} cases: {sum:?}");
+    // A single case may show little.
+    assert!(count == 1 || enough(&sum, count), "{sum:?}");
+}
+
+#[test]
+fn what_the_kernel_knows_is_true_while_clusters_are_copied_and_freed() {
+    run(
+        &Plan {
+            moves: 0,
+            ..Plan::default()
+        },
+        |sum, cases| {
+            let both = sum.executed > 10 * cases && sum.served > 10 * cases;
+            let changes = sum.copied > 2 * cases && sum.freed > cases;
+            both && changes && sum.resumed > cases / 4 && sum.redone > cases / 4
+        },
+    );
+}
+
+#[test]
+fn what_is_moved_is_taken_back_first() {
+    let plan = Plan {
+        moves: 60,
+        deaths: 0,
+        ..Plan::default()
+    };
+    run(&plan, |sum, cases| {
+        sum.moved > 5 * cases && sum.waited > cases / 4 && sum.refused > cases / 4
+    });
+}
+
+#[test]
+fn a_process_that_dies_leaves_nothing_that_is_not_true() {
+    let plan = Plan {
+        moves: 40,
+        deaths: 20,
+        death: 3,
+        ..Plan::default()
+    };
+    run(&plan, |sum, cases| {
+        sum.deaths > 2 * cases && sum.begun_beside > cases / 2 && sum.executed > 10 * cases
+    });
+}
+
+#[test]
+fn a_flush_is_one_of_all_that_the_disk_is_in() {
+    let plan = Plan {
+        base: false,
+        grows: true,
+        ..Plan::default()
+    };
+    run(&plan, |sum, cases| {
+        sum.flushed > cases / 2 && sum.synced > cases
+    });
+}
+
+#[test]
+fn who_lies_harms_his_own_disk_alone() {
+    let plan = Plan {
+        lies: 90,
+        moves: 40,
+        ..Plan::default()
+    };
+    run(&plan, |sum, cases| {
+        sum.refused > cases && sum.executed > 5 * cases
+    });
+}

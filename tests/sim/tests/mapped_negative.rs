@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Negative controls of disks of which the kernel knows where they are: a rule of the kernel or of the process is
+//! switched off, and the oracle must find what comes of that.
+
+use sim::mapped::{run_mapped, Fault, Plan};
+
+const CASES: u64 = 60;
+
+/// Cases in which something was reported, and all reports.
+fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
+    let mut found = 0;
+    let mut reports = Vec::new();
+    for seed in 0..CASES {
+        let (problems, _) = run_mapped(seed, plan, fault);
+        found += u64::from(!problems.is_empty());
+        reports.extend(problems);
+    }
+    (found, reports)
+}
+
+/// The fault is found in so many cases at least, and reported in these words in one of them.
+#[track_caller]
+fn must_find(plan: Plan, fault: Fault, least: u64, words: &str) {
+    let (found, reports) = found(&plan, Some(fault));
+    println!("{fault:?} found in {found} of {CASES} cases");
+    let report = reports.iter().find(|report| report.contains(words));
+    let first: Vec<_> = reports.iter().take(5).collect();
+    println!(
+        "    {}",
+        report.unwrap_or_else(|| panic!("{words}: {first:#?}"))
+    );
+    assert!(
+        found >= least,
+        "{fault:?} found in {found} of {CASES} cases"
+    );
+}
+
+fn moving() -> Plan {
+    Plan {
+        moves: 60,
+        deaths: 0,
+        ..Plan::default()
+    }
+}
+
+fn dying() -> Plan {
+    Plan {
+        moves: 60,
+        deaths: 20,
+        death: 3,
+        ..Plan::default()
+    }
+}
+
+fn growing() -> Plan {
+    Plan {
+        base: false,
+        grows: true,
+        deaths: 0,
+        ..Plan::default()
+    }
+}
+
+#[test]
+fn without_a_fault_nothing_is_reported() {
+    for plan in [Plan::default(), moving(), dying(), growing()] {
+        let (found, reports) = found(&plan, None);
+        assert_eq!(found, 0, "{reports:#?}");
+    }
+}
+
+#[test]
+fn a_recall_that_waits_for_nothing_is_found() {
+    must_find(moving(), Fault::RecallAtOnce, CASES / 8, "in arrival order");
+}
+
+#[test]
+fn a_change_of_the_process_that_the_kernel_forgets_is_found() {
+    let plan = Plan {
+        moves: 0,
+        ..moving()
+    };
+    must_find(plan, Fault::ForgetChanges, CASES / 4, "in arrival order");
+}
+
+#[test]
+fn what_outlives_the_start_of_a_process_is_found() {
+    must_find(dying(), Fault::KeepAtStart, CASES / 8, "in arrival order");
+}
+
+#[test]
+fn a_request_that_queue_and_process_have_is_found() {
+    must_find(dying(), Fault::GiveAway, CASES / 12, "still executed");
+}
+
+#[test]
+fn a_queue_that_overtakes_is_found() {
+    must_find(
+        moving(),
+        Fault::IgnoreOverlap,
+        CASES / 2,
+        "in arrival order",
+    );
+}
+
+#[test]
+fn what_was_looked_up_too_early_is_found() {
+    must_find(
+        moving(),
+        Fault::IgnoreGeneration,
+        CASES / 4,
+        "in arrival order",
+    );
+}
+
+#[test]
+fn what_is_told_before_the_image_says_it_is_found() {
+    must_find(dying(), Fault::TellEarly, CASES / 12, "in arrival order");
+}
+
+#[test]
+fn a_flush_of_one_store_of_two_is_found() {
+    must_find(growing(), Fault::FlushOne, CASES / 8, "a power cut leaves");
+}
