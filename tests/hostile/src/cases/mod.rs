@@ -13,6 +13,7 @@ mod requests;
 mod states;
 mod tap_calls;
 mod tap_claims;
+mod tap_extents;
 mod tap_life;
 mod tap_maps;
 mod tap_queues;
@@ -76,6 +77,7 @@ fn groups() -> impl Iterator<Item = (Meets, Case)> {
         (Meets::Tap, tap_claims::all()),
         (Meets::Tap, tap_life::all()),
         (Meets::Tap, tap_maps::all()),
+        (Meets::Tap, tap_extents::all()),
         (Meets::Tap, tap_queues::all()),
         (Meets::Tap, tap_uring::all()),
         (Meets::Rings, planted::all()),
