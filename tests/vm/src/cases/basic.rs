@@ -44,7 +44,8 @@ pub(super) fn cases() -> Vec<Case> {
             "two disks at once, each with its own data",
             Pv,
             |c| disks(c, 2),
-        ),
+        )
+        .nightly(),
         Case::new(
             "phy.pv.disks_4",
             "four disks at once, each with its own data",

@@ -16,7 +16,7 @@ pub(super) fn cases() -> Vec<Case> {
         "two disks write into memory over one image, under load while a process dies: neither sees the other, and the image stays",
         Needs::Pv,
         cow,
-    )
+    ).nightly()
     .supervised()
     .no_leaks()]
 }

@@ -69,7 +69,7 @@ pub(super) fn cases() -> Vec<Case> {
         .nightly(),
         case("direct.vhd", "the same of a dynamic VHD", Pv, |context| {
             serves_format(context, &VHD)
-        }),
+        }).nightly(),
         case(
             "direct.vhd_fixed",
             "the same of a fixed VHD, which is the disk",
@@ -86,7 +86,7 @@ pub(super) fn cases() -> Vec<Case> {
             "of an image in four thousand places the kernel knows all when it was told of all",
             Pv,
             many_places,
-        ),
+        ).nightly(),
         case(
             "direct.failed_flush",
             "the administrator hears of a flush that fails in the kernel",
@@ -111,7 +111,7 @@ pub(super) fn cases() -> Vec<Case> {
             "paused under load, nothing is executed and the kernel has let go of the device",
             Pv,
             |context| pause(context, Place::device),
-        ),
+        ).nightly(),
         case(
             "direct.pause_file",
             "the same of a file",

@@ -21,7 +21,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(super) fn cases() -> Vec<Case> {
     let about = "three copies of a disk under load, of which each but the first takes only what has changed, over a death and a hand-off";
     let copies = Case::new("dirty.copies", about, Needs::Pv, copies);
-    vec![copies.supervised().no_leaks()]
+    vec![copies.supervised().no_leaks().nightly()]
 }
 
 /// What may have changed since a mark, in bytes of the disk: where, and how much.

@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
             "export.server_dies",
             "an export of QEMU's NBD server under load that is judged, while the server is killed and started again",
             server_dies,
-        ),
+        ).nightly(),
         case(
             "export.tapdisk_dies",
             "the same while its tapdisk is killed: what may still be executed is waited for",

@@ -25,7 +25,8 @@ pub(super) fn cases() -> Vec<Case> {
             "an error range in the middle of a disk, with a verified load beside it",
             Pv,
             bad_range,
-        ),
+        )
+        .nightly(),
         Case::new(
             "faults.device_dies",
             "the device dies under load and comes back",

@@ -114,7 +114,7 @@ pub(super) fn cases() -> Vec<Case> {
             "formats.grown",
             "a qcow2 image is made larger below a load, and its guest writes behind the old end",
             grown,
-        ),
+        ).nightly(),
         case(
             "formats.full_storage",
             "a qcow2 image on storage that is full pauses the disk, and goes on when there is room",

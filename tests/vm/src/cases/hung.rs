@@ -24,6 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new(name, about, Nothing, move |context| {
             in_order(context, steps, pages)
         })
+        .nightly()
         .no_leaks()
     };
     let order = |name: &str, about: &str, steps| ordered(name, about, steps, Pages::Copied);

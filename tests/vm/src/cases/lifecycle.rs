@@ -40,7 +40,7 @@ pub(super) fn cases() -> Vec<Case> {
             "a guest goes on after a checkpoint, over the same rings",
             Pv,
             checkpoint,
-        ),
+        ).nightly(),
         Case::new(
             "lifecycle.rebind",
             "the driver leaves a live disk and comes back, and its guest finds mapped what it was told",
@@ -66,7 +66,7 @@ pub(super) fn cases() -> Vec<Case> {
             "a guest is destroyed while its device hangs",
             Nothing,
             destroy_hung,
-        )
+        ).nightly()
         .no_leaks(),
         Case::new(
             "lifecycle.rmmod_in_use",

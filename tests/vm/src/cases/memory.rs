@@ -39,6 +39,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             |context| many(context, 24),
         )
+        .nightly()
         .no_leaks(),
         case(
             "memory.255_disks",
@@ -78,7 +79,8 @@ pub(super) fn cases() -> Vec<Case> {
             "a device that needs stable pages gets copies: nothing of its guest stays mapped",
             Pv,
             stable,
-        ),
+        )
+        .nightly(),
         case(
             "memory.refused",
             "a disk for which there is no memory says so, and connects when there is some",

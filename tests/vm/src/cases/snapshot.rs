@@ -24,11 +24,11 @@ pub(super) fn cases() -> Vec<Case> {
         "two snapshots under load that is judged, a death, and each image keeps what it was";
     let load = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
     let about = "an image takes over what is below it under load that is judged, its process dies, and then it is alone";
-    let stream = Case::new("snapshot.stream", about, Needs::Pv, stream);
+    let stream = Case::new("snapshot.stream", about, Needs::Pv, stream).nightly();
     let about = "a snapshot ends under load that is judged: the image below takes over what the one above has, a process dies, and the disk goes on there";
     let commit = Case::new("snapshot.commit", about, Needs::Pv, commit);
     let about = "two disks of a guest at one instant, again and again: what was written to the second one is not newer than what was written to the first before";
-    let group = Case::new("snapshot.group", about, Needs::Pv, group);
+    let group = Case::new("snapshot.group", about, Needs::Pv, group).nightly();
     let all = [load, stream, commit, group];
     all.map(|case| case.supervised().no_leaks()).into()
 }

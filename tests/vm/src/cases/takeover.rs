@@ -53,7 +53,7 @@ pub(super) fn cases() -> Vec<Case> {
             "the module is exchanged below phy and tap disks while their guest verifies; one that cannot be loaded gives way",
             Pv,
             exchange,
-        )
+        ).nightly()
         .supervised(),
         case(
             "takeover.hung",

@@ -29,7 +29,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             file,
         ),
-        case("tap.pvh", "the same file for a PVH guest", Pvh, pvh),
+        case("tap.pvh", "the same file for a PVH guest", Pvh, pvh).nightly(),
         case(
             "tap.drop_in",
             "tap:aio: and file: through the script that stands in for Xen's, and phy: still",
@@ -41,7 +41,7 @@ pub(super) fn cases() -> Vec<Case> {
             "backendtype=tap: the kind vbd3, without a script of ours",
             Pv,
             backendtype,
-        ),
+        ).nightly(),
         case(
             "tap.volume",
             "a logical volume grows under the guest",
@@ -60,13 +60,13 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             sharing,
         ),
-        case("tap.dom0", "a disk attached to dom0 itself", Nothing, dom0),
+        case("tap.dom0", "a disk attached to dom0 itself", Nothing, dom0).nightly(),
         case(
             "tap.memory",
             "a disk of memory keeps its content over deaths and pauses under load; a disk of nothing",
             Pv,
             memory,
-        ),
+        ).nightly(),
         case(
             "tap.pause",
             "pause and unpause under load: requests wait, none fails",
@@ -84,7 +84,7 @@ pub(super) fn cases() -> Vec<Case> {
             "random requests of all kinds are explained by some order of them",
             Pv,
             history_holds,
-        ),
+        ).nightly(),
         case(
             "tap.cycles",
             "attached and detached again and again, nothing is lost",

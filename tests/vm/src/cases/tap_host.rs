@@ -32,7 +32,8 @@ pub(super) fn cases() -> Vec<Case> {
             "an array and a file system on several devices are users of each of them",
             Nothing,
             claimed_in_parts,
-        ),
+        )
+        .nightly(),
         case(
             "tap.dead_mount",
             "an image whose file system does not answer keeps nobody else from attaching",
