@@ -167,10 +167,11 @@ fn a_number_leads_to_what_a_process_is_told_of_it() {
     test("direct-below-other", |bed| async move {
         let minor = bed.made(child(&bed)).await;
         let other = fs::File::open(bed.image("other.img", "C")).expect("the file");
-        let mut nodes = bed.kernel.nodes.borrow_mut();
-        let below = &mut nodes.get_mut(&minor).expect("the node").below;
-        below.insert(1, other.into());
-        drop(nodes);
+        {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            let below = &mut nodes.get_mut(&minor).expect("the node").below;
+            below.insert(1, other.into());
+        }
         let before = log(&bed).len();
         bed.replaced(minor, kill).await;
         let taken = ["remove 0 below 1", "add 0 below 1", "told 1"];
