@@ -21,6 +21,7 @@ pub mod history;
 pub mod machine;
 pub mod mapped;
 pub mod moves;
+pub mod negative;
 pub(crate) mod passes;
 pub mod process;
 pub(crate) mod queues;

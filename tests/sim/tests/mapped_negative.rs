@@ -4,36 +4,17 @@
 //! switched off, and the oracle must find what comes of that.
 
 use sim::mapped::{run_mapped, Fault, Plan};
+use sim::negative::{self, CASES};
 
-const CASES: u64 = 60;
-
-/// Cases in which something was reported, and all reports.
 fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
-    let mut found = 0;
-    let mut reports = Vec::new();
-    for seed in 0..CASES {
-        let (problems, _) = run_mapped(seed, plan, fault);
-        found += u64::from(!problems.is_empty());
-        reports.extend(problems);
-    }
-    (found, reports)
+    negative::found(|seed| run_mapped(seed, plan, fault).0)
 }
 
-/// The fault is found in so many cases at least, and reported in these words in one of them.
 #[track_caller]
 fn must_find(plan: Plan, fault: Fault, least: u64, words: &str) {
-    let (found, reports) = found(&plan, Some(fault));
-    println!("{fault:?} found in {found} of {CASES} cases");
-    let report = reports.iter().find(|report| report.contains(words));
-    let first: Vec<_> = reports.iter().take(5).collect();
-    println!(
-        "    {}",
-        report.unwrap_or_else(|| panic!("{words}: {first:#?}"))
-    );
-    assert!(
-        found >= least,
-        "{fault:?} found in {found} of {CASES} cases"
-    );
+    negative::must_find(&fault, least, &[words], |seed| {
+        run_mapped(seed, &plan, Some(fault)).0
+    });
 }
 
 fn moving() -> Plan {

@@ -6,41 +6,22 @@
 use sim::again::Age;
 use sim::machine::Fault;
 use sim::moves::{run_journey, End, Journey, Way};
+use sim::negative::{self, CASES};
 use sim::process::Plan;
-
-const CASES: u64 = 60;
 
 fn served() -> Option<Plan> {
     Some(Plan::default())
 }
 
-/// Cases in which something was reported, and all reports.
 fn found(journey: &Journey, fault: Option<Fault>) -> (u64, Vec<String>) {
-    let mut found = 0;
-    let mut reports = Vec::new();
-    for seed in 0..CASES {
-        let (problems, _) = run_journey(seed, journey, fault);
-        found += u64::from(!problems.is_empty());
-        reports.extend(problems);
-    }
-    (found, reports)
+    negative::found(|seed| run_journey(seed, journey, fault).0)
 }
 
-/// The fault is found in so many cases at least, and reported in these words in one of them.
 #[track_caller]
 fn must_find(journey: Journey, fault: Option<Fault>, least: u64, words: &str) {
-    let (found, reports) = found(&journey, fault);
-    println!("{fault:?} found in {found} of {CASES} cases");
-    let report = reports.iter().find(|report| report.contains(words));
-    let first: Vec<_> = reports.iter().take(5).collect();
-    println!(
-        "    {}",
-        report.unwrap_or_else(|| panic!("{words}: {first:#?}"))
-    );
-    assert!(
-        found >= least,
-        "{fault:?} found in {found} of {CASES} cases"
-    );
+    negative::must_find(&fault, least, &[words], |seed| {
+        run_journey(seed, &journey, fault).0
+    });
 }
 
 #[track_caller]

@@ -7,10 +7,9 @@
 //! number of seeds; one that is found in few of them is a miss.
 
 use sim::machine::Fault;
+use sim::negative::{self, CASES};
 use sim::process::{Moment, Plan};
 use sim::schedule::{run_served, run_two_guests};
-
-const CASES: u64 = 60;
 
 fn plan() -> Plan {
     Plan {
@@ -23,34 +22,15 @@ fn plan() -> Plan {
     }
 }
 
-/// Cases in which something was reported, and all reports.
 fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
-    let mut found = 0;
-    let mut reports = Vec::new();
-    for seed in 0..CASES {
-        let served = run_served(seed, plan, fault);
-        found += u64::from(!served.problems.is_empty());
-        reports.extend(served.problems);
-    }
-    (found, reports)
+    negative::found(|seed| run_served(seed, plan, fault).problems)
 }
 
 #[track_caller]
 fn must_find(plan: &Plan, fault: Fault, least: u64, words: &[&str]) {
-    let (found, reports) = found(plan, Some(fault));
-    assert!(
-        found >= least,
-        "{fault:?} found in {found} of {CASES} cases"
-    );
-    println!("{fault:?} found in {found} of {CASES} cases");
-    for word in words {
-        let report = reports.iter().find(|report| report.contains(word));
-        let first: Vec<_> = reports.iter().take(5).collect();
-        println!(
-            "    {}",
-            report.unwrap_or_else(|| panic!("{word}: {first:#?}"))
-        );
-    }
+    negative::must_find(&fault, least, words, |seed| {
+        run_served(seed, plan, Some(fault)).problems
+    });
 }
 
 #[test]
