@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use ring::response::Status;
 use ring::tap::abi;
 use ring::tap::checked::{Commit, Fence};
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::extent::{Access, BackingNumber, Extent, Sectors};
 use ring::tap::map::tree::{Leaf, Slot};
 use ring::tap::map::Map;
 use ring::tap::shadow::direct::{Part, MAX_PARTS};
@@ -278,10 +278,7 @@ impl Model {
         let mut pieces: Vec<Extent> = Vec::new();
         let each = |piece: &Extent| pieces.push(*piece);
         map.translate(&range, access, MAX_PARTS, each).ok()?;
-        let number = |piece: &Extent| match piece.source {
-            Source::Backing(number) => Some(number),
-            Source::Zeroes => None,
-        };
+        let number = |piece: &Extent| piece.source.backing();
         let mut backings: Vec<_> = pieces.iter().filter_map(number).collect();
         backings.dedup();
         let part = |piece: &Extent| Part {

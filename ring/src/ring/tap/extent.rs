@@ -88,6 +88,16 @@ pub enum Source {
     Zeroes,
 }
 
+impl Source {
+    /// The file or block device; `None` for zeroes.
+    pub fn backing(self) -> Option<BackingNumber> {
+        match self {
+            Source::Backing(number) => Some(number),
+            Source::Zeroes => None,
+        }
+    }
+}
+
 /// What may be done with an extent without asking the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {

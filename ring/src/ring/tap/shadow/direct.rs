@@ -32,7 +32,7 @@ use super::{Shadow, STEPS};
 use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi;
-use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors};
 use crate::ring::tap::map::tree::{Leaf, Slot};
 use crate::ring::tap::map::{Map, Miss};
 use crate::ring::tap::overlap::writes;
@@ -163,10 +163,7 @@ where
         let mut is_one = true;
         parts.clear();
         let each = |piece: &Extent| {
-            let is_in = match piece.source {
-                Source::Backing(number) => Some(number),
-                Source::Zeroes => None,
-            };
+            let is_in = piece.source.backing();
             if let Some(number) = is_in {
                 is_one &= all_in.replace(number).is_none_or(|one| one == number);
             }
