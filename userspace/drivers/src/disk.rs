@@ -149,24 +149,28 @@ impl Disk {
     /// Where a range is, as whoever goes on from this disk tells it: nothing is the disk's own image. See
     /// [`Driver::places`].
     pub async fn places_below(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
-        let holder = self.0.backing.get().map(Holder::Below);
-        let mut places = match (self.is_verbatim(), holder) {
-            (true, Some(holder)) => vec![Place {
+        let mut places = match self.is_verbatim() {
+            true => vec![Place {
                 offset,
                 len,
-                holder,
+                holder: Holder::Image,
                 at: offset,
                 writable: false,
             }],
-            (true, None) => Vec::new(),
-            (false, _) => self.places(offset, len).await?,
+            false => self.places(offset, len).await?,
         };
+        let backing = self.0.backing.get();
         places.retain_mut(|place| {
-            if place.holder == Holder::Image {
-                place.holder = holder.unwrap_or(Holder::Image);
-            }
             place.writable = false;
-            place.holder != Holder::Image
+            if place.holder != Holder::Image {
+                return true;
+            }
+            // What it has itself is told if the kernel knows it.
+            match backing {
+                Some(number) => place.holder = Holder::Below(number),
+                None => return false,
+            }
+            true
         });
         Ok(places)
     }

@@ -330,18 +330,17 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
             let from = self.base + offset + at;
             let found = self.find(cluster).await?;
-            let is_settled = self.map.is_settled(&self.storage, cluster).await?;
             let begin = match found {
                 Found::At(begin) => begin,
-                Found::Zeroes if is_settled => {
-                    base::add_place(&mut places, base::zeroes(from, len));
+                Found::Packed(_) => continue,
+                Found::Zeroes | Found::Missing => {
+                    // Of zeroes nothing is asked of the parent.
+                    let parent = self.parent.as_deref().filter(|_| found == Found::Missing);
+                    if self.map.is_settled(&self.storage, cluster).await? {
+                        base::add_places(parent, from, len, &mut places).await?;
+                    }
                     continue;
                 }
-                Found::Missing if is_settled => {
-                    base::add_places(self.parent.as_deref(), from, len, &mut places).await?;
-                    continue;
-                }
-                Found::Zeroes | Found::Missing | Found::Packed(_) => continue,
             };
             let begin = begin.checked_add(within).ok_or(Errno::IO)?;
             let end = begin.checked_add(len);
