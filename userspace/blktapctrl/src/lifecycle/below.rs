@@ -8,15 +8,17 @@
 //! the process does, and again with the image; it loses all of them with the image. A disk is served without that,
 //! too.
 
+use super::direct::{direct_fd, is_locked, lock_data, not_taken};
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
+use crate::kernel::IMAGE;
 use crate::record::{Lent, Part, Role};
 use control::supervisor::What;
 use control::tapdisk::Open;
-use control::{Code, Failure};
-use diskio::{lock_part, LockKind, LockPart};
+use control::Failure;
+use diskio::LockKind;
 use std::io;
 use std::sync::Arc;
 use tapdev::abi::MAX_BACKINGS;
@@ -35,12 +37,20 @@ impl Lifecycle {
         file: &Arc<Image>,
     ) -> Option<u16> {
         let lent = async {
-            let Some(number) = self.number(disk, open, part)? else {
+            let node = match open.target.driver().may_map() {
+                true => self.node_of(disk)?,
+                false => None,
+            };
+            let Some(node) = node.filter(|node| self.is_for_kernel(node, open)) else {
+                return Ok(None);
+            };
+            let Some(number) = self.number(disk, part)? else {
                 return Ok(None);
             };
             // A new image is not served yet, and gets what is below it with that.
             let is_next = disk.record.borrow().next.is_some();
-            if !is_next && !is_written(disk) && self.kernel_holds(disk)? {
+            let has_image = node.backings >> IMAGE & 1 != 0;
+            if has_image && !is_next && !is_written(disk) {
                 self.add_below(disk, number, file).await?;
             }
             Ok(Some(number))
@@ -64,7 +74,7 @@ impl Lifecycle {
         };
         for part in parents {
             let lent = async {
-                let Some(number) = self.number(disk, open, &part)? else {
+                let Some(number) = self.number(disk, &part)? else {
                     return Ok(());
                 };
                 let file = image::find(&part.path).await?;
@@ -90,13 +100,8 @@ impl Lifecycle {
         told.ok()
     }
 
-    fn number(&self, disk: &Disk, open: &Open, part: &Part) -> Result<Option<u16>, Failure> {
-        let node = match open.target.driver().may_map() {
-            true => self.node_of(disk)?,
-            false => None,
-        };
-        let is_for_kernel = node.is_some_and(|node| self.is_for_kernel(&node, open));
-        let Some(identity) = part.identity.filter(|_| is_for_kernel && part.locked) else {
+    fn number(&self, disk: &Disk, part: &Part) -> Result<Option<u16>, Failure> {
+        let Some(identity) = part.identity.filter(|_| part.locked) else {
             return Ok(None);
         };
         let lent = Lent {
@@ -125,16 +130,10 @@ impl Lifecycle {
     async fn add_below(&self, disk: &Disk, number: u16, file: &Arc<Image>) -> Result<(), Failure> {
         let again = file.clone();
         let opened = apart(file.path(), LIMIT, move || again.open(false, true)).await?;
-        let path = file.path().display();
-        let Some(fd) = opened.fd().filter(|_| opened.direct) else {
-            return Err(Failure::unsupported(format!("{path} has no direct I/O")));
-        };
-        lock_part(fd, LockKind::Read, LockPart::Data).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => {
-                Failure::new(Code::Busy, format!("{path} is locked by another process"))
-            }
-            _ => Failure::system(format!("cannot lock {path}"), &error),
-        })?;
+        let fd = direct_fd(file, &opened)?;
+        if !lock_data(file, fd, LockKind::Read)? {
+            return Err(is_locked(file));
+        }
         let kernel = &self.registry.kernel;
         let mut added = kernel.add_backing(disk.minor, number, fd, false);
         if matches!(&added, Err(error) if error.kind() == io::ErrorKind::AlreadyExists) {
@@ -143,7 +142,7 @@ impl Lifecycle {
                 .await?;
             added = kernel.add_backing(disk.minor, number, fd, false);
         }
-        added.map_err(|error| Failure::system(format!("the kernel does not take {path}"), &error))
+        added.map_err(|error| not_taken(file, &error))
     }
 }
 

@@ -10,7 +10,7 @@
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
-use crate::image::Image;
+use crate::image::{Image, Opened};
 use crate::kernel::{self, Node, IMAGE};
 use control::supervisor::What;
 use control::tapdisk::Open;
@@ -81,18 +81,8 @@ impl Lifecycle {
     ) -> Result<(), Failure> {
         let (again, writable) = (image.clone(), !open.read_only);
         let opened = apart(image.path(), LIMIT, move || again.open(writable, true)).await?;
-        let Some(fd) = opened.fd().filter(|_| opened.direct) else {
-            return Err(Failure::unsupported(format!(
-                "{} has no direct I/O",
-                image.path().display()
-            )));
-        };
-        let refused = |error: io::Error| {
-            Failure::system(
-                format!("the kernel does not take {}", image.path().display()),
-                &error,
-            )
-        };
+        let fd = direct_fd(image, &opened)?;
+        let refused = |error: io::Error| not_taken(image, &error);
         let kernel = &self.registry.kernel;
         if self.kernel_holds(disk)? {
             // If it is the same one it is locked, though not by this description of it.
@@ -120,21 +110,8 @@ impl Lifecycle {
             true => LockKind::Write,
             false => LockKind::Read,
         };
-        let locked = || match lock_part(fd, kind, LockPart::Data) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(Failure::system(
-                format!("cannot lock {}", image.path().display()),
-                &error,
-            )),
-        };
-        let late = || {
-            Failure::new(
-                Code::Busy,
-                format!("{} is locked by another process", image.path().display()),
-            )
-        };
-        until(self.patience.get(), locked, late).await
+        let locked = || lock_data(image, fd, kind);
+        until(self.patience.get(), locked, || is_locked(image)).await
     }
 
     /// The kernel has the image of a disk: its process must not lock what is locked for the kernel.
@@ -211,6 +188,43 @@ impl Lifecycle {
         kernel::node(&*self.registry.kernel, disk.minor)
             .map_err(|error| Failure::system("cannot ask the kernel", &error))
     }
+}
+
+/// What the kernel gets is open past the page cache.
+pub(super) fn direct_fd<'o>(image: &Image, opened: &'o Opened) -> Result<BorrowedFd<'o>, Failure> {
+    let fd = opened.fd().filter(|_| opened.direct);
+    let path = image.path().display();
+    fd.ok_or_else(|| Failure::unsupported(format!("{path} has no direct I/O")))
+}
+
+/// Locks the data of what the kernel is to get; false if somebody else has it locked.
+pub(super) fn lock_data(
+    image: &Image,
+    fd: BorrowedFd<'_>,
+    kind: LockKind,
+) -> Result<bool, Failure> {
+    match lock_part(fd, kind, LockPart::Data) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(Failure::system(
+            format!("cannot lock {}", image.path().display()),
+            &error,
+        )),
+    }
+}
+
+pub(super) fn is_locked(image: &Image) -> Failure {
+    Failure::new(
+        Code::Busy,
+        format!("{} is locked by another process", image.path().display()),
+    )
+}
+
+pub(super) fn not_taken(image: &Image, error: &io::Error) -> Failure {
+    Failure::system(
+        format!("the kernel does not take {}", image.path().display()),
+        error,
+    )
 }
 
 /// Something of a disk is what the kernel could have. Of others it need not be asked.
