@@ -12,7 +12,7 @@ use super::tap::{
 use super::{Case, Context, Needs};
 use crate::backing::{linear, unwritable, Dm, NullBlk};
 use crate::guest::Vbd;
-use crate::tap::{self, EventLog, Served, Supervisor};
+use crate::tap::{self, EventLog, Served};
 use crate::{sh, sys};
 use anyhow::{ensure, Context as _, Result};
 use diskio::LockKind;
@@ -209,6 +209,16 @@ fn wait_direct(disk: &Served, count: u64) -> Result<()> {
     .with_context(|| format!("{:?}", disk.info()))
 }
 
+/// Ends the supervisor and the process of a disk; returns which that was.
+fn leave_alone(context: &mut Context, disk: &Served) -> Result<u32> {
+    context.take_supervisor()?.kill()?;
+    let old = disk.kill()?;
+    sh::wait_for("the end of the process", SOON, || {
+        Ok(disk.info()?.state != STATE_LIVE)
+    })?;
+    Ok(old)
+}
+
 fn serves(context: &mut Context, place: Make) -> Result<()> {
     let place = place(context)?;
     let disk = attach(context, &place)?;
@@ -351,12 +361,7 @@ fn clone(context: &mut Context) -> Result<()> {
             "the guest does not read what is below"
         );
     }
-    let supervisor: Supervisor = context.take_supervisor()?;
-    supervisor.kill()?;
-    let old = disk.kill()?;
-    sh::wait_for("the end of the process", SOON, || {
-        Ok(disk.info()?.state != STATE_LIVE)
-    })?;
+    let old = leave_alone(context, &disk)?;
     let guest = context.pv()?;
     ensure!(
         of_guest(guest)? == expected,
@@ -454,12 +459,7 @@ fn without_process(context: &mut Context, place: Make) -> Result<()> {
     // A discard would be for the process, and the threads of the load wait for theirs.
     let load = start_load_with(context.pv()?, "")?;
     wait_direct(&disk, 50)?;
-    let supervisor: Supervisor = context.take_supervisor()?;
-    supervisor.kill()?;
-    let old = disk.kill()?;
-    sh::wait_for("the end of the process", SOON, || {
-        Ok(disk.info()?.state != STATE_LIVE)
-    })?;
+    let old = leave_alone(context, &disk)?;
     for _ in 0..4 {
         wait_direct(&disk, 200)?;
         let guest = context.pv()?;
@@ -534,11 +534,7 @@ fn locked(context: &mut Context) -> Result<()> {
     let place = Place::file(context)?;
     let disk = attach(context, &place)?;
     ensure!(!is_free(&place.image)?, "the image of a disk is not locked");
-    context.take_supervisor()?.kill()?;
-    let old = disk.kill()?;
-    sh::wait_for("the end of the process", SOON, || {
-        Ok(disk.info()?.state != STATE_LIVE)
-    })?;
+    let old = leave_alone(context, &disk)?;
     ensure!(
         !is_free(&place.image)?,
         "an image is not locked in which the kernel writes"
