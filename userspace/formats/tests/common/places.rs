@@ -61,8 +61,8 @@ pub(crate) struct Host<S: Subject> {
     map: RefCell<Map<Vec<Slot>, Vec<Leaf>>>,
     /// What each sector holds; nothing where it was discarded.
     model: RefCell<Vec<Option<u32>>>,
-    /// What the process is making zeroes of, or forgets.
-    going: RefCell<Vec<Sectors>>,
+    /// What the process changes, and has not answered.
+    unanswered: RefCell<Vec<(Sectors, Kind)>>,
     chance: RefCell<Chance>,
     /// Requests of the kernel, and deaths of the process.
     pub(crate) hits: Cell<u64>,
@@ -96,7 +96,7 @@ impl<S: Subject> Host<S> {
             storage: subject.storage(),
             map: RefCell::new(map),
             model: RefCell::new((0..sectors).map(|at| Some(subject.first(at))).collect()),
-            going: RefCell::default(),
+            unanswered: RefCell::default(),
             chance: RefCell::new(Chance(seed)),
             subject,
             disk,
@@ -190,6 +190,7 @@ impl<S: Subject> Host<S> {
         changes();
         let (at, len) = (range.start() * SECTOR, range.count() * SECTOR);
         let how = Attributes::default();
+        self.unanswered.borrow_mut().push((*range, kind));
         match kind {
             Kind::Read => {
                 let data = Data::zeroed(len as usize).unwrap();
@@ -200,16 +201,12 @@ impl<S: Subject> Host<S> {
                 let bytes = self.bytes(range, number);
                 self.disk.write(at, bytes, how).await.unwrap();
             }
-            Kind::Zeroes | Kind::Discard => {
-                self.going.borrow_mut().push(*range);
-                let gone = match kind {
-                    Kind::Zeroes => self.disk.write_zeroes(at, len, how).await,
-                    _ => self.disk.discard(at, len, how).await,
-                };
-                gone.unwrap();
-                self.going.borrow_mut().retain(|going| going != range);
-            }
+            Kind::Zeroes => self.disk.write_zeroes(at, len, how).await.unwrap(),
+            Kind::Discard => self.disk.discard(at, len, how).await.unwrap(),
         }
+        let mut unanswered = self.unanswered.borrow_mut();
+        unanswered.retain(|(other, _)| other != range);
+        drop(unanswered);
         changes();
     }
 
@@ -230,19 +227,10 @@ impl<S: Subject> Host<S> {
         let sectors = self.storage.size().unwrap() / SECTOR;
         let mut map = self.map.borrow_mut();
         map.resize_backing(BackingNumber::new(0).unwrap(), sectors);
-        // The image may say already that this is gone, and the kernel hears of it with the answer: until then the
-        // guest has no use for what is there, and the next process is told nothing of what this one said.
-        let is_going = |place: &Place| {
-            let its = extent(place).range;
-            self.going
-                .borrow()
-                .iter()
-                .any(|range| range.common(&its).is_some())
-        };
         let told = places
             .iter()
             .filter(|place| map.set(&extent(place), generation).is_ok())
-            .filter(|place| !is_going(place));
+            .filter(|place| !self.may_be_old(place));
         let told: Vec<Place> = told.copied().collect();
         drop(map);
         // A death now: the next process finds the same.
@@ -250,6 +238,21 @@ impl<S: Subject> Host<S> {
             self.deaths.set(self.deaths.get() + 1);
             self.same_after_death(told);
         }
+    }
+
+    /// The image may say something else already, and the kernel hears of it with the answer: until then the guest
+    /// may find either, and the next process is told nothing of what this one said. What the image has itself stays
+    /// where it is while it is written.
+    fn may_be_old(&self, place: &Place) -> bool {
+        let its = extent(place).range;
+        self.unanswered.borrow().iter().any(|(range, kind)| {
+            let stays = match kind {
+                Kind::Read => true,
+                Kind::Write(_) => place.holder == Holder::Image,
+                Kind::Zeroes | Kind::Discard => false,
+            };
+            !stays && range.common(&its).is_some()
+        })
     }
 
     fn same_after_death(&self, told: Vec<Place>) {

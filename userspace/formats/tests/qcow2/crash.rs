@@ -23,7 +23,7 @@ const BELOW_SECTORS: u64 = 505;
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
     pub(crate) name: &'static str,
-    plan: Plan,
+    pub(crate) plan: Plan,
     pub(crate) below: bool,
 }
 
@@ -107,14 +107,14 @@ pub(crate) fn below() -> Disk {
     below
 }
 
-fn parts(case: &Case) -> Parts<Memory> {
+pub(crate) fn parts<S>(case: &Case) -> Parts<S> {
     Parts {
         parent: case.below.then(below),
         ..Parts::default()
     }
 }
 
-fn options(case: &Case, writable: bool) -> Options {
+pub(crate) fn options(case: &Case, writable: bool) -> Options {
     Options {
         writable,
         // Few slices, so that they come and go.

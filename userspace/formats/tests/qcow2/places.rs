@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kernel is told of places stays true; what others have too is not told.
 
-use crate::common::places::{Host, Subject};
-use crate::common::seeds;
+use crate::common::history::Trial;
+use crate::common::places::{told_is_sure, Host, Subject};
 use crate::common::tools::{folder, has_qemu, tool_in, PARENT_BACKING};
-use crate::crash::{below, cases, checked, first, fresh, opened, Case, SECTORS, SIZE};
+use crate::common::{seeds, Content};
+use crate::crash::{
+    below, cases, checked, first, fresh, opened, options, parts, Case, SECTORS, SIZE,
+};
 use crate::memory::{read_all, sector, stamps, Memory, SECTOR};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
@@ -108,6 +111,29 @@ fn what_is_told_stays_true() {
             "{what}"
         );
         assert!(from_below > 10 || !case.below, "{what}");
+    }
+}
+
+#[test]
+fn what_is_not_sure_is_not_told() {
+    let runtime = Runtime::new();
+    for case in cases().into_iter().filter(|case| !case.below) {
+        let image = Content::from(&fresh(&runtime, &case));
+        told_is_sure(|| {
+            let its = case.clone();
+            Trial {
+                name: case.name.into(),
+                size: SIZE,
+                files: vec![image.clone()],
+                open: Rc::new(move |world| {
+                    let options = options(&its, true);
+                    Disk::new(Qcow2::new(world.file(0), parts(&its), options))
+                }),
+                base: Rc::new(|_| 0),
+                unit: case.plan.cluster,
+                seed: 1,
+            }
+        });
     }
 }
 
