@@ -51,12 +51,13 @@ pub(crate) fn prepare() -> Result<()> {
     )))
 }
 
-/// What the tests on the host compare with: Xen's own headers and a compiler to read them, and QEMU's tools
-/// for images.
+/// What the tests on the host compare with: Xen's own headers and a compiler to read them, QEMU's tools
+/// for images, and what says which pages of a file are in memory.
 const TEST_NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/cc", "gcc"),
     ("/usr/include/xen/io/blkif.h", "libxen-dev"),
     ("/usr/bin/qemu-img", "qemu-utils"),
+    ("/usr/bin/fincore", "util-linux-extra"),
 ];
 
 /// Where what is not to be installed is unpacked, in the folder `target`. The tests look there.
