@@ -84,7 +84,7 @@ fn slots() -> impl Strategy<Value = RawRequest> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 8192, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_slot_is_judged_as_the_oracle_judges_it(raw in slots(), limits in limits()) {
@@ -134,7 +134,7 @@ const ALL: Limits = Limits {
 };
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2048, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1024, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn direct_requests_survive_the_wire(

@@ -495,7 +495,7 @@ fn discard_limits() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    #![proptest_config(ProptestConfig::with_cases(2000))]
 
     /// What is accepted is what the oracle reads there.
     #[test]

@@ -119,7 +119,7 @@ fn mapped_steps(tags: u16) -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
     fn the_shadow_of_a_mapped_disk_does_what_the_model_does(

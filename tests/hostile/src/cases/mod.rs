@@ -65,7 +65,7 @@ enum Meets {
 fn groups() -> impl Iterator<Item = (Meets, Case)> {
     let groups = [
         (Meets::Rings, indices::all()),
-        (Meets::Pages, requests::all()),
+        (Meets::Rings, requests::all()),
         (Meets::Pages, data::all()),
         (Meets::Pages, races::all()),
         (Meets::Rings, ranges::all()),

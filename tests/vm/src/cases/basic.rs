@@ -24,6 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             loopback,
         )
+        .nightly()
         .no_leaks(),
         Case::new(
             "phy.pv.fio_verify",

@@ -43,7 +43,7 @@ pub(super) fn cases() -> Vec<Case> {
             "the same of a file with holes",
             Pv,
             |context| serves(context, Place::file),
-        ),
+        ).nightly(),
         case(
             "direct.serves_xfs",
             "the same on XFS",

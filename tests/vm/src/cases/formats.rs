@@ -73,7 +73,7 @@ pub(super) fn cases() -> Vec<Case> {
             "formats.qcow2",
             "a qcow2 image under verified load while its process dies: its content and its tables are right",
             |context| endures(context, &QCOW2),
-        ),
+        ).nightly(),
         case("formats.qcow", "the same for qcow", |context| {
             endures(context, &QCOW)
         })
@@ -125,7 +125,7 @@ pub(super) fn cases() -> Vec<Case> {
             "formats.shared",
             "an image with tables is not written by two: w! is refused, with the remedy",
             shared,
-        ),
+        ).nightly(),
     ]
 }
 

@@ -50,7 +50,8 @@ pub(super) fn cases() -> Vec<Case> {
             "a new process that does not start, dies, or hangs loses: the old one serves on",
             Pv,
             s30_fails,
-        ),
+        )
+        .nightly(),
         case(
             "handoff.s33_all",
             "all disks of the host at once, one of which cannot be handed over",

@@ -29,7 +29,7 @@ pub(super) fn cases() -> Vec<Case> {
             "lease.kept",
             "a disk has its lease while process and supervisor are replaced; without heartbeats nothing is written",
             kept,
-        ),
+        ).nightly(),
         case(
             "lease.other_host",
             "another host's image is refused, taken away from a dead one only, and lost by who comes back",

@@ -28,6 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             detach_under_load,
         )
+        .nightly()
         .no_leaks(),
         Case::new(
             "lifecycle.save_restore",
@@ -46,7 +47,8 @@ pub(super) fn cases() -> Vec<Case> {
             "the driver leaves a live disk and comes back, and its guest finds mapped what it was told",
             Pv,
             rebind,
-        ),
+        )
+        .nightly(),
         Case::new(
             "lifecycle.no_online",
             "a device without the key online connects, as with the C driver",

@@ -31,6 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             guest_log,
         )
+        .nightly()
         .finds(&["BUG: planted"]),
         Case::new(
             "planted.guest_panic",
@@ -61,6 +62,7 @@ pub(super) fn cases() -> Vec<Case> {
             Nothing,
             wrong_driver,
         )
+        .nightly()
         .finds(&["the driver `vbd` serves"]),
         Case::new(
             "planted.early_flush",

@@ -60,7 +60,7 @@ pub(super) fn cases() -> Vec<Case> {
             "a disk whose storage does not answer keeps its driver, and its guest goes on",
             Pv,
             hung,
-        ),
+        ).nightly(),
         case(
             "takeover.killed",
             "whenever the program is killed, asked again it puts everything right",

@@ -53,13 +53,13 @@ pub(super) fn cases() -> Vec<Case> {
             "a read-only disk reads and refuses to be written",
             Pv,
             read_only,
-        ),
+        ).nightly(),
         case(
             "tap.sharing",
             "an image has one writer or many readers, and who is refused hears why",
             Pv,
             sharing,
-        ),
+        ).nightly(),
         case("tap.dom0", "a disk attached to dom0 itself", Nothing, dom0).nightly(),
         case(
             "tap.memory",

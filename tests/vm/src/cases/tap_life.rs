@@ -65,7 +65,7 @@ pub(super) fn cases() -> Vec<Case> {
             "the module cannot be removed below a tap disk",
             Pv,
             rmmod_in_use,
-        )
+        ).nightly()
         .no_leaks(),
     ]
 }

@@ -113,6 +113,8 @@ pub(super) fn cases() -> Vec<Case> {
             Needs::Nothing,
             run,
         )
+        // The attacks of `h39` have these and more, with every change.
+        .nightly()
         .no_leaks();
         Case {
             c_fails: attack.c_fails,
@@ -139,7 +141,9 @@ pub(super) fn cases() -> Vec<Case> {
         .no_leaks(),
     );
     let about = "a frontend jumps between states as fast as it can";
-    let storm = Case::new("xenstore.state_storm", about, Needs::Nothing, storm).no_leaks();
+    let storm = Case::new("xenstore.state_storm", about, Needs::Nothing, storm)
+        .nightly()
+        .no_leaks();
     all.push(Case {
         c_fails: C_WARNS,
         ..storm

@@ -16,7 +16,7 @@ use std::future::Future;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
 /// Schedules of each format that must go well.
-const JOURNEYS: u64 = 80;
+const JOURNEYS: u64 = 40;
 /// Schedules in which a rule that is switched off must be missed.
 const SCHEDULES: u64 = 40;
 

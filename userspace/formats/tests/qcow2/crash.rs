@@ -347,7 +347,7 @@ fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
 fn a_disk_without_room_loses_nothing() {
     let (mut failed, mut larger) = (0, [0; 2]);
     for case in cases() {
-        for seed in seeds(40) {
+        for seed in seeds(20) {
             let runtime = Runtime::new();
             let memory = Memory::new(fresh(&runtime, &case), seed, true);
             let disk = opened(&runtime, &memory, &case, true);
@@ -407,7 +407,7 @@ fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
     };
     // Sectors of a subcluster.
     const PART: u64 = 4;
-    for seed in seeds(100) {
+    for seed in seeds(50) {
         let runtime = Runtime::new();
         let memory = Memory::new(fresh(&runtime, &case), seed, true);
         let disk = opened(&runtime, &memory, &case, true);

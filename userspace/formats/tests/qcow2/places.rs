@@ -93,7 +93,7 @@ fn what_is_told_stays_true() {
     for case in cases() {
         let (mut hits, mut deaths) = (0, 0);
         let (mut zeroes, mut from_below) = (0, 0);
-        for seed in seeds(24) {
+        for seed in seeds(12) {
             let host = host(&runtime, &case, fresh(&runtime, &case), seed, first);
             host.rounds(&runtime);
             hits += host.hits.get();

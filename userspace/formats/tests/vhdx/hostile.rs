@@ -208,7 +208,7 @@ fn damaged_images_do_no_harm() {
     for has_parent in [false, true] {
         let (_, good) = sound(has_parent);
         let fields = fields(has_parent);
-        for seed in seeds(1500) {
+        for seed in seeds(700) {
             let chance = &mut Chance(seed);
             let mut image = good.clone();
             for _ in 0..1 + chance.below(4) {

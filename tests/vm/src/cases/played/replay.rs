@@ -37,17 +37,20 @@ pub(super) fn cases() -> Vec<Case> {
             "tap.s06_new_overlap",
             "a write that comes while nobody serves does not overtake one that is executed again",
             s06_new_overlap,
-        ),
+        )
+        .nightly(),
         case(
             "tap.s07_read_behind",
             "a read does not see a write that is not answered, and so not time going backwards",
             s07_read_behind,
-        ),
+        )
+        .nightly(),
         case(
             "tap.s08_flush",
             "a flush is executed again after every write before it",
             s08_flush,
-        ),
+        )
+        .nightly(),
         case(
             "tap.s09_durable",
             "a write with its flush survives a death in either part",
