@@ -3,21 +3,19 @@
 
 use super::{case, tap_maps, Case};
 use crate::lab::Lab;
-use crate::queue::ANSWER;
 use crate::rng::Rng;
 use crate::session::WIDE;
-use crate::tap::maps::{add, flush, remove, set, Backed};
+use crate::tap::maps::{add, flush, give_again, mapped, recall, remove, set, Backed};
 use crate::tap::scene::{while_served, Scene};
 use crate::tap::server::Store;
 use crate::tap::{expect, TapDisk, CLAIMS, SECTORS};
-use crate::wait::until;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     Claims, MapOp, FEATURE_MAPS, MAP_COLLECT, MAP_NO_BACKING, MAP_READ, MAP_RECALL, MAP_TRACK,
     MAP_WRITE, MAP_ZERO, MAX_BACKINGS, MAX_MAP_OPS,
 };
+use ring::tap::map::tree::{LEAF, MAX_LEAVES};
 use std::fs::File;
-use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -31,7 +29,7 @@ pub(super) fn all() -> Vec<Case> {
         ),
         case!(
             tap_maps::tap_maps_refused,
-            "extents that are outside of the backing, stale or not to be written are counted"
+            "extents that are outside of disk or device, of no backing or stale are counted, and what there is no room for is forgotten"
         ),
         case!(
             tap_maps::tap_maps_unclaimed,
@@ -201,18 +199,45 @@ fn tap_maps_refused(lab: &mut Lab) -> Result<()> {
     )?;
     let known = node.maps(&[])?.generation;
     node.maps(&[set(0, SECTORS, known)])?;
-    let generation = node.maps(&[crate::tap::maps::recall(8, 8)])?.generation;
+    let generation = node.maps(&[recall(8, 8)])?.generation;
     is_refused("what was recalled since", set(8, 8, known))?;
     node.maps(&[set(8, 8, generation)])?;
-    // A million of them: the kernel forgets, and has bounded memory.
-    let each = |round: u64| (0..u64::from(MAX_MAP_OPS)).map(move |at| (at * 2 + round % 2) * 8);
-    for round in 0..4000 {
-        let ops: Vec<MapOp> = each(round)
-            .map(|sector| set(sector, 8, generation))
-            .collect();
-        node.maps(&ops)?;
-    }
+    expect_bounded(&backed.scene)?;
     backed.finish()
+}
+
+/// More extents than there may be: others are forgotten for them, and memory is bounded.
+fn expect_bounded(scene: &Scene) -> Result<()> {
+    let node = &scene.node;
+    let before = mapped(&scene.disk)?;
+    let generation = node.maps(&[recall(0, u64::MAX)])?.generation;
+    // No two of them can be one.
+    let one = |sector: u64| MapOp {
+        flags: if sector % 2 == 0 {
+            MAP_READ
+        } else {
+            MAP_READ | MAP_WRITE
+        },
+        ..set(sector, 1, generation)
+    };
+    for _ in 0..2 {
+        let all: Vec<MapOp> = (0..SECTORS).map(one).collect();
+        for ops in all.chunks(MAX_MAP_OPS as usize) {
+            node.maps(ops)?;
+        }
+    }
+    let after = mapped(&scene.disk)?;
+    ensure!(after.refused == before.refused, "good ones: {after:?}");
+    ensure!(
+        after.room as usize <= MAX_LEAVES * LEAF && u64::from(after.room) < SECTORS,
+        "there is room for more than there may be: {after:?}"
+    );
+    let forgotten = after.evicted - before.evicted;
+    ensure!(
+        forgotten >= SECTORS - u64::from(after.room),
+        "only {forgotten} of {SECTORS} were forgotten: {after:?}"
+    );
+    Ok(())
 }
 
 fn tap_maps_unclaimed(lab: &mut Lab) -> Result<()> {
@@ -236,8 +261,21 @@ fn tap_maps_unclaimed(lab: &mut Lab) -> Result<()> {
     )?;
     node.claim(&CLAIMS)?;
     expect("before the start", node.maps(&[set(0, 8, 0)]), INVALID)?;
+    let before = mapped(&disk)?;
     node.start_unclaimed()?;
-    node.maps(&[set(0, 8, 0)])?;
+    let generation = node.maps(&[])?.generation;
+    let maps = node.maps(&[set(0, 8, generation)])?;
+    ensure!(maps.refused == before.refused, "a good one: {maps:?}");
+    // Who has nothing in hand may claim again, and then does not serve the disk any more.
+    node.claim(&CLAIMS)?;
+    for op in [set(8, 8, maps.generation), recall(0, 8), flush()] {
+        expect("after the claim", node.maps(&[op]), INVALID)?;
+    }
+    ensure!(
+        mapped(&disk)? == before,
+        "{:?}, not {before:?}",
+        mapped(&disk)?
+    );
     drop(node);
     disk.wait("the end of the fence", |info| {
         info.state == ring::tap::abi::STATE_IDLE
@@ -347,8 +385,8 @@ fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
         let sector = rng.below(SECTORS / 8) * 8;
         let sectors = (1 + rng.below(256)) * 8;
         let op = match rng.below(8) {
-            0 => crate::tap::maps::recall(0, u64::MAX),
-            1 | 2 => crate::tap::maps::recall(sector, sectors),
+            0 => recall(0, u64::MAX),
+            1 | 2 => recall(sector, sectors),
             3 => flush(),
             4 => set(0, SECTORS, generation),
             _ => set(sector, sectors, generation),
@@ -358,18 +396,6 @@ fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
             generation = maps.generation;
         }
     }
-}
-
-/// Takes the device away, however often that must be asked for, and gives it again.
-fn give_again(disk: &TapDisk, device: &File) -> Result<()> {
-    until("the end of the kernel's I/O", ANSWER, || {
-        match remove(disk, 0) {
-            Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(None),
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
-            Ok(()) | Err(_) => Ok(Some(())),
-        }
-    })?;
-    Ok(add(disk, 0, device, true)?)
 }
 
 /// Takes the device away and gives it again. At the end it may be half gone: refused as busy, but not to be used

@@ -5,15 +5,18 @@ use super::node::call;
 use super::scene::Scene;
 use super::server::Store;
 use super::{control, Node, TapDisk, SECTORS};
+use crate::disk::Disk;
 use crate::lab::Lab;
+use crate::queue::ANSWER;
 use crate::session::PLAIN;
-use anyhow::Result;
+use crate::wait::until;
+use anyhow::{Context, Result};
 use ring::tap::abi::{
-    ioctl, BackingAdd, BackingRemove, Buffer, MapOp, Maps, BACKING_WRITE, MAP_FLUSH, MAP_READ,
-    MAP_RECALL, MAP_SET, MAP_WRITE,
+    ioctl, BackingAdd, BackingRemove, Buffer, MapOp, Mapped, Maps, BACKING_WRITE, MAP_FLUSH,
+    MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE,
 };
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
 
 /// So many sectors of the disk are at the same place in the first backing.
@@ -50,17 +53,45 @@ pub(crate) fn flush() -> MapOp {
 impl Node {
     /// Changes mappings, and learns how they are.
     pub(crate) fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
-        let mut maps = Maps {
-            ops: Buffer {
-                addr: ops.as_ptr().addr() as u64,
-                len: ops.len() as u32,
-                ..Buffer::default()
-            },
-            ..Maps::default()
-        };
-        call(&self.file, ioctl::MAP, &mut maps)?;
-        Ok(maps)
+        change(&self.file, ops)
     }
+}
+
+/// The same through any descriptor of a node.
+pub(crate) fn change(node: &File, ops: &[MapOp]) -> io::Result<Maps> {
+    let mut maps = Maps {
+        ops: Buffer {
+            addr: ops.as_ptr().addr() as u64,
+            len: ops.len() as u32,
+            ..Buffer::default()
+        },
+        ..Maps::default()
+    };
+    call(node, ioctl::MAP, &mut maps)?;
+    Ok(maps)
+}
+
+/// How the mappings of a disk serve it.
+pub(crate) fn mapped(disk: &TapDisk) -> Result<Mapped> {
+    let mut mapped = Mapped {
+        minor: disk.minor,
+        ..Mapped::default()
+    };
+    call(&control()?, ioctl::MAPPED, &mut mapped)
+        .context("the kernel tells nothing of mappings")?;
+    Ok(mapped)
+}
+
+/// Takes a device or a file away, however often that must be asked for, and gives it again.
+pub(crate) fn give_again(disk: &TapDisk, file: &File) -> Result<()> {
+    until("the end of the kernel's I/O", ANSWER, || {
+        match remove(disk, 0) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(None),
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            Ok(()) | Err(_) => Ok(Some(())),
+        }
+    })?;
+    Ok(add(disk, 0, file, true)?)
 }
 
 /// Gives a disk storage, as a supervisor does.
@@ -101,9 +132,19 @@ pub(crate) struct Backed {
 
 impl Backed {
     pub(crate) fn new(lab: &Lab) -> Result<Backed> {
+        Backed::on(lab, &lab.disk)
+    }
+
+    /// The same with another device.
+    pub(crate) fn on(lab: &Lab, device: &Disk) -> Result<Backed> {
+        Backed::by(lab, device, &device.open()?)
+    }
+
+    /// The same: the kernel reaches the device by this file.
+    pub(crate) fn by(lab: &Lab, device: &Disk, file: &File) -> Result<Backed> {
         let disk = TapDisk::make()?;
-        add(&disk, 0, &lab.disk.open()?, true)?;
-        let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+        add(&disk, 0, file, true)?;
+        let (node, store) = (disk.start()?, Store::on(device.path())?);
         let session = lab.session_on_tap(&disk, PLAIN)?;
         let scene = Scene {
             session,
@@ -113,7 +154,7 @@ impl Backed {
         };
         Ok(Backed {
             scene,
-            sectors: lab.disk.sectors,
+            sectors: device.sectors,
         })
     }
 
@@ -122,12 +163,18 @@ impl Backed {
         self.sectors
     }
 
+    /// All of the disk is the kernel's.
+    pub(crate) fn map_all(&self) -> Result<()> {
+        let node = &self.scene.node;
+        let before = node.maps(&[recall(0, u64::MAX)])?;
+        let maps = node.maps(&[set(0, SECTORS, before.generation), flush()])?;
+        anyhow::ensure!(maps.refused == before.refused, "not taken: {maps:?}");
+        Ok(())
+    }
+
     /// Right data with all of the disk mapped, then everything is taken apart.
     pub(crate) fn finish(self) -> Result<()> {
-        let generation = self.scene.node.maps(&[recall(0, u64::MAX)])?.generation;
-        self.scene
-            .node
-            .maps(&[set(0, SECTORS, generation), flush()])?;
+        self.map_all()?;
         let before = self.scene.disk.info()?.direct;
         let mut scene = self.scene;
         scene.session.exercise(0, 0xd1)?;
