@@ -132,7 +132,8 @@ impl Drop for Disk {
     }
 }
 
-fn run(command: &[&str]) -> Result<()> {
+/// Runs a program of dom0, which has to end well.
+pub(crate) fn run(command: &[&str]) -> Result<()> {
     let status = Command::new(command[0]).args(&command[1..]).status();
     let status = status.with_context(|| format!("cannot run {}", command[0]))?;
     if !status.success() {

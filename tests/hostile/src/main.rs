@@ -20,6 +20,7 @@ mod queue;
 mod report;
 mod rng;
 mod session;
+mod standstill;
 mod store;
 mod tap;
 mod vbd;

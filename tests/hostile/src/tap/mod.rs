@@ -7,6 +7,7 @@ pub(crate) mod maps;
 mod node;
 pub(crate) mod scene;
 pub(crate) mod server;
+pub(crate) mod signal;
 pub(crate) mod uring;
 
 pub(crate) use disk::{control, leave, query, TapDisk, SECTORS};

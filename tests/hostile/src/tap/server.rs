@@ -3,11 +3,15 @@
 //!
 //! The file outlives it, as an image would.
 
+use super::maps::{flush, recall, set};
 use super::uring::{Memory, Ring};
 use super::{Node, TapDisk, SECTORS};
+use crate::queue::ANSWER;
+use crate::wait;
 use anyhow::{bail, Context, Result};
 use ring::tap::abi::{self, Completion, Desc};
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -16,6 +20,9 @@ use std::time::Duration;
 
 /// Threads of a process with several rings.
 const THREADS: usize = 4;
+
+/// Requests that the kernel is executing when `Manner::Recall` takes everything back.
+pub(crate) const UNDER_WAY: u32 = 8;
 
 /// What the process does with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -32,6 +39,9 @@ pub(crate) enum Manner {
     Rings,
     /// Puts pages of the arena into the pipe, then behaves like `Hold`.
     Pin,
+    /// Has the kernel execute everything, and takes that back when [`UNDER_WAY`] requests are under way. A byte in the
+    /// pipe says when the one is done, another one when the other is.
+    Recall,
 }
 
 /// The arguments of a process.
@@ -167,11 +177,14 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
             })
         });
     }
+    if orders.manner == Manner::Recall {
+        return recall_under_way(&node, orders.pipe);
+    }
     loop {
         let tags = node.read().context("a read of tags failed")?;
         match orders.manner {
             Manner::Honest => answer(&node, &store, &tags)?,
-            Manner::Hold | Manner::Pin | Manner::Ring | Manner::Rings => {}
+            Manner::Hold | Manner::Pin | Manner::Ring | Manner::Rings | Manner::Recall => {}
             Manner::Silent => {
                 for tag in tags {
                     store.execute(&node, &node.desc(tag)?)?;
@@ -179,6 +192,20 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
             }
         }
     }
+}
+
+/// Takes everything back while the kernel is at it.
+fn recall_under_way(node: &Node, pipe: RawFd) -> Result<()> {
+    let generation = node.maps(&[])?.generation;
+    node.maps(&[set(0, SECTORS, generation), flush()])?;
+    let mut pipe = File::from(owned(pipe)?);
+    let mut tell = || pipe.write_all(&[1]).context("the pipe takes nothing");
+    tell()?;
+    wait::until("I/O of the kernel", ANSWER, || {
+        Ok((node.ask()?.executing == UNDER_WAY).then_some(()))
+    })?;
+    node.maps(&[recall(0, u64::MAX)])?;
+    tell()
 }
 
 /// Serves with one command of io_uring after the other.

@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Mappings are taken back while the device stands still, and processes die or are replaced meanwhile.
+
+use super::{case, tap_recalls, Case};
+use crate::lab::Lab;
+use crate::queue::ANSWER;
+use crate::session::{Session, PLAIN};
+use crate::standstill::{Standstill, Stoppable};
+use crate::tap::maps::{add, change, flush, give_again, mapped, recall, remove, set, Backed};
+use crate::tap::scene::{while_served, Scene};
+use crate::tap::server::{Manner, Pipe, Server, Store, UNDER_WAY};
+use crate::tap::signal::Interruptible;
+use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
+use crate::wait;
+use crate::wire::{rw, OKAY};
+use anyhow::{anyhow, ensure, Context, Result};
+use ring::abi::{OP_READ, OP_WRITE};
+use ring::tap::abi::{GEOMETRY_WRITE_CACHE, STATE_LIVE};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub(super) fn all() -> Vec<Case> {
+    vec![
+        case!(
+            tap_recalls::tap_recall_killed,
+            "the process is killed while it takes everything back: the next one goes on, each request is answered once"
+        ),
+        case!(
+            tap_recalls::tap_recall_stands_still,
+            "a recall waits for a device that stands still, nobody else does, and a signal ends it"
+        ),
+        case!(
+            tap_recalls::tap_maps_of_before,
+            "what the process before has said and found out counts no more"
+        ),
+    ]
+}
+
+/// A device of the attacks here.
+const NAME: &str = "hostile-standstill";
+/// First sector of what nothing is under way in.
+const ELSEWHERE: u64 = 8192;
+/// The page for what is read, beside those that are written.
+const ASIDE: usize = 40;
+/// Everybody who does not need the device is done in this time.
+const PROMPT: Duration = Duration::from_secs(5);
+
+/// What a page of the guest holds.
+fn mark(page: usize) -> u32 {
+    0x5eca_1100 + page as u32
+}
+
+/// The device stands still, and the guest has sent as many writes of a page, which the kernel is executing.
+fn stop_under_writes(
+    device: &Stoppable,
+    disk: &TapDisk,
+    session: &mut Session,
+) -> Result<Standstill> {
+    let still = device.stop()?;
+    let write = |page: usize| {
+        session.data.page(page)[0].store(mark(page), Relaxed);
+        rw(OP_WRITE, page as u64, page as u64 * 8, &[session.seg(page)])
+    };
+    let writes: Vec<_> = (0..UNDER_WAY as usize).map(write).collect();
+    session.spread(&writes)?;
+    disk.wait("writes that the kernel executes", |info| {
+        info.executing == UNDER_WAY
+    })?;
+    Ok(still)
+}
+
+/// Each of these requests has one good answer, and there is no other.
+fn answered_once(session: &mut Session, ids: impl Iterator<Item = u64>) -> Result<()> {
+    let mut wanted: Vec<u64> = ids.collect();
+    let answers = session.answers(wanted.len())?;
+    let bad = answers.iter().find(|answer| answer.status != OKAY);
+    ensure!(bad.is_none(), "a good request failed: {bad:?}");
+    let mut got: Vec<u64> = answers.iter().map(|answer| answer.id).collect();
+    got.sort_unstable();
+    wanted.sort_unstable();
+    ensure!(got == wanted, "answers of {got:?}, not of {wanted:?}");
+    ensure!(session.is_silent()?, "an answer too many");
+    Ok(())
+}
+
+/// The disk holds what was written.
+fn written(session: &mut Session) -> Result<()> {
+    for page in 0..UNDER_WAY as usize {
+        let read = rw(OP_READ, 100, page as u64 * 8, &[session.seg(ASIDE)]);
+        session.expect(&read, OKAY)?;
+        let got = session.data.page(ASIDE)[0].load(Relaxed);
+        ensure!(got == mark(page), "page {page} holds {got:#x}");
+    }
+    Ok(())
+}
+
+/// Waits until so many recalls were begun.
+fn wait_recalls(disk: &TapDisk, count: u64) -> Result<()> {
+    wait::until("a recall", ANSWER, || {
+        Ok((mapped(disk)?.recalled == count).then_some(()))
+    })
+}
+
+fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
+    let device = Stoppable::over(&lab.disk, NAME)?;
+    let disk = TapDisk::make()?;
+    add(&disk, 0, &device.open()?, true)?;
+    let mut pipe = Pipe::new()?;
+    // It has nothing of the disk's but the node.
+    let server = Server::start(&disk, &Store::new()?, &pipe, Manner::Recall)?;
+    let has_mapped = wait::readable(pipe.read.as_raw_fd(), ANSWER)?;
+    ensure!(has_mapped, "the process maps nothing");
+    pipe.read.read_exact(&mut [0])?;
+    let mut session = lab.session_on_tap(&disk, PLAIN)?;
+    let still = stop_under_writes(&device, &disk, &mut session)?;
+    wait_recalls(&disk, 1)?;
+    let begun = Instant::now();
+    server.kill()?;
+    ensure!(
+        begun.elapsed() < PROMPT,
+        "a process that waits for the device died after {:?}",
+        begun.elapsed()
+    );
+    let back = wait::readable(pipe.read.as_raw_fd(), Duration::ZERO)?;
+    ensure!(!back, "its recall did not wait for what is under way");
+    // The kernel's I/O is no reason to keep the next process out.
+    let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+    let mut scene = Scene {
+        session,
+        store,
+        node,
+        disk,
+    };
+    ensure!(scene.session.is_silent()?, "an answer without I/O");
+    next_process(&mut scene, still)?;
+    // The writes, and the read that waited for one of them.
+    let held = u64::from(UNDER_WAY);
+    let Scene {
+        session,
+        store,
+        node,
+        ..
+    } = &mut scene;
+    while_served(node, store, || {
+        answered_once(session, (0..held).chain([held]))?;
+        let got = session.data.page(ASIDE)[0].load(Relaxed);
+        ensure!(got == mark(0), "read before the write: {got:#x}");
+        written(session)
+    })?;
+    let info = scene.disk.info()?;
+    ensure!(
+        info.direct == held && info.replayed == 0,
+        "the kernel was to execute {held}, each once: {info:?}"
+    );
+    scene.finish()?;
+    device.remove()
+}
+
+/// The next process serves what is not in the way of what is under way, and waits for that as the one before.
+fn next_process(scene: &mut Scene, still: Standstill) -> Result<()> {
+    let held = u64::from(UNDER_WAY);
+    let Scene {
+        session,
+        store,
+        node,
+        disk,
+    } = scene;
+    let seg = [session.seg(ASIDE)];
+    let requests = [
+        rw(OP_READ, held, 0, &seg),
+        rw(OP_READ, held + 1, ELSEWHERE, &[session.seg(ASIDE + 1)]),
+    ];
+    session.spread(&requests)?;
+    let first = while_served(node, store, || session.queue().wait(1, ANSWER))?;
+    let ids: Vec<u64> = first.iter().map(|answer| answer.id).collect();
+    ensure!(ids == [held + 1], "answers of {ids:?}: {first:?}");
+    let info = disk.info()?;
+    ensure!(
+        info.executing == UNDER_WAY && info.waiting == 1 && info.delivered == 0,
+        "what overlaps is not held: {info:?}"
+    );
+    thread::scope(|scope| -> Result<()> {
+        let recaller = scope.spawn(|| node.maps(&[recall(0, u64::MAX)]));
+        wait_recalls(disk, 2)?;
+        ensure!(
+            !recaller.is_finished(),
+            "the next process does not wait for what is under way"
+        );
+        still.end()?;
+        let ended = recaller.join().map_err(|_| anyhow!("a thread died"))?;
+        ended.context("the recall of the next process").map(drop)
+    })?;
+    let info = disk.info()?;
+    ensure!(info.executing == 0, "a recall came back early: {info:?}");
+    Ok(())
+}
+
+fn tap_recall_stands_still(lab: &mut Lab) -> Result<()> {
+    let device = Stoppable::over(&lab.disk, NAME)?;
+    let file = device.open()?;
+    let mut backed = Backed::by(lab, &lab.disk, &file)?;
+    backed.map_all()?;
+    let usual = latency(lab)?;
+    let scene = &mut backed.scene;
+    let recalled = mapped(&scene.disk)?.recalled;
+    let still = stop_under_writes(&device, &scene.disk, &mut scene.session)?;
+    thread::scope(|scope| -> Result<()> {
+        // It goes on before the threads here are waited for, however this ends.
+        let still = still;
+        let node = &scene.node;
+        let recaller = scope.spawn(|| node.maps(&[recall(0, u64::MAX)]));
+        wait_recalls(&scene.disk, recalled + 1)?;
+        interrupted(node, &scene.disk, recalled + 2)?;
+        let now = latency(lab)?;
+        ensure!(
+            now <= usual * 4 + Duration::from_millis(50),
+            "another disk takes {now:?}, not {usual:?}"
+        );
+        others_are_prompt(node, &scene.disk)?;
+        let info = scene.disk.info()?;
+        ensure!(
+            !recaller.is_finished() && info.executing == UNDER_WAY,
+            "the recall did not wait: {info:?}"
+        );
+        still.end()?;
+        let ended = recaller.join().map_err(|_| anyhow!("a thread died"))?;
+        ended.context("a recall that has waited").map(drop)
+    })?;
+    let info = scene.disk.info()?;
+    ensure!(info.executing == 0, "a recall came back early: {info:?}");
+    answered_once(&mut scene.session, 0..u64::from(UNDER_WAY))?;
+    give_again(&scene.disk, &file)?;
+    backed.map_all()?;
+    written(&mut backed.scene.session)?;
+    drop(file);
+    backed.finish()?;
+    device.remove()
+}
+
+/// How long the bystander's requests take, most often.
+fn latency(lab: &mut Lab) -> Result<Duration> {
+    let mut took = Vec::new();
+    for _ in 0..15 {
+        let start = Instant::now();
+        lab.bystander()?;
+        took.push(start.elapsed());
+    }
+    took.sort_unstable();
+    Ok(took[took.len() / 2])
+}
+
+/// A recall that waits ends with a signal, and what it waited for goes on.
+fn interrupted(node: &Node, disk: &TapDisk, recalled: u64) -> Result<()> {
+    thread::scope(|scope| -> Result<()> {
+        let (tell, told) = mpsc::channel();
+        let sleeper = scope.spawn(move || -> Result<_> {
+            tell.send(Interruptible::this()?)?;
+            Ok(node.maps(&[recall(0, u64::MAX)]))
+        });
+        let thread = told.recv().context("a thread says nothing")?;
+        wait_recalls(disk, recalled)?;
+        let begun = Instant::now();
+        // One that comes before it sleeps may be lost.
+        wait::until("the end of a recall with a signal", PROMPT, || {
+            if sleeper.is_finished() {
+                return Ok(Some(()));
+            }
+            thread.interrupt()?;
+            Ok(None)
+        })?;
+        let result = sleeper.join().map_err(|_| anyhow!("a thread died"))??;
+        expect("a recall that was interrupted", result, &[libc::EINTR])?;
+        ensure!(begun.elapsed() < PROMPT, "after {:?}", begun.elapsed());
+        Ok(())
+    })
+}
+
+/// Nothing else of this disk and of others waits for the device.
+fn others_are_prompt(node: &Node, disk: &TapDisk) -> Result<()> {
+    let start = Instant::now();
+    let mut last = start;
+    let mut took = Vec::new();
+    let mut done = |what: &'static str| {
+        let now = Instant::now();
+        took.push((what, now - last));
+        last = now;
+    };
+    node.ask()?;
+    mapped(disk)?;
+    done("looks");
+    TapDisk::make()?.destroy()?;
+    done("another disk");
+    let maps = node.maps(&[recall(ELSEWHERE, 8)])?;
+    let set = node.maps(&[set(ELSEWHERE, 8, maps.generation), flush()])?;
+    ensure!(set.refused == maps.refused, "a good one: {set:?}");
+    done("mappings elsewhere");
+    let removed = remove(disk, 0);
+    expect("a device in use is taken away", removed, &[libc::EBUSY])?;
+    done("the device");
+    ensure!(start.elapsed() < PROMPT, "somebody has waited: {took:?}");
+    Ok(())
+}
+
+/// Nobody can speak for a process that is gone: a node is closed with the last copy of its descriptor, and until then
+/// nobody else has it. So what is old is what was said and found out.
+fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
+    let backed = Backed::new(lab)?;
+    backed.map_all()?;
+    let Scene {
+        mut session,
+        store,
+        node,
+        disk,
+    } = backed.scene;
+    let known = node.maps(&[])?.generation;
+    // As a child has one, or whom it was sent.
+    let copy = node.file.try_clone()?;
+    drop(node);
+    let again = Path::new("/proc/self/fd").join(copy.as_raw_fd().to_string());
+    for path in [disk.path(), again] {
+        let opened = Node::file(&path, libc::O_NONBLOCK);
+        expect("another opener beside a copy", opened, &[libc::EBUSY])?;
+    }
+    change(&copy, &[set(0, SECTORS, known)]).context("a copy speaks for the process")?;
+    ensure!(disk.info()?.state == STATE_LIVE, "{:?}", disk.info()?);
+    drop(copy);
+    let node = disk.open()?;
+    node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
+    let all = [set(0, SECTORS, known), recall(0, u64::MAX), flush()];
+    for op in all {
+        expect("before the claims", node.maps(&[op]), &[libc::EOPNOTSUPP])?;
+    }
+    node.claim(&CLAIMS)?;
+    for op in all {
+        expect("before the start", node.maps(&[op]), &[libc::EINVAL])?;
+    }
+    node.start_unclaimed()?;
+    nothing_counts(&node, &store, &disk, &mut session, known)?;
+    // A start of the same process is no other.
+    let known = node.maps(&[])?.generation;
+    node.maps(&[set(0, SECTORS, known), flush()])?;
+    node.claim(&CLAIMS)?;
+    node.start_unclaimed()?;
+    nothing_counts(&node, &store, &disk, &mut session, known)?;
+    Scene {
+        session,
+        store,
+        node,
+        disk,
+    }
+    .finish()
+}
+
+/// Nothing is mapped, and nothing that was found out then is taken.
+fn nothing_counts(
+    node: &Node,
+    store: &Store,
+    disk: &TapDisk,
+    session: &mut Session,
+    known: u32,
+) -> Result<()> {
+    let mut refused = node.maps(&[])?.refused;
+    for op in [set(0, SECTORS, known), set(8, 8, known)] {
+        refused += 1;
+        let maps = node.maps(&[op])?;
+        ensure!(maps.refused == refused, "{op:?} was taken: {maps:?}");
+    }
+    let before = disk.info()?.direct;
+    while_served(node, store, || session.exercise(0, 0xbef0))?;
+    let after = disk.info()?.direct;
+    ensure!(
+        after == before,
+        "the kernel has executed {} without having been told",
+        after - before
+    );
+    Ok(())
+}
