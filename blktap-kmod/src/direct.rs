@@ -2,8 +2,9 @@
 
 //! What a queue executes itself, in a block device or a file behind the disk, without the process.
 //!
-//! The data is where it is for a process: in the arena, at the segments that the queue has written before
-//! the request was posted, and which nobody else can write. So a request can go to the process after all.
+//! The data is where it is for a process: in the arena, at the places (segments) that the queue has written down before
+//! the request was posted, and which nobody else can change. So a request can go to the process after all. What is
+//! there the process can change at any time: that is the content of its own disk.
 
 use super::disk::{Backings, Inner, TapDisk, BATCH};
 use super::place::Place;

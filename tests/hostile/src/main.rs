@@ -11,6 +11,7 @@
 mod cases;
 mod disk;
 mod evtchn;
+mod filesystem;
 mod fuzz;
 mod fuzz_tap;
 mod grants;

@@ -18,6 +18,7 @@ mod tap_life;
 mod tap_maps;
 mod tap_queues;
 mod tap_recalls;
+mod tap_spoiled;
 mod tap_uring;
 
 use crate::lab::Lab;
@@ -80,6 +81,7 @@ fn groups() -> impl Iterator<Item = (Meets, Case)> {
         (Meets::Tap, tap_maps::all()),
         (Meets::Tap, tap_extents::all()),
         (Meets::Tap, tap_recalls::all()),
+        (Meets::Tap, tap_spoiled::all()),
         (Meets::Tap, tap_queues::all()),
         (Meets::Tap, tap_uring::all()),
         (Meets::Rings, planted::all()),

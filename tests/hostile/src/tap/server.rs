@@ -108,6 +108,20 @@ impl Store {
         Ok(Store(options.open(device)?))
     }
 
+    /// Its file.
+    pub(crate) fn file(&self) -> &File {
+        &self.0
+    }
+
+    /// All of it, of which there are so many sectors.
+    pub(crate) fn contents(&self, sectors: u64) -> Result<Vec<u8>> {
+        let len = usize::try_from(sectors * 512)?;
+        let mut pages = Aligned::zeroes(len);
+        let bytes = Aligned::bytes(&mut pages, len);
+        self.0.read_exact_at(bytes, 0)?;
+        Ok(bytes.to_vec())
+    }
+
     /// Executes a request.
     pub(crate) fn execute(&self, node: &Node, desc: &Desc) -> Result<()> {
         let mut at = desc.sector * 512;

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! A file system for the time of an attack.
+
+use crate::disk::{run, Disk};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const MOUNT: &str = "/run/hostile-files";
+
+/// An ext4 file system on a disk. Dropping it unmounts it.
+pub(crate) struct Filesystem {
+    mounted: bool,
+}
+
+impl Filesystem {
+    /// Makes and mounts one; nobody else may have the disk exclusively.
+    pub(crate) fn make(disk: &Disk) -> Result<Filesystem> {
+        let device = disk.path().to_string_lossy();
+        // The disk keeps the memory that it has: a discard would give it back, and what is written later would look lost.
+        run(&[
+            "mkfs.ext4",
+            "-q",
+            "-F",
+            "-b",
+            "4096",
+            "-E",
+            "nodiscard",
+            &device,
+        ])?;
+        fs::create_dir_all(MOUNT).with_context(|| format!("cannot make {MOUNT}"))?;
+        run(&["mount", "-t", "ext4", &device, MOUNT])?;
+        Ok(Filesystem { mounted: true })
+    }
+
+    /// The path of a file in it.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        Path::new(MOUNT).join(name)
+    }
+
+    /// Unmounts it. No file in it may be in use any more.
+    pub(crate) fn unmount(mut self) -> Result<()> {
+        self.mounted = false;
+        run(&["umount", MOUNT])
+    }
+}
+
+impl Drop for Filesystem {
+    fn drop(&mut self) {
+        if self.mounted {
+            if let Err(error) = run(&["umount", MOUNT]) {
+                eprintln!("hostile: cannot unmount {MOUNT}: {error:#}");
+            }
+        }
+    }
+}
