@@ -4,7 +4,7 @@
 //!
 //! Nobody else tells the kernel of it. Of an image that is the disk byte for byte it gets all, and flushes: when the
 //! disk is served, and again after what it forgot by itself, the range of each discard that it delivers. Of
-//! others it gets [part by part](parts) what was asked of this process. It is taken back before the image may be somebody else's, and before others than the guest use the disk
+//! others it gets [part by part](parts) what was asked of this process, and what will be. It is taken back before the image may be somebody else's, and before others than the guest use the disk
 //! ([`Ban`]): the kernel knows the order of the guest's requests only. To take it back waits for I/O of the
 //! kernel, in a helper thread, and nothing is given meanwhile.
 
@@ -254,6 +254,7 @@ impl Direct {
             }
         })?;
         self.told.set(Told::Nothing);
+        self.missed.forgotten();
         self.due.set(true);
         Ok(ban)
     }

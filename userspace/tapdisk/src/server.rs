@@ -256,9 +256,11 @@ impl Server {
         }
     }
 
-    /// Has the kernel know of what was asked of this process, in a task of its own. The disk is not closed meanwhile.
+    /// Has the kernel know of what was asked of this process and will be, in a task of its own. The disk is not closed
+    /// meanwhile.
     fn look_for_places(self: &Rc<Self>) {
-        if self.terms.direct.must_look() {
+        let is_idle = self.in_flight.get() == 0 && self.is_fetching();
+        if self.terms.direct.must_look(is_idle) {
             let hold = self.hold();
             self.runtime.tasks.spawn(async move {
                 let server = &hold.0;

@@ -15,6 +15,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use tapdev::abi::{
@@ -27,12 +28,16 @@ use tapdev::fake::Fake;
 struct Device {
     kernel: Fake,
     is_verbatim: bool,
-    /// What it has when somebody looks again.
+    /// What it has at first, and when somebody looks again.
+    first_size: u64,
     size: u64,
     write_fails: bool,
     flush_fails: bool,
     /// Where it is in the image, if not byte for byte.
     places: Option<Vec<Place>>,
+    /// It is there from the first request on.
+    comes: bool,
+    was_asked: Arc<AtomicBool>,
     /// Discards end, and places are found, when this can be read.
     goes_on: Arc<OwnedFd>,
     /// What the kernel was told by the time when the image was let go of.
@@ -45,16 +50,19 @@ impl Device {
         Self {
             kernel: kernel.clone(),
             is_verbatim: true,
+            first_size: SIZE,
             size: SIZE,
             write_fails: false,
             flush_fails: false,
             places: None,
+            comes: false,
+            was_asked: Arc::default(),
             goes_on: Arc::new(eventfd(1, EventfdFlags::CLOEXEC).unwrap()),
             told: Arc::default(),
         }
     }
 
-    /// An image that has a part of the disk, of which the kernel may write the half.
+    /// An image that gets a part of the disk, of which the kernel may write the half, with the first request.
     fn in_parts(kernel: &Fake) -> Self {
         let place = |offset, at, writable| Place {
             offset,
@@ -66,6 +74,7 @@ impl Device {
         Self {
             is_verbatim: false,
             places: Some(vec![place(0, 8192, true), place(8192, 65536, false)]),
+            comes: true,
             ..Self::new(kernel)
         }
     }
@@ -140,6 +149,7 @@ impl Driver for Served {
     async fn activate(&self) -> Result<Shape, Failure> {
         Ok(Shape {
             discard: Some(512),
+            size: self.device.first_size,
             ..common::shape(true)
         })
     }
@@ -152,13 +162,18 @@ impl Driver for Served {
     fn has_places(&self) -> bool {
         self.device.places.is_some()
     }
-    async fn places(&self, from: u64, _: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, from: u64, len: u64) -> Result<Vec<Place>, Errno> {
+        if self.device.comes && !self.device.was_asked.load(Ordering::Relaxed) {
+            return Ok(Vec::new());
+        }
         let goes_on = Rc::new(self.device.goes_on.try_clone().unwrap());
         self.io.readable(&goes_on).await?;
         let all = self.device.places.iter().flatten();
-        Ok(all.filter(|place| place.offset >= from).copied().collect())
+        let here = |place: &&Place| (from..from + len).contains(&place.offset);
+        Ok(all.filter(here).copied().collect())
     }
     async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
+        self.device.was_asked.store(true, Ordering::Relaxed);
         data.fill(0, data.len(), 0);
         Ok(())
     }
@@ -369,7 +384,7 @@ fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
     vec![set(flags, 0, 8192), set(MAP_READ, 16, 65536)]
 }
 
-/// Nothing is told before something is asked, and nothing of flushes, which the driver has something to do for.
+/// Nothing is told before there is something, and nothing of flushes, which the driver has something to do for.
 #[test]
 fn an_image_in_parts_is_told_where_something_was_asked() {
     for read_only in [false, true] {
@@ -386,6 +401,63 @@ fn an_image_in_parts_is_told_where_something_was_asked() {
         assert_eq!(kernel.map_ops(), [told, vec![recall()]].concat());
         process.exit();
     }
+}
+
+/// What is there is told before something is asked, and again when the kernel had to forget it.
+#[test]
+fn an_image_in_parts_is_told_ahead() {
+    let kernel = Fake::new(4).unwrap();
+    let device = Device {
+        comes: false,
+        ..Device::in_parts(&kernel)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut process = with_nbd(&device, &folder);
+    let told = told_in_parts(0, MAP_READ | MAP_WRITE);
+    assert_eq!(kernel.wait_for_map_ops(2), told);
+    let mut client = client(&folder);
+    served(&mut client);
+    drop(client);
+    let again = told_in_parts(1, MAP_READ | MAP_WRITE);
+    let all = [told, vec![recall()], again, vec![recall()]].concat();
+    assert_eq!(kernel.wait_for_map_ops(5), all[..5]);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    assert_eq!(kernel.map_ops(), all);
+    process.exit();
+}
+
+/// What is told of a disk with something in each window of 2 MiB, `step` bytes from one another, when nothing is asked
+/// and that many are expected.
+fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
+    let kernel = Fake::new(4).unwrap();
+    let place = |number| Place {
+        offset: number << 21,
+        len: 1 << 21,
+        holder: Holder::Image,
+        at: number * step,
+        writable: true,
+    };
+    let device = Device {
+        first_size: windows << 21,
+        places: Some((0..windows).map(place).collect()),
+        comes: false,
+        ..Device::in_parts(&kernel)
+    };
+    let mut process = device.serve(|_| ());
+    kernel.wait_for_map_ops(expected);
+    assert_eq!(device.request(Op::Flush), Status::Okay);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let mut told = kernel.map_ops();
+    assert_eq!(told.pop(), Some(recall()));
+    process.exit();
+    told
+}
+
+/// The kernel has no room for everything, and what is in one piece takes no more of it.
+#[test]
+fn no_more_is_told_ahead_than_there_is_room_for() {
+    assert_eq!(told_ahead(1024, 4 << 20, 512).len(), 512);
+    assert_eq!(told_ahead(2560, 2 << 20, 2048).len(), 2048);
 }
 
 /// Of a file that the kernel does not have it is told nothing.

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image that has the disk in parts: the kernel is told where those are of which something was asked.
+//! An image that has the disk in parts: the kernel is told where those are of which something was asked, and before
+//! that, where the beginning of the disk is.
 //!
 //! A request that comes to the process was none for the kernel. When it is done, its surroundings are looked up, where
-//! the next ones will be. What the driver says is true until the guest discards it, of which the kernel knows: it takes
+//! the next ones will be. While nothing is to be done the disk is looked up from its beginning on, so that much of what
+//! a guest reads when it boots is known before it asks. What the driver says is true until the guest discards it, of which the kernel knows: it takes
 //! no place that was looked up before. What others do it does not know: they have a [`Ban`](super::Ban), and
 //! what was looked up before one is not told.
 
@@ -18,6 +20,13 @@ const WINDOW: u64 = 2 << 20;
 const WAITING: usize = 32;
 /// What is told in one call: as much as the kernel takes.
 const PLACES: usize = MAX_MAP_OPS as usize;
+/// Bytes at the beginning of the disk that are looked up before something is asked: what has to be read for that from the
+/// tables of an image is little.
+const AHEAD: u64 = 4 << 30;
+/// Places of which the kernel is told so: half of what it has room for at first.
+const PLACES_AHEAD: usize = 512;
+/// Windows of those in one turn.
+const WINDOWS_AHEAD: u64 = 8;
 
 /// Of what the kernel is to be told.
 #[derive(Debug, Default)]
@@ -27,12 +36,56 @@ pub(super) struct Missed {
     /// Where the windows begin.
     windows: RefCell<Vec<u64>>,
     is_looking: Cell<bool>,
+    ahead: Cell<Ahead>,
+}
+
+/// What was looked up before something was asked.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ahead {
+    /// Bytes from the beginning on.
+    until: u64,
+    /// Places that do not go on from one another.
+    told: usize,
+    last: Option<Place>,
+}
+
+impl Ahead {
+    fn add(&mut self, places: &[Place]) {
+        for place in places {
+            let goes_on = self.last.is_some_and(|last| last.is_continued_by(place));
+            self.told += usize::from(!goes_on);
+            self.last = Some(*place);
+        }
+    }
 }
 
 impl Missed {
     pub(super) fn begin(&self, counts: bool) {
         self.counts.set(counts);
         self.windows.take();
+        self.forgotten();
+    }
+
+    /// The kernel knows nothing any more.
+    pub(super) fn forgotten(&self) {
+        self.ahead.take();
+    }
+
+    /// Something is to be looked up of a disk of `size` bytes before it is asked for.
+    fn has_more(&self, size: u64) -> bool {
+        let ahead = self.ahead.get();
+        ahead.until < size.min(AHEAD) && ahead.told < PLACES_AHEAD
+    }
+
+    /// The next windows of those.
+    fn more(&self, size: u64) -> Vec<u64> {
+        let mut ahead = self.ahead.get();
+        let from = ahead.until;
+        ahead.until += WINDOWS_AHEAD * WINDOW;
+        self.ahead.set(ahead);
+        (from..ahead.until.min(size))
+            .step_by(WINDOW as usize)
+            .collect()
     }
 
     fn add(&self, offset: u64, len: u64) {
@@ -55,24 +108,54 @@ impl Direct {
         }
     }
 
-    /// [`look`](Self::look) is to be called.
-    pub(crate) fn must_look(&self) -> bool {
-        let waits = self.missed.counts.get() && !self.missed.windows.borrow().is_empty();
-        waits && self.may_tell() && !self.missed.is_looking.replace(true)
+    /// [`look`](Self::look) is to be called. While this process has something else to do, it looks for nothing that was
+    /// not asked for.
+    pub(crate) fn must_look(&self, is_idle: bool) -> bool {
+        let missed = &self.missed;
+        if !missed.counts.get() || !self.may_tell() || missed.is_looking.get() {
+            return false;
+        }
+        let size = self.image.borrow().as_ref().map_or(0, |image| image.size);
+        let waits = !missed.windows.borrow().is_empty() || is_idle && missed.has_more(size);
+        missed.is_looking.set(waits);
+        waits
     }
 
-    /// Tells the kernel where what it missed is, as far as `disk` knows.
+    /// Tells the kernel where what it missed is, as far as `disk` knows; or where some of the disk is, if it missed nothing.
     pub(crate) async fn look(&self, disk: &Disk) {
-        let windows = self.missed.windows.take();
         let image = self.image.borrow().clone();
         if let Some(image) = image {
-            self.told_or_vain(self.tell_of(&image, disk, windows).await);
+            let missed = self.missed.windows.take();
+            let told = match missed.is_empty() {
+                true => self.tell_ahead(&image, disk).await,
+                false => self.tell_of(&image, disk, missed).await.map(drop),
+            };
+            self.told_or_vain(told);
         }
         self.missed.is_looking.set(false);
     }
 
-    async fn tell_of(&self, image: &Image, disk: &Disk, windows: Vec<u64>) -> io::Result<()> {
+    async fn tell_ahead(&self, image: &Image, disk: &Disk) -> io::Result<()> {
         let era = self.era.get();
+        let windows = self.missed.more(image.size);
+        let told = self.tell_of(image, disk, windows).await?;
+        if self.era.get() == era {
+            let mut ahead = self.missed.ahead.get();
+            ahead.add(&told);
+            self.missed.ahead.set(ahead);
+        }
+        Ok(())
+    }
+
+    /// What the kernel was told of windows.
+    async fn tell_of(
+        &self,
+        image: &Image,
+        disk: &Disk,
+        windows: Vec<u64>,
+    ) -> io::Result<Vec<Place>> {
+        let era = self.era.get();
+        let mut all = Vec::new();
         for from in windows {
             let len = WINDOW.min(image.size.saturating_sub(from));
             // Where there is nothing to tell, nothing is asked; and what has to be read for it is here then.
@@ -95,8 +178,9 @@ impl Direct {
                 let told = some.iter().map(|place| image.set(place, generation));
                 image.mapper.maps(&told.collect::<Vec<_>>())?;
             }
+            all.append(&mut found);
         }
-        Ok(())
+        Ok(all)
     }
 }
 
