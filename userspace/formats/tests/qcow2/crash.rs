@@ -347,7 +347,7 @@ fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
 fn a_disk_without_room_loses_nothing() {
     let (mut failed, mut larger) = (0, [0; 2]);
     for case in cases() {
-        for seed in seeds(20) {
+        for seed in seeds(40) {
             let runtime = Runtime::new();
             let memory = Memory::new(fresh(&runtime, &case), seed, true);
             let disk = opened(&runtime, &memory, &case, true);
