@@ -11,6 +11,8 @@ pub(crate) enum Work {
     Fio(&'static str, u32),
     /// bonnie++ on ext4, with a file of `count` MiB.
     Bonnie,
+    /// A file of `count` MiB is copied to a new ext4.
+    CopyFile,
     /// All disks appear at once.
     Attach,
     /// All disks go at once.
@@ -107,7 +109,7 @@ const fn entry(
 }
 
 use Setting::{Disks, Plain, Queues, Shared};
-use Work::{Attach, Bonnie, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
+use Work::{Attach, Bonnie, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 
 /// All jobs.
 #[rustfmt::skip]
@@ -134,6 +136,7 @@ pub(crate) const ALL: &[Job] = &[
     entry("rr4k-4disks", "4 KiB random read, depth 32 on each of 4 disks", Fio(RR4K, 1), 800, Disks(4), Set::Full),
     entry("rr4k-16disks", "4 KiB random read, depth 32 on each of 16 disks", Fio(RR4K, 1), 250, Disks(16), Set::Full),
     entry("bonnie", "bonnie++ on ext4, a file of 128 MiB and 48 MiB of memory", Bonnie, 128, Plain, Set::Full),
+    entry("copy", "a file of 20 MiB is copied to a new ext4", CopyFile, 20, Plain, Set::Full),
     entry("attach1", "a disk appears", Attach, 1, Disks(1), Set::Full),
     entry("attach16", "16 disks appear at once", Attach, 1, Disks(16), Set::Full),
     entry("attach64", "64 disks appear at once", Attach, 1, Disks(64), Set::Full),
@@ -163,7 +166,7 @@ impl Job {
             Attach | Detach => 3,
             // From one to the next it takes 16 to 22 ms.
             Death => 20,
-            Handoff | Takeover => 3,
+            CopyFile | Handoff | Takeover => 3,
             // Our queues look for the next request before they sleep, and when depends on the attach.
             Fio(words, _) if words.ends_with("--iodepth=1") => 3,
             // Where others do the I/O, who batches how much hangs on who comes first: 12 % from visit
@@ -189,7 +192,7 @@ impl Job {
     pub(crate) fn unit(&self) -> &'static str {
         match self.work {
             Fio(..) => "I/O",
-            Bonnie => "MiB of the file",
+            Bonnie | CopyFile => "MiB of the file",
             Attach | Detach => "disk",
             Idle => "disk and second",
             Death => "death",

@@ -6,6 +6,7 @@
 
 mod backends;
 mod bonnie;
+mod copied;
 mod disks;
 mod guest;
 mod jobs;

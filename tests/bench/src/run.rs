@@ -13,7 +13,7 @@ use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
 use crate::tap::{self, Supervisor};
-use crate::{bonnie, sh, trace};
+use crate::{bonnie, copied, sh, trace};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -279,6 +279,7 @@ impl Bench<'_> {
                 Work::Bonnie => {
                     bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
                 }
+                Work::CopyFile => copied::measure(&mut place, job, &device, self.marks)?,
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 Work::Handoff | Work::Takeover | Work::Move => {
                     pauses::measure(&mut place, XVDA, job, self.marks)?
