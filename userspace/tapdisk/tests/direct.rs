@@ -38,6 +38,8 @@ struct Device {
     /// It is there from the first request on.
     comes: bool,
     was_asked: Arc<AtomicBool>,
+    /// Before that somebody has looked for it.
+    was_looked_for: Arc<AtomicBool>,
     /// Discards end, and places are found, when this can be read.
     goes_on: Arc<OwnedFd>,
     /// What the kernel was told by the time when the image was let go of.
@@ -57,6 +59,7 @@ impl Device {
             places: None,
             comes: false,
             was_asked: Arc::default(),
+            was_looked_for: Arc::default(),
             goes_on: Arc::new(eventfd(1, EventfdFlags::CLOEXEC).unwrap()),
             told: Arc::default(),
         }
@@ -107,6 +110,10 @@ impl Device {
             });
         });
         self.kernel.wait_for_params();
+        // What is looked up before something is asked would be told, too.
+        while self.comes && !self.was_looked_for.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
         process
     }
 
@@ -164,6 +171,7 @@ impl Driver for Served {
     }
     async fn places(&self, from: u64, len: u64) -> Result<Vec<Place>, Errno> {
         if self.device.comes && !self.device.was_asked.load(Ordering::Relaxed) {
+            self.device.was_looked_for.store(true, Ordering::Relaxed);
             return Ok(Vec::new());
         }
         let goes_on = Rc::new(self.device.goes_on.try_clone().unwrap());
@@ -512,9 +520,10 @@ fn what_was_found_before_a_ban_is_not_told_after_it() {
     assert_eq!(device.request(Op::Read), Status::Okay);
     let mut client = client(&folder);
     served(&mut client);
-    drop(client);
     device.go_on();
+    // Without the client the process would look again, and tell what is true then.
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    drop(client);
     assert_eq!(kernel.map_ops(), [recall()]);
     process.exit();
 }
