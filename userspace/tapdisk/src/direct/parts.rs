@@ -4,9 +4,9 @@
 //!
 //! A request that comes to the process was none for the kernel. When it is done, its surroundings are looked up, where
 //! the next ones will be. While nothing is to be done the disk is looked up from its beginning on, so that much of what
-//! a guest reads when it boots is known before it asks. What the driver says is true until the guest discards it, of which the kernel knows: it takes
-//! no place that was looked up before. What others do it does not know: they have a [`Ban`](super::Ban), and
-//! what was looked up before one is not told.
+//! a guest reads when it boots is known before it asks. What the driver says is true until the guest discards it, of
+//! which the kernel knows: it takes no place that was looked up before. What others do it does not know: they have a
+//! [`Ban`](super::Ban), and what was looked up before one is not told.
 
 use super::{Direct, Image, Told};
 use drivers::{Disk, Holder, Place};
@@ -115,8 +115,13 @@ impl Direct {
         if !missed.counts.get() || !self.may_tell() || missed.is_looking.get() {
             return false;
         }
-        let size = self.image.borrow().as_ref().map_or(0, |image| image.size);
-        let waits = !missed.windows.borrow().is_empty() || is_idle && missed.has_more(size);
+        let image = self.image.borrow();
+        let has_more = || {
+            image
+                .as_ref()
+                .is_some_and(|image| missed.has_more(image.size))
+        };
+        let waits = !missed.windows.borrow().is_empty() || is_idle && has_more();
         missed.is_looking.set(waits);
         waits
     }
