@@ -8,7 +8,7 @@
 
 use crate::jobs::Job;
 use crate::mark::Marks;
-use crate::sample::{self, Place};
+use crate::sample::{self, Place, MKFS};
 use anyhow::{Context, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -69,7 +69,7 @@ fn command(device: &str, size: &str) -> String {
     };
     let (set, reset) = (limits(DIRTY), limits(DIRTY_USUAL));
     format!(
-        "set -e; {set}; mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 {device} >&2; mkdir -p /tmp/bonnie; \
+        "set -e; {set}; {MKFS} {device} >&2; mkdir -p /tmp/bonnie; \
          mount -t ext4 {device} /tmp/bonnie; [ -e {group}/cgroup.procs ] || mount -t cgroup2 none {group}; \
          echo +memory >{group}/cgroup.subtree_control; mkdir -p {group}/bonnie; \
          echo {MEMORY_MIB}M >{group}/bonnie/memory.max; \

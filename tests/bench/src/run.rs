@@ -279,7 +279,7 @@ impl Bench<'_> {
                 Work::Bonnie => {
                     bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
                 }
-                Work::CopyFile => copied::measure(&mut place, job, &device, self.marks)?,
+                Work::CopyFile => long(copied::measure(&mut place, job, &device, self.marks)?),
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 Work::Handoff | Work::Takeover | Work::Move => {
                     pauses::measure(&mut place, XVDA, job, self.marks)?
