@@ -5,12 +5,12 @@
 use super::{case, tap_spoiled, Case};
 use crate::filesystem::Filesystem;
 use crate::lab::Lab;
-use crate::session::{Session, PLAIN};
+use crate::session::Session;
 use crate::standstill::Stoppable;
-use crate::tap::maps::{add, flush, recall, set, Backed};
+use crate::tap::maps::{flush, map, recall, scene_on, set, Backed};
 use crate::tap::scene::Scene;
 use crate::tap::server::{done, Store};
-use crate::tap::{Map, Node, TapDisk, SECTORS};
+use crate::tap::{Map, Node, SECTORS};
 use crate::wire::{rw, Answer, Request, ERROR, OKAY};
 use anyhow::{anyhow, ensure, Context, Result};
 use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE};
@@ -90,8 +90,7 @@ fn scribble_under(device: &Stoppable, scene: &mut Scene, op: u8, first: usize) -
     scribble(scene.node.arena());
     ensure!(scene.session.is_silent()?, "an answer without I/O");
     still.end()?;
-    let answers = scene.session.answers(PAGES)?;
-    all_okay(&answers)
+    scene.answered(PAGES)
 }
 
 /// Where the data of a request goes the process cannot change: that is in the descriptors, which it can only read. The
@@ -193,30 +192,9 @@ fn in_file(lab: &Lab, files: &Filesystem, name: &str) -> Result<Scene> {
         .open(&path)
         .with_context(|| format!("cannot make {}", path.display()))?;
     file.set_len(SECTORS * 512)?;
-    let disk = TapDisk::make()?;
-    add(&disk, 0, &file, true)?;
-    let (node, store) = (disk.start()?, Store::on(&path)?);
-    let session = lab.session_on_tap(&disk, PLAIN)?;
-    let scene = Scene {
-        session,
-        store,
-        node,
-        disk,
-    };
+    let scene = scene_on(lab, &file, &path)?;
     map(&scene.node, SECTORS, true)?;
     Ok(scene)
-}
-
-/// So much of the disk is the kernel's, if it takes that; nothing else is.
-fn map(node: &Node, sectors: u64, is_taken: bool) -> Result<()> {
-    let before = node.maps(&[recall(0, u64::MAX)])?;
-    let maps = node.maps(&[set(0, sectors, before.generation), flush()])?;
-    let refused = maps.refused - before.refused;
-    ensure!(
-        refused == u64::from(!is_taken),
-        "{refused} refused of {sectors} sectors: {maps:?}"
-    );
-    Ok(())
 }
 
 /// Executes and answers what is there; what fails is answered so. Returns how many of them the kernel had tried.

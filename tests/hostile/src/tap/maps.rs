@@ -10,7 +10,7 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::PLAIN;
 use crate::wait::until;
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     ioctl, BackingAdd, BackingRemove, Buffer, MapOp, Mapped, Maps, BACKING_WRITE, MAP_FLUSH,
     MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE,
@@ -18,6 +18,7 @@ use ring::tap::abi::{
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
 
 /// So many sectors of the disk are at the same place in the first backing.
 pub(crate) fn set(sector: u64, sectors: u64, generation: u32) -> MapOp {
@@ -82,6 +83,32 @@ pub(crate) fn mapped(disk: &TapDisk) -> Result<Mapped> {
     Ok(mapped)
 }
 
+/// So much of the disk is the kernel's, if it takes that; nothing else is.
+pub(crate) fn map(node: &Node, sectors: u64, is_taken: bool) -> Result<()> {
+    let before = node.maps(&[recall(0, u64::MAX)])?;
+    let maps = node.maps(&[set(0, sectors, before.generation), flush()])?;
+    let refused = maps.refused - before.refused;
+    ensure!(
+        refused == u64::from(!is_taken),
+        "{refused} refused of {sectors} sectors: {maps:?}"
+    );
+    Ok(())
+}
+
+/// A disk whose kernel has this storage, open as `file`, of which nothing is mapped.
+pub(crate) fn scene_on(lab: &Lab, file: &File, path: &Path) -> Result<Scene> {
+    let disk = TapDisk::make()?;
+    add(&disk, 0, file, true)?;
+    let (node, store) = (disk.start()?, Store::on(path)?);
+    let session = lab.session_on_tap(&disk, PLAIN)?;
+    Ok(Scene {
+        session,
+        store,
+        node,
+        disk,
+    })
+}
+
 /// Takes a device or a file away, however often that must be asked for, and gives it again.
 pub(crate) fn give_again(disk: &TapDisk, file: &File) -> Result<()> {
     until("the end of the kernel's I/O", ANSWER, || {
@@ -142,18 +169,8 @@ impl Backed {
 
     /// The same: the kernel reaches the device by this file.
     pub(crate) fn by(lab: &Lab, device: &Disk, file: &File) -> Result<Backed> {
-        let disk = TapDisk::make()?;
-        add(&disk, 0, file, true)?;
-        let (node, store) = (disk.start()?, Store::on(device.path())?);
-        let session = lab.session_on_tap(&disk, PLAIN)?;
-        let scene = Scene {
-            session,
-            store,
-            node,
-            disk,
-        };
         Ok(Backed {
-            scene,
+            scene: scene_on(lab, file, device.path())?,
             sectors: device.sectors,
         })
     }
@@ -165,11 +182,7 @@ impl Backed {
 
     /// All of the disk is the kernel's.
     pub(crate) fn map_all(&self) -> Result<()> {
-        let node = &self.scene.node;
-        let before = node.maps(&[recall(0, u64::MAX)])?;
-        let maps = node.maps(&[set(0, SECTORS, before.generation), flush()])?;
-        anyhow::ensure!(maps.refused == before.refused, "not taken: {maps:?}");
-        Ok(())
+        map(&self.scene.node, SECTORS, true)
     }
 
     /// Right data with all of the disk mapped, then everything is taken apart.
