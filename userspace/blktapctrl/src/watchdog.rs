@@ -3,7 +3,7 @@
 
 use crate::disk::Disk;
 use crate::lifecycle::trouble;
-use crate::log::{tell, About};
+use crate::log::{self, tell, About};
 use crate::record::Want;
 use crate::registry::Registry;
 use crate::slow::News;
@@ -140,11 +140,6 @@ pub fn tell_left_out(registry: &Registry, is_end: bool) {
             (None, None) => About::default(),
         };
         let of = minor.map_or("no disk".into(), |minor| format!("disk {minor}"));
-        tell!(
-            warn,
-            about,
-            suppressed = count,
-            "{of}: {count} lines about it were left out of the log, because there were too many; tap-ctl events has what happened"
-        );
+        log::tell_left_out(about, &of, count);
     }
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! No disk can flood the log: of each, so many lines are written at once, and then a few in a minute. What is left out
-//! is counted, and said later.
+//! No disk can flood the log: of each, so many lines are written at once, and then a few in a minute, of warnings and of
+//! the rest apart, so that what is usual takes no room from what is not. What is left out is counted, and said later.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
 
-/// Lines about a disk at once.
+/// Lines of one kind about a disk at once.
 const BURST: u32 = 50;
 /// Time until there may be one more.
 const EACH: Duration = Duration::from_secs(6);
@@ -18,8 +18,26 @@ const EACH: Duration = Duration::from_secs(6);
 /// What each disk may still write, and what is about no disk together.
 #[derive(Debug, Default)]
 pub struct Limit {
-    shares: Mutex<BTreeMap<Option<u32>, Share>>,
+    shares: Mutex<BTreeMap<(Option<u32>, Kind), Share>>,
     suppressed: AtomicU64,
+}
+
+/// What share a line is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    /// What is to be expected.
+    Usual,
+    /// Warnings and errors.
+    Trouble,
+}
+
+impl Kind {
+    fn of(level: Level) -> Kind {
+        match level <= Level::WARN {
+            true => Kind::Trouble,
+            false => Kind::Usual,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -67,9 +85,11 @@ impl Limit {
     }
 
     /// A line about a disk may be written. If not, it is counted.
-    fn admits(&self, minor: Option<u32>, now: Instant) -> bool {
+    fn admits(&self, minor: Option<u32>, kind: Kind, now: Instant) -> bool {
         let mut shares = self.shares();
-        let share = shares.entry(minor).or_insert_with(|| Share::new(now));
+        let share = shares
+            .entry((minor, kind))
+            .or_insert_with(|| Share::new(now));
         let is_admitted = share.take(now);
         if !is_admitted {
             share.suppressed = share.suppressed.saturating_add(1);
@@ -80,12 +100,12 @@ impl Limit {
 
     /// How many lines were left out since that was told last, of the disks for which there is room to tell it; of all
     /// of them at the end. The line that tells is one of those that a disk may write.
-    pub fn left_out(&self, now: Instant, is_end: bool) -> Vec<(Option<u32>, u64)> {
+    pub fn left_out(&self, now: Instant, is_end: bool) -> BTreeMap<Option<u32>, u64> {
         let mut shares = self.shares();
-        let mut told = Vec::new();
-        for (minor, share) in &mut *shares {
+        let mut told = BTreeMap::new();
+        for ((minor, _), share) in &mut *shares {
             if share.suppressed > 0 && (share.take(now) || is_end) {
-                told.push((*minor, std::mem::take(&mut share.suppressed)));
+                *told.entry(*minor).or_default() += std::mem::take(&mut share.suppressed);
             }
         }
         // Disks come and go.
@@ -96,7 +116,19 @@ impl Limit {
         told
     }
 
-    fn shares(&self) -> MutexGuard<'_, BTreeMap<Option<u32>, Share>> {
+    /// A disk is gone, and one that is made with its number is another. How many lines about it were left out since
+    /// that was told last.
+    pub fn gone(&self, minor: u32) -> u64 {
+        let mut shares = self.shares();
+        let of_it = [Kind::Usual, Kind::Trouble].map(|kind| shares.remove(&(Some(minor), kind)));
+        of_it
+            .into_iter()
+            .flatten()
+            .map(|share| share.suppressed)
+            .sum()
+    }
+
+    fn shares(&self) -> MutexGuard<'_, BTreeMap<(Option<u32>, Kind), Share>> {
         // What a panic has left of it is as good as any.
         self.shares.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,7 +147,8 @@ impl<S: Subscriber> Layer<S> for Gate {
         let tells = event.metadata().fields().field("suppressed").is_some();
         let mut minor = Minor(None);
         event.record(&mut minor);
-        tells || self.0.admits(minor.0, Instant::now())
+        let kind = Kind::of(*event.metadata().level());
+        tells || self.0.admits(minor.0, kind, Instant::now())
     }
 }
 
@@ -134,16 +167,22 @@ impl Visit for Minor {
 
 #[cfg(test)]
 mod tests {
-    use super::{Limit, BURST, EACH};
+    use super::{Kind, Limit, BURST, EACH};
+    use std::collections::BTreeMap;
     use std::time::{Duration, Instant};
+
+    /// A disk's lines that nothing is wrong with.
+    fn admits(limit: &Limit, minor: u32, now: Instant) -> bool {
+        limit.admits(Some(minor), Kind::Usual, now)
+    }
 
     #[test]
     fn one_disk_does_not_take_the_lines_of_another() {
         let limit = Limit::default();
         let now = Instant::now();
-        let admitted = (0..1000).filter(|_| limit.admits(Some(3), now)).count();
+        let admitted = (0..1000).filter(|_| admits(&limit, 3, now)).count();
         assert_eq!(admitted, BURST as usize);
-        assert!(limit.admits(Some(4), now) && limit.admits(None, now));
+        assert!(admits(&limit, 4, now) && limit.admits(None, Kind::Usual, now));
         assert_eq!(limit.suppressed(), 1000 - u64::from(BURST));
     }
 
@@ -152,30 +191,51 @@ mod tests {
         let limit = Limit::default();
         let now = Instant::now();
         for _ in 0..BURST + 7 {
-            limit.admits(Some(3), now);
+            admits(&limit, 3, now);
         }
-        assert_eq!(limit.left_out(now, false), []);
+        assert_eq!(limit.left_out(now, false), BTreeMap::new());
         let later = now + EACH;
-        assert_eq!(limit.left_out(later, false), [(Some(3), 7)]);
+        assert_eq!(limit.left_out(later, false), BTreeMap::from([(Some(3), 7)]));
         // Telling it was the line that the disk may write by then.
-        assert!(!limit.admits(Some(3), later));
-        assert_eq!(limit.left_out(later, true), [(Some(3), 1)]);
-        assert_eq!(limit.left_out(later, true), []);
+        assert!(!admits(&limit, 3, later));
+        assert_eq!(limit.left_out(later, true), BTreeMap::from([(Some(3), 1)]));
+        assert_eq!(limit.left_out(later, true), BTreeMap::new());
     }
 
     #[test]
     fn a_disk_that_is_quiet_gets_all_its_lines_again_and_no_more() {
         let limit = Limit::default();
         let now = Instant::now();
-        while limit.admits(Some(3), now) {}
+        while admits(&limit, 3, now) {}
         let _ = limit.left_out(now, true);
         let later = now + EACH * 3 + Duration::from_secs(1);
-        assert_eq!((0..9).filter(|_| limit.admits(Some(3), later)).count(), 3);
+        assert_eq!((0..9).filter(|_| admits(&limit, 3, later)).count(), 3);
         let _ = limit.left_out(later, true);
         let much_later = later + EACH * 10_000_000;
-        assert_eq!(limit.left_out(much_later, false), []);
+        assert_eq!(limit.left_out(much_later, false), BTreeMap::new());
         assert!(limit.shares().is_empty(), "nothing is kept of a quiet disk");
-        let admitted = (0..1000).filter(|_| limit.admits(Some(3), much_later));
+        let admitted = (0..1000).filter(|_| admits(&limit, 3, much_later));
         assert_eq!(admitted.count(), BURST as usize);
+    }
+
+    #[test]
+    fn what_is_usual_takes_no_room_from_warnings() {
+        let limit = Limit::default();
+        let now = Instant::now();
+        while admits(&limit, 3, now) {}
+        let warns = |_: &u32| limit.admits(Some(3), Kind::Trouble, now);
+        assert_eq!((0..BURST + 2).filter(warns).count(), BURST as usize);
+        // One of what is usual, and two warnings.
+        assert_eq!(limit.left_out(now, true), BTreeMap::from([(Some(3), 3)]));
+    }
+
+    #[test]
+    fn a_disk_does_not_pay_for_the_one_that_had_its_number() {
+        let limit = Limit::default();
+        let now = Instant::now();
+        while admits(&limit, 3, now) {}
+        assert_eq!(limit.gone(3), 1);
+        assert!(admits(&limit, 3, now));
+        assert_eq!(limit.left_out(now, true), BTreeMap::new());
     }
 }

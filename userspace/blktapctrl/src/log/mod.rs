@@ -44,6 +44,16 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
+/// Says how many lines about something the [`Limit`] has left out.
+pub fn tell_left_out(about: About, of: &str, count: u64) {
+    tell!(
+        warn,
+        about,
+        suppressed = count,
+        "{of}: {count} lines about it were left out of the log, because there were too many; tap-ctl events has what happened"
+    );
+}
+
 /// From now on lines go to the journal, if it is what reads our standard error, and else there. What one disk may
 /// write is limited by what is returned.
 #[must_use]

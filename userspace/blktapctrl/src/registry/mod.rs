@@ -10,7 +10,7 @@ use crate::disk::{Disk, Disks, Fate};
 use crate::events::Events;
 use crate::folder::Folder;
 use crate::kernel::{self, Kernel};
-use crate::log::{tell, About, Limit};
+use crate::log::{tell, tell_left_out, About, Limit};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
@@ -125,6 +125,10 @@ impl Registry {
         // It says which one it was.
         self.events.add(Some(disk.minor), What::Destroyed);
         self.disks.borrow_mut().remove(&disk.minor);
+        let left_out = self.limit.get().map_or(0, |limit| limit.gone(disk.minor));
+        if left_out > 0 {
+            tell_left_out(disk.about(), &format!("disk {}", disk.minor), left_out);
+        }
     }
 
     /// A process waits for a disk.

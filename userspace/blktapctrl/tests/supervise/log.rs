@@ -249,6 +249,34 @@ fn one_disk_cannot_flood_the_log() {
     });
 }
 
+#[test]
+fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
+    test("flood-gone", |bed| async move {
+        let limit = Arc::<Limit>::default();
+        let (lines, _kept) = Lines::kept(&limit);
+        bed.registry().limit.set(limit.clone()).expect("once");
+        bed.image("a.img", "A");
+        let minor = bed.made(bed.create("a.img")).await;
+        for number in 0..1000 {
+            let why = format!("refused: {number}");
+            bed.registry()
+                .events
+                .add(Some(minor), What::Refused { why });
+        }
+        // What is usual is said all the same.
+        bed.destroy(minor).await;
+        lines.one_with(&format!("disk {minor}: gone"));
+        let told = lines.one_with("were left out of the log");
+        told.assert_has(&[("minor", &minor.to_string())]);
+        assert_eq!(bed.made(bed.create("a.img")).await, minor, "its number");
+        let why = "a warning of the next one".into();
+        bed.registry()
+            .events
+            .add(Some(minor), What::Refused { why });
+        lines.one_with("a warning of the next one");
+    });
+}
+
 /// The program in a mount namespace of its own, where the journal is ours: nothing of this host's is changed. Nothing if
 /// this host allows nobody to have one.
 fn program(dir: &Path, journal_reads_it: bool) -> Option<Child> {
