@@ -411,8 +411,10 @@ impl Server {
                 }
             }
         }
-        if result.is_ok() && matches!(request.kind, Kind::Read | Kind::Write) {
-            self.terms.direct.missed(request.offset, request.len);
+        let writes = request.kind == Kind::Write;
+        if result.is_ok() && (writes || request.kind == Kind::Read) {
+            let direct = &self.terms.direct;
+            direct.missed(request.offset, request.len, writes);
         }
         self.count(request, result);
         request.done(result)

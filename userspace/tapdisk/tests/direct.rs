@@ -122,7 +122,7 @@ impl Device {
         let tag = match op {
             Op::Flush => self.kernel.send(op, 0, &[], false),
             // Beside all discards, which it would have to wait for.
-            Op::Read => self.kernel.send(op, 512, &[1; 512], false),
+            Op::Read | Op::Write => self.kernel.send(op, 512, &[1; 512], false),
             _ => self.kernel.send_range(op, 8, 8),
         };
         self.kernel.answer(tag.unwrap(), 0).unwrap().0
@@ -186,6 +186,7 @@ impl Driver for Served {
         Ok(())
     }
     async fn write(&self, _: u64, _: Bytes, _: Attributes) -> Result<(), Errno> {
+        self.device.was_asked.store(true, Ordering::Relaxed);
         match self.device.write_fails {
             true => Err(Errno::IO),
             false => Ok(()),
@@ -466,6 +467,36 @@ fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
 fn no_more_is_told_ahead_than_there_is_room_for() {
     assert_eq!(told_ahead(1024, 4 << 20, 512).len(), 512);
     assert_eq!(told_ahead(2560, 2 << 20, 2048).len(), 2048);
+}
+
+/// Behind what is written there may be room for what comes next: all of it is told, as far as it may be written. Who
+/// reads has no such room.
+#[test]
+fn behind_a_write_all_is_told_that_may_be_written() {
+    for (op, expected) in [(Op::Write, vec![0, 1, 2, 3]), (Op::Read, vec![0])] {
+        let kernel = Fake::new(4).unwrap();
+        let place = |number: u64| Place {
+            offset: number << 21,
+            len: if number == 3 { 1 << 20 } else { 1 << 21 },
+            holder: Holder::Image,
+            at: number << 22,
+            writable: true,
+        };
+        let device = Device {
+            first_size: 6 << 21,
+            places: Some((0..6).map(place).collect()),
+            ..Device::in_parts(&kernel)
+        };
+        let mut process = device.serve(|_| ());
+        assert_eq!(device.request(op), Status::Okay);
+        kernel.wait_for_map_ops(expected.len());
+        assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+        let mut told = kernel.map_ops();
+        assert_eq!(told.pop(), Some(recall()));
+        let told: Vec<u64> = told.iter().map(|op| op.sector >> 12).collect();
+        assert_eq!(told, expected, "{op:?}");
+        process.exit();
+    }
 }
 
 /// Of a file that the kernel does not have it is told nothing.

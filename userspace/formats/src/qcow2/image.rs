@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An active image: what all its requests share, and how they find a cluster.
 
+use super::ahead::Rows;
 use super::alloc::Allocator;
 use super::compressed::Unpacked;
 use super::entry::{Broken, Entry, Part, Place, COPIED};
@@ -50,6 +51,10 @@ pub(crate) struct Image<S> {
     pub(crate) clusters: Locks,
     /// Entries of the L1 table that are being changed.
     pub(crate) tables: Locks,
+    /// How often clusters lost what they had: nothing else becomes what it was before.
+    pub(crate) zeroed: Cell<u64>,
+    /// Who writes in a row.
+    pub(crate) rows: RefCell<Rows>,
     /// The first write has one thing to do.
     pub(crate) beginning: Gate,
     pub(crate) unpacked: Unpacked,
@@ -216,7 +221,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// What is in a cluster from `skip` on, and for how many bytes.
-    fn runs(&self, entry: &Entry, skip: u64) -> (Run, u64) {
+    pub(crate) fn runs(&self, entry: &Entry, skip: u64) -> (Run, u64) {
         let geometry = &self.geometry;
         if let Place::Compressed { at, len } = entry.place {
             return (Run::Packed { at, len, skip }, geometry.cluster() - skip);

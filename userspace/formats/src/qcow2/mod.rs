@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! qcow2, versions 2 and 3.
 
+mod ahead;
 mod alloc;
 mod alone;
 mod check;
@@ -228,6 +229,8 @@ impl<S: Storage> Qcow2<S> {
             users: Default::default(),
             clusters: Default::default(),
             tables: Default::default(),
+            zeroed: Cell::new(0),
+            rows: RefCell::default(),
             beginning: Default::default(),
             unpacked: Unpacked::new(geometry.cluster(), budget / 8),
             reported: Cell::new(0),

@@ -19,8 +19,7 @@ impl<S: Storage> Image<S> {
         let writable = self.writable && self.autoclear.get() == 0;
         let (mut places, mut at) = (Vec::new(), guest);
         while at < end {
-            let (run, len, found) = self.map(at, end - at).await?;
-            let settled = is_settled(&found);
+            let (run, len, settled) = self.map_sure(at, end - at).await?;
             match run {
                 Run::Data { at: place, owned } if settled && self.stays(place, len, owned) => {
                     places.push(Place {
@@ -41,6 +40,21 @@ impl<S: Storage> Image<S> {
             at += len;
         }
         Ok(places)
+    }
+
+    /// What is at a byte of the disk, for how many bytes, and whether the image says so, too. Others may have changed more
+    /// of the same table, and go on: what that has of this is made to be in the image.
+    async fn map_sure(&self, at: u64, len: u64) -> Result<(Run, u64, bool), Errno> {
+        let (run, len, found) = self.map(at, len).await?;
+        if is_settled(&found) {
+            return Ok((run, len, true));
+        }
+        let zeroed = self.zeroed.get();
+        let settled = self.settle(&found).await.is_ok();
+        let (now, len, _) = self.map(at, len).await?;
+        // What became something else and what it was again is so in memory, and may be that in the image.
+        let is_sure = settled && now == run && self.zeroed.get() == zeroed;
+        Ok((now, len, is_sure))
     }
 
     /// Data goes on to be where it is.

@@ -13,12 +13,14 @@ use std::ops::Range;
 const AT_ONCE: u64 = 4 << 20;
 
 /// A write into clusters that have to be changed: those of one slice of a table, in a row.
-struct Plan {
-    found: Found,
+pub(crate) struct Plan {
+    pub(crate) found: Found,
     /// The clusters of the disk.
-    first: u64,
+    pub(crate) first: u64,
     /// What they have now.
-    old: Vec<Entry>,
+    pub(crate) old: Vec<Entry>,
+    /// Clusters behind them that may get their place with them.
+    ahead: u64,
     /// What the guest writes.
     range: Range<u64>,
     /// What has to be written: whole subclusters, from below or above the guest's bytes on.
@@ -76,12 +78,16 @@ impl<S: Storage> Image<S> {
     async fn allocate(&self, guest: u64, data: Bytes) -> Result<u64, Errno> {
         let cluster = self.geometry.cluster();
         let end = guest + (data.len() as u64).min(AT_ONCE);
-        let first = guest / cluster;
-        let _held = self.clusters.lock(first..end.div_ceil(cluster)).await;
+        let (first, behind) = (guest / cluster, end.div_ceil(cluster));
+        let ahead = self.wanted_ahead(first, behind - first);
+        let _held = self.clusters.lock(first..behind + ahead).await;
         let found = self.find_owned(guest).await?;
-        let Some(plan) = self.plan(found, guest..end)? else {
+        let Some(mut plan) = self.plan(found, guest..end)? else {
             return Ok(0);
         };
+        if first + plan.old.len() as u64 == behind {
+            plan.ahead = self.can_be_ahead(&plan, ahead)?;
+        }
         let len = plan.range.end - guest;
         let data = part(&data, 0, len);
         match plan.old[0].place {
@@ -139,6 +145,7 @@ impl<S: Storage> Image<S> {
             found,
             first,
             old,
+            ahead: 0,
             range,
             wide,
         }))
@@ -173,7 +180,12 @@ impl<S: Storage> Image<S> {
         let count = plan.old.len() as u64;
         // Free clusters may be in several places.
         while done < count {
-            let new = self.place_for(plan.first + done, count - done).await?;
+            let rest = count - done;
+            let all = self.place_for(plan.first + done, rest + plan.ahead).await?;
+            let new = Clusters {
+                count: all.count.min(rest),
+                ..all
+            };
             let from = (plan.first + done) * cluster;
             let to = from + new.count * cluster;
             let cut = |range: &Range<u64>| range.start.max(from)..range.end.min(to);
@@ -192,7 +204,7 @@ impl<S: Storage> Image<S> {
                 !self.geometry.external,
             );
             if let Err(error) = written.await {
-                self.drop_new(new.first, new.count);
+                self.drop_new(all.first, all.count);
                 return Err(error);
             }
             self.change(plan, done..done + new.count, |number, entry| {
@@ -204,6 +216,8 @@ impl<S: Storage> Image<S> {
                     zero: entry.zero & !touched,
                 }
             });
+            let ahead = all.count - new.count;
+            self.place_ahead(plan, shift + new.count * cluster, ahead);
             self.settle(&plan.found).await?;
             for old in &plan.old[done as usize..(done + new.count) as usize] {
                 self.release_place(old);

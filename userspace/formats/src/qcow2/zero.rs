@@ -140,6 +140,7 @@ impl<S: Storage> Image<S> {
         if new.alloc == 0 {
             new.place = Place::Nowhere;
         }
+        self.zeroed.set(self.zeroed.get() + 1);
         self.set_entry(found, number, &new);
         let gone = new.place == Place::Nowhere && old.place != Place::Nowhere;
         Ok(Change::Done(gone.then_some(old)))

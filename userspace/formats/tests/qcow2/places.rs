@@ -13,6 +13,7 @@ use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::Qcow2;
 use formats::{Options, Parts};
+use futures::future::join_all;
 use std::rc::Rc;
 
 /// What an image of QEMU has in all its sectors.
@@ -234,4 +235,35 @@ fn nothing_is_written_before_the_first_write() {
         .unwrap();
     assert_eq!([before.len(), after.len()], [1, 1]);
     assert!(!before[0].writable && after[0].writable);
+}
+
+/// Who writes in a row finds the next clusters there already, so that the kernel can go on with it.
+#[test]
+fn the_next_clusters_of_a_row_are_there() {
+    const CLUSTER: u64 = 4096;
+    const ROW: u64 = 24;
+    let runtime = Runtime::new();
+    let case = &cases()[0];
+    let memory = Memory::new(fresh(&runtime, case), 1, false);
+    let disk = opened(&runtime, &memory, case, true);
+    let its = disk.clone();
+    let places = runtime.block_on(async move {
+        // All at once, as a guest does.
+        let writes = (0..ROW).map(|number| {
+            let data = Bytes::copied(&sector(7).repeat(8)).unwrap();
+            its.write(number * CLUSTER, data, Attributes::default())
+        });
+        for written in join_all(writes).await {
+            written.unwrap();
+        }
+        its.places(0, SIZE).await.unwrap()
+    });
+    let places = places.unwrap();
+    let written: u64 = places
+        .iter()
+        .filter(|place| place.writable)
+        .map(|place| place.len)
+        .sum();
+    // The 16th was long enough a row to have as much again behind it.
+    assert_eq!(written, 32 * CLUSTER, "{places:?}");
 }

@@ -11,6 +11,7 @@
 use super::{Direct, Image, Told};
 use drivers::{Disk, Holder, Place};
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::io;
 use tapdev::abi::MAX_MAP_OPS;
 
@@ -18,6 +19,9 @@ use tapdev::abi::MAX_MAP_OPS;
 const WINDOW: u64 = 2 << 20;
 /// Windows that wait to be looked up. What is missed then is missed again.
 const WAITING: usize = 32;
+/// Windows behind one that was written that are looked up with it, as long as all of it may be written: what a guest has
+/// under way begins behind what is answered, and the driver may have made room there.
+const BEHIND: u32 = 4;
 /// What is told in one call: as much as the kernel takes.
 const PLACES: usize = MAX_MAP_OPS as usize;
 /// Bytes at the beginning of the disk that are looked up before something is asked: what has to be read for that from the
@@ -33,10 +37,17 @@ const WINDOWS_AHEAD: u64 = 8;
 pub(super) struct Missed {
     /// The image has the disk in parts.
     counts: Cell<bool>,
-    /// Where the windows begin.
-    windows: RefCell<Vec<u64>>,
+    windows: RefCell<Vec<Window>>,
     is_looking: Cell<bool>,
     ahead: Cell<Ahead>,
+}
+
+/// A part of the disk that is to be looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Window {
+    from: u64,
+    /// Those behind it that may be looked up with it.
+    behind: u32,
 }
 
 /// What was looked up before something was asked.
@@ -78,23 +89,27 @@ impl Missed {
     }
 
     /// The next windows of those.
-    fn more(&self, size: u64) -> Vec<u64> {
+    fn more(&self, size: u64) -> Vec<Window> {
         let mut ahead = self.ahead.get();
         let from = ahead.until;
         ahead.until += WINDOWS_AHEAD * WINDOW;
         self.ahead.set(ahead);
         (from..ahead.until.min(size))
             .step_by(WINDOW as usize)
+            .map(|from| Window { from, behind: 0 })
             .collect()
     }
 
-    fn add(&self, offset: u64, len: u64) {
+    fn add(&self, offset: u64, len: u64, behind: u32) {
         let mut windows = self.windows.borrow_mut();
         let (first, last) = (offset / WINDOW, offset.saturating_add(len - 1) / WINDOW);
         for window in first..=last {
             let from = window * WINDOW;
-            if windows.len() < WAITING && !windows.contains(&from) {
-                windows.push(from);
+            let has_room = windows.len() < WAITING;
+            match windows.iter_mut().find(|window| window.from == from) {
+                Some(known) => known.behind = known.behind.max(behind),
+                None if has_room => windows.push(Window { from, behind }),
+                None => {}
             }
         }
     }
@@ -102,9 +117,10 @@ impl Missed {
 
 impl Direct {
     /// This process has done a read or a write of the guest.
-    pub(crate) fn missed(&self, offset: u64, len: u64) {
+    pub(crate) fn missed(&self, offset: u64, len: u64, writes: bool) {
         if self.missed.counts.get() && len > 0 && self.may_tell() {
-            self.missed.add(offset, len);
+            self.missed
+                .add(offset, len, if writes { BEHIND } else { 0 });
         }
     }
 
@@ -157,11 +173,11 @@ impl Direct {
         &self,
         image: &Image,
         disk: &Disk,
-        windows: Vec<u64>,
+        windows: Vec<Window>,
     ) -> io::Result<Vec<Place>> {
         let era = self.era.get();
-        let mut all = Vec::new();
-        for from in windows {
+        let (mut windows, mut all) = (VecDeque::from(windows), Vec::new());
+        while let Some(Window { from, behind }) = windows.pop_front() {
             let len = WINDOW.min(image.size.saturating_sub(from));
             // Where there is nothing to tell, nothing is asked; and what has to be read for it is here then.
             if len == 0 || places(disk, from, len).await.is_empty() {
@@ -182,6 +198,15 @@ impl Direct {
             for some in found.chunks(PLACES) {
                 let told = some.iter().map(|place| image.set(place, generation));
                 image.mapper.maps(&told.collect::<Vec<_>>())?;
+            }
+            let next = Window {
+                from: from + len,
+                behind: behind.saturating_sub(1),
+            };
+            let goes_on = |last: &Place| last.writable && last.offset + last.len == next.from;
+            let is_known = windows.iter().any(|window| window.from == next.from);
+            if behind > 0 && !is_known && found.last().is_some_and(goes_on) {
+                windows.push_back(next);
             }
             all.append(&mut found);
         }

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Who writes cluster after cluster will want the next ones, too: they get their place along with those that are
+//! written, so that the kernel may write there by itself.
+//!
+//! They read as zeroes then as they did before, from clusters that do. What is never written is space that is lost until
+//! the guest discards it, so it is a part of what was written in a row.
+
+use super::entry::{Entry, Place};
+use super::image::{Image, Run};
+use super::write::Plan;
+use crate::Storage;
+use diskio::Errno;
+
+/// Bytes that get their place ahead of one write, at most.
+const MOST: u64 = 8 << 20;
+/// Clusters that a writer has to write in a row first.
+const FROM: u64 = 16;
+/// Writers that are told apart: a file system writes its journal between its files.
+const WRITERS: usize = 4;
+
+/// A writer in a row.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    /// The cluster of the disk that would be its next one.
+    next: u64,
+    /// The one behind those that have their place: the writes until there did not have to come here.
+    reach: u64,
+    /// Clusters so far.
+    count: u64,
+}
+
+/// Those that wrote last.
+#[derive(Debug, Default)]
+pub(crate) struct Rows(Vec<Row>);
+
+impl Rows {
+    /// Clusters from `first` on are to get a place: the beginning of a row, or what goes on with one. So many more may get
+    /// theirs, `most` at most.
+    fn add(&mut self, first: u64, count: u64, most: u64) -> u64 {
+        // What a guest writes may begin and end within a cluster.
+        let goes_on = |row: &Row| (row.next.saturating_sub(1)..=row.reach).contains(&first);
+        let known = self.0.iter().position(goes_on);
+        let known = known.map(|at| self.0.remove(at));
+        let next = known.map_or(0, |row| row.next).max(first + count);
+        let count = known.map_or(count, |row| row.count + next.saturating_sub(row.next));
+        let ahead = match count < FROM {
+            true => 0,
+            false => count.min(most),
+        };
+        let reach = known.map_or(next, |row| row.reach).max(next + ahead);
+        self.0.truncate(WRITERS - 1);
+        self.0.insert(0, Row { next, reach, count });
+        ahead
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// How many clusters may get their place ahead of a write that begins in cluster `first` and needs `count`.
+    pub(crate) fn wanted_ahead(&self, first: u64, count: u64) -> u64 {
+        if self.geometry.external {
+            // There everything has its place already.
+            return 0;
+        }
+        let most = MOST / self.geometry.cluster();
+        self.rows.borrow_mut().add(first, count, most)
+    }
+
+    /// How many clusters behind those of a plan can get their place with them, of those that are `wanted`.
+    pub(crate) fn can_be_ahead(&self, plan: &Plan, wanted: u64) -> Result<u64, Errno> {
+        let cluster = self.geometry.cluster();
+        let behind = plan.old.len() as u64;
+        let mut count = 0;
+        while count < wanted {
+            let number = behind + count;
+            let at = (plan.first + number) * cluster;
+            if at + cluster > self.size.get() {
+                break;
+            }
+            match self.entry(&plan.found, number)? {
+                Some(entry) if self.is_blank(&entry, at) => count += 1,
+                _ => break,
+            }
+        }
+        Ok(count)
+    }
+
+    /// A cluster reads as zeroes, and has no place.
+    fn is_blank(&self, entry: &Entry, at: u64) -> bool {
+        let (run, len) = self.runs(entry, 0);
+        let is_zero = match run {
+            Run::Zero => true,
+            Run::Below => self.is_bare(at),
+            Run::Data { .. } | Run::Packed { .. } => false,
+        };
+        is_zero && entry.place == Place::Nowhere && len == self.geometry.cluster()
+    }
+
+    /// Clusters behind those of a plan have got their place, which reads as zeroes, as they do.
+    pub(crate) fn place_ahead(&self, plan: &Plan, place: u64, count: u64) {
+        let behind = plan.old.len() as u64;
+        for number in 0..count {
+            let entry = Entry {
+                place: Place::Host {
+                    at: place + number * self.geometry.cluster(),
+                    owned: true,
+                },
+                alloc: self.geometry.all_parts(),
+                zero: 0,
+            };
+            self.set_entry(&plan.found, behind + number, &entry);
+        }
+    }
+}
