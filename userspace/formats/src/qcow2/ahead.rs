@@ -111,3 +111,46 @@ impl<S: Storage> Image<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Rows, FROM};
+
+    const MOST: u64 = 128;
+
+    #[test]
+    fn a_row_gets_as_much_as_it_has() {
+        let mut rows = Rows::default();
+        let ahead: Vec<u64> = (0..FROM + 2)
+            .map(|first| rows.add(first, 1, MOST))
+            .collect();
+        assert!(ahead[..FROM as usize - 1].iter().all(|count| *count == 0));
+        assert_eq!(ahead[FROM as usize - 1..], [FROM, FROM + 1, FROM + 2]);
+        assert_eq!(rows.add(FROM + 2, 1000, MOST), MOST);
+    }
+
+    /// What a guest writes begins where it likes, so that a cluster is of two requests; and who finds clusters there does
+    /// not come here.
+    #[test]
+    fn a_row_goes_on_within_a_cluster_and_behind_what_it_got() {
+        let mut rows = Rows::default();
+        assert_eq!(rows.add(0, FROM, MOST), FROM);
+        assert_eq!(rows.add(FROM - 1, 2, MOST), FROM + 1);
+        // The kernel wrote all that it got.
+        assert_eq!(rows.add(2 * FROM + 2, 1, MOST), 2 * FROM + 3);
+    }
+
+    #[test]
+    fn writers_are_told_apart_and_others_get_nothing() {
+        let mut rows = Rows::default();
+        for number in 0..FROM {
+            for writer in 0..4 {
+                let ahead = rows.add(writer * 1000 + number, 1, MOST);
+                assert_eq!(ahead > 0, number == FROM - 1);
+            }
+        }
+        for place in (0..1000).rev() {
+            assert_eq!(rows.add(5000 + place * 2, 1, MOST), 0);
+        }
+    }
+}
