@@ -139,7 +139,6 @@ pub fn tell_left_out(registry: &Registry, is_end: bool) {
             (None, Some(minor)) => About::disk(minor),
             (None, None) => About::default(),
         };
-        let of = minor.map_or("no disk".into(), |minor| format!("disk {minor}"));
-        log::tell_left_out(about, &of, count);
+        log::tell_left_out(about, count);
     }
 }

@@ -44,8 +44,11 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
-/// Says how many lines about something the [`Limit`] has left out.
-pub fn tell_left_out(about: About, of: &str, count: u64) {
+/// Says how many lines about a disk, or about none, the [`Limit`] has left out.
+pub fn tell_left_out(about: About, count: u64) {
+    let of = about
+        .minor
+        .map_or("no disk".into(), |minor| format!("disk {minor}"));
     tell!(
         warn,
         about,

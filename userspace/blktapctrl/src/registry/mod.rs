@@ -127,7 +127,7 @@ impl Registry {
         self.disks.borrow_mut().remove(&disk.minor);
         let left_out = self.limit.get().map_or(0, |limit| limit.gone(disk.minor));
         if left_out > 0 {
-            tell_left_out(disk.about(), &format!("disk {}", disk.minor), left_out);
+            tell_left_out(disk.about(), left_out);
         }
     }
 

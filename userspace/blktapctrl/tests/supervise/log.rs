@@ -84,6 +84,21 @@ impl Lines {
     }
 }
 
+/// What the supervisor of `bed` says from now on, as far as its disks may.
+fn limited(bed: &Bed) -> (Arc<Limit>, Lines, DefaultGuard) {
+    let limit = Arc::<Limit>::default();
+    let (lines, kept) = Lines::kept(&limit);
+    bed.registry().limit.set(limit.clone()).expect("once");
+    (limit, lines, kept)
+}
+
+/// A warning about a disk.
+fn refused(bed: &Bed, minor: u32, why: String) {
+    bed.registry()
+        .events
+        .add(Some(minor), What::Refused { why });
+}
+
 /// A disk of a guest that xenstore knows.
 async fn of_a_guest(bed: &Rc<Bed>) -> u32 {
     let directory = "backend/vbd/3/51728";
@@ -208,14 +223,9 @@ fn a_request_that_takes_long_is_said_once_and_its_end() {
 #[test]
 fn one_disk_cannot_flood_the_log() {
     test("flood", |bed| async move {
-        let limit = Arc::<Limit>::default();
-        let (lines, _kept) = Lines::kept(&limit);
-        bed.registry().limit.set(limit.clone()).expect("once");
+        let (limit, lines, _kept) = limited(&bed);
         let refused = |minor, number: u32| {
-            let why = format!("refused to {minor}: {number}");
-            bed.registry()
-                .events
-                .add(Some(minor), What::Refused { why });
+            refused(&bed, minor, format!("refused to {minor}: {number}"));
         };
         (0..1000).for_each(|number| refused(3, number));
         let written = lines.with("refused to 3").len();
@@ -252,27 +262,17 @@ fn one_disk_cannot_flood_the_log() {
 #[test]
 fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
     test("flood-gone", |bed| async move {
-        let limit = Arc::<Limit>::default();
-        let (lines, _kept) = Lines::kept(&limit);
-        bed.registry().limit.set(limit.clone()).expect("once");
+        let (_limit, lines, _kept) = limited(&bed);
         bed.image("a.img", "A");
         let minor = bed.made(bed.create("a.img")).await;
-        for number in 0..1000 {
-            let why = format!("refused: {number}");
-            bed.registry()
-                .events
-                .add(Some(minor), What::Refused { why });
-        }
+        (0..1000).for_each(|number| refused(&bed, minor, format!("refused: {number}")));
         // What is usual is said all the same.
         bed.destroy(minor).await;
         lines.one_with(&format!("disk {minor}: gone"));
         let told = lines.one_with("were left out of the log");
         told.assert_has(&[("minor", &minor.to_string())]);
         assert_eq!(bed.made(bed.create("a.img")).await, minor, "its number");
-        let why = "a warning of the next one".into();
-        bed.registry()
-            .events
-            .add(Some(minor), What::Refused { why });
+        refused(&bed, minor, "a warning of the next one".into());
         lines.one_with("a warning of the next one");
     });
 }
