@@ -3,10 +3,10 @@
 //! written, so that the kernel may write there by itself.
 //!
 //! They read as zeroes then as they did before, from clusters that do. What is never written is space that is lost until
-//! the guest discards it, so it is a part of what was written in a row.
+//! the guest discards it, so it is no more than was written in a row.
 
 use super::entry::{Entry, Place};
-use super::image::{Image, Run};
+use super::image::Image;
 use super::write::Plan;
 use crate::Storage;
 use diskio::Errno;
@@ -87,12 +87,7 @@ impl<S: Storage> Image<S> {
     /// A cluster reads as zeroes, and has no place.
     fn is_blank(&self, entry: &Entry, at: u64) -> bool {
         let (run, len) = self.runs(entry, 0);
-        let is_zero = match run {
-            Run::Zero => true,
-            Run::Below => self.is_bare(at),
-            Run::Data { .. } | Run::Packed { .. } => false,
-        };
-        is_zero && entry.place == Place::Nowhere && len == self.geometry.cluster()
+        self.is_zero(run, at) && entry.place == Place::Nowhere && len == self.geometry.cluster()
     }
 
     /// Clusters behind those of a plan have got their place, which reads as zeroes, as they do.

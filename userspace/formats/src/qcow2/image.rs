@@ -256,6 +256,15 @@ impl<S: Storage> Image<S> {
         below.as_ref().is_none_or(|below| guest >= below.size())
     }
 
+    /// A run from a byte on reads as zeroes.
+    pub(crate) fn is_zero(&self, run: Run, guest: u64) -> bool {
+        match run {
+            Run::Zero => true,
+            Run::Below => self.is_bare(guest),
+            Run::Data { .. } | Run::Packed { .. } => false,
+        }
+    }
+
     /// A place where data may be written: no L2 entry of a sound image leads into the tables that
     /// everything hangs on.
     pub(crate) fn check_place(&self, at: u64, len: u64) -> Result<(), Errno> {

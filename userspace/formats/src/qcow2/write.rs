@@ -322,10 +322,8 @@ impl<S: Storage> Image<S> {
         let mut at = range.start;
         while at < range.end {
             let (run, len, _) = self.map(at, range.end - at).await?;
-            match run {
-                Run::Zero => {}
-                Run::Below if self.is_bare(at) => {}
-                _ => return Ok(false),
+            if !self.is_zero(run, at) {
+                return Ok(false);
             }
             at += len;
         }

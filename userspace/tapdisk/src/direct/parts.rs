@@ -43,7 +43,7 @@ pub(super) struct Missed {
 }
 
 /// A part of the disk that is to be looked up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 struct Window {
     from: u64,
     /// Those behind it that may be looked up with it.
