@@ -26,6 +26,8 @@ pub(crate) enum Store {
     Image(&'static str),
     /// The same that holds this file system with one file. All of that has a place in it.
     File(&'static str),
+    /// The same with a file below that has all of the disk, and a new qcow2 image over it.
+    Clone(&'static str),
 }
 
 /// How the jobs reach the store.
@@ -116,6 +118,7 @@ pub(crate) const ALL: &[Backend] = &[
     entry("tap-qcow2", "tap:qcow2", Driver::Ours, Store::Image("qcow2"), Way::Tap("qcow2:{}", "uring"), Set::Full),
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", Driver::None, Store::Image("qcow2"), Way::Guest(QDISK_QCOW2), Set::Full),
     entry("tap-direct-qcow2", "tap:qcow2, executed by the kernel", Driver::Ours, Store::Image("qcow2"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
+    entry("tap-clone", "tap:qcow2, a new image over a file on ext4, executed by the kernel", Driver::Ours, Store::Clone("ext4"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
     entry("tap-vhd", "tap:vhd", Driver::Ours, Store::Image("vpc"), Way::Tap("vhd:{}", "uring"), Set::Full),
     entry("tap-direct-vhd", "tap:vhd, executed by the kernel", Driver::Ours, Store::Image("vpc"), Way::Tap("direct=yes,vhd:{}", "uring"), Set::Full),
     entry("tap-null", "tap:null, no storage", Driver::Ours, Store::Memory, Way::Tap("null:256M", "uring"), Set::Named),

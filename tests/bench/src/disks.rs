@@ -2,7 +2,7 @@
 //! What the disks stand on, and who serves them.
 
 use crate::backends::{Driver, Store};
-use crate::sh;
+use crate::{booted, sh};
 use anyhow::Result;
 use std::path::Path;
 
@@ -17,6 +17,8 @@ const FILE: &str = "/dev/shm/bench.img";
 /// Where a file system is mounted, and its file.
 const MOUNT: &str = "/run/bench";
 const MOUNTED: &str = "/run/bench/bench.img";
+/// What is below an image there.
+const BELOW: &str = "/run/bench/below.img";
 /// The drivers that are compared, as modules.
 const MODULES: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
 /// The drivers must come and go when we say so, not when a disk appears.
@@ -45,7 +47,8 @@ impl Stores {
         } else {
             None
         };
-        let is_image = |store: &Store| matches!(store, Store::Image(_) | Store::File(_));
+        let is_image =
+            |store: &Store| matches!(store, Store::Image(_) | Store::File(_) | Store::Clone(_));
         let image = match wanted.iter().any(is_image) {
             true => Some(null_blk("image", IMAGE_MIB)?),
             false => None,
@@ -71,7 +74,7 @@ impl Stores {
             Store::Memory => &self.memory,
             Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
             Store::Image(_) => self.image(),
-            Store::File(_) => MOUNTED,
+            Store::File(_) | Store::Clone(_) => MOUNTED,
         }
     }
 
@@ -91,13 +94,26 @@ impl Stores {
                 sh::run(&[&convert[..], &[&self.memory, image]].concat()).map(drop)
             }
             Store::File(kind) => {
-                unmount()?;
-                sh::run(&["wipefs", "--quiet", "--all", image])?;
-                sh::run(&[&format!("mkfs.{kind}"), "-q", image])?;
-                std::fs::create_dir_all(MOUNT)?;
-                sh::run(&["mount", image, MOUNT])?;
-                fill(MOUNTED, SIZE_MIB)
+                mount(kind, image)?;
+                copy(&self.memory, MOUNTED)
             }
+            Store::Clone(kind) => {
+                mount(kind, image)?;
+                copy(&self.memory, BELOW)?;
+                sh::run(&["chmod", "a-w", BELOW])?;
+                let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw"];
+                sh::run(&[&over[..], &["-b", BELOW, MOUNTED]].concat()).map(drop)
+            }
+        }
+    }
+
+    /// Makes the disk one that a system boots from, on all stores that are prepared after this.
+    pub(crate) fn put_system(&self) -> Result<()> {
+        unmount()?;
+        booted::put_system(&self.memory)?;
+        match &self.of_loop {
+            Some(_) => copy(&self.memory, FILE),
+            None => Ok(()),
         }
     }
 
@@ -124,6 +140,30 @@ fn null_blk(name: &str, mib: u32) -> Result<String> {
 /// The one before may have had a file system there.
 fn unmount() -> Result<()> {
     sh::shell(&format!("! mountpoint -q {MOUNT} || umount {MOUNT}")).map(drop)
+}
+
+/// Makes a file system of a device, and mounts it.
+fn mount(kind: &str, device: &str) -> Result<()> {
+    unmount()?;
+    sh::run(&["wipefs", "--quiet", "--all", device])?;
+    sh::run(&[&format!("mkfs.{kind}"), "-q", device])?;
+    std::fs::create_dir_all(MOUNT)?;
+    sh::run(&["mount", device, MOUNT]).map(drop)
+}
+
+/// Writes all that a disk has to a file, which gets a place for all of it.
+fn copy(disk: &str, file: &str) -> Result<()> {
+    let (from, to) = (format!("if={disk}"), format!("of={file}"));
+    let words = [
+        "dd",
+        &from,
+        &to,
+        "bs=1M",
+        "iflag=direct",
+        "conv=notrunc",
+        "status=none",
+    ];
+    sh::run(&words).map(drop)
 }
 
 fn loop_device() -> Result<String> {

@@ -3,6 +3,7 @@
 //! each backend does the same work.
 
 use crate::backends::{Backend, Set, Way};
+use crate::booted::SYSTEM_MIB;
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub(crate) enum Work {
     Bonnie,
     /// A file of `count` MiB is copied to a new ext4.
     CopyFile,
+    /// What a guest does with its disk when it boots: it reads `count` MiB of files.
+    Boot,
     /// All disks appear at once.
     Attach,
     /// All disks go at once.
@@ -109,11 +112,13 @@ const fn entry(
 }
 
 use Setting::{Disks, Plain, Queues, Shared};
-use Work::{Attach, Bonnie, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
+use Work::{Attach, Bonnie, Boot, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 
 /// All jobs.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Job] = &[
+    // First of all: the others write to the disk.
+    entry("boot", "a system boots for the first time: 60 MiB of files are read, and a log is written", Boot, SYSTEM_MIB, Plain, Set::Full),
     entry("rr4k-qd32", "4 KiB random read, depth 32", Fio(RR4K, 1), 6000, Plain, Set::Quick),
     entry("rw4k-qd32", "4 KiB random write, depth 32", Fio("--rw=randwrite --bs=4k --iodepth=32", 1), 6000, Plain, Set::Full),
     entry("rr4k-qd1", "4 KiB random read, depth 1", Fio(RR4K_1, 1), 1500, Plain, Set::Quick),
@@ -166,7 +171,7 @@ impl Job {
             Attach | Detach => 3,
             // From one to the next it takes 16 to 22 ms.
             Death => 20,
-            CopyFile | Handoff | Takeover => 3,
+            Boot | CopyFile | Handoff | Takeover => 3,
             // Our queues look for the next request before they sleep, and when depends on the attach.
             Fio(words, _) if words.ends_with("--iodepth=1") => 3,
             // Where others do the I/O, who batches how much hangs on who comes first: 12 % from visit
@@ -193,6 +198,7 @@ impl Job {
         match self.work {
             Fio(..) => "I/O",
             Bonnie | CopyFile => "MiB of the file",
+            Boot => "MiB of files",
             Attach | Detach => "disk",
             Idle => "disk and second",
             Death => "death",

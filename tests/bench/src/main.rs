@@ -6,6 +6,7 @@
 
 mod backends;
 mod bonnie;
+mod booted;
 mod copied;
 mod disks;
 mod guest;

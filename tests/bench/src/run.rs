@@ -13,7 +13,7 @@ use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
 use crate::tap::{self, Supervisor};
-use crate::{bonnie, copied, sh, trace};
+use crate::{bonnie, booted, copied, sh, trace};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -265,6 +265,9 @@ impl Bench<'_> {
     /// Jobs on one disk that xl attaches, or on its store in dom0.
     fn plain(&mut self, backend: &Backend, jobs: &[Job], visit: Visit) -> Result<()> {
         let store = self.stores.path(backend.store).to_owned();
+        if jobs.iter().any(|job| job.work == Work::Boot) {
+            self.stores.put_system()?;
+        }
         self.stores.prepare(backend.store)?;
         let (device, supervisor) = self.attach(backend, &store)?;
         for job in jobs {
@@ -279,6 +282,7 @@ impl Bench<'_> {
                 Work::Bonnie => {
                     bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
                 }
+                Work::Boot => long(booted::measure(&mut place, job, &device, self.marks)?),
                 Work::CopyFile => long(copied::measure(&mut place, job, &device, self.marks)?),
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 Work::Handoff | Work::Takeover | Work::Move => {
@@ -434,7 +438,9 @@ fn fits(backend: &Backend, job: &Job) -> bool {
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
         // What shares a processor there is dom0 with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,
-        (Setting::Plain, _) => true,
+        (Setting::Plain, Work::Boot) => backend.way != Way::Native,
+        // What is not in the image of a clone is there for its first boot.
+        (Setting::Plain, _) => !matches!(backend.store, Store::Clone(_)),
         (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,
     }
 }
