@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk in a thread, and its image.
 
-// Not every test uses everything.
+// Tests of other packages use some of this.
 #![allow(dead_code)]
 
 pub(crate) mod guest;

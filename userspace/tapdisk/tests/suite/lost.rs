@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What was written and cannot be made durable is told to everybody who relies on it, over a pause too.
 
-mod common;
-
-use common::{Image, Process, SIZE};
+use crate::common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
@@ -23,7 +21,7 @@ struct Losing {
 
 impl Driver for Losing {
     async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(common::shape(true))
+        Ok(crate::common::shape(true))
     }
     fn fence(&self) -> Fence {
         Fence::Local

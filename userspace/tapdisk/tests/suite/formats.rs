@@ -2,11 +2,9 @@
 //! Images with tables of their own, alone and over others, as a guest sees them: whenever the process dies,
 //! what was answered is there, and QEMU's tools find nothing wrong.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, file, steps, Folder, Served, SIZE};
-use common::Process;
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
+use crate::common::Process;
 use control::tapdisk::{Open, Reply, Request};
 use control::{Code, Driver};
 use ring::response::Status as Answer;

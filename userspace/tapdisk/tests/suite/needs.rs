@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk asks for what it cannot open itself.
 
-mod common;
-
-use common::{needs, Image, Process, SIZE};
+use crate::common::{needs, Image, Process, SIZE};
 use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
 use control::wire::{encode, Envelope};
 use control::{Channel, Code, Failure};

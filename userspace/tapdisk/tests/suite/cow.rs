@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk whose guest writes into memory, over an image that stays as it is.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, give, holds, steps, Folder, SIZE};
-use common::Process;
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, give, holds, steps, Folder, SIZE};
+use crate::common::Process;
 use control::tapdisk::{Disk, Open, Reply, Request};
 use control::{Channel, Code, Failure};
 use ring::response::Status as Answer;

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image of a disk takes over what is below it, beside its guest and whatever becomes of its process.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, file, steps, Folder, Served, SIZE};
-use common::Process;
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
+use crate::common::Process;
 use control::stats::{Stream, Streaming};
 use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
@@ -466,7 +464,7 @@ impl Driver for Slow {
                 align: self.unit,
                 ..Limits::default()
             },
-            ..common::shape(false)
+            ..crate::common::shape(false)
         })
     }
     fn fence(&self) -> Fence {

@@ -2,10 +2,8 @@
 //! A tapdisk in a thread, with the kernel's own shadow and a guest in another one: what is written
 //! is read, whatever the engine, and whenever the process dies.
 
-mod common;
-
-use common::guest::{step, Guest, Step};
-use common::{Image, Process, SECTORS, SIZE};
+use crate::common::guest::{step, Guest, Step};
+use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Disk, Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use proptest::prelude::*;

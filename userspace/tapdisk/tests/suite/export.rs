@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk serves an export of QEMU's server, over connections that the supervisor makes.
 
-mod common;
-
-use common::Process;
+use crate::common::Process;
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
 use ring::tap::shadow::Op;
@@ -132,7 +130,7 @@ fn given(what: &Needed, socket: &Path) -> Option<OwnedFd> {
 fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
     let mut known = 0;
     while times > 0 {
-        for need in common::needs(channel, known) {
+        for need in crate::common::needs(channel, known) {
             known = known.max(need.number);
             let given = given(&need.what, socket);
             let provided = match &given {

@@ -2,10 +2,8 @@
 //! A process lets go of its disk and another one takes it, while the guest has requests under way: each is
 //! executed once, by the one or by the other.
 
-mod common;
-
-use common::guest::{step, Guest, Step};
-use common::{Image, Process, SECTORS, SIZE};
+use crate::common::guest::{step, Guest, Step};
+use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use proptest::prelude::*;

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk goes on in a new image over the one that it has, which keeps what the disk was.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, file, holds, steps, Folder, Served, SIZE};
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, file, holds, steps, Folder, Served, SIZE};
 use control::tapdisk::{Disk, Needed, Reply, Request};
 use control::Code;
 use ring::response::Status as Answer;

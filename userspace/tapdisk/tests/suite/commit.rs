@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image below takes over what the one of the disk has itself, while the guest works, and the disk goes on there.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, file, give, holds, steps, Folder, Served, SIZE};
-use common::Process;
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, file, give, holds, steps, Folder, Served, SIZE};
+use crate::common::Process;
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Reply, Request};
 use control::{Channel, Code, Failure};

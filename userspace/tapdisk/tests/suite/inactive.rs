@@ -2,9 +2,7 @@
 //! A guest that moves has a disk on either side: one at a time uses the image, nothing of what was asked
 //! is lost, and nothing is read that is old.
 
-mod common;
-
-use common::{needs, Image, Process, SIZE};
+use crate::common::{needs, Image, Process, SIZE};
 use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request, Stamp, State};
 use control::{Channel, Code, Failure};
 use ring::response::Status;

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images whose I/O may be over later than the process.
 
-mod common;
-
-use common::{Image, Process, SECTORS, SIZE};
+use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io, Op, Region, Runtime};
@@ -38,7 +36,7 @@ fn behind(settle_ms: u32) -> Elsewhere {
 
 impl Driver for Elsewhere {
     async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(common::shape(true))
+        Ok(crate::common::shape(true))
     }
     fn fence(&self) -> Fence {
         self.fence

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A guest that asks for more than its disk may do.
 
-mod common;
-
-use common::{Image, Process, SIZE};
+use crate::common::{Image, Process, SIZE};
 use control::stats::Stats;
 use control::tapdisk::{Engine, Open, Reply, Request, Rules, State};
 use control::{Code, Limits, Pace, Share, Used};

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kernel is told that it may do by itself, and when that is taken back.
 
-mod common;
-
-use common::{Process, SECTORS, SIZE};
+use crate::common::{Process, SECTORS, SIZE};
 use control::tapdisk::{OnError, Open, Reply, Request, Rules, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io};
@@ -157,7 +155,7 @@ impl Driver for Served {
         Ok(Shape {
             discard: Some(512),
             size: self.device.first_size,
-            ..common::shape(true)
+            ..crate::common::shape(true)
         })
     }
     fn fence(&self) -> Fence {

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where a guest writes is noted, over deaths of its process.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, file, steps, Folder, SIZE};
-use common::watched::{Raw, Watched};
-use common::{needs, Image, Process};
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, file, steps, Folder, SIZE};
+use crate::common::watched::{Raw, Watched};
+use crate::common::{needs, Image, Process};
 use control::tapdisk::{Engine, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
@@ -178,7 +176,10 @@ fn notes_end_and_are_refused_without_a_map() {
 /// The kernel would write without a note.
 #[test]
 fn the_kernel_writes_nothing_by_itself_meanwhile() {
-    let (fake, image) = (Fake::new(16).expect("a node"), Image::new(common::SIZE));
+    let (fake, image) = (
+        Fake::new(16).expect("a node"),
+        Image::new(crate::common::SIZE),
+    );
     fake.back(1);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     fake.wait_for_map_ops(2);

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk over NBD: by hand where it matters what bytes are sent, and by QEMU's tools.
 
-mod common;
-
-use common::images::qemu::has_qemu;
-use common::{Image, Process, SIZE};
+use crate::common::images::qemu::has_qemu;
+use crate::common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Reply, Request};
 use control::Code;
 use ring::tap::shadow::Op;

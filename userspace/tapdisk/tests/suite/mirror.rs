@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk is copied to another image while its guest works, and goes on there.
 
-mod common;
-
-use common::guest::{Guest, Step};
-use common::images::{answered, file, steps, Folder, Served, SIZE};
-use common::Process;
+use crate::common::guest::{Guest, Step};
+use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
+use crate::common::Process;
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Open, Reply, Request};
 use control::{Code, Failure};

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All data of a disk is read in the background.
 
-mod common;
-
-use common::{Image, Process};
+use crate::common::{Image, Process};
 use control::stats::{Scrub, Stats};
 use control::tapdisk::{Call, Engine, Open, Reply, Request, Trouble};
 use control::Failure;
@@ -171,7 +169,7 @@ impl Driver for Unmapped {
     async fn activate(&self) -> Result<Shape, Failure> {
         Ok(Shape {
             size: SIZE,
-            ..common::shape(false)
+            ..crate::common::shape(false)
         })
     }
     fn fence(&self) -> Fence {

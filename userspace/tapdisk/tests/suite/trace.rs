@@ -2,11 +2,9 @@
 //! What is asked of a disk is written down, and no trace makes a disk fail. That a trace says what the disk becomes is in
 //! the tests of `tapimg replay`.
 
-mod common;
-
-use common::images::{answered, file, Folder};
-use common::watched::{give, Raw, Watched};
-use common::{Image, Process};
+use crate::common::images::{answered, file, Folder};
+use crate::common::watched::{give, Raw, Watched};
+use crate::common::{Image, Process};
 use control::tapdisk::{Engine, Reply, Request};
 use control::{Channel, Code};
 use ring::response::Status as Answer;
@@ -29,7 +27,7 @@ fn create(path: &Path) -> File {
         mark: 0x0246_8ace_1357_9bdf,
         started_ms: 1,
         started_ns: 0,
-        sectors: common::SECTORS,
+        sectors: crate::common::SECTORS,
         minor: 0,
     };
     let mut options = File::options();
@@ -98,7 +96,7 @@ fn each_request_is_there_with_what_became_of_it() {
     answered(&fake, Op::Read, 8, &[0; 1024]);
     let tag = fake.send(Op::Write, 16, &[7; 512], true).expect("sent");
     assert_eq!(fake.answer(tag, 0).expect("answer").0, Answer::Okay);
-    let behind = common::images::SIZE / 512;
+    let behind = crate::common::images::SIZE / 512;
     let tag = fake.send(Op::Write, behind, &[7; 512], false);
     let (status, _) = fake.answer(tag.expect("sent"), 0).expect("answer");
     assert_eq!(status, Answer::Error);
@@ -162,7 +160,10 @@ fn what_a_dead_process_had_is_there() {
 /// The kernel would execute requests that nobody writes down.
 #[test]
 fn the_kernel_does_nothing_by_itself_meanwhile() {
-    let (fake, image) = (Fake::new(16).expect("a node"), Image::new(common::SIZE));
+    let (fake, image) = (
+        Fake::new(16).expect("a node"),
+        Image::new(crate::common::SIZE),
+    );
     fake.back(1);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     fake.wait_for_map_ops(2);
@@ -262,7 +263,10 @@ fn a_full_storage_ends_the_trace_and_not_the_disk() {
     };
     let path = small.root.join("t");
     let file = create(&path);
-    let (fake, image) = (Fake::new(16).expect("a node"), Image::new(common::SIZE));
+    let (fake, image) = (
+        Fake::new(16).expect("a node"),
+        Image::new(crate::common::SIZE),
+    );
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     trace(&mut process, &file);
     for number in 0..16 {

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The process as others see it: one program, which is linked once.
+
+mod commit;
+#[path = "../common/mod.rs"]
+mod common;
+mod cow;
+mod direct;
+mod export;
+mod fence;
+mod formats;
+mod handoff;
+mod inactive;
+mod limits;
+mod lost;
+mod mirror;
+mod nbd;
+mod needs;
+mod notes;
+mod order;
+mod overlay;
+mod program;
+mod scrub;
+mod serve;
+mod stream;
+mod trace;
