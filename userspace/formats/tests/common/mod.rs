@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images in memory that remember each write, and disks that are compared with what they must hold.
-#![allow(dead_code, unused_imports, reason = "not every test uses everything")]
 
 pub(crate) mod history;
 pub(crate) mod places;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What QEMU's tools write we read, and what we write they find to be right.
 
+use super::memory::{exercise, read_all, sector, Chance, Kind};
 use crate::common::tools::{command, folder, has_qemu, tool_in as tool};
-use crate::memory::{exercise, read_all, sector, Chance, Kind};
 use diskio::{Bytes, File, Runtime};
 use drivers::{Attributes, Content, Disk, Driver, Raw};
 use formats::qcow2::{create, header, snapshots, Backing, Compression, Plan, Qcow2};

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Differencing images, which QEMU neither makes nor reads: over images that it made, beside a model.
 
-use crate::build::{
+use super::build::{
     self, spelled, Plan, DATA_GUID, HEADERS, MIB, MISSING, PARTLY, PRESENT, UNDEFINED, UNMAPPED,
     ZERO,
 };
+use super::oracle;
 use crate::common::tools::{file, folder, has_qemu, parent, parent_number, whole, PARENT_SIZE};
 use crate::common::{run, seeds, Chance, Content, World};
-use crate::oracle;
 use control::{Code, Failure};
 use diskio::{File, Io, Runtime};
 use drivers::{Content as Held, Disk, Raw};

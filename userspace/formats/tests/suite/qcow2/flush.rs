@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a flush does beside making an image durable: clusters that are not used any more become free.
 
-use crate::memory::{sector, Event, Memory};
+use super::memory::{sector, Event, Memory};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::{check, create, Findings, Plan, Qcow2};

@@ -2,8 +2,8 @@
 //! Images that want to do harm: whatever they say, nothing panics, nothing goes on for ever, and no more
 //! memory is used than is allowed.
 
+use super::memory::{read_all, sector, Chance, Memory};
 use crate::common::seeds;
-use crate::memory::{read_all, sector, Chance, Memory};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::{create, header, snapshots, Plan, Qcow2};

@@ -7,7 +7,7 @@ use sim::frontend::BAD_GREF;
 use sim::machine::Setup;
 use sim::spec::{Expect, Gref, Spec};
 
-use crate::{each, requests, unchanged};
+use super::{each, requests, unchanged};
 
 #[test]
 fn h09_segment_counts_out_of_range_are_errors() {

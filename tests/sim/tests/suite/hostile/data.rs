@@ -8,7 +8,7 @@ use sim::frontend::{BAD_GREF, RING_GREF};
 use sim::machine::Setup;
 use sim::spec::{Expect, Gref, Spec};
 
-use crate::{closes_cleanly, each, requests, settle, unchanged};
+use super::{closes_cleanly, each, requests, settle, unchanged};
 
 #[test]
 fn h23_bad_grants_fail_their_request_only() {

@@ -3,8 +3,6 @@
 //! that want to do harm.
 
 mod alone;
-#[path = "../common/mod.rs"]
-mod common;
 mod crash;
 mod device;
 mod flush;

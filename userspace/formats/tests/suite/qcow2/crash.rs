@@ -2,11 +2,11 @@
 //! A process may die, and power may fail, between any two writes to an image: what was answered is there,
 //! what was flushed is there, and nothing is read that was never written there.
 
-use crate::common::seeds;
-use crate::common::tools::{command, folder, has_qemu, Pattern, PARENT_BACKING};
-use crate::memory::{
+use super::memory::{
     allowed, apply, exercise, read_all, sector, stamps, Chance, Event, History, Memory,
 };
+use crate::common::seeds;
+use crate::common::tools::{command, folder, has_qemu, Pattern, PARENT_BACKING};
 use diskio::Runtime;
 use drivers::{Disk, Driver};
 use formats::qcow2::{create, Backing, Plan, Qcow2};

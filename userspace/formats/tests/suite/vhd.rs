@@ -2,16 +2,14 @@
 //! VHD: what others wrote is read, what we write they read, and nothing is lost or shown that should
 //! not be.
 
-mod common;
-
-use common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
-use common::places::{told_is_sure, told_stays_true};
-use common::tools::{
+use crate::common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
+use crate::common::places::{told_is_sure, told_stays_true};
+use crate::common::tools::{
     content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
     parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
     try_wrong, whole, PARENT_SIZE,
 };
-use common::{run, seeds, Chance, Content, What, World, SECTOR};
+use crate::common::{run, seeds, Chance, Content, What, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};

@@ -11,7 +11,7 @@ use sim::ring::FakeRing;
 use sim::spec::{Expect, Spec};
 use sim::world::{Storage, World};
 
-use crate::{closes_cleanly, each, settle, unchanged};
+use super::{closes_cleanly, each, settle, unchanged};
 
 #[test]
 fn h01_a_producer_index_beyond_the_ring_stops_it_for_good() {

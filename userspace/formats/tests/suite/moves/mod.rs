@@ -2,13 +2,11 @@
 //! A guest that moves between two hosts over one image: whoever goes on with it finds all that the other one has
 //! written, and nothing older. By random schedules, in which each rule can be switched off and must then be missed.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod guest;
 mod hosts;
 
-use common::tools::{parent, parent_number, PARENT_SIZE};
-use common::{run, seeds, Content, Memory, World};
+use crate::common::tools::{parent, parent_number, PARENT_SIZE};
+use crate::common::{run, seeds, Content, Memory, World};
 use drivers::Disk;
 use formats::{qcow, qcow2, vhd, vmdk, Options, Parts};
 use hosts::{look_while_it_grows, move_about, Counts, Format, Rules};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image below gets another name: whatever the header has room for, and whenever it ends.
 
-use crate::memory::{apply, Event, Memory};
+use super::memory::{apply, Event, Memory};
 use diskio::Runtime;
 use formats::qcow2::{create, header, set_backing, Backing, Header, Plan};
 

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images over images of any format, found by the names in their headers.
 
-mod common;
-
-use common::tools::folder;
+use crate::common::tools::folder;
 use control::Failure;
 use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk, Raw};
@@ -35,7 +33,7 @@ impl Folder {
     }
 
     fn open(&self, path: &Path, writable: bool) -> File {
-        common::tools::file(&self.io, path, writable)
+        crate::common::tools::file(&self.io, path, writable)
     }
 
     /// The names of what was asked for, with `w` before those that were to be written.

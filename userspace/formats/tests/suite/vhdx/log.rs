@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images that were not closed: what their log has is shown as if it had been replayed, which QEMU does.
 
-use crate::build::{
+use super::build::{
     self, header, log, open_log, seal, seal_in, Change, Entry, Plan, BAT, HEADERS, LOG, LOG_GUID,
     METADATA, MIB, MISSING, PRESENT, SECTOR, UNMAPPED, ZERO,
 };
+use super::oracle;
 use crate::common::tools::{command, content, file, folder, has_qemu, text, tool};
 use crate::common::{run, seeds, Chance, Content, World};
-use crate::oracle;
 use diskio::Runtime;
 use formats::vhdx::unreplayed;
 use std::fs;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image on a device, which does not grow.
 
-use crate::memory::{sector, stamps, Memory};
+use super::memory::{sector, stamps, Memory};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::{check, create, Findings, Plan, Qcow2};

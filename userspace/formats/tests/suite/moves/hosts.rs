@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The hosts: who has the image when, and what each of them knows of it.
 
+use super::guest::{Guest, Request};
 use crate::common::{Chance, Content, Memory, World};
-use crate::guest::{Guest, Request};
 use diskio::{Errno, Runtime};
 use drivers::Disk;
 use std::future::poll_fn;

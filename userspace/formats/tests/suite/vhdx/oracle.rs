@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! QEMU's tools as a second opinion: what they write is read, and what the tests build is an image to them, too.
 
-use crate::build::{self, Plan, MIB, MISSING, PRESENT, UNMAPPED, ZERO};
+use super::build::{self, Plan, MIB, MISSING, PRESENT, UNMAPPED, ZERO};
 use crate::common::tools::{content, file, folder, has_qemu, text, tool, whole};
 use crate::common::{seeds, Chance};
 use diskio::{Errno, Runtime};

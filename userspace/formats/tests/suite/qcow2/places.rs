@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kernel is told of places stays true; what others have too is not told.
 
+use super::crash::{
+    below, cases, checked, first, fresh, opened, options, parts, Case, SECTORS, SIZE,
+};
+use super::memory::{read_all, sector, stamps, Memory, SECTOR};
 use crate::common::history::Trial;
 use crate::common::places::{told_is_sure, Host, Subject};
 use crate::common::tools::{folder, has_qemu, tool_in, PARENT_BACKING};
 use crate::common::{seeds, Content};
-use crate::crash::{
-    below, cases, checked, first, fresh, opened, options, parts, Case, SECTORS, SIZE,
-};
-use crate::memory::{read_all, sector, stamps, Memory, SECTOR};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::Qcow2;

@@ -2,7 +2,7 @@
 //! Images that want to do harm: whatever they say, nothing panics, nothing goes on for ever, and no more memory is
 //! used than is allowed.
 
-use crate::build::{
+use super::build::{
     self, guid, header, log, open_log, seal_in, Change, Entry, Plan, BAT, HEADERS, ITEMS, LOG_GUID,
     METADATA, MIB, PARTLY, PRESENT, REGIONS, SECTOR,
 };

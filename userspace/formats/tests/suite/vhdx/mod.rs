@@ -2,8 +2,6 @@
 //! VHDX: what others wrote is read, whatever its log says, and nothing that is wrong does harm.
 
 mod build;
-#[path = "../common/mod.rs"]
-mod common;
 mod hostile;
 mod log;
 mod oracle;

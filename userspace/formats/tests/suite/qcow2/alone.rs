@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image comes to need the one below it no more, whenever power fails.
 
-use crate::crash::{cases, fresh, opened, SIZE};
-use crate::memory::{apply, sector, Event, Memory};
-use crate::rename::{header_of, torn};
+use super::crash::{cases, fresh, opened, SIZE};
+use super::memory::{apply, sector, Event, Memory};
+use super::rename::{header_of, torn};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::Attributes;
 

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! What is tried with the real engine and a machine that is not there: one program, which is linked once.
+
+mod causes;
+mod closing;
+mod hostile;
+mod kept;
+mod mapped;
+mod mapped_negative;
+mod moves;
+mod moves_negative;
+mod negative;
+mod pages;
+mod random;
+mod shares;
+mod tap;
+mod tap_negative;
+mod times;
+mod worth;
