@@ -137,9 +137,11 @@ fn load_modules(dir: &Path, parameters: &BTreeMap<String, String>) -> Result<()>
                 0,
             )
         };
+        if rc == 0 {
+            continue;
+        }
         let error = std::io::Error::last_os_error();
         match error.raw_os_error() {
-            _ if rc == 0 => {}
             Some(libc::EEXIST) => {}
             // What a processor could do faster: ext4 of Linux 6.1 asks for it by the way, and does without.
             Some(libc::ENODEV) => eprintln!("agent: {} is not for this machine", file.display()),
