@@ -385,6 +385,28 @@ pub(crate) fn pause_fails_only_if_something_is_lost(
     assert!((2..8).contains(&failed), "{failed}");
 }
 
+/// What a first table leads to is inside of the image, also if the power is lost before anything was flushed.
+pub(crate) fn first_write_survives_a_cut(first: &[Content], open: &dyn Fn(&World) -> Disk) {
+    let world = World::new(first.to_vec());
+    let disk = open(&world);
+    super::run(async move {
+        disk.activate().await.unwrap();
+        let bytes = Bytes::copied(&stamp(5, 0)).unwrap();
+        disk.write(0, bytes, Attributes::default()).await.unwrap();
+    });
+    super::history::every_cut(first, &world.log(), 0, |files, when| {
+        let disk = open(&World::new(files));
+        super::run(async move {
+            disk.activate().await.unwrap();
+            let data = Data::zeroed(SECTOR).unwrap();
+            let read = disk.read(0, data.clone()).await;
+            assert!(read.is_ok(), "{read:?} {when}");
+            let found = super::history::number(&data.to_vec(), 0);
+            assert!(matches!(found, Some(0 | 5)), "{found:?} {when}");
+        });
+    });
+}
+
 /// A loss of power leaves what the parent has or what was written, and nothing else: `len` bytes are written
 /// twice, to places that are not next to each other.
 pub(crate) fn parent_or_new_after_a_cut(

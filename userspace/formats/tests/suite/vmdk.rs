@@ -2,12 +2,12 @@
 //! VMDK: what others wrote is read, what we write they read, and nothing is lost or shown that should
 //! not be.
 
-use crate::common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
+use crate::common::history::{lost_flush_is_told, stamp, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
-    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
-    parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
-    try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder, has_qemu, parent,
+    parent_number, parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble,
+    text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use crate::common::{run, seeds, Chance, Content, World, SECTOR};
 use control::Code;
@@ -90,28 +90,12 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
     }
 }
 
-/// What the first table leads to is inside of the image, also if the power is lost before anything was flushed.
 #[test]
 fn first_write_survives_the_loss_of_power() {
-    let world = World::new(image(&make(Form::MonolithicSparse, SIZE, false)));
-    let first = world.files();
-    let disk = open(&world, false);
-    run(async move {
-        disk.activate().await.unwrap();
-        let bytes = Bytes::copied(&stamp(5, 0)).unwrap();
-        disk.write(0, bytes, Attributes::default()).await.unwrap();
-    });
-    every_cut(&first, &world.log(), 0, |files, when| {
-        let disk = open(&World::new(files), false);
-        run(async move {
-            disk.activate().await.unwrap();
-            let data = Data::zeroed(SECTOR).unwrap();
-            let read = disk.read(0, data.clone()).await;
-            assert!(read.is_ok(), "{read:?} {when}");
-            let found = number(&data.to_vec(), 0);
-            assert!(matches!(found, Some(0 | 5)), "{found:?} {when}");
-        });
-    });
+    first_write_survives_a_cut(
+        &image(&make(Form::MonolithicSparse, SIZE, false)),
+        &|world| open(world, false),
+    );
 }
 
 /// Opens the image at `path` with the extents that it names.
