@@ -22,7 +22,8 @@ pub(super) fn cases() -> Vec<Case> {
         beside,
     )
     .supervised()
-    .no_leaks()]
+    .no_leaks()
+    .nightly()]
 }
 
 /// A disk whose both ends are written here.

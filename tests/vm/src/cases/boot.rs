@@ -30,7 +30,8 @@ pub(super) fn cases() -> Vec<Case> {
             "boot.pygrub",
             "a PV guest with the kernel of its tap disk, which pygrub reads in dom0",
             pygrub,
-        ),
+        )
+        .nightly(),
         case(
             "boot.pygrub_drop_in",
             "the same with tap:aio: and the script that stands in for Xen's",

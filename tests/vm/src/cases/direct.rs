@@ -62,7 +62,8 @@ pub(super) fn cases() -> Vec<Case> {
             "of a clone the kernel reads what is in the image below it and what is nowhere, from the first request on and without its process",
             Pv,
             clone,
-        ),
+        )
+        .nightly(),
         case("direct.qcow", "the same of a qcow image", Pv, |context| {
             serves_format(context, &QCOW)
         })

@@ -73,7 +73,8 @@ pub(super) fn cases() -> Vec<Case> {
             "pages of a guest stay mapped while it uses them, and not for long when it is idle",
             Pv,
             kept,
-        ),
+        )
+        .nightly(),
         case(
             "memory.kept_stable",
             "a device that needs stable pages gets copies: nothing of its guest stays mapped",

@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
     let about = "an image takes over what is below it under load that is judged, its process dies, and then it is alone";
     let stream = Case::new("snapshot.stream", about, Needs::Pv, stream).nightly();
     let about = "a snapshot ends under load that is judged: the image below takes over what the one above has, a process dies, and the disk goes on there";
-    let commit = Case::new("snapshot.commit", about, Needs::Pv, commit);
+    let commit = Case::new("snapshot.commit", about, Needs::Pv, commit).nightly();
     let about = "two disks of a guest at one instant, again and again: what was written to the second one is not newer than what was written to the first before";
     let group = Case::new("snapshot.group", about, Needs::Pv, group).nightly();
     let all = [load, stream, commit, group];

@@ -35,7 +35,8 @@ pub(super) fn cases() -> Vec<Case> {
             "tap:aio: and file: through the script that stands in for Xen's, and phy: still",
             Pv,
             drop_in,
-        ),
+        )
+        .nightly(),
         case(
             "tap.backendtype",
             "backendtype=tap: the kind vbd3, without a script of ours",

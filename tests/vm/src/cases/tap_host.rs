@@ -39,7 +39,8 @@ pub(super) fn cases() -> Vec<Case> {
             "an image whose file system does not answer keeps nobody else from attaching",
             Pv,
             dead_mount,
-        ),
+        )
+        .nightly(),
         case(
             "tap.supervisor_away",
             "a disk that is attached while no supervisor runs waits for the next one",

@@ -60,7 +60,8 @@ pub(super) fn cases() -> Vec<Case> {
             s17_destroyed,
         )
         .tap()
-        .no_leaks(),
+        .no_leaks()
+        .nightly(),
     ]
 }
 
