@@ -116,7 +116,7 @@ impl Opener {
         if !inner.shadow.claim(self.epoch, claimed) {
             return Err(EINVAL);
         }
-        if served {
+        if served && !inner.is_live() {
             // Nobody does now, and the guest's side learns it: what is held may fail in time, and a queue
             // that drains waits for nobody.
             self.disk.start_waiting();

@@ -133,6 +133,7 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
         ("unsettled", sum(|seen| seen.unsettled)),
         ("lost", sum(|seen| seen.lost)),
         ("claimed again", sum(|seen| seen.claimed_again)),
+        ("widened", sum(|seen| seen.widened)),
         ("begun", sum(|seen| seen.begun)),
         ("resumed", sum(|seen| seen.resumed)),
         ("executed", sum(|seen| seen.executed)),

@@ -126,8 +126,10 @@ pub struct Seen {
     pub failed: u64,
     /// Requests that failed because processes died of them.
     pub poisoned: u64,
-    /// Claims of processes that were served.
+    /// Claims of processes that were served, and were not from then on.
     pub claimed_again: u64,
+    /// Claims of processes that were served on.
+    pub widened: u64,
     /// Looks at which I/O of a dead process could still go on where nobody sees it.
     pub unsettled: u64,
     /// Requests that failed because nobody can know whether they are over.
@@ -599,10 +601,11 @@ impl Pair {
     }
 
     fn claim(&mut self, fence: Fence, ago: u64) {
-        let again = self.model.state == abi::STATE_LIVE;
+        let is_live = self.model.state == abi::STATE_LIVE;
+        let widens = is_live && fence > self.model.claimed.0;
         let rests = match self.model.state {
             abi::STATE_OPEN => true,
-            abi::STATE_LIVE => self.model.count(Stage::Delivered) == 0,
+            abi::STATE_LIVE => widens || self.model.count(Stage::Delivered) == 0,
             _ => false,
         };
         let may = rests && ago == 0;
@@ -615,13 +618,16 @@ impl Pair {
         if !may {
             return;
         }
-        self.model.state = abi::STATE_OPEN;
+        if !widens {
+            self.model.state = abi::STATE_OPEN;
+        }
         self.model.claimed = Claim(fence);
         match fence {
             Fence::Local => self.model.claims.clear(),
             Fence::Session { .. } | Fence::None => self.model.claims.push(fence),
         }
-        self.seen.claimed_again += u64::from(again);
+        self.seen.claimed_again += u64::from(is_live && !widens);
+        self.seen.widened += u64::from(widens);
     }
 
     fn excuse(&mut self, ago: u64) {

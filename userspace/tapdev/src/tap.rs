@@ -101,6 +101,11 @@ impl Tap {
         }
     }
 
+    /// A program that serves may say that its I/O is over later than it said: see [`uses`](Self::uses).
+    pub fn can_widen(&self) -> bool {
+        self.has_claims() && self.info.features & abi::FEATURE_WIDEN != 0
+    }
+
     /// The kernel module takes claims.
     fn has_claims(&self) -> bool {
         self.info.features & abi::FEATURE_CLAIM != 0

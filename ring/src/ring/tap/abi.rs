@@ -274,8 +274,13 @@ pub const FEATURE_COMMANDS: u64 = 1 << 3;
 /// [`ioctl::MAP`] and the backings are understood.
 pub const FEATURE_MAPS: u64 = 1 << 1;
 
+/// A process that serves may claim a fence that is later than the one that it claimed before, see [`Claims`]. It says
+/// how it is here and need not be claimed.
+pub const FEATURE_WIDEN: u64 = 1 << 6;
+
 /// The features that there are.
-pub const FEATURES: u64 = FEATURE_URING_CMD | FEATURE_CLAIM | FEATURE_COMMANDS | FEATURE_MAPS;
+pub const FEATURES: u64 =
+    FEATURE_URING_CMD | FEATURE_CLAIM | FEATURE_COMMANDS | FEATURE_MAPS | FEATURE_WIDEN;
 
 /// The operations that there are, one bit for each.
 pub const OPERATIONS: u64 = 1 << OP_READ
@@ -316,6 +321,10 @@ pub const CLAIMS_MAX_SIZE: u32 = 4096;
 /// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`]. No other claim takes back what it said before: the longest
 /// time counts. It counts from the claim on, whether the disk is started or not: so claim before the first I/O
 /// to what is elsewhere.
+///
+/// With [`FEATURE_WIDEN`], a claim of a process that serves that is the one before but for a later fence (a longer
+/// time, or [`FENCE_NONE`]) changes nothing else, whatever that process has in hand: it is served on, and need not
+/// start again. So a disk may come to be copied to a server while its guest works.
 #[derive(
     Clone,
     Copy,

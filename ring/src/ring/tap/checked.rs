@@ -179,6 +179,13 @@ impl Claimed {
         features: abi::FEATURE_URING_CMD,
         fence: Fence::Local,
     };
+
+    /// True if this is `before`, but for I/O that is over later.
+    #[must_use]
+    pub fn widens(&self, before: &Self) -> bool {
+        let is_alike = (self.operations, self.features) == (before.operations, before.features);
+        is_alike && self.fence > before.fence
+    }
 }
 
 /// How much of a structure that carries its size is to be read, and what has to be zero behind that.

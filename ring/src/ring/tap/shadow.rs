@@ -351,20 +351,22 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// Says what the process can do that has opened the disk and not started it. One that has started it
-    /// and has nothing in hand gives that up with it: it may start again. `false` if that is somebody
-    /// else, or has something in hand.
+    /// and has nothing in hand gives that up with it: it may start again. Whatever that one has in hand, it
+    /// may say that its I/O is over later than it said, and nothing else: it is served on. `false` if that
+    /// is somebody else, or has something in hand.
     #[must_use]
     pub fn claim(&mut self, epoch: u64, claimed: Claimed) -> bool {
-        let rests = match self.phase {
-            Phase::Open => true,
-            Phase::Live => self.held == 0,
-            Phase::Idle | Phase::Recovering | Phase::Fencing => false,
+        let phase = match self.phase {
+            Phase::Open => Phase::Open,
+            Phase::Live if claimed.widens(&self.claimed) => Phase::Live,
+            Phase::Live if self.held == 0 => Phase::Open,
+            Phase::Live | Phase::Idle | Phase::Recovering | Phase::Fencing => return false,
         };
-        let may = rests && epoch == self.epoch;
+        let may = epoch == self.epoch;
         if may {
             self.claimed = claimed;
             self.settling.claimed(claimed.fence);
-            self.phase = Phase::Open;
+            self.phase = phase;
         }
         may
     }

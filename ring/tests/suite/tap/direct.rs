@@ -807,7 +807,6 @@ fn what_failed_for_a_lost_process_sets_free_what_waits() {
         ..Claimed::BEFORE
     };
     assert!(disk.shadow.claim(disk.epoch, claimed));
-    assert!(disk.shadow.started(disk.epoch).is_ok());
     disk.set(0, SIZE, Access::ReadWrite);
     // A write of no whole block.
     disk.post(0, Op::Write, 1, 1);

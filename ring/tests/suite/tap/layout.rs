@@ -180,6 +180,7 @@ fn ours() -> BTreeMap<String, i64> {
         FEATURE_MAPS,
         FEATURE_CLAIM,
         FEATURE_COMMANDS,
+        FEATURE_WIDEN,
         FEATURES,
         OPERATIONS,
         FENCE_LOCAL,

@@ -622,6 +622,52 @@ fn who_has_ended_all_its_io_says_so() {
     assert_eq!(disk.tags(), [2]);
 }
 
+/// It begins to copy the disk to a server, say: the guest does not wait for that.
+#[test]
+fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
+    let mut disk = Disk::new(4);
+    let claimed = |fence| Claimed {
+        fence,
+        ..Claimed::BEFORE
+    };
+    let session = |settle_ms| claimed(Fence::Session { settle_ms });
+    claim(&mut disk, Fence::Local);
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0]);
+    assert!(!disk.shadow.claim(disk.epoch + 1, session(700)), "another");
+    assert!(disk.shadow.claim(disk.epoch, session(700)));
+    // With anything else it would have to start again, which it may not now.
+    let more = Claimed {
+        features: abi::FEATURE_MAPS,
+        ..session(800)
+    };
+    let fewer = Claimed {
+        operations: 0,
+        ..session(800)
+    };
+    for other in [
+        session(700),
+        session(50),
+        claimed(Fence::Local),
+        more,
+        fewer,
+    ] {
+        assert!(!disk.shadow.claim(disk.epoch, other), "{other:?}");
+    }
+    assert_eq!(disk.commit(0, 1, 0, 0), Committed::Done(0));
+    // The same with nothing in hand.
+    assert!(disk.shadow.claim(disk.epoch, session(900)));
+    disk.post(1, Op::Write, 8, 8);
+    assert_eq!(disk.tags(), [1], "it is served on");
+    assert_eq!(settles(&mut disk), 900);
+    // What it had when it did not know yet is no exception.
+    disk.start();
+    assert_eq!(disk.tags(), [1]);
+    assert!(disk.shadow.claim(disk.epoch, claimed(Fence::None)));
+    disk.shadow.closed();
+    assert_eq!(disk.shadow.quiet(0).map(|failed| failed.count), Some(1));
+}
+
 #[test]
 fn what_cannot_be_fenced_is_not_executed_again() {
     let mut disk = Disk::new(8);

@@ -176,6 +176,7 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
 
 fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     const SETTLE: Duration = Duration::from_millis(1500);
+    const WIDER: Duration = Duration::from_millis(2500);
     const PAGE: usize = 4096;
     let mut scene = Scene::new(lab)?;
     scene = restart(
@@ -192,6 +193,36 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         scene.node.claim(&CLAIMS),
         &[libc::EINVAL],
     )?;
+    // But for its I/O, which may be over later from now on: it is served on.
+    scene.node.claim(&Claims {
+        fence: FENCE_SESSION,
+        // CAST: a small number.
+        settle_ms: WIDER.as_millis() as u32,
+        ..CLAIMS
+    })?;
+    let info = scene.node.ask()?;
+    ensure!(
+        info.state == STATE_LIVE && info.delivered == 4,
+        "after a claim that widens: {info:?}"
+    );
+    for delivered in [
+        Claims {
+            fence: FENCE_SESSION,
+            settle_ms: 1,
+            ..CLAIMS
+        },
+        Claims {
+            fence: FENCE_NONE,
+            features: 0,
+            ..CLAIMS
+        },
+    ] {
+        expect(
+            "a claim of something else",
+            scene.node.claim(&delivered),
+            &[libc::EINVAL],
+        )?;
+    }
     // For longer than its I/O settles a page is in use, as that of a transfer that hangs.
     let mut pipe = Pipe::new()?;
     let pinned = scene.node.arena().pin_into(pipe.write.as_raw_fd(), PAGE)?;
@@ -199,7 +230,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     let died = Instant::now();
     drop(scene.node);
     wait::until("the time in which I/O settles", ANSWER, || {
-        Ok((died.elapsed() > SETTLE).then_some(()))
+        Ok((died.elapsed() > WIDER).then_some(()))
     })?;
     ensure!(
         scene.disk.info()?.state == STATE_FENCING,
@@ -223,7 +254,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     );
     scene.node = scene.disk.open()?;
     let waited = free.elapsed();
-    ensure!(waited >= SETTLE, "the fence was over after {waited:?}");
+    ensure!(waited >= WIDER, "the fence was over after {waited:?}");
     scene.node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
     let none = Claims {
         fence: FENCE_NONE,
