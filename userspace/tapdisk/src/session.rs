@@ -97,6 +97,8 @@ struct Inner {
     started: bool,
     /// What the kernel was told of the end of this process's I/O.
     fence: Option<tapdev::Fence>,
+    /// The same of what is served alone: an image to which that is copied may be elsewhere.
+    storage: Option<tapdev::Fence>,
     /// What could not be opened may be written all the same: nobody knows when that is over.
     unsure: bool,
     open: Option<Open>,
@@ -638,14 +640,14 @@ impl Session {
     ) -> Result<(), Failure> {
         let params = params(shape, open);
         self.reach(open, storage).await?;
-        let (known, started, claimed) = {
+        let (known, started, claimed, known_storage) = {
             let state = self.state.borrow();
-            (state.params, state.started, state.fence)
+            (state.params, state.started, state.fence, state.storage)
         };
         let own = fence(storage);
         let fence = claimed.unwrap_or(own);
         // The guest learns nothing of an image that is refused.
-        if started && fence != own {
+        if known_storage.is_some_and(|before| started && own < before) {
             return Err(other_storage(open));
         }
         self.describe(tap, open, known, params)?;
@@ -656,6 +658,7 @@ impl Session {
         let mut state = self.state.borrow_mut();
         state.started = true;
         state.fence = Some(fence);
+        state.storage = Some(own);
         Ok(())
     }
 
@@ -664,7 +667,8 @@ impl Session {
     /// have a disk of their own, see [`serve_disk`](Self::serve_disk).
     ///
     /// # Errors
-    /// There is no node, the kernel refuses it, or the disk was started on storage where I/O is over sooner.
+    /// There is no node, or the kernel refuses it; or the disk was started on storage where I/O is over sooner, and the
+    /// kernel module is one that takes no such word from a process that serves.
     pub async fn reach(&self, open: &Open, storage: Fence) -> Result<(), Failure> {
         let (tap, known, started) = {
             let state = self.state.borrow();
@@ -675,7 +679,7 @@ impl Session {
         if known == Some(widest) {
             return Ok(());
         }
-        if started {
+        if started && !tap.can_widen() {
             return Err(other_storage(open));
         }
         self.settle(&tap, widest).await?;

@@ -4,9 +4,10 @@
 use super::{group, needs, trace, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::log::tell;
-use crate::process::{self, Process, Program, OPEN};
+use crate::process::{self, Process, Program, OPEN, SOON};
 use crate::record::Want;
 use control::supervisor::{Doing, What};
+use control::tapdisk::Request;
 use control::Failure;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -206,6 +207,20 @@ impl Lifecycle {
             self.registry.note(disk);
         }
         Ok(())
+    }
+
+    /// Ends the process of a disk, which is paused. It says before that all its I/O is over, wherever that went: the next
+    /// one, and the guest, would wait for what it had sent over a network.
+    pub(super) async fn end_paused(&self, disk: &Disk) -> Result<(), Failure> {
+        if let Ok(process) = disk.serving() {
+            let closed = process.ask(&Request::Close, &[], SOON).await;
+            if let Err(failure) = closed {
+                // Then it is waited for.
+                let about = disk.about().failed(&failure);
+                tell!(warn, about, "disk {}: {failure}", disk.minor);
+            }
+        }
+        self.end_process(disk).await
     }
 
     /// Kills the process of a disk; who watches it does nothing about that.

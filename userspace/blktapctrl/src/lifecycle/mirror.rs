@@ -347,7 +347,7 @@ impl Lifecycle {
         }
         let image = unmark(mirror, image).await?;
         // What the one that it had has lost is in the other one, and durable.
-        self.end_process(disk).await?;
+        self.end_paused(disk).await?;
         let next = Next {
             open: mirror.open.clone(),
             identity: Some(image.identity()),
@@ -426,12 +426,6 @@ impl Lifecycle {
         if target.driver().has_memory() || target.driver() == Driver::Null {
             return Err(Failure::invalid(format!(
                 "{target} does not outlive the disk: give an image"
-            )));
-        }
-        if target.driver() == Driver::Nbd {
-            return Err(Failure::unsupported(format!(
-                "{target} is an export of a server, to which no disk is copied yet: copy it while it is paused, with \
-                 tapimg convert or qemu-img convert -n"
             )));
         }
         self.check_followed(disk, target)

@@ -304,11 +304,12 @@ fn not_its(disk: &Disk, target: &Target) -> Failure {
     )
 }
 
-/// What a disk is served from, or is about to be.
+/// What a disk is served from, or is about to be, or is copied to.
 fn serves(disk: &Disk, target: &Target) -> bool {
     let record = disk.record.borrow();
     let next = record.next.as_ref().map(|next| &next.open);
-    let mut all = record.open.iter().chain(next);
+    let copy = record.mirror.as_ref().map(|mirror| &mirror.open);
+    let mut all = record.open.iter().chain(next).chain(copy);
     all.any(|open| open.target == *target)
 }
 

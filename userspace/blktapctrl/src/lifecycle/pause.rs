@@ -190,7 +190,7 @@ impl Lifecycle {
         let image = image::of(&open).await?;
         // What belongs to the image that is served no more leaves the record with it.
         if !disk.record.borrow().parts.is_empty() {
-            disk.unless_doomed(self.end_process(disk)).await?;
+            disk.unless_doomed(self.end_paused(disk)).await?;
         }
         let committed = self.registry.executed(disk)?;
         let work = |beside| {

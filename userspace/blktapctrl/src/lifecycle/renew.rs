@@ -61,12 +61,14 @@ impl Lifecycle {
         owes_nothing(disk).await?;
         match self.close_image(disk, limit).await {
             Ok(Some(lost)) => return Err(lost),
-            Ok(None) => owes_nothing(disk).await?,
+            Ok(None) => {
+                owes_nothing(disk).await?;
+                self.end_paused(disk).await?;
+            }
             // Storage hangs. It is killed, and what it had is executed again when that is over.
-            Err(failure) if failure.code == Code::Timeout => {}
+            Err(failure) if failure.code == Code::Timeout => self.end_process(disk).await?,
             Err(failure) => return Err(failure),
         }
-        self.end_process(disk).await?;
         self.take_from_kernel(disk, limit).await
     }
 }

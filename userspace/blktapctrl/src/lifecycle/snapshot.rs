@@ -227,7 +227,7 @@ impl Lifecycle {
         // What belongs to the image that is served no more leaves the record with it. And one that has ended makes
         // way for the next.
         if !disk.record.borrow().parts.is_empty() || disk.serving().is_err() {
-            self.end_process(disk).await?;
+            self.end_paused(disk).await?;
         }
         let next = Next {
             open: made.open.clone(),

@@ -975,6 +975,12 @@ impl Served {
                 mirror: self.mirror(dir),
                 ..Stats::default()
             }))),
+            Request::Mirror { open, rate, .. } if fds.is_empty() => {
+                needs.ask_all(dir, "ask-mirror")?;
+                note(dir, &format!("mirror {rate} {}", open.target.driver()));
+                self.twin = Some(std::fs::File::open("/dev/null").expect("open").into());
+                Ok(Reply::Done)
+            }
             Request::Mirror { open, rate, below } => {
                 let (content, fd) = text(fds.remove(0));
                 let word = if below { "commit" } else { "mirror" };

@@ -2,16 +2,18 @@
 //! Disks that are copied to another image and go on there, and what may happen on the way.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::needs::{ask, hello};
 use super::sharing::stubbed;
 use super::steps::{at_each_step, create, one, pause, unpause};
 use blktapctrl::adopt;
 use blktapctrl::record::Role;
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Create, MirrorTo, Reply, Request, Row, What};
-use control::tapdisk::{Open, State};
+use control::tapdisk::{Needed, Open, State};
 use control::{Code, Failure, Target};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 fn target(dir: &Path, name: &str) -> Target {
@@ -126,6 +128,7 @@ fn a_disk_goes_on_in_the_image_that_it_was_copied_to() {
                 "open w A",
                 "mirror 1000 sync B",
                 "pause",
+                "close",
                 "attach 0",
                 "open w B"
             ]
@@ -206,8 +209,8 @@ fn one_that_fails_or_is_ended_leaves_the_disk_where_it_is() {
         assert!(!has_part(&bed));
         // Its process had the other image open.
         assert_eq!(
-            bed.log()[bed.log().len() - 3..],
-            ["pause", "attach 0", "open w A"]
+            bed.log()[bed.log().len() - 4..],
+            ["pause", "close", "attach 0", "open w A"]
         );
         // It is free.
         let other = bed.create("b.img");
@@ -231,6 +234,58 @@ fn one_that_fails_or_is_ended_leaves_the_disk_where_it_is() {
         assert!(matches!(over, Mirroring::Failed { .. }), "{over:?}");
         assert!(is_served_from(&bed.row(0).await, "a.img"));
         assert!(!is_marked(&bed.dir.join("a.img")));
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// The process is given a connection to the server that its disk is copied to, and to no other one.
+#[test]
+fn a_disk_goes_on_at_a_server() {
+    test("mirror-export", |bed| async move {
+        bed.image("a.img", "A");
+        bed.made(bed.create("a.img")).await;
+        says(&bed.dir, "copying");
+        let socket = bed.dir.join("nbd.sock");
+        let export = |name: &str| -> Target {
+            let text = format!("nbd:unix:{}:exportname={name}", socket.display());
+            text.parse().expect("a target")
+        };
+        let need = |name: &str| Needed::Server {
+            target: export(name),
+        };
+        let to = MirrorTo {
+            target: export("b"),
+            rate: 1000,
+        };
+        let question = || Request::Mirror {
+            which: which(0),
+            to: Some(to.clone()),
+        };
+        ask(&bed, "ask-mirror", &[need("other")]);
+        let other = asked(&bed, question()).await.expect_err("it is not its");
+        assert!(other.message.contains("is not served from"), "{other}");
+        assert!(!has_part(&bed));
+        let server = hello(UnixListener::bind(&socket).expect("a socket"));
+        ask(&bed, "ask-mirror", &[need("b")]);
+        asked(&bed, question()).await.expect("it begins");
+        assert_eq!(server.join().expect("a server"), *b"hello");
+        assert!(has_part(&bed));
+        // Nobody else gets that export meanwhile.
+        let create = Create {
+            open: Open::new(export("b")),
+            ..bed.create("a.img")
+        };
+        let busy = bed.ask(Request::Create(Box::new(create))).await;
+        let busy = busy.expect_err("it is taken");
+        assert!(busy.message.contains("tap disk 0"), "{busy}");
+        ask(&bed, "ask-mirror", &[]);
+        says(&bed.dir, "same");
+        assert_eq!(until_over(&bed).await, Mirroring::Complete);
+        assert_eq!(bed.row(0).await.target, Some(export("b")));
+        assert!(is_marked(&bed.dir.join("a.img")));
+        bed.replaced(0, kill).await;
+        assert_eq!(bed.row(0).await.target, Some(export("b")));
         bed.destroy(0).await;
         bed.assert_nothing_left().await;
     });

@@ -502,7 +502,7 @@ fn a_server_is_connected_to_again() {
 }
 
 /// A server that one client says something to.
-fn hello(listener: UnixListener) -> JoinHandle<[u8; 5]> {
+pub(crate) fn hello(listener: UnixListener) -> JoinHandle<[u8; 5]> {
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("a client");
         let mut text = [0; 5];

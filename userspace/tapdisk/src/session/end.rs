@@ -3,6 +3,7 @@
 
 use super::{inactive, Inner, Session};
 use crate::Server;
+use control::stats::Mirroring;
 use control::tapdisk::Reply;
 use control::{Code, Failure};
 use diskio::Errno;
@@ -82,6 +83,9 @@ impl Session {
         server.quiesce().await;
         if let Some(twin) = server.twin() {
             twin.close().await;
+            // What failed there may be executed yet, where nobody sees it.
+            let has_failed = matches!(twin.told().state, Mirroring::Failed { .. });
+            self.state.borrow_mut().unsure |= has_failed;
         }
         let closed = server.disk().close().await;
         if let Err(error) = closed {

@@ -55,7 +55,7 @@ impl Session {
         };
         let open = Open {
             // Others would have to be asked for, and belong to the image that is served.
-            may_ask: is_below,
+            may_ask: is_below || open.target.export().is_some(),
             kernel_holds: false,
             // The lock of who reads it is in the way.
             shared: is_below,

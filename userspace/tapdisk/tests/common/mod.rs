@@ -214,14 +214,26 @@ impl Process {
     /// Dies without a word: nothing is finished or committed. What its I/O does is over when this
     /// returns, so it is fenced.
     pub(crate) fn kill(self) {
-        drop(self.kill);
-        self.thread.join().unwrap();
-        self.fake.fence();
+        let fake = self.fake.clone();
+        self.die();
+        fake.fence();
     }
 
-    pub(crate) fn exit(mut self) {
+    /// It is killed, and whether its I/O is over is for the caller.
+    pub(crate) fn die(self) {
+        drop(self.kill);
+        self.thread.join().unwrap();
+    }
+
+    pub(crate) fn exit(self) {
+        let fake = self.fake.clone();
+        self.leave();
+        fake.fence();
+    }
+
+    /// It ends in order, and whether its I/O is over is for the caller.
+    pub(crate) fn leave(mut self) {
         assert_eq!(self.ask(Request::Exit, None), Ok(Reply::Done));
         self.thread.join().unwrap();
-        self.fake.fence();
     }
 }

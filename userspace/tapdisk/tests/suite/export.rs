@@ -16,7 +16,7 @@ use tapdev::fake::Fake;
 const SIZE: usize = 1 << 20;
 
 /// A server with an image that is the disk byte for byte.
-struct Server {
+pub(crate) struct Server {
     child: Child,
     folder: tempfile::TempDir,
     more: Vec<String>,
@@ -24,7 +24,12 @@ struct Server {
 
 impl Server {
     fn start() -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), &[])
+        Self::of(SIZE as u64)
+    }
+
+    /// One with so many bytes.
+    pub(crate) fn of(size: u64) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), size, &[])
     }
 
     /// One that encrypts, and wants to know who its client is.
@@ -41,12 +46,13 @@ impl Server {
             "tls-creds-x509,id=tls,endpoint=server,verify-peer=yes,dir={}",
             folder.path().display()
         );
-        Self::start_in(folder, &["--object", &credentials, "--tls-creds=tls"])
+        let more = ["--object", &credentials, "--tls-creds=tls"];
+        Self::start_in(folder, SIZE as u64, &more)
     }
 
-    fn start_in(folder: tempfile::TempDir, more: &[&str]) -> Self {
+    fn start_in(folder: tempfile::TempDir, size: u64, more: &[&str]) -> Self {
         let image = File::create(folder.path().join("a.img")).unwrap();
-        image.set_len(SIZE as u64).unwrap();
+        image.set_len(size).unwrap();
         let more: Vec<String> = more.iter().map(|word| (*word).to_owned()).collect();
         let child = Self::spawn(folder.path(), &more);
         Self {
@@ -73,11 +79,11 @@ impl Server {
         child
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.folder.path().join("s")
     }
 
-    fn open(&self, name: &str) -> Open {
+    pub(crate) fn open(&self, name: &str) -> Open {
         let target = format!("nbd:unix:{}:exportname={name}", self.socket().display());
         Open {
             may_ask: true,
@@ -92,7 +98,7 @@ impl Server {
         self.child = Self::spawn(self.folder.path(), &self.more);
     }
 
-    fn image(&self) -> Vec<u8> {
+    pub(crate) fn image(&self) -> Vec<u8> {
         std::fs::read(self.folder.path().join("a.img")).unwrap()
     }
 }
@@ -127,7 +133,7 @@ fn given(what: &Needed, socket: &Path) -> Option<OwnedFd> {
 }
 
 /// Answers what a process asks for until it has asked for a connection, so often.
-fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
+pub(crate) fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
     let mut known = 0;
     while times > 0 {
         for need in crate::common::needs(channel, known) {

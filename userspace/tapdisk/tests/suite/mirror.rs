@@ -4,6 +4,7 @@
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
 use crate::common::Process;
+use crate::export::{give, Server};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Open, Reply, Request};
 use control::{Code, Failure};
@@ -15,6 +16,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
+
+/// Milliseconds in which what was sent over a network may be executed.
+const LATER: u64 = 60_000;
 
 fn told(process: &mut Process) -> Option<Mirror> {
     match process.ask(Request::Stats, None) {
@@ -271,4 +275,72 @@ fn what_a_larger_image_held_behind_the_disks_end_is_not_seen() {
     let found = fs::read(&to.path).expect("read");
     assert!(found[..SIZE as usize] == model);
     assert!(found[SIZE as usize..].iter().all(|byte| *byte == 0));
+}
+
+/// Has the disk copied to an export, to which the test makes the connection.
+fn mirror_to_server(process: &mut Process, server: &Server, rate: u64) {
+    let (open, below) = (server.open("disk"), false);
+    let question = Request::Mirror { open, rate, below };
+    let begun = process.ask_giving(question, &[], |channel| {
+        give(channel, &server.socket(), 1);
+    });
+    assert_eq!(begun, Ok(Reply::Done));
+}
+
+/// The image is on a disk of this machine, so nobody would have waited for what goes to the server.
+#[test]
+fn raw_image_is_copied_to_a_server_and_goes_on_there() {
+    let Some(folder) = Folder::new("raw_goes_to_a_server") else {
+        return;
+    };
+    let (model, from) = (folder.raw("from", 5), served(&folder, "from", "aio"));
+    let server = Server::of(SIZE);
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, _) = from.start(&fake);
+    let mut guest = Guest::new(&fake, model, 8);
+    let mut steps = steps()
+        .into_iter()
+        .filter(|step| !matches!(step, Step::Kill));
+    let mut go_on = |guest: &mut Guest<'_>, count| {
+        for step in steps.by_ref().take(count) {
+            guest.send(&step);
+        }
+    };
+    go_on(&mut guest, 40);
+    mirror_to_server(&mut process, &server, 8 << 20);
+    go_on(&mut guest, 40);
+    until(&mut process, |mirror| mirror.offset > 0);
+    // It dies, and the kernel was told that its I/O may be over later.
+    process.die();
+    assert!(!fake.looks_quiet(0) && !fake.looks_quiet(LATER - 1));
+    assert!(fake.looks_quiet(LATER));
+    let (mut process, _) = from.start(&fake);
+    mirror_to_server(&mut process, &server, 1 << 30);
+    go_on(&mut guest, 40);
+    until(&mut process, is_same);
+    // It is paused, and goes on where it was.
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let (reply, _) = from.ask(&mut process, Request::Unpause(from.question()));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    mirror_to_server(&mut process, &server, 1 << 30);
+    go_on(&mut guest, 40);
+    until(&mut process, is_same);
+    go_on(&mut guest, 40);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let last = told(&mut process).expect("a mirror");
+    assert_eq!(last.state, Mirroring::Complete, "{last:?}");
+    assert!(folder.content("raw", "from") == server.image());
+    // As the supervisor does: another process serves it from there. Nothing of this one is under way.
+    process.leave();
+    assert!(fake.looks_quiet(0));
+    let mut process = Process::start(&fake);
+    let question = Request::Open(server.open("disk"));
+    let reply = process.ask_giving(question, &[], |channel| {
+        give(channel, &server.socket(), 1);
+    });
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    go_on(&mut guest, usize::MAX);
+    guest.finish();
+    process.exit();
+    assert!(server.image() == guest.model);
 }
