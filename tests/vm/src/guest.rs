@@ -407,11 +407,25 @@ impl Guest {
 
     /// Moves the guest to another domain of this host, as to another host; `jobs` are commands that run.
     pub(crate) fn migrate(self, jobs: &[Job]) -> Result<Guest> {
+        self.migrate_with(&[], jobs)
+    }
+
+    /// The same to where it has these disks.
+    pub(crate) fn migrate_to(self, disks: &[&str], jobs: &[Job]) -> Result<Guest> {
+        let there = Config {
+            disks: disks.iter().map(|&disk| disk.to_owned()).collect(),
+            ..self.config.clone()
+        };
+        let path = format!("{RUN_DIR}/{}-there.cfg", there.name);
+        std::fs::write(&path, there.text()).with_context(|| format!("cannot write {path}"))?;
+        self.migrate_with(&["-C", &path], jobs)
+    }
+
+    fn migrate_with(self, options: &[&str], jobs: &[Job]) -> Result<Guest> {
         let id = self.domid.to_string();
-        sh::run_for(
-            &["xl", "migrate", "-s", "", &id, "xl migrate-receive"],
-            Duration::from_secs(240),
-        )?;
+        let there = ["-s", "", &id, "xl migrate-receive"];
+        let command = [&["xl", "migrate"], options, &there].concat();
+        sh::run_for(&command, Duration::from_secs(240))?;
         let (config, next_job) = self.left();
         Guest::arrived(config, next_job, jobs)
     }

@@ -43,13 +43,13 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// QEMU's server of an image.
-struct Server {
+pub(super) struct Server {
     child: Child,
     image: String,
 }
 
 impl Server {
-    fn start(image: &str) -> Result<Self> {
+    pub(super) fn start(image: &str) -> Result<Self> {
         let image = image.to_owned();
         Ok(Self {
             child: spawn(&image)?,
@@ -57,13 +57,13 @@ impl Server {
         })
     }
 
-    fn end(&mut self) -> Result<()> {
+    pub(super) fn end(&mut self) -> Result<()> {
         self.child.kill().context("cannot kill qemu-nbd")?;
         self.child.wait().context("qemu-nbd does not end")?;
         sh::run(&["rm", "-f", &socket(&self.image)]).map(drop)
     }
 
-    fn target(&self) -> String {
+    pub(super) fn target(&self) -> String {
         format!("nbd+unix:///disk?socket={}", socket(&self.image))
     }
 }

@@ -1,24 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A disk is copied to another image while its guest works, and goes on there.
 
+use super::export::Server;
 use super::formats::{check, of_guest};
 use super::snapshot::{as_configured, sum};
-use super::tap::{end_load, full_image, image, start_load_with, wait_progress, VDEV};
+use super::tap::{end_load, full_image, image, same, start_load_with, wait_progress, VDEV};
 use super::{Case, Context, Needs};
+use crate::guest::Vbd;
 use crate::sh;
-use crate::tap::{self, Served};
-use anyhow::{ensure, Result};
+use crate::tap::{self, EventLog, Served};
+use anyhow::{anyhow, ensure, Result};
+use std::thread;
 use std::time::Duration;
 
 /// MiB of the disk. The load is in the first ten.
 const SIZE: u32 = 16;
 const LIMIT: Duration = Duration::from_secs(60);
+/// A guest moves in that time.
+const MOVE: Duration = Duration::from_secs(240);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let about = "a raw image becomes a qcow2 image, and that another raw one, under load that is judged; its process dies";
-    let case = Case::new("mirror.t34_load", about, Needs::Pv, t34_load);
-    vec![case.supervised().no_leaks()]
+    let load = Case::new("mirror.t34_load", about, Needs::Pv, t34_load);
+    let about = "a guest moves and takes its disk along, without shared storage: first to a server, which is the image of the other side";
+    let moves = Case::new("mirror.moves_along", about, Needs::Pvh, moves_along).nightly();
+    let all = [load, moves];
+    all.map(|case| case.supervised().no_leaks()).into()
 }
 
 /// Has the disk go on in this image.
@@ -66,4 +74,58 @@ fn t34_load(context: &mut Context) -> Result<()> {
     let found = sum(&last)?;
     ensure!(seen == found, "the guest read {seen}, dom0 reads {found}");
     context.note(&told)
+}
+
+/// As the README says: the server of the other side's image ends when this side has let go of it, and the other side
+/// opens the image then.
+fn moves_along(context: &mut Context) -> Result<()> {
+    let here = full_image(context, "a.img", SIZE)?;
+    let there = image(context, "b.img", SIZE)?;
+    let events = EventLog::follow()?;
+    let guest = context.pvh()?;
+    let source = Served::attach(guest, &tap::disk(&format!("aio:{here}"), VDEV, "w"))?;
+    let load = start_load_with(guest, "--discard")?;
+    wait_progress(&source, 40)?;
+    let mut server = Server::start(&there)?;
+    let minor = source.minor.to_string();
+    tap::ctl(&["mirror", "-m", &minor, &server.target(), "--rate", "2"])?;
+    let copied = || {
+        let told = tap::ctl_json(&["mirror", "-m", &minor, "--show"])?;
+        Ok(told["offset"].as_u64() > Some(0))
+    };
+    sh::wait_for("something that is copied", LIMIT, copied)?;
+    go_on(&source, &server.target())?;
+    as_configured(&here)?;
+    is_locked(&there)?;
+    let before = sum(&here)?;
+    let guest = context.take(Needs::Pvh)?;
+    let disk = tap::disk(&format!("aio:{there}"), VDEV, "w");
+    let mover = thread::spawn(move || guest.migrate_to(&[&disk], &load).map(|guest| (guest, load)));
+    // The server has the image locked: nobody writes it on the other side before.
+    let let_go = events.wait_for("inactive", source.minor, MOVE);
+    let ended = let_go.and_then(|_| server.end());
+    let moved = mover.join();
+    let (guest, load) = moved.map_err(|_| anyhow!("the move panicked"))??;
+    context.give(Needs::Pvh, guest);
+    ended?;
+    let guest = context.guest(Needs::Pvh)?;
+    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    source.wait_gone()?;
+    wait_progress(&disk, 40)?;
+    let told = end_load(guest, load)?;
+    same(guest, &there, SIZE)?;
+    disk.detach(guest)?;
+    ensure!(sum(&here)? == before, "the image that was left was written");
+    context.note(&told)
+}
+
+/// Nobody can write the image that a server has.
+fn is_locked(image: &str) -> Result<()> {
+    let refusal = sh::status(&["tap-ctl", "create", "-a", &format!("aio:{image}")], LIMIT)?;
+    ensure!(
+        refusal.rc != 0 && refusal.text.contains("locked by another process"),
+        "the server's image is served for writing: {}",
+        refusal.text
+    );
+    Ok(())
 }
