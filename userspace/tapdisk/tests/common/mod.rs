@@ -24,6 +24,9 @@ use tapdev::fake::Fake;
 use tapdev::Tap;
 use tapdisk::Session;
 
+/// Nothing that is waited for takes so long, even where the machine itself stands still for a while.
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
+
 /// Bytes of an image.
 pub(crate) const SIZE: u64 = 1 << 20;
 /// Sectors of an image.

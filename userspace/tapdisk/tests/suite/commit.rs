@@ -3,7 +3,7 @@
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, give, holds, steps, Folder, Served, SIZE};
-use crate::common::Process;
+use crate::common::{Process, LIMIT};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Reply, Request};
 use control::{Channel, Code, Failure};
@@ -12,7 +12,7 @@ use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tapdev::fake::Fake;
 
 fn told(process: &mut Process) -> Option<Mirror> {
@@ -32,7 +32,7 @@ fn until_same(process: &mut Process) -> Mirror {
             Mirroring::Copying => {}
             _ => panic!("{found:?}"),
         }
-        assert!(start.elapsed() < Duration::from_secs(60), "{found:?}");
+        assert!(start.elapsed() < LIMIT, "{found:?}");
         thread::yield_now();
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
-use crate::common::Process;
+use crate::common::{Process, LIMIT};
 use crate::export::{give, Server};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Open, Reply, Request};
@@ -14,7 +14,7 @@ use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tapdev::fake::Fake;
 
 /// Milliseconds in which what was sent over a network may be executed.
@@ -35,7 +35,7 @@ fn until(process: &mut Process, is_so: impl Fn(&Mirror) -> bool) -> Mirror {
         if is_so(&found) {
             return found;
         }
-        assert!(start.elapsed() < Duration::from_secs(60), "{found:?}");
+        assert!(start.elapsed() < LIMIT, "{found:?}");
         thread::yield_now();
     }
 }

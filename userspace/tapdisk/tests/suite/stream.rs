@@ -3,7 +3,7 @@
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
-use crate::common::Process;
+use crate::common::{Process, LIMIT};
 use control::stats::{Stream, Streaming};
 use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
@@ -39,7 +39,7 @@ fn until(process: &mut Process, rate: u64, is_so: impl Fn(&Stream) -> bool) -> S
         if is_so(&found) {
             return found;
         }
-        assert!(start.elapsed() < Duration::from_secs(60), "{found:?}");
+        assert!(start.elapsed() < LIMIT, "{found:?}");
         thread::yield_now();
     }
 }
