@@ -193,11 +193,11 @@ pub(crate) enum Verb {
     /// or blktapctrl is replaced. Whenever it ends, the disk is the same: what was copied stays, and the next stream
     /// finds the rest. For qcow2 without internal snapshots.
     Stream(Stream),
-    /// Have a disk copied to another image, of any format and on any local storage, and then served from that,
-    /// while its guest goes on
+    /// Have a disk copied to another image, of any format and on any storage, and then served from that, while its guest
+    /// goes on
     ///
-    /// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. What it holds
-    /// is lost. What the guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on
+    /// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. It may be an
+    /// export of a server, as in nbd://HOST/NAME; while that is away, the guest waits. What it holds is lost. What the guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on
     /// in the new one; the old one keeps what the disk was, and is marked as read-only (chmod a-w). Then the disk's
     /// configuration must name the new one. If something goes wrong, the disk stays with the image that it has, and its
     /// guest does not notice. When the disk's process is replaced, copying begins anew.
