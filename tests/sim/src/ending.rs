@@ -79,6 +79,38 @@ impl Machine {
         }
     }
 
+    /// A process that has something in hand says that its I/O is over later than it said: it is served on.
+    pub(crate) fn widen(&mut self) {
+        let Some((epoch, before)) = self.tap.process.as_ref().map(|p| (p.epoch, p.fence)) else {
+            return;
+        };
+        // CAST: a small number.
+        let more = self.rng.range(1, LONGEST_MS) as u32;
+        let fence = match before {
+            Fence::Local => Fence::Session { settle_ms: more },
+            Fence::Session { settle_ms } => Fence::Session {
+                settle_ms: settle_ms.saturating_add(more).min(MAX_SETTLE_MS),
+            },
+            Fence::None => return,
+        };
+        let claimed = Claimed {
+            fence,
+            ..Claimed::BEFORE
+        };
+        if fence == before {
+            return;
+        }
+        let is_heard = !self.commit(Fault::ForgetClass);
+        let is_taken = !is_heard || self.tap.shadow.claim(epoch, claimed);
+        if !is_taken || self.tap.shadow.state() != STATE_LIVE {
+            self.problem(format!("{claimed:?} is refused: {:?}", self.tap.shadow));
+        }
+        self.tap.counts.widened += 1;
+        if let Some(process) = &mut self.tap.process {
+            process.fence = fence;
+        }
+    }
+
     pub(crate) fn die(&mut self) {
         let Some(process) = self.tap.process.take() else {
             return;

@@ -143,6 +143,7 @@ pub(crate) struct Words {
 enum Act {
     Open,
     Claim,
+    Widen,
     Start,
     Fetch,
     Begin(usize),
@@ -273,6 +274,7 @@ impl Machine {
                 let epoch = self.tap.process.as_ref().map_or(0, |p| p.epoch);
                 self.claim(epoch);
             }
+            Act::Widen => self.widen(),
             Act::Start => self.start(),
             Act::Fetch => self.fetch_some(),
             Act::Begin(at) => self.begin(at),
@@ -322,6 +324,7 @@ impl Machine {
         let rests = self.tap.shadow.delivered() == 0;
         match act {
             Act::Fetch if rests && self.rng.percent(plan.claims) => Act::Claim,
+            Act::Fetch if !rests && plan.claims > 0 && self.rng.percent(plan.claims) => Act::Widen,
             Act::Begin(at) if self.rng.percent(plan.returns) => Act::Return(at),
             Act::Commit(at) if self.is_write(at) && self.rng.percent(plan.hoard) => Act::Fetch,
             act => act,

@@ -70,6 +70,8 @@ pub struct Counts {
     pub lost: u64,
     /// Claims of processes that were served.
     pub claimed_again: u64,
+    /// Processes with something in hand that said that their I/O is over later.
+    pub widened: u64,
 }
 
 impl Counts {
@@ -90,6 +92,7 @@ impl Counts {
         self.elsewhere += other.elsewhere;
         self.lost += other.lost;
         self.claimed_again += other.claimed_again;
+        self.widened += other.widened;
     }
 }
 

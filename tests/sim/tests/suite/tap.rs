@@ -208,7 +208,7 @@ fn s12_processes_die_all_the_time() {
     };
     run(&plan, |sum, cases| {
         let again = sum.replayed > 10 * cases && sum.claimed_again > cases;
-        let elsewhere = sum.elsewhere > cases && sum.lost > cases;
+        let elsewhere = sum.elsewhere > cases && sum.lost > cases && sum.widened > cases;
         sum.deaths > 20 * cases && sum.late > cases && again && elsewhere
     });
 }
