@@ -640,14 +640,14 @@ impl Session {
     ) -> Result<(), Failure> {
         let params = params(shape, open);
         self.reach(open, storage).await?;
-        let (known, started, claimed, known_storage) = {
+        let (known, started, claimed, storage_before) = {
             let state = self.state.borrow();
             (state.params, state.started, state.fence, state.storage)
         };
         let own = fence(storage);
         let fence = claimed.unwrap_or(own);
         // The guest learns nothing of an image that is refused.
-        if known_storage.is_some_and(|before| started && own < before) {
+        if storage_before.is_some_and(|before| own < before) {
             return Err(other_storage(open));
         }
         self.describe(tap, open, known, params)?;
