@@ -435,13 +435,16 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     assert_eq!(disk.tags(), [0]);
 }
 
-fn claim(disk: &mut Disk, fence: Fence) {
-    let claimed = Claimed {
+fn claimed(fence: Fence) -> Claimed {
+    Claimed {
         fence,
         ..Claimed::BEFORE
-    };
+    }
+}
+
+fn claim(disk: &mut Disk, fence: Fence) {
     disk.epoch = disk.shadow.opened().expect("nobody has it");
-    assert!(disk.shadow.claim(disk.epoch, claimed));
+    assert!(disk.shadow.claim(disk.epoch, claimed(fence)));
     assert!(disk.shadow.started(disk.epoch).is_ok());
 }
 
@@ -478,10 +481,6 @@ fn what_goes_over_a_network_has_time_to_settle() {
 #[test]
 fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
     let mut disk = Disk::new(4);
-    let claimed = |fence| Claimed {
-        fence,
-        ..Claimed::BEFORE
-    };
     let session = |settle_ms| claimed(Fence::Session { settle_ms });
     claim(&mut disk, Fence::Session { settle_ms: 700 });
     // It has nothing of ours in hand, and does not say that its I/O for others is over.
@@ -503,10 +502,6 @@ fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
 #[test]
 fn what_was_claimed_counts_of_a_process_that_was_never_started() {
     let mut disk = Disk::new(4);
-    let claimed = |fence| Claimed {
-        fence,
-        ..Claimed::BEFORE
-    };
     let session = claimed(Fence::Session { settle_ms: 700 });
     disk.epoch = disk.shadow.opened().expect("nobody has it");
     assert!(disk.shadow.claim(disk.epoch, session));
@@ -602,10 +597,6 @@ fn a_start_after_another_claim_keeps_what_waits_in_order() {
 #[test]
 fn who_has_ended_all_its_io_says_so() {
     let mut disk = Disk::new(4);
-    let claimed = |fence| Claimed {
-        fence,
-        ..Claimed::BEFORE
-    };
     claim(&mut disk, Fence::Session { settle_ms: 700 });
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.tags(), [0]);
@@ -626,10 +617,6 @@ fn who_has_ended_all_its_io_says_so() {
 #[test]
 fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
     let mut disk = Disk::new(4);
-    let claimed = |fence| Claimed {
-        fence,
-        ..Claimed::BEFORE
-    };
     let session = |settle_ms| claimed(Fence::Session { settle_ms });
     claim(&mut disk, Fence::Local);
     disk.post(0, Op::Write, 0, 8);

@@ -178,15 +178,14 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     const SETTLE: Duration = Duration::from_millis(1500);
     const WIDER: Duration = Duration::from_millis(2500);
     const PAGE: usize = 4096;
+    let session = |settle: Duration| Claims {
+        fence: FENCE_SESSION,
+        // CAST: a small number.
+        settle_ms: settle.as_millis() as u32,
+        ..CLAIMS
+    };
     let mut scene = Scene::new(lab)?;
-    scene = restart(
-        scene,
-        &Claims {
-            fence: FENCE_SESSION,
-            settle_ms: SETTLE.as_millis() as u32,
-            ..CLAIMS
-        },
-    )?;
+    scene = restart(scene, &session(SETTLE))?;
     scene.take(4)?;
     expect(
         "claims with requests in hand",
@@ -194,23 +193,14 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         &[libc::EINVAL],
     )?;
     // But for its I/O, which may be over later from now on: it is served on.
-    scene.node.claim(&Claims {
-        fence: FENCE_SESSION,
-        // CAST: a small number.
-        settle_ms: WIDER.as_millis() as u32,
-        ..CLAIMS
-    })?;
+    scene.node.claim(&session(WIDER))?;
     let info = scene.node.ask()?;
     ensure!(
         info.state == STATE_LIVE && info.delivered == 4,
         "after a claim that widens: {info:?}"
     );
-    for delivered in [
-        Claims {
-            fence: FENCE_SESSION,
-            settle_ms: 1,
-            ..CLAIMS
-        },
+    for other in [
+        session(Duration::from_millis(1)),
         Claims {
             fence: FENCE_NONE,
             features: 0,
@@ -219,7 +209,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     ] {
         expect(
             "a claim of something else",
-            scene.node.claim(&delivered),
+            scene.node.claim(&other),
             &[libc::EINVAL],
         )?;
     }
@@ -298,12 +288,6 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     drop(scene.node);
     scene.node = scene.disk.start()?;
     // No other claim says that.
-    let session = |settle: Duration| Claims {
-        fence: FENCE_SESSION,
-        // CAST: a small number.
-        settle_ms: settle.as_millis() as u32,
-        ..CLAIMS
-    };
     scene = restart(scene, &session(SETTLE))?;
     scene.node.claim(&session(Duration::from_millis(1)))?;
     drop(scene.node);

@@ -29,6 +29,17 @@ pub(super) fn cases() -> Vec<Case> {
     all.map(|case| case.supervised().no_leaks()).into()
 }
 
+/// Begins to copy the disk to this image, slowly; something is copied already.
+fn begin(disk: &Served, target: &str) -> Result<()> {
+    let minor = disk.minor.to_string();
+    tap::ctl(&["mirror", "-m", &minor, target, "--rate", "2"])?;
+    let copied = || {
+        let told = tap::ctl_json(&["mirror", "-m", &minor, "--show"])?;
+        Ok(told["offset"].as_u64() > Some(0))
+    };
+    sh::wait_for("something that is copied", LIMIT, copied)
+}
+
 /// Has the disk go on in this image.
 fn go_on(disk: &Served, target: &str) -> Result<()> {
     let minor = disk.minor.to_string();
@@ -50,16 +61,10 @@ fn t34_load(context: &mut Context) -> Result<()> {
     sh::run_for(&create, LIMIT)?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("aio:{first}"), VDEV, "w"))?;
-    let minor = disk.minor.to_string();
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 40)?;
     let target = format!("qcow2:{between}");
-    tap::ctl(&["mirror", "-m", &minor, &target, "--rate", "2"])?;
-    let copied = || {
-        let told = tap::ctl_json(&["mirror", "-m", &minor, "--show"])?;
-        Ok(told["offset"].as_u64() > Some(0))
-    };
-    sh::wait_for("something that is copied", LIMIT, copied)?;
+    begin(&disk, &target)?;
     // The next process begins anew.
     disk.replace()?;
     go_on(&disk, &target)?;
@@ -87,13 +92,7 @@ fn moves_along(context: &mut Context) -> Result<()> {
     let load = start_load_with(guest, "--discard")?;
     wait_progress(&source, 40)?;
     let mut server = Server::start(&there)?;
-    let minor = source.minor.to_string();
-    tap::ctl(&["mirror", "-m", &minor, &server.target(), "--rate", "2"])?;
-    let copied = || {
-        let told = tap::ctl_json(&["mirror", "-m", &minor, "--show"])?;
-        Ok(told["offset"].as_u64() > Some(0))
-    };
-    sh::wait_for("something that is copied", LIMIT, copied)?;
+    begin(&source, &server.target())?;
     go_on(&source, &server.target())?;
     as_configured(&here)?;
     is_locked(&there)?;
