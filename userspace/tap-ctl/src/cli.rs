@@ -197,7 +197,7 @@ pub(crate) enum Verb {
     /// goes on
     ///
     /// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. It may be an
-    /// export of a server, as in nbd://HOST/NAME; while that is away, the guest waits. What it holds is lost. What the
+    /// export of a server, as in nbd://HOST/NAME; if that is away for 30 s, the copy is given up. What it holds is lost. What the
     /// guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on in the new one;
     /// the old one keeps what the disk was, and is marked as read-only (chmod a-w). Then the disk's configuration must
     /// name the new one. If something goes wrong, the disk stays with the image that it has, and its guest does not

@@ -3,16 +3,29 @@
 //! far as it has been copied.
 //!
 //! Who writes has claimed its range, and so has who copies: no range is copied while it is written.
+//!
+//! The guest waits for the other image only so long. One that does not answer, because its server is away or its storage
+//! hangs, is given up: it is a copy, and another one can be made.
 
 use crate::direct::Ban;
+use crate::troubles::wait;
 use control::stats::{Mirror, Mirroring};
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, Io};
 use drivers::{Attributes, Content, Disk, Extent};
 use std::cell::{Cell, RefCell};
-use std::future::Future;
+use std::collections::BTreeMap;
+use std::future::{poll_fn, Future};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
 /// Bytes that are copied at once.
 pub(crate) const PIECE: u64 = 1 << 20;
+/// How long is waited for an answer of the other image.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often is looked whether one is late.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// The other image, as long as there is one, and how far it is.
 #[derive(Debug)]
@@ -25,6 +38,14 @@ pub(crate) struct Twin {
     /// What is before this is the same on both.
     position: Cell<u64>,
     told: RefCell<Mirror>,
+    /// Since when is waited for each answer.
+    asked: RefCell<BTreeMap<u64, Instant>>,
+    /// Numbers what is asked.
+    questions: Cell<u64>,
+    /// Who waits for answers.
+    waiting: RefCell<Vec<Waker>>,
+    /// Nobody waits any more for something that may still be done there.
+    is_left: Cell<bool>,
     /// The kernel would write one of the two only.
     ban: RefCell<Option<Ban>>,
 }
@@ -37,6 +58,10 @@ impl Twin {
             is_below,
             position: Cell::new(0),
             told: RefCell::default(),
+            asked: RefCell::default(),
+            questions: Cell::default(),
+            waiting: RefCell::default(),
+            is_left: Cell::new(false),
             ban: RefCell::new(Some(ban)),
         }
     }
@@ -78,13 +103,60 @@ impl Twin {
             self.told.borrow_mut().state = state;
         }
         self.ban.take();
+        self.waiting.take().into_iter().for_each(Waker::wake);
     }
 
     fn failed(&self, what: &str, at: u64, error: Errno) {
         let error = std::io::Error::from(error);
-        let why = format!("cannot {what} the other image at {at} of the disk: {error}");
-        eprintln!("tapdisk: the mirror is ended: {why}");
-        self.end(Mirroring::Failed { why });
+        self.give_up(format!(
+            "cannot {what} the other image at {at} of the disk: {error}"
+        ));
+    }
+
+    fn give_up(&self, why: String) {
+        if self.is_active() {
+            eprintln!("tapdisk: the mirror is ended: {why}");
+            self.end(Mirroring::Failed { why });
+        }
+    }
+
+    /// What was asked there may be executed yet, where nobody sees it.
+    pub(crate) fn is_unsure(&self) -> bool {
+        self.is_left.get() || matches!(self.told.borrow().state, Mirroring::Failed { .. })
+    }
+
+    /// What the other image answers, or [`Errno::CANCELED`] if it is of no use any more before that.
+    async fn answer<T>(&self, work: impl Future<Output = Result<T, Errno>>) -> Result<T, Errno> {
+        let _asked = Question::new(self);
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            if let done @ Poll::Ready(_) = work.as_mut().poll(cx) {
+                return done;
+            }
+            if self.is_active() {
+                wait(&mut self.waiting.borrow_mut(), cx.waker());
+                return Poll::Pending;
+            }
+            self.is_left.set(true);
+            Poll::Ready(Err(Errno::CANCELED))
+        })
+        .await
+    }
+
+    /// Gives the other image up if it does not answer.
+    pub(crate) async fn watch(self: Rc<Self>, io: Io) {
+        while self.is_active() {
+            if io.sleep(LOOK).await.is_err() {
+                return self.give_up("there is no clock to wait for the other image with".into());
+            }
+            let oldest = self.asked.borrow().values().min().copied();
+            if oldest.is_some_and(|since| since.elapsed() >= PATIENCE) {
+                self.give_up(format!(
+                    "the other image has not answered for {} s",
+                    PATIENCE.as_secs()
+                ));
+            }
+        }
     }
 
     /// Does there what is done to a range of the disk. If that fails, it is of no use any more.
@@ -105,14 +177,14 @@ impl Twin {
     /// Writes what is written to the disk.
     pub(crate) async fn write(&self, at: u64, data: Bytes) {
         let how = Attributes::default();
-        let work = async move |disk: Disk| disk.write(at, data, how).await;
+        let work = async move |disk: Disk| self.answer(disk.write(at, data, how)).await;
         self.follow("write", at, work).await;
     }
 
     /// Makes zeroes of what becomes zeroes.
     pub(crate) async fn write_zeroes(&self, at: u64, len: u64) {
         let how = Attributes::default();
-        let work = async move |disk: Disk| disk.write_zeroes(at, len, how).await;
+        let work = async move |disk: Disk| self.answer(disk.write_zeroes(at, len, how)).await;
         self.follow("zero", at, work).await;
     }
 
@@ -121,7 +193,7 @@ impl Twin {
         let work = async |to: Disk| {
             // CAST: it is small.
             let buffer = Data::zeroed(PIECE as usize)?;
-            let copied = copy(self.is_below, from, &to, &buffer, at, len).await;
+            let copied = self.transfer(from, &to, &buffer, at, len).await;
             copied.map(drop)
         };
         self.follow("copy to", at, work).await;
@@ -133,7 +205,7 @@ impl Twin {
         let Some(to) = self.active() else {
             return 0;
         };
-        match copy(self.is_below, from, &to, buffer, at, len).await {
+        match self.transfer(from, &to, buffer, at, len).await {
             Ok(copied) => {
                 self.position.set(at + len);
                 let mut told = self.told.borrow_mut();
@@ -154,7 +226,7 @@ impl Twin {
         let Some(disk) = self.active() else {
             return 0;
         };
-        match first(disk.extents(at, len).await) {
+        match first(self.answer(disk.extents(at, len)).await) {
             Ok(there) if there.content == Content::Hole => there.len,
             // Who copies finds out.
             _ => 0,
@@ -169,7 +241,7 @@ impl Twin {
             let there = self.hole(at, len).await;
             if there == 0 {
                 let how = Attributes::default();
-                if let Err(error) = disk.write_zeroes(at, len, how).await {
+                if let Err(error) = self.answer(disk.write_zeroes(at, len, how)).await {
                     self.failed("zero", at, error);
                 }
             }
@@ -180,7 +252,7 @@ impl Twin {
     /// Makes durable what is there by now.
     pub(crate) async fn flush(&self) {
         if let Some(disk) = self.active() {
-            if let Err(error) = disk.flush().await {
+            if let Err(error) = self.answer(disk.flush()).await {
                 self.failed("flush", 0, error);
             }
         }
@@ -192,12 +264,72 @@ impl Twin {
             return;
         };
         let is_same = self.told.borrow().state == Mirroring::Same;
-        let durable = disk.inactivate().await;
-        match durable.and(disk.close().await) {
+        let let_go = async { disk.inactivate().await.and(disk.close().await) };
+        match self.answer(let_go).await {
             Err(error) => self.failed("close", 0, error),
             Ok(()) if is_same => self.end(Mirroring::Complete),
             Ok(()) => self.end(Mirroring::Ended),
         }
+    }
+
+    /// Makes a range of `to`, from which `from` goes on if it is below, read as that of `from`; says how many bytes were
+    /// written.
+    async fn transfer(
+        &self,
+        from: &Disk,
+        to: &Disk,
+        buffer: &Data,
+        at: u64,
+        len: u64,
+    ) -> Result<u64, Errno> {
+        let (mut done, mut copied) = (0, 0);
+        while done < len {
+            let place = at + done;
+            let here = look(self.is_below, from, place, len - done).await?;
+            if self.is_below && here.content == Content::Below {
+                done += here.len;
+                continue;
+            }
+            if here.content == Content::Hole {
+                let there = first(self.answer(to.extents(place, here.len)).await)?;
+                if there.content != Content::Hole {
+                    let how = Attributes::default();
+                    self.answer(to.write_zeroes(place, there.len, how)).await?;
+                    copied += there.len;
+                }
+                done += there.len;
+                continue;
+            }
+            let count = here.len.min(buffer.len() as u64);
+            // CAST: it is inside of the buffer.
+            let part = buffer.part(0, count as usize);
+            from.read(place, part.clone()).await?;
+            self.answer(to.write(place, part, Attributes::default()))
+                .await?;
+            (done, copied) = (done + count, copied + count);
+        }
+        Ok(copied)
+    }
+}
+
+/// The other image is asked something, as long as this is there.
+struct Question<'a> {
+    twin: &'a Twin,
+    number: u64,
+}
+
+impl<'a> Question<'a> {
+    fn new(twin: &'a Twin) -> Self {
+        let number = twin.questions.get();
+        twin.questions.set(number + 1);
+        twin.asked.borrow_mut().insert(number, Instant::now());
+        Self { twin, number }
+    }
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        self.twin.asked.borrow_mut().remove(&self.number);
     }
 }
 
@@ -207,44 +339,6 @@ async fn look(is_below: bool, from: &Disk, at: u64, len: u64) -> Result<Extent, 
         true => from.layer(at, len).await,
         false => from.extents(at, len).await,
     })
-}
-
-/// Makes a range of `to`, from which `from` goes on if it `is_below`, read as that of `from`; says how many bytes were
-/// written.
-async fn copy(
-    is_below: bool,
-    from: &Disk,
-    to: &Disk,
-    buffer: &Data,
-    at: u64,
-    len: u64,
-) -> Result<u64, Errno> {
-    let (mut done, mut copied) = (0, 0);
-    while done < len {
-        let place = at + done;
-        let here = look(is_below, from, place, len - done).await?;
-        if is_below && here.content == Content::Below {
-            done += here.len;
-            continue;
-        }
-        if here.content == Content::Hole {
-            let there = first(to.extents(place, here.len).await)?;
-            if there.content != Content::Hole {
-                to.write_zeroes(place, there.len, Attributes::default())
-                    .await?;
-                copied += there.len;
-            }
-            done += there.len;
-            continue;
-        }
-        let count = here.len.min(buffer.len() as u64);
-        // CAST: it is inside of the buffer.
-        let part = buffer.part(0, count as usize);
-        from.read(place, part.clone()).await?;
-        to.write(place, part, Attributes::default()).await?;
-        (done, copied) = (done + count, copied + count);
-    }
-    Ok(copied)
 }
 
 /// The first of the extents that were found.

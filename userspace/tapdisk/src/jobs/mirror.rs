@@ -21,6 +21,8 @@ pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate
     server.set_twin(Some(twin.clone()));
     session.jobs().mirror.rate.set(rate);
     let worker = Worker::begin(session, |jobs| &jobs.mirror, twin.clone());
+    let runtime = session.runtime();
+    runtime.tasks.spawn(twin.clone().watch(runtime.io.clone()));
     session.runtime().clone().tasks.spawn(async move {
         match run(&worker, &twin).await {
             Ok(End::Through) => {}

@@ -3,7 +3,6 @@
 
 use super::{inactive, Inner, Session};
 use crate::Server;
-use control::stats::Mirroring;
 use control::tapdisk::Reply;
 use control::{Code, Failure};
 use diskio::Errno;
@@ -83,9 +82,7 @@ impl Session {
         server.quiesce().await;
         if let Some(twin) = server.twin() {
             twin.close().await;
-            // What failed there may be executed yet, where nobody sees it.
-            let has_failed = matches!(twin.told().state, Mirroring::Failed { .. });
-            self.state.borrow_mut().unsure |= has_failed;
+            self.state.borrow_mut().unsure |= twin.is_unsure();
         }
         let closed = server.disk().close().await;
         if let Err(error) = closed {

@@ -5,6 +5,7 @@ use crate::common::Process;
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
 use ring::tap::shadow::Op;
+use rustix::process::{kill_process, Pid, Signal};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -96,6 +97,13 @@ impl Server {
         self.child.wait().unwrap();
         std::fs::remove_file(self.socket()).unwrap();
         self.child = Self::spawn(self.folder.path(), &self.more);
+    }
+
+    /// It does nothing any more.
+    pub(crate) fn stop(&self) {
+        // CAST: the number of a process is positive.
+        let process = Pid::from_raw(self.child.id() as i32).unwrap();
+        kill_process(process, Signal::STOP).unwrap();
     }
 
     pub(crate) fn image(&self) -> Vec<u8> {

@@ -14,9 +14,11 @@ use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
+/// A guest does not wait longer for what it is copied to, on a machine that is busy.
+const LATE: Duration = Duration::from_secs(90);
 /// Milliseconds in which what was sent over a network may be executed.
 const LATER: u64 = 60_000;
 
@@ -285,6 +287,37 @@ fn mirror_to_server(process: &mut Process, server: &Server, rate: u64) {
         give(channel, &server.socket(), 1);
     });
     assert_eq!(begun, Ok(Reply::Done));
+}
+
+/// A server that does not answer any more makes the guest wait for a while, and not for ever: the copy is given up.
+#[test]
+fn guest_goes_on_without_a_server_that_hangs() {
+    let Some(folder) = Folder::new("server_hangs") else {
+        return;
+    };
+    let (model, from) = (folder.raw("from", 5), served(&folder, "from", "aio"));
+    let server = Server::of(SIZE);
+    let fake = Fake::new(16).expect("a node");
+    let (mut process, _) = from.start(&fake);
+    let mut guest = Guest::new(&fake, model, 8);
+    mirror_to_server(&mut process, &server, 1 << 30);
+    until(&mut process, is_same);
+    server.stop();
+    let begun = Instant::now();
+    for step in steps().iter().filter(|step| !matches!(step, Step::Kill)) {
+        guest.send(step);
+    }
+    guest.finish();
+    assert!(begun.elapsed() < LATE, "{:?}", begun.elapsed());
+    let last = told(&mut process).expect("a mirror");
+    assert!(
+        matches!(&last.state, Mirroring::Failed { why } if why.contains("has not answered for 30 s")),
+        "{last:?}"
+    );
+    // What the server has been told it may still do.
+    process.leave();
+    assert!(!fake.looks_quiet(LATER - 1));
+    assert!(folder.content("raw", "from") == guest.model);
 }
 
 /// The image is on a disk of this machine, so nobody would have waited for what goes to the server.
