@@ -138,8 +138,8 @@ impl FromStr for Driver {
 
     fn from_str(name: &str) -> Result<Self, Failure> {
         let name = match name {
-            // What configurations of xl and of blktap say of a raw file, and QEMU of a VHD.
-            "file" | "raw" => "aio",
+            // What configurations of xl and of blktap say of a raw file or device, and QEMU of a VHD.
+            "file" | "raw" | "phy" => "aio",
             "vpc" => "vhd",
             // The address of a socket, see `Export`.
             "nbd+unix" => "nbd",
@@ -827,6 +827,8 @@ mod tests {
             assert_eq!(target.to_string(), text);
             assert_eq!(Target::from_params(&format!("aio:tap:{text}")), Ok(target));
         }
+        let device: Target = "lease=record:/dev/san/l,phy:/dev/san/a".parse().unwrap();
+        assert_eq!(device.to_string(), "lease=record:/dev/san/l,aio:/dev/san/a");
         let other: Target = "direct=no,lease=record,raw:/a".parse().unwrap();
         assert_eq!(other.to_string(), "lease=record,direct=no,aio:/a");
         for text in [

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! An image that several hosts reach, with a record of who writes it: `lease=record`.
 
-use super::tap::{end_load, forget_refused, image, same, start_load, wait_progress, VDEV};
+use super::tap::{
+    end_load, forget_refused, image, same, stand_in, start_load, wait_progress, VDEV,
+};
 use super::{Case, Context, Needs};
 use crate::sh;
 use crate::tap::{self, Served};
@@ -34,6 +36,11 @@ pub(super) fn cases() -> Vec<Case> {
             "lease.other_host",
             "another host's image is refused, taken away from a dead one only, and lost by who comes back",
             other_host,
+        ),
+        case(
+            "lease.phy",
+            "a disk that was phy: has the lease of its device, by Xen's script's own name",
+            phy,
         ),
     ]
 }
@@ -92,6 +99,28 @@ fn kept(context: &mut Context) -> Result<()> {
         "generations {first} and {last}; the process ended {:.1} s after its supervisor; {told}",
         ended.as_secs_f64()
     ))
+}
+
+fn phy(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let record = image(context, "a.lease", 1)?;
+    stand_in(context)?;
+    let target = format!("lease=record:{record},phy:{}", device.path());
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &format!("script=block,vdev={VDEV},target={target}"))?;
+    let load = start_load(guest)?;
+    wait_progress(&disk, 50)?;
+    let held = generation(&target)?;
+    let second = sh::status(&["tap-ctl", "check", "-a", &target], LONG)?;
+    ensure!(
+        second.rc == 3,
+        "the device can be had twice: {}",
+        second.text
+    );
+    let told = end_load(guest, load)?;
+    same(guest, &device.path(), 16)?;
+    disk.detach(guest)?;
+    context.note(&format!("generation {held}; {told}"))
 }
 
 /// Has a lease broken, of an image or a target, by the generation or the key of its holder.
