@@ -456,7 +456,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             let command = self.control.command();
             // Before the pass: the guest may know of a new size already.
             sectors = self.limits_changed(engine, sectors);
-            engine.latencies().switch(self.tally.measures());
+            self.measure(engine);
             let pass = match command {
                 Command::Wait | Command::Serve => engine.pass(),
                 Command::Drain => engine.drain_pass(),
@@ -505,7 +505,17 @@ impl<D: QueueBackends> Serving<'_, D> {
             } else {
                 self.control.wake_event.wait();
             }
+            engine.woken(self.control.wake_event.woken_ns());
             pollers.slept(engine.in_flight(), start);
+        }
+    }
+
+    /// Begins to count how long things take, or ends that.
+    fn measure<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) {
+        let wanted = self.tally.measures();
+        if engine.latencies().is_on() != wanted {
+            engine.latencies().switch(wanted);
+            self.control.wake_event.time(wanted);
         }
     }
 

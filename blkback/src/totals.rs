@@ -5,7 +5,7 @@
 //! They belong to the device, not to a connection: reading them never meets a queue that is being
 //! freed, and they never go backwards.
 
-use crate::engine::latency::{OPERATIONS, STEPS};
+use crate::engine::latency::{ROWS, STEPS};
 use crate::engine::{Flight, Latencies, Stats, Times};
 use crate::linux::memory::vectors::{filled, push};
 use crate::linux::monotonic_ns;
@@ -14,8 +14,8 @@ use kernel::str::CString;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic, AtomicFlag};
 use kernel::sync::{new_mutex, Arc, Mutex};
 
-/// Number of counts of latencies: a histogram for each operation.
-const LATENCIES: usize = OPERATIONS * STEPS;
+/// Number of counts of latencies: a histogram for each operation and each span.
+const LATENCIES: usize = ROWS * STEPS;
 /// Number of counters; their order is that of the shim's attributes.
 const COUNTERS: usize = 23;
 // Places of some.
@@ -79,7 +79,7 @@ struct Counters {
     oldest: Atomic<u64>,
     /// Pages of the guest that stay mapped.
     kept: Atomic<u64>,
-    /// By operation, then by step.
+    /// By operation and span, then by step.
     latencies: KVec<Atomic<u64>>,
 }
 
@@ -187,12 +187,12 @@ impl Totals {
         self.measures.store(on, Relaxed);
     }
 
-    /// How many I/O of each operation took as long as this step says, while that was counted.
-    pub(crate) fn latencies(&self, step: usize) -> [u64; OPERATIONS] {
+    /// How many I/O of each operation, and requests in each span, took as long as this step says, while that was counted.
+    pub(crate) fn latencies(&self, step: usize) -> [u64; ROWS] {
         let queues = self.queues.lock();
-        let mut sums = [0; OPERATIONS];
-        for (operation, sum) in sums.iter_mut().enumerate() {
-            let place = operation.wrapping_mul(STEPS).wrapping_add(step);
+        let mut sums = [0; ROWS];
+        for (row, sum) in sums.iter_mut().enumerate() {
+            let place = row.wrapping_mul(STEPS).wrapping_add(step);
             let past = queues.past_latencies.get(place).copied();
             let now = queues.now.iter();
             let now = now.filter_map(|queue| queue.latencies.get(place));

@@ -13,7 +13,7 @@ impl<R, G, B: Backend> Engine<'_, R, G, B> {
         let mut any = false;
         complete(&mut self.requests, &mut self.backend, |request| {
             any = true;
-            batch.ends(request.kind, request.started);
+            batch.ends(request.kind, request.since);
         });
         if any {
             let now = self.clock.look(&self.backend);

@@ -1,33 +1,46 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! How long each I/O took, as histograms, while somebody wants to know: [`Times`](crate::engine::Times) has
-//! the sums at any time.
+//! How long each I/O took, and what was before and after it, as histograms, while somebody wants to know:
+//! [`Times`](crate::engine::Times) has the sums at any time.
 
 use crate::engine::backend::IoKind;
 
 /// Operations that are told apart, in the order of their histograms: reads, writes, flushes with what flushes, discards.
 pub const OPERATIONS: usize = 4;
+/// What a request goes through beside its I/O. Their histograms are behind those of the operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Span {
+    /// In the ring, until it is taken; at most so long.
+    Ring,
+    /// From there until the backend gets it: it waits for pages, and its data is brought in.
+    Pages,
+    /// From when it is found to be complete until the guest is shown the answer: its data is brought out.
+    Answer,
+}
+
+/// All histograms.
+pub const ROWS: usize = OPERATIONS + 3;
 /// Steps of a histogram. Each one after the first has what took less than twice as long, and the last one all else.
 pub const STEPS: usize = 24;
 /// The first one has what took less than this.
 pub const FIRST_STEP_NS: u64 = 1024;
 
-/// Counts of I/O by the time that it took, of each operation.
+/// Counts by the time that something took, of each operation and each span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Latencies {
-    counts: [[u64; STEPS]; OPERATIONS],
+    counts: [[u64; STEPS]; ROWS],
     on: bool,
 }
 
 impl Latencies {
     /// Nothing is counted until it is asked for.
     pub const OFF: Self = Self {
-        counts: [[0; STEPS]; OPERATIONS],
+        counts: [[0; STEPS]; ROWS],
         on: false,
     };
 
-    /// The counts, in the order of the operations.
-    pub fn counts(&self) -> &[[u64; STEPS]; OPERATIONS] {
+    /// The counts, in the order of the operations, then of the spans.
+    pub fn counts(&self) -> &[[u64; STEPS]; ROWS] {
         &self.counts
     }
 
@@ -48,9 +61,23 @@ impl Latencies {
             IoKind::Flush | IoKind::PreFlushWrite | IoKind::BarrierWrite => 2,
             IoKind::Discard { .. } => 3,
         };
-        let counts = self.counts.get_mut(operation);
+        self.count(operation, ns, 1);
+    }
+
+    /// So many requests were there for so long.
+    pub(super) fn add_span(&mut self, span: Span, ns: u64, requests: u32) {
+        let row = match span {
+            Span::Ring => OPERATIONS,
+            Span::Pages => OPERATIONS + 1,
+            Span::Answer => OPERATIONS + 2,
+        };
+        self.count(row, ns, requests);
+    }
+
+    fn count(&mut self, row: usize, ns: u64, many: u32) {
+        let counts = self.counts.get_mut(row);
         if let Some(count) = counts.and_then(|counts| counts.get_mut(step(ns))) {
-            *count = count.wrapping_add(1);
+            *count = count.wrapping_add(many.into());
         }
     }
 }
@@ -87,6 +114,8 @@ mod tests {
             latencies.add(kind, 5000);
         }
         let sums = latencies.counts().map(|counts| counts[3]);
-        assert_eq!(sums, [1, 1, 2, 0]);
+        assert_eq!(sums, [1, 1, 2, 0, 0, 0, 0]);
+        latencies.add_span(Span::Answer, 5000, 7);
+        assert_eq!(latencies.counts()[ROWS - 1][3], 7);
     }
 }

@@ -31,6 +31,7 @@ mod respond;
 mod rest;
 mod room;
 pub mod segments;
+mod spans;
 pub mod stats;
 mod submit;
 mod take;

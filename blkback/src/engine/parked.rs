@@ -18,4 +18,6 @@ pub(super) enum NoRoom {
 pub(super) struct Parked {
     pub(super) request: Request,
     pub(super) why: NoRoom,
+    /// When it was taken, or 0.
+    pub(super) since: u64,
 }

@@ -10,6 +10,7 @@ use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, Shape};
+use crate::engine::spans::Spans;
 use crate::engine::stats::{Flight, Stats};
 use crate::engine::transfers::{Fetch, Transfers};
 use crate::ring::abi::Protocol;
@@ -70,6 +71,7 @@ pub struct Engine<'a, R, G, B> {
     pub(super) short_since: Option<u64>,
     pub(super) stats: &'a mut Stats,
     pub(super) latencies: &'a mut Latencies,
+    pub(super) spans: Spans,
 }
 
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
@@ -105,6 +107,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             short_since: None,
             stats: tables.stats,
             latencies: tables.latencies,
+            spans: Spans::default(),
         }
     }
 

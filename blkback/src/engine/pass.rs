@@ -93,8 +93,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     /// True if there is something to take; asks for no event.
-    pub fn has_requests(&self) -> bool {
-        self.can_take() && self.ring.is_worth_a_look()
+    pub fn has_requests(&mut self) -> bool {
+        let found = self.can_take() && self.ring.is_worth_a_look();
+        if !found {
+            self.ring_is_empty();
+        }
+        found
     }
 
     /// See [`Backend::gathers`].
@@ -110,6 +114,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return false;
         }
         // A ring that breaks here is reported by one more pass.
-        self.ring.final_check().unwrap_or(true)
+        let found = self.ring.final_check().unwrap_or(true);
+        if !found {
+            self.ring_is_empty();
+        }
+        found
     }
 }

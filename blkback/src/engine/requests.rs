@@ -116,8 +116,8 @@ pub struct PendingRequest {
     /// Those that follow when these are done: there was no room for all.
     pub(crate) rest: u16,
     pub(crate) left: u16,
-    /// When the backend got it, if it has it.
-    pub(crate) started: u64,
+    /// When the backend got it, if it has it. While spans are counted, when it came to where it is, or 0.
+    pub(crate) since: u64,
     /// The next request of the list in which this one is, and the one before, unless this is the first.
     pub(super) next: QueueTag,
     pub(super) prev: QueueTag,
@@ -145,7 +145,7 @@ impl PendingRequest {
         count: 0,
         rest: 0,
         left: 0,
-        started: 0,
+        since: 0,
         next: END,
         prev: END,
         operation: 0,
@@ -400,7 +400,7 @@ impl<'a> Requests<'a> {
     pub(crate) fn start(&mut self, handle: Handle<Taken>, now: u64) -> QueueTag {
         let request = self.of_mut(&handle);
         request.submitted = true;
-        request.started = now;
+        request.since = now;
         let tag = handle.put_down();
         self.slots.append(&mut self.submitted, tag);
         tag
@@ -408,7 +408,7 @@ impl<'a> Requests<'a> {
 
     /// When the backend got the oldest one that it has.
     pub(crate) fn oldest_start(&self) -> Option<u64> {
-        Some(self.get(self.submitted.first()?)?.started)
+        Some(self.get(self.submitted.first()?)?.since)
     }
 
     /// The backend says that it is done. `None` if the backend does not have it.

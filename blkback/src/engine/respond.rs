@@ -50,6 +50,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         if request.status != Status::Okay {
             self.stats.failed = self.stats.failed.wrapping_add(1);
         }
+        self.note_answer();
         let response = self.requests.end(handle);
         self.answer(&response);
     }
@@ -61,12 +62,14 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return;
         }
         let request = self.requests.of(handle);
-        let (kind, status, started) = (request.kind, request.status, request.started);
+        let (kind, status, since) = (request.kind, request.status, request.since);
+        // Looked at when it was found to be complete.
+        let now = self.clock.last(&self.backend);
         if status == Status::Okay {
-            // Looked at when it was found to be complete.
-            let now = self.clock.last(&self.backend);
-            self.latencies.add(kind, now.saturating_sub(started));
+            self.latencies.add(kind, now.saturating_sub(since));
         }
+        // Its next piece, if it has one, begins here.
+        self.requests.of_mut(handle).since = now;
     }
 
     /// Answers a request that is not well-formed.
@@ -85,6 +88,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Shows the guest all answers at once; true if it wants an event.
     pub(super) fn publish(&mut self) -> bool {
         let notify = self.ring.publish();
+        self.note_published();
         if notify {
             self.stats.notified = self.stats.notified.wrapping_add(1);
         }

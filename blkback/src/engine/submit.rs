@@ -6,13 +6,15 @@ use crate::engine::backend::{Backend, Io, IoKind};
 use crate::engine::parts::Engine;
 use crate::engine::requests::PendingRequest;
 use crate::engine::stats::Stats;
+use crate::ring::grants::Grants;
+use crate::ring::ports::SharedRing;
 use crate::ring::response::Status;
 
 /// Sectors of a discard that are given to the backend at once: 1 GiB. A discard may cover the
 /// whole disk; in pieces it can be interleaved and torn down.
 const DISCARD_CHUNK: u64 = 1 << 21;
 
-impl<R, G, B: Backend> Engine<'_, R, G, B> {
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn submit(&mut self) {
         if self.requests.taken.is_empty() {
             return;
@@ -23,6 +25,8 @@ impl<R, G, B: Backend> Engine<'_, R, G, B> {
             let request = self.requests.of(&handle);
             if request.status == Status::Okay {
                 count(self.stats, request);
+                let since = request.since;
+                self.note_pages(since, now);
                 let tag = self.requests.start(handle, now);
                 first = first.or(Some(tag));
             } else {

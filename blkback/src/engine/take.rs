@@ -19,9 +19,14 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Gives requests that waited for pages another chance.
     pub(super) fn take_waiting(&mut self) {
         let _first = self.resume_stalled();
-        if let Some(Parked { request, .. }) = self.parked.take() {
+        if let Some(Parked { request, since, .. }) = self.parked.take() {
+            self.spans.taken = since;
             if let Err(why) = self.admit(&request) {
-                self.parked = Some(Parked { request, why });
+                self.parked = Some(Parked {
+                    request,
+                    why,
+                    since,
+                });
             }
         }
     }
@@ -46,18 +51,24 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             protocol: self.config.protocol,
         };
         let mut taken: u32 = 0;
+        self.begin_taking();
         while taken < available && self.can_take() && self.ring.take(&mut raw.bytes) {
             taken = taken.wrapping_add(1);
             match raw.check(&self.limits) {
                 Ok(request) => {
                     if let Err(why) = self.admit(&request) {
                         self.stats.oo_req = self.stats.oo_req.wrapping_add(1);
-                        self.parked = Some(Parked { request, why });
+                        self.parked = Some(Parked {
+                            request,
+                            why,
+                            since: self.spans.taken,
+                        });
                     }
                 }
                 Err(reject) => self.refuse(&reject),
             }
         }
+        self.end_taking(taken);
         taken
     }
 
@@ -179,6 +190,8 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     fn without_pages(&mut self, request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
+        let since = self.spans.taken;
+        let request = PendingRequest { since, ..request };
         self.requests.take(request).ok_or(NoRoom::Turn)
     }
 
@@ -206,6 +219,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         };
         let (pool, chain) = found.ok_or(NoRoom::Pages)?;
         request.pool = pool;
+        request.since = self.spans.taken;
         request.set_chain(chain);
         self.requests.take(request).ok_or_else(|| {
             self.requests.release(&request);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What debugfs shows of a device: its queues, and how long I/O takes while somebody wants that counted.
+//! What debugfs shows of a device: its queues, and how long I/O takes, with what is before and after it, while somebody
+//! wants that counted.
 
 use crate::engine::latency::{FIRST_STEP_NS, STEPS};
 use crate::linux::debug;
@@ -70,14 +71,17 @@ fn latency(totals: &Arc<Totals>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
     let counts = if totals.measures() { "on" } else { "off" };
     fmt::Write::write_fmt(
         out,
-        fmt!("counting {counts}\nbelow_us reads writes flushes discards\n"),
+        fmt!("counting {counts}\nbelow_us reads writes flushes discards ring pages answer\n"),
     )?;
     let mut below_ns = FIRST_STEP_NS;
     for step in 0..STEPS {
-        let [reads, writes, flushes, discards] = totals.latencies(step);
-        if reads | writes | flushes | discards != 0 {
-            let below = below_ns / 1000;
-            fmt::Write::write_fmt(out, fmt!("{below} {reads} {writes} {flushes} {discards}\n"))?;
+        let counts = totals.latencies(step);
+        if counts.iter().any(|count| *count != 0) {
+            fmt::Write::write_fmt(out, fmt!("{}", below_ns / 1000))?;
+            for count in counts {
+                fmt::Write::write_fmt(out, fmt!(" {count}"))?;
+            }
+            out.write_str("\n")?;
         }
         below_ns = below_ns.wrapping_mul(2);
     }

@@ -264,6 +264,8 @@ pub struct Machine {
     pub now: u64,
     /// See `now`.
     pub looks: u64,
+    /// How far it goes on with each look, in nanoseconds.
+    pub tick: u64,
     /// What went wrong.
     pub problems: Vec<String>,
     /// The shared ring.
@@ -329,6 +331,7 @@ impl Machine {
             clock: 1,
             now: 1_000,
             looks: 0,
+            tick: 0,
             problems: Vec::new(),
             accesses: Accesses::default(),
             taken: 0,
@@ -382,6 +385,7 @@ impl Machine {
     /// What the engine learns from a look at the clock.
     pub fn look_at_clock(&mut self) -> u64 {
         self.looks += 1;
+        self.now = self.now.wrapping_add(self.tick);
         self.now
     }
 

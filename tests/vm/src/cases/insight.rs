@@ -43,9 +43,10 @@ fn read_blocks(guest: &Guest) -> Result<()> {
     guest.run(&dd).map(drop)
 }
 
-/// The sums of reads, writes, flushes and discards in a table of latencies.
-fn sums(table: &str) -> Result<[u64; 4]> {
-    let mut sums = [0; 4];
+/// The sums of reads, writes, flushes and discards in a table of latencies, and of what is in the ring, waits for
+/// pages, and is answered.
+fn sums(table: &str) -> Result<[u64; 7]> {
+    let mut sums = [0; 7];
     for line in table.lines().skip(2) {
         let counts = line.split_whitespace().skip(1);
         for (sum, count) in sums.iter_mut().zip(counts) {
@@ -64,7 +65,7 @@ fn latency(context: &mut Context) -> Result<()> {
     let folder = folder(guest, &vbd)?;
     let table = || sh::get(folder.join("latency"));
     ensure!(
-        table()?.starts_with("counting off") && sums(&table()?)? == [0; 4],
+        table()?.starts_with("counting off") && sums(&table()?)? == [0; 7],
         "it is counted unasked: {}",
         table()?
     );
@@ -74,6 +75,12 @@ fn latency(context: &mut Context) -> Result<()> {
     ensure!(
         counted[0] >= READS as u64 && counted[1] == 0,
         "{READS} reads are counted as: {}",
+        table()?
+    );
+    let [_, _, _, _, ring, pages, answers] = counted;
+    ensure!(
+        ring > 0 && pages >= READS as u64 && answers >= READS as u64,
+        "what is before {READS} reads and after them is counted as: {}",
         table()?
     );
     sh::put(folder.join("latency"), "0")?;

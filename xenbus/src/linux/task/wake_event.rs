@@ -8,11 +8,15 @@
 //! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
 //! which would count as load and as a hung task.
 
+use crate::linux::monotonic_ns;
 use crate::linux::sys;
 use crate::linux::versions;
 use kernel::bindings;
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Full, Atomic};
+use kernel::sync::atomic::{
+    ordering::{Full, Relaxed},
+    Atomic, AtomicFlag,
+};
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
@@ -28,6 +32,9 @@ const SLEEPING: u32 = 2;
 pub(crate) struct WakeEvent {
     /// Written by the sleeper (any change) and by wakers (to NOTIFIED only).
     state: Atomic<u32>,
+    /// Whether wakers say when, and when the last one did that found a sleeper.
+    is_timed: AtomicFlag,
+    woken_ns: Atomic<u64>,
     #[pin]
     done: Opaque<bindings::completion>,
 }
@@ -43,6 +50,8 @@ impl WakeEvent {
         Arc::pin_init(
             pin_init!(Self {
                 state: Atomic::new(RUNNING),
+                is_timed: AtomicFlag::new(false),
+                woken_ns: Atomic::new(0),
                 done <- Opaque::ffi_init(|slot| {
                     // SAFETY: `slot` is valid for writes and stays pinned in the `Arc`.
                     unsafe { bindings::init_completion(slot) }
@@ -56,10 +65,24 @@ impl WakeEvent {
     /// from any context, interrupts included.
     pub(crate) fn wake(&self) {
         if self.state.xchg(NOTIFIED, Full) == SLEEPING {
+            if self.is_timed.load(Relaxed) {
+                // The sleeper does not go on before the next line.
+                self.woken_ns.store(monotonic_ns(), Relaxed);
+            }
             // SAFETY: `done` was initialised by the constructor; `complete` is callable from any
             // context.
             unsafe { bindings::complete(self.done.get()) }
         }
+    }
+
+    /// Has wakers say from now on when they wake the sleeper, or no more.
+    pub(crate) fn time(&self, wanted: bool) {
+        self.is_timed.store(wanted, Relaxed);
+    }
+
+    /// When the sleeper was woken last, in nanoseconds of the monotonic clock, as far as that was [wanted](Self::time).
+    pub(crate) fn woken_ns(&self) -> u64 {
+        self.woken_ns.load(Relaxed)
     }
 
     /// Forgets earlier wake-ups. The sleeper calls this before it looks for work, so that the
@@ -68,8 +91,7 @@ impl WakeEvent {
     /// The full barrier pairs with the exchange in [`wake`](Self::wake): whoever set the state
     /// before has made its work visible to what the sleeper reads from here on.
     pub(crate) fn rearm(&self) {
-        self.state
-            .store(RUNNING, kernel::sync::atomic::ordering::Relaxed);
+        self.state.store(RUNNING, Relaxed);
         versions::smp_mb();
     }
 
@@ -106,7 +128,7 @@ impl WakeEvent {
 
     /// True if a wake-up came since [`rearm`](Self::rearm).
     pub(crate) fn is_notified(&self) -> bool {
-        self.state.load(kernel::sync::atomic::ordering::Relaxed) == NOTIFIED
+        self.state.load(Relaxed) == NOTIFIED
     }
 
     /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
