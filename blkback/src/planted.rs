@@ -2,7 +2,8 @@
 
 //! Faults in a build that is never shipped (`--cfg planted_faults`): the tests must find each of them.
 //!
-//! `tests/vm/src/cases/planted.rs` names the tests.
+//! `tests/vm/src/cases/planted.rs` names the tests. One more is in the engine, which is a crate of its own, too: pages that
+//! are unmapped late (`engine/copy_out.rs`).
 
 /// Whether this build has the faults.
 const PLANTED: bool = cfg!(planted_faults);

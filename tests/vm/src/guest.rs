@@ -77,6 +77,18 @@ impl Config {
         }
     }
 
+    /// Writes down the same guest with this name and these disks, as it is to be on another side; returns the file.
+    pub(crate) fn written_with(&self, name: &str, disks: &[&str]) -> Result<String> {
+        let there = Config {
+            name: name.to_owned(),
+            disks: disks.iter().map(|&disk| disk.to_owned()).collect(),
+            ..self.clone()
+        };
+        let path = format!("{RUN_DIR}/{name}-there.cfg");
+        std::fs::write(&path, there.text()).with_context(|| format!("cannot write {path}"))?;
+        Ok(path)
+    }
+
     fn text(&self) -> String {
         let kind = match self.kind {
             Kind::Pv => "pv",
@@ -412,12 +424,7 @@ impl Guest {
 
     /// The same to where it has these disks.
     pub(crate) fn migrate_to(self, disks: &[&str], jobs: &[Job]) -> Result<Guest> {
-        let there = Config {
-            disks: disks.iter().map(|&disk| disk.to_owned()).collect(),
-            ..self.config.clone()
-        };
-        let path = format!("{RUN_DIR}/{}-there.cfg", there.name);
-        std::fs::write(&path, there.text()).with_context(|| format!("cannot write {path}"))?;
+        let path = self.config.written_with(&self.config.name, disks)?;
         self.migrate_with(&["-C", &path], jobs)
     }
 

@@ -7,6 +7,7 @@
 //! is done in rounds: at the end of one all threads wait, the whole area is read, and the next round
 //! begins with what it holds, so that neither memory nor time grows.
 
+use crate::memory::Aligned;
 use crate::sys::discard;
 use anyhow::{bail, ensure, Context, Result};
 use sim::history::{decode, encode, value, History, SECTOR, ZERO};
@@ -21,8 +22,6 @@ use std::time::{Duration, Instant};
 const MAX_SECTORS: u64 = 192;
 /// Discards are in whole units of this many sectors.
 const DISCARD: u64 = 8;
-/// Requests are aligned to this in memory.
-const ALIGN: usize = 4096;
 /// When a round's disk was written before it. Not 0, which is the time of a disk without any write.
 const BEFORE: u64 = 1;
 /// What is not explained is told so often.
@@ -145,24 +144,6 @@ fn open(device: &Path, flags: i32) -> Result<File> {
     options.read(true).write(true);
     let file = options.custom_flags(libc::O_DIRECT | flags).open(device);
     file.with_context(|| format!("cannot open {}", device.display()))
-}
-
-/// Bytes at a place in memory from which a device can read.
-struct Aligned {
-    bytes: Vec<u8>,
-    skip: usize,
-}
-
-impl Aligned {
-    fn new(len: usize) -> Aligned {
-        let bytes = vec![0; len + ALIGN];
-        let skip = bytes.as_ptr().align_offset(ALIGN);
-        Aligned { bytes, skip }
-    }
-
-    fn get(&mut self, len: usize) -> &mut [u8] {
-        &mut self.bytes[self.skip..self.skip + len]
-    }
 }
 
 impl Shared<'_> {

@@ -2,8 +2,8 @@
 //! End to end tests that run inside a Xen machine.
 //!
 //! One static binary with several faces: `run` executes the cases in dom0, `agent` executes commands in
-//! the guests that the cases start, `history` loads a disk there and judges what it reads, `demo` tells
-//! the whole story of one disk to a person, `peer` and `reach` are a second host and the way to it.
+//! the guests that the cases start, `history` loads a disk there and judges what it reads,
+//! `reread` looks whether that stays, `demo` tells the whole story of one disk to a person, `peer` and `reach` are a second host and the way to it.
 
 mod agent;
 mod backing;
@@ -16,10 +16,12 @@ mod history;
 mod hotplug;
 mod leaks;
 mod life;
+mod memory;
 mod node;
 mod peer;
 mod process;
 mod report;
+mod reread;
 mod reserved;
 mod seed;
 mod sh;
@@ -74,6 +76,8 @@ enum Face {
     },
     /// In a guest: read and write a disk at random and judge what was read.
     History(history::Args),
+    /// In a guest: read a disk into memory, and look later whether it is still there.
+    Reread(reread::Args),
     /// Execute commands from the console; this is what a guest runs as its first process.
     Agent,
     /// Be the second of two hosts: execute the commands of the first one.
@@ -183,6 +187,7 @@ fn start() -> Result<ExitCode> {
         Face::Demo { driver, story } => demo::run(driver, story),
         Face::Life { part } => life::run(part),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
+        Face::Reread(args) => reread::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
         Face::Peer => peer::main().map(|()| ExitCode::SUCCESS),
         Face::Reach { address, command } => {

@@ -24,6 +24,7 @@ mod lease;
 mod lifecycle;
 mod memory;
 mod migrate;
+mod migrate_fails;
 mod mirror;
 mod ops;
 mod own;
@@ -476,6 +477,7 @@ pub(crate) fn all() -> Vec<Case> {
         lifecycle::cases(),
         takeover::cases(),
         migrate::cases(),
+        migrate_fails::cases(),
         hung::cases(),
         ops::cases(),
         groups::cases(),

@@ -7,6 +7,7 @@
 
 use super::basic::{attach_own, fio_verify, flush};
 use super::death::{s05_late_write, NOT_FENCED};
+use super::migrate::mapped_reads;
 use super::{detach_own_disks, insert, load_driver, Case, Context, Needs};
 use crate::backing::NullBlk;
 use crate::guest::{Config, Guest, Kind};
@@ -16,7 +17,7 @@ use std::time::Duration;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use Needs::{Nothing, Pv, Pvh};
     vec![
         Case::new(
             "planted.dom0_log",
@@ -89,6 +90,15 @@ pub(super) fn cases() -> Vec<Case> {
         .tap()
         .faulty()
         .finds(&[NOT_FENCED]),
+        Case::new(
+            "planted.late_unmap",
+            "a module that answers before it unmaps is found when the guest moves",
+            Pvh,
+            mapped_reads,
+        )
+        .nightly()
+        .faulty()
+        .finds(&["was read and is not there any more"]),
     ]
 }
 

@@ -448,6 +448,16 @@ pub(super) fn end_load(guest: &Guest, jobs: [crate::console::Job; 2]) -> Result<
     Ok(texts.remove(0).trim().to_owned())
 }
 
+/// How long the slowest request took of a load that has [ended](end_load).
+pub(super) fn slowest(told: &str) -> Result<Duration> {
+    let ms = told
+        .split_once("slowest ")
+        .and_then(|(_, rest)| rest.split_once(" ms"));
+    let (ms, _) =
+        ms.with_context(|| format!("the history does not say how slow it was: {told}"))?;
+    Ok(Duration::from_millis(ms.parse()?))
+}
+
 fn pause(context: &mut Context) -> Result<()> {
     let first = image(context, "a.img", 16)?;
     let second = image(context, "b.img", 16)?;

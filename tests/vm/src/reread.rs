@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Reads a disk into memory again and again, and looks later whether what was read is still there.
+//!
+//! Runs in a guest that moves. What a device writes into a guest's memory is sent along only if whoever writes there
+//! says so in time, so a page may hold on the other side what it held before. Nobody else sees that: a
+//! read that is judged when it is answered is judged on the side on which it was made.
+
+use crate::memory::Aligned;
+use anyhow::{bail, ensure, Context, Result};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Bytes of one read, which are many segments of a request.
+const BLOCK: usize = 64 << 10;
+/// Each of them says which block it is of.
+const SECTOR: usize = 512;
+/// How far apart the blocks are that one place in memory gets, one after the other; of no divisor with their number.
+const STEP: u64 = 13;
+
+/// What to do.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The disk; all of it is written first.
+    device: PathBuf,
+    /// MiB of the disk that are used.
+    #[arg(long, default_value_t = 16)]
+    mib: u64,
+    /// Reads that are in flight at once.
+    #[arg(long, default_value_t = 8)]
+    threads: u64,
+    /// Places in memory for each of them; what was read stays there until its turn comes again.
+    #[arg(long, default_value_t = 48)]
+    places: u64,
+    /// Go on until this file exists.
+    #[arg(long)]
+    until: PathBuf,
+}
+
+/// Does it, and fails if something is not there any more.
+pub(crate) fn main(args: &Args) -> Result<()> {
+    let blocks = (args.mib << 20) / BLOCK as u64;
+    ensure!(
+        blocks % STEP != 0 && blocks > args.places,
+        "--mib must have more blocks of 64 KiB than --places, and no multiple of {STEP} of them"
+    );
+    let disk = open(&args.device)?;
+    fill(&disk, blocks)?;
+    let reads = std::thread::scope(|scope| {
+        let disk = &disk;
+        let threads: Vec<_> = (0..args.threads)
+            .map(|thread| scope.spawn(move || read(args, disk, blocks, thread)))
+            .collect();
+        threads.into_iter().try_fold(0, |sum, thread| {
+            let reads = thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("a thread panicked"))?;
+            anyhow::Ok(sum + reads?)
+        })
+    })?;
+    println!("reread: {reads} reads, all were there when their turn came again");
+    Ok(())
+}
+
+fn open(device: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    let file = options.custom_flags(libc::O_DIRECT).open(device);
+    file.with_context(|| format!("cannot open {}", device.display()))
+}
+
+fn fill(disk: &File, blocks: u64) -> Result<()> {
+    let mut memory = Aligned::new(BLOCK);
+    for block in 0..blocks {
+        let bytes = memory.get(BLOCK);
+        for sector in bytes.chunks_exact_mut(SECTOR) {
+            sector.fill(0);
+            sector[..8].copy_from_slice(&block.to_le_bytes());
+        }
+        disk.write_all_at(bytes, block * BLOCK as u64)
+            .with_context(|| format!("cannot write block {block}"))?;
+    }
+    Ok(())
+}
+
+/// The blocks of which `bytes` are, sector by sector, other than this one.
+fn others(bytes: &[u8], block: u64) -> Vec<u64> {
+    let holds = |sector: &[u8]| u64::from_le_bytes(std::array::from_fn(|at| sector[at]));
+    let found = bytes.chunks_exact(SECTOR).map(holds);
+    found.filter(|&found| found != block).collect()
+}
+
+/// Reads one block after the other, each to the next place; returns how many.
+fn read(args: &Args, disk: &File, blocks: u64, thread: u64) -> Result<u64> {
+    let mut places: Vec<_> = (0..args.places).map(|_| Aligned::new(BLOCK)).collect();
+    let mut held: Vec<Option<u64>> = vec![None; places.len()];
+    let (mut block, mut reads) = (thread * args.places % blocks, 0);
+    while !args.until.exists() {
+        for (place, held) in places.iter_mut().zip(&mut held) {
+            let bytes = place.get(BLOCK);
+            look(bytes, *held)?;
+            disk.read_exact_at(bytes, block * BLOCK as u64)
+                .with_context(|| format!("cannot read block {block}"))?;
+            let wrong = others(bytes, block);
+            ensure!(wrong.is_empty(), "block {block} was read as {wrong:?}");
+            *held = Some(block);
+            block = (block + STEP) % blocks;
+            reads += 1;
+        }
+    }
+    for (place, held) in places.iter_mut().zip(held) {
+        look(place.get(BLOCK), held)?;
+    }
+    Ok(reads)
+}
+
+/// Nothing has changed what a place holds.
+fn look(bytes: &[u8], held: Option<u64>) -> Result<()> {
+    let Some(block) = held else { return Ok(()) };
+    let wrong = others(bytes, block);
+    if !wrong.is_empty() {
+        bail!(
+            "block {block} was read and is not there any more: {} of {} sectors are of blocks {wrong:?}",
+            wrong.len(),
+            bytes.len() / SECTOR
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{look, BLOCK, SECTOR};
+
+    fn block(number: u64) -> Vec<u8> {
+        let mut bytes = vec![0; BLOCK];
+        for sector in bytes.chunks_exact_mut(SECTOR) {
+            sector[..8].copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    #[test]
+    fn one_old_sector_is_found() {
+        let mut bytes = block(7);
+        look(&bytes, Some(7)).unwrap();
+        bytes[5 * SECTOR] = 3;
+        let found = look(&bytes, Some(7)).unwrap_err().to_string();
+        assert!(found.contains("not there any more: 1 of 128"), "{found}");
+    }
+}
