@@ -26,6 +26,10 @@ pub(crate) enum Store {
     Image(&'static str),
     /// The same that holds this file system with one file. All of that has a place in it.
     File(&'static str),
+    /// The same with an image of a format, as qemu-img names it, in that file.
+    FileOf(&'static str, &'static str),
+    /// The block device in memory, as an export of QEMU's NBD server in dom0.
+    Export,
     /// The same with a file below that has all of the disk, and a new qcow2 image over it.
     Clone(&'static str),
 }
@@ -121,6 +125,9 @@ pub(crate) const ALL: &[Backend] = &[
     entry("tap-clone", "tap:qcow2, a new image over a file on ext4, executed by the kernel", Driver::Ours, Store::Clone("ext4"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
     entry("tap-vhd", "tap:vhd", Driver::Ours, Store::Image("vpc"), Way::Tap("vhd:{}", "uring"), Set::Full),
     entry("tap-direct-vhd", "tap:vhd, executed by the kernel", Driver::Ours, Store::Image("vpc"), Way::Tap("direct=yes,vhd:{}", "uring"), Set::Full),
+    entry("tap-vmdk", "tap:vmdk, a file on ext4", Driver::Ours, Store::FileOf("ext4", "vmdk"), Way::Tap("vmdk:{}", "uring"), Set::Named),
+    entry("tap-direct-vmdk", "tap:vmdk, a file on ext4, executed by the kernel", Driver::Ours, Store::FileOf("ext4", "vmdk"), Way::Tap("direct=yes,vmdk:{}", "uring"), Set::Named),
+    entry("tap-nbd", "tap:nbd, QEMU's server in dom0", Driver::Ours, Store::Export, Way::Tap("nbd:unix:{}:exportname=disk", "uring"), Set::Named),
     entry("tap-null", "tap:null, no storage", Driver::Ours, Store::Memory, Way::Tap("null:256M", "uring"), Set::Named),
     entry("phy-pvh", "this driver, PVH guest", Driver::Ours, Store::Memory, Way::Pvh(PHY), Set::Full),
     entry("c-pvh", "C driver, persistent grants, PVH guest", PERSISTENT, Store::Memory, Way::Pvh(PHY), Set::Full),

@@ -17,6 +17,9 @@ const FILE: &str = "/dev/shm/bench.img";
 /// Where a file system is mounted, and its file.
 const MOUNT: &str = "/run/bench";
 const MOUNTED: &str = "/run/bench/bench.img";
+/// Where QEMU's NBD server listens, and its number.
+const EXPORT: &str = "/run/bench.nbd";
+const SERVER: &str = "/run/bench-nbd.pid";
 /// What is below an image there.
 const BELOW: &str = "/run/bench/below.img";
 /// The drivers that are compared, as modules.
@@ -47,9 +50,9 @@ impl Stores {
         } else {
             None
         };
-        let is_image =
-            |store: &Store| matches!(store, Store::Image(_) | Store::File(_) | Store::Clone(_));
-        let image = match wanted.iter().any(is_image) {
+        let needs_none =
+            |store: &Store| matches!(store, Store::Memory | Store::Loop | Store::Export);
+        let image = match !wanted.iter().all(needs_none) {
             true => Some(null_blk("image", IMAGE_MIB)?),
             false => None,
         };
@@ -74,7 +77,8 @@ impl Stores {
             Store::Memory => &self.memory,
             Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
             Store::Image(_) => self.image(),
-            Store::File(_) | Store::Clone(_) => MOUNTED,
+            Store::File(_) | Store::FileOf(..) | Store::Clone(_) => MOUNTED,
+            Store::Export => EXPORT,
         }
     }
 
@@ -85,13 +89,17 @@ impl Stores {
     /// Makes a store what it is to hold, before it gets a guest.
     pub(crate) fn prepare(&self, store: Store) -> Result<()> {
         let image = self.image();
+        end_server()?;
         match store {
             Store::Memory | Store::Loop => Ok(()),
+            Store::Export => serve(&self.memory),
             Store::Image(format) => {
                 unmount()?;
-                // Without looking for zeroes: all of it is written.
-                let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
-                sh::run(&[&convert[..], &[&self.memory, image]].concat()).map(drop)
+                convert(&self.memory, format, image)
+            }
+            Store::FileOf(kind, format) => {
+                mount(kind, image)?;
+                convert(&self.memory, format, MOUNTED)
             }
             Store::File(kind) => {
                 mount(kind, image)?;
@@ -149,6 +157,38 @@ fn mount(kind: &str, device: &str) -> Result<()> {
     sh::run(&[&format!("mkfs.{kind}"), "-q", device])?;
     std::fs::create_dir_all(MOUNT)?;
     sh::run(&["mount", device, MOUNT]).map(drop)
+}
+
+/// Writes all that a disk has to an image.
+fn convert(disk: &str, format: &str, image: &str) -> Result<()> {
+    // Without looking for zeroes: all of it is written.
+    let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
+    sh::run(&[&convert[..], &[disk, image]].concat()).map(drop)
+}
+
+/// Exports a disk by QEMU's server, past dom0's page cache.
+fn serve(disk: &str) -> Result<()> {
+    let server = [
+        "qemu-nbd",
+        "--fork",
+        "--persistent",
+        "--format=raw",
+        "--cache=none",
+        "--export-name=disk",
+    ];
+    let place = ["--socket", EXPORT, "--pid-file", SERVER, disk];
+    sh::run(&[&server[..], &place].concat()).map(drop)
+}
+
+/// Ends the server, if there is one, and waits for its end.
+fn end_server() -> Result<()> {
+    let Ok(pid) = std::fs::read_to_string(SERVER) else {
+        return Ok(());
+    };
+    let process = Path::new("/proc").join(pid.trim());
+    sh::run(&["kill", pid.trim()])?;
+    sh::wait_for("the end of qemu-nbd", || Ok(!process.exists()))?;
+    Ok(std::fs::remove_file(SERVER)?)
 }
 
 /// Writes all that a disk has to a file, which gets a place for all of it.

@@ -3,12 +3,13 @@
 //! an HVM guest, whose QEMU reads it from the tapdisk's NBD socket until the guest has its own driver.
 
 use super::basic::{compare, verify_job, FIO};
+use super::formats::{check, over, qemu_img, Format, QCOW2, VHD};
 use super::tap::{image, stand_in, wait_progress};
 use super::{Case, Context, Needs};
 use crate::boot::{self, DATA_MIB, MARK};
 use crate::guest::{serial_path, Boot, Config, Guest, Kind, Vbd};
 use crate::tap::{self, Served};
-use crate::{hotplug, sh, sys, xs};
+use crate::{backing, hotplug, sh, sys, xs};
 use anyhow::{bail, ensure, Context as _, Result};
 use std::time::Duration;
 
@@ -36,6 +37,30 @@ pub(super) fn cases() -> Vec<Case> {
             "boot.pygrub_drop_in",
             "the same with tap:aio: and the script that stands in for Xen's",
             pygrub_drop_in,
+        )
+        .nightly(),
+        case(
+            "boot.pygrub_qcow2",
+            "a PV guest with the kernel of its qcow2 disk, over an image that it shares with others",
+            pygrub_qcow2,
+        )
+        .nightly(),
+        case(
+            "boot.pygrub_vhd",
+            "a PV guest with the kernel of its VHD",
+            |context| boots_from(context, Kind::Pv, &VHD),
+        )
+        .nightly(),
+        case(
+            "boot.hvm_qcow2",
+            "an HVM guest boots from a qcow2 image",
+            |context| boots_from(context, Kind::Hvm, &QCOW2),
+        )
+        .nightly(),
+        case(
+            "boot.hvm_vhd",
+            "an HVM guest boots from a VHD",
+            |context| boots_from(context, Kind::Hvm, &VHD),
         )
         .nightly(),
         case(
@@ -129,6 +154,54 @@ fn pygrub(context: &mut Context) -> Result<()> {
         "dom0 still has the disk that pygrub read"
     );
     use_and_destroy(guest, &disk, &image)
+}
+
+/// The system is in an image of a format; what the guest writes is there afterwards, by QEMU's word.
+fn boots_from(context: &mut Context, kind: Kind, format: &Format) -> Result<()> {
+    let raw = bootable(context)?;
+    let path = image(context, &format!("boot.{}", format.driver), 1)?;
+    let convert = [
+        &["convert", "-f", "raw", "-O", format.qemu],
+        format.options,
+        &[&raw, &path],
+    ];
+    qemu_img(&convert.concat())?;
+    sh::modprobe("xen-blkfront", &[])?;
+    let target = format!("{}:{path}", format.driver);
+    boots(context, kind, &target)?;
+    check(format.qemu, &path)?;
+    let before = backing::sha256(&raw, 1 + DATA_MIB)?;
+    qemu_img(&["convert", "-f", format.qemu, "-O", "raw", &path, &raw])?;
+    ensure!(
+        backing::sha256(&raw, 1 + DATA_MIB)? != before,
+        "nothing in the image is of the guest"
+    );
+    Ok(())
+}
+
+/// A guest boots from a disk, and works on it.
+fn boots(context: &mut Context, kind: Kind, target: &str) -> Result<()> {
+    let disks = vec![tap::disk(target, VDEV, "w")];
+    let (guest, disk) = booted(context, kind, disks, || Ok(()))?;
+    guest.run_for(&verify_job(DATA, DATA_MIB, 60, 512), FIO)?;
+    guest.destroy()?;
+    disk.vbd.wait_gone()?;
+    disk.wait_gone()
+}
+
+fn pygrub_qcow2(context: &mut Context) -> Result<()> {
+    let golden = bootable(context)?;
+    sh::run(&["chmod", "a-w", &golden])?;
+    let before = backing::sha256(&golden, boot::MIB)?;
+    let path = over(context, "boot.qcow2", &golden, "raw")?;
+    sh::modprobe("xen-blkfront", &[])?;
+    boots(context, Kind::Pv, &format!("qcow2:{path}"))?;
+    check("qcow2", &path)?;
+    ensure!(
+        backing::sha256(&golden, boot::MIB)? == before,
+        "the guest has written to the image below"
+    );
+    Ok(())
 }
 
 fn pygrub_drop_in(context: &mut Context) -> Result<()> {

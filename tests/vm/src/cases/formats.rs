@@ -17,15 +17,17 @@ use std::time::Duration;
 /// MiB of a disk.
 pub(super) const SIZE: u32 = 16;
 /// How often a process is killed.
-const DEATHS: u32 = 12;
+const DEATHS: u32 = 20;
+/// Images in a long chain, with the raw one at its end.
+const CHAIN: u32 = 30;
 /// How long QEMU's tools may take.
 pub(super) const TOOL: Duration = Duration::from_secs(60);
 
 /// A format: the name of our driver, QEMU's name, and how an image is made.
 pub(super) struct Format {
     pub(super) driver: &'static str,
-    qemu: &'static str,
-    options: &'static [&'static str],
+    pub(super) qemu: &'static str,
+    pub(super) options: &'static [&'static str],
 }
 
 pub(super) const QCOW2: Format = Format {
@@ -105,6 +107,12 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .nightly(),
         case(
+            "formats.chain_of_30",
+            "29 qcow2 images over a raw one, each of which has something of its own",
+            long_chain,
+        )
+        .nightly(),
+        case(
             "formats.snapshot",
             "a disk that is paused goes on in a qcow2 image that QEMU made over its own, without the guest seeing it",
             snapshot,
@@ -130,7 +138,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Runs qemu-img in dom0.
-fn qemu_img(args: &[&str]) -> Result<String> {
+pub(super) fn qemu_img(args: &[&str]) -> Result<String> {
     let line = [&["qemu-img"], args].concat();
     sh::run_for(&line, TOOL)
 }
@@ -347,6 +355,35 @@ fn chain(context: &mut Context) -> Result<()> {
     ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
     let after = sums([&base, &middle])?;
     ensure!(before == after, "what is below was written: {after}");
+    Ok(())
+}
+
+fn long_chain(context: &mut Context) -> Result<()> {
+    let mut top = base(context)?;
+    let mut format = "raw";
+    for number in 1..CHAIN {
+        sh::run(&["chmod", "a-w", &top])?;
+        top = over(context, &format!("{number}.qcow2"), &top, format)?;
+        format = "qcow2";
+        // 96 KiB from every half MiB on, across clusters, so that each image shows through somewhere.
+        let write = format!("write -P {number} {}k 96k", number * 512 + 16);
+        sh::run(&["qemu-io", "-f", format, "-c", &write, &top])?;
+    }
+    let expected = of_image(context, format, &top)?;
+    let guest = context.pv()?;
+    let disk = Served::attach(guest, &tap::disk(&format!("qcow2:{top}"), VDEV, "w"))?;
+    let seen = of_guest(guest)?;
+    ensure!(
+        seen == expected,
+        "the guest reads {seen}, and QEMU {expected}"
+    );
+    load_and_deaths(context, &disk)?;
+    let guest = context.pv()?;
+    let seen = of_guest(guest)?;
+    disk.detach(guest)?;
+    check(format, &top)?;
+    let found = of_image(context, format, &top)?;
+    ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
     Ok(())
 }
 

@@ -8,10 +8,13 @@ use super::death::holding;
 use super::migrate::{arrived, MOVE, SOON, WRITES};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
 use super::{Case, Context, Needs};
-use crate::guest::{Vbd, RUN_DIR};
+use crate::guest::{Guest, Vbd, RUN_DIR};
 use crate::sh::{self, Output};
 use crate::tap::{self, EventLog, Served};
+use crate::xs;
 use anyhow::{ensure, Context as _, Result};
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
@@ -124,7 +127,8 @@ fn failed(context: &mut Context) -> Result<()> {
 /// you are cleared to unpause", which both sides tell each other; what is between them is said of a failure.
 fn told_to_go(config: &str, meanwhile: &str) -> String {
     format!(
-        "xl restore -p {config} /dev/stdin >{RUN_DIR}/restore.log 2>&1 || exit 1
+        "xl restore -p {config} /dev/stdin >{RUN_DIR}/restore.log 2>&1 ||
+            {{ cat {RUN_DIR}/restore.log >&2; exit 1; }}
         printf 'domain received, ready to unpause'
         head -c 43 >/dev/null
         {meanwhile}
@@ -141,7 +145,7 @@ fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> 
     let events = EventLog::follow()?;
     let guest = context.pvh()?;
     let domid = guest.domid;
-    let config = guest.config.written_with(THERE, &[&disk])?;
+    let config = arriving(guest, &disk)?;
     let source = Served::attach(guest, &disk)?;
     let load = start_load(guest)?;
     wait_progress(&source, 50)?;
@@ -161,6 +165,17 @@ fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> 
         events,
         receiver,
     })
+}
+
+/// What the guest is on the other side, in a file: the same machine under another name, because both are on this host.
+fn arriving(guest: &Guest, disk: &str) -> Result<String> {
+    let key = format!("/local/domain/{}/vm", guest.domid);
+    let vm = xs::read(&key)?.with_context(|| format!("{key} is not there"))?;
+    let uuid = vm.rsplit('/').next().unwrap_or_default();
+    let config = guest.config.written_with(THERE, &[disk])?;
+    let mut file = OpenOptions::new().append(true).open(&config)?;
+    writeln!(file, "uuid = '{uuid}'").with_context(|| format!("cannot write {config}"))?;
+    Ok(config)
 }
 
 struct Going {

@@ -378,6 +378,26 @@ impl Context {
         if wanted == self.faulty {
             return Ok(());
         }
+        self.unload()?;
+        start(self.driver, wanted, &[])?;
+        self.faulty = wanted;
+        Ok(())
+    }
+
+    /// Loads the module that serves anew, with these parameters beside its usual ones, until the end of the case. No disk
+    /// is attached.
+    pub(crate) fn load_with(&mut self, parameters: &[&str]) -> Result<()> {
+        self.unload()?;
+        let (driver, faulty) = (self.driver, self.faulty);
+        start(driver, faulty, parameters)?;
+        self.at_end("load the driver with its usual parameters", move || {
+            sh::run(&["rmmod", driver.sys_module()])?;
+            start(driver, faulty, &[])
+        });
+        Ok(())
+    }
+
+    fn unload(&mut self) -> Result<()> {
         self.supervise(false)?;
         let users = Path::new("/sys/module").join(self.driver.sys_module());
         // A process that was killed may hold it for another moment.
@@ -386,14 +406,7 @@ impl Context {
             Duration::from_secs(20),
             || Ok(sh::get(users.join("refcnt"))? == "0"),
         )?;
-        if wanted {
-            sh::run(&["rmmod", self.driver.sys_module()])?;
-            insert(self.driver, FAULTY)?;
-        } else {
-            load_driver(self.driver)?;
-        }
-        self.faulty = wanted;
-        Ok(())
+        sh::run(&["rmmod", self.driver.sys_module()]).map(drop)
     }
 
     /// Ends the shared guests that no case from here on asks for: they would use memory, and QEMU's
@@ -642,9 +655,18 @@ pub(crate) const QUEUES: &str = "max_queues=4";
 /// The module with planted faults, in the payload of the machine.
 const FAULTY: &str = "/t/faulty/xen-blkback-rs.ko";
 
+/// Loads the driver, or the one with planted faults, with these parameters beside the usual ones.
+fn start(driver: Driver, faulty: bool, parameters: &[&str]) -> Result<()> {
+    let parameters = [&[QUEUES], parameters].concat();
+    match faulty {
+        true => insert(driver, FAULTY, &parameters),
+        false => start_driver(driver, &parameters),
+    }
+}
+
 /// Loads the driver from this file.
-fn insert(driver: Driver, file: &str) -> Result<()> {
-    sh::run(&["insmod", file, QUEUES])?;
+fn insert(driver: Driver, file: &str, parameters: &[&str]) -> Result<()> {
+    sh::run(&[&["insmod", file], parameters].concat())?;
     wait_registered(driver)
 }
 

@@ -8,7 +8,7 @@
 use super::basic::{attach_own, fio_verify, flush};
 use super::death::{s05_late_write, NOT_FENCED};
 use super::migrate::mapped_reads;
-use super::{detach_own_disks, insert, load_driver, Case, Context, Needs};
+use super::{detach_own_disks, insert, load_driver, Case, Context, Needs, QUEUES};
 use crate::backing::NullBlk;
 use crate::guest::{Config, Guest, Kind};
 use crate::{sh, Driver};
@@ -152,6 +152,6 @@ fn wrong_driver(context: &mut Context) -> Result<()> {
     sh::run(&["rmmod", driver.sys_module()])?;
     // modprobe would load ours under this name.
     let file = sh::run(&["modinfo", "-n", Driver::C.module()])?;
-    insert(Driver::C, file.trim())?;
+    insert(Driver::C, file.trim(), &[QUEUES])?;
     attach_own(context, &device.path(), "xvdk").map(drop)
 }
