@@ -10,6 +10,7 @@ use anyhow::{bail, ensure, Context, Result};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Bytes of one read, which are many segments of a request.
 const BLOCK: usize = 64 << 10;
@@ -21,8 +22,11 @@ const STEP: u64 = 13;
 /// What to do.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The disk; all of it is written first.
+    /// The disk.
     device: PathBuf,
+    /// Write what is to be read, and nothing else.
+    #[arg(long, conflicts_with = "until")]
+    fill: bool,
     /// MiB of the disk that are used.
     #[arg(long, default_value_t = 16)]
     mib: u64,
@@ -32,9 +36,13 @@ pub(crate) struct Args {
     /// Places in memory for each of them; what was read stays there until its turn comes again.
     #[arg(long, default_value_t = 48)]
     places: u64,
+    /// Milliseconds between two reads of one thread: a place must not be read again before what it holds was sent, or it
+    /// is sent once more whoever says so.
+    #[arg(long, default_value_t = 100)]
+    pause_ms: u64,
     /// Go on until this file exists.
-    #[arg(long)]
-    until: PathBuf,
+    #[arg(long, required_unless_present = "fill")]
+    until: Option<PathBuf>,
 }
 
 /// Does it, and fails if something is not there any more.
@@ -45,11 +53,13 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         "--mib must have more blocks of 64 KiB than --places, and no multiple of {STEP} of them"
     );
     let disk = open(&args.device)?;
-    fill(&disk, blocks)?;
+    let Some(until) = args.until.as_deref() else {
+        return fill(&disk, blocks);
+    };
     let reads = std::thread::scope(|scope| {
         let disk = &disk;
         let threads: Vec<_> = (0..args.threads)
-            .map(|thread| scope.spawn(move || read(args, disk, blocks, thread)))
+            .map(|thread| scope.spawn(move || read(args, disk, blocks, until, thread)))
             .collect();
         threads.into_iter().try_fold(0, |sum, thread| {
             let reads = thread
@@ -91,11 +101,12 @@ fn others(bytes: &[u8], block: u64) -> Vec<u64> {
 }
 
 /// Reads one block after the other, each to the next place; returns how many.
-fn read(args: &Args, disk: &File, blocks: u64, thread: u64) -> Result<u64> {
+fn read(args: &Args, disk: &File, blocks: u64, until: &Path, thread: u64) -> Result<u64> {
     let mut places: Vec<_> = (0..args.places).map(|_| Aligned::new(BLOCK)).collect();
     let mut held: Vec<Option<u64>> = vec![None; places.len()];
+    let pause = Duration::from_millis(args.pause_ms);
     let (mut block, mut reads) = (thread * args.places % blocks, 0);
-    while !args.until.exists() {
+    while !until.exists() {
         for (place, held) in places.iter_mut().zip(&mut held) {
             let bytes = place.get(BLOCK);
             look(bytes, *held)?;
@@ -106,6 +117,7 @@ fn read(args: &Args, disk: &File, blocks: u64, thread: u64) -> Result<u64> {
             *held = Some(block);
             block = (block + STEP) % blocks;
             reads += 1;
+            std::thread::sleep(pause);
         }
     }
     for (place, held) in places.iter_mut().zip(held) {

@@ -123,19 +123,19 @@ fn failed(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// Makes a domain of the guest, is told to let it go on, and fails when the case wants it. 43 are the bytes of "domain is yours,
-/// you are cleared to unpause", which both sides tell each other; what is between them is said of a failure.
+/// Makes a domain of the guest, is told to let it go on, and fails when the case wants it. 44 are the bytes of "domain is yours,
+/// you are cleared to unpause" with its end, which both sides tell each other; before it is said that this is a failure.
 fn told_to_go(config: &str, meanwhile: &str) -> String {
     format!(
         "xl restore -p {config} /dev/stdin >{RUN_DIR}/restore.log 2>&1 ||
             {{ cat {RUN_DIR}/restore.log >&2; exit 1; }}
-        printf 'domain received, ready to unpause'
-        head -c 43 >/dev/null
+        printf 'domain received, ready to unpause\\000'
+        head -c 44 >/dev/null
         {meanwhile}
         touch {RUN_DIR}/told
         wait_for fail
         xl destroy {THERE}
-        printf 'my copy unpause results are as follows\\001domain is yours, you are cleared to unpause'"
+        printf 'my copy unpause results are as follows\\000\\001domain is yours, you are cleared to unpause\\000'"
     )
 }
 
