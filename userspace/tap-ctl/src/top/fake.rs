@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Looks that tests make.
+
+use crate::host::made::Made;
+use crate::look::{gather, Disk, Look, Supervisor};
+use std::time::Duration;
+
+/// What there is so many seconds after another look.
+pub(super) fn look(seconds: u64, before: Option<&Look>, disks: Vec<Disk>) -> Look {
+    let mut look = gather(&Made::new().host(), Vec::new(), Supervisor::Answers);
+    look.unread.clear();
+    if let Some(before) = before {
+        look.at = before.at + Duration::from_secs(seconds);
+    }
+    Look { disks, ..look }
+}
+
+/// A disk of which the driver has counted so much.
+pub(super) fn counted(mut disk: Disk, name: &str, value: u64) -> Disk {
+    let vbd = disk.vbd.as_mut().expect("a guest's disk");
+    vbd.counters.insert(name.into(), value);
+    disk
+}

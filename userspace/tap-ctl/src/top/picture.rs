@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What all disks did between two looks.
+
+use crate::figures::Figures;
+use crate::look::{Disk, Look, Supervisor};
+use std::rc::Rc;
+
+/// All disks at one moment, and what they did since the look before.
+pub(super) struct Picture {
+    /// The moment.
+    pub(super) now: Rc<Look>,
+    /// What each disk did, in the order of disks.
+    figures: Vec<Option<Figures>>,
+}
+
+/// A disk, and what it did since the last picture.
+#[derive(Clone, Copy)]
+pub(super) struct Row<'a> {
+    pub(super) disk: &'a Disk,
+    /// Nothing in the first picture that has the disk, or another process of it.
+    pub(super) figures: Option<&'a Figures>,
+}
+
+impl Picture {
+    /// What there is now, and what happened since `before`, if that was seen.
+    pub(super) fn new(before: Option<&Look>, now: Rc<Look>) -> Picture {
+        let figures = |disk: &Disk| {
+            let before = before?;
+            let old = disk.among(&before.disks)?;
+            let pid = |disk: &Disk| disk.tap.as_ref().map(|tap| tap.row.pid);
+            (pid(old) == pid(disk)).then_some(())?;
+            Figures::between(old, disk, now.at.saturating_duration_since(before.at))
+        };
+        let figures = now.disks.iter().map(figures).collect();
+        Picture { figures, now }
+    }
+
+    /// The disks, in the order of guests.
+    pub(super) fn rows(&self) -> Vec<Row<'_>> {
+        let both = self.now.disks.iter().zip(&self.figures);
+        both.map(|(disk, figures)| Row {
+            disk,
+            figures: figures.as_ref(),
+        })
+        .collect()
+    }
+
+    /// What could not be seen, and why, a sentence each.
+    pub(super) fn lacks(&self) -> Vec<String> {
+        let silent = match &self.now.supervisor {
+            Supervisor::Silent(why) => Some(format!(
+                "blktapctrl does not answer, so processes are not shown: {why}"
+            )),
+            Supervisor::Answers => None,
+        };
+        let unread = self.now.unread.iter();
+        let unread =
+            unread.map(|file| format!("cannot read {}: {}", file.path.display(), file.why));
+        silent.into_iter().chain(unread).collect()
+    }
+}
+
+impl Row<'_> {
+    /// Requests in a second.
+    pub(super) fn load(&self) -> f64 {
+        self.figures
+            .map_or(0.0, |figures| figures.reads + figures.writes)
+    }
+}
