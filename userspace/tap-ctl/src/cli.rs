@@ -3,6 +3,7 @@
 
 use crate::events::Events;
 use crate::group::GroupVerb;
+use crate::status::verdict::{HUNG_S, SLOW_MS};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
@@ -882,10 +883,10 @@ pub(crate) struct Watch {
     #[arg(short, long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) interval: u32,
     /// Call a disk slow whose requests take so many milliseconds
-    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "MS", default_value_t = SLOW_MS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) slow: u32,
     /// Call a disk hung whose oldest request waits for so many seconds; if nobody counts that it is watched so long
-    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = HUNG_S, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) hung: u32,
 }
 

@@ -38,6 +38,9 @@ impl Kind {
     }
 }
 
+/// What a disk is known by: its backend's directory, its node, and who serves it.
+pub(crate) type Id<'a> = (Option<&'a str>, Option<u32>, Kind);
+
 /// A disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
@@ -81,12 +84,15 @@ impl Disk {
         self.tap.as_ref()?.row.vbd.as_deref()
     }
 
+    /// What it is known by from look to look.
+    pub(crate) fn id(&self) -> Id<'_> {
+        let path = self.vbd.as_ref().map(|vbd| vbd.path.as_str());
+        (path, self.minor(), self.kind)
+    }
+
     /// The same disk, in what was seen before.
     pub(crate) fn among<'a>(&self, before: &'a [Disk]) -> Option<&'a Disk> {
-        let path = |disk: &Disk| disk.vbd.as_ref().map(|vbd| vbd.path.clone());
-        before.iter().find(|disk| {
-            (path(disk), disk.minor(), disk.kind) == (path(self), self.minor(), self.kind)
-        })
+        before.iter().find(|disk| disk.id() == self.id())
     }
 }
 

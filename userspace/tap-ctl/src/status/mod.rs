@@ -123,15 +123,7 @@ pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
     let disks: Vec<Line> = now
         .disks
         .iter()
-        .map(|disk| {
-            line(
-                disk.among(&before.disks).unwrap_or(disk),
-                disk,
-                before,
-                now,
-                limits,
-            )
-        })
+        .map(|disk| line(disk, before, now, limits))
         .collect();
     let worst = disks.iter().map(|line| line.severity).max().unwrap_or(0);
     let unread: Vec<Unread> = now.unread.clone();
@@ -148,7 +140,9 @@ pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
     }
 }
 
-fn line(old: &Disk, disk: &Disk, before: &Look, now: &Look, limits: Limits) -> Line {
+/// What is said of a disk of the second look.
+pub(crate) fn line(disk: &Disk, before: &Look, now: &Look, limits: Limits) -> Line {
+    let old = disk.among(&before.disks).unwrap_or(disk);
     let elapsed = now.at.saturating_duration_since(before.at);
     let around = Surroundings {
         elapsed,

@@ -5,7 +5,6 @@ use super::{Line, Report};
 use crate::figures::Figures;
 use crate::show::by_itself;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
 /// One line for each disk, what to do below it, and the sum of all.
 pub(crate) fn text(report: &Report, extended: bool) -> String {
@@ -66,16 +65,22 @@ fn more(disk: &Line) -> String {
         written_bytes,
         ..
     } = figures;
-    let mut text = format!(
-        "      in {seconds:.1} s: {reads:.1} reads/s of {:.1} MiB/s, {writes:.1} writes/s of {:.1} MiB/s",
+    let named: String = named(figures)
+        .into_iter()
+        .map(|(name, value)| format!(", {name} {value}"))
+        .collect();
+    format!(
+        "      in {seconds:.1} s: {reads:.1} reads/s of {:.1} MiB/s, {writes:.1} writes/s of {:.1} MiB/s{named}\n",
         read_bytes / MIB,
         written_bytes / MIB
-    );
+    )
+}
+
+/// The figures beside those of reads and writes that say something, by their names.
+pub(crate) fn named(figures: &Figures) -> Vec<(String, String)> {
+    let mut named = Vec::new();
     let mut add = |name: &str, value: Option<String>| {
-        if let Some(value) = value {
-            // Writing to a string cannot fail.
-            let _ = write!(text, ", {name} {value}");
-        }
+        named.extend(value.map(|value| (name.to_owned(), value)));
     };
     let some = |number: u64| (number > 0).then(|| number.to_string());
     let percent = |part: f64| Some(format!("{:.0} %", part * 100.0));
@@ -102,7 +107,7 @@ fn more(disk: &Line) -> String {
     add("refused", some(figures.refused));
     add("thread ran", percent(figures.ran));
     add("without a processor", percent(figures.starved));
-    text + "\n"
+    named
 }
 
 fn ending(report: &Report) -> String {

@@ -183,6 +183,20 @@ pub(crate) struct Limits {
     pub(crate) hung: Duration,
 }
 
+/// The milliseconds of [`Limits::slow`], unless others are asked for.
+pub(crate) const SLOW_MS: u32 = 100;
+/// The seconds of [`Limits::hung`], unless others are asked for.
+pub(crate) const HUNG_S: u32 = 5;
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            slow: Duration::from_millis(SLOW_MS.into()),
+            hung: Duration::from_secs(HUNG_S.into()),
+        }
+    }
+}
+
 /// The part of the time from which on a thread that cannot run counts.
 const STARVED: f64 = 0.2;
 
