@@ -310,6 +310,13 @@ pub(crate) enum Verb {
     /// Show what all disks are doing, those of the kernel (phy) too, again and again: the busiest first, with
     /// the figures since the last picture
     ///
+    /// On a terminal keys are heard: arrows, j, k, PgUp and PgDn select a disk, Enter or d shows all figures of it and what
+    /// status says of it, / chooses disks of a guest or with a text in their target, < and > or the letter of a column sort
+    /// by another one, r turns the order round, + and - change the interval, space keeps the picture, ? tells all keys, and
+    /// q, Esc or Ctrl-C quit. What does not fit into a line is left out. A picture that is older than it should be says so:
+    /// blktapctrl, or the kernel because of storage, has not answered. Through a pipe, with -n and with --json, and where
+    /// TERM is dumb, pictures are printed one after the other, with all columns.
+    ///
     /// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them to
     /// the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on the
     /// block device of a phy disk, whoever they are from; of a tap disk 99 of 100 requests took less than 99%us. WAIT is
@@ -912,7 +919,7 @@ pub(crate) struct Top {
     /// Seconds between two pictures
     #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) delay: u32,
-    /// Show so many pictures, then end
+    /// Print so many pictures, then end
     #[arg(short = 'n', long)]
     pub(crate) iterations: Option<u32>,
 }

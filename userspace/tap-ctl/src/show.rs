@@ -260,7 +260,8 @@ fn policy(policy: &Policy) -> String {
     )
 }
 
-fn stats(stats: &Stats) -> String {
+/// What a process has counted.
+pub(crate) fn stats(stats: &Stats) -> String {
     let mut text = format!(
         "{:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
         "", "requests", "bytes", "errors", "50%<us", "99%<us", "max<us"

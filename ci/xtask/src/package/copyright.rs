@@ -30,6 +30,7 @@ const TEXTS: &[(&str, &str, &str)] = &[
     ),
     ("BSD-2-Clause", "zerocopy", "LICENSE-BSD"),
     ("BSD-3-Clause", "seccompiler", "LICENSE-BSD-3-Clause"),
+    ("BSL-1.0", "ryu", "LICENSE-BOOST"),
     ("ISC", "rustls", "LICENSE-ISC"),
     ("MIT", "bitflags", "LICENSE-MIT"),
     ("Unicode-3.0", "unicode-ident", "LICENSE-UNICODE"),

@@ -20,6 +20,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 use verdict::{Limits, Surroundings, Verdict};
 
+pub(crate) use show::named;
+
 /// What no counter tells, so that nobody looks for it in the verdicts.
 const NOT_KNOWN: [&str; 1] = [
     "how long requests wait in the ring before the driver takes them: nothing says when the guest put them there, so no disk is called slow for it; how often its ring was full is counted",

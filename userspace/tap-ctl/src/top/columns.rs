@@ -5,11 +5,13 @@ use super::picture::Row;
 use crate::figures::Figures;
 use crate::host::vbd::{Operation, Vbd};
 use crate::look::{Disk, Kind};
+use std::cmp::Ordering;
 use std::fmt;
 
 const MIB: f64 = 1048576.0;
 
 /// What a disk has in a column.
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Cell {
     /// Nothing that is known.
     Nothing,
@@ -30,6 +32,16 @@ impl Cell {
 
     fn word(value: Option<impl Into<String>>) -> Cell {
         value.map_or(Cell::Nothing, |value| Cell::Word(value.into()))
+    }
+
+    /// The order of two cells of a column.
+    pub(super) fn order(&self, other: &Cell) -> Ordering {
+        match (self, other) {
+            (Cell::Count(one), Cell::Count(two)) => one.cmp(two),
+            (Cell::Figure(one), Cell::Figure(two)) => one.total_cmp(two),
+            (Cell::Word(one), Cell::Word(two)) => one.cmp(two),
+            _ => Ordering::Equal,
+        }
     }
 }
 
@@ -53,8 +65,12 @@ pub(super) enum Side {
 
 /// A column.
 pub(super) struct Column {
+    /// The key that has rows sorted by it.
+    pub(super) key: char,
     /// Its heading.
     pub(super) title: &'static str,
+    /// What it tells.
+    pub(super) what: &'static str,
     pub(super) side: Side,
     /// Its width; 0 of the last one, which has the rest of a line.
     pub(super) width: u16,
@@ -62,23 +78,45 @@ pub(super) struct Column {
     pub(super) cell: fn(&Row<'_>) -> Cell,
 }
 
-const fn left(title: &'static str, width: u16, cell: fn(&Row<'_>) -> Cell) -> Column {
+const fn left(
+    key: char,
+    title: &'static str,
+    what: &'static str,
+    width: u16,
+    cell: fn(&Row<'_>) -> Cell,
+) -> Column {
     Column {
+        key,
         title,
+        what,
         side: Side::Left,
         width,
         cell,
     }
 }
 
-const fn right(title: &'static str, width: u16, cell: fn(&Row<'_>) -> Cell) -> Column {
+const fn right(
+    key: char,
+    title: &'static str,
+    what: &'static str,
+    width: u16,
+    cell: fn(&Row<'_>) -> Cell,
+) -> Column {
     Column {
         side: Side::Right,
-        ..left(title, width, cell)
+        ..left(key, title, what, width, cell)
     }
 }
 
 impl Column {
+    /// The width that it needs beside others.
+    fn least_width(&self) -> u16 {
+        match self.width {
+            0 => LAST_WIDTH,
+            width => width,
+        }
+    }
+
     /// A text as it stands in the column.
     pub(super) fn padded(&self, text: impl fmt::Display) -> String {
         let width = usize::from(self.width);
@@ -89,13 +127,28 @@ impl Column {
     }
 }
 
+/// How many there are.
+const COUNT: usize = 19;
+
 /// All of them, in their order.
-pub(super) const COLUMNS: [Column; 19] = [
-    right("GUEST", 5, |row| Cell::count(row.disk.guest())),
-    left("VDEV", 8, |row| Cell::word(row.disk.vdev())),
-    left("KIND", 4, |row| Cell::Word(row.disk.kind.name().into())),
-    right("MINOR", 5, |row| Cell::count(row.disk.minor())),
-    right("PID", 7, |row| {
+pub(super) static COLUMNS: [Column; COUNT] = [
+    right('G', "GUEST", "the guest's number", 5, |row| {
+        Cell::count(row.disk.guest())
+    }),
+    left('V', "VDEV", "the disk's name in the guest", 8, |row| {
+        Cell::word(row.disk.vdev())
+    }),
+    left(
+        'K',
+        "KIND",
+        "phy: the kernel serves it, tap: a process",
+        4,
+        |row| Cell::Word(row.disk.kind.name().into()),
+    ),
+    right('N', "MINOR", "the number of its node", 5, |row| {
+        Cell::count(row.disk.minor())
+    }),
+    right('P', "PID", "its process", 7, |row| {
         Cell::count(
             row.disk
                 .tap
@@ -104,31 +157,92 @@ pub(super) const COLUMNS: [Column; 19] = [
                 .map(u64::from),
         )
     }),
-    left("STATE", 9, |row| state(row.disk)),
-    right("READ/s", 8, |row| rate(row, |figures| figures.reads)),
-    right("WRITE/s", 8, |row| rate(row, |figures| figures.writes)),
-    right("rMiB/s", 8, |row| {
+    left('S', "STATE", "what it is doing", 9, |row| state(row.disk)),
+    right('R', "READ/s", "reads in a second", 8, |row| {
+        rate(row, |figures| figures.reads)
+    }),
+    right('W', "WRITE/s", "writes in a second", 8, |row| {
+        rate(row, |figures| figures.writes)
+    }),
+    right('I', "rMiB/s", "MiB read in a second", 8, |row| {
         rate(row, |figures| figures.read_bytes / MIB)
     }),
-    right("wMiB/s", 8, |row| {
+    right('O', "wMiB/s", "MiB written in a second", 8, |row| {
         rate(row, |figures| figures.written_bytes / MIB)
     }),
-    right("WAIT", 5, |row| {
-        Cell::count(kernel(row.disk).map(|kernel| kernel.waiting))
+    right(
+        'Q',
+        "WAIT",
+        "requests that wait for its process",
+        5,
+        |row| Cell::count(kernel(row.disk).map(|kernel| kernel.waiting)),
+    ),
+    right(
+        'B',
+        "BUSY",
+        "requests that its process or the driver has",
+        5,
+        |row| Cell::count(busy(row.disk)),
+    ),
+    right(
+        'D',
+        "DISKms",
+        "mean time of requests on its block device, whoever they are from",
+        7,
+        |row| Cell::figure(row.figures.and_then(|figures| figures.storage_ms)),
+    ),
+    right('X', "RDms", "mean time of the guest's reads", 7, |row| {
+        awaited(row, Operation::Read)
     }),
-    right("BUSY", 5, |row| Cell::count(busy(row.disk))),
-    right("DISKms", 7, |row| {
-        Cell::figure(row.figures.and_then(|figures| figures.storage_ms))
+    right('Y', "WRms", "mean time of the guest's writes", 7, |row| {
+        awaited(row, Operation::Write)
     }),
-    right("RDms", 7, |row| awaited(row, Operation::Read)),
-    right("WRms", 7, |row| awaited(row, Operation::Write)),
-    right("FLms", 7, |row| awaited(row, Operation::Flush)),
-    right("99%us", 8, |row| {
+    right('Z', "FLms", "mean time of the guest's flushes", 7, |row| {
+        awaited(row, Operation::Flush)
+    }),
+    right('L', "99%us", "99 of 100 requests took less", 8, |row| {
         Cell::count(row.figures.and_then(|figures| figures.p99_us))
     }),
-    right("MEM KiB", 8, |row| Cell::count(memory_kib(row.disk))),
-    left("TARGET", 0, |row| target(row.disk)),
+    right(
+        'M',
+        "MEM KiB",
+        "memory of its process or the driver",
+        8,
+        |row| Cell::count(memory_kib(row.disk)),
+    ),
+    left('T', "TARGET", "what it is served from", 0, |row| {
+        Cell::word(target(row.disk))
+    }),
 ];
+
+/// What the last column needs at least where the end of a line is that of the terminal.
+const LAST_WIDTH: u16 = 12;
+
+/// The headings of columns, the most wanted first: those at the end are left out where a line is too short.
+const WANTED: [&str; COUNT] = [
+    "VDEV", "GUEST", "READ/s", "WRITE/s", "TARGET", "STATE", "rMiB/s", "wMiB/s", "RDms", "WRms",
+    "BUSY", "WAIT", "KIND", "99%us", "MINOR", "FLms", "DISKms", "MEM KiB", "PID",
+];
+
+/// The columns that a line of this width has room for, in their order. One that must be is among them, and one is there
+/// in any case.
+pub(super) fn fitting(width: u16, must_be: impl Fn(&Column) -> bool) -> Vec<&'static Column> {
+    let wanted = |column: &&Column| {
+        let place = WANTED.iter().position(|title| *title == column.title);
+        (!must_be(column), place)
+    };
+    let mut left: Vec<&Column> = COLUMNS.iter().collect();
+    left.sort_by_key(wanted);
+    let needs = |columns: &[&Column]| -> u16 {
+        let widths: u16 = columns.iter().map(|column| column.least_width() + 1).sum();
+        widths.saturating_sub(1)
+    };
+    while left.len() > 1 && needs(&left) > width {
+        left.pop();
+    }
+    let is_left = |column: &&Column| left.iter().any(|its| its.title == column.title);
+    COLUMNS.iter().filter(is_left).collect()
+}
 
 fn rate(row: &Row<'_>, rate: fn(&Figures) -> f64) -> Cell {
     Cell::figure(row.figures.map(rate))
@@ -177,11 +291,36 @@ fn memory_kib(disk: &Disk) -> Option<u64> {
     resident.map(|bytes| bytes >> 10).or_else(kernel)
 }
 
-fn target(disk: &Disk) -> Cell {
+/// What it is served from.
+pub(super) fn target(disk: &Disk) -> Option<String> {
     let image = disk
         .tap
         .as_ref()
         .and_then(|tap| Some(tap.row.target.as_ref()?.to_string()));
     let device = || Some(disk.block.as_ref()?.label());
-    Cell::word(image.or_else(device))
+    image.or_else(device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{fitting, COLUMNS, WANTED};
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_column_has_its_place_among_the_wanted() {
+        let wanted: BTreeSet<&str> = WANTED.into_iter().collect();
+        let titles: BTreeSet<&str> = COLUMNS.iter().map(|column| column.title).collect();
+        assert_eq!(wanted, titles);
+    }
+
+    #[test]
+    fn what_is_left_fits_and_what_must_be_is_left() {
+        for width in 0..300 {
+            let left = fitting(width, |column| column.title == "PID");
+            assert!(left.iter().any(|column| column.title == "PID"), "{width}");
+            let needs: u16 = left.iter().map(|column| column.least_width() + 1).sum();
+            assert!(left.len() == 1 || needs - 1 <= width, "{width}");
+            assert!(width < 160 || left.len() == COLUMNS.len(), "{width}");
+        }
+    }
 }

@@ -4,11 +4,15 @@
 use crate::figures::Figures;
 use crate::look::{Disk, Look, Supervisor};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// All disks at one moment, and what they did since the look before.
 pub(super) struct Picture {
     /// The moment.
     pub(super) now: Rc<Look>,
+    /// How long before that the other look was, and the part of this time that other domains had the processors,
+    /// of 1.
+    pub(super) since: Option<(Duration, f64)>,
     /// What each disk did, in the order of disks.
     figures: Vec<Option<Figures>>,
 }
@@ -32,7 +36,15 @@ impl Picture {
             Figures::between(old, disk, now.at.saturating_duration_since(before.at))
         };
         let figures = now.disks.iter().map(figures).collect();
-        Picture { figures, now }
+        let since = before.map(|before| {
+            let elapsed = now.at.saturating_duration_since(before.at);
+            (elapsed, now.processors.stolen_since(&before.processors))
+        });
+        Picture {
+            figures,
+            since,
+            now,
+        }
     }
 
     /// The disks, in the order of guests.

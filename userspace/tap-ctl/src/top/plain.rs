@@ -2,6 +2,7 @@
 //! Pictures as text and for programs, one after the other.
 
 use super::columns::{Column, COLUMNS};
+use super::order::Order;
 use super::picture::{Picture, Row};
 use crate::figures::Figures;
 use crate::host::Host;
@@ -45,7 +46,7 @@ pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
 /// The disks, the busiest one first; those that do the same stay in the order of guests.
 fn rows(picture: &Picture) -> Vec<Row<'_>> {
     let mut rows = picture.rows();
-    rows.sort_by(|one, other| other.load().total_cmp(&one.load()));
+    Order::BUSIEST.sort(&mut rows);
     rows
 }
 

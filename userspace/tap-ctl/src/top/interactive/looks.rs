@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What was seen, and when to look again. A look may take as long as it likes: what was seen before stays.
+
+use crate::look::{Disk, Look};
+use crate::status::verdict::Limits;
+use crate::status::{self, Line};
+use crate::top::picture::Picture;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// From when on a look takes long: blktapctrl waits a second for processes that do not answer.
+const LONG: Duration = Duration::from_secs(2);
+
+/// What was seen.
+#[derive(Default)]
+pub(super) struct Looks {
+    /// The last ones, the newest at the end: as many as a verdict is made of.
+    seen: VecDeque<Rc<Look>>,
+    /// What is shown.
+    picture: Option<Picture>,
+    /// Since when a look is under way.
+    begun: Option<Instant>,
+    limits: Limits,
+}
+
+impl Looks {
+    /// How long it is until the next look; nothing while one is under way.
+    pub(super) fn next_in(&self, now: Instant, interval: Duration) -> Option<Duration> {
+        if self.begun.is_some() {
+            return None;
+        }
+        let age = self.age(now).unwrap_or(Duration::MAX);
+        Some(interval.saturating_sub(age))
+    }
+
+    /// A look begins.
+    pub(super) fn begin(&mut self, now: Instant) {
+        self.begun = Some(now);
+    }
+
+    /// A look has come to its end. One that nobody wants to see any more is forgotten.
+    pub(super) fn end(&mut self, look: Look, is_wanted: bool) {
+        self.begun = None;
+        if !is_wanted {
+            return;
+        }
+        let look = Rc::new(look);
+        let before = self.seen.back().map(Rc::as_ref);
+        self.picture = Some(Picture::new(before, look.clone()));
+        // The first one that is left is as old as it takes to call a disk hung, or the oldest that there is.
+        let is_old =
+            |other: &Rc<Look>| look.at.saturating_duration_since(other.at) >= self.limits.hung;
+        while self.seen.get(1).is_some_and(is_old) {
+            self.seen.pop_front();
+        }
+        self.seen.push_back(look);
+    }
+
+    /// What is shown.
+    pub(super) fn picture(&self) -> Option<&Picture> {
+        self.picture.as_ref()
+    }
+
+    /// How old that is.
+    pub(super) fn age(&self, now: Instant) -> Option<Duration> {
+        let picture = self.picture.as_ref()?;
+        Some(now.saturating_duration_since(picture.now.at))
+    }
+
+    /// For how long a look has been under way that takes long.
+    pub(super) fn late(&self, now: Instant) -> Option<Duration> {
+        let taken = now.saturating_duration_since(self.begun?);
+        (taken >= LONG).then_some(taken)
+    }
+
+    /// What `tap-ctl status` says of a disk of the picture; nothing after a single look.
+    pub(super) fn verdict(&self, disk: &Disk) -> Option<Line> {
+        let (first, last) = (self.seen.front()?, self.seen.back()?);
+        (!Rc::ptr_eq(first, last)).then(|| status::line(disk, first, last, self.limits))
+    }
+}
