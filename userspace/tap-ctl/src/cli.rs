@@ -294,6 +294,9 @@ pub(crate) enum Verb {
     Status(Status),
     /// Say whether this host has what serving disks needs, and what to do if not. The exit status is 0 if
     /// all is well, 1 if somebody should look at something, 2 if disks cannot be served
+    ///
+    /// The initramfs of the running kernel is looked into with lsinitramfs or lsinitrd, where there is one: for a driver that
+    /// it loads early, an earlier copy of the module, and settings that it lacks.
     Doctor,
     /// Print what somebody needs who is to say what is wrong with this host: what doctor and status say, all disks with what
     /// they have counted and what is written down of them, the driver's parameters, Xen's view, and the kernel's and

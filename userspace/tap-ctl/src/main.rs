@@ -14,6 +14,7 @@ mod jobs;
 mod lease;
 mod look;
 mod metrics;
+mod program;
 mod report;
 mod show;
 mod status;

@@ -4,6 +4,7 @@
 //! Nothing waits for something that hangs: programs have a limit, and what cannot be had is said in its place.
 
 use crate::host::Host;
+use crate::program::{output, LIMIT};
 use crate::status::Watch;
 use crate::time::utc;
 use crate::{cli, doctor, Cli, Error};
@@ -14,11 +15,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Seconds that a program may take.
-const LIMIT: &str = "20";
 /// How long blktapctrl may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -189,12 +187,7 @@ fn files(parts: &mut Parts, host: &Host) {
 
 /// What a program says, whatever that is.
 fn program(words: &[&str]) -> String {
-    // Of the coreutils, which every host has; it ends what hangs.
-    let said = Command::new("timeout")
-        .args(["-k", "5", LIMIT])
-        .args(words)
-        .output();
-    match said {
+    match output(words, LIMIT) {
         Ok(said) => {
             let (text, errors) = (
                 String::from_utf8_lossy(&said.stdout),

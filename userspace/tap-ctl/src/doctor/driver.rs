@@ -3,6 +3,7 @@
 
 use super::{bad, ok, warn, Finding};
 use crate::host::{vbd, Host};
+use std::path::PathBuf;
 
 /// Where it is decided that our driver serves: by xen-blkback-rs(8), or by an installation without it.
 const DECIDED: [&str; 2] = [
@@ -20,10 +21,30 @@ const SETTINGS: [&str; 4] = [
 
 /// A driver that may be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Driver {
+pub(super) enum Driver {
     Ours,
     C,
     None,
+}
+
+impl Driver {
+    /// As it is told.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Driver::Ours => "xen-blkback-rs",
+            Driver::C => "the C driver xen-blkback",
+            Driver::None => "no driver",
+        }
+    }
+
+    /// That of a module's name; nothing if it is of something else.
+    pub(super) fn named(module: &str) -> Option<Driver> {
+        match module.replace('_', "-").as_str() {
+            "xen-blkback-rs" => Some(Driver::Ours),
+            "xen-blkback" => Some(Driver::C),
+            _ => None,
+        }
+    }
 }
 
 fn loaded(host: &Host) -> Driver {
@@ -37,6 +58,31 @@ fn loaded(host: &Host) -> Driver {
 
 fn is_decided(host: &Host) -> bool {
     DECIDED.iter().any(|path| host.path(path).exists())
+}
+
+/// The driver that is to serve.
+pub(super) fn decided(host: &Host) -> Driver {
+    match is_decided(host) {
+        true => Driver::Ours,
+        false => Driver::C,
+    }
+}
+
+/// The release of the kernel that runs.
+pub(super) fn release(host: &Host) -> Option<String> {
+    host.optional(&host.path("/proc/sys/kernel/osrelease"))
+}
+
+/// Our module for a kernel, if it has one.
+pub(super) fn module_file(host: &Host, release: &str) -> Option<PathBuf> {
+    let folder = host.path(format!("/lib/modules/{release}"));
+    let modules = host.optional(&folder.join("modules.dep"))?;
+    let mut files = modules.lines().filter_map(|line| line.split(':').next());
+    let is_ours = |file: &&str| {
+        let name = file.rsplit('/').next().unwrap_or_default();
+        name.starts_with("xen-blkback-rs.ko")
+    };
+    files.find(is_ours).map(|file| folder.join(file))
 }
 
 /// True if our driver serves, or is to.
@@ -54,21 +100,14 @@ pub(super) fn all(host: &Host) -> Vec<Finding> {
 
 /// Whether this kernel has our module.
 fn module(host: &Host) -> Finding {
-    let Some(release) = host.text(&host.path("/proc/sys/kernel/osrelease")) else {
+    let Some(release) = release(host) else {
         return warn(
             "kernel",
             "its release cannot be read",
             "mount -t proc proc /proc",
         );
     };
-    let index = host.path(format!("/lib/modules/{release}/modules.dep"));
-    let modules = host.optional(&index).unwrap_or_default();
-    let is_ours = |line: &str| {
-        let file = line.split(':').next().unwrap_or_default();
-        let name = file.rsplit('/').next().unwrap_or_default();
-        name.starts_with("xen-blkback-rs.ko")
-    };
-    if modules.lines().any(is_ours) {
+    if module_file(host, &release).is_some() {
         return ok("kernel", format!("{release} has the module xen-blkback-rs"));
     }
     let what = format!("{release} has no module xen-blkback-rs");

@@ -2,6 +2,7 @@
 //! `tap-ctl doctor`: whether a host has what serving disks needs.
 
 mod driver;
+mod initramfs;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -10,6 +11,7 @@ use crate::host::Host;
 use crate::{print, Cli, Error};
 use control::supervisor::{Reply, Request};
 use control::{Channel, Failure};
+use initramfs::Listed;
 use serde::Serialize;
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
@@ -98,7 +100,7 @@ struct Report {
 /// Looks at the host.
 pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
     let host = Host::at(&cli.root);
-    let report = report(&host, || ask(&cli.socket));
+    let report = report(&host, || ask(&cli.socket), initramfs::list);
     if cli.json {
         print(&report)?;
     } else {
@@ -109,7 +111,11 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
 
 /// What was found, as people read it.
 pub(crate) fn told(cli: &Cli) -> String {
-    text(&report(&Host::at(&cli.root), || ask(&cli.socket)))
+    text(&report(
+        &Host::at(&cli.root),
+        || ask(&cli.socket),
+        initramfs::list,
+    ))
 }
 
 /// Who blktapctrl is.
@@ -122,9 +128,14 @@ fn ask(socket: &Path) -> Result<String, Failure> {
     }
 }
 
-fn report(host: &Host, supervisor: impl FnOnce() -> Result<String, Failure>) -> Report {
+fn report(
+    host: &Host,
+    supervisor: impl FnOnce() -> Result<String, Failure>,
+    list: impl Fn(&Path) -> Listed,
+) -> Report {
     let mut findings = system::xen(host);
     findings.extend(driver::all(host));
+    findings.extend(initramfs::look(host, list));
     if driver::is_ours(host) {
         findings.extend(system::tap(host));
         findings.push(system::supervisor(supervisor()));

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Hosts that lack something, each made as files.
 
+use super::initramfs::Listed;
 use super::{report, text, Finding, Grade, Report};
 use crate::host::made::{phy, Made};
 use control::{Code, Failure};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 fn mode<'a>(made: &'a Made, path: &str, mode: u32) -> &'a Made {
     let path = made.host().path(path);
@@ -14,7 +16,7 @@ fn mode<'a>(made: &'a Made, path: &str, mode: u32) -> &'a Made {
 }
 
 /// A host where our driver serves and all is well.
-fn well() -> Made {
+pub(super) fn well() -> Made {
     let made = Made::new();
     for (path, text) in [
         ("/sys/hypervisor/type", "xen\n"),
@@ -69,8 +71,13 @@ fn answer() -> Result<String, Failure> {
     Ok(format!("blktapctrl {}", env!("CARGO_PKG_VERSION")))
 }
 
+/// No program says what is in an initramfs.
+fn nobody(_: &Path) -> Listed {
+    Listed::Nobody
+}
+
 fn seen(made: &Made) -> Report {
-    report(&made.host(), answer)
+    report(&made.host(), answer, nobody)
 }
 
 /// What is not as it should be.
@@ -206,12 +213,23 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
 }
 
 #[test]
+fn the_initramfs_is_looked_into() {
+    let made = well();
+    made.file("/boot/initrd.img-7.2-amd64", "packed");
+    let list = |_: &Path| Listed::Failed("no such luck".into());
+    let report = report(&made.host(), answer, list);
+    assert_eq!(report.grade, Grade::Warn);
+    let what = &trouble(&report)[0].what;
+    assert!(what.contains("no such luck"), "{what}");
+}
+
+#[test]
 fn a_supervisor_that_is_silent_or_old_is_named() {
     let made = well();
     let silent = || Err(Failure::new(Code::Gone, "no such file"));
-    assert_eq!(report(&made.host(), silent).grade, Grade::Bad);
+    assert_eq!(report(&made.host(), silent, nobody).grade, Grade::Bad);
     let old = || Ok("blktapctrl 0.0.1".to_owned());
-    assert_eq!(report(&made.host(), old).grade, Grade::Warn);
+    assert_eq!(report(&made.host(), old, nobody).grade, Grade::Warn);
 }
 
 #[test]
