@@ -413,8 +413,12 @@ mod tests {
         ] {
             well_with(&host(), listing);
         }
-        // The settings have it loaded early.
+        // What is a comment says nothing.
         let made = host();
+        made.file("/etc/initramfs-tools/modules", "# xen-blkback\n");
+        made.file("/etc/dracut.conf", "#force_drivers+=xen-blkback\n");
+        well_with(&made, &format!("{C}{SETTINGS}"));
+        // The settings have it loaded early.
         made.file(
             "/etc/initramfs-tools/modules",
             "# xen-blkback\nxen_blkback\n",
