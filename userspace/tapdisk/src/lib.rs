@@ -11,6 +11,7 @@
 //! moment, and the next one goes on.
 #![forbid(unsafe_code)]
 
+mod bits;
 mod direct;
 mod inside;
 mod jobs;

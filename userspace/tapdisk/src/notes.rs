@@ -4,6 +4,7 @@
 //! A bit is set before what it stands for is written. So whatever becomes of this process, nothing has changed where no
 //! bit is set. Most writes find their bits set, and cost nothing more than to look.
 
+use crate::bits::Bits;
 use control::{Code, Failure};
 use diskio::Errno;
 use rustix::fs::fstat;
@@ -20,10 +21,8 @@ const LARGEST: u64 = 64 << 20;
 #[derive(Debug)]
 pub(crate) struct Notes {
     memory: File,
-    /// Bytes of the disk that a bit stands for.
-    unit: u64,
     /// What the memory has. What is behind its end needs no note: the disk was not so large.
-    bits: RefCell<Vec<u8>>,
+    bits: RefCell<Bits>,
 }
 
 impl Notes {
@@ -52,46 +51,21 @@ impl Notes {
         read.map_err(|error| Failure::system(UNREAD, &error))?;
         Ok(Self {
             memory,
-            unit,
-            bits: RefCell::new(bits),
+            bits: RefCell::new(Bits::new(bits, unit)),
         })
     }
 
     /// Notes that a range of the disk is about to be written.
     pub(crate) fn add(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        if len == 0 {
-            return Ok(());
-        }
-        let end = offset.saturating_add(len - 1);
-        let (first, last) = (offset / self.unit, end / self.unit);
-        let place = |unit: u64| usize::try_from(unit / 8).unwrap_or(usize::MAX);
         let mut bits = self.bits.borrow_mut();
-        let behind = place(last).saturating_add(1).min(bits.len());
-        let from = place(first);
-        let Some(old) = bits.get_mut(from..behind) else {
-            return Ok(());
-        };
-        // CAST: both are places in the map.
-        let wanted = |index: usize| within((from + index) as u64, first, last);
-        let mut pairs = old.iter().enumerate();
-        if pairs.all(|(index, byte)| byte | wanted(index) == *byte) {
-            return Ok(());
+        if let Some((from, new)) = bits.with(offset, len) {
+            // CAST: it is a place in the map.
+            let written = self.memory.write_all_at(&new, from as u64);
+            written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+            bits.set(from, &new);
         }
-        let new = old.iter().enumerate();
-        let new: Vec<u8> = new.map(|(index, byte)| byte | wanted(index)).collect();
-        let written = self.memory.write_all_at(&new, from as u64);
-        written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-        old.copy_from_slice(&new);
         Ok(())
     }
-}
-
-/// The bits of a byte of the map that stand for the units from `first` to `last`.
-fn within(index: u64, first: u64, last: u64) -> u8 {
-    let bit = |number: u64| (first..=last).contains(&(index * 8 + number));
-    (0..8)
-        .filter(|&number| bit(number))
-        .fold(0, |byte, number| byte | 1 << number)
 }
 
 #[cfg(test)]

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A bit for each unit of a disk, which is set if there may be something else than before.
+
+/// The bits of a disk, or of its beginning.
+#[derive(Debug)]
+pub(crate) struct Bits {
+    bytes: Vec<u8>,
+    /// Bytes of the disk that a bit stands for.
+    unit: u64,
+}
+
+impl Bits {
+    /// The bits in these bytes, each of which stands for so many of the disk.
+    pub(crate) fn new(bytes: Vec<u8>, unit: u64) -> Self {
+        Self { bytes, unit }
+    }
+
+    /// What changes if the bits of all that a range of the disk touches are set: from which byte on, and what is there
+    /// then. Nothing if they are.
+    pub(crate) fn with(&self, offset: u64, len: u64) -> Option<(usize, Vec<u8>)> {
+        let end = offset.saturating_add(len.checked_sub(1)?);
+        let (first, last) = (offset / self.unit, end / self.unit);
+        let place = |unit: u64| usize::try_from(unit / 8).unwrap_or(usize::MAX);
+        let behind = place(last).saturating_add(1).min(self.bytes.len());
+        let from = place(first);
+        let old = self.bytes.get(from..behind)?;
+        // CAST: both are places in the map.
+        let wanted = |index: usize| within((from + index) as u64, first, last);
+        let mut pairs = old.iter().enumerate();
+        if pairs.all(|(index, byte)| byte | wanted(index) == *byte) {
+            return None;
+        }
+        let new = old.iter().enumerate();
+        let new = new.map(|(index, byte)| byte | wanted(index)).collect();
+        Some((from, new))
+    }
+
+    /// Does what [`with`](Self::with) said.
+    pub(crate) fn set(&mut self, from: usize, new: &[u8]) {
+        let places = self.bytes.iter_mut().skip(from);
+        places.zip(new).for_each(|(old, new)| *old = *new);
+    }
+}
+
+/// The bits of a byte of the map that stand for the units from `first` to `last`.
+fn within(index: u64, first: u64, last: u64) -> u8 {
+    let bit = |number: u64| (first..=last).contains(&(index * 8 + number));
+    (0..8)
+        .filter(|&number| bit(number))
+        .fold(0, |byte, number| byte | 1 << number)
+}
