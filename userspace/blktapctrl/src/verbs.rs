@@ -32,6 +32,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             program: format!("blktapctrl {}", env!("CARGO_PKG_VERSION")),
             abi: tapdev::ABI_VERSION,
             notes: true,
+            marks: true,
             traces: true,
             shares: true,
         })),

@@ -62,6 +62,9 @@ impl fmt::Display for MarkName {
 pub struct Mark {
     /// Its name.
     pub name: MarkName,
+    /// Its number: another one of the same name has another. 0 if the supervisor is older and does not say.
+    #[serde(default)]
+    pub number: u64,
     /// When it was, in milliseconds since 1970.
     pub at_ms: u64,
     /// Bytes of the disk that are told apart.

@@ -12,7 +12,7 @@
 //! [`Request::Activate`] is the way back.
 
 use crate::stats::{Stats, Stream};
-use crate::{Driver, Failure, Limits, Share, Target, TlsFile, Used};
+use crate::{Changed, Driver, Failure, Limits, Mark, Share, Target, TlsFile, Used};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -203,6 +203,8 @@ pub enum Request {
         /// As [`Open::notes`].
         unit: Option<u64>,
     },
+    /// A mark is gone: what the process knows of marks it has to ask for again. Answered with [`Reply::Done`] at once.
+    Unmarked,
     /// From now on it is written down what the guest asks for, in what comes along, or nowhere. What is under way is over
     /// then. Answered with [`Reply::Done`]. One descriptor, as [`Needed::Trace`] is answered, if it is to be written down.
     Trace {
@@ -287,7 +289,7 @@ pub enum Request {
         /// What is known. 0 for nothing.
         after: u64,
     },
-    /// The answer to a need: one descriptor, unless it is refused. Answered with [`Reply::Done`], also
+    /// The answer to a need: one descriptor, unless [`Provided`] says otherwise. Answered with [`Reply::Done`], also
     /// when nobody waits for it any more.
     Provide {
         /// Number of the need.
@@ -433,6 +435,17 @@ pub enum Needed {
     /// Memory with a bit for each [unit](Open::notes) of the disk. One that is set says that there may be something
     /// else than was there when the memory was made.
     Notes,
+    /// The marks of the disk, for NBD clients.
+    Marks,
+    /// Where the disk was written since a mark, from a place on, for the same.
+    Changed {
+        /// Number of the mark.
+        mark: u64,
+        /// Bytes of the disk.
+        size: u64,
+        /// Where to begin, in bytes.
+        from: u64,
+    },
     /// The file of a trace, open for reading and writing, as the process before has left it.
     Trace,
     /// Something of a newer program, which is refused.
@@ -449,6 +462,8 @@ impl Needed {
             | Self::Credential { .. }
             | Self::State { .. }
             | Self::Notes
+            | Self::Marks
+            | Self::Changed { .. }
             | Self::Trace
             | Self::Other => None,
         }
@@ -463,6 +478,10 @@ pub enum Provided {
     Locked,
     /// It comes along, and is not to be locked: it is no file, or it is shared.
     Shared,
+    /// The answer to [`Needed::Marks`]. Nothing comes along.
+    Marks(Vec<Mark>),
+    /// The answer to [`Needed::Changed`]. Nothing comes along.
+    Changed(Changed),
     /// It is refused.
     Refused(Failure),
 }
@@ -535,6 +554,9 @@ pub struct Process {
     /// It notes where the disk is written, if [`Open::notes`] says so. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub notes: bool,
+    /// It tells NBD clients of marks, and hears of those that are [gone](Request::Unmarked). An older one does neither.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub marks: bool,
     /// It writes down what the guest asks for, if [`Open::trace`] says so. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub traces: bool,

@@ -232,6 +232,9 @@ pub(crate) enum Verb {
     /// becomes smaller: events tell. Without its mark a copy takes all. With marks every request goes through the disk's process, and none is executed by the
     /// kernel alone.
     ///
+    /// Programs that speak NBD find each mark as qemu:dirty-bitmap:NAME at the socket of a disk that has one, such as
+    /// nbdinfo --map and qemu-img map with x-dirty-bitmap.
+    ///
     /// Without --mark, --since or --forget it lists the marks of the disk. For disks with the mode w.
     Dirty(Dirty),
     /// Write down what the guest of a disk asks for, to see how what is on the disk came to be there

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A bit for each unit of a disk, which is set if there may be something else than before.
 
-/// The bits of a disk, or of its beginning.
+/// The bits of a disk, or of its beginning: what is behind them counts as set.
 #[derive(Debug)]
 pub(crate) struct Bits {
     bytes: Vec<u8>,
@@ -13,6 +13,23 @@ impl Bits {
     /// The bits in these bytes, each of which stands for so many of the disk.
     pub(crate) fn new(bytes: Vec<u8>, unit: u64) -> Self {
         Self { bytes, unit }
+    }
+
+    /// As many bits, and none of them is set.
+    pub(crate) fn none_of(&self) -> Self {
+        Self::new(vec![0; self.bytes.len()], self.unit)
+    }
+
+    /// Bytes of the disk that a bit stands for.
+    pub(crate) fn unit(&self) -> u64 {
+        self.unit
+    }
+
+    /// The bit of a unit is set.
+    pub(crate) fn has(&self, number: u64) -> bool {
+        let place = usize::try_from(number / 8).unwrap_or(usize::MAX);
+        let byte = self.bytes.get(place);
+        byte.is_none_or(|byte| byte & 1 << (number % 8) != 0)
     }
 
     /// What changes if the bits of all that a range of the disk touches are set: from which byte on, and what is there
@@ -40,6 +57,13 @@ impl Bits {
         let places = self.bytes.iter_mut().skip(from);
         places.zip(new).for_each(|(old, new)| *old = *new);
     }
+
+    /// Sets the bits of all that a range of the disk touches.
+    pub(crate) fn add(&mut self, offset: u64, len: u64) {
+        if let Some((from, new)) = self.with(offset, len) {
+            self.set(from, &new);
+        }
+    }
 }
 
 /// The bits of a byte of the map that stand for the units from `first` to `last`.
@@ -48,4 +72,21 @@ fn within(index: u64, first: u64, last: u64) -> u8 {
     (0..8)
         .filter(|&number| bit(number))
         .fold(0, |byte, number| byte | 1 << number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bits;
+
+    #[test]
+    fn what_is_behind_the_end_is_set() {
+        let mut bits = Bits::new(vec![0, 0], 512);
+        bits.add(9 * 512 + 511, 2);
+        bits.add(15 * 512, 9 << 20);
+        bits.add(0, 0);
+        let set: Vec<u64> = (0..20).filter(|&number| bits.has(number)).collect();
+        assert_eq!(set, [9, 10, 15, 16, 17, 18, 19]);
+        assert!(bits.has(u64::MAX));
+        assert!(!bits.none_of().has(9) && bits.none_of().has(16));
+    }
 }

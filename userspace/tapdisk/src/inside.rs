@@ -161,7 +161,7 @@ pub(crate) async fn extents(
 }
 
 /// The range is whole blocks of the disk.
-fn check(server: &Server, offset: u64, len: u64) -> Result<(), Errno> {
+pub(crate) fn check(server: &Server, offset: u64, len: u64) -> Result<(), Errno> {
     let block = u64::from(server.block());
     let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
     let is_whole = offset % block == 0 && len % block == 0;

@@ -3,7 +3,7 @@
 
 use crate::troubles::wait;
 use control::tapdisk::{Need, Needed, Provided};
-use control::Failure;
+use control::{Changed, Failure, Mark};
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
@@ -20,11 +20,19 @@ pub struct Given {
     pub backing: Option<u16>,
 }
 
+/// What a supervisor answers.
+#[derive(Debug)]
+enum Answer {
+    Given(Given),
+    Marks(Vec<Mark>),
+    Changed(Changed),
+}
+
 /// One that is asked for.
 #[derive(Debug)]
 struct Asked {
     need: Need,
-    answer: Option<Result<Given, Failure>>,
+    answer: Option<Result<Answer, Failure>>,
     waker: Option<Waker>,
 }
 
@@ -47,6 +55,40 @@ impl Needs {
     /// # Errors
     /// It is refused: says why.
     pub async fn ask(&self, what: Needed) -> Result<Given, Failure> {
+        match self.answer(what).await? {
+            Answer::Given(given) => Ok(given),
+            other => Err(something_else(&other)),
+        }
+    }
+
+    /// The marks of the disk.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub(crate) async fn marks(&self) -> Result<Vec<Mark>, Failure> {
+        match self.answer(Needed::Marks).await? {
+            Answer::Marks(marks) => Ok(marks),
+            other => Err(something_else(&other)),
+        }
+    }
+
+    /// Where the disk, which has so many bytes, was written since a mark, from a place on.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub(crate) async fn changed(
+        &self,
+        mark: u64,
+        size: u64,
+        from: u64,
+    ) -> Result<Changed, Failure> {
+        match self.answer(Needed::Changed { mark, size, from }).await? {
+            Answer::Changed(changed) if changed.mark == mark => Ok(changed),
+            other => Err(something_else(&other)),
+        }
+    }
+
+    async fn answer(&self, what: Needed) -> Result<Answer, Failure> {
         let number = self.add(what);
         // Who does not wait for the answer any more does not ask either.
         let _withdrawn = Withdraw(self, number);
@@ -68,7 +110,7 @@ impl Needs {
         number
     }
 
-    fn poll(&self, number: u64, waker: &Waker) -> Poll<Result<Given, Failure>> {
+    fn poll(&self, number: u64, waker: &Waker) -> Poll<Result<Answer, Failure>> {
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);
         match asked {
@@ -112,16 +154,18 @@ impl Needs {
     ) -> Result<(), Failure> {
         let missing = || Failure::invalid("the descriptor of what is provided is missing");
         let given = |fd: Option<OwnedFd>, lock| {
-            Ok(Given {
+            Ok::<_, Failure>(Answer::Given(Given {
                 fd: fd.ok_or_else(missing)?,
                 lock,
                 backing,
-            })
+            }))
         };
         let answer = match provided {
             Provided::Refused(failure) => Err(failure),
             Provided::Locked => Ok(given(fd, true)?),
             Provided::Shared => Ok(given(fd, false)?),
+            Provided::Marks(marks) => Ok(Answer::Marks(marks)),
+            Provided::Changed(changed) => Ok(Answer::Changed(changed)),
         };
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);
@@ -134,6 +178,10 @@ impl Needs {
         }
         Ok(())
     }
+}
+
+fn something_else(answer: &Answer) -> Failure {
+    Failure::invalid(format!("an answer to something else: {answer:?}"))
 }
 
 /// Ends a need with who has it.

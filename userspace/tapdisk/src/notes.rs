@@ -8,7 +8,7 @@ use crate::bits::Bits;
 use control::{Code, Failure};
 use diskio::Errno;
 use rustix::fs::fstat;
-use std::cell::RefCell;
+use std::cell::{Ref, RefCell};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -65,6 +65,11 @@ impl Notes {
             bits.set(from, &new);
         }
         Ok(())
+    }
+
+    /// What is noted.
+    pub(crate) fn bits(&self) -> Ref<'_, Bits> {
+        self.bits.borrow()
     }
 }
 

@@ -565,6 +565,11 @@ impl Server {
         self.notes.replace(notes);
     }
 
+    /// Where it is noted where the disk is written, if it is.
+    pub(crate) fn notes(&self) -> Option<Rc<Notes>> {
+        self.notes.borrow().clone()
+    }
+
     /// Notes that a range is about to be written. Without a note it is not.
     fn note(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let notes = self.notes.borrow();

@@ -7,6 +7,7 @@ mod end;
 mod export;
 mod image;
 mod inactive;
+mod marks;
 mod mirror;
 mod note;
 mod size;
@@ -28,6 +29,8 @@ use control::{Code, Driver, Failure, LeaseKind, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
 use drivers::{Fence, Shape};
 use inactive::Inactive;
+use marks::Marks;
+pub(crate) use marks::Since;
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -68,6 +71,8 @@ pub struct Session {
     noted: RefCell<Option<Ban>>,
     /// The same as long as it is written down what is asked of the disk.
     traced: RefCell<Option<Ban>>,
+    /// What NBD clients know of marks.
+    marks: Marks,
     /// Traces that have ended by themselves.
     untraced: Rc<Ended>,
     /// What the supervisor is asked for.
@@ -152,6 +157,7 @@ impl Session {
             throttle: Rc::default(),
             limited: RefCell::default(),
             noted: RefCell::default(),
+            marks: Marks::default(),
             traced: RefCell::default(),
             needs: Rc::default(),
             kept: RefCell::default(),
@@ -291,6 +297,10 @@ impl Session {
             Request::Note { unit } => {
                 let _alone = self.gate.alone().await;
                 self.set_notes(unit, fd).await
+            }
+            Request::Unmarked => {
+                self.marks.look_again();
+                Ok(Reply::Done)
             }
             Request::Trace { on } => {
                 let _alone = self.gate.alone().await;
@@ -822,6 +832,7 @@ fn process() -> Process {
         program: env!("CARGO_PKG_VERSION").to_string(),
         abi: tapdev::ABI_VERSION,
         notes: true,
+        marks: true,
         traces: true,
         shares: true,
     }

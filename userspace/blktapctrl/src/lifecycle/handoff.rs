@@ -249,7 +249,7 @@ impl Lifecycle {
         let question = Request::Open(open);
         match prepared.given.ask(process, &question, EVER).await? {
             Reply::Disk(serves) => {
-                self.note_size(disk, &serves);
+                self.note_size(disk, process, &serves).await;
                 Ok(serves)
             }
             reply => Err(unexpected(&reply)),

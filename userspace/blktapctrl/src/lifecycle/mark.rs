@@ -133,8 +133,30 @@ impl Lifecycle {
             self.end_notes(disk).await;
         } else {
             self.tidy_marks(disk).await;
+            if let Ok(process) = disk.serving() {
+                self.tell_unmarked(disk, &process).await;
+            }
         }
         Ok(self.marks(disk))
+    }
+
+    /// A mark is gone, and the disk's process may know of it. A process that is not told says on what was written since,
+    /// until its end.
+    async fn tell_unmarked(&self, disk: &Disk, process: &Process) {
+        let told = async {
+            match process.introduce(SOON).await?.marks {
+                true => process.tell(&Request::Unmarked, None, SOON).await,
+                false => Ok(()),
+            }
+        };
+        if let Err(failure) = disk.unless_doomed(told).await {
+            tell!(
+                warn,
+                disk.about().failed(&failure),
+                "disk {}: its process does not know yet that a mark is gone: {failure}",
+                disk.minor
+            );
+        }
     }
 
     /// Nobody wants to know any more where the guest writes. A process that is not told notes on, for nobody, and until
@@ -195,6 +217,7 @@ impl Lifecycle {
         let mark = |noted: &Noted| {
             Some(Mark {
                 name: noted.name.clone()?,
+                number: noted.number,
                 at_ms: noted.at_ms,
                 unit: noted.unit,
             })
@@ -228,19 +251,61 @@ impl Lifecycle {
             self.lose_marks(disk, why)?;
             return Err(no_mark(disk, since));
         }
-        let maps: Vec<_> = {
-            let record = disk.record.borrow();
-            let marks = record.marks.iter();
-            let since = marks.filter(|mark| mark.number >= found.number);
-            since
-                .map(|mark| (self.map(disk, mark), mark.size))
-                .collect()
-        };
-        let folder = self.registry.folder.notes();
-        let look = move || notes::look(&maps, size, found.unit, from);
+        self.look(disk, &found, size, from).await
+    }
+
+    /// The same for the disk's process, which says how large the disk is, and knows itself that it notes. What is done
+    /// with the disk may be waiting for that process, so this waits for nothing of that.
+    pub(super) async fn changed_of(
+        &self,
+        disk: &Disk,
+        number: u64,
+        size: u64,
+        from: u64,
+    ) -> Result<Changed, Failure> {
+        loop {
+            let found = numbered(disk, number).ok_or_else(|| {
+                let why = format!("disk {} has no mark {number} any more", disk.minor);
+                Failure::new(Code::NotFound, why)
+            })?;
+            let before = self.maps_since(disk, &found);
+            match self.look(disk, &found, size, from).await {
+                // A map became one with the one before meanwhile.
+                Err(_) if before != self.maps_since(disk, &found) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// A mark with this number is set.
+    pub(super) fn has_mark(&self, disk: &Disk, number: u64) -> bool {
+        numbered(disk, number).is_some()
+    }
+
+    /// The map of a mark and all later ones, each with the bytes that the disk had when it was made.
+    fn maps_since(&self, disk: &Disk, since: &Noted) -> Vec<(PathBuf, u64)> {
+        let record = disk.record.borrow();
+        let marks = record.marks.iter();
+        let later = marks.filter(|mark| mark.number >= since.number);
+        later
+            .map(|mark| (self.map(disk, mark), mark.size))
+            .collect()
+    }
+
+    /// What the maps say.
+    async fn look(
+        &self,
+        disk: &Disk,
+        since: &Noted,
+        size: u64,
+        from: u64,
+    ) -> Result<Changed, Failure> {
+        let maps = self.maps_since(disk, since);
+        let (folder, unit) = (self.registry.folder.notes(), since.unit);
+        let look = move || notes::look(&maps, size, unit, from);
         let (extents, next) = apart(&folder, LIMIT, look).await?;
         Ok(Changed {
-            mark: found.number,
+            mark: since.number,
             size,
             extents,
             next,
@@ -269,26 +334,25 @@ impl Lifecycle {
     }
 
     /// A disk is as large as its process says. What was behind the end of a smaller one nobody has noted.
-    pub(super) fn note_size(&self, disk: &Disk, serves: &tapdisk::Disk) {
-        let was = disk
-            .record
-            .borrow()
-            .marks
-            .iter()
-            .map(|mark| mark.size)
-            .max();
-        if was.is_some_and(|was| was > serves.size) {
-            if let Err(failure) = self.lose_marks(disk, "the disk has become smaller") {
-                tell!(
-                    error,
-                    disk.about().failed(&failure),
-                    "disk {}: {failure}",
-                    disk.minor
-                );
-                disk.record.borrow_mut().marks.clear();
-                self.remove_maps(disk);
-            }
+    pub(super) async fn note_size(&self, disk: &Disk, process: &Process, serves: &tapdisk::Disk) {
+        let was = {
+            let record = disk.record.borrow();
+            record.marks.iter().map(|mark| mark.size).max()
+        };
+        if was.is_none_or(|was| was <= serves.size) {
+            return;
         }
+        if let Err(failure) = self.lose_marks(disk, "the disk has become smaller") {
+            tell!(
+                error,
+                disk.about().failed(&failure),
+                "disk {}: {failure}",
+                disk.minor
+            );
+            disk.record.borrow_mut().marks.clear();
+            self.remove_maps(disk);
+        }
+        self.tell_unmarked(disk, process).await;
     }
 
     /// What has changed is not known any more.
@@ -393,6 +457,14 @@ fn find(disk: &Disk, name: &MarkName) -> Option<Noted> {
     let record = disk.record.borrow();
     let mut marks = record.marks.iter().filter(|mark| mark.is_set);
     marks.find(|mark| mark.name.as_ref() == Some(name)).cloned()
+}
+
+/// The same by its number, as long as it has a name.
+fn numbered(disk: &Disk, number: u64) -> Option<Noted> {
+    let record = disk.record.borrow();
+    let mut marks = record.marks.iter().filter(|mark| mark.is_set);
+    let named = marks.find(|mark| mark.number == number && mark.name.is_some());
+    named.cloned()
 }
 
 fn no_mark(disk: &Disk, name: &MarkName) -> Failure {

@@ -144,6 +144,8 @@ enum Given {
     },
     /// Memory.
     State(OwnedFd),
+    /// Nothing: the answer says all.
+    Nothing,
 }
 
 impl Given {
@@ -153,6 +155,7 @@ impl Given {
             Given::Server { stream: fd, .. }
             | Given::Export { stream: fd, .. }
             | Given::State(fd) => Some(fd.as_fd()),
+            Given::Nothing => None,
         }
     }
 }
@@ -193,6 +196,11 @@ impl Lifecycle {
         match what {
             Needed::State { size } => state(&disk, process, *size),
             Needed::Notes => self.notes(&disk),
+            Needed::Marks => Ok((Given::Nothing, Provided::Marks(self.marks(&disk)))),
+            Needed::Changed { mark, size, from } => {
+                let changed = self.changed_of(&disk, *mark, *size, *from).await?;
+                Ok((Given::Nothing, Provided::Changed(changed)))
+            }
             Needed::Trace => {
                 let file = self.open_trace(&disk).await?;
                 Ok((Given::File(file), Provided::Shared))
@@ -218,6 +226,8 @@ impl Lifecycle {
             | Needed::Credential { .. }
             | Needed::State { .. }
             | Needed::Notes
+            | Needed::Marks
+            | Needed::Changed { .. }
             | Needed::Trace
             | Needed::Other => None,
         };
@@ -227,6 +237,7 @@ impl Lifecycle {
             (_, _, Needed::Server { target } | Needed::Credential { target, .. }) => {
                 serves(&disk, target)
             }
+            (_, _, Needed::Changed { mark, .. }) => self.has_mark(&disk, *mark),
             _ => true,
         });
         match is_its && !process.is_dismissed() {

@@ -187,7 +187,7 @@ impl Lifecycle {
         // An image grows as long as its storage takes.
         match disk.unless_doomed(process.ask(how, &[], limit)).await? {
             Reply::Disk(what) => {
-                self.note_size(&disk, &what);
+                self.note_size(&disk, &process, &what).await;
                 disk.serves.replace(Some(what.clone()));
                 self.registry
                     .events

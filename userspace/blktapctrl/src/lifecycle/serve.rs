@@ -242,7 +242,7 @@ impl Lifecycle {
         let given = self.given(disk, &open, image).await?;
         match given.ask(process, &question(open), OPEN).await? {
             Reply::Disk(what) => {
-                self.note_size(disk, &what);
+                self.note_size(disk, process, &what).await;
                 disk.serves.replace(Some(what.clone()));
                 Ok(what)
             }

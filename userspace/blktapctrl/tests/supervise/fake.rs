@@ -663,6 +663,11 @@ impl Needs {
                     note(dir, &format!("refused {failure}"));
                     return Err(failure);
                 }
+                Provided::Marks(_) | Provided::Changed(_) => {
+                    assert!(fds.is_empty(), "nothing comes along");
+                    let told = serde_json::to_string(&provided).expect("json");
+                    note(dir, &format!("told {told}"));
+                }
                 _ => given(dir, &what, &provided, fds.pop().expect("a descriptor")),
             }
         }
@@ -841,6 +846,10 @@ impl Served {
                 if let Some((open, _)) = &mut self.open {
                     open.notes = unit;
                 }
+                Ok(Reply::Done)
+            }
+            Request::Unmarked => {
+                note(dir, "unmarked");
                 Ok(Reply::Done)
             }
             Request::Trace { on } => {
@@ -1035,6 +1044,7 @@ impl Served {
                 program: "fake".into(),
                 abi: number(dir, "abi").map_or(1, |abi| u32::try_from(abi).expect("small")),
                 notes: !dir.join("old").exists(),
+                marks: !dir.join("old").exists(),
                 traces: !dir.join("old").exists(),
                 shares: !dir.join("old").exists(),
             })),

@@ -6,8 +6,8 @@ use super::fake::FakeKernel;
 use super::steps::{at_each_step, create, one, pause, unpause};
 use blktapctrl::adopt;
 use control::supervisor::{Mode, Reply, Request, What};
-use control::tapdisk::State;
-use control::{Changed, Code, Extent, Failure, MarkName, MAX_MARKS};
+use control::tapdisk::{Needed, Provided, State};
+use control::{Changed, Code, Extent, Failure, Mark, MarkName, MAX_MARKS};
 use std::fs;
 use std::path::PathBuf;
 
@@ -40,29 +40,40 @@ fn list() -> Request {
 
 /// The names of the marks that there are then.
 async fn marks(bed: &Bed, request: Request) -> Result<Vec<String>, Failure> {
+    let marks = all(bed, request).await?;
+    Ok(marks.iter().map(|mark| mark.name.to_string()).collect())
+}
+
+/// The marks that there are then.
+async fn all(bed: &Bed, request: Request) -> Result<Vec<Mark>, Failure> {
     match bed.ask(request).await? {
-        Reply::Marks { marks } => Ok(marks.iter().map(|mark| mark.name.to_string()).collect()),
+        Reply::Marks { marks } => Ok(marks),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What may have changed since a mark.
+async fn changed(bed: &Bed, text: &str) -> Result<Changed, Failure> {
+    let request = Request::Changed {
+        which: which(0),
+        since: name(text),
+        from: 0,
+    };
+    match bed.ask(request).await? {
+        Reply::Changed(changed) => Ok(changed),
         other => panic!("{other:?}"),
     }
 }
 
 /// The units that may have changed since a mark.
 async fn since(bed: &Bed, text: &str) -> Result<Vec<u64>, Failure> {
-    let request = Request::Changed {
-        which: which(0),
-        since: name(text),
-        from: 0,
-    };
-    let Reply::Changed(Changed {
+    let Changed {
         size,
         extents,
-        next: None,
+        next,
         ..
-    }) = bed.ask(request).await?
-    else {
-        panic!("no answer to that");
-    };
-    assert_eq!(size, SIZE);
+    } = changed(bed, text).await?;
+    assert_eq!((size, next), (SIZE, None));
     let all = |part: &Extent| (part.offset / UNIT)..(part.offset + part.length) / UNIT;
     Ok(extents.iter().flat_map(all).collect())
 }
@@ -134,6 +145,82 @@ fn what_has_changed_since_each_mark_is_known() {
         assert!(marks(&bed, forget("d")).await.expect("gone").is_empty());
         assert_eq!(bed.log().last().map(String::as_str), Some("note 0"));
         assert!(maps(&bed).is_empty());
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// The process asks in the middle of a verb, which waits for it.
+async fn told(bed: &Bed, what: &[Needed]) -> Result<Vec<String>, Failure> {
+    let line = |what: &Needed| serde_json::to_string(what).expect("json") + "\n";
+    let lines: String = what.iter().map(line).collect();
+    fs::write(bed.dir.join("ask-later"), lines).expect("write");
+    let before = bed.log().len();
+    bed.ask(Request::Resize(which(0))).await?;
+    let log = bed.log().split_off(before);
+    let told = log.iter().filter_map(|line| line.strip_prefix("told "));
+    Ok(told.map(str::to_owned).collect())
+}
+
+#[test]
+fn the_process_is_told_what_tap_ctl_is_told() {
+    test("marks-told", |bed| async move {
+        let json = |what: &Provided| serde_json::to_string(what).expect("json");
+        let ask = |mark: &Mark| Needed::Changed {
+            mark: mark.number,
+            size: SIZE,
+            from: 0,
+        };
+        disk(&bed).await;
+        let none = told(&bed, &[Needed::Marks]).await.expect("told");
+        assert_eq!(none, [json(&Provided::Marks(vec![]))]);
+        marks(&bed, mark("a")).await.expect("set");
+        write(&bed, 0, &[1, 15]);
+        let both = all(&bed, mark("b")).await.expect("set");
+        write(&bed, 1, &[2]);
+        let questions = [Needed::Marks, ask(&both[0]), ask(&both[1])];
+        let mut wanted = vec![json(&Provided::Marks(both.clone()))];
+        for name in ["a", "b"] {
+            let changed = changed(&bed, name).await.expect("a mark");
+            assert!(!changed.extents.is_empty());
+            wanted.push(json(&Provided::Changed(changed)));
+        }
+        assert_eq!(told(&bed, &questions).await.expect("told"), wanted);
+        // From a place on, and of a disk that has grown.
+        let later = Needed::Changed {
+            mark: both[0].number,
+            size: SIZE + UNIT,
+            from: 3 * UNIT,
+        };
+        let extents = vec![Extent {
+            offset: 15 * UNIT,
+            length: 2 * UNIT,
+        }];
+        let changed = Changed {
+            mark: both[0].number,
+            size: SIZE + UNIT,
+            extents,
+            next: None,
+        };
+        let wanted = [json(&Provided::Changed(changed))];
+        assert_eq!(told(&bed, &[later]).await.expect("told"), wanted);
+        // It hears that a mark is gone, and is not told of another one that has its name.
+        marks(&bed, forget("b")).await.expect("gone");
+        assert_eq!(bed.log().last().map(String::as_str), Some("unmarked"));
+        for again in [false, true] {
+            if again {
+                let new = all(&bed, mark("b")).await.expect("set");
+                told(&bed, &[ask(&new[1])]).await.expect("the new one");
+            }
+            let gone = told(&bed, &[ask(&both[1])]).await.expect_err("gone");
+            assert_eq!(gone.code, Code::NotFound, "{gone}");
+        }
+        fs::write(bed.dir.join("ask-later"), "").expect("write");
+        fs::write(bed.dir.join("size"), (SIZE / 2).to_string()).expect("write");
+        bed.ask(Request::Resize(which(0))).await.expect("smaller");
+        assert_eq!(bed.log().last().map(String::as_str), Some("unmarked"));
+        let gone = told(&bed, &[ask(&both[0])]).await.expect_err("gone");
+        assert_eq!(gone.code, Code::NotFound);
         bed.destroy(0).await;
         bed.assert_nothing_left().await;
     });

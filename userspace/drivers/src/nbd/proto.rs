@@ -61,6 +61,8 @@ pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 pub const REQUEST: usize = 28;
 /// What is told of extents: which are holes.
 pub const ALLOCATION: &[u8] = b"base:allocation";
+/// What is told of extents: which were written since something that has the name behind this. QEMU calls it so.
+pub const DIRTY: &[u8] = b"qemu:dirty-bitmap:";
 
 /// What a client asks for before it is served.
 pub mod option {
@@ -156,6 +158,8 @@ pub mod chunk {
 pub const STATE_HOLE: u32 = 1;
 /// An extent of [`ALLOCATION`] reads as zeroes.
 pub const STATE_ZERO: u32 = 2;
+/// An extent of [`DIRTY`] may have been written.
+pub const STATE_DIRTY: u32 = 1;
 
 /// The errors that the protocol has.
 const ERRORS: [(Errno, u32); 8] = [

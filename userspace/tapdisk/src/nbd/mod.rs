@@ -7,14 +7,15 @@
 //! the order of their arrival. Only the disk's part of a request counts as work on the disk: a client
 //! that does not take its answer keeps nobody waiting, and after a while loses its connection.
 
+mod context;
 mod wire;
 
 use crate::inside::{self, Work};
 use crate::{Seen, Session};
+use context::Context;
 use diskio::{Errno, Io};
-use drivers::Extent;
 use rustix::net::{recv, send, RecvFlags, SendFlags};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -49,7 +50,7 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             export: export.clone(),
             lost: session.lost().newcomer(),
             has_chunks: Cell::new(false),
-            tells_extents: Cell::new(false),
+            contexts: RefCell::default(),
         };
         session.runtime().tasks.spawn(async move {
             // The kernel knows nothing of what a client does, so it must not go past it.
@@ -72,8 +73,8 @@ struct Client {
     lost: Seen,
     /// Reads are answered with chunks.
     has_chunks: Cell<bool>,
-    /// It may ask for extents.
-    tells_extents: Cell<bool>,
+    /// What it is told of extents if it asks, each with its place as its number.
+    contexts: RefCell<Vec<Context>>,
 }
 
 impl Client {
@@ -142,29 +143,6 @@ impl Client {
         }
     }
 
-    /// Answers what is told of extents; [`Choice::SetMetaContext`] replaces what was chosen before,
-    /// also if it fails.
-    async fn choose_context(&self, choice: Choice, data: &[u8]) -> Result<bool, Errno> {
-        let is_list = choice == Choice::ListMetaContext;
-        if !is_list {
-            self.tells_extents.set(false);
-        }
-        let (name, is_wanted) = match wire::contexts(data, is_list) {
-            Some(asked) if self.has_chunks.get() => asked,
-            _ => return self.answer(choice, OptionReply::Invalid, &[]).await,
-        };
-        if !self.is_ours(name) {
-            return self.answer(choice, OptionReply::UnknownExport, &[]).await;
-        }
-        if is_wanted {
-            self.tells_extents.set(self.tells_extents.get() | !is_list);
-            let context = wire::context();
-            self.answer(choice, OptionReply::MetaContext, &context)
-                .await?;
-        }
-        self.answer(choice, OptionReply::Ack, &[]).await
-    }
-
     /// Without a name the only export is meant.
     fn is_ours(&self, name: &[u8]) -> bool {
         name.is_empty() || name == self.export.as_bytes()
@@ -197,13 +175,8 @@ impl Client {
         if request.command == Command::Disconnect {
             return Ok(false);
         }
-        if request.command == Command::BlockStatus && self.tells_extents.get() {
-            let found = self.extents(&request).await;
-            self.session.count_nbd();
-            let chunk = found
-                .as_deref()
-                .map_or_else(|error| Chunk::Error(*error), Chunk::BlockStatus);
-            self.write(&wire::chunk(request.cookie, &chunk)).await?;
+        if request.command == Command::BlockStatus && !self.contexts.borrow().is_empty() {
+            self.tell_extents(&request).await?;
             return Ok(true);
         }
         let result = self.perform(&request, &mut data).await;
@@ -212,10 +185,10 @@ impl Client {
         let head = match result {
             Ok(()) if is_read && self.has_chunks.get() => {
                 let (offset, len) = (request.offset, request.len);
-                wire::chunk(request.cookie, &Chunk::Data { offset, len })
+                wire::chunk(request.cookie, &Chunk::Data { offset, len }, true)
             }
             Err(error) if self.has_chunks.get() => {
-                wire::chunk(request.cookie, &Chunk::Error(error))
+                wire::chunk(request.cookie, &Chunk::Error(error, ""), true)
             }
             result => wire::reply(request.cookie, result),
         };
@@ -224,11 +197,6 @@ impl Client {
             self.write(&data).await?;
         }
         Ok(true)
-    }
-
-    async fn extents(&self, request: &Request) -> Result<Vec<Extent>, Errno> {
-        let most = if request.one { 1 } else { MAX_EXTENTS };
-        inside::extents(&self.session, request.offset, request.len.into(), most).await
     }
 
     /// The disk's part of a request; `data` is what is written, or what was read.

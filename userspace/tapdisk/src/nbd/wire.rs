@@ -6,9 +6,8 @@
 use diskio::Errno;
 use drivers::nbd::proto::{
     self, chunk, command, info, number, option, option_reply, CommandFlags, Handshake,
-    Transmission, ALLOCATION, REQUEST,
+    Transmission, REQUEST,
 };
-use drivers::{Content, Extent};
 
 /// The first bytes of a server that speaks the fixed newstyle, and all flags of [`Handshake`].
 pub(super) const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03";
@@ -98,35 +97,37 @@ pub(super) fn export_name(data: &[u8]) -> Option<&[u8]> {
     (wanted.len() == usize::from(u16::from_be_bytes(*count)) * 2).then_some(name)
 }
 
-/// The number of what is told of extents, and that in an answer before it is chosen.
-pub(super) const CONTEXT: u32 = 1;
-
-/// The name of the export in the data of `ListMetaContext` or `SetMetaContext`, and whether
-/// [`ALLOCATION`] is among what is asked for.
-pub(super) fn contexts(data: &[u8], is_list: bool) -> Option<(&[u8], bool)> {
-    let text = |data: &'_ [u8]| -> Option<(usize, usize)> {
-        let (len, rest) = data.split_first_chunk::<4>()?;
-        let len = u32::from_be_bytes(*len) as usize;
-        (len <= rest.len()).then_some((4, 4 + len))
-    };
-    let (from, end) = text(data)?;
-    let name = &data[from..end];
-    let (count, mut rest) = data[end..].split_first_chunk::<4>()?;
-    let count = u32::from_be_bytes(*count);
-    // No question at all asks for everything.
-    let mut wanted = is_list && count == 0;
-    for _ in 0..count {
-        let (from, end) = text(rest)?;
-        let query = &rest[from..end];
-        wanted |= query == ALLOCATION || (is_list && query == b"base:");
-        rest = &rest[end..];
-    }
-    rest.is_empty().then_some((name, wanted))
+/// What a client asks for in the data of `ListMetaContext` or `SetMetaContext`.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Contexts<'a> {
+    /// The name of the export.
+    pub(super) export: &'a [u8],
+    /// Names of what is told of extents, or what they begin with.
+    pub(super) queries: Vec<&'a [u8]>,
 }
 
-/// The name of [`ALLOCATION`] with its number.
-pub(super) fn context() -> Vec<u8> {
-    [&CONTEXT.to_be_bytes(), ALLOCATION].concat()
+/// What is asked for; `None` if a client makes no sense.
+pub(super) fn contexts(data: &[u8]) -> Option<Contexts<'_>> {
+    let (export, rest) = text(data)?;
+    let (count, mut rest) = rest.split_first_chunk::<4>()?;
+    let mut queries = Vec::new();
+    for _ in 0..u32::from_be_bytes(*count) {
+        let query;
+        (query, rest) = text(rest)?;
+        queries.push(query);
+    }
+    rest.is_empty().then_some(Contexts { export, queries })
+}
+
+/// A text and what follows it.
+fn text(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = data.split_first_chunk::<4>()?;
+    rest.split_at_checked(u32::from_be_bytes(*len) as usize)
+}
+
+/// Something that is told of extents, with its number.
+pub(super) fn context(number: u32, name: &[u8]) -> Vec<u8> {
+    [&number.to_be_bytes(), name].concat()
 }
 
 /// Kinds of answers to an option.
@@ -272,42 +273,42 @@ pub(super) fn reply(cookie: [u8; 8], result: Result<(), Errno>) -> Vec<u8> {
     bytes
 }
 
-/// What a chunk holds; each answer has one, so it is the last one, too.
+/// What a chunk holds.
 pub(super) enum Chunk<'a> {
     /// Data of a read, which follows, from an offset on.
     Data { offset: u64, len: u32 },
-    /// Extents.
-    BlockStatus(&'a [Extent]),
-    /// It failed.
-    Error(Errno),
+    /// What is told of extents, by its number: lengths and states.
+    BlockStatus {
+        number: u32,
+        parts: &'a [(u64, u32)],
+    },
+    /// It failed, and why, if there is something to say.
+    Error(Errno, &'a str),
 }
 
-/// An answer as a chunk.
-pub(super) fn chunk(cookie: [u8; 8], content: &Chunk<'_>) -> Vec<u8> {
+/// A chunk of an answer, or all of it.
+pub(super) fn chunk(cookie: [u8; 8], content: &Chunk<'_>, is_last: bool) -> Vec<u8> {
     let (kind, follows, content) = match content {
         Chunk::Data { offset, len } => (chunk::DATA, *len, offset.to_be_bytes().to_vec()),
-        Chunk::BlockStatus(extents) => {
-            let mut content = CONTEXT.to_be_bytes().to_vec();
-            for extent in *extents {
+        Chunk::BlockStatus { number, parts } => {
+            let mut content = number.to_be_bytes().to_vec();
+            for (len, state) in *parts {
                 // CAST: none is longer than the request, whose length has as many bits.
-                content.extend((extent.len as u32).to_be_bytes());
-                let state = match extent.content {
-                    Content::Data | Content::Below => 0,
-                    Content::Hole => proto::STATE_HOLE | proto::STATE_ZERO,
-                };
+                content.extend((*len as u32).to_be_bytes());
                 content.extend(state.to_be_bytes());
             }
             (chunk::BLOCK_STATUS, 0, content)
         }
-        Chunk::Error(error) => {
+        Chunk::Error(error, why) => {
             let mut content = number(*error).to_be_bytes().to_vec();
-            // No text.
-            content.extend([0, 0]);
+            // CAST: what we say is short.
+            content.extend((why.len() as u16).to_be_bytes());
+            content.extend(why.as_bytes());
             (chunk::FAILED, 0, content)
         }
     };
     let mut bytes = proto::CHUNK_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(chunk::DONE.to_be_bytes());
+    bytes.extend(if is_last { chunk::DONE } else { 0 }.to_be_bytes());
     bytes.extend(kind.to_be_bytes());
     bytes.extend(cookie);
     // CAST: what we send is short.
@@ -375,17 +376,20 @@ mod tests {
             }
             data
         };
-        let name = &b"d"[..];
-        let asked = ask(&[b"qemu:x", ALLOCATION]);
-        assert_eq!(contexts(&asked, false), Some((name, true)));
-        assert_eq!(contexts(&ask(&[b"base:"]), false), Some((name, false)));
-        assert_eq!(contexts(&ask(&[b"base:"]), true), Some((name, true)));
-        assert_eq!(contexts(&ask(&[]), true), Some((name, true)));
-        assert_eq!(contexts(&ask(&[]), false), Some((name, false)));
+        let of = |queries: &[&'static [u8]]| {
+            let (export, queries) = (&b"d"[..], queries.to_vec());
+            Some(Contexts { export, queries })
+        };
+        let queries: [&[u8]; 3] = [b"qemu:x", b"", b"base:allocation"];
+        let asked = ask(&queries);
+        assert_eq!(contexts(&asked), of(&queries));
+        assert_eq!(contexts(&ask(&[])), of(&[]));
         for end in 0..asked.len() {
-            assert_eq!(contexts(&asked[..end], false), None);
+            assert_eq!(contexts(&asked[..end]), None);
         }
-        assert_eq!(contexts(&[&asked[..], b"x"].concat(), false), None);
+        assert_eq!(contexts(&[&asked[..], b"x"].concat()), None);
+        let many = b"\0\0\0\x01d\xff\xff\xff\xff";
+        assert_eq!(contexts(many), None);
     }
 
     #[test]
@@ -405,7 +409,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_survived(head: [u8; OPTION_HEAD], bytes: [u8; REQUEST], data in prop::collection::vec(any::<u8>(), 0..64)) {
-            let _ = (option(head), request(bytes), contexts(&data, false), contexts(&data, true));
+            let _ = (option(head), request(bytes), contexts(&data));
             if let Some(name) = export_name(&data) {
                 prop_assert!(name.len() + 6 <= data.len());
             }

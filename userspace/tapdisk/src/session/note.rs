@@ -38,6 +38,7 @@ impl Session {
             let notes = notes.transpose()?.map(Rc::new);
             open.notes = unit;
             server.set_notes(notes);
+            self.marks.look_again();
             Ok(())
         })
         .await

@@ -13,6 +13,7 @@ mod handoff;
 mod inactive;
 mod limits;
 mod lost;
+mod marks;
 mod mirror;
 mod nbd;
 mod needs;

@@ -9,6 +9,7 @@ use ring::tap::shadow::Op;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 use tapdev::fake::Fake;
 use tempfile::TempDir;
@@ -27,27 +28,27 @@ fn serving(fake: &Fake, image: &Image) -> (Process, TempDir) {
     (process, folder)
 }
 
-fn client(folder: &TempDir) -> UnixStream {
-    let mut socket = UnixStream::connect(folder.path().join("nbd")).unwrap();
+pub(super) fn client(folder: &Path) -> UnixStream {
+    let mut socket = UnixStream::connect(folder.join("nbd")).unwrap();
     assert_eq!(bytes(&mut socket, 18), b"NBDMAGICIHAVEOPT\x00\x03");
     socket.write_all(&3_u32.to_be_bytes()).unwrap();
     socket
 }
 
-fn bytes(socket: &mut UnixStream, len: usize) -> Vec<u8> {
+pub(super) fn bytes(socket: &mut UnixStream, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     socket.read_exact(&mut bytes).unwrap();
     bytes
 }
 
-fn option(socket: &mut UnixStream, number: u32, data: &[u8]) {
+pub(super) fn option(socket: &mut UnixStream, number: u32, data: &[u8]) {
     let len = (data.len() as u32).to_be_bytes();
     let option = [&b"IHAVEOPT"[..], &number.to_be_bytes(), &len, data].concat();
     socket.write_all(&option).unwrap();
 }
 
 /// Kind and data of an answer to an option.
-fn answer(socket: &mut UnixStream) -> (u32, Vec<u8>) {
+pub(super) fn answer(socket: &mut UnixStream) -> (u32, Vec<u8>) {
     let head = bytes(socket, 20);
     assert_eq!(head[..8], 0x0003_e889_0455_65a9_u64.to_be_bytes());
     let number = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
@@ -56,7 +57,7 @@ fn answer(socket: &mut UnixStream) -> (u32, Vec<u8>) {
 
 /// A client that is served.
 fn served(folder: &TempDir) -> UnixStream {
-    let mut socket = client(folder);
+    let mut socket = client(folder.path());
     option(&mut socket, 7, b"\0\0\0\x04disk\0\0");
     let (kind, info) = answer(&mut socket);
     assert_eq!(
@@ -68,7 +69,7 @@ fn served(folder: &TempDir) -> UnixStream {
     socket
 }
 
-fn send(socket: &mut UnixStream, kind: u16, offset: u64, len: u32, data: &[u8]) {
+pub(super) fn send(socket: &mut UnixStream, kind: u16, offset: u64, len: u32, data: &[u8]) {
     let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
     request.extend([0, 0]);
     request.extend(kind.to_be_bytes());
@@ -137,7 +138,7 @@ fn what_cannot_be_done_is_refused() {
 fn options_are_answered() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
-    let mut socket = client(&folder);
+    let mut socket = client(folder.path());
     // TLS.
     option(&mut socket, 5, &[]);
     assert_eq!(answer(&mut socket).0, 1 << 31 | 1);
@@ -153,12 +154,12 @@ fn options_are_answered() {
     option(&mut socket, 2, &[]);
     assert_eq!(answer(&mut socket).0, 1);
     assert_eq!(socket.read(&mut [0]).unwrap(), 0);
-    let mut old = client(&folder);
+    let mut old = client(folder.path());
     option(&mut old, 1, b"disk");
     assert_eq!(bytes(&mut old, 10)[..8], SIZE.to_be_bytes());
     send(&mut old, 0, 0, 512, &[]);
     assert_eq!((code(&mut old), bytes(&mut old, 512)), (0, vec![0; 512]));
-    let mut wrong = client(&folder);
+    let mut wrong = client(folder.path());
     wrong.write_all(&[0xff; 64]).unwrap();
     assert!(matches!(wrong.read(&mut [0]), Ok(0) | Err(_)));
     process.exit();
@@ -220,13 +221,21 @@ fn client_that_takes_no_answer_keeps_nobody_waiting() {
 }
 
 /// A chunk: its kind, which must be the last one, and its content.
-fn chunk(socket: &mut UnixStream) -> (u16, Vec<u8>) {
+pub(super) fn chunk(socket: &mut UnixStream) -> (u16, Vec<u8>) {
+    let (is_last, kind, content) = any_chunk(socket);
+    assert!(is_last);
+    (kind, content)
+}
+
+/// A chunk: whether it is the last one, its kind, and its content.
+pub(super) fn any_chunk(socket: &mut UnixStream) -> (bool, u16, Vec<u8>) {
     let head = bytes(socket, 20);
-    assert_eq!(head[..6], [0x66, 0x8e, 0x33, 0xef, 0, 1]);
+    assert_eq!(head[..5], [0x66, 0x8e, 0x33, 0xef, 0]);
+    assert!(head[5] <= 1);
     assert_eq!(&head[8..16], b"a cookie");
     let len = u32::from_be_bytes(head[16..].try_into().unwrap());
     let kind = u16::from_be_bytes([head[6], head[7]]);
-    (kind, bytes(socket, len as usize))
+    (head[5] == 1, kind, bytes(socket, len as usize))
 }
 
 #[test]
@@ -235,7 +244,7 @@ fn client_is_told_where_nothing_is() {
     let (process, folder) = serving(&fake, &image);
     let tag = fake.send(Op::Write, 16, &[5; 4096], false).unwrap();
     fake.answer(tag, 0).unwrap();
-    let mut socket = client(&folder);
+    let mut socket = client(folder.path());
     let query = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
     option(&mut socket, 10, query);
     assert_eq!(answer(&mut socket).0, 1 << 31 | 3, "chunks come first");
@@ -272,7 +281,7 @@ fn client_is_told_where_nothing_is() {
     send(&mut socket, 1, 0, 512, &[6; 512]);
     assert_eq!(code(&mut socket), 0);
     // Who has not asked for it first is not told, nor who has asked for something else since.
-    let mut other = client(&folder);
+    let mut other = client(folder.path());
     for (data, result) in [(&query[..], 4), (b"\0\0\0\x01x\0\0\0\0", 1 << 31 | 6)] {
         option(&mut other, 8, b"");
         assert_eq!(answer(&mut other).0, 1);

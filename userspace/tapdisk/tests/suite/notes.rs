@@ -15,19 +15,24 @@ use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
 use tapdev::fake::Fake;
 
 /// Bytes that are told apart.
-const UNIT: u64 = 4096;
+pub(super) const UNIT: u64 = 4096;
 
 /// The memory of a mark, which outlives processes.
-struct Map(OwnedFd);
+pub(super) struct Map(OwnedFd);
 
 impl Map {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let memory = memfd_create("map", MemfdFlags::CLOEXEC).expect("memory");
         ftruncate(&memory, SIZE.div_ceil(UNIT).div_ceil(8)).expect("truncate");
         Self(memory)
     }
 
-    fn watched(&self) -> Watched<'_> {
+    /// It, once more.
+    pub(super) fn descriptor(&self) -> OwnedFd {
+        self.0.try_clone().expect("dup")
+    }
+
+    pub(super) fn watched(&self) -> Watched<'_> {
         Watched {
             notes: Some((UNIT, self.0.as_fd())),
             ..Watched::default()
@@ -35,7 +40,7 @@ impl Map {
     }
 
     /// The units that are noted.
-    fn units(&self) -> Vec<u64> {
+    pub(super) fn units(&self) -> Vec<u64> {
         let mut bits = vec![0; 4096];
         let count = pread(&self.0, &mut bits, 0).expect("read");
         let is_set = |unit: &u64| bits[..count][(unit / 8) as usize] & 1 << (unit % 8) != 0;
@@ -43,7 +48,7 @@ impl Map {
     }
 
     /// From now on a process notes here.
-    fn given_to(&self, process: &mut Process) {
+    pub(super) fn given_to(&self, process: &mut Process) {
         let question = Request::Note { unit: Some(UNIT) };
         let reply = process.ask_with(question, self.0.as_fd());
         assert_eq!(reply, Ok(Reply::Done));
@@ -63,7 +68,7 @@ fn differ(one: &[u8], other: &[u8]) -> Vec<u64> {
 }
 
 /// Units that a guest writes with these steps.
-fn touched(steps: &[Step]) -> Vec<u64> {
+pub(super) fn touched(steps: &[Step]) -> Vec<u64> {
     let mut units: Vec<u64> = Vec::new();
     for step in steps {
         let (at, sectors) = match *step {
