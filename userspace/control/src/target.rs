@@ -171,7 +171,8 @@ impl FromStr for Driver {
 /// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, or which group of disks it is in that share such limits,
 /// `group=customer-7,aio:/srv/a.img`; and how much memory it may fill if that is where its
 /// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
-/// `cache=64M,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
+/// `cache=64M,qcow2:/srv/a.qcow2`; and that what is below it is read through the page cache, which all that go on from it
+/// share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
 /// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -189,6 +190,8 @@ pub struct Target {
     room: Option<u64>,
     /// What is said of the memory for an image's tables.
     cache: Option<u64>,
+    /// It is said that what is below is read through the page cache.
+    below_cached: bool,
     /// What is said of encryption.
     tls: Option<Tls>,
 }
@@ -347,6 +350,28 @@ impl Target {
         })
     }
 
+    /// Images below the one that is written are read through the page cache, and others that read them find there what
+    /// was read: an image that many guests write over in memory always, others if that is said.
+    pub fn caches_below(&self) -> bool {
+        self.below_cached || self.driver == Driver::Cow
+    }
+
+    /// The same, with what is below read through the page cache.
+    ///
+    /// # Errors
+    /// Its images go on from no others.
+    pub fn with_cached_below(self) -> Result<Self, Failure> {
+        if !self.driver.has_tables() {
+            return Err(Failure::invalid(format!(
+                "{self} has no image below it that the page cache could hold: leave below=cached away"
+            )));
+        }
+        Ok(Self {
+            below_cached: true,
+            ..self
+        })
+    }
+
     /// How the connection to the export's server is encrypted; nothing if it is not.
     pub fn tls(&self) -> Option<&Tls> {
         self.tls.as_ref()
@@ -459,6 +484,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         group: None,
         room: None,
         cache: None,
+        below_cached: false,
         tls: None,
     })
 }
@@ -545,6 +571,9 @@ impl fmt::Display for Target {
         }
         if let Some(cache) = self.cache {
             write!(f, "cache={cache},")?;
+        }
+        if self.below_cached {
+            f.write_str("below=cached,")?;
         }
         if let Some(tls) = &self.tls {
             tls.fmt(f)?;
@@ -741,6 +770,39 @@ mod tests {
             "cache=64M,nbd://host/a",
             "cache=x,vhd:/a",
             "cache=2M,cache=2M,vhd:/a",
+        ] {
+            assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn that_what_is_below_is_cached_is_said_before_the_driver() {
+        for driver in Driver::ALL {
+            let argument = match driver {
+                Driver::Nbd => "//host/a",
+                Driver::Ram | Driver::Null => "512",
+                _ => "/srv/a",
+            };
+            let text = format!("{driver}:{argument}");
+            let plain: Target = text.parse().unwrap();
+            assert_eq!(plain.caches_below(), driver == Driver::Cow);
+            let said = format!("below=cached,{text}").parse::<Target>();
+            match driver.has_tables() {
+                true => assert!(said.unwrap().caches_below(), "{driver}"),
+                false => {
+                    let failure = said.unwrap_err();
+                    assert!(failure.message.contains("leave below=cached"), "{failure}");
+                }
+            }
+        }
+        let target: Target = "below=cached,tap:cache=1M,vhd:/srv/a".parse().unwrap();
+        let text = "cache=1048576,below=cached,vhd:/srv/a";
+        assert_eq!(target.to_string(), text);
+        assert_eq!(text.parse(), Ok(target));
+        for wrong in [
+            "below=,vhd:/a",
+            "below=yes,vhd:/a",
+            "below=cached,below=cached,vhd:/a",
         ] {
             assert!(wrong.parse::<Target>().is_err(), "{wrong}");
         }

@@ -74,6 +74,8 @@ pub struct File {
     gate: Gate,
     /// Where everything that is written ends.
     most: u64,
+    /// What the page cache has of it is there for others, too.
+    shares_cache: bool,
 }
 
 impl File {
@@ -98,6 +100,7 @@ impl File {
             is_device,
             gate: Gate::default(),
             most: u64::MAX,
+            shares_cache: false,
         })
     }
 
@@ -113,6 +116,13 @@ impl File {
     #[must_use]
     pub fn with_room(mut self, bytes: u64) -> Self {
         self.most = bytes;
+        self
+    }
+
+    /// From now on what the page cache has of it stays there when this process lets go of it: others read it there.
+    #[must_use]
+    pub fn with_shared_cache(mut self) -> Self {
+        self.shares_cache = true;
         self
     }
 
@@ -308,9 +318,12 @@ impl File {
     }
 
     /// Keeps nothing of it in dom0's page cache that is written back: who reads it next gets what is
-    /// there then.
+    /// there then. But if it is [for others, too](Self::with_shared_cache) it stays.
     pub fn forget(&self) -> Result<(), Errno> {
-        rustix::fs::fadvise(&*self.fd, 0, None, rustix::fs::Advice::DontNeed)
+        match self.shares_cache {
+            true => Ok(()),
+            false => rustix::fs::fadvise(&*self.fd, 0, None, rustix::fs::Advice::DontNeed),
+        }
     }
 
     /// Makes durable what was written.

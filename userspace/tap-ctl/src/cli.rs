@@ -57,6 +57,8 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
   ram:64M             memory of dom0; the content is there until the disk is destroyed
   null:64M            zeroes; writes are forgotten
 Of the tables of an image 32M at most are kept in memory; cache=128M, in front says another number.
+What is below an image is read past dom0's page cache; below=cached, in front has it read through that, where all that go on
+from it find what one of them has read: below=cached,qcow2:/srv/a.qcow2
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
 lease=record:/PATH, with the record at a path that all hosts have. Of a whole SCSI disk, an NVMe namespace or a map of
 dm-multipath lease=reservation, has the storage itself refuse what all others write. Where sanlock orders the storage,

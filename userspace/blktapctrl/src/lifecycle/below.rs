@@ -4,6 +4,8 @@
 //!
 //! A file below has a number with the kernel that no other file of the disk ever gets. So what a process was told of
 //! it stays true, whatever becomes of the image meanwhile: a snapshot, a commit, a process that takes the disk over.
+//! What is to be read through the page cache it does not get: it reads past that.
+//!
 //! There are 15 numbers; a disk that had more files below it leaves the rest to its process. The kernel gets a file when
 //! the process does, and again with the image; it loses all of them with the image. A disk is served without that,
 //! too.
@@ -37,7 +39,7 @@ impl Lifecycle {
         file: &Arc<Image>,
     ) -> Option<u16> {
         let lent = async {
-            let node = match open.target.driver().may_map() {
+            let node = match may_lend(open) {
                 true => self.node_of(disk)?,
                 false => None,
             };
@@ -61,7 +63,7 @@ impl Lifecycle {
 
     /// The kernel has got the image of a disk: it gets what its process has below that, too.
     pub(super) async fn lend_again(&self, disk: &Disk, open: &Open) {
-        if is_written(disk) {
+        if is_written(disk) || !may_lend(open) {
             return;
         }
         let parents: Vec<Part> = {
@@ -144,6 +146,11 @@ impl Lifecycle {
         }
         added.map_err(|error| not_taken(file, &error))
     }
+}
+
+/// What is below this is what the kernel could read.
+fn may_lend(open: &Open) -> bool {
+    open.target.driver().may_map() && !open.target.caches_below()
 }
 
 /// What is below the disk's image is about to be written.

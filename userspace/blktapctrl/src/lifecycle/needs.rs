@@ -257,7 +257,10 @@ impl Lifecycle {
     ) -> Result<(Given, Provided), Failure> {
         let (file, part) = self.admission.file(disk, role, path).await?;
         let open = self.leads_to(disk)?;
-        let direct = open.target.driver().is_direct();
+        let direct = match role {
+            Role::Parent => !open.target.caches_below(),
+            _ => open.target.driver().is_direct(),
+        };
         let write = !part.mode.is_read_only();
         let again = file.clone();
         let opened = apart(path, LIMIT, move || again.open(write, direct)).await?;

@@ -161,6 +161,34 @@ fn the_kernel_has_what_is_below_an_image_as_long_as_the_image() {
     });
 }
 
+/// The kernel would read it past the page cache, each time.
+#[test]
+fn what_is_to_be_cached_below_an_image_is_not_for_the_kernel() {
+    test("direct-below-cached", |bed| async move {
+        let how = || fs::read_to_string(bed.dir.join("below")).expect("it was given");
+        let plain = child(&bed);
+        let mut create = child(&bed);
+        let target = plain.open.target.to_string();
+        create.open.target = format!("below=cached,{target}").parse().expect("a target");
+        let minor = bed.made(create).await;
+        let opened = ["add 0 w", "given B Locked", "open w A"];
+        assert_eq!(
+            (log(&bed), how()),
+            (opened.map(String::from).to_vec(), "cached".into())
+        );
+        bed.replaced(minor, kill).await;
+        assert_eq!(log(&bed)[3..], opened[1..]);
+        assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
+        assert!(bed.ask(unpause(minor, None)).await.is_ok());
+        assert!(!log(&bed).iter().any(|line| line.contains("below")));
+        assert_eq!(told(&bed), [""; 0]);
+        bed.destroy(minor).await;
+        bed.made(plain).await;
+        assert_eq!(how(), "direct");
+        assert!(log(&bed).contains(&"add 0 below 1".into()));
+    });
+}
+
 /// As a supervisor leaves it that does not know what numbers are.
 #[test]
 fn a_number_leads_to_what_a_process_is_told_of_it() {

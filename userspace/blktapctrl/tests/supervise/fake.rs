@@ -484,7 +484,7 @@ impl Domains for FakeDomains {
 /// given something, and the file), `chatty` (answers at once, with no news), `dumb` (never says who it is),
 /// `abi` (the version that it says), `unfit` (its text is the answer to looking at an image in advance), `size`
 /// (of the image), `leave` (ends when it gets a node), `held` (does not let go while it is there), `lost` (its text
-/// is the answer to letting go), and writes what it is asked to `log`.
+/// is the answer to letting go), and writes what it is asked to `log`, and to `below` how what is below is read.
 pub(crate) fn program(dir: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let path = dir.join("fake-tapdisk");
@@ -734,6 +734,11 @@ fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd) {
             std::mem::forget(memory);
         }
         _ => {
+            if matches!(what, Needed::Parent { .. }) {
+                let direct = fcntl_getfl(&fd).expect("flags").contains(OFlags::DIRECT);
+                let how = if direct { "direct" } else { "cached" };
+                std::fs::write(dir.join("below"), how).expect("write");
+            }
             let (text, fd) = text(fd);
             let access = match fcntl_getfl(&fd).expect("flags").contains(OFlags::RDWR) {
                 true => " w",

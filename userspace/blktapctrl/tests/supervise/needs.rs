@@ -95,6 +95,8 @@ fn an_image_below_memory_is_shared_and_stays() {
         let second = bed.made(of(Mode::Write)).await;
         let given = ["given golden Locked", "given root Locked", "open w "];
         assert_eq!(bed.log()[1..4], given);
+        let below = fs::read_to_string(bed.dir.join("below"));
+        assert_eq!(below.expect("it was given"), "cached");
         for wrong in [
             parent(&another),
             Needed::Extent {

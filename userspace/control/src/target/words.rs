@@ -15,6 +15,7 @@ pub(super) struct Words {
     group: Option<GroupName>,
     room: Option<u64>,
     cache: Option<u64>,
+    below: Option<()>,
     tls: Said,
 }
 
@@ -25,7 +26,8 @@ impl Words {
         loop {
             let (name, behind) = match rest.split_once('=') {
                 Some((
-                    name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"),
+                    name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"
+                    | "below"),
                     behind,
                 )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) => (name, behind),
@@ -43,6 +45,7 @@ impl Words {
                 "group" => self.group.replace(value.parse()?).is_some(),
                 "room" => self.room.replace(bytes(name, value)?).is_some(),
                 "cache" => self.cache.replace(bytes(name, value)?).is_some(),
+                "below" => self.below.replace(cached(value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
@@ -62,6 +65,7 @@ impl Words {
         let target = with(target, self.direct, Target::with_direct)?;
         let target = with(target, self.room, Target::with_room)?;
         let target = with(target, self.cache, Target::with_cache)?;
+        let target = with(target, self.below, |target, ()| target.with_cached_below())?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let target = Target {
             group: self.group.map(Box::new),
@@ -103,6 +107,16 @@ fn rate(text: &str) -> Result<u64, Failure> {
 /// Memory as somebody types it.
 fn bytes(name: &str, text: &str) -> Result<u64, Failure> {
     typed_size(text).map_err(|why| Failure::invalid(format!("{name}={text}: {why}")))
+}
+
+/// How what is below is read: there is one way to be said.
+fn cached(text: &str) -> Result<(), Failure> {
+    match text {
+        "cached" => Ok(()),
+        _ => Err(Failure::invalid(format!(
+            "below={text}: write below=cached, or leave it away, and what is below is read past the page cache"
+        ))),
+    }
 }
 
 /// Requests in a second as somebody types it.

@@ -248,6 +248,9 @@ impl formats::Files<File> for Parts<'_> {
         let name = path.display().to_string();
         let io = &self.session.runtime.io;
         let mut file = drivers::file(io, given.fd, kind, locked, &name).await?;
+        if !writable && self.open.target.caches_below() {
+            file = file.with_shared_cache();
+        }
         if writable {
             // It has as many bytes of the disk as the image says.
             keep_size(&mut file, &name)?;

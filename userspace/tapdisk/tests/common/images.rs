@@ -93,14 +93,37 @@ impl Folder {
 }
 
 pub(crate) fn file(path: &Path, write: bool) -> OwnedFd {
+    opened(path, write, true)
+}
+
+/// Past the page cache, or through it.
+fn opened(path: &Path, write: bool, direct: bool) -> OwnedFd {
     let mut options = File::options();
-    options.read(true).write(write).custom_flags(libc::O_DIRECT);
+    options.read(true).write(write);
+    if direct {
+        options.custom_flags(libc::O_DIRECT);
+    }
     options.open(path).expect("a file").into()
+}
+
+/// Bytes of a file that are in dom0's page cache. Reading without waiting does not tell: it has them read.
+pub(crate) fn cached(path: &Path) -> u64 {
+    let what = ["--bytes", "--noheadings", "--output", "RES"];
+    let out = Command::new("fincore").args(what).arg(path).output();
+    let out = out.expect("fincore, of the package util-linux-extra");
+    assert!(out.status.success(), "{out:?}");
+    let text = String::from_utf8(out.stdout).expect("a text");
+    text.trim().parse().expect("a number")
 }
 
 /// Gives a process so many files that it asks for. What it could leave to the next one it asks for first,
 /// and does without.
 pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
+    give_to(channel, files, false)
+}
+
+/// The same, with what is only read to be read through the page cache or not.
+fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
     let (mut known, mut asked) = (0, Vec::new());
     while asked.len() < 1 + files {
         // Who fails asks for nothing more: the answer says why.
@@ -110,7 +133,7 @@ pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
         for need in needs {
             known = known.max(need.number);
             let fd = match &need.what {
-                Needed::Parent { path } => Some(file(path, false)),
+                Needed::Parent { path } => Some(opened(path, false, !cached)),
                 Needed::Extent { path } => Some(file(path, true)),
                 _ => None,
             };
@@ -156,7 +179,8 @@ impl Served {
     ) -> (Result<Reply, Failure>, Vec<Needed>) {
         let mut asked = Vec::new();
         let image = file(&self.path, true);
-        let give = |channel: &mut Channel| asked = give(channel, self.files);
+        let cached = self.question().target.caches_below();
+        let give = |channel: &mut Channel| asked = give_to(channel, self.files, cached);
         let reply = process.ask_and_give(question, image.as_fd(), give);
         (reply, asked)
     }

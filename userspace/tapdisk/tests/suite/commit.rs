@@ -101,11 +101,15 @@ impl Chain {
 }
 
 /// A guest works while its process is killed, and goes on in the image below.
-fn ends_a_snapshot(test: &str, format: &str) {
+fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
     let Some(chain) = Chain::new(test, format, PLAIN) else {
         return;
     };
-    let (folder, top, below) = (chain.folder, chain.top, chain.below);
+    let (folder, below) = (chain.folder, chain.below);
+    let top = Served {
+        driver,
+        ..chain.top
+    };
     let root = (format != "raw").then(|| fs::read(folder.path("root.img")).expect("read"));
     let fake = Fake::new(16).expect("a node");
     let (mut process, _) = top.start(&fake);
@@ -391,12 +395,20 @@ fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
 
 #[test]
 fn snapshot_over_a_raw_image_ends_in_that() {
-    ends_a_snapshot("snapshot_over_a_raw_image", "raw");
+    ends_a_snapshot("snapshot_over_a_raw_image", "raw", "qcow2");
 }
 
 #[test]
 fn snapshot_in_a_chain_ends_in_the_image_below() {
-    ends_a_snapshot("snapshot_in_a_chain", "qcow2");
+    ends_a_snapshot("snapshot_in_a_chain", "qcow2", "qcow2");
+}
+
+/// What is written there past the page cache is also what is read through it.
+#[test]
+fn snapshot_over_what_is_cached_ends_in_that() {
+    for format in ["raw", "qcow2"] {
+        ends_a_snapshot("snapshot_over_what_is_cached", format, "below=cached,qcow2");
+    }
 }
 
 /// Only what the image has itself is copied, and whenever it ends the disk is what it was.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The process as others see it: one program, which is linked once.
 
+mod below;
 mod commit;
 #[path = "../common/mod.rs"]
 mod common;

@@ -3,6 +3,7 @@
 //! is read, whatever the engine, and whenever the process dies.
 
 use crate::common::guest::{step, Guest, Step};
+use crate::common::images::cached;
 use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Disk, Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
@@ -13,8 +14,6 @@ use ring::tap::shadow::Op;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::process::Command;
 use tapdev::fake::Fake;
 
 fn run(engine: Engine, depth: usize, steps: &[Step]) {
@@ -79,16 +78,6 @@ fn requests_wait_while_the_disk_is_paused() {
     assert_eq!(second.bytes()[..1024], [[1; 512], [2; 512]].concat());
     assert_eq!(first.bytes()[512..1024], [0; 512]);
     process.exit();
-}
-
-/// Bytes of a file that are in dom0's page cache. Reading without waiting does not tell: it has them read.
-fn cached(path: &Path) -> u64 {
-    let what = ["--bytes", "--noheadings", "--output", "RES"];
-    let out = Command::new("fincore").args(what).arg(path).output();
-    let out = out.expect("fincore, of the package util-linux-extra");
-    assert!(out.status.success(), "{out:?}");
-    let text = String::from_utf8(out.stdout).unwrap();
-    text.trim().parse().unwrap()
 }
 
 /// Pages that are not written back are not dropped, so one that is not there any more is durable.
