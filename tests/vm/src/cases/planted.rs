@@ -92,13 +92,13 @@ pub(super) fn cases() -> Vec<Case> {
         .finds(&[NOT_FENCED]),
         Case::new(
             "planted.late_unmap",
-            "a module that answers before it unmaps is found when the guest moves",
+            "a module that answers before it unmaps is found, by the guest",
             Pvh,
             mapped_reads,
         )
         .nightly()
         .faulty()
-        .finds(&["was read and is not there any more"]),
+        .finds(&["has not unmapped grant"]),
     ]
 }
 
